@@ -1,0 +1,89 @@
+"""The small layers every mixer shares: linear projections (with optional LoRA), RMSNorm, embedding.
+
+Parameters keep the dtype they were created or loaded with; the arithmetic runs in the dtype of the activations,
+which the model sets once at the embedding. That is the whole mixed-precision policy: float32 master weights,
+bfloat16 compute, nothing to configure per layer.
+"""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+Names = tuple[str | None, ...]
+
+
+def fan_in_normal(num_inputs: int, gain: float = 1.0) -> nn.initializers.Initializer:
+    """Normal with variance gain^2 / fan-in, cut at two standard deviations."""
+    return nn.initializers.truncated_normal(stddev=gain / math.sqrt(num_inputs))
+
+
+class Linear(nn.Module):
+    """y = x @ kernel (+ bias), over any number of input and output axes.
+
+    ``names`` are the logical axis names of the kernel (``in_shape + out_shape``); sharding.RULES maps them to mesh axes.
+    When the ``lora`` collection holds a pair (a, b) at this path, the low-rank update is added without ever merging
+    it: y += scale * (x @ a) @ b (Hu et al. 2021, arXiv 2106.09685).
+    """
+
+    in_shape: tuple[int, ...]
+    out_shape: tuple[int, ...]
+    names: Names
+    bias: bool = False
+    gain: float = 1.0
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch_and_in"]) -> Float[Array, "*batch_and_out"]:
+        init = fan_in_normal(math.prod(self.in_shape), self.gain)
+        num_in = len(self.in_shape)
+        kernel = self.param("kernel", nn.with_logical_partitioning(init, self.names), self.in_shape + self.out_shape)
+        y = _contract(x, kernel, num_in)
+        if self.bias:
+            zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.names[num_in:])
+            y += self.param("bias", zeros, self.out_shape).astype(x.dtype)
+        if self.has_variable("lora", "a"):
+            low_rank = _contract(x, self.get_variable("lora", "a"), num_in)
+            scale = jax.lax.stop_gradient(self.get_variable("lora", "scale")).astype(x.dtype)
+            y += _contract(low_rank, self.get_variable("lora", "b"), 1) * scale
+        return y
+
+
+def _contract(x: Array, kernel: Array, num_in: int) -> Array:
+    last = tuple(range(x.ndim - num_in, x.ndim))
+    return jax.lax.dot_general(x, kernel.astype(x.dtype), ((last, tuple(range(num_in))), ((), ())))
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * scale, statistics in float32 (Zhang & Sennrich 2019, arXiv 1910.07467)."""
+
+    size: int
+    eps: float = 1e-5
+    names: Names = ("embed",)
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        scale = self.param("scale", nn.with_logical_partitioning(nn.initializers.ones, self.names), (self.size,))
+        x32 = x.astype(jnp.float32)
+        normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
+        return normed.astype(x.dtype) * scale.astype(x.dtype)
+
+
+class Embedding(nn.Module):
+    """A table [V, D]: looked up at the input, and (tied or on its own) the output head."""
+
+    vocab_size: int
+    hidden_size: int
+    names: Names = ("vocab", "embed")
+
+    def setup(self):
+        init = nn.initializers.truncated_normal(stddev=self.hidden_size**-0.5)
+        shape = (self.vocab_size, self.hidden_size)
+        self.embedding = self.param("embedding", nn.with_logical_partitioning(init, self.names), shape)
+
+    def __call__(self, tokens: Int[Array, "B T"], *, dtype: jnp.dtype) -> Float[Array, "B T D"]:
+        return jnp.take(self.embedding.astype(dtype), tokens, axis=0)
+
+    def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        return jnp.einsum("btd,vd->btv", x, self.embedding.astype(x.dtype), preferred_element_type=jnp.float32)

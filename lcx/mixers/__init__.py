@@ -1,0 +1,16 @@
+"""Sequence mixers: one file each. This page is the whole contract.
+
+A mixer is a Flax module with two methods::
+
+    __call__(x [B,T,D], *, positions [B,T] | None, segment_ids [B,T] | None, cache=None) -> (y [B,T,D], cache)
+    init_cache(batch_size, length, dtype) -> pytree of arrays
+
+Rules that the battery in ``tests/test_mixers.py`` holds every mixer to:
+
+- y[:, t] depends on x[:, :t + 1] alone, and only on tokens of the same segment; segment id 0 is padding.
+- ``positions`` count from 0 in every segment; None means 0..T-1 for every row, and segment_ids None means one segment.
+- With a cache the T tokens follow those already in it, and the returned cache holds them too: prefill in one piece,
+  in two, and token by token give the same outputs.
+
+There is no registry: a config or a user's own package names the class.
+"""

@@ -1,0 +1,116 @@
+"""Softmax attention: grouped-query heads, rotary positions, optional sliding window, biases and q/k norm."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from lcx import rope as rope_lib
+from lcx.layers import Linear, RMSNorm
+from lcx.ops.attention import attention
+
+Cache = dict[str, Array]
+
+
+class Attention(nn.Module):
+    """Causal attention of Llama, Mistral, Qwen and Phi.
+
+    Attributes:
+      window: keys at most window - 1 tokens back (Mistral); None: all of them.
+      qk_norm: RMSNorm over head_dim on q and k before the rotation (Qwen3).
+      implementation: see ops.attention; None picks the fastest that is valid here.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rope: rope_lib.Rope = rope_lib.Rope()
+    window: int | None = None
+    qkv_bias: bool = False
+    o_bias: bool = False
+    qk_norm: bool = False
+    norm_eps: float = 1e-6
+    implementation: str | None = None
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        *,
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        cache: Cache | None = None,
+    ) -> tuple[Float[Array, "B T D"], Cache | None]:
+        hidden_size = x.shape[-1]
+        q = self._project("q_proj", hidden_size, "heads", self.num_heads)(x)
+        k = self._project("k_proj", hidden_size, "kv_heads", self.num_kv_heads)(x)
+        v = self._project("v_proj", hidden_size, "kv_heads", self.num_kv_heads)(x)
+        if self.qk_norm:
+            q = RMSNorm(self.head_dim, self.norm_eps, ("head_dim",), name="q_norm")(q)
+            k = RMSNorm(self.head_dim, self.norm_eps, ("head_dim",), name="k_norm")(k)
+        if positions is None:
+            start = 0 if cache is None else cache["index"]
+            positions = start + jnp.arange(x.shape[1], dtype=jnp.int32)[None]
+        # Without a cache the rotation sees the length that is there, as in transformers; a cache fixes it in advance.
+        rope_length = jnp.max(positions) + 1 if cache is None else cache["rope_length"]
+        frequencies = self.rope.frequencies(self.head_dim, rope_length)
+        q, k = (rope_lib.rotate(heads, positions, *frequencies) for heads in (q, k))
+        if cache is None:
+            masks = {"q_segment_ids": segment_ids, "kv_segment_ids": segment_ids}
+        else:
+            cache = append(cache, k, v, positions, segment_ids)
+            k, v, masks = cache["k"].astype(x.dtype), cache["v"].astype(x.dtype), _cached_masks(cache, x.shape[1])
+        y = attention(q, k, v, window=self.window, implementation=self.implementation, **masks)
+        out_names = ("heads", "head_dim", "embed")
+        out = Linear((self.num_heads, self.head_dim), (hidden_size,), out_names, self.o_bias, name="o_proj")
+        return out(y), cache
+
+    def _project(self, name: str, hidden_size: int, axis: str, heads: int) -> Linear:
+        return Linear((hidden_size,), (heads, self.head_dim), ("embed", axis, "head_dim"), self.qkv_bias, name=name)
+
+    @nn.nowrap
+    def init_cache(self, batch_size: int, length: int, dtype: jnp.dtype) -> Cache:
+        """Empty cache of `length` slots. rope_length = length: one rotation for the whole generation (rope.py)."""
+        kv = (batch_size, length, self.num_kv_heads, self.head_dim)
+        return {
+            "k": jnp.zeros(kv, dtype),
+            "v": jnp.zeros(kv, dtype),
+            "positions": jnp.zeros((batch_size, length), jnp.int32),
+            "segment_ids": jnp.zeros((batch_size, length), jnp.int32),
+            "index": jnp.zeros((), jnp.int32),
+            "rope_length": jnp.full((), length, jnp.int32),
+        }
+
+    @nn.nowrap
+    def macs_per_token(self, seq_len: int) -> float:
+        """Multiply-adds of the two products per token, averaged over a sequence: 2 N H per visible key."""
+        span = seq_len if self.window is None else min(self.window, seq_len)
+        visible = (span * (span + 1) / 2 + (seq_len - span) * span) / seq_len
+        return 2 * self.num_heads * self.head_dim * visible
+
+
+def append(cache: Cache, k: Array, v: Array, positions: Array, segment_ids: Array | None) -> Cache:
+    """Writes T new tokens at the next free slots; unused slots keep segment id 0 and are never seen."""
+    if segment_ids is None:
+        segment_ids = jnp.ones((1, 1), jnp.int32)
+    B, T = k.shape[:2]
+    start = cache["index"]
+    new = {"k": k, "v": v} | {
+        "positions": jnp.broadcast_to(positions, (B, T)),
+        "segment_ids": jnp.broadcast_to(segment_ids, (B, T)),
+    }
+    written = {
+        name: jax.lax.dynamic_update_slice_in_dim(cache[name], x.astype(cache[name].dtype), start, axis=1)
+        for name, x in new.items()
+    }
+    return {**cache, **written, "index": start + T}
+
+
+def _cached_masks(cache: Cache, num_new: int) -> dict[str, Array]:
+    """Positions and segments of the tokens just appended (queries) and of every slot (keys)."""
+    start = cache["index"] - num_new
+    masks = {}
+    for name in ("positions", "segment_ids"):
+        masks[f"kv_{name}"] = cache[name]
+        masks[f"q_{name}"] = jax.lax.dynamic_slice_in_dim(cache[name], start, num_new, axis=1)
+    return masks

@@ -1,0 +1,350 @@
+"""The decoder: embedding, stages of blocks, norm, head. Parameter and FLOP counts live beside it.
+
+A model *is* its configuration: frozen Flax modules that a .gin file builds directly. A Stage repeats a pattern of
+blocks; each stage is one scan, so compile time follows the period of the pattern, not the depth.
+
+    Llama-3 8B             ((A,) x 32)
+    Qwen2, mixed windows   ((full,) x 21, (sliding,) x 7)
+    Evo 2 7B               ((S, M, L, A, S, M, L) x 4, (S, M, L, A) x 1)
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+from lcx import sharding
+from lcx.errors import UserError
+from lcx.layers import Embedding, Linear, RMSNorm
+from lcx.mixers.attention import Attention
+from lcx.rope import Rope
+
+REMAT = {
+    "none": None,  # keep every activation
+    "full": jax.checkpoint_policies.nothing_saveable,  # keep the input of each block
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keep the results of the projections
+}
+
+
+class Mlp(nn.Module):
+    """SwiGLU: down(silu(gate x) * up x) (Shazeer 2020, arXiv 2002.05202)."""
+
+    intermediate_size: int
+    bias: bool = False
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        D, F = (x.shape[-1],), (self.intermediate_size,)
+        gate = Linear(D, F, ("embed", "mlp"), self.bias, name="gate_proj")(x)
+        up = Linear(D, F, ("embed", "mlp"), self.bias, name="up_proj")(x)
+        return Linear(F, D, ("mlp", "embed"), self.bias, name="down_proj")(nn.silu(gate) * up)
+
+
+class Block(nn.Module):
+    """x + mixer(norm(x)), then x + mlp(norm(x))."""
+
+    mixer: nn.Module
+    mlp: nn.Module
+    norm_eps: float = 1e-5
+
+    @nn.compact
+    def __call__(self, x, *, positions, segment_ids, cache=None):
+        x = sharding.constrain(x, sharding.BATCH_AXES, "context", None)
+        y, cache = self.mixer(
+            RMSNorm(x.shape[-1], self.norm_eps, name="mixer_norm")(x),
+            positions=positions,
+            segment_ids=segment_ids,
+            cache=cache,
+        )
+        x = x + y
+        return x + self.mlp(RMSNorm(x.shape[-1], self.norm_eps, name="mlp_norm")(x)), cache
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A pattern of blocks, repeated."""
+
+    pattern: tuple[Block, ...]
+    repeat: int = 1
+
+
+class _Period(nn.Module):
+    """One pass through a stage's pattern: the body of its scan.
+
+    Flax adopts modules that it finds in attributes and names their parameters after the attribute. It does not look
+    into a Stage, so blocks are named here, and their mixers `mixer`, whatever their class.
+    """
+
+    stage: Stage
+
+    @nn.compact
+    def __call__(self, x, cache, positions, segment_ids):
+        caches = {}
+        for i, block in enumerate(self.stage.pattern):
+            name = f"block_{i}"
+            block = block.clone(parent=self, name=name)
+            block_cache = None if cache is None else cache[name]
+            x, caches[name] = block(x, positions=positions, segment_ids=segment_ids, cache=block_cache)
+        return x, caches
+
+
+class Decoder(nn.Module):
+    """A decoder-only language model.
+
+    Attributes:
+      max_position_embeddings: the context window it is meant for (after extension), in tokens.
+      dtype: of activations; parameters keep their own (float32 masters under bfloat16 compute).
+      remat: which activations the backward pass recomputes: a key of REMAT.
+      model_type: the Hugging Face family this exports to; without effect on the function.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    stages: tuple[Stage, ...]
+    max_position_embeddings: int
+    norm_eps: float = 1e-5
+    tie_word_embeddings: bool = False
+    model_type: str = "llama"
+    dtype: str = "float32"
+    remat: str = "none"
+
+    def setup(self):
+        if self.remat not in REMAT:
+            raise UserError(f"remat {self.remat!r}: expected one of {', '.join(REMAT)}")
+        self.embed = Embedding(self.vocab_size, self.hidden_size)
+        if not self.tie_word_embeddings:
+            self.lm_head = Embedding(self.vocab_size, self.hidden_size)
+        self.final_norm = RMSNorm(self.hidden_size, self.norm_eps)
+        for i, stage in enumerate(self.stages):
+            setattr(self, f"stages_{i}", self._scanned(stage))
+
+    @nn.nowrap
+    def _scanned(self, stage: Stage) -> nn.Module:
+        body: Any = _Period
+        if self.remat != "none":
+            body = nn.remat(body, policy=REMAT[self.remat], prevent_cse=False)
+        scanned = nn.scan(
+            body,
+            variable_axes={"params": 0, "lora": 0, "losses": 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast, nn.broadcast),
+            length=stage.repeat,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        return scanned(stage)
+
+    def hidden(
+        self,
+        tokens: Int[Array, "B T"],
+        *,
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        cache: Any = None,
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        """Activations after the final norm, and the cache with these tokens in it."""
+        x = self.embed(tokens, dtype=jnp.dtype(self.dtype))
+        new_cache = {}
+        for i in range(len(self.stages)):
+            name = f"stages_{i}"
+            stage_cache = None if cache is None else cache[name]
+            x, new_cache[name] = getattr(self, name)(x, stage_cache, positions, segment_ids)
+        return self.final_norm(x), None if cache is None else new_cache
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        *,
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T V"]:
+        """Logits, float32. Training uses hidden() and ops.cross_entropy, which never hold them all."""
+        x, _ = self.hidden(tokens, positions=positions, segment_ids=segment_ids)
+        return self.head_module().logits(x)
+
+    def head_module(self) -> Embedding:
+        return self.embed if self.tie_word_embeddings else self.lm_head
+
+    @nn.nowrap
+    def head(self, params) -> Float[Array, "V D"]:
+        """The output matrix out of a parameter tree (the embedding itself when tied)."""
+        return params["embed" if self.tie_word_embeddings else "lm_head"]["embedding"]
+
+    @nn.nowrap
+    def init_cache(self, batch_size: int, length: int, dtype: Any = None) -> Any:
+        """Empty caches of `length` tokens for every block, in the model's dtype unless another is given."""
+        dtype = jnp.dtype(self.dtype if dtype is None else dtype)
+
+        def stacked(block: Block, repeat: int):
+            one = block.mixer.init_cache(batch_size, length, dtype)
+            return jax.tree.map(lambda x: jnp.broadcast_to(x, (repeat, *x.shape)), one)
+
+        return {
+            f"stages_{s}": {f"block_{b}": stacked(block, stage.repeat) for b, block in enumerate(stage.pattern)}
+            for s, stage in enumerate(self.stages)
+        }
+
+    @property
+    def num_layers(self) -> int:
+        return sum(len(stage.pattern) * stage.repeat for stage in self.stages)
+
+
+def llama(
+    *,
+    vocab_size: int,
+    hidden_size: int,
+    intermediate_size: int,
+    num_layers: int,
+    num_heads: int,
+    max_position_embeddings: int,
+    num_kv_heads: int | None = None,
+    head_dim: int | None = None,
+    rope: Rope = Rope(),  # noqa: B008 (frozen)
+    layer_windows: tuple[int | None, ...] | None = None,
+    qkv_bias: bool = False,
+    o_bias: bool = False,
+    qk_norm: bool = False,
+    mlp_bias: bool = False,
+    norm_eps: float = 1e-5,
+    tie_word_embeddings: bool = False,
+    model_type: str = "llama",
+    dtype: str = "float32",
+    remat: str = "none",
+    attention_implementation: str | None = None,
+) -> Decoder:
+    """The Llama family: Llama 2/3, Mistral, Qwen2, Qwen3, Phi-3, by their usual hyper-parameters.
+
+    Args:
+      layer_windows: the sliding window of each layer (None: full attention); None for all-full.
+
+    Raises:
+      UserError: sizes that do not fit each other.
+    """
+    num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+    windows = (None,) * num_layers if layer_windows is None else tuple(layer_windows)
+    if head_dim is None and hidden_size % num_heads:
+        raise UserError(f"hidden_size {hidden_size} is not a multiple of num_heads {num_heads}; set head_dim")
+    if num_heads % num_kv_heads:
+        raise UserError(f"num_heads {num_heads} must be a multiple of num_kv_heads {num_kv_heads}")
+    if len(windows) != num_layers:
+        raise UserError(f"layer_windows has {len(windows)} entries for num_layers {num_layers}")
+
+    @functools.cache
+    def block(window: int | None) -> Block:
+        mixer = Attention(
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=hidden_size // num_heads if head_dim is None else head_dim,
+            rope=rope,
+            window=window,
+            qkv_bias=qkv_bias,
+            o_bias=o_bias,
+            qk_norm=qk_norm,
+            norm_eps=norm_eps,
+            implementation=attention_implementation,
+            parent=None,
+        )
+        return Block(mixer=mixer, mlp=Mlp(intermediate_size, mlp_bias, parent=None), norm_eps=norm_eps, parent=None)
+
+    return Decoder(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        stages=stages_of(tuple(block(window) for window in windows)),
+        max_position_embeddings=max_position_embeddings,
+        norm_eps=norm_eps,
+        tie_word_embeddings=tie_word_embeddings,
+        model_type=model_type,
+        dtype=dtype,
+        remat=remat,
+        parent=None,
+    )
+
+
+def stages_of(blocks: tuple[Block, ...]) -> tuple[Stage, ...]:
+    """Blocks in depth order -> the fewest stages: the shortest period that tiles the depth, else runs of equals."""
+    depth = len(blocks)
+    for period in range(1, depth // 2 + 1):
+        if depth % period == 0 and blocks == blocks[:period] * (depth // period):
+            return (Stage(blocks[:period], depth // period),)
+    runs: list[list[Block]] = []
+    for block in blocks:
+        if runs and runs[-1][0] == block:
+            runs[-1].append(block)
+        else:
+            runs.append([block])
+    return tuple(Stage((run[0],), len(run)) for run in runs)
+
+
+def map_mixers(model: Decoder, fn) -> Decoder:
+    """The same model with fn(mixer) in place of every mixer: how a rope, a window or an implementation is changed."""
+
+    def new_block(block: Block) -> Block:
+        return block.clone(mixer=fn(block.mixer), parent=None)
+
+    stages = tuple(Stage(tuple(new_block(b) for b in stage.pattern), stage.repeat) for stage in model.stages)
+    return model.clone(stages=stages, parent=None)
+
+
+def _abstract_boxed(model: Decoder):
+    tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+    return jax.eval_shape(lambda key, tokens: model.init(key, tokens)["params"], jax.random.key(0), tokens)
+
+
+def abstract_params(model: Decoder, *, mesh: Mesh | None = None, dtype: Any = None) -> Any:
+    """Tree of ShapeDtypeStruct (with shardings, given a mesh) without allocating anything."""
+    boxed = _abstract_boxed(model)
+    shardings = None if mesh is None else sharding.tree_shardings(boxed, mesh)
+    plain = nn.meta.unbox(boxed)
+    if dtype is not None:
+        plain = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype)), plain)
+    if shardings is None:
+        return plain
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), plain, shardings)
+
+
+def param_shardings(model: Decoder, mesh: Mesh) -> Any:
+    """Tree of NamedSharding for the model's parameters on a mesh."""
+    return sharding.tree_shardings(_abstract_boxed(model), mesh)
+
+
+def init_params(model: Decoder, key: Array, *, mesh: Mesh | None = None, dtype: Any = jnp.float32) -> Any:
+    """Random parameters, created directly in their shards."""
+
+    def init(key):
+        params = nn.meta.unbox(model.init(key, jnp.zeros((1, 2), jnp.int32))["params"])
+        return jax.tree.map(lambda x: x.astype(dtype), params)
+
+    if mesh is None:
+        return jax.jit(init)(key)
+    with jax.set_mesh(mesh):
+        return jax.jit(init, out_shardings=param_shardings(model, mesh))(key)
+
+
+def num_params(model: Decoder) -> int:
+    return sum(x.size for x in jax.tree.leaves(abstract_params(model)))
+
+
+def flops_per_token(model: Decoder, seq_len: int) -> float:
+    """Training FLOPs per token, forward and backward, of the matrix products that the model needs (no recomputation).
+
+    6 per weight that multiplies (the input embedding is a lookup), plus causal attention: 6 H N per visible key and
+    product, with (seq_len + 1) / 2 visible keys on average, fewer under a window.
+    """
+    weights = num_params(model)
+    if not model.tie_word_embeddings:
+        weights -= model.vocab_size * model.hidden_size
+    total = 6.0 * weights
+    for stage in model.stages:
+        for block in stage.pattern:
+            total += stage.repeat * 6.0 * mixer_macs_per_token(block.mixer, seq_len)
+    return total
+
+
+def mixer_macs_per_token(mixer: nn.Module, seq_len: int) -> float:
+    """Multiply-adds per token beyond the projections; 0 for a mixer that does not say."""
+    count = getattr(mixer, "macs_per_token", None)
+    return 0.0 if count is None else count(seq_len)

@@ -1,0 +1,101 @@
+"""One mesh, one table of rules: how parameters and batches lie on devices.
+
+Parameters carry logical axis names (``layers.py``, the mixers); RULES maps a name to a mesh axis. Moving a model to
+another number of devices is therefore a change of mesh, nothing else: a checkpoint restores straight into the new
+shardings.
+
+    data      copies of the model, each with its part of the batch
+    fsdp      parameters and optimizer state cut into pieces, gathered layer by layer; also splits the batch
+    context   the sequence axis T
+    tensor    heads, mlp width and vocabulary
+"""
+
+import math
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from lcx.errors import UserError
+
+AXES = ("data", "fsdp", "context", "tensor")
+BATCH_AXES = ("data", "fsdp")
+
+RULES: tuple[tuple[str, str | None], ...] = (
+    ("layers", None),  # the scanned axis stays whole on every device
+    ("vocab", "tensor"),
+    ("heads", "tensor"),
+    ("kv_heads", "tensor"),
+    ("mlp", "tensor"),
+    ("embed", "fsdp"),
+    ("head_dim", None),
+    ("norm", None),
+)
+
+
+def make_mesh(*, data: int = 1, fsdp: int = -1, context: int = 1, tensor: int = 1, devices=None) -> Mesh:
+    """Mesh with axes (data, fsdp, context, tensor), Auto axis types; one size may be -1: whatever is left.
+
+    Raises:
+      UserError: the sizes do not multiply to the number of devices.
+    """
+    sizes = {"data": data, "fsdp": fsdp, "context": context, "tensor": tensor}
+    devices = jax.devices() if devices is None else list(devices)
+    free = [name for name, size in sizes.items() if size == -1]
+    if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+        raise UserError(f"mesh sizes {sizes}: expected positive numbers and at most one -1; change the mesh setting")
+    known = math.prod(size for size in sizes.values() if size != -1)
+    if free:
+        sizes[free[0]] = len(devices) // known
+    if math.prod(sizes.values()) != len(devices):
+        raise UserError(f"mesh {sizes} needs {math.prod(sizes.values()) or known} devices, found {len(devices)}; change the mesh sizes")
+    shape = tuple(sizes[axis] for axis in AXES)
+    return jax.make_mesh(shape, AXES, devices=devices, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
+
+
+def spec(names: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    """Logical names -> PartitionSpec. An axis that does not divide evenly, or whose mesh axis is taken, stays whole."""
+    rules, taken, out = dict(RULES), set(), []
+    for name, size in zip(names, shape, strict=True):
+        axis = None if name is None else rules[name]
+        if axis is None or axis in taken or mesh.shape[axis] == 1 or size % mesh.shape[axis]:
+            out.append(None)
+        else:
+            taken.add(axis)
+            out.append(axis)
+    return PartitionSpec(*out)
+
+
+def tree_shardings(boxed, mesh: Mesh):
+    """Tree of nn.Partitioned (or plain) abstract leaves -> tree of NamedSharding of the same structure, unboxed."""
+
+    def one(leaf):
+        if isinstance(leaf, nn.meta.AxisMetadata):
+            return NamedSharding(mesh, spec(leaf.names, leaf.unbox().shape, mesh))
+        return NamedSharding(mesh, PartitionSpec())
+
+    return jax.tree.map(one, boxed, is_leaf=lambda leaf: isinstance(leaf, nn.meta.AxisMetadata))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Batches [B, T]: rows over (data, fsdp), tokens over context."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES, "context"))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def shard_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """This process's rows -> global arrays on the mesh."""
+    sharding = batch_sharding(mesh)
+    return {key: jax.make_array_from_process_local_data(sharding, value) for key, value in batch.items()}
+
+
+def constrain(x: jax.Array, *axes) -> jax.Array:
+    """Pin an activation to mesh axes when a mesh is set (jax.set_mesh); without one, do nothing."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or not set(AXES) <= set(mesh.axis_names) or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*axes))
