@@ -1,0 +1,170 @@
+"""Apply a RoPE scaling to a pretrained model, and refuse one that would not do what was asked.
+
+A scaling that does nothing is the common accident of context extension: a key that nobody reads, a factor of
+1, a window that was enlarged already. Nothing here is ignored in silence, and the resulting frequencies are
+compared with the unscaled ones before anything runs.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from lcx.errors import UserError
+from lcx.rope import FIELDS, Rope, is_number, known_type, token_count
+
+_ADVICE = '{"rope_type": "yarn", "factor": 4.0}'
+
+
+def extend(
+    rope: Rope,
+    *,
+    max_position_embeddings: int,
+    rope_scaling: Mapping[str, Any] | None = None,
+    context_length: int | float | None = None,
+    head_dim: int | None = None,
+) -> tuple[Rope, int]:
+    """(the scaled Rope, the new max_position_embeddings) of a model that is to read `context_length` tokens.
+
+    `rope_scaling` is what Hugging Face writes ("type" works for "rope_type"); it replaces the scaling that
+    the model has, but rope_theta and partial_rotary_factor stay unless it names them. The scale is always
+    relative to the original window L: the dict's original_max_position_embeddings, else that of the model's
+    rope, else max_position_embeddings. Without a factor it is context_length / L, without a context_length
+    that is factor * L. A larger context without scaling must be asked for: {"rope_type": "default"}, perhaps
+    with a rope_theta. The check that the frequencies change needs `head_dim` to be sure (without it, it tries
+    a head of 128).
+
+    Raises UserError for: an unknown or unused key, factor * L other than context_length, a factor of 1, a
+    scaling that leaves the frequencies as they were, an L that cannot be known, a larger context without a
+    word on how.
+    """
+    target = None if context_length is None else token_count("context_length", context_length)
+    if rope_scaling is None:
+        return _without_scaling(rope, max_position_embeddings, target)
+    values = _values(rope_scaling)
+    name = values["rope_type"]
+    original = _original(rope, max_position_embeddings, values)
+    if callable(name) or "factor" in sum(FIELDS[name], ()):
+        values, target = _factor_and_target(values, original, target)
+    values["original_max_position_embeddings"] = original
+    kept = {"rope_theta": rope.rope_theta, "partial_rotary_factor": rope.partial_rotary_factor}
+    new = Rope(**(kept | values))
+    window = max_position_embeddings if target is None else target
+    inferred = context_length is None and "original_max_position_embeddings" not in rope_scaling
+    if window < max_position_embeddings and inferred:
+        raise UserError(
+            f"factor {new.factor:g} times the original window {original} is {window}, below the present"
+            f" {max_position_embeddings}: change factor (relative to {original}) or set context_length"
+        )
+    if name == "default":
+        window = max(window, max_position_embeddings)
+    if name != "default" or context_length is None:  # an unscaled context is as asked for
+        _assert_effect(rope, new, window, head_dim)
+    return new, window
+
+
+def _without_scaling(rope: Rope, max_position_embeddings: int, target: int | None) -> tuple[Rope, int]:
+    """The model as it is, if its window holds the target."""
+    window = max_position_embeddings
+    if rope.factor and rope.original_max_position_embeddings:  # a file for dynamic holds the original window
+        window = max(window, round(rope.factor * rope.original_max_position_embeddings))
+    if target is None or target <= max_position_embeddings:
+        return rope, max_position_embeddings
+    if target <= window:
+        return rope, target
+    raise UserError(
+        f"context_length {target} is beyond the model's window of {window} and there is no rope_scaling:"
+        f' set rope_scaling, as {_ADVICE} (or {{"rope_type": "default"}} to leave it unscaled)'
+    )
+
+
+def _values(rope_scaling: Mapping[str, Any]) -> dict[str, Any]:
+    """The dict as fields of Rope, nulls dropped; UserError for anything that Rope would not use."""
+    if not isinstance(rope_scaling, Mapping):
+        raise UserError(f"rope_scaling is {rope_scaling!r}, expected a dict: set it as {_ADVICE}")
+    known = [field.name for field in dataclasses.fields(Rope)]
+    for key in rope_scaling:
+        if key not in known and key != "type":
+            close = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean {close[0]!r}? " if close else ""
+            raise UserError(f"unknown key {key!r} in rope_scaling: {hint}known keys are {', '.join(known)}")
+    if "rope_theta" in rope_scaling and rope_scaling["rope_theta"] is None:
+        raise UserError("rope_theta is null in rope_scaling, expected a number: set it or leave the key out")
+    values = {key: value for key, value in rope_scaling.items() if value is not None and key != "type"}
+    names = [rope_scaling[key] for key in ("rope_type", "type") if rope_scaling.get(key) is not None]
+    if len(names) == 2 and names[0] != names[1]:
+        raise UserError(f"rope_scaling has rope_type {names[0]!r} and type {names[1]!r}: remove one of them")
+    if not names and "factor" in values or not names and "rope_theta" not in values:
+        raise UserError(f"rope_scaling {dict(rope_scaling)} has no rope_type: add it, as {_ADVICE}")
+    name = names[0] if names else "default"
+    values["rope_type"] = name if callable(name) else known_type("longrope" if name == "su" else name)
+    return values
+
+
+def _original(rope: Rope, max_position_embeddings: int, values: dict[str, Any]) -> int:
+    """The window of pre-training."""
+    given = values.get("original_max_position_embeddings", rope.original_max_position_embeddings)
+    if given is not None:
+        return token_count("original_max_position_embeddings", given)
+    if rope.factor is not None and rope.factor > 1:
+        raise UserError(
+            f"the model is already scaled ({rope.rope_type!r}, factor {rope.factor:g}) and does not say from"
+            " which window: set original_max_position_embeddings in rope_scaling"
+        )
+    return max_position_embeddings
+
+
+def _factor_and_target(
+    values: dict[str, Any], original: int, target: int | None
+) -> tuple[dict[str, Any], int | None]:
+    """The values with a factor, and the target; each from the other where it is not given."""
+    name, factor = values["rope_type"], values.get("factor")
+    optional = callable(name) or name == "proportional"  # they may do their work without a factor
+    if factor is None and optional and (target is None or target <= original):
+        return values, target
+    if factor is None and target is None:
+        raise UserError(f"rope_type {name!r} has neither factor nor context_length: set one of them")
+    enlarged = "if max_position_embeddings is enlarged already, set original_max_position_embeddings"
+    if factor is None and target is not None:
+        factor = values["factor"] = target / original
+    if not is_number(factor) or factor <= 1:
+        raise UserError(
+            f"factor {factor!r} of rope_type {name!r} (original window {original}, context_length {target})"
+            f" has no effect unless it is more than 1: change factor or context_length ({enlarged})"
+        )
+    if target is None:
+        return values, round(factor * original)
+    if abs(factor * original - target) >= 1:
+        raise UserError(
+            f"factor {factor:g} x the original window {original} is {factor * original:g} but context_length is"
+            f" {target}: change factor or context_length ({enlarged}: {target / factor:g} would fit)"
+        )
+    return values, target
+
+
+def _assert_effect(old: Rope, new: Rope, window: int, head_dim: int | None) -> None:
+    """UserError unless the new Rope turns otherwise than the model does already, and than an unscaled one."""
+    befores = {"the model has already": old}
+    if new.rope_type != "default":
+        plain = Rope(rope_theta=old.rope_theta, partial_rotary_factor=old.partial_rotary_factor)
+        befores["an unscaled model has"] = plain
+    for what, before in befores.items():
+        if _same(before, new, window, head_dim):
+            name = getattr(new.rope_type, "__name__", new.rope_type)
+            raise UserError(
+                f"rope_scaling ({name}) has no effect, its frequencies at {window} tokens are those {what}:"
+                " change its values, or remove rope_scaling"
+            )
+
+
+def _same(a: Rope, b: Rope, length: int, head_dim: int | None) -> bool:
+    """Whether two ropes have the same frequencies and attention scaling at this length."""
+    if head_dim is None:  # a head that fits: the length of longrope's lists is half of the rotated dimensions
+        head_dim = next((2 * len(r.long_factor) for r in (b, a) if r.long_factor is not None), 128)
+        if "proportional" not in (a.rope_type, b.rope_type):
+            a, b = (dataclasses.replace(r, partial_rotary_factor=1.0) for r in (a, b))
+    (inv_a, scale_a), (inv_b, scale_b) = a.frequencies(head_dim, length), b.frequencies(head_dim, length)
+    inv_a, inv_b = np.asarray(inv_a), np.asarray(inv_b)
+    return inv_a.shape == inv_b.shape and np.allclose(inv_a, inv_b, rtol=1e-6, atol=0) and scale_a == scale_b
