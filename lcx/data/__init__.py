@@ -1,0 +1,41 @@
+"""Documents to batches: sources -> tokenizers -> store -> corpus (splits) -> packing -> batches.
+
+`Dataset` and `Mixture` are what a configuration builds; the rest is there to be used on its own.
+"""
+
+from lcx.data.batches import BatchIterator
+from lcx.data.checks import Issue, Report, check_documents, is_truncated, repetition
+from lcx.data.dataset import Dataset, Mixture
+from lcx.data.packing import check_batch
+from lcx.data.sources import find_files, read_documents
+from lcx.data.store import TokenStore, open_store
+from lcx.data.tokenizers import (
+    ByteTokenizer,
+    Tokenizer,
+    check_vocabulary,
+    load_tokenizer,
+    save_tokenizer,
+    tokenizer_from_json,
+)
+
+__all__ = [
+    "BatchIterator",
+    "ByteTokenizer",
+    "Dataset",
+    "Issue",
+    "Mixture",
+    "Report",
+    "TokenStore",
+    "Tokenizer",
+    "check_batch",
+    "check_documents",
+    "check_vocabulary",
+    "find_files",
+    "is_truncated",
+    "load_tokenizer",
+    "open_store",
+    "read_documents",
+    "repetition",
+    "save_tokenizer",
+    "tokenizer_from_json",
+]

@@ -1,0 +1,307 @@
+"""Global batches: the rows of a mixture in one fixed order, of which each process reads its share.
+
+The order of rows is a function of the data, the settings and the seed alone, so its position (one number, the
+same on every process) is the whole state. A run resumes bit for bit from it, also on another number of
+processes.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lcx.data import order, packing
+from lcx.data.corpus import Corpus
+from lcx.data.mixing import Group, Request, make_groups
+from lcx.errors import UserError
+
+if TYPE_CHECKING:
+    from lcx.data.dataset import Mixture
+
+_STATE_VERSION = 1
+_CHECKED_BATCHES = 3  # after a start or a restore; a mistake in the data shows in all of them
+
+
+@dataclasses.dataclass(frozen=True)
+class Assemble:
+    """Row numbers [b] -> batch. Rows of all groups are numbered through; -1 is a row of padding."""
+
+    groups: tuple[Group, ...]
+    seq_len: int
+
+    def __call__(self, rows: np.ndarray) -> packing.Batch:
+        ends = np.cumsum([group.plan.num_rows for group in self.groups])
+        owner = np.where(rows >= 0, np.searchsorted(ends, rows, side="right"), -1)
+        batch = packing.empty_batch(len(rows), self.seq_len)
+        for number, group in enumerate(self.groups):
+            mine = np.flatnonzero(owner == number)
+            if not len(mine):
+                continue
+            local = rows[mine] - (ends[number] - group.plan.num_rows)
+            part = packing.assemble(group.plan, group.store.tokens, local, document_mask=group.document_mask)
+            if len(mine) == len(rows):
+                return part
+            for key, value in part.items():
+                batch[key][mine] = value
+        return batch
+
+
+class BatchIterator:
+    """Iterator over this process's rows of the global batches; made by `Dataset.batches`.
+
+    Each batch is a dict of numpy arrays [B / processes, T]: tokens, labels, segment_ids, positions (int32)
+    and loss_weights (float32).
+
+    Attributes:
+      info: documents, tokens, rows, targets (labels of weight 1) and fill (share of slots in use) of one
+        pass. With half-overlapping windows `targets` is about twice `tokens`: one pass is two epochs.
+      num_batches: batches from the start to the end, None when endless.
+    """
+
+    def __init__(
+        self, groups: tuple[Group, ...], request: Request, description: dict[str, Any], *, start: int = 0
+    ):
+        self._request = request
+        self._groups = groups
+        self._description = description
+        self._rows = sum(group.plan.num_rows for group in groups)
+        self._next_index = start
+        self._pipeline: Any = None
+        self._unchecked = _CHECKED_BATCHES
+        self.fingerprint = fingerprint(description)
+        self.info = _info(groups, request.seq_len)
+        self.num_batches = None if request.repeat else -(-self._rows // request.global_batch_size)
+
+    def __iter__(self) -> "BatchIterator":
+        return self
+
+    def __next__(self) -> packing.Batch:
+        if self._pipeline is None:
+            self._pipeline = iter(_pipeline(self._groups, self._request, self._next_index))
+        batch = next(self._pipeline)
+        self._next_index += self._request.global_batch_size
+        if not self._request.repeat:
+            self._next_index = min(self._next_index, self._rows)
+        if self._unchecked:
+            self._unchecked -= 1
+            masked = all(group.document_mask for group in self._groups)
+            packing.check_batch(batch, vocab_size=self._request.vocab_size, document_mask=masked)
+        return batch
+
+    def state(self) -> dict[str, Any]:
+        """The position, as JSON; the same on every process, and independent of batches prepared ahead."""
+        return {
+            "version": _STATE_VERSION,
+            "next_index": self._next_index,
+            "fingerprint": self.fingerprint,
+            "description": self._description,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continues where `state` was taken.
+
+        The number of processes and the batch size may differ (the position counts rows).
+
+        Raises:
+          UserError: the data, the tokenizer, the seed or a setting that decides the order of rows has
+            changed.
+        """
+        try:
+            version, next_index, found = state["version"], int(state["next_index"]), state["fingerprint"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"the saved data state is damaged ({error!r}); start the data afresh") from error
+        if version != _STATE_VERSION:
+            raise UserError(
+                f"the saved data state has version {version}, expected {_STATE_VERSION}; use that release"
+            )
+        if found != self.fingerprint:
+            change = _first_difference(state.get("description", {}), self._description)
+            raise UserError(
+                f"the data differs from what the checkpoint was trained on: {change}; restore the old data"
+                " and"
+                " settings, or start a new workdir"
+            )
+        self.close()
+        self._next_index = next_index
+        self._unchecked = _CHECKED_BATCHES
+
+    def close(self) -> None:
+        """Stops the threads and processes that prepare batches; the next batch starts them again."""
+        if self._pipeline is not None:
+            self._pipeline.close()
+            self._pipeline = None
+
+    def __enter__(self) -> "BatchIterator":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def make_iterator(mixture: "Mixture", request: Request, *, start: int = 0) -> BatchIterator:
+    """Opens the data sets of a mixture and plans their rows; the work behind `Mixture.batches`."""
+    if start < 0:
+        raise UserError(f"start={start} is negative; expected a number of rows")
+    opened = mixture.open()
+    groups = make_groups(mixture, opened, request)
+    rows = sum(group.plan.num_rows for group in groups)
+    names = ", ".join(repr(dataset.source) for dataset, _ in mixture.parts)
+    if not rows:
+        raise UserError(
+            f"the {request.split} split of {names} is empty; set Dataset.eval_fraction so that both splits"
+            " get"
+            " documents (0: all train, 1: all eval), or add documents"
+        )
+    if request.repeat and rows < request.global_batch_size:
+        tokens = sum(group.plan.num_inputs for group in groups)
+        raise UserError(
+            f"the {request.split} split of {names} has {tokens} tokens: {rows} rows of"
+            f" seq_len={request.seq_len}, fewer"
+            f" than global_batch_size={request.global_batch_size}; add data (about"
+            f" {request.global_batch_size * request.seq_len} tokens are needed) or lower one of the two"
+        )
+    if request.vocab_size is not None:
+        top = max(group.store.max_id for group in groups)
+        if top >= request.vocab_size:
+            raise UserError(
+                f"the data {names} holds token id {top} but the model's vocab_size is {request.vocab_size};"
+                " use the model's own tokenizer (Dataset.tokenizer), or raise vocab_size"
+            )
+    return BatchIterator(groups, request, describe(mixture, opened, groups, request), start=start)
+
+
+def describe(
+    mixture: "Mixture", opened: tuple[Corpus, ...], groups: tuple[Group, ...], request: Request
+) -> dict[str, Any]:
+    """Everything that decides which tokens stand in which row, as JSON; the fingerprint is its hash."""
+    return {
+        "split": request.split,
+        "seq_len": request.seq_len,
+        "seed": request.seed,
+        "shuffle": request.shuffle,
+        "repeat": request.repeat,
+        "long_fraction": mixture.long_fraction,
+        "long_length": mixture.long_length,
+        "parts": [
+            {
+                "source": dataset.source if isinstance(dataset.source, str) else list(dataset.source),
+                "weight": weight,
+                "tokens": corpus.store.fingerprint,
+                "packing": dataset.packing,
+                "document_mask": dataset.document_mask,
+                "eval_fraction": dataset.eval_fraction,
+                "split": dataset.split,
+                "min_length": dataset.min_length,
+                "long_fraction": dataset.long_fraction,
+                "long_length": dataset.long_length,
+            }
+            for (dataset, weight), corpus in zip(mixture.parts, opened, strict=True)
+        ],
+        "rows": [group.plan.num_rows for group in groups],
+        "order": _probe(groups, request),
+    }
+
+
+def fingerprint(description: dict[str, Any]) -> str:
+    """A hash of a description, without the places of the sources: moved data is the same data."""
+    parts = [{k: v for k, v in part.items() if k != "source"} for part in description["parts"]]
+    return hashlib.sha256(json.dumps({**description, "parts": parts}, sort_keys=True).encode()).hexdigest()[
+        :32
+    ]
+
+
+def _probe(groups: tuple[Group, ...], request: Request) -> str:
+    """A hash of the first row numbers, which would show another order in another release of grain."""
+    ids = _row_ids(groups, request)
+    rows = [int(ids[i]) for i in range(min(32, len(ids)))]
+    return hashlib.sha256(repr(rows).encode()).hexdigest()[:16]
+
+
+def _first_difference(old: Any, new: Any, path: str = "") -> str:
+    """Names one setting that differs, the readable ones first."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in new:
+            if key != "source" and old.get(key) != new[key]:
+                return _first_difference(old.get(key), new[key], f"{path}.{key}" if path else key)
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        for i, (a, b) in enumerate(zip(old, new, strict=True)):
+            if _without_source(a) != _without_source(b):
+                return _first_difference(a, b, f"{path}[{i}]")
+    if path.endswith(".tokens"):
+        part = path.removesuffix(".tokens")
+        return f"the files, the tokenizer or the tokenising options of {part} have changed"
+    return f"{path or 'description'} was {old!r:.80} and is {new!r:.80}"
+
+
+def _without_source(value: Any) -> Any:
+    return {k: v for k, v in value.items() if k != "source"} if isinstance(value, dict) else value
+
+
+def _info(groups: tuple[Group, ...], seq_len: int) -> dict[str, Any]:
+    rows = sum(group.plan.num_rows for group in groups)
+    inputs = sum(group.plan.num_inputs for group in groups)
+    return {
+        "documents": sum(group.documents for group in groups),
+        "tokens": sum(group.tokens for group in groups),
+        "rows": rows,
+        "targets": sum(group.plan.num_targets(document_mask=group.document_mask) for group in groups),
+        "fill": inputs / (rows * seq_len),
+        "groups": [
+            {"kind": group.kind, "rows": group.plan.num_rows, "weight": group.weight} for group in groups
+        ],
+    }
+
+
+def _row_ids(groups: tuple[Group, ...], request: Request) -> Any:
+    """The sequence of row numbers as a grain MapDataset: endless and mixed by weight, or each row once."""
+    import grain
+
+    rows = [group.plan.num_rows for group in groups]
+    if not request.repeat:
+        ids = grain.MapDataset.range(sum(rows))
+        if request.shuffle:
+            ids = ids.map_with_index(order.EpochShuffle(0, sum(rows), order.derive(request.seed, "rows")))
+        return ids
+    mixed = []
+    base = 0
+    for number, count in enumerate(rows):
+        ids = grain.MapDataset.range(base, base + count).repeat()
+        if request.shuffle:
+            seed = order.derive(request.seed, "rows", number)
+            ids = ids.map_with_index(order.EpochShuffle(base, count, seed))
+        mixed.append(ids)
+        base += count
+    return mixed[0] if len(mixed) == 1 else grain.MapDataset.mix(mixed, [group.weight for group in groups])
+
+
+def _pipeline(groups: tuple[Group, ...], request: Request, start: int) -> Any:
+    """The grain pipeline of one process from row `start` on."""
+    import grain
+
+    ids = _row_ids(groups, request)[start:]
+    if not request.repeat:
+        padding = -len(ids) % request.global_batch_size
+        if padding:
+            ids = grain.MapDataset.concatenate([ids, grain.MapDataset.source([-1] * padding)])
+    # Consecutive local batches belong to consecutive processes, so the processes' blocks, one after the
+    # other, are the global batch in its order.
+    batches = ids.batch(request.local_batch_size)[request.process_index :: request.process_count]
+    batches = batches.map(Assemble(groups, request.seq_len))
+    reading = grain.ReadOptions(num_threads=request.num_threads, prefetch_buffer_size=2 * request.num_threads)
+    pipeline = batches.to_iter_dataset(reading)
+    if request.num_workers:
+        _mark_flags_parsed()
+        pipeline = pipeline.mp_prefetch(grain.MultiprocessingOptions(num_workers=request.num_workers))
+    return pipeline
+
+
+def _mark_flags_parsed() -> None:
+    """grain's worker processes read absl flags, which raises in programs that never parsed any."""
+    with contextlib.suppress(ImportError):
+        from absl import flags
+
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()

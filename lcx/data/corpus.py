@@ -1,0 +1,129 @@
+"""A tokenised source with its documents divided into a training and an evaluation split."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from jaxtyping import Int
+
+from lcx.data.store import TokenStore
+from lcx.errors import UserError
+
+SPLITS = ("train", "eval")
+SPLIT_RULES = ("hash", "tail")
+
+
+@dataclasses.dataclass(frozen=True)
+class Documents:
+    """Ranges of a token store, one per document; `number` is the document's number in the store."""
+
+    starts: Int[np.ndarray, "documents"]
+    lengths: Int[np.ndarray, "documents"]
+    number: Int[np.ndarray, "documents"]
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.lengths.sum())
+
+    def take(self, which: np.ndarray) -> "Documents":
+        """The documents that an index or a mask selects, in its order."""
+        return Documents(self.starts[which], self.lengths[which], self.number[which])
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """The store of one data set and its two splits, which share no document (nor an exact copy of one)."""
+
+    store: TokenStore
+    train: Documents
+    eval: Documents
+
+    def split(self, name: str) -> Documents:
+        """Raises UserError for a split that does not exist."""
+        if name not in SPLITS:
+            raise UserError(f"split {name!r} does not exist; expected one of {', '.join(SPLITS)}")
+        return self.train if name == "train" else self.eval
+
+    def document_tokens(self, split: str) -> Iterator[Int[np.ndarray, "tokens"]]:
+        """The int32 tokens of each document of a split, in the order of the source."""
+        documents = self.split(split)
+        for start, length in zip(documents.starts.tolist(), documents.lengths.tolist(), strict=True):
+            yield self.store.tokens[start : start + length].astype(np.int32)
+
+    def document_names(self, split: str) -> list[str]:
+        """The name of each document of a split, in the same order."""
+        return [self.store.names[number] for number in self.split(split).number.tolist()]
+
+    def hashes(self, split: str) -> np.ndarray:
+        """The hash of the text of each document of a split."""
+        return np.asarray(self.store.hashes)[self.split(split).number]
+
+
+def without_copies(corpus: Corpus, others: Sequence[Corpus]) -> Corpus:
+    """`corpus` without the training documents whose text is in the evaluation split of one of `others`."""
+    held_out = [other.hashes("eval") for other in others]
+    if not held_out:
+        return corpus
+    copies = np.isin(corpus.hashes("train"), np.concatenate(held_out))
+    return dataclasses.replace(corpus, train=corpus.train.take(~copies))
+
+
+def divide(store: TokenStore, *, eval_fraction: float, rule: str, min_length: int = 0) -> Corpus:
+    """Divides the documents of a store.
+
+    Args:
+      eval_fraction: 0 puts everything in the training split, 1 everything in the evaluation split; in
+        between, each split gets at least one document (by "hash": one distinct text) where there are two.
+      rule: "hash" decides by a hash of the text, so a document stays on its side when others are added and
+        copies are never divided; "tail" takes the last documents of the source (0.2 trains on the first 80%).
+      min_length: documents with fewer tokens are in neither split.
+
+    A source that is one document (a text file, a genome) is cut: its tail is the evaluation split. Training
+    documents whose text also occurs in the evaluation split are left out.
+    """
+    starts, lengths = np.asarray(store.offsets[:-1]), np.diff(store.offsets)
+    everything = Documents(starts, lengths, np.arange(len(starts)))
+    documents = everything.take(lengths >= min_length)
+    if not len(documents):
+        raise UserError(
+            f"all {store.num_documents} documents are shorter than Dataset.min_length={min_length} tokens;"
+            " lower it"
+        )
+    nothing = documents.take(np.zeros(0, int))
+    if eval_fraction <= 0:
+        return Corpus(store, documents, nothing)
+    if eval_fraction >= 1:
+        return Corpus(store, nothing, documents)
+    if len(documents) == 1:
+        return Corpus(store, *_cut(documents, eval_fraction))
+    hashes = np.asarray(store.hashes)[documents.number]
+    held_out = (
+        _by_hash(hashes, eval_fraction) if rule == "hash" else _by_position(len(documents), eval_fraction)
+    )
+    copies = ~held_out & np.isin(hashes, hashes[held_out])
+    return Corpus(store, documents.take(~held_out & ~copies), documents.take(held_out))
+
+
+def _cut(documents: Documents, eval_fraction: float) -> tuple[Documents, Documents]:
+    length = int(documents.lengths[0])
+    tail = min(max(1, round(length * eval_fraction)), length - 1)
+    head = dataclasses.replace(documents, lengths=documents.lengths - tail)
+    rest = dataclasses.replace(documents, starts=documents.starts + length - tail, lengths=np.array([tail]))
+    return (head, rest) if length > 1 else (documents, documents.take(np.zeros(0, int)))
+
+
+def _by_hash(hashes: np.ndarray, eval_fraction: float) -> np.ndarray:
+    held_out = hashes < np.uint64(min(int(eval_fraction * 2.0**64), 2**64 - 1))
+    distinct = np.unique(hashes)
+    if len(distinct) > 1:  # with few documents, chance may leave a side empty
+        held_out |= hashes == distinct[0]
+        held_out &= hashes != distinct[-1]
+    return held_out
+
+
+def _by_position(count: int, eval_fraction: float) -> np.ndarray:
+    tail = min(max(1, round(count * eval_fraction)), count - 1)
+    return np.arange(count) >= count - tail

@@ -1,0 +1,369 @@
+"""The token store: documents tokenised once, in a memory-mapped file that is found again by a fingerprint of
+its inputs.
+
+A store is a folder named by its fingerprint. It is written beside its final place and renamed when complete,
+so a killed run leaves no half store behind; it is checked again when opened, and rebuilt when it was damaged.
+Everything in it can be made again from the source, so the cache folder may be deleted at any time.
+"""
+
+import dataclasses
+import errno
+import functools
+import hashlib
+import json
+import os
+import shutil
+import socket
+import tempfile
+import time
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from jaxtyping import Int
+
+from lcx.data import sources
+from lcx.data import tokenizers as tok
+from lcx.errors import UserError
+
+_VERSION = 1  # raise it when a store built from the same inputs would hold something else
+_BLOCK = 4 << 20  # bytes per checksum
+_CHECKED_BLOCKS = 64  # checked when a store is opened: all of a small one, a sample of a large one
+_CHUNK_CHARACTERS = 8 << 20  # text tokenised at a time
+_REMEMBERED = 64 << 20  # files at least this large have their hash remembered
+_SETTLED_NS = 2_000_000_000  # a file changed this shortly before it was hashed may change again unseen
+_ABANDONED_SECONDS = 24 * 3600
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenStore:
+    """Tokenised documents, end to end.
+
+    Attributes:
+      offsets: [D + 1]; document d is tokens[offsets[d]:offsets[d + 1]], BOS and EOS included.
+      hashes: [D] uint64, a hash of the text of each document: equal text, equal hash.
+      max_id: the largest id that occurs.
+    """
+
+    folder: Path
+    fingerprint: str
+    dtype: str
+    offsets: Int[np.ndarray, "documents+1"]
+    hashes: Int[np.ndarray, "documents"]
+    max_id: int
+
+    @functools.cached_property
+    def tokens(self) -> Int[np.ndarray, "tokens"]:
+        """All tokens, memory-mapped: only what is read is loaded."""
+        return np.memmap(self.folder / "tokens.bin", dtype=self.dtype, mode="r")
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A memory map would be pickled as a copy of the whole corpus: the reader maps the file itself.
+        return {key: value for key, value in self.__dict__.items() if key != "tokens"}
+
+    @property
+    def num_documents(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.offsets[-1])
+
+    @functools.cached_property
+    def names(self) -> list[str]:
+        return (self.folder / "names.txt").read_text(encoding="utf-8").splitlines()
+
+
+def cache_folder(cache_dir: str | None) -> Path:
+    """`cache_dir`, else $LCX_CACHE, else the user's cache folder."""
+    if cache_dir or os.environ.get("LCX_CACHE"):
+        return Path(cache_dir or os.environ["LCX_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lcx"
+
+
+def open_store(
+    files: Sequence[sources.SourceFile],
+    tokenizer: tok.Tokenizer,
+    *,
+    text_field: str = "text",
+    separator: str | None = None,
+    add_bos: bool = False,
+    add_eos: bool = False,
+    cache_dir: str | None = None,
+) -> TokenStore:
+    """Opens the store of these inputs, building it first where there is none (with a progress bar on a
+    terminal).
+
+    The fingerprint covers names, sizes and contents of the files, the tokenizer and the options, so a changed
+    file is another store. Folders and time stamps do not matter: a moved data set is the same data.
+
+    Raises:
+      UserError: an input cannot be read, there is no text in it, or the cache folder cannot be written (full
+        disk).
+    """
+    root = cache_folder(cache_dir)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _cache_error(root, error) from error
+    options = {"text_field": text_field, "separator": separator, "add_bos": add_bos, "add_eos": add_eos}
+    inputs = {
+        "version": _VERSION,
+        "files": [
+            [file.name, file.format, file.document, *content] for file, content in _hashed(files, root)
+        ],
+        "tokenizer": tok.identity(tokenizer),
+        **options,
+    }
+    fingerprint = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:32]
+    folder = root / fingerprint
+    if (store := _read_store(folder, fingerprint)) is not None:
+        return store
+    documents = sources.read_documents(tuple(files), text_field=text_field, separator=separator)
+    before, after = _special_ids(tokenizer, add_bos, add_eos)
+    size = sum(os.path.getsize(file.path) for file in files)
+    _remove_abandoned(root)
+    partial = Path(
+        _guard(
+            root,
+            tempfile.mkdtemp,
+            prefix=f"{fingerprint}.{socket.gethostname()}.",
+            suffix=".partial",
+            dir=root,
+        )
+    )
+    try:
+        _write(partial, fingerprint, documents, tokenizer, before, after, size)
+        _publish(partial, folder)
+    except OSError as error:
+        raise _cache_error(root, error) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    store = _read_store(folder, fingerprint)
+    if store is None:
+        raise UserError(
+            f"the token cache {folder} does not read back as written; set Dataset.cache_dir to another disk"
+        )
+    return store
+
+
+def _guard(root: Path, function: Any, **arguments: Any) -> Any:
+    try:
+        return function(**arguments)
+    except OSError as error:
+        raise _cache_error(root, error) from error
+
+
+def _cache_error(root: Path, error: OSError) -> UserError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        free = shutil.disk_usage(root).free >> 20
+        return UserError(
+            f"the disk is full ({free} MiB free) while writing the token cache in {root}; free some space,"
+            " or set"
+            " Dataset.cache_dir (or LCX_CACHE) to another disk"
+        )
+    return UserError(
+        f"cannot write the token cache in {root}: {error.strerror}; set Dataset.cache_dir (or LCX_CACHE) to"
+        " a folder"
+        " that can be written"
+    )
+
+
+def _special_ids(tokenizer: tok.Tokenizer, add_bos: bool, add_eos: bool) -> tuple[np.ndarray, np.ndarray]:
+    ids = []
+    for name, wanted, value in (("bos", add_bos, tokenizer.bos_id), ("eos", add_eos, tokenizer.eos_id)):
+        if wanted and value is None:
+            raise UserError(
+                f"Dataset.add_{name}=True but the tokenizer has no {name.upper()} id; set add_{name}=False"
+            )
+        ids.append(np.array([value] if wanted else [], np.int32))
+    return ids[0], ids[1]
+
+
+def _hashed(
+    files: Sequence[sources.SourceFile], root: Path
+) -> Iterator[tuple[sources.SourceFile, tuple[int, str]]]:
+    """Each file with (size, SHA-256). Hashes of large files are remembered by path, size, inode and time
+    stamps."""
+    memory = root / "file_hashes.json"
+    try:
+        known = json.loads(memory.read_text())
+    except (OSError, ValueError):
+        known = {}
+    changed = False
+    for file in files:
+        try:
+            stat = os.stat(file.path)
+            key = [stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns]
+            path = os.path.abspath(file.path)
+            entry = known.get(path)
+            if entry is None or entry[0] != key:
+                now = time.time_ns()
+                with open(file.path, "rb") as stream:
+                    entry = [key, hashlib.file_digest(stream, "sha256").hexdigest()]
+                if stat.st_size >= _REMEMBERED and now - stat.st_ctime_ns > _SETTLED_NS:
+                    known[path], changed = entry, True
+        except OSError as error:
+            raise UserError(f"cannot read {file.path}: {error.strerror}; check Dataset.source") from error
+        yield file, (stat.st_size, entry[1])
+    if changed:
+        partial = memory.with_suffix(f".{os.getpid()}.partial")
+        try:
+            partial.write_text(json.dumps(known))
+            os.replace(partial, memory)
+        except OSError:  # a lost memory costs time, nothing else
+            partial.unlink(missing_ok=True)
+
+
+class _TokenWriter:
+    """Appends token arrays to a file, with a checksum for every block of it."""
+
+    def __init__(self, stream: BinaryIO, dtype: str):
+        self.stream, self.dtype = stream, dtype
+        self.checksums: list[int] = []
+        self.max_id = 0
+        self._buffer = bytearray()
+
+    def append(self, ids: np.ndarray) -> None:
+        top, low = int(ids.max()), int(ids.min())
+        if top > np.iinfo(self.dtype).max or low < 0:
+            raise UserError(
+                f"the tokenizer gave ids {low} .. {top}, more than its vocab_size announces; check it"
+            )
+        self.max_id = max(self.max_id, top)
+        self._buffer += ids.astype(self.dtype).tobytes()
+        while len(self._buffer) >= _BLOCK:
+            self._flush(_BLOCK)
+
+    def _flush(self, size: int) -> None:
+        block = bytes(self._buffer[:size])
+        del self._buffer[:size]
+        self.checksums.append(zlib.crc32(block))
+        self.stream.write(block)
+
+    def finish(self) -> None:
+        if self._buffer:
+            self._flush(len(self._buffer))
+        self.stream.flush()
+        os.fsync(self.stream.fileno())
+
+
+def _chunks(documents: Iterator[sources.Document]) -> Iterator[list[sources.Document]]:
+    """Documents in groups of a few million characters: enough for threads to share, little to hold."""
+    chunk: list[sources.Document] = []
+    characters = 0
+    for document in documents:
+        chunk.append(document)
+        characters += len(document.text)
+        if characters >= _CHUNK_CHARACTERS:
+            yield chunk
+            chunk, characters = [], 0
+    if chunk:
+        yield chunk
+
+
+def _write(
+    folder: Path,
+    fingerprint: str,
+    documents: Iterator[sources.Document],
+    tokenizer: tok.Tokenizer,
+    before: np.ndarray,
+    after: np.ndarray,
+    size: int,
+) -> None:
+    """Writes the files of a store into `folder`; meta.json, which makes it valid, comes last."""
+    from tqdm import tqdm
+
+    dtype = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
+    lengths: list[int] = []
+    hashes: list[int] = []
+    bar = tqdm(total=size, desc="tokenising", unit="B", unit_scale=True, disable=None, delay=1.0)
+    names = open(folder / "names.txt", "w", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
+    with open(folder / "tokens.bin", "wb") as stream, names, bar:
+        writer = _TokenWriter(stream, dtype)
+        for chunk in _chunks(documents):
+            for document, ids in zip(chunk, tok.encode_all(tokenizer, [d.text for d in chunk]), strict=True):
+                whole = np.concatenate([before, ids, after])
+                if not len(ids):
+                    continue
+                writer.append(whole)
+                lengths.append(len(whole))
+                digest = hashlib.blake2b(document.text.encode(), digest_size=8).digest()
+                hashes.append(int.from_bytes(digest, "little"))
+                names.write(" ".join(document.name.split()) + "\n")
+            bar.update(chunk[-1].bytes_read - bar.n)
+        writer.finish()
+    if not lengths:
+        raise UserError("the data source holds no text: every document is empty; check Dataset.source")
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype("<i8")
+    index = np.concatenate([offsets, np.array(hashes, "<u8").view("<i8")])
+    index.tofile(folder / "documents.bin")
+    meta = {
+        "fingerprint": fingerprint,
+        "dtype": dtype,
+        "num_documents": len(lengths),
+        "num_tokens": int(offsets[-1]),
+        "max_id": writer.max_id,
+        "documents_crc32": zlib.crc32(index.tobytes()),
+        "block_crc32": writer.checksums,
+    }
+    (folder / "meta.json").write_text(json.dumps(meta))
+
+
+def _publish(partial: Path, folder: Path) -> None:
+    """Renames a complete store to its place; another process may have been faster, with the same content."""
+    for _ in range(2):
+        try:
+            os.rename(partial, folder)
+            return
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+                raise
+            if _read_store(folder, folder.name) is not None:
+                return
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove_abandoned(root: Path) -> None:
+    """Half stores of killed processes, once they are surely dead."""
+    for folder in root.glob("*.partial"):
+        try:
+            if folder.is_dir() and time.time() - folder.stat().st_mtime > _ABANDONED_SECONDS:
+                shutil.rmtree(folder, ignore_errors=True)
+        except OSError:
+            continue
+
+
+def _read_store(folder: Path, fingerprint: str) -> TokenStore | None:
+    """The store in `folder`, or None where there is none or it is damaged (it is then built again)."""
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        count, dtype = meta["num_documents"], meta["dtype"]
+        index = np.fromfile(folder / "documents.bin", "<i8")
+        expected = meta["num_tokens"] * np.dtype(dtype).itemsize
+        sound = (
+            meta["fingerprint"] == fingerprint
+            and len(index) == 2 * count + 1
+            and zlib.crc32(index.tobytes()) == meta["documents_crc32"]
+            and os.path.getsize(folder / "tokens.bin") == expected
+            and _blocks_match(folder / "tokens.bin", meta["block_crc32"])
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if not sound:
+        return None
+    offsets, hashes = index[: count + 1], index[count + 1 :].view("<u8")
+    return TokenStore(folder, fingerprint, dtype, offsets, hashes, meta["max_id"])
+
+
+def _blocks_match(path: Path, checksums: list[int]) -> bool:
+    """Compares every block of a small file, evenly spaced ones (with both ends) of a large one."""
+    chosen = np.unique(np.linspace(0, len(checksums) - 1, min(len(checksums), _CHECKED_BLOCKS)).astype(int))
+    with open(path, "rb") as stream:
+        for block in chosen.tolist():
+            stream.seek(block * _BLOCK)
+            if zlib.crc32(stream.read(_BLOCK)) != checksums[block]:
+                return False
+    return True
