@@ -1,0 +1,218 @@
+"""gin, and the command lines built on it. Nothing outside this folder imports gin.
+
+A `.gin` file names functions and classes by their Python modules and sets their parameters. It needs no
+decorator in the code, so a class of your own package is used by importing it in the file:
+
+    from __gin__ import dynamic_registration
+    from lcx import trainer
+    from my_package import my_mixer
+
+    trainer.train.job = @trainer.Trainer()
+    trainer.Trainer.steps = 800
+
+`include 'other.gin'` is looked up beside the including file first. On the command line
+`--gin.trainer.Trainer.steps=10`, or any shorter name that is unambiguous (`--gin.Trainer.steps=10`), wins
+over the files; `--gin.MACRO=10` sets a macro. A .gin file is code: it imports what it names and calls what it
+writes with `()`, so run only files that you trust.
+
+Every binding is checked against the annotations before anything is built, all mistakes are reported at once
+with file and line, and bindings without effect are named at the end of the run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import importlib
+import inspect
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+import gin
+from gin import config as gin_config
+from gin import config_parser
+
+from lcx.config import checking, reading
+from lcx.config import flags as flags_lib
+from lcx.config.environment import setup_jax
+from lcx.config.flags import json_object, parser
+from lcx.errors import UserError
+
+__all__ = [
+    "ConfigError",
+    "config_text",
+    "json_object",
+    "operative_config",
+    "parse",
+    "parser",
+    "run",
+    "setup_jax",
+]
+
+
+class ConfigError(UserError):
+    """Mistakes in .gin files or --gin flags, one line each in `problems`."""
+
+    def __init__(self, problems: Sequence[str]):
+        super().__init__("\n".join(problems))
+        self.problems = tuple(problems)
+
+
+def run(parser: argparse.ArgumentParser, target: str, argv: Sequence[str] | None = None) -> int:
+    """Reads flags and .gin files, checks them, then calls `target`; returns the exit status.
+
+    Bad input is one line on stderr and status 2, Ctrl-C is 130; whatever is unexpected keeps its traceback.
+
+    Args:
+      parser: from `parser`, with the verb's own flags added.
+      target: "module:function", imported only when the flags and the .gin files are right. It is called with
+        the flags that were given, and with .gin bindings of the function for the rest. A parameter
+        `config_text` gets the whole configuration as text, `operative_config` a function that returns what
+        was used so far.
+      argv: the arguments; sys.argv by default.
+    """
+    try:
+        flags = flags_lib.read(parser, sys.argv[1:] if argv is None else argv)
+    except SystemExit as stop:  # --help, or a flag that was refused with an explanation
+        return stop.code if isinstance(stop.code, int) else 0
+    setup_jax()
+    try:
+        status = _run(flags, target)
+    except (KeyboardInterrupt, UserError, OSError) as error:
+        if flags.debug:
+            raise
+        status = _report(error)
+    except Exception:
+        if _is_distributed():
+            traceback.print_exc()
+            _leave(1)
+        raise
+    return _leave(status) if status and _is_distributed() else status
+
+
+def parse(
+    files: Sequence[str], bindings: Sequence[tuple[str, str]] = (), *, target: str | None = None
+) -> reading.Source:
+    """Replaces gin's configuration by `files`, then `bindings`; checks it and locks it.
+
+    Args:
+      files: paths of .gin files, later ones win.
+      bindings: (name, value text) pairs, as --gin.name=value gives them.
+      target: the "module:function" that will run. Its parameters can be bound without any file, and
+        everything that it will build is checked for missing parameters.
+
+    Raises:
+      ConfigError: with every mistake found, not just the first.
+    """
+    gin.clear_config()
+    gin_config._IMPORTS.add(_DYNAMIC)  # so that `config_text` names modules even when no file did
+    source = reading.Source(target)
+    for file in files:
+        source.read_file(file, None)
+    source.read_flags(bindings)
+    if not source.incomplete:
+        checking.check(source)
+    if not source.problems:
+        for warning in source.warnings:
+            print(f"warning: {warning}", file=sys.stderr)
+        gin.finalize()
+        return source
+    raise ConfigError(source.report())
+
+
+_DYNAMIC = config_parser.ImportStatement(
+    "__gin__.dynamic_registration",
+    is_from=True,
+    alias=None,
+    location=config_parser.Location(None, 0, None, ""),
+)
+
+
+def config_text() -> str:
+    """The whole configuration as one .gin file without includes; parsing it gives the same configuration."""
+    return gin.config_str(max_line_length=100)
+
+
+def operative_config() -> str:
+    """What has been used so far, defaults included, as a .gin file."""
+    return gin.operative_config_str(max_line_length=100)
+
+
+def _run(flags: flags_lib.Flags, target: str) -> int:
+    source = parse(flags.gin_files, flags.bindings, target=target)
+    module, _, name = target.partition(":")
+    function = getattr(importlib.import_module(module), name)
+    result = function(**_arguments(function, flags.own))
+    for warning in checking.without_effect(source, flags.own):
+        print(f"warning: {warning}", file=sys.stderr)
+    return result if type(result) is int else 0
+
+
+def _arguments(function: Callable, flags: dict[str, Any]) -> dict[str, Any]:
+    """The keyword arguments of the target: built from its bindings, flags win.
+
+    The target is then called without gin around it, because gin rewrites the exceptions that pass through it.
+    """
+    parameters = inspect.signature(function).parameters
+    known = gin_config._inverse_lookup(function)
+    bound = gin_config._get_bindings(known.selector) if known else {}
+    bound = {name: value for name, value in bound.items() if name not in flags}
+    if known:
+        gin_config._OPERATIVE_CONFIG.setdefault(("", known.selector), {}).update(bound)
+    missing = [
+        n for n, p in parameters.items() if p.default is p.empty and n not in {*bound, *flags, *_TEXTS}
+    ]
+    if missing:
+        where = f"{function.__module__.rpartition('.')[2]}.{function.__name__}"
+        raise ConfigError([f"nothing sets {name!r}: bind {where}.{name} in a --gin_file" for name in missing])
+    try:
+        built = copy.deepcopy(bound)  # copying a reference is how gin builds what it refers to
+    except (UserError, TypeError, ValueError) as error:
+        raise ConfigError([_one_line(error)]) from error
+    texts = {name: text() for name, text in _TEXTS.items() if name in parameters}
+    return texts | built | flags
+
+
+_TEXTS: dict[str, Callable[[], Any]] = {
+    "config_text": config_text,
+    "operative_config": lambda: operative_config,
+}
+
+
+def _report(error: BaseException) -> int:
+    if isinstance(error, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+        return 130
+    if isinstance(error, BrokenPipeError):  # the reader of our output left, as `head` does: not an error
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    prefix = "config error" if isinstance(error, ConfigError) else "error"
+    for line in error.problems if isinstance(error, ConfigError) else [_one_line(error)]:
+        print(f"{prefix}: {line}", file=sys.stderr)
+    return 2
+
+
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename is not None else error.strerror
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    built = re.search(r"In call to configurable '(\w+)'", str(error))
+    return f"{built[1]}: {line}" if built else line
+
+
+def _is_distributed() -> bool:
+    jax = sys.modules.get("jax")
+    return jax is not None and jax.distributed.is_initialized()
+
+
+def _leave(status: int) -> NoReturn:
+    """One process of several that fails must not wait at exit for the others: they may never come."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

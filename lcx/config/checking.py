@@ -1,0 +1,148 @@
+"""Checks a configuration that has been read: types, macros, missing parameters.
+
+After the run, names the bindings that had no effect.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import gin
+from gin import config as gin_config
+
+from lcx.config import names, typecheck
+from lcx.config.flags import hint
+from lcx.config.reading import MACRO, Key, Source, spell
+
+
+def check(source: Source) -> None:
+    """Adds every mistake to `source.problems`; converts values (list to tuple) as annotations ask."""
+    for (scope, selector), bound in list(gin_config._CONFIG.items()):
+        hints = typecheck.annotations(gin_config._REGISTRY[selector].wrapped)
+        for name, value in list(bound.items()):
+            key = (scope, selector, name)
+            inlined = _inline(value, key, source)
+            if selector == MACRO:  # a macro has the type of each place that uses it
+                continue
+            try:
+                fitted = typecheck.fit(inlined, hints.get(name, Any), _promise)
+            except typecheck.Mismatch as error:
+                source.problem(f"{spell(key)}: {error}", source.places.get(key))
+                continue
+            if repr(fitted) != repr(inlined):
+                bound[name] = fitted
+    _check_flag_macros(source)
+    if source.target is not None and not source.problems:
+        _check_missing(source)
+
+
+def _promise(value: Any) -> typecheck.Promise | None:
+    if isinstance(value, names.Unresolved):
+        return typecheck.Promise(lambda: None, called=True)
+    if isinstance(value, gin_config.ConfigurableReference):
+        return typecheck.Promise(value.configurable.wrapped, called=value.evaluate)
+    return None
+
+
+def _inline(value: Any, key: Key, source: Source, chain: tuple[Key, ...] = ()) -> Any:
+    """`value` with macros and constants replaced by their values; `key` is the binding that holds it."""
+    if isinstance(value, dict):
+        return {name: _inline(item, key, source, chain) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_inline(item, key, source, chain) for item in value)
+    if not isinstance(value, gin_config.ConfigurableReference):
+        return value
+    if value.configurable.wrapped is gin_config._retrieve_constant:
+        constant = value.scoped_configurable_fn()
+        if constant is not gin.REQUIRED:
+            return constant
+        source.problem(f"{spell(key)} must be set", source.places.get(key))
+        return names.Unresolved()
+    if value.configurable.selector != MACRO:
+        return value
+    macro = ("/".join(value.scopes), MACRO, "value")
+    bound = gin_config._get_bindings(MACRO, value.scopes)
+    if macro in chain:
+        source.problem(f"macro {spell(macro)} is defined by itself", source.places.get(macro))
+    elif "value" in bound:
+        return _inline(bound["value"], macro, source, (*chain, macro))
+    else:
+        defined = [scope for scope, selector in gin_config._CONFIG if selector == MACRO]
+        source.problem(
+            f"macro {spell(macro)} is not defined{hint(macro[0], defined)}", source.places.get(key)
+        )
+    return names.Unresolved()
+
+
+def _check_flag_macros(source: Source) -> None:
+    """A macro set on the command line that no file knows is a typo."""
+    known = source.macros | {
+        "/".join(reference.scopes)
+        for reference in gin_config.iterate_references(gin_config._CONFIG)
+        if reference.configurable.selector == MACRO
+    }
+    for (scope, selector, _), place in source.places.items():
+        if selector == MACRO and place.startswith("--gin.") and scope not in known:
+            source.problem(f"no .gin file has a macro {scope}{hint(scope, known)}", place)
+
+
+def _check_missing(source: Source) -> None:
+    """Follows what the target will build, as gin will, and reports parameters that nothing sets."""
+    module, _, function = str(source.target).partition(":")
+    todo: list[tuple[str, tuple[str, ...]]] = [
+        (selector, ())
+        for selector, configurable in gin_config._REGISTRY.items()
+        if configurable.wrapped.__module__ == module and configurable.wrapped.__qualname__ == function
+    ]
+    seen = set(todo)
+    while todo:
+        selector, scopes = todo.pop()
+        for name, value in gin_config._get_bindings(selector, list(scopes)).items():
+            place = _place(source, scopes, selector, name)
+            inlined = _inline(value, ("", selector, name), source)
+            for reference in gin_config.iterate_references([inlined]):
+                reached = (reference.configurable.selector, tuple(reference.scopes) or scopes)
+                if reference.evaluate:
+                    _report_missing(source, *reached, place)
+                if reached not in seen:
+                    seen.add(reached)
+                    todo.append(reached)
+
+
+def _report_missing(source: Source, selector: str, scopes: tuple[str, ...], place: str | None) -> None:
+    configurable = gin_config._REGISTRY[selector]
+    bound = gin_config._get_bindings(selector, list(scopes))
+    for name, parameter in inspect.signature(configurable.wrapped).parameters.items():
+        variadic = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        if parameter.default is parameter.empty and not variadic and name not in bound:
+            key = ("/".join(scopes), selector, name)
+            message = f"{configurable.name} needs {name!r}: set {spell(key)}"
+            if place not in source.problems.get(message, ()):
+                source.problem(message, place)
+
+
+def _place(source: Source, scopes: tuple[str, ...], selector: str, name: str) -> str | None:
+    keys = [("/".join(scopes[:depth]), selector, name) for depth in range(len(scopes), -1, -1)]
+    return next((source.places[key] for key in keys if key in source.places), None)
+
+
+def without_effect(source: Source, flags: dict[str, Any]) -> list[str]:
+    """Bindings that changed nothing in the run that just ended, one line each.
+
+    Macros are left out: one that only an overridden binding used is no mistake.
+    """
+    lines = []
+    for key, place in source.places.items():
+        scope, selector, name = key
+        if selector == MACRO:
+            continue
+        used = any(
+            name in values
+            for (where, other), values in gin_config._OPERATIVE_CONFIG.items()
+            if other == selector and (not scope or f"{where}/".startswith(f"{scope}/"))
+        )
+        if not used:
+            reason = f"--{name} was given" if name in flags else "nothing used it"
+            lines.append(f"{spell(key)} had no effect: {reason} ({place})")
+    return lines

@@ -1,0 +1,90 @@
+"""The flags of the command lines: argparse with one-line errors and near misses named."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import inspect
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple, NoReturn
+
+
+class Flags(NamedTuple):
+    """One command line: the verb's own flags, the .gin files, and --gin.name=value as (name, value) pairs."""
+
+    own: dict[str, Any]
+    gin_files: list[str]
+    bindings: list[tuple[str, str]]
+    debug: bool
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:  # one line; argparse alone prints the whole usage before it
+        self.exit(2, f"error: {message} (--help explains the flags)\n")
+
+
+def parser(description: str | None, *, gin: bool = True) -> argparse.ArgumentParser:
+    """An argument parser with the flags that all verbs share.
+
+    A flag without a default of its own is left out of the call when it is not given, so that the default in
+    the target's signature, or the one bound in a .gin file, holds.
+
+    Args:
+      description: shown by --help, line breaks kept; usually the module's docstring, with two examples.
+      gin: whether the command takes --gin_file and --gin.NAME=VALUE.
+    """
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    parser = _Parser(
+        prog=f"python -m {spec.name.removesuffix('.__main__')}" if spec else None,
+        description=inspect.cleandoc(description or ""),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of every error")
+    if gin:
+        group = parser.add_argument_group("configuration")
+        group.add_argument(
+            "--gin_file", action="append", metavar="PATH", help="a .gin file; repeat it, later ones win"
+        )
+        explained = "set a parameter or a macro, as in --gin.Trainer.steps=10; wins over the files"
+        group.add_argument("--gin.NAME", metavar="VALUE", help=explained)
+    return parser
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """A flag's type: a JSON object, as in --rope_scaling='{"rope_type": "yarn", "factor": 4.0}'."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"not JSON ({error}): {text!r}") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f'expected a JSON object like {{"factor": 4.0}}, found {text!r}')
+    return value
+
+
+def read(parser: argparse.ArgumentParser, argv: Sequence[str]) -> Flags:
+    """Splits the command line. Exits (SystemExit) after --help and after a flag that does not parse."""
+    options = parser._option_string_actions
+    bindings, rest = [], []
+    for argument in argv:
+        if argument.startswith("--gin.") and "--gin_file" in options:
+            name, equals, value = argument.removeprefix("--gin.").partition("=")
+            if not equals or not name.strip():
+                parser.error(f"{argument}: expected --gin.NAME=VALUE")
+            bindings.append((name.strip(), value))
+        else:
+            rest.append(argument)
+    known, unknown = parser.parse_known_args(rest)
+    if unknown:
+        parser.error(f"unknown argument {unknown[0]!r}{hint(unknown[0].partition('=')[0], options)}")
+    own = vars(known)
+    return Flags(gin_files=own.pop("gin_file", []), debug=own.pop("debug", False), own=own, bindings=bindings)
+
+
+def hint(name: str, known: Iterable[object]) -> str:
+    """`; did you mean X?` with the closest of the known names, or nothing."""
+    close = difflib.get_close_matches(name, [str(item) for item in known], n=2, cutoff=0.6)
+    return f"; did you mean {' or '.join(dict.fromkeys(close))}?" if close else ""

@@ -1,0 +1,150 @@
+"""What a name in a .gin file or in a --gin flag refers to, and what to say when it refers to nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util  # gin 0.5.0 uses it without importing it
+import pkgutil
+import re
+import sys
+from typing import Any
+
+import gin
+from gin import config as gin_config
+from gin import config_parser
+
+from lcx.config.flags import hint
+
+
+class Unresolved:
+    """Takes the place of a reference that names nothing, so that reading goes on to the next mistake."""
+
+    def __init__(self, message: str = ""):
+        self.message = message
+
+
+class Delegate(gin_config.ParserDelegate):
+    """Makes gin's references while a file is parsed; those that fail become `Unresolved`."""
+
+    def configurable_reference(self, scoped_selector: str, evaluate: bool) -> Any:
+        try:
+            look_up(scoped_selector.rpartition("/")[2])
+        except LookupError as error:
+            return Unresolved(str(error.args[0]))
+        return super().configurable_reference(scoped_selector, evaluate)
+
+
+class FlagContext(gin_config.ParseContext):
+    """How names on the command line resolve.
+
+    Any unambiguous ending of a name that the files used, an attribute of a module that a file imported, the
+    target and its module, or a full dotted path.
+    """
+
+    def __init__(self, target: str | None):
+        super().__init__()
+        self._target = target or ""
+        self._enable_dynamic_registration()
+        for statement in gin_config._IMPORTS:
+            if not statement.module.startswith("__gin__"):
+                self.process_import(statement)
+
+    def get_configurable(self, selector: str) -> gin_config.Configurable | None:
+        known = gin_config._REGISTRY.get_match(selector)
+        if known is not None:
+            return known
+        with contextlib.suppress(NameError, AttributeError):
+            return super().get_configurable(selector)
+        found = self._from_target(selector) or _from_path(selector)
+        if found is None:
+            return None
+        if gin_config._inverse_lookup(found) is None:
+            gin.external_configurable(found, module=found.__module__)
+        return gin_config._inverse_lookup(found)
+
+    def _from_target(self, selector: str) -> Any:
+        module, _, function = self._target.partition(":")
+        first, _, rest = selector.partition(".")
+        if first == module.rpartition(".")[2]:
+            return getattr(importlib.import_module(module), rest, None)
+        return getattr(importlib.import_module(module), function) if selector == function else None
+
+
+def _from_path(selector: str) -> Any:
+    if "." in selector and importlib.util.find_spec(selector.partition(".")[0]) is not None:
+        with contextlib.suppress(ImportError, AttributeError):
+            return pkgutil.resolve_name(selector)
+    return None
+
+
+def look_up(selector: str) -> gin_config.Configurable:
+    """What `selector` names in the file or flag being read; LookupError carries a message for the user."""
+    context = gin_config._parse_context()
+    try:
+        found = context.get_configurable(selector)
+    except KeyError:
+        fits = " or ".join(sorted(gin_config._REGISTRY.matching_selectors(selector)))
+        raise LookupError(f"{selector!r} is ambiguous: write more of {fits}") from None
+    except NameError:
+        raise LookupError(_not_imported(context, selector)) from None
+    except AttributeError:
+        raise LookupError(_no_attribute(context, selector)) from None
+    except (TypeError, ValueError) as error:
+        raise LookupError(f"{selector!r} cannot be configured: {str(error).splitlines()[0]}") from None
+    if found is not None:
+        return found
+    names = [name.rpartition(".")[2] for name, _ in gin_config._REGISTRY.items()]
+    close = hint(selector.rpartition(".")[2], names)
+    if not close and not isinstance(context, FlagContext):
+        close = "; start the file with `from __gin__ import dynamic_registration` and import its module"
+    raise LookupError(f"nothing is called {selector!r}{close}")
+
+
+def _not_imported(context: gin_config.ParseContext, selector: str) -> str:
+    first = selector.partition(".")[0]
+    if first == selector:
+        known = gin_config._REGISTRY.matching_selectors(selector)
+        example = ".".join(known[0].split(".")[-2:]) if known else f"module.{selector}"
+        return f"{selector!r}: write its module too, as in {example}"
+    imported = [name for name in context._symbol_table if name != "gin"]
+    close = hint(first, imported) or f"; import it, as in `from lcx import {first}`"
+    return f"{first!r} is not imported in this file{close}"
+
+
+def _no_attribute(context: gin_config.ParseContext, selector: str) -> str:
+    first, *rest = selector.split(".")
+    holder = context._symbol_table[first]
+    for name in rest:
+        if not hasattr(holder, name):
+            public = [other for other in dir(holder) if not other.startswith("_")]
+            return f"{getattr(holder, '__name__', first)} has no {name!r}{hint(name, public)}"
+        holder = getattr(holder, name)
+    return f"{selector!r} is neither a function nor a class"
+
+
+def explain_import(statement: config_parser.ImportStatement, error: ImportError) -> str:
+    missing = getattr(error, "name", None)
+    if not missing or not f"{statement.module}.".startswith(f"{missing}."):
+        return f"importing {statement.module} failed: {error}"  # the module exists and lacks something itself
+    parent, _, name = missing.rpartition(".")
+    if parent and not hasattr(sys.modules.get(parent), "__path__"):
+        where, _, what = parent.rpartition(".")
+        line = f"from {where} import {what}" if where else f"import {what}"
+        return f"{missing} is not a module; write `{line}` and use {what}.{name}"
+    paths = sys.modules[parent].__path__ if parent else None
+    return f"no module named {missing!r}{hint(name, [module.name for module in pkgutil.iter_modules(paths)])}"
+
+
+def explain_syntax(error: SyntaxError, origin: str) -> str:
+    """`origin` is the file, or the flag, whose shell needs a second pair of quotes."""
+    token = re.search(r"Failed to parse token '(.*)'", str(error.msg), re.DOTALL)
+    if token:
+        name = token[1]
+        if name.lower() in ("true", "false", "none"):
+            return f"{name} is not a value; write {name.capitalize()}"
+        text = f"{origin}=\"'{name}'\"" if origin.startswith("--gin.") else f"'{name}'"
+        return f"{name} is not a value; write {text} for text, %{name} for a macro, @module.{name} to refer"
+    if str(error.msg).startswith("Expected newline"):
+        return "one value was expected and nothing after it; gin has no arithmetic, write the result"
+    return str(error.msg).splitlines()[0]

@@ -1,0 +1,192 @@
+"""Reads .gin files and --gin flags into gin, statement by statement.
+
+Remembers where each binding was written, and collects mistakes instead of stopping at the first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import io
+import os
+import tokenize
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from gin import config as gin_config
+from gin import config_parser
+
+from lcx.config import names
+from lcx.config.flags import hint
+
+MACRO = "gin.macro"
+Key = tuple[str, str, str]  # scope, full name of the function or class, parameter
+
+
+class Source:
+    """Where the configuration came from.
+
+    Attributes:
+      target: "module:function" that will run, or None.
+      places: binding -> "file:line" or "--gin.name".
+      problems: message -> the places where it applies.
+      warnings: lines to print before the run.
+      macros: names that files define.
+      incomplete: whether some statements could not be read, so that "not defined" would mean nothing.
+    """
+
+    def __init__(self, target: str | None):
+        self.target = target
+        self.places: dict[Key, str] = {}
+        self.problems: dict[str, list[str]] = {}
+        self.warnings: list[str] = []
+        self.incomplete = False
+        self.macros: set[str] = set()
+        self._open: list[str] = []  # the file being read, after the files that include it
+
+    def problem(self, message: str, place: str | None, *, incomplete: bool = False) -> None:
+        self.problems.setdefault(message, []).append(place or "")
+        self.incomplete |= incomplete
+
+    def report(self) -> list[str]:
+        """One line a mistake, with its place in parentheses."""
+        lines = []
+        for message, places in self.problems.items():
+            more = f" and {len(places) - 1} more" if len(places) > 1 else ""
+            lines.append(f"{message} ({places[0]}{more})" if places[0] else message)
+        return lines
+
+    def read_file(self, path: str, place: str | None) -> None:
+        """Reads a file; `place` is the include statement that named it."""
+        beside = [os.path.join(os.path.dirname(self._open[-1]), path)] if self._open else []
+        found = next((name for name in (*beside, path) if os.path.isfile(name)), None)
+        if found is None:
+            return self.problem(_not_a_file(path), place or "--gin_file", incomplete=True)
+        if any(os.path.samefile(found, other) for other in self._open):
+            cycle = " -> ".join([*self._open, found])
+            return self.problem(f"include cycle: {cycle}", place, incomplete=True)
+        try:
+            with open(found, encoding="utf-8") as file:
+                text = file.read()
+        except UnicodeDecodeError:
+            return self.problem("not a text file", found, incomplete=True)
+        self._open.append(found)
+        with gin_config._parse_scope() as context:
+            for statement in self._statements(text, found):
+                self._execute(statement, context, f"{found}:{statement.location.line_num}")
+            gin_config._IMPORTS.update(context.imports)
+        self._open.pop()
+
+    def read_flags(self, bindings: Sequence[tuple[str, str]]) -> None:
+        """Reads (name, value text) pairs."""
+        if not bindings:
+            return
+        context = names.FlagContext(self.target)
+        gin_config._PARSE_CONTEXTS.append(context)
+        try:
+            for name, value in bindings:
+                for statement in self._statements(f"{name} = {value}", f"--gin.{name}"):
+                    self._execute(statement, context, f"--gin.{name}")
+        finally:
+            gin_config._PARSE_CONTEXTS.pop()
+
+    def _statements(self, text: str, origin: str) -> Iterator[Any]:
+        """The statements of `text`; after a syntax error nothing more of it can be trusted."""
+        line = 1
+
+        def place(line: int) -> str:
+            return origin if origin.startswith("--gin.") else f"{origin}:{line}"
+
+        try:
+            parser = config_parser.ConfigParser(io.StringIO(text), names.Delegate())
+            while True:
+                parser._skip_whitespace_and_comments()
+                line = parser.current_token.start[0]
+                statement = parser.parse_statement()
+                if statement is None:
+                    return
+                yield statement
+        except tokenize.TokenError:
+            message = "a bracket or a quote is opened and never closed"
+            self.problem(message, place(line), incomplete=True)
+        except SyntaxError as error:
+            self.problem(names.explain_syntax(error, origin), place(error.lineno or line), incomplete=True)
+
+    def _execute(self, statement: Any, context: gin_config.ParseContext, place: str) -> None:
+        if isinstance(statement, config_parser.BindingStatement):
+            self._bind(statement, place)
+        elif isinstance(statement, config_parser.IncludeStatement):
+            self.read_file(statement.filename, place)
+        elif isinstance(statement, config_parser.ImportStatement):
+            self._import(statement, context, place)
+        # A block (`Trainer:`) needs nothing here: each of its bindings comes as a statement of its own.
+
+    def _import(self, statement: Any, context: gin_config.ParseContext, place: str) -> None:
+        if statement.module.startswith("__gin__."):
+            if statement.module != "__gin__.dynamic_registration":
+                return self.problem("only `from __gin__ import dynamic_registration` exists", place)
+            if context.imports:
+                return self.problem(
+                    "`from __gin__ import dynamic_registration` must be the first import", place
+                )
+        elif statement.bound_name() == "gin":
+            return self.problem("`gin` is a reserved name; import the module with `as`", place)
+        try:
+            context.process_import(statement)
+        except ImportError as error:
+            self.problem(names.explain_import(statement, error), place)
+
+    def _bind(self, statement: config_parser.BindingStatement, place: str) -> None:
+        values = gin_config._iterate_flattened_values(statement.value)
+        unresolved = [value.message for value in values if isinstance(value, names.Unresolved)]
+        for message in unresolved:
+            self.problem(message, place)
+        scope, selector, name = statement.scope, statement.selector, statement.arg_name
+        if not name:  # NAME = value, without a dot, is a macro
+            scope, selector, name = f"{scope}/{selector}" if scope else selector, MACRO, "value"
+        try:
+            configurable = names.look_up(selector)
+        except LookupError as error:
+            return self.problem(str(error.args[0]), place)
+        known = inspect.signature(configurable.wrapped).parameters
+        if name not in known and not any(p.kind is p.VAR_KEYWORD for p in known.values()):
+            return self.problem(f"{configurable.name} has no parameter {name!r}{hint(name, known)}", place)
+        if not unresolved:
+            key = (scope, configurable.selector, name)
+            self._warn_rebound(key, place)
+            gin_config._CONFIG.setdefault(key[:2], {})[name] = statement.value
+            self.places[key] = place
+            if selector == MACRO and self._open:
+                self.macros.add(scope)
+
+    def _warn_rebound(self, key: Key, place: str) -> None:
+        """Overriding an included file is what files are for; a file that contradicts itself is a slip."""
+        before = self.places.get(key, "")
+        file = before.rpartition(":")[0]
+        if before == place or not self._open:
+            return
+        if file == self._open[-1]:
+            self.warnings.append(f"{spell(key)} is set twice, the later one wins ({before}, {place})")
+        elif file in self._open:
+            self.warnings.append(
+                f"{spell(key)} ({before}) is overridden by what is included after it ({place})"
+            )
+
+
+def spell(key: Key) -> str:
+    """A binding's name as a file would write it."""
+    scope, selector, name = key
+    if selector == MACRO:
+        return f"%{scope}"
+    return f"{scope}/{selector}.{name}" if scope else f"{selector}.{name}"
+
+
+def _not_a_file(path: str) -> str:
+    if os.path.isdir(path):
+        return f"{path} is a folder, expected a .gin file"
+    near: list[str] = []
+    with contextlib.suppress(OSError):
+        near = [
+            os.path.join(os.path.dirname(path), name) for name in os.listdir(os.path.dirname(path) or ".")
+        ]
+    return f"{path} does not exist{hint(path, near)}"

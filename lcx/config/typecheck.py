@@ -1,0 +1,235 @@
+"""Does a configured value fit a parameter's annotation?
+
+Asked of every binding before anything is built. A value converts only where nothing is lost: a list becomes
+the tuple that was asked for (frozen dataclasses must hash), an int becomes a float. What is not understood
+(TypeVars, array types, names that cannot be resolved) fits everything: a check must not guess.
+"""
+
+from __future__ import annotations
+
+import collections.abc
+import dataclasses
+import inspect
+import os
+import sys
+import types
+import typing
+from collections.abc import Callable
+from typing import Any
+
+_SEQUENCES = (list, collections.abc.Sequence, collections.abc.Iterable, collections.abc.Collection)
+_MAPPINGS = (dict, collections.abc.Mapping, collections.abc.MutableMapping)
+
+
+class Mismatch(TypeError):
+    """The value does not fit; the message says what was expected and what was found."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Promise:
+    """Stands for a value that is made later: the function or class `source`, or what calling it gives."""
+
+    source: Any
+    called: bool
+
+    @property
+    def produces(self) -> Any:
+        if inspect.isclass(self.source):
+            return self.source
+        return annotations(self.source).get("return", Any)
+
+
+def annotations(source: Any) -> dict[str, Any]:
+    """Parameter name -> annotation of a function or class; names that cannot be resolved are left out."""
+    holder = source
+    if inspect.isclass(source) and not dataclasses.is_dataclass(source):
+        holder = source.__init__
+    try:
+        return typing.get_type_hints(holder)
+    except Exception:  # one unresolved forward reference must not hide the other parameters
+        pass
+    hints = {}
+    for name, raw in _raw_annotations(holder).items():
+        try:
+            module = vars(sys.modules[getattr(holder, "__module__", "builtins")])
+            hints[name] = eval(raw, dict(module)) if isinstance(raw, str) else raw
+        except Exception:
+            continue
+    return hints
+
+
+def _raw_annotations(holder: Any) -> dict[str, Any]:
+    raw: dict[str, Any] = {}
+    for base in reversed(holder.__mro__ if inspect.isclass(holder) else (holder,)):
+        raw |= inspect.get_annotations(base)
+    return raw
+
+
+def fit(value: Any, annotation: Any, promised: Callable[[Any], Promise | None] = lambda value: None) -> Any:
+    """Returns `value`, converted to `annotation` where that loses nothing.
+
+    Args:
+      value: what was configured; containers may hold values that are made later.
+      annotation: a resolved annotation.
+      promised: recognises a value that is made later.
+
+    Raises:
+      Mismatch: expected one thing, found another.
+    """
+    annotation = _plain(annotation)
+    if _is_unknown(annotation):
+        return value
+    promise = promised(value)
+    if promise is not None:
+        return _fit_promise(value, promise, annotation)
+    origin = typing.get_origin(annotation) or annotation
+    arguments = typing.get_args(annotation)
+    if origin in (typing.Union, types.UnionType):
+        return _fit_union(value, annotation, promised)
+    if origin is typing.Literal:
+        if any(value == choice and type(value) is type(choice) for choice in arguments):
+            return value
+    elif origin is tuple and isinstance(value, (tuple, list)):
+        return tuple(_fit_items(value, arguments, annotation, promised))
+    elif origin in _SEQUENCES and isinstance(value, (tuple, list)):
+        items = [fit(item, arguments[0], promised) for item in value] if arguments else list(value)
+        return items if origin is list else tuple(items)
+    elif origin in _MAPPINGS and isinstance(value, dict):
+        key, item = arguments if len(arguments) == 2 else (Any, Any)
+        return {fit(k, key, promised): fit(v, item, promised) for k, v in value.items()}
+    elif origin is float and type(value) is int:
+        return float(value)
+    elif origin in (bool, int, float, str):
+        if type(value) is origin:  # not isinstance: True is an int only for Python
+            return value
+    elif origin is collections.abc.Callable or origin is type or getattr(origin, "_is_protocol", False):
+        pass  # a literal is none of these
+    elif isinstance(origin, type):
+        if isinstance(value, origin) or (issubclass(origin, os.PathLike) and isinstance(value, str)):
+            return value
+    else:
+        return value
+    raise Mismatch(f"expected {describe(annotation)}, found {_found(value, annotation)}")
+
+
+def _fit_union(value: Any, annotation: Any, promised: Callable[[Any], Promise | None]) -> Any:
+    """An arm that takes the value as it is goes first: 3 stays an int in `float | int`."""
+    fitted = []
+    for arm in typing.get_args(annotation):
+        try:
+            fitted.append(fit(value, arm, promised))
+        except Mismatch:
+            continue
+    if not fitted:
+        raise Mismatch(f"expected {describe(annotation)}, found {_found(value, annotation)}")
+    return next((item for item in fitted if type(item) is type(value)), fitted[0])
+
+
+def _fit_items(
+    value: Any, arguments: tuple, annotation: Any, promised: Callable[[Any], Promise | None]
+) -> list:
+    if not arguments:
+        return list(value)
+    if len(arguments) == 2 and arguments[1] is Ellipsis:
+        return [fit(item, arguments[0], promised) for item in value]
+    arguments = () if arguments == ((),) else arguments
+    if len(arguments) != len(value):
+        raise Mismatch(f"expected {describe(annotation)}, found {len(value)} values")
+    return [fit(item, wanted, promised) for item, wanted in zip(value, arguments, strict=True)]
+
+
+def _fit_promise(value: Any, promise: Promise, annotation: Any) -> Any:
+    name = getattr(promise.source, "__name__", str(promise.source))
+    if promise.called:
+        if not _assignable(promise.produces, annotation):
+            raise Mismatch(
+                f"expected {describe(annotation)}, found @{name}(), a {describe(promise.produces)}"
+            )
+    elif not _takes_uncalled(promise.source, annotation):
+        kind = "class" if inspect.isclass(promise.source) else "function"
+        raise Mismatch(
+            f"expected {describe(annotation)}, found the {kind} {name} itself: write @{name}() to call it"
+        )
+    return value
+
+
+def _takes_uncalled(source: Any, wanted: Any) -> bool:
+    wanted = _plain(wanted)
+    if _is_unknown(wanted):
+        return True
+    origin = typing.get_origin(wanted) or wanted
+    if origin in (typing.Union, types.UnionType):
+        return any(_takes_uncalled(source, arm) for arm in typing.get_args(wanted))
+    if origin is type:
+        return inspect.isclass(source)
+    return origin is collections.abc.Callable or getattr(origin, "_is_protocol", False)
+
+
+def _assignable(produced: Any, wanted: Any) -> bool:
+    produced, wanted = _plain(produced), _plain(wanted)
+    if _is_unknown(produced) or _is_unknown(wanted):
+        return True
+    source, target = (typing.get_origin(kind) or kind for kind in (produced, wanted))
+    if target in (typing.Union, types.UnionType):
+        return any(_assignable(produced, arm) for arm in typing.get_args(wanted))
+    if source in (typing.Union, types.UnionType):
+        return any(_assignable(arm, wanted) for arm in typing.get_args(produced))
+    if target is collections.abc.Callable:
+        calls = inspect.isclass(source) and any("__call__" in vars(base) for base in source.__mro__)
+        return calls or source is collections.abc.Callable
+    if not (inspect.isclass(source) and inspect.isclass(target)) or getattr(target, "_is_protocol", False):
+        return True
+    return issubclass(source, target) or (target is float and source is int)
+
+
+def _plain(annotation: Any) -> Any:
+    """Takes off what only names a type: aliases, NewType, Annotated, InitVar, Final, Required."""
+    while True:
+        if annotation is None:
+            return types.NoneType
+        if hasattr(annotation, "__supertype__"):
+            annotation = annotation.__supertype__
+        elif isinstance(annotation, dataclasses.InitVar):
+            annotation = annotation.type
+        elif type(annotation).__name__ == "TypeAliasType":  # `type X = ...` of Python 3.12
+            annotation = annotation.__value__
+        elif hasattr(annotation, "__metadata__"):
+            annotation = annotation.__origin__
+        elif typing.get_origin(annotation) in (typing.Final, typing.ClassVar):
+            annotation = typing.get_args(annotation)[0]
+        else:
+            return annotation
+
+
+def _is_unknown(annotation: Any) -> bool:
+    return (
+        annotation in (Any, object, inspect.Parameter.empty)
+        or isinstance(annotation, (typing.TypeVar, str, typing.ForwardRef))
+        or getattr(type(annotation), "__module__", "").startswith("jaxtyping")  # arrays are never literals
+    )
+
+
+def describe(annotation: Any) -> str:
+    """An annotation as one would write it, without module names."""
+    annotation = _plain(annotation)
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if annotation is types.NoneType:
+        return "None"
+    if origin in (typing.Union, types.UnionType):
+        return " | ".join(describe(arm) for arm in arguments)
+    if origin is typing.Literal:
+        return " or ".join(repr(choice) for choice in arguments)
+    if (origin or annotation) is collections.abc.Callable or annotation is typing.Callable:
+        return "a function"
+    name = getattr(origin or annotation, "__name__", str(annotation))
+    if origin is None or not arguments:
+        return name
+    return f"{name}[{', '.join('...' if item is Ellipsis else describe(item) for item in arguments)}]"
+
+
+def _found(value: Any, annotation: Any) -> str:
+    text = repr(value)
+    text = text if len(text) <= 60 else text[:57] + "..."
+    if isinstance(value, float) and value.is_integer() and int in (annotation, *typing.get_args(annotation)):
+        return f"{text}: write {int(value)}"
+    return f"{text} ({type(value).__name__})"

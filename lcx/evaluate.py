@@ -1,0 +1,32 @@
+"""Evaluate a checkpoint: loss by position, perplexity, passkey, whatever the .gin file lists.
+
+Examples:
+  python -m lcx.evaluate --checkpoint=/tmp/run --output=/tmp/eval --gin_file=configs/eval/passkey.gin
+  python -m lcx.evaluate --checkpoint=path/to/hf_folder --output=/tmp/eval --context_length=16384 \\
+      --rope_scaling='{"rope_type": "yarn", "factor": 4.0}' --gin_file=configs/eval/perplexity.gin
+
+Writes results.json, plots and report.html to the output folder. A checkpoint is a workdir, one step of it, or
+a folder in a Hugging Face layout.
+"""
+
+import sys
+
+from lcx import config
+
+
+def main(argv=None) -> int:
+    parser = config.parser(__doc__)
+    parser.add_argument("--checkpoint", required=True, metavar="PATH", help="the model to evaluate")
+    parser.add_argument(
+        "--output", required=True, metavar="DIR", help="where results.json and report.html go"
+    )
+    parser.add_argument(
+        "--rope_scaling", type=config.json_object, metavar="JSON", help="RoPE scaling to apply first"
+    )
+    parser.add_argument("--context_length", type=int, metavar="N", help="context window in tokens")
+    parser.add_argument("--name", help="what to call this model in results and plots")
+    return config.run(parser, "lcx.evaluator:evaluate", argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

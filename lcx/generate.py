@@ -1,0 +1,33 @@
+"""Continue a prompt; the text streams to the terminal.
+
+Examples:
+  python -m lcx.generate --checkpoint=/tmp/run --prompt='def main():' --max_new_tokens=200
+  python -m lcx.generate --checkpoint=path/to/hf_folder --prompt='Once upon a time' --temperature=0.8 --seed=1
+"""
+
+import sys
+
+from lcx import config
+
+
+def main(argv=None) -> int:
+    parser = config.parser(__doc__, gin=False)
+    parser.add_argument(
+        "--checkpoint", required=True, metavar="PATH", help="a workdir or a Hugging Face folder"
+    )
+    parser.add_argument("--prompt", required=True, metavar="TEXT", help="the text to continue")
+    parser.add_argument("--max_new_tokens", type=int, metavar="N", help="stop after so many tokens")
+    parser.add_argument("--temperature", type=float, metavar="T", help="0 always takes the likeliest token")
+    parser.add_argument(
+        "--top_p", type=float, metavar="P", help="sample among the likeliest tokens of this total"
+    )
+    parser.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same text")
+    parser.add_argument(
+        "--rope_scaling", type=config.json_object, metavar="JSON", help="RoPE scaling to apply first"
+    )
+    parser.add_argument("--context_length", type=int, metavar="N", help="context window in tokens")
+    return config.run(parser, "lcx.sampler:stream_text", argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
