@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from lcx import sharding
+
 Names = tuple[str | None, ...]
 
 
@@ -83,7 +85,10 @@ class Embedding(nn.Module):
         self.embedding = self.param("embedding", nn.with_logical_partitioning(init, self.names), shape)
 
     def __call__(self, tokens: Int[Array, "B T"], *, dtype: jnp.dtype) -> Float[Array, "B T D"]:
-        return jnp.take(self.embedding.astype(dtype), tokens, axis=0)
+        # Gathering the fsdp pieces first lets every device look up its own rows; left to itself, the partitioner
+        # replicates the result.
+        table = sharding.constrain(self.embedding.astype(dtype), "tensor", None)
+        return sharding.constrain(jnp.take(table, tokens, axis=0), sharding.BATCH_AXES, "context", None)
 
     def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         return jnp.einsum("btd,vd->btv", x, self.embedding.astype(x.dtype), preferred_element_type=jnp.float32)

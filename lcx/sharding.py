@@ -94,8 +94,38 @@ def shard_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array
 
 
 def constrain(x: jax.Array, *axes) -> jax.Array:
-    """Pin an activation to mesh axes when a mesh is set (jax.set_mesh); without one, do nothing."""
+    """Pin an array to mesh axes when a mesh is set (jax.set_mesh); without one, do nothing.
+
+    An axis that does not divide evenly is left whole.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or not set(AXES) <= set(mesh.axis_names) or mesh.size == 1:
         return x
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(*axes))
+    sizes = [math.prod(mesh.shape[a] for a in ((axis,) if isinstance(axis, str) else axis or ())) for axis in axes]
+    fitting = (axis if size % parts == 0 else None for axis, size, parts in zip(axes, x.shape, sizes, strict=True))
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*fitting))
+
+
+def per_device(fn, arrays: dict[str, jax.Array | None], heads: tuple[str, ...] = ()):
+    """fn(**arrays), run by each device on its own rows and heads; without a mesh, a plain call.
+
+    An island of manual code inside the automatically partitioned program, for an fn that treats every row (and head)
+    alone: loops and kernels that the partitioner would otherwise gather for. Every array has rows as its first axis;
+    those named in `heads` are [B, T, heads, ...], as is the result. T stays whole.
+
+    An axis that does not divide over its devices is repeated on them instead.
+    """
+    arrays = {name: x for name, x in arrays.items() if x is not None}
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return fn(**arrays)
+    rows = next(iter(arrays.values())).shape[0]
+    batch = BATCH_AXES if rows % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0 else None
+    split = all(arrays[name].shape[2] % mesh.shape["tensor"] == 0 for name in heads)
+    head_spec = PartitionSpec(batch, None, "tensor" if split else None)
+    specs = {
+        name: head_spec if name in heads else PartitionSpec(batch if x.shape[0] == rows else None)
+        for name, x in arrays.items()
+    }
+    island = jax.shard_map(lambda a: fn(**a), in_specs=(specs,), out_specs=head_spec, check_vma=False)
+    return island(arrays)

@@ -1,11 +1,14 @@
 """Softmax attention: grouped-query heads, rotary positions, optional sliding window, biases and q/k norm."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from lcx import rope as rope_lib
+from lcx import sharding
 from lcx.layers import Linear, RMSNorm
 from lcx.ops.attention import attention
 
@@ -60,7 +63,8 @@ class Attention(nn.Module):
         else:
             cache = append(cache, k, v, positions, segment_ids)
             k, v, masks = cache["k"].astype(x.dtype), cache["v"].astype(x.dtype), _cached_masks(cache, x.shape[1])
-        y = attention(q, k, v, window=self.window, implementation=self.implementation, **masks)
+        attend = functools.partial(attention, window=self.window, implementation=self.implementation)
+        y = sharding.per_device(attend, {"q": q, "k": k, "v": v, **masks}, heads=("q", "k", "v"))
         out_names = ("heads", "head_dim", "embed")
         out = Linear((self.num_heads, self.head_dim), (hidden_size,), out_names, self.o_bias, name="o_proj")
         return out(y), cache
