@@ -1,0 +1,134 @@
+"""A destination folder that appears whole or not at all, and never costs the one that was there before."""
+
+import contextlib
+import os
+import pathlib
+import shutil
+from collections.abc import Callable, Iterator
+
+from lcx.errors import UserError
+
+
+@contextlib.contextmanager
+def replacing(
+    path: str | os.PathLike,
+    *,
+    overwrite: bool,
+    needed_bytes: int,
+    replaceable: Callable[[pathlib.Path], bool],
+) -> Iterator[pathlib.Path]:
+    """Yields an empty folder beside `path`; it becomes `path` when the block ends without an error.
+
+    With `overwrite` the old folder is moved aside, the new one renamed into its place, and only then is the
+    old one deleted. After an error the partial folder is removed and the old one is as it was.
+
+    Args:
+      path: the destination.
+      overwrite: whether an existing folder may be replaced.
+      needed_bytes: refused at once if the disk has less free.
+      replaceable: whether an existing folder is of a kind that may be replaced (not somebody's home
+        directory).
+
+    Raises:
+      UserError: the destination exists, or cannot be written, or the disk is full.
+    """
+    final = pathlib.Path(os.path.realpath(path))
+    partial, old = _beside(final, "tmp"), _beside(final, "old")
+    _recover(final, partial, old)
+    _check_free(final, overwrite, replaceable)
+    made = _existing_parent(final)
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(final.parent).free
+        if needed_bytes > free:
+            raise UserError(
+                f"{final}: needs {needed_bytes:,} bytes and the disk has {free:,} free; free some, or change "
+                "--dst"
+            )
+        partial.mkdir()
+        yield partial
+        sync_folder(partial)
+        _swap(final, partial, old)
+    except OSError as error:
+        _remove(partial, made)
+        raise UserError(
+            f"{final}: cannot be written: {error.strerror or error}; nothing was changed there, free some "
+            "space or "
+            "change --dst"
+        ) from error
+    except BaseException:
+        _remove(partial, made)
+        raise
+
+
+def refuse_same(source: str | os.PathLike, destination: str | os.PathLike) -> None:
+    """Raises UserError when writing the destination would touch the source."""
+    src, dst = pathlib.Path(os.path.realpath(source)), pathlib.Path(os.path.realpath(destination))
+    if src == dst:
+        raise UserError(f"--dst is the same folder as --src ({src}); choose another --dst")
+    if src.is_relative_to(dst):
+        raise UserError(
+            f"--dst ({dst}) contains --src ({src}), which replacing it would delete; choose another --dst"
+        )
+
+
+def sync_folder(folder: pathlib.Path) -> None:
+    """Makes the names in the folder, and below it, durable."""
+    for root, _, _ in os.walk(folder):
+        handle = os.open(root, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _beside(final: pathlib.Path, suffix: str) -> pathlib.Path:
+    return final.with_name(f".{final.name}.lcx-{suffix}")
+
+
+def _recover(final: pathlib.Path, partial: pathlib.Path, old: pathlib.Path) -> None:
+    """Clears what a killed conversion left; one killed between the two renames left the old folder aside."""
+    if old.exists() and not final.exists():
+        os.rename(old, final)
+    for leftover in (partial, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _check_free(final: pathlib.Path, overwrite: bool, replaceable: Callable[[pathlib.Path], bool]) -> None:
+    if not os.path.lexists(final) or (final.is_dir() and not any(final.iterdir())):
+        return
+    if not overwrite:
+        raise UserError(f"{final}: already exists; choose another --dst, or pass --overwrite to replace it")
+    if not final.is_dir() or not replaceable(final):
+        raise UserError(f"{final}: exists and is not a checkpoint folder, so --overwrite does not replace it")
+
+
+def _existing_parent(final: pathlib.Path) -> pathlib.Path:
+    return next(parent for parent in final.parents if parent.exists())
+
+
+def _swap(final: pathlib.Path, partial: pathlib.Path, old: pathlib.Path) -> None:
+    if final.exists():
+        os.rename(final, old)
+    try:
+        os.rename(partial, final)
+    except OSError:
+        if old.exists():
+            os.rename(old, final)
+        raise
+    handle = os.open(final.parent, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _remove(partial: pathlib.Path, existing_parent: pathlib.Path) -> None:
+    """Removes the partial folder and the parents that were made for it."""
+    shutil.rmtree(partial, ignore_errors=True)
+    for parent in partial.parents:
+        if parent == existing_parent:
+            break
+        with contextlib.suppress(OSError):
+            parent.rmdir()

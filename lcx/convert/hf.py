@@ -1,0 +1,148 @@
+"""Hugging Face folders of the Llama family as models: read parameter by parameter, written tensor by
+tensor."""
+
+import logging
+import os
+import pathlib
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from lcx.convert import hf_config, hf_folder, llama, rules, sources, tensor_io
+from lcx.convert.sources import ModelSource
+from lcx.convert.tensor_io import TensorInfo
+from lcx.errors import UserError
+from lcx.model import Decoder
+
+log = logging.getLogger(__name__)
+
+_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+
+class HfSource:
+    """A Hugging Face folder (a `sources.ModelSource`).
+
+    Raises:
+      UserError: a damaged folder, a config.json that is not supported, tensors that do not fit it.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self._folder = hf_folder.HfFolder(path)
+        self.where = str(path)
+        self.side_files = hf_folder.side_files(path)
+        self.carried = {key: value for key, value in self._folder.config.items() if key in hf_config.CARRIED}
+        try:
+            model = hf_config.from_config(self._folder.config)
+            self._table = rules.Table(llama.rules(model), sources.leaf_shapes(model))
+            tensors = dict(self._folder.tensors)
+            if model.tie_word_embeddings and _HEAD in tensors:
+                self._check_tied()
+                del tensors[_HEAD]
+            skipped = self._table.check_source(tensors, harmless=llama.HARMLESS)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
+        if skipped:
+            log.warning(
+                "%s: skipped %d buffers that follow from config.json (%s, ...)",
+                path,
+                len(skipped),
+                skipped[0],
+            )
+        self.leaves = {
+            path: TensorInfo(self._table.leaf_dtype(tensors, path), shape, self.where)
+            for path, shape in self._table.shapes.items()
+        }
+        self.model: Decoder = model.clone(dtype=str(sources.stored_dtype(self.leaves)), parent=None)
+
+    def read(self, path: str, index: rules.Index) -> np.ndarray:
+        if None in self._table.places[path]:
+            return self._table.read_leaf(self._folder, path, None, index)
+        repeats = range(*index[0].indices(self.leaves[path].shape[0]))
+        slices = [self._table.read_leaf(self._folder, path, repeat, index[1:]) for repeat in repeats]
+        if len(slices) == 1:
+            return slices[0][None]
+        return np.stack(slices)
+
+    def _check_tied(self) -> None:
+        """A stored head beside a tied one must be the embedding, or one of the two settings is a mistake."""
+        head, embedding = self._folder.tensors[_HEAD], self._folder.tensors.get(_EMBEDDING)
+        same = embedding is not None and (head.shape, head.dtype) == (embedding.shape, embedding.dtype)
+        for start, stop in tensor_io.split_rows(head.shape, head.dtype.itemsize, tensor_io.PIECE_BYTES):
+            same = same and _bits(self._folder.read(_HEAD, start, stop)) == _bits(
+                self._folder.read(_EMBEDDING, start, stop)
+            )
+        if not same:
+            raise UserError(
+                f"config.json has tie_word_embeddings true but {_HEAD} is not {_EMBEDDING}; set "
+                "tie_word_embeddings to "
+                "false if the stored head is the one to use"
+            )
+
+
+def _bits(array: np.ndarray) -> bytes:
+    return array.tobytes()
+
+
+def write(
+    folder: pathlib.Path,
+    source: ModelSource,
+    *,
+    dtype: np.dtype | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+    progress: Callable[[int], None] = lambda nbytes: None,
+) -> dict[str, TensorInfo]:
+    """Writes a model into an empty folder, one piece of one tensor in memory; returns the tensors written.
+
+    Args:
+      source: the model.
+      dtype: of the tensors; None keeps each as it is.
+      progress: called with the number of bytes after each piece.
+
+    Raises:
+      UserError: the model has something that its model_type does not have in this format.
+    """
+    config = config_of(source, dtype)
+    table = rules.Table(llama.rules(source.model), {path: info.shape for path, info in source.leaves.items()})
+    tensors = {
+        name: TensorInfo(dtype or _common_dtype(table, source, name), shape)
+        for name, shape in table.foreign_shapes.items()
+    }
+
+    def pieces(name: str) -> Iterator[np.ndarray]:
+        for part in table.rules[name].parts:
+            for piece in _part_pieces(source, table, part):
+                piece = sources.cast(piece, tensors[name].dtype, name)
+                yield piece
+                progress(piece.nbytes)
+
+    hf_folder.write(folder, tensors, pieces, config=config, max_shard_bytes=max_shard_bytes)
+    for path in source.side_files:
+        hf_folder.write_bytes(folder / path.name, path.read_bytes())
+    return tensors
+
+
+def config_of(source: ModelSource, dtype: np.dtype | None = None) -> dict:
+    """The config.json that `write` writes. Raises UserError where the model_type cannot express the model."""
+    name = str(dtype or sources.stored_dtype(source.leaves))
+    return hf_config.to_config(source.model, dtype=name, carried=source.carried)
+
+
+def _common_dtype(table: rules.Table, source: ModelSource, name: str) -> np.dtype:
+    dtypes = {source.leaves[part.path].dtype for part in table.rules[name].parts}
+    return dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
+
+
+def _part_pieces(source: ModelSource, table: rules.Table, part: rules.Part) -> Iterator[np.ndarray]:
+    """The foreign rows of one part. Only arrays whose rows are the foreign rows can be cut into pieces."""
+    shape = table.slice_shape(part)
+    whole = tuple(slice(0, size) for size in shape)
+    if part.repeat is not None:
+        index = (slice(part.repeat, part.repeat + 1), *whole)
+        yield part.layout.to_foreign(source.read(part.path, index)[0])
+    elif part.layout == rules.Same() and shape:
+        for start, stop in tensor_io.split_rows(
+            shape, source.leaves[part.path].dtype.itemsize, tensor_io.PIECE_BYTES
+        ):
+            yield source.read(part.path, (slice(start, stop), *whole[1:]))
+    else:
+        yield part.layout.to_foreign(source.read(part.path, whole))

@@ -1,0 +1,426 @@
+"""config.json of the Llama family <-> the lcx model.
+
+Reading refuses what it cannot honour: a key that changes what the model computes is an error, never ignored.
+Writing uses both spellings of the rotary settings: `rope_theta` and `rope_scaling` at the top level
+(transformers 4) and `rope_parameters` (transformers 5). Version 4 reads a file with only the new spelling
+without any complaint, as a model with theta 10000 and no scaling.
+"""
+
+import dataclasses
+import logging
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from lcx import rope as rope_lib
+from lcx.convert.llama import FAMILIES, Family, Layer, layers
+from lcx.errors import UserError
+from lcx.model import Decoder, llama
+from lcx.rope import Rope
+
+log = logging.getLogger(__name__)
+
+#: Read here or in lcx.rope.
+_USED = {
+    "architectures", "attention_bias", "head_dim", "hidden_act", "hidden_size", "intermediate_size",
+    "layer_types", "max_position_embeddings", "max_window_layers", "mlp_bias", "model_type",
+    "num_attention_heads", "num_hidden_layers", "num_key_value_heads", "original_max_position_embeddings",
+    "partial_rotary_factor", "rms_norm_eps", "rope_parameters", "rope_scaling", "rope_theta",
+    "sliding_window", "tie_word_embeddings", "use_sliding_window", "vocab_size",
+}  # fmt: skip
+#: Settings of training, generation or bookkeeping that the Decoder does not hold; `to_config` takes them
+#: back.
+CARRIED = (
+    "attention_dropout", "resid_pdrop", "embd_pdrop", "initializer_range", "bos_token_id", "eos_token_id",
+    "pad_token_id",
+)  # fmt: skip
+#: Keys without influence on the function, beside those that start with an underscore.
+_HARMLESS = {
+    *CARRIED, "attn_implementation", "use_flash_attn", "use_flash_attention", "use_flash_attention_2",
+    "auto_map", "dtype", "torch_dtype", "transformers_version", "use_cache", "pretraining_tp",
+    "output_attentions", "output_hidden_states", "return_dict", "id2label", "label2id",
+    "chunk_size_feed_forward", "problem_type", "tokenizer_class", "is_decoder", "decoder_start_token_id",
+    "tie_encoder_decoder", "encoder_no_repeat_ngram_size", "diversity_penalty",
+}  # fmt: skip
+#: Other keys are stated and left, but not one that sounds like a change of the function, unless it is
+#: switched off.
+_SUSPICIOUS = re.compile(
+    r"soft_?cap|multiplier|logit|expert|moe|quant|interleav|qk_|norm|scal|alibi|sink|clip|residual|parallel"
+    r"|chunk|lora|adapt[eo]r|activation|act_fn|bidirection|causal|encoder|cross|rope|rotary|window|sliding"
+    r"|attention|attn|bias|mask|head|gate|gating|sparse|mtp|nextn|predict|mup|embed|position|mamba|hybrid"
+    r"|vision|audio",
+    re.IGNORECASE,
+)
+_FACTOR = re.compile(r"multiplier|scal|factor|mod$", re.IGNORECASE)  # switched off by 1
+
+
+def from_config(config: Mapping[str, Any], *, dtype: str = "float32") -> Decoder:
+    """The model that config.json describes.
+
+    Raises:
+      UserError: an unsupported model_type or setting, a missing or malformed value.
+    """
+    model_type = config.get("model_type")
+    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
+    if family is None:
+        raise UserError(f"config.json has model_type {model_type!r}, supported are {', '.join(FAMILIES)}")
+    _refuse_unsupported(config, family)
+    hidden_size, num_heads = _integer(config, "hidden_size"), _integer(config, "num_attention_heads")
+    num_kv_heads = _integer(config, "num_key_value_heads", family.num_kv_heads or num_heads)
+    head_dim = _integer(config, "head_dim", family.head_dim or hidden_size // num_heads)
+    if num_heads % num_kv_heads:
+        raise UserError(
+            f"config.json has num_attention_heads {num_heads}, expected a multiple of num_key_value_heads "
+            f"{num_kv_heads}"
+        )
+    if not config.get("head_dim") and not family.head_dim and hidden_size % num_heads:
+        raise UserError(
+            f"config.json has hidden_size {hidden_size}, expected a multiple of num_attention_heads "
+            f"{num_heads}"
+        )
+    num_layers = _integer(config, "num_hidden_layers")
+    biased = family.biases == "config" and _boolean(config, "attention_bias")
+    return llama(
+        vocab_size=_integer(config, "vocab_size"),
+        hidden_size=hidden_size,
+        intermediate_size=_integer(config, "intermediate_size"),
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        rope=_rope(config, family, head_dim),
+        max_position_embeddings=_integer(config, "max_position_embeddings"),
+        layer_windows=_windows(config, family, num_layers),
+        qkv_bias=biased or family.biases == "qkv",
+        o_bias=biased,
+        qk_norm=family.qk_norm,
+        mlp_bias=family.mlp_bias and _boolean(config, "mlp_bias"),
+        norm_eps=_number(config, "rms_norm_eps", family.norm_eps),
+        tie_word_embeddings=_boolean(config, "tie_word_embeddings"),
+        dtype=dtype,
+        model_type=model_type,
+    )
+
+
+def _refuse_unsupported(config: Mapping[str, Any], family: Family) -> None:
+    architectures = config.get("architectures") or [family.architecture]
+    if architectures != [family.architecture]:
+        raise UserError(
+            f"config.json has architectures {architectures}, expected [{family.architecture!r}]: a language "
+            "model"
+        )
+    if config.get("hidden_act", "silu") not in ("silu", "swish"):
+        raise UserError(f"config.json has hidden_act {config['hidden_act']!r}, supported is 'silu'")
+    always_biased = family.biases == "qkv"
+    bias = config.get("attention_bias")
+    if (family.biases == "none" and bias) or (always_biased and bias is False):
+        raise UserError(
+            f"config.json has attention_bias {bias}, which model_type {config['model_type']!r} does not "
+            "support; remove the key"
+        )
+    if not family.mlp_bias and config.get("mlp_bias"):
+        raise UserError(
+            f"config.json has mlp_bias true, which model_type {config['model_type']!r} does not support; "
+            "remove the key"
+        )
+    unknown = {key: value for key, value in config.items() if not _has_no_effect(key, value)}
+    for key, value in unknown.items():
+        if _SUSPICIOUS.search(key):
+            raise UserError(
+                f"config.json has {key} = {str(value)[:60]}, which would change the model and is not "
+                "supported; if it has no "
+                "effect, remove the key"
+            )
+    if unknown:
+        log.warning("config.json: no use for the keys %s", ", ".join(sorted(unknown)))
+    dropouts = [key for key in CARRIED if "drop" in key and config.get(key)]
+    if dropouts:
+        log.warning("config.json: %s is not applied, training here has no dropout", ", ".join(dropouts))
+
+
+def _has_no_effect(key: str, value: Any) -> bool:
+    if key in _USED or key in _HARMLESS or key.startswith("_") or not value:
+        return True
+    if isinstance(value, bool):
+        return key in ("is_causal", "causal")
+    return value == 1 and _FACTOR.search(key) is not None
+
+
+def _windows(config: Mapping[str, Any], family: Family, num_layers: int) -> tuple[int | None, ...] | None:
+    window = config.get("sliding_window", family.sliding_window)
+    types = config.get("layer_types")
+    if types is not None and (not isinstance(types, list) or len(types) != num_layers):
+        raise UserError(
+            f"config.json has layer_types {str(types)[:60]}, expected a list of num_hidden_layers = "
+            f"{num_layers} names"
+        )
+    odd = sorted(set(map(str, types or ())) - {"full_attention", "sliding_attention"})
+    if odd:
+        raise UserError(
+            f"config.json has layer_types {', '.join(odd)}, supported are full_attention and "
+            "sliding_attention"
+        )
+    if family.windows == "none":
+        if window or "sliding_attention" in (types or ()):
+            raise UserError(
+                f"config.json has sliding_window {window}, which model_type {config['model_type']!r} does "
+                "not use; remove the key or change model_type to 'mistral'"
+            )
+        return None
+    if family.windows == "by_layer" and not _boolean(config, "use_sliding_window"):
+        window = None
+    if window is not None:
+        window = _integer({"sliding_window": window}, "sliding_window")
+    if family.windows == "uniform":
+        expected = "full_attention" if window is None else "sliding_attention"
+        if any(kind != expected for kind in types or ()):
+            raise UserError(
+                f"config.json has layer_types that differ from sliding_window {window}, which holds for all "
+                f"layers of model_type {config['model_type']!r}; remove layer_types"
+            )
+        return (window,) * num_layers
+    if types is None:
+        first = _integer(config, "max_window_layers", 28, least=0)
+        types = ["sliding_attention" if i >= first else "full_attention" for i in range(num_layers)]
+    elif window is None and "sliding_attention" in types:
+        raise UserError(
+            "config.json has layer_types with sliding_attention but no window; set use_sliding_window and "
+            "sliding_window"
+        )
+    return tuple(window if kind == "sliding_attention" else None for kind in types)
+
+
+def _rope(config: Mapping[str, Any], family: Family, head_dim: int) -> Rope:
+    rope = rope_lib.from_hf(config)
+    if rope.partial_rotary_factor != 1 and not family.partial_rotary and rope.rope_type != "proportional":
+        raise UserError(
+            f"config.json has partial_rotary_factor {rope.partial_rotary_factor:g}, which model_type "
+            f"{config['model_type']!r} "
+            "does not support; only phi3 has it"
+        )
+    if family.partial_rotary and rope.rope_type not in ("default", "longrope"):
+        raise UserError(
+            f"config.json has rope_type {rope.rope_type!r}, model_type {config['model_type']!r} supports "
+            "default and longrope"
+        )
+    rope.frequencies(head_dim, 1)  # its own checks against the head size
+    return rope
+
+
+def to_config(model: Decoder, *, dtype: str, carried: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """config.json of a model.
+
+    Args:
+      model: of this family.
+      dtype: of the weights beside it.
+      carried: values of `CARRIED` keys (token ids and the like) from the folder or tokenizer that the model
+        came with.
+
+    Raises:
+      UserError: the model has something that its model_type cannot express.
+    """
+    family = FAMILIES.get(model.model_type)
+    if family is None:
+        raise UserError(
+            f"the model has model_type {model.model_type!r}; the 'hf' format supports {', '.join(FAMILIES)}"
+        )
+    depth = layers(model)
+    shape = _uniform_shape(model, depth)
+    _check_expressible(model, family, shape)
+    rope = _exported_rope(model.model_type, shape["rope"], shape["head_dim"])
+    window = rope_lib.hf_max_position_embeddings(rope, model.max_position_embeddings)
+    config: dict[str, Any] = {
+        "architectures": [family.architecture],
+        "model_type": model.model_type,
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.hidden_size,
+        "intermediate_size": shape["intermediate_size"],
+        "num_hidden_layers": len(depth),
+        "num_attention_heads": shape["num_heads"],
+        "num_key_value_heads": shape["num_kv_heads"],
+        "hidden_act": "silu",
+        "max_position_embeddings": window,
+        "rms_norm_eps": model.norm_eps,
+        "tie_word_embeddings": model.tie_word_embeddings,
+        "torch_dtype": dtype,
+        "dtype": dtype,
+        "use_cache": True,
+    }
+    if family.writes_head_dim or shape["head_dim"] * shape["num_heads"] != model.hidden_size:
+        config["head_dim"] = shape["head_dim"]
+    if family.biases == "config":
+        config["attention_bias"] = shape["qkv_bias"]
+    if family.mlp_bias:
+        config["mlp_bias"] = shape["mlp_bias"]
+    config |= _window_keys(model.model_type, family, depth)
+    config |= _rope_keys(model.model_type, rope, window, shape["head_dim"])
+    ids = dict.fromkeys(
+        key for key in CARRIED if key.endswith("token_id")
+    )  # null: transformers would assume ids of its own
+    return config | ids | {key: value for key, value in (carried or {}).items() if key in CARRIED}
+
+
+def _uniform_shape(model: Decoder, depth: list[Layer]) -> dict[str, Any]:
+    """The numbers that config.json states once for all layers."""
+    read: dict[str, Callable[[Any], Any]] = {
+        name: lambda block, name=name: getattr(block.mixer, name)
+        for name in ("num_heads", "num_kv_heads", "head_dim", "rope", "qkv_bias", "o_bias", "qk_norm")
+    }
+    read["intermediate_size"] = lambda block: block.mlp.intermediate_size
+    read["mlp_bias"] = lambda block: block.mlp.bias
+    shape = {}
+    for name, get in read.items():
+        values = [get(layer.block) for layer in depth]
+        other = next((i for i, value in enumerate(values) if value != values[0]), None)
+        if other is not None:
+            raise UserError(
+                f"layer {other} has {name} {values[other]} and layer 0 {values[0]}; config.json can state "
+                "one for all, save with format 'lcx'"
+            )
+        shape[name] = values[0]
+    for i, layer in enumerate(depth):
+        epsilons = {layer.block.norm_eps} | ({layer.block.mixer.norm_eps} if shape["qk_norm"] else set())
+        if epsilons != {model.norm_eps}:
+            raise UserError(
+                f"layer {i} has norm_eps {sorted(epsilons)} and the final norm {model.norm_eps}; config.json "
+                "can state one for all, save with format 'lcx'"
+            )
+    return shape
+
+
+def _check_expressible(model: Decoder, family: Family, shape: Mapping[str, Any]) -> None:
+    expected = {"qk_norm": family.qk_norm}
+    if family.biases == "config":
+        expected["o_bias"] = shape["qkv_bias"]
+    else:
+        expected |= {"qkv_bias": family.biases == "qkv", "o_bias": False}
+    if not family.mlp_bias:
+        expected["mlp_bias"] = False
+    for name, value in expected.items():
+        if shape[name] != value:
+            raise UserError(
+                f"the model has {name} {shape[name]}, model_type {model.model_type!r} has {value} in the "
+                "'hf' format; change model_type or save with format 'lcx'"
+            )
+    if model.model_type == "llama" and model.hidden_size % shape["num_heads"]:
+        raise UserError(
+            f"the model has hidden_size {model.hidden_size}, which transformers' llama wants to be a "
+            f"multiple of num_heads {shape['num_heads']}; change model_type to 'mistral'"
+        )
+    rope = shape["rope"]
+    if rope.partial_rotary_factor != 1 and not family.partial_rotary and rope.rope_type != "proportional":
+        raise UserError(
+            f"the model has partial_rotary_factor {rope.partial_rotary_factor:g}, which model_type "
+            f"{model.model_type!r} cannot express; change model_type to 'phi3'"
+        )
+
+
+def _window_keys(model_type: str, family: Family, depth: list[Layer]) -> dict[str, Any]:
+    windows = [layer.block.mixer.window for layer in depth]
+    sizes = sorted({window for window in windows if window is not None})
+    if (
+        len(sizes) > 1
+        or (family.windows == "none" and sizes)
+        or (family.windows == "uniform" and len(set(windows)) > 1)
+    ):
+        kinds = ", ".join(str(window) for window in dict.fromkeys(windows))
+        raise UserError(
+            f"the layers have windows {kinds}, which model_type {model_type!r} cannot express; change "
+            "model_type (mistral: one for all, qwen2: one, in some layers)"
+        )
+    if family.windows == "none":
+        return {}
+    if family.windows == "uniform":
+        return {"sliding_window": windows[0]}
+    first = next((i for i, window in enumerate(windows) if window is not None), len(windows))
+    return {
+        "use_sliding_window": bool(sizes),
+        "sliding_window": sizes[0] if sizes else None,
+        "max_window_layers": first,
+        "layer_types": ["full_attention" if window is None else "sliding_attention" for window in windows],
+    }
+
+
+def _exported_rope(model_type: str, rope: Rope, head_dim: int) -> Rope:
+    """The same rotation in a type that the model_type has in transformers.
+
+    Phi-3 there has only `default` and `longrope`; any scaling that does not depend on the length is a
+    longrope whose short and long factors are the same.
+    """
+    if model_type != "phi3" or rope.rope_type in ("default", "longrope"):
+        return rope
+    if rope.rope_type == "dynamic" or callable(rope.rope_type):
+        raise UserError(
+            f"rope_type {rope.rope_type!r} cannot be written for model_type 'phi3', which has default and "
+            "longrope; save with format 'lcx'"
+        )
+    plain = dataclasses.replace(
+        Rope(rope_theta=rope.rope_theta), partial_rotary_factor=rope.partial_rotary_factor
+    )
+    inv_freq, attention_scaling = rope.frequencies(head_dim, 1)
+    ratios = plain.frequencies(head_dim, 1)[0].astype("float64") / inv_freq.astype("float64")
+    if rope.original_max_position_embeddings is None:
+        raise UserError(
+            f"rope_type {rope.rope_type!r} is written as longrope for model_type 'phi3', which needs "
+            "original_max_position_embeddings; set it"
+        )
+    log.warning(
+        "model_type 'phi3' has no rope_type %r in transformers: written as the equal longrope", rope.rope_type
+    )
+    return Rope(
+        rope_type="longrope",
+        rope_theta=rope.rope_theta,
+        partial_rotary_factor=rope.partial_rotary_factor,
+        original_max_position_embeddings=rope.original_max_position_embeddings,
+        factor=rope.factor,
+        attention_factor=float(attention_scaling),
+        short_factor=tuple(map(float, ratios)),
+        long_factor=tuple(map(float, ratios)),
+    )
+
+
+def _rope_keys(model_type: str, rope: Rope, window: int, head_dim: int) -> dict[str, Any]:
+    new = rope_lib.to_hf(rope, max_position_embeddings=window, head_dim=head_dim)
+    old = {key: value for key, value in new.items() if key != "rope_theta"}
+    keys: dict[str, Any] = {"rope_theta": new["rope_theta"], "rope_scaling": old, "rope_parameters": new}
+    partial = new.get("partial_rotary_factor")
+    if partial is not None:
+        keys["partial_rotary_factor"] = partial
+    if new["rope_type"] == "default":
+        keys["rope_scaling"] = None
+    if new["rope_type"] == "longrope":
+        original = new["original_max_position_embeddings"]
+        keys["original_max_position_embeddings"] = original
+        implied = window / original
+        if model_type == "phi3" and new.get("factor", implied) == implied and "attention_factor" not in new:
+            # Version 4 wants exactly these three, and derives the factor from the two windows.
+            keys["rope_scaling"] = {"type": "longrope"} | {
+                name: new[name] for name in ("short_factor", "long_factor")
+            }
+    elif model_type == "phi3":
+        keys["original_max_position_embeddings"] = rope.original_max_position_embeddings or window
+    return keys
+
+
+def _integer(config: Mapping[str, Any], key: str, default: int | None = None, *, least: int = 1) -> int:
+    value = config.get(key)
+    value = default if value is None else value
+    if value is None:
+        raise UserError(f"config.json has no {key}; it is needed")
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise UserError(f"config.json has {key} = {value!r}, expected an integer of at least {least}")
+    return value
+
+
+def _number(config: Mapping[str, Any], key: str, default: float) -> float:
+    value = config.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
+        raise UserError(f"config.json has {key} = {value!r}, expected a number between 0 and 1")
+    return float(value)
+
+
+def _boolean(config: Mapping[str, Any], key: str) -> bool:
+    value = config.get(key) or False
+    if not isinstance(value, bool):
+        raise UserError(f"config.json has {key} = {value!r}, expected true or false")
+    return value

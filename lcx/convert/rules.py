@@ -1,0 +1,301 @@
+"""The rules engine: how the tensors of a foreign checkpoint correspond to the parameters of an lcx model.
+
+A family (one file each) states a table of rules. A rule says: this foreign tensor is the concatenation, along
+axis 0, of these parts; and a part is one parameter of the lcx tree (one repeat of it, for parameters that a
+scanned stage stacks) in a certain layout. The engine runs the table in both directions, checks that it
+accounts for every tensor on both sides, and reads no more rows than asked for. Every layout only moves
+elements, so both directions are exact to the bit.
+
+Trees are flat here: {"stages_0/block_0/mixer/q_proj/kernel": array or shape}.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Protocol
+
+import numpy as np
+
+from lcx.convert.tensor_io import TensorInfo, TensorSource
+from lcx.errors import UserError
+
+Shape = tuple[int, ...]
+Index = tuple[slice, ...]
+
+
+class Layout(Protocol):
+    """How an array of the lcx tree lies in a foreign tensor. Shapes are those of one repeat."""
+
+    def foreign_shape(self, shape: Shape) -> Shape: ...
+
+    def to_foreign(self, array: np.ndarray) -> np.ndarray: ...
+
+    def to_lcx(self, rows: np.ndarray, shape: Shape) -> np.ndarray:
+        """From some or all of the foreign rows to the lcx array of this shape."""
+        ...
+
+    def rows(self, shape: Shape, index: Index) -> tuple[int, int, Shape, Index]:
+        """(first row, last row + 1, shape that `to_lcx` makes of those rows, index into it) that cover
+        `index`."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Same:
+    """The same array on both sides: embeddings [V, D], norm scales [D]."""
+
+    def foreign_shape(self, shape: Shape) -> Shape:
+        return shape
+
+    def to_foreign(self, array: np.ndarray) -> np.ndarray:
+        return array
+
+    def to_lcx(self, rows: np.ndarray, shape: Shape) -> np.ndarray:
+        return rows.reshape(shape)
+
+    def rows(self, shape: Shape, index: Index) -> tuple[int, int, Shape, Index]:
+        if not shape:
+            return 0, 1, shape, index
+        start, stop, _ = index[0].indices(shape[0])
+        return start, stop, (stop - start, *shape[1:]), (slice(None), *index[1:])
+
+
+@dataclasses.dataclass(frozen=True)
+class Flat:
+    """A bias: [heads, head_dim] here, [heads * head_dim] there."""
+
+    def foreign_shape(self, shape: Shape) -> Shape:
+        return (math.prod(shape),)
+
+    def to_foreign(self, array: np.ndarray) -> np.ndarray:
+        return array.reshape(-1)
+
+    def to_lcx(self, rows: np.ndarray, shape: Shape) -> np.ndarray:
+        return rows.reshape(shape)
+
+    def rows(self, shape: Shape, index: Index) -> tuple[int, int, Shape, Index]:
+        start, stop, _ = index[0].indices(shape[0])
+        inner = math.prod(shape[1:])
+        return start * inner, stop * inner, (stop - start, *shape[1:]), (slice(None), *index[1:])
+
+
+@dataclasses.dataclass(frozen=True)
+class Transposed:
+    """A linear map: [in..., out...] here, [out, in] (torch's) there.
+
+    Attributes:
+      in_axes: how many leading axes of the lcx array are inputs: 1 for [D, N, H], 2 for [N, H, D].
+    """
+
+    in_axes: int = 1
+
+    def foreign_shape(self, shape: Shape) -> Shape:
+        return math.prod(shape[self.in_axes :]), math.prod(shape[: self.in_axes])
+
+    def to_foreign(self, array: np.ndarray) -> np.ndarray:
+        rows, columns = self.foreign_shape(array.shape)
+        return array.reshape(columns, rows).T
+
+    def to_lcx(self, rows: np.ndarray, shape: Shape) -> np.ndarray:
+        return rows.T.reshape(shape)
+
+    def rows(self, shape: Shape, index: Index) -> tuple[int, int, Shape, Index]:
+        axis = self.in_axes
+        start, stop, _ = index[axis].indices(shape[axis])
+        inner = math.prod(shape[axis + 1 :])
+        shape = (*shape[:axis], stop - start, *shape[axis + 1 :])
+        return start * inner, stop * inner, shape, (*index[:axis], slice(None), *index[axis + 1 :])
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One parameter (or one repeat of a stacked one) inside a foreign tensor."""
+
+    path: str
+    layout: Layout
+    repeat: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """The foreign tensor `name` is `parts`, concatenated along axis 0."""
+
+    name: str
+    parts: tuple[Part, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where one (repeat of a) parameter lies: rows [start, stop) of a foreign tensor."""
+
+    name: str
+    start: int
+    stop: int
+    layout: Layout
+
+
+class Table:
+    """Rules for one model, checked against the shapes of its parameters.
+
+    Args:
+      rules: every foreign tensor once.
+      shapes: path -> shape of every parameter of the model (stacked ones with their leading repeat axis).
+
+    Raises:
+      UserError: a parameter that no rule stores, or that two do (the model is not of this family).
+    """
+
+    def __init__(self, rules: Sequence[Rule], shapes: Mapping[str, Shape]):
+        self.rules = {rule.name: rule for rule in rules}
+        self.shapes = dict(shapes)
+        self.places: dict[str, dict[int | None, Place]] = {path: {} for path in shapes}
+        self.foreign_shapes: dict[str, Shape] = {}
+        if len(self.rules) != len(rules):
+            raise UserError(
+                "the rules name a tensor twice: " + _listing(_twice([rule.name for rule in rules]))
+            )
+        for rule in rules:
+            self.foreign_shapes[rule.name] = self._place(rule)
+        uncovered = [path for path in shapes if not self._is_covered(path)]
+        if uncovered:
+            raise UserError(
+                "this format has no place for the parameters "
+                + _listing(uncovered)
+                + "; choose another --dst_format "
+                "or another model_type"
+            )
+
+    def _place(self, rule: Rule) -> Shape:
+        start, columns = 0, None
+        for part in rule.parts:
+            if part.path not in self.shapes:
+                raise UserError(
+                    f"the tensor {rule.name!r} needs the parameter {part.path!r}, which the model lacks"
+                )
+            shape = part.layout.foreign_shape(self.slice_shape(part))
+            if columns is not None and columns != shape[1:]:
+                raise UserError(f"the parts of {rule.name!r} have different rows: {columns} and {shape[1:]}")
+            columns, stop = shape[1:], start + (shape[0] if shape else 1)
+            places = self.places[part.path]
+            if part.repeat in places:
+                raise UserError(f"the rules store {part.path!r} twice, the second time in {rule.name!r}")
+            places[part.repeat] = Place(rule.name, start, stop, part.layout)
+            start = stop
+        return (start, *(columns or ())) if shape else ()
+
+    def _is_covered(self, path: str) -> bool:
+        places = self.places[path]
+        return None in places or set(places) == set(range(self.shapes[path][0] if self.shapes[path] else 0))
+
+    def slice_shape(self, part: Part) -> Shape:
+        """Shape of the part's array: without the repeat axis if it is one repeat of a stacked parameter."""
+        return self.shapes[part.path] if part.repeat is None else self.shapes[part.path][1:]
+
+    def check_source(self, source: Mapping[str, TensorInfo], *, harmless: Sequence[str] = ()) -> list[str]:
+        """Compares a checkpoint with the table, and returns the names that may be left out of it.
+
+        Args:
+          source: what the checkpoint holds.
+          harmless: regular expressions of names that carry no parameter.
+
+        Raises:
+          UserError: names every missing and unexpected tensor, or the tensors of another shape.
+        """
+        missing = [name for name in self.rules if name not in source]
+        extra = [name for name in source if name not in self.rules]
+        skipped = [name for name in extra if any(re.fullmatch(pattern, name) for pattern in harmless)]
+        unexpected = [name for name in extra if name not in skipped]
+        problems = []
+        if missing:
+            problems.append(f"{len(missing)} missing: {_listing(missing)}")
+        if unexpected:
+            problems.append(f"{len(unexpected)} unexpected: {_listing(unexpected)}")
+        if problems:
+            raise UserError(
+                f"the tensors do not match config.json ({'; '.join(problems)}); expected exactly the "
+                f"{len(self.rules)} "
+                "tensors of the model it describes"
+            )
+        wrong = [name for name, shape in self.foreign_shapes.items() if source[name].shape != shape]
+        if wrong:
+            listing = [
+                f"{name} is {source[name].shape}, expected {self.foreign_shapes[name]}" for name in wrong
+            ]
+            raise UserError(
+                f"{len(wrong)} tensors do not have the shape that config.json implies: {_listing(listing)}"
+            )
+        not_floats = [name for name in self.rules if not _is_float(source[name].dtype)]
+        if not_floats:
+            listing = [f"{name} is {source[name].dtype}" for name in not_floats]
+            raise UserError(f"expected float32, bfloat16 or float16 tensors: {_listing(listing)}")
+        return skipped
+
+    def leaf_dtype(self, source: Mapping[str, TensorInfo], path: str) -> np.dtype:
+        """The dtype a parameter is stored in; the wider one where the layers differ."""
+        dtypes = {source[place.name].dtype for place in self.places[path].values()}
+        return dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
+
+    def read_leaf(self, source: TensorSource, path: str, repeat: int | None, index: Index) -> np.ndarray:
+        """One slice of one (repeat of a) parameter, from as few rows of the foreign tensor as cover it."""
+        place = self.places[path][repeat]
+        shape = self.shapes[path] if repeat is None else self.shapes[path][1:]
+        first, last, made, rest = place.layout.rows(shape, index)
+        rows = source.read(place.name, place.start + first, place.start + last)
+        return place.layout.to_lcx(rows, made)[rest]
+
+    def foreign_parts(self, name: str, read: Callable[[str, int | None], np.ndarray]) -> Iterator[np.ndarray]:
+        """The parts of a foreign tensor in order; `read(path, repeat)` gives the lcx array of each."""
+        for part in self.rules[name].parts:
+            yield part.layout.to_foreign(read(part.path, part.repeat))
+
+    def to_foreign(self, tree: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """All foreign tensors of a flat tree of arrays (parameters, or their gradients)."""
+
+        def read(path: str, repeat: int | None) -> np.ndarray:
+            return np.asarray(tree[path] if repeat is None else tree[path][repeat])
+
+        return {
+            name: np.concatenate([np.atleast_1d(part) for part in self.foreign_parts(name, read)]).reshape(
+                shape
+            )
+            for name, shape in self.foreign_shapes.items()
+        }
+
+
+def flatten(tree: Mapping, prefix: str = "") -> dict[str, object]:
+    """{"a": {"b": x}} -> {"a/b": x}."""
+    flat: dict[str, object] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{prefix}{key}/"))
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def unflatten(flat: Mapping[str, object]) -> dict:
+    """{"a/b": x} -> {"a": {"b": x}}."""
+    tree: dict = {}
+    for path, value in flat.items():
+        *parents, last = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = value
+    return tree
+
+
+def _is_float(dtype: np.dtype) -> bool:
+    from lcx.convert.tensor_io import FLOAT_DTYPES
+
+    return dtype in FLOAT_DTYPES.values()
+
+
+def _twice(names: Sequence[str]) -> list[str]:
+    return sorted({name for name in names if names.count(name) > 1})
+
+
+def _listing(names: Sequence[str], limit: int = 6) -> str:
+    rest = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + rest

@@ -1,0 +1,113 @@
+"""What every checkpoint reader and writer agrees on: the description of a stored tensor, and exact file
+access.
+
+Files are read with positional reads and never mapped: mapped pages count as resident memory, so a mapped
+checkpoint would seem (and under a memory limit, be) as large as the file.
+"""
+
+import dataclasses
+import errno
+import math
+import os
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Protocol
+
+import ml_dtypes
+import numpy as np
+
+from lcx.errors import UserError
+
+#: The dtypes that weights are stored in here, by the names of the --dtype setting and of Hugging Face's
+#: config.json.
+FLOAT_DTYPES: dict[str, np.dtype] = {
+    "float32": np.dtype(np.float32),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float16": np.dtype(np.float16),
+}
+
+#: Tensors larger than this are read and written in pieces where the layout allows it.
+PIECE_BYTES = 32 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorInfo:
+    """Dtype and shape of one stored tensor; `where` names its file in error messages."""
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    where: str = ""
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class TensorSource(Protocol):
+    """A checkpoint that can be read tensor by tensor."""
+
+    tensors: Mapping[str, TensorInfo]
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Rows [start, stop) of the tensor (all of a scalar)."""
+        ...
+
+
+def read_array(path: pathlib.Path, offset: int, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+    """The array of this dtype and shape that starts at byte `offset` of the file.
+
+    Raises:
+      UserError: the file ends before the array does, or cannot be read.
+    """
+    array = np.empty(shape, dtype)
+    buffer = memoryview(array.reshape(-1).view(np.uint8))
+    try:
+        with open(path, "rb", buffering=0) as file:
+            done = 0
+            while done < len(buffer):
+                count = os.preadv(file.fileno(), [buffer[done:]], offset + done)
+                if count == 0:
+                    raise UserError(
+                        f"{path}: the file ends at byte {offset + done}, expected data up to byte "
+                        f"{offset + len(buffer)}; it is truncated, copy or download it again"
+                    )
+                done += count
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+    return array
+
+
+def row_range(info: TensorInfo, name: str, start: int, stop: int | None) -> tuple[int, int, tuple[int, ...]]:
+    """(first byte within the tensor, first row, shape) of rows [start, stop); a scalar has no rows to choose
+    from."""
+    if not info.shape:
+        return 0, 0, ()
+    stop = info.shape[0] if stop is None else stop
+    if not 0 <= start <= stop <= info.shape[0]:
+        raise IndexError(f"rows [{start}, {stop}) of {name} with shape {info.shape}")
+    row = math.prod(info.shape[1:]) * info.dtype.itemsize
+    return start * row, start, (stop - start, *info.shape[1:])
+
+
+def write_all(file, data: bytes | np.ndarray) -> None:
+    """Writes every byte to an unbuffered file (one write() may stop early, at 2 GiB or on a nearly full
+    disk)."""
+    if isinstance(data, np.ndarray):
+        data = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
+    view = memoryview(data)
+    while view:
+        count = file.write(view[: 1 << 30])
+        if not count:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        view = view[count:]
+
+
+def split_rows(shape: tuple[int, ...], itemsize: int, max_bytes: int) -> Iterator[tuple[int, int]]:
+    """Row ranges of at most `max_bytes` each (at least one row) that cover axis 0; one range for a scalar."""
+    if not shape:
+        yield 0, 1
+        return
+    row = max(1, math.prod(shape[1:]) * itemsize)
+    step = max(1, max_bytes // row)
+    for start in range(0, shape[0], step):
+        yield start, min(start + step, shape[0])

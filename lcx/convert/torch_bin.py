@@ -1,0 +1,175 @@
+"""PyTorch checkpoint files (`.bin`, `.pt`, `.pth`), read without executing anything in them.
+
+torch's restricted unpickler (`weights_only=True`) refuses code. It does not refuse what is checked here:
+tensors that claim more elements than the file holds (an expanded tensor of stride 0 turns a kilobyte into
+terabytes), layouts other than strided, and compressed members, which a memory-mapped load would return as if
+they were weights.
+
+Tensors are loaded on the meta device, which gives their shapes, strides and places in the file but no data;
+the data is then read piece by piece. Files of torch < 1.6 have no such places and are read whole.
+"""
+
+import os
+import pathlib
+import pickle
+import re
+import struct
+import zipfile
+
+import ml_dtypes
+import numpy as np
+
+from lcx.convert import tensor_io
+from lcx.convert.tensor_io import TensorInfo
+from lcx.errors import UserError
+
+_LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, ..., length of the name, length of the extra field
+
+
+class TorchFile:
+    """One file with a dict of tensors (or {"state_dict": dict of tensors}).
+
+    Raises:
+      UserError: at construction, for anything but tensors that lie within the file.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = pathlib.Path(path)
+        try:
+            records = _stored_records(self.path) if zipfile.is_zipfile(self.path) else None
+        except (OSError, zipfile.BadZipFile, struct.error, ValueError) as error:
+            raise UserError(
+                f"{self.path}: not a readable PyTorch file: {error}; copy or download it again"
+            ) from error
+        state = _load(self.path, on_meta=records is not None)
+        self._state = {
+            name: _check_tensor(self.path, name, tensor, records) for name, tensor in state.items()
+        }
+        self.tensors = {
+            name: TensorInfo(_numpy_dtype(self.path, name, tensor.dtype), tuple(tensor.shape), self.path.name)
+            for name, tensor in self._state.items()
+        }
+        self._in_memory = records is None
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        tensor, info = self._state[name], self.tensors[name]
+        _, first, shape = tensor_io.row_range(info, name, start, stop)
+        rows = tensor[first : first + shape[0]] if info.shape else tensor
+        if self._in_memory:
+            return _to_numpy(rows, info.dtype)
+        offset = rows.untyped_storage()._checkpoint_offset + rows.storage_offset() * info.dtype.itemsize
+        if rows.is_contiguous():
+            return tensor_io.read_array(self.path, offset, info.dtype, shape)
+        span = 1 + sum((size - 1) * stride for size, stride in zip(shape, rows.stride(), strict=True))
+        flat = tensor_io.read_array(self.path, offset, info.dtype, (span if rows.numel() else 0,))
+        strides = [stride * info.dtype.itemsize for stride in rows.stride()]
+        return np.ascontiguousarray(np.lib.stride_tricks.as_strided(flat, shape, strides, writeable=False))
+
+
+def _stored_records(path: pathlib.Path) -> dict[int, int]:
+    """{offset of a member's data: its size} of a zip whose members are all stored as they are."""
+    records = {}
+    size = path.stat().st_size
+    with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
+        for member in archive.infolist():
+            if member.compress_type != zipfile.ZIP_STORED or member.compress_size != member.file_size:
+                raise UserError(
+                    f"{path}: the member {member.filename!r} is compressed, expected stored members as "
+                    "torch.save "
+                    "writes them; save the file again with torch.save"
+                )
+            if member.filename.endswith("/byteorder") and archive.read(member).strip() != b"little":
+                raise UserError(f"{path}: the tensors are big-endian, expected little-endian")
+            file.seek(member.header_offset)
+            _, name_length, extra_length = _LOCAL_HEADER.unpack(file.read(_LOCAL_HEADER.size))
+            start = member.header_offset + _LOCAL_HEADER.size + name_length + extra_length
+            if start + member.file_size > size:
+                raise UserError(
+                    f"{path}: the member {member.filename!r} ends beyond the file; copy or download it again"
+                )
+            records[start] = member.file_size
+    return records
+
+
+def _load(path: pathlib.Path, *, on_meta: bool) -> dict:
+    try:
+        import torch
+    except ImportError as error:
+        raise UserError(f"{path}: reading PyTorch files needs torch: pip install 'lcx[torch]'") from error
+    try:
+        state = torch.load(path, map_location="meta" if on_meta else "cpu", weights_only=True)
+    except MemoryError:
+        raise
+    except Exception as error:  # the unpickler raises a dozen kinds of error on damaged or hostile input
+        reason = " ".join(str(error).split())
+        if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in reason:
+            raise UserError(
+                f"{path}: holds more than tensors, and nothing in it was executed ({_reason(reason)}); "
+                "expected a dict of tensors, save the state_dict again"
+            ) from error
+        raise UserError(
+            f"{path}: not a readable PyTorch file ({_reason(reason)}); copy or download it again"
+        ) from error
+    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
+        state = state["state_dict"]
+    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
+        raise UserError(f"{path}: holds a {type(state).__name__}, expected a dict of named tensors")
+    return state
+
+
+def _reason(text: str) -> str:
+    """What the unpickler refused, out of a page of advice that must not be followed here."""
+    found = re.search(r"GLOBAL ([\w.]+)", text)
+    if found:
+        return f"it asks for {found.group(1)}"
+    return text.split("WeightsUnpickler error: ")[-1][:120]
+
+
+def _check_tensor(path: pathlib.Path, name: str, tensor, records: dict[int, int] | None):
+    import torch
+
+    if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.is_quantized:
+        kind = getattr(tensor, "layout", None) or type(tensor).__name__
+        raise UserError(f"{path}: {name!r} is {kind}, expected a plain dense tensor")
+    tensor = tensor.detach()
+    if tensor.is_conj() or tensor.is_neg() or (records is None and tensor.is_meta):
+        raise UserError(f"{path}: {name!r} is a lazy view or has no data, expected a plain dense tensor")
+    storage = tensor.untyped_storage()
+    span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    last = (tensor.storage_offset() + span) * tensor.element_size() if tensor.numel() else 0
+    if max(last, tensor.numel() * tensor.element_size()) > storage.nbytes():
+        raise UserError(
+            f"{path}: {name!r} claims shape {tuple(tensor.shape)}, more than the {storage.nbytes()} bytes "
+            "stored for it; "
+            "expected dense tensors, save them with .clone()"
+        )
+    if records is not None and storage.nbytes():
+        available = records.get(storage._checkpoint_offset, 0)
+        if storage.nbytes() > available:
+            raise UserError(
+                f"{path}: {name!r} needs {storage.nbytes()} bytes but the file stores {available}; "
+                "copy or download it again"
+            )
+    return tensor
+
+
+def _numpy_dtype(path: pathlib.Path, name: str, dtype) -> np.dtype:
+    import torch
+
+    if dtype == torch.bfloat16:
+        return np.dtype(ml_dtypes.bfloat16)
+    try:
+        return torch.empty((), dtype=dtype).numpy().dtype
+    except TypeError as error:
+        raise UserError(
+            f"{path}: {name!r} has dtype {dtype}, expected float32, bfloat16 or float16"
+        ) from error
+
+
+def _to_numpy(tensor, dtype: np.dtype) -> np.ndarray:
+    import torch
+
+    tensor = tensor.contiguous()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(dtype)
+    return tensor.numpy()

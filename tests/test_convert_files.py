@@ -1,0 +1,557 @@
+"""Reading and writing checkpoint files: equal to the safetensors and torch libraries, and safe on broken
+input."""
+
+import json
+import os
+import pathlib
+import struct
+import subprocess
+import sys
+import zipfile
+
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+import torch
+
+from lcx.convert import destination, hf_folder, tensor_io
+from lcx.convert import safetensors as own
+from lcx.convert.tensor_io import TensorInfo
+from lcx.convert.torch_bin import TorchFile
+from lcx.errors import UserError
+
+
+def arrays() -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    return {
+        "a": rng.normal(size=(5, 7)).astype(np.float32),
+        "b": rng.normal(size=(3, 2, 4)).astype(ml_dtypes.bfloat16),
+        "c": rng.normal(size=11).astype(np.float16),
+        "scalar": np.array(3.5, np.float32),
+        "empty": np.zeros((0, 4), np.float32),
+        "odd": np.arange(3, dtype=np.int8),
+    }
+
+
+def one_line(error: pytest.ExceptionInfo) -> str:
+    text = str(error.value)
+    assert "\n" not in text and text
+    return text
+
+
+def assert_same(found: np.ndarray, expected: np.ndarray):
+    assert found.dtype == expected.dtype and found.shape == expected.shape
+    assert found.tobytes() == expected.tobytes()
+
+
+# ------------------------------------------------------------------------------------------------ safetensors
+
+
+def test_safetensors_reads_what_the_library_writes(tmp_path):
+    safetensors.numpy.save_file(arrays(), tmp_path / "x.safetensors", metadata={"format": "pt"})
+    file = own.SafetensorsFile(tmp_path / "x.safetensors")
+    assert set(file.tensors) == set(arrays())
+    for name, array in arrays().items():
+        assert_same(file.read(name), array)
+        if array.ndim and len(array) > 2:
+            assert_same(file.read(name, 1, 3), array[1:3])
+
+
+def test_safetensors_writes_what_the_library_reads(tmp_path):
+    infos = {name: TensorInfo(array.dtype, array.shape) for name, array in arrays().items()}
+
+    def pieces(name):
+        array = arrays()[name]
+        return [array[:2], array[2:]] if array.ndim else [array]
+
+    own.write_file(tmp_path / "x.safetensors", infos, pieces)
+    loaded = safetensors.numpy.load_file(tmp_path / "x.safetensors")
+    assert set(loaded) == set(infos)
+    for name, array in arrays().items():
+        assert_same(loaded[name], array)
+    with safetensors.safe_open(tmp_path / "x.safetensors", "numpy") as file:
+        assert file.metadata() == {"format": "pt"}
+    expected = 0o666 & ~current_umask()
+    assert (tmp_path / "x.safetensors").stat().st_mode & 0o777 == expected
+
+
+def current_umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def raw_file(path: pathlib.Path, header, data: bytes = b"\0" * 8) -> pathlib.Path:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+    return path
+
+
+F32 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+BAD_HEADERS = {
+    "not json": (b"{nope", "not valid"),
+    "not utf-8": (b'{"\xff": 1}', "not valid"),
+    "a list": ([1], "expected a JSON object"),
+    "deep": (b"[" * 100_000, "not valid"),
+    "duplicate key": (b'{"a": %s, "a": %s}' % ((json.dumps(F32).encode(),) * 2), "occurs twice"),
+    "unknown dtype": ({"a": F32 | {"dtype": "F33"}}, "dtype 'F33'"),
+    "dtype of another kind": ({"a": F32 | {"dtype": [1]}}, "dtype"),
+    "negative shape": ({"a": F32 | {"shape": [-2]}}, "shape [-2]"),
+    "float shape": ({"a": F32 | {"shape": [2.0]}}, "shape [2.0]"),
+    "true as a size": ({"a": F32 | {"shape": [True, 2]}}, "shape"),
+    "huge shape": ({"a": F32 | {"shape": [2**70]}}, "shape"),
+    "overflowing shape": ({"a": F32 | {"shape": [2**33, 2**33]}}, "takes"),
+    "too many axes": ({"a": F32 | {"shape": [1] * 70}}, "shape"),
+    "wrong size": ({"a": F32 | {"shape": [3]}}, "takes 12 bytes"),
+    "beyond the file": ({"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}, "truncated"),
+    "backwards": ({"a": F32 | {"data_offsets": [8, 0]}}, "lies at bytes 8 to 0"),
+    "negative offset": ({"a": F32 | {"data_offsets": [-8, 0]}}, "data_offsets"),
+    "overlap": ({"a": F32, "b": F32}, "overlaps"),
+    "hole": ({"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}, "hole"),
+    "trailing bytes": ({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}, "belong to none"),
+    "no offsets": ({"a": {"dtype": "F32", "shape": [2]}}, "expected dtype, shape and data_offsets"),
+    "metadata of numbers": ({"__metadata__": {"a": 1}, "a": F32}, "__metadata__"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_HEADERS)
+def test_safetensors_refuses(tmp_path, case):
+    header, message = BAD_HEADERS[case]
+    with pytest.raises(UserError) as error:
+        own.SafetensorsFile(raw_file(tmp_path / "x.safetensors", header))
+    assert message in one_line(error) and "x.safetensors" in str(error.value)
+
+
+def test_safetensors_refuses_truncation_at_every_place(tmp_path):
+    whole = raw_file(tmp_path / "whole", {"a": F32}).read_bytes()
+    for length in (0, 3, 8, 20, len(whole) - 1):
+        (tmp_path / "cut").write_bytes(whole[:length])
+        with pytest.raises(UserError) as error:
+            own.SafetensorsFile(tmp_path / "cut")
+        assert "copy or download it again" in one_line(error)
+
+
+def test_safetensors_refuses_a_header_longer_than_the_format_allows(tmp_path):
+    path = tmp_path / "x.safetensors"
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", 200_000_000))
+        file.truncate(300_000_000)  # sparse: takes no space
+    with pytest.raises(UserError, match="header claims 200000000 bytes"):
+        own.SafetensorsFile(path)
+
+
+def test_file_cut_after_it_was_opened(tmp_path):
+    file = own.SafetensorsFile(raw_file(tmp_path / "x.safetensors", {"a": F32}))
+    os.truncate(tmp_path / "x.safetensors", (tmp_path / "x.safetensors").stat().st_size - 1)
+    with pytest.raises(UserError, match="truncated"):
+        file.read("a")
+
+
+# ------------------------------------------------------------------------------------------------ torch
+
+
+def states() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(10, 12, generator=generator)
+    return {
+        "plain": base,
+        "shared": base,
+        "slice": base[2:7, 3:9],
+        "transposed": torch.randn(6, 4, generator=generator).T,
+        "bf16": torch.randn(4, 6, generator=generator).bfloat16(),
+        "half": torch.randn(5, generator=generator).half(),
+        "scalar": torch.tensor(2.5),
+        "empty": torch.zeros(0, 3),
+        "parameter": torch.nn.Parameter(torch.randn(3, 2, generator=generator)),
+    }
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_torch_file_equals_torch_load(tmp_path, zipped, wrapped):
+    state = states()
+    torch.save(
+        {"state_dict": state} if wrapped else state, tmp_path / "x.bin", _use_new_zipfile_serialization=zipped
+    )
+    file = TorchFile(tmp_path / "x.bin")
+    assert set(file.tensors) == set(state)
+    for name, tensor in state.items():
+        expected = tensor.detach().float().numpy()
+        assert file.tensors[name].shape == expected.shape
+        np.testing.assert_array_equal(file.read(name).astype(np.float32), expected)
+        if tensor.ndim and len(tensor) > 2:
+            np.testing.assert_array_equal(file.read(name, 1, 3).astype(np.float32), expected[1:3])
+
+
+class Payload:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_hostile_pickle_is_not_executed(tmp_path, zipped):
+    target = tmp_path / "executed"
+    torch.save({"a": Payload(target)}, tmp_path / "x.bin", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(UserError) as error:
+        TorchFile(tmp_path / "x.bin")
+    assert "nothing in it was executed" in one_line(error) and "open" in str(error.value)
+    assert not target.exists()
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize(
+    "bomb, message",
+    [
+        (lambda: torch.zeros(1).expand(10**6, 10**6), "claims shape (1000000, 1000000)"),
+        (lambda: torch.zeros(4).as_strided((3, 3), (0, 1)), "claims shape (3, 3)"),
+        (lambda: torch.zeros(4, 4).to_sparse(), "torch.sparse_coo"),
+        (lambda: torch.zeros(3, dtype=torch.complex64).conj(), "lazy view"),
+        (lambda: [torch.zeros(1)], "list"),
+    ],
+)
+def test_torch_file_refuses_tensors_that_are_not_dense(tmp_path, bomb, message, zipped):
+    torch.save({"w": bomb()}, tmp_path / "x.bin", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(UserError) as error:
+        TorchFile(tmp_path / "x.bin")
+    assert message in one_line(error) and "'w'" in str(error.value)
+
+
+def rezip(
+    source: pathlib.Path,
+    target: pathlib.Path,
+    *,
+    compression=zipfile.ZIP_STORED,
+    edit=lambda name, data: data,
+):
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w", compression) as new:
+        for member in old.infolist():
+            new.writestr(member.filename, edit(member.filename, old.read(member)))
+
+
+def test_torch_file_refuses_deflated_members(tmp_path):
+    torch.save({"w": torch.zeros(1000)}, tmp_path / "plain.bin")
+    rezip(tmp_path / "plain.bin", tmp_path / "x.bin", compression=zipfile.ZIP_DEFLATED)
+    with pytest.raises(UserError, match="is compressed"):
+        TorchFile(tmp_path / "x.bin")
+
+
+def test_torch_file_refuses_a_storage_shorter_than_claimed(tmp_path):
+    torch.save({"w": torch.zeros(1000)}, tmp_path / "plain.bin")
+    rezip(
+        tmp_path / "plain.bin",
+        tmp_path / "x.bin",
+        edit=lambda name, data: data[:100] if name.endswith("data/0") else data,
+    )
+    with pytest.raises(UserError) as error:
+        TorchFile(tmp_path / "x.bin")
+    assert "needs 4000 bytes but the file stores 100" in one_line(error)
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage", b"PK\x03\x04 not a zip"])
+def test_torch_file_refuses_garbage(tmp_path, content):
+    (tmp_path / "x.bin").write_bytes(content)
+    with pytest.raises(UserError) as error:
+        TorchFile(tmp_path / "x.bin")
+    assert "x.bin" in one_line(error)
+
+
+def test_torch_file_refuses_truncation(tmp_path):
+    torch.save({"w": torch.randn(1000)}, tmp_path / "x.bin")
+    os.truncate(tmp_path / "x.bin", 3000)
+    with pytest.raises(UserError) as error:
+        TorchFile(tmp_path / "x.bin")
+    assert "copy or download it again" in one_line(error)
+
+
+@pytest.mark.parametrize("state", [torch.zeros(2), {1: torch.zeros(2)}, [torch.zeros(2)]])
+def test_torch_file_wants_a_dict_of_names(tmp_path, state):
+    torch.save(state, tmp_path / "x.bin")
+    with pytest.raises(UserError, match="expected a dict of named tensors"):
+        TorchFile(tmp_path / "x.bin")
+
+
+# ------------------------------------------------------------------------------------------------ folders
+
+
+def make_folder(
+    folder: pathlib.Path, *, max_shard_bytes: int = 200, kind: str = "safetensors"
+) -> dict[str, np.ndarray]:
+    """A sharded folder of eight tensors of 64 bytes, and what it holds."""
+    rng = np.random.default_rng(1)
+    tensors = {f"w{i}": rng.normal(size=(4, 4)).astype(np.float32) for i in range(8)}
+    folder.mkdir()
+    infos = {name: TensorInfo(array.dtype, array.shape) for name, array in tensors.items()}
+    hf_folder.write(
+        folder, infos, lambda name: [tensors[name]], config={"x": 1}, max_shard_bytes=max_shard_bytes
+    )
+    return tensors
+
+
+def edit_index(folder: pathlib.Path, change):
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    change(index)
+    path.write_text(json.dumps(index))
+
+
+def test_folder_round_trip_in_shards(tmp_path):
+    tensors = make_folder(tmp_path / "m")
+    names = sorted(path.name for path in (tmp_path / "m").iterdir())
+    shards = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
+    assert names == sorted(["config.json", *shards, "model.safetensors.index.json"])
+    source = hf_folder.HfFolder(tmp_path / "m")
+    assert source.config == {"x": 1}
+    assert list(source.tensors) == list(tensors)
+    for name, array in tensors.items():
+        assert_same(source.read(name), array)
+        assert_same(source.read(name, 1, 2), array[1:2])
+
+
+def test_folder_of_torch_shards(tmp_path):
+    tensors = {f"w{i}": torch.randn(3, 2) for i in range(3)}
+    for i, (name, tensor) in enumerate(tensors.items()):
+        torch.save({name: tensor}, tmp_path / f"pytorch_model-{i}.bin")
+    weight_map = {name: f"pytorch_model-{i}.bin" for i, name in enumerate(tensors)}
+    index = {"metadata": {"total_size": 72}, "weight_map": weight_map}
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    (tmp_path / "config.json").write_text("{}")
+    source = hf_folder.HfFolder(tmp_path)
+    for name, tensor in tensors.items():
+        np.testing.assert_array_equal(source.read(name), tensor.numpy())
+
+
+def test_single_file_goes_before_an_index(tmp_path):
+    make_folder(tmp_path / "m")
+    safetensors.numpy.save_file({"only": np.zeros(2, np.float32)}, tmp_path / "m" / "model.safetensors")
+    assert list(hf_folder.HfFolder(tmp_path / "m").tensors) == ["only"]
+
+
+@pytest.mark.parametrize(
+    "name", ["../outside.safetensors", "/etc/passwd", "sub/x.safetensors", "..", "", 3, None]
+)
+def test_index_must_name_plain_files(tmp_path, name):
+    make_folder(tmp_path / "m")
+    edit_index(tmp_path / "m", lambda index: index["weight_map"].update(w0=name))
+    with pytest.raises(UserError) as error:
+        hf_folder.HfFolder(tmp_path / "m")
+    assert "plain file name" in one_line(error)
+
+
+def test_links_may_not_leave_the_folder(tmp_path):
+    make_folder(tmp_path / "m")
+    shard = tmp_path / "m" / "model-00001-of-00003.safetensors"
+    shard.rename(tmp_path / "outside.safetensors")
+    shard.symlink_to(tmp_path / "outside.safetensors")
+    with pytest.raises(UserError, match="link that leads out of the folder"):
+        hf_folder.HfFolder(tmp_path / "m")
+    shard.unlink()
+    (tmp_path / "outside.safetensors").rename(tmp_path / "m" / "real.safetensors")
+    shard.symlink_to("real.safetensors")
+    assert len(hf_folder.HfFolder(tmp_path / "m").tensors) == 8
+
+
+def test_links_of_the_download_cache_are_followed(tmp_path):
+    """snapshots/REVISION/name -> ../../blobs/HASH is how Hugging Face's cache keeps every file."""
+    snapshot, blobs = tmp_path / "models--x--y" / "snapshots" / "abc", tmp_path / "models--x--y" / "blobs"
+    snapshot.parent.mkdir(parents=True)
+    blobs.mkdir()
+    tensors = make_folder(snapshot)
+    for i, path in enumerate(sorted(snapshot.iterdir())):
+        path.rename(blobs / str(i))
+        path.symlink_to(f"../../blobs/{i}")
+    assert list(hf_folder.HfFolder(snapshot).tensors) == list(tensors)
+
+
+def _missing_shard(folder):
+    (folder / "model-00002-of-00003.safetensors").unlink()
+
+
+def _wrong_shard(folder):
+    edit_index(folder, lambda index: index["weight_map"].update(w0="model-00003-of-00003.safetensors"))
+
+
+def _unknown_key(folder):
+    edit_index(folder, lambda index: index["weight_map"].update(w99="model-00003-of-00003.safetensors"))
+
+
+def _total_size(folder):
+    edit_index(folder, lambda index: index["metadata"].update(total_size=513))
+
+
+def _twice(folder):
+    safetensors.numpy.save_file(
+        {f"w{i}": np.zeros((4, 4), np.float32) for i in (0, 6, 7)},
+        folder / "model-00003-of-00003.safetensors",
+    )
+    edit_index(folder, lambda index: index["metadata"].update(total_size=64 * 9))
+
+
+def _no_map(folder):
+    edit_index(folder, lambda index: index.pop("weight_map"))
+
+
+def _no_config(folder):
+    (folder / "config.json").unlink()
+
+
+def _bad_config(folder):
+    (folder / "config.json").write_text('{"a": 1, "a": 2}')
+
+
+def _no_weights(folder):
+    for path in folder.glob("model*"):
+        path.unlink()
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (_missing_shard, "model-00002-of-00003.safetensors is missing"),
+        (
+            _wrong_shard,
+            "the tensor 'w0' should be in model-00003-of-00003.safetensors, which does not hold it",
+        ),
+        (_unknown_key, "the tensor 'w99' should be in"),
+        (_total_size, "metadata.total_size is 513 bytes but the files hold 512"),
+        (
+            _twice,
+            "the tensor 'w0' is in model-00001-of-00003.safetensors and in model-00003-of-00003.safetensors",
+        ),
+        (_no_map, "expected a weight_map"),
+        (_no_config, "config.json is missing"),
+        (_bad_config, "the key 'a' occurs twice"),
+        (_no_weights, "no weights, expected one of model.safetensors"),
+    ],
+)
+def test_folder_refuses(tmp_path, damage, message):
+    make_folder(tmp_path / "m")
+    damage(tmp_path / "m")
+    with pytest.raises(UserError) as error:
+        hf_folder.HfFolder(tmp_path / "m")
+    assert message in one_line(error)
+
+
+def test_folder_that_is_none(tmp_path):
+    with pytest.raises(UserError, match="expected a folder with config.json"):
+        hf_folder.HfFolder(tmp_path / "nothing")
+
+
+# ------------------------------------------------------------------------------------------------
+# destinations
+
+
+def replacing(path, *, overwrite=False, needed_bytes=0, replaceable=lambda path: True):
+    return destination.replacing(
+        path, overwrite=overwrite, needed_bytes=needed_bytes, replaceable=replaceable
+    )
+
+
+def listing(folder: pathlib.Path) -> dict[str, str]:
+    return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_destination_appears_whole(tmp_path):
+    with replacing(tmp_path / "a" / "b") as folder:
+        (folder / "x").write_text("new")
+        assert not (tmp_path / "a" / "b").exists()
+    assert listing(tmp_path) == {"a/b/x": "new"}
+    assert (tmp_path / "a" / "b").stat().st_mode & 0o777 == 0o777 & ~current_umask()
+
+
+def test_destination_is_kept_unless_told(tmp_path):
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "x").write_text("old")
+    with pytest.raises(UserError, match="pass --overwrite"), replacing(tmp_path / "b"):
+        pass
+    with pytest.raises(UserError, match="not a checkpoint folder"):
+        with replacing(tmp_path / "b", overwrite=True, replaceable=lambda path: False):
+            pass
+    assert listing(tmp_path) == {"b/x": "old"}
+    with replacing(tmp_path / "b", overwrite=True) as folder:
+        (folder / "y").write_text("new")
+        assert listing(tmp_path / "b") == {"x": "old"}
+    assert listing(tmp_path) == {"b/y": "new"}
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device"), UserError("x")])
+def test_failure_leaves_everything_as_it_was(tmp_path, error):
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "x").write_text("old")
+    for path in (tmp_path / "b", tmp_path / "c" / "d"):
+        with pytest.raises((UserError, KeyboardInterrupt)), replacing(path, overwrite=True) as folder:
+            (folder / "y").write_text("new")
+            raise error
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["b", "x"]
+
+
+def test_kill_between_the_renames_is_recovered(tmp_path):
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "x").write_text("old")
+    code = (
+        "import os, sys\nfrom lcx.convert import destination\n"
+        "rename, calls = os.rename, []\n"
+        "def patched(*a):\n    calls.append(a)\n    if len(calls) == 2: os._exit(9)\n    rename(*a)\n"
+        "os.rename = patched\n"
+        "with destination.replacing(sys.argv[1], overwrite=True, needed_bytes=0, replaceable=lambda p: True) "
+        "as f:\n"
+        "    (f / 'y').write_text('new')\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code, str(tmp_path / "b")]).returncode == 9
+    assert not (tmp_path / "b").exists()
+    with pytest.raises(UserError, match="already exists"), replacing(tmp_path / "b"):
+        pass
+    assert listing(tmp_path) == {"b/x": "old"}
+
+
+def test_destination_without_space_is_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(UserError, match="needs 1,000,000,000,000,000,000 bytes"):
+        with replacing(tmp_path / "b", needed_bytes=10**18):
+            raise AssertionError("the block ran")
+    assert not list(tmp_path.iterdir())
+
+
+def test_disk_that_fills_up(tmp_path):
+    """A limit on file sizes fails in the same place and way as a full disk: write() returns an error."""
+    code = (
+        "import resource, sys, signal, numpy as np\nfrom lcx.convert import destination, hf_folder\n"
+        "from lcx.convert.tensor_io import TensorInfo\nfrom lcx.errors import UserError\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        "info = {'w': TensorInfo(np.dtype('f4'), (100, 1000))}\n"
+        "try:\n"
+        "    with destination.replacing(sys.argv[1], overwrite=False, needed_bytes=0, replaceable=bool) as "
+        "folder:\n"
+        "        hf_folder.write(folder, info, lambda n: [np.zeros((100, 1000), 'f4')], config={})\n"
+        "except UserError as error:\n    print(error)\n"
+    )
+    out = subprocess.run([sys.executable, "-c", code, str(tmp_path / "b")], capture_output=True, text=True)
+    assert "cannot be written: File too large" in out.stdout and out.stdout.count("\n") == 1, out
+    assert not list(tmp_path.iterdir())
+
+
+def test_source_is_never_the_destination(tmp_path):
+    (tmp_path / "src" / "inner").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "src")
+    for src, dst in (
+        ("src", "src"),
+        ("src", "link"),
+        ("src/inner", "src"),
+        ("src/inner/../inner", "src/inner"),
+    ):
+        with pytest.raises(UserError, match="--dst"):
+            destination.refuse_same(tmp_path / src, tmp_path / dst)
+    destination.refuse_same(tmp_path / "src", tmp_path / "src" / "hf")
+    destination.refuse_same(tmp_path / "src", tmp_path / "other")
+
+
+def test_row_splits_cover_exactly():
+    for shape, limit in (((10, 3), 25), ((1, 1000), 10), ((7,), 4), ((0, 3), 10), ((), 4)):
+        ranges = list(tensor_io.split_rows(shape, 4, limit))
+        assert [i for start, stop in ranges for i in range(start, stop)] == list(
+            range(shape[0] if shape else 1)
+        )
