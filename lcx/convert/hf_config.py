@@ -191,6 +191,13 @@ def _windows(config: Mapping[str, Any], family: Family, num_layers: int) -> tupl
 
 
 def _rope(config: Mapping[str, Any], family: Family, head_dim: int) -> Rope:
+    nested = [
+        value for key in ("rope_scaling", "rope_parameters") for value in dict(config.get(key) or {}).values()
+    ]
+    if any(isinstance(value, Mapping) and value != nested[0] for value in nested):
+        raise UserError(
+            "config.json has rotary settings that differ by layer type, supported is one for all layers"
+        )
     rope = rope_lib.from_hf(config)
     if rope.partial_rotary_factor != 1 and not family.partial_rotary and rope.rope_type != "proportional":
         raise UserError(
