@@ -138,7 +138,7 @@ def _factor_and_target(
         return values, round(factor * original)
     if abs(factor * original - target) >= 1:
         raise UserError(
-            f"factor {factor:g} x the original window {original} is {factor * original:g} but context_length is"
+            f"factor {factor:g} x the original window {original} is {factor * original:g}, not context_length"
             f" {target}: change factor or context_length ({enlarged}: {target / factor:g} would fit)"
         )
     return values, target

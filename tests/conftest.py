@@ -1,0 +1,29 @@
+"""What every test shares: the CPU, a compile cache, checked array shapes, the folder of real data."""
+
+import os
+import pathlib
+
+import pytest
+
+# Before the first import of jax. Compiled programs are kept between runs: much of the suite's time is XLA's.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path.home() / ".cache" / "lcx" / "xla-tests"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+import jaxtyping  # noqa: E402
+
+# Shapes and dtypes in these signatures are checked at every call of a test, and cost a user nothing.
+jaxtyping.install_import_hook(["lcx.rope", "lcx.ops"], "beartype.beartype")
+
+
+@pytest.fixture(scope="session")
+def reference() -> pathlib.Path:
+    """The folder of reference numbers and real data, from the environment variable LCX_REFERENCE."""
+    folder = os.environ.get("LCX_REFERENCE")
+    if not folder:
+        pytest.skip("needs real data: set LCX_REFERENCE to the folder that holds reference/ and data/")
+    path = pathlib.Path(folder).resolve()
+    if not path.is_dir():
+        pytest.fail(f"LCX_REFERENCE is {folder!r}, expected a folder: correct it or unset it")
+    return path
