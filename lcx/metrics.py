@@ -283,10 +283,12 @@ class _Wandb:
             import wandb
 
             settings = wandb.Settings(init_timeout=_WANDB_SECONDS, silent=True, console="off")
-            identity = {"id": _run_id(self._folder), "resume": "allow"} if mode == "online" else {}
+            kind: dict[str, Any] = {"mode": mode}
+            if mode == "online":
+                kind |= {"id": _run_id(self._folder), "resume": "allow"}
             config = {"gin": config_text}
             self._run = wandb.init(
-                project=project, dir=self._folder, mode=mode, config=config, settings=settings, **identity
+                project=project, dir=self._folder, config=config, settings=settings, **kind
             )
             # A run that falls back to an older checkpoint repeats steps; wandb's own counter would drop them.
             self._run.define_metric("step")

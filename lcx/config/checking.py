@@ -19,7 +19,7 @@ from lcx.config.reading import MACRO, Key, Source, spell
 def check(source: Source) -> None:
     """Adds every mistake to `source.problems`; converts values (list to tuple) as annotations ask."""
     for (scope, selector), bound in list(gin_config._CONFIG.items()):
-        hints = typecheck.annotations(gin_config._REGISTRY[selector].wrapped)
+        hints = typecheck.hints_of(gin_config._REGISTRY[selector].wrapped)
         for name, value in list(bound.items()):
             key = (scope, selector, name)
             inlined = _inline(value, key, source)

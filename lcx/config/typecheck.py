@@ -36,10 +36,10 @@ class Promise:
     def produces(self) -> Any:
         if inspect.isclass(self.source):
             return self.source
-        return annotations(self.source).get("return", Any)
+        return hints_of(self.source).get("return", Any)
 
 
-def annotations(source: Any) -> dict[str, Any]:
+def hints_of(source: Any) -> dict[str, Any]:
     """Parameter name -> annotation of a function or class; names that cannot be resolved are left out."""
     holder = source
     if inspect.isclass(source) and not dataclasses.is_dataclass(source):

@@ -1,0 +1,39 @@
+# Sourced by the other scripts: `use_venv dev,torch` goes to the repository's root, makes .venv there if it is absent,
+# installs what is missing, and puts it on PATH. PYTHON=/path/to/python picks the interpreter of a new .venv,
+# LCX_EXTRAS=gpu adds extras.
+# shellcheck shell=bash
+
+use_venv() {
+  cd "$(dirname "${BASH_SOURCE[0]}")/.." || return 1
+  local extras hash have="" python
+  [ -x .venv/bin/python ] || _make_venv || return 1
+  python="$PWD/.venv/bin/python"
+  hash="$(cat pyproject.toml constraints.txt | cksum)"
+  # The stamp holds the hash of what was asked for and the extras that are in.
+  if [ -f .venv/lcx-installed ] && [ "$(head -n 1 .venv/lcx-installed)" = "$hash" ]; then
+    have="$(tail -n 1 .venv/lcx-installed)"
+  fi
+  extras="$(printf '%s' "$have,${1:-},${LCX_EXTRAS:-}" | tr ',' '\n' | sed '/^$/d' | sort -u | paste -s -d , -)"
+  if [ -z "$have" ] || [ "$extras" != "$have" ]; then
+    echo "lcx: installing into .venv (${extras:-no extras}; a few minutes the first time)" >&2
+    rm -f .venv/lcx-installed
+    "$python" -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+      -e ".${extras:+[$extras]}" || { echo "lcx: the install failed, see above" >&2; return 1; }
+    printf '%s\n%s\n' "$hash" "${extras:-,}" > .venv/lcx-installed
+  fi
+  export PATH="$PWD/.venv/bin:$PATH" VIRTUAL_ENV="$PWD/.venv"
+}
+
+_make_venv() {
+  local python="${PYTHON:-python3}"
+  if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null; then
+    echo "lcx: found $("$python" --version 2>&1), expected Python >= 3.11: set PYTHON=/path/to/python3" >&2
+    return 1
+  fi
+  echo "lcx: making .venv with $("$python" --version)" >&2
+  "$python" -m venv .venv || {
+    rm -rf .venv
+    echo "lcx: $python cannot make a virtual environment (Debian: apt install python3-venv)" >&2
+    return 1
+  }
+}
