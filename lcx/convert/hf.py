@@ -1,10 +1,13 @@
 """Hugging Face folders of the Llama family as models: read parameter by parameter, written tensor by
 tensor."""
 
+import dataclasses
+import functools
 import logging
 import os
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -16,6 +19,7 @@ from lcx.model import Decoder
 
 log = logging.getLogger(__name__)
 
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "lcx_tokenizer.json")
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
@@ -29,8 +33,8 @@ class HfSource:
     def __init__(self, path: str | os.PathLike):
         self._folder = hf_folder.HfFolder(path)
         self.where = str(path)
-        self.side_files = hf_folder.side_files(path)
         self.carried = {key: value for key, value in self._folder.config.items() if key in hf_config.CARRIED}
+        self.side_files = hf_folder.side_files(path)
         try:
             model = hf_config.from_config(self._folder.config)
             self._table = rules.Table(llama.rules(model), sources.leaf_shapes(model))
@@ -53,6 +57,10 @@ class HfSource:
             for path, shape in self._table.shapes.items()
         }
         self.model: Decoder = model.clone(dtype=str(sources.stored_dtype(self.leaves)), parent=None)
+
+    @functools.cached_property
+    def tokenizer(self) -> Mapping[str, Any] | None:
+        return extras(self.where).tokenizer
 
     def read(self, path: str, index: rules.Index) -> np.ndarray:
         if None in self._table.places[path]:
@@ -77,6 +85,32 @@ class HfSource:
                 "tie_word_embeddings to "
                 "false if the stored head is the one to use"
             )
+
+
+@dataclasses.dataclass(frozen=True)
+class Extras:
+    """What a folder holds beside the model: settings of config.json, files, and the tokenizer's
+    description."""
+
+    carried: dict[str, Any]
+    side_files: list[pathlib.Path]
+    tokenizer: dict[str, Any] | None
+
+
+def extras(path: str | os.PathLike) -> Extras:
+    """What to take along from a Hugging Face folder."""
+    config = hf_folder.read_json(hf_folder.inside(pathlib.Path(path), hf_folder.CONFIG))
+    carried = {key: value for key, value in config.items() if key in hf_config.CARRIED}
+    files = hf_folder.side_files(path)
+    tokenizer = None
+    if any(file.name in _TOKENIZERS for file in files):
+        from lcx.data import load_tokenizer
+
+        try:
+            tokenizer = {key: value for key, value in load_tokenizer(path).to_json().items() if key != "path"}
+        except UserError as error:
+            log.warning("the tokenizer is copied but not recorded: %s", error)
+    return Extras(carried, files, tokenizer)
 
 
 def _bits(array: np.ndarray) -> bytes:
@@ -118,7 +152,23 @@ def write(
     hf_folder.write(folder, tensors, pieces, config=config, max_shard_bytes=max_shard_bytes)
     for path in source.side_files:
         hf_folder.write_bytes(folder / path.name, path.read_bytes())
+    if (source.tokenizer or {}).get("kind") == "bytes" and not (folder / _TOKENIZERS[-1]).exists():
+        hf_folder.write_json(
+            folder / _TOKENIZERS[-1], dict(source.tokenizer)
+        )  # bytes have no file of their own
     return tensors
+
+
+def check_written(folder: pathlib.Path, tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """What a written folder holds, read back from its headers. Raises UserError when it is something else."""
+    found = hf_folder.HfFolder(folder)
+    expected = {name: (info.shape, info.dtype) for name, info in tensors.items()}
+    if {name: (info.shape, info.dtype) for name, info in found.tensors.items()} != expected:
+        raise UserError(
+            f"{folder}: what was written is not what was meant to be; check the disk and try again"
+        )
+    hf_config.from_config(found.config)
+    return found.tensors
 
 
 def config_of(source: ModelSource, dtype: np.dtype | None = None) -> dict:

@@ -28,6 +28,7 @@ WEIGHT_FILES = (
 #: Files beside the weights that belong to the tokenizer or to generation, copied as they are.
 SIDE_FILES = (
     "generation_config.json",
+    "lcx_tokenizer.json",
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",

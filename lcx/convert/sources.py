@@ -1,6 +1,7 @@
 """Models that can be read parameter by parameter, wherever they are stored, and how they get onto devices."""
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
@@ -24,6 +25,7 @@ class ModelSource(Protocol):
       leaves: "stages_0/block_0/mixer/q_proj/kernel" -> shape (with the repeat axis) and stored dtype.
       carried: settings of its config.json that the model does not hold (token ids).
       side_files: tokenizer and generation files that belong to it.
+      tokenizer: what `Tokenizer.to_json` says of its tokenizer, without a path; None when there is none.
       where: names it in messages.
     """
 
@@ -31,6 +33,7 @@ class ModelSource(Protocol):
     leaves: Mapping[str, TensorInfo]
     carried: Mapping[str, Any]
     side_files: Sequence[pathlib.Path]
+    tokenizer: Mapping[str, Any] | None
     where: str
 
     def read(self, path: str, index: rules.Index) -> np.ndarray:
@@ -45,37 +48,47 @@ def leaf_shapes(model: Decoder) -> dict[str, rules.Shape]:
 
 @dataclasses.dataclass(frozen=True)
 class TreeSource:
-    """A model in memory."""
+    """A model in memory. Raises UserError at construction when the parameters are not those of the model."""
 
     model: Decoder
     params: Mapping[str, Any]
     carried: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     side_files: Sequence[pathlib.Path] = ()
+    tokenizer: Mapping[str, Any] | None = None
     where: str = "params"
 
     def __post_init__(self):
-        expected, found = (
-            leaf_shapes(self.model),
-            {path: tuple(info.shape) for path, info in self.leaves.items()},
-        )
-        wrong = sorted(path for path in expected | found if expected.get(path) != found.get(path))
-        if wrong:
-            listing = ", ".join(
-                f"{path} is {found.get(path, 'missing')}, expected {expected.get(path, 'nothing')}"
-                for path in wrong[:4]
-            )
-            raise UserError(f"params do not fit the model in {len(wrong)} places: {listing}")
+        check_leaves(self.leaves, self.model, self.where)
 
-    @property
+    @functools.cached_property
+    def _flat(self) -> dict[str, Any]:
+        return rules.flatten(self.params)
+
+    @functools.cached_property
     def leaves(self) -> dict[str, TensorInfo]:
-        flat = rules.flatten(self.params)
         return {
-            path: TensorInfo(np.dtype(leaf.dtype), tuple(leaf.shape), "params") for path, leaf in flat.items()
+            path: TensorInfo(np.dtype(leaf.dtype), tuple(leaf.shape), self.where)
+            for path, leaf in self._flat.items()
         }
 
     def read(self, path: str, index: rules.Index) -> np.ndarray:
-        leaf = rules.flatten(self.params)[path]
-        return np.asarray(leaf[index])
+        leaf = self._flat[path]
+        if not isinstance(leaf, jax.Array):
+            return np.asarray(leaf)[index]
+        starts = [s.start for s in index]
+        return np.asarray(jax.lax.dynamic_slice(leaf, starts, [s.stop - s.start for s in index]))
+
+
+def check_leaves(leaves: Mapping[str, TensorInfo], model: Decoder, where: str) -> None:
+    """Raises UserError when parameters are missing, unexpected or of another shape than the model's."""
+    expected, found = leaf_shapes(model), {path: info.shape for path, info in leaves.items()}
+    wrong = sorted(path for path in expected | found if expected.get(path) != found.get(path))
+    if wrong:
+        listing = ", ".join(
+            f"{path} is {found.get(path, 'missing')}, expected {expected.get(path, 'nothing')}"
+            for path in wrong[:4]
+        )
+        raise UserError(f"{where}: the parameters do not fit the model in {len(wrong)} places: {listing}")
 
 
 def parse_dtype(dtype: Any) -> np.dtype | None:

@@ -1,0 +1,123 @@
+"""Peak memory and time of a conversion, both ways, each in a process of its own.
+
+    python benchmarks/convert_memory.py --gigabytes=2 --folder=/tmp/convert_memory
+
+Makes a synthetic bfloat16 Llama of about that size as a Hugging Face folder, converts it to lcx and back,
+compares the two Hugging Face folders byte for byte, prints one JSON line, and removes what it made. Peak is
+VmHWM of the whole process, interpreter and libraries included; `baseline` is that of a process that only
+imports the converter.
+"""
+
+import argparse
+import filecmp
+import json
+import os
+import pathlib
+import platform
+import shutil
+import subprocess
+import sys
+import time
+
+CHILD = """
+import json, re, sys
+code, argv = int(sys.argv[1]), sys.argv[2:]
+if code:
+    from lcx.convert.__main__ import main
+    status = main(argv)
+else:
+    import lcx.convert.command
+    status = 0
+peak = int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
+print(json.dumps({"peak": peak}))
+sys.exit(status)
+"""
+
+
+def make(folder: pathlib.Path, gigabytes: float, vocab_size: int) -> int:
+    """A folder of random numbers in the shapes of a Llama; returns its size in bytes."""
+    import jax
+    import numpy as np
+
+    from lcx import model as model_lib
+    from lcx.convert import hf, sources
+
+    hidden = 2048 if gigabytes >= 0.5 else 512
+    layer_bytes = 2 * (hidden * hidden * 5 // 2 + 3 * hidden * hidden * 4)
+    num_layers = max(2, round((gigabytes * 1e9 - 4 * vocab_size * hidden) / layer_bytes))
+    model = model_lib.llama(
+        vocab_size=vocab_size,
+        hidden_size=hidden,
+        intermediate_size=4 * hidden,
+        num_layers=num_layers,
+        num_heads=16,
+        num_kv_heads=4,
+        max_position_embeddings=4096,
+        dtype="bfloat16",
+    )
+
+    class Random(sources.TreeSource):
+        def read(self, path, index):
+            shape = [s.stop - s.start for s in index]
+            generator = np.random.default_rng([hash(path) % 2**32, *(s.start for s in index)])
+            return generator.standard_normal(shape, np.float32).astype("bfloat16") * np.asarray(
+                0.02, "bfloat16"
+            )
+
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, jax.numpy.bfloat16), model_lib.abstract_params(model)
+    )
+    folder.mkdir(parents=True)
+    tensors = hf.write(folder, Random(model, abstract), max_shard_bytes=500_000_000)
+    return sum(info.nbytes for info in tensors.values())
+
+
+def child(*argv: str) -> dict[str, float]:
+    """Runs the converter (or, without arguments, only imports it) in a new process."""
+    start = time.monotonic()
+    command = [sys.executable, "-c", CHILD, str(int(bool(argv))), *argv]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        sys.exit(result.stdout + result.stderr)
+    seconds = time.monotonic() - start
+    return {
+        "peak_mb": json.loads(result.stdout.splitlines()[-1])["peak"] / 1e6,
+        "seconds": round(seconds, 1),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--gigabytes", type=float, default=2.0)
+    parser.add_argument("--vocab_size", type=int, default=32000)
+    parser.add_argument("--folder", type=pathlib.Path, default=pathlib.Path("/tmp/lcx_convert_memory"))
+    arguments = parser.parse_args()
+    folder = arguments.folder
+    if folder.exists():
+        sys.exit(f"{folder} exists: choose another --folder")
+    try:
+        size = make(folder / "hf", arguments.gigabytes, arguments.vocab_size)
+        results = {
+            "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+            "size_mb": size / 1e6,
+            "baseline": child(),
+            "hf_to_lcx": child(f"--src={folder}/hf", f"--dst={folder}/lcx", "--dst_format=lcx"),
+            "lcx_to_hf": child(
+                f"--src={folder}/lcx",
+                f"--dst={folder}/back",
+                "--dst_format=hf",
+                "--max_shard_bytes=500000000",
+            ),
+        }
+        weights = sorted(path.name for path in (folder / "hf").glob("*.safetensors*"))
+        _, different, missing = filecmp.cmpfiles(folder / "hf", folder / "back", weights, shallow=False)
+        results["equal"] = not different and not missing
+        print(json.dumps(results))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()

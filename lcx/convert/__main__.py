@@ -1,0 +1,44 @@
+"""Convert checkpoints between Hugging Face folders and lcx.
+
+The source is never changed, and the destination appears whole or not at all. Memory stays far below the size
+of the checkpoint.
+
+Examples:
+  python -m lcx.convert --src=path/to/hf_folder --dst=/tmp/llama --dst_format=lcx
+  python -m lcx.convert --src=/tmp/run --dst=/tmp/llama_64k --dst_format=hf --dtype=bfloat16
+  python -m lcx.convert --src=path/to/hf_folder --dst=/tmp/longer --dst_format=hf \\
+      --rope_scaling='{"rope_type": "yarn", "factor": 4.0}'
+"""
+
+import sys
+
+from lcx import config
+
+
+def main(argv=None) -> int:
+    parser = config.parser(__doc__, gin=False)
+    parser.add_argument(
+        "--src", required=True, metavar="PATH", help="a Hugging Face folder or an lcx workdir"
+    )
+    parser.add_argument("--dst", required=True, metavar="PATH", help="the folder to write")
+    parser.add_argument("--dst_format", required=True, metavar="FORMAT", help="lcx or hf")
+    parser.add_argument(
+        "--src_format", metavar="FORMAT", help="lcx or hf; found out from the files by default"
+    )
+    parser.add_argument("--dtype", metavar="DTYPE", help="float32, bfloat16 or float16; as stored by default")
+    parser.add_argument(
+        "--rope_scaling",
+        type=config.json_object,
+        metavar="JSON",
+        help="RoPE scaling to apply, as Hugging Face writes it",
+    )
+    parser.add_argument("--context_length", type=int, metavar="N", help="the new context window in tokens")
+    parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint at --dst")
+    parser.add_argument(
+        "--max_shard_bytes", type=int, metavar="N", help="largest safetensors file (default 5e9)"
+    )
+    return config.run(parser, "lcx.convert.command:convert", argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,215 @@
+"""lcx.load and lcx.save: models in and out of any format, from Python."""
+
+import os
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from lcx import describe
+from lcx import model as model_lib
+from lcx.checkpoint import Checkpointer
+from lcx.checkpoint_folder import COMMIT_MARKER, find_step, read_record
+from lcx.convert import destination, hf, hf_folder, lcx_folder, rules, sources
+from lcx.convert.sources import ModelSource
+from lcx.errors import UserError
+from lcx.model import Decoder
+
+SOURCES: dict[str, Callable[[str | os.PathLike], ModelSource]] = {
+    "lcx": lcx_folder.LcxSource,
+    "hf": hf.HfSource,
+}
+
+
+def load(
+    path: str | os.PathLike,
+    *,
+    format: str | None = None,
+    dtype: Any = None,
+    mesh: jax.sharding.Mesh | None = None,
+    rope_scaling: Mapping[str, Any] | None = None,
+    context_length: int | None = None,
+) -> tuple[Decoder, dict[str, Any]]:
+    """Reads a model.
+
+    Args:
+      path: a Hugging Face folder; an lcx workdir, checkpoints folder or step folder.
+      format: "hf" or "lcx"; None finds out from the files.
+      dtype: of the parameters and of the computation, "float32", "bfloat16" or "float16"; None as stored.
+      mesh: from sharding.make_mesh; each parameter is placed on it as sharding.RULES say. None: the default
+        device.
+      rope_scaling: what Hugging Face writes, {"rope_type": "yarn", "factor": 4.0}: extends the context.
+      context_length: the new window in tokens; by default factor times the original window.
+
+    Returns:
+      (model, params): `model.apply({"params": params}, tokens)` are the logits. Low-rank pairs that were
+      trained are merged into params.
+
+    Raises:
+      UserError: nothing readable there, or a setting that does not fit it.
+    """
+    wanted = sources.parse_dtype(dtype)
+    format = checked_format(format) or detect(path)
+    if format == "lcx":
+        return _load_lcx(path, wanted, mesh, rope_scaling, context_length)
+    source = SOURCES[format](path)
+    model = sources.extended(source.model, rope_scaling, context_length)
+    if wanted is not None:
+        model = model.clone(dtype=str(wanted), parent=None)
+    return model, sources.to_devices(source, dtype=wanted, mesh=mesh)
+
+
+def _load_lcx(
+    path, dtype: np.dtype | None, mesh, rope_scaling, context_length
+) -> tuple[Decoder, dict[str, Any]]:
+    """Through Orbax, in parallel and verified; a damaged newest step falls back to the one before."""
+    directory, newest = find_step(path)
+    only = newest if (pathlib.Path(path).expanduser() / COMMIT_MARKER).exists() else None
+    with Checkpointer(directory) as checkpointer:
+        step, _, documents = checkpointer.restore({}, step=only)
+        model = describe.from_json(documents["meta"]["model"])
+        stored = read_record(directory / str(step)).arrays
+        extended = sources.extended(model, rope_scaling, context_length)  # its errors come before the reading
+        abstract: dict[str, Any] = {"params": _as_stored(model, mesh, stored["params"])}
+        if "lora" in stored:
+            abstract["lora"] = _lora_as_stored(mesh, stored["lora"])
+        _, items, _ = checkpointer.restore(abstract, step=only)
+    params = _merge(items["params"], items["lora"]) if "lora" in items else items["params"]
+    if dtype is None:
+        return extended, params
+    return extended.clone(dtype=str(dtype), parent=None), jax.tree.map(lambda x: x.astype(dtype), params)
+
+
+def _as_stored(model: Decoder, mesh, entries: Mapping[str, Any]) -> Any:
+    """The model's abstract parameters, in the dtypes that the checkpoint has them in."""
+    abstract = rules.flatten(model_lib.abstract_params(model, mesh=mesh))
+    for path, struct in abstract.items():
+        if path in entries:
+            dtype = jax.numpy.dtype(entries[path].dtype)
+            abstract[path] = jax.ShapeDtypeStruct(struct.shape, dtype, sharding=struct.sharding)
+    return rules.unflatten(abstract)
+
+
+def _lora_as_stored(mesh, entries: Mapping[str, Any]) -> Any:
+    sharding = None if mesh is None else jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    return rules.unflatten(
+        {
+            path: jax.ShapeDtypeStruct(entry.shape, jax.numpy.dtype(entry.dtype), sharding=sharding)
+            for path, entry in entries.items()
+        }
+    )
+
+
+@jax.jit
+def _merge(params: Any, lora: Any) -> Any:
+    """Adds scale * a @ b to every kernel that has a pair; both trees have a leading axis of layers."""
+    flat, pairs = rules.flatten(params), rules.flatten(lora)
+    for path in [path for path in pairs if path.endswith("/a")]:
+        place = path.removesuffix("/a")
+        a, b, scale = (pairs[f"{place}/{name}"].astype("float32") for name in ("a", "b", "scale"))
+        update = jax.vmap(lambda a, b, scale: scale * jax.numpy.tensordot(a, b, 1))(a, b, scale)
+        kernel = flat[f"{place}/kernel"]
+        flat[f"{place}/kernel"] = (kernel.astype("float32") + update).astype(kernel.dtype)
+    return rules.unflatten(flat)
+
+
+def save(
+    path: str | os.PathLike,
+    model: Decoder,
+    params: Mapping[str, Any],
+    *,
+    format: str,
+    overwrite: bool = False,
+    like: str | os.PathLike | None = None,
+) -> None:
+    """Writes a model: a Hugging Face folder ("hf") or a workdir with one step ("lcx").
+
+    The folder appears whole or not at all.
+
+    Args:
+      overwrite: whether an existing checkpoint folder may be replaced.
+      like: a Hugging Face folder whose tokenizer files and token ids belong to the model, and are copied.
+
+    Raises:
+      UserError: the destination exists or cannot be written; the format cannot hold the model.
+    """
+    format = checked_format(format) or ""
+    if jax.process_count() > 1:
+        raise UserError("lcx.save runs in one process; let the trainer save, and use python -m lcx.convert")
+    extras = hf.Extras({}, [], None)
+    if like is not None:
+        destination.refuse_same(like, path)
+        extras = hf.extras(like)
+    source = sources.TreeSource(model, params, extras.carried, extras.side_files, extras.tokenizer)
+    write(path, source, format=format, overwrite=overwrite)
+
+
+def write(
+    path: str | os.PathLike,
+    source: ModelSource,
+    *,
+    format: str,
+    dtype: np.dtype | None = None,
+    overwrite: bool = False,
+    max_shard_bytes: int = 5_000_000_000,
+    progress: Callable[[int], None] = lambda nbytes: None,
+) -> str:
+    """Writes any source into a new folder, reads its metadata back, and returns a line that says what is
+    there."""
+    if format == "hf":
+        hf.config_of(source, dtype)  # its errors come before anything is made
+    needed = sum(
+        info.nbytes // info.dtype.itemsize * (dtype or info.dtype).itemsize for info in source.leaves.values()
+    )
+    with destination.replacing(
+        path, overwrite=overwrite, needed_bytes=needed, replaceable=is_checkpoint
+    ) as folder:
+        if format == "hf":
+            tensors = hf.write(
+                folder, source, dtype=dtype, max_shard_bytes=max_shard_bytes, progress=progress
+            )
+            found = hf.check_written(folder, tensors)
+        else:
+            leaves = lcx_folder.write(folder, source, dtype=dtype, progress=progress)
+            found = lcx_folder.check_written(folder, leaves)
+    return hf_folder.describe(found)
+
+
+def checked_format(format: str | None) -> str | None:
+    """The format itself. Raises UserError when there is none of this name."""
+    if format is not None and format not in SOURCES:
+        raise UserError(f"format is {format!r}, expected one of {', '.join(SOURCES)}")
+    return format
+
+
+def detect(path: str | os.PathLike) -> str:
+    """The format of a folder, from the names of its files.
+
+    Raises:
+      UserError: it is none of the known ones.
+    """
+    folder = pathlib.Path(path).expanduser()
+    if not folder.is_dir():
+        what = "a file, expected the folder it is in" if folder.exists() else "nothing"
+        raise UserError(f"no checkpoint at {path}: there is {what}")
+    names = {entry.name for entry in folder.iterdir()}
+    if names & {hf_folder.CONFIG, *hf_folder.WEIGHT_FILES}:
+        return "hf"
+    if "checkpoints" in names or COMMIT_MARKER in names or any(name.isdecimal() for name in names):
+        return "lcx"
+    raise UserError(
+        f"no checkpoint at {path}: expected a Hugging Face folder (config.json and weights) or an lcx "
+        "workdir "
+        f"(checkpoints/), found {', '.join(sorted(names)[:6]) or 'an empty folder'}"
+    )
+
+
+def is_checkpoint(path: pathlib.Path) -> bool:
+    """Whether a folder may be replaced by a checkpoint, because it is one."""
+    try:
+        detect(path)
+    except UserError:
+        return False
+    return True

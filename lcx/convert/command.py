@@ -1,0 +1,61 @@
+"""`python -m lcx.convert`: a checkpoint from one format to another, streamed."""
+
+import os
+import pathlib
+from typing import Any
+
+from lcx.convert import api, destination, sources
+from lcx.convert.progress import Progress
+from lcx.errors import UserError
+
+
+def convert(
+    *,
+    src: str,
+    dst: str,
+    dst_format: str,
+    src_format: str | None = None,
+    dtype: str | None = None,
+    rope_scaling: dict[str, Any] | None = None,
+    context_length: int | None = None,
+    overwrite: bool = False,
+    max_shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Converts a checkpoint, holding a layer of one parameter in memory at a time.
+
+    Args:
+      src, dst: folders.
+      dst_format, src_format: "hf" or "lcx"; src_format is found out by default.
+      dtype: of the written tensors; None as stored.
+      rope_scaling, context_length: extend the context, as lcx.load does.
+      overwrite: whether a checkpoint at dst may be replaced (after the new one is complete).
+      max_shard_bytes: largest safetensors file of the "hf" format.
+
+    Raises:
+      UserError: whatever is wrong with the source, the destination or the settings.
+    """
+    source_path, target = pathlib.Path(src).expanduser(), pathlib.Path(dst).expanduser()
+    api.checked_format(dst_format)
+    wanted = sources.parse_dtype(dtype)
+    if max_shard_bytes < 1:
+        raise UserError(f"max_shard_bytes is {max_shard_bytes}, expected at least 1")
+    destination.refuse_same(source_path, target)
+    source = api.SOURCES[api.checked_format(src_format) or api.detect(source_path)](source_path)
+    source.model = sources.extended(source.model, rope_scaling, context_length)
+    if wanted is not None:
+        source.model = source.model.clone(dtype=str(wanted), parent=None)
+    total = sum(
+        info.nbytes // info.dtype.itemsize * (wanted or info.dtype).itemsize
+        for info in source.leaves.values()
+    )
+    with Progress(f"{src} -> {dst}", total) as progress:
+        summary = api.write(
+            target,
+            source,
+            format=dst_format,
+            dtype=wanted,
+            overwrite=overwrite,
+            max_shard_bytes=max_shard_bytes,
+            progress=progress.add,
+        )
+    print(f"wrote {os.path.realpath(target)} ({dst_format}), read back and checked: {summary}")

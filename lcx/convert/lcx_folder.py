@@ -1,0 +1,164 @@
+"""lcx checkpoints as models: read parameter by parameter, written as a workdir with one step."""
+
+import logging
+import os
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+import lcx
+from lcx import describe
+from lcx.array_store import StepReader, StepWriter
+from lcx.checkpoint_folder import find_step, read_json, read_record
+from lcx.convert import hf_folder, rules, sources, tensor_io
+from lcx.convert.sources import ModelSource
+from lcx.convert.tensor_io import TensorInfo
+from lcx.errors import UserError
+
+log = logging.getLogger(__name__)
+
+_PARAMS, _LORA, _META = "params", "lora", "meta"
+_CARRIED = "hf_config"  # in the meta item: settings of config.json that the model does not hold
+
+
+class LcxSource:
+    """One step of a workdir, a checkpoints folder, or a step folder (a `sources.ModelSource`).
+
+    Low-rank pairs that were trained beside the parameters are merged into what is read.
+
+    Raises:
+      UserError: no committed step there, or a damaged one.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        directory, step = find_step(path)
+        folder = pathlib.Path(os.fspath(directory)) / str(step)
+        self.where = str(folder)
+        meta = read_meta(folder)
+        self.model = describe.from_json(meta["model"])
+        self.carried = carried_of(meta)
+        self.side_files = _side_files(folder, meta)
+        record = meta.get("tokenizer")
+        self.tokenizer = record and {key: value for key, value in record.items() if key != "path"}
+        self._reader = StepReader(folder, _PARAMS)
+        self._lora = StepReader(folder, _LORA) if _LORA in read_record(folder).arrays else None
+        self.leaves = {
+            "/".join(path): TensorInfo(dtype, shape, self.where)
+            for path, (shape, dtype) in self._reader.arrays.items()
+        }
+        sources.check_leaves(self.leaves, self.model, self.where)
+        if self._lora is not None:
+            log.warning("%s: its low-rank pairs are merged into the parameters", self.where)
+
+    def read(self, path: str, index: rules.Index) -> np.ndarray:
+        keys, shape = tuple(path.split("/")), self.leaves[path].shape
+        pair = (*keys[:-1], "a"), (*keys[:-1], "b"), (*keys[:-1], "scale")
+        if self._lora is not None and keys[-1] == "kernel" and pair[0] in self._lora.arrays:
+            rows = self._reader.read(keys, index[0])
+            a, b, scale = (self._lora.read(name, index[0]) for name in pair)
+            return merged(rows, a, b, scale)[(slice(None), *index[1:])]
+        if all(s == slice(0, size) for s, size in zip(index[1:], shape[1:], strict=True)):
+            return self._reader.read(keys, index[0] if index else None)  # whole rows are verified
+        return self._reader.read(keys, index)
+
+
+def merged(kernel: np.ndarray, a: np.ndarray, b: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """kernel + scale * a @ b of a stack of layers, computed in float32.
+
+    Args:
+      kernel: [L, in..., out...].  a: [L, in..., R].  b: [L, R, out...].  scale: [L].
+    """
+    result = np.empty_like(kernel)
+    for layer in range(len(kernel)):
+        low_rank = np.tensordot(a[layer].astype(np.float32), b[layer].astype(np.float32), 1)
+        update = np.float32(scale[layer]) * low_rank
+        result[layer] = (kernel[layer].astype(np.float32) + update).astype(kernel.dtype)
+    return result
+
+
+def read_meta(step_folder: pathlib.Path) -> dict[str, Any]:
+    """The meta item of a step. Raises UserError when it does not describe a model."""
+    meta = read_json(step_folder, _META)
+    if not isinstance(meta, dict) or "model" not in meta:
+        raise UserError(f"checkpoint {step_folder} has no model in its meta item; pass one written by lcx")
+    return meta
+
+
+def carried_of(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings for config.json: those that came with the model, else the ids of its tokenizer."""
+    if meta.get(_CARRIED):
+        return dict(meta[_CARRIED])
+    tokenizer = meta.get("tokenizer") or {}
+    stops = tokenizer.get("stop_ids") or []
+    eos = list(stops) if len(stops) > 1 else tokenizer.get("eos_id")
+    return {"bos_token_id": tokenizer.get("bos_id"), "eos_token_id": eos} if tokenizer else {}
+
+
+def _side_files(step_folder: pathlib.Path, meta: Mapping[str, Any]) -> list[pathlib.Path]:
+    """Tokenizer files beside the checkpoint, else beside the tokenizer that the checkpoint names."""
+    for place in (step_folder, step_folder.parent, step_folder.parent.parent):
+        found = hf_folder.side_files(place)
+        if found:
+            return found
+    tokenizer = meta.get("tokenizer") or {}
+    path = pathlib.Path(tokenizer.get("path") or "")
+    if not path.is_file():
+        if tokenizer.get("path"):
+            log.warning("the tokenizer %s is not there any more: no tokenizer is copied", path)
+        return []
+    return list(dict.fromkeys([path, *hf_folder.side_files(path.parent)]))
+
+
+def write(
+    folder: pathlib.Path,
+    source: ModelSource,
+    *,
+    dtype: np.dtype | None = None,
+    progress: Callable[[int], None] = lambda nbytes: None,
+) -> dict[str, TensorInfo]:
+    """Writes a workdir with one step, 0, into an empty folder; returns what it holds.
+
+    One layer of one parameter is in memory at a time (a piece of it where it is not stacked).
+    """
+    leaves = {
+        path: TensorInfo(dtype or info.dtype, info.shape, str(folder)) for path, info in source.leaves.items()
+    }
+    specs = {tuple(path.split("/")): (info.shape, info.dtype) for path, info in leaves.items()}
+    for path in source.side_files:
+        hf_folder.write_bytes(folder / path.name, path.read_bytes())
+    with StepWriter(folder / "checkpoints" / "0", _PARAMS, specs) as writer:
+        for path, info in leaves.items():
+            for rows in _row_groups(path, info.shape, source.leaves[path].dtype):
+                index = (rows, *(slice(0, size) for size in info.shape[1:])) if info.shape else ()
+                values = sources.cast(source.read(path, index), info.dtype, path)
+                writer.write(tuple(path.split("/")), rows if info.shape else None, values)
+                progress(values.nbytes)
+        writer.finish({_META: _meta(source)})
+    return leaves
+
+
+def _row_groups(path: str, shape: rules.Shape, dtype: np.dtype) -> list[slice]:
+    """Rows to read at a time: one layer of a stack, a bounded piece of anything else."""
+    limit = 1 if path.startswith("stages_") and len(shape) > 2 else tensor_io.PIECE_BYTES
+    return [slice(start, stop) for start, stop in tensor_io.split_rows(shape, dtype.itemsize, limit)]
+
+
+def _meta(source: ModelSource) -> dict[str, Any]:
+    meta = {"model": describe.to_json(source.model), "lcx_version": lcx.__version__}
+    return meta | {"tokenizer": source.tokenizer, _CARRIED: dict(source.carried)}
+
+
+def check_written(folder: pathlib.Path, leaves: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """What a written workdir holds, read back from its metadata. Raises UserError when it is something
+    else."""
+    step = folder / "checkpoints" / "0"
+    found = {"/".join(path): spec for path, spec in StepReader(step, _PARAMS).arrays.items()}
+    expected = {path: (info.shape, info.dtype) for path, info in leaves.items()}
+    if found != expected:
+        raise UserError(
+            f"{folder}: what was written is not what was meant to be; check the disk and try again"
+        )
+    read_meta(step)
+    return dict(leaves)
