@@ -8,13 +8,13 @@ use_venv() {
   local extras hash have="" python
   [ -x .venv/bin/python ] || _make_venv || return 1
   python="$PWD/.venv/bin/python"
-  hash="$(cat pyproject.toml constraints.txt | cksum)"
+  hash="$({ pwd; cat pyproject.toml constraints.txt; } | cksum)"
   # The stamp holds the hash of what was asked for and the extras that are in.
   if [ -f .venv/lcx-installed ] && [ "$(head -n 1 .venv/lcx-installed)" = "$hash" ]; then
     have="$(tail -n 1 .venv/lcx-installed)"
   fi
   extras="$(printf '%s' "$have,${1:-},${LCX_EXTRAS:-}" | tr ',' '\n' | sed '/^$/d' | sort -u | paste -s -d , -)"
-  if [ -z "$have" ] || [ "$extras" != "$have" ]; then
+  if [ "${extras:-,}" != "$have" ]; then
     echo "lcx: installing into .venv (${extras:-no extras}; a few minutes the first time)" >&2
     rm -f .venv/lcx-installed
     "$python" -m pip install --quiet --disable-pip-version-check -c constraints.txt \
@@ -26,6 +26,10 @@ use_venv() {
 
 _make_venv() {
   local python="${PYTHON:-python3}"
+  command -v "$python" > /dev/null || {
+    echo "lcx: there is no $python, expected Python >= 3.11: set PYTHON=/path/to/python3" >&2
+    return 1
+  }
   if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null; then
     echo "lcx: found $("$python" --version 2>&1), expected Python >= 3.11: set PYTHON=/path/to/python3" >&2
     return 1

@@ -1,0 +1,87 @@
+"""Who may import whom, read from the source: the arrows point down this table, never up."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+LAYERS = [  # a module imports from its own row and the rows below
+    "train evaluate generate convert.__main__ __init__",
+    "config",
+    "trainer train_step ladder evaluator sampler text_stream convert",
+    "evals objectives optim checkpoint checkpoint_folder checkpoint_tree array_store data metrics lora report",
+    "extend hardware stopping",
+    "model describe",
+    "mixers",
+    "ops rope layers sharding",
+    "fingerprint kernels_pallas",
+    "errors",
+]
+LEVEL = {name: -row for row, names in enumerate(LAYERS) for name in names.split()}
+OWNERS = {  # nobody else imports these
+    "torch": ("lcx/convert/",),
+    "orbax": ("lcx/checkpoint", "lcx/array_store.py"),
+    "tensorstore": ("lcx/checkpoint", "lcx/array_store.py"),
+    "grain": ("lcx/data/",),
+    "wandb": ("lcx/metrics.py",),
+    "gin": ("lcx/config/",),
+    "transformers": (),
+}
+ONLY_JAX = ("lcx/ops/", "lcx/rope.py", "kernels_pallas/")
+INSIDE_FUNCTIONS = {"torch", "wandb", "matplotlib", "tokenizers", "sentencepiece", "pyarrow"}
+FILES = sorted([*ROOT.glob("lcx/**/*.py"), *ROOT.glob("kernels_pallas/**/*.py")])
+
+
+def imports(nodes):
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def unit(name):
+    """`lcx.ops.attention` -> ops, `lcx` -> __init__."""
+    parts = [*name.split("."), "__init__"]
+    if parts[:3] == ["lcx", "convert", "__main__"]:
+        return "convert.__main__"
+    return parts[0] if parts[0] == "kernels_pallas" else parts[1]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_arrows(path):
+    file = path.relative_to(ROOT).as_posix()
+    tree = ast.parse(path.read_text())
+    own = unit(file.removesuffix(".py").replace("/", "."))
+    assert own in LEVEL, f"{file} has no row in the table of this test: give it one"
+    for name in imports(ast.walk(tree)):
+        top = name.partition(".")[0]
+        if name in ("lcx", "lcx.__version__"):
+            pass  # the facade imports nothing until it is asked
+        elif top in ("lcx", "kernels_pallas"):
+            ours = unit(name)
+            assert ours in LEVEL, f"{file} imports {name}, which has no row in the table"
+            assert LEVEL[ours] <= LEVEL[own], f"{file} must not import {name}: the arrows point down"
+        elif top in OWNERS:
+            assert file.startswith(OWNERS[top] or ("-",)), f"{file} imports {top}, only {OWNERS[top]} may"
+        elif file.startswith(ONLY_JAX) and top not in sys.stdlib_module_names:
+            assert top in ("jax", "numpy", "jaxtyping"), f"{file} imports {top}: rope, ops and kernels know jax only"
+    at_top = {name.partition(".")[0] for name in imports(tree.body)}
+    assert not at_top & INSIDE_FUNCTIONS, f"{file}: import {at_top & INSIDE_FUNCTIONS} where it is used"
+
+
+def test_files_and_functions_stay_small():
+    for path in FILES:
+        assert len(path.read_text().splitlines()) <= 500, f"{path} has more than 500 lines"
+
+
+def test_help_comes_before_jax():
+    verbs = [f"lcx.{name}" for name in ("train", "evaluate", "generate", "convert.__main__")]
+    script = f"import sys, {', '.join(verbs)}\nprint(*(m for m in sys.modules if '.' not in m))"
+    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
+    heavy = {"jax", "numpy", "flax", "orbax", "grain", "wandb", "matplotlib", "tokenizers", "transformers", "torch"}
+    assert not heavy & set(out.stdout.split())
