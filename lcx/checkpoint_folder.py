@@ -1,0 +1,230 @@
+"""What lies in a checkpoints folder, read without Orbax and without touching an array.
+
+A checkpoints folder holds one folder per step, named by its number. A step holds one folder per item: trees
+of arrays (`params`, `opt_state`, ...), json documents (`meta`, `data`, ...) and the json item
+`fingerprints`, the record of every array's shape, dtype and fingerprint and of every json item's checksum.
+A step counts only once its commit marker is written, which is the last thing a save does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import shutil
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from lcx.errors import UserError
+
+COMMIT_MARKER = "commit_success.txt"
+RECORD_ITEM = "fingerprints"
+
+
+class Damaged(Exception):
+    """A step cannot be used; the message says why in a few words."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """What a checkpoint should hold at one key of an item. `key_impl` names the PRNG of a typed key's data."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    fingerprint: int
+    key_impl: str | None = None
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """What a checkpoint should hold: per array item {key: Entry}, per json item the checksum of its text."""
+
+    arrays: dict[str, dict[str, Entry]]
+    json: dict[str, int]
+
+    def to_json(self) -> dict[str, Any]:
+        body = {
+            "format": 1,
+            "arrays": {
+                item: {key: dataclasses.asdict(entry) for key, entry in entries.items()}
+                for item, entries in self.arrays.items()
+            },
+            "json": self.json,
+        }
+        return body | {"checksum": checksum(body)}
+
+    @classmethod
+    def from_json(cls, document: dict[str, Any]) -> Record:
+        """Raises ValueError where the document is not one that to_json made, to the last digit."""
+        body = {name: value for name, value in document.items() if name != "checksum"}
+        if document.get("checksum") != checksum(body) or body.get("format") != 1:
+            raise ValueError("the record of fingerprints does not match its own checksum")
+        arrays = {
+            item: {key: Entry(**(entry | {"shape": tuple(entry["shape"])})) for key, entry in entries.items()}
+            for item, entries in body["arrays"].items()
+        }
+        return cls(arrays=arrays, json=body["json"])
+
+
+def checksum(document: Any) -> int:
+    """CRC-32 of a json document, the same before it is written and after it is read."""
+    return zlib.crc32(json.dumps(document, sort_keys=True, separators=(",", ":")).encode())
+
+
+def committed_steps(directory: Any) -> list[int]:
+    """Steps on disk that carry the commit marker, oldest first; empty when the folder does not exist."""
+    return sorted(step for step, done in step_folders(epath.Path(directory)) if done)
+
+
+def step_folders(directory: epath.Path) -> Iterator[tuple[int, bool]]:
+    if directory.is_dir():
+        for child in directory.iterdir():
+            if child.name.isdecimal() and str(int(child.name)) == child.name:
+                yield int(child.name), (child / COMMIT_MARKER).exists()
+
+
+def find_step(path: Any) -> tuple[epath.Path, int]:
+    """(checkpoints folder, step) for a workdir, a checkpoints folder or one step folder.
+
+    The step is the newest committed one, or the one that `path` names (then `path.name == str(step)`). Raises
+    UserError, saying what was found, for anything else.
+    """
+    given = epath.Path(path).expanduser().resolve()
+    if not given.is_dir():
+        raise UserError(
+            f"no checkpoint at {path}: {'a file' if given.exists() else 'nothing'} is there; expected a workdir, "
+            "its checkpoints folder or one step folder"
+        )
+    if given.name.isdecimal() and (given / COMMIT_MARKER).exists():
+        return given.parent, int(given.name)
+    directory = given / "checkpoints" if (given / "checkpoints").is_dir() else given
+    if steps := committed_steps(directory):
+        return directory, steps[-1]
+    if (given / COMMIT_MARKER).exists() and (given / RECORD_ITEM).is_dir():
+        raise UserError(
+            f"{path} is a step folder under another name; rename it to its step number, such as 1000"
+        )
+    unfinished = sorted(step for step, _ in step_folders(directory))
+    if unfinished or (given / RECORD_ITEM).is_dir():
+        what = f"only unfinished saves ({few(unfinished)})" if unfinished else "a save that never finished"
+        raise UserError(f"no checkpoint at {path}: it holds {what}; pass a folder with a committed step")
+    raise UserError(
+        f"no checkpoint at {path}: found no step folders; expected a workdir, its checkpoints folder or one step folder"
+    )
+
+
+def read_record(step_dir: Any) -> Record:
+    """What the step should hold. Raises UserError when the step was not written by lcx or is damaged."""
+    try:
+        return load_record(epath.Path(step_dir))
+    except Damaged as bad:
+        raise UserError(f"checkpoint {step_dir} cannot be used: {bad}") from None
+
+
+def read_json(step_dir: Any, name: str) -> dict[str, Any]:
+    """The json item of one step folder, checked. Raises UserError when it is missing or damaged."""
+    record = read_record(step_dir)
+    if name not in record.json:
+        raise UserError(f"checkpoint {step_dir} has no item {name!r}; found {few(sorted(record.json))}")
+    try:
+        return load_json(epath.Path(step_dir), name, record)
+    except Damaged as bad:
+        raise UserError(f"checkpoint {step_dir} cannot be used: {bad}") from None
+
+
+def metadata(path: Any) -> dict[str, Any]:
+    """{item: nested dict of jax.ShapeDtypeStruct} of the newest (or named) step, without reading an array.
+
+    `path` is whatever `find_step` accepts. Typed PRNG keys appear as their uint32 key data.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    directory, step = find_step(path)
+    record = read_record(directory / str(step))
+    return {
+        item: nested({key: jax.ShapeDtypeStruct(e.shape, jnp.dtype(e.dtype)) for key, e in entries.items()})
+        for item, entries in record.arrays.items()
+    }
+
+
+def load_record(step_dir: epath.Path) -> Record:
+    try:
+        return Record.from_json(json.loads((step_dir / RECORD_ITEM / "metadata").read_text()))
+    except FileNotFoundError:
+        raise Damaged(
+            "it has no record of fingerprints (not written by lcx, or files were deleted)"
+        ) from None
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise Damaged(f"the record of fingerprints is unreadable ({brief(error)})") from None
+
+
+def load_json(step_dir: epath.Path, name: str, record: Record) -> dict[str, Any]:
+    try:
+        document = json.loads((step_dir / name / "metadata").read_text())
+    except (ValueError, OSError) as error:
+        raise Damaged(f"{name} is unreadable ({brief(error)})") from None
+    if checksum(document) != record.json[name]:
+        raise Damaged(f"{name} does not match its checksum")
+    return document
+
+
+def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """{"a/b": x} -> {"a": {"b": x}}."""
+    tree: dict[str, Any] = {}
+    for key, leaf in flat.items():
+        *parents, name = key.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = leaf
+    return tree
+
+
+def few(names: Iterable[Any], limit: int = 3) -> str:
+    """The first names, and how many more: what fits in one line."""
+    names = [str(name) for name in names]
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more if names else "none"
+
+
+def brief(error: BaseException) -> str:
+    """One short line of an exception: tensorstore appends kilobytes of its own configuration."""
+    text = " ".join(str(error).split())
+    for tail in (" See full TensorStore details", " [tensorstore_spec", " [source locations"):
+        text = text.split(tail)[0]
+    return f"{type(error).__name__}: {text}"[:200] if text else type(error).__name__
+
+
+def why_not_written(error: BaseException, directory: Any, num_bytes: int) -> str:
+    """What went wrong with a write of num_bytes, and whether the disk has room for them."""
+    full = any(sign in str(error) for sign in ("No space left", "Disk quota", "os_error_code='28'"))
+    reason = f"no space left on the disk of {directory}" if full else brief(error)
+    try:
+        free = f", {size_text(shutil.disk_usage(directory).free)} are free"
+    except OSError:
+        free = ""  # not a local disk
+    return f"{reason} (it needs up to {size_text(num_bytes)}{free})"
+
+
+def size_text(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.1f} MB"
+
+
+def plain(document: Any) -> Any:
+    """The document as it will be read back. Numpy scalars become numbers; raises TypeError for other objects."""
+    return json.loads(json.dumps(document, default=_number))
+
+
+def _number(x: Any) -> Any:
+    if isinstance(x, np.generic):
+        return x.item()
+    raise TypeError(f"cannot write a {type(x).__name__} as json")
