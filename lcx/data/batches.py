@@ -281,7 +281,8 @@ def _pipeline(groups: tuple[Group, ...], request: Request, start: int) -> Any:
     """The grain pipeline of one process from row `start` on."""
     import grain
 
-    ids = _row_ids(groups, request)[start:]
+    # grain computes lengths in floating point: cut the endless sequence where they stay exact.
+    ids = _row_ids(groups, request)[start : 1 << 62]
     if not request.repeat:
         padding = -len(ids) % request.global_batch_size
         if padding:

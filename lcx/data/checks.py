@@ -1,12 +1,10 @@
 """Quality checks of long documents: minimum length, repetition, truncation.
 
-`python -m lcx.data.checks --source=PATH` reports them for files of one's own.
+`python -m lcx.data --source=PATH` reports them for files of one's own.
 """
 
-import argparse
 import collections
 import dataclasses
-import sys
 from collections.abc import Iterable
 
 import numpy as np
@@ -69,8 +67,7 @@ def repetition(tokens: Int[np.ndarray, "tokens"], *, window: int = 50) -> float:
 
 def is_truncated(tokens: Int[np.ndarray, "tokens"], *, tokenizer: Tokenizer) -> bool:
     """Whether a whole document ends in the middle: its last 20 tokens do not end in . ! ? or a line feed."""
-    text = tokenizer.decode(tokens[-_LAST_TOKENS:]).rstrip(" \t\"'”’)")
-    return not text.endswith(_SENTENCE_ENDS)
+    return not tokenizer.decode(tokens[-_LAST_TOKENS:]).endswith(_SENTENCE_ENDS)
 
 
 def check_documents(
@@ -108,38 +105,3 @@ def check_documents(
         total += 1
         flagged += bool(issues)
     return Report(total, flagged, dict(counts), tuple(shown))
-
-
-def main() -> int:
-    """Prints the report; the exit status is 1 when a document has a problem and 2 when the input cannot be
-    read."""
-    from lcx.data.dataset import Dataset
-
-    parser = argparse.ArgumentParser(
-        prog="python -m lcx.data.checks", description=__doc__.splitlines()[0], allow_abbrev=False
-    )
-    parser.add_argument("--source", required=True, help='file, folder, glob, or "stdlib"')
-    parser.add_argument(
-        "--tokenizer", default="bytes", help='"bytes", a tokenizer file, or a folder with one'
-    )
-    parser.add_argument(
-        "--format", help="text, jsonl, parquet, fasta or code; by default from the file names"
-    )
-    parser.add_argument(
-        "--text_field", default="text", help="field of a jsonl line, column of a parquet file"
-    )
-    parser.add_argument("--separator", help='splits text files into documents, e.g. "<|endoftext|>"')
-    parser.add_argument("--min_length", type=int, default=8192, help="tokens a document should have")
-    arguments = parser.parse_args()
-    settings = {k: v for k, v in vars(arguments).items() if k != "min_length"}
-    try:
-        report = Dataset(**settings).check(min_length=arguments.min_length)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(report)
-    return 0 if report.ok else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -235,7 +235,8 @@ class Mixture:
             weight 0.
           vocab_size: the model's, to refuse tokens that it does not have.
           num_threads: threads that prepare batches ahead; 0 prepares each when it is asked for.
-          num_workers: worker processes; on few cores they cost more than they give.
+          num_workers: worker processes; on few cores they cost more than they give, and they outlive a run
+            that is killed.
 
         Raises:
           UserError: no data in this split, too little for one batch, or ids outside the vocabulary.

@@ -13,8 +13,7 @@ from jaxtyping import Int
 
 
 def mix64(values: Int[np.ndarray, "n"]) -> Int[np.ndarray, "n"]:
-    """SplitMix64's finaliser (Steele, Lea and Flood 2014): a bijection of 64-bit integers that scatters
-    them."""
+    """A bijection of 64-bit integers that scatters them: SplitMix64 (Steele, Lea and Flood 2014)."""
     z = np.asarray(values).astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -33,8 +32,7 @@ def derive(*parts: object) -> int:
 
 
 class EpochShuffle:
-    """Maps position k of an endless sequence to a row: each row once an epoch, in another order every
-    epoch."""
+    """Maps position k of an endless sequence to a row: each row once an epoch, every epoch reordered."""
 
     def __init__(self, base: int, num_rows: int, seed: int):
         self.base, self.num_rows, self.seed = base, num_rows, seed

@@ -1,5 +1,4 @@
-"""Plans that lay documents out in rows of `seq_len` tokens, and the gather that turns planned rows into a
-batch.
+"""Plans that lay documents out in rows of `seq_len` tokens, and the gather that makes batches of them.
 
 A plan is a few index arrays, computed once from the document lengths and independent of the tokens. Row
 number r is
@@ -81,8 +80,7 @@ def _as_documents(starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, 
 def plan_concat(
     starts: Int[np.ndarray, "docs"], lengths: Int[np.ndarray, "docs"], *, seq_len: int, joined: bool = False
 ) -> Plan:
-    """All documents end to end, cut every `seq_len` tokens; only the last row can be under-full, and it is
-    kept.
+    """All documents end to end, cut every `seq_len` tokens; an under-full last row is kept.
 
     Every token is an input exactly once and, except the first of each document, a target exactly once.
 
@@ -191,9 +189,9 @@ def plan_windows(
     score_once: bool = False,
     joined: bool = False,
 ) -> Plan:
-    """Windows of T + 1 tokens with stride T // 2 over each long document; shorter documents are packed
-    (concat).
+    """Windows of T + 1 tokens with stride T // 2 over each long document.
 
+    Shorter documents are packed as by `plan_concat`.
     A document of T or T + 1 tokens gives one window. When the strides do not end at the end of the document,
     a last window is aligned to the right, so that no tail is lost; no two windows are equal.
 

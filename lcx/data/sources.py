@@ -1,5 +1,4 @@
-"""Documents from files: text, jsonl, parquet, FASTA, a code tree, or the standard library of the running
-Python.
+"""Documents from files: text, jsonl, parquet, FASTA, a code tree, or Python's own standard library.
 
 `find_files` resolves a source (path, folder, glob, or "stdlib") to a sorted list of files, `read_documents`
 yields their documents in that order. Both are deterministic: names do not depend on where the folder lives.
@@ -21,55 +20,24 @@ from typing import BinaryIO, cast
 from lcx.errors import UserError
 
 FORMATS = ("text", "jsonl", "parquet", "fasta", "code")
+# fmt: off
 _BY_SUFFIX = {
     ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet",
     ".fasta": "fasta", ".fa": "fasta", ".fna": "fasta", ".ffn": "fasta", ".faa": "fasta",
     ".txt": "text", ".text": "text",
-}  # fmt: skip
-_CODE_SUFFIXES = frozenset(
-    (
-        *(".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".cxx", ".hpp", ".cu", ".cuh", ".java", ".kt", ".scala"),
-        *(
-            ".js",
-            ".jsx",
-            ".ts",
-            ".tsx",
-            ".go",
-            ".rs",
-            ".rb",
-            ".php",
-            ".swift",
-            ".jl",
-            ".r",
-            ".m",
-            ".lua",
-            ".pl",
-        ),
-        *(
-            ".hs",
-            ".ml",
-            ".clj",
-            ".ex",
-            ".erl",
-            ".sh",
-            ".sql",
-            ".md",
-            ".rst",
-            ".tex",
-            ".toml",
-            ".yaml",
-            ".yml",
-        ),
-        *(".cmake", ".gin", ".proto", ".vim", ".el"),
-    )
-)
+}
+_CODE_SUFFIXES = frozenset((
+    ".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".cxx", ".hpp", ".cu", ".cuh", ".java", ".kt", ".scala",
+    ".js", ".jsx", ".ts", ".tsx", ".go", ".rs", ".rb", ".php", ".swift", ".jl", ".r", ".m", ".lua", ".pl",
+    ".hs", ".ml", ".clj", ".ex", ".erl", ".sh", ".sql", ".md", ".rst", ".tex", ".toml", ".yaml", ".yml",
+    ".cmake", ".gin", ".proto", ".vim", ".el",
+))
 # Tests, and generated tables and data, which would dominate by repetition.
-_STDLIB_SKIP = frozenset(
-    (
-        *("test", "tests", "idlelib", "idle_test", "lib2to3", "turtledemo", "ensurepip", "encodings"),
-        *("pydoc_data", "site-packages", "dist-packages", "lib-dynload", "__pycache__", "__phello__"),
-    )
-)
+_STDLIB_SKIP = frozenset((
+    "test", "tests", "idlelib", "idle_test", "lib2to3", "turtledemo", "ensurepip", "encodings", "pydoc_data",
+    "site-packages", "dist-packages", "lib-dynload", "__pycache__", "__phello__",
+))
+# fmt: on
 _STDLIB_SKIP_PREFIXES = ("_sysconfigdata", "config-", "sitecustomize", "usercustomize", "this")
 
 
@@ -92,8 +60,7 @@ class SourceFile:
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """A document, and how many bytes of the source had been read when it was complete (for a progress
-    bar)."""
+    """A document, and how many bytes of the source had been read when it was complete."""
 
     name: str
     text: str
@@ -122,6 +89,7 @@ def find_files(source: str | tuple[str, ...], *, format: str | None = None) -> t
         return tuple(file for one in source for file in find_files(one, format=format))
     if source == "stdlib":
         return _stdlib_files()
+    source = os.path.expanduser(source)
     if os.path.isdir(source):
         return _folder_files(source, format)
     paths = [source] if os.path.isfile(source) else sorted(glob.glob(source, recursive=True))
@@ -278,8 +246,7 @@ def _size(file: SourceFile) -> int:
 
 @contextlib.contextmanager
 def _open(path: str) -> Iterator[tuple[BinaryIO, BinaryIO]]:
-    """(the file on disk, whose tell() is the progress; the stream to read, unpacked when the name ends in
-    .gz)."""
+    """(the file on disk, whose tell() is the progress; the stream to read, unpacked when it is .gz)."""
     try:
         with open(path, "rb") as raw:
             if path.lower().endswith(".gz"):
@@ -415,8 +382,10 @@ def _read_fasta(file: SourceFile) -> Iterator[Document]:
 
 
 def _read_code(files: list[SourceFile], sizes: list[int]) -> Iterator[Document]:
-    """All files of one repository as one document, each under a line with its path; unreadable ones are
-    skipped."""
+    """All files of one repository as one document, each under a line with its path.
+
+    Files that are not text are skipped.
+    """
     parts = []
     for file in files:
         try:

@@ -1,5 +1,4 @@
-"""The token store: documents tokenised once, in a memory-mapped file that is found again by a fingerprint of
-its inputs.
+"""The token store: documents tokenised once, in a memory-mapped file named by a fingerprint of its inputs.
 
 A store is a folder named by its fingerprint. It is written beside its final place and renamed when complete,
 so a killed run leaves no half store behind; it is checked again when opened, and rebuilt when it was damaged.
@@ -14,7 +13,6 @@ import json
 import os
 import shutil
 import socket
-import tempfile
 import time
 import zlib
 from collections.abc import Iterator, Sequence
@@ -57,7 +55,8 @@ class TokenStore:
     @functools.cached_property
     def tokens(self) -> Int[np.ndarray, "tokens"]:
         """All tokens, memory-mapped: only what is read is loaded."""
-        return np.memmap(self.folder / "tokens.bin", dtype=self.dtype, mode="r")
+        # As a plain array: memmap's own indexing costs several times as much for small reads.
+        return np.asarray(np.memmap(self.folder / "tokens.bin", dtype=self.dtype, mode="r"))
 
     def __getstate__(self) -> dict[str, Any]:
         # A memory map would be pickled as a copy of the whole corpus: the reader maps the file itself.
@@ -79,7 +78,7 @@ class TokenStore:
 def cache_folder(cache_dir: str | None) -> Path:
     """`cache_dir`, else $LCX_CACHE, else the user's cache folder."""
     if cache_dir or os.environ.get("LCX_CACHE"):
-        return Path(cache_dir or os.environ["LCX_CACHE"])
+        return Path(cache_dir or os.environ["LCX_CACHE"]).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lcx"
 
 
@@ -93,8 +92,7 @@ def open_store(
     add_eos: bool = False,
     cache_dir: str | None = None,
 ) -> TokenStore:
-    """Opens the store of these inputs, building it first where there is none (with a progress bar on a
-    terminal).
+    """Opens the store of these inputs; builds it first where there is none, with a progress bar.
 
     The fingerprint covers names, sizes and contents of the files, the tokenizer and the options, so a changed
     file is another store. Folders and time stamps do not matter: a moved data set is the same data.
@@ -104,56 +102,51 @@ def open_store(
         disk).
     """
     root = cache_folder(cache_dir)
+    options = {"text_field": text_field, "separator": separator, "add_bos": add_bos, "add_eos": add_eos}
     try:
         root.mkdir(parents=True, exist_ok=True)
+        fingerprint = _fingerprint(files, tokenizer, options, root)
+        store = _read_store(root / fingerprint, fingerprint)
+        if store is None:
+            _remove_abandoned(root)
+            documents = sources.read_documents(tuple(files), text_field=text_field, separator=separator)
+            ends = _special_ids(tokenizer, add_bos, add_eos)
+            size = sum(os.path.getsize(file.path) for file in files)
+            _build(root / fingerprint, documents, tokenizer, ends, size)
+            store = _read_store(root / fingerprint, fingerprint)
     except OSError as error:
         raise _cache_error(root, error) from error
-    options = {"text_field": text_field, "separator": separator, "add_bos": add_bos, "add_eos": add_eos}
-    inputs = {
-        "version": _VERSION,
-        "files": [
-            [file.name, file.format, file.document, *content] for file, content in _hashed(files, root)
-        ],
-        "tokenizer": tok.identity(tokenizer),
-        **options,
-    }
-    fingerprint = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:32]
-    folder = root / fingerprint
-    if (store := _read_store(folder, fingerprint)) is not None:
-        return store
-    documents = sources.read_documents(tuple(files), text_field=text_field, separator=separator)
-    before, after = _special_ids(tokenizer, add_bos, add_eos)
-    size = sum(os.path.getsize(file.path) for file in files)
-    _remove_abandoned(root)
-    partial = Path(
-        _guard(
-            root,
-            tempfile.mkdtemp,
-            prefix=f"{fingerprint}.{socket.gethostname()}.",
-            suffix=".partial",
-            dir=root,
-        )
-    )
-    try:
-        _write(partial, fingerprint, documents, tokenizer, before, after, size)
-        _publish(partial, folder)
-    except OSError as error:
-        raise _cache_error(root, error) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    store = _read_store(folder, fingerprint)
     if store is None:
         raise UserError(
-            f"the token cache {folder} does not read back as written; set Dataset.cache_dir to another disk"
+            f"the token cache in {root} does not read back as written; set Dataset.cache_dir to another disk"
         )
     return store
 
 
-def _guard(root: Path, function: Any, **arguments: Any) -> Any:
+def _fingerprint(
+    files: Sequence[sources.SourceFile], tokenizer: tok.Tokenizer, options: dict[str, Any], root: Path
+) -> str:
+    listed = [[file.name, file.format, file.document, *content] for file, content in _hashed(files, root)]
+    inputs = {"version": _VERSION, "files": listed, "tokenizer": tok.identity(tokenizer), **options}
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _build(
+    folder: Path,
+    documents: Iterator[sources.Document],
+    tokenizer: tok.Tokenizer,
+    ends: tuple[np.ndarray, np.ndarray],
+    size: int,
+) -> None:
+    """Writes a store beside its place and renames it; whatever goes wrong, the half store is removed."""
+    partial = folder.with_name(f"{folder.name}.{socket.gethostname()}.{os.getpid()}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
     try:
-        return function(**arguments)
-    except OSError as error:
-        raise _cache_error(root, error) from error
+        _write(partial, folder.name, documents, tokenizer, ends, size)
+        _publish(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _cache_error(root: Path, error: OSError) -> UserError:
@@ -172,6 +165,7 @@ def _cache_error(root: Path, error: OSError) -> UserError:
 
 
 def _special_ids(tokenizer: tok.Tokenizer, add_bos: bool, add_eos: bool) -> tuple[np.ndarray, np.ndarray]:
+    """What goes before and after the tokens of each document."""
     ids = []
     for name, wanted, value in (("bos", add_bos, tokenizer.bos_id), ("eos", add_eos, tokenizer.eos_id)):
         if wanted and value is None:
@@ -185,8 +179,10 @@ def _special_ids(tokenizer: tok.Tokenizer, add_bos: bool, add_eos: bool) -> tupl
 def _hashed(
     files: Sequence[sources.SourceFile], root: Path
 ) -> Iterator[tuple[sources.SourceFile, tuple[int, str]]]:
-    """Each file with (size, SHA-256). Hashes of large files are remembered by path, size, inode and time
-    stamps."""
+    """Each file with (size, SHA-256).
+
+    Hashes of large files are remembered by path, size, inode and time stamps.
+    """
     memory = root / "file_hashes.json"
     try:
         known = json.loads(memory.read_text())
@@ -269,8 +265,7 @@ def _write(
     fingerprint: str,
     documents: Iterator[sources.Document],
     tokenizer: tok.Tokenizer,
-    before: np.ndarray,
-    after: np.ndarray,
+    ends: tuple[np.ndarray, np.ndarray],
     size: int,
 ) -> None:
     """Writes the files of a store into `folder`; meta.json, which makes it valid, comes last."""
@@ -285,7 +280,7 @@ def _write(
         writer = _TokenWriter(stream, dtype)
         for chunk in _chunks(documents):
             for document, ids in zip(chunk, tok.encode_all(tokenizer, [d.text for d in chunk]), strict=True):
-                whole = np.concatenate([before, ids, after])
+                whole = np.concatenate([ends[0], ids, ends[1]])
                 if not len(ids):
                     continue
                 writer.append(whole)

@@ -212,7 +212,7 @@ def load_tokenizer(path: str | os.PathLike | Tokenizer) -> Tokenizer:
         return path
     if path == "bytes":
         return ByteTokenizer()
-    place = Path(path)
+    place = Path(path).expanduser()
     if place.is_file():
         return _from_file(place)
     if not place.is_dir():
@@ -355,8 +355,7 @@ def tokenizer_from_json(data: dict[str, Any], *, folder: str | os.PathLike | Non
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
-    """Raises UserError when the tokenizer can give ids that a model with `vocab_size` embeddings does not
-    have."""
+    """Raises UserError when the tokenizer has more ids than a model with `vocab_size` embeddings."""
     if tokenizer.vocab_size > vocab_size:
         raise UserError(
             f"the tokenizer has {tokenizer.vocab_size} ids but the model's vocab_size is {vocab_size};"

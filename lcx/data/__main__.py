@@ -1,0 +1,37 @@
+"""Checks the documents of a source for length, repetition and truncation."""
+
+import argparse
+import sys
+
+from lcx.data.dataset import Dataset
+from lcx.errors import UserError
+
+
+def main() -> int:
+    """Prints the report; the exit status is 1 when a document has a problem, 2 on bad input."""
+    parser = argparse.ArgumentParser(prog="python -m lcx.data", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--source", required=True, help='file, folder, glob, or "stdlib"')
+    parser.add_argument(
+        "--tokenizer", default="bytes", help='"bytes", a tokenizer file, or a folder with one'
+    )
+    parser.add_argument(
+        "--format", help="text, jsonl, parquet, fasta or code; by default from the file names"
+    )
+    parser.add_argument(
+        "--text_field", default="text", help="field of a jsonl line, column of a parquet file"
+    )
+    parser.add_argument("--separator", help='splits text files into documents, e.g. "<|endoftext|>"')
+    parser.add_argument("--min_length", type=int, default=8192, help="tokens a document should have")
+    arguments = parser.parse_args()
+    settings = {k: v for k, v in vars(arguments).items() if k != "min_length"}
+    try:
+        report = Dataset(**settings).check(min_length=arguments.min_length)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(report)
+    return 0 if report.ok else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,108 @@
+"""Quality checks against brute force and against documents made to fail one check each."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from lcx.data import ByteTokenizer, Dataset, check_documents, is_truncated, repetition
+
+TOKENIZER = ByteTokenizer()
+
+
+def brute_force_repetition(tokens, window):
+    shares = [
+        float(np.mean(tokens[i : i + window] == tokens[i + window : i + 2 * window]))
+        for i in range(len(tokens) - 2 * window + 1)
+    ]
+    return max(shares, default=0.0)
+
+
+@pytest.mark.parametrize("window", [1, 2, 7, 50])
+@pytest.mark.parametrize("alphabet", [2, 4, 200])
+def test_repetition_equals_brute_force(window, alphabet):
+    rng = np.random.default_rng(window * alphabet)
+    for length in [0, 1, 2 * window - 1, 2 * window, 2 * window + 1, 300, 777]:
+        tokens = rng.integers(0, alphabet, length)
+        if length > 250:  # a repeated passage in the middle, with some noise
+            tokens[100:250] = np.resize(tokens[100 : 100 + window], 150)
+            noise = rng.random(150) < 0.15
+            tokens[100:250][noise] = rng.integers(0, alphabet, noise.sum())
+        assert repetition(tokens, window=window) == pytest.approx(
+            brute_force_repetition(tokens, window), abs=1e-12
+        )
+
+
+def document(text):
+    return TOKENIZER.encode(text)
+
+
+def sentences(count, seed=0):
+    rng = np.random.default_rng(seed)
+    words = ["".join(chr(97 + c) for c in rng.integers(0, 26, 6)) for _ in range(400)]
+    return " ".join(" ".join(rng.choice(words, 8)) + "." for _ in range(count))
+
+
+def test_each_problem_is_counted_and_the_first_ten_are_shown():
+    good = [(f"good{i}", document(sentences(40, i))) for i in range(3)]
+    repetitive = [
+        (f"loop{i}", document(sentences(10, i) + "abcde" * 200 + sentences(10, i))) for i in range(4)
+    ]
+    short = [(f"short{i}", document("Too short.")) for i in range(9)]
+    cut = [("cut", document(sentences(40) + " and then the"))]
+    both = [("both", document("short and cut"))]
+    report = check_documents([*good, *repetitive, *short, *cut, *both], tokenizer=TOKENIZER, min_length=1000)
+    assert report.counts == {"too short": 10, "repetitive": 4, "truncated": 2}
+    assert (report.num_documents, report.num_flagged, report.ok) == (18, 15, False)
+    assert [issue.document for issue in report.issues] == [f"loop{i}" for i in range(4)] + [
+        f"short{i}" for i in range(6)
+    ]
+    assert "10 too short, 4 repetitive, 2 truncated" in str(report) and str(report).count("\n") == 10
+    assert check_documents(good, tokenizer=TOKENIZER, min_length=1000).ok
+
+
+def test_threshold_is_exclusive():
+    rng = np.random.default_rng(0)
+    tokens = rng.permutation(1000)[:100]
+    tokens[50:90] = tokens[:40]  # 40 of 50: exactly 0.8
+    assert repetition(tokens) == 0.8
+
+    class Numbers:
+        def decode(self, ids):
+            return "."
+
+    arguments = {"tokenizer": Numbers(), "min_length": 1}
+    assert check_documents([("a", tokens)], **arguments).ok
+    tokens[90] = tokens[40]
+    assert not check_documents([("a", tokens)], **arguments).ok
+
+
+@pytest.mark.parametrize(
+    ("text", "cut"), [("End.", 0), ("End!", 0), ("End?", 0), ("End\n", 0), ("En", 1), ("End,", 1)]
+)
+def test_truncation_looks_at_the_end(text, cut):
+    assert is_truncated(document("Some text. " + text), tokenizer=TOKENIZER) == bool(cut)
+    assert is_truncated(np.append(document(text), 257), tokenizer=TOKENIZER) == bool(cut)  # EOS is no text
+
+
+def test_from_the_command_line(tmp_path):
+    (tmp_path / "a.txt").write_text(sentences(300))
+    command = [sys.executable, "-m", "lcx.data", f"--source={tmp_path / 'a.txt'}"]
+    environment = {"LCX_CACHE": str(tmp_path / "cache"), "PATH": ""}
+
+    def run(*arguments):
+        return subprocess.run([*command, *arguments], capture_output=True, text=True, env=environment)
+
+    good = run()
+    assert good.returncode == 0 and good.stdout.startswith("1 documents, 0 with a problem")
+    short = run("--min_length=1000000")
+    assert short.returncode == 1 and "1 too short" in short.stdout
+    typo = run(f"--source={tmp_path / 'b.txt'}")
+    assert typo.returncode == 2 and typo.stderr.count("\n") == 1 and "did you mean" in typo.stderr
+
+
+def test_real_novels(reference, tmp_path):
+    source = str(reference / "data" / "text" / "novels" / "*.txt")
+    report = Dataset(source, cache_dir=str(tmp_path)).check()
+    assert report.num_documents == 12 and report.counts["too short"] == 0
