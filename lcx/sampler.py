@@ -1,0 +1,454 @@
+"""The model applied to tokens: logits of a whole sequence, and generation with a cache.
+
+    generate     prompts in, [B, max_new_tokens] out: prefill, then every decode step in one compiled loop
+    stream       the same tokens, one column [B] at a time
+    stream_text  a prompt in words; its continuation appears on the terminal as it is produced
+
+A prompt is read in pieces of bounded size, so a long one needs no more memory than its cache. Prompts of different
+lengths are padded on the left with segment id 0, and every row counts its positions from its own first token. Shapes
+are rounded up, so few of them compile.
+
+**The rotation of a cached generation** (`rope_trace`; it matters to the RoPE types dynamic and longrope alone).
+"exact", the default: one length n for the whole generation, the longest prompt plus max_new_tokens. Every cached key
+has the rotation of the queries that meet it, so decoding equals the full forward pass at that n. "hf": n as
+transformers takes it at every forward pass, cached keys left as they were written, and Phi-3's second reading of the
+prompt when it passes its original window. This reproduces its text, and its cached decode is not its own full
+forward pass. Under both, rows of a batch share n, that of the longest; with other types rows are independent.
+"""
+
+import dataclasses
+import functools
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from lcx.errors import UserError
+from lcx.model import Decoder
+from lcx.ops.sampling import choose
+from lcx.rope import hf_trace_length
+
+_log = logging.getLogger(__name__)
+
+Prompts = Int[np.ndarray, "B T"] | Int[Array, "B T"] | Sequence[Sequence[int]]
+ROPE_TRACES = ("exact", "hf")
+
+_SCORE_BYTES = 256 << 20  # attention scores of one piece of a prompt: float32 [B, N, piece, S]
+_MAX_PIECE = 1024
+_GRAIN = 32  # pieces, caches and outputs are multiples of it: fewer shapes to compile
+
+
+# ------------------------------------------------------------------------------------------------ logits
+
+
+def logits(
+    model: Decoder,
+    params: Any,
+    tokens: Int[Array, "B T"],
+    *,
+    positions: Int[Array, "B T"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+) -> Float[Array, "B T V"]:
+    """Next-token logits at every position, float32; compiled once per model and shape, differentiable.
+
+    `positions` count from 0 in every segment (None: 0 .. T-1), segment id 0 is padding (None: one segment a row).
+
+    Raises:
+      UserError: tokens that are not [B, T] integers of the vocabulary; positions or segment_ids of another shape.
+    """
+    ids: Any = tokens if hasattr(tokens, "dtype") else np.asarray(tokens)
+    if ids.ndim != 2 or not jnp.issubdtype(ids.dtype, jnp.integer):
+        found = f"tokens are {ids.dtype} of shape {ids.shape}"
+        raise UserError(f"{found}, expected integers [B, T]: for one text, tokens[None]")
+    if not isinstance(ids, jax.core.Tracer):
+        _check_vocabulary(np.asarray(ids), model.vocab_size)
+    for name, value in (("positions", positions), ("segment_ids", segment_ids)):
+        if value is not None and np.shape(value) != ids.shape:
+            raise UserError(f"{name} have shape {np.shape(value)}, expected that of tokens, {ids.shape}")
+    return _logits(model, params, ids, positions, segment_ids)
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _logits(model, params, tokens, positions, segment_ids):
+    return model.apply({"params": params}, tokens, positions=positions, segment_ids=segment_ids)
+
+
+# ------------------------------------------------------------------------------------------------ generation
+
+
+def generate(
+    model: Decoder,
+    params: Any,
+    tokens: Prompts,
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stop_tokens: Sequence[int] = (),
+    rope_trace: str = "exact",
+    lora: Any = None,
+) -> Int[np.ndarray, "B new"]:
+    """Continues every prompt by max_new_tokens tokens (the prompt itself is not returned).
+
+    A row that has produced one of `stop_tokens` repeats it to its end, and nothing more is computed once all have.
+
+    Args:
+      tokens: [B, T] integers, or a list of lists of different lengths.
+      temperature: 0 takes the likeliest token; else logits are divided by it and a token is drawn.
+      top_p: draws among the likeliest tokens that together have this probability (Holtzman et al. 2020, arXiv
+        1904.09751), as TopPLogitsWarper of transformers does. Without effect at temperature 0.
+      seed: the same seed gives the same tokens. Each row has its own key, from the seed and its place in the batch, so
+        its text does not depend on the other rows.
+      rope_trace: "exact" or "hf"; see the top of the file.
+      lora: a `lora` collection, added to the parameters without merging.
+
+    Raises:
+      UserError: an empty prompt, ids outside the vocabulary, a setting out of range. Going beyond the model's
+        max_position_embeddings is a warning on the log.
+    """
+    job = _job(model, params, tokens, max_new_tokens, temperature, top_p, seed, stop_tokens, rope_trace, lora)
+    state = job.advance(job.start(), max_new_tokens)
+    produced, last = np.asarray(state.tokens)[:, :max_new_tokens], np.asarray(state.last)
+    return np.where(np.arange(max_new_tokens) < int(state.step), produced, last[:, None])
+
+
+def stream(
+    model: Decoder,
+    params: Any,
+    tokens: Prompts,
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stop_tokens: Sequence[int] = (),
+    rope_trace: str = "exact",
+    lora: Any = None,
+) -> Iterator[Int[np.ndarray, " B"]]:
+    """The columns of `generate` as they are produced; ends early when every row has stopped."""
+    job = _job(model, params, tokens, max_new_tokens, temperature, top_p, seed, stop_tokens, rope_trace, lora)
+    return job.columns()
+
+
+class _State(NamedTuple):
+    """A generation under way. `tokens` has room for all columns; the first `step` are filled, `last` is the newest."""
+
+    cache: Any
+    tokens: Int[Array, "B room"]
+    last: Int[Array, " B"]
+    done: Bool[Array, " B"]
+    step: Int[Array, ""]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """What stays the same during one generation. `sampling` is empty (greedy), or the arguments of `choose`."""
+
+    model: Decoder
+    variables: dict[str, Any]
+    rows: list[np.ndarray]
+    max_new_tokens: int
+    sampling: dict[str, Any]
+    stop: np.ndarray
+    rope_trace: str
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.array([len(row) for row in self.rows], np.int32)
+
+    def columns(self) -> Iterator[Int[np.ndarray, " B"]]:
+        state = self.start()
+        for step in range(1, self.max_new_tokens + 1):
+            state = self.advance(state, step)
+            yield np.asarray(state.last)
+            if np.asarray(state.done).all():
+                return
+
+    def start(self) -> _State:
+        """Reads the prompts and takes the first token."""
+        B, room = len(self.rows), _rounded(self.max_new_tokens, _GRAIN)
+        last_logits, cache = self.read(self.rows, self.max_new_tokens)
+        tokens = jnp.zeros((B, room), jnp.int32)
+        state = _State(cache, tokens, tokens[:, 0], jnp.zeros(B, bool), jnp.int32(0))
+        return _take_jit(state, last_logits, self.sampling, self.stop)
+
+    def read(self, rows: list[np.ndarray], num_more: int) -> tuple[Float[Array, "B V"], Any]:
+        """A new cache with these rows in it and slots for `num_more` tokens, and the logits that follow them."""
+        longest = max(map(len, rows))
+        piece = _piece(self.model, len(rows), longest, longest + num_more)
+        width = _rounded(longest, piece)
+        tokens, positions, segment_ids = _left_padded(rows, width)
+        exact = self.rope_trace == "exact"
+        slots = _rounded(width + num_more, _GRAIN)
+        cache = _empty_cache(self.model, len(rows), slots, np.int32(longest + num_more if exact else 0))
+        n = None if exact else np.int32(longest)  # transformers reads a prompt in one forward pass
+        for start in range(0, width, piece):
+            new = slice(start, start + piece)
+            last_logits, cache = _append_jit(
+                self.model, self.variables, cache, tokens[:, new], positions[:, new], segment_ids[:, new], n
+            )
+        return last_logits, cache
+
+    def advance(self, state: _State, until: int) -> _State:
+        """Decodes until `until` tokens are there or all rows have stopped."""
+        again = self._reads_again_at()
+        if again is not None and again < until:
+            state = self._decode(state, again)
+            if int(state.step) == again and not np.asarray(state.done).all():
+                produced = np.asarray(state.tokens)[:, :again]
+                rows = [np.concatenate(pair) for pair in zip(self.rows, produced, strict=True)]
+                last_logits, cache = self.read(rows, self.max_new_tokens - again)
+                state = _take_jit(state._replace(cache=cache), last_logits, self.sampling, self.stop)
+        return self._decode(state, until)
+
+    def _reads_again_at(self) -> int | None:
+        """The step at which transformers' Phi-3 drops its cache: the text grows past the original window."""
+        if self.rope_trace != "hf" or self.model.model_type != "phi3":
+            return None
+        ropes = [rope for _, _, rope in _ropes(self.model) if rope.rope_type == "longrope"]
+        step = ropes[0].original_max_position_embeddings + 1 - self.lengths.max() if ropes else 0
+        return int(step) if step > 0 else None
+
+    def _decode(self, state: _State, until: int) -> _State:
+        if until == 1:  # the first token came with the prompt: nothing to compile yet
+            return state
+        arguments = state, self.lengths, self.sampling, self.stop, np.int32(until)
+        return _decode_jit(self.model, self.variables, *arguments, hf=self.rope_trace == "hf")
+
+
+# ------------------------------------------------------------------------------------------------ text
+
+
+def stream_text(
+    *,
+    checkpoint: str,
+    prompt: str,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    rope_scaling: dict[str, Any] | None = None,
+    context_length: int | None = None,
+) -> None:
+    """Prints the continuation of a prompt while it is produced, then its speed on stderr.
+
+    The prompt is what stands between the tokenizer's BOS (where it has one) and the continuation, which ends with a
+    token that ends a document. "@path" reads the prompt from a file, without its last line break; "@@text" is a prompt
+    that starts with an @. `rope_scaling` and `context_length` extend the model first, as in lcx.load.
+
+    Raises:
+      UserError: bad settings, no such file, a checkpoint or tokenizer that does not load.
+    """
+    import lcx
+    from lcx import text_stream
+    from lcx.data import check_vocabulary
+
+    _check_settings(max_new_tokens, temperature, top_p, seed, ROPE_TRACES[0])
+    text = text_stream.prompt_text(prompt)
+    tokenizer = text_stream.tokenizer_of(checkpoint)
+    special = [tokenizer.bos_id, tokenizer.eos_id, *getattr(tokenizer, "stop_ids", ())]
+    first = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    ids = [*first, *tokenizer.encode(text).tolist()]
+    if not ids:
+        raise UserError("the prompt is empty and the tokenizer has no BOS to start from: set --prompt")
+    model, params = lcx.load(checkpoint, rope_scaling=rope_scaling, context_length=context_length)
+    check_vocabulary(tokenizer, model.vocab_size)
+    columns = stream(
+        model,
+        params,
+        [ids],
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        stop_tokens=sorted({i for i in special if i is not None}),
+    )
+    text_stream.show(tokenizer, (int(column[0]) for column in columns), prompt=ids)
+
+
+# ------------------------------------------------------------------------------------------------ compiled parts
+
+
+def _append(model, variables, cache, tokens, positions, segment_ids, n):
+    """Puts tokens into the cache; logits [B, V] after the last of them. `n`: None, or the length of the "hf" trace."""
+
+    def last_logits(model, cache):
+        x, cache = model.hidden(tokens, positions=positions, segment_ids=segment_ids, cache=cache)
+        return model.head_module().logits(x[:, -1:])[:, 0], cache
+
+    if n is not None:
+        cache = _with_hf_lengths(model, cache, n)
+    return model.apply(variables, cache, method=last_logits)
+
+
+_append_jit = jax.jit(_append, static_argnums=0, donate_argnames="cache")
+
+
+def _take(state: _State, last_logits: Array, sampling: Mapping[str, Any], stop: Array) -> _State:
+    """Chooses the next token of every row; rows that have stopped repeat theirs."""
+    chosen = jnp.where(state.done, state.last, choose(last_logits, step=state.step, **sampling))
+    return state._replace(
+        tokens=jax.lax.dynamic_update_slice_in_dim(state.tokens, chosen[:, None], state.step, axis=1),
+        last=chosen,
+        done=state.done | jnp.any(chosen[:, None] == stop, axis=1),
+        step=state.step + 1,
+    )
+
+
+_take_jit = jax.jit(_take, donate_argnames="state")
+
+
+@functools.partial(jax.jit, static_argnames=("model", "hf"), donate_argnames="state")
+def _decode_jit(model, variables, state: _State, lengths, sampling, stop, until, *, hf: bool) -> _State:
+    """Decode steps until `until` tokens are there: no return to the host in between."""
+
+    def step(state: _State) -> _State:
+        positions = lengths + state.step - 1  # of the newest token, not yet in the cache
+        n = jnp.max(positions) + 1 if hf else None
+        ones = jnp.ones_like(state.last)[:, None]
+        last_logits, cache = _append(model, variables, state.cache, state.last[:, None], positions[:, None], ones, n)
+        return _take(state._replace(cache=cache), last_logits, sampling, stop)
+
+    return jax.lax.while_loop(lambda s: (s.step < until) & ~jnp.all(s.done), step, state)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _empty_cache(model: Decoder, batch_size: int, slots: int, rope_length):
+    """init_cache, but n is given: the number of slots is rounded up, the rotation must not depend on that."""
+    cache = model.init_cache(batch_size, slots)
+    for s, b, _ in _ropes(model):
+        block = cache[f"stages_{s}"][f"block_{b}"]
+        block["rope_length"] = jnp.full_like(block["rope_length"], rope_length)
+    return cache
+
+
+def _with_hf_lengths(model: Decoder, cache, n):
+    """The cache with the n that transformers would use in a forward pass whose last position is n - 1."""
+    cache = {stage: {name: dict(block) for name, block in blocks.items()} for stage, blocks in cache.items()}
+    for s, b, rope in _ropes(model):
+        block = cache[f"stages_{s}"][f"block_{b}"]
+        before = block["rope_length"]
+        if rope.rope_type == "dynamic":
+            block["rope_length"] = hf_trace_length(before, n, rope.original_max_position_embeddings).astype(jnp.int32)
+        else:
+            block["rope_length"] = jnp.full_like(before, n)
+    return cache
+
+
+def _ropes(model: Decoder) -> Iterator[tuple[int, int, Any]]:
+    """(stage, block, rope) of every block whose mixer has a rotary embedding."""
+    for s, stage in enumerate(model.stages):
+        for b, block in enumerate(stage.pattern):
+            rope = getattr(block.mixer, "rope", None)
+            if rope is not None:
+                yield s, b, rope
+
+
+# ------------------------------------------------------------------------------------------------ checks, shapes
+
+
+def _job(model, params, tokens, max_new_tokens, temperature, top_p, seed, stop_tokens, rope_trace, lora) -> _Job:
+    """Checks what the user gave."""
+    _check_settings(max_new_tokens, temperature, top_p, seed, rope_trace)
+    rows = _rows(tokens, model.vocab_size)
+    stop = np.array(list(stop_tokens), np.int32).reshape(-1)
+    total, window = max(map(len, rows)) + max_new_tokens, _window(model)
+    if total > window:
+        _log.warning(
+            "prompt and max_new_tokens are %d tokens together, more than the model's max_position_embeddings %d:"
+            " expect the text to fall apart beyond it; lower max_new_tokens or set rope_scaling",
+            total,
+            window,
+        )
+    sampling: dict[str, Any] = {}
+    if temperature > 0:
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(len(rows)))
+        sampling = {"keys": keys, "temperature": np.float32(temperature)}
+        if top_p < 1:
+            sampling["top_p"] = np.float32(top_p)
+    variables = {"params": params} | ({} if lora is None else {"lora": lora})
+    return _Job(model, variables, rows, int(max_new_tokens), sampling, stop, rope_trace)
+
+
+def _check_settings(max_new_tokens, temperature, top_p, seed, rope_trace) -> None:
+    if not _is_integer(max_new_tokens) or max_new_tokens < 1:
+        raise UserError(f"max_new_tokens is {max_new_tokens!r}, expected an integer >= 1: change max_new_tokens")
+    if not _is_number(temperature) or not 0 <= temperature < math.inf:
+        raise UserError(f"temperature is {temperature!r}, expected a number >= 0 (0 takes the likeliest token)")
+    if not _is_number(top_p) or not 0 < top_p <= 1:
+        raise UserError(f"top_p is {top_p!r}, expected a number above 0 and at most 1 (1 switches it off)")
+    if not _is_integer(seed) or not -(2**31) <= seed < 2**32:  # what jax tells apart
+        raise UserError(f"seed is {seed!r}, expected an integer of 32 bits: change seed")
+    if rope_trace not in ROPE_TRACES:
+        raise UserError(f"rope_trace is {rope_trace!r}, expected one of {', '.join(ROPE_TRACES)}")
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float | np.number) and not isinstance(value, bool)
+
+
+def _rows(tokens: Prompts, vocab_size: int) -> list[np.ndarray]:
+    """One int32 array a prompt."""
+    if hasattr(tokens, "ndim"):
+        if tokens.ndim != 2:
+            raise UserError(f"tokens have shape {tokens.shape}, expected [B, T]: for one prompt, tokens[None]")
+        tokens = np.asarray(tokens)
+    rows = []
+    for i, row in enumerate(tokens):
+        row = np.asarray(row)
+        if row.ndim != 1:
+            raise UserError(f"prompt {i} has shape {row.shape}, expected a list of token ids: pass a list of prompts")
+        if not row.size:
+            raise UserError(f"prompt {i} is empty, expected at least one token (such as BOS): change tokens")
+        if not np.issubdtype(row.dtype, np.integer):
+            raise UserError(f"prompt {i} holds {row.dtype}, expected integer token ids: change tokens")
+        _check_vocabulary(row, vocab_size)
+        rows.append(row.astype(np.int32))
+    if not rows:
+        raise UserError("no prompts, expected at least one row of tokens: change tokens")
+    return rows
+
+
+def _check_vocabulary(tokens: np.ndarray, vocab_size: int) -> None:
+    outside = tokens[(tokens < 0) | (tokens >= vocab_size)]
+    if outside.size:
+        found = f"token id {outside[0]} is outside the model's vocabulary"
+        raise UserError(f"{found}, expected 0 to {vocab_size - 1}: use the tokenizer that belongs to the model")
+
+
+def _window(model: Decoder) -> int:
+    """The context the model is meant for; a file for dynamic RoPE states the original one."""
+    ropes = [rope for _, _, rope in _ropes(model) if rope.rope_type == "dynamic"]
+    scaled = [int(rope.factor * rope.original_max_position_embeddings) for rope in ropes]
+    return max([model.max_position_embeddings, *scaled])
+
+
+def _rounded(value: int, grain: int) -> int:
+    return -(-value // grain) * grain
+
+
+def _piece(model: Decoder, batch_size: int, width: int, slots: int) -> int:
+    """How many tokens of the prompts to read at a time: equal pieces, whose attention scores fit _SCORE_BYTES."""
+    heads = max([getattr(block.mixer, "num_heads", 1) for stage in model.stages for block in stage.pattern])
+    limit = _SCORE_BYTES // (4 * batch_size * heads * slots)
+    limit = min(max(limit // _GRAIN * _GRAIN, _GRAIN), _MAX_PIECE)
+    return _rounded(-(-width // -(-width // limit)), _GRAIN)
+
+
+def _left_padded(rows: list[np.ndarray], width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(tokens, positions, segment_ids) [B, width]; padding has segment id 0."""
+    tokens, positions, segment_ids = (np.zeros((len(rows), width), np.int32) for _ in range(3))
+    for i, row in enumerate(rows):
+        first = width - len(row)
+        tokens[i, first:], positions[i, first:], segment_ids[i, first:] = row, np.arange(len(row)), 1
+    return tokens, positions, segment_ids

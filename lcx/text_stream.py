@@ -1,0 +1,110 @@
+"""Text on a terminal: a prompt in words or from a file, and the continuation while its tokens are being produced."""
+
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from lcx.checkpoint_folder import find_step, read_json
+from lcx.data import Tokenizer, load_tokenizer, tokenizer_from_json
+from lcx.errors import UserError
+
+_BROKEN = "\N{REPLACEMENT CHARACTER}"  # what decoders write for bytes that are not, or not yet, a character
+_FILES = ("tokenizer.json", "tokenizer.model")
+_MAX_HELD = 32  # tokens without one whole character are no text, and are shown as they are
+_MAX_CONTEXT = 16
+
+
+def prompt_text(prompt: str) -> str:
+    """The text itself; for "@path" that of the file, without its last line break; for "@@text" "@text".
+
+    Raises:
+      UserError: the file is not there, or not UTF-8.
+    """
+    if prompt.startswith("@@") or not prompt.startswith("@"):
+        return prompt[1:] if prompt.startswith("@@") else prompt
+    path = Path(prompt[1:]).expanduser()
+    try:
+        return path.read_text(encoding="utf-8").removesuffix("\n")
+    except UnicodeDecodeError as error:
+        found = f"prompt file {path} has {error.reason} at byte {error.start}"
+        raise UserError(f"{found}, expected UTF-8 text: convert the file") from None
+    except OSError as error:
+        found = f"prompt file {path} cannot be read ({error.strerror}), expected a text file"
+        raise UserError(f"{found}: change --prompt (@@ for a prompt that starts with @)") from None
+
+
+def tokenizer_of(checkpoint: str) -> Tokenizer:
+    """The tokenizer of a Hugging Face folder, or the one recorded in (or lying beside) an lcx checkpoint.
+
+    Raises:
+      UserError: there is none, or its files are gone or damaged.
+    """
+    folder = Path(checkpoint).expanduser()
+    if (folder / "config.json").is_file():
+        return load_tokenizer(folder)
+    directory, step = find_step(folder)
+    record = read_json(directory / str(step), "meta").get("tokenizer")
+    places = [directory / str(step), directory, directory.parent]
+    beside = next((p for p in places if any((p / file).is_file() for file in _FILES)), directory.parent)
+    return load_tokenizer(str(beside)) if record is None else tokenizer_from_json(record, folder=str(beside))
+
+
+def show(tokenizer: Tokenizer, ids: Iterable[int], *, prompt: Sequence[int] = ()) -> None:
+    """Prints the text of `ids` as they come, then on stderr how fast they came."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character is no reason to stop
+    times = [time.perf_counter()]
+
+    def timed() -> Iterator[int]:
+        for token in ids:
+            times.append(time.perf_counter())
+            yield token
+
+    for piece in whole_characters(tokenizer, timed(), prompt=prompt):
+        print(piece, end="", flush=True)
+    print(flush=True)
+    print(_speed(times, len(prompt)), file=sys.stderr)
+
+
+def _speed(times: Sequence[float], prompt_length: int) -> str:
+    """One line. The first two tokens are kept apart: each waits for a program to compile."""
+    start, first, *later = times
+    line = f"{len(later) + 1} tokens; prompt of {prompt_length} and first token {first - start:.2f} s"
+    if len(later) < 2:
+        return line
+    rate = (len(later) - 1) / (later[-1] - later[0])
+    return f"{line}, second {later[0] - first:.2f} s, then {rate:.1f} tokens/s"
+
+
+def whole_characters(tokenizer: Tokenizer, ids: Iterable[int], *, prompt: Sequence[int] = ()) -> Iterator[str]:
+    """The text of `ids` piece by piece, as soon as it is certain; together the pieces are the whole text.
+
+    A token may end inside a character, so its text waits for the tokens that complete it. And a token's text depends
+    on the one before (sentencepiece drops the space of a text's first word), so the last piece is decoded along with
+    the next, and the end of `prompt` with the first.
+    """
+    context, held = _end_of(tokenizer, prompt), list[int]()
+    for token in ids:
+        held.append(token)
+        text = _added(tokenizer, context, held)
+        if text and (not text.endswith(_BROKEN) or len(held) >= _MAX_HELD):
+            yield text
+            context, held = held, []
+    text = _added(tokenizer, context, held)
+    if text:
+        yield text
+
+
+def _added(tokenizer: Tokenizer, context: list[int], held: list[int]) -> str:
+    return tokenizer.decode(context + held)[len(tokenizer.decode(context)) :]
+
+
+def _end_of(tokenizer: Tokenizer, prompt: Sequence[int]) -> list[int]:
+    """The last tokens of the prompt, from the start of a character on."""
+    ids = [int(token) for token in prompt[-_MAX_CONTEXT:]]
+    for count in range(1, len(ids) + 1):
+        text = tokenizer.decode(ids[-count:])
+        if text and not text.startswith(_BROKEN):
+            return ids[-count:]
+    return ids
