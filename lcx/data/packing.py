@@ -266,9 +266,15 @@ def assemble(
     rows = np.asarray(rows, np.int64)
     batch = empty_batch(len(rows), plan.seq_len)
     where = np.flatnonzero(rows >= 0)
-    if not len(where):
-        return batch
-    rows = rows[where]
+    if len(where):
+        _fill(batch, plan, tokens, where, rows[where], document_mask)
+    return batch
+
+
+def _fill(
+    batch: Batch, plan: Plan, tokens: np.ndarray, where: np.ndarray, rows: np.ndarray, document_mask: bool
+) -> None:
+    """Writes the planned `rows` into the rows `where` of an empty batch."""
     count = plan.row_offsets[rows + 1] - plan.row_offsets[rows]
     piece = _ranges(plan.row_offsets[rows], count)
     length = plan.piece_length[piece].astype(np.int64)
@@ -281,11 +287,9 @@ def assemble(
     piece_slot = flat_begin + np.repeat(shift, count)
     slot = np.repeat(piece_slot - flat_begin, length) + np.arange(int(length.sum()))
     in_piece = slot - np.repeat(piece_slot, length)
-    read = np.repeat(plan.piece_start[piece], length) + in_piece
-    in_row = slot % plan.seq_len
 
     flat = {key: value.reshape(-1) for key, value in batch.items()}
-    flat["tokens"][slot] = tokens[read]
+    flat["tokens"][slot] = tokens[np.repeat(plan.piece_start[piece], length) + in_piece]
     batch["labels"][:, :-1] = batch["tokens"][:, 1:]
     last = where * plan.seq_len + row_length - 1
     next_token = plan.next_token[rows]
@@ -301,9 +305,8 @@ def assemble(
         weights[piece_slot + length - 1] = 0
     else:
         flat["segment_ids"][slot] = 1
-        flat["positions"][slot] = in_row
+        flat["positions"][slot] = slot % plan.seq_len
     weights[last] = has_next
-    return batch
 
 
 def check_batch(batch: Batch, *, vocab_size: int | None = None, document_mask: bool = True) -> None:
