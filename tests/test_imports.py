@@ -69,19 +69,37 @@ def test_arrows(path):
         elif top in OWNERS:
             assert file.startswith(OWNERS[top] or ("-",)), f"{file} imports {top}, only {OWNERS[top]} may"
         elif file.startswith(ONLY_JAX) and top not in sys.stdlib_module_names:
-            assert top in ("jax", "numpy", "jaxtyping"), f"{file} imports {top}: rope, ops and kernels know jax only"
+            assert top in ("jax", "numpy", "jaxtyping"), (
+                f"{file} imports {top}: rope, ops and kernels know jax only"
+            )
     at_top = {name.partition(".")[0] for name in imports(tree.body)}
     assert not at_top & INSIDE_FUNCTIONS, f"{file}: import {at_top & INSIDE_FUNCTIONS} where it is used"
 
 
 def test_files_and_functions_stay_small():
     for path in FILES:
-        assert len(path.read_text().splitlines()) <= 500, f"{path} has more than 500 lines"
+        text = path.read_text()
+        assert len(text.splitlines()) <= 500, f"{path} has more than 500 lines"
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                first = node.body[1 if ast.get_docstring(node) and len(node.body) > 1 else 0]
+                assert node.end_lineno - first.lineno < 50, f"{path}: {node.name} has more than 50 lines"
 
 
 def test_help_comes_before_jax():
     verbs = [f"lcx.{name}" for name in ("train", "evaluate", "generate", "convert.__main__")]
     script = f"import sys, {', '.join(verbs)}\nprint(*(m for m in sys.modules if '.' not in m))"
     out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
-    heavy = {"jax", "numpy", "flax", "orbax", "grain", "wandb", "matplotlib", "tokenizers", "transformers", "torch"}
+    heavy = {
+        "jax",
+        "numpy",
+        "flax",
+        "orbax",
+        "grain",
+        "wandb",
+        "matplotlib",
+        "tokenizers",
+        "transformers",
+        "torch",
+    }
     assert not heavy & set(out.stdout.split())

@@ -86,5 +86,5 @@ def read(parser: argparse.ArgumentParser, argv: Sequence[str]) -> Flags:
 
 def hint(name: str, known: Iterable[object]) -> str:
     """`; did you mean X?` with the closest of the known names, or nothing."""
-    close = difflib.get_close_matches(name, [str(item) for item in known], n=2, cutoff=0.6)
-    return f"; did you mean {' or '.join(dict.fromkeys(close))}?" if close else ""
+    close = difflib.get_close_matches(name, [str(item) for item in known], n=1, cutoff=0.6)
+    return f"; did you mean {close[0]}?" if close else ""

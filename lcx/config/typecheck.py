@@ -91,9 +91,10 @@ def fit(value: Any, annotation: Any, promised: Callable[[Any], Promise | None] =
             return value
     elif origin is tuple and isinstance(value, (tuple, list)):
         return tuple(_fit_items(value, arguments, annotation, promised))
-    elif origin in _SEQUENCES and isinstance(value, (tuple, list)):
-        items = [fit(item, arguments[0], promised) for item in value] if arguments else list(value)
-        return items if origin is list else tuple(items)
+    elif origin in _SEQUENCES:  # but not text, although Python calls it a sequence
+        if isinstance(value, (tuple, list)):
+            items = [fit(item, arguments[0], promised) for item in value] if arguments else list(value)
+            return items if origin is list else tuple(items)
     elif origin in _MAPPINGS and isinstance(value, dict):
         key, item = arguments if len(arguments) == 2 else (Any, Any)
         return {fit(k, key, promised): fit(v, item, promised) for k, v in value.items()}
@@ -128,11 +129,10 @@ def _fit_union(value: Any, annotation: Any, promised: Callable[[Any], Promise | 
 def _fit_items(
     value: Any, arguments: tuple, annotation: Any, promised: Callable[[Any], Promise | None]
 ) -> list:
-    if not arguments:
+    if annotation is tuple:
         return list(value)
     if len(arguments) == 2 and arguments[1] is Ellipsis:
         return [fit(item, arguments[0], promised) for item in value]
-    arguments = () if arguments == ((),) else arguments
     if len(arguments) != len(value):
         raise Mismatch(f"expected {describe(annotation)}, found {len(value)} values")
     return [fit(item, wanted, promised) for item, wanted in zip(value, arguments, strict=True)]
