@@ -1,0 +1,108 @@
+"""The text of an evaluation: whole documents of a data split, in the tokens of the checkpoint that is evaluated."""
+
+import dataclasses
+
+import numpy as np
+from jaxtyping import Int
+
+from lcx.data import ByteTokenizer, Dataset, Mixture, Tokenizer, check_vocabulary
+from lcx.data.tokenizers import identity
+from lcx.errors import UserError
+from lcx.model import Decoder
+
+
+@dataclasses.dataclass(frozen=True)
+class Documents:
+    """Documents, and the tokenizer that made them."""
+
+    tokens: list[Int[np.ndarray, " length"]]
+    tokenizer: Tokenizer
+    source: str
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(map(len, self.tokens))
+
+    def num_bytes(self) -> int:
+        """UTF-8 bytes of the text that the tokenizer gives back for all documents (special tokens give none)."""
+        if isinstance(self.tokenizer, ByteTokenizer):
+            special = [i for i in (self.tokenizer.bos_id, self.tokenizer.eos_id) if i is not None]
+            return int(sum(((d < 256) & ~np.isin(d, special)).sum() for d in self.tokens))
+        return sum(len(self.tokenizer.decode(document.tolist()).encode()) for document in self.tokens)
+
+    @property
+    def unit(self) -> str:
+        return "nats per byte" if isinstance(self.tokenizer, ByteTokenizer) else "nats per token"
+
+
+def read(
+    dataset: Dataset | Mixture | None,
+    split: str,
+    *,
+    tokenizer: Tokenizer | None,
+    model: Decoder,
+    max_tokens: int | None,
+    max_length: int | None = None,
+    owner: str,
+) -> Documents:
+    """The first documents of a split: up to max_tokens in all (the last one cut), each cut to max_length.
+
+    Documents begin with BOS where the data set says so; by default where the tokenizer has one.
+
+    Args:
+      tokenizer: the checkpoint's, which replaces that of the data set; None takes the data set's own.
+      owner: the evaluation, for messages.
+
+    Raises:
+      UserError: no data set, none of its text in this split, or ids that the model does not have.
+    """
+    if dataset is None:
+        raise UserError(
+            f"{owner} has no text, and the checkpoint does not say what it was trained on: set {owner}.dataset to a"
+            " Dataset, or evaluate.dataset for all evaluations (see configs/eval)"
+        )
+    if max_tokens is not None and max_tokens < 2:
+        raise UserError(f"{owner}.max_tokens is {max_tokens}, expected at least 2")
+    if tokenizer is not None:
+        dataset = _with_tokenizer(dataset, tokenizer, owner)
+    tokenizer = dataset.load_tokenizer()
+    check_vocabulary(tokenizer, model.vocab_size)
+    tokens, left = [], max_tokens
+    for document in dataset.document_tokens(split):
+        document = document[: min((n for n in (max_length, left) if n is not None), default=len(document))]
+        tokens.append(document)
+        if left is not None:
+            left -= len(document)
+            if left <= 0:
+                break
+    if not any(len(document) > 1 for document in tokens):
+        raise UserError(
+            f"split {split!r} of {_source(dataset)} holds no text: set {owner}.split, or raise Dataset.eval_fraction"
+        )
+    return Documents(tokens, tokenizer, f"{_source(dataset)}, {split} split")
+
+
+def _with_tokenizer(dataset: Dataset | Mixture, tokenizer: Tokenizer, owner: str) -> Dataset | Mixture:
+    if isinstance(dataset, Dataset):
+        return _retokenized(dataset, tokenizer, owner)
+    parts = tuple((_retokenized(part, tokenizer, owner), weight) for part, weight in dataset.parts)
+    return dataclasses.replace(dataset, parts=parts)
+
+
+def _retokenized(dataset: Dataset, tokenizer: Tokenizer, owner: str) -> Dataset:
+    if dataset.tokenizer != "bytes" and identity(dataset.load_tokenizer()) != identity(tokenizer):
+        raise UserError(
+            f"{owner}: the data set names the tokenizer {_short(dataset.tokenizer)}, the checkpoint has another one:"
+            " remove Dataset.tokenizer, the checkpoint's is used"
+        )
+    return dataclasses.replace(dataset, tokenizer=tokenizer)
+
+
+def _source(dataset: Dataset | Mixture) -> str:
+    if isinstance(dataset, Mixture):
+        return " + ".join(_source(part) for part, _ in dataset.parts)
+    return dataset.source if isinstance(dataset.source, str) else ", ".join(dataset.source)
+
+
+def _short(tokenizer: str | Tokenizer) -> str:
+    return tokenizer if isinstance(tokenizer, str) else type(tokenizer).__name__

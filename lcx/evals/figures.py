@@ -1,0 +1,156 @@
+"""How plots look: colours that colour-blind readers tell apart, positions in powers of two, legends beside the data.
+
+Colours are taken from matplotlib's property cycle ("C0" ...), so a theme (light, dark) decides what they are.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+Style = dict[str, Any]
+
+# Okabe & Ito 2008, in the order of _PLACES; lighter where the background is dark.
+LIGHT = ("#0072B2", "#D55E00", "#B87A00", "#B0528A", "#007A5A", "#3A94C8", "#555555")
+DARK = ("#56B4E9", "#FF8A4A", "#F0C24A", "#E79CC6", "#2FC79A", "#9AD5F5", "#BBBBBB")
+_PLACES = {"yarn": 0, "default": 1, "linear": 2, "dynamic": 3, "ntk": 3, "longrope": 4, "llama3": 5}
+_WIDTHS = ("--", "-.", ":")
+
+
+def theme(*, dark: bool) -> Any:
+    """matplotlib settings (a dict) of a figure that stands on a light or a dark page."""
+    from cycler import cycler
+
+    ink, page, grid = ("#E8E8EA", "#1B1D21", "#3A3D44") if dark else ("#222222", "#FFFFFF", "#DDDDDD")
+    inks = ("text.color", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color")
+    return {name: ink for name in inks} | {
+        "axes.prop_cycle": cycler(color=DARK if dark else LIGHT),
+        "figure.facecolor": page,
+        "axes.facecolor": page,
+        "savefig.facecolor": page,
+        "axes.edgecolor": grid,
+        "grid.color": grid,
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.titlesize": 12,
+        "axes.titlelocation": "left",
+        "axes.titlepad": 14,
+        "lines.linewidth": 2.4,
+        "legend.frameon": False,
+        "font.size": 10.5,
+    }
+
+
+def styles(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Style]:
+    """Colour by RoPE scaling; of several models with the same one, the last is solid and those before are dashed.
+
+    So, before and after fine-tuning, a scaling keeps its colour. Where all models have the same scaling, each gets a
+    colour of its own.
+    """
+    kinds = {label: (result.get("model") or {}).get("rope", "") for label, result in results.items()}
+    if len(set(kinds.values())) == 1:
+        kinds = {label: label for label in results}
+    taken: dict[str, int] = {}
+    for label, kind in kinds.items():
+        place = _PLACES.get((results[label].get("model") or {}).get("rope_type", ""), 0)
+        free = [i for i in range(len(LIGHT)) if i not in taken.values()] or [len(taken) % len(LIGHT)]
+        taken.setdefault(kind, place if place in free else free[0])
+    out = {}
+    for label, kind in kinds.items():
+        same = [other for other in kinds if kinds[other] == kind]
+        number = same.index(label)
+        line = "-" if number == len(same) - 1 else _WIDTHS[number % len(_WIDTHS)]
+        out[label] = {"color": f"C{taken[kind]}", "linestyle": line}
+    return out
+
+
+def position_axis(axes: Any, label: str) -> None:
+    """A logarithmic x axis whose ticks are powers of two, written as numbers."""
+    log_axis(axes, "x")
+    axes.set_xlabel(label)
+
+
+def log_axis(axes: Any, which: str) -> None:
+    """Axis "x" or "y" in powers of two."""
+    from matplotlib import ticker
+
+    set_scale, axis = {"x": (axes.set_xscale, axes.xaxis), "y": (axes.set_yscale, axes.yaxis)}[which]
+    set_scale("log", base=2)
+    axis.set_major_locator(ticker.LogLocator(base=2, numticks=20))
+    axis.set_minor_locator(ticker.NullLocator())
+    axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+
+
+def mark_window(axes: Any, results: Mapping[str, Mapping[str, Any]]) -> None:
+    """A vertical line where the window of pretraining ends, and a shade over what lies beyond it."""
+    from matplotlib import pyplot
+
+    windows = {result["model"]["original_window"] for result in results.values() if result.get("model")}
+    low, high = axes.get_xlim()
+    ink = pyplot.rcParams["text.color"]
+    for window in sorted(windows):
+        if not low < window < high:
+            continue
+        axes.axvline(window, color=ink, lw=1.2, ls=(0, (4, 3)), zorder=1.5)
+        axes.annotate(
+            f"trained window: {window}",
+            (window, 0.985),
+            xycoords=("data", "axes fraction"),
+            xytext=(-5, 0),
+            textcoords="offset points",
+            ha="right",
+            va="top",
+            fontsize=9.5,
+        )
+    inside = [window for window in windows if low < window < high]
+    if inside:
+        axes.axvspan(max(inside), high, color=ink, alpha=0.05, lw=0, zorder=0.5)
+    axes.set_xlim(low, high)
+
+
+def legend(axes: Any, order: list[str]) -> None:
+    """Beside the data, in the order that the lines have at the right end; none for a single line."""
+    handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    names = [name for name in order if name in handles]
+    if len(names) > 1:
+        axes.legend(
+            [handles[n] for n in names],
+            names,
+            loc="center left",
+            bbox_to_anchor=(1.01, 0.5),
+            handlelength=2.6,
+        )
+
+
+def bars(
+    axes: Any,
+    values: Mapping[str, float],
+    results: Mapping[str, Mapping[str, Any]],
+    *,
+    texts: Mapping[str, str],
+) -> None:
+    """Horizontal bars from the top down, each with its number; logarithmic where they differ by more than 10x."""
+    look = styles(results)
+    labels = list(values)
+    finite = [value for value in values.values() if math.isfinite(value)]
+    for row, label in enumerate(labels):
+        solid = look[label]["linestyle"] == "-"
+        axes.barh(row, values[label], height=0.62, color=look[label]["color"], alpha=1 if solid else 0.55)
+        if math.isfinite(values[label]):
+            axes.annotate(
+                texts[label],
+                (values[label], row),
+                xytext=(5, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=9.5,
+            )
+    axes.set_yticks(range(len(labels)), labels)
+    axes.invert_yaxis()
+    axes.grid(False, axis="y")
+    if finite and max(finite) > 10 * min(finite):
+        log_axis(axes, "x")
+    low, high = axes.get_xlim()
+    logarithmic = axes.get_xscale() == "log"
+    axes.set_xlim(min(low, 1.0) if logarithmic else 0, high * 3 if logarithmic else high * 1.25)

@@ -1,0 +1,45 @@
+"""How far a measured number can be trusted: intervals of proportions, standard errors of token means."""
+
+import math
+import statistics
+
+import numpy as np
+from jaxtyping import Float
+
+
+def wilson(successes: int, trials: int, *, confidence: float = 0.95) -> tuple[float, float]:
+    """The Wilson score interval of a proportion (Wilson 1927): (low, high) in [0, 1]; (0, 1) without trials.
+
+    With p = successes / n and z the normal quantile: (p + z^2/2n -+ z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n).
+    Unlike p -+ z sqrt(p(1-p)/n) it is not empty at 0 of n or n of n.
+    """
+    if trials == 0:
+        return 0.0, 1.0
+    z = statistics.NormalDist().inv_cdf((1 + confidence) / 2)
+    p = successes / trials
+    centre = p + z * z / (2 * trials)
+    spread = z * math.sqrt(p * (1 - p) / trials + z * z / (4 * trials * trials))
+    scale = 1 + z * z / trials
+    low = 0.0 if successes == 0 else (centre - spread) / scale  # exact at the ends, whatever the rounding
+    high = 1.0 if successes == trials else (centre + spread) / scale
+    return low, high
+
+
+def mean_and_error(
+    sums: Float[np.ndarray, " groups"], weights: Float[np.ndarray, " groups"]
+) -> tuple[float | None, float | None]:
+    """sum(sums) / sum(weights), and its standard error with whole groups as the independent draws.
+
+    Tokens of one row (or document) are not independent, so it is the rows that are counted: the linearised standard
+    error of a ratio (Cochran 1977, Sampling Techniques, 6.8). None where there is nothing, or one group only.
+    """
+    sums, weights = np.asarray(sums, np.float64), np.asarray(weights, np.float64)
+    used = weights > 0
+    sums, weights, n = sums[used], weights[used], int(used.sum())
+    if n == 0:
+        return None, None
+    mean = float(sums.sum() / weights.sum())
+    if n == 1:
+        return mean, None
+    residual = np.square(sums - mean * weights).sum()
+    return mean, float(math.sqrt(n / (n - 1) * residual) / weights.sum())

@@ -1,0 +1,218 @@
+"""Perplexity of whole documents, by a sliding window that gives every token a long context."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from lcx.data import Dataset, Mixture, Tokenizer
+from lcx.errors import UserError
+from lcx.evals import Result, documents, figures, scoring
+from lcx.evals.intervals import mean_and_error
+from lcx.evals.model_facts import facts
+from lcx.model import Decoder
+
+_WIDTH_STEP = 128  # windows longer than every document are cut to a multiple of this
+
+
+@dataclasses.dataclass(frozen=True)
+class Perplexity:
+    """exp of the mean negative log-likelihood, every token of a document scored once.
+
+    Sliding window, as in Press et al. 2021 (arXiv 2108.12409, appendix B): windows of W tokens, each S tokens after the
+    one before, until one reaches the end of the document. The first scores all its targets, the others only those
+    not scored before, which so have W - S to W - 1 tokens of context. The mean is over tokens, not over windows or
+    documents. A document's first token is scored only if BOS comes before it, and W counts that BOS.
+
+    Cost: about W / S passes over the text.
+
+    Attributes:
+      dataset: the text; None for what the checkpoint was trained on.
+      split: "eval" or "train".
+      windows: W, one or several; None for the model's window. The same targets are scored at each.
+      stride: S; None for windows that do not overlap but for the token that the first target is predicted from (as
+        lm-evaluation-harness counts, whose window is the W - 1 inputs).
+      max_tokens: how much text is read, from the beginning of the split.
+      max_document_length: documents are cut to so many tokens.
+      tokens_per_batch: tokens in one forward pass.
+    """
+
+    dataset: Dataset | Mixture | None = None
+    split: str = "eval"
+    windows: tuple[int, ...] | None = None
+    stride: int | None = 256
+    max_tokens: int = 1 << 16
+    max_document_length: int | None = None
+    tokens_per_batch: int = scoring.TOKENS_PER_BATCH
+    name: str = "perplexity"
+
+    def __post_init__(self):
+        if self.windows is not None and (not self.windows or min(self.windows) < 2):
+            raise UserError(f"Perplexity.windows is {self.windows}, expected windows of at least 2 tokens")
+        if self.stride is not None and self.stride < 1:
+            raise UserError(f"Perplexity.stride is {self.stride}, expected at least 1 token")
+
+    def __call__(self, model: Decoder, params: Any, tokenizer: Tokenizer | None) -> Result:
+        text = documents.read(
+            self.dataset,
+            self.split,
+            tokenizer=tokenizer,
+            model=model,
+            max_tokens=self.max_tokens,
+            max_length=self.max_document_length,
+            owner="Perplexity",
+        )
+        bytes_per_token = text.num_bytes() / text.num_tokens
+        measured = [self._measure(model, params, text, W, bytes_per_token) for W in self._windows(model)]
+        best = max(measured, key=lambda entry: entry["window"])
+        return {
+            "definition": self._definition(text),
+            "summary": f"{_number(best['perplexity'])} per {text.unit.split()[-1]} with a window of {best['window']}",
+            "table": {f"window {entry['window']}": entry["perplexity"] for entry in measured},
+            "model": facts(model),
+            "unit": f"perplexity per {text.unit.split()[-1]}",
+            "windows": measured,
+        }
+
+    def _windows(self, model: Decoder) -> tuple[int, ...]:
+        windows = self.windows or (model.max_position_embeddings,)
+        if self.stride is not None and self.stride >= min(windows) and self.windows is not None:
+            raise UserError(
+                f"Perplexity.stride {self.stride} leaves no overlap in a window of {min(windows)}: lower stride, or set"
+                " it to None for windows that do not overlap"
+            )
+        return windows
+
+    def _measure(
+        self, model: Decoder, params: Any, text: documents.Documents, W: int, bytes_per_token: float
+    ) -> dict[str, Any]:
+        S = W - 1 if self.stride is None else self.stride if self.stride < W else max(1, W // 2)
+        rows = window_rows([len(document) for document in text.tokens], window=W, stride=S)
+        longest = max(map(len, text.tokens))
+        width = min(W, -(-longest // _WIDTH_STEP) * _WIDTH_STEP)
+        tokens, labels, weights = _cut(text.tokens, rows, width)
+        nll = scoring.score(
+            model,
+            params,
+            tokens,
+            labels,
+            tokens_per_batch=self.tokens_per_batch,
+            description=f"{self.name} with window {W}",
+        )
+        document = rows[:, 0]
+        sums, counts = (
+            np.bincount(document, weights=values.sum(1, dtype=np.float64), minlength=len(text.tokens))
+            for values in (nll * weights, weights)
+        )
+        mean, error = mean_and_error(sums, counts)
+        assert mean is not None
+        return {
+            "window": W,
+            "stride": S,
+            "perplexity": _exp(mean),
+            "nll": mean,
+            "standard_error": error,
+            "nll_per_byte": mean / bytes_per_token,
+            "bits_per_byte": mean / bytes_per_token / math.log(2),
+            "tokens": int(counts.sum()),
+            "bytes": round(counts.sum() * bytes_per_token),
+            "documents": int((counts > 0).sum()),
+            "forward_passes_of_one_window": len(rows),
+        }
+
+    def _definition(self, text: documents.Documents) -> str:
+        bos = text.tokenizer.bos_id
+        starts = bos is not None and all(document[0] == bos for document in text.tokens)
+        first = "scored after BOS, which the window counts" if starts else "not scored (no BOS before it)"
+        kind = "non-overlapping windows of W tokens (the first of each is the last of the one before)"
+        if self.stride is not None:
+            kind = (
+                f"sliding window (Press et al. 2021, arXiv 2108.12409) of W tokens, stride {self.stride} (W / 2 where"
+                " that is no less than W),"
+                " each window after the first scoring only targets not scored before, with W - stride to W - 1 tokens"
+                " of context"
+            )
+        return (
+            f"exp(sum of negative log-likelihoods / number of scored tokens) over all documents (token-weighted);"
+            f" {kind}; the first token of a document is {first};"
+            f" the first {text.num_tokens} tokens of {text.source}; standard error of the nll with documents as"
+            " independent"
+        )
+
+    def plot(self, axes: Any, results: Mapping[str, Result]) -> None:
+        if all(len(result["windows"]) == 1 for result in results.values()):
+            self._bars(axes, results)
+            return
+        styles = figures.styles(results)
+        for label, result in results.items():
+            entries = sorted(result["windows"], key=lambda entry: entry["window"])
+            values = [_plottable(entry["perplexity"]) for entry in entries]
+            axes.plot(
+                [entry["window"] for entry in entries], values, label=label, marker="o", **styles[label]
+            )
+        figures.position_axis(axes, "window (tokens)")
+        figures.log_axis(axes, "y")
+        figures.mark_window(axes, results)
+        axes.set_ylabel(next(iter(results.values()))["unit"])
+        axes.set_title("Perplexity by window (lower is better)")
+        figures.legend(axes, list(results))
+
+    def _bars(self, axes: Any, results: Mapping[str, Result]) -> None:
+        entries = {label: result["windows"][0] for label, result in results.items()}
+        figures.bars(
+            axes,
+            {label: _plottable(entry["perplexity"]) for label, entry in entries.items()},
+            results,
+            texts={
+                label: f"{_number(e['perplexity'])}  (window {e['window']})" for label, e in entries.items()
+            },
+        )
+        axes.set_xlabel(next(iter(results.values()))["unit"])
+        axes.set_title("Perplexity (lower is better)")
+
+
+def window_rows(lengths: list[int], *, window: int, stride: int) -> Int[np.ndarray, "R 4"]:
+    """Every window of every document: (document, begin, end, first scored target), tokens begin .. end of it.
+
+    Targets are tokens first .. end; the token at `begin` of a document's first window has nothing before it.
+    """
+    rows = []
+    for document, length in enumerate(lengths):
+        scored = 1
+        for begin in range(0, max(length, 1), stride):
+            end = min(begin + window, length)
+            if end > scored:
+                rows.append((document, begin, end, scored))
+                scored = end
+            if end == length:
+                break
+    return np.array(rows, np.int64).reshape(-1, 4)
+
+
+def _cut(
+    texts: list[np.ndarray], rows: Int[np.ndarray, "R 4"], width: int
+) -> tuple[Int[np.ndarray, "R W"], Int[np.ndarray, "R W"], np.ndarray]:
+    """Tokens, labels and weights of the windows, padded on the right to one width."""
+    tokens, labels = (np.zeros((len(rows), width), np.int32) for _ in range(2))
+    weights = np.zeros((len(rows), width), bool)
+    for i, (document, begin, end, first) in enumerate(rows.tolist()):
+        count = end - begin
+        tokens[i, :count] = texts[document][begin:end]
+        labels[i, : count - 1] = texts[document][begin + 1 : end]
+        weights[i, first - begin - 1 : count - 1] = True
+    return tokens, labels, weights
+
+
+def _exp(x: float) -> float:
+    return math.exp(x) if x < 700 else math.inf
+
+
+def _plottable(value: float | None) -> float:
+    return math.nan if value is None else min(value, 1e9)
+
+
+def _number(value: float | None) -> str:
+    return "not finite" if value is None or not math.isfinite(value) else f"{value:.4g}"

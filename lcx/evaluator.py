@@ -1,0 +1,279 @@
+"""Runs evaluations on a checkpoint: results.json, a plot of each, report.html.
+
+results.json is written anew, whole, after every evaluation: one that fails, or a kill, costs no other's result.
+"""
+
+import contextlib
+import dataclasses
+import datetime
+import json
+import os
+import pathlib
+import platform
+import sys
+import time
+import traceback
+from collections.abc import Mapping
+from importlib import metadata
+from typing import Any
+
+import jax
+import numpy as np
+
+import lcx
+from lcx import describe, report, sharding, text_stream
+from lcx.checkpoint_folder import find_step, read_json
+from lcx.data import ByteTokenizer, Dataset, Mixture, Tokenizer
+from lcx.errors import UserError
+from lcx.evals import Evaluation, Result
+from lcx.evals.loss_by_position import LossByPosition
+from lcx.evals.model_facts import facts
+from lcx.evals.perplexity import Perplexity
+from lcx.model import Decoder
+
+RESULTS = report.RESULTS
+
+
+def evaluate(
+    *,
+    checkpoint: str,
+    output: str,
+    evals: tuple[Evaluation, ...] = (LossByPosition(), Perplexity()),
+    dataset: Dataset | Mixture | None = None,
+    rope_scaling: dict | None = None,
+    context_length: int | None = None,
+    name: str | None = None,
+    dtype: str | None = None,
+    mesh: sharding.MeshShape = sharding.MeshShape(),  # noqa: B008 (frozen)
+) -> dict[str, Any]:
+    """Evaluates a checkpoint and returns what results.json holds.
+
+    Args:
+      checkpoint: a workdir, one step of it, or a Hugging Face folder.
+      output: the folder for results.json, the plots and report.html.
+      evals: what to measure; `lcx.evals` has the contract.
+      dataset: the text for evaluations that name none. None: what the checkpoint was trained on; where it does not
+        say, the Python standard library for a model of bytes.
+      rope_scaling: as Hugging Face writes it, applied to the checkpoint first.
+      context_length: the window in tokens; by default what rope_scaling gives.
+      name: of this model in tables and plots.
+      dtype: of the parameters and the computation; None as stored.
+      mesh: sizes of the mesh axes.
+
+    Raises:
+      UserError: nothing readable at `checkpoint`, an output that cannot be written, or evaluations that failed; the
+        results of the others are in results.json all the same.
+    """
+    _check_names(evals)
+    folder = _writable(output)
+    started = time.perf_counter()
+    devices = None if jax.device_count() == 1 else mesh.build()
+    model, params = lcx.load(
+        checkpoint, dtype=dtype, mesh=devices, rope_scaling=rope_scaling, context_length=context_length
+    )
+    tokenizer = _tokenizer(checkpoint)
+    label = name or _label(checkpoint, rope_scaling)
+    results: dict[str, Any] = {
+        "name": label,
+        "checkpoint": os.path.abspath(os.path.expanduser(checkpoint)),
+        "rope_scaling": rope_scaling,
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "model": {**facts(model), "description": _described(model)},
+        "versions": _versions(),
+        "machine": _machine(),
+        "evaluations": {},
+        "errors": {},
+    }
+    default = _default_dataset(checkpoint, tokenizer) if dataset is None else dataset
+    if _writes() and (folder / RESULTS).is_file():  # of an earlier run: kept beside the new one
+        os.replace(folder / RESULTS, folder / "results.previous.json")
+    for evaluation in evals:
+        evaluation = _with_dataset(evaluation, default)
+        _say(f"{label}: {evaluation.name} ...")
+        _run(evaluation, model, params, tokenizer, results)
+        results["seconds"] = time.perf_counter() - started
+        _write(folder, results)
+    if _writes():
+        report.build(results=(str(folder),), output=str(folder))
+    _raise_failures(results, folder)
+    return results
+
+
+def _run(
+    evaluation: Evaluation, model: Decoder, params: Any, tokenizer: Tokenizer | None, results: dict
+) -> None:
+    """Adds the result of one evaluation, or why there is none."""
+    started = time.perf_counter()
+    try:
+        result: Result = evaluation(model, params, tokenizer)
+        seconds = time.perf_counter() - started
+        about = {"evaluation": _described(evaluation), "seconds": seconds}
+        results["evaluations"][evaluation.name] = {**result, **about}
+        _say(f"{results['name']}: {evaluation.name}: {result['summary']} ({seconds:.0f} s)")
+    except Exception as error:  # whatever one task does, the others are worth having
+        if not isinstance(error, UserError):
+            traceback.print_exc()
+        results["errors"][evaluation.name] = _explained(error)
+        _say(f"{results['name']}: {evaluation.name} failed: {_explained(error)}")
+
+
+def _explained(error: Exception) -> str:
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if "RESOURCE_EXHAUSTED" in line:
+        return f"out of memory ({line[:120]}): lower tokens_per_batch or batch_size of this evaluation"
+    return line if isinstance(error, UserError) else f"{type(error).__name__}: {line}"
+
+
+def _raise_failures(results: Mapping[str, Any], folder: pathlib.Path) -> None:
+    errors = results["errors"]
+    if not errors:
+        return
+    total = len(errors) + len(results["evaluations"])
+    kept = f"; the others are in {folder / RESULTS}" if results["evaluations"] else ""
+    raise UserError(
+        f"{len(errors)} of {total} evaluations failed: {'; '.join(f'{k}: {v}' for k, v in errors.items())}{kept}"
+    )
+
+
+# ------------------------------------------------------------------------------------------------ inputs
+
+
+def _check_names(evals: tuple[Evaluation, ...]) -> None:
+    names = [evaluation.name for evaluation in evals]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise UserError(f"two evaluations are named {twice[0]!r}: set `name` of one of them")
+    if not names:
+        raise UserError("evaluate.evals is empty, expected at least one evaluation")
+
+
+def _tokenizer(checkpoint: str) -> Tokenizer | None:
+    try:
+        return text_stream.tokenizer_of(checkpoint)
+    except UserError as error:
+        _say(f"warning: no tokenizer: {error}")
+        return None
+
+
+def _default_dataset(checkpoint: str, tokenizer: Tokenizer | None) -> Dataset | Mixture | None:
+    """What the checkpoint was trained on, else the standard library for a model of bytes, else nothing."""
+    recorded = _meta(checkpoint).get("data")
+    if recorded is not None:
+        try:
+            return _untokenized(describe.from_json(recorded))
+        except (UserError, TypeError) as error:
+            _say(f"warning: the data set that the checkpoint records cannot be used: {error}")
+    return Dataset(source="stdlib") if isinstance(tokenizer, ByteTokenizer) else None
+
+
+def _meta(checkpoint: str) -> dict[str, Any]:
+    """What a training run recorded; nothing for a Hugging Face folder."""
+    if (pathlib.Path(checkpoint).expanduser() / "config.json").is_file():
+        return {}
+    with contextlib.suppress(UserError):
+        directory, step = find_step(checkpoint)
+        return read_json(directory / str(step), "meta")
+    return {}
+
+
+def _untokenized(dataset: Dataset | Mixture) -> Dataset | Mixture:
+    """Without its tokenizer, whose file may be gone: the checkpoint's own is used."""
+    if isinstance(dataset, Dataset):
+        return dataclasses.replace(dataset, tokenizer="bytes")
+    parts = tuple((dataclasses.replace(part, tokenizer="bytes"), weight) for part, weight in dataset.parts)
+    return dataclasses.replace(dataset, parts=parts)
+
+
+def _with_dataset(evaluation: Evaluation, dataset: Dataset | Mixture | None) -> Evaluation:
+    """The evaluation itself, or with the default text where it has a field for one and it is None."""
+    if getattr(evaluation, "dataset", dataset) is None and dataset is not None:
+        return dataclasses.replace(evaluation, dataset=dataset)  # type: ignore[type-var]
+    return evaluation
+
+
+def _label(checkpoint: str, rope_scaling: Mapping[str, Any] | None) -> str:
+    path = pathlib.Path(checkpoint).expanduser().resolve()
+    name = f"{path.parent.parent.name} step {path.name}" if path.parent.name == "checkpoints" else path.name
+    if not rope_scaling:
+        return name
+    kind = rope_scaling.get("rope_type") or rope_scaling.get("type") or "scaled"
+    factor = rope_scaling.get("factor")
+    return f"{name}, {kind}" + (f" x{factor:g}" if isinstance(factor, int | float) else "")
+
+
+# ------------------------------------------------------------------------------------------------ outputs
+
+
+def _writes() -> bool:
+    return jax.process_index() == 0
+
+
+def _say(line: str) -> None:
+    if _writes():
+        print(line, file=sys.stderr, flush=True)
+
+
+def _writable(output: str) -> pathlib.Path:
+    """The output folder, made and tried before the model is read."""
+    folder = pathlib.Path(output).expanduser()
+    if _writes():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            probe = folder / f".{RESULTS}.{os.getpid()}"
+            probe.write_text("")
+            probe.unlink()
+        except OSError as error:
+            raise UserError(f"cannot write to {folder}: {error.strerror}; change --output") from None
+    return folder
+
+
+def _write(folder: pathlib.Path, results: Mapping[str, Any]) -> None:
+    if not _writes():
+        return
+    text = json.dumps(_plain(results), indent=1, allow_nan=False)
+    partial = folder / f"{RESULTS}.partial"
+    with open(partial, "w", encoding="utf-8") as file:
+        file.write(text + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, folder / RESULTS)
+
+
+def _plain(value: Any) -> Any:
+    """JSON without NaN or infinity (null instead), numpy scalars as numbers."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, np.ndarray | np.generic | jax.Array):
+        return _plain(np.asarray(value).tolist())
+    if isinstance(value, float):
+        return value if np.isfinite(value) else None
+    return value
+
+
+def _described(value: Any) -> Any:
+    try:
+        return describe.to_json(value)
+    except UserError:  # a function of the user's that has no name to find it by
+        return None
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version(), "lcx": lcx.__version__}
+    for package in ("jax", "jaxlib", "flax", "numpy"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found
+
+
+def _machine() -> dict[str, Any]:
+    device = jax.devices()[0]
+    return {
+        "system": platform.platform(),
+        "cpu_cores": os.cpu_count(),
+        "backend": device.platform,
+        "device": device.device_kind,
+        "devices": jax.device_count(),
+        "processes": jax.process_count(),
+    }

@@ -1,0 +1,340 @@
+"""One page that compares models: what evaluations measured, drawn over each other, and how training went.
+
+Examples:
+  python -m lcx.report --results /tmp/eval_unscaled /tmp/eval_yarn /tmp/eval_yarn_tuned --output=/tmp/report
+  python -m lcx.report --results=/tmp/eval --workdir=/tmp/run --output=/tmp/report --title='YaRN, 4 x 256 tokens'
+
+--results are folders that `python -m lcx.evaluate` wrote, in the order in which they shall appear; --workdir are
+training runs, for their loss curves. The page, report.html, is one file with its pictures inside, and each picture
+also lies beside it as a PNG.
+"""
+
+import base64
+import html
+import io
+import json
+import math
+import os
+import pathlib
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from lcx import config
+from lcx.errors import UserError
+
+RESULTS, PAGE = "results.json", "report.html"
+_SIZE = (9.0, 4.4)  # inches, without the legend
+
+
+def main(argv=None) -> int:
+    parser = config.parser(__doc__, gin=False)
+    parser.add_argument(
+        "--results",
+        required=True,
+        nargs="+",
+        action="extend",
+        metavar="DIR",
+        help="folders with results.json",
+    )
+    parser.add_argument("--output", required=True, metavar="DIR", help="where report.html and the plots go")
+    parser.add_argument("--workdir", nargs="+", action="extend", metavar="DIR", help="training runs to draw")
+    parser.add_argument("--title", metavar="TEXT", help="of the page")
+    return config.run(parser, "lcx.report:build", argv)
+
+
+def build(
+    *, results: Sequence[str], output: str, workdir: Sequence[str] = (), title: str = "Evaluation"
+) -> pathlib.Path:
+    """Writes report.html and the plots; returns the path of the page.
+
+    Args:
+      results: folders with a results.json (or such files), in the order of tables and legends.
+      output: the folder to write to.
+      workdir: training runs whose metrics.jsonl is drawn.
+      title: of the page.
+
+    Raises:
+      UserError: a folder without results, or an output that cannot be written.
+    """
+    runs = labelled([read_results(path) for path in results])
+    curves = {}
+    for path in workdir:
+        curves |= read_curves(path)
+    folder = pathlib.Path(output).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        sections = [_evaluation_section(name, runs, folder) for name in _names(runs)]
+        if curves:
+            sections.append(_training_section(curves, folder))
+        text = _page(title, [*_error_notes(runs), *sections, _models_section(runs), _origin_section(runs)])
+        _write(folder / PAGE, text.encode())
+    except OSError as error:
+        raise UserError(f"cannot write the report to {folder}: {error.strerror}; change --output") from None
+    print(f"report: {folder / PAGE}", file=sys.stderr)
+    return folder / PAGE
+
+
+# ------------------------------------------------------------------------------------------------ reading
+
+
+def read_results(path: str) -> dict[str, Any]:
+    """The results.json of a folder. Raises UserError where there is none, or it is damaged."""
+    place = pathlib.Path(path).expanduser()
+    file = place / RESULTS if place.is_dir() else place
+    if not file.is_file():
+        raise UserError(
+            f"no {RESULTS} at {path}: expected a folder that `python -m lcx.evaluate` wrote; change --results"
+        )
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        return {"name": found["name"], **found, "evaluations": dict(found["evaluations"]), "file": str(file)}
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise UserError(f"{file} is no readable result of an evaluation ({error}); evaluate again") from None
+
+
+def labelled(runs: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """{label: run}; a name that comes again gets a number."""
+    out: dict[str, dict[str, Any]] = {}
+    for run in runs:
+        label, number = str(run["name"]), 2
+        while label in out:
+            label, number = f"{run['name']} ({number})", number + 1
+        out[label] = run
+    return out
+
+
+def read_curves(workdir: str) -> dict[str, list[dict[str, float]]]:
+    """{name: lines of metrics.jsonl, by step} of a workdir, or of the stages below it.
+
+    A line that a kill cut short is left out; of a step that was done twice, the last line counts.
+    """
+    folder = pathlib.Path(workdir).expanduser()
+    files = [folder / "metrics.jsonl"]
+    if not files[0].is_file():
+        files = sorted(folder.glob("*/metrics.jsonl"), key=lambda f: (f.stat().st_mtime, f.name))
+    if not files:
+        raise UserError(
+            f"no metrics.jsonl in {workdir}: expected the workdir of a training run; change --workdir"
+        )
+    curves = {}
+    for file in files:
+        steps: dict[float, dict[str, float]] = {}
+        for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                values = json.loads(line)
+                steps[values["step"]] = steps.get(values["step"], {}) | {
+                    k: float(v) for k, v in values.items()
+                }
+            except (ValueError, KeyError, TypeError):
+                continue
+        name = (
+            folder.resolve().name if file.parent == folder else f"{folder.resolve().name}/{file.parent.name}"
+        )
+        curves[name] = [steps[step] for step in sorted(steps)]
+    return curves
+
+
+def _names(runs: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The evaluations of all runs, in order of appearance."""
+    return list(dict.fromkeys(name for run in runs.values() for name in run["evaluations"]))
+
+
+# ------------------------------------------------------------------------------------------------ sections
+
+
+def _evaluation_section(name: str, runs: Mapping[str, Mapping[str, Any]], folder: pathlib.Path) -> str:
+    results = {label: run["evaluations"][name] for label, run in runs.items() if name in run["evaluations"]}
+    alt = "; ".join(f"{label}: {result.get('summary', '')}" for label, result in results.items())
+    picture = _drawn(name, lambda axes: _evaluation_of(name, results).plot(axes, results), folder, alt)
+    unit = next((result["unit"] for result in results.values() if "unit" in result), "")
+    columns = list(dict.fromkeys(column for result in results.values() for column in result.get("table", {})))
+    rows = [[label, *(result.get("table", {}).get(c) for c in columns)] for label, result in results.items()]
+    caption = f"{_spoken(name)}{f', {unit}' if unit else ''}"
+    definitions: dict[str, list[str]] = {}
+    for label, result in results.items():
+        definitions.setdefault(result.get("definition", ""), []).append(label)
+    notes = ""
+    for text, labels in definitions.items():
+        whose = f"<b>{_esc(', '.join(labels))}:</b> " if len(definitions) > 1 else ""
+        notes += f"<p>{whose}{_esc(text)}</p>"
+    details = f"<details><summary>Definition</summary>{notes}</details>"
+    return _section(_spoken(name), picture + _table(["model", *columns], rows, caption) + details)
+
+
+def _evaluation_of(name: str, results: Mapping[str, Mapping[str, Any]]) -> Any:
+    """The evaluation that made these results: it knows how to draw them."""
+    from lcx import describe
+
+    described = next((result["evaluation"] for result in results.values() if result.get("evaluation")), None)
+    if described is None:
+        raise UserError(f"the results do not say what made {name}")
+    return describe.from_json(described)
+
+
+def _training_section(curves: Mapping[str, list[dict[str, float]]], folder: pathlib.Path) -> str:
+    def draw(axes: Any) -> None:
+        from lcx.evals import figures
+
+        for number, (label, lines) in enumerate(curves.items()):
+            for key, style in (("loss", {"label": label}), ("eval_loss", {"marker": "o", "ls": "", "ms": 5})):
+                points = [
+                    (line["step"], line[key]) for line in lines if math.isfinite(line.get(key, math.nan))
+                ]
+                axes.plot(*zip(*points, strict=True), color=f"C{number % 7}", **style) if points else None
+        figures.log_axis(axes, "x")
+        axes.set(xlabel="step", ylabel="loss (nats per token)", title="Training loss (dots: held-out data)")
+        figures.legend(axes, list(curves))
+
+    rows = []
+    for label, lines in curves.items():
+        last = {
+            key: line[key]
+            for line in lines
+            for key in ("loss", "eval_loss", "tokens_per_second")
+            if key in line
+        }
+        steps = int(lines[-1]["step"]) if lines else 0
+        rows.append([label, steps, last.get("loss"), last.get("eval_loss"), last.get("tokens_per_second")])
+    head = ["run", "steps", "last loss", "last held-out loss", "tokens per second"]
+    alt = "; ".join(f"{row[0]}: loss {_number(row[2])} after {row[1]} steps" for row in rows)
+    return _section(
+        "Training", _drawn("training_loss", draw, folder, alt) + _table(head, rows, "Training runs")
+    )
+
+
+def _models_section(runs: Mapping[str, Mapping[str, Any]]) -> str:
+    head = ["model", "parameters", "RoPE", "original window", "window", "dtype", "checkpoint"]
+    keys = ("num_params", "rope", "original_window", "window", "dtype")
+    rows = []
+    for label, run in runs.items():
+        about = run.get("model") or {}
+        rows.append([label, *(about.get(key) for key in keys), run.get("checkpoint")])
+    return _section("Models", _table(head, rows, "Models"))
+
+
+def _origin_section(runs: Mapping[str, Mapping[str, Any]]) -> str:
+    rows = []
+    for label, run in runs.items():
+        versions = ", ".join(f"{name} {version}" for name, version in (run.get("versions") or {}).items())
+        machine = run.get("machine") or {}
+        place = f"{machine.get('devices', '?')} x {machine.get('device', '?')}, {machine.get('cpu_cores', '?')} cores"
+        rows.append([label, run.get("created"), run.get("seconds"), place, versions])
+    return _section(
+        "Origin", _table(["model", "evaluated", "seconds", "machine", "versions"], rows, "Origin")
+    )
+
+
+def _error_notes(runs: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    failed = [(label, *item) for label, run in runs.items() for item in (run.get("errors") or {}).items()]
+    notes = [f"<li><b>{_esc(label)}</b>, {_esc(name)}: {_esc(error)}</li>" for label, name, error in failed]
+    return [f'<section class="failed"><h2>Failed</h2><ul>{"".join(notes)}</ul></section>'] if notes else []
+
+
+# ------------------------------------------------------------------------------------------------ pictures
+
+
+def _drawn(name: str, draw: Callable[[Any], None], folder: pathlib.Path, alt: str) -> str:
+    """An <img> for light and one for dark pages; the light one also becomes a file. A plot that fails is a note."""
+    try:
+        light, dark = (picture(draw, dark=dark) for dark in (False, True))
+    except Exception as error:  # the numbers are worth more than their picture
+        print(f"warning: no plot of {name}: {type(error).__name__}: {error}", file=sys.stderr)
+        return f"<p>No plot: {_esc(str(error))}</p>"
+    _write(folder / f"{''.join(c if c.isalnum() else '_' for c in name)}.png", light)
+    sources = [f"data:image/png;base64,{base64.b64encode(png).decode()}" for png in (light, dark)]
+    return (
+        f'<figure><picture><source media="(prefers-color-scheme: dark)" srcset="{sources[1]}">'
+        f'<img src="{sources[0]}" alt="{_esc(alt)}"></picture></figure>'
+    )
+
+
+def picture(draw: Callable[[Any], None], *, dark: bool = False) -> bytes:
+    """A PNG of what `draw` puts on matplotlib axes."""
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    from lcx.evals import figures
+
+    with matplotlib.rc_context(figures.theme(dark=dark)):
+        figure = Figure(figsize=_SIZE, dpi=144)
+        FigureCanvasAgg(figure)
+        draw(figure.add_subplot())
+        out = io.BytesIO()
+        figure.savefig(out, format="png", bbox_inches="tight", pad_inches=0.15)
+    return out.getvalue()
+
+
+def _write(path: pathlib.Path, data: bytes) -> None:
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_bytes(data)
+    os.replace(partial, path)
+
+
+# ------------------------------------------------------------------------------------------------ html
+
+_STYLE = """
+:root { color-scheme: light dark; --page: #fff; --ink: #222; --soft: #666; --line: #ddd; --stripe: #f6f7f9; }
+@media (prefers-color-scheme: dark) {
+  :root { --page: #1b1d21; --ink: #e8e8ea; --soft: #a0a3aa; --line: #3a3d44; --stripe: #24272c; }
+}
+body { background: var(--page); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; margin: 0 auto;
+  max-width: 1080px; padding: 1.5rem; }
+h1 { font-size: 1.7rem; margin: 0 0 1rem; }
+h2 { font-size: 1.2rem; margin: 2.2rem 0 .6rem; }
+figure { margin: 0 0 1rem; }
+img { max-width: 100%; height: auto; display: block; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; }
+caption { text-align: left; color: var(--soft); padding-bottom: .3rem; }
+th, td { padding: .3rem .8rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; padding-left: 0; }
+td.text { text-align: left; }
+tbody tr:nth-child(even) { background: var(--stripe); }
+details { margin-top: .6rem; color: var(--soft); font-size: .9rem; }
+.failed { border-left: 4px solid #d55e00; padding-left: 1rem; }
+"""
+
+
+def _page(title: str, sections: Iterable[str]) -> str:
+    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{_esc(title)}</title>'
+    body = f"<h1>{_esc(title)}</h1>{''.join(sections)}"
+    return f'<!doctype html>\n<html lang="en"><head>{head}<style>{_STYLE}</style></head><body>{body}</body></html>\n'
+
+
+def _section(title: str, body: str) -> str:
+    return f"<section><h2>{_esc(title)}</h2>{body}</section>\n"
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[Any]], caption: str) -> str:
+    top = "".join(f'<th scope="col">{_esc(name)}</th>' for name in head)
+    lines = []
+    for first, *rest in rows:
+        cells = "".join(
+            f'<td class="text">{_esc(v)}</td>' if isinstance(v, str) else f"<td>{_esc(_number(v))}</td>"
+            for v in rest
+        )
+        lines.append(f'<tr><th scope="row">{_esc(str(first))}</th>{cells}</tr>')
+    body = f"<thead><tr>{top}</tr></thead><tbody>{''.join(lines)}</tbody>"
+    return f'<div class="wide"><table><caption>{_esc(caption)}</caption>{body}</table></div>'
+
+
+def _number(value: Any) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.3f}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def _spoken(name: str) -> str:
+    return name.replace("_", " ").capitalize()
+
+
+def _esc(text: str) -> str:
+    return html.escape(text, quote=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
