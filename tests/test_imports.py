@@ -9,10 +9,10 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 LAYERS = [  # a module imports from its own row and the rows below
-    "train evaluate generate convert.__main__ data.__main__ __init__",
+    "train evaluate generate __init__",
     "config",
-    "trainer train_step ladder evaluator evals sampler text_stream convert",
-    "objectives optim checkpoint checkpoint_folder checkpoint_tree array_store data metrics lora report",
+    "trainer train_step ladder evaluator evals report sampler text_stream convert",
+    "objectives optim checkpoint checkpoint_folder checkpoint_tree array_store data metrics lora",
     "extend hardware stopping",
     "model describe",
     "mixers",
@@ -47,8 +47,6 @@ def imports(nodes):
 def unit(name):
     """`lcx.ops.attention` -> ops, `lcx` -> __init__."""
     parts = [*name.split("."), "__init__"]
-    if parts[:3] == ["lcx", "convert", "__main__"]:
-        return "convert.__main__"
     return parts[0] if parts[0] == "kernels_pallas" else parts[1]
 
 
