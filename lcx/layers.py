@@ -53,8 +53,19 @@ class Linear(nn.Module):
 
 
 def _contract(x: Array, kernel: Array, num_in: int) -> Array:
-    last = tuple(range(x.ndim - num_in, x.ndim))
-    return jax.lax.dot_general(x, kernel.astype(x.dtype), ((last, tuple(range(num_in))), ((), ())))
+    """x over its last num_in axes with kernel over its first.
+
+    As one plain matrix product wherever tokens can be merged into one axis: on CPUs the gradient of a product over
+    several axes at once runs at a third of the speed. Rows and tokens that lie on different mesh axes cannot be merged
+    without moving them.
+    """
+    kernel = kernel.astype(x.dtype)
+    if sharding.axis_size("context") > 1:
+        last = tuple(range(x.ndim - num_in, x.ndim))
+        return jax.lax.dot_general(x, kernel, ((last, tuple(range(num_in))), ((), ())))
+    size = math.prod(kernel.shape[:num_in])
+    y = x.reshape(-1, size) @ kernel.reshape(size, -1)
+    return y.reshape(*x.shape[: x.ndim - num_in], *kernel.shape[num_in:])
 
 
 class RMSNorm(nn.Module):

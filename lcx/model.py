@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from lcx import sharding
 from lcx.errors import UserError
+from lcx.ops import MIXER_RESIDUALS
 from lcx.layers import Embedding, Linear, RMSNorm
 from lcx.mixers.attention import Attention
 from lcx.rope import Rope
@@ -27,7 +28,11 @@ from lcx.rope import Rope
 REMAT = {
     "none": None,  # keep every activation
     "full": jax.checkpoint_policies.nothing_saveable,  # keep the input of each block
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keep the results of the projections
+    # Keep the results of the projections and of the mixers; recompute norms, activations, rotations.
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(MIXER_RESIDUALS),
+    ),
 }
 
 

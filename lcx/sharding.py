@@ -10,6 +10,7 @@ shardings.
     tensor    heads, mlp width and vocabulary
 """
 
+import dataclasses
 import math
 
 import flax.linen as nn
@@ -54,6 +55,19 @@ def make_mesh(*, data: int = 1, fsdp: int = -1, context: int = 1, tensor: int = 
     return jax.make_mesh(shape, AXES, devices=devices, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
 
 
+@dataclasses.dataclass(frozen=True)
+class MeshShape:
+    """Sizes of the mesh axes as a configuration gives them; one may be -1: whatever is left."""
+
+    data: int = 1
+    fsdp: int = -1
+    context: int = 1
+    tensor: int = 1
+
+    def build(self, devices=None) -> Mesh:
+        return make_mesh(**dataclasses.asdict(self), devices=devices)
+
+
 def spec(names: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     """Logical names -> PartitionSpec. An axis that does not divide evenly, or whose mesh axis is taken, stays whole."""
     rules, taken, out = dict(RULES), set(), []
@@ -91,6 +105,12 @@ def shard_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array
     """This process's rows -> global arrays on the mesh."""
     sharding = batch_sharding(mesh)
     return {key: jax.make_array_from_process_local_data(sharding, value) for key, value in batch.items()}
+
+
+def axis_size(axis: str) -> int:
+    """Devices along a mesh axis, 1 without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else mesh.shape.get(axis, 1)
 
 
 def constrain(x: jax.Array, *axes) -> jax.Array:

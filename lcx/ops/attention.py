@@ -18,9 +18,11 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from lcx.errors import UserError
+from lcx.ops import MIXER_RESIDUALS
 
 NEG = -1e30  # finite: exp(NEG - NEG) would be 1, so rows that see nothing are zeroed explicitly
 
@@ -94,7 +96,7 @@ def blocks(q: Array, k: Array, v: Array, segment_ids: Array | None, *, window: i
     plan = Plan.of(T, window=window, masked=segment_ids is not None)
     if segment_ids is None:
         segment_ids = jnp.ones((1, T), jnp.int32)
-    pad = (0, -T % plan.multiple)  # keys beyond T lie after every query: causality alone hides them
+    pad = (0, -T % plan.cols)  # keys beyond T lie after every query: causality alone hides them
     per_head = jnp.transpose((q * scale).reshape(B, T, K, N // K, H), (0, 2, 3, 1, 4)).reshape(B * K, N // K, T, H)
     keys, values = (jnp.transpose(x, (0, 2, 1, 3)).reshape(B * K, T, H) for x in (k, v))
     segments = jnp.repeat(jnp.broadcast_to(segment_ids, (B, T)), K, axis=0)
@@ -111,49 +113,34 @@ def blocks(q: Array, k: Array, v: Array, segment_ids: Array | None, *, window: i
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How one head is cut: `rows` queries against `cols` keys at a time; None: all the keys they see at once."""
+    """How one head is cut: `rows` queries against `cols` keys at a time."""
 
     rows: int
-    cols: int | None
+    cols: int
     window: int | None
     masked: bool  # several segments, or padding
 
     @classmethod
     def of(cls, T: int, *, window: int | None, masked: bool) -> "Plan":
-        # Measured on 2 CPU cores, forward and backward: short sequences run 1.5x faster as a few unrolled blocks,
-        # long ones 1.4x to 2x faster as tiles that stay in the second-level cache.
-        rows, cols = (64, None) if T <= 512 else (128, None) if T <= 1024 else (128, 256)
-        return cls(min(rows, T), cols, window, masked)
-
-    @property
-    def multiple(self) -> int:
-        return self.cols or self.rows
-
-    def first_key(self, row: int | Array) -> int | Array:
-        """The first key that any of the queries row .. row + rows - 1 can see."""
-        if self.window is None:
-            return row * 0
-        return max(row - self.window + 1, 0) if isinstance(row, int) else jnp.maximum(row - self.window + 1, 0)
+        # Measured on a CPU core, forward and backward, H = 32 and 64, T = 256 ... 4096: tiles of 64 x 128 stay in the
+        # second-level cache and beat 128 and 256 wide ones at every T by 1.1x to 1.4x.
+        rows, cols = (T, T) if T <= 64 else (64, 128)
+        return cls(rows, cols, window, masked)
 
     def over_rows(self, T: int, body, carry):
-        """carry = body(row, carry) for row = 0, rows, 2 rows, ... < T: unrolled, or as a loop when tiled."""
-        if self.cols is None:
-            for row in range(0, T, self.rows):
-                carry = body(row, carry)
-            return carry
+        """carry = body(row, carry) for row = 0, rows, 2 rows, ... < T."""
         return jax.lax.fori_loop(0, T // self.rows, lambda i, c: body(i * self.rows, c), carry)
 
-    def over_tiles(self, row: int | Array, body, carry):
-        """carry = body(first key, number of keys, carry) for each tile that the queries at `row` can see."""
-        if self.cols is None:
-            start = self.first_key(row)
-            return body(start, row + self.rows - start, carry)
-        first, last = self.first_key(row) // self.cols, (row + self.rows - 1) // self.cols + 1
-        return jax.lax.fori_loop(first, last, lambda j, c: body(j * self.cols, self.cols, c), carry)
+    def over_tiles(self, row: Array, body, carry):
+        """carry = body(first key, carry) for each tile of keys that any query in row .. row + rows - 1 can see."""
+        first = 0 if self.window is None else jnp.maximum(row - self.window + 1, 0) // self.cols
+        last = (row + self.rows - 1) // self.cols + 1
+        return jax.lax.fori_loop(first, last, lambda j, c: body(j * self.cols, c), carry)
 
-    def scores(self, q: Array, k: Array, segments: Array, row, start, size: int) -> tuple[Array, Array]:
+    def scores(self, q: Array, k: Array, segments: Array, row: Array, start: Array) -> tuple[Array, Array]:
         """Scores of one tile, [G, rows, size] float32, and which of them count, [rows, size]."""
         G, C, H = q.shape
+        size = self.cols
         s = _dot(q.reshape(G * C, H), _cut(k, start, size), 1, 1).reshape(G, C, size)
         distance = (row - start) + jnp.arange(C)[:, None] - jnp.arange(size)[None]
         seen = distance >= 0
@@ -165,13 +152,11 @@ class Plan:
         return jnp.where(seen, s, NEG), seen
 
 
-def _cut(x: Array, start: int | Array, size: int, axis: int = 0) -> Array:
-    if isinstance(start, int):
-        return jax.lax.slice_in_dim(x, start, start + size, axis=axis)
+def _cut(x: Array, start: Array, size: int, axis: int = 0) -> Array:
     return jax.lax.dynamic_slice_in_dim(x, start, size, axis)
 
 
-def _put(x: Array, part: Array, start: int | Array, axis: int = 0) -> Array:
+def _put(x: Array, part: Array, start: Array, axis: int = 0) -> Array:
     return jax.lax.dynamic_update_slice_in_dim(x, part.astype(x.dtype), start, axis)
 
 
@@ -183,14 +168,14 @@ def _dot(a: Array, b: Array, a_axis: int, b_axis: int) -> Array:
 def _head_forward(q: Array, k: Array, v: Array, segments: Array, *, plan: Plan) -> tuple[Array, Array]:
     """One row and kv head: q [G,T,H], k and v [T,H] -> out [G,T,H], logsumexp [G,T] float32."""
     G, T, H = q.shape
-    C = plan.rows
+    C, size = plan.rows, plan.cols
 
     def rows(row, carry):
         q_row = _cut(q, row, C, axis=1)
 
-        def tile(start, size, state):
+        def tile(start, state):
             out, top, total = state
-            s, _ = plan.scores(q_row, k, segments, row, start, size)
+            s, _ = plan.scores(q_row, k, segments, row, start)
             new_top = jnp.maximum(top, jnp.max(s, axis=-1))
             p, shrink = jnp.exp(s - new_top[..., None]), jnp.exp(top - new_top)
             new = _dot(p.astype(v.dtype).reshape(G * C, size), _cut(v, start, size), 1, 0).reshape(G, C, H)
@@ -209,7 +194,7 @@ def _head_forward(q: Array, k: Array, v: Array, segments: Array, *, plan: Plan) 
 def _head_backward(q, k, v, segments, out, lse, d_out, *, plan: Plan) -> tuple[Array, Array, Array]:
     """Gradients for one row and kv head; scores are recomputed tile by tile."""
     G, T, H = q.shape
-    C = plan.rows
+    C, size = plan.rows, plan.cols
     delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1)
 
     def rows(row, carry):
@@ -217,9 +202,9 @@ def _head_backward(q, k, v, segments, out, lse, d_out, *, plan: Plan) -> tuple[A
         q_row, d_row, lse_row, delta_row = (_cut(x, row, C, axis=1) for x in (q, d_out, lse, delta))
         flat_q, flat_d = q_row.reshape(G * C, H), d_row.reshape(G * C, H)
 
-        def tile(start, size, state):
+        def tile(start, state):
             dq_row, dk, dv = state
-            s, seen = plan.scores(q_row, k, segments, row, start, size)
+            s, seen = plan.scores(q_row, k, segments, row, start)
             p = jnp.where(seen, jnp.exp(s - lse_row[..., None]), 0)
             dp = _dot(flat_d, _cut(v, start, size), 1, 1).reshape(G, C, size)
             ds = (p * (dp - delta_row[..., None])).astype(k.dtype).reshape(G * C, size)
@@ -250,6 +235,7 @@ def _blocks(q, k, v, segments, plan: Plan):
 
 def _blocks_forward(q, k, v, segments, plan: Plan):
     out, lse = _each_head(functools.partial(_head_forward, plan=plan), (q, k, v, segments))
+    out, lse = checkpoint_name(out, MIXER_RESIDUALS), checkpoint_name(lse, MIXER_RESIDUALS)
     return out, (q, k, v, segments, out, lse)
 
 
