@@ -1,0 +1,118 @@
+"""The training state and the one compiled step.
+
+The state is a plain dict, each entry an item of the checkpoint:
+
+    params      the model's parameters (frozen when there is a lora)
+    lora        the low-rank pairs, if LoRA is on: then only they train
+    opt_state   the optimizer's state, cut over the mesh like the parameters it belongs to
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from lcx import sharding
+from lcx.model import Decoder
+
+State = dict[str, Any]
+
+
+def trained(state: State) -> str:
+    """The entry of the state that the optimizer moves."""
+    return "lora" if "lora" in state else "params"
+
+
+def abstract_state(weights: State, optimizer: optax.GradientTransformation, mesh: Mesh) -> State:
+    """ShapeDtypeStructs with shardings for the whole state, from those of its weights (params, lora)."""
+    moved = weights[trained(weights)]
+    shapes = jax.eval_shape(optimizer.init, moved)
+
+    def like(leaf, weight):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=weight.sharding)
+
+    def alone(leaf):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding.replicated(mesh))
+
+    opt_state = optax.tree_utils.tree_map_params(optimizer, like, shapes, moved, transform_non_params=alone)
+    return {**weights, "opt_state": opt_state}
+
+
+def init_opt_state(optimizer: optax.GradientTransformation, weights: State, abstract: State) -> Any:
+    """The optimizer's first state, created directly in its shards."""
+    out = jax.tree.map(lambda x: x.sharding, abstract["opt_state"])
+    return jax.jit(optimizer.init, out_shardings=out)(weights[trained(weights)])
+
+
+def make_step(
+    model: Decoder,
+    optimizer: optax.GradientTransformation,
+    objective: Callable,
+    learning_rates: optax.Schedule,
+    *,
+    accumulation: int,
+    abstract: State,
+) -> Callable[[State, dict[str, jax.Array], jax.Array], tuple[State, dict[str, jax.Array]]]:
+    """step(state, batch, step number) -> (new state, metrics); the old state's buffers are reused.
+
+    The gradient is that of the weighted mean over the whole global batch: sums over micro-batches and devices, one
+    division at the end, so that neither accumulation nor the mesh changes the result.
+    """
+    name = trained(abstract)
+
+    def sums(moved, frozen, batch):
+        return objective(model, {**frozen, name: moved}, batch)
+
+    def step(state: State, batch: dict[str, jax.Array], number: jax.Array):
+        frozen = {key: state[key] for key in ("params", "lora") if key in state and key != name}
+        gradient = jax.value_and_grad(functools.partial(sums, frozen=frozen), has_aux=True)
+        (loss, weight), grads = accumulate(
+            lambda micro: gradient(state[name], batch=micro), micro_batches(batch, accumulation)
+        )
+        total = jnp.maximum(weight, 1.0)
+        grads = jax.tree.map(lambda g: g / total.astype(g.dtype), grads)
+        updates, opt_state = optimizer.update(grads, state["opt_state"], state[name])
+        metrics = {
+            "loss": loss / total,
+            "grad_norm": optax.global_norm(grads),
+            "learning_rate": jnp.asarray(learning_rates(number), jnp.float32),
+            "tokens": weight,
+        }
+        return {**state, name: optax.apply_updates(state[name], updates), "opt_state": opt_state}, metrics
+
+    out = jax.tree.map(lambda x: x.sharding, abstract)
+    return jax.jit(step, donate_argnums=0, out_shardings=(out, None))
+
+
+def micro_batches(batch: dict[str, jax.Array], count: int) -> dict[str, jax.Array]:
+    """[B, T] -> [count, B / count, T]: every device keeps its rows."""
+    return jax.tree.map(lambda x: jnp.swapaxes(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 0, 1), batch)
+
+
+def accumulate(gradient: Callable, micro: dict[str, jax.Array]) -> Any:
+    """Sum of ((loss, weight), gradients) over the leading axis of the micro-batches."""
+    count = jax.tree.leaves(micro)[0].shape[0]
+    first = gradient(jax.tree.map(lambda x: x[0], micro))
+    if count == 1:
+        return first
+
+    def add(total, one):
+        return jax.tree.map(jnp.add, total, gradient(one)), None
+
+    return jax.lax.scan(add, first, jax.tree.map(lambda x: x[1:], micro))[0]
+
+
+def make_eval(model: Decoder, objective: Callable) -> Callable[[State, dict[str, jax.Array]], tuple]:
+    """eval(state, batch) -> (summed loss, summed weight)."""
+
+    @jax.jit
+    def evaluate(state: State, batch: dict[str, jax.Array]):
+        return objective(model, {key: state[key] for key in ("params", "lora") if key in state}, batch)
+
+    return evaluate
+
+
