@@ -299,6 +299,17 @@ def test_a_mistaken_flag_is_one_line(gin_file, capsys, flag, expected):
     assert errors(capsys, gin_file(BASE), flag) == [expected]
 
 
+def test_a_failed_import_is_reported_once(gin_file, capsys, tmp_path, monkeypatch):
+    (tmp_path / "toy_broken.py").write_text("import not_installed\n")
+    (tmp_path / "toy_stale.py").write_text("from toy_job import Jobs\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    uses = "toy_job.train.job = @toy_broken.make()\ntoy_broken.make.size = 1\ntoy_stale.make.size = 1\n"
+    found = errors(capsys, gin_file("import toy_broken\nimport toy_stale\n" + uses))
+    assert found[0] == "importing toy_broken failed: No module named 'not_installed' (a.gin:3)"
+    assert found[1].startswith("importing toy_stale failed: cannot import name 'Jobs' from 'toy_job'")
+    assert len(found) == 2
+
+
 def test_an_ambiguous_name_asks_for_more_of_it(gin_file, capsys, tmp_path, monkeypatch):
     for name in ("toy_one", "toy_two"):
         (tmp_path / f"{name}.py").write_text("def make_it(size: int = 1): pass\n")

@@ -24,6 +24,10 @@ class Unresolved:
         self.message = message
 
 
+class NotImported:
+    """Takes the place of a module whose import failed: that is reported once, not again wherever it is used."""
+
+
 class Delegate(gin_config.ParserDelegate):
     """Makes gin's references while a file is parsed; those that fail become `Unresolved`."""
 
@@ -79,8 +83,14 @@ def _from_path(selector: str) -> Any:
 
 
 def look_up(selector: str) -> gin_config.Configurable:
-    """What `selector` names in the file or flag being read; LookupError carries a message for the user."""
+    """What `selector` names in the file or flag being read.
+
+    Raises:
+      LookupError: with a message for the user, empty if the cause was reported before.
+    """
     context = gin_config._parse_context()
+    if _is_reported(context, selector):
+        raise LookupError("")
     try:
         found = context.get_configurable(selector)
     except KeyError:
@@ -99,6 +109,10 @@ def look_up(selector: str) -> gin_config.Configurable:
     if not close and not isinstance(context, FlagContext):
         close = "; start the file with `from __gin__ import dynamic_registration` and import its module"
     raise LookupError(f"nothing is called {selector!r}{close}")
+
+
+def _is_reported(context: gin_config.ParseContext, selector: str) -> bool:
+    return isinstance(context._symbol_table.get(selector.partition(".")[0]), NotImported)
 
 
 def _not_imported(context: gin_config.ParseContext, selector: str) -> str:
@@ -124,7 +138,7 @@ def _no_attribute(context: gin_config.ParseContext, selector: str) -> str:
 
 
 def explain_import(statement: config_parser.ImportStatement, error: ImportError) -> str:
-    missing = getattr(error, "name", None)
+    missing = error.name if isinstance(error, ModuleNotFoundError) else None
     if not missing or not f"{statement.module}.".startswith(f"{missing}."):
         return f"importing {statement.module} failed: {error}"  # the module exists and lacks something itself
     parent, _, name = missing.rpartition(".")

@@ -45,7 +45,8 @@ class Source:
         self._open: list[str] = []  # the file being read, after the files that include it
 
     def problem(self, message: str, place: str | None, *, incomplete: bool = False) -> None:
-        self.problems.setdefault(message, []).append(place or "")
+        if message:
+            self.problems.setdefault(message, []).append(place or "")
         self.incomplete |= incomplete
 
     def report(self) -> list[str]:
@@ -135,6 +136,7 @@ class Source:
             context.process_import(statement)
         except ImportError as error:
             self.problem(names.explain_import(statement, error), place)
+            context._symbol_table[statement.bound_name()] = names.NotImported()
 
     def _bind(self, statement: config_parser.BindingStatement, place: str) -> None:
         values = gin_config._iterate_flattened_values(statement.value)
