@@ -110,9 +110,8 @@ class Checkpointer:
         if kind is None:
             self.close()
         else:
-            with contextlib.suppress(
-                UserError
-            ):  # reported as a warning; the exception under way matters more
+            # A failed save was reported as a warning; the exception under way matters more.
+            with contextlib.suppress(UserError):
                 self.close()
 
     def steps(self) -> list[int]:
@@ -138,8 +137,16 @@ class Checkpointer:
         """
         self._settle()
         if step != self._latest:
-            self._make_room(step)
-            self._start(step, items, {name: plain(document) for name, document in (json or {}).items()})
+            documents = {name: plain(document) for name, document in (json or {}).items()}
+            trouble = None
+            try:
+                self._make_room(step)
+            except OSError as error:
+                trouble = error
+            if _everywhere(trouble is None):
+                self._start(step, items, documents)
+            else:
+                self._report(_Pending(step, 0), trouble)
         if wait:
             self._settle()
             if self._latest != step:
@@ -150,12 +157,8 @@ class Checkpointer:
     def poll(self) -> list[str]:
         """Reports a background save that failed, without waiting. Returns the new failure lines (mostly none)."""
         known = len(self.failures)
-        if (
-            self._pending
-            and self._manager
-            and not self._manager.is_saving_in_progress()
-            and jax.process_count() == 1
-        ):
+        alone = jax.process_count() == 1
+        if alone and self._pending and self._manager and not self._manager.is_saving_in_progress():
             self._settle()
         return self.failures[known:]
 
@@ -171,6 +174,7 @@ class Checkpointer:
         first keys).
         """
         self._settle()
+        self._close_manager()  # the steps it keeps in mind may be set aside by the next save
         steps = _from_first_process(self.steps())
         if not steps:
             raise UserError(f"no checkpoint in {self.directory}; expected at least one committed step folder")
@@ -178,21 +182,22 @@ class Checkpointer:
             raise UserError(
                 f"no checkpoint of step {step} in {self.directory}; found steps {few(steps, limit=9)}"
             )
-        bad: list[str] = []
-        for candidate in reversed(steps) if step is None else [step]:
+        bad: dict[int, str] = {}
+        while candidates := [s for s in steps if s not in bad and step in (None, s)]:
+            candidate = candidates[-1]
             try:
                 items, documents = _load_step(self.directory / str(candidate), abstract, optional)
             except Damaged as damage:
-                bad.append(f"step {candidate}: {damage}")
+                bad[candidate] = f"step {candidate}: {damage}"
+                steps = _from_first_process(self.steps())  # a run that is still writing may have moved on
                 continue
             if bad:
-                _log.warning(
-                    "damaged checkpoint in %s (%s); using step %d", self.directory, "; ".join(bad), candidate
-                )
+                why = "; ".join(bad.values())
+                _log.warning("damaged checkpoint in %s (%s); using step %d", self.directory, why, candidate)
             self._latest = candidate
             return candidate, items, documents
         raise UserError(
-            f"no usable checkpoint in {self.directory}: {'; '.join(bad)}; restore the files from a backup"
+            f"no usable checkpoint in {self.directory}: {'; '.join(bad.values())}; restore files from a backup"
         )
 
     def close(self) -> None:
@@ -209,7 +214,8 @@ class Checkpointer:
         if self._latest is not None and step < self._latest:
             raise ValueError(f"save of step {step} after step {self._latest}; steps must increase")
         self._join_sweeper()
-        newer = [other for other in self.steps() if other >= step]
+        behind = step - 1 if self._latest is None else self._latest
+        newer = [other for other in self.steps() if other > behind]
         if newer and self._latest is None:
             raise UserError(
                 f"{self.directory} already holds step {newer[-1]}, found a save of step {step}: "
@@ -227,16 +233,13 @@ class Checkpointer:
                     _remove(self.directory / str(other))
             self._sweep()
             self._join_sweeper()
-        if newer:
-            self._close_manager()  # it keeps its own list of steps
 
     def _set_aside(self, step: int) -> None:
         parent = self.directory / _SET_ASIDE
         parent.mkdir(exist_ok=True)
         taken = {child.name for child in parent.iterdir()}
-        name = next(
-            n for n in (str(step), *(f"{step}.{i}" for i in range(1, len(taken) + 2))) if n not in taken
-        )
+        names = (str(step), *(f"{step}.{again}" for again in range(1, len(taken) + 2)))
+        name = next(name for name in names if name not in taken)
         (self.directory / str(step)).rename(parent / name)
         _log.warning(
             "step %d is newer than the checkpoint this run resumed from; moved to %s", step, parent / name
@@ -268,14 +271,20 @@ class Checkpointer:
         """Waits for the save under way and decides, on all processes alike, whether it landed."""
         if self._pending is None or self._manager is None:
             return
-        pending, self._pending = self._pending, None
-        error = None
+        pending, error = self._pending, None
         try:
             self._manager.wait_until_finished()
         except Exception as failure:
             error = failure
-        if _everywhere(error is None and (self.directory / str(pending.step) / COMMIT_MARKER).exists()):
+        self._pending = None  # not before: an interrupt while waiting must not lose sight of it
+        landed = _everywhere((self.directory / str(pending.step) / COMMIT_MARKER).exists())
+        clean = _everywhere(error is None)
+        if landed:
             self._latest, self._newest_failure = pending.step, None
+            if not clean:
+                self._close_manager()
+                why = brief(error) if error else "another process failed"
+                _log.warning("step %d is saved, but not what follows a save: %s", pending.step, why)
             self._sweep()
         else:
             self._report(pending, error)
@@ -284,7 +293,9 @@ class Checkpointer:
         """Cleans up after a save that failed, and says so in one line."""
         self._close_manager()  # its list of steps is wrong now; the next save reads the disk
         if jax.process_index() == 0:
-            _remove(self.directory / str(pending.step))
+            folder = self.directory / str(pending.step)
+            if not (folder / COMMIT_MARKER).exists():
+                _remove(folder)
             self._sweep()
             self._join_sweeper()
         reason = "another process failed"

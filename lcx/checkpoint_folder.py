@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import shutil
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -37,10 +36,6 @@ class Entry:
     dtype: str
     fingerprint: int
     key_impl: str | None = None
-
-    @property
-    def size(self) -> int:
-        return math.prod(self.shape)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -119,15 +119,15 @@ def fill_disk(folder: str) -> None:
 
 
 def save_forever(folder: str, expected: str) -> None:
+    """Resumes, then saves without end; prints each step of its own that is on disk."""
     checkpointer = Checkpointer(folder, max_to_keep=2)
     step = checkpointer.restore(abstract_of(state_of(1, 256)))[0] if checkpointer.steps() else 0
     assert step == int(expected)
-    print(f"resumed {step}", flush=True)
     while True:
         step += 1
         checkpointer.save(step, state_of(step, 256), json={"data": {"step": step}})
-        if len(checkpointer.steps()):
-            print(f"landed {checkpointer.steps()[-1]}", flush=True)
+        if checkpointer.steps() and checkpointer.steps()[-1] > int(expected):
+            print(checkpointer.steps()[-1], flush=True)
 
 
 def mesh_structs(tree, shape: tuple[int, int, int]):
