@@ -37,7 +37,9 @@ def to_json(value: Any) -> Any:
         return value
     if callable(value):
         return {FUNCTION: _path(value)}
-    raise UserError(f"cannot describe {type(value).__name__} in a checkpoint: expected plain values in the model's fields")
+    raise UserError(
+        f"cannot describe {type(value).__name__} in a checkpoint: expected plain values in the model's fields"
+    )
 
 
 def from_json(value: Any) -> Any:
@@ -59,8 +61,12 @@ def from_json(value: Any) -> Any:
             try:
                 return cls(**fields)
             except TypeError as e:
-                raise UserError(f"the checkpoint describes {value[CLASS]} differently from this version of it: {e}") from None
-        raise UserError(f"model description: expected one of {CLASS}, {FUNCTION}, {TUPLE}, found keys {sorted(value)[:5]}")
+                raise UserError(
+                    f"the checkpoint describes {value[CLASS]} differently from this version of it: {e}"
+                ) from None
+        raise UserError(
+            f"model description: expected one of {CLASS}, {FUNCTION}, {TUPLE}, found keys {sorted(value)[:5]}"
+        )
     return value
 
 
@@ -77,7 +83,9 @@ def _find(path: str) -> Any:
         __import__(module_name)
     module = sys.modules.get(module_name)
     if module is None:
-        raise UserError(f"the checkpoint uses {path}, and {module_name} is not imported: import it before loading")
+        raise UserError(
+            f"the checkpoint uses {path}, and {module_name} is not imported: import it before loading"
+        )
     obj = getattr(module, name, None)
     described = dataclasses.is_dataclass(obj) if isinstance(obj, type) else callable(obj)
     if obj is None or not described or getattr(obj, "__module__", None) != module_name:

@@ -25,7 +25,7 @@ def fan_in_normal(num_inputs: int, gain: float = 1.0) -> nn.initializers.Initial
 class Linear(nn.Module):
     """y = x @ kernel (+ bias), over any number of input and output axes.
 
-    ``names`` are the logical axis names of the kernel (``in_shape + out_shape``); sharding.RULES maps them to mesh axes.
+    ``names``: logical names of the kernel's axes (``in_shape + out_shape``); sharding.RULES maps them to mesh axes.
     When the ``lora`` collection holds a pair (a, b) at this path, the low-rank update is added without ever merging
     it: y += scale * (x @ a) @ b (Hu et al. 2021, arXiv 2106.09685).
     """
@@ -40,7 +40,9 @@ class Linear(nn.Module):
     def __call__(self, x: Float[Array, "*batch_and_in"]) -> Float[Array, "*batch_and_out"]:
         init = fan_in_normal(math.prod(self.in_shape), self.gain)
         num_in = len(self.in_shape)
-        kernel = self.param("kernel", nn.with_logical_partitioning(init, self.names), self.in_shape + self.out_shape)
+        kernel = self.param(
+            "kernel", nn.with_logical_partitioning(init, self.names), self.in_shape + self.out_shape
+        )
         y = _contract(x, kernel, num_in)
         if self.bias:
             zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.names[num_in:])
@@ -77,7 +79,9 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        scale = self.param("scale", nn.with_logical_partitioning(nn.initializers.ones, self.names), (self.size,))
+        scale = self.param(
+            "scale", nn.with_logical_partitioning(nn.initializers.ones, self.names), (self.size,)
+        )
         x32 = x.astype(jnp.float32)
         normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
         return normed.astype(x.dtype) * scale.astype(x.dtype)
@@ -102,4 +106,6 @@ class Embedding(nn.Module):
         return sharding.constrain(jnp.take(table, tokens, axis=0), sharding.BATCH_AXES, "context", None)
 
     def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        return jnp.einsum("btd,vd->btv", x, self.embedding.astype(x.dtype), preferred_element_type=jnp.float32)
+        return jnp.einsum(
+            "btd,vd->btv", x, self.embedding.astype(x.dtype), preferred_element_type=jnp.float32
+        )

@@ -20,9 +20,9 @@ from jaxtyping import Array, Float, Int
 
 from lcx import sharding
 from lcx.errors import UserError
-from lcx.ops import MIXER_RESIDUALS
 from lcx.layers import Embedding, Linear, RMSNorm
 from lcx.mixers.attention import Attention
+from lcx.ops import MIXER_RESIDUALS
 from lcx.rope import Rope
 
 REMAT = {
@@ -189,7 +189,9 @@ class Decoder(nn.Module):
             return jax.tree.map(lambda x: jnp.broadcast_to(x, (repeat, *x.shape)), one)
 
         return {
-            f"stages_{s}": {f"block_{b}": stacked(block, stage.repeat) for b, block in enumerate(stage.pattern)}
+            f"stages_{s}": {
+                f"block_{b}": stacked(block, stage.repeat) for b, block in enumerate(stage.pattern)
+            }
             for s, stage in enumerate(self.stages)
         }
 
@@ -253,7 +255,9 @@ def llama(
             implementation=attention_implementation,
             parent=None,
         )
-        return Block(mixer=mixer, mlp=Mlp(intermediate_size, mlp_bias, parent=None), norm_eps=norm_eps, parent=None)
+        return Block(
+            mixer=mixer, mlp=Mlp(intermediate_size, mlp_bias, parent=None), norm_eps=norm_eps, parent=None
+        )
 
     return Decoder(
         vocab_size=vocab_size,

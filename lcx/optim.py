@@ -47,7 +47,9 @@ class AdamW:
         if self.schedule not in SCHEDULES:
             raise UserError(f"schedule {self.schedule!r}: expected one of {', '.join(SCHEDULES)}")
         if self.context_scale <= 0 or self.learning_rate <= 0:
-            raise UserError(f"learning_rate {self.learning_rate} and context_scale {self.context_scale} must be positive")
+            raise UserError(
+                f"learning_rate {self.learning_rate} and context_scale {self.context_scale} must be positive"
+            )
 
     def learning_rates(self, steps: int) -> optax.Schedule:
         """Step -> learning rate over a run of `steps` updates."""
@@ -70,7 +72,10 @@ class AdamW:
           UserError: trainable, frozen or decay is not a regular expression, or nothing is left to train.
         """
         paths = leaf_paths(params)
-        trains = {path: _matches(self.trainable, path, True) and not _matches(self.frozen, path, False) for path in paths}
+        trains = {
+            path: _matches(self.trainable, path, True) and not _matches(self.frozen, path, False)
+            for path in paths
+        }
         if not any(trains.values()):
             raise UserError(
                 f"nothing to train: trainable={self.trainable!r} frozen={self.frozen!r} leave none of the "
@@ -112,4 +117,6 @@ def _matches(pattern: str | None, path: str, default: bool) -> bool:
     try:
         return re.search(pattern, path) is not None
     except re.error as e:
-        raise UserError(f"{pattern!r} is not a regular expression: {e}; change AdamW.trainable, frozen or decay") from None
+        raise UserError(
+            f"{pattern!r} is not a regular expression: {e}; change AdamW.trainable, frozen or decay"
+        ) from None

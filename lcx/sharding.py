@@ -45,12 +45,17 @@ def make_mesh(*, data: int = 1, fsdp: int = -1, context: int = 1, tensor: int = 
     devices = jax.devices() if devices is None else list(devices)
     free = [name for name, size in sizes.items() if size == -1]
     if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
-        raise UserError(f"mesh sizes {sizes}: expected positive numbers and at most one -1; change the mesh setting")
+        raise UserError(
+            f"mesh sizes {sizes}: expected positive numbers and at most one -1; change the mesh setting"
+        )
     known = math.prod(size for size in sizes.values() if size != -1)
     if free:
         sizes[free[0]] = len(devices) // known
     if math.prod(sizes.values()) != len(devices):
-        raise UserError(f"mesh {sizes} needs {math.prod(sizes.values()) or known} devices, found {len(devices)}; change the mesh sizes")
+        raise UserError(
+            f"mesh {sizes} needs {math.prod(sizes.values()) or known} devices, found {len(devices)}; "
+            "change the mesh sizes"
+        )
     shape = tuple(sizes[axis] for axis in AXES)
     return jax.make_mesh(shape, AXES, devices=devices, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
 
@@ -121,8 +126,12 @@ def constrain(x: jax.Array, *axes) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or not set(AXES) <= set(mesh.axis_names) or mesh.size == 1:
         return x
-    sizes = [math.prod(mesh.shape[a] for a in ((axis,) if isinstance(axis, str) else axis or ())) for axis in axes]
-    fitting = (axis if size % parts == 0 else None for axis, size, parts in zip(axes, x.shape, sizes, strict=True))
+    sizes = [
+        math.prod(mesh.shape[a] for a in ((axis,) if isinstance(axis, str) else axis or ())) for axis in axes
+    ]
+    fitting = (
+        axis if size % parts == 0 else None for axis, size, parts in zip(axes, x.shape, sizes, strict=True)
+    )
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*fitting))
 
 

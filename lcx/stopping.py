@@ -35,7 +35,11 @@ class StopRequest:
             os._exit(128 + number)
         self._flag.set()
         name = signal.Signals(number).name
-        print(f"\n{name}: saving a checkpoint, then stopping; send it again to stop now", file=sys.stderr, flush=True)
+        print(
+            f"\n{name}: saving a checkpoint, then stopping; send it again to stop now",
+            file=sys.stderr,
+            flush=True,
+        )
 
     def requested(self, step: int) -> bool:
         if jax.process_count() > 1:

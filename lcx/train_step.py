@@ -90,7 +90,9 @@ def make_step(
 
 def micro_batches(batch: dict[str, jax.Array], count: int) -> dict[str, jax.Array]:
     """[B, T] -> [count, B / count, T]: every device keeps its rows."""
-    return jax.tree.map(lambda x: jnp.swapaxes(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 0, 1), batch)
+    return jax.tree.map(
+        lambda x: jnp.swapaxes(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 0, 1), batch
+    )
 
 
 def accumulate(gradient: Callable, micro: dict[str, jax.Array]) -> Any:
@@ -106,13 +108,7 @@ def accumulate(gradient: Callable, micro: dict[str, jax.Array]) -> Any:
     return jax.lax.scan(add, first, jax.tree.map(lambda x: x[1:], micro))[0]
 
 
-def make_eval(model: Decoder, objective: Callable) -> Callable[[State, dict[str, jax.Array]], tuple]:
-    """eval(state, batch) -> (summed loss, summed weight)."""
-
-    @jax.jit
-    def evaluate(state: State, batch: dict[str, jax.Array]):
-        return objective(model, {key: state[key] for key in ("params", "lora") if key in state}, batch)
-
-    return evaluate
-
-
+@functools.cache
+def make_sums(model: Decoder, objective: Callable) -> Callable[[State, dict[str, jax.Array]], tuple]:
+    """sums(weights, batch) -> (summed loss, summed weight), compiled once per model and objective."""
+    return jax.jit(lambda weights, batch: objective(model, weights, batch))

@@ -6,7 +6,6 @@ which of them train, and the objective. The order of events in `Trainer.run` is 
 
 import collections
 import dataclasses
-import functools
 import logging
 import math
 import os
@@ -107,25 +106,40 @@ class Trainer:
             found = "neither" if self.model is None else "both"
             raise UserError(f"Trainer.model and Trainer.init_from: expected one of the two, found {found}")
         if self.init_from is None and (self.rope_scaling is not None or self.context_length is not None):
-            raise UserError("Trainer.rope_scaling and context_length change a pretrained model: set Trainer.init_from")
-        for name in ("steps", "batch_size", "seq_len", "accumulation", "log_every", "checkpoint_every", "eval_batches"):
+            raise UserError(
+                "Trainer.rope_scaling and context_length change a pretrained model: set Trainer.init_from"
+            )
+        for name in (
+            "steps",
+            "batch_size",
+            "seq_len",
+            "accumulation",
+            "log_every",
+            "checkpoint_every",
+            "eval_batches",
+        ):
             if getattr(self, name) < 1:
                 raise UserError(f"Trainer.{name} is {getattr(self, name)}, expected at least 1")
         if self.batch_size % self.accumulation:
-            raise UserError(f"Trainer.batch_size {self.batch_size} is not a multiple of accumulation {self.accumulation}")
+            raise UserError(
+                f"Trainer.batch_size {self.batch_size} is not a multiple of accumulation {self.accumulation}"
+            )
 
-    def run(self, workdir: str) -> State:
-        """Trains to the last step (or to a request to stop) and returns the state. Resumes what is in the workdir."""
+    def run(self, workdir: str) -> "Run":
+        """Trains to the last step, or to a request to stop. Goes on with what is in the workdir."""
         mesh = self.mesh.build()
         self._check_rows(mesh)
-        with jax.set_mesh(mesh), Checkpointer(
-            os.path.join(workdir, "checkpoints"), max_to_keep=self.keep_checkpoints
-        ) as checkpointer:
+        with (
+            jax.set_mesh(mesh),
+            Checkpointer(
+                os.path.join(workdir, "checkpoints"), max_to_keep=self.keep_checkpoints
+            ) as checkpointer,
+        ):
             batches = self._batches("train")
             run = self._resume(checkpointer, mesh, batches) or self._start(mesh)
             if run.model.max_position_embeddings < self.seq_len:
                 log.warning(
-                    "Trainer.seq_len %d is longer than the model's window of %d tokens: set rope_scaling and context_length",
+                    "Trainer.seq_len %d exceeds the model's window of %d tokens: set rope_scaling and context_length",
                     self.seq_len,
                     run.model.max_position_embeddings,
                 )
@@ -173,7 +187,9 @@ class Trainer:
 
     def _adjusted(self, model: Decoder) -> Decoder:
         """The model with the run's dtype and remat."""
-        changes = {name: getattr(self, name) for name in ("dtype", "remat") if getattr(self, name) is not None}
+        changes = {
+            name: getattr(self, name) for name in ("dtype", "remat") if getattr(self, name) is not None
+        }
         return model.clone(parent=None, **changes)
 
     def _prepared(self, model: Decoder, abstract_params: Any, mesh) -> "Run":
@@ -186,7 +202,9 @@ class Trainer:
 
     # -------------------------------------------------------------------------------------------------- the loop
 
-    def _loop(self, run: "Run", mesh, batches, checkpointer, metrics: MetricsLogger, stop: StopRequest) -> State:
+    def _loop(
+        self, run: "Run", mesh, batches, checkpointer, metrics: MetricsLogger, stop: StopRequest
+    ) -> "Run":
         step_fn = train_step.make_step(
             run.model,
             run.optimizer,
@@ -195,7 +213,6 @@ class Trainer:
             accumulation=self.accumulation,
             abstract=run.abstract,
         )
-        evaluate = functools.partial(self._evaluate, train_step.make_eval(run.model, self.objective), mesh)
         meter = Meter(run.model, self.batch_size * self.seq_len, self.seq_len, self.log_every)
         state, in_flight = run.state, collections.deque[tuple[int, dict]]()
         step, saved = run.step, run.saved
@@ -211,19 +228,23 @@ class Trainer:
             if self.eval_every and step % self.eval_every == 0 and not last:
                 _drain(in_flight, meter, metrics)
                 with meter.paused():
-                    metrics.log(step, {"eval_loss": evaluate(state)})
+                    metrics.log(step, {"eval_loss": self.held_out_loss(run.model, state, mesh)})
             if step % self.checkpoint_every == 0 and not last:
-                _drain(in_flight, meter, metrics)  # a state is saved only once its losses are known to be finite
+                _drain(
+                    in_flight, meter, metrics
+                )  # a state is saved only once its losses are known to be finite
                 with meter.paused():
                     saved = step if self._save(checkpointer, run, state, step, batches) else saved
         _drain(in_flight, meter, metrics)
         if step > saved:
             self._save(checkpointer, run, state, step, batches, wait=True)
         if step == self.steps and step > run.step:
-            metrics.log(step, {"eval_loss": evaluate(state)})
-        return state
+            metrics.log(step, {"eval_loss": self.held_out_loss(run.model, state, mesh)})
+        return dataclasses.replace(run, state=state, step=step, saved=step)
 
-    def _save(self, checkpointer: Checkpointer, run: "Run", state: State, step: int, batches, *, wait=False) -> bool:
+    def _save(
+        self, checkpointer: Checkpointer, run: "Run", state: State, step: int, batches, *, wait=False
+    ) -> bool:
         meta = {
             "model": describe.to_json(run.model),
             "tokenizer": self.data.load_tokenizer().to_json(),
@@ -235,18 +256,20 @@ class Trainer:
             meta["lora"] = describe.to_json(self.lora)
         return checkpointer.save(step, state, json={"data": batches.state(), "meta": meta}, wait=wait)
 
-    def _evaluate(self, eval_fn, mesh, state: State) -> float:
+    def held_out_loss(self, model: Decoder, state: State, mesh) -> float:
         """Mean nll per token over the first eval_batches of the held-out data; nan when nothing is held out."""
-        loss = weight = 0.0
         try:
             held_out = self._batches("eval")
         except UserError as e:
             log.warning("no evaluation: %s", e)
             return math.nan
+        sums = train_step.make_sums(model, self.objective)
+        weights = {name: state[name] for name in ("params", "lora") if name in state}
+        loss = weight = 0.0
         with held_out:
             for _, batch in zip(range(self.eval_batches), held_out, strict=False):
-                sums = eval_fn(state, sharding.shard_batch(batch, mesh))
-                loss, weight = loss + float(sums[0]), weight + float(sums[1])
+                batch_loss, batch_weight = sums(weights, sharding.shard_batch(batch, mesh))
+                loss, weight = loss + float(batch_loss), weight + float(batch_weight)
         return loss / weight if weight else math.nan
 
     def _batches(self, split: str) -> BatchIterator:
@@ -267,7 +290,9 @@ class Trainer:
                 f"divide over data x fsdp = {parts} devices; change Trainer.batch_size, accumulation or the mesh"
             )
         if self.seq_len % mesh.shape["context"]:
-            raise UserError(f"seq_len {self.seq_len} does not divide over context = {mesh.shape['context']} devices")
+            raise UserError(
+                f"seq_len {self.seq_len} does not divide over context = {mesh.shape['context']} devices"
+            )
 
 
 @dataclasses.dataclass
@@ -280,6 +305,12 @@ class Run:
     state: State = dataclasses.field(default_factory=dict)
     step: int = 0
     saved: int = -1  # the newest step on disk
+
+    def merged_params(self) -> Any:
+        """The parameters with the low-rank pairs added, if there are any."""
+        if "lora" not in self.state:
+            return self.state["params"]
+        return lora_lib.merge(self.state["params"], self.state["lora"])
 
 
 class Meter:

@@ -62,7 +62,11 @@ class Attention(nn.Module):
             masks = {"q_segment_ids": segment_ids, "kv_segment_ids": segment_ids}
         else:
             cache = append(cache, k, v, positions, segment_ids)
-            k, v, masks = cache["k"].astype(x.dtype), cache["v"].astype(x.dtype), _cached_masks(cache, x.shape[1])
+            k, v, masks = (
+                cache["k"].astype(x.dtype),
+                cache["v"].astype(x.dtype),
+                _cached_masks(cache, x.shape[1]),
+            )
         attend = functools.partial(attention, window=self.window, implementation=self.implementation)
         y = sharding.per_device(attend, {"q": q, "k": k, "v": v, **masks}, heads=("q", "k", "v"))
         out_names = ("heads", "head_dim", "embed")
@@ -70,7 +74,9 @@ class Attention(nn.Module):
         return out(y), cache
 
     def _project(self, name: str, hidden_size: int, axis: str, heads: int) -> Linear:
-        return Linear((hidden_size,), (heads, self.head_dim), ("embed", axis, "head_dim"), self.qkv_bias, name=name)
+        return Linear(
+            (hidden_size,), (heads, self.head_dim), ("embed", axis, "head_dim"), self.qkv_bias, name=name
+        )
 
     @nn.nowrap
     def init_cache(self, batch_size: int, length: int, dtype: jnp.dtype) -> Cache:

@@ -49,7 +49,9 @@ def attention(
       UserError: an unknown implementation, or heads that do not divide.
     """
     if q.shape[2] % k.shape[2]:
-        raise UserError(f"{q.shape[2]} query heads over {k.shape[2]} kv heads: num_heads must be a multiple of num_kv_heads")
+        raise UserError(
+            f"{q.shape[2]} query heads over {k.shape[2]} kv heads: num_heads must be a multiple of num_kv_heads"
+        )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if implementation is None:  # a few decoded tokens against a cache are one small block anyway
         implementation = "blocks" if q_positions is None else "reference"
@@ -58,7 +60,9 @@ def attention(
         return reference(q, k, v, mask, scale=scale)
     if implementation == "blocks":
         if q_positions is not None:
-            raise UserError("attention implementation 'blocks' takes no positions; use 'reference' with a cache")
+            raise UserError(
+                "attention implementation 'blocks' takes no positions; use 'reference' with a cache"
+            )
         return blocks(q, k, v, q_segment_ids, window=window, scale=scale)
     raise UserError(f"attention implementation {implementation!r}: expected 'reference' or 'blocks'")
 
@@ -88,8 +92,9 @@ def reference(q: Array, k: Array, v: Array, mask: Array, *, scale: float) -> Arr
     return out.reshape(B, T, N, H).astype(q.dtype)
 
 
-
-def blocks(q: Array, k: Array, v: Array, segment_ids: Array | None, *, window: int | None, scale: float) -> Array:
+def blocks(
+    q: Array, k: Array, v: Array, segment_ids: Array | None, *, window: int | None, scale: float
+) -> Array:
     """Causal self-attention (T == S), block by block, with its own backward pass."""
     B, T, N, H = q.shape
     K = k.shape[2]
@@ -97,7 +102,9 @@ def blocks(q: Array, k: Array, v: Array, segment_ids: Array | None, *, window: i
     if segment_ids is None:
         segment_ids = jnp.ones((1, T), jnp.int32)
     pad = (0, -T % plan.cols)  # keys beyond T lie after every query: causality alone hides them
-    per_head = jnp.transpose((q * scale).reshape(B, T, K, N // K, H), (0, 2, 3, 1, 4)).reshape(B * K, N // K, T, H)
+    per_head = jnp.transpose((q * scale).reshape(B, T, K, N // K, H), (0, 2, 3, 1, 4)).reshape(
+        B * K, N // K, T, H
+    )
     keys, values = (jnp.transpose(x, (0, 2, 1, 3)).reshape(B * K, T, H) for x in (k, v))
     segments = jnp.repeat(jnp.broadcast_to(segment_ids, (B, T)), K, axis=0)
     out = _blocks(

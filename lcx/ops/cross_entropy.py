@@ -3,9 +3,9 @@
 Letters: B batch, T time, D embed, V vocab, C chunk of tokens.
 
 ``reference``  all logits at once: the definition.
-``chunked``    C tokens at a time. Where a gradient is wanted, it is computed in the same pass: once a chunk's logits are
-               at hand, softmax - onehot costs nothing more, so dx and dW need three products of size C x D x V instead
-               of the four of recomputation. Memory: C x V logits, dx like x, and one float32 dW.
+``chunked``    C tokens at a time. Where a gradient is wanted, it is computed in the same pass: once a chunk's logits
+               are at hand, softmax - onehot costs nothing more, so dx and dW need three products of size C x D x V
+               instead of the four of recomputation. Memory: C x V logits, dx like x, and one float32 dW.
 
 Over a mesh the chunks are local: rows lie on (data, fsdp), tokens on `context`, and the vocabulary on `tensor` (the
 logsumexp is combined over it). Chunking a sharded T under automatic partitioning would gather it; here it cannot.
@@ -23,7 +23,9 @@ from jaxtyping import Array, Float, Int
 
 from lcx.errors import UserError
 
-CHUNK_LOGITS = 1 << 23  # logits held at a time, 32 MiB of float32; measured flat from 2^21 to 2^24 on 2 CPU cores
+CHUNK_LOGITS = (
+    1 << 23
+)  # logits held at a time, 32 MiB of float32; measured flat from 2^21 to 2^24 on 2 CPU cores
 
 
 def cross_entropy(
@@ -42,7 +44,9 @@ def cross_entropy(
     return _chunked(x, head, labels, weights)
 
 
-def token_nll(x: Float[Array, "B T D"], head: Float[Array, "V D"], labels: Int[Array, "B T"]) -> Float[Array, "B T"]:
+def token_nll(
+    x: Float[Array, "B T D"], head: Float[Array, "V D"], labels: Int[Array, "B T"]
+) -> Float[Array, "B T"]:
     """-log softmax(x head^T)[label] of every token, float32, chunked. For evaluation: not differentiable."""
     return _over_mesh(_local_nll, out="tokens")(x, head, labels)
 
@@ -80,7 +84,9 @@ def _over_mesh(fn, *, out: str):
     tokens = P(("data", "fsdp"), "context")
 
     def wrapped(x, head, *rest):
-        vocab_axis = "tensor" if mesh.shape["tensor"] > 1 and head.shape[0] % mesh.shape["tensor"] == 0 else None
+        vocab_axis = (
+            "tensor" if mesh.shape["tensor"] > 1 and head.shape[0] % mesh.shape["tensor"] == 0 else None
+        )
         vocab = P(vocab_axis, None)
         outs = {"tokens": tokens, "gradients": (P(token_axes), P(*tokens, None), vocab)}[out]
         local = functools.partial(fn, vocab_axis=vocab_axis, token_axes=token_axes)
@@ -124,7 +130,9 @@ def _chunk_nll(x, head, labels, vocab_axis):
 
 
 def _local_nll(x, head, labels, *, vocab_axis, token_axes):
-    nll = jax.lax.map(lambda c: _chunk_nll(c[0], head, c[1], vocab_axis)[0], _chunks((x, labels), head.shape[0]))
+    nll = jax.lax.map(
+        lambda c: _chunk_nll(c[0], head, c[1], vocab_axis)[0], _chunks((x, labels), head.shape[0])
+    )
     return _unchunk(nll, labels.shape)
 
 
