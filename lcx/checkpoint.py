@@ -56,7 +56,7 @@ __all__ = ["Checkpointer", "committed_steps", "find_step", "metadata", "read_jso
 _TRASH = "_trash"  # steps past max_to_keep wait here for removal
 _SET_ASIDE = "_set_aside"  # steps that a run went back behind; never removed
 _CHUNK_BYTES = 64 << 20  # larger arrays are cut into pieces, so that readers can stream them
-_SAVE_TIMEOUT_S = 3600  # for the background write of one step
+_SAVE_TIMEOUT_S = 1200  # for the background write of one step, and for processes to wait for each other
 
 _log = logging.getLogger("lcx.checkpoint")
 

@@ -192,17 +192,27 @@ def few(names: Iterable[Any], limit: int = 3) -> str:
 
 
 def brief(error: BaseException) -> str:
-    """One short line of an exception: tensorstore appends kilobytes of its own configuration."""
+    """One short line of an exception: tensorstore and jax append kilobytes of their own."""
     text = " ".join(str(error).split())
-    for tail in (" See full TensorStore details", " [tensorstore_spec", " [source locations"):
+    for tail in (
+        " See full TensorStore details",
+        " [tensorstore_spec",
+        " [source locations",
+        " This usually happens",
+    ):
         text = text.split(tail)[0]
     return f"{type(error).__name__}: {text}"[:200] if text else type(error).__name__
 
 
 def why_not_written(error: BaseException, directory: Any, num_bytes: int) -> str:
     """What went wrong with a write of num_bytes, and whether the disk has room for them."""
-    full = any(sign in str(error) for sign in ("No space left", "Disk quota", "os_error_code='28'"))
-    reason = f"no space left on the disk of {directory}" if full else brief(error)
+    causes = [error]
+    while (before := causes[-1].__cause__ or causes[-1].__context__) is not None:
+        causes.append(before)
+    # The process that failed reports the barrier that it missed on the way out: what came before is the reason.
+    reason = brief(next((cause for cause in causes if "Barrier timed out" not in str(cause)), error))
+    if any(sign in str(cause) for cause in causes for sign in ("No space left", "Disk quota")):
+        reason = f"no space left on the disk of {directory}"
     try:
         free = f", {size_text(shutil.disk_usage(directory).free)} are free"
     except OSError:

@@ -29,6 +29,7 @@ from checkpoint_workers import (
 
 from lcx import checkpoint
 from lcx.checkpoint import Checkpointer, read_record
+from lcx.checkpoint_folder import why_not_written
 from lcx.errors import UserError
 
 # pytest reports what Orbax's abandoned coroutines raise; outside of pytest lcx.checkpoint keeps them quiet.
@@ -239,6 +240,22 @@ def test_a_failed_save_is_reported_and_the_next_one_works(tmp_path, monkeypatch,
     checkpointer.close()
     assert checkpointer.steps() == [2, 3]
     assert [r.getMessage() for r in caplog.records if r.name == "lcx.checkpoint"] == checkpointer.failures
+
+
+def test_the_first_cause_is_the_one_reported():
+    try:
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        except OSError:
+            raise TimeoutError(
+                "Barrier timed out. This usually happens because a task came too early"
+            ) from None
+    except TimeoutError as error:
+        line = why_not_written(error, "/", 3_000_000_000)
+    assert line.startswith("no space left on the disk of / (it needs up to 3.00 GB, ")
+    assert why_not_written(ValueError("x [tensorstore_spec='{}']"), "/nowhere", 5).startswith(
+        "ValueError: x (it"
+    )
 
 
 def test_the_last_save_must_land(tmp_path, monkeypatch):
