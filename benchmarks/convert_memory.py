@@ -76,7 +76,9 @@ def child(*argv: str) -> dict[str, float]:
     """Runs the converter (or, without arguments, only imports it) in a new process."""
     start = time.monotonic()
     command = [sys.executable, "-c", CHILD, str(int(bool(argv))), *argv]
-    result = subprocess.run(command, capture_output=True, text=True)
+    paths = [str(pathlib.Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    result = subprocess.run(command, capture_output=True, text=True, env=env)
     if result.returncode:
         sys.exit(result.stdout + result.stderr)
     seconds = time.monotonic() - start

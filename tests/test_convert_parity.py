@@ -387,7 +387,7 @@ def test_qwen_window_settings_must_agree(tmp_path):
 def test_head_that_is_not_there(tmp_path):
     save(torch_model("llama tied, wide heads"), tmp_path, "v5")
     rewrite(tmp_path, tie_word_embeddings=False)
-    with pytest.raises(UserError, match="1 missing: lm_head.weight"):
+    with pytest.raises(UserError, match="lm_head.weight is missing; set tie_word_embeddings"):
         hf.HfSource(tmp_path)
 
 

@@ -10,12 +10,14 @@ Examples:
       --rope_scaling='{"rope_type": "yarn", "factor": 4.0}'
 """
 
+import os
 import sys
 
 from lcx import config
 
 
 def main(argv=None) -> int:
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing here needs, or should occupy, an accelerator
     parser = config.parser(__doc__, gin=False)
     parser.add_argument(
         "--src", required=True, metavar="PATH", help="a Hugging Face folder or an lcx workdir"

@@ -42,6 +42,12 @@ class HfSource:
             if model.tie_word_embeddings and _HEAD in tensors:
                 self._check_tied()
                 del tensors[_HEAD]
+            elif not model.tie_word_embeddings and _HEAD not in tensors:
+                raise UserError(
+                    f"{_HEAD} is missing; set tie_word_embeddings to true in config.json if the output head "
+                    "is the "
+                    "embedding"
+                )
             skipped = self._table.check_source(tensors, harmless=llama.HARMLESS)
         except UserError as error:
             raise UserError(f"{path}: {error}") from error

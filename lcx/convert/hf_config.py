@@ -20,6 +20,8 @@ from lcx.rope import Rope
 
 log = logging.getLogger(__name__)
 
+_MOST = 10_000  # layers, head_dim: a damaged file must not build a huge model before its tensors are compared
+
 #: Read here or in lcx.rope.
 _USED = {
     "architectures", "attention_bias", "head_dim", "hidden_act", "hidden_size", "intermediate_size",
@@ -79,6 +81,10 @@ def from_config(config: Mapping[str, Any], *, dtype: str = "float32") -> Decoder
             f"{num_heads}"
         )
     num_layers = _integer(config, "num_hidden_layers")
+    if max(num_layers, head_dim) > _MOST:
+        raise UserError(
+            f"config.json has {num_layers} layers and head_dim {head_dim}, expected at most {_MOST}"
+        )
     biased = family.biases == "config" and _boolean(config, "attention_bias")
     return llama(
         vocab_size=_integer(config, "vocab_size"),
@@ -191,10 +197,9 @@ def _windows(config: Mapping[str, Any], family: Family, num_layers: int) -> tupl
 
 
 def _rope(config: Mapping[str, Any], family: Family, head_dim: int) -> Rope:
-    nested = [
-        value for key in ("rope_scaling", "rope_parameters") for value in dict(config.get(key) or {}).values()
-    ]
-    if any(isinstance(value, Mapping) and value != nested[0] for value in nested):
+    settings = [config.get(key) for key in ("rope_scaling", "rope_parameters")]
+    nested = [list(value.values()) for value in settings if isinstance(value, Mapping)]
+    if any(isinstance(value, Mapping) and value != values[0] for values in nested for value in values):
         raise UserError(
             "config.json has rotary settings that differ by layer type, supported is one for all layers"
         )
@@ -414,8 +419,8 @@ def _integer(config: Mapping[str, Any], key: str, default: int | None = None, *,
     value = default if value is None else value
     if value is None:
         raise UserError(f"config.json has no {key}; it is needed")
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise UserError(f"config.json has {key} = {value!r}, expected an integer of at least {least}")
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**31:
+        raise UserError(f"config.json has {key} = {value!r}, expected an integer from {least} to 2^31 - 1")
     return value
 
 

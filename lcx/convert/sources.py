@@ -41,9 +41,15 @@ class ModelSource(Protocol):
         ...
 
 
+@functools.lru_cache(maxsize=16)  # it traces the model
+def _leaf_shapes(model: Decoder) -> tuple[tuple[str, rules.Shape], ...]:
+    flat = rules.flatten(model_lib.abstract_params(model))
+    return tuple((path, tuple(leaf.shape)) for path, leaf in flat.items())
+
+
 def leaf_shapes(model: Decoder) -> dict[str, rules.Shape]:
     """path -> shape of every parameter."""
-    return {path: tuple(leaf.shape) for path, leaf in rules.flatten(model_lib.abstract_params(model)).items()}
+    return dict(_leaf_shapes(model))
 
 
 @dataclasses.dataclass(frozen=True)
