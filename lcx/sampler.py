@@ -333,11 +333,10 @@ def _with_hf_lengths(model: Decoder, cache, n):
     cache = {stage: {name: dict(block) for name, block in blocks.items()} for stage, blocks in cache.items()}
     for s, b, rope in _ropes(model):
         block = cache[f"stages_{s}"][f"block_{b}"]
-        before = block["rope_length"]
-        if rope.rope_type == "dynamic":
-            block["rope_length"] = hf_trace_length(before, n, rope.original_max_position_embeddings).astype(jnp.int32)
-        else:
-            block["rope_length"] = jnp.full_like(before, n)
+        before = block["rope_length"]  # one value, repeated for every layer of the stage
+        dynamic = rope.rope_type == "dynamic"
+        length = hf_trace_length(before[0], n, rope.original_max_position_embeddings) if dynamic else n
+        block["rope_length"] = jnp.full_like(before, length)
     return cache
 
 
