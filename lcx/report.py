@@ -25,6 +25,7 @@ from lcx.errors import UserError
 
 RESULTS, PAGE = "results.json", "report.html"
 _SIZE = (9.0, 4.4)  # inches, without the legend
+_DPI = 144
 
 
 def main(argv=None) -> int:
@@ -150,7 +151,7 @@ def _evaluation_section(name: str, runs: Mapping[str, Mapping[str, Any]], folder
     unit = next((result["unit"] for result in results.values() if "unit" in result), "")
     columns = list(dict.fromkeys(column for result in results.values() for column in result.get("table", {})))
     rows = [[label, *(result.get("table", {}).get(c) for c in columns)] for label, result in results.items()]
-    caption = f"{_spoken(name)}{f', {unit}' if unit else ''}"
+    caption = f"{_spoken(name)}, {unit}" if unit else ""
     definitions: dict[str, list[str]] = {}
     for label, result in results.items():
         definitions.setdefault(result.get("definition", ""), []).append(label)
@@ -198,9 +199,7 @@ def _training_section(curves: Mapping[str, list[dict[str, float]]], folder: path
         rows.append([label, steps, last.get("loss"), last.get("eval_loss"), last.get("tokens_per_second")])
     head = ["run", "steps", "last loss", "last held-out loss", "tokens per second"]
     alt = "; ".join(f"{row[0]}: loss {_number(row[2])} after {row[1]} steps" for row in rows)
-    return _section(
-        "Training", _drawn("training_loss", draw, folder, alt) + _table(head, rows, "Training runs")
-    )
+    return _section("Training", _drawn("training_loss", draw, folder, alt) + _table(head, rows))
 
 
 def _models_section(runs: Mapping[str, Mapping[str, Any]]) -> str:
@@ -210,7 +209,7 @@ def _models_section(runs: Mapping[str, Mapping[str, Any]]) -> str:
     for label, run in runs.items():
         about = run.get("model") or {}
         rows.append([label, *(about.get(key) for key in keys), run.get("checkpoint")])
-    return _section("Models", _table(head, rows, "Models"))
+    return _section("Models", _table(head, rows))
 
 
 def _origin_section(runs: Mapping[str, Mapping[str, Any]]) -> str:
@@ -220,9 +219,7 @@ def _origin_section(runs: Mapping[str, Mapping[str, Any]]) -> str:
         machine = run.get("machine") or {}
         place = f"{machine.get('devices', '?')} x {machine.get('device', '?')}, {machine.get('cpu_cores', '?')} cores"
         rows.append([label, run.get("created"), run.get("seconds"), place, versions])
-    return _section(
-        "Origin", _table(["model", "evaluated", "seconds", "machine", "versions"], rows, "Origin")
-    )
+    return _section("Origin", _table(["model", "evaluated", "seconds", "machine", "versions"], rows))
 
 
 def _error_notes(runs: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -243,9 +240,12 @@ def _drawn(name: str, draw: Callable[[Any], None], folder: pathlib.Path, alt: st
         return f"<p>No plot: {_esc(str(error))}</p>"
     _write(folder / f"{''.join(c if c.isalnum() else '_' for c in name)}.png", light)
     sources = [f"data:image/png;base64,{base64.b64encode(png).decode()}" for png in (light, dark)]
+    width = round(
+        int.from_bytes(light[16:20], "big") * 96 / _DPI
+    )  # from its header; so all letters are one size
     return (
         f'<figure><picture><source media="(prefers-color-scheme: dark)" srcset="{sources[1]}">'
-        f'<img src="{sources[0]}" alt="{_esc(alt)}"></picture></figure>'
+        f'<img src="{sources[0]}" width="{width}" alt="{_esc(alt)}"></picture></figure>'
     )
 
 
@@ -258,7 +258,7 @@ def picture(draw: Callable[[Any], None], *, dark: bool = False) -> bytes:
     from lcx.evals import figures
 
     with matplotlib.rc_context(figures.theme(dark=dark)):
-        figure = Figure(figsize=_SIZE, dpi=144)
+        figure = Figure(figsize=_SIZE, dpi=_DPI)
         FigureCanvasAgg(figure)
         draw(figure.add_subplot())
         out = io.BytesIO()
@@ -274,6 +274,7 @@ def _write(path: pathlib.Path, data: bytes) -> None:
 
 # ------------------------------------------------------------------------------------------------ html
 
+_TEXT = ' class="text"'  # a cell with words
 _STYLE = """
 :root { color-scheme: light dark; --page: #fff; --ink: #222; --soft: #666; --line: #ddd; --stripe: #f6f7f9; }
 @media (prefers-color-scheme: dark) {
@@ -287,10 +288,10 @@ figure { margin: 0 0 1rem; }
 img { max-width: 100%; height: auto; display: block; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; }
-caption { text-align: left; color: var(--soft); padding-bottom: .3rem; }
+caption { text-align: left; white-space: nowrap; color: var(--soft); padding-bottom: .3rem; }
 th, td { padding: .3rem .8rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
-td.text { text-align: left; }
+.text { text-align: left; }
 tbody tr:nth-child(even) { background: var(--stripe); }
 details { margin-top: .6rem; color: var(--soft); font-size: .9rem; }
 .failed { border-left: 4px solid #d55e00; padding-left: 1rem; }
@@ -307,17 +308,23 @@ def _section(title: str, body: str) -> str:
     return f"<section><h2>{_esc(title)}</h2>{body}</section>\n"
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[Any]], caption: str) -> str:
-    top = "".join(f'<th scope="col">{_esc(name)}</th>' for name in head)
+def _table(head: Sequence[str], rows: Sequence[Sequence[Any]], caption: str = "") -> str:
+    """Cells with words to the left, numbers to the right; the first cell of a row is its head."""
+    words = [bool(rows) and all(isinstance(row[i], str) for row in rows) for i in range(len(head))]
+    top = "".join(
+        f'<th scope="col"{_TEXT * word}>{_esc(name)}</th>' for name, word in zip(head, words, strict=True)
+    )
     lines = []
     for first, *rest in rows:
-        cells = "".join(
-            f'<td class="text">{_esc(v)}</td>' if isinstance(v, str) else f"<td>{_esc(_number(v))}</td>"
-            for v in rest
-        )
+        cells = "".join(f"<td{_TEXT * isinstance(value, str)}>{_esc(_cell(value))}</td>" for value in rest)
         lines.append(f'<tr><th scope="row">{_esc(str(first))}</th>{cells}</tr>')
+    title = f"<caption>{_esc(caption)}</caption>" if caption else ""
     body = f"<thead><tr>{top}</tr></thead><tbody>{''.join(lines)}</tbody>"
-    return f'<div class="wide"><table><caption>{_esc(caption)}</caption>{body}</table></div>'
+    return f'<div class="wide"><table>{title}{body}</table></div>'
+
+
+def _cell(value: Any) -> str:
+    return (value or "–") if isinstance(value, str) else _number(value)
 
 
 def _number(value: Any) -> str:

@@ -133,6 +133,7 @@ def bars(
     """Horizontal bars from the top down, each with its number; logarithmic where they differ by more than 10x."""
     look = styles(results)
     labels = list(values)
+    axes.figure.set_figheight(1.4 + 0.5 * len(labels))
     finite = [value for value in values.values() if math.isfinite(value)]
     for row, label in enumerate(labels):
         solid = look[label]["linestyle"] == "-"

@@ -208,4 +208,4 @@ def _headline(results: Mapping[str, Result]) -> str:
     text = f"{best} {last[best]['nll']:.2f}"
     if worst != best and _title(last[worst]) == _title(last[best]):
         text = f"{worst} {last[worst]['nll']:.2f}, {text}"
-    return f"{where}: {text}"
+    return f"{where}: {text} {next(iter(results.values()))['unit']}"

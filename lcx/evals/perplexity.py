@@ -73,7 +73,7 @@ class Perplexity:
             "summary": f"{_number(best['perplexity'])} per {text.unit.split()[-1]} with a window of {best['window']}",
             "table": {f"window {entry['window']}": entry["perplexity"] for entry in measured},
             "model": facts(model),
-            "unit": f"perplexity per {text.unit.split()[-1]}",
+            "unit": f"per {text.unit.split()[-1]}",
             "windows": measured,
         }
 
@@ -156,7 +156,7 @@ class Perplexity:
         figures.position_axis(axes, "window (tokens)")
         figures.log_axis(axes, "y")
         figures.mark_window(axes, results)
-        axes.set_ylabel(next(iter(results.values()))["unit"])
+        axes.set_ylabel(f"perplexity {next(iter(results.values()))['unit']}")
         axes.set_title("Perplexity by window (lower is better)")
         figures.legend(axes, list(results))
 
@@ -170,7 +170,7 @@ class Perplexity:
                 label: f"{_number(e['perplexity'])}  (window {e['window']})" for label, e in entries.items()
             },
         )
-        axes.set_xlabel(next(iter(results.values()))["unit"])
+        axes.set_xlabel(f"perplexity {next(iter(results.values()))['unit']}")
         axes.set_title("Perplexity (lower is better)")
 
 

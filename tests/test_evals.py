@@ -1,0 +1,643 @@
+"""The evaluations against computations written from their definitions, and against transformers on real weights."""
+
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import textwrap
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lcx
+from lcx import describe
+from lcx.checkpoint import Checkpointer
+from lcx.data import ByteTokenizer, Dataset, load_tokenizer
+from lcx.errors import UserError
+from lcx.evals import intervals, loss_by_position, passkey, perplexity, scoring
+from lcx.evals.loss_by_position import LossByPosition
+from lcx.evals.model_facts import facts
+from lcx.evals.passkey import Passkey
+from lcx.evals.perplexity import Perplexity
+from lcx.evaluator import evaluate
+from lcx.model import init_params, llama
+from lcx.rope import Rope
+
+WINDOW = 64
+TEXTS = ["a", "the quick brown fox " * 5, "é" * 32, "0123456789abcdef" * 3, "lazy dogs jump over " * 9, "zz"]
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    model = llama(
+        vocab_size=258,
+        hidden_size=32,
+        intermediate_size=48,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        max_position_embeddings=WINDOW,
+    )
+    params = jax.tree.map(lambda x: x * 3, init_params(model, jax.random.key(0)))  # far from uniform
+    return model, params
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    (tmp_path / "text.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in TEXTS))
+    return Dataset(str(tmp_path / "text.jsonl"), eval_fraction=1.0, cache_dir=str(tmp_path / "cache"))
+
+
+def tokens_of(texts=TEXTS):
+    return [np.array([256, *text.encode()], np.int32) for text in texts]
+
+
+def numpy_nll(model, params, tokens):
+    """-log p of tokens[1:], each from all tokens before it; logits of the model, the rest in float64."""
+    padded = np.pad(tokens, (0, -len(tokens) % 64))  # on the right, where causal attention does not see it
+    logits = np.asarray(lcx.logits(model, params, padded[None]), np.float64)[0, : len(tokens) - 1]
+    top = logits.max(-1, keepdims=True)
+    lse = top[:, 0] + np.log(np.exp(logits - top).sum(-1))
+    return lse - logits[np.arange(len(tokens) - 1), tokens[1:]]
+
+
+# ------------------------------------------------------------------------------------------------ scoring
+
+
+@pytest.mark.parametrize("tokens_per_batch", [1, 90, 10_000])
+def test_score_is_the_nll_of_the_logits(tiny, tokens_per_batch):
+    model, params = tiny
+    rows = np.random.default_rng(0).integers(0, 258, (5, 46)).astype(np.int32)
+    got = scoring.score(model, params, rows[:, :-1], rows[:, 1:], tokens_per_batch=tokens_per_batch)
+    assert got.shape == (5, 45) and got.dtype == np.float32
+    expected = np.stack([numpy_nll(model, params, row) for row in rows])
+    np.testing.assert_allclose(got, expected, rtol=2e-5, atol=2e-5)
+
+
+def test_score_computes_in_the_dtype_of_the_model(tiny):
+    model, params = tiny
+    rows = np.random.default_rng(1).integers(0, 258, (2, 33)).astype(np.int32)
+    half = model.clone(dtype="bfloat16", parent=None)
+    got = scoring.score(half, params, rows[:, :-1], rows[:, 1:])
+    np.testing.assert_allclose(got, [numpy_nll(half, params, row) for row in rows], rtol=1e-4, atol=1e-3)
+    assert np.abs(got - [numpy_nll(model, params, row) for row in rows]).max() > 0.01
+
+
+def test_score_compiles_once_for_all_batches(tiny):
+    model, params = tiny
+    rows = np.zeros((7, 21), np.int32)
+    before = scoring._score._cache_size()
+    scoring.score(model, params, rows, rows, tokens_per_batch=42)  # 4 batches, the last half full
+    assert scoring._score._cache_size() == before + 1
+
+
+MESH = """
+import jax, numpy as np
+from lcx import sharding
+from lcx.data import ByteTokenizer, Dataset
+from lcx.evals import scoring
+from lcx.evals.loss_by_position import LossByPosition
+from lcx.evals.passkey import Passkey
+from lcx.model import init_params, llama
+
+model = llama(vocab_size=258, hidden_size=32, intermediate_size=48, num_layers=1, num_heads=4, num_kv_heads=2,
+              max_position_embeddings=330)
+rows = np.random.default_rng(0).integers(0, 258, (5, 44)).astype(np.int32)
+alone = jax.tree.map(np.asarray, init_params(model, jax.random.key(0)))
+expected = scoring.score(model, alone, rows[:, :-1], rows[:, 1:])  # rows and tokens that no axis divides
+mesh = sharding.make_mesh(data=1, fsdp=2, context=2, tensor=2)
+params = init_params(model, jax.random.key(0), mesh=mesh)
+assert scoring.mesh_of(params) == mesh
+got = scoring.score(model, params, rows[:, :-1], rows[:, 1:], tokens_per_batch=100)
+np.testing.assert_allclose(got, expected, rtol=2e-5, atol=2e-5)
+task = Passkey(num_distances=1, trials=2, batch_size=2, max_new_tokens=3)
+here, there = (task(model, p, ByteTokenizer()) for p in (alone, params))
+assert [d["example"] for d in here["distances"]] == [d["example"] for d in there["distances"]]
+print("same on every mesh")
+"""
+
+
+def test_a_mesh_changes_nothing():
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "NPROC": "32"}
+    env["PYTHONPATH"] = str(pathlib.Path(lcx.__file__).parent.parent)
+    run = subprocess.run([sys.executable, "-c", MESH], env=env, capture_output=True, text=True)
+    assert "same on every mesh" in run.stdout, run.stderr[-3000:]
+
+
+# ------------------------------------------------------------------------------------------------ perplexity
+
+
+def slow_sliding_nll(model, params, document, W, S):
+    """Token by token, from the definition: target t belongs to the first window that holds it."""
+    T, scored, context = len(document), {}, {}
+    for t in range(1, T):
+        b = next(b for b in range(0, T, S) if min(b + W, T) > t)
+        scored[t] = numpy_nll(model, params, document[b : t + 1])[-1]
+        context[t] = t - b
+    return scored, context
+
+
+@pytest.mark.parametrize(("W", "S"), [(16, 8), (16, 5), (WINDOW, 30)])
+def test_sliding_window_token_by_token(tiny, dataset, W, S):
+    model, params = tiny
+    dataset = dataclasses.replace(dataset, min_length=0)
+    result = Perplexity(dataset=dataset, windows=(W,), stride=S, max_tokens=150)(
+        model, params, ByteTokenizer()
+    )
+    documents, left = [], 150
+    for document in tokens_of():
+        documents += [document[:left]] if left else []
+        left -= len(documents[-1]) if left else 0
+    nll, contexts = [], []
+    for document in documents:
+        scored, context = slow_sliding_nll(model, params, document, W, S)
+        nll += scored.values()
+        contexts += [context[t] for t in scored if t >= W]
+    (entry,) = result["windows"]
+    assert entry["tokens"] == len(nll) == sum(len(d) - 1 for d in documents)
+    assert entry["nll"] == pytest.approx(np.mean(nll), rel=1e-5)
+    assert entry["perplexity"] == pytest.approx(math.exp(np.mean(nll)), rel=1e-4)
+    assert (
+        min(contexts, default=W - S) >= W - S and max(contexts, default=0) <= W - 1
+    )  # as the definition says
+    assert "Press et al." in result["definition"] and f"stride {S}" in result["definition"]
+    assert "scored after BOS" in result["definition"]
+
+
+def test_without_bos_the_first_token_is_not_scored(tiny, dataset):
+    model, params = tiny
+    dataset = dataclasses.replace(dataset, add_bos=False)
+    result = Perplexity(dataset=dataset, windows=(32,), stride=16)(model, params, ByteTokenizer())
+    assert result["windows"][0]["tokens"] == sum(len(text.encode()) - 1 for text in TEXTS)
+    assert "not scored (no BOS" in result["definition"]
+
+
+@pytest.mark.parametrize("stride", [1, 3, 7, 8, 15])
+def test_windows_score_every_target_once(stride):
+    lengths = [1, 2, 15, 16, 17, 24, 31, 32, 100, 0]
+    rows = perplexity.window_rows(lengths, window=16, stride=stride)
+    targets = [(d, t) for d, _, end, first in rows.tolist() for t in range(first, end)]
+    assert sorted(targets) == [(d, t) for d, length in enumerate(lengths) for t in range(1, length)]
+    assert all(begin < first and end - begin <= 16 for _, begin, end, first in rows.tolist())
+
+
+def test_windows_without_overlap(tiny, dataset):
+    model, params = tiny
+    result = Perplexity(dataset=dataset, windows=(17,), stride=None)(model, params, ByteTokenizer())
+    nll = []
+    for document in tokens_of():
+        for b in range(0, len(document) - 1, 16):  # 16 targets each, the first from one token
+            nll += numpy_nll(model, params, document[b : b + 17]).tolist()
+    assert result["windows"][0]["nll"] == pytest.approx(np.mean(nll), rel=1e-5)
+    assert "non-overlapping" in result["definition"]
+
+
+def test_uniform_model_has_the_perplexity_of_its_vocabulary(tiny, dataset):
+    model, params = tiny
+    uniform = {**params, "lm_head": jax.tree.map(jnp.zeros_like, params["lm_head"])}
+    result = Perplexity(dataset=dataset)(model, uniform, ByteTokenizer())
+    assert result["windows"][0]["perplexity"] == pytest.approx(258, rel=1e-5)
+    assert result["windows"][0]["stride"] == WINDOW // 2  # 256 leaves no overlap in a window of 64
+    by_position = LossByPosition(dataset=dataset)(model, uniform, ByteTokenizer())["lengths"][0]
+    assert by_position["nll"] == pytest.approx(math.log(258), rel=1e-6)
+    assert by_position["standard_error"] == pytest.approx(0, abs=1e-6)
+    assert by_position["nll_per_byte"] > by_position["nll"]  # BOS is a token without bytes
+
+
+def test_perplexity_error_bars_take_documents_as_independent(tiny, dataset):
+    model, params = tiny
+    entry = Perplexity(dataset=dataset, windows=(400,), stride=100)(model, params, ByteTokenizer())[
+        "windows"
+    ][0]
+    per_document = [numpy_nll(model, params, document) for document in tokens_of()]
+    n, mean, total = len(per_document), np.mean(np.concatenate(per_document)), sum(map(len, per_document))
+    squares = sum((nll.sum() - mean * len(nll)) ** 2 for nll in per_document)
+    assert entry["standard_error"] == pytest.approx(math.sqrt(n / (n - 1) * squares) / total, rel=1e-4)
+
+
+def test_settings_that_cannot_be(tiny, dataset):
+    model, params = tiny
+    with pytest.raises(UserError, match="leaves no overlap"):
+        Perplexity(dataset=dataset, windows=(128, 32), stride=32)(model, params, ByteTokenizer())
+    with pytest.raises(UserError, match="no text.*LossByPosition.dataset"):
+        LossByPosition()(model, params, ByteTokenizer())
+    with pytest.raises(UserError, match="vocab_size"):
+        LossByPosition(dataset=dataset)(model, params, ByteTokenizer(vocab_size=300))
+    with pytest.raises(UserError, match="holds no text"):
+        LossByPosition(dataset=dataset, split="train")(model, params, ByteTokenizer())
+
+
+# ------------------------------------------------------------------------------------------------ loss by position
+
+
+def test_buckets_double():
+    assert loss_by_position.doubling(1024, 128) == [(0, 128), (128, 256), (256, 512), (512, 1024)]
+    assert loss_by_position.doubling(700, 128)[-1] == (512, 700)
+    assert loss_by_position.doubling(100, 128) == [(0, 100)]
+    fine = loss_by_position.doubling(1000, 8, 4)
+    assert fine[0] == (0, 8) and fine[-1][1] == 1000
+    assert all(a[1] == b[0] and b[1] > b[0] for a, b in zip(fine, fine[1:], strict=False))
+
+
+@pytest.mark.parametrize("starts", [True, False])
+def test_buckets_of_whole_rows(tiny, dataset, starts):
+    model, params = tiny
+    task = LossByPosition(
+        dataset=dataset, lengths=(50,), first_bucket=10, max_tokens=170, score_document_starts=starts
+    )
+    result = task(model, params, ByteTokenizer())
+    stream = np.concatenate(tokens_of())[:171]
+    buckets: dict[tuple[int, int], list[float]] = {(0, 10): [], (10, 20): [], (20, 40): [], (40, 50): []}
+    for b in range(0, 170, 50):
+        row = stream[b : b + 51]
+        for p, nll in enumerate(numpy_nll(model, params, row)):
+            if starts or row[p + 1] != 256:
+                next(v for (start, end), v in buckets.items() if start <= p < end).append(nll)
+    (entry,) = result["lengths"]
+    assert entry["rows"] == 4
+    for bucket, (edges, values) in zip(entry["buckets"], buckets.items(), strict=True):
+        assert (bucket["start"], bucket["end"]) == edges and bucket["tokens"] == len(values)
+        assert bucket["nll"] == pytest.approx(np.mean(values), rel=1e-5)
+    assert entry["tokens"] == sum(map(len, buckets.values()))
+    assert result["table"]["10-20"] == entry["buckets"][1]["nll"]
+
+
+def test_document_mask_is_each_document_alone(tiny, dataset):
+    model, params = tiny
+    result = LossByPosition(dataset=dataset, lengths=(1000,), first_bucket=10, document_mask=True)(
+        model, params, ByteTokenizer()
+    )
+    (entry,) = result["lengths"]
+    alone = [numpy_nll(model, params, document) for document in tokens_of()]
+    for bucket in entry["buckets"]:
+        values = np.concatenate([nll[bucket["start"] : bucket["end"]] for nll in alone])
+        assert bucket["tokens"] == len(values)
+        assert bucket["nll"] == (pytest.approx(np.mean(values), rel=1e-5) if len(values) else None)
+
+
+def test_several_lengths(tiny, dataset):
+    model, params = tiny
+    result = LossByPosition(dataset=dataset, lengths=(16, 48))(model, params, ByteTokenizer())
+    assert [entry["length"] for entry in result["lengths"]] == [16, 48]
+    assert list(result["table"]) == ["0-48"]  # the longest
+
+
+TINYSTORIES = "data/text/tinystories_train_2MiB.txt"
+BABY = "data/weights/babyllama105/hf"
+
+
+@pytest.mark.parametrize(
+    ("scaling", "inside", "last"),
+    [(None, 0.78, 4.42), ({"rope_type": "yarn", "factor": 4.0}, None, 0.94)],
+    ids=["unscaled", "yarn"],
+)
+def test_the_wall_of_a_real_model_equals_transformers(reference, tmp_path, scaling, inside, last):
+    """The first 48 rows of 1024 tokens: white space around each story removed, BOS before it, end to end.
+
+    The published means, 4.42 and 0.94 in the last quarter and 0.78 at 128-256, are those of this packing.
+    """
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    path = str(reference / BABY)
+    model, params = lcx.load(path, rope_scaling=scaling)
+    dataset = Dataset(
+        str(reference / TINYSTORIES), separator="<|endoftext|>", eval_fraction=1.0, cache_dir=str(tmp_path)
+    )
+    task = LossByPosition(dataset=dataset, lengths=(1024,), max_tokens=48 * 1024)
+    (entry,) = task(model, params, load_tokenizer(path))["lengths"]
+    assert entry["rows"] == 48 and entry["last_quarter"]["nll"] == pytest.approx(last, abs=0.01)
+    assert inside is None or entry["buckets"][1]["nll"] == pytest.approx(inside, abs=0.01)
+
+    few = 12
+    (entry,) = dataclasses.replace(task, max_tokens=few * 1024)(model, params, load_tokenizer(path))[
+        "lengths"
+    ]
+    config = transformers.AutoConfig.from_pretrained(path)
+    if scaling:
+        config.rope_parameters = {
+            **config.rope_parameters,
+            **scaling,
+            "original_max_position_embeddings": 256,
+        }
+    config.max_position_embeddings = 1024
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(path, config=config).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    ids: list[int] = []
+    for story in (reference / TINYSTORIES).read_text().split("<|endoftext|>"):
+        ids += [tokenizer.bos_token_id, *tokenizer(story.strip(), add_special_tokens=False).input_ids]
+        if len(ids) > few * 1024:
+            break
+    rows = np.lib.stride_tricks.sliding_window_view(np.array(ids[: few * 1024 + 1]), 1025)[::1024]
+    with torch.no_grad():
+        logp = torch.cat(
+            [theirs(torch.tensor(part[:, :-1])).logits.log_softmax(-1) for part in np.split(rows, 2)]
+        )
+    nll = -logp.gather(-1, torch.tensor(rows[:, 1:, None].copy()))[..., 0].double().numpy()
+    for bucket in [*entry["buckets"], entry["last_quarter"], *entry["curve"]]:
+        expected = nll[:, bucket["start"] : bucket["end"]].mean()
+        assert bucket["nll"] == pytest.approx(expected, abs=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------ intervals
+
+
+@pytest.mark.parametrize(
+    ("hits", "trials", "low", "high"),
+    # Newcombe 1998, Statistics in Medicine 17, 857-872, table I, method 3
+    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
+)
+def test_wilson_interval_as_published(hits, trials, low, high):
+    assert intervals.wilson(hits, trials) == pytest.approx((low, high), abs=5e-5)
+
+
+def test_wilson_interval_solves_its_equation():
+    """Its ends are the p at which the observed proportion is z standard deviations of p away."""
+    z = 1.959963984540054
+    for hits, trials in [(3, 10), (1, 7), (99, 100)]:
+        for p in intervals.wilson(hits, trials):
+            assert abs(hits / trials - p) == pytest.approx(z * math.sqrt(p * (1 - p) / trials), rel=1e-9)
+    assert intervals.wilson(0, 10)[0] == 0 and intervals.wilson(10, 10)[1] == 1
+    assert intervals.wilson(10, 10)[0] == pytest.approx(1 - intervals.wilson(0, 10)[1])
+
+
+def test_mean_and_error():
+    mean, error = intervals.mean_and_error([2.0, 6.0, 0.0], [1.0, 1.0, 0.0])  # an empty row does not count
+    assert mean == 4 and error == pytest.approx(np.std([2, 6], ddof=1) / math.sqrt(2))
+    assert intervals.mean_and_error([3.0], [2.0]) == (1.5, None)
+    assert intervals.mean_and_error([0.0], [0.0]) == (None, None)
+
+
+# ------------------------------------------------------------------------------------------------ passkey
+
+
+def fake_generate(answer):
+    """In place of sampler.generate: `answer(text of the prompt)` as bytes, then EOS."""
+
+    def generate(model, params, tokens, *, max_new_tokens, stop_tokens):
+        assert stop_tokens == (257,)
+        new = [[*answer(ByteTokenizer().decode(row)).encode()][:max_new_tokens] for row in tokens]
+        return np.array([row + [257] * (max_new_tokens - len(row)) for row in new], np.int32)
+
+    return generate
+
+
+def found_key(text):
+    return re.search(r"The pass key is (\d+)\.", text)[1]
+
+
+def run_passkey(monkeypatch, tiny, answer, **settings):
+    monkeypatch.setattr(passkey.sampler, "generate", fake_generate(answer))
+    return Passkey(context_length=1024, num_distances=8, trials=5, **settings)(*tiny, ByteTokenizer())
+
+
+def test_passkey_of_a_perfect_copier(monkeypatch, tiny):
+    result = run_passkey(monkeypatch, tiny, lambda text: f" {found_key(text)}. Remember it.")
+    assert [d["rate"] for d in result["distances"]] == [1.0] * 8
+    assert result["k_max"] == result["distances"][-1]["k"] and result["mean_rate"] == 1
+    assert result["distances"][0]["wilson_low"] == pytest.approx(intervals.wilson(5, 5)[0])
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        lambda text: "",  # silent: the key stands in the prompt, which must not count
+        lambda text: " 12345",
+        lambda text: f" {found_key(text)}0",  # the key is only a part of the number
+        lambda text: f" 1 {found_key(text)}",  # not the first integer
+        lambda text: f" {found_key(text)[:3]} {found_key(text)[3:]}",
+    ],
+    ids=["silent", "constant", "longer", "second", "broken"],
+)
+def test_passkey_of_models_that_do_not_know(monkeypatch, tiny, answer):
+    result = run_passkey(monkeypatch, tiny, answer)
+    assert [d["successes"] for d in result["distances"]] == [0] * 8
+    assert result["k_max"] == 0 and result["summary"].startswith("k_max 0 of")
+
+
+def test_a_constant_answer_is_right_where_the_key_is_that_number(monkeypatch, tiny):
+    constant = str(Passkey(num_distances=8, trials=5).prompts(ByteTokenizer(), 1024)[3][2].key)
+    result = run_passkey(monkeypatch, tiny, lambda text: constant)
+    assert [d["successes"] for d in result["distances"]] == [0, 0, 0, 1, 0, 0, 0, 0]
+
+
+def test_k_max_of_a_model_with_a_short_window(monkeypatch, tiny):
+    def answer(text):
+        return f" {found_key(text)}" if len(text) < 700 else " 0"
+
+    result = run_passkey(monkeypatch, tiny, answer)
+    inside = [d["k"] for d in result["distances"] if d["prompt_tokens"] < 701]
+    assert 0 < len(inside) < 8 and result["k_max"] == max(inside)
+
+
+def test_k_max_stops_at_the_first_distance_below_the_threshold():
+    rows = [{"k": k, "successes": s, "trials": 10} for k, s in [(10, 9), (20, 2), (30, 1), (40, 10)]]
+    assert passkey.k_max(rows, 0.2) == 20
+    assert passkey.k_max(rows, 0.1) == 40
+    assert passkey.k_max(rows, 0.95) == 0
+
+
+@pytest.mark.parametrize(
+    "name", ["bytes", "data/tokenizers/llama2/tokenizer.model", "data/tokenizers/vortex", BABY]
+)
+@pytest.mark.parametrize("full_length", [False, True])
+def test_prompts_hold_the_distance_that_they_state(name, full_length, request):
+    tokenizer = load_tokenizer(name if name == "bytes" else request.getfixturevalue("reference") / name)
+    context = 1200
+    rows = Passkey(num_distances=10, trials=3, full_length=full_length).prompts(tokenizer, context)
+    assert len(rows) == 10 and all(len(row) == 3 for row in rows)
+    sentence = max(len(tokenizer.encode(text)) for text in passkey.FILLER) + 4
+    for row in rows:
+        for prompt in row:
+            assert len(prompt.tokens) + 10 <= context
+            if tokenizer.bos_id is not None:
+                assert prompt.tokens[0] == tokenizer.bos_id
+            tail = tokenizer.decode(prompt.tokens[-prompt.distance :])
+            assert tail.lstrip().startswith("is the pass key.") and str(prompt.key) not in tail
+            assert tail.endswith("The pass key is")
+            body = tokenizer.decode(prompt.tokens[: -prompt.distance])
+            assert body.endswith(str(prompt.key))
+            if full_length:
+                assert len(prompt.tokens) + 10 > context - 3 * sentence
+    longest = rows[-1][0].distance
+    for i, row in enumerate(rows):
+        assert abs(row[0].distance - longest * (i + 1) / 10) <= 2 * sentence or row[0].distance < sentence * 6
+    assert longest > context - 10 - 2 * sentence - len(tokenizer.encode(passkey.TASK)) - 60
+    keys = [prompt.key for row in rows for prompt in row]
+    assert len(set(keys)) > 25 and all(10_000 <= key <= 99_999 for key in keys)
+
+
+def test_the_prompt_in_words():
+    prompt = passkey._build(ByteTokenizer(), 71432, after=6, before=2)
+    assert ByteTokenizer().decode(prompt.tokens) == textwrap.dedent(
+        """\
+        There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. I will quiz you \
+about the important information there.
+        The grass is green. The sky is blue.
+        The pass key is 71432. Remember it. 71432 is the pass key.
+        The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. The grass is green.
+        What is the pass key? The pass key is"""
+    )
+
+
+def test_prompts_are_built_in_linear_time():
+    class Counting(ByteTokenizer):
+        def encode(self, text):
+            encoded.append(len(text))
+            return super().encode(text)
+
+    for context in (2_000, 20_000):
+        encoded: list[int] = []
+        rows = Passkey(num_distances=4, trials=1).prompts(Counting(), context)
+        assert sum(encoded) < 6 * sum(len(row[0].tokens) for row in rows) + 10_000
+
+
+def test_a_context_too_short_for_any_prompt(tiny):
+    with pytest.raises(UserError, match="context of 64 tokens is too short, expected at least 2"):
+        Passkey()(*tiny, ByteTokenizer())
+    with pytest.raises(UserError, match="needs a tokenizer"):
+        Passkey()(*tiny, None)
+
+
+def test_batches_take_every_prompt_once_and_few_shapes():
+    lengths = [100 + 30 * (i // 10) + i % 3 for i in range(320)]
+    found = passkey.batches(lengths, 16)
+    assert sorted(i for batch in found for i in batch) == list(range(320))
+    assert max(map(len, found)) <= 16
+    longest = {-(-max(lengths[i] for i in batch) // 32) for batch in found}
+    assert len(longest) <= 10
+    assert passkey.batches([5, 4], 16) == [[0, 1]]
+
+
+def test_passkey_with_the_real_sampler(tiny):
+    """A random model, end to end: runs, knows nothing, and says so."""
+    result = Passkey(context_length=400, num_distances=2, trials=2, batch_size=3)(*tiny, ByteTokenizer())
+    assert result["k_max"] == 0 and len(result["distances"]) == 2
+    json.dumps(result)
+
+
+# ------------------------------------------------------------------------------------------------ facts
+
+
+def test_facts_of_a_scaled_model():
+    rope = Rope(rope_type="yarn", factor=4.0, original_max_position_embeddings=256)
+    sizes = dict(vocab_size=9, hidden_size=8, intermediate_size=8, num_layers=1, num_heads=1)
+    found = facts(llama(**sizes, max_position_embeddings=1024, rope=rope))
+    assert (found["window"], found["original_window"], found["rope"], found["rope_type"]) == (
+        1024,
+        256,
+        "yarn x4",
+        "yarn",
+    )
+    plain = facts(llama(**sizes, max_position_embeddings=256))
+    assert (plain["window"], plain["original_window"], plain["rope"]) == (256, 256, "default")
+
+
+# ------------------------------------------------------------------------------------------------ evaluator
+
+
+@dataclasses.dataclass(frozen=True)
+class Broken:
+    """An evaluation that fails."""
+
+    error: type[BaseException] = ZeroDivisionError
+    name: str = "broken"
+
+    def __call__(self, model, params, tokenizer):
+        raise self.error("by zero")
+
+    def plot(self, axes, results):
+        raise AssertionError
+
+
+@pytest.fixture
+def checkpoint(tiny, dataset, tmp_path):
+    model, params = tiny
+    meta = {
+        "model": describe.to_json(model),
+        "tokenizer": ByteTokenizer().to_json(),
+        "data": describe.to_json(dataset),
+    }
+    with Checkpointer(tmp_path / "run" / "checkpoints") as checkpointer:
+        checkpointer.save(3, {"params": params}, json={"meta": meta, "data": {}}, wait=True)
+    return str(tmp_path / "run")
+
+
+def read(folder):
+    return json.loads((pathlib.Path(folder) / "results.json").read_text())
+
+
+def test_evaluate_a_checkpoint_on_what_it_was_trained_on(checkpoint, tiny, dataset, tmp_path, capsys):
+    returned = evaluate(checkpoint=checkpoint, output=str(tmp_path / "out"))
+    results = read(tmp_path / "out")
+    assert results["name"] == "run" and results["checkpoint"] == checkpoint and not results["errors"]
+    assert (
+        results["model"]["window"] == WINDOW
+        and describe.from_json(results["model"]["description"]) == tiny[0]
+    )
+    assert {"jax", "lcx", "python"} <= set(results["versions"]) and results["machine"]["device"]
+    for name, task in (("loss_by_position", LossByPosition), ("perplexity", Perplexity)):
+        entry = results["evaluations"][name]
+        expected = json.loads(json.dumps(task(dataset=dataset)(*tiny, ByteTokenizer())))
+        assert {key: entry[key] for key in expected} == expected
+        assert describe.from_json(entry["evaluation"]) == task(dataset=dataset) and entry["seconds"] > 0
+        assert (tmp_path / "out" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert returned["evaluations"]["perplexity"]["windows"] == results["evaluations"]["perplexity"]["windows"]
+    assert (tmp_path / "out" / "report.html").is_file()
+    assert "perplexity:" in (told := capsys.readouterr()).err and not told.out
+    evaluate(checkpoint=checkpoint, output=str(tmp_path / "out"), evals=(Perplexity(),), name="again")
+    assert json.loads((tmp_path / "out" / "results.previous.json").read_text())["name"] == "run"
+    assert read(tmp_path / "out")["name"] == "again"
+
+
+def test_one_evaluation_that_fails_costs_no_other(checkpoint, tmp_path):
+    with pytest.raises(
+        UserError, match=r"2 of 3 evaluations failed: broken: ZeroDivisionError: by zero; worse: .*others"
+    ):
+        evals = (Broken(), Perplexity(windows=(32,), stride=16), Broken(UserError, "worse"))
+        evaluate(checkpoint=checkpoint, output=str(tmp_path / "out"), evals=evals)
+    results = read(tmp_path / "out")
+    assert list(results["evaluations"]) == ["perplexity"]
+    assert results["errors"] == {"broken": "ZeroDivisionError: by zero", "worse": "by zero"}
+    assert "by zero" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_an_interruption_keeps_what_is_done(checkpoint, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        evals = (Perplexity(windows=(32,), stride=16), Broken(KeyboardInterrupt))
+        evaluate(checkpoint=checkpoint, output=str(tmp_path / "out"), evals=evals)
+    assert list(read(tmp_path / "out")["evaluations"]) == ["perplexity"]
+
+
+def test_evaluate_with_another_rope_and_text(checkpoint, tiny, dataset, tmp_path):
+    (tmp_path / "other.txt").write_text("something else " * 40)
+    other = Dataset(str(tmp_path / "other.txt"), eval_fraction=1.0, cache_dir=dataset.cache_dir)
+    results = evaluate(
+        checkpoint=checkpoint,
+        output=str(tmp_path / "out"),
+        rope_scaling={"rope_type": "yarn", "factor": 4.0},
+        evals=(LossByPosition(), Perplexity(dataset=dataset)),
+        dataset=other,
+    )
+    assert results["name"] == "run, yarn x4" and results["model"]["rope"] == "yarn x4"
+    assert results["evaluations"]["loss_by_position"]["lengths"][0]["length"] == 4 * WINDOW
+    assert "other.txt" in results["evaluations"]["loss_by_position"]["definition"]
+    assert "text.jsonl" in results["evaluations"]["perplexity"]["definition"]
+
+
+def test_bad_input_is_one_line(checkpoint, tmp_path, tiny):
+    with pytest.raises(UserError, match="two evaluations are named 'perplexity'"):
+        evaluate(
+            checkpoint=checkpoint, output=str(tmp_path / "out"), evals=(Perplexity(), Perplexity(stride=3))
+        )
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write to .*change --output"):
+        evaluate(checkpoint=checkpoint, output=str(tmp_path / "file" / "out"))
+    lcx.save(tmp_path / "bare", *tiny, format="hf")
+    with pytest.raises(UserError, match="set LossByPosition.dataset"):
+        evaluate(checkpoint=str(tmp_path / "bare"), output=str(tmp_path / "out"), evals=(LossByPosition(),))

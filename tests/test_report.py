@@ -1,0 +1,373 @@
+"""The report: well-formed and self-contained, whatever the results hold; the plots' colours, lines and labels."""
+
+import base64
+import dataclasses
+import html.parser
+import json
+import re
+
+import pytest
+
+from lcx import describe, report
+from lcx.errors import UserError
+from lcx.evals import figures
+from lcx.evals.loss_by_position import LossByPosition, doubling
+from lcx.evals.passkey import Passkey
+from lcx.evals.perplexity import Perplexity
+
+VOID = {"meta", "img", "source", "br", "link"}
+
+
+class Page(html.parser.HTMLParser):
+    """Collects what a page holds and fails on tags that do not nest."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tables, self.headings, self.pictures, self.words = [], [], [], [], []
+        self.urls, self.tags = [], set()
+        self.feed(text)
+        self.close()
+        assert not self.open, f"never closed: {self.open}"
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        values = dict(attrs)
+        self.urls += [values[name] for name in ("src", "srcset", "href", "data", "action") if name in values]
+        if tag == "img":
+            self.pictures.append(values)
+        if tag == "table":
+            self.tables.append([])
+        if tag == "tr":
+            self.tables[-1].append([])
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open and self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words.append(data)
+        if self.open and self.open[-1] in ("td", "th"):
+            self.tables[-1][-1].append(data)
+        if self.open and self.open[-1] in ("h1", "h2"):
+            self.headings.append(data)
+
+
+def facts(rope="default", **more):
+    kind = rope.split()[0]
+    return {
+        "rope": rope,
+        "rope_type": kind,
+        "window": 1024,
+        "original_window": 256,
+        "num_params": 803_000,
+        **more,
+    }
+
+
+def by_position(rope, losses):
+    """A result of LossByPosition whose loss at 0-128, 128-256, ... is given."""
+
+    def bucket(start, end):
+        which = next(i for i, (_, stop) in enumerate(doubling(1024, 128)) if start < stop)
+        return {"start": start, "end": end, "nll": losses[which], "standard_error": 0.02, "tokens": 9}
+
+    buckets = [bucket(*edges) for edges in doubling(1024, 128)]
+    return {
+        "definition": f"how {rope} was measured",
+        "summary": "losses",
+        "table": {f"{b['start']}-{b['end']}": b["nll"] for b in buckets},
+        "model": facts(rope),
+        "unit": "nats per byte",
+        "lengths": [
+            {"length": 1024, "buckets": buckets, "curve": [bucket(*e) for e in doubling(1024, 8, 4)]}
+        ],
+        "evaluation": describe.to_json(LossByPosition()),
+    }
+
+
+def perplexities(rope, values):
+    return {
+        "definition": "sliding",
+        "summary": "ppl",
+        "table": {f"window {w}": v for w, v in values.items()},
+        "model": facts(rope),
+        "unit": "per byte",
+        "windows": [{"window": w, "perplexity": v} for w, v in values.items()],
+        "evaluation": describe.to_json(Perplexity()),
+    }
+
+
+def passkeys(rope, rates):
+    rows = [
+        {"k": 30 * (i + 1), "rate": rate, "wilson_low": max(0, rate - 0.2), "wilson_high": min(1, rate + 0.2)}
+        for i, rate in enumerate(rates)
+    ]
+    common = {
+        "definition": "passkey",
+        "summary": "found",
+        "table": {"k_max (tokens)": 300},
+        "model": facts(rope),
+    }
+    return common | {
+        "k_max": 300,
+        "threshold": 0.2,
+        "distances": rows,
+        "evaluation": describe.to_json(Passkey()),
+    }
+
+
+def write_run(folder, name, evaluations, **more):
+    folder.mkdir()
+    run = {
+        "name": name,
+        "checkpoint": f"runs/{name}",
+        "model": facts(),
+        "evaluations": evaluations,
+        "errors": {},
+    }
+    (folder / "results.json").write_text(json.dumps(run | more))
+    return str(folder)
+
+
+@pytest.fixture
+def runs(tmp_path):
+    losses = {
+        "unscaled": ("default", [1.4, 1.24, 2.0, 3.2]),
+        "PI x4": ("linear x4", [2.9] * 4),
+        "YaRN x4": ("yarn x4", [1.57, 1.55, 1.62, 1.6]),
+        "YaRN x4, tuned": ("yarn x4", [1.43, 1.27, 1.35, 1.3]),
+    }
+    return [
+        write_run(tmp_path / f"run{i}", name, {"loss_by_position": by_position(*made)})
+        for i, (name, made) in enumerate(losses.items())
+    ]
+
+
+def test_the_page_is_well_formed_and_self_contained(runs, tmp_path):
+    path = report.build(results=runs, output=str(tmp_path / "out"), title="A <b>title</b>")
+    text = path.read_text()
+    page = Page(text)
+    assert "script" not in page.tags and "link" not in page.tags and not re.search(r"https?:|url\(", text)
+    assert page.urls and all(url.startswith("data:image/png;base64,") for url in page.urls)
+    for url in page.urls:
+        assert base64.b64decode(url.partition(",")[2]).startswith(b"\x89PNG")
+    assert all(picture["alt"] and int(picture["width"]) > 300 for picture in page.pictures)
+    assert page.headings == ["A <b>title</b>", "Loss by position", "Models", "Origin"]
+    assert "prefers-color-scheme: dark" in text and page.urls[0] != page.urls[1]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["loss_by_position.png", "report.html"]
+
+
+def test_the_table_holds_the_numbers(runs, tmp_path):
+    page = Page(report.build(results=runs, output=str(tmp_path / "out")).read_text())
+    table = page.tables[0]
+    assert table[0] == ["model", "0-128", "128-256", "256-512", "512-1024"]
+    assert table[1] == ["unscaled", "1.400", "1.240", "2.000", "3.200"]
+    assert [row[0] for row in table[1:]] == ["unscaled", "PI x4", "YaRN x4", "YaRN x4, tuned"]
+    assert all(len(row) == len(rows[0]) for rows in page.tables for row in rows)
+    assert page.tables[1][1][:4] == ["unscaled", "803,000", "default", "256"]
+    assert any("how linear x4 was measured" in words for words in page.words)
+
+
+def axes_of(task, results):
+    """What the task draws, on real axes."""
+    drawn = []
+
+    def draw(axes):
+        task.plot(axes, results)
+        drawn.append(axes)
+
+    assert report.picture(draw).startswith(b"\x89PNG")
+    return drawn[0]
+
+
+def test_the_wall_plot(runs):
+    found = report.labelled([report.read_results(run) for run in runs])
+    results = {label: run["evaluations"]["loss_by_position"] for label, run in found.items()}
+    axes = axes_of(LossByPosition(), results)
+    title = axes.get_title(loc="left")
+    assert title == "At positions 512–1024: unscaled 3.20, YaRN x4, tuned 1.30 nats per byte"
+    assert axes.get_ylabel() == "loss (nats per byte)" and "tokens" in axes.get_xlabel()
+    assert axes.get_xscale() == "log"
+    assert [line.get_xdata()[0] for line in axes.lines if len(set(line.get_xdata())) == 1] == [256]
+    assert any("trained window: 256" in note.get_text() for note in axes.texts)
+    # From top to bottom as the lines end, and outside of the data.
+    legend = axes.get_legend()
+    assert [text.get_text() for text in legend.get_texts()] == [
+        "unscaled",
+        "PI x4",
+        "YaRN x4",
+        "YaRN x4, tuned",
+    ]
+    assert legend.get_window_extent().x0 > axes.get_window_extent().x1
+    curves = {line.get_label(): line for line in axes.lines}
+    assert curves["YaRN x4"].get_color() == curves["YaRN x4, tuned"].get_color()
+    assert curves["YaRN x4"].get_linestyle() == "--" and curves["YaRN x4, tuned"].get_linestyle() == "-"
+    assert (
+        max(curves["unscaled"].get_ydata()) == pytest.approx(3.2)
+        and min(curves["unscaled"].get_xdata()) >= 32
+    )
+
+
+def test_perplexity_plots():
+    one = {"a": perplexities("default", {1024: 40.0}), "b": perplexities("yarn x4", {1024: 2.4})}
+    axes = axes_of(Perplexity(), one)
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "b"]
+    assert [text.get_text() for text in axes.texts] == ["40  (window 1024)", "2.4  (window 1024)"]
+    assert "perplexity per byte" in axes.get_xlabel() and axes.get_xscale() == "log"
+    several = {"a": perplexities("default", {256: 3.0, 1024: 40.0}), "b": perplexities("yarn x4", {256: 2.4})}
+    axes = axes_of(Perplexity(), several)
+    assert list(next(line for line in axes.lines if line.get_label() == "a").get_xdata()) == [256, 1024]
+    axes_of(Perplexity(), {"a": perplexities("default", {1024: None})})  # an overflow is null in JSON
+
+
+def test_passkey_plot():
+    axes = axes_of(
+        Passkey(), {"a": passkeys("default", [1, 0.5, 0.1]), "b": passkeys("yarn x4", [1, 1, 0.9])}
+    )
+    names = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert names == ["a (k_max 300)", "b (k_max 300)"]
+    assert list(axes.lines[0].get_ydata()) == [100, 50, 10]
+    assert any(set(line.get_ydata()) == {20} for line in axes.lines)  # the threshold
+
+
+def test_styles_tell_models_apart():
+    def style(**ropes):
+        return figures.styles({label: {"model": facts(rope)} for label, rope in ropes.items()})
+
+    tuned = style(a="default", b="linear x4", c="yarn x4", a2="default", b2="linear x4", c2="yarn x4")
+    assert all(tuned[k]["color"] == tuned[f"{k}2"]["color"] for k in "abc")
+    assert [tuned[k]["linestyle"] for k in ("a", "a2")] == ["--", "-"]
+    assert len({s["color"] for s in tuned.values()}) == 3
+    same = style(a="yarn x4", b="yarn x4", c="yarn x4")
+    assert len({s["color"] for s in same.values()}) == 3 and {s["linestyle"] for s in same.values()} == {"-"}
+    factors = style(a="yarn x4", b="yarn x8", c="default")
+    assert len({s["color"] for s in factors.values()}) == 3
+    assert (
+        figures.styles({"x": {}, "y": {}})["x"]["color"] != figures.styles({"x": {}, "y": {}})["y"]["color"]
+    )
+
+
+def brightness(color):
+    channels = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return sum(weight * c for weight, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_colours_have_contrast(dark):
+    """WCAG asks for 3 : 1 between a graphic and its background."""
+    page = figures.theme(dark=dark)["axes.facecolor"]
+    for color in figures.DARK if dark else figures.LIGHT:
+        low, high = sorted((brightness(color), brightness(page)))
+        assert (high + 0.05) / (low + 0.05) >= 3, color
+
+
+# ------------------------------------------------------------------------------------------------ training curves
+
+
+def test_training_curves_of_workdirs(runs, tmp_path):
+    work = tmp_path / "pretrain"
+    work.mkdir()
+    lines = [{"step": s, "loss": 5 / s, "tokens_per_second": 900.0} for s in (1, 2, 4, 8)]
+    text = "\n".join(
+        json.dumps(line) for line in [*lines, {"step": 4, "loss": 1.0}, {"step": 8, "eval_loss": 0.7}]
+    )
+    (work / "metrics.jsonl").write_text(text + '\n{"step": 9, "lo')  # cut short by a kill
+    ladder = tmp_path / "ladder"
+    for stage in ("stage_0", "stage_1"):
+        (ladder / stage).mkdir(parents=True)
+        (ladder / stage / "metrics.jsonl").write_text(
+            '{"step": 1, "loss": "NaN"}\n{"step": 2, "loss": 2.5}\n'
+        )
+    curves = report.read_curves(str(work)) | report.read_curves(str(ladder))
+    assert list(curves) == ["pretrain", "ladder/stage_0", "ladder/stage_1"]
+    assert [(line["step"], line["loss"]) for line in curves["pretrain"]] == [
+        (1, 5),
+        (2, 2.5),
+        (4, 1),
+        (8, 0.625),
+    ]
+    page = Page(
+        report.build(results=runs, output=str(tmp_path / "out"), workdir=[str(work), str(ladder)]).read_text()
+    )
+    assert page.headings[2] == "Training" and (tmp_path / "out" / "training_loss.png").is_file()
+    assert page.tables[1][1] == ["pretrain", "8", "0.625", "0.700", "900.000"]
+    with pytest.raises(UserError, match="no metrics.jsonl .*--workdir"):
+        report.read_curves(str(tmp_path / "out"))
+
+
+# ------------------------------------------------------------------------------------------------ odd inputs
+
+
+def test_names_are_text_and_may_come_twice(tmp_path):
+    nasty = '<script>alert("1")</script>'
+    made = by_position("default", [1.0, 1, 1, 1])
+    folders = [write_run(tmp_path / n, nasty, {"loss_by_position": made}) for n in ("a", "b")]
+    page = Page(report.build(results=folders, output=str(tmp_path / "out")).read_text())
+    assert "script" not in page.tags
+    assert [row[0] for row in page.tables[0][1:]] == [nasty, f"{nasty} (2)"]
+
+
+def test_results_that_differ_in_what_they_hold(tmp_path):
+    """Other buckets, another task, a task that failed, one whose class is gone: the rest is shown all the same."""
+    short = by_position("default", [1.0, 2.0, 3.0, 4.0])
+    short["table"] = {"0-100": 1.0}
+    gone = {"definition": "?", "summary": "?", "table": {"score": 0.5}, "model": facts(), "evaluation": None}
+    other = gone | {"evaluation": {"class": "somebody.elses:Task"}}
+    folders = [
+        write_run(tmp_path / "a", "a", {"loss_by_position": by_position("yarn x4", [1.0] * 4), "mine": gone}),
+        write_run(
+            tmp_path / "b",
+            "b",
+            {"loss_by_position": short, "theirs": other},
+            errors={"passkey": "<too short>"},
+        ),
+    ]
+    page = Page(report.build(results=folders, output=str(tmp_path / "out")).read_text())
+    assert page.headings == ["Evaluation", "Failed", "Loss by position", "Mine", "Theirs", "Models", "Origin"]
+    assert page.tables[0][0] == ["model", "0-128", "128-256", "256-512", "512-1024", "0-100"]
+    assert page.tables[0][2] == ["b", *["–"] * 4, "1.000"]
+    assert len(page.pictures) == 1 and any("No plot" in words for words in page.words)
+    assert any("<too short>" in words for words in page.words)
+
+
+def test_bad_input_is_one_line(runs, tmp_path):
+    with pytest.raises(UserError, match="no results.json at .*lcx.evaluate"):
+        report.build(results=[str(tmp_path)], output=str(tmp_path / "out"))
+    (tmp_path / "results.json").write_text('{"name": "cut sho')
+    with pytest.raises(UserError, match="no readable result"):
+        report.build(results=[str(tmp_path)], output=str(tmp_path / "out"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write the report .*--output"):
+        report.build(results=runs, output=str(tmp_path / "file" / "out"))
+
+
+def test_command_line(runs, tmp_path, capsys):
+    arguments = [
+        "--results",
+        *runs[:2],
+        f"--results={runs[2]}",
+        f"--output={tmp_path / 'out'}",
+        "--title=Mine",
+    ]
+    assert report.main(arguments) == 0
+    page = Page((tmp_path / "out" / "report.html").read_text())
+    assert page.headings[0] == "Mine" and len(page.tables[0]) == 4
+    assert report.main(["--results", str(tmp_path / "nowhere"), f"--output={tmp_path / 'out'}"]) == 2
+    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("error: no results.json")
+
+
+def test_pictures_leave_matplotlib_as_it_was():
+    import matplotlib
+
+    before = dict(matplotlib.rcParams)
+    report.picture(lambda axes: axes.plot([1, 2]), dark=True)
+    assert dict(matplotlib.rcParams) == before
+
+
+def test_every_evaluation_can_be_found_again():
+    """The report draws with the class that results.json names."""
+    for task in (LossByPosition(lengths=(8,)), Perplexity(windows=(64, 128)), Passkey(trials=3)):
+        assert describe.from_json(json.loads(json.dumps(describe.to_json(task)))) == task
+        assert dataclasses.is_dataclass(task) and task.__dataclass_params__.frozen
