@@ -1,0 +1,129 @@
+"""One table, a row per mixer; one battery that every row must pass. A new mixer adds its row, nothing else."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lcx.mixers.attention import Attention
+from lcx.rope import Rope
+
+D = 32
+YARN = Rope(rope_type="yarn", factor=4.0, original_max_position_embeddings=64)
+
+MIXERS = {
+    "attention": Attention(num_heads=4, num_kv_heads=2, head_dim=8),
+    "attention_one_kv_head": Attention(num_heads=4, num_kv_heads=1, head_dim=16, rope=YARN),
+    "attention_window": Attention(num_heads=4, num_kv_heads=4, head_dim=8, window=17),
+    "attention_bias_qk_norm": Attention(4, 2, 8, qkv_bias=True, o_bias=True, qk_norm=True),
+    "attention_partial_rotary": Attention(4, 2, 8, rope=Rope(partial_rotary_factor=0.5)),
+}
+LENGTHS = (1, 63, 100, 257)
+
+
+@pytest.fixture(params=MIXERS, scope="module")
+def mixer(request):
+    return MIXERS[request.param]
+
+
+@pytest.fixture(scope="module")
+def params(mixer):
+    x = jnp.zeros((1, 2, D))
+    variables = nn.meta.unbox(jax.jit(mixer.init)(jax.random.key(0), x))
+    leaves, tree = jax.tree.flatten(variables["params"])
+    keys = jax.random.split(jax.random.key(1), len(leaves))  # biases and norms away from 0 and 1
+    noisy = [x + 0.1 * jax.random.normal(key, x.shape) for x, key in zip(leaves, keys, strict=True)]
+    return jax.tree.unflatten(tree, noisy)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def run(mixer, params, x, positions=None, segment_ids=None, cache=None):
+    return mixer.apply({"params": params}, x, positions=positions, segment_ids=segment_ids, cache=cache)
+
+
+def inputs(T, B=2, seed=2):
+    return jax.random.normal(jax.random.key(seed), (B, T, D))
+
+
+@pytest.mark.parametrize("T", LENGTHS)
+def test_causal(mixer, params, T):
+    x, at = inputs(T), T // 2
+    y, _ = run(mixer, params, x)
+    changed, _ = run(mixer, params, x.at[:, at].add(1.0))
+    np.testing.assert_allclose(y[:, :at], changed[:, :at], atol=1e-6)
+    assert float(jnp.abs(y[:, at] - changed[:, at]).max()) > 1e-3  # the change does arrive
+
+
+@pytest.mark.parametrize("T", LENGTHS)
+def test_segments_are_independent(mixer, params, T):
+    """A packed row gives what its documents give alone; padding changes nothing."""
+    lengths = [n for n in (T // 3, T - T // 3 - T // 5, T // 5) if n]
+    segments = np.repeat(np.arange(1, len(lengths) + 1), lengths)[None]
+    positions = np.concatenate([np.arange(n) for n in lengths])[None]
+    pad = ((0, 0), (0, 3))
+    x = jnp.pad(inputs(T, B=1), (*pad, (0, 0)), constant_values=7.0)
+    packed, _ = run(
+        mixer, params, x, jnp.array(np.pad(positions, pad), jnp.int32), jnp.array(np.pad(segments, pad), jnp.int32)
+    )
+    assert bool(jnp.isfinite(packed).all())
+    start = 0
+    for n in lengths:
+        alone, _ = run(mixer, params, x[:, start : start + n])
+        np.testing.assert_allclose(packed[:, start : start + n], alone, atol=2e-6)
+        start += n
+
+
+@pytest.mark.parametrize("T", LENGTHS)
+def test_decode_equals_prefill(mixer, params, T):
+    x, start = inputs(T), max(T - 5, 0)
+    whole, _ = run(mixer, params, x)
+    cache = mixer.init_cache(2, T, jnp.float32)
+    ys = []
+    if start:
+        y, cache = run(mixer, params, x[:, :start], cache=cache)
+        ys.append(y)
+    for t in range(start, T):
+        y, cache = run(mixer, params, x[:, t : t + 1], cache=cache)
+        ys.append(y)
+    np.testing.assert_allclose(jnp.concatenate(ys, 1), whole, atol=2e-6)
+
+
+@pytest.mark.parametrize("T", LENGTHS[1:])
+def test_prefill_in_two_pieces_equals_one(mixer, params, T):
+    x, cut = inputs(T), T // 3
+    one, _ = run(mixer, params, x, cache=mixer.init_cache(2, T, jnp.float32))
+    first, cache = run(mixer, params, x[:, :cut], cache=mixer.init_cache(2, T, jnp.float32))
+    second, _ = run(mixer, params, x[:, cut:], cache=cache)
+    np.testing.assert_allclose(jnp.concatenate([first, second], 1), one, atol=2e-6)
+
+
+def test_left_padded_prompts_decode_like_each_row_alone(mixer, params):
+    """Rows of 9 and 5 tokens in one batch, padded on the left with segment 0."""
+    x = inputs(9)
+    segments = jnp.array([[1] * 9, [0] * 4 + [1] * 5], jnp.int32)
+    positions = jnp.array([list(range(9)), [0] * 4 + list(range(5))], jnp.int32)
+    y, _ = run(mixer, params, x, positions, segments, mixer.init_cache(2, 9, jnp.float32))
+    alone, _ = run(mixer, params, x[1:, 4:])
+    np.testing.assert_allclose(y[1:, 4:], alone, atol=2e-6)
+
+
+def test_bfloat16_is_near_float32(mixer, params):
+    x = inputs(100)
+    y, _ = run(mixer, params, x)
+    low, _ = run(mixer, params, x.astype(jnp.bfloat16))
+    assert low.dtype == jnp.bfloat16
+    assert float(jnp.linalg.norm(low.astype(jnp.float32) - y) / jnp.linalg.norm(y)) < 1e-2
+
+
+@pytest.mark.parametrize("T", LENGTHS)
+def test_gradients_are_finite_and_reach_every_parameter(mixer, params, T):
+    x = inputs(T)
+    grads = jax.jit(jax.grad(lambda p: jnp.sum(jnp.sin(run(mixer, p, x)[0]))))(params)
+    for path, g in jax.tree_util.tree_leaves_with_path(grads):
+        assert bool(jnp.isfinite(g).all()), path
+        # A single token attends to itself alone: nothing that shapes the scores has a gradient then.
+        scores_only = any(name in str(path) for name in ("q_proj", "k_proj", "q_norm", "k_norm"))
+        assert T == 1 and scores_only or float(jnp.abs(g).max()) > 0, path

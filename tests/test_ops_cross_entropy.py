@@ -1,0 +1,72 @@
+"""The loss that never holds the logits, against torch."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lcx.errors import UserError
+from lcx.ops import cross_entropy as module
+from lcx.ops.cross_entropy import cross_entropy, token_nll
+
+torch = pytest.importorskip("torch", reason="the torch extra is not installed")
+
+
+def arrays(B, T, D, V):
+    rng = np.random.default_rng(T)
+    x, head = rng.normal(size=(B, T, D)), rng.normal(size=(V, D))
+    labels, weights = rng.integers(0, V, (B, T)), rng.integers(0, 3, (B, T)) / 2
+    return x.astype("f"), head.astype("f"), labels.astype(np.int32), weights.astype("f")
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 8, 5), (2, 63, 16, 97), (3, 100, 32, 1000), (2, 257, 8, 258)], ids=str)
+@pytest.mark.parametrize("chunk", [1 << 10, 1 << 23])
+@pytest.mark.parametrize("implementation", ["reference", "chunked", None])
+def test_values_and_gradients_equal_torch(shape, chunk, implementation, monkeypatch):
+    monkeypatch.setattr(module, "CHUNK_LOGITS", chunk)
+    x, head, labels, weights = arrays(*shape)
+    tx, th = (torch.tensor(a, dtype=torch.float64, requires_grad=True) for a in (x, head))
+    nll = torch.nn.functional.cross_entropy(
+        (tx @ th.T).flatten(0, 1), torch.tensor(labels).long().flatten(), reduction="none"
+    )
+    expected = (nll * torch.tensor(weights).flatten()).sum()
+    (3 * expected).backward()
+
+    def f(x, head):
+        return 3 * cross_entropy(x, head, labels, weights, implementation=implementation)
+
+    loss, (dx, dhead) = jax.value_and_grad(f, argnums=(0, 1))(jnp.array(x), jnp.array(head))
+    np.testing.assert_allclose(loss, 3 * expected.item(), rtol=1e-6)
+    np.testing.assert_allclose(dx, tx.grad, atol=2e-5)
+    np.testing.assert_allclose(dhead, th.grad, atol=1e-4, rtol=1e-5)
+    np.testing.assert_allclose(
+        token_nll(jnp.array(x), jnp.array(head), labels).flatten(), nll.detach(), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_logits_of_the_batch_are_never_held():
+    B, T, D, V = 1, 4096, 64, 32768
+    x, head = jax.ShapeDtypeStruct((B, T, D), jnp.float32), jax.ShapeDtypeStruct((V, D), jnp.float32)
+    labels, weights = (jax.ShapeDtypeStruct((B, T), d) for d in (jnp.int32, jnp.float32))
+
+    def temporaries(implementation):
+        f = jax.grad(
+            lambda x, head, *rest: cross_entropy(x, head, *rest, implementation=implementation), argnums=(0, 1)
+        )
+        return jax.jit(f).lower(x, head, labels, weights).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporaries("chunked") < B * T * V * 4 / 4
+    assert temporaries("reference") > B * T * V * 4
+
+
+def test_extreme_logits_stay_finite():
+    x = jnp.full((1, 3, 4), 100.0)
+    head = jnp.array([[100.0] * 4, [-100.0] * 4])
+    nll = token_nll(x, head, jnp.array([[0, 1, 0]], jnp.int32))
+    np.testing.assert_allclose(nll, [[0.0, 80000.0, 0.0]])
+
+
+def test_unknown_implementation():
+    x, head, labels, weights = arrays(1, 2, 4, 3)
+    with pytest.raises(UserError, match="expected 'reference' or 'chunked'"):
+        cross_entropy(x, head, labels, weights, implementation="fused")
