@@ -1,139 +1,187 @@
-"""LoRA: low-rank pairs beside frozen kernels, as a variable collection of their own (Hu et al. 2021, arXiv 2106.09685).
+"""LoRA: a pair of low-rank matrices beside a frozen projection (Hu et al. 2021, arXiv 2106.09685).
 
-A projection y = x W becomes y = x W + scale (x a) b. Its pair lives in the collection `lora` under the projection's
-path, {"a": [layers, in..., R], "b": [layers, R, out...], "scale": [layers]}; `layers.Linear` adds it where it is there.
-The weights stay as they are in the loss (cheaper than merging: 20 against 26 GFLOP and half the memory for a small
-model); `merge` adds the pairs to them for export.
+y = x W + (alpha / rank) (x a) b. The pairs are a variable collection of their own, at the paths of the projections
+they belong to, and `layers.Linear` adds them wherever it finds one; only they train. Nothing is merged while training:
+that would cost a kernel-sized product and its gradient every step. `merge` does it once, for export.
+
+    model.apply({"params": params, "lora": lora}, tokens)
+    stages_0/block_0/mixer/q_proj:  a [L, in..., R]   b [L, R, out...]   scale [L]      (L layers of the stage)
+
+The pairs start as those of PEFT: a uniform, b zero. `convert/peft.py` reads and writes its files.
 """
 
 import dataclasses
 import math
 import re
+import zlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array, Float
 
+from lcx import sharding
 from lcx.errors import UserError
 from lcx.layers import Linear
-from lcx.model import Decoder, abstract_params
+from lcx.model import Decoder
 
-Path = tuple[str, ...]
+LEAVES = ("a", "b", "scale")
 
 
 @dataclasses.dataclass(frozen=True)
 class LoRA:
-    """Which projections get a pair, and how large.
+    """Which projections get a pair, and of what rank.
 
     Attributes:
-      rank: R.
-      alpha: scale = alpha / rank.
-      targets: a regular expression over projection paths, such as "stages_0/block_0/mixer/q_proj".
+      alpha: the update is scaled by alpha / rank, so that a change of rank keeps the size of a step.
+      targets: a regular expression, found anywhere in a path such as "stages_0/block_0/mixer/q_proj". For all
+        projections: "_proj".
     """
 
     rank: int = 8
     alpha: float = 16.0
-    targets: str = r"mixer/(q|k|v|o)_proj$"
+    targets: str = r"(q|k|v|o)_proj"
 
     def __post_init__(self):
-        if self.rank < 1 or self.alpha <= 0:
-            raise UserError(f"LoRA.rank {self.rank} and alpha {self.alpha} must be positive")
+        if not isinstance(self.rank, int) or self.rank < 1:
+            raise UserError(f"LoRA.rank is {self.rank!r}, expected an integer >= 1: change LoRA.rank")
+        if not 0 < self.alpha < math.inf:
+            raise UserError(f"LoRA.alpha is {self.alpha!r}, expected a positive number: change LoRA.alpha")
         try:
             re.compile(self.targets)
-        except re.error as e:
-            raise UserError(f"LoRA.targets {self.targets!r} is not a regular expression: {e}") from None
+        except (re.error, TypeError) as error:
+            found = f"LoRA.targets {self.targets!r} is not a regular expression ({error})"
+            raise UserError(f"{found}: change LoRA.targets") from None
 
-    def abstract(self, model: Decoder, *, mesh: Mesh | None = None) -> Any:
-        """ShapeDtypeStructs of the pairs, float32, cut over the mesh like the kernels beside them.
+    def abstract(self, model: Decoder, *, mesh: Mesh | None = None) -> dict[str, Any]:
+        """Tree of float32 ShapeDtypeStruct, given a mesh with shardings that follow those of the kernels.
 
         Raises:
-          UserError: no projection matches the targets.
+          UserError: targets matches no projection of the model.
         """
-        params = abstract_params(model, mesh=mesh)
-        found = projections(model)
-        matching = [path for path in found if re.search(self.targets, "/".join(path))]
-        if not matching:
-            names = ", ".join(sorted({path[-1] for path in found}))
-            raise UserError(f"LoRA.targets {self.targets!r} matches no projection; there are {names}")
-        pairs: dict[str, Any] = {}
-        for path in matching:
-            kernel = _get(params, (*path, "kernel"))
-            _set(pairs, path, _pair(kernel, found[path], self.rank, mesh))
-        return pairs
+        tree: dict[str, Any] = {}
+        for path, linear, L in self._targets(model):
+            in_names, out_names = linear.names[: len(linear.in_shape)], linear.names[len(linear.in_shape) :]
+            pair = {
+                "a": _struct((L, *linear.in_shape, self.rank), ("layers", *in_names, None), mesh),
+                "b": _struct((L, self.rank, *linear.out_shape), ("layers", None, *out_names), mesh),
+                "scale": _struct((L,), ("layers",), mesh),
+            }
+            _put(tree, path, pair)
+        return tree
 
-    def init(self, key: Array, model: Decoder, *, mesh: Mesh | None = None) -> Any:
-        """a uniform in +-1/sqrt(fan-in), as PEFT's default; b zero, so that the model starts as it was."""
+    def init(self, key: Array, model: Decoder, *, mesh: Mesh | None = None) -> dict[str, Any]:
+        """The `lora` collection at the start of training; with b zero, it changes nothing yet.
+
+        a is uniform in +- 1/sqrt(inputs), as PEFT draws it; a projection's draw depends on the key and its path alone.
+
+        Raises:
+          UserError: targets matches no projection of the model.
+        """
         abstract = self.abstract(model, mesh=mesh)
-        leaves, tree = jax.tree_util.tree_flatten_with_path(abstract)
-        shardings = None if mesh is None else jax.tree.map(lambda x: x.sharding, abstract)
 
-        def values(key):
-            keys = jax.random.split(key, len(leaves))
-            return jax.tree.unflatten(tree, [self._value(*leaf, k) for leaf, k in zip(leaves, keys, strict=True)])
+        def draw(key):
+            return jax.tree_util.tree_map_with_path(lambda path, leaf: self._leaf(key, path, leaf), abstract)
 
-        return jax.jit(values, out_shardings=shardings)(key)
+        if mesh is None:
+            return jax.jit(draw)(key)
+        with jax.set_mesh(mesh):
+            return jax.jit(draw, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract))(key)
 
-    def _value(self, path, leaf: jax.ShapeDtypeStruct, key: Array) -> Array:
+    def _leaf(self, key: Array, path: Any, leaf: jax.ShapeDtypeStruct) -> Array:
         name = path[-1].key
-        if name == "a":
-            bound = 1 / math.sqrt(math.prod(leaf.shape[1:-1]))
-            return jax.random.uniform(key, leaf.shape, leaf.dtype, -bound, bound)
-        return jnp.full(leaf.shape, self.alpha / self.rank if name == "scale" else 0.0, leaf.dtype)
+        if name == "scale":
+            return jnp.full(leaf.shape, self.alpha / self.rank, leaf.dtype)
+        if name == "b":
+            return jnp.zeros(leaf.shape, leaf.dtype)
+        bound = 1 / math.sqrt(math.prod(leaf.shape[1:-1]))
+        key = jax.random.fold_in(key, zlib.crc32(jax.tree_util.keystr(path).encode()))
+        return jax.random.uniform(key, leaf.shape, leaf.dtype, -bound, bound)
+
+    def _targets(self, model: Decoder) -> list[tuple[str, Linear, int]]:
+        linears = list(all_linears(model))
+        found = [entry for entry in linears if re.search(self.targets, entry[0])]
+        if not found:
+            names = ", ".join(dict.fromkeys(path.rpartition("/")[2] for path, _, _ in linears))
+            raise UserError(
+                f"LoRA.targets {self.targets!r} matches no projection of the model, which has {names} in paths such as "
+                f"{linears[0][0]}: change LoRA.targets"
+            )
+        return found
 
 
-def projections(model: Decoder) -> dict[Path, int]:
-    """Path of every Linear of the stages -> how many of its kernel's axes are inputs."""
-    found: dict[Path, int] = {}
+def all_linears(model: Decoder) -> Iterator[tuple[str, Linear, int]]:
+    """(path, module, layers stacked in its kernel) of every linear projection, in the order in which they run."""
+    found: dict[str, Linear] = {}
 
-    def note(next_fun, args, kwargs, context):
+    def record(call, args, kwargs, context):
         if isinstance(context.module, Linear) and context.method_name == "__call__":
-            found[context.module.path] = len(context.module.in_shape)
-        return next_fun(*args, **kwargs)
+            found["/".join(context.module.path)] = context.module
+        return call(*args, **kwargs)
 
-    with nn.intercept_methods(note):
-        jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 2), jnp.int32))
-    return found
-
-
-def _pair(kernel: jax.ShapeDtypeStruct, num_in: int, rank: int, mesh: Mesh | None) -> dict[str, Any]:
-    cut = 1 + num_in  # the layers come first
-    names = (None,) * len(kernel.shape) if mesh is None else tuple(kernel.sharding.spec)
-    names += (None,) * (len(kernel.shape) - len(names))
-    shapes = {
-        "a": ((*kernel.shape[:cut], rank), (*names[:cut], None)),
-        "b": ((kernel.shape[0], rank, *kernel.shape[cut:]), (names[0], None, *names[cut:])),
-        "scale": (kernel.shape[:1], names[:1]),
-    }
-
-    def struct(shape, spec):
-        sharding = None if mesh is None else NamedSharding(mesh, PartitionSpec(*spec))
-        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
-
-    return {name: struct(*entry) for name, entry in shapes.items()}
+    with nn.intercept_methods(record):
+        variables = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32)))
+    params = nn.meta.unbox(variables["params"])
+    for path, linear in found.items():
+        yield path, linear, _at(params, path)["kernel"].shape[0]
 
 
-@jax.jit
-def merge(params: Any, lora: Any) -> Any:
-    """The parameters with scale a b added to every kernel that has a pair; summed in float32."""
-    if "a" in lora:
-        update = jax.vmap(lambda a, b, scale: scale * jnp.tensordot(a, b, 1))(
-            *(lora[name].astype(jnp.float32) for name in ("a", "b", "scale"))
-        )
-        kernel = params["kernel"]
-        return {**params, "kernel": (kernel.astype(jnp.float32) + update).astype(kernel.dtype)}
-    return {key: merge(value, lora[key]) if key in lora else value for key, value in params.items()}
+def merge(params: Mapping[str, Any], lora: Mapping[str, Any]) -> dict[str, Any]:
+    """params with scale * a @ b added to every kernel that has a pair: the same function without the collection.
+
+    Computed in float32, then stored in the kernel's dtype. Differentiable in both.
+
+    Raises:
+      UserError: a pair for something that is not a projection of params.
+    """
+    return _merged(params, lora, ())
 
 
-def _get(tree: Any, path: Path) -> Any:
-    for name in path:
+def _merged(params: Any, lora: Mapping[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
+    if set(lora) == set(LEAVES) and "kernel" in params:
+        pair = lora["a"], lora["b"], lora["scale"]
+        return {**params, "kernel": _merged_kernel("/".join(path), params["kernel"], *pair)}
+    unknown = [name for name in lora if not isinstance(params, Mapping) or not isinstance(params.get(name), Mapping)]
+    if unknown:
+        found = f"the lora collection has {'/'.join((*path, unknown[0]))}"
+        raise UserError(f"{found}, which is no projection of these params: merge it with its own model")
+    return {name: _merged(x, lora[name], (*path, name)) if name in lora else x for name, x in params.items()}
+
+
+def _merged_kernel(
+    path: str,
+    kernel: Float[Array, "L ..."],
+    a: Float[Array, "L ..."],
+    b: Float[Array, "L ..."],
+    scale: Float[Array, " L"],
+) -> Float[Array, "L ..."]:
+    if kernel.shape != (*a.shape[:-1], *b.shape[2:]) or a.shape[-1] != b.shape[1]:
+        found = f"the lora pair at {path} has a {a.shape} and b {b.shape}"
+        raise UserError(f"{found}, which do not fit the kernel {kernel.shape}: merge it with its own model")
+
+    def one(layer):
+        kernel32, a, b, scale = (x.astype(jnp.float32) for x in layer)
+        return (kernel32 + scale * jnp.tensordot(a, b, 1, precision="highest")).astype(kernel.dtype)
+
+    return jax.lax.map(one, (kernel, a, b, scale))  # a layer at a time: the update is as large as the kernel
+
+
+def _struct(shape: tuple[int, ...], names: tuple[str | None, ...], mesh: Mesh | None) -> jax.ShapeDtypeStruct:
+    placed = None if mesh is None else NamedSharding(mesh, sharding.spec(names, shape, mesh))
+    return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=placed)
+
+
+def _put(tree: dict[str, Any], path: str, value: Any) -> None:
+    *parents, last = path.split("/")
+    for parent in parents:
+        tree = tree.setdefault(parent, {})
+    tree[last] = value
+
+
+def _at(tree: Mapping[str, Any], path: str) -> Any:
+    for name in path.split("/"):
         tree = tree[name]
     return tree
-
-
-def _set(tree: dict, path: Path, value: Any) -> None:
-    for name in path[:-1]:
-        tree = tree.setdefault(name, {})
-    tree[path[-1]] = value
