@@ -61,13 +61,13 @@ def build(
     runs = labelled([read_results(path) for path in results])
     curves = {}
     for path in workdir:
-        curves |= read_curves(path)
+        curves |= _named_as_models(read_curves(path), path, runs)
     folder = pathlib.Path(output).expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         sections = [_evaluation_section(name, runs, folder) for name in _names(runs)]
         if curves:
-            sections.append(_training_section(curves, folder))
+            sections.append(_training_section(curves, runs, folder))
         text = _page(title, [*_error_notes(runs), *sections, _models_section(runs), _origin_section(runs)])
         _write(folder / PAGE, text.encode())
     except OSError as error:
@@ -173,16 +173,33 @@ def _evaluation_of(name: str, results: Mapping[str, Mapping[str, Any]]) -> Any:
     return describe.from_json(described)
 
 
-def _training_section(curves: Mapping[str, list[dict[str, float]]], folder: pathlib.Path) -> str:
+def _named_as_models(
+    curves: dict[str, list[dict[str, float]]], workdir: str, runs: Mapping[str, Mapping[str, Any]]
+) -> dict[str, list[dict[str, float]]]:
+    """A run whose checkpoint was evaluated has the name of that model."""
+    folder = pathlib.Path(workdir).expanduser().resolve()
+    for label, run in runs.items():
+        place = pathlib.Path(str(run.get("checkpoint")))
+        if len(curves) == 1 and (place == folder or folder in place.parents):
+            return {label: next(iter(curves.values()))}
+    return curves
+
+
+def _training_section(
+    curves: Mapping[str, list[dict[str, float]]], runs: Mapping[str, Mapping[str, Any]], folder: pathlib.Path
+) -> str:
     def draw(axes: Any) -> None:
         from lcx.evals import figures
 
+        known = figures.styles(runs)
         for number, (label, lines) in enumerate(curves.items()):
+            color = known[label]["color"] if label in known else f"C{(6 - number) % 7}"
             for key, style in (("loss", {"label": label}), ("eval_loss", {"marker": "o", "ls": "", "ms": 5})):
                 points = [
                     (line["step"], line[key]) for line in lines if math.isfinite(line.get(key, math.nan))
                 ]
-                axes.plot(*zip(*points, strict=True), color=f"C{number % 7}", **style) if points else None
+                if points:
+                    axes.plot(*zip(*points, strict=True), color=color, **style)
         figures.log_axis(axes, "x")
         axes.set(xlabel="step", ylabel="loss (nats per token)", title="Training loss (dots: held-out data)")
         figures.legend(axes, list(curves))

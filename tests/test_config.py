@@ -234,7 +234,7 @@ MISTAKES = [
      "abc is not a value; write 'abc' for text, %abc for a macro, @module.abc to refer (a.gin:3)"),
     ("toy_job.Job.verbose = true", "true is not a value; write True (a.gin:3)"),
     ("toy_job.Job.steps = 2*3",
-     "one value was expected and nothing after it; gin has no arithmetic, write the result (a.gin:3)"),
+     "one value or import a line was expected and nothing after it; gin has no arithmetic, write the result (a.gin:3)"),
     ("toy_job.Job.steps = 2\ntoy_job.Job.sizes = [1,\n  2\nX = 3\n", "(a.gin:"),
     ("\ntoy_job.Job.sizes = (1, 2\n", "a bracket or a quote is opened and never closed (a.gin:4)"),
     ("import toy_jop", "no module named 'toy_jop'; did you mean toy_job? (a.gin:3)"),

@@ -14,6 +14,7 @@ import safetensors.numpy
 import torch
 
 from lcx.convert import safetensors as own
+from lcx.convert import torch_bin
 from lcx.convert.tensor_io import TensorInfo
 from lcx.convert.torch_bin import TorchFile
 from lcx.errors import UserError
@@ -166,7 +167,11 @@ def states() -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("wrapped", [True, False])
-def test_torch_file_equals_torch_load(tmp_path, zipped, wrapped):
+@pytest.mark.parametrize("with_places", [True, False])
+def test_torch_file_equals_torch_load(tmp_path, zipped, wrapped, with_places, monkeypatch):
+    """Without places (older versions of torch do not give them) the file is read whole."""
+    if not with_places:
+        monkeypatch.setattr(torch_bin, "_has_place", lambda tensor: False)
     state = states()
     torch.save(
         {"state_dict": state} if wrapped else state, tmp_path / "x.bin", _use_new_zipfile_serialization=zipped

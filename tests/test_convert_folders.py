@@ -226,9 +226,9 @@ def test_destination_is_kept_unless_told(tmp_path):
     (tmp_path / "b" / "x").write_text("old")
     with pytest.raises(UserError, match="pass --overwrite"), replacing(tmp_path / "b"):
         pass
-    with pytest.raises(UserError, match="not a checkpoint folder"):
-        with replacing(tmp_path / "b", overwrite=True, replaceable=lambda path: False):
-            pass
+    refused = replacing(tmp_path / "b", overwrite=True, replaceable=lambda path: False)
+    with pytest.raises(UserError, match="not a checkpoint folder"), refused:
+        pass
     assert listing(tmp_path) == {"b/x": "old"}
     with replacing(tmp_path / "b", overwrite=True) as folder:
         (folder / "y").write_text("new")
@@ -268,9 +268,9 @@ def test_kill_between_the_renames_is_recovered(tmp_path):
 
 
 def test_destination_without_space_is_refused_before_anything_is_written(tmp_path):
-    with pytest.raises(UserError, match="needs 1,000,000,000,000,000,000 bytes"):
-        with replacing(tmp_path / "b", needed_bytes=10**18):
-            raise AssertionError("the block ran")
+    refused = replacing(tmp_path / "b", needed_bytes=10**18)
+    with pytest.raises(UserError, match="needs 1,000,000,000,000,000,000 bytes"), refused:
+        raise AssertionError("the block ran")
     assert not list(tmp_path.iterdir())
 
 

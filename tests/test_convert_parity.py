@@ -73,6 +73,10 @@ CASES = {
     "llama linear": lambda: make(
         transformers.LlamaConfig, rope_parameters=dict(rope_type="linear", factor=4.0, rope_theta=1e4)
     ),
+    "llama proportional": lambda: make(
+        transformers.LlamaConfig,
+        rope_parameters=dict(rope_type="proportional", partial_rotary_factor=0.5, rope_theta=1e4),
+    ),
     "llama dynamic": lambda: make(
         transformers.LlamaConfig,
         max_position_embeddings=32,

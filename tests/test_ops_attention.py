@@ -77,6 +77,7 @@ def test_values_and_gradients_equal_the_definition(case, implementation):
     B, T, N, K, H, window, segments = case
     q, k, v, w, ids = arrays(B, T, N, K, H, segments)
     expected = numpy_attention(q, k, v, w, ids, window)
+    ids = None if ids is None else jnp.array(ids)
 
     def f(q, k, v):
         return attention(
@@ -100,6 +101,7 @@ def test_equals_torch():
 def test_bfloat16_stays_near_float64():
     q, k, v, w, ids = arrays(1, 257, 4, 2, 32, True)
     y, *_ = numpy_attention(q, k, v, w, ids, None)
+    ids = jnp.array(ids)
     low = (jnp.array(x, jnp.bfloat16) for x in (q, k, v))
     got = attention(*low, q_segment_ids=ids, kv_segment_ids=ids).astype(jnp.float32)
     assert np.linalg.norm(got - y) / np.linalg.norm(y) < 1e-2

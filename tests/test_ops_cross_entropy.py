@@ -35,6 +35,7 @@ def test_values_and_gradients_equal_torch(shape, chunk, implementation, monkeypa
     def f(x, head):
         return 3 * cross_entropy(x, head, labels, weights, implementation=implementation)
 
+    labels, weights = jnp.array(labels), jnp.array(weights)
     loss, (dx, dhead) = jax.value_and_grad(f, argnums=(0, 1))(jnp.array(x), jnp.array(head))
     np.testing.assert_allclose(loss, 3 * expected.item(), rtol=1e-6)
     np.testing.assert_allclose(dx, tx.grad, atol=2e-5)
@@ -67,6 +68,6 @@ def test_extreme_logits_stay_finite():
 
 
 def test_unknown_implementation():
-    x, head, labels, weights = arrays(1, 2, 4, 3)
+    x, head, labels, weights = map(jnp.array, arrays(1, 2, 4, 3))
     with pytest.raises(UserError, match="expected 'reference' or 'chunked'"):
         cross_entropy(x, head, labels, weights, implementation="fused")

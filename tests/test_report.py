@@ -300,6 +300,26 @@ def test_training_curves_of_workdirs(runs, tmp_path):
 # ------------------------------------------------------------------------------------------------ odd inputs
 
 
+def test_a_training_run_has_the_name_and_colour_of_its_model(runs, tmp_path, monkeypatch):
+    work = tmp_path / "work"
+    work.mkdir()
+    (work / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n')
+    made = {"loss_by_position": by_position("linear x4", [1.0] * 4)}
+    tuned = write_run(tmp_path / "t", "tuned", made, checkpoint=str(work), model=facts("linear x4"))
+    drawn = []
+    plain = report.picture
+    monkeypatch.setattr(
+        report, "picture", lambda draw, dark: plain(lambda a: (draw(a), drawn.append(a)), dark=dark)
+    )
+    page = Page(
+        report.build(results=[*runs, tuned], output=str(tmp_path / "out"), workdir=[str(work)]).read_text()
+    )
+    assert page.tables[1][1][:3] == ["tuned", "2", "1.000"]
+    wall, training = drawn[0], drawn[2]
+    colour = next(line.get_color() for line in wall.lines if line.get_label() == "tuned")
+    assert [line.get_color() for line in training.lines] == [colour]
+
+
 def test_names_are_text_and_may_come_twice(tmp_path):
     nasty = '<script>alert("1")</script>'
     made = by_position("default", [1.0, 1, 1, 1])

@@ -160,5 +160,5 @@ def explain_syntax(error: SyntaxError, origin: str) -> str:
         text = f"{origin}=\"'{name}'\"" if origin.startswith("--gin.") else f"'{name}'"
         return f"{name} is not a value; write {text} for text, %{name} for a macro, @module.{name} to refer"
     if str(error.msg).startswith("Expected newline"):
-        return "one value was expected and nothing after it; gin has no arithmetic, write the result"
+        return "one value or import a line was expected and nothing after it; gin has no arithmetic, write the result"
     return str(error.msg).splitlines()[0]

@@ -53,8 +53,7 @@ def replacing(
         _remove(partial, made)
         raise UserError(
             f"{final}: cannot be written: {error.strerror or error}; nothing was changed there, free some "
-            "space or "
-            "change --dst"
+            "space or change --dst"
         ) from error
     except BaseException:
         _remove(partial, made)

@@ -1,5 +1,4 @@
-"""Hugging Face folders of the Llama family as models: read parameter by parameter, written tensor by
-tensor."""
+"""Hugging Face folders of the Llama family as models, read parameter by parameter and written tensor by tensor."""
 
 import dataclasses
 import functools
@@ -45,8 +44,7 @@ class HfSource:
             elif not model.tie_word_embeddings and _HEAD not in tensors:
                 raise UserError(
                     f"{_HEAD} is missing; set tie_word_embeddings to true in config.json if the output head "
-                    "is the "
-                    "embedding"
+                    "is the embedding"
                 )
             skipped = self._table.check_source(tensors, harmless=llama.HARMLESS)
         except UserError as error:
@@ -81,22 +79,20 @@ class HfSource:
         """A stored head beside a tied one must be the embedding, or one of the two settings is a mistake."""
         head, embedding = self._folder.tensors[_HEAD], self._folder.tensors.get(_EMBEDDING)
         same = embedding is not None and (head.shape, head.dtype) == (embedding.shape, embedding.dtype)
-        for start, stop in tensor_io.split_rows(head.shape, head.dtype.itemsize, tensor_io.PIECE_BYTES):
-            same = same and _bits(self._folder.read(_HEAD, start, stop)) == _bits(
-                self._folder.read(_EMBEDDING, start, stop)
-            )
+        for rows in tensor_io.split_rows(head.shape, head.dtype.itemsize, tensor_io.PIECE_BYTES):
+            if same:
+                pieces = (self._folder.read(name, *rows).tobytes() for name in (_HEAD, _EMBEDDING))
+                same = next(pieces) == next(pieces)
         if not same:
             raise UserError(
                 f"config.json has tie_word_embeddings true but {_HEAD} is not {_EMBEDDING}; set "
-                "tie_word_embeddings to "
-                "false if the stored head is the one to use"
+                "tie_word_embeddings to false if the stored head is the one to use"
             )
 
 
 @dataclasses.dataclass(frozen=True)
 class Extras:
-    """What a folder holds beside the model: settings of config.json, files, and the tokenizer's
-    description."""
+    """What a folder holds beside the model: settings of config.json, files, the tokenizer's description."""
 
     carried: dict[str, Any]
     side_files: list[pathlib.Path]
@@ -117,10 +113,6 @@ def extras(path: str | os.PathLike) -> Extras:
         except UserError as error:
             log.warning("the tokenizer is copied but not recorded: %s", error)
     return Extras(carried, files, tokenizer)
-
-
-def _bits(array: np.ndarray) -> bytes:
-    return array.tobytes()
 
 
 def write(
@@ -158,10 +150,9 @@ def write(
     hf_folder.write(folder, tensors, pieces, config=config, max_shard_bytes=max_shard_bytes)
     for path in source.side_files:
         hf_folder.write_bytes(folder / path.name, path.read_bytes())
-    if (source.tokenizer or {}).get("kind") == "bytes" and not (folder / _TOKENIZERS[-1]).exists():
-        hf_folder.write_json(
-            folder / _TOKENIZERS[-1], dict(source.tokenizer)
-        )  # bytes have no file of their own
+    record = dict(source.tokenizer or {})
+    if record.get("kind") == "bytes" and not (folder / _TOKENIZERS[-1]).exists():  # it has no file of its own
+        hf_folder.write_json(folder / _TOKENIZERS[-1], record)
     return tensors
 
 
@@ -196,9 +187,8 @@ def _part_pieces(source: ModelSource, table: rules.Table, part: rules.Part) -> I
         index = (slice(part.repeat, part.repeat + 1), *whole)
         yield part.layout.to_foreign(source.read(part.path, index)[0])
     elif part.layout == rules.Same() and shape:
-        for start, stop in tensor_io.split_rows(
-            shape, source.leaves[part.path].dtype.itemsize, tensor_io.PIECE_BYTES
-        ):
+        itemsize = source.leaves[part.path].dtype.itemsize
+        for start, stop in tensor_io.split_rows(shape, itemsize, tensor_io.PIECE_BYTES):
             yield source.read(part.path, (slice(start, stop), *whole[1:]))
     else:
         yield part.layout.to_foreign(source.read(part.path, whole))

@@ -6,11 +6,10 @@ Writing uses both spellings of the rotary settings: `rope_theta` and `rope_scali
 without any complaint, as a model with theta 10000 and no scaling.
 """
 
-import dataclasses
 import logging
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from lcx import rope as rope_lib
 from lcx.convert.llama import FAMILIES, Family, Layer, layers
@@ -63,40 +62,23 @@ def from_config(config: Mapping[str, Any], *, dtype: str = "float32") -> Decoder
       UserError: an unsupported model_type or setting, a missing or malformed value.
     """
     model_type = config.get("model_type")
-    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
-    if family is None:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise UserError(f"config.json has model_type {model_type!r}, supported are {', '.join(FAMILIES)}")
+    family = FAMILIES[model_type]
     _refuse_unsupported(config, family)
-    hidden_size, num_heads = _integer(config, "hidden_size"), _integer(config, "num_attention_heads")
-    num_kv_heads = _integer(config, "num_key_value_heads", family.num_kv_heads or num_heads)
-    head_dim = _integer(config, "head_dim", family.head_dim or hidden_size // num_heads)
-    if num_heads % num_kv_heads:
-        raise UserError(
-            f"config.json has num_attention_heads {num_heads}, expected a multiple of num_key_value_heads "
-            f"{num_kv_heads}"
-        )
-    if not config.get("head_dim") and not family.head_dim and hidden_size % num_heads:
-        raise UserError(
-            f"config.json has hidden_size {hidden_size}, expected a multiple of num_attention_heads "
-            f"{num_heads}"
-        )
-    num_layers = _integer(config, "num_hidden_layers")
-    if max(num_layers, head_dim) > _MOST:
-        raise UserError(
-            f"config.json has {num_layers} layers and head_dim {head_dim}, expected at most {_MOST}"
-        )
+    sizes = _sizes(config, family)
     biased = family.biases == "config" and _boolean(config, "attention_bias")
     return llama(
+        num_layers=sizes.num_layers,
+        num_heads=sizes.num_heads,
+        num_kv_heads=sizes.num_kv_heads,
+        head_dim=sizes.head_dim,
         vocab_size=_integer(config, "vocab_size"),
-        hidden_size=hidden_size,
+        hidden_size=_integer(config, "hidden_size"),
         intermediate_size=_integer(config, "intermediate_size"),
-        num_layers=num_layers,
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        rope=_rope(config, family, head_dim),
         max_position_embeddings=_integer(config, "max_position_embeddings"),
-        layer_windows=_windows(config, family, num_layers),
+        rope=_rope(config, family, sizes.head_dim),
+        layer_windows=_windows(config, family, sizes.num_layers),
         qkv_bias=biased or family.biases == "qkv",
         o_bias=biased,
         qk_norm=family.qk_norm,
@@ -108,6 +90,35 @@ def from_config(config: Mapping[str, Any], *, dtype: str = "float32") -> Decoder
     )
 
 
+class _Sizes(NamedTuple):
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+
+def _sizes(config: Mapping[str, Any], family: Family) -> _Sizes:
+    hidden_size, num_heads = _integer(config, "hidden_size"), _integer(config, "num_attention_heads")
+    num_kv_heads = _integer(config, "num_key_value_heads", family.num_kv_heads or num_heads)
+    head_dim = _integer(config, "head_dim", family.head_dim or hidden_size // num_heads)
+    num_layers = _integer(config, "num_hidden_layers")
+    if num_heads % num_kv_heads:
+        raise UserError(
+            f"config.json has num_attention_heads {num_heads}, expected a multiple of num_key_value_heads "
+            f"{num_kv_heads}"
+        )
+    if not config.get("head_dim") and not family.head_dim and hidden_size % num_heads:
+        raise UserError(
+            f"config.json has hidden_size {hidden_size}, expected a multiple of num_attention_heads "
+            f"{num_heads}"
+        )
+    if max(num_layers, head_dim) > _MOST:
+        raise UserError(
+            f"config.json has {num_layers} layers and head_dim {head_dim}, expected at most {_MOST}"
+        )
+    return _Sizes(num_layers, num_heads, num_kv_heads, head_dim)
+
+
 def _refuse_unsupported(config: Mapping[str, Any], family: Family) -> None:
     architectures = config.get("architectures") or [family.architecture]
     if architectures != [family.architecture]:
@@ -117,25 +128,20 @@ def _refuse_unsupported(config: Mapping[str, Any], family: Family) -> None:
         )
     if config.get("hidden_act", "silu") not in ("silu", "swish"):
         raise UserError(f"config.json has hidden_act {config['hidden_act']!r}, supported is 'silu'")
-    always_biased = family.biases == "qkv"
-    bias = config.get("attention_bias")
-    if (family.biases == "none" and bias) or (always_biased and bias is False):
-        raise UserError(
-            f"config.json has attention_bias {bias}, which model_type {config['model_type']!r} does not "
-            "support; remove the key"
-        )
-    if not family.mlp_bias and config.get("mlp_bias"):
-        raise UserError(
-            f"config.json has mlp_bias true, which model_type {config['model_type']!r} does not support; "
-            "remove the key"
-        )
+    unsupported = {"attention_bias": family.biases == "none", "mlp_bias": not family.mlp_bias}
+    for key in unsupported:
+        if unsupported[key] and config.get(key):
+            raise UserError(
+                f"config.json has {key} {config[key]}, which model_type {config['model_type']!r} does not "
+                "have; "
+                "remove the key"
+            )
     unknown = {key: value for key, value in config.items() if not _has_no_effect(key, value)}
     for key, value in unknown.items():
         if _SUSPICIOUS.search(key):
             raise UserError(
                 f"config.json has {key} = {str(value)[:60]}, which would change the model and is not "
-                "supported; if it has no "
-                "effect, remove the key"
+                "supported; if it has no effect, remove the key"
             )
     if unknown:
         log.warning("config.json: no use for the keys %s", ", ".join(sorted(unknown)))
@@ -207,8 +213,7 @@ def _rope(config: Mapping[str, Any], family: Family, head_dim: int) -> Rope:
     if rope.partial_rotary_factor != 1 and not family.partial_rotary and rope.rope_type != "proportional":
         raise UserError(
             f"config.json has partial_rotary_factor {rope.partial_rotary_factor:g}, which model_type "
-            f"{config['model_type']!r} "
-            "does not support; only phi3 has it"
+            f"{config['model_type']!r} does not support; only phi3 has it"
         )
     if family.partial_rotary and rope.rope_type not in ("default", "longrope"):
         raise UserError(
@@ -241,17 +246,25 @@ def to_config(model: Decoder, *, dtype: str, carried: Mapping[str, Any] | None =
     _check_expressible(model, family, shape)
     rope = _exported_rope(model.model_type, shape["rope"], shape["head_dim"])
     window = rope_lib.hf_max_position_embeddings(rope, model.max_position_embeddings)
+    config = _size_keys(model, family, shape, dtype)
+    config |= {"num_hidden_layers": len(depth), "max_position_embeddings": window}
+    config |= _window_keys(model.model_type, family, depth)
+    config |= _rope_keys(model.model_type, rope, window, shape["head_dim"])
+    # null where nothing is known: without the key transformers would assume token ids of its own
+    config |= dict.fromkeys(key for key in CARRIED if key.endswith("token_id"))
+    return config | {key: value for key, value in (carried or {}).items() if key in CARRIED}
+
+
+def _size_keys(model: Decoder, family: Family, shape: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     config: dict[str, Any] = {
         "architectures": [family.architecture],
         "model_type": model.model_type,
         "vocab_size": model.vocab_size,
         "hidden_size": model.hidden_size,
         "intermediate_size": shape["intermediate_size"],
-        "num_hidden_layers": len(depth),
         "num_attention_heads": shape["num_heads"],
         "num_key_value_heads": shape["num_kv_heads"],
         "hidden_act": "silu",
-        "max_position_embeddings": window,
         "rms_norm_eps": model.norm_eps,
         "tie_word_embeddings": model.tie_word_embeddings,
         "torch_dtype": dtype,
@@ -264,12 +277,7 @@ def to_config(model: Decoder, *, dtype: str, carried: Mapping[str, Any] | None =
         config["attention_bias"] = shape["qkv_bias"]
     if family.mlp_bias:
         config["mlp_bias"] = shape["mlp_bias"]
-    config |= _window_keys(model.model_type, family, depth)
-    config |= _rope_keys(model.model_type, rope, window, shape["head_dim"])
-    ids = dict.fromkeys(
-        key for key in CARRIED if key.endswith("token_id")
-    )  # null: transformers would assume ids of its own
-    return config | ids | {key: value for key, value in (carried or {}).items() if key in CARRIED}
+    return config
 
 
 def _uniform_shape(model: Decoder, depth: list[Layer]) -> dict[str, Any]:
@@ -361,14 +369,12 @@ def _exported_rope(model_type: str, rope: Rope, head_dim: int) -> Rope:
     """
     if model_type != "phi3" or rope.rope_type in ("default", "longrope"):
         return rope
-    if rope.rope_type == "dynamic" or callable(rope.rope_type):
+    if rope.rope_type in ("dynamic", "proportional") or callable(rope.rope_type):
         raise UserError(
             f"rope_type {rope.rope_type!r} cannot be written for model_type 'phi3', which has default and "
             "longrope; save with format 'lcx'"
         )
-    plain = dataclasses.replace(
-        Rope(rope_theta=rope.rope_theta), partial_rotary_factor=rope.partial_rotary_factor
-    )
+    plain = Rope(rope_theta=rope.rope_theta, partial_rotary_factor=rope.partial_rotary_factor)
     inv_freq, attention_scaling = rope.frequencies(head_dim, 1)
     ratios = plain.frequencies(head_dim, 1)[0].astype("float64") / inv_freq.astype("float64")
     if rope.original_max_position_embeddings is None:

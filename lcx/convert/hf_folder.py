@@ -69,8 +69,7 @@ class HfFolder:
                 if name in self.tensors:
                     raise UserError(
                         f"{self.path}: the tensor {name!r} is in {self.tensors[name].where} and in "
-                        f"{info.where}, "
-                        "expected each tensor once; remove the file that does not belong to the model"
+                        f"{info.where}, expected each tensor once; remove the file that does not belong here"
                     )
                 self.tensors[name] = info
                 self._files[name] = file
@@ -141,7 +140,9 @@ def _open_weights(folder: pathlib.Path) -> list[tensor_io.TensorSource]:
             f"{folder}: no weights, expected one of {', '.join(WEIGHT_FILES)}; found "
             f"{', '.join(found[:8]) or 'nothing'}"
         )
-    reader = safetensors.SafetensorsFile if "safetensors" in name else torch_bin.TorchFile
+    reader: Callable[[pathlib.Path], tensor_io.TensorSource] = (
+        safetensors.SafetensorsFile if "safetensors" in name else torch_bin.TorchFile
+    )
     if not name.endswith(".json"):
         return [reader(inside(folder, name))]
     index_path = inside(folder, name)
@@ -157,8 +158,7 @@ def _open_weights(folder: pathlib.Path) -> list[tensor_io.TensorSource]:
     if total is not None and total != stored:
         raise UserError(
             f"{index_path}: metadata.total_size is {total} bytes but the files hold {stored}; a shard is "
-            "from another "
-            "model or damaged, copy or download the folder again"
+            "from another model or damaged, copy or download the folder again"
         )
     return list(files.values())
 
@@ -235,7 +235,7 @@ def write_bytes(path: pathlib.Path, data: bytes) -> None:
 
 def describe(tensors: Mapping[str, TensorInfo]) -> str:
     """'291 tensors, 6,738,415,616 parameters, 13,476,831,232 bytes, bfloat16'."""
-    dtypes = collections.Counter()
+    dtypes: collections.Counter[str] = collections.Counter()
     for info in tensors.values():
         dtypes[str(info.dtype)] += math.prod(info.shape)
     parameters = sum(dtypes.values())

@@ -126,8 +126,8 @@ def write(
         path: TensorInfo(dtype or info.dtype, info.shape, str(folder)) for path, info in source.leaves.items()
     }
     specs = {tuple(path.split("/")): (info.shape, info.dtype) for path, info in leaves.items()}
-    for path in source.side_files:
-        hf_folder.write_bytes(folder / path.name, path.read_bytes())
+    for file in source.side_files:
+        hf_folder.write_bytes(folder / file.name, file.read_bytes())
     with StepWriter(folder / "checkpoints" / "0", _PARAMS, specs) as writer:
         for path, info in leaves.items():
             for rows in _row_groups(path, info.shape, source.leaves[path].dtype):

@@ -13,11 +13,11 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
-from lcx.convert.tensor_io import TensorInfo, TensorSource
+from lcx.convert.tensor_io import FLOAT_DTYPES, TensorInfo, TensorSource
 from lcx.errors import UserError
 
 Shape = tuple[int, ...]
@@ -223,8 +223,7 @@ class Table:
         if problems:
             raise UserError(
                 f"the tensors do not match config.json ({'; '.join(problems)}); expected exactly the "
-                f"{len(self.rules)} "
-                "tensors of the model it describes"
+                f"{len(self.rules)} tensors of the model it describes"
             )
         wrong = [name for name, shape in self.foreign_shapes.items() if source[name].shape != shape]
         if wrong:
@@ -234,7 +233,7 @@ class Table:
             raise UserError(
                 f"{len(wrong)} tensors do not have the shape that config.json implies: {_listing(listing)}"
             )
-        not_floats = [name for name in self.rules if not _is_float(source[name].dtype)]
+        not_floats = [name for name in self.rules if source[name].dtype not in FLOAT_DTYPES.values()]
         if not_floats:
             listing = [f"{name} is {source[name].dtype}" for name in not_floats]
             raise UserError(f"expected float32, bfloat16 or float16 tensors: {_listing(listing)}")
@@ -264,17 +263,16 @@ class Table:
         def read(path: str, repeat: int | None) -> np.ndarray:
             return np.asarray(tree[path] if repeat is None else tree[path][repeat])
 
-        return {
-            name: np.concatenate([np.atleast_1d(part) for part in self.foreign_parts(name, read)]).reshape(
-                shape
-            )
-            for name, shape in self.foreign_shapes.items()
-        }
+        foreign = {}
+        for name, shape in self.foreign_shapes.items():
+            parts = [np.atleast_1d(part) for part in self.foreign_parts(name, read)]
+            foreign[name] = np.concatenate(parts).reshape(shape)
+        return foreign
 
 
-def flatten(tree: Mapping, prefix: str = "") -> dict[str, object]:
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"a": {"b": x}} -> {"a/b": x}."""
-    flat: dict[str, object] = {}
+    flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping):
             flat.update(flatten(value, f"{prefix}{key}/"))
@@ -283,9 +281,9 @@ def flatten(tree: Mapping, prefix: str = "") -> dict[str, object]:
     return flat
 
 
-def unflatten(flat: Mapping[str, object]) -> dict:
+def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
     """{"a/b": x} -> {"a": {"b": x}}."""
-    tree: dict = {}
+    tree: dict[str, Any] = {}
     for path, value in flat.items():
         *parents, last = path.split("/")
         node = tree
@@ -293,12 +291,6 @@ def unflatten(flat: Mapping[str, object]) -> dict:
             node = node.setdefault(parent, {})
         node[last] = value
     return tree
-
-
-def _is_float(dtype: np.dtype) -> bool:
-    from lcx.convert.tensor_io import FLOAT_DTYPES
-
-    return dtype in FLOAT_DTYPES.values()
 
 
 def _twice(names: Sequence[str]) -> list[str]:

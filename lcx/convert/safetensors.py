@@ -10,6 +10,7 @@ import math
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -77,8 +78,7 @@ def _read_header(path: pathlib.Path) -> tuple[dict, int, int]:
             if len(prefix) < 8 or length > min(size - 8, MAX_HEADER_BYTES):
                 raise UserError(
                     f"{path}: not a complete safetensors file: {size} bytes, whose header claims {length} "
-                    "bytes "
-                    f"(at most {max(0, min(size - 8, MAX_HEADER_BYTES))} possible); copy or download it again"
+                    f"bytes (at most {max(0, min(size - 8, MAX_HEADER_BYTES))} possible); copy or download it again"
                 )
             text = file.read(length)
     except OSError as error:
@@ -97,8 +97,9 @@ def _read_header(path: pathlib.Path) -> tuple[dict, int, int]:
     return header, 8 + length, size - 8 - length
 
 
-def no_duplicates(pairs: list[tuple[str, object]]) -> dict:
-    result = {}
+def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """json's object_pairs_hook: an object in which every key occurs once."""
+    result: dict[str, Any] = {}
     for name, value in pairs:
         if name in result:
             raise ValueError(f"the key {name!r} occurs twice")
@@ -107,6 +108,7 @@ def no_duplicates(pairs: list[tuple[str, object]]) -> dict:
 
 
 def first_line(error: BaseException) -> str:
+    """What went wrong, without the rest of a long message."""
     return (str(error) or type(error).__name__).splitlines()[0]
 
 

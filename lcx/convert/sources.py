@@ -30,11 +30,21 @@ class ModelSource(Protocol):
     """
 
     model: Decoder
-    leaves: Mapping[str, TensorInfo]
-    carried: Mapping[str, Any]
-    side_files: Sequence[pathlib.Path]
-    tokenizer: Mapping[str, Any] | None
-    where: str
+
+    @property
+    def leaves(self) -> Mapping[str, TensorInfo]: ...
+
+    @property
+    def carried(self) -> Mapping[str, Any]: ...
+
+    @property
+    def side_files(self) -> Sequence[pathlib.Path]: ...
+
+    @property
+    def tokenizer(self) -> Mapping[str, Any] | None: ...
+
+    @property
+    def where(self) -> str: ...
 
     def read(self, path: str, index: rules.Index) -> np.ndarray:
         """The parameter at this index (one slice an axis)."""
@@ -52,7 +62,7 @@ def leaf_shapes(model: Decoder) -> dict[str, rules.Shape]:
     return dict(_leaf_shapes(model))
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class TreeSource:
     """A model in memory. Raises UserError at construction when the parameters are not those of the model."""
 

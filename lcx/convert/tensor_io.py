@@ -46,7 +46,8 @@ class TensorInfo:
 class TensorSource(Protocol):
     """A checkpoint that can be read tensor by tensor."""
 
-    tensors: Mapping[str, TensorInfo]
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]: ...
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Rows [start, stop) of the tensor (all of a scalar)."""
@@ -60,7 +61,7 @@ def read_array(path: pathlib.Path, offset: int, dtype: np.dtype, shape: tuple[in
       UserError: the file ends before the array does, or cannot be read.
     """
     array = np.empty(shape, dtype)
-    buffer = memoryview(array.reshape(-1).view(np.uint8))
+    buffer = array.reshape(-1).view(np.uint8).data
     try:
         with open(path, "rb", buffering=0) as file:
             done = 0
@@ -93,8 +94,9 @@ def write_all(file, data: bytes | np.ndarray) -> None:
     """Writes every byte to an unbuffered file (one write() may stop early, at 2 GiB or on a nearly full
     disk)."""
     if isinstance(data, np.ndarray):
-        data = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
-    view = memoryview(data)
+        view = np.ascontiguousarray(data).reshape(-1).view(np.uint8).data
+    else:
+        view = memoryview(data)
     while view:
         count = file.write(view[: 1 << 30])
         if not count:

@@ -15,6 +15,7 @@ import pickle
 import re
 import struct
 import zipfile
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -42,6 +43,8 @@ class TorchFile:
                 f"{self.path}: not a readable PyTorch file: {error}; copy or download it again"
             ) from error
         state = _load(self.path, on_meta=records is not None)
+        if records is not None and not all(map(_has_place, state.values())):  # an older torch
+            records, state = None, _load(self.path, on_meta=False)
         self._state = {
             name: _check_tensor(self.path, name, tensor, records) for name, tensor in state.items()
         }
@@ -75,8 +78,7 @@ def _stored_records(path: pathlib.Path) -> dict[int, int]:
             if member.compress_type != zipfile.ZIP_STORED or member.compress_size != member.file_size:
                 raise UserError(
                     f"{path}: the member {member.filename!r} is compressed, expected stored members as "
-                    "torch.save "
-                    "writes them; save the file again with torch.save"
+                    "torch.save writes them; save the file again with torch.save"
                 )
             if member.filename.endswith("/byteorder") and archive.read(member).strip() != b"little":
                 raise UserError(f"{path}: the tensors are big-endian, expected little-endian")
@@ -123,6 +125,11 @@ def _reason(text: str) -> str:
     if found:
         return f"it asks for {found.group(1)}"
     return text.split("WeightsUnpickler error: ")[-1][:120]
+
+
+def _has_place(tensor: Any) -> bool:
+    strided = getattr(tensor, "layout", None) is not None and str(tensor.layout) == "torch.strided"
+    return not strided or hasattr(tensor.untyped_storage(), "_checkpoint_offset")
 
 
 def _check_tensor(path: pathlib.Path, name: str, tensor, records: dict[int, int] | None):
