@@ -23,6 +23,7 @@ import numpy as np
 import lcx
 from lcx import describe, report, sharding, text_stream
 from lcx.checkpoint_folder import find_step, read_json
+from lcx.convert.api import detect
 from lcx.data import ByteTokenizer, Dataset, Mixture, Tokenizer
 from lcx.errors import UserError
 from lcx.evals import Evaluation, Result
@@ -67,11 +68,13 @@ def evaluate(
     _check_names(evals)
     folder = _writable(output)
     started = time.perf_counter()
+    detect(checkpoint)  # before anything is said about its parts
+    tokenizer = _tokenizer(checkpoint)
+    evals = _with_text(evals, _default_dataset(checkpoint, tokenizer) if dataset is None else dataset)
     devices = None if jax.device_count() == 1 else mesh.build()
     model, params = lcx.load(
         checkpoint, dtype=dtype, mesh=devices, rope_scaling=rope_scaling, context_length=context_length
     )
-    tokenizer = _tokenizer(checkpoint)
     label = name or _label(checkpoint, rope_scaling)
     results: dict[str, Any] = {
         "name": label,
@@ -84,11 +87,9 @@ def evaluate(
         "evaluations": {},
         "errors": {},
     }
-    default = _default_dataset(checkpoint, tokenizer) if dataset is None else dataset
     if _writes() and (folder / RESULTS).is_file():  # of an earlier run: kept beside the new one
         os.replace(folder / RESULTS, folder / "results.previous.json")
     for evaluation in evals:
-        evaluation = _with_dataset(evaluation, default)
         _say(f"{label}: {evaluation.name} ...")
         _run(evaluation, model, params, tokenizer, results)
         results["seconds"] = time.perf_counter() - started
@@ -184,11 +185,19 @@ def _untokenized(dataset: Dataset | Mixture) -> Dataset | Mixture:
     return dataclasses.replace(dataset, parts=parts)
 
 
-def _with_dataset(evaluation: Evaluation, dataset: Dataset | Mixture | None) -> Evaluation:
-    """The evaluation itself, or with the default text where it has a field for one and it is None."""
-    if getattr(evaluation, "dataset", dataset) is None and dataset is not None:
-        return dataclasses.replace(evaluation, dataset=dataset)  # type: ignore[type-var]
-    return evaluation
+def _with_text(evals: tuple[Evaluation, ...], dataset: Dataset | Mixture | None) -> tuple[Evaluation, ...]:
+    """The evaluations, with the default text where they have a field for one and it is None."""
+    without = [evaluation.name for evaluation in evals if getattr(evaluation, "dataset", evals) is None]
+    if without and dataset is None:
+        raise UserError(
+            f"no text for {', '.join(without)}: none is set, and the checkpoint does not say what it was trained on;"
+            " set evaluate.dataset, as --gin.evaluate.dataset='@lcx.data.Dataset()'"
+            " --gin.Dataset.source='\"text.txt\"'"
+        )
+    return tuple(
+        dataclasses.replace(evaluation, dataset=dataset) if evaluation.name in without else evaluation  # type: ignore[type-var]
+        for evaluation in evals
+    )
 
 
 def _label(checkpoint: str, rope_scaling: Mapping[str, Any] | None) -> str:

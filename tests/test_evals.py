@@ -638,6 +638,8 @@ def test_bad_input_is_one_line(checkpoint, tmp_path, tiny):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write to .*change --output"):
         evaluate(checkpoint=checkpoint, output=str(tmp_path / "file" / "out"))
+    with pytest.raises(UserError, match="no checkpoint at .*nowhere"):
+        evaluate(checkpoint=str(tmp_path / "nowhere"), output=str(tmp_path / "out"))
     lcx.save(tmp_path / "bare", *tiny, format="hf")
-    with pytest.raises(UserError, match="set LossByPosition.dataset"):
+    with pytest.raises(UserError, match="no text for loss_by_position.*evaluate.dataset"):
         evaluate(checkpoint=str(tmp_path / "bare"), output=str(tmp_path / "out"), evals=(LossByPosition(),))

@@ -57,10 +57,7 @@ def read(
       UserError: no data set, none of its text in this split, or ids that the model does not have.
     """
     if dataset is None:
-        raise UserError(
-            f"{owner} has no text, and the checkpoint does not say what it was trained on: set {owner}.dataset to a"
-            " Dataset, or evaluate.dataset for all evaluations (see configs/eval)"
-        )
+        raise UserError(f"{owner} has no text: set {owner}.dataset to a Dataset")
     if max_tokens is not None and max_tokens < 2:
         raise UserError(f"{owner}.max_tokens is {max_tokens}, expected at least 2")
     if tokenizer is not None:
