@@ -2,6 +2,7 @@
 memory."""
 
 import importlib.util
+import io
 import json
 import os
 import pathlib
@@ -9,13 +10,20 @@ import shutil
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 import torch
 import transformers
 
+import lcx
+from lcx import describe
+from lcx import model as model_lib
+from lcx.checkpoint import Checkpointer
 from lcx.convert import hf, lcx_folder, tensor_io
 from lcx.convert.__main__ import main
+from lcx.convert.progress import Progress
+from lcx.data import ByteTokenizer, load_tokenizer
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -261,8 +269,61 @@ def test_a_disk_that_fills_up_while_an_lcx_folder_is_written(folder, tmp_path):
     result = subprocess.run(command, capture_output=True, text=True, env=env)
     assert result.returncode == 2, result.stderr
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1 and "out" in errors[0], result.stderr
+    assert len(errors) == 1 and f"{tmp_path}/out" in errors[0], result.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(monkeypatch):
+    for stream, expected in ((Terminal(), "\r"), (io.StringIO(), "x: 2 of 2 MB (100%")):
+        monkeypatch.setattr(sys, "stderr", stream)
+        with Progress("x", 2_000_000) as progress:
+            progress.add(500_000)
+            progress.add(1_500_000)
+        assert expected in stream.getvalue() and "100%" in stream.getvalue()
+        assert isinstance(stream, Terminal) or stream.getvalue().count("\n") == 1
+
+
+def test_tokenizer_of_a_training_run_goes_along(tmp_path, reference, caplog):
+    """A run records where its tokenizer was: its files are copied, unless they have changed since."""
+    folder = tmp_path / "hf"
+    shutil.copytree(reference / "data" / "weights" / "stories260K" / "hf", folder)
+    model, params = lcx.load(folder)
+    meta = {"model": describe.to_json(model), "tokenizer": load_tokenizer(folder).to_json()}
+    with Checkpointer(tmp_path / "run" / "checkpoints") as checkpointer:
+        checkpointer.save(3, {"params": params}, json={"meta": meta}, wait=True)
+    assert convert(tmp_path / "run", tmp_path / "out", "hf") == 0
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (folder / name).read_bytes()
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["bos_token_id"] == 1
+    (folder / "tokenizer.json").write_text((folder / "tokenizer.json").read_text() + " ")
+    assert convert(tmp_path / "run", tmp_path / "again", "hf") == 0
+    assert "no tokenizer is copied" in caplog.text
+    assert not (tmp_path / "again" / "tokenizer.json").exists()
+
+
+def test_byte_tokenizer_survives(tmp_path):
+    model = model_lib.llama(
+        vocab_size=258,
+        hidden_size=8,
+        intermediate_size=8,
+        num_layers=2,
+        num_heads=2,
+        max_position_embeddings=8,
+    )
+    params = model_lib.init_params(model, jax.random.key(0))
+    meta = {"model": describe.to_json(model), "tokenizer": ByteTokenizer().to_json()}
+    with Checkpointer(tmp_path / "run" / "checkpoints") as checkpointer:
+        checkpointer.save(3, {"params": params}, json={"meta": meta}, wait=True)
+    assert convert(tmp_path / "run", tmp_path / "out", "hf") == 0
+    assert load_tokenizer(tmp_path / "out") == ByteTokenizer()
+    assert convert(tmp_path / "out", tmp_path / "back", "lcx") == 0
+    source = lcx_folder.LcxSource(tmp_path / "back")
+    assert source.tokenizer == ByteTokenizer().to_json() and source.carried["eos_token_id"] == 257
 
 
 def test_help_and_exit_status_of_the_process(model_folder, tmp_path):

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from lcx import describe
+from lcx import lora as lora_lib
 from lcx import model as model_lib
 from lcx.checkpoint import Checkpointer
 from lcx.checkpoint_folder import COMMIT_MARKER, find_step, read_record
@@ -102,17 +103,10 @@ def _lora_as_stored(mesh, entries: Mapping[str, Any]) -> Any:
     )
 
 
-@jax.jit
 def _merge(params: Any, lora: Any) -> Any:
-    """Adds scale * a @ b to every kernel that has a pair; both trees have a leading axis of layers."""
-    flat, pairs = rules.flatten(params), rules.flatten(lora)
-    for path in [path for path in pairs if path.endswith("/a")]:
-        place = path.removesuffix("/a")
-        a, b, scale = (pairs[f"{place}/{name}"].astype("float32") for name in ("a", "b", "scale"))
-        update = jax.vmap(lambda a, b, scale: scale * jax.numpy.tensordot(a, b, 1))(a, b, scale)
-        kernel = flat[f"{place}/kernel"]
-        flat[f"{place}/kernel"] = (kernel.astype("float32") + update).astype(kernel.dtype)
-    return rules.unflatten(flat)
+    """Parameters with the low-rank pairs in them, each where it was."""
+    where = jax.tree.map(lambda leaf: leaf.sharding, params)
+    return jax.jit(lora_lib.merge, out_shardings=where)(params, lora)
 
 
 def save(

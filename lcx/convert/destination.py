@@ -55,6 +55,9 @@ def replacing(
             f"{final}: cannot be written: {error.strerror or error}; nothing was changed there, free some "
             "space or change --dst"
         ) from error
+    except UserError as error:
+        _remove(partial, made)
+        raise UserError(str(error).replace(str(partial), str(final))) from error
     except BaseException:
         _remove(partial, made)
         raise

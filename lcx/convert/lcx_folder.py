@@ -102,11 +102,19 @@ def _side_files(step_folder: pathlib.Path, meta: Mapping[str, Any]) -> list[path
         found = hf_folder.side_files(place)
         if found:
             return found
-    tokenizer = meta.get("tokenizer") or {}
-    path = pathlib.Path(tokenizer.get("path") or "")
-    if not path.is_file():
-        if tokenizer.get("path"):
-            log.warning("the tokenizer %s is not there any more: no tokenizer is copied", path)
+    return _recorded_tokenizer_files(meta.get("tokenizer") or {})
+
+
+def _recorded_tokenizer_files(record: Mapping[str, Any]) -> list[pathlib.Path]:
+    """The files of the tokenizer that a training run recorded, if they are still what they were."""
+    from lcx.data import tokenizer_from_json
+
+    if not record.get("path"):
+        return []
+    try:
+        path = pathlib.Path(tokenizer_from_json(dict(record)).to_json()["path"])
+    except UserError as error:
+        log.warning("no tokenizer is copied: %s", error)
         return []
     return list(dict.fromkeys([path, *hf_folder.side_files(path.parent)]))
 

@@ -20,9 +20,7 @@ class Progress:
         if sys.stderr.isatty():
             import tqdm
 
-            self._bar = tqdm.tqdm(total=self._total, desc=self._label, unit="B", unit_scale=True, leave=False)
-        else:
-            self._say()
+            self._bar = tqdm.tqdm(total=self._total, desc=self._label, unit="B", unit_scale=True)
         return self
 
     def __exit__(
