@@ -83,6 +83,22 @@ def test_folder_of_torch_shards(tmp_path):
         np.testing.assert_array_equal(source.read(name), tensor.numpy())
 
 
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("total, fits", [(3 * 24, True), (2 * 24, True), (24, False)])
+def test_tied_tensors_may_be_counted_once_or_twice(tmp_path, total, fits, zipped):
+    tensor = torch.randn(3, 2)
+    state = {"embed": tensor, "head": tensor, "other": torch.randn(3, 2)}
+    torch.save(state, tmp_path / "pytorch_model-1.bin", _use_new_zipfile_serialization=zipped)
+    index = {"metadata": {"total_size": total}, "weight_map": dict.fromkeys(state, "pytorch_model-1.bin")}
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    (tmp_path / "config.json").write_text("{}")
+    if fits:
+        assert hf_folder.HfFolder(tmp_path).shared_bytes == 24
+    else:
+        with pytest.raises(UserError, match="total_size is 24 bytes but the files hold 72"):
+            hf_folder.HfFolder(tmp_path)
+
+
 def test_single_file_goes_before_an_index(tmp_path):
     make_folder(tmp_path / "m")
     safetensors.numpy.save_file({"only": np.zeros(2, np.float32)}, tmp_path / "m" / "model.safetensors")

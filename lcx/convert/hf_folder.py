@@ -74,6 +74,10 @@ class HfFolder:
                 self.tensors[name] = info
                 self._files[name] = file
 
+    @property
+    def shared_bytes(self) -> int:
+        return sum(file.shared_bytes for file in set(self._files.values()))
+
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         return self._files[name].read(name, start, stop)
 
@@ -155,7 +159,10 @@ def _open_weights(folder: pathlib.Path) -> list[tensor_io.TensorSource]:
                 f"{index_path}: the tensor {tensor!r} should be in {shard}, which does not hold it"
             )
     stored = sum(info.nbytes for file in files.values() for info in file.tensors.values())
-    if total is not None and total != stored:
+    shared = sum(
+        file.shared_bytes for file in files.values()
+    )  # counted once or twice, depending on the writer
+    if total not in (None, stored, stored - shared):
         raise UserError(
             f"{index_path}: metadata.total_size is {total} bytes but the files hold {stored}; a shard is "
             "from another model or damaged, copy or download the folder again"

@@ -49,6 +49,8 @@ class SafetensorsFile:
       UserError: at construction, for anything in the file that the format does not allow.
     """
 
+    shared_bytes = 0  # the format has no second names
+
     def __init__(self, path: str | os.PathLike):
         self.path = pathlib.Path(path)
         header, data_start, data_bytes = _read_header(self.path)

@@ -49,6 +49,11 @@ class TensorSource(Protocol):
     @property
     def tensors(self) -> Mapping[str, TensorInfo]: ...
 
+    @property
+    def shared_bytes(self) -> int:
+        """Bytes of tensors that are stored once and have a second name."""
+        ...
+
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Rows [start, stop) of the tensor (all of a scalar)."""
         ...

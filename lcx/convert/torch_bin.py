@@ -53,6 +53,14 @@ class TorchFile:
             for name, tensor in self._state.items()
         }
         self._in_memory = records is None
+        places = {self._place(name): info.nbytes for name, info in self.tensors.items()}
+        self.shared_bytes = sum(info.nbytes for info in self.tensors.values()) - sum(places.values())
+
+    def _place(self, name: str) -> tuple[Any, ...]:
+        tensor = self._state[name]
+        storage = tensor.untyped_storage()
+        start = storage.data_ptr() if self._in_memory else storage._checkpoint_offset
+        return start, tensor.storage_offset(), tensor.shape, tensor.stride()
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         tensor, info = self._state[name], self.tensors[name]
