@@ -308,7 +308,7 @@ table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabu
 caption { text-align: left; white-space: nowrap; color: var(--soft); padding-bottom: .3rem; }
 th, td { padding: .3rem .8rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
-.text { text-align: left; }
+.text { text-align: left; white-space: normal; }
 tbody tr:nth-child(even) { background: var(--stripe); }
 details { margin-top: .6rem; color: var(--soft); font-size: .9rem; }
 .failed { border-left: 4px solid #d55e00; padding-left: 1rem; }

@@ -229,6 +229,13 @@ def test_passkey_plot():
     assert names == ["a (k_max 300)", "b (k_max 300)"]
     assert list(axes.lines[0].get_ydata()) == [100, 50, 10]
     assert any(set(line.get_ydata()) == {20} for line in axes.lines)  # the threshold
+    rates = {"a": [1, 0.5, 0.0], "b": [1, 1, 0.9], "c": [0, 0, 0]}
+    axes = axes_of(Passkey(), {label: passkeys("yarn x4", rate) for label, rate in rates.items()})
+    assert [label.get_text() for label in axes.get_yticklabels()] == [
+        f"{label} (k_max 300)" for label in rates
+    ]
+    cells = [(bar.get_x(), bar.get_width(), round(bar.get_alpha(), 2)) for bar in axes.patches[:3]]
+    assert cells == [(0, 30, 1.0), (30, 30, 0.53), (60, 30, 0.06)]
 
 
 def test_styles_tell_models_apart():

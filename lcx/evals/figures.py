@@ -35,7 +35,7 @@ def theme(*, dark: bool) -> Any:
         "axes.spines.right": False,
         "axes.titlesize": 12,
         "axes.titlelocation": "left",
-        "axes.titlepad": 14,
+        "axes.titlepad": 22,
         "lines.linewidth": 2.4,
         "legend.frameon": False,
         "font.size": 10.5,
@@ -95,12 +95,12 @@ def mark_window(axes: Any, results: Mapping[str, Mapping[str, Any]]) -> None:
         axes.axvline(window, color=ink, lw=1.2, ls=(0, (4, 3)), zorder=1.5)
         axes.annotate(
             f"trained window: {window}",
-            (window, 0.985),
+            (window, 1),
             xycoords=("data", "axes fraction"),
-            xytext=(-5, 0),
+            xytext=(0, 3),
             textcoords="offset points",
-            ha="right",
-            va="top",
+            ha="center",
+            va="bottom",
             fontsize=9.5,
         )
     inside = [window for window in windows if low < window < high]

@@ -203,21 +203,52 @@ class Passkey:
         )
 
     def plot(self, axes: Any, results: Mapping[str, Result]) -> None:
-        styles = figures.styles(results)
-        for label, result in results.items():
-            rows = result["distances"]
-            k = [row["k"] for row in rows]
-            low, high = ([100 * row[f"wilson_{end}"] for row in rows] for end in ("low", "high"))
-            axes.fill_between(k, low, high, color=styles[label]["color"], alpha=0.13, lw=0)
-            name = f"{label} (k_max {result['k_max']})"
-            axes.plot(k, [100 * row["rate"] for row in rows], label=name, **styles[label])
-        axes.axhline(100 * next(iter(results.values()))["threshold"], lw=1, ls=":", color="C6")
-        axes.set_ylim(-3, 103)
-        figures.position_axis(axes, "k: tokens between the key and the end of the prompt")
+        _strips(axes, results) if len(results) > 2 else _curves(axes, results)
+        axes.set_xlabel("k: tokens between the key and the end of the prompt")
         figures.mark_window(axes, results)
-        axes.set_ylabel("key found (% of trials)")
-        axes.set_title("Passkey retrieval (band: 95% Wilson interval; dotted: threshold of k_max)")
-        figures.legend(axes, [f"{label} (k_max {result['k_max']})" for label, result in results.items()])
+
+
+def _curves(axes: Any, results: Mapping[str, Result]) -> None:
+    """Success rates with their intervals: for one model or two, whose bands can still be told apart."""
+    styles = figures.styles(results)
+    for label, result in results.items():
+        rows = result["distances"]
+        k = [row["k"] for row in rows]
+        low, high = ([100 * row[f"wilson_{end}"] for row in rows] for end in ("low", "high"))
+        axes.fill_between(k, low, high, color=styles[label]["color"], alpha=0.13, lw=0)
+        axes.plot(k, [100 * row["rate"] for row in rows], label=_with_k_max(label, result), **styles[label])
+    axes.axhline(100 * next(iter(results.values()))["threshold"], lw=1, ls=":", color="C6")
+    axes.set_ylim(-3, 103)
+    axes.set_ylabel("key found (% of trials)")
+    axes.set_title("Passkey retrieval (band: 95% Wilson interval; dotted: threshold of k_max)")
+    figures.legend(axes, [_with_k_max(label, result) for label, result in results.items()])
+
+
+def _strips(axes: Any, results: Mapping[str, Result]) -> None:
+    """A row for each model, a cell for each distance, as full as its success rate."""
+    styles = figures.styles(results)
+    for row, (label, result) in enumerate(results.items()):
+        k = [0, *(entry["k"] for entry in result["distances"])]
+        rates = [entry["rate"] for entry in result["distances"]]
+        for start, end, rate in zip(k[:-1], k[1:], rates, strict=True):
+            axes.barh(
+                row,
+                end - start,
+                left=start,
+                height=0.7,
+                color=styles[label]["color"],
+                alpha=0.06 + 0.94 * rate,
+            )
+    axes.set_yticks(range(len(results)), [_with_k_max(label, result) for label, result in results.items()])
+    axes.set_xlim(0, max(result["distances"][-1]["k"] for result in results.values()))
+    axes.invert_yaxis()
+    axes.grid(False)
+    axes.figure.set_figheight(1.6 + 0.5 * len(results))
+    axes.set_title("Passkey found (full colour: always; pale: never)")
+
+
+def _with_k_max(label: str, result: Result) -> str:
+    return f"{label} (k_max {result['k_max']})"
 
 
 def is_correct(continuation: str, key: int) -> bool:
