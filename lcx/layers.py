@@ -43,14 +43,15 @@ class Linear(nn.Module):
         kernel = self.param(
             "kernel", nn.with_logical_partitioning(init, self.names), self.in_shape + self.out_shape
         )
-        y = _contract(x, kernel, num_in)
+        y = _contract(x, sharding.gathered(kernel.astype(x.dtype), self.names), num_in)
         if self.bias:
             zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.names[num_in:])
             y += self.param("bias", zeros, self.out_shape).astype(x.dtype)
         if self.has_variable("lora", "a"):
-            low_rank = _contract(x, self.get_variable("lora", "a"), num_in)
-            scale = jax.lax.stop_gradient(self.get_variable("lora", "scale")).astype(x.dtype)
-            y += _contract(low_rank, self.get_variable("lora", "b"), 1) * scale
+            a, b, scale = (self.get_variable("lora", leaf).astype(x.dtype) for leaf in ("a", "b", "scale"))
+            low_rank = _contract(x, sharding.gathered(a, (*self.names[:num_in], None)), num_in)
+            update = _contract(low_rank, sharding.gathered(b, (None, *self.names[num_in:])), 1)
+            y += update * jax.lax.stop_gradient(scale)
         return y
 
 
@@ -75,7 +76,7 @@ class RMSNorm(nn.Module):
 
     size: int
     eps: float = 1e-5
-    names: Names = ("embed",)
+    names: Names = ("norm",)  # on every device: gathering it would cost more than keeping it
 
     @nn.compact
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:

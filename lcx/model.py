@@ -25,8 +25,17 @@ from lcx.mixers.attention import Attention
 from lcx.ops import MIXER_RESIDUALS
 from lcx.rope import Rope
 
+_FREE = {"sharding_constraint", "convert_element_type", "reshape", "transpose", "squeeze", "broadcast_in_dim"}
+
+
+def _all_but_free(primitive, *_, **__) -> bool:
+    """Keeps what took arithmetic. Copies of the weights (cast, gathered over fsdp) are none of it: kept for the
+    backward pass, they would hold the whole model on every device."""
+    return primitive.name not in _FREE
+
+
 REMAT = {
-    "none": None,  # keep every activation
+    "none": _all_but_free,  # keep every activation
     "full": jax.checkpoint_policies.nothing_saveable,  # keep the input of each block
     # Keep the results of the projections and of the mixers; recompute norms, activations, rotations.
     "dots": jax.checkpoint_policies.save_from_both_policies(
@@ -130,9 +139,7 @@ class Decoder(nn.Module):
 
     @nn.nowrap
     def _scanned(self, stage: Stage) -> nn.Module:
-        body: Any = _Period
-        if self.remat != "none":
-            body = nn.remat(body, policy=REMAT[self.remat], prevent_cse=False)
+        body: Any = nn.remat(_Period, policy=REMAT[self.remat], prevent_cse=False)
         scanned = nn.scan(
             body,
             variable_axes={"params": 0, "lora": 0, "losses": 0},

@@ -15,6 +15,7 @@ import math
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -106,10 +107,36 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def process_rows(mesh: Mesh) -> tuple[int, int]:
+    """(index, count): this process reads the index-th of `count` equal blocks of the rows of every batch.
+
+    Processes that share their rows (`context` or `tensor` reaches over several) read the same block.
+
+    Raises:
+      UserError: the devices of this process do not hold such a block.
+    """
+    parts = mesh.devices.reshape(mesh.shape["data"] * mesh.shape["fsdp"], -1)
+    mine = [
+        i for i, devices in enumerate(parts) if any(d.process_index == jax.process_index() for d in devices)
+    ]
+    size = max(len(mine), 1)
+    if not mine or len(parts) % size or mine[0] % size or mine[-1] - mine[0] + 1 != size:
+        raise UserError(
+            f"mesh {dict(mesh.shape)}: process {jax.process_index()} holds parts {mine[:9]} of {len(parts)} of a "
+            "batch, expected a block as large as every other process's; change the mesh sizes"
+        )
+    return mine[0] // size, len(parts) // size
+
+
 def shard_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """This process's rows -> global arrays on the mesh."""
-    sharding = batch_sharding(mesh)
-    return {key: jax.make_array_from_process_local_data(sharding, value) for key, value in batch.items()}
+    """This process's rows (`process_rows`), all their tokens -> global arrays on the mesh."""
+    sharding, (_, count) = batch_sharding(mesh), process_rows(mesh)
+    return {
+        key: jax.make_array_from_process_local_data(
+            sharding, value, (value.shape[0] * count, *value.shape[1:])
+        )
+        for key, value in batch.items()
+    }
 
 
 def axis_size(axis: str) -> int:
@@ -135,6 +162,26 @@ def constrain(x: jax.Array, *axes) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*fitting))
 
 
+def gathered(x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
+    """A parameter with its fsdp pieces put together, for use. Cast it first: the narrower type travels."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    kept = tuple(None if name is None or dict(RULES)[name] == "fsdp" else name for name in names)
+    return jax.lax.with_sharding_constraint(x, spec(kept, x.shape, mesh))
+
+
+def repeat_heads(x: jax.Array, num_heads: int) -> jax.Array:
+    """[B, T, K, H] -> [B, T, tensor, H] where there are fewer kv heads than `tensor` devices, else x.
+
+    Each device then holds the kv head of its own query heads, and `per_device` need not gather those.
+    """
+    parts, heads = axis_size("tensor"), x.shape[2]
+    if heads % parts == 0 or parts % heads or num_heads % parts:
+        return x
+    return jnp.repeat(constrain(x, BATCH_AXES, "context", None, None), parts // heads, axis=2)
+
+
 def per_device(fn, arrays: dict[str, jax.Array | None], heads: tuple[str, ...] = ()):
     """fn(**arrays), run by each device on its own rows and heads; without a mesh, a plain call.
 
@@ -151,7 +198,10 @@ def per_device(fn, arrays: dict[str, jax.Array | None], heads: tuple[str, ...] =
     rows = next(iter(arrays.values())).shape[0]
     batch = BATCH_AXES if rows % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0 else None
     split = all(arrays[name].shape[2] % mesh.shape["tensor"] == 0 for name in heads)
-    head_spec = PartitionSpec(batch, None, "tensor" if split else None)
+    # Gradients are summed over the axes that a spec leaves out. Those of one device are named, to spare the sum.
+    single = tuple(axis for axis in ("context", "tensor") if mesh.shape[axis] == 1)
+    batch = batch and (*batch, *single)
+    head_spec = PartitionSpec(batch, None, "tensor" if split and "tensor" not in single else None)
     specs = {
         name: head_spec if name in heads else PartitionSpec(batch if x.shape[0] == rows else None)
         for name, x in arrays.items()

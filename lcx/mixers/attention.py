@@ -61,12 +61,16 @@ class Attention(nn.Module):
         if cache is None:
             masks = {"q_segment_ids": segment_ids, "kv_segment_ids": segment_ids}
         else:
-            cache = append(cache, k, v, positions, segment_ids)
-            k, v, masks = (
-                cache["k"].astype(x.dtype),
-                cache["v"].astype(x.dtype),
-                _cached_masks(cache, x.shape[1]),
-            )
+            start, cache = cache["index"], append(cache, k, v, segment_ids)
+            k, v = cache["k"].astype(x.dtype), cache["v"].astype(x.dtype)
+            masks = {
+                "q_segment_ids": jax.lax.dynamic_slice_in_dim(
+                    cache["segment_ids"], start, x.shape[1], axis=1
+                ),
+                "kv_segment_ids": cache["segment_ids"],
+                "q_offset": jnp.broadcast_to(start, x.shape[:1]),
+            }
+        k, v = (sharding.repeat_heads(heads, self.num_heads) for heads in (k, v))
         attend = functools.partial(attention, window=self.window, implementation=self.implementation)
         y = sharding.per_device(attend, {"q": q, "k": k, "v": v, **masks}, heads=("q", "k", "v"))
         out_names = ("heads", "head_dim", "embed")
@@ -85,7 +89,6 @@ class Attention(nn.Module):
         return {
             "k": jnp.zeros(kv, dtype),
             "v": jnp.zeros(kv, dtype),
-            "positions": jnp.zeros((batch_size, length), jnp.int32),
             "segment_ids": jnp.zeros((batch_size, length), jnp.int32),
             "index": jnp.zeros((), jnp.int32),
             "rope_length": jnp.full((), length, jnp.int32),
@@ -99,28 +102,15 @@ class Attention(nn.Module):
         return 2 * self.num_heads * self.head_dim * visible
 
 
-def append(cache: Cache, k: Array, v: Array, positions: Array, segment_ids: Array | None) -> Cache:
+def append(cache: Cache, k: Array, v: Array, segment_ids: Array | None) -> Cache:
     """Writes T new tokens at the next free slots; unused slots keep segment id 0 and are never seen."""
     if segment_ids is None:
         segment_ids = jnp.ones((1, 1), jnp.int32)
-    B, T = k.shape[:2]
-    start = cache["index"]
-    new = {"k": k, "v": v} | {
-        "positions": jnp.broadcast_to(positions, (B, T)),
-        "segment_ids": jnp.broadcast_to(segment_ids, (B, T)),
-    }
+    new = {"k": k, "v": v, "segment_ids": jnp.broadcast_to(segment_ids, k.shape[:2])}
     written = {
-        name: jax.lax.dynamic_update_slice_in_dim(cache[name], x.astype(cache[name].dtype), start, axis=1)
+        name: jax.lax.dynamic_update_slice_in_dim(
+            cache[name], x.astype(cache[name].dtype), cache["index"], axis=1
+        )
         for name, x in new.items()
     }
-    return {**cache, **written, "index": start + T}
-
-
-def _cached_masks(cache: Cache, num_new: int) -> dict[str, Array]:
-    """Positions and segments of the tokens just appended (queries) and of every slot (keys)."""
-    start = cache["index"] - num_new
-    masks = {}
-    for name in ("positions", "segment_ids"):
-        masks[f"kv_{name}"] = cache[name]
-        masks[f"q_{name}"] = jax.lax.dynamic_slice_in_dim(cache[name], start, num_new, axis=1)
-    return masks
+    return {**cache, **written, "index": cache["index"] + k.shape[1]}
