@@ -8,9 +8,9 @@ Letters: B batch, T queries, S keys, N query heads, K key/value heads, G = N / K
                recomputes each block's scores from the saved logsumexp (Dao 2022, arXiv 2205.14135, section 3.1).
                Memory: C x S scores for one (row, kv head) at a time.
 
-Masks. A query sees a key of its own segment, at or before it, less than `window` tokens back. Segment id 0 is padding:
-it sees nothing, and its output is 0. Without positions, order in the row decides and T == S; with positions (a cache),
-positions decide.
+Masks. A query sees a key of its own segment, at or before it in the row, less than `window` tokens back. Segment id 0
+is padding: it sees nothing, and its output is 0. With a cache the queries are T of the S keys: `q_offset` keys lie
+before the first of them.
 """
 
 import dataclasses
@@ -24,6 +24,7 @@ from jaxtyping import Array, Float, Int
 from lcx.errors import UserError
 from lcx.ops import MIXER_RESIDUALS
 
+DECODED = 8  # up to so many new tokens against a cache, one product over all keys is fastest
 NEG = -1e30  # finite: exp(NEG - NEG) would be 1, so rows that see nothing are zeroed explicitly
 
 
@@ -34,8 +35,7 @@ def attention(
     *,
     q_segment_ids: Int[Array, "B T"] | None = None,
     kv_segment_ids: Int[Array, "B S"] | None = None,
-    q_positions: Int[Array, "B T"] | None = None,
-    kv_positions: Int[Array, "B S"] | None = None,
+    q_offset: Int[Array, " B"] | None = None,
     window: int | None = None,
     scale: float | None = None,
     implementation: str | None = None,
@@ -54,24 +54,19 @@ def attention(
         )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if implementation is None:  # a few decoded tokens against a cache are one small block anyway
-        implementation = "blocks" if q_positions is None else "reference"
-    if implementation == "reference":
-        mask = _mask(q_segment_ids, kv_segment_ids, q_positions, kv_positions, window, q.shape[1], k.shape[1])
-        return reference(q, k, v, mask, scale=scale)
+        implementation = "reference" if q_offset is not None and q.shape[1] <= DECODED else "blocks"
+    if implementation not in ("reference", "blocks"):
+        raise UserError(f"attention implementation {implementation!r}: expected 'reference' or 'blocks'")
     if implementation == "blocks":
-        if q_positions is not None:
-            raise UserError(
-                "attention implementation 'blocks' takes no positions; use 'reference' with a cache"
-            )
-        return blocks(q, k, v, q_segment_ids, window=window, scale=scale)
-    raise UserError(f"attention implementation {implementation!r}: expected 'reference' or 'blocks'")
+        return blocks(q, k, v, q_segment_ids, kv_segment_ids, q_offset, window=window, scale=scale)
+    offset = jnp.full(q.shape[:1], k.shape[1] - q.shape[1]) if q_offset is None else q_offset
+    mask = _mask(q_segment_ids, kv_segment_ids, offset, window, q.shape[1], k.shape[1])
+    return reference(q, k, v, mask, scale=scale)
 
 
-def _mask(q_segments, kv_segments, q_positions, kv_positions, window, T, S) -> Array:
-    """Boolean [B or 1, T, S]: may query t see key s?"""
-    q_pos = jnp.arange(S - T, S)[None] if q_positions is None else q_positions
-    kv_pos = jnp.arange(S)[None] if kv_positions is None else kv_positions
-    distance = q_pos[:, :, None] - kv_pos[:, None, :]
+def _mask(q_segments, kv_segments, offset, window, T, S) -> Array:
+    """Boolean [B, T, S]: may query t see key s?"""
+    distance = (offset[:, None] + jnp.arange(T))[:, :, None] - jnp.arange(S)
     seen = distance >= 0
     if window is not None:
         seen &= distance < window
@@ -93,27 +88,46 @@ def reference(q: Array, k: Array, v: Array, mask: Array, *, scale: float) -> Arr
 
 
 def blocks(
-    q: Array, k: Array, v: Array, segment_ids: Array | None, *, window: int | None, scale: float
+    q: Array,
+    k: Array,
+    v: Array,
+    q_segments: Array | None,
+    kv_segments: Array | None,
+    q_offset: Array | None,
+    *,
+    window: int | None,
+    scale: float,
 ) -> Array:
-    """Causal self-attention (T == S), block by block, with its own backward pass."""
+    """Block by block, with its own backward pass (not with a q_offset: a cache is not trained through)."""
     B, T, N, H = q.shape
-    K = k.shape[2]
-    plan = Plan.of(T, window=window, masked=segment_ids is not None)
-    if segment_ids is None:
-        segment_ids = jnp.ones((1, T), jnp.int32)
-    pad = (0, -T % plan.cols)  # keys beyond T lie after every query: causality alone hides them
+    S, K = k.shape[1:3]
+    plan = Plan.of(T, S, window=window, masked=q_segments is not None)
+    if q_segments is None or kv_segments is None:
+        q_segments, kv_segments = jnp.ones((1, T), jnp.int32), jnp.ones((1, S), jnp.int32)
+    # What is padded lies after every query, where causality alone hides it.
+    q_pad, kv_pad = (0, -T % plan.rows), (0, -S % plan.cols)
+    if q_offset is None:
+        q_pad = kv_pad
     per_head = jnp.transpose((q * scale).reshape(B, T, K, N // K, H), (0, 2, 3, 1, 4)).reshape(
         B * K, N // K, T, H
     )
-    keys, values = (jnp.transpose(x, (0, 2, 1, 3)).reshape(B * K, T, H) for x in (k, v))
-    segments = jnp.repeat(jnp.broadcast_to(segment_ids, (B, T)), K, axis=0)
-    out = _blocks(
-        jnp.pad(per_head, ((0, 0), (0, 0), pad, (0, 0))),
-        jnp.pad(keys, ((0, 0), pad, (0, 0))),
-        jnp.pad(values, ((0, 0), pad, (0, 0))),
-        jnp.pad(segments, ((0, 0), pad)),
-        plan,
+    per_head = jnp.pad(per_head, ((0, 0), (0, 0), q_pad, (0, 0)))
+    keys, values = (
+        jnp.pad(jnp.transpose(x, (0, 2, 1, 3)).reshape(B * K, S, H), ((0, 0), kv_pad, (0, 0))) for x in (k, v)
     )
+
+    def each_head(x, pad):
+        return jnp.pad(jnp.repeat(jnp.broadcast_to(x, (B, x.shape[1])), K, axis=0), ((0, 0), pad))
+
+    segments = each_head(kv_segments, kv_pad)
+    if q_offset is None:
+        out = _blocks(per_head, keys, values, segments, plan)
+    else:
+        forward = functools.partial(_head_forward, plan=plan)
+        offsets = jnp.repeat(q_offset, K)
+        out, _ = _each_head(
+            forward, (per_head, keys, values, each_head(q_segments, q_pad), segments, offsets)
+        )
     out = out[:, :, :T].reshape(B, K, N // K, T, H)
     return jnp.transpose(out, (0, 3, 1, 2, 4)).reshape(B, T, N, H)
 
@@ -128,34 +142,37 @@ class Plan:
     masked: bool  # several segments, or padding
 
     @classmethod
-    def of(cls, T: int, *, window: int | None, masked: bool) -> "Plan":
+    def of(cls, T: int, S: int, *, window: int | None, masked: bool) -> "Plan":
         # Measured on a CPU core, forward and backward, H = 32 and 64, T = 256 ... 4096: tiles of 64 x 128 stay in the
         # second-level cache and beat 128 and 256 wide ones at every T by 1.1x to 1.4x.
-        rows, cols = (T, T) if T <= 64 else (64, 128)
+        rows, cols = (T, T) if T == S <= 64 else (min(T, 64), 128)
         return cls(rows, cols, window, masked)
 
     def over_rows(self, T: int, body, carry):
         """carry = body(row, carry) for row = 0, rows, 2 rows, ... < T."""
         return jax.lax.fori_loop(0, T // self.rows, lambda i, c: body(i * self.rows, c), carry)
 
-    def over_tiles(self, row: Array, body, carry):
-        """carry = body(first key, carry) for each tile of keys that any query in row .. row + rows - 1 can see."""
-        first = 0 if self.window is None else jnp.maximum(row - self.window + 1, 0) // self.cols
-        last = (row + self.rows - 1) // self.cols + 1
+    def over_tiles(self, place: Array, S: int, body, carry):
+        """carry = body(first key, carry) for each tile of keys that any query at place .. place + rows - 1 can see."""
+        first = 0 if self.window is None else jnp.maximum(place - self.window + 1, 0) // self.cols
+        last = jnp.minimum((place + self.rows - 1) // self.cols + 1, S // self.cols)
         return jax.lax.fori_loop(first, last, lambda j, c: body(j * self.cols, c), carry)
 
-    def scores(self, q: Array, k: Array, segments: Array, row: Array, start: Array) -> tuple[Array, Array]:
-        """Scores of one tile, [G, rows, size] float32, and which of them count, [rows, size]."""
+    def scores(self, q: Array, k: Array, q_segments: Array, kv_segments: Array, place: Array, start: Array):
+        """Scores of one tile, [G, rows, cols] float32, and which of them count, [rows, cols].
+
+        q [G, rows, H] and q_segments [rows] are those of the tile; its first query lies at `place` among the keys.
+        """
         G, C, H = q.shape
         size = self.cols
         s = _dot(q.reshape(G * C, H), _cut(k, start, size), 1, 1).reshape(G, C, size)
-        distance = (row - start) + jnp.arange(C)[:, None] - jnp.arange(size)[None]
+        distance = (place - start) + jnp.arange(C)[:, None] - jnp.arange(size)[None]
         seen = distance >= 0
         if self.window is not None:
             seen &= distance < self.window
         if self.masked:
-            row_segments = _cut(segments, row, C)[:, None]
-            seen &= (row_segments == _cut(segments, start, size)[None]) & (row_segments != 0)
+            own = q_segments[:, None]
+            seen &= (own == _cut(kv_segments, start, size)[None]) & (own != 0)
         return jnp.where(seen, s, NEG), seen
 
 
@@ -172,27 +189,30 @@ def _dot(a: Array, b: Array, a_axis: int, b_axis: int) -> Array:
     return jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
 
 
-def _head_forward(q: Array, k: Array, v: Array, segments: Array, *, plan: Plan) -> tuple[Array, Array]:
-    """One row and kv head: q [G,T,H], k and v [T,H] -> out [G,T,H], logsumexp [G,T] float32."""
+def _head_forward(q, k, v, q_segments, kv_segments, offset, *, plan: Plan) -> tuple[Array, Array]:
+    """One row and kv head: q [G,T,H], k and v [S,H] -> out [G,T,H], logsumexp [G,T] float32."""
     G, T, H = q.shape
     C, size = plan.rows, plan.cols
 
     def rows(row, carry):
-        q_row = _cut(q, row, C, axis=1)
+        q_row, own = _cut(q, row, C, axis=1), _cut(q_segments, row, C)
+        place = row + offset
 
         def tile(start, state):
             out, top, total = state
-            s, _ = plan.scores(q_row, k, segments, row, start)
+            s, _ = plan.scores(q_row, k, own, kv_segments, place, start)
             new_top = jnp.maximum(top, jnp.max(s, axis=-1))
             p, shrink = jnp.exp(s - new_top[..., None]), jnp.exp(top - new_top)
             new = _dot(p.astype(v.dtype).reshape(G * C, size), _cut(v, start, size), 1, 0).reshape(G, C, H)
             return out * shrink[..., None] + new, new_top, total * shrink + jnp.sum(p, axis=-1)
 
         zeros = jnp.zeros((G, C), jnp.float32)
-        out, top, total = plan.over_tiles(row, tile, (jnp.zeros((G, C, H), jnp.float32), zeros + NEG, zeros))
+        out, top, total = plan.over_tiles(
+            place, k.shape[0], tile, (jnp.zeros((G, C, H), jnp.float32), zeros + NEG, zeros)
+        )
         out = out / total[..., None]
         if plan.masked:  # padding sees nothing
-            out = jnp.where(_cut(segments, row, C)[None, :, None] != 0, out, 0)
+            out = jnp.where(own[None, :, None] != 0, out, 0)
         return _put(carry[0], out, row, axis=1), _put(carry[1], top + jnp.log(total), row, axis=1)
 
     return plan.over_rows(T, rows, (jnp.zeros_like(q), jnp.zeros((G, T), jnp.float32)))
@@ -207,11 +227,12 @@ def _head_backward(q, k, v, segments, out, lse, d_out, *, plan: Plan) -> tuple[A
     def rows(row, carry):
         dq, dk, dv = carry
         q_row, d_row, lse_row, delta_row = (_cut(x, row, C, axis=1) for x in (q, d_out, lse, delta))
+        own = _cut(segments, row, C)
         flat_q, flat_d = q_row.reshape(G * C, H), d_row.reshape(G * C, H)
 
         def tile(start, state):
             dq_row, dk, dv = state
-            s, seen = plan.scores(q_row, k, segments, row, start)
+            s, seen = plan.scores(q_row, k, own, segments, row, start)
             p = jnp.where(seen, jnp.exp(s - lse_row[..., None]), 0)
             dp = _dot(flat_d, _cut(v, start, size), 1, 1).reshape(G, C, size)
             ds = (p * (dp - delta_row[..., None])).astype(k.dtype).reshape(G * C, size)
@@ -220,7 +241,7 @@ def _head_backward(q, k, v, segments, out, lse, d_out, *, plan: Plan) -> tuple[A
             dv = _put(dv, _cut(dv, start, size) + _dot(p, flat_d, 0, 0), start)
             return dq_row + _dot(ds, _cut(k, start, size), 1, 0), dk, dv
 
-        dq_row, dk, dv = plan.over_tiles(row, tile, (jnp.zeros((G * C, H), jnp.float32), dk, dv))
+        dq_row, dk, dv = plan.over_tiles(row, T, tile, (jnp.zeros((G * C, H), jnp.float32), dk, dv))
         return _put(dq, dq_row.reshape(G, C, H), row, axis=1), dk, dv
 
     zeros = jnp.zeros(k.shape, jnp.float32)
@@ -241,7 +262,10 @@ def _blocks(q, k, v, segments, plan: Plan):
 
 
 def _blocks_forward(q, k, v, segments, plan: Plan):
-    out, lse = _each_head(functools.partial(_head_forward, plan=plan), (q, k, v, segments))
+    def forward(q, k, v, segments):
+        return _head_forward(q, k, v, segments, segments, 0, plan=plan)
+
+    out, lse = _each_head(forward, (q, k, v, segments))
     out, lse = checkpoint_name(out, MIXER_RESIDUALS), checkpoint_name(lse, MIXER_RESIDUALS)
     return out, (q, k, v, segments, out, lse)
 
