@@ -1,10 +1,10 @@
-"""A training step of lcx against transformers + torch: same machine, weights, batches and optimizer, in one run.
+"""A training step of lcx against transformers + torch: same machine, weights, batches, optimizer, one run.
 
-    python benchmarks/train_vs_transformers.py [--lengths 256,2048,8192] [--steps 7] [--output benchmarks/results/X.json]
+    python benchmarks/train_vs_transformers.py [--lengths 256,2048,8192] [--steps 7] [--output FILE.json]
 
-For each length both sides take the same AdamW step (float32) on the same batches, in turns, A B A B ..., after one that
-is not counted; medians are compared, and the losses of every step are printed side by side. Peak memory is that of a
-process of its own for each side, less what the process holds before the first step. Needs the extra `torch`.
+For each length both sides take the same AdamW step (float32) on the same batches, in turns, A B A B ..., after one
+that is not counted; medians are compared, and the losses of every step are kept side by side. Peak memory is that of
+a process of its own for each side, less what it holds before the first step. Needs the extra `torch`.
 """
 
 import argparse
@@ -97,10 +97,17 @@ class Lcx:
         schedule = AdamW(LEARNING_RATE, "constant", warmup_steps=0, weight_decay=DECAY, decay=".")
         weights = {"params": params}
         optimizer = schedule.build(model_lib.abstract_params(model, mesh=self.mesh), 100)
-        abstract = train_step.abstract_state({"params": model_lib.abstract_params(model, mesh=self.mesh)}, optimizer, self.mesh)
+        abstract = train_step.abstract_state(
+            {"params": model_lib.abstract_params(model, mesh=self.mesh)}, optimizer, self.mesh
+        )
         self.state = {**weights, "opt_state": train_step.init_opt_state(optimizer, weights, abstract)}
         self.step_fn = train_step.make_step(
-            model, optimizer, objectives.next_token, schedule.learning_rates(100), accumulation=1, abstract=abstract
+            model,
+            optimizer,
+            objectives.next_token,
+            schedule.learning_rates(100),
+            accumulation=1,
+            abstract=abstract,
         )
 
     def step(self, batch) -> float:
@@ -140,7 +147,9 @@ def speed(folder: str, lengths: list[int], steps: int) -> list[dict]:
         ratios = sorted(b / a for a, b in zip(times["lcx"], times["torch"], strict=True))
         row["speed_ratio_median"] = round(statistics.median(ratios), 3)
         row["speed_ratio_min_max"] = [round(ratios[0], 3), round(ratios[-1], 3)]
-        row["max_loss_difference"] = max(abs(a - b) for a, b in zip(losses["lcx"], losses["torch"], strict=True))
+        row["max_loss_difference"] = max(
+            abs(a - b) for a, b in zip(losses["lcx"], losses["torch"], strict=True)
+        )
         row["losses"] = {name: [round(x, 5) for x in values] for name, values in losses.items()}
         print(json.dumps(row), flush=True)
         rows.append(row)
@@ -155,11 +164,22 @@ def memory(side: str, folder: str, T: int) -> None:
     for batch in batches(T, 2):
         runner.step(batch)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(json.dumps({"side": side, "before_mib": round(before), "peak_mib": round(peak), "step_mib": round(peak - before)}))
+    print(
+        json.dumps(
+            {
+                "side": side,
+                "before_mib": round(before),
+                "peak_mib": round(peak),
+                "step_mib": round(peak - before),
+            }
+        )
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--lengths", default="256,2048,8192")
     parser.add_argument("--steps", type=int, default=7)
     parser.add_argument("--output")
@@ -179,17 +199,27 @@ def main() -> None:
         peaks = []
         for side in ("lcx", "torch"):
             command = [sys.executable, __file__, "--memory", side, folder, str(lengths[-1])]
-            peaks.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+            peaks.append(
+                json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+            )
             print(json.dumps(peaks[-1]), flush=True)
         rows = speed(folder, lengths, args.steps)
     result = {
         "what": "AdamW training step, float32, lcx against transformers + torch, interleaved",
         "model": MODEL,
         "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
-        "versions": {"jax": jax.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
+        "versions": {
+            "jax": jax.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
         "devices": jax.device_count(),
         "speed": rows,
-        "memory": {"T": lengths[-1], "sides": peaks, "ratio": round(peaks[0]["step_mib"] / peaks[1]["step_mib"], 3)},
+        "memory": {
+            "T": lengths[-1],
+            "sides": peaks,
+            "ratio": round(peaks[0]["step_mib"] / peaks[1]["step_mib"], 3),
+        },
     }
     print(json.dumps(result["memory"]))
     if args.output:

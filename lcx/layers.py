@@ -6,6 +6,7 @@ bfloat16 compute, nothing to configure per layer.
 """
 
 import math
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -15,6 +16,12 @@ from jaxtyping import Array, Float, Int
 from lcx import sharding
 
 Names = tuple[str | None, ...]
+
+
+def named_param(module: nn.Module, name: str, init, names: Names, shape: tuple[int, ...]) -> Array:
+    """A parameter whose axes carry logical names."""
+    value: Any = module.param(name, nn.with_logical_partitioning(init, names), shape)
+    return value
 
 
 def fan_in_normal(num_inputs: int, gain: float = 1.0) -> nn.initializers.Initializer:
@@ -40,13 +47,11 @@ class Linear(nn.Module):
     def __call__(self, x: Float[Array, "*batch_and_in"]) -> Float[Array, "*batch_and_out"]:
         init = fan_in_normal(math.prod(self.in_shape), self.gain)
         num_in = len(self.in_shape)
-        kernel = self.param(
-            "kernel", nn.with_logical_partitioning(init, self.names), self.in_shape + self.out_shape
-        )
+        kernel = named_param(self, "kernel", init, self.names, self.in_shape + self.out_shape)
         y = _contract(x, sharding.gathered(kernel.astype(x.dtype), self.names), num_in)
         if self.bias:
-            zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.names[num_in:])
-            y += self.param("bias", zeros, self.out_shape).astype(x.dtype)
+            bias = named_param(self, "bias", nn.initializers.zeros, self.names[num_in:], self.out_shape)
+            y += bias.astype(x.dtype)
         if self.has_variable("lora", "a"):
             a, b, scale = (self.get_variable("lora", leaf).astype(x.dtype) for leaf in ("a", "b", "scale"))
             low_rank = _contract(x, sharding.gathered(a, (*self.names[:num_in], None)), num_in)
@@ -80,9 +85,7 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        scale = self.param(
-            "scale", nn.with_logical_partitioning(nn.initializers.ones, self.names), (self.size,)
-        )
+        scale = named_param(self, "scale", nn.initializers.ones, self.names, (self.size,))
         x32 = x.astype(jnp.float32)
         normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
         return normed.astype(x.dtype) * scale.astype(x.dtype)
@@ -98,7 +101,7 @@ class Embedding(nn.Module):
     def setup(self):
         init = nn.initializers.truncated_normal(stddev=self.hidden_size**-0.5)
         shape = (self.vocab_size, self.hidden_size)
-        self.embedding = self.param("embedding", nn.with_logical_partitioning(init, self.names), shape)
+        self.embedding = named_param(self, "embedding", init, self.names, shape)
 
     def __call__(self, tokens: Int[Array, "B T"], *, dtype: jnp.dtype) -> Float[Array, "B T D"]:
         # Gathering the fsdp pieces first lets every device look up its own rows; left to itself, the partitioner

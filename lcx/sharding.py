@@ -17,7 +17,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from lcx.errors import UserError
 
@@ -74,9 +74,9 @@ class MeshShape:
         return make_mesh(**dataclasses.asdict(self), devices=devices)
 
 
-def spec(names: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+def spec(names: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """Logical names -> PartitionSpec. An axis that does not divide evenly, or whose mesh axis is taken, stays whole."""
-    rules, taken, out = dict(RULES), set(), []
+    rules, taken, out = dict(RULES), set[str](), list[str | None]()
     for name, size in zip(names, shape, strict=True):
         axis = None if name is None else rules[name]
         if axis is None or axis in taken or mesh.shape[axis] == 1 or size % mesh.shape[axis]:
@@ -91,11 +91,11 @@ def tree_shardings(boxed, mesh: Mesh):
     """Tree of nn.Partitioned (or plain) abstract leaves -> tree of NamedSharding of the same structure, unboxed."""
 
     def one(leaf):
-        if isinstance(leaf, nn.meta.AxisMetadata):
+        if isinstance(leaf, nn.Partitioned):
             return NamedSharding(mesh, spec(leaf.names, leaf.unbox().shape, mesh))
         return NamedSharding(mesh, PartitionSpec())
 
-    return jax.tree.map(one, boxed, is_leaf=lambda leaf: isinstance(leaf, nn.meta.AxisMetadata))
+    return jax.tree.map(one, boxed, is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -196,11 +196,11 @@ def per_device(fn, arrays: dict[str, jax.Array | None], heads: tuple[str, ...] =
     if mesh.empty or mesh.size == 1:
         return fn(**arrays)
     rows = next(iter(arrays.values())).shape[0]
-    batch = BATCH_AXES if rows % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0 else None
+    divides = rows % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0
     split = all(arrays[name].shape[2] % mesh.shape["tensor"] == 0 for name in heads)
     # Gradients are summed over the axes that a spec leaves out. Those of one device are named, to spare the sum.
     single = tuple(axis for axis in ("context", "tensor") if mesh.shape[axis] == 1)
-    batch = batch and (*batch, *single)
+    batch = (*BATCH_AXES, *single) if divides else None
     head_spec = PartitionSpec(batch, None, "tensor" if split and "tensor" not in single else None)
     specs = {
         name: head_spec if name in heads else PartitionSpec(batch if x.shape[0] == rows else None)

@@ -11,7 +11,7 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path.home() / ".c
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
-import jaxtyping  # noqa: E402
+import jaxtyping
 
 # Shapes and dtypes in these signatures are checked at every call of a test, and cost a user nothing.
 jaxtyping.install_import_hook(["lcx.rope", "lcx.ops"], "beartype.beartype")

@@ -5,9 +5,9 @@ import pytest
 
 pytest.importorskip("torch", reason="the oracle is transformers: pip install -e '.[torch]'")
 pytest.importorskip("transformers", reason="the oracle is transformers: pip install -e '.[torch]'")
-from transformers import LlamaConfig  # noqa: E402
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS  # noqa: E402
-from transformers.models.phi3 import modeling_phi3  # noqa: E402
+from transformers import LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.phi3 import modeling_phi3
 
 KEY = "original_max_position_embeddings"
 

@@ -12,8 +12,8 @@ from lcx.errors import UserError
 from lcx.rope import Rope, from_hf, hf_max_position_embeddings, to_hf
 
 pytest.importorskip("transformers")
-from transformers import LlamaConfig, MistralConfig, Phi3Config, Qwen2Config, Qwen3Config  # noqa: E402
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS  # noqa: E402
+from transformers import LlamaConfig, MistralConfig, Phi3Config, Qwen2Config, Qwen3Config
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 CONFIGS = {"llama": LlamaConfig, "mistral": MistralConfig, "phi3": Phi3Config}
 CONFIGS |= {"qwen2": Qwen2Config, "qwen3": Qwen3Config}
