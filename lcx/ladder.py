@@ -9,17 +9,21 @@ In the workdir each rung has a workdir of its own, `8192/round_0`; a rung that i
 was cut short goes on.
 """
 
+import contextlib
 import dataclasses
 import json
 import logging
+import math
 import os
-import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
 from lcx import sharding
+from lcx.convert import api as convert
+from lcx.convert import sources
 from lcx.errors import UserError
 from lcx.model import Decoder
 from lcx.trainer import Trainer
@@ -104,50 +108,42 @@ class Ladder:
     def _run(self, workdir: str) -> str:
         source = self.trainer.init_from
         assert source is not None
-        original = original_window(source)
-        baseline = None if self.gate is None else self._baseline(workdir, source, original)
+        original = self._check_rungs(source)
+        baseline = math.nan if self.gate is None else self._baseline(workdir, source, original)
         for rung in self.rungs:
             for number in range(1 if self.gate is None else self.gate.max_rounds):
                 folder = os.path.join(workdir, str(rung.context_length), f"round_{number}")
-                verdict = self._climb(rung, folder, source, original, baseline)
+                trainer = self._trainer_for(rung, source, original, number)
+                verdict = self._climb(trainer, folder, original, baseline)
                 source = folder
                 if verdict is None:
                     break
                 log.warning("rung %d, round %d: %s", rung.context_length, number, verdict)
             else:
-                assert self.gate is not None
                 raise UserError(
-                    f"rung {rung.context_length} did not pass its gate in {self.gate.max_rounds} rounds ({verdict}); "
+                    f"rung {rung.context_length} did not pass its gate in {number + 1} rounds ({verdict}); "
                     "raise Rung.steps or Gate.max_rounds, or loosen the gate. All rounds are kept in the workdir"
                 )
         return source
 
-    def _climb(
-        self, rung: Rung, folder: str, source: str, original: int, baseline: float | None
-    ) -> str | None:
-        """Trains one round; None when the gate opens, else why it stays shut."""
-        done = pathlib.Path(folder) / "gate.json"
-        if done.exists():
-            return json.loads(done.read_text())["verdict"]
-        trainer = self._trainer_for(rung, source, original)
-        os.makedirs(folder, exist_ok=True)
-        run = trainer.run(folder)
-        if run.step < trainer.steps:
-            raise Stopped
-        verdict = (
-            None
-            if self.gate is None
-            else self._verdict(run.model, run.merged_params(), rung, original, baseline)
-        )
-        if jax.process_index() == 0:
-            done.write_text(json.dumps({"verdict": verdict}))
-        return verdict
+    def _check_rungs(self, source: str) -> int:
+        """The original window; mistakes in any rung show before the first one trains."""
+        model = convert.SOURCES[convert.detect(source)](source).model
+        original = original_window(model)
+        for rung in self.rungs:
+            trainer = self._trainer_for(rung, source, original, 0)
+            trainer.check_rows(trainer.mesh.build())
+            sources.extended(model, trainer.rope_scaling, trainer.context_length)
+        return original
 
-    def _trainer_for(self, rung: Rung, source: str, original: int) -> Trainer:
-        scale = rung.context_length / original
-        optimizer = dataclasses.replace(self.trainer.optimizer, context_scale=max(scale, 1.0))
+    def _trainer_for(self, rung: Rung, source: str, original: int, number: int) -> Trainer:
+        """The trainer of a round. A repeated round is of the rung's length already, and reads on in other text."""
+        optimizer = dataclasses.replace(
+            self.trainer.optimizer, context_scale=max(rung.context_length / original, 1.0)
+        )
         if rung.learning_rate is not None:
             optimizer = dataclasses.replace(optimizer, learning_rate=rung.learning_rate)
+        scaling = {**self.rope_scaling, "original_max_position_embeddings": original}
         given = {name: getattr(rung, name) for name in ("batch_size", "accumulation", "mesh")}
         return dataclasses.replace(
             self.trainer,
@@ -155,56 +151,86 @@ class Ladder:
             steps=rung.steps,
             seq_len=rung.context_length,
             context_length=rung.context_length,
-            rope_scaling={**self.rope_scaling, "factor": scale, "original_max_position_embeddings": original},
+            rope_scaling=scaling if number == 0 else None,
             optimizer=optimizer,
+            seed=self.trainer.seed + number,
             **{name: value for name, value in given.items() if value is not None},
         )
+
+    def _climb(self, trainer: Trainer, folder: str, original: int, baseline: float) -> str | None:
+        """Trains one round; None when the gate opens, else why it stays shut."""
+        done = os.path.join(folder, "gate.json")
+        if os.path.exists(done):
+            return _read_json(done)["verdict"]
+        if trainer.run(folder).step < trainer.steps:
+            raise Stopped
+        verdict = None if self.gate is None else self._verdict(folder, trainer.seq_len, original, baseline)
+        _write_json(done, {"verdict": verdict})
+        return verdict
 
     # ------------------------------------------------------------------------------------------------------ the gate
 
     def _baseline(self, workdir: str, source: str, original: int) -> float:
         """Held-out loss of the pretrained model inside its own window; kept for a ladder that is resumed."""
-        kept = pathlib.Path(workdir) / "baseline.json"
-        if kept.exists():
-            return json.loads(kept.read_text())["loss"]
-        from lcx.convert.api import load
-
-        mesh = self.trainer.mesh.build()
-        model, params = load(source, dtype="float32", mesh=mesh)
-        loss = self._short_loss(model, params, original, mesh)
-        if jax.process_index() == 0:
-            kept.write_text(json.dumps({"loss": loss, "context_length": original}))
+        kept = os.path.join(workdir, "baseline.json")
+        if os.path.exists(kept):
+            return _read_json(kept)["loss"]
+        with self._loaded(source) as (model, params, mesh):
+            loss = self._short_loss(model, params, original, mesh)
+        if math.isnan(loss):
+            raise UserError(
+                "Ladder.gate compares losses on held-out text and there is none: set eval_fraction"
+            )
+        _write_json(kept, {"loss": loss, "context_length": original})
         return loss
 
-    def _short_loss(self, model: Decoder, params: Any, original: int, mesh: Mesh) -> float:
-        short = dataclasses.replace(self.trainer, seq_len=original, steps=1)
-        with jax.set_mesh(mesh):
-            return short.held_out_loss(model, {"params": params}, mesh)
+    def _verdict(self, folder: str, length: int, original: int, baseline: float) -> str | None:
+        assert self.gate is not None
+        with self._loaded(folder) as (model, params, mesh):
+            loss = self._short_loss(model, params, original, mesh)
+            if loss > baseline + self.gate.max_loss_increase:
+                return (
+                    f"loss inside the original window is {loss:.4f}, {loss - baseline:.4f} above the start's"
+                )
+            if self.gate.min_passkey_accuracy > 0:
+                from lcx.evals.passkey import Passkey
 
-    def _verdict(
-        self, model: Decoder, params: Any, rung: Rung, original: int, baseline: float | None
-    ) -> str | None:
-        gate = self.gate
-        assert gate is not None and baseline is not None
-        mesh = (rung.mesh or self.trainer.mesh).build()
-        loss = self._short_loss(model, params, original, mesh)
-        if loss > baseline + gate.max_loss_increase:
-            return f"loss inside the original window is {loss:.4f}, {loss - baseline:.4f} above that of the start"
-        if gate.min_passkey_accuracy > 0:
-            from lcx.evals.passkey import Passkey
-
-            search = Passkey(context_length=rung.context_length, num_distances=gate.passkey_trials, trials=1)
-            found = search(model, params, self.trainer.data.load_tokenizer())["mean_rate"]
-            if found < gate.min_passkey_accuracy:
-                return f"passkey success is {found:.2f}, expected {gate.min_passkey_accuracy:.2f}"
+                search = Passkey(context_length=length, num_distances=self.gate.passkey_trials, trials=1)
+                found = search(model, params, self.trainer.data.load_tokenizer())["mean_rate"]
+                if found < self.gate.min_passkey_accuracy:
+                    return f"passkey success is {found:.2f}, expected {self.gate.min_passkey_accuracy:.2f}"
         return None
 
+    @contextlib.contextmanager
+    def _loaded(self, path: str) -> Iterator[tuple[Decoder, Any, Mesh]]:
+        """A checkpoint on the trainer's own mesh, whatever the rung's: all are measured alike, on the same rows."""
+        mesh = self.trainer.mesh.build()
+        with jax.set_mesh(mesh):
+            model, params = convert.load(path, dtype="float32", mesh=mesh)
+            yield self.trainer.adjusted(model), params, mesh
 
-def original_window(path: str) -> int:
+    def _short_loss(self, model: Decoder, params: Any, original: int, mesh: Mesh) -> float:
+        short = dataclasses.replace(self.trainer, seq_len=original)
+        short.check_rows(mesh)
+        return short.held_out_loss(model, {"params": params}, mesh)
+
+
+def original_window(model: Decoder) -> int:
     """The window a model was pretrained with: what every factor is relative to."""
-    from lcx.convert.api import SOURCES, detect
-
-    model = SOURCES[detect(path)](path).model
     ropes = [getattr(block.mixer, "rope", None) for stage in model.stages for block in stage.pattern]
     windows = [rope.original_max_position_embeddings for rope in ropes if rope is not None]
     return next((window for window in windows if window is not None), model.max_position_embeddings)
+
+
+def _read_json(path: str) -> dict[str, Any]:
+    with open(path) as file:
+        return json.load(file)
+
+
+def _write_json(path: str, value: dict[str, Any]) -> None:
+    """Whole or not at all: a kill must not leave half of a verdict."""
+    if jax.process_index() == 0:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(f"{path}.new", "w") as file:
+            json.dump(value, file)
+        os.replace(f"{path}.new", path)

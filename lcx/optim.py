@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import operator
 import re
 from typing import Any
 
@@ -23,7 +24,7 @@ class AdamW:
       warmup_steps: linear rise from warmup_from * learning_rate to learning_rate.
       context_scale: s = context now / original context; the peak becomes learning_rate / sqrt(s).
       clip_norm: global norm that gradients are scaled down to; None: no clipping.
-      weight_decay: on kernels and embeddings whose path matches decay; norms and biases have none.
+      weight_decay: on parameters whose path matches decay: kernels, embeddings, LoRA pairs; not norms and biases.
       trainable: only parameters whose path ("stages_0/block_0/mixer/q_proj/kernel") it matches train.
       frozen: parameters whose path it matches do not train.
     """
@@ -38,21 +39,33 @@ class AdamW:
     b2: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.0
-    decay: str = r"(kernel|embedding)$"
+    decay: str = r"/(kernel|embedding|a|b)$"
     clip_norm: float | None = 1.0
     trainable: str | None = None
     frozen: str | None = None
 
     def __post_init__(self):
         if self.schedule not in SCHEDULES:
-            raise UserError(f"schedule {self.schedule!r}: expected one of {', '.join(SCHEDULES)}")
-        if self.context_scale <= 0 or self.learning_rate <= 0:
-            raise UserError(
-                f"learning_rate {self.learning_rate} and context_scale {self.context_scale} must be positive"
-            )
+            raise UserError(f"AdamW.schedule is {self.schedule!r}, expected one of {', '.join(SCHEDULES)}")
+        for name in ("learning_rate", "context_scale", "eps", "clip_norm"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise UserError(f"AdamW.{name} is {value}, expected a positive number")
+        for name in ("warmup_from", "final_fraction", "b1", "b2"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"AdamW.{name} is {getattr(self, name)}, expected a number from 0 to 1")
+        for name in ("warmup_steps", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise UserError(f"AdamW.{name} is {getattr(self, name)}, expected at least 0")
+        for name in ("decay", "trainable", "frozen"):
+            try:
+                re.compile(getattr(self, name) or "")
+            except re.error as error:
+                found = f"AdamW.{name} {getattr(self, name)!r} is not a regular expression ({error})"
+                raise UserError(f"{found}: change AdamW.{name}") from None
 
     def learning_rates(self, steps: int) -> optax.Schedule:
-        """Step -> learning rate over a run of `steps` updates."""
+        """Step -> learning rate over a run of `steps` updates; the first update is step 0."""
         peak = self.learning_rate / math.sqrt(self.context_scale)
         rest = max(steps - self.warmup_steps, 1)
         after = {
@@ -65,23 +78,39 @@ class AdamW:
         warmup = optax.linear_schedule(peak * self.warmup_from, peak, self.warmup_steps)
         return optax.join_schedules([warmup, after], [self.warmup_steps])
 
-    def build(self, params: Any, steps: int) -> optax.GradientTransformation:
-        """The optax transformation for this tree of (abstract) parameters.
+    def trains(self, params: Any) -> Any:
+        """Tree of bool like params: which of them train.
 
         Raises:
-          UserError: trainable, frozen or decay is not a regular expression, or nothing is left to train.
+          UserError: none of them.
         """
-        paths = leaf_paths(params)
-        trains = {
-            path: _matches(self.trainable, path, True) and not _matches(self.frozen, path, False)
-            for path in paths
-        }
-        if not any(trains.values()):
+
+        def one(path: str) -> bool:
+            wanted = self.trainable is None or re.search(self.trainable, path)
+            return bool(wanted) and not (self.frozen is not None and re.search(self.frozen, path))
+
+        mask = _by_path(params, one)
+        if not any(jax.tree.leaves(mask)):
+            paths = leaf_paths(params)
             raise UserError(
                 f"nothing to train: trainable={self.trainable!r} frozen={self.frozen!r} leave none of the "
                 f"{len(paths)} parameters, such as {paths[0]}; change AdamW.trainable or AdamW.frozen"
             )
-        decays = {path: _matches(self.decay, path, True) for path in paths}
+        return mask
+
+    def build(self, params: Any, steps: int) -> optax.GradientTransformation:
+        """The optax transformation for this tree of (abstract) parameters; frozen ones get no moments.
+
+        Raises:
+          UserError: nothing is left to train, or to decay though weight_decay is set.
+        """
+        trains = self.trains(params)
+        decays = _by_path(params, lambda path: bool(re.search(self.decay, path)))
+        if self.weight_decay and not any(jax.tree.leaves(jax.tree.map(operator.and_, trains, decays))):
+            raise UserError(
+                f"AdamW.weight_decay is {self.weight_decay} but decay={self.decay!r} matches nothing that trains, "
+                f"such as {leaf_paths(params)[0]}; change AdamW.decay, or set weight_decay to 0"
+            )
         adamw = optax.chain(
             optax.identity() if self.clip_norm is None else optax.clip_by_global_norm(self.clip_norm),
             optax.adamw(
@@ -90,33 +119,20 @@ class AdamW:
                 b2=self.b2,
                 eps=self.eps,
                 weight_decay=self.weight_decay,
-                mask=_by_path(params, lambda path: decays[path]),
+                mask=decays,
             ),
         )
-        if all(trains.values()):
+        if all(jax.tree.leaves(trains)):
             return adamw
-        labels = _by_path(params, lambda path: "train" if trains[path] else "freeze")
+        labels = jax.tree.map(lambda moves: "train" if moves else "freeze", trains)
         return optax.multi_transform({"train": adamw, "freeze": optax.set_to_zero()}, labels)
 
 
 def leaf_paths(tree: Any) -> list[str]:
-    return [_path(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(tree)]
+    return jax.tree.leaves(_by_path(tree, lambda path: path))
 
 
 def _by_path(tree: Any, fn) -> Any:
-    return jax.tree_util.tree_map_with_path(lambda keys, _: fn(_path(keys)), tree)
-
-
-def _path(keys) -> str:
-    return "/".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in keys)
-
-
-def _matches(pattern: str | None, path: str, default: bool) -> bool:
-    if pattern is None:
-        return default
-    try:
-        return re.search(pattern, path) is not None
-    except re.error as e:
-        raise UserError(
-            f"{pattern!r} is not a regular expression: {e}; change AdamW.trainable, frozen or decay"
-        ) from None
+    return jax.tree_util.tree_map_with_path(
+        lambda keys, _: fn(jax.tree_util.keystr(keys, simple=True, separator="/")), tree
+    )

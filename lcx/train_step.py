@@ -56,36 +56,54 @@ def make_step(
     *,
     accumulation: int,
     abstract: State,
-) -> Callable[[State, dict[str, jax.Array], jax.Array], tuple[State, dict[str, jax.Array]]]:
+    trains: Any = None,
+) -> Callable[[State, dict[str, jax.Array], jax.typing.ArrayLike], tuple[State, dict[str, jax.Array]]]:
     """step(state, batch, step number) -> (new state, metrics); the old state's buffers are reused.
 
     The gradient is that of the weighted mean over the whole global batch: sums over micro-batches and devices, one
     division at the end, so that neither accumulation nor the mesh changes the result.
+
+    Args:
+      trains: tree of bool, which leaves of the trained entry move; None: all. No gradient is computed for the others.
     """
     name = trained(abstract)
+    trains = jax.tree.map(lambda _: True, abstract[name]) if trains is None else trains
 
-    def sums(moved, frozen, batch):
-        return objective(model, {**frozen, name: moved}, batch)
+    def sums(moving, still, state, batch):
+        weights = {key: state[key] for key in ("params", "lora") if key in state}
+        return objective(model, {**weights, name: join(moving, still)}, batch)
 
     def step(state: State, batch: dict[str, jax.Array], number: jax.Array):
-        frozen = {key: state[key] for key in ("params", "lora") if key in state and key != name}
-        gradient = jax.value_and_grad(functools.partial(sums, frozen=frozen), has_aux=True)
-        (loss, weight), grads = accumulate(
-            lambda micro: gradient(state[name], batch=micro), micro_batches(batch, accumulation)
-        )
+        moving, still = split(state[name], trains)
+        gradient = functools.partial(jax.value_and_grad(sums, has_aux=True), moving, still, state)
+        (loss, weight), grads = accumulate(gradient, micro_batches(batch, accumulation))
         total = jnp.maximum(weight, 1.0)
         grads = jax.tree.map(lambda g: g / total.astype(g.dtype), grads)
-        updates, opt_state = optimizer.update(grads, state["opt_state"], state[name])
+        zeros = jax.tree.map(jnp.zeros_like, still)
+        updates, opt_state = optimizer.update(join(grads, zeros), state["opt_state"], state[name])
+        moved = optax.apply_updates(moving, split(updates, trains)[0])
         metrics = {
             "loss": loss / total,
             "grad_norm": optax.global_norm(grads),
             "learning_rate": jnp.asarray(learning_rates(number), jnp.float32),
             "tokens": weight,
         }
-        return {**state, name: optax.apply_updates(state[name], updates), "opt_state": opt_state}, metrics
+        return {**state, name: join(moved, still), "opt_state": opt_state}, metrics
 
     out = jax.tree.map(lambda x: x.sharding, abstract)
     return jax.jit(step, donate_argnums=0, out_shardings=(out, None))
+
+
+def split(tree: Any, chosen: Any) -> tuple[Any, Any]:
+    """(the chosen leaves, the others), each with None in the place of the other's: `join` is the inverse."""
+    return (
+        jax.tree.map(lambda x, yes: x if yes else None, tree, chosen),
+        jax.tree.map(lambda x, yes: None if yes else x, tree, chosen),
+    )
+
+
+def join(tree: Any, others: Any) -> Any:
+    return jax.tree.map(lambda x, y: y if x is None else x, tree, others, is_leaf=lambda x: x is None)
 
 
 def micro_batches(batch: dict[str, jax.Array], count: int) -> dict[str, jax.Array]:
@@ -97,15 +115,13 @@ def micro_batches(batch: dict[str, jax.Array], count: int) -> dict[str, jax.Arra
 
 def accumulate(gradient: Callable, micro: dict[str, jax.Array]) -> Any:
     """Sum of ((loss, weight), gradients) over the leading axis of the micro-batches."""
-    count = jax.tree.leaves(micro)[0].shape[0]
-    first = gradient(jax.tree.map(lambda x: x[0], micro))
-    if count == 1:
-        return first
-
-    def add(total, one):
-        return jax.tree.map(jnp.add, total, gradient(one)), None
-
-    return jax.lax.scan(add, first, jax.tree.map(lambda x: x[1:], micro))[0]
+    one = jax.tree.map(lambda x: x[0], micro)
+    if jax.tree.leaves(micro)[0].shape[0] == 1:
+        return gradient(one)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, one))
+    return jax.lax.scan(lambda total, one: (jax.tree.map(jnp.add, total, gradient(one)), None), zeros, micro)[
+        0
+    ]
 
 
 @functools.cache

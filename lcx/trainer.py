@@ -5,25 +5,28 @@ which of them train, and the objective. The order of events in `Trainer.run` is 
 """
 
 import collections
+import contextlib
 import dataclasses
 import logging
 import math
 import os
 import pathlib
-import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
 import numpy as np
+import optax
 
-from lcx import __version__, describe, hardware, objectives, sharding, train_step
+from lcx import __version__, describe, objectives, origin, processes, sharding, train_step
 from lcx import lora as lora_lib
 from lcx import model as model_lib
 from lcx.checkpoint import Checkpointer
+from lcx.convert import api as convert
 from lcx.data import BatchIterator, Dataset, Mixture
 from lcx.errors import UserError
-from lcx.metrics import MetricsLogger
+from lcx.meter import Meter, NotFiniteError
+from lcx.metrics import MODES, MetricsLogger
 from lcx.model import Decoder
 from lcx.optim import AdamW
 from lcx.stopping import StopRequest
@@ -31,6 +34,10 @@ from lcx.train_step import State
 
 log = logging.getLogger(__name__)
 
+DTYPES = ("float32", "bfloat16")  # float16 would need loss scaling
+ADVICE = "lower AdamW.learning_rate, lengthen AdamW.warmup_steps, or look at the data of this step"
+_COUNTS = "steps batch_size seq_len accumulation log_every checkpoint_every keep_checkpoints eval_batches"
+_LEAST = {"eval_every": 0} | dict.fromkeys(_COUNTS.split(), 1)
 IN_FLIGHT = 2  # steps queued on the devices: enough to hide the host; forced CPU devices deadlock with dozens
 
 
@@ -41,16 +48,41 @@ class Job(Protocol):
 
 
 def train(
-    *, workdir: str, job: Job, config_text: str = "", operative_config: Callable[[], str] | None = None
+    *,
+    workdir: str,
+    job: Job,
+    config_text: str = "",
+    operative_config: Callable[[], str] | None = None,
+    distributed: bool = False,
+    coordinator_address: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
 ) -> None:
-    """Runs the job that the .gin file binds to `train.job`. Its configuration is kept in WORKDIR/config.gin."""
+    """Runs the job that the .gin file binds to `train.job`. Its configuration is kept in WORKDIR/config.gin.
+
+    With `distributed`, or a coordinator_address, it first joins the other processes (processes.join).
+    """
+    if distributed or coordinator_address is not None:
+        processes.join(coordinator_address, num_processes, process_id)
     folder = pathlib.Path(workdir).expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
-    if config_text and jax.process_index() == 0:
-        (folder / "config.gin").write_text(config_text)
+    if jax.process_index() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        _keep_config(folder, config_text)
     job.run(str(folder))
     if operative_config is not None and jax.process_index() == 0:
         (folder / "operative_config.gin").write_text(operative_config())
+
+
+def _keep_config(folder: pathlib.Path, text: str) -> None:
+    """Writes config.gin; one that says something else is kept as config.1.gin, config.2.gin, ..."""
+    config = folder / "config.gin"
+    if not text or (config.exists() and config.read_text() == text):
+        return
+    (folder / "config.gin.new").write_text(text)
+    if config.exists():
+        number = next(i for i in range(1, 1 << 30) if not (folder / f"config.{i}.gin").exists())
+        config.rename(folder / f"config.{number}.gin")
+    (folder / "config.gin.new").rename(config)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,17 +141,14 @@ class Trainer:
             raise UserError(
                 "Trainer.rope_scaling and context_length change a pretrained model: set Trainer.init_from"
             )
-        for name in (
-            "steps",
-            "batch_size",
-            "seq_len",
-            "accumulation",
-            "log_every",
-            "checkpoint_every",
-            "eval_batches",
-        ):
-            if getattr(self, name) < 1:
-                raise UserError(f"Trainer.{name} is {getattr(self, name)}, expected at least 1")
+        for name, least in _LEAST.items():
+            if getattr(self, name) < least:
+                raise UserError(f"Trainer.{name} is {getattr(self, name)}, expected at least {least}")
+        for name, known in {"dtype": DTYPES, "remat": tuple(model_lib.REMAT), "wandb": MODES}.items():
+            if getattr(self, name) not in (None, *known):
+                raise UserError(
+                    f"Trainer.{name} is {getattr(self, name)!r}, expected one of {', '.join(known)}"
+                )
         if self.batch_size % self.accumulation:
             raise UserError(
                 f"Trainer.batch_size {self.batch_size} is not a multiple of accumulation {self.accumulation}"
@@ -128,77 +157,109 @@ class Trainer:
     def run(self, workdir: str) -> "Run":
         """Trains to the last step, or to a request to stop. Goes on with what is in the workdir."""
         mesh = self.mesh.build()
-        self._check_rows(mesh)
+        self.check_rows(mesh)
+        self.data.open()  # tokenises; a mistake in the data shows before a model is read
+        folder = os.path.join(workdir, "checkpoints")
         with (
             jax.set_mesh(mesh),
-            Checkpointer(
-                os.path.join(workdir, "checkpoints"), max_to_keep=self.keep_checkpoints
-            ) as checkpointer,
+            Checkpointer(folder, max_to_keep=self.keep_checkpoints) as checkpointer,
         ):
-            batches = self._batches("train")
-            run = self._resume(checkpointer, mesh, batches) or self._start(mesh)
-            if run.model.max_position_embeddings < self.seq_len:
-                log.warning(
-                    "Trainer.seq_len %d exceeds the model's window of %d tokens: set rope_scaling and context_length",
-                    self.seq_len,
-                    run.model.max_position_embeddings,
-                )
-            with _metrics(self, workdir, run.step) as metrics, StopRequest() as stop:
-                return self._loop(run, mesh, batches, checkpointer, metrics, stop)
+            run = self._resume(checkpointer, mesh, workdir) or self._start(mesh)
+            with (
+                self._batches("train", run.model, mesh) as batches,
+                _metrics(self, workdir, run.step) as metrics,
+                StopRequest() as stop,
+            ):
+                if run.data is not None:
+                    batches.restore(run.data)
+                self._announce(run, metrics)
+                try:
+                    return self._loop(run, mesh, batches, checkpointer, metrics, stop)
+                except NotFiniteError as bad:
+                    raise UserError(f"{bad}: {_kept(checkpointer)}; {ADVICE}") from None
 
     # ---------------------------------------------------------------------------------------------- initial state
 
-    def _resume(self, checkpointer: Checkpointer, mesh, batches: BatchIterator) -> "Run | None":
+    def _resume(self, checkpointer: Checkpointer, mesh, workdir: str) -> "Run | None":
         """The newest checkpoint that verifies, on this mesh, whatever mesh wrote it."""
         if not checkpointer.steps():
             return None
         _, _, documents = checkpointer.restore({})
-        model = self._adjusted(describe.from_json(documents["meta"]["model"]))
-        run = self._prepared(model, model_lib.abstract_params(model, mesh=mesh), mesh)
+        if not {"data", "origin"} <= documents.keys():
+            raise UserError(
+                f"{workdir} holds a model, not a run: set Trainer.init_from to it, and another --workdir"
+            )
+        origin.check(documents["origin"], self._origin(), workdir)
+        model = self.adjusted(self.model or describe.from_json(documents["meta"]["model"]))
+        run = self._prepared(model, mesh)
         step, state, documents = checkpointer.restore(run.abstract)
-        batches.restore(documents["data"])
-        if step < self.steps:
-            log.info("resuming at step %d of %d", step, self.steps)
-        return dataclasses.replace(run, state=state, step=step, saved=step)
+        return dataclasses.replace(
+            run,
+            state=state,
+            step=step,
+            data=documents["data"],
+            losses=documents["meter"]["losses"],
+            carried=documents["meta"].get("hf_config") or {},
+        )
 
     def _start(self, mesh) -> "Run":
         """A warm start from init_from, or random weights."""
+        carried: dict[str, Any] = {}
         if self.init_from is None:
             assert self.model is not None
-            model = self._adjusted(self.model)
+            model = self.adjusted(self.model)
             params = model_lib.init_params(model, jax.random.key(self.seed), mesh=mesh)
         else:
-            from lcx.convert.api import load
-
-            model, params = load(
+            model, params = convert.load(
                 self.init_from,
                 dtype="float32",
                 mesh=mesh,
                 rope_scaling=self.rope_scaling,
                 context_length=self.context_length,
             )
-            model = self._adjusted(model)
+            model, carried = self.adjusted(model), _carried(self.init_from)
+        run = self._prepared(model, mesh)
         weights = {"params": params}
         if self.lora is not None:
             weights["lora"] = self.lora.init(jax.random.key(self.seed), model, mesh=mesh)
-        run = self._prepared(model, model_lib.abstract_params(model, mesh=mesh), mesh)
-        state = {**weights, "opt_state": train_step.init_opt_state(run.optimizer, weights, run.abstract)}
-        return dataclasses.replace(run, state=state)
+        opt_state = train_step.init_opt_state(run.optimizer, weights, run.abstract)
+        return dataclasses.replace(run, state={**weights, "opt_state": opt_state}, carried=carried)
 
-    def _adjusted(self, model: Decoder) -> Decoder:
+    def adjusted(self, model: Decoder) -> Decoder:
         """The model with the run's dtype and remat."""
         changes = {
             name: getattr(self, name) for name in ("dtype", "remat") if getattr(self, name) is not None
         }
         return model.clone(parent=None, **changes)
 
-    def _prepared(self, model: Decoder, abstract_params: Any, mesh) -> "Run":
-        weights = {"params": abstract_params}
+    def _prepared(self, model: Decoder, mesh) -> "Run":
+        """Everything but the arrays."""
+        weights = {"params": model_lib.abstract_params(model, mesh=mesh)}
         if self.lora is not None:
             weights["lora"] = self.lora.abstract(model, mesh=mesh)
-        optimizer = self.optimizer.build(weights[train_step.trained(weights)], self.steps)
+        moved = weights[train_step.trained(weights)]
+        optimizer = self.optimizer.build(moved, self.steps)
         abstract = train_step.abstract_state(weights, optimizer, mesh)
-        return Run(model, optimizer, abstract)
+        return Run(model, optimizer, self.optimizer.trains(moved), abstract)
+
+    def _origin(self) -> dict[str, Any]:
+        return origin.record(
+            model=self.model,
+            init_from=self.init_from,
+            rope_scaling=self.rope_scaling,
+            context_length=self.context_length,
+            lora=self.lora,
+        )
+
+    def _announce(self, run: "Run", metrics: MetricsLogger) -> None:
+        if run.data is not None:
+            rest = "going on" if run.step < self.steps else "nothing is left to do"
+            metrics.message(f"step {run.step} of {self.steps} is done: {rest}")
+        if run.model.max_position_embeddings < self.seq_len:
+            metrics.message(
+                f"warning: Trainer.seq_len {self.seq_len} exceeds the model's window of "
+                f"{run.model.max_position_embeddings} tokens: set rope_scaling and context_length"
+            )
 
     # -------------------------------------------------------------------------------------------------- the loop
 
@@ -212,10 +273,11 @@ class Trainer:
             self.optimizer.learning_rates(self.steps),
             accumulation=self.accumulation,
             abstract=run.abstract,
+            trains=run.trains,
         )
-        meter = Meter(run.model, self.batch_size * self.seq_len, self.seq_len, self.log_every)
-        state, in_flight = run.state, collections.deque[tuple[int, dict]]()
-        step, saved = run.step, run.saved
+        sizes = {"batch_size": self.batch_size, "seq_len": self.seq_len}
+        meter = Meter(run.model, **sizes, every=self.log_every, last=self.steps, losses=run.losses)
+        state, step, in_flight = run.state, run.step, collections.deque[tuple[int, dict[str, jax.Array]]]()
         while step < self.steps and not stop.requested(step):
             batch = sharding.shard_batch(next(batches), mesh)
             state, values = step_fn(state, batch, np.int32(step))
@@ -224,47 +286,60 @@ class Trainer:
             if len(in_flight) >= IN_FLIGHT:
                 meter.record(*in_flight.popleft(), metrics)
             checkpointer.poll()
-            last = step == self.steps
-            if self.eval_every and step % self.eval_every == 0 and not last:
-                _drain(in_flight, meter, metrics)
+            evaluate = self.eval_every and step % self.eval_every == 0
+            save = step % self.checkpoint_every == 0
+            if (evaluate or save) and step < self.steps:
+                _drain(in_flight, meter, metrics)  # what is saved is known to come from finite losses
                 with meter.paused():
-                    metrics.log(step, {"eval_loss": self.held_out_loss(run.model, state, mesh)})
-            if step % self.checkpoint_every == 0 and not last:
-                _drain(
-                    in_flight, meter, metrics
-                )  # a state is saved only once its losses are known to be finite
-                with meter.paused():
-                    saved = step if self._save(checkpointer, run, state, step, batches) else saved
+                    if evaluate:
+                        metrics.log(step, {"eval_loss": self.held_out_loss(run.model, state, mesh)})
+                    if save:
+                        self._save(checkpointer, run, state, step, batches, meter)
         _drain(in_flight, meter, metrics)
-        if step > saved:
-            self._save(checkpointer, run, state, step, batches, wait=True)
-        if step == self.steps and step > run.step:
+        self._save(checkpointer, run, state, step, batches, meter, wait=True)
+        if step < self.steps:
+            metrics.message(f"stopped at step {step} of {self.steps}; the same command goes on")
+        elif step > run.step:
             metrics.log(step, {"eval_loss": self.held_out_loss(run.model, state, mesh)})
-        return dataclasses.replace(run, state=state, step=step, saved=step)
+        return dataclasses.replace(run, state=state, step=step)
 
     def _save(
-        self, checkpointer: Checkpointer, run: "Run", state: State, step: int, batches, *, wait=False
-    ) -> bool:
+        self,
+        checkpointer: Checkpointer,
+        run: "Run",
+        state: State,
+        step: int,
+        batches: BatchIterator,
+        meter: Meter,
+        *,
+        wait: bool = False,
+    ) -> None:
+        """A failure is a warning, unless wait is set: then it is an error."""
         meta = {
             "model": describe.to_json(run.model),
             "tokenizer": self.data.load_tokenizer().to_json(),
             "seq_len": self.seq_len,
             "lcx_version": __version__,
             "data": describe.to_json(self.data),
+            "hf_config": run.carried,
         }
-        if self.lora is not None:
-            meta["lora"] = describe.to_json(self.lora)
-        return checkpointer.save(step, state, json={"data": batches.state(), "meta": meta}, wait=wait)
+        documents = {
+            "meta": meta,
+            "origin": self._origin(),
+            "data": batches.state(),
+            "meter": {"losses": meter.losses},
+        }
+        checkpointer.save(step, state, json=documents, wait=wait)
 
     def held_out_loss(self, model: Decoder, state: State, mesh) -> float:
         """Mean nll per token over the first eval_batches of the held-out data; nan when nothing is held out."""
         try:
-            held_out = self._batches("eval")
+            held_out = self._batches("eval", model, mesh)
         except UserError as e:
             log.warning("no evaluation: %s", e)
             return math.nan
         sums = train_step.make_sums(model, self.objective)
-        weights = {name: state[name] for name in ("params", "lora") if name in state}
+        weights: State = {name: state[name] for name in ("params", "lora") if name in state}
         loss = weight = 0.0
         with held_out:
             for _, batch in zip(range(self.eval_batches), held_out, strict=False):
@@ -272,17 +347,20 @@ class Trainer:
                 loss, weight = loss + float(batch_loss), weight + float(batch_weight)
         return loss / weight if weight else math.nan
 
-    def _batches(self, split: str) -> BatchIterator:
+    def _batches(self, split: str, model: Decoder, mesh) -> BatchIterator:
+        index, count = sharding.process_rows(mesh)
         return self.data.batches(
             split,
             global_batch_size=self.batch_size // (1 if split == "train" else self.accumulation),
             seq_len=self.seq_len,
             seed=self.seed,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            process_index=index,
+            process_count=count,
+            vocab_size=model.vocab_size,
         )
 
-    def _check_rows(self, mesh) -> None:
+    def check_rows(self, mesh) -> None:
+        """Raises UserError when a batch does not divide over the mesh."""
         rows, parts = self.batch_size // self.accumulation, mesh.shape["data"] * mesh.shape["fsdp"]
         if rows % parts:
             raise UserError(
@@ -291,91 +369,56 @@ class Trainer:
             )
         if self.seq_len % mesh.shape["context"]:
             raise UserError(
-                f"seq_len {self.seq_len} does not divide over context = {mesh.shape['context']} devices"
+                f"seq_len {self.seq_len} does not divide over context = {mesh.shape['context']} devices; "
+                "change Trainer.seq_len or the mesh"
             )
 
 
 @dataclasses.dataclass
 class Run:
-    """What a run holds: the model, its optimizer, the shapes and shardings of the state, and the state itself."""
+    """What a run holds.
+
+    Attributes:
+      trains: tree of bool, which leaves of the trained entry of the state move.
+      abstract: shapes and shardings of the state.
+      state: see train_step. Empty until it is restored or started.
+      step: updates done.
+      data: position in the data; None at a start.
+      losses: of the steps that are not yet in a line of metrics.jsonl.
+      carried: settings that came with a pretrained model, for its export.
+    """
 
     model: Decoder
-    optimizer: Any
+    optimizer: optax.GradientTransformation
+    trains: Any
     abstract: State
     state: State = dataclasses.field(default_factory=dict)
     step: int = 0
-    saved: int = -1  # the newest step on disk
-
-    def merged_params(self) -> Any:
-        """The parameters with the low-rank pairs added, if there are any."""
-        if "lora" not in self.state:
-            return self.state["params"]
-        return lora_lib.merge(self.state["params"], self.state["lora"])
+    data: dict[str, Any] | None = None
+    losses: list[float] = dataclasses.field(default_factory=list)
+    carried: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
-class Meter:
-    """Turns the values of finished steps into metrics: a mean loss, tokens per second, MFU. Stops on a bad loss."""
-
-    def __init__(self, model: Decoder, tokens_per_step: int, seq_len: int, every: int):
-        self._every = every
-        self._tokens = tokens_per_step
-        self._flops = tokens_per_step * model_lib.flops_per_token(model, seq_len)
-        self._peak = hardware.peak_flops()
-        self._losses: list[float] = []
-        self._since: float | None = None  # the first step compiles: its time says nothing
-        self._timed = 0
-
-    def record(self, step: int, values: dict[str, jax.Array], metrics: MetricsLogger) -> None:
-        """Waits for a step, checks it, and logs every `every` steps.
-
-        Raises:
-          UserError: the loss or the gradient is not finite.
-        """
-        numbers = {name: float(value) for name, value in values.items()}
-        for name in ("loss", "grad_norm"):
-            if not math.isfinite(numbers[name]):
-                raise UserError(
-                    f"{name} is {numbers[name]} at step {step}: the last checkpoint before it is kept; "
-                    "lower AdamW.learning_rate, lengthen warmup_steps or look at the data of this step"
-                )
-        self._losses.append(numbers["loss"])
-        now = time.perf_counter()
-        if self._since is None:
-            self._since = now
-        else:
-            self._timed += 1
-        if step % self._every == 0:
-            numbers["loss"] = sum(self._losses) / len(self._losses)
-            if self._timed:
-                rate = self._timed / (now - self._since)
-                numbers["tokens_per_second"] = rate * self._tokens
-                numbers["mfu"] = rate * self._flops / self._peak
-            metrics.log(step, numbers)
-            self._losses, self._since, self._timed = [], now, 0
-
-    def paused(self) -> "_Paused":
-        """Context in which time does not count as training."""
-        return _Paused(self)
-
-    def shift(self, seconds: float) -> None:
-        if self._since is not None:
-            self._since += seconds
-
-
-class _Paused:
-    def __init__(self, meter: Meter):
-        self._meter = meter
-
-    def __enter__(self):
-        self._start = time.perf_counter()
-
-    def __exit__(self, *_):
-        self._meter.shift(time.perf_counter() - self._start)
-
-
-def _drain(in_flight: collections.deque, meter: Meter, metrics: MetricsLogger) -> None:
+def _drain(
+    in_flight: collections.deque[tuple[int, dict[str, jax.Array]]], meter: Meter, metrics: MetricsLogger
+) -> None:
     while in_flight:
-        meter.record(*in_flight.popleft(), metrics)
+        step, values = in_flight.popleft()
+        meter.record(step, values, metrics)
+
+
+def _kept(checkpointer: Checkpointer) -> str:
+    with contextlib.suppress(UserError):
+        checkpointer.close()  # a save may be under way
+    steps = checkpointer.steps()
+    return f"the checkpoint of step {steps[-1]} is kept" if steps else "there is no checkpoint yet"
+
+
+def _carried(path: str) -> dict[str, Any]:
+    """Settings of a pretrained model that the Decoder does not hold: ids of special tokens."""
+    with contextlib.suppress(UserError):
+        return dict(convert.SOURCES[convert.detect(path)](path).carried)
+    return {}
 
 
 def _metrics(trainer: Trainer, workdir: str, step: int) -> MetricsLogger:

@@ -1,0 +1,87 @@
+"""What a run began with, as its checkpoints record it: a workdir goes on only with the settings that began it.
+
+What a resumed run may change (steps, batch size, learning rate, dtype, remat, mesh, implementations) is not in it.
+"""
+
+import logging
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from lcx import describe
+from lcx.errors import UserError
+from lcx.lora import LoRA
+from lcx.model import Decoder
+
+log = logging.getLogger(__name__)
+
+_FREE = ("dtype", "remat", "implementation")  # how, not what, a model computes
+
+
+def record(
+    *,
+    model: Decoder | None,
+    init_from: str | None,
+    rope_scaling: Mapping[str, Any] | None,
+    context_length: int | None,
+    lora: LoRA | None,
+) -> dict[str, Any]:
+    """The settings as JSON."""
+    scaling = {key: describe.to_json(value) for key, value in (rope_scaling or {}).items()}
+    return {
+        "model": _without_free(describe.to_json(model)),
+        "init_from": init_from and os.path.abspath(os.path.expanduser(init_from)),
+        "rope_scaling": scaling,
+        "context_length": context_length,
+        "lora": describe.to_json(lora),
+    }
+
+
+def check(recorded: Mapping[str, Any], now: Mapping[str, Any], workdir: str) -> None:
+    """Compares what the checkpoint in the workdir records with the settings of now.
+
+    Another init_from is a warning: folders are moved, and a run that goes on reads its own checkpoint only.
+
+    Raises:
+      UserError: another model, scaling or LoRA; it names the first setting that differs.
+    """
+    place = {"init_from": now["init_from"]}
+    if {**recorded, **place} != now:
+        path, old, new = _difference({**recorded, **place}, now, "Trainer")
+        raise UserError(
+            f"{workdir} holds a run that began with {path} = {_brief(old)}, found {_brief(new)}: "
+            "set it back, or set another --workdir"
+        )
+    if recorded["init_from"] != now["init_from"]:
+        log.warning(
+            "%s goes on with a run that began with %s; init_from %s is not read",
+            workdir,
+            recorded["init_from"],
+            now["init_from"],
+        )
+
+
+def _without_free(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_free(item) for key, item in value.items() if key not in _FREE}
+    return [_without_free(item) for item in value] if isinstance(value, list) else value
+
+
+def _difference(old: Any, new: Any, path: str) -> tuple[str, Any, Any]:
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        keys = sorted({*old, *new}, key=lambda key: isinstance(old.get(key), dict | list))  # plain ones first
+        key = next(key for key in keys if old.get(key) != new.get(key))
+        return _difference(old.get(key), new.get(key), path if key == describe.TUPLE else f"{path}.{key}")
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        a, b = next((a, b) for a, b in zip(old, new, strict=True) if a != b)
+        return _difference(a, b, path)
+    return path, old, new
+
+
+def _brief(value: Any) -> str:
+    """A plain value, the name of a class, the length of a list; a field at its default is not recorded."""
+    if isinstance(value, Mapping):
+        return str(value.get(describe.CLASS) or value.get(describe.FUNCTION) or dict(value))[:80]
+    if isinstance(value, list):
+        return f"{len(value)} of them"
+    return "the default" if value is None else repr(value)
