@@ -31,15 +31,13 @@ from jaxtyping import Array, Bool, Float, Int
 from lcx.errors import UserError
 from lcx.model import Decoder
 from lcx.ops.sampling import choose
-from lcx.rope import hf_trace_length
 
 _log = logging.getLogger(__name__)
 
 Prompts = Int[np.ndarray, "B T"] | Int[Array, "B T"] | Sequence[Sequence[int]]
 ROPE_TRACES = ("exact", "hf")
 
-_SCORE_BYTES = 256 << 20  # attention scores of one piece of a prompt: float32 [B, N, piece, S]
-_MAX_PIECE = 1024
+_PIECE_TOKENS = 4096  # of all rows together, in one forward pass over the prompts
 _GRAIN = 32  # pieces, caches and outputs are multiples of it: fewer shapes to compile
 
 
@@ -181,7 +179,7 @@ class _Job:
     def read(self, rows: list[np.ndarray], num_more: int) -> tuple[Float[Array, "B V"], Any]:
         """A new cache with these rows in it and slots for `num_more` tokens, and the logits that follow them."""
         longest = max(map(len, rows))
-        piece = _piece(self.model, len(rows), longest, longest + num_more)
+        piece = _piece(len(rows), longest)
         width = _rounded(longest, piece)
         tokens, positions, segment_ids = _left_padded(rows, width)
         exact = self.rope_trace == "exact"
@@ -211,7 +209,7 @@ class _Job:
         """The step at which transformers' Phi-3 drops its cache: the text grows past the original window."""
         if self.rope_trace != "hf" or self.model.model_type != "phi3":
             return None
-        ropes = [rope for _, _, rope in _ropes(self.model) if rope.rope_type == "longrope"]
+        ropes = _ropes(self.model, "longrope")
         step = ropes[0].original_max_position_embeddings + 1 - self.lengths.max() if ropes else 0
         return int(step) if step > 0 else None
 
@@ -283,7 +281,7 @@ def _append(model, variables, cache, tokens, positions, segment_ids, n):
         return model.head_module().logits(x[:, -1:])[:, 0], cache
 
     if n is not None:
-        cache = _with_hf_lengths(model, cache, n)
+        cache = _with_length(cache, n)
     return model.apply(variables, cache, method=last_logits)
 
 
@@ -319,34 +317,28 @@ def _decode_jit(model, variables, state: _State, lengths, sampling, stop, until,
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _empty_cache(model: Decoder, batch_size: int, slots: int, rope_length):
-    """init_cache, but n is given: the number of slots is rounded up, the rotation must not depend on that."""
-    cache = model.init_cache(batch_size, slots)
-    for s, b, _ in _ropes(model):
-        block = cache[f"stages_{s}"][f"block_{b}"]
-        block["rope_length"] = jnp.full_like(block["rope_length"], rope_length)
-    return cache
+def _empty_cache(model: Decoder, batch_size: int, slots: int, n):
+    """init_cache, but n is given: the number of slots is rounded up, and the rotation must not depend on that."""
+    return _with_length(model.init_cache(batch_size, slots), n)
 
 
-def _with_hf_lengths(model: Decoder, cache, n):
-    """The cache with the n that transformers would use in a forward pass whose last position is n - 1."""
-    cache = {stage: {name: dict(block) for name, block in blocks.items()} for stage, blocks in cache.items()}
-    for s, b, rope in _ropes(model):
-        block = cache[f"stages_{s}"][f"block_{b}"]
-        before = block["rope_length"]  # one value, repeated for every layer of the stage
-        dynamic = rope.rope_type == "dynamic"
-        length = hf_trace_length(before[0], n, rope.original_max_position_embeddings) if dynamic else n
-        block["rope_length"] = jnp.full_like(before, length)
-    return cache
+def _with_length(cache, n):
+    """The cache with this n for the RoPE types that depend on it.
+
+    A text only grows, so n = its length is what transformers' dynamic type uses too (rope.hf_trace_length).
+    """
+
+    def leaf(path, x):
+        return jnp.full_like(x, n) if path[-1] == jax.tree_util.DictKey("rope_length") else x
+
+    return jax.tree_util.tree_map_with_path(leaf, cache)
 
 
-def _ropes(model: Decoder) -> Iterator[tuple[int, int, Any]]:
-    """(stage, block, rope) of every block whose mixer has a rotary embedding."""
-    for s, stage in enumerate(model.stages):
-        for b, block in enumerate(stage.pattern):
-            rope = getattr(block.mixer, "rope", None)
-            if rope is not None:
-                yield s, b, rope
+def _ropes(model: Decoder, rope_type: str) -> list[Any]:
+    """The rotary embeddings of one type in the model."""
+    mixers = [block.mixer for stage in model.stages for block in stage.pattern]
+    ropes = [mixer.rope for mixer in mixers if getattr(mixer, "rope", None) is not None]
+    return [rope for rope in ropes if rope.rope_type == rope_type]
 
 
 # ------------------------------------------------------------------------------------------------ checks, shapes
@@ -427,7 +419,7 @@ def _check_vocabulary(tokens: np.ndarray, vocab_size: int) -> None:
 
 def _window(model: Decoder) -> int:
     """The context the model is meant for; a file for dynamic RoPE states the original one."""
-    ropes = [rope for _, _, rope in _ropes(model) if rope.rope_type == "dynamic"]
+    ropes = _ropes(model, "dynamic")
     scaled = [int(rope.factor * rope.original_max_position_embeddings) for rope in ropes]
     return max([model.max_position_embeddings, *scaled])
 
@@ -436,11 +428,9 @@ def _rounded(value: int, grain: int) -> int:
     return -(-value // grain) * grain
 
 
-def _piece(model: Decoder, batch_size: int, width: int, slots: int) -> int:
-    """How many tokens of the prompts to read at a time: equal pieces, whose attention scores fit _SCORE_BYTES."""
-    heads = max([getattr(block.mixer, "num_heads", 1) for stage in model.stages for block in stage.pattern])
-    limit = _SCORE_BYTES // (4 * batch_size * heads * slots)
-    limit = min(max(limit // _GRAIN * _GRAIN, _GRAIN), _MAX_PIECE)
+def _piece(batch_size: int, width: int) -> int:
+    """How many tokens of each prompt to read at a time, in equal pieces."""
+    limit = max(_PIECE_TOKENS // batch_size // _GRAIN * _GRAIN, _GRAIN)
     return _rounded(-(-width // -(-width // limit)), _GRAIN)
 
 
