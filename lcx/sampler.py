@@ -34,7 +34,8 @@ from lcx.ops.sampling import choose
 
 _log = logging.getLogger(__name__)
 
-Prompts = Int[np.ndarray, "B T"] | Int[Array, "B T"] | Sequence[Sequence[int]]
+Tokens = Int[np.ndarray, "B T"] | Int[Array, "B T"]
+Prompts = Tokens | Sequence[Sequence[int]]
 ROPE_TRACES = ("exact", "hf")
 
 _PIECE_TOKENS = 4096  # of all rows together, in one forward pass over the prompts
@@ -47,10 +48,10 @@ _GRAIN = 32  # pieces, caches and outputs are multiples of it: fewer shapes to c
 def logits(
     model: Decoder,
     params: Any,
-    tokens: Int[Array, "B T"],
+    tokens: Prompts,
     *,
-    positions: Int[Array, "B T"] | None = None,
-    segment_ids: Int[Array, "B T"] | None = None,
+    positions: Tokens | None = None,
+    segment_ids: Tokens | None = None,
 ) -> Float[Array, "B T V"]:
     """Next-token logits at every position, float32; compiled once per model and shape, differentiable.
 
