@@ -1,0 +1,189 @@
+"""AdamW against the formulas, in numpy; which parameters it moves and decays."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lcx.errors import UserError
+from lcx.optim import AdamW, leaf_paths
+
+STEPS, WARMUP, PEAK = 24, 8, 2e-3
+
+
+def by_hand(schedule: str, step: int, *, warmup_from: float, scale: float) -> float:
+    peak = PEAK / scale**0.5
+    if step < WARMUP:
+        return peak * (warmup_from + (1 - warmup_from) * step / WARMUP)
+    done = min(step - WARMUP, STEPS - WARMUP) / (STEPS - WARMUP)
+    if schedule == "constant":
+        return peak
+    if schedule == "linear":
+        return peak * (1 - 0.9 * done)
+    return peak * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+@pytest.mark.parametrize("warmup_from", [0.0, 0.1])
+@pytest.mark.parametrize("scale", [1.0, 4.0, 8.0])
+def test_schedules(schedule, warmup_from, scale):
+    optimizer = AdamW(
+        learning_rate=PEAK,
+        schedule=schedule,
+        warmup_steps=WARMUP,
+        warmup_from=warmup_from,
+        context_scale=scale,
+    )
+    rates = optimizer.learning_rates(STEPS)
+    for step in range(STEPS + 3):  # beyond the end it stays where it is
+        expected = by_hand(schedule, step, warmup_from=warmup_from, scale=scale)
+        assert float(rates(step)) == pytest.approx(expected, rel=1e-5, abs=1e-12), step
+
+
+def test_no_warmup_starts_at_the_peak_and_a_run_shorter_than_its_warmup_never_reaches_it():
+    assert float(AdamW(learning_rate=PEAK, warmup_steps=0).learning_rates(STEPS)(0)) == pytest.approx(PEAK)
+    rates = AdamW(learning_rate=PEAK, warmup_steps=100).learning_rates(5)
+    for step in range(5):
+        assert float(rates(step)) == pytest.approx(PEAK * step / 100, rel=1e-5)  # float32
+
+
+@pytest.fixture
+def params():
+    rng = np.random.default_rng(0)
+    tree = {
+        "embed": {"embedding": rng.normal(size=(5, 3))},
+        "stages_0": {
+            "mixer": {"q_proj": {"kernel": rng.normal(size=(2, 3, 4)), "bias": rng.normal(size=(2, 4))}},
+            "norm": {"scale": rng.normal(size=(2, 3))},
+        },
+    }
+    return jax.tree.map(lambda x: x.astype(np.float32), tree)
+
+
+def numpy_adamw(params, gradients, rates, *, b1, b2, eps, decay, clip, decayed):
+    """Loshchilov & Hutter, algorithm 2, with the gradient's global norm cut to `clip` first. float64."""
+    flat = [np.asarray(x, np.float64) for x in jax.tree.leaves(params)]
+    m, v = [np.zeros_like(x) for x in flat], [np.zeros_like(x) for x in flat]
+    for t, (tree, rate) in enumerate(zip(gradients, rates, strict=True), start=1):
+        grads = [np.asarray(g, np.float64) for g in jax.tree.leaves(tree)]
+        norm = math.sqrt(sum((g**2).sum() for g in grads))
+        for i, g in enumerate(grads):
+            g = g if clip is None or norm < clip else g * clip / norm
+            m[i], v[i] = b1 * m[i] + (1 - b1) * g, b2 * v[i] + (1 - b2) * g**2
+            step = (m[i] / (1 - b1**t)) / (np.sqrt(v[i] / (1 - b2**t)) + eps)
+            flat[i] = flat[i] - rate * (step + decay * decayed[i] * flat[i])
+    return flat
+
+
+@pytest.mark.parametrize("clip", [None, 0.5, 1e-4, 1e3])
+def test_three_steps_by_hand(params, clip):
+    rng = np.random.default_rng(1)
+    gradients = [
+        jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), params) for _ in range(3)
+    ]
+    gradients[1] = jax.tree.map(lambda g: g * 1e-2, gradients[1])  # below the norm of 0.5
+    optimizer = AdamW(
+        learning_rate=0.1, schedule="linear", warmup_steps=0, weight_decay=0.3, clip_norm=clip, b2=0.9
+    )
+    transformation = optimizer.build(params, 4)
+    got, state = params, transformation.init(params)
+    for gradient in gradients:
+        updates, state = transformation.update(gradient, state, got)
+        got = jax.tree.map(lambda x, u: x + u, got, updates)
+    expected = numpy_adamw(
+        params,
+        gradients,
+        [0.1 * (1 - 0.9 * step / 4) for step in range(3)],
+        b1=0.9,
+        b2=0.9,
+        eps=1e-8,
+        decay=0.3,
+        clip=clip,
+        decayed=[path.endswith(("kernel", "embedding")) for path in leaf_paths(params)],
+    )
+    for path, x, y in zip(leaf_paths(params), jax.tree.leaves(got), expected, strict=True):
+        np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-6, err_msg=path)
+
+
+def test_weight_decay_reaches_matrices_and_pairs_and_nothing_else(params):
+    tree = params | {"stages_0": params["stages_0"] | {"lora": {name: np.ones((2, 2)) for name in "ab"}}}
+    tree["stages_0"]["lora"]["scale"] = np.ones(2)
+    transformation = AdamW(learning_rate=1.0, schedule="constant", warmup_steps=0, weight_decay=0.5).build(
+        tree, 1
+    )
+    zeros = jax.tree.map(jnp.zeros_like, tree)
+    updates, _ = transformation.update(zeros, transformation.init(tree), tree)
+    moved = [path for path, u in zip(leaf_paths(tree), jax.tree.leaves(updates), strict=True) if np.any(u)]
+    assert moved == [
+        "embed/embedding",
+        "stages_0/lora/a",
+        "stages_0/lora/b",
+        "stages_0/mixer/q_proj/kernel",
+    ]
+    for x, u in zip(jax.tree.leaves(tree), jax.tree.leaves(updates), strict=True):
+        if np.any(u):
+            np.testing.assert_allclose(u, -0.5 * x, rtol=1e-6)
+
+
+def test_frozen_parameters_have_no_moments_and_do_not_move(params):
+    optimizer = AdamW(warmup_steps=0, weight_decay=0.1, trainable="stages_0", frozen="bias")
+    transformation = optimizer.build(params, 5)
+    state = transformation.init(params)
+    sizes = sorted(x.size for x in jax.tree.leaves(state) if x.ndim)
+    assert sizes == sorted(2 * [2 * 3 * 4, 2 * 3])  # m and v of the kernel and the scale
+    updates, _ = transformation.update(jax.tree.map(jnp.ones_like, params), state, params)
+    moved = [path for path, u in zip(leaf_paths(params), jax.tree.leaves(updates), strict=True) if np.any(u)]
+    assert moved == ["stages_0/mixer/q_proj/kernel", "stages_0/norm/scale"]
+    trains = optimizer.trains(params)
+    assert [
+        path for path, yes in zip(leaf_paths(params), jax.tree.leaves(trains), strict=True) if yes
+    ] == moved
+
+
+def test_clipping_counts_what_trains_only(params):
+    """A frozen gradient must not shrink the others' step; here it would by a million."""
+    optimizer = AdamW(
+        learning_rate=1.0, schedule="constant", warmup_steps=0, b1=0.0, b2=0.0, eps=1.0, frozen="embed"
+    )
+    transformation = optimizer.build(params, 5)
+    gradients = jax.tree.map(lambda x: np.full_like(x, 1e-3), params)
+    gradients["embed"]["embedding"] = gradients["embed"]["embedding"] * 1e9
+    updates, _ = transformation.update(gradients, transformation.init(params), params)
+    np.testing.assert_allclose(updates["stages_0"]["norm"]["scale"], -1e-3 / (1e-3 + 1.0), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        (
+            {"trainable": "(q_proj"},
+            r"AdamW.trainable '\(q_proj' is not a regular expression .*change AdamW.trainable",
+        ),
+        ({"frozen": "*"}, r"AdamW.frozen '\*' is not a regular expression"),
+        ({"decay": "["}, r"AdamW.decay '\[' is not a regular expression"),
+        ({"schedule": "step"}, "AdamW.schedule is 'step', expected one of cosine, linear, constant"),
+        ({"learning_rate": 0.0}, "AdamW.learning_rate is 0.0, expected a positive number"),
+        ({"learning_rate": math.inf}, "AdamW.learning_rate is inf"),
+        ({"context_scale": -1.0}, "AdamW.context_scale is -1.0"),
+        ({"clip_norm": 0.0}, "AdamW.clip_norm is 0.0"),
+        ({"warmup_steps": -1}, "AdamW.warmup_steps is -1, expected at least 0"),
+        ({"b2": 1.5}, "AdamW.b2 is 1.5, expected a number from 0 to 1"),
+    ],
+)
+def test_settings_out_of_range(settings, says):
+    with pytest.raises(UserError, match=says) as caught:
+        AdamW(**settings)
+    assert "\n" not in str(caught.value)
+
+
+def test_nothing_to_train_or_to_decay(params):
+    with pytest.raises(
+        UserError, match="nothing to train: trainable='v_proj' frozen=None leave none of the 4"
+    ):
+        AdamW(trainable="v_proj").build(params, 5)
+    with pytest.raises(UserError, match="nothing to train.*change AdamW.trainable or AdamW.frozen"):
+        AdamW(frozen=".").build(params, 5)
+    with pytest.raises(UserError, match="weight_decay is 0.1 but decay=.* matches nothing that trains"):
+        AdamW(trainable="norm", weight_decay=0.1).build(params, 5)
