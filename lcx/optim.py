@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import operator
 import re
 from typing import Any
 
@@ -99,19 +98,19 @@ class AdamW:
         return mask
 
     def build(self, params: Any, steps: int) -> optax.GradientTransformation:
-        """The optax transformation for this tree of (abstract) parameters; frozen ones get no moments.
+        """The optax transformation for those of the (abstract) parameters that train: `split(params, trains)[0]`.
 
         Raises:
           UserError: nothing is left to train, or to decay though weight_decay is set.
         """
-        trains = self.trains(params)
-        decays = _by_path(params, lambda path: bool(re.search(self.decay, path)))
-        if self.weight_decay and not any(jax.tree.leaves(jax.tree.map(operator.and_, trains, decays))):
+        moving, _ = split(params, self.trains(params))
+        decays = _by_path(moving, lambda path: bool(re.search(self.decay, path)))
+        if self.weight_decay and not any(jax.tree.leaves(decays)):
             raise UserError(
                 f"AdamW.weight_decay is {self.weight_decay} but decay={self.decay!r} matches nothing that trains, "
-                f"such as {leaf_paths(params)[0]}; change AdamW.decay, or set weight_decay to 0"
+                f"such as {leaf_paths(moving)[0]}; change AdamW.decay, or set weight_decay to 0"
             )
-        adamw = optax.chain(
+        return optax.chain(
             optax.identity() if self.clip_norm is None else optax.clip_by_global_norm(self.clip_norm),
             optax.adamw(
                 self.learning_rates(steps),
@@ -122,10 +121,18 @@ class AdamW:
                 mask=decays,
             ),
         )
-        if all(jax.tree.leaves(trains)):
-            return adamw
-        labels = jax.tree.map(lambda moves: "train" if moves else "freeze", trains)
-        return optax.multi_transform({"train": adamw, "freeze": optax.set_to_zero()}, labels)
+
+
+def split(tree: Any, chosen: Any) -> tuple[Any, Any]:
+    """(the chosen leaves, the others), each with None in the place of the other's: `join` is the inverse."""
+    return (
+        jax.tree.map(lambda x, yes: x if yes else None, tree, chosen),
+        jax.tree.map(lambda x, yes: None if yes else x, tree, chosen),
+    )
+
+
+def join(tree: Any, others: Any) -> Any:
+    return jax.tree.map(lambda x, y: y if x is None else x, tree, others, is_leaf=lambda x: x is None)
 
 
 def leaf_paths(tree: Any) -> list[str]:

@@ -79,9 +79,11 @@ def _difference(old: Any, new: Any, path: str) -> tuple[str, Any, Any]:
 
 
 def _brief(value: Any) -> str:
-    """A plain value, the name of a class, the length of a list; a field at its default is not recorded."""
+    """A plain value, a class with its plain fields, the length of a list. What is at its default is not recorded."""
     if isinstance(value, Mapping):
-        return str(value.get(describe.CLASS) or value.get(describe.FUNCTION) or dict(value))[:80]
+        plain = {k: v for k, v in value.items() if k != describe.CLASS and not isinstance(v, dict | list)}
+        name = value.get(describe.CLASS, "").rpartition(":")[2]
+        return f"{name}({', '.join(f'{k}={v!r}' for k, v in plain.items())})"
     if isinstance(value, list):
         return f"{len(value)} of them"
     return "the default" if value is None else repr(value)

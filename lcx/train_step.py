@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 
 from lcx import sharding
 from lcx.model import Decoder
+from lcx.optim import join, split
 
 State = dict[str, Any]
 
@@ -27,9 +28,17 @@ def trained(state: State) -> str:
     return "lora" if "lora" in state else "params"
 
 
-def abstract_state(weights: State, optimizer: optax.GradientTransformation, mesh: Mesh) -> State:
+def moving(state: State, trains: Any = None) -> Any:
+    """What the optimizer moves: the leaves of the trained entry that `trains` names (None: all)."""
+    entry = state[trained(state)]
+    return entry if trains is None else split(entry, trains)[0]
+
+
+def abstract_state(
+    weights: State, optimizer: optax.GradientTransformation, mesh: Mesh, trains: Any = None
+) -> State:
     """ShapeDtypeStructs with shardings for the whole state, from those of its weights (params, lora)."""
-    moved = weights[trained(weights)]
+    moved = moving(weights, trains)
     shapes = jax.eval_shape(optimizer.init, moved)
 
     def like(leaf, weight):
@@ -42,10 +51,12 @@ def abstract_state(weights: State, optimizer: optax.GradientTransformation, mesh
     return {**weights, "opt_state": opt_state}
 
 
-def init_opt_state(optimizer: optax.GradientTransformation, weights: State, abstract: State) -> Any:
+def init_opt_state(
+    optimizer: optax.GradientTransformation, weights: State, abstract: State, trains: Any = None
+) -> Any:
     """The optimizer's first state, created directly in its shards."""
     out = jax.tree.map(lambda x: x.sharding, abstract["opt_state"])
-    return jax.jit(optimizer.init, out_shardings=out)(weights[trained(weights)])
+    return jax.jit(optimizer.init, out_shardings=out)(moving(weights, trains))
 
 
 def make_step(
@@ -64,7 +75,7 @@ def make_step(
     division at the end, so that neither accumulation nor the mesh changes the result.
 
     Args:
-      trains: tree of bool, which leaves of the trained entry move; None: all. No gradient is computed for the others.
+      trains: tree of bool, which leaves of the trained entry move; None: all. The others cost no gradient.
     """
     name = trained(abstract)
     trains = jax.tree.map(lambda _: True, abstract[name]) if trains is None else trains
@@ -79,31 +90,18 @@ def make_step(
         (loss, weight), grads = accumulate(gradient, micro_batches(batch, accumulation))
         total = jnp.maximum(weight, 1.0)
         grads = jax.tree.map(lambda g: g / total.astype(g.dtype), grads)
-        zeros = jax.tree.map(jnp.zeros_like, still)
-        updates, opt_state = optimizer.update(join(grads, zeros), state["opt_state"], state[name])
-        moved = optax.apply_updates(moving, split(updates, trains)[0])
+        updates, opt_state = optimizer.update(grads, state["opt_state"], moving)
         metrics = {
             "loss": loss / total,
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
             "learning_rate": jnp.asarray(learning_rates(number), jnp.float32),
             "tokens": weight,
         }
-        return {**state, name: join(moved, still), "opt_state": opt_state}, metrics
+        moved = join(optax.apply_updates(moving, updates), still)
+        return {**state, name: moved, "opt_state": opt_state}, metrics
 
     out = jax.tree.map(lambda x: x.sharding, abstract)
     return jax.jit(step, donate_argnums=0, out_shardings=(out, None))
-
-
-def split(tree: Any, chosen: Any) -> tuple[Any, Any]:
-    """(the chosen leaves, the others), each with None in the place of the other's: `join` is the inverse."""
-    return (
-        jax.tree.map(lambda x, yes: x if yes else None, tree, chosen),
-        jax.tree.map(lambda x, yes: None if yes else x, tree, chosen),
-    )
-
-
-def join(tree: Any, others: Any) -> Any:
-    return jax.tree.map(lambda x, y: y if x is None else x, tree, others, is_leaf=lambda x: x is None)
 
 
 def micro_batches(batch: dict[str, jax.Array], count: int) -> dict[str, jax.Array]:

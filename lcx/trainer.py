@@ -222,7 +222,7 @@ class Trainer:
         weights = {"params": params}
         if self.lora is not None:
             weights["lora"] = self.lora.init(jax.random.key(self.seed), model, mesh=mesh)
-        opt_state = train_step.init_opt_state(run.optimizer, weights, run.abstract)
+        opt_state = train_step.init_opt_state(run.optimizer, weights, run.abstract, run.trains)
         return dataclasses.replace(run, state={**weights, "opt_state": opt_state}, carried=carried)
 
     def adjusted(self, model: Decoder) -> Decoder:
@@ -239,8 +239,9 @@ class Trainer:
             weights["lora"] = self.lora.abstract(model, mesh=mesh)
         moved = weights[train_step.trained(weights)]
         optimizer = self.optimizer.build(moved, self.steps)
-        abstract = train_step.abstract_state(weights, optimizer, mesh)
-        return Run(model, optimizer, self.optimizer.trains(moved), abstract)
+        trains = self.optimizer.trains(moved)
+        abstract = train_step.abstract_state(weights, optimizer, mesh, trains)
+        return Run(model, optimizer, trains, abstract)
 
     def _origin(self) -> dict[str, Any]:
         return origin.record(

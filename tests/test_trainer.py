@@ -1,0 +1,412 @@
+"""Whole runs: what they write, how they go on, where their weights come from, what they refuse."""
+
+import dataclasses
+import json
+import math
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from tiny_runs import (
+    assert_same_checkpoint,
+    dataset,
+    lines,
+    losses,
+    saved,
+    tiny_model,
+    tiny_trainer,
+    write_text,
+)
+
+import lcx
+from lcx import model as model_lib
+from lcx import trainer as trainer_lib
+from lcx.data import ByteTokenizer, Mixture
+from lcx.errors import UserError
+from lcx.lora import LoRA, merge
+from lcx.optim import AdamW, leaf_paths
+from lcx.rope import Rope
+from lcx.sharding import MeshShape
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    write_text(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(text, tmp_path_factory):
+    """(workdir, run) of a run that nothing disturbed."""
+    workdir = tmp_path_factory.mktemp("whole")
+    return workdir, tiny_trainer(text, eval_every=10).run(str(workdir))
+
+
+class StopAt:
+    """Asks the run to stop before it makes update `step + 1`, as a signal would."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def __call__(self):
+        return self
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def requested(self, step):
+        return step >= self.step
+
+
+def stopped(monkeypatch, trainer, workdir, step):
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer_lib, "StopRequest", StopAt(step))
+        run = trainer.run(str(workdir))
+    assert run.step == step
+    return run
+
+
+# --- what a run writes
+
+
+def test_the_loss_falls_on_real_text(whole):
+    found = losses(whole[0])
+    assert math.log(258) - 0.1 < found[0] < math.log(258) + 0.6
+    assert found[-1] < 3.4  # bytes by their frequency alone are at about 3.2 nats
+    held_out = [line["eval_loss"] for line in lines(whole[0]) if "eval_loss" in line]
+    assert held_out[-1] < held_out[0] and held_out[-1] < 3.6
+
+
+def test_metrics(whole):
+    workdir, run = whole
+    raw = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    training = [line for line in raw if "loss" in line]
+    assert [line["step"] for line in training] == [*range(3, 40, 3), 40]  # every third, and the last
+    for line in training:
+        assert {"step", "loss", "tokens_per_second", "mfu", "learning_rate", "grad_norm", "tokens"} == set(
+            line
+        )
+        assert line["grad_norm"] > 0 and line["tokens_per_second"] > 0 and line["mfu"] > 0
+        assert 0 < line["tokens"] <= 8 * 32
+        rate = AdamW(learning_rate=1e-2, warmup_steps=4).learning_rates(40)(line["step"] - 1)
+        assert line["learning_rate"] == pytest.approx(float(rate), rel=1e-6)
+        ratio = (
+            line["mfu"] / line["tokens_per_second"]
+        )  # FLOPs per token over the peak: the same in every line
+        assert ratio == pytest.approx(training[0]["mfu"] / training[0]["tokens_per_second"], rel=1e-6)
+    assert [line["step"] for line in raw if "eval_loss" in line] == [10, 20, 30, 40]
+    assert run.step == 40
+
+
+def test_the_logged_loss_is_the_mean_since_the_last_line(whole, text, tmp_path):
+    tiny_trainer(text, eval_every=10, log_every=1).run(str(tmp_path))
+    every = losses(tmp_path)
+    means = [sum(every[i : i + 3]) / len(every[i : i + 3]) for i in range(0, 40, 3)]
+    assert losses(whole[0]) == pytest.approx(means, rel=1e-12)
+
+
+def test_the_checkpoint_says_what_it_is(whole, text):
+    workdir, run = whole
+    step, arrays, documents = saved(workdir)
+    assert step == 40
+    assert documents["meta"]["tokenizer"] == ByteTokenizer().to_json()
+    assert documents["meta"]["seq_len"] == 32 and documents["meta"]["lcx_version"] == lcx.__version__
+    model, params = lcx.load(workdir)
+    assert model == run.model
+    for x, y in zip(jax.tree.leaves(params), jax.tree.leaves(run.state["params"]), strict=True):
+        assert x.tobytes() == y.tobytes()
+    assert sum(name.startswith("['opt_state']") for name in arrays) > 2 * len(jax.tree.leaves(params))
+    with dataset(text).batches("train", global_batch_size=8, seq_len=32) as batches:
+        assert documents["data"]["next_index"] == 40 * 8
+        assert documents["data"]["fingerprint"] == batches.fingerprint
+
+
+def test_the_held_out_loss_is_the_mean_over_its_tokens(whole, text):
+    workdir, run = whole
+    held_out = next(line["eval_loss"] for line in reversed(lines(workdir)) if "eval_loss" in line)
+    total = weight = 0.0
+    with dataset(text).batches("eval", global_batch_size=8, seq_len=32) as batches:
+        for _, batch in zip(range(2), batches, strict=False):
+            places = {key: batch[key] for key in ("positions", "segment_ids")}
+            logits = lcx.logits(run.model, run.state["params"], batch["tokens"], **places)
+            nll = -np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), batch["labels"][..., None], -1)[
+                ..., 0
+            ]
+            total, weight = total + (nll * batch["loss_weights"]).sum(), weight + batch["loss_weights"].sum()
+    assert held_out == pytest.approx(total / weight, rel=1e-5)
+
+
+# --- going on
+
+
+@pytest.mark.parametrize("step", [7, 20])  # between lines and checkpoints, and on one
+def test_stopped_and_resumed_is_the_same_run(whole, text, tmp_path, monkeypatch, step):
+    trainer = tiny_trainer(text, eval_every=10)
+    stopped(monkeypatch, trainer, tmp_path, step)
+    assert saved(tmp_path)[0] == step
+    run = trainer.run(str(tmp_path))
+    assert run.step == 40
+    assert_same_checkpoint(tmp_path, whole[0])
+    assert lines(tmp_path) == lines(whole[0])
+
+
+def test_a_finished_run_is_left_alone(whole, text, tmp_path, capsys):
+    shutil.copytree(whole[0], tmp_path / "run")
+    before = sorted(path for path in (tmp_path / "run").rglob("*"))
+    run = tiny_trainer(text, eval_every=10).run(str(tmp_path / "run"))
+    assert run.step == 40 and run.state["params"]
+    assert sorted(path for path in (tmp_path / "run").rglob("*")) == before
+    assert lines(tmp_path / "run") == lines(whole[0])
+    assert "step 40 of 40 is done: nothing is left to do" in capsys.readouterr().err
+
+
+def test_a_run_can_be_made_longer_and_may_change_what_is_no_part_of_the_model(whole, text, tmp_path, capsys):
+    shutil.copytree(whole[0], tmp_path / "run")
+    changes = {"dtype": "bfloat16", "remat": "full", "batch_size": 4, "accumulation": 2}
+    run = tiny_trainer(text, steps=42, **changes).run(str(tmp_path / "run"))
+    assert run.step == 42 and run.model.dtype == "bfloat16"
+    assert saved(tmp_path / "run")[2]["data"]["next_index"] == 40 * 8 + 2 * 4
+    assert "step 40 of 42 is done: going on" in capsys.readouterr().err
+    assert [line["step"] for line in lines(tmp_path / "run") if "loss" in line][-2:] == [40, 42]
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"model": tiny_model(hidden_size=64)}, "Trainer.model.hidden_size = 32, found 64"),
+        ({"model": tiny_model(num_layers=3)}, "Trainer.model.stages.repeat = 2, found 3"),
+        (
+            {"model": tiny_model(rope=Rope(rope_theta=5e5))},
+            "mixer.rope = the default, found Rope(rope_theta=500000.0)",
+        ),
+        ({"lora": LoRA()}, "Trainer.lora = the default, found LoRA()"),
+    ],
+)
+def test_another_model_in_the_same_workdir_is_refused(whole, text, changes, says):
+    before = sorted(whole[0].rglob("*"))
+    with pytest.raises(UserError, match="holds a run that began with") as caught:
+        tiny_trainer(text, **changes).run(str(whole[0]))
+    assert says in str(caught.value)
+    assert str(caught.value).endswith("set it back, or set another --workdir")
+    assert "\n" not in str(caught.value)
+    assert sorted(whole[0].rglob("*")) == before
+
+
+def test_other_trained_parameters_in_the_same_workdir_are_refused(whole, text):
+    with pytest.raises(UserError, match="does not fit: in opt_state.*check the model and optimizer settings"):
+        tiny_trainer(text, optimizer=AdamW(frozen="mlp")).run(str(whole[0]))
+
+
+def test_a_converted_model_is_not_a_run(text, tmp_path):
+    model = tiny_model()
+    lcx.save(tmp_path / "m", model, model_lib.init_params(model, jax.random.key(0)), format="lcx")
+    with pytest.raises(UserError, match="holds a model, not a run: set Trainer.init_from to it"):
+        tiny_trainer(text, model=model).run(str(tmp_path / "m"))
+
+
+# --- mistakes
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"model": None}, "Trainer.model and Trainer.init_from: expected one of the two, found neither"),
+        ({"model": tiny_model(), "init_from": "somewhere"}, "expected one of the two, found both"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "change a pretrained model: set Trainer.init_from"),
+        ({"context_length": 64}, "change a pretrained model: set Trainer.init_from"),
+        ({"steps": 0}, "Trainer.steps is 0, expected at least 1"),
+        ({"eval_every": -1}, "Trainer.eval_every is -1, expected at least 0"),
+        ({"accumulation": 3}, "Trainer.batch_size 8 is not a multiple of accumulation 3"),
+        ({"dtype": "bf16"}, "Trainer.dtype is 'bf16', expected one of float32, bfloat16"),
+        ({"remat": "all"}, "Trainer.remat is 'all', expected one of none, full, dots"),
+        ({"wandb": "yes"}, "Trainer.wandb is 'yes', expected one of auto, offline, online, off"),
+    ],
+)
+def test_settings_that_cannot_be(text, changes, says):
+    with pytest.raises(UserError, match=says):
+        tiny_trainer(text, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"mesh": MeshShape(fsdp=3)}, "needs 3 devices, found"),
+        ({"model": tiny_model(vocab_size=200)}, "vocab_size is 200"),
+        ({"data": {"source": "/nowhere.txt"}}, "/nowhere.txt"),
+        ({"data": {"eval_fraction": 1.0}}, "the train split of .* is empty"),
+        ({"seq_len": 4096}, "fewer than global_batch_size=8"),
+        ({"optimizer": AdamW(trainable="nothing")}, "nothing to train"),
+        ({"lora": LoRA(targets="conv")}, "LoRA.targets 'conv' matches no projection"),
+    ],
+)
+def test_mistakes_that_show_before_the_first_step(text, tmp_path, changes, says):
+    if "data" in changes:
+        changes = {"data": dataset(text, **changes["data"])}
+    with pytest.raises(UserError, match=says) as caught:
+        tiny_trainer(text, **changes).run(str(tmp_path))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_rows_that_do_not_divide_over_the_mesh(text):
+    class Fake:
+        shape = {"data": 2, "fsdp": 4, "context": 1, "tensor": 1}
+
+    with pytest.raises(
+        UserError, match=r"4 rows per micro-batch \(batch_size 8 / accumulation 2\) do not divide"
+    ):
+        tiny_trainer(text, accumulation=2).check_rows(Fake)
+    Fake.shape = {"data": 1, "fsdp": 1, "context": 5, "tensor": 1}
+    with pytest.raises(UserError, match="seq_len 32 does not divide over context = 5 devices"):
+        tiny_trainer(text).check_rows(Fake)
+
+
+def test_nothing_held_out_is_a_warning(text, tmp_path, caplog):
+    run = tiny_trainer(text, steps=2, data=dataset(text, eval_fraction=0.0)).run(str(tmp_path))
+    assert run.step == 2
+    assert lines(tmp_path)[-1] == {"step": 2, "eval_loss": "NaN"}
+    assert "no evaluation: the eval split" in caplog.text
+
+
+def test_rows_longer_than_the_window_are_a_warning(text, tmp_path, capsys):
+    tiny_trainer(text, steps=1, seq_len=48, data=Mixture(((dataset(text), 1.0),))).run(str(tmp_path))
+    assert "seq_len 48 exceeds the model's window of 32 tokens" in capsys.readouterr().err
+
+
+# --- where weights come from, and which of them train
+
+
+@pytest.fixture(scope="module")
+def hf_folder(tmp_path_factory):
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=258,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=32,
+        bos_token_id=256,
+        eos_token_id=[257, 255],
+    )
+    folder = tmp_path_factory.mktemp("hf")
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+YARN = {"rope_type": "yarn", "factor": 2.0}
+
+
+def test_extending_a_hugging_face_folder(hf_folder, text, tmp_path, monkeypatch):
+    trainer = tiny_trainer(
+        text, init_from=str(hf_folder), rope_scaling=YARN, seq_len=64, steps=3, batch_size=4
+    )
+    expected, start = lcx.load(hf_folder, rope_scaling=YARN)
+    stopped(monkeypatch, trainer, tmp_path / "a", 0)
+    _, params = lcx.load(tmp_path / "a")
+    for path, x, y in zip(leaf_paths(start), jax.tree.leaves(params), jax.tree.leaves(start), strict=True):
+        assert np.array_equal(x, y), path
+    run = trainer.run(str(tmp_path / "a"))  # goes on without reading init_from again
+    model, _ = lcx.load(tmp_path / "a")
+    assert model == expected == run.model
+    assert model.max_position_embeddings == 64
+    rope = model.stages[0].pattern[0].mixer.rope
+    assert (rope.rope_type, rope.factor, rope.original_max_position_embeddings) == ("yarn", 2.0, 32)
+    lcx.save(tmp_path / "b", *lcx.load(tmp_path / "a"), format="hf")
+    meta = saved(tmp_path / "a")[2]["meta"]
+    assert (meta["hf_config"]["bos_token_id"], meta["hf_config"]["eos_token_id"]) == (256, [257, 255])
+
+
+def test_an_init_from_that_has_moved_is_a_warning_and_another_scaling_is_not(
+    hf_folder, text, tmp_path, caplog
+):
+    trainer = tiny_trainer(
+        text, init_from=str(hf_folder), rope_scaling=YARN, seq_len=64, steps=3, batch_size=4
+    )
+    trainer.run(str(tmp_path))
+    moved = dataclasses.replace(trainer, init_from="/gone", steps=4)
+    assert moved.run(str(tmp_path)).step == 4
+    assert "/gone is not read" in caplog.text
+    other = dataclasses.replace(trainer, rope_scaling={"rope_type": "linear", "factor": 2.0})
+    with pytest.raises(UserError, match="Trainer.rope_scaling.rope_type = 'yarn', found 'linear'"):
+        other.run(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (
+            {"rope_scaling": YARN, "context_length": 96},
+            "factor 2 x the original window 32 is 64, not context_length 96",
+        ),
+        ({"context_length": 64}, "there is no rope_scaling"),
+        ({"rope_scaling": {"rope_type": "yarm", "factor": 2.0}}, "yarm"),
+        ({"init_from": "/nowhere"}, "no checkpoint at /nowhere"),
+    ],
+)
+def test_warm_starts_that_cannot_be(hf_folder, text, tmp_path, changes, says):
+    with pytest.raises(UserError, match=says) as caught:
+        tiny_trainer(text, **{"init_from": str(hf_folder), **changes}).run(str(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+def test_frozen_weights_stay_to_the_bit(hf_folder, text, tmp_path):
+    optimizer = AdamW(
+        learning_rate=1e-2, warmup_steps=0, weight_decay=0.1, trainable="q_proj|norm", frozen="final"
+    )
+    run = tiny_trainer(text, init_from=str(hf_folder), steps=3, optimizer=optimizer).run(str(tmp_path))
+    _, start = lcx.load(hf_folder)
+    _, params = lcx.load(tmp_path)
+    changed = [
+        path
+        for path, x, y in zip(leaf_paths(start), jax.tree.leaves(start), jax.tree.leaves(params), strict=True)
+        if np.asarray(x).tobytes() != np.asarray(y).tobytes()
+    ]
+    names = ["mixer/q_proj/kernel", "mixer_norm/scale", "mlp_norm/scale"]
+    assert changed == [f"stages_0/block_0/{name}" for name in names]
+    sizes = {leaf.size for leaf in jax.tree.leaves(run.state["opt_state"]) if leaf.ndim}
+    assert sizes == {2 * 32 * 32, 2 * 32}  # moments of the kernel and of the norms, of nothing else
+
+
+def test_lora_trains_pairs_only(hf_folder, text, tmp_path, monkeypatch):
+    """In bfloat16; stopped and resumed to the bit; loads merged."""
+    lora = LoRA(rank=4, targets="(q|v)_proj")
+    trainer = tiny_trainer(text, init_from=str(hf_folder), lora=lora, dtype="bfloat16", steps=6)
+    run = trainer.run(str(tmp_path / "whole"))
+    stopped(monkeypatch, trainer, tmp_path / "parts", 3)
+    trainer.run(str(tmp_path / "parts"))
+    assert_same_checkpoint(tmp_path / "parts", tmp_path / "whole")
+    assert losses(tmp_path / "whole")[-1] < losses(tmp_path / "whole")[0]
+    _, start = lcx.load(hf_folder)
+    for x, y in zip(jax.tree.leaves(start), jax.tree.leaves(run.state["params"]), strict=True):
+        assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
+    pairs = jax.tree.leaves(run.state["lora"])
+    assert all(np.any(x) for x in pairs) and {x.dtype for x in pairs} == {np.dtype("float32")}
+    scale = run.state["lora"]["stages_0"]["block_0"]["mixer"]["q_proj"]["scale"]
+    assert np.array_equal(scale, [4.0, 4.0])  # alpha / rank: no parameter
+    model, merged = lcx.load(tmp_path / "whole")
+    expected = merge(run.state["params"], run.state["lora"])
+    for x, y in zip(jax.tree.leaves(merged), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-7)
+    kernel = merged["stages_0"]["block_0"]["mixer"]["q_proj"]["kernel"]
+    assert np.abs(kernel - start["stages_0"]["block_0"]["mixer"]["q_proj"]["kernel"]).max() > 1e-4
+
+
+# --- wandb
+
+
+def test_wandb_offline_records_the_run(text, tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    tiny_trainer(text, steps=2, wandb="offline").run(str(tmp_path))
+    (folder,) = (tmp_path / "wandb").glob("offline-run-*")
+    assert next(folder.glob("run-*.wandb")).stat().st_size > 0
