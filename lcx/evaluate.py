@@ -1,9 +1,10 @@
 """Evaluate a checkpoint: loss by position, perplexity, passkey, whatever the .gin file lists.
 
 Examples:
-  python -m lcx.evaluate --checkpoint=/tmp/run --output=/tmp/eval --gin_file=configs/eval/passkey.gin
+  python -m lcx.evaluate --checkpoint=/tmp/run --output=/tmp/eval
   python -m lcx.evaluate --checkpoint=path/to/hf_folder --output=/tmp/eval --context_length=16384 \\
-      --rope_scaling='{"rope_type": "yarn", "factor": 4.0}' --gin_file=configs/eval/perplexity.gin
+      --rope_scaling='{"rope_type": "yarn", "factor": 4.0}' --gin_file=configs/eval/long_context.gin \\
+      --gin.TEXT="'held_out.txt'" --gin.TOKENIZER="'path/to/hf_folder'"
 
 Writes results.json, plots and report.html to the output folder. A checkpoint is a workdir, one step of it, or
 a folder in a Hugging Face layout.

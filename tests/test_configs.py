@@ -1,0 +1,41 @@
+"""Every .gin file in configs/ parses, names only what exists, and says what a reader needs to know."""
+
+import pathlib
+import re
+
+import pytest
+
+from lcx import config
+
+ROOT = pathlib.Path(__file__).parent.parent
+CONFIGS = sorted((ROOT / "configs").rglob("*.gin"))
+SETTINGS = {"MODEL": "'model'", "TEXT": "'text'", "CONTEXT_LENGTH": "1024"}
+
+
+def with_includes(path):
+    text = path.read_text()
+    included = re.findall(r"^include '(.+)'", text, re.M)
+    return text + "".join(with_includes(path.parent / name) for name in included)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_parses(path):
+    text = with_includes(path)
+    settings = [f"{name}={value}" for name, value in SETTINGS.items() if f"{name} = None" in text]
+    config.parse([str(path)], [tuple(setting.split("=", 1)) for setting in settings])
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_header_says_what_it_is(path):
+    header = path.read_text().partition("\n\n")[0] + path.read_text().partition("from __gin__")[0]
+    assert header.startswith("# ")
+    if "train.job" in path.read_text():
+        for word in ("Hardware", "Command"):
+            assert word in header, f"{path.name} does not say its {word.lower()}"
+
+
+def test_files_that_the_readme_and_the_help_name_exist():
+    pages = [ROOT / "README.md", *(ROOT / "lcx").glob("*.py"), *CONFIGS, *(ROOT / "scripts").glob("*.sh")]
+    named = {name for page in pages for name in re.findall(r"(?:configs|scripts|benchmarks)/[\w/]+\.\w+", page.read_text())}
+    missing = [name for name in sorted(named) if not (ROOT / name).exists()]
+    assert named and not missing
