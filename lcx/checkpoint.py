@@ -84,7 +84,8 @@ class Checkpointer:
     the newest older step that verifies. A step that does not fit the trees asked for is a UserError, not a
     reason to fall back. With several processes all of them take the same step.
 
-    After going back to an older step, the first save moves the newer ones to `_set_aside` (never removed).
+    After going back to an older step, the first save moves the newer ones to `_set_aside` (never removed), as
+    `reject` does with one that is whole but worthless.
     Nothing is written, created or cleaned before the first save, so readers may open a folder in use.
     """
 
@@ -209,6 +210,13 @@ class Checkpointer:
         if failure:
             raise UserError(failure)
 
+    def reject(self, step: int) -> None:
+        """Moves a committed step that turned out to be worthless out of the way, if an older one remains."""
+        self._settle()
+        self._close_manager()
+        if jax.process_index() == 0 and self.steps()[1:].count(step):
+            self._set_aside(step, "gave no finite numbers")
+
     def _make_room(self, step: int) -> None:
         """Readies the folder: newer steps set aside, unfinished ones removed. May raise, see save."""
         if self._latest is not None and step < self._latest:
@@ -234,16 +242,14 @@ class Checkpointer:
             self._sweep()
             self._join_sweeper()
 
-    def _set_aside(self, step: int) -> None:
+    def _set_aside(self, step: int, why: str = "is newer than the checkpoint this run resumed from") -> None:
         parent = self.directory / _SET_ASIDE
         parent.mkdir(exist_ok=True)
         taken = {child.name for child in parent.iterdir()}
         names = (str(step), *(f"{step}.{again}" for again in range(1, len(taken) + 2)))
         name = next(name for name in names if name not in taken)
         (self.directory / str(step)).rename(parent / name)
-        _log.warning(
-            "step %d is newer than the checkpoint this run resumed from; moved to %s", step, parent / name
-        )
+        _log.warning("step %d %s; moved to %s", step, why, parent / name)
 
     def _start(self, step: int, items: Mapping[str, Tree], documents: dict[str, Any]) -> None:
         if clash := (items.keys() & documents.keys()) | ({RECORD_ITEM} & (items.keys() | documents.keys())):

@@ -15,7 +15,11 @@ from lcx.model import Decoder
 
 
 class NotFiniteError(UserError):
-    """A loss or a gradient is infinite or no number: what follows would be worthless."""
+    """The loss or the gradient of a step is infinite or no number: what follows would be worthless."""
+
+    def __init__(self, name: str, value: float, step: int):
+        super().__init__(f"{name} is {value} at step {step}")
+        self.step = step
 
 
 class Meter:
@@ -52,7 +56,7 @@ class Meter:
         numbers = {name: float(value) for name, value in values.items()}
         for name in ("loss", "grad_norm"):
             if not math.isfinite(numbers[name]):
-                raise NotFiniteError(f"{name} is {numbers[name]} at step {step}")
+                raise NotFiniteError(name, numbers[name], step)
         self.losses.append(numbers["loss"])
         now = time.perf_counter()
         if self._since is None:

@@ -176,7 +176,7 @@ class Trainer:
                 try:
                     return self._loop(run, mesh, batches, checkpointer, metrics, stop)
                 except NotFiniteError as bad:
-                    raise UserError(f"{bad}: {_kept(checkpointer)}; {ADVICE}") from None
+                    raise UserError(f"{bad}: {_retreat(checkpointer, bad.step)}; {ADVICE}") from None
 
     # ---------------------------------------------------------------------------------------------- initial state
 
@@ -408,9 +408,11 @@ def _drain(
         meter.record(step, values, metrics)
 
 
-def _kept(checkpointer: Checkpointer) -> str:
+def _retreat(checkpointer: Checkpointer, bad_step: int) -> str:
+    """Which checkpoint to go on from. That of the step before is of the weights that gave the bad numbers."""
     with contextlib.suppress(UserError):
         checkpointer.close()  # a save may be under way
+    checkpointer.reject(bad_step - 1)
     steps = checkpointer.steps()
     return f"the checkpoint of step {steps[-1]} is kept" if steps else "there is no checkpoint yet"
 
