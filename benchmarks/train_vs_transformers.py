@@ -9,6 +9,7 @@ a process of its own for each side, less what it holds before the first step. Ne
 
 import argparse
 import json
+import math
 import os
 import platform
 import resource
@@ -32,8 +33,11 @@ def batches(T: int, count: int):
     import numpy as np
 
     rng = np.random.default_rng(0)
-    B = max(1, 2048 // T)
-    return [rng.integers(0, MODEL["vocab_size"], (B, T + 1)).astype("int32") for _ in range(count)]
+    return [rng.integers(0, MODEL["vocab_size"], (rows_of(T), T + 1)).astype("int32") for _ in range(count)]
+
+
+def rows_of(T: int) -> int:
+    return max(1, 2048 // T)
 
 
 def hf_model():
@@ -82,7 +86,7 @@ class Torch:
 class Lcx:
     """The trainer's own compiled step, on the weights of `folder`."""
 
-    def __init__(self, folder: str):
+    def __init__(self, folder: str, rows: int):
         import jax
 
         import lcx
@@ -90,7 +94,9 @@ class Lcx:
         from lcx import objectives, sharding, train_step
         from lcx.optim import AdamW
 
-        self.mesh = sharding.make_mesh(fsdp=1, data=-1)
+        # Virtual devices (JAX_NUM_CPU_DEVICES=2) share the rows, or the heads where there is one row.
+        data = math.gcd(rows, jax.device_count())
+        self.mesh = sharding.make_mesh(data=data, fsdp=1, tensor=-1)
         jax.set_mesh(self.mesh)
         model, params = lcx.load(folder, mesh=self.mesh)
         model = model.clone(remat="dots", parent=None)
@@ -131,7 +137,7 @@ class Lcx:
 def speed(folder: str, lengths: list[int], steps: int) -> list[dict]:
     rows = []
     for T in lengths:
-        sides = {"lcx": Lcx(folder), "torch": Torch()}
+        sides = {"lcx": Lcx(folder, rows_of(T)), "torch": Torch()}
         times: dict[str, list[float]] = {name: [] for name in sides}
         losses: dict[str, list[float]] = {name: [] for name in sides}
         for i, batch in enumerate(batches(T, steps + 1)):
@@ -158,7 +164,7 @@ def speed(folder: str, lengths: list[int], steps: int) -> list[dict]:
 
 def memory(side: str, folder: str, T: int) -> None:
     """Runs in a process of its own: prints the peak of two steps less what was resident before them, in MiB."""
-    runner = Lcx(folder) if side == "lcx" else Torch()
+    runner = Lcx(folder, rows_of(T)) if side == "lcx" else Torch()
     with open("/proc/self/status") as f:
         before = next(int(line.split()[1]) for line in f if line.startswith("VmRSS")) / 1024
     for batch in batches(T, 2):

@@ -36,6 +36,7 @@ def test_header_says_what_it_is(path):
 
 def test_files_that_the_readme_and_the_help_name_exist():
     pages = [ROOT / "README.md", *(ROOT / "lcx").glob("*.py"), *CONFIGS, *(ROOT / "scripts").glob("*.sh")]
-    named = {name for page in pages for name in re.findall(r"(?:configs|scripts|benchmarks)/[\w/]+\.\w+", page.read_text())}
+    path = re.compile(r"(?:configs|scripts|benchmarks)/[\w/]+\.\w+")
+    named = {name for page in pages for name in path.findall(page.read_text())}
     missing = [name for name in sorted(named) if not (ROOT / name).exists()]
     assert named and not missing
