@@ -2,6 +2,8 @@
 # Runs the tests: makes .venv if absent, installs, runs pytest with the arguments given here.
 #   bash scripts/test.sh                      everything
 #   bash scripts/test.sh tests/test_rope.py   one file
+# Everything is two runs of pytest: the number of devices that a CPU pretends to have is fixed when jax starts, and
+# tests/eight_devices needs eight. More devices than cores need a larger thread pool, or they wait for each other.
 # LCX_REFERENCE=FOLDER adds the tests that need reference weights, texts and tokenizers; the rest need no download.
 set -euo pipefail
 if [ -n "${LCX_REFERENCE:-}" ]; then
@@ -13,4 +15,11 @@ use_venv dev,torch
 # Compiled programs are kept between runs: most of the time of these tests is compilation.
 export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$PWD/.venv/xla-cache}"
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.05 JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1
-exec python -m pytest -q "$@"
+if [ $# -gt 0 ]; then
+  exec python -m pytest -q "$@"
+fi
+status=0
+python -m pytest -q --ignore=tests/eight_devices || status=$?
+echo "eight devices"
+XLA_FLAGS="${XLA_FLAGS:-} --xla_force_host_platform_device_count=8" NPROC=32 python -m pytest -q tests/eight_devices || status=$?
+exit "$status"

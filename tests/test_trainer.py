@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 from tiny_runs import (
+    StopAt,
     assert_same_checkpoint,
     dataset,
     lines,
@@ -44,28 +45,9 @@ def whole(text, tmp_path_factory):
     return workdir, tiny_trainer(text, eval_every=10).run(str(workdir))
 
 
-class StopAt:
-    """Asks the run to stop before it makes update `step + 1`, as a signal would."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def __call__(self):
-        return self
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
-
-    def requested(self, step):
-        return step >= self.step
-
-
 def stopped(monkeypatch, trainer, workdir, step):
     with monkeypatch.context() as patch:
-        patch.setattr(trainer_lib, "StopRequest", StopAt(step))
+        patch.setattr(trainer_lib, "StopRequest", lambda: StopAt(step))
         run = trainer.run(str(workdir))
     assert run.step == step
     return run
@@ -167,9 +149,9 @@ def test_a_finished_run_is_left_alone(whole, text, tmp_path, capsys):
 
 def test_a_run_can_be_made_longer_and_may_change_what_is_no_part_of_the_model(whole, text, tmp_path, capsys):
     shutil.copytree(whole[0], tmp_path / "run")
-    changes = {"dtype": "bfloat16", "remat": "full", "batch_size": 4, "accumulation": 2}
+    changes = {"remat": "dots", "batch_size": 4, "accumulation": 2}
     run = tiny_trainer(text, steps=42, **changes).run(str(tmp_path / "run"))
-    assert run.step == 42 and run.model.dtype == "bfloat16"
+    assert run.step == 42 and run.model.remat == "dots"
     assert saved(tmp_path / "run")[2]["data"]["next_index"] == 40 * 8 + 2 * 4
     assert "step 40 of 42 is done: going on" in capsys.readouterr().err
     assert [line["step"] for line in lines(tmp_path / "run") if "loss" in line][-2:] == [40, 42]
@@ -244,13 +226,21 @@ def test_settings_that_cannot_be(text, changes, says):
         ({"lora": LoRA(targets="conv")}, "LoRA.targets 'conv' matches no projection"),
     ],
 )
-def test_mistakes_that_show_before_the_first_step(text, tmp_path, changes, says):
+def test_mistakes_that_show_before_the_first_step(text, tmp_path, monkeypatch, changes, says):
+    monkeypatch.setattr(model_lib, "init_params", zeros)  # in no time
     if "data" in changes:
         changes = {"data": dataset(text, **changes["data"])}
     with pytest.raises(UserError, match=says) as caught:
         tiny_trainer(text, **changes).run(str(tmp_path))
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "checkpoints").exists()
+
+
+def zeros(model, key, *, mesh):
+    return jax.tree.map(
+        lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding),
+        model_lib.abstract_params(model, mesh=mesh),
+    )
 
 
 def test_rows_that_do_not_divide_over_the_mesh(text):
@@ -267,14 +257,15 @@ def test_rows_that_do_not_divide_over_the_mesh(text):
 
 
 def test_nothing_held_out_is_a_warning(text, tmp_path, caplog):
-    run = tiny_trainer(text, steps=2, data=dataset(text, eval_fraction=0.0)).run(str(tmp_path))
-    assert run.step == 2
-    assert lines(tmp_path)[-1] == {"step": 2, "eval_loss": "NaN"}
+    run = tiny_trainer(text, data=dataset(text, eval_fraction=0.0)).run(str(tmp_path))
+    assert run.step == 40
+    assert lines(tmp_path)[-1] == {"step": 40, "eval_loss": "NaN"}
     assert "no evaluation: the eval split" in caplog.text
 
 
-def test_rows_longer_than_the_window_are_a_warning(text, tmp_path, capsys):
-    tiny_trainer(text, steps=1, seq_len=48, data=Mixture(((dataset(text), 1.0),))).run(str(tmp_path))
+def test_rows_longer_than_the_window_are_a_warning(text, tmp_path, monkeypatch, capsys):
+    trainer = tiny_trainer(text, seq_len=48, data=Mixture(((dataset(text), 1.0),)))
+    stopped(monkeypatch, trainer, tmp_path, 0)
     assert "seq_len 48 exceeds the model's window of 32 tokens" in capsys.readouterr().err
 
 
@@ -306,37 +297,35 @@ def hf_folder(tmp_path_factory):
 YARN = {"rope_type": "yarn", "factor": 2.0}
 
 
-def test_extending_a_hugging_face_folder(hf_folder, text, tmp_path, monkeypatch):
-    trainer = tiny_trainer(
-        text, init_from=str(hf_folder), rope_scaling=YARN, seq_len=64, steps=3, batch_size=4
-    )
+@pytest.fixture
+def extension(hf_folder, text):
+    return tiny_trainer(text, init_from=str(hf_folder), rope_scaling=YARN, seq_len=64, steps=4, batch_size=4)
+
+
+def test_extending_a_hugging_face_folder(extension, hf_folder, tmp_path, monkeypatch):
     expected, start = lcx.load(hf_folder, rope_scaling=YARN)
-    stopped(monkeypatch, trainer, tmp_path / "a", 0)
+    stopped(monkeypatch, extension, tmp_path / "a", 0)
     _, params = lcx.load(tmp_path / "a")
     for path, x, y in zip(leaf_paths(start), jax.tree.leaves(params), jax.tree.leaves(start), strict=True):
         assert np.array_equal(x, y), path
-    run = trainer.run(str(tmp_path / "a"))  # goes on without reading init_from again
+    run = extension.run(str(tmp_path / "a"))
     model, _ = lcx.load(tmp_path / "a")
     assert model == expected == run.model
     assert model.max_position_embeddings == 64
     rope = model.stages[0].pattern[0].mixer.rope
     assert (rope.rope_type, rope.factor, rope.original_max_position_embeddings) == ("yarn", 2.0, 32)
-    lcx.save(tmp_path / "b", *lcx.load(tmp_path / "a"), format="hf")
     meta = saved(tmp_path / "a")[2]["meta"]
     assert (meta["hf_config"]["bos_token_id"], meta["hf_config"]["eos_token_id"]) == (256, [257, 255])
 
 
 def test_an_init_from_that_has_moved_is_a_warning_and_another_scaling_is_not(
-    hf_folder, text, tmp_path, caplog
+    extension, tmp_path, monkeypatch, caplog
 ):
-    trainer = tiny_trainer(
-        text, init_from=str(hf_folder), rope_scaling=YARN, seq_len=64, steps=3, batch_size=4
-    )
-    trainer.run(str(tmp_path))
-    moved = dataclasses.replace(trainer, init_from="/gone", steps=4)
-    assert moved.run(str(tmp_path)).step == 4
+    stopped(monkeypatch, extension, tmp_path, 3)
+    moved = dataclasses.replace(extension, init_from="/gone")
+    assert moved.run(str(tmp_path)).step == 4  # a run that goes on reads its own checkpoint only
     assert "/gone is not read" in caplog.text
-    other = dataclasses.replace(trainer, rope_scaling={"rope_type": "linear", "factor": 2.0})
+    other = dataclasses.replace(extension, rope_scaling={"rope_type": "linear", "factor": 2.0})
     with pytest.raises(UserError, match="Trainer.rope_scaling.rope_type = 'yarn', found 'linear'"):
         other.run(str(tmp_path))
 
@@ -380,7 +369,8 @@ def test_frozen_weights_stay_to_the_bit(hf_folder, text, tmp_path):
 def test_lora_trains_pairs_only(hf_folder, text, tmp_path, monkeypatch):
     """In bfloat16; stopped and resumed to the bit; loads merged."""
     lora = LoRA(rank=4, targets="(q|v)_proj")
-    trainer = tiny_trainer(text, init_from=str(hf_folder), lora=lora, dtype="bfloat16", steps=6)
+    data = dataset(text, eval_fraction=0.0)
+    trainer = tiny_trainer(text, init_from=str(hf_folder), lora=lora, dtype="bfloat16", steps=6, data=data)
     run = trainer.run(str(tmp_path / "whole"))
     stopped(monkeypatch, trainer, tmp_path / "parts", 3)
     trainer.run(str(tmp_path / "parts"))
@@ -407,6 +397,6 @@ def test_lora_trains_pairs_only(hf_folder, text, tmp_path, monkeypatch):
 def test_wandb_offline_records_the_run(text, tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.delenv("WANDB_MODE", raising=False)
-    tiny_trainer(text, steps=2, wandb="offline").run(str(tmp_path))
+    stopped(monkeypatch, tiny_trainer(text, wandb="offline"), tmp_path, 3)
     (folder,) = (tmp_path / "wandb").glob("offline-run-*")
     assert next(folder.glob("run-*.wandb")).stat().st_size > 0

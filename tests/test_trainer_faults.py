@@ -166,12 +166,10 @@ with StopRequest() as stop:
     ]
 
 
-def test_signals_are_given_back(text, tmp_path):
+def test_signals_are_given_back(tmp_path):
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
-    with pytest.raises(UserError, match="vocab_size is 200"):
-        from tiny_runs import tiny_model
-
-        tiny_trainer(text, model=tiny_model(vocab_size=200, num_layers=1)).run(str(tmp_path))
+    with pytest.raises(UserError, match="at step 1"):
+        tiny_trainer(poisonous(tmp_path), objective=poisoned, eval_batches=1).run(str(tmp_path / "run"))
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
 
 
@@ -179,10 +177,10 @@ def test_signals_are_given_back(text, tmp_path):
 
 
 def test_a_learning_rate_that_explodes(gin_file, tmp_path, capsys):
-    """Exit 2 and one line with the step; the last sound checkpoint stays, and a sane rate goes on from it."""
+    """Exit 2 and one line with the step; the last sound checkpoint stays, and the run goes on from it."""
     flags = [f"--gin_file={gin_file}", f"--workdir={tmp_path}", "--gin.Trainer.checkpoint_every=1"]
-    status = train.main([*flags, "--gin.AdamW.learning_rate=1e6", "--gin.AdamW.warmup_from=1e-9"])
-    assert status == 2
+    wrong = ["--gin.AdamW.learning_rate=1e6", "--gin.AdamW.warmup_from=1e-9"]
+    assert train.main([*flags, *wrong]) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     found = re.match(
         r"error: (loss|grad_norm) is (nan|inf) at step (\d+): the checkpoint of step (\d+) is kept; ", line
@@ -192,8 +190,9 @@ def test_a_learning_rate_that_explodes(gin_file, tmp_path, capsys):
     assert 0 < kept < bad - 1  # the weights before the bad step gave the bad numbers
     model, params = lcx.load(tmp_path)
     assert jnp.all(jnp.isfinite(lcx.logits(model, params, jnp.ones((1, 8), jnp.int32))))
-    assert train.main([*flags, f"--gin.Trainer.steps={kept + 2}"]) == 0
-    assert saved(tmp_path)[0] == kept + 2
+    assert train.main([*flags, *wrong]) == 2
+    again = f"is {found[2]} at step {bad}: the checkpoint of step {kept} is kept"
+    assert again in capsys.readouterr().err
 
 
 def test_poisoned_data_stops_at_its_step(text, tmp_path):
@@ -215,14 +214,17 @@ def test_poisoned_data_stops_at_its_step(text, tmp_path):
     assert [line["step"] for line in lines(tmp_path / "run")] == list(range(3, first, 3))
 
 
-def test_bad_numbers_before_the_first_checkpoint(text, tmp_path):
+def test_bad_numbers_before_the_first_checkpoint(tmp_path):
     with pytest.raises(UserError, match="at step 1: there is no checkpoint yet; lower AdamW.learning_rate"):
-        tiny_trainer(text, objective=always_nan).run(str(tmp_path))
+        tiny_trainer(poisonous(tmp_path), objective=poisoned).run(str(tmp_path / "run"))
 
 
-def always_nan(model, variables, batch):
-    loss, weight = objectives.next_token(model, variables, batch)
-    return loss * jnp.nan, weight
+def poisonous(folder):
+    """Text that is nothing but poison."""
+    (folder / "text").mkdir()
+    for i in range(4):
+        (folder / "text" / f"{i}.txt").write_text(chr(POISON) * 2000)
+    return folder
 
 
 # --- damage
@@ -261,7 +263,9 @@ def test_changed_data_is_refused(text, whole, tmp_path):
 def test_moved_data_is_the_same_data(text, whole, tmp_path):
     shutil.copytree(whole, tmp_path / "run")
     shutil.copytree(text / "text", tmp_path / "text")
-    assert tiny_trainer(tmp_path, steps=41).run(str(tmp_path / "run")).step == 41
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "40")
+    assert tiny_trainer(tmp_path).run(str(tmp_path / "run")).step == 40
+    assert lines(tmp_path / "run") == lines(whole)
 
 
 # --- a full disk

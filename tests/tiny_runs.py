@@ -56,10 +56,9 @@ model.llama.max_position_embeddings = 32
 
 
 def write_text(folder: pathlib.Path, documents: int = 12) -> None:
-    """Documents of real prose and code: the docstrings of this Python."""
+    """Documents of real text: pieces of the source of this Python."""
     (folder / "text").mkdir(parents=True)
-    modules = (argparse_like for argparse_like in (inspect, json, os, pathlib, subprocess, textwrap))
-    sources = [inspect.getsource(module) for module in modules]
+    sources = [inspect.getsource(module) for module in (inspect, json, os, pathlib, subprocess, textwrap)]
     for i in range(documents):
         text = sources[i % len(sources)]
         start = 2500 * (i // len(sources))
@@ -104,6 +103,22 @@ def tiny_trainer(folder: pathlib.Path, **changes) -> Trainer:
     if "init_from" not in changes:
         settings["model"] = tiny_model()
     return Trainer(**{**settings, **changes})
+
+
+class StopAt:
+    """In the place of a StopRequest: asks the run to stop after this many updates, as a signal would."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def __enter__(self) -> StopAt:
+        return self
+
+    def __exit__(self, *_) -> None:
+        pass
+
+    def requested(self, step: int) -> bool:
+        return step >= self.step
 
 
 def lines(workdir) -> list[dict]:
