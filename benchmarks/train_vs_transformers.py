@@ -182,6 +182,11 @@ def memory(side: str, folder: str, T: int) -> None:
     )
 
 
+def _commit() -> str:
+    command = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -220,6 +225,7 @@ def main() -> None:
             "transformers": transformers.__version__,
         },
         "devices": jax.device_count(),
+        "commit": _commit(),
         "speed": rows,
         "memory": {
             "T": lengths[-1],
