@@ -223,7 +223,7 @@ def poisonous(folder):
     """Text that is nothing but poison."""
     (folder / "text").mkdir()
     for i in range(4):
-        (folder / "text" / f"{i}.txt").write_text(chr(POISON) * 2000)
+        (folder / "text" / f"{i}.txt").write_text(chr(POISON) * (2000 + i))  # no two alike
     return folder
 
 
