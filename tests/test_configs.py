@@ -2,10 +2,10 @@
 
 import pathlib
 import re
+import subprocess
+import sys
 
 import pytest
-
-from lcx import config
 
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").rglob("*.gin"))
@@ -20,9 +20,12 @@ def with_includes(path):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_parses(path):
+    """In a process of its own, as a command does: gin remembers what every file before it named."""
     text = with_includes(path)
-    settings = [f"{name}={value}" for name, value in SETTINGS.items() if f"{name} = None" in text]
-    config.parse([str(path)], [tuple(setting.split("=", 1)) for setting in settings])
+    settings = [(name, value) for name, value in SETTINGS.items() if f"{name} = None" in text]
+    code = f"from lcx import config; config.parse([{str(path)!r}], {settings!r})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.relative_to(ROOT).as_posix())
