@@ -518,7 +518,9 @@ def test_json_flags():
 def test_compiled_programs_are_kept(tmp_path):
     script = "from lcx import config; config.setup_jax()\nimport jax, jax.numpy as jnp\n"
     body = "f = jax.jit(lambda x: jnp.linalg.eigh(jnp.sin(x @ x.T))[0] @ x)\nf(jnp.ones((32, 32))).block_until_ready()"
-    done = python(script + body, XDG_CACHE_HOME=str(tmp_path), JAX_PLATFORMS="cpu")
+    # Whatever the compiler's speed today: by default programs that compile in under 0.05 s are not kept.
+    always = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    done = python(script + body, XDG_CACHE_HOME=str(tmp_path), JAX_PLATFORMS="cpu", **always)
     assert done.returncode == 0, done.stderr
     assert list((tmp_path / "lcx" / "xla").iterdir())
 
