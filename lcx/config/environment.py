@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import glob
+import importlib.util
 import os
 import re
+
+# Device files of NVIDIA, the same in WSL, AMD, TPUs up to v4, later TPUs.
+ACCELERATORS = ("nvidia[0-9]*", "dxg", "kfd", "accel[0-9]*", "vfio/[0-9]*")
 
 
 def setup_jax() -> None:
@@ -13,6 +18,8 @@ def setup_jax() -> None:
       second run starts in a fraction of the time.
     - With more CPU devices than cores (meshes tried on a laptop) collectives wait for each other for ever on
       too small a thread pool, whose size is NPROC.
+    - libtpu may be there only to compile with (the extra aot). Where no accelerator is in sight, jax is told so:
+      it would find out by itself, but not without pages of warnings.
     """
     cache = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "lcx", "xla")
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", cache)
@@ -22,3 +29,5 @@ def setup_jax() -> None:
     devices = int(os.environ.get("JAX_NUM_CPU_DEVICES") or (forced[-1] if forced else 1))
     if devices > (os.cpu_count() or 1):
         os.environ.setdefault("NPROC", str(max(32, 4 * devices)))
+    if importlib.util.find_spec("libtpu") and not any(glob.glob(f"/dev/{name}") for name in ACCELERATORS):
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")

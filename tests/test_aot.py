@@ -1,0 +1,138 @@
+"""Reading what compilers say: our reader of machine code against NVIDIA's disassembler; the environment they need."""
+
+import importlib.util
+import pathlib
+import re
+import subprocess
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as pallas_triton
+
+from kernels_pallas import aot, cubin
+from lcx.config import environment
+
+A, B = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((1024, 512), (512, 1024)))
+
+
+def product(a, b, *, num_warps):
+    """[1024, 512] x [512, 1024] in tiles of 128 x 256: float32 sums that 8 warps can hold, and fewer cannot."""
+
+    def kernel(a, b, out):
+        def add(i, total):
+            return total + jnp.dot(
+                a[:, pl.ds(i * 64, 64)], b[pl.ds(i * 64, 64)], preferred_element_type=jnp.float32
+            )
+
+        out[...] = jax.lax.fori_loop(0, 8, add, jnp.zeros((128, 256), jnp.float32)).astype(out.dtype)
+
+    return pl.pallas_call(
+        kernel,
+        out_shape=jax.ShapeDtypeStruct((1024, 1024), jnp.bfloat16),
+        grid=(8, 4),
+        in_specs=[
+            pl.BlockSpec((128, 512), lambda i, j: (i, 0)),
+            pl.BlockSpec((512, 256), lambda i, j: (0, j)),
+        ],
+        out_specs=pl.BlockSpec((128, 256), lambda i, j: (i, j)),
+        compiler_params=pallas_triton.CompilerParams(num_warps=num_warps, num_stages=2),
+        name="product",
+    )(a, b)
+
+
+@pytest.fixture
+def h200():
+    if reason := aot.available("h200"):
+        pytest.skip(reason)
+
+
+def nvdisasm() -> pathlib.Path:
+    """Of the wheel nvidia-cuda-nvdisasm."""
+    spec = importlib.util.find_spec("nvidia")
+    folders = [pathlib.Path(p) for p in (spec.submodule_search_locations or [])] if spec else []
+    found = [path for folder in folders for path in folder.glob("*/bin/nvdisasm")]
+    return found[0] if found else pytest.skip("nvdisasm is not installed (the extra aot)")
+
+
+@pytest.mark.parametrize("num_warps, holds", [(8, True), (2, False)])
+def test_machine_code_against_the_disassembler(h200, tmp_path, monkeypatch, num_warps, holds):
+    tool, read = nvdisasm(), cubin._cubin
+
+    def keep(elf):
+        (tmp_path / "kernel.cubin").write_bytes(elf)
+        return read(elf)
+
+    monkeypatch.setattr(cubin, "_cubin", keep)
+    kernel = aot.compile_h200(lambda a, b: product(a, b, num_warps=num_warps), A, B).kernel("product")
+    command = [tool, "-g", "-hex", tmp_path / "kernel.cubin"]
+    code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    names = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+ )?([A-Z][A-Z0-9]+)", code)
+    assert len(names) > 300
+    assert kernel.spills == names.count("LDL") + names.count("STL")
+    assert (kernel.wgmma, kernel.mma) == (names.count("HGMMA"), names.count("HMMA"))
+    assert (
+        holds == (kernel.spills == 0) == (kernel.stack_bytes == 0) == (kernel.wgmma > 0) == (kernel.mma == 0)
+    )
+    used = max(int(number) for number in re.findall(r"\bR(\d+)\b", code))
+    assert used < kernel.registers <= 255
+
+
+def test_shared_memory(h200):
+    # Two stages of 128 x 64 and 64 x 256 in bfloat16, and 1 KiB that CUDA reserves in every block.
+    kernel = aot.compile_h200(lambda a, b: product(a, b, num_warps=8), A, B).kernel("product")
+    assert kernel.shared_bytes == 2 * 2 * (128 * 64 + 64 * 256) + 1024
+
+
+def test_bytes_of_a_program(h200):
+    report = aot.compile_h200(
+        lambda x: jnp.sin(x) @ jnp.cos(x).T, jax.ShapeDtypeStruct((512, 256), jnp.float32)
+    )
+    assert (report.argument_bytes, report.output_bytes) == (4 * 512 * 256, 4 * 512 * 512)
+
+
+def test_tracing_sees_the_target():
+    seen = []
+    for target, compile_for in (("tpu", aot.compile_tpu), ("h200", aot.compile_h200)):
+        if reason := aot.available(target):
+            pytest.skip(reason)
+        compile_for(lambda x: seen.append(jax.sharding.get_abstract_mesh().abstract_device) or x + 1, A)
+    assert [(device.platform, device.device_kind) for device in seen] == [
+        ("tpu", "TPU v5 lite"),
+        ("gpu", "NVIDIA H200"),
+    ]
+
+
+def test_too_much_vmem():
+    if reason := aot.available("tpu"):
+        pytest.skip(reason)
+
+    def double(x):
+        body = lambda x, out: out.__setitem__(..., x[...] * 2)  # noqa: E731
+        return pl.pallas_call(body, out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype), name="double")(x)
+
+    size = lambda n: jax.ShapeDtypeStruct((n, 1024), jnp.float32)  # noqa: E731
+    assert aot.compile_tpu(double, size(1024)).kernel("double").vmem_bytes >= 2 * 4 * 1024 * 1024
+    with pytest.raises(jax.errors.JaxRuntimeError, match="(?i)vmem"):
+        aot.compile_tpu(double, size(8192))
+
+
+def test_snappy():
+    # Each kind of element, from the format's description: 5 letters, then copies with one and two bytes of offset.
+    data = bytes([14, 4 << 2]) + b"abcde" + bytes([(4 - 4) << 2 | 1, 5, (5 - 1) << 2 | 2, 1, 0])
+    assert cubin.snappy(data) == b"abcde" + b"abcd" + b"ddddd"
+    long = np.random.default_rng(0).integers(0, 256, 300, np.uint8).tobytes()
+    assert cubin.snappy(bytes([0xAC, 0x02, 61 << 2]) + (299).to_bytes(2, "little") + long) == long
+
+
+@pytest.mark.parametrize(
+    "installed, devices, expected", [(True, [], "cpu"), (True, ["/dev/nvidia0"], None), (False, [], None)]
+)
+def test_compilers_alone_are_no_accelerator(monkeypatch, installed, devices, expected):
+    monkeypatch.delenv("JAX_PLATFORMS")
+    monkeypatch.setattr(environment.importlib.util, "find_spec", lambda name: installed or None)
+    monkeypatch.setattr(environment.glob, "glob", lambda pattern: devices if "nvidia" in pattern else [])
+    environment.setup_jax()
+    assert environment.os.environ.get("JAX_PLATFORMS") == expected
