@@ -217,7 +217,7 @@ def read_documents(
         elif first.format == "parquet":
             documents = _read_parquet(first, text_field)
         elif first.format == "fasta":
-            documents = _read_fasta(first)
+            documents = read_fasta(first)
         else:
             documents = _read_code(group, sizes)
         for document in documents:
@@ -359,8 +359,11 @@ def _read_parquet(file: SourceFile, text_field: str) -> Iterator[Document]:
         ) from error
 
 
-def _read_fasta(file: SourceFile) -> Iterator[Document]:
-    """One record = one document: the sequence without line breaks, named by the first word of its header."""
+def read_fasta(file: SourceFile) -> Iterator[Document]:
+    """One record = one document: the sequence without line breaks, named by the first word of its header.
+
+    Records without a sequence are documents without text.
+    """
     name, position = "", 0
     parts: list[str] = []
     started = False

@@ -3,6 +3,8 @@
     loss_by_position  mean loss at each distance from the beginning of the context: where is the wall?
     perplexity        sliding window (Press et al.) or non-overlapping, token-weighted
     passkey           is a number found again k tokens later, and up to which k?
+    sequence_likelihood  log p of every record of a FASTA file
+    variant_effects   log p of a sequence with a variant against that without
 
 Your own is a frozen dataclass in any package that fulfils `Evaluation`; name it in a .gin file:
 

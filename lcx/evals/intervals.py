@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Float
@@ -43,3 +44,15 @@ def mean_and_error(
         return mean, None
     residual = np.square(sums - mean * weights).sum()
     return mean, float(math.sqrt(n / (n - 1) * residual) / weights.sum())
+
+
+def auroc(labels: Sequence[int], scores: Sequence[float]) -> float | None:
+    """Chance that a case of label 1 scores higher than one of label 0, ties half; None without both kinds."""
+    from scipy import stats
+
+    ones, zeros = (
+        [s for label, s in zip(labels, scores, strict=True) if bool(label) == kind] for kind in (True, False)
+    )
+    if not ones or not zeros:
+        return None
+    return float(stats.mannwhitneyu(ones, zeros).statistic / (len(ones) * len(zeros)))

@@ -1,0 +1,131 @@
+"""The log-likelihood of every record of a FASTA file."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from lcx.data import Tokenizer
+from lcx.errors import UserError
+from lcx.evals import Result, dna, figures, scoring
+from lcx.evals.intervals import mean_and_error
+from lcx.evals.model_facts import facts
+from lcx.model import Decoder
+
+
+@dataclasses.dataclass(frozen=True)
+class SequenceLikelihood:
+    """log p of each sequence under the model, in nats: its sum, and its mean over the letters that are scored.
+
+    Without BOS the first letter has nothing before it and is not scored. A record without letters, or with one, has
+    no likelihood: it is listed with null. Ambiguous letters (N, R, ...) are tokens like any other; how many there are
+    is listed, and so are lower-case ones (soft-masked repeats), which are scored in upper case unless
+    `upper_case=False`.
+
+    Attributes:
+      sequences: a FASTA file, a glob or a folder; .gz too.
+      window: tokens in one forward pass; None for the model's window. Longer sequences are scored by overlapping
+        windows, every letter once.
+      stride: tokens between windows; None for half a window.
+      both_strands: the mean of the sequence and of its reverse complement.
+    """
+
+    sequences: str
+    window: int | None = None
+    stride: int | None = None
+    upper_case: bool = True
+    both_strands: bool = False
+    tokens_per_batch: int = scoring.TOKENS_PER_BATCH
+    name: str = "sequence_likelihood"
+
+    def __post_init__(self):
+        check_windows(self)
+
+    def __call__(self, model: Decoder, params: Any, tokenizer: Tokenizer | None) -> Result:
+        documents = dna.read(self.sequences, owner="SequenceLikelihood.sequences")
+        records = [record.text.upper() if self.upper_case else record.text for record in documents]
+        strands = [*records, *map(dna.reverse_complement, records)] if self.both_strands else records
+        window, stride = windows_of(self, model)
+        values = dna.token_log_likelihoods(
+            model,
+            params,
+            tokenizer,
+            strands,
+            window=window,
+            stride=stride,
+            tokens_per_batch=self.tokens_per_batch,
+            description=self.name,
+        )
+        sums = np.array([v.sum(dtype=np.float64) for v in values]).reshape(-1, len(records)).mean(0)
+        counts = np.array([len(v) for v in values[: len(records)]])
+        mean, error = mean_and_error(-sums, counts)
+        rows = [
+            {
+                "name": document.name,
+                "length": len(document.text),
+                "scored": int(count),
+                "log_likelihood": float(total) if count else None,
+                "mean_log_likelihood": float(total / count) if count else None,
+                "ambiguous": dna.ambiguous(document.text),
+                "lower_case": sum(map(str.islower, document.text)),
+            }
+            for document, total, count in zip(documents, sums, counts, strict=True)
+        ]
+        perplexity = None if mean is None else math.exp(min(mean, 700))
+        return {
+            "definition": self._definition(window, stride),
+            "summary": f"{len(rows)} sequences, {int(counts.sum())} letters, "
+            + ("nothing to score" if perplexity is None else f"perplexity {perplexity:.4g} per letter"),
+            "table": {"perplexity per letter": perplexity, "sequences": len(rows)},
+            "model": facts(model),
+            "nll": mean,
+            "standard_error": error,
+            "perplexity": perplexity,
+            "sequences": rows,
+        }
+
+    def _definition(self, window: int, stride: int) -> str:
+        return (
+            f"log p of each sequence of {self.sequences} in nats, sum and mean over scored letters; "
+            f"{'upper case; ' if self.upper_case else ''}windows of {window} tokens, stride {stride}, each letter "
+            "scored once; the first letter only after BOS"
+            f"{'; mean of both strands' if self.both_strands else ''}; the perplexity is over all letters, its "
+            "standard error with sequences as independent"
+        )
+
+    def plot(self, axes: Any, results: Mapping[str, Result]) -> None:
+        styles = figures.styles(results)
+        for label, result in results.items():
+            rows = [row for row in result["sequences"] if row["scored"]]
+            axes.plot(
+                [row["length"] for row in rows],
+                [row["mean_log_likelihood"] for row in rows],
+                label=label,
+                **{**styles[label], "linestyle": "none", "marker": "o"},
+            )
+        figures.position_axis(axes, "length (letters)")
+        axes.set_ylabel("mean log-likelihood (nats per letter)")
+        axes.set_title("Likelihood of each sequence (higher is likelier)")
+        figures.legend(axes, list(results))
+
+
+def check_windows(evaluation: Any) -> None:
+    """The fields `window` and `stride` of an evaluation."""
+    owner, window, stride = type(evaluation).__name__, evaluation.window, evaluation.stride
+    if window is not None and window < 2:
+        raise UserError(f"{owner}.window is {window}, expected at least 2 tokens")
+    if stride is not None and not 1 <= stride < (window or math.inf):
+        raise UserError(f"{owner}.stride is {stride}, expected 1 .. window - 1")
+
+
+def windows_of(evaluation: Any, model: Decoder) -> tuple[int, int]:
+    """(window, stride) in tokens."""
+    window = evaluation.window or model.max_position_embeddings
+    stride = evaluation.stride or max(1, window // 2)
+    if stride >= window:
+        raise UserError(
+            f"{type(evaluation).__name__}.stride is {stride}, expected less than the window, {window}"
+        )
+    return window, stride
