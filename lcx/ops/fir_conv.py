@@ -1,0 +1,220 @@
+"""Gated causal convolution with up to 256 taps, shared by groups of channels: Hyena-SE and Hyena-MR.
+
+    g = x2 * v,   y_t = x1_t * ( sum_k h[group, k] g_{t-k} + skip g_t ),   k = 0 .. K-1
+
+Letters: B batch, D channels, G filters (channel d uses filter d // (D/G)), T time, K taps, C block of tokens.
+Taps are in convolution order: k = 0 multiplies the current token. Channels come before time: a block of tokens of one
+channel is contiguous, and the blocks of all channels of a group are the rows of one matrix.
+
+``reference``  every window of K inputs laid out, in float32: the definition.
+``xla``        K < 16: shifted multiply-adds. Else block Toeplitz products (Ku et al. 2025, "Systems and Algorithms for
+               Convolutional Multi-Hybrid Language Models at Scale", section 3.2): with C >= K - 1 a block of outputs
+               needs its own inputs and those of the block before it, Y_n = X_n M0 + X_{n-1} M1, where M0[s, t] = h[t-s]
+               and M1[s, t] = h[C+t-s]. 4 C FLOPs an element instead of 2 K, all of them in matrix products.
+
+Documents. Between two adjacent blocks at most one document crosses, so the product with M1 is exact once the left
+block is cut to that document and the result as well. Inside a block the same holds for its halves, their halves, ...
+down to 16 tokens, where taps are few enough to shift. Together this is less than the product with M0, whatever the
+number of documents.
+
+The backward pass keeps the inputs alone and computes the rest again. On a CPU one group of channels of one row is
+treated after the other, so that what lies between the two gates stays in cache.
+"""
+
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+from lcx.errors import UserError
+from lcx.ops import MIXER_RESIDUALS, dispatch, segments
+from lcx.ops import short_conv as short
+from lcx.ops.short_conv import ConvState
+
+MAX_TAPS = 256
+SHIFTED = (
+    16  # fewer taps than this are shifted, and so are blocks of as many tokens that hold several documents
+)
+DECODED = 8  # so few tokens against a state are one product with their windows
+
+
+def fir_conv(
+    x1: Float[Array, "B D T"] | None,
+    x2: Float[Array, "B D T"] | None,
+    v: Float[Array, "B D T"],
+    h: Float[Array, "G K"],
+    *,
+    skip: Float[Array, " D"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+    initial_state: ConvState | None = None,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "B D T"], ConvState]:
+    """(y in v's dtype, the state after it: the last K - 1 of g). A gate that is None is 1.
+
+    Args:
+      segment_ids: documents of a packed row, 0 for padding; None: one document, with id 1.
+
+    Raises:
+      UserError: shapes that do not fit, or an implementation that cannot run here.
+    """
+    (G, K), D = h.shape, v.shape[1]
+    if D % G or not 2 <= K <= MAX_TAPS:
+        raise UserError(
+            f"fir_conv of {D} channels with filters {h.shape}: expected [G, K] with G a divisor of {D} and K from 2 "
+            f"to {MAX_TAPS}; change the groups or the length of the filter (long_conv takes longer ones)"
+        )
+    name = dispatch.choose("fir_conv", implementation, {"xla": None, "reference": None})
+    gated = v if x2 is None else x2 * v
+    state = short.final_state(gated, segment_ids, initial_state, K)
+    if initial_state is None:
+        whole, ids, before = (x1, x2, v), segment_ids, 0
+    else:  # the state's inputs are gated already; before them nothing is asked
+        joined, ids = short.extended(gated, segment_ids, initial_state)
+        before = K - 1
+        whole = (None if x1 is None else jnp.pad(x1, ((0, 0), (0, 0), (before, 0))), None, joined)
+    if name == "reference" or v.shape[2] <= DECODED:
+        y = reference(*whole, h, skip, ids)
+    else:
+        y = _grouped(*whole, h, skip, ids)
+    return y[:, :, before:], state
+
+
+def reference(x1, x2, v, h, skip, ids) -> Array:
+    """The definition. ids None: one document."""
+    g = v.astype(jnp.float32) if x2 is None else x2.astype(jnp.float32) * v.astype(jnp.float32)
+    y = short.reference(g, jnp.repeat(h, v.shape[1] // h.shape[0], axis=0), ids)
+    if skip is not None:
+        y = y + skip.astype(jnp.float32)[:, None] * (g if ids is None else jnp.where(ids[:, None] != 0, g, 0))
+    return (y if x1 is None else y * x1.astype(jnp.float32)).astype(v.dtype)
+
+
+@jax.custom_vjp
+def _grouped(x1, x2, v, h, skip, ids) -> Array:
+    return _grouped_forward(x1, x2, v, h, skip, ids)[0]
+
+
+def _grouped_forward(x1, x2, v, h, skip, ids):
+    y = each_group(_slab, (x1, x2, v), (h, skip), ids, h.shape[0])
+    return checkpoint_name(y.reshape(v.shape), MIXER_RESIDUALS), (x1, x2, v, h, skip, ids)
+
+
+def _grouped_backward(residuals, dy):
+    x1, x2, v, h, skip, ids = residuals
+
+    def slab_gradient(signals, weights, ids):
+        *inputs, dy = signals
+        _, pull = jax.vjp(lambda i, w: _slab(i, w, ids), tuple(inputs), weights)
+        return pull(dy)
+
+    signals, weights = each_group(slab_gradient, (x1, x2, v, dy), (h, skip), ids, h.shape[0])
+    signals = jax.tree.map(lambda dx: dx.reshape(v.shape), signals)
+    weights = jax.tree.map(lambda dw, w: jnp.sum(dw, axis=0).reshape(w.shape), weights, (h, skip))
+    return *signals, *weights, None
+
+
+_grouped.defvjp(_grouped_forward, _grouped_backward)
+
+
+def each_group(fn, signals, weights, ids, G: int):
+    """fn(signals [D/G, T], weights of a group, ids [T]) of every row and group; leaves [B, G, ...].
+
+    Signals are [B, D, T]; weights [G, ...] or [D, ...], cut into G parts.
+    """
+    B = jax.tree.leaves(signals)[0].shape[0]
+    signals = jax.tree.map(lambda x: x.reshape(B, G, -1, x.shape[2]), signals)
+    weights = jax.tree.map(lambda w: w.reshape(G, -1) if w.ndim == 1 else w, weights)
+    if dispatch.platform() != "cpu":
+        return jax.vmap(jax.vmap(fn, in_axes=(0, 0, None)), in_axes=(0, None, 0))(signals, weights, ids)
+
+    def one(place):
+        row, group = place // G, place % G
+        pick = jax.tree.map(lambda x: x[row, group], signals)
+        return fn(pick, jax.tree.map(lambda w: w[group], weights), None if ids is None else ids[row])
+
+    out = jax.lax.map(one, jnp.arange(B * G))
+    return jax.tree.map(lambda x: x.reshape(B, G, *x.shape[1:]), out)
+
+
+def _slab(signals, weights, ids):
+    """One group of channels of one row: signals [D/G, T], (h [K], skip [D/G]), ids [T] -> y [D/G, T]."""
+    (x1, x2, v), (h, skip) = signals, weights
+    dtype = jnp.float32 if dispatch.platform() == "cpu" else v.dtype
+    g = v.astype(dtype) if x2 is None else x2.astype(dtype) * v.astype(dtype)
+    runs = None
+    if ids is not None:
+        g, runs = jnp.where(ids != 0, g, 0), segments.runs(ids[None])[0]
+    y = convolve(g, h, runs)
+    if skip is not None:
+        y = y + skip.astype(jnp.float32)[:, None] * g
+    if x1 is not None:
+        y = y * x1.astype(jnp.float32)
+    return (y if ids is None else jnp.where(ids != 0, y, 0)).astype(v.dtype)
+
+
+def convolve(g: Array, h: Array, runs: Array | None) -> Array:
+    """sum_k h[k] g[:, t - k] over the taps of one run; g [R, T], h [K], runs [T] that never fall. float32."""
+    T, K = g.shape[1], h.shape[0]
+    if K < SHIFTED:
+        return _shift(g, h, runs)
+    C = max(2 * SHIFTED, 1 << (K - 2).bit_length())
+    blocks = jnp.pad(g, ((0, 0), (0, -T % C))).reshape(g.shape[0], -1, C)
+    M = toeplitz(h.astype(g.dtype), C)
+    if runs is None:
+        both = _dot(blocks, M)
+        y = both[..., :C] + _one_later(both[..., C:])
+    else:
+        ids = jnp.pad(runs, (0, -T % C), mode="edge").reshape(-1, C)
+        previous = jnp.pad(ids[:-1], ((1, 0), (0, 0)), constant_values=-1)
+        y = _across(_one_later(blocks), previous, ids, M[:, C:]) + within(blocks, h, ids, M)
+    return y.reshape(g.shape[0], -1)[:, :T]
+
+
+def within(x: Array, h: Array, runs: Array, M: Array) -> Array:
+    """Each block on its own, [R, n, C] float32: across its halves, their halves, ..., at last 16 tokens alone.
+
+    x [R, n, C], h [K], runs [n, C] that never fall along the n C tokens, M = toeplitz(h, C/2 or more).
+    """
+    R, _, size = x.shape
+    y = jnp.zeros(x.shape, jnp.float32)
+    while size > SHIFTED:
+        size //= 2
+        halves, ids = x.reshape(R, -1, 2, size), runs.reshape(-1, 2, size)
+        second = _across(halves[:, :, 0], ids[:, 0], ids[:, 1], M[:size, size : 2 * size])
+        y = y + jnp.pad(second[:, :, None], ((0, 0), (0, 0), (1, 0), (0, 0))).reshape(y.shape)
+    # Neither runs nor the index of the 16 tokens ever falls: their sum tells both apart.
+    alone = runs.reshape(-1) + jnp.arange(runs.size) // SHIFTED
+    return y + _shift(x.reshape(R, -1), h[:SHIFTED], alone).reshape(y.shape)
+
+
+def _across(left: Array, left_runs: Array, right_runs: Array, M: Array) -> Array:
+    """What the left block gives to the right one: [R, n, C], by the one run that can reach over the boundary."""
+    crossing = right_runs[:, :1]
+    reached = _dot(jnp.where(left_runs == crossing, left, 0), M)
+    return jnp.where(right_runs == crossing, reached, 0)
+
+
+def _shift(g: Array, h: Array, runs: Array | None) -> Array:
+    taps = jnp.broadcast_to(h.astype(jnp.float32), (g.shape[0], h.shape[0]))
+    return short.shifted(g.astype(jnp.float32)[None], taps, None if runs is None else runs[None], 2)[0]
+
+
+def _one_later(x: Array) -> Array:
+    """Block n takes the place of n + 1."""
+    return jnp.pad(x[:, :-1], ((0, 0), (1, 0), (0, 0)))
+
+
+def _dot(rows: Array, M: Array) -> Array:
+    precision = "highest" if rows.dtype == jnp.float32 else None
+    return jnp.matmul(rows, M, precision=precision, preferred_element_type=jnp.float32)
+
+
+def toeplitz(h: Array, C: int) -> Array:
+    """[C, 2C] with h[t - s] at (s, t), 0 outside of h [K <= C + 1].
+
+    Rows of length L laid end to end and cut again to length L - 1 are each shifted by one: no gather, and the
+    gradient is a sum along the diagonals by the same way back.
+    """
+    L = 3 * C
+    rows = jnp.broadcast_to(jnp.pad(h, (0, L - h.shape[0])), (C, L))
+    return rows.reshape(-1)[: C * (L - 1)].reshape(C, L - 1)[:, : 2 * C]

@@ -1,0 +1,177 @@
+"""Gated causal convolution with a filter as long as the sequence, by FFT: Hyena-LI.
+
+    g = x2 * v,   y_t = x1_t * ( sum_k h[d, k] g_{t-k} + skip g_t ),   k = 0 .. t
+
+Letters: B batch, D channels, T time, S >= T taps, b half a block. Taps are in convolution order, one filter a channel.
+
+``reference``  every T x T Toeplitz matrix laid out, in float32: the definition.
+``xla``        irfft(rfft(g) rfft(h)) over 2 T points, float32 throughout: O(T log T). Inputs in bfloat16 are widened
+               for it, since rounding between the stages of an FFT spreads over the whole sequence.
+
+Documents. The transform mixes all of a row, so a packed row is cut in halves, their halves, ..., to blocks of 256
+tokens. Between the two halves of a block at most one document crosses: cut to it, the left half goes through an FFT of
+the block's length, and of the result the right half is kept. The 256 tokens are left to the products of `fir_conv`. An
+FFT of T points a level: log2(T / 256) / 2 times the cost of an unpacked row, whatever the number of documents.
+
+The backward pass keeps the inputs alone and transforms them again. On a CPU a few channels of one row are treated after
+the other, so that their spectra stay in cache.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+from lcx.errors import UserError
+from lcx.ops import MIXER_RESIDUALS, dispatch, segments
+from lcx.ops.fir_conv import each_group, toeplitz, within
+
+BLOCK = 256  # tokens below which Toeplitz products take over from the FFT, in packed rows
+CHANNELS = 16  # at a time
+
+
+def long_conv(
+    x1: Float[Array, "B D T"] | None,
+    x2: Float[Array, "B D T"] | None,
+    v: Float[Array, "B D T"],
+    h: Float[Array, "D S"],
+    *,
+    skip: Float[Array, " D"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+    implementation: str | None = None,
+) -> Float[Array, "B D T"]:
+    """y in v's dtype; a gate that is None is 1. Filters with a recurrence carry state with `ops.modal`.
+
+    Args:
+      segment_ids: documents of a packed row, 0 for padding; None: one document.
+
+    Raises:
+      UserError: a filter shorter than the sequence, or an implementation that cannot run here.
+    """
+    (D, S), T = h.shape, v.shape[2]
+    if v.shape[1] != D or S < T:
+        raise UserError(
+            f"long_conv of {v.shape} [B, D, T] with filters {h.shape}: expected [D, S] with D = {v.shape[1]} and "
+            f"S >= {T}; fir_conv takes filters that are shorter than the sequence"
+        )
+    name = dispatch.choose("long_conv", implementation, {"xla": None, "reference": None})
+    if name == "reference":
+        return reference(x1, x2, v, h, skip, segment_ids)
+    return _by_channels(x1, x2, v, h[:, :T], skip, segment_ids)
+
+
+def reference(x1, x2, v, h, skip, ids) -> Array:
+    """The definition. ids None: one document."""
+    T = v.shape[2]
+    g = v.astype(jnp.float32) if x2 is None else x2.astype(jnp.float32) * v.astype(jnp.float32)
+    distance = jnp.arange(T)[:, None] - jnp.arange(T)
+    seen = (distance >= 0)[None]
+    if ids is not None:
+        runs = segments.runs(ids)
+        seen = seen & (runs[:, :, None] == runs[:, None]) & (ids[:, :, None] != 0) & (ids[:, None] != 0)
+        g = jnp.where(ids[:, None] != 0, g, 0)
+    taps = h.astype(jnp.float32)[:, distance]
+    y = jnp.einsum("dts,bts,bds->bdt", taps, seen.astype(jnp.float32), g, precision="highest")
+    if skip is not None:
+        y = y + skip.astype(jnp.float32)[:, None] * g
+    return (y if x1 is None else y * x1.astype(jnp.float32)).astype(v.dtype)
+
+
+@jax.custom_vjp
+def _by_channels(x1, x2, v, h, skip, ids) -> Array:
+    return _by_channels_forward(x1, x2, v, h, skip, ids)[0]
+
+
+def _by_channels_forward(x1, x2, v, h, skip, ids):
+    groups, weights = _cut(h, skip)
+    y = each_group(_slab, (x1, x2, v), weights, ids, groups)
+    return checkpoint_name(y.reshape(v.shape), MIXER_RESIDUALS), (x1, x2, v, h, skip, ids)
+
+
+def _by_channels_backward(residuals, dy):
+    x1, x2, v, h, skip, ids = residuals
+
+    def slab_gradient(signals, weights, ids):
+        *inputs, dy = signals
+        _, pull = jax.vjp(lambda i, w: _slab(i, w, ids), tuple(inputs), weights)
+        return pull(dy)
+
+    groups, cut = _cut(h, skip)
+    signals, weights = each_group(slab_gradient, (x1, x2, v, dy), cut, ids, groups)
+    signals = jax.tree.map(lambda dx: dx.reshape(v.shape), signals)
+    weights = jax.tree.map(lambda dw, w: jnp.sum(dw, axis=0).reshape(w.shape), weights, (h, skip))
+    return *signals, *weights, None
+
+
+_by_channels.defvjp(_by_channels_forward, _by_channels_backward)
+
+
+def _cut(h: Array, skip: Array | None):
+    """(number of groups of channels, the weights cut into them)."""
+    D, T = h.shape
+    size = math.gcd(D, CHANNELS)
+    return D // size, (h.reshape(-1, size, T), skip)
+
+
+def _slab(signals, weights, ids):
+    """A few channels R of one row: signals [R, T], (h [R, T], skip [R]), ids [T] -> y [R, T]."""
+    (x1, x2, v), (h, skip) = signals, weights
+    g, h = v.astype(jnp.float32), h.astype(jnp.float32)
+    g = g if x2 is None else g * x2.astype(jnp.float32)
+    if ids is None:
+        y = _fft(g, h, fft_size(2 * g.shape[1] - 1))[:, : g.shape[1]]
+    else:
+        g = jnp.where(ids != 0, g, 0)
+        y = _by_document(g, h, segments.runs(ids[None])[0])
+    if skip is not None:
+        y = y + skip.astype(jnp.float32)[:, None] * g
+    if x1 is not None:
+        y = y * x1.astype(jnp.float32)
+    return (y if ids is None else jnp.where(ids != 0, y, 0)).astype(v.dtype)
+
+
+def _fft(g: Array, h: Array, n: int) -> Array:
+    """Circular convolution over n points of the last axis."""
+    return jnp.fft.irfft(jnp.fft.rfft(g, n) * jnp.fft.rfft(h, n), n)
+
+
+def _by_document(g: Array, h: Array, runs: Array) -> Array:
+    """g and h [R, T], runs [T] that never fall."""
+    R, T = g.shape
+    y = _near(g, h, runs)
+    size = BLOCK
+    while size < T:
+        pad = -T % (2 * size)
+        halves = jnp.pad(g, ((0, 0), (0, pad))).reshape(R, -1, 2, size)
+        ids = jnp.pad(runs, (0, pad), mode="edge").reshape(-1, 2, size)
+        crossing = ids[:, 1, :1]
+        left = jnp.where(ids[:, 0] == crossing, halves[:, :, 0], 0)
+        # What wraps around falls on the left half.
+        reached = _fft(left, h[:, None, : 2 * size], 2 * size)[..., size:]
+        second = jnp.where(ids[:, 1] == crossing, reached, 0)
+        whole = jnp.pad(second[:, :, None], ((0, 0), (0, 0), (1, 0), (0, 0)))
+        y = y + whole.reshape(R, -1)[:, :T]
+        size *= 2
+    return y
+
+
+def _near(g: Array, h: Array, runs: Array) -> Array:
+    """Each block of 256 tokens on its own: every channel has its own filter."""
+    R, T = g.shape
+    pad = -T % BLOCK
+    blocks = jnp.pad(g, ((0, 0), (0, pad))).reshape(R, -1, BLOCK)
+    ids = jnp.pad(runs, (0, pad), mode="edge").reshape(-1, BLOCK)
+    taps = jnp.pad(h[:, :BLOCK], ((0, 0), (0, max(BLOCK - T, 0))))
+
+    def channel(x, h):
+        return within(x[None], h, ids, toeplitz(h, BLOCK // 2))[0]
+
+    return jax.vmap(channel)(blocks, taps).reshape(R, -1)[:, :T]
+
+
+def fft_size(n: int) -> int:
+    """The smallest even number from n on without a prime factor above 5: what FFT libraries do fast."""
+    sizes = (2 * 2**a * 3**b * 5**c for a in range(40) for b in range(3) for c in range(3))
+    return min(size for size in sizes if size >= n)

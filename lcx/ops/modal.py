@@ -1,0 +1,116 @@
+"""Filters that are sums of decaying exponentials, and the recurrence that they are: Hyena-LI.
+
+    h[d, t] = sum_p residue[d, p] exp(log_pole[d, p] t)          taps, for `long_conv`
+    s_t = exp(log_pole) s_{t-1} + g_t,   y_t = sum_p residue s_t  the same convolution, a token at a time
+
+Letters: B batch, D channels, P modes (16 in Hyena-LI), T time, C block of times.
+
+Nothing here holds D x P x T numbers: with t = i C + j, exp(log_pole t) = exp(log_pole i C) exp(log_pole j), so that taps,
+states and responses are products of two small tables of exponentials. log_pole <= 0: no exponent is positive. All of it
+is float32, real poles.
+
+A token's distance is counted in places of its row, as in every convolution: padding between two tokens of a document
+counts, although it gives nothing.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from lcx.ops import segments
+
+BLOCK = 128  # tokens whose powers of the poles are laid out, D x P x BLOCK numbers
+
+
+class ModalState(NamedTuple):
+    """s after the last token, and the document that it belongs to; 0: nothing was seen."""
+
+    modes: Float[Array, "B D P"]
+    segment_ids: Int[Array, " B"]
+
+
+def taps(
+    log_pole: Float[Array, "D P"], residue: Float[Array, "D P"], length: int
+) -> Float[Array, "D {length}"]:
+    """h[:, :length], float32."""
+    return _sums(log_pole.astype(jnp.float32), residue.astype(jnp.float32), length)
+
+
+def state(
+    g: Float[Array, "B D T"],
+    log_pole: Float[Array, "D P"],
+    *,
+    segment_ids: Int[Array, "B T"] | None = None,
+    initial_state: ModalState | None = None,
+) -> ModalState:
+    """The state after the inputs g: s = sum_k exp(log_pole (T-1-k)) g_k over the row's last document."""
+    B, D, T = g.shape
+    log_pole = log_pole.astype(jnp.float32)
+    g = g.astype(jnp.float32)
+    last, runs = jnp.ones(B, jnp.int32), None
+    if segment_ids is not None or initial_state is not None:
+        ids = jnp.ones((B, T), jnp.int32) if segment_ids is None else segment_ids
+        before = None if initial_state is None else initial_state.segment_ids
+        last, runs = segments.last(ids, before), segments.runs(ids, before)
+        g = jnp.where(((runs == runs[:, -1:]) & (ids != 0))[:, None], g, 0)
+    blocks = jnp.pad(g, ((0, 0), (0, 0), (-T % BLOCK, 0))).reshape(B, D, -1, BLOCK)
+    fine = _powers(log_pole, jnp.arange(BLOCK - 1, -1, -1))
+    coarse = _powers(log_pole * BLOCK, jnp.arange(blocks.shape[2] - 1, -1, -1))
+    partial = jnp.einsum("bdij,djp->bdip", blocks, fine, precision="highest")
+    modes = jnp.einsum("bdip,dip->bdp", partial, coarse, precision="highest")
+    if initial_state is not None:
+        held = initial_state.modes * jnp.exp(log_pole * T)
+        modes = modes + jnp.where((runs[:, -1] == 0)[:, None, None], held, 0)
+    return ModalState(modes, last)
+
+
+def response(
+    initial_state: ModalState,
+    log_pole: Float[Array, "D P"],
+    residue: Float[Array, "D P"],
+    *,
+    segment_ids: Int[Array, "B T"],
+) -> Float[Array, "B D T"]:
+    """What the tokens before the row still give to its T tokens, float32: sum_p residue exp(log_pole (t + 1)) s."""
+    T = segment_ids.shape[1]
+    log_pole = log_pole.astype(jnp.float32)
+    weights = initial_state.modes * jnp.exp(log_pole) * residue.astype(jnp.float32)
+    y = _sums(log_pole, weights, T)
+    sees = (segments.runs(segment_ids, initial_state.segment_ids) == 0) & (segment_ids != 0)
+    return jnp.where(sees[:, None], y, 0)
+
+
+def step(
+    g: Float[Array, "B D"],
+    log_pole: Float[Array, "D P"],
+    residue: Float[Array, "D P"],
+    initial_state: ModalState,
+    *,
+    segment_ids: Int[Array, " B"] | None = None,
+) -> tuple[Float[Array, "B D"], ModalState]:
+    """One token: (sum_p residue s, the state with it), float32. At padding 0, and the state only decays."""
+    ids = jnp.ones(g.shape[0], jnp.int32) if segment_ids is None else segment_ids
+    held = initial_state.modes * jnp.exp(log_pole.astype(jnp.float32))
+    there, same = ids != 0, ids == initial_state.segment_ids
+    held = jnp.where((same | ~there)[:, None, None], held, 0)
+    modes = held + jnp.where(there[:, None], g.astype(jnp.float32), 0)[:, :, None]
+    y = jnp.einsum("bdp,dp->bd", modes, residue.astype(jnp.float32), precision="highest")
+    last = jnp.where(there, ids, initial_state.segment_ids)
+    return jnp.where(there[:, None], y, 0), ModalState(modes, last)
+
+
+def _sums(log_pole: Array, weights: Array, length: int) -> Array:
+    """sum_p weights exp(log_pole t) for t < length; weights [..., D, P] -> [..., D, length]."""
+    C = 1 << math.ceil(math.log2(max(length, 1)) / 2)
+    count = -(-length // C)
+    coarse = weights[..., None, :] * _powers(log_pole * C, jnp.arange(count))
+    fine = _powers(log_pole, jnp.arange(C))
+    h = jnp.einsum("...dip,djp->...dij", coarse, fine, precision="highest")
+    return h.reshape(*h.shape[:-2], -1)[..., :length]
+
+
+def _powers(log_pole: Array, times: Array) -> Array:
+    """exp(log_pole t), [D, len(times), P]."""
+    return jnp.exp(log_pole[:, None] * times[:, None])

@@ -1,0 +1,170 @@
+"""Depthwise causal convolution with a handful of taps: Hyena's featuriser, Mamba's convolution.
+
+    y_t = sum_k w[:, k] x_{t-k} + bias,   k = 0 .. K-1
+
+Letters: B batch, D channels, T time, K taps.
+
+Taps are in convolution order: k = 0 multiplies the current token. (Checkpoints hold correlation order, the last tap for
+the current token; converters flip.) A tap counts only where both tokens lie in one document (`ops.segments`), and at
+padding y is 0. History goes in and out as a `ConvState`.
+
+``reference``  every window of K inputs laid out, in float32: the definition.
+``xla``        K shifted multiply-adds, which a compiler fuses to one pass over x. The backward pass keeps x alone.
+
+Bytes: x in, y out. 2 K FLOPs an element: far below any machine's balance, so never a matrix product.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from lcx.errors import UserError
+from lcx.ops import dispatch, segments
+
+MAX_TAPS = 8
+
+
+class ConvState(NamedTuple):
+    """The last K - 1 inputs of a convolution, on its time axis, and their documents; 0: nothing was seen there."""
+
+    inputs: Float[Array, "B D K1"]  # [B, K - 1, D] where time_axis is 1
+    segment_ids: Int[Array, "B K1"]
+
+
+def short_conv(
+    x: Float[Array, "B D T"] | Float[Array, "B T D"],
+    w: Float[Array, "D K"],
+    *,
+    bias: Float[Array, " D"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+    initial_state: ConvState | None = None,
+    time_axis: int = -1,
+    implementation: str | None = None,
+) -> tuple[Array, ConvState]:
+    """(y like x, the state after it).
+
+    Args:
+      segment_ids: documents of a packed row, 0 for padding; None: one document, with id 1.
+      time_axis: -1 for x [B, D, T], 1 for x [B, T, D].
+
+    Raises:
+      UserError: shapes that do not fit, or an implementation that cannot run here.
+    """
+    axis = time_axis % 3
+    if axis not in (1, 2) or not 1 <= w.shape[1] <= MAX_TAPS or w.shape[0] != x.shape[3 - axis]:
+        raise UserError(
+            f"short_conv of x {x.shape} with w {w.shape} and time_axis {time_axis}: expected x [B, D, T] and time_axis "
+            f"-1, or [B, T, D] and 1, and w [D, 1 .. {MAX_TAPS}]; fir_conv takes more taps"
+        )
+    name = dispatch.choose("short_conv", implementation, {"xla": None, "reference": None})
+    K = w.shape[1]
+    whole, ids = extended(x, segment_ids, initial_state, axis=axis)
+    y = reference(whole, w, ids, axis=axis) if name == "reference" else _xla(whole, w, ids, axis)
+    y = _from(y, whole.shape[axis] - x.shape[axis], axis)
+    if bias is not None:
+        y = y + _over_time(bias, axis).astype(y.dtype)
+        y = y if segment_ids is None else jnp.where(_over_channels(segment_ids != 0, axis), y, 0)
+    return y, final_state(x, segment_ids, initial_state, K, axis=axis)
+
+
+def reference(x: Array, w: Array, ids: Array | None, *, axis: int = 2) -> Array:
+    """The definition, in float32: every window of K inputs side by side. w [D, K]; ids None: one document."""
+    x = x if axis == 2 else jnp.swapaxes(x, 1, 2)
+    T, K = x.shape[2], w.shape[1]
+    source = jnp.arange(T)[:, None] - jnp.arange(K)  # [T, K]: the token under each tap
+    counts = source >= 0
+    if ids is not None:
+        runs = segments.runs(ids)
+        counts = counts & (runs[:, source] == runs[:, :, None]) & ((ids[:, source] * ids[:, :, None]) != 0)
+        counts = counts[:, None]
+    windows = jnp.where(counts, x[:, :, source].astype(jnp.float32), 0)
+    y = jnp.einsum("bdtk,dk->bdt", windows, w.astype(jnp.float32), precision="highest").astype(x.dtype)
+    return y if axis == 2 else jnp.swapaxes(y, 1, 2)
+
+
+def _xla(x: Array, w: Array, ids: Array | None, axis: int) -> Array:
+    if ids is None:
+        return shifted(x, w, None, axis)
+    return _shown(shifted(_shown(x, ids, axis), w, segments.runs(ids), axis), ids, axis)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def shifted(x: Array, w: Array, runs: Array | None, axis: int) -> Array:
+    """The K taps as shifted multiply-adds, float32 sums, any K; a tap counts where both tokens are of one run."""
+    taps = enumerate(_parts(x, runs, w.shape[1], axis))
+    return jnp.asarray(sum(_over_time(w[:, k], axis).astype(jnp.float32) * part for k, part in taps), x.dtype)
+
+
+def _shifted_forward(x, w, runs, axis):
+    return shifted(x, w, runs, axis), (x, w, runs)
+
+
+def _shifted_backward(axis, residuals, dy):
+    x, w, runs = residuals
+    taps = enumerate(_parts(dy, runs, w.shape[1], axis, ahead=True))
+    dx = sum(_over_time(w[:, k], axis).astype(jnp.float32) * part for k, part in taps)
+    parts = _parts(x, runs, w.shape[1], axis)
+    dw = [jnp.sum(dy.astype(jnp.float32) * part, axis=(0, axis)) for part in parts]
+    return jnp.asarray(dx, x.dtype), jnp.stack(dw, axis=1).astype(w.dtype), None
+
+
+shifted.defvjp(_shifted_forward, _shifted_backward)
+
+
+def _parts(x: Array, runs: Array | None, K: int, axis: int, ahead: bool = False):
+    """x[t - k] (x[t + k] if `ahead`) for k = 0 .. K-1, float32, 0 where it is of another run than t."""
+    T, pad = x.shape[axis], [(0, 0)] * 3
+    pad[axis] = (0, K - 1) if ahead else (K - 1, 0)
+    # A pad that is fused into its K readers is tested at every element: 1.5x the time on a CPU.
+    padded = jax.lax.optimization_barrier(jnp.pad(x, pad))
+    padded_runs = None if runs is None else jnp.pad(runs, (pad[0], pad[axis]), constant_values=-1)
+    for k in range(K):
+        start = k if ahead else K - 1 - k
+        part = jax.lax.slice_in_dim(padded, start, start + T, axis=axis).astype(jnp.float32)
+        if padded_runs is not None:
+            same = jax.lax.slice_in_dim(padded_runs, start, start + T, axis=1) == runs
+            part = jnp.where(_over_channels(same, axis), part, 0)
+        yield part
+
+
+def _over_time(per_channel: Array, axis: int) -> Array:
+    return per_channel[:, None] if axis == 2 else per_channel
+
+
+def _over_channels(per_token: Array, axis: int) -> Array:
+    return per_token[:, None] if axis == 2 else per_token[:, :, None]
+
+
+def _shown(x: Array, ids: Array | None, axis: int) -> Array:
+    """x, and 0 at padding."""
+    return x if ids is None else jnp.where(_over_channels(ids != 0, axis), x, 0)
+
+
+def _from(x: Array, start: int, axis: int) -> Array:
+    return jax.lax.slice_in_dim(x, start, x.shape[axis], axis=axis)
+
+
+def extended(x, segment_ids, state: ConvState | None, *, axis: int = 2) -> tuple[Array, Array | None]:
+    """The state's inputs and then x, on the time axis, and the ids of all of them; ids None: one document."""
+    if state is None:
+        return x, segment_ids
+    ids = jnp.ones((x.shape[0], x.shape[axis]), jnp.int32) if segment_ids is None else segment_ids
+    whole = jnp.concatenate([state.inputs.astype(x.dtype), x], axis=axis)
+    return whole, jnp.concatenate([state.segment_ids.astype(ids.dtype), ids], axis=1)
+
+
+def final_state(x, segment_ids, state: ConvState | None, K: int, *, axis: int = 2) -> ConvState:
+    """The last K - 1 inputs so far: of x, and where x is shorter, of the state before it or of nothing."""
+    T = x.shape[axis]
+    ids = jnp.ones((x.shape[0], T), jnp.int32) if segment_ids is None else segment_ids
+    if T < K - 1:
+        if state is None:
+            shape = (x.shape[0], K - 1, x.shape[2]) if axis == 1 else (*x.shape[:2], K - 1)
+            state = ConvState(jnp.zeros(shape, x.dtype), jnp.zeros((x.shape[0], K - 1), ids.dtype))
+        x, joined = extended(x, ids, state, axis=axis)
+        ids = ids if joined is None else joined
+    first = x.shape[axis] - (K - 1)
+    return ConvState(_from(x, first, axis), ids[:, first:])
