@@ -167,13 +167,23 @@ def compile_h200(fn, *args, mesh: Mesh | None = None, options: dict | None = Non
     """
     with tempfile.TemporaryDirectory() as folder:
         compiled = _compile(fn, args, mesh or _one("h200"), {"xla_dump_to": folder, **(options or {})})
-        launches = {}
+        dynamic = {}
         for path in glob.glob(f"{folder}/*thunk_sequence.txt"):
             with open(path) as file:
-                pattern = r"(\S+) grid: \[[\d, ]+\] threads: \[(\d+)[\d, ]*\]\s+shared_memory: (\d+)"
-                launches.update({m[1]: int(m[3]) for m in re.finditer(pattern, file.read())})
-    kernels = cubin.kernels(compiled.runtime_executable().serialize())
-    kernels = [dataclasses.replace(k, shared_bytes=k.shared_bytes + launches.get(k.name, 0)) for k in kernels]
+                found = re.findall(r"(\S+) grid: .*shared_memory: (\d+)", file.read())
+                dynamic.update({name: int(size) for name, size in found})
+    calls = [line for line in compiled.as_text().splitlines() if "custom-call(" in line]
+    ours = {
+        m[1] for line in calls if (m := re.search(r'op_name="[^"]*?([^/"]+)/(?:pallas_call|mpmd_map)', line))
+    }
+    kernels = [
+        dataclasses.replace(
+            kernel,
+            shared_bytes=kernel.shared_bytes + dynamic.get(kernel.name, 0),
+            pallas=any(kernel.name == name or kernel.name.startswith(f"{name}_") for name in ours),
+        )
+        for kernel in cubin.kernels(compiled.runtime_executable().serialize())
+    ]
     return _report("h200", compiled, kernels)
 
 

@@ -16,6 +16,7 @@ import numpy as np
 RIEGELI = bytes.fromhex("83af70d10d884a3f")  # the hash that opens each block header of a file's beginning
 BLOCK, BLOCK_HEADER, CHUNK_HEADER = 1 << 16, 24, 40
 
+CUDA = 190  # the machine in an ELF header
 REGISTERS, FRAME_SIZE = 0x2F, 0x11  # attributes in .nv.info: (symbol, value) pairs
 
 # An instruction of sm_70 and later is 16 bytes; the low 9 bits name it, the next 3 the kind of its operands.
@@ -33,6 +34,7 @@ class Kernel:
 
     spills: instructions that read or write local memory, in the code (not in time). stack_bytes: per thread.
     wgmma, mma: tensor-core instructions in the code, Hopper's own and the older ones that one warp issues.
+    pallas: XLA was handed this kernel, and did not write it.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Kernel:
     wgmma: int
     mma: int
     instructions: int
+    pallas: bool = False
 
 
 def kernels(executable: bytes) -> list[Kernel]:
@@ -50,7 +53,10 @@ def kernels(executable: bytes) -> list[Kernel]:
     data = _records(executable)
     found, at = [], data.find(b"\x7fELF")
     while at >= 0:
-        found += _cubin(data[at:])
+        if struct.unpack_from("<H", data, at + 18) == (
+            CUDA,
+        ):  # Mosaic wraps its own in an object file of the host's
+            found += _cubin(data[at:])
         at = data.find(b"\x7fELF", at + 4)
     return found
 
