@@ -89,7 +89,9 @@ class VariantEffects:
             {"variant": str(v), "score": float(score), "log_likelihood_ref": float(ref), "label": v.label}
             for v, score, (ref, _) in zip(variants, scores, totals, strict=True)
         ]
-        labelled = [(row["label"], -row["score"]) for row in rows if row["label"] is not None]
+        labelled = [
+            (v.label, -float(s)) for v, s in zip(variants, scores, strict=True) if v.label is not None
+        ]
         area = auroc(*zip(*labelled, strict=True)) if labelled else None
         said = "" if area is None else f", AUROC {area:.3f} over {len(labelled)} labelled"
         return {
