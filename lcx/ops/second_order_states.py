@@ -1,0 +1,119 @@
+"""Second-order attention as a recurrence on a state of P x W numbers, chunk by chunk: linear in T.
+
+    (q . k)^2 = expand(q) . expand(k),      S_t = exp(a_t) S_t-1 + expand(k_t) v_t^T,      sums_t = expand(q_t) S_t
+
+expand is the symmetric square: x_m x_n for m <= n, products with m < n counted twice (each once with factor sqrt 2).
+The smallest has H (H + 1) / 2 entries. Blocks of 16 rows keep the products dense at little cost: block a holds
+x_m x_n for m in [16 a, 16 a + 16), n in [16 a, H), row by row, so its first 16 columns hold both orders (factor 1) and
+the others one (factor sqrt 2): 2560 numbers for H = 64 against 2080 and the full 4096.
+
+In a chunk, weights between its own tokens are formed directly (second_order_tiles.within), older tokens come through
+the state. Per token and head 2 P W multiply-adds forward and 5 P W backward: no state is stored for the backward pass,
+one sweep forward in time recomputes them (for dq), one sweep back carries their gradient (for dk and dv).
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from lcx.ops import second_order_tiles as tiles
+from lcx.ops.tiling import dot, each_head
+
+BLOCK = 16
+
+
+def expanded_size(head_dim: int) -> int:
+    return sum(min(BLOCK, head_dim - at) * (head_dim - at) for at in range(0, head_dim, BLOCK))
+
+
+def expand(x: Float[Array, "*batch H"]) -> Float[Array, "*batch P"]:
+    """The symmetric square: expand(x) . expand(y) = (x . y)^2."""
+    H, parts = x.shape[-1], []
+    for at in range(0, H, BLOCK):
+        once = np.arange(at, H) < at + BLOCK
+        right = x[..., None, at:] * np.where(once, 1, 2**0.5).astype(x.dtype)
+        parts.append((x[..., at : at + BLOCK, None] * right).reshape(*x.shape[:-1], -1))
+    return jnp.concatenate(parts, axis=-1)
+
+
+@jax.custom_vjp
+def states(q: Array, k: Array, v: Array, decay: Array, runs: Array, state: Array) -> tuple[Array, Array]:
+    """q, k [M, T, H], v [M, T, W], decay, runs [M, T], state [M, P, W] float32 -> sums [M, T, W] float32, state.
+
+    M rows and heads, T in whole tiles. The state belongs to run 0.
+    """
+    return _forward(q, k, v, decay, runs, state)[0]
+
+
+def _forward(*arrays):
+    return each_head(_head_forward, arrays), arrays
+
+
+def _backward(residuals, gradients):
+    dq, dk, dv, d_decay, d_state = each_head(_head_backward, (*residuals, *gradients))
+    return dq, dk, dv, d_decay, None, d_state
+
+
+states.defvjp(_forward, _backward)
+
+
+def read(q: Array, k: Array, v: Array, decay: Array, runs: Array, state: Array) -> Array:
+    """What the state alone gives to the sums of `states`."""
+    return states(q, k, jnp.zeros_like(v), decay, runs, state)[0]
+
+
+def write(q: Array, k: Array, v: Array, decay: Array, runs: Array, state: Array) -> Array:
+    """The state of `states` alone."""
+    return states(q, k, v, decay, runs, state)[1]
+
+
+def _chunks(q, k, v, decay, runs) -> tuple:
+    """One head's arrays, a chunk at a time, with the weight of the state in each query, of each key in the state
+    after the chunk, and of the state before in the state after."""
+    C = tiles.tile_size(len(q))
+    l, total, to_end, first, last = tiles.local(decay, runs, C)
+    before = jnp.concatenate([jnp.zeros(1, runs.dtype), last[:-1]])
+    l, runs, to_end = (x.reshape(-1, C) for x in (l, runs, to_end))
+    from_start = jnp.exp(l) * (runs == before[:, None])
+    kept = jnp.exp(total) * (last == before)
+    q, k, v = (x.reshape(-1, C, x.shape[-1]) for x in (q, k, v))
+    return q, k, v, l, runs, from_start[..., None], to_end[..., None], kept
+
+
+def _head_forward(q, k, v, decay, runs, state):
+    def chunk(state, xs):
+        q, k, v, l, runs, from_start, to_end, kept = xs
+        s, near = tiles.within(q, k, l, runs)
+        sums = dot((s * s * near).astype(v.dtype), v, 1, 0)
+        sums += from_start * dot(expand(q), state.astype(q.dtype), 1, 0)
+        return kept * state + dot(expand(k), (to_end * v).astype(k.dtype), 0, 0), sums
+
+    state, sums = jax.lax.scan(chunk, state.astype(decay.dtype), _chunks(q, k, v, decay, runs))
+    return sums.reshape(v.shape), state
+
+
+def _head_backward(q, k, v, decay, runs, state, d_out, d_state):
+    xs = (*_chunks(q, k, v, decay, runs), d_out.reshape(-1, tiles.tile_size(len(q)), v.shape[-1]))
+
+    def forward(state, xs):
+        q, k, v, _, _, from_start, to_end, kept, d_out = xs
+        d_expanded = dot((from_start * d_out).astype(q.dtype), state.astype(q.dtype), 1, 1)
+        (dq,) = jax.vjp(expand, q.astype(d_expanded.dtype))[1](d_expanded)
+        return kept * state + dot(expand(k), (to_end * v).astype(k.dtype), 0, 0), dq
+
+    def backward(d_state, xs):
+        (q, k, v, l, runs, from_start, to_end, kept, d_out), dq = xs
+        near_q, dk, dv = tiles.within_backward(q, k, v, l, runs, d_out)
+        d_expanded = dot((to_end * v).astype(k.dtype), d_state.astype(k.dtype), 1, 1)
+        (far_k,) = jax.vjp(expand, k.astype(d_expanded.dtype))[1](d_expanded)
+        dv += to_end * dot(expand(k), d_state.astype(k.dtype), 1, 0)
+        d_state = kept * d_state + dot(expand(q), (from_start * d_out).astype(q.dtype), 0, 0)
+        return d_state, (near_q + dq, dk + far_k, dv)
+
+    final, dq = jax.lax.scan(forward, state.astype(decay.dtype), xs)
+    d_initial, gradients = jax.lax.scan(backward, d_state, (xs, dq), reverse=True)
+    dq, dk, dv = (x.reshape(len(q), -1) for x in gradients)
+    # The state that is handed on decays with every token, too.
+    d_decay = tiles.decay_gradient(q, dq, k, dk) + jnp.sum(d_state * final)
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), d_decay, d_initial.astype(state.dtype)

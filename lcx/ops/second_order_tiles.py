@@ -1,0 +1,162 @@
+"""Second-order attention, quadratic in tiles: T x T weights that exist 128 x 128 at a time.
+
+A tile below the diagonal needs no exp and no mask. With l the decay summed from a token's own tile's start, total_j
+that of the whole tile j, and gap_ij that of the tiles strictly between i and j,
+
+    exp(L_i - L_j) = exp(l_i) * exp(gap_ij) * exp(total_j - l_j),   every factor at most 1,
+
+so the first factor scales the finished row, the last one the values once, and the middle one is a number per tile.
+The sums never leave a tile's neighbourhood: a prefix sum over the whole row would lose every digit of a small
+difference at T = 2^20. Documents separate the same way: a query and a key of two tiles share a document exactly where
+the key is in the last document of its tile, the query in the first of its own, and these are one.
+
+Tiles whose largest decay is below exp(SKIP), or that hold earlier documents only, are not visited.
+
+Backward (the normaliser is a column of ones beside the values, so dP = (dy . v - D) / den of FlashAttention-2,
+arXiv 2307.08691, comes out of the chain rule): dP = dO V^T, dA = 2 A W dP, dq = dA k, dk = dA^T q, dv = (A^2 W)^T dO.
+The decay is free: dL_i = (q_i . dq_i - k_i . dk_i) / 2, since the weight is quadratic in q and in k.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from lcx.ops.tiling import add, cut, dot, each_head, put
+
+TILE = 128
+SKIP = -30.0  # a decay below exp(SKIP) = 1e-13 counts as none
+
+
+def tile_size(T: int) -> int:
+    return min(TILE, T)
+
+
+def padded(T: int, arrays) -> tuple:
+    """[M, T, ...] arrays, T filled up to whole tiles: with zeros, and run indices with the last one."""
+    pad = -T % tile_size(T)
+
+    def fill(x):
+        mode = "edge" if jnp.issubdtype(x.dtype, jnp.integer) else "constant"
+        return jnp.pad(x, ((0, 0), (0, pad), *((0, 0),) * (x.ndim - 2)), mode=mode)
+
+    return tuple(fill(x) for x in arrays) if pad else tuple(arrays)
+
+
+@jax.custom_vjp
+def tiles(q: Array, k: Array, v: Array, decay: Array, runs: Array) -> Array:
+    """q, k [M, T, H], v [M, T, W], decay and runs [M, T] -> sums [M, T, W] float32; T in whole tiles."""
+    return _forward(q, k, v, decay, runs)[0]
+
+
+def _forward(q, k, v, decay, runs):
+    return each_head(_head_forward, (q, k, v, decay, runs)), (q, k, v, decay, runs)
+
+
+def _backward(residuals, d_out):
+    return *each_head(_head_backward, (*residuals, d_out)), None
+
+
+tiles.defvjp(_forward, _backward)
+
+
+def local(decay: Array, runs: Array, C: int) -> tuple[Array, Array, Array, Array, Array]:
+    """Of one head [T], in tiles of C: the sums l [T] within a tile, whole tiles' totals [T / C], the weights of keys
+    [T] towards the end of their tile, and each tile's first and last document."""
+    inside, ids = decay.reshape(-1, C), runs.reshape(-1, C)
+    l = jnp.cumsum(inside, axis=1)
+    after = jnp.cumsum(inside[:, :0:-1], axis=1)[:, ::-1]  # not a difference of two large sums
+    to_end = jnp.exp(jnp.pad(after, ((0, 0), (0, 1)))) * (ids == ids[:, -1:])
+    return l.reshape(-1), l[:, -1], to_end.reshape(-1), ids[:, 0], ids[:, -1]
+
+
+def within(q: Array, k: Array, l: Array, runs: Array) -> tuple[Array, Array]:
+    """Scores and decays [C, C] of a tile on the diagonal; decay 0 where a query does not see a key."""
+    order = jnp.arange(len(l))
+    seen = (order[:, None] >= order) & (runs[:, None] == runs)
+    gap = jnp.where(seen, l[:, None] - l, 0)
+    return dot(q, k, 1, 1), jnp.where(seen, jnp.exp(gap), 0)
+
+
+def _first_visible(total: Array, first: Array, last: Array) -> Array:
+    """For each tile of queries, the first tile of keys that matters. Only a threshold: plain prefix sums will do."""
+    end = jnp.cumsum(total)
+    by_decay = jnp.searchsorted(-end, SKIP - (end - total))
+    return jnp.maximum(by_decay, jnp.searchsorted(last, first)).astype(jnp.int32)
+
+
+def _head_forward(q, k, v, decay, runs):
+    T, C = len(q), tile_size(len(q))
+    l, total, to_end, first, last = local(decay, runs, C)
+    far_v, start = (v * to_end[:, None]).astype(v.dtype), _first_visible(total, first, last)
+
+    def row(i, out):
+        at = i * C
+        q_i, l_i, runs_i = cut(q, at, C), cut(l, at, C), cut(runs, at, C)
+        s, near = within(q_i, cut(k, at, C), l_i, runs_i)
+
+        def tile(step, carry):
+            far, gap = carry
+            j = i - 1 - step
+            s = dot(q_i, cut(k, j * C, C), 1, 1)
+            far += jnp.exp(gap) * dot((s * s).astype(v.dtype), cut(far_v, j * C, C), 1, 0)
+            return far, gap + total[j]
+
+        empty = (jnp.zeros((C, v.shape[1]), out.dtype), jnp.zeros((), decay.dtype))
+        far, _ = jax.lax.fori_loop(0, i - start[i], tile, empty)
+        from_start = jnp.exp(l_i) * (runs_i == first[i])
+        sums = dot((s * s * near).astype(v.dtype), cut(v, at, C), 1, 0) + far * from_start[:, None]
+        return put(out, sums, at)
+
+    return jax.lax.fori_loop(0, T // C, row, jnp.zeros(v.shape, decay.dtype))
+
+
+def _head_backward(q, k, v, decay, runs, d_out):
+    T, C = len(q), tile_size(len(q))
+    l, total, to_end, first, last = local(decay, runs, C)
+    far_v, start = (v * to_end[:, None]).astype(v.dtype), _first_visible(total, first, last)
+
+    def row(i, carry):
+        dq, dk, dv, d_far_v = carry
+        at = i * C
+        q_i, l_i, runs_i, d_i = (cut(x, at, C) for x in (q, l, runs, d_out))
+        from_start = jnp.exp(l_i) * (runs_i == first[i])
+        d_far = d_i * from_start[:, None]
+        dq_i, dk_i, dv_i = within_backward(q_i, cut(k, at, C), cut(v, at, C), l_i, runs_i, d_i)
+
+        def tile(step, carry):
+            dq_i, dk, d_far_v, gap = carry
+            j = (i - 1 - step) * C
+            k_j = cut(k, j, C)
+            d = (d_far * jnp.exp(gap)).astype(v.dtype)
+            s = dot(q_i, k_j, 1, 1)
+            ds = (2 * s * dot(d, cut(far_v, j, C), 1, 1)).astype(k.dtype)
+            dk = add(dk, dot(ds, q_i, 0, 0), j)
+            d_far_v = add(d_far_v, dot((s * s).astype(v.dtype), d, 0, 0), j)
+            return dq_i + dot(ds, k_j, 1, 0), dk, d_far_v, gap + total[i - 1 - step]
+
+        state = (dq_i, add(dk, dk_i, at), d_far_v, jnp.zeros((), decay.dtype))
+        dq_i, dk, d_far_v, _ = jax.lax.fori_loop(0, i - start[i], tile, state)
+        return put(dq, dq_i, at), dk, put(dv, dv_i, at), d_far_v
+
+    like = (jnp.zeros(x.shape, decay.dtype) for x in (q, k, v, v))
+    dq, dk, dv, d_far_v = jax.lax.fori_loop(0, T // C, row, tuple(like))
+    dv += d_far_v * to_end[:, None]
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), decay_gradient(q, dq, k, dk)
+
+
+def within_backward(q, k, v, l, runs, d_out) -> tuple[Array, Array, Array]:
+    """Gradients of one tile on the diagonal, float32."""
+    s, near = within(q, k, l, runs)
+    d = d_out.astype(v.dtype)
+    ds = (2 * s * near * dot(d, v, 1, 1)).astype(k.dtype)
+    return dot(ds, k, 1, 0), dot(ds, q, 0, 0), dot((s * s * near).astype(v.dtype), d, 0, 0)
+
+
+def decay_gradient(q, dq, k, dk) -> Array:
+    """Of log_decay [T], from gradients in float32.
+
+    q . dq vanishes for a normalised output, but only the difference is free of drift: both parts come from the same
+    rounded scores, so what lies on one side of a token cancels, however long the row.
+    """
+    d_sum = 0.5 * jnp.sum(q * dq - k * dk, axis=-1)
+    return jnp.cumsum(d_sum[::-1])[::-1]

@@ -1,0 +1,36 @@
+"""What operators that work tile by tile share: cutting, adding back, products that accumulate in float32."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from lcx.ops import dispatch
+
+
+def cut(x: Array, start, size: int, axis: int = 0) -> Array:
+    return jax.lax.dynamic_slice_in_dim(x, start, size, axis)
+
+
+def put(x: Array, part: Array, start, axis: int = 0) -> Array:
+    return jax.lax.dynamic_update_slice_in_dim(x, part.astype(x.dtype), start, axis)
+
+
+def add(x: Array, part: Array, start, axis: int = 0) -> Array:
+    """x with `part` added at start."""
+    return put(x, cut(x, start, part.shape[axis], axis) + part, start, axis)
+
+
+def dot(a: Array, b: Array, a_axis: int, b_axis: int) -> Array:
+    """Product of two matrices over one axis of each, in float32 or wider."""
+    dims = (((a_axis,), (b_axis,)), ((), ()))
+    return jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.promote_types(a.dtype, jnp.float32))
+
+
+def each_head(fn, arrays):
+    """fn over the first axis of every array.
+
+    On a CPU one head after the other, so that a head's tiles stay in cache; elsewhere all at once, to fill the chip.
+    """
+    if dispatch.platform() == "cpu":
+        return jax.lax.map(lambda xs: fn(*xs), arrays)
+    return jax.vmap(fn)(*arrays)

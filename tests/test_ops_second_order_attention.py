@@ -1,0 +1,280 @@
+"""Second-order attention against its definition in float64 numpy: values, gradients, states."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from two_mamba_oracle import load, triangular
+
+from lcx.errors import UserError
+from lcx.ops import second_order_states, second_order_tiles
+from lcx.ops.second_order_attention import SecondOrderState, empty_state, second_order_attention
+
+# B, T, N, K, H, mean log-decay (None: no decay), documents, normalize
+CASES = [
+    (2, 1, 2, 1, 8, -0.5, False, True),
+    (1, 63, 4, 2, 16, -0.1, True, True),
+    (2, 100, 2, 2, 24, None, True, True),
+    (1, 257, 2, 1, 16, -0.02, False, False),
+    (1, 257, 2, 2, 32, -0.7, True, True),  # most tiles are negligible
+    (1, 300, 1, 1, 20, -0.01, True, False),
+]
+FORMS = [("reference", None), ("xla", "tiles"), ("xla", "states")]
+
+
+def arrays(case, seed=0):
+    B, T, N, K, H, mean, documents, _ = case
+    rng = np.random.default_rng([T, seed])
+    q, k, v, w = (rng.normal(size=(B, T, n, H)).astype(np.float32) for n in (N, K, K, N))
+    a = None if mean is None else (mean * rng.uniform(0, 2, (B, T, N))).astype(np.float32)
+    ids = None
+    if documents:
+        ids = np.sort(rng.integers(1, 4, (B, T)), axis=1).astype(np.int32)
+        ids[:, T // 4 : T // 4 + 3] = 0  # padding in the middle, and at the end
+        ids[:, T - T // 9 :] = 0
+    return q, k, v, a, w, ids
+
+
+def document_pairs(ids, B, T):
+    """Boolean [B, T, T]: query i sees key j."""
+    ids = np.ones((B, T), int) if ids is None else ids
+    return np.tril(np.ones((T, T), bool)) & (ids[:, :, None] == ids[:, None]) & (ids[:, :, None] != 0)
+
+
+def by_hand(q, k, v, a, w, ids, normalize):
+    """y and the gradients of sum(w y) by q, k, v, a: float64, the formulas written out."""
+    (B, T, N, H), group = q.shape, q.shape[2] // k.shape[2]
+    q, k, v, w = (x.astype(np.float64) for x in (q, k, v, w))
+    real = np.ones((B, T)) if ids is None else ids != 0
+    a = np.zeros((B, T, N)) if a is None else a.astype(np.float64) * real[..., None]
+    L, seen = np.cumsum(a, 1), document_pairs(ids, B, T)
+    y, dq, dk, dv, dL = (
+        np.zeros_like(q),
+        np.zeros_like(q),
+        np.zeros_like(k),
+        np.zeros_like(v),
+        np.zeros_like(L),
+    )
+    for b in range(B):
+        for n in range(N):
+            m = n // group
+            s = q[b, :, n] @ k[b, :, m].T / math.sqrt(H)
+            M = np.where(seen[b], np.exp(np.where(seen[b], L[b, :, n, None] - L[b, :, n], 0)), 0)
+            W = s**2 * M
+            total = W.sum(1) if normalize else np.ones(T)
+            P = W / np.where(total == 0, 1, total)[:, None]
+            y[b, :, n] = P @ v[b, :, m]
+            dP = w[b, :, n] @ v[b, :, m].T
+            if normalize:
+                dP = dP - (P * dP).sum(1, keepdims=True)
+            ds = 2 * s * M / np.where(total == 0, 1, total)[:, None] * dP
+            dq[b, :, n] = ds @ k[b, :, m] / math.sqrt(H)
+            dk[b, :, m] += ds.T @ q[b, :, n] / math.sqrt(H)
+            dv[b, :, m] += P.T @ w[b, :, n]
+            dL[b, :, n] = (P * dP).sum(1) - (P * dP).sum(0)
+    return y, dq, dk, dv, np.cumsum(dL[:, ::-1], 1)[:, ::-1] * real[..., None]
+
+
+def with_gradients(f, *xs):
+    """f(*xs[:-1]) and the gradients of sum(xs[-1] * f)."""
+
+    @jax.jit
+    def both(*xs):
+        y, pull = jax.vjp(f, *xs[:-1])
+        return y, *pull(xs[-1])
+
+    return both(*xs)
+
+
+def on_arrays(q, k, v, *, log_decay, **settings):
+    """The operator takes jax arrays, no numpy ones."""
+    q, k, v, log_decay = (jnp.asarray(x) for x in (q, k, v, log_decay))
+    return second_order_attention(q, k, v, log_decay=log_decay, **settings)
+
+
+def close(got, want, tolerance=1e-4):
+    """Each array within tolerance of its own largest entry."""
+    for g, x in zip(got, want, strict=True):
+        assert g.shape == x.shape and np.isfinite(g).all()
+        np.testing.assert_allclose(g, x, rtol=tolerance, atol=tolerance * max(np.abs(x).max(), 1e-3))
+
+
+@pytest.mark.parametrize("implementation, form", FORMS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_values_and_gradients_equal_the_definition(case, implementation, form):
+    q, k, v, a, w, ids = arrays(case)
+    expected = by_hand(q, k, v, a, w, ids, case[-1])
+    settings = {"normalize": case[-1], "implementation": implementation, "form": form}
+    settings["segment_ids"] = None if ids is None else jnp.array(ids)
+    if a is None:
+        got = with_gradients(lambda q, k, v: second_order_attention(q, k, v, **settings)[0], q, k, v, w)
+        expected = expected[:4]
+    else:
+        got = with_gradients(
+            lambda q, k, v, a: second_order_attention(q, k, v, log_decay=a, **settings)[0], q, k, v, a, w
+        )
+    close(got, expected)
+
+
+def triangle(x):
+    """The published feature map: x_m x_n for m <= n, times sqrt 2 where m < n."""
+    m, n = np.triu_indices(x.shape[-1])
+    return x[..., m] * x[..., n] * np.where(m == n, 1, math.sqrt(2))
+
+
+def test_the_expansion_is_the_published_one_in_blocks(reference):
+
+    saved = load(reference, "kron")
+    got = second_order_states.expand(jnp.array(saved["x"]))
+    np.testing.assert_allclose(triangular(np.array(got), 16), saved["phi"], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("H", [1, 8, 16, 20, 40, 64])
+def test_the_expansion_turns_squares_into_products(H):
+    x, y = np.random.default_rng(H).normal(size=(2, 5, H))
+    got = np.array(second_order_states.expand(jnp.array(x, jnp.float32)), np.float64)
+    assert got.shape[-1] == second_order_states.expanded_size(H)
+    other = np.array(second_order_states.expand(jnp.array(y, jnp.float32)), np.float64)
+    np.testing.assert_allclose(got @ other.T, (x @ y.T) ** 2, rtol=1e-5, atol=1e-5 * H)
+    np.testing.assert_allclose(np.sort(np.abs(triangle(x)) ** 2).sum(), (got**2).sum(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("implementation, form", FORMS[1:])
+@pytest.mark.parametrize("lengths", [(63, 37), (98, 1, 1), (40, 217)], ids=str)
+def test_a_row_in_pieces_equals_the_row(lengths, implementation, form):
+    """Outputs and gradients; the state carries the gradient to the pieces before."""
+    case = (2, sum(lengths), 2, 1, 16, -0.05, True, True)
+    q, k, v, a, w, ids = arrays(case)
+    ids = np.where(ids == 0, ids, 1)  # one document, padding in it
+    expected = by_hand(q, k, v, a, w, ids, True)
+    ends = np.cumsum(lengths)[:-1]
+
+    def pieces(q, k, v, a):
+        state, ys = empty_state(2, 2, 16), []
+        for *xs, i in zip(*(jnp.split(x, ends, axis=1) for x in (q, k, v, a)), np.split(ids, ends, axis=1)):
+            y, state = second_order_attention(
+                *xs[:3],
+                log_decay=xs[3],
+                segment_ids=jnp.array(i),
+                initial_state=state,
+                implementation=implementation,
+                form=form,
+            )
+            ys.append(y)
+        return jnp.concatenate(ys, axis=1)
+
+    close(with_gradients(pieces, q, k, v, a, w), expected)
+
+
+@pytest.mark.parametrize("implementation, form", FORMS)
+def test_a_new_document_does_not_see_the_state(implementation, form):
+    case = (1, 40, 1, 1, 16, -0.05, False, True)
+    q, k, v, a, w, _ = arrays(case)
+    run = functools.partial(on_arrays, implementation=implementation, form=form)
+    ones = jnp.ones((1, 40), jnp.int32)
+    _, state = run(q, k, v, log_decay=a, segment_ids=ones)
+    assert state.segment_ids.tolist() == [1]
+    ids = jnp.array([[0] * 2 + [2] * 30 + [3] * 8], jnp.int32)
+    y, last = run(q, k, v, log_decay=a, segment_ids=ids, initial_state=state)
+    alone, alone_last = run(q[:, 32:], k[:, 32:], v[:, 32:], log_decay=a[:, 32:], segment_ids=ids[:, 32:])
+    close([y[:, 32:], last.kv, last.k_sum], [alone, alone_last.kv, alone_last.k_sum])
+    assert last.segment_ids.tolist() == [3]
+    close([y], [by_hand(q, k, v, a, w, np.array(ids), True)[0]])
+    # A row of padding hands the state on as it is.
+    y, kept = run(q, k, v, log_decay=a, segment_ids=0 * ones, initial_state=state)
+    assert not np.any(y)
+    close([kept.kv, kept.k_sum], [state.kv, state.k_sum], 1e-6)
+    assert kept.segment_ids.tolist() == [1]
+
+
+@pytest.mark.parametrize("implementation, form", FORMS)
+def test_the_state_is_the_sum_that_it_says(implementation, form):
+    q, k, v, a, _, _ = arrays((1, 140, 2, 1, 16, -0.05, False, True))
+    _, state = on_arrays(q, k, v, log_decay=a, implementation=implementation, form=form)
+    weight = np.exp(np.cumsum(a.astype(np.float64)[:, ::-1], 1)[:, ::-1] - a)
+    phi = np.einsum("btp,btn->btnp", triangle(k[:, :, 0].astype(np.float64)) / 16, weight)
+
+    kv = triangular(np.moveaxis(np.array(state.kv), 2, 3), 16)
+    close([kv], [np.einsum("btnp,bth->bnhp", phi, v[:, :, 0].astype(np.float64))])
+    close([triangular(np.array(state.k_sum), 16)], [phi.sum(1)])
+    assert isinstance(state, SecondOrderState) and state.kv.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("form", ["tiles", "states"])
+def test_bfloat16_stays_near_float64(form):
+    case = (1, 257, 2, 1, 32, -0.05, True, True)
+    q, k, v, a, w, ids = arrays(case)
+    low = [jnp.array(x, jnp.bfloat16) for x in (q, k, v)]
+    expected = by_hand(*(np.array(x, np.float32) for x in low), a, w, ids, True)
+    got = with_gradients(
+        lambda q, k, v, a: second_order_attention(
+            q, k, v, log_decay=a, segment_ids=jnp.array(ids), form=form
+        )[0],
+        *low,
+        a,
+        jnp.array(w, jnp.bfloat16),
+    )
+    for g, x in zip(got, expected, strict=True):
+        assert np.linalg.norm(np.array(g, np.float32) - x) / np.linalg.norm(x) < 1e-2
+
+
+@pytest.mark.parametrize("form", ["tiles", "states"])
+def test_a_strong_decay_early_leaves_the_later_differences_exact(form):
+    """Decays that add up to 6400, then gentle ones: a prefix sum over the row would lose the fourth digit."""
+    q, k, v, a, w, _ = arrays((1, 512, 1, 1, 16, -0.01, False, True))
+    a[:, :256] = -25.0
+    expected = by_hand(q, k, v, a, w, None, True)
+    f = functools.partial(on_arrays, form=form)
+    close(with_gradients(lambda q, k, v, a: f(q, k, v, log_decay=a)[0], q, k, v, a, w), expected)
+
+
+def test_negligible_tiles_are_not_visited():
+    """Poison in keys that are more than exp(SKIP) away must not arrive."""
+    T, tile = 512, second_order_tiles.TILE
+    q, k, v, a, _, _ = arrays((1, T, 1, 1, 16, -0.5, False, True))
+    k[:, :tile] = np.nan
+    y, _ = on_arrays(q, k, v, log_decay=a, form="tiles")
+    assert np.isfinite(y[:, 2 * tile :]).all() and not np.isfinite(y[:, :tile]).any()
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("implementation, form", FORMS)
+def test_rows_without_weight_give_zero_and_finite_gradients(implementation, form, normalize):
+    q, k, v, a, w, _ = arrays((1, 70, 1, 1, 16, -0.5, False, True))
+    q[:, 5], q[:, 69], k[:, :3] = 0, 0, 0
+    got = with_gradients(
+        lambda q, k, v, a: second_order_attention(
+            q, k, v, log_decay=a, normalize=normalize, implementation=implementation, form=form
+        )[0],
+        *(q, k, v, a, w),
+    )
+    assert not np.any(got[0][:, [0, 1, 2, 5, 69]])
+    close(got, by_hand(q, k, v, a, w, None, normalize))
+
+
+@pytest.mark.parametrize("form", ["tiles", "states"])
+def test_memory_is_linear_in_the_length(form):
+    """Forward and backward at T = 8192: the temporaries are some tens of arrays like q, one T x T would be 1000 MB."""
+    x, a = (
+        jax.ShapeDtypeStruct((1, 8192, 4, 16), jnp.float32),
+        jax.ShapeDtypeStruct((1, 8192, 4), jnp.float32),
+    )
+
+    def loss(q, k, v, a):
+        return second_order_attention(q, k, v, log_decay=a, form=form)[0].sum()
+
+    compiled = jax.jit(jax.grad(loss, (0, 1, 2, 3))).lower(x, x, x, a).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 20 * 8192 * 4 * 16 * 4
+
+
+def test_a_named_form_works_or_raises():
+    q = jnp.ones((1, 4, 3, 8))
+    with pytest.raises(UserError, match="expected 'tiles', 'states' or None"):
+        second_order_attention(q, q, q, form="chunks")
+    with pytest.raises(UserError, match="expected one of"):
+        second_order_attention(q, q, q, implementation="flash9")
+    with pytest.raises(UserError, match="multiple of num_kv_heads"):
+        second_order_attention(q, q[:, :, :2], q[:, :, :2])
