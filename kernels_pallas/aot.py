@@ -172,10 +172,10 @@ def compile_h200(fn, *args, mesh: Mesh | None = None, options: dict | None = Non
             with open(path) as file:
                 found = re.findall(r"(\S+) grid: .*shared_memory: (\d+)", file.read())
                 dynamic.update({name: int(size) for name, size in found})
-    calls = [line for line in compiled.as_text().splitlines() if "custom-call(" in line]
-    ours = {
-        m[1] for line in calls if (m := re.search(r'op_name="[^"]*?([^/"]+)/(?:pallas_call|mpmd_map)', line))
-    }
+    # op_name="jit(f)/transpose(jvp(NAME))/pallas_call"; mpmd_map is Mosaic GPU's
+    ours = set(
+        re.findall(r'custom-call\(.*op_name="[^"]*?([\w.]+)\)*/(?:pallas_call|mpmd_map)', compiled.as_text())
+    )
     kernels = [
         dataclasses.replace(
             kernel,

@@ -1,0 +1,161 @@
+"""What the compilers of TPUs and of an H200 say about every operator, on a machine that has neither.
+
+    python benchmarks/aot.py [--operators fir_conv_7,...] [--targets h200,v5e,v5p,v6e] [--lengths 4096,8192]
+                             [--implementations best,xla] [--bundles v5e] [--output benchmarks/results/aot.json]
+
+For each operator (benchmarks/operators.py, two rows at the sizes of models in bfloat16), target and T: the forward
+pass, and forward and backward as one program. A record holds temporary bytes and every Pallas kernel in it: on the
+H200 registers, spills, shared memory and tensor-core instructions; on a TPU scoped VMEM, and with --bundles the static
+schedule of each kernel (slow: 5 to 100 s a program). Each operator is compiled in a process of its own under a time
+limit, so that a compiler that hangs costs one record. Needs the extra `aot`.
+"""
+
+import argparse
+import dataclasses
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+import time
+
+from operators import OPERATORS
+
+ROWS = 2
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+def record(name: str, target: str, T: int, *, train: bool, implementation: str | None, bundles: bool) -> dict:
+    """One program; what a compiler refuses comes back as {"error": ...}."""
+    from kernels_pallas import aot
+
+    operator = OPERATORS[name]
+    arrays = operator.structs(operator.size, B=ROWS, T=T, dtype="bfloat16")
+    args = (arrays, operator.result(arrays)) if train else (arrays,)
+    fn = operator.gradients(implementation) if train else operator.forward(implementation)
+    out = {
+        "operator": name,
+        "target": target,
+        "T": T,
+        "train": train,
+        "implementation": implementation or "best",
+    }
+    start = time.perf_counter()
+    try:
+        report = aot.compile_h200(fn, *args) if target == "h200" else aot.compile_tpu(fn, *args, chip=target)
+    except Exception as error:  # of any layer between Pallas and the assembler
+        return out | {"error": f"{type(error).__name__}: {error}"[:500]}
+    out |= {"temp_bytes": report.temp_bytes, "compile_seconds": round(time.perf_counter() - start, 2)}
+    kernels = [dataclasses.asdict(k) for k in report.kernels if target != "h200" or k.pallas]
+    if bundles and target != "h200":
+        schedules = aot.tpu_bundles(fn, *args, chip=target)
+        kernels = [kernel | {"schedule": schedules.get(kernel["name"])} for kernel in kernels]
+    return out | {"kernels": [{k: v for k, v in kernel.items() if k != "pallas"} for kernel in kernels]}
+
+
+def one(name: str, args: argparse.Namespace) -> None:
+    """All records of an operator, a line of JSON each."""
+    lengths = [int(T) for T in args.lengths.split(",")]
+    for target in args.targets.split(","):
+        for implementation in args.implementations.split(","):
+            for train in (False, True):
+                for T in lengths:
+                    row = record(
+                        name,
+                        target,
+                        T,
+                        train=train,
+                        implementation=None if implementation == "best" else implementation,
+                        bundles=target in args.bundles.split(",")
+                        and lengths[0] == T
+                        and implementation == "best",
+                    )
+                    print(json.dumps(row), flush=True)
+
+
+def all_operators(args: argparse.Namespace) -> list[dict]:
+    rows: list[dict] = []
+    for name in args.operators.split(","):
+        command = [sys.executable, __file__, "--one", name, *sys.argv[1:]]
+        environment = {**os.environ, "PYTHONPATH": ROOT, "JAX_PLATFORMS": "cpu"}
+        process = subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        try:
+            out, err = process.communicate(timeout=args.timeout)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            out, err = process.communicate()
+            err += f"\nno result within {args.timeout} s"
+        found = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+        if process.returncode:
+            found.append({"operator": name, "error": err.strip().splitlines()[-1]})
+        for row in found:
+            print(summary(row), flush=True)
+        rows += found
+    return rows
+
+
+def summary(row: dict) -> str:
+    what = f"{row['operator']:20} {row.get('target', ''):5} T={row.get('T', ''):<6} "
+    what += f"{'train' if row.get('train') else 'fwd':5} {row.get('implementation', ''):5}"
+    if "error" in row:
+        return f"{what} ERROR {row['error'][:150]}"
+    parts = [f"temp {row['temp_bytes'] / 2**20:.1f} MiB, {row['compile_seconds']} s"]
+    for k in row["kernels"]:
+        if "registers" in k:
+            facts = f"{k['registers']} regs {k['spills']} spills {k['shared_bytes'] >> 10} KiB"
+            facts += f" {k['wgmma']}/{k['mma']} mma"
+        else:
+            facts = f"{k['vmem_bytes'] / 2**20:.1f} MiB VMEM"
+            if schedule := k.get("schedule"):
+                facts += f" {schedule['bundles']} bundles {schedule.get('VLOAD:FILL', 0)} fills"
+        parts.append(f"{k['name']}: {facts}")
+    return f"{what} {'; '.join(parts)}"
+
+
+def versions() -> dict[str, str]:
+    names = ("jax", "jaxlib", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin")
+    found = {}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--operators", default=",".join(OPERATORS))
+    parser.add_argument("--targets", default="h200,v5e,v5p,v6e")
+    parser.add_argument("--lengths", default="4096,8192", help="the first is the one that --bundles looks at")
+    parser.add_argument("--implementations", default="best,xla")
+    parser.add_argument("--bundles", default="", help="TPU targets whose schedules are read")
+    parser.add_argument("--timeout", type=float, default=900, help="seconds for an operator")
+    parser.add_argument("--output")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    args = parse()
+    if args.one:
+        return one(args.one, args)
+    rows = all_operators(args)
+    if args.output:
+        result = {
+            "what": "programs compiled ahead of time; kernels as their machine code has them",
+            "rows": ROWS,
+            "versions": versions(),
+            "sizes": {name: dataclasses.asdict(op.size) for name, op in OPERATORS.items()},
+            "records": rows,
+        }
+        with open(args.output, "w") as file:
+            file.write(json.dumps(result).replace('{"operator"', '\n{"operator"') + "\n")
+
+
+if __name__ == "__main__":
+    main()
