@@ -7,7 +7,7 @@ shardings.
     data      copies of the model, each with its part of the batch
     fsdp      parameters and optimizer state cut into pieces, gathered layer by layer; also splits the batch
     context   the sequence axis T
-    tensor    heads, mlp width and vocabulary
+    tensor    heads, channels of convolutions, mlp width and vocabulary
 """
 
 import dataclasses
@@ -29,6 +29,8 @@ RULES: tuple[tuple[str, str | None], ...] = (
     ("vocab", "tensor"),
     ("heads", "tensor"),
     ("kv_heads", "tensor"),
+    ("channels", "tensor"),  # of a convolution, and the groups of them that share a filter
+    ("groups", "tensor"),
     ("mlp", "tensor"),
     ("embed", "fsdp"),
     ("head_dim", None),
@@ -192,19 +194,49 @@ def per_device(fn, arrays: dict[str, jax.Array | None], heads: tuple[str, ...] =
     An axis that does not divide over its devices is repeated on them instead.
     """
     arrays = {name: x for name, x in arrays.items() if x is not None}
+    row_count = next(iter(arrays.values())).shape[0]
+    head = PartitionSpec("rows", None, "heads")
+    plain = PartitionSpec("rows")
+
+    def axes(name: str) -> PartitionSpec:
+        return head if name in heads else plain if arrays[name].shape[0] == row_count else PartitionSpec()
+
+    return island(lambda a: fn(**a), arrays, {name: axes(name) for name in arrays}, head)
+
+
+def island(fn, arrays, axes, out):
+    """fn(arrays), run by each device on its own parts; without a mesh, a plain call.
+
+    Args:
+      arrays: a tree of arrays (None: absent).
+      axes: the tree (or a prefix) of PartitionSpecs for it, whose names are "rows" (over data and fsdp), "heads" (heads
+        or channels, over tensor) and None (whole on every device).
+      out: the same for the result.
+
+    "rows" or "heads" that do not divide over their devices in some array are repeated on them instead, in all arrays.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
-        return fn(**arrays)
-    rows = next(iter(arrays.values())).shape[0]
-    divides = rows % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0
-    split = all(arrays[name].shape[2] % mesh.shape["tensor"] == 0 for name in heads)
+        return fn(arrays)
+    devices = {"rows": BATCH_AXES, "heads": ("tensor",)}
+    uneven = set[str]()
+
+    def check(spec: PartitionSpec, subtree) -> None:
+        for x in jax.tree.leaves(subtree):
+            for name, size in zip(spec, x.shape, strict=False):
+                if name is not None and size % math.prod(mesh.shape[axis] for axis in devices[name]):
+                    uneven.add(name)
+
+    def is_spec(x) -> bool:
+        return isinstance(x, PartitionSpec)
+
+    jax.tree.map(check, axes, arrays, is_leaf=is_spec)
     # Gradients are summed over the axes that a spec leaves out. Those of one device are named, to spare the sum.
     single = tuple(axis for axis in ("context", "tensor") if mesh.shape[axis] == 1)
-    batch = (*BATCH_AXES, *single) if divides else None
-    head_spec = PartitionSpec(batch, None, "tensor" if split and "tensor" not in single else None)
-    specs = {
-        name: head_spec if name in heads else PartitionSpec(batch if x.shape[0] == rows else None)
-        for name, x in arrays.items()
-    }
-    island = jax.shard_map(lambda a: fn(**a), in_specs=(specs,), out_specs=head_spec, check_vma=False)
-    return island(arrays)
+    named = {"rows": (*BATCH_AXES, *single), "heads": None if "tensor" in single else "tensor"}
+
+    def place(spec: PartitionSpec) -> PartitionSpec:
+        return PartitionSpec(*(None if name is None or name in uneven else named[name] for name in spec))
+
+    in_specs, out_specs = (jax.tree.map(place, tree, is_leaf=is_spec) for tree in (axes, out))
+    return jax.shard_map(fn, in_specs=(in_specs,), out_specs=out_specs, check_vma=False)(arrays)

@@ -5,9 +5,9 @@
 
 Letters: B batch, D channels, P modes (16 in Hyena-LI), T time, C block of times.
 
-Nothing here holds D x P x T numbers: with t = i C + j, exp(log_pole t) = exp(log_pole i C) exp(log_pole j), so that taps,
-states and responses are products of two small tables of exponentials. log_pole <= 0: no exponent is positive. All of it
-is float32, real poles.
+Nothing here holds D x P x T numbers: with t = i C + j, exp(log_pole t) = exp(log_pole i C) exp(log_pole j), so that
+taps, states and responses are products of two small tables of exponentials. log_pole <= 0: no exponent is positive.
+All of it is float32, real poles.
 
 A token's distance is counted in places of its row, as in every convolution: padding between two tokens of a document
 counts, although it gives nothing.
@@ -49,12 +49,13 @@ def state(
     B, D, T = g.shape
     log_pole = log_pole.astype(jnp.float32)
     g = g.astype(jnp.float32)
-    last, runs = jnp.ones(B, jnp.int32), None
+    last, continued = jnp.ones(B, jnp.int32), jnp.zeros(B, bool)
     if segment_ids is not None or initial_state is not None:
         ids = jnp.ones((B, T), jnp.int32) if segment_ids is None else segment_ids
         before = None if initial_state is None else initial_state.segment_ids
         last, runs = segments.last(ids, before), segments.runs(ids, before)
         g = jnp.where(((runs == runs[:, -1:]) & (ids != 0))[:, None], g, 0)
+        continued = runs[:, -1] == 0
     blocks = jnp.pad(g, ((0, 0), (0, 0), (-T % BLOCK, 0))).reshape(B, D, -1, BLOCK)
     fine = _powers(log_pole, jnp.arange(BLOCK - 1, -1, -1))
     coarse = _powers(log_pole * BLOCK, jnp.arange(blocks.shape[2] - 1, -1, -1))
@@ -62,7 +63,7 @@ def state(
     modes = jnp.einsum("bdip,dip->bdp", partial, coarse, precision="highest")
     if initial_state is not None:
         held = initial_state.modes * jnp.exp(log_pole * T)
-        modes = modes + jnp.where((runs[:, -1] == 0)[:, None, None], held, 0)
+        modes = modes + jnp.where(continued[:, None, None], held, 0)
     return ModalState(modes, last)
 
 

@@ -124,8 +124,8 @@ def _parts(x: Array, runs: Array | None, K: int, axis: int, ahead: bool = False)
     for k in range(K):
         start = k if ahead else K - 1 - k
         part = jax.lax.slice_in_dim(padded, start, start + T, axis=axis).astype(jnp.float32)
-        if padded_runs is not None:
-            same = jax.lax.slice_in_dim(padded_runs, start, start + T, axis=1) == runs
+        if runs is not None and padded_runs is not None:
+            same = jnp.equal(jax.lax.slice_in_dim(padded_runs, start, start + T, axis=1), runs)
             part = jnp.where(_over_channels(same, axis), part, 0)
         yield part
 
