@@ -1,0 +1,296 @@
+"""Squared attention with decay in quadratic tiles: 2Mamba's core (arXiv 2602.17363; power attention, arXiv 2507.04239).
+
+    w_ij = (scale q_i.k_j)^2 e^{L_i - L_j} for j <= i, L the running sum of log_decay;   y_i = sum_j w_ij v_j / sum_j w_ij
+
+The weights are never negative and the decay only shrinks them, so plain float32 sums and one division do: no running
+maximum, and no rescaling of the accumulators.
+
+**No exponential off the diagonal.** T is cut into chunks of C tokens. With l the running sum of log_decay inside a
+chunk and tot its end, token i of chunk I sees token j of an earlier chunk J through
+
+    e^{L_i - L_j} = e^{l_i}  *  prod of e^{tot} over the chunks between J and I  *  e^{tot_J - l_j}
+                    row            one scalar per pair of chunks                    column
+
+The column is folded into the keys once (as its root, for the score is squared), the row is applied to the finished sum,
+and the scalar is a running product while tiles are visited outwards from the diagonal. Each of these is at most 1, and
+sums never leave a chunk, so nothing overflows or cancels at any T. Only the tile on the diagonal evaluates exp.
+
+**Documents** are separable in the same way: a pair in two chunks shares a document only if it is the last one of chunk J
+and the first one of chunk I. So tokens of others get a column or row of 0, and only the diagonal tile compares.
+
+**Skipping.** The chunks that a chunk of queries sees begin at `first`, an integer from the totals: a decay below
+e^-30 (1e-13) counts as 0, and so does another document. On GPU it bounds the loop, on TPU the grid and the index maps
+(a step past the bound fetches nothing). The cost is then linear in T once the decay forgets.
+
+**Backward** (Dao 2023, arXiv 2307.08691, with the square's derivative), two passes, scores recomputed:
+
+    g_i = dy_i / den_i,  D_i = dy_i.y_i / den_i,  ds_ij = 2 s_ij e^{L_i - L_j} (g_i.v_j - D_i)        (s_ij = q_i.k_j)
+    dq_i = sum_j ds_ij k_j,   dk_j = sum_i ds_ij q_i,   dv_j = sum_i w_ij g_i
+
+Row factors go into g and D, column factors sit in the folded keys: off the diagonal the backward tiles have no factors but
+the scalar either. The gradient of log_decay at t is the sum of w_ij dw_ij over i >= t > j: what the decay of token t stands
+between. It is the sum from t on of (row sums - column sums), which the two passes add up beside their products, in float32
+and before rounding, so that all other pairs cancel to the last digits. (With the normaliser row sums are 0 in exact
+arithmetic, and column sums alone would do, but then the rounding of every later document stays in the sum: in bfloat16
+it is four times the error.) For the sake of such cancellation, dy.v - dy.y too, y is kept in float32, and the weights are
+summed as they were rounded for the product with v: a row that sees one key then has D = g.v exactly.
+
+Who holds what. Forward: a program (GPU) or a grid row (TPU) holds C queries and their sums, keys and values stream by.
+dq: the same. dk, dv: it holds C keys, and queries and g stream by. Query heads that share keys read the same ones; their
+dk and dv are written apart and added by XLA.
+
+Cost for a token and head, bf16, without skipping: 2 T H multiply-adds forward (two products, the lower triangle), 7/2 T H
+backward: 0.70 ms at B T N H = 2 x 8192 x 16 x 128 for 790 TFLOP/s. HBM: q, v, y, k and its folded copy once each
+(5 x 2 H bytes, and 2 H to fold), everything else comes from L2 or VMEM: bound by the matrix units from T of about 500.
+A streamed tile costs C multiply-adds for each byte of it on the way to the registers. Beside the products each score
+costs three float32 operations (square, scalar, sum) and a rounding, and no exp; softmax costs four and an exp.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+FORGOTTEN = 30.0  # a decay of e^-30 counts as none
+FLOOR = 1e-30  # rows whose weights sum to less give 0
+RESIDUALS = "mixer_residuals"  # the name under which operators mark what a backward pass needs
+
+
+class Tile(NamedTuple):
+    """`held` rows stay, `streamed` ones pass by (a divisor of `held`); warps and pipeline stages are Triton's."""
+
+    held: int
+    streamed: int
+    warps: int = 0
+    stages: int = 0
+
+
+class Tiles(NamedTuple):
+    """dq and dkv hold chunks of the same size: their sums then cancel to the last digits."""
+
+    forward: Tile
+    dq: Tile
+    dkv: Tile
+
+
+class Fold(NamedTuple):
+    """What the decay and the documents come to, chunk by chunk. J = T / C chunks; everything in [0, 1] but `local`."""
+
+    keys: Float[Array, "B T N H"]  # k * leave
+    leave: Float[Array, "B N T"]  # e^{(tot - l) / 2}; 0 unless its document is the chunk's last
+    enter: Float[Array, "B N T"]  # e^l; 0 unless its document is the chunk's first
+    local: Float[Array, "B N T"]  # l: the sum of log_decay from the chunk's first token to this one
+    step: Float[Array, "B N J"]  # e^tot
+
+
+class Reach(NamedTuple):
+    """first[i]: the first chunk that chunk i sees; last[j]: the last chunk that sees chunk j."""
+
+    first: Int[Array, "B N J"]
+    last: Int[Array, "B N J"]
+
+
+def _square(C: int) -> Tiles:
+    return Tiles(Tile(C, C), Tile(C, C), Tile(C, C))
+
+
+# {(platform, bytes of an element, H): tiles}
+TILES = {
+    ("tpu", 2, 16): _square(512),
+    ("tpu", 2, 32): _square(512),
+    ("tpu", 2, 64): _square(512),
+    ("tpu", 2, 128): _square(512),
+    ("tpu", 4, 16): _square(256),
+    ("tpu", 4, 32): _square(256),
+    ("tpu", 4, 64): _square(256),
+    ("tpu", 4, 128): _square(256),
+    ("gpu", 2, 16): Tiles(Tile(128, 128, 4, 2), Tile(128, 64, 4, 2), Tile(128, 64, 4, 2)),
+    ("gpu", 2, 32): Tiles(Tile(128, 128, 4, 2), Tile(128, 64, 4, 2), Tile(128, 64, 4, 2)),
+    ("gpu", 2, 64): Tiles(Tile(128, 128, 8, 2), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2)),
+    ("gpu", 2, 128): Tiles(Tile(128, 128, 8, 2), Tile(128, 64, 8, 2), Tile(128, 32, 8, 2)),
+    ("gpu", 4, 16): Tiles(Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(64, 32, 4, 2)),
+    ("gpu", 4, 32): Tiles(Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(64, 32, 4, 2)),
+    ("gpu", 4, 64): Tiles(Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(64, 32, 4, 2)),
+    ("gpu", 4, 128): Tiles(Tile(64, 32, 4, 2), Tile(64, 32, 4, 2), Tile(64, 32, 4, 2)),
+}
+
+
+class Options(NamedTuple):
+    normalize: bool
+    scale: float
+    platform: str
+    interpret: bool
+    tiles: Tiles
+
+
+def obstacle(q: Array, k: Array, v: Array, *, platform: str, initial_state=None) -> str | None:
+    """Why these kernels cannot run on this, or None. Arrays may be anything with a shape and a dtype."""
+    H = q.shape[-1]
+    if initial_state is not None:
+        return "the tiles take no initial state"
+    if not q.dtype == k.dtype == v.dtype or q.dtype not in (jnp.bfloat16, jnp.float32):
+        return f"q, k and v must all be bfloat16 or all float32, found {q.dtype}, {k.dtype} and {v.dtype}"
+    if v.shape[-1] != H or (platform, q.dtype.itemsize, H) not in TILES:
+        known = sorted({size for where, _, size in TILES if where == platform})
+        return f"head sizes {H} and {v.shape[-1]}: the tiles are made for equal ones in {known}"
+    return None
+
+
+def second_order_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    *,
+    log_decay: Float[Array, "B T N"] | None = None,
+    runs: Int[Array, "B T"] | None = None,
+    normalize: bool = True,
+    scale: float | None = None,
+    platform: str,
+    interpret: bool = False,
+    tiles: Tiles | None = None,
+) -> Float[Array, "B T N H"]:
+    """y in q's dtype, with gradients for q, k, v and log_decay. Query head n reads kv head n K / N.
+
+    Args:
+      log_decay: at most 0; below -100 it counts as -100. None: no decay.
+      runs: the index of each token's document, never falling along T. None: one document.
+      normalize: divide by the sum of the weights (a row where that is below 1e-30 gives 0).
+      scale: of q.k, H^-0.5 by default; without effect when normalised.
+      tiles: another row for the tuning table `TILES`.
+    """
+    B, T, N, H = q.shape
+    options = Options(
+        normalize=normalize,
+        scale=H**-0.5 if scale is None else scale,
+        platform=platform,
+        interpret=interpret,
+        tiles=tiles or _fitting(TILES[platform, q.dtype.itemsize, H], T),
+    )
+    longest = max(tile.held for tile in options.tiles)  # every size is this one divided by a power of two
+    pad = ((0, 0), (0, -T % longest))  # padding comes last, where causality alone hides it
+    q, k, v = (jnp.pad(x, (*pad, (0, 0), (0, 0))) if T % longest else x for x in (q, k, v))
+    if log_decay is not None:
+        log_decay = jnp.pad(jnp.swapaxes(log_decay.astype(jnp.float32), 1, 2), ((0, 0), *pad))
+        log_decay = jnp.maximum(
+            log_decay, -100.0
+        )  # e^-100 is 0 in float32; longer sums would only lose digits
+    if runs is not None:
+        runs = jnp.pad(runs, pad, mode="edge")
+    return _attention(q, k, v, log_decay, runs, options)[:, :T]
+
+
+def _fitting(tiles: Tiles, T: int) -> Tiles:
+    """The same, halved until a short row is not mostly padding (TPU lanes and wgmma want 128 and 64 at least)."""
+    smallest = 128 if tiles.forward.warps == 0 else 64
+    while max(tile.held for tile in tiles) >= max(2 * T, 2 * smallest):
+        tiles = Tiles(*(t._replace(held=t.held // 2, streamed=min(t.streamed, t.held // 2)) for t in tiles))
+    return tiles
+
+
+def fold(k: Array, log_decay: Array | None, runs: Array | None, N: int, C: int) -> tuple[Fold | None, Reach]:
+    """For chunks of C; log_decay [B, N, T]. No fold where there is neither decay nor document."""
+    B, T = k.shape[:2]
+    J = T // C
+    if log_decay is None and runs is None:
+        whole = jnp.zeros((B, N, J), jnp.int32)
+        return None, Reach(whole, whole + J - 1)
+    log_decay = jnp.zeros((B, N, T), jnp.float32) if log_decay is None else log_decay
+    local = jnp.cumsum(log_decay.reshape(B, N, J, C), axis=-1)
+    total = local[..., -1]
+    leave, enter = jnp.exp((total[..., None] - local) / 2), jnp.exp(local)
+    # Far from exact for large sums, and need not be: it only decides what is too small to matter.
+    before = -jnp.cumsum(total, axis=-1)
+    first = _search(before, before + total - FORGOTTEN - 1e-6 * before)
+    if runs is not None:
+        chunks = runs.reshape(B, 1, J, C)
+        leave = leave * (chunks == chunks[..., -1:])
+        enter = enter * (chunks == chunks[..., :1])
+        begun = _search(chunks[:, 0, :, -1], chunks[:, 0, :, 0])
+        first = jnp.maximum(first, begun[:, None])
+    first = jnp.minimum(first, jnp.arange(J, dtype=jnp.int32))
+    last = _search(first, jnp.broadcast_to(jnp.arange(J, dtype=jnp.int32), first.shape), side="right") - 1
+    leave, enter, local = (x.reshape(B, N, T) for x in (leave, enter, local))
+    keys = jnp.repeat(k, N // k.shape[2], axis=2) * jnp.swapaxes(leave, 1, 2)[..., None]
+    return Fold(keys.astype(k.dtype), leave, enter, local, jnp.exp(total)), Reach(first, last)
+
+
+def _search(rows: Array, values: Array, side: str = "left") -> Array:
+    """searchsorted along the last axis, for rows that never fall."""
+    J = rows.shape[-1]
+    found = jax.vmap(functools.partial(jnp.searchsorted, side=side))(
+        rows.reshape(-1, J), values.reshape(-1, J)
+    )
+    return found.reshape(rows.shape).astype(jnp.int32)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _attention(q, k, v, log_decay, runs, options: Options):
+    return _forward(q, k, v, log_decay, runs, options, q.dtype)[0]
+
+
+def _kernels(platform: str):
+    if platform == "gpu":
+        from kernels_pallas import second_order_attention_gpu as kernels
+    else:
+        from kernels_pallas import second_order_attention_tpu as kernels
+    return kernels
+
+
+def _forward(q, k, v, log_decay, runs, options: Options, dtype):
+    tile = options.tiles.forward
+    folded, reach = fold(k, log_decay, runs, q.shape[2], tile.held)
+    return _kernels(options.platform).forward(q, k, v, folded, reach, runs, options, tile, dtype)
+
+
+def _forward_saving(q, k, v, log_decay, runs, options: Options):
+    # y in float32: in the gradient of a score, dy.v - dy.y, two like numbers cancel (rounding y doubles dk's error).
+    y, den = _forward(q, k, v, log_decay, runs, options, jnp.float32)
+    y, den = checkpoint_name(y, RESIDUALS), checkpoint_name(den, RESIDUALS)
+    return y.astype(q.dtype), (q, k, v, log_decay, runs, y, den)
+
+
+class Cotangent(NamedTuple):
+    """dy and what follows from it. With the plain rows for the diagonal tile, and `g`, `bias` folded for the others."""
+
+    dy: Float[Array, "B T N H"]
+    ratio: Float[Array, "B N T"]  # 1 / den, or scale^2 without normaliser
+    mean: Float[Array, "B N T"]  # dy.y, 0 without normaliser
+    g: Float[Array, "B T N H"]  # enter * ratio * dy
+    bias: Float[Array, "B N T"]  # g.y, 0 without normaliser
+
+
+def _cotangent(dy: Array, y: Array, den: Array, folded: Fold | None, options: Options) -> Cotangent:
+    if options.normalize:
+        ratio = jnp.where(den > FLOOR, 1 / jnp.where(den > FLOOR, den, 1), 0)
+    else:
+        ratio, y = jnp.full(den.shape, options.scale**2, jnp.float32), jnp.zeros((), jnp.float32)
+    row = ratio if folded is None else ratio * folded.enter
+    g = (dy.astype(jnp.float32) * jnp.swapaxes(row, 1, 2)[..., None]).astype(dy.dtype)
+
+    def along(x):  # the rounded g, so that sums over a row still cancel
+        return jnp.swapaxes(jnp.sum(x.astype(jnp.float32) * y, axis=-1), 1, 2)
+
+    return Cotangent(dy, ratio, along(dy), g, along(g))
+
+
+def _backward(options: Options, residuals, dy):
+    q, k, v, log_decay, runs, y, den = residuals
+    kernels, N = _kernels(options.platform), q.shape[2]
+    folded, reach = fold(k, log_decay, runs, N, options.tiles.dq.held)
+    cotangent = _cotangent(dy, y, den, folded, options)
+    dq, row = kernels.backward_dq(q, k, v, cotangent, folded, reach, runs, options, options.tiles.dq)
+    dk, dv, column = kernels.backward_dkv(q, k, v, cotangent, folded, reach, runs, options, options.tiles.dkv)
+    if N != k.shape[2]:
+        dk, dv = (
+            jnp.sum(x.reshape(*k.shape[:3], -1, k.shape[3]).astype(jnp.float32), axis=3).astype(k.dtype)
+            for x in (dk, dv)
+        )
+    if log_decay is None:
+        return dq, dk, dv, None, None
+    return dq, dk, dv, jax.lax.cumsum(row - column, axis=2, reverse=True), None
+
+
+_attention.defvjp(_forward_saving, _backward)
