@@ -1,0 +1,414 @@
+"""Linear attention with an optional scalar decay per head (then it is Mamba-2's SSD), in time and memory linear in T.
+
+    S_t = e^{a_t} S_{t-1} + k_t v_t^T      y_t = q_t S_t      with normalize: y_t = q_t S_t / (q_t z_t + eps)
+    z_t = e^{a_t} z_{t-1} + k_t
+
+Letters: B batch, T time, N heads, P features of q and k, H head dim of v, C chunk. q, k, v and log_decay may each have
+fewer heads than N: a head is then shared by consecutive ones (grouped values, Mamba-2's groups of B and C).
+
+``reference``  the sum over j <= i that the recurrence stands for, quadratic; in float64 for float64 inputs.
+``recurrent``  the recurrence itself, a step at a time: the second opinion for tests.
+``xla``        C tokens at a time. Inside a chunk the quadratic form, W_ij = (q_i.k_j) e^{g_i - g_j} with g the running
+               sum of a *within the chunk*, so that no exponent is ever positive and none is a difference of large
+               sums; between chunks the state, in float32 (Yang et al. 2023, arXiv 2312.06635, section 3; Dao & Gu 2024,
+               arXiv 2405.21060, section 6). The backward pass stores no states: it computes those at the chunks' edges
+               again from k and v, then walks back with their cotangents.
+
+The decay's gradient needs no C x C product. With R_i = dy_i.y_i and K_j = v_j.dv_j (what pair weights pass on, summed
+by row and by column), da_t = sum_{i >= t} (R_i - K_i) to the end of the chunk + <dS, S> at its end; a sum that ran over
+the whole sequence would cancel to rounding noise.
+
+Segments: see ops/segments.py. `window` adds LoLCATS's softmax over the nearest keys: ops/windowed_linear_attention.py.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+from lcx.errors import UserError
+from lcx.ops import MIXER_RESIDUALS, segments
+from lcx.ops.dispatch import choose
+
+CHUNK = (
+    64  # measured on a CPU at T = 4K and 16K, P = H = 64: 516 and 808 ns a token and head, 128: 635 and 913
+)
+KINDS = ("sliding", "terraced")
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=("q", "k", "scale"), meta_fields=("kind", "size")
+)
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """Softmax over the nearest keys, in one sum with the linear part over the others.
+
+    Attributes:
+      kind: "sliding": the last `size` keys, the query's own among them; "terraced": those of the query's own block of
+        `size` and of the block before it, blocks counted from the start of the document.
+      q: [B, T, N, H], k: [B, T, K, H]: of the softmax, rotated.
+      scale: [N], the weight of the softmax part (LoLCATS's gamma).
+    """
+
+    kind: str
+    size: int
+    q: Array
+    k: Array
+    scale: Array
+
+
+class Held(NamedTuple):
+    """The newest keys, which a window may yet see: the linear state has those before. The newest is last."""
+
+    k: Array  # [B, R, K, H]
+    v: Array  # [B, R, Kv, H]
+    features: Array  # [B, R, Nk, P]
+    length: Array  # [B] tokens of the document so far, so that blocks stay aligned; min(length, R) slots are in use
+
+
+class LinearState(NamedTuple):
+    """What follows needs of what came before."""
+
+    kv: Array  # [B, N, P, H] float32
+    k_sum: Array | None  # [B, N, P] float32; None without normalize
+    segment_ids: Array  # [B] the document of the state; 0: nothing seen
+    held: Held | None = None  # with a window
+
+
+def linear_attention(
+    q: Float[Array, "B T Nq P"],
+    k: Float[Array, "B T Nk P"],
+    v: Float[Array, "B T Nv H"],
+    *,
+    log_decay: Float[Array, "B T Na"] | None = None,
+    normalize: bool = False,
+    eps: float = 1e-12,
+    window: Window | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+    initial_state: LinearState | None = None,
+    chunk_size: int | None = None,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "B T N H"], LinearState]:
+    """(y in v's dtype, the state after the last token). Feature maps are applied by the caller.
+
+    Args:
+      log_decay: a_t <= 0.
+      normalize: divide by q z + eps; with a window always.
+      implementation: "xla", "reference", or None for the fastest that runs here.
+
+    Raises:
+      UserError: heads that do not divide, a decay with a window, an unknown kind of window or implementation.
+    """
+    arrays = [q, k, v, *([] if log_decay is None else [log_decay]), *([] if window is None else [window.q])]
+    N = max(x.shape[2] for x in arrays)
+    if any(N % x.shape[2] for x in arrays):
+        heads = ", ".join(str(x.shape[2]) for x in arrays)
+        raise UserError(
+            f"linear attention over {heads} heads: expected divisors of the largest; change the heads"
+        )
+    form = choose("linear_attention", implementation, {"xla": None, "reference": None})
+    if segment_ids is None and initial_state is not None:
+        segment_ids = jnp.ones(q.shape[:2], jnp.int32)
+    if window is not None:
+        from lcx.ops import windowed_linear_attention as windowed  # which needs this file
+
+        if log_decay is not None:
+            raise UserError("linear attention with both a window and a log_decay: expected one of them")
+        if window.kind not in KINDS:
+            raise UserError(f"window kind {window.kind!r}: expected one of {', '.join(KINDS)}")
+        run = (
+            windowed.reference
+            if form == "reference"
+            else functools.partial(windowed.xla, chunk_size=chunk_size)
+        )
+        return run(q, k, v, window, eps=eps, segment_ids=segment_ids, initial_state=initial_state)
+    run = reference if form == "reference" else functools.partial(xla, chunk_size=chunk_size)
+    return run(
+        q,
+        k,
+        v,
+        log_decay,
+        normalize=normalize,
+        eps=eps,
+        segment_ids=segment_ids,
+        initial_state=initial_state,
+    )
+
+
+def empty_state(batch: int, heads: int, features: int, head_dim: int, *, normalize: bool) -> LinearState:
+    """The state before the first token."""
+    k_sum = jnp.zeros((batch, heads, features), jnp.float32) if normalize else None
+    kv = jnp.zeros((batch, heads, features, head_dim), jnp.float32)
+    return LinearState(kv, k_sum, jnp.zeros((batch,), jnp.int32))
+
+
+def starts(segment_ids: Array, before: Array | None = None) -> Array:
+    """The slot at which each token's document begins, -1 for the document of the state: token i sees j >= starts_i."""
+    runs = segments.runs(segment_ids, before)
+    new = jnp.diff(runs, axis=1, prepend=jnp.zeros_like(runs[:, :1])) != 0
+    return jax.lax.cummax(jnp.where(new, jnp.arange(runs.shape[1]), -1), axis=1)
+
+
+# ------------------------------------------------------------------------------------------- reference, recurrent
+
+
+def _prepare(q, k, v, log_decay, segment_ids, initial_state):
+    """All heads repeated, padding without effect, in float32 or wider; and the state or zeros, its document, starts."""
+    B, T, _, P = q.shape
+    N, H = max(x.shape[2] for x in (q, k, v) + (() if log_decay is None else (log_decay,))), v.shape[3]
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    a = jnp.zeros((B, T, 1), wide) if log_decay is None else log_decay
+    q, k, v, a = (jnp.repeat(x.astype(wide), N // x.shape[2], axis=2) for x in (q, k, v, a))
+    ids = jnp.ones((B, T), jnp.int32) if segment_ids is None else segment_ids
+    real = ids != 0
+    k, a = jnp.where(real[..., None, None], k, 0), jnp.where(real[..., None], a, 0)
+    if initial_state is None:
+        kv, z, before = jnp.zeros((B, N, P, H), wide), jnp.zeros((B, N, P), wide), jnp.zeros((B,), jnp.int32)
+    else:
+        kv, z, before = initial_state[:3]
+    z = jnp.zeros((B, N, P), wide) if z is None else z
+    return q, k, v, a, kv.astype(wide), z.astype(wide), ids, before
+
+
+def reference(q, k, v, log_decay, *, normalize, eps, segment_ids, initial_state) -> tuple[Array, LinearState]:
+    """The definition: all pairs at once."""
+    dtype, has_sum = v.dtype, normalize
+    q, k, v, a, kv, z, ids, before = _prepare(q, k, v, log_decay, segment_ids, initial_state)
+    T, first = q.shape[1], starts(ids, before)
+    place = jnp.arange(T)
+    seen = (place <= place[:, None]) & (place >= first[..., None])  # [B, T, S]
+    total = jnp.cumsum(a, axis=1).swapaxes(1, 2)  # [B, N, T]
+    decay = jnp.exp(jnp.where(seen[:, None], total[..., :, None] - total[..., None, :], -jnp.inf))
+    into = jnp.where((first < 0)[:, None], jnp.exp(total), 0)
+    weights = jnp.einsum("btnp,bsnp->bnts", q, k) * decay
+    y = jnp.einsum("bnts,bsnh->btnh", weights, v) + jnp.einsum("bnt,btnp,bnph->btnh", into, q, kv)
+    if normalize:
+        norm = jnp.sum(weights, axis=-1) + jnp.einsum("bnt,btnp,bnp->bnt", into, q, z)
+        y = y / (norm + eps).swapaxes(1, 2)[..., None]
+    y = jnp.where((ids != 0)[..., None, None], y, 0)
+    out, carry = decay[:, :, -1], into[:, :, -1]
+    kv = carry[..., None, None] * kv + jnp.einsum("bns,bsnp,bsnh->bnph", out, k, v)
+    z = carry[..., None] * z + jnp.einsum("bns,bsnp->bnp", out, k)
+    return y.astype(dtype), LinearState(kv, z if has_sum else None, segments.last(ids, before))
+
+
+def recurrent(q, k, v, log_decay, *, normalize, eps, segment_ids, initial_state) -> tuple[Array, LinearState]:
+    """The recurrence, a token at a time."""
+    dtype = v.dtype
+    q, k, v, a, kv, z, ids, before = _prepare(q, k, v, log_decay, segment_ids, initial_state)
+
+    def step(state, x):
+        kv, z, document = state
+        q, k, v, a, now = x
+        stays = (now == 0) | (now == document)
+        keep = jnp.where(stays[:, None], jnp.exp(a), 0)
+        kv = keep[..., None, None] * kv + k[..., :, None] * v[..., None, :]
+        z = keep[..., None] * z + k
+        y = jnp.einsum("bnp,bnph->bnh", q, kv)
+        if normalize:
+            y = y / (jnp.einsum("bnp,bnp->bn", q, z) + eps)[..., None]
+        return (kv, z, jnp.where(now == 0, document, now)), jnp.where((now != 0)[:, None, None], y, 0)
+
+    xs = tuple(jnp.swapaxes(x, 0, 1) for x in (q, k, v, a, ids))
+    (kv, z, document), y = jax.lax.scan(step, (kv, z, before), xs)
+    return jnp.swapaxes(y, 0, 1).astype(dtype), LinearState(kv, z if normalize else None, document)
+
+
+# --------------------------------------------------------------------------------------------------- chunk by chunk
+
+
+def xla(
+    q, k, v, log_decay, *, normalize, eps, segment_ids, initial_state, chunk_size=None
+) -> tuple[Array, LinearState]:
+    """Chunk by chunk, all rows and heads of a chunk together."""
+    B, T, _, P = q.shape
+    a, H, dtype = log_decay, v.shape[3], v.dtype
+    N = max(x.shape[2] for x in (q, k, v) + (() if a is None else (a,)))
+    if a is not None:  # its gradient is read off v's, head by head
+        a, v = (jnp.repeat(x, N // x.shape[2], axis=2) for x in (a.astype(jnp.float32), v))
+    C = min(chunk_size or CHUNK, T)
+    first = before = None
+    if segment_ids is not None:
+        before = None if initial_state is None else initial_state.segment_ids
+        real = (segment_ids != 0)[..., None]
+        k = jnp.where(real[..., None], k, 0)
+        a = None if a is None else jnp.where(real, a, 0)
+        first = starts(segment_ids, before) - jnp.arange(T) // C * C  # counted from the chunk's own start
+        first = jnp.pad(first, ((0, 0), (0, -T % C)), mode="edge").reshape(B, -1, C).swapaxes(0, 1)
+    q, k, v, a = grouped([q, k, v, a], C)
+    R = N // q.shape[2]
+    state = (jnp.zeros((B, N, P, H), jnp.float32), jnp.zeros((B, N, P), jnp.float32) if normalize else None)
+    state = state if initial_state is None else (initial_state.kv, initial_state.k_sum if normalize else None)
+    state = jax.tree.map(lambda x: x.reshape(B, N // R, R, *x.shape[2:]), state)
+    y, state = _chunks(q, k, v, a, first, state, normalize, eps)
+    kv, k_sum = jax.tree.map(lambda x: x.reshape(B, N, *x.shape[3:]), state)
+    y = ungrouped(y, T)
+    if segment_ids is None:
+        return y.astype(dtype), LinearState(kv, k_sum, jnp.ones((B,), jnp.int32))
+    y = jnp.where(real[..., None], y, 0)
+    return y.astype(dtype), LinearState(kv, k_sum, segments.last(segment_ids, before))
+
+
+def grouped(arrays, C):
+    """[B, T, n, ...] -> [T / C, B, G, r, C, ...], G groups for all, r 1 or N / G: the heads of one group."""
+    heads = [x.shape[2] for x in arrays if x is not None]
+    N = max(heads)
+    groups = math.gcd(*heads)
+
+    def cut(x):
+        if x is None:
+            return None
+        B, T, n = x.shape[:3]
+        if n not in (groups, N):
+            x, n = jnp.repeat(x, N // n, axis=2), N
+        x = jnp.pad(x, ((0, 0), (0, -T % C), *((0, 0),) * (x.ndim - 2)))
+        x = x.reshape(B, -1, C, groups, n // groups, *x.shape[3:])
+        return jnp.moveaxis(x, (1, 3, 4), (0, 2, 3))
+
+    return [cut(x) for x in arrays]
+
+
+def ungrouped(x: Array, T: int) -> Array:
+    """[T / C, B, G, r, C, ...] -> [B, T, G r, ...], without what was padded."""
+    x = jnp.moveaxis(x, (0, 2, 3), (1, 3, 4))
+    return x.reshape(x.shape[0], x.shape[1] * x.shape[2], -1, *x.shape[5:])[:, :T]
+
+
+def dot(spec: str, x: Array, y: Array, heads: int | None = None) -> Array:
+    """einsum into float32; the second operand takes the first's dtype. heads = 1: the result sums over r, kept as 1."""
+    if heads == 1:
+        return jnp.expand_dims(dot(spec[::-1].replace("r", "", 1)[::-1], x, y), 2)
+    return jnp.einsum(spec, x, y.astype(x.dtype), preferred_element_type=jnp.float32)
+
+
+def chunk_weights(a: Array | None, first: Array | None, C: int) -> tuple[Array, Array, Array, Array]:
+    """How much a chunk's pairs count [.., C, C], its entering state for each query, each key for the state at its end
+    [.., C], and the entering state for that [.., 1]; leading axes B, G, r or 1."""
+    place = jnp.arange(C)
+    seen, carried = place <= place[:, None], jnp.ones((1, 1, 1, 1), jnp.float32)
+    entering = leaving = jnp.ones((1, 1, 1, C), jnp.float32)
+    if first is not None:
+        first = first[:, None, None]
+        seen = seen & (place >= first[..., None])
+        entering = (first < 0).astype(jnp.float32)
+        leaving = (place >= first[..., -1:]).astype(jnp.float32)
+        carried = entering[..., -1:]
+    if a is None:
+        return seen.astype(jnp.float32), entering, leaving, carried
+    g = jnp.cumsum(a, axis=-1)
+    decay = jnp.exp(jnp.where(seen, g[..., :, None] - g[..., None, :], -jnp.inf))
+    end = g[..., -1:]
+    return decay, entering * jnp.exp(g), leaving * jnp.exp(end - g), carried * jnp.exp(end)
+
+
+def next_state(k: Array, v: Array, leaving: Array, carried: Array, state):
+    """The state (kv, z or None) at the end of a chunk."""
+    kv, z = state
+    weighted = (v * leaving[..., None]).astype(v.dtype)
+    kv = carried[..., None] * kv + dot("bgrsp,bgrsh->bgrph", k, weighted)
+    if z is not None:
+        z = carried * z + jnp.einsum("bgrsp,bgrs->bgrp", k.astype(jnp.float32), leaving)
+    return kv, z
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
+def _chunks(q, k, v, a, first, state, normalize: bool, eps: float):
+    return _chunks_forward(q, k, v, a, first, state, normalize, eps)[0]
+
+
+def _chunks_forward(q, k, v, a, first, state, normalize, eps):
+    C = q.shape[4]
+
+    def step(state, x):
+        q, k, v, a, first = x
+        decay, entering, leaving, carried = chunk_weights(a, first, C)
+        weights = dot("bgrtp,bgrsp->bgrts", q, k) * decay
+        y = dot("bgrts,bgrsh->bgrth", weights.astype(v.dtype), v)
+        y += entering[..., None] * dot("bgrtp,bgrph->bgrth", q, state[0])
+        norm = None
+        if normalize:
+            norm = eps + jnp.sum(weights, axis=-1) + entering * dot("bgrtp,bgrp->bgrt", q, state[1])
+            y = y / nonzero(norm)[..., None]
+        return next_state(k, v, leaving, carried, state), (y.astype(v.dtype), norm)
+
+    last, (y, norm) = jax.lax.scan(step, state, (q, k, v, a, first))
+    y, norm = jax.tree.map(lambda x: checkpoint_name(x, MIXER_RESIDUALS), (y, norm))
+    needed = y if normalize or a is not None else None
+    return (y, last), (q, k, v, a, first, state, needed, norm)
+
+
+def nonzero(norm):
+    return jnp.where(norm == 0, 1.0, norm)
+
+
+def states_before(k, v, a, first, state):
+    """The states that enter each chunk, stacked, and the one that leaves the last."""
+
+    def step(state, x):
+        k, v, a, first = x
+        _, _, leaving, carried = chunk_weights(a, first, k.shape[3])
+        return next_state(k, v, leaving, carried, state), state
+
+    last, before = jax.lax.scan(step, state, (k, v, a, first))
+    return before, last
+
+
+def _chunks_backward(normalize, eps, residuals, cotangents):
+    q, k, v, a, first, state, y, norm = residuals
+    dy, d_last = cotangents
+    before, last = states_before(k, v, a, first, state)
+    step = functools.partial(_backward_step, heads=[x.shape[3] for x in (q, k, v)])
+    end = d_last, _inner(d_last, last)
+    xs = (q, k, v, a, first, before, y, norm, dy)
+    (d_state, _), (dq, dk, dv, da) = jax.lax.scan(step, end, xs, reverse=True)
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), da, None, d_state
+
+
+def _inner(x, y) -> Array:
+    """Sum of x y over all but [B, G, r], over both parts of a state."""
+    return sum(jnp.sum(a * b, axis=range(3, a.ndim)) for a, b in zip(x, y, strict=True) if a is not None)
+
+
+def _backward_step(carry, x, *, heads):
+    """One chunk's gradients from the cotangent of the state at its end, which becomes that of the state before it."""
+    (d_kv, d_z), inner = carry
+    q, k, v, a, first, (kv, z), y, norm, dy = x
+    rq, rk, rv = heads
+    decay, entering, leaving, carried = chunk_weights(a, first, q.shape[3])
+    d_num = dy if norm is None else (dy / nonzero(norm)[..., None]).astype(dy.dtype)
+    dw = dot("bgrth,bgrsh->bgrts", d_num, v)
+    if norm is not None:  # y = num / norm
+        d_norm = -jnp.sum(d_num.astype(jnp.float32) * y.astype(jnp.float32), axis=-1)
+        dw += d_norm[..., None]
+    weights = dot("bgrtp,bgrsp->bgrts", q, k) * decay
+    da_pairs = (dw * decay).astype(q.dtype)
+    d_in = (d_num * entering[..., None]).astype(d_num.dtype)
+    v_out = (v * leaving[..., None]).astype(v.dtype)
+    dq = dot("bgrts,bgrsp->bgrtp", da_pairs, k, rq) + dot("bgrth,bgrph->bgrtp", d_in, kv, rq)
+    dk = dot("bgrts,bgrtp->bgrsp", da_pairs, q, rk) + dot("bgrsh,bgrph->bgrsp", v_out, d_kv, rk)
+    dv = dot("bgrts,bgrth->bgrsh", weights.astype(dy.dtype), d_num, rv)
+    dv += leaving[..., None] * dot("bgrsp,bgrph->bgrsh", k, d_kv, rv)
+    d_kv = carried[..., None] * d_kv + dot("bgrtp,bgrth->bgrph", q, d_in)
+    column = None if a is None else jnp.sum(v * dv, axis=-1)
+    if norm is not None:
+        d_in = entering * d_norm
+        dq += dot("bgrt,bgrp->bgrtp", d_in, z, rq)
+        dk += dot("bgrs,bgrp->bgrsp", leaving, d_z, rk)
+        if a is not None:
+            column += jnp.einsum("bgrts,bgrt->bgrs", weights, d_norm) + leaving * dot(
+                "bgrsp,bgrp->bgrs", k, d_z
+            )
+        d_z = carried * d_z + dot("bgrt,bgrtp->bgrp", d_in, q)
+    if a is None:
+        return ((d_kv, d_z), inner), (dq, dk, dv, None)
+    change = (0 if norm is not None else jnp.sum(dy.astype(jnp.float32) * y, axis=-1)) - column
+    da = jax.lax.cumsum(change, axis=3, reverse=True) + inner[..., None]
+    return ((d_kv, d_z), _inner((d_kv, d_z), (kv, z))), (dq, dk, dv, da)
+
+
+_chunks.defvjp(_chunks_forward, _chunks_backward)

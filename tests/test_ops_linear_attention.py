@@ -1,0 +1,193 @@
+"""Linear attention, its windows and its states against the sums they stand for, in float64."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lcx.errors import UserError
+from lcx.ops.linear_attention import LinearState, Window, linear_attention
+
+B, P, H, D = 2, 5, 3, 4  # D: head dim of the window's q and k
+
+# T, heads of (q, k, v, decay or the window's keys), decay | (kind, size), normalize, segments, state, chunk
+CASES = {
+    "one token": (1, (4, 4, 2, 1), "decay", True, False, True, None),
+    "pure": (63, (2, 2, 2, 0), None, True, False, False, None),
+    "grouped values": (100, (4, 4, 2, 0), None, True, True, True, 16),
+    "unnormalized": (257, (4, 2, 4, 0), None, False, True, False, None),
+    "ssd": (100, (1, 1, 4, 4), "decay", False, True, True, 16),
+    "decay, normalized": (63, (4, 2, 1, 1), "decay", True, True, True, 16),
+    "decay, long": (257, (2, 2, 2, 2), "decay", False, False, False, None),
+    "heads that share no group": (37, (6, 2, 3, 6), "decay", True, False, False, 8),
+    "sliding": (100, (4, 4, 2, 2), ("sliding", 7), True, True, False, None),
+    "sliding, small chunk": (63, (4, 2, 1, 2), ("sliding", 9), True, False, False, 4),
+    "sliding, one token": (1, (2, 2, 1, 1), ("sliding", 4), True, False, False, None),
+    "sliding, all keys": (37, (2, 2, 2, 2), ("sliding", 64), True, False, False, 8),
+    "terraced": (100, (4, 4, 2, 2), ("terraced", 16), True, True, False, None),
+    "terraced, aligned": (64, (4, 4, 2, 2), ("terraced", 8), True, False, False, 8),
+    "terraced, long": (257, (2, 1, 2, 1), ("terraced", 33), True, True, False, None),
+    "terraced, of one": (37, (2, 2, 2, 1), ("terraced", 1), True, True, False, 8),
+}
+
+
+def arrays(T, heads, option, normalize, segments, state):
+    rng = np.random.default_rng(T)
+    N = max(heads[:3])
+    x = {name: np.abs(rng.normal(size=(B, T, n, P))) for name, n in zip("qk", heads, strict=False)}
+    x["v"] = rng.normal(size=(B, T, heads[2], H))
+    if option == "decay":
+        x["a"] = -np.exp(rng.normal(size=(B, T, heads[3])))
+    elif option:
+        x["wq"], x["wk"] = 2 * rng.normal(size=(B, T, N, D)), 2 * rng.normal(size=(B, T, heads[3], D))
+        x["gamma"] = rng.uniform(0.1, 0.9, N)
+    if state:
+        x["kv"] = rng.normal(size=(B, N, P, H))
+        if normalize:
+            x["k_sum"] = np.abs(rng.normal(size=(B, N, P)))
+    ids = None
+    if segments:
+        ids = np.sort(rng.integers(1, 4, (B, T)), axis=1).astype(np.int32)
+        ids[:, T - T // 6 :] = ids[:, T // 3 : T // 3 + 2] = ids[1, :3] = (
+            0  # at the end, within a document, in front
+        )
+    return x, ids
+
+
+def pair_masks(ids, T, option):
+    """[B, T, T] numbers: 1 where i sees j by softmax, 1 where it sees it linearly; [B, T]: it sees the state (id 1)."""
+    near, far, state = np.zeros((B, T, T)), np.zeros((B, T, T)), np.zeros((B, T))
+    for b in range(B):
+        row = np.ones(T, int) if ids is None else ids[b]
+        for i in np.flatnonzero(row):
+            seen = [j for j in range(i + 1) if row[j] == row[i]]
+            state[b, i] = row[i] == 1
+            kind, size = (None, 1) if option in (None, "decay") else option
+            at = len(seen) - 1
+            first = {None: len(seen), "sliding": at - size + 1, "terraced": (at // size - 1) * size}[kind]
+            far[b, i, seen[: max(first, 0)]] = 1
+            near[b, i, seen[max(first, 0) :]] = 1
+    return near, far, state
+
+
+def definition(x, masks, normalize):
+    """y [B, T, N, H] and what is left for later tokens (kv, k_sum), all in float64, every pair at once."""
+    near, far, from_state = (m[:, None] for m in masks)
+    N = max(v.shape[2] for name, v in x.items() if name in ("q", "k", "v", "a"))
+    q, k, v = (jnp.repeat(x[name], N // x[name].shape[2], axis=2) for name in "qkv")
+    T = q.shape[1]
+    a = jnp.zeros((B, T, N)) if "a" not in x else jnp.repeat(x["a"], N // x["a"].shape[2], axis=2)
+    real = (near + far).max(axis=(1, 3)) > 0
+    total = jnp.cumsum(jnp.where(real[..., None], a, 0), axis=1).transpose(0, 2, 1)
+    weights = (
+        jnp.einsum("btnp,bsnp->bnts", q, k)
+        * far
+        * jnp.exp(jnp.minimum(total[..., None] - total[:, :, None], 0))
+    )
+    if "wq" in x:
+        keys = jnp.repeat(x["wk"], N // x["wk"].shape[2], axis=2)
+        s = jnp.where(near > 0, jnp.einsum("btnh,bsnh->bnts", x["wq"], keys) / np.sqrt(D), -1e30)
+        weights += x["gamma"][:, None, None] * near * jnp.exp(s - s.max(axis=-1, keepdims=True))
+    into = from_state * jnp.exp(total)
+    num = jnp.einsum("bnts,bsnh->btnh", weights, v)
+    den = weights.sum(axis=-1)
+    if "kv" in x:
+        num += jnp.einsum("bnt,btnp,bnph->btnh", into, q, x["kv"])
+    if "k_sum" in x:
+        den += jnp.einsum("bnt,btnp,bnp->bnt", into, q, x["k_sum"])
+    return num / jnp.where(den == 0, 1, den).transpose(0, 2, 1)[..., None] if normalize else num
+
+
+def ours(x, ids, option, normalize, chunk, form, cuts=()):
+    """y of the operator, in as many calls as there are pieces, and the last state."""
+    T = x["q"].shape[1]
+    state = None
+    if "kv" in x:
+        state = LinearState(x["kv"], x.get("k_sum"), jnp.ones((B,), jnp.int32))
+    ys = []
+    for start, end in zip((0, *cuts), (*cuts, T), strict=True):
+        cut = {name: value[:, start:end] for name, value in x.items() if name not in ("gamma", "kv", "k_sum")}
+        window = None
+        if "wq" in x:
+            window = Window(*option, cut["wq"], cut["wk"], x["gamma"])
+        y, state = linear_attention(
+            cut["q"], cut["k"], cut["v"], log_decay=cut.get("a"), normalize=normalize, window=window,
+            segment_ids=None if ids is None else jnp.array(ids[:, start:end]), initial_state=state,
+            chunk_size=chunk, implementation=form,
+        )  # fmt: skip
+        ys.append(y)
+    return jnp.concatenate(ys, axis=1), state
+
+
+def with_gradients(f, x):
+    """f(x) and the gradients of sum(w f(x)) for a fixed w."""
+
+    def loss(x):
+        y = f(x)
+        return jnp.sum(y * jnp.cos(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape)), y
+
+    grads, y = jax.jit(jax.grad(loss, has_aux=True))(x)
+    return {"y": y, **grads}
+
+
+def assert_close(got, want, tolerance):
+    assert got.keys() == want.keys()
+    for name, value in want.items():
+        error = np.abs(np.asarray(got[name], np.float64) - value).max() / max(np.abs(value).max(), 0.1)
+        assert error < tolerance, (name, error)
+
+
+@functools.cache
+def expected(name):
+    T, heads, option, normalize, segments, state, chunk = CASES[name]
+    x, ids = arrays(T, heads, option, normalize, segments, state)
+    with jax.enable_x64(True):
+        masks = pair_masks(ids, T, option)
+        want = with_gradients(functools.partial(definition, masks=masks, normalize=normalize), x)
+    return x, ids, option, normalize, chunk, {name: np.asarray(value) for name, value in want.items()}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_values_and_gradients_equal_the_definition(name):
+    x, ids, option, normalize, chunk, want = expected(name)
+    x = {name: jnp.array(value, jnp.float32) for name, value in x.items()}
+    assert_close(with_gradients(lambda x: ours(x, ids, option, normalize, chunk, "xla")[0], x), want, 1e-4)
+
+
+@pytest.mark.parametrize(
+    "name", ["grouped values", "decay, normalized", "unnormalized", "sliding", "terraced"]
+)
+def test_the_reference_equals_the_definition(name):
+    x, ids, option, normalize, chunk, want = expected(name)
+    x = {name: jnp.array(value, jnp.float32) for name, value in x.items()}
+    y, _ = ours(x, ids, option, normalize, chunk, "reference")
+    assert_close({"y": y}, {"y": want["y"]}, 1e-4)
+
+
+@pytest.mark.parametrize(
+    "name", ["decay, normalized", "sliding", "sliding, all keys", "terraced", "terraced, aligned"]
+)
+@pytest.mark.parametrize("form", ["xla", "reference"])
+def test_in_pieces_equals_the_definition(name, form):
+    """Also the gradients through the states, and a last piece of one token."""
+    x, ids, option, normalize, chunk, want = expected(name)
+    T = x["q"].shape[1]
+    x = {name: jnp.array(value, jnp.float32) for name, value in x.items()}
+    cuts = (T // 2, T - 1)
+    if form == "reference":
+        got, want = {"y": ours(x, ids, option, normalize, chunk, form, cuts)[0]}, {"y": want["y"]}
+    else:
+        got = with_gradients(lambda x: ours(x, ids, option, normalize, chunk, form, cuts)[0], x)
+    assert_close(got, want, 1e-4)
+
+
+@pytest.mark.parametrize("name", ["ssd", "decay, normalized", "grouped values", "sliding", "terraced"])
+def test_bfloat16_stays_near_float64(name):
+    x, ids, option, normalize, chunk, want = expected(name)
+    low = {name: value.ndim == 4 and name != "kv" for name, value in x.items()}
+    x = {name: jnp.array(value, jnp.bfloat16 if low[name] else jnp.float32) for name, value in x.items()}
+    y, _ = jax.jit(lambda x: ours(x, ids, option, normalize, chunk, None))(x)
+    assert y.dtype == jnp.bfloat16
+    assert np.linalg.norm(y.astype(jnp.float32) - want["y"]) / np.linalg.norm(want["y"]) < 1e-2
