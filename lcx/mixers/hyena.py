@@ -28,6 +28,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec as Axes
 from jaxtyping import Array, Float, Int
 
@@ -292,5 +293,5 @@ def skip_param(module: _Hyena, length: int) -> Array:
 
 def weak_decay(num_groups: int, num_taps: int, length: int) -> Float[Array, "G K"]:
     """exp(-r k / (length - 1)) with rates r from 0.01 to 100, evenly spaced in their logarithm over the groups."""
-    rates = jnp.logspace(-2, 2, num_groups)
-    return jnp.exp(-rates[:, None] * jnp.arange(num_taps) / (length - 1))
+    rates = np.logspace(-2, 2, num_groups)
+    return jnp.asarray(np.exp(-np.outer(rates, np.arange(num_taps)) / (length - 1)), jnp.float32)
