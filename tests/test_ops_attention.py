@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kernels_pallas import aot
 from lcx.errors import UserError
+from lcx.ops import attention_vendors, dispatch
 from lcx.ops.attention import attention
 
 # B, T, N, K, H, window, segments
@@ -31,23 +33,26 @@ def arrays(B, T, N, K, H, segments, dtype=np.float32):
     return q, k, v, w, ids
 
 
-def with_gradients(f, q, k, v, w):
-    """f(q, k, v) and the gradients of sum(w f(q, k, v))."""
+def with_gradients(f, *xs):
+    """f(*xs[:-1]) and the gradients of sum(xs[-1] f)."""
 
     @jax.jit
-    def both(q, k, v, w):
-        y, pull = jax.vjp(f, q, k, v)
-        return y, *pull(w)
+    def both(*xs):
+        y, pull = jax.vjp(f, *xs[:-1])
+        return y, *pull(xs[-1])
 
-    return both(q, k, v, w)
+    return both(*xs)
 
 
-def numpy_attention(q, k, v, w, ids, window):
-    """Outputs and gradients of sum(w * y) by hand, float64, one query at a time."""
+def numpy_attention(q, k, v, w, ids, window, a=None):
+    """Outputs and gradients of sum(w * y) by hand, float64, one query at a time; with a decay, its gradient last."""
     B, T, N, H = q.shape
     q, k, v, w = (x.astype(np.float64) for x in (q, k, v, w))
     group = N // k.shape[2]
     y, dq, dk, dv = np.zeros_like(q), np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
+    real = np.ones((B, T, 1)) if ids is None else (ids != 0)[..., None]
+    rate = np.zeros((B, T, N)) if a is None else a.astype(np.float64) * real
+    total, da = np.cumsum(rate, axis=1), np.zeros((B, T, N))
     for b in range(B):
         for t in range(T):
             if ids is not None and ids[b, t] == 0:
@@ -60,7 +65,8 @@ def numpy_attention(q, k, v, w, ids, window):
             s = np.flatnonzero(seen)
             for n in range(N):
                 keys, values = k[b, s, n // group], v[b, s, n // group]
-                p = np.exp(keys @ q[b, t, n] / np.sqrt(H))
+                p = keys @ q[b, t, n] / np.sqrt(H) + total[b, t, n] - total[b, s, n]
+                p = np.exp(p - p.max())
                 p /= p.sum()
                 y[b, t, n] = p @ values
                 dp = values @ w[b, t, n]
@@ -68,10 +74,13 @@ def numpy_attention(q, k, v, w, ids, window):
                 dq[b, t, n] = ds @ keys
                 np.add.at(dk, (b, s, n // group), ds[:, None] * q[b, t, n])
                 np.add.at(dv, (b, s, n // group), p[:, None] * w[b, t, n])
-    return y, dq, dk, dv
+                da[b, t, n] += ds.sum() * np.sqrt(H)
+                da[b, s, n] -= ds * np.sqrt(H)
+    da = np.cumsum(da[:, ::-1], axis=1)[:, ::-1] * real
+    return (y, dq, dk, dv) if a is None else (y, dq, dk, dv, da)
 
 
-@pytest.mark.parametrize("implementation", ["reference", "blocks", None])
+@pytest.mark.parametrize("implementation", ["reference", "xla", None])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_values_and_gradients_equal_the_definition(case, implementation):
     B, T, N, K, H, window, segments = case
@@ -86,6 +95,90 @@ def test_values_and_gradients_equal_the_definition(case, implementation):
 
     for got, want in zip(with_gradients(f, q, k, v, w), expected, strict=True):
         np.testing.assert_allclose(got, want, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+@pytest.mark.parametrize("case", [CASES[i] for i in (0, 1, 4, 5)], ids=str)
+def test_decay_values_and_gradients_equal_the_definition(case, implementation):
+    B, T, N, K, H, window, segments = case
+    q, k, v, w, ids = arrays(B, T, N, K, H, segments)
+    if segments:
+        ids[:, T // 4 : T // 4 + 3] = 0  # padding inside a document does not decay
+    a = np.random.default_rng(T + 1).uniform(-0.3, 0, (B, T, N)).astype(np.float32)
+    expected = numpy_attention(q, k, v, w, ids, window, a)
+    settings = {"window": window, "implementation": implementation}
+    settings |= dict.fromkeys(("q_segment_ids", "kv_segment_ids"), None if ids is None else jnp.array(ids))
+
+    def f(q, k, v, a):
+        return attention(q, k, v, log_decay=a, **settings)
+
+    for got, want in zip(with_gradients(f, q, k, v, a, w), expected, strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("T", [1, 5, 30, 91])
+def test_decay_against_a_cache_equals_the_whole_row(T):
+    """Queries that begin at another place in every row, in the middle of a tile of keys."""
+    S, length, offset = 400, 301, np.array([301 - T, 170])
+    q, k, v, w, _ = arrays(2, S, 4, 2, 16, False)
+    a = np.random.default_rng(1).uniform(-0.3, 0, (2, S, 4)).astype(np.float32)
+    whole = numpy_attention(q, k, v, w, None, None, a)[0]
+    cached = (np.arange(S) < length).astype(np.int32)[None].repeat(2, axis=0)
+    own = offset[:, None] + np.arange(T)
+    got = attention(
+        *(jnp.array(x) for x in (np.take_along_axis(q, own[:, :, None, None], axis=1), k, v)),
+        log_decay=jnp.array(a),
+        q_segment_ids=jnp.ones((2, T), jnp.int32),
+        kv_segment_ids=jnp.array(cached),
+        q_offset=jnp.array(offset),
+    )
+    np.testing.assert_allclose(
+        got, np.take_along_axis(whole, own[:, :, None, None], axis=1), atol=1e-5, rtol=1e-4
+    )
+
+
+def test_a_strong_decay_early_leaves_the_later_differences_exact():
+    """Decays that add up to 1e6, then gentle ones: a prefix sum over the row would be off by 0.06."""
+    q, k, v, w, _ = arrays(1, 512, 1, 1, 16, False)
+    a = np.full((1, 512, 1), -0.01, np.float32)
+    a[:, :256] = -4000
+    expected = numpy_attention(q, k, v, w, None, None, a)
+    got = with_gradients(lambda q, k, v, a: attention(q, k, v, log_decay=a), q, k, v, a, w)
+    for g, want in zip(got, expected, strict=True):
+        np.testing.assert_allclose(g, want, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("case", [(1, 100, 4, 2, 128, None, True), (1, 300, 2, 2, 64, 130, False)], ids=str)
+def test_splash_in_an_interpreter_equals_the_definition(case):
+    """How its arrays, heads, windows and segments are passed; the kernel itself is JAX's."""
+    B, T, N, K, H, window, segments = case
+    q, k, v, w, ids = arrays(B, T, N, K, H, segments)
+    expected = numpy_attention(q, k, v, w, ids, window)
+    ids = None if ids is None else jnp.array(ids)
+
+    def f(q, k, v):
+        return attention_vendors.splash(q, k, v, ids, window=window, scale=H**-0.5, interpret=True)
+
+    for got, want in zip(with_gradients(f, q, k, v, w), expected, strict=True):
+        np.testing.assert_allclose(got, want, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("H, window, segments", [(64, None, True), (128, 1024, False)])
+def test_splash_compiles_for_a_tpu(H, window, segments):
+    """Forward and backward on v5e, chosen by itself; scores never leave the kernel."""
+    if missing := aot.available("tpu"):
+        pytest.skip(missing)
+    T, x = 4096, jax.ShapeDtypeStruct((1, 4096, 4, H), jnp.bfloat16)
+    kv, ids = jax.ShapeDtypeStruct((1, T, 2, H), jnp.bfloat16), jax.ShapeDtypeStruct((1, T), jnp.int32)
+
+    def loss(q, k, v, ids):
+        ids = ids if segments else None
+        y = attention(q, k, v, q_segment_ids=ids, kv_segment_ids=ids, window=window)
+        return y.astype(jnp.float32).sum()
+
+    report = aot.compile_tpu(jax.grad(loss, (0, 1, 2)), x, kv, kv, ids, chip="v5e")
+    assert len(report.kernels) == 3, report  # forward; dq; dk and dv
+    assert report.temp_bytes < T * T * 2
 
 
 def test_equals_torch():
@@ -113,16 +206,40 @@ def test_no_square_of_the_length_is_held():
     shape = jax.ShapeDtypeStruct((1, T, N, 32), jnp.float32)
 
     def temporaries(implementation):
-        f = jax.grad(lambda q, k, v: attention(q, k, v, implementation=implementation).sum(), argnums=(0, 1, 2))
+        f = jax.grad(
+            lambda q, k, v: attention(q, k, v, implementation=implementation).sum(), argnums=(0, 1, 2)
+        )
         return jax.jit(f).lower(shape, shape, shape).compile().memory_analysis().temp_size_in_bytes
 
-    assert temporaries("blocks") < T * T * 4 / 2
+    assert temporaries("xla") < T * T * 4 / 2
     assert temporaries("reference") > N * T * T * 4
 
 
 def test_a_named_implementation_works_or_raises():
     q = jnp.ones((1, 4, 3, 8))
-    with pytest.raises(UserError, match="expected 'reference' or 'blocks'"):
+    with pytest.raises(UserError, match="expected one of 'cudnn', 'splash', 'xla', 'reference'"):
         attention(q, q, q, implementation="flash9")
+    with pytest.raises(UserError, match="'cudnn': needs a gpu, found cpu"):
+        attention(q, q, q, implementation="cudnn")
     with pytest.raises(UserError, match="multiple of num_kv_heads"):
         attention(q, q[:, :, :2], q[:, :, :2])
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        ({}, None),
+        ({"dtype": jnp.float32}, "bfloat16 and float16"),
+        ({"H": 20}, "multiples of 8"),
+        ({"segmented": True}, "packed segments"),
+        ({"cached": True}, "a cache of keys"),
+        ({"decays": True}, "log_decay"),
+    ],
+    ids=str,
+)
+def test_cudnn_says_what_it_does_not_cover(monkeypatch, change, reason):
+    settings = {"dtype": jnp.bfloat16, "H": 64, "segmented": False, "cached": False, "decays": False} | change
+    x = jnp.ones((1, 8, 2, settings.pop("H")), settings.pop("dtype"))
+    monkeypatch.setattr(dispatch, "platform", lambda: "gpu")
+    obstacle = attention_vendors.cudnn_obstacle(x, x, **settings)
+    assert obstacle is None if reason is None else reason in obstacle

@@ -1,0 +1,251 @@
+"""Causal softmax attention in tiles, for any backend: C x S scores at most, forward and backward.
+
+One block of queries at a time against the tiles of keys that it can see, from the nearest to the furthest. The causal
+triangle and the window are skipped tile by tile (not just masked); the backward pass recomputes each tile's scores from
+the saved logsumexp (Dao 2022, arXiv 2205.14135, section 3.1).
+
+Decay: a score gains L_i - L_j <= 0. The sums are formed outwards from each block of queries, so their error is that of
+the distance, not of the position: a prefix sum over the row would lose the digits of a small difference.
+"""
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array
+
+from lcx.ops import MIXER_RESIDUALS
+from lcx.ops.tiling import add, cut, dot, each_head, put
+
+NEG = -1e30  # finite: exp(NEG - NEG) would be 1, so rows that see nothing are zeroed explicitly
+
+
+def tiled(
+    q: Array,
+    k: Array,
+    v: Array,
+    q_segments: Array | None,
+    kv_segments: Array | None,
+    q_offset: Array | None,
+    log_decay: Array | None,
+    *,
+    window: int | None,
+    scale: float,
+) -> Array:
+    """Arrays as in attention(). With its own backward pass (not with a q_offset: a cache is not trained through)."""
+    B, T, N, H = q.shape
+    S, K = k.shape[1:3]
+    plan = Plan.of(T, S, window=window, masked=q_segments is not None)
+    if q_segments is None or kv_segments is None:
+        q_segments, kv_segments = jnp.ones((1, T), jnp.int32), jnp.ones((1, S), jnp.int32)
+    # What is padded lies after every query, where causality alone hides it.
+    q_pad, kv_pad = (0, -T % plan.rows), (0, -S % plan.cols)
+    if q_offset is None:
+        q_pad = kv_pad
+
+    def by_kv_head(x, pad):
+        """[B, T, heads, ...] -> [B K, G, T, ...]"""
+        x = jnp.moveaxis(x, 1, 2).reshape(B * K, -1, x.shape[1], *x.shape[3:])
+        return jnp.pad(x, ((0, 0), (0, 0), pad, *((0, 0),) * (x.ndim - 3)))
+
+    def each_row(x, pad):
+        return jnp.pad(jnp.repeat(jnp.broadcast_to(x, (B, x.shape[1])), K, axis=0), ((0, 0), pad))
+
+    queries, segments = by_kv_head(q * scale, q_pad), each_row(kv_segments, kv_pad)
+    keys, values = (by_kv_head(x, kv_pad)[:, 0] for x in (k, v))
+    decay = None if log_decay is None else by_kv_head(log_decay.astype(jnp.float32), kv_pad)
+    if q_offset is None:
+        out = _tiled(queries, keys, values, segments, decay, plan)
+    else:
+        forward = functools.partial(_head_forward, plan=plan)
+        arrays = (
+            queries,
+            keys,
+            values,
+            each_row(q_segments, q_pad),
+            segments,
+            decay,
+            jnp.repeat(q_offset, K),
+        )
+        out, _ = each_head(forward, arrays)
+    return jnp.moveaxis(out[:, :, :T].reshape(B, N, T, H), 1, 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How one head is cut: `rows` queries against `cols` keys at a time."""
+
+    rows: int
+    cols: int
+    window: int | None
+    masked: bool  # several segments, or padding
+
+    @classmethod
+    def of(cls, T: int, S: int, *, window: int | None, masked: bool) -> "Plan":
+        # Measured on a CPU core, forward and backward, H = 32 and 64, T = 256 ... 4096: tiles of 64 x 128 stay in the
+        # second-level cache and beat 128 and 256 wide ones at every T by 1.1x to 1.4x.
+        rows, cols = (T, T) if T == S <= 64 else (min(T, 64), 128)
+        return cls(rows, cols, window, masked)
+
+    def over_rows(self, T: int, body, carry):
+        """carry = body(row, carry) for row = 0, rows, 2 rows, ... < T."""
+        return jax.lax.fori_loop(0, T // self.rows, lambda i, c: body(i * self.rows, c), carry)
+
+    def last(self, place: Array, S: int) -> Array:
+        """One past the last tile of keys that queries at place .. place + rows - 1 can see."""
+        return jnp.minimum((place + self.rows - 1) // self.cols + 1, S // self.cols)
+
+    def over_tiles(self, place: Array, S: int, body, carry):
+        """carry = body(first key, carry) for each tile of keys that any of these queries can see, nearest first."""
+        first = 0 if self.window is None else jnp.maximum(place - self.window + 1, 0) // self.cols
+        last = self.last(place, S)
+        return jax.lax.fori_loop(0, last - first, lambda j, c: body((last - 1 - j) * self.cols, c), carry)
+
+    def scores(
+        self, q: Array, k: Array, q_segments: Array, kv_segments: Array, place: Array, start: Array, gap
+    ):
+        """Scores of one tile, [G, rows, cols] float32, and which of them count, [rows, cols].
+
+        q [G, rows, H] and q_segments [rows] are those of the tile; its first query lies at `place` among the keys.
+        """
+        G, C, H = q.shape
+        size = self.cols
+        s = dot(q.reshape(G * C, H), cut(k, start, size), 1, 1).reshape(G, C, size) + gap
+        distance = (place - start) + jnp.arange(C)[:, None] - jnp.arange(size)[None]
+        seen = distance >= 0
+        if self.window is not None:
+            seen &= distance < self.window
+        if self.masked:
+            own = q_segments[:, None]
+            seen &= (own == cut(kv_segments, start, size)[None]) & (own != 0)
+        return jnp.where(seen, s, NEG), seen
+
+
+class Gaps(NamedTuple):
+    """L_i - L_j of one head, tile by tile and outwards from a block of queries whose first lies at p."""
+
+    rate: Array  # [G, S + rows]
+    after: Array  # [G, S]: the sum over the later tokens of a key's tile
+    total: Array  # [G, S / cols]
+
+    @classmethod
+    def of(cls, log_decay: Array, plan: Plan) -> "Gaps":
+        inside = log_decay.reshape(len(log_decay), -1, plan.cols)
+        after = jnp.cumsum(inside[:, :, :0:-1], axis=2)[:, :, ::-1]
+        after = jnp.pad(after, ((0, 0), (0, 0), (0, 1))).reshape(log_decay.shape)
+        return cls(jnp.pad(log_decay, ((0, 0), (0, plan.rows))), after, jnp.sum(inside, axis=2))
+
+    def of_queries(self, place: Array, rows: int) -> Array:
+        """L_i - L_p, [G, rows]."""
+        return jnp.cumsum(cut(self.rate, place, rows, axis=1).at[:, 0].set(0), axis=1)
+
+    def edge(self, place: Array, last: Array, cols: int) -> Array:
+        """L_p - L at the end of the tile before `last`, the first to be visited, [G]. At most one tile from p's."""
+        own = place // cols
+        beyond = jnp.where(last - 1 > own, cut(self.total, last - 1, 1, axis=1)[:, 0], 0)
+        return -cut(self.after, place, 1, axis=1)[:, 0] - beyond
+
+    def of_tile(self, of_queries: Array, edge: Array, start: Array, cols: int) -> tuple[Array, Array]:
+        """The tile's gaps [G, rows, cols], and the edge for the next one to the left."""
+        of_keys = cut(self.after, start, cols, axis=1) + edge[:, None]
+        return of_queries[:, :, None] + of_keys[:, None], edge + cut(self.total, start // cols, 1, axis=1)[
+            :, 0
+        ]
+
+
+def _head_forward(q, k, v, q_segments, kv_segments, decay, offset, *, plan: Plan) -> tuple[Array, Array]:
+    """One row and kv head: q [G,T,H], k and v [S,H] -> out [G,T,H], logsumexp [G,T] float32."""
+    G, T, H = q.shape
+    S, C, size = k.shape[0], plan.rows, plan.cols
+    gaps = None if decay is None else Gaps.of(decay, plan)
+
+    def rows(row, carry):
+        q_row, own = cut(q, row, C, axis=1), cut(q_segments, row, C)
+        place = row + offset
+        start_gap = None if gaps is None else gaps.of_queries(place, C)
+
+        def tile(start, state):
+            out, top, total, edge = state
+            gap, edge = (0, None) if gaps is None else gaps.of_tile(start_gap, edge, start, size)
+            s, _ = plan.scores(q_row, k, own, kv_segments, place, start, gap)
+            new_top = jnp.maximum(top, jnp.max(s, axis=-1))
+            p, shrink = jnp.exp(s - new_top[..., None]), jnp.exp(top - new_top)
+            new = dot(p.astype(v.dtype).reshape(G * C, size), cut(v, start, size), 1, 0).reshape(G, C, H)
+            return out * shrink[..., None] + new, new_top, total * shrink + jnp.sum(p, axis=-1), edge
+
+        zeros = jnp.zeros((G, C), jnp.float32)
+        edge = None if gaps is None else gaps.edge(place, plan.last(place, S), size)
+        empty = (jnp.zeros((G, C, H), jnp.float32), zeros + NEG, zeros, edge)
+        out, top, total, _ = plan.over_tiles(place, S, tile, empty)
+        out = out / total[..., None]
+        if plan.masked:  # padding sees nothing
+            out = jnp.where(own[None, :, None] != 0, out, 0)
+        return put(carry[0], out, row, axis=1), put(carry[1], top + jnp.log(total), row, axis=1)
+
+    return plan.over_rows(T, rows, (jnp.zeros_like(q), jnp.zeros((G, T), jnp.float32)))
+
+
+def _head_backward(q, k, v, segments, decay, out, lse, d_out, *, plan: Plan) -> tuple:
+    """Gradients for one row and kv head; scores are recomputed tile by tile."""
+    G, T, H = q.shape
+    C, size = plan.rows, plan.cols
+    gaps = None if decay is None else Gaps.of(decay, plan)
+    delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1)
+
+    def rows(row, carry):
+        dq, dk, dv, d_sums = carry
+        q_row, d_row, lse_row, delta_row = (cut(x, row, C, axis=1) for x in (q, d_out, lse, delta))
+        own = cut(segments, row, C)
+        flat_q, flat_d = q_row.reshape(G * C, H), d_row.reshape(G * C, H)
+        start_gap = None if gaps is None else gaps.of_queries(row, C)
+
+        def tile(start, state):
+            dq_row, dk, dv, d_sums, edge = state
+            gap, edge = (0, None) if gaps is None else gaps.of_tile(start_gap, edge, start, size)
+            s, seen = plan.scores(q_row, k, own, segments, row, start, gap)
+            p = jnp.where(seen, jnp.exp(s - lse_row[..., None]), 0)
+            dp = dot(flat_d, cut(v, start, size), 1, 1).reshape(G, C, size)
+            ds = p * (dp - delta_row[..., None])
+            if gaps is not None:
+                d_sums = add(d_sums, jnp.sum(ds, axis=2), row, axis=1)
+                d_sums = add(d_sums, -jnp.sum(ds, axis=1), start, axis=1)
+            ds = ds.astype(k.dtype).reshape(G * C, size)
+            dk = add(dk, dot(ds, flat_q, 0, 0), start)
+            dv = add(dv, dot(p.astype(v.dtype).reshape(G * C, size), flat_d, 0, 0), start)
+            return dq_row + dot(ds, cut(k, start, size), 1, 0), dk, dv, d_sums, edge
+
+        edge = None if gaps is None else gaps.edge(row, plan.last(row, T), size)
+        state = (jnp.zeros((G * C, H), jnp.float32), dk, dv, d_sums, edge)
+        dq_row, dk, dv, d_sums, _ = plan.over_tiles(row, T, tile, state)
+        return put(dq, dq_row.reshape(G, C, H), row, axis=1), dk, dv, d_sums
+
+    zeros = jnp.zeros(k.shape, jnp.float32)
+    d_sums = None if decay is None else jnp.zeros_like(decay)
+    dq, dk, dv, d_sums = plan.over_rows(T, rows, (jnp.zeros_like(q), zeros, zeros, d_sums))
+    d_decay = None if d_sums is None else jnp.cumsum(d_sums[:, ::-1], axis=1)[:, ::-1]
+    return dq, dk.astype(k.dtype), dv.astype(v.dtype), d_decay
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _tiled(q, k, v, segments, decay, plan: Plan):
+    return _tiled_forward(q, k, v, segments, decay, plan)[0]
+
+
+def _tiled_forward(q, k, v, segments, decay, plan: Plan):
+    def forward(q, k, v, segments, decay):
+        return _head_forward(q, k, v, segments, segments, decay, 0, plan=plan)
+
+    out, lse = each_head(forward, (q, k, v, segments, decay))
+    out, lse = checkpoint_name(out, MIXER_RESIDUALS), checkpoint_name(lse, MIXER_RESIDUALS)
+    return out, (q, k, v, segments, decay, out, lse)
+
+
+def _tiled_backward(plan: Plan, residuals, d_out):
+    dq, dk, dv, d_decay = each_head(functools.partial(_head_backward, plan=plan), (*residuals, d_out))
+    return dq, dk, dv, None, d_decay
+
+
+_tiled.defvjp(_tiled_forward, _tiled_backward)

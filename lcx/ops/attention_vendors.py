@@ -1,0 +1,86 @@
+"""Softmax attention by the kernels that come with JAX: cuDNN's on NVIDIA GPUs, splash attention on TPUs.
+
+Each has an obstacle in words for what it does not cover; ops/attention.py then takes the next form.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from lcx.ops import MIXER_RESIDUALS, dispatch
+
+LANES = 128  # of a TPU's vector registers
+BLOCK = 512  # of queries, and of keys: fits VMEM forward and backward up to H = 256
+
+
+def _common(q: Array, k: Array, *, cached: bool, decays: bool) -> str | None:
+    if cached or q.shape[1] != k.shape[1]:
+        return "queries against a cache of keys are not covered"
+    return "log_decay is not covered" if decays else None
+
+
+def cudnn_obstacle(q: Array, k: Array, *, segmented: bool, cached: bool, decays: bool) -> str | None:
+    if missing := dispatch.on("gpu"):
+        return missing
+    if q.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"cuDNN takes bfloat16 and float16, found {q.dtype}"
+    if q.shape[-1] % 8 or q.shape[-1] > 128:
+        return f"cuDNN takes head sizes that are multiples of 8 up to 128, found {q.shape[-1]}"
+    if segmented:  # only as a bias of T x T
+        return "packed segments are not covered"
+    return _common(q, k, cached=cached, decays=decays)
+
+
+def cudnn(q: Array, k: Array, v: Array, *, window: int | None, scale: float) -> Array:
+    """[B, T, N, H] queries, [B, T, K, H] keys and values; causal."""
+    span = None if window is None else (window - 1, 0)
+    return jax.nn.dot_product_attention(
+        q, k, v, scale=scale, is_causal=True, local_window_size=span, implementation="cudnn"
+    )
+
+
+def splash_obstacle(q: Array, k: Array, *, cached: bool, decays: bool) -> str | None:
+    if missing := dispatch.on("tpu"):
+        return missing
+    if q.dtype not in (jnp.bfloat16, jnp.float32):
+        return f"splash attention takes bfloat16 and float32, found {q.dtype}"
+    return _common(q, k, cached=cached, decays=decays)
+
+
+def splash(
+    q: Array,
+    k: Array,
+    v: Array,
+    segment_ids: Array | None,
+    *,
+    window: int | None,
+    scale: float,
+    interpret: bool = False,
+) -> Array:
+    """[B, T, N, H] queries, [B, T, K, H] keys and values, segment_ids [B, T]; causal. Padding gives 0."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    B, T, N, _ = q.shape
+    block = min(BLOCK, -(-T // LANES) * LANES)
+    ids = jnp.ones((B, T), jnp.int32) if segment_ids is None else segment_ids
+    pad = (0, -T % block)  # padded tokens come last, where causality alone hides them
+    padded_ids = jnp.pad(ids, ((0, 0), pad))
+    heads_first = (jnp.pad(jnp.moveaxis(x, 1, 2), ((0, 0), (0, 0), pad, (0, 0))) for x in (q * scale, k, v))
+    length = padded_ids.shape[1]
+    if window is None:
+        mask = masks.CausalMask((length, length))
+    else:
+        mask = masks.LocalMask((length, length), (window - 1, 0), 0)
+    names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
+    kernel = kernels.make_splash_mha_single_device(
+        mask=masks.MultiHeadMask([mask] * N),
+        block_sizes=kernels.BlockSizes(**{f"block_{name}": block for name in names}),
+        residual_checkpoint_name=MIXER_RESIDUALS,
+        interpret=interpret,
+    )
+    if segment_ids is None:
+        out = jax.vmap(kernel)(*heads_first)
+    else:
+        out = jax.vmap(kernel)(*heads_first, kernels.SegmentIds(padded_ids, padded_ids))
+    return jnp.where((ids != 0)[:, :, None, None], jnp.moveaxis(out, 2, 1)[:, :T], 0)
