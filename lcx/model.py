@@ -5,7 +5,7 @@ blocks; each stage is one scan, so compile time follows the period of the patter
 
     Llama-3 8B             ((A,) x 32)
     Qwen2, mixed windows   ((full,) x 21, (sliding,) x 7)
-    Evo 2 7B               ((S, M, L, A, S, M, L) x 4, (S, M, L, A) x 1)
+    Evo 2 7B               ((S,) x 1, (M, L, A, S, M, L, S) x 4, (M, L, A) x 1): the first layer's MLP is another
 """
 
 import dataclasses
@@ -45,18 +45,34 @@ REMAT = {
 }
 
 
+ACTIVATIONS = {
+    "silu": nn.silu,
+    "gelu": functools.partial(nn.gelu, approximate=False),
+    "identity": lambda x: x,
+}
+
+
 class Mlp(nn.Module):
-    """SwiGLU: down(silu(gate x) * up x) (Shazeer 2020, arXiv 2002.05202)."""
+    """Gated: down(activation(gate x) * up x) (Shazeer 2020, arXiv 2002.05202); with silu, SwiGLU.
+
+    Attributes:
+      activation: a key of ACTIVATIONS; gelu is the exact one.
+    """
 
     intermediate_size: int
     bias: bool = False
+    activation: str = "silu"
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        if self.activation not in ACTIVATIONS:
+            raise UserError(f"activation {self.activation!r}: expected one of {', '.join(ACTIVATIONS)}")
         D, F = (x.shape[-1],), (self.intermediate_size,)
         gate = Linear(D, F, ("embed", "mlp"), self.bias, name="gate_proj")(x)
         up = Linear(D, F, ("embed", "mlp"), self.bias, name="up_proj")(x)
-        return Linear(F, D, ("mlp", "embed"), self.bias, name="down_proj")(nn.silu(gate) * up)
+        return Linear(F, D, ("mlp", "embed"), self.bias, name="down_proj")(
+            ACTIVATIONS[self.activation](gate) * up
+        )
 
 
 class Block(nn.Module):
@@ -91,7 +107,8 @@ class _Period(nn.Module):
     """One pass through a stage's pattern: the body of its scan.
 
     Flax adopts modules that it finds in attributes and names their parameters after the attribute. It does not look
-    into a Stage, so blocks are named here, and their mixers `mixer`, whatever their class.
+    into a Stage, so blocks are named here, and their mixers `mixer`, whatever their class. It takes one object in two
+    places for one set of weights, so each block gets copies of its own.
     """
 
     stage: Stage
@@ -101,7 +118,8 @@ class _Period(nn.Module):
         caches = {}
         for i, block in enumerate(self.stage.pattern):
             name = f"block_{i}"
-            block = block.clone(parent=self, name=name)
+            parts = {"mixer": block.mixer.clone(parent=None), "mlp": block.mlp.clone(parent=None)}
+            block = block.clone(parent=self, name=name, **parts)
             block_cache = None if cache is None else cache[name]
             x, caches[name] = block(x, positions=positions, segment_ids=segment_ids, cache=block_cache)
         return x, caches
@@ -281,18 +299,26 @@ def llama(
 
 
 def stages_of(blocks: tuple[Block, ...]) -> tuple[Stage, ...]:
-    """Blocks in depth order -> the fewest stages: the shortest period that tiles the depth, else runs of equals."""
+    """Blocks in depth order -> stages that compile little: one whose period tiles the depth, else the cut of the depth
+    into repeated patterns with the fewest blocks and stages in all."""
     depth = len(blocks)
     for period in range(1, depth // 2 + 1):
         if depth % period == 0 and blocks == blocks[:period] * (depth // period):
             return (Stage(blocks[:period], depth // period),)
-    runs: list[list[Block]] = []
-    for block in blocks:
-        if runs and runs[-1][0] == block:
-            runs[-1].append(block)
-        else:
-            runs.append([block])
-    return tuple(Stage((run[0],), len(run)) for run in runs)
+    best: list[tuple[int, tuple[Stage, ...]]] = [(0, ())]  # of the first n blocks: (cost, stages)
+    for end in range(1, depth + 1):
+        found = []
+        for period in range(1, end + 1):
+            pattern, repeat = blocks[end - period : end], 1
+            while True:
+                cost, stages = best[end - period * repeat]
+                found.append((cost + period + 1, (*stages, Stage(pattern, repeat))))
+                start = end - period * (repeat + 1)
+                if start < 0 or blocks[start : start + period] != pattern:
+                    break
+                repeat += 1
+        best.append(min(found, key=lambda one: (one[0], len(one[1]))))
+    return best[depth][1]
 
 
 def map_mixers(model: Decoder, fn) -> Decoder:

@@ -19,7 +19,9 @@ SMALL = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_heads=4, m
         ((None,) * 6, [(1, 6)]),
         ((None, 5) * 3, [(2, 3)]),
         ((None, None, None, 5, 5), [(1, 3), (1, 2)]),
-        ((5, None, 5), [(1, 1), (1, 1), (1, 1)]),
+        ((5, None, 5), [(3, 1)]),
+        ((None, 5, 5) * 2, [(3, 2)]),
+        ((7, 5, None) + (5, 5, 9) * 3 + (5,), [(4, 1), (3, 3)]),
         ((None,), [(1, 1)]),
     ],
 )
@@ -28,6 +30,15 @@ def test_layers_become_the_fewest_stages(windows, stages):
     assert [(len(stage.pattern), stage.repeat) for stage in model.stages] == stages
     in_order = [block.mixer.window for s in model.stages for _ in range(s.repeat) for block in s.pattern]
     assert tuple(in_order) == windows and model.num_layers == len(windows)
+
+
+def test_equal_blocks_of_a_pattern_have_weights_of_their_own():
+    """The builder reuses one block object for all layers of a kind; Flax would share its weights."""
+    uniform, mixed = (llama(**SMALL, num_layers=6, layer_windows=w) for w in ((None,) * 6, (None, 5, 5) * 2))
+    assert model_lib.num_params(mixed) == model_lib.num_params(uniform)
+    kernels = model_lib.init_params(mixed, jax.random.key(0))["stages_0"]
+    first, second = (kernels[f"block_{i}"]["mixer"]["q_proj"]["kernel"] for i in (1, 2))
+    assert not np.array_equal(first, second)
 
 
 def test_one_scan_or_many_stages_compute_the_same():
@@ -84,7 +95,9 @@ def test_remat_changes_nothing_but_memory():
 
     expected = gradients("none")
     for remat in ("dots", "full"):
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4, rtol=1e-4), gradients(remat), expected)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4, rtol=1e-4), gradients(remat), expected
+        )
 
 
 def test_a_cache_fixes_the_length_of_a_dynamic_rope():

@@ -1,0 +1,96 @@
+"""StripedHyena 2, the architecture of Evo 2: stripes of short, medium and long convolutions and of attention.
+
+(Ku et al. 2025, "Systems and Algorithms for Convolutional Multi-Hybrid Language Models at Scale"; Brixi et al. 2025,
+"Genome modeling and design across all domains of life with Evo 2".)
+"""
+
+from typing import Any
+
+from lcx.errors import UserError
+from lcx.mixers.attention import Attention
+from lcx.mixers.hyena import HyenaLI, HyenaMR, HyenaSE
+from lcx.model import Block, Decoder, Mlp, stages_of
+from lcx.rope import Rope
+
+LETTERS = {"S": "Hyena-SE", "D": "Hyena-MR", "H": "Hyena-LI", "*": "attention"}
+
+
+def striped_hyena(
+    *,
+    pattern: str,
+    hidden_size: int,
+    intermediate_size: int,
+    num_heads: int,
+    max_position_embeddings: int,
+    se_groups: int,
+    mr_groups: int,
+    vocab_size: int = 512,
+    se_length: int = 7,
+    mr_length: int = 128,
+    num_modes: int = 16,
+    featurizer_length: int = 3,
+    init_length: int = 8192,
+    rope: Rope = Rope(),  # noqa: B008 (frozen)
+    activation: str = "gelu",
+    activated_layers: int | None = 1,
+    norm_eps: float = 1e-6,
+    tie_word_embeddings: bool = True,
+    dtype: str = "float32",
+    remat: str = "none",
+    implementation: str | None = None,
+) -> Decoder:
+    """A StripedHyena 2.
+
+    Args:
+      pattern: a letter a layer: S, D and H for Hyena-SE, -MR and -LI, * for attention, as Evo 2's configurations write
+        it ("SDH*SDHSDH*...").
+      num_heads: of attention, each hidden_size / num_heads wide.
+      se_groups, mr_groups: filters of a layer; hidden_size / groups channels share one.
+      init_length: the length that filters are initialised for.
+      activation: of the MLPs of the first `activated_layers` layers (None: of all). The others multiply gate and up
+        as they are: so Evo 2 was trained, where only layer 0 has its gelu.
+      implementation: of convolutions and attention, see ops; None picks the fastest that is valid.
+
+    Raises:
+      UserError: an unknown letter, or sizes that do not divide.
+    """
+    unknown = sorted(set(pattern) - set(LETTERS))
+    if unknown or not pattern:
+        expected = ", ".join(f"{letter} ({name})" for letter, name in LETTERS.items())
+        raise UserError(f"pattern {pattern!r}: found {''.join(unknown)!r}, expected letters {expected}")
+    for name, parts in (("num_heads", num_heads), ("se_groups", se_groups), ("mr_groups", mr_groups)):
+        if hidden_size % parts:
+            raise UserError(f"hidden_size {hidden_size} is not a multiple of {name} {parts}; change {name}")
+    shared: dict[str, Any] = {
+        "num_channels": hidden_size,
+        "featurizer_length": featurizer_length,
+        "implementation": implementation,
+        "parent": None,
+    }
+    head_dim = hidden_size // num_heads
+    mixers = {
+        "S": HyenaSE(num_groups=se_groups, filter_length=se_length, **shared),
+        "D": HyenaMR(num_groups=mr_groups, filter_length=mr_length, init_length=init_length, **shared),
+        "H": HyenaLI(num_modes=num_modes, init_length=init_length, **shared),
+        "*": Attention(
+            num_heads, num_heads, head_dim, rope, o_bias=True, implementation=implementation, parent=None
+        ),
+    }
+    first = len(pattern) if activated_layers is None else activated_layers
+
+    def block(i: int, letter: str) -> Block:
+        mlp = Mlp(intermediate_size, activation=activation if i < first else "identity", parent=None)
+        return Block(mixer=mixers[letter], mlp=mlp, norm_eps=norm_eps, parent=None)
+
+    return Decoder(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        stages=stages_of(tuple(block(i, letter) for i, letter in enumerate(pattern))),
+        max_position_embeddings=max_position_embeddings,
+        norm_eps=norm_eps,
+        tie_word_embeddings=tie_word_embeddings,
+        model_type="striped_hyena",
+        dtype=dtype,
+        remat=remat,
+        parent=None,
+    )
