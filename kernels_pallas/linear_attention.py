@@ -1,0 +1,334 @@
+"""Linear attention with an optional scalar decay per head (Mamba-2's SSD): one recurrence, run four times.
+
+    S_t = e^{a_t} S_{t-1} + k_t v_t^T      y_t = q_t S_t      with normalize: y_t = q_t S_t / (q_t z_t + eps)
+    z_t = e^{a_t} z_{t-1} + k_t
+
+Letters: B batch, T time, N heads, P features of q and k, H head dim of v, C tokens in a chunk.
+
+The recurrence, a chunk at a time. With g the sum of a from the chunk's first token on (within the chunk, so that no
+exponent below is positive, and none is a difference of large sums), S the state that enters the chunk:
+
+    out = e^g (q S) + [(q k^T) . W] v     W_ij = e^{g_i - g_j} for j <= i, else 0        C x C, never stored
+    S  <- e^{g_C} S + k^T (e^{g_C - g} v)                                                P x H in float32
+
+Four products, 2 C (P + H) + 4 P H FLOPs a token and head: 98 K for C = 64 and P = H = 128; q, k, v read and y written
+once, 1024 bytes in bfloat16. An H200 (4.3 TB/s, 790 TFLOP/s) needs 0.24 ns for the bytes and 0.12 for the products, a
+v5e (819 GB/s, 197 TFLOP/s; C = 256, so 197 K) 1.25 and 1.0: memory bound, if all happens in one pass. That is the
+difference from kernels that write the chunks' states and read them again, 2.5 times the bytes (flash-linear-attention's
+`chunk_h` and `chunk_o`; Mamba-2's five, arXiv 2405.21060, sections 6 and 7).
+
+The backward pass is the same recurrence. Written as sums over pairs, with w_ij = e^{a_{j+1} + ... + a_i} and dy the
+cotangent of y,
+
+    y_i  = sum_{j<=i} w_ij (q_i.k_j) v_j          = recurrence(q,  k,  v)
+    dq_i = sum_{j<=i} w_ij (dy_i.v_j) k_j         = recurrence(dy, v,  k)
+    dk_j = sum_{i>=j} w_ij (v_j.dy_i) q_i         = recurrence(v,  dy, q)    reversed in time
+    dv_j = sum_{i>=j} w_ij (k_j.q_i) dy_i         = recurrence(k,  q,  dy)   reversed in time
+
+and the states are S, S^T, dS^T and dS. So no chunk's state is stored, there is one kernel to get right, and 3072 bytes
+a token and head go through memory where the least possible is 1792. In reverse, e^g and e^{g_C - g} change places and
+the triangle is the upper one.
+
+The normaliser adds a vector z to the state, and y = num / norm. With dnum = dy / norm in place of dy, dnorm = -dnum.y,
+the pairs' products dy_i.v_j become dnum_i.v_j + dnorm_i: a `bias` on the query's side for dq and on the key's side for
+dk, and a `row` of P numbers beside the state, z or its cotangent.
+
+The decay's gradient needs no products: da_t sums what passes between keys before t and queries from t on. With
+R_i = q_i.dq_i and K_j = k_j.dk_j that is sum_{i>=t} (R_i - K_i) up to any e, plus <dS_e, S_e>. Over a whole sequence
+the sum would drown in rounding errors; here the states are kept at the edges of spans of `SPAN` tokens.
+
+Documents in a row (`runs`) only mask: a token sees keys from `limit` on, and the entering state if that is its
+document's; the state that leaves holds the last token's document.
+
+Small batches. A program walks all of T, and B N H / 64 programs may not fill a GPU. Then T is cut into `split` pieces
+that are walked at once: a pass over k and v alone gives what each piece adds to the state, a sum over the few pieces
+the states that enter them (as Dao & Gu, section 8.2, do across devices).
+
+What a platform's `recurrence(arrays, heads=, reverse=, eps=, span=, tile=, interpret=)` takes and gives:
+
+    q, k [B,T,n,P], v [B,T,n,V]   any n that divides N      out [B,T,N,V]
+    state [B,N,P,V] float32       the entering state        states [B,N,T/span,P,V]: after each span
+    decay, reach, keep [B,n,T]    g, e^g, e^{g_C - g}       (reach and keep masked with runs, exchanged in reverse)
+    limit [B,T]                   first key in the chunk that counts, in reverse the last
+    sums [B,N,P]                  z; with it the output is normalised      all_sums [B,N,T/span,P], norm [B,N,T]
+    row [B,N,V]                   with query_bias or key_bias [B,N,T]      rows [B,N,T/span,V]
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Float, Int
+
+from kernels_pallas import linear_attention_gpu, linear_attention_tpu
+
+RESIDUALS = "mixer_residuals"  # what rematerialising a block may keep: lcx.ops.MIXER_RESIDUALS
+SIZES = (16, 32, 64, 128)
+SPAN = 512  # states at its edges are 1/4 of y's bytes in float32; rounding in da grows as the root of it
+SLOTS = 264  # programs that an H200 runs at once: two on each of 132 multiprocessors
+PIECE = 1024  # tokens that one program walks at least
+
+
+def obstacle(q: Array, k: Array, v: Array, *, platform: str) -> str | None:
+    """Why the kernel does not take these arrays, or None."""
+    P, H = q.shape[-1], v.shape[-1]
+    if P not in SIZES or H not in SIZES:
+        return f"{P} features and head dim {H}: expected each one of {', '.join(map(str, SIZES))}"
+    dtype = jnp.result_type(q, k, v)
+    if dtype not in (jnp.float32, jnp.bfloat16):
+        return f"{dtype}: expected float32 or bfloat16"
+    if platform == "gpu" and dtype == jnp.float32 and max(P, H) > 64:
+        return (
+            f"float32 with {P} features and head dim {H}: registers hold up to 64 of each; expected bfloat16"
+        )
+    return None
+
+
+def linear_attention(
+    q: Float[Array, "B T Nq P"],
+    k: Float[Array, "B T Nk P"],
+    v: Float[Array, "B T Nv H"],
+    *,
+    log_decay: Float[Array, "B T Na"] | None = None,
+    normalize: bool = False,
+    eps: float = 1e-12,
+    runs: Int[Array, "B T"] | None = None,
+    initial_state: tuple[Array, Array | None] | None = None,
+    platform: str,
+    interpret: bool = False,
+) -> tuple[Float[Array, "B T N H"], tuple[Array, Array | None]]:
+    """(y in v's dtype, (S [B, N, P, H], z [B, N, P] or None without normalize) after the last token, float32).
+
+    Args:
+      log_decay: a <= 0. N is the largest count of heads; arrays with fewer share theirs among consecutive heads.
+      runs: the index of each token's document, never falling, 0 for that of the initial state. Padding takes the
+        index of what precedes it, and comes with k = 0 and a = 0.
+      platform: "gpu" or "tpu".
+      interpret: run on a CPU, for tests.
+    """
+    B, T, _, P = q.shape
+    H, dtype = v.shape[3], v.dtype
+    N = max(x.shape[2] for x in (q, k, v, log_decay) if x is not None)
+    q, k, v = (x.astype(jnp.result_type(q, k, v)) for x in (q, k, v))
+    kv, z = (None, None) if initial_state is None else initial_state
+    kv = jnp.zeros((B, N, P, H), jnp.float32) if kv is None else kv
+    z = (jnp.zeros((B, N, P), jnp.float32) if z is None else z) if normalize else None
+    plan = _plan(B, T, N, P, H, q.dtype, log_decay is not None, eps, platform, interpret)
+    short = -T % (plan.span * plan.split)
+    q, k, v, log_decay = (None if x is None else _pad(x, short) for x in (q, k, v, log_decay))
+    if log_decay is not None:
+        log_decay = log_decay.astype(jnp.float32)
+    if runs is not None:
+        runs = jnp.pad(runs, ((0, 0), (0, short)), mode="edge")
+    y, state = _attend(q, k, v, log_decay, runs, kv, z, plan)
+    return y[:, :T].astype(dtype), state
+
+
+def _pad(x: Array, short: int) -> Array:
+    return jnp.pad(x, ((0, 0), (0, short)) + ((0, 0),) * (x.ndim - 2)) if short else x
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How T is cut: into `split` pieces, these into spans, these into chunks (all in tokens but `split`)."""
+
+    platform: str
+    interpret: bool
+    heads: int
+    eps: float
+    chunk: int
+    span: int
+    split: int
+
+
+def _plan(B, T, N, P, H, dtype, decays, eps, platform, interpret) -> Plan:
+    split = 1
+    if platform == "tpu":
+        chunk = linear_attention_tpu.chunk(T)
+    else:
+        chunk = linear_attention_gpu.chunk(dtype)
+        programs = B * N * max(1, min(P, H) // 64)
+        split = max(1, min(SLOTS // programs, T // PIECE))
+    chunks = -(-T // (chunk * split))
+    spans = -(-chunks * chunk // SPAN) if decays else 1
+    return Plan(platform, interpret, N, eps, chunk, -(-chunks // spans) * chunk, split)
+
+
+# ------------------------------------------------------------------------------------------------ decays and documents
+
+
+def _vectors(log_decay: Array | None, runs: Array | None, C: int) -> tuple[dict, dict]:
+    """decay, reach, keep and limit of the recurrence, and of the reversed one."""
+    if log_decay is None and runs is None:
+        return {}, {}
+    reach = keep = jnp.ones((1, 1, 1, 1), jnp.float32)
+    decay, first, last = {}, {}, {}
+    if log_decay is not None:
+        B, T, n = log_decay.shape
+        g = jnp.cumsum(jnp.swapaxes(log_decay, 1, 2).reshape(B, n, T // C, C), axis=-1)
+        reach, keep = jnp.exp(g), jnp.exp(g[..., -1:] - g)
+        decay = {"decay": g.reshape(B, n, T)}
+    if runs is not None:
+        B, T = runs.shape
+        run, place = runs.reshape(B, T // C, C), jnp.arange(C)
+        before = jnp.pad(run[:, :-1, -1:], ((0, 0), (1, 0), (0, 0)))
+        reach, keep = reach * (run == before)[:, None], keep * (run == run[..., -1:])[:, None]
+        begins = jnp.diff(run, axis=2, prepend=run[..., :1]) != 0
+        ends = jnp.diff(run, axis=2, append=run[..., -1:]) != 0
+        first = {"limit": lax.cummax(jnp.where(begins, place, 0), axis=2).reshape(B, T)}
+        last = {"limit": lax.cummin(jnp.where(ends, place, C - 1), axis=2, reverse=True).reshape(B, T)}
+    reach, keep = (x.reshape(*x.shape[:2], -1) for x in (reach, keep))
+    return {**decay, **first, "reach": reach, "keep": keep}, {**decay, **last, "reach": keep, "keep": reach}
+
+
+# ------------------------------------------------------------------------------------------------------ the recurrence
+
+
+def _run(arrays: dict, plan: Plan, *, reverse: bool = False) -> dict:
+    """The recurrence over all of T."""
+    kernels = linear_attention_tpu if plan.platform == "tpu" else linear_attention_gpu
+    recurrence = functools.partial(
+        kernels.recurrence,
+        heads=plan.heads,
+        reverse=reverse,
+        eps=plan.eps,
+        chunk=plan.chunk,
+        interpret=plan.interpret,
+    )
+    if plan.split == 1:
+        return recurrence(arrays, span=plan.span)
+    S, carried = plan.split, [name for name in ("state", "row", "sums") if name in arrays]
+    pieces = {name: _cut(name, x, S) for name, x in arrays.items() if name not in carried}
+    for name, x in _entering(
+        pieces, {name: arrays[name] for name in carried}, S, recurrence, reverse
+    ).items():
+        pieces[name] = x
+    return {name: _join(name, x, S) for name, x in recurrence(pieces, span=plan.span).items()}
+
+
+def _entering(pieces: dict, first: dict, S: int, recurrence, reverse: bool) -> dict:
+    """The states that enter each piece: what the pieces before it contribute, each by itself, decayed and added up."""
+    T, C = pieces["v"].shape[1], recurrence.keywords["chunk"]
+    arrays = {name: x for name, x in pieces.items() if name not in ("q", "decay", "limit", "query_bias")}
+    zeros = {name: jnp.zeros((x.shape[0] * S, *x.shape[1:]), x.dtype) for name, x in first.items()}
+    own = recurrence({**arrays, **zeros}, span=T)
+    own = {
+        name: own[after]
+        for name, after in (("state", "states"), ("row", "rows"), ("sums", "all_sums"))
+        if name in first
+    }
+    own = {name: jnp.swapaxes(x.reshape(-1, S, *x.shape[1:2], *x.shape[3:]), 0, 1) for name, x in own.items()}
+    whole = jnp.ones((S, 1, 1), jnp.float32)
+    if "keep" in arrays:
+        whole = jnp.prod(arrays["keep" if reverse else "reach"][..., C - 1 :: C], axis=-1)
+        whole = jnp.swapaxes(whole.reshape(-1, S, whole.shape[1]), 0, 1)
+        whole = jnp.repeat(whole, recurrence.keywords["heads"] // whole.shape[2], axis=2)
+
+    def step(state, x):
+        whole, own = x
+        new = {n: s * whole.reshape(*whole.shape, *(1,) * (s.ndim - 2)) + own[n] for n, s in state.items()}
+        return new, state
+
+    _, entering = lax.scan(step, first, (whole, own), reverse=reverse)
+    return {name: jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:]) for name, x in entering.items()}
+
+
+def _cut(name: str, x: Array, S: int) -> Array:
+    """Pieces of T become rows."""
+    if name in ("q", "k", "v", "limit"):
+        return x.reshape(x.shape[0] * S, -1, *x.shape[2:])
+    x = x.reshape(*x.shape[:2], S, -1)
+    return jnp.swapaxes(x, 1, 2).reshape(-1, x.shape[1], x.shape[3])
+
+
+def _join(name: str, x: Array, S: int) -> Array:
+    """The rows of a result become one again."""
+    if name == "out":
+        return x.reshape(-1, S * x.shape[1], *x.shape[2:])
+    x = jnp.swapaxes(x.reshape(-1, S, *x.shape[1:]), 1, 2)
+    return x.reshape(*x.shape[:2], -1, *x.shape[4:])
+
+
+# --------------------------------------------------------------------------------------------------- values, gradients
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
+def _attend(q, k, v, log_decay, runs, kv, z, plan: Plan):
+    return _forward(q, k, v, log_decay, runs, kv, z, plan)[0]
+
+
+def _forward(q, k, v, log_decay, runs, kv, z, plan: Plan):
+    vectors, _ = _vectors(log_decay, runs, plan.chunk)
+    sums = {} if z is None else {"sums": z}
+    done = _run({"q": q, "k": k, "v": v, "state": kv, **vectors, **sums}, plan)
+    done = {name: checkpoint_name(x, RESIDUALS) for name, x in done.items()}
+    result = done["out"], (done["states"][:, :, -1], done["all_sums"][:, :, -1] if sums else None)
+    if not sums:
+        del done["out"]  # only the division's gradient needs it
+    return result, (q, k, v, log_decay, runs, kv, z, done)
+
+
+def _backward(plan: Plan, residuals, cotangents):
+    q, k, v, log_decay, runs, kv, z, done = residuals
+    dy, (d_kv, d_z) = cotangents
+    forward, reverse = _vectors(log_decay, runs, plan.chunk)
+    row, into_q, into_k = None, {}, {}
+    if z is not None:
+        norm = jnp.swapaxes(done["norm"], 1, 2)[..., None]
+        dy = (dy / jnp.where(norm == 0, 1.0, norm)).astype(dy.dtype)
+        d_norm = -jnp.sum(dy.astype(jnp.float32) * done["out"].astype(jnp.float32), axis=-1)
+        row, bias = -plan.eps * d_norm, jnp.swapaxes(d_norm, 1, 2)  # row: dnum.num + dnorm (norm - eps)
+        into_q, into_k = {"query_bias": bias, "row": z}, {"key_bias": bias, "row": d_z}
+    turned = functools.partial(jnp.swapaxes, axis1=2, axis2=3)
+    dq = _run({"q": dy, "k": v, "v": k, "state": turned(kv), **forward, **into_q}, plan)["out"]
+    to_v = _run({"q": k, "k": q, "v": dy, "state": d_kv, **reverse}, plan, reverse=True)
+    to_k = _run({"q": v, "k": dy, "v": q, "state": turned(d_kv), **reverse, **into_k}, plan, reverse=True)
+    dk, dv, d_kv_before = to_k["out"], to_v["out"], to_v["states"]
+    da = None
+    if log_decay is not None:
+        change = (_inner(q, dq) if row is None else row) - _inner(k, dk)
+        across = _across(done["states"], d_kv_before, kv, d_kv)
+        if z is not None:
+            across += _across(done["all_sums"], to_k["rows"], z, d_z)
+        da = _summed(_pairs_across(change, across, plan.span), log_decay.shape[2])
+    dq, dk, dv = (_summed(d, x.shape[2]).astype(x.dtype) for d, x in ((dq, q), (dk, k), (dv, v)))
+    return dq, dk, dv, da, None, d_kv_before[:, :, 0], None if z is None else to_k["rows"][:, :, 0]
+
+
+def _inner(x: Array, dx: Array) -> Array:
+    """x . dx for every token and head of dx, float32."""
+    B, T, n, P = x.shape
+    dx = dx.reshape(B, T, n, -1, P).astype(jnp.float32)
+    return jnp.sum(dx * x[:, :, :, None].astype(jnp.float32), axis=-1).reshape(B, T, -1)
+
+
+def _across(states: Array, d_states: Array, state: Array, d_state: Array) -> Array:
+    """What the pairs on both sides of a span's edge give, <dS, S>: [B, spans + 1, N], the outer edges included."""
+    states = jnp.concatenate([state[:, :, None], states], axis=2)
+    d_states = jnp.concatenate([d_states, d_state[:, :, None]], axis=2)
+    return jnp.swapaxes(jnp.sum(d_states * states, axis=range(3, states.ndim)), 1, 2)
+
+
+def _pairs_across(change: Array, across: Array, span: int) -> Array:
+    """The sum over the pairs that a_t decays, for every t: [B, T, N].
+
+    Towards the end of its span that is a sum of `change`. What is known at the span's start tells the rounding errors
+    that this gathered on the way; they are taken off in proportion to the way.
+    """
+    B, T, N = change.shape
+    sums = lax.cumsum(change.reshape(B, T // span, span, N), axis=2, reverse=True) + across[:, 1:, None]
+    missed = across[:, :-1, None] - sums[:, :, :1]
+    return (sums + missed * ((span - jnp.arange(span)) / span)[:, None]).reshape(B, T, N)
+
+
+def _summed(dx: Array, heads: int) -> Array:
+    """Gradients of shared heads add up, in float32."""
+    if dx.shape[2] == heads:
+        return dx
+    return jnp.sum(dx.reshape(*dx.shape[:2], heads, -1, *dx.shape[3:]), axis=3, dtype=jnp.float32)
+
+
+_attend.defvjp(_forward, _backward)
