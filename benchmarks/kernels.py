@@ -147,9 +147,19 @@ def checks(operator: Operator, size, dtype: str, forms: list[str], torch: Torch)
 
 
 def point(
-    operator: Operator, size, forms: dict, torch: Torch, *, B: int, T: int, dtype: str, train: bool, args
+    operator: Operator,
+    size,
+    forms: dict,
+    torch: Torch,
+    *,
+    late: set,
+    B: int,
+    T: int,
+    dtype: str,
+    train: bool,
+    args,
 ):
-    """The rows of one T: forms is {name: arrays -> result}."""
+    """The rows of one T: forms is {name: arrays -> result}, late the names of those to leave out."""
     arrays = operator.arrays(size, B=B, T=T, dtype=dtype)
     dy = jnp.ones_like(operator.result(arrays))
     runs, temp = {}, {}
@@ -286,11 +296,16 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--operators", default=",".join(OPERATORS))
-    parser.add_argument("--lengths", help="powers of two from 1024 to --max_t unless given")
-    parser.add_argument("--max_t", type=int, default=4096 if ON_CPU else 2**20)
-    parser.add_argument("--naive_max_t", type=int, default=2048 if ON_CPU else 16384)
     parser.add_argument(
-        "--tokens", type=int, help="B = tokens / T; by default what operators.py says, 8192 on a CPU"
+        "--lengths", help="unless given powers of two (of four on a CPU) from 1024 to --max_t"
+    )
+    parser.add_argument("--max_t", type=int, default=2**14 if ON_CPU else 2**20)
+    parser.add_argument("--naive_max_t", type=int, default=1024 if ON_CPU else 16384)
+    parser.add_argument(
+        "--tokens", type=int, help="B = tokens / T; unless given operators.py's, on a CPU the longest T"
+    )
+    parser.add_argument(
+        "--slow", type=float, default=1.0, help="seconds from which on a form is not run again"
     )
     parser.add_argument("--forms", default=",".join(FORMS))
     parser.add_argument("--rounds", type=int, default=3 if ON_CPU else 7)
