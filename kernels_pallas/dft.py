@@ -1,0 +1,135 @@
+"""A discrete Fourier transform as two matrix products (order-2 Monarch), the part that both chips share.
+
+n = N1 N2 points, time t = n1 N2 + n2, frequency k = k1 + N1 k2. With w_m = exp(-2 pi i / m)
+
+    A[k1, n2] = sum_n1 w_N1^(k1 n1) x[n1, n2]          a product with F1 from the left
+    A[k1, n2] *= w_n^(k1 n2)                           the twiddle factors
+    X[k1, k2] = sum_n2 A[k1, n2] w_N2^(n2 k2)          a product with F2 from the right
+
+and the inverse is the same with conjugated constants, backwards. The spectrum stays in the order [k1, k2]: it is only
+multiplied by another one in the same order, so nothing is ever transposed. Rows n1 that are all padding drop out of
+the sums: a signal padded to twice its length costs half of F1.
+
+Two real signals are transformed as one complex signal a + ib. A filter h is real, so h * (a + ib) is h*a + i h*b:
+nothing needs to be untangled. In the backward pass sum conj(Z) W of such pairs has the sum of the wanted correlations
+as the real part of its inverse transform.
+
+Matrix units take bfloat16. A float32 product is three of them: x = hi + lo with hi the upper 16 bits of x, and
+hi hi' + hi lo' + lo hi' leaves out 2^-16 of it ("parts" = 2 below; one part is plain bfloat16).
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """n1 n2 points, of which the first `rows` n2 may be other than zero; rows <= n1 / 2."""
+
+    n1: int
+    n2: int
+    rows: int
+
+    @property
+    def n(self) -> int:
+        return self.n1 * self.n2
+
+
+def parts_of(dtype) -> int:
+    """How many bfloat16 numbers stand for one number of this type."""
+    return 1 if dtype == jnp.bfloat16 else 2
+
+
+def split(x, parts: int):
+    """x as a tuple of `parts` bfloat16 arrays with (nearly) that sum. Works inside kernels."""
+    if parts == 1:
+        return (x.astype(jnp.bfloat16),)
+    # Bits, not a cast there and back: XLA may remove such a pair of casts, and with it the low part.
+    bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32)
+    hi = jax.lax.bitcast_convert_type(bits & jnp.int32(-65536), jnp.float32)
+    return hi.astype(jnp.bfloat16), (x - hi).astype(jnp.bfloat16)
+
+
+def product(a, b, total=None):
+    """`total` (or nothing) plus the matrix product of two split arrays, accumulated in float32."""
+    pairs = [(a[0], b[0])] if len(a) == 1 else [(a[1], b[0]), (a[0], b[1]), (a[0], b[0])]
+    for x, y in pairs:  # one after the other: a compiler sees a chain of additions to one accumulator
+        dot = jnp.dot(x, y, preferred_element_type=jnp.float32)
+        total = dot if total is None else total + dot
+    return total
+
+
+def times(a, b, conj: bool = False):
+    """The complex product a b, or a conj(b), of (re, im) pairs."""
+    (ar, ai), (br, bi) = a, b
+    if conj:
+        return ar * br + ai * bi, ai * br - ar * bi
+    return ar * br - ai * bi, ar * bi + ai * br
+
+
+@functools.cache
+def matrix(n: int) -> tuple[np.ndarray, np.ndarray]:
+    """cos and -sin of 2 pi j k / n, [n, n] float64: the real and the imaginary part of the DFT matrix."""
+    angle = 2 * math.pi / n * (np.arange(n)[:, None] * np.arange(n) % n)
+    return np.cos(angle), -np.sin(angle)
+
+
+@functools.cache
+def twiddles(plan: Plan) -> np.ndarray:
+    """w_n^(k1 n2) as [2 (re, im), n1, n2] float32."""
+    angle = 2 * math.pi / plan.n * (np.arange(plan.n1)[:, None] * np.arange(plan.n2))
+    return np.stack([np.cos(angle), -np.sin(angle)]).astype(np.float32)
+
+
+def split_constant(x: np.ndarray, parts: int) -> np.ndarray:
+    """A float64 constant as [parts, ...] bfloat16, each part the rounded rest of those before."""
+    out = []
+    for _ in range(parts):
+        out.append(x.astype(jnp.bfloat16))
+        x = x - out[-1].astype(np.float64)
+    return np.stack(out)
+
+
+def spectrum(h, plan: Plan, *, by_matmul: bool, precision=jax.lax.Precision.HIGHEST):
+    """The transform of taps h [D, S], S <= n, divided by n, as [D, 2 (re, im), n1, n2] float32 in the order [k1, k2].
+
+    `by_matmul` says how: TPUs have no FFT unit and multiply matrices, the others call their FFT library.
+    """
+    h = jnp.pad(h.astype(jnp.float32) / plan.n, ((0, 0), (0, plan.n - h.shape[1])))
+    if not by_matmul:
+        # k = k1 + n1 k2: frequencies in order are [k2, k1]
+        H = jnp.fft.fft(h, axis=-1).reshape(-1, plan.n2, plan.n1).swapaxes(1, 2)
+        return jnp.stack([H.real, H.imag], axis=1)
+    dot = functools.partial(jnp.einsum, precision=precision)
+    (f1r, f1i), (f2r, f2i) = (
+        tuple(jnp.asarray(f, jnp.float32) for f in matrix(m)) for m in (plan.n1, plan.n2)
+    )
+    x = h.reshape(-1, plan.n1, plan.n2)[:, : plan.rows]
+    a = tuple(dot("kn,dnm->dkm", f[:, : plan.rows], x) for f in (f1r, f1i))
+    ar, ai = times(a, tuple(twiddles(plan)))
+    re = dot("dkm,mj->dkj", ar, f2r) - dot("dkm,mj->dkj", ai, f2i)
+    im = dot("dkm,mj->dkj", ar, f2i) + dot("dkm,mj->dkj", ai, f2r)
+    return jnp.stack([re, im], axis=1)
+
+
+def taps(H, plan: Plan, length: int, *, by_matmul: bool, precision=jax.lax.Precision.HIGHEST):
+    """The real part of the inverse transform of H [D, 2, n1, n2]: [D, length] float32, length <= rows n2."""
+    if not by_matmul:
+        H = jax.lax.complex(H[:, 0], H[:, 1]).swapaxes(1, 2).reshape(-1, plan.n)
+        return jnp.fft.ifft(H, axis=-1).real[:, :length]
+    dot = functools.partial(jnp.einsum, precision=precision)
+    (f1r, f1i), (f2r, f2i) = (
+        tuple(jnp.asarray(f, jnp.float32) for f in matrix(m)) for m in (plan.n1, plan.n2)
+    )
+    re, im = H[:, 0], H[:, 1]
+    cr = dot("dkj,mj->dkm", re, f2r) + dot("dkj,mj->dkm", im, f2i)
+    ci = dot("dkj,mj->dkm", im, f2r) - dot("dkj,mj->dkm", re, f2i)
+    cr, ci = times((cr, ci), tuple(twiddles(plan)), conj=True)
+    rows = slice(plan.rows)
+    h = dot("kn,dkm->dnm", f1r[:, rows], cr) + dot("kn,dkm->dnm", f1i[:, rows], ci)
+    return h.reshape(h.shape[0], -1)[:, :length] / plan.n

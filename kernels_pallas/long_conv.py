@@ -1,0 +1,126 @@
+"""A causal convolution with filters as long as the sequence, gates fused: y = x1 * (h conv (x2 * v) + skip * x2 * v).
+
+FlashFFTConv (Fu et al., arXiv 2311.05908) for GPU and TPU: one kernel reads the gates and the signal, goes to the
+spectrum and back on the matrix units, and writes y. An FFT library has to pad, transform, multiply, transform back and
+cut in device memory, about 65 bytes for each element; this is 8 in bfloat16 (x1, x2, v, y), and 16 / B for the filter.
+
+The algorithm (`dft.py` has the formulas). A sequence of T tokens is padded with zeros to n >= 2 T points, so that the
+circular convolution of a transform is the causal one, and laid out as [n1, n2], time = n1 N2 + n2:
+
+    u = x2 v                             two rows of the batch, as real and imaginary part of one signal
+    A = F1 u * twiddles                  matrix product from the left; half of F1, for half of u is padding
+    Y = (A F2) * H                       and from the right: the spectrum, in the order [k1, k2]
+    C = (Y conj F2) * conj twiddles
+    y = x1 * conj F1 C                   only the T rows that are wanted
+
+F1 and F2 are DFT matrices of N1 and N2 points. The spectrum of h is made in float32 by XLA, once for all rows of the
+batch, in that order and divided by n; skip is added to h[0], where a filter that passes its input on has it.
+
+Cost for each element of y: 8 N1 + 16 N2 operations on the matrix unit (3072 at T = 8192, where N1 = N2 = 128), three
+times that for float32, and 3 complex products of vectors. So all are bound by compute: an H200 by 3.9 ps for 3072
+FLOPs at 790 TFLOP/s against 1.9 ps for 8 bytes at 4.3 TB/s, a v5e by 15.6 against 9.8 ps, a v5p by 6.7 against 2.9 ps.
+
+Who holds what. TPU (`long_conv_tpu.py`): 8 channels of two rows, their filters and everything between are in VMEM; grid
+(channels, pairs of rows). GPU (`long_conv_gpu.py`): to 4096 points a program has a pair's signal in registers; beyond,
+persistent programs stage it through scratch of their own in the L2 cache.
+
+Numbers. bfloat16 arrays are multiplied in bfloat16 and accumulated in float32: 3.5e-3 relative error of y and of every
+gradient. float16 operands would give 4e-4, but a gradient of 1e-7 is 0 in float16 and an outlier summed over 64 rows of
+F1 overflows it, and TPUs cannot multiply it. float32 arrays are split into two bfloat16 numbers, three products: 1e-5.
+
+Backward, g = x1 dy: dv = x2 du and dx2 = v du with du = conv of g with conj(H); dx1 = dy conv(u), computed again, as is
+the spectrum of u; dH = sum over the batch of G conj(U), collected by the one program that has the channel (no atomics,
+the same bits each time), and dh = its inverse transform by XLA, dskip = dh[0]. Twice the forward's work.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from kernels_pallas import dft
+
+# VMEM of a core in MiB by what jax calls the chip; what is not here has at least the least of those still in use.
+VMEM = {"TPU v5 lite": 128, "TPU v5": 64, "TPU v5p": 64, "TPU v6 lite": 128}
+GPU_LENGTH = 65536  # beyond, matrices of DFTs of 2048 points and more cost more than an FFT
+
+
+def long_conv(
+    x1: Float[Array, "B D T"] | None,
+    x2: Float[Array, "B D T"] | None,
+    v: Float[Array, "B D T"],
+    h: Float[Array, "D S"],
+    *,
+    skip: Float[Array, " D"] | None = None,
+    platform: str,
+    interpret: bool = False,
+) -> Float[Array, "B D T"]:
+    """y = x1 * (h conv (x2 * v) + skip * x2 * v), differentiable in every array.
+
+    Args:
+      x1, x2: gates, or None for 1; like v float32 or bfloat16, all the same.
+      h: taps, h[:, 0] for the current token; those from T on are not used.
+      platform: "gpu" or "tpu". `obstacle` says what it cannot do.
+    """
+    taps = h[:, : v.shape[2]].astype(jnp.float32)
+    if skip is not None:
+        taps = taps.at[:, 0].add(skip.astype(jnp.float32))
+    return _long_conv(x1, x2, v, taps, platform, interpret)
+
+
+def obstacle(shape: tuple[int, int, int], dtype, platform: str) -> str | None:
+    """Why long_conv cannot take arrays of this shape [B, D, T] and dtype, forward or backward; None if it can."""
+    if dtype not in (jnp.float32, jnp.bfloat16):
+        return f"the kernel takes float32 and bfloat16, found {jnp.dtype(dtype).name}"
+    T = shape[2]
+    if platform == "gpu":
+        return f"the kernel takes up to {GPU_LENGTH} tokens, found {T}" if T > GPU_LENGTH else None
+    needed, here = _kernels("tpu").vmem_bytes(T, dtype, 7, True) >> 20, vmem_mib()
+    if needed <= here:
+        return None
+    return f"the kernel holds whole sequences in VMEM: {T} tokens need {needed} MiB of it, found {here}"
+
+
+def vmem_mib() -> int:
+    """VMEM that a kernel may use, of the chip of the mesh that is set or of the first device."""
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    kind = jax.devices()[0].device_kind if device is None else device.device_kind
+    return VMEM.get(kind, 64) - 4  # the compiler's own
+
+
+def _kernels(platform: str):
+    if platform == "tpu":
+        from kernels_pallas import long_conv_tpu as kernels
+    else:
+        from kernels_pallas import long_conv_gpu as kernels
+    return kernels
+
+
+def _how(v, platform: str) -> dict:
+    """How the filter's transforms are computed."""
+    # On a TPU three products of bfloat16 numbers are 1e-5 off: nothing beside bfloat16 signals.
+    precision = jax.lax.Precision.HIGH if v.dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST
+    return {"by_matmul": platform == "tpu", "precision": precision}
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _long_conv(x1, x2, v, h, platform, interpret):
+    return _forward(x1, x2, v, h, platform, interpret)[0]
+
+
+def _forward(x1, x2, v, h, platform, interpret):
+    kernels = _kernels(platform)
+    H = dft.spectrum(h, kernels.plan(v.shape[2]), **_how(v, platform))
+    return kernels.forward(x1, x2, v, H, interpret=interpret), (x1, x2, v, h)
+
+
+def _backward(platform, interpret, saved, dy):
+    x1, x2, v, h = saved
+    kernels, plan = _kernels(platform), _kernels(platform).plan(v.shape[2])
+    H = dft.spectrum(h, plan, **_how(v, platform))
+    dx1, dx2, dv, dH = kernels.backward(dy, x1, x2, v, H, interpret=interpret)
+    return dx1, dx2, dv, dft.taps(dH, plan, h.shape[1], **_how(v, platform))
+
+
+_long_conv.defvjp(_forward, _backward)
