@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lcx.errors import UserError
 from lcx.ops.linear_attention import LinearState, Window, linear_attention
 
 B, P, H, D = 2, 5, 3, 4  # D: head dim of the window's q and k

@@ -35,7 +35,7 @@ class ConvState(NamedTuple):
 
 
 def short_conv(
-    x: Float[Array, "B D T"] | Float[Array, "B T D"],
+    x: Float[Array, "B _ _"],  # [B, D, T] or [B, T, D]: a union of the two would bind D to T
     w: Float[Array, "D K"],
     *,
     bias: Float[Array, " D"] | None = None,
@@ -106,8 +106,10 @@ def _shifted_backward(axis, residuals, dy):
     x, w, runs = residuals
     taps = enumerate(_parts(dy, runs, w.shape[1], axis, ahead=True))
     dx = sum(_over_time(w[:, k], axis).astype(jnp.float32) * part for k, part in taps)
+    # As dot products: summing along the minor axis one element after the other takes three times as long on a CPU.
+    letters, dy = "bdt,bdt->d" if axis == 2 else "btd,btd->d", dy.astype(jnp.float32)
     parts = _parts(x, runs, w.shape[1], axis)
-    dw = [jnp.sum(dy.astype(jnp.float32) * part, axis=(0, axis)) for part in parts]
+    dw = [jnp.einsum(letters, dy, part, precision="highest") for part in parts]
     return jnp.asarray(dx, x.dtype), jnp.stack(dw, axis=1).astype(w.dtype), None
 
 

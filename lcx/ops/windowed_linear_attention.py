@@ -135,7 +135,7 @@ def _final_state(
     wide = jnp.promote_types(v.dtype, jnp.float32)
     f, w = jnp.where(folded, features[:, :old], 0).astype(wide), v[:, :old].astype(wide)
     G = math.gcd(f.shape[2], w.shape[2])
-    if G < min(f.shape[2], w.shape[2]):
+    if min(f.shape[2], w.shape[2]) > G:
         f, w, G = jnp.repeat(f, N // f.shape[2], axis=2), jnp.repeat(w, N // w.shape[2], axis=2), N
     f, w = (x.reshape(*x.shape[:2], G, x.shape[2] // G, x.shape[3]) for x in (f, w))
     kv, k_sum = jnp.einsum("bsgrp,bsgrh->bgrph", f, w), jnp.sum(f, axis=1)

@@ -1,0 +1,219 @@
+"""Mamba-2 (Dao & Gu 2024, arXiv 2405.21060): a selective state space model with one decay a head.
+
+    z, x, B, C, dt = projections of the input         x, B, C <- silu(causal convolution)
+    D_t = softplus(dt_t + dt_bias)                    S_t = e^{-exp(A_log) D_t} S_{t-1} + D_t B_t x_t^T
+    y_t = S_t^T C_t + skip * x_t                      out = RMSNorm(y * silu(z)) W
+
+The recurrence is `ops.linear_attention` with C as queries, B as keys, D_t x_t as values and -exp(A_log) D_t as log
+decay. B and C belong to groups of heads. The published one projection [z | x | B | C | dt] is cut here, so that devices
+hold whole heads.
+
+`mlp_size` > 0 adds the gated channels beside the state space that `d_ssm < d_inner` means in the published code:
+silu(gate) * up, which share the output projection. The "Mamba-2" that 2Mamba was compared with is that form, with one
+head and the rest of the width in those channels (num_heads=1, mlp_size=D - head_dim, conv_size=2).
+
+Letters: B batch, T time, D embed, N heads, G groups, H head dim, P state dim, K taps, F mlp.
+"""
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as Axes
+from jaxtyping import Array, Float, Int
+
+from lcx import sharding
+from lcx.errors import UserError
+from lcx.layers import Linear, named_param
+from lcx.ops.linear_attention import LinearState, empty_state, linear_attention
+from lcx.ops.short_conv import ConvState, short_conv
+
+Cache = dict[str, Any]
+PER_HEAD = Axes("rows", None, "heads")
+
+
+class Mamba2(nn.Module):
+    """A Mamba-2 mixer.
+
+    Attributes:
+      head_dim, state_dim: H and P; the state of a head is P x H.
+      num_groups: G, heads of one group share B and C; the norm runs over one group's channels.
+      conv_size: taps of the convolutions, 1 to 8.
+      skip_per_channel: skip weighs every channel, else every head.
+      mlp_size: channels of a gated mlp beside the state space.
+      implementation: see ops.linear_attention; None picks the fastest that is valid here.
+    """
+
+    num_heads: int
+    head_dim: int = 64
+    state_dim: int = 128
+    num_groups: int = 1
+    conv_size: int = 4
+    conv_bias: bool = True
+    skip_per_channel: bool = False
+    mlp_size: int = 0
+    norm_eps: float = 1e-5
+    implementation: str | None = None
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        *,
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        cache: Cache | None = None,
+    ) -> tuple[Float[Array, "B T D"], Cache | None]:
+        if self.num_heads % self.num_groups:
+            raise UserError(f"num_heads {self.num_heads} must be a multiple of num_groups {self.num_groups}")
+        B, T, D = x.shape
+        heads, groups = (self.num_heads, self.head_dim), (self.num_groups, self.state_dim)
+        z = Linear((D,), heads, ("embed", "heads", "head_dim"), name="z_proj")(x)
+        dt = Linear((D,), heads[:1], ("embed", "heads"), name="dt_proj")(x)
+        signals, convs = {}, {}
+        for name, shape, axis in (("x", heads, "heads"), ("b", groups, "groups"), ("c", groups, "groups")):
+            signals[name] = Linear((D,), shape, ("embed", axis, "head_dim"), name=f"{name}_proj")(x)
+            convs[name] = self._conv(name, shape, (axis, "head_dim", None))
+        segment_ids = None if segment_ids is None else jnp.broadcast_to(segment_ids, (B, T))
+        ssm = {"dt": dt, **self._per_head()}
+        y, cache = self._mixed(signals, convs, ssm, segment_ids, cache)
+        scale = named_param(self, "norm", nn.initializers.ones, ("heads", "head_dim"), heads)
+        y = gated_norm(y, z, scale, num_groups=self.num_groups, eps=self.norm_eps)
+        out = Linear(heads, (D,), ("heads", "head_dim", "embed"), name="out_proj")(y)
+        if self.mlp_size:
+            gate, up = (
+                Linear((D,), (self.mlp_size,), ("embed", "mlp"), name=f"{name}_proj")(x)
+                for name in ("gate", "up")
+            )
+            out += Linear((self.mlp_size,), (D,), ("mlp", "embed"), name="down_proj")(nn.silu(gate) * up)
+        return out, cache
+
+    def _conv(self, name: str, shape: tuple[int, int], names) -> dict[str, Array]:
+        """Taps [heads, size, K], the current token's first, and bias."""
+        bound = self.conv_size**-0.5
+        init = _uniform(bound)
+        conv = {"taps": named_param(self, f"{name}_conv", init, names, (*shape, self.conv_size))}
+        if self.conv_bias:
+            conv["bias"] = named_param(self, f"{name}_conv_bias", init, names[:2], shape)
+        return conv
+
+    def _per_head(self) -> dict[str, Array]:
+        """dt_bias, A_log and skip, as published: steps of 0.001 to 0.1, decay rates of 1 to 16, skips of 1."""
+        N = (self.num_heads,)
+        skip = (*N, self.head_dim) if self.skip_per_channel else N
+        return {
+            "dt_bias": named_param(self, "dt_bias", _steps, ("heads",), N),
+            "a_log": named_param(self, "A_log", _log_rates, ("heads",), N),
+            "skip": named_param(self, "D", nn.initializers.ones, ("heads", "head_dim")[: len(skip)], skip),
+        }
+
+    @nn.nowrap
+    def _mixed(self, signals, convs, ssm, segment_ids, cache) -> tuple[Array, Cache | None]:
+        """Convolutions and recurrence, on each device's own rows and heads -> y [B, T, N, H]."""
+        group = "heads" if self.num_groups > 1 else None  # one group is whole on every device
+        names = {"x": "heads", "b": group, "c": group}
+        arrays = {"signals": signals, "convs": convs, "ssm": ssm}
+        cache_axes = {
+            name: ConvState._make((Axes("rows", None, axis), Axes("rows"))) for name, axis in names.items()
+        }
+        cache_axes["ssm"] = LinearState(Axes("rows", "heads"), None, Axes("rows"))
+        axes = {
+            "signals": {name: Axes("rows", None, axis) for name, axis in names.items()},
+            "convs": {name: Axes(axis) for name, axis in names.items()},
+            "ssm": {"dt": PER_HEAD, "dt_bias": Axes("heads"), "a_log": Axes("heads"), "skip": Axes("heads")},
+        }
+        if segment_ids is not None:
+            arrays["segment_ids"], axes["segment_ids"] = segment_ids, Axes("rows")
+        if cache is None:
+            return sharding.island(lambda arrays: self._local(arrays)[0], arrays, axes, PER_HEAD), None
+        arrays["cache"], axes["cache"] = cache, cache_axes
+        return sharding.island(self._local, arrays, axes, (PER_HEAD, cache_axes))
+
+    @nn.nowrap
+    def _local(self, arrays) -> tuple[Array, Cache | None]:
+        cache, segment_ids = arrays.get("cache"), arrays.get("segment_ids")
+        if cache is not None and segment_ids is None:
+            segment_ids = jnp.ones(arrays["signals"]["x"].shape[:2], jnp.int32)
+        mixed, new = {}, {}
+        for name, signal in arrays["signals"].items():
+            before = None if cache is None else cache[name]
+            mixed[name], new[name] = convolved(signal, arrays["convs"][name], segment_ids, before)
+        x, ssm = mixed["x"], arrays["ssm"]
+        dt = jax.nn.softplus(ssm["dt"].astype(jnp.float32) + ssm["dt_bias"].astype(jnp.float32))
+        y, state = linear_attention(
+            mixed["c"],
+            mixed["b"],
+            (x * dt[..., None]).astype(x.dtype),
+            log_decay=-jnp.exp(ssm["a_log"].astype(jnp.float32)) * dt,
+            segment_ids=segment_ids,
+            initial_state=None if cache is None else cache["ssm"],
+            implementation=self.implementation,
+        )
+        skip = ssm["skip"] if self.skip_per_channel else ssm["skip"][:, None]
+        y = y + skip.astype(x.dtype) * x
+        return y, None if cache is None else {**new, "ssm": state}
+
+    @nn.nowrap
+    def init_cache(self, batch_size: int, length: int, dtype: jnp.dtype) -> Cache:
+        """Nothing seen yet; `length` is without effect: the state has one size."""
+        slots = (batch_size, self.conv_size - 1)
+        heads, groups = (self.num_heads, self.head_dim), (self.num_groups, self.state_dim)
+        cache: Cache = {
+            name: ConvState(jnp.zeros((*slots, *shape), dtype), jnp.zeros(slots, jnp.int32))
+            for name, shape in (("x", heads), ("b", groups), ("c", groups))
+        }
+        return {
+            **cache,
+            "ssm": empty_state(batch_size, self.num_heads, self.state_dim, self.head_dim, normalize=False),
+        }
+
+    @nn.nowrap
+    def macs_per_token(self, seq_len: int) -> float:
+        """Multiply-adds per token beyond the weights: into the state and out of it. (Taps are weights.)"""
+        return 2.0 * self.num_heads * self.head_dim * self.state_dim
+
+
+def gated_norm(y: Array, z: Array, scale: Array, *, num_groups: int, eps: float) -> Array:
+    """RMSNorm(y silu(z)) [B, T, N, H], statistics in float32 over the channels of a group."""
+    gated = y.astype(jnp.float32) * nn.silu(z.astype(jnp.float32))
+    grouped = gated.reshape(*y.shape[:2], num_groups, -1)
+    grouped *= jax.lax.rsqrt(jnp.mean(jnp.square(grouped), axis=-1, keepdims=True) + eps)
+    return grouped.reshape(y.shape).astype(y.dtype) * scale.astype(y.dtype)
+
+
+def convolved(
+    x: Array, conv: dict[str, Array], segment_ids: Array | None, before: ConvState | None
+) -> tuple[Array, ConvState]:
+    """silu(short convolution over T) of x [B, T, heads, size], and the history after it, [B, K - 1, heads, size]."""
+    B, T, *shape = x.shape
+    size = math.prod(shape)
+    flat = None
+    if before is not None:
+        flat = before._replace(inputs=before.inputs.reshape(*before.inputs.shape[:2], size).astype(x.dtype))
+    y, after = short_conv(
+        x.reshape(B, T, size),
+        conv["taps"].reshape(size, -1).astype(x.dtype),
+        bias=conv["bias"].reshape(size).astype(x.dtype) if "bias" in conv else None,
+        segment_ids=segment_ids,
+        initial_state=flat,
+        time_axis=1,
+    )
+    inputs = after.inputs.reshape(*after.inputs.shape[:2], *shape)
+    dtype = x.dtype if before is None else before.inputs.dtype
+    return nn.silu(y).reshape(x.shape), after._replace(inputs=inputs.astype(dtype))
+
+
+def _uniform(bound: float):
+    return lambda key, shape: jax.random.uniform(key, shape, jnp.float32, -bound, bound)
+
+
+def _steps(key, shape):
+    """softplus^-1 of numbers spread evenly in their logarithm over 0.001 ... 0.1."""
+    step = jnp.exp(jax.random.uniform(key, shape, jnp.float32, math.log(1e-3), math.log(0.1)))
+    return step + jnp.log(-jnp.expm1(-step))
+
+
+def _log_rates(key, shape):
+    return jnp.log(jax.random.uniform(key, shape, jnp.float32, 1, 16))
