@@ -48,8 +48,8 @@ def tile(names, P: int, V: int, dtype) -> Tile:
     """
     if dtype == jnp.float32:
         return Tile(16 if "sums" in names else 32, 4, 1)
-    if "sums" in names and "decay" in names:
-        return Tile(32, 4, 2)
+    if "sums" in names:
+        return Tile(32, 4, 2) if "keep" in names else Tile(64, 8, 2)
     return Tile(64, 4, 3 if P == 128 and V == 64 and "row" in names else 2)
 
 
