@@ -146,7 +146,7 @@ def _slab(signals, weights, ids):
         g, runs = jnp.where(ids != 0, g, 0), segments.runs(ids[None])[0]
     y = convolve(g, h, runs)
     if skip is not None:
-        y = y + skip.astype(jnp.float32)[:, None] * g
+        y = y + jnp.einsum("d,dt->dt", skip.astype(jnp.float32), g)
     if x1 is not None:
         y = y * x1.astype(jnp.float32)
     return (y if ids is None else jnp.where(ids != 0, y, 0)).astype(v.dtype)
