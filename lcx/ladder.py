@@ -37,7 +37,8 @@ class Rung:
 
     Attributes:
       context_length: tokens of a row, and the model's new window.
-      learning_rate: the base rate; the rung trains at learning_rate / sqrt(context_length / original window).
+      learning_rate: the base rate (Ladder.scale_learning_rate).
+      rope_theta: a new base of the rotary embedding; None keeps that of the weights.
     """
 
     context_length: int
@@ -45,6 +46,7 @@ class Rung:
     batch_size: int | None = None
     accumulation: int | None = None
     learning_rate: float | None = None
+    rope_theta: float | None = None
     mesh: sharding.MeshShape | None = None
 
 
@@ -78,12 +80,15 @@ class Ladder:
         and rope_scaling are set rung by rung.
       rope_scaling: the type and its settings without a factor: {"rope_type": "yarn"}.
       gate: None climbs without looking back.
+      scale_learning_rate: a rung trains at learning_rate / sqrt(context_length / original window); else at
+        learning_rate.
     """
 
     trainer: Trainer
     rungs: tuple[Rung, ...]
     rope_scaling: dict
     gate: Gate | None = None
+    scale_learning_rate: bool = True
 
     def __post_init__(self):
         lengths = [rung.context_length for rung in self.rungs]
@@ -138,12 +143,13 @@ class Ladder:
 
     def _trainer_for(self, rung: Rung, source: str, original: int, number: int) -> Trainer:
         """The trainer of a round. A repeated round is of the rung's length already, and reads on in other text."""
-        optimizer = dataclasses.replace(
-            self.trainer.optimizer, context_scale=max(rung.context_length / original, 1.0)
-        )
+        scale = max(rung.context_length / original, 1.0) if self.scale_learning_rate else 1.0
+        optimizer = dataclasses.replace(self.trainer.optimizer, context_scale=scale)
         if rung.learning_rate is not None:
             optimizer = dataclasses.replace(optimizer, learning_rate=rung.learning_rate)
         scaling = {**self.rope_scaling, "original_max_position_embeddings": original}
+        if rung.rope_theta is not None:
+            scaling["rope_theta"] = rung.rope_theta
         given = {name: getattr(rung, name) for name in ("batch_size", "accumulation", "mesh")}
         return dataclasses.replace(
             self.trainer,

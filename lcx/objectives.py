@@ -2,11 +2,13 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from lcx.model import Decoder
 from lcx.ops.cross_entropy import cross_entropy
+from lcx.ops.segments import runs
 
 Batch = dict[str, Array]
 
@@ -17,7 +19,51 @@ def next_token(model: Decoder, variables: Any, batch: Batch) -> tuple[Float[Arra
     Labels come shifted from the data; a zero weight masks padding and the first token of a document.
     """
     x, _ = model.apply(
-        variables, batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"], method="hidden"
+        variables,
+        batch["tokens"],
+        positions=batch["positions"],
+        segment_ids=batch["segment_ids"],
+        method="hidden",
     )
     weights = batch["loss_weights"].astype(jnp.float32)
     return cross_entropy(x, model.head(variables["params"]), batch["labels"], weights), jnp.sum(weights)
+
+
+def nucleotides(
+    model: Decoder, variables: Any, batch: Batch, repeat_weight: float = 0.1
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """next_token for genomes in bytes, as Evo 2 weighs them (Brixi et al. 2025).
+
+    The model reads and predicts upper case. A lower-case label (a soft-masked repeat) weighs `repeat_weight`; '@', '#'
+    and tags between bars, "|d__Bacteria;...|", weigh nothing. A tag that the row cuts in two is recognised by letters
+    that no sequence has.
+    """
+    labels = batch["labels"]
+    weights = batch["loss_weights"] * jnp.where(_is_lower(labels), repeat_weight, 1.0)
+    unread = _in_tags(labels, batch["segment_ids"]) | (labels == ord("@")) | (labels == ord("#"))
+    upper = {
+        name: jnp.where(_is_lower(batch[name]), batch[name] - 32, batch[name])
+        for name in ("tokens", "labels")
+    }
+    return next_token(model, variables, {**batch, **upper, "loss_weights": jnp.where(unread, 0.0, weights)})
+
+
+def _is_lower(ids: Int[Array, "B T"]) -> Bool[Array, "B T"]:
+    return (ids >= ord("a")) & (ids <= ord("z"))
+
+
+def _in_tags(ids: Int[Array, "B T"], segment_ids: Int[Array, "B T"]) -> Bool[Array, "B T"]:
+    """Bars and what is between them, document by document."""
+    B, T = ids.shape
+    documents = (runs(segment_ids) + jnp.arange(B)[:, None] * (T + 1)).reshape(-1)
+
+    def of_document(values: Array, reduce) -> Array:
+        return reduce(values.reshape(-1), documents, num_segments=B * (T + 1))[documents].reshape(B, T)
+
+    bars = (ids == ord("|")).astype(jnp.int32)
+    counted = jnp.cumsum(bars, axis=1)
+    before = counted - bars  # bars earlier in the row ...
+    before -= of_document(before, jax.ops.segment_min)  # ... and in the document
+    of_no_sequence = ~jnp.isin(ids, jnp.array(list(b"ACGTURYKMSWBDHVN-*acgturykmswbdhvn@#|\x00\x01")))
+    cut = of_document((of_no_sequence & (before == 0)).astype(jnp.int32), jax.ops.segment_max)
+    return ((before + cut) % 2 == 1) | (bars == 1)
