@@ -71,12 +71,8 @@ class FeatureMap(nn.Module):
             z = z + x if self.skip else z
         else:
             bound = math.sqrt(6 / (self.head_dim * self.adapter))
-            hidden = nn.relu(
-                self._product("layer_0", x, self.adapter, _uniform(bound), like, bias="bias_0")
-            ).astype(x.dtype)
-            z = x + self._product(
-                "layer_1", hidden, self.feature_dim, nn.initializers.zeros, like, bias="bias_1"
-            )
+            z = nn.relu(self._product("layer_0", x, self.adapter, _uniform(bound), like, bias="bias_0"))
+            z = x + self._product("layer_1", z, self.feature_dim, nn.initializers.zeros, like, bias="bias_1")
         return features(z, self.activation, full_space=self.full_space).astype(x.dtype)
 
     def _param(self, name: str, init, shape: tuple[int, ...], like: dict[str, Array] | None) -> Array:
@@ -90,7 +86,7 @@ class FeatureMap(nn.Module):
 
     def _product(self, name, x, size, init, like, bias=None) -> Array:
         kernel = self._param(name, init, (self.num_heads, x.shape[-1], size), like)
-        z = jnp.einsum("btnh,nhf->btnf", x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
+        z = jnp.einsum("btnh,nhf->btnf", x.astype(jnp.float32), kernel.astype(jnp.float32))
         return (
             z if bias is None else z + self._param(bias, nn.initializers.zeros, (self.num_heads, size), like)
         )
