@@ -1,6 +1,7 @@
-"""Squared attention with decay in quadratic tiles: 2Mamba's core (arXiv 2602.17363; power attention, arXiv 2507.04239).
+"""Squared attention with decay in quadratic tiles (2Mamba, arXiv 2602.17363; power attention, arXiv 2507.04239).
 
-    w_ij = (scale q_i.k_j)^2 e^{L_i - L_j} for j <= i, L the running sum of log_decay;   y_i = sum_j w_ij v_j / sum_j w_ij
+    w_ij = (scale q_i.k_j)^2 e^{L_i - L_j} for j <= i, L the running sum of log_decay;
+    y_i = sum_j w_ij v_j / sum_j w_ij
 
 The weights are never negative and the decay only shrinks them, so plain float32 sums and one division do: no running
 maximum, and no rescaling of the accumulators.
@@ -11,12 +12,14 @@ chunk and tot its end, token i of chunk I sees token j of an earlier chunk J thr
     e^{L_i - L_j} = e^{l_i}  *  prod of e^{tot} over the chunks between J and I  *  e^{tot_J - l_j}
                     row            one scalar per pair of chunks                    column
 
-The column is folded into the keys once (as its root, for the score is squared), the row is applied to the finished sum,
-and the scalar is a running product while tiles are visited outwards from the diagonal. Each of these is at most 1, and
-sums never leave a chunk, so nothing overflows or cancels at any T. Only the tile on the diagonal evaluates exp.
+The column is folded into the keys once (as its root, for the score is squared), the row is applied to the finished
+sum, and the scalar is a running product while tiles are visited outwards from the diagonal. Each of these is at most
+1, and sums never leave a chunk, so nothing overflows or cancels at any T. Only the tile on the diagonal evaluates
+exp.
 
-**Documents** are separable in the same way: a pair in two chunks shares a document only if it is the last one of chunk J
-and the first one of chunk I. So tokens of others get a column or row of 0, and only the diagonal tile compares.
+**Documents** are separable in the same way: a pair in two chunks shares a document only if it is the last one of
+chunk J and the first one of chunk I. So tokens of others get a column or row of 0, and only the diagonal tile
+compares.
 
 **Skipping.** The chunks that a chunk of queries sees begin at `first`, an integer from the totals: a decay below
 e^-30 (1e-13) counts as 0, and so does another document. On GPU it bounds the loop, on TPU the grid and the index maps
@@ -27,23 +30,25 @@ e^-30 (1e-13) counts as 0, and so does another document. On GPU it bounds the lo
     g_i = dy_i / den_i,  D_i = dy_i.y_i / den_i,  ds_ij = 2 s_ij e^{L_i - L_j} (g_i.v_j - D_i)        (s_ij = q_i.k_j)
     dq_i = sum_j ds_ij k_j,   dk_j = sum_i ds_ij q_i,   dv_j = sum_i w_ij g_i
 
-Row factors go into g and D, column factors sit in the folded keys: off the diagonal the backward tiles have no factors but
-the scalar either. The gradient of log_decay at t is the sum of w_ij dw_ij over i >= t > j: what the decay of token t stands
-between. It is the sum from t on of (row sums - column sums), which the two passes add up beside their products, in float32
-and before rounding, so that all other pairs cancel to the last digits. (With the normaliser row sums are 0 in exact
-arithmetic, and column sums alone would do, but then the rounding of every later document stays in the sum: in bfloat16
-it is four times the error.) For the sake of such cancellation, dy.v - dy.y too, y is kept in float32, and the weights are
-summed as they were rounded for the product with v: a row that sees one key then has D = g.v exactly.
+Row factors go into g and D, column factors sit in the folded keys: off the diagonal the backward tiles have no
+factors but the scalar either. The gradient of log_decay at t is the sum of w_ij dw_ij over i >= t > j: what the decay
+of token t stands between. It is the sum from t on of (row sums - column sums), which the two passes add up beside
+their products, in float32 and before rounding, so that all other pairs cancel to the last digits. (With the
+normaliser row sums are 0 in exact arithmetic, and column sums alone would do, but then the rounding of every later
+document stays in the sum: in bfloat16 it is four times the error.) For the sake of such cancellation, dy.v - dy.y
+too, y is kept in float32, and the weights are summed as they were rounded for the product with v: a row that sees one
+key then has D = g.v exactly.
 
-Who holds what. Forward: a program (GPU) or a grid row (TPU) holds C queries and their sums, keys and values stream by.
-dq: the same. dk, dv: it holds C keys, and queries and g stream by. Query heads that share keys read the same ones; their
-dk and dv are written apart and added by XLA.
+Who holds what. Forward: a program (GPU) or a grid row (TPU) holds C queries and their sums, keys and values stream
+by. dq: the same. dk, dv: it holds C keys, and queries and g stream by. Query heads that share keys read the same
+ones; their dk and dv are written apart and added by XLA.
 
-Cost for a token and head, bf16, without skipping: 2 T H multiply-adds forward (two products, the lower triangle), 7/2 T H
-backward: 0.70 ms at B T N H = 2 x 8192 x 16 x 128 for 790 TFLOP/s. HBM: q, v, y, k and its folded copy once each
-(5 x 2 H bytes, and 2 H to fold), everything else comes from L2 or VMEM: bound by the matrix units from T of about 500.
-A streamed tile costs C multiply-adds for each byte of it on the way to the registers. Beside the products each score
-costs three float32 operations (square, scalar, sum) and a rounding, and no exp; softmax costs four and an exp.
+Cost for a token and head, bf16, without skipping: 2 T H FLOPs forward (two products over the lower triangle), 7 T H
+backward: 0.70 ms and 2.4 ms at B T N H = 2 x 8192 x 16 x 128 for 790 TFLOP/s. HBM: 14 H bytes forward (k folded, then
+q, k, the folded k, v and y once each; 10 H without decay), everything else comes from L2 or VMEM: bound by the matrix
+units from T of about 1300. A streamed tile does C FLOPs for each byte on its way to the registers. Beside the
+products each score costs four float32 operations (square, scalar, rounding, sum), and no exp. Kept for the backward
+pass: y in float32 and the sums, 4 H + 4 bytes.
 """
 
 import functools
@@ -107,14 +112,13 @@ TILES = {
     ("tpu", 4, 32): _square(256),
     ("tpu", 4, 64): _square(256),
     ("tpu", 4, 128): _square(256),
-    ("gpu", 2, 16): Tiles(Tile(128, 128, 4, 2), Tile(128, 64, 4, 2), Tile(128, 64, 4, 2)),
-    ("gpu", 2, 32): Tiles(Tile(128, 128, 4, 2), Tile(128, 64, 4, 2), Tile(128, 64, 4, 2)),
+    ("gpu", 2, 16): Tiles(Tile(128, 128, 8, 2), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2)),
+    ("gpu", 2, 32): Tiles(Tile(128, 128, 8, 2), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2)),
     ("gpu", 2, 64): Tiles(Tile(128, 128, 8, 2), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2)),
     ("gpu", 2, 128): Tiles(Tile(128, 128, 8, 2), Tile(128, 64, 8, 2), Tile(128, 32, 8, 2)),
     ("gpu", 4, 16): Tiles(Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(64, 32, 4, 2)),
     ("gpu", 4, 32): Tiles(Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(64, 32, 4, 2)),
-    ("gpu", 4, 64): Tiles(Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(64, 32, 4, 2)),
-    ("gpu", 4, 128): Tiles(Tile(64, 32, 4, 2), Tile(64, 32, 4, 2), Tile(64, 32, 4, 2)),
+    ("gpu", 4, 64): Tiles(Tile(64, 32, 4, 2), Tile(128, 32, 8, 2), Tile(128, 16, 8, 2)),
 }
 
 
@@ -133,9 +137,9 @@ def obstacle(q: Array, k: Array, v: Array, *, platform: str, initial_state=None)
         return "the tiles take no initial state"
     if not q.dtype == k.dtype == v.dtype or q.dtype not in (jnp.bfloat16, jnp.float32):
         return f"q, k and v must all be bfloat16 or all float32, found {q.dtype}, {k.dtype} and {v.dtype}"
-    if v.shape[-1] != H or (platform, q.dtype.itemsize, H) not in TILES:
-        known = sorted({size for where, _, size in TILES if where == platform})
-        return f"head sizes {H} and {v.shape[-1]}: the tiles are made for equal ones in {known}"
+    known = [size for where, itemsize, size in TILES if (where, itemsize) == (platform, q.dtype.itemsize)]
+    if v.shape[-1] != H or H not in known:
+        return f"head sizes {H} and {v.shape[-1]} in {q.dtype}: the tiles are made for equal ones in {known}"
     return None
 
 
@@ -264,7 +268,8 @@ class Cotangent(NamedTuple):
 
 def _cotangent(dy: Array, y: Array, den: Array, folded: Fold | None, options: Options) -> Cotangent:
     if options.normalize:
-        ratio = jnp.where(den > FLOOR, 1 / jnp.where(den > FLOOR, den, 1), 0)
+        empty = den <= FLOOR  # not true of NaN, which shall be seen
+        ratio = jnp.where(empty, 0, 1 / jnp.where(empty, 1, den))
     else:
         ratio, y = jnp.full(den.shape, options.scale**2, jnp.float32), jnp.zeros((), jnp.float32)
     row = ratio if folded is None else ratio * folded.enter
@@ -283,7 +288,7 @@ def _backward(options: Options, residuals, dy):
     cotangent = _cotangent(dy, y, den, folded, options)
     dq, row = kernels.backward_dq(q, k, v, cotangent, folded, reach, runs, options, options.tiles.dq)
     dk, dv, column = kernels.backward_dkv(q, k, v, cotangent, folded, reach, runs, options, options.tiles.dkv)
-    if N != k.shape[2]:
+    if k.shape[2] != N:
         dk, dv = (
             jnp.sum(x.reshape(*k.shape[:3], -1, k.shape[3]).astype(jnp.float32), axis=3).astype(k.dtype)
             for x in (dk, dv)

@@ -1,10 +1,10 @@
 """Squared attention on GPU, through Triton: the tiles of `kernels_pallas.second_order_attention`.
 
-Arrays stay as they come, [B, T, N, H]: a tile's rows lie N H elements apart, H contiguous elements each, so nothing is
-transposed. A program owns the rows of one chunk (sums in registers, about half of the file at H = 128) and streams tiles
-of `streamed` tokens through shared memory: first the chunks off the diagonal, as many as it sees, from the diagonal
-outwards; then its own chunk, where the decay is an exp and the triangle and the documents are masked. Programs with most
-to do (late queries; early keys) start first.
+Arrays stay as they come, [B, T, N, H]: a tile's rows lie N H elements apart, H contiguous elements each, so nothing
+is transposed. A program owns the rows of one chunk (sums in registers, about half of the file at H = 128) and streams
+tiles of `streamed` tokens through shared memory: first the chunks off the diagonal, as many as it sees, from the
+diagonal outwards; then its own chunk, where the decay is an exp and the triangle and the documents are masked.
+Programs with most to do (late queries; early keys) start first.
 """
 
 import functools
@@ -21,7 +21,9 @@ EXACT = jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3  # float32 products from thr
 
 def _dot(a, b, options):
     exact = jax.lax.Precision.HIGHEST if options.interpret else EXACT  # a CPU has no TF32
-    return jnp.dot(a, b, preferred_element_type=jnp.float32, precision=exact if a.dtype == jnp.float32 else None)
+    return jnp.dot(
+        a, b, preferred_element_type=jnp.float32, precision=exact if a.dtype == jnp.float32 else None
+    )
 
 
 def _cut(ref, start, size):
@@ -33,7 +35,7 @@ def _times(x, scalar):
 
 
 def _visit(steps, count, at, body, sums):
-    """sums = body(t, scalar, sums) for t = 0 .. count - 1; the scalar begins at 1, then takes the factor steps[at(t)]."""
+    """sums = body(t, scalar, sums) for t = 0 .. count - 1; the scalar begins at 1, then takes on steps[at(t)]."""
     if steps is None:
         return jax.lax.fori_loop(0, count, lambda t, sums: body(t, None, sums), sums)
 
@@ -97,9 +99,9 @@ def _forward_kernel(first, steps, q, k, keys, v, local, enter, runs, y, den, *, 
 
 
 def _inverse(total):
-    """1 / total, 0 where that is below the floor."""
-    some = total > FLOOR
-    return jnp.where(some, 1 / jnp.where(some, total, jnp.ones_like(total)), jnp.zeros_like(total))
+    """1 / total, 0 where that is below the floor (and NaN where it is NaN)."""
+    empty = total <= FLOOR
+    return jnp.where(empty, jnp.zeros_like(total), 1 / jnp.where(empty, jnp.ones_like(total), total))
 
 
 def _dq_kernel(first, steps, q, k, keys, v, dy, ratio, mean, g, bias, local, runs, dq, row, *, tile, options):

@@ -1,14 +1,14 @@
 """Squared attention on TPU: the tiles of `kernels_pallas.second_order_attention`.
 
-Heads come first, [B N, T, H], so that a tile is rows by lanes. The grid is (heads, chunks, steps), steps innermost: a row of
-it holds one chunk and its sums in VMEM, and each step brings one tile of others, off the diagonal from the diagonal
-outwards, then the chunk itself. How far that goes is data: the bounds of all chunks are prefetched to scalar memory,
-the grid has as many steps as the furthest-seeing chunk needs, and a step past a chunk's own bound names the tile that is
-there already, so nothing is fetched and nothing computed.
+Heads come first, [B N, T, H], so that a tile is rows by lanes. The grid is (heads, chunks, steps), steps innermost: a
+row of it holds one chunk and its sums in VMEM, and each step brings one tile of others, off the diagonal from the
+diagonal outwards, then the chunk itself. How far that goes is data: the bounds of all chunks are prefetched to scalar
+memory, the grid has as many steps as the furthest-seeing chunk needs, and a step past a chunk's own bound names the
+tile that is there already, so nothing is fetched and nothing computed.
 
-Numbers that belong to tokens (decays, sums) are rows of [B N, 1, T], since a column would take 128 times its size; where a
-tile needs one along its rows it is turned in the kernel, once a chunk. VMEM at C = 512, H = 128, bfloat16: two or three
-C x C float32 tiles (3 MiB), windows twice (2 MiB), sums (0.6 MiB).
+Numbers that belong to tokens (decays, sums) are rows of [B N, 1, T], since a column would take 128 times its size;
+where a tile needs one along its rows it is turned in the kernel, once a chunk. VMEM at C = 512, H = 128, bfloat16:
+two or three C x C float32 tiles (3 MiB), windows twice (2 MiB), sums (0.6 MiB).
 """
 
 import functools
@@ -64,7 +64,9 @@ def _decay(local, runs, C, *, keys_down=False):
     return jnp.exp(jnp.where(seen, -fall if keys_down else fall, -1e30))
 
 
-def _forward_kernel(bound, steps, q, k, keys, v, local, enter, runs, y, den, acc, total, scalar, *, options, decayed):
+def _forward_kernel(
+    bound, steps, q, k, keys, v, local, enter, runs, y, den, acc, total, scalar, *, options, decayed
+):
     at, i, t = pl.program_id(0) * pl.num_programs(1) + pl.program_id(1), pl.program_id(1), pl.program_id(2)
     count = i - bound[at]
 
@@ -97,15 +99,37 @@ def _forward_kernel(bound, steps, q, k, keys, v, local, enter, runs, y, den, acc
         add(s * s * _decay(local, runs, s.shape[0]))
         if options.normalize:
             sums = jnp.sum(total[...], axis=1, keepdims=True)
-            some = sums > FLOOR
-            y[...] = jnp.where(some, acc[...] / jnp.where(some, sums, 1.0), 0.0).astype(y.dtype)
+            empty = sums <= FLOOR  # not true of NaN, which shall be seen
+            y[...] = jnp.where(empty, 0.0, acc[...] / jnp.where(empty, 1.0, sums)).astype(y.dtype)
             den[...] = _row(total[...])
         else:
             y[...] = (acc[...] * options.scale**2).astype(y.dtype)
             den[...] = jnp.zeros_like(den)
 
 
-def _dq_kernel(bound, steps, q, k, keys, v, dy, ratio, mean, g, bias, local, runs, dq, row, acc, flow, scalar, *, options, decayed):
+def _dq_kernel(
+    bound,
+    steps,
+    q,
+    k,
+    keys,
+    v,
+    dy,
+    ratio,
+    mean,
+    g,
+    bias,
+    local,
+    runs,
+    dq,
+    row,
+    acc,
+    flow,
+    scalar,
+    *,
+    options,
+    decayed,
+):
     at, i, t = pl.program_id(0) * pl.num_programs(1) + pl.program_id(1), pl.program_id(1), pl.program_id(2)
     count = i - bound[at]
 
@@ -139,7 +163,30 @@ def _dq_kernel(bound, steps, q, k, keys, v, dy, ratio, mean, g, bias, local, run
 
 
 def _dkv_kernel(
-    bound, steps, k, keys, v, leave, q, dy, ratio, mean, g, bias, local, runs, dk, dv, column, dk_sum, dv_sum, flow, scalar, *, options, decayed
+    bound,
+    steps,
+    k,
+    keys,
+    v,
+    leave,
+    q,
+    dy,
+    ratio,
+    mean,
+    g,
+    bias,
+    local,
+    runs,
+    dk,
+    dv,
+    column,
+    dk_sum,
+    dv_sum,
+    flow,
+    scalar,
+    *,
+    options,
+    decayed,
 ):
     at, j, t = pl.program_id(0) * pl.num_programs(1) + pl.program_id(1), pl.program_id(1), pl.program_id(2)
     count = bound[at] - j
@@ -181,7 +228,7 @@ def _dkv_kernel(
 
 
 class _Specs:
-    """Blocks for a grid (B N, J, steps): `own`, those of the chunk that a row of the grid holds, and those that pass by.
+    """Blocks for a grid (B N, J, steps): those of the chunk that a row of the grid holds, and those that pass by.
 
     away: the tile of step t < count lies t + 1 chunks from the own one, before it (-1) or after it (+1).
     """
@@ -220,7 +267,7 @@ class _Specs:
 
 def _call(kernel, specs: _Specs, bound, fold, options, operands, outputs, scratch, name):
     """operands and outputs: pairs of an array or a shape, and its block; an array is None where there is none."""
-    C, J = specs.C, specs.J
+    J = specs.J
     arrays, in_specs = zip(*((x, None if x is None else spec) for x, spec in operands), strict=True)
     shapes, out_specs = zip(*outputs, strict=True)
     steps = jnp.max((bound - jnp.arange(J, dtype=jnp.int32)) * specs.away) + 1
@@ -230,7 +277,10 @@ def _call(kernel, specs: _Specs, bound, fold, options, operands, outputs, scratc
         grid=(specs.B * specs.N, J, J if fold is None else steps),
         in_specs=in_specs,
         out_specs=out_specs,
-        scratch_shapes=[*(pltpu.VMEM(shape, jnp.float32) for shape in scratch), pltpu.SMEM((1,), jnp.float32)],
+        scratch_shapes=[
+            *(pltpu.VMEM(shape, jnp.float32) for shape in scratch),
+            pltpu.SMEM((1,), jnp.float32),
+        ],
     )
     return pl.pallas_call(
         functools.partial(kernel, options=options, decayed=fold is not None),
