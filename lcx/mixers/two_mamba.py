@@ -1,0 +1,349 @@
+"""2Mamba: decayed attention whose scores may be squared, and every variant on the way there from linear attention.
+
+    q, k, v = conv(x W_qkv),  a_t = log decay,  w_ij = f(q_i . k_j / sqrt H) exp(a_j+1 + ... + a_i)
+    y_i = sum_j w_ij v_j  (/ sum_j w_ij)  + D v_i,   times silu(x W_z + b),   then W_o
+
+    2Mamba      f(s) = s^2, divided by the sum, a = -softplus(x W_a), convolution of width 2
+    2Mamba-E    f(s) = e^s: softmax with a forget gate, grows a cache of keys and values
+    Mamba-2S    f(s) = s, RMSNorm instead of the division, values times softplus(x W_dt)
+
+(Mongaras & Larson 2026, arXiv 2602.17363.) `published` has all 28 variants of the paper by name. There is no rotary
+embedding: order comes from the decay and the convolution. Where the weights of a token sum to nothing, this gives 0;
+the published torch code gives the plain sum of values there, its kernels something else.
+
+Letters: B batch, T time, D embed, N heads, H head dim, K taps (k = 0 multiplies the current token).
+
+q, k and v lie together in one projection [D, 3, N, H], so that devices on the `tensor` axis hold whole heads of all
+three. The cache is the last K - 1 inputs of the convolution and the float32 state of the operator (e^s: keys, values
+and decays).
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as Axes
+from jaxtyping import Array, Float, Int
+
+from lcx import sharding
+from lcx.errors import UserError
+from lcx.layers import Linear, RMSNorm, named_param
+from lcx.mixers.attention import Attention
+from lcx.mixers.hyena import bounded
+from lcx.mixers.mamba2 import Mamba2
+from lcx.ops import linear_attention as linear_op
+from lcx.ops import second_order_attention as second_order_op
+from lcx.ops.attention import attention
+from lcx.ops.short_conv import ConvState, short_conv
+
+Cache = dict[str, Any]
+CHOICES: dict[str, tuple[str, ...]] = {
+    "score": ("linear", "square", "exp"),
+    "norm": ("scores", "output"),
+    "qk_activation": ("none", "relu", "silu"),
+    "decay": ("none", "softplus", "discretize"),
+}
+ACTIVATIONS = {"none": lambda x: x, "relu": nn.relu, "silu": nn.silu}
+HEADS, HEAD_STATE = Axes("rows", None, "heads"), Axes("rows", "heads")
+
+
+class TwoMamba(nn.Module):
+    """One of the family; the defaults are 2Mamba.
+
+    Attributes:
+      score: f: "linear" (s), "square" (s^2) or "exp" (e^s, which needs norm "scores").
+      norm: "scores" divides by the sum of the weights, "output" takes an RMSNorm over all heads before W_o.
+      qk_activation: of q and k, after the convolution: "none", "relu" or "silu".
+      conv_width: taps over q, k and v; 1: no convolution.
+      decay: log decay a: "none", "softplus": -softplus(x W_a), "discretize": -exp(A_log) softplus(x W_dt).
+      value_step: values times softplus(x W_dt).
+      residual: adds D v, v as after the convolution.
+      gate: y times silu(x W_z + b).
+      init_gain: of all projections; 3^-0.5 gives the variance of torch's default, as published.
+      implementation: of the operator, see ops; None picks the fastest that is valid here.
+    """
+
+    num_heads: int
+    head_dim: int
+    score: str = "square"
+    norm: str = "scores"
+    qk_activation: str = "none"
+    conv_width: int = 2
+    decay: str = "softplus"
+    value_step: bool = False
+    residual: bool = False
+    gate: bool = False
+    init_gain: float = 1.0
+    implementation: str | None = None
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        *,
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        cache: Cache | None = None,
+    ) -> tuple[Float[Array, "B T D"], Cache | None]:
+        self._check()
+        (B, T, D), N, H = x.shape, self.num_heads, self.head_dim
+        if cache is not None and segment_ids is None:
+            segment_ids = jnp.ones((B, T), jnp.int32)
+        names = ("embed", None, "heads", "head_dim")
+        arrays = {
+            "qkv": Linear((D,), (3, N, H), names, gain=self.init_gain, name="qkv_proj")(x),
+            "segment_ids": None if segment_ids is None else jnp.broadcast_to(segment_ids, (B, T)),
+            "cache": cache,
+            **self._steps(x),
+            **self._weights(),
+        }
+        state_axes = self._state_axes() if cache is not None else None
+        axes = {
+            "qkv": Axes("rows", None, None, "heads"),
+            "segment_ids": Axes("rows"),
+            "cache": state_axes,
+            **dict.fromkeys(("log_decay", "dt"), HEADS),
+            **dict.fromkeys(("taps", "taps_bias"), Axes(None, "heads")),
+            "D": Axes("heads"),
+        }
+        axes = {name: axes[name] for name in arrays}
+        y, cache = sharding.island(self._mix, arrays, axes, (HEADS, state_axes))
+        if self.gate:
+            shape = ("embed", "heads", "head_dim")
+            z = Linear((D,), (N, H), shape, bias=True, gain=self.init_gain, name="gate_proj")(x)
+            y = y * nn.silu(z)
+        if self.norm == "output":
+            eps = float(jnp.finfo(jnp.float32).eps)
+            y = RMSNorm(N * H, eps, name="out_norm")(y.reshape(B, T, N * H)).reshape(B, T, N, H)
+        names = ("heads", "head_dim", "embed")
+        return Linear((N, H), (D,), names, gain=self.init_gain, name="o_proj")(y), cache
+
+    def _check(self) -> None:
+        for field, choices in CHOICES.items():
+            if getattr(self, field) not in choices:
+                expected = ", ".join(repr(choice) for choice in choices)
+                raise UserError(f"{field} {getattr(self, field)!r}: expected one of {expected}")
+        if self.score == "exp" and self.norm == "output":
+            raise UserError("score 'exp' with norm 'output': exponentials need their sum; set norm='scores'")
+
+    def _steps(self, x: Array) -> dict[str, Array]:
+        """dt and the log decay [B, T, N], float32, from the input before the convolution."""
+        shape, names = ((x.shape[-1],), (self.num_heads,)), ("embed", "heads")
+
+        def softplus_of(name: str) -> Array:
+            projected = Linear(*shape, names, gain=self.init_gain, name=name)(x)
+            return nn.softplus(projected.astype(jnp.float32))
+
+        out: dict[str, Array] = {}
+        if self.value_step or self.decay == "discretize":
+            dt = softplus_of("dt_proj")
+        if self.value_step:
+            out["dt"] = dt
+        if self.decay == "softplus":
+            out["log_decay"] = -softplus_of("forget_proj")
+        if self.decay == "discretize":
+            a_log = named_param(self, "A_log", log_uniform(1, 16), ("heads",), (self.num_heads,))
+            out["log_decay"] = -jnp.exp(a_log.astype(jnp.float32)) * dt
+        return out
+
+    def _weights(self) -> dict[str, Array]:
+        out: dict[str, Array] = {}
+        heads, names = (self.num_heads, self.head_dim), ("heads", "head_dim")
+        if self.conv_width > 1:
+            init = bounded(self.conv_width)
+            out["taps"] = named_param(
+                self, "conv_kernel", init, (None, *names, None), (3, *heads, self.conv_width)
+            )
+            out["taps_bias"] = named_param(self, "conv_bias", init, (None, *names), (3, *heads))
+        if self.residual:
+            out["D"] = named_param(self, "D", nn.initializers.ones, names, heads)
+        return out
+
+    @nn.nowrap
+    def _mix(self, arrays: dict[str, Any]) -> tuple[Array, Cache | None]:
+        """Everything between the projections, on the heads of one device: -> y [B, T, N, H]."""
+        qkv, ids, cache = arrays["qkv"], arrays["segment_ids"], arrays["cache"]
+        conv = None
+        if self.conv_width > 1:
+            qkv, conv = self._convolve(qkv, arrays, ids, None if cache is None else cache["conv"])
+        q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+        residual = v * arrays["D"].astype(v.dtype) if self.residual else None
+        if self.value_step:
+            v = (v * arrays["dt"][..., None]).astype(v.dtype)
+        q, k = (ACTIVATIONS[self.qk_activation](heads) for heads in (q, k))
+        state = None if cache is None else cache["state"]
+        y, state = self._attend(q, k, v, arrays.get("log_decay"), ids, state)
+        y = y if residual is None else y + residual
+        return y, None if cache is None else {"conv": conv, "state": state}
+
+    @nn.nowrap
+    def _convolve(self, qkv: Array, arrays, ids, before: ConvState | None) -> tuple[Array, ConvState]:
+        B, T, *channels = qkv.shape
+        if before is not None:
+            before = before._replace(inputs=before.inputs.reshape(B, self.conv_width - 1, -1))
+        y, seen = short_conv(
+            qkv.reshape(B, T, -1),
+            arrays["taps"].reshape(-1, self.conv_width).astype(qkv.dtype),
+            bias=arrays["taps_bias"].reshape(-1).astype(qkv.dtype),
+            segment_ids=ids,
+            initial_state=before,
+            time_axis=1,
+        )
+        dtype = seen.inputs.dtype if before is None else before.inputs.dtype
+        inputs = seen.inputs.reshape(B, self.conv_width - 1, *channels).astype(dtype)
+        return y.reshape(qkv.shape), seen._replace(inputs=inputs)
+
+    @nn.nowrap
+    def _attend(self, q, k, v, log_decay, ids, state):
+        options = {"log_decay": log_decay, "implementation": self.implementation}
+        if self.score == "exp":
+            return self._softmax(q, k, v, ids, state, options)
+        options |= {"normalize": self.norm == "scores", "segment_ids": ids, "initial_state": state}
+        if self.score == "linear":
+            return linear_op.linear_attention(q * self.head_dim**-0.5, k, v, **options)
+        return second_order_op.second_order_attention(q, k, v, **options)
+
+    @nn.nowrap
+    def _softmax(self, q, k, v, ids, state, options):
+        if state is None:
+            return attention(q, k, v, q_segment_ids=ids, kv_segment_ids=ids, **options), None
+        start = state["index"]
+        new = {"k": k, "v": v, "segment_ids": ids}
+        if options["log_decay"] is not None:
+            new["log_decay"] = options["log_decay"]
+        kept = {
+            name: jax.lax.dynamic_update_slice_in_dim(state[name], x.astype(state[name].dtype), start, axis=1)
+            for name, x in new.items()
+        }
+        y = attention(
+            q,
+            kept["k"].astype(q.dtype),
+            kept["v"].astype(q.dtype),
+            q_segment_ids=ids,
+            kv_segment_ids=kept["segment_ids"],
+            q_offset=jnp.broadcast_to(start, q.shape[:1]),
+            **(options | {"log_decay": kept.get("log_decay")}),
+        )
+        return y, {**kept, "index": start + q.shape[1]}
+
+    @nn.nowrap
+    def init_cache(self, batch_size: int, length: int, dtype: jnp.dtype) -> Cache:
+        """Nothing seen yet. `length` counts for score "exp" alone: the others fold their history into a state."""
+        B, N, H = batch_size, self.num_heads, self.head_dim
+        conv = None
+        if self.conv_width > 1:
+            seen = (B, self.conv_width - 1)
+            conv = ConvState(jnp.zeros((*seen, 3, N, H), dtype), jnp.zeros(seen, jnp.int32))
+        if self.score == "linear":
+            return {"conv": conv, "state": linear_op.empty_state(B, N, H, H, normalize=self.norm == "scores")}
+        if self.score == "square":
+            return {"conv": conv, "state": second_order_op.empty_state(B, N, H)}
+        state = {name: jnp.zeros((B, length, N, H), dtype) for name in ("k", "v")}
+        state["segment_ids"] = jnp.zeros((B, length), jnp.int32)
+        state["index"] = jnp.zeros((), jnp.int32)
+        if self.decay != "none":
+            state["log_decay"] = jnp.zeros((B, length, N), jnp.float32)
+        return {"conv": conv, "state": state}
+
+    @nn.nowrap
+    def _state_axes(self) -> dict[str, Any]:
+        """How the leaves of the cache lie on devices."""
+        rows, conv = Axes("rows"), None
+        if self.conv_width > 1:
+            conv = ConvState._make((Axes("rows", None, None, "heads"), Axes("rows")))
+        if self.score == "linear":
+            k_sum = HEAD_STATE if self.norm == "scores" else None
+            return {"conv": conv, "state": linear_op.LinearState(HEAD_STATE, k_sum, rows)}
+        if self.score == "square":
+            return {
+                "conv": conv,
+                "state": second_order_op.SecondOrderState._make((HEAD_STATE, HEAD_STATE, rows)),
+            }
+        state = {"k": HEADS, "v": HEADS, "segment_ids": rows, "index": Axes()}
+        if self.decay != "none":
+            state["log_decay"] = HEADS
+        return {"conv": conv, "state": state}
+
+    @nn.nowrap
+    def macs_per_token(self, seq_len: int) -> float:
+        """Multiply-adds per token between the projections, averaged over a sequence; the cheaper form where two are."""
+        H = self.head_dim
+        pairs = (2 * H + 1) * (seq_len + 1) / 2
+        if self.score == "linear":
+            core = 2.0 * H * H
+        elif self.score == "square":
+            core = min(pairs, 2.0 * second_order_op.expanded_size(H) * (H + 1))
+        else:
+            core = pairs
+        taps = 3 * H * self.conv_width if self.conv_width > 1 else 0
+        return self.num_heads * (core + taps)
+
+
+def log_uniform(low: float, high: float) -> nn.initializers.Initializer:
+    """The logarithm of a number that is uniform between low and high."""
+    return lambda key, shape, dtype=jnp.float32: jnp.log(jax.random.uniform(key, shape, dtype, low, high))
+
+
+_LINEAR = {"score": "linear", "norm": "output", "conv_width": 1, "decay": "none"}
+_LINEAR_S = _LINEAR | {"conv_width": 2, "decay": "softplus", "value_step": True}
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "linear": _LINEAR | {"norm": "scores", "qk_activation": "relu"},
+    "linear__output_norm": _LINEAR,
+    "linear__output_norm__ReLU": _LINEAR | {"qk_activation": "relu"},
+    "linear__output_norm__in_conv_k_2": _LINEAR | {"conv_width": 2},
+    "linear__output_norm__in_conv_k_3": _LINEAR | {"conv_width": 3},
+    "linear__output_norm__in_conv_k_4": _LINEAR | {"conv_width": 4},
+    "linear__output_norm__in_conv_k_2__silu": _LINEAR | {"conv_width": 2, "qk_activation": "silu"},
+    "linear__output_norm__in_conv_k_3__silu": _LINEAR | {"conv_width": 3, "qk_activation": "silu"},
+    "linear__output_norm__in_conv_k_4__silu": _LINEAR | {"conv_width": 4, "qk_activation": "silu"},
+    "linear__output_norm__D_res": _LINEAR | {"residual": True},
+    "linear__output_norm__Z_out_gate": _LINEAR | {"gate": True},
+    "linear__output_norm__dt_on_values": _LINEAR | {"value_step": True},
+    "linear__output_norm__A_mask_type_discretize": _LINEAR | {"decay": "discretize"},
+    "linear__output_norm__A_mask_type_neg_softplus": _LINEAR | {"decay": "softplus"},
+    "linear__output_norm__A_mask_type_discretize__in_conv_k_2": _LINEAR
+    | {"decay": "discretize", "conv_width": 2},
+    "linear__output_norm__A_mask_type_neg_softplus__in_conv_k_2": _LINEAR
+    | {"decay": "softplus", "conv_width": 2},
+    "linear__output_norm__A_mask_type_neg_softplus__in_conv_k_2__dt_on_values": _LINEAR_S,  # Mamba-2S
+    "linear__output_norm__A_mask_type_neg_softplus__in_conv_k_2__dt_on_values__silu": _LINEAR_S
+    | {"qk_activation": "silu"},
+    "linear__output_norm__A_mask_type_neg_softplus__in_conv_k_2__dt_on_values__D_res": _LINEAR_S
+    | {"residual": True},
+    "linear__output_norm__A_mask_type_neg_softplus__in_conv_k_2__dt_on_values__Z_out_gate": _LINEAR_S
+    | {"gate": True},
+    "linear__out_norm__A_mask_type_neg_softplus__in_conv_k_2": _LINEAR
+    | {"decay": "softplus", "conv_width": 2},
+    "squared__output_norm__A_mask_type_neg_softplus__in_conv_k_2__dt_on_values": {
+        "norm": "output",
+        "value_step": True,
+    },
+    "squared__sm_norm__A_mask_type_neg_softplus__in_conv_k_2__dt_on_values": {"value_step": True},
+    "squared__sm_norm__A_mask_type_neg_softplus__in_conv_k_2": {},  # 2Mamba
+    "exp__sm_norm__A_mask_type_neg_softplus__in_conv_k_2__dt_on_values": {"score": "exp", "value_step": True},
+    "exp__sm_norm__A_mask_type_neg_softplus__in_conv_k_2": {"score": "exp"},  # 2Mamba-E
+}
+
+
+def published(attention_type: str, *, num_heads: int, head_dim: int) -> nn.Module:
+    """The mixer that the published code calls `attention_type`.
+
+    Three kinds: TwoMamba; "softmax" is Attention (the published rotary pairs are neighbours, ours halves: its q and k
+    rows come reordered); "mamba" is Mamba2 with one head, as published.
+
+    Raises:
+      UserError: an unknown name.
+    """
+    if attention_type == "softmax":
+        return Attention(num_heads=num_heads, num_kv_heads=num_heads, head_dim=head_dim, parent=None)
+    if attention_type == "mamba":
+        width = (num_heads - 1) * head_dim
+        return Mamba2(
+            1, head_dim, conv_size=2, conv_bias=False, skip_per_channel=True, mlp_size=width, parent=None
+        )
+    if attention_type not in PUBLISHED:
+        names = ", ".join(repr(name) for name in ("softmax", "mamba", *PUBLISHED))
+        raise UserError(f"attention_type {attention_type!r}: expected one of {names}")
+    sizes = {"num_heads": num_heads, "head_dim": head_dim}
+    return TwoMamba(**sizes, **PUBLISHED[attention_type], init_gain=3**-0.5, parent=None)

@@ -1,0 +1,146 @@
+"""2Mamba and its family against the published models: logits, loss, gradients, decoding, kernel."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from two_mamba_oracle import load, mixer_params, model_params, softmax_params, triangular
+
+from lcx.errors import UserError
+from lcx.mixers.two_mamba import PUBLISHED, TwoMamba, published
+from lcx.model import Block, Decoder, Mlp, Stage
+from lcx.ops.second_order_attention import second_order_attention
+
+N, H, D, VOCAB = 4, 16, 64, 97  # of every saved model, with 2 layers and an mlp of 128
+SQUARE = "squared__sm_norm__A_mask_type_neg_softplus__in_conv_k_2"
+SAVED = [
+    SQUARE,
+    "exp__sm_norm__A_mask_type_neg_softplus__in_conv_k_2",
+    "linear",
+    "linear__output_norm__A_mask_type_neg_softplus__in_conv_k_2__dt_on_values",
+    "softmax",
+]
+
+
+def decoder(name):
+    mixer = published(name, num_heads=N, head_dim=H)
+    block = Block(mixer=mixer, mlp=Mlp(128, parent=None), parent=None)
+    return Decoder(VOCAB, D, (Stage((block,), 2),), max_position_embeddings=64, parent=None)
+
+
+def to_ours(name):
+    convert = softmax_params if name == "softmax" else mixer_params
+    return lambda saved: convert(saved, N, H)
+
+
+def assert_trees_close(got, want, **tolerance):
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(want)]
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for path, g, x in zip(paths, jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(g, x, err_msg=jax.tree_util.keystr(path), **tolerance)
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_logits_loss_and_gradients_equal_the_published_model(reference, name):
+    saved, model = load(reference, f"model_{name}"), decoder(name)
+    params = model_params(saved, "param", to_ours(name))
+    tokens, labels = jnp.array(saved["input_ids"], jnp.int32), jnp.array(saved["labels"])
+
+    @jax.jit
+    def loss_of(params):
+        logits = model.apply({"params": params}, tokens)
+        log_p = jax.nn.log_softmax(logits)
+        picked = jnp.take_along_axis(log_p, jnp.maximum(labels, 0)[..., None], axis=-1)[..., 0]
+        counted = labels != -100
+        return -jnp.sum(picked * counted) / jnp.sum(counted), logits
+
+    (loss, logits), grads = jax.value_and_grad(loss_of, has_aux=True)(params)
+    np.testing.assert_allclose(logits, saved["logits"], atol=5e-5)
+    np.testing.assert_allclose(loss, saved["loss"], rtol=1e-5)
+    assert_trees_close(grads, model_params(saved, "grad", to_ours(name)), rtol=1e-3, atol=1e-5)
+
+
+def test_one_layer_equals_its_published_internals(reference):
+    saved = load(reference, f"model_{SQUARE}")
+    params = jax.tree.map(
+        lambda x: x[0], model_params(saved, "param", to_ours(SQUARE))["stages_0"]["block_0"]
+    )
+    mixer = published(SQUARE, num_heads=N, head_dim=H)
+    y, _ = mixer.apply({"params": params["mixer"]}, jnp.array(saved["L0/input_layernorm.out"]))
+    np.testing.assert_allclose(y, saved["L0/o_proj.out"], atol=2e-5)
+
+
+def test_decoding_equals_the_published_steps_and_states(reference):
+    saved, model = load(reference, "infer_2mamba"), decoder(SQUARE)
+    params = model_params(saved, "param", to_ours(SQUARE))
+
+    @jax.jit
+    def step(tokens, cache):
+        x, cache = model.apply({"params": params}, tokens, cache=cache, method="hidden")
+        return x[:, -1] @ params["lm_head"]["embedding"].T, cache
+
+    tokens = jnp.array(saved["prompt"], jnp.int32)
+    cache = model.init_cache(1, 32)
+    for i, greedy in enumerate(saved["greedy_tokens"]):
+        logits, cache = step(tokens, cache)
+        np.testing.assert_allclose(logits[0], saved["step_logits"][i], atol=5e-5)
+        assert int(jnp.argmax(logits)) == greedy
+        tokens = jnp.array([[greedy]], jnp.int32)
+        state = cache["stages_0"]["block_0"]
+        for layer in range(2):
+            if f"state_after_step{i}/L{layer}/hidden_num" not in saved:
+                continue
+            want = {
+                key: saved[f"state_after_step{i}/L{layer}/hidden_{key}"] for key in ("conv", "num", "denom")
+            }
+            kv, k_sum = (np.array(x[layer]) for x in state["state"][:2])
+            num = np.moveaxis(triangular(np.moveaxis(kv, 2, 3), H), 3, 2)
+            np.testing.assert_allclose(num, want["num"], rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(triangular(k_sum, H)[..., None], want["denom"], rtol=1e-4, atol=1e-5)
+            inputs = state["conv"].inputs[layer].reshape(1, 1, -1)
+            np.testing.assert_allclose(inputs, want["conv"], atol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["tiles", "states"])
+def test_the_operator_equals_the_published_kernel(reference, form):
+    """The kernel's own products are TF32: hence its tolerance, that of the spread it showed against float64."""
+    saved = load(reference, "kernel_2Mamba2Furious_square")
+    q, k, v, d_out = (jnp.moveaxis(jnp.array(saved[name]), 1, 2) for name in ("q", "k", "v", "do"))
+    a = jnp.moveaxis(jnp.array(saved["A"]), 1, 2)
+
+    def f(q, k, v, a):
+        scale = float(saved["sm_scale"])
+        return second_order_attention(q, k, v, log_decay=a, scale=scale, form=form)[0]
+
+    y, pull = jax.vjp(f, q, k, v, a)
+    dq, dk, dv, da = pull(d_out)
+    got = {"o": y, "dq": dq, "dk": dk, "dv": dv}
+    for name, x in got.items():
+        np.testing.assert_allclose(jnp.moveaxis(x, 2, 1), saved[name], rtol=1e-3, atol=5e-5, err_msg=name)
+    want = np.cumsum(saved["dA_cumsum"][:, :, ::-1], axis=2)[:, :, ::-1]
+    np.testing.assert_allclose(jnp.moveaxis(da, 2, 1), want, rtol=1e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize("name", [*PUBLISHED, "softmax", "mamba"])
+def test_every_published_name_builds_and_runs(name):
+    mixer = published(name, num_heads=2, head_dim=8)
+    x = jax.random.normal(jax.random.key(0), (2, 11, 16))
+    y, params = jax.jit(mixer.init_with_output)(jax.random.key(1), x)
+    assert y[0].shape == x.shape and bool(jnp.isfinite(y[0]).all()) and float(jnp.std(y[0])) > 1e-3
+    assert mixer.macs_per_token(128) > 0 and params["params"]
+
+
+def test_the_names_are_the_published_28_and_a_wrong_one_raises():
+    assert len({*PUBLISHED, "softmax", "mamba"}) == 28
+    different = {tuple(sorted(settings.items())) for settings in PUBLISHED.values()}
+    assert len(different) == 25  # two spellings of one
+    with pytest.raises(UserError, match="expected one of 'softmax', 'mamba', 'linear'"):
+        published("cubed", num_heads=2, head_dim=8)
+
+
+def test_settings_that_do_not_exist_raise():
+    x = jnp.ones((1, 2, 16))
+    with pytest.raises(UserError, match="score 'cube': expected one of 'linear', 'square', 'exp'"):
+        TwoMamba(2, 8, score="cube").init(jax.random.key(0), x)
+    with pytest.raises(UserError, match="set norm='scores'"):
+        TwoMamba(2, 8, score="exp", norm="output").init(jax.random.key(0), x)
