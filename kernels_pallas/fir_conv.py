@@ -1,0 +1,145 @@
+"""Gated causal convolution with up to 256 taps, shared by groups of channels: Hyena-SE and Hyena-MR.
+
+    u = x2 * v,   y_t = x1_t * ( sum_k h[group, k] u_{t-k} + skip u_t ),   k = 0 .. K-1
+
+K <= 8: shifted multiply-adds, `kernels_pallas.short_conv`; skip is one more tap of the current token. The rest here.
+
+Block Toeplitz products (Ku et al. 2025, "Systems and Algorithms for Convolutional Multi-Hybrid Language Models at
+Scale", section 3.2; arXiv 2503.01868). Time is cut to blocks of C tokens; the rows of a matrix are blocks of channels
+that share a filter. With M_j[s, t] = h[C j + t - s] (0 outside of h) and u_c the rows of block c,
+
+    y_c = x1_c * ( u_c M_0 + u_{c-1} M_1 + ... + u_{c-n} M_n + skip u_c ),     n = ceil(K / C).
+
+Time comes last and is contiguous, so rows are read as they lie in memory, whether a filter has one channel or a
+thousand. C is 64 on GPU: 3 blocks for 128 taps are 384 FLOPs an element and 24 KiB, where 2 blocks of 128 are 512 and
+64 KiB. On TPU, where the matrix unit is 128 wide, C is 128.
+
+Who holds what. The walk goes along time, so the inputs before a block are what the same program had last: in registers
+on GPU (`fir_conv_gpu`), in VMEM on TPU (`fir_conv_tpu`). M_j is made on chip from the taps and stays there.
+
+Backward, with g = dy x1, in one walk from the end: du_c = sum_j g_{c+j} M_j^T + skip g_c, dx2 = du v, dv = du x2,
+dx1 = dy (the convolution formed again), dM_j = sum_c u_c^T g_{c+j} in float32, and dh[k] is the sum of dM_j where
+C j + t - s = k. dskip is the sum of g u. What belongs to the inputs before the row, K - 1 tokens, is plain jax.
+
+An element in 16 bits: 8 bytes forward (x1, x2, v in, y out), 14 backward (dy, x1, x2, v in, dx1, dx2, dv out); FLOPs
+for K = 128: 384 and 1152 on GPU, 512 and 1536 on TPU. Intensity 48 to 110, below the balance of each machine (H200
+184, v5e 240 FLOPs a byte), so memory is the roofline, for elements B D T:
+
+    H200 4.3 TB/s, 790 TF/s: 1.86 ps forward (products 0.49), 3.26 ps backward (products 1.46)
+    v5e  819 GB/s, 197 TF/s: 9.8 ps forward (products 2.6), 17.1 ps backward (products 7.8)
+
+Beside that the taps' blocks: gathered once a walk on GPU, 48 KiB of dM written per program of the backward walk; the
+halo of a piece of time (GPU), 128 tokens of x2 and v a step of the backward walk (TPU).
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas import fir_conv_gpu, fir_conv_tpu, short_conv
+
+MAX_TAPS = 256
+
+
+def obstacle(v: jax.Array, h: jax.Array, *, platform: str, segments: bool = False) -> str | None:
+    """None if the kernel covers arrays of these shapes, else why not."""
+    if h.shape[1] <= short_conv.MAX_TAPS:
+        return None
+    if h.shape[1] > MAX_TAPS:
+        return f"{h.shape[1]} taps, the kernel has up to {MAX_TAPS}"
+    if segments:
+        return f"segments with more than {short_conv.MAX_TAPS} taps"
+    if platform == "tpu" and fir_conv_tpu.channels(v.shape[1], h.shape[0]) is None:
+        return f"groups of {v.shape[1] // h.shape[0]} channels do not tile"
+    return None
+
+
+def fir_conv(
+    x1: jax.Array | None,
+    x2: jax.Array | None,
+    v: jax.Array,
+    h: jax.Array,
+    *,
+    skip: jax.Array | None = None,
+    runs: jax.Array | None = None,
+    initial_inputs: jax.Array | None = None,
+    initial_runs: jax.Array | None = None,
+    platform: str,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """(y [B, D, T] in v's dtype, the last K - 1 gated inputs [B, D, K - 1]).
+
+    Args:
+      x1, x2, v: [B, D, T], a gate may be None. h: [G, K], channel d uses filter d // (D/G), the tap of the current
+        token first. skip: [D].
+      runs, initial_inputs (gated), initial_runs: as in `short_conv.short_conv`; runs with up to 8 taps only.
+      platform: "gpu" or "tpu"; interpret: on any machine, slowly.
+
+    Raises:
+      ValueError: what `obstacle` says.
+    """
+    reason = obstacle(v, h, platform=platform, segments=runs is not None)
+    if reason is not None:
+        raise ValueError(f"fir_conv kernel: {reason}")
+    D, (G, K) = v.shape[1], h.shape
+    h = h.astype(jnp.float32)
+    skip = None if skip is None else skip.astype(jnp.float32)
+    if K <= short_conv.MAX_TAPS:
+        w = jnp.repeat(h, D // G, axis=0)
+        w = w if skip is None else w.at[:, 0].add(skip)
+        before = initial_inputs, initial_runs
+        y = short_conv.gated(x1, x2, v, w, None, runs, *before, platform=platform, interpret=interpret)
+    else:
+        y = _toeplitz(x1, x2, v, h, skip, initial_inputs, platform, interpret)
+    last = slice(max(0, v.shape[2] - (K - 1)), None)
+    u = v[:, :, last] if x2 is None else x2[:, :, last] * v[:, :, last]
+    return y, short_conv.last_inputs(u, initial_inputs, K)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
+def _toeplitz(x1, x2, v, h, skip, before, platform, interpret):
+    return _kernels(platform).forward(x1, x2, v, h, skip, before, interpret=interpret)
+
+
+def _kernels(platform: str):
+    return {"gpu": fir_conv_gpu, "tpu": fir_conv_tpu}[platform]
+
+
+def _toeplitz_forward(x1, x2, v, h, skip, before, platform, interpret):
+    return _toeplitz(x1, x2, v, h, skip, before, platform, interpret), (x1, x2, v, h, skip, before)
+
+
+def _toeplitz_backward(platform, interpret, residuals, dy):
+    x1, x2, v, h, skip, before = residuals
+    *gradients, blocks, dskip = _kernels(platform).backward(
+        dy, x1, x2, v, h, skip, before, interpret=interpret
+    )
+    dh, d_before = _diagonals(blocks, h.shape[1]), None
+    if before is not None:
+        n = min(before.shape[2], dy.shape[2])
+        g = dy[:, :, :n].astype(jnp.float32) * (1 if x1 is None else x1[:, :, :n].astype(jnp.float32))
+        _, pull = jax.vjp(functools.partial(_reached, n), before, h)
+        d_before, more = pull(g)
+        dh = dh + more
+    return *gradients, dh, dskip, d_before
+
+
+def _diagonals(blocks: jax.Array, K: int) -> jax.Array:
+    """dh [G, K] from dM [G, j, s, t]: the sum over s and t of all with C j + t - s = k."""
+    G, _, C, _ = blocks.shape
+    rows = jnp.swapaxes(blocks, 1, 2).reshape(G, -1)  # row s: C j + t
+    longer = jnp.pad(rows, ((0, 0), (0, C))).reshape(G, C, -1)  # by one: row s is shifted to the left by s
+    return longer[:, :, :K].sum(axis=1)
+
+
+def _reached(n: int, before: jax.Array, h: jax.Array) -> jax.Array:
+    """What K - 1 inputs before the row give to its first n tokens: [B, D, n]."""
+    (B, D, P), (G, K) = before.shape, h.shape
+    tap = P + jnp.arange(n) - jnp.arange(P)[:, None]
+    blocks = jnp.where(tap < K, h[:, jnp.minimum(tap, K - 1)], 0)
+    groups = before.astype(jnp.float32).reshape(B, G, D // G, P)
+    return jnp.einsum("bgdp,gpt->bgdt", groups, blocks, precision="highest").reshape(B, D, n)
+
+
+_toeplitz.defvjp(_toeplitz_forward, _toeplitz_backward)
