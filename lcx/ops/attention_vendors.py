@@ -3,6 +3,8 @@
 Each has an obstacle in words for what it does not cover; ops/attention.py then takes the next form.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
@@ -68,14 +70,16 @@ def splash(
     padded_ids = jnp.pad(ids, ((0, 0), pad))
     heads_first = (jnp.pad(jnp.moveaxis(x, 1, 2), ((0, 0), (0, 0), pad, (0, 0))) for x in (q * scale, k, v))
     length = padded_ids.shape[1]
+    mask: masks.Mask
     if window is None:
         mask = masks.CausalMask((length, length))
     else:
         mask = masks.LocalMask((length, length), (window - 1, 0), 0)
     names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
+    sizes: Any = {f"block_{name}": block for name in names}
     kernel = kernels.make_splash_mha_single_device(
         mask=masks.MultiHeadMask([mask] * N),
-        block_sizes=kernels.BlockSizes(**{f"block_{name}": block for name in names}),
+        block_sizes=kernels.BlockSizes(**sizes),
         residual_checkpoint_name=MIXER_RESIDUALS,
         interpret=interpret,
     )

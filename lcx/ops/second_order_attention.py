@@ -99,10 +99,16 @@ def second_order_attention(
     if name in PLATFORMS:
         from kernels_pallas.second_order_attention import second_order_attention as kernel
 
-        options = {"normalize": normalize, "scale": scale, "platform": PLATFORMS[name]}
-        if log_decay is not None:
-            options["log_decay"] = decay
-        y = kernel(q, k, v, runs=None if segment_ids is None else runs, **options)
+        y = kernel(
+            q,
+            k,
+            v,
+            log_decay=None if log_decay is None else decay,
+            runs=None if segment_ids is None else runs,
+            normalize=normalize,
+            scale=scale,
+            platform=PLATFORMS[name],
+        )
         _, state = _chunked(q, k, v, decay, runs, state, form="states", scale=scale, follows=False)
         return jnp.where(real[..., None], y, 0), state._replace(segment_ids=last)
     if name == "reference":
@@ -164,17 +170,17 @@ def _chunked(q, k, v, decay, runs, state: SecondOrderState, *, form: str, scale:
     def heads_first(x):
         return jnp.moveaxis(x, 2, 1).reshape(B * N, T, *x.shape[3:])
 
-    arrays = (*(heads_first(x) for x in (q, k, _with_ones(v), decay)), jnp.repeat(runs, N, axis=0))
-    arrays = second_order_tiles.padded(T, arrays)
+    q, k, v, decay = (heads_first(x) for x in (q, k, _with_ones(v), decay))
+    q, k, v, decay, runs = second_order_tiles.padded(T, (q, k, v, decay, jnp.repeat(runs, N, axis=0)))
     carried = jnp.concatenate([state.kv, state.k_sum[..., None]], axis=-1)
     carried = (carried / scale**2).reshape(B * N, *carried.shape[2:])
     if form == "states":
-        sums, carried = second_order_states.states(*arrays, carried)
+        sums, carried = second_order_states.states(q, k, v, decay, runs, carried)
     else:
-        sums = second_order_tiles.tiles(*arrays)
+        sums = second_order_tiles.tiles(q, k, v, decay, runs)
         if follows:
-            sums += second_order_states.read(*arrays, carried)
-        carried = second_order_states.write(*arrays, carried)
+            sums += second_order_states.read(q, k, v, decay, runs, carried)
+        carried = second_order_states.write(q, k, v, decay, runs, carried)
     sums = jnp.moveaxis(sums[:, :T].reshape(B, N, T, -1), 1, 2) * scale**2
     carried = (carried * scale**2).reshape(B, N, *carried.shape[1:])
     return sums, state._replace(kv=carried[..., :-1], k_sum=carried[..., -1])
