@@ -7,6 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lcx.errors import UserError
+from lcx.ops import dispatch
+from lcx.ops import linear_attention as module
 from lcx.ops.linear_attention import LinearState, Window, linear_attention
 
 B, P, H, D = 2, 5, 3, 4  # D: head dim of the window's q and k
@@ -190,3 +193,84 @@ def test_bfloat16_stays_near_float64(name):
     y, _ = jax.jit(lambda x: ours(x, ids, option, normalize, chunk, None))(x)
     assert y.dtype == jnp.bfloat16
     assert np.linalg.norm(y.astype(jnp.float32) - want["y"]) / np.linalg.norm(want["y"]) < 1e-2
+
+
+def test_step_by_step_equals_the_definition():
+    x, ids, _, normalize, _, want = expected("decay, normalized")
+    x = {name: jnp.array(value, jnp.float32) for name, value in x.items()}
+    state = LinearState(x["kv"], x["k_sum"], jnp.ones((B,), jnp.int32))
+    y, _ = module.recurrent(
+        x["q"],
+        x["k"],
+        x["v"],
+        x["a"],
+        normalize=normalize,
+        eps=0,
+        segment_ids=jnp.array(ids),
+        initial_state=state,
+    )
+    assert_close({"y": y}, {"y": want["y"]}, 1e-4)
+
+
+def test_a_long_decay_keeps_its_accuracy():
+    """Far into a row the sum of the decays is large, and its float32 rounding no small number."""
+    T, rng = 4096, np.random.default_rng(0)
+    q, k, v = (np.abs(rng.normal(size=(1, T, 1, 2))) for _ in range(3))
+    a = -np.full((1, T, 1), 30.0)
+    a[:, -8:] = -1e-3
+    y, _ = linear_attention(
+        *(jnp.array(x, jnp.float32) for x in (q, k, v)), log_decay=jnp.array(a, jnp.float32)
+    )
+    weights = [np.exp(a[0, j + 1 :, 0].sum()) * (q[0, -1, 0] @ k[0, j, 0]) for j in range(T)]
+    np.testing.assert_allclose(y[0, -1, 0], np.array(weights) @ v[0, :, 0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [None, "sliding", "terraced"])
+def test_work_and_memory_grow_with_the_length_alone(kind):
+    """Forward and backward: four times the tokens, four times the temporaries and the operations."""
+
+    def cost(T):
+        def loss(q, wq, gamma):
+            window = None if kind is None else Window(kind, 32, wq, wq, gamma)
+            return jnp.sum(linear_attention(q, q, wq, normalize=True, window=window)[0])
+
+        shapes = ((1, T, 2, 16), (1, T, 2, 16), (2,))
+        shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+        program = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(*shapes).compile()
+        return program.memory_analysis().temp_size_in_bytes, program.cost_analysis()["flops"]
+
+    (small, few), (large, many) = cost(1024), cost(4096)
+    assert large < 4.2 * small and many < 4.2 * few
+
+
+def test_a_kernel_gets_documents_as_runs(monkeypatch):
+    """On a GPU the operator's result is the kernel's; here interpreted."""
+    kernels = pytest.importorskip("kernels_pallas.linear_attention")
+    monkeypatch.setattr(dispatch, "platform", lambda: "gpu")
+    monkeypatch.setattr(
+        kernels, "linear_attention", functools.partial(kernels.linear_attention, interpret=True)
+    )
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.array(np.abs(rng.normal(size=(1, 70, 1, 16))), jnp.float32) for _ in range(3))
+    a = -jnp.abs(v[..., 0])
+    ids = jnp.array([[1] * 30 + [0] * 3 + [1] * 7 + [2] * 20 + [0] * 10])
+    state = LinearState(jnp.ones((1, 1, 16, 16)), jnp.ones((1, 1, 16)), jnp.ones((1,), jnp.int32))
+    options = {"log_decay": a, "normalize": True, "segment_ids": ids, "initial_state": state}
+    got, want = (linear_attention(q, k, v, implementation=form, **options) for form in (None, "reference"))
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
+    with pytest.raises(UserError, match="no window"):
+        window = Window("sliding", 4, q, k, jnp.ones(1))
+        linear_attention(q, k, v, normalize=True, window=window, implementation="triton")
+
+
+def test_mistakes_are_named():
+    x, gamma = jnp.ones((1, 4, 3, 2)), jnp.ones(3)
+    with pytest.raises(UserError, match="expected divisors"):
+        linear_attention(x, x[:, :, :2], x)
+    with pytest.raises(UserError, match="expected one of sliding, terraced"):
+        linear_attention(x, x, x, window=Window("round", 4, x, x, gamma))
+    with pytest.raises(UserError, match="expected one of them"):
+        linear_attention(x, x, x, log_decay=-x[..., 0], window=Window("sliding", 4, x, x, gamma))
+    with pytest.raises(UserError, match="needs a gpu"):
+        linear_attention(x, x, x, implementation="triton")

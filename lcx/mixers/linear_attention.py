@@ -30,8 +30,8 @@ from lcx.ops.windowed_linear_attention import empty_held
 Cache = dict[str, Any]
 FLOOR = 1e-12  # of every feature, so that no denominator is 0
 PER_HEAD = Axes("rows", None, "heads")
-HELD = Held(PER_HEAD, PER_HEAD, PER_HEAD, Axes("rows"))
-STATE = LinearState(Axes("rows", "heads"), Axes("rows", "heads"), Axes("rows"))
+HELD = Held._make((PER_HEAD, PER_HEAD, PER_HEAD, Axes("rows")))
+STATE = LinearState._make((Axes("rows", "heads"), Axes("rows", "heads"), Axes("rows"), None))
 
 
 class FeatureMap(nn.Module):
@@ -43,7 +43,7 @@ class FeatureMap(nn.Module):
       full_space: the first two give [f(z), f(-z)], 2 feature_dim features.
       bias: one number a head.
       adapter: hidden size of the adapter; None: one matrix.
-      init: of W: "uniform" (+-sqrt(6 / (head_dim feature_dim))), "identity" (the first coordinates; 0 with skip),
+      start: of W: "uniform" (+-sqrt(6 / (head_dim feature_dim))), "identity" (the first coordinates; 0 with skip),
         "normal".
 
     Called with `like`, the parameters of another map, it starts as its copy.
@@ -57,7 +57,7 @@ class FeatureMap(nn.Module):
     bias: bool = False
     skip: bool = False
     adapter: int | None = None
-    init: str = "uniform"
+    start: str = "uniform"
 
     @nn.compact
     def __call__(
@@ -92,9 +92,9 @@ class FeatureMap(nn.Module):
         )
 
     def _init(self):
-        if self.init == "normal":
+        if self.start == "normal":
             return nn.initializers.normal(1.0)
-        if self.init == "identity":
+        if self.start == "identity":
             return nn.initializers.zeros if self.skip else _first_coordinates
         return _uniform(math.sqrt(6 / (self.head_dim * self.feature_dim)))
 
@@ -206,7 +206,7 @@ class LinearAttention(nn.Module):
             bias=self.feature_bias,
             skip=self.skip,
             adapter=self.adapter,
-            init=self.feature_init,
+            start=self.feature_init,
         )
         k = jnp.repeat(k, self.num_heads // self.num_kv_heads, axis=2)
         of_q = make(name="feature_map_q")
@@ -219,7 +219,7 @@ class LinearAttention(nn.Module):
     @nn.nowrap
     def _mix(self, arrays: dict[str, Any], cache: Cache | None) -> tuple[Array, Cache | None]:
         """The operator, on each device's own rows and heads."""
-        axes = dict.fromkeys(("q", "k", "v", "wq", "wk"), PER_HEAD)
+        axes: dict[str, Any] = dict.fromkeys(("q", "k", "v", "wq", "wk"), PER_HEAD)
         axes |= {"gamma": Axes("heads"), "segment_ids": Axes("rows")}
         axes = {name: axes[name] for name, x in arrays.items() if x is not None}
         arrays = {name: arrays[name] for name in axes}

@@ -114,12 +114,12 @@ class Mamba2(nn.Module):
         """Convolutions and recurrence, on each device's own rows and heads -> y [B, T, N, H]."""
         group = "heads" if self.num_groups > 1 else None  # one group is whole on every device
         names = {"x": "heads", "b": group, "c": group}
-        arrays = {"signals": signals, "convs": convs, "ssm": ssm}
-        cache_axes = {
+        arrays: dict[str, Any] = {"signals": signals, "convs": convs, "ssm": ssm}
+        cache_axes: dict[str, Any] = {
             name: ConvState._make((Axes("rows", None, axis), Axes("rows"))) for name, axis in names.items()
         }
-        cache_axes["ssm"] = LinearState(Axes("rows", "heads"), None, Axes("rows"))
-        axes = {
+        cache_axes["ssm"] = LinearState._make((Axes("rows", "heads"), None, Axes("rows"), None))
+        axes: dict[str, Any] = {
             "signals": {name: Axes("rows", None, axis) for name, axis in names.items()},
             "convs": {name: Axes(axis) for name, axis in names.items()},
             "ssm": {"dt": PER_HEAD, "dt_bias": Axes("heads"), "a_log": Axes("heads"), "skip": Axes("heads")},

@@ -8,6 +8,7 @@ fewer heads than N: a head is then shared by consecutive ones (grouped values, M
 
 ``reference``  the sum over j <= i that the recurrence stands for, quadratic; in float64 for float64 inputs.
 ``recurrent``  the recurrence itself, a step at a time: the second opinion for tests.
+``triton``, ``tpu``  the kernels of kernels_pallas/linear_attention.py (no window)
 ``xla``        C tokens at a time. Inside a chunk the quadratic form, W_ij = (q_i.k_j) e^{g_i - g_j} with g the running
                sum of a *within the chunk*, so that no exponent is ever positive and none is a difference of large
                sums; between chunks the state, in float32 (Yang et al. 2023, arXiv 2312.06635, section 3; Dao & Gu 2024,
@@ -24,7 +25,7 @@ Segments: see ops/segments.py. `window` adds LoLCATS's softmax over the nearest 
 import dataclasses
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,13 +33,13 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from lcx.errors import UserError
-from lcx.ops import MIXER_RESIDUALS, segments
-from lcx.ops.dispatch import choose
+from lcx.ops import MIXER_RESIDUALS, dispatch, segments
 
 CHUNK = (
     64  # measured on a CPU at T = 4K and 16K, P = H = 64: 516 and 808 ns a token and head, 128: 635 and 913
 )
 KINDS = ("sliding", "terraced")
+PLATFORMS = {"triton": "gpu", "tpu": "tpu"}  # the kernels
 
 
 @functools.partial(
@@ -99,7 +100,7 @@ def linear_attention(
     Args:
       log_decay: a_t <= 0.
       normalize: divide by q z + eps; with a window always.
-      implementation: "xla", "reference", or None for the fastest that runs here.
+      implementation: "triton", "tpu", "xla", "reference", or None for the fastest that runs here.
 
     Raises:
       UserError: heads that do not divide, a decay with a window, an unknown kind of window or implementation.
@@ -111,33 +112,26 @@ def linear_attention(
         raise UserError(
             f"linear attention over {heads} heads: expected divisors of the largest; change the heads"
         )
-    form = choose("linear_attention", implementation, {"xla": None, "reference": None})
+    obstacles = {**_kernel_obstacles(q, k, v, window), "xla": None, "reference": None}
+    form = dispatch.choose("linear_attention", implementation, obstacles)
     if segment_ids is None and initial_state is not None:
         segment_ids = jnp.ones(q.shape[:2], jnp.int32)
-    if window is not None:
-        from lcx.ops import windowed_linear_attention as windowed  # which needs this file
+    options: dict[str, Any] = {"eps": eps, "segment_ids": segment_ids, "initial_state": initial_state}
+    if form == "xla":
+        options["chunk_size"] = chunk_size
+    if form in PLATFORMS:
+        options["platform"] = PLATFORMS[form]
+    if window is None:
+        run = {"reference": reference, "xla": xla}.get(form, kernel)
+        return run(q, k, v, log_decay, normalize=normalize, **options)
+    from lcx.ops import windowed_linear_attention as windowed  # which needs this file
 
-        if log_decay is not None:
-            raise UserError("linear attention with both a window and a log_decay: expected one of them")
-        if window.kind not in KINDS:
-            raise UserError(f"window kind {window.kind!r}: expected one of {', '.join(KINDS)}")
-        run = (
-            windowed.reference
-            if form == "reference"
-            else functools.partial(windowed.xla, chunk_size=chunk_size)
-        )
-        return run(q, k, v, window, eps=eps, segment_ids=segment_ids, initial_state=initial_state)
-    run = reference if form == "reference" else functools.partial(xla, chunk_size=chunk_size)
-    return run(
-        q,
-        k,
-        v,
-        log_decay,
-        normalize=normalize,
-        eps=eps,
-        segment_ids=segment_ids,
-        initial_state=initial_state,
-    )
+    if log_decay is not None:
+        raise UserError("linear attention with both a window and a log_decay: expected one of them")
+    if window.kind not in KINDS:
+        raise UserError(f"window kind {window.kind!r}: expected one of {', '.join(KINDS)}")
+    attend = windowed.reference if form == "reference" else windowed.xla
+    return attend(q, k, v, window, **options)
 
 
 def empty_state(batch: int, heads: int, features: int, head_dim: int, *, normalize: bool) -> LinearState:
@@ -152,6 +146,40 @@ def starts(segment_ids: Array, before: Array | None = None) -> Array:
     runs = segments.runs(segment_ids, before)
     new = jnp.diff(runs, axis=1, prepend=jnp.zeros_like(runs[:, :1])) != 0
     return jax.lax.cummax(jnp.where(new, jnp.arange(runs.shape[1]), -1), axis=1)
+
+
+def _kernel_obstacles(q: Array, k: Array, v: Array, window: Window | None) -> dict[str, str | None]:
+    def of(platform: str) -> str | None:
+        if missing := dispatch.on(platform):
+            return missing
+        if window is not None:
+            return "the kernel has no window"
+        from kernels_pallas.linear_attention import obstacle
+
+        return obstacle(q, k, v)
+
+    return {name: of(platform) for name, platform in PLATFORMS.items()}
+
+
+def kernel(
+    q, k, v, log_decay, *, normalize, eps, segment_ids, initial_state, platform
+) -> tuple[Array, LinearState]:
+    """The Pallas kernel, which knows documents by their index in the row and padding by k = 0 and a = 0."""
+    from kernels_pallas.linear_attention import linear_attention as run
+
+    real = runs = before = None
+    if segment_ids is not None:
+        before = None if initial_state is None else initial_state.segment_ids
+        real, runs = (segment_ids != 0)[..., None], segments.runs(segment_ids, before)
+        k = jnp.where(real[..., None], k, 0)
+        log_decay = None if log_decay is None else jnp.where(real, log_decay, 0)
+    state = None if initial_state is None else initial_state[:2]
+    options = {"normalize": normalize, "eps": eps, "runs": runs, "initial_state": state}
+    y, (kv, k_sum) = run(q, k, v, log_decay=log_decay, platform=platform, **options)
+    if segment_ids is None:
+        return y, LinearState(kv, k_sum, jnp.ones(y.shape[:1], jnp.int32))
+    y = jnp.where(real[..., None], y, 0)
+    return y, LinearState(kv, k_sum, segments.last(segment_ids, before))
 
 
 # ------------------------------------------------------------------------------------------- reference, recurrent
@@ -371,7 +399,8 @@ def _chunks_backward(normalize, eps, residuals, cotangents):
 
 def _inner(x, y) -> Array:
     """Sum of x y over all but [B, G, r], over both parts of a state."""
-    return sum(jnp.sum(a * b, axis=range(3, a.ndim)) for a, b in zip(x, y, strict=True) if a is not None)
+    parts = [jnp.sum(a * b, axis=range(3, a.ndim)) for a, b in zip(x, y, strict=True) if a is not None]
+    return functools.reduce(jnp.add, parts)
 
 
 def _backward_step(carry, x, *, heads):
@@ -394,20 +423,17 @@ def _backward_step(carry, x, *, heads):
     dv = dot("bgrts,bgrth->bgrsh", weights.astype(dy.dtype), d_num, rv)
     dv += leaving[..., None] * dot("bgrsp,bgrph->bgrsh", k, d_kv, rv)
     d_kv = carried[..., None] * d_kv + dot("bgrtp,bgrth->bgrph", q, d_in)
-    column = None if a is None else jnp.sum(v * dv, axis=-1)
+    column = jnp.sum(v * dv, axis=-1)
     if norm is not None:
         d_in = entering * d_norm
         dq += dot("bgrt,bgrp->bgrtp", d_in, z, rq)
         dk += dot("bgrs,bgrp->bgrsp", leaving, d_z, rk)
-        if a is not None:
-            column += jnp.einsum("bgrts,bgrt->bgrs", weights, d_norm) + leaving * dot(
-                "bgrsp,bgrp->bgrs", k, d_z
-            )
+        column += jnp.einsum("bgrts,bgrt->bgrs", weights, d_norm) + leaving * dot("bgrsp,bgrp->bgrs", k, d_z)
         d_z = carried * d_z + dot("bgrt,bgrtp->bgrp", d_in, q)
     if a is None:
         return ((d_kv, d_z), inner), (dq, dk, dv, None)
-    change = (0 if norm is not None else jnp.sum(dy.astype(jnp.float32) * y, axis=-1)) - column
-    da = jax.lax.cumsum(change, axis=3, reverse=True) + inner[..., None]
+    row = jnp.sum(dy.astype(jnp.float32) * y, axis=-1) if norm is None else jnp.zeros_like(column)
+    da = jax.lax.cumsum(row - column, axis=3, reverse=True) + inner[..., None]
     return ((d_kv, d_z), _inner((d_kv, d_z), (kv, z))), (dq, dk, dv, da)
 
 

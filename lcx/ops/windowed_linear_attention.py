@@ -74,7 +74,8 @@ class Slots:
         cls, window: Window, segment_ids: Array | None, state: LinearState | None, B: int, T: int
     ) -> "Slots":
         ids, order, back = jnp.ones((B, T), jnp.int32) if segment_ids is None else segment_ids, None, None
-        before, length, used = None, jnp.zeros((B,), jnp.int32), 0
+        before = None
+        length = used = jnp.zeros((B,), jnp.int32)
         if state is not None:
             R, before, length = state.held.k.shape[1], state.segment_ids, state.held.length
             used = jnp.minimum(length, R)
@@ -143,7 +144,10 @@ def _final_state(
     kv, k_sum = (jnp.repeat(x, N // x.shape[1], axis=1) for x in (kv, k_sum))
     if state is not None:
         same = (oldest[:, 0] < 0).astype(wide)
-        kv, k_sum = kv + same[:, None, None, None] * state.kv, k_sum + same[:, None, None] * state.k_sum
+        kv, k_sum = (
+            kv + same[:, None, None, None] * state.kv,
+            k_sum + same[:, None, None] * jnp.asarray(state.k_sum),
+        )
 
     def newest(x):
         return jnp.pad(x, ((0, 0), (max(R - S, 0), 0), (0, 0), (0, 0)))[:, -R:]
