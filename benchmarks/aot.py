@@ -22,7 +22,6 @@ import time
 from operators import OPERATORS
 
 ROWS = 2
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 def record(name: str, target: str, T: int, *, train: bool, implementation: str | None, bundles: bool) -> dict:
@@ -77,7 +76,7 @@ def all_operators(args: argparse.Namespace) -> list[dict]:
     rows: list[dict] = []
     for name in args.operators.split(","):
         command = [sys.executable, __file__, "--one", name, *sys.argv[1:]]
-        environment = {**os.environ, "PYTHONPATH": ROOT, "JAX_PLATFORMS": "cpu"}
+        environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
         process = subprocess.Popen(
             command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )

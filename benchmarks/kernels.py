@@ -34,7 +34,6 @@ import numpy as np
 from operators import OPERATORS, Operator
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path.insert(0, os.path.dirname(HERE))
 FORMS = ("xla", "triton", "mosaic", "tpu", "cudnn", "splash")
 CHECKED = 300  # tokens: not a multiple of any tile
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}  # relative to the largest value
