@@ -156,7 +156,7 @@ def _kernel_obstacles(q: Array, k: Array, v: Array, window: Window | None) -> di
             return "the kernel has no window"
         from kernels_pallas.linear_attention import obstacle
 
-        return obstacle(q, k, v)
+        return obstacle(q, k, v, platform=platform)
 
     return {name: of(platform) for name, platform in PLATFORMS.items()}
 
