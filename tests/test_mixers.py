@@ -10,6 +10,9 @@ import pytest
 
 from lcx.mixers.attention import Attention
 from lcx.mixers.hyena import HyenaLI, HyenaMR, HyenaSE
+from lcx.mixers.linear_attention import LinearAttention
+from lcx.mixers.mamba2 import Mamba2
+from lcx.mixers.two_mamba import TwoMamba
 from lcx.rope import Rope
 
 D = 32
@@ -24,6 +27,16 @@ MIXERS = {
     "hyena_se": HyenaSE(num_channels=D, num_groups=8),
     "hyena_mr": HyenaMR(num_channels=D, num_groups=16, init_length=512),
     "hyena_li": HyenaLI(num_channels=D),
+    "linear": LinearAttention(4, 2, 8, window=None, feature_map="relu", feature_dim=6, feature_bias=True),
+    "linear_terraced": LinearAttention(4, 2, 8, window=16, feature_dim=6),
+    "linear_sliding": LinearAttention(4, 1, 8, window=9, window_kind="sliding", feature_dim=8, adapter=4),
+    "mamba2": Mamba2(num_heads=4, head_dim=8, state_dim=16, num_groups=2),
+    "mamba2_one_head": Mamba2(1, 8, 16, conv_size=2, conv_bias=False, skip_per_channel=True, mlp_size=24),
+    "two_mamba": TwoMamba(num_heads=2, head_dim=16),
+    "two_mamba_exp": TwoMamba(num_heads=4, head_dim=8, score="exp", value_step=True),
+    "two_mamba_square_output_norm": TwoMamba(2, 16, norm="output", residual=True, conv_width=3),
+    "two_mamba_linear": TwoMamba(4, 8, "linear", "output", "silu", 4, "discretize", True, True, True),
+    "two_mamba_linear_relu": TwoMamba(4, 8, "linear", "scores", "relu", 1, "none"),
 }
 LENGTHS = (1, 63, 100, 257)
 
@@ -132,5 +145,6 @@ def test_gradients_are_finite_and_reach_every_parameter(mixer, params, T):
             assert float(jnp.abs(g).max()) == 0, path
             continue
         # A single token attends to itself alone: nothing that shapes the scores, or a decay, has a gradient then.
-        scores_only = any(name in str(path) for name in ("q_proj", "k_proj", "q_norm", "k_norm", "'p'", "gamma"))
+        shapes = ("q_proj", "k_proj", "q_norm", "k_norm", "'p'", "gamma", "forget", "A_log", "feature_map", "window_f")
+        scores_only = any(name in str(path) for name in shapes)
         assert T == 1 and scores_only or float(jnp.abs(g).max()) > 0, path
