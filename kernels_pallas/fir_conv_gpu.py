@@ -34,7 +34,7 @@ class Tile:
     whole: bool = True  # the backward walk forms dx1 as well
 
 
-def tile(kind: str, size: int, K: int, skip: bool) -> Tile:
+def tile(kind: str, size: int, K: int, skip: bool, aligned: bool) -> Tile:
     """Lanes and warps for numbers of `size` bytes, as the compiler for an H200 has them at 0 bytes of spills.
 
     registers / wgmma + mma in the code, B 8, D 4096, T 8192, G 256, gates and skip:
@@ -43,6 +43,8 @@ def tile(kind: str, size: int, K: int, skip: bool) -> Tile:
       backward  2 bytes  K 128: 183 / 6 + 48     K 256: 255 / 10 + 80    (64 lanes spill, but 255 / 52 + 0 without skip)
       backward  4 bytes  K 128: 255 / 15 + 72    K 256: dx1 apart, or 112 bytes of stack
     """
+    if not aligned:
+        return Tile(lanes=16, num_warps=8, whole=size == 2)
     if kind == "forward":
         return Tile(lanes=64, num_warps=4) if size == 2 else Tile(lanes=32, num_warps=8)
     if size == 2:
@@ -79,7 +81,8 @@ class Walk:
 def plan(kind: str, v: jax.Array, h: jax.Array, skip: jax.Array | None) -> Walk:
     """Pieces to fill the lanes of a program, then the device, but 8 steps at least to share what a walk begins with."""
     (B, D, T), (G, K) = v.shape, h.shape
-    shape = tile(kind, v.dtype.itemsize, K, skip is not None)
+    size = v.dtype.itemsize
+    shape = tile(kind, size, K, skip is not None, T * size % 16 == 0)
     rows, steps, pieces = B * (D // G), -(-T // BLOCK), 1
     while rows * pieces < shape.lanes and pieces < steps:
         pieces *= 2
