@@ -59,26 +59,20 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-FORGOTTEN = 30.0  # a decay of e^-30 counts as none
+from kernels_pallas.tiles import (
+    FORGOTTEN,
+    RESIDUALS,
+    Reach,
+    Tile,
+    Tiles,
+    chunked,
+    fitting,
+    over_groups,
+    padded,
+    square,
+)
+
 FLOOR = 1e-30  # rows whose weights sum to less give 0
-RESIDUALS = "mixer_residuals"  # the name under which operators mark what a backward pass needs
-
-
-class Tile(NamedTuple):
-    """`held` rows stay, `streamed` ones pass by (a divisor of `held`); warps and pipeline stages are Triton's."""
-
-    held: int
-    streamed: int
-    warps: int = 0
-    stages: int = 0
-
-
-class Tiles(NamedTuple):
-    """dq and dkv hold chunks of the same size: their sums then cancel to the last digits."""
-
-    forward: Tile
-    dq: Tile
-    dkv: Tile
 
 
 class Fold(NamedTuple):
@@ -91,27 +85,16 @@ class Fold(NamedTuple):
     step: Float[Array, "B N J"]  # e^tot
 
 
-class Reach(NamedTuple):
-    """first[i]: the first chunk that chunk i sees; last[j]: the last chunk that sees chunk j."""
-
-    first: Int[Array, "B N J"]
-    last: Int[Array, "B N J"]
-
-
-def _square(C: int) -> Tiles:
-    return Tiles(Tile(C, C), Tile(C, C), Tile(C, C))
-
-
 # {(platform, bytes of an element, H): tiles}
 TILES = {
-    ("tpu", 2, 16): _square(512),
-    ("tpu", 2, 32): _square(512),
-    ("tpu", 2, 64): _square(512),
-    ("tpu", 2, 128): _square(512),
-    ("tpu", 4, 16): _square(256),
-    ("tpu", 4, 32): _square(256),
-    ("tpu", 4, 64): _square(256),
-    ("tpu", 4, 128): _square(256),
+    ("tpu", 2, 16): square(512),
+    ("tpu", 2, 32): square(512),
+    ("tpu", 2, 64): square(512),
+    ("tpu", 2, 128): square(512),
+    ("tpu", 4, 16): square(256),
+    ("tpu", 4, 32): square(256),
+    ("tpu", 4, 64): square(256),
+    ("tpu", 4, 128): square(256),
     ("gpu", 2, 16): Tiles(Tile(128, 128, 8, 2), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2)),
     ("gpu", 2, 32): Tiles(Tile(128, 128, 8, 2), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2)),
     ("gpu", 2, 64): Tiles(Tile(128, 128, 8, 2), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2)),
@@ -165,69 +148,29 @@ def second_order_attention(
       scale: of q.k, H^-0.5 by default; without effect when normalised.
       tiles: another row for the tuning table `TILES`.
     """
-    B, T, N, H = q.shape
+    T, H = q.shape[1], q.shape[3]
     options = Options(
         normalize=normalize,
         scale=H**-0.5 if scale is None else scale,
         platform=platform,
         interpret=interpret,
-        tiles=tiles or _fitting(TILES[platform, q.dtype.itemsize, H], T),
+        tiles=tiles or fitting(TILES[platform, q.dtype.itemsize, H], T),
     )
-    longest = max(tile.held for tile in options.tiles)  # every size is this one divided by a power of two
-    pad = ((0, 0), (0, -T % longest))  # padding comes last, where causality alone hides it
-    q, k, v = (jnp.pad(x, (*pad, (0, 0), (0, 0))) if T % longest else x for x in (q, k, v))
-    if log_decay is not None:
-        log_decay = jnp.pad(jnp.swapaxes(log_decay.astype(jnp.float32), 1, 2), ((0, 0), *pad))
-        log_decay = jnp.maximum(
-            log_decay, -100.0
-        )  # e^-100 is 0 in float32; longer sums would only lose digits
-    if runs is not None:
-        runs = jnp.pad(runs, pad, mode="edge")
-    return _attention(q, k, v, log_decay, runs, options)[:, :T]
-
-
-def _fitting(tiles: Tiles, T: int) -> Tiles:
-    """The same, halved until a short row is not mostly padding (TPU lanes and wgmma want 128 and 64 at least)."""
-    smallest = 128 if tiles.forward.warps == 0 else 64
-    while max(tile.held for tile in tiles) >= max(2 * T, 2 * smallest):
-        tiles = Tiles(*(t._replace(held=t.held // 2, streamed=min(t.streamed, t.held // 2)) for t in tiles))
-    return tiles
+    return _attention(*padded(q, k, v, log_decay, runs, options.tiles), options)[:, :T]
 
 
 def fold(k: Array, log_decay: Array | None, runs: Array | None, N: int, C: int) -> tuple[Fold | None, Reach]:
     """For chunks of C; log_decay [B, N, T]. No fold where there is neither decay nor document."""
-    B, T = k.shape[:2]
-    J = T // C
-    if log_decay is None and runs is None:
-        whole = jnp.zeros((B, N, J), jnp.int32)
-        return None, Reach(whole, whole + J - 1)
-    log_decay = jnp.zeros((B, N, T), jnp.float32) if log_decay is None else log_decay
-    local = jnp.cumsum(log_decay.reshape(B, N, J, C), axis=-1)
-    total = local[..., -1]
-    leave, enter = jnp.exp((total[..., None] - local) / 2), jnp.exp(local)
-    # Far from exact for large sums, and need not be: it only decides what is too small to matter.
-    before = -jnp.cumsum(total, axis=-1)
-    first = _search(before, before + total - FORGOTTEN - 1e-6 * before)
+    shape = k.shape[0], N, k.shape[1]
+    chunks, reach = chunked(log_decay, runs, shape, C, FORGOTTEN)
+    if chunks is None:
+        return None, reach
+    leave, enter = jnp.exp(chunks.rest / 2), jnp.exp(chunks.local)
     if runs is not None:
-        chunks = runs.reshape(B, 1, J, C)
-        leave = leave * (chunks == chunks[..., -1:])
-        enter = enter * (chunks == chunks[..., :1])
-        begun = _search(chunks[:, 0, :, -1], chunks[:, 0, :, 0])
-        first = jnp.maximum(first, begun[:, None])
-    first = jnp.minimum(first, jnp.arange(J, dtype=jnp.int32))
-    last = _search(first, jnp.broadcast_to(jnp.arange(J, dtype=jnp.int32), first.shape), side="right") - 1
-    leave, enter, local = (x.reshape(B, N, T) for x in (leave, enter, local))
+        leave, enter = leave * chunks.leaves, enter * chunks.enters
+    leave, enter, local = (x.reshape(shape) for x in (leave, enter, chunks.local))
     keys = jnp.repeat(k, N // k.shape[2], axis=2) * jnp.swapaxes(leave, 1, 2)[..., None]
-    return Fold(keys.astype(k.dtype), leave, enter, local, jnp.exp(total)), Reach(first, last)
-
-
-def _search(rows: Array, values: Array, side: str = "left") -> Array:
-    """searchsorted along the last axis, for rows that never fall."""
-    J = rows.shape[-1]
-    found = jax.vmap(functools.partial(jnp.searchsorted, side=side))(
-        rows.reshape(-1, J), values.reshape(-1, J)
-    )
-    return found.reshape(rows.shape).astype(jnp.int32)
+    return Fold(keys.astype(k.dtype), leave, enter, local, jnp.exp(chunks.total)), reach
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -288,11 +231,7 @@ def _backward(options: Options, residuals, dy):
     cotangent = _cotangent(dy, y, den, folded, options)
     dq, row = kernels.backward_dq(q, k, v, cotangent, folded, reach, runs, options, options.tiles.dq)
     dk, dv, column = kernels.backward_dkv(q, k, v, cotangent, folded, reach, runs, options, options.tiles.dkv)
-    if k.shape[2] != N:
-        dk, dv = (
-            jnp.sum(x.reshape(*k.shape[:3], -1, k.shape[3]).astype(jnp.float32), axis=3).astype(k.dtype)
-            for x in (dk, dv)
-        )
+    dk, dv = over_groups(dk, k.shape[2]), over_groups(dv, k.shape[2])
     if log_decay is None:
         return dq, dk, dv, None, None
     return dq, dk, dv, jax.lax.cumsum(row - column, axis=2, reverse=True), None

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas.second_order_attention import Tile, Tiles, fold, obstacle, second_order_attention
+from kernels_pallas.second_order_attention import fold, obstacle, second_order_attention
+from kernels_pallas.tiles import Tile, Tiles
 
 PLATFORMS = ["gpu", "tpu"]
 NAMES = ["y", "dq", "dk", "dv", "da"]

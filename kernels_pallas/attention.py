@@ -1,0 +1,194 @@
+"""Causal softmax attention with a decay in the exponent (Forgetting Transformer, arXiv 2503.02130; 2Mamba-E, 2602.17363).
+
+    p_ij = softmax_j(scale q_i.k_j + L_i - L_j) for j <= i, L the running sum of log_decay;   y_i = sum_j p_ij v_j
+
+The tiles of flash attention (Dao 2023, arXiv 2307.08691): running maximum and sum forward, scores recomputed backward.
+The decay costs one addition a score: of `kernels_pallas.tiles`' three parts of L_i - L_j, the column and the number of
+the pair of chunks are added as one row to the scores, and the row part moves into the running maximum once, when the
+chunks off the diagonal are done (backward: into the saved logsumexp). Only the diagonal tile forms l_i - l_j. Exponents
+are in base 2, with log2(e) folded into scale and decay.
+
+**Skipping** (as in adaptive computation pruning, arXiv 2504.06949). No score exceeds U = scale max|q| max|k| of its head,
+and a token's own is at least -U: a chunk whose decay is below e^-(30 + 2 U) weighs less than e^-30 of what is kept.
+So the bound on where a chunk begins to see is sure, whatever the scores.
+
+**Backward**, D_i = dy_i.y_i with y in float32:
+
+    ds_ij = p_ij (dy_i.v_j - D_i);   dq_i = scale sum_j ds_ij k_j,  dk_j = scale sum_i ds_ij q_i,  dv_j = sum_i p_ij dy_i
+
+and log_decay's gradient at t is the sum of ds_ij over i >= t > j, from row and column sums of the unrounded ds
+(second_order_attention.py says why).
+
+Who holds what, bytes and FLOPs are those of second_order_attention.py (no folded keys: 8 H bytes forward); beside the
+products each score costs a multiply-add, a maximum, a subtraction, an exp2, a rounding and a sum.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+from kernels_pallas.tiles import (
+    FORGOTTEN,
+    RESIDUALS,
+    Reach,
+    Tile,
+    Tiles,
+    chunked,
+    fitting,
+    over_groups,
+    padded,
+    square,
+)
+
+NEVER = -1e30  # finite: differences of two stay numbers
+LOG2E = math.log2(math.e)
+
+# {(platform, bytes of an element, H): tiles}
+TILES = {
+    ("tpu", 2, 16): square(512),
+    ("tpu", 2, 32): square(512),
+    ("tpu", 2, 64): square(512),
+    ("tpu", 2, 128): square(512),
+    ("tpu", 4, 16): square(256),
+    ("tpu", 4, 32): square(256),
+    ("tpu", 4, 64): square(256),
+    ("tpu", 4, 128): square(256),
+    ("gpu", 2, 16): Tiles(Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2)),
+    ("gpu", 2, 32): Tiles(Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2)),
+    ("gpu", 2, 64): Tiles(Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2)),
+    ("gpu", 2, 128): Tiles(Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(128, 32, 8, 2)),
+    ("gpu", 4, 16): Tiles(Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(64, 32, 4, 2)),
+    ("gpu", 4, 32): Tiles(Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(64, 32, 4, 2)),
+    ("gpu", 4, 64): Tiles(Tile(64, 32, 4, 2), Tile(128, 32, 8, 2), Tile(128, 16, 8, 2)),
+}
+
+
+class Bias(NamedTuple):
+    """The parts of L_i - L_j in base 2, for J chunks; NEVER where a document is not the chunk's last or first."""
+
+    column: Float[Array, "B N T"]  # tot - l
+    row: Float[Array, "B N T"]  # l
+    local: Float[Array, "B N T"]  # l, whatever the document
+    step: Float[Array, "B N J"]  # tot
+
+
+class Options(NamedTuple):
+    scale: float
+    platform: str
+    interpret: bool
+    tiles: Tiles
+
+
+def obstacle(q: Array, k: Array, v: Array, *, platform: str) -> str | None:
+    """Why these kernels cannot run on this, or None. Arrays may be anything with a shape and a dtype."""
+    H = q.shape[-1]
+    if q.shape[1] != k.shape[1]:
+        return f"as many queries as keys, found {q.shape[1]} and {k.shape[1]}: the tiles know no cache"
+    if not q.dtype == k.dtype == v.dtype or q.dtype not in (jnp.bfloat16, jnp.float32):
+        return f"q, k and v must all be bfloat16 or all float32, found {q.dtype}, {k.dtype} and {v.dtype}"
+    known = [size for where, itemsize, size in TILES if (where, itemsize) == (platform, q.dtype.itemsize)]
+    if v.shape[-1] != H or H not in known:
+        return f"head sizes {H} and {v.shape[-1]} in {q.dtype}: the tiles are made for equal ones in {known}"
+    return None
+
+
+def attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    *,
+    log_decay: Float[Array, "B T N"] | None = None,
+    runs: Int[Array, "B T"] | None = None,
+    scale: float | None = None,
+    platform: str,
+    interpret: bool = False,
+    tiles: Tiles | None = None,
+) -> Float[Array, "B T N H"]:
+    """y in q's dtype, with gradients for q, k, v and log_decay. Query head n reads kv head n K / N.
+
+    Args:
+      log_decay: at most 0; below -100 it counts as -100. None: no decay.
+      runs: the index of each token's document, never falling along T. None: one document.
+      scale: of q.k, H^-0.5 by default.
+      tiles: another row for the tuning table `TILES`.
+    """
+    T, H = q.shape[1], q.shape[3]
+    options = Options(
+        scale=H**-0.5 if scale is None else scale,
+        platform=platform,
+        interpret=interpret,
+        tiles=tiles or fitting(TILES[platform, q.dtype.itemsize, H], T),
+    )
+    return _attention(*padded(q, k, v, log_decay, runs, options.tiles), options)[:, :T]
+
+
+def bias(q, k, log_decay, runs, options: Options, C: int) -> tuple[Bias | None, Reach]:
+    """For chunks of C; log_decay [B, N, T]. No bias where there is neither decay nor document."""
+    B, T, N, _ = q.shape
+
+    def longest(x):  # [B, heads]
+        return jnp.sqrt(jnp.max(jnp.sum(jnp.square(x.astype(jnp.float32)), axis=-1), axis=1))
+
+    most = abs(options.scale) * longest(q) * jnp.repeat(longest(k), N // k.shape[2], axis=1)
+    chunks, reach = chunked(log_decay, runs, (B, N, T), C, FORGOTTEN + 2 * most[..., None])
+    if chunks is None:
+        return None, reach
+    column, row = chunks.rest * LOG2E, chunks.local * LOG2E
+    if runs is not None:
+        column, row = jnp.where(chunks.leaves, column, NEVER), jnp.where(chunks.enters, row, NEVER)
+    column, row, local = (x.reshape(B, N, T) for x in (column, row, chunks.local * LOG2E))
+    return Bias(column, row, local, chunks.total * LOG2E), reach
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _attention(q, k, v, log_decay, runs, options: Options):
+    return _forward(q, k, v, log_decay, runs, options, q.dtype)[0]
+
+
+def _kernels(platform: str):
+    if platform == "gpu":
+        from kernels_pallas import attention_gpu as kernels
+    else:
+        from kernels_pallas import attention_tpu as kernels
+    return kernels
+
+
+def _forward(q, k, v, log_decay, runs, options: Options, dtype):
+    tile = options.tiles.forward
+    biases, reach = bias(q, k, log_decay, runs, options, tile.held)
+    return _kernels(options.platform).forward(q, k, v, biases, reach, runs, options, tile, dtype)
+
+
+def _forward_saving(q, k, v, log_decay, runs, options: Options):
+    y, lse = _forward(q, k, v, log_decay, runs, options, jnp.float32)
+    y, lse = checkpoint_name(y, RESIDUALS), checkpoint_name(lse, RESIDUALS)
+    return y.astype(q.dtype), (q, k, v, log_decay, runs, y, lse)
+
+
+class Cotangent(NamedTuple):
+    dy: Float[Array, "B T N H"]
+    mean: Float[Array, "B N T"]  # dy.y
+    lse: Float[Array, "B N T"]  # log2 of the sum of a row's exponentials
+    far: Float[Array, "B N T"]  # lse - l: the same, off the diagonal
+
+
+def _backward(options: Options, residuals, dy):
+    q, k, v, log_decay, runs, y, lse = residuals
+    kernels, tiles = _kernels(options.platform), options.tiles
+    biases, reach = bias(q, k, log_decay, runs, options, tiles.dq.held)
+    mean = jnp.swapaxes(jnp.sum(dy.astype(jnp.float32) * y, axis=-1), 1, 2)
+    cotangent = Cotangent(dy, mean, lse, lse if biases is None else lse - biases.row)
+    dq, row = kernels.backward_dq(q, k, v, cotangent, biases, reach, runs, options, tiles.dq)
+    dk, dv, column = kernels.backward_dkv(q, k, v, cotangent, biases, reach, runs, options, tiles.dkv)
+    dk, dv = over_groups(dk, k.shape[2]), over_groups(dv, k.shape[2])
+    if log_decay is None:
+        return dq, dk, dv, None, None
+    return dq, dk, dv, jax.lax.cumsum(row - column, axis=2, reverse=True), None
+
+
+_attention.defvjp(_forward_saving, _backward)

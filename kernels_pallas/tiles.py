@@ -1,0 +1,131 @@
+"""What causal tiles with a decay share: chunks of T, sums of the decay inside them, and how far a chunk sees.
+
+T is cut into chunks of C tokens. With l the running sum of log_decay inside a chunk and tot its end, token i of chunk
+I sees token j of an earlier chunk J through e^{L_i - L_j} with
+
+    L_i - L_j = l_i  +  sum of tot over the chunks between J and I  +  (tot_J - l_j)
+                row           one number per pair of chunks              column
+
+All three are at most 0 and no sum leaves its chunk, so none loses digits with T. Documents split in the same way: two
+tokens of different chunks share one only if it is the last one of chunk J and the first one of chunk I.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+FORGOTTEN = 30.0  # a decay of e^-30 counts as none
+RESIDUALS = "mixer_residuals"  # the name under which operators mark what a backward pass needs
+
+
+class Tile(NamedTuple):
+    """`held` rows stay, `streamed` ones pass by (a divisor of `held`); warps and pipeline stages are Triton's."""
+
+    held: int
+    streamed: int
+    warps: int = 0
+    stages: int = 0
+
+
+class Tiles(NamedTuple):
+    """dq and dkv hold chunks of the same size: their sums then cancel to the last digits."""
+
+    forward: Tile
+    dq: Tile
+    dkv: Tile
+
+
+def square(C: int) -> Tiles:
+    return Tiles(Tile(C, C), Tile(C, C), Tile(C, C))
+
+
+def fitting(tiles: Tiles, T: int) -> Tiles:
+    """The same, halved until a short row is not mostly padding (TPU lanes and wgmma want 128 and 64 at least)."""
+    smallest = 128 if tiles.forward.warps == 0 else 64
+    while max(tile.held for tile in tiles) >= max(2 * T, 2 * smallest):
+        tiles = Tiles(*(t._replace(held=t.held // 2, streamed=min(t.streamed, t.held // 2)) for t in tiles))
+    return tiles
+
+
+def padded(q: Array, k: Array, v: Array, log_decay: Array | None, runs: Array | None, tiles: Tiles):
+    """Whole chunks, the padding last, where causality alone hides it; log_decay [B, N, T], at least -100.
+
+    e^-100 is 0 in float32: sums that fall faster would only lose digits.
+    """
+    longest, T = (
+        max(tile.held for tile in tiles),
+        q.shape[1],
+    )  # every size is this one divided by a power of two
+    pad = ((0, 0), (0, -T % longest))
+    q, k, v = (jnp.pad(x, (*pad, (0, 0), (0, 0))) if T % longest else x for x in (q, k, v))
+    if log_decay is not None:
+        log_decay = jnp.pad(jnp.swapaxes(log_decay.astype(jnp.float32), 1, 2), ((0, 0), *pad))
+        log_decay = jnp.maximum(log_decay, -100.0)
+    if runs is not None:
+        runs = jnp.pad(runs, pad, mode="edge")
+    return q, k, v, log_decay, runs
+
+
+class Chunks(NamedTuple):
+    """Chunk by chunk, J = T / C of them; all at most 0. Masks are None where there are no documents."""
+
+    local: Float[Array, "B N J C"]  # l: the sum of log_decay from the chunk's first token to this one
+    rest: Float[Array, "B N J C"]  # tot - l
+    total: Float[Array, "B N J"]  # tot
+    enters: Bool[Array, "B 1 J C"] | None  # the token's document is the chunk's first
+    leaves: Bool[Array, "B 1 J C"] | None  # ... its last
+
+
+class Reach(NamedTuple):
+    """first[i]: the first chunk that chunk i sees; last[j]: the last chunk that sees chunk j."""
+
+    first: Int[Array, "B N J"]
+    last: Int[Array, "B N J"]
+
+
+def chunked(
+    log_decay: Array | None, runs: Array | None, shape: tuple[int, int, int], C: int, forgotten: Array | float
+) -> tuple[Chunks | None, Reach]:
+    """For chunks of C, shape (B, N, T); None where there is neither decay nor document.
+
+    forgotten: the decay, as -log, past which a chunk is not seen; a number, or one for each head [B, N, 1].
+    """
+    B, N, T = shape
+    J = T // C
+    if log_decay is None and runs is None:
+        whole = jnp.zeros((B, N, J), jnp.int32)
+        return None, Reach(whole, whole + J - 1)
+    log_decay = jnp.zeros(shape, jnp.float32) if log_decay is None else log_decay
+    local = jnp.cumsum(log_decay.reshape(B, N, J, C), axis=-1)
+    total = local[..., -1]
+    # Far from exact for large sums, and need not be: it only decides what is too small to matter.
+    before = -jnp.cumsum(total, axis=-1)
+    first = _search(before, before + total - forgotten - 1e-6 * before)
+    enters = leaves = None
+    if runs is not None:
+        chunks = runs.reshape(B, 1, J, C)
+        enters, leaves = chunks == chunks[..., :1], chunks == chunks[..., -1:]
+        begun = _search(chunks[:, 0, :, -1], chunks[:, 0, :, 0])
+        first = jnp.maximum(first, begun[:, None])
+    chunk = jnp.broadcast_to(jnp.arange(J, dtype=jnp.int32), first.shape)
+    first = jnp.minimum(first, chunk)
+    last = _search(first, chunk, side="right") - 1
+    return Chunks(local, total[..., None] - local, total, enters, leaves), Reach(first, last)
+
+
+def _search(rows: Array, values: Array, side: str = "left") -> Array:
+    """searchsorted along the last axis, for rows that never fall."""
+    J = rows.shape[-1]
+    found = jax.vmap(functools.partial(jnp.searchsorted, side=side))(
+        rows.reshape(-1, J), values.reshape(-1, J)
+    )
+    return found.reshape(rows.shape).astype(jnp.int32)
+
+
+def over_groups(x: Array, K: int) -> Array:
+    """Gradients of each query head [B, T, N, H], summed for the kv head that they share."""
+    B, T, N, H = x.shape
+    return x if N == K else jnp.sum(x.reshape(B, T, K, -1, H).astype(jnp.float32), axis=3).astype(x.dtype)
