@@ -14,6 +14,7 @@ the scratch of all programs outgrows the L2 (from 128K points on) the same stage
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +23,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from kernels_pallas import dft
-
-IN_REGISTERS = 4096  # points
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +40,21 @@ class Tiles:
     programs: int  # persistent
 
 
+# {(parts of a number, backward): [(points up to which they are used, tiles; None: everything in registers)]}. These are
+# the widest tiles that an H200's compiler fits into registers without spilling one (`tests/test_kernels_compile.py`).
+# Twice the rows in stage 2 would be all wgmma, but spill; beyond 32768 points half the programs halve the scratch.
+TABLE = {
+    (1, False): [
+        (4096, None),
+        (32768, Tiles(64, 32, 32, 32, 32, 64, warps=4, stages=1, programs=264)),
+        (math.inf, Tiles(64, 32, 32, 32, 32, 64, warps=8, stages=1, programs=132)),
+    ],
+    (1, True): [(2048, None), (math.inf, Tiles(64, 32, 32, 32, 32, 64, warps=8, stages=1, programs=132))],
+    (2, False): [(2048, None), (math.inf, Tiles(32, 32, 32, 16, 32, 32, warps=4, stages=1, programs=264))],
+    (2, True): [(512, None), (math.inf, Tiles(32, 32, 32, 16, 32, 32, warps=4, stages=1, programs=264))],
+}
+
+
 def plan(length: int) -> dft.Plan:
     """Powers of two, as Triton has it: square to 64 x 64, then rows of 128 tokens, 256 bytes in one piece."""
     n = max(512, 1 << (2 * length - 1).bit_length())
@@ -49,10 +63,19 @@ def plan(length: int) -> dft.Plan:
 
 
 def tiles(points: dft.Plan, dtype, is_backward: bool) -> Tiles:
-    if points.n <= IN_REGISTERS:
+    staged = next(sizes for limit, sizes in TABLE[dft.parts_of(dtype), is_backward] if points.n <= limit)
+    if staged is None:
         warps = 8 if is_backward else 4
         return Tiles(points.n1, points.n2, points.rows, points.n1, points.n2, points.rows, warps, 1, 0)
-    return Tiles(128, 64, 64, 64, 16, 64, 8, 2, 132)
+    return dataclasses.replace(
+        staged,
+        k1=min(staged.k1, points.n1),
+        n2=min(staged.n2, points.n2),
+        depth=min(staged.depth, points.rows),
+        row=min(staged.row, points.n1),
+        k2=min(staged.k2, points.n2),
+        n1=min(staged.n1, points.rows),
+    )
 
 
 @functools.cache
@@ -171,7 +194,7 @@ def _analyse(pair: _Pair, inputs, k1, n2):
 def _synthesise(pair: _Pair, c, n1, n2):
     """Stage 3 at (n1, n2): the inverse product with F1. `c(k1, n2)` gives a tile of stage 2, split."""
     sizes = pair.tiles
-    depth = pair.points.n1 if pair.points.n <= IN_REGISTERS else sizes.depth
+    depth = sizes.depth if sizes.programs else pair.points.n1
 
     def add(i, total=(None, None)):
         k1 = i * depth
@@ -181,10 +204,11 @@ def _synthesise(pair: _Pair, c, n1, n2):
 
 
 class _Scratch:
-    """A program's own [2 (re, im), n1, n2] of device memory between the stages."""
+    """A program's own device memory between the stages: [2 (re, im), parts, n1, n2] bfloat16."""
 
-    def __init__(self, ref, index, interpret):
-        self.ref, self.index, self.interpret = ref, index, interpret
+    def __init__(self, ref, program, interpret):
+        self.ref, self.program, self.interpret = ref, program, interpret
+        self.parts = ref.shape[2]
 
     def wait(self):
         """Until every thread of the program is here and what they wrote is there to read."""
@@ -193,10 +217,11 @@ class _Scratch:
 
     def put(self, at, value):
         for i in range(2):
-            self.ref[self.index, i, *at] = value[i].astype(self.ref.dtype)
+            for p, part in enumerate(dft.split(value[i], self.parts)):
+                self.ref[self.program, i, p, *at] = part
 
     def get(self, at):
-        return tuple(self.ref[self.index, i, *at] for i in range(2))
+        return tuple(tuple(self.ref[self.program, i, p, *at] for p in range(self.parts)) for i in range(2))
 
 
 def _each(count: int, body):
@@ -229,7 +254,7 @@ def _stage3(pair: _Pair, outputs, scratch: _Scratch):
     columns = points.n2 // sizes.n2
 
     def c(k1, n2):
-        return pair.split(scratch.get((pl.ds(k1, sizes.depth), pl.ds(n2, sizes.n2))))
+        return scratch.get((pl.ds(k1, sizes.depth), pl.ds(n2, sizes.n2)))
 
     def tile(i):
         n1, n2 = _place(i, columns, sizes.n1, sizes.n2)
@@ -246,9 +271,8 @@ def _emit(pair: _Pair, outputs, value, n1, n2):
 
 
 def _convolve(pair: _Pair, a, k1):
-    """Stage 2 for these k1: product with F2, the filter, the inverse product, twiddle factors. From and to float32."""
+    """Stage 2 for these k1: product with F2, the filter, the inverse product, twiddle factors. `a` is split."""
     sizes, points = pair.tiles, pair.points
-    a = pair.split(a)
 
     def add(i, total=(None, None)):
         k2 = pl.ds(i * sizes.k2, sizes.k2)
@@ -263,7 +287,6 @@ def _convolve(pair: _Pair, a, k1):
 def _correlate(pair: _Pair, g, u, k1, gradient):
     """Stage 2 of the backward pass for g: with the filter's conjugate; `gradient` collects G conj(U)."""
     sizes, points = pair.tiles, pair.points
-    g, u = pair.split(g), pair.split(u)
 
     def add(i, total=(None, None)):
         k2 = pl.ds(i * sizes.k2, sizes.k2)
@@ -294,7 +317,7 @@ def _forward_kernel(*refs, points, sizes, shape, gates, interpret):
     def item(i):  # the pairs of a channel in a row: they share its filter, in the L2
         pair = _Pair(points, sizes, shape, constants, spectrum, jax.lax.rem(i, pairs), jax.lax.div(i, pairs))
         if scratch is None:
-            c = pair.split(_convolve(pair, _analyse(pair, inputs, 0, 0), slice(None)))
+            c = pair.split(_convolve(pair, pair.split(_analyse(pair, inputs, 0, 0)), slice(None)))
             return _emit(pair, [(y, x1)], _synthesise(pair, lambda *_: c, 0, 0), 0, 0)
         own = _Scratch(scratch, program, interpret)
         _stage1(pair, inputs, own)
@@ -329,7 +352,7 @@ def _backward_kernel(*refs, points, sizes, shape, gates, interpret):
         pair = _Pair(points, sizes, shape, constants, spectrum, p, d)
         gradient = functools.partial(_collect, dh, d, p)
         if not persistent:
-            g, u = _analyse(pair, inputs_g, 0, 0), _analyse(pair, inputs_u, 0, 0)
+            g, u = (pair.split(_analyse(pair, x, 0, 0)) for x in (inputs_g, inputs_u))
             c = pair.split(_correlate(pair, g, u, slice(None), gradient))
             _emit(pair, outputs_g, _synthesise(pair, lambda *_: c, 0, 0), 0, 0)
             if outputs_u:
@@ -414,7 +437,9 @@ def _call(kernel, name, arrays, H, gates, *, outputs, interpret):
     if sizes.programs:
         programs = min(sizes.programs, programs)
         sizes = dataclasses.replace(sizes, programs=programs)
-        out_shape += [jax.ShapeDtypeStruct((programs, 2, points.n1, points.n2), dtype)] * signals
+        out_shape += [
+            jax.ShapeDtypeStruct((programs, 2, dft.parts_of(dtype), points.n1, points.n2), jnp.bfloat16)
+        ] * signals
     macs = signals * D * -(-B // 2) * points.n * (4 * points.n1 + 8 * points.n2)
     out = pl.pallas_call(
         functools.partial(

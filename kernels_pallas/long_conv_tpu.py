@@ -327,6 +327,7 @@ def vmem_bytes(length: int, dtype, signals: int, is_backward: bool) -> int:
     """
     points, size = plan(length), jnp.dtype(dtype).itemsize
     rows = 2 * CHANNELS * points.rows * points.n2
-    constants = sum(c.nbytes for c in _constants(points, dft.parts_of(dtype)))
+    matrices = 8 * points.n1 * points.rows + 8 * points.n2**2
+    constants = 2 * dft.parts_of(dtype) * matrices + 8 * points.n
     windows = signals * rows * size + (1 + is_backward) * CHANNELS * 2 * points.n * 4 + constants
     return 2 * windows + (1 + is_backward) * (rows * 4 + 2 * points.n * size) + SLACK
