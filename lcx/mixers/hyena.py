@@ -74,8 +74,6 @@ class _Hyena(nn.Module):
         featurizer = named_param(
             self, "featurizer", bounded(self.featurizer_length), ("channels", None, None), taps
         )
-        if cache is not None and segment_ids is None:
-            segment_ids = jnp.ones((B, T), jnp.int32)
         arrays = {
             "z": jnp.transpose(z, (0, 2, 3, 1)),
             "featurizer": featurizer,
@@ -259,10 +257,10 @@ class HyenaLI(_Hyena):
                 return y, None
         g = x2.astype(jnp.float32) * v.astype(jnp.float32)
         if T > 1:
-            earlier = modal.response(state, log_pole, R, segment_ids=ids)
+            earlier = modal.response(state, log_pole, R, length=T, segment_ids=ids)
             y = y + (x1 * earlier).astype(y.dtype)
             return y, modal.state(g, log_pole, segment_ids=ids, initial_state=state)
-        y, state = modal.step(g[:, :, 0], log_pole, R, state, segment_ids=ids[:, 0])
+        y, state = modal.step(g[:, :, 0], log_pole, R, state, segment_ids=None if ids is None else ids[:, 0])
         y = x1 * (y[:, :, None] + skip[:, None] * g)
         return y.astype(v.dtype), state
 

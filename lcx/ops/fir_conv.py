@@ -7,6 +7,7 @@ Taps are in convolution order: k = 0 multiplies the current token. Channels come
 channel is contiguous, and the blocks of all channels of a group are the rows of one matrix.
 
 ``reference``  every window of K inputs laid out, in float32: the definition.
+``triton``, ``tpu``  kernels_pallas.fir_conv, one pass over memory; packed rows with up to 8 taps only.
 ``xla``        K < 16: shifted multiply-adds. Else block Toeplitz products (Ku et al. 2025, "Systems and Algorithms for
                Convolutional Multi-Hybrid Language Models at Scale", section 3.2): with C >= K - 1 a block of outputs
                needs its own inputs and those of the block before it, Y_n = X_n M0 + X_{n-1} M1, where M0[s, t] = h[t-s]
@@ -20,7 +21,6 @@ number of documents.
 The backward pass keeps the inputs alone and computes the rest again. On a CPU one group of channels of one row is
 treated after the other, so that what lies between the two gates stays in cache.
 """
-
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +36,6 @@ MAX_TAPS = 256
 SHIFTED = (
     16  # fewer taps than this are shifted, and so are blocks of as many tokens that hold several documents
 )
-DECODED = 8  # so few tokens against a state are one product with their windows
 
 
 def fir_conv(
@@ -64,20 +63,40 @@ def fir_conv(
             f"fir_conv of {D} channels with filters {h.shape}: expected [G, K] with G a divisor of {D} and K from 2 "
             f"to {MAX_TAPS}; change the groups or the length of the filter (long_conv takes longer ones)"
         )
-    name = dispatch.choose("fir_conv", implementation, {"xla": None, "reference": None})
+    name = dispatch.choose("fir_conv", implementation, _forms(v, h, segment_ids is not None))
     gated = v if x2 is None else x2 * v
     state = short.final_state(gated, segment_ids, initial_state, K)
-    if initial_state is None:
-        whole, ids, before = (x1, x2, v), segment_ids, 0
-    else:  # the state's inputs are gated already; before them nothing is asked
+    if name in short.KERNELS:
+        y = _kernel(x1, x2, v, h, skip, segment_ids, initial_state, short.KERNELS[name])
+        return checkpoint_name(y, MIXER_RESIDUALS), state
+    whole, ids, before = (x1, x2, v), segment_ids, 0
+    if initial_state is not None:  # the state's inputs are gated already; before them nothing is asked
         joined, ids = short.extended(gated, segment_ids, initial_state)
         before = K - 1
         whole = (None if x1 is None else jnp.pad(x1, ((0, 0), (0, 0), (before, 0))), None, joined)
-    if name == "reference" or v.shape[2] <= DECODED:
+    if name == "reference" or v.shape[2] <= short.DECODED:
         y = reference(*whole, h, skip, ids)
     else:
         y = _grouped(*whole, h, skip, ids)
     return y[:, :, before:], state
+
+
+def _forms(v: Array, h: Array, packed: bool) -> dict[str, str | None]:
+    def obstacle(platform: str) -> str | None:
+        from kernels_pallas import fir_conv as kernels
+
+        return kernels.obstacle(v, h, platform=platform, segments=packed)
+
+    plain: dict[str, str | None] = {"xla": None, "reference": None}
+    forms = {name: dispatch.on(platform) or obstacle(platform) for name, platform in short.KERNELS.items()}
+    return plain | forms if v.shape[2] <= short.DECODED else forms | plain
+
+
+def _kernel(x1, x2, v, h, skip, segment_ids, state: ConvState | None, platform: str) -> Array:
+    from kernels_pallas import fir_conv as kernels
+
+    history = short.kernel_history(segment_ids, state)
+    return kernels.fir_conv(x1, x2, v, h, skip=skip, **history, platform=platform)[0]
 
 
 def reference(x1, x2, v, h, skip, ids) -> Array:
@@ -144,12 +163,22 @@ def _slab(signals, weights, ids):
     runs = None
     if ids is not None:
         g, runs = jnp.where(ids != 0, g, 0), segments.runs(ids[None])[0]
-    y = convolve(g, h, runs)
+    y = unless_packed(lambda runs: convolve(g, h, runs), runs)
     if skip is not None:
         y = y + jnp.einsum("d,dt->dt", skip.astype(jnp.float32), g)
     if x1 is not None:
         y = y * x1.astype(jnp.float32)
     return (y if ids is None else jnp.where(ids != 0, y, 0)).astype(v.dtype)
+
+
+def unless_packed(fn, runs: Array | None) -> Array:
+    """fn(runs), or fn(None) where the tokens are all of one run: the same, and cheaper."""
+    if (
+        runs is None or dispatch.platform() != "cpu"
+    ):  # elsewhere rows run at once, and a condition would run both
+        return fn(runs)
+    # Padding at the left has index 0 and gives nothing; the first document has 1.
+    return jax.lax.cond(runs[-1] <= 1, lambda: fn(None), lambda: fn(runs))
 
 
 def convolve(g: Array, h: Array, runs: Array | None) -> Array:

@@ -5,6 +5,7 @@
 Letters: B batch, D channels, T time, S >= T taps, b half a block. Taps are in convolution order, one filter a channel.
 
 ``reference``  every T x T Toeplitz matrix laid out, in float32: the definition.
+``triton``, ``tpu``  kernels_pallas.long_conv: the transform as matrix products, one pass; no packed rows.
 ``xla``        irfft(rfft(g) rfft(h)) over 2 T points, float32 throughout: O(T log T). Inputs in bfloat16 are widened
                for it, since rounding between the stages of an FFT spreads over the whole sequence.
 
@@ -26,7 +27,8 @@ from jaxtyping import Array, Float, Int
 
 from lcx.errors import UserError
 from lcx.ops import MIXER_RESIDUALS, dispatch, segments
-from lcx.ops.fir_conv import each_group, toeplitz, within
+from lcx.ops.fir_conv import each_group, toeplitz, unless_packed, within
+from lcx.ops.short_conv import KERNELS
 
 BLOCK = 256  # tokens below which Toeplitz products take over from the FFT, in packed rows
 CHANNELS = 16  # at a time
@@ -56,10 +58,31 @@ def long_conv(
             f"long_conv of {v.shape} [B, D, T] with filters {h.shape}: expected [D, S] with D = {v.shape[1]} and "
             f"S >= {T}; fir_conv takes filters that are shorter than the sequence"
         )
-    name = dispatch.choose("long_conv", implementation, {"xla": None, "reference": None})
+    name = dispatch.choose("long_conv", implementation, _forms(v, segment_ids is not None))
     if name == "reference":
         return reference(x1, x2, v, h, skip, segment_ids)
+    if name in KERNELS:
+        return checkpoint_name(_kernel(x1, x2, v, h, skip, KERNELS[name]), MIXER_RESIDUALS)
     return _by_channels(x1, x2, v, h[:, :T], skip, segment_ids)
+
+
+def _forms(v: Array, packed: bool) -> dict[str, str | None]:
+    def obstacle(platform: str) -> str | None:
+        if packed:
+            return "the kernel takes one document a row, without segment_ids"
+        from kernels_pallas import long_conv as kernels
+
+        B, D, T = v.shape
+        return kernels.obstacle((B, D, T), v.dtype, platform)
+
+    forms = {name: dispatch.on(platform) or obstacle(platform) for name, platform in KERNELS.items()}
+    return forms | {"xla": None, "reference": None}
+
+
+def _kernel(x1, x2, v, h, skip, platform: str) -> Array:
+    from kernels_pallas import long_conv as kernels
+
+    return kernels.long_conv(x1, x2, v, h, skip=skip, platform=platform)
 
 
 def reference(x1, x2, v, h, skip, ids) -> Array:
@@ -120,16 +143,22 @@ def _slab(signals, weights, ids):
     (x1, x2, v), (h, skip) = signals, weights
     g, h = v.astype(jnp.float32), h.astype(jnp.float32)
     g = g if x2 is None else g * x2.astype(jnp.float32)
-    if ids is None:
-        y = _fft(g, h, fft_size(2 * g.shape[1] - 1))[:, : g.shape[1]]
-    else:
-        g = jnp.where(ids != 0, g, 0)
-        y = _by_document(g, h, segments.runs(ids[None])[0])
+    runs = None
+    if ids is not None:
+        g, runs = jnp.where(ids != 0, g, 0), segments.runs(ids[None])[0]
+    y = unless_packed(lambda runs: _convolve(g, h, runs), runs)
     if skip is not None:
         y = y + jnp.einsum("d,dt->dt", skip.astype(jnp.float32), g)
     if x1 is not None:
         y = y * x1.astype(jnp.float32)
     return (y if ids is None else jnp.where(ids != 0, y, 0)).astype(v.dtype)
+
+
+def _convolve(g: Array, h: Array, runs: Array | None) -> Array:
+    """g and h [R, T], runs [T] that never fall."""
+    if runs is not None:
+        return _by_document(g, h, runs)
+    return _fft(g, h, fft_size(2 * g.shape[1] - 1))[:, : g.shape[1]]
 
 
 def _fft(g: Array, h: Array, n: int) -> Array:
@@ -138,7 +167,6 @@ def _fft(g: Array, h: Array, n: int) -> Array:
 
 
 def _by_document(g: Array, h: Array, runs: Array) -> Array:
-    """g and h [R, T], runs [T] that never fall."""
     R, T = g.shape
     y = _near(g, h, runs)
     size = BLOCK

@@ -72,13 +72,15 @@ def response(
     log_pole: Float[Array, "D P"],
     residue: Float[Array, "D P"],
     *,
-    segment_ids: Int[Array, "B T"],
-) -> Float[Array, "B D T"]:
-    """What the tokens before the row still give to its T tokens, float32: sum_p residue exp(log_pole (t + 1)) s."""
-    T = segment_ids.shape[1]
+    length: int,
+    segment_ids: Int[Array, "B T"] | None = None,
+) -> Float[Array, "B D {length}"]:
+    """What earlier tokens still give to the `length` next ones, float32: sum_p residue exp(log_pole (t + 1)) s."""
+    if segment_ids is None:
+        segment_ids = jnp.ones((initial_state.modes.shape[0], length), jnp.int32)
     log_pole = log_pole.astype(jnp.float32)
     weights = initial_state.modes * jnp.exp(log_pole) * residue.astype(jnp.float32)
-    y = _sums(log_pole, weights, T)
+    y = _sums(log_pole, weights, length)
     sees = (segments.runs(segment_ids, initial_state.segment_ids) == 0) & (segment_ids != 0)
     return jnp.where(sees[:, None], y, 0)
 

@@ -9,13 +9,14 @@ the current token; converters flip.) A tap counts only where both tokens lie in 
 padding y is 0. History goes in and out as a `ConvState`.
 
 ``reference``  every window of K inputs laid out, in float32: the definition.
+``triton``, ``tpu``  kernels_pallas.short_conv, one pass over memory.
 ``xla``        K shifted multiply-adds, which a compiler fuses to one pass over x. The backward pass keeps x alone.
 
 Bytes: x in, y out. 2 K FLOPs an element: far below any machine's balance, so never a matrix product.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,8 @@ from lcx.errors import UserError
 from lcx.ops import dispatch, segments
 
 MAX_TAPS = 8
+KERNELS = {"triton": "gpu", "tpu": "tpu"}  # implementations and their platforms
+DECODED = 8  # so few tokens are no work for a kernel
 
 
 class ConvState(NamedTuple):
@@ -59,15 +62,47 @@ def short_conv(
             f"short_conv of x {x.shape} with w {w.shape} and time_axis {time_axis}: expected x [B, D, T] and time_axis "
             f"-1, or [B, T, D] and 1, and w [D, 1 .. {MAX_TAPS}]; fir_conv takes more taps"
         )
-    name = dispatch.choose("short_conv", implementation, {"xla": None, "reference": None})
-    K = w.shape[1]
+    name = dispatch.choose("short_conv", implementation, _forms(x, axis))
     whole, ids = extended(x, segment_ids, initial_state, axis=axis)
-    y = reference(whole, w, ids, axis=axis) if name == "reference" else _xla(whole, w, ids, axis)
-    y = _from(y, whole.shape[axis] - x.shape[axis], axis)
-    if bias is not None:
-        y = y + _over_time(bias, axis).astype(y.dtype)
-        y = y if segment_ids is None else jnp.where(_over_channels(segment_ids != 0, axis), y, 0)
-    return y, final_state(x, segment_ids, initial_state, K, axis=axis)
+    if name in KERNELS:
+        y = _kernel(x, w, bias, segment_ids, initial_state, KERNELS[name])
+    else:
+        y = reference(whole, w, ids, axis=axis) if name == "reference" else _xla(whole, w, ids, axis)
+        y = _from(y, whole.shape[axis] - x.shape[axis], axis)
+        if bias is not None:
+            y = y + _over_time(bias, axis).astype(y.dtype)
+            y = y if segment_ids is None else jnp.where(_over_channels(segment_ids != 0, axis), y, 0)
+    return y, final_state(x, segment_ids, initial_state, w.shape[1], axis=axis)
+
+
+def _forms(x: Array, axis: int) -> dict[str, str | None]:
+    kernels = {name: dispatch.on(platform) for name, platform in KERNELS.items()}
+    if axis == 1:
+        kernels = {
+            name: found or "the kernel takes x [B, D, T], time_axis -1" for name, found in kernels.items()
+        }
+    plain: dict[str, str | None] = {"xla": None, "reference": None}
+    return plain | kernels if x.shape[axis] <= DECODED else kernels | plain
+
+
+def _kernel(x, w, bias, segment_ids, state: ConvState | None, platform: str) -> Array:
+    from kernels_pallas import short_conv as kernels
+
+    before = kernel_history(segment_ids, state)
+    return kernels.short_conv(x, w, bias=bias, **before, platform=platform)[0]
+
+
+def kernel_history(segment_ids: Array | None, state: ConvState | None) -> dict[str, Any]:
+    """Documents and state as the kernels take them: runs, -1 at padding."""
+    if segment_ids is None:  # `extended` drops what is of another document
+        inputs = None if state is None else own_inputs(state)
+        return {"runs": None, "initial_inputs": inputs, "initial_runs": None}
+    seen = 0 if state is None else state.segment_ids.shape[1]
+    ids = segment_ids if state is None else jnp.concatenate([state.segment_ids, segment_ids], axis=1)
+    runs = jnp.where(ids != 0, segments.runs(ids), -1)
+    if state is None:
+        return {"runs": runs, "initial_inputs": None, "initial_runs": None}
+    return {"runs": runs[:, seen:], "initial_inputs": state.inputs, "initial_runs": runs[:, :seen]}
 
 
 def reference(x: Array, w: Array, ids: Array | None, *, axis: int = 2) -> Array:
@@ -153,9 +188,16 @@ def extended(x, segment_ids, state: ConvState | None, *, axis: int = 2) -> tuple
     """The state's inputs and then x, on the time axis, and the ids of all of them; ids None: one document."""
     if state is None:
         return x, segment_ids
-    ids = jnp.ones((x.shape[0], x.shape[axis]), jnp.int32) if segment_ids is None else segment_ids
-    whole = jnp.concatenate([state.inputs.astype(x.dtype), x], axis=axis)
-    return whole, jnp.concatenate([state.segment_ids.astype(ids.dtype), ids], axis=1)
+    inputs = own_inputs(state, axis=axis) if segment_ids is None else state.inputs
+    whole = jnp.concatenate([inputs.astype(x.dtype), x], axis=axis)
+    if segment_ids is None:
+        return whole, None
+    return whole, jnp.concatenate([state.segment_ids.astype(segment_ids.dtype), segment_ids], axis=1)
+
+
+def own_inputs(state: ConvState, *, axis: int = 2) -> Array:
+    """The inputs of document 1, 0 elsewhere: what tokens without ids see."""
+    return jnp.where(_over_channels(state.segment_ids == 1, axis), state.inputs, 0)
 
 
 def final_state(x, segment_ids, state: ConvState | None, K: int, *, axis: int = 2) -> ConvState:
@@ -166,7 +208,7 @@ def final_state(x, segment_ids, state: ConvState | None, K: int, *, axis: int = 
         if state is None:
             shape = (x.shape[0], K - 1, x.shape[2]) if axis == 1 else (*x.shape[:2], K - 1)
             state = ConvState(jnp.zeros(shape, x.dtype), jnp.zeros((x.shape[0], K - 1), ids.dtype))
-        x, joined = extended(x, ids, state, axis=axis)
-        ids = ids if joined is None else joined
+        x = jnp.concatenate([state.inputs.astype(x.dtype), x], axis=axis)
+        ids = jnp.concatenate([state.segment_ids.astype(ids.dtype), ids], axis=1)
     first = x.shape[axis] - (K - 1)
     return ConvState(_from(x, first, axis), ids[:, first:])
