@@ -187,8 +187,8 @@ def _vectors(log_decay: Array | None, runs: Array | None, C: int) -> tuple[dict,
 # ------------------------------------------------------------------------------------------------------ the recurrence
 
 
-def _run(arrays: dict, plan: Plan, *, reverse: bool = False) -> dict:
-    """The recurrence over all of T."""
+def _run(arrays: dict, plan: Plan, *, reverse: bool = False, entering: dict | None = None) -> dict:
+    """The recurrence over all of T. entering: the states that enter each piece, if they are known."""
     kernels = linear_attention_tpu if plan.platform == "tpu" else linear_attention_gpu
     recurrence = functools.partial(
         kernels.recurrence,
@@ -200,12 +200,9 @@ def _run(arrays: dict, plan: Plan, *, reverse: bool = False) -> dict:
     )
     if plan.split == 1:
         return recurrence(arrays, span=plan.span)
-    S, carried = plan.split, [name for name in ("state", "row", "sums") if name in arrays]
+    S, carried = plan.split, {name: arrays[name] for name in ("state", "row", "sums") if name in arrays}
     pieces = {name: _cut(name, x, S) for name, x in arrays.items() if name not in carried}
-    for name, x in _entering(
-        pieces, {name: arrays[name] for name in carried}, S, recurrence, reverse
-    ).items():
-        pieces[name] = x
+    pieces |= entering or _entering(pieces, carried, S, recurrence, reverse)
     return {name: _join(name, x, S) for name, x in recurrence(pieces, span=plan.span).items()}
 
 
@@ -234,6 +231,12 @@ def _entering(pieces: dict, first: dict, S: int, recurrence, reverse: bool) -> d
 
     _, entering = lax.scan(step, first, (whole, own), reverse=reverse)
     return {name: jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:]) for name, x in entering.items()}
+
+
+def _at_pieces(edges: Array, S: int) -> Array:
+    """The states at the beginnings of pieces, of those at the beginnings of spans [B, N, spans, ...]."""
+    x = jnp.swapaxes(edges[:, :, :: edges.shape[2] // S], 1, 2)
+    return x.reshape(-1, *x.shape[2:])
 
 
 def _cut(name: str, x: Array, S: int) -> Array:
@@ -283,7 +286,11 @@ def _backward(plan: Plan, residuals, cotangents):
         row, bias = -plan.eps * d_norm, jnp.swapaxes(d_norm, 1, 2)  # row: dnum.num + dnorm (norm - eps)
         into_q, into_k = {"query_bias": bias, "row": z}, {"key_bias": bias, "row": d_z}
     turned = functools.partial(jnp.swapaxes, axis1=2, axis2=3)
-    dq = _run({"q": dy, "k": v, "v": k, "state": turned(kv), **forward, **into_q}, plan)["out"]
+    entering = {"state": turned(_at_pieces(_edges(kv, done["states"])[:, :, :-1], plan.split))}
+    if z is not None:
+        entering["row"] = _at_pieces(_edges(z, done["all_sums"])[:, :, :-1], plan.split)
+    of_q = {"q": dy, "k": v, "v": k, "state": turned(kv), **forward, **into_q}
+    dq = _run(of_q, plan, entering=entering)["out"]
     to_v = _run({"q": k, "k": q, "v": dy, "state": d_kv, **reverse}, plan, reverse=True)
     to_k = _run({"q": v, "k": dy, "v": q, "state": turned(d_kv), **reverse, **into_k}, plan, reverse=True)
     dk, dv, d_kv_before = to_k["out"], to_v["out"], to_v["states"]
@@ -305,9 +312,14 @@ def _inner(x: Array, dx: Array) -> Array:
     return jnp.sum(dx * x[:, :, :, None].astype(jnp.float32), axis=-1).reshape(B, T, -1)
 
 
+def _edges(state: Array, states: Array) -> Array:
+    """The states at all edges of spans, from the one before the first."""
+    return jnp.concatenate([state[:, :, None], states], axis=2)
+
+
 def _across(states: Array, d_states: Array, state: Array, d_state: Array) -> Array:
     """What the pairs on both sides of a span's edge give, <dS, S>: [B, spans + 1, N], the outer edges included."""
-    states = jnp.concatenate([state[:, :, None], states], axis=2)
+    states = _edges(state, states)
     d_states = jnp.concatenate([d_states, d_state[:, :, None]], axis=2)
     return jnp.swapaxes(jnp.sum(d_states * states, axis=range(3, states.ndim)), 1, 2)
 
