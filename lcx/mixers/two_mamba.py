@@ -116,8 +116,8 @@ class TwoMamba(nn.Module):
         if self.norm == "output":
             eps = float(jnp.finfo(jnp.float32).eps)
             y = RMSNorm(N * H, eps, name="out_norm")(y.reshape(B, T, N * H)).reshape(B, T, N, H)
-        names = ("heads", "head_dim", "embed")
-        return Linear((N, H), (D,), names, gain=self.init_gain, name="o_proj")(y), cache
+        out_names = ("heads", "head_dim", "embed")
+        return Linear((N, H), (D,), out_names, gain=self.init_gain, name="o_proj")(y), cache
 
     def _check(self) -> None:
         for field, choices in CHOICES.items():
@@ -254,7 +254,7 @@ class TwoMamba(nn.Module):
             conv = ConvState._make((Axes("rows", None, None, "heads"), Axes("rows")))
         if self.score == "linear":
             k_sum = HEAD_STATE if self.norm == "scores" else None
-            return {"conv": conv, "state": linear_op.LinearState(HEAD_STATE, k_sum, rows)}
+            return {"conv": conv, "state": linear_op.LinearState._make((HEAD_STATE, k_sum, rows, None))}
         if self.score == "square":
             return {
                 "conv": conv,
@@ -345,5 +345,4 @@ def published(attention_type: str, *, num_heads: int, head_dim: int) -> nn.Modul
     if attention_type not in PUBLISHED:
         names = ", ".join(repr(name) for name in ("softmax", "mamba", *PUBLISHED))
         raise UserError(f"attention_type {attention_type!r}: expected one of {names}")
-    sizes = {"num_heads": num_heads, "head_dim": head_dim}
-    return TwoMamba(**sizes, **PUBLISHED[attention_type], init_gain=3**-0.5, parent=None)
+    return TwoMamba(num_heads, head_dim, **PUBLISHED[attention_type], init_gain=3**-0.5, parent=None)

@@ -88,11 +88,15 @@ def _mask(q_segments, kv_segments, offset, window, T, S) -> Array:
 
 
 def _gaps(log_decay: Array, offset: Array, T: int) -> Array:
-    """L_i - L_j, [B, N, T, S], at most 0."""
-    total = jnp.moveaxis(jnp.cumsum(log_decay.astype(jnp.float32), axis=1), 1, 2)
+    """L_i - L_j, [B, N, T, S], at most 0. L counts from the first query, so that near keys lose no digits."""
+    rate, place = jnp.moveaxis(log_decay.astype(jnp.float32), 1, 2), jnp.arange(log_decay.shape[1])
+    before = (place <= offset[:, None])[:, None]
+    past, ahead = jnp.where(before, rate, 0), jnp.where(before, 0, rate)
+    later = jnp.pad(jnp.cumsum(past[:, :, :0:-1], axis=2)[:, :, ::-1], ((0, 0), (0, 0), (0, 1)))
+    of_keys = later - jnp.cumsum(ahead, axis=2)
     at = offset[:, None, None] + jnp.arange(T)
-    own = jnp.take_along_axis(total, jnp.broadcast_to(at, (*total.shape[:2], T)), axis=2)
-    return jnp.minimum(own[..., None] - total[:, :, None], 0)
+    own = jnp.take_along_axis(of_keys, jnp.broadcast_to(at, (*rate.shape[:2], T)), axis=2)
+    return jnp.minimum(of_keys[:, :, None] - own[..., None], 0)
 
 
 def reference(q: Array, k: Array, v: Array, mask: Array, gaps: Array | None = None, *, scale: float) -> Array:

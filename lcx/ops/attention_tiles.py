@@ -94,14 +94,10 @@ class Plan:
         """carry = body(row, carry) for row = 0, rows, 2 rows, ... < T."""
         return jax.lax.fori_loop(0, T // self.rows, lambda i, c: body(i * self.rows, c), carry)
 
-    def last(self, place: Array, S: int) -> Array:
-        """One past the last tile of keys that queries at place .. place + rows - 1 can see."""
-        return jnp.minimum((place + self.rows - 1) // self.cols + 1, S // self.cols)
-
     def over_tiles(self, place: Array, S: int, body, carry):
         """carry = body(first key, carry) for each tile of keys that any of these queries can see, nearest first."""
         first = 0 if self.window is None else jnp.maximum(place - self.window + 1, 0) // self.cols
-        last = self.last(place, S)
+        last = jnp.minimum((place + self.rows - 1) // self.cols + 1, S // self.cols)
         return jax.lax.fori_loop(0, last - first, lambda j, c: body((last - 1 - j) * self.cols, c), carry)
 
     def scores(
@@ -125,51 +121,43 @@ class Plan:
 
 
 class Gaps(NamedTuple):
-    """L_i - L_j of one head, tile by tile and outwards from a block of queries whose first lies at p."""
+    """L_i - L_j of one head, tile by tile, outwards from a block of queries whose first lies at p."""
 
     rate: Array  # [G, S + rows]
-    after: Array  # [G, S]: the sum over the later tokens of a key's tile
-    total: Array  # [G, S / cols]
-
-    @classmethod
-    def of(cls, log_decay: Array, plan: Plan) -> "Gaps":
-        inside = log_decay.reshape(len(log_decay), -1, plan.cols)
-        after = jnp.cumsum(inside[:, :, :0:-1], axis=2)[:, :, ::-1]
-        after = jnp.pad(after, ((0, 0), (0, 0), (0, 1))).reshape(log_decay.shape)
-        return cls(jnp.pad(log_decay, ((0, 0), (0, plan.rows))), after, jnp.sum(inside, axis=2))
 
     def of_queries(self, place: Array, rows: int) -> Array:
         """L_i - L_p, [G, rows]."""
         return jnp.cumsum(cut(self.rate, place, rows, axis=1).at[:, 0].set(0), axis=1)
 
-    def edge(self, place: Array, last: Array, cols: int) -> Array:
-        """L_p - L at the end of the tile before `last`, the first to be visited, [G]. At most one tile from p's."""
-        own = place // cols
-        beyond = jnp.where(last - 1 > own, cut(self.total, last - 1, 1, axis=1)[:, 0], 0)
-        return -cut(self.after, place, 1, axis=1)[:, 0] - beyond
-
-    def of_tile(self, of_queries: Array, edge: Array, start: Array, cols: int) -> tuple[Array, Array]:
-        """The tile's gaps [G, rows, cols], and the edge for the next one to the left."""
-        of_keys = cut(self.after, start, cols, axis=1) + edge[:, None]
-        return of_queries[:, :, None] + of_keys[:, None], edge + cut(self.total, start // cols, 1, axis=1)[
-            :, 0
-        ]
+    def of_tile(
+        self, of_queries: Array, place: Array, edge: Array, start: Array, cols: int
+    ) -> tuple[Array, Array]:
+        """The tile's gaps [G, rows, cols], and the edge of the next tile: L_p - L before this one's first token."""
+        rate, before = cut(self.rate, start, cols, axis=1), start + jnp.arange(cols) <= place
+        past, ahead = jnp.where(before, rate, 0), jnp.where(before, 0, rate)
+        later = jnp.cumsum(past[:, :0:-1], axis=1)[:, ::-1]
+        # A tile that begins after p: the queries up to there lie between. (Else 0, the first entry.)
+        between = jnp.clip(start - 1 - place, 0, of_queries.shape[1] - 1)
+        edge_after = edge - cut(of_queries, between, 1, axis=1)[:, 0]
+        of_keys = jnp.pad(later, ((0, 0), (0, 1))) - jnp.cumsum(ahead, axis=1) + edge_after[:, None]
+        return of_queries[:, :, None] + of_keys[:, None], edge + jnp.sum(past, axis=1)
 
 
 def _head_forward(q, k, v, q_segments, kv_segments, decay, offset, *, plan: Plan) -> tuple[Array, Array]:
     """One row and kv head: q [G,T,H], k and v [S,H] -> out [G,T,H], logsumexp [G,T] float32."""
     G, T, H = q.shape
     S, C, size = k.shape[0], plan.rows, plan.cols
-    gaps = None if decay is None else Gaps.of(decay, plan)
+    nothing = jnp.zeros(G, jnp.float32)
+    gaps = None if decay is None else Gaps(jnp.pad(decay, ((0, 0), (0, C))))
 
     def rows(row, carry):
         q_row, own = cut(q, row, C, axis=1), cut(q_segments, row, C)
         place = row + offset
-        start_gap = None if gaps is None else gaps.of_queries(place, C)
+        near = nothing if gaps is None else gaps.of_queries(place, C)
 
         def tile(start, state):
             out, top, total, edge = state
-            gap, edge = (0, None) if gaps is None else gaps.of_tile(start_gap, edge, start, size)
+            gap, edge = (0, edge) if gaps is None else gaps.of_tile(near, place, edge, start, size)
             s, _ = plan.scores(q_row, k, own, kv_segments, place, start, gap)
             new_top = jnp.maximum(top, jnp.max(s, axis=-1))
             p, shrink = jnp.exp(s - new_top[..., None]), jnp.exp(top - new_top)
@@ -177,8 +165,7 @@ def _head_forward(q, k, v, q_segments, kv_segments, decay, offset, *, plan: Plan
             return out * shrink[..., None] + new, new_top, total * shrink + jnp.sum(p, axis=-1), edge
 
         zeros = jnp.zeros((G, C), jnp.float32)
-        edge = None if gaps is None else gaps.edge(place, plan.last(place, S), size)
-        empty = (jnp.zeros((G, C, H), jnp.float32), zeros + NEG, zeros, edge)
+        empty = (jnp.zeros((G, C, H), jnp.float32), zeros + NEG, zeros, nothing)
         out, top, total, _ = plan.over_tiles(place, S, tile, empty)
         out = out / total[..., None]
         if plan.masked:  # padding sees nothing
@@ -192,7 +179,8 @@ def _head_backward(q, k, v, segments, decay, out, lse, d_out, *, plan: Plan) -> 
     """Gradients for one row and kv head; scores are recomputed tile by tile."""
     G, T, H = q.shape
     C, size = plan.rows, plan.cols
-    gaps = None if decay is None else Gaps.of(decay, plan)
+    nothing = jnp.zeros(G, jnp.float32)
+    gaps = None if decay is None else Gaps(jnp.pad(decay, ((0, 0), (0, C))))
     delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1)
 
     def rows(row, carry):
@@ -200,11 +188,11 @@ def _head_backward(q, k, v, segments, decay, out, lse, d_out, *, plan: Plan) -> 
         q_row, d_row, lse_row, delta_row = (cut(x, row, C, axis=1) for x in (q, d_out, lse, delta))
         own = cut(segments, row, C)
         flat_q, flat_d = q_row.reshape(G * C, H), d_row.reshape(G * C, H)
-        start_gap = None if gaps is None else gaps.of_queries(row, C)
+        near = nothing if gaps is None else gaps.of_queries(row, C)
 
         def tile(start, state):
             dq_row, dk, dv, d_sums, edge = state
-            gap, edge = (0, None) if gaps is None else gaps.of_tile(start_gap, edge, start, size)
+            gap, edge = (0, edge) if gaps is None else gaps.of_tile(near, row, edge, start, size)
             s, seen = plan.scores(q_row, k, own, segments, row, start, gap)
             p = jnp.where(seen, jnp.exp(s - lse_row[..., None]), 0)
             dp = dot(flat_d, cut(v, start, size), 1, 1).reshape(G, C, size)
@@ -217,8 +205,7 @@ def _head_backward(q, k, v, segments, decay, out, lse, d_out, *, plan: Plan) -> 
             dv = add(dv, dot(p.astype(v.dtype).reshape(G * C, size), flat_d, 0, 0), start)
             return dq_row + dot(ds, cut(k, start, size), 1, 0), dk, dv, d_sums, edge
 
-        edge = None if gaps is None else gaps.edge(row, plan.last(row, T), size)
-        state = (jnp.zeros((G * C, H), jnp.float32), dk, dv, d_sums, edge)
+        state = (jnp.zeros((G * C, H), jnp.float32), dk, dv, d_sums, nothing)
         dq_row, dk, dv, d_sums, _ = plan.over_tiles(row, T, tile, state)
         return put(dq, dq_row.reshape(G, C, H), row, axis=1), dk, dv, d_sums
 

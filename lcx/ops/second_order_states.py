@@ -74,17 +74,17 @@ def _chunks(q, k, v, decay, runs) -> tuple:
     C = tiles.tile_size(len(q))
     l, total, to_end, first, last = tiles.local(decay, runs, C)
     before = jnp.concatenate([jnp.zeros(1, runs.dtype), last[:-1]])
-    l, runs, to_end = (x.reshape(-1, C) for x in (l, runs, to_end))
+    l, runs, to_end, decay = (x.reshape(-1, C) for x in (l, runs, to_end, decay))
     from_start = jnp.exp(l) * (runs == before[:, None])
     kept = jnp.exp(total) * (last == before)
     q, k, v = (x.reshape(-1, C, x.shape[-1]) for x in (q, k, v))
-    return q, k, v, l, runs, from_start[..., None], to_end[..., None], kept
+    return q, k, v, decay, runs, from_start[..., None], to_end[..., None], kept
 
 
 def _head_forward(q, k, v, decay, runs, state):
     def chunk(state, xs):
-        q, k, v, l, runs, from_start, to_end, kept = xs
-        s, near = tiles.within(q, k, l, runs)
+        q, k, v, rate, runs, from_start, to_end, kept = xs
+        s, near = tiles.within(q, k, rate, runs)
         sums = dot((s * s * near).astype(v.dtype), v, 1, 0)
         sums += from_start * dot(expand(q), state.astype(q.dtype), 1, 0)
         return kept * state + dot(expand(k), (to_end * v).astype(k.dtype), 0, 0), sums
@@ -103,8 +103,8 @@ def _head_backward(q, k, v, decay, runs, state, d_out, d_state):
         return kept * state + dot(expand(k), (to_end * v).astype(k.dtype), 0, 0), dq
 
     def backward(d_state, xs):
-        (q, k, v, l, runs, from_start, to_end, kept, d_out), dq = xs
-        near_q, dk, dv = tiles.within_backward(q, k, v, l, runs, d_out)
+        (q, k, v, rate, runs, from_start, to_end, kept, d_out), dq = xs
+        near_q, dk, dv = tiles.within_backward(q, k, v, rate, runs, d_out)
         d_expanded = dot((to_end * v).astype(k.dtype), d_state.astype(k.dtype), 1, 1)
         (far_k,) = jax.vjp(expand, k.astype(d_expanded.dtype))[1](d_expanded)
         dv += to_end * dot(expand(k), d_state.astype(k.dtype), 1, 0)

@@ -24,6 +24,7 @@ from jaxtyping import Array
 from lcx.ops.tiling import add, cut, dot, each_head, put
 
 TILE = 128
+PIECE = 16  # of a tile on the diagonal
 SKIP = -30.0  # a decay below exp(SKIP) = 1e-13 counts as none
 
 
@@ -69,12 +70,26 @@ def local(decay: Array, runs: Array, C: int) -> tuple[Array, Array, Array, Array
     return l.reshape(-1), l[:, -1], to_end.reshape(-1), ids[:, 0], ids[:, -1]
 
 
-def within(q: Array, k: Array, l: Array, runs: Array) -> tuple[Array, Array]:
+def within(q: Array, k: Array, rate: Array, runs: Array) -> tuple[Array, Array]:
     """Scores and decays [C, C] of a tile on the diagonal; decay 0 where a query does not see a key."""
-    order = jnp.arange(len(l))
+    order = jnp.arange(len(rate))
     seen = (order[:, None] >= order) & (runs[:, None] == runs)
-    gap = jnp.where(seen, l[:, None] - l, 0)
-    return dot(q, k, 1, 1), jnp.where(seen, jnp.exp(gap), 0)
+    return dot(q, k, 1, 1), jnp.where(seen, jnp.exp(jnp.where(seen, _gaps(rate), 0)), 0)
+
+
+def _gaps(rate: Array) -> Array:
+    """L_i - L_j [C, C] of one tile, for j <= i. Sums of what lies between, piece by piece: a difference of two sums
+    over the tile would round at the size of those."""
+    size = PIECE if len(rate) % PIECE == 0 else len(rate)
+    pieces = rate.reshape(-1, size)
+    l, index = jnp.cumsum(pieces, axis=1), jnp.arange(len(pieces))
+    after = jnp.pad(jnp.cumsum(pieces[:, :0:-1], axis=1)[:, ::-1], ((0, 0), (0, 1)))
+    inner = (index[:, None, None] > index) & (index > index[:, None])  # [i, j, pieces between]
+    between = jnp.sum(jnp.where(inner, l[:, -1], 0), axis=2)
+    apart = l[:, :, None, None] + (between[:, None, :, None] + after)
+    same = (index[:, None] == index)[:, None, :, None]
+    gaps = jnp.where(same, l[:, :, None, None] - l[:, None, None, :], apart)
+    return gaps.reshape(len(rate), len(rate))
 
 
 def _first_visible(total: Array, first: Array, last: Array) -> Array:
@@ -92,7 +107,7 @@ def _head_forward(q, k, v, decay, runs):
     def row(i, out):
         at = i * C
         q_i, l_i, runs_i = cut(q, at, C), cut(l, at, C), cut(runs, at, C)
-        s, near = within(q_i, cut(k, at, C), l_i, runs_i)
+        s, near = within(q_i, cut(k, at, C), cut(decay, at, C), runs_i)
 
         def tile(step, carry):
             far, gap = carry
@@ -121,7 +136,7 @@ def _head_backward(q, k, v, decay, runs, d_out):
         q_i, l_i, runs_i, d_i = (cut(x, at, C) for x in (q, l, runs, d_out))
         from_start = jnp.exp(l_i) * (runs_i == first[i])
         d_far = d_i * from_start[:, None]
-        dq_i, dk_i, dv_i = within_backward(q_i, cut(k, at, C), cut(v, at, C), l_i, runs_i, d_i)
+        dq_i, dk_i, dv_i = within_backward(q_i, cut(k, at, C), cut(v, at, C), cut(decay, at, C), runs_i, d_i)
 
         def tile(step, carry):
             dq_i, dk, d_far_v, gap = carry
@@ -144,9 +159,9 @@ def _head_backward(q, k, v, decay, runs, d_out):
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), decay_gradient(q, dq, k, dk)
 
 
-def within_backward(q, k, v, l, runs, d_out) -> tuple[Array, Array, Array]:
+def within_backward(q, k, v, rate, runs, d_out) -> tuple[Array, Array, Array]:
     """Gradients of one tile on the diagonal, float32."""
-    s, near = within(q, k, l, runs)
+    s, near = within(q, k, rate, runs)
     d = d_out.astype(v.dtype)
     ds = (2 * s * near * dot(d, v, 1, 1)).astype(k.dtype)
     return dot(ds, k, 1, 0), dot(ds, q, 0, 0), dot((s * s * near).astype(v.dtype), d, 0, 0)
