@@ -176,10 +176,9 @@ def kernel(
     state = None if initial_state is None else initial_state[:2]
     options = {"normalize": normalize, "eps": eps, "runs": runs, "initial_state": state}
     y, (kv, k_sum) = run(q, k, v, log_decay=log_decay, platform=platform, **options)
-    if segment_ids is None:
+    if real is None:
         return y, LinearState(kv, k_sum, jnp.ones(y.shape[:1], jnp.int32))
-    y = jnp.where(real[..., None], y, 0)
-    return y, LinearState(kv, k_sum, segments.last(segment_ids, before))
+    return jnp.where(real[..., None], y, 0), LinearState(kv, k_sum, segments.last(segment_ids, before))
 
 
 # ------------------------------------------------------------------------------------------- reference, recurrent
