@@ -203,9 +203,8 @@ def test_short_conv_in_pieces():
 
 def modal_arrays():
     rng = np.random.default_rng(0)
-    return -np.exp(rng.uniform(-6, 1, (D, 16))).astype(np.float32), rng.normal(size=(D, 16)).astype(
-        np.float32
-    )
+    poles, residues = -np.exp(rng.uniform(-6, 1, (D, 16))), rng.normal(size=(D, 16))
+    return jnp.array(poles, jnp.float32), jnp.array(residues, jnp.float32)
 
 
 @pytest.mark.parametrize("T", [1, 63, 100, 257])
