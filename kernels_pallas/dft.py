@@ -95,7 +95,7 @@ def split_constant(x: np.ndarray, parts: int) -> np.ndarray:
     return np.stack(out)
 
 
-def spectrum(h, plan: Plan, *, by_matmul: bool, precision=jax.lax.Precision.HIGHEST):
+def spectrum(h, plan: Plan, *, by_matmul: bool):
     """The transform of taps h [D, S], S <= n, divided by n, as [D, 2 (re, im), n1, n2] float32 in the order [k1, k2].
 
     `by_matmul` says how: TPUs have no FFT unit and multiply matrices, the others call their FFT library.
@@ -105,31 +105,31 @@ def spectrum(h, plan: Plan, *, by_matmul: bool, precision=jax.lax.Precision.HIGH
         # k = k1 + n1 k2: frequencies in order are [k2, k1]
         H = jnp.fft.fft(h, axis=-1).reshape(-1, plan.n2, plan.n1).swapaxes(1, 2)
         return jnp.stack([H.real, H.imag], axis=1)
-    dot = functools.partial(jnp.einsum, precision=precision)
-    (f1r, f1i), (f2r, f2i) = (
-        tuple(jnp.asarray(f, jnp.float32) for f in matrix(m)) for m in (plan.n1, plan.n2)
-    )
+    f1, f2 = matrix(plan.n1), matrix(plan.n2)
     x = h.reshape(-1, plan.n1, plan.n2)[:, : plan.rows]
-    a = tuple(dot("kn,dnm->dkm", f[:, : plan.rows], x) for f in (f1r, f1i))
-    ar, ai = times(a, tuple(twiddles(plan)))
-    re = dot("dkm,mj->dkj", ar, f2r) - dot("dkm,mj->dkj", ai, f2i)
-    im = dot("dkm,mj->dkj", ar, f2i) + dot("dkm,mj->dkj", ai, f2r)
-    return jnp.stack([re, im], axis=1)
+    a = tuple(_apply("kn,dnm->dkm", f[:, : plan.rows], x) for f in f1)
+    re, im = times(a, tuple(twiddles(plan)))
+    right = functools.partial(_apply, "mj,dkm->dkj")
+    return jnp.stack([right(f2[0], re) - right(f2[1], im), right(f2[1], re) + right(f2[0], im)], axis=1)
 
 
-def taps(H, plan: Plan, length: int, *, by_matmul: bool, precision=jax.lax.Precision.HIGHEST):
+def taps(H, plan: Plan, length: int, *, by_matmul: bool):
     """The real part of the inverse transform of H [D, 2, n1, n2]: [D, length] float32, length <= rows n2."""
     if not by_matmul:
         H = jax.lax.complex(H[:, 0], H[:, 1]).swapaxes(1, 2).reshape(-1, plan.n)
         return jnp.fft.ifft(H, axis=-1).real[:, :length]
-    dot = functools.partial(jnp.einsum, precision=precision)
-    (f1r, f1i), (f2r, f2i) = (
-        tuple(jnp.asarray(f, jnp.float32) for f in matrix(m)) for m in (plan.n1, plan.n2)
-    )
+    f1, f2 = matrix(plan.n1), matrix(plan.n2)
     re, im = H[:, 0], H[:, 1]
-    cr = dot("dkj,mj->dkm", re, f2r) + dot("dkj,mj->dkm", im, f2i)
-    ci = dot("dkj,mj->dkm", im, f2r) - dot("dkj,mj->dkm", re, f2i)
-    cr, ci = times((cr, ci), tuple(twiddles(plan)), conj=True)
-    rows = slice(plan.rows)
-    h = dot("kn,dkm->dnm", f1r[:, rows], cr) + dot("kn,dkm->dnm", f1i[:, rows], ci)
+    right = functools.partial(_apply, "mj,dkj->dkm")
+    c = right(f2[0], re) + right(f2[1], im), right(f2[0], im) - right(f2[1], re)
+    re, im = times(c, tuple(twiddles(plan)), conj=True)
+    left = functools.partial(_apply, "kn,dkm->dnm")
+    h = left(f1[0][:, : plan.rows], re) + left(f1[1][:, : plan.rows], im)
     return h.reshape(h.shape[0], -1)[:, :length] / plan.n
+
+
+def _apply(formula: str, constant: np.ndarray, x):
+    """einsum of a float64 constant and x, three products of bfloat16 parts. XLA compiles its own far slower."""
+    c, x = split_constant(constant, 2), split(x, 2)
+    dot = functools.partial(jnp.einsum, formula, preferred_element_type=jnp.float32)
+    return dot(c[1], x[0]) + dot(c[0], x[1]) + dot(c[0], x[0])

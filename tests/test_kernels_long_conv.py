@@ -115,13 +115,13 @@ def test_gpu_stages(dtype, monkeypatch):
 @pytest.mark.parametrize("plan", [dft.Plan(32, 16, 16), dft.Plan(96, 128, 48)], ids=str)
 @pytest.mark.parametrize("by_matmul", [True, False])
 def test_spectrum_and_back(plan, by_matmul):
-    T = plan.rows * plan.n2 - 5
+    T, tolerance = plan.rows * plan.n2 - 5, 2e-5 if by_matmul else 1e-6
     h = np.random.default_rng(0).normal(size=(2, T))
     H = dft.spectrum(jnp.asarray(h), plan, by_matmul=by_matmul)
     expected = np.fft.fft(h, plan.n).reshape(2, plan.n2, plan.n1).swapaxes(1, 2) / plan.n
-    assert off(H, np.stack([expected.real, expected.imag], axis=1)) < 1e-6
+    assert off(H, np.stack([expected.real, expected.imag], axis=1)) < tolerance
     back = dft.taps(H * plan.n, plan, T, by_matmul=by_matmul)
-    assert back.shape == h.shape and off(back, h) < 1e-6
+    assert back.shape == h.shape and off(back, h) < tolerance
 
 
 @pytest.mark.parametrize("kernels", [long_conv_tpu, long_conv_gpu])
