@@ -54,7 +54,7 @@ class Operator:
     flops: Callable[[Size, int], float]
     tokens: int = 8 * 8192
     linear: bool = True  # time grows as T
-    products: bool = True  # most of the work is in matrix products
+    products: bool = True  # its kernels are matrix products
     backward: float = 2.0  # FLOPs of the backward pass over those of the forward pass
 
     def structs(self, size: Size, *, B: int, T: int, dtype: str) -> dict[str, jax.ShapeDtypeStruct]:
@@ -254,7 +254,6 @@ _TABLE = (
         shapes=_gated(lambda s, T: {"h": ((s.D, T), "w"), "skip": ((s.D,), "w")}),
         call=_long_conv,
         flops=lambda s, T: s.D * 15 * math.log2(2 * T),  # three real FFTs of 2 T points
-        products=False,
     ),
     Operator(
         name="linear_attention",

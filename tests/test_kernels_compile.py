@@ -17,14 +17,23 @@ import pytest
 from kernels_pallas import aot
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "benchmarks"))
+from aot import ROWS as ROWS_OF_A_BATCH
 from aot import record
 from operators import OPERATORS
 
-KERNELS = {  # operator: targets that have a kernel
-    "second_order_tiles": ("h200",),
+ALL = ("h200", "v5e", "v5p", "v6e")
+KERNELS = {  # operator: targets for which a kernel of ours is what None picks
+    "short_conv": ALL,
+    "fir_conv_7": ALL,
+    "fir_conv_128": ALL,
+    "long_conv": ALL,
+    "linear_attention": ALL,
+    "ssd": ALL,
+    "second_order_tiles": ALL,
 }
 ROWS = [(name, target) for name, targets in KERNELS.items() for target in targets]
 LENGTHS = (2048, 4096)
+VMEM = 2**27
 SECONDS = 240  # for one program: a hundred times what it takes on a quiet machine
 
 
@@ -68,20 +77,35 @@ def give_up(pool):
 
 @pytest.mark.parametrize("name, target", ROWS)
 def test_kernels_fit(compiled, name, target):
+    row = compiled(name, target, LENGTHS[0])
+    assert row["kernels"], f"{name} on {target}: no kernel of ours in the program"
+
+
+@pytest.mark.parametrize("name", [name for name, target in ROWS if target == "h200"])
+def test_registers_and_tensor_cores(compiled, name):
     for train in (False, True):
-        row = compiled(name, target, LENGTHS[0], train=train)
-        assert row["kernels"], f"{name} on {target}: no kernel of ours in the program"
-        if target == "h200":
-            spilled = {k["name"]: (k["spills"], k["stack_bytes"]) for k in row["kernels"] if k["spills"]}
-            assert not spilled
-            tensor_cores = sum(kernel["wgmma"] for kernel in row["kernels"])
-            assert (tensor_cores > 0) == OPERATORS[name].products
+        kernels = compiled(name, "h200", LENGTHS[0], train=train)["kernels"]
+        spilled = {
+            k["name"]: (k["spills"], k["stack_bytes"]) for k in kernels if k["spills"] or k["stack_bytes"]
+        }
+        assert not spilled
+        assert any(kernel["wgmma"] for kernel in kernels) or not OPERATORS[name].products
 
 
 @pytest.mark.parametrize("name, target", [row for row in ROWS if row[1] in ("h200", "v5e")])
 def test_memory_is_linear(compiled, name, target):
     short, long = (compiled(name, target, T)["temp_bytes"] for T in LENGTHS)
-    assert long <= 2.1 * short + 2**20
+    # On a TPU what still fits into VMEM at the shorter length is not counted there.
+    unseen = 0 if target == "h200" else VMEM
+    assert long <= 2.1 * (short + unseen) + 2**20
+    assert long < 2.1 * unseen + 0.5 * pairs(name)
+
+
+def pairs(name):
+    """Bytes of the T x T numbers of every head, at the longer T and in bfloat16."""
+    operator = OPERATORS[name]
+    T, heads = LENGTHS[1], operator.size.N or operator.size.D
+    return 2 * ROWS_OF_A_BATCH * heads * T * T
 
 
 def temporary(name, implementation):
