@@ -327,10 +327,15 @@ def chunk_weights(a: Array | None, first: Array | None, C: int) -> tuple[Array, 
         carried = entering[..., -1:]
     if a is None:
         return seen.astype(jnp.float32), entering, leaving, carried
-    g = jnp.cumsum(a, axis=-1)
-    decay = jnp.exp(jnp.where(seen, g[..., :, None] - g[..., None, :], -jnp.inf))
-    end = g[..., -1:]
-    return decay, entering * jnp.exp(g), leaving * jnp.exp(end - g), carried * jnp.exp(end)
+    # Multiples of 2^-12 add up without rounding while the sum stays below 2^12, and so do not spoil the difference of
+    # two large sums; what is left of each is small.
+    coarse = jnp.round(a * 4096) / 4096
+    g, fine = jnp.cumsum(coarse, axis=-1), jnp.cumsum(a - coarse, axis=-1)
+    pairs = (g[..., :, None] - g[..., None, :]) + (fine[..., :, None] - fine[..., None, :])
+    decay = jnp.exp(jnp.where(seen, pairs, -jnp.inf))
+    end = g[..., -1:] + fine[..., -1:]
+    to_end = jnp.exp((g[..., -1:] - g) + (fine[..., -1:] - fine))
+    return decay, entering * jnp.exp(g + fine), leaving * to_end, carried * jnp.exp(end)
 
 
 def next_state(k: Array, v: Array, leaving: Array, carried: Array, state):
