@@ -1,4 +1,4 @@
-"""Causal softmax attention with a decay in the exponent (Forgetting Transformer, arXiv 2503.02130; 2Mamba-E, 2602.17363).
+"""Causal softmax attention with a decay (Forgetting Transformer, arXiv 2503.02130; 2Mamba-E, arXiv 2602.17363).
 
     p_ij = softmax_j(scale q_i.k_j + L_i - L_j) for j <= i, L the running sum of log_decay;   y_i = sum_j p_ij v_j
 
@@ -8,13 +8,14 @@ the pair of chunks are added as one row to the scores, and the row part moves in
 chunks off the diagonal are done (backward: into the saved logsumexp). Only the diagonal tile forms l_i - l_j. Exponents
 are in base 2, with log2(e) folded into scale and decay.
 
-**Skipping** (as in adaptive computation pruning, arXiv 2504.06949). No score exceeds U = scale max|q| max|k| of its head,
-and a token's own is at least -U: a chunk whose decay is below e^-(30 + 2 U) weighs less than e^-30 of what is kept.
-So the bound on where a chunk begins to see is sure, whatever the scores.
+**Skipping** (as in adaptive computation pruning, arXiv 2504.06949). No score exceeds U = scale max|q| max|k| of its
+head, and a token's own is at least -U: a key whose decay is below e^-(30 + 2 U) weighs less than e^-30 of the token
+itself. So the bound on where a chunk begins to see is sure, whatever the scores.
 
 **Backward**, D_i = dy_i.y_i with y in float32:
 
-    ds_ij = p_ij (dy_i.v_j - D_i);   dq_i = scale sum_j ds_ij k_j,  dk_j = scale sum_i ds_ij q_i,  dv_j = sum_i p_ij dy_i
+    ds_ij = p_ij (dy_i.v_j - D_i)
+    dq_i = scale sum_j ds_ij k_j,   dk_j = scale sum_i ds_ij q_i,   dv_j = sum_i p_ij dy_i
 
 and log_decay's gradient at t is the sum of ds_ij over i >= t > j, from row and column sums of the unrounded ds
 (second_order_attention.py says why).

@@ -1,4 +1,4 @@
-"""Softmax attention with decay on GPU: the tiles of `kernels_pallas.attention`, on the grid and the loops of `tiles_gpu`."""
+"""Softmax attention with decay on GPU: the tiles of `kernels_pallas.attention`, on the grid of `tiles_gpu`."""
 
 import functools
 

@@ -1,6 +1,6 @@
 """Softmax attention with decay on TPU: the tiles of `kernels_pallas.attention`, on the grid of `tiles_tpu`.
 
-The running maximum is kept in all lanes of [C, 128], so that it meets [C, S] scores and [C, H] sums without being turned.
+The running maximum fills the lanes of [C, 128], so that it meets [C, S] scores and [C, H] sums without being turned.
 """
 
 import jax

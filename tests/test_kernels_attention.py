@@ -1,0 +1,103 @@
+"""The kernels of attention with a decay, interpreted, against the formula in float64 numpy: values, every gradient."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels_pallas.attention import Options, attention, bias, obstacle
+from kernels_pallas.tiles import Tile, Tiles, square
+
+NAMES = ["y", "dq", "dk", "dv", "da"]
+# B, T, N, K, H, mean log-decay (None: no decay), documents, dtype, tile (None: the table's)
+CASES = [
+    (2, 257, 2, 1, 16, -2.0, True, "float32", 32),  # skips
+    (1, 100, 2, 2, 16, None, False, "float32", None),
+    (1, 63, 1, 1, 16, None, True, "float32", 16),
+    (1, 1, 1, 1, 16, -0.5, False, "float32", 16),
+    (2, 257, 2, 1, 32, -0.1, True, "bfloat16", 64),
+]
+
+
+def arrays(case):
+    B, T, N, K, H, mean, documents, dtype, _ = case
+    rng = np.random.default_rng(T)
+    q, k, v, dy = (jnp.asarray(rng.normal(size=(B, T, n, H)), dtype) for n in (N, K, K, N))
+    a = None if mean is None else jnp.asarray(mean * rng.uniform(0, 2, (B, T, N)), jnp.float32)
+    runs = jnp.asarray(np.cumsum(rng.random((B, T)) < 0.03, axis=1), jnp.int32) if documents else None
+    return q, k, v, a, runs, dy
+
+
+def by_hand(q, k, v, a, runs, dy):
+    """y and the gradients of sum(dy y) by q, k, v, a: float64, the formulas written out."""
+    q, k, v, dy = (np.asarray(x, np.float64) for x in (q, k, v, dy))
+    (B, T, N, H), K = q.shape, k.shape[2]
+    keys, values = np.repeat(k, N // K, 2), np.repeat(v, N // K, 2)
+    z = np.einsum("bind,bjnd->bnij", q, keys) / np.sqrt(H)
+    seen = np.tril(np.ones((T, T), bool))
+    if a is not None:
+        L = np.cumsum(np.swapaxes(np.asarray(a, np.float64), 1, 2), -1)
+        z = z + L[..., :, None] - L[..., None, :]
+    if runs is not None:
+        seen = seen & (np.asarray(runs)[:, None, :, None] == np.asarray(runs)[:, None, None, :])
+    z = np.where(seen, z, -np.inf)
+    P = np.exp(z - z.max(-1, keepdims=True))
+    P /= P.sum(-1, keepdims=True)
+    y = np.einsum("bnij,bjnd->bind", P, values)
+    ds = P * (np.einsum("bind,bjnd->bnij", dy, values) - np.einsum("bind,bind->bni", dy, y)[..., None])
+    dq = np.einsum("bnij,bjnd->bind", ds, keys) / np.sqrt(H)
+    dk, dv = np.einsum("bnij,bind->bjnd", ds, q) / np.sqrt(H), np.einsum("bnij,bind->bjnd", P, dy)
+    dk, dv = (x.reshape(B, T, K, N // K, H).sum(3) for x in (dk, dv))
+    da = np.flip(np.cumsum(np.flip(ds.sum(-1) - ds.sum(-2), -1), -1), -1)
+    return y, dq, dk, dv, np.swapaxes(da, 1, 2)
+
+
+@pytest.mark.parametrize("platform", ["gpu", "tpu"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_values_and_gradients(platform, case):
+    *_, dtype, size = case
+    q, k, v, a, runs, dy = arrays(case)
+    parts = (
+        (1, 2, 2) if platform == "gpu" else (1, 1, 1)
+    )  # on GPU the streamed tiles are a part of the held ones
+    tiles = size and Tiles(*(Tile(size, size // part, 4, 1) for part in parts))
+    attend = functools.partial(attention, platform=platform, interpret=True, tiles=tiles)
+
+    @jax.jit
+    def run(q, k, v, a, dy):
+        y, back = jax.vjp(lambda q, k, v, a: attend(q, k, v, log_decay=a, runs=runs), q, k, v, a)
+        return y, *back(dy)
+
+    limit = 1e-5 if dtype == "float32" else 1e-2
+    for name, found, right in zip(NAMES, run(q, k, v, a, dy), by_hand(q, k, v, a, runs, dy), strict=True):
+        if found is None:
+            continue
+        assert found.dtype == (jnp.float32 if name == "da" else dtype)
+        error = np.abs(np.asarray(found, np.float64) - right).max() / max(1, np.abs(right).max())
+        assert error < limit, f"{name}: {error:.1e}"
+
+
+def test_skipping_allows_for_the_scores():
+    """A far key whose score outweighs a decay of e^-64 is still seen, and one past the bound is not."""
+    T, C = 256, 16
+    q, k = jnp.zeros((1, T, 1, 16)).at[..., 0].set(10.0), jnp.zeros((1, T, 1, 16)).at[:, 0, :, 0].set(10.0)
+    decay = jnp.full((1, T, 1), -1.0)
+    options = Options(scale=1.0, platform="tpu", interpret=True, tiles=square(C))
+    _, reach = bias(q, k, jnp.swapaxes(decay, 1, 2), None, options, C)  # |q| |k| = 100: sees 230 tokens
+    np.testing.assert_array_equal(reach.first[0, 0], np.maximum(np.arange(16) - 15, 0))
+    v = jnp.zeros_like(k).at[:, 0].set(1.0)
+    y = attention(q, k, v, log_decay=decay, scale=1.0, platform="tpu", interpret=True, tiles=square(C))
+    weight = 1 / (1 + np.exp(64 - 100) * np.sum(np.exp(-np.arange(64.0))))
+    np.testing.assert_allclose(y[0, 64, 0], weight, rtol=1e-5)
+    _, reach = bias(q / 10, k / 20, jnp.swapaxes(decay, 1, 2), None, options, C)  # 0.5: sees 31 tokens
+    np.testing.assert_array_equal(reach.first[0, 0], np.maximum(np.arange(16) - 2, 0))
+
+
+def test_obstacles():
+    x = jax.ShapeDtypeStruct((1, 128, 2, 64), jnp.bfloat16)
+    assert obstacle(x, x, x, platform="gpu") is None
+    assert "cache" in obstacle(jax.ShapeDtypeStruct((1, 1, 2, 64), jnp.bfloat16), x, x, platform="gpu")
+    odd = jax.ShapeDtypeStruct((1, 128, 2, 24), jnp.bfloat16)
+    assert "24" in obstacle(odd, odd, odd, platform="tpu")
