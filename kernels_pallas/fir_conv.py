@@ -2,7 +2,10 @@
 
     u = x2 * v,   y_t = x1_t * ( sum_k h[group, k] u_{t-k} + skip u_t ),   k = 0 .. K-1
 
-K <= 8: shifted multiply-adds, `kernels_pallas.short_conv`; skip is one more tap of the current token. The rest here.
+K <= 8 where few channels share a filter, or with `runs`: shifted multiply-adds, `kernels_pallas.short_conv`; skip is
+then a part of the tap of the current token. The rest here, also 7 taps of a group of 16: matrix units are idle anyway,
+and the code for an H200 has 9 instructions an element in its loop where shifting both gated inputs takes 58, of the 53
+that it can issue while memory moves 8 bytes (v5e: 710 bundles instead of some 2600 for 131072 elements; memory needs 1920).
 
 Block Toeplitz products (Ku et al. 2025, "Systems and Algorithms for Convolutional Multi-Hybrid Language Models at
 Scale", section 3.2; arXiv 2503.01868). Time is cut to blocks of C tokens; the rows of a matrix are blocks of channels
@@ -40,6 +43,7 @@ import jax.numpy as jnp
 from kernels_pallas import fir_conv_gpu, fir_conv_tpu, short_conv
 
 MAX_TAPS = 256
+SHARED = 8  # channels of a group from which on few taps are a matrix product too
 
 
 def obstacle(v: jax.Array, h: jax.Array, *, platform: str, segments: bool = False) -> str | None:
@@ -85,7 +89,7 @@ def fir_conv(
     D, (G, K) = v.shape[1], h.shape
     h = h.astype(jnp.float32)
     skip = None if skip is None else skip.astype(jnp.float32)
-    if K <= short_conv.MAX_TAPS:
+    if runs is not None or not _is_product(D, G, K, platform):
         w = jnp.repeat(h, D // G, axis=0)
         w = w if skip is None else w.at[:, 0].add(skip)
         before = initial_inputs, initial_runs
@@ -95,6 +99,13 @@ def fir_conv(
     last = slice(max(0, v.shape[2] - (K - 1)), None)
     u = v[:, :, last] if x2 is None else x2[:, :, last] * v[:, :, last]
     return y, short_conv.last_inputs(u, initial_inputs, K)
+
+
+def _is_product(D: int, G: int, K: int, platform: str) -> bool:
+    if K > short_conv.MAX_TAPS:
+        return True
+    steps = fir_conv_tpu.channels(D, G) or (0, False)
+    return D // G >= SHARED and (platform == "gpu" or steps[1])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
