@@ -147,7 +147,7 @@ class Plan:
 def _plan(B, T, N, P, H, dtype, decays, eps, platform, interpret) -> Plan:
     split = 1
     if platform == "tpu":
-        chunk = linear_attention_tpu.chunk(T)
+        chunk = linear_attention_tpu.chunk(T, dtype)
     else:
         chunk = linear_attention_gpu.chunk(dtype)
         programs = B * N * max(1, min(P, H) // 64)

@@ -18,17 +18,23 @@ STATES = {"state": "states", "row": "rows", "sums": "all_sums"}
 PER_TOKEN = ("decay", "reach", "keep", "query_bias", "key_bias")
 
 
-def chunk(T: int) -> int:
-    """Tokens at a time."""
-    return 256 if T > 128 else 128
+def chunk(T: int, dtype) -> int:
+    """Tokens at a time; in float32 fewer, since weights are differences of sums over a chunk's decays."""
+    return 256 if T > 128 and dtype == jnp.bfloat16 else 128
 
 
 def most_heads(dtype) -> int:
     """Heads in one step, at most.
 
-    P = H = 128 with decay, chunks of 256, as libtpu counts the bundles of a step for a v5e (1.5 GHz): 2481 for 4 heads,
-    1.62 ns a token and head, and 4325 for 8, 1.41 ns, where reading and writing takes 1.25 ns. In float32 8 heads would
-    fill the 16 MB of VMEM that a kernel is given.
+    P = H = 128 with decay, bfloat16, as libtpu counts the bundles of a step for a v5e (1.5 GHz); reading and writing
+    takes 1.25 ns a token and head:
+
+        chunk, heads     bundles     ns a token and head
+        128, 8             2286           1.49
+        256, 4             2481           1.62
+        256, 8             4325           1.41
+
+    In float32 8 heads of 256 tokens would fill the 16 MB of VMEM that a kernel is given.
     """
     return 8 if dtype == jnp.bfloat16 else 4
 
