@@ -145,7 +145,6 @@ def short(a, *, platform, **more):
         ((2, 6, 100, 6, 3), dict(bias=True)),
         ((1, 20, 257, 20, 2), dict(before=True)),
         ((2, 17, 1, 17, 4), dict(before=True, bias=True)),
-        ((1, 3, 63, 3, 1), {}),
     ],
     ids=str,
 )
