@@ -27,7 +27,7 @@ def _logits(s, options, column, scalar, start, size):
 def _own_logits(s, options, local, runs, queries, keys, *, keys_down=False):
     decay, seen = fall(local, runs, queries, keys, s.shape, keys_down=keys_down)
     s = s * (options.scale * LOG2E)
-    return jnp.where(seen, s if decay is None else s + decay, jnp.float32(NEVER))
+    return jnp.where(seen, s if decay is None else s + decay * LOG2E, jnp.float32(NEVER))
 
 
 def _forward_kernel(first, steps, q, k, v, column, row, local, runs, y, lse, *, tile, options):

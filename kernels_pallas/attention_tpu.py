@@ -12,6 +12,7 @@ from kernels_pallas.tiles import Reach, Tile
 from kernels_pallas.tiles_tpu import (
     LANES,
     Specs,
+    as_pairs,
     as_rows,
     call,
     dot,
@@ -27,7 +28,7 @@ from kernels_pallas.tiles_tpu import (
 def _own_logits(s, options, local, runs, *, keys_down=False):
     decay, seen = fall(local, runs, s.shape[0], keys_down=keys_down)
     s = s * (options.scale * LOG2E)
-    return jnp.where(seen, s if decay is None else s + decay, NEVER)
+    return jnp.where(seen, s if decay is None else s + decay * LOG2E, NEVER)
 
 
 def _place():
@@ -218,7 +219,7 @@ def forward(q, k, v, bias: Bias | None, reach: Reach, runs, options: Options, ti
         (heads_first(v), at.passing(K, back=True)),
         (as_rows(bias and bias.column), at.passing_row()),
         (as_rows(bias and bias.row), at.own_row()),
-        (as_rows(bias and bias.local), at.own_row()),
+        (as_pairs(bias and bias.local), at.own_pair()),
         (as_rows(runs), at.own_row(1)),
     ]
     outputs = [
@@ -246,7 +247,7 @@ def backward_dq(q, k, v, ct: Cotangent, bias: Bias | None, reach: Reach, runs, o
         (heads_first(ct.dy), at.own()),
         *((as_rows(x), at.own_row()) for x in (ct.mean, ct.lse, ct.far)),
         (as_rows(bias and bias.column), at.passing_row()),
-        (as_rows(bias and bias.local), at.own_row()),
+        (as_pairs(bias and bias.local), at.own_pair()),
         (as_rows(runs), at.own_row(1)),
     ]
     outputs = [
@@ -272,7 +273,7 @@ def backward_dkv(q, k, v, ct: Cotangent, bias: Bias | None, reach: Reach, runs, 
         (as_rows(ct.mean), at.passing_row(back=True)),
         (as_rows(ct.lse), at.own_row()),
         (as_rows(ct.far), at.passing_row()),
-        (as_rows(bias and bias.local), at.own_row()),
+        (as_pairs(bias and bias.local), at.own_pair()),
         (as_rows(runs), at.own_row(1)),
     ]
     shape = jax.ShapeDtypeStruct((B * N, T, H), k.dtype)

@@ -9,6 +9,7 @@ from kernels_pallas.tiles import Reach, Tile
 from kernels_pallas.tiles_tpu import (
     LANES,
     Specs,
+    as_pairs,
     as_rows,
     call,
     dot,
@@ -203,7 +204,7 @@ def forward(q, k, v, fold: Fold | None, reach: Reach, runs, options: Options, ti
         (heads_first(k), at.own(K)),
         (heads_first(keys), at.passing(keys.shape[2])),
         (heads_first(v), at.passing(K, back=True)),
-        (as_rows(fold and fold.local), at.own_row()),
+        (as_pairs(fold and fold.local), at.own_pair()),
         (as_rows(fold and fold.enter), at.own_row()),
         (as_rows(runs), at.own_row(1)),
     ]
@@ -241,7 +242,7 @@ def backward_dq(q, k, v, ct: Cotangent, fold: Fold | None, reach: Reach, runs, o
         (as_rows(ct.mean) if options.normalize else None, at.own_row()),
         (heads_first(ct.g), at.own()),
         (as_rows(ct.bias) if options.normalize else None, at.own_row()),
-        (as_rows(fold and fold.local), at.own_row()),
+        (as_pairs(fold and fold.local), at.own_pair()),
         (as_rows(runs), at.own_row(1)),
     ]
     outputs = [
@@ -279,7 +280,7 @@ def backward_dkv(q, k, v, ct: Cotangent, fold: Fold | None, reach: Reach, runs, 
         (as_rows(ct.mean) if options.normalize else None, at.own_row()),
         (heads_first(ct.g), at.passing(N)),
         (as_rows(ct.bias) if options.normalize else None, at.passing_row()),
-        (as_rows(fold and fold.local), at.own_row()),
+        (as_pairs(fold and fold.local), at.own_pair()),
         (as_rows(runs), at.own_row(1)),
     ]
     shape = jax.ShapeDtypeStruct((B * N, T, H), k.dtype)

@@ -72,6 +72,9 @@ def padded(q: Array, k: Array, v: Array, log_decay: Array | None, runs: Array | 
 class Chunks(NamedTuple):
     """Chunk by chunk, J = T / C of them; all at most 0. Masks are None where there are no documents."""
 
+    parts: Float[
+        Array, "B N 2 T"
+    ]  # l = parts[0] + parts[1], and so for differences: exact to 1e-7 for any decay
     local: Float[Array, "B N J C"]  # l: the sum of log_decay from the chunk's first token to this one
     rest: Float[Array, "B N J C"]  # tot - l
     total: Float[Array, "B N J"]  # tot
@@ -99,7 +102,12 @@ def chunked(
         whole = jnp.zeros((B, N, J), jnp.int32)
         return None, Reach(whole, whole + J - 1)
     log_decay = jnp.zeros(shape, jnp.float32) if log_decay is None else log_decay
-    local = jnp.cumsum(log_decay.reshape(B, N, J, C), axis=-1)
+    # Next to a decay of -100 a small one would lose its digits in one float32 sum. Sums of multiples of 1/256 are exact
+    # up to 2^16 = 512 x 128, and what remains is small: differences of the two parts keep everything.
+    coarse = jnp.round(log_decay * 256) / 256
+    parts = jnp.stack([coarse, log_decay - coarse], axis=2).reshape(B, N, 2, J, C)
+    parts = jnp.cumsum(parts, axis=-1)
+    local = jnp.sum(parts, axis=2)
     total = local[..., -1]
     # Far from exact for large sums, and need not be: it only decides what is too small to matter.
     before = -jnp.cumsum(total, axis=-1)
@@ -113,7 +121,8 @@ def chunked(
     chunk = jnp.broadcast_to(jnp.arange(J, dtype=jnp.int32), first.shape)
     first = jnp.minimum(first, chunk)
     last = _search(first, chunk, side="right") - 1
-    return Chunks(local, total[..., None] - local, total, enters, leaves), Reach(first, last)
+    rest = jnp.sum(parts[..., -1:] - parts, axis=2)
+    return Chunks(parts.reshape(B, N, 2, T), local, rest, total, enters, leaves), Reach(first, last)
 
 
 def _search(rows: Array, values: Array, side: str = "left") -> Array:

@@ -57,8 +57,11 @@ def fall(local, runs, queries, keys, size, *, keys_down=False):
         seen &= runs[pl.ds(down, size[0])][:, None] == runs[pl.ds(across, size[1])][None, :]
     if local is None:
         return None, seen
-    difference = local[pl.ds(down, size[0])][:, None] - local[pl.ds(across, size[1])][None, :]
-    return -difference if keys_down else difference, seen
+    coarse, fine = (
+        local[part, pl.ds(down, size[0])][:, None] - local[part, pl.ds(across, size[1])][None, :]
+        for part in (0, 1)
+    )
+    return -(coarse + fine) if keys_down else coarse + fine, seen
 
 
 class Specs:
@@ -81,11 +84,13 @@ class Specs:
         return pl.BlockSpec((None, None, self.C), lambda i, n, b: (b, n, self.at(i)))
 
     def row(self, x):
-        """Of [B, N, anything] or [B, T], all of it."""
+        """Of [B, N, anything], [B, N, 2, T] or [B, T], all of it."""
         if x is None:
             return None
         if x.ndim == 2:
             return pl.BlockSpec((None, x.shape[1]), lambda i, n, b: (b, 0))
+        if x.ndim == 4:
+            return pl.BlockSpec((None, None, *x.shape[2:]), lambda i, n, b: (b, n, 0, 0))
         return pl.BlockSpec((None, None, x.shape[2]), lambda i, n, b: (b, n, 0))
 
 

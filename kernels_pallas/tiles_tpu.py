@@ -58,8 +58,8 @@ def fall(local, runs, C, *, keys_down=False):
         seen &= to_column(runs[...].astype(jnp.float32)) == runs[...].astype(jnp.float32)
     if local is None:
         return None, seen
-    difference = to_column(local[...]) - local[...]
-    return -difference if keys_down else difference, seen
+    coarse, fine = (to_column(local[part : part + 1, :]) - local[part : part + 1, :] for part in (0, 1))
+    return -(coarse + fine) if keys_down else coarse + fine, seen
 
 
 class Specs:
@@ -93,6 +93,10 @@ class Specs:
         """Of [B N, 1, T], or of [B, 1, T] (heads=1)."""
         G = self.N // (heads or self.N)
         return pl.BlockSpec((None, 1, self.C), lambda h, i, t, bound, steps: (h // G, 0, i))
+
+    def own_pair(self):
+        """Of [B N, 2, T]."""
+        return pl.BlockSpec((None, 2, self.C), lambda h, i, t, bound, steps: (h, 0, i))
 
     def passing_row(self, *, back=False):
         return pl.BlockSpec(
@@ -142,3 +146,8 @@ def tokens_first(x, N):
 def as_rows(x):
     """[B, N, T] or [B, T] -> [B N, 1, T] or [B, 1, T]."""
     return None if x is None else x.reshape(-1, 1, x.shape[-1])
+
+
+def as_pairs(x):
+    """[B, N, 2, T] -> [B N, 2, T]."""
+    return None if x is None else x.reshape(-1, 2, x.shape[-1])

@@ -11,12 +11,13 @@ from kernels_pallas.attention import Options, attention, bias, obstacle
 from kernels_pallas.tiles import Tile, Tiles, square
 
 NAMES = ["y", "dq", "dk", "dv", "da"]
-# B, T, N, K, H, mean log-decay (None: no decay), documents, dtype, tile (None: the table's)
+# B, T, N, K, H, mean log-decay (None: no decay; resets: next to none, or e^-95), documents, dtype, tile (None: the table's)
 CASES = [
     (2, 257, 2, 1, 16, -2.0, True, "float32", 32),  # skips
     (1, 100, 2, 2, 16, None, False, "float32", None),
     (1, 63, 1, 1, 16, None, True, "float32", 16),
     (1, 1, 1, 1, 16, -0.5, False, "float32", 16),
+    (1, 257, 1, 1, 16, "resets", False, "float32", 128),
     (2, 257, 2, 1, 32, -0.1, True, "bfloat16", 64),
 ]
 
@@ -25,7 +26,9 @@ def arrays(case):
     B, T, N, K, H, mean, documents, dtype, _ = case
     rng = np.random.default_rng(T)
     q, k, v, dy = (jnp.asarray(rng.normal(size=(B, T, n, H)), dtype) for n in (N, K, K, N))
-    a = None if mean is None else jnp.asarray(mean * rng.uniform(0, 2, (B, T, N)), jnp.float32)
+    a = None if mean is None else rng.uniform(0, 2, (B, T, N))
+    if a is not None:
+        a = jnp.asarray(np.where(a < 0.6, -95, -0.02 * a) if mean == "resets" else mean * a, jnp.float32)
     runs = jnp.asarray(np.cumsum(rng.random((B, T)) < 0.03, axis=1), jnp.int32) if documents else None
     return q, k, v, a, runs, dy
 
