@@ -235,7 +235,6 @@ _TABLE = (
         shapes=_gated(lambda s, T: {"h": ((s.G, s.K), "w")}),
         call=_fir_conv,
         flops=lambda s, T: 2 * s.K * s.D,
-        products=False,
     ),
     Operator(
         name="fir_conv_128",
