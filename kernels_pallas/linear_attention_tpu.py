@@ -67,6 +67,11 @@ def recurrence(
     if "sums" in arrays:
         shapes["all_sums"] = jax.ShapeDtypeStruct((B, groups, T // span, each, P), jnp.float32)
         shapes["norm"] = jax.ShapeDtypeStruct((B, groups, each, T), jnp.float32)
+    cost = pl.CostEstimate(
+        flops=B * T * N * (2 * C * (P + V) + 4 * P * V),
+        transcendentals=B * T * N * C if "decay" in arrays else 0,
+        bytes_accessed=sum(x.size * x.dtype.itemsize for x in (*inputs.values(), *shapes.values())),
+    )
     block = functools.partial(_block, N=N, each=each, C=C, span=span, last=T // C - 1 if reverse else None)
     kept = [name for name in STATES if name in inputs]
     names = (*inputs, *shapes, *(f"held_{name}" for name in kept))
@@ -78,6 +83,7 @@ def recurrence(
         out_shape=list(shapes.values()),
         scratch_shapes=[pltpu.VMEM(inputs[name].shape[2:], jnp.float32) for name in kept],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
+        cost_estimate=cost,
         interpret=interpret,
         name="linear_attention",
     )(*inputs.values())
