@@ -44,7 +44,7 @@ Small batches. A program walks all of T, and B N H / 64 programs may not fill a 
 that are walked at once: a pass over k and v alone gives what each piece adds to the state, a sum over the few pieces
 the states that enter them (as Dao & Gu, section 8.2, do across devices).
 
-What a platform's `recurrence(arrays, heads=, reverse=, eps=, span=, tile=, interpret=)` takes and gives:
+What a platform's `recurrence(arrays, heads=, reverse=, eps=, span=, chunk=, interpret=)` takes and gives:
 
     q, k [B,T,n,P], v [B,T,n,V]   any n that divides N      out [B,T,N,V]
     state [B,N,P,V] float32       the entering state        states [B,N,T/span,P,V]: after each span
@@ -67,7 +67,7 @@ from kernels_pallas import linear_attention_gpu, linear_attention_tpu
 
 RESIDUALS = "mixer_residuals"  # what rematerialising a block may keep: lcx.ops.MIXER_RESIDUALS
 SIZES = (16, 32, 64, 128)
-SPAN = 512  # states at its edges are 1/4 of y's bytes in float32; rounding in da grows as the root of it
+SPAN = 512  # the states at its edges take half of y's bytes; rounding errors in da grow with its root
 SLOTS = 264  # programs that an H200 runs at once: two on each of 132 multiprocessors
 PIECE = 1024  # tokens that one program walks at least
 

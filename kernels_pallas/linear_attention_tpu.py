@@ -87,13 +87,17 @@ def recurrence(
         interpret=interpret,
         name="linear_attention",
     )(*inputs.values())
-    results = dict(zip(shapes, outputs, strict=True))
+    return _token_major(dict(zip(shapes, outputs, strict=True)), B, N)
+
+
+def _token_major(results: dict, B: int, N: int) -> dict:
+    """The shapes that `linear_attention.py` asks for."""
     results["out"] = jnp.swapaxes(results["out"], 1, 2)
     for name in set(STATES.values()) & set(results):
         x = jnp.swapaxes(results[name], 2, 3)
         results[name] = x.reshape(B, N, *x.shape[3:])
     if "norm" in results:
-        results["norm"] = results["norm"].reshape(B, N, T)
+        results["norm"] = results["norm"].reshape(B, N, -1)
     return results
 
 
