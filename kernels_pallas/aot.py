@@ -149,13 +149,12 @@ def compile_tpu(
       JaxRuntimeError: what libtpu says, e.g. that a kernel needs more VMEM than there is.
     """
     compiled = _compile(fn, args, mesh or _one(chip), options or {})
-    kernels = []
-    for line in compiled.as_text().splitlines():
-        if 'custom_call_target="tpu_custom_call"' in line:
-            name = re.search(r"%?(\S+) = ", line)
-            used = re.search(r'"used_scoped_memory_configs":\[(.*?)\]', line)
-            sizes = re.findall(r'"memory_space":"1".*?"size":"(\d+)"', used[1]) if used else []
-            kernels.append(TpuKernel(name[1] if name else line[:80], sum(map(int, sizes))))
+    kernels, text = [], compiled.as_text()
+    for call in re.finditer(r'%(\S+) = .*custom_call_target="tpu_custom_call"', text):
+        # What follows may be cut by line breaks in a kernel's own notes; the next instruction has this field again.
+        used = re.search(r'"used_scoped_memory_configs":\[(.*?)\]', text[call.end() :])
+        sizes = re.findall(r'"memory_space":"1".*?"size":"(\d+)"', used[1]) if used else []
+        kernels.append(TpuKernel(call[1], sum(map(int, sizes))))
     return _report(chip, compiled, kernels)
 
 
