@@ -11,7 +11,8 @@ from kernels_pallas.attention import Options, attention, bias, obstacle
 from kernels_pallas.tiles import Tile, Tiles, square
 
 NAMES = ["y", "dq", "dk", "dv", "da"]
-# B, T, N, K, H, mean log-decay (None: no decay; resets: next to none, or e^-95), documents, dtype, tile (None: the table's)
+# B, T, N, K, H, mean log-decay (None: no decay; resets: hardly any or e^-95),
+# documents, dtype, tile (None: the table's)
 CASES = [
     (2, 257, 2, 1, 16, -2.0, True, "float32", 32),  # skips
     (1, 100, 2, 2, 16, None, False, "float32", None),
