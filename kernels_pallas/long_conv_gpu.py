@@ -46,7 +46,7 @@ TABLE = {
     (1, False): (4096, Tiles(64, 32, 32, 32, 32, 64, warps=8, stages=1, programs=132)),
     (1, True): (2048, Tiles(64, 32, 32, 32, 32, 64, warps=8, stages=1, programs=132)),
     (2, False): (2048, Tiles(32, 32, 32, 16, 32, 32, warps=4, stages=1, programs=264)),
-    (2, True): (512, Tiles(32, 32, 32, 16, 32, 32, warps=4, stages=1, programs=264)),
+    (2, True): (512, Tiles(32, 32, 32, 16, 16, 16, warps=4, stages=1, programs=264)),
 }
 
 
@@ -60,8 +60,9 @@ def plan(length: int) -> dft.Plan:
 def tiles(points: dft.Plan, dtype, is_backward: bool) -> Tiles:
     in_registers, staged = TABLE[dft.parts_of(dtype), is_backward]
     if points.n <= in_registers:
-        warps = 8 if is_backward else 4
-        return Tiles(points.n1, points.n2, points.rows, points.n1, points.n2, points.rows, warps, 1, 0)
+        warps = 8 if is_backward or points.n > 2048 else 4
+        k2 = min(points.n2, 32)
+        return Tiles(points.n1, points.n2, points.rows, points.n1, k2, points.rows, warps, 1, 0)
     return dataclasses.replace(
         staged,
         k1=min(staged.k1, points.n1),
