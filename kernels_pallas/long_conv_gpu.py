@@ -1,7 +1,7 @@
 """The long convolution on GPUs, through Triton.
 
-See `long_conv.py` for the algorithm. Up to 4096 points a program holds a pair of rows of one channel in registers.
-Longer ones do not fit: persistent programs, a few on each multiprocessor, go through their pairs in three stages, and
+See `long_conv.py` for the algorithm. Up to 4096 points (less in float32 and backward: TABLE) a program holds a pair
+of rows of one channel in registers. Longer ones do not fit: persistent programs, one or two on each multiprocessor, go through their pairs in three stages, and
 what is between the stages is a scratch of each program's own (64 KB at 16384 points) that stays in the L2 cache:
 
     1  tiles of n2:  gates, product with F1, twiddle factors                       -> scratch [k1, n2]
@@ -46,7 +46,7 @@ TABLE = {
     (1, False): (4096, Tiles(64, 32, 32, 32, 32, 64, warps=8, stages=1, programs=132)),
     (1, True): (2048, Tiles(64, 32, 32, 32, 32, 64, warps=8, stages=1, programs=132)),
     (2, False): (2048, Tiles(32, 32, 32, 16, 32, 32, warps=4, stages=1, programs=264)),
-    (2, True): (512, Tiles(32, 32, 32, 16, 16, 16, warps=4, stages=1, programs=264)),
+    (2, True): (512, Tiles(32, 16, 32, 16, 16, 16, warps=4, stages=1, programs=264)),
 }
 
 

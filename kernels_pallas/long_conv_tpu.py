@@ -3,6 +3,9 @@
 See `long_conv.py` for the algorithm. A program has 8 channels of two rows of the batch. Time is in lanes in HBM, but
 the first product sums over n1, the slow part of time: so the gated inputs go to VMEM scratch as rows (n1, channel) of
 N2 lanes, which moves nothing between lanes, and a channel is read from there with a stride of 8 sublanes.
+
+The static schedule of a v5e (`aot.tpu_bundles`) has about 500 bundles for a channel of two rows of 8192 tokens (1060 in
+float32) and 340 to bring 8 row pieces of 8 channels to scratch and back; 2700 and 340 at 32768 tokens.
 """
 
 import functools
