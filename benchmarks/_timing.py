@@ -8,8 +8,12 @@ import subprocess
 import time
 from collections.abc import Callable
 
-import jax
-import jax.numpy as jnp
+from lcx import config
+
+config.setup_jax()  # before jax is imported: programs are kept, and no accelerator is sought where there is none
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
 
 
 def on_device(compiled, *args) -> Callable[[int], float]:

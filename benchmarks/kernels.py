@@ -88,10 +88,9 @@ class Torch:
             "shapes": operator.shapes(size, B, T),
             "dtype": dtype,
             "train": train,
-            "without": list(without),
+            "without": sorted(without),
         }
-        names = self.ask(request) or []
-        return {name: functools.partial(self.run, name) for name in names}
+        return self.ask(request) or {}
 
     def run(self, name: str, calls: int) -> float:
         seconds = self.ask({"run": name, "calls": calls})
@@ -183,8 +182,10 @@ def point(
             print(f"  {name}: {type(error).__name__}: {str(error)[:150]}", flush=True)
             continue
         runs[name] = _timing.on_device(compiled, *inputs)
-    runs |= torch.prepare(operator, size, B=B, T=T, dtype=dtype, train=train, without=late)
+    first = torch.prepare(operator, size, B=B, T=T, dtype=dtype, train=train, without=late)
+    runs |= {name: functools.partial(torch.run, name) for name, s in first.items() if s <= args.slow}
     times = _timing.in_turns(runs, rounds=args.rounds, seconds=args.seconds, slow=args.slow)
+    times |= {name: seconds for name, seconds in first.items() if seconds > args.slow}
     flops, moved = operator.work(size, B=B, T=T, dtype=dtype, train=train)
     floor = max(
         flops / args.ceilings["product_flops_per_second"], moved / args.ceilings["copy_bytes_per_second"]
@@ -295,11 +296,9 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--operators", default=",".join(OPERATORS))
-    parser.add_argument(
-        "--lengths", help="unless given powers of two (of four on a CPU) from 1024 to --max_t"
-    )
-    parser.add_argument("--max_t", type=int, default=2**14 if ON_CPU else 2**20)
-    parser.add_argument("--naive_max_t", type=int, default=1024 if ON_CPU else 16384)
+    parser.add_argument("--lengths", help="unless given powers of two (of four on a CPU) up to --max_t")
+    parser.add_argument("--max_t", type=int, default=2**13 if ON_CPU else 2**20)
+    parser.add_argument("--naive_max_t", type=int, default=2048 if ON_CPU else 16384)
     parser.add_argument(
         "--tokens", type=int, help="B = tokens / T; unless given operators.py's, on a CPU the longest T"
     )
@@ -317,7 +316,7 @@ def parse() -> argparse.Namespace:
     args.lengths = (
         [int(T) for T in args.lengths.split(",")]
         if args.lengths
-        else [2**n for n in range(10, args.max_t.bit_length(), 2 if ON_CPU else 1)]
+        else [2**n for n in (range(9, 14, 2) if ON_CPU else range(10, 21)) if 2**n <= args.max_t]
     )
     args.output = args.output or os.path.join(HERE, "results", f"{_timing.device_name()}.json")
     args.plot = args.plot or (args.output.replace(".json", ".svg") if args.output != "-" else "-")

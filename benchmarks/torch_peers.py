@@ -4,7 +4,7 @@ A line of JSON in, a line of JSON out:
 
     {"check": operator, "inputs": FILE.npz, "outputs": FOLDER} -> {peer: FOLDER/peer.npy, or why not}
     {"prepare": operator, "size": {...}, "shapes": {...}, "dtype": ..., "train": ...,
-     "without": [peers]} -> [peers that run here]
+     "without": [peers]} -> {peer that runs here: seconds of the first call}
     {"run": peer, "calls": n} -> seconds
 
 On an NVIDIA GPU flash-linear-attention's Triton kernels and power retention where they can be imported, everywhere
@@ -148,14 +148,13 @@ class Prepared:
         wanted = {
             name: fn for name, fn in peers(request["prepare"]).items() if name not in request["without"]
         }
-        self.peers = {name: fn for name, fn in wanted.items() if self.works(fn)}
-
-    def works(self, fn) -> bool:
-        try:
-            self.call(fn)
-        except Exception:
-            return False
-        return True
+        self.peers, self.first = {}, {}
+        for name, fn in wanted.items():
+            self.peers[name] = fn
+            try:
+                self.first[name] = self.run(name, 1)
+            except Exception:
+                del self.peers[name]
 
     def call(self, fn):
         if not self.train:
@@ -186,7 +185,7 @@ def main() -> None:
         elif "prepare" in request:
             prepared = None  # frees the memory of the point before
             prepared = Prepared(request)
-            answer = list(prepared.peers)
+            answer = prepared.first
         else:
             assert prepared is not None
             answer = prepared.run(request["run"], request["calls"])
