@@ -1,8 +1,9 @@
 """The long convolution on GPUs, through Triton.
 
-See `long_conv.py` for the algorithm. Up to 4096 points (less in float32 and backward: TABLE) a program holds a pair
-of rows of one channel in registers. Longer ones do not fit: persistent programs, one or two on each multiprocessor, go through their pairs in three stages, and
-what is between the stages is a scratch of each program's own (64 KB at 16384 points) that stays in the L2 cache:
+See `long_conv.py` for the algorithm. Up to 4096 points (less in float32 and backward: TABLE) a program holds a pair of
+rows of one channel in registers. Longer ones do not fit: persistent programs, one or two on each multiprocessor, go
+through their pairs in three stages, and what is between the stages is a scratch of each program's own (64 KB at 16384
+points) that stays in the L2 cache:
 
     1  tiles of n2:  gates, product with F1, twiddle factors                       -> scratch [k1, n2]
     2  tiles of k1:  product with F2, the filter, the inverse products             scratch, in place
