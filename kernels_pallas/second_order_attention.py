@@ -81,9 +81,7 @@ class Fold(NamedTuple):
     keys: Float[Array, "B T N H"]  # k * leave
     leave: Float[Array, "B N T"]  # e^{(tot - l) / 2}; 0 unless its document is the chunk's last
     enter: Float[Array, "B N T"]  # e^l; 0 unless its document is the chunk's first
-    local: Float[
-        Array, "B N 2 T"
-    ]  # l in two parts: the sum of log_decay from the chunk's first token to this one
+    local: Float[Array, "B N 2 T"]  # l in two parts
     step: Float[Array, "B N J"]  # e^tot
 
 
