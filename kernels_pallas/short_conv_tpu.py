@@ -178,9 +178,20 @@ def backward(dy, x1, x2, v, w, bias, runs, state, *, interpret: bool = False):
     return dx1, dx2, dv, dw.sum(axis=2).T, None if bias is None else dbias.sum(axis=1)
 
 
-def _call(body, size: Pass, signals, weights, likes, interpret):
-    """body((inputs, outputs, scratch), size=size) over the grid; None stays None."""
-    back, count, K = body is _backward, size.channels, size.K
+def _runs(runs, size: Pass):
+    """(those of the steps [B, 1, T], of the 128 tokens before each step [B, steps, 1, 128]), -1 outside."""
+    if runs is None:
+        return None, None
+    K, tokens = size.K, size.tokens
+    first = jnp.pad(runs[:, : K - 1], ((0, 0), (LANES - K + 1, 0)), constant_values=-1)
+    own = jnp.pad(runs[:, None, K - 1 :], ((0, 0), (0, 0), (0, -size.T % tokens)), constant_values=-1)
+    ends = own.reshape(size.B, -1, tokens)[:, :-1, tokens - LANES :]
+    return own, jnp.concatenate([first[:, None], ends], axis=1)[:, :, None]
+
+
+def _specs(size: Pass, back: bool):
+    """The blocks of signals, w, bias, state, runs, runs before and what is before; of outputs."""
+    count, K = size.channels, size.K
     last, per = size.grid[2] - 1, size.tokens // LANES
 
     def time(t):
@@ -189,20 +200,10 @@ def _call(body, size: Pass, signals, weights, likes, interpret):
     def halo(t):
         return jnp.maximum(time(t) * per - 1, 0)
 
-    w, bias, state, runs = weights
-    bias = None if bias is None else bias[:, None]
-    state = None if state is None else jnp.pad(state, ((0, 0), (0, 0), (LANES - K + 1, 0)))
-    runs_before = None
-    if runs is not None:  # 128 before each step, the state's before the first
-        front = jnp.pad(runs[:, : K - 1], ((0, 0), (LANES - K + 1, 0)), constant_values=-1)
-        runs = runs[:, None, K - 1 :]
-        tail = jnp.pad(runs, ((0, 0), (0, 0), (0, -size.T % size.tokens)), constant_values=-1)
-        ends = tail.reshape(size.B, -1, size.tokens)[:, :-1, size.tokens - LANES :]
-        runs, runs_before = tail, jnp.concatenate([front[:, None], ends], axis=1)[:, :, None]
     signal = pl.BlockSpec((1, count, size.tokens), lambda d, b, t: (b, d, time(t)))
     before = pl.BlockSpec((1, count, LANES), lambda d, b, t: (b, d, halo(t)))
     in_specs = [
-        *(signal for _ in signals),
+        *(signal for _ in range(4 if back else 3)),
         pl.BlockSpec((count, K), lambda d, b, t: (d, 0)),
         pl.BlockSpec((count, 1), lambda d, b, t: (d, 0)),
         pl.BlockSpec((1, count, LANES), lambda d, b, t: (b, d, 0)),
@@ -215,6 +216,17 @@ def _call(body, size: Pass, signals, weights, likes, interpret):
         pl.BlockSpec((K, count, LANES), lambda d, b, t: (0, d, 0)),
         pl.BlockSpec((count, LANES), lambda d, b, t: (d, 0)),
     ]
+    return in_specs, out_specs
+
+
+def _call(body, size: Pass, signals, weights, likes, interpret):
+    """body((inputs, outputs, scratch), size=size) over the grid; None stays None."""
+    back, count, K = body is _backward, size.channels, size.K
+    w, bias, state, runs = weights
+    bias = None if bias is None else bias[:, None]
+    state = None if state is None else jnp.pad(state, ((0, 0), (0, 0), (LANES - K + 1, 0)))
+    runs, runs_before = _runs(runs, size)
+    in_specs, out_specs = _specs(size, back)
     arrays = (*signals, w, bias, state, runs, runs_before, *(signals[2:] if back else ()))
     here = [[x is not None for x in part] for part in (arrays, likes)]
 
