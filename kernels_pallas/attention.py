@@ -50,8 +50,8 @@ NEVER = -1e30  # finite: differences of two stay numbers
 LOG2E = math.log2(math.e)
 
 # {(platform, bytes of an element, H): tiles}. No device was at hand: the rows follow from what the compilers say.
-# GPU (ptxas for sm_90a; registers, nothing spilled): H = 128 forward 158, dq 188, dk dv 227; H = 64 127, 160, 193.
-# TPU: at C = 512 the three kernels use 1.7, 2.3 and 2.5 MiB of 16 on v5e, and no more than 3.0 on v5p and v6e.
+# GPU (ptxas for sm_90a; registers, nothing spilled): H = 128 forward 158, dq 200, dk dv 229; H = 64 154, 163, 187.
+# TPU: at C = 512 the three kernels use 1.8, 2.4 and 2.5 MiB of 16 on v5e, and no more than 3.0 on v5p and v6e.
 TILES = {
     ("tpu", 2, 16): square(512),
     ("tpu", 2, 32): square(512),

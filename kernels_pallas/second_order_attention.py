@@ -88,10 +88,10 @@ class Fold(NamedTuple):
 # {(platform, bytes of an element, H): tiles}. No device was at hand: the rows follow from what the compilers say.
 # GPU (ptxas for sm_90a: registers of a thread, nothing spilled). H = 128: forward 164, dq 236, dk dv 252; forward of
 # 128 x 128 needs 255, dk dv of 128 x 64 spills 168 bytes. H = 64: forward 128, so that two programs share an SM (of
-# 128 x 128: 252), dq 203, dk dv 164 (of 128 x 64: 255). H = 32 with 4 warps spills 328 bytes forward. float32 is three
+# 128 x 128: 252), dq 203, dk dv 166 (of 128 x 64: 255). H = 32 with 4 warps spills 328 bytes forward. float32 is three
 # TF32 passes, whose split operands fill the registers: at H = 128 every shape tried spills (64 x 16 and 64 x 32 with 4
 # and 8 warps), so there is no row.
-# TPU: at C = 512 the three kernels use 1.4, 3.0 and 3.5 MiB of 16 on v5e, and no more than 4.1 on v5p and v6e.
+# TPU: at C = 512 the three kernels use 1.6, 3.0 and 3.5 MiB of 16 on v5e, and no more than 4.1 on v5p and v6e.
 TILES = {
     ("tpu", 2, 16): square(512),
     ("tpu", 2, 32): square(512),
