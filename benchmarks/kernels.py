@@ -303,7 +303,7 @@ def parse() -> argparse.Namespace:
         "--tokens", type=int, help="B = tokens / T; unless given operators.py's, on a CPU the longest T"
     )
     parser.add_argument(
-        "--slow", type=float, default=1.0, help="seconds from which on a form is not run again"
+        "--slow", type=float, default=0.5, help="seconds from which on a form is not run again"
     )
     parser.add_argument("--forms", default=",".join(FORMS))
     parser.add_argument("--rounds", type=int, default=3 if ON_CPU else 7)
