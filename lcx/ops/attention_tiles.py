@@ -18,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
 
 from lcx.ops import MIXER_RESIDUALS
-from lcx.ops.tiling import add, cut, dot, each_head, put
+from lcx.ops.tiling import add, cut, dot, each_head, put, split
 
 NEG = -1e30  # finite: exp(NEG - NEG) would be 1, so rows that see nothing are zeroed explicitly
 
@@ -123,32 +123,40 @@ class Plan:
 class Gaps(NamedTuple):
     """L_i - L_j of one head, tile by tile, outwards from a block of queries whose first lies at p."""
 
-    rate: Array  # [G, S + rows]
+    rate: Array  # [2, G, S + rows], tiling.split
+
+    @classmethod
+    def of(cls, decay: Array, rows: int) -> "Gaps":
+        return cls(split(jnp.pad(decay, ((0, 0), (0, rows)))))
 
     def of_queries(self, place: Array, rows: int) -> Array:
-        """L_i - L_p, [G, rows]."""
-        return jnp.cumsum(cut(self.rate, place, rows, axis=1).at[:, 0].set(0), axis=1)
+        """L_i - L_p, [2, G, rows]."""
+        return jnp.cumsum(cut(self.rate, place, rows, axis=2).at[:, :, 0].set(0), axis=2)
 
     def of_tile(
         self, of_queries: Array, place: Array, edge: Array, start: Array, cols: int
     ) -> tuple[Array, Array]:
-        """The tile's gaps [G, rows, cols], and the edge of the next tile: L_p - L before this one's first token."""
-        rate, before = cut(self.rate, start, cols, axis=1), start + jnp.arange(cols) <= place
+        """The tile's gaps [G, rows, cols], and the edge [2, G] of the next tile: L_p - L before this one's first
+        token."""
+        rate, before = cut(self.rate, start, cols, axis=2), start + jnp.arange(cols) <= place
         past, ahead = jnp.where(before, rate, 0), jnp.where(before, 0, rate)
-        later = jnp.cumsum(past[:, :0:-1], axis=1)[:, ::-1]
+        later = jnp.cumsum(past[:, :, :0:-1], axis=2)[:, :, ::-1]
         # A tile that begins after p: the queries up to there lie between. (Else 0, the first entry.)
-        between = jnp.clip(start - 1 - place, 0, of_queries.shape[1] - 1)
-        edge_after = edge - cut(of_queries, between, 1, axis=1)[:, 0]
-        of_keys = jnp.pad(later, ((0, 0), (0, 1))) - jnp.cumsum(ahead, axis=1) + edge_after[:, None]
-        return of_queries[:, :, None] + of_keys[:, None], edge + jnp.sum(past, axis=1)
+        between = jnp.clip(start - 1 - place, 0, of_queries.shape[2] - 1)
+        edge_after = edge - cut(of_queries, between, 1, axis=2)[:, :, 0]
+        of_keys = (
+            jnp.pad(later, ((0, 0), (0, 0), (0, 1))) - jnp.cumsum(ahead, axis=2) + edge_after[:, :, None]
+        )
+        gaps = jnp.sum(of_queries[:, :, :, None] + of_keys[:, :, None], axis=0)
+        return gaps, edge + jnp.sum(past, axis=2)
 
 
 def _head_forward(q, k, v, q_segments, kv_segments, decay, offset, *, plan: Plan) -> tuple[Array, Array]:
     """One row and kv head: q [G,T,H], k and v [S,H] -> out [G,T,H], logsumexp [G,T] float32."""
     G, T, H = q.shape
     S, C, size = k.shape[0], plan.rows, plan.cols
-    nothing = jnp.zeros(G, jnp.float32)
-    gaps = None if decay is None else Gaps(jnp.pad(decay, ((0, 0), (0, C))))
+    nothing = jnp.zeros((2, G), jnp.float32)
+    gaps = None if decay is None else Gaps.of(decay, C)
 
     def rows(row, carry):
         q_row, own = cut(q, row, C, axis=1), cut(q_segments, row, C)
@@ -179,8 +187,8 @@ def _head_backward(q, k, v, segments, decay, out, lse, d_out, *, plan: Plan) -> 
     """Gradients for one row and kv head; scores are recomputed tile by tile."""
     G, T, H = q.shape
     C, size = plan.rows, plan.cols
-    nothing = jnp.zeros(G, jnp.float32)
-    gaps = None if decay is None else Gaps(jnp.pad(decay, ((0, 0), (0, C))))
+    nothing = jnp.zeros((2, G), jnp.float32)
+    gaps = None if decay is None else Gaps.of(decay, C)
     delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1)
 
     def rows(row, carry):

@@ -34,6 +34,7 @@ from jaxtyping import Array, Float, Int
 
 from lcx.errors import UserError
 from lcx.ops import MIXER_RESIDUALS, dispatch, segments
+from lcx.ops.tiling import split
 
 CHUNK = (
     64  # measured on a CPU at T = 4K and 16K, P = H = 64: 516 and 808 ns a token and head, 128: 635 and 913
@@ -327,15 +328,12 @@ def chunk_weights(a: Array | None, first: Array | None, C: int) -> tuple[Array, 
         carried = entering[..., -1:]
     if a is None:
         return seen.astype(jnp.float32), entering, leaving, carried
-    # Multiples of 2^-12 add up without rounding while the sum stays below 2^12, and so do not spoil the difference of
-    # two large sums; what is left of each is small.
-    coarse = jnp.round(a * 4096) / 4096
-    g, fine = jnp.cumsum(coarse, axis=-1), jnp.cumsum(a - coarse, axis=-1)
-    pairs = (g[..., :, None] - g[..., None, :]) + (fine[..., :, None] - fine[..., None, :])
+    g = jnp.cumsum(split(a), axis=-1)
+    pairs = jnp.sum(g[..., :, None] - g[..., None, :], axis=0)
     decay = jnp.exp(jnp.where(seen, pairs, -jnp.inf))
-    end = g[..., -1:] + fine[..., -1:]
-    to_end = jnp.exp((g[..., -1:] - g) + (fine[..., -1:] - fine))
-    return decay, entering * jnp.exp(g + fine), leaving * to_end, carried * jnp.exp(end)
+    to_end = jnp.exp(jnp.sum(g[..., -1:] - g, axis=0))
+    from_start = jnp.exp(jnp.sum(g, axis=0))
+    return decay, entering * from_start, leaving * to_end, carried * from_start[..., -1:]
 
 
 def next_state(k: Array, v: Array, leaving: Array, carried: Array, state):

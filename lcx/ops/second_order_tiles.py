@@ -21,10 +21,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from lcx.ops.tiling import add, cut, dot, each_head, put
+from lcx.ops.tiling import add, cut, dot, each_head, put, split
 
 TILE = 128
-PIECE = 16  # of a tile on the diagonal
 SKIP = -30.0  # a decay below exp(SKIP) = 1e-13 counts as none
 
 
@@ -78,18 +77,9 @@ def within(q: Array, k: Array, rate: Array, runs: Array) -> tuple[Array, Array]:
 
 
 def _gaps(rate: Array) -> Array:
-    """L_i - L_j [C, C] of one tile, for j <= i. Sums of what lies between, piece by piece: a difference of two sums
-    over the tile would round at the size of those."""
-    size = PIECE if len(rate) % PIECE == 0 else len(rate)
-    pieces = rate.reshape(-1, size)
-    l, index = jnp.cumsum(pieces, axis=1), jnp.arange(len(pieces))
-    after = jnp.pad(jnp.cumsum(pieces[:, :0:-1], axis=1)[:, ::-1], ((0, 0), (0, 1)))
-    inner = (index[:, None, None] > index) & (index > index[:, None])  # [i, j, pieces between]
-    between = jnp.sum(jnp.where(inner, l[:, -1], 0), axis=2)
-    apart = l[:, :, None, None] + (between[:, None, :, None] + after)
-    same = (index[:, None] == index)[:, None, :, None]
-    gaps = jnp.where(same, l[:, :, None, None] - l[:, None, None, :], apart)
-    return gaps.reshape(len(rate), len(rate))
+    """L_i - L_j [C, C] of one tile."""
+    l = jnp.cumsum(split(rate), axis=1)
+    return jnp.sum(l[:, :, None] - l[:, None, :], axis=0)
 
 
 def _first_visible(total: Array, first: Array, last: Array) -> Array:
