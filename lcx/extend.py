@@ -50,6 +50,7 @@ def extend(
         values, target = _factor_and_target(values, original, target)
     values["original_max_position_embeddings"] = original
     kept = {"rope_theta": rope.rope_theta, "partial_rotary_factor": rope.partial_rotary_factor}
+    kept |= _kept_frequencies(rope, values)
     new = Rope(**(kept | values))
     window = max_position_embeddings if target is None else target
     inferred = context_length is None and "original_max_position_embeddings" not in rope_scaling
@@ -63,6 +64,19 @@ def extend(
     if name != "default" or context_length is None:  # an unscaled context is as asked for
         _assert_effect(rope, new, window, head_dim)
     return new, window
+
+
+def _kept_frequencies(rope: Rope, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Frequencies that the model lists stay, unless a rope_theta replaces them."""
+    name = values["rope_type"]
+    if rope.inv_freq is None or "rope_theta" in values or "inv_freq" in values or callable(name):
+        return {}
+    if "inv_freq" not in FIELDS[name][1]:
+        raise UserError(
+            f"the model lists its inv_freq, and rope_type {name!r} computes them from rope_theta: add rope_theta"
+            f" (theirs is close to {rope.rope_theta:g}) to rope_scaling, or use 'linear'"
+        )
+    return {"inv_freq": rope.inv_freq}
 
 
 def _without_scaling(rope: Rope, max_position_embeddings: int, target: int | None) -> tuple[Rope, int]:

@@ -61,8 +61,8 @@ Frequencies = tuple[InvFreq, Any]  # and the attention scaling A
 # For each type: the fields it cannot do without, the fields it may use. Every type has those of SHARED.
 SHARED = ("rope_type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
 FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "default": ((), ()),
-    "linear": (("factor",), ()),
+    "default": ((), ("inv_freq",)),
+    "linear": (("factor",), ("inv_freq",)),
     "ntk": (("factor",), ()),
     "dynamic": (("factor", "original_max_position_embeddings"), ()),
     "yarn": (
@@ -83,8 +83,9 @@ class Rope:
     """One rotary embedding. The fields have the names and meanings of Hugging Face's `rope_parameters`.
 
     `original_max_position_embeddings` is the window of pre-training in tokens; any type may carry it, so that
-    a second extension starts from there. Raises UserError on an unknown type, on a field that the type needs
-    and does not have, or has and would ignore, and on numbers out of range.
+    a second extension starts from there. `inv_freq` lists w_j as a checkpoint stores them, where they are not
+    those of rope_theta to the bit. Raises UserError on an unknown type, on a field that the type needs and
+    does not have, or has and would ignore, and on numbers out of range.
     """
 
     rope_type: str | Callable[..., Any] = "default"
@@ -102,6 +103,7 @@ class Rope:
     high_freq_factor: Number | None = None
     short_factor: Sequence[Number] | None = None
     long_factor: Sequence[Number] | None = None
+    inv_freq: Sequence[Number] | None = None
 
     __no_type_check__ = True  # by jaxtyping: the checks below say what to change
 
@@ -125,7 +127,7 @@ def _canonical(name: str, value: Any) -> Any:
         if not isinstance(value, bool):
             raise UserError(f"truncate is {value!r}, expected true or false: change truncate")
         return value
-    if name in ("short_factor", "long_factor"):
+    if name in ("short_factor", "long_factor", "inv_freq"):
         if isinstance(value, str) or not isinstance(value, Sequence) or not value:
             raise UserError(f"{name} is {value!r}, expected a list of numbers: change {name}")
         return tuple(_canonical(f"{name}[{i}]", v) for i, v in enumerate(value))
@@ -203,9 +205,6 @@ def known_type(name: Any) -> str:
     raise UserError(f"unknown rope_type {name!r}: {hint}change it to one of {', '.join(FIELDS)}")
 
 
-# ----------------------------------------------------------------------------------------------- the types
-
-
 def rotary_dim(rope: Rope, head_dim: int) -> int:
     """d, the number of rotated dimensions of a head; UserError unless it is even and positive."""
     dim = int(head_dim * rope.partial_rotary_factor)
@@ -228,7 +227,17 @@ def _powers(theta: float, dim: int) -> np.ndarray:
 
 def default(rope: Rope, head_dim: int, length: Length) -> Frequencies:
     del length
-    return 1 / _powers(rope.rope_theta, rotary_dim(rope, head_dim)), 1.0
+    dim = rotary_dim(rope, head_dim)
+    if rope.inv_freq is None:
+        return 1 / _powers(rope.rope_theta, dim), 1.0
+    return _listed("inv_freq", rope.inv_freq, dim), 1.0
+
+
+def _listed(name: str, values: Sequence[Number], dim: int) -> np.ndarray:
+    if len(values) != dim // 2:
+        expected = f"{dim // 2} (half of the {dim} rotary dimensions)"
+        raise UserError(f"{name} has {len(values)} numbers, expected {expected}: change {name}")
+    return np.asarray(values, np.float32)
 
 
 def linear(rope: Rope, head_dim: int, length: Length) -> Frequencies:
@@ -295,14 +304,11 @@ def llama3(rope: Rope, head_dim: int, length: Length) -> Frequencies:
 def longrope(rope: Rope, head_dim: int, length: Length) -> Frequencies:
     short, long, window = _needed(rope, *FIELDS["longrope"][0])
     dim, s, scaling = rotary_dim(rope, head_dim), rope.factor or 1.0, rope.attention_factor
-    for name, factors in (("short_factor", short), ("long_factor", long)):
-        if len(factors) != dim // 2:
-            expected = f"{dim // 2} (half of the {dim} rotary dimensions)"
-            raise UserError(f"{name} has {len(factors)} numbers, expected {expected}: change {name}")
     if scaling is None:
         scaling = math.sqrt(1 + math.log(s) / math.log(window)) if s > 1 else 1.0
     w_inverse = _powers(rope.rope_theta, dim)
-    short, long = (1 / (np.asarray(factors, np.float32) * w_inverse) for factors in (short, long))
+    short = 1 / (_listed("short_factor", short, dim) * w_inverse)
+    long = 1 / (_listed("long_factor", long, dim) * w_inverse)
     if isinstance(length, jax.Array):
         return jnp.where(length > window, long, short), scaling
     return (long if int(length) > window else short), scaling
@@ -321,9 +327,6 @@ ROPE_TYPES: dict[str, Callable[[Rope, int, Length], Frequencies]] = {
     function.__name__: function
     for function in (default, linear, ntk, dynamic, yarn, longrope, llama3, proportional)
 }
-
-
-# ------------------------------------------------------------------------------------------------ rotation
 
 
 def rotate(
@@ -357,9 +360,6 @@ def hf_trace_length(cached_length: Length, n: Length, original: int) -> Length:
     if any(isinstance(v, jax.Array) for v in (cached_length, n)):
         return jnp.where(n < original, original, jnp.maximum(cached_length, n))
     return original if n < original else max(cached_length, n)
-
-
-# --------------------------------------------------------------------------------------------- config.json
 
 
 def from_hf(config: Mapping[str, Any], *, layer_type: str | None = None) -> Rope:
@@ -470,6 +470,8 @@ def to_hf(rope: Rope, *, max_position_embeddings: int, head_dim: int | None = No
     if callable(rope.rope_type):
         found = f"rope_type is the function {getattr(rope.rope_type, '__name__', rope.rope_type)}"
         raise UserError(f"{found}, unknown to transformers: save with format='lcx' or change rope_type")
+    if rope.inv_freq is not None:
+        raise UserError("transformers has no list of inv_freq in its configs: save with format='lcx'")
     if rope.rope_type == "ntk":
         if head_dim is None:
             raise UserError("rope_type 'ntk' becomes a rope_theta that depends on head_dim: pass head_dim")

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from lcx.checkpoint_folder import find_step, read_json
+from lcx.convert.api import tokenizer_record
 from lcx.data import Tokenizer, load_tokenizer, tokenizer_from_json
 from lcx.errors import UserError
 
@@ -35,7 +36,8 @@ def prompt_text(prompt: str) -> str:
 
 
 def tokenizer_of(checkpoint: str) -> Tokenizer:
-    """The tokenizer of a Hugging Face folder, or the one recorded in (or lying beside) an lcx checkpoint.
+    """The tokenizer of a Hugging Face folder, of a model of savanna or vortex (bytes), or the one recorded in (or lying
+    beside) an lcx checkpoint.
 
     Raises:
       UserError: there is none, or its files are gone or damaged.
@@ -43,6 +45,8 @@ def tokenizer_of(checkpoint: str) -> Tokenizer:
     folder = Path(checkpoint).expanduser()
     if (folder / "config.json").is_file():
         return load_tokenizer(folder)
+    if (known := tokenizer_record(folder)) is not None:
+        return tokenizer_from_json(dict(known))
     directory, step = find_step(folder)
     record = read_json(directory / str(step), "meta").get("tokenizer")
     places = [directory / str(step), directory, directory.parent]
@@ -77,7 +81,9 @@ def _speed(times: Sequence[float], prompt_length: int) -> str:
     return f"{line}, second {later[0] - first:.2f} s, then {rate:.1f} tokens/s"
 
 
-def whole_characters(tokenizer: Tokenizer, ids: Iterable[int], *, prompt: Sequence[int] = ()) -> Iterator[str]:
+def whole_characters(
+    tokenizer: Tokenizer, ids: Iterable[int], *, prompt: Sequence[int] = ()
+) -> Iterator[str]:
     """The text of `ids` piece by piece, as soon as it is certain; together the pieces are the whole text.
 
     A token may end inside a character, so its text waits for the tokens that complete it. And a token's text depends

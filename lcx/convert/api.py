@@ -13,7 +13,7 @@ from lcx import lora as lora_lib
 from lcx import model as model_lib
 from lcx.checkpoint import Checkpointer
 from lcx.checkpoint_folder import COMMIT_MARKER, find_step, read_record
-from lcx.convert import destination, hf, hf_folder, lcx_folder, rules, sources
+from lcx.convert import destination, hf, hf_folder, lcx_folder, rules, savanna, savanna_files, sources, vortex
 from lcx.convert.sources import ModelSource
 from lcx.errors import UserError
 from lcx.model import Decoder
@@ -21,7 +21,11 @@ from lcx.model import Decoder
 SOURCES: dict[str, Callable[[str | os.PathLike], ModelSource]] = {
     "lcx": lcx_folder.LcxSource,
     "hf": hf.HfSource,
+    "savanna": savanna.SavannaSource,
+    "savanna_legacy": savanna.legacy_source,
+    "vortex": vortex.VortexSource,
 }
+WRITTEN = ("lcx", "hf", "savanna", "vortex")
 
 
 def load(
@@ -36,8 +40,10 @@ def load(
     """Reads a model.
 
     Args:
-      path: a Hugging Face folder; an lcx workdir, checkpoints folder or step folder.
-      format: "hf" or "lcx"; None finds out from the files.
+      path: a Hugging Face folder; an lcx workdir, checkpoints folder or step folder; for Evo 2 a folder of savanna
+        (a run, a step) or one .pt file, in pieces or not, of savanna or vortex.
+      format: one of SOURCES; None finds out from the files (all but "savanna_legacy", which no file tells apart from
+        "savanna").
       dtype: of the parameters and of the computation, "float32", "bfloat16" or "float16"; None as stored.
       mesh: from sharding.make_mesh; each parameter is placed on it as sharding.RULES say. None: the default
         device.
@@ -117,19 +123,21 @@ def save(
     format: str,
     overwrite: bool = False,
     like: str | os.PathLike | None = None,
+    model_parallel: int = 1,
 ) -> None:
-    """Writes a model: a Hugging Face folder ("hf") or a workdir with one step ("lcx").
+    """Writes a model: a Hugging Face folder ("hf"), a workdir with one step ("lcx"), a folder of "savanna" or "vortex".
 
     The folder appears whole or not at all.
 
     Args:
       overwrite: whether an existing checkpoint folder may be replaced.
       like: a Hugging Face folder whose tokenizer files and token ids belong to the model, and are copied.
+      model_parallel: how many files share the tensors ("savanna").
 
     Raises:
       UserError: the destination exists or cannot be written; the format cannot hold the model.
     """
-    format = checked_format(format) or ""
+    checked_destination(format, model_parallel)
     if jax.process_count() > 1:
         raise UserError("lcx.save runs in one process; let the trainer save, and use python -m lcx.convert")
     extras = hf.Extras({}, [], None)
@@ -137,7 +145,7 @@ def save(
         destination.refuse_same(like, path)
         extras = hf.extras(like)
     source = sources.TreeSource(model, params, extras.carried, extras.side_files, extras.tokenizer)
-    write(path, source, format=format, overwrite=overwrite)
+    write(path, source, format=format, overwrite=overwrite, model_parallel=model_parallel)
 
 
 def write(
@@ -148,6 +156,7 @@ def write(
     dtype: np.dtype | None = None,
     overwrite: bool = False,
     max_shard_bytes: int = 5_000_000_000,
+    model_parallel: int = 1,
     progress: Callable[[int], None] = lambda nbytes: None,
 ) -> str:
     """Writes any source into a new folder, reads its metadata back, and returns a line that says what is
@@ -165,6 +174,13 @@ def write(
                 folder, source, dtype=dtype, max_shard_bytes=max_shard_bytes, progress=progress
             )
             found = hf.check_written(folder, tensors)
+        elif format == "savanna":
+            tensors = savanna.write(
+                folder, source, dtype=dtype, model_parallel=model_parallel, progress=progress
+            )
+            found = savanna.check_written(folder, tensors)
+        elif format == "vortex":
+            found = vortex.check_written(folder, vortex.write(folder, source, dtype=dtype, progress=progress))
         else:
             leaves = lcx_folder.write(folder, source, dtype=dtype, progress=progress)
             found = lcx_folder.check_written(folder, leaves)
@@ -178,14 +194,27 @@ def checked_format(format: str | None) -> str | None:
     return format
 
 
+def checked_destination(format: str, model_parallel: int = 1) -> str:
+    """The format itself. Raises UserError when nothing is written in it, or not in so many files."""
+    if format not in WRITTEN:
+        raise UserError(f"format is {format!r}, expected one of {', '.join(WRITTEN)}")
+    if model_parallel < 1 or (model_parallel > 1 and format != "savanna"):
+        raise UserError(
+            f"model_parallel is {model_parallel}, expected 1 or more for 'savanna' and 1 for {format!r}"
+        )
+    return format
+
+
 def detect(path: str | os.PathLike) -> str:
-    """The format of a folder, from the names of its files.
+    """The format of a folder, from the names of its files (of torch files in it: also from the names of tensors).
 
     Raises:
       UserError: it is none of the known ones.
     """
     folder = pathlib.Path(path).expanduser()
     if not folder.is_dir():
+        if folder.name.endswith(savanna_files.TORCH_SUFFIXES) or savanna_files.PIECE.fullmatch(folder.name):
+            return _detect_torch(folder)
         what = "a file, expected the folder it is in" if folder.exists() else "nothing"
         raise UserError(f"no checkpoint at {path}: there is {what}")
     names = {entry.name for entry in folder.iterdir()}
@@ -193,17 +222,33 @@ def detect(path: str | os.PathLike) -> str:
         return "hf"
     if "checkpoints" in names or COMMIT_MARKER in names or any(name.isdecimal() for name in names):
         return "lcx"
+    if any(savanna_files.is_part(name) for name in names):
+        return _detect_torch(folder)
     raise UserError(
-        f"no checkpoint at {path}: expected a Hugging Face folder (config.json and weights) or an lcx "
-        "workdir "
-        f"(checkpoints/), found {', '.join(sorted(names)[:6]) or 'an empty folder'}"
+        f"no checkpoint at {path}: expected a Hugging Face folder (config.json and weights), an lcx workdir "
+        "(checkpoints/) or files of savanna or vortex (.pt), found "
+        f"{', '.join(sorted(names)[:6]) or 'an empty folder'}"
     )
+
+
+def _detect_torch(path: pathlib.Path) -> str:
+    return "vortex" if vortex.is_vortex(path) else "savanna"
+
+
+def tokenizer_record(path: str | os.PathLike) -> Mapping[str, Any] | None:
+    """What `Tokenizer.to_json` says of the tokenizer of a checkpoint that has no files for it; None of all others."""
+    try:
+        format = detect(path)
+    except UserError:
+        return None
+    return SOURCES[format](path).tokenizer if format in ("savanna", "vortex") else None
 
 
 def is_checkpoint(path: pathlib.Path) -> bool:
     """Whether a folder may be replaced by a checkpoint, because it is one."""
     try:
-        detect(path)
+        format = detect(path)
     except UserError:
         return False
-    return True
+    # one torch file makes no checkpoint of a folder that holds other things too
+    return format in ("hf", "lcx") or all(savanna_files.is_part(entry.name) for entry in path.iterdir())

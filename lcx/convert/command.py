@@ -4,7 +4,7 @@ import os
 import pathlib
 from typing import Any
 
-from lcx.convert import api, destination, sources
+from lcx.convert import api, destination, sources, verify
 from lcx.convert.progress import Progress
 from lcx.errors import UserError
 
@@ -20,22 +20,24 @@ def convert(
     context_length: int | None = None,
     overwrite: bool = False,
     max_shard_bytes: int = 5_000_000_000,
+    model_parallel: int = 1,
 ) -> None:
     """Converts a checkpoint, holding a layer of one parameter in memory at a time.
 
     Args:
-      src, dst: folders.
-      dst_format, src_format: "hf" or "lcx"; src_format is found out by default.
+      src, dst: folders; src may be one .pt file.
+      dst_format: one of api.WRITTEN.  src_format: one of api.SOURCES; found out by default.
       dtype: of the written tensors; None as stored.
       rope_scaling, context_length: extend the context, as lcx.load does.
       overwrite: whether a checkpoint at dst may be replaced (after the new one is complete).
       max_shard_bytes: largest safetensors file of the "hf" format.
+      model_parallel: how many files share the tensors of the "savanna" format.
 
     Raises:
       UserError: whatever is wrong with the source, the destination or the settings.
     """
     source_path, target = pathlib.Path(src).expanduser(), pathlib.Path(dst).expanduser()
-    api.checked_format(dst_format)
+    api.checked_destination(dst_format, model_parallel)
     wanted = sources.parse_dtype(dtype)
     if max_shard_bytes < 1:
         raise UserError(f"max_shard_bytes is {max_shard_bytes}, expected at least 1")
@@ -56,6 +58,8 @@ def convert(
             dtype=wanted,
             overwrite=overwrite,
             max_shard_bytes=max_shard_bytes,
+            model_parallel=model_parallel,
             progress=progress.add,
         )
     print(f"wrote {os.path.realpath(target)} ({dst_format}), read back and checked: {summary}")
+    print(verify.verify(source, api.SOURCES[dst_format](target)))

@@ -67,13 +67,7 @@ class HfSource:
         return extras(self.where).tokenizer
 
     def read(self, path: str, index: rules.Index) -> np.ndarray:
-        if None in self._table.places[path]:
-            return self._table.read_leaf(self._folder, path, None, index)
-        repeats = range(*index[0].indices(self.leaves[path].shape[0]))
-        slices = [self._table.read_leaf(self._folder, path, repeat, index[1:]) for repeat in repeats]
-        if len(slices) == 1:
-            return slices[0][None]
-        return np.stack(slices)
+        return self._table.read(self._folder, path, index)
 
     def _check_tied(self) -> None:
         """A stored head beside a tied one must be the embedding, or one of the two settings is a mistake."""

@@ -118,6 +118,25 @@ class Transposed:
 
 
 @dataclasses.dataclass(frozen=True)
+class Taps:
+    """Filters: [..., K] with the tap of the current token first here, [filters, 1, K] with it last there."""
+
+    def foreign_shape(self, shape: Shape) -> Shape:
+        return math.prod(shape[:-1]), 1, shape[-1]
+
+    def to_foreign(self, array: np.ndarray) -> np.ndarray:
+        return np.ascontiguousarray(array[..., ::-1]).reshape(self.foreign_shape(array.shape))
+
+    def to_lcx(self, rows: np.ndarray, shape: Shape) -> np.ndarray:
+        return rows[..., ::-1].reshape(shape)
+
+    def rows(self, shape: Shape, index: Index) -> tuple[int, int, Shape, Index]:
+        start, stop, _ = index[0].indices(shape[0])
+        inner = math.prod(shape[1:-1])
+        return start * inner, stop * inner, (stop - start, *shape[1:]), (slice(None), *index[1:])
+
+
+@dataclasses.dataclass(frozen=True)
 class Part:
     """One parameter (or one repeat of a stacked one) inside a foreign tensor."""
 
@@ -128,20 +147,27 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """The foreign tensor `name` is `parts`, concatenated along axis 0."""
+    """The foreign tensor `name` is `parts`, concatenated along axis 0.
+
+    With `block` the parts, which have equally many rows, alternate: `block` rows of each in turn (the q, k and v of
+    one head, then those of the next).
+    """
 
     name: str
     parts: tuple[Part, ...]
+    block: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where one (repeat of a) parameter lies: rows [start, stop) of a foreign tensor."""
+    """Where one (repeat of a) parameter lies: rows [start, stop) of a foreign tensor, or of its parts end to end
+    where they alternate in blocks."""
 
     name: str
     start: int
     stop: int
     layout: Layout
+    block: int | None = None
 
 
 class Table:
@@ -189,7 +215,7 @@ class Table:
             places = self.places[part.path]
             if part.repeat in places:
                 raise UserError(f"the rules store {part.path!r} twice, the second time in {rule.name!r}")
-            places[part.repeat] = Place(rule.name, start, stop, part.layout)
+            places[part.repeat] = Place(rule.name, start, stop, part.layout, rule.block)
             start = stop
         return (start, *(columns or ())) if shape else ()
 
@@ -201,12 +227,15 @@ class Table:
         """Shape of the part's array: without the repeat axis if it is one repeat of a stacked parameter."""
         return self.shapes[part.path] if part.repeat is None else self.shapes[part.path][1:]
 
-    def check_source(self, source: Mapping[str, TensorInfo], *, harmless: Sequence[str] = ()) -> list[str]:
+    def check_source(
+        self, source: Mapping[str, TensorInfo], *, harmless: Sequence[str] = (), against: str = "config.json"
+    ) -> list[str]:
         """Compares a checkpoint with the table, and returns the names that may be left out of it.
 
         Args:
           source: what the checkpoint holds.
           harmless: regular expressions of names that carry no parameter.
+          against: what describes the model, for messages.
 
         Raises:
           UserError: names every missing and unexpected tensor, or the tensors of another shape.
@@ -222,7 +251,7 @@ class Table:
             problems.append(f"{len(unexpected)} unexpected: {_listing(unexpected)}")
         if problems:
             raise UserError(
-                f"the tensors do not match config.json ({'; '.join(problems)}); expected exactly the "
+                f"the tensors do not match {against} ({'; '.join(problems)}); expected exactly the "
                 f"{len(self.rules)} tensors of the model it describes"
             )
         wrong = [name for name, shape in self.foreign_shapes.items() if source[name].shape != shape]
@@ -231,7 +260,7 @@ class Table:
                 f"{name} is {source[name].shape}, expected {self.foreign_shapes[name]}" for name in wrong
             ]
             raise UserError(
-                f"{len(wrong)} tensors do not have the shape that config.json implies: {_listing(listing)}"
+                f"{len(wrong)} tensors do not have the shape that {against} implies: {_listing(listing)}"
             )
         not_floats = [name for name in self.rules if source[name].dtype not in FLOAT_DTYPES.values()]
         if not_floats:
@@ -249,13 +278,38 @@ class Table:
         place = self.places[path][repeat]
         shape = self.shapes[path] if repeat is None else self.shapes[path][1:]
         first, last, made, rest = place.layout.rows(shape, index)
-        rows = source.read(place.name, place.start + first, place.start + last)
+        if place.block is None:
+            rows = source.read(place.name, place.start + first, place.start + last)
+        else:
+            rows = self._alternating_rows(source, place, first, last)
         return place.layout.to_lcx(rows, made)[rest]
+
+    def _alternating_rows(self, source: TensorSource, place: Place, first: int, last: int) -> np.ndarray:
+        """Rows [first, last) of a part whose blocks alternate with those of its siblings."""
+        block, size = place.block or 1, place.stop - place.start
+        phases, phase = self.foreign_shapes[place.name][0] // size, place.start // size
+        low, high = first // block, -(-last // block)
+        rows = source.read(place.name, low * block * phases, high * block * phases)
+        own = rows.reshape(high - low, phases, block, *rows.shape[1:])[:, phase]
+        return own.reshape(-1, *rows.shape[1:])[first - low * block : last - low * block]
+
+    def read(self, source: TensorSource, path: str, index: Index) -> np.ndarray:
+        """One slice of a parameter, its repeats stacked."""
+        if None in self.places[path]:
+            return self.read_leaf(source, path, None, index)
+        repeats = range(*index[0].indices(self.shapes[path][0]))
+        slices = [self.read_leaf(source, path, repeat, index[1:]) for repeat in repeats]
+        return slices[0][None] if len(slices) == 1 else np.stack(slices)
 
     def foreign_parts(self, name: str, read: Callable[[str, int | None], np.ndarray]) -> Iterator[np.ndarray]:
         """The parts of a foreign tensor in order; `read(path, repeat)` gives the lcx array of each."""
-        for part in self.rules[name].parts:
-            yield part.layout.to_foreign(read(part.path, part.repeat))
+        rule = self.rules[name]
+        parts = (part.layout.to_foreign(read(part.path, part.repeat)) for part in rule.parts)
+        if rule.block is None:
+            yield from parts
+            return
+        blocks = [rows.reshape(-1, 1, rule.block, *rows.shape[1:]) for rows in parts]
+        yield np.concatenate(blocks, axis=1).reshape(self.foreign_shapes[name])
 
     def to_foreign(self, tree: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """All foreign tensors of a flat tree of arrays (parameters, or their gradients)."""

@@ -7,6 +7,7 @@ checkpoint would seem (and under a memory limit, be) as large as the file.
 
 import dataclasses
 import errno
+import io
 import math
 import os
 import pathlib
@@ -59,7 +60,61 @@ class TensorSource(Protocol):
         ...
 
 
-def read_array(path: pathlib.Path, offset: int, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+@dataclasses.dataclass(frozen=True)
+class Pieces:
+    """A file that was cut into pieces to be uploaded; joined end to end they are the file."""
+
+    paths: tuple[pathlib.Path, ...]
+
+    @property
+    def name(self) -> str:
+        return self.paths[0].name
+
+    def __str__(self) -> str:
+        return f"{self.paths[0]} and {len(self.paths) - 1} more pieces"
+
+
+class _PiecesReader(io.RawIOBase):
+    def __init__(self, pieces: Pieces):
+        self._files = [open(path, "rb", buffering=0) for path in pieces.paths]  # noqa: SIM115 (see close)
+        self._starts = [0]
+        for file in self._files:
+            self._starts.append(self._starts[-1] + os.fstat(file.fileno()).st_size)
+        self._at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset + (0, self._at, self._starts[-1])[whence]
+        return self._at
+
+    def readinto(self, buffer) -> int:
+        """Within one piece; a caller that wants more asks again, as of any raw file."""
+        for file, start, stop in zip(self._files, self._starts, self._starts[1:], strict=False):
+            if start <= self._at < stop:
+                count = os.preadv(file.fileno(), [memoryview(buffer)[: stop - self._at]], self._at - start)
+                self._at += count
+                return count
+        return 0
+
+    def close(self) -> None:
+        for file in self._files:
+            file.close()
+        super().close()
+
+
+def open_binary(path: pathlib.Path | Pieces) -> io.RawIOBase:
+    """The file, or the pieces as if they were one, for reading without a buffer."""
+    return _PiecesReader(path) if isinstance(path, Pieces) else open(path, "rb", buffering=0)
+
+
+def read_array(
+    path: pathlib.Path | Pieces, offset: int, dtype: np.dtype, shape: tuple[int, ...]
+) -> np.ndarray:
     """The array of this dtype and shape that starts at byte `offset` of the file.
 
     Raises:
@@ -68,11 +123,12 @@ def read_array(path: pathlib.Path, offset: int, dtype: np.dtype, shape: tuple[in
     array = np.empty(shape, dtype)
     buffer = array.reshape(-1).view(np.uint8).data
     try:
-        with open(path, "rb", buffering=0) as file:
+        with open_binary(path) as file:
+            file.seek(offset)
             done = 0
             while done < len(buffer):
-                count = os.preadv(file.fileno(), [buffer[done:]], offset + done)
-                if count == 0:
+                count = file.readinto(buffer[done:])
+                if not count:
                     raise UserError(
                         f"{path}: the file ends at byte {offset + done}, expected data up to byte "
                         f"{offset + len(buffer)}; it is truncated, copy or download it again"

@@ -9,12 +9,15 @@ Tensors are loaded on the meta device, which gives their shapes, strides and pla
 the data is then read piece by piece. Files of torch < 1.6 have no such places and are read whole.
 """
 
+import contextlib
+import io
 import os
 import pathlib
 import pickle
 import re
 import struct
 import zipfile
+from collections.abc import Iterator
 from typing import Any
 
 import ml_dtypes
@@ -27,24 +30,52 @@ from lcx.errors import UserError
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, ..., length of the name, length of the extra field
 
 
+#: What a training state may hold beside tensors. None of it is built: a `_StandIn` takes its place.
+_STAND_INS = re.compile(
+    r"(deepspeed|savanna|megatron|transformer_engine|numpy)\..*"
+    r"|argparse\.Namespace|_io\.BytesIO|_codecs\.encode|torch\.torch_version\.TorchVersion"
+)
+
+
+class _StandIn:
+    """Stands for an object of another program: takes whatever that is made of, and keeps nothing."""
+
+    def __new__(cls, *args, **kwargs):
+        return super().__new__(cls)
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def __setstate__(self, state):
+        pass
+
+
 class TorchFile:
     """One file with a dict of tensors (or {"state_dict": dict of tensors}).
+
+    Args:
+      path: the file, or the pieces that it was cut into.
+      training_state: whether the dict may be the "module" of a trainer's state, beside settings, counters and random
+        states, which are left out; so are entries `_extra_state` (what Transformer Engine knows of its scales).
+
+    Attributes:
+      counters: the whole numbers beside the module ("mp_world_size", "iteration").
 
     Raises:
       UserError: at construction, for anything but tensors that lie within the file.
     """
 
-    def __init__(self, path: str | os.PathLike):
-        self.path = pathlib.Path(path)
+    def __init__(self, path: str | os.PathLike | tensor_io.Pieces, *, training_state: bool = False):
+        self.path = path if isinstance(path, tensor_io.Pieces) else pathlib.Path(path)
         try:
-            records = _stored_records(self.path) if zipfile.is_zipfile(self.path) else None
+            records = _stored_records(self.path)
         except (OSError, zipfile.BadZipFile, struct.error, ValueError) as error:
             raise UserError(
                 f"{self.path}: not a readable PyTorch file: {error}; copy or download it again"
             ) from error
-        state = _load(self.path, on_meta=records is not None)
+        state, self.counters = _load(self.path, on_meta=records is not None, training_state=training_state)
         if records is not None and not all(map(_has_place, state.values())):  # an older torch
-            records, state = None, _load(self.path, on_meta=False)
+            records, (state, _) = None, _load(self.path, on_meta=False, training_state=training_state)
         self._state = {
             name: _check_tensor(self.path, name, tensor, records) for name, tensor in state.items()
         }
@@ -77,11 +108,22 @@ class TorchFile:
         return np.ascontiguousarray(np.lib.stride_tricks.as_strided(flat, shape, strides, writeable=False))
 
 
-def _stored_records(path: pathlib.Path) -> dict[int, int]:
-    """{offset of a member's data: its size} of a zip whose members are all stored as they are."""
+def _opened(path: pathlib.Path | tensor_io.Pieces) -> io.BufferedReader:
+    return io.BufferedReader(tensor_io.open_binary(path))
+
+
+def _stored_records(path: pathlib.Path | tensor_io.Pieces) -> dict[int, int] | None:
+    """{offset of a member's data: its size} of a zip whose members are all stored as they are; None of no zip."""
+    with _opened(path) as file:
+        if not zipfile.is_zipfile(file):
+            return None
+        size = file.seek(0, os.SEEK_END)
+        return _records(path, file, size)
+
+
+def _records(path: pathlib.Path | tensor_io.Pieces, file: io.BufferedReader, size: int) -> dict[int, int]:
     records = {}
-    size = path.stat().st_size
-    with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
+    with zipfile.ZipFile(file) as archive:
         for member in archive.infolist():
             if member.compress_type != zipfile.ZIP_STORED or member.compress_size != member.file_size:
                 raise UserError(
@@ -101,13 +143,16 @@ def _stored_records(path: pathlib.Path) -> dict[int, int]:
     return records
 
 
-def _load(path: pathlib.Path, *, on_meta: bool) -> dict:
+def _load(
+    path: pathlib.Path | tensor_io.Pieces, *, on_meta: bool, training_state: bool
+) -> tuple[dict, dict[str, int]]:
     try:
         import torch
     except ImportError as error:
         raise UserError(f"{path}: reading PyTorch files needs torch: pip install 'lcx[torch]'") from error
     try:
-        state = torch.load(path, map_location="meta" if on_meta else "cpu", weights_only=True)
+        with _opened(path) as file, _stand_ins(file, wanted=training_state and on_meta):
+            state = torch.load(file, map_location="meta" if on_meta else "cpu", weights_only=True)
     except MemoryError:
         raise
     except Exception as error:  # the unpickler raises a dozen kinds of error on damaged or hostile input
@@ -120,11 +165,35 @@ def _load(path: pathlib.Path, *, on_meta: bool) -> dict:
         raise UserError(
             f"{path}: not a readable PyTorch file ({_reason(reason)}); copy or download it again"
         ) from error
+    counters = {}
+    if isinstance(state, dict) and training_state and isinstance(state.get("module"), dict):
+        counters = {name: value for name, value in state.items() if isinstance(value, int)}
+        state = state["module"]
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
+    if isinstance(state, dict) and training_state:
+        state = {name: value for name, value in state.items() if not str(name).endswith("_extra_state")}
     if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
         raise UserError(f"{path}: holds a {type(state).__name__}, expected a dict of named tensors")
-    return state
+    return state, counters
+
+
+@contextlib.contextmanager
+def _stand_ins(file: io.BufferedReader, *, wanted: bool) -> Iterator[None]:
+    """What a training state may hold beside tensors is taken in, as stand-ins, within this context."""
+    if not wanted:
+        yield
+        return
+    import torch
+
+    names = [
+        name
+        for name in torch.serialization.get_unsafe_globals_in_checkpoint(file)
+        if _STAND_INS.fullmatch(name)
+    ]
+    file.seek(0)
+    with torch.serialization.safe_globals([(_StandIn, name) for name in names]):
+        yield
 
 
 def _reason(text: str) -> str:
@@ -140,7 +209,7 @@ def _has_place(tensor: Any) -> bool:
     return not strided or hasattr(tensor.untyped_storage(), "_checkpoint_offset")
 
 
-def _check_tensor(path: pathlib.Path, name: str, tensor, records: dict[int, int] | None):
+def _check_tensor(path: pathlib.Path | tensor_io.Pieces, name: str, tensor, records: dict[int, int] | None):
     import torch
 
     if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.is_quantized:
@@ -168,7 +237,7 @@ def _check_tensor(path: pathlib.Path, name: str, tensor, records: dict[int, int]
     return tensor
 
 
-def _numpy_dtype(path: pathlib.Path, name: str, dtype) -> np.dtype:
+def _numpy_dtype(path: pathlib.Path | tensor_io.Pieces, name: str, dtype) -> np.dtype:
     import torch
 
     if dtype == torch.bfloat16:

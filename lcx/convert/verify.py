@@ -1,0 +1,143 @@
+"""What a conversion is worth: the numbers on both sides, and the logits where the sides are not the same to the bit."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lcx import model as model_lib
+from lcx.convert import sources, tensor_io
+from lcx.convert.sources import ModelSource
+from lcx.errors import UserError
+from lcx.model import Decoder
+
+#: Models beyond this are not run to compare logits.
+MAX_RUN_BYTES = 256 << 20
+_TOKENS = 64
+_FLOAT32 = np.dtype(np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Both sides of a conversion, parameter by parameter.
+
+    Attributes:
+      tensors, numbers: parameters and their elements, of the same shapes on both sides.
+      sums: of all elements, of the source and of what was written (float64).
+      changed: parameters whose elements are not the source's (in the dtype written), each with the largest difference.
+      logits: (largest difference, largest logit) on 64 random tokens; None if the models did not run.
+      same: whether the two are the same function by construction: the same description, the same numbers.
+    """
+
+    tensors: int
+    numbers: int
+    sums: tuple[float, float]
+    changed: dict[str, float]
+    logits: tuple[float, float] | None
+    same: bool
+
+    def __str__(self) -> str:
+        lines = [
+            f"verified: {self.tensors} parameters of the same shapes, {self.numbers:,} numbers, sum {self.sums[0]:.9g} "
+            f"in the source and {self.sums[1]:.9g} as written"
+        ]
+        if self.changed:
+            listing = ", ".join(f"{path} by {by:.3g}" for path, by in list(self.changed.items())[:4])
+            lines.append(f"verified: {len(self.changed)} parameters are stored otherwise: {listing}")
+        if self.logits is not None:
+            lines.append(f"verified: logits differ by {self.logits[0]:.3g} at most, of {self.logits[1]:.3g}")
+        else:
+            lines.append(
+                "verified: the same model and the same numbers, so the same logits"
+                if self.same
+                else "not verified: logits, since the model is too large to be run here"
+            )
+        return "\n".join(lines)
+
+
+def verify(source: ModelSource, written: ModelSource) -> Report:
+    """Reads both sides, one layer of one parameter at a time.
+
+    Raises:
+      UserError: they are not the same parameters, or not the same function in float32.
+    """
+    found = {path: info.shape for path, info in written.leaves.items()}
+    expected = {path: info.shape for path, info in source.leaves.items()}
+    if found != expected:
+        wrong = sorted(path for path in found | expected if found.get(path) != expected.get(path))
+        raise UserError(
+            f"{written.where}: {', '.join(wrong[:4])} differ in shape from the source; convert again"
+        )
+    sums, changed = np.zeros(2), {}
+    for path in expected:
+        both, by = _compare(source, written, path)
+        sums += both
+        if by is not None:
+            changed[path] = by
+    model = _with_the_same_scaling(written.model, source.model)
+    same = not changed and _plain(model) == _plain(source.model)
+    small = all(
+        sum(info.nbytes for info in side.leaves.values()) <= MAX_RUN_BYTES for side in (source, written)
+    )
+    logits = None
+    if not same and small:
+        ours, theirs = _logits(source, source.model), _logits(written, model)
+        logits = float(np.abs(ours - theirs).max()), float(np.abs(ours).max())
+        exact = all(info.dtype == _FLOAT32 for info in written.leaves.values())
+        if exact and not logits[0] <= 1e-3 * max(1.0, logits[1]):
+            raise UserError(
+                f"{written.where}: its logits are {logits[0]:.3g} away from the source's; do not use it"
+            )
+    numbers = sum(math.prod(shape) for shape in expected.values())
+    return Report(len(expected), numbers, (float(sums[0]), float(sums[1])), changed, logits, same)
+
+
+def _compare(source: ModelSource, written: ModelSource, path: str) -> tuple[np.ndarray, float | None]:
+    """(sums of both sides, the largest difference or None if there is none) of one parameter."""
+    info, sums, largest = source.leaves[path], np.zeros(2), None
+    limit = 1 if path.startswith("stages_") else tensor_io.PIECE_BYTES
+    for start, stop in tensor_io.split_rows(info.shape, info.dtype.itemsize, limit):
+        index = (slice(start, stop), *(slice(0, size) for size in info.shape[1:])) if info.shape else ()
+        ours, theirs = source.read(path, index), written.read(path, index)
+        rounded = sources.cast(ours, written.leaves[path].dtype, path)
+        sums += ours.sum(dtype=np.float64), theirs.sum(dtype=np.float64)
+        if rounded.tobytes() != theirs.tobytes():
+            by = float(np.abs(rounded.astype(np.float64) - theirs.astype(np.float64)).max())
+            largest = by if largest is None else max(largest, by)
+    return sums, largest
+
+
+def _plain(model: Decoder) -> Decoder:
+    return model.clone(dtype="float32", parent=None)
+
+
+def _with_the_same_scaling(model: Decoder, like: Decoder) -> Decoder:
+    """Position interpolation is a setting, not a tensor, in checkpoints of Evo 2."""
+    if like.model_type != "striped_hyena":
+        return model
+    ropes = [getattr(block.mixer, "rope", None) for stage in like.stages for block in stage.pattern]
+    rope = next((rope for rope in ropes if rope is not None and rope.rope_type == "linear"), None)
+    if rope is None:
+        return model
+
+    def scaled(mixer):
+        own = getattr(mixer, "rope", None)
+        if own is None or own.rope_type != "default":
+            return mixer
+        original = rope.original_max_position_embeddings
+        new = dataclasses.replace(
+            own, rope_type="linear", factor=rope.factor, original_max_position_embeddings=original
+        )
+        return mixer.clone(rope=new, parent=None)
+
+    return model_lib.map_mixers(model, scaled)
+
+
+def _logits(source: ModelSource, model: Decoder) -> np.ndarray:
+    length = min(_TOKENS, model.max_position_embeddings)
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, model.vocab_size, (1, length)), jnp.int32)
+    params = sources.to_devices(source, dtype=_FLOAT32, mesh=None)
+    model = _plain(model)
+    return np.asarray(jax.jit(model.apply)({"params": params}, tokens), np.float32)
