@@ -10,6 +10,7 @@ blocks; each stage is one scan, so compile time follows the period of the patter
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -45,7 +46,7 @@ REMAT = {
 }
 
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": nn.silu,
     "gelu": functools.partial(nn.gelu, approximate=False),
     "identity": lambda x: x,
@@ -118,8 +119,8 @@ class _Period(nn.Module):
         caches = {}
         for i, block in enumerate(self.stage.pattern):
             name = f"block_{i}"
-            parts = {"mixer": block.mixer.clone(parent=None), "mlp": block.mlp.clone(parent=None)}
-            block = block.clone(parent=self, name=name, **parts)
+            mixer, mlp = block.mixer.clone(parent=None), block.mlp.clone(parent=None)
+            block = block.clone(parent=self, name=name, mixer=mixer, mlp=mlp)
             block_cache = None if cache is None else cache[name]
             x, caches[name] = block(x, positions=positions, segment_ids=segment_ids, cache=block_cache)
         return x, caches

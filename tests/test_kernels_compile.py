@@ -30,6 +30,7 @@ KERNELS = {  # operator: targets for which a kernel of ours is what None picks
     "linear_attention": ALL,
     "ssd": ALL,
     "second_order_tiles": ALL,
+    "attention_decay": ALL,
     "attention": ALL[1:],  # cuDNN's own on the H200, which cannot be compiled without it
 }
 ROWS = [(name, target) for name, targets in KERNELS.items() for target in targets]

@@ -6,6 +6,8 @@ Letters: B batch, T queries, S keys, N query heads, K key/value heads, G = N / K
 ``xla``        one tile at a time, with its own backward pass (attention_tiles.py). A few decoded tokens against a cache
                are one small product, as in the reference.
 ``cudnn``      NVIDIA's kernel, ``splash`` that of JAX for TPUs (attention_vendors.py).
+``triton``     our kernel of attention with a decay for GPUs, ``tpu`` for TPUs (kernels_pallas/attention.py). To them a
+               document that padding interrupts is two.
 
 Masks. A query sees a key of its own segment, at or before it in the row, less than `window` tokens back. Segment id 0
 is padding: it sees nothing, and its output is 0. With a cache the queries are T of the S keys: `q_offset` keys lie
@@ -23,6 +25,7 @@ from lcx.errors import UserError
 from lcx.ops import attention_vendors, dispatch
 from lcx.ops.attention_tiles import NEG, tiled
 
+PLATFORMS = {"triton": "gpu", "tpu": "tpu"}  # of our kernels
 DECODED = 8  # up to so many new tokens against a cache, one product over all keys is fastest
 
 
@@ -43,7 +46,8 @@ def attention(
 
     Args:
       log_decay: of every key's token, at most 0; that of padding is not applied. None: no decay.
-      implementation: "reference", "xla", "cudnn", "splash", or None for the fastest that is valid here.
+      implementation: see dispatch.py; here "reference", "xla", "cudnn", "splash", "triton", "tpu", or None for the
+        fastest that is valid.
 
     Raises:
       UserError: an unknown implementation or one that cannot run this, or heads that do not divide.
@@ -57,6 +61,7 @@ def attention(
     obstacles = {
         "cudnn": attention_vendors.cudnn_obstacle(q, k, segmented=q_segment_ids is not None, **options),
         "splash": attention_vendors.splash_obstacle(q, k, **options),
+        **_kernel_obstacles(q, k, v, log_decay, q_offset, window),
         "xla": None,
         "reference": None,
     }
@@ -65,6 +70,8 @@ def attention(
         return attention_vendors.cudnn(q, k, v, window=window, scale=scale)
     if name == "splash":
         return attention_vendors.splash(q, k, v, q_segment_ids, window=window, scale=scale)
+    if name in PLATFORMS:
+        return _kernel(q, k, v, log_decay, q_segment_ids, scale=scale, platform=PLATFORMS[name])
     if log_decay is not None and kv_segment_ids is not None:
         log_decay = jnp.where(kv_segment_ids[:, :, None] != 0, log_decay, 0)
     if name == "xla" and (q_offset is None or q.shape[1] > DECODED):
@@ -74,6 +81,32 @@ def attention(
     mask = _mask(q_segment_ids, kv_segment_ids, offset, window, q.shape[1], k.shape[1])
     gaps = None if log_decay is None else _gaps(log_decay, offset, q.shape[1])
     return reference(q, k, v, mask, gaps, scale=scale)
+
+
+def _kernel_obstacles(q, k, v, log_decay, q_offset, window) -> dict[str, str | None]:
+    def of(platform: str) -> str | None:
+        if missing := dispatch.on(platform):
+            return missing
+        from kernels_pallas.attention import obstacle
+
+        if log_decay is None or window is not None or q_offset is not None:
+            return "made for attention with log_decay, without a window or a cache"
+        return obstacle(q, k, v, platform=platform)
+
+    return {name: of(platform) for name, platform in PLATFORMS.items()}
+
+
+def _kernel(q, k, v, log_decay, ids, *, scale: float, platform: str) -> Array:
+    from kernels_pallas.attention import attention as kernel
+
+    if ids is None:
+        return kernel(q, k, v, log_decay=log_decay, scale=scale, platform=platform)
+    real = (ids != 0)[:, :, None]
+    # Padding gets an index of its own: unlike in a state, it would count in a softmax.
+    runs = jnp.cumsum(ids != jnp.pad(ids[:, :-1], ((0, 0), (1, 0))), axis=1, dtype=jnp.int32)
+    decay = jnp.where(real, log_decay, 0)
+    y = kernel(q, k, v, log_decay=decay, runs=runs, scale=scale, platform=platform)
+    return jnp.where(real[..., None], y, 0)
 
 
 def _mask(q_segments, kv_segments, offset, window, T, S) -> Array:

@@ -84,7 +84,9 @@ def second_order_attention(
     if form not in (None, "tiles", "states"):
         raise UserError(f"second_order_attention form {form!r}: expected 'tiles', 'states' or None")
     follows, scale = initial_state is not None, H**-0.5 if scale is None else scale
-    obstacles = {**_kernel_obstacles(q, k, v, form, follows), "xla": None, "reference": None}
+    faster = form or _faster(T, H, follows=follows, decays=log_decay is not None)
+    kernel_form = faster if implementation is None else form
+    obstacles = {**_kernel_obstacles(q, k, v, kernel_form, follows), "xla": None, "reference": None}
     name = dispatch.choose("second_order_attention", implementation, obstacles)
     state = empty_state(B, N, H) if initial_state is None else initial_state
     ids = jnp.ones((B, T), jnp.int32) if segment_ids is None else segment_ids
@@ -94,7 +96,6 @@ def second_order_attention(
     if log_decay is not None:
         decay = jnp.where(real, jnp.maximum(log_decay.astype(wide), second_order_tiles.SKIP), 0)
     k = jnp.where(real[..., None], k, 0)  # padding weighs nothing
-    k, v = (jnp.repeat(x, N // k.shape[2], axis=2) for x in (k, v))
     last = segments.last(ids, state.segment_ids)
     if name in PLATFORMS:
         from kernels_pallas.second_order_attention import second_order_attention as kernel
@@ -109,15 +110,17 @@ def second_order_attention(
             scale=scale,
             platform=PLATFORMS[name],
         )
+        y = jnp.where(real[..., None], y, 0)
+    k, v = (jnp.repeat(x, N // k.shape[2], axis=2) for x in (k, v))
+    if name in PLATFORMS:  # XLA drops the state where nobody asks for it
         _, state = _chunked(q, k, v, decay, runs, state, form="states", scale=scale, follows=False)
-        return jnp.where(real[..., None], y, 0), state._replace(segment_ids=last)
+        return y, state._replace(segment_ids=last)
     if name == "reference":
         sums, state = reference(q, k, v, decay, runs, state, scale=scale)
     elif T == 1:
         sums, state = step(q, k, v, decay, runs, state, scale=scale)
     else:
-        form = form or _faster(T, H, follows=follows)
-        sums, state = _chunked(q, k, v, decay, runs, state, form=form, scale=scale, follows=follows)
+        sums, state = _chunked(q, k, v, decay, runs, state, form=faster, scale=scale, follows=follows)
     sums = checkpoint_name(sums, MIXER_RESIDUALS)
     y, total = sums[..., :-1], sums[..., -1:]
     if normalize:
@@ -186,8 +189,14 @@ def _chunked(q, k, v, decay, runs, state: SecondOrderState, *, form: str, scale:
     return sums, state._replace(kv=carried[..., :-1], k_sum=carried[..., -1])
 
 
-def _faster(T: int, H: int, *, follows: bool) -> str:
-    return "states" if follows or T >= 64 * H else "tiles"
+def _faster(T: int, H: int, *, follows: bool, decays: bool) -> str:
+    """By multiply-adds: a causal row of tiles costs T H a token, the state about H^3, less per second than tiles. On a
+    GPU or TPU a decay lets the kernel skip most tiles, so that they win at any T."""
+    if follows:
+        return "states"
+    if decays and dispatch.platform() != "cpu":
+        return "tiles"
+    return "states" if T >= 64 * H else "tiles"
 
 
 def _kernel_obstacles(q: Array, k: Array, v: Array, form: str | None, follows: bool) -> dict[str, str | None]:
