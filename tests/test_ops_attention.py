@@ -217,7 +217,7 @@ def test_no_square_of_the_length_is_held():
 
 def test_a_named_implementation_works_or_raises():
     q = jnp.ones((1, 4, 3, 8))
-    with pytest.raises(UserError, match="expected one of 'cudnn', 'splash', 'xla', 'reference'"):
+    with pytest.raises(UserError, match="expected one of 'cudnn', 'splash', 'triton', 'tpu', 'xla', 'reference'"):
         attention(q, q, q, implementation="flash9")
     with pytest.raises(UserError, match="'cudnn': needs a gpu, found cpu"):
         attention(q, q, q, implementation="cudnn")

@@ -6,8 +6,8 @@ Letters: B batch, T queries, S keys, N query heads, K key/value heads, G = N / K
 ``xla``        one tile at a time, with its own backward pass (attention_tiles.py). A few decoded tokens against a cache
                are one small product, as in the reference.
 ``cudnn``      NVIDIA's kernel, ``splash`` that of JAX for TPUs (attention_vendors.py).
-``triton``     our kernel of attention with a decay for GPUs, ``tpu`` for TPUs (kernels_pallas/attention.py). To them a
-               document that padding interrupts is two.
+``triton``     our kernel for GPUs, with decay or packed rows, ``tpu`` for TPUs (kernels_pallas/attention.py). To them
+               a document that padding interrupts is two.
 
 Masks. A query sees a key of its own segment, at or before it in the row, less than `window` tokens back. Segment id 0
 is padding: it sees nothing, and its output is 0. With a cache the queries are T of the S keys: `q_offset` keys lie
@@ -61,7 +61,7 @@ def attention(
     obstacles = {
         "cudnn": attention_vendors.cudnn_obstacle(q, k, segmented=q_segment_ids is not None, **options),
         "splash": attention_vendors.splash_obstacle(q, k, **options),
-        **_kernel_obstacles(q, k, v, log_decay, q_offset, window),
+        **_kernel_obstacles(q, k, v, q_offset, window),
         "xla": None,
         "reference": None,
     }
@@ -83,14 +83,14 @@ def attention(
     return reference(q, k, v, mask, gaps, scale=scale)
 
 
-def _kernel_obstacles(q, k, v, log_decay, q_offset, window) -> dict[str, str | None]:
+def _kernel_obstacles(q, k, v, q_offset, window) -> dict[str, str | None]:
     def of(platform: str) -> str | None:
         if missing := dispatch.on(platform):
             return missing
         from kernels_pallas.attention import obstacle
 
-        if log_decay is None or window is not None or q_offset is not None:
-            return "made for attention with log_decay, without a window or a cache"
+        if window is not None or q_offset is not None:
+            return "a window or a cache is not covered"
         return obstacle(q, k, v, platform=platform)
 
     return {name: of(platform) for name, platform in PLATFORMS.items()}
@@ -104,7 +104,7 @@ def _kernel(q, k, v, log_decay, ids, *, scale: float, platform: str) -> Array:
     real = (ids != 0)[:, :, None]
     # Padding gets an index of its own: unlike in a state, it would count in a softmax.
     runs = jnp.cumsum(ids != jnp.pad(ids[:, :-1], ((0, 0), (1, 0))), axis=1, dtype=jnp.int32)
-    decay = jnp.where(real, log_decay, 0)
+    decay = None if log_decay is None else jnp.where(real, log_decay, 0)
     y = kernel(q, k, v, log_decay=decay, runs=runs, scale=scale, platform=platform)
     return jnp.where(real[..., None], y, 0)
 
