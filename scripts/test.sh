@@ -19,7 +19,9 @@ if [ $# -gt 0 ]; then
   exec python -m pytest -q "$@"
 fi
 status=0
-python -m pytest -q --ignore=tests/eight_devices || status=$?
+# A test keeps about one core busy. A worker takes the tests of a file together, and idle ones steal from the others.
+workers="${LCX_TEST_WORKERS:-$(python -c 'import os; print(min(len(os.sched_getaffinity(0)), 8))')}"
+python -m pytest -q -n "$workers" --dist worksteal --ignore=tests/eight_devices || status=$?
 echo "eight devices"
 XLA_FLAGS="${XLA_FLAGS:-} --xla_force_host_platform_device_count=8" NPROC=32 python -m pytest -q tests/eight_devices || status=$?
 exit "$status"
