@@ -5,6 +5,7 @@ import collections
 import logging
 import os
 import shutil
+import tracemalloc
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +15,13 @@ import torch
 
 import lcx
 from lcx import model as model_lib
-from lcx.convert import api, savanna, stripedhyena, torch_writer, vortex
+from lcx.convert import api, savanna, stripedhyena, tensor_io, torch_writer, vortex
 from lcx.convert.__main__ import main
 from lcx.convert.tensor_io import TensorInfo
 from lcx.data import ByteTokenizer
 from lcx.errors import UserError
-from lcx.rope import Rope
+from lcx.generate import main as generate_main
+from lcx.rope import Rope, to_hf
 from lcx.striped_hyena import striped_hyena
 from lcx.text_stream import tokenizer_of
 
@@ -179,6 +181,15 @@ def test_frequencies_are_those_of_the_file(state, tmp_path, caplog, dtype):
             lcx.load(tmp_path / "evo2.pt", rope_scaling={"rope_type": "ntk", "factor": 4.0})
 
 
+def test_listed_frequencies_are_checked():
+    with pytest.raises(UserError, match="inv_freq has 2 numbers, expected 8"):
+        Rope(inv_freq=(1.0, 0.1)).frequencies(16, 1)
+    with pytest.raises(UserError, match="inv_freq has no effect on rope_type 'ntk'"):
+        Rope(rope_type="ntk", factor=2.0, inv_freq=(1.0, 0.1))
+    with pytest.raises(UserError, match="no list of inv_freq"):
+        to_hf(Rope(inv_freq=(1.0, 0.1)), max_position_embeddings=8)
+
+
 # ------------------------------------------------------------------------------------------------- writing
 
 
@@ -319,6 +330,11 @@ def without_the_last_rank(folder, state):
     return "is of 2 model-parallel ranks, found 1 files"
 
 
+def without_the_last_rank_as_savanna_says_it(folder, state):
+    save_ranks(folder, [state], args={"model_parallel_size": 4, "num_layers": 4})
+    return "is of 4 model-parallel ranks, found 1 files"
+
+
 def with_a_share_taken_for_the_whole(folder, state):
     state[ATTENTION + "dense.weight"] = state[ATTENTION + "dense.weight"][:, :32].clone()
     save_ranks(folder, [state])
@@ -355,6 +371,7 @@ def with_latest_elsewhere(folder, state):
         truncated,
         without_a_middle_rank,
         without_the_last_rank,
+        without_the_last_rank_as_savanna_says_it,
         with_a_share_taken_for_the_whole,
         with_a_tensor_too_few,
         with_a_layer_too_few,
@@ -398,6 +415,8 @@ def test_models_that_the_formats_cannot_say(tmp_path):
         ({"activated_layers": None}, "layer 1 has activation 'gelu', and this format means 'identity'"),
         ({"tie_word_embeddings": False}, "the output head is not the embedding"),
         ({"rope": Rope(rope_type="ntk", factor=2.0)}, "rope_type 'ntk' cannot be said"),
+        ({"norm_eps": 1e-5}, "its norms have an eps of 1e-05"),
+        ({"mr_length": 64}, "its MR filters have 64 taps"),
     ):
         model = striped_hyena(**plain | changes)
         params = jax.tree.map(lambda x: jnp.zeros(x.shape), model_lib.abstract_params(model))
@@ -419,6 +438,36 @@ def test_overwrite_leaves_other_folders_alone(state, tmp_path):
     (home / "letters").mkdir()
     assert convert(tmp_path / "evo2.pt", home, "savanna", "--overwrite") == 2
     assert (home / "letters").is_dir()
+
+
+@pytest.mark.parametrize("through", ["savanna", "lcx"])
+def test_memory_stays_within_the_largest_tensor(state, tmp_path, monkeypatch, through):
+    """Padded filters above all: 16 of 65536 taps are 4 MiB, of which one piece is there at a time."""
+    for name in ("h", "decay"):
+        state[MR + name] = torch.nn.functional.pad(state[MR + name], (0, 65536 - 256))
+    state["sequential.4.mixer.mixer.filter.t"] = torch.arange(65536.0)[None, None]
+    torch.save({"module": state}, tmp_path / "evo2.pt")
+    source = savanna.SavannaSource(tmp_path / "evo2.pt")
+    if through == "lcx":
+        lcx.save(tmp_path / "lcx", *lcx.load(tmp_path / "evo2.pt"), format="lcx")
+        source = api.SOURCES["lcx"](tmp_path / "lcx")
+    monkeypatch.setattr(tensor_io, "PIECE_BYTES", 1 << 18)
+    api.write(tmp_path / "first", source, format="savanna")  # whatever is imported or cached on the way
+    tracemalloc.start()
+    api.write(tmp_path / "out", source, format="savanna", model_parallel=2)
+    source = savanna.SavannaSource(tmp_path / "out")
+    source.read("stages_0/block_1/mixer/h", (slice(0, 1), slice(0, 16), slice(0, 128)))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2 << 20
+    assert source.model.max_position_embeddings == 65536
+
+
+def test_generate_from_a_checkpoint_file(state, tmp_path, capsys):
+    """As long a prompt as users type: four tokens."""
+    torch.save({"module": state}, tmp_path / "evo2.pt")
+    assert generate_main([f"--checkpoint={tmp_path}/evo2.pt", "--prompt=ACGT", "--max_new_tokens=8"]) == 0
+    assert "8 tokens; prompt of 4" in capsys.readouterr().err
 
 
 def test_a_torch_file_is_made_of_holes(tmp_path):

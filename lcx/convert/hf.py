@@ -130,7 +130,7 @@ def write(
     config = config_of(source, dtype)
     table = rules.Table(llama.rules(source.model), {path: info.shape for path, info in source.leaves.items()})
     tensors = {
-        name: TensorInfo(dtype or _common_dtype(table, source, name), shape)
+        name: TensorInfo(dtype or table.foreign_dtype(source.leaves, name), shape)
         for name, shape in table.foreign_shapes.items()
     }
 
@@ -166,11 +166,6 @@ def config_of(source: ModelSource, dtype: np.dtype | None = None) -> dict:
     """The config.json that `write` writes. Raises UserError where the model_type cannot express the model."""
     name = str(dtype or sources.stored_dtype(source.leaves))
     return hf_config.to_config(source.model, dtype=name, carried=source.carried)
-
-
-def _common_dtype(table: rules.Table, source: ModelSource, name: str) -> np.dtype:
-    dtypes = {source.leaves[part.path].dtype for part in table.rules[name].parts}
-    return dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
 
 
 def _part_pieces(source: ModelSource, table: rules.Table, part: rules.Part) -> Iterator[np.ndarray]:

@@ -273,6 +273,11 @@ class Table:
         dtypes = {source[place.name].dtype for place in self.places[path].values()}
         return dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
 
+    def foreign_dtype(self, leaves: Mapping[str, TensorInfo], name: str) -> np.dtype:
+        """The dtype for a foreign tensor; float32 where its parts differ."""
+        dtypes = {leaves[part.path].dtype for part in self.rules[name].parts}
+        return dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
+
     def read_leaf(self, source: TensorSource, path: str, repeat: int | None, index: Index) -> np.ndarray:
         """One slice of one (repeat of a) parameter, from as few rows of the foreign tensor as cover it."""
         place = self.places[path][repeat]

@@ -187,7 +187,7 @@ def write(
 
 def check_written(folder: pathlib.Path, tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
     """What was written, read back from its headers. Raises UserError when it is something else."""
-    found = SavannaSource(folder).files.tensors
+    found = SavannaFiles(folder).tensors
     expected = {name: (info.shape, info.dtype) for name, info in tensors.items()}
     if {name: (info.shape, info.dtype) for name, info in found.items()} != expected:
         raise UserError(
@@ -242,18 +242,18 @@ def _distribute(
 
 def entries_of(source: ModelSource, dtype: np.dtype | None) -> dict[str, _Entry]:
     """Every tensor to write, in savanna's names."""
-    if source.model.model_type == "striped_hyena" or isinstance(source, SavannaSource):
-        stripedhyena.check_activations(source.model, layer_0_only=False)
+    stripedhyena.check_activations(source.model, layer_0_only=False)
     frequencies = stripedhyena.frequencies_of(source.model)
     found = stripedhyena.layers(source.model)
-    length = max([source.model.max_position_embeddings, *_live_taps(found)])
+    length = source.model.max_position_embeddings
+    _check_live_taps(found, length)
     if isinstance(source, SavannaSource):
         entries = _stored_entries(source, dtype, length)
     else:
         entries = _model_entries(source, found, dtype, length)
     for i, layer in enumerate(found):
         head = stripedhyena.prefix(i)
-        if layer.letter == "*":
+        if layer.letter == "*" and frequencies is not None:
             entries[head + "mixer.rotary_emb.inv_freq"] = _whole(frequencies)
             unit = 3 * layer.block.mixer.head_dim
         else:
@@ -264,16 +264,22 @@ def entries_of(source: ModelSource, dtype: np.dtype | None) -> dict[str, _Entry]
     return entries
 
 
-def _live_taps(found: list[stripedhyena.Layer]) -> list[int]:
-    return [layer.block.mixer.filter_length for layer in found if layer.letter == "D"]
+def _check_live_taps(found: list[stripedhyena.Layer], length: int) -> None:
+    """Filters are read back to 128 taps, or to all that there are."""
+    for layer in found:
+        taps = layer.block.mixer.filter_length if layer.letter == "D" else min(LIVE_TAPS, length)
+        if taps != min(LIVE_TAPS, length):
+            raise UserError(
+                f"its MR filters have {taps} taps, and savanna's of {length} tokens have {min(LIVE_TAPS, length)}; "
+                "save with format 'lcx'"
+            )
 
 
 def _stored_entries(source: SavannaSource, dtype: np.dtype | None, length: int) -> dict[str, _Entry]:
     """Everything that a savanna checkpoint holds; filters of another length as the published tool makes them."""
     entries = {}
     for name, info in source.files.tensors.items():
-        kept = dtype is None or _TIMES.fullmatch(name)
-        target = dataclasses.replace(info, dtype=info.dtype if kept else dtype)
+        target = info if dtype is None or _TIMES.fullmatch(name) else dataclasses.replace(info, dtype=dtype)
         if length != source.length and _TIMES.fullmatch(name):
             entries[name] = _times(length, target.dtype)
         elif length != source.length and _PADDED.fullmatch(name):
@@ -333,8 +339,7 @@ def _model_entries(
     )
     entries = {}
     for name, shape in table.foreign_shapes.items():
-        stored = {source.leaves[part.path].dtype for part in table.rules[name].parts}
-        info = TensorInfo(dtype or (stored.pop() if len(stored) == 1 else _FLOAT32), shape)
+        info = TensorInfo(dtype or table.foreign_dtype(source.leaves, name), shape)
         if _PADDED.fullmatch(name):
             info = dataclasses.replace(info, shape=(shape[0], length))
         entries[name] = _Entry(info, _rows_of(source, table, name, info))

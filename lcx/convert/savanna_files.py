@@ -170,10 +170,10 @@ def find(path: str | os.PathLike) -> list[pathlib.Path | tensor_io.Pieces]:
     files = [name for name in names if name.endswith(TORCH_SUFFIXES)]
     files += sorted({found.group(1) for name in names if (found := PIECE.fullmatch(name))} - set(files))
     if len(files) != 1:
-        found = ", ".join(names[:6]) or "an empty folder"
+        listing = ", ".join(names[:6]) or "an empty folder"
         raise UserError(
             f"{place}: expected mp_rank_XX_model_states.pt files, {LATEST}, global_stepN folders or one .pt file, "
-            f"found {found}; pass one file or one step"
+            f"found {listing}; pass one file or one step"
         )
     return [_file_or_pieces(place / files[0])]
 
@@ -193,11 +193,16 @@ def _latest(folder: pathlib.Path) -> pathlib.Path:
 def _ranks(folder: pathlib.Path, names: Sequence[str]) -> list[pathlib.Path | tensor_io.Pieces]:
     by_rank: dict[int, list[str]] = {}
     for name in names:
-        if found := RANK.fullmatch(name):
+        if (found := RANK.fullmatch(name)) is not None:
             by_rank.setdefault(int(found.group(1)), []).append(name)
     if twice := next((files for files in by_rank.values() if len(files) > 1), None):
         raise UserError(
             f"{folder}: {' and '.join(twice)} are of one rank; remove the file that does not belong here"
+        )
+    optimizer = [name for name in names if name.endswith("_optim_states.pt")]
+    if optimizer:
+        log.info(
+            "%s: %d files of optimizer states are not read (%s, ...)", folder, len(optimizer), optimizer[0]
         )
     missing = sorted(set(range(max(by_rank) + 1)) - set(by_rank))
     if missing:
@@ -232,7 +237,7 @@ def _file_or_pieces(path: pathlib.Path) -> pathlib.Path | tensor_io.Pieces:
 def _check_world(path: str | os.PathLike, files: Sequence[TorchFile]) -> None:
     """A state says how many ranks wrote it; a copy that lacks the last ones looks complete otherwise."""
     for file in files:
-        world = file.counters.get(WORLD, len(files))
+        world = file.counters.get(WORLD, file.counters.get("model_parallel_size", len(files)))
         if world != len(files):
             raise UserError(
                 f"{path}: {file.path.name} is of {world} model-parallel ranks, found {len(files)} files; copy all of "

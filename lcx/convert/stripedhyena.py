@@ -40,6 +40,7 @@ from lcx.striped_hyena import striped_hyena
 log = logging.getLogger(__name__)
 
 LIVE_TAPS = 128
+NORM_EPS = 1e-6
 EMBEDDING = "sequential.0.word_embeddings.weight"
 PROJECTION, FEATURIZER = "mixer.dense_projection.weight", "mixer.hyena_proj_conv.short_conv_weight"
 SHORT_FILTER = "mixer.mixer.short_conv.short_conv_weight"
@@ -112,6 +113,10 @@ def _problem(model: Decoder, block: Block) -> str:
     mixer = block.mixer
     if block.mlp.bias:
         return "its MLP has biases"
+    if {block.norm_eps, model.norm_eps} != {NORM_EPS}:
+        return (
+            f"its norms have an eps of {block.norm_eps:g} (the last one {model.norm_eps:g}), not {NORM_EPS:g}"
+        )
     if not isinstance(mixer, Attention):
         return "" if mixer.num_channels == model.hidden_size else f"it has {mixer.num_channels} channels"
     expected = (mixer.num_heads, None, False, True, False)
@@ -261,6 +266,7 @@ def model_of(source: Tensors) -> Decoder:
         num_modes=shape("H", FILTER + "p", (1, 16))[1],
         featurizer_length=shape(featurized, FEATURIZER, (1, 1, 3))[2],
         init_length=length,
+        norm_eps=NORM_EPS,
         rope=Rope() if source.inv_freq is None else rope_of(source.inv_freq),
         activated_layers=activated_layers(pattern, source.layer_0_only),
     )

@@ -59,7 +59,7 @@ class TorchFile:
         states, which are left out; so are entries `_extra_state` (what Transformer Engine knows of its scales).
 
     Attributes:
-      counters: the whole numbers beside the module ("mp_world_size", "iteration").
+      counters: the whole numbers beside the module, and among its "args" ("mp_world_size", "iteration").
 
     Raises:
       UserError: at construction, for anything but tensors that lie within the file.
@@ -167,7 +167,8 @@ def _load(
         ) from error
     counters = {}
     if isinstance(state, dict) and training_state and isinstance(state.get("module"), dict):
-        counters = {name: value for name, value in state.items() if isinstance(value, int)}
+        settings = state["args"] if isinstance(state.get("args"), dict) else {}
+        counters = {name: value for name, value in {**settings, **state}.items() if isinstance(value, int)}
         state = state["module"]
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]

@@ -100,12 +100,14 @@ def _compare(source: ModelSource, written: ModelSource, path: str) -> tuple[np.n
     limit = 1 if path.startswith("stages_") else tensor_io.PIECE_BYTES
     for start, stop in tensor_io.split_rows(info.shape, info.dtype.itemsize, limit):
         index = (slice(start, stop), *(slice(0, size) for size in info.shape[1:])) if info.shape else ()
-        ours, theirs = source.read(path, index), written.read(path, index)
-        rounded = sources.cast(ours, written.leaves[path].dtype, path)
-        sums += ours.sum(dtype=np.float64), theirs.sum(dtype=np.float64)
-        if rounded.tobytes() != theirs.tobytes():
-            by = float(np.abs(rounded.astype(np.float64) - theirs.astype(np.float64)).max())
-            largest = by if largest is None else max(largest, by)
+        ours, theirs = source.read(path, index).reshape(-1), written.read(path, index).reshape(-1)
+        for low, high in tensor_io.split_rows(ours.shape, 8, tensor_io.PIECE_BYTES):
+            a, b = ours[low:high], theirs[low:high]
+            sums += a.sum(dtype=np.float64), b.sum(dtype=np.float64)
+            rounded = sources.cast(a, b.dtype, path)
+            if rounded.tobytes() != b.tobytes():
+                by = float(np.abs(rounded.astype(np.float64) - b.astype(np.float64)).max())
+                largest = by if largest is None else max(largest, by)
     return sums, largest
 
 

@@ -8,9 +8,10 @@ is vortex's; training it further is another thing, since decay and gamma were pa
 Nothing in a file says how many tokens the model was trained for: 8192 is assumed, and unscaled positions.
 """
 
+import logging
 import os
 import pathlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -30,6 +31,8 @@ from lcx.convert.tensor_io import TensorInfo
 from lcx.convert.torch_bin import TorchFile
 from lcx.convert.torch_writer import TorchWriter
 from lcx.errors import UserError
+
+log = logging.getLogger(__name__)
 
 FILE = "model.pt"
 _HEAD, _INV_FREQ = "unembed.weight", "inner_mha_cls.rotary_emb.inv_freq"
@@ -58,6 +61,8 @@ _FILTERS = {
 }
 _POLES = "filter.log_poles"
 _FLOAT32 = np.dtype(np.float32)
+#: vortex's name -> (savanna's name, or "" of what it has none for; shape; what computes it)
+Makers = dict[str, tuple[str, tuple[int, ...], Callable[[], np.ndarray]]]
 
 
 def names_of(letter: str) -> dict[str, str]:
@@ -69,7 +74,7 @@ class _Canonical:
     """vortex's tensors as stripedhyena.py states them."""
 
     layer_0_only = True
-    length = None
+    length: int | None = None
     shared_bytes = 0
 
     def __init__(self, file: TorchFile):
@@ -124,9 +129,15 @@ class _Canonical:
 
     def _refuse_others(self, letters: str) -> None:
         known = {*self._names.values(), *self._poles.values(), _HEAD}
-        known |= {f"blocks.{i}.{_INV_FREQ}" for i in range(len(letters))}
+        known |= {f"blocks.{i}.{name}" for i in range(len(letters)) for name in (_INV_FREQ, "filter.t")}
         if unexpected := sorted(set(self._file.tensors) - known):
             raise UserError(f"{len(unexpected)} unexpected tensors: {', '.join(unexpected[:6])}")
+        embedding = self._names[EMBEDDING]
+        heads = [self._file.read(name).tobytes() for name in (embedding, _HEAD) if name in self._file.tensors]
+        if len(set(heads)) > 1:
+            log.warning(
+                "%s: %s is not the embedding; the model's head is the embedding", self._file.path, _HEAD
+            )
 
 
 def _without_ones(name: str, info: TensorInfo) -> TensorInfo:
@@ -205,22 +216,24 @@ def write(
         )
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
-    makers: dict[str, tuple[tuple[int, ...], Callable[[], np.ndarray]]] = {}
+    makers: Makers = {}
     for name, theirs in (
         (EMBEDDING, "embedding_layer.weight"),
         (EMBEDDING, _HEAD),
         (stripedhyena.final_norm(len(found)), "norm.scale"),
     ):
-        makers[theirs] = table.foreign_shapes[name], _maker(tensor, name)
+        makers[theirs] = name, table.foreign_shapes[name], _maker(tensor, name)
     for i, layer in enumerate(found):
-        makers |= _block_makers(i, layer.letter, table.foreign_shapes, tensor, frequencies)
+        makers |= _block_makers(i, layer.letter, table.foreign_shapes, tensor)
+        if layer.letter == "*" and frequencies is not None:
+            makers[f"blocks.{i}.{_INV_FREQ}"] = "", frequencies.shape, lambda: frequencies
     infos = {}
-    for name, (shape, _) in makers.items():
-        fixed = name.endswith((_POLES, "filter.residues", _INV_FREQ))
-        infos[name] = TensorInfo(
-            _FLOAT32 if fixed else dtype or sources_lib.stored_dtype(source.leaves), shape
+    for theirs, (name, shape, _) in makers.items():
+        fixed = not name or theirs.endswith((_POLES, "filter.residues"))
+        infos[theirs] = TensorInfo(
+            _FLOAT32 if fixed else dtype or table.foreign_dtype(source.leaves, name), shape
         )
-    _fill(folder / FILE, infos, {name: make for name, (_, make) in makers.items()}, progress)
+    _fill(folder / FILE, infos, {theirs: make for theirs, (_, _, make) in makers.items()}, progress)
     return infos
 
 
@@ -246,36 +259,33 @@ def _maker(tensor: Callable[[str], np.ndarray], name: str) -> Callable[[], np.nd
 
 
 def _block_makers(
-    i: int,
-    letter: str,
-    shapes: Mapping[str, tuple[int, ...]],
-    tensor: Callable[[str], np.ndarray],
-    frequencies: np.ndarray | None,
-) -> Iterator[tuple[str, tuple[tuple[int, ...], Callable[[], np.ndarray]]]]:
+    i: int, letter: str, shapes: Mapping[str, tuple[int, ...]], tensor: Callable[[str], np.ndarray]
+) -> Makers:
     head, block = prefix(i), f"blocks.{i}."
 
     def taps() -> np.ndarray:
-        return tensor(f"{head}{FILTER}h") * tensor(f"{head}{FILTER}decay")
+        return tensor(f"{head}{FILTER}h").astype(_FLOAT32) * tensor(f"{head}{FILTER}decay").astype(_FLOAT32)
 
     def poles() -> np.ndarray:
         log_rate = tensor(f"{head}{FILTER}p").astype(np.float64) + tensor(f"{head}{FILTER}gamma")
         return -np.exp(log_rate).astype(np.float32)
 
+    makers: Makers = {}
     for ours, theirs in names_of(letter).items():
-        shape = shapes[head + ours]
+        name, shape = head + ours, shapes[head + ours]
         if (letter, theirs) == ("D", "filter.h"):
-            yield block + theirs, ((shape[0], 1, shape[1]), taps)
+            makers[block + theirs] = name, (shape[0], 1, shape[1]), taps
         else:
-            yield block + theirs, (shape, _maker(tensor, head + ours))
+            makers[block + theirs] = name, shape, _maker(tensor, name)
     if letter == "H":
-        yield block + _POLES, ((*shapes[f"{head}{FILTER}p"], 1), poles)
-    if letter == "*" and frequencies is not None:
-        yield block + _INV_FREQ, (frequencies.shape, lambda: frequencies)
+        name = f"{head}{FILTER}p"
+        makers[block + _POLES] = name, (*shapes[name], 1), poles
+    return makers
 
 
 def check_written(folder: pathlib.Path, tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
     """What was written, read back from its headers. Raises UserError when it is something else."""
-    found = VortexSource(folder / FILE).file.tensors
+    found = TorchFile(folder / FILE).tensors
     expected = {name: (info.shape, info.dtype) for name, info in tensors.items()}
     if {name: (info.shape, info.dtype) for name, info in found.items()} != expected:
         raise UserError(
