@@ -19,6 +19,7 @@ from lcx.checkpoint import Checkpointer
 from lcx.convert import api, hf, sources, tensor_io
 from lcx.errors import UserError
 from lcx.rope import Rope
+from lcx.striped_hyena import striped_hyena
 
 
 def tiny(**changes):
@@ -239,12 +240,22 @@ def test_any_mesh_gets_the_same_arrays_in_its_own_shards(tmp_path):
     model = tiny(hidden_size=32, head_dim=8, vocab_size=64)
     for format in ("hf", "lcx"):
         lcx.save(tmp_path / format, model, random_params(model), format=format)
+    evo2 = striped_hyena(
+        pattern="SDH*" * 2,
+        hidden_size=64,
+        intermediate_size=48,
+        num_heads=2,
+        max_position_embeddings=160,
+        se_groups=8,
+        mr_groups=16,
+    )
+    lcx.save(tmp_path / "savanna", evo2, random_params(evo2), format="savanna", model_parallel=2)
     env = os.environ | {
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
         "NPROC": "32",
         "PYTHONPATH": str(pathlib.Path(__file__).parent.parent),
     }
-    command = [sys.executable, "-c", MESHES, str(tmp_path / "hf"), str(tmp_path / "lcx")]
+    command = [sys.executable, "-c", MESHES, *(str(tmp_path / name) for name in ("hf", "lcx", "savanna"))]
     result = subprocess.run(command, env=env, capture_output=True, text=True)
     assert result.stdout == "equal\n", result.stderr[-3000:]
 

@@ -187,14 +187,16 @@ def _stand_ins(file: io.BufferedReader, *, wanted: bool) -> Iterator[None]:
         return
     import torch
 
-    names = [
-        name
-        for name in torch.serialization.get_unsafe_globals_in_checkpoint(file)
-        if _STAND_INS.fullmatch(name)
-    ]
+    names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
     file.seek(0)
-    with torch.serialization.safe_globals([(_StandIn, name) for name in names]):
+    with torch.serialization.safe_globals([_stand_in(name) for name in names if _STAND_INS.fullmatch(name)]):
         yield
+
+
+def _stand_in(path: str) -> type:
+    """A stand-in that goes by this name."""
+    module, _, name = path.rpartition(".")
+    return type(name, (_StandIn,), {"__module__": module, "__qualname__": name})
 
 
 def _reason(text: str) -> str:
