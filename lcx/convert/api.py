@@ -161,11 +161,7 @@ def write(
 ) -> str:
     """Writes any source into a new folder, reads its metadata back, and returns a line that says what is
     there."""
-    if format == "hf":
-        hf.config_of(source, dtype)  # its errors come before anything is made
-    needed = sum(
-        info.nbytes // info.dtype.itemsize * (dtype or info.dtype).itemsize for info in source.leaves.values()
-    )
+    needed = planned_bytes(source, format=format, dtype=dtype, model_parallel=model_parallel)
     with destination.replacing(
         path, overwrite=overwrite, needed_bytes=needed, replaceable=is_checkpoint
     ) as folder:
@@ -185,6 +181,25 @@ def write(
             leaves = lcx_folder.write(folder, source, dtype=dtype, progress=progress)
             found = lcx_folder.check_written(folder, leaves)
     return hf_folder.describe(found)
+
+
+def planned_bytes(
+    source: ModelSource, *, format: str, dtype: np.dtype | None = None, model_parallel: int = 1
+) -> int:
+    """Size of the tensors to be written.
+
+    Raises:
+      UserError: the format cannot hold the model.
+    """
+    if format == "savanna":
+        planned = savanna.planned(source, dtype=dtype, model_parallel=model_parallel)
+        return sum(info.nbytes for info in planned.values())
+    if format == "vortex":
+        return sum(info.nbytes for info in vortex.planned(source, dtype=dtype).values())
+    if format == "hf":
+        hf.config_of(source, dtype)
+    infos = source.leaves.values()
+    return sum(info.nbytes // info.dtype.itemsize * (dtype or info.dtype).itemsize for info in infos)
 
 
 def checked_format(format: str | None) -> str | None:

@@ -46,10 +46,7 @@ def convert(
     source.model = sources.extended(source.model, rope_scaling, context_length)
     if wanted is not None:
         source.model = source.model.clone(dtype=str(wanted), parent=None)
-    total = sum(
-        info.nbytes // info.dtype.itemsize * (wanted or info.dtype).itemsize
-        for info in source.leaves.values()
-    )
+    total = api.planned_bytes(source, format=dst_format, dtype=wanted, model_parallel=model_parallel)
     with Progress(f"{src} -> {dst}", total) as progress:
         summary = api.write(
             target,

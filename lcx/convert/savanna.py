@@ -160,6 +160,7 @@ def write(
       UserError: a tensor that does not divide among the ranks, or a model that is no StripedHyena 2.
     """
     entries = entries_of(source, dtype)
+    stripedhyena.say_scaling(source.model)
     shares = {name: _share(name, entry, model_parallel) for name, entry in entries.items()}
     (folder / _STEP).mkdir()
     writers = [
@@ -174,7 +175,8 @@ def write(
     try:
         for name, entry in entries.items():
             for start, rows in entry.pieces():
-                _distribute(writers, name, start, sources.cast(rows, entry.info.dtype, name), shares[name])
+                rows = sources.cast(rows, entry.info.dtype, name)
+                _distribute(writers, name, start, rows, shares[name])
                 progress(rows.nbytes)
         for writer in writers:
             writer.finish()
@@ -182,6 +184,14 @@ def write(
         for writer in writers:
             writer.close()
     hf_folder.write_bytes(folder / savanna_files.LATEST, _STEP.encode())
+    return {name: entry.info for name, entry in entries.items()}
+
+
+def planned(source: ModelSource, *, dtype: np.dtype | None, model_parallel: int) -> dict[str, TensorInfo]:
+    """The whole tensors that `write` would write. Raises UserError as it does."""
+    entries = entries_of(source, dtype)
+    for name, entry in entries.items():
+        _share(name, entry, model_parallel)
     return {name: entry.info for name, entry in entries.items()}
 
 

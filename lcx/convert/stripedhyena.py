@@ -315,14 +315,19 @@ def frequencies_of(model: Decoder) -> np.ndarray | None:
             f"rope_type {rope.rope_type!r} cannot be said in this format, which knows one 'default' or 'linear' for "
             "all layers; save with format 'lcx'"
         )
-    if rope.rope_type == "linear":
+    plain = Rope(rope_theta=rope.rope_theta, inv_freq=rope.inv_freq)
+    return np.asarray(plain.frequencies(mixers[0].head_dim, 1)[0], np.float32)
+
+
+def say_scaling(model: Decoder) -> None:
+    """What no tensor carries: said once, when a model is written."""
+    mixers = [layer.block.mixer for layer in layers(model) if layer.letter == "*"]
+    if mixers and mixers[0].rope.rope_type == "linear":
         log.warning(
             "positions are divided by %g, which is a setting of savanna and vortex and not in their checkpoints: set "
             "it there",
-            rope.factor,
+            mixers[0].rope.factor,
         )
-    plain = Rope(rope_theta=rope.rope_theta, inv_freq=rope.inv_freq)
-    return np.asarray(plain.frequencies(mixers[0].head_dim, 1)[0], np.float32)
 
 
 class StripedHyenaSource:

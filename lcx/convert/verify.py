@@ -14,7 +14,7 @@ from lcx.errors import UserError
 from lcx.model import Decoder
 
 #: Models beyond this are not run to compare logits.
-MAX_RUN_BYTES = 256 << 20
+MAX_RUN_BYTES = 64 << 20
 _TOKENS = 64
 _FLOAT32 = np.dtype(np.float32)
 
@@ -26,7 +26,8 @@ class Report:
     Attributes:
       tensors, numbers: parameters and their elements, of the same shapes on both sides.
       sums: of all elements, of the source and of what was written (float64).
-      changed: parameters whose elements are not the source's (in the dtype written), each with the largest difference.
+      changed: parameters whose elements are not the source's (rounded to the dtype written), each with the largest
+        difference.
       logits: (largest difference, largest logit) on 64 random tokens; None if the models did not run.
       same: whether the two are the same function by construction: the same description, the same numbers.
     """
@@ -61,7 +62,7 @@ def verify(source: ModelSource, written: ModelSource) -> Report:
     """Reads both sides, one layer of one parameter at a time.
 
     Raises:
-      UserError: they are not the same parameters, or not the same function in float32.
+      UserError: they are not the same parameters, or not the same function although all are float32.
     """
     found = {path: info.shape for path, info in written.leaves.items()}
     expected = {path: info.shape for path, info in source.leaves.items()}
@@ -77,7 +78,8 @@ def verify(source: ModelSource, written: ModelSource) -> Report:
         if by is not None:
             changed[path] = by
     model = _with_the_same_scaling(written.model, source.model)
-    same = not changed and _plain(model) == _plain(source.model)
+    exact = all(info.dtype == source.leaves[path].dtype for path, info in written.leaves.items())
+    same = exact and not changed and _plain(model) == _plain(source.model)
     small = all(
         sum(info.nbytes for info in side.leaves.values()) <= MAX_RUN_BYTES for side in (source, written)
     )
@@ -85,8 +87,8 @@ def verify(source: ModelSource, written: ModelSource) -> Report:
     if not same and small:
         ours, theirs = _logits(source, source.model), _logits(written, model)
         logits = float(np.abs(ours - theirs).max()), float(np.abs(ours).max())
-        exact = all(info.dtype == _FLOAT32 for info in written.leaves.values())
-        if exact and not logits[0] <= 1e-3 * max(1.0, logits[1]):
+        float32 = exact and all(info.dtype == _FLOAT32 for info in written.leaves.values())
+        if float32 and np.isfinite(ours).all() and not logits[0] <= 1e-3 * max(1.0, logits[1]):
             raise UserError(
                 f"{written.where}: its logits are {logits[0]:.3g} away from the source's; do not use it"
             )

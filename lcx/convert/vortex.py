@@ -201,6 +201,18 @@ def write(
 
     Poles and residues are float32, as vortex wants them, whatever the dtype of the others.
     """
+    infos, makers = _plan(source, dtype)
+    stripedhyena.say_scaling(source.model)
+    _fill(folder / FILE, infos, {theirs: make for theirs, (_, _, make) in makers.items()}, progress)
+    return infos
+
+
+def planned(source: ModelSource, *, dtype: np.dtype | None) -> dict[str, TensorInfo]:
+    """The tensors that `write` would write. Raises UserError as it does."""
+    return _plan(source, dtype)[0]
+
+
+def _plan(source: ModelSource, dtype: np.dtype | None) -> tuple[dict[str, TensorInfo], Makers]:
     stripedhyena.check_activations(source.model, layer_0_only=True)
     found = stripedhyena.layers(source.model)
     if any(layer.letter == "D" and layer.block.mixer.filter_length < LIVE_TAPS for layer in found):
@@ -233,8 +245,7 @@ def write(
         infos[theirs] = TensorInfo(
             _FLOAT32 if fixed else dtype or table.foreign_dtype(source.leaves, name), shape
         )
-    _fill(folder / FILE, infos, {theirs: make for theirs, (_, _, make) in makers.items()}, progress)
-    return infos
+    return infos, makers
 
 
 def _fill(
