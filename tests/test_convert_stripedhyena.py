@@ -2,6 +2,7 @@
 
 import argparse
 import collections
+import io
 import logging
 import os
 import shutil
@@ -114,6 +115,7 @@ def every_kind(state, folder):
     yield folder / "pieces" / "evo2.pt.part1"
     fast = {n: x.squeeze(1) if n.endswith("proj_conv.short_conv_weight") else x for n, x in two.items()}
     fast |= {"sequential.2.mixer.dense._extra_state": torch.zeros(3, dtype=torch.uint8)}
+    fast |= {"sequential.3.mixer.dense._extra_state": io.BytesIO(b"scales")}
     fast["sequential.6.norm.weight"] = fast.pop("sequential.7.norm.scale")  # where the 20B has it
     torch.save(collections.OrderedDict(fast), folder / "bare.pt")
     yield folder / "bare.pt"
@@ -309,7 +311,22 @@ class Payload:
 
 def hostile(folder, state):
     save_ranks(folder, [state], args=Payload(folder.parent / "executed"))
-    return "nothing in it was executed (it asks for io.open)"
+    return "nothing in it was executed (it asks for"
+
+
+class Command(Payload):
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+def hostile_where_weights_should_be(folder, state):
+    save_ranks(folder, [state | {MR + "h": Command(folder.parent / "executed")}])
+    return "nothing in it was executed (it asks for posix.system)"
+
+
+def with_a_setting_for_a_weight(folder, state):
+    save_ranks(folder, [state | {MR + "h": argparse.Namespace(a=1)}])
+    return "expected a plain dense tensor"
 
 
 def truncated(folder, state):
@@ -368,6 +385,8 @@ def with_latest_elsewhere(folder, state):
     "damage",
     [
         hostile,
+        hostile_where_weights_should_be,
+        with_a_setting_for_a_weight,
         truncated,
         without_a_middle_rank,
         without_the_last_rank,

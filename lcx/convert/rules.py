@@ -252,7 +252,7 @@ class Table:
         if problems:
             raise UserError(
                 f"the tensors do not match {against} ({'; '.join(problems)}); expected exactly the "
-                f"{len(self.rules)} tensors of the model it describes"
+                f"model's {len(self.rules)} tensors"
             )
         wrong = [name for name, shape in self.foreign_shapes.items() if source[name].shape != shape]
         if wrong:

@@ -342,7 +342,7 @@ class StripedHyenaSource:
         try:
             model = model_of(tensors)
             self._table = rules.Table(table_of(model), sources.leaf_shapes(model))
-            self._table.check_source(tensors.tensors, against="each other")
+            self._table.check_source(tensors.tensors, against="the model that they imply")
         except UserError as error:
             raise UserError(f"{where}: {error}") from error
         self.leaves = {
