@@ -178,6 +178,15 @@ def test_frequencies_are_those_of_the_file(state, tmp_path, caplog, dtype):
     assert model.max_position_embeddings == 1024
     np.testing.assert_array_equal(rope.frequencies(16, 1)[0], state[name].float().numpy() / 4)
     assert ("the bfloat16 rounding of 1e+06" in caplog.text) == (dtype is not None)
+    assert convert(tmp_path / "evo2.pt", tmp_path / "mp2", "savanna", "--model_parallel=2") == 0
+    assert all(
+        torch.equal(share[name], state[name]) and share[name].dtype == state[name].dtype
+        for share in ranks(tmp_path / "mp2")
+    )
+    base = '--rope_scaling={"rope_type": "default", "rope_theta": 1e11}'
+    assert convert(tmp_path / "evo2.pt", tmp_path / "abf", "savanna", base) == 0
+    found = ranks(tmp_path / "abf")[0][name]
+    np.testing.assert_array_equal(found, Rope(rope_theta=1e11).frequencies(16, 1)[0])
     if dtype is not None:
         with pytest.raises(UserError, match="computes them from rope_theta"):
             lcx.load(tmp_path / "evo2.pt", rope_scaling={"rope_type": "ntk", "factor": 4.0})

@@ -115,7 +115,7 @@ class SavannaSource(StripedHyenaSource):
         except UserError as error:
             raise UserError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from error
         super().__init__(canonical, str(path))
-        self.length = canonical.length
+        self.length, self.inv_freq = canonical.length, canonical.inv_freq
         left_out = [name for name in self.files.tensors if _UNUSED.fullmatch(name) or _TIMES.fullmatch(name)]
         if left_out:
             log.info(
@@ -264,7 +264,9 @@ def entries_of(source: ModelSource, dtype: np.dtype | None) -> dict[str, _Entry]
     for i, layer in enumerate(found):
         head = stripedhyena.prefix(i)
         if layer.letter == "*" and frequencies is not None:
-            entries[head + "mixer.rotary_emb.inv_freq"] = _whole(frequencies)
+            stored = source.inv_freq if isinstance(source, SavannaSource) else None
+            if stored is None or not np.array_equal(stored, frequencies):  # else as stored, in its own dtype
+                entries[head + "mixer.rotary_emb.inv_freq"] = _whole(frequencies)
             unit = 3 * layer.block.mixer.head_dim
         else:
             unit = 3
@@ -289,7 +291,8 @@ def _stored_entries(source: SavannaSource, dtype: np.dtype | None, length: int) 
     """Everything that a savanna checkpoint holds; filters of another length as the published tool makes them."""
     entries = {}
     for name, info in source.files.tensors.items():
-        target = info if dtype is None or _TIMES.fullmatch(name) else dataclasses.replace(info, dtype=dtype)
+        kept = dtype is None or _TIMES.fullmatch(name) or _INV_FREQ.fullmatch(name)
+        target = info if kept else dataclasses.replace(info, dtype=dtype or info.dtype)
         if length != source.length and _TIMES.fullmatch(name):
             entries[name] = _times(length, target.dtype)
         elif length != source.length and _PADDED.fullmatch(name):
