@@ -287,17 +287,9 @@ def test_bfloat16_keeps_what_must_be_float32(state, tmp_path):
 
 def test_a_deeper_model_that_lcx_made(tmp_path):
     """Stages that repeat, other sizes than the published, saved from Python in two ranks."""
-    model = striped_hyena(
-        pattern="SDH*" * 2 + "SDH",
-        hidden_size=32,
-        intermediate_size=48,
-        num_heads=2,
-        max_position_embeddings=160,
-        se_groups=4,
-        mr_groups=8,
-        vocab_size=64,
-        init_length=160,
-    )
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "max_position_embeddings": 160}
+    groups = {"se_groups": 4, "mr_groups": 8}
+    model = striped_hyena(pattern="SDH*" * 2 + "SDH", vocab_size=64, init_length=160, **sizes, **groups)
     abstract = model_lib.abstract_params(model)
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), jnp.float32), abstract)
@@ -430,15 +422,8 @@ def test_sizes_that_do_not_divide_are_refused(state, tmp_path, capsys, size, mes
 
 
 def test_models_that_the_formats_cannot_say(tmp_path):
-    plain = dict(
-        pattern="SDH*",
-        hidden_size=32,
-        intermediate_size=48,
-        num_heads=2,
-        max_position_embeddings=160,
-        se_groups=4,
-        mr_groups=8,
-    )
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "max_position_embeddings": 160}
+    plain = {"pattern": "SDH*", "se_groups": 4, "mr_groups": 8} | sizes
     for changes, message in (
         ({"activated_layers": None}, "layer 1 has activation 'gelu', and this format means 'identity'"),
         ({"tie_word_embeddings": False}, "the output head is not the embedding"),
