@@ -1,5 +1,6 @@
 """What every test shares: the CPU, a compile cache, checked array shapes, the folder of real data."""
 
+import gc
 import os
 import pathlib
 
@@ -11,10 +12,24 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path.home() / ".c
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
+import jax
 import jaxtyping
 
 # Shapes and dtypes in these signatures are checked at every call of a test, and cost a user nothing.
 jaxtyping.install_import_hook(["lcx.rope", "lcx.ops"], "beartype.beartype")
+
+
+MAPS = pathlib.Path("/proc/self/maps")
+
+
+@pytest.fixture(autouse=True)
+def bounded_programs():
+    """Lets compiled programs go before they are too many: XLA maps memory for each, and a process that reaches Linux's
+    limit (65530 maps) crashes in the compiler."""
+    yield
+    if MAPS.exists() and MAPS.read_bytes().count(b"\n") > 20_000:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")

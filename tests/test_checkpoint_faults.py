@@ -26,6 +26,7 @@ from checkpoint_workers import (
     worker_env,
     write_steps,
 )
+from own_output import own_lines
 
 from lcx import checkpoint
 from lcx.checkpoint import Checkpointer, read_record
@@ -344,7 +345,7 @@ def test_full_disk(small_disk):
     assert report["steps_while_full"] == [2, 3]
     assert report["steps"] == [6, 7]
     assert "Traceback" not in done.stderr
-    lines = done.stderr.strip().splitlines()
+    lines = own_lines(done.stderr)
     assert len(lines) == 2, done.stderr
     assert "step 4 was not written: no space left on the disk" in lines[0]
     assert "it needs up to 0.4 MB" in lines[0]

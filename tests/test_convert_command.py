@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from own_output import own_lines
 
 import lcx
 from lcx import describe
@@ -333,7 +334,9 @@ def test_help_and_exit_status_of_the_process(model_folder, tmp_path):
     assert result.returncode == 0 and "--dst_format" in result.stdout and "Examples:" in result.stdout
     arguments = [f"--src={model_folder}/nothing", f"--dst={tmp_path}/out", "--dst_format=hf"]
     result = subprocess.run([*command, *arguments], capture_output=True, text=True, env=env)
-    assert result.returncode == 2 and result.stderr.count("\n") == 1 and "there is nothing" in result.stderr
+    assert (
+        result.returncode == 2 and len(own_lines(result.stderr)) == 1 and "there is nothing" in result.stderr
+    )
 
 
 @pytest.mark.parametrize("name", ["babyllama105", "stories260K"])

@@ -5,6 +5,7 @@ import sys
 
 import numpy as np
 import pytest
+from own_output import own_lines
 
 from lcx.data import ByteTokenizer, Dataset, check_documents, is_truncated, repetition
 
@@ -99,7 +100,7 @@ def test_from_the_command_line(tmp_path):
     short = run("--min_length=1000000")
     assert short.returncode == 1 and "1 too short" in short.stdout
     typo = run(f"--source={tmp_path / 'b.txt'}")
-    assert typo.returncode == 2 and typo.stderr.count("\n") == 1 and "did you mean" in typo.stderr
+    assert typo.returncode == 2 and len(own_lines(typo.stderr)) == 1 and "did you mean" in typo.stderr
 
 
 def test_real_novels(reference, tmp_path):

@@ -14,6 +14,7 @@ import time
 import jax
 import jax.numpy as jnp
 import pytest
+from own_output import own_lines
 from tiny_runs import (
     GIN,
     assert_same_checkpoint,
@@ -161,7 +162,7 @@ with StopRequest() as stop:
         [sys.executable, "-c", script], env=environment(), capture_output=True, text=True, timeout=50
     )
     assert done.returncode == 128 + signal.SIGTERM, done
-    assert done.stderr.strip().splitlines() == [
+    assert own_lines(done.stderr) == [
         f"{first}: saving a checkpoint, then stopping; send it again to stop now"
     ]
 
@@ -366,7 +367,7 @@ def test_processes_that_cannot_be_found(gin_file, tmp_path):
         timeout=100,
     )
     assert done.returncode == 2, done
-    (line,) = done.stderr.splitlines()
+    (line,) = own_lines(done.stderr)
     assert (
         line.startswith("error: the processes did not find each other: ") and "--coordinator_address" in line
     )
