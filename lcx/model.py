@@ -318,7 +318,7 @@ def stages_of(blocks: tuple[Block, ...]) -> tuple[Stage, ...]:
                 if start < 0 or blocks[start : start + period] != pattern:
                     break
                 repeat += 1
-        best.append(min(found, key=lambda one: (one[0], len(one[1]))))
+        best.append(min(found, key=lambda one: (one[0], -len(one[1]))))  # of equals, the fewest blocks
     return best[depth][1]
 
 

@@ -9,7 +9,13 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").rglob("*.gin"))
-SETTINGS = {"MODEL": "'model'", "TEXT": "'text'", "FASTA": "'genome.fa'", "CONTEXT_LENGTH": "1024"}
+SETTINGS = {
+    "MODEL": "'model'",
+    "TEXT": "'text'",
+    "FASTA": "'genome.fa'",
+    "VARIANTS": "'a.vcf'",
+    "CONTEXT_LENGTH": "1024",
+}
 
 
 def with_includes(path):
