@@ -4,4 +4,5 @@
 def own_lines(stderr: str) -> list[str]:
     """The lines of stderr without those of jax's GPU plugin, which says on import that there is no GPU driver here."""
     foreign = ("cudart_stub.cc", "before absl::InitializeLog()")
-    return [line for line in stderr.strip().splitlines() if not any(words in line for words in foreign)]
+    own = [line for line in stderr.splitlines() if not any(words in line for words in foreign)]
+    return "\n".join(own).strip().splitlines()
