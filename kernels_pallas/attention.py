@@ -142,7 +142,7 @@ def bias(q, k, log_decay, runs, options: Options, C: int) -> tuple[Bias | None, 
     if chunks is None:
         return None, reach
     column, row = chunks.rest * LOG2E, chunks.local * LOG2E
-    if runs is not None:
+    if chunks.leaves is not None and chunks.enters is not None:
         column, row = jnp.where(chunks.leaves, column, NEVER), jnp.where(chunks.enters, row, NEVER)
     column, row = column.reshape(B, N, T), row.reshape(B, N, T)
     return Bias(column, row, chunks.parts, chunks.total * LOG2E), reach
@@ -155,10 +155,12 @@ def _attention(q, k, v, log_decay, runs, options: Options):
 
 def _kernels(platform: str):
     if platform == "gpu":
-        from kernels_pallas import attention_gpu as kernels
-    else:
-        from kernels_pallas import attention_tpu as kernels
-    return kernels
+        from kernels_pallas import attention_gpu
+
+        return attention_gpu
+    from kernels_pallas import attention_tpu
+
+    return attention_tpu
 
 
 def _forward(q, k, v, log_decay, runs, options: Options, dtype):

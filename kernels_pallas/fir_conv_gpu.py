@@ -287,8 +287,8 @@ def _call(body, walk: Walk, inputs, likes, sums, interpret):
             specs.append(pl.BlockSpec((None, None, *shape), functools.partial(_own, len(shape))))
 
     def kernel(*refs):
-        refs = iter(refs)
-        body([next(refs) if there else None for there in here], walk=walk)
+        left = iter(refs)
+        body([next(left) if there else None for there in here], walk=walk)
 
     outputs = pl.pallas_call(
         kernel,

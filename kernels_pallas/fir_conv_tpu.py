@@ -308,9 +308,9 @@ def _call(body, walk: Walk, inputs, likes, interpret):
     scratch += [pltpu.VMEM((walk.blocks * count, BLOCK), jnp.float32)]
 
     def kernel(*refs):
-        refs = iter(refs)
-        filled = [[next(refs) if there else None for there in part] for part in here]
-        body((*filled, list(refs)), walk=walk)
+        left = iter(refs)
+        filled = [[next(left) if there else None for there in part] for part in here]
+        body((*filled, list(left)), walk=walk)
 
     outputs = pl.pallas_call(
         kernel,

@@ -118,9 +118,9 @@ def linear_attention(
     z = (jnp.zeros((B, N, P), jnp.float32) if z is None else z) if normalize else None
     plan = _plan(B, T, N, P, H, q.dtype, log_decay is not None, eps, platform, interpret)
     short = -T % (plan.span * plan.split)
-    q, k, v, log_decay = (None if x is None else _pad(x, short) for x in (q, k, v, log_decay))
+    q, k, v = (_pad(x, short) for x in (q, k, v))
     if log_decay is not None:
-        log_decay = log_decay.astype(jnp.float32)
+        log_decay = _pad(log_decay.astype(jnp.float32), short)
     if runs is not None:
         runs = jnp.pad(runs, ((0, 0), (0, short)), mode="edge")
     y, state = _attend(q, k, v, log_decay, runs, kv, z, plan)

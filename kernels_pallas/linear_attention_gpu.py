@@ -104,8 +104,8 @@ def _block(name: str, shape: tuple[int, ...], N: int, W: int) -> pl.BlockSpec:
     )
 
 
-def _kernel(*refs, names, reverse, eps, C, span, interpret):
-    refs = dict(zip(names, refs, strict=True))
+def _kernel(*given, names, reverse, eps, C, span, interpret):
+    refs = dict(zip(names, given, strict=True))
     dtype, T = refs["v"].dtype, refs["v"].shape[0]
     dot = functools.partial(_dot, interpret=interpret)
 

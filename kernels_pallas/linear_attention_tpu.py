@@ -126,8 +126,8 @@ def _block(name: str, shape: tuple[int, ...], *, N: int, each: int, C: int, span
     return pl.BlockSpec((1, 1, 1, *shape[3:]), lambda b, g, c: (b, g, at(c) // (span // C), *rest))
 
 
-def _kernel(*refs, names, reverse, eps, per_span, each):
-    refs = dict(zip(names, refs, strict=True))
+def _kernel(*given, names, reverse, eps, per_span, each):
+    refs = dict(zip(names, given, strict=True))
     kept = [name for name in STATES if name in refs]
 
     @pl.when(pl.program_id(2) == 0)

@@ -91,10 +91,12 @@ def vmem_mib() -> int:
 
 def _kernels(platform: str):
     if platform == "tpu":
-        from kernels_pallas import long_conv_tpu as kernels
-    else:
-        from kernels_pallas import long_conv_gpu as kernels
-    return kernels
+        from kernels_pallas import long_conv_tpu
+
+        return long_conv_tpu
+    from kernels_pallas import long_conv_gpu
+
+    return long_conv_gpu
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))

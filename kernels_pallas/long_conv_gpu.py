@@ -135,12 +135,14 @@ class _Pair:
         return t, mask & self.second if alone else mask
 
     def load(self, ref, at, b):
-        t, mask = self._where(*at, b)
+        n1, n2, size1, size2 = at
+        t, mask = self._where(n1, n2, size1, size2, b)
         x = plgpu.load(ref.at[self.rows[b], self.d, t], mask=mask, other=None if mask is None else 0.0)
         return x.astype(jnp.float32)
 
     def store(self, ref, at, b, value):
-        t, mask = self._where(*at, b)
+        n1, n2, size1, size2 = at
+        t, mask = self._where(n1, n2, size1, size2, b)
         plgpu.store(ref.at[self.rows[b], self.d, t], value.astype(ref.dtype), mask=mask)
 
     def signal(self, inputs, at):
@@ -221,7 +223,7 @@ class _Scratch:
         return tuple(tuple(self.ref[self.program, i, p, *at] for p in range(self.parts)) for i in range(2))
 
 
-def _each(count: int, body):
+def _each(count: jax.Array | int, body):
     def step(i, carry):
         body(i)
         return carry

@@ -83,17 +83,6 @@ def _tokens(r, b: int, half: int, plan: dft.Plan, channels: int):
     )
 
 
-def _tokens(r, b: int, half: int, plan: dft.Plan, channels: int):
-    """Where 128 tokens of every channel are: in a [2, channels, T] window, and in scratch."""
-    lanes = pl.ds(pl.multiple_of(r * plan.n2 + half * LANES, LANES), LANES)
-    return (b, slice(None), lanes), (
-        b,
-        half,
-        pl.ds(pl.multiple_of(r * channels, channels), channels),
-        slice(None),
-    )
-
-
 def _channels(count: int, body, *stores):
     """body(d, store, ...) for each channel; as many side by side as there are stores, to fill each other's gaps."""
     group = stores[0].shape[0]

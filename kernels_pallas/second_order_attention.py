@@ -172,7 +172,7 @@ def fold(k: Array, log_decay: Array | None, runs: Array | None, N: int, C: int) 
     if chunks is None:
         return None, reach
     leave, enter = jnp.exp(chunks.rest / 2), jnp.exp(chunks.local)
-    if runs is not None:
+    if chunks.leaves is not None and chunks.enters is not None:
         leave, enter = leave * chunks.leaves, enter * chunks.enters
     leave, enter = leave.reshape(shape), enter.reshape(shape)
     keys = jnp.repeat(k, N // k.shape[2], axis=2) * jnp.swapaxes(leave, 1, 2)[..., None]
@@ -186,10 +186,12 @@ def _attention(q, k, v, log_decay, runs, options: Options):
 
 def _kernels(platform: str):
     if platform == "gpu":
-        from kernels_pallas import second_order_attention_gpu as kernels
-    else:
-        from kernels_pallas import second_order_attention_tpu as kernels
-    return kernels
+        from kernels_pallas import second_order_attention_gpu
+
+        return second_order_attention_gpu
+    from kernels_pallas import second_order_attention_tpu
+
+    return second_order_attention_tpu
 
 
 def _forward(q, k, v, log_decay, runs, options: Options, dtype):

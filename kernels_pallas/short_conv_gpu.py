@@ -44,7 +44,8 @@ def plan(kind: str, v: jax.Array, w: jax.Array) -> Pass:
     In 32 bits the backward pass with runs would spill at 8 elements a thread, so it has 4.
     """
     tokens = 512 if kind == "forward" else 256
-    return Pass(*v.shape, w.shape[1], tokens, 8 if kind == "backward" and v.dtype.itemsize == 4 else 4)
+    B, D, T = v.shape
+    return Pass(B, D, T, w.shape[1], tokens, 8 if kind == "backward" and v.dtype.itemsize == 4 else 4)
 
 
 class Tile:
@@ -199,8 +200,8 @@ def _call(body, size: Pass, grid, inputs, likes, sums, interpret):
             specs.append(pl.BlockSpec((None, None, None, *shape), functools.partial(_own, len(shape))))
 
     def kernel(*refs):
-        refs = iter(refs)
-        body([next(refs) if there else None for there in here], size=size)
+        left = iter(refs)
+        body([next(left) if there else None for there in here], size=size)
 
     outputs = pl.pallas_call(
         kernel,

@@ -133,7 +133,7 @@ def _backward(refs, *, size: Pass):
         u, g = _inside(_value(rows, x2, v), time, size), _inside(_value(rows, dy, x1), time, size)
         first = 0.0 if state is None else _value(rows, state)
         before = jnp.where(time == 0, first, _value(rows, x2_before, v_before))
-        du, z = 0.0, 0.0
+        du, z = jnp.zeros_like(u), jnp.zeros_like(u)
         for k in taps:
             tap = w[rows, k : k + 1]
             du = du + tap * _times(_ahead(g, after[rows, :], k), ahead[k])
@@ -231,9 +231,9 @@ def _call(body, size: Pass, signals, weights, likes, interpret):
     here = [[x is not None for x in part] for part in (arrays, likes)]
 
     def kernel(*refs):
-        refs = iter(refs)
-        filled = [[next(refs) if there else None for there in part] for part in here]
-        body((*filled, list(refs)), size=size)
+        left = iter(refs)
+        filled = [[next(left) if there else None for there in part] for part in here]
+        body((*filled, list(left)), size=size)
 
     outputs = pl.pallas_call(
         kernel,
