@@ -1,0 +1,233 @@
+"""LoLCATS's attention as its authors' code computes it, mistakes included: for parity with their models alone.
+
+What differs from `linear_attention` with a window (Zhang et al. 2024, arXiv 2410.10254, eq. 7):
+
+- the blocks of the terraced window are counted from the end of the row, so what an early token sees depends on how
+  long the row is; a row of at most one window has every key in both parts;
+- decoding sees a sliding window, also after a terraced prefill;
+- a prefill that follows another has a window of its own, before which all earlier tokens count linearly; the keys that
+  the first window still held never reach the state that decoding reads (without a window: the new tokens see nothing of
+  the earlier ones);
+- documents are not told apart; padded keys are left out without a window only;
+- there is no eps in the denominators but in the one of a pass without a window;
+- under bfloat16 every step of the feature map, the weight of the window and the states are rounded to it.
+
+Time and memory are quadratic in T. Letters: B batch, T time, N heads, K kv heads, P features, H head dim, W window.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from lcx.ops.linear_attention import Window
+
+FLOOR = 1e-12  # of features, and the eps of a pass without a window
+NEG = -1e8
+
+
+class Held(NamedTuple):
+    """What a window needs. The newest of its keys is last."""
+
+    k: Float[Array, "B W K H"]
+    v: Float[Array, "B W K H"]
+    features: Float[Array, "B W N P"]
+    used: Int[Array, ""]  # how many of the W are
+    all_kv: Float[Array, "B N P H"]  # of all tokens of all prefills
+    all_k_sum: Float[Array, "B N P"]
+
+
+class State(NamedTuple):
+    """What a layer keeps."""
+
+    kv: Float[Array, "B N P H"]  # of the tokens before the held ones; without a window of all
+    k_sum: Float[Array, "B N P"]
+    seen: Int[Array, ""]
+    held: Held | None = None
+
+
+def empty_state(
+    *, batch: int, heads: int, kv_heads: int, features: int, head_dim: int, window: int | None, dtype: Any
+) -> State:
+    """The state before the first token."""
+    kv, k_sum = (
+        jnp.zeros((batch, heads, features, head_dim), dtype),
+        jnp.zeros((batch, heads, features), dtype),
+    )
+    zero, held = jnp.zeros((), jnp.int32), None
+    if window is not None:
+        keys = jnp.zeros((batch, window, kv_heads, head_dim), dtype)
+        held = Held(keys, keys, jnp.zeros((batch, window, heads, features), dtype), zero, kv, k_sum)
+    return State(kv, k_sum, zero, held)
+
+
+def masks(kind: str, size: int, length: int) -> tuple[Bool[np.ndarray, "T T"], Bool[np.ndarray, "T T"]]:
+    """(pairs of the softmax part, pairs of the linear part)."""
+    query, key = np.arange(length)[:, None], np.arange(length)
+    causal = key <= query
+    if kind == "sliding":
+        near = key > query - size
+    else:
+        query, key = (x + -length % size for x in (query, key))
+        near = key // size >= query // size - 1
+    both = kind == "terraced" and length <= size
+    return causal & near, causal if both else causal & ~near
+
+
+def features(z: Float[Array, "... F"], activation: str, *, full_space: bool = True) -> Float[Array, "... P"]:
+    """The activation of a feature map, every step rounded to z's dtype (its exponentials once)."""
+    if activation == "softmax_dim":
+        maps = [jax.nn.softmax(x.astype(jnp.float32)).astype(z.dtype) for x in (z, -z)]
+    elif activation == "exp_dim":
+        below = (x - jnp.max(x, axis=-1, keepdims=True) for x in (z, -z))
+        maps = [jnp.exp(x.astype(jnp.float32)).astype(z.dtype) for x in below]
+    else:
+        elu = jax.nn.elu(z.astype(jnp.float32)).astype(z.dtype)
+        maps, full_space = [jax.nn.relu(z) if activation == "relu" else 1 + elu], False
+    return jnp.maximum(jnp.concatenate(maps, axis=-1) if full_space else maps[0], FLOOR)
+
+
+def attend(
+    q: Float[Array, "B T N P"],
+    k: Float[Array, "B T N P"],
+    v: Float[Array, "B T K H"],
+    *,
+    window: Window | None,
+    affine: bool = False,
+    segment_ids: Int[Array, "B T"] | None = None,
+    state: State | None = None,
+) -> tuple[Float[Array, "B T N H"], State | None]:
+    """(y in v's dtype, the state after the last token, None without one), of q's and k's features.
+
+    Args:
+      affine: the linear part weighs 1 - window.scale, in place of 1.
+      state: of the tokens before.
+    """
+    if window is None:
+        if segment_ids is not None and q.shape[1] > 1:
+            k = jnp.where((segment_ids != 0)[..., None, None], k, 0)
+        return _without_window(q, k, _repeated(v, q), state)
+    if state is None:
+        return transfer(q, k, v, window=window, affine=affine)[0], None
+    assert state.held is not None
+    first = _prefill(q, k, v, window, affine, state, state.held)
+    if q.shape[1] > 1:
+        return first
+    later = _step(q, k, v, window, affine, state, state.held)
+    return jax.tree.map(lambda one, other: jnp.where(state.seen > 0, other, one), first, later)
+
+
+def transfer(
+    q: Float[Array, "B T N P"],
+    k: Float[Array, "B T N P"],
+    v: Float[Array, "B T K H"],
+    *,
+    window: Window | None,
+    affine: bool = False,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T T"]]:
+    """(y, the weights of all pairs) of a layer that learns from softmax attention; arguments as of `attend`."""
+    v = _repeated(v, q)
+    if window is not None:
+        weights, norm = _weights(q, k, window, affine)
+        y = _product("bnts,bsnh->btnh", weights, v) / _by_time(norm)
+        return y.astype(v.dtype), (weights / norm).astype(v.dtype)
+    weights = jnp.where(jnp.tri(q.shape[1], dtype=bool), _product("btnp,bsnp->bnts", q, k).astype(q.dtype), 0)
+    norm = jnp.sum(weights.astype(jnp.float32), axis=-1, keepdims=True).astype(q.dtype)
+    weights = weights / (norm + FLOOR)
+    return _product("bnts,bsnh->btnh", weights, v).astype(v.dtype), weights
+
+
+def _without_window(q, k, v, state: State | None) -> tuple[Array, State | None]:
+    """One token after others: from the state. Else the tokens alone, whatever was before."""
+    dtype = v.dtype
+    weights = jnp.where(jnp.tri(v.shape[1], dtype=bool), _product("btnp,bsnp->bnts", q, k), 0)
+    num = _product("bnts,bsnh->btnh", weights, v).astype(dtype)
+    sums = jnp.cumsum(k.astype(jnp.float32), axis=1).astype(dtype)
+    y = num / (_product("btnp,btnp->btn", q, sums).astype(dtype) + FLOOR)[..., None]
+    if state is None:
+        return y, None
+    kv = state.kv + _product("bsnp,bsnh->bnph", k, v).astype(state.kv.dtype)
+    k_sum = state.k_sum + jnp.sum(k.astype(jnp.float32), axis=1).astype(state.k_sum.dtype)
+    after = State(kv, k_sum, state.seen + v.shape[1])
+    if v.shape[1] > 1:
+        return y, after
+    num = _product("btnp,bnph->btnh", q, kv).astype(dtype)
+    step = num / _product("btnp,bnp->btn", q, k_sum).astype(dtype)[..., None]
+    return jnp.where(state.seen > 0, step, y), after
+
+
+def _weights(q, k, window: Window, affine: bool) -> tuple[Array, Array]:
+    """[B, N, T, T] float32 and their sums [B, N, T, 1]."""
+    near, far = masks(window.kind, window.size, q.shape[1])
+    gamma, linear = _shares(window, affine)
+    s = _product("btnh,bsnh->bnts", window.q, _repeated(window.k, q)) * window.q.shape[-1] ** -0.5
+    s = jnp.where(near, s, NEG)
+    soft = gamma[:, None, None] * jnp.exp(s - jnp.max(s, axis=-1, keepdims=True))
+    rest = linear[:, None, None] * jnp.where(far, _product("btnp,bsnp->bnts", q, k), 0)
+    return soft + rest, jnp.sum(soft, axis=-1, keepdims=True) + jnp.sum(rest, axis=-1, keepdims=True)
+
+
+def _prefill(q, k, v, window: Window, affine: bool, state: State, before: Held) -> tuple[Array, State]:
+    """The tokens with a window of their own, before it everything that went through a prefill."""
+    size, T = window.size, q.shape[1]
+    wide, (_, linear) = _repeated(v, q), _shares(window, affine)
+    weights, norm = _weights(q, k, window, affine)
+    y = _product("bnts,bsnh->btnh", weights, wide)
+    y += linear[:, None] * _product("btnp,bnph->btnh", q, before.all_kv)
+    norm = _by_time(norm) + (linear * _product("btnp,bnp->btn", q, before.all_k_sum))[..., None]
+    first, missing = max(T - size, 0), max(size - T, 0)
+
+    def newest(x):
+        return jnp.pad(x[:, first:], ((0, 0), (missing, 0), (0, 0), (0, 0)))
+
+    def plus(old_values, old_sums, stop):
+        values = _product("bsnp,bsnh->bnph", k[:, :stop], wide[:, :stop]) + old_values.astype(jnp.float32)
+        sums = jnp.sum(k[:, :stop].astype(jnp.float32), axis=1) + old_sums.astype(jnp.float32)
+        return values.astype(old_values.dtype), sums.astype(old_sums.dtype)
+
+    dtype, used = before.k.dtype, jnp.full((), min(T, size), jnp.int32)
+    kept = (newest(x).astype(dtype) for x in (window.k, v, k))
+    held = Held._make((*kept, used, *plus(before.all_kv, before.all_k_sum, T)))
+    kv, k_sum = plus(state.kv, state.k_sum, first)
+    return (y / norm).astype(v.dtype), State(kv, k_sum, state.seen + T, held)
+
+
+def _step(q, k, v, window: Window, affine: bool, state: State, before: Held) -> tuple[Array, State]:
+    """One token: the oldest held key leaves for the linear state when all places are taken."""
+    size, (gamma, linear) = window.size, _shares(window, affine)
+    leaving = jnp.where(before.used == size, before.features[:, 0], 0)
+    values = _product("bnp,bnh->bnph", leaving, _repeated(before.v, q)[:, 0])
+    kv, k_sum = state.kv + values.astype(state.kv.dtype), state.k_sum + leaving.astype(state.k_sum.dtype)
+    pairs = zip(before[:3], (window.k, v, k), strict=True)
+    kept = [jnp.concatenate([old[:, 1:], new.astype(old.dtype)], axis=1) for old, new in pairs]
+    used = jnp.minimum(before.used + 1, size)
+    s = _product("btnh,bsnh->bnts", window.q, _repeated(kept[0], q)) * window.q.shape[-1] ** -0.5
+    s = jnp.where(jnp.arange(size) >= size - used, s, NEG)
+    soft = gamma[:, None, None] * jnp.exp(s - jnp.max(s, axis=-1, keepdims=True))
+    num = _product("bnts,bsnh->btnh", soft, _repeated(kept[1], q))
+    num += linear[:, None] * _product("btnp,bnph->btnh", q, kv)
+    norm = _by_time(jnp.sum(soft, axis=-1, keepdims=True))
+    norm += (linear * _product("btnp,bnp->btn", q, k_sum))[..., None]
+    held = Held(kept[0], kept[1], kept[2], used, before.all_kv, before.all_k_sum)
+    return (num / norm).astype(v.dtype), State(kv, k_sum, state.seen + 1, held)
+
+
+def _shares(window: Window, affine: bool) -> tuple[Array, Array]:
+    """Weights of the softmax and of the linear part, [N] float32; window.scale may be narrower."""
+    linear = 1 - window.scale if affine else jnp.ones_like(window.scale)
+    return window.scale.astype(jnp.float32), linear.astype(jnp.float32)
+
+
+def _product(spec: str, *arrays: Array) -> Array:
+    return jnp.einsum(spec, *(x.astype(jnp.float32) for x in arrays))
+
+
+def _by_time(x: Array) -> Array:
+    """[B, N, T, 1] -> [B, T, N, 1]."""
+    return jnp.swapaxes(x, 1, 2)
+
+
+def _repeated(x: Array, like: Array) -> Array:
+    return jnp.repeat(x, like.shape[2] // x.shape[2], axis=2)
