@@ -139,6 +139,20 @@ def transfer(
     return _product("bnts,bsnh->btnh", weights, v).astype(v.dtype), weights
 
 
+def cross_entropy(
+    weights: Float[Array, "B N T T"], q: Float[Array, "B T N H"], k: Float[Array, "B T K H"]
+) -> Float[Array, "B T"]:
+    """Of the weights of `transfer` against those of softmax attention, the mean over heads, in nats.
+
+    Weights are floored and the row is normalised again, the keys after the query's own included.
+    """
+    s = _product("btnh,bsnh->bnts", q, _repeated(k, q)).astype(q.dtype) * q.shape[-1] ** -0.5
+    s = jnp.where(jnp.tri(q.shape[1], dtype=bool), s.astype(jnp.float32), -jnp.inf)
+    target = jax.lax.stop_gradient(jax.nn.softmax(s).astype(q.dtype).astype(jnp.float32))
+    floored = jnp.log(jnp.maximum(weights, FLOOR).astype(jnp.float32))
+    return -jnp.mean(jnp.sum(target * jax.nn.log_softmax(floored), axis=-1), axis=1)
+
+
 def _without_window(q, k, v, state: State | None) -> tuple[Array, State | None]:
     """One token after others: from the state. Else the tokens alone, whatever was before."""
     dtype = v.dtype
