@@ -25,6 +25,9 @@ def main(argv=None) -> int:
         "--rope_scaling", type=config.json_object, metavar="JSON", help="RoPE scaling to apply first"
     )
     parser.add_argument("--context_length", type=int, metavar="N", help="context window in tokens")
+    parser.add_argument(
+        "--only_part", choices=("window", "linear"), help="of a linearized model: one part of its attention alone"
+    )
     parser.add_argument("--name", help="what to call this model in results and plots")
     return config.run(parser, "lcx.evaluator:evaluate", argv)
 

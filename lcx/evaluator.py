@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 import lcx
-from lcx import describe, report, sharding, text_stream
+from lcx import describe, linearize, report, sharding, text_stream
 from lcx.checkpoint_folder import find_step, read_json
 from lcx.convert.api import detect
 from lcx.data import ByteTokenizer, Dataset, Mixture, Tokenizer
@@ -43,6 +43,7 @@ def evaluate(
     dataset: Dataset | Mixture | None = None,
     rope_scaling: dict | None = None,
     context_length: int | None = None,
+    only_part: str | None = None,
     name: str | None = None,
     dtype: str | None = None,
     mesh: sharding.MeshShape = sharding.MeshShape(),  # noqa: B008 (frozen)
@@ -57,6 +58,7 @@ def evaluate(
         say, the Python standard library for a model of bytes.
       rope_scaling: as Hugging Face writes it, applied to the checkpoint first.
       context_length: the window in tokens; by default what rope_scaling gives.
+      only_part: of a linearized model: "window" or "linear" evaluates one part of its attention alone.
       name: of this model in tables and plots.
       dtype: of the parameters and the computation; None as stored.
       mesh: sizes of the mesh axes.
@@ -75,11 +77,14 @@ def evaluate(
     model, params = lcx.load(
         checkpoint, dtype=dtype, mesh=devices, rope_scaling=rope_scaling, context_length=context_length
     )
+    if only_part is not None:
+        model = linearize.ablated(model, only_part)
     label = name or _label(checkpoint, rope_scaling)
     results: dict[str, Any] = {
         "name": label,
         "checkpoint": os.path.abspath(os.path.expanduser(checkpoint)),
         "rope_scaling": rope_scaling,
+        "only_part": only_part,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "model": {**facts(model), "description": _described(model)},
         "versions": _versions(),

@@ -39,22 +39,27 @@ class LoRA:
       alpha: the update is scaled by alpha / rank, so that a change of rank keeps the size of a step.
       targets: a regular expression, found anywhere in a path such as "stages_0/block_0/mixer/q_proj". For all
         projections: "_proj".
+      beside: parameters whose path ("params/stages_0/block_0/mixer/feature_map_q/layer") this regular expression
+        matches train beside the pairs; None: no others.
     """
 
     rank: int = 8
     alpha: float = 16.0
     targets: str = r"(q|k|v|o)_proj"
+    beside: str | None = None
 
     def __post_init__(self):
         if not isinstance(self.rank, int) or self.rank < 1:
             raise UserError(f"LoRA.rank is {self.rank!r}, expected an integer >= 1: change LoRA.rank")
         if not 0 < self.alpha < math.inf:
             raise UserError(f"LoRA.alpha is {self.alpha!r}, expected a positive number: change LoRA.alpha")
-        try:
-            re.compile(self.targets)
-        except (re.error, TypeError) as error:
-            found = f"LoRA.targets {self.targets!r} is not a regular expression ({error})"
-            raise UserError(f"{found}: change LoRA.targets") from None
+        for name in ("targets", "beside"):
+            pattern = getattr(self, name)
+            try:
+                re.compile("" if name == "beside" and pattern is None else pattern)
+            except (re.error, TypeError) as error:
+                found = f"LoRA.{name} {pattern!r} is not a regular expression ({error})"
+                raise UserError(f"{found}: change LoRA.{name}") from None
 
     def abstract(self, model: Decoder, *, mesh: Mesh | None = None) -> dict[str, Any]:
         """Tree of float32 ShapeDtypeStruct, given a mesh with shardings that follow those of the kernels.

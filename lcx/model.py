@@ -322,6 +322,25 @@ def stages_of(blocks: tuple[Block, ...]) -> tuple[Stage, ...]:
     return best[depth][1]
 
 
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """One layer: its block, and where its parameters are in the tree: row `repeat` of those at `path`."""
+
+    block: Block
+    path: str
+    repeat: int
+
+
+def layers(model: Decoder) -> list[Layer]:
+    """In depth order."""
+    return [
+        Layer(block, f"stages_{s}/block_{b}", repeat)
+        for s, stage in enumerate(model.stages)
+        for repeat in range(stage.repeat)
+        for b, block in enumerate(stage.pattern)
+    ]
+
+
 def map_mixers(model: Decoder, fn) -> Decoder:
     """The same model with fn(mixer) in place of every mixer: how a rope, a window or an implementation is changed."""
 
@@ -333,8 +352,16 @@ def map_mixers(model: Decoder, fn) -> Decoder:
 
 
 def _abstract_boxed(model: Decoder):
-    tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-    return jax.eval_shape(lambda key, tokens: model.init(key, tokens)["params"], jax.random.key(0), tokens)
+    return jax.eval_shape(functools.partial(_init, model), jax.random.key(0))
+
+
+def _init(model: Decoder, key: Array) -> Any:
+    return model.init(key, jnp.zeros((1, 2), jnp.int32))["params"]
+
+
+def plain_init(model: Decoder, key: Array) -> Any:
+    """Random parameters, to be traced."""
+    return nn.meta.unbox(_init(model, key))
 
 
 def abstract_params(model: Decoder, *, mesh: Mesh | None = None, dtype: Any = None) -> Any:
@@ -358,8 +385,7 @@ def init_params(model: Decoder, key: Array, *, mesh: Mesh | None = None, dtype: 
     """Random parameters, created directly in their shards."""
 
     def init(key):
-        params = nn.meta.unbox(model.init(key, jnp.zeros((1, 2), jnp.int32))["params"])
-        return jax.tree.map(lambda x: x.astype(dtype), params)
+        return jax.tree.map(lambda x: x.astype(dtype), plain_init(model, key))
 
     if mesh is None:
         return jax.jit(init)(key)

@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from lcx.model import Decoder
+from lcx.errors import UserError
+from lcx.mixers.linear_attention import LinearAttention
+from lcx.model import Decoder, map_mixers
 from lcx.ops.cross_entropy import cross_entropy
 from lcx.ops.segments import runs
 
@@ -46,6 +48,47 @@ def nucleotides(
         for name in ("tokens", "labels")
     }
     return next_token(model, variables, {**batch, **upper, "loss_weights": jnp.where(unread, 0.0, weights)})
+
+
+def attention_transfer(
+    model: Decoder, variables: Any, batch: Batch, output_weight: float = 1000.0, map_weight: float = 0.0
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """How far linear attentions are from the softmax ones in whose place they are (LoLCATS, arXiv 2410.10254, eq. 5).
+
+    Every layer gets what the softmax model computes, so that the layers do not depend on each other. The loss of a
+    token is the mean over linear layers of output_weight x the mean squared error of the heads' outputs (before the
+    output projection) + map_weight x the cross-entropy of the attention maps. The latter is quadratic in the length.
+
+    Raises:
+      UserError: the model has no LinearAttention, or no weight is positive.
+    """
+    weights = {"outputs": output_weight, "maps": map_weight}
+    names = tuple(name for name, weight in weights.items() if weight > 0)
+    if not names:
+        raise UserError(
+            f"attention_transfer with output_weight {output_weight} and map_weight {map_weight}: expected one above 0"
+        )
+
+    def teach(mixer):
+        return mixer.clone(transfer=names, parent=None) if isinstance(mixer, LinearAttention) else mixer
+
+    model = map_mixers(model, teach)
+    _, sown = model.apply(
+        variables,
+        batch["tokens"],
+        positions=batch["positions"],
+        segment_ids=batch["segment_ids"],
+        method="hidden",
+        mutable="losses",
+    )
+    losses = jax.tree_util.tree_leaves_with_path(sown.get("losses", {}))
+    if not losses:
+        raise UserError("attention_transfer: the model has no linear attention; set Trainer.linearize")
+    total, layers = jnp.zeros((), jnp.float32), 0
+    for path, loss in losses:
+        name = next(key.key for key in reversed(path) if isinstance(key, jax.tree_util.DictKey))
+        total, layers = total + weights[name] * jnp.sum(loss), layers + loss.size
+    return total * len(names) / layers, jnp.sum(batch["segment_ids"] != 0).astype(jnp.float32)
 
 
 def _is_lower(ids: Int[Array, "B T"]) -> Bool[Array, "B T"]:

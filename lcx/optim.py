@@ -6,11 +6,13 @@ import re
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
+import optax.contrib
 
 from lcx.errors import UserError
 
-SCHEDULES = ("cosine", "linear", "constant")
+SCHEDULES = ("cosine", "linear", "constant", "plateau")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,12 +21,14 @@ class AdamW:
 
     Attributes:
       learning_rate: the peak.
-      schedule: after warmup: "cosine" or "linear" down to final_fraction of the peak, or "constant".
+      schedule: after warmup: "cosine" or "linear" down to final_fraction of the peak, "constant", or "plateau": times
+        plateau_factor whenever the held-out loss has not fallen for more than plateau_patience evaluations
+        (Trainer.eval_every), down to final_fraction of the peak.
       warmup_steps: linear rise from warmup_from * learning_rate to learning_rate.
       context_scale: s = context now / original context; the peak becomes learning_rate / sqrt(s).
       clip_norm: global norm that gradients are scaled down to; None: no clipping.
       weight_decay: on parameters whose path matches decay: kernels, embeddings, LoRA pairs; not norms and biases.
-      trainable: only parameters whose path ("stages_0/block_0/mixer/q_proj/kernel") it matches train.
+      trainable: only parameters whose path ("params/stages_0/block_0/mixer/q_proj/kernel") it matches train.
       frozen: parameters whose path it matches do not train.
     """
 
@@ -33,6 +37,8 @@ class AdamW:
     warmup_steps: int = 20
     warmup_from: float = 0.0
     final_fraction: float = 0.1
+    plateau_factor: float = 0.1
+    plateau_patience: int = 10
     context_scale: float = 1.0
     b1: float = 0.9
     b2: float = 0.95
@@ -50,10 +56,10 @@ class AdamW:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise UserError(f"AdamW.{name} is {value}, expected a positive number")
-        for name in ("warmup_from", "final_fraction", "b1", "b2"):
+        for name in ("warmup_from", "final_fraction", "plateau_factor", "b1", "b2"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"AdamW.{name} is {getattr(self, name)}, expected a number from 0 to 1")
-        for name in ("warmup_steps", "weight_decay"):
+        for name in ("warmup_steps", "weight_decay", "plateau_patience"):
             if getattr(self, name) < 0:
                 raise UserError(f"AdamW.{name} is {getattr(self, name)}, expected at least 0")
         for name in ("decay", "trainable", "frozen"):
@@ -71,20 +77,27 @@ class AdamW:
             "cosine": optax.cosine_decay_schedule(peak, rest, alpha=self.final_fraction),
             "linear": optax.linear_schedule(peak, peak * self.final_fraction, rest),
             "constant": optax.constant_schedule(peak),
+            "plateau": optax.constant_schedule(peak),
         }[self.schedule]
         if not self.warmup_steps:
             return after
         warmup = optax.linear_schedule(peak * self.warmup_from, peak, self.warmup_steps)
         return optax.join_schedules([warmup, after], [self.warmup_steps])
 
-    def trains(self, params: Any) -> Any:
+    def trains(self, params: Any, beside: str | None = None) -> Any:
         """Tree of bool like params: which of them train.
+
+        Args:
+          params: the weights of a training state: "params/..." and, with LoRA, "lora/...".
+          beside: with LoRA, parameters that train too (LoRA.beside); `trainable` and `frozen` choose among the others.
 
         Raises:
           UserError: none of them.
         """
 
         def one(path: str) -> bool:
+            if "lora" in params and path.startswith("params/"):
+                return beside is not None and bool(re.search(beside, path))
             wanted = self.trainable is None or re.search(self.trainable, path)
             return bool(wanted) and not (self.frozen is not None and re.search(self.frozen, path))
 
@@ -97,13 +110,12 @@ class AdamW:
             )
         return mask
 
-    def build(self, params: Any, steps: int) -> optax.GradientTransformation:
-        """The optax transformation for those of the (abstract) parameters that train: `split(params, trains)[0]`.
+    def build(self, moving: Any, steps: int) -> optax.GradientTransformation:
+        """The optax transformation for the (abstract) parameters that train: `split(params, trains)[0]`.
 
         Raises:
-          UserError: nothing is left to train, or to decay though weight_decay is set.
+          UserError: weight_decay is set and nothing of them decays.
         """
-        moving, _ = split(params, self.trains(params))
         decays = _by_path(moving, lambda path: bool(re.search(self.decay, path)))
         if self.weight_decay and not any(jax.tree.leaves(decays)):
             raise UserError(
@@ -111,7 +123,7 @@ class AdamW:
                 f"such as {leaf_paths(moving)[0]}; change AdamW.decay, or set weight_decay to 0"
             )
         return optax.chain(
-            optax.identity() if self.clip_norm is None else optax.clip_by_global_norm(self.clip_norm),
+            *([] if self.clip_norm is None else [optax.clip_by_global_norm(self.clip_norm)]),
             optax.adamw(
                 self.learning_rates(steps),
                 b1=self.b1,
@@ -120,7 +132,48 @@ class AdamW:
                 weight_decay=self.weight_decay,
                 mask=decays,
             ),
+            *([self._plateau()] if self.schedule == "plateau" else []),
         )
+
+    def _plateau(self) -> optax.GradientTransformation:
+        """Scales by what `observe` found last."""
+        return optax.GradientTransformation(
+            self._reduce().init,
+            lambda updates, state, params=None: (
+                jax.tree.map(lambda u: u * state.scale.astype(u.dtype), updates),
+                state,
+            ),
+        )
+
+    def _reduce(self) -> optax.GradientTransformationExtraArgs:
+        return optax.contrib.reduce_on_plateau(
+            factor=self.plateau_factor,
+            patience=self.plateau_patience + 1,
+            rtol=1e-4,
+            min_scale=self.final_fraction,
+        )
+
+    def observe(self, opt_state: Any, loss: float) -> Any:
+        """The optimizer's state after an evaluation; unchanged unless the schedule is "plateau"."""
+        if self.schedule != "plateau" or not math.isfinite(loss):
+            return opt_state
+        reduce = self._reduce()
+
+        def seen(state):
+            new = reduce.update({}, state, value=jnp.float32(loss))[1] if _is_plateau(state) else state
+            return jax.tree.map(lambda x, old: jax.device_put(x.astype(old.dtype), old.sharding), new, state)
+
+        return jax.tree.map(seen, opt_state, is_leaf=_is_plateau)
+
+
+def plateau_scale(opt_state: Any) -> Any:
+    """The factor on the learning rate that AdamW.observe has set; 1 for other schedules."""
+    states = [x for x in jax.tree.leaves(opt_state, is_leaf=_is_plateau) if _is_plateau(x)]
+    return states[0].scale if states else 1.0
+
+
+def _is_plateau(x: Any) -> bool:
+    return isinstance(x, optax.contrib.ReduceLROnPlateauState)
 
 
 def split(tree: Any, chosen: Any) -> tuple[Any, Any]:

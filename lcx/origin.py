@@ -10,6 +10,7 @@ from typing import Any
 
 from lcx import describe
 from lcx.errors import UserError
+from lcx.linearize import Linearize
 from lcx.lora import LoRA
 from lcx.model import Decoder
 
@@ -24,6 +25,7 @@ def record(
     init_from: str | None,
     rope_scaling: Mapping[str, Any] | None,
     context_length: int | None,
+    linearize: Linearize | None,
     lora: LoRA | None,
 ) -> dict[str, Any]:
     """The settings as JSON."""
@@ -33,6 +35,7 @@ def record(
         "init_from": init_from and os.path.abspath(os.path.expanduser(init_from)),
         "rope_scaling": scaling,
         "context_length": context_length,
+        "linearize": describe.to_json(linearize),
         "lora": describe.to_json(lora),
     }
 

@@ -3,7 +3,7 @@
 The state is a plain dict, each entry an item of the checkpoint:
 
     params      the model's parameters (frozen when there is a lora)
-    lora        the low-rank pairs, if LoRA is on: then only they train
+    lora        the low-rank pairs, if LoRA is on: then only they train, and the params that LoRA.beside names
     opt_state   the optimizer's state, cut over the mesh like the parameters it belongs to
 """
 
@@ -18,20 +18,26 @@ from jax.sharding import Mesh
 
 from lcx import sharding
 from lcx.model import Decoder
-from lcx.optim import join, split
+from lcx.optim import join, plateau_scale, split
 
 State = dict[str, Any]
 
 
-def trained(state: State) -> str:
-    """The entry of the state that the optimizer moves."""
-    return "lora" if "lora" in state else "params"
+def weights_of(state: State) -> State:
+    """The state without the optimizer's."""
+    return {name: state[name] for name in ("params", "lora") if name in state}
+
+
+def all_trains(state: State) -> Any:
+    """Tree of bool: all weights move, or with pairs these alone."""
+    weights = weights_of(state)
+    moves = {name: name == "lora" or "lora" not in weights for name in weights}
+    return {name: jax.tree.map(lambda _, yes=yes: yes, weights[name]) for name, yes in moves.items()}
 
 
 def moving(state: State, trains: Any = None) -> Any:
-    """What the optimizer moves: the leaves of the trained entry that `trains` names (None: all)."""
-    entry = state[trained(state)]
-    return entry if trains is None else split(entry, trains)[0]
+    """What the optimizer moves: the weights that `trains` names (None: all_trains)."""
+    return split(weights_of(state), all_trains(state) if trains is None else trains)[0]
 
 
 def abstract_state(
@@ -75,18 +81,16 @@ def make_step(
     division at the end, so that neither accumulation nor the mesh changes the result.
 
     Args:
-      trains: tree of bool, which leaves of the trained entry move; None: all. The others cost no gradient.
+      trains: tree of bool, which of the weights move; None: all_trains. The others cost no gradient.
     """
-    name = trained(abstract)
-    trains = jax.tree.map(lambda _: True, abstract[name]) if trains is None else trains
+    trains = all_trains(abstract) if trains is None else trains
 
-    def sums(moving, still, state, batch):
-        weights = {key: state[key] for key in ("params", "lora") if key in state}
-        return objective(model, {**weights, name: join(moving, still)}, batch)
+    def sums(moving, still, batch):
+        return objective(model, join(moving, still), batch)
 
     def step(state: State, batch: dict[str, jax.Array], number: jax.Array):
-        moving, still = split(state[name], trains)
-        gradient = functools.partial(jax.value_and_grad(sums, has_aux=True), moving, still, state)
+        moving, still = split(weights_of(state), trains)
+        gradient = functools.partial(jax.value_and_grad(sums, has_aux=True), moving, still)
         (loss, weight), grads = accumulate(gradient, micro_batches(batch, accumulation))
         total = jnp.maximum(weight, 1.0)
         grads = jax.tree.map(lambda g: g / total.astype(g.dtype), grads)
@@ -94,11 +98,11 @@ def make_step(
         metrics = {
             "loss": loss / total,
             "grad_norm": optax.tree.norm(grads),
-            "learning_rate": jnp.asarray(learning_rates(number), jnp.float32),
+            "learning_rate": jnp.asarray(learning_rates(number) * plateau_scale(opt_state), jnp.float32),
             "tokens": weight,
         }
         moved = join(optax.apply_updates(moving, updates), still)
-        return {**state, name: moved, "opt_state": opt_state}, metrics
+        return {**moved, "opt_state": opt_state}, metrics
 
     out = jax.tree.map(lambda x: x.sharding, abstract)
     return jax.jit(step, donate_argnums=0, out_shardings=(out, None))

@@ -25,6 +25,7 @@ from lcx.checkpoint import Checkpointer
 from lcx.convert import api as convert
 from lcx.data import BatchIterator, Dataset, Mixture
 from lcx.errors import UserError
+from lcx.linearize import Linearize
 from lcx.meter import Meter, NotFiniteError
 from lcx.metrics import MODES, MetricsLogger
 from lcx.model import Decoder
@@ -101,6 +102,7 @@ class Trainer:
       init_from: a Hugging Face folder, an lcx checkpoint or workdir.
       rope_scaling: with init_from, as Hugging Face writes it: {"rope_type": "yarn", "factor": 4.0}.
       context_length: with init_from, the new window in tokens; by default what rope_scaling gives.
+      linearize: with init_from, linear attention in place of its softmax attention.
       dtype: of activations ("bfloat16", "float32"); None keeps the model's. Master weights are float32.
       remat: which activations are recomputed: none, dots, full; None keeps the model's.
       lora: train low-rank pairs instead of the weights.
@@ -118,6 +120,7 @@ class Trainer:
     init_from: str | None = None
     rope_scaling: dict | None = None
     context_length: int | None = None
+    linearize: Linearize | None = None
     dtype: str | None = None
     remat: str | None = None
     optimizer: AdamW = AdamW()
@@ -137,9 +140,10 @@ class Trainer:
         if (self.model is None) == (self.init_from is None):
             found = "neither" if self.model is None else "both"
             raise UserError(f"Trainer.model and Trainer.init_from: expected one of the two, found {found}")
-        if self.init_from is None and (self.rope_scaling is not None or self.context_length is not None):
+        changes = (self.rope_scaling, self.context_length, self.linearize)
+        if self.init_from is None and any(change is not None for change in changes):
             raise UserError(
-                "Trainer.rope_scaling and context_length change a pretrained model: set Trainer.init_from"
+                "Trainer.rope_scaling, context_length and linearize change a pretrained model: set Trainer.init_from"
             )
         for name, least in _LEAST.items():
             if getattr(self, name) < least:
@@ -217,6 +221,8 @@ class Trainer:
                 rope_scaling=self.rope_scaling,
                 context_length=self.context_length,
             )
+            if self.linearize is not None:
+                model, params = self.linearize(model, params, jax.random.key(self.seed))
             model, carried = self.adjusted(model), _carried(self.init_from)
         run = self._prepared(model, mesh)
         weights = {"params": params}
@@ -237,9 +243,8 @@ class Trainer:
         weights = {"params": model_lib.abstract_params(model, mesh=mesh)}
         if self.lora is not None:
             weights["lora"] = self.lora.abstract(model, mesh=mesh)
-        moved = weights[train_step.trained(weights)]
-        optimizer = self.optimizer.build(moved, self.steps)
-        trains = self.optimizer.trains(moved)
+        trains = self.optimizer.trains(weights, None if self.lora is None else self.lora.beside)
+        optimizer = self.optimizer.build(train_step.moving(weights, trains), self.steps)
         abstract = train_step.abstract_state(weights, optimizer, mesh, trains)
         return Run(model, optimizer, trains, abstract)
 
@@ -249,6 +254,7 @@ class Trainer:
             init_from=self.init_from,
             rope_scaling=self.rope_scaling,
             context_length=self.context_length,
+            linearize=self.linearize,
             lora=self.lora,
         )
 
@@ -293,7 +299,9 @@ class Trainer:
                 _drain(in_flight, meter, metrics)  # what is saved is known to come from finite losses
                 with meter.paused():
                     if evaluate:
-                        metrics.log(step, {"eval_loss": self.held_out_loss(run.model, state, mesh)})
+                        loss = self.held_out_loss(run.model, state, mesh)
+                        metrics.log(step, {"eval_loss": loss})
+                        state = {**state, "opt_state": self.optimizer.observe(state["opt_state"], loss)}
                     if save:
                         self._save(checkpointer, run, state, step, batches, meter)
         _drain(in_flight, meter, metrics)
@@ -340,7 +348,7 @@ class Trainer:
             log.warning("no evaluation: %s", e)
             return math.nan
         sums = train_step.make_sums(model, self.objective)
-        weights: State = {name: state[name] for name in ("params", "lora") if name in state}
+        weights = train_step.weights_of(state)
         loss = weight = 0.0
         with held_out:
             for _, batch in zip(range(self.eval_batches), held_out, strict=False):
@@ -380,7 +388,7 @@ class Run:
     """What a run holds.
 
     Attributes:
-      trains: tree of bool, which leaves of the trained entry of the state move.
+      trains: tree of bool, which of the weights move.
       abstract: shapes and shardings of the state.
       state: see train_step. Empty until it is restored or started.
       step: updates done.

@@ -13,7 +13,7 @@ LAYERS = [  # a module imports from its own row and the rows below
     "config",
     "trainer train_step ladder meter origin evaluator evals report sampler text_stream convert",
     "objectives optim checkpoint checkpoint_folder checkpoint_tree array_store data metrics lora",
-    "extend hardware stopping processes",
+    "extend linearize hardware stopping processes",
     "model striped_hyena describe",
     "mixers",
     "ops rope layers sharding",

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lcx.errors import UserError
-from lcx.optim import AdamW, join, leaf_paths, split
+from lcx.optim import AdamW, join, leaf_paths, plateau_scale, split
 
 STEPS, WARMUP, PEAK = 24, 8, 2e-3
 
@@ -135,7 +135,7 @@ def test_frozen_parameters_have_no_moments(params):
     ] == chosen
     moving, still = split(params, trains)
     assert leaf_paths(moving) == chosen and len(leaf_paths(still)) == 2
-    transformation = optimizer.build(params, 5)
+    transformation = optimizer.build(moving, 5)
     state = transformation.init(moving)
     sizes = sorted(x.size for x in jax.tree.leaves(state) if x.ndim)
     assert sizes == sorted(2 * [2 * 3 * 4, 2 * 3])  # m and v of the kernel and the scale
@@ -172,8 +172,48 @@ def test_nothing_to_train_or_to_decay(params):
     with pytest.raises(
         UserError, match="nothing to train: trainable='v_proj' frozen=None leave none of the 4"
     ):
-        AdamW(trainable="v_proj").build(params, 5)
+        AdamW(trainable="v_proj").trains(params)
     with pytest.raises(UserError, match="nothing to train.*change AdamW.trainable or AdamW.frozen"):
-        AdamW(frozen=".").build(params, 5)
+        AdamW(frozen=".").trains(params)
     with pytest.raises(UserError, match="weight_decay is 0.1 but decay=.* matches nothing that trains"):
-        AdamW(trainable="norm", weight_decay=0.1).build(params, 5)
+        optimizer = AdamW(trainable="norm", weight_decay=0.1)
+        optimizer.build(split(params, optimizer.trains(params))[0], 5)
+
+
+def test_plateau_is_that_of_torch(params):
+    """The held-out losses of a run, and the learning rate that torch's ReduceLROnPlateau makes of them."""
+    torch = pytest.importorskip("torch")
+    losses = [3.0, 2.0, 2.0001, 2.1, 1.9999, 2.0, 2.2, 1.5, 1.5, 1.5, 1.6, 1.4999, 1.49995, 1.6, *[1.7] * 12]
+    weight = torch.nn.Parameter(torch.zeros(1))
+    theirs = torch.optim.SGD([weight], lr=0.1)
+    schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(theirs, factor=0.3, patience=2, min_lr=1e-3)
+    ours = AdamW(
+        learning_rate=0.1,
+        schedule="plateau",
+        warmup_steps=0,
+        plateau_factor=0.3,
+        plateau_patience=2,
+        final_fraction=0.01,
+    )
+    transformation = ours.build(params, 9)
+    state = jax.jit(transformation.init)(params)
+    gradient = jax.tree.map(jnp.ones_like, params)
+    first = jax.tree.leaves(transformation.update(gradient, state, params)[0])[0]
+    for loss in losses:
+        schedule.step(loss)
+        state = ours.observe(state, loss)
+        rate = theirs.param_groups[0]["lr"]
+        np.testing.assert_allclose(0.1 * plateau_scale(state), rate, rtol=1e-5)
+        update = jax.tree.leaves(transformation.update(gradient, state, params)[0])[0]
+        np.testing.assert_allclose(update, first * rate / 0.1, rtol=1e-5)
+    assert rate == 1e-3
+    assert ours.observe(state, float("nan")) is state
+
+
+def test_beside_the_pairs_train_the_named_parameters(params):
+    weights = {"params": params, "lora": {"stages_0": {"a": np.ones(2), "b": np.ones(2)}}}
+    optimizer = AdamW()
+    moving, _ = split(weights, optimizer.trains(weights))
+    assert leaf_paths(moving) == ["lora/stages_0/a", "lora/stages_0/b"]
+    moving, _ = split(weights, optimizer.trains(weights, beside="norm"))
+    assert leaf_paths(moving) == ["lora/stages_0/a", "lora/stages_0/b", "params/stages_0/norm/scale"]

@@ -54,6 +54,7 @@ def recording() -> optax.GradientTransformation:
 def one_step(model, params, batch, *, accumulation=1, lora=None, trains=None):
     """(gradient, metrics, new state) of one step of the trainer."""
     mesh = sharding.make_mesh(fsdp=1, devices=jax.devices()[:1])
+    trains = None if trains is None else {"params": trains}
     weights = {"params": params} | ({} if lora is None else {"lora": lora})
     with jax.set_mesh(mesh):
         weights = jax.device_put(weights, sharding.replicated(mesh))
@@ -68,12 +69,11 @@ def one_step(model, params, batch, *, accumulation=1, lora=None, trains=None):
             abstract=abstract,
             trains=trains,
         )
-        moved = weights[train_step.trained(weights)]
-        state = jax.tree.map(
-            jnp.array, {**weights, "opt_state": moved}
-        )  # the step reuses the buffers it is given
+        # the step reuses the buffers it is given
+        state = jax.tree.map(jnp.array, {**weights, "opt_state": train_step.moving(weights, trains)})
         state, metrics = step(state, sharding.shard_batch(batch, mesh), np.int32(0))
-    return state["opt_state"], {key: float(value) for key, value in metrics.items()}, state
+    gradient = state["opt_state"]["params" if lora is None else "lora"]
+    return gradient, {key: float(value) for key, value in metrics.items()}, state
 
 
 @pytest.fixture(scope="module")

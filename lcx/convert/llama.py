@@ -16,10 +16,11 @@ They are one architecture with a few switches (`FAMILIES`), so one table of tens
 
 import dataclasses
 
+from lcx import model as model_lib
 from lcx.convert.rules import Flat, Part, Rule, Same, Transposed
 from lcx.errors import UserError
 from lcx.mixers.attention import Attention
-from lcx.model import Block, Decoder, Mlp
+from lcx.model import Decoder, Layer, Mlp
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,32 +84,20 @@ FAMILIES: dict[str, Family] = {
 HARMLESS = (r".*rotary_emb\.inv_freq",)
 
 
-@dataclasses.dataclass(frozen=True)
-class Layer:
-    """One layer in depth order: its block, and where its parameters are in the tree."""
-
-    block: Block
-    path: str
-    repeat: int
-
-
 def layers(model: Decoder) -> list[Layer]:
     """The layers of a model of this family, in depth order.
 
     Raises:
       UserError: a mixer or mlp that the family does not have.
     """
-    found = []
-    for s, stage in enumerate(model.stages):
-        for repeat in range(stage.repeat):
-            for b, block in enumerate(stage.pattern):
-                if type(block.mixer) is not Attention or type(block.mlp) is not Mlp:
-                    raise UserError(
-                        f"layer {len(found)} is {type(block.mixer).__name__} + {type(block.mlp).__name__}; "
-                        "the 'hf' format "
-                        "of this model_type holds Attention + Mlp only, save with format 'lcx'"
-                    )
-                found.append(Layer(block, f"stages_{s}/block_{b}", repeat))
+    found = model_lib.layers(model)
+    for i, layer in enumerate(found):
+        mixer, mlp = type(layer.block.mixer), type(layer.block.mlp)
+        if mixer is not Attention or mlp is not Mlp:
+            raise UserError(
+                f"layer {i} is {mixer.__name__} + {mlp.__name__}; the 'hf' format of this model_type holds "
+                "Attention + Mlp only, save with format 'lcx'"
+            )
     return found
 
 

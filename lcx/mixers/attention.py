@@ -44,20 +44,7 @@ class Attention(nn.Module):
         segment_ids: Int[Array, "B T"] | None = None,
         cache: Cache | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
-        hidden_size = x.shape[-1]
-        q = self._project("q_proj", hidden_size, "heads", self.num_heads)(x)
-        k = self._project("k_proj", hidden_size, "kv_heads", self.num_kv_heads)(x)
-        v = self._project("v_proj", hidden_size, "kv_heads", self.num_kv_heads)(x)
-        if self.qk_norm:
-            q = RMSNorm(self.head_dim, self.norm_eps, ("head_dim",), name="q_norm")(q)
-            k = RMSNorm(self.head_dim, self.norm_eps, ("head_dim",), name="k_norm")(k)
-        if positions is None:
-            start = 0 if cache is None else cache["index"]
-            positions = start + jnp.arange(x.shape[1], dtype=jnp.int32)[None]
-        # Without a cache the rotation sees the length that is there, as in transformers; a cache fixes it in advance.
-        rope_length = jnp.max(positions) + 1 if cache is None else cache["rope_length"]
-        frequencies = self.rope.frequencies(self.head_dim, rope_length)
-        q, k = (rope_lib.rotate(heads, positions, *frequencies) for heads in (q, k))
+        q, k, v = rotated_heads(self, x, positions, cache)
         if cache is None:
             masks = {"q_segment_ids": segment_ids, "kv_segment_ids": segment_ids}
         else:
@@ -73,14 +60,7 @@ class Attention(nn.Module):
         k, v = (sharding.repeat_heads(heads, self.num_heads) for heads in (k, v))
         attend = functools.partial(attention, window=self.window, implementation=self.implementation)
         y = sharding.per_device(attend, {"q": q, "k": k, "v": v, **masks}, heads=("q", "k", "v"))
-        out_names = ("heads", "head_dim", "embed")
-        out = Linear((self.num_heads, self.head_dim), (hidden_size,), out_names, self.o_bias, name="o_proj")
-        return out(y), cache
-
-    def _project(self, name: str, hidden_size: int, axis: str, heads: int) -> Linear:
-        return Linear(
-            (hidden_size,), (heads, self.head_dim), ("embed", axis, "head_dim"), self.qkv_bias, name=name
-        )
+        return output(self, y, x.shape[-1]), cache
 
     @nn.nowrap
     def init_cache(self, batch_size: int, length: int, dtype: jnp.dtype) -> Cache:
@@ -100,6 +80,42 @@ class Attention(nn.Module):
         span = seq_len if self.window is None else min(self.window, seq_len)
         visible = (span * (span + 1) / 2 + (seq_len - span) * span) / seq_len
         return 2 * self.num_heads * self.head_dim * visible
+
+
+def rotated_heads(
+    mixer, x: Float[Array, "B T D"], positions: Int[Array, "B T"] | None, cache: Cache | None
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
+    """Queries, keys and values of a mixer with Attention's settings, inside its compact __call__.
+
+    Without a cache the rotation sees the length that is there, as in transformers; a cache fixes it in advance.
+    """
+    heads = {"q": ("heads", mixer.num_heads), "k": ("kv_heads", mixer.num_kv_heads)}
+    q, k, v = (
+        Linear(
+            (x.shape[-1],),
+            (number, mixer.head_dim),
+            ("embed", axis, "head_dim"),
+            mixer.qkv_bias,
+            name=f"{name}_proj",
+        )(x)
+        for name, (axis, number) in (*heads.items(), ("v", heads["k"]))
+    )
+    if mixer.qk_norm:
+        q = RMSNorm(mixer.head_dim, mixer.norm_eps, ("head_dim",), name="q_norm")(q)
+        k = RMSNorm(mixer.head_dim, mixer.norm_eps, ("head_dim",), name="k_norm")(k)
+    if positions is None:
+        start = 0 if cache is None else cache["index"]
+        positions = start + jnp.arange(x.shape[1], dtype=jnp.int32)[None]
+    rope_length = jnp.max(positions) + 1 if cache is None else cache["rope_length"]
+    frequencies = mixer.rope.frequencies(mixer.head_dim, rope_length)
+    q, k = (rope_lib.rotate(heads, positions, *frequencies) for heads in (q, k))
+    return q, k, v
+
+
+def output(mixer, y: Float[Array, "B T N H"], hidden_size: int) -> Float[Array, "B T D"]:
+    """The heads' outputs back in the residual stream."""
+    names = ("heads", "head_dim", "embed")
+    return Linear((mixer.num_heads, mixer.head_dim), (hidden_size,), names, mixer.o_bias, name="o_proj")(y)
 
 
 def append(cache: Cache, k: Array, v: Array, segment_ids: Array | None) -> Cache:

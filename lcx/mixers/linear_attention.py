@@ -23,7 +23,11 @@ from jaxtyping import Array, Float, Int
 from lcx import rope as rope_lib
 from lcx import sharding
 from lcx.errors import UserError
-from lcx.layers import Linear, named_param
+from lcx.layers import named_param
+from lcx.mixers.attention import output, rotated_heads
+from lcx.ops import published_lolcats
+from lcx.ops.attention import attention
+from lcx.ops.attention_maps import cross_entropy_of_maps
 from lcx.ops.linear_attention import KINDS, Held, LinearState, Window, empty_state, linear_attention
 from lcx.ops.windowed_linear_attention import empty_held
 
@@ -45,6 +49,7 @@ class FeatureMap(nn.Module):
       adapter: hidden size of the adapter; None: one matrix.
       start: of W: "uniform" (+-sqrt(6 / (head_dim feature_dim))), "identity" (the first coordinates; 0 with skip),
         "normal".
+      published: round every step to x's dtype, as the authors of LoLCATS do; else only the result.
 
     Called with `like`, the parameters of another map, it starts as its copy.
     """
@@ -58,6 +63,7 @@ class FeatureMap(nn.Module):
     skip: bool = False
     adapter: int | None = None
     start: str = "uniform"
+    published: bool = False
 
     @nn.compact
     def __call__(
@@ -67,13 +73,14 @@ class FeatureMap(nn.Module):
             z = self._product("layer", x, self.feature_dim, self._init(), like)
             if self.bias:
                 bound = math.sqrt(6 / self.num_heads)
-                z += self._param("bias", _uniform(bound), (self.num_heads,), like)[:, None]
+                z += self._param("bias", _uniform(bound), (self.num_heads,), like)[:, None].astype(z.dtype)
             z = z + x if self.skip else z
         else:
             bound = math.sqrt(6 / (self.head_dim * self.adapter))
             z = nn.relu(self._product("layer_0", x, self.adapter, _uniform(bound), like, bias="bias_0"))
             z = x + self._product("layer_1", z, self.feature_dim, nn.initializers.zeros, like, bias="bias_1")
-        return features(z, self.activation, full_space=self.full_space).astype(x.dtype)
+        activate = published_lolcats.features if self.published else features
+        return activate(z, self.activation, full_space=self.full_space).astype(x.dtype)
 
     def _param(self, name: str, init, shape: tuple[int, ...], like: dict[str, Array] | None) -> Array:
         if like is not None and self.is_initializing():
@@ -86,10 +93,14 @@ class FeatureMap(nn.Module):
 
     def _product(self, name, x, size, init, like, bias=None) -> Array:
         kernel = self._param(name, init, (self.num_heads, x.shape[-1], size), like)
-        z = jnp.einsum("btnh,nhf->btnf", x.astype(jnp.float32), kernel.astype(jnp.float32))
-        return (
-            z if bias is None else z + self._param(bias, nn.initializers.zeros, (self.num_heads, size), like)
-        )
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+        if self.published:
+            kernel = kernel.astype(x.dtype)
+        z = jnp.einsum("btnh,nhf->btnf", x.astype(wide), kernel.astype(wide))
+        z = z.astype(x.dtype if self.published else wide)
+        if bias is None:
+            return z
+        return z + self._param(bias, nn.initializers.zeros, (self.num_heads, size), like).astype(z.dtype)
 
     def _init(self):
         if self.start == "normal":
@@ -128,6 +139,13 @@ class LinearAttention(nn.Module):
       window_factor: what the weight of the softmax part starts at, before the sigmoid; one number a query head trains.
       feature_map, feature_dim, full_space, feature_bias, skip, adapter, feature_init: see FeatureMap.
       tied: one feature map for queries and keys.
+      linear: False leaves the window alone, to see what the linear part does (linearize.ablated).
+      affine: the two parts weigh g and 1 - g, in place of g and 1.
+      published_quirks: what the authors' code computes, mistakes included, and as slowly: ops/published_lolcats.py.
+      qk_norm, norm_eps: see Attention.
+      softmax_window: the sliding window of the softmax attention in whose place this is.
+      transfer: losses of attention transfer to compute, "outputs" and "maps" (objectives.attention_transfer). Then the
+        softmax attention's output is passed on in place of this layer's own.
       implementation: see ops.linear_attention; None picks the fastest that is valid here.
     """
 
@@ -146,8 +164,15 @@ class LinearAttention(nn.Module):
     adapter: int | None = None
     feature_init: str = "uniform"
     tied: bool = False
+    linear: bool = True
+    affine: bool = False
+    published_quirks: bool = False
     qkv_bias: bool = False
     o_bias: bool = False
+    qk_norm: bool = False
+    norm_eps: float = 1e-6
+    softmax_window: int | None = None
+    transfer: tuple[str, ...] = ()
     implementation: str | None = None
 
     @nn.compact
@@ -159,22 +184,13 @@ class LinearAttention(nn.Module):
         segment_ids: Int[Array, "B T"] | None = None,
         cache: Cache | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
-        self._check()
+        self.check()
         B, T, D = x.shape
-        q = self._project("q_proj", D, "heads", self.num_heads)(x)
-        k = self._project("k_proj", D, "kv_heads", self.num_kv_heads)(x)
-        v = self._project("v_proj", D, "kv_heads", self.num_kv_heads)(x)
-        if positions is None:
-            positions = (0 if cache is None else cache["index"]) + jnp.arange(T, dtype=jnp.int32)[None]
-        rope_length = jnp.max(positions) + 1 if cache is None else cache["rope_length"]
-        frequencies = self.rope.frequencies(self.head_dim, rope_length)
-        q, k = (rope_lib.rotate(heads, positions, *frequencies) for heads in (q, k))
-        arrays = self._features(q, k)
+        q, k, v = rotated_heads(self, x, positions, cache)
+        arrays: dict[str, Any] = self._features(q, k)
         k, v = (sharding.repeat_heads(heads, self.num_heads) for heads in (k, v))
-        arrays |= {
-            "v": v,
-            "segment_ids": None if segment_ids is None else jnp.broadcast_to(segment_ids, (B, T)),
-        }
+        segment_ids = None if segment_ids is None else jnp.broadcast_to(segment_ids, (B, T))
+        arrays |= {"v": v, "segment_ids": segment_ids}
         if self.window is not None:
             factors = named_param(
                 self,
@@ -183,16 +199,46 @@ class LinearAttention(nn.Module):
                 ("heads",),
                 (self.num_heads,),
             )
-            arrays |= {"wq": q, "wk": k, "gamma": jax.nn.sigmoid(factors.astype(jnp.float32))}
-        y, cache = self._mix(arrays, cache)
-        out_names = ("heads", "head_dim", "embed")
-        out = Linear((self.num_heads, self.head_dim), (D,), out_names, self.o_bias, name="o_proj")
-        return out(y), cache
+            gamma = jax.nn.sigmoid(factors.astype(jnp.float32))
+            if self.published_quirks:
+                gamma = gamma.astype(factors.dtype)
+            elif self.affine:
+                arrays["q"] *= (1 - gamma)[:, None].astype(q.dtype)
+            arrays |= {"wq": q, "wk": k, "gamma": gamma}
+        if not self.linear:
+            arrays["q"] = jnp.zeros_like(arrays["q"])
+        y, cache = (self._published if self.published_quirks else self._mix)(arrays, cache)
+        if self.transfer:
+            y = self._imitated(y, q, k, arrays)
+        return output(self, y, D), cache
 
-    def _project(self, name: str, hidden_size: int, axis: str, heads: int) -> Linear:
-        return Linear(
-            (hidden_size,), (heads, self.head_dim), ("embed", axis, "head_dim"), self.qkv_bias, name=name
-        )
+    def _imitated(self, y: Array, q: Array, k: Array, arrays: dict[str, Any]) -> Array:
+        """What softmax attention gives; how far y is from it goes into the collection `losses`."""
+        ids, losses = arrays["segment_ids"], {}
+        seen, softmax_window = (None, None) if self.published_quirks else (ids, self.softmax_window)
+        softmax = {"q": q, "k": k, "v": arrays["v"], "q_segment_ids": seen, "kv_segment_ids": seen}
+        softmax = jax.tree.map(jax.lax.stop_gradient, softmax)
+        attend = functools.partial(attention, window=softmax_window)
+        wanted = sharding.per_device(attend, softmax, heads=("q", "k", "v"))
+        if self.published_quirks:
+            y, weights = published_lolcats.transfer(
+                *(arrays[name] for name in "qkv"), window=self._window(arrays), affine=self.affine
+            )
+            losses["maps"] = published_lolcats.cross_entropy(weights, q, k)
+        if "outputs" in self.transfer:
+            error = y.astype(jnp.float32) - wanted.astype(jnp.float32)
+            losses["outputs"] = jnp.mean(jnp.square(error), axis=(2, 3))
+        if "maps" in self.transfer and not self.published_quirks:
+            k = jnp.repeat(k, self.num_heads // k.shape[2], axis=2)
+            window = None
+            if self.window is not None:
+                window = Window(self.window_kind, self.window, q, k, arrays["gamma"])
+            options = {"window": window, "softmax_window": self.softmax_window, "segment_ids": ids}
+            losses["maps"] = cross_entropy_of_maps(q, k, arrays["q"], arrays["k"], **options)
+        for name in self.transfer:
+            loss = losses[name]
+            self.sow("losses", name, jnp.sum(loss if ids is None else jnp.where(ids != 0, loss, 0)))
+        return wanted
 
     def _features(self, q: Array, k: Array) -> dict[str, Array | None]:
         """Queries and keys of the linear part, [B, T, N, P] both."""
@@ -207,6 +253,7 @@ class LinearAttention(nn.Module):
             skip=self.skip,
             adapter=self.adapter,
             start=self.feature_init,
+            published=self.published_quirks,
         )
         k = jnp.repeat(k, self.num_heads // self.num_kv_heads, axis=2)
         of_q = make(name="feature_map_q")
@@ -228,13 +275,10 @@ class LinearAttention(nn.Module):
             arrays["state"], axes["state"] = cache["state"], state_axes
 
         def run(arrays):
-            window = None
-            if self.window is not None:
-                window = Window(self.window_kind, self.window, arrays["wq"], arrays["wk"], arrays["gamma"])
             y, state = linear_attention(
                 *(arrays[name] for name in "qkv"),
                 normalize=True,
-                window=window,
+                window=self._window(arrays),
                 segment_ids=arrays.get("segment_ids"),
                 initial_state=arrays.get("state"),
                 implementation=self.implementation,
@@ -248,8 +292,25 @@ class LinearAttention(nn.Module):
         y, state = sharding.island(run, arrays, axes, (PER_HEAD, state_axes))
         return y, {**cache, "state": state, "index": cache["index"] + y.shape[1]}
 
+    def _window(self, arrays: dict[str, Any]) -> Window | None:
+        if self.window is None:
+            return None
+        return Window(self.window_kind, self.window, arrays["wq"], arrays["wk"], arrays["gamma"])
+
     @nn.nowrap
-    def _check(self) -> None:
+    def _published(self, arrays: dict[str, Any], cache: Cache | None) -> tuple[Array, Cache | None]:
+        y, state = published_lolcats.attend(
+            *(arrays[name] for name in "qkv"),
+            window=self._window(arrays),
+            affine=self.affine,
+            segment_ids=arrays["segment_ids"],
+            state=None if cache is None else cache["state"],
+        )
+        return y, None if cache is None else {**cache, "state": state, "index": cache["index"] + y.shape[1]}
+
+    @nn.nowrap
+    def check(self) -> None:
+        """Raises UserError for settings that do not fit each other."""
         if self.num_heads % self.num_kv_heads:
             raise UserError(
                 f"num_heads {self.num_heads} must be a multiple of num_kv_heads {self.num_kv_heads}; change one"
@@ -259,6 +320,8 @@ class LinearAttention(nn.Module):
             "window_kind": KINDS,
             "feature_init": ("uniform", "identity", "normal"),
         }
+        if unknown := set(self.transfer) - {"outputs", "maps"}:
+            raise UserError(f"transfer {sorted(unknown)}: expected names out of outputs, maps")
         for name, expected in choices.items():
             if getattr(self, name) not in expected:
                 raise UserError(f"{name} {getattr(self, name)!r}: expected one of {', '.join(expected)}")
@@ -267,6 +330,8 @@ class LinearAttention(nn.Module):
                 f"feature_dim {self.feature_dim} with skip or adapter: expected head_dim {self.head_dim}; set "
                 "feature_dim to it"
             )
+        if self.window is None and not self.linear:
+            raise UserError("linear = False with window = None: nothing is left; set a window")
         if self.window is not None and self.window < 1:
             raise UserError(f"window {self.window}: expected at least 1, or None for no window")
 
@@ -281,8 +346,13 @@ class LinearAttention(nn.Module):
     def init_cache(self, batch_size: int, length: int, dtype: jnp.dtype) -> Cache:
         """Nothing seen yet. Of `length` only the rotation depends (rope.py); the state has one size."""
         P, H = self.num_features, self.head_dim
-        state = empty_state(batch_size, self.num_heads, P, H, normalize=True)
-        if self.window is not None:
+        state: Any = empty_state(batch_size, self.num_heads, P, H, normalize=True)
+        if self.published_quirks:
+            heads = {"heads": self.num_heads, "kv_heads": self.num_kv_heads, "head_dim": H}
+            state = published_lolcats.empty_state(
+                batch=batch_size, **heads, features=P, window=self.window, dtype=dtype
+            )
+        elif self.window is not None:
             kv, features = (self.num_kv_heads, H), (self.num_heads, P)
             held = empty_held(
                 self.window_kind, self.window, k=kv, v=kv, features=features, batch=batch_size, dtype=dtype

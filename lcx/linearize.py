@@ -1,0 +1,199 @@
+"""A pretrained softmax model as a linear one: LinearAttention in place of Attention, every weight where it was.
+
+    model, params = Linearize(window=64)(model, params, key)
+
+The new parameters (feature maps, window factors) come from the mixer's own initialisation; they are what attention
+transfer trains (objectives.attention_transfer), and LoRA then repairs the rest (LoLCATS, Zhang et al. 2024, arXiv
+2410.10254). What can be kept as softmax, layer by layer, is `keep_softmax`.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from lcx import model as model_lib
+from lcx.errors import UserError
+from lcx.mixers.attention import Attention
+from lcx.mixers.linear_attention import LinearAttention
+from lcx.model import Block, Decoder
+
+_SHARED = ("num_heads", "num_kv_heads", "head_dim", "rope", "qkv_bias", "o_bias", "qk_norm", "norm_eps")
+
+
+@dataclasses.dataclass(frozen=True)
+class Linearize:
+    """Which layers become linear, and how. The settings are those of mixers.linear_attention.LinearAttention.
+
+    Attributes:
+      keep_softmax: layers that stay as they are, counted from 0.
+    """
+
+    window: int | None = 64
+    window_kind: str = "terraced"
+    window_factor: float = LinearAttention.window_factor
+    feature_map: str = "softmax_dim"
+    feature_dim: int = 64
+    full_space: bool = True
+    feature_bias: bool = False
+    skip: bool = False
+    adapter: int | None = None
+    feature_init: str = "uniform"
+    tied: bool = False
+    keep_softmax: tuple[int, ...] = ()
+
+    def model(self, model: Decoder) -> Decoder:
+        """The linear model.
+
+        Raises:
+          UserError: settings that do not fit, nothing to linearize, a window that no sequence of the model exceeds.
+        """
+        blocks = [layer.block for layer in model_lib.layers(model)]
+        unknown = [layer for layer in self.keep_softmax if not 0 <= layer < len(blocks)]
+        if unknown:
+            raise UserError(
+                f"Linearize.keep_softmax has layer {unknown[0]}, expected 0 to {len(blocks) - 1}; change it"
+            )
+        if self.window is not None and self.window >= model.max_position_embeddings:
+            raise UserError(
+                f"Linearize.window {self.window} holds the model's whole context of {model.max_position_embeddings} "
+                "tokens, so that nothing would be linear: set a smaller window"
+            )
+        make = functools.cache(self._linear)  # equal blocks stay one object: stages are compared by them
+        new = tuple(
+            make(block) if i not in self.keep_softmax and isinstance(block.mixer, Attention) else block
+            for i, block in enumerate(blocks)
+        )
+        if list(new) == blocks:
+            raise UserError(
+                "nothing to linearize: the model has no softmax attention outside Linearize.keep_softmax"
+            )
+        return model.clone(stages=model_lib.stages_of(new), parent=None)
+
+    def _linear(self, block: Block) -> Block:
+        softmax = block.mixer
+        own = [field.name for field in dataclasses.fields(self) if field.name != "keep_softmax"]
+        mixer = LinearAttention(
+            **{name: getattr(softmax, name) for name in _SHARED},
+            **{name: getattr(self, name) for name in own},
+            softmax_window=softmax.window,
+            parent=None,
+        )
+        mixer.check()
+        return block.clone(mixer=mixer, parent=None)
+
+    def __call__(self, model: Decoder, params: Any, key: Array) -> tuple[Decoder, Any]:
+        """(the linear model, its parameters), on the mesh that is set; weights that stay where they are, are shared.
+
+        Raises:
+          UserError: see `model`.
+        """
+        new = self.model(model)
+        return new, relaid(model, params, new, fresh=initial(new, key))
+
+
+def ablated(model: Decoder, keep: str) -> Decoder:
+    """The model with one part of its hybrid layers alone: "window", or "linear" (which then counts every key).
+
+    A hybrid can do well on short texts by its window alone (arXiv 2510.05901): what each part does is worth knowing.
+
+    Raises:
+      UserError: another name, or a model without such layers.
+    """
+    changes: dict[str, dict[str, Any]] = {"window": {"linear": False}, "linear": {"window": None}}
+    if keep not in changes:
+        raise UserError(f"only_part is {keep!r}, expected one of {', '.join(changes)}")
+
+    def one(mixer):
+        hybrid = isinstance(mixer, LinearAttention) and mixer.window is not None
+        return mixer.clone(parent=None, **changes[keep]) if hybrid else mixer
+
+    new = model_lib.map_mixers(model, one)
+    if new == model:
+        raise UserError(f"only_part {keep!r}: the model has no linear attention with a window; leave it out")
+    return new
+
+
+def initial(model: Decoder, key: Array) -> dict[str, Array]:
+    """path -> the parameters that only linear attention has, at their start, float32."""
+    flat = _flat(model_lib.abstract_params(model, mesh=_mesh()))
+    wanted = {path: leaf for path, leaf in flat.items() if _is_new(path)}
+
+    def init(key):  # what is not returned is not computed
+        params = model_lib.plain_init(model, key)
+        return {path: _flat(params)[path].astype(jnp.float32) for path in wanted}
+
+    out = None if _mesh() is None else {path: leaf.sharding for path, leaf in wanted.items()}
+    return jax.jit(init, out_shardings=out)(key)
+
+
+def _is_new(path: str) -> bool:
+    return "/feature_map_" in path or path.endswith("/window_factors")
+
+
+def relaid(
+    model: Decoder,
+    params: Any,
+    new: Decoder,
+    *,
+    fresh: dict[str, Array],
+    layers: Sequence[int] | None = None,
+) -> Any:
+    """The parameters of a model in the stages of another one.
+
+    Args:
+      fresh: path -> parameters that `model` does not have.
+      layers: of `model`, one for each layer of `new`; None: all, in order.
+    """
+    old, laid = model_lib.layers(model), model_lib.layers(new)
+    chosen = range(len(laid)) if layers is None else layers
+    source = {(at.path, at.repeat): old[layer] for at, layer in zip(laid, chosen, strict=True)}
+    flat, out = _flat(params), {}
+    for path, leaf in _flat(model_lib.abstract_params(new, mesh=_mesh())).items():
+        block, name = "/".join(path.split("/")[:2]), "/".join(path.split("/")[2:])
+        if path in fresh:
+            out[path] = fresh[path]
+        elif (block, 0) not in source:  # embeddings, the final norm
+            out[path] = flat[path]
+        else:
+            rows = [source[block, i] for i in range(leaf.shape[0])]
+            out[path] = _stacked([(flat[f"{row.path}/{name}"], row.repeat) for row in rows], leaf)
+    return _unflat(out)
+
+
+def _stacked(rows: list[tuple[Array, int]], leaf: jax.ShapeDtypeStruct) -> Array:
+    """One array of these rows of others; the array itself where it has just them."""
+    first = rows[0][0]
+    if all(x is first for x, _ in rows) and [row for _, row in rows] == list(range(first.shape[0])):
+        return first
+    pick = jax.jit(
+        lambda pieces, numbers: jnp.stack([x[i] for x, i in zip(pieces, numbers, strict=True)]),
+        static_argnums=1,
+        out_shardings=leaf.sharding,
+    )
+    return pick([x for x, _ in rows], tuple(row for _, row in rows))
+
+
+def _mesh():
+    mesh = jax.sharding.get_mesh()
+    return None if mesh.empty else mesh
+
+
+def _flat(tree: Any) -> dict[str, Any]:
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def _unflat(flat: dict[str, Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for path, leaf in flat.items():
+        *parents, last = path.split("/")
+        node = tree
+        for name in parents:
+            node = node.setdefault(name, {})
+        node[last] = leaf
+    return tree
