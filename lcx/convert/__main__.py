@@ -1,4 +1,4 @@
-"""Convert checkpoints between lcx, Hugging Face folders (hf), and savanna and vortex (Evo 2).
+"""Convert checkpoints between lcx, Hugging Face folders (hf), savanna and vortex (Evo 2), and LoLCATS.
 
 The source is never changed, and the destination appears whole or not at all. Memory stays far below the size
 of the checkpoint.
@@ -8,6 +8,8 @@ Examples:
   python -m lcx.convert --src=/tmp/run --dst=/tmp/llama_64k --dst_format=hf --dtype=bfloat16
   python -m lcx.convert --src=path/to/hf_folder --dst=/tmp/longer --dst_format=hf \\
       --rope_scaling='{"rope_type": "yarn", "factor": 4.0}'
+  python -m lcx.convert --src=path/to/hf_folder --feature_maps=X_distill.pt --lora=X_ft.pt --dst=/tmp/linear \\
+      --dst_format=lcx
   python -m lcx.convert --src=evo2_7b.pt --dst=/tmp/evo2_mp8 --dst_format=savanna --model_parallel=8
 """
 
@@ -27,11 +29,13 @@ def main(argv=None) -> int:
         help="a Hugging Face folder, an lcx workdir, a folder or .pt file of Evo 2",
     )
     parser.add_argument("--dst", required=True, metavar="PATH", help="the folder to write")
-    parser.add_argument("--dst_format", required=True, metavar="FORMAT", help="lcx, hf, savanna or vortex")
+    parser.add_argument(
+        "--dst_format", required=True, metavar="FORMAT", help="lcx, hf, savanna, vortex or lolcats"
+    )
     parser.add_argument(
         "--src_format",
         metavar="FORMAT",
-        help="lcx, hf, savanna, savanna_legacy (roles in blocks) or vortex; found out by default",
+        help="lcx, hf, savanna, savanna_legacy (roles in blocks), vortex or lolcats; found out by default",
     )
     parser.add_argument("--dtype", metavar="DTYPE", help="float32, bfloat16 or float16; as stored by default")
     parser.add_argument(
@@ -48,7 +52,26 @@ def main(argv=None) -> int:
     parser.add_argument(
         "--model_parallel", type=int, metavar="N", help="files that share the tensors of savanna (default 1)"
     )
+    _add_lolcats(parser)
     return config.run(parser, "lcx.convert.command:convert", argv)
+
+
+def _add_lolcats(parser) -> None:
+    """What LoLCATS files on a Hugging Face folder need."""
+    parser.add_argument("--feature_maps", metavar="PATH", help="X_distill.pt of LoLCATS, on the folder --src")
+    parser.add_argument("--lora", metavar="PATH", help="X_ft.pt of LoLCATS, merged into the model")
+    parser.add_argument(
+        "--attention",
+        type=lambda text: config.json_object(text) if text.lstrip().startswith("{") else text,
+        metavar="PATH|JSON",
+        help="the settings of --feature_maps by their published names, or the .yaml or .json of them",
+    )
+    parser.add_argument("--lora_alpha", type=float, metavar="X", help="of --lora (default twice the rank)")
+    parser.add_argument(
+        "--published_quirks",
+        action="store_true",
+        help="compute as the published code does, mistakes included",
+    )
 
 
 if __name__ == "__main__":

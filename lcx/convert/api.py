@@ -13,7 +13,19 @@ from lcx import lora as lora_lib
 from lcx import model as model_lib
 from lcx.checkpoint import Checkpointer
 from lcx.checkpoint_folder import COMMIT_MARKER, find_step, read_record
-from lcx.convert import destination, hf, hf_folder, lcx_folder, rules, savanna, savanna_files, sources, vortex
+from lcx.convert import (
+    destination,
+    hf,
+    hf_folder,
+    lcx_folder,
+    lolcats_writer,
+    rules,
+    savanna,
+    savanna_files,
+    sources,
+    vortex,
+)
+from lcx.convert.lolcats import Lolcats, LolcatsSource, is_lolcats
 from lcx.convert.sources import ModelSource
 from lcx.errors import UserError
 from lcx.model import Decoder
@@ -24,8 +36,9 @@ SOURCES: dict[str, Callable[[str | os.PathLike], ModelSource]] = {
     "savanna": savanna.SavannaSource,
     "savanna_legacy": savanna.legacy_source,
     "vortex": vortex.VortexSource,
+    "lolcats": LolcatsSource,
 }
-WRITTEN = ("lcx", "hf", "savanna", "vortex")
+WRITTEN = ("lcx", "hf", "savanna", "vortex", "lolcats")
 
 
 def load(
@@ -36,6 +49,7 @@ def load(
     mesh: jax.sharding.Mesh | None = None,
     rope_scaling: Mapping[str, Any] | None = None,
     context_length: int | None = None,
+    lolcats: Lolcats | None = None,
 ) -> tuple[Decoder, dict[str, Any]]:
     """Reads a model.
 
@@ -49,6 +63,7 @@ def load(
         device.
       rope_scaling: what Hugging Face writes, {"rope_type": "yarn", "factor": 4.0}: extends the context.
       context_length: the new window in tokens; by default factor times the original window.
+      lolcats: published LoLCATS files that sit on this Hugging Face folder, and their settings.
 
     Returns:
       (model, params): `model.apply({"params": params}, tokens)` are the logits. Low-rank pairs that were
@@ -58,10 +73,10 @@ def load(
       UserError: nothing readable there, or a setting that does not fit it.
     """
     wanted = sources.parse_dtype(dtype)
-    format = checked_format(format) or detect(path)
+    format = checked_format(format, lolcats) or detect(path)
     if format == "lcx":
         return _load_lcx(path, wanted, mesh, rope_scaling, context_length)
-    source = SOURCES[format](path)
+    source = opened(path, format, lolcats)
     model = sources.extended(source.model, rope_scaling, context_length)
     if wanted is not None:
         model = model.clone(dtype=str(wanted), parent=None)
@@ -125,7 +140,8 @@ def save(
     like: str | os.PathLike | None = None,
     model_parallel: int = 1,
 ) -> None:
-    """Writes a model: a Hugging Face folder ("hf"), a workdir with one step ("lcx"), a folder of "savanna" or "vortex".
+    """Writes a model: a Hugging Face folder ("hf"), a workdir with one step ("lcx"), a folder of "savanna", "vortex" or
+    "lolcats".
 
     The folder appears whole or not at all.
 
@@ -175,6 +191,11 @@ def write(
                 folder, source, dtype=dtype, model_parallel=model_parallel, progress=progress
             )
             found = savanna.check_written(folder, tensors)
+        elif format == "lolcats":
+            tensors = lolcats_writer.write(
+                folder, source, dtype=dtype, max_shard_bytes=max_shard_bytes, progress=progress
+            )
+            found = lolcats_writer.check_written(folder, tensors)
         elif format == "vortex":
             found = vortex.check_written(folder, vortex.write(folder, source, dtype=dtype, progress=progress))
         else:
@@ -198,15 +219,26 @@ def planned_bytes(
         return sum(info.nbytes for info in vortex.planned(source, dtype=dtype).values())
     if format == "hf":
         hf.config_of(source, dtype)
+    if format == "lolcats":
+        lolcats_writer.planned(source, dtype=dtype)
     infos = source.leaves.values()
     return sum(info.nbytes // info.dtype.itemsize * (dtype or info.dtype).itemsize for info in infos)
 
 
-def checked_format(format: str | None) -> str | None:
-    """The format itself. Raises UserError when there is none of this name."""
+def checked_format(format: str | None, lolcats: Lolcats | None = None) -> str | None:
+    """The format itself, "lolcats" where its files are given. Raises UserError when there is none of this name."""
     if format is not None and format not in SOURCES:
         raise UserError(f"format is {format!r}, expected one of {', '.join(SOURCES)}")
-    return format
+    if lolcats is not None and format not in (None, "lolcats"):
+        raise UserError(
+            f"format is {format!r}, expected 'lolcats' with its files: leave the format out, or the files"
+        )
+    return "lolcats" if lolcats is not None else format
+
+
+def opened(path: str | os.PathLike, format: str, files: Lolcats | None) -> ModelSource:
+    """The model there, in this format. Raises UserError when it cannot be read."""
+    return LolcatsSource(path, files) if format == "lolcats" else SOURCES[format](path)
 
 
 def checked_destination(format: str, model_parallel: int = 1) -> str:
@@ -228,11 +260,17 @@ def detect(path: str | os.PathLike) -> str:
     """
     folder = pathlib.Path(path).expanduser()
     if not folder.is_dir():
+        if is_lolcats({folder.name}):
+            raise UserError(
+                f"{path} lies on a Hugging Face folder: pass that folder, and this file as --feature_maps or --lora"
+            )
         if folder.name.endswith(savanna_files.TORCH_SUFFIXES) or savanna_files.PIECE.fullmatch(folder.name):
             return _detect_torch(folder)
         what = "a file, expected the folder it is in" if folder.exists() else "nothing"
         raise UserError(f"no checkpoint at {path}: there is {what}")
     names = {entry.name for entry in folder.iterdir()}
+    if is_lolcats(names):
+        return "lolcats"
     if names & {hf_folder.CONFIG, *hf_folder.WEIGHT_FILES}:
         return "hf"
     if "checkpoints" in names or COMMIT_MARKER in names or any(name.isdecimal() for name in names):
@@ -266,4 +304,6 @@ def is_checkpoint(path: pathlib.Path) -> bool:
     except UserError:
         return False
     # one torch file makes no checkpoint of a folder that holds other things too
-    return format in ("hf", "lcx") or all(savanna_files.is_part(entry.name) for entry in path.iterdir())
+    return format in ("hf", "lcx", "lolcats") or all(
+        savanna_files.is_part(entry.name) for entry in path.iterdir()
+    )

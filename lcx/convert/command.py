@@ -5,6 +5,7 @@ import pathlib
 from typing import Any
 
 from lcx.convert import api, destination, sources, verify
+from lcx.convert.lolcats import Lolcats
 from lcx.convert.progress import Progress
 from lcx.errors import UserError
 
@@ -21,6 +22,11 @@ def convert(
     overwrite: bool = False,
     max_shard_bytes: int = 5_000_000_000,
     model_parallel: int = 1,
+    feature_maps: str | None = None,
+    lora: str | None = None,
+    attention: str | dict[str, Any] | None = None,
+    lora_alpha: float | None = None,
+    published_quirks: bool = False,
 ) -> None:
     """Converts a checkpoint, holding a layer of one parameter in memory at a time.
 
@@ -32,6 +38,7 @@ def convert(
       overwrite: whether a checkpoint at dst may be replaced (after the new one is complete).
       max_shard_bytes: largest safetensors file of the "hf" format.
       model_parallel: how many files share the tensors of the "savanna" format.
+      feature_maps, lora, attention, lora_alpha, published_quirks: LoLCATS files on the folder src (`Lolcats`).
 
     Raises:
       UserError: whatever is wrong with the source, the destination or the settings.
@@ -42,7 +49,11 @@ def convert(
     if max_shard_bytes < 1:
         raise UserError(f"max_shard_bytes is {max_shard_bytes}, expected at least 1")
     destination.refuse_same(source_path, target)
-    source = api.SOURCES[api.checked_format(src_format) or api.detect(source_path)](source_path)
+    given = (feature_maps, lora, attention, lora_alpha)
+    files = None
+    if src_format == "lolcats" or published_quirks or any(value is not None for value in given):
+        files = Lolcats(*given, published_quirks)
+    source = api.opened(source_path, api.checked_format(src_format, files) or api.detect(source_path), files)
     source.model = sources.extended(source.model, rope_scaling, context_length)
     if wanted is not None:
         source.model = source.model.clone(dtype=str(wanted), parent=None)

@@ -31,6 +31,7 @@ class HfSource:
 
     def __init__(self, path: str | os.PathLike):
         self._folder = hf_folder.HfFolder(path)
+        self._tensors: tensor_io.TensorSource = self._folder
         self.where = str(path)
         self.carried = {key: value for key, value in self._folder.config.items() if key in hf_config.CARRIED}
         self.side_files = hf_folder.side_files(path)
@@ -67,7 +68,7 @@ class HfSource:
         return extras(self.where).tokenizer
 
     def read(self, path: str, index: rules.Index) -> np.ndarray:
-        return self._table.read(self._folder, path, index)
+        return self._table.read(self._tensors, path, index)
 
     def _check_tied(self) -> None:
         """A stored head beside a tied one must be the embedding, or one of the two settings is a mistake."""

@@ -28,8 +28,9 @@ import numpy as np
 
 from lcx import describe
 from lcx.array_store import StepReader
-from lcx.checkpoint_folder import find_step
+from lcx.checkpoint_folder import find_step, read_record
 from lcx.convert import destination, hf_folder, lcx_folder, llama, rules, safetensors, sources, torch_bin
+from lcx.convert.lolcats import softmax_model
 from lcx.convert.rules import Transposed
 from lcx.convert.tensor_io import TensorInfo, TensorSource
 from lcx.errors import UserError
@@ -118,7 +119,7 @@ def save(
     Raises:
       UserError: pairs that do not belong to this model, a destination that exists or cannot be written.
     """
-    pairs = _module_pairs(lora, modules(model))
+    pairs = module_pairs(lora, modules(model))
     tensors = {}
     for name, pair in pairs.items():
         tensors[f"{PREFIX}{name}.lora_A.weight"] = pair.A
@@ -144,12 +145,28 @@ def export(
     Raises:
       UserError: no pairs there, or what `save` refuses.
     """
-    directory, step = find_step(checkpoint)
-    folder = pathlib.Path(os.fspath(directory)) / str(step)
-    reader = StepReader(folder, "lora")
-    lora = rules.unflatten({"/".join(keys): reader.read(keys, slice(None)) for keys in reader.arrays})
+    folder = _step_folder(checkpoint)
+    lora = stored_pairs(checkpoint)
+    if lora is None:
+        raise UserError(
+            f"{folder} has no low-rank pairs, expected a checkpoint of a run that trained with LoRA"
+        )
     model = describe.from_json(lcx_folder.read_meta(folder)["model"])
     save(path, model, lora, base_model=base_model, overwrite=overwrite)
+
+
+def stored_pairs(checkpoint: str | os.PathLike) -> dict[str, Any] | None:
+    """The `lora` collection of a checkpoint; None if it has none."""
+    folder = _step_folder(checkpoint)
+    if "lora" not in read_record(folder).arrays:
+        return None
+    reader = StepReader(folder, "lora")
+    return rules.unflatten({"/".join(keys): reader.read(keys, slice(None)) for keys in reader.arrays})
+
+
+def _step_folder(checkpoint: str | os.PathLike) -> pathlib.Path:
+    directory, step = find_step(checkpoint)
+    return pathlib.Path(os.fspath(directory)) / str(step)
 
 
 def modules(model: Decoder) -> dict[str, tuple[Part, ...]]:
@@ -159,7 +176,7 @@ def modules(model: Decoder) -> dict[str, tuple[Part, ...]]:
         raise UserError(f"{what}, expected one of {', '.join(llama.FAMILIES)}")
     shapes = sources.leaf_shapes(model)
     known: dict[str, tuple[Part, ...]] = {}
-    for rule in llama.rules(model):
+    for rule in llama.rules(softmax_model(model)):
         parts: list[Part] = []
         for part in rule.parts:
             if isinstance(part.layout, Transposed) and part.repeat is not None:
@@ -279,7 +296,7 @@ def _collection(parts: Iterable[tuple[Part, Pair]], model: Decoder) -> dict[str,
 # ------------------------------------------------------------------------------------------------ writing
 
 
-def _module_pairs(lora: Mapping[str, Any], known: Mapping[str, tuple[Part, ...]]) -> dict[str, Pair]:
+def module_pairs(lora: Mapping[str, Any], known: Mapping[str, tuple[Part, ...]]) -> dict[str, Pair]:
     """Module name -> the pair to write, in the order of the model; modules without an update are left out."""
     flat = {path: np.asarray(leaf) for path, leaf in rules.flatten(lora).items()}
     expected = {
@@ -339,7 +356,7 @@ def _fused(parts: tuple[Part, ...], present: Mapping[Part, Pair]) -> Pair:
 def _config(pairs: Mapping[str, Pair], known: Iterable[str], base_model: str | None) -> dict[str, Any]:
     """adapter_config.json. Modules whose rank or alpha is not the common one stand in the patterns."""
     ranks = {name: len(pair.A) for name, pair in pairs.items()}
-    alphas = {name: _number(pair.scale * len(pair.A)) for name, pair in pairs.items()}
+    alphas = {name: number(pair.scale * len(pair.A)) for name, pair in pairs.items()}
     rank, alpha = (collections.Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
     last = {name.rpartition(".")[2] for name in pairs}
     all_layers = {name for name in known if name.rpartition(".")[2] in last} == set(pairs)
@@ -365,7 +382,7 @@ def _pattern(module: str) -> str:
     return re.escape(module.removeprefix("model."))  # older PEFT wants something before what it matches
 
 
-def _number(value: float) -> int | float:
+def number(value: float) -> int | float:
     """Without the rounding noise of a float32 scale, and whole where it is: PEFT's lora_alpha is an integer."""
     value = float(f"{value:.7g}")
     return int(value) if value.is_integer() else value

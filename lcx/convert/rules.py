@@ -137,6 +137,23 @@ class Taps:
 
 
 @dataclasses.dataclass(frozen=True)
+class PerHead:
+    """One number, or some, a head: [N] or [N, F] here, [1, N, 1, 1 or F] there (to be added to [B, N, T, F])."""
+
+    def foreign_shape(self, shape: Shape) -> Shape:
+        return 1, shape[0], 1, *(shape[1:] or (1,))
+
+    def to_foreign(self, array: np.ndarray) -> np.ndarray:
+        return array.reshape(self.foreign_shape(array.shape))
+
+    def to_lcx(self, rows: np.ndarray, shape: Shape) -> np.ndarray:
+        return rows.reshape(shape)
+
+    def rows(self, shape: Shape, index: Index) -> tuple[int, int, Shape, Index]:
+        return 0, 1, shape, index
+
+
+@dataclasses.dataclass(frozen=True)
 class Part:
     """One parameter (or one repeat of a stacked one) inside a foreign tensor."""
 

@@ -51,7 +51,7 @@ class _StandIn:
 
 
 class TorchFile:
-    """One file with a dict of tensors (or {"state_dict": dict of tensors}).
+    """One file with a dict of tensors (or {"state_dict": dict of tensors}, or {"model_state_dict": ...}).
 
     Args:
       path: the file, or the pieces that it was cut into.
@@ -170,8 +170,9 @@ def _load(
         settings = state["args"] if isinstance(state.get("args"), dict) else {}
         counters = {name: value for name, value in {**settings, **state}.items() if isinstance(value, int)}
         state = state["module"]
-    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
-        state = state["state_dict"]
+    for wrapper in ("state_dict", "model_state_dict"):
+        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
+            state = state[wrapper]
     if isinstance(state, dict) and training_state:
         state = {name: value for name, value in state.items() if not str(name).endswith("_extra_state")}
     if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):

@@ -1,0 +1,494 @@
+"""LoLCATS files on a Hugging Face folder: the published model's logits, round trips to the bit, files that are bad."""
+
+import collections
+import json
+import pathlib
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+import lcx
+from lcx import model as model_lib
+from lcx.checkpoint import Checkpointer
+from lcx.convert import lolcats_settings, lolcats_writer, peft
+from lcx.convert.__main__ import main
+from lcx.convert.lcx_folder import read_meta
+from lcx.convert.lolcats import Lolcats, LolcatsSource
+from lcx.convert.safetensors import SafetensorsFile
+from lcx.errors import UserError
+from lcx.linearize import Linearize
+from lcx.lora import LoRA
+from lcx.mixers.linear_attention import LinearAttention
+
+SETTINGS = {"attention_type": "lolcats_llama_window_tk", "window_size": 8}
+CONFIG = {
+    "model_type": "llama",
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+}
+PAIR = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.default.weight"
+MAP = "model.layers.{}.self_attn.feature_map_{}.mlp.layer"
+FACTORS = "model.layers.{}.self_attn.window_factors"
+
+
+@pytest.fixture(scope="module")
+def published(reference):
+    with np.load(reference / "reference" / "lolcats" / "model_hybrid_tk.npz") as file:
+        return {key: file[key] for key in file.files}
+
+
+def tensors_of(published, prefix, of=lambda name: True):
+    found = {name.removeprefix(prefix): x for name, x in published.items() if name.startswith(prefix)}
+    return collections.OrderedDict((name, torch.tensor(x)) for name, x in found.items() if of(name))
+
+
+def is_map(name):
+    return "feature_map" in name or "window_factors" in name
+
+
+@pytest.fixture(scope="module")
+def made(published, tmp_path_factory):
+    """The Hugging Face folder; its feature maps at the start, and after training with LoRA pairs, as published."""
+    save_file = pytest.importorskip("safetensors.torch").save_file
+    where = tmp_path_factory.mktemp("published")
+    (where / "hf").mkdir()
+    (where / "hf" / "config.json").write_text(json.dumps(CONFIG))
+    base = tensors_of(published, "w/", lambda name: not is_map(name))
+    save_file(dict(base), where / "hf" / "model.safetensors", {"format": "pt"})
+    beside = {"step": 12, "distill/eval/loss": 0.5, "metric": np.float64(0.5)}
+    torch.save({"model_state_dict": tensors_of(published, "train1/final/"), **beside}, where / "x_distill.pt")
+    torch.save(tensors_of(published, "w/", is_map), where / "start_distill.pt")
+    torch.save({"model_state_dict": tensors_of(published, "stage2/rand/"), "step": 8}, where / "x_ft.pt")
+    return where
+
+
+@pytest.fixture
+def files(made, tmp_path):
+    """A copy to damage."""
+    shutil.copytree(made, tmp_path / "published")
+    return tmp_path / "published"
+
+
+def load(where, *, lora=True, settings=SETTINGS, **more):
+    names = Lolcats(where / "x_distill.pt", where / "x_ft.pt" if lora else None, settings, **more)
+    return lcx.load(where / "hf", lolcats=names)
+
+
+def state(path):
+    return torch.load(path, weights_only=False)["model_state_dict"]
+
+
+def assert_equal_states(found, expected):
+    assert list(found) == list(expected) or set(found) == set(expected)
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
+
+
+def assert_same(found, expected):
+    (model, params), (wanted, values) = found, expected
+    assert model == wanted
+    jax.tree.map(np.testing.assert_array_equal, params, values)
+    assert jax.tree.map(lambda x: x.dtype, params) == jax.tree.map(lambda x: x.dtype, values)
+
+
+# ------------------------------------------------------------------------------------------------- reading
+
+
+def test_logits_of_the_published_model(published, made):
+    tokens = jnp.array(published["input_ids"], jnp.int32)
+    start = Lolcats(made / "start_distill.pt", None, SETTINGS)
+    after = Lolcats(made / "x_distill.pt", made / "x_ft.pt", SETTINGS, lora_alpha=16)
+    for files, name in ((start, "student/logits"), (after, "stage2/merged_logits")):
+        logits = lcx.logits(*lcx.load(made / "hf", lolcats=files), tokens)
+        np.testing.assert_allclose(logits, published[name], atol=2e-5 * np.abs(published[name]).max())
+
+
+def test_greedy_generation_of_the_published_model(published, made):
+    """A prompt of 13 tokens, no multiple of the window: its blocks are counted from the end."""
+    files = Lolcats(made / "start_distill.pt", None, SETTINGS, published_quirks=True)
+    model, params = lcx.load(made / "hf", lolcats=files)
+    prompt, wanted = jnp.array(published["gen/prompt"], jnp.int32), published["gen/logits"]
+
+    @jax.jit
+    def run(tokens, cache):
+        x, cache = model.apply({"params": params}, tokens, cache=cache, method="hidden")
+        return x[:, -1] @ model.head(params).T, cache
+
+    logits, cache = run(prompt, model.init_cache(2, 40))
+    found = [logits]
+    for token in published["gen/tokens"].T:
+        np.testing.assert_array_equal(jnp.argmax(found[-1], axis=-1), token)
+        logits, cache = run(jnp.array(token, jnp.int32)[:, None], cache)
+        found.append(logits)
+    np.testing.assert_allclose(jnp.stack(found, axis=1), wanted, atol=2e-5 * np.abs(wanted).max())
+
+
+def test_every_way_to_give_the_files(published, files):
+    expected = load(files)
+    maps, pairs = state(files / "x_distill.pt"), state(files / "x_ft.pt")
+    whole = {**maps, **pairs}
+    torch.save(whole, files / "model.pt")
+    given = [Lolcats(files / "model.pt", None, SETTINGS)]
+    for prefix in ("model.", "base_model.model."):
+        renamed = {name if name in pairs else prefix + name: x for name, x in whole.items()}
+        aliases = {f"{prefix}{FACTORS.format(i)}"[:-1]: maps[FACTORS.format(i)] for i in (0, 1)}
+        torch.save({"model_state_dict": renamed | aliases}, files / f"{prefix}pt")
+        given.append(Lolcats(files / f"{prefix}pt", None, SETTINGS))
+    shutil.copy(files / "x_distill.pt", files / "dl-m=distill_llama_lk_smd_wtk8_fd8_w01-s=0_distill.pt")
+    given.append(Lolcats(files / "dl-m=distill_llama_lk_smd_wtk8_fd8_w01-s=0_distill.pt", files / "x_ft.pt"))
+    (files / "c.yaml").write_text(
+        "model: {name: llama}\nattention:\n  attention_type: lolcats_llama_window_tk\n  window_size: 8\n"
+        "  layer_idx: null # to set\n  feature_map: softmax_dim\n  feature_map_kwargs: {eps: 1e-12, fullspace: true}\n"
+        "  learned_kernel: untied_head_einsum\n  learned_kernel_kwargs: {feature_dim: 8, bias: false}\n"
+    )
+    given.append(Lolcats(files / "x_distill.pt", files / "x_ft.pt", files / "c.yaml", lora_alpha=16.0))
+    for one in given:
+        assert_same(lcx.load(files / "hf", lolcats=one), expected)
+    for name in ("x_distill.pt", "x_ft.pt"):
+        shutil.copy(files / name, files / "hf" / name)
+    (files / "hf" / "lolcats.json").write_text(json.dumps({"attention": SETTINGS}))
+    assert_same(lcx.load(files / "hf"), expected)
+
+
+def test_maps_trained_on_in_the_second_stage_count(published, files):
+    pairs = state(files / "x_ft.pt")
+    name = FACTORS.format(1)
+    torch.save(
+        {"model_state_dict": pairs | {f"base_model.model.{name}": torch.ones(1, 4, 1, 1)}}, files / "x_ft.pt"
+    )
+    _, params = load(files)
+    factors = params["stages_0"]["block_0"]["mixer"]["window_factors"]
+    np.testing.assert_array_equal(factors[1], np.ones(4))
+    np.testing.assert_array_equal(factors[0], published["train1/final/" + FACTORS.format(0)].reshape(-1))
+
+
+VARIANTS = {
+    "t2r": (Linearize(window=None, feature_map="relu", feature_dim=16, feature_bias=True), False),
+    "sliding_affine_tied_half": (
+        Linearize(5, "sliding", 0.5, feature_dim=6, full_space=False, tied=True),
+        True,
+    ),
+    "adapter": (Linearize(8, adapter=3, feature_dim=16, feature_map="exp_dim"), False),
+    "skip_elu_first_softmax": (
+        Linearize(
+            8, feature_dim=16, skip=True, feature_map="pos_elu", feature_init="identity", keep_softmax=(0,)
+        ),
+        False,
+    ),
+}
+
+
+@pytest.mark.parametrize(("linearize", "affine"), VARIANTS.values(), ids=VARIANTS)
+def test_every_variant_there_and_back(linearize, affine, files, tmp_path):
+    """The folder says all that is needed, and its feature maps alone with the .json do too."""
+    softmax, values = lcx.load(files / "hf")
+    model, params = linearize(softmax, values, jax.random.key(0))
+    if affine:
+        model = model_lib.map_mixers(model, lambda mixer: mixer.clone(affine=True, parent=None))
+    noise = iter(jax.random.split(jax.random.key(1), 100))
+    params = jax.tree.map(
+        lambda x: (x + 0.1 * jax.random.normal(next(noise), x.shape)).astype(x.dtype), params
+    )
+    lcx.save(tmp_path / "out", model, params, format="lolcats")
+    assert_same(lcx.load(tmp_path / "out"), (model, params))
+    maps = Lolcats(tmp_path / "out" / "model_distill.pt", None, tmp_path / "out" / "lolcats.json")
+    shutil.copy(tmp_path / "out" / "model.safetensors", files / "hf" / "model.safetensors")
+    assert_same(lcx.load(files / "hf", lolcats=maps), (model, params))
+    found = set(state(tmp_path / "out" / "model_distill.pt"))
+    assert {int(name.split(".")[2]) for name in found} == {0, 1} - set(linearize.keep_softmax)
+
+
+def test_bfloat16_files(files):
+    halved = {name: x.bfloat16() for name, x in state(files / "x_distill.pt").items()}
+    torch.save({"model_state_dict": halved}, files / "x_distill.pt")
+    model, params = load(files)
+    mixer = params["stages_0"]["block_0"]["mixer"]
+    assert (
+        mixer["feature_map_q"]["layer"].dtype == jnp.bfloat16
+        and mixer["q_proj"]["kernel"].dtype == jnp.float32
+    )
+    assert model.dtype == "float32"
+
+
+# ------------------------------------------------------------------------------------------------- commands
+
+
+def convert(src, dst, dst_format, *more):
+    return main([f"--src={src}", f"--dst={dst}", f"--dst_format={dst_format}", *more])
+
+
+def test_commands(files, tmp_path, capsys):
+    given = [f"--feature_maps={files / 'x_distill.pt'}", f"--attention={json.dumps(SETTINGS)}"]
+    assert convert(files / "hf", tmp_path / "run", "lcx", *given, f"--lora={files / 'x_ft.pt'}") == 0
+    assert "read back and checked" in capsys.readouterr().out
+    expected = load(files)
+    assert_same(lcx.load(tmp_path / "run"), expected)
+    assert convert(tmp_path / "run", tmp_path / "out", "lolcats") == 0
+    assert "verified: the same model and the same numbers" in capsys.readouterr().out
+    assert_same(lcx.load(tmp_path / "out"), expected)
+    assert_equal_states(state(tmp_path / "out" / "model_distill.pt"), state(files / "x_distill.pt"))
+    assert convert(tmp_path / "out", tmp_path / "hf", "hf") == 2
+    assert "format 'lcx'" in capsys.readouterr().err
+    assert convert(files / "hf", tmp_path / "no", "lolcats") == 2
+    assert "no linear attention" in capsys.readouterr().err
+    assert convert(files / "x_distill.pt", tmp_path / "no", "lcx") == 2
+    assert "pass that folder, and this file as --feature_maps" in capsys.readouterr().err
+    assert convert(files / "hf", tmp_path / "no", "lcx", "--src_format=hf", *given) == 2
+    assert "expected 'lolcats'" in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()
+
+
+def test_a_run_with_lora_leaves_both_files(files, tmp_path):
+    """To the bit, from a checkpoint and from memory; the pairs are those of PEFT."""
+    model, params = load(files, lora=False)
+    lora = LoRA(rank=8, alpha=16.0).init(jax.random.key(0), model)
+    known = peft.modules(model)
+    flat = {name: x.float() for name, x in state(files / "x_ft.pt").items()}
+    for name, parts in known.items():
+        module = f"base_model.model.{name}.lora_"
+        if f"{module}A.default.weight" in flat:
+            part = parts[0]
+            node = lora
+            for key in part.path.split("/"):
+                node = node[key]
+            a, b = (flat[f"{module}{side}.default.weight"].numpy() for side in "AB")
+            node["a"] = node["a"].at[part.repeat].set(a.T.reshape(node["a"].shape[1:]))
+            node["b"] = node["b"].at[part.repeat].set(b.T.reshape(node["b"].shape[1:]))
+    lolcats_writer.save(tmp_path / "memory", model, params, lora)
+    lcx.save(tmp_path / "lcx", model, params, format="lcx")
+    with Checkpointer(tmp_path / "run" / "checkpoints") as checkpointer:
+        meta = read_meta(tmp_path / "lcx" / "checkpoints" / "0")
+        checkpointer.save(1, {"params": params, "lora": lora}, json={"meta": meta})
+    lolcats_writer.export(tmp_path / "run", tmp_path / "disk")
+    for folder in (tmp_path / "memory", tmp_path / "disk"):
+        for name in ("distill", "ft"):
+            assert_equal_states(state(folder / f"model_{name}.pt"), state(files / f"x_{name}.pt"))
+        kwargs = json.loads((folder / "lolcats.json").read_text())["finetune"]["kwargs"]
+        assert (kwargs["r"], kwargs["lora_alpha"]) == (8, 16)
+        assert_same(lcx.load(files / "hf", lolcats=Lolcats(folder)), load(files))
+    with pytest.raises(UserError, match="already exists"):
+        lolcats_writer.export(tmp_path / "run", tmp_path / "disk")
+    lolcats_writer.export(tmp_path / "run", tmp_path / "disk", overwrite=True)
+    lora["stages_0"]["block_0"]["mixer"]["q_proj"]["scale"] *= 2
+    with pytest.raises(UserError, match="2 ranks or scales"):
+        lolcats_writer.save(tmp_path / "other", model, params, lora)
+
+
+# ------------------------------------------------------------------------------------------------- bad files
+
+
+def damaged(change, name="x_distill.pt"):
+    def damage(where):
+        tensors = dict(state(where / name))
+        change(tensors)
+        torch.save({"model_state_dict": tensors}, where / name)
+
+    return damage
+
+
+def heads(tensors):
+    for i in (0, 1):
+        tensors[FACTORS.format(i)] = torch.zeros(1, 8, 1, 1)
+        for side in "qk":
+            tensors[MAP.format(i, side)] = torch.zeros(8, 16, 8)
+
+
+def cut(where):
+    whole = (where / "x_distill.pt").read_bytes()
+    (where / "x_distill.pt").write_bytes(whole[: len(whole) // 2])
+
+
+class Harm:
+    def __reduce__(self):
+        return pathlib.Path.touch, (pathlib.Path("harm"),)
+
+
+def hostile(where):
+    torch.save({"model_state_dict": state(where / "x_distill.pt"), "step": Harm()}, where / "x_distill.pt")
+
+
+def other_model(where):
+    (where / "hf" / "config.json").write_text(json.dumps({**CONFIG, "model_type": "gpt2"}))
+
+
+BAD = {
+    "wrong_heads": (damaged(heads), {}, r"\(8, 16, 8\).*expected \(4, 16.*belong to another model"),
+    "wrong_feature_dim": (
+        damaged(lambda t: t.update({MAP.format(1, "k"): torch.zeros(4, 16, 6)})),
+        {},
+        r"layers.1.*\(4, 16, 6\), expected \(4, 16, 8\)",
+    ),
+    "stated_feature_dim": (
+        lambda where: None,
+        {"settings": {**SETTINGS, "learned_kernel_kwargs": {"feature_dim": 64}}},
+        "have feature_dim 8, expected 64 as attention says; change attention or feature_maps",
+    ),
+    "missing": (
+        damaged(lambda t: t.pop(FACTORS.format(1))),
+        {},
+        r"1 tensors are missing.*layers.1.*window_factors",
+    ),
+    "missing_layer": (
+        damaged(lambda t: [t.pop(name) for name in list(t) if ".0." in name]),
+        {},
+        "3 tensors are missing.*layers.0.*softmax_attentions for layers without",
+    ),
+    "no_layer": (damaged(lambda t: t.clear()), {}, "no feature maps"),
+    "extra_layer": (
+        damaged(lambda t: t.update({MAP.format(2, "q"): torch.zeros(4, 16, 8)})),
+        {},
+        "1 unexpected tensors, such as model.layers.2",
+    ),
+    "extra": (
+        damaged(lambda t: t.update({"lm_head.weight": torch.zeros(2)})),
+        {},
+        "unexpected tensor 'lm_head",
+    ),
+    "no_window": (
+        lambda where: None,
+        {"settings": {"attention_type": "lolcats_llama"}},
+        "2 unexpected.*attention_type",
+    ),
+    "integers": (
+        damaged(lambda t: t.update({MAP.format(0, "q"): torch.zeros(4, 16, 8, dtype=torch.int32)})),
+        {},
+        "is int32, expected float32",
+    ),
+    "truncated": (cut, {}, "not a readable PyTorch file"),
+    "hostile": (hostile, {}, "holds more than tensors, and nothing in it was executed"),
+    "empty_tensor_dict": (
+        lambda where: torch.save([1], where / "x_distill.pt"),
+        {},
+        "expected a dict of named tensors",
+    ),
+    "one_sided_pair": (damaged(lambda t: t.pop(PAIR.format("B")), "x_ft.pt"), {}, "has lora_A alone"),
+    "wrong_pair": (
+        damaged(lambda t: t.update({PAIR.format("A"): torch.zeros(8, 32)}), "x_ft.pt"),
+        {},
+        "do not fit its weight.*change lora or --src",
+    ),
+    "other_module": (
+        damaged(
+            lambda t: t.update({PAIR.format("A").replace("q_proj", "w_proj"): torch.zeros(8, 64)}), "x_ft.pt"
+        ),
+        {},
+        "has lora_A alone",
+    ),
+    "not_a_llama": (other_model, {}, "config.json has model_type 'gpt2', supported are llama"),
+    "no_config": (
+        lambda where: (where / "hf" / "config.json").unlink(),
+        {},
+        "expected the Hugging Face folder",
+    ),
+    "window_too_large": (
+        lambda where: None,
+        {"settings": {**SETTINGS, "window_size": 64}},
+        "set a smaller window",
+    ),
+    "unknown_type": (
+        lambda where: None,
+        {"settings": {"attention_type": "lolcats_llama_window_sw_scale"}},
+        "expected lol",
+    ),
+    "unknown_setting": (lambda where: None, {"settings": {"windowsize": 8}}, "unknown setting 'windowsize'"),
+    "wrong_value": (
+        lambda where: None,
+        {"settings": {"window_size": "8"}},
+        "window_size is '8', expected int",
+    ),
+    "other_eps": (
+        lambda where: None,
+        {"settings": {"feature_map_kwargs": {"eps": 1e-6}}},
+        "eps is 1e-06, expected 1e-12",
+    ),
+    "other_decode": (
+        lambda where: None,
+        {"settings": {"decode_window_size": 4}},
+        "decode_window_size is 4, expected None",
+    ),
+    "other_map": (
+        lambda where: None,
+        {"settings": {**SETTINGS, "feature_map": "cosine"}},
+        "expected one of softmax_dim",
+    ),
+    "no_settings": (lambda where: None, {"settings": "nothing.yaml"}, "nothing there, expected a .yaml"),
+    "alpha": (lambda where: None, {"lora_alpha": -1.0}, "expected a positive number"),
+    "no_file": (
+        lambda where: (where / "x_distill.pt").unlink(),
+        {},
+        "no feature maps at .*change feature_maps",
+    ),
+    "no_lora": (lambda where: (where / "x_ft.pt").unlink(), {}, "no file at .*x_ft.pt"),
+}
+
+
+@pytest.mark.parametrize(("damage", "settings", "message"), BAD.values(), ids=BAD)
+def test_what_is_refused(damage, settings, message, files, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    damage(files)
+    with pytest.raises(UserError, match=message) as error:
+        load(files, **settings)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 500
+    assert not (tmp_path / "harm").exists()
+
+
+def test_folders_that_leave_a_choice_are_refused(files, tmp_path):
+    for name in ("a_distill.pt", "b_distill.pt"):
+        shutil.copy(files / "x_distill.pt", files / "hf" / name)
+    with pytest.raises(UserError, match="holds 2 files X_distill.pt: set feature_maps"):
+        lcx.load(files / "hf")
+    (files / "empty").mkdir()
+    with pytest.raises(UserError, match="no feature maps in"):
+        lcx.load(files / "hf", lolcats=Lolcats(files / "empty"))
+
+
+def test_layers_of_different_settings_are_refused(files, tmp_path):
+    model, params = load(files)
+    mixer = model.stages[0].pattern[0].mixer
+    blocks = tuple(
+        model.stages[0].pattern[0].clone(mixer=mixer.clone(window=w, parent=None), parent=None)
+        for w in (4, 8)
+    )
+    model = model.clone(stages=(model_lib.Stage(blocks),), parent=None)
+    halves = {
+        f"block_{i}": jax.tree.map(lambda x, i=i: x[i : i + 1], params["stages_0"]["block_0"]) for i in (0, 1)
+    }
+    with pytest.raises(UserError, match="2 different settings"):
+        lcx.save(tmp_path / "out", model, params | {"stages_0": halves}, format="lolcats")
+
+
+def test_the_configuration_that_is_written_is_read_again():
+    mixer = LinearAttention(4, 2, 16, window=None, feature_bias=True)
+    stated = lolcats_settings.read(lolcats_settings.to_json(mixer, [1], {"r": 4, "lora_alpha": 8}))
+    assert stated.lora_alpha == 8 and stated.get("softmax_attentions", None) == [1]
+    assert stated.get("learned_kernel_kwargs.bias", None) is True
+    assert lolcats_settings.window_of(stated, has_factors=False)[0] is None
+
+
+def test_memory_is_a_layer_of_one_parameter(files):
+    """Rows are merged as they are read: nothing else of the folder is touched."""
+    source = LolcatsSource(files / "hf", Lolcats(files / "x_distill.pt", files / "x_ft.pt", SETTINGS))
+    asked = []
+    original = SafetensorsFile.read
+
+    def read(self, name, start=0, stop=None):
+        asked.append((name, start, stop))
+        return original(self, name, start, stop)
+
+    path = "stages_0/block_0/mixer/q_proj/kernel"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SafetensorsFile, "read", read)
+        part = source.read(path, (slice(1, 2), slice(0, 64), slice(1, 2), slice(0, 16)))
+    assert asked == [("model.layers.1.self_attn.q_proj.weight", 16, 32)]
+    whole = source.read(path, (slice(0, 2), slice(0, 64), slice(0, 4), slice(0, 16)))
+    np.testing.assert_array_equal(part, whole[1:2, :, 1:2])
