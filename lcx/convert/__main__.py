@@ -35,7 +35,8 @@ def main(argv=None) -> int:
     parser.add_argument(
         "--src_format",
         metavar="FORMAT",
-        help="lcx, hf, savanna, savanna_legacy (roles in blocks), vortex or lolcats; found out by default",
+        help="lcx, hf, savanna, savanna_legacy (roles in blocks), these with _fp32 (float32 weights of DeepSpeed's "
+        "optimizer states), vortex or lolcats; found out by default",
     )
     parser.add_argument("--dtype", metavar="DTYPE", help="float32, bfloat16 or float16; as stored by default")
     parser.add_argument(

@@ -35,6 +35,8 @@ SOURCES: dict[str, Callable[[str | os.PathLike], ModelSource]] = {
     "hf": hf.HfSource,
     "savanna": savanna.SavannaSource,
     "savanna_legacy": savanna.legacy_source,
+    "savanna_fp32": savanna.float32_source,
+    "savanna_legacy_fp32": savanna.legacy_float32_source,
     "vortex": vortex.VortexSource,
     "lolcats": LolcatsSource,
 }
@@ -56,8 +58,9 @@ def load(
     Args:
       path: a Hugging Face folder; an lcx workdir, checkpoints folder or step folder; for Evo 2 a folder of savanna
         (a run, a step) or one .pt file, in pieces or not, of savanna or vortex.
-      format: one of SOURCES; None finds out from the files (all but "savanna_legacy", which no file tells apart from
-        "savanna").
+      format: one of SOURCES; None finds out from the files. No file tells "savanna_legacy" (projections in blocks a
+        rank) from "savanna"; "savanna_fp32" and "savanna_legacy_fp32" take the float32 weights of DeepSpeed's optimizer
+        states.
       dtype: of the parameters and of the computation, "float32", "bfloat16" or "float16"; None as stored.
       mesh: from sharding.make_mesh; each parameter is placed on it as sharding.RULES say. None: the default
         device.

@@ -106,10 +106,11 @@ class SavannaSource(StripedHyenaSource):
 
     Args:
       legacy: whether the roles of hyena layers lie in three blocks on each rank; nothing in a file says so.
+      float32: whether to read the float32 weights of the optimizer states (`zero`).
     """
 
-    def __init__(self, path: str | os.PathLike, *, legacy: bool = False):
-        self.files = SavannaFiles(path, legacy=legacy)
+    def __init__(self, path: str | os.PathLike, *, legacy: bool = False, float32: bool = False):
+        self.files = SavannaFiles(path, legacy=legacy, float32=float32)
         try:
             canonical = _Canonical(self.files)
         except UserError as error:
@@ -121,6 +122,7 @@ class SavannaSource(StripedHyenaSource):
             log.info(
                 "%s: %d tensors have no effect and are left out (%s, ...)", path, len(left_out), left_out[0]
             )
+        self._say_configured()
         if different := self.files.differing_copies():
             log.warning(
                 "%s: the ranks' copies of %d tensors differ (%s, ...); rank 0's are read",
@@ -129,9 +131,38 @@ class SavannaSource(StripedHyenaSource):
                 different[0],
             )
 
+    def _say_configured(self) -> None:
+        """What the run that wrote the files had configured, where they say it and it is not what they hold."""
+        settings = self.files.files[0].counters
+        base, factor = settings.get("rotary_emb_base"), settings.get("rotary_emb_scaling_factor", 1)
+        ropes = [layer.block.mixer.rope for layer in stripedhyena.layers(self.model) if layer.letter == "*"]
+        if ropes and base is not None and self.inv_freq is not None and base != ropes[0].rope_theta:
+            log.warning(
+                "%s: the run had configured rope_theta %g, and inv_freq is that of %g; the model keeps what is stored",
+                self.where,
+                base,
+                ropes[0].rope_theta,
+            )
+        if ropes and factor != 1:
+            log.warning(
+                "%s: the run divided positions by %g, which no tensor says; pass rope_scaling "
+                '{"rope_type": "linear", "factor": %g}',
+                self.where,
+                factor,
+                factor,
+            )
+
 
 def legacy_source(path: str | os.PathLike) -> SavannaSource:
     return SavannaSource(path, legacy=True)
+
+
+def float32_source(path: str | os.PathLike) -> SavannaSource:
+    return SavannaSource(path, float32=True)
+
+
+def legacy_float32_source(path: str | os.PathLike) -> SavannaSource:
+    return SavannaSource(path, legacy=True, float32=True)
 
 
 # ------------------------------------------------------------------------------------------------- writing

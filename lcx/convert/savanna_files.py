@@ -17,9 +17,10 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from lcx.convert import tensor_io
+from lcx.convert import tensor_io, zero
 from lcx.convert.tensor_io import TensorInfo
 from lcx.convert.torch_bin import TorchFile
+from lcx.convert.zero import Float32File
 from lcx.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -61,6 +62,7 @@ class SavannaFiles:
     Args:
       path: a run's folder, a step's folder, a folder of rank files or a single file (see `find`).
       legacy: whether the rows of hyena layers are three blocks a rank.
+      float32: whether to read the float32 weights of the optimizer states instead of the 16-bit ones (`zero`).
 
     Attributes:
       tensors: name as stored -> TensorInfo of the whole tensor.
@@ -72,9 +74,13 @@ class SavannaFiles:
 
     shared_bytes = 0
 
-    def __init__(self, path: str | os.PathLike, *, legacy: bool = False):
+    def __init__(self, path: str | os.PathLike, *, legacy: bool = False, float32: bool = False):
         found = find(path)
-        self.files = [TorchFile(file, training_state=True) for file in found]
+        self.files: list[TorchFile | Float32File] = [
+            Float32File(file) if float32 else TorchFile(file, training_state=True) for file in found
+        ]
+        if not float32:
+            _say_float32(path, found)
         self.ranks, self._legacy, self.where = len(found), legacy, str(path)
         _check_world(path, self.files)
         self.tensors = {name: self._merged(name) for name in self.files[0].tensors}
@@ -119,7 +125,7 @@ class SavannaFiles:
                 parts.append(self._rank_rows(file, name, low - rank * rows, high - rank * rows))
         return parts[0] if len(parts) == 1 else np.concatenate(parts or [np.empty(shape, info.dtype)])
 
-    def _rank_rows(self, file: TorchFile, name: str, start: int, stop: int) -> np.ndarray:
+    def _rank_rows(self, file: TorchFile | Float32File, name: str, start: int, stop: int) -> np.ndarray:
         """Rows of one rank's share, interleaved."""
         if not self._legacy or not has_roles(name, self.tensors):
             return file.read(name, start, stop)
@@ -199,11 +205,6 @@ def _ranks(folder: pathlib.Path, names: Sequence[str]) -> list[pathlib.Path | te
         raise UserError(
             f"{folder}: {' and '.join(twice)} are of one rank; remove the file that does not belong here"
         )
-    optimizer = [name for name in names if name.endswith("_optim_states.pt")]
-    if optimizer:
-        log.info(
-            "%s: %d files of optimizer states are not read (%s, ...)", folder, len(optimizer), optimizer[0]
-        )
     missing = sorted(set(range(max(by_rank) + 1)) - set(by_rank))
     if missing:
         raise UserError(
@@ -211,6 +212,17 @@ def _ranks(folder: pathlib.Path, names: Sequence[str]) -> list[pathlib.Path | te
             f"{max(by_rank)}; copy them too"
         )
     return [folder / by_rank[rank][0] for rank in sorted(by_rank)]
+
+
+def _say_float32(path: str | os.PathLike, found: Sequence[pathlib.Path | tensor_io.Pieces]) -> None:
+    folder = getattr(found[0], "parent", None)
+    shares = [] if folder is None else [file for file in folder.iterdir() if zero.SHARE.fullmatch(file.name)]
+    if shares:
+        log.info(
+            "%s: %d files of optimizer states are not read (format 'savanna_fp32' takes their float32 weights)",
+            path,
+            len(shares),
+        )
 
 
 def _file_or_pieces(path: pathlib.Path) -> pathlib.Path | tensor_io.Pieces:
@@ -234,7 +246,7 @@ def _file_or_pieces(path: pathlib.Path) -> pathlib.Path | tensor_io.Pieces:
     return tensor_io.Pieces(tuple(pieces[number] for number in numbers))
 
 
-def _check_world(path: str | os.PathLike, files: Sequence[TorchFile]) -> None:
+def _check_world(path: str | os.PathLike, files: Sequence[TorchFile | Float32File]) -> None:
     """A state says how many ranks wrote it; a copy that lacks the last ones looks complete otherwise."""
     for file in files:
         world = file.counters.get(WORLD, file.counters.get("model_parallel_size", len(files)))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import logging
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
@@ -15,6 +16,8 @@ from lcx.convert import rules, tensor_io
 from lcx.convert.tensor_io import FLOAT_DTYPES, TensorInfo
 from lcx.errors import UserError
 from lcx.model import Decoder
+
+log = logging.getLogger(__name__)
 
 
 class ModelSource(Protocol):
@@ -161,6 +164,14 @@ def extended(model: Decoder, rope_scaling: Mapping[str, Any] | None, context_len
         raise UserError(
             "rope_scaling and context_length need a model with rotary position embeddings; leave them out"
         )
+    configured = (rope_scaling or {}).get("rope_theta")
+    for rope, _ in ropes:  # Evo 2's checkpoints hold frequencies, which savanna's own loader keeps
+        if model.model_type == "striped_hyena" and configured not in (None, rope.rope_theta):
+            log.warning(
+                "inv_freq of the checkpoint is that of rope_theta %g, and the configured rope_theta %g replaces it",
+                rope.rope_theta,
+                configured,
+            )
     new = {
         (rope, head_dim): extend.extend(
             rope,

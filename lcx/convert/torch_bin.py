@@ -27,6 +27,7 @@ from lcx.convert import tensor_io
 from lcx.convert.tensor_io import TensorInfo
 from lcx.errors import UserError
 
+MODULE = ("module",)
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, ..., length of the name, length of the extra field
 
 
@@ -57,15 +58,23 @@ class TorchFile:
       path: the file, or the pieces that it was cut into.
       training_state: whether the dict may be the "module" of a trainer's state, beside settings, counters and random
         states, which are left out; so are entries `_extra_state` (what Transformer Engine knows of its scales).
+      within: the keys that lead to the tensors of a trainer's state. A list there is a dict of "0", "1", ...
 
     Attributes:
-      counters: the whole numbers beside the module, and among its "args" ("mp_world_size", "iteration").
+      counters: the numbers beside the tensors, and among the "args" of the state ("mp_world_size", "iteration").
+      param_shapes: what DeepSpeed says of the parameters, name -> shape, a dict a group of its optimizer.
 
     Raises:
       UserError: at construction, for anything but tensors that lie within the file.
     """
 
-    def __init__(self, path: str | os.PathLike | tensor_io.Pieces, *, training_state: bool = False):
+    def __init__(
+        self,
+        path: str | os.PathLike | tensor_io.Pieces,
+        *,
+        training_state: bool = False,
+        within: tuple[str, ...] = MODULE,
+    ):
         self.path = path if isinstance(path, tensor_io.Pieces) else pathlib.Path(path)
         try:
             records = _stored_records(self.path)
@@ -73,9 +82,10 @@ class TorchFile:
             raise UserError(
                 f"{self.path}: not a readable PyTorch file: {error}; copy or download it again"
             ) from error
-        state, self.counters = _load(self.path, on_meta=records is not None, training_state=training_state)
+        on_meta, wanted = records is not None, within if training_state else None
+        state, self.counters, self.param_shapes = _load(self.path, on_meta=on_meta, within=wanted)
         if records is not None and not all(map(_has_place, state.values())):  # an older torch
-            records, (state, _) = None, _load(self.path, on_meta=False, training_state=training_state)
+            records, (state, *_) = None, _load(self.path, on_meta=False, within=wanted)
         self._state = {
             name: _check_tensor(self.path, name, tensor, records) for name, tensor in state.items()
         }
@@ -144,14 +154,14 @@ def _records(path: pathlib.Path | tensor_io.Pieces, file: io.BufferedReader, siz
 
 
 def _load(
-    path: pathlib.Path | tensor_io.Pieces, *, on_meta: bool, training_state: bool
-) -> tuple[dict, dict[str, int]]:
+    path: pathlib.Path | tensor_io.Pieces, *, on_meta: bool, within: tuple[str, ...] | None
+) -> tuple[dict, dict[str, int | float], list[dict[str, tuple[int, ...]]]]:
     try:
         import torch
     except ImportError as error:
         raise UserError(f"{path}: reading PyTorch files needs torch: pip install 'lcx[torch]'") from error
     try:
-        with _opened(path) as file, _stand_ins(file, wanted=training_state and on_meta):
+        with _opened(path) as file, _stand_ins(file, wanted=within is not None and on_meta):
             state = torch.load(file, map_location="meta" if on_meta else "cpu", weights_only=True)
     except MemoryError:
         raise
@@ -165,19 +175,48 @@ def _load(
         raise UserError(
             f"{path}: not a readable PyTorch file ({_reason(reason)}); copy or download it again"
         ) from error
-    counters = {}
-    if isinstance(state, dict) and training_state and isinstance(state.get("module"), dict):
-        settings = state["args"] if isinstance(state.get("args"), dict) else {}
-        counters = {name: value for name, value in {**settings, **state}.items() if isinstance(value, int)}
-        state = state["module"]
+    counters: dict[str, int | float] = {}
+    shapes: list[dict[str, tuple[int, ...]]] = []
+    if isinstance(state, dict) and within is not None:
+        shapes = _shapes(state.get("param_shapes"))
+        state, counters = _descended(path, state, within)
     for wrapper in ("state_dict", "model_state_dict"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
-    if isinstance(state, dict) and training_state:
+    if isinstance(state, dict) and within is not None:
         state = {name: value for name, value in state.items() if not str(name).endswith("_extra_state")}
     if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
         raise UserError(f"{path}: holds a {type(state).__name__}, expected a dict of named tensors")
-    return state, counters
+    return state, counters, shapes
+
+
+def _descended(
+    path: pathlib.Path | tensor_io.Pieces, state: dict, within: tuple[str, ...]
+) -> tuple[Any, dict[str, int | float]]:
+    """(what these keys lead to, the numbers on the way); the state itself where it is no trainer's."""
+    found: Any = state
+    beside = dict(state["args"]) if isinstance(state.get("args"), dict) else {}
+    for key in within:
+        if not isinstance(found, dict) or not isinstance(found.get(key), dict | list):
+            if within == MODULE:
+                return state, {}
+            raise UserError(f"{path}: has no {'.'.join(within)}, which files of optimizer states have")
+        beside |= found
+        found = found[key]
+    if isinstance(found, list):
+        found = {str(i): value for i, value in enumerate(found)}
+    for name, value in beside.items():  # a number a group, the same for all
+        if isinstance(value, list) and all(isinstance(x, int) for x in value) and len(set(value)) == 1:
+            beside[name] = value[0]
+    return found, {name: value for name, value in beside.items() if isinstance(value, int | float)}
+
+
+def _shapes(groups: Any) -> list[dict[str, tuple[int, ...]]]:
+    """DeepSpeed's param_shapes, whether one dict (before 0.4) or one a group."""
+    groups = [groups] if isinstance(groups, dict) else groups
+    if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
+        return []
+    return [{str(name): tuple(shape) for name, shape in group.items()} for group in groups]
 
 
 @contextlib.contextmanager
