@@ -8,7 +8,7 @@ fewer heads than N: a head is then shared by consecutive ones (grouped values, M
 
 ``reference``  the sum over j <= i that the recurrence stands for, quadratic; in float64 for float64 inputs.
 ``recurrent``  the recurrence itself, a step at a time: the second opinion for tests.
-``triton``, ``tpu``  the kernels of kernels_pallas/linear_attention.py (no window)
+``triton``, ``tpu``  the kernels of kernels_pallas/linear_attention.py; with a window windowed_linear_attention.py's
 ``xla``        C tokens at a time. Inside a chunk the quadratic form, W_ij = (q_i.k_j) e^{g_i - g_j} with g the running
                sum of a *within the chunk*, so that no exponent is ever positive and none is a difference of large
                sums; between chunks the state, in float32 (Yang et al. 2023, arXiv 2312.06635, section 3; Dao & Gu 2024,
@@ -131,7 +131,7 @@ def linear_attention(
         raise UserError("linear attention with both a window and a log_decay: expected one of them")
     if window.kind not in KINDS:
         raise UserError(f"window kind {window.kind!r}: expected one of {', '.join(KINDS)}")
-    attend = windowed.reference if form == "reference" else windowed.xla
+    attend = {"reference": windowed.reference, "xla": windowed.xla}.get(form, windowed.kernel)
     return attend(q, k, v, window, **options)
 
 
@@ -153,8 +153,12 @@ def _kernel_obstacles(q: Array, k: Array, v: Array, window: Window | None) -> di
     def of(platform: str) -> str | None:
         if missing := dispatch.on(platform):
             return missing
+        if q.shape[1] == 1:
+            return "one token: the kernel would compute a whole chunk"
         if window is not None:
-            return "the kernel has no window"
+            from lcx.ops import windowed_linear_attention as windowed
+
+            return windowed.obstacle(q, k, v, window, platform=platform)
         from kernels_pallas.linear_attention import obstacle
 
         return obstacle(q, k, v, platform=platform)

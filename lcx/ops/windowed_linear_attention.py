@@ -205,6 +205,42 @@ def _all_pairs(q, k, v, qf, kf, scale, slots: Slots, state, eps) -> Array:
     return y / nonzero(norm)[..., None]
 
 
+# ------------------------------------------------------------------------------------------------------ the kernel
+
+
+def kernel(
+    q, k, v, window: Window, *, eps, segment_ids, initial_state, platform
+) -> tuple[Array, LinearState]:
+    """The Pallas kernel; what is held from before it takes as tokens whose queries are 0."""
+
+    def attend(q, k, v, qf, kf, scale, slots: Slots, state, eps):
+        from kernels_pallas.windowed_linear_attention import windowed_linear_attention as run
+
+        T, S = q.shape[1], k.shape[1]
+        q, qf = (jnp.pad(x, ((0, 0), (S - T, 0), (0, 0), (0, 0))) for x in (q, qf))
+        plain = slots.order is None  # one document from the first token on
+        y = run(
+            *(qf, kf, v, q, k, scale),
+            kind=window.kind,
+            size=window.size,
+            nearest=None if plain else slots.nearest,
+            oldest=None if plain else slots.oldest,
+            eps=eps,
+            initial_state=None if state is None else state[:2],
+            platform=platform,
+        )
+        return y[:, S - T :]
+
+    return _run(attend, q, k, v, window, eps, segment_ids, initial_state)
+
+
+def obstacle(q: Array, k: Array, v: Array, window: Window, *, platform: str) -> str | None:
+    """Why the kernel does not take these arrays, or None."""
+    from kernels_pallas.windowed_linear_attention import obstacle as of
+
+    return of(q, k, v, window.q, kind=window.kind, size=window.size, platform=platform)
+
+
 # --------------------------------------------------------------------------------------------------- chunk by chunk
 
 

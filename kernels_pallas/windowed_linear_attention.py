@@ -1,0 +1,340 @@
+"""Linear attention whose nearest keys count by their softmax instead (LoLCATS, arXiv 2410.10254, eq. 7).
+
+    e_ij = gamma exp(s_ij - max_j s_ij)      for the near keys j of i, s_ij = scale wq_i.wk_j
+    l_ij = q_i.k_j                           for the far ones (features, applied outside)
+    y_i  = sum_j (e_ij + l_ij) v_j / (sum_j (e_ij + l_ij) + eps)
+
+Letters: B batch, T time, N heads, P features of q and k, H head dim, C tokens in a chunk, M tiles of C x C.
+
+Two numbers say what token i sees: its document begins at `oldest`, the near keys at `nearest`, both end at i itself. So
+blocks of a terrace, the edge of a sliding window, documents and what was held from before are all the same to the
+kernel; `oldest` -1 says that also the entering state is of this document.
+
+**Tiles.** A chunk of queries meets the M tiles of keys that end where it ends, which hold every window. Of those only
+the tiles from the `first_far` on may hold far keys; before them lies the state, which lags M - 1 chunks:
+
+    sliding, size C      M = 2, far keys in the other tile
+    terraced, size C     M = 2, none if blocks begin with chunks: the near pairs are two whole tiles, the state the rest
+                         M = 3, far keys in two, where documents begin anywhere
+
+    out = reach (q S)  +  sum over tiles [gamma exp(s - max) or q k^T, by the masks] v
+    S  <- whole S + k^T (kept v)              of the tile that leaves        P x H in float32
+
+The near pairs come first, with a running maximum and sums that are scaled again as it grows; then gamma, the far pairs,
+the state. (It is the window's own maximum, not a device against overflow: far weights are not divided by it, so it has
+a gradient, which goes to the key that holds it.) reach, kept and whole are 0 or 1 and end documents.
+
+**Backward.** With dn_i = dy_i / norm_i, b_i = -dn_i.y_i and dw_ij = dn_i.v_j + b_i the cotangent of a weight,
+
+    dq_i  = sum_far  dw_ij k_j                 recurrence(dn, v, k)         bias b on the queries' side
+    dk_j  = sum_far  dw_ij q_i                 recurrence(v, dn, q)         the same, reversed in time
+    dv_j  = sum (e_ij + l_ij) dn_i             recurrence(k, q, dn)         with near pairs, reversed
+    dwq_i = scale sum_near ds_ij wk_j          near(wq, wk; dn, v)
+    dwk_j = scale sum_near ds_ij wq_i          near(wk, wq; v, dn)          reversed
+    ds_ij = gamma (e'_ij dw_ij - [j holds i's maximum] total_i)      e' = e / gamma, total_i = sum_j e'_ij dw_ij
+    dgamma = sum_i total_i
+
+so the one recurrence runs four times, as in linear_attention.py, where the third argument's state, S, S^T, dS^T or dS,
+is what lies beyond the tiles; the near pairs need no state and all chunks at once. A far product whose cotangent has a
+part of its own (b_i) carries a `row` beside the state, the sum of keys with the normaliser or its cotangent.
+Nothing but y, the normalisers, and each query's maximum and its place is kept for the backward pass.
+
+**Cost** a token and head, terraces of 64 with C = 64, P = H = 128, bfloat16: forward reads q, k, wq, wk, v and writes
+y, 1536 bytes; 4 M C H FLOPs for the near pairs and 4 P H for the state, 131 K. An H200 (4.3 TB/s, 790 TFLOP/s) needs
+0.36 ns for the bytes and 0.17 for the products: memory bound. The two parts one after the other would move 5/3 of the
+bytes (v and y twice, and y once more to add them). Backward, 24 such tensors, 6144 bytes; forming the gradients of both
+members of a pair in one program would save 4 of them, and spill registers.
+
+What a platform's `recurrence(arrays, plan, reverse=, last=)` takes and gives; rows are queries, reversed keys:
+
+    q, k [B,T,n,P], v [B,T,n,V]      any n that divides N; without q only the states     out [B,T,N,V]
+    near_q, near_k [B,T,n,H]         of the near pairs; gamma [N,1]; reversed also top
+    nearest, oldest [B,T] int32      of queries
+    reach, kept [B,T], whole [B,T/C] kept, whole: when chunk c is done
+    bias [B,N,T]                     on far scores, of queries
+    state [B,N,G,P,V] float32        entering each of G pieces of T (absent: 0), row [B,N,G,V], sums [B,N,G,P]
+                                     with sums the output is normalised          norm, top [B,N,T], place [B,N,T] int32
+    last                             whether the states after each piece come back: last_state, last_row, last_sums
+
+and `near(arrays, plan, reverse=)`: near_q, near_k, and q, k of dw (dn and v), bias, top, place, reversed also total;
+gives out, and total.
+
+Few heads. A program walks all of T, and B N V / 64 programs may not fill a GPU. Then T is cut into G pieces, walked at
+once; as in linear_attention.py a pass over k and v alone gives what each adds to the state.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Float, Int
+
+from kernels_pallas import windowed_linear_attention_gpu, windowed_linear_attention_tpu
+
+RESIDUALS = "mixer_residuals"  # what rematerialising a block may keep: lcx.ops.MIXER_RESIDUALS
+SIZES = (16, 32, 64, 128)
+MOST_TILES = 9  # they are written out one after the other in a kernel
+SLOTS = 264  # programs that an H200 runs at once: two on each of 132 multiprocessors
+PIECE = 1024  # tokens that one program walks at least
+
+
+def obstacle(
+    q: Array, k: Array, v: Array, window_q: Array, *, kind: str, size: int, platform: str
+) -> str | None:
+    """Why the kernel does not take these arrays, or None. Arrays may be anything with a shape and a dtype."""
+    P, H = q.shape[-1], v.shape[-1]
+    if P not in SIZES or H not in SIZES or window_q.shape[-1] not in SIZES:
+        return (
+            f"{P} features and head dims {H} and {window_q.shape[-1]}: "
+            f"expected each one of {', '.join(map(str, SIZES))}"
+        )
+    dtype = jnp.result_type(q, k, v, window_q)
+    if dtype not in (jnp.float32, jnp.bfloat16):
+        return f"{dtype}: expected float32 or bfloat16"
+    if platform == "gpu" and dtype == jnp.float32 and max(P, H, window_q.shape[-1]) > 64:
+        return (
+            f"float32 with {P} features and head dim {H}: registers hold up to 64 of each; expected bfloat16"
+        )
+    chunk = _kernels(platform).chunk(dtype)
+    if tiles(kind, size, chunk, aligned=False)[0] > MOST_TILES:
+        return f"a {kind} window of {size}: it must lie within {MOST_TILES} tiles of {chunk}; expected a smaller one"
+    return None
+
+
+def tiles(kind: str, size: int, C: int, *, aligned: bool) -> tuple[int, int]:
+    """(M, first_far): the tiles, counted back from a chunk's own, that windows reach; the first with far keys.
+
+    aligned: blocks begin at place 0, so chunks begin at few places of a block.
+    """
+    begins = np.arange(0, size, np.gcd(C, size) if aligned else 1)[:, None]
+    place = np.arange(C)
+    back = (begins + place) % size + size if kind == "terraced" else np.full((1, C), size - 1)
+    nearest = place - back  # counted from the chunk's first token
+    return 1 - nearest.min().item() // C, max(0, -nearest.max().item() // C + 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How T is cut: into `split` pieces, these into chunks (tokens), and what a chunk looks at."""
+
+    platform: str
+    interpret: bool
+    heads: int
+    scale: float
+    eps: float
+    chunk: int
+    tiles: int
+    first_far: int
+    split: int
+
+
+def windowed_linear_attention(
+    q: Float[Array, "B T Nq P"],
+    k: Float[Array, "B T Nk P"],
+    v: Float[Array, "B T Nv H"],
+    window_q: Float[Array, "B T N Hs"],
+    window_k: Float[Array, "B T K Hs"],
+    gamma: Float[Array, " N"],
+    *,
+    kind: str,
+    size: int,
+    nearest: Int[Array, "B T"] | None = None,
+    oldest: Int[Array, "B T"] | None = None,
+    eps: float = 1e-12,
+    initial_state: tuple[Array, Array] | None = None,
+    platform: str,
+    interpret: bool = False,
+) -> Float[Array, "B T N H"]:
+    """y in v's dtype, with gradients for the arrays and the state. Fewer heads than N are shared by consecutive ones.
+
+    Args:
+      kind, size: "sliding" or "terraced"; no token has near keys outside its window.
+      nearest, oldest: the first near key of each token and the first of its document, -1: that of the entering state;
+        both at most the token's own place, but for padding, whose nearest is past it and which then sees what is far.
+        None: one document, in whose terrace blocks begin at 0.
+      initial_state: (S [B, N, P, H], z [B, N, P]) float32, what is before place 0.
+      platform: "gpu" or "tpu".
+      interpret: run on a CPU, for tests.
+    """
+    B, T, N, _ = window_q.shape
+    dtype = v.dtype
+    q, k, v, window_q, window_k = (
+        x.astype(jnp.result_type(q, k, v, window_q, window_k)) for x in (q, k, v, window_q, window_k)
+    )
+    plan = _plan(v.dtype, B, T, N, q.shape[3], v.shape[3], kind, size, nearest is None, platform, interpret)
+    plan = dataclasses.replace(plan, scale=window_q.shape[3] ** -0.5, eps=eps)
+    place = jnp.arange(T, dtype=jnp.int32)
+    if nearest is None or oldest is None:
+        back = place % size + size if kind == "terraced" else size - 1
+        nearest = jnp.broadcast_to(jnp.maximum(place - back, 0), (B, T))
+        oldest = jnp.full((B, T), 0 if initial_state is None else -1, jnp.int32)
+    short = -T % (plan.chunk * plan.split)
+    q, k, v, window_q, window_k = (_pad(x, short) for x in (q, k, v, window_q, window_k))
+    nearest, oldest = (_pad(x.astype(jnp.int32), short, T + short) for x in (nearest, oldest))
+    y = _attend(
+        q, k, v, window_q, window_k, gamma.astype(jnp.float32), (nearest, oldest), initial_state, plan
+    )
+    return y[:, :T].astype(dtype)
+
+
+def _pad(x: Array, short: int, value: int = 0) -> Array:
+    widths = ((0, 0), (0, short)) + ((0, 0),) * (x.ndim - 2)
+    return jnp.pad(x, widths, constant_values=value) if short else x
+
+
+def _kernels(platform: str):
+    return windowed_linear_attention_tpu if platform == "tpu" else windowed_linear_attention_gpu
+
+
+def _plan(dtype, B, T, N, P, H, kind, size, aligned, platform, interpret) -> Plan:
+    chunk = _kernels(platform).chunk(dtype)
+    programs = B * N * max(1, min(P, H) // 64)
+    split = 1 if platform == "tpu" else max(1, min(SLOTS // programs, T // PIECE))
+    reach, first_far = tiles(kind, size, chunk, aligned=aligned)
+    return Plan(platform, interpret, N, 1.0, 0.0, chunk, reach, first_far, split)
+
+
+# ---------------------------------------------------------------------------------------------- what ends at documents
+
+
+def _vectors(places: tuple[Array, Array], plan: Plan) -> tuple[dict, dict]:
+    """nearest, oldest, reach, kept and whole of the recurrence, and of the reversed one.
+
+    A query sees the state if its document began before the tiles. The state that leaves a chunk of keys holds the
+    document of its last token: its other documents are dropped, and what entered if that one began in the chunk.
+    """
+    nearest, oldest = places
+    (B, T), C, lag = oldest.shape, plan.chunk, plan.tiles - 1
+    chunks, begin = (
+        jnp.where(oldest < 0, -T - lag * C, oldest).reshape(B, -1, C),
+        jnp.arange(0, T, C)[:, None],
+    )
+    last = chunks[..., -1:]
+    sees = (chunks < begin - lag * C).astype(jnp.float32)
+    stays = (begin + jnp.arange(C) >= last).astype(jnp.float32)
+    whole = (last < begin).astype(jnp.float32)
+
+    def later(x, fill):  # of the chunk `lag` before
+        return jnp.pad(x, ((0, 0), (lag, 0), (0, 0)), constant_values=fill)[:, : T // C]
+
+    def flat(**vectors):
+        return {name: x.reshape(B, -1) for name, x in vectors.items()}
+
+    ahead = jnp.pad(sees, ((0, 0), (0, lag), (0, 0)))[:, lag:]
+    own = {"nearest": nearest, "oldest": jnp.maximum(oldest, 0)}
+    forward = own | flat(reach=sees, kept=later(stays, 0), whole=later(whole, 1))
+    return forward, own | flat(reach=stays, kept=ahead, whole=whole)
+
+
+# ------------------------------------------------------------------------------------------------------ the recurrence
+
+
+def _run(arrays: dict, plan: Plan, *, reverse: bool = False, last: bool = False) -> dict:
+    """The recurrence over all of T. Its states come in as [B, N, ...], and so do they leave."""
+    carried = [name for name in ("state", "row", "sums") if name in arrays]
+    run = functools.partial(_kernels(plan.platform).recurrence, plan=plan, reverse=reverse)
+    if plan.split == 1:
+        entering = {name: arrays[name][:, :, None] for name in carried}
+    else:
+        entering = _entering(arrays, carried, plan, run, reverse)
+    done = run(arrays | entering, last=last)
+    end = 0 if reverse else -1
+    return {name: x[:, :, end] if name.startswith("last_") else x for name, x in done.items()}
+
+
+def _entering(arrays: dict, carried: list[str], plan: Plan, run, reverse: bool) -> dict:
+    """The states that enter each piece: what the pieces before it contribute, each by itself, added up."""
+    G = plan.split
+    needed = ("k", "v", "kept", "whole", "nearest", *(["bias"] if reverse and "bias" in arrays else []))
+    zeros = {
+        name: jnp.zeros((*x.shape[:2], G, *x.shape[2:]), jnp.float32)
+        for name, x in arrays.items()
+        if name in carried
+    }
+    own = run({name: arrays[name] for name in needed} | zeros, last=True)
+    whole = jnp.prod(arrays["whole"].reshape(-1, G, arrays["whole"].shape[1] // G), axis=-1)
+
+    def step(state, x):
+        whole, own = x
+        new = {n: s * whole.reshape(-1, *(1,) * (s.ndim - 1)) + own[n] for n, s in state.items()}
+        return new, state
+
+    xs = whole.T, {name: jnp.moveaxis(own[f"last_{name}"], 2, 0) for name in carried}
+    _, entering = lax.scan(step, {name: arrays[name] for name in carried}, xs, reverse=reverse)
+    return {name: jnp.moveaxis(x, 0, 2) for name, x in entering.items()}
+
+
+# --------------------------------------------------------------------------------------------------- values, gradients
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(8,))
+def _attend(q, k, v, window_q, window_k, gamma, places, state, plan: Plan):
+    return _forward(q, k, v, window_q, window_k, gamma, places, state, plan)[0]
+
+
+def _forward(q, k, v, window_q, window_k, gamma, places, state, plan: Plan):
+    vectors, _ = _vectors(places, plan)
+    S, z = _states(q, v, state, plan)
+    near = {"near_q": window_q, "near_k": window_k, "gamma": gamma[:, None]}
+    done = _run({"q": q, "k": k, "v": v, **near, "state": S, "sums": z, **vectors}, plan)
+    done = {name: checkpoint_name(x, RESIDUALS) for name, x in done.items()}
+    return done["out"], (q, k, v, window_q, window_k, gamma, places, state, done)
+
+
+def _states(q, v, state, plan: Plan) -> tuple[Array, Array]:
+    if state is not None:
+        return state[0].astype(jnp.float32), state[1].astype(jnp.float32)
+    B, P, H = q.shape[0], q.shape[3], v.shape[3]
+    return jnp.zeros((B, plan.heads, P, H), jnp.float32), jnp.zeros((B, plan.heads, P), jnp.float32)
+
+
+def _backward(plan: Plan, residuals, dy):
+    q, k, v, window_q, window_k, gamma, places, state, done = residuals
+    forward, reverse = _vectors(places, plan)
+    S, z = _states(q, v, state, plan)
+    norm = jnp.swapaxes(done["norm"], 1, 2)[..., None]
+    dn = (dy / jnp.where(norm == 0, 1.0, norm)).astype(dy.dtype)
+    b = -jnp.sum(dn.astype(jnp.float32) * done["out"].astype(jnp.float32), axis=-1)
+    scores, turned = {"bias": jnp.swapaxes(b, 1, 2)}, jnp.swapaxes(S, 2, 3)
+    dq = _run({"q": dn, "k": v, "v": k, "state": turned, "row": z, **scores, **forward}, plan)["out"]
+    d_turned, d_row = jnp.zeros_like(turned), jnp.zeros_like(z)
+    of_k = {"q": v, "k": dn, "v": q, "state": d_turned, "row": d_row, **scores, **reverse}
+    of_k = _run(of_k, plan, reverse=True, last=True)
+    near = {"gamma": gamma[:, None], "top": done["top"]}
+    of_v = {"q": k, "k": q, "v": dn, "near_q": window_k, "near_k": window_q, **near}
+    of_v = _run({**of_v, "state": jnp.zeros_like(S), **reverse}, plan, reverse=True)
+    soft = _kernels(plan.platform).near
+    near |= scores | {"place": done["place"]}
+    of_wq = soft({"near_q": window_q, "near_k": window_k, "q": dn, "k": v, **near, **forward}, plan)
+    near["total"] = of_wq["total"]
+    of_wk = soft(
+        {"near_q": window_k, "near_k": window_q, "q": v, "k": dn, **near, **reverse}, plan, reverse=True
+    )
+    found = (dq, of_k["out"], of_v["out"], of_wq["out"], of_wk["out"])
+    given = zip(found, (q, k, v, window_q, window_k), strict=True)
+    grads = [_summed(d, x.shape[2]).astype(x.dtype) for d, x in given]
+    d_gamma = jnp.sum(of_wq["total"], axis=(0, 2))
+    return *grads, d_gamma, None, None if state is None else _first(of_k, q, dn, b, forward["reach"], plan)
+
+
+def _first(of_k: dict, q: Array, dn: Array, b: Array, reach: Array, plan: Plan) -> tuple[Array, Array]:
+    """The entering state's cotangent: the reversed walk ends before the queries of the first M - 1 chunks leave."""
+    T = min((plan.tiles - 1) * plan.chunk, q.shape[1])
+    q, dn, b = (x[:, :T].astype(jnp.float32) for x in (q, dn, b))
+    q = jnp.repeat(q, plan.heads // q.shape[2], axis=2) * reach[:, :T, None, None]
+    dS, dz = jnp.einsum("btnp,btnh->bnph", q, dn), jnp.einsum("btnp,btn->bnp", q, b)
+    return dS + jnp.swapaxes(of_k["last_state"], 2, 3), dz + of_k["last_row"]
+
+
+def _summed(dx: Array, heads: int) -> Array:
+    """Gradients of shared heads add up, in float32."""
+    if dx.shape[2] == heads:
+        return dx
+    return jnp.sum(dx.reshape(*dx.shape[:2], heads, -1, *dx.shape[3:]), axis=3, dtype=jnp.float32)
+
+
+_attend.defvjp(_forward, _backward)

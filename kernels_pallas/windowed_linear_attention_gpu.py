@@ -1,0 +1,312 @@
+"""The passes of `windowed_linear_attention.py` on an NVIDIA GPU, through Triton.
+
+`recurrence`: a program owns one head (and one piece of T, where heads are few) and `columns` of the value dimension. It
+walks the chunks in order with its part of the state, P x columns in float32, in registers. All products of a chunk have
+64 rows, wgmma for bfloat16: the scores of one tile at a time, at once spent on its values; then the state. Loops over
+the tiles are loops in the code too: written out, their loads would all be hoisted into registers. Tiles come from L2,
+where the previous chunk left them.
+
+`near`: no state, so a program for every chunk and head, all columns. It forms its tiles twice, first for a row's total.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+
+NARROW = 16  # the narrowest product: the sums of keys are kept as 16 equal columns, which are cheaper than a vector
+NEVER = -1e30
+WHOLE = ("nearest", "oldest", "reach", "kept", "whole")  # of a row, not of a head
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """columns: of the value dimension in one program; stages: chunks in flight, each in shared memory."""
+
+    columns: int
+    warps: int
+    stages: int
+
+
+def chunk(dtype) -> int:
+    """Tokens at a time."""
+    return 64 if dtype == jnp.bfloat16 else 16
+
+
+def tile(names, dtype) -> Tile:
+    """What compiles for an H200 without a spilled register."""
+    if dtype == jnp.float32:
+        return Tile(16 if "sums" in names else 32, 4, 1)
+    return Tile(128, 8, 3)
+
+
+def recurrence(arrays: dict, plan, *, reverse: bool = False, last: bool = False) -> dict:
+    """See `windowed_linear_attention.py`: what the arrays are, and what comes back."""
+    B, T, _, V = arrays["v"].shape
+    P, N, G, dtype = arrays["k"].shape[-1], plan.heads, plan.split, arrays["v"].dtype
+    best = tile(arrays, dtype)
+    W = min(best.columns, V)
+    shapes = {}
+    if "q" in arrays:
+        shapes["out"] = jax.ShapeDtypeStruct((B, T, N, V), dtype)
+    if "sums" in arrays and "q" in arrays:
+        shapes["norm"] = shapes["top"] = jax.ShapeDtypeStruct((B, N, T), jnp.float32)
+        shapes["place"] = jax.ShapeDtypeStruct((B, N, T), jnp.int32)
+    if last:
+        of = {"state": (P, V), "row": (V,), "sums": (P,)}
+        carried = {name: of[name] for name in of if name in arrays}
+        shapes |= {
+            f"last_{name}": jax.ShapeDtypeStruct((B, N, G, *shape), jnp.float32)
+            for name, shape in carried.items()
+        }
+    kernel = functools.partial(_recurrence, names=(*arrays, *shapes), reverse=reverse, plan=plan)
+    call = pl.pallas_call(
+        kernel,
+        grid=(B * N, G, V // W),
+        in_specs=[_block(name, x.shape, N, W) for name, x in arrays.items()],
+        out_specs=[_block(name, x.shape, N, W) for name, x in shapes.items()],
+        out_shape=list(shapes.values()),
+        compiler_params=triton.CompilerParams(num_warps=best.warps, num_stages=best.stages),
+        interpret=plan.interpret,
+        name="windowed_linear_attention" if "q" in arrays else "windowed_linear_attention_states",
+    )
+    return dict(zip(shapes, call(*arrays.values()), strict=True))
+
+
+def _block(name: str, shape: tuple[int, ...], N: int, W: int) -> pl.BlockSpec:
+    """The part of an array that a program sees: its head (or the one it shares), its piece and its columns."""
+    if name == "gamma":
+        return pl.BlockSpec((None, 1), lambda i, g, j: (i % N, 0))
+    if name in WHOLE:
+        return pl.BlockSpec((None, shape[1]), lambda i, g, j: (i // N, 0))
+    if len(shape) == 4 and "row" not in name and "sums" not in name:  # [B, T, n, P]
+        shared, own = N // shape[2], name in ("v", "out")
+        return pl.BlockSpec(
+            (None, shape[1], None, W if own else shape[3]),
+            lambda i, g, j: (i // N, 0, i % N // shared, j if own else 0),
+        )
+    if len(shape) == 3:  # [B, N, T]
+        return pl.BlockSpec((None, None, shape[2]), lambda i, g, j: (i // N, i % N, 0))
+    if "sums" in name:
+        return pl.BlockSpec((None, None, None, shape[3]), lambda i, g, j: (i // N, i % N, g, 0))
+    rest = (0,) * (len(shape) - 4)
+    return pl.BlockSpec((None, None, None, *shape[3:-1], W), lambda i, g, j: (i // N, i % N, g, *rest, j))
+
+
+class Tiles:
+    """The tiles that the rows of chunk c meet: at and before them, reversed at and after them."""
+
+    def __init__(self, refs, c, reverse, plan):
+        self.refs, self.c, self.reverse, self.plan = refs, c, reverse, plan
+        self.C, self.T = plan.chunk, refs["nearest"].shape[0]
+        self.rows = pl.ds(c * self.C, self.C)
+        self.own = {}  # what this program found out about its rows: reading back what it stored would be a race
+
+    def at(self, t):
+        """Where the tile lies, moved to where there are tokens."""
+        start = (self.c + (t if self.reverse else -t)) * self.C
+        return pl.ds(jnp.clip(start, 0, self.T - self.C), self.C)
+
+    def of_query(self, name, t):
+        """A number of each query, along the scores' queries."""
+        if self.reverse:
+            return self.refs[name][self.at(t)][None, :]
+        x = self.own[name] if name in self.own else self.refs[name][self.rows]
+        return x[:, None]
+
+    def keys(self, t):
+        """The places of queries and keys, as wide as the scores."""
+        down, across = (lax.broadcasted_iota(jnp.int32, (self.C, self.C), i) for i in (0, 1))
+        down, across = down + self.c * self.C, across + (self.c + (t if self.reverse else -t)) * self.C
+        return (across, down) if self.reverse else (down, across)
+
+    def near(self, t):
+        query, key = self.keys(t)
+        return (key >= self.of_query("nearest", t)) & (key <= query) & (query < self.T)
+
+    def far(self, t):
+        query, key = self.keys(t)
+        own = (key >= self.of_query("oldest", t)) & (query < self.T)
+        return own & (key < self.of_query("nearest", t))
+
+    def soft(self, s, t):
+        """exp(s - max) of the near pairs, from plain products."""
+        s = (s - self.of_query("top", t)) * self.plan.scale
+        return jnp.exp(jnp.where(self.near(t), s, jnp.float32(NEVER)))
+
+
+def _recurrence(*given, names, reverse, plan):
+    refs = dict(zip(names, given, strict=True))
+    dot = functools.partial(_dot, interpret=plan.interpret)
+    chunks = refs["v"].shape[0] // plan.chunk // plan.split
+    begin = pl.program_id(1) * chunks
+
+    def step(i, carry):
+        c = begin + (chunks - 1 - i if reverse else i)
+        tiles = Tiles(refs, c, reverse, plan)
+        if "q" in refs:
+            _outputs(tiles, carry, dot)
+        return _advance(tiles, carry, dot)
+
+    carry = {name: refs[name][...] for name in ("state", "row", "sums") if name in refs}
+    if "sums" in refs:
+        carry["sums"] = jnp.broadcast_to(carry["sums"][:, None], (refs["sums"].shape[0], NARROW))
+    carry = lax.fori_loop(0, chunks, step, carry)
+    if "last_sums" in refs:
+        carry["sums"] = jnp.max(carry["sums"], axis=1)
+    for name in carry:
+        if f"last_{name}" in refs:
+            refs[f"last_{name}"][...] = carry[name]
+
+
+def _outputs(tiles: Tiles, carry, dot):
+    """The results of one chunk: the near pairs, the far ones in the tiles, what the state gives."""
+    refs, rows, plan = tiles.refs, tiles.rows, tiles.plan
+    dtype, reach = refs["v"].dtype, refs["reach"][rows]
+    sums = jnp.zeros((tiles.C, refs["v"].shape[1]), jnp.float32), jnp.zeros((tiles.C,), jnp.float32)
+    if "near_q" in refs:
+        sums = _known_softmax(tiles, sums, dot) if tiles.reverse else _softmax(tiles, sums, dot)
+
+    def far(t, sums):
+        scores = dot(refs["q"][rows, :], refs["k"][tiles.at(t), :], 1, 1)
+        if "bias" in refs:
+            scores += tiles.of_query("bias", t)
+        scores = jnp.where(tiles.far(t), scores, 0.0)
+        return _spend(tiles, t, scores, sums, dot)
+
+    out, norm = lax.fori_loop(min(plan.first_far, plan.tiles), plan.tiles, far, sums)
+    q = refs["q"][rows, :]
+    if "row" in refs:
+        row = reach if tiles.reverse else reach * refs["bias"][rows]
+        out += carry["row"][None, :] * row[:, None]
+    out += dot(q, carry["state"].astype(dtype), 1, 0) * reach[:, None]
+    if "sums" in refs:
+        norm += jnp.max(dot(q, carry["sums"].astype(dtype), 1, 0), axis=1) * reach + plan.eps
+        refs["norm"][rows] = norm
+        out *= (1.0 / jnp.where(norm == 0.0, 1.0, norm))[:, None]
+    refs["out"][rows, :] = out.astype(refs["out"].dtype)
+
+
+def _spend(tiles: Tiles, t, weights, sums, dot):
+    """The sums with a tile's weights times its values."""
+    v = tiles.refs["v"][tiles.at(t), :]
+    norm = sums[1] + jnp.sum(weights, axis=1) if "sums" in tiles.refs else sums[1]
+    return sums[0] + dot(weights.astype(v.dtype), v, 1, 0), norm
+
+
+def _softmax(tiles: Tiles, sums, dot):
+    """With a running maximum; stores each query's largest product with a near key, and the place of that key."""
+    refs, gamma = tiles.refs, tiles.refs["gamma"][0]
+
+    def more(t, carry):
+        top, place, out, norm = carry
+        s = dot(refs["near_q"][tiles.rows, :], refs["near_k"][tiles.at(t), :], 1, 1)
+        s = jnp.where(tiles.near(t), s, jnp.float32(NEVER))
+        most = jnp.max(s, axis=1)
+        found = jnp.max(jnp.where(s == most[:, None], tiles.keys(t)[1], -1), axis=1)
+        new = jnp.maximum(most, top)
+        shrink = jnp.exp((top - new) * tiles.plan.scale)
+        weights = jnp.exp((s - new[:, None]) * tiles.plan.scale)
+        sums = _spend(tiles, t, weights, (out * shrink[:, None], norm * shrink), dot)
+        return new, jnp.where(most > top, found, place), *sums
+
+    top = jnp.full((tiles.C,), NEVER / 2, jnp.float32)  # above what is masked
+    best = top, jnp.full((tiles.C,), -1, jnp.int32)
+    top, place, out, norm = lax.fori_loop(0, tiles.plan.tiles, more, (*best, *sums))
+    refs["top"][tiles.rows], refs["place"][tiles.rows] = top, place
+    return out * gamma, norm * gamma
+
+
+def _known_softmax(tiles: Tiles, sums, dot):
+    refs, gamma = tiles.refs, tiles.refs["gamma"][0]
+
+    def more(t, sums):
+        s = dot(refs["near_q"][tiles.rows, :], refs["near_k"][tiles.at(t), :], 1, 1)
+        return _spend(tiles, t, tiles.soft(s, t), sums, dot)
+
+    out, norm = lax.fori_loop(0, tiles.plan.tiles, more, sums)
+    return out * gamma, norm
+
+
+def _advance(tiles: Tiles, carry, dot):
+    """The states after this chunk: the last tile that it saw leaves the tiles."""
+    refs, rows, new = tiles.refs, tiles.rows, {}
+    at = tiles.at(tiles.plan.tiles - 1)
+    k, v, kept, whole = refs["k"][at, :], refs["v"][at, :], refs["kept"][rows], refs["whole"][tiles.c]
+    weighted = v.astype(jnp.float32) * kept[:, None]
+    if "state" in carry:
+        new["state"] = carry["state"] * whole + dot(k, weighted.astype(v.dtype), 0, 0)
+    if "row" in carry:
+        if tiles.reverse:
+            weighted *= refs["bias"][at][:, None]
+        new["row"] = carry["row"] * whole + jnp.sum(weighted, axis=0)
+    if "sums" in carry:
+        wide = jnp.broadcast_to(kept[:, None], (tiles.C, NARROW)).astype(k.dtype)
+        new["sums"] = carry["sums"] * whole + dot(k, wide, 0, 0)
+    return new
+
+
+def near(arrays: dict, plan, *, reverse: bool = False) -> dict:
+    """The gradient of the softmax's queries, reversed of its keys."""
+    B, T, _, H = arrays["near_q"].shape
+    N, dtype = plan.heads, arrays["near_q"].dtype
+    shapes = {"out": jax.ShapeDtypeStruct((B, T, N, H), dtype)}
+    if not reverse:
+        shapes["total"] = jax.ShapeDtypeStruct((B, N, T), jnp.float32)
+
+    def block(name, shape):
+        whole = _block(name, shape, N, H)
+        return pl.BlockSpec(whole.block_shape, lambda c, n, b: whole.index_map(b * N + n, 0, 0))
+
+    call = pl.pallas_call(
+        functools.partial(_near, names=(*arrays, *shapes), reverse=reverse, plan=plan),
+        grid=(T // plan.chunk, N, B),
+        in_specs=[block(name, x.shape) for name, x in arrays.items()],
+        out_specs=[block(name, x.shape) for name, x in shapes.items()],
+        out_shape=list(shapes.values()),
+        compiler_params=triton.CompilerParams(num_warps=4, num_stages=1),
+        interpret=plan.interpret,
+        name="windowed_linear_attention_near",
+    )
+    return dict(zip(shapes, call(*arrays.values()), strict=True))
+
+
+def _near(*given, names, reverse, plan):
+    refs = dict(zip(names, given, strict=True))
+    dot = functools.partial(_dot, interpret=plan.interpret)
+    tiles = Tiles(refs, pl.program_id(0), reverse, plan)
+    s_rows, w_rows = refs["near_q"][tiles.rows, :], refs["q"][tiles.rows, :]
+
+    def soft(t):
+        """exp(s - max) times its own cotangent."""
+        s = dot(s_rows, refs["near_k"][tiles.at(t), :], 1, 1)
+        dw = dot(w_rows, refs["k"][tiles.at(t), :], 1, 1) + tiles.of_query("bias", t)
+        return tiles.soft(s, t) * dw
+
+    if not reverse:
+        zeros = jnp.zeros((tiles.C,), jnp.float32)
+        total = lax.fori_loop(0, plan.tiles, lambda t, sums: sums + jnp.sum(soft(t), axis=1), zeros)
+        refs["total"][tiles.rows] = tiles.own["total"] = total
+
+    def add(t, out):
+        query, key = tiles.keys(t)
+        # A tile that was moved has no query of the place that it pretends.
+        top = (key == tiles.of_query("place", t)) & (query < tiles.T)
+        ds = soft(t) - jnp.where(top, tiles.of_query("total", t), 0.0)
+        return out + dot(ds.astype(refs["near_k"].dtype), refs["near_k"][tiles.at(t), :], 1, 0)
+
+    out = lax.fori_loop(0, plan.tiles, add, jnp.zeros(s_rows.shape, jnp.float32))
+    refs["out"][tiles.rows, :] = (out * (refs["gamma"][0] * plan.scale)).astype(refs["out"].dtype)
+
+
+def _dot(a, b, a_axis, b_axis, *, interpret):
+    """float32 accumulation; float32 inputs as three TensorFloat-32 products, which is close to float32."""
+    precision = None
+    if a.dtype == jnp.float32:
+        precision = lax.Precision.HIGHEST if interpret else lax.DotAlgorithmPreset.TF32_TF32_F32_X3
+    dims = (((a_axis,), (b_axis,)), ((), ()))
+    return lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
