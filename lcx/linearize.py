@@ -44,6 +44,8 @@ class Linearize:
     adapter: int | None = None
     feature_init: str = "uniform"
     tied: bool = False
+    affine: bool = False
+    published_quirks: bool = False
     keep_softmax: tuple[int, ...] = ()
 
     def model(self, model: Decoder) -> Decoder:

@@ -173,31 +173,24 @@ def test_maps_trained_on_in_the_second_stage_count(published, files):
 
 
 VARIANTS = {
-    "t2r": (Linearize(window=None, feature_map="relu", feature_dim=16, feature_bias=True), False),
-    "sliding_affine_tied_half": (
-        Linearize(5, "sliding", 0.5, feature_dim=6, full_space=False, tied=True),
-        True,
+    "t2r": Linearize(window=None, feature_map="relu", feature_dim=16, feature_bias=True),
+    "sliding_affine_tied_half": Linearize(
+        5, "sliding", 0.5, feature_dim=6, full_space=False, tied=True, affine=True, published_quirks=True
     ),
-    "adapter": (Linearize(8, adapter=3, feature_dim=16, feature_map="exp_dim"), False),
-    "skip_elu_first_softmax": (
-        Linearize(
-            8, feature_dim=16, skip=True, feature_map="pos_elu", feature_init="identity", keep_softmax=(0,)
-        ),
-        False,
+    "adapter": Linearize(8, adapter=3, feature_dim=16, feature_map="exp_dim"),
+    "skip_elu_first_softmax": Linearize(
+        8, feature_dim=16, skip=True, feature_map="pos_elu", feature_init="identity", keep_softmax=(0,)
     ),
 }
 
 
-@pytest.mark.parametrize(("linearize", "affine"), VARIANTS.values(), ids=VARIANTS)
-def test_every_variant_there_and_back(linearize, affine, files, tmp_path):
+@pytest.mark.parametrize("linearize", VARIANTS.values(), ids=VARIANTS)
+def test_every_variant_there_and_back(linearize, files, tmp_path):
     """The folder says all that is needed, and its feature maps alone with the .json do too."""
-    softmax, values = lcx.load(files / "hf")
-    model, params = linearize(softmax, values, jax.random.key(0))
-    if affine:
-        model = model_lib.map_mixers(model, lambda mixer: mixer.clone(affine=True, parent=None))
-    noise = iter(jax.random.split(jax.random.key(1), 100))
+    softmax, _ = lcx.load(files / "hf")
+    model, rng = linearize.model(softmax), np.random.default_rng(0)
     params = jax.tree.map(
-        lambda x: (x + 0.1 * jax.random.normal(next(noise), x.shape)).astype(x.dtype), params
+        lambda x: rng.normal(size=x.shape).astype(x.dtype), model_lib.abstract_params(model)
     )
     lcx.save(tmp_path / "out", model, params, format="lolcats")
     assert_same(lcx.load(tmp_path / "out"), (model, params))
@@ -206,6 +199,19 @@ def test_every_variant_there_and_back(linearize, affine, files, tmp_path):
     assert_same(lcx.load(files / "hf", lolcats=maps), (model, params))
     found = set(state(tmp_path / "out" / "model_distill.pt"))
     assert {int(name.split(".")[2]) for name in found} == {0, 1} - set(linearize.keep_softmax)
+
+
+def test_blocks_that_were_trained_apart(files):
+    """Their names count from 0 in every block; the file's name says from where."""
+    expected, maps = load(files, lora=False), state(files / "x_distill.pt")
+    (files / "blocks").mkdir()
+    for i in (0, 1):
+        own = {name.replace(f".{i}.", ".0."): x for name, x in maps.items() if f"layers.{i}." in name}
+        torch.save({"model_state_dict": own}, files / "blocks" / f"x-in={i:03d}-out={i:03d}_distill.pt")
+    assert_same(lcx.load(files / "hf", lolcats=Lolcats(files / "blocks", None, SETTINGS)), expected)
+    (files / "blocks" / "x-in=000-out=000_distill.pt").unlink()
+    with pytest.raises(UserError, match="3 tensors are missing.*layers.0"):
+        lcx.load(files / "hf", lolcats=Lolcats(files / "blocks", None, SETTINGS))
 
 
 def test_bfloat16_files(files):
@@ -248,7 +254,7 @@ def test_commands(files, tmp_path, capsys):
     assert not (tmp_path / "no").exists()
 
 
-def test_a_run_with_lora_leaves_both_files(files, tmp_path):
+def test_a_run_with_lora_leaves_both_files(files, tmp_path, capsys):
     """To the bit, from a checkpoint and from memory; the pairs are those of PEFT."""
     model, params = load(files, lora=False)
     lora = LoRA(rank=8, alpha=16.0).init(jax.random.key(0), model)
@@ -269,7 +275,8 @@ def test_a_run_with_lora_leaves_both_files(files, tmp_path):
     with Checkpointer(tmp_path / "run" / "checkpoints") as checkpointer:
         meta = read_meta(tmp_path / "lcx" / "checkpoints" / "0")
         checkpointer.save(1, {"params": params, "lora": lora}, json={"meta": meta})
-    lolcats_writer.export(tmp_path / "run", tmp_path / "disk")
+    assert convert(tmp_path / "run", tmp_path / "disk", "lolcats_files") == 0
+    assert "lolcats.json, model_distill.pt, model_ft.pt, read back" in capsys.readouterr().out
     for folder in (tmp_path / "memory", tmp_path / "disk"):
         for name in ("distill", "ft"):
             assert_equal_states(state(folder / f"model_{name}.pt"), state(files / f"x_{name}.pt"))

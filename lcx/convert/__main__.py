@@ -30,7 +30,10 @@ def main(argv=None) -> int:
     )
     parser.add_argument("--dst", required=True, metavar="PATH", help="the folder to write")
     parser.add_argument(
-        "--dst_format", required=True, metavar="FORMAT", help="lcx, hf, savanna, vortex or lolcats"
+        "--dst_format",
+        required=True,
+        metavar="FORMAT",
+        help="lcx, hf, savanna, vortex, lolcats or lolcats_files (what lies on a Hugging Face folder)",
     )
     parser.add_argument(
         "--src_format",

@@ -4,7 +4,7 @@ import os
 import pathlib
 from typing import Any
 
-from lcx.convert import api, destination, sources, verify
+from lcx.convert import api, destination, lolcats_writer, sources, verify
 from lcx.convert.lolcats import Lolcats
 from lcx.convert.progress import Progress
 from lcx.errors import UserError
@@ -32,7 +32,8 @@ def convert(
 
     Args:
       src, dst: folders; src may be one .pt file.
-      dst_format: one of api.WRITTEN.  src_format: one of api.SOURCES; found out by default.
+      dst_format: one of api.WRITTEN, or "lolcats_files": the feature maps and low-rank pairs of a run alone.
+      src_format: one of api.SOURCES; found out by default.
       dtype: of the written tensors; None as stored.
       rope_scaling, context_length: extend the context, as lcx.load does.
       overwrite: whether a checkpoint at dst may be replaced (after the new one is complete).
@@ -44,6 +45,13 @@ def convert(
       UserError: whatever is wrong with the source, the destination or the settings.
     """
     source_path, target = pathlib.Path(src).expanduser(), pathlib.Path(dst).expanduser()
+    if dst_format == "lolcats_files":
+        destination.refuse_same(source_path, target)
+        lolcats_writer.export(source_path, target, overwrite=overwrite)
+        print(
+            f"wrote {os.path.realpath(target)}: {', '.join(sorted(p.name for p in target.iterdir()))}, read back"
+        )
+        return
     api.checked_destination(dst_format, model_parallel)
     wanted = sources.parse_dtype(dtype)
     if max_shard_bytes < 1:

@@ -26,13 +26,13 @@ _CARRIED = "hf_config"  # in the meta item: settings of config.json that the mod
 class LcxSource:
     """One step of a workdir, a checkpoints folder, or a step folder (a `sources.ModelSource`).
 
-    Low-rank pairs that were trained beside the parameters are merged into what is read.
+    Low-rank pairs that were trained beside the parameters are merged into what is read, unless `merge` is False.
 
     Raises:
       UserError: no committed step there, or a damaged one.
     """
 
-    def __init__(self, path: str | os.PathLike):
+    def __init__(self, path: str | os.PathLike, *, merge: bool = True):
         directory, step = find_step(path)
         folder = pathlib.Path(os.fspath(directory)) / str(step)
         self.where = str(folder)
@@ -43,7 +43,8 @@ class LcxSource:
         record = meta.get("tokenizer")
         self.tokenizer = record and {key: value for key, value in record.items() if key != "path"}
         self._reader = StepReader(folder, _PARAMS)
-        self._lora = StepReader(folder, _LORA) if _LORA in read_record(folder).arrays else None
+        has_pairs = merge and _LORA in read_record(folder).arrays
+        self._lora = StepReader(folder, _LORA) if has_pairs else None
         self.leaves = {
             "/".join(path): TensorInfo(dtype, shape, self.where)
             for path, (shape, dtype) in self._reader.arrays.items()

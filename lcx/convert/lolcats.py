@@ -43,6 +43,7 @@ log = logging.getLogger(__name__)
 
 DISTILL, FINETUNE = "_distill.pt", "_ft.pt"
 _KEY = re.compile(r"(?:module\.|base_model\.|model\.)*layers\.(\d+)\.(.+)")
+_BLOCK = re.compile(r"-in=(\d+)-out=\d+")  # of layers that were trained apart, which its names count from 0
 _PAIR = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.weight")
 _MAP = re.compile(r"self_attn\.(feature_map_[qk]\.mlp\.(?:layer|bias)[01]?|window_factors)")
 _ALIAS = "self_attn.window_factor"  # the same tensor under an older name
@@ -62,8 +63,8 @@ class Lolcats:
     """The files beside a Hugging Face folder, and what they do not say.
 
     Attributes:
-      feature_maps: X_distill.pt, or a file that holds the pairs too, or the folder of such files; None: the folder of
-        the model.
+      feature_maps: X_distill.pt, or a file that holds the pairs too, or the folder of such files (or of those of all
+        blocks, X-in=000-out=008_distill.pt ...); None: the folder of the model.
       lora: X_ft.pt; None: what lies beside, or in, the other file, if anything.
       attention: settings by their published names, or the .yaml or .json of them (`lolcats_settings`); None: what
         lolcats.json beside the feature maps, else their file's name says, else the published ones.
@@ -87,16 +88,17 @@ class LolcatsSource(hf.HfSource):
 
     def __init__(self, path: str | os.PathLike, files: Lolcats | None = None):
         files = files or Lolcats()
-        maps, lora, beside = _find(pathlib.Path(path).expanduser(), files)
+        paths, beside = _find(pathlib.Path(path).expanduser(), files)
         if not (pathlib.Path(path).expanduser() / hf_folder.CONFIG).exists():
             raise UserError(
                 f"{path}: expected the Hugging Face folder of the model that the feature maps are for"
             )
         super().__init__(path)
-        stated = _stated(files, maps, beside)
-        found = _Files([maps] if lora is None else [maps, lora])
+        stated = _stated(files, paths[0], beside)
+        found = _Files(paths)
         softmax = self.model
-        self.model = _linear_model(softmax, found, stated, files.published_quirks, str(path))
+        quirks = files.published_quirks or stated.published_quirks
+        self.model = _linear_model(softmax, found, stated, quirks, str(path))
         own = map_rules(self.model)
         table = rules.Table([*llama.rules(softmax_model(self.model)), *own], sources.leaf_shapes(self.model))
         found.check(own, table.foreign_shapes, stated)
@@ -112,6 +114,12 @@ class LolcatsSource(hf.HfSource):
 def is_lolcats(names: set[str]) -> bool:
     """Whether a folder of these files holds feature maps."""
     return lolcats_settings.FILE in names or any(name.endswith((DISTILL, FINETUNE)) for name in names)
+
+
+def is_map(name: str) -> bool:
+    """Whether X_distill.pt has a tensor of this name."""
+    found = _KEY.fullmatch(name)
+    return found is not None and _MAP.fullmatch(found[2]) is not None
 
 
 def softmax_model(model: Decoder) -> Decoder:
@@ -159,36 +167,38 @@ def map_rules(model: Decoder) -> list[Rule]:
 # ------------------------------------------------------------------------------------------------- reading
 
 
-def _find(folder: pathlib.Path, files: Lolcats) -> tuple[pathlib.Path, pathlib.Path | None, Stated]:
-    """(the file of the feature maps, that of the pairs, the settings beside them)."""
+def _find(folder: pathlib.Path, files: Lolcats) -> tuple[list[pathlib.Path], Stated]:
+    """(the files of the feature maps, then that of the pairs; the settings beside them)."""
     maps = folder if files.feature_maps is None else pathlib.Path(files.feature_maps).expanduser()
     lora = None if files.lora is None else pathlib.Path(files.lora).expanduser()
     beside = Stated({}, "")
     if not maps.exists():
         raise UserError(f"no feature maps at {maps}, expected X{DISTILL}: change feature_maps")
+    found = [maps]
     if maps.is_dir():
         if (maps / lolcats_settings.FILE).exists():
             beside = lolcats_settings.read(hf_folder.inside(maps, lolcats_settings.FILE))
-        if lora is None:
-            lora = _one_of(maps, FINETUNE)
-        inside = _one_of(maps, DISTILL) or lora
-        if inside is None:
+        found = _inside(maps, DISTILL)
+        pairs = _inside(maps, FINETUNE) if lora is None else []
+        lora = pairs[0] if pairs else lora
+        if not found and lora is None:
             raise UserError(f"no feature maps in {maps}, expected X{DISTILL}: set feature_maps")
-        maps, lora = inside, None if lora == inside else lora
-    for path in (maps, lora):
-        if path is not None and not path.is_file():
+    paths = found if lora is None else [*found, lora]
+    for path in paths:
+        if not path.is_file():
             raise UserError(
                 f"no file at {path}, expected X{DISTILL} or X{FINETUNE}: change feature_maps or lora"
             )
-    return maps, lora, beside
+    return paths, beside
 
 
-def _one_of(folder: pathlib.Path, suffix: str) -> pathlib.Path | None:
+def _inside(folder: pathlib.Path, suffix: str) -> list[pathlib.Path]:
+    """The one file of this kind, or the files of the blocks."""
     found = sorted(path for path in folder.iterdir() if path.name.endswith(suffix))
-    if len(found) > 1:
+    if len(found) > 1 and not all(_BLOCK.search(path.name) for path in found):
         what = "feature_maps" if suffix == DISTILL else "lora"
         raise UserError(f"{folder} holds {len(found)} files X{suffix}: set {what} to one of them")
-    return hf_folder.inside(folder, found[0].name) if found else None
+    return [hf_folder.inside(folder, path.name) for path in found]
 
 
 def _stated(files: Lolcats, maps: pathlib.Path, beside: Stated) -> Stated:
@@ -207,7 +217,7 @@ class _Pair:
 
 
 class _Files:
-    """The tensors of one or two files under plain names; of equal names those of the last file count.
+    """The tensors of some files under plain names; of equal names those of the last file count.
 
     Attributes:
       maps: "model.layers.0.self_attn.window_factors" -> (file, its own name for it).
@@ -217,7 +227,8 @@ class _Files:
     def __init__(self, paths: list[pathlib.Path]):
         self.maps: dict[str, tuple[TorchFile, str]] = {}
         self._pairs: dict[str, dict[str, tuple[TorchFile, str]]] = {}
-        self.where = " and ".join(str(path) for path in paths)
+        names = [str(path) for path in paths]
+        self.where = " and ".join(names if len(names) < 3 else [names[0], f"{len(names) - 1} more"])
         for path in paths:
             file = TorchFile(path, training_state=True)
             for key in file.tensors:
@@ -229,9 +240,10 @@ class _Files:
             )
 
     def _add(self, path: pathlib.Path, file: TorchFile, key: str) -> None:
-        found = _KEY.fullmatch(key)
-        if found and _MAP.fullmatch(found[2]):
-            self.maps[f"model.layers.{int(found[1])}.{found[2]}"] = file, key
+        found, block = _KEY.fullmatch(key), _BLOCK.search(path.name)
+        first = int(block[1]) if block else 0
+        if found and is_map(key):
+            self.maps[f"model.layers.{first + int(found[1])}.{found[2]}"] = file, key
         elif pair := _PAIR.fullmatch(key):
             module = _KEY.fullmatch(pair[1])
             name = f"model.layers.{int(module[1])}.{module[2]}" if module else pair[1]
@@ -360,13 +372,8 @@ def _linear_model(softmax: Decoder, files: _Files, stated: Stated, quirks: bool,
         adapter=adapter[2] if adapter else None,
         feature_init=lolcats_settings.start_of(stated),
         tied=stated.get("tie_qk_kernels", not has_k),
+        affine=stated.get("affine_attention_factors", False),
+        published_quirks=quirks,
         keep_softmax=tuple(stated.get("softmax_attentions", ())),
     )
-    affine = stated.get("affine_attention_factors", False)
-
-    def mixed(mixer):
-        if not isinstance(mixer, LinearAttention):
-            return mixer
-        return mixer.clone(affine=affine, published_quirks=quirks, parent=None)
-
-    return model_lib.map_mixers(linear.model(softmax), mixed)
+    return linear.model(softmax)

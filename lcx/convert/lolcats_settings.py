@@ -72,6 +72,7 @@ class Stated:
     values: Mapping[str, Any]
     where: str
     lora_alpha: float | None = None
+    published_quirks: bool = False
 
     def get(self, name: str, default: Any) -> Any:
         return self.values.get(name, default)
@@ -113,7 +114,8 @@ def _yaml(path: pathlib.Path) -> Mapping[str, Any]:
 
 
 def _parsed(given: Mapping[str, Any], where: str) -> Stated:
-    section = given.get("attention", {} if "finetune" in given else given)
+    sections = {"finetune", "published_quirks"} & set(given)
+    section = given.get("attention", {} if sections else given)
     if not isinstance(section, Mapping):
         raise UserError(f"{where}: attention is {section!r}, expected settings by name")
     values: dict[str, Any] = {}
@@ -128,7 +130,7 @@ def _parsed(given: Mapping[str, Any], where: str) -> Stated:
         elif key not in _IGNORED:
             values[key] = value
     _check_values(values, where)
-    return Stated(values, where, _alpha(given, where))
+    return Stated(values, where, _alpha(given, where), given.get("published_quirks") is True)
 
 
 def _check_values(values: dict[str, Any], where: str) -> None:
@@ -237,6 +239,8 @@ def to_json(mixer: LinearAttention, kept: list[int], lora: Mapping[str, Any] | N
     if mixer.adapter is not None:
         kernel["hidden_dim"] = mixer.adapter
     out: dict[str, Any] = {"attention": attention}
+    if mixer.published_quirks:
+        out["published_quirks"] = True
     return (
         out
         if lora is None

@@ -1,8 +1,11 @@
 """Models with linear attention as published LoLCATS files: see `lolcats` for what lies in them.
 
-lcx.save(path, model, params, format="lolcats")      # a folder of its own, low-rank pairs merged
-lolcats_writer.save(path, model, params, lora)       # X_distill.pt and X_ft.pt for the softmax model's own folder
-lolcats_writer.export("path/to/workdir", path)       # the same, of a run that trained with LoRA
+A folder of its own, low-rank pairs merged, or what lies on the folder of the softmax model, of a run with LoRA:
+
+    python -m lcx.convert --src=path/to/workdir --dst=path --dst_format=lolcats
+    python -m lcx.convert --src=path/to/workdir --dst=path --dst_format=lolcats_files
+
+From Python these are `lcx.save(..., format="lolcats")` and `export`; `save` writes the files from memory.
 """
 
 import os
@@ -15,7 +18,7 @@ import numpy as np
 from lcx import model as model_lib
 from lcx.convert import destination, hf, hf_folder, lolcats_settings, peft, rules, sources
 from lcx.convert.lcx_folder import LcxSource
-from lcx.convert.lolcats import DISTILL, FINETUNE, map_rules, softmax_model
+from lcx.convert.lolcats import DISTILL, FINETUNE, is_map, map_rules, softmax_model
 from lcx.convert.sources import ModelSource
 from lcx.convert.tensor_io import TensorInfo
 from lcx.convert.torch_bin import TorchFile
@@ -114,14 +117,18 @@ def write_tensors(
 
 def check_written(folder: pathlib.Path, tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
     """What a written folder holds, read back from its headers. Raises UserError when it is something else."""
-    maps = TorchFile(folder / f"{NAME}{DISTILL}", training_state=True).tensors
-    hf.check_written(folder, {name: info for name, info in tensors.items() if name not in maps})
-    expected = {name: (info.shape, info.dtype) for name, info in tensors.items() if name in maps}
-    if {name: (info.shape, info.dtype) for name, info in maps.items()} != expected:
-        raise UserError(
-            f"{folder}: what was written is not what was meant to be; check the disk and try again"
-        )
+    own = {name: info for name, info in tensors.items() if is_map(name)}
+    _check(folder / f"{NAME}{DISTILL}", own)
+    hf.check_written(folder, {name: info for name, info in tensors.items() if name not in own})
     return dict(tensors)
+
+
+def _check(path: pathlib.Path, tensors: Mapping[str, TensorInfo]) -> None:
+    found = {name: (info.shape, info.dtype) for name, info in TorchFile(path).tensors.items()}
+    if found != {name: (info.shape, info.dtype) for name, info in tensors.items()}:
+        raise UserError(
+            f"{path.parent}: what was written is not what was meant to be; check the disk and try again"
+        )
 
 
 def _map_table(source: ModelSource) -> rules.Table:
@@ -171,7 +178,7 @@ def export(checkpoint: str | os.PathLike, path: str | os.PathLike, *, overwrite:
     Raises:
       UserError: no checkpoint there, or what `save` refuses.
     """
-    source = LcxSource(checkpoint)
+    source = LcxSource(checkpoint, merge=False)
     _save(path, source, peft.stored_pairs(checkpoint), overwrite)
 
 
@@ -182,11 +189,12 @@ def _save(path, source: ModelSource, lora: Mapping[str, Any] | None, overwrite: 
     with destination.replacing(
         path, overwrite=overwrite, needed_bytes=needed, replaceable=_is_ours
     ) as folder:
-        write_maps(folder / f"{NAME}{DISTILL}", source)
+        _check(folder / f"{NAME}{DISTILL}", write_maps(folder / f"{NAME}{DISTILL}", source))
         if pairs:
             arrays = dict(_arrays(pairs))
             infos = {name: TensorInfo(array.dtype, array.shape) for name, array in arrays.items()}
             write_tensors(folder / f"{NAME}{FINETUNE}", infos, arrays.__getitem__)
+            _check(folder / f"{NAME}{FINETUNE}", infos)
         settings = _settings(source.model, _lora_settings(pairs) if pairs else None)
         hf_folder.write_json(folder / lolcats_settings.FILE, settings)
 
