@@ -1,6 +1,7 @@
 """Softmax attention: grouped-query heads, rotary positions, optional sliding window, biases and q/k norm."""
 
 import functools
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -83,7 +84,11 @@ class Attention(nn.Module):
 
 
 def rotated_heads(
-    mixer, x: Float[Array, "B T D"], positions: Int[Array, "B T"] | None, cache: Cache | None
+    mixer,
+    x: Float[Array, "B T D"],
+    positions: Int[Array, "B T"] | None,
+    cache: Cache | None,
+    rotate: Callable[..., Array] = rope_lib.rotate,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
     """Queries, keys and values of a mixer with Attention's settings, inside its compact __call__.
 
@@ -108,7 +113,7 @@ def rotated_heads(
         positions = start + jnp.arange(x.shape[1], dtype=jnp.int32)[None]
     rope_length = jnp.max(positions) + 1 if cache is None else cache["rope_length"]
     frequencies = mixer.rope.frequencies(mixer.head_dim, rope_length)
-    q, k = (rope_lib.rotate(heads, positions, *frequencies) for heads in (q, k))
+    q, k = (rotate(heads, positions, *frequencies) for heads in (q, k))
     return q, k, v
 
 

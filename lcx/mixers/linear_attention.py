@@ -69,18 +69,22 @@ class FeatureMap(nn.Module):
     def __call__(
         self, x: Float[Array, "B T N H"], like: dict[str, Array] | None = None
     ) -> Float[Array, "B T N P"]:
+        dtype, x = x.dtype, x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        step = functools.partial(published_lolcats.rounded, dtype=dtype) if self.published else _exact
+        product = functools.partial(self._product, like=like, step=step)
         if self.adapter is None:
-            z = self._product("layer", x, self.feature_dim, self._init(), like)
+            z = product("layer", x, self.feature_dim, self._init())
             if self.bias:
-                bound = math.sqrt(6 / self.num_heads)
-                z += self._param("bias", _uniform(bound), (self.num_heads,), like)[:, None].astype(z.dtype)
-            z = z + x if self.skip else z
+                bias = self._param("bias", _uniform(math.sqrt(6 / self.num_heads)), (self.num_heads,), like)
+                z = step(z + step(bias)[:, None])
+            z = step(z + x) if self.skip else z
         else:
-            bound = math.sqrt(6 / (self.head_dim * self.adapter))
-            z = nn.relu(self._product("layer_0", x, self.adapter, _uniform(bound), like, bias="bias_0"))
-            z = x + self._product("layer_1", z, self.feature_dim, nn.initializers.zeros, like, bias="bias_1")
-        activate = published_lolcats.features if self.published else features
-        return activate(z, self.activation, full_space=self.full_space).astype(x.dtype)
+            start = _uniform(math.sqrt(6 / (self.head_dim * self.adapter)))
+            z = nn.relu(product("layer_0", x, self.adapter, start, bias="bias_0"))
+            z = step(x + product("layer_1", z, self.feature_dim, nn.initializers.zeros, bias="bias_1"))
+        if self.published:
+            return published_lolcats.features(z, self.activation, full_space=self.full_space, dtype=dtype)
+        return features(z, self.activation, full_space=self.full_space).astype(dtype)
 
     def _param(self, name: str, init, shape: tuple[int, ...], like: dict[str, Array] | None) -> Array:
         if like is not None and self.is_initializing():
@@ -91,16 +95,12 @@ class FeatureMap(nn.Module):
 
         return named_param(self, name, init, ("heads", "head_dim", None)[: len(shape)], shape)
 
-    def _product(self, name, x, size, init, like, bias=None) -> Array:
+    def _product(self, name, x, size, init, bias=None, *, like, step) -> Array:
         kernel = self._param(name, init, (self.num_heads, x.shape[-1], size), like)
-        wide = jnp.promote_types(x.dtype, jnp.float32)
-        if self.published:
-            kernel = kernel.astype(x.dtype)
-        z = jnp.einsum("btnh,nhf->btnf", x.astype(wide), kernel.astype(wide))
-        z = z.astype(x.dtype if self.published else wide)
+        z = step(jnp.einsum("btnh,nhf->btnf", x, step(kernel.astype(x.dtype))))
         if bias is None:
             return z
-        return z + self._param(bias, nn.initializers.zeros, (self.num_heads, size), like).astype(z.dtype)
+        return step(z + step(self._param(bias, nn.initializers.zeros, (self.num_heads, size), like)))
 
     def _init(self):
         if self.start == "normal":
@@ -120,6 +120,10 @@ def features(z: Float[Array, "... F"], activation: str, *, full_space: bool = Tr
         maps, full_space = [nn.relu(z) if activation == "relu" else 1 + nn.elu(z)], False
     z = jnp.concatenate(maps, axis=-1) if full_space else maps[0]
     return jnp.maximum(z, FLOOR)
+
+
+def _exact(x: Array) -> Array:
+    return x
 
 
 def _uniform(bound: float):
@@ -186,7 +190,8 @@ class LinearAttention(nn.Module):
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         self.check()
         B, T, D = x.shape
-        q, k, v = rotated_heads(self, x, positions, cache)
+        rotate = published_lolcats.rotate if self.published_quirks else rope_lib.rotate
+        q, k, v = rotated_heads(self, x, positions, cache, rotate)
         arrays: dict[str, Any] = self._features(q, k)
         k, v = (sharding.repeat_heads(heads, self.num_heads) for heads in (k, v))
         segment_ids = None if segment_ids is None else jnp.broadcast_to(segment_ids, (B, T))
@@ -201,7 +206,7 @@ class LinearAttention(nn.Module):
             )
             gamma = jax.nn.sigmoid(factors.astype(jnp.float32))
             if self.published_quirks:
-                gamma = gamma.astype(factors.dtype)
+                gamma = published_lolcats.rounded(gamma, factors.dtype).astype(factors.dtype)
             elif self.affine:
                 arrays["q"] *= (1 - gamma)[:, None].astype(q.dtype)
             arrays |= {"wq": q, "wk": k, "gamma": gamma}

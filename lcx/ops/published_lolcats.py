@@ -10,11 +10,13 @@ What differs from `linear_attention` with a window (Zhang et al. 2024, arXiv 241
   the earlier ones);
 - documents are not told apart; padded keys are left out without a window only;
 - there is no eps in the denominators but in the one of a pass without a window;
-- under bfloat16 every step of the feature map, the weight of the window and the states are rounded to it.
+- under bfloat16 every step of the rotation, of the feature maps and of the form without a window is rounded to it, as
+  are the weight of the softmax part and the states.
 
 Time and memory are quadratic in T. Letters: B batch, T time, N heads, K kv heads, P features, H head dim, W window.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -76,17 +78,40 @@ def masks(kind: str, size: int, length: int) -> tuple[Bool[np.ndarray, "T T"], B
     return causal & near, causal if both else causal & ~near
 
 
-def features(z: Float[Array, "... F"], activation: str, *, full_space: bool = True) -> Float[Array, "... P"]:
-    """The activation of a feature map, every step rounded to z's dtype (its exponentials once)."""
+def rounded(x: Float[Array, "*shape"], dtype: Any) -> Float[Array, "*shape"]:
+    """x as wide as it is, with the numbers that dtype has. (A cast there and back may be optimised away.)"""
+    info = jnp.finfo(dtype)
+    return x if info.bits >= 32 else jax.lax.reduce_precision(x, info.nexp, info.nmant)
+
+
+def rotate(
+    x: Float[Array, "B T N H"],
+    positions: Int[Array, "#B T"],
+    inv_freq: Float[Array, " pairs"] | Float[np.ndarray, " pairs"],
+    attention_scaling: Any = 1.0,
+) -> Float[Array, "B T N H"]:
+    """rope.rotate over all of H, every step rounded to x's dtype."""
+    step = functools.partial(rounded, dtype=x.dtype)
+    angle = positions[:, :, None, None].astype(jnp.float32) * inv_freq
+    cos, sin = (step(jnp.tile(turn(angle) * attention_scaling, 2)) for turn in (jnp.cos, jnp.sin))
+    wide = x.astype(jnp.float32)
+    first, second = jnp.split(wide, 2, axis=-1)
+    turned = step(wide * cos) + step(jnp.concatenate([-second, first], axis=-1) * sin)
+    return _narrow(turned, x.dtype)
+
+
+def features(
+    z: Float[Array, "... F"], activation: str, *, full_space: bool, dtype: Any
+) -> Float[Array, "... P"]:
+    """The activation of a feature map, every step rounded to dtype (exponentials and their sum once)."""
+    step = functools.partial(rounded, dtype=dtype)
     if activation == "softmax_dim":
-        maps = [jax.nn.softmax(x.astype(jnp.float32)).astype(z.dtype) for x in (z, -z)]
+        maps = [step(jax.nn.softmax(x)) for x in (z, -z)]
     elif activation == "exp_dim":
-        below = (x - jnp.max(x, axis=-1, keepdims=True) for x in (z, -z))
-        maps = [jnp.exp(x.astype(jnp.float32)).astype(z.dtype) for x in below]
+        maps = [step(jnp.exp(step(x - jnp.max(x, axis=-1, keepdims=True)))) for x in (z, -z)]
     else:
-        elu = jax.nn.elu(z.astype(jnp.float32)).astype(z.dtype)
-        maps, full_space = [jax.nn.relu(z) if activation == "relu" else 1 + elu], False
-    return jnp.maximum(jnp.concatenate(maps, axis=-1) if full_space else maps[0], FLOOR)
+        maps, full_space = [jax.nn.relu(z) if activation == "relu" else step(1 + step(jax.nn.elu(z)))], False
+    return _narrow(jnp.maximum(jnp.concatenate(maps, axis=-1) if full_space else maps[0], FLOOR), dtype)
 
 
 def attend(
@@ -132,11 +157,11 @@ def transfer(
     if window is not None:
         weights, norm = _weights(q, k, window, affine)
         y = _product("bnts,bsnh->btnh", weights, v) / _by_time(norm)
-        return y.astype(v.dtype), (weights / norm).astype(v.dtype)
-    weights = jnp.where(jnp.tri(q.shape[1], dtype=bool), _product("btnp,bsnp->bnts", q, k).astype(q.dtype), 0)
-    norm = jnp.sum(weights.astype(jnp.float32), axis=-1, keepdims=True).astype(q.dtype)
-    weights = weights / (norm + FLOOR)
-    return _product("bnts,bsnh->btnh", weights, v).astype(v.dtype), weights
+        return _narrow(y, v.dtype), _narrow(weights / norm, v.dtype)
+    step = functools.partial(rounded, dtype=q.dtype)
+    weights = jnp.where(jnp.tri(q.shape[1], dtype=bool), step(_product("btnp,bsnp->bnts", q, k)), 0)
+    weights = step(weights / step(step(jnp.sum(weights, axis=-1, keepdims=True)) + FLOOR))
+    return _narrow(_product("bnts,bsnh->btnh", weights, v), v.dtype), weights.astype(q.dtype)
 
 
 def cross_entropy(
@@ -146,30 +171,32 @@ def cross_entropy(
 
     Weights are floored and the row is normalised again, the keys after the query's own included.
     """
-    s = _product("btnh,bsnh->bnts", q, _repeated(k, q)).astype(q.dtype) * q.shape[-1] ** -0.5
-    s = jnp.where(jnp.tri(q.shape[1], dtype=bool), s.astype(jnp.float32), -jnp.inf)
-    target = jax.lax.stop_gradient(jax.nn.softmax(s).astype(q.dtype).astype(jnp.float32))
+    step = functools.partial(rounded, dtype=q.dtype)
+    s = step(step(_product("btnh,bsnh->bnts", q, _repeated(k, q))) * q.shape[-1] ** -0.5)
+    s = jnp.where(jnp.tri(q.shape[1], dtype=bool), s, -jnp.inf)
+    target = jax.lax.stop_gradient(step(jax.nn.softmax(s)))
     floored = jnp.log(jnp.maximum(weights, FLOOR).astype(jnp.float32))
     return -jnp.mean(jnp.sum(target * jax.nn.log_softmax(floored), axis=-1), axis=1)
 
 
 def _without_window(q, k, v, state: State | None) -> tuple[Array, State | None]:
     """One token after others: from the state. Else the tokens alone, whatever was before."""
-    dtype = v.dtype
+    step = functools.partial(rounded, dtype=v.dtype)
     weights = jnp.where(jnp.tri(v.shape[1], dtype=bool), _product("btnp,bsnp->bnts", q, k), 0)
-    num = _product("bnts,bsnh->btnh", weights, v).astype(dtype)
-    sums = jnp.cumsum(k.astype(jnp.float32), axis=1).astype(dtype)
-    y = num / (_product("btnp,btnp->btn", q, sums).astype(dtype) + FLOOR)[..., None]
+    num = step(_product("bnts,bsnh->btnh", weights, v))
+    sums = step(jnp.cumsum(k.astype(jnp.float32), axis=1))
+    norm = step(step(_product("btnp,btnp->btn", q, sums)) + FLOOR)
+    y = _narrow(num / norm[..., None], v.dtype)
     if state is None:
         return y, None
-    kv = state.kv + _product("bsnp,bsnh->bnph", k, v).astype(state.kv.dtype)
-    k_sum = state.k_sum + jnp.sum(k.astype(jnp.float32), axis=1).astype(state.k_sum.dtype)
+    kv = _plus(state.kv, _product("bsnp,bsnh->bnph", k, v))
+    k_sum = _plus(state.k_sum, jnp.sum(k.astype(jnp.float32), axis=1))
     after = State(kv, k_sum, state.seen + v.shape[1])
     if v.shape[1] > 1:
         return y, after
-    num = _product("btnp,bnph->btnh", q, kv).astype(dtype)
-    step = num / _product("btnp,bnp->btn", q, k_sum).astype(dtype)[..., None]
-    return jnp.where(state.seen > 0, step, y), after
+    num, norm = step(_product("btnp,bnph->btnh", q, kv)), step(_product("btnp,bnp->btn", q, k_sum))
+    later = _narrow(num / norm[..., None], v.dtype)
+    return jnp.where(state.seen > 0, later, y), after
 
 
 def _weights(q, k, window: Window, affine: bool) -> tuple[Array, Array]:
@@ -199,13 +226,13 @@ def _prefill(q, k, v, window: Window, affine: bool, state: State, before: Held) 
     def plus(old_values, old_sums, stop):
         values = _product("bsnp,bsnh->bnph", k[:, :stop], wide[:, :stop]) + old_values.astype(jnp.float32)
         sums = jnp.sum(k[:, :stop].astype(jnp.float32), axis=1) + old_sums.astype(jnp.float32)
-        return values.astype(old_values.dtype), sums.astype(old_sums.dtype)
+        return _narrow(values, old_values.dtype), _narrow(sums, old_sums.dtype)
 
     dtype, used = before.k.dtype, jnp.full((), min(T, size), jnp.int32)
     kept = (newest(x).astype(dtype) for x in (window.k, v, k))
     held = Held._make((*kept, used, *plus(before.all_kv, before.all_k_sum, T)))
     kv, k_sum = plus(state.kv, state.k_sum, first)
-    return (y / norm).astype(v.dtype), State(kv, k_sum, state.seen + T, held)
+    return _narrow(y / norm, v.dtype), State(kv, k_sum, state.seen + T, held)
 
 
 def _step(q, k, v, window: Window, affine: bool, state: State, before: Held) -> tuple[Array, State]:
@@ -213,7 +240,7 @@ def _step(q, k, v, window: Window, affine: bool, state: State, before: Held) -> 
     size, (gamma, linear) = window.size, _shares(window, affine)
     leaving = jnp.where(before.used == size, before.features[:, 0], 0)
     values = _product("bnp,bnh->bnph", leaving, _repeated(before.v, q)[:, 0])
-    kv, k_sum = state.kv + values.astype(state.kv.dtype), state.k_sum + leaving.astype(state.k_sum.dtype)
+    kv, k_sum = _plus(state.kv, values), _plus(state.k_sum, leaving)
     pairs = zip(before[:3], (window.k, v, k), strict=True)
     kept = [jnp.concatenate([old[:, 1:], new.astype(old.dtype)], axis=1) for old, new in pairs]
     used = jnp.minimum(before.used + 1, size)
@@ -225,13 +252,22 @@ def _step(q, k, v, window: Window, affine: bool, state: State, before: Held) -> 
     norm = _by_time(jnp.sum(soft, axis=-1, keepdims=True))
     norm += (linear * _product("btnp,bnp->btn", q, k_sum))[..., None]
     held = Held(kept[0], kept[1], kept[2], used, before.all_kv, before.all_k_sum)
-    return (num / norm).astype(v.dtype), State(kv, k_sum, state.seen + 1, held)
+    return _narrow(num / norm, v.dtype), State(kv, k_sum, state.seen + 1, held)
 
 
 def _shares(window: Window, affine: bool) -> tuple[Array, Array]:
     """Weights of the softmax and of the linear part, [N] float32; window.scale may be narrower."""
-    linear = 1 - window.scale if affine else jnp.ones_like(window.scale)
-    return window.scale.astype(jnp.float32), linear.astype(jnp.float32)
+    gamma = window.scale.astype(jnp.float32)
+    return gamma, rounded(1 - gamma, window.scale.dtype) if affine else jnp.ones_like(gamma)
+
+
+def _plus(state: Array, x: Array) -> Array:
+    """Both rounded to the state's dtype, as is the sum."""
+    return _narrow(state.astype(jnp.float32) + rounded(x.astype(jnp.float32), state.dtype), state.dtype)
+
+
+def _narrow(x: Array, dtype: Any) -> Array:
+    return rounded(x, dtype).astype(dtype)
 
 
 def _product(spec: str, *arrays: Array) -> Array:
