@@ -276,8 +276,8 @@ _TABLE = (
     ),
     Operator(
         name="lolcats",
-        note="linear attention with a softmax window of 64, 32 heads of 128",
-        size=Size(N=32, kv=32, P=256, H=128),
+        note="linear attention with a softmax window of 64, 32 heads of 128, 64 features of either sign",
+        size=Size(N=32, kv=32, P=128, H=128),
         small=Size(N=4, kv=4, P=128, H=64),
         shapes=_lolcats_shapes,
         call=_lolcats,

@@ -59,7 +59,7 @@ What a platform's `recurrence(arrays, plan, reverse=, last=)` takes and gives; r
 and `near(arrays, plan, reverse=)`: near_q, near_k, and q, k of dw (dn and v), bias, top, place, reversed also total;
 gives out, and total.
 
-Few heads. A program walks all of T, and B N V / 64 programs may not fill a GPU. Then T is cut into G pieces, walked at
+Few heads. A program walks all of T, and B N programs may not fill a GPU. Then T is cut into G pieces, walked at
 once; as in linear_attention.py a pass over k and v alone gives what each adds to the state.
 """
 
@@ -78,7 +78,7 @@ from kernels_pallas import windowed_linear_attention_gpu, windowed_linear_attent
 RESIDUALS = "mixer_residuals"  # what rematerialising a block may keep: lcx.ops.MIXER_RESIDUALS
 SIZES = (16, 32, 64, 128)
 MOST_TILES = 9  # they are written out one after the other in a kernel
-SLOTS = 264  # programs that an H200 runs at once: two on each of 132 multiprocessors
+SLOTS = 132  # programs that an H200 runs at once: their registers leave room for one on a multiprocessor
 PIECE = 1024  # tokens that one program walks at least
 
 
@@ -106,7 +106,7 @@ def obstacle(
 
 
 def tiles(kind: str, size: int, C: int, *, aligned: bool) -> tuple[int, int]:
-    """(M, first_far): the tiles, counted back from a chunk's own, that windows reach; the first with far keys.
+    """(M, first_far): how many tiles windows reach, from a chunk's own back, 2 at least; the first with far keys.
 
     aligned: blocks begin at place 0, so chunks begin at few places of a block.
     """
@@ -114,7 +114,7 @@ def tiles(kind: str, size: int, C: int, *, aligned: bool) -> tuple[int, int]:
     place = np.arange(C)
     back = (begins + place) % size + size if kind == "terraced" else np.full((1, C), size - 1)
     nearest = place - back  # counted from the chunk's first token
-    return 1 - nearest.min().item() // C, max(0, -nearest.max().item() // C + 1)
+    return max(2, 1 - nearest.min().item() // C), max(0, -nearest.max().item() // C + 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,7 +165,7 @@ def windowed_linear_attention(
     q, k, v, window_q, window_k = (
         x.astype(jnp.result_type(q, k, v, window_q, window_k)) for x in (q, k, v, window_q, window_k)
     )
-    plan = _plan(v.dtype, B, T, N, q.shape[3], v.shape[3], kind, size, nearest is None, platform, interpret)
+    plan = _plan(v.dtype, B, T, N, kind, size, nearest is None, platform, interpret)
     plan = dataclasses.replace(plan, scale=window_q.shape[3] ** -0.5, eps=eps)
     place = jnp.arange(T, dtype=jnp.int32)
     if nearest is None or oldest is None:
@@ -190,10 +190,9 @@ def _kernels(platform: str):
     return windowed_linear_attention_tpu if platform == "tpu" else windowed_linear_attention_gpu
 
 
-def _plan(dtype, B, T, N, P, H, kind, size, aligned, platform, interpret) -> Plan:
+def _plan(dtype, B, T, N, kind, size, aligned, platform, interpret) -> Plan:
     chunk = _kernels(platform).chunk(dtype)
-    programs = B * N * max(1, min(P, H) // 64)
-    split = 1 if platform == "tpu" else max(1, min(SLOTS // programs, T // PIECE))
+    split = 1 if platform == "tpu" else max(1, min(SLOTS // (B * N), T // PIECE))
     reach, first_far = tiles(kind, size, chunk, aligned=aligned)
     return Plan(platform, interpret, N, 1.0, 0.0, chunk, reach, first_far, split)
 

@@ -79,7 +79,7 @@ def _call(kernel, arrays: dict, shapes: dict, plan, reverse: bool, work: tuple[i
         f"held_{name}": pltpu.VMEM(inputs[name].shape[2:], jnp.float32) for name in STATES if name in arrays
     }
     for name in ("near_k", "k", "v", *(OF_QUERIES if reverse else ())):
-        if name in inputs and plan.tiles > 1:
+        if name in inputs:
             shape = plan.tiles - 1, *layout.of_chunk(name, inputs[name].shape)
             scratch[f"ring_{name}"] = pltpu.VMEM(shape, inputs[name].dtype)
     names = (*inputs, *results, *scratch)
