@@ -8,13 +8,14 @@ import shutil
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import torch
 
 import lcx
 from lcx import model as model_lib
 from lcx.checkpoint import Checkpointer
-from lcx.convert import lolcats_settings, lolcats_writer, peft
+from lcx.convert import lolcats_settings, lolcats_writer, peft, rules
 from lcx.convert.__main__ import main
 from lcx.convert.lcx_folder import read_meta
 from lcx.convert.lolcats import Lolcats, LolcatsSource
@@ -23,6 +24,7 @@ from lcx.errors import UserError
 from lcx.linearize import Linearize
 from lcx.lora import LoRA
 from lcx.mixers.linear_attention import LinearAttention
+from lcx.objectives import attention_transfer
 
 SETTINGS = {"attention_type": "lolcats_llama_window_tk", "window_size": 8}
 CONFIG = {
@@ -88,6 +90,21 @@ def state(path):
     return torch.load(path, weights_only=False)["model_state_dict"]
 
 
+def collection(model, tensors):
+    """Pairs by their published names as the `lora` collection."""
+    lora = LoRA(rank=8, alpha=16.0).init(jax.random.key(0), model)
+    for name, (part,) in peft.modules(model).items():
+        module = f"base_model.model.{name}.lora_"
+        if f"{module}A.default.weight" in tensors:
+            node = lora
+            for key in part.path.split("/"):
+                node = node[key]
+            for key, side in (("a", "A"), ("b", "B")):
+                matrix = tensors[f"{module}{side}.default.weight"].numpy().T
+                node[key] = node[key].at[part.repeat].set(matrix.reshape(node[key].shape[1:]))
+    return lora
+
+
 def assert_equal_states(found, expected):
     assert list(found) == list(expected) or set(found) == set(expected)
     for name, tensor in expected.items():
@@ -131,6 +148,59 @@ def test_greedy_generation_of_the_published_model(published, made):
         logits, cache = run(jnp.array(token, jnp.int32)[:, None], cache)
         found.append(logits)
     np.testing.assert_allclose(jnp.stack(found, axis=1), wanted, atol=2e-5 * np.abs(wanted).max())
+
+
+def trained(loss, values, rows, lr):
+    """(losses, values at the end) of AdamW, two rows an update."""
+    optimizer = optax.adamw(lr, weight_decay=0.0)
+
+    @jax.jit
+    def update(values, state, two):
+        losses, grads = jax.vmap(jax.value_and_grad(loss), (None, 0))(values, two)
+        updates, state = optimizer.update(jax.tree.map(lambda g: g.mean(0), grads), state, values)
+        return losses, optax.apply_updates(values, updates), state
+
+    state, losses = optimizer.init(values), []
+    for two in jnp.array(rows, jnp.int32).reshape(-1, 2, 1, rows.shape[-1]):
+        found, values, state = update(values, state, two)
+        losses += found.tolist()
+    return losses, values
+
+
+def test_published_attention_transfer(published, made):
+    """Twelve rows, six updates: our objective and mixer, their feature maps before and after."""
+    model, params = lcx.load(made / "hf", lolcats=Lolcats(made / "start_distill.pt", None, SETTINGS))
+    flat, (_, after) = rules.flatten(params), load(made, lora=False)
+    learned = {path: x for path, x in flat.items() if is_map(path)}
+
+    def loss(learned, tokens):
+        places = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        batch = {"tokens": tokens, "positions": places, "segment_ids": jnp.ones_like(tokens)}
+        total, count = attention_transfer(model, {"params": rules.unflatten(flat | learned)}, batch)
+        return total / count
+
+    losses, learned = trained(loss, learned, published["train1/data"], 1e-2)
+    np.testing.assert_allclose(losses, published["train1/losses"], rtol=2e-5)
+    after = rules.flatten(after)
+    for path, x in learned.items():
+        np.testing.assert_allclose(x, after[path], atol=2e-5 * np.abs(after[path]).max(), err_msg=path)
+
+
+def test_published_lora(published, made):
+    """Eight rows, four updates on the maps that attention transfer left."""
+    model, params = load(made, lora=False)
+    start, end = (
+        collection(model, tensors_of(published, f"stage2/lora_{name}/")) for name in ("init", "final")
+    )
+
+    def loss(lora, tokens):
+        logits = model.apply({"params": params, "lora": lora}, tokens)[:, :-1]
+        chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, 1:, None], axis=-1)
+        return -jnp.mean(chosen)
+
+    losses, lora = trained(loss, start, published["train1/data"][:8], 1e-4)
+    np.testing.assert_allclose(losses, published["stage2/losses"], rtol=2e-5)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-6), lora, end)
 
 
 def test_every_way_to_give_the_files(published, files):
@@ -257,19 +327,7 @@ def test_commands(files, tmp_path, capsys):
 def test_a_run_with_lora_leaves_both_files(files, tmp_path, capsys):
     """To the bit, from a checkpoint and from memory; the pairs are those of PEFT."""
     model, params = load(files, lora=False)
-    lora = LoRA(rank=8, alpha=16.0).init(jax.random.key(0), model)
-    known = peft.modules(model)
-    flat = {name: x.float() for name, x in state(files / "x_ft.pt").items()}
-    for name, parts in known.items():
-        module = f"base_model.model.{name}.lora_"
-        if f"{module}A.default.weight" in flat:
-            part = parts[0]
-            node = lora
-            for key in part.path.split("/"):
-                node = node[key]
-            a, b = (flat[f"{module}{side}.default.weight"].numpy() for side in "AB")
-            node["a"] = node["a"].at[part.repeat].set(a.T.reshape(node["a"].shape[1:]))
-            node["b"] = node["b"].at[part.repeat].set(b.T.reshape(node["b"].shape[1:]))
+    lora = collection(model, state(files / "x_ft.pt"))
     lolcats_writer.save(tmp_path / "memory", model, params, lora)
     lcx.save(tmp_path / "lcx", model, params, format="lcx")
     with Checkpointer(tmp_path / "run" / "checkpoints") as checkpointer:

@@ -85,7 +85,7 @@ def test_transfer_losses_and_gradients(published):
 
         return *losses(learned), jax.jacrev(losses, has_aux=True)(learned)[0]
 
-    for T in LENGTHS:
+    for T in LENGTHS if kind == "terraced" else (27, 1):  # the others have no length that is special
         (mse, maps), out, grads = run(learned, jnp.array(file[f"T{T}/hidden_states"]))
         assert_near(out, file[f"T{T}/train/out"], f"T {T}")
         for xent in (0, 1):
