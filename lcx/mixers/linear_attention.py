@@ -193,7 +193,8 @@ class LinearAttention(nn.Module):
         rotate = published_lolcats.rotate if self.published_quirks else rope_lib.rotate
         q, k, v = rotated_heads(self, x, positions, cache, rotate)
         arrays: dict[str, Any] = self._features(q, k)
-        k, v = (sharding.repeat_heads(heads, self.num_heads) for heads in (k, v))
+        if cache is None:  # which holds the kv heads alone
+            k, v = (sharding.repeat_heads(heads, self.num_heads) for heads in (k, v))
         segment_ids = None if segment_ids is None else jnp.broadcast_to(segment_ids, (B, T))
         arrays |= {"v": v, "segment_ids": segment_ids}
         if self.window is not None:
