@@ -20,7 +20,7 @@ from lcx import model as model_lib
 from lcx.errors import UserError
 from lcx.mixers.attention import Attention
 from lcx.mixers.linear_attention import LinearAttention
-from lcx.model import Block, Decoder
+from lcx.model import Block, Decoder, Layers
 
 _SHARED = ("num_heads", "num_kv_heads", "head_dim", "rope", "qkv_bias", "o_bias", "qk_norm", "norm_eps")
 
@@ -120,10 +120,10 @@ def ablated(model: Decoder, keep: str) -> Decoder:
     return new
 
 
-def initial(model: Decoder, key: Array) -> dict[str, Array]:
+def initial(model: Decoder | Layers, key: Array) -> dict[str, Array]:
     """path -> the parameters that only linear attention has, at their start, float32."""
     flat = _flat(model_lib.abstract_params(model, mesh=_mesh()))
-    wanted = {path: leaf for path, leaf in flat.items() if _is_new(path)}
+    wanted = {path: leaf for path, leaf in flat.items() if is_new(path)}
 
     def init(key):  # what is not returned is not computed
         params = model_lib.plain_init(model, key)
@@ -133,7 +133,7 @@ def initial(model: Decoder, key: Array) -> dict[str, Array]:
     return jax.jit(init, out_shardings=out)(key)
 
 
-def _is_new(path: str) -> bool:
+def is_new(path: str) -> bool:
     return "/feature_map_" in path or path.endswith("/window_factors")
 
 

@@ -126,6 +126,57 @@ class _Period(nn.Module):
         return x, caches
 
 
+def _scanned(stage: Stage, remat: str) -> nn.Module:
+    if remat not in REMAT:
+        raise UserError(f"remat {remat!r}: expected one of {', '.join(REMAT)}")
+    body: Any = nn.remat(_Period, policy=REMAT[remat], prevent_cse=False)
+    scanned = nn.scan(
+        body,
+        variable_axes={"params": 0, "lora": 0, "losses": 0},
+        split_rngs={"params": True},
+        in_axes=(0, nn.broadcast, nn.broadcast),
+        length=stage.repeat,
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )
+    return scanned(stage)
+
+
+class Layers(nn.Module):
+    """Some layers of a decoder on their own, from residual stream to residual stream, without embedding and head.
+
+    It stands in a Decoder's place where weights, sharding and training go by the parameter tree.
+    """
+
+    hidden_size: int
+    stages: tuple[Stage, ...]
+    max_position_embeddings: int
+    dtype: str = "float32"
+    remat: str = "none"
+
+    vocab_size = 0
+    tie_word_embeddings = True
+
+    @nn.nowrap
+    def example(self) -> Float[Array, "1 2 D"]:
+        return jnp.zeros((1, 2, self.hidden_size), jnp.dtype(self.dtype))
+
+    def setup(self):
+        for i, stage in enumerate(self.stages):
+            setattr(self, f"stages_{i}", _scanned(stage, self.remat))
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        *,
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T D"]:
+        x = x.astype(jnp.dtype(self.dtype))
+        for i in range(len(self.stages)):
+            x, _ = getattr(self, f"stages_{i}")(x, None, positions, segment_ids)
+        return x
+
+
 class Decoder(nn.Module):
     """A decoder-only language model.
 
@@ -147,27 +198,17 @@ class Decoder(nn.Module):
     remat: str = "none"
 
     def setup(self):
-        if self.remat not in REMAT:
-            raise UserError(f"remat {self.remat!r}: expected one of {', '.join(REMAT)}")
         self.embed = Embedding(self.vocab_size, self.hidden_size)
         if not self.tie_word_embeddings:
             self.lm_head = Embedding(self.vocab_size, self.hidden_size)
         self.final_norm = RMSNorm(self.hidden_size, self.norm_eps)
         for i, stage in enumerate(self.stages):
-            setattr(self, f"stages_{i}", self._scanned(stage))
+            setattr(self, f"stages_{i}", _scanned(stage, self.remat))
 
     @nn.nowrap
-    def _scanned(self, stage: Stage) -> nn.Module:
-        body: Any = nn.remat(_Period, policy=REMAT[self.remat], prevent_cse=False)
-        scanned = nn.scan(
-            body,
-            variable_axes={"params": 0, "lora": 0, "losses": 0},
-            split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast),
-            length=stage.repeat,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )
-        return scanned(stage)
+    def example(self) -> Int[Array, "1 2"]:
+        """Input to trace the module with."""
+        return jnp.zeros((1, 2), jnp.int32)
 
     def hidden(
         self,
@@ -331,7 +372,7 @@ class Layer:
     repeat: int
 
 
-def layers(model: Decoder) -> list[Layer]:
+def layers(model: Decoder | Layers) -> list[Layer]:
     """In depth order."""
     return [
         Layer(block, f"stages_{s}/block_{b}", repeat)
@@ -339,6 +380,18 @@ def layers(model: Decoder) -> list[Layer]:
         for repeat in range(stage.repeat)
         for b, block in enumerate(stage.pattern)
     ]
+
+
+def part(model: Decoder, first: int, last: int) -> Layers:
+    """Layers first ... last - 1 of a model."""
+    return Layers(
+        hidden_size=model.hidden_size,
+        stages=stages_of(tuple(layer.block for layer in layers(model)[first:last])),
+        max_position_embeddings=model.max_position_embeddings,
+        dtype=model.dtype,
+        remat=model.remat,
+        parent=None,
+    )
 
 
 def map_mixers(model: Decoder, fn) -> Decoder:
@@ -351,20 +404,20 @@ def map_mixers(model: Decoder, fn) -> Decoder:
     return model.clone(stages=stages, parent=None)
 
 
-def _abstract_boxed(model: Decoder):
+def _abstract_boxed(model: Decoder | Layers):
     return jax.eval_shape(functools.partial(_init, model), jax.random.key(0))
 
 
-def _init(model: Decoder, key: Array) -> Any:
-    return model.init(key, jnp.zeros((1, 2), jnp.int32))["params"]
+def _init(model: Decoder | Layers, key: Array) -> Any:
+    return model.init(key, model.example())["params"]
 
 
-def plain_init(model: Decoder, key: Array) -> Any:
+def plain_init(model: Decoder | Layers, key: Array) -> Any:
     """Random parameters, to be traced."""
     return nn.meta.unbox(_init(model, key))
 
 
-def abstract_params(model: Decoder, *, mesh: Mesh | None = None, dtype: Any = None) -> Any:
+def abstract_params(model: Decoder | Layers, *, mesh: Mesh | None = None, dtype: Any = None) -> Any:
     """Tree of ShapeDtypeStruct (with shardings, given a mesh) without allocating anything."""
     boxed = _abstract_boxed(model)
     shardings = None if mesh is None else sharding.tree_shardings(boxed, mesh)
@@ -376,7 +429,7 @@ def abstract_params(model: Decoder, *, mesh: Mesh | None = None, dtype: Any = No
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), plain, shardings)
 
 
-def param_shardings(model: Decoder, mesh: Mesh) -> Any:
+def param_shardings(model: Decoder | Layers, mesh: Mesh) -> Any:
     """Tree of NamedSharding for the model's parameters on a mesh."""
     return sharding.tree_shardings(_abstract_boxed(model), mesh)
 
@@ -393,11 +446,11 @@ def init_params(model: Decoder, key: Array, *, mesh: Mesh | None = None, dtype: 
         return jax.jit(init, out_shardings=param_shardings(model, mesh))(key)
 
 
-def num_params(model: Decoder) -> int:
+def num_params(model: Decoder | Layers) -> int:
     return sum(x.size for x in jax.tree.leaves(abstract_params(model)))
 
 
-def flops_per_token(model: Decoder, seq_len: int) -> float:
+def flops_per_token(model: Decoder | Layers, seq_len: int) -> float:
     """Training FLOPs per token, forward and backward, of the matrix products that the model needs (no recomputation).
 
     6 per weight that multiplies (the input embedding is a lookup), plus causal attention: 6 H N per visible key and

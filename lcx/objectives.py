@@ -59,6 +59,10 @@ def attention_transfer(
     token is the mean over linear layers of output_weight x the mean squared error of the heads' outputs (before the
     output projection) + map_weight x the cross-entropy of the attention maps. The latter is quadratic in the length.
 
+    Args:
+      model: a Decoder, or Layers of one; then the batch has `residual` [B, T, D], what goes into the first of them, in
+        place of tokens.
+
     Raises:
       UserError: the model has no LinearAttention, or no weight is positive.
     """
@@ -72,13 +76,13 @@ def attention_transfer(
     def teach(mixer):
         return mixer.clone(transfer=names, parent=None) if isinstance(mixer, LinearAttention) else mixer
 
-    model = map_mixers(model, teach)
-    _, sown = model.apply(
+    whole = "tokens" in batch
+    _, sown = map_mixers(model, teach).apply(
         variables,
-        batch["tokens"],
+        batch["tokens" if whole else "residual"],
         positions=batch["positions"],
         segment_ids=batch["segment_ids"],
-        method="hidden",
+        method="hidden" if whole else None,
         mutable="losses",
     )
     losses = jax.tree_util.tree_leaves_with_path(sown.get("losses", {}))

@@ -214,15 +214,7 @@ class Trainer:
             model = self.adjusted(self.model)
             params = model_lib.init_params(model, jax.random.key(self.seed), mesh=mesh)
         else:
-            model, params = convert.load(
-                self.init_from,
-                dtype="float32",
-                mesh=mesh,
-                rope_scaling=self.rope_scaling,
-                context_length=self.context_length,
-            )
-            if self.linearize is not None:
-                model, params = self.linearize(model, params, jax.random.key(self.seed))
+            model, params = self.load(mesh)
             model, carried = self.adjusted(model), _carried(self.init_from)
         run = self._prepared(model, mesh)
         weights = {"params": params}
@@ -230,6 +222,20 @@ class Trainer:
             weights["lora"] = self.lora.init(jax.random.key(self.seed), model, mesh=mesh)
         opt_state = train_step.init_opt_state(run.optimizer, weights, run.abstract, run.trains)
         return dataclasses.replace(run, state={**weights, "opt_state": opt_state}, carried=carried)
+
+    def load(self, mesh) -> tuple[Decoder, Any]:
+        """The pretrained model with the changes that are asked for, and its parameters in float32."""
+        assert self.init_from is not None
+        model, params = convert.load(
+            self.init_from,
+            dtype="float32",
+            mesh=mesh,
+            rope_scaling=self.rope_scaling,
+            context_length=self.context_length,
+        )
+        if self.linearize is None:
+            return model, params
+        return self.linearize(model, params, jax.random.key(self.seed))
 
     def adjusted(self, model: Decoder) -> Decoder:
         """The model with the run's dtype and remat."""

@@ -11,6 +11,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").rglob("*.gin"))
 SETTINGS = {
     "MODEL": "'model'",
+    "TOKENIZER": "'model'",
     "TEXT": "'text'",
     "FASTA": "'genome.fa'",
     "VARIANTS": "'a.vcf'",

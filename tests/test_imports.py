@@ -11,9 +11,9 @@ ROOT = pathlib.Path(__file__).parent.parent
 LAYERS = [  # a module imports from its own row and the rows below
     "train evaluate generate __init__",
     "config",
-    "trainer train_step ladder meter origin evaluator evals report sampler text_stream convert",
+    "blockwise trainer train_step ladder meter origin evaluator evals report sampler text_stream convert",
     "objectives optim checkpoint checkpoint_folder checkpoint_tree array_store data metrics lora",
-    "extend linearize hardware stopping processes",
+    "extend linearize residuals hardware stopping processes",
     "model striped_hyena describe",
     "mixers",
     "ops rope layers sharding",

@@ -15,7 +15,7 @@ from lcx import model as model_lib
 from lcx.convert import rules, tensor_io
 from lcx.convert.tensor_io import FLOAT_DTYPES, TensorInfo
 from lcx.errors import UserError
-from lcx.model import Decoder
+from lcx.model import Decoder, Layers
 
 log = logging.getLogger(__name__)
 
@@ -55,12 +55,12 @@ class ModelSource(Protocol):
 
 
 @functools.lru_cache(maxsize=16)  # it traces the model
-def _leaf_shapes(model: Decoder) -> tuple[tuple[str, rules.Shape], ...]:
+def _leaf_shapes(model: Decoder | Layers) -> tuple[tuple[str, rules.Shape], ...]:
     flat = rules.flatten(model_lib.abstract_params(model))
     return tuple((path, tuple(leaf.shape)) for path, leaf in flat.items())
 
 
-def leaf_shapes(model: Decoder) -> dict[str, rules.Shape]:
+def leaf_shapes(model: Decoder | Layers) -> dict[str, rules.Shape]:
     """path -> shape of every parameter."""
     return dict(_leaf_shapes(model))
 

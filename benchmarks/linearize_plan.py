@@ -1,0 +1,161 @@
+"""What linearizing a Llama takes: memory a device, disk, hours; by shapes alone, nothing is allocated.
+
+Examples:
+  python benchmarks/linearize_plan.py                                   Llama 3.1 8B, 70B and 405B on H100s of 80 GB
+  python benchmarks/linearize_plan.py --size 70b --layers_per_block 5 --devices 8 --tokens 20e6 --seq_len 2048
+
+Each row is traced (jax.eval_shape of the gradient of both stages, transfer on the largest block), so that what is
+planned is known to fit together. Memory: the weights in float32, as the trainer has them, gradients and moments of what
+trains, the activations that remat = 'full' keeps, cut over the devices (fsdp); not the working memory of one layer.
+Hours: FLOPs that the model needs at --mfu of --peak_tflops; the teacher and the student both run.
+"""
+
+import argparse
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+
+from lcx import model as model_lib
+from lcx import objectives, residuals
+from lcx.linearize import Linearize, is_new
+from lcx.lora import LoRA
+from lcx.model import Decoder, Layers, llama
+from lcx.optim import AdamW, leaf_paths
+from lcx.train_step import all_trains, moving
+
+SIZES = {
+    "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_layers": 32, "num_heads": 32},
+    "70b": {"hidden_size": 8192, "intermediate_size": 28672, "num_layers": 80, "num_heads": 64},
+    "405b": {"hidden_size": 16384, "intermediate_size": 53248, "num_layers": 126, "num_heads": 128},
+}
+PLANS = (  # (size, layers a block or None: all at once, devices)
+    ("8b", None, 1),
+    ("8b", None, 8),
+    ("70b", None, 8),
+    ("70b", 5, 8),
+    ("405b", None, 64),
+    ("405b", 9, 8),
+    ("405b", 3, 8),
+)
+
+
+def model_of(size: str) -> Decoder:
+    return llama(
+        vocab_size=128256, num_kv_heads=8, max_position_embeddings=131072, dtype="bfloat16", **SIZES[size]
+    )
+
+
+def nbytes(tree) -> int:
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def batch_of(model: Decoder | Layers, rows: int, seq_len: int) -> dict:
+    ids = jax.ShapeDtypeStruct((rows, seq_len), jnp.int32)
+    batch = {name: ids for name in ("tokens", "labels", "segment_ids", "positions")}
+    batch["loss_weights"] = jax.ShapeDtypeStruct((rows, seq_len), jnp.float32)
+    if isinstance(model, Layers):
+        batch["residual"] = jax.ShapeDtypeStruct((rows, seq_len, model.hidden_size), jnp.bfloat16)
+        del batch["tokens"]
+    return batch
+
+
+def stage(model: Decoder | Layers, objective, trains, weights, rows: int, seq_len: int) -> dict:
+    """Bytes of one stage, its step traced."""
+    moved = moving(weights, trains)
+    optimizer = AdamW(warmup_steps=0).build(moved, 1)
+    state = jax.eval_shape(optimizer.init, moved)
+    batch = batch_of(model, rows, seq_len)
+    jax.eval_shape(lambda w, b: jax.grad(lambda w: objective(model, w, b)[0])(w), weights, batch)
+    depth = len(model_lib.layers(model))
+    return {
+        "weights": nbytes(weights),
+        "trained_parameters": sum(math.prod(x.shape) for x in jax.tree.leaves(moved)),
+        "optimizer_and_gradients": nbytes(state) + nbytes(moved),
+        "kept_activations": depth * rows * seq_len * model.hidden_size * 2,
+    }
+
+
+def plan(size: str, layers_per_block: int | None, devices: int, args) -> dict:
+    model = model_of(size).clone(remat="full", parent=None)
+    linear = Linearize(feature_init="identity").model(model)
+    depth = model.num_layers
+    part = linear if layers_per_block is None else model_lib.part(linear, 0, min(layers_per_block, depth))
+    weights = {"params": model_lib.abstract_params(part)}
+    trains = AdamW(trainable="feature_map_|window_factors").trains(weights)
+    rows = args.batch_size // args.accumulation
+    first = stage(part, objectives.attention_transfer, trains, weights, rows, args.seq_len)
+    pairs = LoRA(rank=8).abstract(linear)
+    both = {"params": model_lib.abstract_params(linear), "lora": pairs}
+    second = stage(linear, objectives.next_token, all_trains(both), both, rows, args.seq_len)
+    blocks = 1 if layers_per_block is None else -(-depth // layers_per_block)
+    steps = math.ceil(args.tokens / (args.batch_size * args.seq_len))
+    stream = residuals.Layout(steps * args.batch_size, args.seq_len, model.hidden_size, "bfloat16")
+    # forward of teacher and student; backward of the student's feature maps is small beside them
+    flops = model_lib.flops_per_token(model, args.seq_len) / 3
+    fresh = sum(
+        math.prod(x.shape)
+        for path, x in zip(leaf_paths(both["params"]), jax.tree.leaves(both["params"]), strict=True)
+        if is_new(path)
+    )
+    rate = devices * args.peak_tflops * 1e12 * args.mfu
+    per_device = {
+        name: sum(number for key, number in numbers.items() if key != "trained_parameters") / devices
+        for name, numbers in (("transfer", first), ("lora", second))
+    }
+    return {
+        "size": size,
+        "parameters": model_lib.num_params(model),
+        "new_parameters": fresh,
+        "layers_per_block": layers_per_block,
+        "blocks": blocks,
+        "devices": devices,
+        "transfer": first,
+        "lora": second,
+        "gb_per_device": {name: round(x / 1e9, 1) for name, x in per_device.items()},
+        "disk_bytes": 0 if layers_per_block is None else blocks * stream.num_bytes,
+        "hours": {
+            "transfer": round(args.tokens * flops * (1 if blocks == 1 else 2) / rate / 3600, 1),
+            "lora": round(args.tokens * flops * 2 / rate / 3600, 1),
+        },
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--size", choices=SIZES, help="one size; by default the table of all")
+    parser.add_argument("--layers_per_block", type=int, metavar="K", help="None: all layers at once")
+    parser.add_argument("--devices", type=int, default=8, metavar="N")
+    parser.add_argument("--tokens", type=float, default=20.5e6, help="of each stage")
+    parser.add_argument("--seq_len", type=int, default=1024, metavar="T")
+    parser.add_argument("--batch_size", type=int, default=8, metavar="ROWS")
+    parser.add_argument("--accumulation", type=int, default=1, metavar="N")
+    parser.add_argument("--peak_tflops", type=float, default=989.0, help="of a device, bfloat16 (H100)")
+    parser.add_argument("--mfu", type=float, default=0.4)
+    parser.add_argument("--output", metavar="FILE.json")
+    args = parser.parse_args()
+    plans = PLANS if args.size is None else ((args.size, args.layers_per_block, args.devices),)
+    found = []
+    print(
+        "| model | layers a block | devices | GB a device, transfer | GB a device, LoRA | disk | hours, both |"
+    )
+    print("|---|---|---|---|---|---|---|")
+    for size, layers, devices in plans:
+        row = plan(size, layers, devices, args)
+        found.append(row)
+        memory, hours = row["gb_per_device"], row["hours"]
+        print(
+            f"| {size} | {layers or 'all'} ({row['blocks']}) | {devices} | {memory['transfer']} | {memory['lora']} | "
+            f"{residuals.size(row['disk_bytes'])} | {hours['transfer']} + {hours['lora']} |",
+            flush=True,
+        )
+    if args.output:
+        with open(args.output, "w") as file:
+            json.dump({"settings": vars(args), "plans": found}, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()

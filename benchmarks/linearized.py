@@ -1,0 +1,187 @@
+"""What linearizing a model cost and gained: its losses beside the softmax model's, its state, and how fast it decodes.
+
+Examples:
+  python benchmarks/linearized.py --softmax runs/linearize/softmax_lora --linear runs/linearize/lora \
+    --results runs/linearize/eval --output runs/linearize/linearize.json
+  python benchmarks/linearized.py --softmax HF_FOLDER --linear HF_FOLDER_LINEAR --lengths 256 65536 --output new.json
+
+--results is a folder of lcx.evaluate outputs, as scripts/reproduce_linearize.sh leaves them: softmax, softmax_lora,
+transfer, lora, no_transfer, window_only, linear_only. Decoding: a token at a time after a context of each length, both
+models in turns in one run, medians; memory is what each keeps per sequence.
+"""
+
+import argparse
+import json
+import pathlib
+import sys
+
+import jax
+import jax.numpy as jnp
+from _timing import in_turns, machine, on_device
+
+import lcx
+from lcx.errors import UserError
+
+LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384)
+STEPS = 16  # tokens a call: what a launch costs is shared among them
+TITLES = {
+    "softmax": "softmax model",
+    "softmax_lora": "softmax model, LoRA",
+    "transfer": "linear, transfer alone",
+    "lora": "linear, transfer and LoRA",
+    "no_transfer": "linear, LoRA without transfer",
+    "window_only": "its window alone",
+    "linear_only": "its linear part alone",
+}
+
+
+def decoder(model, params, length: int):
+    """(compiled n tokens -> logits, arguments, bytes of the cache per sequence) after `length` tokens."""
+    cache = model.init_cache(1, length + STEPS)
+
+    def filled(path, x):
+        name = path[-1].key if isinstance(path[-1], jax.tree_util.DictKey) else path[-1].name
+        if name == "index":
+            return jnp.full_like(x, length)
+        return jnp.ones_like(x) if name == "segment_ids" else x + jnp.asarray(0.01, x.dtype).astype(x.dtype)
+
+    cache = jax.tree_util.tree_map_with_path(filled, cache)
+
+    def steps(params, token, cache):
+        def one(carry, _):
+            token, cache = carry
+            x, cache = model.apply({"params": params}, token, cache=cache, method="hidden")
+            logits = x[:, -1] @ model.head(params).T
+            return (jnp.argmax(logits, axis=-1)[:, None].astype(jnp.int32), cache), None
+
+        return jax.lax.scan(one, (token, cache), None, length=STEPS)[0][0]
+
+    args = params, jnp.ones((1, 1), jnp.int32), cache
+    return jax.jit(steps).lower(*args).compile(), args, sum(x.nbytes for x in jax.tree.leaves(cache))
+
+
+def decoding(paths: dict[str, str], lengths: tuple[int, ...], rounds: int) -> list[dict]:
+    models = {name: lcx.load(path, dtype="float32") for name, path in paths.items()}
+    rows = []
+    for length in lengths:
+        made = {name: decoder(*model, length) for name, model in models.items()}
+        times = in_turns(
+            {name: on_device(run, *args) for name, (run, args, _) in made.items()}, rounds=rounds, seconds=0.3
+        )
+        row = {"length": length, "cache_bytes": {name: nbytes for name, (_, _, nbytes) in made.items()}}
+        row["tokens_per_second"] = {name: STEPS / seconds for name, seconds in times.items()}
+        row["speed_ratio"] = times["softmax"] / times["linear"]
+        rows.append(row)
+        print(
+            f"{length:6d} tokens:",
+            *(f"{n} {r:.0f} tok/s" for n, r in row["tokens_per_second"].items()),
+            flush=True,
+        )
+    return rows
+
+
+def losses(folder: pathlib.Path) -> dict[str, dict]:
+    """name -> the buckets of its loss by position."""
+    found = {}
+    for name in TITLES:
+        path = folder / name / "results.json"
+        if not path.is_file():
+            raise UserError(
+                f"no {path}: expected what lcx.evaluate writes; run scripts/reproduce_linearize.sh"
+            )
+        result = json.loads(path.read_text())["evaluations"]["loss_by_position"]["lengths"][-1]
+        keys = ("nll", "standard_error", "tokens", "length", "last_quarter", "buckets")
+        found[name] = {key: result[key] for key in keys}
+    return found
+
+
+def gap_closed(found: dict[str, dict]) -> dict[str, float]:
+    """How much of what is lost without transfer, transfer wins back: against the softmax model with the same LoRA."""
+    nll = {name: result["nll"] for name, result in found.items()}
+    late = {name: result["last_quarter"]["nll"] for name, result in found.items()}
+
+    def share(x):
+        return (x["no_transfer"] - x["lora"]) / (x["no_transfer"] - x["softmax_lora"])
+
+    return {"all_positions": share(nll), "last_quarter": share(late)}
+
+
+def table(found: dict[str, dict]) -> str:
+    buckets = [f"{b['start']}-{b['end']}" for b in found["softmax"]["buckets"]]
+    lines = ["| | all | " + " | ".join(buckets) + " |", "|---" * (len(buckets) + 2) + "|"]
+    for name, result in found.items():
+        numbers = [result["nll"], *(b["nll"] for b in result["buckets"])]
+        lines.append(f"| {TITLES[name]} | " + " | ".join(f"{x:.3f}" for x in numbers) + " |")
+    return "\n".join(lines)
+
+
+def draw(results: dict, path: pathlib.Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    from lcx.evals import figures
+
+    with pyplot.rc_context(figures.theme(dark=False)):
+        figure, axes = pyplot.subplots(1, 3 if "losses" in results else 2, figsize=(15, 4.4))
+        rows = results["decoding"]
+        lengths = [row["length"] for row in rows]
+        for unit, panel in (("tokens_per_second", axes[-2]), ("cache_bytes", axes[-1])):
+            for i, name in enumerate(("softmax", "linear")):
+                values = [row[unit][name] / (1 if unit == "tokens_per_second" else 2**20) for row in rows]
+                panel.plot(lengths, values, color=f"C{i}", marker="o", label=name)
+            figures.position_axis(panel, "context (tokens)")
+            figures.log_axis(panel, "y")
+            figures.legend(panel, ["softmax", "linear"])
+        axes[-2].set_title("decoding, tokens per second")
+        axes[-1].set_title("kept per sequence, MiB")
+        if "losses" in results:
+            for i, (name, result) in enumerate(results["losses"].items()):
+                buckets = result["buckets"]
+                x = [max(1, (b["start"] + b["end"]) / 2) for b in buckets]
+                axes[0].plot(
+                    x, [b["nll"] for b in buckets], color=f"C{i % 7}", marker="o", label=TITLES[name]
+                )
+            figures.position_axis(axes[0], "position (tokens)")
+            axes[0].set_title("held-out loss, nats per token")
+            axes[0].legend(fontsize=8)
+        figure.tight_layout()
+        figure.savefig(path)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--softmax", required=True, metavar="PATH", help="checkpoint of the softmax model")
+    parser.add_argument("--linear", required=True, metavar="PATH", help="checkpoint of the linear model")
+    parser.add_argument("--results", metavar="DIR", help="evaluations to put beside each other")
+    parser.add_argument("--output", required=True, metavar="FILE.json")
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, metavar="N")
+    parser.add_argument("--rounds", type=int, default=9, metavar="N")
+    args = parser.parse_args()
+    try:
+        results: dict = {"machine": machine()}
+        if args.results:
+            results["losses"] = losses(pathlib.Path(args.results))
+            results["share_of_gap_closed"] = gap_closed(results["losses"])
+        paths = {"softmax": args.softmax, "linear": args.linear}
+        results["decoding"] = decoding(paths, tuple(args.lengths), args.rounds)
+    except UserError as error:
+        print(f"linearized.py: {error}", file=sys.stderr)
+        return 1
+    faster = [row["length"] for row in results["decoding"] if row["speed_ratio"] > 1]
+    results["linear_is_faster_from"] = min(faster, default=None)
+    output = pathlib.Path(args.output)
+    output.write_text(json.dumps(results, indent=1) + "\n")
+    draw(results, output.with_suffix(".svg"))
+    if "losses" in results:
+        print(table(results["losses"]))
+        print("share of the gap closed by transfer:", results["share_of_gap_closed"])
+    print("linear decodes faster from", results["linear_is_faster_from"], "tokens on")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,298 @@
+"""Attention transfer block by block: a model of any size is linearized with one block of layers in memory at a time.
+
+Attention transfer gives every layer the softmax model's own activations, so blocks of layers can learn apart (LoLCATS,
+Zhang et al. 2024, arXiv 2410.10254, section 3.3: 405B as 14 blocks of 9 layers). The job:
+
+1. inputs   The residual stream at every block's first layer, for all rows of the run, to disk. Block b computes the
+            inputs of block b + 1 from its own, so that no more than a block is ever in memory.
+2. blocks   Each block an ordinary training run in WORKDIR/blocks/NNN, one after the other, or each by a process or host
+            of its own (`only`) on the same folder.
+3. stitch   The pretrained weights with every block's feature maps: WORKDIR/linear, a checkpoint to load, to export
+            and to train LoRA from.
+
+Each part goes on where it was stopped. The rows are those that one run of the same trainer over all layers would see.
+"""
+
+import dataclasses
+import functools
+import logging
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lcx import linearize, residuals, sharding
+from lcx import model as model_lib
+from lcx.convert import api as convert
+from lcx.convert import sources
+from lcx.convert.lcx_folder import LcxSource
+from lcx.convert.progress import Progress
+from lcx.convert.relaid import RelaidSource
+from lcx.convert.sources import ModelSource
+from lcx.data import Dataset, Mixture, Tokenizer
+from lcx.errors import UserError
+from lcx.layers import Embedding
+from lcx.mixers.linear_attention import LinearAttention
+from lcx.model import Decoder, Layers
+from lcx.stopping import StopRequest
+from lcx.trainer import Trainer
+
+log = logging.getLogger(__name__)
+
+FLUSH_EVERY = 16  # batches: what a kill costs
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockInputs:
+    """The data of a block's run: its residual stream. `text` is where the rows came from."""
+
+    folder: str
+    depth: int
+    text: Dataset | Mixture
+
+    def open(self) -> None:
+        """Nothing to prepare."""
+
+    def load_tokenizer(self) -> Tokenizer:
+        return self.text.load_tokenizer()
+
+    def batches(
+        self, split: str, *, global_batch_size: int, process_index: int, process_count: int, **_: Any
+    ) -> residuals.Rows:
+        return residuals.Rows(
+            stream_folder(pathlib.Path(self.folder), split, self.depth),
+            batch_size=global_batch_size,
+            process_index=process_index,
+            process_count=process_count,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockTrainer(Trainer):
+    """A training run of layers first ... last - 1 of init_from, on their recorded inputs."""
+
+    first: int = 0
+    last: int = 0
+
+    def _origin(self) -> dict[str, Any]:
+        return super()._origin() | {"layers": [self.first, self.last]}
+
+    def load(self, mesh) -> tuple[Any, Any]:
+        source, model = _softmax(self)
+        assert self.linearize is not None
+        block = model_lib.part(self.linearize.model(model), self.first, self.last)
+        fresh = linearize.initial(block, jax.random.fold_in(jax.random.key(self.seed), self.first))
+        relaid = RelaidSource(source, block, {path: np.asarray(x) for path, x in fresh.items()}, self.first)
+        return block, sources.to_devices(relaid, dtype=np.dtype("float32"), mesh=mesh)
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """A job for `train`.
+
+    Attributes:
+      trainer: the settings of every block's run: init_from, linearize, objective, data, optimizer. Its steps are those
+        of each block.
+      layers_per_block: the last block has what is left.
+      only: which blocks to train here, from 0; inputs must be there. (): write the inputs and stop. None: everything,
+        and stitch.
+    """
+
+    trainer: Trainer
+    layers_per_block: int
+    only: tuple[int, ...] | None = None
+
+    def __post_init__(self):
+        if self.trainer.init_from is None or self.trainer.linearize is None:
+            raise UserError("Blocks.trainer needs init_from, the pretrained model, and linearize; set both")
+        if self.layers_per_block < 1:
+            raise UserError(f"Blocks.layers_per_block is {self.layers_per_block}, expected at least 1")
+
+    def run(self, workdir: str) -> str | None:
+        """Returns the folder of the linear model; None when asked to stop before, or with `only`."""
+        folder = pathlib.Path(workdir)
+        source, model = _softmax(self.trainer)
+        cuts = [*range(0, model.num_layers, self.layers_per_block), model.num_layers]
+        blocks = list(zip(cuts[:-1], cuts[1:], strict=True))
+        unknown = [block for block in self.only or () if not 0 <= block < len(blocks)]
+        if unknown:
+            raise UserError(f"Blocks.only has block {unknown[0]}, expected 0 to {len(blocks) - 1}")
+        linear = self._linear(model)
+        if not self.only and not self._inputs(folder, source, model, blocks):
+            return None
+        for number in range(len(blocks)) if self.only is None else self.only:
+            if _is_linear(model_lib.part(linear, *blocks[number])):
+                run = self.block_trainer(folder, *blocks[number]).run(str(_block_folder(folder, number)))
+                if run.step < self.trainer.steps:
+                    return None
+        return None if self.only is not None else self._stitch(folder, source, linear, blocks)
+
+    def _linear(self, model: Decoder) -> Decoder:
+        assert self.trainer.linearize is not None
+        return self.trainer.linearize.model(model)
+
+    def block_trainer(self, folder: pathlib.Path, first: int, last: int) -> BlockTrainer:
+        settings = {field.name: getattr(self.trainer, field.name) for field in dataclasses.fields(Trainer)}
+        settings["data"] = BlockInputs(str(folder / "inputs"), first, self.trainer.data)
+        return BlockTrainer(**settings, first=first, last=last)
+
+    # ------------------------------------------------------------------------------------------------------- inputs
+
+    def _inputs(self, folder: pathlib.Path, source: ModelSource, model: Decoder, blocks) -> bool:
+        """Writes what every block reads; False when asked to stop before."""
+        if jax.process_count() > 1:
+            raise UserError(
+                f"Blocks: found {jax.process_count()} processes; one writes the inputs, a block in its memory: run it "
+                "once without --distributed and with Blocks.only = (), then the blocks with Blocks.only = (number,)"
+            )
+        trainer, folder = self.trainer, folder / "inputs"
+        trainer.data.open()
+        layouts = self.layouts(model)
+        residuals.check_space(
+            folder,
+            [layout for layout in layouts.values() for _ in blocks],
+            settings="lower Trainer.steps or seq_len, raise Blocks.layers_per_block, or set another --workdir",
+        )
+        mesh = trainer.mesh.build()
+        trainer.check_rows(mesh)
+        about = {
+            "init_from": trainer.init_from,
+            "rope_scaling": trainer.rope_scaling,
+            "context_length": trainer.context_length,
+            "seed": trainer.seed,
+        }
+        with jax.set_mesh(mesh), StopRequest() as stop:
+            for split, layout in layouts.items():
+                for number, (first, _) in enumerate(blocks):
+                    before = blocks[number - 1] if number else None
+                    place = stream_folder(folder, split, first)
+                    with residuals.Writer(place, layout, about) as writer:
+                        if writer.rows < layout.rows and not self._depth(
+                            writer, layout, folder, split, before, source, model, mesh, stop
+                        ):
+                            return False
+                    log.info("%s inputs of block %d of %d: %d rows", split, number, len(blocks), layout.rows)
+        return True
+
+    def layouts(self, model: Decoder) -> dict[str, residuals.Layout]:
+        """What is stored at the start of every block, for training and for evaluation."""
+        trainer = self.trainer
+        rows = {"train": trainer.steps * trainer.batch_size}
+        if held_out := self._held_out_batches(model):
+            rows["eval"] = held_out * (trainer.batch_size // trainer.accumulation)
+        dtype = trainer.dtype or model.dtype
+        return {
+            split: residuals.Layout(count, trainer.seq_len, model.hidden_size, dtype)
+            for split, count in rows.items()
+        }
+
+    def _held_out_batches(self, model: Decoder) -> int:
+        try:
+            with self._text("eval", model) as batches:
+                return min(self.trainer.eval_batches, batches.num_batches or self.trainer.eval_batches)
+        except UserError as error:
+            log.warning("no evaluation: %s", error)
+            return 0
+
+    def _text(self, split: str, model: Decoder) -> Any:
+        trainer = self.trainer
+        return trainer.data.batches(
+            split,
+            global_batch_size=self._batch_size(split),
+            seq_len=trainer.seq_len,
+            seed=trainer.seed,
+            process_index=0,
+            process_count=1,
+            vocab_size=model.vocab_size,
+        )
+
+    def _batch_size(self, split: str) -> int:
+        return self.trainer.batch_size // (1 if split == "train" else self.trainer.accumulation)
+
+    def _depth(self, writer, layout, folder, split, before, source, model, mesh, stop) -> bool:
+        """The stream at one depth, out of the text or out of the block before; False when asked to stop."""
+        size = self._batch_size(split)
+        if before is None:
+            forward, batches = _embedding(source, model), self._text(split, model)
+        else:
+            forward = _block(source, model, before, mesh)
+            batches = residuals.Rows(stream_folder(folder, split, before[0]), batch_size=size)
+        label = f"{split} inputs at layer {0 if before is None else before[1]}"
+        with batches, Progress(label, (layout.rows - writer.rows) * layout.row_bytes) as progress:
+            if writer.data is not None:
+                batches.restore(writer.data)
+            done = 0
+            while writer.rows < layout.rows:
+                if stop.requested(done):
+                    writer.flush()
+                    return False
+                batch = sharding.shard_batch(next(batches), mesh)
+                stream, masks = np.asarray(forward(batch)), {name: batch[name] for name in residuals.MASKS}
+                writer.write(stream, {name: np.asarray(x) for name, x in masks.items()}, batches.state())
+                progress.add(stream.nbytes)
+                done += 1
+                if done % FLUSH_EVERY == 0:
+                    writer.flush()
+        writer.flush()
+        return True
+
+    # ------------------------------------------------------------------------------------------------------- stitch
+
+    def _stitch(self, folder: pathlib.Path, source: ModelSource, linear: Decoder, blocks) -> str:
+        fresh: dict[str, list[np.ndarray]] = {}
+        for number, (first, last) in enumerate(blocks):
+            part = model_lib.part(linear, first, last)
+            trained = LcxSource(_block_folder(folder, number)) if _is_linear(part) else None
+            for at, own in zip(model_lib.layers(linear)[first:last], model_lib.layers(part), strict=True):
+                for path in sources.leaf_shapes(part):
+                    if trained is not None and path.startswith(f"{own.path}/") and linearize.is_new(path):
+                        whole = tuple(slice(0, size) for size in trained.leaves[path].shape[1:])
+                        row = trained.read(path, (slice(own.repeat, own.repeat + 1), *whole))
+                        fresh.setdefault(at.path + path.removeprefix(own.path), []).append(row)
+        stitched = RelaidSource(source, linear, {path: np.concatenate(rows) for path, rows in fresh.items()})
+        target = folder / "linear"
+        log.info("%s", convert.write(target, stitched, format="lcx", overwrite=True))
+        return str(target)
+
+
+def stream_folder(folder: pathlib.Path, split: str, depth: int) -> pathlib.Path:
+    return folder / split / f"depth_{depth:03d}"
+
+
+def _block_folder(folder: pathlib.Path, number: int) -> pathlib.Path:
+    return folder / "blocks" / f"{number:03d}"
+
+
+def _is_linear(part: Layers) -> bool:
+    return any(isinstance(layer.block.mixer, LinearAttention) for layer in model_lib.layers(part))
+
+
+def _softmax(trainer: Trainer) -> tuple[ModelSource, Decoder]:
+    """Where the weights are, and the model that they are of, with its context extended."""
+    assert trainer.init_from is not None
+    source = convert.SOURCES[convert.detect(trainer.init_from)](trainer.init_from)
+    model = sources.extended(source.model, trainer.rope_scaling, trainer.context_length)
+    return source, trainer.adjusted(model)
+
+
+def _embedding(source: ModelSource, model: Decoder):
+    name = "embed/embedding"
+    whole = tuple(slice(0, size) for size in source.leaves[name].shape)
+    table = {"params": {"embedding": jnp.asarray(source.read(name, whole))}}
+    embed = Embedding(model.vocab_size, model.hidden_size)
+    run = jax.jit(functools.partial(embed.apply, dtype=jnp.dtype(model.dtype)))
+    return lambda batch: run(table, batch["tokens"])
+
+
+def _block(source: ModelSource, model: Decoder, block: tuple[int, int], mesh):
+    part = model_lib.part(model, *block)
+    # in the dtype of the computation: float32 masters are for what trains
+    params = sources.to_devices(
+        RelaidSource(source, part, {}, block[0]), dtype=np.dtype(part.dtype), mesh=mesh
+    )
+    run = jax.jit(part.apply)
+    return lambda batch: run(
+        {"params": params}, batch["residual"], positions=batch["positions"], segment_ids=batch["segment_ids"]
+    )

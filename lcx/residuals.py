@@ -1,0 +1,222 @@
+"""The residual stream at one depth of a model, for rows of text, on disk: what a block of layers trains on apart.
+
+    FOLDER/stream.bin       [rows, T, D], the model's dtype
+    FOLDER/rows.npz         segment_ids and positions, int32 [rows, T]
+    FOLDER/progress.json    rows that are whole, and where their source goes on
+
+The raw stream is stored, before the norm of the layer that reads it: the layers after the first need it too.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import shutil
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from lcx.errors import UserError
+
+STREAM, ROWS, PROGRESS = "stream.bin", "rows.npz", "progress.json"
+MASKS = ("segment_ids", "positions")
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """What is stored, and how large it is."""
+
+    rows: int
+    seq_len: int
+    hidden_size: int
+    dtype: str
+
+    @property
+    def row_bytes(self) -> int:
+        return self.seq_len * self.hidden_size * jax.numpy.dtype(self.dtype).itemsize
+
+    @property
+    def num_bytes(self) -> int:
+        return self.rows * (self.row_bytes + 8 * self.seq_len)
+
+
+def check_space(folder: pathlib.Path, layouts: Sequence[Layout], *, settings: str) -> None:
+    """Raises UserError when what is to be stored does not fit on the disk beside what is there already."""
+    needed = sum(layout.num_bytes for layout in layouts)
+    there = sum(file.stat().st_blocks * 512 for file in folder.rglob(STREAM)) if folder.exists() else 0
+    place = next(path for path in (folder, *folder.parents) if path.exists())
+    free = shutil.disk_usage(place).free
+    if needed - there > free:
+        raise UserError(
+            f"{folder}: the inputs of all blocks take {size(needed)}, found {size(free)} free; {settings}"
+        )
+
+
+def size(nbytes: float) -> str:
+    power = max(0, min(4, int(math.log(max(nbytes, 1), 1000))))
+    return f"{nbytes / 1000**power:.3g} {('bytes', 'kB', 'MB', 'GB', 'TB')[power]}"
+
+
+class Writer:
+    """Rows in order, batch after batch; what a kill leaves half done is written again.
+
+    Attributes:
+      rows: how many are whole.
+      data: where their source goes on.
+
+    Raises:
+      UserError: the folder holds something else, or the disk is full.
+    """
+
+    def __init__(self, folder: pathlib.Path, layout: Layout, about: Mapping[str, Any]):
+        self._folder, self._layout = folder, layout
+        self._record = {"layout": dataclasses.asdict(layout), "about": dict(about)}
+        self.rows, self.data = 0, None
+        self._masks = {name: np.zeros((layout.rows, layout.seq_len), np.int32) for name in MASKS}
+        folder.mkdir(parents=True, exist_ok=True)
+        found = progress(folder)
+        if found is not None:
+            self._check(found)
+            self.rows, self.data = found["rows"], found["data"]
+            self._masks = {name: np.array(x) for name, x in read_masks(folder).items()}
+        self._file = self._open(folder / STREAM)
+
+    def _check(self, found: Mapping[str, Any]) -> None:
+        for part, new in self._record.items():
+            for key in new:
+                old = found[part].get(key)
+                if old != new[key]:
+                    raise UserError(
+                        f"{self._folder} holds inputs of {key} = {old!r}, found {new[key]!r}: set it back, or set "
+                        "another --workdir"
+                    )
+
+    def _open(self, path: pathlib.Path) -> int:
+        """All of the file at once: a full disk shows now, and not as a hole later."""
+        needed = self._layout.rows * self._layout.row_bytes
+        found = path.stat().st_size if path.exists() else 0
+        if self.rows and found != needed:
+            raise UserError(
+                f"{path}: expected {needed} bytes, found {found}; delete {self._folder} and run again"
+            )
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            if found != needed:
+                os.posix_fallocate(file, 0, needed)
+        except OSError as error:
+            os.close(file)
+            raise UserError(
+                f"cannot reserve {path}: {error.strerror}; free disk, or set another --workdir"
+            ) from None
+        return file
+
+    def write(self, stream: np.ndarray, masks: Mapping[str, np.ndarray], data: dict[str, Any] | None) -> None:
+        """[b, T, D], and where the source goes on after these rows."""
+        x = np.ascontiguousarray(stream.astype(jax.numpy.dtype(self._layout.dtype)))
+        _write_all(self._file, x.view(np.uint8).reshape(-1), self.rows * self._layout.row_bytes)
+        for name in MASKS:
+            self._masks[name][self.rows : self.rows + len(x)] = masks[name]
+        self.rows, self.data = self.rows + len(x), data
+
+    def flush(self) -> None:
+        """Rows are counted only once they are on the disk."""
+        os.fsync(self._file)
+        partial = self._folder / f"{ROWS}.partial"
+        with open(partial, "wb") as out:
+            np.savez(out, allow_pickle=False, **self._masks)
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(partial, self._folder / ROWS)
+        partial = self._folder / f"{PROGRESS}.partial"
+        partial.write_text(json.dumps({**self._record, "rows": self.rows, "data": self.data}))
+        os.replace(partial, self._folder / PROGRESS)
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        os.close(self._file)
+
+
+def _write_all(file: int, data: np.ndarray, offset: int) -> None:
+    while data.size:
+        done = os.pwrite(file, data[: 1 << 26].data, offset)
+        data, offset = data[done:], offset + done
+
+
+def progress(folder: pathlib.Path) -> dict[str, Any] | None:
+    """What a folder says of itself; None: nothing there."""
+    path = folder / PROGRESS
+    if not path.exists():
+        return None
+    try:
+        record = json.loads(path.read_text())
+        return {key: record[key] for key in ("layout", "about", "rows", "data")}
+    except (ValueError, KeyError) as error:
+        raise UserError(
+            f"{path} is damaged ({error}): delete {folder}, the inputs are written anew"
+        ) from None
+
+
+def read_masks(folder: pathlib.Path) -> dict[str, np.ndarray]:
+    with np.load(folder / ROWS, allow_pickle=False) as arrays:
+        return {name: arrays[name] for name in MASKS}
+
+
+class Rows:
+    """Batches {residual [B, T, D], segment_ids, positions} in the order in which they were written, over and over.
+
+    `state` and `restore` as data.BatchIterator has them.
+
+    Raises:
+      UserError: the rows are not all there.
+    """
+
+    def __init__(
+        self, folder: pathlib.Path, *, batch_size: int, process_index: int = 0, process_count: int = 1
+    ):
+        record = progress(folder)
+        if record is None or record["rows"] < record["layout"]["rows"]:
+            found = "nothing" if record is None else f"{record['rows']} of {record['layout']['rows']} rows"
+            raise UserError(
+                f"{folder}: expected the inputs of a block, found {found}; run with Blocks.only = () first"
+            )
+        layout = Layout(**record["layout"])
+        expected, path = layout.rows * layout.row_bytes, folder / STREAM
+        found_bytes = path.stat().st_size if path.is_file() else 0
+        if found_bytes != expected:
+            raise UserError(
+                f"{path}: expected {expected} bytes, found {found_bytes}; delete {folder} and run again"
+            )
+        shape = layout.rows, layout.seq_len, layout.hidden_size
+        self._stream = np.memmap(path, jax.numpy.dtype(layout.dtype), mode="r", shape=shape)
+        self._masks = read_masks(folder)
+        self._size, self._next = batch_size, 0
+        share = batch_size // process_count
+        self._own = np.arange(process_index * share, (process_index + 1) * share)
+
+    def __iter__(self) -> "Rows":
+        return self
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        rows = (self._next + self._own) % len(self._stream)
+        self._next += self._size
+        return {
+            **{name: x[rows] for name, x in self._masks.items()},
+            "residual": np.asarray(self._stream[rows]),
+        }
+
+    def state(self) -> dict[str, Any]:
+        return {"next_index": self._next}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self._next = int(state["next_index"])
+
+    def __enter__(self) -> "Rows":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass
