@@ -1,6 +1,7 @@
 """lcx gives pretrained language models a longer context, or a cheaper one, in JAX.
 
     model, params = lcx.load(path, *, format=None, dtype=None, mesh=None, rope_scaling=None, context_length=None)
+    lcx.load(hf_folder, lolcats=lcx.Lolcats(feature_maps, lora))                   # a published linear model
     lcx.save(path, model, params, *, format)
     lcx.logits(model, params, tokens, *, positions=None, segment_ids=None)         -> float32 [B, T, V]
     lcx.generate(model, params, tokens, *, max_new_tokens, temperature=0.0, top_p=1.0, seed=0)   -> int32 [B, new]
@@ -27,12 +28,19 @@ from lcx.errors import UserError
 
 if TYPE_CHECKING:
     from lcx.convert.api import load, save
+    from lcx.convert.lolcats import Lolcats
     from lcx.sampler import generate, logits
 
 __version__ = "0.1.0"
-__all__ = ["UserError", "__version__", "generate", "load", "logits", "save"]
+__all__ = ["Lolcats", "UserError", "__version__", "generate", "load", "logits", "save"]
 
-_HOMES = {"load": "lcx.convert.api", "save": "lcx.convert.api", "logits": "lcx.sampler", "generate": "lcx.sampler"}
+_HOMES = {
+    "Lolcats": "lcx.convert.lolcats",
+    "load": "lcx.convert.api",
+    "save": "lcx.convert.api",
+    "logits": "lcx.sampler",
+    "generate": "lcx.sampler",
+}
 
 
 def __getattr__(name: str) -> Any:

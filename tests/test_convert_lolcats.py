@@ -453,7 +453,7 @@ BAD = {
     "no_config": (
         lambda where: (where / "hf" / "config.json").unlink(),
         {},
-        "expected the Hugging Face folder",
+        "no config.json, expected the Hugging Face folder",
     ),
     "window_too_large": (
         lambda where: None,

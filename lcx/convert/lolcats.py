@@ -10,7 +10,7 @@
 A single file may hold both, with or without the wrapper and with any of the prefixes "", "model.", "base_model.model.".
 Pairs are merged as rows are read. What no file says is in `lolcats_settings`.
 
-    model, params = lcx.load("path/to/hf_folder", lolcats=Lolcats("X_distill.pt", "X_ft.pt", "config.yaml"))
+    model, params = lcx.load("path/to/hf_folder", lolcats=lcx.Lolcats("X_distill.pt", "X_ft.pt", "config.yaml"))
     lolcats_writer.export("path/to/workdir", "path/to/folder")    # both files, of a run that trained with LoRA
 
 A folder written by lcx ("lolcats", `lolcats_writer`) holds all in one: the Hugging Face folder with the pairs merged,
@@ -91,7 +91,8 @@ class LolcatsSource(hf.HfSource):
         paths, beside = _find(pathlib.Path(path).expanduser(), files)
         if not (pathlib.Path(path).expanduser() / hf_folder.CONFIG).exists():
             raise UserError(
-                f"{path}: expected the Hugging Face folder of the model that the feature maps are for"
+                f"{path}: no {hf_folder.CONFIG}, expected the Hugging Face folder of the model that the feature maps "
+                "are for: set path (--src) to it, and feature_maps to this"
             )
         super().__init__(path)
         stated = _stated(files, paths[0], beside)
