@@ -10,8 +10,13 @@ import pytest
 from two_mamba_oracle import load, triangular
 
 from lcx.errors import UserError
-from lcx.ops import second_order_states, second_order_tiles
-from lcx.ops.second_order_attention import SecondOrderState, empty_state, second_order_attention
+from lcx.ops import dispatch, second_order_states, second_order_tiles
+from lcx.ops.second_order_attention import (
+    SecondOrderState,
+    _faster,
+    empty_state,
+    second_order_attention,
+)
 
 # B, T, N, K, H, mean log-decay (None: no decay), documents, normalize
 CASES = [
@@ -278,3 +283,13 @@ def test_a_named_form_works_or_raises():
         second_order_attention(q, q, q, implementation="flash9")
     with pytest.raises(UserError, match="multiple of num_kv_heads"):
         second_order_attention(q, q[:, :, :2], q[:, :, :2])
+
+
+@pytest.mark.parametrize("platform, states", [("cpu", 8192), ("gpu", 32768), ("tpu", 32768)])
+def test_the_form_changes_where_the_state_is_cheaper(monkeypatch, platform, states):
+    monkeypatch.setattr(dispatch, "platform", lambda: platform)
+    fast = functools.partial(_faster, H=128, follows=False)
+    assert fast(states, decays=False) == "states"
+    assert fast(states - 1, decays=False) == "tiles"
+    assert fast(2**20, decays=True) == ("states" if platform == "cpu" else "tiles")
+    assert _faster(1, 128, follows=True, decays=True) == "states"

@@ -190,13 +190,16 @@ def _chunked(q, k, v, decay, runs, state: SecondOrderState, *, form: str, scale:
 
 
 def _faster(T: int, H: int, *, follows: bool, decays: bool) -> str:
-    """By multiply-adds: a causal row of tiles costs T H a token, the state about H^3, less per second than tiles. On a
-    GPU or TPU a decay lets the kernel skip most tiles, so that they win at any T."""
+    """By multiply-adds a causal row of tiles costs T H a token, the state H^3: they meet at T = H^2.
+
+    On a GPU or TPU tiles are a kernel, which should do twice as many a second as the state's chunks in XLA (an estimate
+    from compiled schedules), and which a decay lets skip most of its tiles: then it wins at any T.
+    """
     if follows:
         return "states"
-    if decays and dispatch.platform() != "cpu":
-        return "tiles"
-    return "states" if T >= 64 * H else "tiles"
+    if dispatch.platform() == "cpu":
+        return "states" if T >= 64 * H else "tiles"
+    return "states" if T >= 2 * H * H and not decays else "tiles"
 
 
 def _kernel_obstacles(q: Array, k: Array, v: Array, form: str | None, follows: bool) -> dict[str, str | None]:
