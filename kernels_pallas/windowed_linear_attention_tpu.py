@@ -30,7 +30,12 @@ def chunk(dtype) -> int:
 
 
 def most_heads(dtype) -> int:
-    """Heads in one step, at most."""
+    """Heads in one step, at most.
+
+    P = H = 128, terraces of 64, bfloat16, as libtpu counts the bundles of a forward step for a v5e (1.5 GHz): 2 heads
+    1743, 4 heads 2867, so 5.6 a token and head, or 3.7 ns, where reading and writing takes 1.9: bound by the XLU (sums
+    and maxima along rows, k turned for the state).
+    """
     return 4 if dtype == jnp.bfloat16 else 2
 
 
