@@ -41,9 +41,9 @@ Nothing but y, the normalisers, and each query's maximum and its place is kept f
 
 **Cost** a token and head, terraces of 64 with C = 64, P = H = 128, bfloat16: forward reads q, k, wq, wk, v and writes
 y, 1536 bytes; 4 M C H FLOPs for the near pairs and 4 P H for the state, 131 K. An H200 (4.3 TB/s, 790 TFLOP/s) needs
-0.36 ns for the bytes and 0.17 for the products: memory bound. The two parts one after the other would move 5/3 of the
-bytes (v and y twice, and y once more to add them). Backward, 24 such tensors, 6144 bytes; forming the gradients of both
-members of a pair in one program would save 4 of them, and spill registers.
+0.36 ns for the bytes and 0.17 for the products: memory bound. The two parts one after the other would move 3/2 of the
+bytes: v read and y written twice, and one y read to add the other. Backward, 24 such tensors, 6144 bytes: near and far
+gradients come from programs of their own, so that each has registers enough.
 
 What a platform's `recurrence(arrays, plan, reverse=, last=)` takes and gives; rows are queries, reversed keys:
 
@@ -52,7 +52,7 @@ What a platform's `recurrence(arrays, plan, reverse=, last=)` takes and gives; r
     nearest, oldest [B,T] int32      of queries
     reach, kept [B,T], whole [B,T/C] kept, whole: when chunk c is done
     bias [B,N,T]                     on far scores, of queries
-    state [B,N,G,P,V] float32        entering each of G pieces of T (absent: 0), row [B,N,G,V], sums [B,N,G,P]
+    state [B,N,G,P,V] float32        entering each of G pieces of T; row [B,N,G,V], sums [B,N,G,P]
                                      with sums the output is normalised          norm, top [B,N,T], place [B,N,T] int32
     last                             whether the states after each piece come back: last_state, last_row, last_sums
 
