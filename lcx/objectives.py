@@ -64,7 +64,7 @@ def attention_transfer(
         place of tokens.
 
     Raises:
-      UserError: the model has no LinearAttention, or no weight is positive.
+      UserError: the model has no LinearAttention, no weight is positive, or every key of a row is in the window.
     """
     weights = {"outputs": output_weight, "maps": map_weight}
     names = tuple(name for name, weight in weights.items() if weight > 0)
@@ -74,7 +74,10 @@ def attention_transfer(
         )
 
     def teach(mixer):
-        return mixer.clone(transfer=names, parent=None) if isinstance(mixer, LinearAttention) else mixer
+        if not isinstance(mixer, LinearAttention):
+            return mixer
+        _check_length(mixer, batch["positions"].shape[1])
+        return mixer.clone(transfer=names, parent=None)
 
     whole = "tokens" in batch
     _, sown = map_mixers(model, teach).apply(
@@ -93,6 +96,17 @@ def attention_transfer(
         name = next(key.key for key in reversed(path) if isinstance(key, jax.tree_util.DictKey))
         total, layers = total + weights[name] * jnp.sum(loss), layers + loss.size
     return total * len(names) / layers, jnp.sum(batch["segment_ids"] != 0).astype(jnp.float32)
+
+
+def _check_length(mixer: LinearAttention, seq_len: int) -> None:
+    """Rows no longer than what the window holds would teach the feature maps nothing."""
+    if mixer.window is not None:
+        held = mixer.window * (2 if mixer.window_kind == "terraced" else 1)
+        if seq_len <= held:
+            raise UserError(
+                f"seq_len {seq_len} is not beyond the {held} keys that a {mixer.window_kind} window of {mixer.window} "
+                "holds: nothing would be linear; raise Trainer.seq_len or lower Linearize.window"
+            )
 
 
 def _is_lower(ids: Int[Array, "B T"]) -> Bool[Array, "B T"]:

@@ -230,7 +230,7 @@ def test_a_full_disk_is_seen_before_anything_is_written(folder, tmp_path, monkey
     usage = residuals.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(residuals.shutil, "disk_usage", lambda path: usage._replace(free=100_000))
     with pytest.raises(
-        UserError, match=r"all blocks take 251 kB, found 100 kB free; lower Trainer.steps"
+        UserError, match=r"all blocks take 279 kB, found 100 kB free; lower Trainer.steps"
     ) as caught:
         Blocks(trainer(folder), layers_per_block=2).run(str(tmp_path))
     assert "\n" not in str(caught.value) and not list(tmp_path.rglob("stream.bin"))

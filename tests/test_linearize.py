@@ -250,6 +250,13 @@ def test_transfer_without_linear_attention_is_refused():
     with pytest.raises(UserError, match="no linear attention; set Trainer.linearize"):
         objectives.attention_transfer(model, {"params": params}, batch())
     new, moved = SETTINGS(model, params, jax.random.key(1))
+    with pytest.raises(
+        UserError,
+        match="seq_len 16 is not beyond the 16 keys that a terraced window of 8 holds.*Linearize.window",
+    ):
+        objectives.attention_transfer(
+            new, {"params": moved}, {name: x[:, :16] for name, x in batch().items()}
+        )
     with pytest.raises(UserError, match="expected one above 0"):
         objectives.attention_transfer(new, {"params": moved}, batch(), output_weight=0.0)
 

@@ -25,7 +25,7 @@ def planner():
 @pytest.mark.parametrize(
     ("size", "layers", "parameters", "new", "terabytes"),
     [
-        ("8b", 32, 8_030_261_248, 16.8e6, 0.17),
+        ("8b", 32, 8_030_261_248, 16.8e6, 0.168),
         ("70b", 5, 70_553_706_496, 83.9e6, 5.4),  # arXiv 2410.10254: 5.4 and 9.4 TB, 264M at 405B
         ("405b", 9, 405_853_388_800, 264e6, 9.4),
     ],
@@ -36,4 +36,5 @@ def test_published_counts(planner, size, layers, parameters, new, terabytes):
     assert found["new_parameters"] == pytest.approx(new, rel=2e-3)
     assert found["disk_bytes"] / 1e12 == pytest.approx(terabytes, rel=1e-2)
     assert found["transfer"]["trained_parameters"] * found["blocks"] == pytest.approx(new, rel=2e-3)
-    assert found["gb_per_device"]["transfer"] < found["gb_per_device"]["lora"]
+    if found["blocks"] > 1:  # a block is less than the whole
+        assert found["gb_per_device"]["transfer"] < found["gb_per_device"]["lora"] / 3
