@@ -114,7 +114,9 @@ def plan(size: str, layers_per_block: int | None, devices: int, args) -> dict:
         "transfer": first,
         "lora": second,
         "gb_per_device": {name: round(x / 1e9, 1) for name, x in per_device.items()},
-        "disk_bytes": 0 if layers_per_block is None else blocks * stream.num_bytes,
+        "input_bytes": 0 if layers_per_block is None else blocks * stream.num_bytes,
+        # one of every block, one being written, and the whole; or one kept and one being written
+        "checkpoint_bytes": 2 * nbytes(both["params"]) + (0 if layers_per_block is None else nbytes(weights)),
         "hours": {
             "transfer": round(args.tokens * flops * (1 if blocks == 1 else 2) / rate / 3600, 1),
             "lora": round(args.tokens * flops * 2 / rate / 3600, 1),
@@ -139,19 +141,18 @@ def main() -> None:
     args = parser.parse_args()
     plans = PLANS if args.size is None else ((args.size, args.layers_per_block, args.devices),)
     found = []
-    print(
-        "| model | layers a block | devices | GB a device, transfer | GB a device, LoRA | disk | hours, both |"
-    )
-    print("|---|---|---|---|---|---|---|")
+    columns = "model, layers a block, devices, GB a device: transfer, LoRA, disk: inputs, checkpoints, hours: first, LoRA"
+    print("| " + columns.replace(",", " |") + " |")
+    print("|---" * len(columns.split(",")) + "|")
     for size, layers, devices in plans:
         row = plan(size, layers, devices, args)
         found.append(row)
-        memory, hours = row["gb_per_device"], row["hours"]
-        print(
-            f"| {size} | {layers or 'all'} ({row['blocks']}) | {devices} | {memory['transfer']} | {memory['lora']} | "
-            f"{residuals.size(row['disk_bytes'])} | {hours['transfer']} + {hours['lora']} |",
-            flush=True,
+        cells = (
+            *(size, f"{layers or 'all'} ({row['blocks']})", devices, *row["gb_per_device"].values()),
+            *(residuals.size(row[f"{name}_bytes"]) for name in ("input", "checkpoint")),
+            *row["hours"].values(),
         )
+        print("| " + " | ".join(map(str, cells)) + " |", flush=True)
     if args.output:
         with open(args.output, "w") as file:
             json.dump({"settings": vars(args), "plans": found}, file, indent=1)

@@ -7,7 +7,8 @@ Examples:
 
 --results is a folder of lcx.evaluate outputs, as scripts/reproduce_linearize.sh leaves them: softmax, softmax_lora,
 transfer, lora, no_transfer, window_only, linear_only. Decoding: a token at a time after a context of each length, both
-models in turns in one run, medians; memory is what each keeps per sequence.
+models in turns in one run, medians; memory is what each keeps per sequence. --transformers HF_FOLDER (extras dev,torch)
+decodes that softmax model with transformers and torch in the same turns.
 """
 
 import argparse
@@ -60,17 +61,50 @@ def decoder(model, params, length: int):
     return jax.jit(steps).lower(*args).compile(), args, sum(x.nbytes for x in jax.tree.leaves(cache))
 
 
-def decoding(paths: dict[str, str], lengths: tuple[int, ...], rounds: int) -> list[dict]:
+def transformers_decoder(folder: str, length: int):
+    """n -> seconds for n calls of STEPS tokens each, after `length` tokens, with transformers' own cache."""
+    import time
+
+    import torch
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    config = model.config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    shape = (1, config.num_key_value_heads, length, head_dim)
+
+    @torch.no_grad()
+    def run(n: int) -> float:
+        total = 0.0
+        for _ in range(n):
+            cache = transformers.DynamicCache()
+            for layer in range(config.num_hidden_layers):
+                cache.update(torch.full(shape, 0.01), torch.full(shape, 0.01), layer)
+            token, start = torch.ones((1, 1), dtype=torch.long), time.perf_counter()
+            for _ in range(STEPS):
+                token = (
+                    model(input_ids=token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+                )
+            total += time.perf_counter() - start
+        return total
+
+    return run
+
+
+def decoding(
+    paths: dict[str, str], lengths: tuple[int, ...], rounds: int, peer: str | None = None
+) -> list[dict]:
     models = {name: lcx.load(path, dtype="float32") for name, path in paths.items()}
     rows = []
     for length in lengths:
         made = {name: decoder(*model, length) for name, model in models.items()}
-        times = in_turns(
-            {name: on_device(run, *args) for name, (run, args, _) in made.items()}, rounds=rounds, seconds=0.3
-        )
+        runs = {name: on_device(run, *args) for name, (run, args, _) in made.items()}
+        if peer is not None:
+            runs["transformers"] = transformers_decoder(peer, length)
+        times = in_turns(runs, rounds=rounds, seconds=0.3)
         row = {"length": length, "cache_bytes": {name: nbytes for name, (_, _, nbytes) in made.items()}}
         row["tokens_per_second"] = {name: STEPS / seconds for name, seconds in times.items()}
-        row["speed_ratio"] = times["softmax"] / times["linear"]
+        row["speed_ratio"] = min(t for name, t in times.items() if name != "linear") / times["linear"]
         rows.append(row)
         print(
             f"{length:6d} tokens:",
@@ -96,14 +130,18 @@ def losses(folder: pathlib.Path) -> dict[str, dict]:
 
 
 def gap_closed(found: dict[str, dict]) -> dict[str, float]:
-    """How much of what is lost without transfer, transfer wins back: against the softmax model with the same LoRA."""
-    nll = {name: result["nll"] for name, result in found.items()}
-    late = {name: result["last_quarter"]["nll"] for name, result in found.items()}
+    """By position, how much of what is lost without transfer it wins back, against softmax with the same LoRA."""
 
-    def share(x):
-        return (x["no_transfer"] - x["lora"]) / (x["no_transfer"] - x["softmax_lora"])
+    def share(of):
+        lost, won = of("no_transfer") - of("softmax_lora"), of("no_transfer") - of("lora")
+        return won / lost
 
-    return {"all_positions": share(nll), "last_quarter": share(late)}
+    parts = {"all": share(lambda name: found[name]["nll"])}
+    for i, bucket in enumerate(found["lora"]["buckets"]):
+        parts[f"{bucket['start']}-{bucket['end']}"] = share(
+            lambda name, i=i: found[name]["buckets"][i]["nll"]
+        )
+    return parts
 
 
 def table(found: dict[str, dict]) -> str:
@@ -128,12 +166,12 @@ def draw(results: dict, path: pathlib.Path) -> None:
         rows = results["decoding"]
         lengths = [row["length"] for row in rows]
         for unit, panel in (("tokens_per_second", axes[-2]), ("cache_bytes", axes[-1])):
-            for i, name in enumerate(("softmax", "linear")):
+            for i, name in enumerate(rows[0][unit]):
                 values = [row[unit][name] / (1 if unit == "tokens_per_second" else 2**20) for row in rows]
                 panel.plot(lengths, values, color=f"C{i}", marker="o", label=name)
             figures.position_axis(panel, "context (tokens)")
             figures.log_axis(panel, "y")
-            figures.legend(panel, ["softmax", "linear"])
+            figures.legend(panel, list(rows[0][unit]))
         axes[-2].set_title("decoding, tokens per second")
         axes[-1].set_title("kept per sequence, MiB")
         if "losses" in results:
@@ -158,6 +196,9 @@ def main() -> int:
     parser.add_argument("--linear", required=True, metavar="PATH", help="checkpoint of the linear model")
     parser.add_argument("--results", metavar="DIR", help="evaluations to put beside each other")
     parser.add_argument("--output", required=True, metavar="FILE.json")
+    parser.add_argument(
+        "--transformers", metavar="HF_FOLDER", help="decode this model with transformers, too"
+    )
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, metavar="N")
     parser.add_argument("--rounds", type=int, default=9, metavar="N")
     args = parser.parse_args()
@@ -167,7 +208,7 @@ def main() -> int:
             results["losses"] = losses(pathlib.Path(args.results))
             results["share_of_gap_closed"] = gap_closed(results["losses"])
         paths = {"softmax": args.softmax, "linear": args.linear}
-        results["decoding"] = decoding(paths, tuple(args.lengths), args.rounds)
+        results["decoding"] = decoding(paths, tuple(args.lengths), args.rounds, args.transformers)
     except UserError as error:
         print(f"linearized.py: {error}", file=sys.stderr)
         return 1

@@ -16,6 +16,7 @@ Each part goes on where it was stopped. The rows are those that one run of the s
 import dataclasses
 import functools
 import logging
+import os
 import pathlib
 from typing import Any
 
@@ -147,24 +148,30 @@ class Blocks:
                 f"Blocks: found {jax.process_count()} processes; one writes the inputs, a block in its memory: run it "
                 "once without --distributed and with Blocks.only = (), then the blocks with Blocks.only = (number,)"
             )
-        trainer, folder = self.trainer, folder / "inputs"
+        trainer = self.trainer
         trainer.data.open()
         layouts = self.layouts(model)
         residuals.check_space(
             folder,
             [layout for layout in layouts.values() for _ in blocks],
-            settings="lower Trainer.steps or seq_len, raise Blocks.layers_per_block, or set another --workdir",
+            checkpoints=self.checkpoint_bytes(model, blocks),
+            settings="lower Trainer.steps, seq_len or keep_checkpoints, raise Blocks.layers_per_block, or set another "
+            "--workdir",
         )
+        folder = folder / "inputs"
         mesh = trainer.mesh.build()
         trainer.check_rows(mesh)
+        assert trainer.init_from is not None
         about = {
-            "init_from": trainer.init_from,
+            "init_from": os.path.abspath(os.path.expanduser(trainer.init_from)),
             "rope_scaling": trainer.rope_scaling,
             "context_length": trainer.context_length,
             "seed": trainer.seed,
         }
         with jax.set_mesh(mesh), StopRequest() as stop:
             for split, layout in layouts.items():
+                with self._text(split, model) as batches:
+                    about["data"] = batches.fingerprint
                 for number, (first, _) in enumerate(blocks):
                     before = blocks[number - 1] if number else None
                     place = stream_folder(folder, split, first)
@@ -175,6 +182,12 @@ class Blocks:
                             return False
                     log.info("%s inputs of block %d of %d: %d rows", split, number, len(blocks), layout.rows)
         return True
+
+    def checkpoint_bytes(self, model: Decoder, blocks) -> int:
+        """The weights of every block in float32, as often as they are kept; one being written; and the whole model."""
+        linear = self._linear(model)
+        sizes = [4 * model_lib.num_params(model_lib.part(linear, *block)) for block in blocks]
+        return self.trainer.keep_checkpoints * sum(sizes) + max(sizes) + 4 * model_lib.num_params(linear)
 
     def layouts(self, model: Decoder) -> dict[str, residuals.Layout]:
         """What is stored at the start of every block, for training and for evaluation."""

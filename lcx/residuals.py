@@ -43,15 +43,16 @@ class Layout:
         return self.rows * (self.row_bytes + 8 * self.seq_len)
 
 
-def check_space(folder: pathlib.Path, layouts: Sequence[Layout], *, settings: str) -> None:
-    """Raises UserError when what is to be stored does not fit on the disk beside what is there already."""
-    needed = sum(layout.num_bytes for layout in layouts)
-    there = sum(file.stat().st_blocks * 512 for file in folder.rglob(STREAM)) if folder.exists() else 0
+def check_space(folder: pathlib.Path, layouts: Sequence[Layout], *, checkpoints: int, settings: str) -> None:
+    """Raises UserError when inputs and checkpoints (bytes) do not fit on the disk; what is there already counts."""
+    inputs = sum(layout.num_bytes for layout in layouts)
+    there = sum(file.stat().st_blocks * 512 for file in folder.rglob("*") if file.is_file())
     place = next(path for path in (folder, *folder.parents) if path.exists())
     free = shutil.disk_usage(place).free
-    if needed - there > free:
+    if inputs + checkpoints - there > free:
         raise UserError(
-            f"{folder}: the inputs of all blocks take {size(needed)}, found {size(free)} free; {settings}"
+            f"{folder}: the inputs of all blocks take {size(inputs)} and their checkpoints {size(checkpoints)}, found "
+            f"{size(free)} free; {settings}"
         )
 
 

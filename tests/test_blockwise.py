@@ -230,7 +230,8 @@ def test_a_full_disk_is_seen_before_anything_is_written(folder, tmp_path, monkey
     usage = residuals.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(residuals.shutil, "disk_usage", lambda path: usage._replace(free=100_000))
     with pytest.raises(
-        UserError, match=r"all blocks take 279 kB, found 100 kB free; lower Trainer.steps"
+        UserError,
+        match=r"all blocks take 279 kB and their checkpoints 653 kB, found 100 kB free; lower Trainer.steps",
     ) as caught:
         Blocks(trainer(folder), layers_per_block=2).run(str(tmp_path))
     assert "\n" not in str(caught.value) and not list(tmp_path.rglob("stream.bin"))
@@ -242,6 +243,11 @@ def test_other_settings_in_the_same_workdir_are_refused(folder, tmp_path):
     with pytest.raises(
         UserError, match="holds inputs of seed = 0, found 1: set it back, or set another --workdir"
     ):
+        Blocks(other, layers_per_block=2).run(str(tmp_path))
+    write_text(tmp_path, documents=11)
+    data = dataclasses.replace(trainer(folder).data, source=f"{tmp_path}/text")
+    other = dataclasses.replace(trainer(folder), data=data)
+    with pytest.raises(UserError, match="holds inputs of data = "):
         Blocks(other, layers_per_block=2).run(str(tmp_path))
     stream = blockwise.stream_folder(tmp_path / "inputs", "train", 0) / "stream.bin"
     stream.write_bytes(stream.read_bytes()[:-4])

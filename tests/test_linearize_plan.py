@@ -34,7 +34,7 @@ def test_published_counts(planner, size, layers, parameters, new, terabytes):
     found = planner.plan(size, layers, 8, SETTINGS)
     assert found["parameters"] == parameters
     assert found["new_parameters"] == pytest.approx(new, rel=2e-3)
-    assert found["disk_bytes"] / 1e12 == pytest.approx(terabytes, rel=1e-2)
+    assert found["input_bytes"] / 1e12 == pytest.approx(terabytes, rel=1e-2)
     assert found["transfer"]["trained_parameters"] * found["blocks"] == pytest.approx(new, rel=2e-3)
     if found["blocks"] > 1:  # a block is less than the whole
         assert found["gb_per_device"]["transfer"] < found["gb_per_device"]["lora"] / 3
