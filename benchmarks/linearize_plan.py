@@ -141,7 +141,8 @@ def main() -> None:
     args = parser.parse_args()
     plans = PLANS if args.size is None else ((args.size, args.layers_per_block, args.devices),)
     found = []
-    columns = "model, layers a block, devices, GB a device: transfer, LoRA, disk: inputs, checkpoints, hours: first, LoRA"
+    columns = "model, layers a block, devices, GB a device: transfer, LoRA, "
+    columns += "disk: inputs, checkpoints, hours: transfer, LoRA"
     print("| " + columns.replace(",", " |") + " |")
     print("|---" * len(columns.split(",")) + "|")
     for size, layers, devices in plans:
