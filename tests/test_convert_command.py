@@ -354,12 +354,15 @@ def test_real_weights_there_and_back(reference, tmp_path, name):
 
 
 def test_memory_does_not_grow_with_the_folder(model_folder, tmp_path):
-    """100 MB of tensors must cost far less than 100 MB: a converter that holds the model fails."""
+    """300 MB of tensors must cost far less than 300 MB: a converter that holds the model fails.
+
+    What is in flight between threads has a limit, and on a busy machine reaches it: some 80 MB, whatever the size.
+    """
     spec = importlib.util.spec_from_file_location("convert_memory", ROOT / "benchmarks" / "convert_memory.py")
     benchmark = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(benchmark)
-    size = benchmark.make(tmp_path / "big", 0.1, 8000) / 1e6
-    assert size > 90
+    size = benchmark.make(tmp_path / "big", 0.3, 8000) / 1e6
+    assert size > 270
 
     def peak(src, dst, dst_format):
         return benchmark.child(f"--src={src}", f"--dst={tmp_path / dst}", f"--dst_format={dst_format}")[
@@ -368,7 +371,7 @@ def test_memory_does_not_grow_with_the_folder(model_folder, tmp_path):
 
     least = peak(model_folder, "small_lcx", "lcx")
     for most in (peak(tmp_path / "big", "big_lcx", "lcx"), peak(tmp_path / "big_lcx", "big_hf", "hf")):
-        assert most - least < 0.7 * size, (least, most)
+        assert most - least < 0.5 * size, (least, most)
     for path in (tmp_path / "big").glob("*.safetensors"):
         assert np.array_equal(
             np.fromfile(path, np.uint8), np.fromfile(tmp_path / "big_hf" / path.name, np.uint8)
