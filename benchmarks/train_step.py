@@ -92,7 +92,7 @@ class Step:
         schedule = AdamW(1e-4, "constant", warmup_steps=0, weight_decay=0.1)
         with jax.set_mesh(mesh):
             shapes = {"params": model_lib.abstract_params(self.model, mesh=mesh)}
-            optimizer = schedule.build(shapes["params"], 1000)
+            optimizer = schedule.build(train_step.moving(shapes), 1000)
             abstract = train_step.abstract_state(shapes, optimizer, mesh)
             step = train_step.make_step(
                 self.model,

@@ -102,7 +102,7 @@ class Lcx:
         model = model.clone(remat="dots", parent=None)
         schedule = AdamW(LEARNING_RATE, "constant", warmup_steps=0, weight_decay=DECAY, decay=".")
         weights = {"params": params}
-        optimizer = schedule.build(model_lib.abstract_params(model, mesh=self.mesh), 100)
+        optimizer = schedule.build({"params": model_lib.abstract_params(model, mesh=self.mesh)}, 100)
         abstract = train_step.abstract_state(
             {"params": model_lib.abstract_params(model, mesh=self.mesh)}, optimizer, self.mesh
         )

@@ -262,7 +262,7 @@ def compile_step(trainer) -> str:
     model = trainer.adjusted(tiny_model())
     with jax.set_mesh(mesh):
         weights = {"params": model_lib.abstract_params(model, mesh=mesh)}
-        transformation = trainer.optimizer.build(weights["params"], trainer.steps)
+        transformation = trainer.optimizer.build(train_step.moving(weights), trainer.steps)
         abstract = train_step.abstract_state(weights, transformation, mesh)
         step = train_step.make_step(
             model,
