@@ -115,23 +115,15 @@ def test_the_model_that_learns_computes_what_the_softmax_model_does():
 
 
 def layer_inputs(model, params, inputs):
-    """What every mixer gets, from the softmax model, one layer a stage."""
-    blocks = [layer.block for layer in model_lib.layers(model)]
-    apart = model.clone(stages=tuple(model_lib.Stage((block,), 1) for block in blocks), parent=None)
-    params = linearize.relaid(model, params, apart, fresh={})
-    found = []
-
-    def record(call, args, kwargs, context):
-        if isinstance(context.module, Attention) and context.method_name == "__call__":
-            jax.debug.callback(lambda x: found.append(np.asarray(x)), args[0], ordered=True)
-        return call(*args, **kwargs)
-
-    import flax.linen as nn
-
-    with nn.intercept_methods(record):
-        jax.block_until_ready(hidden(apart, params, inputs))
-    jax.effects_barrier()
-    return found
+    """What every mixer gets in the softmax model: its layers one after the other."""
+    x = jnp.take(params["embed"]["embedding"], inputs["tokens"], axis=0)
+    masks = {name: inputs[name] for name in ("positions", "segment_ids")}
+    for number in range(model.num_layers):
+        part = model_lib.part(model, number, number + 1)
+        own = linearize.relaid(model, params, part, fresh={}, layers=[number])
+        scale = own["stages_0"]["block_0"]["mixer_norm"]["scale"][0]
+        yield x / jnp.sqrt(jnp.mean(x**2, axis=-1, keepdims=True) + model.norm_eps) * scale
+        x = part.apply({"params": own}, x, **masks)
 
 
 def test_the_loss_is_the_mean_over_layers_of_the_squared_error():
