@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array
 
 from lcx import model as model_lib
@@ -122,12 +123,12 @@ def ablated(model: Decoder, keep: str) -> Decoder:
 
 def initial(model: Decoder | Layers, key: Array) -> dict[str, Array]:
     """path -> the parameters that only linear attention has, at their start, float32."""
-    flat = _flat(model_lib.abstract_params(model, mesh=_mesh()))
+    flat = flatten_dict(model_lib.abstract_params(model, mesh=_mesh()), sep="/")
     wanted = {path: leaf for path, leaf in flat.items() if is_new(path)}
 
     def init(key):  # what is not returned is not computed
         params = model_lib.plain_init(model, key)
-        return {path: _flat(params)[path].astype(jnp.float32) for path in wanted}
+        return {path: flatten_dict(params, sep="/")[path].astype(jnp.float32) for path in wanted}
 
     out = None if _mesh() is None else {path: leaf.sharding for path, leaf in wanted.items()}
     return jax.jit(init, out_shardings=out)(key)
@@ -154,8 +155,8 @@ def relaid(
     old, laid = model_lib.layers(model), model_lib.layers(new)
     chosen = range(len(laid)) if layers is None else layers
     source = {(at.path, at.repeat): old[layer] for at, layer in zip(laid, chosen, strict=True)}
-    flat, out = _flat(params), {}
-    for path, leaf in _flat(model_lib.abstract_params(new, mesh=_mesh())).items():
+    flat, out = flatten_dict(params, sep="/"), {}
+    for path, leaf in flatten_dict(model_lib.abstract_params(new, mesh=_mesh()), sep="/").items():
         block, name = "/".join(path.split("/")[:2]), "/".join(path.split("/")[2:])
         if path in fresh:
             out[path] = fresh[path]
@@ -164,7 +165,7 @@ def relaid(
         else:
             rows = [source[block, i] for i in range(leaf.shape[0])]
             out[path] = _stacked([(flat[f"{row.path}/{name}"], row.repeat) for row in rows], leaf)
-    return _unflat(out)
+    return unflatten_dict(out, sep="/")
 
 
 def _stacked(rows: list[tuple[Array, int]], leaf: jax.ShapeDtypeStruct) -> Array:
@@ -183,19 +184,3 @@ def _stacked(rows: list[tuple[Array, int]], leaf: jax.ShapeDtypeStruct) -> Array
 def _mesh():
     mesh = jax.sharding.get_mesh()
     return None if mesh.empty else mesh
-
-
-def _flat(tree: Any) -> dict[str, Any]:
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
-
-
-def _unflat(flat: dict[str, Any]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for path, leaf in flat.items():
-        *parents, last = path.split("/")
-        node = tree
-        for name in parents:
-            node = node.setdefault(name, {})
-        node[last] = leaf
-    return tree
