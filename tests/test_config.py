@@ -1,28 +1,21 @@
-"""The command lines: flags, .gin files, every mistake in one line, exit statuses."""
+"""Command lines: flags, .gin files, every mistake in one line, exit statuses."""
 
-import argparse
 import dataclasses
 import functools
-import importlib
 import inspect
-import json
 import os
 import pathlib
 import subprocess
 import sys
-import types
-import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import pytest
 import toy_job
 
 from lcx import config
-from lcx.config import environment, typecheck
 
 TESTS = pathlib.Path(__file__).parent
 HEAD = "from __gin__ import dynamic_registration\nimport toy_job\n"
@@ -42,11 +35,6 @@ class Net(nn.Module):
     def __call__(self, x):
         y = self.activation(nn.Dense(self.features)(x)) * self.scale
         return y if self.inner is None else self.inner(y)
-
-
-train, evaluate, generate = (
-    importlib.import_module(f"lcx.{verb}") for verb in ("train", "evaluate", "generate")
-)
 
 
 def start(*, net: nn.Module):
@@ -462,59 +450,6 @@ def test_help_and_mistakes_come_before_jax(gin_file, verb, argv, status, shown):
     assert status == 0 or len(done.stderr.splitlines()) == 1
 
 
-@pytest.fixture
-def targets(monkeypatch):
-    """The targets of the verbs, replaced by functions of the same signature that record their call."""
-    calls = []
-
-    def trainer_train(*, workdir, job=None):
-        calls.append({"workdir": workdir})
-
-    def evaluator_evaluate(*, checkpoint, output, rope_scaling=None, context_length=None, name=None):
-        calls.append(locals() | {"calls": None})
-
-    def sampler_stream_text(
-        *, checkpoint, prompt, max_new_tokens=256, temperature=0.0, top_p=1.0, seed=0, rope_scaling=None,
-        context_length=None,
-    ):  # fmt: skip
-        calls.append(locals() | {"calls": None})
-
-    for function in (trainer_train, evaluator_evaluate, sampler_stream_text):
-        module, _, name = function.__name__.partition("_")
-        monkeypatch.setitem(sys.modules, f"lcx.{module}", types.SimpleNamespace(**{name: function}))
-    return calls
-
-
-def test_the_verbs_pass_their_flags(targets, capsys):
-    scaling = {"rope_type": "yarn", "factor": 4.0}
-    assert train.main(["--workdir=w"]) == 0
-    assert evaluate.main(["--checkpoint=c", "--output=o", f"--rope_scaling={json.dumps(scaling)}"]) == 0
-    assert evaluate.main(["--checkpoint=c", "--output=o", "--context_length=64", "--name=n"]) == 0
-    assert generate.main(["--checkpoint=c", "--prompt=p"]) == 0
-    sampling = ["--max_new_tokens=5", "--temperature=0.5", "--top_p=0.9", "--seed=3", "--context_length=8"]
-    assert generate.main(["--checkpoint=c", "--prompt=p", *sampling]) == 0
-    drop = {None, "calls"}
-    seen = [{k: v for k, v in call.items() if k not in drop and v is not None} for call in targets]
-    paths = {"checkpoint": "c", "output": "o"}
-    text = {"checkpoint": "c", "prompt": "p"}
-    assert seen == [
-        {"workdir": "w"},
-        paths | {"rope_scaling": scaling},
-        paths | {"context_length": 64, "name": "n"},
-        text | {"max_new_tokens": 256, "temperature": 0.0, "top_p": 1.0, "seed": 0},
-        text | {"max_new_tokens": 5, "temperature": 0.5, "top_p": 0.9, "seed": 3, "context_length": 8},
-    ]
-    assert generate.main(["--checkpoint=c", "--prompt=p", "--gin.x=3"]) == 2  # takes no gin
-    assert "unknown argument '--gin.x=3'" in capsys.readouterr().err
-
-
-def test_json_flags():
-    assert config.json_object('{"a": [1, 2]}') == {"a": [1, 2]}
-    for text, message in (("{", "not JSON"), ("3", "expected a JSON object")):
-        with pytest.raises(argparse.ArgumentTypeError, match=message):
-            config.json_object(text)
-
-
 def test_compiled_programs_are_kept(tmp_path):
     script = "from lcx import config; config.setup_jax()\nimport jax, jax.numpy as jnp\n"
     body = "f = jax.jit(lambda x: jnp.linalg.eigh(jnp.sin(x @ x.T))[0] @ x)\nf(jnp.ones((32, 32))).block_until_ready()"
@@ -523,93 +458,3 @@ def test_compiled_programs_are_kept(tmp_path):
     done = python(script + body, XDG_CACHE_HOME=str(tmp_path), JAX_PLATFORMS="cpu", **always)
     assert done.returncode == 0, done.stderr
     assert list((tmp_path / "lcx" / "xla").iterdir())
-
-
-@pytest.mark.parametrize(
-    "given, nproc",
-    [
-        ({"XLA_FLAGS": "--xla_a=1 --xla_force_host_platform_device_count=8"}, "32"),
-        ({"XLA_FLAGS": "--xla_force_host_platform_device_count=64"}, "256"),
-        ({"JAX_NUM_CPU_DEVICES": "8"}, "32"),
-        ({"JAX_NUM_CPU_DEVICES": "8", "NPROC": "5"}, "5"),
-        ({"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}, None),
-        ({}, None),
-    ],
-)
-def test_more_devices_than_cores_get_threads(monkeypatch, given, nproc):
-    monkeypatch.setattr(os, "cpu_count", lambda: 4)
-    monkeypatch.setattr(os, "environ", dict(given))
-    environment.setup_jax()
-    assert os.environ.get("NPROC") == nproc
-
-
-def test_what_the_user_has_set_stays(monkeypatch):
-    monkeypatch.setattr(os, "environ", {"JAX_COMPILATION_CACHE_DIR": "mine", "HOME": "/h"})
-    environment.setup_jax()
-    assert os.environ["JAX_COMPILATION_CACHE_DIR"] == "mine"
-
-
-T = typing.TypeVar("T")
-Width = typing.NewType("Width", int)
-
-
-@pytest.mark.parametrize(
-    "value, annotation, fitted",
-    [
-        (3, int, 3), (3, float, 3.0), (3, float | int, 3), (3, float | None, 3.0), (None, float | None, None),
-        (3, str | float, 3.0), ([1, 2], tuple[int, ...], (1, 2)), ((1, 2), list[int], [1, 2]),
-        ([[1], []], tuple[tuple[int, ...], ...], ((1,), ())), ([1, "a"], tuple[int, str], (1, "a")),
-        ([], tuple[()], ()), ([1], tuple, (1,)), ([1, 2], Sequence[float], (1.0, 2.0)), ([1], str | tuple[int], (1,)),
-        ({"a": 1}, dict[str, float], {"a": 1.0}), ({"a": [1]}, Mapping[str, tuple[int]], {"a": (1,)}),
-        ({"a": 1}, dict, {"a": 1}), ("x", typing.Any, "x"), ("x", T, "x"), (3, Width, 3), ("p", os.PathLike, "p"),
-        ("p", str | os.PathLike, "p"), (3, typing.Annotated[int, "doc"], 3), (2, typing.Literal[1, 2], 2),
-        ("x", jaxtyping.Float[jax.Array, "B"], "x"), (3, inspect.Parameter.empty, 3), (None, None, None),
-        (3, dataclasses.InitVar[int], 3), (3, typing.Optional[int], 3),  # noqa: UP045
-    ],
-)  # fmt: skip
-def test_what_fits(value, annotation, fitted):
-    result = typecheck.fit(value, annotation)
-    assert result == fitted and repr(result) == repr(fitted)  # 3.0 == 3, but not by name
-
-
-@pytest.mark.parametrize(
-    "value, annotation",
-    [
-        (True, int), (1, bool), (2.0, int), ("1", int), (1, str), (None, int), (True, float), (3, None),
-        ([1, 2.5], tuple[int, ...]), ("ab", tuple[str, ...]), ("ab", Sequence[str]), ([1], tuple[int, int]),
-        ([1], tuple[()]), ({1: 2}, dict[str, int]), ([1], dict), (True, typing.Literal[1]), (3, Callable[[], int]),
-        ("relu", Callable), (3, toy_job.Job), (2.5, Width), (3, type[int]), (1.5, int | None),
-        (2.5, typing.Annotated[int, "doc"]),
-    ],
-)  # fmt: skip
-def test_what_does_not_fit(value, annotation):
-    with pytest.raises(typecheck.Mismatch, match="expected .*, found "):
-        typecheck.fit(value, annotation)
-
-
-def untyped(x):
-    return x
-
-
-@pytest.mark.parametrize(
-    "source, called, annotation, fits",
-    [
-        (toy_job.Job, True, toy_job.Job, True), (toy_job.Job, True, object, True), (bool, True, int, True),
-        (toy_job.Job, True, toy_job.Job | None, True), (toy_job.Job, True, toy_job.Optimizer, False),
-        (toy_job.Job, True, int, False), (Net, True, nn.Module, True), (Net, True, Callable, True),
-        (toy_job.Job, True, Callable, False), (toy_job.power, True, float, True), (toy_job.power, True, str, False),
-        (untyped, True, str, True), (toy_job.power, False, Callable[[float], float], True),
-        (toy_job.power, False, float, False), (toy_job.Job, False, toy_job.Job, False),
-        (toy_job.Job, False, type[toy_job.Job], True), (toy_job.power, False, type, False),
-        (toy_job.power, False, Callable | None, True), (toy_job.power, False, str | Callable, True),
-    ],
-)  # fmt: skip
-def test_what_references_fit(source, called, annotation, fits):
-    def fit():
-        return typecheck.fit("a reference", annotation, lambda value: typecheck.Promise(source, called))
-
-    if fits:
-        assert fit() == "a reference"
-    else:
-        with pytest.raises(typecheck.Mismatch):
-            fit()

@@ -1,0 +1,94 @@
+"""The verbs: which flags reach which function; what is set before jax starts."""
+
+import argparse
+import importlib
+import json
+import os
+import sys
+import types
+
+import pytest
+
+from lcx import config
+from lcx.config import environment
+
+train, evaluate, generate = (
+    importlib.import_module(f"lcx.{verb}") for verb in ("train", "evaluate", "generate")
+)
+
+
+@pytest.fixture
+def targets(monkeypatch):
+    """The targets of the verbs, replaced by functions of the same signature that record their call."""
+    calls = []
+
+    def trainer_train(*, workdir, job=None):
+        calls.append({"workdir": workdir})
+
+    def evaluator_evaluate(*, checkpoint, output, rope_scaling=None, context_length=None, name=None):
+        calls.append(locals() | {"calls": None})
+
+    def sampler_stream_text(
+        *, checkpoint, prompt, max_new_tokens=256, temperature=0.0, top_p=1.0, seed=0, rope_scaling=None,
+        context_length=None,
+    ):  # fmt: skip
+        calls.append(locals() | {"calls": None})
+
+    for function in (trainer_train, evaluator_evaluate, sampler_stream_text):
+        module, _, name = function.__name__.partition("_")
+        monkeypatch.setitem(sys.modules, f"lcx.{module}", types.SimpleNamespace(**{name: function}))
+    return calls
+
+
+def test_the_verbs_pass_their_flags(targets, capsys):
+    scaling = {"rope_type": "yarn", "factor": 4.0}
+    assert train.main(["--workdir=w"]) == 0
+    assert evaluate.main(["--checkpoint=c", "--output=o", f"--rope_scaling={json.dumps(scaling)}"]) == 0
+    assert evaluate.main(["--checkpoint=c", "--output=o", "--context_length=64", "--name=n"]) == 0
+    assert generate.main(["--checkpoint=c", "--prompt=p"]) == 0
+    sampling = ["--max_new_tokens=5", "--temperature=0.5", "--top_p=0.9", "--seed=3", "--context_length=8"]
+    assert generate.main(["--checkpoint=c", "--prompt=p", *sampling]) == 0
+    drop = {None, "calls"}
+    seen = [{k: v for k, v in call.items() if k not in drop and v is not None} for call in targets]
+    paths = {"checkpoint": "c", "output": "o"}
+    text = {"checkpoint": "c", "prompt": "p"}
+    assert seen == [
+        {"workdir": "w"},
+        paths | {"rope_scaling": scaling},
+        paths | {"context_length": 64, "name": "n"},
+        text | {"max_new_tokens": 256, "temperature": 0.0, "top_p": 1.0, "seed": 0},
+        text | {"max_new_tokens": 5, "temperature": 0.5, "top_p": 0.9, "seed": 3, "context_length": 8},
+    ]
+    assert generate.main(["--checkpoint=c", "--prompt=p", "--gin.x=3"]) == 2  # takes no gin
+    assert "unknown argument '--gin.x=3'" in capsys.readouterr().err
+
+
+def test_json_flags():
+    assert config.json_object('{"a": [1, 2]}') == {"a": [1, 2]}
+    for text, message in (("{", "not JSON"), ("3", "expected a JSON object")):
+        with pytest.raises(argparse.ArgumentTypeError, match=message):
+            config.json_object(text)
+
+
+@pytest.mark.parametrize(
+    "given, nproc",
+    [
+        ({"XLA_FLAGS": "--xla_a=1 --xla_force_host_platform_device_count=8"}, "32"),
+        ({"XLA_FLAGS": "--xla_force_host_platform_device_count=64"}, "256"),
+        ({"JAX_NUM_CPU_DEVICES": "8"}, "32"),
+        ({"JAX_NUM_CPU_DEVICES": "8", "NPROC": "5"}, "5"),
+        ({"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}, None),
+        ({}, None),
+    ],
+)
+def test_more_devices_than_cores_get_threads(monkeypatch, given, nproc):
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(os, "environ", dict(given))
+    environment.setup_jax()
+    assert os.environ.get("NPROC") == nproc
+
+
+def test_what_the_user_has_set_stays(monkeypatch):
+    monkeypatch.setattr(os, "environ", {"JAX_COMPILATION_CACHE_DIR": "mine", "HOME": "/h"})
+    environment.setup_jax()
+    assert os.environ["JAX_COMPILATION_CACHE_DIR"] == "mine"
