@@ -77,7 +77,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """x + mixer(norm(x)), then x + mlp(norm(x))."""
+    """x + mixer(norm(x)), then x + mlp(norm(x)). Gives the mixer's new cache, or what is to be appended to it."""
 
     mixer: nn.Module
     mlp: nn.Module
@@ -86,11 +86,13 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x, *, positions, segment_ids, cache=None):
         x = sharding.constrain(x, sharding.BATCH_AXES, "context", None)
+        grows = cache is not None and hasattr(self.mixer, "append_cache")
         y, cache = self.mixer(
             RMSNorm(x.shape[-1], self.norm_eps, name="mixer_norm")(x),
             positions=positions,
             segment_ids=segment_ids,
             cache=cache,
+            **({"deferred": True} if grows else {}),
         )
         x = x + y
         return x + self.mlp(RMSNorm(x.shape[-1], self.norm_eps, name="mlp_norm")(x)), cache
@@ -139,6 +141,15 @@ def _scanned(stage: Stage, remat: str) -> nn.Module:
         metadata_params={nn.PARTITION_NAME: "layers"},
     )
     return scanned(stage)
+
+
+def _appended(stage: Stage, cache: Any, new: Any) -> Any:
+    """The caches of a stage, all its layers at once, after its blocks."""
+    mixers = {f"block_{b}": block.mixer for b, block in enumerate(stage.pattern)}
+    return {
+        name: mixer.append_cache(cache[name], new[name]) if hasattr(mixer, "append_cache") else new[name]
+        for name, mixer in mixers.items()
+    }
 
 
 class Layers(nn.Module):
@@ -224,7 +235,9 @@ class Decoder(nn.Module):
         for i in range(len(self.stages)):
             name = f"stages_{i}"
             stage_cache = None if cache is None else cache[name]
-            x, new_cache[name] = getattr(self, name)(x, stage_cache, positions, segment_ids)
+            x, new = getattr(self, name)(x, stage_cache, positions, segment_ids)
+            if cache is not None:
+                new_cache[name] = _appended(self.stages[i], stage_cache, new)
         return self.final_norm(x), None if cache is None else new_cache
 
     def __call__(

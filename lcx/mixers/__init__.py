@@ -12,5 +12,13 @@ Rules that the battery in ``tests/test_mixers.py`` holds every mixer to:
 - With a cache the T tokens follow those already in it, and the returned cache holds them too: prefill in one piece,
   in two, and token by token give the same outputs.
 
+A mixer whose cache grows with the text has two things more::
+
+    __call__(..., cache, deferred=True) -> (y, what these tokens add to the cache)
+    append_cache(cache, added) -> cache, for one layer or for several stacked ones
+
+A decoder asks for it: its scan over layers would otherwise take whole caches in and give whole caches out, and copy
+each several times for every token.
+
 There is no registry: a config or a user's own package names the class.
 """

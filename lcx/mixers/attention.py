@@ -4,16 +4,15 @@ import functools
 from collections.abc import Callable
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from lcx import rope as rope_lib
 from lcx import sharding
 from lcx.layers import Linear, RMSNorm
+from lcx.mixers import kv_cache
+from lcx.mixers.kv_cache import Cache
 from lcx.ops.attention import attention
-
-Cache = dict[str, Array]
 
 
 class Attention(nn.Module):
@@ -44,36 +43,36 @@ class Attention(nn.Module):
         positions: Int[Array, "B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
         cache: Cache | None = None,
+        deferred: bool = False,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         q, k, v = rotated_heads(self, x, positions, cache)
         if cache is None:
             masks = {"q_segment_ids": segment_ids, "kv_segment_ids": segment_ids}
+            return output(self, self._attend(q, k, v, masks), x.shape[-1]), None
+        new = kv_cache.entries(k, v, segment_ids)
+        if x.shape[1] <= kv_cache.FEW and self.implementation in (None, "xla"):
+            y = kv_cache.attend(cache, q, new, window=self.window)
         else:
-            start, cache = cache["index"], append(cache, k, v, segment_ids)
-            k, v = cache["k"].astype(x.dtype), cache["v"].astype(x.dtype)
-            masks = {
-                "q_segment_ids": jax.lax.dynamic_slice_in_dim(
-                    cache["segment_ids"], start, x.shape[1], axis=1
-                ),
-                "kv_segment_ids": cache["segment_ids"],
-                "q_offset": jnp.broadcast_to(start, x.shape[:1]),
-            }
+            y = self._attend(*kv_cache.arguments(cache, q, new))
+        cache = new if deferred else self.append_cache(cache, new)
+        return output(self, y, x.shape[-1]), cache
+
+    @nn.nowrap
+    def _attend(self, q: Array, k: Array, v: Array, masks: dict[str, Array | None]) -> Array:
+        """The operator, on each device's own rows and heads."""
         k, v = (sharding.repeat_heads(heads, self.num_heads) for heads in (k, v))
         attend = functools.partial(attention, window=self.window, implementation=self.implementation)
-        y = sharding.per_device(attend, {"q": q, "k": k, "v": v, **masks}, heads=("q", "k", "v"))
-        return output(self, y, x.shape[-1]), cache
+        return sharding.per_device(attend, {"q": q, "k": k, "v": v, **masks}, heads=("q", "k", "v"))
 
     @nn.nowrap
     def init_cache(self, batch_size: int, length: int, dtype: jnp.dtype) -> Cache:
         """Empty cache of `length` slots. rope_length = length: one rotation for the whole generation (rope.py)."""
-        kv = (batch_size, length, self.num_kv_heads, self.head_dim)
-        return {
-            "k": jnp.zeros(kv, dtype),
-            "v": jnp.zeros(kv, dtype),
-            "segment_ids": jnp.zeros((batch_size, length), jnp.int32),
-            "index": jnp.zeros((), jnp.int32),
-            "rope_length": jnp.full((), length, jnp.int32),
-        }
+        slots = kv_cache.empty(batch_size, length, self.num_kv_heads, self.head_dim, dtype)
+        return {**slots, "rope_length": jnp.full((), length, jnp.int32)}
+
+    @nn.nowrap
+    def append_cache(self, cache: Cache, new: Cache) -> Cache:
+        return kv_cache.append(cache, new)
 
     @nn.nowrap
     def macs_per_token(self, seq_len: int) -> float:
@@ -121,17 +120,3 @@ def output(mixer, y: Float[Array, "B T N H"], hidden_size: int) -> Float[Array, 
     """The heads' outputs back in the residual stream."""
     names = ("heads", "head_dim", "embed")
     return Linear((mixer.num_heads, mixer.head_dim), (hidden_size,), names, mixer.o_bias, name="o_proj")(y)
-
-
-def append(cache: Cache, k: Array, v: Array, segment_ids: Array | None) -> Cache:
-    """Writes T new tokens at the next free slots; unused slots keep segment id 0 and are never seen."""
-    if segment_ids is None:
-        segment_ids = jnp.ones((1, 1), jnp.int32)
-    new = {"k": k, "v": v, "segment_ids": jnp.broadcast_to(segment_ids, k.shape[:2])}
-    written = {
-        name: jax.lax.dynamic_update_slice_in_dim(
-            cache[name], x.astype(cache[name].dtype), cache["index"], axis=1
-        )
-        for name, x in new.items()
-    }
-    return {**cache, **written, "index": cache["index"] + k.shape[1]}

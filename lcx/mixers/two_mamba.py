@@ -29,6 +29,7 @@ from jaxtyping import Array, Float, Int
 from lcx import sharding
 from lcx.errors import UserError
 from lcx.layers import Linear, RMSNorm, named_param
+from lcx.mixers import kv_cache
 from lcx.mixers.attention import Attention
 from lcx.mixers.hyena import bounded
 from lcx.mixers.mamba2 import Mamba2
@@ -85,6 +86,7 @@ class TwoMamba(nn.Module):
         positions: Int[Array, "B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
         cache: Cache | None = None,
+        deferred: bool = False,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         self._check()
         (B, T, D), N, H = x.shape, self.num_heads, self.head_dim
@@ -98,7 +100,7 @@ class TwoMamba(nn.Module):
             **self._steps(x),
             **self._weights(),
         }
-        state_axes = self._state_axes() if cache is not None else None
+        state_axes, new_axes = (None, None) if cache is None else map(self._state_axes, (False, True))
         axes = {
             "qkv": Axes("rows", None, None, "heads"),
             "segment_ids": Axes("rows"),
@@ -108,7 +110,9 @@ class TwoMamba(nn.Module):
             "D": Axes("heads"),
         }
         axes = {name: axes[name] for name in arrays}
-        y, cache = sharding.island(self._mix, arrays, axes, (HEADS, state_axes))
+        y, new = sharding.island(self._mix, arrays, axes, (HEADS, new_axes))
+        if cache is not None:
+            cache = new if deferred else self.append_cache(cache, new)
         if self.gate:
             shape = ("embed", "heads", "head_dim")
             z = Linear((D,), (N, H), shape, bias=True, gain=self.init_gain, name="gate_proj")(x)
@@ -206,26 +210,14 @@ class TwoMamba(nn.Module):
 
     @nn.nowrap
     def _softmax(self, q, k, v, ids, state, options):
+        """With a cache, what these tokens add to it."""
         if state is None:
             return attention(q, k, v, q_segment_ids=ids, kv_segment_ids=ids, **options), None
-        start = state["index"]
-        new = {"k": k, "v": v, "segment_ids": ids}
-        if options["log_decay"] is not None:
-            new["log_decay"] = options["log_decay"]
-        kept = {
-            name: jax.lax.dynamic_update_slice_in_dim(state[name], x.astype(state[name].dtype), start, axis=1)
-            for name, x in new.items()
-        }
-        y = attention(
-            q,
-            kept["k"].astype(q.dtype),
-            kept["v"].astype(q.dtype),
-            q_segment_ids=ids,
-            kv_segment_ids=kept["segment_ids"],
-            q_offset=jnp.broadcast_to(start, q.shape[:1]),
-            **(options | {"log_decay": kept.get("log_decay")}),
-        )
-        return y, {**kept, "index": start + q.shape[1]}
+        new = kv_cache.entries(k, v, ids, options["log_decay"])
+        if q.shape[1] <= kv_cache.FEW and self.implementation in (None, "xla"):
+            return kv_cache.attend(state, q, new), new
+        *heads, others = kv_cache.arguments(state, q, new)
+        return attention(*heads, **options | others), new
 
     @nn.nowrap
     def init_cache(self, batch_size: int, length: int, dtype: jnp.dtype) -> Cache:
@@ -239,16 +231,20 @@ class TwoMamba(nn.Module):
             return {"conv": conv, "state": linear_op.empty_state(B, N, H, H, normalize=self.norm == "scores")}
         if self.score == "square":
             return {"conv": conv, "state": second_order_op.empty_state(B, N, H)}
-        state = {name: jnp.zeros((B, length, N, H), dtype) for name in ("k", "v")}
-        state["segment_ids"] = jnp.zeros((B, length), jnp.int32)
-        state["index"] = jnp.zeros((), jnp.int32)
+        state = kv_cache.empty(B, length, N, H, dtype)
         if self.decay != "none":
-            state["log_decay"] = jnp.zeros((B, length, N), jnp.float32)
+            state["log_decay"] = jnp.zeros((B, N, length), jnp.float32)
         return {"conv": conv, "state": state}
 
     @nn.nowrap
-    def _state_axes(self) -> dict[str, Any]:
-        """How the leaves of the cache lie on devices."""
+    def append_cache(self, cache: Cache, new: Cache) -> Cache:
+        """For score "exp"; the other states are replaced."""
+        state = kv_cache.append(cache["state"], new["state"]) if self.score == "exp" else new["state"]
+        return {"conv": new["conv"], "state": state}
+
+    @nn.nowrap
+    def _state_axes(self, added: bool) -> dict[str, Any]:
+        """How the leaves of the cache, or of what is added to it, lie on devices."""
         rows, conv = Axes("rows"), None
         if self.conv_width > 1:
             conv = ConvState._make((Axes("rows", None, None, "heads"), Axes("rows")))
@@ -260,10 +256,9 @@ class TwoMamba(nn.Module):
                 "conv": conv,
                 "state": second_order_op.SecondOrderState._make((HEAD_STATE, HEAD_STATE, rows)),
             }
-        state = {"k": HEADS, "v": HEADS, "segment_ids": rows, "index": Axes()}
-        if self.decay != "none":
-            state["log_decay"] = HEADS
-        return {"conv": conv, "state": state}
+        heads, index = (HEADS, {}) if added else (Axes("rows", "heads"), {"index": Axes()})
+        names = ("k", "v", *(() if self.decay == "none" else ("log_decay",)))
+        return {"conv": conv, "state": dict.fromkeys(names, heads) | {"segment_ids": rows} | index}
 
     @nn.nowrap
     def macs_per_token(self, seq_len: int) -> float:

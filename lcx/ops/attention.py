@@ -3,15 +3,14 @@
 Letters: B batch, T queries, S keys, N query heads, K key/value heads, G = N / K, H head dim.
 
 ``reference``  the definition, in float32, quadratic memory: what the others are tested against.
-``xla``        one tile at a time, with its own backward pass (attention_tiles.py). A few decoded tokens against a cache
-               are one small product, as in the reference.
+``xla``        one tile at a time, with its own backward pass (attention_tiles.py).
 ``cudnn``      NVIDIA's kernel, ``splash`` that of JAX for TPUs (attention_vendors.py).
 ``triton``     our kernel for GPUs, with decay or packed rows, ``tpu`` for TPUs (kernels_pallas/attention.py). To them
                a document that padding interrupts is two.
 
 Masks. A query sees a key of its own segment, at or before it in the row, less than `window` tokens back. Segment id 0
 is padding: it sees nothing, and its output is 0. With a cache the queries are T of the S keys: `q_offset` keys lie
-before the first of them.
+before the first of them. (A few new tokens against a cache: cached_attention.py.)
 
 Decay. With log_decay a and L its running sum over the keys, the weights are softmax(s_ij + L_i - L_j): the Forgetting
 Transformer (arXiv 2503.02130), and 2Mamba-E (arXiv 2602.17363).
@@ -26,7 +25,6 @@ from lcx.ops import attention_vendors, dispatch
 from lcx.ops.attention_tiles import NEG, tiled
 
 PLATFORMS = {"triton": "gpu", "tpu": "tpu"}  # of our kernels
-DECODED = 8  # up to so many new tokens against a cache, one product over all keys is fastest
 
 
 def attention(
@@ -74,7 +72,7 @@ def attention(
         return _kernel(q, k, v, log_decay, q_segment_ids, scale=scale, platform=PLATFORMS[name])
     if log_decay is not None and kv_segment_ids is not None:
         log_decay = jnp.where(kv_segment_ids[:, :, None] != 0, log_decay, 0)
-    if name == "xla" and (q_offset is None or q.shape[1] > DECODED):
+    if name == "xla":
         segments = q_segment_ids, kv_segment_ids
         return tiled(q, k, v, *segments, q_offset, log_decay, window=window, scale=scale)
     offset = jnp.full(q.shape[:1], k.shape[1] - q.shape[1]) if q_offset is None else q_offset

@@ -1,0 +1,76 @@
+"""Keys and values of the tokens so far, in slots that fill up.
+
+Heads come before slots, so that decoding reads them as they lie. A mixer reads its cache and says what to add; who
+holds the caches of all layers appends it to all of them at once, in place.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from lcx.ops.cached_attention import cached_attention
+
+Cache = dict[str, Array]
+FEW = 8  # up to so many new tokens, one product over all slots is fastest
+
+
+def empty(batch_size: int, length: int, num_heads: int, head_dim: int, dtype: jnp.dtype) -> Cache:
+    """`length` free slots. Those not in use keep segment id 0 and are never seen."""
+    kv = (batch_size, num_heads, length, head_dim)
+    return {
+        "k": jnp.zeros(kv, dtype),
+        "v": jnp.zeros(kv, dtype),
+        "segment_ids": jnp.zeros((batch_size, length), jnp.int32),
+        "index": jnp.zeros((), jnp.int32),
+    }
+
+
+def entries(k: Array, v: Array, segment_ids: Array | None, log_decay: Array | None = None) -> Cache:
+    """What T tokens add: k, v [B, T, K, H], segment_ids [B, T], log_decay [B, T, N]."""
+    ids = jnp.ones((1, 1), jnp.int32) if segment_ids is None else segment_ids
+    new = {"k": k, "v": v, "segment_ids": jnp.broadcast_to(ids, k.shape[:2])}
+    return new if log_decay is None else {**new, "log_decay": log_decay}
+
+
+def append(cache: Cache, new: Cache) -> Cache:
+    """The cache with these entries in its next slots. Both may have an axis of layers in front."""
+    start = cache["index"].reshape(-1)[0]  # layers fill up together
+    written = {}
+    for name, x in new.items():
+        if name != "segment_ids":  # time behind heads
+            x = jnp.swapaxes(x, -3, -2) if name in ("k", "v") else jnp.swapaxes(x, -2, -1)
+        axis = x.ndim - (2 if name in ("k", "v") else 1)
+        slots = cache[name]
+        written[name] = jax.lax.dynamic_update_slice_in_dim(slots, x.astype(slots.dtype), start, axis)
+    return {**cache, **written, "index": cache["index"] + new["segment_ids"].shape[-1]}
+
+
+def attend(cache: Cache, q: Array, new: Cache, *, window: int | None = None) -> Array:
+    """Outputs of a few new tokens, [B, T, N, H]."""
+    return cached_attention(
+        q,
+        new["k"],
+        new["v"],
+        cached_k=cache["k"],
+        cached_v=cache["v"],
+        segment_ids=new["segment_ids"],
+        cached_segment_ids=cache["segment_ids"],
+        length=cache["index"],
+        log_decay=new.get("log_decay"),
+        cached_log_decay=cache.get("log_decay"),
+        window=window,
+    )
+
+
+def arguments(cache: Cache, q: Array, new: Cache) -> tuple[Array, Array, Array, dict[str, Array | None]]:
+    """Those of ops.attention for many new tokens, time before heads: q, k, v, and the others by name."""
+    kept = append(cache, new)
+    k, v = (jnp.swapaxes(kept[name], 1, 2).astype(q.dtype) for name in ("k", "v"))
+    others: dict[str, Array | None] = {
+        "q_segment_ids": new["segment_ids"],
+        "kv_segment_ids": kept["segment_ids"],
+        "q_offset": jnp.broadcast_to(cache["index"], q.shape[:1]),
+    }
+    if "log_decay" in kept:
+        others["log_decay"] = jnp.swapaxes(kept["log_decay"], 1, 2)
+    return q, k, v, others
