@@ -1,5 +1,6 @@
 """Every .gin file in configs/ parses, names only what exists, and says what a reader needs to know."""
 
+import json
 import pathlib
 import re
 import subprocess
@@ -25,14 +26,48 @@ def with_includes(path):
     return text + "".join(with_includes(path.parent / name) for name in included)
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_parses(path):
-    """In a process of its own, as a command does: gin remembers what every file before it named."""
-    text = with_includes(path)
-    settings = [(name, value) for name, value in SETTINGS.items() if f"{name} = None" in text]
-    code = f"from lcx import config; config.parse([{str(path)!r}], {settings!r})"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+# Every file in a process of its own, as a command does: gin remembers what every file before it named. The processes
+# are children of one that has imported what takes seconds, and that reads no file itself.
+PARSE = """
+import json, os, sys, traceback
+from lcx import config, convert, evaluator, sampler, trainer
+
+for path, settings in json.load(sys.stdin):
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            config.parse([path], settings)
+            status = 0
+        except BaseException:
+            traceback.print_exc(file=sys.stdout)
+        finally:
+            sys.stdout.flush()
+            os._exit(status)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    print(f"END {path} {status}", flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def parsed():
+    """path -> (status, what was printed)"""
+    jobs = []
+    for path in CONFIGS:
+        text = with_includes(path)
+        jobs.append((str(path), [item for item in SETTINGS.items() if f"{item[0]} = None" in text]))
+    done = subprocess.run(
+        [sys.executable, "-c", PARSE], cwd=ROOT, input=json.dumps(jobs), capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-2000:]
+    ends = re.split(r"^END (.+) (-?\d+)\n", done.stdout, flags=re.M)
+    return {path: (int(status), text) for text, path, status in zip(ends[::3], ends[1::3], ends[2::3])}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_parses(parsed, path):
+    status, text = parsed[str(path)]
+    assert status == 0, text[-2000:]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.relative_to(ROOT).as_posix())
