@@ -117,6 +117,7 @@ class Options(NamedTuple):
     platform: str
     interpret: bool
     tiles: Tiles
+    raw: bool = False  # the forward kernel's sums are not divided: a part of the keys follows
 
 
 def obstacle(q: Array, k: Array, v: Array, *, platform: str, initial_state=None) -> str | None:

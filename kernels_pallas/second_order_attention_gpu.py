@@ -58,7 +58,7 @@ def _forward_kernel(first, steps, q, k, keys, v, local, enter, runs, y, den, *, 
     acc, total = jax.lax.fori_loop(0, C // S, diagonal, (acc, total))
     if options.normalize:
         den[...] = total
-        y[...] = (acc * _inverse(total)[:, None]).astype(y.dtype)
+        y[...] = (acc if options.raw else acc * _inverse(total)[:, None]).astype(y.dtype)
     else:
         den[...] = jnp.zeros(C, jnp.float32)
         y[...] = (acc * options.scale**2).astype(y.dtype)

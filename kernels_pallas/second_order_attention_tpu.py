@@ -67,7 +67,8 @@ def _forward_kernel(
         if options.normalize:
             sums = jnp.sum(total[...], axis=1, keepdims=True)
             empty = sums <= FLOOR  # not true of NaN, which shall be seen
-            y[...] = jnp.where(empty, 0.0, acc[...] / jnp.where(empty, 1.0, sums)).astype(y.dtype)
+            divided = jnp.where(empty, 0.0, acc[...] / jnp.where(empty, 1.0, sums))
+            y[...] = (acc[...] if options.raw else divided).astype(y.dtype)
             den[...] = to_row(total[...])
         else:
             y[...] = (acc[...] * options.scale**2).astype(y.dtype)

@@ -291,5 +291,6 @@ def test_the_form_changes_where_the_state_is_cheaper(monkeypatch, platform, stat
     fast = functools.partial(_faster, H=128, follows=False)
     assert fast(states, decays=False) == "states"
     assert fast(states - 1, decays=False) == "tiles"
-    assert fast(2**20, decays=True) == ("states" if platform == "cpu" else "tiles")
+    assert fast(2**20 - 1, decays=True) == ("states" if platform == "cpu" else "tiles")
+    assert fast(2**20, decays=True) == "states"
     assert _faster(1, 128, follows=True, decays=True) == "states"

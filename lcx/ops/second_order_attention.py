@@ -8,8 +8,9 @@ sums of squares, never negative, and a decay is at most 1: no running maximum, n
 all zero (padding, or q = 0) gives 0.
 
 ``reference``   the definition, quadratic memory, in float64 where the inputs are.
-``triton``      tiles as a Pallas kernel for GPUs, ``tpu`` for TPUs (kernels_pallas/second_order_attention.py). The
-                state, where it is asked for, comes from the form "states".
+``triton``      both forms as Pallas kernels for GPUs, ``tpu`` for TPUs (kernels_pallas/second_order_attention.py and
+                second_order_states.py). Form "tiles" takes no initial state, and where the final one is asked for it
+                comes from XLA.
 ``xla``         form "tiles": quadratic in time, linear in memory, skips tiles that the decay has made negligible
                 (second_order_tiles.py). form "states": linear in time, one state of P x (H + 1) numbers a head
                 (second_order_states.py). form None picks by T and H.
@@ -85,8 +86,7 @@ def second_order_attention(
         raise UserError(f"second_order_attention form {form!r}: expected 'tiles', 'states' or None")
     follows, scale = initial_state is not None, H**-0.5 if scale is None else scale
     faster = form or _faster(T, H, follows=follows, decays=log_decay is not None)
-    kernel_form = faster if implementation is None else form
-    obstacles = {**_kernel_obstacles(q, k, v, kernel_form, follows), "xla": None, "reference": None}
+    obstacles = {**_kernel_obstacles(q, k, v, faster, follows), "xla": None, "reference": None}
     name = dispatch.choose("second_order_attention", implementation, obstacles)
     state = empty_state(B, N, H) if initial_state is None else initial_state
     ids = jnp.ones((B, T), jnp.int32) if segment_ids is None else segment_ids
@@ -98,23 +98,12 @@ def second_order_attention(
     k = jnp.where(real[..., None], k, 0)  # padding weighs nothing
     last = segments.last(ids, state.segment_ids)
     if name in PLATFORMS:
-        from kernels_pallas.second_order_attention import second_order_attention as kernel
-
-        y = kernel(
-            q,
-            k,
-            v,
-            log_decay=None if log_decay is None else decay,
-            runs=None if segment_ids is None else runs,
-            normalize=normalize,
-            scale=scale,
-            platform=PLATFORMS[name],
-        )
-        y = jnp.where(real[..., None], y, 0)
+        options = {"normalize": normalize, "scale": scale, "platform": PLATFORMS[name]}
+        options["log_decay"] = None if log_decay is None else decay
+        options["runs"] = None if segment_ids is None and not follows else runs
+        y, state = _by_kernel(q, k, v, decay, runs, state, form=faster, follows=follows, options=options)
+        return jnp.where(real[..., None], y, 0), state._replace(segment_ids=last)
     k, v = (jnp.repeat(x, N // k.shape[2], axis=2) for x in (k, v))
-    if name in PLATFORMS:  # XLA drops the state where nobody asks for it
-        _, state = _chunked(q, k, v, decay, runs, state, form="states", scale=scale, follows=False)
-        return y, state._replace(segment_ids=last)
     if name == "reference":
         sums, state = reference(q, k, v, decay, runs, state, scale=scale)
     elif T == 1:
@@ -126,6 +115,21 @@ def second_order_attention(
     if normalize:
         y = y / jnp.where(total == 0, 1, total)
     return jnp.where(real[..., None], y, 0).astype(q.dtype), state._replace(segment_ids=last)
+
+
+def _by_kernel(q, k, v, decay, runs, state: SecondOrderState, *, form: str, follows: bool, options: dict):
+    if form == "states":
+        from kernels_pallas.second_order_states import second_order_attention as kernel
+
+        y, (kv, k_sum) = kernel(q, k, v, initial_state=state[:2] if follows else None, **options)
+        return y, state._replace(kv=kv, k_sum=k_sum)
+    from kernels_pallas.second_order_attention import second_order_attention as tiles
+
+    y = tiles(q, k, v, **options)
+    k, v = (jnp.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, v))
+    # XLA drops the state where nobody asks for it.
+    scale = options["scale"]
+    return y, _chunked(q, k, v, decay, runs, state, form="states", scale=scale, follows=False)[1]
 
 
 def _with_ones(v: Array) -> Array:
@@ -192,24 +196,32 @@ def _chunked(q, k, v, decay, runs, state: SecondOrderState, *, form: str, scale:
 def _faster(T: int, H: int, *, follows: bool, decays: bool) -> str:
     """By multiply-adds a causal row of tiles costs T H a token, the state H^3: they meet at T = H^2.
 
-    On a GPU or TPU tiles are a kernel, which should do twice as many a second as the state's chunks in XLA (an estimate
-    from compiled schedules), and which a decay lets skip most of its tiles: then it wins at any T.
+    As kernels, forward and backward: 4.5 T H against 7 P H + 4.5 C H multiply-adds, with P = 3/4 H^2 features and
+    chunks of C tokens. They meet at T = C + 1.2 H^2, 6K for H = 64 and 21K for H = 128. The states' products are
+    smaller, each of their operands is made first, and 8 P / C H bytes a token go through memory: two thirds of the
+    tiles' rate is assumed (an estimate from compiled programs), which gives 2 H^2.
+
+    A decay that forgets after r tokens lets tiles skip all but 2 r / T of that, to a twentieth of the states' time;
+    one that forgets nothing costs them T / (2 H^2) times it. Which it is, is not known before the data. Below 64 H^2
+    tiles risk less.
     """
     if follows:
         return "states"
     if dispatch.platform() == "cpu":
         return "states" if T >= 64 * H else "tiles"
-    return "states" if T >= 2 * H * H and not decays else "tiles"
+    return "states" if (64 if decays else 2) * H * H <= T else "tiles"
 
 
-def _kernel_obstacles(q: Array, k: Array, v: Array, form: str | None, follows: bool) -> dict[str, str | None]:
+def _kernel_obstacles(q: Array, k: Array, v: Array, form: str, follows: bool) -> dict[str, str | None]:
     def of(platform: str) -> str | None:
         if missing := dispatch.on(platform):
             return missing
-        from kernels_pallas.second_order_attention import obstacle
+        from kernels_pallas import second_order_attention, second_order_states
 
         if form == "states":
-            return "the kernel has form 'tiles' only"
-        return obstacle(q, k, v, platform=platform, initial_state=follows or None)
+            if q.shape[1] == 1:
+                return "one token is no chunk"
+            return second_order_states.obstacle(q, k, v, platform=platform)
+        return second_order_attention.obstacle(q, k, v, platform=platform, initial_state=follows or None)
 
     return {name: of(platform) for name, platform in PLATFORMS.items()}

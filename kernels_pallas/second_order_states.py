@@ -1,0 +1,380 @@
+"""Squared attention through a state of fixed size, in time linear in T."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
+from jaxtyping import Array, Float, Int
+
+from kernels_pallas import second_order_attention as near_part
+from kernels_pallas.tiles import (
+    FORGOTTEN,
+    RESIDUALS,
+    Tile,
+    Tiles,
+    chunked,
+    fitting,
+    over_groups,
+    padded,
+    square,
+)
+
+BLOCK = 16  # rows of a block in the order of features of a state that comes in or goes out
+
+
+class Sizes(NamedTuple):
+    """Tokens of a chunk, columns of a block; of each kernel what a program holds and what passes by."""
+
+    chunk: int
+    block: int
+    walk: Tile  # held: slices (GPU) or rows of slices (TPU); streamed: tokens
+    read: Tile  # held: tokens
+    contract: Tile
+
+
+SIZES = {
+    ("tpu", 2, 16): Sizes(2048, 16, Tile(8, 512), Tile(512, 8), Tile(512, 8)),
+    ("tpu", 2, 32): Sizes(2048, 32, Tile(8, 512), Tile(512, 8), Tile(512, 8)),
+    ("tpu", 2, 64): Sizes(2048, 32, Tile(8, 512), Tile(512, 8), Tile(512, 8)),
+    ("tpu", 2, 128): Sizes(2048, 32, Tile(8, 512), Tile(512, 8), Tile(512, 8)),
+    ("tpu", 4, 16): Sizes(2048, 16, Tile(8, 256), Tile(256, 8), Tile(256, 8)),
+    ("tpu", 4, 32): Sizes(2048, 32, Tile(8, 256), Tile(256, 8), Tile(256, 8)),
+    ("tpu", 4, 64): Sizes(2048, 32, Tile(8, 256), Tile(256, 8), Tile(256, 8)),
+    ("tpu", 4, 128): Sizes(2048, 32, Tile(8, 256), Tile(256, 8), Tile(256, 8)),
+    ("gpu", 2, 16): Sizes(1024, 16, Tile(4, 64, 4, 2), Tile(128, 1, 4, 2), Tile(128, 1, 4, 2)),
+    ("gpu", 2, 32): Sizes(1024, 32, Tile(4, 64, 4, 2), Tile(128, 1, 4, 2), Tile(128, 1, 4, 2)),
+    ("gpu", 2, 64): Sizes(1024, 32, Tile(8, 64, 4, 2), Tile(256, 1, 8, 3), Tile(128, 1, 4, 3)),
+    ("gpu", 2, 128): Sizes(2048, 64, Tile(4, 64, 8, 2), Tile(128, 1, 8, 3), Tile(128, 1, 8, 3)),
+    ("gpu", 4, 16): Sizes(1024, 16, Tile(4, 32, 4, 1), Tile(64, 1, 4, 1), Tile(64, 1, 4, 1)),
+    ("gpu", 4, 32): Sizes(1024, 32, Tile(4, 32, 4, 1), Tile(64, 1, 4, 1), Tile(64, 1, 4, 1)),
+    ("gpu", 4, 64): Sizes(1024, 32, Tile(4, 32, 4, 1), Tile(64, 1, 4, 1), Tile(64, 1, 4, 1)),
+}
+
+
+class Plan(NamedTuple):
+    options: near_part.Options
+    sizes: Sizes
+
+    @property
+    def floor(self) -> float:
+        return near_part.FLOOR
+
+    def features(self, H: int) -> int:
+        blocks = H // self.sizes.block
+        return self.sizes.block**2 * blocks * (blocks + 1) // 2
+
+
+def obstacle(q: Array, k: Array, v: Array, *, platform: str) -> str | None:
+    """Why these kernels cannot run on this, or None. Arrays may be anything with a shape and a dtype."""
+    return near_part.obstacle(q, k, v, platform=platform)
+
+
+def second_order_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    *,
+    log_decay: Float[Array, "B T N"] | None = None,
+    runs: Int[Array, "B T"] | None = None,
+    normalize: bool = True,
+    scale: float | None = None,
+    initial_state: tuple[Float[Array, "B N P H"], Float[Array, "B N P"]] | None = None,
+    platform: str,
+    interpret: bool = False,
+    tiles: Tiles | None = None,
+    sizes: Sizes | None = None,
+) -> tuple[Float[Array, "B T N H"], tuple[Float[Array, "B N P H"], Float[Array, "B N P"]]]:
+    """(y in q's dtype, the state after the T tokens), with gradients for all but runs.
+
+    Query head n reads kv head n K / N.
+
+    Args:
+      log_decay: at most 0; below -30 it counts as -30. None: no decay.
+      runs: the index of each token's document, never falling along T, 0 for that of the initial state. None: one
+        document. Padding takes the index of what precedes it, and comes with k = 0 and no decay.
+      normalize: divide by the sum of the weights (a row where that is below 1e-30 gives 0).
+      scale: of q.k, H^-0.5 by default; without effect on y when normalised.
+      initial_state: sums of scale^2 expand(k) times v and times 1, float32; P features in the order of `places`.
+      tiles, sizes: other rows for the tuning tables.
+    """
+    T, H = q.shape[1], q.shape[3]
+    scale = H**-0.5 if scale is None else scale
+    sizes = sizes or SIZES[platform, q.dtype.itemsize, H]
+    tiles = fitting(tiles or near_part.TILES[platform, q.dtype.itemsize, H], sizes.chunk)
+    unit = max(*(tile.held for tile in tiles), sizes.walk.streamed, sizes.read.held, sizes.contract.held)
+    chunks = -(-T // sizes.chunk)
+    sizes = sizes._replace(chunk=-(-T // (chunks * unit)) * unit)
+    plan = Plan(near_part.Options(normalize, scale, platform, interpret, tiles, raw=True), sizes)
+    if log_decay is not None:
+        log_decay = jnp.maximum(log_decay, -FORGOTTEN)
+    q, k, v, log_decay, runs = padded(q, k, v, log_decay, runs, square(sizes.chunk))
+    state = None if initial_state is None else _taken(*initial_state, sizes.block, scale)
+    y, state = _attention(q, k, v, log_decay, runs, state, plan)
+    return y[:, :T], _given(*state, sizes.block, scale)
+
+
+# ----------------------------------------------------------------------------------------------- the order of features
+
+
+@functools.cache
+def places(H: int) -> tuple[np.ndarray, np.ndarray]:
+    """m and n of each feature of a state outside: x_m x_n for n from m's block of 16 on, row by row.
+
+    Where n is of a later block the feature stands for both orders and holds sqrt(2) times the product.
+    """
+    pairs = [(m, n) for m in range(H) for n in range(m // BLOCK * BLOCK, H)]
+    m, n = np.array(pairs).T
+    return m, n
+
+
+@functools.cache
+def slices(H: int, R: int) -> tuple[np.ndarray, np.ndarray]:
+    """m and n of each feature inside: for each block of R columns n, all rows m up to the block's last."""
+    pairs = [(m, n) for b in range(0, H, R) for m in range(b + R) for n in range(b, b + R)]
+    m, n = np.array(pairs).T
+    return m, n
+
+
+def twice(H: int, R: int) -> np.ndarray:
+    """2 where a feature inside stands for both orders: inside they hold the product itself, times this."""
+    m, n = slices(H, R)
+    return np.where(m // R == n // R, 1.0, 2.0).astype(np.float32)
+
+
+def _find(wanted, present, H: int) -> np.ndarray:
+    """Where each wanted pair is among the present ones, in either order."""
+    at = np.full((H, H), -1)
+    at[present[1], present[0]] = np.arange(len(present[0]))
+    at[present] = np.arange(len(present[0]))
+    return at[wanted]
+
+
+def _root(H: int) -> np.ndarray:
+    m, n = places(H)
+    return np.where(m // BLOCK == n // BLOCK, 1.0, 2**0.5).astype(np.float32)
+
+
+def _taken(kv: Array, k_sum: Array, R: int, scale: float) -> tuple[Array, Array]:
+    """As the kernels hold a state: features in slices, and the sums of keys as a square [B, N, H, H]."""
+    H = kv.shape[-1]
+    here, everything = places(H), tuple(np.indices((H, H)))
+    kv, k_sum = kv / (_root(H) * scale**2)[:, None], k_sum / (_root(H) * scale**2)
+    kv = kv[:, :, _find(slices(H, R), here, H)] * twice(H, R)[:, None]
+    return kv, k_sum[:, :, _find(everything, here, H)]
+
+
+def _given(kv: Array, squares: Array, R: int, scale: float) -> tuple[Array, Array]:
+    H = kv.shape[-1]
+    here, root = places(H), _root(H) * scale**2
+    kv = (kv / twice(H, R)[:, None])[:, :, _find(here, slices(H, R), H)]
+    return kv * root[:, None], squares[:, :, *here] * root
+
+
+# ------------------------------------------------------------------------------------------------------- far and near
+
+
+class Edges(NamedTuple):
+    """What crosses the border of a chunk, everything in [0, 1]."""
+
+    enter: Float[Array, "B N T"]  # of the state before the chunk, in a query: e^l, 0 unless of its document
+    leave: Float[
+        Array, "B N T"
+    ]  # of a key, in the state after the chunk: e^(tot - l), 0 unless of its document
+    kept: Float[Array, "B N J"]  # of the state before the chunk, in the one after
+
+
+def edges(
+    log_decay: Array | None, runs: Array | None, shape: tuple[int, int, int], C: int, begun: bool
+) -> Edges:
+    """log_decay [B, N, T]. begun: there is a state before the first chunk, of run 0."""
+    B, N, T = shape
+    J = T // C
+    there = jnp.ones((1, J), bool) if begun else jnp.arange(J)[None] > 0
+    chunks, _ = chunked(log_decay, runs, shape, C, FORGOTTEN)
+    if chunks is None:
+        kept = jnp.broadcast_to(there[:, None], (B, N, J))
+        whole = jnp.broadcast_to(there[:, None, :, None], (B, N, J, C))
+        enter, leave, kept = (x.astype(jnp.float32) for x in (whole, jnp.ones_like(whole), kept))
+    else:
+        local, rest = jnp.exp(chunks.local), jnp.exp(chunks.rest)
+        enter, leave = (jnp.where(x > np.exp(-FORGOTTEN), x, 0) for x in (local, rest))
+        kept = jnp.exp(chunks.total)
+        if runs is not None:
+            first, last = runs[:, ::C], runs[:, C - 1 :: C]
+            there &= first == jnp.pad(last[:, :-1], ((0, 0), (1, 0)))
+            enter, leave = enter * chunks.enters, leave * chunks.leaves
+            kept = kept * (first == last)[:, None]
+        enter, kept = enter * there[:, None, :, None], kept * there[:, None]
+    return Edges(enter.reshape(shape), leave.reshape(shape), kept)
+
+
+def _squares(weights: Array, x: Array, kept: Array, initial: Array | None, *, reverse: bool = False):
+    """The sums of weights x x^T [B, N, J, H, H] as they are before each chunk, in x's dtype, and after the last."""
+    (B, T, n, H), (_, N, J) = x.shape, kept.shape
+    x = jnp.repeat(x, N // n, axis=2)
+    weighted = (x.astype(jnp.float32) * jnp.swapaxes(weights, 1, 2)[..., None]).astype(x.dtype)
+    added = jnp.einsum(
+        "bjcnh,bjcni->jbnhi",
+        *(y.reshape(B, J, T // J, N, H) for y in (weighted, x)),
+        precision=jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,
+        preferred_element_type=jnp.float32,
+    )
+    begin = jnp.zeros((B, N, H, H), jnp.float32) if initial is None else initial
+
+    def chunk(before, xs):
+        keep, more = xs
+        return keep[..., None, None] * before + more, before.astype(x.dtype)
+
+    after, before = jax.lax.scan(chunk, begin, (jnp.moveaxis(kept, 2, 0), added), reverse=reverse)
+    return jnp.moveaxis(before, 0, 2), after
+
+
+def _rows(x: Array | None, J: int, axis: int) -> Array | None:
+    """Chunks become rows of a batch: axis 1 of [B, T, ...], or axis 2 of [B, N, T]."""
+    if x is None:
+        return None
+    x = x.reshape(*x.shape[:axis], J, -1, *x.shape[axis + 1 :])
+    return jnp.moveaxis(x, axis, 1).reshape(-1, *x.shape[1:axis], *x.shape[axis + 1 :])
+
+
+def _joined(x: Array, J: int, axis: int) -> Array:
+    x = jnp.moveaxis(x.reshape(-1, J, *x.shape[1:]), 1, axis)
+    return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+
+
+def _kernels(platform: str):
+    if platform == "gpu":
+        from kernels_pallas import second_order_states_gpu
+
+        return second_order_states_gpu
+    from kernels_pallas import second_order_states_tpu
+
+    return second_order_states_tpu
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+def _attention(q, k, v, log_decay, runs, state, plan: Plan):
+    y, _, state = _forward(q, k, v, log_decay, runs, state, plan, q.dtype)
+    return y, state
+
+
+def _forward(q, k, v, log_decay, runs, state, plan: Plan, dtype):
+    """y, the sums of the weights, and the state after the last chunk."""
+    (B, T, N, _), C, options = q.shape, plan.sizes.chunk, plan.options
+    J, kernels = T // C, _kernels(plan.options.platform)
+    chunks = *(_rows(x, J, 1) for x in (q, k, v)), _rows(log_decay, J, 2), _rows(runs, J, 1)
+    near, near_den = near_part._forward(*chunks, options, jnp.float32)
+    near, near_den = _joined(near, J, 1), _joined(near_den, J, 2)
+    edge = edges(log_decay, runs, (B, N, T), C, state is not None)
+    kv, squares = (None, None) if state is None else state
+    states, kv = kernels.walk(edge.leave, k, v, edge.kept, kv, plan)
+    enter, scalars = edge.enter, {}
+    if options.normalize:
+        squares_before, squares = _squares(edge.leave, k, edge.kept, squares)
+        scalars = {"near_den": near_den, "squares": squares_before}
+    else:
+        squares = _squares(edge.leave, k, edge.kept, squares)[1]
+        enter *= options.scale**2
+    y, den = kernels.read(q, states, enter, plan, dtype, near=near, **scalars)
+    return y, den, (kv, squares)
+
+
+def _forward_saving(*given):
+    *arrays, plan = jax.tree.map(
+        lambda x: x.value if isinstance(x, CustomVJPPrimal) else x,
+        given,
+        is_leaf=lambda x: isinstance(x, CustomVJPPrimal),
+    )
+    y, den, state = _forward(*arrays, plan, jnp.float32)
+    y, den = checkpoint_name(y, RESIDUALS), checkpoint_name(den, RESIDUALS)
+    return (y.astype(arrays[0].dtype), state), (*arrays, y, den)
+
+
+def _backward(plan: Plan, residuals, cotangents):
+    q, k, v, log_decay, runs, state, y, den = residuals
+    (B, T, N, _), C = q.shape, plan.sizes.chunk
+    dy, d_state = cotangents
+    dy = jnp.zeros(q.shape, q.dtype) if isinstance(dy, SymbolicZero) else dy
+    dq, dk, dv, flow = _near_gradients(q, k, v, log_decay, runs, y, den, dy, plan)
+    edge = edges(log_decay, runs, (B, N, T), C, state is not None)
+    far = _far_gradients(q, k, v, edge, state, y, den, dy, d_state, plan)
+    d_decay = None if log_decay is None else _decay_gradient(flow, q, k, far, edge.kept)
+    dq, dk, dv = (
+        over_groups((x.astype(jnp.float32) + more).astype(like.dtype), like.shape[2])
+        for x, more, like in ((dq, far.q, q), (dk, far.k, k), (dv, far.v, v))
+    )
+    return dq, dk, dv, d_decay, None, far.state
+
+
+def _decay_gradient(flow: Array, q: Array, k: Array, far: "Far", kept: Array) -> Array:
+    """[B, N, T], chunk by chunk, so that no rounding error is carried along T."""
+    B, N, J = kept.shape
+    rows, columns = (
+        0.5 * jnp.sum(jnp.repeat(x, N // x.shape[2], axis=2).astype(jnp.float32) * dx, axis=-1)
+        for x, dx in ((q, far.q), (k, far.k))
+    )
+    rows, columns = (jnp.swapaxes(x, 1, 2).reshape(B, N, J, -1) for x in (rows, columns))
+    after = jax.lax.cumsum(flow.reshape(rows.shape) + rows, axis=3, reverse=True)
+    before = jax.lax.cumsum(columns, axis=3) - columns
+    return (after + before + (kept * far.through)[..., None]).reshape(B, N, -1)
+
+
+def _near_gradients(q, k, v, log_decay, runs, y, den, dy, plan: Plan):
+    """dq, dk, dv for each query head [B, T, N, H] and sum_j w dw - sum_i w dw [B, N, T], from inside the chunks."""
+    N, J, options = q.shape[2], q.shape[1] // plan.sizes.chunk, plan.options
+    q, k, v, runs, y, dy = (_rows(x, J, 1) for x in (q, k, v, runs, y, dy))
+    log_decay, den = (_rows(x, J, 2) for x in (log_decay, den))
+    kernels = near_part._kernels(options.platform)
+    folded, reach = near_part.fold(k, log_decay, runs, N, options.tiles.dq.held)
+    cotangent = near_part._cotangent(dy, y, den, folded, options)
+    common = cotangent, folded, reach, runs, options
+    dq, row = kernels.backward_dq(q, k, v, *common, options.tiles.dq)
+    dk, dv, column = kernels.backward_dkv(q, k, v, *common, options.tiles.dkv)
+    return *(_joined(x, J, 1) for x in (dq, dk, dv)), _joined(row - column, J, 2)
+
+
+class Far(NamedTuple):
+    q: Float[Array, "B T N H"]
+    k: Float[Array, "B T N H"]
+    v: Float[Array, "B T N H"]
+    state: tuple[Array, Array] | None
+    through: Float[Array, "B N J"]  # the state before a chunk . the cotangent of the one after
+
+
+def _far_gradients(q, k, v, edge: Edges, state, y, den, dy, d_state, plan: Plan) -> Far:
+    kernels, options = _kernels(plan.options.platform), plan.options
+    factors = jnp.asarray(twice(q.shape[3], plan.sizes.block))[:, None]
+    cotangent = near_part._cotangent(dy, y, den, None, options)
+    g, mean = cotangent.g, cotangent.bias
+    kv, squares = (None, None) if state is None else state
+    d_kv, d_squares = (None if isinstance(x, SymbolicZero) else x for x in d_state)
+    if d_squares is not None:
+        d_squares = (d_squares + jnp.swapaxes(d_squares, 2, 3)) / 2
+    states, _ = kernels.walk(edge.leave, k, v, edge.kept, kv, plan)
+    d_kv = None if d_kv is None else d_kv * factors
+    d_states, d_kv = kernels.walk(edge.enter, q, g, edge.kept, d_kv, plan, reverse=True)
+    into_q, into_k, through = {}, {}, _product(states, d_states, q.shape[3], plan)
+    if options.normalize or d_squares is not None:
+        before, _ = _squares(edge.leave, k, edge.kept, squares)
+        after, d_squares = _squares(edge.enter * -mean, q, edge.kept, d_squares, reverse=True)
+        into_q, into_k = {"bias": -mean, "squares": before}, {"bias": jnp.ones_like(mean), "squares": after}
+        through += jnp.sum(before.astype(jnp.float32) * after.astype(jnp.float32), axis=(3, 4))
+    elif squares is not None:
+        d_squares = jnp.zeros_like(squares)
+    dq = kernels.contract(q, g, states, edge.enter, plan, **into_q)
+    dk = kernels.contract(k, v, d_states, edge.leave, plan, **into_k)
+    dv, _ = kernels.read(k, d_states, edge.leave, plan, jnp.float32)
+    return Far(dq, dk, dv, None if state is None else (d_kv / factors, d_squares), through)
+
+
+def _product(states: Array, d_states: Array, H: int, plan: Plan) -> Array:
+    """Of the states [B, N, J, slices, ...] around each chunk. Both hold the features that stand for two twice."""
+    once = 1 / twice(H, plan.sizes.block)[:: plan.sizes.block, None, None]
+    return jnp.sum(states.astype(jnp.float32) * d_states.astype(jnp.float32) * once, axis=(3, 4, 5))
+
+
+_attention.defvjp(_forward_saving, _backward, symbolic_zeros=True)
