@@ -58,10 +58,18 @@ def batch(T=33, rows=3, seed=1):
     }
 
 
+@functools.partial(jax.jit, static_argnums=0, static_argnames="method")
+def apply(module, params, x, method=None, **masks):
+    """The first of what the module returns."""
+    return module.apply({"params": params}, x, method=method, **masks)[0]
+
+
+def masks_of(inputs):
+    return {name: inputs[name] for name in ("positions", "segment_ids")}
+
+
 def hidden(model, params, inputs):
-    names = ("positions", "segment_ids")
-    masks = {name: inputs[name] for name in names}
-    return model.apply({"params": params}, inputs["tokens"], **masks, method="hidden")[0]
+    return apply(model, params, inputs["tokens"], method="hidden", **masks_of(inputs))
 
 
 def test_every_weight_keeps_its_layer():
@@ -114,16 +122,25 @@ def test_the_model_that_learns_computes_what_the_softmax_model_does():
     assert np.abs(hidden(new, moved, inputs) - hidden(model, params, inputs)).max() > 1e-2
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def layer_of(part, params, x, masks):
+    return part.apply({"params": params}, x, **masks)
+
+
 def layer_inputs(model, params, inputs):
     """What every mixer gets in the softmax model: its layers one after the other."""
     x = jnp.take(params["embed"]["embedding"], inputs["tokens"], axis=0)
-    masks = {name: inputs[name] for name in ("positions", "segment_ids")}
     for number in range(model.num_layers):
         part = model_lib.part(model, number, number + 1)
         own = linearize.relaid(model, params, part, fresh={}, layers=[number])
         scale = own["stages_0"]["block_0"]["mixer_norm"]["scale"][0]
         yield x / jnp.sqrt(jnp.mean(x**2, axis=-1, keepdims=True) + model.norm_eps) * scale
-        x = part.apply({"params": own}, x, **masks)
+        x = layer_of(part, own, x, masks_of(inputs))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def transfer(model, params, inputs):
+    return objectives.attention_transfer(model, {"params": params}, inputs)
 
 
 def test_the_loss_is_the_mean_over_layers_of_the_squared_error():
@@ -131,7 +148,7 @@ def test_the_loss_is_the_mean_over_layers_of_the_squared_error():
     model, params = softmax()
     new, moved = SETTINGS(model, params, jax.random.key(1))
     inputs = batch()
-    loss, weight = objectives.attention_transfer(new, {"params": moved}, inputs)
+    loss, weight = transfer(new, moved, inputs)
     real = np.asarray(inputs["segment_ids"] != 0)
     assert weight == real.sum()
     errors = []
@@ -140,11 +157,11 @@ def test_the_loss_is_the_mean_over_layers_of_the_squared_error():
         tree = jax.tree.map(lambda leaf, row=layer.repeat: leaf[row], tree)
         eye = np.eye(24, dtype=np.float32).reshape(4, 6, 24)  # the heads' outputs, as they are
         tree = {**tree, "o_proj": {"kernel": eye}}
-        masks = {name: inputs[name] for name in ("positions", "segment_ids")}
         settings = {name: getattr(layer.block.mixer, name) for name in linearize._SHARED}
         teacher = Attention(**settings, window=layer.block.mixer.softmax_window)
-        student, _ = layer.block.mixer.apply({"params": tree}, x, **masks)
-        wanted, _ = teacher.apply({"params": tree}, x, **masks)
+        student, wanted = (
+            apply(mixer, tree, x, **masks_of(inputs)) for mixer in (layer.block.mixer, teacher)
+        )
         errors.append(np.square(np.float64(student) - np.float64(wanted)).mean(-1)[real].sum())
     np.testing.assert_allclose(loss, 1000 * np.mean(errors), rtol=1e-5)
 
@@ -162,7 +179,7 @@ def test_layers_learn_apart_and_only_what_is_new():
     assert [
         p for p, yes in zip(leaf_paths({"params": moved}), jax.tree.leaves(trains), strict=True) if yes
     ] == chosen
-    gradient = jax.grad(lambda p: objectives.attention_transfer(new, {"params": p}, inputs)[0])
+    gradient = jax.jit(jax.grad(lambda p: transfer(new, p, inputs)[0]))
     maps = gradient(moved)["stages_0"]["block_0"]["mixer"]
     # another second layer
     other = jax.tree.map(lambda x: x.at[1].multiply(1.3) if x.shape[:1] == (2,) else x, moved)
@@ -187,7 +204,13 @@ def test_cross_entropy_of_maps(kind, T):
     window = None if kind is None else Window(kind, w, jnp.asarray(q), jnp.asarray(k), jnp.asarray(gamma))
     run = functools.partial(cross_entropy_of_maps, segment_ids=jnp.asarray(ids), softmax_window=20)
     heads = jnp.asarray(q), jnp.asarray(k)
-    got = run(*heads, jnp.asarray(fq), jnp.asarray(fk), window=window)
+
+    def summed(*features):
+        found = run(*heads, *features, window=window)
+        return found.sum(), found
+
+    total = jax.jit(jax.value_and_grad(summed, argnums=(0, 1), has_aux=True))
+    (_, got), grads = total(fq, fk)
     expected = np.zeros((B, T))
     for b in range(B):
         for i in range(T):
@@ -207,13 +230,11 @@ def test_cross_entropy_of_maps(kind, T):
                     c = c + inside * gamma[n] * np.exp(s - s[inside].max())
                 expected[b, i] -= (a * np.log(c / c.sum())).sum() / N
     np.testing.assert_allclose(got, expected, rtol=2e-5, atol=2e-5)
-    total = jax.jit(lambda *features: run(*heads, *features, window=window).sum())
-    grads = jax.jit(jax.grad(total, argnums=(0, 1)))(fq, fk)
     for argument, x in enumerate((fq, fk)):
         direction = rng.normal(size=x.shape).astype(np.float32) * (x > 0.05)
         ends = [[fq, fk], [fq, fk]]
         ends[0][argument], ends[1][argument] = x + 1e-2 * direction, x - 1e-2 * direction
-        slope = (float(total(*ends[0])) - float(total(*ends[1]))) / 2e-2
+        slope = (float(total(*ends[0])[0][0]) - float(total(*ends[1])[0][0])) / 2e-2
         np.testing.assert_allclose(np.sum(grads[argument] * direction), slope, rtol=2e-2, atol=2e-2)
 
 

@@ -164,7 +164,7 @@ def test_values_and_gradients_equal_the_definition(name):
 def test_the_reference_equals_the_definition(name):
     x, ids, option, normalize, chunk, want = expected(name)
     x = {name: jnp.array(value, jnp.float32) for name, value in x.items()}
-    y, _ = ours(x, ids, option, normalize, chunk, "reference")
+    y = jax.jit(lambda x: ours(x, ids, option, normalize, chunk, "reference")[0])(x)
     assert_close({"y": y}, {"y": want["y"]}, 1e-4)
 
 
@@ -178,10 +178,14 @@ def test_in_pieces_equals_the_definition(name, form):
     T = x["q"].shape[1]
     x = {name: jnp.array(value, jnp.float32) for name, value in x.items()}
     cuts = (T // 2, T - 1)
+
+    def run(x):
+        return ours(x, ids, option, normalize, chunk, form, cuts)[0]
+
     if form == "reference":
-        got, want = {"y": ours(x, ids, option, normalize, chunk, form, cuts)[0]}, {"y": want["y"]}
+        got, want = {"y": jax.jit(run)(x)}, {"y": want["y"]}
     else:
-        got = with_gradients(lambda x: ours(x, ids, option, normalize, chunk, form, cuts)[0], x)
+        got = with_gradients(run, x)
     assert_close(got, want, 1e-4)
 
 
@@ -199,16 +203,8 @@ def test_step_by_step_equals_the_definition():
     x, ids, _, normalize, _, want = expected("decay, normalized")
     x = {name: jnp.array(value, jnp.float32) for name, value in x.items()}
     state = LinearState(x["kv"], x["k_sum"], jnp.ones((B,), jnp.int32))
-    y, _ = module.recurrent(
-        x["q"],
-        x["k"],
-        x["v"],
-        x["a"],
-        normalize=normalize,
-        eps=0,
-        segment_ids=jnp.array(ids),
-        initial_state=state,
-    )
+    options = {"normalize": normalize, "eps": 0, "segment_ids": jnp.array(ids), "initial_state": state}
+    y, _ = jax.jit(functools.partial(module.recurrent, **options))(*(x[name] for name in "qkva"))
     assert_close({"y": y}, {"y": want["y"]}, 1e-4)
 
 
@@ -256,7 +252,10 @@ def test_a_kernel_gets_documents_as_runs(monkeypatch):
     ids = jnp.array([[1] * 30 + [0] * 3 + [1] * 7 + [2] * 20 + [0] * 10])
     state = LinearState(jnp.ones((1, 1, 16, 16)), jnp.ones((1, 1, 16)), jnp.ones((1,), jnp.int32))
     options = {"log_decay": a, "normalize": True, "segment_ids": ids, "initial_state": state}
-    got, want = (linear_attention(q, k, v, implementation=form, **options) for form in (None, "reference"))
+    got, want = (
+        jax.jit(functools.partial(linear_attention, implementation=form, **options))(q, k, v)
+        for form in (None, "reference")
+    )
     for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
     with pytest.raises(UserError, match="one token"):
