@@ -5,8 +5,9 @@ Examples:
   python benchmarks/linearize_plan.py --size 70b --layers_per_block 5 --devices 8 --tokens 20e6 --seq_len 2048
 
 Each row is traced (jax.eval_shape of the gradient of both stages, transfer on the largest block), so that what is
-planned is known to fit together. Memory: the weights in float32, as the trainer has them, gradients and moments of what
-trains, the activations that remat = 'full' keeps, cut over the devices (fsdp); not the working memory of one layer.
+planned is known to fit together. Memory: the weights as the trainer has them (float32 what trains, the others bfloat16
+as they are published), gradients and moments of what trains, the activations that remat = 'full' keeps, cut over the
+devices (fsdp); not the working memory of one layer.
 Hours: FLOPs that the model needs at --mfu of --peak_tflops; the teacher and the student both run.
 """
 
@@ -23,7 +24,7 @@ from lcx.linearize import Linearize, is_new
 from lcx.lora import LoRA
 from lcx.model import Decoder, Layers, llama
 from lcx.optim import AdamW, leaf_paths
-from lcx.train_step import all_trains, moving
+from lcx.train_step import all_trains, kept, moving
 
 SIZES = {
     "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_layers": 32, "num_heads": 32},
@@ -49,6 +50,11 @@ def model_of(size: str) -> Decoder:
 
 def nbytes(tree) -> int:
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def as_published(weights: dict, trains) -> dict:
+    stored = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), weights["params"])
+    return {**weights, "params": kept(weights["params"], trains["params"], stored)}
 
 
 def batch_of(model: Decoder | Layers, rows: int, seq_len: int) -> dict:
@@ -84,10 +90,12 @@ def plan(size: str, layers_per_block: int | None, devices: int, args) -> dict:
     part = linear if layers_per_block is None else model_lib.part(linear, 0, min(layers_per_block, depth))
     weights = {"params": model_lib.abstract_params(part)}
     trains = AdamW(trainable="feature_map_|window_factors").trains(weights)
+    weights = as_published(weights, trains)
     rows = args.batch_size // args.accumulation
     first = stage(part, objectives.attention_transfer, trains, weights, rows, args.seq_len)
     pairs = LoRA(rank=8).abstract(linear)
     both = {"params": model_lib.abstract_params(linear), "lora": pairs}
+    both = as_published(both, all_trains(both))
     second = stage(linear, objectives.next_token, all_trains(both), both, rows, args.seq_len)
     blocks = 1 if layers_per_block is None else -(-depth // layers_per_block)
     steps = math.ceil(args.tokens / (args.batch_size * args.seq_len))

@@ -86,7 +86,7 @@ class BlockTrainer(Trainer):
         block = model_lib.part(self.linearize.model(model), self.first, self.last)
         fresh = linearize.initial(block, jax.random.fold_in(jax.random.key(self.seed), self.first))
         relaid = RelaidSource(source, block, {path: np.asarray(x) for path, x in fresh.items()}, self.first)
-        return block, sources.to_devices(relaid, dtype=np.dtype("float32"), mesh=mesh)
+        return block, sources.to_devices(relaid, dtype=None, mesh=mesh)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +154,7 @@ class Blocks:
         residuals.check_space(
             folder,
             [layout for layout in layouts.values() for _ in blocks],
-            checkpoints=self.checkpoint_bytes(model, blocks),
+            checkpoints=self.checkpoint_bytes(source, model, blocks),
             settings="lower Trainer.steps, seq_len or keep_checkpoints, raise Blocks.layers_per_block, or set another "
             "--workdir",
         )
@@ -183,11 +183,22 @@ class Blocks:
                     log.info("%s inputs of block %d of %d: %d rows", split, number, len(blocks), layout.rows)
         return True
 
-    def checkpoint_bytes(self, model: Decoder, blocks) -> int:
-        """The weights of every block in float32, as often as they are kept; one being written; and the whole model."""
-        linear = self._linear(model)
-        sizes = [4 * model_lib.num_params(model_lib.part(linear, *block)) for block in blocks]
-        return self.trainer.keep_checkpoints * sum(sizes) + max(sizes) + 4 * model_lib.num_params(linear)
+    def checkpoint_bytes(self, source: ModelSource, model: Decoder, blocks) -> int:
+        """The weights of every block, as often as they are kept; one being written; and the whole model. What trains is
+        float32, the rest as it is stored (no wider than its widest)."""
+        linear, stored = self._linear(model), max(info.dtype.itemsize for info in source.leaves.values())
+
+        def size(part: Any) -> int:
+            weights = {"params": model_lib.abstract_params(part)}
+            leaves = zip(
+                *map(jax.tree.leaves, (weights, self.trainer.optimizer.trains(weights))), strict=True
+            )
+            return sum(leaf.size * (4 if trains else stored) for leaf, trains in leaves)
+
+        sizes = [
+            size(part) for part in (model_lib.part(linear, *block) for block in blocks) if _is_linear(part)
+        ]
+        return self.trainer.keep_checkpoints * sum(sizes) + max(sizes) + size(linear)
 
     def layouts(self, model: Decoder) -> dict[str, residuals.Layout]:
         """What is stored at the start of every block, for training and for evaluation."""

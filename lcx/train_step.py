@@ -2,7 +2,7 @@
 
 The state is a plain dict, each entry an item of the checkpoint:
 
-    params      the model's parameters (frozen when there is a lora)
+    params      the model's parameters (frozen when there is a lora): float32 where they train, else as stored
     lora        the low-rank pairs, if LoRA is on: then only they train, and the params that LoRA.beside names
     opt_state   the optimizer's state, cut over the mesh like the parameters it belongs to
 """
@@ -38,6 +38,31 @@ def all_trains(state: State) -> Any:
 def moving(state: State, trains: Any = None) -> Any:
     """What the optimizer moves: the weights that `trains` names (None: all_trains)."""
     return split(weights_of(state), all_trains(state) if trains is None else trains)[0]
+
+
+def kept(abstract: Any, trains: Any, stored: Any) -> Any:
+    """Abstract parameters, those that do not move in the dtypes that `stored` has: a float32 copy would say no more."""
+    return jax.tree.map(
+        lambda leaf, yes, like: (
+            leaf if yes else jax.ShapeDtypeStruct(leaf.shape, like.dtype, sharding=leaf.sharding)
+        ),
+        abstract,
+        trains,
+        stored,
+    )
+
+
+def as_kept(params: Any, abstract: Any) -> Any:
+    """Parameters in the dtypes of `abstract`; one that changes is deleted, so that no two copies of all are there."""
+
+    def one(x: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
+        if x.dtype == like.dtype:
+            return x
+        y = x.astype(like.dtype)
+        x.delete()
+        return y
+
+    return jax.tree.map(one, params, abstract)
 
 
 def abstract_state(

@@ -103,7 +103,8 @@ class Trainer:
       rope_scaling: with init_from, as Hugging Face writes it: {"rope_type": "yarn", "factor": 4.0}.
       context_length: with init_from, the new window in tokens; by default what rope_scaling gives.
       linearize: with init_from, linear attention in place of its softmax attention.
-      dtype: of activations ("bfloat16", "float32"); None keeps the model's. Master weights are float32.
+      dtype: of activations ("bfloat16", "float32"); None is the model's, float32 with init_from. What trains is
+        float32; weights that do not train stay as they are stored.
       remat: which activations are recomputed: none, dots, full; None keeps the model's.
       lora: train low-rank pairs instead of the weights.
       accumulation: micro-batches per step.
@@ -188,14 +189,14 @@ class Trainer:
         """The newest checkpoint that verifies, on this mesh, whatever mesh wrote it."""
         if not checkpointer.steps():
             return None
-        _, _, documents = checkpointer.restore({})
+        step, _, documents = checkpointer.restore({})
         if not {"data", "origin"} <= documents.keys():
             raise UserError(
                 f"{workdir} holds a model, not a run: set Trainer.init_from to it, and another --workdir"
             )
         origin.check(documents["origin"], self._origin(), workdir)
         model = self.adjusted(self.model or describe.from_json(documents["meta"]["model"]))
-        run = self._prepared(model, mesh)
+        run = self._prepared(model, mesh, convert.as_stored(model, mesh, checkpointer.directory / str(step)))
         step, state, documents = checkpointer.restore(run.abstract)
         return dataclasses.replace(
             run,
@@ -216,23 +217,20 @@ class Trainer:
         else:
             model, params = self.load(mesh)
             model, carried = self.adjusted(model), _carried(self.init_from)
-        run = self._prepared(model, mesh)
-        weights = {"params": params}
+        run = self._prepared(model, mesh, params)
+        weights = {"params": train_step.as_kept(params, run.abstract["params"])}
         if self.lora is not None:
             weights["lora"] = self.lora.init(jax.random.key(self.seed), model, mesh=mesh)
         opt_state = train_step.init_opt_state(run.optimizer, weights, run.abstract, run.trains)
         return dataclasses.replace(run, state={**weights, "opt_state": opt_state}, carried=carried)
 
     def load(self, mesh) -> tuple[Decoder, Any]:
-        """The pretrained model with the changes that are asked for, and its parameters in float32."""
+        """The pretrained model with the changes that are asked for, and its parameters as they are stored."""
         assert self.init_from is not None
         model, params = convert.load(
-            self.init_from,
-            dtype="float32",
-            mesh=mesh,
-            rope_scaling=self.rope_scaling,
-            context_length=self.context_length,
+            self.init_from, mesh=mesh, rope_scaling=self.rope_scaling, context_length=self.context_length
         )
+        model = model.clone(dtype="float32", parent=None)
         if self.linearize is None:
             return model, params
         return self.linearize(model, params, jax.random.key(self.seed))
@@ -244,12 +242,14 @@ class Trainer:
         }
         return model.clone(parent=None, **changes)
 
-    def _prepared(self, model: Decoder, mesh) -> "Run":
-        """Everything but the arrays."""
+    def _prepared(self, model: Decoder, mesh, stored: Any = None) -> "Run":
+        """Everything but the arrays. `stored`: parameters, or their shapes, in the dtypes of what does not train."""
         weights = {"params": model_lib.abstract_params(model, mesh=mesh)}
         if self.lora is not None:
             weights["lora"] = self.lora.abstract(model, mesh=mesh)
         trains = self.optimizer.trains(weights, None if self.lora is None else self.lora.beside)
+        if stored is not None:
+            weights["params"] = train_step.kept(weights["params"], trains["params"], stored)
         optimizer = self.optimizer.build(train_step.moving(weights, trains), self.steps)
         abstract = train_step.abstract_state(weights, optimizer, mesh, trains)
         return Run(model, optimizer, trains, abstract)

@@ -391,6 +391,37 @@ def test_lora_trains_pairs_only(hf_folder, text, tmp_path, monkeypatch):
     assert np.abs(kernel - start["stages_0"]["block_0"]["mixer"]["q_proj"]["kernel"]).max() > 1e-4
 
 
+@pytest.mark.parametrize(
+    "frozen", [{"lora": LoRA(rank=4)}, {"optimizer": AdamW(trainable="q_proj", warmup_steps=0)}]
+)
+def test_weights_that_do_not_train_stay_as_they_are_stored(hf_folder, text, tmp_path, monkeypatch, frozen):
+    """From bfloat16, the run is the same as from the same numbers in float32, in memory, on disk and resumed."""
+    import torch
+    import transformers
+
+    model = transformers.LlamaForCausalLM.from_pretrained(hf_folder, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "narrow")
+    model.float().save_pretrained(tmp_path / "wide")
+    narrow, wide = (
+        tiny_trainer(text, init_from=str(tmp_path / x), steps=4, **frozen) for x in ("narrow", "wide")
+    )
+    wide.run(str(tmp_path / "b"))
+    stopped(monkeypatch, narrow, tmp_path / "a", 2)
+    run = narrow.run(str(tmp_path / "a"))
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+    assert run.model.dtype == "float32"
+    _, start = lcx.load(tmp_path / "narrow")
+    for params in (run.state["params"], saved(tmp_path / "a")[1]):
+        kept = [x for x in jax.tree.leaves(params) if x.dtype == jax.numpy.bfloat16]
+        assert len(kept) == len(jax.tree.leaves(start)) - ("optimizer" in frozen)
+    moved = run.state["params"]["stages_0"]["block_0"]["mixer"]["q_proj"]["kernel"]
+    assert moved.dtype == ("bfloat16" if "lora" in frozen else "float32")
+    if "lora" in frozen:  # merging in float32 keeps all of the update
+        _, merged = lcx.load(tmp_path / "a", dtype="float32")
+        for x, y in zip(*map(jax.tree.leaves, (merged, lcx.load(tmp_path / "b")[1])), strict=True):
+            assert np.array_equal(x, y)
+
+
 # --- wandb
 
 

@@ -97,18 +97,20 @@ def _load_lcx(
         model = describe.from_json(documents["meta"]["model"])
         stored = read_record(directory / str(step)).arrays
         extended = sources.extended(model, rope_scaling, context_length)  # its errors come before the reading
-        abstract: dict[str, Any] = {"params": _as_stored(model, mesh, stored["params"])}
+        abstract: dict[str, Any] = {"params": as_stored(model, mesh, directory / str(step))}
         if "lora" in stored:
             abstract["lora"] = _lora_as_stored(mesh, stored["lora"])
         _, items, _ = checkpointer.restore(abstract, step=only)
-    params = _merge(items["params"], items["lora"]) if "lora" in items else items["params"]
-    if dtype is None:
-        return extended, params
-    return extended.clone(dtype=str(dtype), parent=None), jax.tree.map(lambda x: x.astype(dtype), params)
+    params = items["params"]
+    if dtype is not None:  # before merging: a wider dtype keeps all of the update
+        extended = extended.clone(dtype=str(dtype), parent=None)
+        params = jax.tree.map(lambda x: x.astype(dtype), params)
+    return extended, _merge(params, items["lora"]) if "lora" in items else params
 
 
-def _as_stored(model: Decoder, mesh, entries: Mapping[str, Any]) -> Any:
-    """The model's abstract parameters, in the dtypes that the checkpoint has them in."""
+def as_stored(model: Decoder, mesh, step_folder: Any) -> Any:
+    """The model's abstract parameters, in the dtypes that a step has them in."""
+    entries = read_record(step_folder).arrays["params"]
     abstract = rules.flatten(model_lib.abstract_params(model, mesh=mesh))
     for path, struct in abstract.items():
         if path in entries:
