@@ -1,4 +1,4 @@
-"""Linear attention with a window on several devices, also where there are more of them than kv heads."""
+"""Prefill and a decoded token on several devices, also where there are more of them than kv heads."""
 
 import flax.linen as nn
 import jax
@@ -7,12 +7,21 @@ import numpy as np
 import pytest
 
 from lcx import sharding
+from lcx.mixers.attention import Attention
 from lcx.mixers.linear_attention import LinearAttention
+from lcx.mixers.two_mamba import TwoMamba
+
+MIXERS = {
+    "attention": Attention(4, 2, 8, window=11),
+    "two_mamba_exp": TwoMamba(4, 8, score="exp"),
+    "terraced": LinearAttention(4, 2, 8, window=5, feature_dim=6),
+    "affine": LinearAttention(4, 2, 8, window=5, feature_dim=6, affine=True),
+    "published": LinearAttention(4, 2, 8, window=5, feature_dim=6, published_quirks=True),
+}
 
 
-@pytest.mark.parametrize("settings", [{}, {"affine": True}, {"published_quirks": True}], ids=str)
-def test_prefill_and_decode_are_those_of_one_device(settings):
-    mixer = LinearAttention(4, 2, 8, window=5, feature_dim=6, **settings)
+@pytest.mark.parametrize("mixer", MIXERS.values(), ids=MIXERS)
+def test_prefill_and_decode_are_those_of_one_device(mixer):
     x = jax.random.normal(jax.random.key(0), (2, 18, 16))
     boxed = jax.jit(mixer.init)(jax.random.key(1), x)["params"]
 
