@@ -8,12 +8,20 @@ import numpy as np
 import pytest
 
 from lcx.errors import UserError
+from lcx.ops import fir_conv as fir
+from lcx.ops import long_conv as long
 from lcx.ops import modal
-from lcx.ops.fir_conv import fir_conv
-from lcx.ops.long_conv import fft_size, long_conv
-from lcx.ops.short_conv import ConvState, short_conv
+from lcx.ops import short_conv as short
+from lcx.ops.long_conv import fft_size
+from lcx.ops.short_conv import ConvState
 
 B, D, G = 2, 8, 4
+# One program a call: an operation after the other, each would be compiled by itself.
+fir_conv = jax.jit(fir.fir_conv, static_argnames="implementation")
+long_conv = jax.jit(long.long_conv, static_argnames="implementation")
+short_conv = jax.jit(short.short_conv, static_argnames=("implementation", "time_axis"))
+modal_step, modal_state = jax.jit(modal.step), jax.jit(modal.state)
+modal_response = jax.jit(modal.response, static_argnames="length")
 
 
 def documents(T, packed):
@@ -243,14 +251,14 @@ def test_modal_state_is_the_recurrence(packed):
     for start, stop in ((0, 130), (130, 131), (131, 300)):
         part, some = g[..., start:stop], None if ids is None else ids[:, start:stop]
         if stop - start == 1:
-            y, state = modal.step(
+            y, state = modal_step(
                 part[..., 0], log_pole, residue, state, segment_ids=None if some is None else some[:, 0]
             )
             found.append(y[..., None])
             continue
-        earlier = modal.response(state, log_pole, residue, length=stop - start, segment_ids=some)
+        earlier = modal_response(state, log_pole, residue, length=stop - start, segment_ids=some)
         found.append(earlier + long_conv(None, None, part, h, segment_ids=some))
-        state = modal.state(part, log_pole, segment_ids=some, initial_state=state)
+        state = modal_state(part, log_pole, segment_ids=some, initial_state=state)
     assert_close([jnp.concatenate(found, axis=2), state.modes], [expected, s], 2e-6)
     np.testing.assert_array_equal(state.segment_ids, last)
 
