@@ -8,6 +8,9 @@ pass, and forward and backward as one program. A record holds temporary bytes an
 H200 registers, spills, shared memory and tensor-core instructions; on a TPU scoped VMEM, and with --bundles the static
 schedule of each kernel (slow: 5 to 100 s a program). Each operator is compiled in a process of its own under a time
 limit, so that a compiler that hangs costs one record. Needs the extra `aot`.
+
+--compare benchmarks/results/aot.json prints what has grown by more than a twentieth since that file was written, and
+ends with status 1 if anything has.
 """
 
 import argparse
@@ -47,8 +50,12 @@ def record(name: str, target: str, T: int, *, train: bool, implementation: str |
     out |= {"temp_bytes": report.temp_bytes, "compile_seconds": round(time.perf_counter() - start, 2)}
     kernels = [dataclasses.asdict(k) for k in report.kernels if target != "h200" or k.pallas]
     if bundles and target != "h200":
-        schedules = aot.tpu_bundles(fn, *args, chip=target)
-        kernels = [kernel | {"schedule": schedules.get(kernel["name"])} for kernel in kernels]
+        try:
+            schedules = aot.tpu_bundles(fn, *args, chip=target)
+        except subprocess.SubprocessError as error:  # what else is known of the program stays
+            out["schedule_error"] = str(error)[:500]
+        else:
+            kernels = [kernel | {"schedule": schedules.get(kernel["name"])} for kernel in kernels]
     return out | {"kernels": [{k: v for k, v in kernel.items() if k != "pallas"} for kernel in kernels]}
 
 
@@ -113,6 +120,35 @@ def summary(row: dict) -> str:
     return f"{what} {'; '.join(parts)}"
 
 
+def facts(row: dict) -> dict[str, float]:
+    """What should not grow, by name."""
+    found = {"temp_bytes": row["temp_bytes"]} if "temp_bytes" in row else {}
+    for kernel in row.get("kernels", ()):
+        numbers = {**kernel, **{"bundles": (kernel.get("schedule") or {}).get("bundles")}}
+        for name in ("registers", "spills", "stack_bytes", "shared_bytes", "vmem_bytes", "bundles"):
+            if numbers.get(name) is not None:
+                found[f"{kernel['name']} {name}"] = numbers[name]
+    return found
+
+
+def grown(rows: list[dict], before: list[dict]) -> list[str]:
+    """A line for each fact that is larger by more than a twentieth, and for each program that no longer compiles."""
+
+    def key(row: dict) -> tuple:
+        return tuple(row.get(name) for name in ("operator", "target", "T", "train", "implementation"))
+
+    old, lines = {key(row): row for row in before}, []
+    for row in rows:
+        was, what = old.get(key(row), {}), " ".join(map(str, key(row)))
+        if "error" in row and "error" not in was:
+            lines.append(f"{what}: {row['error'][:150]}")
+        known = facts(was)
+        for name, value in facts(row).items():
+            if name in known and value > 1.05 * known[name]:
+                lines.append(f"{what}: {name} {known[name]} -> {value}")
+    return lines
+
+
 def versions() -> dict[str, str]:
     names = ("jax", "jaxlib", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin")
     found = {}
@@ -135,14 +171,20 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--bundles", default="", help="TPU targets whose schedules are read")
     parser.add_argument("--timeout", type=float, default=900, help="seconds for an operator")
     parser.add_argument("--output")
+    parser.add_argument("--compare", metavar="FILE.json", help="a result of this program from before")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 
-def main() -> None:
+def main() -> int:
     args = parse()
     if args.one:
-        return one(args.one, args)
+        one(args.one, args)
+        return 0
+    before = []
+    if args.compare:
+        with open(args.compare) as file:
+            before = json.load(file)["records"]
     rows = all_operators(args)
     if args.output:
         result = {
@@ -154,7 +196,10 @@ def main() -> None:
         }
         with open(args.output, "w") as file:
             file.write(json.dumps(result).replace('{"operator"', '\n{"operator"') + "\n")
+    worse = grown(rows, before)
+    print(*worse, sep="\n", end="\n" if worse else "")
+    return 1 if worse else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
