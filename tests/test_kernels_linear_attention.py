@@ -36,7 +36,7 @@ def case(T, *, B=2, N=2, heads=(2, 2, 2), P=16, H=32, runs=False, dtype="float32
     rng = np.random.default_rng(seed)
 
     def normal(*shape):
-        return np.asarray(jnp.asarray(rng.standard_normal(shape), dtype), np.float64)
+        return rng.standard_normal(shape).astype(jnp.dtype(dtype)).astype(np.float64)
 
     q, k = (np.abs(normal(B, T, n, P)) for n in heads[:2])
     v, a = normal(B, T, heads[2], H), -np.exp(rng.standard_normal((B, T, N)) - 2).astype(np.float32)
@@ -46,11 +46,32 @@ def case(T, *, B=2, N=2, heads=(2, 2, 2), P=16, H=32, runs=False, dtype="float32
     return arrays, documents, weights
 
 
-def check(platform, T, *, decay=True, normalize=False, runs=False, dtype="float32", **shape):
+def both(fn, weights, kind, *arrays):
+    """What fn returns, and the gradients of the sum of `weights` times it."""
+    results, pull = jax.vjp(fn, *(x.astype(kind) for x in arrays))
+    return *results, *pull(tuple(w.astype(x.dtype) for w, x in zip(weights, results)))
+
+
+@functools.cache
+def oracle(T, *, decay, normalize, runs, dtype, **shape):
+    """Inputs, runs, weights of the cotangents; results and gradients by the definition. One for both platforms."""
     arrays, documents, weights = case(T, runs=runs, dtype=dtype, **shape)
     if not decay:
         arrays = (*arrays[:3], np.zeros_like(arrays[3]), *arrays[4:])
     weights = weights if normalize else weights[:2]
+
+    def theirs(*arrays):
+        return definition(*arrays, runs=jnp.asarray(documents), normalize=normalize)[: len(weights)]
+
+    with jax.enable_x64(True):
+        expected = jax.jit(functools.partial(both, theirs, weights, "float64"))(*arrays)
+    return arrays, documents, weights, [np.asarray(x) for x in expected]
+
+
+def check(platform, T, *, decay=True, normalize=False, runs=False, dtype="float32", **shape):
+    arrays, documents, weights, expected = oracle(
+        T, decay=decay, normalize=normalize, runs=runs, dtype=dtype, **shape
+    )
 
     def ours(q, k, v, a, kv, z):
         q, k, v = (x.astype(dtype) for x in (q, k, v))
@@ -68,17 +89,7 @@ def check(platform, T, *, decay=True, normalize=False, runs=False, dtype="float3
         )
         return (y, kv, z) if normalize else (y, kv)
 
-    def theirs(*arrays):
-        return definition(*arrays, runs=jnp.asarray(documents), normalize=normalize)[: len(weights)]
-
-    def both(fn, kind, *arrays):
-        results, pull = jax.vjp(fn, *(x.astype(kind) for x in arrays))
-        return *results, *pull(tuple(w.astype(x.dtype) for w, x in zip(weights, results)))
-
-    with jax.enable_x64(True):
-        expected = jax.jit(functools.partial(both, theirs, "float64"))(*arrays)
-        expected = [np.asarray(x) for x in expected]
-    found = jax.jit(functools.partial(both, ours, "float32"))(*arrays)
+    found = jax.jit(functools.partial(both, ours, weights, "float32"))(*arrays)
     tolerance = 1e-2 if dtype == "bfloat16" else 1e-5
     names = [*("y", "kv", "z")[: len(weights)], *("dq", "dk", "dv", "da", "dkv", "dz")]
     for name, x, y in zip(names, found, expected, strict=True):
@@ -125,7 +136,7 @@ def test_fast_decay_forgets_without_overflow():
     q, k, v, a, kv, z = (jnp.asarray(x, jnp.float32) for x in arrays)
     for platform in ("gpu", "tpu"):
         run = functools.partial(linear_attention, log_decay=1e4 * a - 1e4, platform=platform, interpret=True)
-        y, (state, _) = run(q, k, v, initial_state=(kv, None))
+        y, (state, _) = jax.jit(lambda *x, run=run: run(*x, initial_state=(kv, None)))(q, k, v)
         own = jnp.sum(q * k, axis=-1, keepdims=True) * v
         np.testing.assert_allclose(y, own, rtol=1e-5, atol=1e-4)
         np.testing.assert_allclose(state, k[:, -1, ..., None] * v[:, -1, :, None], rtol=1e-5, atol=1e-5)
