@@ -5,7 +5,6 @@ The names mean the same for every operator:
     reference   the definition, quadratic or step by step
     xla         chunked, in plain JAX: runs anywhere, differentiates, linear where the mathematics is
     triton      our Pallas kernel for GPUs, through Triton
-    mosaic      our Pallas kernel for Hopper GPUs, through Mosaic GPU
     tpu         our Pallas kernel for TPUs
 """
 
