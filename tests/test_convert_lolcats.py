@@ -1,8 +1,6 @@
-"""LoLCATS files on a Hugging Face folder: the published model's logits, round trips to the bit, files that are bad."""
+"""LoLCATS files on a Hugging Face folder: the published model's logits, round trips to the bit."""
 
-import collections
 import json
-import pathlib
 import shutil
 
 import jax
@@ -11,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 import torch
+from lolcats_files import FACTORS, SETTINGS, is_map, load, read, state, tensors_of, write
 
 import lcx
 from lcx import model as model_lib
@@ -26,51 +25,16 @@ from lcx.lora import LoRA
 from lcx.mixers.linear_attention import LinearAttention
 from lcx.objectives import attention_transfer
 
-SETTINGS = {"attention_type": "lolcats_llama_window_tk", "window_size": 8}
-CONFIG = {
-    "model_type": "llama",
-    "vocab_size": 97,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "rms_norm_eps": 1e-5,
-}
-PAIR = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.default.weight"
-MAP = "model.layers.{}.self_attn.feature_map_{}.mlp.layer"
-FACTORS = "model.layers.{}.self_attn.window_factors"
-
 
 @pytest.fixture(scope="module")
 def published(reference):
-    with np.load(reference / "reference" / "lolcats" / "model_hybrid_tk.npz") as file:
-        return {key: file[key] for key in file.files}
-
-
-def tensors_of(published, prefix, of=lambda name: True):
-    found = {name.removeprefix(prefix): x for name, x in published.items() if name.startswith(prefix)}
-    return collections.OrderedDict((name, torch.tensor(x)) for name, x in found.items() if of(name))
-
-
-def is_map(name):
-    return "feature_map" in name or "window_factors" in name
+    return read(reference)
 
 
 @pytest.fixture(scope="module")
 def made(published, tmp_path_factory):
-    """The Hugging Face folder; its feature maps at the start, and after training with LoRA pairs, as published."""
-    save_file = pytest.importorskip("safetensors.torch").save_file
     where = tmp_path_factory.mktemp("published")
-    (where / "hf").mkdir()
-    (where / "hf" / "config.json").write_text(json.dumps(CONFIG))
-    base = tensors_of(published, "w/", lambda name: not is_map(name))
-    save_file(dict(base), where / "hf" / "model.safetensors", {"format": "pt"})
-    beside = {"step": 12, "distill/eval/loss": 0.5, "metric": np.float64(0.5)}
-    torch.save({"model_state_dict": tensors_of(published, "train1/final/"), **beside}, where / "x_distill.pt")
-    torch.save(tensors_of(published, "w/", is_map), where / "start_distill.pt")
-    torch.save({"model_state_dict": tensors_of(published, "stage2/rand/"), "step": 8}, where / "x_ft.pt")
+    write(published, where)
     return where
 
 
@@ -79,15 +43,6 @@ def files(made, tmp_path):
     """A copy to damage."""
     shutil.copytree(made, tmp_path / "published")
     return tmp_path / "published"
-
-
-def load(where, *, lora=True, settings=SETTINGS, **more):
-    names = Lolcats(where / "x_distill.pt", where / "x_ft.pt" if lora else None, settings, **more)
-    return lcx.load(where / "hf", lolcats=names)
-
-
-def state(path):
-    return torch.load(path, weights_only=False)["model_state_dict"]
 
 
 def collection(model, tensors):
@@ -349,172 +304,7 @@ def test_a_run_with_lora_leaves_both_files(files, tmp_path, capsys):
         lolcats_writer.save(tmp_path / "other", model, params, lora)
 
 
-# ------------------------------------------------------------------------------------------------- bad files
-
-
-def damaged(change, name="x_distill.pt"):
-    def damage(where):
-        tensors = dict(state(where / name))
-        change(tensors)
-        torch.save({"model_state_dict": tensors}, where / name)
-
-    return damage
-
-
-def heads(tensors):
-    for i in (0, 1):
-        tensors[FACTORS.format(i)] = torch.zeros(1, 8, 1, 1)
-        for side in "qk":
-            tensors[MAP.format(i, side)] = torch.zeros(8, 16, 8)
-
-
-def cut(where):
-    whole = (where / "x_distill.pt").read_bytes()
-    (where / "x_distill.pt").write_bytes(whole[: len(whole) // 2])
-
-
-class Harm:
-    def __reduce__(self):
-        return pathlib.Path.touch, (pathlib.Path("harm"),)
-
-
-def hostile(where):
-    torch.save({"model_state_dict": state(where / "x_distill.pt"), "step": Harm()}, where / "x_distill.pt")
-
-
-def other_model(where):
-    (where / "hf" / "config.json").write_text(json.dumps({**CONFIG, "model_type": "gpt2"}))
-
-
-BAD = {
-    "wrong_heads": (damaged(heads), {}, r"\(8, 16, 8\).*expected \(4, 16.*belong to another model"),
-    "wrong_feature_dim": (
-        damaged(lambda t: t.update({MAP.format(1, "k"): torch.zeros(4, 16, 6)})),
-        {},
-        r"layers.1.*\(4, 16, 6\), expected \(4, 16, 8\)",
-    ),
-    "stated_feature_dim": (
-        lambda where: None,
-        {"settings": {**SETTINGS, "learned_kernel_kwargs": {"feature_dim": 64}}},
-        "have feature_dim 8, expected 64 as attention says; change attention or feature_maps",
-    ),
-    "missing": (
-        damaged(lambda t: t.pop(FACTORS.format(1))),
-        {},
-        r"1 tensors are missing.*layers.1.*window_factors",
-    ),
-    "missing_layer": (
-        damaged(lambda t: [t.pop(name) for name in list(t) if ".0." in name]),
-        {},
-        "3 tensors are missing.*layers.0.*softmax_attentions for layers without",
-    ),
-    "no_layer": (damaged(lambda t: t.clear()), {}, "no feature maps"),
-    "extra_layer": (
-        damaged(lambda t: t.update({MAP.format(2, "q"): torch.zeros(4, 16, 8)})),
-        {},
-        "1 unexpected tensors, such as model.layers.2",
-    ),
-    "extra": (
-        damaged(lambda t: t.update({"lm_head.weight": torch.zeros(2)})),
-        {},
-        "unexpected tensor 'lm_head",
-    ),
-    "no_window": (
-        lambda where: None,
-        {"settings": {"attention_type": "lolcats_llama"}},
-        "2 unexpected.*attention_type",
-    ),
-    "integers": (
-        damaged(lambda t: t.update({MAP.format(0, "q"): torch.zeros(4, 16, 8, dtype=torch.int32)})),
-        {},
-        "is int32, expected float32",
-    ),
-    "truncated": (cut, {}, "not a readable PyTorch file"),
-    "hostile": (hostile, {}, "holds more than tensors, and nothing in it was executed"),
-    "empty_tensor_dict": (
-        lambda where: torch.save([1], where / "x_distill.pt"),
-        {},
-        "expected a dict of named tensors",
-    ),
-    "one_sided_pair": (damaged(lambda t: t.pop(PAIR.format("B")), "x_ft.pt"), {}, "has lora_A alone"),
-    "wrong_pair": (
-        damaged(lambda t: t.update({PAIR.format("A"): torch.zeros(8, 32)}), "x_ft.pt"),
-        {},
-        "do not fit its weight.*change lora or --src",
-    ),
-    "other_module": (
-        damaged(
-            lambda t: t.update({PAIR.format("A").replace("q_proj", "w_proj"): torch.zeros(8, 64)}), "x_ft.pt"
-        ),
-        {},
-        "has lora_A alone",
-    ),
-    "not_a_llama": (other_model, {}, "config.json has model_type 'gpt2', supported are llama"),
-    "no_config": (
-        lambda where: (where / "hf" / "config.json").unlink(),
-        {},
-        "no config.json, expected the Hugging Face folder",
-    ),
-    "window_too_large": (
-        lambda where: None,
-        {"settings": {**SETTINGS, "window_size": 64}},
-        "set a smaller window",
-    ),
-    "unknown_type": (
-        lambda where: None,
-        {"settings": {"attention_type": "lolcats_llama_window_sw_scale"}},
-        "expected lol",
-    ),
-    "unknown_setting": (lambda where: None, {"settings": {"windowsize": 8}}, "unknown setting 'windowsize'"),
-    "wrong_value": (
-        lambda where: None,
-        {"settings": {"window_size": "8"}},
-        "window_size is '8', expected int",
-    ),
-    "other_eps": (
-        lambda where: None,
-        {"settings": {"feature_map_kwargs": {"eps": 1e-6}}},
-        "eps is 1e-06, expected 1e-12",
-    ),
-    "other_decode": (
-        lambda where: None,
-        {"settings": {"decode_window_size": 4}},
-        "decode_window_size is 4, expected None",
-    ),
-    "other_map": (
-        lambda where: None,
-        {"settings": {**SETTINGS, "feature_map": "cosine"}},
-        "expected one of softmax_dim",
-    ),
-    "no_settings": (lambda where: None, {"settings": "nothing.yaml"}, "nothing there, expected a .yaml"),
-    "alpha": (lambda where: None, {"lora_alpha": -1.0}, "expected a positive number"),
-    "no_file": (
-        lambda where: (where / "x_distill.pt").unlink(),
-        {},
-        "no feature maps at .*change feature_maps",
-    ),
-    "no_lora": (lambda where: (where / "x_ft.pt").unlink(), {}, "no file at .*x_ft.pt"),
-}
-
-
-@pytest.mark.parametrize(("damage", "settings", "message"), BAD.values(), ids=BAD)
-def test_what_is_refused(damage, settings, message, files, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    damage(files)
-    with pytest.raises(UserError, match=message) as error:
-        load(files, **settings)
-    assert "\n" not in str(error.value) and len(str(error.value)) < 500
-    assert not (tmp_path / "harm").exists()
-
-
-def test_folders_that_leave_a_choice_are_refused(files, tmp_path):
-    for name in ("a_distill.pt", "b_distill.pt"):
-        shutil.copy(files / "x_distill.pt", files / "hf" / name)
-    with pytest.raises(UserError, match="holds 2 files X_distill.pt: set feature_maps"):
-        lcx.load(files / "hf")
-    (files / "empty").mkdir()
-    with pytest.raises(UserError, match="no feature maps in"):
-        lcx.load(files / "hf", lolcats=Lolcats(files / "empty"))
+# ------------------------------------------------------------------------------------------------- settings, memory
 
 
 def test_layers_of_different_settings_are_refused(files, tmp_path):
