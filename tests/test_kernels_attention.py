@@ -26,7 +26,7 @@ CASES = [
 def arrays(case):
     B, T, N, K, H, mean, documents, dtype, _ = case
     rng = np.random.default_rng(T)
-    q, k, v, dy = (jnp.asarray(rng.normal(size=(B, T, n, H)), dtype) for n in (N, K, K, N))
+    q, k, v, dy = (rng.normal(size=(B, T, n, H)).astype(jnp.dtype(dtype)) for n in (N, K, K, N))
     a = None if mean is None else rng.uniform(0, 2, (B, T, N))
     if a is not None:
         a = jnp.asarray(np.where(a < 0.6, -95, -0.02 * a) if mean == "resets" else mean * a, jnp.float32)
@@ -86,17 +86,23 @@ def test_values_and_gradients(platform, case):
 def test_skipping_allows_for_the_scores():
     """A far key whose score outweighs a decay of e^-64 is still seen, and one past the bound is not."""
     T, C = 256, 16
-    q, k = jnp.zeros((1, T, 1, 16)).at[..., 0].set(10.0), jnp.zeros((1, T, 1, 16)).at[:, 0, :, 0].set(10.0)
+    q, k, v = np.zeros((3, 1, T, 1, 16), np.float32)
+    q[..., 0], k[:, 0, :, 0], v[:, 0] = 10.0, 10.0, 1.0
     decay = jnp.full((1, T, 1), -1.0)
     options = Options(scale=1.0, platform="tpu", interpret=True, tiles=square(C))
-    _, reach = bias(q, k, jnp.swapaxes(decay, 1, 2), None, options, C)  # |q| |k| = 100: sees 230 tokens
-    np.testing.assert_array_equal(reach.first[0, 0], np.maximum(np.arange(16) - 15, 0))
-    v = jnp.zeros_like(k).at[:, 0].set(1.0)
-    y = attention(q, k, v, log_decay=decay, scale=1.0, platform="tpu", interpret=True, tiles=square(C))
+
+    @jax.jit
+    def reach_of(q, k):
+        return bias(q, k, jnp.swapaxes(decay, 1, 2), None, options, C)[1].first
+
+    first = reach_of(q, k)  # |q| |k| = 100: sees 230 tokens
+    np.testing.assert_array_equal(first[0, 0], np.maximum(np.arange(16) - 15, 0))
+    settings = {"scale": 1.0, "platform": "tpu", "interpret": True, "tiles": square(C)}
+    y = jax.jit(functools.partial(attention, log_decay=decay, **settings))(q, k, v)
     weight = 1 / (1 + np.exp(64 - 100) * np.sum(np.exp(-np.arange(64.0))))
     np.testing.assert_allclose(y[0, 64, 0], weight, rtol=1e-5)
-    _, reach = bias(q / 10, k / 20, jnp.swapaxes(decay, 1, 2), None, options, C)  # 0.5: sees 31 tokens
-    np.testing.assert_array_equal(reach.first[0, 0], np.maximum(np.arange(16) - 2, 0))
+    first = reach_of(q / 10, k / 20)  # 0.5: sees 31 tokens
+    np.testing.assert_array_equal(first[0, 0], np.maximum(np.arange(16) - 2, 0))
 
 
 def test_obstacles():
