@@ -27,7 +27,8 @@ BLOCK = 16  # rows of a block in the order of features of a state that comes in 
 
 
 class Sizes(NamedTuple):
-    """Tokens of a chunk, columns of a block; of each kernel what a program holds and what passes by."""
+    """Tokens of a chunk, columns of a block (a multiple of BLOCK, or the gradient of a state that comes in is that of
+    its symmetric part); of each kernel what a program holds and what passes by."""
 
     chunk: int
     block: int

@@ -1,0 +1,148 @@
+"""The state form of squared attention as kernels, interpreted, against the formula in float64 numpy."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_kernels_second_order_attention import NAMES, arrays, by_hand
+
+from kernels_pallas import second_order_states
+from kernels_pallas.second_order_states import Sizes, obstacle, second_order_attention
+from kernels_pallas.tiles import Tile, Tiles
+from lcx.ops import dispatch, segments
+from lcx.ops.second_order_attention import second_order_attention as operator
+
+PLATFORMS = ["gpu", "tpu"]
+# B, T, N, K, H, mean log-decay (None: no decay; resets: hardly any or e^-95), documents, normalize, dtype, block
+CASES = [
+    (2, 257, 2, 1, 16, -0.1, True, True, "float32", 8),
+    (1, 100, 2, 2, 32, None, False, True, "float32", 16),
+    (1, 100, 2, 1, 16, -0.02, True, False, "float32", 16),
+    (1, 1, 1, 1, 16, None, False, True, "float32", 8),
+    (1, 200, 2, 1, 32, -0.02, True, True, "bfloat16", 16),
+    (1, 257, 1, 1, 16, "resets", False, True, "float32", 8),
+]
+
+
+def small(platform, block, chunk=64):
+    """Several chunks in a short row, and several tiles in a chunk."""
+    gpu = platform == "gpu"
+    parts, walk = ((1, 2, 2), Tile(4, 16, 4, 1)) if gpu else ((1, 1, 1), Tile(8, 32))
+    tiles = Tiles(*(Tile(32, 32 // part, 4, 1) for part in parts))
+    return {
+        "tiles": tiles,
+        "sizes": Sizes(chunk, block, walk, Tile(32, 1, 4, 1), Tile(32, 1, 4, 1)),
+        "platform": platform,
+        "interpret": True,
+    }
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_values_and_gradients(platform, case):
+    *_, normalize, dtype, block = case
+    q, k, v, a, runs, dy = arrays(case)
+
+    @jax.jit
+    def run(q, k, v, a, dy):
+        def attend(q, k, v, a):
+            settings = small(platform, block)
+            return second_order_attention(q, k, v, log_decay=a, runs=runs, normalize=normalize, **settings)[0]
+
+        y, back = jax.vjp(attend, q, k, v, a)
+        return y, *back(dy)
+
+    expected = by_hand(q, k, v, a, runs, dy, normalize)
+    limit = 1e-4 if dtype == "float32" else 1e-2
+    for name, found, right in zip(NAMES, run(q, k, v, a, dy), expected, strict=True):
+        if found is None:
+            continue
+        assert found.dtype == (jnp.float32 if name == "da" else dtype)
+        error = np.abs(np.asarray(found, np.float64) - right).max() / max(1, np.abs(right).max())
+        assert error < limit, f"{name}: {error:.1e}"
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_a_state_comes_in_and_goes_out(platform):
+    """Against the operator's definition: values, states, and the gradients by and through both."""
+    B, T, N, K, H = 2, 70, 2, 1, 32
+    rng = np.random.default_rng(0)
+
+    def normal(*shape):
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+    q, k, v, a = normal(B, T, N, H), normal(B, T, K, H), normal(B, T, K, H), -0.05 * jnp.abs(normal(B, T, N))
+    before = normal(B, 20, N, H), normal(B, 20, K, H), normal(B, 20, K, H)
+    old = jnp.asarray([[1] * 20, [2] * 20])
+    ids = jnp.asarray([[1] * 40 + [2] * 30, [3] * T])  # the second row's state is another document's
+    of_prompt = functools.partial(operator, segment_ids=old, implementation="reference")
+    _, state = jax.jit(of_prompt)(*before)
+
+    def definition(q, k, v, a, kv, k_sum):
+        initial = state._replace(kv=kv, k_sum=k_sum)
+        y, after = operator(
+            q, k, v, log_decay=a, segment_ids=ids, initial_state=initial, implementation="reference"
+        )
+        return y, after.kv, after.k_sum
+
+    def kernel(q, k, v, a, kv, k_sum):
+        runs = segments.runs(ids, state.segment_ids)
+        settings = small(platform, 16, chunk=32)
+        y, after = second_order_attention(
+            q, k, v, log_decay=a, runs=runs, initial_state=(kv, k_sum), **settings
+        )
+        return y, *after
+
+    cotangents = normal(B, T, N, H), normal(*state.kv.shape), normal(*state.k_sum.shape)
+
+    def both(f):
+        def run(*xs):
+            out, back = jax.vjp(f, *xs)
+            return *out, *back(cotangents)
+
+        return jax.jit(run)(q, k, v, a, state.kv, state.k_sum)
+
+    for found, right in zip(both(kernel), both(definition), strict=True):
+        assert found.shape == right.shape
+        assert np.abs(found - right).max() < 2e-5 * np.abs(right).max()
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_the_operator_reads_a_prompt_in_pieces(platform, monkeypatch):
+    """As one piece, with documents and padding across the cut; the state then serves a step of decoding."""
+    B, T, N, H, cut = 1, 90, 2, 16, 50
+    rng = np.random.default_rng(1)
+    q, k, v = (jnp.asarray(rng.normal(size=(B, T, N, H)), jnp.float32) for _ in range(3))
+    a = jnp.asarray(-rng.uniform(0, 0.1, (B, T, N)), jnp.float32)
+    ids = jnp.asarray([[1] * 30 + [0] * 4 + [2] * (T - 40) + [0] * 6])
+    definition = jax.jit(functools.partial(operator, implementation="reference"))
+    expected, right = definition(q, k, v, log_decay=a, segment_ids=ids)
+    kernel = functools.partial(second_order_attention, **{**small(platform, 16), "platform": platform})
+    monkeypatch.setattr(dispatch, "platform", lambda: platform)
+    monkeypatch.setattr(
+        second_order_states, "second_order_attention", lambda *xs, platform, **options: kernel(*xs, **options)
+    )
+    named = {"form": "states", "implementation": {"gpu": "triton", "tpu": "tpu"}[platform]}
+    read = jax.jit(functools.partial(operator, **named))
+    ys, state = [], None
+    for piece in (slice(0, cut), slice(cut, T)):
+        y, state = read(
+            *(x[:, piece] for x in (q, k, v)),
+            log_decay=a[:, piece],
+            segment_ids=ids[:, piece],
+            initial_state=state,
+        )
+        ys.append(y)
+    np.testing.assert_allclose(jnp.concatenate(ys, axis=1), expected, rtol=2e-5, atol=2e-5)
+    assert state.segment_ids == right.segment_ids == 2
+    np.testing.assert_allclose(state.kv, right.kv, rtol=2e-5, atol=2e-5)
+    np.testing.assert_allclose(state.k_sum, right.k_sum, rtol=2e-5, atol=2e-5)
+
+
+def test_obstacles():
+    x = jax.ShapeDtypeStruct((1, 128, 2, 128), jnp.float32)
+    assert "[16, 32, 64]" in obstacle(x, x, x, platform="gpu")
+    assert obstacle(x, x, x, platform="tpu") is None
+    assert set(second_order_states.SIZES) == set(second_order_states.near_part.TILES)
