@@ -30,6 +30,7 @@ KERNELS = {  # operator: targets for which a kernel of ours is what None picks
     "ssd": ALL,
     "lolcats": ALL,
     "second_order_tiles": ALL,
+    "second_order_states": ALL,
     "attention_decay": ALL,
     "attention": ALL[1:],  # cuDNN's own on the H200, which cannot be compiled without it
 }
