@@ -49,12 +49,12 @@ def case(T, *, B, N, heads, P, H, documents, dtype, seed=0):
     rng = np.random.default_rng(seed)
 
     def normal(*shape):
-        return np.asarray(jnp.asarray(rng.standard_normal(shape), dtype), np.float64)
+        return rng.standard_normal(shape).astype(jnp.dtype(dtype)).astype(np.float64)
 
     q, k = (np.abs(normal(B, T, n, P)) / P for n in heads[:2])
     v, wq, wk = normal(B, T, heads[2], H), normal(B, T, N, H), normal(B, T, heads[3], H)
     if dtype == "bfloat16":
-        q, k = (np.asarray(jnp.asarray(x, dtype), np.float64) for x in (q, k))
+        q, k = (x.astype(jnp.dtype(dtype)).astype(np.float64) for x in (q, k))
     arrays = (q, k, v, wq, wk, rng.uniform(0.2, 1, N), normal(B, N, P, H) / P, np.abs(normal(B, N, P)) / P)
     runs = np.sort(rng.integers(0, 4, (B, T)), axis=1) if documents else np.zeros((B, T), int)
     return arrays, runs, normal(B, T, N, H)
