@@ -11,7 +11,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path.home() / ".cache" / "lcx" / "xla-tests"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
-# LLVM's expensive passes are half of that time, and what they make faster runs once. 0 tests programs as users run them.
+# LLVM's expensive passes are half of that time, and what they make faster runs once. 0 tests all programs as users run
+# them; the operators, and what compilers are asked, always are.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import jax
@@ -22,6 +23,17 @@ jaxtyping.install_import_hook(["lcx.rope", "lcx.ops"], "beartype.beartype")
 
 
 MAPS = pathlib.Path("/proc/self/maps")
+OPTIMIZED = ("test_ops_", "test_aot")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def optimizations(request):
+    flag = "jax_disable_most_optimizations"
+    before = jax.config.values[flag]
+    if request.module.__name__.startswith(OPTIMIZED):
+        jax.config.update(flag, False)
+    yield
+    jax.config.update(flag, before)
 
 
 @pytest.fixture(autouse=True)

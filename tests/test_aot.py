@@ -43,14 +43,6 @@ def product(a, b, *, num_warps):
     )(a, b)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def optimized_as_for_users():
-    before = jax.config.values["jax_disable_most_optimizations"]
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
 @pytest.fixture
 def h200():
     if reason := aot.available("h200"):
