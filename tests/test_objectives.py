@@ -73,10 +73,10 @@ def test_repeats_count_a_tenth_in_the_loss():
     ids = jnp.array([list(b"ACgTA")])
     upper = jnp.array([list(b"ACGTA")])
     batch = {"tokens": ids[:, :-1], "labels": ids[:, 1:], "positions": None, "loss_weights": jnp.ones((1, 4))}
-    total, weight = objectives.nucleotides(
-        model, {"params": params}, {**batch, "segment_ids": jnp.ones((1, 4), jnp.int32)}
-    )
-    logp = jax.nn.log_softmax(model.apply({"params": params}, upper[:, :-1]))[0]
+    batch["segment_ids"] = jnp.ones((1, 4), jnp.int32)
+    total, weight = jax.jit(lambda params: objectives.nucleotides(model, {"params": params}, batch))(params)
+    logits = jax.jit(lambda params: model.apply({"params": params}, upper[:, :-1]))(params)
+    logp = jax.nn.log_softmax(logits)[0]
     nll = -logp[jnp.arange(4), upper[0, 1:]]
     assert float(weight) == pytest.approx(3.1)
     assert float(total) == pytest.approx(float(nll @ jnp.array([1.0, 0.1, 1.0, 1.0])), rel=1e-5)
