@@ -94,9 +94,9 @@ def with_gradients(f, *xs):
     return both(*xs)
 
 
+@functools.partial(jax.jit, static_argnames=("implementation", "form"))
 def on_arrays(q, k, v, *, log_decay, **settings):
-    """The operator takes jax arrays, no numpy ones."""
-    q, k, v, log_decay = (jnp.asarray(x) for x in (q, k, v, log_decay))
+    """One program; the operator takes jax arrays, no numpy ones."""
     return second_order_attention(q, k, v, log_decay=log_decay, **settings)
 
 
