@@ -1,4 +1,52 @@
-"""Squared attention through a state of fixed size, in time linear in T."""
+"""Squared attention through a state of fixed size, in time linear in T (2Mamba, arXiv 2602.17363; power attention of
+degree 2, arXiv 2507.04239). The weights are those of `kernels_pallas.second_order_attention`,
+
+    w_ij = (q_i.k_j)^2 e^{L_i - L_j} = sum_mn  q_im q_in  k_jm k_jn  e^{L_i - L_j}
+
+so that all keys before a chunk of C tokens can be summed once, a state of P products x_m x_n by H values. With l the
+running sum of log_decay in the chunk and tot its end, token i of chunk c gets
+
+    near   tiles between the chunk's own tokens: the kernels of `second_order_attention`, a chunk a row of their batch
+    far    e^{l_i} sum_mn q_im q_in S_c[m, n],     S_{c+1} = e^tot S_c + sum_{j in c} e^{tot - l_j} k_jm k_jn v_j
+
+and y is the sum of both over the sum of both's weights. Every exponent is at most 0; a document is a decay of minus
+infinity (`Edges`). Sums and the state's recurrence are float32, the state that is read has q's dtype.
+
+**The symmetric square in slices.** The columns n are cut into H / R blocks of R; a slice is one row m against one
+block, for m up to the block's last row, R x H numbers. Rows before the block stand for both orders of the pair, and
+their slices are kept times 2, which no rounding sees. P = H (H + R) / 2: 3072 for H = 64 and R = 32, against 2080
+different products and all 4096. The features of a slice are x_m x_block: one row spread over a tile, never stored.
+
+**The sum of the weights** needs no column beside v: it is the quadratic form q^T Z q, Z the H x H sum of k k^T, which
+XLA adds up chunk by chunk (H / P of the work) and the kernels apply to their tile.
+
+**Three kernels**, of which the backward pass is made, too. With g = dy / den and D = g.y (over near and far together,
+Dao 2023, arXiv 2307.08691):
+
+    walk(k, v)         S before each chunk, and after the last              dS = walk(q, g) reversed: after each chunk
+    read(q, S)         sum_mn q_m q_n S[m, n]                               dv = read(k, dS)
+    contract(q, g, S)  its gradient by q of read(q, S) . g                  dq; dk = contract(k, v, dS)
+
+Normalised, D joins through Z: dq -= 2 D Z q, and dk += 2 dZ k with dZ = -sum D q q^T. The backward pass walks once more
+to have the states: only y in float32 and den are kept, and S and dS exist at the same time, 4 P H / C bytes a token and
+head. The gradient of log_decay at t sums w dw over the pairs that t stands between, i >= t > j: near as in the tiles;
+far, rows from t on in t's chunk (q.dq / 2), columns before t in it (k.dk / 2), and for the pairs around the whole chunk
+the product of S before it and dS after it. So nothing is carried along T that would have to cancel.
+
+A state that comes in is S before the first chunk, one that goes out S after the last, in the order of `places`.
+
+Who holds what. walk: on GPU a program owns a few slices of a head in registers, 128 of a thread's 219, and walks all of
+T while tiles of k and v stream by; on TPU the state of a head stays in VMEM from step to step. read and contract: a
+program holds a tile of tokens, and slices stream by (on GPU from L2: 2 P H bytes for each tile of 128 or 256 tokens).
+Chunks and tiles that no state reaches, the first or those behind a strong decay or a document, skip the loop.
+
+Cost for a token and head, with H = 64 and C = 1024 on GPU: (4 P + 2 C) H = 0.92 MFLOP forward and (10 P + 7 C) H = 2.4
+backward, whatever T: 1.2 ns and 3.1 ns for 790 TFLOP/s, 2.4 and 6.5 ms at B T N = 2 x 65536 x 16. HBM forward: about
+44 H bytes for tokens (near sums in float32, copies with T last) and 4 P H / C for states, 3.6 KB, 0.84 ns at 4.3 TB/s:
+bound by the matrix units, and C is where near and states cost about the same. The least that is known is 4 (H + 1) H
+(H + 1) / 2 FLOPs, 0.54 M: 1.7 times less, of which slices are 1.45 and near the rest. Temporary bytes of a training
+step as XLA plans it: 2.3 KB a token and head, a third of it S and dS.
+"""
 
 import functools
 from typing import NamedTuple
@@ -32,16 +80,23 @@ class Sizes(NamedTuple):
 
     chunk: int
     block: int
-    walk: Tile  # held: slices (GPU) or rows of slices (TPU); streamed: tokens
-    read: Tile  # held: tokens
+    walk: Tile  # held: slices (GPU), slices at a time (TPU); streamed: tokens
+    read: Tile  # held: tokens; streamed: slices at a time
     contract: Tile
 
 
+# {(platform, bytes of an element, H): sizes}. No device was at hand: the rows follow from what the compilers say.
+# GPU (ptxas for sm_90a: registers of a thread, nothing spilled): walk, read, contract take 219, 254, 148 for H = 64,
+# 218, 254, 151 for H = 128, the same up to 5 with 64-bit addresses; in float32 174, 228, 200 for H = 64, 255, 143, 145
+# for H = 32. At H < 64 the products of walk are too short for wgmma and run as mma.
+# TPU: VMEM of walk 6.5 MiB at H = 64 and 21 at H = 128 (float32 26), read and contract 3.0 and 6.8 (11.7), on v5e. Of
+# their 2044, 868 and 715 bundles at H = 64 with 8 slices at a time, 244, 171 and 259 more make it 16: so much of a turn
+# of the loop is waiting for the matrix unit's first result.
 SIZES = {
-    ("tpu", 2, 16): Sizes(2048, 16, Tile(8, 512), Tile(512, 8), Tile(512, 8)),
-    ("tpu", 2, 32): Sizes(2048, 32, Tile(8, 512), Tile(512, 8), Tile(512, 8)),
-    ("tpu", 2, 64): Sizes(2048, 32, Tile(8, 512), Tile(512, 8), Tile(512, 8)),
-    ("tpu", 2, 128): Sizes(2048, 32, Tile(8, 512), Tile(512, 8), Tile(512, 8)),
+    ("tpu", 2, 16): Sizes(2048, 16, Tile(16, 512), Tile(512, 16), Tile(512, 16)),
+    ("tpu", 2, 32): Sizes(2048, 32, Tile(16, 512), Tile(512, 16), Tile(512, 16)),
+    ("tpu", 2, 64): Sizes(2048, 32, Tile(16, 512), Tile(512, 16), Tile(512, 16)),
+    ("tpu", 2, 128): Sizes(2048, 32, Tile(16, 512), Tile(512, 16), Tile(512, 16)),
     ("tpu", 4, 16): Sizes(2048, 16, Tile(8, 256), Tile(256, 8), Tile(256, 8)),
     ("tpu", 4, 32): Sizes(2048, 32, Tile(8, 256), Tile(256, 8), Tile(256, 8)),
     ("tpu", 4, 64): Sizes(2048, 32, Tile(8, 256), Tile(256, 8), Tile(256, 8)),

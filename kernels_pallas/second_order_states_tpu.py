@@ -1,7 +1,7 @@
 """The far part of squared attention on TPU: `kernels_pallas.second_order_states` says what it computes.
 
 Tokens run along the lanes, [H, tokens], so that a row of x is spread over a block of rows without turning anything:
-8 rows m times a block of R rows n are 8 R features, which the matrix unit contracts. The whole state of a head, P x H,
+M rows m times a block of R rows n are M R features, which the matrix unit contracts. The whole state of a head, P x H,
 lies in VMEM: walk holds it in float32 from one step of the grid to the next, and read and contract fetch it once a
 chunk. Results are turned once for a tile, to [tokens, H]. VMEM at H = 128 in bfloat16: 5 MiB for the sums of walk, 10
 for the two windows of the final one, 5 for those of the states.
@@ -16,35 +16,34 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.tiles_tpu import dot, heads_first, to_column, tokens_first
 
-ROWS = 8  # of the square at a time
 VMEM = 48 << 20  # of 128 MiB on v5e and v6e, 64 on v5p
 
 
-def _visit(H, R, live, body):
-    """body(block, m) for every block of columns and every 8 rows of its slices."""
+def _visit(H, R, rows, live, body):
+    """body(block, m) for every block of columns and every few rows of its slices."""
 
     def block(b, _):
-        def rows(t, _):
-            body(b, pl.multiple_of(t * ROWS, ROWS))
+        def some(t, _):
+            body(b, pl.multiple_of(t * rows, rows))
             return _
 
-        return jax.lax.fori_loop(0, (b + 1) * (R // ROWS) * live, rows, 0)
+        return jax.lax.fori_loop(0, (b + 1) * (R // rows) * live, some, 0)
 
     jax.lax.fori_loop(0, H // R, block, 0)
 
 
-def _slice(b, m, R):
-    """Where the features of row m of block b begin."""
-    return pl.multiple_of((R * (b * (b + 1) // 2) + m) * R, ROWS * R)
-
-
 def _features(rows, columns):
-    """[8, S] and [R, S] -> [8 R, S]."""
-    return jnp.concatenate([rows[i : i + 1] * columns for i in range(ROWS)], axis=0)
+    """[M, S] and [R, S] -> [M R, S]."""
+    return jnp.concatenate([rows[i : i + 1] * columns for i in range(len(rows))], axis=0)
+
+
+def _slices(b, m, R, rows):
+    """Where the features of `rows` rows of block b lie, from row m on."""
+    return pl.ds(pl.multiple_of((R * (b * (b + 1) // 2) + m) * R, rows * R), rows * R)
 
 
 def _walk_kernel(kept, weights, x, u, initial, states, final, sums, wide, weighted, *, plan, last, reverse):
-    R, H, t = plan.sizes.block, x.shape[0], pl.program_id(2)
+    R, H, M, t = plan.sizes.block, x.shape[0], plan.sizes.walk.held, pl.program_id(2)
     each = plan.sizes.chunk // x.shape[1]
     J = (last + 1) // each
     c = J - 1 - t // each if reverse else t // each
@@ -64,11 +63,11 @@ def _walk_kernel(kept, weights, x, u, initial, states, final, sums, wide, weight
 
     def add(b, m):
         twice = jnp.where(m >= b * R, 1.0, 2.0)  # rows before the block: both orders
-        rows, columns = weighted[pl.ds(m, ROWS), :] * twice, wide[pl.ds(pl.multiple_of(b * R, R), R), :]
+        rows, columns = weighted[pl.ds(m, M), :] * twice, wide[pl.ds(pl.multiple_of(b * R, R), R), :]
         features = _features(rows, columns).astype(u.dtype)
-        sums[pl.ds(_slice(b, m, R), ROWS * R), :] += dot(features, u[...], (1, 1))
+        sums[_slices(b, m, R, M), :] += dot(features, u[...], (1, 1))
 
-    _visit(H, R, 1, add)
+    _visit(H, R, M, 1, add)
 
     @pl.when(t == last)
     def _():
@@ -82,16 +81,16 @@ def _live(live):
 
 
 def _read_kernel(live, x, states, factor, near, near_den, squares, out, den, sums, wide, *, plan):
-    R, H = plan.sizes.block, x.shape[0]
+    R, H, M = plan.sizes.block, x.shape[0], plan.sizes.read.streamed
     sums[...] = jnp.zeros_like(sums)
     wide[...] = x[...].astype(jnp.float32)
 
     def add(b, m):
-        rows, columns = wide[pl.ds(m, ROWS), :], wide[pl.ds(pl.multiple_of(b * R, R), R), :]
+        rows, columns = wide[pl.ds(m, M), :], wide[pl.ds(pl.multiple_of(b * R, R), R), :]
         features = _features(rows, columns).astype(x.dtype)
-        sums[...] += dot(states[pl.ds(_slice(b, m, R), ROWS * R), :], features, (0, 0))
+        sums[...] += dot(states[_slices(b, m, R, M), :], features, (0, 0))
 
-    _visit(H, R, _live(live), add)
+    _visit(H, R, M, _live(live), add)
     weight = factor[...]
     if squares is not None:
         far = jnp.sum(wide[...] * dot(squares[...], x[...], (1, 0)), axis=0, keepdims=True)
@@ -108,20 +107,20 @@ def _read_kernel(live, x, states, factor, near, near_den, squares, out, den, sum
 
 
 def _contract_kernel(live, x, u, states, factor, bias, squares, out, sums, wide, *, plan):
-    R, H = plan.sizes.block, x.shape[0]
+    R, H, M = plan.sizes.block, x.shape[0], plan.sizes.contract.streamed
     sums[...] = jnp.zeros_like(sums)
     wide[...] = x[...].astype(jnp.float32)
 
     def add(b, m):
-        rows, at = wide[pl.ds(m, ROWS), :], pl.ds(pl.multiple_of(b * R, R), R)
+        rows, at = wide[pl.ds(m, M), :], pl.ds(pl.multiple_of(b * R, R), R)
         columns = wide[at, :]
-        g = dot(states[pl.ds(_slice(b, m, R), ROWS * R), :], u[...], (1, 0))
-        parts = [g[i * R : (i + 1) * R] for i in range(ROWS)]
+        g = dot(states[_slices(b, m, R, M), :], u[...], (1, 0))
+        parts = [g[i * R : (i + 1) * R] for i in range(M)]
         sums[at, :] += sum(rows[i : i + 1] * part for i, part in enumerate(parts))
         products = [jnp.sum(columns * part, axis=0, keepdims=True) for part in parts]
-        sums[pl.ds(m, ROWS), :] += jnp.concatenate(products, axis=0)
+        sums[pl.ds(m, M), :] += jnp.concatenate(products, axis=0)
 
-    _visit(H, R, _live(live), add)
+    _visit(H, R, M, _live(live), add)
     if squares is not None:
         sums[...] += 2 * bias[...] * dot(squares[...], x[...], (1, 0))
     out[...] = jnp.transpose(sums[...] * factor[...])
