@@ -3,6 +3,7 @@
 The published terraced window counts blocks from the end of a row; at multiples of the window that is the same.
 """
 
+import functools
 import json
 
 import flax.linen as nn
@@ -91,7 +92,7 @@ def test_feature_maps_equal_the_published_ones(reference):
         if not name.startswith("x"):
             activation, _, rest = name.rpartition("_full")
             x = jnp.array(file["x_large" if rest.endswith("large") else "x"])
-            got = features(x, activation, full_space=rest[0] == "1")
+            got = jax.jit(functools.partial(features, activation=activation, full_space=rest[0] == "1"))(x)
             np.testing.assert_allclose(got, want, rtol=2e-5, atol=1e-12, err_msg=name)
 
 
@@ -100,7 +101,7 @@ def test_parameters_start_as_published(reference):
 
     def start(**settings):
         mixer = LinearAttention(4, 2, 16, feature_dim=8, window=8, **settings)
-        return nn.meta.unbox(mixer.init(jax.random.key(0), jnp.ones((1, 2, 64))))["params"]
+        return nn.meta.unbox(jax.jit(mixer.init)(jax.random.key(0), jnp.ones((1, 2, 64))))["params"]
 
     uniform = start()
     largest = np.abs(uniform["feature_map_q"]["layer"]).max()
@@ -116,7 +117,7 @@ def test_skip_and_adapter_start_as_the_identity():
     x = jax.random.normal(jax.random.key(0), (1, 3, 4, 8))
     want = features(x, "softmax_dim")
     for settings in ({"skip": True, "start": "identity"}, {"adapter": 5}):
-        got, _ = FeatureMap(4, 8, 8, **settings).init_with_output(jax.random.key(1), x)
+        got, _ = jax.jit(FeatureMap(4, 8, 8, **settings).init_with_output)(jax.random.key(1), x)
         np.testing.assert_allclose(got, want, rtol=1e-6)
 
 
