@@ -18,6 +18,7 @@ import functools
 import logging
 import os
 import pathlib
+import sys
 from typing import Any
 
 import jax
@@ -115,8 +116,7 @@ class Blocks:
         """Returns the folder of the linear model; None when asked to stop before, or with `only`."""
         folder = pathlib.Path(workdir)
         source, model = _softmax(self.trainer)
-        cuts = [*range(0, model.num_layers, self.layers_per_block), model.num_layers]
-        blocks = list(zip(cuts[:-1], cuts[1:], strict=True))
+        blocks = self._cut(model)
         unknown = [block for block in self.only or () if not 0 <= block < len(blocks)]
         if unknown:
             raise UserError(f"Blocks.only has block {unknown[0]}, expected 0 to {len(blocks) - 1}")
@@ -125,10 +125,25 @@ class Blocks:
             return None
         for number in range(len(blocks)) if self.only is None else self.only:
             if _is_linear(model_lib.part(linear, *blocks[number])):
+                _say(
+                    f"block {number} of {len(blocks)}: layers {blocks[number][0]} to {blocks[number][1] - 1}"
+                )
                 run = self.block_trainer(folder, *blocks[number]).run(str(_block_folder(folder, number)))
                 if run.step < self.trainer.steps:
                     return None
         return None if self.only is not None else self._stitch(folder, source, linear, blocks)
+
+    def _cut(self, model: Decoder) -> list[tuple[int, int]]:
+        """(first layer, the one after the last) of every block."""
+        cuts = [*range(0, model.num_layers, self.layers_per_block), model.num_layers]
+        return list(zip(cuts[:-1], cuts[1:], strict=True))
+
+    def check(self, workdir: str) -> None:
+        """Raises UserError when blocks in the workdir began with other settings: before any inputs are written."""
+        folder = pathlib.Path(workdir)
+        for number, block in enumerate(self._cut(_softmax(self.trainer)[1])):
+            if (own := _block_folder(folder, number)).exists():
+                self.block_trainer(folder, *block).check(str(own))
 
     def _linear(self, model: Decoder) -> Decoder:
         assert self.trainer.linearize is not None
@@ -180,7 +195,7 @@ class Blocks:
                             writer, layout, folder, split, before, source, model, mesh, stop
                         ):
                             return False
-                    log.info("%s inputs of block %d of %d: %d rows", split, number, len(blocks), layout.rows)
+                    _say(f"{split} inputs of block {number} of {len(blocks)}: {layout.rows} rows")
         return True
 
     def checkpoint_bytes(self, source: ModelSource, model: Decoder, blocks) -> int:
@@ -277,8 +292,13 @@ class Blocks:
                         fresh.setdefault(at.path + path.removeprefix(own.path), []).append(row)
         stitched = RelaidSource(source, linear, {path: np.concatenate(rows) for path, rows in fresh.items()})
         target = folder / "linear"
-        log.info("%s", convert.write(target, stitched, format="lcx", overwrite=True))
+        _say(f"wrote {target}: {convert.write(target, stitched, format='lcx', overwrite=True)}")
         return str(target)
+
+
+def _say(text: str) -> None:
+    if jax.process_index() == 0:
+        print(text, file=sys.stderr, flush=True)
 
 
 def stream_folder(folder: pathlib.Path, split: str, depth: int) -> pathlib.Path:

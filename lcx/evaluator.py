@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import datetime
 import json
+import math
 import os
 import pathlib
 import platform
@@ -112,6 +113,7 @@ def _run(
     started = time.perf_counter()
     try:
         result: Result = evaluation(model, params, tokenizer)
+        _check_finite(result)
         seconds = time.perf_counter() - started
         about = {"evaluation": _described(evaluation), "seconds": seconds}
         results["evaluations"][evaluation.name] = {**result, **about}
@@ -121,6 +123,16 @@ def _run(
             traceback.print_exc()
         results["errors"][evaluation.name] = _explained(error)
         _say(f"{results['name']}: {evaluation.name} failed: {_explained(error)}")
+
+
+def _check_finite(result: Result) -> None:
+    """Raises UserError for a NaN in the table: a number that nobody should compare."""
+    bad = [name for name, value in result["table"].items() if isinstance(value, float) and math.isnan(value)]
+    if bad:
+        raise UserError(
+            f"{bad[0]} is not a number: the weights hold NaN, or overflow in this dtype; see what lcx.convert says of "
+            "the checkpoint, or set dtype to float32"
+        )
 
 
 def _explained(error: Exception) -> str:

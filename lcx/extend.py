@@ -43,6 +43,10 @@ def extend(
     target = None if context_length is None else token_count("context_length", context_length)
     if rope_scaling is None:
         return _without_scaling(rope, max_position_embeddings, target)
+    if not isinstance(rope_scaling, Mapping):
+        raise UserError(
+            f"rope_scaling is {rope_scaling!r}, expected a dict such as {{'rope_type': 'yarn', 'factor': 4.0}}"
+        )
     values = _values(rope_scaling)
     name = values["rope_type"]
     original = _original(rope, max_position_embeddings, values)

@@ -60,8 +60,8 @@ def logits(
     Raises:
       UserError: tokens that are not [B, T] integers of the vocabulary; positions or segment_ids of another shape.
     """
-    ids: Any = tokens if hasattr(tokens, "dtype") else np.asarray(tokens)
-    if ids.ndim != 2 or not jnp.issubdtype(ids.dtype, jnp.integer):
+    ids: Any = tokens if isinstance(tokens, jax.Array) else np.asarray(tokens)
+    if ids.ndim != 2 or not ids.size or not jnp.issubdtype(ids.dtype, jnp.integer):
         found = f"tokens are {ids.dtype} of shape {ids.shape}"
         raise UserError(f"{found}, expected integers [B, T]: for one text, tokens[None]")
     if not isinstance(ids, jax.core.Tracer):
@@ -173,6 +173,11 @@ class _Job:
         """Reads the prompts and takes the first token."""
         B, room = len(self.rows), _rounded(self.max_new_tokens, _GRAIN)
         last_logits, cache = self.read(self.rows, self.max_new_tokens)
+        if bool(jnp.isnan(last_logits).any()):
+            raise UserError(
+                f"the logits after the prompt are not numbers: the weights hold NaN, or overflow in "
+                f"{self.model.dtype}; check the checkpoint, or load it with dtype float32"
+            )
         tokens = jnp.zeros((B, room), jnp.int32)
         state = _State(cache, tokens, tokens[:, 0], jnp.zeros(B, bool), jnp.int32(0))
         return _take_jit(state, last_logits, self.sampling, self.stop)
@@ -311,7 +316,9 @@ def _decode_jit(model, variables, state: _State, lengths, sampling, stop, until,
         positions = lengths + state.step - 1  # of the newest token, not yet in the cache
         n = jnp.max(positions) + 1 if hf else None
         ones = jnp.ones_like(state.last)[:, None]
-        last_logits, cache = _append(model, variables, state.cache, state.last[:, None], positions[:, None], ones, n)
+        last_logits, cache = _append(
+            model, variables, state.cache, state.last[:, None], positions[:, None], ones, n
+        )
         return _take(state._replace(cache=cache), last_logits, sampling, stop)
 
     return jax.lax.while_loop(lambda s: (s.step < until) & ~jnp.all(s.done), step, state)
@@ -345,7 +352,9 @@ def _ropes(model: Decoder, rope_type: str) -> list[Any]:
 # ------------------------------------------------------------------------------------------------ checks, shapes
 
 
-def _job(model, params, tokens, max_new_tokens, temperature, top_p, seed, stop_tokens, rope_trace, lora) -> _Job:
+def _job(
+    model, params, tokens, max_new_tokens, temperature, top_p, seed, stop_tokens, rope_trace, lora
+) -> _Job:
     """Checks what the user gave."""
     _check_settings(max_new_tokens, temperature, top_p, seed, rope_trace)
     rows = _rows(tokens, model.vocab_size)
@@ -370,9 +379,13 @@ def _job(model, params, tokens, max_new_tokens, temperature, top_p, seed, stop_t
 
 def _check_settings(max_new_tokens, temperature, top_p, seed, rope_trace) -> None:
     if not _is_integer(max_new_tokens) or max_new_tokens < 1:
-        raise UserError(f"max_new_tokens is {max_new_tokens!r}, expected an integer >= 1: change max_new_tokens")
+        raise UserError(
+            f"max_new_tokens is {max_new_tokens!r}, expected an integer >= 1: change max_new_tokens"
+        )
     if not _is_number(temperature) or not 0 <= temperature < math.inf:
-        raise UserError(f"temperature is {temperature!r}, expected a number >= 0 (0 takes the likeliest token)")
+        raise UserError(
+            f"temperature is {temperature!r}, expected a number >= 0 (0 takes the likeliest token)"
+        )
     if not _is_number(top_p) or not 0 < top_p <= 1:
         raise UserError(f"top_p is {top_p!r}, expected a number above 0 and at most 1 (1 switches it off)")
     if not _is_integer(seed) or not -(2**31) <= seed < 2**32:  # what jax tells apart
@@ -393,13 +406,17 @@ def _rows(tokens: Prompts, vocab_size: int) -> list[np.ndarray]:
     """One int32 array a prompt."""
     if hasattr(tokens, "ndim"):
         if tokens.ndim != 2:
-            raise UserError(f"tokens have shape {tokens.shape}, expected [B, T]: for one prompt, tokens[None]")
+            raise UserError(
+                f"tokens have shape {tokens.shape}, expected [B, T]: for one prompt, tokens[None]"
+            )
         tokens = np.asarray(tokens)
     rows = []
     for i, row in enumerate(tokens):
         row = np.asarray(row)
         if row.ndim != 1:
-            raise UserError(f"prompt {i} has shape {row.shape}, expected a list of token ids: pass a list of prompts")
+            raise UserError(
+                f"prompt {i} has shape {row.shape}, expected a list of token ids: pass a list of prompts"
+            )
         if not row.size:
             raise UserError(f"prompt {i} is empty, expected at least one token (such as BOS): change tokens")
         if not np.issubdtype(row.dtype, np.integer):
@@ -415,7 +432,9 @@ def _check_vocabulary(tokens: np.ndarray, vocab_size: int) -> None:
     outside = tokens[(tokens < 0) | (tokens >= vocab_size)]
     if outside.size:
         found = f"token id {outside[0]} is outside the model's vocabulary"
-        raise UserError(f"{found}, expected 0 to {vocab_size - 1}: use the tokenizer that belongs to the model")
+        raise UserError(
+            f"{found}, expected 0 to {vocab_size - 1}: use the tokenizer that belongs to the model"
+        )
 
 
 def _window(model: Decoder) -> int:

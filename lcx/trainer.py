@@ -43,7 +43,11 @@ IN_FLIGHT = 2  # steps queued on the devices: enough to hide the host; forced CP
 
 
 class Job(Protocol):
-    """What `train` runs: a Trainer, a Ladder, or your own."""
+    """What `train` runs: a Trainer, a Ladder, or your own.
+
+    It may have `check(workdir)` too, which raises UserError for a workdir of other settings: it is called before
+    anything is written there.
+    """
 
     def run(self, workdir: str) -> Any: ...
 
@@ -66,6 +70,8 @@ def train(
     if distributed or coordinator_address is not None:
         processes.join(coordinator_address, num_processes, process_id)
     folder = pathlib.Path(workdir).expanduser()
+    if (check := getattr(job, "check", None)) is not None:
+        check(str(folder))
     if jax.process_index() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         _keep_config(folder, config_text)
@@ -183,6 +189,19 @@ class Trainer:
                 except NotFiniteError as bad:
                     raise UserError(f"{bad}: {_retreat(checkpointer, bad.step)}; {ADVICE}") from None
 
+    def check(self, workdir: str) -> None:
+        """Raises UserError when the workdir holds a run that began with other settings, or no run."""
+        with Checkpointer(os.path.join(workdir, "checkpoints")) as checkpointer:
+            if checkpointer.steps():
+                self._check_origin(checkpointer.restore({})[2], workdir)
+
+    def _check_origin(self, documents: dict[str, Any], workdir: str) -> None:
+        if not {"data", "origin"} <= documents.keys():
+            raise UserError(
+                f"{workdir} holds a model, not a run: set Trainer.init_from to it, and another --workdir"
+            )
+        origin.check(documents["origin"], self._origin(), workdir)
+
     # ---------------------------------------------------------------------------------------------- initial state
 
     def _resume(self, checkpointer: Checkpointer, mesh, workdir: str) -> "Run | None":
@@ -190,11 +209,7 @@ class Trainer:
         if not checkpointer.steps():
             return None
         step, _, documents = checkpointer.restore({})
-        if not {"data", "origin"} <= documents.keys():
-            raise UserError(
-                f"{workdir} holds a model, not a run: set Trainer.init_from to it, and another --workdir"
-            )
-        origin.check(documents["origin"], self._origin(), workdir)
+        self._check_origin(documents, workdir)
         model = self.adjusted(self.model or describe.from_json(documents["meta"]["model"]))
         run = self._prepared(model, mesh, convert.as_stored(model, mesh, checkpointer.directory / str(step)))
         step, state, documents = checkpointer.restore(run.abstract)

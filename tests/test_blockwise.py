@@ -18,6 +18,7 @@ from lcx.errors import UserError
 from lcx.linearize import Linearize
 from lcx.mixers.linear_attention import LinearAttention
 from lcx.optim import AdamW, leaf_paths
+from lcx.trainer import train
 from tests.tiny_runs import tiny_trainer, write_text
 
 SETTINGS = Linearize(window=8, feature_dim=8, feature_init="identity", keep_softmax=(1,))
@@ -251,3 +252,12 @@ def test_other_settings_in_the_same_workdir_are_refused(folder, tmp_path):
     stream.write_bytes(stream.read_bytes()[:-4])
     with pytest.raises(UserError, match="expected 98304 bytes, found 98300"):
         Blocks(trainer(folder), layers_per_block=2, only=(0,)).run(str(tmp_path))
+
+
+def test_another_cut_is_refused_before_inputs_are_written(folder, whole):
+    """As `train` asks it, which then leaves config.gin as it was, too."""
+    before = sorted(pathlib.Path(whole).rglob("*"))
+    Blocks(trainer(folder), layers_per_block=2).check(str(whole))
+    with pytest.raises(UserError, match=r"began with Trainer.layers = .*, found .*: set it back"):
+        train(workdir=str(whole), job=Blocks(trainer(folder), layers_per_block=1), config_text="another")
+    assert sorted(pathlib.Path(whole).rglob("*")) == before

@@ -272,6 +272,11 @@ def test_commands(files, tmp_path, capsys):
     assert "format 'lcx'" in capsys.readouterr().err
     assert convert(files / "hf", tmp_path / "no", "lolcats") == 2
     assert "no linear attention" in capsys.readouterr().err
+    assert convert(files / "hf", tmp_path / "no", "lolcats_files") == 2
+    assert (
+        "holds a model of format 'hf'; 'lolcats_files' are written from the workdir"
+        in capsys.readouterr().err
+    )
     assert convert(files / "x_distill.pt", tmp_path / "no", "lcx") == 2
     assert "pass that folder, and this file as --feature_maps" in capsys.readouterr().err
     assert convert(files / "hf", tmp_path / "no", "lcx", "--src_format=hf", *given) == 2
@@ -295,7 +300,13 @@ def test_a_run_with_lora_leaves_both_files(files, tmp_path, capsys):
             assert_equal_states(state(folder / f"model_{name}.pt"), state(files / f"x_{name}.pt"))
         kwargs = json.loads((folder / "lolcats.json").read_text())["finetune"]["kwargs"]
         assert (kwargs["r"], kwargs["lora_alpha"]) == (8, 16)
-        assert_same(lcx.load(files / "hf", lolcats=Lolcats(folder)), load(files))
+        parts = Lolcats(folder / "model_distill.pt", folder / "model_ft.pt")
+        for given in (
+            Lolcats(folder),
+            parts,
+            Lolcats(folder, folder),
+        ):  # what lies beside them states the window
+            assert_same(lcx.load(files / "hf", lolcats=given), load(files))
     with pytest.raises(UserError, match="already exists"):
         lolcats_writer.export(tmp_path / "run", tmp_path / "disk")
     lolcats_writer.export(tmp_path / "run", tmp_path / "disk", overwrite=True)

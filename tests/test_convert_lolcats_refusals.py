@@ -195,3 +195,16 @@ def test_folders_that_leave_a_choice_are_refused(files, tmp_path):
     (files / "empty").mkdir()
     with pytest.raises(UserError, match="no feature maps in"):
         lcx.load(files / "hf", lolcats=Lolcats(files / "empty"))
+
+
+def test_an_unknown_window_is_said(files, caplog):
+    """Published files are terraced, 64: taken where nothing states it, and never in silence."""
+    with pytest.raises(UserError, match="window 64 holds the model's whole context of 64 tokens"):
+        lcx.load(files / "hf", lolcats=Lolcats(files / "x_distill.pt"))
+    assert "nothing beside it states its window and activation; taking the published ones" in caplog.text
+
+
+@pytest.mark.parametrize("given", ["x_distill.pt", {"feature_maps": "x_distill.pt"}])
+def test_the_argument_is_a_lolcats(files, given):
+    with pytest.raises(UserError, match=r"expected lcx.Lolcats\(feature_maps=..., lora=..., attention=...\)"):
+        lcx.load(files / "hf", lolcats=given)

@@ -143,6 +143,7 @@ def test_labels_give_the_area_under_the_curve(tiny, fasta, tmp_path):
         ("chrom,pos,ref,alt\nchr1,1,A,C", "names no record"),
         (f"chrom,pos,ref,alt\nlong,1,{LONG[0]},<DEL>", "expected letters"),
         ("", "holds no variant"),
+        ("##fileformat=VCFv4.2\n#CHROM\tPOS\tID\tREF\tALT\n", "holds no variant"),
     ],
 )
 def test_bad_variants_are_refused(tiny, fasta, tmp_path, text, message):

@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 
+import lcx
 from lcx import model as model_lib
 from lcx.errors import UserError
 from lcx.model import llama
@@ -135,3 +137,23 @@ def test_unknown_remat():
     model = llama(**SMALL, num_layers=1, remat="some")
     with pytest.raises(UserError, match="remat .some.: expected one of none, full, dots"):
         model_lib.abstract_params(model)
+
+
+def test_weights_that_are_not_numbers_are_refused():
+    model = llama(**SMALL, num_layers=2)
+    params = model_lib.init_params(model, jax.random.key(0))
+    params["final_norm"]["scale"] = params["final_norm"]["scale"].at[3].set(jnp.nan)
+    with pytest.raises(
+        UserError, match="the logits after the prompt are not numbers: the weights hold NaN"
+    ) as caught:
+        lcx.generate(model, params, [[1, 2]], max_new_tokens=2)
+    assert "\n" not in str(caught.value)
+
+
+def test_tokens_of_torch_and_none_at_all():
+    model = llama(**SMALL, num_layers=2)
+    params = model_lib.init_params(model, jax.random.key(0))
+    expected = lcx.logits(model, params, [[1, 2, 3]])
+    np.testing.assert_array_equal(lcx.logits(model, params, torch.tensor([[1, 2, 3]])), expected)
+    with pytest.raises(UserError, match=r"of shape \(1, 0\), expected integers"):
+        lcx.logits(model, params, np.zeros((1, 0), np.int32))

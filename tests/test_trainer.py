@@ -157,6 +157,11 @@ def test_a_run_can_be_made_longer_and_may_change_what_is_no_part_of_the_model(wh
     assert [line["step"] for line in lines(tmp_path / "run") if "loss" in line][-2:] == [40, 42]
 
 
+def train_here(job, workdir):
+    """As the command does it: a refused run leaves config.gin as it was, too."""
+    trainer_lib.train(workdir=workdir, job=job, config_text="another")
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
@@ -171,8 +176,9 @@ def test_a_run_can_be_made_longer_and_may_change_what_is_no_part_of_the_model(wh
 )
 def test_another_model_in_the_same_workdir_is_refused(whole, text, changes, says):
     before = sorted(whole[0].rglob("*"))
-    with pytest.raises(UserError, match="holds a run that began with") as caught:
-        tiny_trainer(text, **changes).run(str(whole[0]))
+    for start in (train_here, lambda job, workdir: job.run(workdir)):
+        with pytest.raises(UserError, match="holds a run that began with") as caught:
+            start(tiny_trainer(text, **changes), str(whole[0]))
     assert says in str(caught.value)
     assert str(caught.value).endswith("set it back, or set another --workdir")
     assert "\n" not in str(caught.value)

@@ -24,6 +24,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import errno
 import importlib
 import inspect
 import os
@@ -200,7 +201,14 @@ def _report(error: BaseException) -> int:
 
 def _one_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror}: {error.filename}" if error.filename is not None else error.strerror
+        if error.filename is not None:
+            return f"{error.strerror}: {error.filename}"
+        advice = (
+            ": free some on the disk that is written to, or choose another"
+            if error.errno == errno.ENOSPC
+            else ""
+        )
+        return f"{error.strerror}{advice}"
     line = (str(error).strip() or type(error).__name__).splitlines()[0]
     built = re.search(r"In call to configurable '(\w+)'", str(error))
     return f"{built[1]}: {line}" if built else line

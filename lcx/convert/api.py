@@ -234,6 +234,10 @@ def checked_format(format: str | None, lolcats: Lolcats | None = None) -> str | 
     """The format itself, "lolcats" where its files are given. Raises UserError when there is none of this name."""
     if format is not None and format not in SOURCES:
         raise UserError(f"format is {format!r}, expected one of {', '.join(SOURCES)}")
+    if not isinstance(lolcats, Lolcats | None):
+        raise UserError(
+            f"lolcats is {lolcats!r}, expected lcx.Lolcats(feature_maps=..., lora=..., attention=...)"
+        )
     if lolcats is not None and format not in (None, "lolcats"):
         raise UserError(
             f"format is {format!r}, expected 'lolcats' with its files: leave the format out, or the files"
@@ -251,9 +255,12 @@ def checked_destination(format: str, model_parallel: int = 1) -> str:
     if format not in WRITTEN:
         raise UserError(f"format is {format!r}, expected one of {', '.join(WRITTEN)}")
     if model_parallel < 1 or (model_parallel > 1 and format != "savanna"):
-        raise UserError(
-            f"model_parallel is {model_parallel}, expected 1 or more for 'savanna' and 1 for {format!r}"
+        expected = (
+            "1 or more"
+            if format == "savanna"
+            else f"1 for {format!r} (files share tensors in 'savanna' alone)"
         )
+        raise UserError(f"model_parallel is {model_parallel}, expected {expected}: change it")
     return format
 
 

@@ -47,6 +47,11 @@ def convert(
     source_path, target = pathlib.Path(src).expanduser(), pathlib.Path(dst).expanduser()
     if dst_format == "lolcats_files":
         destination.refuse_same(source_path, target)
+        if (found := api.detect(source_path)) != "lcx":
+            raise UserError(
+                f"{src} holds a model of format {found!r}; 'lolcats_files' are written from the workdir of a "
+                "linearized run: change --src, or --dst_format"
+            )
         lolcats_writer.export(source_path, target, overwrite=overwrite)
         print(
             f"wrote {os.path.realpath(target)}: {', '.join(sorted(p.name for p in target.iterdir()))}, read back"

@@ -100,7 +100,10 @@ def _check_free(final: pathlib.Path, overwrite: bool, replaceable: Callable[[pat
     if not os.path.lexists(final) or (final.is_dir() and not any(final.iterdir())):
         return
     if not overwrite:
-        raise UserError(f"{final}: already exists; choose another --dst, or pass --overwrite to replace it")
+        raise UserError(
+            f"{final}: already exists; choose another --dst, or pass --overwrite to replace it "
+            "(in Python: overwrite=True)"
+        )
     if not final.is_dir() or not replaceable(final):
         raise UserError(f"{final}: exists and is not a checkpoint folder, so --overwrite does not replace it")
 

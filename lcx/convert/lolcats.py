@@ -175,10 +175,12 @@ def _find(folder: pathlib.Path, files: Lolcats) -> tuple[list[pathlib.Path], Sta
     beside = Stated({}, "")
     if not maps.exists():
         raise UserError(f"no feature maps at {maps}, expected X{DISTILL}: change feature_maps")
-    found = [maps]
+    found, folder = [maps], maps if maps.is_dir() else maps.parent
+    if (folder / lolcats_settings.FILE).exists():
+        beside = lolcats_settings.read(hf_folder.inside(folder, lolcats_settings.FILE))
+    if lora is not None and lora.is_dir():
+        lora = next(iter(_inside(lora, FINETUNE)), lora)
     if maps.is_dir():
-        if (maps / lolcats_settings.FILE).exists():
-            beside = lolcats_settings.read(hf_folder.inside(maps, lolcats_settings.FILE))
         found = _inside(maps, DISTILL)
         pairs = _inside(maps, FINETUNE) if lora is None else []
         lora = pairs[0] if pairs else lora
@@ -207,7 +209,17 @@ def _stated(files: Lolcats, maps: pathlib.Path, beside: Stated) -> Stated:
         raise UserError(f"lora_alpha is {files.lora_alpha!r}, expected a positive number")
     if files.attention is not None:
         return lolcats_settings.read(files.attention)
-    return beside if beside.values else lolcats_settings.of_name(maps)
+    if beside.values:
+        return beside
+    stated = lolcats_settings.of_name(maps)
+    if "window_size" not in stated.values:
+        log.warning(
+            "%s: nothing beside it states its window and activation; taking the published ones, a terraced window of "
+            "%d (if it has factors) and softmax_dim; set attention (--attention=config.yaml) if they were others",
+            maps,
+            LinearAttention.window,
+        )
+    return stated
 
 
 @dataclasses.dataclass(frozen=True)
@@ -275,7 +287,8 @@ class _Files:
         where = stated.where or "the published settings"
         if missing:
             raise UserError(
-                f"{self.where}: {len(missing)} tensors are missing, such as {min(missing)}, which {where} ask for: "
+                f"{self.where}: {len(missing)} tensors are missing, such as {min(missing)}, which go with {where}"
+                f"{f' (and {len(extra)} are there for which nothing asks, such as {extra[0]})' if extra else ''}: "
                 "change attention (softmax_attentions for layers without), or give the whole file"
             )
         if extra:

@@ -164,7 +164,7 @@ def extended(model: Decoder, rope_scaling: Mapping[str, Any] | None, context_len
         raise UserError(
             "rope_scaling and context_length need a model with rotary position embeddings; leave them out"
         )
-    configured = (rope_scaling or {}).get("rope_theta")
+    configured = rope_scaling.get("rope_theta") if isinstance(rope_scaling, Mapping) else None
     for rope, _ in ropes:  # Evo 2's checkpoints hold frequencies, which savanna's own loader keeps
         if model.model_type == "striped_hyena" and configured not in (None, rope.rope_theta):
             log.warning(

@@ -91,6 +91,14 @@ def layers(model: Decoder) -> list[Layer]:
       UserError: something that these formats cannot say.
     """
     found = []
+    if not {type(block.mixer) for stage in model.stages for block in stage.pattern} & {
+        HyenaSE,
+        HyenaMR,
+        HyenaLI,
+    }:
+        raise UserError(
+            "the model has no hyena layers, which this format is for; save with format 'hf' or 'lcx'"
+        )
     for s, stage in enumerate(model.stages):
         for repeat in range(stage.repeat):
             for b, block in enumerate(stage.pattern):

@@ -30,6 +30,7 @@ class Report:
         difference.
       logits: (largest difference, largest logit) on 64 random tokens; None if the models did not run.
       same: whether the two are the same function by construction: the same description, the same numbers.
+      not_finite: parameters of the source with NaN or infinite numbers.
     """
 
     tensors: int
@@ -38,9 +39,14 @@ class Report:
     changed: dict[str, float]
     logits: tuple[float, float] | None
     same: bool
+    not_finite: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         lines = [
+            f"warning: {path} of the source holds numbers that are not finite (NaN or infinite): a damaged model"
+            for path in self.not_finite[:4]
+        ]
+        lines += [
             f"verified: {self.tensors} parameters of the same shapes, {self.numbers:,} numbers, sum {self.sums[0]:.9g} "
             f"in the source and {self.sums[1]:.9g} as written"
         ]
@@ -71,10 +77,12 @@ def verify(source: ModelSource, written: ModelSource) -> Report:
         raise UserError(
             f"{written.where}: {', '.join(wrong[:4])} differ in shape from the source; convert again"
         )
-    sums, changed = np.zeros(2), {}
+    sums, changed, not_finite = np.zeros(2), {}, []
     for path in expected:
         both, by = _compare(source, written, path)
         sums += both
+        if not np.isfinite(both[0]):
+            not_finite.append(path)
         if by is not None:
             changed[path] = by
     model = _with_the_same_scaling(written.model, source.model)
@@ -93,7 +101,9 @@ def verify(source: ModelSource, written: ModelSource) -> Report:
                 f"{written.where}: its logits are {logits[0]:.3g} away from the source's; do not use it"
             )
     numbers = sum(math.prod(shape) for shape in expected.values())
-    return Report(len(expected), numbers, (float(sums[0]), float(sums[1])), changed, logits, same)
+    return Report(
+        len(expected), numbers, (float(sums[0]), float(sums[1])), changed, logits, same, tuple(not_finite)
+    )
 
 
 def _compare(source: ModelSource, written: ModelSource, path: str) -> tuple[np.ndarray, float | None]:

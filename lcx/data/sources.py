@@ -375,8 +375,8 @@ def read_fasta(file: SourceFile) -> Iterator[Document]:
             name, parts, started = (text[1:].split() or [str(number)])[0], [], True
         elif text and not started:
             raise UserError(
-                f"{file.path} line {number} starts with {text[:20]!r}, expected a FASTA header (>name);"
-                " set Dataset.format"
+                f"{file.path} line {number} starts with {text[:20]!r}, expected a FASTA header (>name):"
+                " give a FASTA file, or set Dataset.format where this is one"
             )
         else:
             parts.append("".join(text.split()))

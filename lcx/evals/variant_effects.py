@@ -69,6 +69,8 @@ class VariantEffects:
             for record in dna.read(self.sequences, owner="VariantEffects.sequences")
         }
         variants = list(read_variants(self.variants))
+        if not variants:
+            raise UserError(f"{self.variants} holds no variant: change VariantEffects.variants")
         pairs = [self._pair(variant, records, letters) for variant in variants]
         sequences = [sequence for pair in pairs for sequence in pair]
         if self.both_strands:
@@ -177,5 +179,8 @@ def read_variants(path: str) -> Iterator[Variant]:
             pos = int(row["pos"])
             chrom, ref, alternatives = row["chrom"], row["ref"], row["alt"].split(",")
         except (KeyError, ValueError):
-            raise UserError(f"{path}, line {number} after comments: {cells}, expected {header}") from None
+            raise UserError(
+                f"{path}, line {number} after comments: {cells}, expected {header}, with a whole number for pos (and 0 "
+                "or 1 for label, where there is one)"
+            ) from None
         yield from (Variant(chrom, pos, ref, alt, label) for alt in alternatives)
