@@ -49,7 +49,7 @@ step as XLA plans it: 2.3 KB a token and head, a third of it S and dS.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -169,8 +169,8 @@ def second_order_attention(
         log_decay = jnp.maximum(log_decay, -FORGOTTEN)
     q, k, v, log_decay, runs = padded(q, k, v, log_decay, runs, square(sizes.chunk))
     state = None if initial_state is None else _taken(*initial_state, sizes.block, scale)
-    y, state = _attention(q, k, v, log_decay, runs, state, plan)
-    return y[:, :T], _given(*state, sizes.block, scale)
+    y, (after, squares) = _attention(q, k, v, log_decay, runs, state, plan)
+    return y[:, :T], _given(after, squares, sizes.block, scale)
 
 
 # ----------------------------------------------------------------------------------------------- the order of features
@@ -259,7 +259,7 @@ def edges(
         local, rest = jnp.exp(chunks.local), jnp.exp(chunks.rest)
         enter, leave = (jnp.where(x > np.exp(-FORGOTTEN), x, 0) for x in (local, rest))
         kept = jnp.exp(chunks.total)
-        if runs is not None:
+        if runs is not None and chunks.enters is not None and chunks.leaves is not None:
             first, last = runs[:, ::C], runs[:, C - 1 :: C]
             there &= first == jnp.pad(last[:, :-1], ((0, 0), (1, 0)))
             enter, leave = enter * chunks.enters, leave * chunks.leaves
@@ -322,8 +322,9 @@ def _forward(q, k, v, log_decay, runs, state, plan: Plan, dtype):
     """y, the sums of the weights, and the state after the last chunk."""
     (B, T, N, _), C, options = q.shape, plan.sizes.chunk, plan.options
     J, kernels = T // C, _kernels(plan.options.platform)
-    chunks = *(_rows(x, J, 1) for x in (q, k, v)), _rows(log_decay, J, 2), _rows(runs, J, 1)
-    near, near_den = near_part._forward(*chunks, options, jnp.float32)
+    near_q, near_k, near_v, near_runs = (_rows(x, J, 1) for x in (q, k, v, runs))
+    near_decay = _rows(log_decay, J, 2)
+    near, near_den = near_part._forward(near_q, near_k, near_v, near_decay, near_runs, options, jnp.float32)
     near, near_den = _joined(near, J, 1), _joined(near_den, J, 2)
     edge = edges(log_decay, runs, (B, N, T), C, state is not None)
     kv, squares = (None, None) if state is None else state
@@ -339,13 +340,15 @@ def _forward(q, k, v, log_decay, runs, state, plan: Plan, dtype):
     return y, den, (kv, squares)
 
 
-def _forward_saving(*given):
+def _forward_saving(*given: Any):
+    arrays: list[Any]
     *arrays, plan = jax.tree.map(
         lambda x: x.value if isinstance(x, CustomVJPPrimal) else x,
         given,
         is_leaf=lambda x: isinstance(x, CustomVJPPrimal),
     )
-    y, den, state = _forward(*arrays, plan, jnp.float32)
+    q, k, v, log_decay, runs, state = arrays
+    y, den, state = _forward(q, k, v, log_decay, runs, state, plan, jnp.float32)
     y, den = checkpoint_name(y, RESIDUALS), checkpoint_name(den, RESIDUALS)
     return (y.astype(arrays[0].dtype), state), (*arrays, y, den)
 
@@ -401,12 +404,14 @@ class Far(NamedTuple):
     through: Float[Array, "B N J"]  # the state before a chunk . the cotangent of the one after
 
 
-def _far_gradients(q, k, v, edge: Edges, state, y, den, dy, d_state, plan: Plan) -> Far:
+def _far_gradients(q, k, v, edge: Edges, state, y, den, dy, d_state: Any, plan: Plan) -> Far:
     kernels, options = _kernels(plan.options.platform), plan.options
     factors = jnp.asarray(twice(q.shape[3], plan.sizes.block))[:, None]
     cotangent = near_part._cotangent(dy, y, den, None, options)
     g, mean = cotangent.g, cotangent.bias
     kv, squares = (None, None) if state is None else state
+    d_kv: Any
+    d_squares: Any
     d_kv, d_squares = (None if isinstance(x, SymbolicZero) else x for x in d_state)
     if d_squares is not None:
         d_squares = (d_squares + jnp.swapaxes(d_squares, 2, 3)) / 2
