@@ -1,6 +1,6 @@
 # Sourced by the other scripts: `use_venv dev,torch` goes to the repository's root, makes .venv there if it is absent,
 # installs what is missing, and puts it on PATH. PYTHON=/path/to/python picks the interpreter of a new .venv,
-# LCX_EXTRAS=gpu adds extras.
+# LCX_EXTRAS=gpu adds extras. `run COMMAND ...` prints a command before it runs it.
 # shellcheck shell=bash
 
 use_venv() {
@@ -40,4 +40,11 @@ _make_venv() {
     echo "lcx: $python cannot make a virtual environment (Debian: apt install python3-venv)" >&2
     return 1
   }
+}
+
+run() {  # prints each public command, then runs it
+  printf '\n$' >&2
+  printf ' %q' "$@" >&2
+  printf '\n' >&2
+  "$@"
 }

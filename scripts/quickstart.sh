@@ -14,13 +14,6 @@ export JAX_NUM_CPU_DEVICES="${JAX_NUM_CPU_DEVICES:-$cores}"
 out="${1:-runs/quickstart}"
 mkdir -p "$out"
 
-run() {  # prints each public command, then runs it
-  printf '\n$' >&2
-  printf ' %q' "$@" >&2
-  printf '\n' >&2
-  "$@"
-}
-
 evaluate() {  # NAME CHECKPOINT [FLAGS]
   local folder="$out/eval/$1"
   [ -s "$folder/results.json" ] && [ -s "$folder/report.html" ] && return

@@ -38,13 +38,6 @@ use_venv
 export JAX_NUM_CPU_DEVICES="${JAX_NUM_CPU_DEVICES:-2}"
 mkdir -p "$out"
 
-run() {  # prints each public command, then runs it
-  printf '\n$' >&2
-  printf ' %q' "$@" >&2
-  printf '\n' >&2
-  "$@"
-}
-
 scaled=(--gin.Trainer.rope_scaling="$rope_scaling")
 [ -n "$rope_scaling" ] || scaled=()
 extra=("$@")

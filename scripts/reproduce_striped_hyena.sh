@@ -43,13 +43,6 @@ export JAX_NUM_CPU_DEVICES="${JAX_NUM_CPU_DEVICES:-$cores}"
 export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$out/xla}"  # seeds share a program
 mkdir -p "$out"
 
-run() {  # prints each public command, then runs it
-  printf '\n$' >&2
-  printf ' %q' "$@" >&2
-  printf '\n' >&2
-  "$@"
-}
-
 train() {  # MODEL RATE SEED [FLAGS]
   local folder="$out/$1/rate$2_seed$3" start=$SECONDS
   [ -e "$folder/done" ] && return
