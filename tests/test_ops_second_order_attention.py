@@ -285,12 +285,14 @@ def test_a_named_form_works_or_raises():
         second_order_attention(q, q[:, :, :2], q[:, :, :2])
 
 
-@pytest.mark.parametrize("platform, states", [("cpu", 8192), ("gpu", 32768), ("tpu", 32768)])
-def test_the_form_changes_where_the_state_is_cheaper(monkeypatch, platform, states):
+@pytest.mark.parametrize(
+    "platform, states, decaying", [("cpu", 20480, 163840), ("gpu", 32768, 2**20), ("tpu", 32768, 2**20)]
+)
+def test_the_form_changes_where_the_state_is_cheaper(monkeypatch, platform, states, decaying):
     monkeypatch.setattr(dispatch, "platform", lambda: platform)
     fast = functools.partial(_faster, H=128, follows=False)
     assert fast(states, decays=False) == "states"
     assert fast(states - 1, decays=False) == "tiles"
-    assert fast(2**20 - 1, decays=True) == ("states" if platform == "cpu" else "tiles")
-    assert fast(2**20, decays=True) == "states"
+    assert fast(decaying - 1, decays=True) == "tiles"
+    assert fast(decaying, decays=True) == "states"
     assert _faster(1, 128, follows=True, decays=True) == "states"
