@@ -18,6 +18,9 @@ from lcx.config import typecheck
 class Net(nn.Module):
     features: int
 
+    def __call__(self, x):
+        return nn.Dense(self.features)(x)
+
 
 T = typing.TypeVar("T")
 Width = typing.NewType("Width", int)

@@ -42,7 +42,7 @@ class Progress:
         self._said = time.monotonic()
         megabytes, seconds = self._done / 1e6, self._said - self._start
         rate = f", {megabytes / seconds:.0f} MB/s" if self._done and seconds > 0 else ""
-        digits = 0 if self._total >= 1e7 else 2
+        digits = 0 if self._total >= 1e6 else 2
         percent = f"{100 * self._done / self._total:.0f}%"
         print(
             f"{self._label}: {megabytes:.{digits}f} of {self._total / 1e6:.{digits}f} MB ({percent}{rate})",
