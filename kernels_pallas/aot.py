@@ -191,7 +191,8 @@ def tpu_bundles(fn, *args, chip: str = "v5e", timeout: int = 600) -> dict[str, d
 
     A bundle is what a core issues in one cycle, and nearly all of them are the body of one grid step; where the code
     branches, those of both sides count. The other numbers are the slots of each unit that are used, summed over the
-    bundles. The dump that this reads makes libtpu slow (a process of its own, 5 to 100 s).
+    bundles. The dump that this reads makes libtpu slow (a process of its own, 5 to 100 s, or minutes); a kernel that
+    is not in it is left out.
 
     Raises:
       subprocess.SubprocessError: the process failed or took longer than `timeout` seconds.
@@ -219,14 +220,18 @@ def tpu_bundles(fn, *args, chip: str = "v5e", timeout: int = 600) -> dict[str, d
         result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
         if result.returncode:
             raise subprocess.SubprocessError(f"{chip}: {result.stderr[-2000:]}")
-        return {name: _utilisation(folder, name) for name in json.loads(result.stdout.splitlines()[-1])}
+        found = {name: _utilisation(folder, name) for name in json.loads(result.stdout.splitlines()[-1])}
+        return {name: used for name, used in found.items() if used is not None}
 
 
-def _utilisation(folder: str, kernel: str) -> dict[str, int]:
-    (path,) = glob.glob(
+def _utilisation(folder: str, kernel: str) -> dict[str, int] | None:
+    """None where there is no such file."""
+    paths = glob.glob(
         f"{glob.escape(folder)}/*-{glob.escape(kernel)}-*-final_hlo-static-per-bundle-utilization.txt"
     )
-    with open(path) as file:
+    if not paths:
+        return None
+    with open(paths[0]) as file:
         _, units, _, _, *bundles = file.read().splitlines()
     columns = zip(*(map(int, line.split()) for line in bundles))
     used = {name.strip(): sum(column) for name, column in zip(units.split(","), columns)}
