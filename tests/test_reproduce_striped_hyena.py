@@ -129,7 +129,10 @@ def test_end_to_end(tmp_path):
     (place / "scripts").mkdir(parents=True)
     for name in ("lcx", "configs", "benchmarks", "kernels_pallas"):
         (place / name).symlink_to(ROOT / name)
-    (place / "scripts" / "_env.sh").write_text('use_venv() { cd "$(dirname "${BASH_SOURCE[0]}")/.."; }\n')
+    own = (
+        ROOT / "scripts" / "_env.sh"
+    ).read_text() + 'use_venv() { cd "$(dirname "${BASH_SOURCE[0]}")/.."; }\n'
+    (place / "scripts" / "_env.sh").write_text(own)  # without an environment of its own
     script = place / "scripts" / "reproduce_striped_hyena.sh"
     script.symlink_to(ROOT / "scripts" / script.name)
     (tmp_path / "a.fa").write_text(">a\n" + letters(20_000) + "\n")
