@@ -34,7 +34,10 @@ a gradient, which goes to the key that holds it.) reach, kept and whole are 0 or
     ds_ij = gamma (e'_ij dw_ij - [j holds i's maximum] total_i)      e' = e / gamma, total_i = sum_j e'_ij dw_ij
     dgamma = sum_i total_i
 
-so the one recurrence runs four times, as in linear_attention.py, where the third argument's state, S, S^T, dS^T or dS,
+(Where near keys hold most of the weight, total_i is a small difference: y, rounded, enters it times mass_i, the sum of
+e'_ij, and enters q_i.dq_i = -gamma total_i times the far weights. For dgamma the two are mixed such that y drops out.)
+
+So the one recurrence runs four times, as in linear_attention.py, where the third argument's state, S, S^T, dS^T or dS,
 is what lies beyond the tiles; the near pairs need no state and all chunks at once. A far product whose cotangent has a
 part of its own (b_i) carries a `row` beside the state, the sum of keys with the normaliser or its cotangent.
 Nothing but y, the normalisers, and each query's maximum and its place is kept for the backward pass.
@@ -57,7 +60,7 @@ What a platform's `recurrence(arrays, plan, reverse=, last=)` takes and gives; r
     last                             whether the states after each piece come back: last_state, last_row, last_sums
 
 and `near(arrays, plan, reverse=)`: near_q, near_k, and q, k of dw (dn and v), bias, top, place, reversed also total;
-gives out, and total.
+gives out, and [B,N,T] total and mass.
 
 Few heads. A program walks all of T, and B N programs may not fill a GPU. Then T is cut into G pieces, walked at
 once; as in linear_attention.py a pass over k and v alone gives what each adds to the state.
@@ -316,8 +319,18 @@ def _backward(plan: Plan, residuals, dy):
     found = (dq, of_k["out"], of_v["out"], of_wq["out"], of_wk["out"])
     given = zip(found, (q, k, v, window_q, window_k), strict=True)
     grads = [_summed(d, x.shape[2]).astype(x.dtype) for d, x in given]
-    d_gamma = jnp.sum(of_wq["total"], axis=(0, 2))
+    d_gamma = jnp.sum(_totals(of_wq, q, dq, b, gamma, done["norm"], plan.eps), axis=(0, 2))
     return *grads, d_gamma, None, None if state is None else _first(of_k, q, dn, b, forward["reach"], plan)
+
+
+def _totals(near: dict, q: Array, dq: Array, b: Array, gamma: Array, norm: Array, eps: float) -> Array:
+    """[B, N, T] without the rounding of y: what it adds to b_i adds to either part in proportion to its weights."""
+    q = jnp.repeat(q, dq.shape[2] // q.shape[2], axis=2).astype(jnp.float32)
+    far = jnp.sum(q * dq.astype(jnp.float32), axis=-1) + eps * b  # both parts and eps b add up to 0
+    own = gamma[:, None] * near["mass"]
+    rest = norm - eps - own
+    both = jnp.where(own + rest == 0, 1.0, own + rest)
+    return (rest * near["total"] - near["mass"] * jnp.swapaxes(far, 1, 2)) / both
 
 
 def _first(of_k: dict, q: Array, dn: Array, b: Array, reach: Array, plan: Plan) -> tuple[Array, Array]:

@@ -4,7 +4,7 @@
 walks the chunks in order with its part of the state, P x columns in float32, in registers. All products of a chunk have
 64 rows, wgmma for bfloat16: the scores of one tile at a time, at once spent on its values; then the state. Loops over
 the tiles are loops in the code too: written out, their loads would all be hoisted into registers. Tiles come from L2,
-where the previous chunk left them.
+where the previous chunk left them; those outside of T are not visited.
 
 `near`: no state, so a program for every chunk and head, all columns. It forms its tiles twice, first for a row's total.
 """
@@ -38,26 +38,27 @@ def chunk(dtype) -> int:
 
 
 def tile(arrays: dict, plan) -> Tile:
-    """What compiles for an H200 without a spilled register.
+    """What compiles for an H200 without a spilled register, by either assembler (jax 0.10.2, CUDA 12; 0.11.2, 13).
 
-    P = H = 128, bfloat16, terraces of 64; registers a thread (spilled bytes), shared KB of 227, in the forward pass:
+    P = H = 128, bfloat16, windows of 64; registers a thread (spills), of the forward and the worst backward pass:
 
-        columns, warps, stages     aligned      anywhere
-        128, 8, 1                  255 (48)     255 (40)     65
-        128, 8, 2                  255 (8)      255          81
-        128, 8, 3                  255          255         113
-        64, 8, 1 or 2              255          255          33, 65: scores are formed twice
-        64, 4, 1                   255 (32)     255 (48)     33: two programs on a multiprocessor
+        columns, warps, stages   terraces, blocks with chunks   terraces anywhere       sliding
+        128, 8, 2                255, 231                       255 (26), 234           255 (36), 255 (2)
+        128, 8, 1                255 (2), 236                   255 (2), 255 (25)       255, 255 (20)
+        64, 8, 3                 255, 185                       255 (4), 239            255, 254
+        64, 8, 2                 255, 185                       255 (5), 216            255 (2), 216
+        64, 8, 1                 255, 175                       255, 255                255, 235
+        64, 4, 1                 255 (20), 245                  255 (20), 255 (26)      255 (16), 255 (56)
 
-    Backward 184 to 242. A loop over one far tile is no loop, and all loads of a chunk are in flight, 88 KB a stage: a
-    sliding window of C spills 56 bytes forward with 128 columns.
+    Shared memory up to 146 KB of 227, a program a multiprocessor. With 64 columns scores are formed twice.
     float32 as three TensorFloat-32 products keeps each operand twice: chunks of 16, and up to 64 features.
     """
+    far = plan.tiles - plan.first_far
     if arrays["v"].dtype == jnp.float32:
         return Tile(16 if "sums" in arrays else 32, 4, 1)
-    if plan.tiles == plan.first_far + 1:
-        return Tile(64 if "sums" in arrays else 128, 8, 2)
-    return Tile(128, 8, 3)
+    if "sums" in arrays:
+        return Tile(128, 8, 2) if far <= 0 else Tile(64, 8, 1)
+    return Tile(64, 8, 2) if far == 1 else Tile(128, 8, 2)
 
 
 def recurrence(arrays: dict, plan, *, reverse: bool = False, last: bool = False) -> dict:
@@ -120,12 +121,13 @@ class Tiles:
         self.refs, self.c, self.reverse, self.plan = refs, c, reverse, plan
         self.C, self.T = plan.chunk, refs["nearest"].shape[0]
         self.rows = pl.ds(c * self.C, self.C)
+        # Tiles outside of T are left out. A bound that is not known before also keeps a loop over one tile a loop.
+        self.count = jnp.minimum(plan.tiles, self.T // self.C - c if reverse else c + 1)
         self.own = {}  # what this program found out about its rows: reading back what it stored would be a race
 
     def at(self, t):
-        """Where the tile lies, moved to where there are tokens."""
-        start = (self.c + (t if self.reverse else -t)) * self.C
-        return pl.ds(jnp.clip(start, 0, self.T - self.C), self.C)
+        """Where the tile lies."""
+        return pl.ds((self.c + (t if self.reverse else -t)) * self.C, self.C)
 
     def of_query(self, name, t):
         """A number of each query, along the scores' queries."""
@@ -142,12 +144,11 @@ class Tiles:
 
     def near(self, t):
         query, key = self.keys(t)
-        return (key >= self.of_query("nearest", t)) & (key <= query) & (query < self.T)
+        return (key >= self.of_query("nearest", t)) & (key <= query)
 
     def far(self, t):
         query, key = self.keys(t)
-        own = (key >= self.of_query("oldest", t)) & (query < self.T)
-        return own & (key < self.of_query("nearest", t))
+        return (key >= self.of_query("oldest", t)) & (key < self.of_query("nearest", t))
 
     def soft(self, s, t):
         """exp(s - max) of the near pairs, from plain products."""
@@ -194,14 +195,17 @@ def _outputs(tiles: Tiles, carry, dot):
         scores = jnp.where(tiles.far(t), scores, 0.0)
         return _spend(tiles, t, scores, sums, dot)
 
-    out, norm = lax.fori_loop(min(plan.first_far, plan.tiles), plan.tiles, far, sums)
-    q = refs["q"][rows, :]
+    out, norm = sums
+    if plan.first_far < plan.tiles:
+        out, norm = lax.fori_loop(plan.first_far, tiles.count, far, sums)
+    # Scaled before, so that the product is added to `out` in place.
+    q = refs["q"][rows, :] * reach[:, None].astype(dtype)
     if "row" in refs:
         row = reach if tiles.reverse else reach * refs["bias"][rows]
         out += carry["row"][None, :] * row[:, None]
-    out += dot(q, carry["state"].astype(dtype), 1, 0) * reach[:, None]
+    out += dot(q, carry["state"].astype(dtype), 1, 0)
     if "sums" in refs:
-        norm += jnp.max(dot(q, carry["sums"].astype(dtype), 1, 0), axis=1) * reach + plan.eps
+        norm += jnp.max(dot(q, carry["sums"].astype(dtype), 1, 0), axis=1) + plan.eps
         refs["norm"][rows] = norm
         out *= (1.0 / jnp.where(norm == 0.0, 1.0, norm))[:, None]
     refs["out"][rows, :] = out.astype(refs["out"].dtype)
@@ -232,7 +236,7 @@ def _softmax(tiles: Tiles, sums, dot):
 
     top = jnp.full((tiles.C,), NEVER / 2, jnp.float32)  # above what is masked
     best = top, jnp.full((tiles.C,), -1, jnp.int32)
-    top, place, out, norm = lax.fori_loop(0, tiles.plan.tiles, more, (*best, *sums))
+    top, place, out, norm = lax.fori_loop(0, tiles.count, more, (*best, *sums))
     refs["top"][tiles.rows], refs["place"][tiles.rows] = top, place
     return out * gamma, norm * gamma
 
@@ -244,14 +248,16 @@ def _known_softmax(tiles: Tiles, sums, dot):
         s = dot(refs["near_q"][tiles.rows, :], refs["near_k"][tiles.at(t), :], 1, 1)
         return _spend(tiles, t, tiles.soft(s, t), sums, dot)
 
-    out, norm = lax.fori_loop(0, tiles.plan.tiles, more, sums)
+    out, norm = lax.fori_loop(0, tiles.count, more, sums)
     return out * gamma, norm
 
 
 def _advance(tiles: Tiles, carry, dot):
     """The states after this chunk: the last tile that it saw leaves the tiles."""
     refs, rows, new = tiles.refs, tiles.rows, {}
-    at = tiles.at(tiles.plan.tiles - 1)
+    lag = tiles.plan.tiles - 1
+    chunk = tiles.c + (lag if tiles.reverse else -lag)
+    at = pl.ds(jnp.clip(chunk * tiles.C, 0, tiles.T - tiles.C), tiles.C)  # outside of T nothing is kept
     k, v, kept, whole = refs["k"][at, :], refs["v"][at, :], refs["kept"][rows], refs["whole"][tiles.c]
     weighted = v.astype(jnp.float32) * kept[:, None]
     if "state" in carry:
@@ -272,7 +278,7 @@ def near(arrays: dict, plan, *, reverse: bool = False) -> dict:
     N, dtype = plan.heads, arrays["near_q"].dtype
     shapes = {"out": jax.ShapeDtypeStruct((B, T, N, H), dtype)}
     if not reverse:
-        shapes["total"] = jax.ShapeDtypeStruct((B, N, T), jnp.float32)
+        shapes["total"] = shapes["mass"] = jax.ShapeDtypeStruct((B, N, T), jnp.float32)
 
     def block(name, shape):
         whole = _block(name, shape, N, H)
@@ -298,24 +304,27 @@ def _near(*given, names, reverse, plan):
     s_rows, w_rows = refs["near_q"][tiles.rows, :], refs["q"][tiles.rows, :]
 
     def soft(t):
-        """exp(s - max) times its own cotangent."""
+        """exp(s - max), and its cotangent."""
         s = dot(s_rows, refs["near_k"][tiles.at(t), :], 1, 1)
         dw = dot(w_rows, refs["k"][tiles.at(t), :], 1, 1) + tiles.of_query("bias", t)
-        return tiles.soft(s, t) * dw
+        return tiles.soft(s, t), dw
+
+    def totals(t, sums):
+        e, dw = soft(t)
+        return sums[0] + jnp.sum(e * dw, axis=1), sums[1] + jnp.sum(e, axis=1)
 
     if not reverse:
         zeros = jnp.zeros((tiles.C,), jnp.float32)
-        total = lax.fori_loop(0, plan.tiles, lambda t, sums: sums + jnp.sum(soft(t), axis=1), zeros)
+        total, refs["mass"][tiles.rows] = lax.fori_loop(0, tiles.count, totals, (zeros, zeros))
         refs["total"][tiles.rows] = tiles.own["total"] = total
 
     def add(t, out):
-        query, key = tiles.keys(t)
-        # A tile that was moved has no query of the place that it pretends.
-        top = (key == tiles.of_query("place", t)) & (query < tiles.T)
-        ds = soft(t) - jnp.where(top, tiles.of_query("total", t), 0.0)
+        top = tiles.keys(t)[1] == tiles.of_query("place", t)
+        e, dw = soft(t)
+        ds = e * dw - jnp.where(top, tiles.of_query("total", t), 0.0)
         return out + dot(ds.astype(refs["near_k"].dtype), refs["near_k"][tiles.at(t), :], 1, 0)
 
-    out = lax.fori_loop(0, plan.tiles, add, jnp.zeros(s_rows.shape, jnp.float32))
+    out = lax.fori_loop(0, tiles.count, add, jnp.zeros(s_rows.shape, jnp.float32))
     refs["out"][tiles.rows, :] = (out * (refs["gamma"][0] * plan.scale)).astype(refs["out"].dtype)
 
 

@@ -20,7 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 NEVER = -1e30
 STATES = ("state", "row", "sums")
 OF_ROWS = ("nearest", "oldest", "reach", "kept", "whole")
-OF_HEADS = ("bias", "top", "place", "total", "norm")
+OF_HEADS = ("bias", "top", "place", "total", "mass", "norm")
 OF_QUERIES = ("nearest", "oldest", "bias", "top", "place", "total")
 
 
@@ -60,7 +60,7 @@ def near(arrays: dict, plan, *, reverse: bool = False) -> dict:
     B, T, _, H = arrays["near_q"].shape
     shapes: dict = {"out": ((B, T, plan.heads, H), arrays["near_q"].dtype)}
     if not reverse:
-        shapes["total"] = ((B, plan.heads, T), jnp.float32)
+        shapes["total"] = shapes["mass"] = ((B, plan.heads, T), jnp.float32)
     arrays = {name: x for name, x in arrays.items() if name not in ("reach", "kept", "whole", "oldest")}
     pairs = plan.tiles * plan.chunk
     work = pairs * 2 * (2 * H + arrays["q"].shape[-1]), pairs
@@ -350,31 +350,33 @@ def _advance(step: Step, h: int):
 
 def _near(*given, names, plan, reverse, each):
     step = Step(given, names, plan, reverse, each)
-    totals = [_near_head(step, h) for h in range(each)]
-    if not reverse:
-        step.refs["total"][0, 0] = jnp.transpose(jnp.concatenate(totals, axis=1))
+    found = [_near_head(step, h) for h in range(each)]
+    for name, columns in zip(("total", "mass"), zip(*found), strict=False):
+        step.refs[name][0, 0] = jnp.transpose(jnp.concatenate(columns, axis=1))
     step.push()
 
 
 def _near_head(step: Step, h: int):
-    """One head's chunk; gives each query's total, a column."""
+    """One head's chunk; gives each query's total and mass, columns."""
     refs, tiles, q = step.refs, range(step.plan.tiles), step.own("q", h)
-    soft, total = [], None
+    soft, total, found = [], None, ()
     for t in tiles:
         dw = _dot(q, step.tile("k", t, h), 1, 1) + step.of_query("bias", t, h)
-        soft.append(step.soft(t, h) * dw)
+        soft.append((step.soft(t, h), dw))
     if not step.reverse:
-        total = jnp.sum(sum(soft[1:], soft[0]), axis=1, keepdims=True)
+        total = sum(jnp.sum(e * dw, axis=1, keepdims=True) for e, dw in soft)
+        found = total, sum(jnp.sum(e, axis=1, keepdims=True) for e, _ in soft)
     out = jnp.zeros(refs["out"].shape[2:], jnp.float32)
     for t in tiles:
         query, key = step.places(t)
         top = (key == step.of_query("place", t, h)) & (query < step.chunks * step.C)
-        ds = soft[t] - jnp.where(top, step.of_query("total", t, h) if total is None else total, 0.0)
+        e, dw = soft[t]
+        ds = e * dw - jnp.where(top, step.of_query("total", t, h) if total is None else total, 0.0)
         k = step.tile("near_k", t, h)
         out += _dot(ds.astype(k.dtype), k, 1, 0)
     scale = refs["gamma"][0, h : h + 1, :] * step.plan.scale
     refs["out"][0, h] = (out * scale).astype(refs["out"].dtype)
-    return total
+    return found
 
 
 def _dot(a, b, a_axis, b_axis):

@@ -420,8 +420,23 @@ def _backward_step(carry, x, *, k, v, kf, gamma, plan: Plan):
     dv = plan.add_keys(dv, dv_near.at[..., :C, :].add(dv_out), chunk)
     dkf_near = jnp.pad(dkf_near, ((0, 0), (0, 0), (0, 0), (0, (plan.tiles - plan.linear) * C), (0, 0)))
     dkf = plan.add_keys(dkf, dkf_near.at[..., :C, :].add(dkf_out), chunk)
-    d_gamma += jnp.sum(total, axis=(0, 3))[..., None]
+    d_gamma += jnp.sum(
+        _exact_total(total[..., 0], soft, qf, dqf, d_norm, gamma[..., 0], norm, plan.eps), (0, 3)
+    )[..., None, None]
     return ((d_kv, d_z), (dk, dv, dkf), d_gamma), (dq, dqf)
+
+
+def _exact_total(total, soft, qf, dqf, d_norm, gamma, norm, eps) -> Array:
+    """The softmax part's total without y's rounding, [B, G, R, C].
+
+    y is rounded, and with it d_norm, which adds to the totals of both parts in proportion to their weights: where near
+    keys hold most of the weight, more than is left of them. But gamma total + qf.dqf + eps d_norm = 0, and mixed, each
+    times the weights of the other, they do not depend on d_norm.
+    """
+    far = jnp.sum(qf.astype(jnp.float32) * dqf, axis=-1) + eps * d_norm
+    mass = jnp.sum(soft, axis=-1)
+    rest = norm - eps - gamma * mass
+    return (rest * total - mass * far) / nonzero(rest + gamma * mass)
 
 
 _chunks.defvjp(_chunks_forward, _chunks_backward)
