@@ -39,7 +39,7 @@ class Operator:
     Attributes:
       size: as in the model that `note` names; `small`: for a CPU.
       shapes: (size, B, T) -> {argument: (shape, kind)}; kind "x" is in the dtype of activations, "w" a float32
-        parameter, "decay" float32 and negative, "positive" like a feature map's output, "labels" integers.
+    XX
       call: ({argument: array}, implementation) -> result.
       flops: (size, T) -> for one token, forward.
       tokens: of the whole problem (B = tokens / T) in the table of targets.
@@ -58,7 +58,7 @@ class Operator:
     backward: float = 2.0  # FLOPs of the backward pass over those of the forward pass
 
     def structs(self, size: Size, *, B: int, T: int, dtype: str) -> dict[str, jax.ShapeDtypeStruct]:
-        types = {"x": dtype, "positive": dtype, "labels": "int32"}
+        types = {"x": dtype, "positive": dtype, "labels": "int32", "documents": "int32"}
         return {
             name: jax.ShapeDtypeStruct(shape, types.get(kind, "float32"))
             for name, (shape, kind) in self.shapes(size, B, T).items()
@@ -78,8 +78,19 @@ class Operator:
                 x = np.exp(x) / np.exp(x).sum(-1, keepdims=True)
             elif kind == "labels":
                 x = rng.integers(0, size.V, struct.shape)
+            elif kind == "documents":  # 300 tokens long or so
+                x = np.cumsum(rng.random(struct.shape) < 1 / 300, axis=1) + 1
             out[name] = jnp.asarray(x, struct.dtype)
         return out
+
+    def packed(self) -> "Operator":
+        """The same on rows of several documents."""
+        shapes = self.shapes
+        return dataclasses.replace(
+            self,
+            name=f"{self.name}_packed",
+            shapes=lambda size, B, T: shapes(size, B, T) | {"segment_ids": ((B, T), "documents")},
+        )
 
     def trained(self, arrays) -> dict:
         """Those that have a gradient."""
@@ -116,46 +127,47 @@ class Operator:
 def _short_conv(a, implementation):
     from lcx.ops.short_conv import short_conv
 
-    return short_conv(a["x"], a["w"], implementation=implementation)[0]
+    return short_conv(a["x"], a["w"], segment_ids=a.get("segment_ids"), implementation=implementation)[0]
 
 
 def _fir_conv(a, implementation):
     from lcx.ops.fir_conv import fir_conv
 
-    return fir_conv(a["x1"], a["x2"], a["v"], a["h"], implementation=implementation)[0]
+    ids = a.get("segment_ids")
+    return fir_conv(a["x1"], a["x2"], a["v"], a["h"], segment_ids=ids, implementation=implementation)[0]
 
 
 def _long_conv(a, implementation):
     from lcx.ops.long_conv import long_conv
 
-    return long_conv(a["x1"], a["x2"], a["v"], a["h"], skip=a["skip"], implementation=implementation)
+    options = {"skip": a["skip"], "segment_ids": a.get("segment_ids"), "implementation": implementation}
+    return long_conv(a["x1"], a["x2"], a["v"], a["h"], **options)
 
 
 def _linear_attention(a, implementation):
     from lcx.ops.linear_attention import linear_attention
 
     decay = a.get("log_decay")
-    return linear_attention(
-        a["q"], a["k"], a["v"], log_decay=decay, normalize=decay is None, implementation=implementation
-    )[0]
+    options = {"segment_ids": a.get("segment_ids"), "implementation": implementation}
+    return linear_attention(a["q"], a["k"], a["v"], log_decay=decay, normalize=decay is None, **options)[0]
 
 
 def _lolcats(a, implementation):
     from lcx.ops.linear_attention import Window, linear_attention
 
     window = Window(kind="terraced", size=64, q=a["window_q"], k=a["window_k"], scale=a["gamma"])
-    return linear_attention(
-        a["q"], a["k"], a["v"], normalize=True, window=window, implementation=implementation
-    )[0]
+    options = {"segment_ids": a.get("segment_ids"), "implementation": implementation}
+    return linear_attention(a["q"], a["k"], a["v"], normalize=True, window=window, **options)[0]
 
 
 def _second_order(form):
     def call(a, implementation):
         from lcx.ops.second_order_attention import second_order_attention
 
-        return second_order_attention(
-            a["q"], a["k"], a["v"], log_decay=a["log_decay"], form=form, implementation=implementation
-        )[0]
+        options = {"segment_ids": a.get("segment_ids"), "implementation": implementation}
+        return second_order_attention(a["q"], a["k"], a["v"], log_decay=a["log_decay"], form=form, **options)[
+            0
+        ]
 
     return call
 
@@ -164,7 +176,8 @@ def _attention(a, implementation):
     from lcx.ops.attention import attention
 
     decay = {"log_decay": a["log_decay"]} if "log_decay" in a else {}
-    return attention(a["q"], a["k"], a["v"], implementation=implementation, **decay)
+    ids = a.get("segment_ids")
+    return attention(a["q"], a["k"], a["v"], segment_ids=ids, implementation=implementation, **decay)
 
 
 def _cross_entropy(a, implementation):

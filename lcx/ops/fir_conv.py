@@ -7,7 +7,7 @@ Taps are in convolution order: k = 0 multiplies the current token. Channels come
 channel is contiguous, and the blocks of all channels of a group are the rows of one matrix.
 
 ``reference``  every window of K inputs laid out, in float32: the definition.
-``triton``, ``tpu``  kernels_pallas.fir_conv, one pass over memory; packed rows with up to 8 taps only.
+``triton``, ``tpu``  kernels_pallas.fir_conv, one pass over memory; packed rows in as many as `packed_conv` needs.
 ``xla``        K < 16: shifted multiply-adds. Else block Toeplitz products (Ku et al. 2025, "Systems and Algorithms for
                Convolutional Multi-Hybrid Language Models at Scale", section 3.2): with C >= K - 1 a block of outputs
                needs its own inputs and those of the block before it, Y_n = X_n M0 + X_{n-1} M1, where M0[s, t] = h[t-s]
@@ -30,12 +30,14 @@ from jaxtyping import Array, Float, Int
 from lcx.errors import UserError
 from lcx.ops import MIXER_RESIDUALS, dispatch, segments
 from lcx.ops import short_conv as short
+from lcx.ops.packed_conv import by_document
 from lcx.ops.short_conv import ConvState
 
 MAX_TAPS = 256
-SHIFTED = (
-    16  # fewer taps than this are shifted, and so are blocks of as many tokens that hold several documents
-)
+# Fewer taps than this are shifted, and so are blocks of as many tokens that hold several documents.
+SHIFTED = 16
+# Of the kernel over a packed row: each moves 18 bytes an element with its masks, all other forms over a hundred.
+PASSES = 4
 
 
 def fir_conv(
@@ -63,7 +65,8 @@ def fir_conv(
             f"fir_conv of {D} channels with filters {h.shape}: expected [G, K] with G a divisor of {D} and K from 2 "
             f"to {MAX_TAPS}; change the groups or the length of the filter (long_conv takes longer ones)"
         )
-    name = dispatch.choose("fir_conv", implementation, _forms(v, h, segment_ids is not None))
+    carried = segment_ids is not None and initial_state is not None
+    name = dispatch.choose("fir_conv", implementation, _forms(v, h, carried))
     gated = v if x2 is None else x2 * v
     state = short.final_state(gated, segment_ids, initial_state, K)
     if name in short.KERNELS:
@@ -81,11 +84,13 @@ def fir_conv(
     return y[:, :, before:], state
 
 
-def _forms(v: Array, h: Array, packed: bool) -> dict[str, str | None]:
+def _forms(v: Array, h: Array, carried: bool) -> dict[str, str | None]:
+    """carried: documents that begin in a state."""
+
     def obstacle(platform: str) -> str | None:
         from kernels_pallas import fir_conv as kernels
 
-        return kernels.obstacle(v, h, platform=platform, segments=packed)
+        return kernels.obstacle(v, h, platform=platform, segments=carried)
 
     plain: dict[str, str | None] = {"xla": None, "reference": None}
     forms = {name: dispatch.on(platform) or obstacle(platform) for name, platform in short.KERNELS.items()}
@@ -95,6 +100,17 @@ def _forms(v: Array, h: Array, packed: bool) -> dict[str, str | None]:
 def _kernel(x1, x2, v, h, skip, segment_ids, state: ConvState | None, platform: str) -> Array:
     from kernels_pallas import fir_conv as kernels
 
+    if segment_ids is not None and kernels.obstacle(v, h, platform=platform, segments=True):
+
+        def one_document(signals, weights):
+            return kernels.fir_conv(*signals, weights[0], skip=weights[1], platform=platform)[0]
+
+        def at_once(signals, weights, ids):
+            return _grouped(*signals, *weights, ids)
+
+        return by_document(
+            *(one_document, at_once, (x1, x2, v), (h, skip), segment_ids), taps=h.shape[1], most=PASSES
+        )
     history = short.kernel_history(segment_ids, state)
     return kernels.fir_conv(x1, x2, v, h, skip=skip, **history, platform=platform)[0]
 

@@ -5,7 +5,8 @@
 Letters: B batch, D channels, T time, S >= T taps, b half a block. Taps are in convolution order, one filter a channel.
 
 ``reference``  every T x T Toeplitz matrix laid out, in float32: the definition.
-``triton``, ``tpu``  kernels_pallas.long_conv: the transform as matrix products, one pass; no packed rows.
+``triton``, ``tpu``  kernels_pallas.long_conv: the transform as matrix products, one pass; in packed rows one for each
+               document (`packed_conv`), as long as they are few.
 ``xla``        irfft(rfft(g) rfft(h)) over 2 T points, float32 throughout: O(T log T). Inputs in bfloat16 are widened
                for it, since rounding between the stages of an FFT spreads over the whole sequence.
 
@@ -28,10 +29,13 @@ from jaxtyping import Array, Float, Int
 from lcx.errors import UserError
 from lcx.ops import MIXER_RESIDUALS, dispatch, segments
 from lcx.ops.fir_conv import each_group, toeplitz, unless_packed, within
+from lcx.ops.packed_conv import by_document
 from lcx.ops.short_conv import KERNELS
 
 BLOCK = 256  # tokens below which Toeplitz products take over from the FFT, in packed rows
 CHANNELS = 16  # at a time
+# Of the kernel over a packed row: the levels of FFTs move about as many bytes.
+PASSES = 8
 
 
 def long_conv(
@@ -58,18 +62,17 @@ def long_conv(
             f"long_conv of {v.shape} [B, D, T] with filters {h.shape}: expected [D, S] with D = {v.shape[1]} and "
             f"S >= {T}; fir_conv takes filters that are shorter than the sequence"
         )
-    name = dispatch.choose("long_conv", implementation, _forms(v, segment_ids is not None))
+    name = dispatch.choose("long_conv", implementation, _forms(v))
     if name == "reference":
         return reference(x1, x2, v, h, skip, segment_ids)
     if name in KERNELS:
-        return checkpoint_name(_kernel(x1, x2, v, h, skip, KERNELS[name]), MIXER_RESIDUALS)
+        y = _kernel(x1, x2, v, h, skip, segment_ids, KERNELS[name])
+        return checkpoint_name(y, MIXER_RESIDUALS)
     return _by_channels(x1, x2, v, h[:, :T], skip, segment_ids)
 
 
-def _forms(v: Array, packed: bool) -> dict[str, str | None]:
+def _forms(v: Array) -> dict[str, str | None]:
     def obstacle(platform: str) -> str | None:
-        if packed:
-            return "the kernel takes one document a row, without segment_ids"
         from kernels_pallas import long_conv as kernels
 
         B, D, T = v.shape
@@ -79,10 +82,19 @@ def _forms(v: Array, packed: bool) -> dict[str, str | None]:
     return forms | {"xla": None, "reference": None}
 
 
-def _kernel(x1, x2, v, h, skip, platform: str) -> Array:
+def _kernel(x1, x2, v, h, skip, ids, platform: str) -> Array:
     from kernels_pallas import long_conv as kernels
 
-    return kernels.long_conv(x1, x2, v, h, skip=skip, platform=platform)
+    def one_document(signals, weights):
+        return kernels.long_conv(*signals, weights[0], skip=weights[1], platform=platform)
+
+    def at_once(signals, weights, ids):
+        return _by_channels(*signals, *weights, ids)
+
+    signals, weights, T = (x1, x2, v), (h[:, : v.shape[2]], skip), v.shape[2]
+    if ids is None:
+        return one_document(signals, weights)
+    return by_document(one_document, at_once, signals, weights, ids, taps=T, most=PASSES)
 
 
 def reference(x1, x2, v, h, skip, ids) -> Array:

@@ -1,0 +1,91 @@
+"""Packed rows through convolution kernels that know one document a row.
+
+Documents that lie further apart than the filter is long do not see each other. So the documents of a row are dealt out
+to classes, number modulo `count`, such that no window as long as the filter holds two of a class, and each class takes
+one pass of the kernel with the inputs of the others at 0. One document, with padding or without, is one pass; documents
+of at least as many tokens as the filter are two, whatever their number; for a filter as long as the row every document
+is a pass of its own. `count` is found from the ids while the program runs, the largest of all rows; where it exceeds
+`most`, the form in plain JAX takes over, whose cost does not depend on it.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from lcx.ops import segments
+
+Signals = tuple[Array | None, Array | None, Array]  # x1, x2, v [B, D, T]
+
+
+def by_document(
+    kernel: Callable[[Signals, Any], Array],
+    otherwise: Callable[[Signals, Any, Array], Array],
+    signals: Signals,
+    weights: Any,
+    ids: Array,
+    *,
+    taps: int,
+    most: int,
+) -> Array:
+    """y [B, D, T] with gradients for signals and weights.
+
+    Args:
+      kernel: (signals, weights) -> y, linear in v and causal, for rows of one document.
+      otherwise: (signals, weights, ids) -> y.
+      ids: segment_ids [B, T], 0 for padding.
+      taps: how far the filter reaches, the current token included.
+      most: passes from which on `otherwise` is the faster.
+    """
+    runs = jnp.maximum(segments.runs(ids), 1)  # 0: padding before the first
+    first = jnp.pad(runs, ((0, 0), (taps - 1, 0)), mode="edge")[:, : runs.shape[1]]
+    count = 1 + jnp.max(runs - first)
+    classes = jnp.where(ids != 0, runs % count, -1)
+    return _by_class(kernel, otherwise, most, signals, weights, ids, classes, count)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _by_class(kernel, otherwise, most, signals, weights, ids, classes, count):
+    def passes():
+        def one(i, y):
+            mine = (classes == i)[:, None]
+            return jnp.where(mine, kernel(_only(mine, signals), weights), y)
+
+        return lax.fori_loop(0, count, one, jnp.zeros_like(signals[2]))
+
+    return lax.cond(count <= most, passes, lambda: otherwise(signals, weights, ids))
+
+
+def _only(mine: Array, signals: Signals) -> Signals:
+    x1, x2, v = signals
+    return x1, x2, jnp.where(mine, v, 0)
+
+
+def _forward(kernel, otherwise, most, *arrays):
+    return _by_class(kernel, otherwise, most, *arrays), arrays
+
+
+def _backward(kernel, otherwise, most, arrays, dy):
+    signals, weights, ids, classes, count = arrays
+
+    def passes():
+        def one(i, sums):
+            mine = (classes == i)[:, None]
+            _, pull = jax.vjp(kernel, _only(mine, signals), weights)
+            d_signals, d_weights = pull(jnp.where(mine, dy, 0))
+            own = jax.tree.map(lambda new, old: jnp.where(mine, new, old), d_signals, sums[0])
+            return own, jax.tree.map(jnp.add, d_weights, sums[1])
+
+        return lax.fori_loop(0, count, one, jax.tree.map(jnp.zeros_like, (signals, weights)))
+
+    def at_once():
+        _, pull = jax.vjp(lambda signals, weights: otherwise(signals, weights, ids), signals, weights)
+        return pull(dy)
+
+    return *lax.cond(count <= most, passes, at_once), None, None, None
+
+
+_by_class.defvjp(_forward, _backward)
