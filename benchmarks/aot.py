@@ -22,7 +22,7 @@ import subprocess
 import sys
 import time
 
-from operators import OPERATORS
+from operators import OPERATORS, VARIANTS
 
 ROWS = 2
 
@@ -31,7 +31,7 @@ def record(name: str, target: str, T: int, *, train: bool, implementation: str |
     """One program; what a compiler refuses comes back as {"error": ...}."""
     from kernels_pallas import aot
 
-    operator = OPERATORS[name]
+    operator = VARIANTS[name]
     arrays = operator.structs(operator.size, B=ROWS, T=T, dtype="bfloat16")
     args = (arrays, operator.result(arrays)) if train else (arrays,)
     fn = operator.gradients(implementation) if train else operator.forward(implementation)
@@ -131,12 +131,23 @@ def facts(row: dict) -> dict[str, float]:
     return found
 
 
+def key(row: dict) -> tuple:
+    return tuple(row.get(name) for name in ("operator", "target", "T", "train", "implementation"))
+
+
+def updated(path: str, rows: list[dict]) -> list[dict]:
+    """The records of the file with these in place of the same ones; only these if other compilers made it."""
+    if not os.path.exists(path):
+        return rows
+    with open(path) as file:
+        before = json.load(file)
+    if before["versions"] != versions():
+        return rows
+    return list(({key(row): row for row in before["records"]} | {key(row): row for row in rows}).values())
+
+
 def grown(rows: list[dict], before: list[dict]) -> list[str]:
     """A line for each fact that is larger by more than a twentieth, and for each program that no longer compiles."""
-
-    def key(row: dict) -> tuple:
-        return tuple(row.get(name) for name in ("operator", "target", "T", "train", "implementation"))
-
     old, lines = {key(row): row for row in before}, []
     for row in rows:
         was, what = old.get(key(row), {}), " ".join(map(str, key(row)))
@@ -164,13 +175,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--operators", default=",".join(OPERATORS))
+    others = ", ".join(name for name in VARIANTS if name not in OPERATORS)
+    parser.add_argument("--operators", default=",".join(OPERATORS), help=f"also {others}")
     parser.add_argument("--targets", default="h200,v5e,v5p,v6e")
     parser.add_argument("--lengths", default="4096,8192", help="the first is the one that --bundles looks at")
     parser.add_argument("--implementations", default="best,xla")
     parser.add_argument("--bundles", default="", help="TPU targets whose schedules are read")
     parser.add_argument("--timeout", type=float, default=900, help="seconds for an operator")
-    parser.add_argument("--output")
+    parser.add_argument("--output", help="a file of the same compilers keeps what is not compiled now")
     parser.add_argument("--compare", metavar="FILE.json", help="a result of this program from before")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     return parser.parse_args(argv)
@@ -192,7 +204,7 @@ def main() -> int:
             "rows": ROWS,
             "versions": versions(),
             "sizes": {name: dataclasses.asdict(op.size) for name, op in OPERATORS.items()},
-            "records": rows,
+            "records": updated(args.output, rows),
         }
         with open(args.output, "w") as file:
             file.write(json.dumps(result).replace('{"operator"', '\n{"operator"') + "\n")

@@ -152,12 +152,15 @@ def _linear_attention(a, implementation):
     return linear_attention(a["q"], a["k"], a["v"], log_decay=decay, normalize=decay is None, **options)[0]
 
 
-def _lolcats(a, implementation):
-    from lcx.ops.linear_attention import Window, linear_attention
+def _lolcats(kind):
+    def call(a, implementation):
+        from lcx.ops.linear_attention import Window, linear_attention
 
-    window = Window(kind="terraced", size=64, q=a["window_q"], k=a["window_k"], scale=a["gamma"])
-    options = {"segment_ids": a.get("segment_ids"), "implementation": implementation}
-    return linear_attention(a["q"], a["k"], a["v"], normalize=True, window=window, **options)[0]
+        window = Window(kind=kind, size=64, q=a["window_q"], k=a["window_k"], scale=a["gamma"])
+        options = {"segment_ids": a.get("segment_ids"), "implementation": implementation}
+        return linear_attention(a["q"], a["k"], a["v"], normalize=True, window=window, **options)[0]
+
+    return call
 
 
 def _second_order(form):
@@ -177,7 +180,8 @@ def _attention(a, implementation):
 
     decay = {"log_decay": a["log_decay"]} if "log_decay" in a else {}
     ids = a.get("segment_ids")
-    return attention(a["q"], a["k"], a["v"], segment_ids=ids, implementation=implementation, **decay)
+    options = {"q_segment_ids": ids, "kv_segment_ids": ids, "implementation": implementation}
+    return attention(a["q"], a["k"], a["v"], **options, **decay)
 
 
 def _cross_entropy(a, implementation):
@@ -293,7 +297,7 @@ _TABLE = (
         size=Size(N=32, kv=32, P=128, H=128),
         small=Size(N=4, kv=4, P=128, H=64),
         shapes=_lolcats_shapes,
-        call=_lolcats,
+        call=_lolcats("terraced"),
         flops=lambda s, T: s.N * (4 * s.P * s.H + 4 * 96 * s.H),
         tokens=4 * 8192,
     ),
@@ -359,3 +363,9 @@ _TABLE = (
     ),
 )
 OPERATORS = {operator.name: operator for operator in _TABLE}
+# What takes other paths in the same kernels: packed rows as training has them, the other window.
+_OTHERS = (
+    *(operator.packed() for operator in _TABLE if operator.name != "cross_entropy"),
+    dataclasses.replace(OPERATORS["lolcats"], name="lolcats_sliding", call=_lolcats("sliding")),
+)
+VARIANTS = OPERATORS | {operator.name: operator for operator in _OTHERS}

@@ -94,10 +94,16 @@ def obstacle(q: Array, k: Array, v: Array, *, platform: str) -> str | None:
         return f"as many queries as keys, found {q.shape[1]} and {k.shape[1]}: the tiles know no cache"
     if not q.dtype == k.dtype == v.dtype or q.dtype not in (jnp.bfloat16, jnp.float32):
         return f"q, k and v must all be bfloat16 or all float32, found {q.dtype}, {k.dtype} and {v.dtype}"
-    known = [size for where, itemsize, size in TILES if (where, itemsize) == (platform, q.dtype.itemsize)]
-    if v.shape[-1] != H or H not in known:
-        return f"head sizes {H} and {v.shape[-1]} in {q.dtype}: the tiles are made for equal ones in {known}"
+    widest = max(head_sizes(q.dtype, platform))
+    if v.shape[-1] != H or widest < H:
+        return f"head sizes {H} and {v.shape[-1]} in {q.dtype}: the tiles are made for equal ones up to {widest}"
     return None
+
+
+def head_sizes(dtype, platform: str) -> list[int]:
+    """Those that have tiles; others are padded to the next."""
+    kind = platform, jnp.dtype(dtype).itemsize
+    return sorted(H for *where, H in TILES if tuple(where) == kind)
 
 
 def attention(
@@ -121,13 +127,15 @@ def attention(
       tiles: another row for the tuning table `TILES`.
     """
     T, H = q.shape[1], q.shape[3]
+    size = next(size for size in head_sizes(q.dtype, platform) if size >= H)
+    q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, size - H))) for x in (q, k, v))
     options = Options(
         scale=H**-0.5 if scale is None else scale,
         platform=platform,
         interpret=interpret,
-        tiles=tiles or fitting(TILES[platform, q.dtype.itemsize, H], T),
+        tiles=tiles or fitting(TILES[platform, q.dtype.itemsize, size], T),
     )
-    return _attention(*padded(q, k, v, log_decay, runs, options.tiles), options)[:, :T]
+    return _attention(*padded(q, k, v, log_decay, runs, options.tiles), options)[:, :T, :, :H]
 
 
 def bias(q, k, log_decay, runs, options: Options, C: int) -> tuple[Bias | None, Reach]:

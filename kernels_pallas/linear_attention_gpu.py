@@ -44,12 +44,15 @@ def tile(names, P: int, V: int, dtype) -> Tile:
         128, 8, 2                   212      255 (8) 255 (40)   238     255 (32)      one program, registers
 
     A chunk of 128 spills in all of them. P = 128 and V = 64 with a bias spills 8 bytes in two stages, none in three.
+    dk of packed rows: 64, 4, 2 or 3 spill 16 bytes by CUDA 13's assembler (jax 0.11.2), 64, 8, 2 takes 231 registers.
     float32 as three TensorFloat-32 products keeps each operand twice: chunks of 16, and up to 64 features.
     """
     if dtype == jnp.float32:
         return Tile(16 if "sums" in names else 32, 4, 1)
     if "sums" in names:
         return Tile(32, 4, 2) if "keep" in names else Tile(64, 8, 2)
+    if "row" in names and "keep" in names:
+        return Tile(64, 8, 2)
     return Tile(64, 4, 3 if P == 128 and V == 64 and "row" in names else 2)
 
 

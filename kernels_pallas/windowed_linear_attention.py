@@ -40,7 +40,7 @@ e'_ij, and enters q_i.dq_i = -gamma total_i times the far weights. For dgamma th
 So the one recurrence runs four times, as in linear_attention.py, where the third argument's state, S, S^T, dS^T or dS,
 is what lies beyond the tiles; the near pairs need no state and all chunks at once. A far product whose cotangent has a
 part of its own (b_i) carries a `row` beside the state, the sum of keys with the normaliser or its cotangent.
-Nothing but y, the normalisers, and each query's maximum and its place is kept for the backward pass.
+Nothing but y, the normalisers and each query's maximum is kept for the backward pass.
 
 **Cost** a token and head, terraces of 64 with C = 64, P = H = 128, bfloat16: forward reads q, k, wq, wk, v and writes
 y, 1536 bytes; 4 M C H FLOPs for the near pairs and 4 P H for the state, 131 K. An H200 (4.3 TB/s, 790 TFLOP/s) needs
@@ -56,11 +56,11 @@ What a platform's `recurrence(arrays, plan, reverse=, last=)` takes and gives; r
     reach, kept [B,T], whole [B,T/C] kept, whole: when chunk c is done
     bias [B,N,T]                     on far scores, of queries
     state [B,N,G,P,V] float32        entering each of G pieces of T; row [B,N,G,V], sums [B,N,G,P]
-                                     with sums the output is normalised          norm, top [B,N,T], place [B,N,T] int32
+                                     with sums the output is normalised          norm, top [B,N,T]
     last                             whether the states after each piece come back: last_state, last_row, last_sums
 
-and `near(arrays, plan, reverse=)`: near_q, near_k, and q, k of dw (dn and v), bias, top, place, reversed also total;
-gives out, and [B,N,T] total and mass.
+and `near(arrays, plan, reverse=)`: near_q, near_k, and q, k of dw (dn and v), bias, top, reversed also place, total;
+gives out, and [B,N,T] the place of each query's maximum, total and mass.
 
 Few heads. A program walks all of T, and B N programs may not fill a GPU. Then T is cut into G pieces, walked at
 once; as in linear_attention.py a pass over k and v alone gives what each adds to the state.
@@ -310,9 +310,9 @@ def _backward(plan: Plan, residuals, dy):
     of_v = {"q": k, "k": q, "v": dn, "near_q": window_k, "near_k": window_q, **near}
     of_v = _run({**of_v, "state": jnp.zeros_like(S), **reverse}, plan, reverse=True)
     soft = _kernels(plan.platform).near
-    near |= scores | {"place": done["place"]}
+    near |= scores
     of_wq = soft({"near_q": window_q, "near_k": window_k, "q": dn, "k": v, **near, **forward}, plan)
-    near["total"] = of_wq["total"]
+    near |= {name: of_wq[name] for name in ("place", "total")}
     of_wk = soft(
         {"near_q": window_k, "near_k": window_q, "q": v, "k": dn, **near, **reverse}, plan, reverse=True
     )

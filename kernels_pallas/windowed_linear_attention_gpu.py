@@ -43,12 +43,12 @@ def tile(arrays: dict, plan) -> Tile:
     P = H = 128, bfloat16, windows of 64; registers a thread (spills), of the forward and the worst backward pass:
 
         columns, warps, stages   terraces, blocks with chunks   terraces anywhere       sliding
-        128, 8, 2                255, 231                       255 (26), 234           255 (36), 255 (2)
-        128, 8, 1                255 (2), 236                   255 (2), 255 (25)       255, 255 (20)
-        64, 8, 3                 255, 185                       255 (4), 239            255, 254
-        64, 8, 2                 255, 185                       255 (5), 216            255 (2), 216
-        64, 8, 1                 255, 175                       255, 255                255, 235
-        64, 4, 1                 255 (20), 245                  255 (20), 255 (26)      255 (16), 255 (56)
+        128, 8, 2                255, 231                       255 (27), 234           255 (30), 255 (2)
+        128, 8, 3                255, 236                       255 (22), 251           255 (35), 255 (4)
+        64, 8, 2                 242, 185                       255, 216                255, 216
+        64, 8, 3                 246, 185                       255, 239                255, 254
+        64, 4, 1                 255, 245                       255, 255 (26)           255, 255 (56)
+        64, 4, 2                 255 (26), 241                  255 (68), 255           255 (115), 255 (30)
 
     Shared memory up to 146 KB of 227, a program a multiprocessor. With 64 columns scores are formed twice.
     float32 as three TensorFloat-32 products keeps each operand twice: chunks of 16, and up to 64 features.
@@ -57,7 +57,7 @@ def tile(arrays: dict, plan) -> Tile:
     if arrays["v"].dtype == jnp.float32:
         return Tile(16 if "sums" in arrays else 32, 4, 1)
     if "sums" in arrays:
-        return Tile(128, 8, 2) if far <= 0 else Tile(64, 8, 1)
+        return Tile(128, 8, 2) if far <= 0 else Tile(64, 8, 2)
     return Tile(64, 8, 2) if far == 1 else Tile(128, 8, 2)
 
 
@@ -72,7 +72,6 @@ def recurrence(arrays: dict, plan, *, reverse: bool = False, last: bool = False)
         shapes["out"] = jax.ShapeDtypeStruct((B, T, N, V), dtype)
     if "sums" in arrays and "q" in arrays:
         shapes["norm"] = shapes["top"] = jax.ShapeDtypeStruct((B, N, T), jnp.float32)
-        shapes["place"] = jax.ShapeDtypeStruct((B, N, T), jnp.int32)
     if last:
         of = {"state": (P, V), "row": (V,), "sums": (P,)}
         carried = {name: of[name] for name in of if name in arrays}
@@ -219,25 +218,21 @@ def _spend(tiles: Tiles, t, weights, sums, dot):
 
 
 def _softmax(tiles: Tiles, sums, dot):
-    """With a running maximum; stores each query's largest product with a near key, and the place of that key."""
+    """With a running maximum; stores each query's largest product with a near key."""
     refs, gamma = tiles.refs, tiles.refs["gamma"][0]
 
     def more(t, carry):
-        top, place, out, norm = carry
+        top, out, norm = carry
         s = dot(refs["near_q"][tiles.rows, :], refs["near_k"][tiles.at(t), :], 1, 1)
         s = jnp.where(tiles.near(t), s, jnp.float32(NEVER))
-        most = jnp.max(s, axis=1)
-        found = jnp.max(jnp.where(s == most[:, None], tiles.keys(t)[1], -1), axis=1)
-        new = jnp.maximum(most, top)
+        new = jnp.maximum(jnp.max(s, axis=1), top)
         shrink = jnp.exp((top - new) * tiles.plan.scale)
         weights = jnp.exp((s - new[:, None]) * tiles.plan.scale)
-        sums = _spend(tiles, t, weights, (out * shrink[:, None], norm * shrink), dot)
-        return new, jnp.where(most > top, found, place), *sums
+        return new, *_spend(tiles, t, weights, (out * shrink[:, None], norm * shrink), dot)
 
     top = jnp.full((tiles.C,), NEVER / 2, jnp.float32)  # above what is masked
-    best = top, jnp.full((tiles.C,), -1, jnp.int32)
-    top, place, out, norm = lax.fori_loop(0, tiles.count, more, (*best, *sums))
-    refs["top"][tiles.rows], refs["place"][tiles.rows] = top, place
+    top, out, norm = lax.fori_loop(0, tiles.count, more, (top, *sums))
+    refs["top"][tiles.rows] = top
     return out * gamma, norm * gamma
 
 
@@ -279,6 +274,7 @@ def near(arrays: dict, plan, *, reverse: bool = False) -> dict:
     shapes = {"out": jax.ShapeDtypeStruct((B, T, N, H), dtype)}
     if not reverse:
         shapes["total"] = shapes["mass"] = jax.ShapeDtypeStruct((B, N, T), jnp.float32)
+        shapes["place"] = jax.ShapeDtypeStruct((B, N, T), jnp.int32)
 
     def block(name, shape):
         whole = _block(name, shape, N, H)
@@ -304,23 +300,30 @@ def _near(*given, names, reverse, plan):
     s_rows, w_rows = refs["near_q"][tiles.rows, :], refs["q"][tiles.rows, :]
 
     def soft(t):
-        """exp(s - max), and its cotangent."""
+        """Plain products, exp(s - max), and its cotangent."""
         s = dot(s_rows, refs["near_k"][tiles.at(t), :], 1, 1)
         dw = dot(w_rows, refs["k"][tiles.at(t), :], 1, 1) + tiles.of_query("bias", t)
-        return tiles.soft(s, t), dw
+        return s, tiles.soft(s, t), dw
 
-    def totals(t, sums):
-        e, dw = soft(t)
-        return sums[0] + jnp.sum(e * dw, axis=1), sums[1] + jnp.sum(e, axis=1)
+    def totals(t, carry):
+        s, e, dw = soft(t)
+        best, place, total, mass = carry
+        s = jnp.where(tiles.near(t), s, jnp.float32(NEVER))
+        most = jnp.max(s, axis=1)
+        found = jnp.max(jnp.where(s == most[:, None], tiles.keys(t)[1], -1), axis=1)
+        place = jnp.where(most > best, found, place)
+        return jnp.maximum(most, best), place, total + jnp.sum(e * dw, axis=1), mass + jnp.sum(e, axis=1)
 
     if not reverse:
         zeros = jnp.zeros((tiles.C,), jnp.float32)
-        total, refs["mass"][tiles.rows] = lax.fori_loop(0, tiles.count, totals, (zeros, zeros))
-        refs["total"][tiles.rows] = tiles.own["total"] = total
+        start = zeros + NEVER / 2, jnp.full((tiles.C,), -1, jnp.int32), zeros, zeros
+        _, *found = lax.fori_loop(0, tiles.count, totals, start)
+        for name, x in zip(("place", "total", "mass"), found, strict=True):
+            refs[name][tiles.rows] = tiles.own[name] = x
 
     def add(t, out):
         top = tiles.keys(t)[1] == tiles.of_query("place", t)
-        e, dw = soft(t)
+        _, e, dw = soft(t)
         ds = e * dw - jnp.where(top, tiles.of_query("total", t), 0.0)
         return out + dot(ds.astype(refs["near_k"].dtype), refs["near_k"][tiles.at(t), :], 1, 0)
 

@@ -45,7 +45,7 @@ def recurrence(arrays: dict, plan, *, reverse: bool = False, last: bool = False)
     P, N = arrays["k"].shape[-1], plan.heads
     shapes = {"out": ((B, T, N, V), arrays["v"].dtype)}
     if "sums" in arrays:
-        shapes |= {name: ((B, N, T), jnp.float32) for name in ("norm", "top", "place")}
+        shapes |= {name: ((B, N, T), jnp.float32) for name in ("norm", "top")}
     if last:
         shapes |= {f"last_{name}": (arrays[name].shape, jnp.float32) for name in STATES if name in arrays}
     pairs = plan.tiles * plan.chunk if "near_q" in arrays else 0
@@ -60,7 +60,7 @@ def near(arrays: dict, plan, *, reverse: bool = False) -> dict:
     B, T, _, H = arrays["near_q"].shape
     shapes: dict = {"out": ((B, T, plan.heads, H), arrays["near_q"].dtype)}
     if not reverse:
-        shapes["total"] = shapes["mass"] = ((B, plan.heads, T), jnp.float32)
+        shapes |= {name: ((B, plan.heads, T), jnp.float32) for name in ("place", "total", "mass")}
     arrays = {name: x for name, x in arrays.items() if name not in ("reach", "kept", "whole", "oldest")}
     pairs = plan.tiles * plan.chunk
     work = pairs * 2 * (2 * H + arrays["q"].shape[-1]), pairs
@@ -194,7 +194,7 @@ class Step:
             for name in self.rings:
                 self.refs[f"ring_{name}"][...] = jnp.zeros_like(self.refs[f"ring_{name}"])
 
-        found = ("top", "place") if "norm" in self.refs else ("total",)  # by this pass, if not reversed
+        found = ("top",) if "norm" in self.refs else ("place", "total")  # by this pass, if not reversed
         turned = ("reach", "kept") if reverse else ("reach", "kept", *OF_QUERIES)
         self.columns = {
             name: self.turned(self.rows(name)) for name in turned if name in self.refs and name not in found
@@ -250,9 +250,13 @@ class Step:
             return near, None
         return near, (key >= self.of_query("oldest", t, 0)) & (key < nearest) & real
 
-    def soft(self, t, h):
-        """exp(s - max) of the near pairs."""
+    def products(self, t, h):
+        """Of the near pairs."""
         s = _dot(self.own("near_q", h), self.tile("near_k", t, h), 1, 1)
+        return jnp.where(self.masks[t][0], s, NEVER)
+
+    def soft(self, s, t, h):
+        """exp(s - max) of the near pairs."""
         s = (s - self.of_query("top", t, h)) * self.plan.scale
         return jnp.exp(jnp.where(self.masks[t][0], s, NEVER))
 
@@ -269,7 +273,7 @@ class Step:
 def _recurrence(*given, names, plan, reverse, each):
     step = Step(given, names, plan, reverse, each)
     found = [_head(step, h) for h in range(each)]
-    for name, columns in zip(("norm", "top", "place"), zip(*found), strict=False):
+    for name, columns in zip(("norm", "top"), zip(*found), strict=False):
         step.refs[name][0, 0] = jnp.transpose(jnp.concatenate(columns, axis=1))
     step.push()
 
@@ -294,7 +298,9 @@ def _head(step: Step, h: int):
     if "near_q" in refs:
         gamma = refs["gamma"][0, h : h + 1, :]
         soft, found = (
-            _softmax(step, h) if "norm" in refs else ([step.soft(t, h) for t in range(plan.tiles)], ())
+            _softmax(step, h)
+            if "norm" in refs
+            else ([step.soft(step.products(t, h), t, h) for t in range(plan.tiles)], ())
         )
     norm = jnp.zeros((step.C, 1), jnp.float32)
     for t in range(plan.tiles):
@@ -319,15 +325,11 @@ def _head(step: Step, h: int):
 
 
 def _softmax(step: Step, h: int):
-    """exp(s - max) of every tile; each query's largest product with a near key, and the place of that key."""
-    q, tiles = step.own("near_q", h), range(step.plan.tiles)
-    s = [_dot(q, step.tile("near_k", t, h), 1, 1) for t in tiles]
-    s = [jnp.where(step.masks[t][0], x, NEVER) for t, x in zip(tiles, s, strict=True)]
+    """exp(s - max) of every tile; each query's largest product with a near key."""
+    s = [step.products(t, h) for t in range(step.plan.tiles)]
     top = jnp.max(functools.reduce(jnp.maximum, s), axis=1, keepdims=True)
-    places = [jnp.where(x == top, step.places(t)[1], -1.0) for t, x in zip(tiles, s, strict=True)]
-    place = jnp.max(functools.reduce(jnp.maximum, places), axis=1, keepdims=True)
     shift = jnp.maximum(top, NEVER / 2)  # a query without near keys gives 0
-    return [jnp.exp((x - shift) * step.plan.scale) for x in s], (top, place)
+    return [jnp.exp((x - shift) * step.plan.scale) for x in s], (top,)
 
 
 def _advance(step: Step, h: int):
@@ -351,27 +353,28 @@ def _advance(step: Step, h: int):
 def _near(*given, names, plan, reverse, each):
     step = Step(given, names, plan, reverse, each)
     found = [_near_head(step, h) for h in range(each)]
-    for name, columns in zip(("total", "mass"), zip(*found), strict=False):
+    for name, columns in zip(("place", "total", "mass"), zip(*found), strict=False):
         step.refs[name][0, 0] = jnp.transpose(jnp.concatenate(columns, axis=1))
     step.push()
 
 
 def _near_head(step: Step, h: int):
-    """One head's chunk; gives each query's total and mass, columns."""
+    """One head's chunk; gives each query's place, total and mass, columns."""
     refs, tiles, q = step.refs, range(step.plan.tiles), step.own("q", h)
-    soft, total, found = [], None, ()
-    for t in tiles:
-        dw = _dot(q, step.tile("k", t, h), 1, 1) + step.of_query("bias", t, h)
-        soft.append((step.soft(t, h), dw))
+    s, found = [step.products(t, h) for t in tiles], ()
+    e = [step.soft(s[t], t, h) for t in tiles]
+    e_dw = [e[t] * (_dot(q, step.tile("k", t, h), 1, 1) + step.of_query("bias", t, h)) for t in tiles]
     if not step.reverse:
-        total = sum(jnp.sum(e * dw, axis=1, keepdims=True) for e, dw in soft)
-        found = total, sum(jnp.sum(e, axis=1, keepdims=True) for e, _ in soft)
+        most = jnp.max(functools.reduce(jnp.maximum, s), axis=1, keepdims=True)
+        places = [jnp.where(s[t] == most, step.places(t)[1], -1.0) for t in tiles]
+        place = jnp.max(functools.reduce(jnp.maximum, places), axis=1, keepdims=True)
+        found = place, *(jnp.sum(sum(x[1:], x[0]), axis=1, keepdims=True) for x in (e_dw, e))
     out = jnp.zeros(refs["out"].shape[2:], jnp.float32)
     for t in tiles:
         query, key = step.places(t)
-        top = (key == step.of_query("place", t, h)) & (query < step.chunks * step.C)
-        e, dw = soft[t]
-        ds = e * dw - jnp.where(top, step.of_query("total", t, h) if total is None else total, 0.0)
+        place, total = found[:2] if found else (step.of_query(name, t, h) for name in ("place", "total"))
+        top = (key == place) & (query < step.chunks * step.C)
+        ds = e_dw[t] - jnp.where(top, total, 0.0)
         k = step.tile("near_k", t, h)
         out += _dot(ds.astype(k.dtype), k, 1, 0)
     scale = refs["gamma"][0, h : h + 1, :] * step.plan.scale

@@ -16,7 +16,7 @@ NAMES = ["y", "dq", "dk", "dv", "da"]
 CASES = [
     (2, 257, 2, 1, 16, -2.0, True, "float32", 32),  # skips
     (1, 100, 2, 2, 16, None, False, "float32", None),
-    (1, 63, 1, 1, 16, None, True, "float32", 16),
+    (1, 63, 2, 1, 24, None, True, "float32", 16),  # padded heads
     (1, 1, 1, 1, 16, -0.5, False, "float32", 16),
     (1, 257, 1, 1, 16, "resets", False, "float32", 128),
     (2, 257, 2, 1, 32, -0.1, True, "bfloat16", 64),
@@ -109,5 +109,6 @@ def test_obstacles():
     x = jax.ShapeDtypeStruct((1, 128, 2, 64), jnp.bfloat16)
     assert obstacle(x, x, x, platform="gpu") is None
     assert "cache" in obstacle(jax.ShapeDtypeStruct((1, 1, 2, 64), jnp.bfloat16), x, x, platform="gpu")
-    odd = jax.ShapeDtypeStruct((1, 128, 2, 24), jnp.bfloat16)
-    assert "24" in obstacle(odd, odd, odd, platform="tpu")
+    wide, odd = (jax.ShapeDtypeStruct((1, 128, 2, H), jnp.bfloat16) for H in (136, 96))
+    assert obstacle(odd, odd, odd, platform="tpu") is None
+    assert "136" in obstacle(wide, wide, wide, platform="tpu")

@@ -75,7 +75,7 @@ def test_in_so_many_passes(ids, taps, passes):
             return many(reference(*signals, *weights, ids))
 
         return packed_conv.by_document(
-            kernel, otherwise, signals, weights, jnp.asarray(ids), taps=taps, most=most
+            kernel, signals, weights, jnp.asarray(ids), taps=taps, otherwise=otherwise, most=most
         )
 
     for most, spoil in ((passes, 1), (passes - 1, 0)):

@@ -36,8 +36,6 @@ from lcx.ops.short_conv import ConvState
 MAX_TAPS = 256
 # Fewer taps than this are shifted, and so are blocks of as many tokens that hold several documents.
 SHIFTED = 16
-# Of the kernel over a packed row: each moves 18 bytes an element with its masks, all other forms over a hundred.
-PASSES = 4
 
 
 def fir_conv(
@@ -105,12 +103,7 @@ def _kernel(x1, x2, v, h, skip, segment_ids, state: ConvState | None, platform: 
         def one_document(signals, weights):
             return kernels.fir_conv(*signals, weights[0], skip=weights[1], platform=platform)[0]
 
-        def at_once(signals, weights, ids):
-            return _grouped(*signals, *weights, ids)
-
-        return by_document(
-            *(one_document, at_once, (x1, x2, v), (h, skip), segment_ids), taps=h.shape[1], most=PASSES
-        )
+        return by_document(one_document, (x1, x2, v), (h, skip), segment_ids, taps=h.shape[1])
     history = short.kernel_history(segment_ids, state)
     return kernels.fir_conv(x1, x2, v, h, skip=skip, **history, platform=platform)[0]
 

@@ -6,7 +6,7 @@ Letters: B batch, D channels, T time, S >= T taps, b half a block. Taps are in c
 
 ``reference``  every T x T Toeplitz matrix laid out, in float32: the definition.
 ``triton``, ``tpu``  kernels_pallas.long_conv: the transform as matrix products, one pass; in packed rows one for each
-               document (`packed_conv`), as long as they are few.
+               document (`packed_conv`), on a GPU as long as they are few.
 ``xla``        irfft(rfft(g) rfft(h)) over 2 T points, float32 throughout: O(T log T). Inputs in bfloat16 are widened
                for it, since rounding between the stages of an FFT spreads over the whole sequence.
 
@@ -34,7 +34,8 @@ from lcx.ops.short_conv import KERNELS
 
 BLOCK = 256  # tokens below which Toeplitz products take over from the FFT, in packed rows
 CHANNELS = 16  # at a time
-# Of the kernel over a packed row: the levels of FFTs move about as many bytes.
+# Of the kernel over a packed row: on a GPU the levels of FFTs move about as many bytes. A TPU has no FFT to speak of:
+# libtpu expands it to products, 30 times the kernel's cycles, and takes minutes to compile the levels.
 PASSES = 8
 
 
@@ -94,7 +95,8 @@ def _kernel(x1, x2, v, h, skip, ids, platform: str) -> Array:
     signals, weights, T = (x1, x2, v), (h[:, : v.shape[2]], skip), v.shape[2]
     if ids is None:
         return one_document(signals, weights)
-    return by_document(one_document, at_once, signals, weights, ids, taps=T, most=PASSES)
+    otherwise = at_once if platform == "gpu" else None
+    return by_document(one_document, signals, weights, ids, taps=T, otherwise=otherwise, most=PASSES)
 
 
 def reference(x1, x2, v, h, skip, ids) -> Array:

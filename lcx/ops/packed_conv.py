@@ -4,8 +4,7 @@ Documents that lie further apart than the filter is long do not see each other. 
 to classes, number modulo `count`, such that no window as long as the filter holds two of a class, and each class takes
 one pass of the kernel with the inputs of the others at 0. One document, with padding or without, is one pass; documents
 of at least as many tokens as the filter are two, whatever their number; for a filter as long as the row every document
-is a pass of its own. `count` is found from the ids while the program runs, the largest of all rows; where it exceeds
-`most`, the form in plain JAX takes over, whose cost does not depend on it.
+is a pass of its own. `count` is found from the ids while the program runs, the largest of all rows.
 """
 
 import functools
@@ -23,22 +22,22 @@ Signals = tuple[Array | None, Array | None, Array]  # x1, x2, v [B, D, T]
 
 def by_document(
     kernel: Callable[[Signals, Any], Array],
-    otherwise: Callable[[Signals, Any, Array], Array],
     signals: Signals,
     weights: Any,
     ids: Array,
     *,
     taps: int,
-    most: int,
+    otherwise: Callable[[Signals, Any, Array], Array] | None = None,
+    most: int = 0,
 ) -> Array:
     """y [B, D, T] with gradients for signals and weights.
 
     Args:
       kernel: (signals, weights) -> y, linear in v and causal, for rows of one document.
-      otherwise: (signals, weights, ids) -> y.
       ids: segment_ids [B, T], 0 for padding.
       taps: how far the filter reaches, the current token included.
-      most: passes from which on `otherwise` is the faster.
+      otherwise: (signals, weights, ids) -> y at a cost that does not depend on the documents, which takes over where
+        more than `most` passes were needed. None: as many as it takes.
     """
     runs = jnp.maximum(segments.runs(ids), 1)  # 0: padding before the first
     first = jnp.pad(runs, ((0, 0), (taps - 1, 0)), mode="edge")[:, : runs.shape[1]]
@@ -56,6 +55,8 @@ def _by_class(kernel, otherwise, most, signals, weights, ids, classes, count):
 
         return lax.fori_loop(0, count, one, jnp.zeros_like(signals[2]))
 
+    if otherwise is None:
+        return passes()
     return lax.cond(count <= most, passes, lambda: otherwise(signals, weights, ids))
 
 
@@ -85,7 +86,8 @@ def _backward(kernel, otherwise, most, arrays, dy):
         _, pull = jax.vjp(lambda signals, weights: otherwise(signals, weights, ids), signals, weights)
         return pull(dy)
 
-    return *lax.cond(count <= most, passes, at_once), None, None, None
+    grads = passes() if otherwise is None else lax.cond(count <= most, passes, at_once)
+    return *grads, None, None, None
 
 
 _by_class.defvjp(_forward, _backward)
