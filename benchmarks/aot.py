@@ -6,8 +6,9 @@
 For each operator (benchmarks/operators.py, two rows at the sizes of models in bfloat16), target and T: the forward
 pass, and forward and backward as one program. A record holds temporary bytes and every Pallas kernel in it: on the
 H200 registers, spills, shared memory and tensor-core instructions; on a TPU scoped VMEM, and with --bundles the static
-schedule of each kernel (slow: 5 to 100 s a program). Each operator is compiled in a process of its own under a time
-limit, so that a compiler that hangs costs one record. Needs the extra `aot`.
+schedule of each kernel (slow: 5 to 100 s a program, 11 minutes for one of ten kernels: raise --timeout). Each operator
+is compiled in a process of its own under a time limit, so that a compiler that hangs costs one record. Needs the extra
+`aot`.
 
 --compare benchmarks/results/aot.json prints what has grown by more than a twentieth since that file was written, and
 ends with status 1 if anything has.
@@ -25,6 +26,7 @@ import time
 from operators import OPERATORS, VARIANTS
 
 ROWS = 2
+SCHEDULE_SECONDS = 1800  # of one program; ten kernels of the state form take 11 minutes
 
 
 def record(name: str, target: str, T: int, *, train: bool, implementation: str | None, bundles: bool) -> dict:
@@ -51,7 +53,7 @@ def record(name: str, target: str, T: int, *, train: bool, implementation: str |
     kernels = [dataclasses.asdict(k) for k in report.kernels if target != "h200" or k.pallas]
     if bundles and target != "h200":
         try:
-            schedules = aot.tpu_bundles(fn, *args, chip=target)
+            schedules = aot.tpu_bundles(fn, *args, chip=target, timeout=SCHEDULE_SECONDS)
         except subprocess.SubprocessError as error:  # what else is known of the program stays
             out["schedule_error"] = str(error)[:500]
         else:

@@ -20,15 +20,21 @@ def records():
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_every_kernel_is_on_file(records, name):
-    """Forward and with gradients for every target, with the static schedule of the forward kernels on v5e."""
+    """Forward and with gradients for every target, with the static schedules on v5e."""
     own = [row for row in records if row["operator"] == name and row.get("implementation") == "best"]
     for target in KERNELS[name]:
         for train in (False, True):
             (row, *_) = [row for row in own if (row["target"], row["train"]) == (target, train)]
             assert row["kernels"] and "error" not in row, (target, train)
             assert not any(kernel.get("spills") for kernel in row["kernels"])
-            if target == "v5e" and not train:
-                assert all(kernel["schedule"]["bundles"] for kernel in row["kernels"])
+            if target == "v5e":  # of kernels that are equal libtpu schedules one
+                stems = {kernel["name"].rpartition(".")[0] for kernel in row["kernels"]}
+                known = {
+                    k["name"].rpartition(".")[0]
+                    for k in row["kernels"]
+                    if (k.get("schedule") or {}).get("bundles")
+                }
+                assert known == stems
 
 
 def test_what_has_grown_is_found(records):
