@@ -112,17 +112,24 @@ class _Period(nn.Module):
     Flax adopts modules that it finds in attributes and names their parameters after the attribute. It does not look
     into a Stage, so blocks are named here, and their mixers `mixer`, whatever their class. It takes one object in two
     places for one set of weights, so each block gets copies of its own.
+
+    The backward pass recomputes block by block, not the whole pattern: what is within one block is held at a time.
     """
 
     stage: Stage
+    remat: str
 
     @nn.compact
     def __call__(self, x, cache, positions, segment_ids):
         caches = {}
         for i, block in enumerate(self.stage.pattern):
             name = f"block_{i}"
-            mixer, mlp = block.mixer.clone(parent=None), block.mlp.clone(parent=None)
-            block = block.clone(parent=self, name=name, mixer=mixer, mlp=mlp)
+            # Without barriers the compiler may recompute all blocks of a pattern before it needs the first.
+            several = len(self.stage.pattern) > 1
+            recomputed = nn.remat(type(block), policy=REMAT[self.remat], prevent_cse=several)
+            fields = {field.name: getattr(block, field.name) for field in dataclasses.fields(block)}
+            own = {"mixer": block.mixer.clone(parent=None), "mlp": block.mlp.clone(parent=None)}
+            block = recomputed(**{**fields, **own, "parent": self, "name": name})
             block_cache = None if cache is None else cache[name]
             x, caches[name] = block(x, positions=positions, segment_ids=segment_ids, cache=block_cache)
         return x, caches
@@ -131,16 +138,15 @@ class _Period(nn.Module):
 def _scanned(stage: Stage, remat: str) -> nn.Module:
     if remat not in REMAT:
         raise UserError(f"remat {remat!r}: expected one of {', '.join(REMAT)}")
-    body: Any = nn.remat(_Period, policy=REMAT[remat], prevent_cse=False)
-    scanned = nn.scan(
-        body,
+    scanned: Any = nn.scan(
+        _Period,
         variable_axes={"params": 0, "lora": 0, "losses": 0},
         split_rngs={"params": True},
         in_axes=(0, nn.broadcast, nn.broadcast),
         length=stage.repeat,
         metadata_params={nn.PARTITION_NAME: "layers"},
     )
-    return scanned(stage)
+    return scanned(stage, remat)
 
 
 def _appended(stage: Stage, cache: Any, new: Any) -> Any:

@@ -14,6 +14,7 @@ from jax.experimental.pallas import triton as pallas_triton
 
 from kernels_pallas import aot, cubin
 from lcx.config import environment
+from lcx.model import Stage, abstract_params, llama
 
 A, B = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((1024, 512), (512, 1024)))
 
@@ -91,6 +92,24 @@ def test_bytes_of_a_program(h200):
         lambda x: jnp.sin(x) @ jnp.cos(x).T, jax.ShapeDtypeStruct((512, 256), jnp.float32)
     )
     assert (report.argument_bytes, report.output_bytes) == (4 * 512 * 256, 4 * 512 * 512)
+
+
+def test_a_pattern_of_blocks_is_recomputed_block_by_block(h200):
+    """Four blocks in a pattern need about the memory of one, and not of four."""
+
+    def temporary(pattern):
+        sizes = {"vocab_size": 64, "hidden_size": 128, "intermediate_size": 1024, "num_layers": 8}
+        model = llama(**sizes, num_heads=4, num_kv_heads=4, max_position_embeddings=2048, remat="full")
+        stage = Stage(model.stages[0].pattern * pattern, 8 // pattern)
+        model = model.clone(stages=(stage,), parent=None)
+
+        def loss(params, tokens):
+            return model.apply({"params": params}, tokens, segment_ids=jnp.ones_like(tokens)).sum()
+
+        tokens = jax.ShapeDtypeStruct((1, 2048), jnp.int32)
+        return aot.compile_h200(jax.grad(loss), abstract_params(model), tokens).temp_bytes
+
+    assert temporary(4) < 1.3 * temporary(1)
 
 
 def test_tracing_sees_the_target():
