@@ -361,7 +361,8 @@ def _near(*given, names, plan, reverse, each):
 def _near_head(step: Step, h: int):
     """One head's chunk; gives each query's place, total and mass, columns."""
     refs, tiles, q = step.refs, range(step.plan.tiles), step.own("q", h)
-    s, found = [step.products(t, h) for t in tiles], ()
+    s = [step.products(t, h) for t in tiles]
+    found: tuple[jax.Array, ...] = ()
     e = [step.soft(s[t], t, h) for t in tiles]
     e_dw = [e[t] * (_dot(q, step.tile("k", t, h), 1, 1) + step.of_query("bias", t, h)) for t in tiles]
     if not step.reverse:
