@@ -72,9 +72,12 @@ def build(path: Path, settings: Settings) -> Any:
         named = named_tokens(settings)
         _add_tokens(library, settings, source, named)
         _set_post_processor(library, settings, source, named)
-        if settings.tokenizer_class in ("Qwen2Tokenizer", "CohereTokenizer"):
-            extra = (*(token for token in named.values() if token), *(settings.extra or ()))
-            library.add_tokens([_added(Token(token.content, special=True)) for token in extra])
+        again = [token for token in (*named.values(), *(settings.extra or ())) if token]
+        if settings.tokenizer_class == "Qwen2Tokenizer":
+            library.add_tokens([_added(Token(token.content, special=True)) for token in again])
+        elif settings.tokenizer_class == "CohereTokenizer":
+            flags = {token.content: token for _, token in _all_added(settings, source)}
+            library.add_special_tokens([_added(flags.get(token.content, token)) for token in again])
         return library
 
 
@@ -88,11 +91,13 @@ def named_tokens(settings: Settings) -> dict[str, Token | None]:
 
 def special_of(library: Any, eos_id: int | None) -> SpecialTokens:
     """What the post-processor puts before and after a text, seen on an example."""
+    whole, plain = library.encode("", add_special_tokens=True), []
     for example in ("a", "0", " ", *list(library.get_vocab(with_added_tokens=False))[:8]):
-        plain = library.encode(example, add_special_tokens=False).ids
-        whole = library.encode(example, add_special_tokens=True)
-        if plain:
-            break
+        with contextlib.suppress(UserError), guarded("not every text can be encoded"):
+            plain = library.encode(example, add_special_tokens=False).ids
+            if plain:
+                whole = library.encode(example, add_special_tokens=True)
+                break
     ids, of_text = whole.ids, [i for i, number in enumerate(whole.sequence_ids) if number is not None]
     if not of_text:  # a vocabulary without one letter
         after = tuple(ids[-1:]) if ids and ids[-1] == eos_id else ()
@@ -193,7 +198,7 @@ def _generic_sentencepiece(model: sentencepiece_model.Model, settings: Settings)
     if model.model_type == sentencepiece_model.BPE:
         source = _of_model(model)
         vocab, texts = source.vocab, {i: text for text, i in source.vocab.items()}
-        for number, token in settings.added or ():  # a folder may give the model's placeholders names
+        for number, token in settings.added:  # a folder may give the model's placeholders names
             old = texts.get(number)
             if old and old != token.content and token.content not in vocab:
                 vocab[token.content] = vocab.pop(old)
@@ -241,18 +246,20 @@ def _added(token: Token) -> Any:
     return AddedToken(token.content, special=token.special, **flags)
 
 
+def _all_added(settings: Settings, source: Vocabulary | None) -> list[tuple[int, Token]]:
+    """The added tokens of the folder and of tokenizer.json by id; the latter's count where both have one."""
+    of_file = source.added if source and not settings.replaces_added else ()
+    return sorted((dict(settings.added) | dict(of_file)).items(), key=lambda pair: pair[0])
+
+
 def _add_tokens(
     library: Any, settings: Settings, source: Vocabulary | None, named: dict[str, Token | None]
 ) -> None:
     """Adds what the folder names and the library does not have yet, in the order of transformers."""
     own = library.get_added_tokens_decoder()
     present = {repr(token) for token in own.values()}
-    added = settings.added if settings.added is not None else source.added if source else ()
-    added = added or ()
     extra = settings.extra if settings.extra is not None else source.extra if source else ()
-    tokens = [
-        token for _, token in sorted(added, key=lambda pair: pair[0]) if repr(_added(token)) not in present
-    ]
+    tokens = [token for _, token in _all_added(settings, source) if repr(_added(token)) not in present]
     known = {token.content for token in own.values()} | {token.content for token in tokens}
     for token in (*named.values(), *(extra or ())):
         if token is not None and token.content not in known and token not in tokens:

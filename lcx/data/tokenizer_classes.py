@@ -19,7 +19,6 @@ GENERIC_NAMES = frozenset({GENERIC, "PythonBackend", "PreTrainedTokenizer", "Blo
 # tokenizer_config.json, or have one that leaves tokenizer.json as it is.
 _OF_MODEL_TYPES = {
     "LlamaTokenizer": "idefics idefics2",
-    "CodeLlamaTokenizer": "code_llama",
     "GemmaTokenizer": "diffusion_gemma gemma gemma2 gemma3 gemma3_text gemma3n gemma3n_text recurrent_gemma"
     " shieldgemma2 t5gemma zaya",
     "Qwen2Tokenizer": "audioflamingo3 colqwen2 cosmos3_omni dots3_note fun_asr_nano hunyuan_vl internvl lighton_ocr"

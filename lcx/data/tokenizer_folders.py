@@ -130,17 +130,17 @@ def _sentencepiece_settings(path: Path, name: str | None, config: Mapping[str, A
             f" AutoTokenizer.from_pretrained({str(path.parent)!r}).save_pretrained(...)"
         )
     if name in PIPELINES:
-        return settings_of.read(path.parent, name, config)
+        return settings_of.read(path.parent, name, config, of_model=True)
     model = sentencepiece_model.read(path)
     own: dict[str, Token | None] = dict(tokenizer_build.model_tokens(model))
     if name in tokenizer_classes.GENERIC_NAMES:
-        read = settings_of.read(path.parent, GENERIC, config)
+        read = settings_of.read(path.parent, GENERIC, config, of_model=True)
         return dataclasses.replace(read, named=tuple((own | dict(read.named)).items()))
     if name is not None:
         log.warning("%s: tokenizer_class %s is not known, its model is read as it is", path.parent, name)
     if not model.is_like_llama:
         return None
-    read = settings_of.read(path.parent, "LlamaTokenizer", config)
+    read = settings_of.read(path.parent, "LlamaTokenizer", config, of_model=True)
     own = {key: own.get(key) for key in ("bos_token", "eos_token", "unk_token")}
     options = {"add_prefix_space": model.add_dummy_prefix} | dict(read.options)
     return dataclasses.replace(

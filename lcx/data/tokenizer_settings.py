@@ -50,14 +50,16 @@ class Settings:
       tokenizer_class: as resolved from the folder, see `tokenizer_classes.resolve`.
       named: special tokens with a role, e.g. ("bos_token", Token("<s>")); None where the folder says there is none.
       extra: further special tokens; None where the folder does not say.
-      added: tokens and their ids in place of those in tokenizer.json; None where the folder does not say.
+      added: tokens and their ids, beside those in tokenizer.json.
+      replaces_added: `added` stands in place of those in tokenizer.json, for a class that sets up its own pipeline.
       options: (name, value) of the settings that are true, false or null.
     """
 
     tokenizer_class: str
     named: tuple[tuple[str, Token | None], ...] = ()
     extra: tuple[Token, ...] | None = None
-    added: tuple[tuple[int, Token], ...] | None = None
+    added: tuple[tuple[int, Token], ...] = ()
+    replaces_added: bool = False
     options: tuple[tuple[str, bool], ...] = ()
 
     def option(self, name: str) -> bool | None:
@@ -68,7 +70,8 @@ class Settings:
             "tokenizer_class": self.tokenizer_class,
             "named": {key: token and _token_json(token) for key, token in self.named},
             "extra": None if self.extra is None else [_token_json(token) for token in self.extra],
-            "added": None if self.added is None else [[i, _token_json(token)] for i, token in self.added],
+            "added": [[i, _token_json(token)] for i, token in self.added],
+            "replaces_added": self.replaces_added,
             "options": dict(self.options),
         }
 
@@ -90,13 +93,19 @@ def from_json(data: Any, path: Path | str) -> Settings:
             for key, value in _object(data, "named", path).items()
         ),
         extra=None if extra is None else tuple(_token(value, "extra", path) for value in extra),
-        added=None if added is None else tuple(pairs),
+        added=tuple(pairs),
+        replaces_added=bool(json_files.boolean(data, "replaces_added", path)),
         options=_options(_object(data, "options", path), path),
     )
 
 
-def read(folder: Path, tokenizer_class: str, config: Mapping[str, Any]) -> Settings:
+def read(
+    folder: Path, tokenizer_class: str, config: Mapping[str, Any], *, of_model: bool = False
+) -> Settings:
     """The settings in a folder, given its tokenizer_config.json (`config`) and the class that was found for it.
+
+    Args:
+      of_model: the vocabulary is a sentencepiece model.
 
     Raises:
       UserError: a file is damaged, or a value is of another type than it must be.
@@ -104,23 +113,26 @@ def read(folder: Path, tokenizer_class: str, config: Mapping[str, Any]) -> Setti
     path = folder / "tokenizer_config.json"
     named = _named(config, path)
     extra = _extra(config, named, path)
-    added = None
-    if config.get("added_tokens_decoder") is not None:
+    replaces = config.get("added_tokens_decoder") is not None
+    if replaces:
         added = _decoder(_object(config, "added_tokens_decoder", path), path)
     else:
         map_path = folder / "special_tokens_map.json"
         mapped = json_files.read_object(map_path)
         named |= _named(mapped, map_path, special=True)
         from_map = _extra(mapped, named, map_path)
-        extra = from_map if extra is None else extra
-        older = _older_added(folder / "added_tokens.json", named, extra)
-        added = older or None
+        if extra is None and "extra_special_tokens" in mapped:
+            extra = from_map
+        added = _older_added(folder / "added_tokens.json", named, extra)
+        if not of_model:  # which marks such tokens itself
+            extra = from_map if extra is None else extra
     ordered = [key for key in NAMED if key in named] + [key for key in named if key not in NAMED]
     return Settings(
         tokenizer_class=tokenizer_class,
         named=tuple((key, named[key]) for key in ordered),
         extra=extra,
         added=added,
+        replaces_added=replaces,
         options=_options(config, path),
     )
 
@@ -155,11 +167,11 @@ def _is_added_token(value: Any, in_map: bool) -> bool:
 def _extra(data: Mapping[str, Any], named: dict[str, Token | None], path: Path) -> tuple[Token, ...] | None:
     """The list of further special tokens; those of an object have names and are put into `named`."""
     key = "extra_special_tokens"
-    if not data.get(key) and "additional_special_tokens" in data:
-        key = "additional_special_tokens"
     if isinstance(data.get(key), dict):
         named |= {name: _token(value, name, path) for name, value in data[key].items()}
-        return None
+        key = "additional_special_tokens"
+    elif not data.get(key) and "additional_special_tokens" in data:
+        key = "additional_special_tokens"
     values = _list(data, key, path)
     return None if values is None else tuple(_token(value, key, path) for value in values)
 
