@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lcx.data import json_files, sentencepiece_model
-from lcx.data.special_tokens import SpecialTokens
+from lcx.data.special import SpecialTokens
 from lcx.data.tokenizer_classes import DEFAULTS, PIPELINES
 from lcx.data.tokenizer_settings import NAMED, Settings, Token
 from lcx.errors import UserError
@@ -131,7 +131,7 @@ def _pipeline(path: Path, settings: Settings) -> tuple[Any, Vocabulary | None]:
         source = _of_bpe_files(path)
         pipeline = pipeline or PIPELINES["GPT2Tokenizer"]
     unknown = named_tokens(settings).get("unk_token")
-    library = pipeline(source.vocab, source.merges, settings, unknown and unknown.content)
+    library = pipeline(source.vocab, source.merges, settings, unknown.content if unknown else None)
     if source.post_processor is not None:
         library.post_processor = source.post_processor
     return library, source
@@ -298,12 +298,9 @@ def _set_post_processor(
         return
     if settings.tokenizer_class == "CodeLlamaTokenizer" and settings.option("add_bos_token") is None:
         add["bos_token"] = True
-    ids = {}
-    for key, wanted in add.items():
-        token = named.get(key)
-        if wanted and token is not None:
-            ids[token.content] = library.token_to_id(token.content)
-    bos, eos = (named[key].content if add[key] and named.get(key) else None for key in add)  # type: ignore[union-attr]
+    tokens = {key: token for key, token in named.items() if token is not None and add.get(key)}
+    bos, eos = (tokens[key].content if key in tokens else None for key in add)
+    ids = {token.content: library.token_to_id(token.content) for token in tokens.values()}
     single = [*([f"{bos}:0"] if bos else []), "$A:0", *([f"{eos}:0"] if eos else [])]
     pair = [*single, *([f"{bos}:1"] if bos else []), "$B:1", *([f"{eos}:1"] if eos else [])]
     library.post_processor = processors.TemplateProcessing(

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Int
 
 from lcx.data import json_files, sentencepiece_model, tokenizer_build
-from lcx.data.special_tokens import SpecialTokens
+from lcx.data.special import SpecialTokens
 from lcx.data.tokenizer_build import guarded
 from lcx.data.tokenizer_classes import GENERIC
 from lcx.data.tokenizer_settings import Settings

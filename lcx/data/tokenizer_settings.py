@@ -190,7 +190,8 @@ def _older_added(
     path: Path, named: Mapping[str, Token | None], extra: tuple[Token, ...] | None
 ) -> tuple[tuple[int, Token], ...]:
     """added_tokens.json: {content: id}."""
-    special = {named[key].content for key in NAMED if named.get(key)} | {t.content for t in extra or ()}  # type: ignore[union-attr]
+    special = {token.content for key, token in named.items() if token and key in NAMED}
+    special |= {token.content for token in extra or ()}
     pairs = []
     for content, number in json_files.read_object(path).items():
         if not json_files.is_text(content):

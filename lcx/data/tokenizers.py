@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Int
 
 from lcx.data import json_files, tokenizer_folders, tokenizer_settings
-from lcx.data.special_tokens import SpecialTokens, separating_tokens, special_tokens
+from lcx.data.special import SpecialTokens, separating_tokens, special_tokens
 from lcx.data.tokenizer_libraries import (
     HuggingFaceTokenizer,
     SentencePieceTokenizer,
