@@ -4,6 +4,7 @@
     lcx.load(hf_folder, lolcats=lcx.Lolcats(feature_maps, lora))                   # a published linear model
     lcx.save(path, model, params, *, format)
     lcx.logits(model, params, tokens, *, positions=None, segment_ids=None)         -> float32 [B, T, V]
+    lcx.load_tokenizer(path).encode(text, *, add_special_tokens=False)             -> int32 [T], as transformers' ids
     lcx.generate(model, params, tokens, *, max_new_tokens, temperature=0.0, top_p=1.0, seed=0)   -> int32 [B, new]
 
     python -m lcx.train | lcx.evaluate | lcx.generate | lcx.convert   --help
@@ -29,14 +30,16 @@ from lcx.errors import UserError
 if TYPE_CHECKING:
     from lcx.convert.api import load, save
     from lcx.convert.lolcats import Lolcats
+    from lcx.data.tokenizers import load_tokenizer
     from lcx.sampler import generate, logits
 
 __version__ = "0.1.0"
-__all__ = ["Lolcats", "UserError", "__version__", "generate", "load", "logits", "save"]
+__all__ = ["Lolcats", "UserError", "__version__", "generate", "load", "load_tokenizer", "logits", "save"]
 
 _HOMES = {
     "Lolcats": "lcx.convert.lolcats",
     "load": "lcx.convert.api",
+    "load_tokenizer": "lcx.data.tokenizers",
     "save": "lcx.convert.api",
     "logits": "lcx.sampler",
     "generate": "lcx.sampler",

@@ -242,7 +242,7 @@ def stream_text(
 ) -> None:
     """Prints the continuation of a prompt while it is produced, then its speed on stderr.
 
-    The prompt is what stands between the tokenizer's BOS (where it has one) and the continuation, which ends with a
+    The prompt is what stands between the tokenizer's BOS (where it adds one) and the continuation, which ends with a
     token that ends a document. "@path" reads the prompt from a file, without its last line break; "@@text" is a prompt
     that starts with an @. `rope_scaling` and `context_length` extend the model first, as in lcx.load.
 
@@ -251,16 +251,17 @@ def stream_text(
     """
     import lcx
     from lcx import text_stream
-    from lcx.data import check_vocabulary
+    from lcx.data import check_vocabulary, special_tokens
 
     _check_settings(max_new_tokens, temperature, top_p, seed, ROPE_TRACES[0])
     text = text_stream.prompt_text(prompt)
     tokenizer = text_stream.tokenizer_of(checkpoint)
     special = [tokenizer.bos_id, tokenizer.eos_id, *getattr(tokenizer, "stop_ids", ())]
-    first = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    ids = [*first, *tokenizer.encode(text).tolist()]
+    before = special_tokens(tokenizer).before
+    ids = [*before, *tokenizer.encode(text).tolist()]
     if not ids:
-        raise UserError("the prompt is empty and the tokenizer has no BOS to start from: set --prompt")
+        raise UserError("the prompt is empty and the tokenizer adds no BOS to start from: set --prompt")
+    text_stream.say_special_tokens(tokenizer)
     model, params = lcx.load(checkpoint, rope_scaling=rope_scaling, context_length=context_length)
     check_vocabulary(tokenizer, model.vocab_size)
     columns = stream(

@@ -8,6 +8,7 @@ from lcx.data.checks import Issue, Report, check_documents, is_truncated, repeti
 from lcx.data.dataset import Dataset, Mixture
 from lcx.data.packing import check_batch
 from lcx.data.sources import find_files, read_documents
+from lcx.data.special import SpecialTokens, separating_tokens, special_tokens
 from lcx.data.store import TokenStore, open_store
 from lcx.data.tokenizers import (
     ByteTokenizer,
@@ -25,6 +26,7 @@ __all__ = [
     "Issue",
     "Mixture",
     "Report",
+    "SpecialTokens",
     "TokenStore",
     "Tokenizer",
     "check_batch",
@@ -37,5 +39,7 @@ __all__ = [
     "read_documents",
     "repetition",
     "save_tokenizer",
+    "separating_tokens",
+    "special_tokens",
     "tokenizer_from_json",
 ]

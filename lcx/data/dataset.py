@@ -10,6 +10,7 @@ from jaxtyping import Int
 from lcx.data import corpus as corpora
 from lcx.data import sources, store
 from lcx.data import tokenizers as tok
+from lcx.data.special import described
 from lcx.errors import UserError
 
 if TYPE_CHECKING:
@@ -32,8 +33,10 @@ class Dataset:
       packing: "concat" cuts the documents, end to end, every seq_len tokens; "first_fit" keeps documents
         whole where they fit a row; "windows" slides over long documents by half a window and packs the short
         ones.
-      add_bos: begin each document with BOS; by default when the tokenizer has one.
-      add_eos: end each document with EOS.
+      add_bos: True begins each document with BOS, False with nothing; None leaves it to the tokenizer, which may have
+        a BOS token and not add it.
+      add_eos: True ends each document with EOS, False with nothing; None leaves it to the tokenizer, and ends each
+        with EOS where the tokenizer puts nothing before or after a text.
       document_mask: False trains across the documents of a row (one segment, running positions).
       eval_fraction: share of the documents held out.
       split: "hash" chooses them by their text, "tail" takes the last ones.
@@ -50,7 +53,7 @@ class Dataset:
     separator: str | None = None
     packing: str = "concat"
     add_bos: bool | None = None
-    add_eos: bool = False
+    add_eos: bool | None = None
     document_mask: bool = True
     eval_fraction: float = 0.1
     split: str = "hash"
@@ -75,16 +78,30 @@ class Dataset:
     def load_tokenizer(self) -> tok.Tokenizer:
         return tok.load_tokenizer(self.tokenizer)
 
+    def special_tokens(self, tokenizer: tok.Tokenizer) -> tok.SpecialTokens:
+        """What stands before and after each document. Raises UserError where nothing keeps documents apart."""
+        return tok.separating_tokens(
+            tokenizer, add_bos=self.add_bos, add_eos=self.add_eos, document_mask=self.document_mask
+        )
+
+    def describe_special_tokens(self, *, packed: bool = True) -> str:
+        """One line for the start of a run: "BOS before each document: no; EOS after: yes"."""
+        tokenizer = self.load_tokenizer()
+        special = self.special_tokens(tokenizer)
+        if special.separator and not packed:
+            special = tok.SpecialTokens()
+        return described(tokenizer, special)
+
     def open(self) -> corpora.Corpus:
         """Tokenises the source where that is still to do, and divides it into its splits."""
         tokenizer = self.load_tokenizer()
+        special = self.special_tokens(tokenizer)
         tokens = store.open_store(
             sources.find_files(self.source, format=self.format),
             tokenizer,
             text_field=self.text_field,
             separator=self.separator,
-            add_bos=tokenizer.bos_id is not None if self.add_bos is None else self.add_bos,
-            add_eos=self.add_eos,
+            special=special,
             cache_dir=self.cache_dir,
         )
         return corpora.divide(
@@ -123,9 +140,23 @@ class Dataset:
             num_workers=num_workers,
         )
 
-    def document_tokens(self, split: str) -> Iterator[Int[np.ndarray, "tokens"]]:
-        """The int32 tokens of each whole document of a split, in the order of the source."""
-        return self.open().document_tokens(split)
+    def document_tokens(
+        self, split: str, *, packed: bool = True
+    ) -> Iterator[Int[np.ndarray, "tokens"]]:
+        """The int32 tokens of each whole document of a split, in the order of the source.
+
+        Args:
+          packed: False leaves out the EOS that is there only to keep the documents of a row apart.
+        """
+        return self._document_tokens(self.open(), split, packed)
+
+    def _document_tokens(
+        self, corpus: corpora.Corpus, split: str, packed: bool
+    ) -> Iterator[Int[np.ndarray, "tokens"]]:
+        special = self.special_tokens(self.load_tokenizer())
+        for tokens in corpus.document_tokens(split):
+            ends = not packed and special.separator and tokens[-1] == special.after[-1]
+            yield tokens[:-1] if ends else tokens
 
     def document_names(self, split: str) -> list[str]:
         """The name of each document of a split, in the order of `document_tokens`."""
@@ -192,6 +223,13 @@ class Mixture:
                     " all data sets of a Mixture need the same one"
                 )
         return found[0]
+
+    def describe_special_tokens(self, *, packed: bool = True) -> str:
+        """The line of every part, once where they are equal."""
+        lines = {dataset.describe_special_tokens(packed=packed): dataset.source for dataset, _ in self.parts}
+        if len(lines) == 1:
+            return next(iter(lines))
+        return "; ".join(f"{source}: {line}" for line, source in lines.items())
 
     def open(self) -> tuple[corpora.Corpus, ...]:
         """Opens every part; a training document of which another part holds a copy out is left out."""
@@ -260,10 +298,12 @@ class Mixture:
         )
         return batches.make_iterator(self, request, start=start)
 
-    def document_tokens(self, split: str) -> Iterator[Int[np.ndarray, "tokens"]]:
-        """The int32 tokens of each whole document of a split, part after part."""
-        for corpus in self.open():
-            yield from corpus.document_tokens(split)
+    def document_tokens(
+        self, split: str, *, packed: bool = True
+    ) -> Iterator[Int[np.ndarray, "tokens"]]:
+        """The int32 tokens of each whole document of a split, part after part; see `Dataset.document_tokens`."""
+        for (dataset, _), corpus in zip(self.parts, self.open(), strict=True):
+            yield from dataset._document_tokens(corpus, split, packed)
 
     def document_names(self, split: str) -> list[str]:
         """The name of each document of a split, in the order of `document_tokens`."""

@@ -24,6 +24,7 @@ from jaxtyping import Int
 
 from lcx.data import sources
 from lcx.data import tokenizers as tok
+from lcx.data.special import SpecialTokens
 from lcx.errors import UserError
 
 _VERSION = 1  # raise it when a store built from the same inputs would hold something else
@@ -88,21 +89,21 @@ def open_store(
     *,
     text_field: str = "text",
     separator: str | None = None,
-    add_bos: bool = False,
-    add_eos: bool = False,
+    special: SpecialTokens = SpecialTokens(),  # noqa: B008 (frozen)
     cache_dir: str | None = None,
 ) -> TokenStore:
     """Opens the store of these inputs; builds it first where there is none, with a progress bar.
 
-    The fingerprint covers names, sizes and contents of the files, the tokenizer and the options, so a changed
-    file is another store. Folders and time stamps do not matter: a moved data set is the same data.
+    The fingerprint covers names, sizes and contents of the files, the tokenizer, the options and the special tokens
+    of each document, so a changed file is another store. Folders and time stamps do not matter: a moved data set is
+    the same data.
 
     Raises:
       UserError: an input cannot be read, there is no text in it, or the cache folder cannot be written (full
         disk).
     """
     root = cache_folder(cache_dir)
-    options = {"text_field": text_field, "separator": separator, "add_bos": add_bos, "add_eos": add_eos}
+    options = {"text_field": text_field, "separator": separator, **_special_options(tokenizer, special)}
     try:
         root.mkdir(parents=True, exist_ok=True)
         fingerprint = _fingerprint(files, tokenizer, options, root)
@@ -110,7 +111,7 @@ def open_store(
         if store is None:
             _remove_abandoned(root)
             documents = sources.read_documents(tuple(files), text_field=text_field, separator=separator)
-            ends = _special_ids(tokenizer, add_bos, add_eos)
+            ends = np.array(special.before, np.int32), np.array(special.after, np.int32)
             size = sum(os.path.getsize(file.path) for file in files)
             _build(root / fingerprint, documents, tokenizer, ends, size)
             store = _read_store(root / fingerprint, fingerprint)
@@ -164,16 +165,13 @@ def _cache_error(root: Path, error: OSError) -> UserError:
     )
 
 
-def _special_ids(tokenizer: tok.Tokenizer, add_bos: bool, add_eos: bool) -> tuple[np.ndarray, np.ndarray]:
-    """What goes before and after the tokens of each document."""
-    ids = []
-    for name, wanted, value in (("bos", add_bos, tokenizer.bos_id), ("eos", add_eos, tokenizer.eos_id)):
-        if wanted and value is None:
-            raise UserError(
-                f"Dataset.add_{name}=True but the tokenizer has no {name.upper()} id; set add_{name}=False"
-            )
-        ids.append(np.array([value] if wanted else [], np.int32))
-    return ids[0], ids[1]
+def _special_options(tokenizer: tok.Tokenizer, special: SpecialTokens) -> dict[str, Any]:
+    """What the fingerprint says of the special tokens; the identity of the tokenizer has the ids of BOS and EOS."""
+    bos, eos = (() if value is None else (value,) for value in (tokenizer.bos_id, tokenizer.eos_id))
+    options: dict[str, Any] = {"add_bos": special.before == bos != (), "add_eos": special.after == eos != ()}
+    if special.before not in ((), bos) or special.after not in ((), eos):
+        options["special"] = [special.before, special.after]
+    return options
 
 
 def _hashed(

@@ -1,23 +1,46 @@
 """Tokenizers: bytes (built in), Hugging Face `tokenizer.json`, sentencepiece `.model`.
 
-All three follow one protocol, load their library only when used, and can copy their files into a checkpoint
-so that `load_tokenizer(folder)` gives the same tokenizer back.
+All follow one protocol, load their library only when used, give the same ids as transformers 5, and can copy their
+files into a checkpoint so that `load_tokenizer(folder)` gives the same tokenizer back.
 """
 
 import dataclasses
-import functools
-import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int
 
+from lcx.data import json_files, tokenizer_folders, tokenizer_settings
+from lcx.data.special import SpecialTokens, separating_tokens, special_tokens
+from lcx.data.tokenizer_libraries import (
+    HuggingFaceTokenizer,
+    SentencePieceTokenizer,
+    checksum,
+    files_of,
+)
 from lcx.errors import UserError
+
+__all__ = [
+    "RECORD",
+    "ByteTokenizer",
+    "HuggingFaceTokenizer",
+    "SentencePieceTokenizer",
+    "SpecialTokens",
+    "Tokenizer",
+    "check_vocabulary",
+    "encode_all",
+    "identity",
+    "load_tokenizer",
+    "save_tokenizer",
+    "separating_tokens",
+    "special_tokens",
+    "tokenizer_from_json",
+]
 
 RECORD = "lcx_tokenizer.json"
 _SIDE_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
@@ -36,8 +59,8 @@ class Tokenizer(Protocol):
     @property
     def eos_id(self) -> int | None: ...
 
-    def encode(self, text: str) -> Int[np.ndarray, "tokens"]:
-        """The ids of `text` as int32, without BOS or EOS."""
+    def encode(self, text: str, *, add_special_tokens: bool = False) -> Int[np.ndarray, "tokens"]:
+        """The ids of `text` as int32; alone, or with what the tokenizer itself puts before and after a text."""
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`; special ids and ids outside the vocabulary give nothing."""
@@ -49,6 +72,8 @@ class Tokenizer(Protocol):
 @dataclasses.dataclass(frozen=True)
 class ByteTokenizer:
     """UTF-8 bytes are ids 0 .. 255; the special ids follow. Nothing to download, nothing out of vocabulary.
+
+    BOS, where there is one, comes before every text.
 
     For byte-level DNA models with another convention: `ByteTokenizer(bos_id=None, eos_id=0, vocab_size=512)`.
     """
@@ -68,8 +93,18 @@ class ByteTokenizer:
     def stop_ids(self) -> tuple[int, ...]:
         return () if self.eos_id is None else (self.eos_id,)
 
-    def encode(self, text: str) -> Int[np.ndarray, "tokens"]:
-        return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
+    @property
+    def special(self) -> SpecialTokens:
+        return SpecialTokens(before=() if self.bos_id is None else (self.bos_id,))
+
+    def encode(self, text: str, *, add_special_tokens: bool = False) -> Int[np.ndarray, "tokens"]:
+        try:
+            ids = np.frombuffer(text.encode(), np.uint8).astype(np.int32)
+        except UnicodeEncodeError as error:
+            found = f"character {error.start} of a text is half of a surrogate pair"
+            raise UserError(f"{found}, which UTF-8 does not have: correct the text") from error
+        before = self.special.before if add_special_tokens else ()
+        return np.concatenate([np.array(before, np.int32), ids])
 
     def decode(self, ids: Iterable[int]) -> str:
         values = np.asarray(list(ids), np.int64)
@@ -82,84 +117,13 @@ class ByteTokenizer:
         return {"kind": "bytes", **dataclasses.asdict(self)}
 
 
-@dataclasses.dataclass(frozen=True)
-class HuggingFaceTokenizer:
-    """A `tokenizer.json`. Text that spells a special token becomes that token, as in transformers."""
-
-    path: str
-    bos_id: int | None = None
-    eos_id: int | None = None
-    stop_ids: tuple[int, ...] = ()
-
-    @functools.cached_property
-    def _library(self) -> Any:
-        return _load_hugging_face(self.path)
-
-    @functools.cached_property
-    def vocab_size(self) -> int:
-        return max(self._library.get_vocab(with_added_tokens=True).values()) + 1
-
-    def encode(self, text: str) -> Int[np.ndarray, "tokens"]:
-        return np.array(self._library.encode(text, add_special_tokens=False).ids, np.int32)
-
-    def encode_batch(self, texts: Sequence[str]) -> list[Int[np.ndarray, "tokens"]]:
-        encodings = self._library.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(encoding.ids, np.int32) for encoding in encodings]
-
-    def decode(self, ids: Iterable[int]) -> str:
-        known = [i for i in map(int, ids) if 0 <= i < self.vocab_size]
-        return self._library.decode(known, skip_special_tokens=True)
-
-    def to_json(self) -> dict[str, Any]:
-        return _file_json("hugging_face", self)
-
-
-@dataclasses.dataclass(frozen=True)
-class SentencePieceTokenizer:
-    """A sentencepiece `.model` (Llama 1 and 2, Mistral 7B v0.1, ...)."""
-
-    path: str
-    bos_id: int | None = None
-    eos_id: int | None = None
-    stop_ids: tuple[int, ...] = ()
-
-    @functools.cached_property
-    def _library(self) -> Any:
-        return _load_sentencepiece(self.path)
-
-    @functools.cached_property
-    def vocab_size(self) -> int:
-        return self._library.vocab_size()
-
-    def encode(self, text: str) -> Int[np.ndarray, "tokens"]:
-        return np.array(self._library.encode(text), np.int32)
-
-    def encode_batch(self, texts: Sequence[str]) -> list[Int[np.ndarray, "tokens"]]:
-        return [np.array(ids, np.int32) for ids in self._library.encode(list(texts))]
-
-    def decode(self, ids: Iterable[int]) -> str:
-        return self._library.decode([i for i in map(int, ids) if 0 <= i < self.vocab_size])
-
-    def to_json(self) -> dict[str, Any]:
-        return _file_json("sentencepiece", self)
-
-
-def _file_json(kind: str, tokenizer: HuggingFaceTokenizer | SentencePieceTokenizer) -> dict[str, Any]:
-    return {
-        "kind": kind,
-        "path": tokenizer.path,
-        "sha256": hashlib.sha256(Path(tokenizer.path).read_bytes()).hexdigest(),
-        "bos_id": tokenizer.bos_id,
-        "eos_id": tokenizer.eos_id,
-        "stop_ids": list(tokenizer.stop_ids),
-        "vocab_size": tokenizer.vocab_size,
-    }
-
-
-def encode_all(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Int[np.ndarray, "tokens"]]:
+def encode_all(
+    tokenizer: Tokenizer, texts: Sequence[str], *, add_special_tokens: bool = False
+) -> list[Int[np.ndarray, "tokens"]]:
     """`encode` of each text, through the tokenizer's `encode_batch` (several threads) where it has one."""
+    asked = {"add_special_tokens": True} if add_special_tokens else {}
     batch = getattr(tokenizer, "encode_batch", None)
-    return batch(texts) if batch is not None else [tokenizer.encode(text) for text in texts]
+    return batch(texts, **asked) if batch is not None else [tokenizer.encode(text, **asked) for text in texts]
 
 
 def identity(tokenizer: Tokenizer) -> dict[str, Any]:
@@ -167,43 +131,17 @@ def identity(tokenizer: Tokenizer) -> dict[str, Any]:
     return {key: value for key, value in tokenizer.to_json().items() if key not in ("path", "stop_ids")}
 
 
-def _load_hugging_face(path: str) -> Any:
-    try:
-        from tokenizers import Tokenizer as Library
-    except ImportError as error:
-        raise UserError(f"reading {path} needs the tokenizers package: pip install tokenizers") from error
-    try:
-        return Library.from_file(path)
-    except Exception as error:  # the library raises bare Exception
-        raise UserError(
-            f"{path} is not a readable tokenizer.json ({error}); check the tokenizer setting"
-        ) from error
-
-
-def _load_sentencepiece(path: str) -> Any:
-    try:
-        import sentencepiece
-    except ImportError as error:
-        raise UserError(
-            f"reading {path} needs the sentencepiece package: pip install sentencepiece"
-        ) from error
-    try:
-        return sentencepiece.SentencePieceProcessor(model_file=path)
-    except (RuntimeError, OSError) as error:
-        raise UserError(
-            f"{path} is not a readable sentencepiece model; check the tokenizer setting"
-        ) from error
-
-
 def load_tokenizer(path: str | os.PathLike | Tokenizer) -> Tokenizer:
-    """Loads a tokenizer.
+    """Loads a tokenizer, with the ids that transformers.AutoTokenizer gives for the same files.
 
     Args:
-      path: "bytes"; a `tokenizer.json`; a sentencepiece `.model`; a folder that holds either (or one written
-        by `save_tokenizer`); or a tokenizer, which is returned as it is.
+      path: "bytes"; a `tokenizer.json`; a sentencepiece `.model`; a folder that holds one of them, or vocab.json with
+        merges.txt (or one written by `save_tokenizer`); or a tokenizer, which is returned as it is.
 
-    BOS and EOS come from `tokenizer_config.json`, else `generation_config.json` or `config.json` beside the
-    file; for sentencepiece from the model itself.
+    The special tokens and what is put before and after a text are those of the file and of tokenizer_config.json.
+    Only EOS and the ids that end a generation may come from `generation_config.json` or `config.json` beside them.
+    A sentencepiece model whose folder names no class is read as its settings say: like LlamaTokenizer, with a space
+    before the text where the model adds one (AutoTokenizer leaves that space out), or by sentencepiece itself.
 
     Raises:
       UserError: there is no tokenizer, or it is damaged.
@@ -212,108 +150,54 @@ def load_tokenizer(path: str | os.PathLike | Tokenizer) -> Tokenizer:
         return path
     if path == "bytes":
         return ByteTokenizer()
-    place = Path(path).expanduser()
-    if place.is_file():
-        return _from_file(place)
-    if not place.is_dir():
+    try:
+        place = Path(path).expanduser()
+        is_file, is_folder = place.is_file(), place.is_dir()
+        is_other = not is_file and not is_folder and os.path.lexists(place)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        found = f"tokenizer {json_files.one_line(repr(str(path)))} cannot be read ({reason})"
+        raise UserError(f"{found}; check the tokenizer setting") from error
+    if is_file:
+        return tokenizer_folders.from_file(place)
+    if not is_folder:
+        found = "is neither a file nor a folder" if is_other else "does not exist"
         raise UserError(
-            f'tokenizer {str(path)!r} does not exist; expected "bytes", a tokenizer.json, a sentencepiece'
+            f'tokenizer {str(path)!r} {found}; expected "bytes", a tokenizer.json, a sentencepiece'
             " .model, or a folder with one of them"
         )
-    if (place / RECORD).is_file():
-        return tokenizer_from_json(_read_json(place / RECORD), folder=place)
-    for name in ("tokenizer.json", "tokenizer.model"):
-        if (place / name).is_file():
-            return _from_file(place / name)
-    models = sorted(place.glob("*.model"))
-    if len(models) == 1:
-        return _from_file(models[0])
-    hint = "no tokenizer.json and no sentencepiece .model"
-    if models:
-        hint = f"several .model files ({', '.join(model.name for model in models)}): name one of them"
-    elif (place / "vocab.json").is_file():
-        hint = (
-            "vocab.json but no tokenizer.json; make one with"
-            f" AutoTokenizer.from_pretrained({str(place)!r}).save_pretrained(...)"
-        )
-    raise UserError(f"tokenizer folder {str(path)!r} has {hint}; check the tokenizer setting")
-
-
-def _from_file(path: Path) -> Tokenizer:
-    if path.suffix == ".json":
-        return _from_tokenizer_json(path)
-    if path.suffix == ".model":
-        plain = SentencePieceTokenizer(str(path.resolve()))
-        bos, eos = plain._library.bos_id(), plain._library.eos_id()
-        bos_id, eos_id = (bos if bos >= 0 else None), (eos if eos >= 0 else None)
-        stop_ids = _stop_ids(path.parent, eos_id)
-        return dataclasses.replace(plain, bos_id=bos_id, eos_id=eos_id, stop_ids=stop_ids)
-    raise UserError(f"tokenizer file {str(path)!r} is neither a tokenizer.json nor a sentencepiece .model")
-
-
-def _from_tokenizer_json(path: Path) -> Tokenizer:
-    plain = HuggingFaceTokenizer(str(path.resolve()))
-    library = plain._library
-    config = _read_json(path.parent / "tokenizer_config.json")
-    ids: dict[str, int | None] = {}
-    for name in ("bos", "eos"):
-        token = config.get(f"{name}_token")
-        token = token.get("content") if isinstance(token, dict) else token
-        found = library.token_to_id(token) if token else None
-        if found is None and f"{name}_token" not in config:
-            found = next(iter(_config_ids(path.parent, f"{name}_token_id")), None)
-        ids[name] = found
-    stop_ids = _stop_ids(path.parent, ids["eos"])
-    return dataclasses.replace(plain, bos_id=ids["bos"], eos_id=ids["eos"], stop_ids=stop_ids)
-
-
-def _config_ids(folder: Path, key: str) -> list[int]:
-    """The id or ids that generation_config.json or config.json gives for `key`."""
-    for name in ("generation_config.json", "config.json"):
-        value = _read_json(folder / name).get(key)
-        if value is not None:
-            return list(value) if isinstance(value, list) else [int(value)]
-    return []
-
-
-def _stop_ids(folder: Path, eos_id: int | None) -> tuple[int, ...]:
-    """EOS, and the further ids that end a generation (Llama 3 has three)."""
-    known = [] if eos_id is None else [eos_id]
-    return tuple(dict.fromkeys(known + _config_ids(folder, "eos_token_id")))
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path} is not readable JSON ({error}); restore the file") from error
-    return data if isinstance(data, dict) else {}
+    record = json_files.read_object(place / RECORD)
+    if record:
+        return tokenizer_from_json(record, folder=place)
+    return tokenizer_folders.from_file(tokenizer_folders.vocabulary_file(place))
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: str | os.PathLike) -> None:
     """Copies a tokenizer's files into `folder`, so that `load_tokenizer(folder)` gives the same tokenizer.
 
-    A tokenizer.json keeps its name and a sentencepiece model becomes tokenizer.model, so that other libraries
-    find them too; `lcx_tokenizer.json`, written last, records the kind, the special ids and the checksum.
+    The files keep their names and a sentencepiece model becomes tokenizer.model, so that other libraries find them
+    too; `lcx_tokenizer.json`, written last, records the kind, the settings, the special ids and the checksum.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     record = tokenizer.to_json()
     path = record.pop("path", None)
     if path is not None:
-        name = "tokenizer.json" if record["kind"] == "hugging_face" else "tokenizer.model"
+        source = Path(path)
+        name = "tokenizer.model" if record["kind"] == "sentencepiece" else _file_name(source)
         record["file"] = name
-        for source, target in [
-            (Path(path), name),
-            *((Path(path).parent / side, side) for side in _SIDE_FILES),
-        ]:
-            if source.is_file() and source.resolve() != (folder / target).resolve():
-                _copy(source, folder / target)
+        targets = dict(zip(files_of(source), files_of(folder / name), strict=True))
+        targets |= {source.parent / side: folder / side for side in _SIDE_FILES}
+        for file, target in targets.items():
+            if file.is_file() and file.resolve() != target.resolve():
+                _copy(file, target)
     partial = folder / f"{RECORD}.partial"
     partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     os.replace(partial, folder / RECORD)
+
+
+def _file_name(path: Path) -> str:
+    return path.name if path.name == "vocab.json" else "tokenizer.json"
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -322,36 +206,85 @@ def _copy(source: Path, target: Path) -> None:
     os.replace(partial, target)
 
 
-def tokenizer_from_json(data: dict[str, Any], *, folder: str | os.PathLike | None = None) -> Tokenizer:
+def tokenizer_from_json(data: Mapping[str, Any], *, folder: str | os.PathLike | None = None) -> Tokenizer:
     """The tokenizer that `to_json` or `save_tokenizer` described.
 
     Its file is looked for in `folder` first, then where it was; one with another checksum is refused, since
     it would silently give other ids.
+
+    Raises:
+      UserError: the record is damaged, or names a file outside its folder; the file is gone or another one.
     """
-    kind = data.get("kind")
+    where = "the tokenizer's record" if folder is None else Path(folder) / RECORD
+    kind = json_files.text(data, "kind", where)
     if kind == "bytes":
-        return ByteTokenizer(data["bos_id"], data["eos_id"], data["vocab_size"])
-    classes: dict[str, type[HuggingFaceTokenizer] | type[SentencePieceTokenizer]] = {
-        "hugging_face": HuggingFaceTokenizer,
-        "sentencepiece": SentencePieceTokenizer,
+        size = data.get("vocab_size", ByteTokenizer.vocab_size)
+        if not isinstance(size, int) or isinstance(size, bool) or not 0 < size <= json_files.LARGEST_ID + 1:
+            raise json_files.wrong(where, "vocab_size", size, "a number of ids")
+        return ByteTokenizer(_id(data, "bos_id", where), _id(data, "eos_id", where), size)
+    if kind not in ("hugging_face", "sentencepiece"):
+        raise UserError(
+            f"tokenizer kind {json_files.one_line(kind, limit=40)!r} is unknown; expected bytes, hugging_face,"
+            " sentencepiece"
+        )
+    name = json_files.text(data, "file", where) or (
+        "tokenizer.json" if kind == "hugging_face" else "tokenizer.model"
+    )
+    if Path(name).name != name or name in ("", ".", ".."):
+        raise UserError(
+            f"{where} names the file {json_files.one_line(name, limit=80)!r}, expected one in the same folder: correct"
+            " the record"
+        )
+    path = _recorded_file(data, name, folder, where)
+    if checksum(path) != json_files.text(data, "sha256", where):
+        raise UserError(
+            f"tokenizer file {path} is not the one that was saved (its checksum differs); restore it"
+        )
+    settings = data.get("settings")
+    stops = data.get("stop_ids") or []
+    if not isinstance(stops, list):
+        raise json_files.wrong(where, "stop_ids", stops, "a list of ids")
+    ids = {
+        "bos_id": _id(data, "bos_id", where),
+        "eos_id": _id(data, "eos_id", where),
+        "stop_ids": tuple(json_files.token_id(i, "stop_ids", where) for i in stops),
     }
-    if not isinstance(kind, str) or kind not in classes:
-        raise UserError(f"tokenizer kind {kind!r} is unknown; expected bytes, {', '.join(classes)}")
-    name = data.get("file") or ("tokenizer.json" if kind == "hugging_face" else "tokenizer.model")
-    places = ([Path(folder) / name] if folder is not None else []) + [Path(data.get("path") or name)]
-    for place in places:
-        if place.is_file():
-            if hashlib.sha256(place.read_bytes()).hexdigest() != data["sha256"]:
-                raise UserError(
-                    f"tokenizer file {place} is not the one that was saved (its checksum differs); restore it"
-                )
-            special = {
-                "bos_id": data["bos_id"],
-                "eos_id": data["eos_id"],
-                "stop_ids": tuple(data["stop_ids"]),
-            }
-            return classes[kind](str(place.resolve()), **special)
-    raise UserError(f"tokenizer file {places[0]} does not exist; copy the tokenizer beside the checkpoint")
+    read = None if settings is None else tokenizer_settings.from_json(settings, where)
+    return tokenizer_folders.from_file(path, settings=read, ids=ids)
+
+
+def _recorded_file(
+    data: Mapping[str, Any], name: str, folder: str | os.PathLike | None, where: str | Path
+) -> Path:
+    """The file of a record: in the record's folder, else where the tokenizer lay when it was recorded."""
+    if folder is not None:
+        beside = Path(folder) / name
+        if os.path.lexists(beside):
+            _check_inside(beside, Path(folder))
+            return beside
+    former = json_files.text(data, "path", where)
+    if former is not None and folder is None or former is not None and "file" not in data:
+        old = Path(former)
+        if old.suffix in (".json", ".model") and old.is_file():
+            return old
+    missing = Path(folder) / name if folder is not None else Path(former or name)
+    raise UserError(
+        f"tokenizer file {json_files.one_line(missing)} does not exist; copy the tokenizer beside the checkpoint"
+    )
+
+
+def _check_inside(path: Path, folder: Path) -> None:
+    """A link may lead to another file of the folder, or, as in a hub cache, to a blob beside the snapshots."""
+    real, home = path.resolve(), folder.resolve()
+    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
+    if not real.is_relative_to(home) and not real.is_relative_to(blobs):
+        raise UserError(
+            f"tokenizer file {path} is a link out of its folder: put the file itself there, beside {RECORD}"
+        )
+
+
+def _id(data: Mapping[str, Any], key: str, where: str | Path) -> int | None:
+    return None if data.get(key) is None else json_files.token_id(data[key], key, where)
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:

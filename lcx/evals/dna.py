@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from lcx.data import Tokenizer, check_vocabulary
+from lcx.data import Tokenizer, check_vocabulary, special_tokens
 from lcx.data.sources import Document, find_files, read_fasta
 from lcx.errors import UserError
 from lcx.evals import scoring
@@ -60,7 +60,7 @@ def token_log_likelihoods(
 ) -> list[Float[np.ndarray, " scored"]]:
     """log p of every token of each sequence that has one before it, in nats.
 
-    BOS comes first where the tokenizer has one; without one the first letter is not scored. A sequence longer than
+    BOS comes first where the tokenizer adds one; without it the first letter is not scored. A sequence longer than
     `window` is scored by windows that start `stride` tokens apart, each token once, in the first window that holds it.
     Equal sequences are scored once; those of like length share batches.
     """
@@ -70,7 +70,7 @@ def token_log_likelihoods(
         )
     check_vocabulary(tokenizer, model.vocab_size)
     unique = {sequence: i for i, sequence in enumerate(dict.fromkeys(sequences))}
-    start = np.array([] if tokenizer.bos_id is None else [tokenizer.bos_id], np.int32)
+    start = np.array(special_tokens(tokenizer).before, np.int32)
     tokens = [np.concatenate([start, tokenizer.encode(sequence)]) for sequence in unique]
     rows = window_rows([len(t) for t in tokens], window=window, stride=stride)
     widths = np.array([_width(int(end - begin), window) for _, begin, end, _ in rows], np.int64)

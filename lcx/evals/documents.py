@@ -18,6 +18,7 @@ class Documents:
     tokens: list[Int[np.ndarray, " length"]]
     tokenizer: Tokenizer
     source: str
+    special: str = ""  # what was put before and after each document, in words
 
     @property
     def num_tokens(self) -> int:
@@ -43,13 +44,15 @@ def read(
     model: Decoder,
     max_tokens: int | None,
     max_length: int | None = None,
+    packed: bool = False,
     owner: str,
 ) -> Documents:
     """The first documents of a split: up to max_tokens in all (the last one cut), each cut to max_length.
 
-    Documents begin with BOS where the data set says so; by default where the tokenizer has one.
+    Each document has the special tokens that the data set asks for, by default those that the tokenizer adds itself.
 
     Args:
+      packed: documents will share rows: where nothing else separates them, EOS does.
       tokenizer: the checkpoint's, which replaces that of the data set; None takes the data set's own.
       owner: the evaluation, for messages.
 
@@ -65,7 +68,7 @@ def read(
     tokenizer = dataset.load_tokenizer()
     check_vocabulary(tokenizer, model.vocab_size)
     tokens, left = [], max_tokens
-    for document in dataset.document_tokens(split):
+    for document in dataset.document_tokens(split, packed=packed):
         document = document[: min((n for n in (max_length, left) if n is not None), default=len(document))]
         tokens.append(document)
         if left is not None:
@@ -76,7 +79,9 @@ def read(
         raise UserError(
             f"split {split!r} of {_source(dataset)} holds no text: set {owner}.split, or raise Dataset.eval_fraction"
         )
-    return Documents(tokens, tokenizer, f"{_source(dataset)}, {split} split")
+    return Documents(
+        tokens, tokenizer, f"{_source(dataset)}, {split} split", dataset.describe_special_tokens(packed=packed)
+    )
 
 
 def _with_tokenizer(dataset: Dataset | Mixture, tokenizer: Tokenizer, owner: str) -> Dataset | Mixture:

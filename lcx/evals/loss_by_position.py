@@ -64,6 +64,7 @@ class LossByPosition:
             tokenizer=tokenizer,
             model=model,
             max_tokens=self.max_tokens + 1,  # a row of T inputs needs the label after its last
+            packed=True,
             owner="LossByPosition",
         )
         lengths = self.lengths or (model.max_position_embeddings,)
@@ -146,7 +147,7 @@ class LossByPosition:
         return (
             f"mean negative log-likelihood ({text.unit}) of the token after position p, for p in [start, end);"
             f" documents of {text.source} end to end, in order, the first {text.num_tokens} tokens, cut into rows of"
-            f" the evaluated length; {where}standard errors take rows as independent"
+            f" the evaluated length; {text.special}; {where}standard errors take rows as independent"
         )
 
     def plot(self, axes: Any, results: Mapping[str, Result]) -> None:

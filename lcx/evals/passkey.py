@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from lcx import sampler
-from lcx.data import Tokenizer, check_vocabulary
+from lcx.data import Tokenizer, check_vocabulary, special_tokens
 from lcx.errors import UserError
 from lcx.evals import Result, figures, scoring
 from lcx.evals.intervals import wilson
@@ -291,7 +291,7 @@ def _build(tokenizer: Tokenizer, key: int, *, after: int, before: int = 0) -> Pr
     """
     lead = f"{TASK}{_filler(before)}{chr(10) if before else ''}The pass key is {key}. Remember it. {key}"
     rest = f" is the pass key.{chr(10) if after else ''}{_filler(after)}{QUESTION}"
-    start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    start = list(special_tokens(tokenizer).before)
     tokens = [*start, *tokenizer.encode(lead + rest).tolist()]
     return Prompt(tokens, key, len(tokens) - len(start) - len(tokenizer.encode(lead)))
 

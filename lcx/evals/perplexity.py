@@ -138,8 +138,8 @@ class Perplexity:
         return (
             f"exp(sum of negative log-likelihoods / number of scored tokens) over all documents (token-weighted);"
             f" {kind}; the first token of a document is {first};"
-            f" the first {text.num_tokens} tokens of {text.source}; standard error of the nll with documents as"
-            " independent"
+            f" {text.special}; the first {text.num_tokens} tokens of {text.source}; standard error of the nll with"
+            " documents as independent"
         )
 
     def plot(self, axes: Any, results: Mapping[str, Result]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lcx.data import Tokenizer
+from lcx.data import Tokenizer, special_tokens
 from lcx.errors import UserError
 from lcx.evals import Result, dna, figures, scoring
 from lcx.evals.intervals import auroc
@@ -63,7 +63,7 @@ class VariantEffects:
 
     def __call__(self, model: Decoder, params: Any, tokenizer: Tokenizer | None) -> Result:
         window, stride = windows_of(self, model)
-        letters = window if tokenizer is None or tokenizer.bos_id is None else window - 1
+        letters = window if tokenizer is None else window - len(special_tokens(tokenizer).before)
         records = {
             record.name.partition(":")[2]: record.text
             for record in dna.read(self.sequences, owner="VariantEffects.sequences")

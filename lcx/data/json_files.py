@@ -1,0 +1,126 @@
+"""JSON files that a user brings, read without trust in them: size, kind of file, encoding, nesting and types.
+
+Whatever is in such a file, reading it gives a value of the type asked for or a UserError of one line.
+"""
+
+import collections
+import errno
+import json
+import logging
+import os
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lcx.errors import UserError
+
+log = logging.getLogger(__name__)
+
+MAX_BYTES = 64 << 20
+LARGEST_ID = 2**31 - 2  # ids are int32, and a vocabulary's size is its largest id + 1
+
+
+def read_bytes(path: Path, *, max_bytes: int) -> bytes | None:
+    """The bytes of a regular file; None where there is nothing of this name.
+
+    Raises:
+      UserError: a folder, a pipe or a device, a link to nothing, a file that cannot be read or is too large.
+    """
+    try:
+        if not os.path.lexists(path):
+            return None
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))  # a pipe must not block
+        with open(descriptor, "rb") as stream:
+            status = os.fstat(stream.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise UserError(f"{path} is not a regular file, expected one: remove it or restore the file")
+            if status.st_size > max_bytes:
+                raise UserError(
+                    f"{path} has {status.st_size:,} bytes, expected at most {max_bytes:,}: restore the file"
+                )
+            return stream.read(max_bytes + 1)
+    except (OSError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        if getattr(error, "errno", None) == errno.ENOENT:
+            raise UserError(f"{path} is a link to a file that does not exist: restore the file") from error
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path} cannot be read ({reason}): restore the file or its permissions") from error
+
+
+def read_object(path: Path, *, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
+    """The JSON object in a file; {} where there is no such file.
+
+    Of a key that occurs twice the last counts, as in Python's own reader, and a warning names it.
+
+    Raises:
+      UserError: as `read_bytes`; not UTF-8, not JSON, nested too deeply, or not an object.
+    """
+    data = read_bytes(path, max_bytes=max_bytes)
+    return {} if data is None else parse_object(data, path)
+
+
+def parse_object(data: bytes, path: Path | str) -> dict[str, Any]:
+    """The JSON object in `data`; `path` is for the messages. Raises UserError as `read_object`."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            twice = collections.Counter(key for key, _ in pairs).most_common(1)[0][0]
+            log.warning("%s: the key %.60r occurs more than once; the last value is used", path, twice)
+        return found
+
+    try:
+        value = json.loads(data.decode("utf-8-sig"), object_pairs_hook=unique)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 (byte {error.start}): restore the file") from error
+    except RecursionError as error:
+        raise UserError(f"{path} is nested too deeply to be read as JSON: restore the file") from error
+    except (ValueError, MemoryError) as error:
+        raise UserError(f"{path} is not readable JSON ({one_line(error)}); restore the file") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds a {type(value).__name__}, expected a JSON object: restore the file")
+    return value
+
+
+def one_line(value: object, *, limit: int = 160) -> str:
+    """`value` as text that fits in a message: without line breaks, cut to `limit` characters."""
+    text = " ".join(str(value).split())
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def text(data: Mapping[str, Any], key: str, path: Path | str) -> str | None:
+    """The string at `key`; None where it is absent or null. Raises UserError for another type."""
+    value = data.get(key)
+    if value is not None and not is_text(value):
+        raise wrong(path, key, value, "a string")
+    return value
+
+
+def boolean(data: Mapping[str, Any], key: str, path: Path | str) -> bool | None:
+    """True or False at `key`; None where it is absent or null. Raises UserError for another type."""
+    value = data.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise wrong(path, key, value, "true or false")
+    return value
+
+
+def token_id(value: Any, key: str, path: Path | str) -> int:
+    """`value` as the id of a token. Raises UserError for what is none."""
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= LARGEST_ID:
+        raise wrong(path, key, value, f"a token id, an integer from 0 to {LARGEST_ID}")
+    return value
+
+
+def is_text(value: Any) -> bool:
+    """Whether `value` is a string that UTF-8 can express: JSON can spell half of a surrogate pair."""
+    return isinstance(value, str) and not any("\ud800" <= letter <= "\udfff" for letter in value)
+
+
+def wrong(path: Path | str, key: str, value: Any, expected: str) -> UserError:
+    """The error for a value of the wrong type."""
+    shown = (
+        ascii(value) if isinstance(value, str | int | float | bool | None) else f"a {type(value).__name__}"
+    )
+    return UserError(f"{path}: {one_line(key, limit=60)} is {one_line(shown, limit=60)}, expected {expected}")

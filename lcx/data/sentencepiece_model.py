@@ -1,0 +1,197 @@
+"""The file format of sentencepiece models, as far as tokenizers need it, and their merges as a list.
+
+A `.model` file is a protocol buffer (sentencepiece_model.proto): pieces with scores and types, the settings of the
+training and of the normalizer. Reading it here needs neither sentencepiece nor protobuf, and a damaged file gives an
+error of one line.
+"""
+
+import dataclasses
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+from lcx.data import json_files
+from lcx.errors import UserError
+
+UNIGRAM, BPE = 1, 2
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+_MAX_BYTES = 256 << 20
+_MAX_PIECES = 1 << 22
+_MAX_SPLITS = 1 << 28  # characters of all halves of all pieces: what finding the merges costs
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    text: str
+    score: float = 0.0
+    kind: int = NORMAL
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A sentencepiece model; the names and defaults of the settings are those of the format.
+
+    Attributes:
+      charsmap: the precompiled normalization; empty for none.
+    """
+
+    pieces: tuple[Piece, ...]
+    model_type: int = UNIGRAM
+    byte_fallback: bool = False
+    unk_id: int = 0
+    bos_id: int = 1
+    eos_id: int = 2
+    unk_piece: str = "<unk>"
+    bos_piece: str = "<s>"
+    eos_piece: str = "</s>"
+    charsmap: bytes = b""
+    add_dummy_prefix: bool = True
+    remove_extra_whitespaces: bool = True
+    escape_whitespaces: bool = True
+
+    @property
+    def is_like_llama(self) -> bool:
+        """BPE on the text as it is: what LlamaTokenizer of transformers computes."""
+        plain = not self.charsmap and not self.remove_extra_whitespaces and self.escape_whitespaces
+        return self.model_type == BPE and plain
+
+
+_TRAINER = {
+    3: "model_type",
+    35: "byte_fallback",
+    40: "unk_id",
+    41: "bos_id",
+    42: "eos_id",
+    45: "unk_piece",
+    46: "bos_piece",
+    47: "eos_piece",
+}
+_NORMALIZER = {
+    2: "charsmap",
+    3: "add_dummy_prefix",
+    4: "remove_extra_whitespaces",
+    5: "escape_whitespaces",
+}
+
+
+def read(path: Path) -> Model:
+    """Reads a `.model` file.
+
+    Raises:
+      UserError: it is not one, it is damaged or empty.
+    """
+    data = json_files.read_bytes(path, max_bytes=_MAX_BYTES)
+    if data is None:
+        raise UserError(f"tokenizer file {path} does not exist; check the tokenizer setting")
+    try:
+        return _parse(data)
+    except (ValueError, IndexError, struct.error, OverflowError) as error:
+        tiktoken = " (it looks like a tiktoken file, of which tokenizer.json is the form to use)"
+        hint = tiktoken if data[:4].isascii() and b"= 0\n" in data[:64] else ""
+        raise UserError(
+            f"{path} is not a readable sentencepiece model{hint} ({json_files.one_line(error)}); check the tokenizer"
+            " setting"
+        ) from error
+
+
+def _parse(data: bytes) -> Model:
+    pieces: list[Piece] = []
+    settings: dict[str, int | bytes] = {}
+    for number, value in _fields(data):
+        if number == 1:
+            pieces.append(_piece(_bytes(value)))
+            if len(pieces) > _MAX_PIECES:
+                raise ValueError(f"more than {_MAX_PIECES} pieces")
+        elif number in (2, 3):
+            names = _TRAINER if number == 2 else _NORMALIZER
+            settings |= {names[n]: v for n, v in _fields(_bytes(value)) if n in names}
+    if not pieces:
+        raise ValueError("it has no pieces")
+    if sum(len(piece.text) ** 2 for piece in pieces) > _MAX_SPLITS:
+        raise ValueError("its pieces are too long")
+    return Model(tuple(pieces), **_typed(settings))
+
+
+def _typed(settings: dict[str, int | bytes]) -> dict:
+    kinds = {field.name: type(field.default) for field in dataclasses.fields(Model)}
+    values: dict = {}
+    for name, value in settings.items():
+        if kinds[name] in (str, bytes):
+            raw = _bytes(value)
+            values[name] = raw.decode() if kinds[name] is str else raw
+        elif not isinstance(value, int):
+            raise ValueError(f"{name} is not a number")
+        else:
+            signed = value - (1 << 64) if value >= 1 << 63 else value
+            values[name] = bool(value) if kinds[name] is bool else signed
+    return values
+
+
+def _piece(data: bytes) -> Piece:
+    text, score, kind = "", 0.0, NORMAL
+    for number, value in _fields(data):
+        if number == 1:
+            text = _bytes(value).decode()
+        elif number == 2:
+            (score,) = struct.unpack("<f", _bytes(value))
+        elif number == 3 and isinstance(value, int):
+            kind = value
+    if score != score or not NORMAL <= kind <= BYTE:
+        raise ValueError(f"piece {text[:20]!r} has score {score} and type {kind}")
+    return Piece(text, score, kind)
+
+
+def _bytes(value: int | bytes) -> bytes:
+    if not isinstance(value, bytes):
+        raise ValueError("a number where text is expected")
+    return value
+
+
+def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
+    """(number, value) of each field: an integer for varints, else its bytes."""
+    at = 0
+    while at < len(data):
+        key, at = _varint(data, at)
+        number, wire = key >> 3, key & 7
+        if wire == 0:
+            value, at = _varint(data, at)
+            yield number, value
+            continue
+        if wire == 2:
+            size, at = _varint(data, at)
+        elif wire in (1, 5):
+            size = 8 if wire == 1 else 4
+        else:
+            raise ValueError(f"wire type {wire} at byte {at}")
+        if number == 0 or at + size > len(data):
+            raise ValueError(f"a field of {size} bytes at byte {at} of {len(data)}")
+        yield number, data[at : at + size]
+        at += size
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        byte = data[at]
+        at += 1
+        value |= (byte & 127) << shift
+        if byte < 128:
+            return value & ((1 << 64) - 1), at
+        shift += 7
+        if shift > 63:
+            raise ValueError(f"a number without end at byte {at}")
+
+
+def merges_of(vocab: dict[str, int]) -> list[tuple[str, str]]:
+    """The merges of a BPE vocabulary: every way to put a piece together from two, the smallest ids first.
+
+    The order is that of `generate_merges` of transformers, which sentencepiece's scores (minus the id) agree with.
+    """
+    merges: list[tuple[int, int, int, int, int, str, str]] = []
+    for piece, rank in vocab.items():
+        for cut in range(1, len(piece)):
+            left, right = piece[:cut], piece[cut:]
+            if left in vocab and right in vocab:
+                merges.append((rank, len(left), len(right), vocab[left], vocab[right], left, right))
+    merges.sort()
+    return [(left, right) for *_, left, right in merges]

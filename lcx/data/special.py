@@ -1,0 +1,108 @@
+"""Which special tokens stand before and after a text: decided here for data, evaluations and generation alike.
+
+A tokenizer says itself what it adds (its post-processor, add_bos_token, add_eos_token); that it has a BOS token does
+not mean that it adds one. Settings may ask for more or less.
+"""
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+from lcx.errors import UserError
+
+if TYPE_CHECKING:
+    from lcx.data.tokenizers import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class SpecialTokens:
+    """Ids before and after the ids of a text.
+
+    `separator` is true where `after` is there only to keep documents apart, and not by the tokenizer or a setting.
+    """
+
+    before: tuple[int, ...] = ()
+    after: tuple[int, ...] = ()
+    separator: bool = False
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        return self.before + self.after
+
+
+def special_tokens(
+    tokenizer: "Tokenizer", *, add_bos: bool | None = None, add_eos: bool | None = None
+) -> SpecialTokens:
+    """What is put before and after a text.
+
+    Args:
+      add_bos: None leaves it to the tokenizer; True puts BOS before the text, whatever the tokenizer does; False puts
+        nothing there.
+      add_eos: the same for EOS after the text.
+
+    Raises:
+      UserError: a token that the tokenizer does not have is asked for.
+    """
+    own = _own(tokenizer)
+    before, after = own.before, own.after
+    if add_bos is not None:
+        bos = _asked("bos", tokenizer.bos_id) if add_bos else None
+        before = () if bos is None else before if bos in before else (bos, *before)
+    if add_eos is not None:
+        eos = _asked("eos", tokenizer.eos_id) if add_eos else None
+        after = () if eos is None else after if eos in after else (*after, eos)
+    return SpecialTokens(before, after)
+
+
+def separating_tokens(
+    tokenizer: "Tokenizer",
+    *,
+    add_bos: bool | None = None,
+    add_eos: bool | None = None,
+    document_mask: bool = True,
+) -> SpecialTokens:
+    """`special_tokens` for documents that share a row: EOS after each where nothing else would stand between them.
+
+    Raises:
+      UserError: nothing separates the documents, neither a token nor the document mask.
+    """
+    chosen = special_tokens(tokenizer, add_bos=add_bos, add_eos=add_eos)
+    if chosen.ids:
+        return chosen
+    if add_eos is None and tokenizer.eos_id is not None:
+        return SpecialTokens(after=(tokenizer.eos_id,), separator=True)
+    if not document_mask:
+        found = "Dataset.document_mask=False joins the documents of a row and no token separates them"
+        if tokenizer.eos_id is None and tokenizer.bos_id is None:
+            raise UserError(f"{found} (the tokenizer has neither BOS nor EOS): set document_mask=True")
+        which = "add_bos" if tokenizer.eos_id is None else "add_eos"
+        raise UserError(f"{found}: set Dataset.{which}=True, or document_mask=True")
+    return chosen
+
+
+def described(tokenizer: "Tokenizer", chosen: SpecialTokens, *, of: str = "document") -> str:
+    """One line for the start of a run, e.g. "BOS before each document: no; EOS after: yes"."""
+    line = (
+        f"BOS before each {of}: {_yes_no(tokenizer.bos_id, chosen.before)}; EOS after:"
+        f" {_yes_no(tokenizer.eos_id, chosen.after)}"
+    )
+    others = [i for i in chosen.ids if i not in (tokenizer.bos_id, tokenizer.eos_id)]
+    return line + (f"; other special tokens: {', '.join(map(str, others))}" if others else "")
+
+
+def _yes_no(special: int | None, ids: tuple[int, ...]) -> str:
+    return "yes" if special is not None and special in ids else "no"
+
+
+def _own(tokenizer: "Tokenizer") -> SpecialTokens:
+    own = getattr(tokenizer, "special", None)
+    if own is not None:
+        return own
+    return SpecialTokens(before=() if tokenizer.bos_id is None else (tokenizer.bos_id,))
+
+
+def _asked(name: str, value: int | None) -> int:
+    if value is None:
+        raise UserError(
+            f"Dataset.add_{name}=True but the tokenizer has no {name.upper()} id; set add_{name}=False"
+        )
+    return value

@@ -1,0 +1,308 @@
+"""A `tokenizers.Tokenizer` from the files of a folder, with the same ids as transformers 5 gives them.
+
+The steps are those of `TokenizersBackend` in transformers: vocabulary and pipeline, added tokens, post-processor.
+Truncation and padding that a file stores are never applied.
+"""
+
+import contextlib
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lcx.data import json_files, sentencepiece_model
+from lcx.data.special import SpecialTokens
+from lcx.data.tokenizer_classes import DEFAULTS, PIPELINES
+from lcx.data.tokenizer_settings import NAMED, Settings, Token
+from lcx.errors import UserError
+
+log = logging.getLogger(__name__)
+
+MAX_BYTES = 1 << 30  # of a tokenizer.json; the largest published ones have 40 MB
+
+
+class Vocabulary(NamedTuple):
+    """What a class takes from its files.
+
+    Attributes:
+      added: tokens with their ids, as tokenizer.json stores them.
+      extra: further special tokens that the file itself marks.
+      is_json: the file is a tokenizer.json, whose post-processor counts and not add_bos_token.
+    """
+
+    vocab: dict[str, int]
+    merges: list
+    added: tuple[tuple[int, Token], ...] = ()
+    extra: tuple[Token, ...] = ()
+    post_processor: Any = None
+    is_json: bool = False
+
+
+@contextlib.contextmanager
+def guarded(what: str) -> Iterator[None]:
+    """Turns whatever the tokenizers library raises, a panic of its Rust code included, into a UserError."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit, UserError):
+        raise
+    except BaseException as error:  # PanicException of pyo3 is no Exception
+        reason = f"{type(error).__name__}: {error}" if type(error) is not Exception else str(error)
+        raise UserError(f"{what} ({json_files.one_line(reason)}); check the tokenizer setting") from error
+
+
+def build(path: Path, settings: Settings) -> Any:
+    """The library's tokenizer for a `tokenizer.json`, a `vocab.json` (with merges.txt beside it) or a `.model`.
+
+    Raises:
+      UserError: a file is missing or damaged, or the tokenizers package is.
+    """
+    try:
+        import tokenizers  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"reading {path} needs the tokenizers package: pip install tokenizers") from error
+    with guarded(f"{path} is not a readable tokenizer"):
+        library, source = _pipeline(path, settings)
+        library.no_truncation()
+        library.no_padding()
+        if getattr(library.model, "dropout", None):
+            log.warning("%s: BPE dropout is switched off, so that a text always has the same ids", path)
+            library.model.dropout = None
+        library.encode_special_tokens = bool(settings.option("split_special_tokens"))
+        named = named_tokens(settings)
+        _add_tokens(library, settings, source, named)
+        _set_post_processor(library, settings, source, named)
+        again = [token for token in (*named.values(), *(settings.extra or ())) if token]
+        if settings.tokenizer_class == "Qwen2Tokenizer":
+            library.add_tokens([_added(Token(token.content, special=True)) for token in again])
+        elif settings.tokenizer_class == "CohereTokenizer":
+            flags = {token.content: token for _, token in _all_added(settings, source)}
+            library.add_special_tokens([_added(flags.get(token.content, token)) for token in again])
+        return library
+
+
+def named_tokens(settings: Settings) -> dict[str, Token | None]:
+    """The special tokens with a role: those of the folder, else those of the class."""
+    defaults = DEFAULTS.get(settings.tokenizer_class, {})
+    named: dict[str, Token | None] = {key: Token(text, special=True) for key, text in defaults.items()}
+    named |= dict(settings.named)
+    return {key: named[key] for key in (*NAMED, *(k for k in named if k not in NAMED)) if key in named}
+
+
+def special_of(library: Any, eos_id: int | None) -> SpecialTokens:
+    """What the post-processor puts before and after a text, seen on an example."""
+    whole, plain = library.encode("", add_special_tokens=True), []
+    for example in ("a", "0", " ", *list(library.get_vocab(with_added_tokens=False))[:8]):
+        with contextlib.suppress(UserError), guarded("not every text can be encoded"):
+            plain = library.encode(example, add_special_tokens=False).ids
+            if plain:
+                whole = library.encode(example, add_special_tokens=True)
+                break
+    ids, of_text = whole.ids, [i for i, number in enumerate(whole.sequence_ids) if number is not None]
+    if not of_text:  # a vocabulary without one letter
+        after = tuple(ids[-1:]) if ids and ids[-1] == eos_id else ()
+        return SpecialTokens(tuple(ids[: len(ids) - len(after)]), after)
+    first, end = of_text[0], of_text[-1] + 1
+    if ids[first:end] != plain:
+        raise UserError(
+            "its post-processor does more than to add tokens around a text, which is not supported"
+        )
+    return SpecialTokens(tuple(ids[:first]), tuple(ids[end:]))
+
+
+# ------------------------------------------------------------------------------------------------ the files
+
+
+def _pipeline(path: Path, settings: Settings) -> tuple[Any, Vocabulary | None]:
+    pipeline = PIPELINES.get(settings.tokenizer_class)
+    if path.suffix == ".model":
+        model = sentencepiece_model.read(path)
+        if pipeline is None:
+            return _generic_sentencepiece(model, settings), _of_model(model)
+        source = _of_model(model)
+    elif path.name != "vocab.json":
+        data = json_files.read_bytes(path, max_bytes=MAX_BYTES)
+        if data is None:
+            raise UserError(f"tokenizer file {path} does not exist; check the tokenizer setting")
+        if pipeline is None:
+            return _library(data), None
+        source = _of_json(json_files.parse_object(data, path), path)
+    else:
+        source = _of_bpe_files(path)
+        pipeline = pipeline or PIPELINES["GPT2Tokenizer"]
+    unknown = named_tokens(settings).get("unk_token")
+    library = pipeline(source.vocab, source.merges, settings, unknown.content if unknown else None)
+    if source.post_processor is not None:
+        library.post_processor = source.post_processor
+    return library, source
+
+
+def _library(data: bytes) -> Any:
+    from tokenizers import Tokenizer
+
+    return Tokenizer.from_str(data.decode())
+
+
+def _of_json(data: dict[str, Any], path: Path) -> Vocabulary:
+    """The parts of a tokenizer.json that a class with its own pipeline takes."""
+    model = data.get("model")
+    if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict | list):
+        raise UserError(f"{path} has no vocabulary in its model: restore the file")
+    vocab = model["vocab"]
+    if isinstance(vocab, list):
+        vocab = {entry[0] if isinstance(entry, list) else entry: i for i, entry in enumerate(vocab)}
+    merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model.get("merges") or []]
+    added = []
+    for entry in data.get("added_tokens") or []:
+        fields = {key: value for key, value in entry.items() if key != "id"}
+        added.append((json_files.token_id(entry.get("id"), "added_tokens", path), Token(**fields)))
+    return Vocabulary(vocab, merges, tuple(added), post_processor=_post_processor(data, model), is_json=True)
+
+
+def _post_processor(data: dict[str, Any], model: dict[str, Any]) -> Any:
+    if data.get("post_processor") is None:
+        return None
+    if model.get("type") not in (None, "Unigram"):  # without the vocabulary, which is long to read
+        model = model | {"vocab": {}} | ({"merges": []} if model.get("type") == "BPE" else {})
+        data = data | {"model": model, "added_tokens": []}
+    return _library(json.dumps(data).encode()).post_processor
+
+
+def _of_model(model: sentencepiece_model.Model) -> Vocabulary:
+    vocab = {piece.text: i for i, piece in enumerate(model.pieces)}
+    kinds = (sentencepiece_model.CONTROL, sentencepiece_model.USER_DEFINED)
+    extra = tuple(
+        Token(piece.text, normalized=False, special=piece.kind == sentencepiece_model.CONTROL)
+        for piece in model.pieces
+        if piece.kind in kinds
+    )
+    merges = sentencepiece_model.merges_of(vocab) if model.model_type == sentencepiece_model.BPE else []
+    return Vocabulary(vocab, merges, extra=extra)
+
+
+def model_tokens(model: sentencepiece_model.Model) -> dict[str, Token]:
+    """The special tokens that a sentencepiece model has itself."""
+    found = {
+        "bos_token": (model.bos_id, model.bos_piece),
+        "eos_token": (model.eos_id, model.eos_piece),
+        "unk_token": (model.unk_id, model.unk_piece),
+    }
+    return {key: Token(piece, special=True) for key, (number, piece) in found.items() if number >= 0}
+
+
+def _generic_sentencepiece(model: sentencepiece_model.Model, settings: Settings) -> Any:
+    """The conversion of transformers for a folder that asks for the generic class."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+
+    library_model: Any
+    if model.model_type == sentencepiece_model.BPE:
+        source = _of_model(model)
+        vocab, texts = source.vocab, {i: text for text, i in source.vocab.items()}
+        for number, token in settings.added:  # a folder may give the model's placeholders names
+            old = texts.get(number)
+            if old and old != token.content and token.content not in vocab:
+                vocab[token.content] = vocab.pop(old)
+                texts[number] = token.content
+        library_model = models.BPE(
+            vocab=vocab,
+            merges=source.merges,
+            unk_token=model.unk_piece,
+            fuse_unk=True,
+            byte_fallback=model.byte_fallback,
+            dropout=None,
+        )
+    else:
+        pairs = [(piece.text, piece.score) for piece in model.pieces]
+        library_model = models.Unigram(vocab=pairs, unk_id=model.unk_id, byte_fallback=model.byte_fallback)
+    library = Tokenizer(library_model)
+    before = [normalizers.Precompiled(model.charsmap)] if model.charsmap else []
+    library.normalizer = normalizers.Sequence([*before, normalizers.Replace(" ", "▁")])
+    after = [decoders.ByteFallback(), decoders.Fuse()] if model.byte_fallback else []
+    library.decoder = decoders.Sequence([decoders.Replace("▁", " "), *after])
+    return library
+
+
+def _of_bpe_files(path: Path) -> Vocabulary:
+    """vocab.json and merges.txt, the two files of GPT-2."""
+    from tokenizers import models
+
+    merges = path.with_name("merges.txt")
+    for file in (path, merges):
+        if json_files.read_bytes(file, max_bytes=MAX_BYTES) is None:
+            raise UserError(f"{file} does not exist, but its partner does: restore the file")
+    vocab, pairs = models.BPE.read_file(str(path), str(merges))
+    return Vocabulary(vocab, pairs)
+
+
+# ------------------------------------------------------------------------------------------------ special tokens
+
+
+def _added(token: Token) -> Any:
+    from tokenizers import AddedToken
+
+    flags = {"single_word": token.single_word, "lstrip": token.lstrip, "rstrip": token.rstrip}
+    if token.normalized is not None:
+        flags["normalized"] = token.normalized
+    return AddedToken(token.content, special=token.special, **flags)
+
+
+def _all_added(settings: Settings, source: Vocabulary | None) -> list[tuple[int, Token]]:
+    """The added tokens of the folder and of tokenizer.json by id; the latter's count where both have one."""
+    of_file = source.added if source and not settings.replaces_added else ()
+    return sorted((dict(settings.added) | dict(of_file)).items(), key=lambda pair: pair[0])
+
+
+def _add_tokens(
+    library: Any, settings: Settings, source: Vocabulary | None, named: dict[str, Token | None]
+) -> None:
+    """Adds what the folder names and the library does not have yet, in the order of transformers."""
+    own = library.get_added_tokens_decoder()
+    present = {repr(token) for token in own.values()}
+    extra = settings.extra if settings.extra is not None else source.extra if source else ()
+    tokens = [token for _, token in _all_added(settings, source) if repr(_added(token)) not in present]
+    known = {token.content for token in own.values()} | {token.content for token in tokens}
+    for token in (*named.values(), *(extra or ())):
+        if token is not None and token.content not in known and token not in tokens:
+            tokens.append(token)
+    roles = {token.content for token in named.values() if token is not None}
+    library.add_tokens(
+        [
+            _added(
+                Token(
+                    t.content,
+                    t.single_word,
+                    t.lstrip,
+                    t.rstrip,
+                    t.normalized,
+                    t.special or t.content in roles,
+                )
+            )
+            for t in tokens
+        ]
+    )
+
+
+def _set_post_processor(
+    library: Any, settings: Settings, source: Vocabulary | None, named: dict[str, Token | None]
+) -> None:
+    """The template of add_bos_token and add_eos_token where these count, see `TokenizersBackend`."""
+    from tokenizers import processors
+
+    is_json = source is None or source.is_json
+    add = {"bos_token": False, "eos_token": False}
+    if not is_json:
+        add = {key: bool(settings.option(f"add_{key}")) for key in add}
+    elif settings.tokenizer_class == "CodeLlamaTokenizer":
+        add["bos_token"] = True
+    elif settings.tokenizer_class != "GPTNeoXTokenizer" and library.post_processor is not None:
+        return
+    if settings.tokenizer_class == "CodeLlamaTokenizer" and settings.option("add_bos_token") is None:
+        add["bos_token"] = True
+    tokens = {key: token for key, token in named.items() if token is not None and add.get(key)}
+    bos, eos = (tokens[key].content if key in tokens else None for key in add)
+    ids = {token.content: library.token_to_id(token.content) for token in tokens.values()}
+    single = [*([f"{bos}:0"] if bos else []), "$A:0", *([f"{eos}:0"] if eos else [])]
+    pair = [*single, *([f"{bos}:1"] if bos else []), "$B:1", *([f"{eos}:1"] if eos else [])]
+    library.post_processor = processors.TemplateProcessing(
+        single=single, pair=pair, special_tokens=list(ids.items())
+    )

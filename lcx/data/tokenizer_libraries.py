@@ -1,0 +1,179 @@
+"""Tokenizers of files: the tokenizers library for tokenizer.json and its relatives, sentencepiece for the rest."""
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from lcx.data import json_files, sentencepiece_model, tokenizer_build
+from lcx.data.special import SpecialTokens
+from lcx.data.tokenizer_build import guarded
+from lcx.data.tokenizer_classes import GENERIC
+from lcx.data.tokenizer_settings import Settings
+from lcx.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class HuggingFaceTokenizer:
+    """A `tokenizer.json`, `vocab.json` with `merges.txt`, or a sentencepiece `.model` as transformers converts it.
+
+    Text that spells a special token becomes that token, as in transformers.
+    """
+
+    path: str
+    bos_id: int | None = None
+    eos_id: int | None = None
+    stop_ids: tuple[int, ...] = ()
+    settings: Settings = Settings(GENERIC)
+
+    @functools.cached_property
+    def _library(self) -> Any:
+        return tokenizer_build.build(Path(self.path), self.settings)
+
+    @functools.cached_property
+    def vocab_size(self) -> int:
+        with guarded(f"the vocabulary of {self.path} cannot be read"):
+            ids = self._library.get_vocab(with_added_tokens=True).values()
+        return checked_size(max(ids, default=-1) + 1, self.path)
+
+    @functools.cached_property
+    def special(self) -> SpecialTokens:
+        """What the tokenizer itself puts before and after a text."""
+        with guarded(f"the post-processor of {self.path} cannot be used"):
+            return tokenizer_build.special_of(self._library, self.eos_id)
+
+    def encode(self, text: str, *, add_special_tokens: bool = False) -> Int[np.ndarray, "tokens"]:
+        with guarded(f"{self.path} cannot encode a text of {len(text)} characters"):
+            return np.array(self._library.encode(text, add_special_tokens=add_special_tokens).ids, np.int32)
+
+    def encode_batch(
+        self, texts: Sequence[str], *, add_special_tokens: bool = False
+    ) -> list[Int[np.ndarray, "tokens"]]:
+        with guarded(f"{self.path} cannot encode one of {len(texts)} texts"):
+            encodings = self._library.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
+            return [np.array(encoding.ids, np.int32) for encoding in encodings]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        known = [i for i in map(int, ids) if 0 <= i < self.vocab_size]
+        with guarded(f"{self.path} cannot decode {len(known)} ids"):
+            text = self._library.decode(known, skip_special_tokens=True)
+            return self._cleaned(text)
+
+    def _cleaned(self, text: str) -> str:
+        """clean_up_tokenization_spaces, which transformers ignores for BPE unless told twice."""
+        if not self.settings.option("clean_up_tokenization_spaces"):
+            return text
+        forced = "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"
+        if type(self._library.model).__name__ == "BPE" and not self.settings.option(forced):
+            return text
+        for end in (".", "?", "!", ","):
+            text = text.replace(f" {end}", end)
+        text = text.replace(" ' ", "'")
+        for end in ("n't", "'m", "'s", "'ve", "'re"):
+            text = text.replace(f" {end}", end)
+        return text
+
+    def to_json(self) -> dict[str, Any]:
+        kind = "sentencepiece" if self.path.endswith(".model") else "hugging_face"
+        return file_json(kind, self) | {"settings": self.settings.to_json()}
+
+
+@dataclasses.dataclass(frozen=True)
+class SentencePieceTokenizer:
+    """A sentencepiece `.model` by its own library: unigram models, and BPE with a normalization of its own.
+
+    It adds nothing to a text, and text that spells a control token is text.
+    """
+
+    path: str
+    bos_id: int | None = None
+    eos_id: int | None = None
+    stop_ids: tuple[int, ...] = ()
+
+    @functools.cached_property
+    def _library(self) -> Any:
+        return _load_sentencepiece(self.path)
+
+    @functools.cached_property
+    def vocab_size(self) -> int:
+        return checked_size(self._library.vocab_size(), self.path)
+
+    @property
+    def special(self) -> SpecialTokens:
+        return SpecialTokens()
+
+    def encode(self, text: str, *, add_special_tokens: bool = False) -> Int[np.ndarray, "tokens"]:
+        return self.encode_batch([text], add_special_tokens=add_special_tokens)[0]
+
+    def encode_batch(
+        self, texts: Sequence[str], *, add_special_tokens: bool = False
+    ) -> list[Int[np.ndarray, "tokens"]]:
+        with guarded(f"{self.path} cannot encode one of {len(texts)} texts"):
+            return [np.array(ids, np.int32) for ids in self._library.encode(list(texts))]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        known = [i for i in map(int, ids) if 0 <= i < self.vocab_size]
+        with guarded(f"{self.path} cannot decode {len(known)} ids"):
+            return self._library.decode(known)
+
+    def to_json(self) -> dict[str, Any]:
+        return file_json("sentencepiece", self)
+
+
+FileTokenizer = HuggingFaceTokenizer | SentencePieceTokenizer
+
+
+def files_of(path: Path) -> tuple[Path, ...]:
+    """The files that hold the vocabulary: one, or two for vocab.json."""
+    return (path, path.with_name("merges.txt")) if path.name == "vocab.json" else (path,)
+
+
+def checksum(path: Path) -> str:
+    """SHA-256 of the vocabulary's files. Raises UserError where one is missing."""
+    digest = hashlib.sha256()
+    for file in files_of(path):
+        data = json_files.read_bytes(file, max_bytes=tokenizer_build.MAX_BYTES)
+        if data is None:
+            raise UserError(f"tokenizer file {file} does not exist; copy the tokenizer beside the checkpoint")
+        digest.update(data)
+    return digest.hexdigest()
+
+
+def file_json(kind: str, tokenizer: FileTokenizer) -> dict[str, Any]:
+    """The record of a tokenizer of a file, see `Tokenizer.to_json`."""
+    return {
+        "kind": kind,
+        "path": tokenizer.path,
+        "sha256": checksum(Path(tokenizer.path)),
+        "bos_id": tokenizer.bos_id,
+        "eos_id": tokenizer.eos_id,
+        "stop_ids": list(tokenizer.stop_ids),
+        "vocab_size": tokenizer.vocab_size,
+    }
+
+
+def checked_size(size: int, path: str) -> int:
+    """A vocabulary's size. Raises UserError where it is empty or its ids do not fit int32."""
+    if not 0 < size <= json_files.LARGEST_ID + 1:
+        found = "is empty" if size <= 0 else f"has ids up to {size - 1}"
+        raise UserError(
+            f"the vocabulary of {path} {found}, expected ids from 0 to {json_files.LARGEST_ID}: restore the file"
+        )
+    return size
+
+
+def _load_sentencepiece(path: str) -> Any:
+    sentencepiece_model.read(Path(path))  # the library trusts its input
+    try:
+        import sentencepiece
+    except ImportError as error:
+        raise UserError(
+            f"reading {path} needs the sentencepiece package: pip install sentencepiece"
+        ) from error
+    with guarded(f"{path} is not a readable sentencepiece model"):
+        return sentencepiece.SentencePieceProcessor(model_file=path)
