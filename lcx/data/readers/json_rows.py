@@ -142,10 +142,10 @@ class _Scanner:
             try:
                 value, end = self._decoder.raw_decode(self._text, self._at)
             except json.JSONDecodeError as error:
+                line = self._line + self._text.count("\n", self._at, error.pos)
                 incomplete = error.msg.startswith("Unterminated") or error.pos >= len(self._text) - 16
                 if incomplete and self._read(len(self._text) - self._at):
                     continue
-                line = self._line + self._text.count("\n", self._at, error.pos)
                 raise UserError(
                     f"{shown(self._path)} line {line} is not JSON: {error.msg}; correct it"
                     " (on_bad_line='skip' needs one object a line)"
