@@ -224,6 +224,8 @@ def test_json_in_a_text_file_is_said_and_can_be_text(tmp_path, caplog):
     assert "notes.txt is read as jsonl, by its content; Dataset.format='text'" in caplog.text
     assert texts_of(path, format="text") == [LINES.decode()]
     assert texts_of(path, format="json") == texts_of(path, format="jsonl") == TEXTS
+    path.write_bytes(b"damaged " + LINES)
+    fails(path, "notes.txt line 1 is not JSON")
     path.write_bytes(FILES["pretty.json"])
     fails(path, "is a JSON array, but Dataset.format='jsonl'", format="jsonl")
 
@@ -264,7 +266,8 @@ def test_the_field_is_found_or_asked_for(tmp_path):
         texts, tally = read(tmp_path / name)
         assert texts == ["a"]
         assert tally.lines() == [
-            "there is no field 'text' and 'content' is read (of ['url', 'content', 'n']); Dataset.text_field names another"
+            "there is no field 'text' and 'content' is read (of ['url', 'content', 'n']); Dataset.text_field names"
+            " another"
         ]
         assert texts_of(tmp_path / name, text_field="url") == ["u"]
         fails(tmp_path / name, "expected (the field )?'body'; set Dataset.text_field", text_field="body")
@@ -334,7 +337,7 @@ def test_a_bad_row_is_an_error_with_its_place_or_counted(tmp_path, name):
     fails(path, f"{name} {match}")
     texts, tally = read(path, on_bad_line="skip")
     assert texts == ["a", "c"] and tally.bad == 1
-    assert tally.lines()[0].startswith("1 rows skipped that cannot be read") and name in tally.lines()[0]
+    assert tally.lines()[0].startswith("1 row skipped that cannot be read") and name in tally.lines()[0]
 
 
 @pytest.mark.parametrize(
@@ -397,7 +400,7 @@ def test_unusual_json(tmp_path):
     for empty in (b"", b" \n\n", b"\xef\xbb\xbf", b"[]", b"[ ]\n[]"):
         path.write_bytes(empty)
         texts, tally = read(path)
-        assert texts == [] and tally.lines() == ["1 files hold no document"]
+        assert texts == [] and tally.lines() == ["1 file holds no document"]
 
 
 def test_a_separator_that_is_not_there_is_said(tmp_path):

@@ -10,6 +10,7 @@ from lcx.data.readers.csv_rows import Columns
 from lcx.data.readers.tally import Tally
 from lcx.errors import UserError
 
+_END = b"\xff\xff\xff\xff\0\0\0\0"
 _ROWS = 256  # made into Python objects at a time
 
 
@@ -26,7 +27,7 @@ def read(file: SourceFile, tally: Tally, *, columns: Columns) -> Iterator[Row]:
             f"reading {shown(file.path)} needs pyarrow: pip install pyarrow (or 'lcx[parquet]')"
         ) from error
     try:
-        with _batches(file, columns) as (batches, num_rows):
+        with _batches(file, tally, columns) as (batches, num_rows):
             for row in _rows(file, batches, num_rows):
                 try:
                     yield _decoded(row)
@@ -68,7 +69,7 @@ def _decoded(row: Row) -> Row:
 
 
 @contextlib.contextmanager
-def _batches(file: SourceFile, columns: Columns) -> Iterator[tuple[Iterator[Any], int]]:
+def _batches(file: SourceFile, tally: Tally, columns: Columns) -> Iterator[tuple[Iterator[Any], int]]:
     """(record batches of the columns that are wanted, rows of the file or 0)."""
     import pyarrow as pa
 
@@ -86,9 +87,22 @@ def _batches(file: SourceFile, columns: Columns) -> Iterator[tuple[Iterator[Any]
         else:
             source.seek(0)
             reader = pa.ipc.open_stream(source)
-            every = iter(reader)
+            every = _stream(file, reader, source, tally)
         wanted = _wanted(file, reader.schema, columns)
         yield (batch.select(wanted) for batch in every), 0
+
+
+def _stream(file: SourceFile, reader: Any, source: Any, tally: Tally) -> Iterator[Any]:
+    """The batches of a stream, whose end is checked: pyarrow takes one that was cut between two batches for whole."""
+    yield from reader
+    end, size = source.tell(), source.size()
+    if end < size:
+        raise UserError(
+            f"cannot read {shown(file.path)}: {size - end} bytes follow the end of its Arrow stream; write it as one"
+        )
+    source.seek(max(0, size - len(_END)))
+    if source.read(len(_END)) != _END:
+        tally.remark(f"{file.name} has no mark at its end: it may have been cut")
 
 
 def _wanted(file: SourceFile, schema: Any, columns: Columns) -> list[str]:

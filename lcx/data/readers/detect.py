@@ -5,9 +5,11 @@ import os
 import re
 
 from lcx.data.readers import shown, streams
+from lcx.data.readers.csv_rows import DELIMITERS
 from lcx.errors import UserError
 
 _HEAD = 256 << 10  # bytes looked at
+_LINES = 20
 _ENOUGH = 512  # of a file whose ending says that it is no JSON
 # fmt: off
 BY_ENDING = {
@@ -125,11 +127,17 @@ def json_format(head: bytes, expected: str) -> str | None:
         since a text may begin with a bracket.
     """
     text = head.decode("utf-8-sig", "replace").lstrip()
+    cut = len(head) >= _HEAD
+    first, *following = [line for line in re.split(r"[\r\n]+", text) if line.strip()] or [""]
+    whole = _value(first)
+    if expected not in DELIMITERS and not isinstance(
+        whole, dict
+    ):  # the first line may be the one that is bad
+        objects = sum(isinstance(_value(line), dict) for line in following[:_LINES])
+        if objects > max(1, len(following[:_LINES]) // 2):
+            return "jsonl"
     if not text.startswith(("{", "[")):
         return None
-    cut = len(head) >= _HEAD
-    first, *following = [line for line in re.split(r"[\r\n]+", text) if line.strip()]
-    whole = _value(first)
     if expected not in ("json", "jsonl"):
         if isinstance(whole, dict) and following:
             return "jsonl" if _OBJECT.match(following[0]) or (cut and len(following) == 1) else None

@@ -16,7 +16,7 @@ class Tally:
       empty: documents that were null, empty or only white space.
       empty_files: files without any document.
       bad: rows that were skipped; `first_bad` says what was wrong with the first.
-      replaced: documents in which a half of a surrogate pair became U+FFFD.
+      replaced: documents with halves of surrogate pairs.
       remarks: other lines, each said once.
     """
 
@@ -42,13 +42,22 @@ class Tally:
         """What to say, a line each; nothing when all was read as it is."""
         said = list(self.remarks)
         if self.empty:
-            said.append(f"{self.empty} empty documents skipped (null, or only white space)")
+            said.append(f"{_counted(self.empty, 'empty document')} skipped (null, or only white space)")
         if self.empty_files:
-            said.append(f"{self.empty_files} files hold no document")
+            holds = "holds" if self.empty_files == 1 else "hold"
+            said.append(f"{_counted(self.empty_files, 'file')} {holds} no document")
         if self.bad:
             said.append(
-                f"{self.bad} rows skipped that cannot be read (on_bad_line='skip'); the first: {self.first_bad}"
+                f"{_counted(self.bad, 'row')} skipped that cannot be read (on_bad_line='skip'); the first:"
+                f" {self.first_bad}"
             )
         if self.replaced:
-            said.append(f"{self.replaced} documents had halves of surrogate pairs, which became U+FFFD")
+            said.append(
+                f"{_counted(self.replaced, 'document')} with halves of surrogate pairs (\\ud800), joined to pairs, or"
+                " replaced by U+FFFD"
+            )
         return said
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
