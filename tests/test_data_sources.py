@@ -73,14 +73,14 @@ def test_parquet(tmp_path):
 
     texts = [f"text {i}" if i % 7 else None for i in range(1000)]
     pq.write_table(
-        pa.table({"body": texts, "n": list(range(1000))}), tmp_path / "t.parquet", row_group_size=90
+        pa.table({"sentence": texts, "n": list(range(1000))}), tmp_path / "t.parquet", row_group_size=90
     )
-    documents = read(tmp_path / "t.parquet", text_field="body")
+    documents = read(tmp_path / "t.parquet", text_field="sentence")
     assert list(documents.values()) == [text for text in texts if text]
-    fails(tmp_path / "t.parquet", r"columns \['body', 'n'\], expected 'text'; set Dataset.text_field")
+    fails(tmp_path / "t.parquet", r"columns \['sentence', 'n'\], expected 'text'; set Dataset.text_field")
     fails(tmp_path / "t.parquet", "column 'n' is int64, expected text", text_field="n")
     (tmp_path / "u.parquet").write_bytes((tmp_path / "t.parquet").read_bytes()[:500])
-    fails(tmp_path / "u.parquet", "as parquet", text_field="body")
+    fails(tmp_path / "u.parquet", "as parquet", text_field="sentence")
 
 
 def test_fasta(tmp_path):
@@ -120,7 +120,11 @@ def test_code_tree_is_one_document_in_path_order(tmp_path):
         (repo / name).write_text(text)
     (repo / "bad.py").write_bytes(b"\xff\xfe\x00")
     os.symlink(tmp_path / "x.py", repo / "link.py")
-    (tmp_path / "x.py").write_text("secret")
+    (tmp_path / "x.py").write_text("y = 1\n")
+    os.symlink(repo / "b.py", repo / "again.py")  # read once, under its first name
+    os.symlink(repo, repo / "a" / "cycle")
+    files = {"again.py": "b = 1\n", "link.py": "y = 1\n", **files}
+    del files["b.py"]
     order = sorted(files, key=lambda name: pathlib.PurePath(name).parts)
     expected = "".join(f"# repo/{name}\n{files[name].rstrip()}\n\n" for name in order)
     assert read(repo) == {"repo": expected}
@@ -172,14 +176,15 @@ def test_a_folder_without_anything_to_read(tmp_path):
     ("name", "data", "match"),
     [
         ("x.txt", b"abc\xff\xfe", "not UTF-8 text: byte 0xff at offset 3"),
-        ("x.txt", b"PK\x03\x04\x00\x00", "a zero byte at offset 4"),
+        ("x.txt", b"PK\x03\x04\x00\x00", "a zip archive; unpack it"),
+        ("x.txt", b"abc\0", "a zero byte at offset 3"),
         ("x.jsonl", b'{"text": "a"}\n{"text": \n', "x.jsonl line 2 is not JSON"),
         (
             "x.jsonl",
             b'{"text": "a"}\n\n{"body": "b"}\n',
             r"line 3 has fields \['body'\], expected the field 'text'",
         ),
-        ("x.jsonl", b'["a"]\n', "line 1 has a list, expected the field 'text'"),
+        ("x.jsonl", b'["a"]\n', "line 1 has a list, expected a JSON object"),
         ("x.jsonl", b'{"text": 3}\n', "field 'text' is a int, expected text"),
         ("x.jsonl", b'{"text": "\xff"}\n', "line 1 is not UTF-8"),
         ("x.parquet", b"not parquet", "as parquet"),

@@ -4,6 +4,7 @@ import argparse
 import sys
 
 from lcx.data.dataset import Dataset
+from lcx.data.sources import FORMATS, ON_BAD_LINE
 from lcx.errors import UserError
 
 
@@ -15,10 +16,16 @@ def main() -> int:
         "--tokenizer", default="bytes", help='"bytes", a tokenizer file, or a folder with one'
     )
     parser.add_argument(
-        "--format", help="text, jsonl, parquet, fasta or code; by default from the file names"
+        "--format", help=f"{', '.join(FORMATS)}; by default from the content of each file, then from its name"
     )
     parser.add_argument(
-        "--text_field", default="text", help="field of a jsonl line, column of a parquet file"
+        "--text_field", default="text", help="field of a JSON object, column of a table (default: text)"
+    )
+    parser.add_argument(
+        "--on_bad_line",
+        default="error",
+        choices=ON_BAD_LINE,
+        help="at a row that cannot be read: stop, or leave it out and count it (default: error)",
     )
     parser.add_argument("--separator", help='splits text files into documents, e.g. "<|endoftext|>"')
     parser.add_argument("--min_length", type=int, default=8192, help="tokens a document should have")

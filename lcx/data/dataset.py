@@ -27,8 +27,12 @@ class Dataset:
     Attributes:
       source: a file, folder, glob, "stdlib", or a tuple of these (`lcx.data.sources.find_files`).
       tokenizer: "bytes", a tokenizer.json, a sentencepiece .model, a folder with one, or a `Tokenizer`.
-      format: text | jsonl | parquet | fasta | code; by default from the file names.
-      text_field: the field of a jsonl line or the column of a parquet file.
+      format: text | jsonl | json | csv | tsv | parquet | arrow | fasta | code; by default from the content of each
+        file, then from the ending of its name. All but parquet and arrow may be compressed (gzip, zstd, bzip2, xz).
+      text_field: the field of a JSON object or the column of a table. Where it is left at "text" and there is none, the
+        one field with another usual name (content, document, body, ...) is read, and that is said.
+      on_bad_line: "error" stops at a row that cannot be read, with its file and line; "skip" leaves such rows out and
+        says how many. Null and empty texts are left out and counted either way.
       separator: splits text files into documents, e.g. "<|endoftext|>".
       packing: "concat" cuts the documents, end to end, every seq_len tokens; "first_fit" keeps documents
         whole where they fit a row; "windows" slides over long documents by half a window and packs the short
@@ -50,6 +54,7 @@ class Dataset:
     tokenizer: str | tok.Tokenizer = "bytes"
     format: str | None = None
     text_field: str = "text"
+    on_bad_line: str = "error"
     separator: str | None = None
     packing: str = "concat"
     add_bos: bool | None = None
@@ -70,6 +75,11 @@ class Dataset:
         if self.split not in corpora.SPLIT_RULES:
             raise UserError(
                 f"Dataset.split={self.split!r} is unknown; expected one of {', '.join(corpora.SPLIT_RULES)}"
+            )
+        if self.on_bad_line not in sources.ON_BAD_LINE:
+            raise UserError(
+                f"Dataset.on_bad_line={self.on_bad_line!r} is unknown; expected one of"
+                f" {', '.join(sources.ON_BAD_LINE)}"
             )
         if not 0 <= self.eval_fraction <= 1:
             raise UserError(f"Dataset.eval_fraction={self.eval_fraction} is not between 0 and 1")
@@ -102,6 +112,7 @@ class Dataset:
             text_field=self.text_field,
             separator=self.separator,
             special=special,
+            on_bad_line=self.on_bad_line,
             cache_dir=self.cache_dir,
         )
         return corpora.divide(

@@ -24,10 +24,11 @@ from jaxtyping import Int
 
 from lcx.data import sources
 from lcx.data import tokenizers as tok
+from lcx.data.notices import say_once
 from lcx.data.special import SpecialTokens
 from lcx.errors import UserError
 
-_VERSION = 1  # raise it when a store built from the same inputs would hold something else
+_VERSION = 2  # raise it when a store built from the same inputs would hold something else
 _BLOCK = 4 << 20  # bytes per checksum
 _CHECKED_BLOCKS = 64  # checked when a store is opened: all of a small one, a sample of a large one
 _CHUNK_CHARACTERS = 8 << 20  # text tokenised at a time
@@ -44,6 +45,7 @@ class TokenStore:
       offsets: [D + 1]; document d is tokens[offsets[d]:offsets[d + 1]], BOS and EOS included.
       hashes: [D] uint64, a hash of the text of each document: equal text, equal hash.
       max_id: the largest id that occurs.
+      notes: what reading the source left out, chose or replaced, a line each.
     """
 
     folder: Path
@@ -52,6 +54,7 @@ class TokenStore:
     offsets: Int[np.ndarray, "documents+1"]
     hashes: Int[np.ndarray, "documents"]
     max_id: int
+    notes: tuple[str, ...] = ()
 
     @functools.cached_property
     def tokens(self) -> Int[np.ndarray, "tokens"]:
@@ -90,13 +93,14 @@ def open_store(
     text_field: str = "text",
     separator: str | None = None,
     special: SpecialTokens = SpecialTokens(),  # noqa: B008 (frozen)
+    on_bad_line: str = "error",
     cache_dir: str | None = None,
 ) -> TokenStore:
     """Opens the store of these inputs; builds it first where there is none, with a progress bar.
 
     The fingerprint covers names, sizes and contents of the files, the tokenizer, the options and the special tokens
     of each document, so a changed file is another store. Folders and time stamps do not matter: a moved data set is
-    the same data.
+    the same data. What reading left out is said each time.
 
     Raises:
       UserError: an input cannot be read, there is no text in it, or the cache folder cannot be written (full
@@ -104,16 +108,21 @@ def open_store(
     """
     root = cache_folder(cache_dir)
     options = {"text_field": text_field, "separator": separator, **_special_options(tokenizer, special)}
+    if on_bad_line != "error":
+        options["on_bad_line"] = on_bad_line
     try:
         root.mkdir(parents=True, exist_ok=True)
         fingerprint = _fingerprint(files, tokenizer, options, root)
         store = _read_store(root / fingerprint, fingerprint)
         if store is None:
             _remove_abandoned(root)
-            documents = sources.read_documents(tuple(files), text_field=text_field, separator=separator)
+            tally = sources.Tally(on_bad_line)
+            documents = sources.read_documents(
+                tuple(files), text_field=text_field, separator=separator, tally=tally
+            )
             ends = np.array(special.before, np.int32), np.array(special.after, np.int32)
             size = sum(os.path.getsize(file.path) for file in files)
-            _build(root / fingerprint, documents, tokenizer, ends, size)
+            _build(root / fingerprint, documents, tokenizer, ends, size, tally)
             store = _read_store(root / fingerprint, fingerprint)
     except OSError as error:
         raise _cache_error(root, error) from error
@@ -121,7 +130,13 @@ def open_store(
         raise UserError(
             f"the token cache in {root} does not read back as written; set Dataset.cache_dir to another disk"
         )
+    for line in store.notes:
+        say_once(f"{_source_name(files)}: {line}")
     return store
+
+
+def _source_name(files: Sequence[sources.SourceFile]) -> str:
+    return os.path.commonpath([os.path.abspath(file.path) for file in files])
 
 
 def _fingerprint(
@@ -138,13 +153,14 @@ def _build(
     tokenizer: tok.Tokenizer,
     ends: tuple[np.ndarray, np.ndarray],
     size: int,
+    tally: sources.Tally,
 ) -> None:
     """Writes a store beside its place and renames it; whatever goes wrong, the half store is removed."""
     partial = folder.with_name(f"{folder.name}.{socket.gethostname()}.{os.getpid()}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
-        _write(partial, folder.name, documents, tokenizer, ends, size)
+        _write(partial, folder.name, documents, tokenizer, ends, size, tally)
         _publish(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -265,6 +281,7 @@ def _write(
     tokenizer: tok.Tokenizer,
     ends: tuple[np.ndarray, np.ndarray],
     size: int,
+    tally: sources.Tally,
 ) -> None:
     """Writes the files of a store into `folder`; meta.json, which makes it valid, comes last."""
     from tqdm import tqdm
@@ -289,7 +306,8 @@ def _write(
             bar.update(chunk[-1].bytes_read - bar.n)
         writer.finish()
     if not lengths:
-        raise UserError("the data source holds no text: every document is empty; check Dataset.source")
+        found = "; ".join(tally.lines()) or "every document is empty"
+        raise UserError(f"the data source holds no text: {found}; check Dataset.source")
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype("<i8")
     index = np.concatenate([offsets, np.array(hashes, "<u8").view("<i8")])
     index.tofile(folder / "documents.bin")
@@ -301,6 +319,7 @@ def _write(
         "max_id": writer.max_id,
         "documents_crc32": zlib.crc32(index.tobytes()),
         "block_crc32": writer.checksums,
+        "notes": tally.lines(),
     }
     (folder / "meta.json").write_text(json.dumps(meta))
 
@@ -342,13 +361,14 @@ def _read_store(folder: Path, fingerprint: str) -> TokenStore | None:
             and zlib.crc32(index.tobytes()) == meta["documents_crc32"]
             and os.path.getsize(folder / "tokens.bin") == expected
             and _blocks_match(folder / "tokens.bin", meta["block_crc32"])
+            and all(isinstance(line, str) for line in meta["notes"])
         )
     except (OSError, ValueError, KeyError, TypeError):
         return None
     if not sound:
         return None
     offsets, hashes = index[: count + 1], index[count + 1 :].view("<u8")
-    return TokenStore(folder, fingerprint, dtype, offsets, hashes, meta["max_id"])
+    return TokenStore(folder, fingerprint, dtype, offsets, hashes, meta["max_id"], tuple(meta["notes"]))
 
 
 def _blocks_match(path: Path, checksums: list[int]) -> bool:

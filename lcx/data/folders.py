@@ -1,0 +1,236 @@
+"""Which files of a folder are its data.
+
+- A folder that `datasets` saved is read in its own order.
+- Files of rows and sequences (JSON, CSV, Arrow, parquet, FASTA) and texts are data; source code and documentation
+  beside them are not. Where the only data lies deep inside a tree of source code, the code is what is meant, as one
+  document.
+- With a training split beside others, the training split is read.
+
+What is left out is said. Links are followed; a folder that is reached twice is read once, so cycles end.
+"""
+
+import dataclasses
+import os
+import re
+import stat
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from lcx.data import saved_dataset
+from lcx.data.notices import say_once
+from lcx.data.readers import ROW_FORMATS, SourceFile, detect, shown, streams
+from lcx.errors import UserError
+
+_SKIP = frozenset(("__pycache__", "node_modules", "_delta_log"))
+# Files about data, by the beginning of their names; and what tools leave beside it.
+_ABOUT = re.compile(
+    r"(readme|license|licence|copying|notice|authors|changelog|citation|contributing|requirements)\b"
+    r"|(dataset_infos?|dataset_dict|state|config|metadata|croissant|package|package-lock|tsconfig)\.json$"
+    r"|_(success|metadata|common_metadata)$|cache-.*\.arrow$",
+    re.IGNORECASE,
+)
+_TRAIN = re.compile(r"(?<![a-z])train(ing)?(?![a-z])", re.IGNORECASE)
+_HELD_OUT = re.compile(r"(?<![a-z])(test(ing)?|val(id(ation)?)?|dev|eval(uation)?)(?![a-z])", re.IGNORECASE)
+_SPLITS = {"t": "test", "v": "validation", "d": "validation", "e": "evaluation"}  # by the first letter
+_DOCUMENTS = (".md", ".rst")
+
+
+def source_file(path: str, name: str, format: str | None) -> SourceFile:
+    """A file that the user names, with its format; says where that is not the one of its ending."""
+    streams.check_regular(path)
+    found = detect.format_of(path, wanted=format)
+    by_name = detect.by_name(path)
+    if format is None and found != by_name and {found, by_name} != {"json", "jsonl"}:
+        say_once(
+            f"{shown(path)} is read as {found}, by its content; Dataset.format='{by_name}' reads it as {by_name}"
+        )
+    return SourceFile(path, name, found)
+
+
+def relative(path: str, root: str) -> str:
+    return Path(os.path.relpath(os.path.abspath(path), root)).as_posix()
+
+
+def walk(root: str, *, skip: frozenset[str] = _SKIP, follow: bool = True) -> Iterator[str]:
+    """What lies below `root` and is no folder, in path order, without hidden names.
+
+    Raises:
+      UserError: a folder that cannot be read.
+    """
+    seen: set[tuple[int, int]] = set()
+    paths: list[str] = []
+    waiting = [root]
+    while waiting:
+        folder = waiting.pop()
+        try:
+            status = os.stat(folder)
+            if (status.st_dev, status.st_ino) in seen:
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            entries = sorted(os.scandir(folder), key=lambda entry: entry.name, reverse=True)
+        except OSError as error:
+            raise UserError(
+                f"cannot read the folder {shown(folder)}: {error.strerror}; check Dataset.source"
+            ) from error
+        for entry in entries:
+            if entry.name.startswith(".") or (entry.is_symlink() and not follow):
+                continue
+            if not entry.is_dir():
+                paths.append(entry.path)
+            elif entry.name not in skip:
+                waiting.append(entry.path)
+    yield from sorted(paths, key=lambda path: Path(path).parts)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Candidate:
+    """A file of a folder: its format, or None and the reason why it is no data."""
+
+    path: str
+    name: str
+    format: str | None
+    reason: str = ""
+
+    @property
+    def is_table(self) -> bool:
+        return self.format in ROW_FORMATS or self.format == "fasta"
+
+
+def files_of(folder: str, format: str | None) -> tuple[SourceFile, ...]:
+    """The files to read of a folder that the user names.
+
+    Raises:
+      UserError: there are none, or one of them cannot be read.
+    """
+    saved = saved_dataset.files_of(folder)
+    if saved is not None and format in (None, "arrow"):
+        return saved
+    if format == "code":
+        return code_files(folder)
+    root = os.path.abspath(folder)
+    found = [_candidate(path, relative(path, root), format) for path in walk(folder)]
+    if format is None:
+        code = [
+            one for one in found if detect.is_code(one.name) and not one.name.lower().endswith(_DOCUMENTS)
+        ]
+        if code and not any(_is_data_set(one) for one in found):
+            _say_left_out(folder, "source code is", [one for one in found if one.is_table])
+            return code_files(folder)
+    chosen = _without_held_out(_data(found, format))
+    if not chosen:
+        known = ", ".join([*_DOCUMENTS, *detect.BY_ENDING])
+        raise UserError(
+            f"data folder {folder!r} has no file of a known kind ({known} or source code);"
+            f' name the files with a glob such as "{folder}/*", or set Dataset.format'
+        )
+    _say_left_out(folder, _counted(len(chosen)), [one for one in found if one not in chosen])
+    return tuple(SourceFile(one.path, one.name, one.format or "text") for one in chosen)
+
+
+def code_files(folder: str, *, document: str | None = None) -> tuple[SourceFile, ...]:
+    """The source files of a repository, which form one document.
+
+    Raises:
+      UserError: there is none.
+    """
+    root = os.path.abspath(folder)
+    document = os.path.basename(root) if document is None else document
+    real: set[str] = set()  # a link to another file of the repository does not repeat it
+    files, left_out = [], []
+    for path in filter(detect.is_code, walk(folder)):
+        name = relative(path, root)
+        if not _is_regular(path):
+            left_out.append(_Candidate(path, name, None, "no regular file"))
+        elif os.path.realpath(path) not in real:
+            real.add(os.path.realpath(path))
+            files.append(SourceFile(path, f"{document}/{name}", "code", document=document))
+    _say_left_out(folder, "source code is", left_out)
+    if not files:
+        raise UserError(f"code folder {folder!r} has no source file of a known kind; check Dataset.source")
+    return tuple(files)
+
+
+def _is_regular(path: str) -> bool:
+    try:
+        return stat.S_ISREG(os.stat(path).st_mode)
+    except OSError:
+        return False
+
+
+def _candidate(path: str, name: str, format: str | None) -> _Candidate:
+    ending = os.path.splitext(streams.plain_name(name))[1]
+    base = os.path.basename(name)
+    if _ABOUT.match(base):
+        return _Candidate(path, name, None, "about the data")
+    if format is None and detect.is_code(name) and ending not in _DOCUMENTS:
+        return _Candidate(path, name, None, "source code")
+    if ending in detect.BY_ENDING or ending in _DOCUMENTS or format is not None:
+        return _Candidate(path, name, source_file(path, name, format).format)
+    if not _is_regular(path):
+        return _Candidate(path, name, None, "no regular file")
+    try:
+        found = detect.format_of(path)
+    except UserError:
+        found = "text"
+    # Plain text without a known ending may be anything.
+    return (
+        _Candidate(path, name, found)
+        if found != "text"
+        else _Candidate(path, name, None, "an unknown ending")
+    )
+
+
+def _is_data_set(one: _Candidate) -> bool:
+    """Whether a file of rows lies where a data set has it, not where a code repository keeps a test case."""
+    folders = one.name.split("/")[:-1]
+    return one.is_table and (not folders or folders[0] == "data" or _TRAIN.search(one.name) is not None)
+
+
+def _data(found: Sequence[_Candidate], format: str | None) -> list[_Candidate]:
+    """Tables and texts, or the documentation where there is nothing else."""
+    readable = [one for one in found if one.format is not None]
+    data = [one for one in readable if not one.name.lower().endswith(_DOCUMENTS)]
+    if format is not None or not data:
+        return readable
+    texts_beside = [one for one in readable if not one.is_table]
+    return data if any(one.is_table for one in data) else texts_beside
+
+
+def _without_held_out(chosen: list[_Candidate]) -> list[_Candidate]:
+    """The training split and what belongs to no split, where there is a training split.
+
+    Raises:
+      UserError: there are several splits and none is for training.
+    """
+    splits = {one.name: _split_of(one.name) for one in chosen}
+    present = {split for split in splits.values() if split}
+    if "train" in present:
+        return [one for one in chosen if splits[one.name] in ("train", None)]
+    if len(present) > 1 and all(one.is_table for one in chosen):
+        raise UserError(
+            f"the folder has the splits {', '.join(sorted(present))} and none for training; name the files to read in"
+            ' Dataset.source, as "FOLDER/*test*"'
+        )
+    return chosen
+
+
+def _split_of(name: str) -> str | None:
+    """train, or the name of a held-out split, by the nearest part of a path that names one."""
+    for part in reversed(name.split("/")):
+        if _TRAIN.search(part):
+            return "train"
+        if held_out := _HELD_OUT.search(part):
+            return _SPLITS[held_out[0][0].lower()]
+    return None
+
+
+def _counted(files: int) -> str:
+    return "1 file is" if files == 1 else f"{files} files are"
+
+
+def _say_left_out(folder: str, read: str, left_out: Sequence[_Candidate]) -> None:
+    if not left_out:
+        return
+    names = ", ".join(f"{shown(one.name)}{f' ({one.reason})' if one.reason else ''}" for one in left_out[:5])
+    more = f" and {len(left_out) - 5} more" if len(left_out) > 5 else ""
+    say_once(f"{shown(folder)}: {read} read, without {names}{more}")

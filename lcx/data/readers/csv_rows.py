@@ -1,0 +1,122 @@
+"""Rows of a table with a header: CSV and TSV, as Python's csv module reads them."""
+
+import csv
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from lcx.data.readers import Row, SourceFile, shown, streams
+from lcx.data.readers.tally import Tally
+from lcx.errors import UserError
+
+DELIMITERS = {"csv": ",", "tsv": "\t"}
+_UNDECODED = re.compile("[\udc80-\udcff]")  # how "surrogateescape" writes a byte that is not UTF-8
+
+Columns = Callable[[Mapping[str, bool]], Sequence[str]]
+
+
+def read(file: SourceFile, tally: Tally, *, columns: Columns) -> Iterator[Row]:
+    """The name of a row ends in the number of the line where it begins.
+
+    Args:
+      columns: gives the columns to keep, from the names of all of them.
+    """
+    csv.field_size_limit(2**31 - 1)  # the default, 128 KiB, is less than a long document
+    lines = _Lines(file.path)
+    reader = csv.reader(lines, delimiter=DELIMITERS[file.format], strict=True)
+    header = next(_cells(file, lines, reader, tally=None), None)
+    if header is None:
+        return
+    names = [name.strip() for name in header[1]]
+    kept = {name: names.index(name) for name in columns(_text_columns(file, names))}
+    for name in kept:
+        if names.count(name) > 1:
+            raise UserError(
+                f"{shown(file.path)} has {names.count(name)} columns {name!r}; rename all but one"
+            )
+    for number, cells in _cells(file, lines, reader, tally=tally):
+        place = f"{shown(file.path)} line {number}"
+        if len(cells) != len(names):
+            tally.bad_row(
+                UserError(
+                    f"{place} has {len(cells)} cells, the header {len(names)}; correct the line"
+                    " (Dataset.on_bad_line='skip' leaves such lines out)"
+                )
+            )
+            continue
+        record = {name: cells[i] for name, i in kept.items()}
+        yield Row(place, f"{file.name}:{number}", record, lines.position)
+
+
+def _text_columns(file: SourceFile, names: list[str]) -> dict[str, bool]:
+    other = "\t" if file.format == "csv" else ","
+    if len(names) == 1 and other in names[0]:
+        raise UserError(
+            f"{shown(file.path)}: the header {names[0][:80]!r} is one {file.format} column; set Dataset.format to"
+            f" {'tsv' if other == chr(9) else 'csv'!r} if its cells are separated otherwise"
+        )
+    return dict.fromkeys(names, True)
+
+
+def _cells(
+    file: SourceFile, lines: "_Lines", reader: Iterator[list[str]], *, tally: Tally | None
+) -> Iterator[tuple[int, list[str]]]:
+    """(line, cells) of every row that has any; errors of the header (`tally` None) are raised."""
+    while True:
+        lines.begin_row()
+        number = lines.number + 1
+        place = f"{shown(file.path)} line {number}"
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            if "unexpected end" in str(error):  # the rest of the file was taken for one cell
+                raise UserError(f"{place}: a quote is opened there and never closed; correct it") from error
+            problem = f"{place} is no {file.format} row: {error}"
+        else:
+            if not cells:
+                continue
+            problem = _undecoded(place, cells)
+            if not problem:
+                yield number, cells
+                continue
+        error_ = UserError(f"{problem}; correct the line (Dataset.on_bad_line='skip' leaves such lines out)")
+        if tally is None:
+            raise error_
+        tally.bad_row(error_)
+
+
+def _undecoded(place: str, cells: list[str]) -> str:
+    """What makes a row unreadable as text, or ""."""
+    for cell in cells:
+        if found := None if cell.isascii() else _UNDECODED.search(cell):
+            return f"{place} is not UTF-8 text: byte 0x{ord(found[0]) - 0xDC00:02x}"
+        if "\0" in cell:
+            return f"{place} is not text: a zero byte"
+    return ""
+
+
+class _Lines:
+    """The lines of a file for the csv module; counts them, and bounds what one row may hold."""
+
+    def __init__(self, path: str):
+        self._path, self._lines = path, streams.lines(path)
+        self._limit = streams.most(path)
+        self._size = 0
+        self.number = self.position = 0
+
+    def begin_row(self) -> None:
+        self._size = 0
+
+    def __iter__(self) -> "_Lines":
+        return self
+
+    def __next__(self) -> str:
+        line, self.position = next(self._lines)
+        self.number += 1
+        self._size += len(line)
+        if self._size > self._limit:
+            raise streams.too_long(self._path, "a row", self._limit)
+        if self.number == 1:
+            line = line.removeprefix(b"\xef\xbb\xbf")
+        return line.decode("utf-8", "surrogateescape")

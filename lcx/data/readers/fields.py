@@ -1,0 +1,99 @@
+"""Which field of a record holds the text."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from lcx.data.readers import Row, shown
+from lcx.data.readers.tally import Tally
+from lcx.errors import UserError
+
+DEFAULT = "text"
+# What data sets call their text, where it is not "text"; taken, and said, when a file has exactly one of them.
+USUAL = (
+    "text",
+    "content",
+    "contents",
+    "document",
+    "body",
+    "article",
+    "raw_content",
+    "story",
+    "passage",
+    "code",
+)
+
+
+class TextField:
+    """Takes the text out of the records of one file.
+
+    `Dataset.text_field` names the field. Where it is left at "text" and there is no such field, the one field with
+    another usual name is taken.
+    """
+
+    def __init__(self, path: str, wanted: str, tally: Tally):
+        self._path, self._wanted, self._tally = path, wanted, tally
+        self._chosen: str | None = None
+
+    def columns(self, names: Mapping[str, bool]) -> tuple[str, ...]:
+        """The column of a table to read.
+
+        Args:
+          names: each column with whether it can hold text.
+
+        Raises:
+          UserError: there is no such column, or it holds no text.
+        """
+        chosen = self._choose(names)
+        if chosen is None:
+            raise UserError(
+                f"{shown(self._path)} has columns {_listed(list(names))}, expected {self._wanted!r}; set"
+                " Dataset.text_field"
+            )
+        self._chosen = chosen
+        return (chosen,)
+
+    def holds(self, record: Mapping[str, Any]) -> bool:
+        """Whether a record has a field for the text."""
+        return self._choose({name: isinstance(value, str) for name, value in record.items()}) is not None
+
+    def text(self, row: Row) -> str:
+        """The text of a row; "" for null.
+
+        Raises:
+          UserError: there is no such field, or it holds something else.
+        """
+        record = row.record
+        name = self._chosen or self._choose({key: isinstance(value, str) for key, value in record.items()})
+        if name is None or name not in record:
+            raise UserError(
+                f"{row.place} has fields {_listed(sorted(record))}, expected the field"
+                f" {name or self._wanted!r}; set Dataset.text_field"
+            )
+        self._chosen = name
+        text = record[name]
+        if text is None:
+            return ""
+        if not isinstance(text, str):
+            raise UserError(
+                f"{row.place}: field {name!r} is a {type(text).__name__}, expected text; set Dataset.text_field"
+            )
+        return text
+
+    def _choose(self, names: Mapping[str, bool]) -> str | None:
+        if self._wanted in names:
+            return self._wanted
+        if self._wanted != DEFAULT:
+            return None
+        usual = [name for name, is_text in names.items() if is_text and name.strip().lower() in USUAL]
+        if len(usual) != 1:
+            return None
+        self._tally.remark(
+            f"there is no field 'text' and {usual[0]!r} is read (of {_listed(list(names))});"
+            " Dataset.text_field names another"
+        )
+        return usual[0]
+
+
+def _listed(names: list[str]) -> str:
+    """The first names, for a message."""
+    return str([name[:40] for name in names[:8]])

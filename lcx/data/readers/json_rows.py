@@ -1,0 +1,172 @@
+"""Rows of JSON: one object a line, or an array of objects, or objects one after the other."""
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from lcx.data.readers import Row, SourceFile, shown, streams
+from lcx.data.readers.tally import Tally
+from lcx.errors import UserError
+
+_PIECE = 64 << 10  # characters to have at least before a value is parsed
+_CHAT = ("messages", "conversations", "conversation")  # lists of objects that are one row, not the rows
+_SPACE = re.compile(r"[ \t\r\n]*")
+
+
+def read_lines(file: SourceFile, tally: Tally) -> Iterator[Row]:
+    """One object a line; the name of a row ends in the number of its line."""
+    for number, (line, position) in enumerate(streams.lines(file.path), start=1):
+        if not line.strip():
+            continue
+        place = f"{shown(file.path)} line {number}"
+        try:
+            record = _checked(_loads(streams.decode(line, place), place), place)
+        except UserError as error:
+            tally.bad_row(error)
+            continue
+        yield Row(place, f"{file.name}:{number}", record, position)
+
+
+def _loads(text: str, place: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{place} is not JSON: {error.msg} at column {error.colno}; expected one JSON object a line"
+            " (Dataset.on_bad_line='skip' leaves such lines out)"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise _beyond(place, error) from error
+
+
+def _beyond(place: str, error: Exception) -> UserError:
+    reason = "nested too deeply" if isinstance(error, RecursionError) else str(error).partition(";")[0]
+    return UserError(f"{place} is JSON that cannot be read: {reason}; take it out of Dataset.source")
+
+
+def _checked(record: Any, place: str) -> dict[str, Any]:
+    if not isinstance(record, dict):
+        raise UserError(
+            f"{place} has a {type(record).__name__}, expected a JSON object with the text in a field"
+            " (Dataset.text_field)"
+        )
+    return record
+
+
+def read_values(
+    file: SourceFile, tally: Tally, *, is_row: Callable[[Mapping[str, Any]], bool]
+) -> Iterator[Row]:
+    """Arrays of objects, and objects; the name of a row ends in its number.
+
+    Args:
+      is_row: whether an object is a row. One that is none, and has one list of objects, stands for the objects of that
+        list, as {"version": 1, "data": [...]} does.
+
+    An array is parsed element by element: no more than one of them is held in memory.
+    """
+    number = 0
+    for place, value, position in _values(file.path):
+        try:
+            records = _rows_of(_checked(value, place), is_row)
+        except UserError as error:
+            tally.bad_row(error)
+            records = []
+        for record in records:
+            yield Row(f"{place}, row {number}", f"{file.name}:{number}", record, position)
+            number += 1
+
+
+def _rows_of(value: dict[str, Any], is_row: Callable[[Mapping[str, Any]], bool]) -> list[dict[str, Any]]:
+    lists = [
+        v
+        for k, v in value.items()
+        if k not in _CHAT and isinstance(v, list) and v and all(isinstance(one, dict) for one in v)
+    ]
+    return [value] if len(lists) != 1 or any(k in value for k in _CHAT) or is_row(value) else lists[0]
+
+
+def _values(path: str) -> Iterator[tuple[str, Any, int]]:
+    """(place, value, position on disk) of every element of the arrays of a file, and of what is outside of arrays."""
+    scanner = _Scanner(path)
+    while scanner.peek():
+        if scanner.peek() != "[":
+            yield scanner.value()
+            continue
+        scanner.take("[")
+        if scanner.peek() == "]":
+            scanner.take("]")
+            continue
+        while True:
+            yield scanner.value()
+            if scanner.peek() == "]":
+                break
+            scanner.take(",")
+        scanner.take("]")
+
+
+class _Scanner:
+    """JSON values from a text that is read in pieces."""
+
+    def __init__(self, path: str):
+        self._path, self._pieces = path, streams.texts(path)
+        self._limit = streams.most(path)
+        self._text, self._at, self._line, self._position = "", 0, 1, 0
+        self._ended = False
+        self._decoder = json.JSONDecoder()
+
+    def peek(self) -> str:
+        """The next character that is no white space; "" at the end."""
+        while True:
+            end = _SPACE.match(self._text, self._at).end()
+            self._line += self._text.count("\n", self._at, end)
+            self._at = end
+            if end < len(self._text):
+                return self._text[end]
+            if not self._read(_PIECE):
+                return ""
+
+    def take(self, expected: str) -> None:
+        found = self.peek()
+        if found != expected:
+            end = "the file ends" if not found else f"there is {found!r}"
+            raise UserError(
+                f"{shown(self._path)} line {self._line} is not JSON: {end} where {expected!r} is expected; correct it"
+            )
+        self._at += 1
+
+    def value(self) -> tuple[str, Any, int]:
+        self.peek()
+        place = f"{shown(self._path)} line {self._line}"
+        while True:
+            try:
+                value, end = self._decoder.raw_decode(self._text, self._at)
+            except json.JSONDecodeError as error:
+                line = self._line + self._text.count("\n", self._at, error.pos)
+                incomplete = error.msg.startswith("Unterminated") or error.pos >= len(self._text) - 16
+                if incomplete and self._read(len(self._text) - self._at):
+                    continue
+                raise UserError(
+                    f"{shown(self._path)} line {line} is not JSON: {error.msg}; correct it"
+                    " (on_bad_line='skip' needs one object a line)"
+                ) from error
+            except (ValueError, RecursionError) as error:
+                raise _beyond(place, error) from error
+            if end == len(self._text) and not isinstance(value, dict | list) and self._read(_PIECE):
+                continue  # a number may go on
+            self._line += self._text.count("\n", self._at, end)
+            self._at = end
+            return place, value, self._position
+
+    def _read(self, wanted: int) -> bool:
+        """Adds at least `wanted` characters, or all there are; False at the end."""
+        parts, size = [self._text[self._at :]], 0
+        while size < max(wanted, _PIECE) and not self._ended:
+            text, self._position = next(self._pieces, ("", self._position))
+            self._ended = not text
+            parts.append(text)
+            size += len(text)
+        self._text, self._at = "".join(parts), 0
+        if len(self._text) > self._limit:
+            raise streams.too_long(self._path, "a JSON value", self._limit)
+        return size > 0
