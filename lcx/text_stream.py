@@ -12,7 +12,7 @@ from lcx.data.special import described
 from lcx.errors import UserError
 
 _BROKEN = "\N{REPLACEMENT CHARACTER}"  # what decoders write for bytes that are not, or not yet, a character
-_FILES = ("tokenizer.json", "tokenizer.model")
+_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _MAX_HELD = 32  # tokens without one whole character are no text, and are shown as they are
 _MAX_CONTEXT = 16
 
