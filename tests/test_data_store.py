@@ -66,7 +66,7 @@ def test_special_tokens_and_empty_documents(corpus):
     for a, b in zip(tokens.offsets, tokens.offsets[1:], strict=False):
         assert tokens.tokens[a] == 256 and tokens.tokens[b - 1] == 257
         assert (tokens.tokens[a + 1 : b - 1] < 256).all()
-    with pytest.raises(UserError, match="add_bos=True but the tokenizer has no BOS id"):
+    with pytest.raises(UserError, match="add_bos=True but the tokenizer has no BOS token"):
         special_tokens(ByteTokenizer(bos_id=None), add_bos=True)
 
 

@@ -106,6 +106,6 @@ def _own(tokenizer: "Tokenizer") -> SpecialTokens:
 def _asked(name: str, value: int | None) -> int:
     if value is None:
         raise UserError(
-            f"Dataset.add_{name}=True but the tokenizer has no {name.upper()} id; set add_{name}=False"
+            f"add_{name}=True but the tokenizer has no {name.upper()} token: remove add_{name}, or set it to False"
         )
     return value
