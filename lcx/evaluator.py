@@ -25,7 +25,8 @@ import lcx
 from lcx import describe, linearize, report, sharding, text_stream
 from lcx.checkpoint_folder import find_step, read_json
 from lcx.convert.api import detect
-from lcx.data import ByteTokenizer, Dataset, Mixture, Tokenizer
+from lcx.data import ByteTokenizer, Dataset, Mixture, Tokenizer, special_tokens
+from lcx.data.special import described
 from lcx.errors import UserError
 from lcx.evals import Evaluation, Result
 from lcx.evals.loss_by_position import LossByPosition
@@ -81,6 +82,8 @@ def evaluate(
     if only_part is not None:
         model = linearize.ablated(model, only_part)
     label = name or _label(checkpoint, rope_scaling)
+    if tokenizer is not None:
+        _say(f"{label}: {described(tokenizer, special_tokens(tokenizer), of='text')}")
     results: dict[str, Any] = {
         "name": label,
         "checkpoint": os.path.abspath(os.path.expanduser(checkpoint)),

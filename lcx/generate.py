@@ -5,6 +5,7 @@ Examples:
   python -m lcx.generate --checkpoint=path/to/hf_folder --prompt='Once upon a time' --temperature=0.8 --seed=1
 """
 
+import argparse
 import sys
 
 from lcx import config
@@ -26,6 +27,11 @@ def main(argv=None) -> int:
         "--rope_scaling", type=config.json_object, metavar="JSON", help="RoPE scaling to apply first"
     )
     parser.add_argument("--context_length", type=int, metavar="N", help="context window in tokens")
+    parser.add_argument(
+        "--add_bos",
+        action=argparse.BooleanOptionalAction,
+        help="BOS before the prompt; by default as the tokenizer adds it",
+    )
     return config.run(parser, "lcx.sampler:stream_text", argv)
 
 

@@ -239,12 +239,14 @@ def stream_text(
     seed: int = 0,
     rope_scaling: dict[str, Any] | None = None,
     context_length: int | None = None,
+    add_bos: bool | None = None,
 ) -> None:
     """Prints the continuation of a prompt while it is produced, then its speed on stderr.
 
     The prompt is what stands between the tokenizer's BOS (where it adds one) and the continuation, which ends with a
     token that ends a document. "@path" reads the prompt from a file, without its last line break; "@@text" is a prompt
-    that starts with an @. `rope_scaling` and `context_length` extend the model first, as in lcx.load.
+    that starts with an @. `add_bos` True or False overrides the tokenizer. `rope_scaling` and `context_length` extend
+    the model first, as in lcx.load.
 
     Raises:
       UserError: bad settings, no such file, a checkpoint or tokenizer that does not load.
@@ -257,11 +259,11 @@ def stream_text(
     text = text_stream.prompt_text(prompt)
     tokenizer = text_stream.tokenizer_of(checkpoint)
     special = [tokenizer.bos_id, tokenizer.eos_id, *getattr(tokenizer, "stop_ids", ())]
-    before = special_tokens(tokenizer).before
+    before = special_tokens(tokenizer, add_bos=add_bos).before
     ids = [*before, *tokenizer.encode(text).tolist()]
     if not ids:
-        raise UserError("the prompt is empty and the tokenizer adds no BOS to start from: set --prompt")
-    text_stream.say_special_tokens(tokenizer)
+        raise UserError("the prompt is empty and no BOS is added to start from: set --prompt, or --add_bos")
+    text_stream.say_special_tokens(tokenizer, before)
     model, params = lcx.load(checkpoint, rope_scaling=rope_scaling, context_length=context_length)
     check_vocabulary(tokenizer, model.vocab_size)
     columns = stream(

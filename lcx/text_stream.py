@@ -7,12 +7,12 @@ from pathlib import Path
 
 from lcx.checkpoint_folder import find_step, read_json
 from lcx.convert.api import tokenizer_record
-from lcx.data import SpecialTokens, Tokenizer, load_tokenizer, special_tokens, tokenizer_from_json
+from lcx.data import SpecialTokens, Tokenizer, load_tokenizer, tokenizer_from_json
 from lcx.data.special import described
 from lcx.errors import UserError
 
 _BROKEN = "\N{REPLACEMENT CHARACTER}"  # what decoders write for bytes that are not, or not yet, a character
-_FILES = ("tokenizer.json", "tokenizer.model")
+_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _MAX_HELD = 32  # tokens without one whole character are no text, and are shown as they are
 _MAX_CONTEXT = 16
 
@@ -55,10 +55,9 @@ def tokenizer_of(checkpoint: str) -> Tokenizer:
     return load_tokenizer(str(beside)) if record is None else tokenizer_from_json(record, folder=str(beside))
 
 
-def say_special_tokens(tokenizer: Tokenizer) -> None:
-    """Says on stderr what stands before the prompt."""
-    before = SpecialTokens(before=special_tokens(tokenizer).before)
-    print(described(tokenizer, before, of="prompt"), file=sys.stderr)
+def say_special_tokens(tokenizer: Tokenizer, before: tuple[int, ...]) -> None:
+    """Says on stderr which special tokens stand before the prompt."""
+    print(described(tokenizer, SpecialTokens(before=before), of="prompt"), file=sys.stderr)
 
 
 def show(tokenizer: Tokenizer, ids: Iterable[int], *, prompt: Sequence[int] = ()) -> None:

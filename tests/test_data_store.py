@@ -13,7 +13,7 @@ import sys
 import numpy as np
 import pytest
 
-from lcx.data import ByteTokenizer, find_files, open_store, store
+from lcx.data import ByteTokenizer, SpecialTokens, find_files, open_store, special_tokens, store
 from lcx.errors import UserError
 
 
@@ -22,9 +22,9 @@ class Counting(ByteTokenizer):
 
     calls = 0
 
-    def encode(self, text):
+    def encode(self, text, **options):
         type(self).calls += 1
-        return super().encode(text)
+        return super().encode(text, **options)
 
 
 @pytest.fixture
@@ -61,13 +61,13 @@ def test_tokenised_once(corpus):
 
 def test_special_tokens_and_empty_documents(corpus):
     (corpus / "data" / "2.txt").write_text("")
-    tokens = opened(corpus, add_bos=True, add_eos=True)
+    tokens = opened(corpus, special=special_tokens(Counting(), add_bos=True, add_eos=True))
     assert tokens.num_documents == 4 and tokens.max_id == 257
     for a, b in zip(tokens.offsets, tokens.offsets[1:], strict=False):
         assert tokens.tokens[a] == 256 and tokens.tokens[b - 1] == 257
         assert (tokens.tokens[a + 1 : b - 1] < 256).all()
-    with pytest.raises(UserError, match="add_bos=True but the tokenizer has no BOS id"):
-        opened(corpus, ByteTokenizer(bos_id=None), add_bos=True)
+    with pytest.raises(UserError, match="add_bos=True but the tokenizer has no BOS token"):
+        special_tokens(ByteTokenizer(bos_id=None), add_bos=True)
 
 
 def test_every_input_changes_the_fingerprint(corpus):
@@ -78,8 +78,12 @@ def test_every_input_changes_the_fingerprint(corpus):
         assert found not in seen
         seen.add(found)
 
-    fresh(add_bos=True)
-    fresh(add_eos=True)
+    fresh(special=SpecialTokens(before=(256,)))
+    fresh(special=SpecialTokens(after=(257,)))
+    fresh(special=SpecialTokens(before=(256,), after=(257,)))
+    fresh(special=SpecialTokens(before=(65,)))
+    fresh(special=SpecialTokens(before=(65, 66)))
+    fresh(special=SpecialTokens(after=(65, 66)))
     fresh(separator=" ")
     fresh(tokenizer=ByteTokenizer(eos_id=3))
     file = corpus / "data" / "3.txt"

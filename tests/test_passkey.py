@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from lcx.data import ByteTokenizer, load_tokenizer
+from lcx.data import ByteTokenizer, load_tokenizer, special_tokens
 from lcx.errors import UserError
 from lcx.evals import intervals, passkey
 from lcx.evals.passkey import Passkey
@@ -110,8 +110,8 @@ def test_prompts_hold_the_distance_that_they_state(name, full_length, request):
     for row in rows:
         for prompt in row:
             assert len(prompt.tokens) + 10 <= context
-            if tokenizer.bos_id is not None:
-                assert prompt.tokens[0] == tokenizer.bos_id
+            before = special_tokens(tokenizer).before
+            assert tuple(prompt.tokens[: len(before)]) == before
             tail = tokenizer.decode(prompt.tokens[-prompt.distance :])
             assert tail.lstrip().startswith("is the pass key.") and str(prompt.key) not in tail
             assert tail.endswith("The pass key is")

@@ -100,7 +100,9 @@ def test_stream_text_prints_the_published_text(stories, capsys):
     stream_text(checkpoint=str(stories / "hf"), prompt="")
     out, err = capsys.readouterr()
     assert out == published(stories) + "\n"
-    assert err.startswith("256 tokens; prompt of 1 and first token") and err.endswith("tokens/s\n")
+    said, speed = err.splitlines()
+    assert said == "BOS before each prompt: yes; EOS after: no"
+    assert speed.startswith("256 tokens; prompt of 1 and first token") and speed.endswith("tokens/s")
 
 
 def test_stream_text_continues_a_prompt(stories, capsys, tmp_path):

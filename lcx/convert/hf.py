@@ -18,7 +18,7 @@ from lcx.model import Decoder
 
 log = logging.getLogger(__name__)
 
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "lcx_tokenizer.json")
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "lcx_tokenizer.json")
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 

@@ -40,7 +40,7 @@ class Dataset:
       add_bos: True begins each document with BOS, False with nothing; None leaves it to the tokenizer, which may have
         a BOS token and not add it.
       add_eos: True ends each document with EOS, False with nothing; None leaves it to the tokenizer, and ends each
-        with EOS where the tokenizer puts nothing before or after a text.
+        with EOS where the tokenizer adds nothing of its own, so that documents in a row are kept apart.
       document_mask: False trains across the documents of a row (one segment, running positions).
       eval_fraction: share of the documents held out.
       split: "hash" chooses them by their text, "tail" takes the last ones.

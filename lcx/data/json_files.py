@@ -30,15 +30,13 @@ def read_bytes(path: Path, *, max_bytes: int) -> bytes | None:
     try:
         if not os.path.lexists(path):
             return None
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))  # a pipe must not block
-        with open(descriptor, "rb") as stream:
-            status = os.fstat(stream.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise UserError(f"{path} is not a regular file, expected one: remove it or restore the file")
-            if status.st_size > max_bytes:
-                raise UserError(
-                    f"{path} has {status.st_size:,} bytes, expected at most {max_bytes:,}: restore the file"
-                )
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for a writer
+            raise UserError(f"{path} is not a regular file, expected one: remove it or restore the file")
+        if status.st_size > max_bytes:
+            found = f"{path} has {status.st_size:,} bytes"
+            raise UserError(f"{found}, expected at most {max_bytes:,}: restore the file")
+        with open(path, "rb") as stream:
             return stream.read(max_bytes + 1)
     except (OSError, ValueError) as error:
         if isinstance(error, UserError):

@@ -60,7 +60,10 @@ def separating_tokens(
     add_eos: bool | None = None,
     document_mask: bool = True,
 ) -> SpecialTokens:
-    """`special_tokens` for documents that share a row: EOS after each where nothing else would stand between them.
+    """`special_tokens` for documents that share a row: EOS after each where the tokenizer adds nothing itself.
+
+    A setting that takes away what the tokenizer adds (add_bos=False) is followed; the document mask then keeps the
+    documents apart.
 
     Raises:
       UserError: nothing separates the documents, neither a token nor the document mask.
@@ -68,7 +71,7 @@ def separating_tokens(
     chosen = special_tokens(tokenizer, add_bos=add_bos, add_eos=add_eos)
     if chosen.ids:
         return chosen
-    if add_eos is None and tokenizer.eos_id is not None:
+    if not _own(tokenizer).ids and add_eos is None and tokenizer.eos_id is not None:
         return SpecialTokens(after=(tokenizer.eos_id,), separator=True)
     if not document_mask:
         found = "Dataset.document_mask=False joins the documents of a row and no token separates them"
@@ -103,6 +106,6 @@ def _own(tokenizer: "Tokenizer") -> SpecialTokens:
 def _asked(name: str, value: int | None) -> int:
     if value is None:
         raise UserError(
-            f"Dataset.add_{name}=True but the tokenizer has no {name.upper()} id; set add_{name}=False"
+            f"add_{name}=True but the tokenizer has no {name.upper()} token: remove add_{name}, or set it to False"
         )
     return value

@@ -7,6 +7,10 @@ Truncation and padding that a file stores are never applied.
 import contextlib
 import json
 import logging
+import os
+import shutil
+import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,6 +44,33 @@ class Vocabulary(NamedTuple):
 
 
 @contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Holds back what is written on stderr meanwhile, and drops it after an error.
+
+    A panic of Rust code prints its own report there before Python sees an exception.
+    """
+    try:
+        sys.stderr.flush()
+        saved = os.dup(2)
+    except (OSError, AttributeError, ValueError):  # there is no stderr
+        yield
+        return
+    with tempfile.TemporaryFile() as held, os.fdopen(saved, "wb") as stderr:
+        os.dup2(held.fileno(), 2)
+        failed = True
+        try:
+            yield
+            failed = False
+        finally:
+            with contextlib.suppress(OSError, AttributeError, ValueError):
+                sys.stderr.flush()
+            os.dup2(stderr.fileno(), 2)
+            if not failed:
+                held.seek(0)
+                shutil.copyfileobj(held, stderr)
+
+
+@contextlib.contextmanager
 def guarded(what: str) -> Iterator[None]:
     """Turns whatever the tokenizers library raises, a panic of its Rust code included, into a UserError."""
     try:
@@ -61,7 +92,7 @@ def build(path: Path, settings: Settings) -> Any:
         import tokenizers  # noqa: F401
     except ImportError as error:
         raise UserError(f"reading {path} needs the tokenizers package: pip install tokenizers") from error
-    with guarded(f"{path} is not a readable tokenizer"):
+    with guarded(f"{path} is not a readable tokenizer"), quiet():
         library, source = _pipeline(path, settings)
         library.no_truncation()
         library.no_padding()
@@ -89,15 +120,25 @@ def named_tokens(settings: Settings) -> dict[str, Token | None]:
     return {key: named[key] for key in (*NAMED, *(k for k in named if k not in NAMED)) if key in named}
 
 
-def special_of(library: Any, eos_id: int | None) -> SpecialTokens:
+def special_of(library: Any, eos_id: int | None, *, what: str) -> SpecialTokens:
     """What the post-processor puts before and after a text, seen on an example."""
-    whole, plain = library.encode("", add_special_tokens=True), []
-    for example in ("a", "0", " ", *list(library.get_vocab(with_added_tokens=False))[:8]):
-        with contextlib.suppress(UserError), guarded("not every text can be encoded"):
-            plain = library.encode(example, add_special_tokens=False).ids
-            if plain:
+    whole, plain, problem = None, [], None
+    for example in ("a", "0", " ", *list(library.get_vocab(with_added_tokens=False))[:8], ""):
+        try:
+            with guarded(what), quiet():
+                plain = library.encode(example, add_special_tokens=False).ids
                 whole = library.encode(example, add_special_tokens=True)
-                break
+        except UserError as error:  # the vocabulary may lack this letter
+            problem = error
+        if plain and whole is not None:
+            break
+    if whole is None:
+        raise problem or UserError(f"{what}: nothing can be encoded")
+    unknown = [i for i in whole.ids if library.id_to_token(i) is None]
+    if unknown:
+        raise UserError(
+            f"{what}: it adds id {unknown[0]}, which the vocabulary does not have; restore the file"
+        )
     ids, of_text = whole.ids, [i for i, number in enumerate(whole.sequence_ids) if number is not None]
     if not of_text:  # a vocabulary without one letter
         after = tuple(ids[-1:]) if ids and ids[-1] == eos_id else ()
@@ -105,7 +146,7 @@ def special_of(library: Any, eos_id: int | None) -> SpecialTokens:
     first, end = of_text[0], of_text[-1] + 1
     if ids[first:end] != plain:
         raise UserError(
-            "its post-processor does more than to add tokens around a text, which is not supported"
+            f"{what}: it does more than to add tokens around a text; expected a template with one $A"
         )
     return SpecialTokens(tuple(ids[:first]), tuple(ids[end:]))
 

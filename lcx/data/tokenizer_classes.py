@@ -51,8 +51,8 @@ OVERRULED = frozenset(_OVERRULED.split())
 
 def declared(folder: Path, config: Mapping[str, Any], model_config: Mapping[str, Any]) -> str | None:
     """The class that tokenizer_config.json names, else config.json; without "Fast" at its end."""
-    name = json_files.text(config, "tokenizer_class", folder / "tokenizer_config.json")
-    name = name or json_files.text(model_config, "tokenizer_class", folder / "config.json")
+    own = json_files.text(config, "tokenizer_class", folder / "tokenizer_config.json")
+    name = own or json_files.text(model_config, "tokenizer_class", folder / "config.json")
     return name.removesuffix("Fast") if name else None
 
 

@@ -84,19 +84,15 @@ def from_file(
         plain = HuggingFaceTokenizer(str(path), settings=found)
         bos_id, eos_id, stops = _special_ids(plain)
         tokenizer = HuggingFaceTokenizer(str(path), bos_id, eos_id, stops, found)
-        tokenizer.__dict__["_library"] = plain._library  # built once
-    _ = tokenizer.vocab_size  # a vocabulary that cannot be used is refused here, not in the middle of a run
+    _ = (
+        tokenizer.vocab_size,
+        tokenizer.special,
+    )  # what cannot be used is refused here, not in the middle of a run
     return tokenizer if ids is None else _with_ids(tokenizer, ids)
 
 
 def _with_ids(tokenizer: FileTokenizer, ids: Mapping[str, Any]) -> FileTokenizer:
-    again = type(tokenizer)(**{**_fields(tokenizer), **ids})
-    again.__dict__["_library"] = tokenizer._library
-    return again
-
-
-def _fields(tokenizer: FileTokenizer) -> dict[str, Any]:
-    return {name: getattr(tokenizer, name) for name in type(tokenizer).__dataclass_fields__}
+    return dataclasses.replace(tokenizer, **ids)
 
 
 def _settings(path: Path) -> Settings | None:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import hashlib
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,19 +34,20 @@ class HuggingFaceTokenizer:
 
     @functools.cached_property
     def _library(self) -> Any:
-        return tokenizer_build.build(Path(self.path), self.settings)
+        return _built(Path(self.path), self.settings, _stamp(Path(self.path)))
 
     @functools.cached_property
     def vocab_size(self) -> int:
-        with guarded(f"the vocabulary of {self.path} cannot be read"):
+        with guarded(f"the vocabulary of {self.path} cannot be read"), tokenizer_build.quiet():
             ids = self._library.get_vocab(with_added_tokens=True).values()
         return checked_size(max(ids, default=-1) + 1, self.path)
 
     @functools.cached_property
     def special(self) -> SpecialTokens:
         """What the tokenizer itself puts before and after a text."""
-        with guarded(f"the post-processor of {self.path} cannot be used"):
-            return tokenizer_build.special_of(self._library, self.eos_id)
+        what = f"the post-processor of {self.path} cannot be used"
+        with guarded(what):
+            return tokenizer_build.special_of(self._library, self.eos_id, what=what)
 
     def encode(self, text: str, *, add_special_tokens: bool = False) -> Int[np.ndarray, "tokens"]:
         with guarded(f"{self.path} cannot encode a text of {len(text)} characters"):
@@ -125,6 +127,21 @@ class SentencePieceTokenizer:
         return file_json("sentencepiece", self)
 
 
+@functools.lru_cache(maxsize=4)
+def _built(path: Path, settings: Settings, stamp: tuple) -> Any:
+    """Built once per file: a run asks for its tokenizer many times, and a large vocabulary takes a second."""
+    return tokenizer_build.build(path, settings)
+
+
+def _stamp(path: Path) -> tuple:
+    """What changes when a file does."""
+    try:
+        stats = [os.stat(file) for file in files_of(path)]
+    except OSError:
+        return ()
+    return tuple((stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in stats)
+
+
 FileTokenizer = HuggingFaceTokenizer | SentencePieceTokenizer
 
 
@@ -145,10 +162,15 @@ def checksum(path: Path) -> str:
 
 
 def file_json(kind: str, tokenizer: FileTokenizer) -> dict[str, Any]:
-    """The record of a tokenizer of a file, see `Tokenizer.to_json`."""
+    """The record of a tokenizer of a file: `path` is where it lies, `file` the name that a copy gets."""
+    name = Path(tokenizer.path).name
+    name = (
+        name if name == "vocab.json" else "tokenizer.model" if kind == "sentencepiece" else "tokenizer.json"
+    )
     return {
         "kind": kind,
         "path": tokenizer.path,
+        "file": name,
         "sha256": checksum(Path(tokenizer.path)),
         "bos_id": tokenizer.bos_id,
         "eos_id": tokenizer.eos_id,

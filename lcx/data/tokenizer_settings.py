@@ -153,7 +153,7 @@ def _named(data: Mapping[str, Any], path: Path, *, special: bool = False) -> dic
     """Keys that end in _token: the standard roles, and those that a model has of its own (image_token)."""
     named: dict[str, Token | None] = {}
     for key, value in data.items():
-        if key in NAMED:
+        if key in NAMED or key.endswith("_token") and value is None:
             named[key] = None if value is None else _token(value, key, path, special=special)
         elif key.endswith("_token") and (isinstance(value, str) or _is_added_token(value, special)):
             named[key] = _token(value, key, path, special=special)

@@ -107,8 +107,8 @@ class ByteTokenizer:
         return np.concatenate([np.array(before, np.int32), ids])
 
     def decode(self, ids: Iterable[int]) -> str:
-        values = np.asarray(list(ids), np.int64)
-        plain = (values >= 0) & (values < 256)
+        values = np.array([i if 0 <= i < 256 else -1 for i in map(int, ids)], np.int64)
+        plain = values >= 0
         for special in (self.bos_id, self.eos_id):
             plain &= values != special if special is not None else plain
         return values[plain].astype(np.uint8).tobytes().decode(errors="replace")
@@ -128,7 +128,9 @@ def encode_all(
 
 def identity(tokenizer: Tokenizer) -> dict[str, Any]:
     """`to_json` without the place of the file and the stop ids, which do not change what encoding gives."""
-    return {key: value for key, value in tokenizer.to_json().items() if key not in ("path", "stop_ids")}
+    return {
+        key: value for key, value in tokenizer.to_json().items() if key not in ("path", "file", "stop_ids")
+    }
 
 
 def load_tokenizer(path: str | os.PathLike | Tokenizer) -> Tokenizer:
@@ -167,8 +169,8 @@ def load_tokenizer(path: str | os.PathLike | Tokenizer) -> Tokenizer:
             " .model, or a folder with one of them"
         )
     record = json_files.read_object(place / RECORD)
-    if record:
-        return tokenizer_from_json(record, folder=place)
+    if record:  # of a folder: its file lies beside it, wherever the tokenizer came from
+        return tokenizer_from_json({**record, "path": None}, folder=place)
     return tokenizer_folders.from_file(tokenizer_folders.vocabulary_file(place))
 
 
@@ -183,9 +185,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: str | os.PathLike) -> None:
     record = tokenizer.to_json()
     path = record.pop("path", None)
     if path is not None:
-        source = Path(path)
-        name = "tokenizer.model" if record["kind"] == "sentencepiece" else _file_name(source)
-        record["file"] = name
+        source, name = Path(path), record["file"]
         targets = dict(zip(files_of(source), files_of(folder / name), strict=True))
         targets |= {source.parent / side: folder / side for side in _SIDE_FILES}
         for file, target in targets.items():
@@ -194,10 +194,6 @@ def save_tokenizer(tokenizer: Tokenizer, folder: str | os.PathLike) -> None:
     partial = folder / f"{RECORD}.partial"
     partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     os.replace(partial, folder / RECORD)
-
-
-def _file_name(path: Path) -> str:
-    return path.name if path.name == "vocab.json" else "tokenizer.json"
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -263,10 +259,11 @@ def _recorded_file(
             _check_inside(beside, Path(folder))
             return beside
     former = json_files.text(data, "path", where)
-    if former is not None and folder is None or former is not None and "file" not in data:
-        old = Path(former)
-        if old.suffix in (".json", ".model") and old.is_file():
-            return old
+    old = Path(former or "")
+    if (
+        former and old.suffix in (".json", ".model") and old.is_file()
+    ):  # used only if its checksum is the recorded one
+        return old
     missing = Path(folder) / name if folder is not None else Path(former or name)
     raise UserError(
         f"tokenizer file {json_files.one_line(missing)} does not exist; copy the tokenizer beside the checkpoint"

@@ -59,6 +59,7 @@ class Passkey:
       max_new_tokens: of the greedy continuation.
       batch_size: prompts in one generation.
       seed: of the keys.
+      add_bos: True begins each prompt with BOS, False with the text; None leaves it to the tokenizer.
     """
 
     context_length: int | None = None
@@ -70,6 +71,7 @@ class Passkey:
     max_new_tokens: int = 10
     batch_size: int = 16
     seed: int = 0
+    add_bos: bool | None = None
     name: str = "passkey"
 
     def __post_init__(self):
@@ -133,7 +135,7 @@ class Passkey:
           UserError: a context that does not hold the shortest prompt and its answer.
         """
         room = context - self.max_new_tokens
-        build = functools.partial(_build, tokenizer)
+        build = functools.partial(_build, tokenizer, add_bos=self.add_bos)
         rng = np.random.default_rng(self.seed)
         keys = rng.integers(10 ** (self.digits - 1), 10**self.digits, (self.num_distances, self.trials))
         shortest = build(int(keys[0, 0]), after=0)
@@ -284,14 +286,16 @@ def batches(lengths: Sequence[int], size: int) -> list[list[int]]:
     return out
 
 
-def _build(tokenizer: Tokenizer, key: int, *, after: int, before: int = 0) -> Prompt:
+def _build(
+    tokenizer: Tokenizer, key: int, *, after: int, before: int = 0, add_bos: bool | None = None
+) -> Prompt:
     """The prompt with so many filler sentences after and before the key; linear in its length.
 
     The whole prompt is encoded at once: the tokens of its parts need not be the tokens of the whole.
     """
     lead = f"{TASK}{_filler(before)}{chr(10) if before else ''}The pass key is {key}. Remember it. {key}"
     rest = f" is the pass key.{chr(10) if after else ''}{_filler(after)}{QUESTION}"
-    start = list(special_tokens(tokenizer).before)
+    start = special_tokens(tokenizer, add_bos=add_bos).before
     tokens = [*start, *tokenizer.encode(lead + rest).tolist()]
     return Prompt(tokens, key, len(tokens) - len(start) - len(tokenizer.encode(lead)))
 

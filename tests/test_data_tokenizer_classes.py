@@ -1,0 +1,397 @@
+"""Folders of many conventions: the ids, special tokens and texts of transformers.AutoTokenizer on the same files."""
+
+import json
+import pathlib
+import shutil
+
+import numpy as np
+import pytest
+from tokenizer_fuzz import sentencepiece_bytes
+
+import lcx
+from lcx.data import load_tokenizer, save_tokenizer, special_tokens, tokenizer_classes
+from lcx.data.tokenizers import encode_all, identity
+from lcx.errors import UserError
+
+TEXTS = [
+    "",
+    "hi",
+    " hi",
+    "  two  spaces ",
+    "<s>hi",
+    "hi  <s>a</s> b",
+    "</s>",
+    " <s> x<|im_start|>user\nq<|im_end|>",
+    "a\r\nb\n\n c\t",
+    "naïve — ☃ 𝄞 日本 e\u0301",
+    "nul\x00l",
+    "12345 6 7.89 don't I'LL",
+    "<unk><pad><|endoftext|><img>",
+    "▁under\u00a0nbsp",
+    " " * 37 + "a" + "ab " * 2000,
+]
+ADDED = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": False, "special": True}
+IM_END = {"content": "<|im_end|>", **ADDED}
+
+
+@pytest.fixture(scope="module")
+def transformers():
+    library = pytest.importorskip("transformers")
+    library.logging.set_verbosity_error()
+    return library
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A byte-level BPE and a Metaspace BPE with byte fallback, both tiny, with a template that adds BOS."""
+    library = pytest.importorskip("tokenizers")
+    from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+    corpus = [
+        "the hinder  hill hit him  ",
+        "don't I'LL 123 naïve",
+        "aab abab hi a b user\nq",
+        "x y z -- 7.89",
+    ] * 3
+    special = ["<unk>", "<s>", "</s>", "<|im_start|>"]
+    out = {}
+    for name in ("bytes", "spaces"):
+        if name == "bytes":
+            made = library.Tokenizer(models.BPE())
+            made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+            made.decoder = decoders.ByteLevel()
+            alphabet = pre_tokenizers.ByteLevel.alphabet()
+            extra = special
+        else:
+            made = library.Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+            made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+            made.decoder = decoders.Sequence(
+                [
+                    decoders.Replace("▁", " "),
+                    decoders.ByteFallback(),
+                    decoders.Fuse(),
+                    decoders.Strip(" ", 1, 0),
+                ]
+            )
+            alphabet, extra = ["▁"], [*special, *(f"<0x{i:02X}>" for i in range(256))]
+        made.train_from_iterator(
+            corpus, trainers.BpeTrainer(vocab_size=600, special_tokens=extra, initial_alphabet=alphabet)
+        )
+        made.post_processor = processors.TemplateProcessing(
+            single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
+        )
+        data = json.loads(made.to_str())
+        data["added_tokens"] = [t for t in data["added_tokens"] if not t["content"].startswith("<0x")]
+        out[name] = data
+    return out
+
+
+def folder_of(path, files):
+    """Writes JSON files and, for other types, bytes."""
+    path.mkdir(exist_ok=True)
+    for name, content in files.items():
+        if isinstance(content, bytes):
+            (path / name).write_bytes(content)
+        else:
+            (path / f"{name}.json").write_text(json.dumps(content))
+    return path
+
+
+def assert_equal(ours, theirs):
+    """The same ids with and without special tokens, the same text back, one by one and in a batch."""
+    special = special_tokens(ours)
+    for text in TEXTS:
+        plain = list(theirs(text, add_special_tokens=False).input_ids)
+        whole = list(theirs(text).input_ids)
+        assert ours.encode(text).tolist() == plain, text
+        assert ours.encode(text, add_special_tokens=True).tolist() == whole, text
+        assert [*special.before, *plain, *special.after] == whole
+        assert ours.decode(whole) == theirs.decode(whole, skip_special_tokens=True), text
+    for asked in (False, True):
+        many = encode_all(ours, TEXTS, add_special_tokens=asked)
+        assert [ids.tolist() for ids in many] == [
+            list(theirs(text, add_special_tokens=asked).input_ids) for text in TEXTS
+        ]
+    assert ours.bos_id == theirs.bos_token_id
+    assert theirs.eos_token_id in (None, ours.eos_id)
+    assert ours.vocab_size == max(theirs.get_vocab().values()) + 1
+
+
+def adds(data, template, tokens):
+    """tokenizer.json with another post-processor."""
+    pieces = [
+        {"Sequence": {"id": "A", "type_id": 0}}
+        if piece == "$A"
+        else {"SpecialToken": {"id": piece, "type_id": 0}}
+        for piece in template.split()
+    ]
+    table = {t: {"id": t, "ids": [i], "tokens": [t]} for t, i in tokens.items()}
+    return data | {
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": pieces,
+            "pair": [],
+            "special_tokens": table,
+        }
+    }
+
+
+BOS_EOS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+# name: (vocabulary, changes of tokenizer.json, files beside it)
+FOLDERS = {
+    "alone": ("bytes", {}, {}),
+    "llama 3": ("bytes", {}, {"tokenizer_config": {"tokenizer_class": "PreTrainedTokenizerFast", **BOS_EOS}}),
+    "llama, byte level": (
+        "bytes",
+        {},
+        {"tokenizer_config": {"tokenizer_class": "LlamaTokenizerFast", "add_bos_token": False, **BOS_EOS}},
+    ),
+    "llama": (
+        "spaces",
+        {},
+        {
+            "tokenizer_config": {"tokenizer_class": "LlamaTokenizer", **BOS_EOS},
+            "config": {"model_type": "llama"},
+        },
+    ),
+    "llama, legacy": (
+        "spaces",
+        {},
+        {"tokenizer_config": {"tokenizer_class": "LlamaTokenizer", "legacy": True}},
+    ),
+    "llama, no prefix": (
+        "spaces",
+        {},
+        {"tokenizer_config": {"tokenizer_class": "LlamaTokenizer", "add_prefix_space": False}},
+    ),
+    "code llama": (
+        "spaces",
+        {},
+        {"tokenizer_config": {"tokenizer_class": "CodeLlamaTokenizer", "fill_token": None}},
+    ),
+    "mistral": (
+        "spaces",
+        {},
+        {
+            "tokenizer_config": {"tokenizer_class": "LlamaTokenizer", **BOS_EOS},
+            "config": {"model_type": "mistral"},
+        },
+    ),
+    "phi 3": (
+        "spaces",
+        {"post_processor": None},
+        {
+            "tokenizer_config": {
+                "tokenizer_class": "LlamaTokenizer",
+                "added_tokens_decoder": {"2": {"content": "</s>", **ADDED, "rstrip": True}, "600": IM_END},
+                **BOS_EOS,
+            },
+            "config": {"model_type": "phi3"},
+        },
+    ),
+    "qwen 2": (
+        "bytes",
+        {"post_processor": None},
+        {
+            "tokenizer_config": {
+                "tokenizer_class": "Qwen2Tokenizer",
+                "bos_token": None,
+                "eos_token": "<|endoftext|>",
+                "pad_token": "<|endoftext|>",
+                "additional_special_tokens": ["<|im_start|>", "<|im_end|>"],
+            },
+            "config": {"model_type": "qwen2", "bos_token_id": 1, "eos_token_id": 2},
+        },
+    ),
+    "qwen 3.5": ("bytes", {"post_processor": None}, {"config": {"model_type": "qwen3_5"}}),
+    "gemma": ("spaces", {}, {"tokenizer_config": {"tokenizer_class": "GemmaTokenizer", **BOS_EOS}}),
+    "gpt 2": (
+        "bytes",
+        {},
+        {"tokenizer_config": {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": True}},
+    ),
+    "gpt neox": ("bytes", {}, {"config": {"model_type": "gpt_neox"}}),
+    "cohere": ("bytes", {}, {"tokenizer_config": {"tokenizer_class": "CohereTokenizer", **BOS_EOS}}),
+    "older files": (
+        "bytes",
+        {},
+        {
+            "special_tokens_map": {"bos_token": "<s>", "pad_token": {"content": "<pad>", "lstrip": True}},
+            "added_tokens": {"<|im_end|>": 600, "<pad>": 601},
+        },
+    ),
+    "split special tokens": (
+        "bytes",
+        {},
+        {
+            "tokenizer_config": {
+                "tokenizer_class": "TokenizersBackend",
+                "split_special_tokens": True,
+                **BOS_EOS,
+            }
+        },
+    ),
+    "truncation": (
+        "bytes",
+        {"truncation": {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}},
+        {"tokenizer_config": {"model_max_length": 4, "image_token": "<img>", **BOS_EOS}},
+    ),
+    "cleans up": ("bytes", {}, {"tokenizer_config": {"clean_up_tokenization_spaces": True, **BOS_EOS}}),
+}
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_folders_equal_auto_tokenizer(transformers, trained, tmp_path, name):
+    vocabulary, changes, files = FOLDERS[name]
+    data = trained[vocabulary] | changes
+    folder = folder_of(tmp_path / "model", {"tokenizer": data, **files})
+    ours, theirs = lcx.load_tokenizer(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    assert_equal(ours, theirs)
+    save_tokenizer(ours, tmp_path / "saved")  # config.json, which may decide the class, is not copied
+    again = lcx.load_tokenizer(tmp_path / "saved")
+    assert identity(again) == identity(ours) and again.special == ours.special
+    assert [again.encode(text).tolist() for text in TEXTS] == [ours.encode(text).tolist() for text in TEXTS]
+
+
+@pytest.mark.parametrize("template", ["<s> $A </s>", "$A </s>", "<s> </s> $A", "$A"])
+def test_special_tokens_are_those_of_the_post_processor(transformers, trained, tmp_path, template):
+    data = adds(trained["bytes"], template, {"<s>": 1, "</s>": 2})
+    files = {"tokenizer_config": BOS_EOS, "config": {"bos_token_id": 1, "eos_token_id": 2}}
+    folder = folder_of(tmp_path / "model", {"tokenizer": data, **files})
+    ours = load_tokenizer(folder)
+    assert_equal(ours, transformers.AutoTokenizer.from_pretrained(folder))
+    ids = {"<s>": 1, "</s>": 2}
+    before, _, after = template.partition("$A")
+    assert special_tokens(ours).before == tuple(ids[t] for t in before.split())
+    assert special_tokens(ours).after == tuple(ids[t] for t in after.split())
+    assert special_tokens(ours, add_bos=True, add_eos=True).before.count(1) == 1
+    assert special_tokens(ours, add_bos=False, add_eos=False).ids == ()
+
+
+SENTENCEPIECE = [
+    {"tokenizer_class": "LlamaTokenizer"},
+    {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": True, "legacy": True},
+    {
+        "tokenizer_class": "LlamaTokenizerFast",
+        "add_bos_token": True,
+        "legacy": False,
+        "add_prefix_space": False,
+    },
+    {
+        "tokenizer_class": "LlamaTokenizer",
+        "add_bos_token": True,
+        "added_tokens_decoder": {"1": {"content": "<s>", **ADDED}, "300": IM_END},
+        "additional_special_tokens": ["<|im_end|>"],
+    },
+    {"tokenizer_class": "CodeLlamaTokenizer", "fill_token": None},
+    {"tokenizer_class": "GemmaTokenizer", "bos_token": "<s>", "eos_token": "</s>"},
+    {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": True},
+]
+
+
+@pytest.mark.parametrize("config", SENTENCEPIECE)
+@pytest.mark.parametrize("older", [False, True])
+def test_sentencepiece_folders_equal_auto_tokenizer(transformers, tmp_path, config, older):
+    pytest.importorskip("sentencepiece")
+    files = {"tokenizer.model": sentencepiece_bytes(), "tokenizer_config": config}
+    if older:
+        files |= {"special_tokens_map": {"pad_token": "</s>"}, "added_tokens": {"<|im_end|>": 280}}
+    folder = folder_of(tmp_path / "model", files)
+    ours = load_tokenizer(folder)
+    assert_equal(ours, transformers.AutoTokenizer.from_pretrained(folder))
+    save_tokenizer(ours, tmp_path / "saved")
+    again = load_tokenizer(tmp_path / "saved")
+    assert identity(again) == identity(ours) and again.special == ours.special
+    assert again.encode(TEXTS[5]).tolist() == ours.encode(TEXTS[5]).tolist()
+
+
+def test_a_sentencepiece_model_alone(transformers, tmp_path):
+    """Without a class, it is read as its own settings say: as LlamaTokenizer, or by sentencepiece itself."""
+    library = pytest.importorskip("sentencepiece")
+    llama = folder_of(tmp_path / "llama", {"tokenizer.model": sentencepiece_bytes()})
+    assert_equal(load_tokenizer(llama), transformers.LlamaTokenizer.from_pretrained(llama))
+    other = folder_of(tmp_path / "unigram", {"spiece.model": sentencepiece_bytes(kind=1)})
+    ours = load_tokenizer(other)
+    theirs = library.SentencePieceProcessor(model_file=str(other / "spiece.model"))
+    assert [ours.encode(text).tolist() for text in TEXTS] == theirs.encode(TEXTS)
+    assert special_tokens(ours).ids == () and (ours.bos_id, ours.eos_id) == (1, 2)
+    folder_of(other, {"tokenizer_config": {"tokenizer_class": "T5Tokenizer"}})
+    with pytest.raises(
+        UserError, match="for tokenizer_class T5Tokenizer, which needs a tokenizer.json: make one"
+    ):
+        load_tokenizer(other)
+
+
+def test_llama2_folder_equals_transformers(transformers, reference, tmp_path):
+    """The published model, through a hub's cache of links."""
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "0f"
+    folder_of(blobs, {})
+    snapshot.mkdir(parents=True)
+    shutil.copyfile(reference / "data" / "tokenizers" / "llama2" / "tokenizer.model", blobs / "0123")
+    (blobs / "4567").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer", "add_bos_token": True}))
+    (snapshot / "tokenizer.model").symlink_to("../../blobs/0123")
+    (snapshot / "tokenizer_config.json").symlink_to("../../blobs/4567")
+    assert_equal(load_tokenizer(snapshot), transformers.AutoTokenizer.from_pretrained(snapshot))
+
+
+def test_gpt2_of_two_files(transformers, reference, tmp_path):
+    source = reference / "data" / "tokenizers" / "gpt2"
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copyfile(source / name, tmp_path / name)
+    alone = load_tokenizer(tmp_path)
+    assert_equal(alone, transformers.GPT2Tokenizer.from_pretrained(tmp_path))
+    folder_of(tmp_path, {"tokenizer_config": {"tokenizer_class": "GPT2Tokenizer", "add_bos_token": True}})
+    ours = load_tokenizer(tmp_path)
+    assert_equal(ours, transformers.AutoTokenizer.from_pretrained(tmp_path))
+    assert special_tokens(ours).before == (50256,)
+    save_tokenizer(ours, tmp_path / "saved")
+    assert identity(load_tokenizer(tmp_path / "saved")) == identity(ours)
+    (tmp_path / "saved" / "merges.txt").write_text("#version: 0.2\n")
+    with pytest.raises(UserError, match="its checksum differs"):
+        load_tokenizer(tmp_path / "saved")
+
+
+def test_classes_of_model_types_are_those_of_transformers(transformers):
+    auto = transformers.models.auto.tokenization_auto
+    for model_type, name in tokenizer_classes.REGISTERED.items():
+        theirs = auto.TOKENIZER_MAPPING_NAMES[model_type].removesuffix("Fast")
+        theirs = "TokenizersBackend" if theirs == "MistralCommonBackend" else theirs
+        assert name == theirs, model_type
+    assert auto.MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS == tokenizer_classes.OVERRULED
+    for model_type in transformers.models.auto.configuration_auto.CONFIG_MAPPING_NAMES:
+        theirs = (auto.TOKENIZER_MAPPING_NAMES.get(model_type) or "").removesuffix("Fast")
+        if theirs in tokenizer_classes.PIPELINES:
+            assert tokenizer_classes.REGISTERED[model_type] == theirs
+
+
+# ------------------------------------------------------------------------------------------------ the shared cases
+
+CASES = {
+    "plain": ([75, 76], 7322, 1, 2),
+    "stored_truncation": ([75, 76], 7322, 1, 2),
+    "no_bos_key": ([75, 76], 7322, None, 2),
+    "adds_bos": ([1, 75, 76], 7323, 1, 2),
+    "eos_only": ([75, 76], 7322, None, 2),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_cases(reference, transformers, name):
+    folder = reference / "cases" / "tokenizers" / name
+    text = (reference / "cases" / "tokenizers" / "text.txt").read_text()
+    ours, theirs = lcx.load_tokenizer(str(folder)), transformers.AutoTokenizer.from_pretrained(folder)
+    ids, count, bos, eos = CASES[name]
+    assert ours.encode("hi", add_special_tokens=True).tolist() == ids
+    assert ours.encode("hi").tolist() == [75, 76]
+    whole = ours.encode(text, add_special_tokens=True)
+    assert len(whole) == count and np.array_equal(whole, theirs(text).input_ids)
+    assert (ours.bos_id, ours.eos_id) == (bos, eos)
+    assert_equal(ours, theirs)
+
+
+def test_tokens_of_a_text_do_not_depend_on_where_it_is_read(reference, tmp_path, monkeypatch):
+    monkeypatch.chdir(reference / "cases" / "tokenizers")
+    relative = load_tokenizer(pathlib.Path("adds_bos"))
+    assert relative.special.before == (1,)
+    monkeypatch.chdir(tmp_path)
+    assert relative.encode("hi").tolist() == [75, 76]
