@@ -79,6 +79,15 @@ def test_a_repository_is_code(tmp_path, there):
     assert "setup.py" in one or "index.js" in one or "main.c" in one
 
 
+def test_a_folder_of_which_one_format_is_asked_for(tmp_path):
+    make(tmp_path, ["a.fa", "b.jsonl", "README.md", "notes"])
+    assert names(tmp_path, format="fasta") == ["a.fa"]
+    assert names(tmp_path, format="jsonl") == ["b.jsonl"]
+    (tmp_path / "a.fa").unlink()
+    (tmp_path / "b.jsonl").unlink()
+    assert names(tmp_path, format="text") == ["notes"]
+
+
 def test_splits_without_training_are_asked_for(tmp_path):
     make(tmp_path, ["test.jsonl", "validation.jsonl"])
     with pytest.raises(UserError, match="splits test, validation and none for training; name the files"):

@@ -108,7 +108,9 @@ def files_of(folder: str, format: str | None) -> tuple[SourceFile, ...]:
     if format == "code":
         return code_files(folder)
     root = os.path.abspath(folder)
-    found = [_candidate(path, relative(path, root), format) for path in walk(folder)]
+    paths = list(walk(folder))
+    named = [path for path in paths if format is not None and _ending_says(path) == format]
+    found = [_candidate(path, relative(path, root), format, named) for path in paths]
     if format is None:
         code = [
             one for one in found if detect.is_code(one.name) and not one.name.lower().endswith(_DOCUMENTS)
@@ -157,7 +159,14 @@ def _is_regular(path: str) -> bool:
         return False
 
 
-def _candidate(path: str, name: str, format: str | None) -> _Candidate:
+def _ending_says(path: str) -> str | None:
+    return detect.BY_ENDING.get(os.path.splitext(streams.plain_name(path))[1])
+
+
+def _candidate(path: str, name: str, format: str | None, named: Sequence[str]) -> _Candidate:
+    """`named`: the files whose ending is that of the format that is asked for; if there are some, they are meant."""
+    if named and path not in named:
+        return _Candidate(path, name, None, f"not {format} by its name")
     ending = os.path.splitext(streams.plain_name(name))[1]
     base = os.path.basename(name)
     if _ABOUT.match(base):

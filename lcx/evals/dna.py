@@ -37,6 +37,28 @@ def read(path: str, *, owner: str) -> list[Document]:
     return records
 
 
+def read_contigs(path: str, *, owner: str) -> dict[str, str]:
+    """The sequence of each record by its name, the first word of its header.
+
+    Raises:
+      UserError: as `read`, and two files with a record of one name, of which one would win.
+    """
+    found: dict[str, str] = {}
+    where: dict[str, str] = {}
+    for file in find_files(path, format="fasta"):
+        for record in read_fasta(file):
+            name = record.name.removeprefix(f"{file.name}:")
+            if name in found:
+                raise UserError(
+                    f"{path} has two records named {name!r}, in {where[name]} and {file.name}: keep one of them"
+                    f" ({owner})"
+                )
+            found[name], where[name] = record.text, file.name
+    if not found:
+        raise UserError(f"{path} holds no FASTA record: change {owner}")
+    return found
+
+
 def reverse_complement(sequence: str) -> str:
     """The other strand, read in its direction; letters outside the IUPAC codes stay."""
     return sequence.translate(_COMPLEMENT)[::-1]

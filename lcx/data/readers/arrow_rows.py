@@ -83,7 +83,7 @@ def _batches(file: SourceFile, tally: Tally, columns: Columns) -> Iterator[tuple
     with pa.memory_map(file.path) as source:
         if source.read(6) == b"ARROW1":
             reader = pa.ipc.open_file(source)
-            every = (reader.get_batch(i) for i in range(reader.num_record_batches))
+            every: Iterator[Any] = (reader.get_batch(i) for i in range(reader.num_record_batches))
         else:
             source.seek(0)
             reader = pa.ipc.open_stream(source)
