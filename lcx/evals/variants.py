@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 
 from lcx.data.readers import streams
 from lcx.errors import UserError
+from lcx.evals.dna import naming
 
 _COLUMNS = ("chrom", "pos", "ref", "alt")
 
@@ -51,29 +52,24 @@ def read_variants(path: str) -> Iterator[Variant]:
 
 
 def _table(path: str, lines: Iterator[tuple[int, str]], delimiter: str) -> Iterator[tuple[int, list[str]]]:
-    number = 0
-
-    def texts() -> Iterator[str]:
-        nonlocal number
-        for number, text in lines:
-            yield f"{text}\n"
-
+    numbered = list(lines)
     csv.field_size_limit(2**31 - 1)
+    reader = csv.reader([f"{text}\n" for _, text in numbered], delimiter=delimiter, strict=True)
     try:
-        for cells in csv.reader(texts(), delimiter=delimiter, strict=True):
-            yield number, cells
+        for cells in reader:
+            yield numbered[reader.line_num - 1][0], cells
     except csv.Error as error:
-        raise UserError(
-            f"{path}, line {number}: {error}; correct it, or change VariantEffects.variants"
-        ) from None
+        place = f"{path}, line {numbered[max(0, reader.line_num - 1)][0]}"
+        raise UserError(f"{place}: {error}; correct it, or change VariantEffects.variants") from None
 
 
 def _lines(path: str) -> Iterator[tuple[int, str]]:
     """(number, line) without comments and empty lines."""
-    for number, (line, _) in enumerate(streams.lines(path), start=1):
-        text = streams.decode(line, f"{path}, line {number}").rstrip("\r\n")
-        if text.strip() and not text.startswith("##"):
-            yield number, text
+    with naming("VariantEffects.variants"):
+        for number, (line, _) in enumerate(streams.lines(path), start=1):
+            text = streams.decode(line, f"{path}, line {number}").rstrip("\r\n")
+            if text.strip() and not text.startswith("##"):
+                yield number, text
 
 
 def _variants(row: Mapping[str, str], place: str, header: list[str]) -> list[Variant]:
