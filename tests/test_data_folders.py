@@ -37,7 +37,7 @@ def texts(folder, **options):
     [
         ("train.jsonl loader.py", "train.jsonl"),
         ("train.json README.md LICENSE .gitattributes dataset_info.json", "train.json"),
-        ("a.csv requirements.txt LICENSE.txt setup.py", "a.csv"),
+        ("a.csv requirements-dev.txt LICENSE.txt setup.py", "a.csv"),
         ("a.txt b.jsonl notes.md", "a.txt b.jsonl"),
         ("a.txt notes.md README.md LICENSE", "a.txt notes.md"),
         ("notes.md more.rst", "more.rst notes.md"),
@@ -51,7 +51,7 @@ def texts(folder, **options):
         ("test/0.jsonl more.jsonl", "more.jsonl test/0.jsonl"),
         ("a_contest.txt trained.txt latest.txt", "a_contest.txt latest.txt trained.txt"),
         ("part-00000 part-00001 _SUCCESS", "part-00000 part-00001"),
-        ("g.fa README.md", "g.fa"),
+        ("g.fa README.md authors.jsonl", "authors.jsonl g.fa"),
     ],
 )  # fmt: skip
 def test_a_folder_is_read_for_its_data(tmp_path, there, read, caplog):
@@ -77,6 +77,21 @@ def test_a_repository_is_code(tmp_path, there):
     assert {file.format for file in files} == {"code"} and len(texts(tmp_path)) == 1
     (one,) = texts(tmp_path)
     assert "setup.py" in one or "index.js" in one or "main.c" in one
+
+
+def test_a_folder_of_which_one_format_is_asked_for(tmp_path):
+    make(tmp_path, ["a.fa", "b.jsonl", "README.md", "notes"])
+    assert names(tmp_path, format="fasta") == ["a.fa"]
+    assert names(tmp_path, format="jsonl") == ["b.jsonl"]
+    (tmp_path / "a.fa").unlink()
+    (tmp_path / "b.jsonl").unlink()
+    assert names(tmp_path, format="text") == ["notes"]
+
+
+def test_missing_parts_are_said(tmp_path, caplog):
+    make(tmp_path, ["data/train-00000-of-00003.jsonl", "data/train-00002-of-00003.jsonl", "a-00000-of-00001.jsonl"])
+    assert len(names(tmp_path)) == 3
+    assert "data/train-* has 2 of 3 parts" in caplog.text and len(caplog.records) == 1
 
 
 def test_splits_without_training_are_asked_for(tmp_path):

@@ -14,7 +14,8 @@ from lcx.errors import UserError
 from lcx.evals import dna
 from lcx.evals.intervals import auroc
 from lcx.evals.sequence_likelihood import SequenceLikelihood
-from lcx.evals.variant_effects import VariantEffects, read_variants
+from lcx.evals.variant_effects import VariantEffects
+from lcx.evals.variants import Variant, read_variants, windows_around
 from lcx.model import init_params, llama
 
 DNA = ByteTokenizer(bos_id=None, eos_id=0, vocab_size=512)
@@ -104,18 +105,19 @@ def test_variants(tiny, fasta, tmp_path):
     path.write_bytes(gzip.compress("\n".join(lines).encode()))
     result = VariantEffects(fasta, str(path), window=64)(*tiny, DNA)
 
-    def score(text, start, change):
-        window = text[start : start + 64]
-        return (
-            log_likelihoods(*tiny, change[start : start + 64]).sum() - log_likelihoods(*tiny, window).sum()
-        ).item()
+    def score(text, start, change, start_of_change=None, length=64):
+        ref = text[start : start + length]
+        start = start if start_of_change is None else start_of_change
+        alt = change[start : start + length]
+        assert len(ref) == len(alt)
+        return (log_likelihoods(*tiny, alt).sum() - log_likelihoods(*tiny, ref).sum()).item()
 
     one = "ACGTNNACGGT"
     expected = [
         score(LONG, at - 1 - 32, LONG[: at - 1] + flip + LONG[at:]),
         score(LONG, at - 1 - 32, LONG[: at - 1] + LONG[at - 1] + "GG" + LONG[at:]),
-        score(LONG, 300 - 64, LONG[:299]),
-        score(one, 0, "AT" + one[3:]),
+        score(LONG, 300 - 64, LONG[:299], 299 - 64),
+        score(one, 0, "AT" + one[3:], length=10),
     ]
     np.testing.assert_allclose([row["score"] for row in result["variants"]], expected, rtol=1e-4, atol=1e-4)
     assert result["auroc"] is None
@@ -133,11 +135,79 @@ def test_labels_give_the_area_under_the_curve(tiny, fasta, tmp_path):
     assert auroc([1, 0], [1.0, 1.0]) == 0.5 and auroc([1, 1], [0.0, 1.0]) is None
 
 
+def test_both_windows_are_equally_long_and_hold_the_variant():
+    """At every place of a sequence: parts of the two sequences, as near to the middle as their ends allow."""
+    text = LONG[:41]
+    for at in range(41):
+        for ref_length, alt_length in ((1, 1), (1, 6), (6, 1), (4, 2)):
+            ref, alt = text[at : at + ref_length], "N" * alt_length
+            changed = text[:at] + alt + text[at + ref_length :]
+            for letters in (16, 40, 64):
+                if len(ref) < ref_length:
+                    continue
+                windows = windows_around(Variant("c", at + 1, ref, alt), text, letters=letters)
+                length = min(letters, len(text), len(changed))
+                assert [len(window) for window in windows] == [length] * 2
+                assert windows[0] in text and windows[1] in changed and alt in windows[1]
+                for window, whole, edited in ((windows[0], text, ref_length), (windows[1], changed, alt_length)):
+                    start = whole.index(window)
+                    assert start <= at and at + edited <= start + length
+                    assert start == at - length // 2 or start in (0, len(whole) - length)
+
+
+@pytest.fixture(scope="module")
+def flat(tiny):
+    """A model to which all tokens are alike: a score is then 0 if and only if both windows have as many letters."""
+    return tiny[0], jax.tree.map(jnp.zeros_like, tiny[1])
+
+
+def test_a_flat_model_scores_every_variant_0(flat, reference):
+    genomes = reference / "cases" / "genomes"
+    gene = VariantEffects(str(genomes / "short_gene.fa"), str(genomes / "short_gene.vcf"), window=1024)(*flat, DNA)
+    assert [row["score"] for row in gene["variants"]] == [0, 0, 0]
+    indels = VariantEffects(str(genomes / "ref.fa"), str(genomes / "indels.vcf"), window=256)(*flat, DNA)
+    assert [row["score"] for row in indels["variants"]] == [0] * 6
+    assert [row["log_likelihood_ref"] for row in indels["variants"]] == pytest.approx([-255 * np.log(512)] * 6)
+
+
+def test_genomes_that_were_read_wrongly(flat, reference):
+    genomes = reference / "cases" / "genomes"
+    assert list(map(len, dna.read_contigs(str(genomes / "cr_only.fa"), owner="x").values())) == [2000]
+    assert len(list(read_variants(str(genomes / "quote_info.vcf")))) == 4
+    ref = str(genomes / "ref.fa")
+    for name, skipped in (
+        ("star.vcf", {"chr1:500:T>*": "another line describes"}),
+        ("symbolic.vcf", {"chr1:500:T><DEL>": "no plain sequence"}),
+        ("one_bad_ref.vcf", {"chr1:500:A>T": "has 'T' there, expected ref 'A'"}),
+    ):
+        result = VariantEffects(ref, str(genomes / name), window=64)(*flat, DNA)
+        assert {"chr1:400:T>A", "chr1:600:A>C"} <= {row["variant"] for row in result["variants"]}
+        assert len(result["variants"]) == (3 if name == "star.vcf" else 2)
+        assert {one["variant"] for one in result["not_scored"]} == set(skipped)
+        assert all(skipped[one["variant"]] in one["reason"] for one in result["not_scored"])
+        assert "; 1 not scored, the first is chr1:500" in result["summary"]
+        assert result["table"]["not scored"] == 1
+        json.dumps(result, allow_nan=False)
+    with pytest.raises(UserError, match="two records named 'chr1', in a.fa and b.fa"):
+        VariantEffects(str(genomes / "two_refs"), str(genomes / "star.vcf"))(*flat, DNA)
+    everything = SequenceLikelihood(str(genomes / "two_refs"))(*flat, DNA)  # which needs no unique names
+    assert [row["name"] for row in everything["sequences"]] == ["a.fa:chr1", "b.fa:chr1"]
+
+
 @pytest.mark.parametrize(
     "text, message",
     [
         ("chrom,pos,ref\nlong,1,A", "alt is missing"),
         ("chrom,pos,ref,alt\nlong,one,A,C", "line 2"),
+        ("##x\n\nchrom,pos,ref,alt,label\nlong,1,A,C,2", "line 4.*0 or 1"),
+        ("chrom,pos,ref,alt\nlong,-1,A,C", "line 2"),
+        ("chrom,pos,ref,alt\nlong,0,A,C", "nothing"),
+        ("chrom,pos,ref,alt\nlong", "line 2"),
+        ('chrom,pos,ref,alt\nlong,1,"A,C', "line 2: unexpected end"),
+        ("chrom\tpos\tref\talt\nlong\t1\tA\t.", "no alternative"),
+        (f"chrom,pos,ref,alt\nlong,1,{LONG[0]},]long:9]A", "expected letters"),
+        (f"chrom,pos,ref,alt\nlong,1,{LONG[0]},{'A' * 17}", "longer than half the window of 32"),
+        (f"chrom,pos,ref,alt\nsingle,1,A,\nlong,1,{LONG[0]},", "that can be scored; the first is single:1:A>"),
         (f"chrom,pos,ref,alt\nlong,1,{'A' if LONG[0] != 'A' else 'C'},G", "same assembly"),
         ("chrom,pos,ref,alt\nlong,9999,A,C", "nothing"),
         ("chrom,pos,ref,alt\nchr1,1,A,C", "names no record"),

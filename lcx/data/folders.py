@@ -24,13 +24,15 @@ from lcx.errors import UserError
 _SKIP = frozenset(("__pycache__", "node_modules", "_delta_log"))
 # Files about data, by the beginning of their names; and what tools leave beside it.
 _ABOUT = re.compile(
-    r"(readme|license|licence|copying|notice|authors|changelog|citation|contributing|requirements)\b"
+    r"(readme|license|licence|copying|notice|authors|changelog|citation|contributing|requirements)\b[^.]*"
+    r"(\.(md|txt|rst|cff|bib|html))*$"
     r"|(dataset_infos?|dataset_dict|state|config|metadata|croissant|package|package-lock|tsconfig)\.json$"
     r"|_(success|metadata|common_metadata)$|cache-.*\.arrow$",
     re.IGNORECASE,
 )
 _TRAIN = re.compile(r"(?<![a-z])train(ing)?(?![a-z])", re.IGNORECASE)
 _HELD_OUT = re.compile(r"(?<![a-z])(test(ing)?|val(id(ation)?)?|dev|eval(uation)?)(?![a-z])", re.IGNORECASE)
+_SHARD = re.compile(r"(\d{5})-of-(\d{5})")
 _SPLITS = {"t": "test", "v": "validation", "d": "validation", "e": "evaluation"}  # by the first letter
 _DOCUMENTS = (".md", ".rst")
 
@@ -108,7 +110,9 @@ def files_of(folder: str, format: str | None) -> tuple[SourceFile, ...]:
     if format == "code":
         return code_files(folder)
     root = os.path.abspath(folder)
-    found = [_candidate(path, relative(path, root), format) for path in walk(folder)]
+    paths = list(walk(folder))
+    named = [path for path in paths if format is not None and _ending_says(path) == format]
+    found = [_candidate(path, relative(path, root), format, named) for path in paths]
     if format is None:
         code = [
             one for one in found if detect.is_code(one.name) and not one.name.lower().endswith(_DOCUMENTS)
@@ -123,6 +127,7 @@ def files_of(folder: str, format: str | None) -> tuple[SourceFile, ...]:
             f"data folder {folder!r} has no file of a known kind ({known} or source code);"
             f' name the files with a glob such as "{folder}/*", or set Dataset.format'
         )
+    _say_missing_shards(folder, chosen)
     _say_left_out(folder, _counted(len(chosen)), [one for one in found if one not in chosen])
     return tuple(SourceFile(one.path, one.name, one.format or "text") for one in chosen)
 
@@ -157,7 +162,14 @@ def _is_regular(path: str) -> bool:
         return False
 
 
-def _candidate(path: str, name: str, format: str | None) -> _Candidate:
+def _ending_says(path: str) -> str | None:
+    return detect.BY_ENDING.get(os.path.splitext(streams.plain_name(path))[1])
+
+
+def _candidate(path: str, name: str, format: str | None, named: Sequence[str]) -> _Candidate:
+    """`named`: the files whose ending is that of the format that is asked for; if there are some, they are meant."""
+    if named and path not in named:
+        return _Candidate(path, name, None, f"not {format} by its name")
     ending = os.path.splitext(streams.plain_name(name))[1]
     base = os.path.basename(name)
     if _ABOUT.match(base):
@@ -222,6 +234,19 @@ def _split_of(name: str) -> str | None:
         if held_out := _HELD_OUT.search(part):
             return _SPLITS[held_out[0][0].lower()]
     return None
+
+
+def _say_missing_shards(folder: str, chosen: Sequence[_Candidate]) -> None:
+    """Where names count parts, as train-00000-of-00002, and some are not there."""
+    found: dict[tuple[str, int], set[int]] = {}
+    for one in chosen:
+        if part := _SHARD.search(one.name):
+            found.setdefault((one.name[: part.start()], int(part[2])), set()).add(int(part[1]))
+    for (name, total), numbers in found.items():
+        if len(numbers) < total:
+            say_once(
+                f"{shown(folder)}: {name}* has {len(numbers)} of {total} parts; fetch the others, or go on without"
+            )
 
 
 def _counted(files: int) -> str:

@@ -8,7 +8,6 @@ import dataclasses
 import difflib
 import glob
 import os
-import re
 import sysconfig
 from collections.abc import Iterator
 
@@ -38,7 +37,6 @@ _STDLIB_SKIP = frozenset((
 ))
 # fmt: on
 _STDLIB_SKIP_PREFIXES = ("_sysconfigdata", "config-", "sitecustomize", "usercustomize", "this")
-_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def find_files(source: str | tuple[str, ...], *, format: str | None = None) -> tuple[SourceFile, ...]:
@@ -141,9 +139,6 @@ def read_documents(
             if not document.text or document.text.isspace():
                 tally.empty += 1
                 continue
-            if not document.text.isascii() and _SURROGATE.search(document.text):
-                document = dataclasses.replace(document, text=_without_surrogates(document.text))
-                tally.replaced += 1
             yield dataclasses.replace(document, bytes_read=done + document.bytes_read)
         tally.empty_files += not read
         done += sum(streams.check_regular(file.path).st_size for file in group)
@@ -170,11 +165,6 @@ def _read_rows(file: SourceFile, text_field: str, tally: Tally) -> Iterator[Docu
             yield Document(row.name, field.text(row), row.bytes_read)
         except UserError as error:
             tally.bad_row(error)
-
-
-def _without_surrogates(text: str) -> str:
-    """Joins the halves of surrogate pairs, which JSON can spell; a half alone is in no encoding and becomes U+FFFD."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _groups(files: tuple[SourceFile, ...]) -> Iterator[list[SourceFile]]:

@@ -1,7 +1,8 @@
 """Nucleotide sequences as evaluations read and score them: FASTA records, reverse complements, log-likelihoods."""
 
 import collections
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,13 +22,23 @@ _PLAIN = frozenset("ACGTacgt")
 _WIDTH_STEP = 128
 
 
+@contextlib.contextmanager
+def naming(owner: str) -> Iterator[None]:
+    """Messages about files name the setting that they come from, which is not a data set's."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(str(error).replace("Dataset.source", owner)) from error
+
+
 def read(path: str, *, owner: str) -> list[Document]:
     """The records of FASTA files (a file, a glob, a folder; .gz too), empty ones included, line breaks removed.
 
     Raises:
       UserError: nothing there, not FASTA, or two records of one name.
     """
-    records = [record for file in find_files(path, format="fasta") for record in read_fasta(file)]
+    with naming(owner):
+        records = [record for file in find_files(path, format="fasta") for record in read_fasta(file)]
     counts = collections.Counter(record.name for record in records)
     twice = [name for name, count in counts.items() if count > 1]
     if twice:
@@ -35,6 +46,30 @@ def read(path: str, *, owner: str) -> list[Document]:
     if not records:
         raise UserError(f"{path} holds no FASTA record: change {owner}")
     return records
+
+
+def read_contigs(path: str, *, owner: str) -> dict[str, str]:
+    """The sequence of each record by its name, the first word of its header.
+
+    Raises:
+      UserError: as `read`, and two files with a record of one name, of which one would win.
+    """
+    found: dict[str, str] = {}
+    where: dict[str, str] = {}
+    with naming(owner):
+        records = [
+            (file.name, record) for file in find_files(path, format="fasta") for record in read_fasta(file)
+        ]
+    for file, record in records:
+        name = record.name.removeprefix(f"{file}:")
+        if name in found:
+            raise UserError(
+                f"{path} has two records named {name!r}, in {where[name]} and {file}: keep one of them ({owner})"
+            )
+        found[name], where[name] = record.text, file
+    if not found:
+        raise UserError(f"{path} holds no FASTA record: change {owner}")
+    return found
 
 
 def reverse_complement(sequence: str) -> str:

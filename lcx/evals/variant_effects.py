@@ -1,9 +1,7 @@
 """What a variant of a sequence costs: its likelihood in its surroundings against that of the reference."""
 
-import csv
 import dataclasses
-import gzip
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -14,32 +12,21 @@ from lcx.evals import Result, dna, figures, scoring
 from lcx.evals.intervals import auroc
 from lcx.evals.model_facts import facts
 from lcx.evals.sequence_likelihood import check_windows, windows_of
+from lcx.evals.variants import Variant, obstacle, read_variants, windows_around
 from lcx.model import Decoder
-
-_COLUMNS = ("chrom", "pos", "ref", "alt")
-
-
-@dataclasses.dataclass(frozen=True)
-class Variant:
-    """`ref` at the 1-based position `pos` of record `chrom` becomes `alt`, as in VCF; label: 1 pathogenic, 0 not."""
-
-    chrom: str
-    pos: int
-    ref: str
-    alt: str
-    label: int | None = None
-
-    def __str__(self) -> str:
-        return f"{self.chrom}:{self.pos}:{self.ref}>{self.alt}"
 
 
 @dataclasses.dataclass(frozen=True)
 class VariantEffects:
     """score = log p(window with alt) - log p(window with ref), in nats: below 0 where the model finds alt less likely.
 
-    Both windows begin at the same letter of the reference, `window` letters with the variant in the middle (Evo 2's
-    zero-shot score of BRCA1 variants, Brixi et al. 2025). Where the variants carry labels, the area under the ROC curve
-    of -score is reported (label 1 = damaging).
+    `window` letters with the variant in the middle (Evo 2's zero-shot score of BRCA1 variants, Brixi et al. 2025). Both
+    windows have equally many letters, in a short sequence as many as the shorter of the two has, so a model to which
+    all letters are alike scores 0; at the ends of a sequence they shift to stay inside (`variants.windows_around`).
+    Where the variants carry labels, the area under the ROC curve of -score is reported (label 1 = damaging).
+
+    Variants without a plain sequence (`<DEL>`, `*`, breakends), or that do not fit the reference, are not scored and
+    listed with the reason.
 
     Attributes:
       sequences: the reference, FASTA.
@@ -64,14 +51,7 @@ class VariantEffects:
     def __call__(self, model: Decoder, params: Any, tokenizer: Tokenizer | None) -> Result:
         window, stride = windows_of(self, model)
         letters = window if tokenizer is None else window - len(special_tokens(tokenizer).before)
-        records = {
-            record.name.partition(":")[2]: record.text
-            for record in dna.read(self.sequences, owner="VariantEffects.sequences")
-        }
-        variants = list(read_variants(self.variants))
-        if not variants:
-            raise UserError(f"{self.variants} holds no variant: change VariantEffects.variants")
-        pairs = [self._pair(variant, records, letters) for variant in variants]
+        variants, left_out, pairs = self._pairs(letters)
         sequences = [sequence for pair in pairs for sequence in pair]
         if self.both_strands:
             sequences += [dna.reverse_complement(sequence) for sequence in sequences]
@@ -96,44 +76,43 @@ class VariantEffects:
         ]
         area = auroc(*zip(*labelled, strict=True)) if labelled else None
         said = "" if area is None else f", AUROC {area:.3f} over {len(labelled)} labelled"
+        if left_out:
+            said += f"; {len(left_out)} not scored, the first is {left_out[0]['variant']}: {left_out[0]['reason']}"
         return {
             "definition": (
-                f"log p(alt window) - log p(ref window) in nats, sums over windows of {letters} letters of "
-                f"{self.sequences} with the variant in the middle"
+                f"log p(alt window) - log p(ref window) in nats, sums over windows of {letters} letters (fewer "
+                f"in shorter sequences, equally many for both) of {self.sequences} with the variant in the middle"
                 f"{', mean of both strands' if self.both_strands else ''}"
                 f"; variants of {self.variants}; AUROC of -score for label 1"
             ),
             "summary": f"{len(rows)} variants, mean score {scores.mean():.4g} nats{said}",
-            "table": {"mean score (nats)": float(scores.mean()), "AUROC": area, "variants": len(rows)},
+            "table": {"mean score (nats)": float(scores.mean()), "AUROC": area, "variants": len(rows)}
+            | ({"not scored": len(left_out)} if left_out else {}),
             "model": facts(model),
             "auroc": area,
             "variants": rows,
+            "not_scored": left_out,
         }
 
-    def _pair(self, variant: Variant, records: Mapping[str, str], letters: int) -> tuple[str, str]:
-        """The window with ref and with alt."""
-        if variant.chrom not in records:
-            known = ", ".join(list(records)[:5])
-            raise UserError(f"{variant} names no record of {self.sequences}, which has {known}: change chrom")
-        text, at = records[variant.chrom], variant.pos - 1
-        found = text[at : at + len(variant.ref)]
-        if at < 0 or found.upper() != variant.ref.upper():
+    def _pairs(self, letters: int) -> tuple[list[Variant], list[dict[str, str]], list[tuple[str, str]]]:
+        """(variants to score, those that are not with the reason, the windows with ref and with alt of the former)."""
+        contigs = dna.read_contigs(self.sequences, owner="VariantEffects.sequences")
+        scored, left_out, pairs = [], [], []
+        for variant in read_variants(self.variants):
+            reason = obstacle(variant, contigs, letters=letters, sequences=self.sequences)
+            if reason is not None:
+                left_out.append({"variant": str(variant), "reason": reason})
+                continue
+            ref, alt = windows_around(variant, contigs[variant.chrom], letters=letters)
+            scored.append(variant)
+            pairs.append((ref.upper(), alt.upper()) if self.upper_case else (ref, alt))
+        if not scored:
+            first = "; ".join(f"{one['variant']}: {one['reason']}" for one in left_out[:1])
             raise UserError(
-                f"{variant}: {self.sequences} has {found or 'nothing'!r} there, expected ref {variant.ref!r}: "
-                "positions count from 1; is it the same assembly?"
+                f"{self.variants} holds no variant{f' that can be scored; the first is {first}' if first else ''}: "
+                "change VariantEffects.variants"
             )
-        if not (variant.ref + variant.alt).isalpha():
-            raise UserError(f"{variant}: expected letters for ref and alt; remove what is no plain sequence")
-        if max(len(variant.ref), len(variant.alt)) > letters // 2:
-            raise UserError(
-                f"{variant} is longer than half the window of {letters}: raise VariantEffects.window"
-            )
-        start = max(0, min(at - letters // 2, len(text) - letters))
-        changed = (
-            text[start:at] + variant.alt + text[at + len(variant.ref) : start + letters + len(variant.ref)]
-        )
-        pair = text[start : start + letters], changed[:letters]
-        return (pair[0].upper(), pair[1].upper()) if self.upper_case else pair
+        return scored, left_out, pairs
 
     def plot(self, axes: Any, results: Mapping[str, Result]) -> None:
         styles = figures.styles(results)
@@ -148,39 +127,3 @@ class VariantEffects:
         axes.set_ylabel("share of variants at or below")
         axes.set_title("Effects of variants")
         axes.legend()
-
-
-def read_variants(path: str) -> Iterator[Variant]:
-    """The variants of a VCF or of a table with a header; several alternatives in one line are several variants.
-
-    Raises:
-      UserError: no such file, a missing column, or a line that cannot be read.
-    """
-    opened = gzip.open if path.endswith(".gz") else open
-    try:
-        with opened(path, "rt", encoding="utf-8", newline="") as file:
-            lines = [line.rstrip("\r\n") for line in file]
-    except (OSError, UnicodeDecodeError, EOFError) as error:
-        raise UserError(f"cannot read {path}: {error}; change VariantEffects.variants") from None
-    lines = [line for line in lines if line.strip() and not line.startswith("##")]
-    if not lines:
-        raise UserError(f"{path} holds no variant: change VariantEffects.variants")
-    delimiter = "\t" if "\t" in lines[0] else ","
-    header = [name.strip().lower().lstrip("#") for name in next(csv.reader(lines[:1], delimiter=delimiter))]
-    missing = [name for name in _COLUMNS if name not in header]
-    if missing:
-        raise UserError(
-            f"{path} has the columns {header}, expected {', '.join(_COLUMNS)}: {missing[0]} is missing"
-        )
-    for number, cells in enumerate(csv.reader(lines[1:], delimiter=delimiter), start=2):
-        row = dict(zip(header, (cell.strip() for cell in cells)))
-        try:
-            label = int(row["label"]) if row.get("label", "") not in ("", ".") else None
-            pos = int(row["pos"])
-            chrom, ref, alternatives = row["chrom"], row["ref"], row["alt"].split(",")
-        except (KeyError, ValueError):
-            raise UserError(
-                f"{path}, line {number} after comments: {cells}, expected {header}, with a whole number for pos (and 0 "
-                "or 1 for label, where there is one)"
-            ) from None
-        yield from (Variant(chrom, pos, ref, alt, label) for alt in alternatives)

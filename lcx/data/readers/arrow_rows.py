@@ -27,8 +27,8 @@ def read(file: SourceFile, tally: Tally, *, columns: Columns) -> Iterator[Row]:
             f"reading {shown(file.path)} needs pyarrow: pip install pyarrow (or 'lcx[parquet]')"
         ) from error
     try:
-        with _batches(file, tally, columns) as (batches, num_rows):
-            for row in _rows(file, batches, num_rows):
+        with _batches(file, tally, columns) as batches:
+            for row in _rows(file, batches):
                 try:
                     yield _decoded(row)
                 except UserError as error:
@@ -42,15 +42,14 @@ def read(file: SourceFile, tally: Tally, *, columns: Columns) -> Iterator[Row]:
         ) from error
 
 
-def _rows(file: SourceFile, batches: Iterator[Any], num_rows: int) -> Iterator[Row]:
-    """The rows of record batches; a column of text as bytes. `num_rows` is 0 where it is not known before the end."""
-    size, number = streams.check_regular(file.path).st_size, 0
-    for batch in batches:
+def _rows(file: SourceFile, batches: Iterator[tuple[Any, int]]) -> Iterator[Row]:
+    """The rows of record batches; a column of text as bytes."""
+    number = 0
+    for batch, position in batches:
         columns = [_plain(column) for column in batch.columns]
         for start in range(0, batch.num_rows, _ROWS):
             values = [column.slice(start, _ROWS).to_pylist() for column in columns]
             for record in zip(*values, strict=True):
-                position = size * number // max(1, num_rows, number)
                 fields = dict(zip(batch.schema.names, record, strict=True))
                 yield Row(f"{shown(file.path)} row {number}", f"{file.name}:{number}", fields, position)
                 number += 1
@@ -69,27 +68,31 @@ def _decoded(row: Row) -> Row:
 
 
 @contextlib.contextmanager
-def _batches(file: SourceFile, tally: Tally, columns: Columns) -> Iterator[tuple[Iterator[Any], int]]:
-    """(record batches of the columns that are wanted, rows of the file or 0)."""
+def _batches(file: SourceFile, tally: Tally, columns: Columns) -> Iterator[Iterator[tuple[Any, int]]]:
+    """Record batches of the columns that are wanted, each with how much of the file has been read with it."""
     import pyarrow as pa
 
+    size = streams.check_regular(file.path).st_size
     if file.format == "parquet":
         import pyarrow.parquet as pq
 
         with pq.ParquetFile(file.path) as table:
             wanted = _wanted(file, table.schema_arrow, columns)
-            yield table.iter_batches(batch_size=_ROWS, columns=wanted), table.metadata.num_rows
+            parts = table.iter_batches(batch_size=_ROWS, columns=wanted)
+            total = max(1, table.metadata.num_rows)
+            yield ((batch, min(size, size * _ROWS * i // total)) for i, batch in enumerate(parts, start=1))
         return
     with pa.memory_map(file.path) as source:
         if source.read(6) == b"ARROW1":
             reader = pa.ipc.open_file(source)
-            every = (reader.get_batch(i) for i in range(reader.num_record_batches))
+            total = reader.num_record_batches
+            every = ((reader.get_batch(i), size * (i + 1) // total) for i in range(total))
         else:
             source.seek(0)
             reader = pa.ipc.open_stream(source)
-            every = _stream(file, reader, source, tally)
+            every = ((batch, source.tell()) for batch in _stream(file, reader, source, tally))
         wanted = _wanted(file, reader.schema, columns)
-        yield (batch.select(wanted) for batch in every), 0
+        yield ((batch.select(wanted), position) for batch, position in every)
 
 
 def _stream(file: SourceFile, reader: Any, source: Any, tally: Tally) -> Iterator[Any]:

@@ -11,6 +11,8 @@ from lcx.errors import UserError
 
 _PIECE = 64 << 10  # characters to have at least before a value is parsed
 _CHAT = ("messages", "conversations", "conversation")  # lists of objects that are one row, not the rows
+_HALF = re.compile(r"\\u[dD][89a-fA-F]")  # how JSON spells half a surrogate pair
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
@@ -21,7 +23,8 @@ def read_lines(file: SourceFile, tally: Tally) -> Iterator[Row]:
             continue
         place = f"{shown(file.path)} line {number}"
         try:
-            record = _checked(_loads(streams.decode(line, place), place), place)
+            text = streams.decode(line, place)
+            record = _checked(_repaired(_loads(text, place), text, place, tally), place)
         except UserError as error:
             tally.bad_row(error)
             continue
@@ -38,6 +41,28 @@ def _loads(text: str, place: str) -> Any:
         ) from error
     except (ValueError, RecursionError) as error:
         raise _beyond(place, error) from error
+
+
+def _repaired(value: Any, text: str, place: str, tally: Tally) -> Any:
+    """A value without halves of surrogate pairs, which JSON can spell but no encoding has: they become U+FFFD."""
+    if not _HALF.search(text):
+        return value
+    try:
+        repaired = _without_halves(value)
+    except RecursionError as error:
+        raise _beyond(place, error) from error
+    tally.replaced += repaired != value
+    return repaired
+
+
+def _without_halves(value: Any) -> Any:
+    if isinstance(value, str):
+        return _SURROGATE.sub("\ufffd", value)
+    if isinstance(value, list):
+        return [_without_halves(one) for one in value]
+    if isinstance(value, dict):
+        return {_without_halves(name): _without_halves(one) for name, one in value.items()}
+    return value
 
 
 def _beyond(place: str, error: Exception) -> UserError:
@@ -66,9 +91,9 @@ def read_values(
     An array is parsed element by element: no more than one of them is held in memory.
     """
     number = 0
-    for place, value, position in _values(file.path):
+    for place, value, text, position in _values(file.path):
         try:
-            records = _rows_of(_checked(value, place), is_row)
+            records = _rows_of(_checked(_repaired(value, text, place, tally), place), is_row)
         except UserError as error:
             tally.bad_row(error)
             records = []
@@ -86,8 +111,8 @@ def _rows_of(value: dict[str, Any], is_row: Callable[[Mapping[str, Any]], bool])
     return [value] if len(lists) != 1 or any(k in value for k in _CHAT) or is_row(value) else lists[0]
 
 
-def _values(path: str) -> Iterator[tuple[str, Any, int]]:
-    """(place, value, position on disk) of every element of the arrays of a file, and of what is outside of arrays."""
+def _values(path: str) -> Iterator[tuple[str, Any, str, int]]:
+    """(place, value, its JSON, position on disk) of each element of the arrays of a file, and of what is in none."""
     scanner = _Scanner(path)
     while scanner.peek():
         if scanner.peek() != "[":
@@ -135,7 +160,7 @@ class _Scanner:
             )
         self._at += 1
 
-    def value(self) -> tuple[str, Any, int]:
+    def value(self) -> tuple[str, Any, str, int]:
         self.peek()
         place = f"{shown(self._path)} line {self._line}"
         while True:
@@ -154,9 +179,9 @@ class _Scanner:
                 raise _beyond(place, error) from error
             if end == len(self._text) and not isinstance(value, dict | list) and self._read(_PIECE):
                 continue  # a number may go on
-            self._line += self._text.count("\n", self._at, end)
-            self._at = end
-            return place, value, self._position
+            text, self._at = self._text[self._at : end], end
+            self._line += text.count("\n")
+            return place, value, text, self._position
 
     def _read(self, wanted: int) -> bool:
         """Adds at least `wanted` characters, or all there are; False at the end."""

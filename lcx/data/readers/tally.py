@@ -16,7 +16,7 @@ class Tally:
       empty: documents that were null, empty or only white space.
       empty_files: files without any document.
       bad: rows that were skipped; `first_bad` says what was wrong with the first.
-      replaced: documents with halves of surrogate pairs.
+      replaced: rows with halves of surrogate pairs.
       remarks: other lines, each said once.
     """
 
@@ -53,8 +53,7 @@ class Tally:
             )
         if self.replaced:
             said.append(
-                f"{_counted(self.replaced, 'document')} with halves of surrogate pairs (\\ud800), joined to pairs, or"
-                " replaced by U+FFFD"
+                f"{_counted(self.replaced, 'row')} with halves of surrogate pairs, which became U+FFFD"
             )
         return said
 
