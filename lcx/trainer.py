@@ -283,6 +283,8 @@ class Trainer:
         if run.data is not None:
             rest = "going on" if run.step < self.steps else "nothing is left to do"
             metrics.message(f"step {run.step} of {self.steps} is done: {rest}")
+        for remark in self.data.remarks():
+            metrics.message(remark)
         if run.model.max_position_embeddings < self.seq_len:
             metrics.message(
                 f"warning: Trainer.seq_len {self.seq_len} exceeds the model's window of "

@@ -5,10 +5,10 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
+from lcx.data import chat, markers, sources, store
 from lcx.data import corpus as corpora
-from lcx.data import sources, store
 from lcx.data import tokenizers as tok
 from lcx.errors import UserError
 
@@ -29,6 +29,10 @@ class Dataset:
       format: text | jsonl | parquet | fasta | code; by default from the file names.
       text_field: the field of a jsonl line or the column of a parquet file.
       separator: splits text files into documents, e.g. "<|endoftext|>".
+      chat: True: every row is a conversation (`messages`, or ShareGPT's `conversations`), written in the chat template
+        of the tokenizer. None: the rows that have `messages` are. False: rows are text.
+      chat_template: the file of another template (.jinja), or the name of one of the tokenizer's.
+      chat_loss: "assistant" trains on what the assistant says, "all" on whole conversations.
       packing: "concat" cuts the documents, end to end, every seq_len tokens; "first_fit" keeps documents
         whole where they fit a row; "windows" slides over long documents by half a window and packs the short
         ones.
@@ -48,6 +52,9 @@ class Dataset:
     format: str | None = None
     text_field: str = "text"
     separator: str | None = None
+    chat: bool | None = None
+    chat_template: str | None = None
+    chat_loss: str = "assistant"
     packing: str = "concat"
     add_bos: bool | None = None
     add_eos: bool = False
@@ -64,6 +71,10 @@ class Dataset:
             raise UserError(
                 f"Dataset.packing={self.packing!r} is unknown; expected one of {', '.join(PACKINGS)}"
             )
+        if self.chat_loss not in chat.LOSSES:
+            raise UserError(
+                f"Dataset.chat_loss={self.chat_loss!r} is unknown; expected one of {', '.join(chat.LOSSES)}"
+            )
         if self.split not in corpora.SPLIT_RULES:
             raise UserError(
                 f"Dataset.split={self.split!r} is unknown; expected one of {', '.join(corpora.SPLIT_RULES)}"
@@ -77,7 +88,7 @@ class Dataset:
 
     def open(self) -> corpora.Corpus:
         """Tokenises the source where that is still to do, and divides it into its splits."""
-        tokenizer = self.load_tokenizer()
+        tokenizer, name = self.load_tokenizer(), _listed(self.source)
         tokens = store.open_store(
             sources.find_files(self.source, format=self.format),
             tokenizer,
@@ -85,10 +96,22 @@ class Dataset:
             separator=self.separator,
             add_bos=tokenizer.bos_id is not None if self.add_bos is None else self.add_bos,
             add_eos=self.add_eos,
+            chat=chat.reader(tokenizer, wanted=self.chat, template=self.chat_template, loss=self.chat_loss),
             cache_dir=self.cache_dir,
         )
+        if tokens.loss_tokens == 0:
+            raise UserError(
+                f"no token of the {tokens.conversations} conversations in {name} has a loss: no message has the role"
+                " 'assistant', or the template's generation blocks are empty; set Dataset.chat_loss='all', or"
+                " Dataset.chat_template"
+            )
+        corpora.warn(markers.sentence(tokens.markers, name))
         return corpora.divide(
-            tokens, eval_fraction=self.eval_fraction, rule=self.split, min_length=self.min_length
+            tokens,
+            eval_fraction=self.eval_fraction,
+            rule=self.split,
+            min_length=self.min_length,
+            source=name,
         )
 
     def batches(
@@ -131,8 +154,19 @@ class Dataset:
         """The name of each document of a split, in the order of `document_tokens`."""
         return self.open().document_names(split)
 
+    def document_masks(self, split: str) -> Iterator[Bool[np.ndarray, "tokens"]]:
+        """Which tokens of each document have a loss, in the order of `document_tokens`."""
+        return self.open().document_masks(split)
+
+    def remarks(self) -> list[str]:
+        """What a run says of its data when it starts: conversations, copies that were left out."""
+        return self.open().remarks()
+
     def check(self, *, min_length: int = 8192, window: int = 50, threshold: float = 0.8) -> "Report":
-        """Length, repetition and truncation of every document of both splits (`lcx.data.checks`)."""
+        """Length, repetition and truncation of every document of both splits (`lcx.data.checks`).
+
+        The report also counts the texts that have a marker of a document's end inside.
+        """
         from lcx.data import checks
 
         tokens = self.open().store
@@ -142,13 +176,14 @@ class Dataset:
                 tokens.names, tokens.offsets[:-1].tolist(), tokens.offsets[1:].tolist(), strict=True
             )
         )
-        return checks.check_documents(
+        report = checks.check_documents(
             documents,
             tokenizer=self.load_tokenizer(),
             min_length=min_length,
             window=window,
             threshold=threshold,
         )
+        return dataclasses.replace(report, markers=tuple(tokens.markers.items()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -265,9 +300,22 @@ class Mixture:
         for corpus in self.open():
             yield from corpus.document_tokens(split)
 
+    def document_masks(self, split: str) -> Iterator[Bool[np.ndarray, "tokens"]]:
+        """Which tokens of each document have a loss, in the order of `document_tokens`."""
+        for corpus in self.open():
+            yield from corpus.document_masks(split)
+
+    def remarks(self) -> list[str]:
+        """What a run says of its data when it starts, part after part."""
+        return [line for corpus in self.open() for line in corpus.remarks()]
+
     def document_names(self, split: str) -> list[str]:
         """The name of each document of a split, in the order of `document_tokens`."""
         return [name for corpus in self.open() for name in corpus.document_names(split)]
+
+
+def _listed(source: str | tuple[str, ...]) -> str:
+    return source if isinstance(source, str) else ", ".join(source)
 
 
 def _check_long(owner: str, long_fraction: float | None, long_length: int | None) -> None:

@@ -15,8 +15,9 @@ import sysconfig
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
+from lcx.data.chat import COLUMNS, ChatReader, Rendered
 from lcx.errors import UserError
 
 FORMATS = ("text", "jsonl", "parquet", "fasta", "code")
@@ -60,11 +61,15 @@ class SourceFile:
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """A document, and how many bytes of the source had been read when it was complete."""
+    """A document, and how many bytes of the source had been read when it was complete.
+
+    `chat` is set for a conversation: its text is what the chat template wrote, special tokens included.
+    """
 
     name: str
     text: str
     bytes_read: int
+    chat: Rendered | None = None
 
 
 def find_files(source: str | tuple[str, ...], *, format: str | None = None) -> tuple[SourceFile, ...]:
@@ -193,11 +198,16 @@ def _stdlib_files() -> tuple[SourceFile, ...]:
 
 
 def read_documents(
-    files: tuple[SourceFile, ...], *, text_field: str = "text", separator: str | None = None
+    files: tuple[SourceFile, ...],
+    *,
+    text_field: str = "text",
+    separator: str | None = None,
+    chat: ChatReader | None = None,
 ) -> Iterator[Document]:
     """Yields the documents of `files` in order; empty ones are left out.
 
     Args:
+      chat: reads rows that are conversations; None takes every row for text.
       text_field: the field of a jsonl line, or the column of a parquet file, that holds the text.
       separator: splits a text file into documents, e.g. "<|endoftext|>"; white space around each is removed.
 
@@ -213,9 +223,9 @@ def read_documents(
         elif first.format == "text":
             documents = _read_text(first, separator)
         elif first.format == "jsonl":
-            documents = _read_jsonl(first, text_field)
+            documents = _read_jsonl(first, text_field, chat)
         elif first.format == "parquet":
-            documents = _read_parquet(first, text_field)
+            documents = _read_parquet(first, text_field, chat)
         elif first.format == "fasta":
             documents = read_fasta(first)
         else:
@@ -301,7 +311,7 @@ def _read_text(file: SourceFile, separator: str | None) -> Iterator[Document]:
         yield Document(f"{file.name}#{number}", part.strip(), min(read, size))
 
 
-def _read_jsonl(file: SourceFile, text_field: str) -> Iterator[Document]:
+def _read_jsonl(file: SourceFile, text_field: str, chat: ChatReader | None) -> Iterator[Document]:
     for number, (line, position) in enumerate(_lines(file.path), start=1):
         if not line.strip():
             continue
@@ -312,6 +322,10 @@ def _read_jsonl(file: SourceFile, text_field: str) -> Iterator[Document]:
             raise UserError(
                 f"{place} is not JSON: {error.msg} at column {error.colno}; expected one JSON object a line"
             ) from error
+        if chat is not None and isinstance(record, dict) and chat.finds(record, text_field, place):
+            rendered = chat.render(record, place)
+            yield Document(f"{file.name}:{number}", rendered.text, position, rendered)
+            continue
         if not isinstance(record, dict) or text_field not in record:
             found = (
                 f"fields {sorted(record)[:8]}" if isinstance(record, dict) else f"a {type(record).__name__}"
@@ -328,7 +342,7 @@ def _read_jsonl(file: SourceFile, text_field: str) -> Iterator[Document]:
         yield Document(f"{file.name}:{number}", text, position)
 
 
-def _read_parquet(file: SourceFile, text_field: str) -> Iterator[Document]:
+def _read_parquet(file: SourceFile, text_field: str, chat: ChatReader | None) -> Iterator[Document]:
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -337,6 +351,9 @@ def _read_parquet(file: SourceFile, text_field: str) -> Iterator[Document]:
     try:
         with pq.ParquetFile(file.path) as table:
             columns = table.schema_arrow.names
+            if chat is not None and chat.finds_column(columns):
+                yield from _chat_rows(file, table, chat, text_field)
+                return
             if text_field not in columns:
                 raise UserError(
                     f"{file.path} has columns {columns[:8]}, expected {text_field!r}; set Dataset.text_field"
@@ -357,6 +374,23 @@ def _read_parquet(file: SourceFile, text_field: str) -> Iterator[Document]:
         raise UserError(
             f"cannot read {file.path} as parquet: {reason}; the file is damaged or of another kind"
         ) from error
+
+
+def _chat_rows(file: SourceFile, table: Any, chat: ChatReader, text_field: str) -> Iterator[Document]:
+    """The rows of a parquet file that has a column of conversations."""
+    columns = [name for name in table.schema_arrow.names if name in (*COLUMNS, text_field)]
+    number, rows, size = 0, max(1, table.metadata.num_rows), _size(file)
+    for chunk in table.iter_batches(batch_size=256, columns=columns):
+        for record in chunk.to_pylist():
+            place, name = f"{file.path} row {number}", f"{file.name}:{number}"
+            if chat.finds(record, text_field, place):
+                rendered = chat.render(record, place)
+                yield Document(name, rendered.text, size * number // rows, rendered)
+            elif isinstance(text := record.get(text_field) or "", str):
+                yield Document(name, text, size * number // rows)
+            else:
+                raise UserError(f"{place}: {text_field!r} is a {type(text).__name__}, expected text")
+            number += 1
 
 
 def read_fasta(file: SourceFile) -> Iterator[Document]:

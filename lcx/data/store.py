@@ -24,6 +24,8 @@ from jaxtyping import Int
 
 from lcx.data import sources
 from lcx.data import tokenizers as tok
+from lcx.data.chat import ChatReader, loss_mask
+from lcx.data.markers import MarkerCounter
 from lcx.errors import UserError
 
 _VERSION = 1  # raise it when a store built from the same inputs would hold something else
@@ -43,6 +45,9 @@ class TokenStore:
       offsets: [D + 1]; document d is tokens[offsets[d]:offsets[d + 1]], BOS and EOS included.
       hashes: [D] uint64, a hash of the text of each document: equal text, equal hash.
       max_id: the largest id that occurs.
+      conversations: how many documents are conversations.
+      loss_tokens: how many tokens have a loss.
+      markers: marker of the end of a document -> how many texts have it inside.
     """
 
     folder: Path
@@ -51,6 +56,9 @@ class TokenStore:
     offsets: Int[np.ndarray, "documents+1"]
     hashes: Int[np.ndarray, "documents"]
     max_id: int
+    conversations: int = 0
+    loss_tokens: int | None = None
+    markers: dict[str, int] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
     def tokens(self) -> Int[np.ndarray, "tokens"]:
@@ -58,9 +66,16 @@ class TokenStore:
         # As a plain array: memmap's own indexing costs several times as much for small reads.
         return np.asarray(np.memmap(self.folder / "tokens.bin", dtype=self.dtype, mode="r"))
 
+    @functools.cached_property
+    def loss_mask(self) -> Int[np.ndarray, "tokens"] | None:
+        """1 for the tokens that have a loss, as labels; None when all do. Memory-mapped too."""
+        if self.loss_tokens is None:
+            return None
+        return np.asarray(np.memmap(self.folder / "loss_mask.bin", dtype=np.uint8, mode="r"))
+
     def __getstate__(self) -> dict[str, Any]:
         # A memory map would be pickled as a copy of the whole corpus: the reader maps the file itself.
-        return {key: value for key, value in self.__dict__.items() if key != "tokens"}
+        return {key: value for key, value in self.__dict__.items() if key not in ("tokens", "loss_mask")}
 
     @property
     def num_documents(self) -> int:
@@ -90,9 +105,12 @@ def open_store(
     separator: str | None = None,
     add_bos: bool = False,
     add_eos: bool = False,
+    chat: ChatReader | None = None,
     cache_dir: str | None = None,
 ) -> TokenStore:
     """Opens the store of these inputs; builds it first where there is none, with a progress bar.
+
+    BOS and EOS are added to texts alone: what a conversation begins and ends with is its template's matter.
 
     The fingerprint covers names, sizes and contents of the files, the tokenizer and the options, so a changed
     file is another store. Folders and time stamps do not matter: a moved data set is the same data.
@@ -102,14 +120,19 @@ def open_store(
         disk).
     """
     root = cache_folder(cache_dir)
-    options = {"text_field": text_field, "separator": separator, "add_bos": add_bos, "add_eos": add_eos}
+    options: dict[str, Any] = {"text_field": text_field, "separator": separator}
+    options |= {"add_bos": add_bos, "add_eos": add_eos}
+    if chat is not None and chat.identity() is not None:
+        options["chat"] = chat.identity()
     try:
         root.mkdir(parents=True, exist_ok=True)
         fingerprint = _fingerprint(files, tokenizer, options, root)
         store = _read_store(root / fingerprint, fingerprint)
         if store is None:
             _remove_abandoned(root)
-            documents = sources.read_documents(tuple(files), text_field=text_field, separator=separator)
+            documents = sources.read_documents(
+                tuple(files), text_field=text_field, separator=separator, chat=chat
+            )
             ends = _special_ids(tokenizer, add_bos, add_eos)
             size = sum(os.path.getsize(file.path) for file in files)
             _build(root / fingerprint, documents, tokenizer, ends, size)
@@ -214,22 +237,22 @@ def _hashed(
 
 
 class _TokenWriter:
-    """Appends token arrays to a file, with a checksum for every block of it."""
+    """Appends arrays of one number a token (its id, its loss) to a file, with a checksum for every block of it."""
 
     def __init__(self, stream: BinaryIO, dtype: str):
         self.stream, self.dtype = stream, dtype
         self.checksums: list[int] = []
-        self.max_id = 0
+        self.max_value = 0
         self._buffer = bytearray()
 
-    def append(self, ids: np.ndarray) -> None:
-        top, low = int(ids.max()), int(ids.min())
+    def append(self, values: np.ndarray) -> None:
+        top, low = int(values.max()), int(values.min())
         if top > np.iinfo(self.dtype).max or low < 0:
             raise UserError(
                 f"the tokenizer gave ids {low} .. {top}, more than its vocab_size announces; check it"
             )
-        self.max_id = max(self.max_id, top)
-        self._buffer += ids.astype(self.dtype).tobytes()
+        self.max_value = max(self.max_value, top)
+        self._buffer += values.astype(self.dtype).tobytes()
         while len(self._buffer) >= _BLOCK:
             self._flush(_BLOCK)
 
@@ -246,6 +269,33 @@ class _TokenWriter:
         os.fsync(self.stream.fileno())
 
 
+class _MaskWriter:
+    """Writes the loss mask, from the first token without a loss on: most stores have none, and then no file."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._ones = 0  # tokens before the file is begun
+        self._writer: _TokenWriter | None = None
+
+    def append(self, mask: np.ndarray) -> None:
+        if self._writer is None:
+            if mask.all():
+                self._ones += len(mask)
+                return
+            self._writer = _TokenWriter(open(self._path, "wb"), "u1")  # noqa: SIM115
+            for start in range(0, self._ones, _BLOCK):
+                self._writer.append(np.ones(min(_BLOCK, self._ones - start), np.uint8))
+        self._writer.append(mask)
+
+    def finish(self) -> list[int] | None:
+        """The checksums of the file; None where there is none."""
+        if self._writer is None:
+            return None
+        self._writer.finish()
+        self._writer.stream.close()
+        return self._writer.checksums
+
+
 def _chunks(documents: Iterator[sources.Document]) -> Iterator[list[sources.Document]]:
     """Documents in groups of a few million characters: enough for threads to share, little to hold."""
     chunk: list[sources.Document] = []
@@ -260,6 +310,49 @@ def _chunks(documents: Iterator[sources.Document]) -> Iterator[list[sources.Docu
         yield chunk
 
 
+@dataclasses.dataclass
+class _Index:
+    """What is known of each document when it is written."""
+
+    lengths: list[int] = dataclasses.field(default_factory=list)
+    hashes: list[int] = dataclasses.field(default_factory=list)
+    conversations: int = 0
+    loss_tokens: int = 0
+
+    def add(self, document: sources.Document, mask: np.ndarray) -> None:
+        self.lengths.append(len(mask))
+        digest = hashlib.blake2b(document.text.encode(), digest_size=8).digest()
+        self.hashes.append(int.from_bytes(digest, "little"))
+        self.conversations += document.chat is not None
+        self.loss_tokens += int(np.count_nonzero(mask))
+
+    def arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        """(offsets [D + 1], hashes [D] as int64)."""
+        offsets = np.concatenate([[0], np.cumsum(self.lengths)]).astype("<i8")
+        return offsets, np.array(self.hashes, "<u8").view("<i8")
+
+
+def _encode(
+    chunk: list[sources.Document], tokenizer: tok.Tokenizer, ends: tuple[np.ndarray, np.ndarray]
+) -> Iterator[tuple[sources.Document, np.ndarray, np.ndarray]]:
+    """(document, ids, loss mask) of each document that has tokens."""
+    partial = [d for d in chunk if d.chat is not None and d.chat.spans is not None]
+    located = iter(tok.locate_all(tokenizer, [d.text for d in partial])) if partial else iter(())
+    whole = [d for d in chunk if d.chat is None or d.chat.spans is None]
+    encoded = iter(tok.encode_all(tokenizer, [d.text for d in whole]))
+    for document in chunk:
+        if document.chat is not None and document.chat.spans is not None:
+            ids, offsets = next(located)
+            mask = loss_mask(offsets, document.chat.spans, marked=document.chat.marked)
+        else:
+            ids = next(encoded)
+            before, after = ends if document.chat is None else (ids[:0], ids[:0])
+            ids = np.concatenate([before, ids, after]) if len(ids) else ids
+            mask = np.ones(len(ids), bool)
+        if len(ids):
+            yield document, ids, mask
+
+
 def _write(
     folder: Path,
     fingerprint: str,
@@ -272,38 +365,39 @@ def _write(
     from tqdm import tqdm
 
     dtype = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
-    lengths: list[int] = []
-    hashes: list[int] = []
+    index, markers = _Index(), MarkerCounter()
     bar = tqdm(total=size, desc="tokenising", unit="B", unit_scale=True, disable=None, delay=1.0)
     names = open(folder / "names.txt", "w", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
     with open(folder / "tokens.bin", "wb") as stream, names, bar:
-        writer = _TokenWriter(stream, dtype)
+        tokens, masks = _TokenWriter(stream, dtype), _MaskWriter(folder / "loss_mask.bin")
         for chunk in _chunks(documents):
-            for document, ids in zip(chunk, tok.encode_all(tokenizer, [d.text for d in chunk]), strict=True):
-                whole = np.concatenate([ends[0], ids, ends[1]])
-                if not len(ids):
-                    continue
-                writer.append(whole)
-                lengths.append(len(whole))
-                digest = hashlib.blake2b(document.text.encode(), digest_size=8).digest()
-                hashes.append(int.from_bytes(digest, "little"))
+            for document, ids, mask in _encode(chunk, tokenizer, ends):
+                tokens.append(ids)
+                masks.append(mask)
+                index.add(document, mask)
+                if document.chat is None:
+                    markers.add(document.text)
                 names.write(" ".join(document.name.split()) + "\n")
             bar.update(chunk[-1].bytes_read - bar.n)
-        writer.finish()
-    if not lengths:
+        tokens.finish()
+    if not index.lengths:
         raise UserError("the data source holds no text: every document is empty; check Dataset.source")
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype("<i8")
-    index = np.concatenate([offsets, np.array(hashes, "<u8").view("<i8")])
-    index.tofile(folder / "documents.bin")
+    offsets, hashes = index.arrays()
+    table = np.concatenate([offsets, hashes])
+    table.tofile(folder / "documents.bin")
     meta = {
         "fingerprint": fingerprint,
         "dtype": dtype,
-        "num_documents": len(lengths),
+        "num_documents": len(index.lengths),
         "num_tokens": int(offsets[-1]),
-        "max_id": writer.max_id,
-        "documents_crc32": zlib.crc32(index.tobytes()),
-        "block_crc32": writer.checksums,
+        "max_id": tokens.max_value,
+        "documents_crc32": zlib.crc32(table.tobytes()),
+        "block_crc32": tokens.checksums,
+        "conversations": index.conversations,
+        "markers": markers.counts,
     }
+    if (checksums := masks.finish()) is not None:
+        meta |= {"loss_tokens": index.loss_tokens, "mask_crc32": checksums}
     (folder / "meta.json").write_text(json.dumps(meta))
 
 
@@ -345,12 +439,20 @@ def _read_store(folder: Path, fingerprint: str) -> TokenStore | None:
             and os.path.getsize(folder / "tokens.bin") == expected
             and _blocks_match(folder / "tokens.bin", meta["block_crc32"])
         )
+        loss_tokens = meta.get("loss_tokens")
+        if loss_tokens is not None:
+            mask = folder / "loss_mask.bin"
+            sound = sound and os.path.getsize(mask) == meta["num_tokens"]
+            sound = sound and _blocks_match(mask, meta["mask_crc32"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
     if not sound:
         return None
     offsets, hashes = index[: count + 1], index[count + 1 :].view("<u8")
-    return TokenStore(folder, fingerprint, dtype, offsets, hashes, meta["max_id"])
+    more = {"conversations": meta.get("conversations", 0), "markers": meta.get("markers", {})}
+    return TokenStore(
+        folder, fingerprint, dtype, offsets, hashes, meta["max_id"], loss_tokens=loss_tokens, **more
+    )
 
 
 def _blocks_match(path: Path, checksums: list[int]) -> bool:

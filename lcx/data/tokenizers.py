@@ -21,6 +21,12 @@ from lcx.errors import UserError
 
 RECORD = "lcx_tokenizer.json"
 _SIDE_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+_SIDE_TEMPLATES = "additional_chat_templates/*.jinja"
+
+
+# Ids [tokens], and for each token its first character and the one after its last [tokens, 2]. A character that is
+# several tokens is in all of them.
+Located = tuple[np.ndarray, np.ndarray]
 
 
 @runtime_checkable
@@ -71,6 +77,15 @@ class ByteTokenizer:
     def encode(self, text: str) -> Int[np.ndarray, "tokens"]:
         return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
 
+    def encode_with_offsets(self, texts: Sequence[str]) -> list[Located]:
+        located = []
+        for text in texts:
+            code = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+            sizes = 1 + (code >= 1 << 7).astype(int) + (code >= 1 << 11) + (code >= 1 << 16)
+            begin = np.repeat(np.arange(len(text)), sizes)
+            located.append((self.encode(text), np.stack([begin, begin + 1], 1)))
+        return located
+
     def decode(self, ids: Iterable[int]) -> str:
         values = np.asarray(list(ids), np.int64)
         plain = (values >= 0) & (values < 256)
@@ -106,6 +121,10 @@ class HuggingFaceTokenizer:
         encodings = self._library.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, np.int32) for encoding in encodings]
 
+    def encode_with_offsets(self, texts: Sequence[str]) -> list[Located]:
+        encodings = self._library.encode_batch(list(texts), add_special_tokens=False)
+        return [(np.array(e.ids, np.int32), np.array(e.offsets, np.int64).reshape(-1, 2)) for e in encodings]
+
     def decode(self, ids: Iterable[int]) -> str:
         known = [i for i in map(int, ids) if 0 <= i < self.vocab_size]
         return self._library.decode(known, skip_special_tokens=True)
@@ -137,6 +156,18 @@ class SentencePieceTokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[Int[np.ndarray, "tokens"]]:
         return [np.array(ids, np.int32) for ids in self._library.encode(list(texts))]
 
+    def encode_with_offsets(self, texts: Sequence[str]) -> list[Located]:
+        located = []
+        for text in texts:
+            pieces = self._library.encode(text, out_type="immutable_proto").pieces
+            offsets = np.array([(p.begin, p.end) for p in pieces], np.int64).reshape(-1, 2)
+            located.append((np.array([p.id for p in pieces], np.int32), offsets))
+        return located
+
+    def piece(self, token: int) -> str:
+        """The text of a token, special ones too."""
+        return self._library.id_to_piece(token)
+
     def decode(self, ids: Iterable[int]) -> str:
         return self._library.decode([i for i in map(int, ids) if 0 <= i < self.vocab_size])
 
@@ -160,6 +191,17 @@ def encode_all(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Int[np.ndarra
     """`encode` of each text, through the tokenizer's `encode_batch` (several threads) where it has one."""
     batch = getattr(tokenizer, "encode_batch", None)
     return batch(texts) if batch is not None else [tokenizer.encode(text) for text in texts]
+
+
+def locate_all(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Located]:
+    """The ids of each text, and where their characters are. UserError for a tokenizer that cannot say."""
+    method = getattr(tokenizer, "encode_with_offsets", None)
+    if method is None:
+        raise UserError(
+            f"{type(tokenizer).__name__} has no encode_with_offsets, which a loss on some of the tokens needs;"
+            " set Dataset.chat_loss='all'"
+        )
+    return method(texts)
 
 
 def identity(tokenizer: Tokenizer) -> dict[str, Any]:
@@ -305,11 +347,14 @@ def save_tokenizer(tokenizer: Tokenizer, folder: str | os.PathLike) -> None:
     if path is not None:
         name = "tokenizer.json" if record["kind"] == "hugging_face" else "tokenizer.model"
         record["file"] = name
+        beside = Path(path).parent
+        templates = [file.relative_to(beside).as_posix() for file in beside.glob(_SIDE_TEMPLATES)]
         for source, target in [
             (Path(path), name),
-            *((Path(path).parent / side, side) for side in _SIDE_FILES),
+            *((beside / side, side) for side in (*_SIDE_FILES, *templates)),
         ]:
             if source.is_file() and source.resolve() != (folder / target).resolve():
+                (folder / target).parent.mkdir(exist_ok=True)
                 _copy(source, folder / target)
     partial = folder / f"{RECORD}.partial"
     partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
