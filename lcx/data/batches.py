@@ -165,6 +165,13 @@ def make_iterator(mixture: "Mixture", request: Request, *, start: int = 0) -> Ba
             " get"
             " documents (0: all train, 1: all eval), or add documents"
         )
+    for corpus in opened:
+        if corpus.store.loss_tokens == 0:
+            raise UserError(
+                f"no token of the {corpus.store.conversations} conversations in {corpus.source} has a loss: no message"
+                " has the role 'assistant', or the template's generation blocks are empty; set"
+                " Dataset.chat_loss='all', or Dataset.chat_template"
+            )
     if request.repeat and rows < request.global_batch_size:
         tokens = sum(group.plan.num_inputs for group in groups)
         raise UserError(

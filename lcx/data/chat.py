@@ -238,7 +238,8 @@ def _check_parts(messages: list[dict[str, Any]], text: str, place: str) -> None:
 
 def _from_sharegpt(message: dict[str, Any], place: str) -> dict[str, Any]:
     name = message["from"]
-    if name not in _ROLES or not isinstance(message.get("value"), str | type(None)):
+    known = isinstance(name, str) and name in _ROLES
+    if not known or not isinstance(message.get("value"), str | type(None)):
         raise UserError(
             f"{place}: 'from' is {name!r:.40} and 'value' a {type(message.get('value')).__name__}, expected one of"
             f" {', '.join(_ROLES)} and a text; write it as 'role' and 'content'"

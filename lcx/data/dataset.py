@@ -99,12 +99,6 @@ class Dataset:
             chat=chat.reader(tokenizer, wanted=self.chat, template=self.chat_template, loss=self.chat_loss),
             cache_dir=self.cache_dir,
         )
-        if tokens.loss_tokens == 0:
-            raise UserError(
-                f"no token of the {tokens.conversations} conversations in {name} has a loss: no message has the role"
-                " 'assistant', or the template's generation blocks are empty; set Dataset.chat_loss='all', or"
-                " Dataset.chat_template"
-            )
         corpora.warn(markers.sentence(tokens.markers, name))
         return corpora.divide(
             tokens,
