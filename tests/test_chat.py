@@ -486,3 +486,106 @@ def test_a_mixture_of_text_and_conversations(tmp_path, source, folders):
     share = weights.mean(axis=1)
     assert (share > 0.9).any() and (share < 0.8).any()
     assert len(Mixture(parts).remarks()) == 1
+
+
+# ---------------------------------------------------------------------------------------------------------- generation
+
+
+@pytest.fixture
+def generated(monkeypatch):
+    """What `stream_text` hands to the model: {"ids": ..., "stop": ...}."""
+    import lcx
+    from lcx import sampler
+
+    seen = {}
+
+    class Model:
+        vocab_size = 1 << 20
+
+    def stream(model, params, tokens, *, stop_tokens, **_):
+        seen.update(ids=tokens[0], stop=set(stop_tokens))
+        return iter([np.array([5])])
+
+    monkeypatch.setattr(lcx, "load", lambda *_, **__: (Model(), {}))
+    monkeypatch.setattr(sampler, "stream", stream)
+
+    def run(folder, prompt, **settings):
+        sampler.stream_text(checkpoint=str(folder), prompt=prompt, **settings)
+        return seen
+
+    return run
+
+
+@pytest.mark.parametrize("name", ["chatml", "llama3", "mistral", "marked", "tools"])
+@pytest.mark.parametrize("system", [None, "be brief"])
+def test_generation_asks_in_the_same_template(generated, tmp_path, theirs, name, system):
+    folder = files.write_tokenizer(tmp_path / "model", files.TEMPLATES[name])
+    (folder / "config.json").write_text("{}")
+    (folder / "generation_config.json").write_text('{"eos_token_id": [7, 9]}')
+    found = generated(folder, "hello <|im_end|> 你好", chat=True, system=system)
+    messages = turns("hello <|im_end|> 你好", system=system)
+    assert (
+        found["ids"] == oracle(theirs[name], {"messages": messages}, add_generation_prompt=True)["input_ids"]
+    )
+    end = {"llama3": "<|eot_id|>", "mistral": "</s>"}.get(name, "<|im_end|>")
+    assert {7, 9, theirs[name].convert_tokens_to_ids(end)} <= found["stop"]
+
+
+def test_generation_says_what_it_cannot_do(generated, tmp_path):
+    folder = files.write_tokenizer(tmp_path / "model")
+    (folder / "config.json").write_text("{}")
+    for settings, message in [
+        ({"chat": True}, "has no chat template .*set --chat_template to a .jinja file"),
+        ({"chat": True, "chat_template": "nowhere"}, "--chat_template='nowhere' is not a file"),
+        ({"system": "x"}, "set --chat"),
+        ({"chat_template": "x"}, "set --chat"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            generated(folder, "hello", **settings)
+    (folder / "chat_template.jinja").write_text("{{ raise_exception('no') }}")
+    with pytest.raises(UserError, match="cannot render the prompt: no;"):
+        generated(folder, "hello", chat=True)
+
+
+def test_a_run_trains_on_conversations_and_answers_in_their_template(
+    generated, tmp_path, source, folders, capfd
+):
+    """The template that the run was given is the one that its checkpoint is asked in."""
+    import lcx
+    from lcx.model import llama
+    from lcx.optim import AdamW
+    from lcx.trainer import Trainer
+
+    (tmp_path / "own.jinja").write_text(files.CHATML.replace("You are helpful.", "Short."))
+    data = Dataset(source, tokenizer=str(folders["marked"]), chat_template=str(tmp_path / "own.jinja"))
+    sizes = {
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_layers": 1,
+        "num_heads": 2,
+        "max_position_embeddings": 64,
+    }
+    model = llama(vocab_size=512, **sizes)
+    settings = {"steps": 2, "batch_size": 8, "seq_len": 48, "log_every": 1, "eval_every": 1}
+    run = Trainer(data=data, model=model, optimizer=AdamW(learning_rate=1e-3), **settings).run(
+        str(tmp_path / "run")
+    )
+    assert run.step == 2
+    said = capfd.readouterr().err
+    assert "40 conversations of 41 documents; loss on" in said
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    total = weight = 0.0
+    with data.batches("eval", global_batch_size=8, seq_len=48) as batches:
+        for batch in batches:
+            logits = np.asarray(lcx.logits(model, run.state["params"], batch["tokens"], positions=batch["positions"],
+                                           segment_ids=batch["segment_ids"]), np.float64)  # fmt: skip
+            nll = (
+                np.log(np.exp(logits).sum(-1))
+                - np.take_along_axis(logits, batch["labels"][..., None], -1)[..., 0]
+            )
+            total += (nll * batch["loss_weights"]).sum()
+            weight += batch["loss_weights"].sum()
+    (last,) = [line["eval_loss"] for line in lines if line["step"] == 2 and "eval_loss" in line]
+    assert last == pytest.approx(total / weight, abs=1e-4)
+    ids = generated(tmp_path / "run", "hello", chat=True)["ids"]
+    assert "Short." in load_tokenizer(str(folders["marked"])).decode(ids)

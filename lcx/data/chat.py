@@ -292,6 +292,41 @@ def plain(value: Any) -> Any:
 # ------------------------------------------------------------------------------------------------ tokens
 
 
+def prompt_ids(
+    templates: chat_templates.ChatTemplates, tokenizer: Tokenizer, prompt: str, *, system: str | None = None
+) -> list[int]:
+    """The ids that ask for an answer to `prompt`: the template with the generation prompt, and nothing around it.
+
+    Raises:
+      UserError: there is no template, or it refuses these messages.
+    """
+    messages = [{"role": "system", "content": plain(system)}] if system is not None else []
+    messages.append({"role": "user", "content": plain(prompt)})
+    try:
+        text, _ = templates.render(messages, add_generation_prompt=True)
+    except RenderError as error:
+        raise UserError(
+            f"the chat template of {templates.place} cannot render the prompt: {error}; change the prompt, or set"
+            f" {templates.setting}"
+        ) from None
+    return tokenizer.encode(text).tolist()
+
+
+def turn_end_ids(templates: chat_templates.ChatTemplates, tokenizer: Tokenizer) -> list[int]:
+    """The special token that the template writes right after an answer, if there is one: an answer ends there.
+
+    A model that was trained on this template writes it too, whatever generation_config.json names.
+    """
+    answer = "An answer."
+    messages = [{"role": "user", "content": "A question."}, {"role": "assistant", "content": answer}]
+    try:
+        text, _ = templates.render(messages)
+    except RenderError:
+        return []
+    ids = tokenizer.encode(text.rpartition(answer)[2])[:1].tolist()
+    return [i for i in ids if not tokenizer.decode([i])]
+
+
 def loss_mask(
     offsets: Int[np.ndarray, "tokens 2"], spans: Spans | None, *, marked: bool
 ) -> Bool[np.ndarray, " tokens"]:

@@ -44,11 +44,13 @@ class ChatTemplates:
       templates: (name, text) pairs; a single template is called "default".
       special_tokens: (name, text) pairs that every template can use, such as ("bos_token", "<s>").
       place: where they are from, for messages.
+      setting: what chooses another template, for messages.
     """
 
     templates: tuple[tuple[str, str], ...]
     special_tokens: tuple[tuple[str, str], ...] = ()
-    place: str = ""
+    place: str = "the tokenizer"
+    setting: str = "Dataset.chat_template"
 
     def __bool__(self) -> bool:
         return bool(self.templates)
@@ -58,14 +60,14 @@ class ChatTemplates:
         known = dict(self.templates)
         if not known:
             raise UserError(
-                f"{self.place or 'the tokenizer'} has no chat template (chat_template in tokenizer_config.json, or"
-                " chat_template.jinja); set Dataset.chat_template to a .jinja file"
+                f"{self.place} has no chat template (chat_template in tokenizer_config.json, or chat_template.jinja);"
+                f" set {self.setting} to a .jinja file"
             )
         name = TOOL_USE if tools is not None and TOOL_USE in known else DEFAULT
         if name not in known:
             raise UserError(
-                f"{self.place} has several chat templates and none is the default: set Dataset.chat_template to one"
-                f" of {', '.join(sorted(known))}"
+                f"{self.place} has several chat templates and none is the default: set {self.setting} to one of"
+                f" {', '.join(sorted(known))}"
             )
         return known[name]
 
@@ -110,11 +112,14 @@ def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
     return message if found is None else {"thinking": found, **message, "reasoning_content": found}
 
 
-def chat_templates(tokenizer: Tokenizer, override: str | None = None) -> ChatTemplates:
+def chat_templates(
+    tokenizer: Tokenizer, override: str | None = None, *, setting: str = "Dataset.chat_template"
+) -> ChatTemplates:
     """The templates of a tokenizer; there may be none.
 
     Args:
       override: the file of a template, or the name of one of the tokenizer's own, to use for every conversation.
+      setting: what `override` was given by, for messages.
 
     Raises:
       UserError: a damaged file, or an override that is neither.
@@ -126,9 +131,9 @@ def chat_templates(tokenizer: Tokenizer, override: str | None = None) -> ChatTem
     own = {} if folder is None else _in_files(folder) or _in_config(config, folder)
     place = str(folder or "the tokenizer")
     if override is not None:
-        text = own[override] if override in own else _read_override(override, own)
-        return ChatTemplates(((DEFAULT, text),), special, override)
-    return ChatTemplates(tuple(sorted(own.items())), special, place)
+        text = own[override] if override in own else _read_override(override, own, setting)
+        return ChatTemplates(((DEFAULT, text),), special, override, setting)
+    return ChatTemplates(tuple(sorted(own.items())), special, place, setting)
 
 
 def _in_files(folder: Path) -> dict[str, str]:
@@ -182,12 +187,12 @@ def _special_tokens(
     return tuple((name, texts[name]) for name in order if isinstance(texts.get(name), str))
 
 
-def _read_override(override: str, own: dict[str, str]) -> str:
+def _read_override(override: str, own: dict[str, str], setting: str) -> str:
     path = Path(override).expanduser()
     if not path.is_file():
         named = f", nor one of the tokenizer's templates ({', '.join(sorted(own))})" if own else ""
         raise UserError(
-            f"Dataset.chat_template={override!r} is not a file{named}; give the path of a .jinja file"
+            f"{setting}={override!r} is not a file{named}; give the path of a .jinja file"
         )
     return _read_text(path)
 
