@@ -552,6 +552,8 @@ def test_a_run_trains_on_conversations_and_answers_in_their_template(
 ):
     """The template that the run was given is the one that its checkpoint is asked in."""
     import lcx
+    from lcx.evals.loss_by_position import LossByPosition
+    from lcx.evals.perplexity import Perplexity
     from lcx.model import llama
     from lcx.optim import AdamW
     from lcx.trainer import Trainer
@@ -587,5 +589,10 @@ def test_a_run_trains_on_conversations_and_answers_in_their_template(
             weight += batch["loss_weights"].sum()
     (last,) = [line["eval_loss"] for line in lines if line["step"] == 2 and "eval_loss" in line]
     assert last == pytest.approx(total / weight, abs=1e-4)
+    by_position, perplexity = LossByPosition(data, lengths=(48,), document_mask=True), Perplexity(data, windows=(512,))
+    (measured,) = by_position(model, run.state["params"], None)["lengths"]
+    assert measured["nll"] == pytest.approx(last, abs=1e-4) and measured["tokens"] == weight
+    (measured,) = perplexity(model, run.state["params"], None)["windows"]
+    assert measured["tokens"] == sum(mask[1:].sum() for mask in data.document_masks("eval"))
     ids = generated(tmp_path / "run", "hello", chat=True)["ids"]
     assert "Short." in load_tokenizer(str(folders["marked"])).decode(ids)

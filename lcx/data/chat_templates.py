@@ -191,9 +191,7 @@ def _read_override(override: str, own: dict[str, str], setting: str) -> str:
     path = Path(override).expanduser()
     if not path.is_file():
         named = f", nor one of the tokenizer's templates ({', '.join(sorted(own))})" if own else ""
-        raise UserError(
-            f"{setting}={override!r} is not a file{named}; give the path of a .jinja file"
-        )
+        raise UserError(f"{setting}={override!r} is not a file{named}; give the path of a .jinja file")
     return _read_text(path)
 
 

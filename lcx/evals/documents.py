@@ -3,7 +3,7 @@
 import dataclasses
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 from lcx.data import ByteTokenizer, Dataset, Mixture, Tokenizer, check_vocabulary
 from lcx.data.tokenizers import identity
@@ -13,11 +13,15 @@ from lcx.model import Decoder
 
 @dataclasses.dataclass(frozen=True)
 class Documents:
-    """Documents, and the tokenizer that made them."""
+    """Documents, and the tokenizer that made them.
+
+    `masks` says which tokens have a loss, as targets: in conversations what the assistant says.
+    """
 
     tokens: list[Int[np.ndarray, " length"]]
     tokenizer: Tokenizer
     source: str
+    masks: list[Bool[np.ndarray, " length"]]
 
     @property
     def num_tokens(self) -> int:
@@ -29,6 +33,12 @@ class Documents:
             special = [i for i in (self.tokenizer.bos_id, self.tokenizer.eos_id) if i is not None]
             return int(sum(((d < 256) & ~np.isin(d, special)).sum() for d in self.tokens))
         return sum(len(self.tokenizer.decode(document.tolist()).encode()) for document in self.tokens)
+
+    @property
+    def scored(self) -> str:
+        """What to add to a definition where not every token is scored; else nothing."""
+        whole = all(mask.all() for mask in self.masks)
+        return "" if whole else " of the tokens with a loss (in conversations what the assistant says)"
 
     @property
     def unit(self) -> str:
@@ -64,10 +74,11 @@ def read(
         dataset = _with_tokenizer(dataset, tokenizer, owner)
     tokenizer = dataset.load_tokenizer()
     check_vocabulary(tokenizer, model.vocab_size)
-    tokens, left = [], max_tokens
-    for document in dataset.document_tokens(split):
+    tokens, masks, left = [], [], max_tokens
+    for document, mask in zip(dataset.document_tokens(split), dataset.document_masks(split), strict=True):
         document = document[: min((n for n in (max_length, left) if n is not None), default=len(document))]
         tokens.append(document)
+        masks.append(mask[: len(document)])
         if left is not None:
             left -= len(document)
             if left <= 0:
@@ -76,7 +87,12 @@ def read(
         raise UserError(
             f"split {split!r} of {_source(dataset)} holds no text: set {owner}.split, or raise Dataset.eval_fraction"
         )
-    return Documents(tokens, tokenizer, f"{_source(dataset)}, {split} split")
+    if not any(mask[1:].any() for mask in masks):
+        raise UserError(
+            f"the first {sum(map(len, tokens))} tokens of split {split!r} of {_source(dataset)} hold none with a loss:"
+            f" raise {owner}.max_tokens, or set Dataset.chat_loss='all'"
+        )
+    return Documents(tokens, tokenizer, f"{_source(dataset)}, {split} split", masks)
 
 
 def _with_tokenizer(dataset: Dataset | Mixture, tokenizer: Tokenizer, owner: str) -> Dataset | Mixture:
