@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lcx.data.batches import BatchIterator
     from lcx.data.checks import Report
 
+_PARTS = "((@books/data.Dataset(), 0.7), (@code/data.Dataset(), 0.3))"  # as a .gin file has it
 PACKINGS = ("concat", "first_fit", "windows")
 
 
@@ -193,16 +194,18 @@ class Mixture:
       long_length: tokens from which a document counts as long; by default seq_len.
     """
 
-    parts: tuple[tuple[Dataset, float], ...]
+    parts: tuple[tuple[Dataset, float], ...] = dataclasses.field(metadata={"example": _PARTS})
     long_fraction: float | None = None
     long_length: int | None = None
 
     def __post_init__(self):
         if not self.parts:
-            raise UserError("Mixture.parts is empty; give at least one (Dataset, weight)")
+            raise UserError(f"Mixture.parts is empty, expected (Dataset, weight) pairs; write it as {_PARTS}")
         for part in self.parts:
             if not (isinstance(part, tuple | list) and len(part) == 2 and isinstance(part[0], Dataset)):
-                raise UserError(f"Mixture.parts holds {part!r:.80}, expected (Dataset, weight) pairs")
+                raise UserError(
+                    f"Mixture.parts holds {part!r:.80}, expected (Dataset, weight) pairs; write it as {_PARTS}"
+                )
             if not (isinstance(part[1], int | float) and 0 < part[1] < float("inf")):
                 raise UserError(f"Mixture weight {part[1]!r} of {part[0].source!r} is not a positive number")
             if self.long_fraction is not None and part[0].long_fraction is not None:
