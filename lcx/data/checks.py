@@ -24,7 +24,7 @@ _STOPS = (
 )
 # What may close after a full stop: quotes, brackets, and the marks of emphasis and code in markdown.
 _CLOSERS = (
-    "\"')]}>*_~`\u2018\u2019\u201c\u201d\u201e\u201f\u00bb\u203a"
+    "\"')]}>*_~`\u2018\u2019\u201c\u201d\u201e\u201f\u00ab\u00bb\u2039\u203a"
     "\u3009\u300b\u300d\u300f\u3011\u3015\u3017\u301e\u301f\uff02\uff07\uff09\uff3d\uff5d"
 )
 _FENCES = ("```", "~~~")
