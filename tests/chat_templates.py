@@ -17,7 +17,8 @@ LLAMA3 = """{%- set loop_messages = messages %}
     {%- set loop_messages = messages[1:] %}
 {%- else %}{%- set system_message = "" %}{%- endif %}
 {{- bos_token + "<|start_header_id|>system<|end_header_id|>\\n\\n" }}
-{{- "Today: " + (strftime_now("%d %b %Y") if strftime_now is defined else "26 Jul 2024") + "\\n\\n" + system_message + "<|eot_id|>" }}
+{%- set date = strftime_now("%d %b %Y") if strftime_now is defined else "26 Jul 2024" %}
+{{- "Today: " + date + "\\n\\n" + system_message + "<|eot_id|>" }}
 {%- for message in loop_messages %}
 {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' + message['content'] | trim + '<|eot_id|>' }}
 {%- endfor %}
@@ -52,7 +53,8 @@ MARKED = """{%- for message in messages -%}
 
 # The span ends in the content, whose last character may be several tokens.
 MARKED_CONTENT = """{% for m in messages %}<|im_start|>{{ m.role }}
-{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}<|im_end|>
+{% if m.role == 'assistant' -%}
+{% generation %}{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}<|im_end|>
 {% endfor %}"""
 
 TOOLS = """{%- if tools %}{{- '<|im_start|>system\\n# Tools\\n' }}

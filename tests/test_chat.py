@@ -32,8 +32,9 @@ def turns(*contents, system=None):
 
 TOOL = {"type": "function", "function": {"name": "weather", "description": "<b>Weather</b> é",
         "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}}  # fmt: skip
-CALL = {"role": "assistant", "content": None,
-        "tool_calls": [{"type": "function", "function": {"name": "weather", "arguments": {"city": "Köln"}}}]}  # fmt: skip
+FUNCTION = {"name": "weather", "arguments": {"city": "Köln"}}
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": FUNCTION}]}
+PARTS = [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]
 CONVERSATIONS = {
     "plain": {"messages": turns("hello", "hello there", "how are you?", "general", system="be brief")},
     "no system": {"messages": turns("hello", "there")},
@@ -47,8 +48,7 @@ CONVERSATIONS = {
     "extra fields": {"messages": [{**m, "name": None, "weight": 1} for m in turns("a", "b")], "id": 3},
     "tools": {"messages": [*turns("weather?"), CALL, {"role": "tool", "content": "<12> °C"}, *turns("x", "warm")[1:]],
               "tools": [TOOL]},
-    "parts": {"messages": [{"role": "user", "content": [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]},
-                           *turns("x", "three")[1:]]},
+    "parts": {"messages": [{"role": "user", "content": PARTS}, *turns("x", "three")[1:]]},
     "kwargs": {"messages": turns("a", "b"), "chat_template_kwargs": {"bos_token": "<pad>"}},
 }  # fmt: skip
 
@@ -298,7 +298,7 @@ BAD_ROWS = [
     ({"conversations": [{"from": "gpt", "value": {}}]}, {}, "'value' a dict"),
     ({"messages": [{"role": "user", "content": "x"}], "tools": "{"}, {}, "'tools' is not a list"),
     ({"messages": [{"role": "user", "content": "x"}], "tools": ["a"]}, {}, "'tools' is not a list"),
-    ({"messages": [{"role": "user", "content": "x"}], "chat_template_kwargs": 3}, {}, "'chat_template_kwargs' is a int"),
+    ({"messages": turns("x"), "chat_template_kwargs": 3}, {}, "'chat_template_kwargs' is a int"),
     ({"messages": [{"role": "user", "content": "x"}], "text": "y"}, {}, "has both 'messages' and 'text'"),
     ({"text": "x"}, {"chat": True}, "has fields ['text'], expected 'messages'"),
     ({"messages": [{"role": "user", "content": "x"}]}, {"chat": False}, "expected the field 'text'"),
@@ -589,7 +589,10 @@ def test_a_run_trains_on_conversations_and_answers_in_their_template(
             weight += batch["loss_weights"].sum()
     (last,) = [line["eval_loss"] for line in lines if line["step"] == 2 and "eval_loss" in line]
     assert last == pytest.approx(total / weight, abs=1e-4)
-    by_position, perplexity = LossByPosition(data, lengths=(48,), document_mask=True), Perplexity(data, windows=(512,))
+    by_position, perplexity = (
+        LossByPosition(data, lengths=(48,), document_mask=True),
+        Perplexity(data, windows=(512,)),
+    )
     (measured,) = by_position(model, run.state["params"], None)["lengths"]
     assert measured["nll"] == pytest.approx(last, abs=1e-4) and measured["tokens"] == weight
     (measured,) = perplexity(model, run.state["params"], None)["windows"]
