@@ -17,7 +17,7 @@ import time
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
@@ -26,11 +26,10 @@ from lcx.data import sources
 from lcx.data import tokenizers as tok
 from lcx.data.chat import ChatReader, loss_mask
 from lcx.data.markers import MarkerCounter
+from lcx.data.token_files import MaskWriter, TokenWriter, blocks_match
 from lcx.errors import UserError
 
 _VERSION = 1  # raise it when a store built from the same inputs would hold something else
-_BLOCK = 4 << 20  # bytes per checksum
-_CHECKED_BLOCKS = 64  # checked when a store is opened: all of a small one, a sample of a large one
 _CHUNK_CHARACTERS = 8 << 20  # text tokenised at a time
 _REMEMBERED = 64 << 20  # files at least this large have their hash remembered
 _SETTLED_NS = 2_000_000_000  # a file changed this shortly before it was hashed may change again unseen
@@ -236,66 +235,6 @@ def _hashed(
             partial.unlink(missing_ok=True)
 
 
-class _TokenWriter:
-    """Appends arrays of one number a token (its id, its loss) to a file, with a checksum for every block of it."""
-
-    def __init__(self, stream: BinaryIO, dtype: str):
-        self.stream, self.dtype = stream, dtype
-        self.checksums: list[int] = []
-        self.max_value = 0
-        self._buffer = bytearray()
-
-    def append(self, values: np.ndarray) -> None:
-        top, low = int(values.max()), int(values.min())
-        if top > np.iinfo(self.dtype).max or low < 0:
-            raise UserError(
-                f"the tokenizer gave ids {low} .. {top}, more than its vocab_size announces; check it"
-            )
-        self.max_value = max(self.max_value, top)
-        self._buffer += values.astype(self.dtype).tobytes()
-        while len(self._buffer) >= _BLOCK:
-            self._flush(_BLOCK)
-
-    def _flush(self, size: int) -> None:
-        block = bytes(self._buffer[:size])
-        del self._buffer[:size]
-        self.checksums.append(zlib.crc32(block))
-        self.stream.write(block)
-
-    def finish(self) -> None:
-        if self._buffer:
-            self._flush(len(self._buffer))
-        self.stream.flush()
-        os.fsync(self.stream.fileno())
-
-
-class _MaskWriter:
-    """Writes the loss mask, from the first token without a loss on: most stores have none, and then no file."""
-
-    def __init__(self, path: Path):
-        self._path = path
-        self._ones = 0  # tokens before the file is begun
-        self._writer: _TokenWriter | None = None
-
-    def append(self, mask: np.ndarray) -> None:
-        if self._writer is None:
-            if mask.all():
-                self._ones += len(mask)
-                return
-            self._writer = _TokenWriter(open(self._path, "wb"), "u1")  # noqa: SIM115
-            for start in range(0, self._ones, _BLOCK):
-                self._writer.append(np.ones(min(_BLOCK, self._ones - start), np.uint8))
-        self._writer.append(mask)
-
-    def finish(self) -> list[int] | None:
-        """The checksums of the file; None where there is none."""
-        if self._writer is None:
-            return None
-        self._writer.finish()
-        self._writer.stream.close()
-        return self._writer.checksums
-
-
 def _chunks(documents: Iterator[sources.Document]) -> Iterator[list[sources.Document]]:
     """Documents in groups of a few million characters: enough for threads to share, little to hold."""
     chunk: list[sources.Document] = []
@@ -369,7 +308,7 @@ def _write(
     bar = tqdm(total=size, desc="tokenising", unit="B", unit_scale=True, disable=None, delay=1.0)
     names = open(folder / "names.txt", "w", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
     with open(folder / "tokens.bin", "wb") as stream, names, bar:
-        tokens, masks = _TokenWriter(stream, dtype), _MaskWriter(folder / "loss_mask.bin")
+        tokens, masks = TokenWriter(stream, dtype), MaskWriter(folder / "loss_mask.bin")
         for chunk in _chunks(documents):
             for document, ids, mask in _encode(chunk, tokenizer, ends):
                 tokens.append(ids)
@@ -437,13 +376,13 @@ def _read_store(folder: Path, fingerprint: str) -> TokenStore | None:
             and len(index) == 2 * count + 1
             and zlib.crc32(index.tobytes()) == meta["documents_crc32"]
             and os.path.getsize(folder / "tokens.bin") == expected
-            and _blocks_match(folder / "tokens.bin", meta["block_crc32"])
+            and blocks_match(folder / "tokens.bin", meta["block_crc32"])
         )
         loss_tokens = meta.get("loss_tokens")
         if loss_tokens is not None:
             mask = folder / "loss_mask.bin"
             sound = sound and os.path.getsize(mask) == meta["num_tokens"]
-            sound = sound and _blocks_match(mask, meta["mask_crc32"])
+            sound = sound and blocks_match(mask, meta["mask_crc32"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
     if not sound:
@@ -453,14 +392,3 @@ def _read_store(folder: Path, fingerprint: str) -> TokenStore | None:
     return TokenStore(
         folder, fingerprint, dtype, offsets, hashes, meta["max_id"], loss_tokens=loss_tokens, **more
     )
-
-
-def _blocks_match(path: Path, checksums: list[int]) -> bool:
-    """Compares every block of a small file, evenly spaced ones (with both ends) of a large one."""
-    chosen = np.unique(np.linspace(0, len(checksums) - 1, min(len(checksums), _CHECKED_BLOCKS)).astype(int))
-    with open(path, "rb") as stream:
-        for block in chosen.tolist():
-            stream.seek(block * _BLOCK)
-            if zlib.crc32(stream.read(_BLOCK)) != checksums[block]:
-                return False
-    return True
