@@ -169,7 +169,7 @@ def test_large_stores_are_sampled_with_both_ends(tmp_path, monkeypatch):
 
 def test_many_blocks_round_trip(corpus, monkeypatch):
     monkeypatch.setattr(token_files, "_BLOCK", 16)
-    monkeypatch.setattr(token_files, "_CHUNK_CHARACTERS", 20)
+    monkeypatch.setattr(store, "_CHUNK_CHARACTERS", 20)
     tokens = opened(corpus)
     assert documents(tokens) == [f"document {i} " * (i + 1) for i in range(5)]
     assert len(json.loads((tokens.folder / "meta.json").read_text())["block_crc32"]) == -(
