@@ -3,6 +3,7 @@
 Examples:
   python -m lcx.generate --checkpoint=/tmp/run --prompt='def main():' --max_new_tokens=200
   python -m lcx.generate --checkpoint=path/to/hf_folder --prompt='Once upon a time' --temperature=0.8 --seed=1
+  python -m lcx.generate --checkpoint=path/to/hf_folder --chat --prompt='What is a long context good for?'
 """
 
 import argparse
@@ -17,6 +18,13 @@ def main(argv=None) -> int:
         "--checkpoint", required=True, metavar="PATH", help="a workdir or a Hugging Face folder"
     )
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="the text to continue")
+    parser.add_argument(
+        "--chat", action="store_true", help="the prompt is the user's turn, in the chat template of the model"
+    )
+    parser.add_argument("--system", metavar="TEXT", help="with --chat: the system's turn before it")
+    parser.add_argument(
+        "--chat_template", metavar="PATH", help="with --chat: another template (.jinja), or a name of one"
+    )
     parser.add_argument("--max_new_tokens", type=int, metavar="N", help="stop after so many tokens")
     parser.add_argument("--temperature", type=float, metavar="T", help="0 always takes the likeliest token")
     parser.add_argument(

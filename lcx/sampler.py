@@ -240,13 +240,18 @@ def stream_text(
     rope_scaling: dict[str, Any] | None = None,
     context_length: int | None = None,
     add_bos: bool | None = None,
+    chat: bool = False,
+    system: str | None = None,
+    chat_template: str | None = None,
 ) -> None:
     """Prints the continuation of a prompt while it is produced, then its speed on stderr.
 
     The prompt is what stands between the tokenizer's BOS (where it adds one) and the continuation, which ends with a
     token that ends a document. "@path" reads the prompt from a file, without its last line break; "@@text" is a prompt
-    that starts with an @. `add_bos` True or False overrides the tokenizer. `rope_scaling` and `context_length` extend
-    the model first, as in lcx.load.
+    that starts with an @. `add_bos` True or False overrides the tokenizer. With `chat` it is the user's turn, after
+    `system` if that is given, in the chat template that the model was trained with (`chat_template`: another one), and
+    the answer also ends where the template's turns end. `rope_scaling` and `context_length` extend the model first, as
+    in lcx.load.
 
     Raises:
       UserError: bad settings, no such file, a checkpoint or tokenizer that does not load.
@@ -256,11 +261,16 @@ def stream_text(
     from lcx.data import check_vocabulary, special_tokens
 
     _check_settings(max_new_tokens, temperature, top_p, seed, ROPE_TRACES[0])
+    if not chat and (system is not None or chat_template is not None):
+        raise UserError("--system and --chat_template are for conversations: set --chat")
     text = text_stream.prompt_text(prompt)
     tokenizer = text_stream.tokenizer_of(checkpoint)
     special = [tokenizer.bos_id, tokenizer.eos_id, *getattr(tokenizer, "stop_ids", ())]
-    before = special_tokens(tokenizer, add_bos=add_bos).before
+    before = () if chat else special_tokens(tokenizer, add_bos=add_bos).before
     ids = [*before, *tokenizer.encode(text).tolist()]
+    if chat:
+        ids, ends = text_stream.chat_ids(checkpoint, tokenizer, text, system=system, template=chat_template)
+        special += ends
     if not ids:
         raise UserError("the prompt is empty and no BOS is added to start from: set --prompt, or --add_bos")
     text_stream.say_special_tokens(tokenizer, before)

@@ -4,10 +4,13 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from lcx.checkpoint_folder import find_step, read_json
 from lcx.convert.api import tokenizer_record
 from lcx.data import SpecialTokens, Tokenizer, load_tokenizer, tokenizer_from_json
+from lcx.data.chat import prompt_ids, turn_end_ids
+from lcx.data.chat_templates import chat_templates
 from lcx.data.special import described
 from lcx.errors import UserError
 
@@ -58,6 +61,39 @@ def tokenizer_of(checkpoint: str) -> Tokenizer:
 def say_special_tokens(tokenizer: Tokenizer, before: tuple[int, ...]) -> None:
     """Says on stderr which special tokens stand before the prompt."""
     print(described(tokenizer, SpecialTokens(before=before), of="prompt"), file=sys.stderr)
+
+
+def chat_ids(
+    checkpoint: str, tokenizer: Tokenizer, prompt: str, *, system: str | None, template: str | None
+) -> tuple[list[int], list[int]]:
+    """(the ids of a user's turn in the chat template, the ids that the template ends an answer with).
+
+    Args:
+      template: a .jinja file or a name; None takes what the checkpoint was trained with, else the tokenizer's own.
+
+    Raises:
+      UserError: there is no template, or it refuses the prompt.
+    """
+    override = template or _trained_template(checkpoint)
+    templates = chat_templates(tokenizer, override, setting="--chat_template")
+    return prompt_ids(templates, tokenizer, prompt, system=system), turn_end_ids(templates, tokenizer)
+
+
+def _trained_template(checkpoint: str) -> str | None:
+    """Dataset.chat_template of the run that made an lcx checkpoint."""
+    folder = Path(checkpoint).expanduser()
+    if (folder / "config.json").is_file() or tokenizer_record(folder) is not None:
+        return None
+    directory, step = find_step(folder)
+    return _find(read_json(directory / str(step), "meta").get("data"), "chat_template")
+
+
+def _find(value: Any, key: str) -> str | None:
+    """The first text of this name in a description."""
+    if isinstance(value, dict) and isinstance(value.get(key), str):
+        return value[key]
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return next((found for item in inner if (found := _find(item, key)) is not None), None)
 
 
 def show(tokenizer: Tokenizer, ids: Iterable[int], *, prompt: Sequence[int] = ()) -> None:

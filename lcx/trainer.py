@@ -284,6 +284,8 @@ class Trainer:
             rest = "going on" if run.step < self.steps else "nothing is left to do"
             metrics.message(f"step {run.step} of {self.steps} is done: {rest}")
         metrics.message(self.data.describe_special_tokens())
+        for remark in self.data.remarks():
+            metrics.message(remark)
         if run.model.max_position_embeddings < self.seq_len:
             metrics.message(
                 f"warning: Trainer.seq_len {self.seq_len} exceeds the model's window of "

@@ -17,7 +17,10 @@ SETTINGS = {
     "FASTA": "'genome.fa'",
     "VARIANTS": "'a.vcf'",
     "CONTEXT_LENGTH": "1024",
+    "BOOKS": "'books'",
+    "CODE": "'code'",
 }
+MIXTURE = ROOT / "configs" / "data" / "mixture.gin"
 
 
 def with_includes(path):
@@ -32,12 +35,17 @@ PARSE = """
 import json, os, sys, traceback
 from lcx import config, convert, evaluator, sampler, trainer
 
-for path, settings in json.load(sys.stdin):
+for name, paths, settings, mixed in json.load(sys.stdin):
     child = os.fork()
     if child == 0:
         status = 1
         try:
-            config.parse([path], settings)
+            source = config.parse(paths, settings, target="lcx.trainer:train" if mixed else None)
+            if mixed:
+                job = config._arguments(trainer.train, {"workdir": "nowhere"})["job"]
+                parts = getattr(job, "trainer", job).data.parts
+                print([(part.source, weight, part.tokenizer) for part, weight in parts])
+                print(*config.checking.without_effect(source, {}), sep="\\n")
             status = 0
         except BaseException:
             traceback.print_exc(file=sys.stdout)
@@ -45,7 +53,7 @@ for path, settings in json.load(sys.stdin):
             sys.stdout.flush()
             os._exit(status)
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    print(f"END {path} {status}", flush=True)
+    print(f"END {name} {status}", flush=True)
 """
 
 
@@ -55,7 +63,13 @@ def parsed():
     jobs = []
     for path in CONFIGS:
         text = with_includes(path)
-        jobs.append((str(path), [item for item in SETTINGS.items() if f"{item[0]} = None" in text]))
+        settings = [item for item in SETTINGS.items() if f"{item[0]} = None" in text]
+        jobs.append((str(path), [str(path)], settings, False))
+        whole = "Trainer.model =" in text or "Trainer.init_from =" in text
+        if whole and "Trainer.data =" in text:
+            mixed = [item for item in settings if item[0] not in ("TEXT", "FASTA")]
+            mixed += [(name, SETTINGS[name]) for name in ("BOOKS", "CODE")]
+            jobs.append((f"{path}+mixture", [str(path), str(MIXTURE)], mixed, True))
     done = subprocess.run(
         [sys.executable, "-c", PARSE], cwd=ROOT, input=json.dumps(jobs), capture_output=True, text=True
     )
@@ -68,6 +82,19 @@ def parsed():
 def test_parses(parsed, path):
     status, text = parsed[str(path)]
     assert status == 0, text[-2000:]
+
+
+def test_every_training_recipe_takes_the_mixture_in_place_of_its_text(parsed):
+    """Without a value for the TEXT that the mixture replaces; the other settings of the data stay the recipe's."""
+    mixed = {name: found for name, found in parsed.items() if name.endswith("+mixture")}
+    assert len(mixed) > 15
+    for name, (status, text) in mixed.items():
+        assert status == 0, f"{name}: {text[-2000:]}"
+        line = text.splitlines()[0]
+        assert line.startswith("[('books', 0.7, ") and "('code', 0.3, " in line, name
+        assert "Dataset.source had no effect" not in text, name
+        if "/extend/yarn.gin" in name:
+            assert line == "[('books', 0.7, 'model'), ('code', 0.3, 'model')]"
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.relative_to(ROOT).as_posix())

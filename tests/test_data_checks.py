@@ -87,6 +87,55 @@ def test_truncation_looks_at_the_end(text, cut):
     assert is_truncated(np.append(document(text), 257), tokenizer=TOKENIZER) == bool(cut)  # EOS is no text
 
 
+ENDS_WELL = [
+    'He said "yes."', "\u201cYes!\u201d", "Yes.)", "(Yes.)]", "\u2018Yes.\u2019 ", "Ja.\u00ab", "\u201eJa.\u201c",
+    "**End.**", "_End?_", "`x`.", "He waited\u2026", 'It was "nice". ', "a\u00a0!", "x = 1\n```", "~~~\nx\n~~~ ",
+    "\u597d\u3002", "\u300c\u597d\u3002\u300d", "\u597d\uff01", "\u597d\uff1f\uff09", "\u0639\u0631\u0628\u061f",
+    "\u0627\u0631\u062f\u0648\u06d4", "\u0939\u093f\u0928\u094d\u0926\u0940\u0964",
+]  # fmt: skip
+CUT = [
+    "He said",
+    'He said "yes"',
+    "and,",
+    "(and",
+    "```\nx = 1",
+    "\u597d\uff0c",
+    "end;",
+    "",
+    "x```",
+    "the \u201c",
+    "a.b",
+]
+
+
+@pytest.mark.parametrize(("text", "well"), [*((t, True) for t in ENDS_WELL), *((t, False) for t in CUT)])
+def test_a_sentence_may_end_in_what_closes(text, well):
+    assert is_truncated(document("Some. " + text if text else text), tokenizer=TOKENIZER) != well
+
+
+def test_real_stories_are_rarely_cut(reference, tmp_path):
+    """Of them 23 end in the middle of a sentence; by the full stop alone it would be some hundred."""
+    source = str(reference / "data" / "text" / "tinystories_train_2MiB.txt")
+    report = Dataset(source, separator="<|endoftext|>", cache_dir=str(tmp_path)).check(min_length=1)
+    assert report.counts["truncated"] == 23 and not report.markers
+
+
+@pytest.mark.parametrize("marker", ["<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "<|im_end|>"])
+def test_markers_in_the_text_are_reported(tmp_path, caplog, marker):
+    (tmp_path / "a.txt").write_text(f"One story.\n{marker}\nTwo.\n{marker}\n")
+    (tmp_path / "b.txt").write_text("A < b, and <b>c</b>.\n")
+    joined = Dataset(str(tmp_path / "*.txt"), cache_dir=str(tmp_path / "cache"))
+    report = joined.check(min_length=1)
+    assert report.markers == ((marker, 1),) and not report.ok
+    assert f"{marker!r} in 1 documents; set Dataset.separator" in str(report)
+    joined.open()
+    (said,) = [r.getMessage() for r in caplog.records]  # once, although the data set was opened again and again
+    assert f"{marker!r} in 1 documents; set Dataset.separator" in said
+    caplog.clear()
+    divided = Dataset(str(tmp_path / "*.txt"), separator=marker, cache_dir=str(tmp_path / "cache"))
+    assert divided.check(min_length=1).ok and "markers" not in caplog.text
+
+
 def test_from_the_command_line(tmp_path):
     (tmp_path / "a.txt").write_text(sentences(300))
     command = [sys.executable, "-m", "lcx.data", f"--source={tmp_path / 'a.txt'}"]

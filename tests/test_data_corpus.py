@@ -63,6 +63,58 @@ def test_copies_are_never_on_both_sides(tmp_path, rule):
     assert train and held_out and not set(train) & set(held_out)
 
 
+@pytest.mark.parametrize("rule", ["hash", "tail"])
+def test_identical_documents_cannot_be_divided(tmp_path, rule):
+    for count, text in ((2, "same"), (50, "same"), (50, "other")):
+        source = write(tmp_path / f"{count}{text}", [text] * count)
+        with pytest.raises(
+            UserError, match=rf"all {count} documents of .* identical.*set Dataset.eval_fraction"
+        ):
+            Dataset(source, split=rule).open()
+        for side in ("train", "eval"):
+            assert len(texts(Dataset(source, split=rule, eval_fraction=float(side == "eval")), side)) == count
+
+
+def test_copies_that_are_left_out_are_counted_and_said(tmp_path):
+    """Of 40 texts the last is held out, and two of its copies are before it."""
+    source = write(tmp_path / "data", [f"text {i % 20 if i in (1, 21) else i}" for i in range(22)])
+    corpus = Dataset(source, split="tail", eval_fraction=0.1).open()
+    assert corpus.copies == 1 and len(corpus.train) == 19 and len(corpus.eval) == 2
+    assert corpus.remarks() == [
+        f"{source}: 1 training documents left out, copies of documents that are held out"
+    ]
+    assert Dataset(source, split="hash").open().copies == 0
+
+
+@pytest.mark.parametrize("rule", ["hash", "tail"])
+def test_many_copies_are_said_aloud(tmp_path, caplog, rule):
+    """One text in 96 of 99 documents: wherever it goes, one side gets nearly nothing."""
+    corpora = []
+    for start in range(4):
+        common = [f"common {start}"] * 48
+        source = write(tmp_path / f"{rule}{start}", [*common, "one", "two", "three", *common])
+        corpora.append(Dataset(source, split=rule, eval_fraction=0.5).open())
+    few = [corpus for corpus in corpora if len(corpus.train) < 20]
+    assert few and len(caplog.records) == len(few)
+    assert "only 4 of the 99 documents of" in caplog.text and "set Dataset.eval_fraction" in caplog.text
+
+
+def test_tail_of_copies_that_leaves_nothing_to_train_on(tmp_path):
+    source = write(tmp_path / "data", [*["a", "b"] * 9, *["b", "a"] * 9])
+    with pytest.raises(UserError, match="only 2 of the 36 documents .* one split would be empty"):
+        Dataset(source, split="tail", eval_fraction=0.5).open()
+
+
+def test_a_part_of_a_mixture_is_never_emptied_silently(tmp_path):
+    held = Dataset(write(tmp_path / "held", [f"text {i}" for i in range(20)]), eval_fraction=1.0)
+    train = Dataset(write(tmp_path / "train", [f"text {i}" for i in range(10)]), eval_fraction=0.0)
+    with pytest.raises(UserError, match=r"all 10 training documents of .*train are copies.*eval_fraction=0"):
+        Mixture(((held, 1.0), (train, 1.0))).open()
+    more = Dataset(write(tmp_path / "more", [f"text {i}" for i in range(30)]), eval_fraction=0.0)
+    mixture = Mixture(((held, 1.0), (more, 1.0)))
+    assert mixture.open()[1].copies == 20 and "20 training documents left out" in mixture.remarks()[0]
+
+
 def test_copies_across_the_parts_of_a_mixture(tmp_path):
     shared = [f"shared {i}" for i in range(60)]
     one = Dataset(write(tmp_path / "one", shared), split="hash", eval_fraction=0.5)

@@ -13,7 +13,7 @@ import sys
 import numpy as np
 import pytest
 
-from lcx.data import ByteTokenizer, SpecialTokens, find_files, open_store, special_tokens, store
+from lcx.data import ByteTokenizer, SpecialTokens, find_files, open_store, special_tokens, store, token_files
 from lcx.errors import UserError
 
 
@@ -158,21 +158,21 @@ def test_a_damaged_store_is_built_again(corpus, damage):
 
 
 def test_large_stores_are_sampled_with_both_ends(tmp_path, monkeypatch):
-    monkeypatch.setattr(store, "_BLOCK", 8)
-    monkeypatch.setattr(store, "_CHECKED_BLOCKS", 4)
+    monkeypatch.setattr(token_files, "_BLOCK", 8)
+    monkeypatch.setattr(token_files, "_CHECKED_BLOCKS", 4)
     data = np.arange(1000, dtype=np.uint8).tobytes()
     (tmp_path / "tokens.bin").write_bytes(data)
     sums = [store.zlib.crc32(data[i : i + 8]) for i in range(0, 1000, 8)]
-    assert store._blocks_match(tmp_path / "tokens.bin", sums)
+    assert token_files.blocks_match(tmp_path / "tokens.bin", sums)
     for position in (0, 999):
         wrong = bytearray(data)
         wrong[position] ^= 1
         (tmp_path / "tokens.bin").write_bytes(wrong)
-        assert not store._blocks_match(tmp_path / "tokens.bin", sums)
+        assert not token_files.blocks_match(tmp_path / "tokens.bin", sums)
 
 
 def test_many_blocks_round_trip(corpus, monkeypatch):
-    monkeypatch.setattr(store, "_BLOCK", 16)
+    monkeypatch.setattr(token_files, "_BLOCK", 16)
     monkeypatch.setattr(store, "_CHUNK_CHARACTERS", 20)
     tokens = opened(corpus)
     assert documents(tokens) == [f"document {i} " * (i + 1) for i in range(5)]
@@ -186,7 +186,7 @@ def test_a_full_disk_leaves_nothing_behind(corpus, monkeypatch, code):
     def full(*_):
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(store._TokenWriter, "_flush", full)
+    monkeypatch.setattr(store.TokenWriter, "_flush", full)
     with pytest.raises(UserError, match="the disk is full .* set Dataset.cache_dir") as caught:
         opened(corpus)
     assert "\n" not in str(caught.value)

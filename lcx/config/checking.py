@@ -5,7 +5,9 @@ After the run, names the bindings that had no effect.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import gin
@@ -15,11 +17,15 @@ from lcx.config import names, typecheck
 from lcx.config.flags import hint
 from lcx.config.reading import MACRO, Key, Source, spell
 
+Use = tuple[str, tuple[str, ...], str | None]  # what is called, in which scopes, where that is written
+
 
 def check(source: Source) -> None:
     """Adds every mistake to `source.problems`; converts values (list to tuple) as annotations ask."""
+    unset: dict[Key, str] = {}
     for (scope, selector), bound in list(gin_config._CONFIG.items()):
-        hints = typecheck.hints_of(gin_config._REGISTRY[selector].wrapped)
+        wrapped = gin_config._REGISTRY[selector].wrapped
+        hints = typecheck.hints_of(wrapped)
         for name, value in list(bound.items()):
             key = (scope, selector, name)
             inlined = _inline(value, key, source)
@@ -28,13 +34,48 @@ def check(source: Source) -> None:
             try:
                 fitted = typecheck.fit(inlined, hints.get(name, Any), _promise)
             except typecheck.Mismatch as error:
-                source.problem(f"{spell(key)}: {error}", source.places.get(key))
+                message = f"{spell(key)}: {error}{_example(wrapped, key)}"
+                if _is_unset(value, inlined):
+                    macro = "/".join(value.scopes)
+                    unset[key] = f"{message}; set {macro}, as in --gin.{macro}=VALUE"
+                else:
+                    source.problem(message, source.places.get(key))
                 continue
             if repr(fitted) != repr(inlined):
                 bound[name] = fitted
     _check_flag_macros(source)
-    if source.target is not None and not source.problems:
-        _check_missing(source)
+    uses = None if source.target is None else list(_uses(source))
+    for key, message in unset.items():
+        if uses is None or _decides(key, uses):
+            source.problem(message, source.places.get(key))
+    if uses is not None and not source.problems:
+        for use in uses:
+            _report_missing(source, *use)
+
+
+def _is_unset(value: Any, inlined: Any) -> bool:
+    """A macro that a file leaves at None, for the user to set: an error only where something uses it."""
+    return inlined is None and value is not None
+
+
+def _decides(key: Key, uses: Iterable[Use]) -> bool:
+    """Whether a binding is the one that counts for anything that will be built."""
+    scope, selector, name = key
+    for built, scopes, _ in uses:
+        if built == selector:
+            partial = ["/".join(scopes[:depth]) for depth in range(len(scopes), -1, -1)]
+            bound = (one for one in partial if name in gin_config._CONFIG.get((one, selector), {}))
+            if next(bound, None) == scope:
+                return True
+    return False
+
+
+def _example(wrapped: Any, key: Key) -> str:
+    """How a field is written in a .gin file, where its class says so (the metadata of a dataclass field)."""
+    fields = dataclasses.fields(wrapped) if dataclasses.is_dataclass(wrapped) else ()
+    examples = (field.metadata.get("example") for field in fields if field.name == key[2])
+    found = next((example for example in examples if example), None)
+    return f"; write it as {spell(key)} = {found}" if found else ""
 
 
 def _promise(value: Any) -> typecheck.Promise | None:
@@ -87,8 +128,8 @@ def _check_flag_macros(source: Source) -> None:
             source.problem(f"no .gin file has a macro {scope}{hint(scope, known)}", place)
 
 
-def _check_missing(source: Source) -> None:
-    """Follows what the target will build, as gin will, and reports parameters that nothing sets."""
+def _uses(source: Source) -> Iterator[Use]:
+    """Follows what the target will build, as gin will: every call of a function or class."""
     module, _, function = str(source.target).partition(":")
     todo: list[tuple[str, tuple[str, ...]]] = [
         (selector, ())
@@ -104,7 +145,7 @@ def _check_missing(source: Source) -> None:
             for reference in gin_config.iterate_references([inlined]):
                 reached = (reference.configurable.selector, tuple(reference.scopes) or scopes)
                 if reference.evaluate:
-                    _report_missing(source, *reached, place)
+                    yield *reached, place
                 if reached not in seen:
                     seen.add(reached)
                     todo.append(reached)
@@ -117,7 +158,7 @@ def _report_missing(source: Source, selector: str, scopes: tuple[str, ...], plac
         variadic = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
         if parameter.default is parameter.empty and not variadic and name not in bound:
             key = ("/".join(scopes), selector, name)
-            message = f"{configurable.name} needs {name!r}: set {spell(key)}"
+            message = f"{configurable.name} needs {name!r}: set {spell(key)}{_example(configurable.wrapped, key)}"
             if place not in source.problems.get(message, ()):
                 source.problem(message, place)
 
@@ -130,12 +171,13 @@ def _place(source: Source, scopes: tuple[str, ...], selector: str, name: str) ->
 def without_effect(source: Source, flags: dict[str, Any]) -> list[str]:
     """Bindings that changed nothing in the run that just ended, one line each.
 
-    Macros are left out: one that only an overridden binding used is no mistake.
+    Macros are left out, and what only a macro without a value sets: that an overridden binding used one is no mistake.
     """
     lines = []
     for key, place in source.places.items():
         scope, selector, name = key
-        if selector == MACRO:
+        value = gin_config._CONFIG.get((scope, selector), {}).get(name)
+        if selector == MACRO or _is_unset(value, _inline(value, key, source)):
             continue
         used = any(
             name in values

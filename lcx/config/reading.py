@@ -152,7 +152,8 @@ class Source:
             return self.problem(str(error.args[0]), place)
         known = inspect.signature(configurable.wrapped).parameters
         if name not in known and not any(p.kind is p.VAR_KEYWORD for p in known.values()):
-            return self.problem(f"{configurable.name} has no parameter {name!r}{hint(name, known)}", place)
+            near = hint(name, known) or f"; it has {', '.join(known)}"
+            return self.problem(f"{configurable.name} has no parameter {name!r}{near}", place)
         if not unresolved:
             key = (scope, configurable.selector, name)
             self._warn_rebound(key, place)

@@ -1,4 +1,4 @@
-"""Checks the documents of a source for length, repetition and truncation."""
+"""Checks the documents of a source for length, repetition, truncation, and markers of a document's end in the text."""
 
 import argparse
 import sys
@@ -28,15 +28,19 @@ def main() -> int:
         help="at a row that cannot be read: stop, or leave it out and count it (default: error)",
     )
     parser.add_argument("--separator", help='splits text files into documents, e.g. "<|endoftext|>"')
+    parser.add_argument(
+        "--chat_template", help="a .jinja file for rows with messages; by default the tokenizer's template"
+    )
     parser.add_argument("--min_length", type=int, default=8192, help="tokens a document should have")
     arguments = parser.parse_args()
     settings = {k: v for k, v in vars(arguments).items() if k != "min_length"}
     try:
-        report = Dataset(**settings).check(min_length=arguments.min_length)
+        dataset = Dataset(**settings)
+        report, remarks = dataset.check(min_length=arguments.min_length), dataset.remarks()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(report)
+    print(report, *remarks, sep="\n")
     return 0 if report.ok else 1
 
 

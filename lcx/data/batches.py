@@ -7,6 +7,7 @@ processes.
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 from typing import TYPE_CHECKING, Any
@@ -41,7 +42,13 @@ class Assemble:
             if not len(mine):
                 continue
             local = rows[mine] - (ends[number] - group.plan.num_rows)
-            part = packing.assemble(group.plan, group.store.tokens, local, document_mask=group.document_mask)
+            part = packing.assemble(
+                group.plan,
+                group.store.tokens,
+                local,
+                document_mask=group.document_mask,
+                loss_mask=group.store.loss_mask,
+            )
             if len(mine) == len(rows):
                 return part
             for key, value in part.items():
@@ -72,8 +79,11 @@ class BatchIterator:
         self._pipeline: Any = None
         self._unchecked = _CHECKED_BATCHES
         self.fingerprint = fingerprint(description)
-        self.info = _info(groups, request.seq_len)
         self.num_batches = None if request.repeat else -(-self._rows // request.global_batch_size)
+
+    @functools.cached_property
+    def info(self) -> dict[str, Any]:
+        return _info(self._groups, self._request.seq_len)
 
     def __iter__(self) -> "BatchIterator":
         return self
@@ -155,6 +165,13 @@ def make_iterator(mixture: "Mixture", request: Request, *, start: int = 0) -> Ba
             " get"
             " documents (0: all train, 1: all eval), or add documents"
         )
+    for corpus in opened:
+        if corpus.store.loss_tokens == 0:
+            raise UserError(
+                f"no token of the {corpus.store.conversations} conversations in {corpus.source} has a loss: no message"
+                " has the role 'assistant', or the template's generation blocks are empty; set"
+                " Dataset.chat_loss='all', or Dataset.chat_template"
+            )
     if request.repeat and rows < request.global_batch_size:
         tokens = sum(group.plan.num_inputs for group in groups)
         raise UserError(
@@ -247,7 +264,10 @@ def _info(groups: tuple[Group, ...], seq_len: int) -> dict[str, Any]:
         "documents": sum(group.documents for group in groups),
         "tokens": sum(group.tokens for group in groups),
         "rows": rows,
-        "targets": sum(group.plan.num_targets(document_mask=group.document_mask) for group in groups),
+        "targets": sum(
+            group.plan.num_targets(document_mask=group.document_mask, loss_mask=group.store.loss_mask)
+            for group in groups
+        ),
         "fill": inputs / (rows * seq_len),
         "groups": [
             {"kind": group.kind, "rows": group.plan.num_rows, "weight": group.weight} for group in groups

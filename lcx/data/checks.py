@@ -10,13 +10,24 @@ from collections.abc import Iterable
 import numpy as np
 from jaxtyping import Int
 
+from lcx.data import markers
 from lcx.data.tokenizers import Tokenizer
 from lcx.errors import UserError
 
 KINDS = ("too short", "repetitive", "truncated")
 _SHOWN = 10
 _LAST_TOKENS = 20
-_SENTENCE_ENDS = (".", "!", "?", "\n")
+# Full stops: Latin, CJK, Arabic, Urdu, Devanagari, Armenian, Ethiopic, Khmer, Burmese, Tibetan.
+_STOPS = (
+    ".!?\u2026\u203c\u2047\u2048\u2049\u3002\uff0e\uff01\uff1f\uff61"
+    "\u061f\u06d4\u0964\u0965\u0589\u1362\u1367\u17d4\u17d5\u104b\u0f0d\u0f0e"
+)
+# What may close after a full stop: quotes, brackets, and the marks of emphasis and code in markdown.
+_CLOSERS = (
+    "\"')]}>*_~`\u2018\u2019\u201c\u201d\u201e\u201f\u00ab\u00bb\u2039\u203a"
+    "\u3009\u300b\u300d\u300f\u3011\u3015\u3017\u301e\u301f\uff02\uff07\uff09\uff3d\uff5d"
+)
+_FENCES = ("```", "~~~")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,21 +44,28 @@ class Issue:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """The outcome: how many documents have each problem, and the first ten problems."""
+    """The outcome: how many documents have each problem, and the first ten problems.
+
+    `markers`: (marker of a document's end, how many texts have it inside).
+    """
 
     num_documents: int
     num_flagged: int
     counts: dict[str, int]
     issues: tuple[Issue, ...]
+    markers: tuple[tuple[str, int], ...] = ()
 
     @property
     def ok(self) -> bool:
-        return self.num_flagged == 0
+        return self.num_flagged == 0 and not self.markers
 
     def __str__(self) -> str:
         counts = ", ".join(f"{self.counts[kind]} {kind}" for kind in KINDS)
         lines = [f"{self.num_documents} documents, {self.num_flagged} with a problem: {counts}"]
-        return "\n".join(lines + [f"  {issue}" for issue in self.issues])
+        lines += [f"  {issue}" for issue in self.issues]
+        if self.markers:
+            lines.append(markers.sentence(dict(self.markers), "the source"))
+        return "\n".join(lines)
 
 
 def repetition(tokens: Int[np.ndarray, "tokens"], *, window: int = 50) -> float:
@@ -66,8 +84,22 @@ def repetition(tokens: Int[np.ndarray, "tokens"], *, window: int = 50) -> float:
 
 
 def is_truncated(tokens: Int[np.ndarray, "tokens"], *, tokenizer: Tokenizer) -> bool:
-    """Whether a whole document ends in the middle: its last 20 tokens do not end in . ! ? or a line feed."""
-    return not tokenizer.decode(tokens[-_LAST_TOKENS:]).endswith(_SENTENCE_ENDS)
+    """Whether a whole document ends in the middle, by its last 20 tokens.
+
+    It ends well with a line feed, with the fence of a code block, or with the full stop of any script, after which
+    quotes, brackets and marks of emphasis may close.
+    """
+    return not ends_well(tokenizer.decode(tokens[-_LAST_TOKENS:]))
+
+
+def ends_well(text: str) -> bool:
+    """Whether a text ends as sentences, lines and code blocks do."""
+    if text.endswith("\n"):
+        return True
+    text = text.rstrip()
+    if text.rpartition("\n")[2].strip() in _FENCES:
+        return True
+    return text.rstrip(_CLOSERS + " \u00a0\u202f").endswith(tuple(_STOPS))
 
 
 def check_documents(

@@ -4,12 +4,15 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
+from lcx.data.notices import say_once
 from lcx.data.store import TokenStore
 from lcx.errors import UserError
 
+
 SPLITS = ("train", "eval")
+Scored = tuple[np.ndarray, np.ndarray]  # the ids of a document, and which of them have a loss
 SPLIT_RULES = ("hash", "tail")
 
 
@@ -35,11 +38,18 @@ class Documents:
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """The store of one data set and its two splits, which share no document (nor an exact copy of one)."""
+    """The store of one data set and its two splits, which share no document (nor an exact copy of one).
+
+    Attributes:
+      copies: training documents that were left out because a copy of them is held out.
+      source: where the documents are from, for messages.
+    """
 
     store: TokenStore
     train: Documents
     eval: Documents
+    copies: int = 0
+    source: str = "the data"
 
     def split(self, name: str) -> Documents:
         """Raises UserError for a split that does not exist."""
@@ -52,6 +62,27 @@ class Corpus:
         documents = self.split(split)
         for start, length in zip(documents.starts.tolist(), documents.lengths.tolist(), strict=True):
             yield self.store.tokens[start : start + length].astype(np.int32)
+
+    def document_masks(self, split: str) -> Iterator[Bool[np.ndarray, "tokens"]]:
+        """Which tokens of each document have a loss, in the same order."""
+        documents, mask = self.split(split), self.store.loss_mask
+        for start, length in zip(documents.starts.tolist(), documents.lengths.tolist(), strict=True):
+            yield np.ones(length, bool) if mask is None else mask[start : start + length].astype(bool)
+
+    def remarks(self) -> list[str]:
+        """What a run says of its data when it starts, a line each."""
+        lines, store = [], self.store
+        if store.conversations:
+            share = 1.0 if store.loss_tokens is None else store.loss_tokens / store.num_tokens
+            lines.append(
+                f"{self.source}: {store.conversations} conversations of {store.num_documents} documents;"
+                f" loss on {share:.1%} of {store.num_tokens} tokens"
+            )
+        if self.copies:
+            lines.append(
+                f"{self.source}: {self.copies} training documents left out, copies of documents that are held out"
+            )
+        return lines
 
     def document_names(self, split: str) -> list[str]:
         """The name of each document of a split, in the same order."""
@@ -68,10 +99,28 @@ def without_copies(corpus: Corpus, others: Sequence[Corpus]) -> Corpus:
     if not held_out:
         return corpus
     copies = np.isin(corpus.hashes("train"), np.concatenate(held_out))
-    return dataclasses.replace(corpus, train=corpus.train.take(~copies))
+    train = corpus.train.take(~copies)
+    if len(corpus.train) and not len(train):
+        raise UserError(
+            f"all {len(copies)} training documents of {corpus.source} are copies of documents that another part of the"
+            " Mixture holds out; set Dataset.eval_fraction=0 in that part, or remove this one"
+        )
+    if len(train) < len(copies) / 2:
+        say_once(
+            f"{int(copies.sum())} of {len(copies)} training documents of {corpus.source} are left out: another part of"
+            " the Mixture holds copies of them out (Dataset.eval_fraction)"
+        )
+    return dataclasses.replace(corpus, train=train, copies=corpus.copies + int(copies.sum()))
 
 
-def divide(store: TokenStore, *, eval_fraction: float, rule: str, min_length: int = 0) -> Corpus:
+def divide(
+    store: TokenStore,
+    *,
+    eval_fraction: float,
+    rule: str,
+    min_length: int = 0,
+    source: str = "the data",
+) -> Corpus:
     """Divides the documents of a store.
 
     Args:
@@ -80,9 +129,13 @@ def divide(store: TokenStore, *, eval_fraction: float, rule: str, min_length: in
       rule: "hash" decides by a hash of the text, so a document stays on its side when others are added and
         copies are never divided; "tail" takes the last documents of the source (0.2 trains on the first 80%).
       min_length: documents with fewer tokens are in neither split.
+      source: where the documents are from, for messages.
 
     A source that is one document (a text file, a genome) is cut: its tail is the evaluation split. Training
-    documents whose text also occurs in the evaluation split are left out.
+    documents whose text also occurs in the evaluation split are left out and counted.
+
+    Raises:
+      UserError: no document is long enough, or copies leave a split without any.
     """
     starts, lengths = np.asarray(store.offsets[:-1]), np.diff(store.offsets)
     everything = Documents(starts, lengths, np.arange(len(starts)))
@@ -94,17 +147,36 @@ def divide(store: TokenStore, *, eval_fraction: float, rule: str, min_length: in
         )
     nothing = documents.take(np.zeros(0, int))
     if eval_fraction <= 0:
-        return Corpus(store, documents, nothing)
+        return Corpus(store, documents, nothing, source=source)
     if eval_fraction >= 1:
-        return Corpus(store, nothing, documents)
+        return Corpus(store, nothing, documents, source=source)
     if len(documents) == 1:
-        return Corpus(store, *_cut(documents, eval_fraction))
+        return Corpus(store, *_cut(documents, eval_fraction), source=source)
     hashes = np.asarray(store.hashes)[documents.number]
     held_out = (
         _by_hash(hashes, eval_fraction) if rule == "hash" else _by_position(len(documents), eval_fraction)
     )
     copies = ~held_out & np.isin(hashes, hashes[held_out])
-    return Corpus(store, documents.take(~held_out & ~copies), documents.take(held_out))
+    train = ~held_out & ~copies
+    _check_copies(source, hashes, train, eval_fraction)
+    return Corpus(store, documents.take(train), documents.take(held_out), int(copies.sum()), source)
+
+
+def _check_copies(source: str, hashes: np.ndarray, train: np.ndarray, eval_fraction: float) -> None:
+    """Copies stay on one side, so a source of many copies cannot be divided as asked: an error, or a warning."""
+    count, distinct, left = len(hashes), len(np.unique(hashes)), int(train.sum())
+    if distinct == count:
+        return
+    found = (
+        f"only {distinct} of the {count} documents of {source} are distinct"
+        if distinct > 1
+        else (f"all {count} documents of {source} are identical")
+    )
+    advice = "remove the copies, or set Dataset.eval_fraction (0: all train, 1: all eval)"
+    if distinct == 1 or not left:
+        raise UserError(f"{found}, and copies are never divided: one split would be empty; {advice}")
+    if left < (1 - eval_fraction) * count / 2:
+        say_once(f"{found}, and copies are never divided: {left} are left to train on; {advice} or Dataset.split")
 
 
 def _cut(documents: Documents, eval_fraction: float) -> tuple[Documents, Documents]:

@@ -5,11 +5,12 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
+from lcx.data import chat, markers, sources, store
 from lcx.data import corpus as corpora
-from lcx.data import sources, store
 from lcx.data import tokenizers as tok
+from lcx.data.notices import say_once
 from lcx.data.special import described
 from lcx.errors import UserError
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from lcx.data.batches import BatchIterator
     from lcx.data.checks import Report
 
+_PARTS = "((@books/data.Dataset(), 0.7), (@code/data.Dataset(), 0.3))"  # as a .gin file has it
 PACKINGS = ("concat", "first_fit", "windows")
 
 
@@ -34,6 +36,10 @@ class Dataset:
       on_bad_line: "error" stops at a row that cannot be read, with its file and line; "skip" leaves such rows out and
         says how many. Null and empty texts are left out and counted either way.
       separator: splits text files into documents, e.g. "<|endoftext|>".
+      chat: True: every row is a conversation (`messages`, or ShareGPT's `conversations`), written in the chat template
+        of the tokenizer. None: the rows that have `messages` are. False: rows are text.
+      chat_template: the file of another template (.jinja), or the name of one of the tokenizer's.
+      chat_loss: "assistant" trains on what the assistant says, "all" on whole conversations.
       packing: "concat" cuts the documents, end to end, every seq_len tokens; "first_fit" keeps documents
         whole where they fit a row; "windows" slides over long documents by half a window and packs the short
         ones.
@@ -56,6 +62,9 @@ class Dataset:
     text_field: str = "text"
     on_bad_line: str = "error"
     separator: str | None = None
+    chat: bool | None = None
+    chat_template: str | None = None
+    chat_loss: str = "assistant"
     packing: str = "concat"
     add_bos: bool | None = None
     add_eos: bool | None = None
@@ -71,6 +80,10 @@ class Dataset:
         if self.packing not in PACKINGS:
             raise UserError(
                 f"Dataset.packing={self.packing!r} is unknown; expected one of {', '.join(PACKINGS)}"
+            )
+        if self.chat_loss not in chat.LOSSES:
+            raise UserError(
+                f"Dataset.chat_loss={self.chat_loss!r} is unknown; expected one of {', '.join(chat.LOSSES)}"
             )
         if self.split not in corpora.SPLIT_RULES:
             raise UserError(
@@ -104,19 +117,25 @@ class Dataset:
 
     def open(self) -> corpora.Corpus:
         """Tokenises the source where that is still to do, and divides it into its splits."""
-        tokenizer = self.load_tokenizer()
-        special = self.special_tokens(tokenizer)
+        tokenizer, name = self.load_tokenizer(), _listed(self.source)
         tokens = store.open_store(
             sources.find_files(self.source, format=self.format),
             tokenizer,
             text_field=self.text_field,
             separator=self.separator,
-            special=special,
+            special=self.special_tokens(tokenizer),
             on_bad_line=self.on_bad_line,
+            chat=chat.reader(tokenizer, wanted=self.chat, template=self.chat_template, loss=self.chat_loss),
             cache_dir=self.cache_dir,
         )
+        if tokens.markers:
+            say_once(markers.sentence(tokens.markers, name))
         return corpora.divide(
-            tokens, eval_fraction=self.eval_fraction, rule=self.split, min_length=self.min_length
+            tokens,
+            eval_fraction=self.eval_fraction,
+            rule=self.split,
+            min_length=self.min_length,
+            source=name,
         )
 
     def batches(
@@ -151,30 +170,44 @@ class Dataset:
             num_workers=num_workers,
         )
 
-    def document_tokens(
-        self, split: str, *, packed: bool = True
-    ) -> Iterator[Int[np.ndarray, "tokens"]]:
-        """The int32 tokens of each whole document of a split, in the order of the source.
+    def documents(self, split: str, *, packed: bool = True) -> Iterator[corpora.Scored]:
+        """(tokens, mask) of each whole document of a split, in the order of the source: int32 ids, and which of them
+        have a loss.
 
         Args:
           packed: False leaves out the EOS that is there only to keep the documents of a row apart.
         """
-        return self._document_tokens(self.open(), split, packed)
+        return self._documents(self.open(), split, packed)
 
-    def _document_tokens(
-        self, corpus: corpora.Corpus, split: str, packed: bool
-    ) -> Iterator[Int[np.ndarray, "tokens"]]:
+    def _documents(self, corpus: corpora.Corpus, split: str, packed: bool) -> Iterator[corpora.Scored]:
         special = self.special_tokens(self.load_tokenizer())
-        for tokens in corpus.document_tokens(split):
-            ends = not packed and special.separator and tokens[-1] == special.after[-1]
-            yield tokens[:-1] if ends else tokens
+        # Conversations end with what their template writes, and nothing is added to them.
+        added = special.separator and corpus.store.conversations < corpus.store.num_documents
+        for tokens, mask in zip(corpus.document_tokens(split), corpus.document_masks(split), strict=True):
+            ends = not packed and added and tokens[-1] == special.after[-1]
+            yield (tokens[:-1], mask[:-1]) if ends else (tokens, mask)
+
+    def document_tokens(self, split: str, *, packed: bool = True) -> Iterator[Int[np.ndarray, "tokens"]]:
+        """The int32 tokens of each document; see `documents`."""
+        return (tokens for tokens, _ in self.documents(split, packed=packed))
+
+    def document_masks(self, split: str, *, packed: bool = True) -> Iterator[Bool[np.ndarray, "tokens"]]:
+        """Which tokens of each document have a loss; see `documents`."""
+        return (mask for _, mask in self.documents(split, packed=packed))
 
     def document_names(self, split: str) -> list[str]:
-        """The name of each document of a split, in the order of `document_tokens`."""
+        """The name of each document of a split, in the order of `documents`."""
         return self.open().document_names(split)
 
+    def remarks(self) -> list[str]:
+        """What a run says of its data when it starts: conversations, copies that were left out."""
+        return self.open().remarks()
+
     def check(self, *, min_length: int = 8192, window: int = 50, threshold: float = 0.8) -> "Report":
-        """Length, repetition and truncation of every document of both splits (`lcx.data.checks`)."""
+        """Length, repetition and truncation of every document of both splits (`lcx.data.checks`).
+
+        The report also counts the texts that have a marker of a document's end inside.
+        """
         from lcx.data import checks
 
         tokens = self.open().store
@@ -184,13 +217,14 @@ class Dataset:
                 tokens.names, tokens.offsets[:-1].tolist(), tokens.offsets[1:].tolist(), strict=True
             )
         )
-        return checks.check_documents(
+        report = checks.check_documents(
             documents,
             tokenizer=self.load_tokenizer(),
             min_length=min_length,
             window=window,
             threshold=threshold,
         )
+        return dataclasses.replace(report, markers=tuple(tokens.markers.items()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,16 +240,18 @@ class Mixture:
       long_length: tokens from which a document counts as long; by default seq_len.
     """
 
-    parts: tuple[tuple[Dataset, float], ...]
+    parts: tuple[tuple[Dataset, float], ...] = dataclasses.field(metadata={"example": _PARTS})
     long_fraction: float | None = None
     long_length: int | None = None
 
     def __post_init__(self):
         if not self.parts:
-            raise UserError("Mixture.parts is empty; give at least one (Dataset, weight)")
+            raise UserError(f"Mixture.parts is empty, expected (Dataset, weight) pairs; write it as {_PARTS}")
         for part in self.parts:
             if not (isinstance(part, tuple | list) and len(part) == 2 and isinstance(part[0], Dataset)):
-                raise UserError(f"Mixture.parts holds {part!r:.80}, expected (Dataset, weight) pairs")
+                raise UserError(
+                    f"Mixture.parts holds {part!r:.80}, expected (Dataset, weight) pairs; write it as {_PARTS}"
+                )
             if not (isinstance(part[1], int | float) and 0 < part[1] < float("inf")):
                 raise UserError(f"Mixture weight {part[1]!r} of {part[0].source!r} is not a positive number")
             if self.long_fraction is not None and part[0].long_fraction is not None:
@@ -309,16 +345,30 @@ class Mixture:
         )
         return batches.make_iterator(self, request, start=start)
 
-    def document_tokens(
-        self, split: str, *, packed: bool = True
-    ) -> Iterator[Int[np.ndarray, "tokens"]]:
-        """The int32 tokens of each whole document of a split, part after part; see `Dataset.document_tokens`."""
+    def documents(self, split: str, *, packed: bool = True) -> Iterator[corpora.Scored]:
+        """(tokens, mask) of each whole document of a split, part after part; see `Dataset.documents`."""
         for (dataset, _), corpus in zip(self.parts, self.open(), strict=True):
-            yield from dataset._document_tokens(corpus, split, packed)
+            yield from dataset._documents(corpus, split, packed)
+
+    def document_tokens(self, split: str, *, packed: bool = True) -> Iterator[Int[np.ndarray, "tokens"]]:
+        """The int32 tokens of each document; see `documents`."""
+        return (tokens for tokens, _ in self.documents(split, packed=packed))
+
+    def document_masks(self, split: str, *, packed: bool = True) -> Iterator[Bool[np.ndarray, "tokens"]]:
+        """Which tokens of each document have a loss; see `documents`."""
+        return (mask for _, mask in self.documents(split, packed=packed))
+
+    def remarks(self) -> list[str]:
+        """What a run says of its data when it starts, part after part."""
+        return [line for corpus in self.open() for line in corpus.remarks()]
 
     def document_names(self, split: str) -> list[str]:
-        """The name of each document of a split, in the order of `document_tokens`."""
+        """The name of each document of a split, in the order of `documents`."""
         return [name for corpus in self.open() for name in corpus.document_names(split)]
+
+
+def _listed(source: str | tuple[str, ...]) -> str:
+    return source if isinstance(source, str) else ", ".join(source)
 
 
 def _check_long(owner: str, long_fraction: float | None, long_length: int | None) -> None:

@@ -52,8 +52,17 @@ class Plan:
         """Slots that hold a token: all but the padding."""
         return int(self.piece_length.sum())
 
-    def num_targets(self, *, document_mask: bool = True) -> int:
-        """Labels of weight 1 in one pass over the rows."""
+    def num_targets(
+        self, *, document_mask: bool = True, loss_mask: Int[np.ndarray, "store"] | None = None
+    ) -> int:
+        """Labels of weight 1 in one pass over the rows; `loss_mask` as in `assemble`."""
+        if loss_mask is not None:
+            rows = (np.arange(first, min(first + 64, self.num_rows)) for first in range(0, self.num_rows, 64))
+            batches = (
+                assemble(self, loss_mask, some, document_mask=document_mask, loss_mask=loss_mask)
+                for some in rows
+            )
+            return sum(int(batch["loss_weights"].sum(dtype=np.float64)) for batch in batches)
         skipped = int(self.piece_skip.sum())
         with_next = int((self.next_token >= 0).sum())
         ends = len(self.piece_length) if document_mask else self.num_rows
@@ -252,6 +261,7 @@ def assemble(
     rows: Int[np.ndarray, "batch"],
     *,
     document_mask: bool = True,
+    loss_mask: Int[np.ndarray, "store"] | None = None,
 ) -> dict[str, Int[np.ndarray, "batch time"] | Float[np.ndarray, "batch time"]]:
     """The planned rows as a batch; a row number of -1 gives a row of padding.
 
@@ -259,6 +269,7 @@ def assemble(
       tokens: the whole token store (an array or a memory map); only the rows asked for are read.
       document_mask: False merges the documents of a row into one segment with running positions and scores
         the labels that cross a boundary too (as YaRN and LongLoRA trained).
+      loss_mask: 1 for the tokens of the store that have a loss, as labels; None when all do.
 
     Returns:
       tokens, labels, segment_ids, positions: int32 [B, T]; loss_weights: float32 [B, T].
@@ -267,12 +278,18 @@ def assemble(
     batch = empty_batch(len(rows), plan.seq_len)
     where = np.flatnonzero(rows >= 0)
     if len(where):
-        _fill(batch, plan, tokens, where, rows[where], document_mask)
+        _fill(batch, plan, tokens, where, rows[where], document_mask, loss_mask)
     return batch
 
 
 def _fill(
-    batch: Batch, plan: Plan, tokens: np.ndarray, where: np.ndarray, rows: np.ndarray, document_mask: bool
+    batch: Batch,
+    plan: Plan,
+    tokens: np.ndarray,
+    where: np.ndarray,
+    rows: np.ndarray,
+    document_mask: bool,
+    loss_mask: np.ndarray | None,
 ) -> None:
     """Writes the planned `rows` into the rows `where` of an empty batch."""
     count = plan.row_offsets[rows + 1] - plan.row_offsets[rows]
@@ -289,7 +306,8 @@ def _fill(
     in_piece = slot - np.repeat(piece_slot, length)
 
     flat = {key: value.reshape(-1) for key, value in batch.items()}
-    flat["tokens"][slot] = tokens[np.repeat(plan.piece_start[piece], length) + in_piece]
+    stored = np.repeat(plan.piece_start[piece], length) + in_piece
+    flat["tokens"][slot] = tokens[stored]
     batch["labels"][:, :-1] = batch["tokens"][:, 1:]
     last = where * plan.seq_len + row_length - 1
     next_token = plan.next_token[rows]
@@ -307,6 +325,12 @@ def _fill(
         flat["segment_ids"][slot] = 1
         flat["positions"][slot] = slot % plan.seq_len
     weights[last] = has_next
+    if loss_mask is not None:  # of the label, which is the token of the next slot
+        scored = np.zeros_like(batch["loss_weights"])
+        scored.reshape(-1)[slot] = loss_mask[stored]
+        scored[:, :-1] = scored[:, 1:]
+        scored.reshape(-1)[last[has_next]] = loss_mask[next_token[has_next]]
+        weights *= scored.reshape(-1)
 
 
 def check_batch(batch: Batch, *, vocab_size: int | None = None, document_mask: bool = True) -> None:

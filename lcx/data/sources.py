@@ -9,9 +9,11 @@ import difflib
 import glob
 import os
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from lcx.data import folders
+from lcx.data.chat import COLUMNS, ChatReader
 from lcx.data.readers import FORMATS, ROW_FORMATS, Document, SourceFile, code, rows, streams, text
 from lcx.data.readers.fasta import read_fasta
 from lcx.data.readers.fields import DEFAULT, TextField
@@ -118,6 +120,7 @@ def read_documents(
     *,
     text_field: str = DEFAULT,
     separator: str | None = None,
+    chat: ChatReader | None = None,
     tally: Tally | None = None,
 ) -> Iterator[Document]:
     """Yields the documents of `files` in order; those that are null, empty or only white space are left out.
@@ -125,6 +128,7 @@ def read_documents(
     Args:
       text_field: the field of a JSON object, or the column of a table, that holds the text.
       separator: splits a text file into documents, e.g. "<|endoftext|>"; white space around each is removed.
+      chat: reads rows that are conversations; None takes every row for text.
       tally: counts what is left out, and says whether a row that cannot be read is an error.
 
     Raises:
@@ -134,7 +138,7 @@ def read_documents(
     done = 0
     for group in _groups(files):
         read = 0
-        for document in _documents(group, text_field, separator, tally):
+        for document in _documents(group, text_field, separator, chat, tally):
             read += 1
             if not document.text or document.text.isspace():
                 tally.empty += 1
@@ -145,7 +149,7 @@ def read_documents(
 
 
 def _documents(
-    group: list[SourceFile], text_field: str, separator: str | None, tally: Tally
+    group: list[SourceFile], text_field: str, separator: str | None, chat: ChatReader | None, tally: Tally
 ) -> Iterator[Document]:
     """The documents of one file, or of the files that form one document."""
     first = group[0]
@@ -154,15 +158,30 @@ def _documents(
     if first.format == "fasta":
         return read_fasta(first)
     if first.format in ROW_FORMATS:
-        return _read_rows(first, text_field, tally)
+        return _read_rows(first, text_field, chat, tally)
     return text.read(first, separator, tally)
 
 
-def _read_rows(file: SourceFile, text_field: str, tally: Tally) -> Iterator[Document]:
+def _read_rows(
+    file: SourceFile, text_field: str, chat: ChatReader | None, tally: Tally
+) -> Iterator[Document]:
     field = TextField(file.path, text_field, tally)
-    for row in rows.read(file, tally, columns=field.columns, is_row=field.holds):
+
+    def columns(names: Mapping[str, bool]) -> tuple[str, ...]:
+        if chat is None or not chat.finds_column(names):
+            return field.columns(names)
+        return tuple(name for name in names if name in (*COLUMNS, text_field))
+
+    def is_row(record: Mapping[str, Any]) -> bool:
+        return field.holds(record) or (chat is not None and chat.is_row(record))
+
+    for row in rows.read(file, tally, columns=columns, is_row=is_row):
         try:
-            yield Document(row.name, field.text(row), row.bytes_read)
+            if chat is not None and chat.finds(row.record, text_field, row.place):
+                rendered = chat.render(row.record, row.place)
+                yield Document(row.name, rendered.text, row.bytes_read, rendered)
+            else:
+                yield Document(row.name, field.text(row), row.bytes_read)
         except UserError as error:
             tally.bad_row(error)
 

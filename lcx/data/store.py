@@ -17,20 +17,21 @@ import time
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
 
 from lcx.data import sources
 from lcx.data import tokenizers as tok
+from lcx.data.chat import ChatReader, loss_mask
+from lcx.data.markers import MarkerCounter
 from lcx.data.notices import say_once
 from lcx.data.special import SpecialTokens
+from lcx.data.token_files import MaskWriter, TokenWriter, blocks_match
 from lcx.errors import UserError
 
 _VERSION = 2  # raise it when a store built from the same inputs would hold something else
-_BLOCK = 4 << 20  # bytes per checksum
-_CHECKED_BLOCKS = 64  # checked when a store is opened: all of a small one, a sample of a large one
 _CHUNK_CHARACTERS = 8 << 20  # text tokenised at a time
 _REMEMBERED = 64 << 20  # files at least this large have their hash remembered
 _SETTLED_NS = 2_000_000_000  # a file changed this shortly before it was hashed may change again unseen
@@ -46,6 +47,9 @@ class TokenStore:
       hashes: [D] uint64, a hash of the text of each document: equal text, equal hash.
       max_id: the largest id that occurs.
       notes: what reading the source left out, chose or replaced, a line each.
+      conversations: how many documents are conversations.
+      loss_tokens: how many tokens have a loss.
+      markers: marker of the end of a document -> how many texts have it inside.
     """
 
     folder: Path
@@ -55,6 +59,9 @@ class TokenStore:
     hashes: Int[np.ndarray, "documents"]
     max_id: int
     notes: tuple[str, ...] = ()
+    conversations: int = 0
+    loss_tokens: int | None = None
+    markers: dict[str, int] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
     def tokens(self) -> Int[np.ndarray, "tokens"]:
@@ -62,9 +69,16 @@ class TokenStore:
         # As a plain array: memmap's own indexing costs several times as much for small reads.
         return np.asarray(np.memmap(self.folder / "tokens.bin", dtype=self.dtype, mode="r"))
 
+    @functools.cached_property
+    def loss_mask(self) -> Int[np.ndarray, "tokens"] | None:
+        """1 for the tokens that have a loss, as labels; None when all do. Memory-mapped too."""
+        if self.loss_tokens is None:
+            return None
+        return np.asarray(np.memmap(self.folder / "loss_mask.bin", dtype=np.uint8, mode="r"))
+
     def __getstate__(self) -> dict[str, Any]:
         # A memory map would be pickled as a copy of the whole corpus: the reader maps the file itself.
-        return {key: value for key, value in self.__dict__.items() if key != "tokens"}
+        return {key: value for key, value in self.__dict__.items() if key not in ("tokens", "loss_mask")}
 
     @property
     def num_documents(self) -> int:
@@ -94,9 +108,12 @@ def open_store(
     separator: str | None = None,
     special: SpecialTokens = SpecialTokens(),  # noqa: B008 (frozen)
     on_bad_line: str = "error",
+    chat: ChatReader | None = None,
     cache_dir: str | None = None,
 ) -> TokenStore:
     """Opens the store of these inputs; builds it first where there is none, with a progress bar.
+
+    The special tokens are put around texts alone: what a conversation begins and ends with is its template's matter.
 
     The fingerprint covers names, sizes and contents of the files, the tokenizer, the options and the special tokens
     of each document, so a changed file is another store. Folders and time stamps do not matter: a moved data set is
@@ -110,6 +127,8 @@ def open_store(
     options = {"text_field": text_field, "separator": separator, **_special_options(tokenizer, special)}
     if on_bad_line != "error":
         options["on_bad_line"] = on_bad_line
+    if chat is not None and chat.identity() is not None:
+        options["chat"] = chat.identity()
     try:
         root.mkdir(parents=True, exist_ok=True)
         fingerprint = _fingerprint(files, tokenizer, options, root)
@@ -118,7 +137,7 @@ def open_store(
             _remove_abandoned(root)
             tally = sources.Tally(on_bad_line)
             documents = sources.read_documents(
-                tuple(files), text_field=text_field, separator=separator, tally=tally
+                tuple(files), text_field=text_field, separator=separator, chat=chat, tally=tally
             )
             ends = np.array(special.before, np.int32), np.array(special.after, np.int32)
             size = sum(os.path.getsize(file.path) for file in files)
@@ -227,39 +246,6 @@ def _hashed(
             partial.unlink(missing_ok=True)
 
 
-class _TokenWriter:
-    """Appends token arrays to a file, with a checksum for every block of it."""
-
-    def __init__(self, stream: BinaryIO, dtype: str):
-        self.stream, self.dtype = stream, dtype
-        self.checksums: list[int] = []
-        self.max_id = 0
-        self._buffer = bytearray()
-
-    def append(self, ids: np.ndarray) -> None:
-        top, low = int(ids.max()), int(ids.min())
-        if top > np.iinfo(self.dtype).max or low < 0:
-            raise UserError(
-                f"the tokenizer gave ids {low} .. {top}, more than its vocab_size announces; check it"
-            )
-        self.max_id = max(self.max_id, top)
-        self._buffer += ids.astype(self.dtype).tobytes()
-        while len(self._buffer) >= _BLOCK:
-            self._flush(_BLOCK)
-
-    def _flush(self, size: int) -> None:
-        block = bytes(self._buffer[:size])
-        del self._buffer[:size]
-        self.checksums.append(zlib.crc32(block))
-        self.stream.write(block)
-
-    def finish(self) -> None:
-        if self._buffer:
-            self._flush(len(self._buffer))
-        self.stream.flush()
-        os.fsync(self.stream.fileno())
-
-
 def _chunks(documents: Iterator[sources.Document]) -> Iterator[list[sources.Document]]:
     """Documents in groups of a few million characters: enough for threads to share, little to hold."""
     chunk: list[sources.Document] = []
@@ -272,6 +258,49 @@ def _chunks(documents: Iterator[sources.Document]) -> Iterator[list[sources.Docu
             chunk, characters = [], 0
     if chunk:
         yield chunk
+
+
+@dataclasses.dataclass
+class _Index:
+    """What is known of each document when it is written."""
+
+    lengths: list[int] = dataclasses.field(default_factory=list)
+    hashes: list[int] = dataclasses.field(default_factory=list)
+    conversations: int = 0
+    loss_tokens: int = 0
+
+    def add(self, document: sources.Document, mask: np.ndarray) -> None:
+        self.lengths.append(len(mask))
+        digest = hashlib.blake2b(document.text.encode(), digest_size=8).digest()
+        self.hashes.append(int.from_bytes(digest, "little"))
+        self.conversations += document.chat is not None
+        self.loss_tokens += int(np.count_nonzero(mask))
+
+    def arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        """(offsets [D + 1], hashes [D] as int64)."""
+        offsets = np.concatenate([[0], np.cumsum(self.lengths)]).astype("<i8")
+        return offsets, np.array(self.hashes, "<u8").view("<i8")
+
+
+def _encode(
+    chunk: list[sources.Document], tokenizer: tok.Tokenizer, ends: tuple[np.ndarray, np.ndarray]
+) -> Iterator[tuple[sources.Document, np.ndarray, np.ndarray]]:
+    """(document, ids, loss mask) of each document that has tokens."""
+    partial = [d for d in chunk if d.chat is not None and d.chat.spans is not None]
+    located = iter(tok.locate_all(tokenizer, [d.text for d in partial])) if partial else iter(())
+    whole = [d for d in chunk if d.chat is None or d.chat.spans is None]
+    encoded = iter(tok.encode_all(tokenizer, [d.text for d in whole]))
+    for document in chunk:
+        if document.chat is not None and document.chat.spans is not None:
+            ids, offsets = next(located)
+            mask = loss_mask(offsets, document.chat.spans, marked=document.chat.marked)
+        else:
+            ids = next(encoded)
+            before, after = ends if document.chat is None else (ids[:0], ids[:0])
+            ids = np.concatenate([before, ids, after]) if len(ids) else ids
+            mask = np.ones(len(ids), bool)
+        if len(ids):
+            yield document, ids, mask
 
 
 def _write(
@@ -287,40 +316,41 @@ def _write(
     from tqdm import tqdm
 
     dtype = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
-    lengths: list[int] = []
-    hashes: list[int] = []
+    index, markers = _Index(), MarkerCounter()
     bar = tqdm(total=size, desc="tokenising", unit="B", unit_scale=True, disable=None, delay=1.0)
     names = open(folder / "names.txt", "w", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
     with open(folder / "tokens.bin", "wb") as stream, names, bar:
-        writer = _TokenWriter(stream, dtype)
+        tokens, masks = TokenWriter(stream, dtype), MaskWriter(folder / "loss_mask.bin")
         for chunk in _chunks(documents):
-            for document, ids in zip(chunk, tok.encode_all(tokenizer, [d.text for d in chunk]), strict=True):
-                whole = np.concatenate([ends[0], ids, ends[1]])
-                if not len(ids):
-                    continue
-                writer.append(whole)
-                lengths.append(len(whole))
-                digest = hashlib.blake2b(document.text.encode(), digest_size=8).digest()
-                hashes.append(int.from_bytes(digest, "little"))
+            for document, ids, mask in _encode(chunk, tokenizer, ends):
+                tokens.append(ids)
+                masks.append(mask)
+                index.add(document, mask)
+                if document.chat is None:
+                    markers.add(document.text)
                 names.write(" ".join(document.name.split()) + "\n")
             bar.update(chunk[-1].bytes_read - bar.n)
-        writer.finish()
-    if not lengths:
+        tokens.finish()
+    if not index.lengths:
         found = "; ".join(tally.lines()) or "every document is empty"
         raise UserError(f"the data source holds no text: {found}; check Dataset.source")
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype("<i8")
-    index = np.concatenate([offsets, np.array(hashes, "<u8").view("<i8")])
-    index.tofile(folder / "documents.bin")
+    offsets, hashes = index.arrays()
+    table = np.concatenate([offsets, hashes])
+    table.tofile(folder / "documents.bin")
     meta = {
         "fingerprint": fingerprint,
         "dtype": dtype,
-        "num_documents": len(lengths),
+        "num_documents": len(index.lengths),
         "num_tokens": int(offsets[-1]),
-        "max_id": writer.max_id,
-        "documents_crc32": zlib.crc32(index.tobytes()),
-        "block_crc32": writer.checksums,
+        "max_id": tokens.max_value,
+        "documents_crc32": zlib.crc32(table.tobytes()),
+        "block_crc32": tokens.checksums,
         "notes": tally.lines(),
+        "conversations": index.conversations,
+        "markers": markers.counts,
     }
+    if (checksums := masks.finish()) is not None:
+        meta |= {"loss_tokens": index.loss_tokens, "mask_crc32": checksums}
     (folder / "meta.json").write_text(json.dumps(meta))
 
 
@@ -360,23 +390,19 @@ def _read_store(folder: Path, fingerprint: str) -> TokenStore | None:
             and len(index) == 2 * count + 1
             and zlib.crc32(index.tobytes()) == meta["documents_crc32"]
             and os.path.getsize(folder / "tokens.bin") == expected
-            and _blocks_match(folder / "tokens.bin", meta["block_crc32"])
+            and blocks_match(folder / "tokens.bin", meta["block_crc32"])
             and all(isinstance(line, str) for line in meta["notes"])
         )
+        loss_tokens = meta.get("loss_tokens")
+        if loss_tokens is not None:
+            mask = folder / "loss_mask.bin"
+            sound = sound and os.path.getsize(mask) == meta["num_tokens"]
+            sound = sound and blocks_match(mask, meta["mask_crc32"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
     if not sound:
         return None
     offsets, hashes = index[: count + 1], index[count + 1 :].view("<u8")
-    return TokenStore(folder, fingerprint, dtype, offsets, hashes, meta["max_id"], tuple(meta["notes"]))
-
-
-def _blocks_match(path: Path, checksums: list[int]) -> bool:
-    """Compares every block of a small file, evenly spaced ones (with both ends) of a large one."""
-    chosen = np.unique(np.linspace(0, len(checksums) - 1, min(len(checksums), _CHECKED_BLOCKS)).astype(int))
-    with open(path, "rb") as stream:
-        for block in chosen.tolist():
-            stream.seek(block * _BLOCK)
-            if zlib.crc32(stream.read(_BLOCK)) != checksums[block]:
-                return False
-    return True
+    more = {"conversations": meta.get("conversations", 0), "markers": meta.get("markers", {})}
+    more |= {"notes": tuple(meta["notes"]), "loss_tokens": loss_tokens}
+    return TokenStore(folder, fingerprint, dtype, offsets, hashes, meta["max_id"], **more)

@@ -18,6 +18,10 @@ from lcx.data.tokenizer_classes import GENERIC
 from lcx.data.tokenizer_settings import Settings
 from lcx.errors import UserError
 
+# Ids [tokens], and for each token its first character and the one after its last [tokens, 2]. A character that is
+# several tokens is in all of them.
+Located = tuple[np.ndarray, np.ndarray]
+
 
 @dataclasses.dataclass(frozen=True)
 class HuggingFaceTokenizer:
@@ -59,6 +63,11 @@ class HuggingFaceTokenizer:
         with guarded(f"{self.path} cannot encode one of {len(texts)} texts"):
             encodings = self._library.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
             return [np.array(encoding.ids, np.int32) for encoding in encodings]
+
+    def encode_with_offsets(self, texts: Sequence[str]) -> list[Located]:
+        with guarded(f"{self.path} cannot encode one of {len(texts)} texts"):
+            found = self._library.encode_batch(list(texts), add_special_tokens=False)
+            return [(np.array(e.ids, np.int32), np.array(e.offsets, np.int64).reshape(-1, 2)) for e in found]
 
     def decode(self, ids: Iterable[int]) -> str:
         known = [i for i in map(int, ids) if 0 <= i < self.vocab_size]
@@ -117,6 +126,19 @@ class SentencePieceTokenizer:
     ) -> list[Int[np.ndarray, "tokens"]]:
         with guarded(f"{self.path} cannot encode one of {len(texts)} texts"):
             return [np.array(ids, np.int32) for ids in self._library.encode(list(texts))]
+
+    def encode_with_offsets(self, texts: Sequence[str]) -> list[Located]:
+        located = []
+        with guarded(f"{self.path} cannot encode one of {len(texts)} texts"):
+            for text in texts:
+                pieces = self._library.encode(text, out_type="immutable_proto").pieces
+                offsets = np.array([(p.begin, p.end) for p in pieces], np.int64).reshape(-1, 2)
+                located.append((np.array([p.id for p in pieces], np.int32), offsets))
+        return located
+
+    def piece(self, token: int) -> str:
+        """The text of a token, special ones too."""
+        return self._library.id_to_piece(token)
 
     def decode(self, ids: Iterable[int]) -> str:
         known = [i for i in map(int, ids) if 0 <= i < self.vocab_size]

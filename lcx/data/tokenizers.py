@@ -19,6 +19,7 @@ from lcx.data import json_files, tokenizer_folders, tokenizer_settings
 from lcx.data.special import SpecialTokens, separating_tokens, special_tokens
 from lcx.data.tokenizer_libraries import (
     HuggingFaceTokenizer,
+    Located,
     SentencePieceTokenizer,
     checksum,
     files_of,
@@ -44,6 +45,7 @@ __all__ = [
 
 RECORD = "lcx_tokenizer.json"
 _SIDE_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+_SIDE_TEMPLATES = "additional_chat_templates/*.jinja"
 
 
 @runtime_checkable
@@ -106,6 +108,15 @@ class ByteTokenizer:
         before = self.special.before if add_special_tokens else ()
         return np.concatenate([np.array(before, np.int32), ids])
 
+    def encode_with_offsets(self, texts: Sequence[str]) -> list[Located]:
+        located = []
+        for text in texts:
+            code = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+            sizes = 1 + (code >= 1 << 7).astype(int) + (code >= 1 << 11) + (code >= 1 << 16)
+            begin = np.repeat(np.arange(len(text)), sizes)
+            located.append((self.encode(text), np.stack([begin, begin + 1], 1)))
+        return located
+
     def decode(self, ids: Iterable[int]) -> str:
         values = np.array([i if 0 <= i < 256 else -1 for i in map(int, ids)], np.int64)
         plain = values >= 0
@@ -124,6 +135,17 @@ def encode_all(
     asked = {"add_special_tokens": True} if add_special_tokens else {}
     batch = getattr(tokenizer, "encode_batch", None)
     return batch(texts, **asked) if batch is not None else [tokenizer.encode(text, **asked) for text in texts]
+
+
+def locate_all(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Located]:
+    """The ids of each text, and where their characters are. UserError for a tokenizer that cannot say."""
+    method = getattr(tokenizer, "encode_with_offsets", None)
+    if method is None:
+        raise UserError(
+            f"{type(tokenizer).__name__} has no encode_with_offsets, which a loss on some of the tokens needs;"
+            " set Dataset.chat_loss='all'"
+        )
+    return method(texts)
 
 
 def identity(tokenizer: Tokenizer) -> dict[str, Any]:
@@ -186,10 +208,15 @@ def save_tokenizer(tokenizer: Tokenizer, folder: str | os.PathLike) -> None:
     path = record.pop("path", None)
     if path is not None:
         source, name = Path(path), record["file"]
+        sides = (
+            *_SIDE_FILES,
+            *(str(file.relative_to(source.parent)) for file in source.parent.glob(_SIDE_TEMPLATES)),
+        )
         targets = dict(zip(files_of(source), files_of(folder / name), strict=True))
-        targets |= {source.parent / side: folder / side for side in _SIDE_FILES}
+        targets |= {source.parent / side: folder / side for side in sides}
         for file, target in targets.items():
             if file.is_file() and file.resolve() != target.resolve():
+                target.parent.mkdir(exist_ok=True)
                 _copy(file, target)
     partial = folder / f"{RECORD}.partial"
     partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

@@ -3,7 +3,7 @@
 import dataclasses
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 from lcx.data import ByteTokenizer, Dataset, Mixture, Tokenizer, check_vocabulary
 from lcx.data.tokenizers import identity
@@ -13,11 +13,15 @@ from lcx.model import Decoder
 
 @dataclasses.dataclass(frozen=True)
 class Documents:
-    """Documents, and the tokenizer that made them."""
+    """Documents, and the tokenizer that made them.
+
+    `masks` says which tokens have a loss, as targets: in conversations what the assistant says.
+    """
 
     tokens: list[Int[np.ndarray, " length"]]
     tokenizer: Tokenizer
     source: str
+    masks: list[Bool[np.ndarray, " length"]]
     special: str = ""  # what was put before and after each document, in words
 
     @property
@@ -30,6 +34,12 @@ class Documents:
             special = [i for i in (self.tokenizer.bos_id, self.tokenizer.eos_id) if i is not None]
             return int(sum(((d < 256) & ~np.isin(d, special)).sum() for d in self.tokens))
         return sum(len(self.tokenizer.decode(document.tolist()).encode()) for document in self.tokens)
+
+    @property
+    def scored(self) -> str:
+        """What to add to a definition where not every token is scored; else nothing."""
+        whole = all(mask.all() for mask in self.masks)
+        return "" if whole else " of the tokens with a loss (in conversations what the assistant says)"
 
     @property
     def unit(self) -> str:
@@ -67,10 +77,11 @@ def read(
         dataset = _with_tokenizer(dataset, tokenizer, owner)
     tokenizer = dataset.load_tokenizer()
     check_vocabulary(tokenizer, model.vocab_size)
-    tokens, left = [], max_tokens
-    for document in dataset.document_tokens(split, packed=packed):
+    tokens, masks, left = [], [], max_tokens
+    for document, mask in dataset.documents(split, packed=packed):
         document = document[: min((n for n in (max_length, left) if n is not None), default=len(document))]
         tokens.append(document)
+        masks.append(mask[: len(document)])
         if left is not None:
             left -= len(document)
             if left <= 0:
@@ -79,9 +90,13 @@ def read(
         raise UserError(
             f"split {split!r} of {_source(dataset)} holds no text: set {owner}.split, or raise Dataset.eval_fraction"
         )
-    return Documents(
-        tokens, tokenizer, f"{_source(dataset)}, {split} split", dataset.describe_special_tokens(packed=packed)
-    )
+    if not any(mask[1:].any() for mask in masks):
+        raise UserError(
+            f"the first {sum(map(len, tokens))} tokens of split {split!r} of {_source(dataset)} hold none with a loss:"
+            f" raise {owner}.max_tokens, or set Dataset.chat_loss='all'"
+        )
+    place = f"{_source(dataset)}, {split} split"
+    return Documents(tokens, tokenizer, place, masks, dataset.describe_special_tokens(packed=packed))
 
 
 def _with_tokenizer(dataset: Dataset | Mixture, tokenizer: Tokenizer, owner: str) -> Dataset | Mixture:

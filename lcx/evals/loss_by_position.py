@@ -128,7 +128,13 @@ class LossByPosition:
         plan = plan_concat(starts, lengths, seq_len=T, joined=not self.document_mask)
         # The one token that was read for its label must not become a row of its own.
         rows = np.arange(max(1, plan.num_rows - (int(lengths.sum()) % T == 1)))
-        batch = assemble(plan, np.concatenate(text.tokens), rows, document_mask=self.document_mask)
+        batch = assemble(
+            plan,
+            np.concatenate(text.tokens),
+            rows,
+            document_mask=self.document_mask,
+            loss_mask=np.concatenate(text.masks),
+        )
         weights = batch["loss_weights"]
         if not self.score_document_starts:
             is_start = np.zeros(int(lengths.sum()), np.int32)
@@ -145,7 +151,8 @@ class LossByPosition:
             where = "attention over the whole row, across documents; "
             where += "" if self.score_document_starts else "the first token of a document is no label; "
         return (
-            f"mean negative log-likelihood ({text.unit}) of the token after position p, for p in [start, end);"
+            f"mean negative log-likelihood ({text.unit}){text.scored} of the token after position p, for p in"
+            " [start, end);"
             f" documents of {text.source} end to end, in order, the first {text.num_tokens} tokens, cut into rows of"
             f" the evaluated length; {text.special}; {where}standard errors take rows as independent"
         )

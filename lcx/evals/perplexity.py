@@ -93,7 +93,7 @@ class Perplexity:
         rows = window_rows([len(document) for document in text.tokens], window=W, stride=S)
         longest = max(map(len, text.tokens))
         width = min(W, -(-longest // _WIDTH_STEP) * _WIDTH_STEP)
-        tokens, labels, weights = _cut(text.tokens, rows, width)
+        tokens, labels, weights = _cut(text.tokens, text.masks, rows, width)
         nll = scoring.score(
             model,
             params,
@@ -136,8 +136,8 @@ class Perplexity:
                 " of context"
             )
         return (
-            f"exp(sum of negative log-likelihoods / number of scored tokens) over all documents (token-weighted);"
-            f" {kind}; the first token of a document is {first};"
+            f"exp(sum of negative log-likelihoods / number of scored tokens{text.scored}) over all documents"
+            f" (token-weighted); {kind}; the first token of a document is {first};"
             f" {text.special}; the first {text.num_tokens} tokens of {text.source}; standard error of the nll with"
             " documents as independent"
         )
@@ -193,7 +193,7 @@ def window_rows(lengths: list[int], *, window: int, stride: int) -> Int[np.ndarr
 
 
 def _cut(
-    texts: list[np.ndarray], rows: Int[np.ndarray, "R 4"], width: int
+    texts: list[np.ndarray], masks: list[np.ndarray], rows: Int[np.ndarray, "R 4"], width: int
 ) -> tuple[Int[np.ndarray, "R W"], Int[np.ndarray, "R W"], np.ndarray]:
     """Tokens, labels and weights of the windows, padded on the right to one width."""
     tokens, labels = (np.zeros((len(rows), width), np.int32) for _ in range(2))
@@ -202,7 +202,7 @@ def _cut(
         count = end - begin
         tokens[i, :count] = texts[document][begin:end]
         labels[i, : count - 1] = texts[document][begin + 1 : end]
-        weights[i, first - begin - 1 : count - 1] = True
+        weights[i, first - begin - 1 : count - 1] = masks[document][first:end]
     return tokens, labels, weights
 
 

@@ -8,6 +8,8 @@ row that cannot be read goes to `Tally.bad_row`, which raises or counts it, as `
 import dataclasses
 from typing import Any
 
+from lcx.data.chat import Rendered
+
 FORMATS = ("text", "jsonl", "json", "csv", "tsv", "parquet", "arrow", "fasta", "code")
 ROW_FORMATS = ("jsonl", "json", "csv", "tsv", "parquet", "arrow")
 
@@ -31,11 +33,15 @@ class SourceFile:
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """A document, and how many bytes of the source had been read when it was complete."""
+    """A document, and how many bytes of the source had been read when it was complete.
+
+    `chat` is set for a conversation: its text is what the chat template wrote, special tokens included.
+    """
 
     name: str
     text: str
     bytes_read: int
+    chat: Rendered | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,37 @@
+"""Markers of the end of a document that stand in a text as they were written, such as <|endoftext|>.
+
+Files that join documents by a marker are read as one document unless the marker is the separator; the model then
+learns from what does not belong together, and in some tokenizers the marker becomes the token itself.
+"""
+
+from collections.abc import Mapping
+
+KNOWN = (
+    "<|endoftext|>", "<|end_of_text|>", "<|endofdocument|>", "<|end_of_document|>", "<|eos|>", "<|EOT|>", "</s>",
+    "<eos>", "<EOS>", "[EOS]", "<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "<\N{FULLWIDTH VERTICAL LINE}"
+    "end\N{LOWER ONE EIGHTH BLOCK}of\N{LOWER ONE EIGHTH BLOCK}sentence\N{FULLWIDTH VERTICAL LINE}>",
+)  # fmt: skip
+_SIGNS = ("<", "[EOS]")  # every known marker has one of them
+
+
+class MarkerCounter:
+    """Counts the texts that have a marker inside."""
+
+    def __init__(self) -> None:
+        self.counts: dict[str, int] = {}
+
+    def add(self, text: str) -> None:
+        if not any(sign in text for sign in _SIGNS):
+            return
+        for marker in KNOWN:
+            if marker in text:
+                self.counts[marker] = self.counts.get(marker, 0) + 1
+
+
+def sentence(counts: Mapping[str, int], source: str) -> str:
+    """What to say about the markers that were found."""
+    found = ", ".join(f"{marker!r} in {count} documents" for marker, count in counts.items())
+    return (
+        f"{source} has markers of a document's end inside its text: {found}; set Dataset.separator where one separates"
+        " the documents of a text file, or take it out of the text"
+    )
