@@ -10,7 +10,6 @@ from lcx.data.notices import say_once
 from lcx.data.store import TokenStore
 from lcx.errors import UserError
 
-
 SPLITS = ("train", "eval")
 Scored = tuple[np.ndarray, np.ndarray]  # the ids of a document, and which of them have a loss
 SPLIT_RULES = ("hash", "tail")
