@@ -120,11 +120,16 @@ def test_a_hub_snapshot_of_links_is_read(tmp_path):
     assert names(linked) == ["data/train.jsonl"]
 
 
-def test_cycles_of_links_end(tmp_path):
+def test_cycles_of_links_end(tmp_path, monkeypatch):
     make(tmp_path / "a", ["x.jsonl", "b/y.jsonl"])
     os.symlink(tmp_path / "a", tmp_path / "a" / "b" / "up")
     os.symlink("b", tmp_path / "a" / "again")
     assert sorted(texts(tmp_path / "a")) == ["b/y.jsonl", "x.jsonl"]
+    os.symlink(tmp_path / "a", tmp_path / "a" / "third")  # with three, ways through them are too many to follow
+    for pattern in ("a/**/*.jsonl", "**/*.jsonl", "a/**", "*/**/*.json?"):
+        monkeypatch.chdir(tmp_path)
+        assert sorted(texts(pattern)) == ["b/y.jsonl", "x.jsonl"], pattern
+    assert texts("a/**/b/*") == ["b/y.jsonl"] and texts("./**/x.jsonl") == ["x.jsonl"]
     os.symlink("self.jsonl", tmp_path / "self.jsonl")
     with pytest.raises(
         UserError, match="cannot read .*self.jsonl: it is a link to self.jsonl, which leads to no file"

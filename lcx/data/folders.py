@@ -10,6 +10,8 @@ What is left out is said. Links are followed; a folder that is reached twice is 
 """
 
 import dataclasses
+import fnmatch
+import glob
 import os
 import re
 import stat
@@ -55,17 +57,43 @@ def relative(path: str, root: str) -> str:
     return Path(os.path.relpath(os.path.abspath(path), root)).as_posix()
 
 
-def walk(root: str, *, skip: frozenset[str] = _SKIP, follow: bool = True) -> Iterator[str]:
-    """What lies below `root` and is no folder, in path order, without hidden names.
+def matches(pattern: str) -> list[str]:
+    """The files and folders that a glob matches, sorted. With "**" a folder is entered once, so cycles of links end."""
+    parts = pattern.split("/")
+    if "**" not in parts:
+        return sorted(glob.glob(pattern))
+    at = parts.index("**")
+    roots = glob.glob("/".join([*parts[:at], ""])) if at else ["."]
+    found = []
+    for root in sorted(roots):
+        for path in walk(root, skip=frozenset(), folders=True):
+            if _fits(os.path.relpath(path, root).split(os.sep), parts[at:]):
+                found.append(path if at else os.path.relpath(path))
+    return sorted(found)
+
+
+def _fits(names: list[str], pattern: list[str]) -> bool:
+    """Whether the parts of a path match those of a pattern, of which "**" stands for any number."""
+    if not pattern:
+        return not names
+    if pattern[0] == "**":
+        return len(pattern) == 1 or any(_fits(names[i:], pattern[1:]) for i in range(len(names) + 1))
+    return bool(names) and fnmatch.fnmatchcase(names[0], pattern[0]) and _fits(names[1:], pattern[1:])
+
+
+def walk(
+    root: str, *, skip: frozenset[str] = _SKIP, follow: bool = True, folders: bool = False
+) -> Iterator[str]:
+    """What lies below `root` and is no folder (or is, with `folders`), in path order, without hidden names.
 
     Raises:
       UserError: a folder that cannot be read.
     """
     seen: set[tuple[int, int]] = set()
     paths: list[str] = []
-    waiting = [root]
-    while waiting:
-        folder = waiting.pop()
+    waiting, linked = [root], []
+    while waiting or linked:  # a folder has its own name before that of a link to it
+        folder = waiting.pop() if waiting else linked.pop()
         try:
             status = os.stat(folder)
             if (status.st_dev, status.st_ino) in seen:
@@ -79,10 +107,11 @@ def walk(root: str, *, skip: frozenset[str] = _SKIP, follow: bool = True) -> Ite
         for entry in entries:
             if entry.name.startswith(".") or (entry.is_symlink() and not follow):
                 continue
-            if not entry.is_dir():
+            is_folder = entry.is_dir()
+            if folders or not is_folder:
                 paths.append(entry.path)
-            elif entry.name not in skip:
-                waiting.append(entry.path)
+            if is_folder and entry.name not in skip:
+                (linked if entry.is_symlink() else waiting).append(entry.path)
     yield from sorted(paths, key=lambda path: Path(path).parts)
 
 
