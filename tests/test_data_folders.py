@@ -51,6 +51,9 @@ def texts(folder, **options):
         ("test/0.jsonl more.jsonl", "more.jsonl test/0.jsonl"),
         ("a_contest.txt trained.txt latest.txt", "a_contest.txt latest.txt trained.txt"),
         ("part-00000 part-00001 _SUCCESS", "part-00000 part-00001"),
+        ("a.txt b.txt metadata.csv SOURCES.tsv", "a.txt b.txt"),
+        ("README.md LICENSE", "README.md"),
+        ("metadata.csv picture.png", "metadata.csv"),
         ("g.fa README.md authors.jsonl", "authors.jsonl g.fa"),
     ],
 )  # fmt: skip
@@ -67,12 +70,14 @@ def test_a_folder_is_read_for_its_data(tmp_path, there, read, caplog):
     "there",
     [
         "setup.py package.json src/a.py tests/cases/x.csv requirements.txt README.md",
-        "index.js package.json tsconfig.json README.md",
+        "index.js package.json angular.json README.md",
         "main.c notes.txt",
     ],
 )
 def test_a_repository_is_code(tmp_path, there):
     make(tmp_path, there.split())
+    (tmp_path / "settings.json").write_text('{\n "rules": [{"a": 1}]\n}')
+    make(tmp_path, ["tests/broken.parquet"])
     files = find_files(str(tmp_path))
     assert {file.format for file in files} == {"code"} and len(texts(tmp_path)) == 1
     (one,) = texts(tmp_path)
@@ -115,11 +120,16 @@ def test_a_hub_snapshot_of_links_is_read(tmp_path):
     assert names(linked) == ["data/train.jsonl"]
 
 
-def test_cycles_of_links_end(tmp_path):
+def test_cycles_of_links_end(tmp_path, monkeypatch):
     make(tmp_path / "a", ["x.jsonl", "b/y.jsonl"])
     os.symlink(tmp_path / "a", tmp_path / "a" / "b" / "up")
     os.symlink("b", tmp_path / "a" / "again")
     assert sorted(texts(tmp_path / "a")) == ["b/y.jsonl", "x.jsonl"]
+    os.symlink(tmp_path / "a", tmp_path / "a" / "third")  # with three, ways through them are too many to follow
+    for pattern in ("a/**/*.jsonl", "**/*.jsonl", "a/**", "*/**/*.json?"):
+        monkeypatch.chdir(tmp_path)
+        assert sorted(texts(pattern)) == ["b/y.jsonl", "x.jsonl"], pattern
+    assert texts("a/**/b/*") == ["b/y.jsonl"] and texts("./**/x.jsonl") == ["x.jsonl"]
     os.symlink("self.jsonl", tmp_path / "self.jsonl")
     with pytest.raises(
         UserError, match="cannot read .*self.jsonl: it is a link to self.jsonl, which leads to no file"

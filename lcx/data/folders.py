@@ -10,10 +10,12 @@ What is left out is said. Links are followed; a folder that is reached twice is 
 """
 
 import dataclasses
+import fnmatch
+import glob
 import os
 import re
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from pathlib import Path
 
 from lcx.data import saved_dataset
@@ -26,7 +28,8 @@ _SKIP = frozenset(("__pycache__", "node_modules", "_delta_log"))
 _ABOUT = re.compile(
     r"(readme|license|licence|copying|notice|authors|changelog|citation|contributing|requirements)\b[^.]*"
     r"(\.(md|txt|rst|cff|bib|html))*$"
-    r"|(dataset_infos?|dataset_dict|state|config|metadata|croissant|package|package-lock|tsconfig)\.json$"
+    r"|(dataset_infos?|dataset_dict|state|config|croissant|package|package-lock|tsconfig)\.json$"
+    r"|(sources|index|manifest|metadata)\.(csv|tsv|json)$"
     r"|_(success|metadata|common_metadata)$|cache-.*\.arrow$",
     re.IGNORECASE,
 )
@@ -34,6 +37,7 @@ _TRAIN = re.compile(r"(?<![a-z])train(ing)?(?![a-z])", re.IGNORECASE)
 _HELD_OUT = re.compile(r"(?<![a-z])(test(ing)?|val(id(ation)?)?|dev|eval(uation)?)(?![a-z])", re.IGNORECASE)
 _SHARD = re.compile(r"(\d{5})-of-(\d{5})")
 _SPLITS = {"t": "test", "v": "validation", "d": "validation", "e": "evaluation"}  # by the first letter
+_CODE = "source code"
 _DOCUMENTS = (".md", ".rst")
 
 
@@ -53,17 +57,43 @@ def relative(path: str, root: str) -> str:
     return Path(os.path.relpath(os.path.abspath(path), root)).as_posix()
 
 
-def walk(root: str, *, skip: frozenset[str] = _SKIP, follow: bool = True) -> Iterator[str]:
-    """What lies below `root` and is no folder, in path order, without hidden names.
+def matches(pattern: str) -> list[str]:
+    """The files and folders that a glob matches, sorted. With "**" a folder is entered once, so cycles of links end."""
+    parts = pattern.split("/")
+    if "**" not in parts:
+        return sorted(glob.glob(pattern))
+    at = parts.index("**")
+    roots = glob.glob("/".join([*parts[:at], ""])) if at else ["."]
+    found = []
+    for root in sorted(roots):
+        for path in walk(root, skip=frozenset(), folders=True):
+            if _fits(os.path.relpath(path, root).split(os.sep), parts[at:]):
+                found.append(path if at else os.path.relpath(path))
+    return sorted(found)
+
+
+def _fits(names: list[str], pattern: list[str]) -> bool:
+    """Whether the parts of a path match those of a pattern, of which "**" stands for any number."""
+    if not pattern:
+        return not names
+    if pattern[0] == "**":
+        return len(pattern) == 1 or any(_fits(names[i:], pattern[1:]) for i in range(len(names) + 1))
+    return bool(names) and fnmatch.fnmatchcase(names[0], pattern[0]) and _fits(names[1:], pattern[1:])
+
+
+def walk(
+    root: str, *, skip: frozenset[str] = _SKIP, follow: bool = True, folders: bool = False
+) -> Iterator[str]:
+    """What lies below `root` and is no folder (or is, with `folders`), in path order, without hidden names.
 
     Raises:
       UserError: a folder that cannot be read.
     """
     seen: set[tuple[int, int]] = set()
     paths: list[str] = []
-    waiting = [root]
-    while waiting:
-        folder = waiting.pop()
+    waiting, linked = [root], []
+    while waiting or linked:  # a folder has its own name before that of a link to it
+        folder = waiting.pop() if waiting else linked.pop()
         try:
             status = os.stat(folder)
             if (status.st_dev, status.st_ino) in seen:
@@ -77,10 +107,11 @@ def walk(root: str, *, skip: frozenset[str] = _SKIP, follow: bool = True) -> Ite
         for entry in entries:
             if entry.name.startswith(".") or (entry.is_symlink() and not follow):
                 continue
-            if not entry.is_dir():
+            is_folder = entry.is_dir()
+            if folders or not is_folder:
                 paths.append(entry.path)
-            elif entry.name not in skip:
-                waiting.append(entry.path)
+            if is_folder and entry.name not in skip:
+                (linked if entry.is_symlink() else waiting).append(entry.path)
     yield from sorted(paths, key=lambda path: Path(path).parts)
 
 
@@ -111,16 +142,12 @@ def files_of(folder: str, format: str | None) -> tuple[SourceFile, ...]:
         return code_files(folder)
     root = os.path.abspath(folder)
     paths = list(walk(folder))
-    named = [path for path in paths if format is not None and _ending_says(path) == format]
+    named = {path for path in paths if format is not None and _ending_says(path) == format}
     found = [_candidate(path, relative(path, root), format, named) for path in paths]
-    if format is None:
-        code = [
-            one for one in found if detect.is_code(one.name) and not one.name.lower().endswith(_DOCUMENTS)
-        ]
-        if code and not any(_is_data_set(one) for one in found):
-            _say_left_out(folder, "source code is", [one for one in found if one.is_table])
-            return code_files(folder)
-    chosen = _without_held_out(_data(found, format))
+    if any(one.reason == _CODE for one in found) and not any(_is_data_set(one) for one in found):
+        _say_left_out(folder, "source code is", [one for one in found if one.is_table and not one.reason])
+        return code_files(folder)
+    chosen = _without_held_out(_data(found))
     if not chosen:
         known = ", ".join([*_DOCUMENTS, *detect.BY_ENDING])
         raise UserError(
@@ -129,7 +156,7 @@ def files_of(folder: str, format: str | None) -> tuple[SourceFile, ...]:
         )
     _say_missing_shards(folder, chosen)
     _say_left_out(folder, _counted(len(chosen)), [one for one in found if one not in chosen])
-    return tuple(SourceFile(one.path, one.name, one.format or "text") for one in chosen)
+    return tuple(source_file(one.path, one.name, format) for one in chosen)
 
 
 def code_files(folder: str, *, document: str | None = None) -> tuple[SourceFile, ...]:
@@ -166,18 +193,22 @@ def _ending_says(path: str) -> str | None:
     return detect.BY_ENDING.get(os.path.splitext(streams.plain_name(path))[1])
 
 
-def _candidate(path: str, name: str, format: str | None, named: Sequence[str]) -> _Candidate:
-    """`named`: the files whose ending is that of the format that is asked for; if there are some, they are meant."""
+def _candidate(path: str, name: str, format: str | None, named: Set[str]) -> _Candidate:
+    """A file by its name; only one without a known ending is looked into.
+
+    Args:
+      named: the files whose ending is that of the format that is asked for; if there are some, they are meant.
+    """
     if named and path not in named:
         return _Candidate(path, name, None, f"not {format} by its name")
-    ending = os.path.splitext(streams.plain_name(name))[1]
-    base = os.path.basename(name)
-    if _ABOUT.match(base):
-        return _Candidate(path, name, None, "about the data")
+    ending = os.path.splitext(name)[1].lower()
+    by_ending = format or _ending_says(path) or ("text" if ending in _DOCUMENTS else None)
+    if _ABOUT.match(os.path.basename(name)):
+        return _Candidate(path, name, by_ending, "about the data")
     if format is None and detect.is_code(name) and ending not in _DOCUMENTS:
-        return _Candidate(path, name, None, "source code")
-    if ending in detect.BY_ENDING or ending in _DOCUMENTS or format is not None:
-        return _Candidate(path, name, source_file(path, name, format).format)
+        return _Candidate(path, name, None, _CODE)
+    if by_ending is not None:
+        return _Candidate(path, name, by_ending)
     if not _is_regular(path):
         return _Candidate(path, name, None, "no regular file")
     try:
@@ -186,26 +217,38 @@ def _candidate(path: str, name: str, format: str | None, named: Sequence[str]) -
         found = "text"
     # Plain text without a known ending may be anything.
     return (
-        _Candidate(path, name, found)
-        if found != "text"
-        else _Candidate(path, name, None, "an unknown ending")
+        _Candidate(path, name, None, "an unknown ending")
+        if found == "text"
+        else _Candidate(path, name, found)
     )
 
 
 def _is_data_set(one: _Candidate) -> bool:
-    """Whether a file of rows lies where a data set has it, not where a code repository keeps a test case."""
-    folders = one.name.split("/")[:-1]
-    return one.is_table and (not folders or folders[0] == "data" or _TRAIN.search(one.name) is not None)
+    """Whether a file of rows lies where a data set has it, and not where a repository keeps settings and test cases."""
+    if not one.is_table or one.reason:
+        return False
+    folder = one.name.rpartition("/")[0]
+    if folder.split("/")[0] == "data" or _TRAIN.search(one.name):
+        return True
+    return not folder and not (one.format == "json" and _is_settings(one.path))
 
 
-def _data(found: Sequence[_Candidate], format: str | None) -> list[_Candidate]:
-    """Tables and texts, or the documentation where there is nothing else."""
+def _is_settings(path: str) -> bool:
+    """Whether a JSON file is one object, as tools keep their settings."""
+    try:
+        head = streams.head(path, 1 << 16)
+    except UserError:
+        return False
+    return head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{") and detect.json_format(head, "json") == "json"
+
+
+def _data(found: Sequence[_Candidate]) -> list[_Candidate]:
+    """Tables with the texts beside them, or texts and documentation; else what is about data."""
     readable = [one for one in found if one.format is not None]
-    data = [one for one in readable if not one.name.lower().endswith(_DOCUMENTS)]
-    if format is not None or not data:
-        return readable
-    texts_beside = [one for one in readable if not one.is_table]
-    return data if any(one.is_table for one in data) else texts_beside
+    data = [one for one in readable if not one.reason] or readable
+    if any(one.is_table for one in data):
+        return [one for one in data if not one.name.lower().endswith(_DOCUMENTS)]
+    return data
 
 
 def _without_held_out(chosen: list[_Candidate]) -> list[_Candidate]:

@@ -66,7 +66,12 @@ def _names(content: dict[str, Any], folder: str, key: str) -> list[str]:
     if not isinstance(names, list):
         raise UserError(f"{shown(folder)}: its description has no list {key!r}; save the data set again")
     for name in names:
-        if not isinstance(name, str) or name in ("", ".", "..") or set(name) & {"/", os.sep, "\0"}:
+        if (
+            not isinstance(name, str)
+            or name in ("", ".", "..")
+            or len(name) > 255
+            or set(name) & {"/", os.sep, "\0"}
+        ):
             raise UserError(
                 f"{shown(folder)}: {key} holds {name!r:.80}, expected a name in that folder; save the data set again"
             )

@@ -6,7 +6,6 @@ documents in that order. Both are deterministic: names do not depend on where th
 
 import dataclasses
 import difflib
-import glob
 import os
 import sysconfig
 from collections.abc import Iterator, Mapping
@@ -71,7 +70,7 @@ def find_files(source: str | tuple[str, ...], *, format: str | None = None) -> t
     source = os.path.expanduser(source)
     if os.path.isdir(source):
         return folders.files_of(source, format)
-    paths = [source] if os.path.lexists(source) else sorted(glob.glob(source, recursive=True))
+    paths = [source] if os.path.lexists(source) else folders.matches(source)
     if not paths:
         raise UserError(f"data source {source!r} matches no file{_similar(source)}; set Dataset.source")
     root = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])

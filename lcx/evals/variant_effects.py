@@ -77,7 +77,7 @@ class VariantEffects:
         area = auroc(*zip(*labelled, strict=True)) if labelled else None
         said = "" if area is None else f", AUROC {area:.3f} over {len(labelled)} labelled"
         if left_out:
-            said += f"; {len(left_out)} not scored, the first is {left_out[0]['variant']}: {left_out[0]['reason']}"
+            said += f"; {len(left_out)} not scored, the first is {left_out[0]['variant'][:60]}: {left_out[0]['reason']}"
         return {
             "definition": (
                 f"log p(alt window) - log p(ref window) in nats, sums over windows of {letters} letters (fewer "

@@ -42,7 +42,7 @@ def read_variants(path: str) -> Iterator[Variant]:
     missing = [name for name in _COLUMNS if name not in header]
     if missing:
         raise UserError(
-            f"{path} has the columns {header[:12]}, expected {', '.join(_COLUMNS)}: {missing[0]} is missing"
+            f"{path} has the columns {str(header)[:200]}, expected {', '.join(_COLUMNS)}: {missing[0]} is missing"
         )
     is_vcf = first.startswith("#CHROM")
     rows = ((n, line.split("\t")) for n, line in lines) if is_vcf else _table(path, lines, delimiter)
@@ -85,8 +85,8 @@ def _variants(row: Mapping[str, str], place: str, header: list[str]) -> list[Var
         ]
     except (KeyError, ValueError):
         raise UserError(
-            f"{place}: {str(list(row.values()))[:200]}, expected {header[:12]}, with a whole number for pos (and 0 or"
-            " 1 for label, where there is one)"
+            f"{place}: {str(list(row.values()))[:200]}, expected {str(header)[:200]}, with a whole number for pos (and"
+            " 0 or 1 for label, where there is one)"
         ) from None
 
 
