@@ -1,17 +1,14 @@
 """A tokenised source with its documents divided into a training and an evaluation split."""
 
 import dataclasses
-import functools
-import logging
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 from jaxtyping import Bool, Int
 
+from lcx.data.notices import say_once
 from lcx.data.store import TokenStore
 from lcx.errors import UserError
-
-_log = logging.getLogger(__name__)
 
 SPLITS = ("train", "eval")
 SPLIT_RULES = ("hash", "tail")
@@ -107,18 +104,11 @@ def without_copies(corpus: Corpus, others: Sequence[Corpus]) -> Corpus:
             " Mixture holds out; set Dataset.eval_fraction=0 in that part, or remove this one"
         )
     if len(train) < len(copies) / 2:
-        warn(
+        say_once(
             f"{int(copies.sum())} of {len(copies)} training documents of {corpus.source} are left out: another part of"
             " the Mixture holds copies of them out (Dataset.eval_fraction)"
         )
     return dataclasses.replace(corpus, train=train, copies=corpus.copies + int(copies.sum()))
-
-
-@functools.cache
-def warn(message: str) -> None:
-    """Logs a warning once in a process: a data set is opened several times. Nothing to say is nothing logged."""
-    if message:
-        _log.warning("%s", message)
 
 
 def divide(
@@ -184,7 +174,9 @@ def _check_copies(source: str, hashes: np.ndarray, train: np.ndarray, eval_fract
     if distinct == 1 or not left:
         raise UserError(f"{found}, and copies are never divided: one split would be empty; {advice}")
     if left < (1 - eval_fraction) * count / 2:
-        warn(f"{found}, and copies are never divided: {left} are left to train on; {advice} or Dataset.split")
+        say_once(
+            f"{found}, and copies are never divided: {left} are left to train on; {advice} or Dataset.split"
+        )
 
 
 def _cut(documents: Documents, eval_fraction: float) -> tuple[Documents, Documents]:

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Int
 from lcx.data import chat, markers, sources, store
 from lcx.data import corpus as corpora
 from lcx.data import tokenizers as tok
+from lcx.data.notices import say_once
 from lcx.errors import UserError
 
 if TYPE_CHECKING:
@@ -100,7 +101,8 @@ class Dataset:
             chat=chat.reader(tokenizer, wanted=self.chat, template=self.chat_template, loss=self.chat_loss),
             cache_dir=self.cache_dir,
         )
-        corpora.warn(markers.sentence(tokens.markers, name))
+        if tokens.markers:
+            say_once(markers.sentence(tokens.markers, name))
         return corpora.divide(
             tokens,
             eval_fraction=self.eval_fraction,

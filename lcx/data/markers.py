@@ -29,9 +29,7 @@ class MarkerCounter:
 
 
 def sentence(counts: Mapping[str, int], source: str) -> str:
-    """What to say about the markers that were found; nothing where there is none."""
-    if not counts:
-        return ""
+    """What to say about the markers that were found."""
     found = ", ".join(f"{marker!r} in {count} documents" for marker, count in counts.items())
     return (
         f"{source} has markers of a document's end inside its text: {found}; set Dataset.separator where one separates"
