@@ -7,7 +7,7 @@ import chat_templates as files
 import numpy as np
 import pytest
 
-from lcx.data import Dataset, Mixture, load_tokenizer, save_tokenizer
+from lcx.data import Dataset, Mixture, load_tokenizer, notices, save_tokenizer
 from lcx.data.chat_templates import chat_templates
 from lcx.errors import UserError
 
@@ -148,6 +148,15 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(tmp_path, folders):
     (tmp_path / "own.jinja").write_text(files.MARKED)
     found = read(source, marked, chat_template=str(tmp_path / "own.jinja"))
     assert found == read(source, folders["marked"])
+
+
+def test_a_template_that_writes_the_date_is_said(tmp_path, folders, caplog):
+    source = write_rows(tmp_path / "data.jsonl", [CONVERSATIONS["plain"]] * 2)
+    for name, times in (("chatml", 0), ("llama3", 1)):
+        notices.say_once.cache_clear()
+        caplog.clear()
+        read(source, folders[name])
+        assert sum("may write the day" in line for line in caplog.messages) == times
 
 
 def test_nothing_is_added_to_what_the_template_writes(tmp_path, folders):
@@ -380,7 +389,9 @@ def test_hostile_and_damaged_templates_are_refused_in_one_line(tmp_path, templat
     assert "data.jsonl line 1" in message and "Dataset.chat_template" in message
 
 
-@pytest.mark.parametrize("value", [3, ["a"], [{"name": "x"}], [{"template": "x"}], {"default": 1}])
+@pytest.mark.parametrize(
+    "value", [3, ["a"], [{"name": "x"}], [{"name": ["a"], "template": 2}], {"default": 1}]
+)
 def test_a_damaged_setting_is_refused(tmp_path, value):
     folder = files.write_tokenizer(tmp_path / "tokenizer", value)
     source = write_rows(tmp_path / "data.jsonl", [{"messages": turns("a", "b")}])

@@ -17,6 +17,7 @@ from jaxtyping import Bool, Int
 
 from lcx.data import chat_templates
 from lcx.data.chat_sandbox import RenderError, Spans
+from lcx.data.notices import say_once
 from lcx.data.tokenizers import Tokenizer
 from lcx.errors import UserError
 
@@ -110,6 +111,10 @@ class ChatReader:
 
     def _render(self, messages: list[dict], tools: Any, variables: dict, place: str) -> Rendered:
         text, spans = self.templates.render(messages, tools=tools, variables=variables)
+        if self.templates.program(tools).reads_clock:
+            say_once(
+                f"the chat template of {self.templates.place} may write the day on which the text is tokenized"
+            )
         if self.loss == "all":
             return Rendered(text, None)
         if self.templates.program(tools).marks_generation:

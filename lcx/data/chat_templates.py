@@ -153,7 +153,7 @@ def _in_config(config: dict[str, Any], folder: Path) -> dict[str, str]:
     if isinstance(value, str):
         return {DEFAULT: value}
     if isinstance(value, list) and all(isinstance(item, dict) for item in value):
-        value = {item.get("name"): item.get("template") for item in value}
+        value = {str(item.get("name", "")): item.get("template") for item in value}
     if isinstance(value, dict) and all(
         isinstance(name, str) and isinstance(text, str) for name, text in value.items()
     ):

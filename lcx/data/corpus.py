@@ -175,7 +175,9 @@ def _check_copies(source: str, hashes: np.ndarray, train: np.ndarray, eval_fract
     if distinct == 1 or not left:
         raise UserError(f"{found}, and copies are never divided: one split would be empty; {advice}")
     if left < (1 - eval_fraction) * count / 2:
-        say_once(f"{found}, and copies are never divided: {left} are left to train on; {advice} or Dataset.split")
+        say_once(
+            f"{found}, and copies are never divided: {left} are left to train on; {advice} or Dataset.split"
+        )
 
 
 def _cut(documents: Documents, eval_fraction: float) -> tuple[Documents, Documents]:
