@@ -48,7 +48,7 @@ What a platform's `recurrence(arrays, heads=, reverse=, eps=, span=, chunk=, int
 
     q, k [B,T,n,P], v [B,T,n,V]   any n that divides N      out [B,T,N,V]
     state [B,N,P,V] float32       the entering state        states [B,N,T/span,P,V]: after each span
-    decay, reach, keep [B,n,T]    g, e^g, e^{g_C - g}       (reach and keep masked with runs, exchanged in reverse)
+    decay, reach, keep [B,n,T]    g + any, e^g, e^{g_C - g} (reach and keep masked with runs, exchanged in reverse)
     limit [B,T]                   first key in the chunk that counts, in reverse the last
     sums [B,N,P]                  z; with it the output is normalised      all_sums [B,N,T/span,P], norm [B,N,T]
     row [B,N,V]                   with query_bias or key_bias [B,N,T]      rows [B,N,T/span,V]
@@ -64,6 +64,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float, Int
 
 from kernels_pallas import linear_attention_gpu, linear_attention_tpu
+from kernels_pallas.tiles import GONE, in_parts
 
 RESIDUALS = "mixer_residuals"  # what rematerialising a block may keep: lcx.ops.MIXER_RESIDUALS
 SIZES = (16, 32, 64, 128)
@@ -103,7 +104,7 @@ def linear_attention(
     """(y in v's dtype, (S [B, N, P, H], z [B, N, P] or None without normalize) after the last token, float32).
 
     Args:
-      log_decay: a <= 0. N is the largest count of heads; arrays with fewer share theirs among consecutive heads.
+      log_decay: a <= 0; below -104, where e^a is 0 in float32, a hard reset. N is the largest count of heads; arrays with fewer share theirs among consecutive heads.
       runs: the index of each token's document, never falling, 0 for that of the initial state. Padding takes the
         index of what precedes it, and comes with k = 0 and a = 0.
       platform: "gpu" or "tpu".
@@ -120,7 +121,7 @@ def linear_attention(
     short = -T % (plan.span * plan.split)
     q, k, v = (_pad(x, short) for x in (q, k, v))
     if log_decay is not None:
-        log_decay = _pad(log_decay.astype(jnp.float32), short)
+        log_decay = _pad(jnp.maximum(log_decay.astype(jnp.float32), GONE), short)
     if runs is not None:
         runs = jnp.pad(runs, ((0, 0), (0, short)), mode="edge")
     y, state = _attend(q, k, v, log_decay, runs, kv, z, plan)
@@ -168,9 +169,11 @@ def _vectors(log_decay: Array | None, runs: Array | None, C: int) -> tuple[dict,
     decay, first, last = {}, {}, {}
     if log_decay is not None:
         B, T, n = log_decay.shape
-        g = jnp.cumsum(jnp.swapaxes(log_decay, 1, 2).reshape(B, n, T // C, C), axis=-1)
-        reach, keep = jnp.exp(g), jnp.exp(g[..., -1:] - g)
-        decay = {"decay": g.reshape(B, n, T)}
+        g = in_parts(jnp.swapaxes(log_decay, 1, 2).reshape(B, n, T // C, C))
+        reach, keep = jnp.exp(jnp.sum(g, axis=2)), jnp.exp(jnp.sum(g[..., -1:] - g, axis=2))
+        # Only differences of these count: around 0, they lose half as much to rounding where a chunk holds many resets.
+        middle = jnp.sum(g - g[..., C // 2, None], axis=2)
+        decay = {"decay": middle.reshape(B, n, T)}
     if runs is not None:
         B, T = runs.shape
         run, place = runs.reshape(B, T // C, C), jnp.arange(C)

@@ -149,7 +149,7 @@ def second_order_attention(
     Query head n reads kv head n K / N.
 
     Args:
-      log_decay: at most 0; below -30 it counts as -30. None: no decay.
+      log_decay: at most 0; below -104, where e^a is 0 in float32, a hard reset. None: no decay.
       runs: the index of each token's document, never falling along T, 0 for that of the initial state. None: one
         document. Padding takes the index of what precedes it, and comes with k = 0 and no decay.
       normalize: divide by the sum of the weights (a row where that is below 1e-30 gives 0).
@@ -165,8 +165,6 @@ def second_order_attention(
     chunks = -(-T // sizes.chunk)
     sizes = sizes._replace(chunk=-(-T // (chunks * unit)) * unit)
     plan = Plan(near_part.Options(normalize, scale, platform, interpret, tiles, raw=True), sizes)
-    if log_decay is not None:
-        log_decay = jnp.maximum(log_decay, -FORGOTTEN)
     q, k, v, log_decay, runs = padded(q, k, v, log_decay, runs, square(sizes.chunk))
     state = None if initial_state is None else _taken(*initial_state, sizes.block, scale)
     y, (after, squares) = _attention(q, k, v, log_decay, runs, state, plan)
