@@ -97,7 +97,9 @@ def obstacle(q: Array, k: Array, v: Array, *, platform: str) -> str | None:
         return f"q, k and v must all be bfloat16 or all float32, found {q.dtype}, {k.dtype} and {v.dtype}"
     widest = max(head_sizes(q.dtype, platform))
     if v.shape[-1] != H or widest < H:
-        return f"head sizes {H} and {v.shape[-1]} in {q.dtype}: the tiles are made for equal ones up to {widest}"
+        return (
+            f"head sizes {H} and {v.shape[-1]} in {q.dtype}: the tiles are made for equal ones up to {widest}"
+        )
     return None
 
 

@@ -159,16 +159,32 @@ def second_order_attention(
     """
     T, H = q.shape[1], q.shape[3]
     scale = H**-0.5 if scale is None else scale
-    sizes = sizes or SIZES[platform, q.dtype.itemsize, H]
-    tiles = fitting(tiles or near_part.TILES[platform, q.dtype.itemsize, H], sizes.chunk)
+    plan = planned(T, H, q.dtype, normalize, scale, platform, interpret, tiles, sizes)
+    q, k, v, log_decay, runs = padded(q, k, v, log_decay, runs, square(plan.sizes.chunk))
+    block = plan.sizes.block
+    state = None if initial_state is None else _taken(*initial_state, block, scale)
+    y, (after, squares) = _attention(q, k, v, log_decay, runs, state, plan)
+    return y[:, :T], _given(after, squares, block, scale)
+
+
+def planned(
+    T: int,
+    H: int,
+    dtype,
+    normalize: bool,
+    scale: float,
+    platform: str,
+    interpret: bool,
+    tiles=None,
+    sizes=None,
+) -> Plan:
+    sizes = sizes or SIZES[platform, dtype.itemsize, H]
+    tiles = fitting(tiles or near_part.TILES[platform, dtype.itemsize, H], sizes.chunk)
     unit = max(*(tile.held for tile in tiles), sizes.walk.streamed, sizes.read.held, sizes.contract.held)
     chunks = -(-T // sizes.chunk)
     sizes = sizes._replace(chunk=-(-T // (chunks * unit)) * unit)
-    plan = Plan(near_part.Options(normalize, scale, platform, interpret, tiles, raw=True), sizes)
-    q, k, v, log_decay, runs = padded(q, k, v, log_decay, runs, square(sizes.chunk))
-    state = None if initial_state is None else _taken(*initial_state, sizes.block, scale)
-    y, (after, squares) = _attention(q, k, v, log_decay, runs, state, plan)
-    return y[:, :T], _given(after, squares, sizes.block, scale)
+    options = near_part.Options(normalize, scale, platform, interpret, tiles, raw=True)
+    return Plan(options, sizes)
 
 
 # ----------------------------------------------------------------------------------------------- the order of features

@@ -123,7 +123,9 @@ def _mask(q_segments, kv_segments, offset, window, T, S) -> Array:
     return seen
 
 
-def reference(q: Array, k: Array, v: Array, mask: Array, between: Array | None = None, *, scale: float) -> Array:
+def reference(
+    q: Array, k: Array, v: Array, mask: Array, between: Array | None = None, *, scale: float
+) -> Array:
     """The definition. float32 throughout; a query that sees no key gives 0."""
     B, T, N, H = q.shape
     K = k.shape[2]

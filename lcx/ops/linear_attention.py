@@ -397,7 +397,7 @@ def _chunks_backward(normalize, eps, residuals, cotangents):
     q, k, v, a, first, state, y, norm = residuals
     dy, d_last = cotangents
     before, last = states_before(k, v, a, first, state)
-    step = functools.partial(_backward_step, heads=[x.shape[3] for x in (q, k, v)])
+    step = functools.partial(_backward_step, heads=[x.shape[3] for x in (q, k, v)], eps=eps)
     end = d_last, _inner(d_last, last)
     xs = (q, k, v, a, first, before, y, norm, dy)
     (d_state, _), (dq, dk, dv, da) = jax.lax.scan(step, end, xs, reverse=True)
@@ -410,7 +410,7 @@ def _inner(x, y) -> Array:
     return functools.reduce(jnp.add, parts)
 
 
-def _backward_step(carry, x, *, heads):
+def _backward_step(carry, x, *, heads, eps):
     """One chunk's gradients from the cotangent of the state at its end, which becomes that of the state before it."""
     (d_kv, d_z), inner = carry
     q, k, v, a, first, (kv, z), y, norm, dy = x
@@ -439,7 +439,8 @@ def _backward_step(carry, x, *, heads):
         d_z = carried * d_z + dot("bgrt,bgrtp->bgrp", d_in, q)
     if a is None:
         return ((d_kv, d_z), inner), (dq, dk, dv, None)
-    row = jnp.sum(dy.astype(jnp.float32) * y, axis=-1) if norm is None else jnp.zeros_like(column)
+    # Normalised: d_num.num + d_norm (norm - eps), of which only this is left.
+    row = jnp.sum(dy.astype(jnp.float32) * y, axis=-1) if norm is None else -eps * d_norm
     da = jax.lax.cumsum(row - column, axis=3, reverse=True) + inner[..., None]
     return ((d_kv, d_z), _inner((d_kv, d_z), (kv, z))), (dq, dk, dv, da)
 

@@ -13,7 +13,7 @@ all zero (padding, or q = 0) gives 0.
                 comes from XLA.
 ``xla``         form "tiles": quadratic in time, linear in memory, skips tiles that the decay has made negligible
                 (second_order_tiles.py). form "states": linear in time, one state of P x (H + 1) numbers a head
-                (second_order_states.py). form None picks by T and H.
+                (second_order_states.py). form None: second_order_choice.py.
 
 Letters: B batch, T tokens, N query heads, K kv heads, H head dim, P = `expanded_size(H)`.
 """
@@ -26,13 +26,22 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Float32, Int
 
 from lcx.errors import UserError
-from lcx.ops import MIXER_RESIDUALS, dispatch, second_order_states, second_order_tiles, segments
+from lcx.ops import (
+    MIXER_RESIDUALS,
+    dispatch,
+    second_order_choice,
+    second_order_states,
+    second_order_tiles,
+    segments,
+)
 from lcx.ops.decay import GONE, divided, gaps
 from lcx.ops.second_order_states import expand, expanded_size
 from lcx.ops.second_order_units import LOG4, exponent, times_power, units
 
 PLATFORMS = {"triton": "gpu", "tpu": "tpu"}  # of the kernels
-LOWEST = -512.0  # a finite log decay below counts as it: float32 knows no two squared scores whose ratio is e^400
+LOWEST = (
+    -512.0
+)  # a finite log decay below counts as it: float32 knows no two squared scores whose ratio is e^400
 FAINT = 1e-12  # a score in units of query and key that may be all rounding error
 
 
@@ -74,7 +83,8 @@ def second_order_attention(
     Args:
       log_decay: at most 0, -inf hides all before the token; None is 0, no decay. That of padding is not applied.
       scale: defaults to H^-0.5. It cancels when normalize=True, except in the state.
-      form: "tiles", "states", or None for the faster of the two.
+      form: "tiles", "states", or None: by the length and the data, so that time grows no faster than T from 4K tokens
+        on, whatever the decay (second_order_choice.py).
       segment_ids: documents of packed rows (segments.py); None is one document with id 1.
       initial_state: what earlier tokens left; None is empty.
       implementation: see dispatch.py; here "reference", "xla", "triton", "tpu" or None.
@@ -90,8 +100,9 @@ def second_order_attention(
     if form not in (None, "tiles", "states"):
         raise UserError(f"second_order_attention form {form!r}: expected 'tiles', 'states' or None")
     follows, scale = initial_state is not None, H**-0.5 if scale is None else scale
-    faster = form or _faster(T, H, follows=follows, decays=log_decay is not None)
-    obstacles = {**_kernel_obstacles(q, k, v, faster, follows), "xla": None, "reference": None}
+    forgets = log_decay is not None or segment_ids is not None
+    form = second_order_choice.choose(form, T, H, follows=follows, forgets=forgets)
+    obstacles = {**_kernel_obstacles(q, k, v, form, follows), "xla": None, "reference": None}
     name = dispatch.choose("second_order_attention", implementation, obstacles)
     state = empty_state(B, N, H) if initial_state is None else initial_state
     ids = jnp.ones((B, T), jnp.int32) if segment_ids is None else segment_ids
@@ -104,7 +115,7 @@ def second_order_attention(
     k = jnp.where(real[..., None], k, 0)  # padding weighs nothing
     if name not in PLATFORMS:
         k, v = (jnp.repeat(x, N // k.shape[2], axis=2) for x in (k, v))
-    case = Case(normalize, scale, faster, PLATFORMS.get(name), follows, segment_ids is not None or follows)
+    case = Case(normalize, scale, form, PLATFORMS.get(name), follows, segment_ids is not None or follows)
     last = segments.last(ids, state.segment_ids)
     if name == "reference":
         y, state = reference(q, k, v, decay, runs, state, normalize=normalize, scale=scale)
@@ -119,7 +130,7 @@ class Case(NamedTuple):
 
     normalize: bool
     scale: float
-    form: str
+    form: str  # tiles, states or either
     platform: str | None  # of a kernel
     follows: bool  # there is an initial state
     documents: bool  # more than one run, perhaps
@@ -181,7 +192,13 @@ def _by_kernel(q, k, v, decay, runs, state: SecondOrderState, case: Case, *, dec
         return y, state._replace(kv=kv, k_sum=k_sum)
     from kernels_pallas.second_order_attention import second_order_attention as tiles
 
-    y = tiles(q, k, v, **options)
+    if case.form == "either":
+        from kernels_pallas.second_order_either import second_order_attention as kernel
+
+        short = second_order_choice.short_reach(decay, runs, q.shape[3])
+        y = kernel(q, k, v, short_reach=short, **options)
+    else:
+        y = tiles(q, k, v, **options)
     k, v = (jnp.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, v))
     # XLA drops the state where nobody asks for it.
     return y, _chunked(q, k, v, decay, runs, state, form="states", scale=case.scale, follows=False)[1]
@@ -218,7 +235,9 @@ def reference(
     sums = jnp.einsum("bnts,bsnw->bntw", weights, _with_ones(v)) + entering[..., None] * old
     y, own = sums[..., :-1], jnp.diagonal(weights, axis1=2, axis2=3)[..., None]
     if normalize:
-        alone = (own > 0) & (jnp.count_nonzero(weights, axis=-1, keepdims=True) == 1) & (entering[..., None] == 0)
+        alone = (
+            (own > 0) & (jnp.count_nonzero(weights, axis=-1, keepdims=True) == 1) & (entering[..., None] == 0)
+        )
         y = jnp.where(alone, jnp.swapaxes(v, 1, 2), divided(y, sums[..., -1:]))
     else:
         y = y * jnp.exp(top / 2)[..., None] * jnp.exp(top / 2)[..., None]
@@ -245,7 +264,8 @@ def step(q, k, v, decay, runs, state: SecondOrderState, *, scale: float) -> tupl
 
 def _chunked(q, k, v, decay, runs, state: SecondOrderState, *, form: str, scale: float, follows: bool):
     """Both tiled forms. Heads come first, T is filled up to whole tiles, and the scale is left to the results."""
-    B, T, N, _ = q.shape
+    B, T, N, H = q.shape
+    short = second_order_choice.short_reach(decay, runs, H) if form == "either" else None
 
     def heads_first(x):
         return jnp.moveaxis(x, 2, 1).reshape(B * N, T, *x.shape[3:])
@@ -257,7 +277,10 @@ def _chunked(q, k, v, decay, runs, state: SecondOrderState, *, form: str, scale:
     if form == "states":
         sums, carried = second_order_states.states(q, k, v, decay, runs, carried)
     else:
-        sums = second_order_tiles.tiles(q, k, v, decay, runs)
+        if form == "either":
+            sums = second_order_choice.either(short, q, k, v, decay, runs)
+        else:
+            sums = second_order_tiles.tiles(q, k, v, decay, runs)
         if follows:
             sums += second_order_states.read(q, k, v, decay, runs, carried)
         carried = second_order_states.write(q, k, v, decay, runs, carried)
@@ -266,35 +289,13 @@ def _chunked(q, k, v, decay, runs, state: SecondOrderState, *, form: str, scale:
     return sums, state._replace(kv=carried[..., :-1], k_sum=carried[..., -1])
 
 
-def _faster(T: int, H: int, *, follows: bool, decays: bool) -> str:
-    """By multiply-adds a causal row of tiles costs T H a token, the state H^3: they meet at T = H^2.
-
-    As kernels, forward and backward: 4.5 T H against 7 P H + 4.5 C H multiply-adds, with P = 3/4 H^2 features and
-    chunks of C tokens. They meet at T = C + 1.2 H^2, 6K for H = 64 and 21K for H = 128. The states' products are
-    smaller, each of their operands is made first, and 8 P / C H bytes a token go through memory: two thirds of the
-    tiles' rate is assumed (an estimate from compiled programs), which gives 2 H^2.
-
-    A decay that forgets after r tokens lets tiles skip all but 2 r / T of that, to a twentieth of the states' time;
-    one that forgets nothing costs them T / (2 H^2) times it. Which it is, is not known before the data. Below 64 H^2
-    tiles risk less.
-
-    On a CPU, measured in both passes: without decay they meet at 4K for H = 32 and 10K for H = 64. With one that
-    forgets in 300 tokens tiles take a third of the time at 8K for H = 32, a seventh for H = 64.
-    """
-    if follows:
-        return "states"
-    if dispatch.platform() == "cpu":
-        return "states" if (1280 if decays else 160) * H <= T else "tiles"
-    return "states" if (64 if decays else 2) * H * H <= T else "tiles"
-
-
 def _kernel_obstacles(q: Array, k: Array, v: Array, form: str, follows: bool) -> dict[str, str | None]:
     def of(platform: str) -> str | None:
         if missing := dispatch.on(platform):
             return missing
         from kernels_pallas import second_order_attention, second_order_states
 
-        if form == "states":
+        if form != "tiles":
             if q.shape[1] == 1:
                 return "one token is no chunk"
             return second_order_states.obstacle(q, k, v, platform=platform)
