@@ -7,7 +7,7 @@ One row, one head, float32, forward and backward as one program, on one thread. 
 (time.process_time, which other work on the machine does not enter but for its share of the caches) is the least of
 several runs, and the forms take turns. Decays: "slow" forgets nothing (a = -1e-5), "fast" forgets within 300 tokens
 (a = -0.1, as far as e^-30), "initial" is that of a new 2Mamba layer (a = -softplus(0)). A form that would take
-longer than --seconds by its last measurement is left out, and said so in the file. Form None is what the operator picks.
+longer than --seconds by its last measurement is left out, and the file says so. "default" is what the operator picks.
 """
 
 import argparse

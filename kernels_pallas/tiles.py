@@ -134,8 +134,8 @@ def chunked(
 def in_parts(log_decay: Float[Array, "B N J C"]) -> Float[Array, "B N 2 J C"]:
     """The running sums of each chunk in two parts, of which differences keep their digits.
 
-    Next to a decay of GONE a small one would lose its digits in one float32 sum. Sums of C multiples of this unit, 1/256
-    for C = 512, are exact, and what remains is small.
+    Next to a decay of GONE a small one would lose its digits in one float32 sum. Sums of C multiples of this unit
+    (1/256 for C = 512) are exact, and what remains is small.
     """
     unit = 2.0 ** ((int(-GONE) * log_decay.shape[-1]).bit_length() - 24)
     coarse = jnp.round(log_decay / unit) * unit

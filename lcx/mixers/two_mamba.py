@@ -270,7 +270,7 @@ class TwoMamba(nn.Module):
 
     @nn.nowrap
     def macs_per_token(self, seq_len: int) -> float:
-        """Multiply-adds per token between the projections, averaged over a sequence; of the cheaper form if none is named."""
+        """Multiply-adds per token between the projections, averaged over a sequence: the cheaper form unless named."""
         H = self.head_dim
         pairs = (2 * H + 1) * (seq_len + 1) / 2
         if self.score == "linear":

@@ -1,7 +1,7 @@
 """Decays between tokens and divisions by sums of weights, without the differences and squares that lose everything.
 
-A decay e^(L_i - L_j), L the running sum of log decays, is 0 in float32 from L_i - L_j = GONE down. A log decay below GONE
-(a hard reset is -inf) therefore counts as GONE wherever weights are absolute; its own gradient is 0, as in the limit.
+A decay e^(L_i - L_j), L the running sum of log decays, is 0 in float32 from L_i - L_j = GONE down. So a log decay below
+GONE (a hard reset is -inf) counts as GONE wherever weights are absolute; its own gradient is 0, as in the limit.
 """
 
 import jax

@@ -18,7 +18,7 @@ all zero (padding, or q = 0) gives 0.
 Letters: B batch, T tokens, N query heads, K kv heads, H head dim, P = `expanded_size(H)`.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -115,13 +115,16 @@ def second_order_attention(
     k = jnp.where(real[..., None], k, 0)  # padding weighs nothing
     if name not in PLATFORMS:
         k, v = (jnp.repeat(x, N // k.shape[2], axis=2) for x in (k, v))
-    case = Case(normalize, scale, form, PLATFORMS.get(name), follows, segment_ids is not None or follows)
+    case = Case(
+        *(normalize, scale, form, PLATFORMS.get(name), follows),
+        documents=segment_ids is not None or follows,
+        decays=log_decay is not None or name not in PLATFORMS,
+    )
     last = segments.last(ids, state.segment_ids)
     if name == "reference":
         y, state = reference(q, k, v, decay, runs, state, normalize=normalize, scale=scale)
     else:
-        decays = log_decay is not None or name not in PLATFORMS
-        y, state = _in_units(q, k, v, decay, runs, state, case, decays=decays)
+        y, state = _in_units(q, k, v, decay, runs, state, case)
     return jnp.where(real[..., None], y, 0).astype(q.dtype), state._replace(segment_ids=last)
 
 
@@ -134,18 +137,19 @@ class Case(NamedTuple):
     platform: str | None  # of a kernel
     follows: bool  # there is an initial state
     documents: bool  # more than one run, perhaps
+    decays: bool  # for kernels: whether they get a decay
 
 
-def _in_units(q, k, v, decay, runs, state: SecondOrderState, case: Case, *, decays: bool):
+def _in_units(q, k, v, decay, runs, state: SecondOrderState, case: Case):
     """In the units of second_order_units.py: y and the state, as they are without."""
     N, scale = q.shape[2], case.scale
-    unit = units(q, k, decay, runs, state.k_sum / scale**2, decays=decays)
+    unit = units(q, k, decay, runs, state.k_sum / scale**2, decays=case.decays)
     own = jnp.sum(
         (unit.q.reshape(*k.shape[:3], -1, k.shape[3]) * unit.k[:, :, :, None]).astype(decay.dtype), axis=-1
     ).reshape(decay.shape)
     kv, k_sum = (times_power(x, _spread(-2 * unit.of_state, x)) for x in state[:2])
     arrays = unit.q, unit.k, v, unit.log_decay, runs, state._replace(kv=kv, k_sum=k_sum)
-    y, after = (_by_xla if case.platform is None else _by_kernel)(*arrays, case, decays=decays)
+    y, after = (_by_xla if case.platform is None else _by_kernel)(*arrays, case)
     if case.normalize:
         y = _alone(y, jnp.repeat(v, N // v.shape[2], axis=2), own, decay, unit.log_decay, runs)
     else:
@@ -169,7 +173,7 @@ def _alone(y, v, own, decay, in_units, runs):
     return jnp.where(alone[..., None], jnp.where(own[..., None] != 0, v, 0), y)
 
 
-def _by_xla(q, k, v, decay, runs, state: SecondOrderState, case: Case, *, decays: bool):
+def _by_xla(q, k, v, decay, runs, state: SecondOrderState, case: Case):
     if q.shape[1] == 1:
         sums, state = step(q, k, v, decay, runs, state, scale=case.scale)
     else:
@@ -181,9 +185,9 @@ def _by_xla(q, k, v, decay, runs, state: SecondOrderState, case: Case, *, decays
     return divided(y, total) if case.normalize else y, state
 
 
-def _by_kernel(q, k, v, decay, runs, state: SecondOrderState, case: Case, *, decays: bool):
-    options = {"normalize": case.normalize, "scale": case.scale, "platform": case.platform}
-    options["log_decay"] = decay if decays else None
+def _by_kernel(q, k, v, decay, runs, state: SecondOrderState, case: Case):
+    options: dict[str, Any] = {"normalize": case.normalize, "scale": case.scale, "platform": case.platform}
+    options["log_decay"] = decay if case.decays else None
     options["runs"] = runs if case.documents else None
     if case.form == "states":
         from kernels_pallas.second_order_states import second_order_attention as kernel

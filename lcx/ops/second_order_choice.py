@@ -14,7 +14,7 @@ form for T and 2 T, and either grows as T. A rule that took tiles up to the meet
 between, where H is large and nothing is forgotten, and four times slower from one T to its double.
 
 Both forms are compiled then, and a branch of the program runs, forward and backward. Shorter rows take tiles unless
-nothing is forgotten and they are beyond the meeting point. Rows behind a state take states: the reach of that is theirs.
+nothing is forgotten and they are beyond the meeting point. Rows behind a state take states, which read it anyway.
 """
 
 import functools
@@ -53,9 +53,9 @@ def choose(form: str | None, T: int, H: int, *, follows: bool, forgets: bool) ->
 def _choose(T: int, meet: int, follows: bool, forgets: bool) -> str:
     if follows:
         return "states"
-    if T < min(LONG, meet):
-        return "tiles"
-    return "either" if forgets else "states"
+    if min(LONG, meet) <= T:
+        return "either" if forgets else "states"
+    return "tiles"
 
 
 @functools.cache

@@ -10,8 +10,8 @@ Here 2^r_i is the size of q_i, and 4^m_i that of the heaviest key that i sees, d
 
     m_i = max(m_i-1 + a_i / log 4, log2 of k_i's largest entry), from -inf on at the start of each document
 
-rounded up, so that keys are at most 1, no sum of a' over some tokens is above log 4, and a query that sees any weight at
-all sees one of the order of 1. Where keys are alike a' is about a; behind a token whose key is 0 it is 0, so tiles that
+rounded up, so that keys are at most 1, no sum of a' over some tokens is above log 4, and a query that sees any weight
+sees one of the order of 1. Where keys are alike a' is about a; behind a token whose key is 0 it is 0, so tiles that
 a decay has made negligible are those that weigh little beside the others, not those that weigh little. Multiplying by
 powers of 2 is exact in any dtype, and the units are constants to the gradient: the identity holds for all of them.
 """
