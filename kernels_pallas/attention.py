@@ -35,6 +35,7 @@ from jaxtyping import Array, Float, Int
 
 from kernels_pallas.tiles import (
     FORGOTTEN,
+    GONE,
     RESIDUALS,
     Reach,
     Tile,
@@ -96,7 +97,9 @@ def obstacle(q: Array, k: Array, v: Array, *, platform: str) -> str | None:
         return f"q, k and v must all be bfloat16 or all float32, found {q.dtype}, {k.dtype} and {v.dtype}"
     widest = max(head_sizes(q.dtype, platform))
     if v.shape[-1] != H or widest < H:
-        return f"head sizes {H} and {v.shape[-1]} in {q.dtype}: the tiles are made for equal ones up to {widest}"
+        return (
+            f"head sizes {H} and {v.shape[-1]} in {q.dtype}: the tiles are made for equal ones up to {widest}"
+        )
     return None
 
 
@@ -121,7 +124,8 @@ def attention(
     """y in q's dtype, with gradients for q, k, v and log_decay. Query head n reads kv head n K / N.
 
     Args:
-      log_decay: at most 0; below -100 it counts as -100. None: no decay.
+      log_decay: at most 0; where it falls so far that nothing behind it weighs e^-30 of a token itself, whatever the
+        scores, it counts as just that far. None: no decay.
       runs: the index of each token's document, never falling along T. None: one document.
       scale: of q.k, H^-0.5 by default.
       tiles: another row for the tuning table `TILES`.
@@ -135,18 +139,25 @@ def attention(
         interpret=interpret,
         tiles=tiles or fitting(TILES[platform, q.dtype.itemsize, size], T),
     )
-    return _attention(*padded(q, k, v, log_decay, runs, options.tiles), options)[:, :T, :, :H]
+    lowest = -forgotten(jax.lax.stop_gradient(q), jax.lax.stop_gradient(k), options.scale)[:, None]
+    lowest = jnp.minimum(lowest, GONE)
+    return _attention(*padded(q, k, v, log_decay, runs, options.tiles, lowest), options)[:, :T, :, :H]
+
+
+def forgotten(q: Array, k: Array, scale: float) -> Float[Array, "B N"]:
+    """The decay, as -log, past which a key weighs less than e^-30 of a token itself, whatever the scores."""
+
+    def longest(x):  # [B, heads]
+        return jnp.sqrt(jnp.max(jnp.sum(jnp.square(x.astype(jnp.float32)), axis=-1), axis=1))
+
+    most = abs(scale) * longest(q) * jnp.repeat(longest(k), q.shape[2] // k.shape[2], axis=1)
+    return FORGOTTEN + 2 * most
 
 
 def bias(q, k, log_decay, runs, options: Options, C: int) -> tuple[Bias | None, Reach]:
     """For chunks of C; log_decay [B, N, T]. No bias where there is neither decay nor document."""
     B, T, N, _ = q.shape
-
-    def longest(x):  # [B, heads]
-        return jnp.sqrt(jnp.max(jnp.sum(jnp.square(x.astype(jnp.float32)), axis=-1), axis=1))
-
-    most = abs(options.scale) * longest(q) * jnp.repeat(longest(k), N // k.shape[2], axis=1)
-    chunks, reach = chunked(log_decay, runs, (B, N, T), C, FORGOTTEN + 2 * most[..., None])
+    chunks, reach = chunked(log_decay, runs, (B, N, T), C, forgotten(q, k, options.scale)[..., None])
     if chunks is None:
         return None, reach
     column, row = chunks.rest * LOG2E, chunks.local * LOG2E

@@ -48,7 +48,8 @@ What a platform's `recurrence(arrays, heads=, reverse=, eps=, span=, chunk=, int
 
     q, k [B,T,n,P], v [B,T,n,V]   any n that divides N      out [B,T,N,V]
     state [B,N,P,V] float32       the entering state        states [B,N,T/span,P,V]: after each span
-    decay, reach, keep [B,n,T]    g, e^g, e^{g_C - g}       (reach and keep masked with runs, exchanged in reverse)
+    fine [B,n,T]                  or none: what is left of g, decay then is its multiples of a power of 2
+    decay, reach, keep [B,n,T]    g + any, e^g, e^{g_C - g} (reach and keep masked with runs, exchanged in reverse)
     limit [B,T]                   first key in the chunk that counts, in reverse the last
     sums [B,N,P]                  z; with it the output is normalised      all_sums [B,N,T/span,P], norm [B,N,T]
     row [B,N,V]                   with query_bias or key_bias [B,N,T]      rows [B,N,T/span,V]
@@ -64,6 +65,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float, Int
 
 from kernels_pallas import linear_attention_gpu, linear_attention_tpu
+from kernels_pallas.tiles import GONE, in_parts
 
 RESIDUALS = "mixer_residuals"  # what rematerialising a block may keep: lcx.ops.MIXER_RESIDUALS
 SIZES = (16, 32, 64, 128)
@@ -103,7 +105,8 @@ def linear_attention(
     """(y in v's dtype, (S [B, N, P, H], z [B, N, P] or None without normalize) after the last token, float32).
 
     Args:
-      log_decay: a <= 0. N is the largest count of heads; arrays with fewer share theirs among consecutive heads.
+      log_decay: a <= 0; below -104, where e^a is 0 in float32, a hard reset. N is the largest count of heads; arrays
+        with fewer share theirs among consecutive heads.
       runs: the index of each token's document, never falling, 0 for that of the initial state. Padding takes the
         index of what precedes it, and comes with k = 0 and a = 0.
       platform: "gpu" or "tpu".
@@ -120,7 +123,7 @@ def linear_attention(
     short = -T % (plan.span * plan.split)
     q, k, v = (_pad(x, short) for x in (q, k, v))
     if log_decay is not None:
-        log_decay = _pad(log_decay.astype(jnp.float32), short)
+        log_decay = _pad(jnp.maximum(log_decay.astype(jnp.float32), GONE), short)
     if runs is not None:
         runs = jnp.pad(runs, ((0, 0), (0, short)), mode="edge")
     y, state = _attend(q, k, v, log_decay, runs, kv, z, plan)
@@ -160,17 +163,21 @@ def _plan(B, T, N, P, H, dtype, decays, eps, platform, interpret) -> Plan:
 # ------------------------------------------------------------------------------------------------ decays and documents
 
 
-def _vectors(log_decay: Array | None, runs: Array | None, C: int) -> tuple[dict, dict]:
-    """decay, reach, keep and limit of the recurrence, and of the reversed one."""
+def _vectors(log_decay: Array | None, runs: Array | None, C: int, exact: bool) -> tuple[dict, dict]:
+    """decay, reach, keep and limit of the recurrence, and of the reversed one. exact: decay in two parts."""
     if log_decay is None and runs is None:
         return {}, {}
     reach = keep = jnp.ones((1, 1, 1, 1), jnp.float32)
     decay, first, last = {}, {}, {}
     if log_decay is not None:
         B, T, n = log_decay.shape
-        g = jnp.cumsum(jnp.swapaxes(log_decay, 1, 2).reshape(B, n, T // C, C), axis=-1)
-        reach, keep = jnp.exp(g), jnp.exp(g[..., -1:] - g)
-        decay = {"decay": g.reshape(B, n, T)}
+        g = in_parts(jnp.swapaxes(log_decay, 1, 2).reshape(B, n, T // C, C))
+        reach, keep = jnp.exp(jnp.sum(g, axis=2)), jnp.exp(jnp.sum(g[..., -1:] - g, axis=2))
+        # Only differences of these count: around 0, they lose half as much to rounding where a chunk holds many resets.
+        g -= g[..., C // 2, None]
+        decay = {"decay": (g[:, :, 0] if exact else jnp.sum(g, axis=2)).reshape(B, n, T)}
+        if exact:
+            decay["fine"] = g[:, :, 1].reshape(B, n, T)
     if runs is not None:
         B, T = runs.shape
         run, place = runs.reshape(B, T // C, C), jnp.arange(C)
@@ -209,7 +216,9 @@ def _run(arrays: dict, plan: Plan, *, reverse: bool = False, entering: dict | No
 def _entering(pieces: dict, first: dict, S: int, recurrence, reverse: bool) -> dict:
     """The states that enter each piece: what the pieces before it contribute, each by itself, decayed and added up."""
     T, C = pieces["v"].shape[1], recurrence.keywords["chunk"]
-    arrays = {name: x for name, x in pieces.items() if name not in ("q", "decay", "limit", "query_bias")}
+    arrays = {
+        name: x for name, x in pieces.items() if name not in ("q", "decay", "fine", "limit", "query_bias")
+    }
     zeros = {name: jnp.zeros((x.shape[0] * S, *x.shape[1:]), x.dtype) for name, x in first.items()}
     own = recurrence({**arrays, **zeros}, span=T)
     own = {
@@ -258,13 +267,18 @@ def _join(name: str, x: Array, S: int) -> Array:
 # --------------------------------------------------------------------------------------------------- values, gradients
 
 
+def _exact(plan: Plan, q: Array) -> bool:
+    """Whether decays come in two parts: chunks of 16 and bfloat16 do without."""
+    return plan.platform == "tpu" and q.dtype == jnp.float32
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
 def _attend(q, k, v, log_decay, runs, kv, z, plan: Plan):
     return _forward(q, k, v, log_decay, runs, kv, z, plan)[0]
 
 
 def _forward(q, k, v, log_decay, runs, kv, z, plan: Plan):
-    vectors, _ = _vectors(log_decay, runs, plan.chunk)
+    vectors, _ = _vectors(log_decay, runs, plan.chunk, _exact(plan, q))
     sums = {} if z is None else {"sums": z}
     done = _run({"q": q, "k": k, "v": v, "state": kv, **vectors, **sums}, plan)
     done = {name: checkpoint_name(x, RESIDUALS) for name, x in done.items()}
@@ -277,7 +291,7 @@ def _forward(q, k, v, log_decay, runs, kv, z, plan: Plan):
 def _backward(plan: Plan, residuals, cotangents):
     q, k, v, log_decay, runs, kv, z, done = residuals
     dy, (d_kv, d_z) = cotangents
-    forward, reverse = _vectors(log_decay, runs, plan.chunk)
+    forward, reverse = _vectors(log_decay, runs, plan.chunk, _exact(plan, q))
     row, into_q, into_k = None, {}, {}
     if z is not None:
         norm = jnp.swapaxes(done["norm"], 1, 2)[..., None]

@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 STATES = {"state": "states", "row": "rows", "sums": "all_sums"}
-PER_TOKEN = ("decay", "reach", "keep", "query_bias", "key_bias")
+PER_TOKEN = ("decay", "fine", "reach", "keep", "query_bias", "key_bias")
 
 
 def chunk(T: int, dtype) -> int:
@@ -179,7 +179,11 @@ def _head(refs, columns, seen, h, each, reverse, eps):
     if "key_bias" in refs:
         scores += row("key_bias")
     if "decay" in refs:
-        fall = row("decay") - column("decay") if reverse else column("decay") - row("decay")
+
+        def fall_of(name):
+            return row(name) - column(name) if reverse else column(name) - row(name)
+
+        fall = fall_of("decay") + fall_of("fine") if "fine" in refs else fall_of("decay")
         scores *= jnp.exp(jnp.where(seen, fall, 0.0))
     scores = jnp.where(seen, scores, 0.0)
     out = _dot(q, state.astype(k.dtype), 1, 0)

@@ -149,7 +149,7 @@ def second_order_attention(
     """y in q's dtype, with gradients for q, k, v and log_decay. Query head n reads kv head n K / N.
 
     Args:
-      log_decay: at most 0; below -100 it counts as -100. None: no decay.
+      log_decay: at most 0; below -104, where e^a is 0 in float32, a hard reset. None: no decay.
       runs: the index of each token's document, never falling along T. None: one document.
       normalize: divide by the sum of the weights (a row where that is below 1e-30 gives 0).
       scale: of q.k, H^-0.5 by default; without effect when normalised.

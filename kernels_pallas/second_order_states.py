@@ -149,7 +149,7 @@ def second_order_attention(
     Query head n reads kv head n K / N.
 
     Args:
-      log_decay: at most 0; below -30 it counts as -30. None: no decay.
+      log_decay: at most 0; below -104, where e^a is 0 in float32, a hard reset. None: no decay.
       runs: the index of each token's document, never falling along T, 0 for that of the initial state. None: one
         document. Padding takes the index of what precedes it, and comes with k = 0 and no decay.
       normalize: divide by the sum of the weights (a row where that is below 1e-30 gives 0).
@@ -159,18 +159,32 @@ def second_order_attention(
     """
     T, H = q.shape[1], q.shape[3]
     scale = H**-0.5 if scale is None else scale
-    sizes = sizes or SIZES[platform, q.dtype.itemsize, H]
-    tiles = fitting(tiles or near_part.TILES[platform, q.dtype.itemsize, H], sizes.chunk)
+    plan = planned(T, H, q.dtype, normalize, scale, platform, interpret, tiles, sizes)
+    q, k, v, log_decay, runs = padded(q, k, v, log_decay, runs, square(plan.sizes.chunk))
+    block = plan.sizes.block
+    state = None if initial_state is None else _taken(*initial_state, block, scale)
+    y, (after, squares) = _attention(q, k, v, log_decay, runs, state, plan)
+    return y[:, :T], _given(after, squares, block, scale)
+
+
+def planned(
+    T: int,
+    H: int,
+    dtype,
+    normalize: bool,
+    scale: float,
+    platform: str,
+    interpret: bool,
+    tiles=None,
+    sizes=None,
+) -> Plan:
+    sizes = sizes or SIZES[platform, dtype.itemsize, H]
+    tiles = fitting(tiles or near_part.TILES[platform, dtype.itemsize, H], sizes.chunk)
     unit = max(*(tile.held for tile in tiles), sizes.walk.streamed, sizes.read.held, sizes.contract.held)
     chunks = -(-T // sizes.chunk)
     sizes = sizes._replace(chunk=-(-T // (chunks * unit)) * unit)
-    plan = Plan(near_part.Options(normalize, scale, platform, interpret, tiles, raw=True), sizes)
-    if log_decay is not None:
-        log_decay = jnp.maximum(log_decay, -FORGOTTEN)
-    q, k, v, log_decay, runs = padded(q, k, v, log_decay, runs, square(sizes.chunk))
-    state = None if initial_state is None else _taken(*initial_state, sizes.block, scale)
-    y, (after, squares) = _attention(q, k, v, log_decay, runs, state, plan)
-    return y[:, :T], _given(after, squares, sizes.block, scale)
+    options = near_part.Options(normalize, scale, platform, interpret, tiles, raw=True)
+    return Plan(options, sizes)
 
 
 # ----------------------------------------------------------------------------------------------- the order of features

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 FORGOTTEN = 30.0  # a decay of e^-30 counts as none
+GONE = -104.0  # e^GONE rounds to 0 in float32: a log decay below it counts as it
 RESIDUALS = "mixer_residuals"  # the name under which operators mark what a backward pass needs
 
 
@@ -50,10 +51,18 @@ def fitting(tiles: Tiles, T: int) -> Tiles:
     return tiles
 
 
-def padded(q: Array, k: Array, v: Array, log_decay: Array | None, runs: Array | None, tiles: Tiles):
-    """Whole chunks, the padding last, where causality alone hides it; log_decay [B, N, T], at least -100.
+def padded(
+    q: Array,
+    k: Array,
+    v: Array,
+    log_decay: Array | None,
+    runs: Array | None,
+    tiles: Tiles,
+    lowest: Array | float = GONE,
+):
+    """Whole chunks, the padding last, where causality alone hides it; log_decay [B, N, T], at least `lowest`.
 
-    e^-100 is 0 in float32: sums that fall faster would only lose digits.
+    lowest: a number, or one for each head [B, 1, N]. Sums that fall faster would only lose digits.
     """
     longest, T = (
         max(tile.held for tile in tiles),
@@ -62,8 +71,8 @@ def padded(q: Array, k: Array, v: Array, log_decay: Array | None, runs: Array | 
     pad = ((0, 0), (0, -T % longest))
     q, k, v = (jnp.pad(x, (*pad, (0, 0), (0, 0))) if T % longest else x for x in (q, k, v))
     if log_decay is not None:
-        log_decay = jnp.pad(jnp.swapaxes(log_decay.astype(jnp.float32), 1, 2), ((0, 0), *pad))
-        log_decay = jnp.maximum(log_decay, -100.0)
+        log_decay = jnp.maximum(log_decay.astype(jnp.float32), lowest)
+        log_decay = jnp.pad(jnp.swapaxes(log_decay, 1, 2), ((0, 0), *pad))
     if runs is not None:
         runs = jnp.pad(runs, pad, mode="edge")
     return q, k, v, log_decay, runs
@@ -102,15 +111,12 @@ def chunked(
         whole = jnp.zeros((B, N, J), jnp.int32)
         return None, Reach(whole, whole + J - 1)
     log_decay = jnp.zeros(shape, jnp.float32) if log_decay is None else log_decay
-    # Next to a decay of -100 a small one would lose its digits in one float32 sum. Sums of multiples of 1/256 are exact
-    # up to 2^16 = 512 x 128, and what remains is small: differences of the two parts keep everything.
-    coarse = jnp.round(log_decay * 256) / 256
-    parts = jnp.stack([coarse, log_decay - coarse], axis=2).reshape(B, N, 2, J, C)
-    parts = jnp.cumsum(parts, axis=-1)
+    parts = in_parts(log_decay.reshape(B, N, J, C))
     local = jnp.sum(parts, axis=2)
     total = local[..., -1]
     # Far from exact for large sums, and need not be: it only decides what is too small to matter.
-    before = -jnp.cumsum(total, axis=-1)
+    # A total may be a little above 0 (a change of units in second-order attention): the search needs order.
+    before = jax.lax.cummax(-jnp.cumsum(total, axis=-1), axis=2)
     first = _search(before, before + total - forgotten - 1e-6 * before)
     enters = leaves = None
     if runs is not None:
@@ -123,6 +129,17 @@ def chunked(
     last = _search(first, chunk, side="right") - 1
     rest = jnp.sum(parts[..., -1:] - parts, axis=2)
     return Chunks(parts.reshape(B, N, 2, T), local, rest, total, enters, leaves), Reach(first, last)
+
+
+def in_parts(log_decay: Float[Array, "B N J C"]) -> Float[Array, "B N 2 J C"]:
+    """The running sums of each chunk in two parts, of which differences keep their digits.
+
+    Next to a decay of GONE a small one would lose its digits in one float32 sum. Sums of C multiples of this unit
+    (1/256 for C = 512) are exact, and what remains is small.
+    """
+    unit = 2.0 ** ((int(-GONE) * log_decay.shape[-1]).bit_length() - 24)
+    coarse = jnp.round(log_decay / unit) * unit
+    return jnp.cumsum(jnp.stack([coarse, log_decay - coarse], axis=2), axis=-1)
 
 
 def _search(rows: Array, values: Array, side: str = "left") -> Array:

@@ -1,5 +1,7 @@
 """The attention operator against torch and against its own definition in float64."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -217,7 +219,9 @@ def test_no_square_of_the_length_is_held():
 
 def test_a_named_implementation_works_or_raises():
     q = jnp.ones((1, 4, 3, 8))
-    with pytest.raises(UserError, match="expected one of 'cudnn', 'splash', 'triton', 'tpu', 'xla', 'reference'"):
+    with pytest.raises(
+        UserError, match="expected one of 'cudnn', 'splash', 'triton', 'tpu', 'xla', 'reference'"
+    ):
         attention(q, q, q, implementation="flash9")
     with pytest.raises(UserError, match="'cudnn': needs a gpu, found cpu"):
         attention(q, q, q, implementation="cudnn")
@@ -243,3 +247,44 @@ def test_cudnn_says_what_it_does_not_cover(monkeypatch, change, reason):
     monkeypatch.setattr(dispatch, "platform", lambda: "gpu")
     obstacle = attention_vendors.cudnn_obstacle(x, x, **settings)
     assert obstacle is None if reason is None else reason in obstacle
+
+
+@functools.cache
+def on_hard_decays(form):
+    from kernels_pallas.attention import attention as kernel
+
+    def run(q, k, v, a, w, ids):
+        def y(q, k, v, a):
+            if form in ("gpu", "tpu"):
+                runs = jnp.cumsum(jnp.diff(ids, axis=1, prepend=0) != 0, axis=1, dtype=jnp.int32)
+                return kernel(q, k, v, log_decay=a, runs=runs, platform=form, interpret=True)
+            segments = {"q_segment_ids": ids, "kv_segment_ids": ids}
+            return attention(q, k, v, log_decay=a, implementation=form, **segments)
+
+        y, pull = jax.vjp(y, q, k, v, a)
+        return y, *pull(w)
+
+    return jax.jit(run)
+
+
+@pytest.mark.parametrize("size", [-50, -1000, -1e5, -np.inf])
+@pytest.mark.parametrize("form", ["reference", "xla", "gpu", "tpu"])
+def test_hard_decays_are_exact(form, size):
+    """Values and gradients, each gap of the decay a sum of its own, in float64; scores of up to 30."""
+    T, H, rng = 100, 8, np.random.default_rng(0)
+    q, k, v, w = (rng.normal(size=(1, T, 1, H)).astype(np.float32) * s for s in (3, 3, 1, 1))
+    a = (-0.1 * rng.random((1, T, 1))).astype(np.float32)
+    a[:, rng.random(T) < 0.1] = size
+    ids = np.sort(rng.integers(1, 4, (1, T)), axis=1).astype(np.int32)
+    got = on_hard_decays(form)(q, k, v, a, w, ids)
+    q, k, v, w, a, ids = (x[0].astype(np.float64).squeeze() for x in (q, k, v, w, a, ids))
+    gap = np.array([[a[j + 1 : i + 1].sum() for j in range(T)] for i in range(T)])
+    s = q @ k.T / np.sqrt(H) + gap
+    s = np.where(np.tril(np.ones((T, T), bool)) & (ids[:, None] == ids), s, -np.inf)
+    p = np.exp(s - s.max(1, keepdims=True))
+    p /= p.sum(1, keepdims=True)
+    ds = p * (w @ v.T - (w * (p @ v)).sum(1, keepdims=True))
+    da = np.cumsum((ds.sum(1) - ds.sum(0))[::-1])[::-1]
+    want = p @ v, ds @ k / np.sqrt(H), ds.T @ q / np.sqrt(H), p.T @ w, da
+    for g, x in zip(got, want, strict=True):
+        np.testing.assert_allclose(np.squeeze(g), x, rtol=0, atol=3e-5 * np.abs(x).max())

@@ -272,3 +272,76 @@ def test_mistakes_are_named():
         linear_attention(x, x, x, log_decay=-x[..., 0], window=Window("sliding", 4, x, x, gamma))
     with pytest.raises(UserError, match="needs a gpu"):
         linear_attention(x, x, x, implementation="triton")
+
+
+def hard(kind, T=100):
+    """q, k, v, log decay and w [T, ...], float32, with documents."""
+    rng = np.random.default_rng(len(kind))
+    q, k, v, w = (rng.normal(size=(T, 4)).astype(np.float32) for _ in range(4))
+    q, k, a = np.abs(q), np.abs(k), (-0.1 * rng.random(T)).astype(np.float32)
+    what, _, size = kind.partition(" ")
+    if what == "often":
+        a[rng.random(T) < 0.2] = float(size)
+    elif what == "empty":  # nothing nearer has weight
+        a[T // 2], k[T // 2 :] = float(size), 0
+    elif what == "mixed":
+        a = -(10.0 ** rng.uniform(-6, 4, T)).astype(np.float32)
+    elif what == "tiny":
+        a[:], q, k = -1e-12, q * np.float32(1e-15), k * np.float32(1e-15)
+    return q, k, v, a, w, np.sort(rng.integers(1, 4, T)).astype(np.int32)
+
+
+def by_pairs(q, k, v, a, w, ids, eps):
+    """y and the gradients of sum(w y), float64; each gap of the decay is a sum of its own. eps None: not divided."""
+    q, k, v, a, w = (x.astype(np.float64) for x in (q, k, v, a, w))
+    T = len(a)
+    gap = np.array([[a[j + 1 : i + 1].sum() for j in range(T)] for i in range(T)])
+    decay = np.where(np.tril(np.ones((T, T), bool)) & (ids[:, None] == ids), np.exp(gap), 0)
+    W = (q @ k.T) * decay
+    den = np.ones((T, 1)) if eps is None else W.sum(1, keepdims=True) + eps
+    y = W @ v / den
+    dW = (w @ v.T - (0 if eps is None else (w * y).sum(1, keepdims=True))) / den
+    dL = (W * dW).sum(1) - (W * dW).sum(0)
+    return y, (dW * decay) @ k, (dW * decay).T @ q, (W / den).T @ w, np.cumsum(dL[::-1])[::-1]
+
+
+HARD = ["often -50", "often -1000", "often -1e5", "often -inf", "empty -1000", "empty -inf", "mixed", "tiny"]
+
+
+@functools.cache
+def on_hard(form, normalize):
+    eps, platform = 1e-12, {"gpu": "gpu", "tpu": "tpu"}.get(form)
+
+    def run(q, k, v, a, w, ids):
+        q, k, v, w = (jnp.pad(x, ((0, 0), (0, 12 if platform else 0)))[None, :, None] for x in (q, k, v, w))
+        options = {"normalize": normalize, "eps": eps}
+
+        def y(q, k, v, a):
+            if platform:
+                kernels = pytest.importorskip("kernels_pallas.linear_attention")
+                runs = jnp.cumsum(jnp.diff(ids, prepend=0) != 0, dtype=jnp.int32)[None]
+                options.update(platform=platform, interpret=True)
+                return kernels.linear_attention(q, k, v, log_decay=a, runs=runs, **options)[0]
+            if form == "recurrent":
+                return module.recurrent(q, k, v, a, segment_ids=ids[None], initial_state=None, **options)[0]
+            options.update(implementation=form)
+            return linear_attention(q, k, v, log_decay=a, segment_ids=ids[None], **options)[0]
+
+        y, pull = jax.vjp(y, q, k, v, a[None, :, None])
+        y, dq, dk, dv, da = (x[0, :, 0] for x in (y, *pull(w)))
+        return *(x[:, :4] for x in (y, dq, dk, dv)), da
+
+    return jax.jit(run)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("form", ["reference", "recurrent", "xla", "gpu", "tpu"])
+@pytest.mark.parametrize("kind", HARD)
+def test_hard_decays_are_exact(kind, form, normalize):
+    """Values and gradients of every form, and no gradient by a reset."""
+    x = hard(kind)
+    got = on_hard(form, normalize)(*x)
+    for g, want in zip(got, by_pairs(*x, 1e-12 if normalize else None), strict=True):
+        assert np.isfinite(g).all()
+        np.testing.assert_allclose(g, want, rtol=0, atol=3e-5 * np.abs(want).max())
+    assert not np.any(got[-1][np.isneginf(x[3])])

@@ -10,10 +10,9 @@ import pytest
 from two_mamba_oracle import load, triangular
 
 from lcx.errors import UserError
-from lcx.ops import dispatch, second_order_states, second_order_tiles
+from lcx.ops import dispatch, second_order_choice, second_order_states, second_order_tiles
 from lcx.ops.second_order_attention import (
     SecondOrderState,
-    _faster,
     empty_state,
     second_order_attention,
 )
@@ -285,14 +284,128 @@ def test_a_named_form_works_or_raises():
         second_order_attention(q, q[:, :, :2], q[:, :, :2])
 
 
-@pytest.mark.parametrize(
-    "platform, states, decaying", [("cpu", 20480, 163840), ("gpu", 32768, 2**20), ("tpu", 32768, 2**20)]
-)
-def test_the_form_changes_where_the_state_is_cheaper(monkeypatch, platform, states, decaying):
+@pytest.mark.parametrize("platform, H, states", [("cpu", 16, 2560), ("cpu", 128, 4096), ("gpu", 32, 2048)])
+def test_the_form_by_length(monkeypatch, platform, H, states):
     monkeypatch.setattr(dispatch, "platform", lambda: platform)
-    fast = functools.partial(_faster, H=128, follows=False)
-    assert fast(states, decays=False) == "states"
-    assert fast(states - 1, decays=False) == "tiles"
-    assert fast(decaying - 1, decays=True) == "tiles"
-    assert fast(decaying, decays=True) == "states"
-    assert _faster(1, 128, follows=True, decays=True) == "states"
+    chosen = functools.partial(second_order_choice.choose, None, H=H, follows=False)
+    assert chosen(states - 1, forgets=False) == chosen(states - 1, forgets=True) == "tiles"
+    assert chosen(states, forgets=False) == "states" and chosen(states, forgets=True) == "either"
+    assert second_order_choice.choose(None, 1, H, follows=True, forgets=True) == "states"
+
+
+def test_the_form_by_the_data_does_not_depend_on_the_length():
+    """So that a row of twice the length takes the same form, twice the time."""
+    slow, fast = jnp.full((1, 16384, 1), -1e-4), jnp.full((1, 16384, 1), -0.1)
+    one = jnp.ones((1, 16384), jnp.int32)
+    for T in (4096, 8192, 16384):
+        short = functools.partial(second_order_choice.short_reach, H=16)
+        assert not short(slow[:, :T], one[:, :T]) and short(fast[:, :T], one[:, :T])
+        assert short(slow[:, :T], one[:, :T] + jnp.arange(T) // 512)  # documents
+
+
+@pytest.mark.parametrize("rate", [-1e-4, -0.3])
+def test_either_form_gives_what_the_other_gives(rate, monkeypatch):
+    monkeypatch.setattr(second_order_choice, "LONG", 256)
+    monkeypatch.setattr(second_order_choice, "MOST", 128)
+    q, k, v, a, w, _ = arrays((1, 520, 2, 1, 8, rate, False, True))
+    f = functools.partial(second_order_attention, segment_ids=None)
+    got, want = (
+        with_gradients(lambda q, k, v, a, form=form: f(q, k, v, log_decay=a, form=form)[0], q, k, v, a, w)
+        for form in (None, "tiles")
+    )
+    close(got, want, 1e-5)
+
+
+def corner(name):
+    """q, k, v, log decay, w, and the documents: what float32 has trouble with."""
+    T, H, rng = 140, 8, np.random.default_rng(len(name))
+    q, k, v, w = (rng.normal(size=(1, T, 1, H)).astype(np.float32) for _ in range(4))
+    a = (-0.05 * rng.uniform(0, 2, (1, T, 1))).astype(np.float32)
+    ids = np.sort(rng.integers(1, 4, (1, T)), axis=1).astype(np.int32)
+    what, _, size = name.partition(" ")
+    if what == "q":
+        q *= np.float32(size)
+    elif what == "k":
+        k *= np.float32(size)
+    elif what == "first":  # scores of each document's first token, and some keys of 0
+        q[0, np.flatnonzero(np.diff(ids[0], prepend=0))] *= np.float32(size)
+        k[:, 20::7] = 0
+    elif what == "mixed":
+        k *= (10.0 ** rng.uniform(-14, 4, (1, T, 1, 1))).astype(np.float32)
+    elif what == "hard":
+        a[:, rng.random(T) < 0.1] = float(size)
+    elif what == "empty":  # nothing nearer has weight
+        a[:, T // 3], k[:, T // 3 :], ids[:] = float(size), 0, 1
+    elif what == "skipped":  # nor in a whole tile, which the decay would skip
+        a[:], k[:, 5:], ids[:] = -0.9, 0, 1
+    elif what == "tiny":
+        a[:] = -1e-12
+    return q, k, v, a, w, ids
+
+
+CORNERS = [
+    *("q 1e-3", "q 1e-10", "q 1e-30", "k 1e-15", "k 1e-30", "first 1e-10", "first 1e-30", "mixed"),
+    *("hard -50", "hard -1000", "hard -1e5", "hard -inf", "empty -50", "empty -1e5", "empty -inf", "skipped"),
+    "tiny",
+]
+
+
+def by_logarithms(q, k, v, a, w, ids, normalize):
+    """As by_hand, one row and head: weights by their logarithms, gaps of the decay as sums of their own."""
+    q, k, v, w = (x[0, :, 0].astype(np.float64) for x in (q, k, v, w))
+    a, ids = a[0, :, 0].astype(np.float64), ids[0]
+    T, root = len(a), math.sqrt(q.shape[1])
+    s = q @ k.T / root
+    gap = np.array([[a[j + 1 : i + 1].sum() for j in range(T)] for i in range(T)])
+    live = np.tril(np.ones((T, T), bool)) & (ids[:, None] == ids) & (s != 0) & (gap > -np.inf)
+    size = np.where(live, 2 * np.log(np.abs(np.where(live, s, 1))) + gap, -np.inf)
+    top = np.where(live.any(1), size.max(1), 0) if normalize else np.zeros(T)
+    W = np.exp(size - top[:, None])
+    P = W / np.where(W.sum(1) == 0, 1, W.sum(1))[:, None] if normalize else W
+    dP = w @ v.T
+    if normalize:
+        dP = np.where(live.sum(1, keepdims=True) == 1, 0, dP - (P * dP).sum(1, keepdims=True))
+    ds = 2 * P / np.where(live, s, 1) * dP / root
+    dL = (P * dP).sum(1) - (P * dP).sum(0)
+    grads = ds @ k, ds.T @ q, P.T @ w
+    return *(x[None, :, None] for x in (P @ v, *grads)), np.cumsum(dL[::-1])[::-1][None, :, None]
+
+
+@functools.cache
+def on_corners(implementation, form, normalize):
+    def run(q, k, v, a, w, ids):
+        y, pull = jax.vjp(
+            lambda q, k, v, a: second_order_attention(
+                *(q, k, v),
+                log_decay=a,
+                segment_ids=ids,
+                normalize=normalize,
+                implementation=implementation,
+                form=form,
+            )[0],
+            *(q, k, v, a),
+        )
+        return y, *pull(w)
+
+    return jax.jit(run)
+
+
+@pytest.mark.parametrize("name", CORNERS)
+@pytest.mark.parametrize("implementation, form", FORMS)
+def test_what_float32_cannot_square(implementation, form, name):
+    """One program for all: tiny scores, zero keys, hard resets, decays beyond what float32 can hold."""
+    x = corner(name)
+    got = on_corners(implementation, form, True)(*x)
+    for g, want in zip(got, by_logarithms(*x, True), strict=True):
+        error = np.abs(np.asarray(g, np.float64) - want).max()
+        assert np.isfinite(g).all() and error <= 3e-5 * max(np.abs(want).max(), 1e-30)
+
+
+@pytest.mark.parametrize("name", ["q 1e-3", "hard -1000", "hard -inf", "empty -50"])
+@pytest.mark.parametrize("implementation, form", FORMS)
+def test_corners_without_the_division(implementation, form, name):
+    x = corner(name)
+    got = on_corners(implementation, form, False)(*x)
+    for g, want in zip(got, by_logarithms(*x, False), strict=True):
+        assert np.isfinite(g).all()
+        np.testing.assert_allclose(g, want, rtol=0, atol=3e-5 * max(np.abs(want).max(), 1e-30))

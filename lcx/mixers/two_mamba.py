@@ -61,6 +61,7 @@ class TwoMamba(nn.Module):
       value_step: values times softplus(x W_dt).
       residual: adds D v, v as after the convolution.
       gate: y times silu(x W_z + b).
+      form: of score "square": "tiles", "states", or None for what ops/second_order_choice.py picks.
       init_gain: of all projections; 3^-0.5 gives the variance of torch's default, as published.
       implementation: of the operator, see ops; None picks the fastest that is valid here.
     """
@@ -75,6 +76,7 @@ class TwoMamba(nn.Module):
     value_step: bool = False
     residual: bool = False
     gate: bool = False
+    form: str | None = None
     init_gain: float = 1.0
     implementation: str | None = None
 
@@ -128,6 +130,12 @@ class TwoMamba(nn.Module):
             if getattr(self, field) not in choices:
                 expected = ", ".join(repr(choice) for choice in choices)
                 raise UserError(f"{field} {getattr(self, field)!r}: expected one of {expected}")
+        if self.form not in (None, "tiles", "states"):
+            raise UserError(f"form {self.form!r}: expected 'tiles', 'states' or None")
+        if self.form is not None and self.score != "square":
+            raise UserError(
+                f"form {self.form!r} with score {self.score!r}: only 'square' has forms; set form=None"
+            )
         if self.score == "exp" and self.norm == "output":
             raise UserError("score 'exp' with norm 'output': exponentials need their sum; set norm='scores'")
 
@@ -206,7 +214,7 @@ class TwoMamba(nn.Module):
         options |= {"normalize": self.norm == "scores", "segment_ids": ids, "initial_state": state}
         if self.score == "linear":
             return linear_op.linear_attention(q * self.head_dim**-0.5, k, v, **options)
-        return second_order_op.second_order_attention(q, k, v, **options)
+        return second_order_op.second_order_attention(q, k, v, form=self.form, **options)
 
     @nn.nowrap
     def _softmax(self, q, k, v, ids, state, options):
@@ -262,13 +270,14 @@ class TwoMamba(nn.Module):
 
     @nn.nowrap
     def macs_per_token(self, seq_len: int) -> float:
-        """Multiply-adds per token between the projections, averaged over a sequence; the cheaper form where two are."""
+        """Multiply-adds per token between the projections, averaged over a sequence: the cheaper form unless named."""
         H = self.head_dim
         pairs = (2 * H + 1) * (seq_len + 1) / 2
         if self.score == "linear":
             core = 2.0 * H * H
         elif self.score == "square":
-            core = min(pairs, 2.0 * second_order_op.expanded_size(H) * (H + 1))
+            states = 2.0 * second_order_op.expanded_size(H) * (H + 1)
+            core = {"tiles": pairs, "states": states}.get(self.form or "", min(pairs, states))
         else:
             core = pairs
         taps = 3 * H * self.conv_width if self.conv_width > 1 else 0

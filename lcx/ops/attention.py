@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, Int
 from lcx.errors import UserError
 from lcx.ops import attention_vendors, dispatch
 from lcx.ops.attention_tiles import NEG, tiled
+from lcx.ops.decay import gaps
 
 PLATFORMS = {"triton": "gpu", "tpu": "tpu"}  # of our kernels
 
@@ -43,7 +44,8 @@ def attention(
     """softmax(scale q k^T + decay + mask) v; scale defaults to H^-0.5. Result in q's dtype.
 
     Args:
-      log_decay: of every key's token, at most 0; that of padding is not applied. None: no decay.
+      log_decay: of every key's token, at most 0; -inf hides all before it. That of padding is not applied. None: no
+        decay.
       implementation: see dispatch.py; here "reference", "xla", "cudnn", "splash", "triton", "tpu", or None for the
         fastest that is valid.
 
@@ -77,8 +79,11 @@ def attention(
         return tiled(q, k, v, *segments, q_offset, log_decay, window=window, scale=scale)
     offset = jnp.full(q.shape[:1], k.shape[1] - q.shape[1]) if q_offset is None else q_offset
     mask = _mask(q_segment_ids, kv_segment_ids, offset, window, q.shape[1], k.shape[1])
-    gaps = None if log_decay is None else _gaps(log_decay, offset, q.shape[1])
-    return reference(q, k, v, mask, gaps, scale=scale)
+    between = None
+    if log_decay is not None:
+        rates = jnp.moveaxis(log_decay.astype(jnp.float32), 1, 2)
+        between = gaps(rates, offset[:, None, None] + jnp.arange(q.shape[1]))
+    return reference(q, k, v, mask, between, scale=scale)
 
 
 def _kernel_obstacles(q, k, v, q_offset, window) -> dict[str, str | None]:
@@ -118,26 +123,16 @@ def _mask(q_segments, kv_segments, offset, window, T, S) -> Array:
     return seen
 
 
-def _gaps(log_decay: Array, offset: Array, T: int) -> Array:
-    """L_i - L_j, [B, N, T, S], at most 0. L counts from the first query, so that near keys lose no digits."""
-    rate, place = jnp.moveaxis(log_decay.astype(jnp.float32), 1, 2), jnp.arange(log_decay.shape[1])
-    before = (place <= offset[:, None])[:, None]
-    past, ahead = jnp.where(before, rate, 0), jnp.where(before, 0, rate)
-    later = jnp.pad(jnp.cumsum(past[:, :, :0:-1], axis=2)[:, :, ::-1], ((0, 0), (0, 0), (0, 1)))
-    of_keys = later - jnp.cumsum(ahead, axis=2)
-    at = offset[:, None, None] + jnp.arange(T)
-    own = jnp.take_along_axis(of_keys, jnp.broadcast_to(at, (*rate.shape[:2], T)), axis=2)
-    return jnp.minimum(of_keys[:, :, None] - own[..., None], 0)
-
-
-def reference(q: Array, k: Array, v: Array, mask: Array, gaps: Array | None = None, *, scale: float) -> Array:
+def reference(
+    q: Array, k: Array, v: Array, mask: Array, between: Array | None = None, *, scale: float
+) -> Array:
     """The definition. float32 throughout; a query that sees no key gives 0."""
     B, T, N, H = q.shape
     K = k.shape[2]
     grouped = q.reshape(B, T, K, N // K, H).astype(jnp.float32) * scale
     scores = jnp.einsum("btkgh,bskh->bkgts", grouped, k.astype(jnp.float32))
-    if gaps is not None:
-        scores += gaps.reshape(scores.shape)
+    if between is not None:
+        scores += between.reshape(scores.shape)
     mask = mask[:, None, None]
     weights = jax.nn.softmax(jnp.where(mask, scores, NEG), axis=-1) * mask
     out = jnp.einsum("bkgts,bskh->btkgh", weights, v.astype(jnp.float32))

@@ -18,8 +18,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
 
 from lcx.ops import MIXER_RESIDUALS
-from lcx.ops.tiling import add, cut, dot, each_head, put, split
+from lcx.ops.decay import split
+from lcx.ops.tiling import add, cut, dot, each_head, put
 
+LOWEST = -16384.0  # a log decay below it counts as it: no difference of two scores comes near
 NEG = -1e30  # finite: exp(NEG - NEG) would be 1, so rows that see nothing are zeroed explicitly
 
 
@@ -56,7 +58,9 @@ def tiled(
 
     queries, segments = by_kv_head(q * scale, q_pad), each_row(kv_segments, kv_pad)
     keys, values = (by_kv_head(x, kv_pad)[:, 0] for x in (k, v))
-    decay = None if log_decay is None else by_kv_head(log_decay.astype(jnp.float32), kv_pad)
+    decay = None
+    if log_decay is not None:
+        decay = by_kv_head(jnp.maximum(log_decay.astype(jnp.float32), LOWEST), kv_pad)
     if q_offset is None:
         out = _tiled(queries, keys, values, segments, decay, plan)
     else:
@@ -123,11 +127,11 @@ class Plan:
 class Gaps(NamedTuple):
     """L_i - L_j of one head, tile by tile, outwards from a block of queries whose first lies at p."""
 
-    rate: Array  # [2, G, S + rows], tiling.split
+    rate: Array  # [2, G, S + rows], decay.split
 
     @classmethod
-    def of(cls, decay: Array, rows: int) -> "Gaps":
-        return cls(split(jnp.pad(decay, ((0, 0), (0, rows)))))
+    def of(cls, decay: Array, rows: int, cols: int) -> "Gaps":
+        return cls(split(jnp.pad(decay, ((0, 0), (0, rows))), rows + cols, LOWEST))
 
     def of_queries(self, place: Array, rows: int) -> Array:
         """L_i - L_p, [2, G, rows]."""
@@ -156,7 +160,7 @@ def _head_forward(q, k, v, q_segments, kv_segments, decay, offset, *, plan: Plan
     G, T, H = q.shape
     S, C, size = k.shape[0], plan.rows, plan.cols
     nothing = jnp.zeros((2, G), jnp.float32)
-    gaps = None if decay is None else Gaps.of(decay, C)
+    gaps = None if decay is None else Gaps.of(decay, C, size)
 
     def rows(row, carry):
         q_row, own = cut(q, row, C, axis=1), cut(q_segments, row, C)
@@ -188,7 +192,7 @@ def _head_backward(q, k, v, segments, decay, out, lse, d_out, *, plan: Plan) -> 
     G, T, H = q.shape
     C, size = plan.rows, plan.cols
     nothing = jnp.zeros((2, G), jnp.float32)
-    gaps = None if decay is None else Gaps.of(decay, C)
+    gaps = None if decay is None else Gaps.of(decay, C, size)
     delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1)
 
     def rows(row, carry):

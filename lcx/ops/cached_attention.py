@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from lcx.ops import dispatch
 from lcx.ops.attention_tiles import NEG
+from lcx.ops.decay import gaps
 
 
 def cached_attention(
@@ -81,6 +82,7 @@ def _seen(q_ids: Array, kv_ids: Array, distance: Array, window: int | None) -> A
 def _gaps(rate: Array, cached: Array) -> tuple[Array, Array]:
     """L_i - L_j of the new tokens i, [B, N, T, S] to the cached and [B, N, T, T] to the new; at most 0 where seen."""
     since = jnp.cumsum(rate, axis=-1)[..., None]
+    new = gaps(rate, jnp.arange(rate.shape[-1]))
     later = jnp.cumsum(cached[..., :0:-1], axis=-1)[..., ::-1]  # of the slots after each
     to_end = jnp.pad(later, ((0, 0), (0, 0), (0, 1)))
-    return since + to_end[:, :, None], jnp.minimum(since - jnp.swapaxes(since, -1, -2), 0)
+    return since + to_end[:, :, None], new

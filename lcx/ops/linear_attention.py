@@ -34,7 +34,7 @@ from jaxtyping import Array, Float, Int
 
 from lcx.errors import UserError
 from lcx.ops import MIXER_RESIDUALS, dispatch, segments
-from lcx.ops.tiling import split
+from lcx.ops.decay import GONE, divided, gaps, split
 
 CHUNK = (
     64  # measured on a CPU at T = 4K and 16K, P = H = 64: 516 and 808 ns a token and head, 128: 635 and 913
@@ -214,14 +214,14 @@ def reference(q, k, v, log_decay, *, normalize, eps, segment_ids, initial_state)
     T, first = q.shape[1], starts(ids, before)
     place = jnp.arange(T)
     seen = (place <= place[:, None]) & (place >= first[..., None])  # [B, T, S]
-    total = jnp.cumsum(a, axis=1).swapaxes(1, 2)  # [B, N, T]
-    decay = jnp.exp(jnp.where(seen[:, None], total[..., :, None] - total[..., None, :], -jnp.inf))
-    into = jnp.where((first < 0)[:, None], jnp.exp(total), 0)
+    a = a.swapaxes(1, 2)
+    decay = jnp.exp(jnp.where(seen[:, None], gaps(a, place), -jnp.inf))
+    into = jnp.where((first < 0)[:, None], jnp.exp(jnp.cumsum(a, axis=2)), 0)
     weights = jnp.einsum("btnp,bsnp->bnts", q, k) * decay
     y = jnp.einsum("bnts,bsnh->btnh", weights, v) + jnp.einsum("bnt,btnp,bnph->btnh", into, q, kv)
     if normalize:
         norm = jnp.sum(weights, axis=-1) + jnp.einsum("bnt,btnp,bnp->bnt", into, q, z)
-        y = y / (norm + eps).swapaxes(1, 2)[..., None]
+        y = divided(y, (norm + eps).swapaxes(1, 2)[..., None])
     y = jnp.where((ids != 0)[..., None, None], y, 0)
     out, carry = decay[:, :, -1], into[:, :, -1]
     kv = carry[..., None, None] * kv + jnp.einsum("bns,bsnp,bsnh->bnph", out, k, v)
@@ -243,7 +243,7 @@ def recurrent(q, k, v, log_decay, *, normalize, eps, segment_ids, initial_state)
         z = keep[..., None] * z + k
         y = jnp.einsum("bnp,bnph->bnh", q, kv)
         if normalize:
-            y = y / (jnp.einsum("bnp,bnp->bn", q, z) + eps)[..., None]
+            y = divided(y, (jnp.einsum("bnp,bnp->bn", q, z) + eps)[..., None])
         return (kv, z, jnp.where(now == 0, document, now)), jnp.where((now != 0)[:, None, None], y, 0)
 
     xs = tuple(jnp.swapaxes(x, 0, 1) for x in (q, k, v, a, ids))
@@ -262,7 +262,8 @@ def xla(
     a, H, dtype = log_decay, v.shape[3], v.dtype
     N = max(x.shape[2] for x in (q, k, v) + (() if a is None else (a,)))
     if a is not None:  # its gradient is read off v's, head by head
-        a, v = (jnp.repeat(x, N // x.shape[2], axis=2) for x in (a.astype(jnp.float32), v))
+        a = jnp.maximum(a.astype(jnp.float32), GONE)
+        a, v = (jnp.repeat(x, N // x.shape[2], axis=2) for x in (a, v))
     C = min(chunk_size or CHUNK, T)
     first = before = None
     if segment_ids is not None:
@@ -332,7 +333,7 @@ def chunk_weights(a: Array | None, first: Array | None, C: int) -> tuple[Array, 
         carried = entering[..., -1:]
     if a is None:
         return seen.astype(jnp.float32), entering, leaving, carried
-    g = jnp.cumsum(split(a), axis=-1)
+    g = jnp.cumsum(split(a, C), axis=-1)
     pairs = jnp.sum(g[..., :, None] - g[..., None, :], axis=0)
     decay = jnp.exp(jnp.where(seen, pairs, -jnp.inf))
     to_end = jnp.exp(jnp.sum(g[..., -1:] - g, axis=0))
@@ -396,7 +397,7 @@ def _chunks_backward(normalize, eps, residuals, cotangents):
     q, k, v, a, first, state, y, norm = residuals
     dy, d_last = cotangents
     before, last = states_before(k, v, a, first, state)
-    step = functools.partial(_backward_step, heads=[x.shape[3] for x in (q, k, v)])
+    step = functools.partial(_backward_step, heads=[x.shape[3] for x in (q, k, v)], eps=eps)
     end = d_last, _inner(d_last, last)
     xs = (q, k, v, a, first, before, y, norm, dy)
     (d_state, _), (dq, dk, dv, da) = jax.lax.scan(step, end, xs, reverse=True)
@@ -409,7 +410,7 @@ def _inner(x, y) -> Array:
     return functools.reduce(jnp.add, parts)
 
 
-def _backward_step(carry, x, *, heads):
+def _backward_step(carry, x, *, heads, eps):
     """One chunk's gradients from the cotangent of the state at its end, which becomes that of the state before it."""
     (d_kv, d_z), inner = carry
     q, k, v, a, first, (kv, z), y, norm, dy = x
@@ -438,7 +439,8 @@ def _backward_step(carry, x, *, heads):
         d_z = carried * d_z + dot("bgrt,bgrtp->bgrp", d_in, q)
     if a is None:
         return ((d_kv, d_z), inner), (dq, dk, dv, None)
-    row = jnp.sum(dy.astype(jnp.float32) * y, axis=-1) if norm is None else jnp.zeros_like(column)
+    # Normalised: d_num.num + d_norm (norm - eps), of which only this is left.
+    row = jnp.sum(dy.astype(jnp.float32) * y, axis=-1) if norm is None else -eps * d_norm
     da = jax.lax.cumsum(row - column, axis=3, reverse=True) + inner[..., None]
     return ((d_kv, d_z), _inner((d_kv, d_z), (kv, z))), (dq, dk, dv, da)
 

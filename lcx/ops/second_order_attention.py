@@ -13,22 +13,36 @@ all zero (padding, or q = 0) gives 0.
                 comes from XLA.
 ``xla``         form "tiles": quadratic in time, linear in memory, skips tiles that the decay has made negligible
                 (second_order_tiles.py). form "states": linear in time, one state of P x (H + 1) numbers a head
-                (second_order_states.py). form None picks by T and H.
+                (second_order_states.py). form None: second_order_choice.py.
 
 Letters: B batch, T tokens, N query heads, K kv heads, H head dim, P = `expanded_size(H)`.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Float32, Int
 
 from lcx.errors import UserError
-from lcx.ops import MIXER_RESIDUALS, dispatch, second_order_states, second_order_tiles, segments
+from lcx.ops import (
+    MIXER_RESIDUALS,
+    dispatch,
+    second_order_choice,
+    second_order_states,
+    second_order_tiles,
+    segments,
+)
+from lcx.ops.decay import GONE, divided, gaps
 from lcx.ops.second_order_states import expand, expanded_size
+from lcx.ops.second_order_units import LOG4, exponent, times_power, units
 
 PLATFORMS = {"triton": "gpu", "tpu": "tpu"}  # of the kernels
+LOWEST = (
+    -512.0
+)  # a finite log decay below counts as it: float32 knows no two squared scores whose ratio is e^400
+FAINT = 1e-12  # a score in units of query and key that may be all rounding error
 
 
 class SecondOrderState(NamedTuple):
@@ -67,9 +81,10 @@ def second_order_attention(
     """Outputs in q's dtype, and the state after the T tokens.
 
     Args:
-      log_decay: at most 0 (below -30 counts as -30); None is 0, no decay. That of a padding token is not applied.
+      log_decay: at most 0, -inf hides all before the token; None is 0, no decay. That of padding is not applied.
       scale: defaults to H^-0.5. It cancels when normalize=True, except in the state.
-      form: "tiles", "states", or None for the faster of the two.
+      form: "tiles", "states", or None: by the length and the data, so that time grows no faster than T from 4K tokens
+        on, whatever the decay (second_order_choice.py).
       segment_ids: documents of packed rows (segments.py); None is one document with id 1.
       initial_state: what earlier tokens left; None is empty.
       implementation: see dispatch.py; here "reference", "xla", "triton", "tpu" or None.
@@ -85,8 +100,9 @@ def second_order_attention(
     if form not in (None, "tiles", "states"):
         raise UserError(f"second_order_attention form {form!r}: expected 'tiles', 'states' or None")
     follows, scale = initial_state is not None, H**-0.5 if scale is None else scale
-    faster = form or _faster(T, H, follows=follows, decays=log_decay is not None)
-    obstacles = {**_kernel_obstacles(q, k, v, faster, follows), "xla": None, "reference": None}
+    forgets = log_decay is not None or segment_ids is not None
+    form = second_order_choice.choose(form, T, H, follows=follows, forgets=forgets)
+    obstacles = {**_kernel_obstacles(q, k, v, form, follows), "xla": None, "reference": None}
     name = dispatch.choose("second_order_attention", implementation, obstacles)
     state = empty_state(B, N, H) if initial_state is None else initial_state
     ids = jnp.ones((B, T), jnp.int32) if segment_ids is None else segment_ids
@@ -94,42 +110,102 @@ def second_order_attention(
     wide = jnp.promote_types(q.dtype, jnp.float32)
     decay = jnp.zeros((B, T, N), wide)
     if log_decay is not None:
-        decay = jnp.where(real, jnp.maximum(log_decay.astype(wide), second_order_tiles.SKIP), 0)
+        decay = jnp.where(real, log_decay.astype(wide), 0)
+        decay = jnp.where(decay < LOWEST, jnp.where(decay == -jnp.inf, -jnp.inf, LOWEST), decay)
     k = jnp.where(real[..., None], k, 0)  # padding weighs nothing
+    if name not in PLATFORMS:
+        k, v = (jnp.repeat(x, N // k.shape[2], axis=2) for x in (k, v))
+    case = Case(
+        *(normalize, scale, form, PLATFORMS.get(name), follows),
+        documents=segment_ids is not None or follows,
+        decays=log_decay is not None or name not in PLATFORMS,
+    )
     last = segments.last(ids, state.segment_ids)
-    if name in PLATFORMS:
-        options = {"normalize": normalize, "scale": scale, "platform": PLATFORMS[name]}
-        options["log_decay"] = None if log_decay is None else decay
-        options["runs"] = None if segment_ids is None and not follows else runs
-        y, state = _by_kernel(q, k, v, decay, runs, state, form=faster, follows=follows, options=options)
-        return jnp.where(real[..., None], y, 0), state._replace(segment_ids=last)
-    k, v = (jnp.repeat(x, N // k.shape[2], axis=2) for x in (k, v))
     if name == "reference":
-        sums, state = reference(q, k, v, decay, runs, state, scale=scale)
-    elif T == 1:
-        sums, state = step(q, k, v, decay, runs, state, scale=scale)
+        y, state = reference(q, k, v, decay, runs, state, normalize=normalize, scale=scale)
     else:
-        sums, state = _chunked(q, k, v, decay, runs, state, form=faster, scale=scale, follows=follows)
-    sums = checkpoint_name(sums, MIXER_RESIDUALS)
-    y, total = sums[..., :-1], sums[..., -1:]
-    if normalize:
-        y = y / jnp.where(total == 0, 1, total)
+        y, state = _in_units(q, k, v, decay, runs, state, case)
     return jnp.where(real[..., None], y, 0).astype(q.dtype), state._replace(segment_ids=last)
 
 
-def _by_kernel(q, k, v, decay, runs, state: SecondOrderState, *, form: str, follows: bool, options: dict):
-    if form == "states":
+class Case(NamedTuple):
+    """What is known before the data."""
+
+    normalize: bool
+    scale: float
+    form: str  # tiles, states or either
+    platform: str | None  # of a kernel
+    follows: bool  # there is an initial state
+    documents: bool  # more than one run, perhaps
+    decays: bool  # for kernels: whether they get a decay
+
+
+def _in_units(q, k, v, decay, runs, state: SecondOrderState, case: Case):
+    """In the units of second_order_units.py: y and the state, as they are without."""
+    N, scale = q.shape[2], case.scale
+    unit = units(q, k, decay, runs, state.k_sum / scale**2, decays=case.decays)
+    own = jnp.sum(
+        (unit.q.reshape(*k.shape[:3], -1, k.shape[3]) * unit.k[:, :, :, None]).astype(decay.dtype), axis=-1
+    ).reshape(decay.shape)
+    kv, k_sum = (times_power(x, _spread(-2 * unit.of_state, x)) for x in state[:2])
+    arrays = unit.q, unit.k, v, unit.log_decay, runs, state._replace(kv=kv, k_sum=k_sum)
+    y, after = (_by_xla if case.platform is None else _by_kernel)(*arrays, case)
+    if case.normalize:
+        y = _alone(y, jnp.repeat(v, N // v.shape[2], axis=2), own, decay, unit.log_decay, runs)
+    else:
+        y = times_power(y, 2 * unit.of_rows[..., None])
+    kv, k_sum = (times_power(x, _spread(2 * unit.of_last, x)) for x in after[:2])
+    return y, state._replace(kv=kv, k_sum=k_sum)
+
+
+def _spread(exponents: Array, x: Array) -> Array:
+    return exponents.reshape(*exponents.shape, *(1,) * (x.ndim - 2))
+
+
+def _alone(y, v, own, decay, in_units, runs):
+    """y, where a token that sees only itself gives its value, to the last digit.
+
+    Its score does not matter, so the gradient by it is 0. The sums would leave the rounding error of two equal numbers,
+    divided by that score.
+    """
+    begins = (jnp.diff(runs, axis=1, prepend=0) != 0)[..., None] | (decay == -jnp.inf)
+    alone = (begins | ((in_units <= GONE) & (jnp.abs(own) > FAINT))) & jnp.isfinite(own)
+    return jnp.where(alone[..., None], jnp.where(own[..., None] != 0, v, 0), y)
+
+
+def _by_xla(q, k, v, decay, runs, state: SecondOrderState, case: Case):
+    if q.shape[1] == 1:
+        sums, state = step(q, k, v, decay, runs, state, scale=case.scale)
+    else:
+        sums, state = _chunked(
+            q, k, v, decay, runs, state, form=case.form, scale=case.scale, follows=case.follows
+        )
+    sums = checkpoint_name(sums, MIXER_RESIDUALS)
+    y, total = sums[..., :-1], sums[..., -1:]
+    return divided(y, total) if case.normalize else y, state
+
+
+def _by_kernel(q, k, v, decay, runs, state: SecondOrderState, case: Case):
+    options: dict[str, Any] = {"normalize": case.normalize, "scale": case.scale, "platform": case.platform}
+    options["log_decay"] = decay if case.decays else None
+    options["runs"] = runs if case.documents else None
+    if case.form == "states":
         from kernels_pallas.second_order_states import second_order_attention as kernel
 
-        y, (kv, k_sum) = kernel(q, k, v, initial_state=state[:2] if follows else None, **options)
+        y, (kv, k_sum) = kernel(q, k, v, initial_state=state[:2] if case.follows else None, **options)
         return y, state._replace(kv=kv, k_sum=k_sum)
     from kernels_pallas.second_order_attention import second_order_attention as tiles
 
-    y = tiles(q, k, v, **options)
+    if case.form == "either":
+        from kernels_pallas.second_order_either import second_order_attention as kernel
+
+        short = second_order_choice.short_reach(decay, runs, q.shape[3])
+        y = kernel(q, k, v, short_reach=short, **options)
+    else:
+        y = tiles(q, k, v, **options)
     k, v = (jnp.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, v))
     # XLA drops the state where nobody asks for it.
-    scale = options["scale"]
-    return y, _chunked(q, k, v, decay, runs, state, form="states", scale=scale, follows=False)[1]
+    return y, _chunked(q, k, v, decay, runs, state, form="states", scale=case.scale, follows=False)[1]
 
 
 def _with_ones(v: Array) -> Array:
@@ -137,24 +213,44 @@ def _with_ones(v: Array) -> Array:
 
 
 def reference(
-    q, k, v, decay, runs, state: SecondOrderState, *, scale: float
+    q, k, v, decay, runs, state: SecondOrderState, *, normalize: bool, scale: float
 ) -> tuple[Array, SecondOrderState]:
-    """The definition: sums [B, T, N, H + 1], the last column those of the weights."""
-    q, k, values = (x.astype(decay.dtype) for x in (q, k, _with_ones(v)))
-    total = jnp.cumsum(decay, axis=1)
-    order = jnp.arange(q.shape[1])
-    seen = (order[:, None] >= order) & (runs[:, :, None] == runs[:, None, :])
-    gap = jnp.where(seen[..., None], total[:, :, None] - total[:, None], 0)
-    scores = scale * jnp.einsum("btnh,bsnh->btsn", q, k)
-    sums = jnp.einsum("btsn,bsnw->btnw", jnp.where(seen[..., None], scores**2 * jnp.exp(gap), 0), values)
-    old = jnp.exp(total) * (runs == 0)[..., None]
+    """The definition, all pairs at once; each row's weights as parts of its largest, so that none is too small."""
+    q, k, v = (x.astype(decay.dtype) for x in (q, k, v))
+    rows, keys = jnp.swapaxes(exponent(q), 1, 2), jnp.swapaxes(exponent(k), 1, 2)
+    queries = times_power(q, -exponent(q)[..., None])
+    scores = scale * jnp.einsum("btnh,bsnh->bnts", queries, times_power(k, -exponent(k)[..., None]))
+    order, rates = jnp.arange(q.shape[1]), jnp.moveaxis(decay, 2, 1)
+    between, since = gaps(rates, order), jnp.cumsum(rates, axis=2)
     carried = jnp.concatenate([state.kv, state.k_sum[..., None]], axis=-1)
-    sums += old[..., None] * jnp.einsum("btnp,bnpw->btnw", expand(q), carried)
-    new = jnp.exp(total[:, -1:] - total) * (runs == runs[:, -1:])[..., None]
-    carried = old[:, -1, :, None, None] * carried + scale**2 * jnp.einsum(
-        "btnp,btn,btnw->bnpw", expand(k), new, values
+    old = jnp.einsum("btnp,bnpw->bntw", expand(queries), carried)
+    # The logarithm of every weight's size, in parts: of the square or of the state's, and of what multiplies it.
+    of_pairs = between + LOG4 * (rows[..., None] + keys[:, :, None])
+    of_state = since + LOG4 * rows
+    seen = (order[:, None] >= order) & (runs[:, :, None] == runs[:, None, :])
+    seen = seen[:, None] & (scores != 0) & (of_pairs > -jnp.inf)
+    entering = (runs == 0)[:, None] & (old[..., -1] > 0) & (of_state > -jnp.inf)
+    sizes = jnp.where(seen, 2 * jnp.log(jnp.abs(scores)) + of_pairs, -jnp.inf).max(axis=-1)
+    top = jnp.maximum(sizes, jnp.where(entering, jnp.log(old[..., -1]) + of_state, -jnp.inf))
+    top = jax.lax.stop_gradient(jnp.where(top > -jnp.inf, top, 0))
+    roots = scores * jnp.exp(jnp.where(seen, of_pairs - top[..., None], 0) / 2)
+    weights = jnp.where(seen, roots**2, 0)
+    entering = jnp.where(entering, jnp.exp(jnp.where(entering, of_state - top, 0)), 0)
+    sums = jnp.einsum("bnts,bsnw->bntw", weights, _with_ones(v)) + entering[..., None] * old
+    y, own = sums[..., :-1], jnp.diagonal(weights, axis1=2, axis2=3)[..., None]
+    if normalize:
+        alone = (
+            (own > 0) & (jnp.count_nonzero(weights, axis=-1, keepdims=True) == 1) & (entering[..., None] == 0)
+        )
+        y = jnp.where(alone, jnp.swapaxes(v, 1, 2), divided(y, sums[..., -1:]))
+    else:
+        y = y * jnp.exp(top / 2)[..., None] * jnp.exp(top / 2)[..., None]
+    new = jnp.exp(between[:, :, -1]) * (runs == runs[:, -1:])[:, None]
+    kept = jnp.exp(since[:, :, -1]) * (runs[:, -1:] == 0)
+    carried = kept[..., None, None] * carried + scale**2 * jnp.einsum(
+        "btnp,bnt,btnw->bnpw", expand(k), new, _with_ones(v)
     )
-    return sums, state._replace(kv=carried[..., :-1], k_sum=carried[..., -1])
+    return jnp.swapaxes(y, 1, 2), state._replace(kv=carried[..., :-1], k_sum=carried[..., -1])
 
 
 def step(q, k, v, decay, runs, state: SecondOrderState, *, scale: float) -> tuple[Array, SecondOrderState]:
@@ -172,7 +268,8 @@ def step(q, k, v, decay, runs, state: SecondOrderState, *, scale: float) -> tupl
 
 def _chunked(q, k, v, decay, runs, state: SecondOrderState, *, form: str, scale: float, follows: bool):
     """Both tiled forms. Heads come first, T is filled up to whole tiles, and the scale is left to the results."""
-    B, T, N, _ = q.shape
+    B, T, N, H = q.shape
+    short = second_order_choice.short_reach(decay, runs, H) if form == "either" else None
 
     def heads_first(x):
         return jnp.moveaxis(x, 2, 1).reshape(B * N, T, *x.shape[3:])
@@ -184,7 +281,10 @@ def _chunked(q, k, v, decay, runs, state: SecondOrderState, *, form: str, scale:
     if form == "states":
         sums, carried = second_order_states.states(q, k, v, decay, runs, carried)
     else:
-        sums = second_order_tiles.tiles(q, k, v, decay, runs)
+        if form == "either":
+            sums = second_order_choice.either(short, q, k, v, decay, runs)
+        else:
+            sums = second_order_tiles.tiles(q, k, v, decay, runs)
         if follows:
             sums += second_order_states.read(q, k, v, decay, runs, carried)
         carried = second_order_states.write(q, k, v, decay, runs, carried)
@@ -193,35 +293,13 @@ def _chunked(q, k, v, decay, runs, state: SecondOrderState, *, form: str, scale:
     return sums, state._replace(kv=carried[..., :-1], k_sum=carried[..., -1])
 
 
-def _faster(T: int, H: int, *, follows: bool, decays: bool) -> str:
-    """By multiply-adds a causal row of tiles costs T H a token, the state H^3: they meet at T = H^2.
-
-    As kernels, forward and backward: 4.5 T H against 7 P H + 4.5 C H multiply-adds, with P = 3/4 H^2 features and
-    chunks of C tokens. They meet at T = C + 1.2 H^2, 6K for H = 64 and 21K for H = 128. The states' products are
-    smaller, each of their operands is made first, and 8 P / C H bytes a token go through memory: two thirds of the
-    tiles' rate is assumed (an estimate from compiled programs), which gives 2 H^2.
-
-    A decay that forgets after r tokens lets tiles skip all but 2 r / T of that, to a twentieth of the states' time;
-    one that forgets nothing costs them T / (2 H^2) times it. Which it is, is not known before the data. Below 64 H^2
-    tiles risk less.
-
-    On a CPU, measured in both passes: without decay they meet at 4K for H = 32 and 10K for H = 64. With one that
-    forgets in 300 tokens tiles take a third of the time at 8K for H = 32, a seventh for H = 64.
-    """
-    if follows:
-        return "states"
-    if dispatch.platform() == "cpu":
-        return "states" if (1280 if decays else 160) * H <= T else "tiles"
-    return "states" if (64 if decays else 2) * H * H <= T else "tiles"
-
-
 def _kernel_obstacles(q: Array, k: Array, v: Array, form: str, follows: bool) -> dict[str, str | None]:
     def of(platform: str) -> str | None:
         if missing := dispatch.on(platform):
             return missing
         from kernels_pallas import second_order_attention, second_order_states
 
-        if form == "states":
+        if form != "tiles":
             if q.shape[1] == 1:
                 return "one token is no chunk"
             return second_order_states.obstacle(q, k, v, platform=platform)

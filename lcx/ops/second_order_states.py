@@ -50,12 +50,12 @@ def _forward(*arrays):
     return each_head(_head_forward, arrays), arrays
 
 
-def _backward(residuals, gradients):
-    dq, dk, dv, d_decay, d_state = each_head(_head_backward, (*residuals, *gradients))
+def gradients(residuals, cotangents):
+    dq, dk, dv, d_decay, d_state = each_head(_head_backward, (*residuals, *cotangents))
     return dq, dk, dv, d_decay, None, d_state
 
 
-states.defvjp(_forward, _backward)
+states.defvjp(_forward, gradients)
 
 
 def read(q: Array, k: Array, v: Array, decay: Array, runs: Array, state: Array) -> Array:
@@ -112,8 +112,8 @@ def _head_backward(q, k, v, decay, runs, state, d_out, d_state):
         return d_state, (near_q + dq, dk + far_k, dv)
 
     final, dq = jax.lax.scan(forward, state.astype(decay.dtype), xs)
-    d_initial, gradients = jax.lax.scan(backward, d_state, (xs, dq), reverse=True)
-    dq, dk, dv = (x.reshape(len(q), -1) for x in gradients)
+    d_initial, results = jax.lax.scan(backward, d_state, (xs, dq), reverse=True)
+    dq, dk, dv = (x.reshape(len(q), -1) for x in results)
     # The state that is handed on decays with every token, too.
     d_decay = tiles.decay_gradient(q, dq, k, dk) + jnp.sum(d_state * final)
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), d_decay, d_initial.astype(state.dtype)

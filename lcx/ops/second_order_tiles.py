@@ -21,7 +21,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from lcx.ops.tiling import add, cut, dot, each_head, put, split
+from lcx.ops.decay import split
+from lcx.ops.tiling import add, cut, dot, each_head, put
 
 TILE = 128
 SKIP = -30.0  # a decay below exp(SKIP) = 1e-13 counts as none
@@ -52,11 +53,11 @@ def _forward(q, k, v, decay, runs):
     return each_head(_head_forward, (q, k, v, decay, runs)), (q, k, v, decay, runs)
 
 
-def _backward(residuals, d_out):
+def gradients(residuals, d_out):
     return *each_head(_head_backward, (*residuals, d_out)), None
 
 
-tiles.defvjp(_forward, _backward)
+tiles.defvjp(_forward, gradients)
 
 
 def local(decay: Array, runs: Array, C: int) -> tuple[Array, Array, Array, Array, Array]:
@@ -78,21 +79,24 @@ def within(q: Array, k: Array, rate: Array, runs: Array) -> tuple[Array, Array]:
 
 def _gaps(rate: Array) -> Array:
     """L_i - L_j [C, C] of one tile."""
-    l = jnp.cumsum(split(rate), axis=1)
+    l = jnp.cumsum(split(rate, len(rate)), axis=1)
     return jnp.sum(l[:, :, None] - l[:, None, :], axis=0)
 
 
-def _first_visible(total: Array, first: Array, last: Array) -> Array:
-    """For each tile of queries, the first tile of keys that matters. Only a threshold: plain prefix sums will do."""
-    end = jnp.cumsum(total)
-    by_decay = jnp.searchsorted(-end, SKIP - (end - total))
+def first_visible(total: Array, first: Array, last: Array) -> Array:
+    """For each tile of queries, the first tile of keys that matters. Only a threshold: plain prefix sums will do.
+
+    (With their rounding errors on the safe side. A total may be a little above 0, and the search needs order.)
+    """
+    end = -jnp.cumsum(total)
+    by_decay = jnp.searchsorted(jax.lax.cummax(end), end + total + SKIP - 1e-6 * jnp.abs(end))
     return jnp.maximum(by_decay, jnp.searchsorted(last, first)).astype(jnp.int32)
 
 
 def _head_forward(q, k, v, decay, runs):
     T, C = len(q), tile_size(len(q))
     l, total, to_end, first, last = local(decay, runs, C)
-    far_v, start = (v * to_end[:, None]).astype(v.dtype), _first_visible(total, first, last)
+    far_v, start = (v * to_end[:, None]).astype(v.dtype), first_visible(total, first, last)
 
     def row(i, out):
         at = i * C
@@ -118,7 +122,7 @@ def _head_forward(q, k, v, decay, runs):
 def _head_backward(q, k, v, decay, runs, d_out):
     T, C = len(q), tile_size(len(q))
     l, total, to_end, first, last = local(decay, runs, C)
-    far_v, start = (v * to_end[:, None]).astype(v.dtype), _first_visible(total, first, last)
+    far_v, start = (v * to_end[:, None]).astype(v.dtype), first_visible(total, first, last)
 
     def row(i, carry):
         dq, dk, dv, d_far_v = carry

@@ -34,13 +34,3 @@ def each_head(fn, arrays):
     if dispatch.platform() == "cpu":
         return jax.lax.map(lambda xs: fn(*xs), arrays)
     return jax.vmap(fn)(*arrays)
-
-
-def split(decay: Array) -> Array:
-    """[2, ...]: two parts that add up to the decay, for sums whose differences are wanted.
-
-    The first are multiples of 2^-12. They add up without rounding while the sum stays below 2^12, so the difference of
-    two large sums of them is exact; sums of the second are small, and round at their own size.
-    """
-    coarse = jnp.round(decay * 4096) / 4096
-    return jnp.stack([coarse, decay - coarse])

@@ -25,6 +25,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
 
 from lcx.ops import MIXER_RESIDUALS, segments
+from lcx.ops.decay import divided
 from lcx.ops.linear_attention import (
     Held,
     LinearState,
@@ -202,7 +203,7 @@ def _all_pairs(q, k, v, qf, kf, scale, slots: Slots, state, eps) -> Array:
         qf = qf * (oldest < 0)[..., None]
         y += jnp.einsum("btnp,bnph->btnh", qf, state.kv)
         norm += jnp.einsum("btnp,bnp->btn", qf, state.k_sum)
-    return y / nonzero(norm)[..., None]
+    return divided(y, norm[..., None])
 
 
 # ------------------------------------------------------------------------------------------------------ the kernel

@@ -1,0 +1,109 @@
+"""Second-order attention by tiles against states on this machine's CPU: where each is faster, and how both grow.
+
+    python benchmarks/second_order_forms.py [--lengths 1024,2048,...] [--sizes 16,32,64]
+                                            [--output benchmarks/results/second_order_forms_cpu.json]
+
+One row, one head, float32, forward and backward as one program, on one thread. Of each form the processor's time
+(time.process_time, which other work on the machine does not enter but for its share of the caches) is the least of
+several runs, and the forms take turns. Decays: "slow" forgets nothing (a = -1e-5), "fast" forgets within 300 tokens
+(a = -0.1, as far as e^-30), "initial" is that of a new 2Mamba layer (a = -softplus(0)). A form that would take
+longer than --seconds by its last measurement is left out, and the file says so. "default" is what the operator picks.
+"""
+
+import argparse
+import json
+import os
+import platform
+import time
+
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
+)
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lcx.ops.second_order_attention import second_order_attention
+
+DECAYS = {"slow": -1e-5, "fast": -0.1, "initial": -0.693}
+
+
+def program(form: str | None):
+    def loss(q, k, v, a):
+        y, _ = second_order_attention(q, k, v, log_decay=a, form=form)
+        return jnp.sum(y * jnp.cos(jnp.arange(y.shape[-1])))
+
+    return jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)))
+
+
+def seconds(run, arrays) -> float:
+    start = time.process_time()
+    jax.block_until_ready(run(*arrays))
+    return time.process_time() - start
+
+
+def measure(T: int, H: int, forms: list[str | None], decays: list[str]) -> list[dict]:
+    rng = np.random.default_rng(T)
+    q, k, v = (jnp.array(rng.normal(size=(1, T, 1, H)), jnp.float32) for _ in range(3))
+    inputs = {name: (q, k, v, jnp.full((1, T, 1), DECAYS[name], jnp.float32)) for name in decays}
+    runs = {form: program(form) for form in forms}
+    times: dict[tuple, list[float]] = {(form, name): [] for form in forms for name in decays}
+    for form, name in times:  # compiles
+        seconds(runs[form], inputs[name])
+    for _ in range(2):
+        for form, name in times:
+            if sum(times[form, name]) < 2:
+                times[form, name].append(seconds(runs[form], inputs[name]))
+    return [
+        {"T": T, "H": H, "form": form or "default", "decay": name, "seconds": round(min(s), 5)}
+        for (form, name), s in times.items()
+    ]
+
+
+def write(path: str, records: list[dict], most: float) -> None:
+    left_out = f"tiles behind slow decays, where 4 times the last length's time was above {most} s"
+    load = round(os.getloadavg()[0], 1)
+    machine = {
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": 1,
+        "load_average": load,
+        "other_work_beside_it": load > 1.5,
+        "jax": jax.__version__,
+    }
+    with open(path, "w") as file:
+        rows = ",\n".join(json.dumps(row) for row in records)
+        file.write(f'{{"machine": {json.dumps(machine)},\n"left_out": {json.dumps(left_out)},\n')
+        file.write(f'"records": [\n{rows}\n]}}\n')
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--lengths", default="1024,2048,4096,8192,16384,32768,65536")
+    parser.add_argument("--sizes", default="64,16,32")
+    parser.add_argument("--forms", default="tiles,states,default")
+    parser.add_argument("--seconds", type=float, default=3.0)
+    parser.add_argument("--output", default="benchmarks/results/second_order_forms_cpu.json")
+    args = parser.parse_args()
+    forms = [None if form == "default" else form for form in args.forms.split(",")]
+    records: list[dict] = []
+    for H in map(int, args.sizes.split(",")):
+        slow: dict[str, float] = {}
+        for T in map(int, args.lengths.split(",")):
+            for decays in (["slow"], ["fast", "initial"]):
+                own = [
+                    f for f in forms if decays != ["slow"] or 4 * slow.get(f or "default", 0) < args.seconds
+                ]
+                new = measure(T, H, own, decays)
+                slow |= {row["form"]: row["seconds"] for row in new if row["decay"] == "slow"}
+                records += new
+                for row in new:
+                    print(json.dumps(row), flush=True)
+                write(args.output, records, args.seconds)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""Second-order attention in units in which no weight that counts is too small for float32.
+
+A squared score of 1e-20 is 0 in float32, and so is a decay of e^-110; yet a normalised output depends on neither alone,
+only on how the weights of one query compare. For any integers r_i and m_j,
+
+    (q_i . k_j)^2 e^(L_i - L_j) = 4^(r_i + m_i) (2^-r_i q_i . 2^-m_j k_j)^2 e^(L'_i - L'_j)
+    a'_i = a_i + (m_i-1 - m_i) log 4,   L' the running sum of a'
+
+Here 2^r_i is the size of q_i, and 4^m_i that of the heaviest key that i sees, decay included:
+
+    m_i = max(m_i-1 + a_i / log 4, log2 of k_i's largest entry), from -inf on at the start of each document
+
+rounded up, so that keys are at most 1, no sum of a' over some tokens is above log 4, and a query that sees any weight
+sees one of the order of 1. Where keys are alike a' is about a; behind a token whose key is 0 it is 0, so tiles that
+a decay has made negligible are those that weigh little beside the others, not those that weigh little. Multiplying by
+powers of 2 is exact in any dtype, and the units are constants to the gradient: the identity holds for all of them.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from lcx.ops.decay import GONE
+
+LOG4 = 1.3862943611198906
+NOTHING = -(2**16)  # the unit where no key has any weight yet
+FURTHEST = 60  # of the units of keys that share one: the square of a query in theirs is still a number
+
+
+class Units(NamedTuple):
+    """What to compute with instead, and what its results are to be multiplied by.
+
+    q, k and log_decay as given, in the units above. Sums of weights want 4^of_rows, the state before the row
+    4^-of_state, the one after it 4^of_last.
+    """
+
+    q: Float[Array, "B T N H"]
+    k: Float[Array, "B T K H"]
+    log_decay: Float[Array, "B T N"]
+    of_rows: Int[Array, "B T N"]
+    of_state: Int[Array, "B N"]
+    of_last: Int[Array, "B N"]
+
+
+def units(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    log_decay: Float[Array, "B T N"],
+    runs: Int[Array, "B T"],
+    k_sum: Float[Array, "B N P"],
+    *,
+    decays: bool = True,
+) -> Units:
+    """Where query heads share keys, the slowest decay of a group counts in m.
+
+    Args:
+      k_sum: of the state before the row (without scale), of run 0.
+      decays: False leaves log_decay at 0, for kernels that are faster without: keys then have one unit for all of T,
+        and queries take up the difference, as far as that goes.
+    """
+    (B, _, N, _), K = q.shape, k.shape[2]
+    begins = jnp.diff(runs, axis=1, prepend=0)[..., None] != 0
+    rates = jax.lax.stop_gradient(log_decay).reshape(*q.shape[:2], K, N // K).max(axis=-1)
+    before = (exponent(k_sum).reshape(B, K, N // K).max(axis=-1) + 1) // 2
+    sizes = jnp.where(begins, -jnp.inf, rates / LOG4), exponent(k).astype(rates.dtype)
+    fall, heaviest = jax.lax.associative_scan(_joined, sizes, axis=1)
+    heaviest = jnp.maximum(heaviest, before[:, None] + fall)
+    seen = jnp.maximum(jnp.ceil(heaviest), NOTHING).astype(jnp.int32)  # m, [B, T, K]
+    rows = exponent(q)
+    if decays:
+        own, of_queries = seen, jnp.zeros_like(rows)
+        earlier = jnp.concatenate([before[:, None], seen[:, :-1]], axis=1)
+        change = jnp.where(begins, 0, (earlier - seen) * LOG4).astype(log_decay.dtype)
+        log_decay = jnp.maximum(log_decay + jnp.repeat(change, N // K, axis=2), GONE)
+    else:
+        one = jnp.maximum(seen.max(axis=1), before)[:, None]
+        own, before = jnp.broadcast_to(one, seen.shape), one[:, 0]
+        seen = jnp.maximum(seen, one - FURTHEST)
+        of_queries = jnp.repeat(one - seen, N // K, axis=2)
+    last = jnp.repeat(own[:, -1], N // K, axis=1)
+    return Units(
+        q=times_power(q, (of_queries - rows)[..., None]),
+        k=times_power(k, -own[..., None]),
+        log_decay=log_decay,
+        of_rows=rows + jnp.repeat(seen, N // K, axis=2),
+        of_state=jnp.repeat(before, N // K, axis=1),
+        of_last=last,
+    )
+
+
+def _joined(first, second):
+    """(sum of rates, m) of a stretch of tokens after another."""
+    return first[0] + second[0], jnp.maximum(first[1] + second[0], second[1])
+
+
+def exponent(x: Float[Array, "*batch H"]) -> Int[Array, "*batch"]:
+    """The least integer e with |x| < 2^e along the last axis, NOTHING for zeros; 0 for what is no number."""
+    top = jnp.max(jnp.abs(jax.lax.stop_gradient(x)), axis=-1).astype(jnp.promote_types(x.dtype, jnp.float32))
+    power = jnp.where(jnp.isfinite(top), jnp.frexp(top)[1], 0)
+    return jnp.where(top == 0, NOTHING, power)
+
+
+def times_power(x: Array, power: Int[Array, "..."]) -> Array:
+    """x 2^power, in two steps, each with a power that is a normal number; what is 0 stays 0."""
+    for part in (power // 2, power - power // 2):
+        bits = (jnp.clip(part, -126, 127) + 127) << 23
+        x = x * jax.lax.bitcast_convert_type(bits, jnp.float32).astype(x.dtype)
+    return x
