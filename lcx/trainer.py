@@ -115,7 +115,8 @@ class Trainer:
       lora: train low-rank pairs instead of the weights.
       accumulation: micro-batches per step.
       mesh: sizes of the mesh axes.
-      eval_every: steps between evaluations of the held-out loss; 0 for none but the last. eval_batches of them.
+      eval_every: steps between evaluations of the held-out loss; 0 for none but the last.
+      eval_batches: batches of batch_size rows that an evaluation reads, or all there are.
       wandb: auto, online, offline or off.
     """
 
@@ -362,13 +363,16 @@ class Trainer:
         checkpointer.save(step, state, json=documents, wait=wait)
 
     def held_out_loss(self, model: Decoder, state: State, mesh) -> float:
-        """Mean nll per token over the first eval_batches of the held-out data; nan when nothing is held out."""
+        """Mean nll per token over the first eval_batches of the held-out data; nan when nothing is held out.
+
+        Batches have batch_size rows whatever the accumulation, and every token weighs the same.
+        """
         try:
             held_out = self._batches("eval", model, mesh)
         except UserError as e:
             log.warning("no evaluation: %s", e)
             return math.nan
-        sums = train_step.make_sums(model, self.objective)
+        sums = train_step.make_sums(model, self.objective, self.accumulation)
         weights = train_step.weights_of(state)
         loss = weight = 0.0
         with held_out:
@@ -381,7 +385,7 @@ class Trainer:
         index, count = sharding.process_rows(mesh)
         return self.data.batches(
             split,
-            global_batch_size=self.batch_size // (1 if split == "train" else self.accumulation),
+            global_batch_size=self.batch_size,
             seq_len=self.seq_len,
             seed=self.seed,
             process_index=index,
