@@ -22,7 +22,7 @@ import jax
 import numpy as np
 
 import lcx
-from lcx import describe, linearize, report, sharding, text_stream
+from lcx import describe, linearize, parameters, report, sharding, text_stream
 from lcx.checkpoint_folder import find_step, read_json
 from lcx.convert.api import detect
 from lcx.data import ByteTokenizer, Dataset, Mixture, Tokenizer
@@ -80,6 +80,7 @@ def evaluate(
     )
     if only_part is not None:
         model = linearize.ablated(model, only_part)
+        params = parameters.chosen(model, params)
     label = name or _label(checkpoint, rope_scaling)
     results: dict[str, Any] = {
         "name": label,

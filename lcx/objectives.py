@@ -95,7 +95,9 @@ def attention_transfer(
     def teach(mixer):
         if not isinstance(mixer, LinearAttention):
             return mixer
-        _check_length(mixer, batch["positions"].shape[1])
+        seq_len = batch["positions"].shape[1]
+        if mixer.held is not None and seq_len <= mixer.held:  # it would teach the feature maps nothing
+            raise UserError(mixer.too_short(seq_len))
         return mixer.clone(transfer=names, parent=None)
 
     whole = "tokens" in batch
@@ -142,17 +144,6 @@ def _auxiliary(variables: Any, weights: Float[Array, "B T"]) -> dict[str, Float[
         per_layer = value * jnp.sum(weights) if value.ndim == 1 else value * weights
         sums[name] = sums.get(name, jnp.zeros((), jnp.float32)) + jnp.sum(per_layer)
     return sums
-
-
-def _check_length(mixer: LinearAttention, seq_len: int) -> None:
-    """Rows no longer than what the window holds would teach the feature maps nothing."""
-    if mixer.window is not None:
-        held = mixer.window * (2 if mixer.window_kind == "terraced" else 1)
-        if seq_len <= held:
-            raise UserError(
-                f"seq_len {seq_len} is not beyond the {held} keys that a {mixer.window_kind} window of {mixer.window} "
-                "holds: nothing would be linear; raise Trainer.seq_len or lower Linearize.window"
-            )
 
 
 def _is_lower(ids: Int[Array, "B T"]) -> Bool[Array, "B T"]:

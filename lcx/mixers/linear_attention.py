@@ -346,6 +346,24 @@ class LinearAttention(nn.Module):
             raise UserError(f"window {self.window}: expected at least 1, or None for no window")
 
     @property
+    def held(self) -> int | None:
+        """How many keys the window may hold: rows no longer have no linear part. None without a window."""
+        return None if self.window is None else self.window * (2 if self.window_kind == "terraced" else 1)
+
+    @nn.nowrap
+    def too_short(self, seq_len: int) -> str:
+        """The message for rows in which every key is in the window."""
+        return (
+            f"seq_len {seq_len} is not beyond the {self.held} keys that a {self.window_kind} window of {self.window} "
+            "holds: nothing would be linear; raise Trainer.seq_len or lower Linearize.window"
+        )
+
+    @property
+    def whole_prompt(self) -> bool:
+        """Whether a prompt must come in one piece: as published, a second prefill is not the rest of the first."""
+        return self.published_quirks
+
+    @property
     def num_features(self) -> int:
         """P, as the operator sees it."""
         return self.feature_dim * (
