@@ -68,6 +68,7 @@ class BlockInputs:
             batch_size=global_batch_size,
             process_index=process_index,
             process_count=process_count,
+            repeat=split == "train",
         )
 
 
@@ -220,7 +221,7 @@ class Blocks:
         trainer = self.trainer
         rows = {"train": trainer.steps * trainer.batch_size}
         if held_out := self._held_out_batches(model):
-            rows["eval"] = held_out * (trainer.batch_size // trainer.accumulation)
+            rows["eval"] = held_out * trainer.batch_size
         dtype = trainer.dtype or model.dtype
         return {
             split: residuals.Layout(count, trainer.seq_len, model.hidden_size, dtype)
@@ -239,7 +240,7 @@ class Blocks:
         trainer = self.trainer
         return trainer.data.batches(
             split,
-            global_batch_size=self._batch_size(split),
+            global_batch_size=trainer.batch_size,
             seq_len=trainer.seq_len,
             seed=trainer.seed,
             process_index=0,
@@ -247,12 +248,9 @@ class Blocks:
             vocab_size=model.vocab_size,
         )
 
-    def _batch_size(self, split: str) -> int:
-        return self.trainer.batch_size // (1 if split == "train" else self.trainer.accumulation)
-
     def _depth(self, writer, layout, folder, split, before, source, model, mesh, stop) -> bool:
         """The stream at one depth, out of the text or out of the block before; False when asked to stop."""
-        size = self._batch_size(split)
+        size = self.trainer.batch_size
         if before is None:
             forward, batches = _embedding(source, model), self._text(split, model)
         else:

@@ -22,7 +22,7 @@ import jax
 import numpy as np
 
 import lcx
-from lcx import describe, linearize, report, sharding, text_stream
+from lcx import describe, linearize, parameters, report, sharding, text_stream
 from lcx.checkpoint_folder import find_step, read_json
 from lcx.convert.api import detect
 from lcx.data import ByteTokenizer, Dataset, Mixture, Tokenizer, special_tokens
@@ -81,6 +81,7 @@ def evaluate(
     )
     if only_part is not None:
         model = linearize.ablated(model, only_part)
+        params = parameters.chosen(model, params)
     label = name or _label(checkpoint, rope_scaling)
     if tokenizer is not None:
         _say(f"{label}: {described(tokenizer, special_tokens(tokenizer), of='text')}")

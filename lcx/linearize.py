@@ -9,6 +9,7 @@ transfer trains (objectives.attention_transfer), and LoRA then repairs the rest 
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +23,8 @@ from lcx.errors import UserError
 from lcx.mixers.attention import Attention
 from lcx.mixers.linear_attention import LinearAttention
 from lcx.model import Block, Decoder, Layers
+
+log = logging.getLogger(__name__)
 
 _SHARED = ("num_heads", "num_kv_heads", "head_dim", "rope", "qkv_bias", "o_bias", "qk_norm", "norm_eps")
 
@@ -56,11 +59,22 @@ class Linearize:
           UserError: settings that do not fit, nothing to linearize, a window that no sequence of the model exceeds.
         """
         blocks = [layer.block for layer in model_lib.layers(model)]
+        self._check_effect()
         unknown = [layer for layer in self.keep_softmax if not 0 <= layer < len(blocks)]
         if unknown:
             raise UserError(
                 f"Linearize.keep_softmax has layer {unknown[0]}, expected 0 to {len(blocks) - 1}; change it"
             )
+        if not any(isinstance(block.mixer, Attention) for block in blocks) and linear_layers(model):
+            raise UserError("nothing to linearize: the model is linear already; remove Trainer.linearize")
+        other = [layer for layer in self.keep_softmax if not isinstance(blocks[layer].mixer, Attention)]
+        if other:
+            raise UserError(
+                f"Linearize.keep_softmax has layer {other[0]}, which is no softmax attention but "
+                f"{type(blocks[other[0]].mixer).__name__}; take it out"
+            )
+        if already := linear_layers(model):
+            log.warning("layers %s are linear already: Linearize leaves them as they are", already)
         if self.window is not None and self.window >= model.max_position_embeddings:
             raise UserError(
                 f"Linearize.window {self.window} holds the model's whole context of {model.max_position_embeddings} "
@@ -87,7 +101,26 @@ class Linearize:
             parent=None,
         )
         mixer.check()
+        if self.feature_init == "identity" and self.feature_dim > mixer.head_dim:
+            raise UserError(
+                f"Linearize.feature_dim {self.feature_dim} with feature_init 'identity' is above the head size "
+                f"{mixer.head_dim}: the features beyond it would be 0 for every token; lower feature_dim to it, or set "
+                "feature_init = 'uniform'"
+            )
         return block.clone(mixer=mixer, parent=None)
+
+    def _check_effect(self) -> None:
+        """Raises UserError for a setting that another one leaves without effect."""
+        without = {
+            "affine": self.affine and self.window is None and "window = None",
+            "feature_bias": self.feature_bias and self.adapter is not None and "an adapter",
+            "skip": self.skip and self.adapter is not None and "an adapter",
+            "feature_init": self.feature_init != "uniform" and self.adapter is not None and "an adapter",
+        }
+        for name, cause in without.items():
+            if cause:
+                found = f"Linearize.{name} {getattr(self, name)!r} has no effect with {cause}"
+                raise UserError(f"{found}: leave one of the two out")
 
     def __call__(self, model: Decoder, params: Any, key: Array) -> tuple[Decoder, Any]:
         """(the linear model, its parameters), on the mesh that is set; weights that stay where they are, are shared.
@@ -97,6 +130,28 @@ class Linearize:
         """
         new = self.model(model)
         return new, relaid(model, params, new, fresh=initial(new, key))
+
+
+def linear_layers(model: Decoder | Layers) -> list[int]:
+    """The layers that have linear attention, counted from 0."""
+    depth = model_lib.layers(model)
+    return [i for i, layer in enumerate(depth) if isinstance(layer.block.mixer, LinearAttention)]
+
+
+def check_linear(model: Decoder | Layers, *, seq_len: int, where: str | None) -> None:
+    """What a stage after attention transfer expects: linear attention, and rows long enough to use it.
+
+    Raises:
+      UserError: `where` is a model that was never linearized, or its windows hold all keys of a row.
+    """
+    linear = [layer.block.mixer for layer in model_lib.layers(model) if isinstance(layer.block.mixer, LinearAttention)]
+    if not linear:
+        raise UserError(
+            f"Trainer.expects_linear: {where} has no linear attention, expected a linearized model: run stage 1 first "
+            "(attention transfer) and set Trainer.init_from to its workdir, or set Trainer.linearize"
+        )
+    if all(mixer.held is not None and seq_len <= mixer.held for mixer in linear):
+        raise UserError(linear[0].too_short(seq_len))
 
 
 def ablated(model: Decoder, keep: str) -> Decoder:

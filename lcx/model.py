@@ -23,28 +23,8 @@ from lcx import sharding
 from lcx.errors import UserError
 from lcx.layers import Embedding, Linear, RMSNorm
 from lcx.mixers.attention import Attention
-from lcx.ops import MIXER_RESIDUALS
+from lcx.remat import REMAT
 from lcx.rope import Rope
-
-_FREE = {"sharding_constraint", "convert_element_type", "reshape", "transpose", "squeeze", "broadcast_in_dim"}
-
-
-def _all_but_free(primitive, *_, **__) -> bool:
-    """Keeps what took arithmetic. Copies of the weights (cast, gathered over fsdp) are none of it: kept for the
-    backward pass, they would hold the whole model on every device."""
-    return primitive.name not in _FREE
-
-
-REMAT = {
-    "none": _all_but_free,  # keep every activation
-    "full": jax.checkpoint_policies.nothing_saveable,  # keep the input of each block
-    # Keep the results of the projections and of the mixers; recompute norms, activations, rotations.
-    "dots": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names(MIXER_RESIDUALS),
-    ),
-}
-
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": nn.silu,
@@ -77,33 +57,46 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """x + mixer(norm(x)), then x + mlp(norm(x)). Gives the mixer's new cache, or what is to be appended to it."""
+    """x + mixer(norm(x)), then x + mlp(norm(x)), either of them None to leave it out, and its norm.
 
-    mixer: nn.Module
-    mlp: nn.Module
+    Gives the mixer's new cache, or what is to be appended to it.
+    """
+
+    mixer: nn.Module | None
+    mlp: nn.Module | None
     norm_eps: float = 1e-5
 
     @nn.compact
     def __call__(self, x, *, positions, segment_ids, cache=None):
         x = sharding.constrain(x, sharding.BATCH_AXES, "context", None)
-        grows = cache is not None and hasattr(self.mixer, "append_cache")
-        y, cache = self.mixer(
-            RMSNorm(x.shape[-1], self.norm_eps, name="mixer_norm")(x),
-            positions=positions,
-            segment_ids=segment_ids,
-            cache=cache,
-            **({"deferred": True} if grows else {}),
-        )
-        x = x + y
-        return x + self.mlp(RMSNorm(x.shape[-1], self.norm_eps, name="mlp_norm")(x)), cache
+        if self.mixer is not None:
+            grows = cache is not None and hasattr(self.mixer, "append_cache")
+            y, cache = self.mixer(
+                RMSNorm(x.shape[-1], self.norm_eps, name="mixer_norm")(x),
+                positions=positions,
+                segment_ids=segment_ids,
+                cache=cache,
+                **({"deferred": True} if grows else {}),
+            )
+            x = x + y
+        if self.mlp is not None:
+            x = x + self.mlp(RMSNorm(x.shape[-1], self.norm_eps, name="mlp_norm")(x))
+        return x, cache
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """A pattern of blocks, repeated."""
+    """A pattern of blocks, repeated. Raises UserError for a block with nothing in it, a pattern or a repeat of 0."""
 
     pattern: tuple[Block, ...]
     repeat: int = 1
+
+    def __post_init__(self):
+        if not self.pattern or self.repeat < 1:
+            found = f"{len(self.pattern)} blocks x {self.repeat}"
+            raise UserError(f"Stage is {found}, expected at least one block, once: change pattern or repeat")
+        if any(block.mixer is None and block.mlp is None for block in self.pattern):
+            raise UserError("Block has mixer None and mlp None, expected one of them: leave the block out")
 
 
 class _Period(nn.Module):
@@ -128,7 +121,8 @@ class _Period(nn.Module):
             several = len(self.stage.pattern) > 1
             recomputed = nn.remat(type(block), policy=REMAT[self.remat], prevent_cse=several)
             fields = {field.name: getattr(block, field.name) for field in dataclasses.fields(block)}
-            own = {"mixer": block.mixer.clone(parent=None), "mlp": block.mlp.clone(parent=None)}
+            parts = {"mixer": block.mixer, "mlp": block.mlp}
+            own = {part: x if x is None else x.clone(parent=None) for part, x in parts.items()}
             block = recomputed(**{**fields, **own, "parent": self, "name": name})
             block_cache = None if cache is None else cache[name]
             x, caches[name] = block(x, positions=positions, segment_ids=segment_ids, cache=block_cache)
@@ -271,7 +265,7 @@ class Decoder(nn.Module):
         dtype = jnp.dtype(self.dtype if dtype is None else dtype)
 
         def stacked(block: Block, repeat: int):
-            one = block.mixer.init_cache(batch_size, length, dtype)
+            one = {} if block.mixer is None else block.mixer.init_cache(batch_size, length, dtype)
             return jax.tree.map(lambda x: jnp.broadcast_to(x, (repeat, *x.shape)), one)
 
         return {
@@ -417,7 +411,7 @@ def map_mixers(model: Decoder, fn) -> Decoder:
     """The same model with fn(mixer) in place of every mixer: how a rope, a window or an implementation is changed."""
 
     def new_block(block: Block) -> Block:
-        return block.clone(mixer=fn(block.mixer), parent=None)
+        return block if block.mixer is None else block.clone(mixer=fn(block.mixer), parent=None)
 
     stages = tuple(Stage(tuple(new_block(b) for b in stage.pattern), stage.repeat) for stage in model.stages)
     return model.clone(stages=stages, parent=None)

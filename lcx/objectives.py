@@ -1,4 +1,8 @@
-"""What a training step minimises. An objective returns sums, so that any split of the global batch adds up exactly."""
+"""What a training step minimises. An objective returns sums, so that any split of the global batch adds up exactly.
+
+(sum of losses, sum of weights), or (sum of losses, sum of weights, {name: sum}) where parts of the first are logged by
+name: they are in what is minimised, and not in the held-out loss.
+"""
 
 from typing import Any
 
@@ -13,27 +17,42 @@ from lcx.ops.cross_entropy import cross_entropy
 from lcx.ops.segments import runs
 
 Batch = dict[str, Array]
+Sums = tuple[Array, Array] | tuple[Array, Array, dict[str, Array]]
+TAKEN = ("loss", "grad_norm", "learning_rate", "tokens", "step", "eval_loss", "tokens_per_second", "mfu")
 
 
-def next_token(model: Decoder, variables: Any, batch: Batch) -> tuple[Float[Array, ""], Float[Array, ""]]:
+def next_token(model: Decoder, variables: Any, batch: Batch) -> Sums:
     """Sum of the weighted next-token nll in nats, and the sum of the weights.
 
     Labels come shifted from the data; a zero weight masks padding and the first token of a document.
+
+    Auxiliary losses are added: what a module sows with `self.sow("losses", name, value)`, a loss for every token [B, T],
+    weighted like the tokens, or a scalar, a mean over the tokens that the module sees. Layers add up; a coefficient is
+    the module's own. Only a loss for every token, and a scalar of the weights alone, is the same for every split of a
+    batch: other scalars are those of a micro-batch.
+
+    Raises:
+      UserError: a module sows something of another shape, or under the name of another metric.
     """
-    x, _ = model.apply(
+    (x, _), sown = model.apply(
         variables,
         batch["tokens"],
         positions=batch["positions"],
         segment_ids=batch["segment_ids"],
         method="hidden",
+        mutable="losses",
     )
     weights = batch["loss_weights"].astype(jnp.float32)
-    return cross_entropy(x, model.head(variables["params"]), batch["labels"], weights), jnp.sum(weights)
+    loss = cross_entropy(x, model.head(variables["params"]), batch["labels"], weights)
+    parts = _auxiliary(sown, weights)
+    if not parts:
+        return loss, jnp.sum(weights)
+    return sum(parts.values(), loss), jnp.sum(weights), parts
 
 
 def nucleotides(
     model: Decoder, variables: Any, batch: Batch, repeat_weight: float = 0.1
-) -> tuple[Float[Array, ""], Float[Array, ""]]:
+) -> Sums:
     """next_token for genomes in bytes, as Evo 2 weighs them (Brixi et al. 2025).
 
     The model reads and predicts upper case. A lower-case label (a soft-masked repeat) weighs `repeat_weight`; '@', '#'
@@ -76,7 +95,9 @@ def attention_transfer(
     def teach(mixer):
         if not isinstance(mixer, LinearAttention):
             return mixer
-        _check_length(mixer, batch["positions"].shape[1])
+        seq_len = batch["positions"].shape[1]
+        if mixer.held is not None and seq_len <= mixer.held:  # it would teach the feature maps nothing
+            raise UserError(mixer.too_short(seq_len))
         return mixer.clone(transfer=names, parent=None)
 
     whole = "tokens" in batch
@@ -88,25 +109,41 @@ def attention_transfer(
         method="hidden" if whole else None,
         mutable="losses",
     )
-    losses = jax.tree_util.tree_leaves_with_path(sown.get("losses", {}))
+    # Other losses that modules sow have no part in it: nothing that trains here reaches them.
+    losses = [(name, loss) for name, loss in _sown(sown) if name in weights]
     if not losses:
         raise UserError("attention_transfer: the model has no linear attention; set Trainer.linearize")
-    total, layers = jnp.zeros((), jnp.float32), 0
-    for path, loss in losses:
-        name = next(key.key for key in reversed(path) if isinstance(key, jax.tree_util.DictKey))
-        total, layers = total + weights[name] * jnp.sum(loss), layers + loss.size
-    return total * len(names) / layers, jnp.sum(batch["segment_ids"] != 0).astype(jnp.float32)
+    real = (batch["segment_ids"] != 0).astype(jnp.float32)
+    total = sum(weights[name] * jnp.sum(loss * real) for name, loss in losses)
+    layers = sum(loss.shape[0] for _, loss in losses)
+    return total * len(names) / layers, jnp.sum(real)
 
 
-def _check_length(mixer: LinearAttention, seq_len: int) -> None:
-    """Rows no longer than what the window holds would teach the feature maps nothing."""
-    if mixer.window is not None:
-        held = mixer.window * (2 if mixer.window_kind == "terraced" else 1)
-        if seq_len <= held:
+def _sown(variables: Any) -> list[tuple[str, Array]]:
+    """(name, value, with the layers of a stage as its first axis) of everything in the collection `losses`."""
+    return [
+        (next(key.key for key in reversed(path) if isinstance(key, jax.tree_util.DictKey)), value)
+        for path, value in jax.tree_util.tree_leaves_with_path(variables.get("losses", {}))
+    ]
+
+
+def _auxiliary(variables: Any, weights: Float[Array, "B T"]) -> dict[str, Float[Array, ""]]:
+    """name -> the sum over layers, weighted as the tokens are, of what modules sowed in `losses`."""
+    sums: dict[str, Array] = {}
+    for name, value in _sown(variables):
+        value = jnp.asarray(value, jnp.float32)
+        if value.shape[1:] not in ((), weights.shape):
             raise UserError(
-                f"seq_len {seq_len} is not beyond the {held} keys that a {mixer.window_kind} window of {mixer.window} "
-                "holds: nothing would be linear; raise Trainer.seq_len or lower Linearize.window"
+                f"a module sows {name!r} of shape {value.shape[1:]} in `losses`, expected () or one loss a token, "
+                f"{weights.shape}: reduce it in the module"
             )
+        if name in TAKEN:
+            raise UserError(
+                f"a module sows {name!r} in `losses`, which is the name of another metric: rename it"
+            )
+        per_layer = value * jnp.sum(weights) if value.ndim == 1 else value * weights
+        sums[name] = sums.get(name, jnp.zeros((), jnp.float32)) + jnp.sum(per_layer)
+    return sums
 
 
 def _is_lower(ids: Int[Array, "B T"]) -> Bool[Array, "B T"]:

@@ -168,16 +168,22 @@ def read_masks(folder: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 class Rows:
-    """Batches {residual [B, T, D], segment_ids, positions} in the order in which they were written, over and over.
+    """Batches {residual [B, T, D], segment_ids, positions} in the order in which they were written.
 
-    `state` and `restore` as data.BatchIterator has them.
+    They come over and over, or once without `repeat`. `state` and `restore` as data.BatchIterator has them.
 
     Raises:
       UserError: the rows are not all there.
     """
 
     def __init__(
-        self, folder: pathlib.Path, *, batch_size: int, process_index: int = 0, process_count: int = 1
+        self,
+        folder: pathlib.Path,
+        *,
+        batch_size: int,
+        process_index: int = 0,
+        process_count: int = 1,
+        repeat: bool = True,
     ):
         record = progress(folder)
         if record is None or record["rows"] < record["layout"]["rows"]:
@@ -195,7 +201,7 @@ class Rows:
         shape = layout.rows, layout.seq_len, layout.hidden_size
         self._stream = np.memmap(path, jax.numpy.dtype(layout.dtype), mode="r", shape=shape)
         self._masks = read_masks(folder)
-        self._size, self._next = batch_size, 0
+        self._size, self._next, self._repeat = batch_size, 0, repeat
         share = batch_size // process_count
         self._own = np.arange(process_index * share, (process_index + 1) * share)
 
@@ -203,6 +209,8 @@ class Rows:
         return self
 
     def __next__(self) -> dict[str, np.ndarray]:
+        if not self._repeat and self._next >= len(self._stream):
+            raise StopIteration
         rows = (self._next + self._own) % len(self._stream)
         self._next += self._size
         return {

@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from lcx import parameters
 from lcx.errors import UserError
 from lcx.model import Decoder
 from lcx.ops.sampling import choose
@@ -69,7 +70,7 @@ def logits(
     for name, value in (("positions", positions), ("segment_ids", segment_ids)):
         if value is not None and np.shape(value) != ids.shape:
             raise UserError(f"{name} have shape {np.shape(value)}, expected that of tokens, {ids.shape}")
-    return _logits(model, params, ids, positions, segment_ids)
+    return _logits(model, parameters.fitting(model, params), ids, positions, segment_ids)
 
 
 @functools.partial(jax.jit, static_argnames="model")
@@ -185,7 +186,7 @@ class _Job:
     def read(self, rows: list[np.ndarray], num_more: int) -> tuple[Float[Array, "B V"], Any]:
         """A new cache with these rows in it and slots for `num_more` tokens, and the logits that follow them."""
         longest = max(map(len, rows))
-        piece = _piece(len(rows), longest)
+        piece = _rounded(longest, _GRAIN) if _whole_prompt(self.model) else _piece(len(rows), longest)
         width = _rounded(longest, piece)
         tokens, positions, segment_ids = _left_padded(rows, width)
         exact = self.rope_trace == "exact"
@@ -386,7 +387,7 @@ def _job(
         sampling = {"keys": keys, "temperature": np.float32(temperature)}
         if top_p < 1:
             sampling["top_p"] = np.float32(top_p)
-    variables = {"params": params} | ({} if lora is None else {"lora": lora})
+    variables = {"params": parameters.fitting(model, params)} | ({} if lora is None else {"lora": lora})
     return _Job(model, variables, rows, int(max_new_tokens), sampling, stop, rope_trace)
 
 
@@ -455,6 +456,12 @@ def _window(model: Decoder) -> int:
     ropes = _ropes(model, "dynamic")
     scaled = [int(rope.factor * rope.original_max_position_embeddings) for rope in ropes]
     return max([model.max_position_embeddings, *scaled])
+
+
+def _whole_prompt(model: Decoder) -> bool:
+    """Whether some mixer must read a prompt in one piece (mixers/__init__)."""
+    blocks = [block for stage in model.stages for block in stage.pattern]
+    return any(getattr(block.mixer, "whole_prompt", False) for block in blocks)
 
 
 def _rounded(value: int, grain: int) -> int:

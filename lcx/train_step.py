@@ -111,13 +111,14 @@ def make_step(
     trains = all_trains(abstract) if trains is None else trains
 
     def sums(moving, still, batch):
-        return objective(model, join(moving, still), batch)
+        loss, *rest = objective(model, join(moving, still), batch)
+        return loss, rest  # the sum of the weights, and of the parts of the loss if it has any
 
     def step(state: State, batch: dict[str, jax.Array], number: jax.Array):
         moving, still = split(weights_of(state), trains)
         gradient = functools.partial(jax.value_and_grad(sums, has_aux=True), moving, still)
-        (loss, weight), grads = accumulate(gradient, micro_batches(batch, accumulation))
-        total = jnp.maximum(weight, 1.0)
+        (loss, (weight, *parts)), grads = accumulate(gradient, micro_batches(batch, accumulation))
+        total = jnp.where(weight > 0, weight, 1.0)
         grads = jax.tree.map(lambda g: g / total.astype(g.dtype), grads)
         updates, opt_state = optimizer.update(grads, state["opt_state"], moving)
         metrics = {
@@ -125,6 +126,7 @@ def make_step(
             "grad_norm": optax.tree.norm(grads),
             "learning_rate": jnp.asarray(learning_rates(number) * plateau_scale(opt_state), jnp.float32),
             "tokens": weight,
+            **{name: part / total for named in parts for name, part in named.items()},
         }
         moved = join(optax.apply_updates(moving, updates), still)
         return {**moved, "opt_state": opt_state}, metrics
@@ -140,18 +142,30 @@ def micro_batches(batch: dict[str, jax.Array], count: int) -> dict[str, jax.Arra
     )
 
 
-def accumulate(gradient: Callable, micro: dict[str, jax.Array]) -> Any:
-    """Sum of ((loss, weight), gradients) over the leading axis of the micro-batches."""
+def accumulate(function: Callable, micro: dict[str, jax.Array]) -> Any:
+    """Sum of what the function gives (a tree of arrays) over the leading axis of the micro-batches."""
     one = jax.tree.map(lambda x: x[0], micro)
     if jax.tree.leaves(micro)[0].shape[0] == 1:
-        return gradient(one)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, one))
-    return jax.lax.scan(lambda total, one: (jax.tree.map(jnp.add, total, gradient(one)), None), zeros, micro)[
+        return function(one)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function, one))
+    return jax.lax.scan(lambda total, one: (jax.tree.map(jnp.add, total, function(one)), None), zeros, micro)[
         0
     ]
 
 
 @functools.cache
-def make_sums(model: Decoder, objective: Callable) -> Callable[[State, dict[str, jax.Array]], tuple]:
-    """sums(weights, batch) -> (summed loss, summed weight), compiled once per model and objective."""
-    return jax.jit(lambda weights, batch: objective(model, weights, batch))
+def make_sums(
+    model: Decoder, objective: Callable, accumulation: int = 1
+) -> Callable[[State, dict[str, jax.Array]], tuple]:
+    """sums(weights, batch) -> (summed loss without its named parts, summed weight), one micro-batch at a time.
+
+    Compiled once per model, objective and accumulation.
+    """
+
+    def sums(weights: State, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        loss, weight, *parts = accumulate(
+            lambda micro: objective(model, weights, micro), micro_batches(batch, accumulation)
+        )
+        return loss - sum(x for named in parts for x in named.values()), weight
+
+    return jax.jit(sums)

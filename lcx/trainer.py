@@ -25,7 +25,7 @@ from lcx.checkpoint import Checkpointer
 from lcx.convert import api as convert
 from lcx.data import BatchIterator, Dataset, Mixture
 from lcx.errors import UserError
-from lcx.linearize import Linearize
+from lcx.linearize import Linearize, check_linear
 from lcx.meter import Meter, NotFiniteError
 from lcx.metrics import MODES, MetricsLogger
 from lcx.model import Decoder
@@ -109,13 +109,15 @@ class Trainer:
       rope_scaling: with init_from, as Hugging Face writes it: {"rope_type": "yarn", "factor": 4.0}.
       context_length: with init_from, the new window in tokens; by default what rope_scaling gives.
       linearize: with init_from, linear attention in place of its softmax attention.
+      expects_linear: this run goes on from a linearized model; one that is still softmax is an error.
       dtype: of activations ("bfloat16", "float32"); None is the model's, float32 with init_from. What trains is
         float32; weights that do not train stay as they are stored.
       remat: which activations are recomputed: none, dots, full; None keeps the model's.
       lora: train low-rank pairs instead of the weights.
       accumulation: micro-batches per step.
       mesh: sizes of the mesh axes.
-      eval_every: steps between evaluations of the held-out loss; 0 for none but the last. eval_batches of them.
+      eval_every: steps between evaluations of the held-out loss; 0 for none but the last.
+      eval_batches: batches of batch_size rows that an evaluation reads, or all there are.
       wandb: auto, online, offline or off.
     """
 
@@ -128,6 +130,7 @@ class Trainer:
     rope_scaling: dict | None = None
     context_length: int | None = None
     linearize: Linearize | None = None
+    expects_linear: bool = False
     dtype: str | None = None
     remat: str | None = None
     optimizer: AdamW = AdamW()
@@ -147,10 +150,11 @@ class Trainer:
         if (self.model is None) == (self.init_from is None):
             found = "neither" if self.model is None else "both"
             raise UserError(f"Trainer.model and Trainer.init_from: expected one of the two, found {found}")
-        changes = (self.rope_scaling, self.context_length, self.linearize)
+        changes = (self.rope_scaling, self.context_length, self.linearize, self.expects_linear or None)
         if self.init_from is None and any(change is not None for change in changes):
             raise UserError(
-                "Trainer.rope_scaling, context_length and linearize change a pretrained model: set Trainer.init_from"
+                "Trainer.rope_scaling, context_length, linearize and expects_linear are about a pretrained model: set "
+                "Trainer.init_from"
             )
         for name, least in _LEAST.items():
             if getattr(self, name) < least:
@@ -190,10 +194,15 @@ class Trainer:
                     raise UserError(f"{bad}: {_retreat(checkpointer, bad.step)}; {ADVICE}") from None
 
     def check(self, workdir: str) -> None:
-        """Raises UserError when the workdir holds a run that began with other settings, or no run."""
+        """Raises UserError when the workdir holds a run that began with other settings, or no run, and when a new run
+        would not start from the kind of model that it expects."""
         with Checkpointer(os.path.join(workdir, "checkpoints")) as checkpointer:
             if checkpointer.steps():
                 self._check_origin(checkpointer.restore({})[2], workdir)
+                return
+        if self.expects_linear and self.init_from is not None and self.linearize is None:
+            source = convert.SOURCES[convert.detect(self.init_from)](self.init_from)
+            check_linear(source.model, seq_len=self.seq_len, where=self.init_from)
 
     def _check_origin(self, documents: dict[str, Any], workdir: str) -> None:
         if not {"data", "origin"} <= documents.keys():
@@ -231,6 +240,8 @@ class Trainer:
             params = model_lib.init_params(model, jax.random.key(self.seed), mesh=mesh)
         else:
             model, params = self.load(mesh)
+            if self.expects_linear:
+                check_linear(model, seq_len=self.seq_len, where=self.init_from)
             model, carried = self.adjusted(model), _carried(self.init_from)
         run = self._prepared(model, mesh, params)
         weights = {"params": train_step.as_kept(params, run.abstract["params"])}
@@ -365,13 +376,16 @@ class Trainer:
         checkpointer.save(step, state, json=documents, wait=wait)
 
     def held_out_loss(self, model: Decoder, state: State, mesh) -> float:
-        """Mean nll per token over the first eval_batches of the held-out data; nan when nothing is held out."""
+        """Mean nll per token over the first eval_batches of the held-out data; nan when nothing is held out.
+
+        Batches have batch_size rows whatever the accumulation, and every token weighs the same.
+        """
         try:
             held_out = self._batches("eval", model, mesh)
         except UserError as e:
             log.warning("no evaluation: %s", e)
             return math.nan
-        sums = train_step.make_sums(model, self.objective)
+        sums = train_step.make_sums(model, self.objective, self.accumulation)
         weights = train_step.weights_of(state)
         loss = weight = 0.0
         with held_out:
@@ -384,7 +398,7 @@ class Trainer:
         index, count = sharding.process_rows(mesh)
         return self.data.batches(
             split,
-            global_batch_size=self.batch_size // (1 if split == "train" else self.accumulation),
+            global_batch_size=self.batch_size,
             seq_len=self.seq_len,
             seed=self.seed,
             process_index=index,

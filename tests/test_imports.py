@@ -14,9 +14,9 @@ LAYERS = [  # a module imports from its own row and the rows below
     "blockwise trainer train_step ladder meter origin evaluator evals report sampler text_stream convert",
     "objectives optim checkpoint checkpoint_folder checkpoint_tree array_store data metrics lora",
     "extend linearize residuals hardware stopping processes",
-    "model striped_hyena describe",
+    "model striped_hyena describe parameters",
     "mixers",
-    "ops rope layers sharding",
+    "ops rope layers sharding remat",
     "fingerprint kernels_pallas",
     "errors",
 ]

@@ -48,6 +48,11 @@ def mixer(request):
 
 @pytest.fixture(scope="module")
 def params(mixer):
+    return noisy_params(mixer)
+
+
+@functools.cache
+def noisy_params(mixer):
     x = jnp.zeros((1, 2, D))
     variables = nn.meta.unbox(jax.jit(mixer.init)(jax.random.key(0), x))
     leaves, tree = jax.tree.flatten(variables["params"])
@@ -121,14 +126,105 @@ def test_prefill_in_two_pieces_equals_one(mixer, params, T):
     np.testing.assert_allclose(jnp.concatenate([first, second], 1), one, atol=2e-6)
 
 
-def test_left_padded_prompts_decode_like_each_row_alone(mixer, params):
-    """Rows of 9 and 5 tokens in one batch, padded on the left with segment 0."""
+# --- padding: the same 5 and 9 tokens in rows of 14, wherever the padding is and whatever is in it
+
+PLACES = ("left", "right", "both", "nothing but padding")
+FIRST = {"left": 9, "right": 0, "both": 4}  # of 5 tokens in a row of 14
+PUBLISHED = {
+    f"linear_published_{kind}": LinearAttention(
+        4, 2, 8, window=window, window_kind=kind, feature_dim=6, published_quirks=True
+    )
+    for kind, window in (("terraced", 4), ("sliding", 3))
+} | {"linear_published": LinearAttention(4, 2, 8, window=None, feature_dim=6, published_quirks=True)}
+
+
+@pytest.fixture(params=[*MIXERS, *PUBLISHED], scope="module")
+def padded(request):
+    """(mixer, its parameters); those that are "as published" are held to these rules of the battery alone."""
+    mixer = (MIXERS | PUBLISHED)[request.param]
+    return mixer, noisy_params(mixer)
+
+
+def padded_rows(x, filling):
+    """x [1, 5, D] in a row for each place -> arrays [4, 14, ...]."""
+    rows = jnp.full((len(PLACES), 14, D), filling, x.dtype)
+    segments, positions = np.zeros((2, len(PLACES), 14), np.int32)
+    for row, place in enumerate(PLACES):
+        if place in FIRST:
+            at = slice(FIRST[place], FIRST[place] + 5)
+            rows = rows.at[row, at].set(x[0])
+            segments[row, at], positions[row, at] = 1, np.arange(5)
+    return rows, jnp.asarray(positions), jnp.asarray(segments)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def value_and_gradients(mixer, params, x, positions, segments):
+    """y, and the gradients of a sum over the tokens that are no padding."""
+
+    def loss(params, x):
+        y, _ = mixer.apply({"params": params}, x, positions=positions, segment_ids=segments)
+        return jnp.sum(jnp.where(segments[..., None] != 0, jnp.sin(y), 0)), y
+
+    (_, y), grads = jax.value_and_grad(loss, (0, 1), has_aux=True)(params, x)
+    return y, grads
+
+
+def test_padding_changes_no_token_and_no_gradient(padded):
+    mixer, params = padded
+    x = inputs(5, B=1)
+    whole = jnp.arange(5)[None], jnp.ones((1, 5), jnp.int32)
+    alone, (of_params, of_x) = value_and_gradients(mixer, params, x, *whole)
+    for filling in (0.0, 1e4):
+        y, (grads, dx) = value_and_gradients(mixer, params, *padded_rows(x, filling))
+        assert bool(jnp.isfinite(y).all())
+        for row, (place, first) in enumerate(FIRST.items()):
+            at = (slice(row, row + 1), slice(first, first + 5))
+            np.testing.assert_allclose(y[at], alone, atol=2e-6, err_msg=f"{place} {filling}")
+            np.testing.assert_allclose(dx[at], of_x, atol=1e-5, err_msg=f"{place} {filling}")
+            dx = dx.at[at].set(0)
+        assert not dx.any(), f"padding with {filling} has a gradient"
+        for path, g in jax.tree_util.tree_leaves_with_path(grads):
+            want = 3 * functools.reduce(lambda tree, key: tree[key.key], path, of_params)
+            np.testing.assert_allclose(g, want, atol=3e-5, rtol=3e-5, err_msg=f"{path} {filling}")
+
+
+def test_ragged_prompts_decode_like_each_row_alone(padded):
+    """Prompts of 5 tokens and of none, padded on either side; then 4 steps, of which row by row one is padding."""
+    mixer, params = padded
+    x, later = inputs(5, B=1), inputs(4, B=len(PLACES), seed=3)
+    rows, positions, segments = padded_rows(x, 1e4)
+    y, cache = run(mixer, params, rows, positions, segments, mixer.init_cache(4, 20, jnp.float32))
+    got = [[] for _ in PLACES]
+    for step in range(4):
+        real = np.arange(4) != step  # this row waits
+        new = jnp.where(real[:, None, None], later[:, step : step + 1], -1e4)
+        place = jnp.array([[len(row)] for row in got]) + jnp.array([[5], [5], [5], [0]])
+        out, cache = run(mixer, params, new, place, jnp.asarray(real[:, None], jnp.int32), cache)
+        for row in np.flatnonzero(real):
+            got[row].append(out[row, 0])
+    first, alone = run(mixer, params, x, cache=mixer.init_cache(1, 20, jnp.float32))
+    for row, place in enumerate(PLACES):
+        if place in FIRST:
+            at = slice(FIRST[place], FIRST[place] + 5)
+            np.testing.assert_allclose(y[row, at], first[0], atol=2e-6, err_msg=place)
+        own = alone if place in FIRST else mixer.init_cache(1, 20, jnp.float32)
+        for number, step in enumerate(np.flatnonzero(np.arange(4) != row)):
+            want, own = run(mixer, params, later[row : row + 1, step : step + 1], cache=own)
+            np.testing.assert_allclose(got[row][number], want[0, 0], atol=2e-6, err_msg=f"{place} {step}")
+
+
+def test_left_padded_prompts_in_pieces_are_like_whole_ones(mixer, params):
+    """Rows of 9 and 5 tokens in pieces of 3: the first of the shorter row's is padding alone."""
     x = inputs(9)
-    segments = jnp.array([[1] * 9, [0] * 4 + [1] * 5], jnp.int32)
-    positions = jnp.array([list(range(9)), [0] * 4 + list(range(5))], jnp.int32)
-    y, _ = run(mixer, params, x, positions, segments, mixer.init_cache(2, 9, jnp.float32))
+    segments = np.array([[1] * 9, [0] * 4 + [1] * 5], np.int32)
+    positions = np.array([list(range(9)), [0] * 4 + list(range(5))], np.int32)
+    cache, ys = mixer.init_cache(2, 9, jnp.float32), []
+    for start in (0, 3, 6):
+        at = (slice(None), slice(start, start + 3))
+        y, cache = run(mixer, params, x[at], positions[at], segments[at], cache)
+        ys.append(y)
     alone, _ = run(mixer, params, x[1:, 4:])
-    np.testing.assert_allclose(y[1:, 4:], alone, atol=2e-6)
+    np.testing.assert_allclose(jnp.concatenate(ys, axis=1)[1:, 4:], alone, atol=2e-6)
 
 
 def test_bfloat16_is_near_float32(mixer, params):

@@ -91,6 +91,8 @@ def layers(model: Decoder) -> list[Layer]:
       UserError: a mixer or mlp that the family does not have.
     """
     found = model_lib.layers(model)
+    if not found:
+        raise UserError("the model has no layers, expected at least one in the 'hf' format; save with format 'lcx'")
     for i, layer in enumerate(found):
         mixer, mlp = type(layer.block.mixer), type(layer.block.mlp)
         if mixer is not Attention or mlp is not Mlp:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
-from lcx import extend
+from lcx import extend, parameters
 from lcx import model as model_lib
 from lcx.convert import rules, tensor_io
 from lcx.convert.tensor_io import FLOAT_DTYPES, TensorInfo
@@ -54,15 +54,9 @@ class ModelSource(Protocol):
         ...
 
 
-@functools.lru_cache(maxsize=16)  # it traces the model
-def _leaf_shapes(model: Decoder | Layers) -> tuple[tuple[str, rules.Shape], ...]:
-    flat = rules.flatten(model_lib.abstract_params(model))
-    return tuple((path, tuple(leaf.shape)) for path, leaf in flat.items())
-
-
 def leaf_shapes(model: Decoder | Layers) -> dict[str, rules.Shape]:
     """path -> shape of every parameter."""
-    return dict(_leaf_shapes(model))
+    return dict(parameters.leaf_shapes(model))
 
 
 @dataclasses.dataclass
@@ -77,6 +71,7 @@ class TreeSource:
     where: str = "params"
 
     def __post_init__(self):
+        self.params = parameters.plain(self.params)
         check_leaves(self.leaves, self.model, self.where)
 
     @functools.cached_property
@@ -100,14 +95,7 @@ class TreeSource:
 
 def check_leaves(leaves: Mapping[str, TensorInfo], model: Decoder, where: str) -> None:
     """Raises UserError when parameters are missing, unexpected or of another shape than the model's."""
-    expected, found = leaf_shapes(model), {path: info.shape for path, info in leaves.items()}
-    wrong = sorted(path for path in expected | found if expected.get(path) != found.get(path))
-    if wrong:
-        listing = ", ".join(
-            f"{path} is {found.get(path, 'missing')}, expected {expected.get(path, 'nothing')}"
-            for path in wrong[:4]
-        )
-        raise UserError(f"{where}: the parameters do not fit the model in {len(wrong)} places: {listing}")
+    parameters.check(model, {path: info.shape for path, info in leaves.items()}, where)
 
 
 def parse_dtype(dtype: Any) -> np.dtype | None:

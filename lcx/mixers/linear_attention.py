@@ -221,16 +221,21 @@ class LinearAttention(nn.Module):
     def _imitated(self, y: Array, q: Array, k: Array, arrays: dict[str, Any]) -> Array:
         """What softmax attention gives; how far y is from it goes into the collection `losses`."""
         ids, losses = arrays["segment_ids"], {}
-        seen, softmax_window = (None, None) if self.published_quirks else (ids, self.softmax_window)
+        seen, softmax_window = ids, self.softmax_window
+        if self.published_quirks:  # which tell no documents apart
+            seen, softmax_window = None if ids is None else (ids != 0).astype(jnp.int32), None
         softmax = {"q": q, "k": k, "v": arrays["v"], "q_segment_ids": seen, "kv_segment_ids": seen}
         softmax = jax.tree.map(jax.lax.stop_gradient, softmax)
         attend = functools.partial(attention, window=softmax_window)
         wanted = sharding.per_device(attend, softmax, heads=("q", "k", "v"))
         if self.published_quirks:
             y, weights = published_lolcats.transfer(
-                *(arrays[name] for name in "qkv"), window=self._window(arrays), affine=self.affine
+                *(arrays[name] for name in "qkv"),
+                window=self._window(arrays),
+                affine=self.affine,
+                segment_ids=ids,
             )
-            losses["maps"] = published_lolcats.cross_entropy(weights, q, k)
+            losses["maps"] = published_lolcats.cross_entropy(weights, q, k, segment_ids=ids)
         if "outputs" in self.transfer:
             error = y.astype(jnp.float32) - wanted.astype(jnp.float32)
             losses["outputs"] = jnp.mean(jnp.square(error), axis=(2, 3))
@@ -242,8 +247,7 @@ class LinearAttention(nn.Module):
             options = {"window": window, "softmax_window": self.softmax_window, "segment_ids": ids}
             losses["maps"] = cross_entropy_of_maps(q, k, arrays["q"], arrays["k"], **options)
         for name in self.transfer:
-            loss = losses[name]
-            self.sow("losses", name, jnp.sum(loss if ids is None else jnp.where(ids != 0, loss, 0)))
+            self.sow("losses", name, losses[name])
         return wanted
 
     def _features(self, q: Array, k: Array) -> dict[str, Array | None]:
@@ -340,6 +344,24 @@ class LinearAttention(nn.Module):
             raise UserError("linear = False with window = None: nothing is left; set a window")
         if self.window is not None and self.window < 1:
             raise UserError(f"window {self.window}: expected at least 1, or None for no window")
+
+    @property
+    def held(self) -> int | None:
+        """How many keys the window may hold: rows no longer have no linear part. None without a window."""
+        return None if self.window is None else self.window * (2 if self.window_kind == "terraced" else 1)
+
+    @nn.nowrap
+    def too_short(self, seq_len: int) -> str:
+        """The message for rows in which every key is in the window."""
+        return (
+            f"seq_len {seq_len} is not beyond the {self.held} keys that a {self.window_kind} window of {self.window} "
+            "holds: nothing would be linear; raise Trainer.seq_len or lower Linearize.window"
+        )
+
+    @property
+    def whole_prompt(self) -> bool:
+        """Whether a prompt must come in one piece: as published, a second prefill is not the rest of the first."""
+        return self.published_quirks
 
     @property
     def num_features(self) -> int:

@@ -8,7 +8,7 @@ What differs from `linear_attention` with a window (Zhang et al. 2024, arXiv 241
 - a prefill that follows another has a window of its own, before which all earlier tokens count linearly; the keys that
   the first window still held never reach the state that decoding reads (without a window: the new tokens see nothing of
   the earlier ones);
-- documents are not told apart; padded keys are left out without a window only;
+- documents are not told apart (padding is left out, unlike there: a token does not depend on what it was padded with);
 - there is no eps in the denominators but in the one of a pass without a window;
 - under bfloat16 every step of the rotation, of the feature maps and of the form without a window is rounded to it, as
   are the weight of the softmax part and the states.
@@ -16,6 +16,7 @@ What differs from `linear_attention` with a window (Zhang et al. 2024, arXiv 241
 Time and memory are quadratic in T. Letters: B batch, T time, N heads, K kv heads, P features, H head dim, W window.
 """
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -36,7 +37,7 @@ class Held(NamedTuple):
     k: Float[Array, "B W K H"]
     v: Float[Array, "B W K H"]
     features: Float[Array, "B W N P"]
-    used: Int[Array, ""]  # how many of the W are
+    used: Int[Array, " B"]  # how many of the W are
     all_kv: Float[Array, "B N P H"]  # of all tokens of all prefills
     all_k_sum: Float[Array, "B N P"]
 
@@ -46,7 +47,7 @@ class State(NamedTuple):
 
     kv: Float[Array, "B N P H"]  # of the tokens before the held ones; without a window of all
     k_sum: Float[Array, "B N P"]
-    seen: Int[Array, ""]
+    seen: Int[Array, " B"]
     held: Held | None = None
 
 
@@ -58,7 +59,7 @@ def empty_state(
         jnp.zeros((batch, heads, features, head_dim), dtype),
         jnp.zeros((batch, heads, features), dtype),
     )
-    zero, held = jnp.zeros((), jnp.int32), None
+    zero, held = jnp.zeros(batch, jnp.int32), None
     if window is not None:
         keys = jnp.zeros((batch, window, kv_heads, head_dim), dtype)
         held = Held(keys, keys, jnp.zeros((batch, window, heads, features), dtype), zero, kv, k_sum)
@@ -128,20 +129,30 @@ def attend(
 
     Args:
       affine: the linear part weighs 1 - window.scale, in place of 1.
+      segment_ids: 0 is padding; the others are not told apart.
       state: of the tokens before.
     """
+    if state is None and window is not None:
+        return transfer(q, k, v, window=window, affine=affine, segment_ids=segment_ids)[0], None
+    (q, k, v), window, real, place = _padding_first((q, k, v), window, segment_ids)
     if window is None:
-        if segment_ids is not None and q.shape[1] > 1:
-            k = jnp.where((segment_ids != 0)[..., None, None], k, 0)
-        return _without_window(q, k, _repeated(v, q), state)
+        y = _without_window(q, k, _repeated(v, q))
     if state is None:
-        return transfer(q, k, v, window=window, affine=affine)[0], None
-    assert state.held is not None
-    first = _prefill(q, k, v, window, affine, state, state.held)
-    if q.shape[1] > 1:
-        return first
-    later = _step(q, k, v, window, affine, state, state.held)
-    return jax.tree.map(lambda one, other: jnp.where(state.seen > 0, other, one), first, later)
+        return _in_place(y, place), None
+    newest = [x[:, -1:] for x in (q, k, v)]
+    if window is None:
+        after = _added(k, _repeated(v, q), state, _count(q, real))
+        later, later_state = _from_state(newest[0], after, v.dtype), after
+    else:
+        assert state.held is not None
+        y, after = _prefill(q, k, v, window, affine, state, state.held, real)
+        last = dataclasses.replace(window, q=window.q[:, -1:], k=window.k[:, -1:])
+        later, later_state = _step(*newest, last, affine, state, state.held)
+    count = _count(q, real)
+    one_more = (count == 1) & (state.seen > 0)
+    y = y.at[:, -1:].set(_row_by_row(one_more, later, y[:, -1:]))
+    after = _row_by_row(count > 0, _row_by_row(one_more, later_state, after), state)
+    return _in_place(y, place), after
 
 
 def transfer(
@@ -151,57 +162,110 @@ def transfer(
     *,
     window: Window | None,
     affine: bool = False,
+    segment_ids: Int[Array, "B T"] | None = None,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T T"]]:
     """(y, the weights of all pairs) of a layer that learns from softmax attention; arguments as of `attend`."""
+    (q, k, v), window, real, place = _padding_first((q, k, v), window, segment_ids)
     v = _repeated(v, q)
     if window is not None:
-        weights, norm = _weights(q, k, window, affine)
+        weights, norm = _weights(q, k, window, affine, real)
         y = _product("bnts,bsnh->btnh", weights, v) / _by_time(norm)
-        return _narrow(y, v.dtype), _narrow(weights / norm, v.dtype)
-    step = functools.partial(rounded, dtype=q.dtype)
-    weights = jnp.where(jnp.tri(q.shape[1], dtype=bool), step(_product("btnp,bsnp->bnts", q, k)), 0)
-    weights = step(weights / step(step(jnp.sum(weights, axis=-1, keepdims=True)) + FLOOR))
-    return _narrow(_product("bnts,bsnh->btnh", weights, v), v.dtype), weights.astype(q.dtype)
+        y, weights = _narrow(y, v.dtype), _narrow(weights / norm, v.dtype)
+    else:
+        step = functools.partial(rounded, dtype=q.dtype)
+        weights = jnp.where(jnp.tri(q.shape[1], dtype=bool), step(_product("btnp,bsnp->bnts", q, k)), 0)
+        weights = step(weights / step(step(jnp.sum(weights, axis=-1, keepdims=True)) + FLOOR))
+        y, weights = _narrow(_product("bnts,bsnh->btnh", weights, v), v.dtype), weights.astype(q.dtype)
+    if place is not None:
+        for axis, places in ((2, place[:, None, :, None]), (3, place[:, None, None, :])):
+            weights = jnp.take_along_axis(weights, places, axis=axis)
+    return _in_place(y, place), weights
+
+
+def _padding_first(arrays, window: Window | None, segment_ids: Array | None):
+    """(arrays, window, which tokens are real, where each token went), a row's padding first and 0 in all arrays.
+
+    Blocks are counted from the end of a row, so that its tokens then lie as if there was no padding.
+    """
+    if segment_ids is None:
+        return arrays, window, None, None
+    real = segment_ids != 0
+    order = jnp.argsort(real, axis=1, stable=True)
+    real = jnp.take_along_axis(real, order, axis=1)
+
+    def moved(x):
+        return jnp.where(real[..., None, None], jnp.take_along_axis(x, order[..., None, None], axis=1), 0)
+
+    if window is not None:
+        window = dataclasses.replace(window, q=moved(window.q), k=moved(window.k))
+    return tuple(map(moved, arrays)), window, real, jnp.argsort(order, axis=1)
+
+
+def _count(q: Array, real: Array | None) -> Int[Array, " B"]:
+    """How many of the tokens are no padding."""
+    if real is None:
+        return jnp.full(q.shape[0], q.shape[1], jnp.int32)
+    return jnp.sum(real, axis=1, dtype=jnp.int32)
+
+
+def _in_place(y: Array, place: Array | None) -> Array:
+    return y if place is None else jnp.take_along_axis(y, place[..., None, None], axis=1)
+
+
+def _row_by_row(chosen: Bool[Array, " B"], one: Any, other: Any) -> Any:
+    return jax.tree.map(
+        lambda x, y: jnp.where(chosen.reshape(-1, *(1,) * (x.ndim - 1)), x, y), one, other
+    )
 
 
 def cross_entropy(
-    weights: Float[Array, "B N T T"], q: Float[Array, "B T N H"], k: Float[Array, "B T K H"]
+    weights: Float[Array, "B N T T"],
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    *,
+    segment_ids: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T"]:
     """Of the weights of `transfer` against those of softmax attention, the mean over heads, in nats.
 
-    Weights are floored and the row is normalised again, the keys after the query's own included.
+    Weights are floored and the row is normalised again, the keys after the query's own included (padding is not).
     """
     step = functools.partial(rounded, dtype=q.dtype)
     s = step(step(_product("btnh,bsnh->bnts", q, _repeated(k, q))) * q.shape[-1] ** -0.5)
-    s = jnp.where(jnp.tri(q.shape[1], dtype=bool), s, -jnp.inf)
-    target = jax.lax.stop_gradient(step(jax.nn.softmax(s)))
-    floored = jnp.log(jnp.maximum(weights, FLOOR).astype(jnp.float32))
+    T = q.shape[1]
+    real = jnp.ones((1, 1, 1, T), bool) if segment_ids is None else (segment_ids != 0)[:, None, None]
+    seen = jnp.tri(T, dtype=bool) & real | jnp.eye(T, dtype=bool)  # a padded query has itself: no row is empty
+    target = jax.lax.stop_gradient(step(jax.nn.softmax(jnp.where(seen, s, -jnp.inf))))
+    floored = jnp.where(real, jnp.log(jnp.maximum(weights, FLOOR).astype(jnp.float32)), -1e30)
     return -jnp.mean(jnp.sum(target * jax.nn.log_softmax(floored), axis=-1), axis=1)
 
 
-def _without_window(q, k, v, state: State | None) -> tuple[Array, State | None]:
-    """One token after others: from the state. Else the tokens alone, whatever was before."""
+def _without_window(q, k, v) -> Array:
+    """The tokens alone, whatever was before."""
     step = functools.partial(rounded, dtype=v.dtype)
     weights = jnp.where(jnp.tri(v.shape[1], dtype=bool), _product("btnp,bsnp->bnts", q, k), 0)
     num = step(_product("bnts,bsnh->btnh", weights, v))
     sums = step(jnp.cumsum(k.astype(jnp.float32), axis=1))
     norm = step(step(_product("btnp,btnp->btn", q, sums)) + FLOOR)
-    y = _narrow(num / norm[..., None], v.dtype)
-    if state is None:
-        return y, None
+    return _narrow(num / norm[..., None], v.dtype)
+
+
+def _added(k, v, state: State, count: Array) -> State:
+    """A state without a window, with these tokens in it."""
     kv = _plus(state.kv, _product("bsnp,bsnh->bnph", k, v))
     k_sum = _plus(state.k_sum, jnp.sum(k.astype(jnp.float32), axis=1))
-    after = State(kv, k_sum, state.seen + v.shape[1])
-    if v.shape[1] > 1:
-        return y, after
-    num, norm = step(_product("btnp,bnph->btnh", q, kv)), step(_product("btnp,bnp->btn", q, k_sum))
-    later = _narrow(num / norm[..., None], v.dtype)
-    return jnp.where(state.seen > 0, later, y), after
+    return State(kv, k_sum, state.seen + count)
 
 
-def _weights(q, k, window: Window, affine: bool) -> tuple[Array, Array]:
+def _from_state(q, state: State, dtype: Any) -> Array:
+    """One token after others, which is in the state already."""
+    step = functools.partial(rounded, dtype=dtype)
+    num = step(_product("btnp,bnph->btnh", q, state.kv))
+    return _narrow(num / step(_product("btnp,bnp->btn", q, state.k_sum))[..., None], dtype)
+
+
+def _weights(q, k, window: Window, affine: bool, real: Array | None) -> tuple[Array, Array]:
     """[B, N, T, T] float32 and their sums [B, N, T, 1]."""
-    near, far = masks(window.kind, window.size, q.shape[1])
+    near, far = _seen(window, q.shape[1], real)
     gamma, linear = _shares(window, affine)
     s = _product("btnh,bsnh->bnts", window.q, _repeated(window.k, q)) * window.q.shape[-1] ** -0.5
     s = jnp.where(near, s, NEG)
@@ -210,11 +274,25 @@ def _weights(q, k, window: Window, affine: bool) -> tuple[Array, Array]:
     return soft + rest, jnp.sum(soft, axis=-1, keepdims=True) + jnp.sum(rest, axis=-1, keepdims=True)
 
 
-def _prefill(q, k, v, window: Window, affine: bool, state: State, before: Held) -> tuple[Array, State]:
+def _seen(window: Window, length: int, real: Array | None) -> tuple[Array, Array]:
+    """`masks` of rows whose padding comes first: how many tokens a row has differs from row to row."""
+    near, far = (jnp.asarray(mask) for mask in masks(window.kind, window.size, length))
+    if real is None:
+        return near, far
+    if window.kind == "terraced":
+        short = (jnp.sum(real, axis=1) <= window.size)[:, None, None, None]
+        far = jnp.where(short, jnp.tri(length, dtype=bool), far)
+    keys = real[:, None, None]
+    return near & keys, far & keys
+
+
+def _prefill(
+    q, k, v, window: Window, affine: bool, state: State, before: Held, real: Array | None
+) -> tuple[Array, State]:
     """The tokens with a window of their own, before it everything that went through a prefill."""
     size, T = window.size, q.shape[1]
     wide, (_, linear) = _repeated(v, q), _shares(window, affine)
-    weights, norm = _weights(q, k, window, affine)
+    weights, norm = _weights(q, k, window, affine, real)
     y = _product("bnts,bsnh->btnh", weights, wide)
     y += linear[:, None] * _product("btnp,bnph->btnh", q, before.all_kv)
     norm = _by_time(norm) + (linear * _product("btnp,bnp->btn", q, before.all_k_sum))[..., None]
@@ -228,24 +306,25 @@ def _prefill(q, k, v, window: Window, affine: bool, state: State, before: Held) 
         sums = jnp.sum(k[:, :stop].astype(jnp.float32), axis=1) + old_sums.astype(jnp.float32)
         return _narrow(values, old_values.dtype), _narrow(sums, old_sums.dtype)
 
-    dtype, used = before.k.dtype, jnp.full((), min(T, size), jnp.int32)
+    dtype, count = before.k.dtype, _count(q, real)
+    used = jnp.minimum(count, size)
     kept = (newest(x).astype(dtype) for x in (window.k, v, k))
     held = Held._make((*kept, used, *plus(before.all_kv, before.all_k_sum, T)))
     kv, k_sum = plus(state.kv, state.k_sum, first)
-    return _narrow(y / norm, v.dtype), State(kv, k_sum, state.seen + T, held)
+    return _narrow(y / norm, v.dtype), State(kv, k_sum, state.seen + count, held)
 
 
 def _step(q, k, v, window: Window, affine: bool, state: State, before: Held) -> tuple[Array, State]:
     """One token: the oldest held key leaves for the linear state when all places are taken."""
     size, (gamma, linear) = window.size, _shares(window, affine)
-    leaving = jnp.where(before.used == size, before.features[:, 0], 0)
+    leaving = jnp.where((before.used == size)[:, None, None], before.features[:, 0], 0)
     values = _product("bnp,bnh->bnph", leaving, _repeated(before.v, q)[:, 0])
     kv, k_sum = _plus(state.kv, values), _plus(state.k_sum, leaving)
     pairs = zip(before[:3], (window.k, v, k), strict=True)
     kept = [jnp.concatenate([old[:, 1:], new.astype(old.dtype)], axis=1) for old, new in pairs]
     used = jnp.minimum(before.used + 1, size)
     s = _product("btnh,bsnh->bnts", window.q, _repeated(kept[0], q)) * window.q.shape[-1] ** -0.5
-    s = jnp.where(jnp.arange(size) >= size - used, s, NEG)
+    s = jnp.where(jnp.arange(size) >= size - used[:, None, None, None], s, NEG)
     soft = gamma[:, None, None] * jnp.exp(s - jnp.max(s, axis=-1, keepdims=True))
     num = _product("bnts,bsnh->btnh", soft, _repeated(kept[1], q))
     num += linear[:, None] * _product("btnp,bnph->btnh", q, kv)

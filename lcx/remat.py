@@ -1,0 +1,24 @@
+"""Which activations the backward pass recomputes, by name."""
+
+import jax
+
+from lcx.ops import MIXER_RESIDUALS
+
+_FREE = {"sharding_constraint", "convert_element_type", "reshape", "transpose", "squeeze", "broadcast_in_dim"}
+
+
+def _all_but_free(primitive, *_, **__) -> bool:
+    """Keeps what took arithmetic. Copies of the weights (cast, gathered over fsdp) are none of it: kept for the
+    backward pass, they would hold the whole model on every device."""
+    return primitive.name not in _FREE
+
+
+REMAT = {
+    "none": _all_but_free,  # keep every activation
+    "full": jax.checkpoint_policies.nothing_saveable,  # keep the input of each block
+    # Keep the results of the projections and of the mixers; recompute norms, activations, rotations.
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(MIXER_RESIDUALS),
+    ),
+}
