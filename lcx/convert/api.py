@@ -23,6 +23,7 @@ from lcx.convert import (
     savanna,
     savanna_files,
     sources,
+    unsupported,
     vortex,
 )
 from lcx.convert.lolcats import Lolcats, LolcatsSource, is_lolcats
@@ -272,6 +273,9 @@ def detect(path: str | os.PathLike) -> str:
     """
     folder = pathlib.Path(path).expanduser()
     if not folder.is_dir():
+        if folder.is_file():
+            unsupported.check_names(folder, [folder.name])
+            unsupported.check_pointer(folder)
         if is_lolcats({folder.name}):
             raise UserError(
                 f"{path} lies on a Hugging Face folder: pass that folder, and this file as --feature_maps or --lora"
@@ -289,6 +293,7 @@ def detect(path: str | os.PathLike) -> str:
         return "lcx"
     if any(savanna_files.is_part(name) for name in names):
         return _detect_torch(folder)
+    unsupported.check_names(folder, sorted(names))
     raise UserError(
         f"no checkpoint at {path}: expected a Hugging Face folder (config.json and weights), an lcx workdir "
         "(checkpoints/) or files of savanna or vortex (.pt), found "

@@ -103,8 +103,8 @@ class LolcatsSource(hf.HfSource):
         own = map_rules(self.model)
         table = rules.Table([*llama.rules(softmax_model(self.model)), *own], sources.leaf_shapes(self.model))
         found.check(own, table.foreign_shapes, stated)
-        pairs = found.pairs(self._folder.tensors, files.lora_alpha or stated.lora_alpha or beside.lora_alpha)
-        self._table, self._tensors = table, _Overlay(self._folder, found, pairs)
+        pairs = found.pairs(self._tensors.tensors, files.lora_alpha or stated.lora_alpha or beside.lora_alpha)
+        self._table, self._tensors = table, _Overlay(self._tensors, found, pairs)
         self.leaves = {
             leaf: TensorInfo(table.leaf_dtype(self._tensors.tensors, leaf), shape, self.where)
             for leaf, shape in table.shapes.items()
