@@ -89,7 +89,7 @@ def _is_scaled(rope: Rope) -> bool:
 
 def _title(rope: Rope) -> str:
     """'yarn, factor 4'."""
-    name = getattr(rope.rope_type, "__name__", rope.rope_type)
+    name = str(getattr(rope.rope_type, "__name__", rope.rope_type))
     return name if rope.factor is None else f"{name}, factor {rope.factor:g}"
 
 
@@ -133,7 +133,7 @@ def _on_another_base(
     head_dim: int | None,
 ) -> tuple[Rope, int]:
     """The model with the scaling that it has and another rope_theta."""
-    new = dataclasses.replace(rope, **({"inv_freq": None} | values))
+    new = dataclasses.replace(rope, **{"inv_freq": None, **values})
     window = max(extended_window(new, max_position_embeddings), target or 0)
     if target is not None and target > max_position_embeddings:
         _check_reach(new, max_position_embeddings, target)

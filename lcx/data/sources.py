@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, cast
 
+from lcx import hub
 from lcx.errors import UserError
 
 FORMATS = ("text", "jsonl", "parquet", "fasta", "code")
@@ -89,7 +90,7 @@ def find_files(source: str | tuple[str, ...], *, format: str | None = None) -> t
         return tuple(file for one in source for file in find_files(one, format=format))
     if source == "stdlib":
         return _stdlib_files()
-    source = os.path.expanduser(source)
+    source = os.path.expanduser(str(hub.local(source, kind="dataset")))
     if os.path.isdir(source):
         return _folder_files(source, format)
     paths = [source] if os.path.isfile(source) else sorted(glob.glob(source, recursive=True))

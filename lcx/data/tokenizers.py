@@ -17,6 +17,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Int
 
+from lcx import hub
 from lcx.errors import UserError
 
 RECORD = "lcx_tokenizer.json"
@@ -212,7 +213,7 @@ def load_tokenizer(path: str | os.PathLike | Tokenizer) -> Tokenizer:
         return path
     if path == "bytes":
         return ByteTokenizer()
-    place = Path(path).expanduser()
+    place = Path(hub.local(path, kind="tokenizer")).expanduser()
     if place.is_file():
         return _from_file(place)
     if not place.is_dir():
