@@ -15,7 +15,7 @@ from lcx.convert import hf_rope
 from lcx.convert.llama import FAMILIES, Family, Layer, layers
 from lcx.errors import UserError
 from lcx.model import Decoder, llama
-from lcx.rope_fields import shown
+from lcx.rope_fields import is_number, shown
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +68,7 @@ def from_config(config: Mapping[str, Any], *, dtype: str = "float32") -> Decoder
         )
     family = FAMILIES[model_type]
     _refuse_unsupported(config, family)
+    _check_carried(config)
     sizes = _sizes(config, family)
     rope = hf_rope.read(config, family, sizes.head_dim)
     biased = family.biases == "config" and _boolean(config, "attention_bias")
@@ -133,7 +134,7 @@ def _refuse_unsupported(config: Mapping[str, Any], family: Family) -> None:
         raise UserError(f"config.json has hidden_act {shown(config['hidden_act'])}, supported is 'silu'")
     unsupported = {"attention_bias": family.biases == "none", "mlp_bias": not family.mlp_bias}
     for key in unsupported:
-        if unsupported[key] and config.get(key):
+        if unsupported[key] and config.get(key) not in (None, False):
             raise UserError(
                 f"config.json has {key} {shown(config[key])}, which model_type {config['model_type']!r} does not "
                 "have; "
@@ -153,6 +154,20 @@ def _refuse_unsupported(config: Mapping[str, Any], family: Family) -> None:
     dropouts = [key for key in CARRIED if "drop" in key and config.get(key)]
     if dropouts:
         log.warning("config.json: %s is not applied, training here has no dropout", ", ".join(dropouts))
+
+
+def _check_carried(config: Mapping[str, Any]) -> None:
+    """UserError for settings that are only passed on, and that no reader of the written file would take."""
+    for key in CARRIED:
+        value = config.get(key)
+        if key.endswith("token_id"):
+            ids = value if key == "eos_token_id" and isinstance(value, list) else [value]
+            right = all(i is None or (isinstance(i, int) and not isinstance(i, bool)) for i in ids)
+        else:
+            right = value is None or (is_number(value) and value >= 0)
+        if not right:
+            expected = "an id, or null" if key.endswith("token_id") else "a number of at least 0"
+            raise UserError(f"config.json has {key} = {shown(value)}, expected {expected}")
 
 
 def _has_no_effect(key: str, value: Any) -> bool:
@@ -366,7 +381,8 @@ def _number(config: Mapping[str, Any], key: str, default: float) -> float:
 
 
 def _boolean(config: Mapping[str, Any], key: str) -> bool:
-    value = config.get(key) or False
+    value = config.get(key)
+    value = False if value is None else value
     if not isinstance(value, bool):
         raise UserError(f"config.json has {key} = {shown(value)}, expected true or false")
     return value

@@ -94,7 +94,7 @@ def inside(folder: pathlib.Path, name: str) -> pathlib.Path:
       UserError: the name is not a plain file name, the file is missing, or a link leads out of the folder.
         The links of Hugging Face's download cache (snapshots/REVISION/* -> blobs/*) are the one exception.
     """
-    if not isinstance(name, str) or not name or os.path.basename(name) != name or name in (".", ".."):
+    if not is_plain(name):
         raise UserError(
             f"{folder}: the index names the file {shown(name)}, expected a plain file name inside the folder"
         )
@@ -111,6 +111,13 @@ def inside(folder: pathlib.Path, name: str) -> pathlib.Path:
         raise UserError(f"{folder}: {name} is not a regular file")
     unsupported.check_pointer(path)
     return path
+
+
+def is_plain(name: Any) -> bool:
+    """Whether the name is that of a file inside a folder, and printable."""
+    if not isinstance(name, str) or not name.isprintable() or len(name) > 255:
+        return False
+    return os.path.basename(name) == name and name not in ("", ".", "..")
 
 
 def read_json(path: pathlib.Path) -> dict:
@@ -189,7 +196,7 @@ def _read_index(path: pathlib.Path) -> tuple[dict[str, str], Any]:
     if not isinstance(weight_map, dict) or not weight_map or not isinstance(metadata, dict):
         raise UserError(f"{path}: expected a weight_map from tensor names to file names")
     for shard in weight_map.values():
-        if not isinstance(shard, str) or os.path.basename(shard) != shard or shard in ("", ".", ".."):
+        if not is_plain(shard):
             raise UserError(
                 f"{path}: names the file {shown(shard)}, expected a plain file name inside the folder"
             )
