@@ -286,7 +286,8 @@ class Trainer:
         if run.model.max_position_embeddings < self.seq_len:
             metrics.message(
                 f"warning: Trainer.seq_len {self.seq_len} exceeds the model's window of "
-                f"{run.model.max_position_embeddings} tokens: set rope_scaling and context_length"
+                f"{run.model.max_position_embeddings} tokens: set context_length (and rope_scaling, unless "
+                "it keeps its own)"
             )
 
     # -------------------------------------------------------------------------------------------------- the loop

@@ -162,7 +162,7 @@ def _check_carried(config: Mapping[str, Any]) -> None:
         value = config.get(key)
         if key.endswith("token_id"):
             ids = value if key == "eos_token_id" and isinstance(value, list) else [value]
-            right = all(i is None or (isinstance(i, int) and not isinstance(i, bool)) for i in ids)
+            right = ids == [None] or all(isinstance(i, int) and not isinstance(i, bool) for i in ids)
         else:
             right = value is None or (is_number(value) and value >= 0)
         if not right:
@@ -252,7 +252,10 @@ def to_config(model: Decoder, *, dtype: str, carried: Mapping[str, Any] | None =
     config |= hf_rope.keys(model.model_type, shape["rope"], window, shape["head_dim"])
     # null where nothing is known: without the key transformers would assume token ids of its own
     config |= dict.fromkeys(key for key in CARRIED if key.endswith("token_id"))
-    return config | {key: value for key, value in (carried or {}).items() if key in CARRIED}
+    known = {key: value for key, value in (carried or {}).items() if key in CARRIED}
+    if isinstance(known.get("initializer_range"), int):
+        known["initializer_range"] = float(known["initializer_range"])  # transformers 5 takes no integer
+    return config | known
 
 
 def _size_keys(model: Decoder, family: Family, shape: Mapping[str, Any], dtype: str) -> dict[str, Any]:
