@@ -40,7 +40,6 @@ class HfSource:
         self.carried = {key: value for key, value in self._folder.config.items() if key in hf_config.CARRIED}
         self.side_files = hf_folder.side_files(path)
         try:
-            unsupported.check_config(self._folder.config)
             unsupported.check_tensors(self._folder.tensors)
             self._tensors: tensor_io.TensorSource = tensor_names.unwrapped(self._folder, self.where)
             _check_depth(self._folder.config, self._tensors.tensors)

@@ -67,6 +67,7 @@ class HfFolder:
                 f"{self.path}: expected a folder with {CONFIG} and {' or '.join(WEIGHT_FILES[::2])}"
             )
         self.config = read_json(inside(self.path, CONFIG))
+        unsupported.check_config(self.config, self.path)  # before tensors of dtypes that nobody else has
         self._files: dict[str, tensor_io.TensorSource] = {}
         self.tensors: dict[str, TensorInfo] = {}
         for file in _open_weights(self.path):

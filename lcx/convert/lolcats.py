@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 
+from lcx import hub
 from lcx import model as model_lib
 from lcx.convert import hf, hf_folder, llama, lolcats_settings, rules, sources, tensor_io
 from lcx.convert.lolcats_settings import Stated
@@ -170,8 +171,8 @@ def map_rules(model: Decoder) -> list[Rule]:
 
 def _find(folder: pathlib.Path, files: Lolcats) -> tuple[list[pathlib.Path], Stated]:
     """(the files of the feature maps, then that of the pairs; the settings beside them)."""
-    maps = folder if files.feature_maps is None else pathlib.Path(files.feature_maps).expanduser()
-    lora = None if files.lora is None else pathlib.Path(files.lora).expanduser()
+    maps = folder if files.feature_maps is None else pathlib.Path(hub.local(files.feature_maps)).expanduser()
+    lora = None if files.lora is None else pathlib.Path(hub.local(files.lora)).expanduser()
     beside = Stated({}, "")
     if not maps.exists():
         raise UserError(f"no feature maps at {maps}, expected X{DISTILL}: change feature_maps")

@@ -48,7 +48,7 @@ def check_names(where: pathlib.Path, names: Iterable[str]) -> None:
         )
 
 
-def check_config(config: Mapping[str, Any]) -> None:
+def check_config(config: Mapping[str, Any], where: pathlib.Path) -> None:
     """UserError for a config.json of a quantized model."""
     for key in ("quantization_config", "compression_config"):
         given = config.get(key)
@@ -61,7 +61,9 @@ def check_config(config: Mapping[str, Any]) -> None:
             if isinstance(given, Mapping) and given.get(name)
         ]
         name = method or (f"bitsandbytes, {bits[0]}" if bits else "an unnamed method")
-        raise UserError(f"the weights are quantized ({key}: {shown(name)}), which is not read: {_DEQUANTIZE}")
+        raise UserError(
+            f"{where}: the weights are quantized ({key}: {shown(name)}), which is not read: {_DEQUANTIZE}"
+        )
 
 
 def check_tensors(tensors: Mapping[str, TensorInfo]) -> None:
