@@ -36,7 +36,8 @@ _WEIGHTS = (
     ("pytorch_model*.bin", "pytorch_model.bin.index.json"),
     ("*.pt", "*.pt.part*"),
 )
-_BESIDE = ("lcx.json", "lolcats.json", "adapter_config.json", "adapter_model.safetensors")
+_BESIDE = ("lolcats.json",)
+_ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 _TIMEOUT = 20.0  # seconds
 _DATA = (
     "*.parquet", "*.arrow", "*.json", "*.jsonl", "*.ndjson", "*.csv", "*.tsv", "*.txt", "*.gz", "*.zst", "*.fa",
@@ -60,7 +61,7 @@ def local(path: Any, *, kind: str = "model") -> Any:
 
     Args:
       path: what a user gave as a checkpoint, a tokenizer or a source of text.
-      kind: "model", "tokenizer" (of a model, without its weights) or "dataset".
+      kind: "model", "tokenizer" (of a model, without its weights), "adapter" (of PEFT) or "dataset".
 
     Raises:
       UserError: a name of which there is neither a folder here nor, in reach, anything on the hub; without
@@ -119,7 +120,7 @@ class _Fetch:
             return kind is not None and all(name in names for name in _shards(folder, kind))
         if self._kind == "tokenizer":
             return any(name.startswith("tokenizer") or name == "lcx_tokenizer.json" for name in names)
-        return bool(names)
+        return bool(names) if self._kind == "dataset" else _ADAPTER[0] in names
 
     def downloaded(self) -> str:
         try:
@@ -138,6 +139,8 @@ class _Fetch:
             return list(_DATA)
         if self._kind == "tokenizer":
             return list(_TOKENIZER)
+        if self._kind == "adapter":
+            return list(_ADAPTER)
         for patterns in _WEIGHTS:
             if _matching(names, patterns):
                 return [*_TOKENIZER, *_BESIDE, *patterns]

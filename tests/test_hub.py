@@ -118,6 +118,8 @@ def test_a_snapshot_that_is_not_whole_is_not_used(cache, model_files):
         with pytest.raises(UserError, match="not .whole. in the local cache"):
             hub.local(name)
     assert hub.local("org/only-tokenizer", kind="tokenizer").endswith(REVISION)
+    with pytest.raises(UserError, match="not .whole. in the local cache"):
+        hub.local("org/only-tokenizer", kind="adapter")
 
 
 def test_data_and_tokenizers_by_their_name(cache):
