@@ -16,7 +16,6 @@ Each part goes on where it was stopped. The rows are those that one run of the s
 import dataclasses
 import functools
 import logging
-import os
 import pathlib
 import sys
 from typing import Any
@@ -25,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lcx import linearize, residuals, sharding
+from lcx import hub, linearize, residuals, sharding
 from lcx import model as model_lib
 from lcx.convert import api as convert
 from lcx.convert import sources
@@ -179,7 +178,7 @@ class Blocks:
         trainer.check_rows(mesh)
         assert trainer.init_from is not None
         about = {
-            "init_from": os.path.abspath(os.path.expanduser(trainer.init_from)),
+            "init_from": hub.place(trainer.init_from),
             "rope_scaling": trainer.rope_scaling,
             "context_length": trainer.context_length,
             "seed": trainer.seed,
@@ -314,7 +313,7 @@ def _is_linear(part: Layers) -> bool:
 def _softmax(trainer: Trainer) -> tuple[ModelSource, Decoder]:
     """Where the weights are, and the model that they are of, with its context extended."""
     assert trainer.init_from is not None
-    source = convert.SOURCES[convert.detect(trainer.init_from)](trainer.init_from)
+    source = convert.source(trainer.init_from)
     model = sources.extended(source.model, trainer.rope_scaling, trainer.context_length)
     return source, trainer.adjusted(model)
 

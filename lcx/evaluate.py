@@ -17,7 +17,12 @@ from lcx import config
 
 def main(argv=None) -> int:
     parser = config.parser(__doc__)
-    parser.add_argument("--checkpoint", required=True, metavar="PATH", help="the model to evaluate")
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        metavar="PATH",
+        help="the model to evaluate: a path, or org/name on the hub",
+    )
     parser.add_argument(
         "--output", required=True, metavar="DIR", help="where results.json and report.html go"
     )

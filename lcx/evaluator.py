@@ -22,7 +22,7 @@ import jax
 import numpy as np
 
 import lcx
-from lcx import describe, linearize, parameters, report, sharding, text_stream
+from lcx import describe, hub, linearize, parameters, report, sharding, text_stream
 from lcx.checkpoint_folder import find_step, read_json
 from lcx.convert.api import detect
 from lcx.data import ByteTokenizer, Dataset, Mixture, Tokenizer, special_tokens
@@ -53,7 +53,7 @@ def evaluate(
     """Evaluates a checkpoint and returns what results.json holds.
 
     Args:
-      checkpoint: a workdir, one step of it, or a Hugging Face folder.
+      checkpoint: a workdir, one step of it, a Hugging Face folder, or the name of a model on the hub.
       output: the folder for results.json, the plots and report.html.
       evals: what to measure; `lcx.evals` has the contract.
       dataset: the text for evaluations that name none. None: what the checkpoint was trained on; where it does not
@@ -72,12 +72,13 @@ def evaluate(
     _check_names(evals)
     folder = _writable(output)
     started = time.perf_counter()
-    detect(checkpoint)  # before anything is said about its parts
-    tokenizer = _tokenizer(checkpoint)
-    evals = _with_text(evals, _default_dataset(checkpoint, tokenizer) if dataset is None else dataset)
+    place = hub.local(checkpoint)
+    detect(place)  # before anything is said about its parts
+    tokenizer = _tokenizer(place)
+    evals = _with_text(evals, _default_dataset(place, tokenizer) if dataset is None else dataset)
     devices = None if jax.device_count() == 1 else mesh.build()
     model, params = lcx.load(
-        checkpoint, dtype=dtype, mesh=devices, rope_scaling=rope_scaling, context_length=context_length
+        place, dtype=dtype, mesh=devices, rope_scaling=rope_scaling, context_length=context_length
     )
     if only_part is not None:
         model = linearize.ablated(model, only_part)
@@ -87,7 +88,7 @@ def evaluate(
         _say(f"{label}: {described(tokenizer, special_tokens(tokenizer), of='text')}")
     results: dict[str, Any] = {
         "name": label,
-        "checkpoint": os.path.abspath(os.path.expanduser(checkpoint)),
+        "checkpoint": hub.place(checkpoint),
         "rope_scaling": rope_scaling,
         "only_part": only_part,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -222,7 +223,7 @@ def _with_text(evals: tuple[Evaluation, ...], dataset: Dataset | Mixture | None)
 
 
 def _label(checkpoint: str, rope_scaling: Mapping[str, Any] | None) -> str:
-    path = pathlib.Path(checkpoint).expanduser().resolve()
+    path = pathlib.Path(hub.place(checkpoint)).resolve()
     name = f"{path.parent.parent.name} step {path.name}" if path.parent.name == "checkpoints" else path.name
     if not rope_scaling:
         return name

@@ -6,16 +6,20 @@ compared with the unscaled ones before anything runs.
 """
 
 import dataclasses
-import difflib
+import logging
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from lcx.errors import UserError
-from lcx.rope import FIELDS, Rope, is_number, known_type, token_count
+from lcx.rope import Rope, extended_window
+from lcx.rope_fields import FIELDS, MOST_TOKENS, close, is_number, known_type, shown, token_count
+
+log = logging.getLogger(__name__)
 
 _ADVICE = '{"rope_type": "yarn", "factor": 4.0}'
+_ORIGINAL = "original_max_position_embeddings"
 
 
 def extend(
@@ -28,13 +32,18 @@ def extend(
 ) -> tuple[Rope, int]:
     """(the scaled Rope, the new max_position_embeddings) of a model that is to read `context_length` tokens.
 
-    `rope_scaling` is what Hugging Face writes ("type" works for "rope_type"); it replaces the scaling that
-    the model has, but rope_theta and partial_rotary_factor stay unless it names them. The scale is always
-    relative to the original window L: the dict's original_max_position_embeddings, else that of the model's
-    rope, else max_position_embeddings. Without a factor it is context_length / L, without a context_length
-    that is factor * L. A larger context without scaling must be asked for: {"rope_type": "default"}, perhaps
-    with a rope_theta. The check that the frequencies change needs `head_dim` to be sure (without it, it tries
-    a head of 128).
+    `rope_scaling` is what Hugging Face writes ("type" works for "rope_type"). A type that it names replaces the scaling
+    that the model has, but rope_theta and partial_rotary_factor stay unless it names them. {"rope_theta": B} without a
+    type keeps the model's scaling, if it has one, on another base.
+
+    The scale is always relative to the original window L: the dict's original_max_position_embeddings, else that of
+    the model's rope, else max_position_embeddings; so 4 and then 16 are 16, not 64. Without a factor it is
+    context_length / L, without a context_length that is factor * L. llama3 is the exception: its factor is no ratio of
+    windows (Llama 3.1 has 8, and 16 times its original window), so a given one holds whatever the context_length, and
+    a model that has llama3 may be used at any context_length as it is.
+
+    A larger context without scaling must be asked for: {"rope_type": "default"}, perhaps with a rope_theta. The check
+    that the frequencies change needs `head_dim` to be sure (without it, it tries a head of 128).
 
     Raises UserError for: an unknown or unused key, factor * L other than context_length, a factor of 1, a
     scaling that leaves the frequencies as they were, an L that cannot be known, a larger context without a
@@ -42,32 +51,57 @@ def extend(
     """
     target = None if context_length is None else token_count("context_length", context_length)
     if rope_scaling is None:
-        return _without_scaling(rope, max_position_embeddings, target)
-    if not isinstance(rope_scaling, Mapping):
-        raise UserError(
-            f"rope_scaling is {rope_scaling!r}, expected a dict such as {{'rope_type': 'yarn', 'factor': 4.0}}"
-        )
-    values = _values(rope_scaling)
+        return _as_it_is(rope, max_position_embeddings, target)
+    values = _values(rope, rope_scaling)
+    if "rope_type" not in values:
+        return _on_another_base(rope, max_position_embeddings, values, target, head_dim)
     name = values["rope_type"]
     original = _original(rope, max_position_embeddings, values)
     if callable(name) or "factor" in sum(FIELDS[name], ()):
         values, target = _factor_and_target(values, original, target)
-    values["original_max_position_embeddings"] = original
-    kept = {"rope_theta": rope.rope_theta, "partial_rotary_factor": rope.partial_rotary_factor}
-    kept |= _kept_frequencies(rope, values)
-    new = Rope(**(kept | values))
+    values[_ORIGINAL] = original
+    new = Rope(**(_kept(rope, values) | values))
     window = max_position_embeddings if target is None else target
-    inferred = context_length is None and "original_max_position_embeddings" not in rope_scaling
+    inferred = context_length is None and _ORIGINAL not in rope_scaling
+    if name == "default" or (name == "llama3" and context_length is None):
+        window = max(window, max_position_embeddings)
     if window < max_position_embeddings and inferred:
         raise UserError(
             f"factor {new.factor:g} times the original window {original} is {window}, below the present"
             f" {max_position_embeddings}: change factor (relative to {original}) or set context_length"
         )
-    if name == "default":
-        window = max(window, max_position_embeddings)
+    if window > MOST_TOKENS:
+        raise UserError(
+            f"the window would be {window} tokens, expected at most {MOST_TOKENS}: lower the factor"
+        )
+    kept = name == rope.rope_type and window > max_position_embeddings
     if name != "default" or context_length is None:  # an unscaled context is as asked for
-        _assert_effect(rope, new, window, head_dim)
+        _assert_effect(rope, new, window, head_dim, but_the_window=kept)
+    if _is_scaled(rope) and name != rope.rope_type:
+        fate = "removed" if name == "default" else f"replaced by {getattr(name, '__name__', name)!r}"
+        log.warning("the model's RoPE scaling (%s) is %s, as rope_scaling asks", _title(rope), fate)
     return new, window
+
+
+def _is_scaled(rope: Rope) -> bool:
+    return rope.rope_type != "default"
+
+
+def _title(rope: Rope) -> str:
+    """'yarn, factor 4'."""
+    name = str(getattr(rope.rope_type, "__name__", rope.rope_type))
+    return name if rope.factor is None else f"{name}, factor {rope.factor:g}"
+
+
+def _kept(rope: Rope, values: Mapping[str, Any]) -> dict[str, Any]:
+    """What stays of the model's RoPE under a type that is named."""
+    kept: dict[str, Any] = {
+        "rope_theta": rope.rope_theta,
+        "partial_rotary_factor": rope.partial_rotary_factor,
+    }
+    if values["rope_type"] == rope.rope_type == "llama3":
+        kept |= {"low_freq_factor": rope.low_freq_factor, "high_freq_factor": rope.high_freq_factor}
+    return kept | _kept_frequencies(rope, values)
 
 
 def _kept_frequencies(rope: Rope, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -83,49 +117,104 @@ def _kept_frequencies(rope: Rope, values: Mapping[str, Any]) -> dict[str, Any]:
     return {"inv_freq": rope.inv_freq}
 
 
-def _without_scaling(rope: Rope, max_position_embeddings: int, target: int | None) -> tuple[Rope, int]:
-    """The model as it is, if its window holds the target."""
-    window = max_position_embeddings
-    if rope.factor and rope.original_max_position_embeddings:  # a file for dynamic holds the original window
-        window = max(window, round(rope.factor * rope.original_max_position_embeddings))
+def _as_it_is(rope: Rope, max_position_embeddings: int, target: int | None) -> tuple[Rope, int]:
+    """The model with the scaling that it has, if that holds the target."""
     if target is None or target <= max_position_embeddings:
         return rope, max_position_embeddings
+    _check_reach(rope, max_position_embeddings, target)
+    return rope, target
+
+
+def _on_another_base(
+    rope: Rope,
+    max_position_embeddings: int,
+    values: Mapping[str, Any],
+    target: int | None,
+    head_dim: int | None,
+) -> tuple[Rope, int]:
+    """The model with the scaling that it has and another rope_theta."""
+    new = dataclasses.replace(rope, **{"inv_freq": None, **values})
+    window = max(extended_window(new, max_position_embeddings), target or 0)
+    if target is not None and target > max_position_embeddings:
+        _check_reach(new, max_position_embeddings, target)
+        window = target
+    _assert_effect(rope, new, window, head_dim, but_the_window=window > max_position_embeddings)
+    return new, window
+
+
+def _check_reach(rope: Rope, max_position_embeddings: int, target: int) -> None:
+    """UserError unless a text of `target` tokens is within what the scaling is for; llama3 has no such bound."""
+    window = extended_window(rope, max_position_embeddings)
+    if (
+        rope.factor and rope.original_max_position_embeddings is None
+    ):  # then max_position_embeddings may be it
+        window = max(window, round(rope.factor * max_position_embeddings))
     if target <= window:
-        return rope, target
-    raise UserError(
-        f"context_length {target} is beyond the model's window of {window} and there is no rope_scaling:"
-        f' set rope_scaling, as {_ADVICE} (or {{"rope_type": "default"}} to leave it unscaled)'
+        return
+    found = f"context_length {target} is beyond the model's window of {window}"
+    if not _is_scaled(rope):
+        raise UserError(
+            f"{found} and there is no rope_scaling: set rope_scaling, as {_ADVICE} (or"
+            ' {"rope_type": "default"} to leave it unscaled)'
+        )
+    if rope.rope_type != "llama3":
+        raise UserError(
+            f"{found}, for which its scaling ({_title(rope)}) was made: set rope_scaling to scale anew, as"
+            f" {_same_type_advice(rope)} (relative to the original window; the factor follows from context_length)"
+        )
+    log.warning(
+        "context_length %d is beyond the window of %d; the model's llama3 scaling (factor %g) is kept",
+        target,
+        max_position_embeddings,
+        rope.factor,
     )
 
 
-def _values(rope_scaling: Mapping[str, Any]) -> dict[str, Any]:
-    """The dict as fields of Rope, nulls dropped; UserError for anything that Rope would not use."""
+def _same_type_advice(rope: Rope) -> str:
+    name = getattr(rope.rope_type, "__name__", rope.rope_type)
+    lists = ', "short_factor": [...], "long_factor": [...]' if name == "longrope" else ""
+    original = rope.original_max_position_embeddings
+    return f'{{"rope_type": "{name}"{lists}' + (f', "{_ORIGINAL}": ...}}' if original is None else "}")
+
+
+def _values(rope: Rope, rope_scaling: Mapping[str, Any]) -> dict[str, Any]:
+    """The dict as fields of Rope, nulls dropped; UserError for anything that Rope would not use.
+
+    Without a rope_type where it is another base for the scaling that the model has.
+    """
+    advice = _same_type_advice(rope) if _is_scaled(rope) else _ADVICE
     if not isinstance(rope_scaling, Mapping):
-        raise UserError(f"rope_scaling is {rope_scaling!r}, expected a dict: set it as {_ADVICE}")
+        raise UserError(f"rope_scaling is {shown(rope_scaling)}, expected a dict such as {advice}")
     known = [field.name for field in dataclasses.fields(Rope)]
     for key in rope_scaling:
         if key not in known and key != "type":
-            close = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"did you mean {close[0]!r}? " if close else ""
-            raise UserError(f"unknown key {key!r} in rope_scaling: {hint}known keys are {', '.join(known)}")
+            hint = close(str(key), known)
+            raise UserError(
+                f"unknown key {shown(key)} in rope_scaling: {hint}known keys are {', '.join(known)}"
+            )
     if "rope_theta" in rope_scaling and rope_scaling["rope_theta"] is None:
         raise UserError("rope_theta is null in rope_scaling, expected a number: set it or leave the key out")
     values = {key: value for key, value in rope_scaling.items() if value is not None and key != "type"}
     names = [rope_scaling[key] for key in ("rope_type", "type") if rope_scaling.get(key) is not None]
+    names = ["longrope" if isinstance(name, str) and name == "su" else name for name in names]
     if len(names) == 2 and names[0] != names[1]:
-        raise UserError(f"rope_scaling has rope_type {names[0]!r} and type {names[1]!r}: remove one of them")
-    if not names and "factor" in values or not names and "rope_theta" not in values:
-        raise UserError(f"rope_scaling {dict(rope_scaling)} has no rope_type: add it, as {_ADVICE}")
+        raise UserError(
+            f"rope_scaling has rope_type {shown(names[0])} and type {shown(names[1])}: remove one of them"
+        )
+    if not names and ("factor" in values or "rope_theta" not in values):
+        raise UserError(f"rope_scaling {shown(dict(rope_scaling))} has no rope_type: add it, as {advice}")
+    if not names and _is_scaled(rope):
+        return values
     name = names[0] if names else "default"
-    values["rope_type"] = name if callable(name) else known_type("longrope" if name == "su" else name)
+    values["rope_type"] = name if callable(name) else known_type(name)
     return values
 
 
 def _original(rope: Rope, max_position_embeddings: int, values: dict[str, Any]) -> int:
     """The window of pre-training."""
-    given = values.get("original_max_position_embeddings", rope.original_max_position_embeddings)
+    given = values.get(_ORIGINAL, rope.original_max_position_embeddings)
     if given is not None:
-        return token_count("original_max_position_embeddings", given)
+        return token_count(_ORIGINAL, given)
     if rope.factor is not None and rope.factor > 1:
         raise UserError(
             f"the model is already scaled ({rope.rope_type!r}, factor {rope.factor:g}) and does not say from"
@@ -149,12 +238,12 @@ def _factor_and_target(
         factor = values["factor"] = target / original
     if not is_number(factor) or factor <= 1:
         raise UserError(
-            f"factor {factor!r} of rope_type {name!r} (original window {original}, context_length {target})"
+            f"factor {shown(factor)} of rope_type {name!r} (original window {original}, context_length {target})"
             f" has no effect unless it is more than 1: change factor or context_length ({enlarged})"
         )
     if target is None:
         return values, round(factor * original)
-    if abs(factor * original - target) >= 1:
+    if name != "llama3" and abs(factor * original - target) >= 1:
         raise UserError(
             f"factor {factor:g} x the original window {original} is {factor * original:g}, not context_length"
             f" {target}: change factor or context_length ({enlarged}: {target / factor:g} would fit)"
@@ -162,9 +251,14 @@ def _factor_and_target(
     return values, target
 
 
-def _assert_effect(old: Rope, new: Rope, window: int, head_dim: int | None) -> None:
-    """UserError unless the new Rope turns otherwise than the model does already, and than an unscaled one."""
-    befores = {"the model has already": old}
+def _assert_effect(
+    old: Rope, new: Rope, window: int, head_dim: int | None, *, but_the_window: bool = False
+) -> None:
+    """UserError unless the new Rope turns otherwise than the model does already, and than an unscaled one.
+
+    With `but_the_window` the scaling may be the model's own: it is to be used at a larger window.
+    """
+    befores = {} if but_the_window else {"the model has already": old}
     if new.rope_type != "default":
         plain = Rope(rope_theta=old.rope_theta, partial_rotary_factor=old.partial_rotary_factor)
         befores["an unscaled model has"] = plain
@@ -173,7 +267,7 @@ def _assert_effect(old: Rope, new: Rope, window: int, head_dim: int | None) -> N
             name = getattr(new.rope_type, "__name__", new.rope_type)
             raise UserError(
                 f"rope_scaling ({name}) has no effect, its frequencies at {window} tokens are those {what}:"
-                " change its values, or remove rope_scaling"
+                " change its values"
             )
 
 

@@ -15,7 +15,10 @@ from lcx import config
 def main(argv=None) -> int:
     parser = config.parser(__doc__, gin=False)
     parser.add_argument(
-        "--checkpoint", required=True, metavar="PATH", help="a workdir or a Hugging Face folder"
+        "--checkpoint",
+        required=True,
+        metavar="PATH",
+        help="a workdir, a Hugging Face folder, or the name of a model on the hub (org/name, org/name@revision)",
     )
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="the text to continue")
     parser.add_argument(

@@ -133,7 +133,7 @@ class Ladder:
 
     def _check_rungs(self, source: str) -> int:
         """The original window; mistakes in any rung show before the first one trains."""
-        model = convert.SOURCES[convert.detect(source)](source).model
+        model = convert.source(source).model
         original = original_window(model)
         for rung in self.rungs:
             trainer = self._trainer_for(rung, source, original, 0)

@@ -4,11 +4,10 @@ What a resumed run may change (steps, batch size, learning rate, dtype, remat, m
 """
 
 import logging
-import os
 from collections.abc import Mapping
 from typing import Any
 
-from lcx import describe
+from lcx import describe, hub
 from lcx.errors import UserError
 from lcx.linearize import Linearize
 from lcx.lora import LoRA
@@ -32,7 +31,7 @@ def record(
     scaling = {key: describe.to_json(value) for key, value in (rope_scaling or {}).items()}
     return {
         "model": _without_free(describe.to_json(model)),
-        "init_from": init_from and os.path.abspath(os.path.expanduser(init_from)),
+        "init_from": init_from and hub.place(init_from),
         "rope_scaling": scaling,
         "context_length": context_length,
         "linearize": describe.to_json(linearize),

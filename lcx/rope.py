@@ -40,42 +40,28 @@ dynamic and n = last position + 1 for longrope at every forward pass.
 """
 
 import dataclasses
-import difflib
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeGuard
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from lcx import rope_fields
 from lcx.errors import UserError
+from lcx.rope_fields import FIELDS, is_number, known_type, shown, token_count
+from lcx.rope_fields import needed as _needed
 
 Number = float | int
 Length = int | np.integer | Int[np.ndarray, ""] | Int[Array, ""]
 InvFreq = Float[np.ndarray, " pairs"] | Float[Array, " pairs"]
 Frequencies = tuple[InvFreq, Any]  # and the attention scaling A
-
-# For each type: the fields it cannot do without, the fields it may use. Every type has those of SHARED.
-SHARED = ("rope_type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
-FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "default": ((), ("inv_freq",)),
-    "linear": (("factor",), ("inv_freq",)),
-    "ntk": (("factor",), ()),
-    "dynamic": (("factor", "original_max_position_embeddings"), ()),
-    "yarn": (
-        ("factor", "original_max_position_embeddings"),
-        ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
-    ),
-    "longrope": (
-        ("short_factor", "long_factor", "original_max_position_embeddings"),
-        ("factor", "attention_factor"),
-    ),
-    "llama3": (("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"), ()),
-    "proportional": ((), ("factor",)),
-}
+_ORIGINAL = "original_max_position_embeddings"
+_NO_EFFECT = "finetuned"  # a remark in the files of YaRN's authors
+_PHI3_WINDOW = 4096  # the default of transformers' Phi3Config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,100 +95,14 @@ class Rope:
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            value = _canonical(field.name, getattr(self, field.name))
+            value = rope_fields.canonical(field.name, getattr(self, field.name))
             object.__setattr__(self, field.name, value)  # frozen, and hashable: lists become tuples
-        _check(self)
+        rope_fields.check(self)
 
     def frequencies(self, head_dim: int, length: Length) -> Frequencies:
         """(inv_freq float32 [d/2], A). `length` is n, perhaps traced: dynamic and longrope depend on it."""
         function = self.rope_type if callable(self.rope_type) else ROPE_TYPES[self.rope_type]
         return function(self, head_dim, length)
-
-
-def _canonical(name: str, value: Any) -> Any:
-    """The value as the field holds it (float, int, bool, tuple of floats), or UserError."""
-    if name == "rope_type" or (value is None and name not in ("rope_theta", "partial_rotary_factor")):
-        return value
-    if name == "truncate":
-        if not isinstance(value, bool):
-            raise UserError(f"truncate is {value!r}, expected true or false: change truncate")
-        return value
-    if name in ("short_factor", "long_factor", "inv_freq"):
-        if isinstance(value, str) or not isinstance(value, Sequence) or not value:
-            raise UserError(f"{name} is {value!r}, expected a list of numbers: change {name}")
-        return tuple(_canonical(f"{name}[{i}]", v) for i, v in enumerate(value))
-    if not is_number(value):
-        raise UserError(f"{name} is {value!r}, expected a number: set {name}")
-    return token_count(name, value) if name == "original_max_position_embeddings" else float(value)
-
-
-def is_number(value: Any) -> TypeGuard[float]:
-    number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
-    return number and math.isfinite(value)
-
-
-def token_count(name: str, value: Any) -> int:
-    """The value as a number of tokens: 4096.0 is one; 4096.5, "4096" and null raise UserError."""
-    if not is_number(value) or value != int(value) or value < 1:
-        raise UserError(f"{name} is {value!r}, expected a whole number of tokens: change {name}")
-    return int(value)
-
-
-def _check(rope: Rope) -> None:
-    """UserError unless the fields make sense together; a function of the user's own checks its own needs."""
-    for name, at_least, bound in (
-        ("rope_theta", False, 1.0),
-        ("factor", True, 1.0),
-        ("partial_rotary_factor", True, 0.0),
-        ("attention_factor", False, 0.0),
-        ("low_freq_factor", False, 0.0),
-    ):
-        value = getattr(rope, name)
-        if value is not None and (value < bound or (value == bound and not at_least)):
-            words = "at least" if at_least else "more than"
-            raise UserError(f"{name} is {value:g}, expected {words} {bound:g}: change {name}")
-    if rope.partial_rotary_factor > 1:
-        found = f"partial_rotary_factor is {rope.partial_rotary_factor:g}"
-        raise UserError(f"{found}, expected at most 1: change partial_rotary_factor")
-    if not callable(rope.rope_type):
-        _check_fields(rope, known_type(rope.rope_type))
-
-
-def _check_fields(rope: Rope, name: str) -> None:
-    """UserError unless the fields are those of the type: none missing, none that would be ignored."""
-    _needed(rope, *FIELDS[name][0])
-    for field in dataclasses.fields(rope):
-        known = FIELDS[name][0] + FIELDS[name][1] + SHARED
-        if field.name not in known and getattr(rope, field.name) != field.default:
-            users = " and ".join(t for t in FIELDS if field.name in FIELDS[t][0] + FIELDS[t][1])
-            found = f"{field.name} has no effect on rope_type {name!r}, it belongs to {users}"
-            raise UserError(f"{found}: remove it or change rope_type")
-    if name == "longrope" and rope.factor is None and rope.attention_factor is None:
-        raise UserError("rope_type 'longrope' has neither factor nor attention_factor: set one of them")
-    low, high = rope.low_freq_factor, rope.high_freq_factor
-    if name == "llama3" and low is not None and high is not None and high <= low:
-        raise UserError(f"high_freq_factor is {high:g}, expected more than low_freq_factor = {low:g}")
-    fast, slow = rope.beta_fast or 32, rope.beta_slow or 1
-    if fast < slow:
-        raise UserError(f"beta_fast is {fast:g}, expected at least beta_slow = {slow:g}")
-
-
-def _needed(rope: Rope, *names: str) -> tuple[Any, ...]:
-    """The values of these fields; UserError if one is missing."""
-    for name in names:
-        if getattr(rope, name) is None:
-            title = getattr(rope.rope_type, "__name__", rope.rope_type)
-            raise UserError(f"rope_type {title!r} has no {name} and cannot do without it: set {name}")
-    return tuple(getattr(rope, name) for name in names)
-
-
-def known_type(name: Any) -> str:
-    """The name itself if it is one of ROPE_TYPES, else UserError with the known names and the closest."""
-    if isinstance(name, str) and name in FIELDS:
-        return name
-    close = difflib.get_close_matches(str(name).lower(), FIELDS, n=1)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    raise UserError(f"unknown rope_type {name!r}: {hint}change it to one of {', '.join(FIELDS)}")
 
 
 def rotary_dim(rope: Rope, head_dim: int) -> int:
@@ -365,62 +265,102 @@ def hf_trace_length(cached_length: Length, n: Length, original: int) -> Length:
 def from_hf(config: Mapping[str, Any], *, layer_type: str | None = None) -> Rope:
     """The Rope of a Hugging Face config.json, as transformers 5.23 builds it, with every default written out.
 
-    Reads `rope_scaling` (transformers 4; it wins if both are there) or `rope_parameters` (transformers 5;
-    where it holds one dict for each layer type, `layer_type` chooses) and what stands beside them at the top
-    level. On purpose different: what transformers would ignore in silence raises UserError (a factor without
-    rope_type, a lost rope_theta); a dynamic scaling disabled by an enlarged max_position_embeddings is
-    corrected with a warning; and `truncate` counts inside a layer type too.
+    Reads `rope_scaling` (transformers 4) or `rope_parameters` (transformers 5; where it holds one dict for each layer
+    type, `layer_type` chooses) and what stands beside them at the top level. Where both are there, or a setting stands
+    in two places, they must agree. On purpose different: what transformers would ignore in silence raises UserError
+    (a factor without rope_type, a lost rope_theta, an unknown key); a dynamic scaling disabled by an enlarged
+    max_position_embeddings is corrected with a warning; and `truncate` counts inside a layer type too.
     """
-    source, given = _hf_parameters(config, layer_type)
-    phi3 = str(config.get("model_type", "")).startswith("phi3")
+    for key in ("rope_scaling", "rope_parameters"):
+        if not isinstance(config.get(key), Mapping | None):
+            found = f"{key} is {shown(config[key])}"
+            raise UserError(f"{found}, expected an object with rope_type: change it in config.json")
+    sources = [key for key in ("rope_scaling", "rope_parameters") if config.get(key)]
+    ropes = [_from_source(config, source, layer_type) for source in sources or ("rope_parameters",)]
+    for field in dataclasses.fields(Rope):
+        values = [getattr(rope, field.name) for rope in ropes]
+        one_is_silent = field.name == _ORIGINAL and None in values
+        if len(ropes) == 2 and values[0] != values[1] and not one_is_silent:
+            raise UserError(
+                f"rope_scaling and rope_parameters disagree: {field.name} is {shown(values[0])} by the one and"
+                f" {shown(values[1])} by the other: remove one of them from config.json"
+            )
+    return ropes[0]
+
+
+def _from_source(config: Mapping[str, Any], source: str, layer_type: str | None) -> Rope:
+    source, given = _hf_parameters(config, source, layer_type)
+    nested, phi3 = "." in source, str(config.get("model_type", "")).startswith("phi3")
+    rope_fields.check_keys([key for key in given if key != _NO_EFFECT], source)
     name = _hf_type(source, given, phi3)
-    values = {k: given[k] for k in sum(FIELDS[name], ()) if given.get(k) is not None}
+    values = {k: v for k, v in given.items() if v is not None and k not in ("type", _NO_EFFECT)}
     values |= {"rope_type": name, "rope_theta": _hf_theta(config, source, given, name)}
+    if values.get("factor") == 1 and "factor" not in sum(FIELDS[name], ()):
+        del values["factor"]  # spelled out, and without effect
     if name == "yarn" and "truncate" in given:
         values["truncate"] = given["truncate"] or False  # null means false in transformers
-    partial = given.get("partial_rotary_factor", config.get("partial_rotary_factor"))
+    partial = _hf_stated(config, source, given, "partial_rotary_factor")
     if partial is not None:
         values["partial_rotary_factor"] = partial
     if name == "dynamic":
-        values["original_max_position_embeddings"] = _hf_dynamic_window(config, given)
-    if name in ("yarn", "llama3", "longrope"):
-        values |= _hf_window(config, given, name, nested="." in source, phi3=phi3)
+        values[_ORIGINAL] = _hf_dynamic_window(config, given)
+    elif name in ("yarn", "llama3", "longrope"):
+        values |= _hf_window(config, source, given, name, nested=nested, phi3=phi3)
+    elif not nested:
+        values[_ORIGINAL] = _hf_stated(config, source, given, _ORIGINAL)
     return Rope(**values)
 
 
-def _hf_parameters(config: Mapping[str, Any], layer_type: str | None) -> tuple[str, Mapping[str, Any]]:
+def _hf_parameters(
+    config: Mapping[str, Any], source: str, layer_type: str | None
+) -> tuple[str, Mapping[str, Any]]:
     """(where it stands in config.json, the parameters of one layer type)."""
-    source = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
     given = config.get(source) or {}
-    if not isinstance(given, Mapping):
-        raise UserError(f"{source} is {given!r}, expected an object with rope_type: change it in config.json")
     nested = {k: v for k, v in given.items() if isinstance(v, Mapping)}
     if not nested:
         return source, given
     same = all(v == next(iter(nested.values())) for v in nested.values())
     chosen = next(iter(nested)) if layer_type is None and same else layer_type
     if chosen not in nested:
-        expected = f"{source} has one for each of {', '.join(nested)}"
+        expected = f"{source} has one for each of {', '.join(shown(key)[1:-1] for key in nested)}"
         raise UserError(f"no RoPE for layer type {chosen!r}, {expected}: change layer_types")
     return f"{source}.{chosen}", nested[chosen]
 
 
+def _hf_stated(config: Mapping[str, Any], source: str, given: Mapping[str, Any], key: str) -> Any:
+    """What the dict, or the top level beside it, says; UserError where both do and differ.
+
+    For the dict of one layer type the top level is the default of all of them.
+    """
+    inner, outer = given.get(key), config.get(key)
+    if None not in (inner, outer) and inner != outer and "." not in source:
+        raise UserError(
+            f"{key} is {shown(inner)} in {source} and {shown(outer)} at the top level: remove one of them from"
+            " config.json"
+        )
+    return outer if inner is None else inner
+
+
 def _hf_type(source: str, given: Mapping[str, Any], phi3: bool) -> str:
-    name = given.get("rope_type") or given.get("type")
-    if name is None and given.get("factor") is not None:
-        found = f"{source} has factor {given['factor']!r} and no rope_type"
+    names = [given[key] for key in ("rope_type", "type") if given.get(key) is not None]
+    if not names and given.get("factor") is not None:
+        found = f"{source} has factor {shown(given['factor'])} and no rope_type"
         raise UserError(f"{found}, which would scale nothing: add rope_type in config.json")
-    if name == "su" or (phi3 and name == "yarn" and given.get("long_factor")):
-        return "longrope"  # its names in early Phi-3 files
-    return known_type(name or "default")
+    early = {"su": "longrope"} | ({"yarn": "longrope"} if phi3 and given.get("long_factor") else {})
+    types = [known_type(early.get(name, name) if isinstance(name, str) else name) for name in names]
+    if len(set(types)) > 1:
+        found = f"{source} has rope_type {names[0]!r} and type {names[1]!r}"
+        raise UserError(f"{found}: remove one of them from config.json")
+    return types[0] if types else "default"
 
 
 def _hf_theta(config: Mapping[str, Any], source: str, given: Mapping[str, Any], name: str) -> Any:
     for place in (given, config):
-        if "rope_theta" in place:
-            if place["rope_theta"] is None:
-                raise UserError(f"rope_theta is null in or beside {source}, expected a number: set it")
-            return place["rope_theta"]
+        if "rope_theta" in place and place["rope_theta"] is None:
+            raise UserError(f"rope_theta is null in or beside {source}, expected a number: set it")
+    theta = _hf_stated(config, source, given, "rope_theta")
+    if theta is not None:
+        return theta
     v5 = source.startswith("rope_parameters")
     shadowed = not v5 and "rope_theta" in (config.get("rope_parameters") or {})
     if shadowed or (v5 and name != "default"):
@@ -429,14 +369,21 @@ def _hf_theta(config: Mapping[str, Any], source: str, given: Mapping[str, Any], 
 
 
 def _hf_window(
-    config: Mapping[str, Any], given: Mapping[str, Any], name: str, *, nested: bool, phi3: bool
+    config: Mapping[str, Any], source: str, given: Mapping[str, Any], name: str, *, nested: bool, phi3: bool
 ) -> dict[str, Any]:
     """The original window of yarn, llama3 and longrope, and the factor where the two windows imply it."""
-    key, enlarged = "original_max_position_embeddings", config.get("max_position_embeddings")
-    # A key at the top level overrules the dict, except the dict of one layer type; Phi-3 always has one.
-    top = None if nested else config.get(key) or (4096 if phi3 and name == "longrope" else None)
-    original = token_count(key, top or given.get(key) or enlarged)
-    values: dict[str, Any] = {key: original}
+    enlarged = config.get("max_position_embeddings")
+    # A dict of one layer type stands alone. Phi-3 of transformers reads the key at the top level only.
+    original = given.get(_ORIGINAL) if nested else _hf_stated(config, source, given, _ORIGINAL)
+    if phi3 and name == "longrope" and not nested and config.get(_ORIGINAL) is None:
+        if original not in (None, _PHI3_WINDOW):
+            raise UserError(
+                f"{_ORIGINAL} is {shown(original)} in {source} and missing at the top level, where Phi-3 has it (and"
+                f" transformers takes {_PHI3_WINDOW}): set it there too"
+            )
+        original = _PHI3_WINDOW
+    original = token_count(_ORIGINAL, enlarged if original is None else original)
+    values: dict[str, Any] = {_ORIGINAL: original}
     implied = name == "longrope" or (name == "yarn" and "factor" in given)  # yarn: null, but not absent
     if implied and given.get("factor") is None and enlarged:
         values["factor"] = max(1.0, token_count("max_position_embeddings", enlarged) / original)
@@ -446,7 +393,7 @@ def _hf_window(
 def _hf_dynamic_window(config: Mapping[str, Any], given: Mapping[str, Any]) -> Any:
     """max_position_embeddings is the original window here, unless the file shows that it was enlarged."""
     window, factor = config.get("max_position_embeddings"), given.get("factor")
-    original = given.get("original_max_position_embeddings") or config.get("original_max_position_embeddings")
+    original = _hf_stated(config, "rope_scaling", given, _ORIGINAL)
     if not (is_number(window) and is_number(factor) and is_number(original)) or original == window:
         return window
     if abs(original * factor - window) >= 1:
@@ -455,9 +402,23 @@ def _hf_dynamic_window(config: Mapping[str, Any], given: Mapping[str, Any]) -> A
         f"dynamic RoPE: max_position_embeddings {window} is already {factor:g} x the original {original}, so"
         f" transformers scales nothing below {window} tokens; here it scales from {original} (for the same"
         f" there, set max_position_embeddings to {original} in config.json)",
-        stacklevel=3,
+        stacklevel=4,
     )
     return original
+
+
+def extended_window(rope: Rope, max_position_embeddings: int) -> int:
+    """The window in tokens of a model whose config.json has this max_position_embeddings.
+
+    It is factor times the original window where the file keeps the original one, as model cards advise for YaRN. The
+    factors of llama3 and longrope are no ratio of windows, so an enlarged max_position_embeddings holds.
+    """
+    original, factor = rope.original_max_position_embeddings, rope.factor
+    if original is None or factor is None:
+        return max_position_embeddings
+    if rope.rope_type in ("llama3", "longrope") and max_position_embeddings > original:
+        return max_position_embeddings
+    return max(max_position_embeddings, round(factor * original))
 
 
 def to_hf(rope: Rope, *, max_position_embeddings: int, head_dim: int | None = None) -> dict[str, Any]:

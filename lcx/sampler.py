@@ -377,7 +377,8 @@ def _job(
     if total > window:
         _log.warning(
             "prompt and max_new_tokens are %d tokens together, more than the model's max_position_embeddings %d:"
-            " expect the text to fall apart beyond it; lower max_new_tokens or set rope_scaling",
+            " expect the text to fall apart beyond it; lower max_new_tokens, or set"
+            " context_length (and rope_scaling, unless the model keeps its own)",
             total,
             window,
         )

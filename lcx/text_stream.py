@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from lcx import hub
 from lcx.checkpoint_folder import find_step, read_json
 from lcx.convert.api import tokenizer_record
 from lcx.data import SpecialTokens, Tokenizer, load_tokenizer, tokenizer_from_json
@@ -46,7 +47,7 @@ def tokenizer_of(checkpoint: str) -> Tokenizer:
     Raises:
       UserError: there is none, or its files are gone or damaged.
     """
-    folder = Path(checkpoint).expanduser()
+    folder = Path(hub.local(checkpoint)).expanduser()
     if (folder / "config.json").is_file():
         return load_tokenizer(folder)
     if (known := tokenizer_record(folder)) is not None:

@@ -105,7 +105,7 @@ class Trainer:
       batch_size: rows of the global batch, over all devices and micro-batches.
       seq_len: tokens of a row.
       model: the model to initialise at random. Not together with init_from.
-      init_from: a Hugging Face folder, an lcx checkpoint or workdir.
+      init_from: a Hugging Face folder or the name of a model on the hub, an lcx checkpoint or workdir.
       rope_scaling: with init_from, as Hugging Face writes it: {"rope_type": "yarn", "factor": 4.0}.
       context_length: with init_from, the new window in tokens; by default what rope_scaling gives.
       linearize: with init_from, linear attention in place of its softmax attention.
@@ -300,7 +300,8 @@ class Trainer:
         if run.model.max_position_embeddings < self.seq_len:
             metrics.message(
                 f"warning: Trainer.seq_len {self.seq_len} exceeds the model's window of "
-                f"{run.model.max_position_embeddings} tokens: set rope_scaling and context_length"
+                f"{run.model.max_position_embeddings} tokens: set context_length (and rope_scaling, unless "
+                "it keeps its own)"
             )
 
     # -------------------------------------------------------------------------------------------------- the loop
@@ -466,7 +467,7 @@ def _retreat(checkpointer: Checkpointer, bad_step: int) -> str:
 def _carried(path: str) -> dict[str, Any]:
     """Settings of a pretrained model that the Decoder does not hold: ids of special tokens."""
     with contextlib.suppress(UserError):
-        return dict(convert.SOURCES[convert.detect(path)](path).carried)
+        return dict(convert.source(path).carried)
     return {}
 
 

@@ -217,6 +217,7 @@ def test_a_bad_source_is_one_line(folder, tmp_path, capsys, action):
         (["--dst_format=lcx", "--src_format=lcx"], "no checkpoint at"),
         (["--dst_format=lcx", "--rope_scaling=yarn"], "rope_scaling"),
         (["--dst_format=lcx", '--rope_scaling={"type": "yarn"}'], "factor"),
+        (["--dst_format=lcx", "--rope_scaling=" + '{"a":' * 9999], "rope_scaling: not JSON"),
         (["--dst_format=lcx", "--context_length=100"], "context_length 100"),
         (["--dst_format=hf", "--max_shard_bytes=0"], "max_shard_bytes is 0"),
         (["--dst_format=hf", "--overwite"], "--overwrite"),

@@ -211,3 +211,67 @@ def test_a_scaled_model_that_does_not_say_its_original_window():
     ):
         run({"rope_type": "yarn"}, 4096, rope=linear, window=1024)
     assert run({"rope_type": "yarn", KEY: 256}, 4096, rope=linear, window=1024)[0].factor == 16.0
+
+
+LLAMA31 = Rope("llama3", 5e5, 8.0, 8192, low_freq_factor=1.0, high_freq_factor=4.0)
+
+
+@pytest.mark.parametrize(
+    "scaling, context, theta, factor",
+    [
+        (None, 262144, 5e5, 8.0),
+        ({"rope_theta": 8e6}, 262144, 8e6, 8.0),
+        ({"rope_theta": 8e6}, None, 8e6, 8.0),
+        ({"rope_type": "llama3"}, 262144, 5e5, 32.0),
+        ({"rope_type": "llama3", "factor": 8.0}, 262144, 5e5, 8.0),
+        ({"rope_type": "llama3", "factor": 16.0}, None, 5e5, 16.0),
+        ({"rope_type": "llama3", "factor": 32.0, "rope_theta": 1e6}, None, 1e6, 32.0),
+    ],
+)
+def test_llama3_is_kept_at_a_larger_window(scaling, context, theta, factor):
+    """Llama 3.1: factor 8, and 16 times its original window of 8192. Its factor is no ratio of windows."""
+    rope, window = run(scaling, context, rope=LLAMA31, window=131072)
+    expected = Rope("llama3", theta, factor, 8192, low_freq_factor=1.0, high_freq_factor=4.0)
+    assert (rope, window) == (expected, 262144 if context or factor == 32 else 131072)
+
+
+def test_a_new_base_keeps_the_scaling_of_a_model_that_has_one():
+    yarn = Rope("yarn", 20000.0, 4.0, 256, beta_fast=16.0)
+    rope, window = run({"rope_theta": 1e6}, rope=yarn, window=1024)
+    assert (rope, window) == (Rope("yarn", 1e6, 4.0, 256, beta_fast=16.0), 1024)
+    with pytest.raises(
+        UserError, match="beyond the model's window of 1024, for which its scaling .yarn, factor 4"
+    ):
+        run({"rope_theta": 1e6}, 2048, rope=yarn, window=1024)
+    with pytest.raises(UserError, match="no effect"):
+        run({"rope_theta": 20000.0}, rope=yarn, window=1024)
+
+
+def test_no_message_advises_what_would_remove_a_scaling():
+    for rope, window in (
+        (LLAMA31, 131072),
+        (Rope("linear", 1e4, 4.0, 256), 1024),
+        (Rope("ntk", 1e4, 4.0, 256), 1024),
+    ):
+        for scaling, context in (({"factor": 4.0}, None), ("yarn", None), ({}, None), (None, 4096)):
+            if rope is LLAMA31 and scaling is None:
+                continue  # allowed
+            with pytest.raises(UserError) as error:
+                run(scaling, context, rope=rope, window=window)
+            text = str(error.value)
+            assert (
+                f'{{"rope_type": "{rope.rope_type}"' in text and "default" not in text.partition("known")[0]
+            )
+
+
+@pytest.mark.parametrize("new, word", [("yarn", "replaced by 'yarn'"), ("default", "is removed")])
+def test_a_scaling_that_goes_is_said(caplog, new, word):
+    run({"rope_type": new, **({"factor": 32.0} if new == "yarn" else {})}, rope=LLAMA31, window=131072)
+    assert f"(llama3, factor 8) is {word.removeprefix('is ')}" in caplog.text
+
+
+def test_a_scaling_that_does_not_say_its_window_reaches_factor_times_it():
+    linear = Rope("linear", 1e4, 4.0)  # vicuna-16k: max_position_embeddings 4096 is its original window
+    assert run(None, 16384, rope=linear, window=4096) == (linear, 16384)
+    with pytest.raises(UserError, match="beyond the model's window of 16384"):
+        run(None, 16385, rope=linear, window=4096)

@@ -17,7 +17,7 @@ LAYERS = [  # a module imports from its own row and the rows below
     "model striped_hyena describe parameters",
     "mixers",
     "ops rope layers sharding remat",
-    "fingerprint kernels_pallas",
+    "fingerprint kernels_pallas rope_fields hub",
     "errors",
 ]
 LEVEL = {name: -row for row, names in enumerate(LAYERS) for name in names.split()}
@@ -28,10 +28,11 @@ OWNERS = {  # nobody else imports these
     "grain": ("lcx/data/",),
     "wandb": ("lcx/metrics.py",),
     "gin": ("lcx/config/",),
+    "huggingface_hub": ("lcx/hub.py",),
     "transformers": (),
 }
-ONLY_JAX = ("lcx/ops/", "lcx/rope.py", "kernels_pallas/")
-INSIDE_FUNCTIONS = {"torch", "wandb", "matplotlib", "tokenizers", "sentencepiece", "pyarrow"}
+ONLY_JAX = ("lcx/ops/", "lcx/rope.py", "lcx/rope_fields.py", "kernels_pallas/")
+INSIDE_FUNCTIONS = {"torch", "wandb", "matplotlib", "tokenizers", "sentencepiece", "pyarrow", "huggingface_hub"}
 FILES = sorted([*ROOT.glob("lcx/**/*.py"), *ROOT.glob("kernels_pallas/**/*.py")])
 
 

@@ -35,13 +35,14 @@ FILES = {
     "v4 yarn, extra keys": ("llama", {"rope_theta": 1e4, "rope_scaling": YARN4 | {"finetuned": True}}),
     "v4 yarn, no window": ("llama", {"rope_theta": 1e4, "rope_scaling": {"type": "yarn", "factor": 4.0}}),
     "v4 yarn, null factor": ("llama", {"rope_theta": 1e4, "rope_scaling": YARN4 | {"factor": None}}),
-    "v4 yarn, window outside wins": ("llama", {"rope_theta": 1e4, "rope_scaling": YARN4, KEY: 128}),
+    "v4 yarn, window outside too": ("llama", {"rope_theta": 1e4, "rope_scaling": YARN4, KEY: 256}),
+    "v4 linear, factor spelled out": ("llama", {"rope_scaling": {"rope_type": "default", "factor": 1.0}}),
     "v4 llama3": ("llama", {"rope_theta": 5e5, "rope_scaling": LLAMA3}),
     "v4 longrope": ("llama", {"rope_theta": 1e4, "rope_scaling": {"type": "longrope", **LONG}, KEY: 128}),
     "v4 longrope, factor": ("llama", {"rope_scaling": {"type": "longrope", "factor": 32.0, **LONG, KEY: 64}}),
-    "v4 phi-3 su": ("phi3", {"rope_theta": 1e4, "rope_scaling": {"type": "su", **LONG, KEY: 64}, KEY: 128}),
+    "v4 phi-3 su": ("phi3", {"rope_theta": 1e4, "rope_scaling": {"type": "su", **LONG, KEY: 128}, KEY: 128}),
     "v4 phi-3 yarn": ("phi3", {"rope_theta": 1e4, "rope_scaling": {"type": "yarn", **LONG}, KEY: 128}),
-    "v4 phi-3 without its window": ("phi3", {"rope_scaling": {"type": "longrope", **LONG, KEY: 128}}),
+    "v4 phi-3 without its window": ("phi3", {"rope_scaling": {"type": "longrope", **LONG}}),
     "v4 phi-3 partial": ("phi3", {"rope_theta": 1e4, "partial_rotary_factor": 0.5}),
     "v5 default": ("qwen3", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
     "v5 default, no theta": ("llama", {"rope_parameters": {"rope_type": "default"}}),
@@ -56,7 +57,15 @@ FILES = {
         "llama",
         {"rope_theta": 5e5, "rope_scaling": YARN4, "rope_parameters": YARN4 | {"rope_theta": 5e5}},
     ),
-    "dual, scaling wins": ("llama", {"rope_theta": 5e5, "rope_scaling": YARN4, "rope_parameters": LLAMA3}),
+    "dual, other spellings": (
+        "phi3",
+        {
+            "rope_scaling": {"type": "longrope", **LONG},
+            "rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, **LONG, KEY: 128},
+            "rope_theta": 1e4,
+            KEY: 128,
+        },
+    ),
 }
 
 
@@ -154,6 +163,65 @@ BAD_FILES = [
     ({"rope_scaling": "yarn"}, "rope_scaling is 'yarn', expected an object"),
     ({"partial_rotary_factor": 1.5}, "partial_rotary_factor is 1.5, expected at most 1"),
     ({"rope_theta": 0}, "rope_theta is 0, expected more than 1"),
+    # settings that disagree
+    (
+        {"rope_theta": 5e5, "rope_scaling": YARN4, "rope_parameters": LLAMA3},
+        "disagree: rope_type is 'yarn' by",
+    ),
+    (
+        {"rope_theta": 5e5, "rope_scaling": YARN4, "rope_parameters": YARN4 | {"factor": 8.0}},
+        "disagree: factor is 4.0 by the one and 8.0",
+    ),
+    (
+        {"rope_theta": 5e5, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+        "rope_theta is 1000000.0 in rope_parameters and 500000.0 at the top level",
+    ),
+    ({"rope_scaling": YARN4, KEY: 128}, f"{KEY} is 256 in rope_scaling and 128 at the top level"),
+    (
+        {"rope_scaling": {"type": "linear", "rope_type": "yarn", "factor": 4.0}},
+        "rope_type 'yarn' and type 'linear'",
+    ),
+    (
+        {"partial_rotary_factor": 0.5, "rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.25}},
+        "partial_rotary_factor is 0.25 in rope_parameters and 0.5",
+    ),
+    (
+        {"model_type": "phi3", "rope_scaling": {"type": "longrope", **LONG, KEY: 128}},
+        "is 128 in rope_scaling and missing at the top level",
+    ),
+    # keys that would be ignored
+    (
+        {"rope_scaling": YARN4 | {"facter": 8.0}},
+        "unknown key 'facter' in rope_scaling: did you mean 'factor'",
+    ),
+    ({"rope_scaling": {"type": "longrope", **LONG, "short_mscale": 1.1}}, "unknown key 'short_mscale'"),
+    ({"rope_scaling": {"type": "dynamic", "alpha": 1000.0, "factor": 1.0}}, "unknown key 'alpha'"),
+    ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "factor": 4.0}}, "factor has no effect"),
+    ({"rope_scaling": {"type": "linear", "factor": 4.0, "beta_fast": 32}}, "beta_fast has no effect"),
+    # factors out of range
+    *(
+        ({"rope_scaling": {"type": "linear", "factor": bad}}, f"factor is {word}, expected")
+        for bad, word in (
+            (0, "0"),
+            (-4.0, "-4"),
+            (math.inf, "inf"),
+            (-math.inf, "-inf"),
+            (True, "True"),
+            ([4.0], r"\[4.0\]"),
+            (10**400, r"1000+\.\.\."),
+            (1e300, r"1e\+300"),
+        )
+    ),
+    ({"rope_scaling": YARN4 | {"beta_fast": -1.0}}, "beta_fast is -1, expected at least 0"),
+    ({"rope_scaling": YARN4 | {"mscale": -1.0, "mscale_all_dim": 1.0}}, "mscale is -1, expected at least 0"),
+    ({"rope_scaling": YARN4 | {KEY: 0}}, f"{KEY} is 0, expected a whole number"),
+    ({"rope_scaling": LLAMA3 | {"low_freq_factor": 0}}, "low_freq_factor is 0, expected more than 0"),
+    (
+        {"rope_scaling": {"type": "longrope", **LONG, "long_factor": [2.0, 0.0]}},
+        r"long_factor\[1\] is 0, expected more than 0",
+    ),
+    ({"rope_scaling": []}, r"rope_scaling is \[\], expected an object"),
+    ({"rope_theta": 1e300}, r"rope_theta is 1e\+300, expected at most"),
 ]
 
 

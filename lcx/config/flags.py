@@ -58,10 +58,12 @@ def json_object(text: str) -> dict[str, Any]:
     """A flag's type: a JSON object, as in --rope_scaling='{"rope_type": "yarn", "factor": 4.0}'."""
     try:
         value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise argparse.ArgumentTypeError(f"not JSON ({error}): {text!r}") from None
+    except (ValueError, RecursionError) as error:  # nested too deep
+        raise argparse.ArgumentTypeError(f"not JSON ({error}): {text[:200]!r}") from None
     if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f'expected a JSON object like {{"factor": 4.0}}, found {text!r}')
+        raise argparse.ArgumentTypeError(
+            f'expected a JSON object like {{"factor": 4.0}}, found {text[:200]!r}'
+        )
     return value
 
 

@@ -26,7 +26,8 @@ def main(argv=None) -> int:
         "--src",
         required=True,
         metavar="PATH",
-        help="a Hugging Face folder, an lcx workdir, a folder or .pt file of Evo 2",
+        help="a Hugging Face folder, the name of a model on the hub (org/name, org/name@revision), an lcx workdir, a "
+        "folder or .pt file of Evo 2",
     )
     parser.add_argument("--dst", required=True, metavar="PATH", help="the folder to write")
     parser.add_argument(

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lcx import describe
+from lcx import describe, hub
 from lcx import lora as lora_lib
 from lcx import model as model_lib
 from lcx.checkpoint import Checkpointer
@@ -23,6 +23,7 @@ from lcx.convert import (
     savanna,
     savanna_files,
     sources,
+    unsupported,
     vortex,
 )
 from lcx.convert.lolcats import Lolcats, LolcatsSource, is_lolcats
@@ -56,8 +57,9 @@ def load(
     """Reads a model.
 
     Args:
-      path: a Hugging Face folder; an lcx workdir, checkpoints folder or step folder; for Evo 2 a folder of savanna
-        (a run, a step) or one .pt file, in pieces or not, of savanna or vortex.
+      path: a Hugging Face folder, or the name of a model on the hub ("org/name", "org/name@revision"); an lcx workdir,
+        checkpoints folder or step folder; for Evo 2 a folder of savanna (a run, a step) or one .pt file, in pieces or
+        not, of savanna or vortex.
       format: one of SOURCES; None finds out from the files. No file tells "savanna_legacy" (projections in blocks a
         rank) from "savanna"; "savanna_fp32" and "savanna_legacy_fp32" take the float32 weights of DeepSpeed's optimizer
         states.
@@ -75,7 +77,7 @@ def load(
     Raises:
       UserError: nothing readable there, or a setting that does not fit it.
     """
-    wanted = sources.parse_dtype(dtype)
+    wanted, path = sources.parse_dtype(dtype), hub.local(path)
     format = checked_format(format, lolcats) or detect(path)
     if format == "lcx":
         return _load_lcx(path, wanted, mesh, rope_scaling, context_length)
@@ -164,7 +166,7 @@ def save(
     extras = hf.Extras({}, [], None)
     if like is not None:
         destination.refuse_same(like, path)
-        extras = hf.extras(like)
+        extras = hf.extras(hub.local(like))
     source = sources.TreeSource(model, params, extras.carried, extras.side_files, extras.tokenizer)
     write(path, source, format=format, overwrite=overwrite, model_parallel=model_parallel)
 
@@ -247,7 +249,13 @@ def checked_format(format: str | None, lolcats: Lolcats | None = None) -> str | 
 
 def opened(path: str | os.PathLike, format: str, files: Lolcats | None) -> ModelSource:
     """The model there, in this format. Raises UserError when it cannot be read."""
+    path = hub.local(path)
     return LolcatsSource(path, files) if format == "lolcats" else SOURCES[format](path)
+
+
+def source(path: str | os.PathLike) -> ModelSource:
+    """The model there, in whatever format. Raises UserError when it cannot be read."""
+    return opened(path, detect(path), None)
 
 
 def checked_destination(format: str, model_parallel: int = 1) -> str:
@@ -270,8 +278,11 @@ def detect(path: str | os.PathLike) -> str:
     Raises:
       UserError: it is none of the known ones.
     """
-    folder = pathlib.Path(path).expanduser()
+    folder = pathlib.Path(hub.local(path)).expanduser()
     if not folder.is_dir():
+        if folder.is_file():
+            unsupported.check_names(folder, [folder.name])
+            unsupported.check_pointer(folder)
         if is_lolcats({folder.name}):
             raise UserError(
                 f"{path} lies on a Hugging Face folder: pass that folder, and this file as --feature_maps or --lora"
@@ -289,6 +300,7 @@ def detect(path: str | os.PathLike) -> str:
         return "lcx"
     if any(savanna_files.is_part(name) for name in names):
         return _detect_torch(folder)
+    unsupported.check_names(folder, sorted(names))
     raise UserError(
         f"no checkpoint at {path}: expected a Hugging Face folder (config.json and weights), an lcx workdir "
         "(checkpoints/) or files of savanna or vortex (.pt), found "

@@ -4,6 +4,7 @@ import os
 import pathlib
 from typing import Any
 
+from lcx import hub
 from lcx.convert import api, destination, lolcats_writer, sources, verify
 from lcx.convert.lolcats import Lolcats
 from lcx.convert.progress import Progress
@@ -31,7 +32,7 @@ def convert(
     """Converts a checkpoint, holding a layer of one parameter in memory at a time.
 
     Args:
-      src, dst: folders; src may be one .pt file.
+      src, dst: folders; src may be one .pt file, or the name of a model on the Hugging Face hub.
       dst_format: one of api.WRITTEN, or "lolcats_files": the feature maps and low-rank pairs of a run alone.
       src_format: one of api.SOURCES; found out by default.
       dtype: of the written tensors; None as stored.
@@ -44,7 +45,7 @@ def convert(
     Raises:
       UserError: whatever is wrong with the source, the destination or the settings.
     """
-    source_path, target = pathlib.Path(src).expanduser(), pathlib.Path(dst).expanduser()
+    source_path, target = pathlib.Path(hub.local(src)).expanduser(), pathlib.Path(dst).expanduser()
     if dst_format == "lolcats_files":
         destination.refuse_same(source_path, target)
         if (found := api.detect(source_path)) != "lcx":

@@ -2,24 +2,30 @@
 
 import dataclasses
 import functools
+import json
 import logging
 import os
 import pathlib
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
-from lcx.convert import hf_config, hf_folder, llama, rules, sources, tensor_io
+from lcx.convert import hf_config, hf_folder, llama, rules, sources, tensor_io, tensor_names, unsupported
 from lcx.convert.sources import ModelSource
 from lcx.convert.tensor_io import TensorInfo
 from lcx.errors import UserError
 from lcx.model import Decoder
+from lcx.rope_fields import is_number, shown
 
 log = logging.getLogger(__name__)
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "lcx_tokenizer.json")
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+_MANY = 1000  # layers: so many are not built only to list the tensors that are missing
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+_TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
 class HfSource:
@@ -31,22 +37,23 @@ class HfSource:
 
     def __init__(self, path: str | os.PathLike):
         self._folder = hf_folder.HfFolder(path)
-        self._tensors: tensor_io.TensorSource = self._folder
         self.where = str(path)
         self.carried = {key: value for key, value in self._folder.config.items() if key in hf_config.CARRIED}
         self.side_files = hf_folder.side_files(path)
         try:
+            unsupported.check_tensors(self._folder.tensors)
+            self._tensors: tensor_io.TensorSource = tensor_names.unwrapped(self._folder, self.where)
+            _check_depth(self._folder.config, self._tensors.tensors)
             model = hf_config.from_config(self._folder.config)
             self._table = rules.Table(llama.rules(model), sources.leaf_shapes(model))
-            tensors = dict(self._folder.tensors)
-            if model.tie_word_embeddings and _HEAD in tensors:
-                self._check_tied()
-                del tensors[_HEAD]
-            elif not model.tie_word_embeddings and _HEAD not in tensors:
+            if model.tie_word_embeddings:
+                self._tensors = self._tied(self._tensors)
+            elif _HEAD not in self._tensors.tensors:
                 raise UserError(
                     f"{_HEAD} is missing; set tie_word_embeddings to true in config.json if the output head "
                     "is the embedding"
                 )
+            tensors = self._tensors.tensors
             skipped = self._table.check_source(tensors, harmless=llama.HARMLESS)
         except UserError as error:
             raise UserError(f"{path}: {error}") from error
@@ -70,19 +77,46 @@ class HfSource:
     def read(self, path: str, index: rules.Index) -> np.ndarray:
         return self._table.read(self._tensors, path, index)
 
-    def _check_tied(self) -> None:
-        """A stored head beside a tied one must be the embedding, or one of the two settings is a mistake."""
-        head, embedding = self._folder.tensors[_HEAD], self._folder.tensors.get(_EMBEDDING)
-        same = embedding is not None and (head.shape, head.dtype) == (embedding.shape, embedding.dtype)
+    def stored_name(self, path: str, row: int) -> str:
+        """The tensor in which the file has this row of a parameter."""
+        places = self._table.places[path]
+        return places[None if None in places else row].name
+
+    def _tied(self, source: tensor_io.TensorSource) -> tensor_io.TensorSource:
+        """The tensors with one name for the embedding that is the output head too, whichever of the two is stored.
+
+        Where both are, they must be the same, or one of the two settings is a mistake.
+        """
+        tensors = source.tensors
+        if _HEAD not in tensors:
+            return source
+        names = {name: name for name in tensors if name != _HEAD}
+        if _EMBEDDING not in tensors:
+            log.warning("%s: the embedding is tied to the output head, and stored as %s", self.where, _HEAD)
+            return tensor_names.Renamed(source, {_EMBEDDING: _HEAD, **names})
+        head, embedding = tensors[_HEAD], tensors[_EMBEDDING]
+        same = (head.shape, head.dtype) == (embedding.shape, embedding.dtype)
         for rows in tensor_io.split_rows(head.shape, head.dtype.itemsize, tensor_io.PIECE_BYTES):
             if same:
-                pieces = (self._folder.read(name, *rows).tobytes() for name in (_HEAD, _EMBEDDING))
+                pieces = (source.read(name, *rows).tobytes() for name in (_HEAD, _EMBEDDING))
                 same = next(pieces) == next(pieces)
         if not same:
             raise UserError(
                 f"config.json has tie_word_embeddings true but {_HEAD} is not {_EMBEDDING}; set "
                 "tie_word_embeddings to false if the stored head is the one to use"
             )
+        return tensor_names.Renamed(source, names)
+
+
+def _check_depth(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> None:
+    """UserError unless the tensors are of as many layers as config.json says, before any model is built."""
+    stated = config.get("num_hidden_layers")
+    found = {match[1] for match in map(_LAYER.match, tensors) if match}
+    if isinstance(stated, int) and stated != len(found) and (found or stated > _MANY):
+        raise UserError(
+            f"config.json has num_hidden_layers {shown(stated)}, but the tensors are of {len(found)} layers: one of "
+            "the two is of another model"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,11 +178,29 @@ def write(
 
     hf_folder.write(folder, tensors, pieces, config=config, max_shard_bytes=max_shard_bytes)
     for path in source.side_files:
-        hf_folder.write_bytes(folder / path.name, path.read_bytes())
+        window = source.model.max_position_embeddings
+        data = _with_window(path, window) if path.name == _TOKENIZER_CONFIG else path.read_bytes()
+        hf_folder.write_bytes(folder / path.name, data)
     record = dict(source.tokenizer or {})
     if record.get("kind") == "bytes" and not (folder / _TOKENIZERS[-1]).exists():  # it has no file of its own
         hf_folder.write_json(folder / _TOKENIZERS[-1], record)
     return tensors
+
+
+def _with_window(path: pathlib.Path, window: int) -> bytes:
+    """tokenizer_config.json; its model_max_length, where transformers cuts texts, is not below the model's window."""
+    data = path.read_bytes()
+    try:
+        config = hf_folder.read_json(path)
+    except UserError as error:
+        log.warning("copied as it is: %s", error)
+        return data
+    found = config.get("model_max_length")
+    if not is_number(found) or found >= window:
+        return data
+    log.warning("%s: model_max_length %g becomes %d, the model's window", path.name, found, window)
+    text = json.dumps(config | {"model_max_length": window}, indent=2, ensure_ascii=False)
+    return (text + "\n").encode()
 
 
 def check_written(folder: pathlib.Path, tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:

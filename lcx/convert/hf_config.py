@@ -1,8 +1,7 @@
 """config.json of the Llama family <-> the lcx model.
 
 Reading refuses what it cannot honour: a key that changes what the model computes is an error, never ignored.
-Writing uses both spellings of the rotary settings: `rope_theta` and `rope_scaling` at the top level
-(transformers 4) and `rope_parameters` (transformers 5). Version 4 reads a file with only the new spelling
+Writing uses both spellings of the rotary settings (`hf_rope`), since transformers 4 reads a file with only the new one
 without any complaint, as a model with theta 10000 and no scaling.
 """
 
@@ -12,10 +11,11 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from lcx import rope as rope_lib
+from lcx.convert import hf_rope
 from lcx.convert.llama import FAMILIES, Family, Layer, layers
 from lcx.errors import UserError
 from lcx.model import Decoder, llama
-from lcx.rope import Rope
+from lcx.rope_fields import is_number, shown
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ _USED = {
     "layer_types", "max_position_embeddings", "max_window_layers", "mlp_bias", "model_type",
     "num_attention_heads", "num_hidden_layers", "num_key_value_heads", "original_max_position_embeddings",
     "partial_rotary_factor", "rms_norm_eps", "rope_parameters", "rope_scaling", "rope_theta",
-    "sliding_window", "tie_word_embeddings", "use_sliding_window", "vocab_size",
+    "sliding_window", "tie_word_embeddings", "use_sliding_window", "vocab_size", hf_rope.REMEMBERED,
 }  # fmt: skip
 #: Settings of training, generation or bookkeeping that the Decoder does not hold; `to_config` takes them
 #: back.
@@ -63,10 +63,14 @@ def from_config(config: Mapping[str, Any], *, dtype: str = "float32") -> Decoder
     """
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise UserError(f"config.json has model_type {model_type!r}, supported are {', '.join(FAMILIES)}")
+        raise UserError(
+            f"config.json has model_type {shown(model_type)}, supported are {', '.join(FAMILIES)}"
+        )
     family = FAMILIES[model_type]
     _refuse_unsupported(config, family)
+    _check_carried(config)
     sizes = _sizes(config, family)
+    rope = hf_rope.read(config, family, sizes.head_dim)
     biased = family.biases == "config" and _boolean(config, "attention_bias")
     return llama(
         num_layers=sizes.num_layers,
@@ -76,8 +80,8 @@ def from_config(config: Mapping[str, Any], *, dtype: str = "float32") -> Decoder
         vocab_size=_integer(config, "vocab_size"),
         hidden_size=_integer(config, "hidden_size"),
         intermediate_size=_integer(config, "intermediate_size"),
-        max_position_embeddings=_integer(config, "max_position_embeddings"),
-        rope=_rope(config, family, sizes.head_dim),
+        max_position_embeddings=hf_rope.window(rope, _integer(config, "max_position_embeddings")),
+        rope=rope,
         layer_windows=_windows(config, family, sizes.num_layers),
         qkv_bias=biased or family.biases == "qkv",
         o_bias=biased,
@@ -123,16 +127,16 @@ def _refuse_unsupported(config: Mapping[str, Any], family: Family) -> None:
     architectures = config.get("architectures") or [family.architecture]
     if architectures != [family.architecture]:
         raise UserError(
-            f"config.json has architectures {architectures}, expected [{family.architecture!r}]: a language "
+            f"config.json has architectures {shown(architectures)}, expected [{family.architecture!r}]: a language "
             "model"
         )
     if config.get("hidden_act", "silu") not in ("silu", "swish"):
-        raise UserError(f"config.json has hidden_act {config['hidden_act']!r}, supported is 'silu'")
+        raise UserError(f"config.json has hidden_act {shown(config['hidden_act'])}, supported is 'silu'")
     unsupported = {"attention_bias": family.biases == "none", "mlp_bias": not family.mlp_bias}
     for key in unsupported:
-        if unsupported[key] and config.get(key):
+        if unsupported[key] and config.get(key) not in (None, False):
             raise UserError(
-                f"config.json has {key} {config[key]}, which model_type {config['model_type']!r} does not "
+                f"config.json has {key} {shown(config[key])}, which model_type {config['model_type']!r} does not "
                 "have; "
                 "remove the key"
             )
@@ -140,14 +144,30 @@ def _refuse_unsupported(config: Mapping[str, Any], family: Family) -> None:
     for key, value in unknown.items():
         if _SUSPICIOUS.search(key):
             raise UserError(
-                f"config.json has {key} = {str(value)[:60]}, which would change the model and is not "
+                f"config.json has {shown(key)[1:-1]} = {shown(value, 60)}, which would change the model and is not "
                 "supported; if it has no effect, remove the key"
             )
     if unknown:
-        log.warning("config.json: no use for the keys %s", ", ".join(sorted(unknown)))
+        log.warning(
+            "config.json: no use for the keys %s", ", ".join(shown(key, 40)[1:-1] for key in sorted(unknown))
+        )
     dropouts = [key for key in CARRIED if "drop" in key and config.get(key)]
     if dropouts:
         log.warning("config.json: %s is not applied, training here has no dropout", ", ".join(dropouts))
+
+
+def _check_carried(config: Mapping[str, Any]) -> None:
+    """UserError for settings that are only passed on, and that no reader of the written file would take."""
+    for key in CARRIED:
+        value = config.get(key)
+        if key.endswith("token_id"):
+            ids = value if key == "eos_token_id" and isinstance(value, list) else [value]
+            right = ids == [None] or all(isinstance(i, int) and not isinstance(i, bool) for i in ids)
+        else:
+            right = value is None or (is_number(value) and value >= 0)
+        if not right:
+            expected = "an id, or null" if key.endswith("token_id") else "a number of at least 0"
+            raise UserError(f"config.json has {key} = {shown(value)}, expected {expected}")
 
 
 def _has_no_effect(key: str, value: Any) -> bool:
@@ -163,10 +183,13 @@ def _windows(config: Mapping[str, Any], family: Family, num_layers: int) -> tupl
     types = config.get("layer_types")
     if types is not None and (not isinstance(types, list) or len(types) != num_layers):
         raise UserError(
-            f"config.json has layer_types {str(types)[:60]}, expected a list of num_hidden_layers = "
+            f"config.json has layer_types {shown(types, 60)}, expected a list of num_hidden_layers = "
             f"{num_layers} names"
         )
-    odd = sorted(set(map(str, types or ())) - {"full_attention", "sliding_attention"})
+    odd = sorted(
+        {shown(kind)[1:-1] if isinstance(kind, str) else shown(kind) for kind in types or ()}
+        - {"full_attention", "sliding_attention"}
+    )
     if odd:
         raise UserError(
             f"config.json has layer_types {', '.join(odd)}, supported are full_attention and "
@@ -175,7 +198,7 @@ def _windows(config: Mapping[str, Any], family: Family, num_layers: int) -> tupl
     if family.windows == "none":
         if window or "sliding_attention" in (types or ()):
             raise UserError(
-                f"config.json has sliding_window {window}, which model_type {config['model_type']!r} does "
+                f"config.json has sliding_window {shown(window)}, which model_type {config['model_type']!r} does "
                 "not use; remove the key or change model_type to 'mistral'"
             )
         return None
@@ -202,28 +225,6 @@ def _windows(config: Mapping[str, Any], family: Family, num_layers: int) -> tupl
     return tuple(window if kind == "sliding_attention" else None for kind in types)
 
 
-def _rope(config: Mapping[str, Any], family: Family, head_dim: int) -> Rope:
-    settings = [config.get(key) for key in ("rope_scaling", "rope_parameters")]
-    nested = [list(value.values()) for value in settings if isinstance(value, Mapping)]
-    if any(isinstance(value, Mapping) and value != values[0] for values in nested for value in values):
-        raise UserError(
-            "config.json has rotary settings that differ by layer type, supported is one for all layers"
-        )
-    rope = rope_lib.from_hf(config)
-    if rope.partial_rotary_factor != 1 and not family.partial_rotary and rope.rope_type != "proportional":
-        raise UserError(
-            f"config.json has partial_rotary_factor {rope.partial_rotary_factor:g}, which model_type "
-            f"{config['model_type']!r} does not support; only phi3 has it"
-        )
-    if family.partial_rotary and rope.rope_type not in ("default", "longrope"):
-        raise UserError(
-            f"config.json has rope_type {rope.rope_type!r}, model_type {config['model_type']!r} supports "
-            "default and longrope"
-        )
-    rope.frequencies(head_dim, 1)  # its own checks against the head size
-    return rope
-
-
 def to_config(model: Decoder, *, dtype: str, carried: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """config.json of a model.
 
@@ -244,15 +245,17 @@ def to_config(model: Decoder, *, dtype: str, carried: Mapping[str, Any] | None =
     depth = layers(model)
     shape = _uniform_shape(model, depth)
     _check_expressible(model, family, shape)
-    rope = _exported_rope(model.model_type, shape["rope"], shape["head_dim"])
-    window = rope_lib.hf_max_position_embeddings(rope, model.max_position_embeddings)
+    window = rope_lib.hf_max_position_embeddings(shape["rope"], model.max_position_embeddings)
     config = _size_keys(model, family, shape, dtype)
     config |= {"num_hidden_layers": len(depth), "max_position_embeddings": window}
     config |= _window_keys(model.model_type, family, depth)
-    config |= _rope_keys(model.model_type, rope, window, shape["head_dim"])
+    config |= hf_rope.keys(model.model_type, shape["rope"], window, shape["head_dim"])
     # null where nothing is known: without the key transformers would assume token ids of its own
     config |= dict.fromkeys(key for key in CARRIED if key.endswith("token_id"))
-    return config | {key: value for key, value in (carried or {}).items() if key in CARRIED}
+    known = {key: value for key, value in (carried or {}).items() if key in CARRIED}
+    if isinstance(known.get("initializer_range"), int):
+        known["initializer_range"] = float(known["initializer_range"])  # transformers 5 takes no integer
+    return config | known
 
 
 def _size_keys(model: Decoder, family: Family, shape: Mapping[str, Any], dtype: str) -> dict[str, Any]:
@@ -361,84 +364,28 @@ def _window_keys(model_type: str, family: Family, depth: list[Layer]) -> dict[st
     }
 
 
-def _exported_rope(model_type: str, rope: Rope, head_dim: int) -> Rope:
-    """The same rotation in a type that the model_type has in transformers.
-
-    Phi-3 there has only `default` and `longrope`; any scaling that does not depend on the length is a
-    longrope whose short and long factors are the same.
-    """
-    if model_type != "phi3" or rope.rope_type in ("default", "longrope"):
-        return rope
-    if rope.rope_type in ("dynamic", "proportional") or callable(rope.rope_type):
-        raise UserError(
-            f"rope_type {rope.rope_type!r} cannot be written for model_type 'phi3', which has default and "
-            "longrope; save with format 'lcx'"
-        )
-    plain = Rope(rope_theta=rope.rope_theta, partial_rotary_factor=rope.partial_rotary_factor)
-    inv_freq, attention_scaling = rope.frequencies(head_dim, 1)
-    ratios = plain.frequencies(head_dim, 1)[0].astype("float64") / inv_freq.astype("float64")
-    if rope.original_max_position_embeddings is None:
-        raise UserError(
-            f"rope_type {rope.rope_type!r} is written as longrope for model_type 'phi3', which needs "
-            "original_max_position_embeddings; set it"
-        )
-    log.warning(
-        "model_type 'phi3' has no rope_type %r in transformers: written as the equal longrope", rope.rope_type
-    )
-    return Rope(
-        rope_type="longrope",
-        rope_theta=rope.rope_theta,
-        partial_rotary_factor=rope.partial_rotary_factor,
-        original_max_position_embeddings=rope.original_max_position_embeddings,
-        factor=rope.factor,
-        attention_factor=float(attention_scaling),
-        short_factor=tuple(map(float, ratios)),
-        long_factor=tuple(map(float, ratios)),
-    )
-
-
-def _rope_keys(model_type: str, rope: Rope, window: int, head_dim: int) -> dict[str, Any]:
-    new = rope_lib.to_hf(rope, max_position_embeddings=window, head_dim=head_dim)
-    old = {key: value for key, value in new.items() if key != "rope_theta"}
-    keys: dict[str, Any] = {"rope_theta": new["rope_theta"], "rope_scaling": old, "rope_parameters": new}
-    partial = new.get("partial_rotary_factor")
-    if partial is not None:
-        keys["partial_rotary_factor"] = partial
-    if new["rope_type"] == "default":
-        keys["rope_scaling"] = None
-    if new["rope_type"] == "longrope":
-        original = new["original_max_position_embeddings"]
-        keys["original_max_position_embeddings"] = original
-        implied = window / original
-        if model_type == "phi3" and new.get("factor", implied) == implied and "attention_factor" not in new:
-            # Version 4 wants exactly these three, and derives the factor from the two windows.
-            keys["rope_scaling"] = {"type": "longrope"} | {
-                name: new[name] for name in ("short_factor", "long_factor")
-            }
-    elif model_type == "phi3":
-        keys["original_max_position_embeddings"] = rope.original_max_position_embeddings or window
-    return keys
-
-
 def _integer(config: Mapping[str, Any], key: str, default: int | None = None, *, least: int = 1) -> int:
     value = config.get(key)
     value = default if value is None else value
     if value is None:
         raise UserError(f"config.json has no {key}; it is needed")
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**31:
-        raise UserError(f"config.json has {key} = {value!r}, expected an integer from {least} to 2^31 - 1")
+        raise UserError(
+            f"config.json has {key} = {shown(value)}, expected an integer from {least} to 2^31 - 1"
+        )
     return value
 
 
 def _number(config: Mapping[str, Any], key: str, default: float) -> float:
     value = config.get(key, default)
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
-        raise UserError(f"config.json has {key} = {value!r}, expected a number between 0 and 1")
+        raise UserError(f"config.json has {key} = {shown(value)}, expected a number between 0 and 1")
     return float(value)
 
 
 def _boolean(config: Mapping[str, Any], key: str) -> bool:
-    value = config.get(key) or False
+    value = config.get(key)
+    value = False if value is None else value
     if not isinstance(value, bool):
-        raise UserError(f"config.json has {key} = {value!r}, expected true or false")
+        raise UserError(f"config.json has {key} = {shown(value)}, expected true or false")
     return value

@@ -6,16 +6,21 @@ included), exist, and hold exactly the tensors that the index places there.
 
 import collections
 import json
+import logging
 import math
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import numpy as np
 
-from lcx.convert import safetensors, tensor_io, torch_bin
+from lcx.convert import safetensors, tensor_io, torch_bin, unsupported
 from lcx.convert.tensor_io import TensorInfo
 from lcx.errors import UserError
+from lcx.rope_fields import shown
+
+log = logging.getLogger(__name__)
 
 CONFIG = "config.json"
 #: In the order in which transformers looks for them.
@@ -62,13 +67,14 @@ class HfFolder:
                 f"{self.path}: expected a folder with {CONFIG} and {' or '.join(WEIGHT_FILES[::2])}"
             )
         self.config = read_json(inside(self.path, CONFIG))
+        unsupported.check_config(self.config, self.path)  # before tensors of dtypes that nobody else has
         self._files: dict[str, tensor_io.TensorSource] = {}
         self.tensors: dict[str, TensorInfo] = {}
         for file in _open_weights(self.path):
             for name, info in file.tensors.items():
                 if name in self.tensors:
                     raise UserError(
-                        f"{self.path}: the tensor {name!r} is in {self.tensors[name].where} and in "
+                        f"{self.path}: the tensor {shown(name)} is in {self.tensors[name].where} and in "
                         f"{info.where}, expected each tensor once; remove the file that does not belong here"
                     )
                 self.tensors[name] = info
@@ -89,9 +95,9 @@ def inside(folder: pathlib.Path, name: str) -> pathlib.Path:
       UserError: the name is not a plain file name, the file is missing, or a link leads out of the folder.
         The links of Hugging Face's download cache (snapshots/REVISION/* -> blobs/*) are the one exception.
     """
-    if not isinstance(name, str) or not name or os.path.basename(name) != name or name in (".", ".."):
+    if not is_plain(name):
         raise UserError(
-            f"{folder}: the index names the file {name!r}, expected a plain file name inside the folder"
+            f"{folder}: the index names the file {shown(name)}, expected a plain file name inside the folder"
         )
     path = folder / name
     if not path.exists():
@@ -104,7 +110,15 @@ def inside(folder: pathlib.Path, name: str) -> pathlib.Path:
         raise UserError(f"{folder}: {name} is a link that leads out of the folder; put the file itself there")
     if not path.is_file():
         raise UserError(f"{folder}: {name} is not a regular file")
+    unsupported.check_pointer(path)
     return path
+
+
+def is_plain(name: Any) -> bool:
+    """Whether the name is that of a file inside a folder, and printable."""
+    if not isinstance(name, str) or not name.isprintable() or len(name) > 255:
+        return False
+    return os.path.basename(name) == name and name not in ("", ".", "..")
 
 
 def read_json(path: pathlib.Path) -> dict:
@@ -140,6 +154,7 @@ def _open_weights(folder: pathlib.Path) -> list[tensor_io.TensorSource]:
     name = next((name for name in WEIGHT_FILES if os.path.lexists(folder / name)), None)
     if name is None:
         found = sorted(path.name for path in folder.iterdir())
+        unsupported.check_names(folder, found)
         raise UserError(
             f"{folder}: no weights, expected one of {', '.join(WEIGHT_FILES)}; found "
             f"{', '.join(found[:8]) or 'nothing'}"
@@ -156,34 +171,37 @@ def _open_weights(folder: pathlib.Path) -> list[tensor_io.TensorSource]:
     for tensor, shard in weight_map.items():
         if tensor not in files[shard].tensors:
             raise UserError(
-                f"{index_path}: the tensor {tensor!r} should be in {shard}, which does not hold it"
+                f"{index_path}: the tensor {shown(tensor)} should be in {shard}, which does not hold it"
             )
     stored = sum(info.nbytes for file in files.values() for info in file.tensors.values())
     shared = sum(
         file.shared_bytes for file in files.values()
     )  # counted once or twice, depending on the writer
-    if total not in (None, stored, stored - shared):
-        raise UserError(
-            f"{index_path}: metadata.total_size is {total} bytes but the files hold {stored}; a shard is "
-            "from another model or damaged, copy or download the folder again"
+    if total not in (
+        None,
+        stored,
+        stored - shared,
+    ):  # not of use to anyone: every tensor is checked by its shape
+        log.warning(
+            "%s: metadata.total_size is %s bytes but the files hold %d; it is not used",
+            index_path,
+            shown(total),
+            stored,
         )
     return list(files.values())
 
 
-def _read_index(path: pathlib.Path) -> tuple[dict[str, str], int | None]:
+def _read_index(path: pathlib.Path) -> tuple[dict[str, str], Any]:
     index = read_json(path)
     weight_map, metadata = index.get("weight_map"), index.get("metadata") or {}
     if not isinstance(weight_map, dict) or not weight_map or not isinstance(metadata, dict):
         raise UserError(f"{path}: expected a weight_map from tensor names to file names")
     for shard in weight_map.values():
-        if not isinstance(shard, str) or os.path.basename(shard) != shard or shard in ("", ".", ".."):
-            raise UserError(f"{path}: names the file {shard!r}, expected a plain file name inside the folder")
-    total = metadata.get("total_size")
-    if isinstance(total, float) and total.is_integer():  # some writers divide and multiply
-        total = int(total)
-    if total is not None and (isinstance(total, bool) or not isinstance(total, int)):
-        raise UserError(f"{path}: metadata.total_size is {total!r}, expected an integer")
-    return weight_map, total
+        if not is_plain(shard):
+            raise UserError(
+                f"{path}: names the file {shown(shard)}, expected a plain file name inside the folder"
+            )
+    return weight_map, metadata.get("total_size")
 
 
 def write(

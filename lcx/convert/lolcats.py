@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 
+from lcx import hub
 from lcx import model as model_lib
 from lcx.convert import hf, hf_folder, llama, lolcats_settings, rules, sources, tensor_io
 from lcx.convert.lolcats_settings import Stated
@@ -103,8 +104,8 @@ class LolcatsSource(hf.HfSource):
         own = map_rules(self.model)
         table = rules.Table([*llama.rules(softmax_model(self.model)), *own], sources.leaf_shapes(self.model))
         found.check(own, table.foreign_shapes, stated)
-        pairs = found.pairs(self._folder.tensors, files.lora_alpha or stated.lora_alpha or beside.lora_alpha)
-        self._table, self._tensors = table, _Overlay(self._folder, found, pairs)
+        pairs = found.pairs(self._tensors.tensors, files.lora_alpha or stated.lora_alpha or beside.lora_alpha)
+        self._table, self._tensors = table, _Overlay(self._tensors, found, pairs)
         self.leaves = {
             leaf: TensorInfo(table.leaf_dtype(self._tensors.tensors, leaf), shape, self.where)
             for leaf, shape in table.shapes.items()
@@ -170,8 +171,8 @@ def map_rules(model: Decoder) -> list[Rule]:
 
 def _find(folder: pathlib.Path, files: Lolcats) -> tuple[list[pathlib.Path], Stated]:
     """(the files of the feature maps, then that of the pairs; the settings beside them)."""
-    maps = folder if files.feature_maps is None else pathlib.Path(files.feature_maps).expanduser()
-    lora = None if files.lora is None else pathlib.Path(files.lora).expanduser()
+    maps = folder if files.feature_maps is None else pathlib.Path(hub.local(files.feature_maps)).expanduser()
+    lora = None if files.lora is None else pathlib.Path(hub.local(files.lora)).expanduser()
     beside = Stated({}, "")
     if not maps.exists():
         raise UserError(f"no feature maps at {maps}, expected X{DISTILL}: change feature_maps")

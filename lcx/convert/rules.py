@@ -19,6 +19,7 @@ import numpy as np
 
 from lcx.convert.tensor_io import FLOAT_DTYPES, TensorInfo, TensorSource
 from lcx.errors import UserError
+from lcx.rope_fields import shown
 
 Shape = tuple[int, ...]
 Index = tuple[slice, ...]
@@ -375,4 +376,7 @@ def _twice(names: Sequence[str]) -> list[str]:
 
 def _listing(names: Sequence[str], limit: int = 6) -> str:
     rest = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + rest
+    return (
+        ", ".join(name if name.isprintable() and len(name) < 200 else shown(name) for name in names[:limit])
+        + rest
+    )

@@ -18,6 +18,7 @@ import numpy as np
 from lcx.convert import tensor_io
 from lcx.convert.tensor_io import TensorInfo
 from lcx.errors import UserError
+from lcx.rope_fields import shown
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 MAX_AXES = 16
@@ -104,7 +105,7 @@ def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for name, value in pairs:
         if name in result:
-            raise ValueError(f"the key {name!r} occurs twice")
+            raise ValueError(f"the key {shown(name)} occurs twice")
         result[name] = value
     return result
 
@@ -121,33 +122,33 @@ def _is_size(value) -> bool:
 
 def _check_entry(path: pathlib.Path, name: str, entry, data_bytes: int) -> tuple[TensorInfo, int, int]:
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
-        raise UserError(f"{path}: tensor {name!r}: expected dtype, shape and data_offsets in the header")
+        raise UserError(f"{path}: tensor {shown(name)}: expected dtype, shape and data_offsets in the header")
     dtype = DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
     if dtype is None:
         raise UserError(
-            f"{path}: tensor {name!r} has dtype {str(entry['dtype'])[:40]!r}, expected one of "
+            f"{path}: tensor {shown(name)} has dtype {shown(entry['dtype'], 40)}, expected one of "
             f"{', '.join(DTYPES)}"
         )
     shape, offsets = entry["shape"], entry["data_offsets"]
     if not isinstance(shape, list) or len(shape) > MAX_AXES or not all(map(_is_size, shape)):
         raise UserError(
-            f"{path}: tensor {name!r} has shape {str(shape)[:80]}, expected a list of at most {MAX_AXES} "
+            f"{path}: tensor {shown(name)} has shape {shown(shape)}, expected a list of at most {MAX_AXES} "
             "integers >= 0"
         )
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
         raise UserError(
-            f"{path}: tensor {name!r} has data_offsets {str(offsets)[:80]}, expected two integers >= 0"
+            f"{path}: tensor {shown(name)} has data_offsets {shown(offsets)}, expected two integers >= 0"
         )
     begin, end = offsets
     if not begin <= end <= data_bytes:
         raise UserError(
-            f"{path}: tensor {name!r} lies at bytes {begin} to {end} of the data, but the file holds "
+            f"{path}: tensor {shown(name)} lies at bytes {begin} to {end} of the data, but the file holds "
             f"{data_bytes} "
             "bytes of data; it is truncated or damaged, copy or download it again"
         )
     if end - begin != math.prod(shape) * dtype.itemsize:
         raise UserError(
-            f"{path}: tensor {name!r} of shape {shape} and dtype {entry['dtype']} takes "
+            f"{path}: tensor {shown(name)} of shape {shape} and dtype {entry['dtype']} takes "
             f"{math.prod(shape) * dtype.itemsize} bytes, but the header gives it {end - begin}"
         )
     return TensorInfo(dtype, tuple(shape), path.name), begin, end
@@ -160,7 +161,7 @@ def _check_spans(path: pathlib.Path, spans: list[tuple[int, int, str]], data_byt
         if begin != position:
             kind = "overlaps the tensor before it" if begin < position else "leaves a hole before it"
             raise UserError(
-                f"{path}: tensor {name!r} starts at byte {begin} of the data, expected {position}: it {kind}"
+                f"{path}: tensor {shown(name)} starts at byte {begin} of the data, expected {position}: it {kind}"
             )
         position = end
     if position != data_bytes:

@@ -30,7 +30,7 @@ class Report:
         difference.
       logits: (largest difference, largest logit) on 64 random tokens; None if the models did not run.
       same: whether the two are the same function by construction: the same description, the same numbers.
-      not_finite: parameters of the source with NaN or infinite numbers.
+      not_finite: of the source: the tensors with NaN or infinite numbers, and how many of each.
     """
 
     tensors: int
@@ -39,13 +39,18 @@ class Report:
     changed: dict[str, float]
     logits: tuple[float, float] | None
     same: bool
-    not_finite: tuple[str, ...] = ()
+    not_finite: tuple[tuple[str, int, int], ...] = ()
 
     def __str__(self) -> str:
         lines = [
-            f"warning: {path} of the source holds numbers that are not finite (NaN or infinite): a damaged model"
-            for path in self.not_finite[:4]
+            f"warning: {name} of the source holds {nan:,} NaN and {infinite:,} infinite numbers: a damaged model"
+            for name, nan, infinite in self.not_finite[:4]
         ]
+        if len(self.not_finite) > 4:
+            total = sum(nan + infinite for _, nan, infinite in self.not_finite)
+            lines.append(
+                f"warning: {len(self.not_finite)} tensors of the source hold {total:,} numbers that are not finite"
+            )
         lines += [
             f"verified: {self.tensors} parameters of the same shapes, {self.numbers:,} numbers, sum {self.sums[0]:.9g} "
             f"in the source and {self.sums[1]:.9g} as written"
@@ -82,7 +87,7 @@ def verify(source: ModelSource, written: ModelSource) -> Report:
         both, by = _compare(source, written, path)
         sums += both
         if not np.isfinite(both[0]):
-            not_finite.append(path)
+            not_finite += _not_finite(source, path)
         if by is not None:
             changed[path] = by
     model = _with_the_same_scaling(written.model, source.model)
@@ -121,6 +126,22 @@ def _compare(source: ModelSource, written: ModelSource, path: str) -> tuple[np.n
                 by = float(np.abs(rounded.astype(np.float64) - b.astype(np.float64)).max())
                 largest = by if largest is None else max(largest, by)
     return sums, largest
+
+
+def _not_finite(source: ModelSource, path: str) -> list[tuple[str, int, int]]:
+    """(tensor as the source calls it, NaN, infinite numbers) of the rows of a parameter that hold any."""
+    info, found = source.leaves[path], dict[str, list[int]]()
+    stacked = path.startswith("stages_")
+    limit = 1 if stacked else tensor_io.PIECE_BYTES
+    for start, stop in tensor_io.split_rows(info.shape, info.dtype.itemsize, limit):
+        index = (slice(start, stop), *(slice(0, size) for size in info.shape[1:])) if info.shape else ()
+        values = source.read(path, index)
+        called = getattr(source, "stored_name", None)
+        name = called(path, start) if called else f"{path}[{start}]" if stacked else path
+        counts = found.setdefault(name, [0, 0])
+        counts[0] += int(np.isnan(values).sum())
+        counts[1] += int(np.isinf(values).sum())
+    return [(name, nan, infinite) for name, (nan, infinite) in found.items() if nan or infinite]
 
 
 def _plain(model: Decoder) -> Decoder:

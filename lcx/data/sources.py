@@ -11,6 +11,7 @@ import sysconfig
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from lcx import hub
 from lcx.data import folders
 from lcx.data.chat import COLUMNS, ChatReader
 from lcx.data.readers import FORMATS, ROW_FORMATS, Document, SourceFile, code, rows, streams, text
@@ -67,7 +68,7 @@ def find_files(source: str | tuple[str, ...], *, format: str | None = None) -> t
         )
     if source == "stdlib":
         return _stdlib_files()
-    source = os.path.expanduser(source)
+    source = os.path.expanduser(str(hub.local(source, kind="dataset")))
     if os.path.isdir(source):
         return folders.files_of(source, format)
     paths = [source] if os.path.lexists(source) else folders.matches(source)

@@ -15,6 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Int
 
+from lcx import hub
 from lcx.data import json_files, tokenizer_folders, tokenizer_settings
 from lcx.data.special import SpecialTokens, separating_tokens, special_tokens
 from lcx.data.tokenizer_libraries import (
@@ -175,7 +176,7 @@ def load_tokenizer(path: str | os.PathLike | Tokenizer) -> Tokenizer:
     if path == "bytes":
         return ByteTokenizer()
     try:
-        place = Path(path).expanduser()
+        place = Path(hub.local(path, kind="tokenizer")).expanduser()
         is_file, is_folder = place.is_file(), place.is_dir()
         is_other = not is_file and not is_folder and os.path.lexists(place)
     except (OSError, ValueError, RuntimeError) as error:

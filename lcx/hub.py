@@ -1,0 +1,201 @@
+"""Names on the Hugging Face hub as folders on this disk: "org/name", or "org/name@revision".
+
+What exists on this disk under a name always wins. Then the hub's local cache, then the hub itself (HF_HUB_OFFLINE=1
+leaves that out; huggingface_hub reads this and its other variables). Only the files that are of use are downloaded.
+"""
+
+import functools
+import json
+import logging
+import os
+import re
+from collections.abc import Sequence
+from fnmatch import fnmatch
+from typing import Any
+
+from lcx.errors import UserError
+
+log = logging.getLogger(__name__)
+
+_PART = r"[A-Za-z0-9](?:[\w.-]{0,94}[A-Za-z0-9_])?"
+_NAME = re.compile(rf"({_PART}/{_PART})(?:@([\w./-]+))?", re.ASCII)
+#: Endings of files: such a name is a path that does not exist.
+_FILE = re.compile(
+    r"\.(pt|pth|bin|safetensors|gguf|json|jsonl|ndjson|csv|tsv|txt|text|md|parquet|arrow|gz|zst|bz2|xz|zip|tar"
+    r"|fa|fasta|fna|ffn|faa|vcf|gin|ya?ml|py|model|npy|npz|part\d+)$",
+    re.IGNORECASE,
+)
+
+_TOKENIZER = (
+    "config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "vocab.txt", "merges.txt", "chat_template*", "lcx_tokenizer.json",
+)  # fmt: skip
+#: Kinds of weights, the best first; the first that a model has is taken, so no tensor comes twice.
+_WEIGHTS = (
+    ("model*.safetensors", "model.safetensors.index.json"),
+    ("pytorch_model*.bin", "pytorch_model.bin.index.json"),
+    ("*.pt", "*.pt.part*"),
+)
+_BESIDE = ("lolcats.json",)
+_ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+_TIMEOUT = 20.0  # seconds
+_DATA = (
+    "*.parquet", "*.arrow", "*.json", "*.jsonl", "*.ndjson", "*.csv", "*.tsv", "*.txt", "*.gz", "*.zst", "*.fa",
+    "*.fasta", "*.fna",
+)  # fmt: skip
+
+
+def is_name(path: Any) -> bool:
+    """Whether this can only be a name on the hub: it looks like one, and there is nothing of this name here."""
+    if not isinstance(path, str | os.PathLike):
+        return False
+    text = os.fspath(path)
+    if not isinstance(text, str) or os.path.lexists(os.path.expanduser(text)):
+        return False
+    found = _NAME.fullmatch(text)
+    return found is not None and not _FILE.search(found[1]) and ".." not in text and "--" not in found[1]
+
+
+def local(path: Any, *, kind: str = "model") -> Any:
+    """The folder of a name on the hub; anything else as it is (a path that does not exist, too).
+
+    Args:
+      path: what a user gave as a checkpoint, a tokenizer or a source of text.
+      kind: "model", "tokenizer" (of a model, without its weights), "adapter" (of PEFT) or "dataset".
+
+    Raises:
+      UserError: a name of which there is neither a folder here nor, in reach, anything on the hub; without
+        huggingface_hub, what to install.
+    """
+    if not is_name(path):
+        return path
+    match = _NAME.fullmatch(os.fspath(path))
+    assert match is not None
+    return _folder(match[1], match[2], kind)
+
+
+def place(path: str | os.PathLike) -> str:
+    """How a record names a path: absolute; a name on the hub as it is."""
+    return os.fspath(path) if is_name(path) else os.path.abspath(os.path.expanduser(path))
+
+
+@functools.lru_cache(maxsize=64)  # one look, and one line, a run
+def _folder(repo: str, revision: str | None, kind: str) -> str:
+    try:
+        import huggingface_hub
+    except ImportError:
+        raise UserError(
+            f"{repo}: there is no such file or folder here, and models and data are read by their name on the Hugging "
+            "Face hub only with huggingface_hub: pip install 'lcx[hub]'"
+        ) from None
+    fetch = _Fetch(huggingface_hub, repo, revision, kind)
+    folder = fetch.cached() or fetch.downloaded()
+    log.warning("%s is read from %s", repo, folder)  # names the revision
+    return folder
+
+
+class _Fetch:
+    """One name on the hub."""
+
+    def __init__(self, hub: Any, repo: str, revision: str | None, kind: str):
+        self._hub, self._repo, self._revision, self._kind = hub, repo, revision, kind
+        self._where = {
+            "repo_id": repo,
+            "revision": revision,
+            "repo_type": "dataset" if kind == "dataset" else "model",
+        }
+
+    def cached(self) -> str | None:
+        """The folder in the local cache, if everything that is needed is there."""
+        try:
+            folder = self._hub.snapshot_download(**self._where, local_files_only=True)
+        except Exception as error:  # incomplete ones are an error of newer versions of huggingface_hub
+            folder = getattr(error, "snapshot_path", None)
+        return str(folder) if folder is not None and self._is_complete(str(folder)) else None
+
+    def _is_complete(self, folder: str) -> bool:
+        names = [name for name in os.listdir(folder) if os.path.exists(os.path.join(folder, name))]
+        if self._kind == "model":
+            kind = next((patterns for patterns in _WEIGHTS if _matching(names, patterns)), None)
+            return kind is not None and all(name in names for name in _shards(folder, kind))
+        if self._kind == "tokenizer":
+            return any(name.startswith("tokenizer") or name == "lcx_tokenizer.json" for name in names)
+        return bool(names) if self._kind == "dataset" else _ADAPTER[0] in names
+
+    def downloaded(self) -> str:
+        try:
+            return self._hub.snapshot_download(**self._where, allow_patterns=self._patterns())
+        except UserError:
+            raise
+        except Exception as error:  # of requests, httpx, huggingface_hub, the disk: their classes change
+            raise UserError(self._explained(error)) from error
+
+    def _patterns(self) -> list[str]:
+        """The files to download."""
+        # one request, without the retries of a download: most names that are not there are mistyped paths
+        info = self._hub.HfApi().repo_info(**self._where, timeout=_TIMEOUT)
+        names = [sibling.rfilename for sibling in info.siblings or ()]
+        if self._kind == "dataset":
+            return list(_DATA)
+        if self._kind == "tokenizer":
+            return list(_TOKENIZER)
+        if self._kind == "adapter":
+            return list(_ADAPTER)
+        for patterns in _WEIGHTS:
+            if _matching(names, patterns):
+                return [*_TOKENIZER, *_BESIDE, *patterns]
+        raise UserError(
+            f"{self._repo} on the Hugging Face hub has no weights that are read here (.safetensors, .bin or .pt), "
+            f"found {', '.join(sorted(names)[:6]) or 'nothing'}"
+        )
+
+    def _explained(self, error: Exception) -> str:
+        classes = {kind.__name__ for kind in type(error).__mro__}
+        name, kind = self._repo, "dataset" if self._kind == "dataset" else "model"
+        page = f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{name}"
+        nothing = f"{name}: there is no such file or folder here"
+        if "GatedRepoError" in classes:
+            return f"{name} is gated: accept its terms on {page}, then log in with `hf auth login` (or set HF_TOKEN)"
+        if "RepositoryNotFoundError" in classes:
+            return (
+                f"{nothing}, and no {kind} of this name on the Hugging Face hub: check the name (a private one needs "
+                "`hf auth login`)"
+            )
+        if "RevisionNotFoundError" in classes:
+            return (
+                f"{name} on the Hugging Face hub has no revision {self._revision!r}: see {page}/commits/main"
+            )
+        if "HFValidationError" in classes:
+            return f"{nothing}, and it is no name on the Hugging Face hub"
+        if classes & {
+            "LocalEntryNotFoundError",
+            "OfflineModeIsEnabled",
+            "ConnectionError",
+            "ConnectError",
+            "TimeoutError",
+        }:
+            offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON")
+            why = "HF_HUB_OFFLINE is set" if offline else "the hub cannot be reached"
+            return (
+                f"{nothing}, it is not (whole) in the local cache of the Hugging Face hub, and {why}: run "
+                f"`hf download {name}` where there is a network, or pass a folder"
+            )
+        line = (str(error) or type(error).__name__).splitlines()[0]
+        return f"{name} cannot be downloaded from the Hugging Face hub: {line}"
+
+
+def _shards(folder: str, patterns: Sequence[str]) -> list[str]:
+    """The files that the index of this kind of weights names; none where there is no (readable) index."""
+    index = next((name for name in patterns if name.endswith(".json")), "")
+    try:
+        with open(os.path.join(folder, index), encoding="utf-8") as file:
+            return sorted({str(name) for name in json.load(file)["weight_map"].values()})
+    except (OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError):
+        return []
+
+
+def _matching(names: Sequence[str], patterns: Sequence[str]) -> bool:
+    """Whether a file, and not only an index of files, matches."""
+    return any(
+        fnmatch(name, pattern) for name in names for pattern in patterns if not pattern.endswith(".json")
+    )
