@@ -19,6 +19,7 @@ from lcx import model as model_lib
 from lcx.convert import destination, hf, hf_folder, lolcats_settings, peft, rules, sources
 from lcx.convert.lcx_folder import LcxSource
 from lcx.convert.lolcats import DISTILL, FINETUNE, is_map, map_rules, softmax_model
+from lcx.convert.peft_files import PREFIX, LowRank
 from lcx.convert.sources import ModelSource
 from lcx.convert.tensor_io import TensorInfo
 from lcx.convert.torch_bin import TorchFile
@@ -199,13 +200,13 @@ def _save(path, source: ModelSource, lora: Mapping[str, Any] | None, overwrite: 
         hf_folder.write_json(folder / lolcats_settings.FILE, settings)
 
 
-def _arrays(pairs: Mapping[str, peft.Pair]) -> Iterator[tuple[str, np.ndarray]]:
+def _arrays(pairs: Mapping[str, LowRank]) -> Iterator[tuple[str, np.ndarray]]:
     for module, pair in pairs.items():
-        yield f"{peft.PREFIX}{module}.lora_A.default.weight", pair.A
-        yield f"{peft.PREFIX}{module}.lora_B.default.weight", pair.B
+        yield f"{PREFIX}{module}.lora_A.default.weight", pair.A
+        yield f"{PREFIX}{module}.lora_B.default.weight", pair.B
 
 
-def _lora_settings(pairs: Mapping[str, peft.Pair]) -> dict[str, Any]:
+def _lora_settings(pairs: Mapping[str, LowRank]) -> dict[str, Any]:
     """r, lora_alpha and target_modules as published: one of each for all."""
     found = {(len(pair.A), np.float32(pair.scale)) for pair in pairs.values()}
     if len(found) > 1:
