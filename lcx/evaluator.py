@@ -14,7 +14,7 @@ import platform
 import sys
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
@@ -48,6 +48,7 @@ def evaluate(
     name: str | None = None,
     dtype: str | None = None,
     mesh: sharding.MeshShape = sharding.MeshShape(),  # noqa: B008 (frozen)
+    adapter: tuple[str, ...] | None = None,
 ) -> dict[str, Any]:
     """Evaluates a checkpoint and returns what results.json holds.
 
@@ -63,6 +64,7 @@ def evaluate(
       name: of this model in tables and plots.
       dtype: of the parameters and the computation; None as stored.
       mesh: sizes of the mesh axes.
+      adapter: folders of PEFT adapters (LoRA) of the checkpoint, merged into it.
 
     Raises:
       UserError: nothing readable at `checkpoint`, an output that cannot be written, or evaluations that failed; the
@@ -76,16 +78,22 @@ def evaluate(
     evals = _with_text(evals, _default_dataset(checkpoint, tokenizer) if dataset is None else dataset)
     devices = None if jax.device_count() == 1 else mesh.build()
     model, params = lcx.load(
-        checkpoint, dtype=dtype, mesh=devices, rope_scaling=rope_scaling, context_length=context_length
+        checkpoint,
+        dtype=dtype,
+        mesh=devices,
+        rope_scaling=rope_scaling,
+        context_length=context_length,
+        adapter=adapter,
     )
     if only_part is not None:
         model = linearize.ablated(model, only_part)
-    label = name or _label(checkpoint, rope_scaling)
+    label = name or _label(checkpoint, rope_scaling, adapter)
     results: dict[str, Any] = {
         "name": label,
         "checkpoint": os.path.abspath(os.path.expanduser(checkpoint)),
         "rope_scaling": rope_scaling,
         "only_part": only_part,
+        "adapter": None if adapter is None else [os.path.abspath(os.path.expanduser(path)) for path in adapter],
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "model": {**facts(model), "description": _described(model)},
         "versions": _versions(),
@@ -217,9 +225,10 @@ def _with_text(evals: tuple[Evaluation, ...], dataset: Dataset | Mixture | None)
     )
 
 
-def _label(checkpoint: str, rope_scaling: Mapping[str, Any] | None) -> str:
+def _label(checkpoint: str, rope_scaling: Mapping[str, Any] | None, adapter: Sequence[str] | None) -> str:
     path = pathlib.Path(checkpoint).expanduser().resolve()
     name = f"{path.parent.parent.name} step {path.name}" if path.parent.name == "checkpoints" else path.name
+    name = " + ".join([name, *(pathlib.Path(folder).expanduser().resolve().name for folder in adapter or ())])
     if not rope_scaling:
         return name
     kind = rope_scaling.get("rope_type") or rope_scaling.get("type") or "scaled"

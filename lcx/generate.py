@@ -3,6 +3,7 @@
 Examples:
   python -m lcx.generate --checkpoint=/tmp/run --prompt='def main():' --max_new_tokens=200
   python -m lcx.generate --checkpoint=path/to/hf_folder --prompt='Once upon a time' --temperature=0.8 --seed=1
+  python -m lcx.generate --checkpoint=path/to/hf_folder --adapter=path/to/peft_adapter --prompt='Once upon a time'
 """
 
 import sys
@@ -26,6 +27,9 @@ def main(argv=None) -> int:
         "--rope_scaling", type=config.json_object, metavar="JSON", help="RoPE scaling to apply first"
     )
     parser.add_argument("--context_length", type=int, metavar="N", help="context window in tokens")
+    parser.add_argument(
+        "--adapter", action="append", metavar="FOLDER", help="a PEFT adapter (LoRA) of it; repeat it to add updates up"
+    )
     return config.run(parser, "lcx.sampler:stream_text", argv)
 
 

@@ -27,17 +27,26 @@ def record(
     context_length: int | None,
     linearize: Linearize | None,
     lora: LoRA | None,
+    adapter: str | None = None,
 ) -> dict[str, Any]:
     """The settings as JSON."""
+    started = {} if adapter is None else {"adapter": True}  # a run that goes on does not read it again
     scaling = {key: describe.to_json(value) for key, value in (rope_scaling or {}).items()}
     return {
         "model": _without_free(describe.to_json(model)),
-        "init_from": init_from and os.path.abspath(os.path.expanduser(init_from)),
+        "init_from": init_from and _place(init_from),
         "rope_scaling": scaling,
         "context_length": context_length,
         "linearize": describe.to_json(linearize),
         "lora": describe.to_json(lora),
+        **started,
     }
+
+
+def _place(path: str) -> str:
+    """A folder's absolute path; a name on the hub as it is."""
+    folder = os.path.abspath(os.path.expanduser(path))
+    return folder if os.path.exists(folder) else path
 
 
 def check(recorded: Mapping[str, Any], now: Mapping[str, Any], workdir: str) -> None:

@@ -239,12 +239,14 @@ def stream_text(
     seed: int = 0,
     rope_scaling: dict[str, Any] | None = None,
     context_length: int | None = None,
+    adapter: Sequence[str] | None = None,
 ) -> None:
     """Prints the continuation of a prompt while it is produced, then its speed on stderr.
 
     The prompt is what stands between the tokenizer's BOS (where it has one) and the continuation, which ends with a
     token that ends a document. "@path" reads the prompt from a file, without its last line break; "@@text" is a prompt
-    that starts with an @. `rope_scaling` and `context_length` extend the model first, as in lcx.load.
+    that starts with an @. `rope_scaling` and `context_length` extend the model first, and `adapter` names
+    PEFT adapters of it, as in lcx.load.
 
     Raises:
       UserError: bad settings, no such file, a checkpoint or tokenizer that does not load.
@@ -261,7 +263,9 @@ def stream_text(
     ids = [*first, *tokenizer.encode(text).tolist()]
     if not ids:
         raise UserError("the prompt is empty and the tokenizer has no BOS to start from: set --prompt")
-    model, params = lcx.load(checkpoint, rope_scaling=rope_scaling, context_length=context_length)
+    model, params = lcx.load(
+        checkpoint, rope_scaling=rope_scaling, context_length=context_length, adapter=adapter
+    )
     check_vocabulary(tokenizer, model.vocab_size)
     columns = stream(
         model,

@@ -2,22 +2,20 @@
 
     source = adapted(source, "path/to/adapter")            # a sources.ModelSource, whatever format it lies in
 
-The changes of `peft_files` are made to the tensors as Hugging Face has them, which every parameter of the family is a
-part of. One layer of one parameter is in memory at a time. In lcx, embedding and head are one parameter or two; where an
-adapter changes one of a tied pair, the model that comes out has two.
+The changes of `peft_files` are made to the tensors as Hugging Face has them, which every parameter of the family is
+part of. One layer of one parameter is in memory at a time. In lcx, embedding and head are one parameter or two; where
+an adapter changes one of a tied pair, the model that comes out has two.
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from lcx.convert import adapter_base, llama, peft_files, rules, sources
 from lcx.convert.lolcats import softmax_model
-from lcx.convert.peft_files import EMBEDDING_WEIGHT, HEAD_WEIGHT, Adapter, Known, LowRank, Replaced
+from lcx.convert.peft_files import EMBEDDING_WEIGHT, HEAD_WEIGHT, Adapter, Known, LowRank
 from lcx.convert.rules import Transposed
 from lcx.convert.sources import ModelSource
 from lcx.convert.tensor_io import TensorInfo
@@ -36,7 +34,9 @@ def table(model: Decoder) -> rules.Table:
     """
     if model.model_type not in llama.FAMILIES:
         what = f"the model's model_type {model.model_type!r} has no PEFT names"
-        raise UserError(f"{what}, expected one of {', '.join(llama.FAMILIES)}: merge its pairs, or save with 'lcx'")
+        raise UserError(
+            f"{what}, expected one of {', '.join(llama.FAMILIES)}: merge its pairs, or save with 'lcx'"
+        )
     listed = llama.rules(softmax_model(model))
     paths = {part.path for rule in listed for part in rule.parts}
     return rules.Table(listed, {path: s for path, s in sources.leaf_shapes(model).items() if path in paths})
@@ -76,7 +76,9 @@ class AdaptedSource:
         self.carried, self.side_files, self.tokenizer = base.carried, base.side_files, base.tokenizer
         self._changes = dict(self.adapter.changes)
         if not pairs:
-            self._changes = {n: c for n, c in self._changes.items() if not any(isinstance(x, LowRank) for x in c)}
+            self._changes = {
+                n: c for n, c in self._changes.items() if not any(isinstance(x, LowRank) for x in c)
+            }
             dtype = _FLOAT32
         self.model: Decoder = base.model
         self.leaves = dict(base.leaves)
@@ -151,6 +153,8 @@ def adapted(
         for name, changes in source.adapter.changes.items():
             whole = not all(isinstance(c, LowRank) and c.magnitude is None for c in changes)
             if name in taken and (whole or taken[name][1]):
-                raise UserError(f"{taken[name][0]} and {path} both change {name} as a whole: merge one of them first")
+                raise UserError(
+                    f"{taken[name][0]} and {path} both change {name} as a whole: merge one of them first"
+                )
             taken[name] = path, whole
     return source

@@ -71,7 +71,7 @@ def scaling(rope: Rope) -> dict[str, Any]:
 
 
 def _function(rope: Rope) -> str:
-    return f"{rope.rope_type.__module__}:{rope.rope_type.__qualname__}"  # type: ignore[union-attr]
+    return f"{rope.rope_type.__module__}:{rope.rope_type.__qualname__}"
 
 
 def lines(base: Base) -> list[str]:
@@ -108,7 +108,16 @@ def write(folder: pathlib.Path, base: Base, holds: str) -> None:
 
 def _readme(folder: pathlib.Path, base: Base, holds: str) -> str:
     name = base.name or "PATH_OF_THE_BASE"
-    head = ["---", f"base_model: {json.dumps(name)}", "library_name: peft", "tags: [lora]", "---", "", holds, ""]
+    head = [
+        "---",
+        f"base_model: {json.dumps(name)}",
+        "library_name: peft",
+        "tags: [lora]",
+        "---",
+        "",
+        holds,
+        "",
+    ]
     for line in lines(base):
         head += [line, ""]
     keywords, flags = "", ""
@@ -162,13 +171,15 @@ def check(path: str | os.PathLike, model: Decoder, *, scaled: bool) -> None:
     kinds = record.get("mixers")
     if kinds != mixers(model):
         raise UserError(
-            f"{folder}: the adapter trained on {_listed(kinds)}, and this model has {_listed(mixers(model))}: use it on "
-            f"its own base, {record.get('base_model_name_or_path')!r:.200}"
+            f"{folder}: the adapter trained on {_listed(kinds)}, and this model has {_listed(mixers(model))}: use it "
+            f"on its own base, {record.get('base_model_name_or_path')!r:.200}"
         )
     needed = [_rope(folder, entry) for entry in record["ropes"]]
     window = record.get("max_position_embeddings")
     if not isinstance(window, int) or isinstance(window, bool) or not 0 < window < 2**40:
-        raise UserError(f"{folder}: {FILE} has max_position_embeddings {window!r:.40}, expected a number of tokens")
+        raise UserError(
+            f"{folder}: {FILE} has max_position_embeddings {window!r:.40}, expected a number of tokens"
+        )
     if _agree(needed, ropes(model), window):
         return
     flags = " and ".join(f"rope_scaling='{json.dumps(entry)}'" for entry, _, _ in needed) or "no rope_scaling"
@@ -191,7 +202,9 @@ def _rope(folder: pathlib.Path, entry: Any) -> _Needed:
     if not isinstance(head_dim, int) or isinstance(head_dim, bool) or not 0 < head_dim < 2**16:
         raise UserError(f"{folder}: {FILE} has head_dim {head_dim!r:.40}, expected an integer")
     if not isinstance(given.get("rope_type"), str) or not given.keys() <= fields:
-        raise UserError(f"{folder}: {FILE} has a rope with the keys {sorted(given)!r:.200}, expected those of a rope")
+        raise UserError(
+            f"{folder}: {FILE} has a rope with the keys {sorted(given)!r:.200}, expected those of a rope"
+        )
     if ":" in given["rope_type"]:
         return given, None, head_dim
     try:

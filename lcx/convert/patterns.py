@@ -60,6 +60,11 @@ def _apart(patterns: list[str], names: Sequence[str], setting: str) -> dict[str,
         ) from None
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["out of memory"])[-1].rpartition("error: ")[2][:120]
-        raise UserError(f"{setting} has the pattern {shown}, which is no regular expression ({reason}): correct it")
+        raise UserError(
+            f"{setting} has the pattern {shown}, which is no regular expression ({reason}): correct it"
+        )
     rows = json.loads(done.stdout)
-    return {p: {n for n, yes in zip(names, row, strict=True) if yes} for p, row in zip(patterns, rows, strict=True)}
+    return {
+        p: {n for n, yes in zip(names, row, strict=True) if yes}
+        for p, row in zip(patterns, rows, strict=True)
+    }

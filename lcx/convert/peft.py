@@ -5,7 +5,7 @@ the layout. A fused module (Phi-3's qkv_proj) has one A for all of its parts; ea
 training has pulled them apart, they are written side by side, with the sum of their ranks: the same function. What
 trained as a whole beside the pairs is written as `modules_to_save`.
 
-    lora = peft.load("path/to/adapter", model)              # an adapter of pairs alone; any: lcx.load(base, adapter=...)
+    lora = peft.load("path/to/adapter", model)              # of pairs alone; any: lcx.load(base, adapter=...)
     peft.save("path/to/adapter", model, lora)
     peft.export("path/to/workdir", "path/to/adapter")       # from a run that trained with LoRA
 """
@@ -27,7 +27,17 @@ import numpy as np
 from lcx import describe
 from lcx.array_store import StepReader
 from lcx.checkpoint_folder import find_step, read_json, read_record
-from lcx.convert import adapted, adapter_base, destination, hf_folder, lcx_folder, rules, safetensors, sources, tensor_io
+from lcx.convert import (
+    adapted,
+    adapter_base,
+    destination,
+    hf_folder,
+    lcx_folder,
+    rules,
+    safetensors,
+    sources,
+    tensor_io,
+)
 from lcx.convert.adapter_base import Base
 from lcx.convert.peft_files import CONFIG, EMBEDDING_WEIGHT, HEAD_WEIGHT, PREFIX, WEIGHTS, LowRank, read
 from lcx.convert.rules import Transposed
@@ -109,7 +119,9 @@ def _parts_of_pairs(
     """Every part with its own pair: the module's A, and its rows of B."""
     for name, pair in pairs.items():
         if name not in known:
-            raise UserError(f"the adapter has a pair for {name}, and here only projections have pairs: merge it")
+            raise UserError(
+                f"the adapter has a pair for {name}, and here only projections have pairs: merge it"
+            )
         for part in known[name]:
             yield part, dataclasses.replace(pair, B=pair.B[part.start : part.stop])
 
@@ -163,7 +175,9 @@ def save(
     source = None
     if beside:
         if params is None:
-            raise UserError("save has parameters beside the pairs and no params to take them from: pass params")
+            raise UserError(
+                "save has parameters beside the pairs and no params to take them from: pass params"
+            )
         source = sources.TreeSource(model, params)
     return _write(path, Base(base_model, model), lora, source, beside, overwrite)
 
@@ -250,7 +264,9 @@ def _write(
         changed = read(folder, adapted.known(base.model)).changes
         expected = {f"{name}.weight" for name in pairs} | full.keys()
         if missing := sorted(expected - changed.keys() - {HEAD_WEIGHT}):
-            raise UserError(f"{folder}: {_listing(missing)} trained, and are not in what was written: report this")
+            raise UserError(
+                f"{folder}: {_listing(missing)} trained, and are not in what was written: report this"
+            )
     return holds
 
 

@@ -209,9 +209,15 @@ class _Reading:
     def _check_targets(self) -> None:
         """The pairs are those that target_modules means: PEFT starts the others anew, or drops them, in silence."""
         expected = self.settings.targeted(self.known.linear, (EMBEDDING, HEAD))
-        has = {module for module, keys in self.found.items() if keys.keys() & {"A", "B", "embedding_A", "embedding_B"}}
+        has = {
+            module
+            for module, keys in self.found.items()
+            if keys.keys() & {"A", "B", "embedding_A", "embedding_B"}
+        }
         if expected is None:
             return
+        if self.settings.tying and self.known.tied and expected & {EMBEDDING, HEAD}:
+            expected |= {EMBEDDING, HEAD}
         missing, extra = sorted(expected - has), sorted(has - expected)
         if missing:
             raise UserError(
@@ -220,7 +226,8 @@ class _Reading:
             )
         if extra:
             raise UserError(
-                f"the adapter has pairs for {_listing(extra)}, which target_modules of {CONFIG} does not mean: correct it"
+                f"the adapter has pairs for {_listing(extra)}, which target_modules of {CONFIG} does not mean: one of "
+                "the two is another adapter's"
             )
 
     def _replace(self, module: str, kind: str, key: str) -> None:
@@ -238,7 +245,9 @@ class _Reading:
     def _add_rows(self, module: str, key: str) -> None:
         stated = {end: rows for end, rows in self.settings.rows.items() if module.endswith(end)}
         if len(stated) != 1:
-            raise UserError(f"unexpected tensor {key!r}, which trainable_token_indices of {CONFIG} does not mean")
+            raise UserError(
+                f"unexpected tensor {key!r}, which trainable_token_indices of {CONFIG} does not mean"
+            )
         (places,) = stated.values()
         name = f"{module}.weight"
         rows, *rest = self.known.shapes[name]
@@ -304,14 +313,20 @@ class _Reading:
                 "or download it again"
             )
         modules = {name.rpartition(".")[0] for name in self.known.shapes}
-        ignored = [end for end in self.settings.saved if not any(f"{m}.".find(f"{end}.") >= 0 for m in modules)]
+        ignored = [
+            end for end in self.settings.saved if not any(f"{m}.".find(f"{end}.") >= 0 for m in modules)
+        ]
         if ignored:
-            log.warning("%s: modules_to_save names %s, which the model does not have", self.folder, _listing(ignored))
+            log.warning(
+                "%s: modules_to_save names %s, which the model does not have", self.folder, _listing(ignored)
+            )
         has_rows = [module for module, keys in self.found.items() if "rows" in keys]
         absent = [end for end in self.settings.rows if not any(module.endswith(end) for module in has_rows)]
         follows = self.known.tied and len(set(self.settings.rows.values())) == 1 and has_rows
         if absent and not follows:
-            raise UserError(f"trainable_token_indices of {CONFIG} has {absent[0]!r}, whose rows the adapter does not hold")
+            raise UserError(
+                f"trainable_token_indices of {CONFIG} has {absent[0]!r}, whose rows the adapter does not hold"
+            )
 
     def _check_shape(self, name: str, key: str, expected: tuple[int, ...] | None) -> None:
         found = self.source.tensors[key].shape
@@ -320,10 +335,14 @@ class _Reading:
         if found != expected:
             advice = "it belongs to another model"
             if found[1:] == expected[1:] and name in (HEAD_WEIGHT, EMBEDDING_WEIGHT):
-                advice = "its vocabulary was resized, so save the base with the resized embedding, and pass that"
+                advice = (
+                    "its vocabulary was resized, so save the base with the resized embedding, and pass that"
+                )
             raise UserError(f"the adapter's {name} is {found}, expected {expected}: {advice}")
         if self.source.tensors[key].dtype not in FLOAT_DTYPES.values():
-            raise UserError(f"{key!r} is {self.source.tensors[key].dtype}, expected float32, bfloat16 or float16")
+            raise UserError(
+                f"{key!r} is {self.source.tensors[key].dtype}, expected float32, bfloat16 or float16"
+            )
         shape, itemsize = found, self.source.tensors[key].dtype.itemsize
         for start, stop in tensor_io.split_rows(shape, itemsize, tensor_io.PIECE_BYTES):
             _check_finite(key, self.source.read(key, start, stop).astype(np.float32))
@@ -339,29 +358,42 @@ class _Reading:
 def _sorted(source: TensorSource) -> dict[str, dict[str, str]]:
     """module -> kind of tensor -> its key in the file."""
     found: dict[str, dict[str, str]] = {}
-    names, other = set(), []
+    names: set[str] = set()
+    other = []
     for key in source.tensors:
         if len(key) > _MAX_NAME:
-            raise UserError(f"a tensor's name has {len(key)} characters ({key[:60]!r}...), expected at most {_MAX_NAME}")
+            raise UserError(
+                f"a tensor's name has {len(key)} characters ({key[:60]!r}...), expected at most {_MAX_NAME}"
+            )
         bare = _WRAPPERS.sub("", key)
         if bare != key or not bare.startswith(PREFIX):
             other.append(key)
         bare = bare.removeprefix(PREFIX)
         kind, match = next(
-            ((kind, match) for kind, pattern in _KEYS.items() if (match := pattern.fullmatch(bare))), ("", None)
+            ((kind, match) for kind, pattern in _KEYS.items() if (match := pattern.fullmatch(bare))),
+            ("", None),
         )
         if match is None:
             raise UserError(
                 f"unexpected tensor {key!r}, expected {PREFIX}MODULE.lora_A.weight and lora_B.weight"
             )
-        names |= {match.groupdict().get("adapter")} - {None}
+        if name := match.groupdict().get("adapter"):
+            names.add(name)
         if kind in found.setdefault(match["module"], {}):
-            raise UserError(f"the tensors {key!r} and {found[match['module']][kind]!r} are the same, expected one")
+            raise UserError(
+                f"the tensors {key!r} and {found[match['module']][kind]!r} are the same, expected one"
+            )
         found[match["module"]][kind] = key
     if len(names) > 1:
-        raise UserError(f"the file holds the adapters {_listing(sorted(names))}, expected one: save each in its folder")
+        raise UserError(
+            f"the file holds the adapters {_listing(sorted(names))}, expected one: save each in its folder"
+        )
     if other:
-        log.warning("%d tensors are read without what wrappers left in, or took from, their names: %s", len(other), other[0])
+        log.warning(
+            "%d tensors are read without what wrappers left in, or took from, their names: %s",
+            len(other),
+            other[0],
+        )
     return found
 
 
@@ -371,7 +403,9 @@ def _sides(module: str, keys: Mapping[str, str]) -> tuple[str, str] | None:
         if a in keys and b in keys:
             return keys[a], keys[b]
         if a in keys or b in keys:
-            raise UserError(f"{module} has lora_{a if a in keys else b} alone, expected lora_{a} and lora_{b}")
+            raise UserError(
+                f"{module} has lora_{a if a in keys else b} alone, expected lora_{a} and lora_{b}"
+            )
     if "magnitude" in keys:
         raise UserError(f"{module} has lora_magnitude_vector alone, expected lora_A and lora_B too")
     return None
@@ -379,7 +413,9 @@ def _sides(module: str, keys: Mapping[str, str]) -> tuple[str, str] | None:
 
 def _check_finite(key: str, values: np.ndarray) -> np.ndarray:
     if not np.isfinite(values).all():
-        raise UserError(f"{key!r} holds numbers that are not finite (NaN or infinite): the adapter is damaged")
+        raise UserError(
+            f"{key!r} holds numbers that are not finite (NaN or infinite): the adapter is damaged"
+        )
     return values
 
 

@@ -35,11 +35,11 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
 _STARTS = ("gaussian", "eva", "orthogonal", "mica")
 _BIASES = ("none", "all", "lora_only")
 #: Keys without influence on the function of a finished adapter, and keys that are read below.
-_KNOWN = frozenset(
-    "auto_mapping base_model_name_or_path bias corda_config ensure_weight_tying eva_config exclude_modules "
-    "fan_in_fan_out inference_mode init_lora_weights layers_pattern layers_to_transform loftq_config lora_alpha "
-    "lora_dropout lora_ga_config megatron_core modules_to_save peft_version qalora_group_size r rank_pattern "
-    "alpha_pattern revision runtime_config target_modules task_type trainable_token_indices use_dora use_rslora".split()
+_KNOWN = (
+    "alpha_pattern auto_mapping base_model_name_or_path bias corda_config ensure_weight_tying eva_config "
+    "exclude_modules fan_in_fan_out inference_mode init_lora_weights layers_pattern layers_to_transform loftq_config "
+    "lora_alpha lora_dropout lora_ga_config megatron_core modules_to_save peft_version qalora_group_size r "
+    "rank_pattern revision runtime_config target_modules task_type trainable_token_indices use_dora use_rslora"
 )
 
 
@@ -58,6 +58,7 @@ class Settings:
       saved: endings of modules that trained as a whole (modules_to_save).
       rows: ending of a module -> rows of its weight that trained (trainable_token_indices).
       bias: which biases trained: none, all, lora_only.
+      tying: whether what happens to one of embedding and head happens to both (ensure_weight_tying), if they are one.
       base: the name or path of the base.
     """
 
@@ -74,6 +75,7 @@ class Settings:
     saved: tuple[str, ...]
     rows: Mapping[str, tuple[int, ...]]
     bias: str
+    tying: bool
     base: str | None
 
     def scales(self, ranks: Mapping[str, int]) -> dict[str, float]:
@@ -90,7 +92,9 @@ class Settings:
         alphas = dict.fromkeys(names, self.alpha) | _by_module(self.alpha_pattern, names, "alpha_pattern")
         for name, rank in ranks.items():
             if stated[name] != rank:
-                raise UserError(f"{name} has rank {rank} in its tensors, expected {stated[name]} as {FILE} says")
+                raise UserError(
+                    f"{name} has rank {rank} in its tensors, expected {stated[name]} as {FILE} says"
+                )
         return {name: alphas[name] / (rank**0.5 if self.rslora else rank) for name, rank in ranks.items()}
 
     def targeted(self, linear: Sequence[str], tables: Sequence[str]) -> set[str] | None:
@@ -106,11 +110,15 @@ class Settings:
         if isinstance(self.targets, str) and self.targets.lower() == ALL_LINEAR:
             found = set(linear)
         elif isinstance(self.targets, str):
-            found = patterns.matching([self.targets], names, setting=f"target_modules of {FILE}")[self.targets]
+            found = patterns.matching([self.targets], names, setting=f"target_modules of {FILE}")[
+                self.targets
+            ]
         else:
             found = {name for name in names if name in self.targets or self._ends_in_target(name)}
         if isinstance(self.exclude, str):
-            found -= patterns.matching([self.exclude], names, setting=f"exclude_modules of {FILE}")[self.exclude]
+            found -= patterns.matching([self.exclude], names, setting=f"exclude_modules of {FILE}")[
+                self.exclude
+            ]
         else:
             found -= {name for name in names if _ends(name, self.exclude)}
         return {name for name in found if not any(f".{saved}." in f".{name}." for saved in self.saved)}
@@ -187,6 +195,7 @@ def _settings(config: Mapping[str, Any]) -> Settings:
         saved=_listed("modules_to_save", config.get("modules_to_save")),
         rows=rows,
         bias=_one_of("bias", config.get("bias", "none"), _BIASES),
+        tying=_boolean("ensure_weight_tying", config),
         base=config.get("base_model_name_or_path")
         if isinstance(config.get("base_model_name_or_path"), str)
         else None,
@@ -204,14 +213,18 @@ def _check_kind(config: Mapping[str, Any]) -> None:
             raise UserError(f"{key} {_shown(config[key])}, expected {expected}: {only}")
     task = config.get("task_type")
     if task not in (None, "CAUSAL_LM"):
-        raise UserError(f"task_type {_shown(task)}, expected 'CAUSAL_LM': it is no adapter for generating text")
+        raise UserError(
+            f"task_type {_shown(task)}, expected 'CAUSAL_LM': it is no adapter for generating text"
+        )
     start = config.get("init_lora_weights")
-    if not (start is None or isinstance(start, bool) or (isinstance(start, str) and start.lower() in _STARTS)):
+    if not (
+        start is None or isinstance(start, bool) or (isinstance(start, str) and start.lower() in _STARTS)
+    ):
         raise UserError(
             f"init_lora_weights {_shown(start)}, which changes the base weights too, or is unknown: save the adapter "
             "again with PEFT's path_initial_model_for_weight_conversion"
         )
-    unknown = [key for key in config if key not in _KNOWN and key not in _PLAIN and config[key]]
+    unknown = [key for key in config if key not in _KNOWN.split() and key not in _PLAIN and config[key]]
     for key in unknown:
         if key.startswith("use_"):
             raise UserError(f"{_shown(key)} {_shown(config[key])}, a variant of LoRA that is not known here")
@@ -223,7 +236,9 @@ def _check_kind(config: Mapping[str, Any]) -> None:
             ", ".join(_shown(key) for key in unknown[:4]),
         )
     if _boolean("fan_in_fan_out", config):
-        log.warning("%s has fan_in_fan_out true, which PEFT takes as false for the linear modules of this model", FILE)
+        log.warning(
+            "%s has fan_in_fan_out true, which PEFT takes as false for the linear modules of this model", FILE
+        )
 
 
 def _shown(value: Any) -> str:
@@ -233,7 +248,8 @@ def _shown(value: Any) -> str:
 
 def _integer(key: str, value: Any, least: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**31:
-        raise UserError(f"{key} {_shown(value)}, expected an integer >= {least}")
+        expected = "a positive number, an integer" if least else "an integer >= 0"
+        raise UserError(f"{key} {_shown(value)}, expected {expected}")
     return value
 
 
@@ -289,6 +305,8 @@ def _rows(value: Any) -> dict[str, tuple[int, ...]]:
     out = {}
     for name, rows in given.items():
         if not isinstance(rows, list) or not rows:
-            raise UserError(f"trainable_token_indices {_shown(value)}, expected a list of token ids, or one a module")
+            raise UserError(
+                f"trainable_token_indices {_shown(value)}, expected a list of token ids, or one a module"
+            )
         out[name] = tuple(_integer("trainable_token_indices", row, 0) for row in rows)
     return out
