@@ -80,7 +80,7 @@ def lines(base: Base) -> list[str]:
     for rope, _ in ropes(base.model) if is_scaled(base.model) else []:
         found.append(
             f"scaling: the base needs --rope_scaling='{json.dumps(scaling(rope))}' "
-            f"--context_length={base.model.max_position_embeddings} (in README.md too, with what PEFT needs)"
+            f"--context_length={base.model.max_position_embeddings}"
         )
     if set(mixers(base.model)) != {"Attention"}:
         found.append(

@@ -81,8 +81,9 @@ def _agreed(wanted: LoRA | None, found: LoRA, model: Decoder) -> LoRA:
         other = sorted(ours ^ theirs)[0]
         state = "no pair in the adapter" if other in ours else "a pair in the adapter, and is no target"
         raise UserError(f"LoRA.targets is {wanted.targets!r}, and {other} has {state}; {advice}")
-    beside = "|".join(f"(?:{pattern})" for pattern in (found.beside, wanted.beside) if pattern)
-    return LoRA(found.rank, found.alpha, found.targets, beside or None)
+    both = [pattern for pattern in (found.beside, wanted.beside) if pattern is not None]
+    beside = f"(?:{')|(?:'.join(both)})" if len(both) == 2 else next(iter(both), None)
+    return LoRA(found.rank, found.alpha, found.targets, beside)
 
 
 def _check_trainable(adapter: peft_files.Adapter) -> None:

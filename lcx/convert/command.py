@@ -117,6 +117,7 @@ def _write_trained(
     if format == "peft":
         lines = peft.export(src, dst, base_model=base_model, overwrite=overwrite)
         print(f"wrote {os.path.realpath(dst)} (peft), read back: {lines[0]}", *lines[1:], sep="\n")
+        print(f"{dst / 'README.md'} says how to load it with transformers and PEFT")
         return
     if base_model is not None:
         raise UserError("base_model is what a 'peft' adapter names, and dst_format is 'lolcats_files': leave it out")

@@ -406,6 +406,7 @@ def _config(pairs: Mapping[str, LowRank], full: Mapping[str, str], base: Base) -
     all_layers = {name for name in known.linear if name.rpartition(".")[2] in last} == set(pairs)
     biases = any(key.endswith(".base_layer.bias") for key in full.values())
     saved = {name.rpartition(".")[0] for name in full if not (biases and name.endswith(".bias"))}
+    tying = {"ensure_weight_tying": True} if base.model.tie_word_embeddings and HEAD_WEIGHT in full else {}
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -422,6 +423,7 @@ def _config(pairs: Mapping[str, LowRank], full: Mapping[str, str], base: Base) -
         "fan_in_fan_out": False,
         "use_rslora": False,
         "init_lora_weights": True,
+        **tying,  # else PEFT trains embedding and head apart from here on; older versions do not know the key
     }
 
 
