@@ -2,6 +2,7 @@
 
     model, params = lcx.load(path, *, format=None, dtype=None, mesh=None, rope_scaling=None, context_length=None)
     lcx.load(hf_folder, lolcats=lcx.Lolcats(feature_maps, lora))                   # a published linear model
+    lcx.load(base, adapter=folder)                                                 # a PEFT adapter on its base
     lcx.save(path, model, params, *, format)
     lcx.logits(model, params, tokens, *, positions=None, segment_ids=None)         -> float32 [B, T, V]
     lcx.generate(model, params, tokens, *, max_new_tokens, temperature=0.0, top_p=1.0, seed=0)   -> int32 [B, new]

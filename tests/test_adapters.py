@@ -500,6 +500,7 @@ def test_the_commands_take_an_adapter(bases, plain, tmp_path, capsys):
     args = [f"--src={base}", f"--adapter={plain}", f"--dst={tmp_path}/hf", "--dst_format=hf"]
     assert convert_main(args) == 0
     np.testing.assert_allclose(hf_logits(hf_base(tmp_path / "hf")), expected, atol=2e-5)
+    capsys.readouterr()
     said = []
     for checkpoint, more in ((base, [f"--adapter={plain}"]), (tmp_path / "hf", []), (base, [])):
         assert generate([f"--checkpoint={checkpoint}", "--prompt=abc", "--max_new_tokens=8", *more]) == 0

@@ -17,7 +17,7 @@ import numpy as np
 
 from lcx import model as model_lib
 from lcx.convert import destination, hf, hf_folder, lolcats_settings, peft, rules, sources
-from lcx.convert.lcx_folder import LcxSource
+from lcx.convert.lcx_folder import LcxSource, trained
 from lcx.convert.lolcats import DISTILL, FINETUNE, is_map, map_rules, softmax_model
 from lcx.convert.peft_files import PREFIX, LowRank
 from lcx.convert.sources import ModelSource
@@ -177,9 +177,16 @@ def export(checkpoint: str | os.PathLike, path: str | os.PathLike, *, overwrite:
     """`save` of what a training run left in its checkpoint (a workdir, or one of its steps).
 
     Raises:
-      UserError: no checkpoint there, or what `save` refuses.
+      UserError: no checkpoint there, parameters that trained and have no place in these files, or what `save` refuses.
     """
     source = LcxSource(checkpoint, merge=False)
+    own = {rule.parts[0].path for rule in map_rules(source.model)}
+    lost = [path for path in trained(peft.step_folder(checkpoint)) or [] if path not in own]
+    if lost:
+        raise UserError(
+            f"{checkpoint}: {len(lost)} parameters trained that are neither feature maps nor low-rank pairs, such as "
+            f"{lost[0]}, and these files have no place for them: write the whole model (--dst_format=lolcats)"
+        )
     _save(path, source, peft.stored_pairs(checkpoint), overwrite)
 
 
