@@ -515,7 +515,10 @@ def test_the_commands_take_an_adapter(bases, plain, tmp_path, capsys):
         f"--gin.Dataset.source='{tmp_path}/text.txt'",
         f"--gin.Dataset.cache_dir='{tmp_path}/cache'",
         "--gin.evaluate.evals=(@lcx.evals.perplexity.Perplexity(),)",
-        "--gin.Perplexity.context_length=32",
+        "--gin.Perplexity.windows=(32,)",
+        "--gin.Perplexity.stride=None",
+        "--gin.Perplexity.split='train'",
+        "--gin.Dataset.eval_fraction=0.0",
     ]
     status = evaluate(flags)
     assert status == 0, capsys.readouterr().err

@@ -222,16 +222,19 @@ def filled(abstract, seed):
     return jax.tree.map(lambda x: (0.2 * rng.standard_normal(x.shape)).astype(np.float32), abstract)
 
 
-def test_the_default_targets_reach_every_projection_of_every_mixer():
-    """Two layers of each: what is said, merged equal to unmerged, and a gradient for every pair."""
+def model_of(names, repeat):
+    """A decoder of these mixers, one after the other."""
     blocks = tuple(
-        model_lib.Block(mixer=mixer.clone(parent=None), mlp=model_lib.Mlp(48, parent=None), parent=None)
-        for mixer in MIXERS.values()
+        model_lib.Block(mixer=MIXERS[name].clone(parent=None), mlp=model_lib.Mlp(48, parent=None), parent=None)
+        for name in names
     )
-    stages = (model_lib.Stage(blocks, 2),)
-    model = model_lib.Decoder(V, 32, stages, max_position_embeddings=64, parent=None)
-    params = filled(model_lib.abstract_params(model), 0)
-    lora = filled(LoRA(rank=2).abstract(model), 1)
+    stages = (model_lib.Stage(blocks, repeat),)
+    return model_lib.Decoder(V, 32, stages, max_position_embeddings=64, parent=None)
+
+
+def test_the_default_targets_reach_every_projection_of_every_mixer():
+    model = model_of(MIXERS, repeat=2)
+    lora = LoRA(rank=2).abstract(model)
     said = lora_lib.statement(model, lora)
     assert said.startswith("LoRA rank 2 on 52 matrices: Attention q_proj 2, k_proj 2, v_proj 2, o_proj 2; ")
     for kind in ("SE", "MR", "LI"):
@@ -241,6 +244,14 @@ def test_the_default_targets_reach_every_projection_of_every_mixer():
     assert "; TwoMamba qkv_proj 2, forget_proj 2, o_proj 2; " in said and "Mlp" not in said
     size = sum(pair[x].size for pair in pairs_of(lora) for x in "ab")
     assert said.endswith(f"; {size:,} parameters")
+    assert "Mlp gate_proj" in lora_lib.statement(model, LoRA(rank=2, targets="_proj").abstract(model))
+
+
+def test_pairs_of_other_mixers_train_and_merge():
+    """Merged equal to unmerged, a gradient for every pair. Attention's are above; MR and LI have SE's projections."""
+    model = model_of(("HyenaSE", "Mamba2", "TwoMamba"), repeat=1)
+    params = filled(model_lib.abstract_params(model), 0)
+    lora = filled(LoRA(rank=2).abstract(model), 1)
 
     def loss(lora, params):
         logits = model.apply({"params": params, "lora": lora}, TOKENS)
