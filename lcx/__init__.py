@@ -2,6 +2,7 @@
 
     model, params = lcx.load(path, *, format=None, dtype=None, mesh=None, rope_scaling=None, context_length=None)
     lcx.load(hf_folder, lolcats=lcx.Lolcats(feature_maps, lora))                   # a published linear model
+    lcx.load(base, adapter=folder)                                                 # a PEFT adapter on its base
     lcx.save(path, model, params, *, format)
     lcx.logits(model, params, tokens, *, positions=None, segment_ids=None)         -> float32 [B, T, V]
     lcx.load_tokenizer(path).encode(text, *, add_special_tokens=False)             -> int32 [T], as transformers' ids

@@ -7,7 +7,7 @@ Examples:
       --gin.TEXT="'held_out.txt'" --gin.TOKENIZER="'path/to/hf_folder'"
 
 Writes results.json, plots and report.html to the output folder. A checkpoint is a workdir, one step of it, or
-a folder in a Hugging Face layout.
+a folder in a Hugging Face layout; --adapter puts a PEFT adapter (LoRA) on it.
 """
 
 import sys
@@ -30,6 +30,9 @@ def main(argv=None) -> int:
         "--rope_scaling", type=config.json_object, metavar="JSON", help="RoPE scaling to apply first"
     )
     parser.add_argument("--context_length", type=int, metavar="N", help="context window in tokens")
+    parser.add_argument(
+        "--adapter", action="append", metavar="FOLDER", help="a PEFT adapter (LoRA) of it; repeat it to add updates up"
+    )
     parser.add_argument(
         "--only_part", choices=("window", "linear"), help="of a linearized model: one part of its attention alone"
     )

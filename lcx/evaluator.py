@@ -14,7 +14,7 @@ import platform
 import sys
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
@@ -49,6 +49,7 @@ def evaluate(
     name: str | None = None,
     dtype: str | None = None,
     mesh: sharding.MeshShape = sharding.MeshShape(),  # noqa: B008 (frozen)
+    adapter: tuple[str, ...] | None = None,
 ) -> dict[str, Any]:
     """Evaluates a checkpoint and returns what results.json holds.
 
@@ -64,6 +65,7 @@ def evaluate(
       name: of this model in tables and plots.
       dtype: of the parameters and the computation; None as stored.
       mesh: sizes of the mesh axes.
+      adapter: folders of PEFT adapters (LoRA) of the checkpoint, merged into it.
 
     Raises:
       UserError: nothing readable at `checkpoint`, an output that cannot be written, or evaluations that failed; the
@@ -78,12 +80,17 @@ def evaluate(
     evals = _with_text(evals, _default_dataset(place, tokenizer) if dataset is None else dataset)
     devices = None if jax.device_count() == 1 else mesh.build()
     model, params = lcx.load(
-        place, dtype=dtype, mesh=devices, rope_scaling=rope_scaling, context_length=context_length
+        place,
+        dtype=dtype,
+        mesh=devices,
+        rope_scaling=rope_scaling,
+        context_length=context_length,
+        adapter=adapter,
     )
     if only_part is not None:
         model = linearize.ablated(model, only_part)
         params = parameters.chosen(model, params)
-    label = name or _label(checkpoint, rope_scaling)
+    label = name or _label(checkpoint, rope_scaling, adapter)
     if tokenizer is not None:
         _say(f"{label}: {described(tokenizer, special_tokens(tokenizer), of='text')}")
     results: dict[str, Any] = {
@@ -91,6 +98,7 @@ def evaluate(
         "checkpoint": hub.place(checkpoint),
         "rope_scaling": rope_scaling,
         "only_part": only_part,
+        "adapter": None if adapter is None else [os.path.abspath(os.path.expanduser(path)) for path in adapter],
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "model": {**facts(model), "description": _described(model)},
         "versions": _versions(),
@@ -222,9 +230,10 @@ def _with_text(evals: tuple[Evaluation, ...], dataset: Dataset | Mixture | None)
     )
 
 
-def _label(checkpoint: str, rope_scaling: Mapping[str, Any] | None) -> str:
+def _label(checkpoint: str, rope_scaling: Mapping[str, Any] | None, adapter: Sequence[str] | None) -> str:
     path = pathlib.Path(hub.place(checkpoint)).resolve()
     name = f"{path.parent.parent.name} step {path.name}" if path.parent.name == "checkpoints" else path.name
+    name = " + ".join([name, *(pathlib.Path(folder).expanduser().resolve().name for folder in adapter or ())])
     if not rope_scaling:
         return name
     kind = rope_scaling.get("rope_type") or rope_scaling.get("type") or "scaled"

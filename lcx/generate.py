@@ -4,6 +4,7 @@ Examples:
   python -m lcx.generate --checkpoint=/tmp/run --prompt='def main():' --max_new_tokens=200
   python -m lcx.generate --checkpoint=path/to/hf_folder --prompt='Once upon a time' --temperature=0.8 --seed=1
   python -m lcx.generate --checkpoint=path/to/hf_folder --chat --prompt='What is a long context good for?'
+  python -m lcx.generate --checkpoint=path/to/hf_folder --adapter=path/to/peft_adapter --prompt='Once upon a time'
 """
 
 import argparse
@@ -42,6 +43,9 @@ def main(argv=None) -> int:
         "--add_bos",
         action=argparse.BooleanOptionalAction,
         help="BOS before the prompt; by default as the tokenizer adds it",
+    )
+    parser.add_argument(
+        "--adapter", action="append", metavar="FOLDER", help="a PEFT adapter (LoRA) of it; repeat it to add updates up"
     )
     return config.run(parser, "lcx.sampler:stream_text", argv)
 

@@ -37,7 +37,7 @@ _WEIGHTS = (
     ("*.pt", "*.pt.part*"),
 )
 _BESIDE = ("lolcats.json",)
-_ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+_ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "lcx_adapter.json")
 _TIMEOUT = 20.0  # seconds
 _DATA = (
     "*.parquet", "*.arrow", "*.json", "*.jsonl", "*.ndjson", "*.csv", "*.tsv", "*.txt", "*.gz", "*.zst", "*.fa",

@@ -98,6 +98,11 @@ class Ladder:
             )
         if self.trainer.init_from is None:
             raise UserError("Ladder.trainer has no init_from: a ladder extends a pretrained model")
+        if self.trainer.adapter is not None:
+            raise UserError(
+                "Ladder.trainer has an adapter, which belongs to one context length: merge it into init_from first "
+                "(python -m lcx.convert --adapter)"
+            )
         if "factor" in self.rope_scaling:
             raise UserError(
                 "Ladder.rope_scaling has a factor: leave it out, each rung's follows from its context_length"

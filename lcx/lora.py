@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float
 
+from lcx import model as model_lib
 from lcx import sharding
 from lcx.errors import UserError
 from lcx.layers import Linear
@@ -37,15 +38,16 @@ class LoRA:
 
     Attributes:
       alpha: the update is scaled by alpha / rank, so that a change of rank keeps the size of a step.
-      targets: a regular expression, found anywhere in a path such as "stages_0/block_0/mixer/q_proj". For all
-        projections: "_proj".
+      targets: a regular expression, found anywhere in a path such as "stages_0/block_0/mixer/q_proj". The default is
+        every projection of every mixer: q, k, v, o of attention, in_proj and out_proj of Hyena, all of Mamba-2 and
+        2Mamba. For those of the MLPs too: "_proj".
       beside: parameters whose path ("params/stages_0/block_0/mixer/feature_map_q/layer") this regular expression
         matches train beside the pairs; None: no others.
     """
 
     rank: int = 8
     alpha: float = 16.0
-    targets: str = r"(q|k|v|o)_proj"
+    targets: str = r"/mixer/"
     beside: str | None = None
 
     def __post_init__(self):
@@ -106,6 +108,10 @@ class LoRA:
         key = jax.random.fold_in(key, zlib.crc32(jax.tree_util.keystr(path).encode()))
         return jax.random.uniform(key, leaf.shape, leaf.dtype, -bound, bound)
 
+    def paths(self, model: Decoder) -> list[str]:
+        """Where the pairs are: "stages_0/block_0/mixer/q_proj". Raises UserError when there is none."""
+        return [path for path, _, _ in self._targets(model)]
+
     def _targets(self, model: Decoder) -> list[tuple[str, Linear, int]]:
         linears = list(all_linears(model))
         found = [entry for entry in linears if re.search(self.targets, entry[0])]
@@ -132,6 +138,53 @@ def all_linears(model: Decoder) -> Iterator[tuple[str, Linear, int]]:
     params = nn.meta.unbox(variables["params"])
     for path, linear in found.items():
         yield path, linear, _at(params, path)["kernel"].shape[0]
+
+
+def statement(model: Decoder, lora: Mapping[str, Any], trains: Any = None) -> str:
+    """What a `lora` collection (or its shapes) touches, by kind of layer.
+
+    "LoRA rank 8 on 56 matrices: Attention q_proj 14, k_proj 14, v_proj 14, o_proj 14; 0.6M parameters"
+
+    Args:
+      trains: tree of bool like the params, which of them train beside the pairs.
+    """
+    counts: dict[str, dict[str, int]] = {}
+    ranks, parameters = set(), 0
+    for path, _, L in all_linears(model):
+        if (pair := _at(lora, path)) is None:
+            continue
+        stage, block, part, *_ = path.split("/")
+        owner = getattr(model.stages[int(stage.split("_")[1])].pattern[int(block.split("_")[1])], part)
+        names = counts.setdefault(type(owner).__name__, {})
+        name = path.rpartition("/")[2]
+        names[name] = names.get(name, 0) + L
+        ranks.add(pair["a"].shape[-1])
+        parameters += math.prod(pair["a"].shape) + math.prod(pair["b"].shape)
+    total = sum(sum(names.values()) for names in counts.values())
+    kinds = [f"{kind} {', '.join(f'{n} {count}' for n, count in names.items())}" for kind, names in counts.items()]
+    rank = " and ".join(str(rank) for rank in sorted(ranks))
+    line = f"LoRA rank {rank} on {total} matrices: {'; '.join(kinds)}; {_count(parameters)} parameters"
+    return line if trains is None else line + _beside(model, trains)
+
+
+def _beside(model: Decoder, trains: Any) -> str:
+    shapes = model_lib.abstract_params(model)
+    found = [
+        (jax.tree_util.keystr(path, simple=True, separator="/"), leaf.size)
+        for (path, leaf), yes in zip(
+            jax.tree_util.tree_leaves_with_path(shapes), jax.tree.leaves(trains), strict=True
+        )
+        if yes
+    ]
+    if not found:
+        return ""
+    names = ", ".join(name for name, _ in found[:4]) + (f" and {len(found) - 4} more" if len(found) > 4 else "")
+    return f"; beside them {names}: {_count(sum(size for _, size in found))} parameters"
+
+
+def _count(count: int) -> str:
+    """'0.6M', or all digits of a small number."""
+    return f"{count / 1e6:.1f}M" if count >= 100_000 else f"{count:,}"
 
 
 def merge(params: Mapping[str, Any], lora: Mapping[str, Any]) -> dict[str, Any]:
@@ -187,6 +240,9 @@ def _put(tree: dict[str, Any], path: str, value: Any) -> None:
 
 
 def _at(tree: Mapping[str, Any], path: str) -> Any:
+    """What is at the path; None where nothing is."""
     for name in path.split("/"):
+        if name not in tree:
+            return None
         tree = tree[name]
     return tree

@@ -26,10 +26,10 @@ def next_token(model: Decoder, variables: Any, batch: Batch) -> Sums:
 
     Labels come shifted from the data; a zero weight masks padding and the first token of a document.
 
-    Auxiliary losses are added: what a module sows with `self.sow("losses", name, value)`, a loss for every token [B, T],
-    weighted like the tokens, or a scalar, a mean over the tokens that the module sees. Layers add up; a coefficient is
-    the module's own. Only a loss for every token, and a scalar of the weights alone, is the same for every split of a
-    batch: other scalars are those of a micro-batch.
+    Auxiliary losses are added: what a module sows with `self.sow("losses", name, value)`: a loss for every token
+    [B, T], weighted like the tokens, or a scalar, a mean over the tokens that the module sees. Layers add up; a
+    coefficient is the module's own. Only a loss for every token, and a scalar of the weights alone, is the same for
+    every split of a batch: other scalars are those of a micro-batch.
 
     Raises:
       UserError: a module sows something of another shape, or under the name of another metric.

@@ -92,7 +92,7 @@ class AdamW:
           beside: with LoRA, parameters that train too (LoRA.beside); `trainable` and `frozen` choose among the others.
 
         Raises:
-          UserError: none of them.
+          UserError: none of them, or none beside the pairs although `beside` is given.
         """
 
         def one(path: str) -> bool:
@@ -102,6 +102,9 @@ class AdamW:
             return bool(wanted) and not (self.frozen is not None and re.search(self.frozen, path))
 
         mask = _by_path(params, one)
+        if beside is not None and not any(jax.tree.leaves(mask["params"])):
+            found = f"LoRA.beside {beside!r} matches none of the model's parameters"
+            raise UserError(f"{found}, such as {leaf_paths({'params': params['params']})[0]}; change LoRA.beside")
         if not any(jax.tree.leaves(mask)):
             paths = leaf_paths(params)
             raise UserError(

@@ -4,6 +4,7 @@ What a resumed run may change (steps, batch size, learning rate, dtype, remat, m
 """
 
 import logging
+import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,8 +27,10 @@ def record(
     context_length: int | None,
     linearize: Linearize | None,
     lora: LoRA | None,
+    adapter: str | None = None,
 ) -> dict[str, Any]:
     """The settings as JSON."""
+    started = {} if adapter is None else {"adapter": True}  # a run that goes on does not read it again
     scaling = {key: describe.to_json(value) for key, value in (rope_scaling or {}).items()}
     return {
         "model": _without_free(describe.to_json(model)),
@@ -36,6 +39,7 @@ def record(
         "context_length": context_length,
         "linearize": describe.to_json(linearize),
         "lora": describe.to_json(lora),
+        **started,
     }
 
 
@@ -89,3 +93,15 @@ def _brief(value: Any) -> str:
     if isinstance(value, list):
         return f"{len(value)} of them"
     return "the default" if value is None else repr(value)
+
+
+def keep_config(folder: pathlib.Path, text: str) -> None:
+    """Writes config.gin; one that says something else is kept as config.1.gin, config.2.gin, ..."""
+    config = folder / "config.gin"
+    if not text or (config.exists() and config.read_text() == text):
+        return
+    (folder / "config.gin.new").write_text(text)
+    if config.exists():
+        number = next(i for i in range(1, 1 << 30) if not (folder / f"config.{i}.gin").exists())
+        config.rename(folder / f"config.{number}.gin")
+    (folder / "config.gin.new").rename(config)

@@ -1,4 +1,4 @@
-"""Parameters that a user brings: the tree of arrays that belongs to a model, however it is wrapped, or a clear error."""
+"""Parameters that a user brings: the tree of arrays that belongs to a model, however it is wrapped, or an error."""
 
 import functools
 from collections.abc import Mapping

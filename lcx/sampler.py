@@ -244,6 +244,7 @@ def stream_text(
     chat: bool = False,
     system: str | None = None,
     chat_template: str | None = None,
+    adapter: Sequence[str] | None = None,
 ) -> None:
     """Prints the continuation of a prompt while it is produced, then its speed on stderr.
 
@@ -251,8 +252,8 @@ def stream_text(
     token that ends a document. "@path" reads the prompt from a file, without its last line break; "@@text" is a prompt
     that starts with an @. `add_bos` True or False overrides the tokenizer. With `chat` it is the user's turn, after
     `system` if that is given, in the chat template that the model was trained with (`chat_template`: another one), and
-    the answer also ends where the template's turns end. `rope_scaling` and `context_length` extend the model first, as
-    in lcx.load.
+    the answer also ends where the template's turns end. `rope_scaling` and `context_length` extend the model first, and
+    `adapter` names PEFT adapters of it, as in lcx.load.
 
     Raises:
       UserError: bad settings, no such file, a checkpoint or tokenizer that does not load.
@@ -275,7 +276,9 @@ def stream_text(
     if not ids:
         raise UserError("the prompt is empty and no BOS is added to start from: set --prompt, or --add_bos")
     text_stream.say_special_tokens(tokenizer, before)
-    model, params = lcx.load(checkpoint, rope_scaling=rope_scaling, context_length=context_length)
+    model, params = lcx.load(
+        checkpoint, rope_scaling=rope_scaling, context_length=context_length, adapter=adapter
+    )
     check_vocabulary(tokenizer, model.vocab_size)
     columns = stream(
         model,

@@ -22,6 +22,7 @@ from lcx import __version__, describe, objectives, origin, processes, sharding, 
 from lcx import lora as lora_lib
 from lcx import model as model_lib
 from lcx.checkpoint import Checkpointer
+from lcx.convert import adapter_start
 from lcx.convert import api as convert
 from lcx.data import BatchIterator, Dataset, Mixture
 from lcx.errors import UserError
@@ -74,22 +75,10 @@ def train(
         check(str(folder))
     if jax.process_index() == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        _keep_config(folder, config_text)
+        origin.keep_config(folder, config_text)
     job.run(str(folder))
     if operative_config is not None and jax.process_index() == 0:
         (folder / "operative_config.gin").write_text(operative_config())
-
-
-def _keep_config(folder: pathlib.Path, text: str) -> None:
-    """Writes config.gin; one that says something else is kept as config.1.gin, config.2.gin, ..."""
-    config = folder / "config.gin"
-    if not text or (config.exists() and config.read_text() == text):
-        return
-    (folder / "config.gin.new").write_text(text)
-    if config.exists():
-        number = next(i for i in range(1, 1 << 30) if not (folder / f"config.{i}.gin").exists())
-        config.rename(folder / f"config.{number}.gin")
-    (folder / "config.gin.new").rename(config)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +103,8 @@ class Trainer:
         float32; weights that do not train stay as they are stored.
       remat: which activations are recomputed: none, dots, full; None keeps the model's.
       lora: train low-rank pairs instead of the weights.
+      adapter: with init_from, a PEFT adapter of it that trains on: its pairs, with their rank, alpha and modules (which
+        `lora`, if it is set, must agree with), and what it holds beside them.
       accumulation: micro-batches per step.
       mesh: sizes of the mesh axes.
       eval_every: steps between evaluations of the held-out loss; 0 for none but the last.
@@ -135,6 +126,7 @@ class Trainer:
     remat: str | None = None
     optimizer: AdamW = AdamW()
     lora: lora_lib.LoRA | None = None
+    adapter: str | None = None
     objective: Callable = objectives.next_token
     accumulation: int = 1
     mesh: sharding.MeshShape = sharding.MeshShape()
@@ -155,6 +147,10 @@ class Trainer:
             raise UserError(
                 "Trainer.rope_scaling, context_length, linearize and expects_linear are about a pretrained model: set "
                 "Trainer.init_from"
+            )
+        if self.adapter is not None and (self.init_from is None or self.linearize is not None):
+            raise UserError(
+                "Trainer.adapter belongs to a pretrained model as it is: set Trainer.init_from, and linearize to None"
             )
         for name, least in _LEAST.items():
             if getattr(self, name) < least:
@@ -220,7 +216,9 @@ class Trainer:
         step, _, documents = checkpointer.restore({})
         self._check_origin(documents, workdir)
         model = self.adjusted(self.model or describe.from_json(documents["meta"]["model"]))
-        run = self._prepared(model, mesh, convert.as_stored(model, mesh, checkpointer.directory / str(step)))
+        lora = self.lora if self.adapter is None else describe.from_json(documents["meta"]["lora"])
+        stored = convert.as_stored(model, mesh, checkpointer.directory / str(step))
+        run = self._prepared(model, mesh, lora, stored)
         step, state, documents = checkpointer.restore(run.abstract)
         return dataclasses.replace(
             run,
@@ -234,19 +232,30 @@ class Trainer:
     def _start(self, mesh) -> "Run":
         """A warm start from init_from, or random weights."""
         carried: dict[str, Any] = {}
+        lora, pairs = self.lora, None
         if self.init_from is None:
             assert self.model is not None
             model = self.adjusted(self.model)
             params = model_lib.init_params(model, jax.random.key(self.seed), mesh=mesh)
         else:
-            model, params = self.load(mesh)
+            if self.adapter is None:
+                model, params = self.load(mesh)
+            else:
+                model, params, pairs, lora = adapter_start.start(
+                    self.init_from,
+                    self.adapter,
+                    mesh=mesh,
+                    lora=self.lora,
+                    rope_scaling=self.rope_scaling,
+                    context_length=self.context_length,
+                )
             if self.expects_linear:
                 check_linear(model, seq_len=self.seq_len, where=self.init_from)
             model, carried = self.adjusted(model), _carried(self.init_from)
-        run = self._prepared(model, mesh, params)
+        run = self._prepared(model, mesh, lora, params)
         weights = {"params": train_step.as_kept(params, run.abstract["params"])}
-        if self.lora is not None:
-            weights["lora"] = self.lora.init(jax.random.key(self.seed), model, mesh=mesh)
+        if lora is not None:
+            weights["lora"] = pairs or lora.init(jax.random.key(self.seed), model, mesh=mesh)
         opt_state = train_step.init_opt_state(run.optimizer, weights, run.abstract, run.trains)
         return dataclasses.replace(run, state={**weights, "opt_state": opt_state}, carried=carried)
 
@@ -268,17 +277,17 @@ class Trainer:
         }
         return model.clone(parent=None, **changes)
 
-    def _prepared(self, model: Decoder, mesh, stored: Any = None) -> "Run":
+    def _prepared(self, model: Decoder, mesh, lora: lora_lib.LoRA | None, stored: Any = None) -> "Run":
         """Everything but the arrays. `stored`: parameters, or their shapes, in the dtypes of what does not train."""
         weights = {"params": model_lib.abstract_params(model, mesh=mesh)}
-        if self.lora is not None:
-            weights["lora"] = self.lora.abstract(model, mesh=mesh)
-        trains = self.optimizer.trains(weights, None if self.lora is None else self.lora.beside)
+        if lora is not None:
+            weights["lora"] = lora.abstract(model, mesh=mesh)
+        trains = self.optimizer.trains(weights, None if lora is None else lora.beside)
         if stored is not None:
             weights["params"] = train_step.kept(weights["params"], trains["params"], stored)
         optimizer = self.optimizer.build(train_step.moving(weights, trains), self.steps)
         abstract = train_step.abstract_state(weights, optimizer, mesh, trains)
-        return Run(model, optimizer, trains, abstract)
+        return Run(model, optimizer, trains, abstract, lora)
 
     def _origin(self) -> dict[str, Any]:
         return origin.record(
@@ -288,6 +297,7 @@ class Trainer:
             context_length=self.context_length,
             linearize=self.linearize,
             lora=self.lora,
+            adapter=self.adapter,
         )
 
     def _announce(self, run: "Run", metrics: MetricsLogger) -> None:
@@ -297,6 +307,8 @@ class Trainer:
         metrics.message(self.data.describe_special_tokens())
         for remark in self.data.remarks():
             metrics.message(remark)
+        if run.lora is not None:
+            metrics.message(lora_lib.statement(run.model, run.abstract["lora"], run.trains["params"]))
         if run.model.max_position_embeddings < self.seq_len:
             metrics.message(
                 f"warning: Trainer.seq_len {self.seq_len} exceeds the model's window of "
@@ -367,6 +379,7 @@ class Trainer:
             "lcx_version": __version__,
             "data": describe.to_json(self.data),
             "hf_config": run.carried,
+            "lora": describe.to_json(run.lora),
         }
         documents = {
             "meta": meta,
@@ -429,6 +442,7 @@ class Run:
     Attributes:
       trains: tree of bool, which of the weights move.
       abstract: shapes and shardings of the state.
+      lora: the settings of its pairs, if it trains pairs.
       state: see train_step. Empty until it is restored or started.
       step: updates done.
       data: position in the data; None at a start.
@@ -440,6 +454,7 @@ class Run:
     optimizer: optax.GradientTransformation
     trains: Any
     abstract: State
+    lora: lora_lib.LoRA | None = None
     state: State = dataclasses.field(default_factory=dict)
     step: int = 0
     data: dict[str, Any] | None = None

@@ -20,6 +20,11 @@ from lcx.checkpoint import Checkpointer
 from lcx.convert import peft
 from lcx.errors import UserError
 from lcx.lora import LoRA
+from lcx.mixers.attention import Attention
+from lcx.mixers.hyena import HyenaLI, HyenaMR, HyenaSE
+from lcx.mixers.linear_attention import LinearAttention
+from lcx.mixers.mamba2 import Mamba2
+from lcx.mixers.two_mamba import TwoMamba
 
 V = 61
 TOKENS = np.random.default_rng(0).integers(0, V, (2, 19))
@@ -200,6 +205,71 @@ def test_merging_with_another_model_is_refused(tiny):
         lora_lib.merge(params, {"stages_0": {"block_0": {"mixer_norm": {"a": 1, "b": 1, "scale": 1}}}})
 
 
+MIXERS = {
+    "Attention": Attention(num_heads=4, num_kv_heads=2, head_dim=8),
+    "LinearAttention": LinearAttention(4, 2, 8, window=8, feature_dim=6),
+    "HyenaSE": HyenaSE(num_channels=32, num_groups=8),
+    "HyenaMR": HyenaMR(num_channels=32, num_groups=8, filter_length=16, init_length=64),
+    "HyenaLI": HyenaLI(num_channels=32),
+    "Mamba2": Mamba2(num_heads=4, head_dim=8, state_dim=16, num_groups=2, mlp_size=24),
+    "TwoMamba": TwoMamba(num_heads=2, head_dim=16),
+}
+
+
+def filled(abstract, seed):
+    """Random numbers in these shapes, without a program to compile."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: (0.2 * rng.standard_normal(x.shape)).astype(np.float32), abstract)
+
+
+def model_of(names, repeat):
+    """A decoder of these mixers, one after the other."""
+    blocks = tuple(
+        model_lib.Block(mixer=MIXERS[name].clone(parent=None), mlp=model_lib.Mlp(48, parent=None), parent=None)
+        for name in names
+    )
+    stages = (model_lib.Stage(blocks, repeat),)
+    return model_lib.Decoder(V, 32, stages, max_position_embeddings=64, parent=None)
+
+
+def test_the_default_targets_reach_every_projection_of_every_mixer():
+    model = model_of(MIXERS, repeat=2)
+    lora = LoRA(rank=2).abstract(model)
+    said = lora_lib.statement(model, lora)
+    assert said.startswith("LoRA rank 2 on 52 matrices: Attention q_proj 2, k_proj 2, v_proj 2, o_proj 2; ")
+    for kind in ("SE", "MR", "LI"):
+        assert f"; Hyena{kind} in_proj 2, out_proj 2; " in said
+    mamba = ("z", "dt", "x", "b", "c", "out", "gate", "up", "down")
+    assert f"; Mamba2 {', '.join(f'{name}_proj 2' for name in mamba)}; " in said
+    assert "; TwoMamba qkv_proj 2, forget_proj 2, o_proj 2; " in said and "Mlp" not in said
+    size = sum(pair[x].size for pair in pairs_of(lora) for x in "ab")
+    assert said.endswith(f"; {size:,} parameters")
+    assert "Mlp gate_proj" in lora_lib.statement(model, LoRA(rank=2, targets="_proj").abstract(model))
+
+
+def test_pairs_of_other_mixers_train_and_merge():
+    """Merged equal to unmerged, a gradient for every pair. Attention's are above; MR and LI have SE's projections."""
+    model = model_of(("HyenaSE", "Mamba2", "TwoMamba"), repeat=1)
+    params = filled(model_lib.abstract_params(model), 0)
+    lora = filled(LoRA(rank=2).abstract(model), 1)
+
+    def loss(lora, params):
+        logits = model.apply({"params": params, "lora": lora}, TOKENS)
+        return jnp.mean(jax.nn.logsumexp(logits, -1) - logits[..., 3]), logits
+
+    step = jax.jit(jax.value_and_grad(loss, has_aux=True))  # one program: pairs of zeros are none
+    (_, found), grads = step(lora, params)
+    none = jax.tree.map(np.zeros_like, lora)
+    np.testing.assert_allclose(found, step(none, merge(params, lora))[0][1], atol=2e-5)
+    assert np.abs(found - step(none, params)[0][1]).max() > 0.02
+    for pair in pairs_of(grads):
+        assert all(np.isfinite(pair[x]).all() and np.abs(pair[x]).max() > 1e-9 for x in "ab")
+
+
+def pairs_of(tree):
+    return [tree] if set(tree) == set(lora_lib.LEAVES) else [x for sub in tree.values() for x in pairs_of(sub)]
+
+
 # ---------------------------------------------------------------------------------------------- PEFT
 
 SIZES = dict(
@@ -342,9 +412,9 @@ def adapter(bases, tmp_path):
     "changes,message",
     [
         (dict(peft_type="IA3"), "peft_type 'IA3', expected 'LORA'"),
-        (dict(use_dora=True), "use_dora True"),
-        (dict(bias="all"), "bias 'all', expected 'none'"),
-        (dict(modules_to_save=["lm_head"]), "modules_to_save"),
+        (dict(use_dora=True), "lora_magnitude_vector of .* is missing, and use_dora"),
+        (dict(bias="most"), "bias .most., expected one of none, all"),
+        (dict(modules_to_save=["lm_head"]), "means lm_head.weight, which the adapter does not hold"),
         (dict(init_lora_weights="pissa_niter_4"), "changes the base weights too"),
         (dict(r=0), "r 0, expected a positive number"),
         (dict(r=5), "rank 4 in its tensors, expected 5"),

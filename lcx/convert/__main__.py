@@ -1,4 +1,4 @@
-"""Convert checkpoints between lcx, Hugging Face folders (hf), savanna and vortex (Evo 2), and LoLCATS.
+"""Convert checkpoints between lcx, Hugging Face folders (hf), savanna and vortex (Evo 2), LoLCATS and PEFT.
 
 The source is never changed, and the destination appears whole or not at all. Memory stays far below the size
 of the checkpoint.
@@ -10,6 +10,8 @@ Examples:
       --rope_scaling='{"rope_type": "yarn", "factor": 4.0}'
   python -m lcx.convert --src=path/to/hf_folder --feature_maps=X_distill.pt --lora=X_ft.pt --dst=/tmp/linear \\
       --dst_format=lcx
+  python -m lcx.convert --src=runs/lora --dst=out/adapter --dst_format=peft
+  python -m lcx.convert --src=path/to/hf_folder --adapter=path/to/peft_adapter --dst=/tmp/merged --dst_format=hf
   python -m lcx.convert --src=evo2_7b.pt --dst=/tmp/evo2_mp8 --dst_format=savanna --model_parallel=8
 """
 
@@ -34,7 +36,8 @@ def main(argv=None) -> int:
         "--dst_format",
         required=True,
         metavar="FORMAT",
-        help="lcx, hf, savanna, vortex, lolcats or lolcats_files (what lies on a Hugging Face folder)",
+        help="lcx, hf, savanna, vortex, lolcats; of a run with LoRA also peft (an adapter of what it trained) and "
+        "lolcats_files (what lies on a Hugging Face folder)",
     )
     parser.add_argument(
         "--src_format",
@@ -56,6 +59,17 @@ def main(argv=None) -> int:
     )
     parser.add_argument(
         "--model_parallel", type=int, metavar="N", help="files that share the tensors of savanna (default 1)"
+    )
+    parser.add_argument(
+        "--adapter",
+        action="append",
+        metavar="FOLDER",
+        help="a PEFT adapter (LoRA) of the model at --src, merged into it; repeat it, updates add up",
+    )
+    parser.add_argument(
+        "--base_model",
+        metavar="NAME",
+        help="what a peft adapter names as its base, a path or a name on the hub (default: what the run started from)",
     )
     _add_lolcats(parser)
     return config.run(parser, "lcx.convert.command:convert", argv)

@@ -2,7 +2,7 @@
 
 import os
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,11 +14,14 @@ from lcx import model as model_lib
 from lcx.checkpoint import Checkpointer
 from lcx.checkpoint_folder import COMMIT_MARKER, find_step, read_record
 from lcx.convert import (
+    adapted,
     destination,
     hf,
     hf_folder,
     lcx_folder,
     lolcats_writer,
+    peft_files,
+    peft_settings,
     rules,
     savanna,
     savanna_files,
@@ -53,6 +56,7 @@ def load(
     rope_scaling: Mapping[str, Any] | None = None,
     context_length: int | None = None,
     lolcats: Lolcats | None = None,
+    adapter: str | os.PathLike | Sequence[str | os.PathLike] | None = None,
 ) -> tuple[Decoder, dict[str, Any]]:
     """Reads a model.
 
@@ -69,6 +73,7 @@ def load(
       rope_scaling: what Hugging Face writes, {"rope_type": "yarn", "factor": 4.0}: extends the context.
       context_length: the new window in tokens; by default factor times the original window.
       lolcats: published LoLCATS files that sit on this Hugging Face folder, and their settings.
+      adapter: a folder of PEFT's LoRA for this model, or several whose updates add up; merged into params.
 
     Returns:
       (model, params): `model.apply({"params": params}, tokens)` are the logits. Low-rank pairs that were
@@ -79,10 +84,13 @@ def load(
     """
     wanted, path = sources.parse_dtype(dtype), hub.local(path)
     format = checked_format(format, lolcats) or detect(path)
-    if format == "lcx":
+    if format == "lcx" and adapter is None:
         return _load_lcx(path, wanted, mesh, rope_scaling, context_length)
     source = opened(path, format, lolcats)
-    model = sources.extended(source.model, rope_scaling, context_length)
+    source.model = sources.extended(source.model, rope_scaling, context_length)
+    scaled = rope_scaling is not None or context_length is not None
+    source = adapted.adapted(source, adapter, scaled=scaled, dtype=wanted)
+    model = source.model
     if wanted is not None:
         model = model.clone(dtype=str(wanted), parent=None)
     return model, sources.to_devices(source, dtype=wanted, mesh=mesh)
@@ -294,6 +302,12 @@ def detect(path: str | os.PathLike) -> str:
     names = {entry.name for entry in folder.iterdir()}
     if is_lolcats(names):
         return "lolcats"
+    if peft_files.CONFIG in names and hf_folder.CONFIG not in names:
+        base = peft_settings.read(folder).base
+        raise UserError(
+            f"{path} is a PEFT adapter: pass its base{f', {base!r},' if base else ''} as the model, and this as "
+            "--adapter (adapter= in Python)"
+        )
     if names & {hf_folder.CONFIG, *hf_folder.WEIGHT_FILES}:
         return "hf"
     if "checkpoints" in names or COMMIT_MARKER in names or any(name.isdecimal() for name in names):

@@ -3,6 +3,7 @@
 import logging
 import os
 import pathlib
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -20,6 +21,7 @@ from lcx.errors import UserError
 log = logging.getLogger(__name__)
 
 _PARAMS, _LORA, _META = "params", "lora", "meta"
+_MOMENTS = re.compile(r".*/mu/params/(.+)")
 _CARRIED = "hf_config"  # in the meta item: settings of config.json that the model does not hold
 
 
@@ -51,7 +53,22 @@ class LcxSource:
         }
         sources.check_leaves(self.leaves, self.model, self.where)
         if self._lora is not None:
-            log.warning("%s: its low-rank pairs are merged into the parameters", self.where)
+            self._check_pairs()
+            beside = len(trained(folder) or [])
+            log.warning(
+                "%s: its %d low-rank pairs are merged into the parameters%s",
+                self.where,
+                sum(shape[0] for path, (shape, _) in self._lora.arrays.items() if path[-1] == "scale"),
+                f", of which {beside} trained beside them" if beside else "",
+            )
+
+    def _check_pairs(self) -> None:
+        """Raises UserError for a pair that belongs to no parameter: what trained would be lost."""
+        assert self._lora is not None
+        owners = {path[:-1] for path in self._lora.arrays}
+        lost = sorted("/".join(owner) for owner in owners if "/".join((*owner, "kernel")) not in self.leaves)
+        if lost:
+            raise UserError(f"{self.where}: the low-rank pair at {lost[0]} belongs to no parameter of the model")
 
     def read(self, path: str, index: rules.Index) -> np.ndarray:
         keys, shape = tuple(path.split("/")), self.leaves[path].shape
@@ -77,6 +94,17 @@ def merged(kernel: np.ndarray, a: np.ndarray, b: np.ndarray, scale: np.ndarray) 
         update = np.float32(scale[layer]) * low_rank
         result[layer] = (kernel[layer].astype(np.float32) + update).astype(kernel.dtype)
     return result
+
+
+def trained(step_folder: str | os.PathLike) -> list[str] | None:
+    """Paths of the parameters that a run trained as a whole ("embed/embedding"), not as a low-rank pair.
+
+    Those that its optimizer keeps moments of. None for a checkpoint without an optimizer's state.
+    """
+    entries = read_record(step_folder).arrays.get("opt_state")
+    if entries is None:
+        return None
+    return sorted(found[1] for key in entries if (found := _MOMENTS.fullmatch(key)))
 
 
 def read_meta(step_folder: pathlib.Path) -> dict[str, Any]:

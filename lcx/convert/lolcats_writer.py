@@ -17,8 +17,9 @@ import numpy as np
 
 from lcx import model as model_lib
 from lcx.convert import destination, hf, hf_folder, lolcats_settings, peft, rules, sources
-from lcx.convert.lcx_folder import LcxSource
+from lcx.convert.lcx_folder import LcxSource, trained
 from lcx.convert.lolcats import DISTILL, FINETUNE, is_map, map_rules, softmax_model
+from lcx.convert.peft_files import PREFIX, LowRank
 from lcx.convert.sources import ModelSource
 from lcx.convert.tensor_io import TensorInfo
 from lcx.convert.torch_bin import TorchFile
@@ -176,9 +177,16 @@ def export(checkpoint: str | os.PathLike, path: str | os.PathLike, *, overwrite:
     """`save` of what a training run left in its checkpoint (a workdir, or one of its steps).
 
     Raises:
-      UserError: no checkpoint there, or what `save` refuses.
+      UserError: no checkpoint there, parameters that trained and have no place in these files, or what `save` refuses.
     """
     source = LcxSource(checkpoint, merge=False)
+    own = {rule.parts[0].path for rule in map_rules(source.model)}
+    lost = [path for path in trained(peft.step_folder(checkpoint)) or [] if path not in own]
+    if lost:
+        raise UserError(
+            f"{checkpoint}: {len(lost)} parameters trained that are neither feature maps nor low-rank pairs, such as "
+            f"{lost[0]}, and these files have no place for them: write the whole model (--dst_format=lolcats)"
+        )
     _save(path, source, peft.stored_pairs(checkpoint), overwrite)
 
 
@@ -199,13 +207,13 @@ def _save(path, source: ModelSource, lora: Mapping[str, Any] | None, overwrite: 
         hf_folder.write_json(folder / lolcats_settings.FILE, settings)
 
 
-def _arrays(pairs: Mapping[str, peft.Pair]) -> Iterator[tuple[str, np.ndarray]]:
+def _arrays(pairs: Mapping[str, LowRank]) -> Iterator[tuple[str, np.ndarray]]:
     for module, pair in pairs.items():
-        yield f"{peft.PREFIX}{module}.lora_A.default.weight", pair.A
-        yield f"{peft.PREFIX}{module}.lora_B.default.weight", pair.B
+        yield f"{PREFIX}{module}.lora_A.default.weight", pair.A
+        yield f"{PREFIX}{module}.lora_B.default.weight", pair.B
 
 
-def _lora_settings(pairs: Mapping[str, peft.Pair]) -> dict[str, Any]:
+def _lora_settings(pairs: Mapping[str, LowRank]) -> dict[str, Any]:
     """r, lora_alpha and target_modules as published: one of each for all."""
     found = {(len(pair.A), np.float32(pair.scale)) for pair in pairs.values()}
     if len(found) > 1:

@@ -1,25 +1,23 @@
-"""LoRA adapters in PEFT's files <-> the `lora` collection of an lcx model.
+"""LoRA adapters in PEFT's files <-> the `lora` collection of an lcx model, and what trained beside it.
 
-A folder holds adapter_config.json and adapter_model.safetensors, with two matrices a module:
-
-    base_model.model.model.layers.{i}.self_attn.q_proj.lora_A.weight [R, in]      .lora_B.weight [out, R]
-
-and the update lora_alpha / R * B A. Modules have the names of the family's table (llama.py), so what differs is only
+`peft_files` says what a folder holds. Modules have the names of the family's table (llama.py), so what differs is only
 the layout. A fused module (Phi-3's qkv_proj) has one A for all of its parts; each part gets its own here, and if
-training has pulled them apart, they are written side by side, with the sum of their ranks: the same function.
+training has pulled them apart, they are written side by side, with the sum of their ranks: the same function. What
+trained as a whole beside the pairs is written as `modules_to_save`.
 
-    lora = peft.load("path/to/adapter", model)
+    lora = peft.load("path/to/adapter", model)              # of pairs alone; any: lcx.load(base, adapter=...)
     peft.save("path/to/adapter", model, lora)
     peft.export("path/to/workdir", "path/to/adapter")       # from a run that trained with LoRA
 """
 
 import collections
 import dataclasses
+import functools
 import math
 import os
 import pathlib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -28,35 +26,25 @@ import numpy as np
 
 from lcx import describe
 from lcx.array_store import StepReader
-from lcx.checkpoint_folder import find_step, read_record
-from lcx.convert import destination, hf_folder, lcx_folder, llama, rules, safetensors, sources, torch_bin
-from lcx.convert.lolcats import softmax_model
+from lcx.checkpoint_folder import find_step, read_json, read_record
+from lcx.convert import (
+    adapted,
+    adapter_base,
+    destination,
+    hf_folder,
+    lcx_folder,
+    rules,
+    safetensors,
+    sources,
+    tensor_io,
+)
+from lcx.convert.adapter_base import Base
+from lcx.convert.peft_files import CONFIG, EMBEDDING_WEIGHT, HEAD_WEIGHT, PREFIX, WEIGHTS, LowRank, read
 from lcx.convert.rules import Transposed
-from lcx.convert.tensor_io import TensorInfo, TensorSource
+from lcx.convert.sources import ModelSource
+from lcx.convert.tensor_io import TensorInfo
 from lcx.errors import UserError
 from lcx.model import Decoder
-
-CONFIG, WEIGHTS, TORCH_WEIGHTS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-PREFIX = "base_model.model."
-#: Settings of adapter_config.json that would change the function, and the values that do not.
-_PLAIN: dict[str, tuple[Any, ...]] = {
-    "peft_type": ("LORA",),
-    "bias": ("none",),
-    **dict.fromkeys(("fan_in_fan_out", "lora_bias", "use_dora", "use_qalora"), (False,)),
-    **dict.fromkeys(
-        ("alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "modules_to_save")
-        + (
-            "monteclora_config",
-            "target_parameters",
-            "trainable_token_indices",
-            "use_bdlora",
-            "velora_config",
-        ),
-        (None, [], {}),
-    ),
-}
-#: Ways to initialise that change the base weights too: their files belong to another base.
-_MOVES_BASE = re.compile(r"pissa|olora|corda|loftq|lora_ga", re.IGNORECASE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,116 +59,49 @@ class Part:
     stop: int
 
 
-@dataclasses.dataclass(frozen=True)
-class Pair:
-    """A [R, in], B [out, R] and the scale of the update scale * B A."""
-
-    A: np.ndarray
-    B: np.ndarray
-    scale: float
-
-
 def load(path: str | os.PathLike, model: Decoder) -> dict[str, Any]:
-    """Reads an adapter as the `lora` collection of this model, float32.
+    """Reads an adapter of pairs alone as the `lora` collection of this model, float32.
 
     Layers of a stage that the adapter does not touch have scale 0; smaller ranks are filled up with zeros.
 
     Raises:
-      UserError: a missing or damaged file, a kind of adapter that is not plain LoRA, tensors that do not fit the model.
+      UserError: what `peft_files.read` refuses; an adapter that holds more than pairs.
     """
-    folder = pathlib.Path(path).expanduser()
-    if not folder.is_dir():
-        raise UserError(f"no adapter at {path}, expected a folder with {CONFIG} and {WEIGHTS}")
-    config = hf_folder.read_json(hf_folder.inside(folder, CONFIG))
-    _check_config(folder, config)
-    name = TORCH_WEIGHTS if not (folder / WEIGHTS).exists() and (folder / TORCH_WEIGHTS).exists() else WEIGHTS
-    file = hf_folder.inside(folder, name)
-    source: TensorSource = safetensors.SafetensorsFile(file) if name == WEIGHTS else torch_bin.TorchFile(file)
-    try:
-        return _collection(_parts_of_pairs(_pairs(source, config), modules(model)), model)
-    except UserError as error:
-        raise UserError(f"{folder}: {error}") from error
+    adapter = read(path, adapted.known(model))
+    more = [name for name, changes in adapter.changes.items() if not all(map(_is_pair, changes))]
+    if more:
+        raise UserError(
+            f"{path}: beside pairs it changes {_listing(more)} (modules_to_save, DoRA ...): use "
+            "lcx.load(base, adapter=...), which merges it"
+        )
+    return collection(adapter.pairs, model)
 
 
-def save(
-    path: str | os.PathLike,
-    model: Decoder,
-    lora: Mapping[str, Any],
-    *,
-    base_model: str | None = None,
-    overwrite: bool = False,
-) -> None:
-    """Writes the pairs as an adapter that `peft.PeftModel.from_pretrained` loads onto the exported base model.
+def collection(pairs: Mapping[str, LowRank], model: Decoder, *, rank: int | None = None) -> dict[str, Any]:
+    """Pairs by module as the `lora` collection of this model, float32; see `load`.
 
     Args:
-      base_model: what adapter_config.json names as the base, a path or a name on the hub.
-      overwrite: whether an existing adapter folder may be replaced.
+      rank: fill all of them up to this one.
 
     Raises:
-      UserError: pairs that do not belong to this model, a destination that exists or cannot be written.
+      UserError: pairs of the embedding or the head.
     """
-    pairs = module_pairs(lora, modules(model))
-    tensors = {}
-    for name, pair in pairs.items():
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = pair.A
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = pair.B
-    infos = {name: TensorInfo(array.dtype, array.shape) for name, array in tensors.items()}
-    needed = sum(info.nbytes for info in infos.values())
-    with destination.replacing(
-        path, overwrite=overwrite, needed_bytes=needed, replaceable=_is_adapter
-    ) as folder:
-        safetensors.write_file(folder / WEIGHTS, infos, lambda name: [tensors[name]])
-        hf_folder.write_json(folder / CONFIG, _config(pairs, modules(model), base_model))
+    return _collection(_parts_of_pairs(pairs, modules(model)), model, rank)
 
 
-def export(
-    checkpoint: str | os.PathLike,
-    path: str | os.PathLike,
-    *,
-    base_model: str | None = None,
-    overwrite: bool = False,
-) -> None:
-    """Writes the pairs that a training run left in its checkpoint (a workdir, or one of its steps) as an adapter.
-
-    Raises:
-      UserError: no pairs there, or what `save` refuses.
-    """
-    folder = _step_folder(checkpoint)
-    lora = stored_pairs(checkpoint)
-    if lora is None:
-        raise UserError(
-            f"{folder} has no low-rank pairs, expected a checkpoint of a run that trained with LoRA"
-        )
-    model = describe.from_json(lcx_folder.read_meta(folder)["model"])
-    save(path, model, lora, base_model=base_model, overwrite=overwrite)
-
-
-def stored_pairs(checkpoint: str | os.PathLike) -> dict[str, Any] | None:
-    """The `lora` collection of a checkpoint; None if it has none."""
-    folder = _step_folder(checkpoint)
-    if "lora" not in read_record(folder).arrays:
-        return None
-    reader = StepReader(folder, "lora")
-    return rules.unflatten({"/".join(keys): reader.read(keys, slice(None)) for keys in reader.arrays})
-
-
-def _step_folder(checkpoint: str | os.PathLike) -> pathlib.Path:
-    directory, step = find_step(checkpoint)
-    return pathlib.Path(os.fspath(directory)) / str(step)
+def _is_pair(change: Any) -> bool:
+    return isinstance(change, LowRank) and change.magnitude is None
 
 
 def modules(model: Decoder) -> dict[str, tuple[Part, ...]]:
     """The linear modules of the model under the names of its family: "model.layers.0.self_attn.q_proj" -> parts."""
-    if model.model_type not in llama.FAMILIES:
-        what = f"the model's model_type {model.model_type!r} has no PEFT names"
-        raise UserError(f"{what}, expected one of {', '.join(llama.FAMILIES)}")
-    shapes = sources.leaf_shapes(model)
+    names = adapted.table(model)
     known: dict[str, tuple[Part, ...]] = {}
-    for rule in llama.rules(softmax_model(model)):
+    for rule in names.rules.values():
         parts: list[Part] = []
         for part in rule.parts:
             if isinstance(part.layout, Transposed) and part.repeat is not None:
-                shape, axes = shapes[part.path][1:], part.layout.in_axes
+                shape, axes = names.shapes[part.path][1:], part.layout.in_axes
                 path, start = part.path.removesuffix("/kernel"), parts[-1].stop if parts else 0
                 stop = start + math.prod(shape[axes:])
                 parts.append(Part(path, part.repeat, shape[:axes], shape[axes:], start, stop))
@@ -192,94 +113,27 @@ def modules(model: Decoder) -> dict[str, tuple[Part, ...]]:
 # ------------------------------------------------------------------------------------------------ reading
 
 
-def _check_config(folder: pathlib.Path, config: Mapping[str, Any]) -> None:
-    for key, plain in _PLAIN.items():
-        if key in config and config[key] is not None and config[key] not in plain:
-            expected = (
-                f"expected {plain[0]!r}: only plain LoRA can be read, merge the adapter with PEFT instead"
-            )
-            raise UserError(f"{folder}: {CONFIG} has {key} {config[key]!r}, {expected}")
-    method = config.get("init_lora_weights")
-    if isinstance(method, str) and _MOVES_BASE.search(method):
-        found = f"{CONFIG} has init_lora_weights {method!r}, which changes the base weights too"
-        raise UserError(
-            f"{folder}: {found}: convert the adapter with PEFT (path_initial_model_for_weight_conversion)"
-        )
-    for key in ("r", "lora_alpha"):
-        if not isinstance(config.get(key), int | float) or not config[key] > 0:
-            raise UserError(f"{folder}: {CONFIG} has {key} {config.get(key)!r}, expected a positive number")
-
-
-def _pairs(source: TensorSource, config: Mapping[str, Any]) -> dict[str, Pair]:
-    """Module name -> its pair, checked for completeness."""
-    names: dict[str, dict[str, str]] = {}
-    for key in source.tensors:
-        match = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.lora_([AB])(?:\.default)?\.weight", key)
-        if match is None:
-            raise UserError(
-                f"unexpected tensor {key!r}, expected {PREFIX}MODULE.lora_A.weight and lora_B.weight alone"
-            )
-        names.setdefault(match[1], {})[match[2]] = key
-    pairs = {}
-    for module, keys in names.items():
-        if set(keys) != {"A", "B"}:
-            raise UserError(f"{module} has lora_{next(iter(keys))} alone, expected lora_A and lora_B")
-        A, B = (source.read(keys[side]) for side in "AB")
-        if A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1]:
-            raise UserError(f"{module} has A {A.shape} and B {B.shape}, expected [R, in] and [out, R]")
-        pairs[module] = Pair(A.astype(np.float32), B.astype(np.float32), _scale(config, module, A.shape[0]))
-    return pairs
-
-
-def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
-    """lora_alpha / rank, with PEFT's exceptions by module and for rsLoRA (Kalajdzievski 2023, arXiv 2312.03732)."""
-    alpha = _by_module(config.get("alpha_pattern"), module, config["lora_alpha"])
-    stated = _by_module(config.get("rank_pattern"), module, config["r"])
-    if stated != rank:
-        raise UserError(f"{module} has rank {rank} in its tensors, expected {stated} as {CONFIG} says")
-    return alpha / (rank**0.5 if config.get("use_rslora") else rank)
-
-
-def _by_module(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
-    for pattern, value in (patterns or {}).items():
-        try:
-            if re.fullmatch(rf"(.*\.)?({pattern})", module):
-                return value
-        except re.error as error:
-            found = f"{CONFIG} has the pattern {pattern!r}, which is no regular expression ({error})"
-            raise UserError(f"{found}: correct rank_pattern or alpha_pattern") from None
-    return default
-
-
 def _parts_of_pairs(
-    pairs: Mapping[str, Pair], known: Mapping[str, tuple[Part, ...]]
-) -> Iterator[tuple[Part, Pair]]:
+    pairs: Mapping[str, LowRank], known: Mapping[str, tuple[Part, ...]]
+) -> Iterator[tuple[Part, LowRank]]:
     """Every part with its own pair: the module's A, and its rows of B."""
-    unknown = [name for name in pairs if name not in known]
-    if unknown:
-        expected = f"expected modules such as {next(iter(known))}"
-        raise UserError(
-            f"the adapter has pairs for {_listing(unknown)}, {expected}: it belongs to another kind of model"
-        )
-    if not pairs:
-        raise UserError("the adapter holds no pairs, expected at least one")
     for name, pair in pairs.items():
-        rows, columns = known[name][-1].stop, math.prod(known[name][0].in_shape)
-        if pair.A.shape[1] != columns or pair.B.shape[0] != rows:
-            sizes = f"maps {pair.A.shape[1]} to {pair.B.shape[0]} features, the model's {columns} to {rows}"
-            raise UserError(f"the adapter's {name} {sizes}: it belongs to another model")
+        if name not in known:
+            raise UserError(
+                f"the adapter has a pair for {name}, and here only projections have pairs: merge it"
+            )
         for part in known[name]:
             yield part, dataclasses.replace(pair, B=pair.B[part.start : part.stop])
 
 
-def _collection(parts: Iterable[tuple[Part, Pair]], model: Decoder) -> dict[str, Any]:
+def _collection(parts: Iterable[tuple[Part, LowRank]], model: Decoder, common: int | None) -> dict[str, Any]:
     """The pairs stacked by layer."""
-    by_path: dict[str, list[tuple[Part, Pair]]] = collections.defaultdict(list)
+    by_path: dict[str, list[tuple[Part, LowRank]]] = collections.defaultdict(list)
     for part, pair in parts:
         by_path[part.path].append((part, pair))
     shapes, flat = sources.leaf_shapes(model), {}
     for path, entries in by_path.items():
-        L, rank = shapes[f"{path}/kernel"][0], max(len(pair.A) for _, pair in entries)
+        L, rank = shapes[f"{path}/kernel"][0], common or max(len(pair.A) for _, pair in entries)
         part = entries[0][0]
         a = np.zeros((L, *part.in_shape, rank), np.float32)
         b = np.zeros((L, rank, *part.out_shape), np.float32)
@@ -296,7 +150,192 @@ def _collection(parts: Iterable[tuple[Part, Pair]], model: Decoder) -> dict[str,
 # ------------------------------------------------------------------------------------------------ writing
 
 
-def module_pairs(lora: Mapping[str, Any], known: Mapping[str, tuple[Part, ...]]) -> dict[str, Pair]:
+def save(
+    path: str | os.PathLike,
+    model: Decoder,
+    lora: Mapping[str, Any],
+    *,
+    params: Mapping[str, Any] | None = None,
+    beside: Sequence[str] = (),
+    base_model: str | None = None,
+    overwrite: bool = False,
+) -> str:
+    """Writes an adapter that `peft.PeftModel.from_pretrained` loads onto the base model, and says what it holds.
+
+    Args:
+      params: of the model; needed with `beside` alone.
+      beside: paths of parameters that trained as a whole, "embed/embedding".
+      base_model: what adapter_config.json names as the base, a path or a name on the hub.
+      overwrite: whether an existing adapter folder may be replaced.
+
+    Raises:
+      UserError: pairs that do not belong to this model, something trained that PEFT has no place for, a destination
+        that exists or cannot be written.
+    """
+    source = None
+    if beside:
+        if params is None:
+            raise UserError(
+                "save has parameters beside the pairs and no params to take them from: pass params"
+            )
+        source = sources.TreeSource(model, params)
+    return _write(path, Base(base_model, model), lora, source, beside, overwrite)
+
+
+def export(
+    checkpoint: str | os.PathLike,
+    path: str | os.PathLike,
+    *,
+    base_model: str | None = None,
+    overwrite: bool = False,
+) -> list[str]:
+    """Writes what a training run with LoRA left in its checkpoint (a workdir, or one of its steps) as an adapter.
+
+    Args:
+      base_model: what adapter_config.json names as the base; None: what the run started from.
+
+    Returns:
+      Lines that say what the adapter holds, what its base is, and which scaling that needs.
+
+    Raises:
+      UserError: no pairs there, or what `save` refuses.
+    """
+    folder = step_folder(checkpoint)
+    lora = stored_pairs(checkpoint)
+    if lora is None:
+        raise UserError(
+            f"{folder} has no low-rank pairs, expected a checkpoint of a run that trained with LoRA"
+        )
+    model = describe.from_json(lcx_folder.read_meta(folder)["model"])
+    origin = read_json(folder, "origin") if "origin" in read_record(folder).json else {}
+    base = Base(base_model or origin.get("init_from"), model)
+    beside = [] if (trained := lcx_folder.trained(folder)) is None else trained
+    source = lcx_folder.LcxSource(checkpoint, merge=False)
+    return [_write(path, base, lora, source, beside, overwrite), *adapter_base.lines(base)]
+
+
+def stored_pairs(checkpoint: str | os.PathLike) -> dict[str, Any] | None:
+    """The `lora` collection of a checkpoint; None if it has none."""
+    folder = step_folder(checkpoint)
+    if "lora" not in read_record(folder).arrays:
+        return None
+    reader = StepReader(folder, "lora")
+    return rules.unflatten({"/".join(keys): reader.read(keys, slice(None)) for keys in reader.arrays})
+
+
+def step_folder(checkpoint: str | os.PathLike) -> pathlib.Path:
+    """The folder of the newest, or the named, step."""
+    directory, step = find_step(checkpoint)
+    return pathlib.Path(os.fspath(directory)) / str(step)
+
+
+def _write(
+    path: str | os.PathLike,
+    base: Base,
+    lora: Mapping[str, Any],
+    source: ModelSource | None,
+    beside: Sequence[str],
+    overwrite: bool,
+) -> str:
+    pairs = module_pairs(lora, modules(base.model))
+    full = _full(base.model, pairs, beside)
+    pieces: dict[str, Callable[[], Iterable[np.ndarray]]] = {}
+    infos: dict[str, TensorInfo] = {}
+    for name, pair in pairs.items():
+        for side, array in (("A", pair.A), ("B", pair.B)):
+            key = f"{PREFIX}{name}.lora_{side}.weight"
+            infos[key] = TensorInfo(array.dtype, array.shape)
+            pieces[key] = functools.partial(iter, [array])
+    for name, key in full.items():
+        assert source is not None
+        table = adapted.table(base.model)
+        stored = name if name in table.rules else EMBEDDING_WEIGHT  # a tied head
+        dtype = table.foreign_dtype(source.leaves, stored)
+        infos[key] = TensorInfo(dtype, table.foreign_shapes[stored])
+        pieces[key] = functools.partial(_pieces, source, table, stored, dtype)
+    holds = _holds(pairs, full, infos)
+    needed = sum(info.nbytes for info in infos.values())
+    with destination.replacing(
+        path, overwrite=overwrite, needed_bytes=needed, replaceable=_is_adapter
+    ) as folder:
+        safetensors.write_file(folder / WEIGHTS, infos, lambda key: pieces[key]())
+        hf_folder.write_json(folder / CONFIG, _config(pairs, full, base))
+        adapter_base.write(folder, base, holds)
+        changed = read(folder, adapted.known(base.model)).changes
+        expected = {f"{name}.weight" for name in pairs} | full.keys()
+        if missing := sorted(expected - changed.keys() - {HEAD_WEIGHT}):
+            raise UserError(
+                f"{folder}: {_listing(missing)} trained, and are not in what was written: report this"
+            )
+    return holds
+
+
+def _pieces(source: ModelSource, table: rules.Table, name: str, dtype: np.dtype) -> Iterator[np.ndarray]:
+    """A tensor of the base's names, in pieces where it is a table."""
+    for part in table.rules[name].parts:
+        shape = table.slice_shape(part)
+        whole = tuple(slice(0, size) for size in shape)
+        if part.repeat is not None:
+            read = source.read(part.path, (slice(part.repeat, part.repeat + 1), *whole))[0]
+            yield part.layout.to_foreign(read).astype(dtype)
+            continue
+        for rows in tensor_io.split_rows(shape, dtype.itemsize, tensor_io.PIECE_BYTES):
+            yield source.read(part.path, (slice(*rows), *whole[1:])).astype(dtype)
+
+
+def _full(model: Decoder, pairs: Mapping[str, LowRank], beside: Sequence[str]) -> dict[str, str]:
+    """Name of a tensor that is written as a whole -> its key: all of every module of which something trained.
+
+    Raises:
+      UserError: something that PEFT has no place for.
+    """
+    table = adapted.table(model)
+    trained = {at.name for path in beside for at in table.places.get(path, {}).values()}
+    if lost := sorted(path for path in beside if path not in table.places):
+        raise UserError(
+            f"{len(lost)} parameters that trained beside the pairs have no place in a PEFT adapter, such as {lost[0]}: "
+            "write the merged model (--dst_format=lcx, hf or lolcats; feature maps: lolcats_files)"
+        )
+    twice = sorted(name for name in trained if name.removesuffix(".weight") in pairs)
+    if twice:
+        raise UserError(
+            f"{twice[0]} has a pair and trained as a whole too, which PEFT cannot hold: write the merged model "
+            "(--dst_format=hf), or change LoRA.beside"
+        )
+    owners = {name.rpartition(".")[0] for name in trained}
+    of_pairs = {name for name in trained if name.endswith(".bias") and name.rpartition(".")[0] in pairs}
+    full = {}
+    for name in table.rules:
+        owner, _, kind = name.rpartition(".")
+        if of_pairs and kind == "bias":
+            full[name] = f"{PREFIX}{owner}.{'base_layer.' if owner in pairs else ''}bias"
+        elif owner in owners - pairs.keys() and (not of_pairs or name in trained):
+            full[name] = PREFIX + name
+    if model.tie_word_embeddings and EMBEDDING_WEIGHT in full:  # PEFT would leave the head as it was
+        full[HEAD_WEIGHT] = PREFIX + HEAD_WEIGHT
+    return full
+
+
+def _holds(pairs: Mapping[str, LowRank], full: Iterable[str], infos: Mapping[str, TensorInfo]) -> str:
+    """'6 pairs (q_proj 3, v_proj 3) of rank 4, alpha 8; 1 full tensor (norm); 12,345 bytes, float32'."""
+
+    def listed(names: Iterable[str]) -> str:
+        counts = collections.Counter(name.rpartition(".")[2] for name in names)
+        return ", ".join(f"{name} {count}" if count > 1 else name for name, count in counts.items())
+
+    def values(found: Iterable[Any]) -> str:
+        return " and ".join(f"{value:g}" for value in sorted(set(found)))
+
+    ranks = values(len(pair.A) for pair in pairs.values())
+    alphas = values(number(pair.scale * len(pair.A)) for pair in pairs.values())
+    parts = [f"{len(pairs)} pairs ({listed(pairs)}) of rank {ranks}, alpha {alphas}"]
+    if whole := [name.rpartition(".")[0] if name.endswith(".weight") else name for name in full]:
+        parts.append(f"{len(whole)} full tensors ({listed(whole)})")
+    dtypes = "/".join(sorted({str(info.dtype) for info in infos.values()}))
+    return "; ".join([*parts, f"{sum(info.nbytes for info in infos.values()):,} bytes, {dtypes}"])
+
+
+def module_pairs(lora: Mapping[str, Any], known: Mapping[str, tuple[Part, ...]]) -> dict[str, LowRank]:
     """Module name -> the pair to write, in the order of the model; modules without an update are left out."""
     flat = {path: np.asarray(leaf) for path, leaf in rules.flatten(lora).items()}
     expected = {
@@ -317,7 +356,7 @@ def module_pairs(lora: Mapping[str, Any], known: Mapping[str, tuple[Part, ...]])
     return found
 
 
-def _part_pair(flat: Mapping[str, np.ndarray], part: Part) -> Pair | None:
+def _part_pair(flat: Mapping[str, np.ndarray], part: Part) -> LowRank | None:
     if f"{part.path}/a" not in flat:
         return None
     a, b, scale = (
@@ -329,11 +368,15 @@ def _part_pair(flat: Mapping[str, np.ndarray], part: Part) -> Pair | None:
             f"{found}, expected {part.in_shape} and {part.out_shape} beside the rank: pass its own model"
         )
     rank = a.shape[-1]
-    pair = Pair(a.reshape(-1, rank).T.copy(), b.reshape(rank, -1).T.copy(), float(scale))
+    while rank > 1 and not (a[..., rank - 1].any() or b[rank - 1].any()):
+        rank -= 1  # what `load` filled up
+    a, b = (a[..., :rank], b[:rank]) if a.any() or b.any() else (a, b)
+    rank = a.shape[-1]
+    pair = LowRank(a.reshape(-1, rank).T.copy(), b.reshape(rank, -1).T.copy(), float(scale))
     return pair if scale else None
 
 
-def _fused(parts: tuple[Part, ...], present: Mapping[Part, Pair]) -> Pair:
+def _fused(parts: tuple[Part, ...], present: Mapping[Part, LowRank]) -> LowRank:
     """One pair for a module of several parts: one A if all have the same, else the sum of their ranks."""
     first = next(iter(present.values()))
     rows = parts[-1].stop
@@ -341,7 +384,7 @@ def _fused(parts: tuple[Part, ...], present: Mapping[Part, Pair]) -> Pair:
         B = np.zeros((rows, len(first.A)), np.float32)
         for part, pair in present.items():
             B[part.start : part.stop] = pair.B
-        return Pair(first.A, B, first.scale)
+        return LowRank(first.A, B, first.scale)
     A = np.concatenate([pair.A for pair in present.values()])
     B, column = np.zeros((rows, len(A)), np.float32), 0
     for part, pair in present.items():
@@ -350,32 +393,48 @@ def _fused(parts: tuple[Part, ...], present: Mapping[Part, Pair]) -> Pair:
             pair.scale / first.scale
         )
         column += len(pair.A)
-    return Pair(A, B, first.scale)
+    return LowRank(A, B, first.scale)
 
 
-def _config(pairs: Mapping[str, Pair], known: Iterable[str], base_model: str | None) -> dict[str, Any]:
+def _config(pairs: Mapping[str, LowRank], full: Mapping[str, str], base: Base) -> dict[str, Any]:
     """adapter_config.json. Modules whose rank or alpha is not the common one stand in the patterns."""
+    known = adapted.known(base.model)
     ranks = {name: len(pair.A) for name, pair in pairs.items()}
     alphas = {name: number(pair.scale * len(pair.A)) for name, pair in pairs.items()}
     rank, alpha = (collections.Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
     last = {name.rpartition(".")[2] for name in pairs}
-    all_layers = {name for name in known if name.rpartition(".")[2] in last} == set(pairs)
+    all_layers = {name for name in known.linear if name.rpartition(".")[2] in last} == set(pairs)
+    biases = any(key.endswith(".base_layer.bias") for key in full.values())
+    saved = {name.rpartition(".")[0] for name in full if not (biases and name.endswith(".bias"))}
+    tying = {"ensure_weight_tying": True} if base.model.tie_word_embeddings and HEAD_WEIGHT in full else {}
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_model,
+        "base_model_name_or_path": base.name,
         "inference_mode": True,
         "r": rank,
         "lora_alpha": alpha,
         "rank_pattern": {_pattern(name): value for name, value in ranks.items() if value != rank},
         "alpha_pattern": {_pattern(name): value for name, value in alphas.items() if value != alpha},
         "target_modules": sorted(last) if all_layers else list(pairs),
+        "modules_to_save": _endings(saved, known.shapes) or None,
         "lora_dropout": 0.0,
-        "bias": "none",
+        "bias": "all" if biases else "none",
         "fan_in_fan_out": False,
         "use_rslora": False,
         "init_lora_weights": True,
+        **tying,  # else PEFT trains embedding and head apart from here on; older versions do not know the key
     }
+
+
+def _endings(saved: set[str], tensors: Iterable[str]) -> list[str]:
+    """Names for modules_to_save, of which PEFT takes every module that ends so: short where that is just these."""
+    parents = {".".join(name.split(".")[:end]) for name in tensors for end in range(1, name.count(".") + 1)}
+    found = []
+    for name in saved:
+        short = name.rpartition(".")[2]
+        found.append(short if all(other in saved for other in parents if other.endswith(short)) else name)
+    return sorted(set(found))
 
 
 def _pattern(module: str) -> str:

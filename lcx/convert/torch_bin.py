@@ -17,6 +17,7 @@ import pickle
 import re
 import struct
 import zipfile
+import zlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -78,7 +79,7 @@ class TorchFile:
         self.path = path if isinstance(path, tensor_io.Pieces) else pathlib.Path(path)
         try:
             records = _stored_records(self.path)
-        except (OSError, zipfile.BadZipFile, struct.error, ValueError) as error:
+        except (OSError, EOFError, RuntimeError, ValueError, struct.error, zipfile.BadZipFile, zlib.error) as error:
             raise UserError(
                 f"{self.path}: not a readable PyTorch file: {error}; copy or download it again"
             ) from error
