@@ -445,12 +445,12 @@ print(count, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10
     ],
 )
 def test_a_compressed_file_is_streamed(tmp_path, name, unit, separator):
-    """What unfolds to 64 MiB takes a few MiB of memory; as one document it is refused before it is held."""
+    """What unfolds to 40 MiB takes a few MiB of memory; as one document it is refused before it is held."""
     repeated = unit % (b"work and play, " * 666 + b"work and p") * 100
     pack = {".gz": gzip.compress, ".zst": zstd, ".bz2": bz2.compress, ".xz": lzma.compress}[
         name[name.rindex(".") :]
     ]
-    times = 64
+    times = 40
     head, tail = {"csv": (b"text,n\n", b""), "jso": (b"[", b'{"text": "end"}]')}.get(name[2:5], (b"", b""))
     if name == "a.jsonl.gz":
         head = tail = b""

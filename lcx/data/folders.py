@@ -155,7 +155,8 @@ def files_of(folder: str, format: str | None) -> tuple[SourceFile, ...]:
             f' name the files with a glob such as "{folder}/*", or set Dataset.format'
         )
     _say_missing_shards(folder, chosen)
-    _say_left_out(folder, _counted(len(chosen)), [one for one in found if one not in chosen])
+    names = {one.name for one in chosen}
+    _say_left_out(folder, _counted(len(chosen)), [one for one in found if one.name not in names])
     return tuple(source_file(one.path, one.name, format) for one in chosen)
 
 
