@@ -59,6 +59,9 @@ class BlockInputs:
     def load_tokenizer(self) -> Tokenizer:
         return self.text.load_tokenizer()
 
+    def describe_special_tokens(self) -> str:
+        return self.text.describe_special_tokens()
+
     def batches(
         self, split: str, *, global_batch_size: int, process_index: int, process_count: int, **_: Any
     ) -> residuals.Rows:

@@ -364,6 +364,16 @@ def test_classes_of_model_types_are_those_of_transformers(transformers):
             assert tokenizer_classes.REGISTERED[model_type] == theirs
 
 
+def test_what_is_not_read_as_transformers_reads_it_is_refused(trained, tmp_path):
+    files = {"tokenizer": trained["spaces"], "config": {"model_type": "mistral", "transformers_version": "4.57.0"}}
+    folder = folder_of(tmp_path, files | {"tokenizer_config": {"fix_mistral_regex": True}})
+    with pytest.raises(UserError, match="has fix_mistral_regex, which is not supported: apply it with AutoTokenizer"):
+        load_tokenizer(folder)
+    folder_of(tmp_path, {"tokenizer_config": {"fast_tokenizer_files": ["tokenizer.4.0.0.json"]}})
+    with pytest.raises(UserError, match="fast_tokenizer_files, .* is not supported: remove the key"):
+        load_tokenizer(folder)
+
+
 # ------------------------------------------------------------------------------------------------ the shared cases
 
 CASES = {

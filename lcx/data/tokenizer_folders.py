@@ -24,6 +24,7 @@ _WITH_RULES = (
     " SeamlessM4TTokenizer SiglipTokenizer T5Tokenizer UdopTokenizer XGLMTokenizer XLMRobertaTokenizer"
     " XLNetTokenizer"
 )
+_MISTRALS = ("mistral", "mistral3", "voxtral", "ministral", "pixtral")
 _UNIGRAM_CLASSES = frozenset(_WITH_RULES.split())
 
 
@@ -108,6 +109,7 @@ def _settings(path: Path) -> Settings | None:
         byte_level = b'"ByteLevel"' in data
     model_type = model_config.get("model_type")
     name = tokenizer_classes.resolve(name, model_type, byte_level=byte_level, has_code="auto_map" in config)
+    _refuse_mistral_fix(folder, config, model_config)
     if path.name == "vocab.json" and name == GENERIC:
         name = "GPT2Tokenizer"
     if name not in PIPELINES and name != GENERIC:
@@ -116,6 +118,16 @@ def _settings(path: Path) -> Settings | None:
         )
         name = GENERIC
     return settings_of.read(folder, name, config)
+
+
+def _refuse_mistral_fix(folder: Path, config: Mapping[str, Any], model_config: Mapping[str, Any]) -> None:
+    """transformers replaces the pattern of some older Mistral tokenizers where the folder asks for it."""
+    kind, version = model_config.get("model_type"), str(model_config.get("transformers_version") or "0")
+    if kind in _MISTRALS and config.get("fix_mistral_regex") is True and version.partition(".")[0] in "01234":
+        raise UserError(
+            f"{folder / 'tokenizer_config.json'} has fix_mistral_regex, which is not supported: apply it with"
+            f" AutoTokenizer.from_pretrained({str(folder)!r}, fix_mistral_regex=True).save_pretrained(...)"
+        )
 
 
 def _sentencepiece_settings(path: Path, name: str | None, config: Mapping[str, Any]) -> Settings | None:

@@ -22,7 +22,6 @@ _OPTIONS = (
     "split_special_tokens",
     "clean_up_tokenization_spaces",
     "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output",
-    "fix_mistral_regex",
 )
 _MAX_TOKENS = 1 << 20
 
