@@ -31,7 +31,7 @@ OWNERS = {  # nobody else imports these
     "transformers": (),
 }
 ONLY_JAX = ("lcx/ops/", "lcx/rope.py", "kernels_pallas/")
-INSIDE_FUNCTIONS = {"torch", "wandb", "matplotlib", "tokenizers", "sentencepiece", "pyarrow"}
+INSIDE_FUNCTIONS = {"torch", "wandb", "matplotlib", "tokenizers", "sentencepiece", "pyarrow", "jinja2"}
 FILES = sorted([*ROOT.glob("lcx/**/*.py"), *ROOT.glob("kernels_pallas/**/*.py")])
 
 
