@@ -375,6 +375,7 @@ HOSTILE = {
     "{{ raise_exception('this model\nneeds more') }}": "this model needs more",
     "{{ " + "(" * 5000 + ")" * 5000 + " }}": "",
     "{{ 1 / 0 }}": "zero",
+    "\ud800{{ messages[0].content }}": "surrogates not allowed",
 }
 
 

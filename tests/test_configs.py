@@ -22,6 +22,29 @@ SETTINGS = {
 }
 MIXTURE = ROOT / "configs" / "data" / "mixture.gin"
 
+WRONG_MIXTURES = [
+    (
+        {"Mixture.datasets": "(1,)"},
+        "Mixture has no parameter 'datasets'; it has parts, long_fraction, long_length",
+    ),
+    (
+        {"Mixture.parts": "(@books/Dataset(), 0.7)"},
+        "lcx.data.Mixture.parts: expected tuple[Dataset, float], found @Dataset()",
+    ),
+    (
+        {"Mixture.parts": "@books/Dataset()"},
+        "write it as lcx.data.Mixture.parts = ((@books/data.Dataset(), 0.7), ",
+    ),
+    (
+        {"Mixture.parts": "((@books/Dataset(), 'x'),)"},
+        "lcx.data.Mixture.parts: expected float, found 'x' (str); write it as",
+    ),
+    (
+        {"CODE": "None"},
+        "code/lcx.data.Dataset.source: expected str | tuple[str, ...], found None (NoneType); set CODE",
+    ),
+]
+
 
 def with_includes(path):
     text = path.read_text()
@@ -70,6 +93,10 @@ def parsed():
             mixed = [item for item in settings if item[0] not in ("TEXT", "FASTA")]
             mixed += [(name, SETTINGS[name]) for name in ("BOOKS", "CODE")]
             jobs.append((f"{path}+mixture", [str(path), str(MIXTURE)], mixed, True))
+    needed = {name: SETTINGS[name] for name in ("MODEL", "CONTEXT_LENGTH", "BOOKS", "CODE")}
+    recipe = str(ROOT / "configs" / "extend" / "yarn.gin")
+    for number, (changed, _) in enumerate(WRONG_MIXTURES):
+        jobs.append((f"wrong{number}", [recipe, str(MIXTURE)], list((needed | changed).items()), True))
     done = subprocess.run(
         [sys.executable, "-c", PARSE], cwd=ROOT, input=json.dumps(jobs), capture_output=True, text=True
     )
@@ -95,6 +122,13 @@ def test_every_training_recipe_takes_the_mixture_in_place_of_its_text(parsed):
         assert "Dataset.source had no effect" not in text, name
         if "/extend/yarn.gin" in name:
             assert line == "[('books', 0.7, 'model'), ('code', 0.3, 'model')]"
+
+
+@pytest.mark.parametrize("number", range(len(WRONG_MIXTURES)))
+def test_a_wrong_mixture_is_one_line_that_says_how_to_write_it(parsed, number):
+    status, text = parsed[f"wrong{number}"]
+    line = text.splitlines()[-1]
+    assert status == 1 and line.startswith("lcx.config.ConfigError: ") and WRONG_MIXTURES[number][1] in line
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.relative_to(ROOT).as_posix())

@@ -32,7 +32,9 @@ OWNERS = {  # nobody else imports these
     "transformers": (),
 }
 ONLY_JAX = ("lcx/ops/", "lcx/rope.py", "lcx/rope_fields.py", "kernels_pallas/")
-INSIDE_FUNCTIONS = {"torch", "wandb", "matplotlib", "tokenizers", "sentencepiece", "pyarrow", "huggingface_hub"}
+INSIDE_FUNCTIONS = {
+    *("torch", "wandb", "matplotlib", "tokenizers", "sentencepiece", "pyarrow", "huggingface_hub", "jinja2"),
+}
 FILES = sorted([*ROOT.glob("lcx/**/*.py"), *ROOT.glob("kernels_pallas/**/*.py")])
 
 

@@ -57,7 +57,9 @@ class Program:
                 for block in self._template.generate(**variables):
                     blocks.append(block)
                     budget.size(len(block))
-        return "".join(blocks), tuple(spans)
+            text = "".join(blocks)
+            text.encode()  # half of a surrogate pair is in no encoding
+        return text, tuple(spans)
 
 
 @contextlib.contextmanager
