@@ -104,7 +104,7 @@ REFUSED = {
         "quantized .2 tensors such as 'model.layers.0.self_attn.o_proj.qweight'",
     ),
     "int8": (dict(tensors=in_bytes), "quantized .14 tensors such as .*int8"),
-    "layers": (dict(config=lambda c: c.update(num_hidden_layers=3)), "num_hidden_layers 3, but .* of 2 layers"),
+    "layers": (dict(config=lambda c: c.update(num_hidden_layers=300)), "num_hidden_layers 300, but .* of 2 layers"),
     "huge": (dict(config=lambda c: c.update(hidden_size=10**12)), "hidden_size = 1000000000000, expected"),
     "wide": (dict(config=lambda c: c.update(hidden_size=2**31 - 2)), "do not have the shape"),
 }  # fmt: skip

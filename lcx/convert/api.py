@@ -71,7 +71,8 @@ def load(
       mesh: from sharding.make_mesh; each parameter is placed on it as sharding.RULES say. None: the default
         device.
       rope_scaling: what Hugging Face writes, {"rope_type": "yarn", "factor": 4.0}: extends the context.
-      context_length: the new window in tokens; by default factor times the original window.
+      context_length: the new window in tokens; by default factor times the original window. Alone, or with
+        {"rope_theta": B}, it keeps the scaling that the model has (`extend.extend`).
       lolcats: published LoLCATS files that sit on this Hugging Face folder, and their settings.
       adapter: a folder of PEFT's LoRA for this model, or several whose updates add up; merged into params.
 

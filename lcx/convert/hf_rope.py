@@ -75,19 +75,16 @@ def _remembered(config: Mapping[str, Any], rope: Rope, head_dim: int) -> Rope:
 
 
 def window(rope: Rope, max_position_embeddings: int) -> int:
-    """The window in tokens of a model with these settings. Raises UserError when it is beyond any position."""
+    """The window in tokens of a model with these settings. Raises UserError when it is beyond any position.
+
+    A linear scaling that does not name its original window leaves open whether max_position_embeddings is the window
+    before or after it. It is taken for the window; a context_length of up to factor times it is allowed (`extend`).
+    """
     found = rope_lib.extended_window(rope, max_position_embeddings)
     if found > MOST_TOKENS:
         raise UserError(
             f"config.json has a RoPE factor {rope.factor:g}, which makes a window of {found} tokens, expected at most"
             f" {MOST_TOKENS}: change factor"
-        )
-    if rope.factor and rope.rope_type == "linear" and rope.original_max_position_embeddings is None:
-        log.warning(
-            "config.json does not say whether %d is the window before or after its linear scaling of %g; "
-            "set context_length to use more",
-            max_position_embeddings,
-            rope.factor,
         )
     return found
 
