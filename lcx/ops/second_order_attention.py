@@ -5,8 +5,8 @@
 
 This is the core of 2Mamba (arXiv 2602.17363) and degree-2 power attention with gates (arXiv 2507.04239). Weights are
 sums of squares, never negative, and a decay is at most 1: no running maximum, no epsilon. A token whose weights are
-all zero (padding, or q = 0) gives 0. All forms but the reference compute in units in which weights are not too small for
-float32 (second_order_units.py); a token that sees only itself gives its value, whatever its score.
+all zero (padding, or q = 0) gives 0. All forms but the reference compute in units in which weights are not too small
+for float32 (second_order_units.py); a token that sees only itself gives its value, whatever its score.
 
 ``reference``   the definition, quadratic memory, in float64 where the inputs are.
 ``triton``      both forms as Pallas kernels for GPUs, ``tpu`` for TPUs (kernels_pallas/second_order_attention.py and
