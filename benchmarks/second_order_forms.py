@@ -62,7 +62,7 @@ def measure(T: int, H: int, forms: list[str | None], decays: list[str]) -> list[
 
 
 def write(path: str, records: list[dict], most: float) -> None:
-    left_out = f"tiles behind slow decays, where 4 times the last length's time was above {most} s"
+    left_out = f"forms behind slow decays, where 4 times the last length's time was above {most} s"
     load = round(os.getloadavg()[0], 1)
     machine = {
         "processor": platform.processor() or platform.machine(),

@@ -147,3 +147,21 @@ def test_settings_that_do_not_exist_raise():
         TwoMamba(2, 8, score="cube").init(jax.random.key(0), x)
     with pytest.raises(UserError, match="set norm='scores'"):
         TwoMamba(2, 8, score="exp", norm="output").init(jax.random.key(0), x)
+    with pytest.raises(UserError, match="form 'chunks': expected 'tiles', 'states' or None"):
+        TwoMamba(2, 8, form="chunks").init(jax.random.key(0), x)
+    with pytest.raises(UserError, match="score 'linear': only 'square' has forms; set form=None"):
+        TwoMamba(2, 8, score="linear", form="tiles").init(jax.random.key(0), x)
+
+
+def test_the_form_is_a_setting():
+    x = jnp.array(np.random.default_rng(0).normal(size=(1, 40, 16)), jnp.float32)
+    forms = {form: TwoMamba(2, 8, form=form) for form in ("tiles", "states")}
+    params = forms["tiles"].init(jax.random.key(0), x)
+    tiles, states = (jax.jit(lambda p, x, m=m: m.apply(p, x)[0])(params, x) for m in forms.values())
+    np.testing.assert_allclose(tiles, states, atol=1e-5)
+    text = {
+        form: str(jax.make_jaxpr(lambda p, x, m=m: m.apply(p, x)[0])(params, x)) for form, m in forms.items()
+    }
+    assert text["tiles"] != text["states"]
+    assert forms["states"].macs_per_token(10**6) == TwoMamba(2, 8).macs_per_token(10**6)
+    assert forms["tiles"].macs_per_token(10**6) > 1000 * forms["states"].macs_per_token(10**6)

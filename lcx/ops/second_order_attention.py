@@ -5,7 +5,8 @@
 
 This is the core of 2Mamba (arXiv 2602.17363) and degree-2 power attention with gates (arXiv 2507.04239). Weights are
 sums of squares, never negative, and a decay is at most 1: no running maximum, no epsilon. A token whose weights are
-all zero (padding, or q = 0) gives 0.
+all zero (padding, or q = 0) gives 0. All forms but the reference compute in units in which weights are not too small
+for float32 (second_order_units.py); a token that sees only itself gives its value, whatever its score.
 
 ``reference``   the definition, quadratic memory, in float64 where the inputs are.
 ``triton``      both forms as Pallas kernels for GPUs, ``tpu`` for TPUs (kernels_pallas/second_order_attention.py and
@@ -197,10 +198,10 @@ def _by_kernel(q, k, v, decay, runs, state: SecondOrderState, case: Case):
     from kernels_pallas.second_order_attention import second_order_attention as tiles
 
     if case.form == "either":
-        from kernels_pallas.second_order_either import second_order_attention as kernel
+        from kernels_pallas.second_order_either import second_order_attention as by_reach
 
         short = second_order_choice.short_reach(decay, runs, q.shape[3])
-        y = kernel(q, k, v, short_reach=short, **options)
+        y = by_reach(q, k, v, short_reach=short, **options)
     else:
         y = tiles(q, k, v, **options)
     k, v = (jnp.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, v))

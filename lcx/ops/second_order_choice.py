@@ -53,7 +53,7 @@ def choose(form: str | None, T: int, H: int, *, follows: bool, forgets: bool) ->
 def _choose(T: int, meet: int, follows: bool, forgets: bool) -> str:
     if follows:
         return "states"
-    if min(LONG, meet) <= T:
+    if max(min(LONG, meet), second_order_tiles.TILE) <= T:
         return "either" if forgets else "states"
     return "tiles"
 

@@ -10,7 +10,10 @@ The sums never leave a tile's neighbourhood: a prefix sum over the whole row wou
 difference at T = 2^20. Documents separate the same way: a query and a key of two tiles share a document exactly where
 the key is in the last document of its tile, the query in the first of its own, and these are one.
 
-Tiles whose largest decay is below exp(SKIP), or that hold earlier documents only, are not visited.
+Tiles whose largest decay is below exp(SKIP), or that hold earlier documents only, are not visited. In the units that
+second_order_units.py chooses a decay compares a key with the heaviest that the query sees, so what is skipped weighs
+exp(SKIP) of |q|^2 |k|^2 there at most, as much as the rounding error of that one score; behind keys of 0 nothing is
+skipped.
 
 Backward (the normaliser is a column of ones beside the values, so dP = (dy . v - D) / den of FlashAttention-2,
 arXiv 2307.08691, comes out of the chain rule): dP = dO V^T, dA = 2 A W dP, dq = dA k, dk = dA^T q, dv = (A^2 W)^T dO.
