@@ -160,6 +160,6 @@ def adapted(
                     f"{taken[name][0]} and {path} both change {name} as a whole: merge one of them first"
                 )
             taken[name] = path, whole
-        pairs, changes = len(source.adapter.pairs), len(source.adapter.changes)
-        log.warning("%s: its %d pairs are merged into the parameters, %d tensors change", path, pairs, changes)
+        counts = len(source.adapter.pairs), len(source.adapter.changes)
+        log.warning("%s: its %d pairs are merged into the parameters, %d tensors change", path, *counts)
     return source
