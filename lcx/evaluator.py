@@ -49,7 +49,7 @@ def evaluate(
     name: str | None = None,
     dtype: str | None = None,
     mesh: sharding.MeshShape = sharding.MeshShape(),  # noqa: B008 (frozen)
-    adapter: tuple[str, ...] | None = None,
+    adapter: str | tuple[str, ...] | None = None,
 ) -> dict[str, Any]:
     """Evaluates a checkpoint and returns what results.json holds.
 
@@ -65,13 +65,14 @@ def evaluate(
       name: of this model in tables and plots.
       dtype: of the parameters and the computation; None as stored.
       mesh: sizes of the mesh axes.
-      adapter: folders of PEFT adapters (LoRA) of the checkpoint, merged into it.
+      adapter: a folder of a PEFT adapter (LoRA) of the checkpoint, or several, merged into it.
 
     Raises:
       UserError: nothing readable at `checkpoint`, an output that cannot be written, or evaluations that failed; the
         results of the others are in results.json all the same.
     """
     _check_names(evals)
+    adapter = (adapter,) if isinstance(adapter, str) else adapter
     folder = _writable(output)
     started = time.perf_counter()
     place = hub.local(checkpoint)

@@ -19,6 +19,7 @@ from lcx import lora as lora_lib
 from lcx import trainer as trainer_lib
 from lcx.convert import adapted, peft, peft_files
 from lcx.convert.__main__ import main as convert_main
+from lcx.convert.hf import HfSource
 from lcx.convert.lcx_folder import LcxSource
 from lcx.data import ByteTokenizer
 from lcx.errors import UserError
@@ -169,6 +170,27 @@ def test_a_half_precision_base_keeps_all_of_the_update_in_float32(bases, tmp_pat
     np.testing.assert_allclose(logits(*found), expected, atol=2e-5)
     _, stored = lcx.load(tmp_path / "base", adapter=tmp_path / "a")
     assert {str(x.dtype) for x in jax.tree.leaves(stored)} == {"bfloat16"}
+
+
+@pytest.mark.parametrize("name", ["DoRA of a fused module", "rows", "saved", "pair of the embedding, tied"])
+def test_slices_are_those_of_the_whole(name, bases, tmp_path):
+    """As devices of a mesh read them; on a base that lies in lcx's format, too."""
+    base, settings = READ[name]
+    write_adapter(bases / base, tmp_path / "a", **settings)
+    lcx.save(tmp_path / "lcx", *lcx.load(bases / base), format="lcx")
+    source, other = (
+        adapted.AdaptedSource(kind(path), tmp_path / "a")
+        for kind, path in ((HfSource, bases / base), (LcxSource, tmp_path / "lcx"))
+    )
+    rng = np.random.default_rng(0)
+    assert source.changed == other.changed
+    for path in source.changed:
+        shape = source.leaves[path].shape
+        whole = source.read(path, tuple(slice(0, size) for size in shape))
+        bounds = [sorted(rng.choice(size + 1, 2, replace=False).tolist()) for size in shape]
+        index = tuple(slice(*pair) for pair in bounds)
+        for one in (source, other):
+            np.testing.assert_allclose(one.read(path, index), whole[index], atol=1e-6)
 
 
 def renamed(folder, change):

@@ -310,6 +310,16 @@ def test_a_run_with_lora_leaves_both_files(files, tmp_path, capsys):
     with pytest.raises(UserError, match="already exists"):
         lolcats_writer.export(tmp_path / "run", tmp_path / "disk")
     lolcats_writer.export(tmp_path / "run", tmp_path / "disk", overwrite=True)
+    assert convert(tmp_path / "run", tmp_path / "peft", "peft") == 0
+    assert "warning: the pairs trained on " in capsys.readouterr().out
+    with pytest.raises(UserError, match="the adapter trained on .* LinearAttention, and this model has .* Attention"):
+        lcx.load(files / "hf", adapter=tmp_path / "peft")
+    with Checkpointer(tmp_path / "run" / "checkpoints") as checkpointer:
+        moments = {"mu": {"params": {"final_norm": {"scale": jax.numpy.ones(3)}}}}
+        items = {"params": params, "lora": lora, "opt_state": {"1": moments}}
+        checkpointer.save(2, items, json={"meta": meta})
+    with pytest.raises(UserError, match="1 parameters trained that are neither .*, such as final_norm/scale"):
+        lolcats_writer.export(tmp_path / "run", tmp_path / "disk", overwrite=True)
     lora["stages_0"]["block_0"]["mixer"]["q_proj"]["scale"] *= 2
     with pytest.raises(UserError, match="2 ranks or scales"):
         lolcats_writer.save(tmp_path / "other", model, params, lora)

@@ -7,6 +7,7 @@ part of. One layer of one parameter is in memory at a time. In lcx, embedding an
 an adapter changes one of a tied pair, the model that comes out has two.
 """
 
+import logging
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -22,6 +23,8 @@ from lcx.convert.sources import ModelSource
 from lcx.convert.tensor_io import TensorInfo
 from lcx.errors import UserError
 from lcx.model import Decoder
+
+log = logging.getLogger(__name__)
 
 _EMBEDDING, _HEAD = "embed/embedding", "lm_head/embedding"
 _FLOAT32 = np.dtype(np.float32)
@@ -159,4 +162,6 @@ def adapted(
                     f"{taken[name][0]} and {path} both change {name} as a whole: merge one of them first"
                 )
             taken[name] = path, whole
+        counts = len(source.adapter.pairs), len(source.adapter.changes)
+        log.warning("%s: its %d pairs are merged into the parameters, %d tensors change", path, *counts)
     return source
