@@ -145,7 +145,11 @@ def check_linear(model: Decoder | Layers, *, seq_len: int, where: str | None) ->
     Raises:
       UserError: `where` is a model that was never linearized, or its windows hold all keys of a row.
     """
-    linear = [layer.block.mixer for layer in model_lib.layers(model) if isinstance(layer.block.mixer, LinearAttention)]
+    linear = [
+        layer.block.mixer
+        for layer in model_lib.layers(model)
+        if isinstance(layer.block.mixer, LinearAttention)
+    ]
     if not linear:
         raise UserError(
             f"Trainer.expects_linear: {where} has no linear attention, expected a linearized model: run stage 1 first "

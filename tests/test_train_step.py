@@ -266,7 +266,9 @@ class Sowing(nn.Module):
         linear = Linear((x.shape[-1],), (x.shape[-1],), ("embed", "mlp"), name="up_proj")
         y = linear(x)
         self.sow("losses", self.name_of_loss, 0.1 * jnp.mean(jnp.square(y), axis=-1))
-        self.sow("losses", "size", 0.01 * jnp.sum(jnp.square(nn.meta.unbox(linear.variables["params"]["kernel"]))))
+        self.sow(
+            "losses", "size", 0.01 * jnp.sum(jnp.square(nn.meta.unbox(linear.variables["params"]["kernel"])))
+        )
         return y
 
 
@@ -285,7 +287,11 @@ def written_out(model, variables, batch):
     nll = -jnp.take_along_axis(jax.nn.log_softmax(logits), batch["labels"][..., None], axis=-1)[..., 0]
     mlp = sown["losses"]["stages_0"]["block_0"]["mlp"]
     activity = jnp.sum(mlp["activity"][0], axis=0)  # over layers
-    return jnp.sum(nll * weights) / weights.sum(), jnp.sum(activity * weights) / weights.sum(), mlp["size"][0].sum()
+    return (
+        jnp.sum(nll * weights) / weights.sum(),
+        jnp.sum(activity * weights) / weights.sum(),
+        mlp["size"][0].sum(),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -337,7 +343,9 @@ def test_losses_that_cannot_be_added(batch, sowing):
     model = tiny_model().clone(stages=(model_lib.Stage((per_row,)),), parent=None)
     variables = {"params": model_lib.init_params(model, jax.random.key(0))}
     batch = jax.tree.map(jnp.asarray, batch)
-    with pytest.raises(UserError, match=r"sows 'rows' of shape \(8,\) in `losses`, expected \(\) or one loss a token"):
+    with pytest.raises(
+        UserError, match=r"sows 'rows' of shape \(8,\) in `losses`, expected \(\) or one loss a token"
+    ):
         objectives.next_token(model, variables, batch)
     with pytest.raises(UserError, match="sows 'loss' in `losses`, which is the name of another metric"):
         objectives.next_token(sowing_model(name_of_loss="loss"), {"params": sowing[0]}, batch)

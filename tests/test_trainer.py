@@ -132,7 +132,9 @@ def test_the_held_out_loss_does_not_depend_on_how_rows_are_grouped(whole, text):
     _, run = whole
     mesh = tiny_trainer(text).mesh.build()
     changes = [{"accumulation": count} for count in (1, 2, 4)]
-    changes += [{"batch_size": size, "eval_batches": 1000} for size in (8, 5)]  # all there is, and rows of padding
+    changes += [
+        {"batch_size": size, "eval_batches": 1000} for size in (8, 5)
+    ]  # all there is, and rows of padding
     with jax.set_mesh(mesh):
         losses = [
             tiny_trainer(text, **change).held_out_loss(run.model, run.state, mesh) for change in changes
