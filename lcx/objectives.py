@@ -112,7 +112,9 @@ def attention_transfer(
     if not losses:
         raise UserError("attention_transfer: the model has no linear attention; set Trainer.linearize")
     real = (batch["segment_ids"] != 0).astype(jnp.float32)
-    total = sum(weights[name] * jnp.sum(loss * real) for name, loss in losses)
+    total = jnp.zeros((), jnp.float32)
+    for name, loss in losses:
+        total = total + weights[name] * jnp.sum(loss * real)
     layers = sum(loss.shape[0] for _, loss in losses)
     return total * len(names) / layers, jnp.sum(real)
 

@@ -139,15 +139,15 @@ def attend(
         y = _without_window(q, k, _repeated(v, q))
     if state is None:
         return _in_place(y, place), None
-    newest = [x[:, -1:] for x in (q, k, v)]
+    newest_q, newest_k, newest_v = (x[:, -1:] for x in (q, k, v))
     if window is None:
         after = _added(k, _repeated(v, q), state, _count(q, real))
-        later, later_state = _from_state(newest[0], after, v.dtype), after
+        later, later_state = _from_state(newest_q, after, v.dtype), after
     else:
         assert state.held is not None
         y, after = _prefill(q, k, v, window, affine, state, state.held, real)
         last = dataclasses.replace(window, q=window.q[:, -1:], k=window.k[:, -1:])
-        later, later_state = _step(*newest, last, affine, state, state.held)
+        later, later_state = _step(newest_q, newest_k, newest_v, last, affine, state, state.held)
     count = _count(q, real)
     one_more = (count == 1) & (state.seen > 0)
     y = y.at[:, -1:].set(_row_by_row(one_more, later, y[:, -1:]))
