@@ -75,10 +75,11 @@ class Linearize:
             )
         if already := linear_layers(model):
             log.warning("layers %s are linear already: Linearize leaves them as they are", already)
-        if self.window is not None and self.window >= model.max_position_embeddings:
+        held = None if self.window is None else self.window * (2 if self.window_kind == "terraced" else 1)
+        if held is not None and held >= model.max_position_embeddings:
             raise UserError(
                 f"Linearize.window {self.window} holds the model's whole context of {model.max_position_embeddings} "
-                "tokens, so that nothing would be linear: set a smaller window"
+                f"tokens ({held} keys if {self.window_kind}), so that nothing would be linear: set a smaller window"
             )
         make = functools.cache(self._linear)  # equal blocks stay one object: stages are compared by them
         new = tuple(
@@ -144,7 +145,11 @@ def check_linear(model: Decoder | Layers, *, seq_len: int, where: str | None) ->
     Raises:
       UserError: `where` is a model that was never linearized, or its windows hold all keys of a row.
     """
-    linear = [layer.block.mixer for layer in model_lib.layers(model) if isinstance(layer.block.mixer, LinearAttention)]
+    linear = [
+        layer.block.mixer
+        for layer in model_lib.layers(model)
+        if isinstance(layer.block.mixer, LinearAttention)
+    ]
     if not linear:
         raise UserError(
             f"Trainer.expects_linear: {where} has no linear attention, expected a linearized model: run stage 1 first "

@@ -26,10 +26,10 @@ def next_token(model: Decoder, variables: Any, batch: Batch) -> Sums:
 
     Labels come shifted from the data; a zero weight masks padding and the first token of a document.
 
-    Auxiliary losses are added: what a module sows with `self.sow("losses", name, value)`: a loss for every token
-    [B, T], weighted like the tokens, or a scalar, a mean over the tokens that the module sees. Layers add up; a
-    coefficient is the module's own. Only a loss for every token, and a scalar of the weights alone, is the same for
-    every split of a batch: other scalars are those of a micro-batch.
+    Auxiliary losses are added: what a module sows by `self.sow("losses", name, value)`, a loss for every token [B, T],
+    weighted like the tokens, or a scalar, a mean over the tokens that the module sees. Layers add up; a coefficient is
+    the module's own. Only a loss for every token, and a scalar of the weights alone, is the same for every split of a
+    batch: other scalars are those of a micro-batch.
 
     Raises:
       UserError: a module sows something of another shape, or under the name of another metric.
@@ -50,9 +50,7 @@ def next_token(model: Decoder, variables: Any, batch: Batch) -> Sums:
     return sum(parts.values(), loss), jnp.sum(weights), parts
 
 
-def nucleotides(
-    model: Decoder, variables: Any, batch: Batch, repeat_weight: float = 0.1
-) -> Sums:
+def nucleotides(model: Decoder, variables: Any, batch: Batch, repeat_weight: float = 0.1) -> Sums:
     """next_token for genomes in bytes, as Evo 2 weighs them (Brixi et al. 2025).
 
     The model reads and predicts upper case. A lower-case label (a soft-masked repeat) weighs `repeat_weight`; '@', '#'
@@ -114,7 +112,9 @@ def attention_transfer(
     if not losses:
         raise UserError("attention_transfer: the model has no linear attention; set Trainer.linearize")
     real = (batch["segment_ids"] != 0).astype(jnp.float32)
-    total = sum(weights[name] * jnp.sum(loss * real) for name, loss in losses)
+    total = jnp.zeros((), jnp.float32)
+    for name, loss in losses:
+        total = total + weights[name] * jnp.sum(loss * real)
     layers = sum(loss.shape[0] for _, loss in losses)
     return total * len(names) / layers, jnp.sum(real)
 

@@ -1,4 +1,4 @@
-"""Parameters that a user brings: the tree of arrays that belongs to a model, however it is wrapped, or an error."""
+"""Parameters that a user brings: the arrays that belong to a model, however they are wrapped, or a clear error."""
 
 import functools
 from collections.abc import Mapping
@@ -32,7 +32,9 @@ def plain(params: Any) -> dict[str, Any]:
     if isinstance(params, FrozenDict):
         params = unfreeze(params)
     if not isinstance(params, Mapping):
-        raise UserError(f"params are a {type(params).__name__}, expected the tree that lcx.load or model.init gives")
+        raise UserError(
+            f"params are a {type(params).__name__}, expected the tree that lcx.load or model.init gives"
+        )
     if "params" in params:
         others = sorted(str(name) for name in set(params) - {"params", "losses"})
         if others:
@@ -68,7 +70,8 @@ def check(model: Decoder | Layers, found: Mapping[str, Shape], where: str) -> No
     wrong = sorted(path for path in {*expected, *found} if expected.get(path) != found.get(path))
     if wrong:
         listing = ", ".join(
-            f"{path} is {found.get(path, 'missing')}, expected {expected.get(path, 'nothing')}" for path in wrong[:4]
+            f"{path} is {found.get(path, 'missing')}, expected {expected.get(path, 'nothing')}"
+            for path in wrong[:4]
         )
         raise UserError(f"{where}: the parameters do not fit the model in {len(wrong)} places: {listing}")
 

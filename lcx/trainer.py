@@ -145,8 +145,8 @@ class Trainer:
         changes = (self.rope_scaling, self.context_length, self.linearize, self.expects_linear or None)
         if self.init_from is None and any(change is not None for change in changes):
             raise UserError(
-                "Trainer.rope_scaling, context_length, linearize and expects_linear are about a pretrained model: set "
-                "Trainer.init_from"
+                "Trainer.rope_scaling, context_length, linearize (expects_linear) change a pretrained model: "
+                "set Trainer.init_from"
             )
         if self.adapter is not None and (self.init_from is None or self.linearize is not None):
             raise UserError(

@@ -249,6 +249,13 @@ def test_cross_entropy_of_maps(kind, T):
         ({"keep_softmax": (0, 1, 2, 3)}, "nothing to linearize"),
         ({"feature_map": "relux"}, "feature_map 'relux': expected one of softmax_dim"),
         ({"window_kind": "slid"}, "window_kind 'slid': expected one of"),
+        ({"window": 32}, "Linearize.window 32 holds the model's whole context of 64 tokens"),
+        (
+            {"feature_dim": 8, "feature_init": "identity"},
+            "Linearize.feature_dim 8 .*head size 6.*lower feature_dim",
+        ),
+        ({"window": None, "affine": True}, "Linearize.affine True has no effect with window = None"),
+        ({"adapter": 4, "feature_bias": True}, "Linearize.feature_bias True has no effect with an adapter"),
         ({"skip": True, "feature_dim": 8}, "feature_dim 8 with skip or adapter: expected head_dim 6"),
     ],
 )
@@ -256,6 +263,42 @@ def test_settings_that_cannot_be(settings, says):
     with pytest.raises(UserError, match=says) as caught:
         Linearize(**{"window": 8, "feature_dim": 6, **settings}).model(softmax()[0])
     assert "\n" not in str(caught.value)
+
+
+def test_linearizing_again_is_refused_or_said(caplog):
+    half = Linearize(window=8, feature_dim=6, keep_softmax=(0, 1)).model(softmax()[0])
+    with pytest.raises(
+        UserError, match="keep_softmax has layer 2, which is no softmax attention but LinearAttention"
+    ):
+        Linearize(window=8, keep_softmax=(2,)).model(half)
+    whole = Linearize(window=8, feature_dim=6).model(half)
+    assert linearize.linear_layers(whole) == [0, 1, 2, 3]
+    assert "layers [2, 3] are linear already" in caplog.text
+    with pytest.raises(UserError, match="the model is linear already; remove Trainer.linearize"):
+        SETTINGS.model(whole)
+
+
+def test_a_second_stage_expects_a_linear_model(text, tmp_path):
+    base = tiny_trainer(text, steps=1)
+    base.run(str(tmp_path / "base"))
+    settings = {"init_from": str(tmp_path / "base"), "lora": LoRA(rank=2), "expects_linear": True, "steps": 1}
+    with pytest.raises(
+        UserError, match="has no linear attention, expected a linearized model: run stage 1"
+    ) as caught:
+        tiny_trainer(text, **settings).check(str(tmp_path / "lora"))
+    assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="has no linear attention"):
+        tiny_trainer(text, **settings).run(str(tmp_path / "lora"))
+    hybrid = Linearize(window=8, feature_dim=8, keep_softmax=(1,))
+    tiny_trainer(text, **settings, linearize=hybrid).run(str(tmp_path / "linear"))
+    again = {**settings, "init_from": str(tmp_path / "linear")}
+    tiny_trainer(text, **again).check(str(tmp_path / "again"))
+    with pytest.raises(
+        UserError, match="seq_len 16 is not beyond the 16 keys that a terraced window of 8 holds"
+    ):
+        tiny_trainer(text, **again, seq_len=16).check(str(tmp_path / "again"))
+    with pytest.raises(UserError, match="expects_linear.* change a pretrained model"):
+        dataclasses.replace(base, expects_linear=True)
 
 
 def test_transfer_without_linear_attention_is_refused():

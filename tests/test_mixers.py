@@ -188,6 +188,14 @@ def test_padding_changes_no_token_and_no_gradient(padded):
             np.testing.assert_allclose(g, want, atol=3e-5, rtol=3e-5, err_msg=f"{path} {filling}")
 
 
+def test_padding_does_not_count_in_a_rotation_that_depends_on_the_length():
+    mixer = Attention(4, 2, 8, rope=Rope(rope_type="dynamic", factor=4.0, original_max_position_embeddings=4))
+    params, x = noisy_params(mixer), inputs(9, B=1)
+    alone, _ = run(mixer, params, x[:, :6])
+    padded, _ = run(mixer, params, x, None, jnp.array([[1] * 6 + [0] * 3]))
+    np.testing.assert_allclose(padded[:, :6], alone, atol=2e-6)
+
+
 def test_ragged_prompts_decode_like_each_row_alone(padded):
     """Prompts of 5 tokens and of none, padded on either side; then 4 steps, of which row by row one is padding."""
     mixer, params = padded

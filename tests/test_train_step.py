@@ -2,6 +2,7 @@
 
 import textwrap
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +13,9 @@ from tiny_runs import dataset, tiny_model
 import lcx
 from lcx import model as model_lib
 from lcx import objectives, sharding, train_step
+from lcx.errors import UserError
+from lcx.layers import Linear
+from lcx.linearize import Linearize
 from lcx.lora import LoRA
 from lcx.optim import AdamW, leaf_paths, split
 
@@ -246,3 +250,120 @@ def test_the_loss_is_that_of_the_public_logits(params, batch, plain):
     nll = -np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), batch["labels"][..., None], -1)[..., 0]
     weights = batch["loss_weights"]
     assert plain[1]["loss"] == pytest.approx((nll * weights).sum() / weights.sum(), rel=1e-5)
+
+
+# --- losses that modules sow
+
+
+class Sowing(nn.Module):
+    """An MLP with a loss for every token, and one of its weights."""
+
+    shape: tuple[int, ...] | None = None
+    name_of_loss: str = "activity"
+
+    @nn.compact
+    def __call__(self, x):
+        linear = Linear((x.shape[-1],), (x.shape[-1],), ("embed", "mlp"), name="up_proj")
+        y = linear(x)
+        self.sow("losses", self.name_of_loss, 0.1 * jnp.mean(jnp.square(y), axis=-1))
+        self.sow(
+            "losses", "size", 0.01 * jnp.sum(jnp.square(nn.meta.unbox(linear.variables["params"]["kernel"])))
+        )
+        return y
+
+
+def sowing_model(remat="none", **settings):
+    model = tiny_model(remat=remat)
+    (stage,) = model.stages
+    blocks = tuple(b.clone(mlp=Sowing(**settings, parent=None), parent=None) for b in stage.pattern)
+    return model.clone(stages=(model_lib.Stage(blocks, stage.repeat),), parent=None)
+
+
+def written_out(model, variables, batch):
+    """(nll, activity, size), each a mean over the tokens that count."""
+    places = {name: batch[name] for name in ("positions", "segment_ids")}
+    logits, sown = model.apply(variables, batch["tokens"], **places, mutable="losses")
+    weights = batch["loss_weights"]
+    nll = -jnp.take_along_axis(jax.nn.log_softmax(logits), batch["labels"][..., None], axis=-1)[..., 0]
+    mlp = sown["losses"]["stages_0"]["block_0"]["mlp"]
+    activity = jnp.sum(mlp["activity"][0], axis=0)  # over layers
+    return (
+        jnp.sum(nll * weights) / weights.sum(),
+        jnp.sum(activity * weights) / weights.sum(),
+        mlp["size"][0].sum(),
+    )
+
+
+@pytest.fixture(scope="module")
+def sowing(batch):
+    model = sowing_model()
+    params = model_lib.init_params(model, jax.random.key(0))
+    lora = LoRA(rank=2, targets="up_proj").init(jax.random.key(1), model)
+    lora = jax.tree.map(lambda x: x + 0.1, lora)
+
+    def loss(weights):
+        parts = written_out(model, weights, batch)
+        return sum(parts), parts
+
+    variables = {"params": params, "lora": lora}
+    alone = jax.jit(jax.grad(lambda p: loss({"params": p}), has_aux=True))(params)
+    return params, lora, alone, jax.jit(jax.grad(loss, has_aux=True))(variables)
+
+
+@pytest.mark.parametrize(("accumulation", "remat"), [(1, "none"), (2, "full"), (4, "dots")])
+def test_what_modules_sow_is_in_the_loss(batch, sowing, accumulation, remat):
+    params, _, (gradient, parts), _ = sowing
+    got, metrics, _ = one_step(sowing_model(remat), params, batch, accumulation=accumulation)
+    assert_close(got, gradient, 2e-5)
+    np.testing.assert_allclose(metrics["loss"], sum(parts), rtol=1e-6)
+    np.testing.assert_allclose([metrics["activity"], metrics["size"]], parts[1:], rtol=1e-6)
+    assert min(metrics["activity"], metrics["size"]) > 1e-2
+
+
+def test_what_modules_sow_reaches_the_pairs(batch, sowing):
+    params, lora, _, (gradient, parts) = sowing
+    got, metrics, _ = one_step(sowing_model(), params, batch, lora=lora, accumulation=2)
+    np.testing.assert_allclose(metrics["loss"], sum(parts), rtol=1e-6)
+    wanted = jax.tree_util.tree_map_with_path(
+        lambda path, x: 0 * x if path[-1].key == "scale" else x, gradient["lora"]
+    )
+    for g, want in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(g, want, atol=2e-5 * max(1e-2, np.abs(want).max()))
+
+
+def test_losses_that_cannot_be_added(batch, sowing):
+    class PerRow(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            self.sow("losses", "rows", jnp.ones(x.shape[0]))
+            return x
+
+    (stage,) = tiny_model().stages
+    per_row = stage.pattern[0].clone(mlp=PerRow(parent=None), parent=None)
+    model = tiny_model().clone(stages=(model_lib.Stage((per_row,)),), parent=None)
+    variables = {"params": model_lib.init_params(model, jax.random.key(0))}
+    batch = jax.tree.map(jnp.asarray, batch)
+    with pytest.raises(
+        UserError, match=r"sows 'rows' of shape \(8,\) in `losses`, expected \(\) or one loss a token"
+    ):
+        objectives.next_token(model, variables, batch)
+    with pytest.raises(UserError, match="sows 'loss' in `losses`, which is the name of another metric"):
+        objectives.next_token(sowing_model(name_of_loss="loss"), {"params": sowing[0]}, batch)
+
+
+@pytest.mark.parametrize("kind", ["plain", "sowing", "transfer"])
+def test_the_held_out_sums_do_not_depend_on_accumulation(params, batch, sowing, kind):
+    model, objective = tiny_model(), objectives.next_token
+    if kind == "sowing":
+        model, params = sowing_model(), sowing[0]
+    if kind == "transfer":
+        model, params = Linearize(window=4, feature_dim=8)(model, params, jax.random.key(0))
+        objective = objectives.attention_transfer
+    found = {
+        count: train_step.make_sums(model, objective, count)({"params": params}, batch) for count in (1, 2, 4)
+    }
+    for loss, weight in found.values():
+        assert weight == found[1][1]
+        np.testing.assert_allclose(loss, found[1][0], rtol=1e-6)
+    if kind == "sowing":  # what is sown is minimised, and no part of the held-out loss
+        np.testing.assert_allclose(found[4][0] / found[4][1], sowing[2][1][0], rtol=1e-6)

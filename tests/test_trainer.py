@@ -128,6 +128,22 @@ def test_the_held_out_loss_is_the_mean_over_its_tokens(whole, text):
     assert held_out == pytest.approx(total / weight, rel=1e-5)
 
 
+def test_the_held_out_loss_does_not_depend_on_how_rows_are_grouped(whole, text):
+    _, run = whole
+    mesh = tiny_trainer(text).mesh.build()
+    changes = [{"accumulation": count} for count in (1, 2, 4)]
+    changes += [
+        {"batch_size": size, "eval_batches": 1000} for size in (8, 5)
+    ]  # all there is, and rows of padding
+    with jax.set_mesh(mesh):
+        losses = [
+            tiny_trainer(text, **change).held_out_loss(run.model, run.state, mesh) for change in changes
+        ]
+    np.testing.assert_allclose(losses[:3], losses[0], rtol=1e-6)
+    np.testing.assert_allclose(losses[3], losses[4], rtol=1e-6)
+    assert abs(losses[0] / losses[3] - 1) > 1e-4  # the first two batches are not all there is
+
+
 # --- going on
 
 

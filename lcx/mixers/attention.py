@@ -45,7 +45,7 @@ class Attention(nn.Module):
         cache: Cache | None = None,
         deferred: bool = False,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
-        q, k, v = rotated_heads(self, x, positions, cache)
+        q, k, v = rotated_heads(self, x, positions, cache, segment_ids=segment_ids)
         if cache is None:
             masks = {"q_segment_ids": segment_ids, "kv_segment_ids": segment_ids}
             return output(self, self._attend(q, k, v, masks), x.shape[-1]), None
@@ -88,10 +88,13 @@ def rotated_heads(
     positions: Int[Array, "B T"] | None,
     cache: Cache | None,
     rotate: Callable[..., Array] = rope_lib.rotate,
+    *,
+    segment_ids: Int[Array, "B T"] | None = None,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
     """Queries, keys and values of a mixer with Attention's settings, inside its compact __call__.
 
-    Without a cache the rotation sees the length that is there, as in transformers; a cache fixes it in advance.
+    Without a cache the rotation sees the length that is there, as in transformers (padding does not count); a cache
+    fixes it in advance.
     """
     heads = {"q": ("heads", mixer.num_heads), "k": ("kv_heads", mixer.num_kv_heads)}
     q, k, v = (
@@ -110,7 +113,8 @@ def rotated_heads(
     if positions is None:
         start = 0 if cache is None else cache["index"]
         positions = start + jnp.arange(x.shape[1], dtype=jnp.int32)[None]
-    rope_length = jnp.max(positions) + 1 if cache is None else cache["rope_length"]
+    counted = positions if segment_ids is None else jnp.where(segment_ids != 0, positions, 0)
+    rope_length = jnp.max(counted) + 1 if cache is None else cache["rope_length"]
     frequencies = mixer.rope.frequencies(mixer.head_dim, rope_length)
     q, k = (rotate(heads, positions, *frequencies) for heads in (q, k))
     return q, k, v

@@ -191,7 +191,7 @@ class LinearAttention(nn.Module):
         self.check()
         B, T, D = x.shape
         rotate = published_lolcats.rotate if self.published_quirks else rope_lib.rotate
-        q, k, v = rotated_heads(self, x, positions, cache, rotate)
+        q, k, v = rotated_heads(self, x, positions, cache, rotate, segment_ids=segment_ids)
         arrays: dict[str, Any] = self._features(q, k)
         if cache is None:  # which holds the kv heads alone
             k, v = (sharding.repeat_heads(heads, self.num_heads) for heads in (k, v))

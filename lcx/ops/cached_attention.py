@@ -56,10 +56,11 @@ def cached_attention(
         cached_rate = jnp.where(cached_segment_ids[:, None] != 0, cached_log_decay.astype(wide), 0)
         far, near = _gaps(jnp.swapaxes(rate, 1, 2), cached_rate)
         old, new = old + far.reshape(old.shape), new + near.reshape(new.shape)
-    place, order = length + jnp.arange(T), jnp.arange(T)
-    see_old = _seen(segment_ids, cached_segment_ids, place[:, None] - jnp.arange(S), window)
+    cached_place = jnp.cumsum(cached_segment_ids != 0, axis=1)
+    place = cached_place[:, -1:] + jnp.cumsum(segment_ids != 0, axis=1)
+    see_old = _seen(segment_ids, cached_segment_ids, place[:, :, None] - cached_place[:, None], window)
     see_old &= (jnp.arange(S) < length)[None, None, None, None]
-    see_new = _seen(segment_ids, segment_ids, order[:, None] - order, window)
+    see_new = _seen(segment_ids, segment_ids, place[:, :, None] - place[:, None], window)
     old, new = jnp.where(see_old, old, NEG), jnp.where(see_new, new, NEG)
     top = jnp.maximum(old.max(-1, keepdims=True), new.max(-1, keepdims=True))
     old, new = jnp.where(see_old, jnp.exp(old - top), 0), jnp.where(see_new, jnp.exp(new - top), 0)
@@ -71,7 +72,7 @@ def cached_attention(
 
 
 def _seen(q_ids: Array, kv_ids: Array, distance: Array, window: int | None) -> Array:
-    """[B, 1, 1, T, S], for distances [T, S]."""
+    """[B, 1, 1, T, S], for distances [B, T, S] between tokens: padding does not count."""
     seen = distance >= 0
     if window is not None:
         seen &= distance < window

@@ -10,7 +10,7 @@ taps, states and responses are products of two small tables of exponentials. log
 All of it is float32, real poles.
 
 A token's distance is counted in places of its row, as in every convolution: padding between two tokens of a document
-counts, although it gives nothing.
+counts, although it gives nothing. A state is that at the last token: padding after it does not count.
 """
 
 import math
@@ -45,7 +45,7 @@ def state(
     segment_ids: Int[Array, "B T"] | None = None,
     initial_state: ModalState | None = None,
 ) -> ModalState:
-    """The state after the inputs g: s = sum_k exp(log_pole (T-1-k)) g_k over the row's last document."""
+    """The state at the last token of the inputs g: s = sum_k exp(log_pole (T-1-k)) g_k over the row's last document."""
     B, D, T = g.shape
     log_pole = log_pole.astype(jnp.float32)
     g = g.astype(jnp.float32)
@@ -56,13 +56,17 @@ def state(
         last, runs = segments.last(ids, before), segments.runs(ids, before)
         g = jnp.where(((runs == runs[:, -1:]) & (ids != 0))[:, None], g, 0)
         continued = runs[:, -1] == 0
+        last_place = segments.end(ids)
+        source = jnp.arange(T) - (T - last_place)[:, None]  # padding at the end goes to the front
+        moved = jnp.take_along_axis(g, jnp.maximum(source, 0)[:, None], axis=2)
+        g = jnp.where((source >= 0)[:, None], moved, 0)
     blocks = jnp.pad(g, ((0, 0), (0, 0), (-T % BLOCK, 0))).reshape(B, D, -1, BLOCK)
     fine = _powers(log_pole, jnp.arange(BLOCK - 1, -1, -1))
     coarse = _powers(log_pole * BLOCK, jnp.arange(blocks.shape[2] - 1, -1, -1))
     partial = jnp.einsum("bdij,djp->bdip", blocks, fine, precision="highest")
     modes = jnp.einsum("bdip,dip->bdp", partial, coarse, precision="highest")
     if initial_state is not None:
-        held = initial_state.modes * jnp.exp(log_pole * T)
+        held = initial_state.modes * jnp.exp(log_pole * last_place[:, None, None])
         modes = modes + jnp.where(continued[:, None, None], held, 0)
     return ModalState(modes, last)
 
@@ -93,11 +97,11 @@ def step(
     *,
     segment_ids: Int[Array, " B"] | None = None,
 ) -> tuple[Float[Array, "B D"], ModalState]:
-    """One token: (sum_p residue s, the state with it), float32. At padding 0, and the state only decays."""
+    """One token: (sum_p residue s, the state with it), float32. At padding 0, and the state stays."""
     ids = jnp.ones(g.shape[0], jnp.int32) if segment_ids is None else segment_ids
     held = initial_state.modes * jnp.exp(log_pole.astype(jnp.float32))
     there, same = ids != 0, ids == initial_state.segment_ids
-    held = jnp.where((same | ~there)[:, None, None], held, 0)
+    held = jnp.where(there[:, None, None], jnp.where(same[:, None, None], held, 0), initial_state.modes)
     modes = held + jnp.where(there[:, None], g.astype(jnp.float32), 0)[:, :, None]
     y = jnp.einsum("bdp,dp->bd", modes, residue.astype(jnp.float32), precision="highest")
     last = jnp.where(there, ids, initial_state.segment_ids)

@@ -139,15 +139,15 @@ def attend(
         y = _without_window(q, k, _repeated(v, q))
     if state is None:
         return _in_place(y, place), None
-    newest = [x[:, -1:] for x in (q, k, v)]
+    newest_q, newest_k, newest_v = (x[:, -1:] for x in (q, k, v))
     if window is None:
         after = _added(k, _repeated(v, q), state, _count(q, real))
-        later, later_state = _from_state(newest[0], after, v.dtype), after
+        later, later_state = _from_state(newest_q, after, v.dtype), after
     else:
         assert state.held is not None
         y, after = _prefill(q, k, v, window, affine, state, state.held, real)
         last = dataclasses.replace(window, q=window.q[:, -1:], k=window.k[:, -1:])
-        later, later_state = _step(*newest, last, affine, state, state.held)
+        later, later_state = _step(newest_q, newest_k, newest_v, last, affine, state, state.held)
     count = _count(q, real)
     one_more = (count == 1) & (state.seen > 0)
     y = y.at[:, -1:].set(_row_by_row(one_more, later, y[:, -1:]))
@@ -213,9 +213,7 @@ def _in_place(y: Array, place: Array | None) -> Array:
 
 
 def _row_by_row(chosen: Bool[Array, " B"], one: Any, other: Any) -> Any:
-    return jax.tree.map(
-        lambda x, y: jnp.where(chosen.reshape(-1, *(1,) * (x.ndim - 1)), x, y), one, other
-    )
+    return jax.tree.map(lambda x, y: jnp.where(chosen.reshape(-1, *(1,) * (x.ndim - 1)), x, y), one, other)
 
 
 def cross_entropy(
@@ -233,7 +231,9 @@ def cross_entropy(
     s = step(step(_product("btnh,bsnh->bnts", q, _repeated(k, q))) * q.shape[-1] ** -0.5)
     T = q.shape[1]
     real = jnp.ones((1, 1, 1, T), bool) if segment_ids is None else (segment_ids != 0)[:, None, None]
-    seen = jnp.tri(T, dtype=bool) & real | jnp.eye(T, dtype=bool)  # a padded query has itself: no row is empty
+    seen = jnp.tri(T, dtype=bool) & real | jnp.eye(
+        T, dtype=bool
+    )  # a padded query has itself: no row is empty
     target = jax.lax.stop_gradient(step(jax.nn.softmax(jnp.where(seen, s, -jnp.inf))))
     floored = jnp.where(real, jnp.log(jnp.maximum(weights, FLOOR).astype(jnp.float32)), -1e30)
     return -jnp.mean(jnp.sum(target * jax.nn.log_softmax(floored), axis=-1), axis=1)

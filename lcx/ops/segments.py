@@ -29,6 +29,11 @@ def last(segment_ids: Int[Array, "B T"], before: Int[Array, " B"] | None = None)
     return _fill(jnp.concatenate([before[:, None], segment_ids], axis=1))[:, -1]
 
 
+def end(segment_ids: Int[Array, "B T"]) -> Int[Array, " B"]:
+    """The place after the last token that is no padding; what comes later is not between two tokens of a document."""
+    return jnp.max(jnp.where(segment_ids != 0, jnp.arange(1, segment_ids.shape[1] + 1), 0), axis=1)
+
+
 def _fill(ids: Array) -> Array:
     """Padding takes the id of what precedes it."""
     place = jnp.where(ids != 0, jnp.arange(ids.shape[1]), 0)

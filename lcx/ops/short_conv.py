@@ -201,14 +201,16 @@ def own_inputs(state: ConvState, *, axis: int = 2) -> Array:
 
 
 def final_state(x, segment_ids, state: ConvState | None, K: int, *, axis: int = 2) -> ConvState:
-    """The last K - 1 inputs so far: of x, and where x is shorter, of the state before it or of nothing."""
+    """The K - 1 inputs up to the last token that is no padding: of x, of the state before it, or of nothing."""
     T = x.shape[axis]
+    if segment_ids is None and T >= K - 1:
+        return ConvState(_from(x, T - (K - 1), axis), jnp.ones((x.shape[0], K - 1), jnp.int32))
     ids = jnp.ones((x.shape[0], T), jnp.int32) if segment_ids is None else segment_ids
-    if T < K - 1:
-        if state is None:
-            shape = (x.shape[0], K - 1, x.shape[2]) if axis == 1 else (*x.shape[:2], K - 1)
-            state = ConvState(jnp.zeros(shape, x.dtype), jnp.zeros((x.shape[0], K - 1), ids.dtype))
-        x = jnp.concatenate([state.inputs.astype(x.dtype), x], axis=axis)
-        ids = jnp.concatenate([state.segment_ids.astype(ids.dtype), ids], axis=1)
-    first = x.shape[axis] - (K - 1)
-    return ConvState(_from(x, first, axis), ids[:, first:])
+    if state is None:
+        shape = (x.shape[0], K - 1, x.shape[2]) if axis == 1 else (*x.shape[:2], K - 1)
+        state = ConvState(jnp.zeros(shape, x.dtype), jnp.zeros((x.shape[0], K - 1), ids.dtype))
+    x = jnp.concatenate([state.inputs.astype(x.dtype), x], axis=axis)
+    places = segments.end(ids)[:, None] + jnp.arange(K - 1)
+    ids = jnp.concatenate([state.segment_ids.astype(ids.dtype), ids], axis=1)
+    inputs = jnp.take_along_axis(x, _over_channels(places, axis), axis=axis)
+    return ConvState(inputs, jnp.take_along_axis(ids, places, axis=1))
