@@ -28,10 +28,9 @@ class Captured(Exception):
 def parser_of(command: str) -> argparse.ArgumentParser:
     """The parser that `python -m lcx.<command>` builds, caught at the moment it is used."""
     name = f"lcx.{command}"
-    try:
+    module = importlib.import_module(name)
+    if not hasattr(module, "main"):
         module = importlib.import_module(f"{name}.__main__")
-    except ModuleNotFoundError:
-        module = importlib.import_module(name)
 
     def parse_known_args(self, args=None, namespace=None):
         raise Captured(self)

@@ -1,8 +1,8 @@
-"""Draws the pictures of docs/concepts/rope-scaling.md from lcx/rope.py into docs/img.
+"""Draws the pictures of docs/ into docs/img: RoPE scaling from lcx/rope.py, the wall from the table of results.
 
     python scripts/draw_docs.py
 
-Every curve is computed by the functions that training uses; nothing is drawn by hand.
+The curves are computed by the functions that training uses.
 """
 
 import dataclasses
@@ -85,10 +85,41 @@ def draw_dynamic(axes) -> None:
     axes.legend(fontsize=8, loc="upper left")
 
 
+def wall_table() -> tuple[list[str], dict[str, list[float]]]:
+    """The columns and rows of the table that the picture of the wall shows, from the page that states them."""
+    page = (IMAGES.parent / "results" / "extension.md").read_text().partition("## The same model, fine-tuned")[2]
+    rows = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("|")]
+    columns = [cell.strip() for cell in rows[0]]
+    return columns, {name: [float(x) for x in values] for name, *values in rows[2:]}
+
+
+def draw_wall(axes) -> None:
+    columns, rows = wall_table()
+    width = 0.38
+    for i, (name, values) in enumerate(rows.items()):
+        bars = axes.bar(np.arange(len(values)) + (i - 0.5) * width, values, width, color=("0.6", "C2")[i], label=name)
+        axes.bar_label(bars, fmt="%.2f", fontsize=8)
+    axes.axvline(1.5, color="0.3", lw=0.8, ls="--")
+    axes.annotate("end of the trained window", (1.5, 4.2), xytext=(-4, 0), textcoords="offset points", ha="right",
+                  fontsize=8, color="0.3")  # fmt: skip
+    axes.set_xticks(range(len(columns)), columns)
+    axes.set(xlabel="position (tokens)", ylabel="nats per token")
+    axes.set_title("A 0.9M Llama with a window of 256, held-out stories", fontsize=9)
+    axes.legend(fontsize=8, loc="center left")
+
+
+PICTURES = {
+    "rope_factors": draw_factors,
+    "rope_angles": draw_angles,
+    "rope_dynamic": draw_dynamic,
+    "wall": draw_wall,
+}
+
+
 def main() -> None:
     IMAGES.mkdir(parents=True, exist_ok=True)
     with plt.rc_context(RC):
-        for name, draw in (("rope_factors", draw_factors), ("rope_angles", draw_angles), ("rope_dynamic", draw_dynamic)):
+        for name, draw in PICTURES.items():
             figure, axes = plt.subplots(figsize=(5.2, 3.0), layout="constrained")
             draw(axes)
             figure.savefig(IMAGES / f"{name}.svg", metadata={"Date": None})

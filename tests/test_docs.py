@@ -28,7 +28,7 @@ from lcx import config
 sys.path.insert(0, str(ROOT / "scripts"))
 import docs_commands  # noqa: E402
 
-VERBS = ("train", "evaluate", "generate", "convert", "data", "report")
+VERBS = docs_commands.COMMANDS
 
 
 @pytest.fixture(scope="module")
@@ -48,10 +48,9 @@ def inside(world, monkeypatch):
 
 
 def main_of(verb: str):
-    for name in (f"lcx.{verb}.__main__", f"lcx.{verb}"):
-        if importlib.util.find_spec(name) is not None:
-            return importlib.import_module(name).main
-    raise AssertionError(f"there is no command lcx.{verb}")
+    assert verb in VERBS, f"there is no command lcx.{verb}"
+    module = importlib.import_module(f"lcx.{verb}")
+    return (module if hasattr(module, "main") else importlib.import_module(f"lcx.{verb}.__main__")).main
 
 
 def call(verb: str, words: list[str]) -> int:
