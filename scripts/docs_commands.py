@@ -1,4 +1,6 @@
-"""Writes docs/reference/commands.md from the parsers of the commands, so that the page cannot say something else.
+"""Writes two pages of docs/reference from what they describe, so that they cannot say something else.
+
+commands.md from the parsers of the commands, configs.md from the headers of configs/.
 
     python scripts/docs_commands.py
 """
@@ -10,7 +12,7 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-PAGE = pathlib.Path(__file__).resolve().parents[1] / "docs" / "reference" / "commands.md"
+ROOT = pathlib.Path(__file__).resolve().parents[1]
 COMMANDS = ("train", "evaluate", "generate", "convert", "data", "report")
 HEADER = """# Command lines
 
@@ -87,5 +89,43 @@ def page(commands: Sequence[str] = COMMANDS) -> str:
     return HEADER + "".join(section(command) for command in commands)
 
 
+CONFIGS_HEADER = """# Configurations
+
+The recipes in `configs/`; this page is written by `python scripts/docs_commands.py` from their first lines. Each file begins
+with what it does, on which hardware, how long it takes, what to expect, and its command.
+[Write a configuration](../how-to/configure.md) explains how to change them.
+"""
+FOLDERS = {
+    "": "Start",
+    "extend": "Extend",
+    "linearize": "Linearize",
+    "pretrain": "Pretrain",
+    "pretrain/genome": "Pretrain: StripedHyena 2 and a Llama on a genome",
+    "eval": "Evaluate",
+    "models": "Models, to be included",
+    "data": "Data, to be included",
+}
+
+
+def configs_page() -> str:
+    """A table of each folder of configs/: a file, and the first line of its header."""
+    lines = [CONFIGS_HEADER]
+    found: dict[str, list[str]] = {}
+    for path in sorted((ROOT / "configs").rglob("*.gin")):
+        name = path.relative_to(ROOT / "configs")
+        title = path.read_text().splitlines()[0].lstrip("# ").rstrip(".")
+        folder = name.parent.as_posix().removeprefix(".")
+        found.setdefault(folder, []).append(f"| `configs/{name.as_posix()}` | {title} |")
+    for folder in sorted(found, key=lambda name: list(FOLDERS).index(name) if name in FOLDERS else len(FOLDERS)):
+        lines += [f"## {FOLDERS.get(folder, folder)}\n", "| file | what it does |", "|---|---|", *found[folder], ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+PAGES = {
+    ROOT / "docs" / "reference" / "commands.md": page,
+    ROOT / "docs" / "reference" / "configs.md": configs_page,
+}
+
 if __name__ == "__main__":
-    PAGE.write_text(page())
+    for path, write in PAGES.items():
+        path.write_text(write())
