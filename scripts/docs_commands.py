@@ -18,7 +18,7 @@ HEADER = """# Command lines
 
 This page is written by `python scripts/docs_commands.py` from the commands' own parsers; `--help` shows the same text.
 Commands exit with 0 when they did what was asked, with 2 and one line on stderr when the input is wrong, with 130
-after Ctrl-C. How `--gin_file` and `--gin.NAME=VALUE` work is explained in [Write a configuration](../how-to/configure.md).
+after Ctrl-C. [Write a configuration](../how-to/configure.md) explains `--gin_file` and `--gin.NAME=VALUE`.
 """
 
 
@@ -91,8 +91,8 @@ def page(commands: Sequence[str] = COMMANDS) -> str:
 
 CONFIGS_HEADER = """# Configurations
 
-The recipes in `configs/`; this page is written by `python scripts/docs_commands.py` from their first lines. Each file begins
-with what it does, on which hardware, how long it takes, what to expect, and its command.
+The recipes in `configs/`; this page is written by `python scripts/docs_commands.py` from their first lines. Each file
+begins with what it does, on which hardware, how long it takes, what to expect, and its command.
 [Write a configuration](../how-to/configure.md) explains how to change them.
 """
 FOLDERS = {
@@ -116,8 +116,16 @@ def configs_page() -> str:
         title = path.read_text().splitlines()[0].lstrip("# ").rstrip(".")
         folder = name.parent.as_posix().removeprefix(".")
         found.setdefault(folder, []).append(f"| `configs/{name.as_posix()}` | {title} |")
-    for folder in sorted(found, key=lambda name: list(FOLDERS).index(name) if name in FOLDERS else len(FOLDERS)):
-        lines += [f"## {FOLDERS.get(folder, folder)}\n", "| file | what it does |", "|---|---|", *found[folder], ""]
+    for folder in sorted(
+        found, key=lambda name: list(FOLDERS).index(name) if name in FOLDERS else len(FOLDERS)
+    ):
+        lines += [
+            f"## {FOLDERS.get(folder, folder)}\n",
+            "| file | what it does |",
+            "|---|---|",
+            *found[folder],
+            "",
+        ]
     return "\n".join(lines).rstrip() + "\n"
 
 

@@ -87,7 +87,9 @@ def draw_dynamic(axes) -> None:
 
 def wall_table() -> tuple[list[str], dict[str, list[float]]]:
     """The columns and rows of the table that the picture of the wall shows, from the page that states them."""
-    page = (IMAGES.parent / "results" / "extension.md").read_text().partition("## The same model, fine-tuned")[2]
+    page = (
+        (IMAGES.parent / "results" / "extension.md").read_text().partition("## The same model, fine-tuned")[2]
+    )
     rows = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("|")]
     columns = [cell.strip() for cell in rows[0]]
     return columns, {name: [float(x) for x in values] for name, *values in rows[2:]}
@@ -97,7 +99,9 @@ def draw_wall(axes) -> None:
     columns, rows = wall_table()
     width = 0.38
     for i, (name, values) in enumerate(rows.items()):
-        bars = axes.bar(np.arange(len(values)) + (i - 0.5) * width, values, width, color=("0.6", "C2")[i], label=name)
+        bars = axes.bar(
+            np.arange(len(values)) + (i - 0.5) * width, values, width, color=("0.6", "C2")[i], label=name
+        )
         axes.bar_label(bars, fmt="%.2f", fontsize=8)
     axes.axvline(1.5, color="0.3", lw=0.8, ls="--")
     axes.annotate("end of the trained window", (1.5, 4.2), xytext=(-4, 0), textcoords="offset points", ha="right",

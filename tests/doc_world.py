@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import pathlib
+import re
 import shutil
 
 import jax
@@ -126,13 +128,27 @@ def _genomes(to: pathlib.Path) -> None:
     )
 
 
+def with_includes(file: str) -> list[str]:
+    """The file and what it includes, as paths from the folder where commands run."""
+    found = [os.path.normpath(file)]
+    for name in re.findall(r"^include '(.+)'", pathlib.Path(file).read_text(), re.M):
+        beside = os.path.join(os.path.dirname(file), name)
+        found += with_includes(beside if os.path.exists(beside) else name)
+    return found
+
+
 def small(verb: str, words: list[str], folder: pathlib.Path) -> list[str]:
     """The words of a command of the pages, with flags after them that make it small."""
     words = [word.replace("/path/to/", f"{folder}/path/to/") for word in words]
     files = [word.removeprefix("--gin_file=") for word in words if word.startswith("--gin_file=")]
+    files = [name for file in files for name in with_includes(file)]
     cache = {"Dataset.cache_dir": f"'{folder}/cache'"}
+    if any(
+        re.search(r"^data.Dataset.source = 'stdlib'", pathlib.Path(name).read_text(), re.M) for name in files
+    ):
+        cache |= {"Dataset.source": f"'{folder}/path/to/books/*.txt'"}
     if verb == "train":
-        own = [SETTINGS.get(name.removeprefix("configs/"), {}) for name in files]
+        own = [SETTINGS.get(name.removeprefix("configs/"), {}) for name in reversed(files)]
         extra = TRAIN | cache | {key: value for settings in own for key, value in settings.items()}
     elif verb == "evaluate":
         extra = ONE_EVALUATION | cache if not any("dna" in n or "sequences" in n for n in files) else {}

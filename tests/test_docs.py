@@ -26,7 +26,7 @@ from doc_pages import PAGES, README, ROOT, Block, blocks
 from lcx import config
 
 sys.path.insert(0, str(ROOT / "scripts"))
-import docs_commands  # noqa: E402
+import docs_commands
 
 VERBS = docs_commands.COMMANDS
 
@@ -100,7 +100,9 @@ def check(words: list[str], monkeypatch) -> None:
         check_script(words, monkeypatch)
     elif words[0] == "bash":
         script = (ROOT / words[1]).read_text()
-        unknown = [word for word in words[2:] if word.startswith("--") and word.partition("=")[0] not in script]
+        unknown = [
+            word for word in words[2:] if word.startswith("--") and word.partition("=")[0] not in script
+        ]
         assert not unknown, f"{words[1]} has no flag {unknown}"
     elif "pip" in words:
         check_install(words)
@@ -162,7 +164,7 @@ def test_a_page_does_what_it_says(page, world, monkeypatch):
         try:
             if block.title is not None:
                 pathlib.Path(block.title).parent.mkdir(parents=True, exist_ok=True)
-                pathlib.Path(block.title).write_text(block.text)
+                pathlib.Path(block.title).write_text(block.text.replace("/path/to/", f"{world}/path/to/"))
             elif block.language == "python":
                 compile(block.text, block.place, "exec")
                 if block.needs is None:
@@ -224,7 +226,16 @@ def test_a_written_page_is_up_to_date(path):
 @pytest.mark.skipif(importlib.util.find_spec("mkdocs") is None, reason="needs the extra docs")
 def test_the_site_builds_without_a_warning(tmp_path):
     done = subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")],
+        [
+            sys.executable,
+            "-m",
+            "mkdocs",
+            "build",
+            "--strict",
+            "--quiet",
+            "--site-dir",
+            str(tmp_path / "site"),
+        ],
         cwd=ROOT,
         capture_output=True,
         text=True,
