@@ -102,12 +102,12 @@ def draw_wall(axes) -> None:
         bars = axes.bar(
             np.arange(len(values)) + (i - 0.5) * width, values, width, color=("0.6", "C2")[i], label=name
         )
-        axes.bar_label(bars, fmt="%.2f", fontsize=8)
+        axes.bar_label(bars, fmt="%.3f", fontsize=7, padding=1)
     axes.axvline(1.5, color="0.3", lw=0.8, ls="--")
     axes.annotate("end of the trained window", (1.5, 4.2), xytext=(-4, 0), textcoords="offset points", ha="right",
                   fontsize=8, color="0.3")  # fmt: skip
     axes.set_xticks(range(len(columns)), columns)
-    axes.set(xlabel="position (tokens)", ylabel="nats per token")
+    axes.set(xlabel="position (tokens)", ylabel="nats per token", ylim=(0, 4.9))
     axes.set_title("A 0.9M Llama with a window of 256, held-out stories", fontsize=9)
     axes.legend(fontsize=8, loc="center left")
 
