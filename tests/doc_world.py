@@ -14,7 +14,7 @@ import shutil
 
 import jax
 import numpy as np
-from tiny_runs import ROOT, write_text
+from tiny_runs import write_text
 
 import lcx
 from lcx import model as model_lib
@@ -60,9 +60,7 @@ ONE_EVALUATION = {
 
 
 def make(folder: pathlib.Path) -> None:
-    """Fills `folder`, where the commands run: configs/ as in the repository, path/to/ with the files they name."""
-    for name in ("configs", "scripts", "benchmarks", "examples"):
-        (folder / name).symlink_to(ROOT / name)
+    """Makes path/to/ in the folder where the commands run, with the files that the pages name."""
     to = folder / "path" / "to"
     write_text(to, documents=4)  # to/text/*.txt
     (to / "text").rename(to / "books")

@@ -32,18 +32,26 @@ VERBS = docs_commands.COMMANDS
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """The folder where the commands run; what one page leaves there, the next finds, as a reader's would."""
+def folder(tmp_path_factory):
+    """Where the commands run: a clone of the repository, as far as they name its files."""
     folder = tmp_path_factory.mktemp("docs")
+    for name in ("configs", "scripts", "benchmarks", "examples"):
+        (folder / name).symlink_to(ROOT / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def world(folder):
+    """The folder with what /path/to/... names in it."""
     doc_world.make(folder)
     return folder
 
 
 @pytest.fixture(autouse=True)
-def inside(world, monkeypatch):
-    monkeypatch.chdir(world)
-    monkeypatch.syspath_prepend(str(world))
-    monkeypatch.setenv("LCX_CACHE", str(world / "cache"))
+def inside(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.setenv("LCX_CACHE", str(folder / "cache"))
     monkeypatch.setenv("WANDB_MODE", "disabled")
 
 
