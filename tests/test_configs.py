@@ -141,7 +141,8 @@ def test_header_says_what_it_is(path):
 
 
 def test_files_that_the_readme_and_the_help_name_exist():
-    pages = [ROOT / "README.md", *(ROOT / "lcx").glob("*.py"), *CONFIGS, *(ROOT / "scripts").glob("*.sh")]
+    texts = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+    pages = [*texts, *(ROOT / "lcx").glob("*.py"), *CONFIGS, *(ROOT / "scripts").glob("*.sh")]
     path = re.compile(r"(?:configs|scripts|benchmarks)/[\w/]+\.\w+")
     named = {name for page in pages for name in path.findall(page.read_text())}
     missing = [name for name in sorted(named) if not (ROOT / name).exists()]
