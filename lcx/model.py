@@ -479,7 +479,7 @@ def flops_per_token(model: Decoder | Layers, seq_len: int) -> float:
     return total
 
 
-def mixer_macs_per_token(mixer: nn.Module, seq_len: int) -> float:
+def mixer_macs_per_token(mixer: nn.Module | None, seq_len: int) -> float:
     """Multiply-adds per token beyond the projections; 0 for a mixer that does not say."""
     count = getattr(mixer, "macs_per_token", None)
     return 0.0 if count is None else count(seq_len)

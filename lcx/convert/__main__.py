@@ -60,6 +60,13 @@ def main(argv=None) -> int:
     parser.add_argument(
         "--model_parallel", type=int, metavar="N", help="files that share the tensors of savanna (default 1)"
     )
+    _add_adapters(parser)
+    _add_lolcats(parser)
+    return config.run(parser, "lcx.convert.command:convert", argv)
+
+
+def _add_adapters(parser) -> None:
+    """PEFT adapters, in and out."""
     parser.add_argument(
         "--adapter",
         action="append",
@@ -71,8 +78,6 @@ def main(argv=None) -> int:
         metavar="NAME",
         help="what a peft adapter names as its base, a path or a name on the hub (default: what the run started from)",
     )
-    _add_lolcats(parser)
-    return config.run(parser, "lcx.convert.command:convert", argv)
 
 
 def _add_lolcats(parser) -> None:
