@@ -43,11 +43,11 @@ def _attention(short, q, k, v, log_decay, runs, plan):
 def _forward(short, arrays, plan, dtype):
     options = plan.options._replace(raw=False)
 
-    def by_tiles(*arrays):
-        return tiles_form._forward(*arrays, options, dtype)
+    def by_tiles(q, k, v, log_decay, runs):
+        return tiles_form._forward(q, k, v, log_decay, runs, options, dtype)
 
-    def by_states(*arrays):
-        return states_form._forward(*arrays, None, plan, dtype)[:2]
+    def by_states(q, k, v, log_decay, runs):
+        return states_form._forward(q, k, v, log_decay, runs, None, plan, dtype)[:2]
 
     return jax.lax.cond(short, by_tiles, by_states, *arrays)
 

@@ -53,6 +53,10 @@ SETTINGS: dict[str, dict[str, str]] = {
     "pretrain/striped_hyena.gin": {f"striped_hyena.{key}": value for key, value in TINY.items()}
     | {"striped_hyena.se_groups": "2", "striped_hyena.mr_groups": "2"},
 }  # fmt: skip
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+)
 ONE_EVALUATION = {
     "evaluate.evals": "(@lcx.evals.loss_by_position.LossByPosition(),)",
     "LossByPosition.max_tokens": "256",
@@ -69,6 +73,8 @@ def make(folder: pathlib.Path) -> None:
     texts = [path.read_text() for path in sorted((to / "books").iterdir())]
     (to / "text" / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     (folder / "long_prompt.txt").write_text("def main():\n    return 1\n")
+    chats = ([{"role": "user", "content": text[:20]}, {"role": "assistant", "content": text[20:60]}] for text in texts)
+    (to / "conversations.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
     _models(to)
     _genomes(to)
 
@@ -85,6 +91,8 @@ def _models(to: pathlib.Path) -> None:
     )
     lcx.save(to / "hf_folder", model, model_lib.init_params(model, jax.random.key(0)), format="hf")
     write_tokenizer(to / "hf_folder")
+    shutil.copytree(to / "hf_folder", to / "chat_folder")
+    (to / "chat_folder" / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     evo2 = striped_hyena(
         pattern="SDH*",
         hidden_size=32,
