@@ -113,8 +113,8 @@ def _settings(path: Path) -> Settings | None:
     if path.name == "vocab.json" and name == GENERIC:
         name = "GPT2Tokenizer"
     if name not in PIPELINES and name != GENERIC:
-        log.info(
-            "%s: tokenizer_class %s is read as %s says, without code of its own", folder, name, path.name
+        log.warning(
+            "%s: tokenizer_class %s is read as %s says, without what the class itself does", folder, name, path.name
         )
         name = GENERIC
     return settings_of.read(folder, name, config)
