@@ -62,6 +62,10 @@ class BlockInputs:
     def describe_special_tokens(self) -> str:
         return self.text.describe_special_tokens()
 
+    def remarks(self) -> list[str]:
+        """Nothing: what there is to say of the text is said where its rows are made."""
+        return []
+
     def batches(
         self, split: str, *, global_batch_size: int, process_index: int, process_count: int, **_: Any
     ) -> residuals.Rows:

@@ -274,7 +274,7 @@ def test_commands(files, tmp_path, capsys):
     assert "no linear attention" in capsys.readouterr().err
     assert convert(files / "hf", tmp_path / "no", "lolcats_files") == 2
     assert (
-        "holds a model of format 'hf'; 'lolcats_files' are written from the workdir"
+        "holds a model of format 'hf'; 'lolcats_files' is written from the workdir"
         in capsys.readouterr().err
     )
     assert convert(files / "x_distill.pt", tmp_path / "no", "lcx") == 2

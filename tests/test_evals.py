@@ -41,7 +41,9 @@ def tiny():
         num_kv_heads=2,
         max_position_embeddings=WINDOW,
     )
-    params = jax.tree.map(lambda x: x * 3, init_params(model, jax.random.key(0)))  # far from uniform
+    # Away from uniform, and no further: three times the weights, and float32 logits of one row differ by 4e-4 between
+    # two batch sizes on some processors.
+    params = jax.tree.map(lambda x: x * 1.25, init_params(model, jax.random.key(0)))
     return model, params
 
 

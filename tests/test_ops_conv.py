@@ -241,8 +241,9 @@ def test_modal_state_is_the_recurrence(packed):
     s, last, ys = np.zeros((B, D, 16)), np.zeros(B, int), []
     for t in range(T):
         new = (own[:, t] != 0) & (own[:, t] != last)
-        s = np.where(new[:, None, None], 0, s) * np.exp(np.asarray(log_pole, np.float64))
-        s = s + np.where(own[:, t] != 0, 1, 0)[:, None, None] * np.asarray(g)[:, :, t, None]
+        after = np.where(new[:, None, None], 0, s) * np.exp(np.asarray(log_pole, np.float64))
+        # Padding leaves the state as it is: what comes next is the next token, however far the row was filled up.
+        s = np.where((own[:, t] != 0)[:, None, None], after + np.asarray(g)[:, :, t, None], s)
         last = np.where(own[:, t] != 0, own[:, t], last)
         ys.append(np.where((own[:, t] != 0)[:, None], np.einsum("bdp,dp->bd", s, residue), 0))
     expected = np.stack(ys, axis=2)

@@ -50,6 +50,8 @@ def read(config: Mapping[str, Any], family: Family, head_dim: int) -> Rope:
             "default and longrope"
         )
     rope.frequencies(head_dim, 1)  # its own checks against the head size
+    if rope.rope_type == "default" and config.get(_ORIGINAL) == config.get("max_position_embeddings"):
+        rope = dataclasses.replace(rope, original_max_position_embeddings=None)  # phi3 always states one
     return _remembered(config, rope, head_dim)
 
 

@@ -29,9 +29,14 @@ def split(log_decay: Float[Array, "*shape"], length: int, lowest: float = GONE) 
     The first are multiples of a power of 2, so coarse that sums of `length` of them, none below `lowest`, are exact in
     float32, and with them the difference of two large sums. Sums of the second are small, and round at their own size.
     """
-    unit = 2.0 ** ((int(-lowest) * length).bit_length() - 24)
+    unit = unit_of(length, lowest)
     coarse = jnp.round(log_decay / unit) * unit
     return jnp.stack([coarse, log_decay - coarse])
+
+
+def unit_of(length: int, lowest: float) -> float:
+    """The power of 2 of which `length` multiples, none below `lowest`, have an exact sum in float32."""
+    return 2.0 ** ((int(-lowest) * length).bit_length() - 24)
 
 
 @jax.custom_jvp

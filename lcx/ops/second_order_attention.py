@@ -35,14 +35,13 @@ from lcx.ops import (
     second_order_tiles,
     segments,
 )
-from lcx.ops.decay import GONE, divided, gaps
+from lcx.ops.decay import GONE, divided, gaps, split, unit_of
 from lcx.ops.second_order_states import expand, expanded_size
 from lcx.ops.second_order_units import LOG4, exponent, times_power, units
 
 PLATFORMS = {"triton": "gpu", "tpu": "tpu"}  # of the kernels
-LOWEST = (
-    -512.0
-)  # a finite log decay below counts as it: float32 knows no two squared scores whose ratio is e^400
+# A finite log decay below counts as it: float32 knows no two squared scores whose ratio is e^400.
+LOWEST = -512.0
 FAINT = 1e-12  # a score in units of query and key that may be all rounding error
 
 
@@ -213,6 +212,13 @@ def _with_ones(v: Array) -> Array:
     return jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1)
 
 
+def _parts(rates: Array) -> tuple[Array, Array, float]:
+    """Log decays as multiples of a unit, with exact sums over the row, and what is left; -inf is in the first."""
+    coarse, fine = split(rates, rates.shape[-1], LOWEST)
+    hidden = rates == -jnp.inf
+    return jnp.where(hidden, -jnp.inf, coarse), jnp.where(hidden, 0, fine), unit_of(rates.shape[-1], LOWEST)
+
+
 def reference(
     q, k, v, decay, runs, state: SecondOrderState, *, normalize: bool, scale: float
 ) -> tuple[Array, SecondOrderState]:
@@ -222,7 +228,9 @@ def reference(
     queries = times_power(q, -exponent(q)[..., None])
     scores = scale * jnp.einsum("btnh,bsnh->bnts", queries, times_power(k, -exponent(k)[..., None]))
     order, rates = jnp.arange(q.shape[1]), jnp.moveaxis(decay, 2, 1)
-    between, since = gaps(rates, order), jnp.cumsum(rates, axis=2)
+    coarse, fine, unit = _parts(rates)
+    far, near, since = gaps(coarse, order), gaps(fine, order), jnp.cumsum(rates, axis=2)
+    between = far + near
     carried = jnp.concatenate([state.kv, state.k_sum[..., None]], axis=-1)
     old = jnp.einsum("btnp,bnpw->bntw", expand(queries), carried)
     # The logarithm of every weight's size, in parts: of the square or of the state's, and of what multiplies it.
@@ -234,7 +242,10 @@ def reference(
     sizes = jnp.where(seen, 2 * jnp.log(jnp.abs(scores)) + of_pairs, -jnp.inf).max(axis=-1)
     top = jnp.maximum(sizes, jnp.where(entering, jnp.log(old[..., -1]) + of_state, -jnp.inf))
     top = jax.lax.stop_gradient(jnp.where(top > -jnp.inf, top, 0))
-    roots = scores * jnp.exp(jnp.where(seen, of_pairs - top[..., None], 0) / 2)
+    # The difference of two large sums, from parts of them whose own differences are exact.
+    shift = jnp.round(top / unit) * unit
+    near = near - (top - shift)[..., None] + LOG4 * (rows[..., None] + keys[:, :, None])
+    roots = scores * jnp.exp(jnp.where(seen, (far - shift[..., None]) + near, 0) / 2)
     weights = jnp.where(seen, roots**2, 0)
     entering = jnp.where(entering, jnp.exp(jnp.where(entering, of_state - top, 0)), 0)
     sums = jnp.einsum("bnts,bsnw->bntw", weights, _with_ones(v)) + entering[..., None] * old
