@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Runs the tests: makes .venv if absent, installs, runs pytest with the arguments given here.
 #   bash scripts/test.sh                      everything
+#   bash scripts/test.sh --fast               a verdict in a few minutes: what FAST names, one run of each kind
 #   bash scripts/test.sh tests/test_rope.py   one file
 # Everything is two runs of pytest: the number of devices that a CPU pretends to have is fixed when jax starts, and
 # tests/eight_devices needs eight. More devices than cores need a larger thread pool, or they wait for each other.
@@ -15,12 +16,20 @@ use_venv dev,torch
 # Compiled programs are kept between runs: most of the time of these tests is compilation.
 export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$PWD/.venv/xla-cache}"
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.05 JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1
+# A test keeps about one core busy. A worker takes the tests of a file together, and idle ones steal from the others.
+workers="${LCX_TEST_WORKERS:-$(python -c 'import os; print(min(len(os.sched_getaffinity(0)), 8))')}"
+FAST=(test_adapters test_chat test_config test_config_types test_convert_files test_convert_names test_convert_rules
+  test_convert_windows test_data_batches test_data_corpus test_data_formats test_data_packing test_data_special_tokens
+  test_data_tokenizer_classes test_extend test_hub test_imports test_metrics test_ops_cross_entropy test_optim
+  test_parameters test_rope test_train_step)
+if [ "${1:-}" = --fast ]; then
+  files=("${FAST[@]/#/tests/}")
+  exec python -m pytest -q -n "$workers" --dist worksteal "${files[@]/%/.py}" "${@:2}"
+fi
 if [ $# -gt 0 ]; then
   exec python -m pytest -q "$@"
 fi
 status=0
-# A test keeps about one core busy. A worker takes the tests of a file together, and idle ones steal from the others.
-workers="${LCX_TEST_WORKERS:-$(python -c 'import os; print(min(len(os.sched_getaffinity(0)), 8))')}"
 python -m pytest -q -n "$workers" --dist worksteal --ignore=tests/eight_devices || status=$?
 echo "eight devices"
 XLA_FLAGS="${XLA_FLAGS:-} --xla_force_host_platform_device_count=8" NPROC=32 python -m pytest -q tests/eight_devices || status=$?
