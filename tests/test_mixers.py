@@ -235,6 +235,20 @@ def test_left_padded_prompts_in_pieces_are_like_whole_ones(mixer, params):
     np.testing.assert_allclose(jnp.concatenate(ys, axis=1)[1:, 4:], alone, atol=2e-6)
 
 
+def test_a_window_counts_tokens_behind_a_padded_piece():
+    """Pieces of more tokens than are attended to at once, the first filled up on the right, the second on the left."""
+    mixer = Attention(4, 2, 8, window=7)
+    params, x = noisy_params(mixer), inputs(24, B=1)
+    alone, _ = run(mixer, params, x)
+    cache = mixer.init_cache(1, 40, jnp.float32)
+    first = jnp.pad(x[:, :10], ((0, 0), (0, 6), (0, 0)), constant_values=1e4)
+    ids = jnp.array([[1] * 10 + [0] * 6])
+    y, cache = run(mixer, params, first, jnp.arange(16)[None], ids, cache)
+    second = jnp.pad(x[:, 10:], ((0, 0), (3, 0), (0, 0)), constant_values=1e4)
+    z, _ = run(mixer, params, second, jnp.arange(7, 24)[None], jnp.array([[0] * 3 + [1] * 14]), cache)
+    np.testing.assert_allclose(jnp.concatenate([y[:, :10], z[:, 3:]], axis=1), alone, atol=2e-6)
+
+
 def test_bfloat16_is_near_float32(mixer, params):
     x = inputs(100)
     y, _ = run(mixer, params, x)

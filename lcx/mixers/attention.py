@@ -53,7 +53,7 @@ class Attention(nn.Module):
         if x.shape[1] <= kv_cache.FEW and self.implementation in (None, "xla"):
             y = kv_cache.attend(cache, q, new, window=self.window)
         else:
-            y = self._attend(*kv_cache.arguments(cache, q, new))
+            y = self._attend(*kv_cache.arguments(cache, q, new, window=self.window))
         cache = new if deferred else self.append_cache(cache, new)
         return output(self, y, x.shape[-1]), cache
 

@@ -62,9 +62,13 @@ def attend(cache: Cache, q: Array, new: Cache, *, window: int | None = None) -> 
     )
 
 
-def arguments(cache: Cache, q: Array, new: Cache) -> tuple[Array, Array, Array, dict[str, Array | None]]:
+def arguments(
+    cache: Cache, q: Array, new: Cache, *, window: int | None = None
+) -> tuple[Array, Array, Array, dict[str, Array | None]]:
     """Those of ops.attention for many new tokens, time before heads: q, k, v, and the others by name."""
     kept = append(cache, new)
+    if window is not None:  # counted in slots
+        kept = _padding_first(kept, cache["index"], new["segment_ids"])
     k, v = (jnp.swapaxes(kept[name], 1, 2).astype(q.dtype) for name in ("k", "v"))
     others: dict[str, Array | None] = {
         "q_segment_ids": new["segment_ids"],
@@ -74,3 +78,22 @@ def arguments(cache: Cache, q: Array, new: Cache) -> tuple[Array, Array, Array, 
     if "log_decay" in kept:
         others["log_decay"] = jnp.swapaxes(kept["log_decay"], 1, 2)
     return q, k, v, others
+
+
+def _padding_first(kept: Cache, index: Array, new_ids: Array) -> Cache:
+    """The slots with the padding that lies before or between the pieces moved in front of all tokens, row by row.
+
+    A new token stays in its slot, so what it sees through a window are the tokens before it, however the pieces before
+    were filled up.
+    """
+    before = index + jnp.argmax(new_ids != 0, axis=1, keepdims=True)  # the first new token's slot
+    slots = jnp.arange(kept["segment_ids"].shape[1])
+    padding = (slots < before) & (kept["segment_ids"] == 0)
+    order = jnp.argsort(~padding, axis=1, stable=True)
+
+    def moved(name: str, x: Array) -> Array:
+        if name in ("k", "v"):
+            return jnp.take_along_axis(x, order[:, None, :, None], axis=2)
+        return jnp.take_along_axis(x, order if name == "segment_ids" else order[:, None], axis=-1)
+
+    return {name: x if x.ndim == 0 or name == "rope_length" else moved(name, x) for name, x in kept.items()}
