@@ -197,7 +197,7 @@ class Trainer:
                 self._check_origin(checkpointer.restore({})[2], workdir)
                 return
         if self.expects_linear and self.init_from is not None and self.linearize is None:
-            source = convert.SOURCES[convert.detect(self.init_from)](self.init_from)
+            source = convert.source(self.init_from)
             check_linear(source.model, seq_len=self.seq_len, where=self.init_from)
 
     def _check_origin(self, documents: dict[str, Any], workdir: str) -> None:
