@@ -165,6 +165,17 @@ def states() -> dict[str, torch.Tensor]:
     }
 
 
+def test_torch_refuses_a_zip_of_a_version_that_is_not_there(tmp_path):
+    torch.save(states(), tmp_path / "x.bin")
+    data = bytearray((tmp_path / "x.bin").read_bytes())
+    entry = data.index(b"PK\x01\x02")  # the first of the directory; the version that it needs is 6 bytes on
+    data[entry + 6 : entry + 8] = struct.pack("<H", 99)
+    (tmp_path / "x.bin").write_bytes(data)
+    with pytest.raises(UserError, match="not a readable PyTorch file: zip file version 9.9") as error:
+        TorchFile(tmp_path / "x.bin")
+    assert one_line(error)
+
+
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("wrapped", [True, False])
 @pytest.mark.parametrize("with_places", [True, False])
