@@ -18,6 +18,7 @@ import logging
 import math
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Collection, Mapping
 from types import TracebackType
 from typing import Any, Self
@@ -456,9 +457,10 @@ def _hush_orbax() -> None:
     """Keeps Orbax's tracebacks off the terminal, once per process: what matters is said in one line of ours.
 
     After a failed read or write its background threads log pages of tensorstore configuration, drop coroutines
-    with their exceptions, and call back into event loops that are closed. Only those three are dropped.
+    and tasks with their exceptions, and call back into event loops that are closed. Only those are dropped.
     """
     logging.getLogger("absl").addFilter(lambda record: "/orbax/" not in record.pathname)
+    logging.getLogger("asyncio").addFilter(lambda record: not _raised_in_orbax(record.exc_info))
     show = sys.unraisablehook
 
     def unraisablehook(event: Any) -> None:
@@ -469,3 +471,8 @@ def _hush_orbax() -> None:
             show(event)
 
     sys.unraisablehook = unraisablehook
+
+
+def _raised_in_orbax(exc_info: Any) -> bool:
+    frames = traceback.extract_tb(exc_info[2]) if exc_info else []
+    return any("/orbax/" in frame.filename for frame in frames)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import json
 import os
@@ -203,6 +204,18 @@ def test_damage_is_one_quiet_line(steps_dir):
     assert "Traceback" not in done.stderr
     assert "tensorstore" not in done.stderr.lower()
     assert len(own_lines(done.stderr)) == 1, done.stderr
+
+
+def test_arrays_that_fail_after_the_first_print_nothing(steps_dir, caplog):
+    """Orbax reads arrays concurrently and raises the first failure; asyncio logs the ones that nobody awaits."""
+    Checkpointer(steps_dir).close()
+    with pytest.raises(FileNotFoundError) as of_orbax:
+        checkpoint.ocp.PyTreeCheckpointHandler().restore(steps_dir / "nothing")
+    loop = asyncio.new_event_loop()
+    for error in (of_orbax.value, ValueError("another program's")):
+        loop.call_exception_handler({"message": "Task exception was never retrieved", "exception": error})
+    loop.close()
+    assert [str(r.exc_info[1]) for r in caplog.records if r.name == "asyncio"] == ["another program's"]
 
 
 # --- saves that fail
