@@ -40,7 +40,8 @@ def make(folder: pathlib.Path, gigabytes: float, vocab_size: int) -> int:
     import numpy as np
 
     from lcx import model as model_lib
-    from lcx.convert import hf, sources
+    from lcx.convert import model_source
+    from lcx.convert.hf import format as hf
 
     hidden = 2048 if gigabytes >= 0.5 else 512
     layer_bytes = 2 * (hidden * hidden * 5 // 2 + 3 * hidden * hidden * 4)
@@ -56,7 +57,7 @@ def make(folder: pathlib.Path, gigabytes: float, vocab_size: int) -> int:
         dtype="bfloat16",
     )
 
-    class Random(sources.TreeSource):
+    class Random(model_source.TreeSource):
         def read(self, path, index):
             shape = [s.stop - s.start for s in index]
             generator = np.random.default_rng([hash(path) % 2**32, *(s.start for s in index)])

@@ -19,12 +19,13 @@ import jax
 import jax.numpy as jnp
 
 from lcx import model as model_lib
-from lcx import objectives, residuals
+from lcx import objectives
 from lcx.linearize import Linearize, is_new
 from lcx.lora import LoRA
 from lcx.model import Decoder, Layers, llama
 from lcx.optim import AdamW, leaf_paths
-from lcx.train_step import all_trains, kept, moving
+from lcx.training import residual_store
+from lcx.training.step import all_trains, kept, moving
 
 SIZES = {
     "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_layers": 32, "num_heads": 32},
@@ -99,7 +100,7 @@ def plan(size: str, layers_per_block: int | None, devices: int, args) -> dict:
     second = stage(linear, objectives.next_token, all_trains(both), both, rows, args.seq_len)
     blocks = 1 if layers_per_block is None else -(-depth // layers_per_block)
     steps = math.ceil(args.tokens / (args.batch_size * args.seq_len))
-    stream = residuals.Layout(steps * args.batch_size, args.seq_len, model.hidden_size, "bfloat16")
+    stream = residual_store.Layout(steps * args.batch_size, args.seq_len, model.hidden_size, "bfloat16")
     # forward of teacher and student; backward of the student's feature maps is small beside them
     flops = model_lib.flops_per_token(model, args.seq_len) / 3
     fresh = sum(
@@ -158,7 +159,7 @@ def main() -> None:
         found.append(row)
         cells = (
             *(size, f"{layers or 'all'} ({row['blocks']})", devices, *row["gb_per_device"].values()),
-            *(residuals.size(row[f"{name}_bytes"]) for name in ("input", "checkpoint")),
+            *(residual_store.size(row[f"{name}_bytes"]) for name in ("input", "checkpoint")),
             *row["hours"].values(),
         )
         print("| " + " | ".join(map(str, cells)) + " |", flush=True)

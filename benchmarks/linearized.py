@@ -159,7 +159,7 @@ def draw(results: dict, path: pathlib.Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    from lcx.evals import figures
+    from lcx.evals.support import figures
 
     with pyplot.rc_context(figures.theme(dark=False)):
         figure, axes = pyplot.subplots(1, 3 if "losses" in results else 2, figsize=(15, 4.4))

@@ -23,11 +23,12 @@ import jax
 import numpy as np
 
 from lcx import model as model_lib
-from lcx import objectives, sharding, train_step
+from lcx import objectives, sharding
 from lcx.mixers.linear_attention import LinearAttention
 from lcx.mixers.two_mamba import TwoMamba
 from lcx.optim import AdamW
 from lcx.striped_hyena import striped_hyena
+from lcx.training import step as train_step
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ON_CPU = jax.default_backend() == "cpu"

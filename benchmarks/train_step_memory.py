@@ -21,8 +21,9 @@ from train_step import HERE, MODELS, WIDTHS
 
 from kernels_pallas import aot
 from lcx import model as model_lib
-from lcx import objectives, sharding, train_step
+from lcx import objectives, sharding
 from lcx.optim import AdamW
+from lcx.training import step as train_step
 
 MEMORY = {"h200": 141e9, "v5e": 16 * 2**30, "v5p": 95 * 2**30, "v6e": 32 * 2**30}  # data sheets
 

@@ -91,8 +91,9 @@ class Lcx:
 
         import lcx
         from lcx import model as model_lib
-        from lcx import objectives, sharding, train_step
+        from lcx import objectives, sharding
         from lcx.optim import AdamW
+        from lcx.training import step as train_step
 
         # Virtual devices (JAX_NUM_CPU_DEVICES=2) share the rows, or the heads where there is one row.
         data = math.gcd(rows, jax.device_count())

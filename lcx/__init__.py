@@ -26,19 +26,20 @@ import sys
 import types
 from typing import TYPE_CHECKING, Any
 
+from lcx import moved
 from lcx.errors import UserError
+from lcx.version import __version__
 
 if TYPE_CHECKING:
     from lcx.convert.api import load, save
-    from lcx.convert.lolcats import Lolcats
+    from lcx.convert.lolcats.format import Lolcats
     from lcx.data.tokenizers import load_tokenizer
     from lcx.sampler import generate, logits
 
-__version__ = "0.1.0"
 __all__ = ["Lolcats", "UserError", "__version__", "generate", "load", "load_tokenizer", "logits", "save"]
 
 _HOMES = {
-    "Lolcats": "lcx.convert.lolcats",
+    "Lolcats": "lcx.convert.lolcats.format",
     "load": "lcx.convert.api",
     "load_tokenizer": "lcx.data.tokenizers",
     "save": "lcx.convert.api",
@@ -70,3 +71,4 @@ class _Package(types.ModuleType):
 
 
 sys.modules[__name__].__class__ = _Package
+moved.install()

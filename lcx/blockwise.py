@@ -24,21 +24,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lcx import hub, linearize, residuals, sharding
+from lcx import extend, hub, linearize, sharding
 from lcx import model as model_lib
 from lcx.convert import api as convert
-from lcx.convert import sources
+from lcx.convert import model_source
 from lcx.convert.lcx_folder import LcxSource
+from lcx.convert.model_source import ModelSource
 from lcx.convert.progress import Progress
 from lcx.convert.relaid import RelaidSource
-from lcx.convert.sources import ModelSource
 from lcx.data import Dataset, Mixture, Tokenizer
 from lcx.errors import UserError
 from lcx.layers import Embedding
 from lcx.mixers.linear_attention import LinearAttention
 from lcx.model import Decoder, Layers
-from lcx.stopping import StopRequest
 from lcx.trainer import Trainer
+from lcx.training import residual_store
+from lcx.training.signals import StopRequest
 
 log = logging.getLogger(__name__)
 
@@ -68,8 +69,8 @@ class BlockInputs:
 
     def batches(
         self, split: str, *, global_batch_size: int, process_index: int, process_count: int, **_: Any
-    ) -> residuals.Rows:
-        return residuals.Rows(
+    ) -> residual_store.Rows:
+        return residual_store.Rows(
             stream_folder(pathlib.Path(self.folder), split, self.depth),
             batch_size=global_batch_size,
             process_index=process_index,
@@ -94,7 +95,7 @@ class BlockTrainer(Trainer):
         block = model_lib.part(self.linearize.model(model), self.first, self.last)
         fresh = linearize.initial(block, jax.random.fold_in(jax.random.key(self.seed), self.first))
         relaid = RelaidSource(source, block, {path: np.asarray(x) for path, x in fresh.items()}, self.first)
-        return block, sources.to_devices(relaid, dtype=None, mesh=mesh)
+        return block, model_source.to_devices(relaid, dtype=None, mesh=mesh)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,7 +174,7 @@ class Blocks:
         trainer = self.trainer
         trainer.data.open()
         layouts = self.layouts(model)
-        residuals.check_space(
+        residual_store.check_space(
             folder,
             [layout for layout in layouts.values() for _ in blocks],
             checkpoints=self.checkpoint_bytes(source, model, blocks),
@@ -197,7 +198,7 @@ class Blocks:
                 for number, (first, _) in enumerate(blocks):
                     before = blocks[number - 1] if number else None
                     place = stream_folder(folder, split, first)
-                    with residuals.Writer(place, layout, about) as writer:
+                    with residual_store.Writer(place, layout, about) as writer:
                         if writer.rows < layout.rows and not self._depth(
                             writer, layout, folder, split, before, source, model, mesh, stop
                         ):
@@ -222,7 +223,7 @@ class Blocks:
         ]
         return self.trainer.keep_checkpoints * sum(sizes) + max(sizes) + size(linear)
 
-    def layouts(self, model: Decoder) -> dict[str, residuals.Layout]:
+    def layouts(self, model: Decoder) -> dict[str, residual_store.Layout]:
         """What is stored at the start of every block, for training and for evaluation."""
         trainer = self.trainer
         rows = {"train": trainer.steps * trainer.batch_size}
@@ -230,7 +231,7 @@ class Blocks:
             rows["eval"] = held_out * trainer.batch_size
         dtype = trainer.dtype or model.dtype
         return {
-            split: residuals.Layout(count, trainer.seq_len, model.hidden_size, dtype)
+            split: residual_store.Layout(count, trainer.seq_len, model.hidden_size, dtype)
             for split, count in rows.items()
         }
 
@@ -261,7 +262,7 @@ class Blocks:
             forward, batches = _embedding(source, model), self._text(split, model)
         else:
             forward = _block(source, model, before, mesh)
-            batches = residuals.Rows(stream_folder(folder, split, before[0]), batch_size=size)
+            batches = residual_store.Rows(stream_folder(folder, split, before[0]), batch_size=size)
         label = f"{split} inputs at layer {0 if before is None else before[1]}"
         with batches, Progress(label, (layout.rows - writer.rows) * layout.row_bytes) as progress:
             if writer.data is not None:
@@ -272,7 +273,10 @@ class Blocks:
                     writer.flush()
                     return False
                 batch = sharding.shard_batch(next(batches), mesh)
-                stream, masks = np.asarray(forward(batch)), {name: batch[name] for name in residuals.MASKS}
+                stream, masks = (
+                    np.asarray(forward(batch)),
+                    {name: batch[name] for name in residual_store.MASKS},
+                )
                 writer.write(stream, {name: np.asarray(x) for name, x in masks.items()}, batches.state())
                 progress.add(stream.nbytes)
                 done += 1
@@ -289,7 +293,7 @@ class Blocks:
             part = model_lib.part(linear, first, last)
             trained = LcxSource(_block_folder(folder, number)) if _is_linear(part) else None
             for at, own in zip(model_lib.layers(linear)[first:last], model_lib.layers(part), strict=True):
-                for path in sources.leaf_shapes(part):
+                for path in model_source.leaf_shapes(part):
                     if trained is not None and path.startswith(f"{own.path}/") and linearize.is_new(path):
                         whole = tuple(slice(0, size) for size in trained.leaves[path].shape[1:])
                         row = trained.read(path, (slice(own.repeat, own.repeat + 1), *whole))
@@ -321,7 +325,7 @@ def _softmax(trainer: Trainer) -> tuple[ModelSource, Decoder]:
     """Where the weights are, and the model that they are of, with its context extended."""
     assert trainer.init_from is not None
     source = convert.source(trainer.init_from)
-    model = sources.extended(source.model, trainer.rope_scaling, trainer.context_length)
+    model = extend.extend_model(source.model, trainer.rope_scaling, trainer.context_length)
     return source, trainer.adjusted(model)
 
 
@@ -337,7 +341,7 @@ def _embedding(source: ModelSource, model: Decoder):
 def _block(source: ModelSource, model: Decoder, block: tuple[int, int], mesh):
     part = model_lib.part(model, *block)
     # in the dtype of the computation: float32 masters are for what trains
-    params = sources.to_devices(
+    params = model_source.to_devices(
         RelaidSource(source, part, {}, block[0]), dtype=np.dtype(part.dtype), mesh=mesh
     )
     run = jax.jit(part.apply)

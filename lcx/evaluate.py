@@ -31,10 +31,15 @@ def main(argv=None) -> int:
     )
     parser.add_argument("--context_length", type=int, metavar="N", help="context window in tokens")
     parser.add_argument(
-        "--adapter", action="append", metavar="FOLDER", help="a PEFT adapter (LoRA) of it; repeat it to add updates up"
+        "--adapter",
+        action="append",
+        metavar="FOLDER",
+        help="a PEFT adapter (LoRA) of it; repeat it to add updates up",
     )
     parser.add_argument(
-        "--only_part", choices=("window", "linear"), help="of a linearized model: one part of its attention alone"
+        "--only_part",
+        choices=("window", "linear"),
+        help="of a linearized model: one part of its attention alone",
     )
     parser.add_argument("--name", help="what to call this model in results and plots")
     return config.run(parser, "lcx.evaluator:evaluate", argv)

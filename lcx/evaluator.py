@@ -21,18 +21,19 @@ from typing import Any
 import jax
 import numpy as np
 
-import lcx
-from lcx import describe, hub, linearize, parameters, report, sharding, text_stream
-from lcx.checkpoint_folder import find_step, read_json
-from lcx.convert.api import detect
+from lcx import hub, linearize, parameters, report, sharding, terminal
+from lcx.checkpoint import model_json
+from lcx.checkpoint.folder import find_step, read_json
+from lcx.convert.api import detect, load
 from lcx.data import ByteTokenizer, Dataset, Mixture, Tokenizer, special_tokens
 from lcx.data.special import described
 from lcx.errors import UserError
 from lcx.evals import Evaluation, Result
 from lcx.evals.loss_by_position import LossByPosition
-from lcx.evals.model_facts import facts
 from lcx.evals.perplexity import Perplexity
+from lcx.evals.support.model_facts import facts
 from lcx.model import Decoder
+from lcx.version import __version__
 
 RESULTS = report.RESULTS
 
@@ -80,7 +81,7 @@ def evaluate(
     tokenizer = _tokenizer(place)
     evals = _with_text(evals, _default_dataset(place, tokenizer) if dataset is None else dataset)
     devices = None if jax.device_count() == 1 else mesh.build()
-    model, params = lcx.load(
+    model, params = load(
         place,
         dtype=dtype,
         mesh=devices,
@@ -99,7 +100,9 @@ def evaluate(
         "checkpoint": hub.place(checkpoint),
         "rope_scaling": rope_scaling,
         "only_part": only_part,
-        "adapter": None if adapter is None else [os.path.abspath(os.path.expanduser(path)) for path in adapter],
+        "adapter": None
+        if adapter is None
+        else [os.path.abspath(os.path.expanduser(path)) for path in adapter],
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "model": {**facts(model), "description": _described(model)},
         "versions": _versions(),
@@ -181,7 +184,7 @@ def _check_names(evals: tuple[Evaluation, ...]) -> None:
 
 def _tokenizer(checkpoint: str) -> Tokenizer | None:
     try:
-        return text_stream.tokenizer_of(checkpoint)
+        return terminal.tokenizer_of(checkpoint)
     except UserError as error:
         _say(f"warning: no tokenizer: {error}")
         return None
@@ -192,7 +195,7 @@ def _default_dataset(checkpoint: str, tokenizer: Tokenizer | None) -> Dataset | 
     recorded = _meta(checkpoint).get("data")
     if recorded is not None:
         try:
-            return _untokenized(describe.from_json(recorded))
+            return _untokenized(model_json.from_json(recorded))
         except (UserError, TypeError) as error:
             _say(f"warning: the data set that the checkpoint records cannot be used: {error}")
     return Dataset(source="stdlib") if isinstance(tokenizer, ByteTokenizer) else None
@@ -295,13 +298,13 @@ def _plain(value: Any) -> Any:
 
 def _described(value: Any) -> Any:
     try:
-        return describe.to_json(value)
+        return model_json.to_json(value)
     except UserError:  # a function of the user's that has no name to find it by
         return None
 
 
 def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version(), "lcx": lcx.__version__}
+    found = {"python": platform.python_version(), "lcx": __version__}
     for package in ("jax", "jaxlib", "flax", "numpy"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)

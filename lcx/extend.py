@@ -12,7 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from lcx import model as model_lib
 from lcx.errors import UserError
+from lcx.model import Decoder
 from lcx.rope import Rope, extended_window
 from lcx.rope_fields import FIELDS, MOST_TOKENS, close, is_number, known_type, shown, token_count
 
@@ -81,6 +83,52 @@ def extend(
         fate = "removed" if name == "default" else f"replaced by {getattr(name, '__name__', name)!r}"
         log.warning("the model's RoPE scaling (%s) is %s, as rope_scaling asks", _title(rope), fate)
     return new, window
+
+
+def extend_model(model: Decoder, rope_scaling: Mapping[str, Any] | None, context_length: int | None) -> Decoder:
+    """The model with its context extended (`extend` of every rope); the same model when neither is given.
+
+    Raises:
+      UserError: the scaling would not do what is asked, or the model has no rotary embedding to scale.
+    """
+    if rope_scaling is None and context_length is None:
+        return model
+    mixers = [block.mixer for stage in model.stages for block in stage.pattern]
+    ropes = list(dict.fromkeys((m.rope, m.head_dim) for m in mixers if getattr(m, "rope", None) is not None))
+    if not ropes:
+        raise UserError(
+            "rope_scaling and context_length need a model with rotary position embeddings; leave them out"
+        )
+    configured = rope_scaling.get("rope_theta") if isinstance(rope_scaling, Mapping) else None
+    for rope, _ in ropes:  # Evo 2's checkpoints hold frequencies, which savanna's own loader keeps
+        if model.model_type == "striped_hyena" and configured not in (None, rope.rope_theta):
+            log.warning(
+                "inv_freq of the checkpoint is that of rope_theta %g, and the configured rope_theta %g replaces it",
+                rope.rope_theta,
+                configured,
+            )
+    new = {
+        (rope, head_dim): extend(
+            rope,
+            max_position_embeddings=model.max_position_embeddings,
+            rope_scaling=rope_scaling,
+            context_length=context_length,
+            head_dim=head_dim,
+        )
+        for rope, head_dim in ropes
+    }
+
+    def replaced(mixer):
+        if getattr(mixer, "rope", None) is None:
+            return mixer
+        return mixer.clone(rope=new[mixer.rope, mixer.head_dim][0], parent=None)
+
+    windows = {window for _, window in new.values()}
+    if len(windows) > 1:
+        raise UserError(
+            f"the layers' rotary embeddings extend to different windows {sorted(windows)}; set context_length"
+        )
+    return model_lib.map_mixers(model, replaced).clone(max_position_embeddings=windows.pop(), parent=None)
 
 
 def _is_scaled(rope: Rope) -> bool:

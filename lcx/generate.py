@@ -45,9 +45,12 @@ def main(argv=None) -> int:
         help="BOS before the prompt; by default as the tokenizer adds it",
     )
     parser.add_argument(
-        "--adapter", action="append", metavar="FOLDER", help="a PEFT adapter (LoRA) of it; repeat it to add updates up"
+        "--adapter",
+        action="append",
+        metavar="FOLDER",
+        help="a PEFT adapter (LoRA) of it; repeat it to add updates up",
     )
-    return config.run(parser, "lcx.sampler:stream_text", argv)
+    return config.run(parser, "lcx.terminal:stream_text", argv)
 
 
 if __name__ == "__main__":

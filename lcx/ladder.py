@@ -21,9 +21,8 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from lcx import sharding
+from lcx import extend, sharding
 from lcx.convert import api as convert
-from lcx.convert import sources
 from lcx.errors import UserError
 from lcx.model import Decoder
 from lcx.trainer import Trainer
@@ -143,7 +142,7 @@ class Ladder:
         for rung in self.rungs:
             trainer = self._trainer_for(rung, source, original, 0)
             trainer.check_rows(trainer.mesh.build())
-            sources.extended(model, trainer.rope_scaling, trainer.context_length)
+            extend.extend_model(model, trainer.rope_scaling, trainer.context_length)
         return original
 
     def _trainer_for(self, rung: Rung, source: str, original: int, number: int) -> Trainer:

@@ -161,7 +161,9 @@ def statement(model: Decoder, lora: Mapping[str, Any], trains: Any = None) -> st
         ranks.add(pair["a"].shape[-1])
         parameters += math.prod(pair["a"].shape) + math.prod(pair["b"].shape)
     total = sum(sum(names.values()) for names in counts.values())
-    kinds = [f"{kind} {', '.join(f'{n} {count}' for n, count in names.items())}" for kind, names in counts.items()]
+    kinds = [
+        f"{kind} {', '.join(f'{n} {count}' for n, count in names.items())}" for kind, names in counts.items()
+    ]
     rank = " and ".join(str(rank) for rank in sorted(ranks))
     line = f"LoRA rank {rank} on {total} matrices: {'; '.join(kinds)}; {_count(parameters)} parameters"
     return line if trains is None else line + _beside(model, trains)
@@ -178,7 +180,9 @@ def _beside(model: Decoder, trains: Any) -> str:
     ]
     if not found:
         return ""
-    names = ", ".join(name for name, _ in found[:4]) + (f" and {len(found) - 4} more" if len(found) > 4 else "")
+    names = ", ".join(name for name, _ in found[:4]) + (
+        f" and {len(found) - 4} more" if len(found) > 4 else ""
+    )
     return f"; beside them {names}: {_count(sum(size for _, size in found))} parameters"
 
 
@@ -202,7 +206,9 @@ def _merged(params: Any, lora: Mapping[str, Any], path: tuple[str, ...]) -> dict
     if set(lora) == set(LEAVES) and "kernel" in params:
         pair = lora["a"], lora["b"], lora["scale"]
         return {**params, "kernel": _merged_kernel("/".join(path), params["kernel"], *pair)}
-    unknown = [name for name in lora if not isinstance(params, Mapping) or not isinstance(params.get(name), Mapping)]
+    unknown = [
+        name for name in lora if not isinstance(params, Mapping) or not isinstance(params.get(name), Mapping)
+    ]
     if unknown:
         found = f"the lora collection has {'/'.join((*path, unknown[0]))}"
         raise UserError(f"{found}, which is no projection of these params: merge it with its own model")

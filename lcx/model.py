@@ -1,4 +1,6 @@
-"""The decoder: embedding, stages of blocks, norm, head. Parameter and FLOP counts live beside it.
+"""The decoder: embedding, stages of blocks, norm, head.
+
+`parameters` makes and counts the parameters of a model; `llama` and `striped_hyena` are architectures.
 
 A model *is* its configuration: frozen Flax modules that a .gin file builds directly. A Stage repeats a pattern of
 blocks; each stage is one scan, so compile time follows the period of the pattern, not the depth.
@@ -16,15 +18,27 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from lcx import sharding
+from lcx import moved, sharding
 from lcx.errors import UserError
 from lcx.layers import Embedding, Linear, RMSNorm
-from lcx.mixers.attention import Attention
+from lcx.parameters import (
+    abstract_params,
+    flops_per_token,
+    init_params,
+    mixer_macs_per_token,
+    num_params,
+    param_shardings,
+    plain_init,
+)
 from lcx.remat import REMAT
-from lcx.rope import Rope
+
+__all__ = [
+    "ACTIVATIONS", "Block", "Decoder", "Layer", "Layers", "Mlp", "Stage", "layers", "map_mixers", "part", "stages_of",
+    "abstract_params", "flops_per_token", "init_params", "mixer_macs_per_token", "num_params", "param_shardings",
+    "plain_init",
+]  # fmt: skip
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": nn.silu,
@@ -280,79 +294,6 @@ class Decoder(nn.Module):
         return sum(len(stage.pattern) * stage.repeat for stage in self.stages)
 
 
-def llama(
-    *,
-    vocab_size: int,
-    hidden_size: int,
-    intermediate_size: int,
-    num_layers: int,
-    num_heads: int,
-    max_position_embeddings: int,
-    num_kv_heads: int | None = None,
-    head_dim: int | None = None,
-    rope: Rope = Rope(),  # noqa: B008 (frozen)
-    layer_windows: tuple[int | None, ...] | None = None,
-    qkv_bias: bool = False,
-    o_bias: bool = False,
-    qk_norm: bool = False,
-    mlp_bias: bool = False,
-    norm_eps: float = 1e-5,
-    tie_word_embeddings: bool = False,
-    model_type: str = "llama",
-    dtype: str = "float32",
-    remat: str = "none",
-    attention_implementation: str | None = None,
-) -> Decoder:
-    """The Llama family: Llama 2/3, Mistral, Qwen2, Qwen3, Phi-3, by their usual hyper-parameters.
-
-    Args:
-      layer_windows: the sliding window of each layer (None: full attention); None for all-full.
-
-    Raises:
-      UserError: sizes that do not fit each other.
-    """
-    num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-    windows = (None,) * num_layers if layer_windows is None else tuple(layer_windows)
-    if head_dim is None and hidden_size % num_heads:
-        raise UserError(f"hidden_size {hidden_size} is not a multiple of num_heads {num_heads}; set head_dim")
-    if num_heads % num_kv_heads:
-        raise UserError(f"num_heads {num_heads} must be a multiple of num_kv_heads {num_kv_heads}")
-    if len(windows) != num_layers:
-        raise UserError(f"layer_windows has {len(windows)} entries for num_layers {num_layers}")
-
-    @functools.cache
-    def block(window: int | None) -> Block:
-        mixer = Attention(
-            num_heads=num_heads,
-            num_kv_heads=num_kv_heads,
-            head_dim=hidden_size // num_heads if head_dim is None else head_dim,
-            rope=rope,
-            window=window,
-            qkv_bias=qkv_bias,
-            o_bias=o_bias,
-            qk_norm=qk_norm,
-            norm_eps=norm_eps,
-            implementation=attention_implementation,
-            parent=None,
-        )
-        return Block(
-            mixer=mixer, mlp=Mlp(intermediate_size, mlp_bias, parent=None), norm_eps=norm_eps, parent=None
-        )
-
-    return Decoder(
-        vocab_size=vocab_size,
-        hidden_size=hidden_size,
-        stages=stages_of(tuple(block(window) for window in windows)),
-        max_position_embeddings=max_position_embeddings,
-        norm_eps=norm_eps,
-        tie_word_embeddings=tie_word_embeddings,
-        model_type=model_type,
-        dtype=dtype,
-        remat=remat,
-        parent=None,
-    )
-
-
 def stages_of(blocks: tuple[Block, ...]) -> tuple[Stage, ...]:
     """Blocks in depth order -> stages that compile little: one whose period tiles the depth, else the cut of the depth
     into repeated patterns with the fewest blocks and stages in all."""
@@ -417,69 +358,4 @@ def map_mixers(model: Decoder, fn) -> Decoder:
     return model.clone(stages=stages, parent=None)
 
 
-def _abstract_boxed(model: Decoder | Layers):
-    return jax.eval_shape(functools.partial(_init, model), jax.random.key(0))
-
-
-def _init(model: Decoder | Layers, key: Array) -> Any:
-    return model.init(key, model.example())["params"]
-
-
-def plain_init(model: Decoder | Layers, key: Array) -> Any:
-    """Random parameters, to be traced."""
-    return nn.meta.unbox(_init(model, key))
-
-
-def abstract_params(model: Decoder | Layers, *, mesh: Mesh | None = None, dtype: Any = None) -> Any:
-    """Tree of ShapeDtypeStruct (with shardings, given a mesh) without allocating anything."""
-    boxed = _abstract_boxed(model)
-    shardings = None if mesh is None else sharding.tree_shardings(boxed, mesh)
-    plain = nn.meta.unbox(boxed)
-    if dtype is not None:
-        plain = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype)), plain)
-    if shardings is None:
-        return plain
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), plain, shardings)
-
-
-def param_shardings(model: Decoder | Layers, mesh: Mesh) -> Any:
-    """Tree of NamedSharding for the model's parameters on a mesh."""
-    return sharding.tree_shardings(_abstract_boxed(model), mesh)
-
-
-def init_params(model: Decoder, key: Array, *, mesh: Mesh | None = None, dtype: Any = jnp.float32) -> Any:
-    """Random parameters, created directly in their shards."""
-
-    def init(key):
-        return jax.tree.map(lambda x: x.astype(dtype), plain_init(model, key))
-
-    if mesh is None:
-        return jax.jit(init)(key)
-    with jax.set_mesh(mesh):
-        return jax.jit(init, out_shardings=param_shardings(model, mesh))(key)
-
-
-def num_params(model: Decoder | Layers) -> int:
-    return sum(x.size for x in jax.tree.leaves(abstract_params(model)))
-
-
-def flops_per_token(model: Decoder | Layers, seq_len: int) -> float:
-    """Training FLOPs per token, forward and backward, of the matrix products that the model needs (no recomputation).
-
-    6 per weight that multiplies (the input embedding is a lookup), plus causal attention: 6 H N per visible key and
-    product, with (seq_len + 1) / 2 visible keys on average, fewer under a window.
-    """
-    weights = num_params(model)
-    if not model.tie_word_embeddings:
-        weights -= model.vocab_size * model.hidden_size
-    total = 6.0 * weights
-    for stage in model.stages:
-        for block in stage.pattern:
-            total += stage.repeat * 6.0 * mixer_macs_per_token(block.mixer, seq_len)
-    return total
-
-
-def mixer_macs_per_token(mixer: nn.Module | None, seq_len: int) -> float:
-    """Multiply-adds per token beyond the projections; 0 for a mixer that does not say."""
-    count = getattr(mixer, "macs_per_token", None)
-    return 0.0 if count is None else count(seq_len)
+__getattr__ = moved.names_of(__name__)

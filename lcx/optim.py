@@ -104,7 +104,9 @@ class AdamW:
         mask = _by_path(params, one)
         if beside is not None and not any(jax.tree.leaves(mask["params"])):
             found = f"LoRA.beside {beside!r} matches none of the model's parameters"
-            raise UserError(f"{found}, such as {leaf_paths({'params': params['params']})[0]}; change LoRA.beside")
+            raise UserError(
+                f"{found}, such as {leaf_paths({'params': params['params']})[0]}; change LoRA.beside"
+            )
         if not any(jax.tree.leaves(mask)):
             paths = leaf_paths(params)
             raise UserError(

@@ -1,25 +1,96 @@
-"""Parameters that a user brings: the arrays that belong to a model, however they are wrapped, or a clear error."""
+"""The parameters of a model: made at random or as abstract shapes, counted, and checked when a user brings them."""
 
 import functools
 from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from flax.core import FrozenDict, unfreeze
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh
+from jaxtyping import Array
 
-from lcx import model as model_lib
+from lcx import sharding
 from lcx.errors import UserError
-from lcx.model import Decoder, Layers
 
 Shape = tuple[int, ...]
+Model = Any  # model.Decoder or model.Layers, which import this file
+
+
+def _abstract_boxed(model: Model):
+    return jax.eval_shape(functools.partial(_init, model), jax.random.key(0))
+
+
+def _init(model: Model, key: Array) -> Any:
+    return model.init(key, model.example())["params"]
+
+
+def plain_init(model: Model, key: Array) -> Any:
+    """Random parameters, to be traced."""
+    return nn.meta.unbox(_init(model, key))
+
+
+def abstract_params(model: Model, *, mesh: Mesh | None = None, dtype: Any = None) -> Any:
+    """Tree of ShapeDtypeStruct (with shardings, given a mesh) without allocating anything."""
+    boxed = _abstract_boxed(model)
+    shardings = None if mesh is None else sharding.tree_shardings(boxed, mesh)
+    plain = nn.meta.unbox(boxed)
+    if dtype is not None:
+        plain = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype)), plain)
+    if shardings is None:
+        return plain
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), plain, shardings)
+
+
+def param_shardings(model: Model, mesh: Mesh) -> Any:
+    """Tree of NamedSharding for the model's parameters on a mesh."""
+    return sharding.tree_shardings(_abstract_boxed(model), mesh)
+
+
+def init_params(model: Model, key: Array, *, mesh: Mesh | None = None, dtype: Any = jnp.float32) -> Any:
+    """Random parameters, created directly in their shards."""
+
+    def init(key):
+        return jax.tree.map(lambda x: x.astype(dtype), plain_init(model, key))
+
+    if mesh is None:
+        return jax.jit(init)(key)
+    with jax.set_mesh(mesh):
+        return jax.jit(init, out_shardings=param_shardings(model, mesh))(key)
+
+
+def num_params(model: Model) -> int:
+    return sum(x.size for x in jax.tree.leaves(abstract_params(model)))
+
+
+def flops_per_token(model: Model, seq_len: int) -> float:
+    """Training FLOPs per token, forward and backward, of the matrix products that the model needs (no recomputation).
+
+    6 per weight that multiplies (the input embedding is a lookup), plus causal attention: 6 H N per visible key and
+    product, with (seq_len + 1) / 2 visible keys on average, fewer under a window.
+    """
+    weights = num_params(model)
+    if not model.tie_word_embeddings:
+        weights -= model.vocab_size * model.hidden_size
+    total = 6.0 * weights
+    for stage in model.stages:
+        for block in stage.pattern:
+            total += stage.repeat * 6.0 * mixer_macs_per_token(block.mixer, seq_len)
+    return total
+
+
+def mixer_macs_per_token(mixer: nn.Module | None, seq_len: int) -> float:
+    """Multiply-adds per token beyond the projections; 0 for a mixer that does not say."""
+    count = getattr(mixer, "macs_per_token", None)
+    return 0.0 if count is None else count(seq_len)
 
 
 @functools.lru_cache(maxsize=16)  # it traces the model
-def leaf_shapes(model: Decoder | Layers) -> Mapping[str, Shape]:
+def leaf_shapes(model: Model) -> Mapping[str, Shape]:
     """path -> shape of every parameter: "stages_0/block_0/mixer/q_proj/kernel"."""
-    flat = flatten_dict(model_lib.abstract_params(model), sep="/")
+    flat = flatten_dict(abstract_params(model), sep="/")
     return {path: tuple(leaf.shape) for path, leaf in flat.items()}
 
 
@@ -53,7 +124,7 @@ def plain(params: Any) -> dict[str, Any]:
     return unflatten_dict({tuple(map(str, path)): leaf for path, leaf in flat.items()})
 
 
-def fitting(model: Decoder | Layers, params: Any) -> dict[str, Any]:
+def fitting(model: Model, params: Any) -> dict[str, Any]:
     """`plain`, for this model.
 
     Raises:
@@ -64,7 +135,7 @@ def fitting(model: Decoder | Layers, params: Any) -> dict[str, Any]:
     return params
 
 
-def check(model: Decoder | Layers, found: Mapping[str, Shape], where: str) -> None:
+def check(model: Model, found: Mapping[str, Shape], where: str) -> None:
     """Raises UserError when parameters are missing, unexpected or of another shape than the model's."""
     expected = leaf_shapes(model)
     wrong = sorted(path for path in {*expected, *found} if expected.get(path) != found.get(path))
@@ -76,7 +147,7 @@ def check(model: Decoder | Layers, found: Mapping[str, Shape], where: str) -> No
         raise UserError(f"{where}: the parameters do not fit the model in {len(wrong)} places: {listing}")
 
 
-def chosen(model: Decoder | Layers, params: Any) -> dict[str, Any]:
+def chosen(model: Model, params: Any) -> dict[str, Any]:
     """The parameters that the model has, out of a tree that may hold more."""
     flat = flatten_dict(params, sep="/")
     return unflatten_dict({path: flat[path] for path in leaf_shapes(model)}, sep="/")

@@ -165,12 +165,12 @@ def _evaluation_section(name: str, runs: Mapping[str, Mapping[str, Any]], folder
 
 def _evaluation_of(name: str, results: Mapping[str, Mapping[str, Any]]) -> Any:
     """The evaluation that made these results: it knows how to draw them."""
-    from lcx import describe
+    from lcx.checkpoint import model_json
 
     described = next((result["evaluation"] for result in results.values() if result.get("evaluation")), None)
     if described is None:
         raise UserError(f"the results do not say what made {name}")
-    return describe.from_json(described)
+    return model_json.from_json(described)
 
 
 def _named_as_models(
@@ -189,7 +189,7 @@ def _training_section(
     curves: Mapping[str, list[dict[str, float]]], runs: Mapping[str, Mapping[str, Any]], folder: pathlib.Path
 ) -> str:
     def draw(axes: Any) -> None:
-        from lcx.evals import figures
+        from lcx.evals.support import figures
 
         known = figures.styles(runs)
         for number, (label, lines) in enumerate(curves.items()):
@@ -272,7 +272,7 @@ def picture(draw: Callable[[Any], None], *, dark: bool = False) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    from lcx.evals import figures
+    from lcx.evals.support import figures
 
     with matplotlib.rc_context(figures.theme(dark=dark)):
         figure = Figure(figsize=_SIZE, dpi=_DPI)

@@ -41,8 +41,7 @@ dynamic and n = last position + 1 for longrope at every forward pass.
 
 import dataclasses
 import math
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -50,9 +49,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from lcx import rope_fields
+from lcx import moved, rope_fields
 from lcx.errors import UserError
-from lcx.rope_fields import FIELDS, is_number, known_type, shown, token_count
+from lcx.rope_fields import FIELDS
 from lcx.rope_fields import needed as _needed
 
 Number = float | int
@@ -60,8 +59,6 @@ Length = int | np.integer | Int[np.ndarray, ""] | Int[Array, ""]
 InvFreq = Float[np.ndarray, " pairs"] | Float[Array, " pairs"]
 Frequencies = tuple[InvFreq, Any]  # and the attention scaling A
 _ORIGINAL = "original_max_position_embeddings"
-_NO_EFFECT = "finetuned"  # a remark in the files of YaRN's authors
-_PHI3_WINDOW = 4096  # the default of transformers' Phi3Config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -262,151 +259,6 @@ def hf_trace_length(cached_length: Length, n: Length, original: int) -> Length:
     return original if n < original else max(cached_length, n)
 
 
-def from_hf(config: Mapping[str, Any], *, layer_type: str | None = None) -> Rope:
-    """The Rope of a Hugging Face config.json, as transformers 5.23 builds it, with every default written out.
-
-    Reads `rope_scaling` (transformers 4) or `rope_parameters` (transformers 5; where it holds one dict for each layer
-    type, `layer_type` chooses) and what stands beside them at the top level. Where both are there, or a setting stands
-    in two places, they must agree. On purpose different: what transformers would ignore in silence raises UserError
-    (a factor without rope_type, a lost rope_theta, an unknown key); a dynamic scaling disabled by an enlarged
-    max_position_embeddings is corrected with a warning; and `truncate` counts inside a layer type too.
-    """
-    for key in ("rope_scaling", "rope_parameters"):
-        if not isinstance(config.get(key), Mapping | None):
-            found = f"{key} is {shown(config[key])}"
-            raise UserError(f"{found}, expected an object with rope_type: change it in config.json")
-    sources = [key for key in ("rope_scaling", "rope_parameters") if config.get(key)]
-    ropes = [_from_source(config, source, layer_type) for source in sources or ("rope_parameters",)]
-    for field in dataclasses.fields(Rope):
-        values = [getattr(rope, field.name) for rope in ropes]
-        one_is_silent = field.name == _ORIGINAL and None in values
-        if len(ropes) == 2 and values[0] != values[1] and not one_is_silent:
-            raise UserError(
-                f"rope_scaling and rope_parameters disagree: {field.name} is {shown(values[0])} by the one and"
-                f" {shown(values[1])} by the other: remove one of them from config.json"
-            )
-    return ropes[0]
-
-
-def _from_source(config: Mapping[str, Any], source: str, layer_type: str | None) -> Rope:
-    source, given = _hf_parameters(config, source, layer_type)
-    nested, phi3 = "." in source, str(config.get("model_type", "")).startswith("phi3")
-    rope_fields.check_keys([key for key in given if key != _NO_EFFECT], source)
-    name = _hf_type(source, given, phi3)
-    values = {k: v for k, v in given.items() if v is not None and k not in ("type", _NO_EFFECT)}
-    values |= {"rope_type": name, "rope_theta": _hf_theta(config, source, given, name)}
-    if values.get("factor") == 1 and "factor" not in sum(FIELDS[name], ()):
-        del values["factor"]  # spelled out, and without effect
-    if name == "yarn" and "truncate" in given:
-        values["truncate"] = given["truncate"] or False  # null means false in transformers
-    partial = _hf_stated(config, source, given, "partial_rotary_factor")
-    if partial is not None:
-        values["partial_rotary_factor"] = partial
-    if name == "dynamic":
-        values[_ORIGINAL] = _hf_dynamic_window(config, given)
-    elif name in ("yarn", "llama3", "longrope"):
-        values |= _hf_window(config, source, given, name, nested=nested, phi3=phi3)
-    elif not nested:
-        values[_ORIGINAL] = _hf_stated(config, source, given, _ORIGINAL)
-    return Rope(**values)
-
-
-def _hf_parameters(
-    config: Mapping[str, Any], source: str, layer_type: str | None
-) -> tuple[str, Mapping[str, Any]]:
-    """(where it stands in config.json, the parameters of one layer type)."""
-    given = config.get(source) or {}
-    nested = {k: v for k, v in given.items() if isinstance(v, Mapping)}
-    if not nested:
-        return source, given
-    same = all(v == next(iter(nested.values())) for v in nested.values())
-    chosen = next(iter(nested)) if layer_type is None and same else layer_type
-    if chosen not in nested:
-        expected = f"{source} has one for each of {', '.join(shown(key)[1:-1] for key in nested)}"
-        raise UserError(f"no RoPE for layer type {chosen!r}, {expected}: change layer_types")
-    return f"{source}.{chosen}", nested[chosen]
-
-
-def _hf_stated(config: Mapping[str, Any], source: str, given: Mapping[str, Any], key: str) -> Any:
-    """What the dict, or the top level beside it, says; UserError where both do and differ.
-
-    For the dict of one layer type the top level is the default of all of them.
-    """
-    inner, outer = given.get(key), config.get(key)
-    if None not in (inner, outer) and inner != outer and "." not in source:
-        raise UserError(
-            f"{key} is {shown(inner)} in {source} and {shown(outer)} at the top level: remove one of them from"
-            " config.json"
-        )
-    return outer if inner is None else inner
-
-
-def _hf_type(source: str, given: Mapping[str, Any], phi3: bool) -> str:
-    names = [given[key] for key in ("rope_type", "type") if given.get(key) is not None]
-    if not names and given.get("factor") is not None:
-        found = f"{source} has factor {shown(given['factor'])} and no rope_type"
-        raise UserError(f"{found}, which would scale nothing: add rope_type in config.json")
-    early = {"su": "longrope"} | ({"yarn": "longrope"} if phi3 and given.get("long_factor") else {})
-    types = [known_type(early.get(name, name) if isinstance(name, str) else name) for name in names]
-    if len(set(types)) > 1:
-        found = f"{source} has rope_type {names[0]!r} and type {names[1]!r}"
-        raise UserError(f"{found}: remove one of them from config.json")
-    return types[0] if types else "default"
-
-
-def _hf_theta(config: Mapping[str, Any], source: str, given: Mapping[str, Any], name: str) -> Any:
-    for place in (given, config):
-        if "rope_theta" in place and place["rope_theta"] is None:
-            raise UserError(f"rope_theta is null in or beside {source}, expected a number: set it")
-    theta = _hf_stated(config, source, given, "rope_theta")
-    if theta is not None:
-        return theta
-    v5 = source.startswith("rope_parameters")
-    shadowed = not v5 and "rope_theta" in (config.get("rope_parameters") or {})
-    if shadowed or (v5 and name != "default"):
-        raise UserError(f"rope_theta is missing in and beside {source} ({name}): add the model's base")
-    return 10000.0  # what files older than the key mean
-
-
-def _hf_window(
-    config: Mapping[str, Any], source: str, given: Mapping[str, Any], name: str, *, nested: bool, phi3: bool
-) -> dict[str, Any]:
-    """The original window of yarn, llama3 and longrope, and the factor where the two windows imply it."""
-    enlarged = config.get("max_position_embeddings")
-    # A dict of one layer type stands alone. Phi-3 of transformers reads the key at the top level only.
-    original = given.get(_ORIGINAL) if nested else _hf_stated(config, source, given, _ORIGINAL)
-    if phi3 and name == "longrope" and not nested and config.get(_ORIGINAL) is None:
-        if original not in (None, _PHI3_WINDOW):
-            raise UserError(
-                f"{_ORIGINAL} is {shown(original)} in {source} and missing at the top level, where Phi-3 has it (and"
-                f" transformers takes {_PHI3_WINDOW}): set it there too"
-            )
-        original = _PHI3_WINDOW
-    original = token_count(_ORIGINAL, enlarged if original is None else original)
-    values: dict[str, Any] = {_ORIGINAL: original}
-    implied = name == "longrope" or (name == "yarn" and "factor" in given)  # yarn: null, but not absent
-    if implied and given.get("factor") is None and enlarged:
-        values["factor"] = max(1.0, token_count("max_position_embeddings", enlarged) / original)
-    return values
-
-
-def _hf_dynamic_window(config: Mapping[str, Any], given: Mapping[str, Any]) -> Any:
-    """max_position_embeddings is the original window here, unless the file shows that it was enlarged."""
-    window, factor = config.get("max_position_embeddings"), given.get("factor")
-    original = _hf_stated(config, "rope_scaling", given, _ORIGINAL)
-    if not (is_number(window) and is_number(factor) and is_number(original)) or original == window:
-        return window
-    if abs(original * factor - window) >= 1:
-        return window
-    warnings.warn(
-        f"dynamic RoPE: max_position_embeddings {window} is already {factor:g} x the original {original}, so"
-        f" transformers scales nothing below {window} tokens; here it scales from {original} (for the same"
-        f" there, set max_position_embeddings to {original} in config.json)",
-        stacklevel=4,
-    )
-    return original
-
-
 def extended_window(rope: Rope, max_position_embeddings: int) -> int:
     """The window in tokens of a model whose config.json has this max_position_embeddings.
 
@@ -421,40 +273,4 @@ def extended_window(rope: Rope, max_position_embeddings: int) -> int:
     return max(max_position_embeddings, round(factor * original))
 
 
-def to_hf(rope: Rope, *, max_position_embeddings: int, head_dim: int | None = None) -> dict[str, Any]:
-    """`rope_parameters` that transformers reads back to the same frequencies.
-
-    `max_position_embeddings` is what config.json will hold: take it from `hf_max_position_embeddings`.
-    `head_dim` is needed for "ntk" alone, written as the default type with an enlarged rope_theta. UserError
-    for what the format cannot say: a function of one's own, dynamic with an enlarged max_position_embeddings.
-    """
-    if callable(rope.rope_type):
-        found = f"rope_type is the function {getattr(rope.rope_type, '__name__', rope.rope_type)}"
-        raise UserError(f"{found}, unknown to transformers: save with format='lcx' or change rope_type")
-    if rope.inv_freq is not None:
-        raise UserError("transformers has no list of inv_freq in its configs: save with format='lcx'")
-    if rope.rope_type == "ntk":
-        if head_dim is None:
-            raise UserError("rope_type 'ntk' becomes a rope_theta that depends on head_dim: pass head_dim")
-        theta = ntk_theta(rope, head_dim)
-        rope = dataclasses.replace(rope, rope_type="default", factor=None, rope_theta=theta)
-    name = known_type(rope.rope_type)
-    out: dict[str, Any] = {"rope_type": name, "rope_theta": rope.rope_theta}
-    if rope.partial_rotary_factor != 1 or name == "proportional":
-        out["partial_rotary_factor"] = rope.partial_rotary_factor
-    for field in dataclasses.fields(rope):
-        value = getattr(rope, field.name)
-        if field.name in FIELDS[name][0] + FIELDS[name][1] and value != field.default:
-            out[field.name] = list(value) if isinstance(value, tuple) else value
-    if name == "dynamic":  # transformers has no such key here: it scales from max_position_embeddings
-        original = out.pop("original_max_position_embeddings")
-        if original != max_position_embeddings:
-            found = f"transformers would scale dynamic RoPE from {max_position_embeddings} tokens on"
-            raise UserError(f"{found}: write max_position_embeddings {original}, its original window")
-    return out
-
-
-def hf_max_position_embeddings(rope: Rope, max_position_embeddings: int) -> int:
-    """What config.json must hold as max_position_embeddings: the window, but for dynamic the original one."""
-    original = rope.original_max_position_embeddings
-    return original if rope.rope_type == "dynamic" and original else max_position_embeddings
+__getattr__ = moved.names_of(__name__)

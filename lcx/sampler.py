@@ -1,8 +1,7 @@
 """The model applied to tokens: logits of a whole sequence, and generation with a cache.
 
-    generate     prompts in, [B, max_new_tokens] out: prefill, then every decode step in one compiled loop
-    stream       the same tokens, one column [B] at a time
-    stream_text  a prompt in words; its continuation appears on the terminal as it is produced
+    generate  prompts in, [B, max_new_tokens] out: prefill, then every decode step in one compiled loop
+    stream    the same tokens, one column [B] at a time
 
 A prompt is read in pieces of bounded size, so a long one needs no more memory than its cache. Prompts of different
 lengths are padded on the left with segment id 0, and every row counts its positions from its own first token. Shapes
@@ -28,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from lcx import parameters
+from lcx import moved, parameters
 from lcx.errors import UserError
 from lcx.model import Decoder
 from lcx.ops.sampling import choose
@@ -227,72 +226,6 @@ class _Job:
         return _decode_jit(self.model, self.variables, *arguments, hf=self.rope_trace == "hf")
 
 
-# ------------------------------------------------------------------------------------------------ text
-
-
-def stream_text(
-    *,
-    checkpoint: str,
-    prompt: str,
-    max_new_tokens: int = 256,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    seed: int = 0,
-    rope_scaling: dict[str, Any] | None = None,
-    context_length: int | None = None,
-    add_bos: bool | None = None,
-    chat: bool = False,
-    system: str | None = None,
-    chat_template: str | None = None,
-    adapter: Sequence[str] | None = None,
-) -> None:
-    """Prints the continuation of a prompt while it is produced, then its speed on stderr.
-
-    The prompt is what stands between the tokenizer's BOS (where it adds one) and the continuation, which ends with a
-    token that ends a document. "@path" reads the prompt from a file, without its last line break; "@@text" is a prompt
-    that starts with an @. `add_bos` True or False overrides the tokenizer. With `chat` it is the user's turn, after
-    `system` if that is given, in the chat template that the model was trained with (`chat_template`: another one), and
-    the answer also ends where the template's turns end. `rope_scaling` and `context_length` extend the model first, and
-    `adapter` names PEFT adapters of it, as in lcx.load.
-
-    Raises:
-      UserError: bad settings, no such file, a checkpoint or tokenizer that does not load.
-    """
-    import lcx
-    from lcx import text_stream
-    from lcx.data import check_vocabulary, special_tokens
-
-    _check_settings(max_new_tokens, temperature, top_p, seed, ROPE_TRACES[0])
-    if not chat and (system is not None or chat_template is not None):
-        raise UserError("--system and --chat_template are for conversations: set --chat")
-    text = text_stream.prompt_text(prompt)
-    tokenizer = text_stream.tokenizer_of(checkpoint)
-    special = [tokenizer.bos_id, tokenizer.eos_id, *getattr(tokenizer, "stop_ids", ())]
-    before = () if chat else special_tokens(tokenizer, add_bos=add_bos).before
-    ids = [*before, *tokenizer.encode(text).tolist()]
-    if chat:
-        ids, ends = text_stream.chat_ids(checkpoint, tokenizer, text, system=system, template=chat_template)
-        special += ends
-    if not ids:
-        raise UserError("the prompt is empty and no BOS is added to start from: set --prompt, or --add_bos")
-    text_stream.say_special_tokens(tokenizer, before)
-    model, params = lcx.load(
-        checkpoint, rope_scaling=rope_scaling, context_length=context_length, adapter=adapter
-    )
-    check_vocabulary(tokenizer, model.vocab_size)
-    columns = stream(
-        model,
-        params,
-        [ids],
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        seed=seed,
-        stop_tokens=sorted({i for i in special if i is not None}),
-    )
-    text_stream.show(tokenizer, (int(column[0]) for column in columns), prompt=ids)
-
-
 # ------------------------------------------------------------------------------------------------ compiled parts
 
 
@@ -373,7 +306,7 @@ def _job(
     model, params, tokens, max_new_tokens, temperature, top_p, seed, stop_tokens, rope_trace, lora
 ) -> _Job:
     """Checks what the user gave."""
-    _check_settings(max_new_tokens, temperature, top_p, seed, rope_trace)
+    check_settings(max_new_tokens, temperature, top_p, seed, rope_trace)
     rows = _rows(tokens, model.vocab_size)
     stop = np.array(list(stop_tokens), np.int32).reshape(-1)
     total, window = max(map(len, rows)) + max_new_tokens, _window(model)
@@ -395,7 +328,8 @@ def _job(
     return _Job(model, variables, rows, int(max_new_tokens), sampling, stop, rope_trace)
 
 
-def _check_settings(max_new_tokens, temperature, top_p, seed, rope_trace) -> None:
+def check_settings(max_new_tokens, temperature, top_p, seed, rope_trace=ROPE_TRACES[0]) -> None:
+    """Raises UserError for a setting of `generate` outside of what it may be."""
     if not _is_integer(max_new_tokens) or max_new_tokens < 1:
         raise UserError(
             f"max_new_tokens is {max_new_tokens!r}, expected an integer >= 1: change max_new_tokens"
@@ -485,3 +419,6 @@ def _left_padded(rows: list[np.ndarray], width: int) -> tuple[np.ndarray, np.nda
         first = width - len(row)
         tokens[i, first:], positions[i, first:], segment_ids[i, first:] = row, np.arange(len(row)), 1
     return tokens, positions, segment_ids
+
+
+__getattr__ = moved.names_of(__name__)

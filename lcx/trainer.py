@@ -18,21 +18,25 @@ import jax
 import numpy as np
 import optax
 
-from lcx import __version__, describe, objectives, origin, processes, sharding, train_step
 from lcx import lora as lora_lib
 from lcx import model as model_lib
-from lcx.checkpoint import Checkpointer
-from lcx.convert import adapter_start
+from lcx import objectives, sharding
+from lcx.checkpoint import Checkpointer, model_json
 from lcx.convert import api as convert
+from lcx.convert.peft import start as adapter_start
 from lcx.data import BatchIterator, Dataset, Mixture
 from lcx.errors import UserError
 from lcx.linearize import Linearize, check_linear
-from lcx.meter import Meter, NotFiniteError
-from lcx.metrics import MODES, MetricsLogger
 from lcx.model import Decoder
 from lcx.optim import AdamW
-from lcx.stopping import StopRequest
-from lcx.train_step import State
+from lcx.training import resume_check
+from lcx.training import step as train_step
+from lcx.training.distributed import join
+from lcx.training.logger import MODES, MetricsLogger
+from lcx.training.meter import Meter, NotFiniteError
+from lcx.training.signals import StopRequest
+from lcx.training.step import State
+from lcx.version import __version__
 
 log = logging.getLogger(__name__)
 
@@ -44,10 +48,8 @@ IN_FLIGHT = 2  # steps queued on the devices: enough to hide the host; forced CP
 
 
 class Job(Protocol):
-    """What `train` runs: a Trainer, a Ladder, or your own.
-
-    It may have `check(workdir)` too, which raises UserError for a workdir of other settings: it is called before
-    anything is written there.
+    """What `train` runs: a Trainer, a Ladder, or your own. Before anything is written it calls `check(workdir)` of a job
+    that has it, which raises UserError for a workdir of other settings.
     """
 
     def run(self, workdir: str) -> Any: ...
@@ -66,16 +68,16 @@ def train(
 ) -> None:
     """Runs the job that the .gin file binds to `train.job`. Its configuration is kept in WORKDIR/config.gin.
 
-    With `distributed`, or a coordinator_address, it first joins the other processes (processes.join).
+    With `distributed`, or a coordinator_address, it first joins the other processes (join).
     """
     if distributed or coordinator_address is not None:
-        processes.join(coordinator_address, num_processes, process_id)
+        join(coordinator_address, num_processes, process_id)
     folder = pathlib.Path(workdir).expanduser()
     if (check := getattr(job, "check", None)) is not None:
         check(str(folder))
     if jax.process_index() == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        origin.keep_config(folder, config_text)
+        resume_check.keep_config(folder, config_text)
     job.run(str(folder))
     if operative_config is not None and jax.process_index() == 0:
         (folder / "operative_config.gin").write_text(operative_config())
@@ -205,7 +207,7 @@ class Trainer:
             raise UserError(
                 f"{workdir} holds a model, not a run: set Trainer.init_from to it, and another --workdir"
             )
-        origin.check(documents["origin"], self._origin(), workdir)
+        resume_check.check(documents["origin"], self._origin(), workdir)
 
     # ---------------------------------------------------------------------------------------------- initial state
 
@@ -215,8 +217,8 @@ class Trainer:
             return None
         step, _, documents = checkpointer.restore({})
         self._check_origin(documents, workdir)
-        model = self.adjusted(self.model or describe.from_json(documents["meta"]["model"]))
-        lora = self.lora if self.adapter is None else describe.from_json(documents["meta"]["lora"])
+        model = self.adjusted(self.model or model_json.from_json(documents["meta"]["model"]))
+        lora = self.lora if self.adapter is None else model_json.from_json(documents["meta"]["lora"])
         stored = convert.as_stored(model, mesh, checkpointer.directory / str(step))
         run = self._prepared(model, mesh, lora, stored)
         step, state, documents = checkpointer.restore(run.abstract)
@@ -290,7 +292,7 @@ class Trainer:
         return Run(model, optimizer, trains, abstract, lora)
 
     def _origin(self) -> dict[str, Any]:
-        return origin.record(
+        return resume_check.record(
             model=self.model,
             init_from=self.init_from,
             rope_scaling=self.rope_scaling,
@@ -373,13 +375,13 @@ class Trainer:
     ) -> None:
         """A failure is a warning, unless wait is set: then it is an error."""
         meta = {
-            "model": describe.to_json(run.model),
+            "model": model_json.to_json(run.model),
             "tokenizer": self.data.load_tokenizer().to_json(),
             "seq_len": self.seq_len,
             "lcx_version": __version__,
-            "data": describe.to_json(self.data),
+            "data": model_json.to_json(self.data),
             "hf_config": run.carried,
-            "lora": describe.to_json(run.lora),
+            "lora": model_json.to_json(run.lora),
         }
         documents = {
             "meta": meta,

@@ -18,8 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lcx import checkpoint, checkpoint_tree
 from lcx.checkpoint import Checkpointer
+from lcx.checkpoint import checkpointer as checkpoint
+from lcx.checkpoint import tree as checkpoint_tree
 from lcx.errors import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]

@@ -11,7 +11,8 @@ import safetensors.numpy
 
 import lcx
 from lcx import model as model_lib
-from lcx.convert import hf, sources
+from lcx.convert import model_source
+from lcx.convert.hf import format as hf
 
 
 def make(folder: pathlib.Path, **changes) -> pathlib.Path:
@@ -46,5 +47,5 @@ def parameters(folder: pathlib.Path) -> dict[str, np.ndarray]:
     source = hf.HfSource(folder)
     return {
         path: source.read(path, tuple(slice(0, size) for size in shape))
-        for path, shape in sources.leaf_shapes(source.model).items()
+        for path, shape in model_source.leaf_shapes(source.model).items()
     }

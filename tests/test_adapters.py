@@ -17,15 +17,17 @@ from tiny_runs import losses, tiny_trainer, write_text
 import lcx
 from lcx import lora as lora_lib
 from lcx import trainer as trainer_lib
-from lcx.convert import adapted, peft, peft_files
 from lcx.convert.__main__ import main as convert_main
-from lcx.convert.hf import HfSource
+from lcx.convert.hf.format import HfSource
 from lcx.convert.lcx_folder import LcxSource
+from lcx.convert.peft import adapter as peft
+from lcx.convert.peft import files as peft_files
+from lcx.convert.peft import merged as adapted
 from lcx.data import ByteTokenizer
 from lcx.errors import UserError
 from lcx.lora import LoRA
 from lcx.sharding import MeshShape
-from lcx.stopping import StopRequest
+from lcx.training.signals import StopRequest
 
 V = 258
 TOKENS = np.random.default_rng(0).integers(0, V, (2, 24))

@@ -18,8 +18,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from lcx.array_store import StepReader, StepWriter, _chunk_shape
-from lcx.checkpoint_folder import find_step, read_json, read_record
+from lcx.checkpoint.folder import find_step, read_json, read_record
+from lcx.checkpoint.slices import StepReader, StepWriter, _chunk_shape
 from lcx.errors import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]

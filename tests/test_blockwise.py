@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import lcx
-from lcx import blockwise, objectives, residuals
+from lcx import blockwise, objectives
 from lcx import model as model_lib
 from lcx.blockwise import Blocks
 from lcx.errors import UserError
@@ -19,6 +19,7 @@ from lcx.linearize import Linearize
 from lcx.mixers.linear_attention import LinearAttention
 from lcx.optim import AdamW, leaf_paths
 from lcx.trainer import train
+from lcx.training import residual_store
 from tests.tiny_runs import tiny_trainer, write_text
 
 SETTINGS = Linearize(window=8, feature_dim=8, feature_init="identity", keep_softmax=(1,))
@@ -124,19 +125,19 @@ def test_the_stream_is_the_raw_residual(folder):
     job = Blocks(trainer(folder, steps=1), layers_per_block=2, only=())
     assert job.run(str(folder / "stream")) is None
     rows = next(
-        residuals.Rows(blockwise.stream_folder(folder / "stream" / "inputs", "train", 2), batch_size=4)
+        residual_store.Rows(blockwise.stream_folder(folder / "stream" / "inputs", "train", 2), batch_size=4)
     )
     model, params = lcx.load(folder / "model")
     with trainer(folder).data.batches("train", global_batch_size=4, seq_len=32, seed=0) as batches:
         batch = next(batches)
-    for name in residuals.MASKS:
+    for name in residual_store.MASKS:
         assert np.array_equal(rows[name], batch[name])
     half = model.clone(
         stages=model_lib.stages_of(tuple(layer.block for layer in model_lib.layers(model)[:2])), parent=None
     )
     half_params = {**params, "stages_0": jax.tree.map(lambda x: x[:2], params["stages_0"])}
     half_params["final_norm"] = {"scale": jnp.ones(32)}
-    masks = {name: jnp.asarray(batch[name]) for name in residuals.MASKS}
+    masks = {name: jnp.asarray(batch[name]) for name in residual_store.MASKS}
     normed, _ = half.apply({"params": half_params}, jnp.asarray(batch["tokens"]), **masks, method="hidden")
     stream = rows["residual"].astype(np.float64)
     again = stream / np.sqrt(np.mean(stream**2, axis=-1, keepdims=True) + 1e-5)
@@ -152,7 +153,7 @@ def test_a_kill_costs_no_more_than_the_batches_not_yet_on_disk(folder, whole, mo
     """Killed while it writes inputs, then in the second block: the result is that of a run left alone."""
     workdir, job = folder / "killed", Blocks(trainer(folder), layers_per_block=2)
     monkeypatch.setattr(blockwise, "FLUSH_EVERY", 2)
-    write, calls = residuals.Writer.write, []
+    write, calls = residual_store.Writer.write, []
 
     def failing(self, *args):
         calls.append(1)
@@ -160,14 +161,14 @@ def test_a_kill_costs_no_more_than_the_batches_not_yet_on_disk(folder, whole, mo
             raise Stop
         return write(self, *args)
 
-    monkeypatch.setattr(residuals.Writer, "write", failing)
+    monkeypatch.setattr(residual_store.Writer, "write", failing)
     with pytest.raises(Stop):
         job.run(str(workdir))
-    monkeypatch.setattr(residuals.Writer, "write", write)
+    monkeypatch.setattr(residual_store.Writer, "write", write)
     place = blockwise.stream_folder(workdir / "inputs", "train", 0)
-    assert residuals.progress(place)["rows"] == 4 * 4
+    assert residual_store.progress(place)["rows"] == 4 * 4
     with pytest.raises(UserError, match="found 16 of 24 rows; run with Blocks.only = \\(\\) first"):
-        residuals.Rows(place, batch_size=4)
+        residual_store.Rows(place, batch_size=4)
     monkeypatch.setattr(blockwise.BlockTrainer, "_save", functools.partialmethod(_save_once, []))
     with pytest.raises(Stop):
         job.run(str(workdir))
@@ -226,8 +227,8 @@ def test_what_cannot_be(folder, tmp_path, settings, says):
 
 
 def test_a_full_disk_is_seen_before_anything_is_written(folder, tmp_path, monkeypatch):
-    usage = residuals.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(residuals.shutil, "disk_usage", lambda path: usage._replace(free=100_000))
+    usage = residual_store.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(residual_store.shutil, "disk_usage", lambda path: usage._replace(free=100_000))
     with pytest.raises(
         UserError,
         match=r"all blocks take 279 kB and their checkpoints 653 kB, found 100 kB free; lower Trainer.steps",

@@ -506,8 +506,7 @@ def test_a_mixture_of_text_and_conversations(tmp_path, source, folders):
 @pytest.fixture
 def generated(monkeypatch):
     """What `stream_text` hands to the model: {"ids": ..., "stop": ...}."""
-    import lcx
-    from lcx import sampler
+    from lcx import terminal
 
     seen = {}
 
@@ -518,11 +517,11 @@ def generated(monkeypatch):
         seen.update(ids=tokens[0], stop=set(stop_tokens))
         return iter([np.array([5])])
 
-    monkeypatch.setattr(lcx, "load", lambda *_, **__: (Model(), {}))
-    monkeypatch.setattr(sampler, "stream", stream)
+    monkeypatch.setattr(terminal, "load", lambda *_, **__: (Model(), {}))
+    monkeypatch.setattr(terminal, "stream", stream)
 
     def run(folder, prompt, **settings):
-        sampler.stream_text(checkpoint=str(folder), prompt=prompt, **settings)
+        terminal.stream_text(checkpoint=str(folder), prompt=prompt, **settings)
         return seen
 
     return run

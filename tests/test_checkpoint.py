@@ -13,10 +13,10 @@ import optax
 import pytest
 from checkpoint_workers import abstract_of, assert_same, largest_file, state_of, write_steps
 
-from lcx import checkpoint
 from lcx.checkpoint import Checkpointer, find_step, metadata, read_json, read_record
+from lcx.checkpoint import checkpointer as checkpoint
+from lcx.checkpoint.fingerprint import fingerprint, partial
 from lcx.errors import UserError
-from lcx.fingerprint import fingerprint, partial
 
 
 @pytest.fixture(scope="module")

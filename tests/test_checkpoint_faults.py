@@ -29,9 +29,9 @@ from checkpoint_workers import (
 )
 from own_output import own_lines
 
-from lcx import checkpoint
 from lcx.checkpoint import Checkpointer, read_record
-from lcx.checkpoint_folder import why_not_written
+from lcx.checkpoint import checkpointer as checkpoint
+from lcx.checkpoint.folder import why_not_written
 from lcx.errors import UserError
 
 # pytest reports what Orbax's abandoned coroutines raise; outside of pytest lcx.checkpoint keeps them quiet.

@@ -226,7 +226,7 @@ MISTAKES = [
     ("toy_job.Job.steps = 2\ntoy_job.Job.sizes = [1,\n  2\nX = 3\n", "(a.gin:"),
     ("\ntoy_job.Job.sizes = (1, 2\n", "a bracket or a quote is opened and never closed (a.gin:4)"),
     ("import toy_jop", "no module named 'toy_jop'; did you mean toy_job? (a.gin:3)"),
-    ("from lcx import metrcs", "no module named 'lcx.metrcs'; did you mean metrics? (a.gin:3)"),
+    ("from lcx import objectvies", "no module named 'lcx.objectvies'; did you mean objectives? (a.gin:3)"),
     ("from toy_job import Job", "toy_job.Job is not a module; write `import toy_job` and use toy_job.Job (a.gin:3)"),
     ("include 'confgiuration.gin'", "confgiuration.gin does not exist; did you mean configuration.gin? (a.gin:3)"),
     ("include 'a.gin'", "include cycle: a.gin -> a.gin (a.gin:3)"),

@@ -28,13 +28,13 @@ def targets(monkeypatch):
     def evaluator_evaluate(*, checkpoint, output, rope_scaling=None, context_length=None, name=None):
         calls.append(locals() | {"calls": None})
 
-    def sampler_stream_text(
+    def terminal_stream_text(
         *, checkpoint, prompt, max_new_tokens=256, temperature=0.0, top_p=1.0, seed=0, rope_scaling=None,
         context_length=None,
     ):  # fmt: skip
         calls.append(locals() | {"calls": None})
 
-    for function in (trainer_train, evaluator_evaluate, sampler_stream_text):
+    for function in (trainer_train, evaluator_evaluate, terminal_stream_text):
         module, _, name = function.__name__.partition("_")
         monkeypatch.setitem(sys.modules, f"lcx.{module}", types.SimpleNamespace(**{name: function}))
     return calls

@@ -13,10 +13,11 @@ import pytest
 import transformers
 
 import lcx
-from lcx import describe
 from lcx import model as model_lib
-from lcx.checkpoint import Checkpointer
-from lcx.convert import api, hf, sources, tensor_io
+from lcx.checkpoint import Checkpointer, model_json
+from lcx.convert import api, model_source
+from lcx.convert.files import tensor_io
+from lcx.convert.hf import format as hf
 from lcx.errors import UserError
 from lcx.rope import Rope
 from lcx.striped_hyena import striped_hyena
@@ -78,7 +79,7 @@ def test_damaged_newest_step_falls_back_but_a_named_one_does_not(tmp_path):
     with Checkpointer(tmp_path / "checkpoints") as checkpointer:
         for step in (1, 2):
             items = {"params": random_params(model, seed=step)}
-            checkpointer.save(step, items, json={"meta": {"model": describe.to_json(model)}}, wait=True)
+            checkpointer.save(step, items, json={"meta": {"model": model_json.to_json(model)}}, wait=True)
     data = [path for path in (tmp_path / "checkpoints" / "2" / "params").rglob("d/*") if path.is_file()]
     assert data
     for path in data:
@@ -174,7 +175,7 @@ def test_low_rank_pairs_are_merged(tmp_path):
     model = tiny()
     params, lora = random_params(model), lora_tree(tiny())
     with Checkpointer(tmp_path / "run" / "checkpoints") as checkpointer:
-        meta = {"model": describe.to_json(model)}
+        meta = {"model": model_json.to_json(model)}
         checkpointer.save(7, {"params": params, "lora": lora}, json={"meta": meta}, wait=True)
     tokens = jnp.arange(11)[None] % 30
     run = jax.jit(lambda variables: model.apply(variables, tokens))
@@ -266,7 +267,7 @@ def test_sources_agree(tmp_path):
     model, params = tiny(), random_params(tiny())
     for format in ("hf", "lcx"):
         lcx.save(tmp_path / format, model, params, format=format)
-    memory = sources.TreeSource(model, params)
+    memory = model_source.TreeSource(model, params)
     others = [api.SOURCES[format](tmp_path / format) for format in ("hf", "lcx")]
     for path, info in memory.leaves.items():
         whole = tuple(slice(0, size) for size in info.shape)

@@ -18,11 +18,12 @@ import transformers
 from own_output import own_lines
 
 import lcx
-from lcx import describe
 from lcx import model as model_lib
-from lcx.checkpoint import Checkpointer
-from lcx.convert import hf, lcx_folder, tensor_io
+from lcx.checkpoint import Checkpointer, model_json
+from lcx.convert import lcx_folder
 from lcx.convert.__main__ import main
+from lcx.convert.files import tensor_io
+from lcx.convert.hf import format as hf
 from lcx.convert.progress import Progress
 from lcx.data import ByteTokenizer, load_tokenizer
 
@@ -295,7 +296,7 @@ def test_tokenizer_of_a_training_run_goes_along(tmp_path, reference, caplog):
     folder = tmp_path / "hf"
     shutil.copytree(reference / "data" / "weights" / "stories260K" / "hf", folder)
     model, params = lcx.load(folder)
-    meta = {"model": describe.to_json(model), "tokenizer": load_tokenizer(folder).to_json()}
+    meta = {"model": model_json.to_json(model), "tokenizer": load_tokenizer(folder).to_json()}
     with Checkpointer(tmp_path / "run" / "checkpoints") as checkpointer:
         checkpointer.save(3, {"params": params}, json={"meta": meta}, wait=True)
     assert convert(tmp_path / "run", tmp_path / "out", "hf") == 0
@@ -318,7 +319,7 @@ def test_byte_tokenizer_survives(tmp_path):
         max_position_embeddings=8,
     )
     params = model_lib.init_params(model, jax.random.key(0))
-    meta = {"model": describe.to_json(model), "tokenizer": ByteTokenizer().to_json()}
+    meta = {"model": model_json.to_json(model), "tokenizer": ByteTokenizer().to_json()}
     with Checkpointer(tmp_path / "run" / "checkpoints") as checkpointer:
         checkpointer.save(3, {"params": params}, json={"meta": meta}, wait=True)
     assert convert(tmp_path / "run", tmp_path / "out", "hf") == 0

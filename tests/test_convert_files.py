@@ -13,10 +13,10 @@ import pytest
 import safetensors.numpy
 import torch
 
-from lcx.convert import safetensors as own
-from lcx.convert import torch_bin
-from lcx.convert.tensor_io import TensorInfo
-from lcx.convert.torch_bin import TorchFile
+from lcx.convert.files import safetensors as own
+from lcx.convert.files import torch_bin
+from lcx.convert.files.tensor_io import TensorInfo
+from lcx.convert.files.torch_bin import TorchFile
 from lcx.errors import UserError
 
 

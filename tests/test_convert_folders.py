@@ -11,8 +11,9 @@ import pytest
 import safetensors.numpy
 import torch
 
-from lcx.convert import destination, hf_folder, tensor_io
-from lcx.convert.tensor_io import TensorInfo
+from lcx.convert.files import destination, tensor_io
+from lcx.convert.files.tensor_io import TensorInfo
+from lcx.convert.hf import folder as hf_folder
 from lcx.errors import UserError
 
 
@@ -294,7 +295,7 @@ def test_disk_that_fills_up(tmp_path):
     """A limit on file sizes fails in the same place and way as a full disk: write() returns an error."""
     code = (
         "import resource, sys, signal, numpy as np\nfrom lcx.convert import destination, hf_folder\n"
-        "from lcx.convert.tensor_io import TensorInfo\nfrom lcx.errors import UserError\n"
+        "from lcx.convert.files.tensor_io import TensorInfo\nfrom lcx.errors import UserError\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
         "info = {'w': TensorInfo(np.dtype('f4'), (100, 1000))}\n"

@@ -7,7 +7,9 @@ import re
 import pytest
 from hf_folders import make
 
-from lcx.convert import api, hf, hf_folder
+from lcx.convert import api
+from lcx.convert.hf import folder as hf_folder
+from lcx.convert.hf import format as hf
 from lcx.errors import UserError
 
 DEEP, HUGE = '"@deep"', '"@huge"'

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from hf_folders import changed, make, parameters
 
-from lcx.convert import api, hf
+from lcx.convert import api
 from lcx.convert.__main__ import main
+from lcx.convert.hf import format as hf
 from lcx.errors import UserError
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"

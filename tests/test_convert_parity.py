@@ -10,8 +10,11 @@ import pytest
 import torch
 import transformers
 
+from lcx import extend
 from lcx import model as model_lib
-from lcx.convert import hf, llama, rules, sources
+from lcx.convert import model_source, rules
+from lcx.convert.hf import format as hf
+from lcx.convert.hf import llama
 from lcx.errors import UserError
 from lcx.rope import Rope, default
 
@@ -185,7 +188,7 @@ def test_logits_and_round_trip(name, tmp_path):
     reference = torch_model(name)
     save(reference, tmp_path / "hf", ("v4", "v5", "dual")[list(CASES).index(name) % 3])
     source = hf.HfSource(tmp_path / "hf")
-    params = sources.to_devices(source, dtype=None, mesh=None)
+    params = model_source.to_devices(source, dtype=None, mesh=None)
     for ids in (
         [tokens(SHORT), tokens(LENGTH)] if "dynamic" in name or "longrope" in name else [tokens(LENGTH)]
     ):
@@ -200,8 +203,8 @@ def test_gradients_of_all_parameters(name, tmp_path):
     reference = torch_model(name)
     save(reference, tmp_path / "hf", "dual")
     source = hf.HfSource(tmp_path / "hf")
-    params = sources.to_devices(source, dtype=None, mesh=None)
-    table = rules.Table(llama.rules(source.model), sources.leaf_shapes(source.model))
+    params = model_source.to_devices(source, dtype=None, mesh=None)
+    table = rules.Table(llama.rules(source.model), model_source.leaf_shapes(source.model))
     gradients = torch_gradients(reference, tokens(LENGTH))
     mapped = table.to_foreign(rules.flatten(jax_gradients(source.model, params, tokens(LENGTH))))
     assert set(mapped) == set(gradients)
@@ -213,7 +216,7 @@ def test_gradients_of_all_parameters(name, tmp_path):
 def assert_loads_equal(folder, model, params, reference, ids, logits):
     """transformers loads what we write with nothing missing, bit-equal weights, and the same function."""
     folder.mkdir()
-    hf.write(folder, sources.TreeSource(model, params), max_shard_bytes=20_000)
+    hf.write(folder, model_source.TreeSource(model, params), max_shard_bytes=20_000)
     assert (folder / "model.safetensors.index.json").exists()
     back, info = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not any(info.values()), info
@@ -253,9 +256,9 @@ def test_written_config_keeps_both_spellings_and_integers(tmp_path):
         assert type(config[key]) is int
     save(torch_model("llama dynamic"), tmp_path / "dynamic", "v5")
     source = hf.HfSource(tmp_path / "dynamic")
-    longer = sources.extended(source.model, {"rope_type": "dynamic", "factor": 8.0}, 256)
-    params = sources.to_devices(source, dtype=None, mesh=None)
-    config = hf.config_of(sources.TreeSource(longer, params))
+    longer = extend.extend_model(source.model, {"rope_type": "dynamic", "factor": 8.0}, 256)
+    params = model_source.to_devices(source, dtype=None, mesh=None)
+    config = hf.config_of(model_source.TreeSource(longer, params))
     assert config["max_position_embeddings"] == 32 and config["rope_scaling"]["factor"] == 8.0
 
 
@@ -265,11 +268,11 @@ def test_half_precision_survives_bit_for_bit(tmp_path):
         save(reference, tmp_path / str(dtype), "dual")
         source = hf.HfSource(tmp_path / str(dtype))
         assert source.model.dtype == str(dtype).removeprefix("torch.")
-        params = sources.to_devices(source, dtype=None, mesh=None)
+        params = model_source.to_devices(source, dtype=None, mesh=None)
         assert {str(leaf.dtype) for leaf in jax.tree.leaves(params)} == {source.model.dtype}
         out = tmp_path / f"{dtype}-back"
         out.mkdir()
-        hf.write(out, sources.TreeSource(source.model, params))
+        hf.write(out, model_source.TreeSource(source.model, params))
         back = transformers.AutoModelForCausalLM.from_pretrained(out)
         assert back.dtype == dtype
         for key, tensor in reference.state_dict().items():
@@ -285,8 +288,8 @@ def test_mixed_dtypes_keep_every_number(tmp_path):
     assert source.model.dtype == "bfloat16"
     assert str(source.leaves["stages_0/block_0/mixer/q_proj/kernel"].dtype) == "float32"
     assert str(source.leaves["stages_0/block_0/mixer/k_proj/kernel"].dtype) == "bfloat16"
-    params = sources.to_devices(source, dtype=np.dtype(np.float32), mesh=None)
-    table = rules.Table(llama.rules(source.model), sources.leaf_shapes(source.model))
+    params = model_source.to_devices(source, dtype=np.dtype(np.float32), mesh=None)
+    table = rules.Table(llama.rules(source.model), model_source.leaf_shapes(source.model))
     found = table.to_foreign(rules.flatten(jax.device_get(params)))
     for key, tensor in reference.state_dict().items():
         np.testing.assert_array_equal(found[key], tensor.float().numpy())
@@ -296,10 +299,10 @@ def test_phi3_extended_with_yarn_is_written_as_an_equal_longrope(tmp_path, caplo
     save(torch_model("phi3"), tmp_path / "hf", "v5")
     source = hf.HfSource(tmp_path / "hf")
     scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
-    model = sources.extended(source.model, scaling, 128)
-    params = sources.to_devices(source, dtype=None, mesh=None)
+    model = extend.extend_model(source.model, scaling, 128)
+    params = model_source.to_devices(source, dtype=None, mesh=None)
     (tmp_path / "out").mkdir()
-    hf.write(tmp_path / "out", sources.TreeSource(model, params))
+    hf.write(tmp_path / "out", model_source.TreeSource(model, params))
     assert "written as the equal longrope" in caplog.text
     back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     for ids in (tokens(SHORT), tokens(LENGTH)):
@@ -312,7 +315,7 @@ def test_extension_while_loading_equals_transformers(tmp_path):
     save(torch_model("llama"), tmp_path / "hf", "v5")
     source = hf.HfSource(tmp_path / "hf")
     scaling = {"rope_type": "yarn", "factor": 4.0}
-    model = sources.extended(source.model, scaling, 256)
+    model = extend.extend_model(source.model, scaling, 256)
     assert model.max_position_embeddings == 256
     config = transformers.AutoConfig.from_pretrained(tmp_path / "hf")
     config.max_position_embeddings = 256
@@ -321,7 +324,7 @@ def test_extension_while_loading_equals_transformers(tmp_path):
     ids = tokens(151)
     with torch.no_grad():
         expected = reference(torch.tensor(ids)).logits.numpy()
-    params = sources.to_devices(source, dtype=None, mesh=None)
+    params = model_source.to_devices(source, dtype=None, mesh=None)
     np.testing.assert_allclose(jax_logits(model, params, ids), expected, atol=2e-4, rtol=0)
 
 
@@ -459,7 +462,7 @@ def test_models_that_config_json_cannot_state(change, message):
     model = change(model)
     params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), model_lib.abstract_params(model))
     with pytest.raises(UserError) as error:
-        hf.config_of(sources.TreeSource(model, params))
+        hf.config_of(model_source.TreeSource(model, params))
     assert message in str(error.value)
 
 
@@ -471,7 +474,7 @@ def test_models_that_config_json_cannot_state(change, message):
 def test_real_weights(name, reference, tmp_path):
     folder = reference / "data" / "weights" / name / "hf"
     source = hf.HfSource(folder)
-    params = sources.to_devices(source, dtype=None, mesh=None)
+    params = model_source.to_devices(source, dtype=None, mesh=None)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     text = (reference / "data" / "text" / "tinystories_train_2MiB.txt").read_text()[:1500]
     ids = np.array([[1, *tokenizer(text, add_special_tokens=False).input_ids[:300]]])

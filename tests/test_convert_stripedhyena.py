@@ -16,15 +16,19 @@ import torch
 
 import lcx
 from lcx import model as model_lib
-from lcx.convert import api, savanna, stripedhyena, tensor_io, torch_writer, vortex
+from lcx.convert import api
 from lcx.convert.__main__ import main
-from lcx.convert.tensor_io import TensorInfo
+from lcx.convert.evo2 import savanna, vortex
+from lcx.convert.evo2 import striped_hyena as stripedhyena
+from lcx.convert.files import tensor_io, torch_writer
+from lcx.convert.files.tensor_io import TensorInfo
+from lcx.convert.hf.rope_parameters import to_hf
 from lcx.data import ByteTokenizer
 from lcx.errors import UserError
 from lcx.generate import main as generate_main
-from lcx.rope import Rope, to_hf
+from lcx.rope import Rope
 from lcx.striped_hyena import striped_hyena
-from lcx.text_stream import tokenizer_of
+from lcx.terminal import tokenizer_of
 
 MR = "sequential.3.mixer.mixer.filter."
 ATTENTION = "sequential.5.mixer."

@@ -8,8 +8,10 @@ import transformers
 from hf_folders import changed, make
 from rope_oracle import KEY, assert_same, hf_frequencies
 
-from lcx.convert import hf, hf_config, sources
+from lcx import extend
 from lcx.convert.__main__ import main
+from lcx.convert.hf import config as hf_config
+from lcx.convert.hf import format as hf
 from lcx.errors import UserError
 from lcx.rope import Rope
 
@@ -95,14 +97,14 @@ def test_a_second_extension_starts_from_the_original_window(folder, first, secon
     }
     config = {k: v for k, v in config.items() if "bias" not in k}
     plain = hf_config.from_config(config)
-    extended = sources.extended(plain, first, 256)
+    extended = extend.extend_model(plain, first, 256)
     written = hf_config.to_config(extended, dtype="float32")
     classes = {"llama": "LlamaConfig", "qwen2": "Qwen2Config", "phi3": "Phi3Config"}
     theirs = getattr(transformers, classes[model_type])(**json.loads(json.dumps(written))).to_dict()
     for text in (written, theirs | {"architectures": None}):
         read = hf_config.from_config(json.loads(json.dumps(text)))
         assert read == extended, text
-        again = sources.extended(read, second, 1024)
+        again = extend.extend_model(read, second, 1024)
         rope = again.stages[0].pattern[0].mixer.rope
         assert (rope.rope_type, rope.rope_theta, rope.factor) == expected
         assert (rope.original_max_position_embeddings, again.max_position_embeddings) == (64, 1024)
@@ -111,7 +113,7 @@ def test_a_second_extension_starts_from_the_original_window(folder, first, secon
 def test_what_was_remembered_counts_only_while_it_is_true(folder, caplog):
     plain = hf.HfSource(folder).model
     written = hf_config.to_config(
-        sources.extended(plain, {"rope_type": "ntk", "factor": 4.0}, 256), dtype="float32"
+        extend.extend_model(plain, {"rope_type": "ntk", "factor": 4.0}, 256), dtype="float32"
     )
     assert written["lcx_rope"] == {"rope_type": "ntk", "factor": 4.0, KEY: 64}
     written["rope_theta"] = written["rope_parameters"]["rope_theta"] = 5e5

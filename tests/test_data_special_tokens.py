@@ -8,7 +8,8 @@ import pytest
 from lcx.data import ByteTokenizer, Dataset, Mixture, load_tokenizer, separating_tokens, special_tokens
 from lcx.data.special import SpecialTokens, described
 from lcx.errors import UserError
-from lcx.evals import documents, passkey
+from lcx.evals import passkey
+from lcx.evals.support import documents
 
 
 @dataclasses.dataclass(frozen=True)

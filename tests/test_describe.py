@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from lcx import describe
+from lcx.checkpoint import model_json
 from lcx.errors import UserError
 from lcx.model import llama
 from lcx.rope import Rope, linear
@@ -33,13 +33,13 @@ MODELS = {
 @pytest.mark.parametrize("name", MODELS)
 def test_round_trip_through_text(name):
     model = MODELS[name]
-    back = describe.from_json(json.loads(json.dumps(describe.to_json(model))))
+    back = model_json.from_json(json.loads(json.dumps(model_json.to_json(model))))
     assert back == model and hash(back) == hash(model)
 
 
 def test_fields_at_their_defaults_are_left_out():
-    assert "remat" not in describe.to_json(MODELS["plain"])
-    assert describe.to_json(MODELS["everything"])["remat"] == "full"
+    assert "remat" not in model_json.to_json(MODELS["plain"])
+    assert model_json.to_json(MODELS["everything"])["remat"] == "full"
 
 
 @pytest.mark.parametrize(
@@ -49,27 +49,27 @@ def test_fields_at_their_defaults_are_left_out():
         {"class": "subprocess:Popen", "args": "true"},
         {"function": "os:getcwd.__globals__"},
         {"class": "lcx.model:jax"},
-        {"class": "lcx.convert.torch_bin:torch"},
+        {"class": "lcx.convert.files.torch_bin:torch"},
         {"function": "builtins:eval.__self__"},
     ],
     ids=str,
 )
 def test_a_checkpoint_cannot_name_anything_else(hostile):
     with pytest.raises(UserError, match="checkpoint"):
-        describe.from_json(hostile)
+        model_json.from_json(hostile)
 
 
 def test_a_package_that_is_not_imported_is_asked_for():
     with pytest.raises(UserError, match="antigravity is not imported: import it before loading"):
-        describe.from_json({"class": "antigravity:Mixer"})
+        model_json.from_json({"class": "antigravity:Mixer"})
 
 
 def test_unknown_fields_are_named():
-    description = describe.to_json(MODELS["plain"]) | {"num_experts": 8}
+    description = model_json.to_json(MODELS["plain"]) | {"num_experts": 8}
     with pytest.raises(UserError, match="num_experts"):
-        describe.from_json(description)
+        model_json.from_json(description)
 
 
 def test_what_json_cannot_carry():
     with pytest.raises(UserError, match="cannot be found again"):
-        describe.to_json(llama(**SIZES, num_layers=1, rope=Rope(rope_type=lambda rope, head_dim, length: None)))
+        model_json.to_json(llama(**SIZES, num_layers=1, rope=Rope(rope_type=lambda rope, head_dim, length: None)))

@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 
 import lcx
-from lcx import describe
-from lcx.checkpoint import Checkpointer
+from lcx.checkpoint import Checkpointer, model_json
 from lcx.data import ByteTokenizer, Dataset, load_tokenizer
 from lcx.errors import UserError
-from lcx.evals import intervals, loss_by_position, perplexity, scoring
+from lcx.evals import loss_by_position, perplexity
 from lcx.evals.loss_by_position import LossByPosition
-from lcx.evals.model_facts import facts
 from lcx.evals.perplexity import Perplexity
+from lcx.evals.support import intervals, scoring
+from lcx.evals.support.model_facts import facts
 from lcx.evaluator import evaluate
 from lcx.model import init_params, llama
 from lcx.rope import Rope
@@ -410,9 +410,9 @@ class Broken:
 def checkpoint(tiny, dataset, tmp_path):
     model, params = tiny
     meta = {
-        "model": describe.to_json(model),
+        "model": model_json.to_json(model),
         "tokenizer": ByteTokenizer().to_json(),
-        "data": describe.to_json(dataset),
+        "data": model_json.to_json(dataset),
     }
     with Checkpointer(tmp_path / "run" / "checkpoints") as checkpointer:
         checkpointer.save(3, {"params": params}, json={"meta": meta, "data": {}}, wait=True)
@@ -429,14 +429,14 @@ def test_evaluate_a_checkpoint_on_what_it_was_trained_on(checkpoint, tiny, datas
     assert results["name"] == "run" and results["checkpoint"] == checkpoint and not results["errors"]
     assert (
         results["model"]["window"] == WINDOW
-        and describe.from_json(results["model"]["description"]) == tiny[0]
+        and model_json.from_json(results["model"]["description"]) == tiny[0]
     )
     assert {"jax", "lcx", "python"} <= set(results["versions"]) and results["machine"]["device"]
     for name, task in (("loss_by_position", LossByPosition), ("perplexity", Perplexity)):
         entry = results["evaluations"][name]
         expected = json.loads(json.dumps(task(dataset=dataset)(*tiny, ByteTokenizer())))
         assert {key: entry[key] for key in expected} == expected
-        assert describe.from_json(entry["evaluation"]) == task(dataset=dataset) and entry["seconds"] > 0
+        assert model_json.from_json(entry["evaluation"]) == task(dataset=dataset) and entry["seconds"] > 0
         assert (tmp_path / "out" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert returned["evaluations"]["perplexity"]["windows"] == results["evaluations"]["perplexity"]["windows"]
     assert (tmp_path / "out" / "report.html").is_file()

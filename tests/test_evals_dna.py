@@ -11,11 +11,11 @@ import pytest
 import lcx
 from lcx.data import ByteTokenizer
 from lcx.errors import UserError
-from lcx.evals import dna
-from lcx.evals.intervals import auroc
 from lcx.evals.sequence_likelihood import SequenceLikelihood
+from lcx.evals.support import dna
+from lcx.evals.support.intervals import auroc
+from lcx.evals.support.variants import Variant, read_variants, windows_around
 from lcx.evals.variant_effects import VariantEffects
-from lcx.evals.variants import Variant, read_variants, windows_around
 from lcx.model import init_params, llama
 
 DNA = ByteTokenizer(bos_id=None, eos_id=0, vocab_size=512)

@@ -13,11 +13,11 @@ import transformers
 from jax.sharding import AbstractMesh
 
 import lcx
-from lcx import describe, sharding
 from lcx import lora as lora_lib
 from lcx import model as model_lib
-from lcx.checkpoint import Checkpointer
-from lcx.convert import peft
+from lcx import sharding
+from lcx.checkpoint import Checkpointer, model_json
+from lcx.convert.peft import adapter as peft
 from lcx.errors import UserError
 from lcx.lora import LoRA
 from lcx.mixers.attention import Attention
@@ -392,7 +392,7 @@ def test_export_of_a_training_run(bases, tmp_path):
     model, params = lcx.load(bases / "llama")
     lora = drawn(LoRA(rank=3).init(jax.random.key(0), model))
     with Checkpointer(tmp_path / "run/checkpoints") as checkpointer:
-        meta = {"model": describe.to_json(model)}
+        meta = {"model": model_json.to_json(model)}
         checkpointer.save(5, {"params": params, "lora": lora}, json={"meta": meta}, wait=True)
     peft.export(tmp_path / "run", tmp_path / "adapter")
     again = peft_package.PeftModel.from_pretrained(hf_base(bases / "llama"), str(tmp_path / "adapter"))

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lcx import metrics
 from lcx.errors import UserError
+from lcx.training import logger as metrics
 
 
 def logger(workdir, **kwargs):
@@ -148,7 +148,7 @@ def in_a_terminal(script, columns):
 
 def test_a_terminal_gets_a_bar(tmp_path):
     script = f"""
-from lcx.metrics import MetricsLogger
+from lcx.training.logger import MetricsLogger
 with MetricsLogger({str(tmp_path)!r}, total_steps=20, mode="off", process_index=0, resume_step=10) as log:
     for step in range(11, 21):
         log.log(step, {{"loss": 1 / step, "tokens_per_second": 999.0}})
@@ -265,7 +265,7 @@ def test_a_key_means_online_with_offline_behind_it(tmp_path, monkeypatch, capsys
 
 def test_off_does_not_import_wandb(tmp_path):
     script = (
-        "import sys; from lcx.metrics import MetricsLogger as M\n"
+        "import sys; from lcx.training.logger import MetricsLogger as M\n"
         f"M({str(tmp_path)!r}, total_steps=1, mode='off', process_index=0).close()\n"
         "assert 'wandb' not in sys.modules"
     )

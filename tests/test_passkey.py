@@ -10,8 +10,9 @@ import pytest
 
 from lcx.data import ByteTokenizer, load_tokenizer, special_tokens
 from lcx.errors import UserError
-from lcx.evals import intervals, passkey
+from lcx.evals import passkey
 from lcx.evals.passkey import Passkey
+from lcx.evals.support import intervals
 from lcx.model import init_params, llama
 
 BABY = "data/weights/babyllama105/hf"

@@ -8,12 +8,13 @@ import re
 
 import pytest
 
-from lcx import describe, report
+from lcx import report
+from lcx.checkpoint import model_json
 from lcx.errors import UserError
-from lcx.evals import figures
 from lcx.evals.loss_by_position import LossByPosition, doubling
 from lcx.evals.passkey import Passkey
 from lcx.evals.perplexity import Perplexity
+from lcx.evals.support import figures
 
 VOID = {"meta", "img", "source", "br", "link"}
 
@@ -82,7 +83,7 @@ def by_position(rope, losses):
         "lengths": [
             {"length": 1024, "buckets": buckets, "curve": [bucket(*e) for e in doubling(1024, 8, 4)]}
         ],
-        "evaluation": describe.to_json(LossByPosition()),
+        "evaluation": model_json.to_json(LossByPosition()),
     }
 
 
@@ -94,7 +95,7 @@ def perplexities(rope, values):
         "model": facts(rope),
         "unit": "per byte",
         "windows": [{"window": w, "perplexity": v} for w, v in values.items()],
-        "evaluation": describe.to_json(Perplexity()),
+        "evaluation": model_json.to_json(Perplexity()),
     }
 
 
@@ -113,7 +114,7 @@ def passkeys(rope, rates):
         "k_max": 300,
         "threshold": 0.2,
         "distances": rows,
-        "evaluation": describe.to_json(Passkey()),
+        "evaluation": model_json.to_json(Passkey()),
     }
 
 
@@ -396,5 +397,5 @@ def test_pictures_leave_matplotlib_as_it_was():
 def test_every_evaluation_can_be_found_again():
     """The report draws with the class that results.json names."""
     for task in (LossByPosition(lengths=(8,)), Perplexity(windows=(64, 128)), Passkey(trials=3)):
-        assert describe.from_json(json.loads(json.dumps(describe.to_json(task)))) == task
+        assert model_json.from_json(json.loads(json.dumps(model_json.to_json(task)))) == task
         assert dataclasses.is_dataclass(task) and task.__dataclass_params__.frozen

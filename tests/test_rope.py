@@ -11,8 +11,9 @@ import pytest
 from rope_oracle import KEY, assert_same, hf_config, hf_frequencies
 
 from lcx import rope as rope_lib
+from lcx.convert.hf.rope_parameters import from_hf, to_hf
 from lcx.errors import UserError
-from lcx.rope import ROPE_TYPES, Rope, from_hf, hf_trace_length, rotate, to_hf
+from lcx.rope import ROPE_TYPES, Rope, hf_trace_length, rotate
 
 torch = pytest.importorskip("torch")
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding  # noqa: E402

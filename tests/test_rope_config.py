@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from rope_oracle import KEY, assert_same, hf_config, hf_frequencies
 
+from lcx.convert.hf.rope_parameters import from_hf, to_hf, written_max_position_embeddings
 from lcx.errors import UserError
-from lcx.rope import Rope, from_hf, hf_max_position_embeddings, to_hf
+from lcx.rope import Rope
 
 pytest.importorskip("transformers")
 from transformers import LlamaConfig, MistralConfig, Phi3Config, Qwen2Config, Qwen3Config
@@ -282,7 +283,7 @@ EXPORTS = [
 
 @pytest.mark.parametrize("rope", EXPORTS, ids=lambda r: str(r.rope_type))
 def test_to_hf_is_read_back_to_the_same_frequencies(rope):
-    window = hf_max_position_embeddings(rope, 1024)
+    window = written_max_position_embeddings(rope, 1024)
     parameters = json.loads(json.dumps(to_hf(rope, max_position_embeddings=window, head_dim=64)))
     again = from_hf({"rope_parameters": parameters, "max_position_embeddings": window})
     hf = hf_config(parameters, 64, window)
@@ -293,7 +294,7 @@ def test_to_hf_is_read_back_to_the_same_frequencies(rope):
 
 def test_to_hf_refuses_what_it_cannot_say():
     dynamic = Rope("dynamic", 1e4, 4.0, 256)
-    assert hf_max_position_embeddings(dynamic, 1024) == 256
+    assert written_max_position_embeddings(dynamic, 1024) == 256
     with pytest.raises(UserError, match="write max_position_embeddings 256"):
         to_hf(dynamic, max_position_embeddings=1024)
     with pytest.raises(UserError, match="pass head_dim"):

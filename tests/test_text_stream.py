@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 
 import lcx
-from lcx import text_stream
+from lcx import terminal
 from lcx.checkpoint import Checkpointer
 from lcx.data import ByteTokenizer, load_tokenizer
 from lcx.errors import UserError
-from lcx.sampler import stream_text
+from lcx.terminal import stream_text
 
 TEXTS = [
     "Once upon a time, there was a cat.",
@@ -25,7 +25,7 @@ def tokenizers(reference):
 
 
 def pieces(tokenizer, ids, prompt=()):
-    return list(text_stream.whole_characters(tokenizer, iter(ids), prompt=prompt))
+    return list(terminal.whole_characters(tokenizer, iter(ids), prompt=prompt))
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -67,24 +67,24 @@ def test_pieces_come_at_once():
             yield byte
 
     produced: list[int] = []
-    for piece in text_stream.whole_characters(ByteTokenizer(), ids()):
+    for piece in terminal.whole_characters(ByteTokenizer(), ids()):
         assert piece == chr(produced[-1])
 
 
 def test_prompt_text(tmp_path):
     path = tmp_path / "prompt.txt"
     path.write_text("first\nsecond ü\n\n", encoding="utf-8")
-    assert text_stream.prompt_text(f"@{path}") == "first\nsecond ü\n"
-    assert text_stream.prompt_text("me@home\n") == "me@home\n"
-    assert text_stream.prompt_text("@@home") == "@home"
-    assert text_stream.prompt_text("") == ""
+    assert terminal.prompt_text(f"@{path}") == "first\nsecond ü\n"
+    assert terminal.prompt_text("me@home\n") == "me@home\n"
+    assert terminal.prompt_text("@@home") == "@home"
+    assert terminal.prompt_text("") == ""
     path.write_bytes(b"ok \xff")
     with pytest.raises(UserError, match="invalid start byte at byte 3, expected UTF-8"):
-        text_stream.prompt_text(f"@{path}")
+        terminal.prompt_text(f"@{path}")
     with pytest.raises(UserError, match="No such file"):
-        text_stream.prompt_text(f"@{tmp_path / 'nothing'}")
+        terminal.prompt_text(f"@{tmp_path / 'nothing'}")
     with pytest.raises(UserError, match="Is a directory"):
-        text_stream.prompt_text(f"@{tmp_path}")
+        terminal.prompt_text(f"@{tmp_path}")
 
 
 @pytest.fixture
@@ -119,7 +119,7 @@ def test_stream_text_from_lcx_checkpoints(stories, capsys, tmp_path):
     model, params = lcx.load(stories / "hf")
     lcx.save(tmp_path / "run", model, params, format="lcx", like=stories / "hf")
     for path in (tmp_path / "run", tmp_path / "run/checkpoints", tmp_path / "run/checkpoints/0"):
-        assert text_stream.tokenizer_of(str(path)).decode([403, 407]) == "Once upon"
+        assert terminal.tokenizer_of(str(path)).decode([403, 407]) == "Once upon"
     stream_text(checkpoint=str(tmp_path / "run"), prompt="", max_new_tokens=20)
     assert published(stories).startswith(capsys.readouterr().out.removesuffix("\n"))
 
@@ -131,7 +131,7 @@ def test_tokenizer_of_a_training_run(stories, tmp_path):
         with Checkpointer(folder) as checkpointer:
             items = {"params": {"x": np.zeros(2, np.float32)}}
             checkpointer.save(7, items, json={"meta": {"tokenizer": tokenizer.to_json()}}, wait=True)
-        found = text_stream.tokenizer_of(str(folder.parent))
+        found = terminal.tokenizer_of(str(folder.parent))
         assert found.to_json() == tokenizer.to_json()
 
 

@@ -12,12 +12,13 @@ from tiny_runs import dataset, tiny_model
 
 import lcx
 from lcx import model as model_lib
-from lcx import objectives, sharding, train_step
+from lcx import objectives, sharding
 from lcx.errors import UserError
 from lcx.layers import Linear
 from lcx.linearize import Linearize
 from lcx.lora import LoRA
 from lcx.optim import AdamW, leaf_paths, split
+from lcx.training import step as train_step
 
 ROWS, T = 8, 32
 LEAVES = ("q_proj", "k_proj", "v_proj", "o_proj")

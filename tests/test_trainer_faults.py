@@ -31,7 +31,7 @@ from tiny_runs import (
 import lcx
 from lcx import objectives, train
 from lcx.checkpoint import Checkpointer
-from lcx.checkpoint_folder import COMMIT_MARKER
+from lcx.checkpoint.folder import COMMIT_MARKER
 from lcx.errors import UserError
 from lcx.optim import AdamW
 
@@ -149,7 +149,7 @@ def test_sigterm_saves_exits_0_and_the_same_command_goes_on(gin_file, whole, tmp
 def test_the_second_signal_stops_at_once(first):
     script = f"""
 import os, signal, sys, time
-from lcx.stopping import StopRequest
+from lcx.training.signals import StopRequest
 with StopRequest() as stop:
     assert not stop.requested(0)
     os.kill(os.getpid(), signal.{first})

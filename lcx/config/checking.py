@@ -158,7 +158,9 @@ def _report_missing(source: Source, selector: str, scopes: tuple[str, ...], plac
         variadic = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
         if parameter.default is parameter.empty and not variadic and name not in bound:
             key = ("/".join(scopes), selector, name)
-            message = f"{configurable.name} needs {name!r}: set {spell(key)}{_example(configurable.wrapped, key)}"
+            message = (
+                f"{configurable.name} needs {name!r}: set {spell(key)}{_example(configurable.wrapped, key)}"
+            )
             if place not in source.problems.get(message, ()):
                 source.problem(message, place)
 

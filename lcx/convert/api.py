@@ -8,29 +8,22 @@ from typing import Any
 import jax
 import numpy as np
 
-from lcx import describe, hub
+from lcx import extend, hub
 from lcx import lora as lora_lib
 from lcx import model as model_lib
-from lcx.checkpoint import Checkpointer
-from lcx.checkpoint_folder import COMMIT_MARKER, find_step, read_record
-from lcx.convert import (
-    adapted,
-    destination,
-    hf,
-    hf_folder,
-    lcx_folder,
-    lolcats_writer,
-    peft_files,
-    peft_settings,
-    rules,
-    savanna,
-    savanna_files,
-    sources,
-    unsupported,
-    vortex,
-)
-from lcx.convert.lolcats import Lolcats, LolcatsSource, is_lolcats
-from lcx.convert.sources import ModelSource
+from lcx.checkpoint import Checkpointer, model_json
+from lcx.checkpoint.folder import COMMIT_MARKER, find_step, read_record
+from lcx.convert import lcx_folder, model_source, rules
+from lcx.convert.evo2 import savanna, savanna_files, vortex
+from lcx.convert.files import destination, unsupported
+from lcx.convert.hf import folder as hf_folder
+from lcx.convert.hf import format as hf
+from lcx.convert.lolcats import writer as lolcats_writer
+from lcx.convert.lolcats.format import Lolcats, LolcatsSource, is_lolcats
+from lcx.convert.model_source import ModelSource
+from lcx.convert.peft import files as peft_files
+from lcx.convert.peft import merged
+from lcx.convert.peft import settings as peft_settings
 from lcx.errors import UserError
 from lcx.model import Decoder
 
@@ -83,18 +76,18 @@ def load(
     Raises:
       UserError: nothing readable there, or a setting that does not fit it.
     """
-    wanted, path = sources.parse_dtype(dtype), hub.local(path)
+    wanted, path = model_source.parse_dtype(dtype), hub.local(path)
     format = checked_format(format, lolcats) or detect(path)
     if format == "lcx" and adapter is None:
         return _load_lcx(path, wanted, mesh, rope_scaling, context_length)
     source = opened(path, format, lolcats)
-    source.model = sources.extended(source.model, rope_scaling, context_length)
+    source.model = extend.extend_model(source.model, rope_scaling, context_length)
     scaled = rope_scaling is not None or context_length is not None
-    source = adapted.adapted(source, adapter, scaled=scaled, dtype=wanted)
+    source = merged.adapted(source, adapter, scaled=scaled, dtype=wanted)
     model = source.model
     if wanted is not None:
         model = model.clone(dtype=str(wanted), parent=None)
-    return model, sources.to_devices(source, dtype=wanted, mesh=mesh)
+    return model, model_source.to_devices(source, dtype=wanted, mesh=mesh)
 
 
 def _load_lcx(
@@ -105,9 +98,11 @@ def _load_lcx(
     only = newest if (pathlib.Path(path).expanduser() / COMMIT_MARKER).exists() else None
     with Checkpointer(directory) as checkpointer:
         step, _, documents = checkpointer.restore({}, step=only)
-        model = describe.from_json(documents["meta"]["model"])
+        model = model_json.from_json(documents["meta"]["model"])
         stored = read_record(directory / str(step)).arrays
-        extended = sources.extended(model, rope_scaling, context_length)  # its errors come before the reading
+        extended = extend.extend_model(
+            model, rope_scaling, context_length
+        )  # its errors come before the reading
         abstract: dict[str, Any] = {"params": as_stored(model, mesh, directory / str(step))}
         if "lora" in stored:
             abstract["lora"] = _lora_as_stored(mesh, stored["lora"])
@@ -176,7 +171,7 @@ def save(
     if like is not None:
         destination.refuse_same(like, path)
         extras = hf.extras(hub.local(like))
-    source = sources.TreeSource(model, params, extras.carried, extras.side_files, extras.tokenizer)
+    source = model_source.TreeSource(model, params, extras.carried, extras.side_files, extras.tokenizer)
     write(path, source, format=format, overwrite=overwrite, model_parallel=model_parallel)
 
 

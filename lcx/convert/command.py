@@ -5,9 +5,13 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lcx import hub
-from lcx.convert import adapted, api, destination, lolcats_writer, peft, sources, verify
-from lcx.convert.lolcats import Lolcats
+from lcx import extend, hub
+from lcx.convert import api, model_source, verify
+from lcx.convert.files import destination
+from lcx.convert.lolcats import writer as lolcats_writer
+from lcx.convert.lolcats.format import Lolcats
+from lcx.convert.peft import adapter as peft
+from lcx.convert.peft import merged
 from lcx.convert.progress import Progress
 from lcx.errors import UserError
 
@@ -65,9 +69,11 @@ def convert(
         _write_trained(source_path, target, dst_format, changes, base_model=base_model, overwrite=overwrite)
         return
     if base_model is not None:
-        raise UserError(f"base_model is what a 'peft' adapter names, and dst_format is {dst_format!r}: leave it out")
+        raise UserError(
+            f"base_model is what a 'peft' adapter names, and dst_format is {dst_format!r}: leave it out"
+        )
     api.checked_destination(dst_format, model_parallel)
-    wanted = sources.parse_dtype(dtype)
+    wanted = model_source.parse_dtype(dtype)
     if max_shard_bytes < 1:
         raise UserError(f"max_shard_bytes is {max_shard_bytes}, expected at least 1")
     destination.refuse_same(source_path, target)
@@ -76,9 +82,9 @@ def convert(
     if src_format == "lolcats" or published_quirks or any(value is not None for value in given):
         files = Lolcats(*given, published_quirks)
     source = api.opened(source_path, api.checked_format(src_format, files) or api.detect(source_path), files)
-    source.model = sources.extended(source.model, rope_scaling, context_length)
+    source.model = extend.extend_model(source.model, rope_scaling, context_length)
     scaled = rope_scaling is not None or context_length is not None
-    source = adapted.adapted(source, adapter, scaled=scaled, dtype=wanted)
+    source = merged.adapted(source, adapter, scaled=scaled, dtype=wanted)
     if wanted is not None:
         source.model = source.model.clone(dtype=str(wanted), parent=None)
     total = api.planned_bytes(source, format=dst_format, dtype=wanted, model_parallel=model_parallel)
@@ -114,13 +120,17 @@ def _write_trained(
             "with LoRA: change --src, or --dst_format"
         )
     if given := [name for name, value in changes.items() if value is not None]:
-        raise UserError(f"{given[0]} does not go with {format!r}, which is what the run trained as it is: leave it out")
+        raise UserError(
+            f"{given[0]} does not go with {format!r}, which is what the run trained as it is: leave it out"
+        )
     if format == "peft":
         lines = peft.export(src, dst, base_model=base_model, overwrite=overwrite)
         print(f"wrote {os.path.realpath(dst)} (peft), read back: {lines[0]}", *lines[1:], sep="\n")
         print(f"{dst / 'README.md'} says how to load it with transformers and PEFT")
         return
     if base_model is not None:
-        raise UserError("base_model is what a 'peft' adapter names, and dst_format is 'lolcats_files': leave it out")
+        raise UserError(
+            "base_model is what a 'peft' adapter names, and dst_format is 'lolcats_files': leave it out"
+        )
     lolcats_writer.export(src, dst, overwrite=overwrite)
     print(f"wrote {os.path.realpath(dst)}: {', '.join(sorted(p.name for p in dst.iterdir()))}, read back")

@@ -9,14 +9,16 @@ from typing import Any
 
 import numpy as np
 
-import lcx
-from lcx import describe
-from lcx.array_store import StepReader, StepWriter
-from lcx.checkpoint_folder import find_step, read_json, read_record
-from lcx.convert import hf_folder, rules, sources, tensor_io
-from lcx.convert.sources import ModelSource
-from lcx.convert.tensor_io import TensorInfo
+from lcx.checkpoint import model_json
+from lcx.checkpoint.folder import find_step, read_json, read_record
+from lcx.checkpoint.slices import StepReader, StepWriter
+from lcx.convert import model_source, rules
+from lcx.convert.files import tensor_io
+from lcx.convert.files.tensor_io import TensorInfo
+from lcx.convert.hf import folder as hf_folder
+from lcx.convert.model_source import ModelSource
 from lcx.errors import UserError
+from lcx.version import __version__
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +28,7 @@ _CARRIED = "hf_config"  # in the meta item: settings of config.json that the mod
 
 
 class LcxSource:
-    """One step of a workdir, a checkpoints folder, or a step folder (a `sources.ModelSource`).
+    """One step of a workdir, a checkpoints folder, or a step folder (a `model_source.ModelSource`).
 
     Low-rank pairs that were trained beside the parameters are merged into what is read, unless `merge` is False.
 
@@ -39,7 +41,7 @@ class LcxSource:
         folder = pathlib.Path(os.fspath(directory)) / str(step)
         self.where = str(folder)
         meta = read_meta(folder)
-        self.model = describe.from_json(meta["model"])
+        self.model = model_json.from_json(meta["model"])
         self.carried = carried_of(meta)
         self.side_files = _side_files(folder, meta)
         record = meta.get("tokenizer")
@@ -51,7 +53,7 @@ class LcxSource:
             "/".join(path): TensorInfo(dtype, shape, self.where)
             for path, (shape, dtype) in self._reader.arrays.items()
         }
-        sources.check_leaves(self.leaves, self.model, self.where)
+        model_source.check_leaves(self.leaves, self.model, self.where)
         if self._lora is not None:
             self._check_pairs()
             beside = len(trained(folder) or [])
@@ -68,7 +70,9 @@ class LcxSource:
         owners = {path[:-1] for path in self._lora.arrays}
         lost = sorted("/".join(owner) for owner in owners if "/".join((*owner, "kernel")) not in self.leaves)
         if lost:
-            raise UserError(f"{self.where}: the low-rank pair at {lost[0]} belongs to no parameter of the model")
+            raise UserError(
+                f"{self.where}: the low-rank pair at {lost[0]} belongs to no parameter of the model"
+            )
 
     def read(self, path: str, index: rules.Index) -> np.ndarray:
         keys, shape = tuple(path.split("/")), self.leaves[path].shape
@@ -169,7 +173,7 @@ def write(
         for path, info in leaves.items():
             for rows in _row_groups(path, info.shape, source.leaves[path].dtype):
                 index = (rows, *(slice(0, size) for size in info.shape[1:])) if info.shape else ()
-                values = sources.cast(source.read(path, index), info.dtype, path)
+                values = model_source.cast(source.read(path, index), info.dtype, path)
                 writer.write(tuple(path.split("/")), rows if info.shape else None, values)
                 progress(values.nbytes)
         writer.finish({_META: _meta(source)})
@@ -183,7 +187,7 @@ def _row_groups(path: str, shape: rules.Shape, dtype: np.dtype) -> list[slice]:
 
 
 def _meta(source: ModelSource) -> dict[str, Any]:
-    meta = {"model": describe.to_json(source.model), "lcx_version": lcx.__version__}
+    meta = {"model": model_json.to_json(source.model), "lcx_version": __version__}
     return meta | {"tokenizer": source.tokenizer, _CARRIED: dict(source.carried)}
 
 

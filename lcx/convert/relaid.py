@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 
 from lcx import model as model_lib
-from lcx.convert import rules, sources
-from lcx.convert.sources import ModelSource
-from lcx.convert.tensor_io import TensorInfo
+from lcx.convert import model_source, rules
+from lcx.convert.files.tensor_io import TensorInfo
+from lcx.convert.model_source import ModelSource
 
 
 @dataclasses.dataclass
 class RelaidSource:
-    """A `sources.ModelSource`.
+    """A `model_source.ModelSource`.
 
     Attributes:
       source: where the weights are.
@@ -51,7 +51,7 @@ class RelaidSource:
     @functools.cached_property
     def leaves(self) -> dict[str, TensorInfo]:
         found = {}
-        for path, shape in sources.leaf_shapes(self.model).items():
+        for path, shape in model_source.leaf_shapes(self.model).items():
             if path in self.fresh:
                 found[path] = TensorInfo(self.fresh[path].dtype, tuple(shape), self.where)
                 continue

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from lcx.convert.tensor_io import FLOAT_DTYPES, TensorInfo, TensorSource
+from lcx.convert.files.tensor_io import FLOAT_DTYPES, TensorInfo, TensorSource
 from lcx.errors import UserError
 from lcx.rope_fields import shown
 

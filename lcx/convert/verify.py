@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from lcx import model as model_lib
-from lcx.convert import sources, tensor_io
-from lcx.convert.sources import ModelSource
+from lcx.convert import model_source
+from lcx.convert.files import tensor_io
+from lcx.convert.model_source import ModelSource
 from lcx.errors import UserError
 from lcx.model import Decoder
 
@@ -121,7 +122,7 @@ def _compare(source: ModelSource, written: ModelSource, path: str) -> tuple[np.n
         for low, high in tensor_io.split_rows(ours.shape, 8, tensor_io.PIECE_BYTES):
             a, b = ours[low:high], theirs[low:high]
             sums += a.sum(dtype=np.float64), b.sum(dtype=np.float64)
-            rounded = sources.cast(a, b.dtype, path)
+            rounded = model_source.cast(a, b.dtype, path)
             if rounded.tobytes() != b.tobytes():
                 by = float(np.abs(rounded.astype(np.float64) - b.astype(np.float64)).max())
                 largest = by if largest is None else max(largest, by)
@@ -173,6 +174,6 @@ def _with_the_same_scaling(model: Decoder, like: Decoder) -> Decoder:
 def _logits(source: ModelSource, model: Decoder) -> np.ndarray:
     length = min(_TOKENS, model.max_position_embeddings)
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, model.vocab_size, (1, length)), jnp.int32)
-    params = sources.to_devices(source, dtype=_FLOAT32, mesh=None)
+    params = model_source.to_devices(source, dtype=_FLOAT32, mesh=None)
     model = _plain(model)
     return np.asarray(jax.jit(model.apply)({"params": params}, tokens), np.float32)

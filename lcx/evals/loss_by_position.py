@@ -13,9 +13,10 @@ import numpy as np
 from lcx.data import Dataset, Mixture, Tokenizer
 from lcx.data.packing import assemble, plan_concat
 from lcx.errors import UserError
-from lcx.evals import Result, documents, figures, scoring
-from lcx.evals.intervals import mean_and_error
-from lcx.evals.model_facts import facts
+from lcx.evals import Result
+from lcx.evals.support import documents, figures, scoring
+from lcx.evals.support.intervals import mean_and_error
+from lcx.evals.support.model_facts import facts
 from lcx.model import Decoder
 
 _CURVE_START, _CURVE_PER_OCTAVE = 8, 4

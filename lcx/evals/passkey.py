@@ -16,9 +16,10 @@ import numpy as np
 from lcx import sampler
 from lcx.data import Tokenizer, check_vocabulary, special_tokens
 from lcx.errors import UserError
-from lcx.evals import Result, figures, scoring
-from lcx.evals.intervals import wilson
-from lcx.evals.model_facts import facts
+from lcx.evals import Result
+from lcx.evals.support import figures, scoring
+from lcx.evals.support.intervals import wilson
+from lcx.evals.support.model_facts import facts
 from lcx.model import Decoder
 
 TASK = (

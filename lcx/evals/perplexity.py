@@ -10,9 +10,10 @@ from jaxtyping import Int
 
 from lcx.data import Dataset, Mixture, Tokenizer
 from lcx.errors import UserError
-from lcx.evals import Result, documents, figures, scoring
-from lcx.evals.intervals import mean_and_error
-from lcx.evals.model_facts import facts
+from lcx.evals import Result
+from lcx.evals.support import documents, figures, scoring
+from lcx.evals.support.intervals import mean_and_error
+from lcx.evals.support.model_facts import facts
 from lcx.model import Decoder
 
 _WIDTH_STEP = 128  # windows longer than every document are cut to a multiple of this

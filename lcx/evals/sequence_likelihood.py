@@ -9,9 +9,10 @@ import numpy as np
 
 from lcx.data import Tokenizer
 from lcx.errors import UserError
-from lcx.evals import Result, dna, figures, scoring
-from lcx.evals.intervals import mean_and_error
-from lcx.evals.model_facts import facts
+from lcx.evals import Result
+from lcx.evals.support import dna, figures, scoring
+from lcx.evals.support.intervals import mean_and_error
+from lcx.evals.support.model_facts import facts
 from lcx.model import Decoder
 
 

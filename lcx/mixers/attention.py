@@ -1,7 +1,6 @@
 """Softmax attention: grouped-query heads, rotary positions, optional sliding window, biases and q/k norm."""
 
 import functools
-from collections.abc import Callable
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -9,9 +8,9 @@ from jaxtyping import Array, Float, Int
 
 from lcx import rope as rope_lib
 from lcx import sharding
-from lcx.layers import Linear, RMSNorm
 from lcx.mixers import kv_cache
 from lcx.mixers.kv_cache import Cache
+from lcx.mixers.projections import merged_heads, rotated_heads
 from lcx.ops.attention import attention
 
 
@@ -48,14 +47,14 @@ class Attention(nn.Module):
         q, k, v = rotated_heads(self, x, positions, cache, segment_ids=segment_ids)
         if cache is None:
             masks = {"q_segment_ids": segment_ids, "kv_segment_ids": segment_ids}
-            return output(self, self._attend(q, k, v, masks), x.shape[-1]), None
+            return merged_heads(self, self._attend(q, k, v, masks), x.shape[-1]), None
         new = kv_cache.entries(k, v, segment_ids)
         if x.shape[1] <= kv_cache.FEW and self.implementation in (None, "xla"):
             y = kv_cache.attend(cache, q, new, window=self.window)
         else:
             y = self._attend(*kv_cache.arguments(cache, q, new, window=self.window))
         cache = new if deferred else self.append_cache(cache, new)
-        return output(self, y, x.shape[-1]), cache
+        return merged_heads(self, y, x.shape[-1]), cache
 
     @nn.nowrap
     def _attend(self, q: Array, k: Array, v: Array, masks: dict[str, Array | None]) -> Array:
@@ -80,47 +79,3 @@ class Attention(nn.Module):
         span = seq_len if self.window is None else min(self.window, seq_len)
         visible = (span * (span + 1) / 2 + (seq_len - span) * span) / seq_len
         return 2 * self.num_heads * self.head_dim * visible
-
-
-def rotated_heads(
-    mixer,
-    x: Float[Array, "B T D"],
-    positions: Int[Array, "B T"] | None,
-    cache: Cache | None,
-    rotate: Callable[..., Array] = rope_lib.rotate,
-    *,
-    segment_ids: Int[Array, "B T"] | None = None,
-) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
-    """Queries, keys and values of a mixer with Attention's settings, inside its compact __call__.
-
-    Without a cache the rotation sees the length that is there, as in transformers (padding does not count); a cache
-    fixes it in advance.
-    """
-    heads = {"q": ("heads", mixer.num_heads), "k": ("kv_heads", mixer.num_kv_heads)}
-    q, k, v = (
-        Linear(
-            (x.shape[-1],),
-            (number, mixer.head_dim),
-            ("embed", axis, "head_dim"),
-            mixer.qkv_bias,
-            name=f"{name}_proj",
-        )(x)
-        for name, (axis, number) in (*heads.items(), ("v", heads["k"]))
-    )
-    if mixer.qk_norm:
-        q = RMSNorm(mixer.head_dim, mixer.norm_eps, ("head_dim",), name="q_norm")(q)
-        k = RMSNorm(mixer.head_dim, mixer.norm_eps, ("head_dim",), name="k_norm")(k)
-    if positions is None:
-        start = 0 if cache is None else cache["index"]
-        positions = start + jnp.arange(x.shape[1], dtype=jnp.int32)[None]
-    counted = positions if segment_ids is None else jnp.where(segment_ids != 0, positions, 0)
-    rope_length = jnp.max(counted) + 1 if cache is None else cache["rope_length"]
-    frequencies = mixer.rope.frequencies(mixer.head_dim, rope_length)
-    q, k = (rotate(heads, positions, *frequencies) for heads in (q, k))
-    return q, k, v
-
-
-def output(mixer, y: Float[Array, "B T N H"], hidden_size: int) -> Float[Array, "B T D"]:
-    """The heads' outputs back in the residual stream."""
-    names = ("heads", "head_dim", "embed")
-    return Linear((mixer.num_heads, mixer.head_dim), (hidden_size,), names, mixer.o_bias, name="o_proj")(y)

@@ -24,7 +24,7 @@ from lcx import rope as rope_lib
 from lcx import sharding
 from lcx.errors import UserError
 from lcx.layers import named_param
-from lcx.mixers.attention import output, rotated_heads
+from lcx.mixers.projections import merged_heads, rotated_heads
 from lcx.ops import published_lolcats
 from lcx.ops.attention import attention
 from lcx.ops.attention_maps import cross_entropy_of_maps
@@ -216,7 +216,7 @@ class LinearAttention(nn.Module):
         y, cache = (self._published if self.published_quirks else self._mix)(arrays, cache)
         if self.transfer:
             y = self._imitated(y, q, k, arrays)
-        return output(self, y, D), cache
+        return merged_heads(self, y, D), cache
 
     def _imitated(self, y: Array, q: Array, k: Array, arrays: dict[str, Any]) -> Array:
         """What softmax attention gives; how far y is from it goes into the collection `losses`."""

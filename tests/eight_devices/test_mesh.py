@@ -25,10 +25,11 @@ from tiny_runs import dataset, lines, losses, tiny_model, tiny_trainer, write_te
 
 import lcx
 from lcx import model as model_lib
-from lcx import objectives, sharding, train_step
+from lcx import objectives, sharding
 from lcx.lora import LoRA
 from lcx.optim import AdamW
 from lcx.sharding import MeshShape
+from lcx.training import step as train_step
 
 MESHES = {
     "data8": MeshShape(data=8, fsdp=1),

@@ -1,0 +1,478 @@
+"""Checkpoints that are complete, verified and independent of the mesh, on Orbax.
+
+`checkpoint_folder` says what lies on disk, `checkpoint_tree` how a pytree maps to it; this file writes and
+restores.
+
+What Orbax alone does not do, and this file adds: it notices no flipped bit (here: a fingerprint per array,
+and a fall back to the newest step that verifies); it lists a failed background save as done (here: the
+commit marker on disk decides, and every save is settled before the next); it fills a missing key with an
+abstract leaf and casts dtypes silently (here: keys, shapes and dtypes are compared first).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import logging
+import math
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Collection, Mapping
+from types import TracebackType
+from typing import Any, Self
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from jax.experimental import multihost_utils
+
+from lcx.checkpoint.folder import (
+    COMMIT_MARKER,
+    RECORD_ITEM,
+    Damaged,
+    Record,
+    brief,
+    checksum,
+    committed_steps,
+    few,
+    find_step,
+    load_json,
+    load_record,
+    metadata,
+    nested,
+    plain,
+    read_json,
+    read_record,
+    step_folders,
+    why_not_written,
+)
+from lcx.checkpoint.tree import Tree, flatten, from_stored, misfits, stored_structs, to_stored, verify
+from lcx.errors import UserError
+
+__all__ = ["Checkpointer", "committed_steps", "find_step", "metadata", "read_json", "read_record"]
+
+_TRASH = "_trash"  # steps past max_to_keep wait here for removal
+_SET_ASIDE = "_set_aside"  # steps that a run went back behind; never removed
+_CHUNK_BYTES = 64 << 20  # larger arrays are cut into pieces, so that readers can stream them
+_SAVE_TIMEOUT_S = 1200  # for the background write of one step, and for processes to wait for each other
+
+_log = logging.getLogger("lcx.checkpoint")
+
+
+@dataclasses.dataclass
+class _Pending:
+    """A save that was started and not yet settled."""
+
+    step: int
+    num_bytes: int
+
+
+class Checkpointer:
+    """Saves in the background and restores what verifies, in one checkpoints folder.
+
+    Saving. `save` returns once the arrays are copied; the write goes on behind the training loop. A save
+    that fails (a full disk, a lost mount) never stops the run: it is reported as one warning line on the
+    logger `lcx.checkpoint` and kept in `failures`, its half-written folder is removed, older steps stay,
+    and the next save tries again. Only `save(..., wait=True)`, for the last or a forced checkpoint, and
+    `close` raise UserError when the newest save did not land. Call `poll` every training step: it never
+    waits, and reports a failure as soon as it is known (with several processes, at the next save, where all
+    of them meet).
+
+    Restoring. `restore` tries the newest committed step; when its files are damaged it says so and takes
+    the newest older step that verifies. A step that does not fit the trees asked for is a UserError, not a
+    reason to fall back. With several processes all of them take the same step.
+
+    After going back to an older step, the first save moves the newer ones to `_set_aside` (never removed), as
+    `reject` does with one that is whole but worthless.
+    Nothing is written, created or cleaned before the first save, so readers may open a folder in use.
+    """
+
+    def __init__(self, directory: Any, *, max_to_keep: int = 3):
+        if max_to_keep < 1:
+            raise UserError(f"max_to_keep={max_to_keep}; expected at least 1 checkpoint to keep")
+        self.directory = epath.Path(directory).expanduser().resolve()
+        self.failures: list[str] = []
+        self._max_to_keep = max_to_keep
+        self._manager: ocp.CheckpointManager | None = None
+        self._pending: _Pending | None = None
+        self._latest: int | None = None  # the step that this object restored or wrote last
+        self._newest_failure: str | None = None
+        self._sweeper: threading.Thread | None = None
+        _hush_orbax()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            # A failed save was reported as a warning; the exception under way matters more.
+            with contextlib.suppress(UserError):
+                self.close()
+
+    def steps(self) -> list[int]:
+        """Committed steps on disk, oldest first. A save still under way is not among them."""
+        return committed_steps(self.directory)
+
+    def save(
+        self,
+        step: int,
+        items: Mapping[str, Tree],
+        *,
+        json: Mapping[str, Any] | None = None,
+        wait: bool = False,
+    ) -> bool:
+        """Starts writing one step; first settles the save before it. Call it on every process.
+
+        items: {name: pytree of arrays}, json: {name: json document}; names share one space. The step that
+        this object wrote or restored last is not written again. Arrays may be donated or changed after the
+        call. Returns False when the save failed at once (reported as a warning). With wait=True returns
+        once the step is on disk, and raises UserError when it is not. Raises UserError when the folder
+        holds this or a newer step that this object has not restored, or cannot be created; ValueError for a
+        step behind its own.
+        """
+        self._settle()
+        if step != self._latest:
+            documents = {name: plain(document) for name, document in (json or {}).items()}
+            trouble = None
+            try:
+                self._make_room(step)
+            except OSError as error:
+                trouble = error
+            if _everywhere(trouble is None):
+                self._start(step, items, documents)
+            else:
+                self._report(_Pending(step, 0), trouble)
+        if wait:
+            self._settle()
+            if self._latest != step:
+                self._newest_failure, failure = None, self._newest_failure
+                raise UserError(failure)
+        return self._pending is not None or self._latest == step
+
+    def poll(self) -> list[str]:
+        """Reports a background save that failed, without waiting. Returns the new failure lines (mostly none)."""
+        known = len(self.failures)
+        alone = jax.process_count() == 1
+        if alone and self._pending and self._manager and not self._manager.is_saving_in_progress():
+            self._settle()
+        return self.failures[known:]
+
+    def restore(
+        self, abstract: Mapping[str, Tree], *, step: int | None = None, optional: Collection[str] = ()
+    ) -> tuple[int, dict[str, Tree], dict[str, Any]]:
+        """(step, items, json documents) of the newest step that verifies, or of `step` and no other.
+
+        abstract: {item: tree of jax.ShapeDtypeStruct (or arrays) with the shardings wanted now}; only these
+        items are read (none for {}), all json items always. Items named in `optional` are left out when the
+        checkpoint has none. A leaf without sharding goes to the first device. Raises UserError when there
+        is no checkpoint, when no step verifies (each with its reason) or when the trees do not fit (the
+        first keys).
+        """
+        self._settle()
+        self._close_manager()  # the steps it keeps in mind may be set aside by the next save
+        steps = _from_first_process(self.steps())
+        if not steps:
+            raise UserError(f"no checkpoint in {self.directory}; expected at least one committed step folder")
+        if step is not None and step not in steps:
+            raise UserError(
+                f"no checkpoint of step {step} in {self.directory}; found steps {few(steps, limit=9)}"
+            )
+        bad: dict[int, str] = {}
+        while candidates := [s for s in steps if s not in bad and step in (None, s)]:
+            candidate = candidates[-1]
+            try:
+                items, documents = _load_step(self.directory / str(candidate), abstract, optional)
+            except Damaged as damage:
+                bad[candidate] = f"step {candidate}: {damage}"
+                steps = _from_first_process(self.steps())  # a run that is still writing may have moved on
+                continue
+            if bad:
+                why = "; ".join(bad.values())
+                _log.warning("damaged checkpoint in %s (%s); using step %d", self.directory, why, candidate)
+            self._latest = candidate
+            return candidate, items, documents
+        raise UserError(
+            f"no usable checkpoint in {self.directory}: {'; '.join(bad.values())}; restore files from a backup"
+        )
+
+    def close(self) -> None:
+        """Waits for the save under way. Raises UserError when the newest save never landed."""
+        self._settle()
+        self._close_manager()
+        self._join_sweeper()
+        self._newest_failure, failure = None, self._newest_failure
+        if failure:
+            raise UserError(failure)
+
+    def reject(self, step: int) -> None:
+        """Moves a committed step that turned out to be worthless out of the way, if an older one remains."""
+        self._settle()
+        self._close_manager()
+        if jax.process_index() == 0 and self.steps()[1:].count(step):
+            self._set_aside(step, "gave no finite numbers")
+
+    def _make_room(self, step: int) -> None:
+        """Readies the folder: newer steps set aside, unfinished ones removed. May raise, see save."""
+        if self._latest is not None and step < self._latest:
+            raise ValueError(f"save of step {step} after step {self._latest}; steps must increase")
+        self._join_sweeper()
+        behind = step - 1 if self._latest is None else self._latest
+        newer = [other for other in self.steps() if other > behind]
+        if newer and self._latest is None:
+            raise UserError(
+                f"{self.directory} already holds step {newer[-1]}, found a save of step {step}: "
+                "resume from that checkpoint, or set another workdir"
+            )
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+        except (PermissionError, FileExistsError, NotADirectoryError) as error:
+            raise UserError(f"cannot create {self.directory} ({brief(error)}); set another workdir") from None
+        if jax.process_index() == 0:
+            for other in newer:
+                self._set_aside(other)
+            for other, committed in list(step_folders(self.directory)):
+                if not committed:
+                    _remove(self.directory / str(other))
+            self._sweep()
+            self._join_sweeper()
+
+    def _set_aside(self, step: int, why: str = "is newer than the checkpoint this run resumed from") -> None:
+        parent = self.directory / _SET_ASIDE
+        parent.mkdir(exist_ok=True)
+        taken = {child.name for child in parent.iterdir()}
+        names = (str(step), *(f"{step}.{again}" for again in range(1, len(taken) + 2)))
+        name = next(name for name in names if name not in taken)
+        (self.directory / str(step)).rename(parent / name)
+        _log.warning("step %d %s; moved to %s", step, why, parent / name)
+
+    def _start(self, step: int, items: Mapping[str, Tree], documents: dict[str, Any]) -> None:
+        if clash := (items.keys() & documents.keys()) | ({RECORD_ITEM} & (items.keys() | documents.keys())):
+            raise ValueError(f"items named twice, or reserved: {few(sorted(clash))}")
+        saves: dict[str, Any] = {name: ocp.args.JsonSave(document) for name, document in documents.items()}
+        record = Record(arrays={}, json={name: checksum(document) for name, document in documents.items()})
+        num_bytes = 0
+        for name, tree in items.items():
+            arrays, record.arrays[name] = to_stored(name, tree)
+            arrays = {key: x for key, x in arrays.items() if x.size}  # Orbax refuses arrays without elements
+            num_bytes += sum(x.nbytes for x in arrays.values())
+            if arrays:
+                saves[name] = _save_args(arrays)
+        saves[RECORD_ITEM] = ocp.args.JsonSave(record.to_json())
+        pending = _Pending(step, num_bytes)
+        try:
+            self._manager = self._manager or _new_manager(self.directory, self._max_to_keep)
+            self._manager.save(step, args=ocp.args.Composite(**saves), force=True)
+        except Exception as error:
+            self._report(pending, error)
+        else:
+            self._pending = pending
+
+    def _settle(self) -> None:
+        """Waits for the save under way and decides, on all processes alike, whether it landed."""
+        if self._pending is None or self._manager is None:
+            return
+        pending, error = self._pending, None
+        try:
+            self._manager.wait_until_finished()
+        except Exception as failure:
+            error = failure
+        self._pending = None  # not before: an interrupt while waiting must not lose sight of it
+        landed = _everywhere((self.directory / str(pending.step) / COMMIT_MARKER).exists())
+        clean = _everywhere(error is None)
+        if landed:
+            self._latest, self._newest_failure = pending.step, None
+            if not clean:
+                self._close_manager()
+                why = brief(error) if error else "another process failed"
+                _log.warning("step %d is saved, but not what follows a save: %s", pending.step, why)
+            self._sweep()
+        else:
+            self._report(pending, error)
+
+    def _report(self, pending: _Pending, error: Exception | None) -> None:
+        """Cleans up after a save that failed, and says so in one line."""
+        self._close_manager()  # its list of steps is wrong now; the next save reads the disk
+        if jax.process_index() == 0:
+            folder = self.directory / str(pending.step)
+            if not (folder / COMMIT_MARKER).exists():
+                _remove(folder)
+            self._sweep()
+            self._join_sweeper()
+        reason = "another process failed"
+        if error is not None:
+            reason = why_not_written(error, self.directory, pending.num_bytes)
+        line = (
+            f"checkpoint of step {pending.step} was not written: {reason}; steps on disk: "
+            f"{few(reversed(self.steps()))}; free space or lower max_to_keep={self._max_to_keep}"
+        )
+        self.failures.append(line)
+        self._newest_failure = line
+        _log.warning("%s", line)
+
+    def _close_manager(self) -> None:
+        manager, self._manager = self._manager, None
+        if manager is not None:
+            with contextlib.suppress(Exception):  # what it has to say was said when its last save was settled
+                manager.close()
+
+    def _sweep(self) -> None:
+        """Removes steps past max_to_keep behind the loop: Orbax only moves them out of the way."""
+        self._join_sweeper()
+        trash = self.directory / _TRASH
+        if jax.process_index() == 0 and trash.exists():
+            self._sweeper = threading.Thread(target=_remove, args=(trash,), daemon=True)
+            self._sweeper.start()
+
+    def _join_sweeper(self) -> None:
+        sweeper, self._sweeper = self._sweeper, None
+        if sweeper is not None:
+            sweeper.join()
+
+
+def _new_manager(directory: epath.Path, max_to_keep: int) -> ocp.CheckpointManager:
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=max_to_keep,
+        todelete_subdir=_TRASH,  # a rename: being killed in the middle of a removal cannot leave half a step
+        save_root_metadata=False,
+        lightweight_initialize=True,
+        async_options=ocp.options.AsyncOptions(
+            timeout_secs=_SAVE_TIMEOUT_S, create_directories_asynchronously=False
+        ),
+        atomicity_options=ocp.options.AtomicityOptions(mode=ocp.options.AtomicityMode.COMMIT_FILE),
+    )
+    return ocp.CheckpointManager(directory, options=options)
+
+
+def _remove(path: epath.Path) -> None:
+    with contextlib.suppress(OSError):  # what is left (a late writer, a busy mount) goes before the next save
+        path.rmtree()
+
+
+def _save_args(flat: Mapping[str, Any]) -> ocp.args.PyTreeSave:
+    """Arrays beyond 64 MiB are cut: stacked layers between layers, so that one layer can be read alone."""
+
+    def cut(x: Any) -> ocp.SaveArgs:
+        if x.nbytes <= _CHUNK_BYTES:
+            return ocp.SaveArgs()
+        stacked = x.ndim >= 3 and x.shape[0] <= 1024
+        return ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES, shard_axes=(0,) if stacked else ())
+
+    tree = nested(flat)
+    return ocp.args.PyTreeSave(tree, save_args=jax.tree.map(cut, tree))
+
+
+def _read_arrays(item_dir: epath.Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    """Reads an item through Orbax, whose own failures come out as they are."""
+    on_disk = {key: struct for key, struct in wanted.items() if math.prod(struct.shape)}
+    arrays = {}
+    if on_disk:
+        tree = nested(on_disk)
+        args = ocp.args.PyTreeRestore(
+            item=tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree)
+        )
+        arrays = flatten(ocp.PyTreeCheckpointHandler().restore(item_dir, args=args))
+    for key, struct in wanted.items():
+        if key not in on_disk:
+            arrays[key] = jax.device_put(np.zeros(struct.shape, struct.dtype), struct.sharding)
+        x = arrays.get(key)
+        if not isinstance(x, jax.Array) or (x.shape, x.dtype) != (struct.shape, struct.dtype):
+            raise Damaged(f"{key} did not come back as {struct.dtype}{list(struct.shape)}")
+    return arrays
+
+
+def _load_step(
+    step_dir: epath.Path, abstract: Mapping[str, Tree], optional: Collection[str]
+) -> tuple[dict[str, Tree], dict[str, Any]]:
+    """(items, json documents) of one step, verified. Raises Damaged, or UserError when it does not fit."""
+    record = _agreed(lambda: load_record(step_dir), "the record of fingerprints")
+    documents = {
+        name: _agreed(functools.partial(load_json, step_dir, name, record), name)
+        for name in sorted(record.json)
+    }
+    for item, tree in abstract.items():
+        if item not in record.arrays and item not in optional:
+            found = few(sorted(record.arrays))
+            raise UserError(
+                f"checkpoint {step_dir} has no item {item!r}; found {found}; ask for one of these"
+            )
+        if item in record.arrays and (misfit := misfits(tree, record.arrays[item])):
+            raise UserError(
+                f"checkpoint {step_dir} does not fit: in {item}, {misfit}; "
+                "check the model and optimizer settings, or pass another checkpoint"
+            )
+    items = {}
+    for item, tree in abstract.items():
+        if item in record.arrays:
+            entries = record.arrays[item]
+            arrays = _agreed(functools.partial(_read_arrays, step_dir / item, stored_structs(tree)), item)
+            _agreed(functools.partial(verify, item, arrays, entries), item)
+            items[item] = from_stored(tree, arrays, entries)
+    return items, documents
+
+
+def _agreed(work: Callable[[], Any], what: str) -> Any:
+    """Runs work; raises Damaged here and on every other process when it fails on any.
+
+    Keeps processes in step: none may fall back, nor enter a collective, while another does not.
+    """
+    reason, result = None, None
+    try:
+        result = work()
+    except Damaged as bad:
+        reason = str(bad)
+    except Exception as error:  # whatever Orbax and tensorstore make of bad files
+        reason = f"{what} is unreadable ({brief(error)})"
+    if not _everywhere(reason is None):
+        raise Damaged(reason or f"another process could not use {what}")
+    return result
+
+
+def _everywhere(verdict: bool) -> bool:
+    """Whether all processes say yes; all of them must ask."""
+    return (
+        verdict
+        if jax.process_count() == 1
+        else bool(np.all(multihost_utils.process_allgather(np.array(verdict))))
+    )
+
+
+def _from_first_process(steps: list[int]) -> list[int]:
+    """The first process's list: others may see a shared folder later than it does."""
+    if jax.process_count() == 1:
+        return steps
+    count = int(multihost_utils.broadcast_one_to_all(np.int32(len(steps))))
+    mine = np.array(steps if jax.process_index() == 0 else [0] * count, np.int32)
+    return [int(step) for step in multihost_utils.broadcast_one_to_all(mine)] if count else []
+
+
+@functools.cache
+def _hush_orbax() -> None:
+    """Keeps Orbax's tracebacks off the terminal, once per process: what matters is said in one line of ours.
+
+    After a failed read or write its background threads log pages of tensorstore configuration, drop coroutines
+    and tasks with their exceptions, and call back into event loops that are closed. Only those are dropped.
+    """
+    logging.getLogger("absl").addFilter(lambda record: "/orbax/" not in record.pathname)
+    logging.getLogger("asyncio").addFilter(lambda record: not _raised_in_orbax(record.exc_info))
+    show = sys.unraisablehook
+
+    def unraisablehook(event: Any) -> None:
+        code = getattr(event.object, "cr_code", None)
+        of_orbax = code is not None and "/orbax/" in code.co_filename
+        late_callback = event.object is None and str(event.exc_value) == "Event loop is closed"
+        if not (of_orbax or late_callback):
+            show(event)
+
+    sys.unraisablehook = unraisablehook
+
+
+def _raised_in_orbax(exc_info: Any) -> bool:
+    frames = traceback.extract_tb(exc_info[2]) if exc_info else []
+    return any("/orbax/" in frame.filename for frame in frames)

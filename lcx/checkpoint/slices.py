@@ -1,0 +1,343 @@
+"""Arrays of a checkpoint, one slice at a time: conversion in the memory of its largest slice.
+
+`StepReader` reads slices of any step that lcx wrote; `StepWriter` writes a step slice by slice that
+`Checkpointer.restore` (and Orbax itself) reads like any other, fingerprints included. Neither touches jax.
+
+Orbax stores an array as a zarr array, inside one key-value database per item (OCDBT) when a `Checkpointer`
+saved it, and as a plain folder of chunk files when written here. Chunks are one leading index each (one
+layer of a stack) or a few megabytes of rows, so a slice costs its own bytes and not the whole array's.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pathlib
+import shutil
+import time
+from collections.abc import Mapping
+from types import EllipsisType, TracebackType
+from typing import Any, Self
+
+import ml_dtypes  # noqa: F401  (numpy learns bfloat16 from it)
+import numpy as np
+import tensorstore as ts
+
+from lcx.checkpoint.fingerprint import partial
+from lcx.checkpoint.folder import (
+    COMMIT_MARKER,
+    RECORD_ITEM,
+    Entry,
+    Record,
+    brief,
+    checksum,
+    few,
+    plain,
+    read_record,
+    why_not_written,
+)
+from lcx.errors import UserError
+
+Path = tuple[str, ...]  # the names on the way to an array: ("embed", "embedding")
+Spec = tuple[tuple[int, ...], Any]  # (shape, dtype)
+
+_ROW_GROUP_BYTES = 4 << 20  # rows smaller than a quarter of this share a chunk
+_CHUNK_BYTES = 64 << 20  # no chunk is larger, so a reader of a part of a layer does not pay for all of it
+_HANDLERS = "orbax.checkpoint._src.handlers."  # where Orbax's step metadata says its readers live
+
+
+def _context() -> ts.Context:
+    """No cache, few copies in flight: memory stays that of the slice."""
+    return ts.Context(
+        {
+            "cache_pool": {"total_bytes_limit": 0},
+            "data_copy_concurrency": {"limit": 2},
+            "file_io_concurrency": {"limit": 4},
+        }
+    )
+
+
+class _Coverage:
+    """Which leading rows of one array have passed, and the fingerprint of them so far."""
+
+    def __init__(self, shape: tuple[int, ...]):
+        self.row_size = math.prod(shape[1:])
+        self.seen = np.zeros((shape[0] if shape else 1) if self.row_size else 0, bool)
+        self.sum = 0
+
+    @property
+    def complete(self) -> bool:
+        return bool(self.seen.all())
+
+    def add(self, start: int, stop: int, values: np.ndarray) -> bool:
+        """Counts rows start..stop in; returns False, counting nothing, when some were counted before."""
+        if self.seen[start:stop].any():
+            return False
+        self.seen[start:stop] = True
+        self.sum = (self.sum + partial(values, start * self.row_size)) % 2**32
+        return True
+
+
+def _rows(index: Any, shape: tuple[int, ...]) -> tuple[int, int]:
+    """(start, stop) of leading rows. Raises IndexError beyond the array, ValueError for strides."""
+    count = shape[0] if shape else 1
+    if index is None or index is Ellipsis:
+        return 0, count
+    if isinstance(index, slice):
+        start, stop, stride = index.indices(count)
+        if stride != 1:
+            raise ValueError(f"slice with stride {stride}; expected contiguous rows")
+        return start, max(start, stop)
+    if not -count <= index < count or not shape:
+        raise IndexError(f"index {index} of an array of shape {list(shape)}")
+    return index % count, index % count + 1
+
+
+class StepReader:
+    """Reads the arrays of one item of one committed step. Raises UserError when there is no such item.
+
+    `arrays` maps each path to its (shape, dtype); typed PRNG keys appear as key data. An array whose
+    leading rows have all been read once, in any order, is checked against its fingerprint at the last of
+    them.
+    """
+
+    def __init__(self, step_dir: Any, item: str):
+        self._step_dir = pathlib.Path(step_dir).resolve()
+        self._item_dir = self._step_dir / item
+        if not (self._step_dir / COMMIT_MARKER).exists():
+            raise UserError(
+                f"{step_dir} is not a committed checkpoint step; pass a step folder such as checkpoints/1000"
+            )
+        record = read_record(step_dir)
+        if item not in record.arrays:
+            raise UserError(f"checkpoint {step_dir} has no item {item!r}; found {few(sorted(record.arrays))}")
+        entries = {tuple(key.split("/")): entry for key, entry in record.arrays[item].items()}
+        self.arrays: dict[Path, Spec] = {path: (e.shape, np.dtype(e.dtype)) for path, e in entries.items()}
+        self._fingerprints = {path: entry.fingerprint for path, entry in entries.items()}
+        self._coverage = {path: _Coverage(entry.shape) for path, entry in entries.items()}
+        self._stores: dict[Path, ts.TensorStore] = {}
+        self._context = _context()
+
+    def read(
+        self, path: Path, index: int | slice | tuple[int | slice, ...] | EllipsisType | None = None
+    ) -> np.ndarray:
+        """The array, one leading index, a range of leading rows, or any part (a tuple, one entry per axis).
+
+        Raises KeyError for an unknown path and UserError when the files are damaged: at once when they
+        cannot be read, and at the last slice of an array whose numbers are not those that were saved. Parts
+        asked for by a tuple are not checked.
+        """
+        shape, dtype = self.arrays[path]
+        if not math.prod(shape):
+            return np.zeros(shape, dtype)[index if index is not None else ...]
+        part = index if isinstance(index, tuple) else slice(*_rows(index, shape)) if shape else ...
+        try:
+            values = np.asarray(self._open(path)[part].read().result())
+        except (ValueError, OSError) as error:
+            raise UserError(
+                f"checkpoint {self._step_dir} is damaged: {self._name(path)} ({brief(error)})"
+            ) from None
+        if not isinstance(index, tuple):
+            self._check(path, index, values)
+        return values[0] if isinstance(index, (int, np.integer)) else values
+
+    def unread(self) -> list[Path]:
+        """Arrays that have not been read, and so not checked, to the last row."""
+        return [path for path, coverage in self._coverage.items() if not coverage.complete]
+
+    def _check(self, path: Path, index: Any, values: np.ndarray) -> None:
+        coverage = self._coverage[path]
+        start, stop = _rows(index, self.arrays[path][0])
+        whole = coverage.add(start, stop, values) and coverage.complete
+        if whole and coverage.sum != self._fingerprints[path]:
+            raise UserError(
+                f"checkpoint {self._step_dir} is damaged: {self._name(path)} does not match the saved fingerprint; "
+                "use another step"
+            )
+
+    def _name(self, path: Path) -> str:
+        return "/".join((self._item_dir.name, *path))
+
+    def _open(self, path: Path) -> ts.TensorStore:
+        if path not in self._stores:
+            name = ".".join(path) + "/"
+            kvstore: dict[str, Any] = {"driver": "file", "path": f"{self._item_dir}/{name}"}
+            if (self._item_dir / "manifest.ocdbt").exists():
+                kvstore = {"driver": "ocdbt", "base": f"file://{self._item_dir}/", "path": name}
+            spec = {"driver": "zarr", "kvstore": kvstore, "fill_missing_data_reads": False}
+            shape, dtype = self.arrays[path]
+            store = ts.open(spec, open=True, read=True, context=self._context).result()
+            if (store.shape, store.dtype.numpy_dtype) != (shape, dtype):
+                raise ValueError(
+                    f"found {store.dtype.name}{list(store.shape)}, expected {dtype}{list(shape)}"
+                )
+            self._stores[path] = store
+        return self._stores[path]
+
+
+class StepWriter:
+    """Writes one item of arrays and some json items as a step folder, slice by slice.
+
+    step_dir: `<checkpoints folder>/<step number>`; an unfinished step there is replaced, a committed one is a
+    UserError. arrays: {path: (shape, dtype)}. Nothing counts until `finish`: being killed before leaves no
+    committed step, and leaving the `with` block by an exception removes the folder.
+    """
+
+    def __init__(self, step_dir: Any, item: str, arrays: Mapping[Path, Spec]):
+        self._step_dir = pathlib.Path(step_dir).resolve()
+        if not self._step_dir.name.isdecimal():
+            raise UserError(
+                f"cannot write a step as {step_dir}; expected a folder named by a step number, such as 0"
+            )
+        if (self._step_dir / COMMIT_MARKER).exists():
+            raise UserError(f"{step_dir} already holds a checkpoint; choose another folder or remove it")
+        self._item_dir = self._step_dir / item
+        self._arrays = {path: (tuple(shape), np.dtype(dtype)) for path, (shape, dtype) in arrays.items()}
+        self._coverage = {path: _Coverage(shape) for path, (shape, _) in self._arrays.items()}
+        self._num_bytes = sum(math.prod(shape) * dtype.itemsize for shape, dtype in self._arrays.values())
+        self._start_ns = time.time_ns()
+        self._context = _context()
+        if bad := [path for path in arrays if not path or any(not n or set(n) & set("/.") for n in path)]:
+            raise ValueError(f"cannot store {few(bad)}; names must not be empty nor contain '/' or '.'")
+        shutil.rmtree(self._step_dir, ignore_errors=True)
+        self._stores = {
+            path: self._create(path) for path, (shape, _) in self._arrays.items() if math.prod(shape)
+        }
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            shutil.rmtree(self._step_dir, ignore_errors=True)
+
+    def write(self, path: Path, index: int | slice | EllipsisType | None, values: np.ndarray) -> None:
+        """Writes one leading index, a range of leading rows, or (None or ...) the whole array; every row once.
+
+        Raises KeyError for an unknown path, ValueError for another dtype or shape than promised or rows
+        written before, and UserError when the disk does not take it.
+        """
+        shape, dtype = self._arrays[path]
+        start, stop = _rows(index, shape)
+        block = values[None] if isinstance(index, (int, np.integer)) else values
+        expected = (stop - start, *shape[1:]) if shape else ()
+        if (block.shape, block.dtype) != (expected, dtype):
+            raise ValueError(
+                f"{'/'.join(path)}: got {block.dtype}{list(block.shape)}, not {dtype}{list(expected)}"
+            )
+        if not block.size:
+            return
+        if not self._coverage[path].add(start, stop, block):
+            raise ValueError(f"{'/'.join(path)}: rows {start} to {stop} were written before")
+        store = self._stores[path]
+        self._guarded(lambda: (store[start:stop] if shape else store).write(block).result())
+
+    def finish(self, json_items: Mapping[str, Any]) -> None:
+        """Commits the step with its json items. Raises ValueError when rows are missing."""
+        missing = ["/".join(path) for path, c in self._coverage.items() if not c.complete]
+        if missing:
+            raise ValueError(f"cannot commit {self._step_dir}: rows missing in {few(missing)}")
+        self._guarded(lambda: self._commit({name: plain(document) for name, document in json_items.items()}))
+
+    def _guarded(self, work: Any) -> None:
+        try:
+            work()
+        except (ValueError, OSError) as error:
+            reason = why_not_written(error, self._step_dir.parent, self._num_bytes)
+            raise UserError(f"checkpoint {self._step_dir} was not written: {reason}") from None
+
+    def _create(self, path: Path) -> ts.TensorStore:
+        shape, dtype = self._arrays[path]
+        spec = {
+            "driver": "zarr",
+            "kvstore": {"driver": "file", "path": f"{self._item_dir}/{'.'.join(path)}/"},
+            "metadata": {
+                "shape": list(shape),
+                "chunks": list(_chunk_shape(shape, dtype.itemsize)),
+                "dtype": "bfloat16" if dtype.name == "bfloat16" else dtype.str,
+                "compressor": {"id": "zstd", "level": 1},
+                "fill_value": None,
+                "order": "C",
+            },
+            "store_data_equal_to_fill_value": True,
+        }
+        stores: list[ts.TensorStore] = []
+        self._guarded(
+            lambda: stores.append(ts.open(spec, create=True, open=False, context=self._context).result())
+        )
+        return stores[0]
+
+    def _commit(self, documents: dict[str, Any]) -> None:
+        item = self._item_dir.name
+        entries = {
+            "/".join(path): Entry(shape, dtype.name, self._coverage[path].sum)
+            for path, (shape, dtype) in self._arrays.items()
+        }
+        record = Record(arrays={item: entries}, json={name: checksum(doc) for name, doc in documents.items()})
+        documents = documents | {RECORD_ITEM: record.to_json()}
+        handlers = {name: _HANDLERS + "json_checkpoint_handler.JsonCheckpointHandler" for name in documents}
+        if self._stores:
+            handlers[item] = _HANDLERS + "pytree_checkpoint_handler.PyTreeCheckpointHandler"
+            _write_text(self._item_dir / "_METADATA", json.dumps(_tree_metadata(list(self._stores))))
+            _write_text(self._item_dir / COMMIT_MARKER, "committed")
+        for name, document in documents.items():
+            _write_text(self._step_dir / name / "metadata", json.dumps(document))
+            _write_text(self._step_dir / name / COMMIT_MARKER, "committed")
+        step_metadata = {
+            "item_handlers": handlers,
+            "metrics": {},
+            "performance_metrics": {},
+            "init_timestamp_nsecs": self._start_ns,
+            "commit_timestamp_nsecs": time.time_ns(),
+            "custom_metadata": {},
+        }
+        _write_text(self._step_dir / "_CHECKPOINT_METADATA", json.dumps(step_metadata))
+        _write_text(self._step_dir / COMMIT_MARKER, "committed")  # last: from here on the step exists
+
+
+def _write_text(path: pathlib.Path, text: str) -> None:
+    """Writes a small file so that it survives a power cut, its name included."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _tree_metadata(paths: list[Path]) -> dict[str, Any]:
+    """Orbax's description of a nested dict of arrays stored without OCDBT."""
+    value = {"value_type": "np.ndarray", "skip_deserialize": False}
+    tree = {
+        str(path): {"key_metadata": [{"key": name, "key_type": 2} for name in path], "value_metadata": value}
+        for path in paths
+    }
+    return {
+        "tree_metadata": tree,
+        "use_ocdbt": False,
+        "use_zarr3": False,
+        "store_array_data_equal_to_fill_value": True,
+        "custom_metadata": None,
+    }
+
+
+def _chunk_shape(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
+    """One leading index where it is at least 1 MiB, else groups of rows; no chunk above 64 MiB where axes allow."""
+    if not shape:
+        return ()
+    row_bytes = math.prod(shape[1:]) * itemsize
+    if row_bytes < _ROW_GROUP_BYTES // 4:
+        groups = math.ceil(shape[0] * row_bytes / _ROW_GROUP_BYTES)
+        return (math.ceil(shape[0] / groups), *shape[1:])
+    chunk = [1, *shape[1:]]
+    for axis in range(1, len(shape)):
+        parts = math.ceil(math.prod(chunk) * itemsize / _CHUNK_BYTES)
+        chunk[axis] = math.ceil(chunk[axis] / min(parts, chunk[axis]))
+    return tuple(chunk)

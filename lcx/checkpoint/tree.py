@@ -1,0 +1,131 @@
+"""Pytrees as a checkpoint stores them: flat names, storable arrays, and what each should be.
+
+A tree becomes {"a/b/c": array}. Tuple positions and field names turn into text, so an optimizer state
+survives a change of its container types; subtrees without arrays (None, optax.EmptyState) vanish and come
+back from the tree that is asked for; typed PRNG keys are stored as their key data beside the name of their
+implementation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lcx.checkpoint.fingerprint import fingerprint, partial
+from lcx.checkpoint.folder import Damaged, Entry, few
+from lcx.errors import UserError
+
+Tree = Any  # a pytree of arrays or of jax.ShapeDtypeStruct
+
+
+def flatten(tree: Tree) -> dict[str, Any]:
+    """{"a/b/c": leaf}, in the order of the leaves. Raises ValueError for names that would not survive as a path."""
+    flat = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        names = [jax.tree_util.keystr((entry,), simple=True) for entry in path]
+        if not names or any(not name or set(name) & set("/.") for name in names):
+            raise ValueError(
+                f"cannot store a leaf under {names}; names must not be empty nor contain '/' or '.'"
+            )
+        flat["/".join(names)] = leaf
+    return flat
+
+
+def to_stored(item: str, tree: Tree) -> tuple[dict[str, Any], dict[str, Entry]]:
+    """({key: jax or numpy array}, {key: Entry}) of a tree; fingerprints are computed where the arrays lie.
+
+    Raises UserError for arrays that jax would narrow when they come back (64-bit host arrays).
+    """
+    arrays, impls = {}, {}
+    for key, leaf in flatten(tree).items():
+        arrays[key], impls[key] = _storable(f"{item}/{key}", leaf)
+    sums = _fingerprints(arrays)
+    entries = {
+        key: Entry(tuple(x.shape), jnp.dtype(x.dtype).name, sums[key], impls[key])
+        for key, x in arrays.items()
+    }
+    return arrays, entries
+
+
+def from_stored(tree: Tree, arrays: Mapping[str, jax.Array], entries: Mapping[str, Entry]) -> Tree:
+    """Puts stored arrays into the structure of the abstract tree, PRNG keys typed again."""
+    leaves = []
+    for key, leaf in flatten(tree).items():
+        x = arrays[key]
+        leaves.append(jax.random.wrap_key_data(x, impl=entries[key].key_impl) if is_prng_key(leaf) else x)
+    return jax.tree.unflatten(jax.tree.structure(tree), leaves)
+
+
+def stored_structs(tree: Tree) -> dict[str, jax.ShapeDtypeStruct]:
+    """What to read for an abstract tree: key data for typed keys, and a sharding on every leaf."""
+    structs = {}
+    for key, leaf in flatten(tree).items():
+        sharding = getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(
+            jax.local_devices()[0]
+        )
+        plain = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+        plain = jax.eval_shape(jax.random.key_data, plain) if is_prng_key(leaf) else plain
+        structs[key] = jax.ShapeDtypeStruct(plain.shape, plain.dtype, sharding=sharding)
+    return structs
+
+
+def misfits(tree: Tree, entries: Mapping[str, Entry]) -> str:
+    """How a stored item differs from an abstract tree (first few keys), empty when it fits."""
+    wanted = stored_structs(tree)
+    problems = []
+    if missing := [key for key in wanted if key not in entries]:
+        problems.append(f"missing {few(missing)}")
+    if unexpected := [key for key in entries if key not in wanted]:
+        problems.append(f"unexpected {few(unexpected)}")
+    other = []
+    for key, leaf in flatten(tree).items():
+        if key not in entries:
+            continue
+        found, expected = entries[key], wanted[key]
+        if (found.shape, found.dtype) != (expected.shape, expected.dtype.name):
+            other.append(
+                f"{key} is {found.dtype}{list(found.shape)}, not {expected.dtype}{list(expected.shape)}"
+            )
+        elif is_prng_key(leaf) and found.key_impl and _key_dtype(found.key_impl) != leaf.dtype:
+            other.append(f"{key} is a {found.key_impl} key, not {leaf.dtype}")
+    if other:
+        problems.append(few(other, limit=2))
+    return "; ".join(problems)
+
+
+def verify(item: str, arrays: Mapping[str, jax.Array], entries: Mapping[str, Entry]) -> None:
+    """Raises Damaged naming the arrays that are not what was saved."""
+    sums = _fingerprints(arrays)
+    if bad := [f"{item}/{key}" for key in arrays if sums[key] != entries[key].fingerprint]:
+        raise Damaged(f"{few(bad)} {'does' if len(bad) == 1 else 'do'} not match the saved fingerprint")
+
+
+def is_prng_key(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _key_dtype(impl: str) -> Any:
+    return jax.eval_shape(lambda: jax.random.key(0, impl=impl)).dtype
+
+
+def _storable(name: str, leaf: Any) -> tuple[Any, str | None]:
+    if isinstance(leaf, jax.Array):
+        return (
+            (jax.random.key_data(leaf), str(jax.random.key_impl(leaf))) if is_prng_key(leaf) else (leaf, None)
+        )
+    array = np.asarray(leaf) if isinstance(leaf, (np.ndarray, np.generic)) else jnp.asarray(leaf)
+    if array.dtype != jax.dtypes.canonicalize_dtype(array.dtype):
+        raise UserError(
+            f"cannot save {name} as {array.dtype}; expected a 32-bit type (or set JAX_ENABLE_X64=1)"
+        )
+    return array, None
+
+
+def _fingerprints(arrays: Mapping[str, Any]) -> dict[str, int]:
+    """Device arrays are all dispatched before the first is waited for."""
+    sums = {key: fingerprint(x) if isinstance(x, jax.Array) else partial(x) for key, x in arrays.items()}
+    return {key: int(total) for key, total in jax.device_get(sums).items()}

@@ -1,0 +1,1 @@
+"""Evo 2's checkpoints: savanna (training) and vortex (inference)."""

@@ -1,0 +1,433 @@
+"""savanna's checkpoints of Evo 2 as models, and models as savanna's checkpoints, at any model-parallel size.
+
+Filters are stored to the length of a run's sequences, alive in their first 128 taps. They are read to these taps and
+padded with zeros when they are written, to the model's `max_position_embeddings`, as the published tool extends them.
+The decay is copied, never computed. From one savanna checkpoint to another, tensors that the function does not need
+(unused norms, dead taps of filters that keep their length) go along as they are.
+
+What the files do not say and the reader assumes: norms with eps 1e-6, gelu in the layers before the first MR or LI
+layer alone, and unscaled positions (pass rope_scaling for a model whose positions are interpolated).
+"""
+
+import collections
+import dataclasses
+import logging
+import os
+import pathlib
+import re
+from collections.abc import Callable, Iterator, Mapping
+
+import numpy as np
+
+from lcx.convert import model_source, rules
+from lcx.convert.evo2 import savanna_files, striped_hyena
+from lcx.convert.evo2.savanna_files import SavannaFiles
+from lcx.convert.evo2.striped_hyena import FILTER, LIVE_TAPS, PROJECTION, StripedHyenaSource
+from lcx.convert.files import tensor_io
+from lcx.convert.files.tensor_io import TensorInfo
+from lcx.convert.files.torch_writer import TorchWriter
+from lcx.convert.hf import folder as hf_folder
+from lcx.convert.model_source import ModelSource
+from lcx.errors import UserError
+
+log = logging.getLogger(__name__)
+
+_NORM = re.compile(r"(sequential\.\d+\.(?:\w+_layernorm|norm))\.(?:weight|scale)")
+_UNUSED = re.compile(r"sequential\.\d+\.(post_attention_layernorm|outer_mlp_layernorm)\.(weight|scale)")
+_INV_FREQ = re.compile(r"sequential\.\d+\.mixer\.rotary_emb\.inv_freq")
+_TIMES = re.compile(r"sequential\.\d+\.mixer\.mixer\.filter\.t")
+_PADDED = re.compile(r"sequential\.\d+\.mixer\.mixer\.filter\.(h|decay)")
+_BUFFER = re.compile(r".*\.(inv_freq|filter\.t|filter\.decay)")
+_FLOAT32 = np.dtype(np.float32)
+_STEP = "global_step0"
+
+
+class _Canonical:
+    """savanna's tensors as striped_hyena.py states them."""
+
+    layer_0_only = False
+    shared_bytes = 0
+
+    def __init__(self, files: SavannaFiles):
+        self._files = files
+        self._names = {}
+        self.tensors = {}
+        count = len(striped_hyena.pattern_of(files.tensors))
+        finals = {f"sequential.{count + i}.norm.weight": striped_hyena.final_norm(count) for i in (2, 3)}
+        for name, info in files.tensors.items():
+            if any(pattern.fullmatch(name) for pattern in (_UNUSED, _INV_FREQ, _TIMES)):
+                continue
+            found = _NORM.fullmatch(name)
+            known = f"{found.group(1)}.weight" if found else name
+            known = finals.get(known, known)
+            self._names[known], self.tensors[known] = name, self._shaped(name, info)
+        self.inv_freq = self._frequencies()
+        self.length = self._length()
+
+    def _shaped(self, name: str, info: TensorInfo) -> TensorInfo:
+        shape = info.shape
+        if _PADDED.fullmatch(name) and len(shape) == 2:
+            shape = (shape[0], min(shape[1], LIVE_TAPS))
+        elif name.endswith("short_conv_weight") and len(shape) == 2:  # as the fast kernels keep it
+            shape = (shape[0], 1, shape[1])
+        return dataclasses.replace(info, shape=shape)
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        stored, info = self._names[name], self.tensors[name]
+        _, first, shape = tensor_io.row_range(info, name, start, stop)
+        if not _PADDED.fullmatch(stored):
+            return self._files.read(stored, start, stop).reshape(shape)
+        out = np.empty(shape, info.dtype)
+        for low, high, rows in _pieces(self._files, stored, first, first + shape[0]):
+            out[low - first : high - first] = rows[:, : shape[1]]
+        return out
+
+    def _frequencies(self) -> np.ndarray | None:
+        stored = [self._files.read(name) for name in self._files.tensors if _INV_FREQ.fullmatch(name)]
+        if any(not np.array_equal(other, stored[0]) for other in stored[1:]):
+            raise UserError(
+                f"{self._files.where}: inv_freq is not the same in all layers; the files are damaged"
+            )
+        return stored[0].astype(_FLOAT32) if stored else None
+
+    def _length(self) -> int | None:
+        lengths = {
+            info.shape[-1]
+            for name, info in self._files.tensors.items()
+            if info.shape and (_PADDED.fullmatch(name) or _TIMES.fullmatch(name))
+        }
+        if len(lengths) > 1:
+            raise UserError(
+                f"{self._files.where}: filters are stored to {sorted(lengths)} taps, expected one length; the files "
+                "are not of one run"
+            )
+        return lengths.pop() if lengths else None
+
+
+class SavannaSource(StripedHyenaSource):
+    """A savanna checkpoint (see `savanna_files`) as a model (a `model_source.ModelSource`).
+
+    Args:
+      legacy: whether the roles of hyena layers lie in three blocks on each rank; nothing in a file says so.
+      float32: whether to read the float32 weights of the optimizer states (`zero`).
+    """
+
+    def __init__(self, path: str | os.PathLike, *, legacy: bool = False, float32: bool = False):
+        self.files = SavannaFiles(path, legacy=legacy, float32=float32)
+        try:
+            canonical = _Canonical(self.files)
+        except UserError as error:
+            raise UserError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from error
+        super().__init__(canonical, str(path))
+        self.length, self.inv_freq = canonical.length, canonical.inv_freq
+        left_out = [name for name in self.files.tensors if _UNUSED.fullmatch(name) or _TIMES.fullmatch(name)]
+        if left_out:
+            log.info(
+                "%s: %d tensors have no effect and are left out (%s, ...)", path, len(left_out), left_out[0]
+            )
+        self._say_configured()
+        if different := self.files.differing_copies():
+            log.warning(
+                "%s: the ranks' copies of %d tensors differ (%s, ...); rank 0's are read",
+                path,
+                len(different),
+                different[0],
+            )
+
+    def _say_configured(self) -> None:
+        """What the run that wrote the files had configured, where they say it and it is not what they hold."""
+        settings = self.files.files[0].counters
+        base, factor = settings.get("rotary_emb_base"), settings.get("rotary_emb_scaling_factor", 1)
+        ropes = [layer.block.mixer.rope for layer in striped_hyena.layers(self.model) if layer.letter == "*"]
+        if ropes and base is not None and self.inv_freq is not None and base != ropes[0].rope_theta:
+            log.warning(
+                "%s: the run had configured rope_theta %g, and inv_freq is that of %g; the model keeps what is stored",
+                self.where,
+                base,
+                ropes[0].rope_theta,
+            )
+        if ropes and factor != 1:
+            log.warning(
+                "%s: the run divided positions by %g, which no tensor says; pass rope_scaling "
+                '{"rope_type": "linear", "factor": %g}',
+                self.where,
+                factor,
+                factor,
+            )
+
+
+def legacy_source(path: str | os.PathLike) -> SavannaSource:
+    return SavannaSource(path, legacy=True)
+
+
+def float32_source(path: str | os.PathLike) -> SavannaSource:
+    return SavannaSource(path, float32=True)
+
+
+def legacy_float32_source(path: str | os.PathLike) -> SavannaSource:
+    return SavannaSource(path, legacy=True, float32=True)
+
+
+# ------------------------------------------------------------------------------------------------- writing
+
+
+@dataclasses.dataclass(frozen=True)
+class _Entry:
+    """A whole tensor to write. `pieces` yields (first row, rows)."""
+
+    info: TensorInfo
+    pieces: Callable[[], Iterator[tuple[int, np.ndarray]]]
+    unit: int = 1  # rows that belong together
+
+
+def write(
+    folder: pathlib.Path,
+    source: ModelSource,
+    *,
+    dtype: np.dtype | None = None,
+    model_parallel: int = 1,
+    progress: Callable[[int], None] = lambda nbytes: None,
+) -> dict[str, TensorInfo]:
+    """Writes `latest` and a step folder with a file a rank into an empty folder; returns the whole tensors.
+
+    Raises:
+      UserError: a tensor that does not divide among the ranks, or a model that is no StripedHyena 2.
+    """
+    entries = entries_of(source, dtype)
+    striped_hyena.say_scaling(source.model)
+    shares = {name: _share(name, entry, model_parallel) for name, entry in entries.items()}
+    (folder / _STEP).mkdir()
+    writers = [
+        TorchWriter(
+            folder / _STEP / f"mp_rank_{rank:02d}_model_states.pt",
+            shares,
+            under="module",
+            beside=_state(shares, model_parallel),
+        )
+        for rank in range(model_parallel)
+    ]
+    try:
+        for name, entry in entries.items():
+            for start, rows in entry.pieces():
+                rows = model_source.cast(rows, entry.info.dtype, name)
+                _distribute(writers, name, start, rows, shares[name])
+                progress(rows.nbytes)
+        for writer in writers:
+            writer.finish()
+    finally:
+        for writer in writers:
+            writer.close()
+    hf_folder.write_bytes(folder / savanna_files.LATEST, _STEP.encode())
+    return {name: entry.info for name, entry in entries.items()}
+
+
+def planned(source: ModelSource, *, dtype: np.dtype | None, model_parallel: int) -> dict[str, TensorInfo]:
+    """The whole tensors that `write` would write. Raises UserError as it does."""
+    entries = entries_of(source, dtype)
+    for name, entry in entries.items():
+        _share(name, entry, model_parallel)
+    return {name: entry.info for name, entry in entries.items()}
+
+
+def check_written(folder: pathlib.Path, tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """What was written, read back from its headers. Raises UserError when it is something else."""
+    found = SavannaFiles(folder).tensors
+    expected = {name: (info.shape, info.dtype) for name, info in tensors.items()}
+    if {name: (info.shape, info.dtype) for name, info in found.items()} != expected:
+        raise UserError(
+            f"{folder}: what was written is not what was meant to be; check the disk and try again"
+        )
+    return found
+
+
+def _share(name: str, entry: _Entry, ranks: int) -> TensorInfo:
+    axis, shape = savanna_files.split_axis(name), list(entry.info.shape)
+    if axis is None:
+        return entry.info
+    unit = entry.unit if axis == 0 else 1
+    if shape[axis] % (ranks * unit):
+        what = (
+            f"{shape[axis] // unit} groups of {unit} rows" if unit > 1 else f"{shape[axis]} along axis {axis}"
+        )
+        raise UserError(
+            f"{name} has {what}, which do not divide by --model_parallel={ranks}; choose another size"
+        )
+    shape[axis] //= ranks
+    return dataclasses.replace(entry.info, shape=tuple(shape))
+
+
+def _state(shares: Mapping[str, TensorInfo], ranks: int) -> dict:
+    """What DeepSpeed expects beside the module; shapes of parameters, not of buffers."""
+    import torch
+
+    shapes = collections.OrderedDict(
+        (name, torch.Size(info.shape)) for name, info in shares.items() if not _BUFFER.fullmatch(name)
+    )
+    return {"param_shapes": [shapes], "dp_world_size": 1, savanna_files.WORLD: ranks}
+
+
+def _distribute(
+    writers: list[TorchWriter], name: str, start: int, rows: np.ndarray, share: TensorInfo
+) -> None:
+    """Each rank's part of some rows of a whole tensor."""
+    axis = savanna_files.split_axis(name)
+    for rank, writer in enumerate(writers):
+        if axis is None:
+            writer.write(name, start, rows)
+        elif axis == 1:
+            width = share.shape[1]
+            writer.write(name, start, rows[:, rank * width : (rank + 1) * width])
+        else:
+            first = rank * share.shape[0]
+            low, high = max(start, first), min(start + len(rows), first + share.shape[0])
+            if low < high:
+                writer.write(name, low - first, rows[low - start : high - start])
+
+
+def entries_of(source: ModelSource, dtype: np.dtype | None) -> dict[str, _Entry]:
+    """Every tensor to write, in savanna's names."""
+    striped_hyena.check_activations(source.model, layer_0_only=False)
+    frequencies = striped_hyena.frequencies_of(source.model)
+    found = striped_hyena.layers(source.model)
+    length = source.model.max_position_embeddings
+    _check_live_taps(found, length)
+    if isinstance(source, SavannaSource):
+        entries = _stored_entries(source, dtype, length)
+    else:
+        entries = _model_entries(source, found, dtype, length)
+    for i, layer in enumerate(found):
+        head = striped_hyena.prefix(i)
+        if layer.letter == "*" and frequencies is not None:
+            stored = source.inv_freq if isinstance(source, SavannaSource) else None
+            if stored is None or not np.array_equal(stored, frequencies):  # else as stored, in its own dtype
+                entries[head + "mixer.rotary_emb.inv_freq"] = _whole(frequencies)
+            unit = 3 * layer.block.mixer.head_dim
+        else:
+            unit = 3
+            name = head + striped_hyena.FEATURIZER
+            entries[name] = dataclasses.replace(entries[name], unit=3)
+        entries[head + PROJECTION] = dataclasses.replace(entries[head + PROJECTION], unit=unit)
+    return entries
+
+
+def _check_live_taps(found: list[striped_hyena.Layer], length: int) -> None:
+    """Filters are read back to 128 taps, or to all that there are."""
+    for layer in found:
+        taps = layer.block.mixer.filter_length if layer.letter == "D" else min(LIVE_TAPS, length)
+        if taps != min(LIVE_TAPS, length):
+            raise UserError(
+                f"its MR filters have {taps} taps, and savanna's of {length} tokens have {min(LIVE_TAPS, length)}; "
+                "save with format 'lcx'"
+            )
+
+
+def _stored_entries(source: SavannaSource, dtype: np.dtype | None, length: int) -> dict[str, _Entry]:
+    """Everything that a savanna checkpoint holds; filters of another length as the published tool makes them."""
+    entries = {}
+    for name, info in source.files.tensors.items():
+        kept = dtype is None or _TIMES.fullmatch(name) or _INV_FREQ.fullmatch(name)
+        target = info if kept else dataclasses.replace(info, dtype=dtype or info.dtype)
+        if length != source.length and _TIMES.fullmatch(name):
+            entries[name] = _times(length, target.dtype)
+        elif length != source.length and _PADDED.fullmatch(name):
+            target = dataclasses.replace(target, shape=(info.shape[0], length))
+            entries[name] = _Entry(target, _extended(source.files, name, target))
+        else:
+            entries[name] = _Entry(target, _copied(source.files, name))
+    return entries
+
+
+def _copied(files: SavannaFiles, name: str) -> Callable[[], Iterator[tuple[int, np.ndarray]]]:
+    def pieces():
+        for start, _, rows in _pieces(files, name, 0, None):
+            yield start, rows
+
+    return pieces
+
+
+def _extended(
+    files: SavannaFiles, name: str, target: TensorInfo
+) -> Callable[[], Iterator[tuple[int, np.ndarray]]]:
+    def pieces():
+        for start, stop in tensor_io.split_rows(target.shape, target.dtype.itemsize, tensor_io.PIECE_BYTES):
+            for low, _, rows in _pieces(files, name, start, stop):
+                yield low, _padded(rows[:, :LIVE_TAPS], target.shape[1])
+
+    return pieces
+
+
+def _pieces(
+    files: SavannaFiles, name: str, start: int, stop: int | None
+) -> Iterator[tuple[int, int, np.ndarray]]:
+    """(first row, last row + 1, rows) of a stored tensor, a bounded number of bytes at a time."""
+    info = files.tensors[name]
+    if not info.shape:
+        yield 0, 1, files.read(name)
+        return
+    last = info.shape[0] if stop is None else stop
+    part = (last - start, *info.shape[1:])
+    for low, high in tensor_io.split_rows(part, info.dtype.itemsize, tensor_io.PIECE_BYTES):
+        yield start + low, start + high, files.read(name, start + low, start + high)
+
+
+def _padded(taps: np.ndarray, length: int) -> np.ndarray:
+    out = np.zeros((len(taps), length), taps.dtype)
+    width = min(taps.shape[1], length)
+    out[:, :width] = taps[:, :width]
+    return out
+
+
+def _model_entries(
+    source: ModelSource, found: list[striped_hyena.Layer], dtype: np.dtype | None, length: int
+) -> dict[str, _Entry]:
+    """A model's tensors, with the ones that savanna's modules have and do not use."""
+    table = rules.Table(
+        striped_hyena.table_of(source.model), {path: i.shape for path, i in source.leaves.items()}
+    )
+    entries = {}
+    for name, shape in table.foreign_shapes.items():
+        info = TensorInfo(dtype or table.foreign_dtype(source.leaves, name), shape)
+        if _PADDED.fullmatch(name):
+            info = dataclasses.replace(info, shape=(shape[0], length))
+        entries[name] = _Entry(info, _rows_of(source, table, name, info))
+        if name.endswith("input_layernorm.weight"):
+            for unused in ("post_attention_layernorm", "outer_mlp_layernorm"):
+                ones = _whole(np.ones(shape, info.dtype))
+                entries[name.replace("input_layernorm", unused)] = ones
+    for i, layer in enumerate(found):
+        if layer.letter == "H":
+            entries[striped_hyena.prefix(i) + FILTER + "t"] = _times(length, _FLOAT32)
+    return entries
+
+
+def _rows_of(
+    source: ModelSource, table: rules.Table, name: str, info: TensorInfo
+) -> Callable[[], Iterator[tuple[int, np.ndarray]]]:
+    def pieces():
+        start = 0
+        for part in table.foreign_parts(name, lambda path, repeat: read_repeat(source, path, repeat)):
+            step = max(1, tensor_io.PIECE_BYTES // max(1, 4 * int(np.prod(info.shape[1:]))))
+            for low in range(0, len(part), step):
+                rows = part[low : low + step]
+                yield start + low, _padded(rows, info.shape[1]) if _PADDED.fullmatch(name) else rows
+            start += len(part)
+
+    return pieces
+
+
+def read_repeat(source: ModelSource, path: str, repeat: int | None) -> np.ndarray:
+    """One layer's array of a stacked parameter; all of one that is not stacked."""
+    shape = source.leaves[path].shape
+    if repeat is None:
+        return source.read(path, tuple(slice(0, size) for size in shape))
+    return source.read(path, (slice(repeat, repeat + 1), *(slice(0, size) for size in shape[1:])))[0]
+
+
+def _whole(array: np.ndarray) -> _Entry:
+    return _Entry(TensorInfo(array.dtype, array.shape), lambda: iter([(0, array)]))
+
+
+def _times(length: int, dtype: np.dtype) -> _Entry:
+    """The times that savanna keeps beside an LI filter, [1, 1, length]."""
+    info = TensorInfo(dtype, (1, 1, length))
+    return _Entry(info, lambda: iter([(0, np.arange(length, dtype=_FLOAT32).astype(dtype)[None, None])]))

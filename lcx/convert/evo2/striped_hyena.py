@@ -1,0 +1,366 @@
+"""StripedHyena 2 in savanna's names: one table of rules, and the model that a set of tensors implies.
+
+Checkpoints of savanna have no config.json: everything but a few conventions follows from names and shapes. Every
+format of Evo 2 is first presented as these tensors (model-parallel shares merged, roles interleaved), layer i being
+`sequential.{i + 2}`:
+
+    sequential.0.word_embeddings.weight [V, D]         sequential.{layers + 3}.norm.weight [D]
+    input_layernorm.weight, pre_mlp_layernorm.weight [D]
+    mixer.dense_projection.weight [3D, D]              row 3 c + role; of attention per head: its q, its k, its v
+    mixer.dense.weight [D, D], .bias [D]
+    mixer.hyena_proj_conv.short_conv_weight [3D, 1, K]           the last tap is the current token's, as of SE
+    mixer.mixer.short_conv.short_conv_weight [G, 1, 7]           SE
+    mixer.mixer.filter.h, .decay [G, 128], .conv_bias [D]        MR; the first tap is the current token's
+    mixer.mixer.filter.p, .gamma, .R [D, 16], .conv_bias [D]     LI
+    mlp.w1.weight, mlp.w2.weight [F, D], mlp.w3.weight [D, F]
+
+Only 128 taps of MR live, whatever is stored. The MLPs of the layers before the first MR or LI layer have a gelu; those
+after it have none (savanna constructs them so).
+"""
+
+import dataclasses
+import logging
+import math
+import re
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+
+from lcx.convert import model_source, rules
+from lcx.convert.files.tensor_io import FLOAT_DTYPES, TensorInfo, TensorSource
+from lcx.convert.rules import Part, Rule, Same, Taps, Transposed
+from lcx.errors import UserError
+from lcx.mixers.attention import Attention
+from lcx.mixers.hyena import HyenaLI, HyenaMR, HyenaSE
+from lcx.model import Block, Decoder, Mlp
+from lcx.rope import Rope
+from lcx.striped_hyena import striped_hyena
+
+log = logging.getLogger(__name__)
+
+LIVE_TAPS = 128
+NORM_EPS = 1e-6
+EMBEDDING = "sequential.0.word_embeddings.weight"
+PROJECTION, FEATURIZER = "mixer.dense_projection.weight", "mixer.hyena_proj_conv.short_conv_weight"
+SHORT_FILTER = "mixer.mixer.short_conv.short_conv_weight"
+FILTER = "mixer.mixer.filter."
+DEFAULT_HEAD_DIM, DEFAULT_LENGTH = 128, 8192
+TOKENIZER = {"kind": "bytes", "bos_id": None, "eos_id": 0}
+
+
+class Tensors(TensorSource, Protocol):
+    """The tensors above.
+
+    Attributes:
+      inv_freq: of the attention layers, as stored; None where nothing is.
+      length: what the filters were stored for, in tokens; None where nothing says it.
+      layer_0_only: whether gelu is layer 0's alone, rather than of all layers before the first MR or LI.
+    """
+
+    inv_freq: np.ndarray | None
+    length: int | None
+    layer_0_only: bool
+
+
+def prefix(layer: int) -> str:
+    return f"sequential.{layer + 2}."
+
+
+def final_norm(num_layers: int) -> str:
+    return f"sequential.{num_layers + 3}.norm.weight"
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """One layer in depth order: its letter, its block, and where its parameters are in the tree."""
+
+    letter: str
+    block: Block
+    path: str
+    repeat: int
+
+
+_LETTERS: dict[type, str] = {HyenaSE: "S", HyenaMR: "D", HyenaLI: "H", Attention: "*"}
+
+
+def layers(model: Decoder) -> list[Layer]:
+    """The layers of a StripedHyena 2, in depth order.
+
+    Raises:
+      UserError: something that these formats cannot say.
+    """
+    found = []
+    if not {type(block.mixer) for stage in model.stages for block in stage.pattern} & {
+        HyenaSE,
+        HyenaMR,
+        HyenaLI,
+    }:
+        raise UserError(
+            "the model has no hyena layers, which this format is for; save with format 'hf' or 'lcx'"
+        )
+    for s, stage in enumerate(model.stages):
+        for repeat in range(stage.repeat):
+            for b, block in enumerate(stage.pattern):
+                letter = _LETTERS.get(type(block.mixer))
+                problem = f"it is {type(block.mixer).__name__} + {type(block.mlp).__name__}"
+                if letter is not None and type(block.mlp) is Mlp:
+                    problem = _problem(model, block)
+                if letter is None or problem:
+                    raise UserError(
+                        f"layer {len(found)}: {problem}, which checkpoints of StripedHyena 2 do not hold; save with "
+                        "format 'lcx'"
+                    )
+                found.append(Layer(letter, block, f"stages_{s}/block_{b}", repeat))
+    if not model.tie_word_embeddings:
+        raise UserError("the output head is not the embedding; save with format 'lcx'")
+    return found
+
+
+def _problem(model: Decoder, block: Block) -> str:
+    mixer = block.mixer
+    if block.mlp.bias:
+        return "its MLP has biases"
+    if {block.norm_eps, model.norm_eps} != {NORM_EPS}:
+        return (
+            f"its norms have an eps of {block.norm_eps:g} (the last one {model.norm_eps:g}), not {NORM_EPS:g}"
+        )
+    if not isinstance(mixer, Attention):
+        return "" if mixer.num_channels == model.hidden_size else f"it has {mixer.num_channels} channels"
+    expected = (mixer.num_heads, None, False, True, False)
+    found = (mixer.num_kv_heads, mixer.window, mixer.qkv_bias, mixer.o_bias, mixer.qk_norm)
+    return (
+        ""
+        if found == expected
+        else "its attention is not that of Evo 2 (all heads, a bias on the output alone)"
+    )
+
+
+def activated_layers(pattern: str, layer_0_only: bool) -> int:
+    """How many layers, from the first on, have their gelu."""
+    return (
+        1 if layer_0_only else next((i for i, letter in enumerate(pattern) if letter in "DH"), len(pattern))
+    )
+
+
+def check_activations(model: Decoder, *, layer_0_only: bool) -> None:
+    """Raises UserError if the model, read back, would have other activations than it has."""
+    found = layers(model)
+    active = activated_layers("".join(layer.letter for layer in found), layer_0_only)
+    for i, layer in enumerate(found):
+        expected = "gelu" if i < active else "identity"
+        if layer.block.mlp.activation != expected:
+            raise UserError(
+                f"the MLP of layer {i} has activation {layer.block.mlp.activation!r}, and this format means "
+                f"{expected!r} there; save with format 'lcx'"
+            )
+
+
+def table_of(model: Decoder) -> list[Rule]:
+    """The rules for one model."""
+    found = layers(model)
+    table = [Rule(EMBEDDING, (Part("embed/embedding", Same()),))]
+    for i, layer in enumerate(found):
+        table += [
+            Rule(prefix(i) + name, parts, block) for name, parts, block in [*_mixer(layer), *_shared(layer)]
+        ]
+    return [*table, Rule(final_norm(len(found)), (Part("final_norm/scale", Same()),))]
+
+
+def _shared(layer: Layer) -> list[tuple[str, tuple[Part, ...], None]]:
+    def one(name: str, path: str, layout: rules.Layout) -> tuple[str, tuple[Part, ...], None]:
+        return name, (Part(f"{layer.path}/{path}", layout, layer.repeat),), None
+
+    return [
+        one("input_layernorm.weight", "mixer_norm/scale", Same()),
+        one("pre_mlp_layernorm.weight", "mlp_norm/scale", Same()),
+        one("mlp.w1.weight", "mlp/gate_proj/kernel", Transposed()),
+        one("mlp.w2.weight", "mlp/up_proj/kernel", Transposed()),
+        one("mlp.w3.weight", "mlp/down_proj/kernel", Transposed()),
+    ]
+
+
+def _mixer(layer: Layer) -> list[tuple[str, tuple[Part, ...], int | None]]:
+    def part(path: str, layout: rules.Layout) -> Part:
+        return Part(f"{layer.path}/mixer/{path}", layout, layer.repeat)
+
+    def one(name: str, path: str, layout: rules.Layout) -> tuple[str, tuple[Part, ...], None]:
+        return name, (part(path, layout),), None
+
+    if layer.letter == "*":
+        heads = tuple(part(f"{name}_proj/kernel", Transposed()) for name in "qkv")
+        return [
+            (PROJECTION, heads, layer.block.mixer.head_dim),
+            one("mixer.dense.weight", "o_proj/kernel", Transposed(2)),
+            one("mixer.dense.bias", "o_proj/bias", Same()),
+        ]
+    table = [
+        one(PROJECTION, "in_proj/kernel", Transposed()),
+        one(FEATURIZER, "featurizer", Taps()),
+        one("mixer.dense.weight", "out_proj/kernel", Transposed()),
+        one("mixer.dense.bias", "out_proj/bias", Same()),
+    ]
+    if layer.letter == "S":
+        return [*table, one(SHORT_FILTER, "h", Taps())]
+    names = ("h", "decay") if layer.letter == "D" else ("p", "gamma", "R")
+    table += [one(FILTER + name, name, Same()) for name in names]
+    return [*table, one("mixer.mixer.conv_bias", "skip", Same())]
+
+
+# ------------------------------------------------------------------------------------------ what tensors imply
+
+
+def pattern_of(names: Mapping[str, Any]) -> str:
+    """A letter a layer, from the filters that the layers have.
+
+    Raises:
+      UserError: no layers, or a gap between them.
+    """
+    numbers = sorted(
+        int(found.group(1))
+        for name in names
+        if (found := re.fullmatch(r"sequential\.(\d+)\.mlp\.w1\.weight", name))
+    )
+    if not numbers or numbers != list(range(2, 2 + len(numbers))):
+        what = f"layers {', '.join(map(str, numbers))}" if numbers else "no sequential.N.mlp.w1.weight"
+        raise UserError(f"expected the layers sequential.2, .3, ... of a StripedHyena 2, found {what}")
+    letters = {SHORT_FILTER: "S", FILTER + "h": "D", FILTER + "p": "H"}
+    return "".join(
+        next((letter for name, letter in letters.items() if f"sequential.{n}.{name}" in names), "*")
+        for n in numbers
+    )
+
+
+def model_of(source: Tensors) -> Decoder:
+    """The model that these tensors are of.
+
+    Raises:
+      UserError: tensors without which the sizes are unknown.
+    """
+    pattern = pattern_of(source.tensors)
+
+    def shape(letter: str, name: str, default: tuple[int, ...]) -> tuple[int, ...]:
+        at = pattern.find(letter)
+        info = source.tensors.get(prefix(at) + name) if at >= 0 else None
+        return default if info is None or len(info.shape) != len(default) else info.shape
+
+    def size(name: str) -> tuple[int, int]:
+        info = source.tensors.get(name)
+        if info is None or len(info.shape) != 2:
+            raise UserError(f"expected {name} of two axes, found {'nothing' if info is None else info.shape}")
+        return info.shape[0], info.shape[1]
+
+    vocab_size, width = size(EMBEDDING)
+    head_dim = DEFAULT_HEAD_DIM if source.inv_freq is None else 2 * len(source.inv_freq)
+    if "*" in pattern and width % head_dim:
+        raise UserError(
+            f"{width} channels are no whole number of heads of {head_dim}, the size that inv_freq implies"
+        )
+    featurized = next((letter for letter in pattern if letter != "*"), "S")
+    se_groups, _, se_length = shape("S", SHORT_FILTER, (1, 1, 7))
+    mr_groups, mr_length = shape("D", FILTER + "h", (1, LIVE_TAPS))
+    length = source.length or DEFAULT_LENGTH
+    return striped_hyena(
+        pattern=pattern,
+        hidden_size=width,
+        intermediate_size=size(prefix(0) + "mlp.w1.weight")[0],
+        num_heads=width // head_dim if "*" in pattern else 1,
+        max_position_embeddings=length,
+        se_groups=se_groups,
+        mr_groups=mr_groups,
+        vocab_size=vocab_size,
+        se_length=se_length,
+        mr_length=mr_length,
+        num_modes=shape("H", FILTER + "p", (1, 16))[1],
+        featurizer_length=shape(featurized, FEATURIZER, (1, 1, 3))[2],
+        init_length=length,
+        norm_eps=NORM_EPS,
+        rope=Rope() if source.inv_freq is None else rope_of(source.inv_freq),
+        activated_layers=activated_layers(pattern, source.layer_0_only),
+    )
+
+
+def rope_of(inv_freq: np.ndarray) -> Rope:
+    """The rotary embedding with exactly these frequencies.
+
+    A base that gives them to the bit is said by its rope_theta alone. Others are listed beside the nearest base, with a
+    warning where the difference is more than float32's rounding: it grows with the position.
+    """
+    values, head_dim = np.asarray(inv_freq, np.float32), 2 * len(inv_freq)
+    theta = 1e4
+    if len(values) > 1 and 0 < values[-1] < 1:
+        theta = float(values[-1]) ** (-head_dim / (head_dim - 2))
+        power = 10.0 ** round(math.log10(theta))
+        theta = power if abs(theta / power - 1) < 0.05 else float(f"{theta:.3g}")
+    computed = np.asarray(Rope(rope_theta=max(theta, 1.001)).frequencies(head_dim, 1)[0])
+    if np.array_equal(computed, values):
+        log.info("inv_freq is that of rope_theta %g", theta)
+        return Rope(rope_theta=theta)
+    relative = float(np.max(np.abs(values / computed - 1)))
+    rounded = np.array_equal(computed.astype(FLOAT_DTYPES["bfloat16"]).astype(np.float32), values)
+    log.log(
+        logging.WARNING if relative > 1e-6 else logging.INFO,
+        "inv_freq is not that of any rope_theta: %s of %g, up to %.2g away (relative); the model keeps what is stored",
+        "the bfloat16 rounding" if rounded else "near that",
+        theta,
+        relative,
+    )
+    return Rope(rope_theta=max(theta, 1.001), inv_freq=tuple(values.tolist()))
+
+
+def frequencies_of(model: Decoder) -> np.ndarray | None:
+    """The unscaled inv_freq of the model's attention, as these formats store it; None without attention.
+
+    Raises:
+      UserError: a scaling that they cannot say (they know position interpolation, whose factor is in the settings).
+    """
+    mixers = [layer.block.mixer for layer in layers(model) if layer.letter == "*"]
+    if not mixers:
+        return None
+    rope = mixers[0].rope
+    if any(mixer.rope != rope for mixer in mixers) or rope.rope_type not in ("default", "linear"):
+        raise UserError(
+            f"rope_type {rope.rope_type!r} cannot be said in this format, which knows one 'default' or 'linear' for "
+            "all layers; save with format 'lcx'"
+        )
+    plain = Rope(rope_theta=rope.rope_theta, inv_freq=rope.inv_freq)
+    return np.asarray(plain.frequencies(mixers[0].head_dim, 1)[0], np.float32)
+
+
+def say_scaling(model: Decoder) -> None:
+    """What no tensor carries: said once, when a model is written."""
+    mixers = [layer.block.mixer for layer in layers(model) if layer.letter == "*"]
+    if mixers and mixers[0].rope.rope_type == "linear":
+        log.warning(
+            "positions are divided by %g, which is a setting of savanna and vortex and not in their checkpoints: set "
+            "it there",
+            mixers[0].rope.factor,
+        )
+
+
+class StripedHyenaSource:
+    """A model from tensors in savanna's names (a `model_source.ModelSource`).
+
+    Raises:
+      UserError: tensors that are not those of one StripedHyena 2.
+    """
+
+    def __init__(self, tensors: Tensors, where: str):
+        self.where, self._tensors = where, tensors
+        try:
+            model = model_of(tensors)
+            self._table = rules.Table(table_of(model), model_source.leaf_shapes(model))
+            self._table.check_source(tensors.tensors, against="the model that they imply")
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error
+        self.leaves = {
+            path: TensorInfo(self._table.leaf_dtype(tensors.tensors, path), shape, where)
+            for path, shape in self._table.shapes.items()
+        }
+        self.model: Decoder = model.clone(dtype=str(model_source.stored_dtype(self.leaves)), parent=None)
+        self.carried: dict[str, Any] = {}
+        self.side_files: list[Any] = []
+        self.tokenizer = TOKENIZER | {"vocab_size": model.vocab_size} if model.vocab_size > 255 else None
+
+    def read(self, path: str, index: rules.Index) -> np.ndarray:
+        return self._table.read(self._tensors, path, index)

@@ -1,0 +1,306 @@
+"""vortex's checkpoints of Evo 2 (inference weights, one file) as models, and models as such checkpoints.
+
+vortex keeps products that training keeps apart: h times decay of MR, and exp(p + gamma), the rates of LI's modes. Their
+factors cannot be recovered. The model gets a decay of ones, and p = log(-log_pole). Its gamma holds the part of that
+logarithm that float32 cannot: too small to count beside p, and enough for the rates to return to the bit. The function
+is vortex's; training it further is another thing, since decay and gamma were part of how savanna parametrised it.
+
+Nothing in a file says how many tokens the model was trained for: 8192 is assumed, and unscaled positions.
+"""
+
+import logging
+import os
+import pathlib
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from lcx.convert import model_source, rules
+from lcx.convert.evo2 import savanna, savanna_files, striped_hyena
+from lcx.convert.evo2.striped_hyena import (
+    EMBEDDING,
+    FEATURIZER,
+    FILTER,
+    LIVE_TAPS,
+    PROJECTION,
+    SHORT_FILTER,
+    prefix,
+)
+from lcx.convert.files import tensor_io
+from lcx.convert.files.tensor_io import TensorInfo
+from lcx.convert.files.torch_bin import TorchFile
+from lcx.convert.files.torch_writer import TorchWriter
+from lcx.convert.model_source import ModelSource
+from lcx.errors import UserError
+
+log = logging.getLogger(__name__)
+
+FILE = "model.pt"
+_HEAD, _INV_FREQ = "unembed.weight", "inner_mha_cls.rotary_emb.inv_freq"
+_SHARED = {
+    "input_layernorm.weight": "pre_norm.scale",
+    "pre_mlp_layernorm.weight": "post_norm.scale",
+    "mlp.w1.weight": "mlp.l1.weight",
+    "mlp.w2.weight": "mlp.l2.weight",
+    "mlp.w3.weight": "mlp.l3.weight",
+}
+_ATTENTION = {
+    PROJECTION: "inner_mha_cls.Wqkv.weight",
+    "mixer.dense.weight": "inner_mha_cls.out_proj.weight",
+    "mixer.dense.bias": "inner_mha_cls.out_proj.bias",
+}
+_HYENA = {
+    PROJECTION: "projections.weight",
+    FEATURIZER: "filter.short_filter_weight",
+    "mixer.dense.weight": "out_filter_dense.weight",
+    "mixer.dense.bias": "out_filter_dense.bias",
+}
+_FILTERS = {
+    "S": {SHORT_FILTER: "filter.h"},
+    "D": {FILTER + "h": "filter.h", "mixer.mixer.conv_bias": "filter.D"},
+    "H": {FILTER + "R": "filter.residues", "mixer.mixer.conv_bias": "filter.D"},
+}
+_POLES = "filter.log_poles"
+_FLOAT32 = np.dtype(np.float32)
+#: vortex's name -> (savanna's name, or "" of what it has none for; shape; what computes it)
+Makers = dict[str, tuple[str, tuple[int, ...], Callable[[], np.ndarray]]]
+
+
+def names_of(letter: str) -> dict[str, str]:
+    """savanna's name -> vortex's, of the tensors of a layer that are the same in both."""
+    return _SHARED | (_ATTENTION if letter == "*" else _HYENA | _FILTERS[letter])
+
+
+class _Canonical:
+    """vortex's tensors as striped_hyena.py states them."""
+
+    layer_0_only = True
+    length: int | None = None
+    shared_bytes = 0
+
+    def __init__(self, file: TorchFile):
+        self._file = file
+        self._names = {EMBEDDING: "embedding_layer.weight"}
+        self._poles: dict[str, str] = {}
+        self.tensors: dict[str, TensorInfo] = {}
+        letters = _pattern(file.tensors)
+        self._names[striped_hyena.final_norm(len(letters))] = "norm.scale"
+        for i, letter in enumerate(letters):
+            block = f"blocks.{i}."
+            self._names |= {prefix(i) + ours: block + theirs for ours, theirs in names_of(letter).items()}
+            if letter == "H":
+                self._poles |= {prefix(i) + FILTER + name: block + _POLES for name in ("p", "gamma")}
+        for name, theirs in self._names.items():
+            if theirs in file.tensors:
+                self.tensors[name] = _without_ones(name, file.tensors[theirs])
+                if name.endswith(FILTER + "h"):
+                    self.tensors[name[:-1] + "decay"] = self.tensors[name]
+        for name, theirs in self._poles.items():
+            self.tensors[name] = TensorInfo(_FLOAT32, file.tensors[theirs].shape[:2])
+        self.inv_freq = self._frequencies(letters)
+        self._refuse_others(letters)
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        info = self.tensors[name]
+        shape = tensor_io.row_range(info, name, start, stop)[2]
+        if name in self._poles:
+            return self._log_rate(name, start, stop).reshape(shape)
+        if name not in self._names:
+            return np.ones(shape, info.dtype)
+        return self._file.read(self._names[name], start, stop).reshape(shape)
+
+    def _log_rate(self, name: str, start: int, stop: int | None) -> np.ndarray:
+        poles = self._file.read(self._poles[name], start, stop).astype(np.float64)
+        if np.any(poles > 0):
+            raise UserError(
+                f"{self._poles[name]} holds positive numbers, which would grow with time; the file is damaged"
+            )
+        with np.errstate(divide="ignore", invalid="ignore"):
+            exact = np.log(-poles)
+            p = exact.astype(np.float32)
+            rest = np.where(np.isfinite(p), exact - p, 0)  # a mode that does not decay has p = -inf
+        return p if name.endswith(".p") else rest.astype(np.float32)
+
+    def _frequencies(self, letters: str) -> np.ndarray | None:
+        names = [f"blocks.{i}.{_INV_FREQ}" for i, letter in enumerate(letters) if letter == "*"]
+        stored = [self._file.read(name) for name in names if name in self._file.tensors]
+        if any(not np.array_equal(other, stored[0]) for other in stored[1:]):
+            raise UserError(f"{self._file.path}: inv_freq is not the same in all layers; the file is damaged")
+        return stored[0].astype(np.float32) if stored else None
+
+    def _refuse_others(self, letters: str) -> None:
+        known = {*self._names.values(), *self._poles.values(), _HEAD}
+        known |= {f"blocks.{i}.{name}" for i in range(len(letters)) for name in (_INV_FREQ, "filter.t")}
+        if unexpected := sorted(set(self._file.tensors) - known):
+            raise UserError(f"{len(unexpected)} unexpected tensors: {', '.join(unexpected[:6])}")
+        embedding = self._names[EMBEDDING]
+        heads = [self._file.read(name).tobytes() for name in (embedding, _HEAD) if name in self._file.tensors]
+        if len(set(heads)) > 1:
+            log.warning(
+                "%s: %s is not the embedding; the model's head is the embedding", self._file.path, _HEAD
+            )
+
+
+def _without_ones(name: str, info: TensorInfo) -> TensorInfo:
+    """MR's filters without the axis of one that convolutions of torch have."""
+    if name.endswith(FILTER + "h") and len(info.shape) == 3:
+        return TensorInfo(info.dtype, (info.shape[0], info.shape[2]), info.where)
+    return info
+
+
+def _pattern(names: Mapping[str, TensorInfo]) -> str:
+    letters = ""
+    while f"blocks.{len(letters)}.mlp.l1.weight" in names:
+        block = f"blocks.{len(letters)}."
+        if block + _POLES in names:
+            letters += "H"
+        elif block + "filter.h" in names:
+            letters += "D" if block + "filter.D" in names else "S"
+        else:
+            letters += "*"
+    if not letters:
+        raise UserError("no blocks.0.mlp.l1.weight, which vortex's checkpoints have")
+    return letters
+
+
+class VortexSource(striped_hyena.StripedHyenaSource):
+    """A vortex checkpoint, a file or the folder of one, as a model (a `sources.ModelSource`)."""
+
+    def __init__(self, path: str | os.PathLike):
+        files = savanna_files.find(path)
+        if len(files) > 1:
+            raise UserError(f"{path}: expected one file of vortex, found {len(files)}")
+        self.file = TorchFile(files[0], training_state=True)
+        try:
+            canonical = _Canonical(self.file)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
+        super().__init__(canonical, str(path))
+
+
+def is_vortex(path: str | os.PathLike) -> bool:
+    """Whether a file (or the folder of one) holds vortex's names.
+
+    Raises:
+      UserError: it cannot be read.
+    """
+    files = savanna_files.find(path)
+    return len(files) == 1 and "embedding_layer.weight" in TorchFile(files[0], training_state=True).tensors
+
+
+# ------------------------------------------------------------------------------------------------- writing
+
+
+def write(
+    folder: pathlib.Path,
+    source: ModelSource,
+    *,
+    dtype: np.dtype | None = None,
+    progress: Callable[[int], None] = lambda nbytes: None,
+) -> dict[str, TensorInfo]:
+    """Writes model.pt into an empty folder; one tensor in memory. Returns what it holds.
+
+    Poles and residues are float32, as vortex wants them, whatever the dtype of the others.
+    """
+    infos, makers = _plan(source, dtype)
+    striped_hyena.say_scaling(source.model)
+    _fill(folder / FILE, infos, {theirs: make for theirs, (_, _, make) in makers.items()}, progress)
+    return infos
+
+
+def planned(source: ModelSource, *, dtype: np.dtype | None) -> dict[str, TensorInfo]:
+    """The tensors that `write` would write. Raises UserError as it does."""
+    return _plan(source, dtype)[0]
+
+
+def _plan(source: ModelSource, dtype: np.dtype | None) -> tuple[dict[str, TensorInfo], Makers]:
+    striped_hyena.check_activations(source.model, layer_0_only=True)
+    found = striped_hyena.layers(source.model)
+    if any(layer.letter == "D" and layer.block.mixer.filter_length < LIVE_TAPS for layer in found):
+        raise UserError(f"MR filters of less than {LIVE_TAPS} taps would be taken for SE filters by vortex")
+    table = rules.Table(
+        striped_hyena.table_of(source.model), {path: i.shape for path, i in source.leaves.items()}
+    )
+    frequencies = striped_hyena.frequencies_of(source.model)
+
+    def tensor(name: str) -> np.ndarray:
+        parts = list(
+            table.foreign_parts(name, lambda path, repeat: savanna.read_repeat(source, path, repeat))
+        )
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    makers: Makers = {}
+    for name, theirs in (
+        (EMBEDDING, "embedding_layer.weight"),
+        (EMBEDDING, _HEAD),
+        (striped_hyena.final_norm(len(found)), "norm.scale"),
+    ):
+        makers[theirs] = name, table.foreign_shapes[name], _maker(tensor, name)
+    for i, layer in enumerate(found):
+        makers |= _block_makers(i, layer.letter, table.foreign_shapes, tensor)
+        if layer.letter == "*" and frequencies is not None:
+            makers[f"blocks.{i}.{_INV_FREQ}"] = "", frequencies.shape, lambda: frequencies
+    infos = {}
+    for theirs, (name, shape, _) in makers.items():
+        fixed = not name or theirs.endswith((_POLES, "filter.residues"))
+        infos[theirs] = TensorInfo(
+            _FLOAT32 if fixed else dtype or table.foreign_dtype(source.leaves, name), shape
+        )
+    return infos, makers
+
+
+def _fill(
+    path: pathlib.Path,
+    infos: Mapping[str, TensorInfo],
+    makers: Mapping[str, Callable[[], np.ndarray]],
+    progress: Callable[[int], None],
+) -> None:
+    writer = TorchWriter(path, infos)
+    try:
+        for name, info in infos.items():
+            values = model_source.cast(makers[name](), info.dtype, name).reshape(info.shape)
+            writer.write(name, 0, values)
+            progress(values.nbytes)
+        writer.finish()
+    finally:
+        writer.close()
+
+
+def _maker(tensor: Callable[[str], np.ndarray], name: str) -> Callable[[], np.ndarray]:
+    return lambda: tensor(name)
+
+
+def _block_makers(
+    i: int, letter: str, shapes: Mapping[str, tuple[int, ...]], tensor: Callable[[str], np.ndarray]
+) -> Makers:
+    head, block = prefix(i), f"blocks.{i}."
+
+    def taps() -> np.ndarray:
+        return tensor(f"{head}{FILTER}h").astype(_FLOAT32) * tensor(f"{head}{FILTER}decay").astype(_FLOAT32)
+
+    def poles() -> np.ndarray:
+        log_rate = tensor(f"{head}{FILTER}p").astype(np.float64) + tensor(f"{head}{FILTER}gamma")
+        return -np.exp(log_rate).astype(np.float32)
+
+    makers: Makers = {}
+    for ours, theirs in names_of(letter).items():
+        name, shape = head + ours, shapes[head + ours]
+        if (letter, theirs) == ("D", "filter.h"):
+            makers[block + theirs] = name, (shape[0], 1, shape[1]), taps
+        else:
+            makers[block + theirs] = name, shape, _maker(tensor, name)
+    if letter == "H":
+        name = f"{head}{FILTER}p"
+        makers[block + _POLES] = name, (*shapes[name], 1), poles
+    return makers
+
+
+def check_written(folder: pathlib.Path, tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """What was written, read back from its headers. Raises UserError when it is something else."""
+    found = TorchFile(folder / FILE).tensors
+    expected = {name: (info.shape, info.dtype) for name, info in tensors.items()}
+    if {name: (info.shape, info.dtype) for name, info in found.items()} != expected:
+        raise UserError(
+            f"{folder}: what was written is not what was meant to be; check the disk and try again"
+        )
+    return dict(found)

@@ -1,0 +1,1 @@
+"""Files that hold tensors, whatever the model: readers that trust nothing, writers that appear whole or not at all."""

@@ -1,0 +1,311 @@
+"""PyTorch checkpoint files (`.bin`, `.pt`, `.pth`), read without executing anything in them.
+
+torch's restricted unpickler (`weights_only=True`) refuses code. It does not refuse what is checked here:
+tensors that claim more elements than the file holds (an expanded tensor of stride 0 turns a kilobyte into
+terabytes), layouts other than strided, and compressed members, which a memory-mapped load would return as if
+they were weights.
+
+Tensors are loaded on the meta device, which gives their shapes, strides and places in the file but no data;
+the data is then read piece by piece. Files of torch < 1.6 have no such places and are read whole.
+"""
+
+import contextlib
+import io
+import os
+import pathlib
+import pickle
+import re
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterator
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from lcx.convert.files import tensor_io
+from lcx.convert.files.tensor_io import TensorInfo
+from lcx.errors import UserError
+
+MODULE = ("module",)
+_LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, ..., length of the name, length of the extra field
+
+
+#: What a training state may hold beside tensors. None of it is built: a `_StandIn` takes its place.
+_STAND_INS = re.compile(
+    r"(deepspeed|savanna|megatron|transformer_engine|numpy)\..*"
+    r"|argparse\.Namespace|_io\.BytesIO|_codecs\.encode|torch\.torch_version\.TorchVersion"
+)
+
+
+class _StandIn:
+    """Stands for an object of another program: takes whatever that is made of, and keeps nothing."""
+
+    def __new__(cls, *args, **kwargs):
+        return super().__new__(cls)
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def __setstate__(self, state):
+        pass
+
+
+class TorchFile:
+    """One file with a dict of tensors (or {"state_dict": dict of tensors}, or {"model_state_dict": ...}).
+
+    Args:
+      path: the file, or the pieces that it was cut into.
+      training_state: whether the dict may be the "module" of a trainer's state, beside settings, counters and random
+        states, which are left out; so are entries `_extra_state` (what Transformer Engine knows of its scales).
+      within: the keys that lead to the tensors of a trainer's state. A list there is a dict of "0", "1", ...
+
+    Attributes:
+      counters: the numbers beside the tensors, and among the "args" of the state ("mp_world_size", "iteration").
+      param_shapes: what DeepSpeed says of the parameters, name -> shape, a dict a group of its optimizer.
+
+    Raises:
+      UserError: at construction, for anything but tensors that lie within the file.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike | tensor_io.Pieces,
+        *,
+        training_state: bool = False,
+        within: tuple[str, ...] = MODULE,
+    ):
+        self.path = path if isinstance(path, tensor_io.Pieces) else pathlib.Path(path)
+        try:
+            records = _stored_records(self.path)
+        except (
+            OSError,
+            EOFError,
+            RuntimeError,
+            ValueError,
+            struct.error,
+            zipfile.BadZipFile,
+            zlib.error,
+        ) as error:
+            raise UserError(
+                f"{self.path}: not a readable PyTorch file: {error}; copy or download it again"
+            ) from error
+        on_meta, wanted = records is not None, within if training_state else None
+        state, self.counters, self.param_shapes = _load(self.path, on_meta=on_meta, within=wanted)
+        if records is not None and not all(map(_has_place, state.values())):  # an older torch
+            records, (state, *_) = None, _load(self.path, on_meta=False, within=wanted)
+        self._state = {
+            name: _check_tensor(self.path, name, tensor, records) for name, tensor in state.items()
+        }
+        self.tensors = {
+            name: TensorInfo(_numpy_dtype(self.path, name, tensor.dtype), tuple(tensor.shape), self.path.name)
+            for name, tensor in self._state.items()
+        }
+        self._in_memory = records is None
+        places = {self._place(name): info.nbytes for name, info in self.tensors.items()}
+        self.shared_bytes = sum(info.nbytes for info in self.tensors.values()) - sum(places.values())
+
+    def _place(self, name: str) -> tuple[Any, ...]:
+        tensor = self._state[name]
+        storage = tensor.untyped_storage()
+        start = storage.data_ptr() if self._in_memory else storage._checkpoint_offset
+        return start, tensor.storage_offset(), tensor.shape, tensor.stride()
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        tensor, info = self._state[name], self.tensors[name]
+        _, first, shape = tensor_io.row_range(info, name, start, stop)
+        rows = tensor[first : first + shape[0]] if info.shape else tensor
+        if self._in_memory:
+            return _to_numpy(rows, info.dtype)
+        offset = rows.untyped_storage()._checkpoint_offset + rows.storage_offset() * info.dtype.itemsize
+        if rows.is_contiguous():
+            return tensor_io.read_array(self.path, offset, info.dtype, shape)
+        span = 1 + sum((size - 1) * stride for size, stride in zip(shape, rows.stride(), strict=True))
+        flat = tensor_io.read_array(self.path, offset, info.dtype, (span if rows.numel() else 0,))
+        strides = [stride * info.dtype.itemsize for stride in rows.stride()]
+        return np.ascontiguousarray(np.lib.stride_tricks.as_strided(flat, shape, strides, writeable=False))
+
+
+def _opened(path: pathlib.Path | tensor_io.Pieces) -> io.BufferedReader:
+    return io.BufferedReader(tensor_io.open_binary(path))
+
+
+def _stored_records(path: pathlib.Path | tensor_io.Pieces) -> dict[int, int] | None:
+    """{offset of a member's data: its size} of a zip whose members are all stored as they are; None of no zip."""
+    with _opened(path) as file:
+        if not zipfile.is_zipfile(file):
+            return None
+        size = file.seek(0, os.SEEK_END)
+        return _records(path, file, size)
+
+
+def _records(path: pathlib.Path | tensor_io.Pieces, file: io.BufferedReader, size: int) -> dict[int, int]:
+    records = {}
+    with zipfile.ZipFile(file) as archive:
+        for member in archive.infolist():
+            if member.compress_type != zipfile.ZIP_STORED or member.compress_size != member.file_size:
+                raise UserError(
+                    f"{path}: the member {member.filename!r} is compressed, expected stored members as "
+                    "torch.save writes them; save the file again with torch.save"
+                )
+            if member.filename.endswith("/byteorder") and archive.read(member).strip() != b"little":
+                raise UserError(f"{path}: the tensors are big-endian, expected little-endian")
+            file.seek(member.header_offset)
+            _, name_length, extra_length = _LOCAL_HEADER.unpack(file.read(_LOCAL_HEADER.size))
+            start = member.header_offset + _LOCAL_HEADER.size + name_length + extra_length
+            if start + member.file_size > size:
+                raise UserError(
+                    f"{path}: the member {member.filename!r} ends beyond the file; copy or download it again"
+                )
+            records[start] = member.file_size
+    return records
+
+
+def _load(
+    path: pathlib.Path | tensor_io.Pieces, *, on_meta: bool, within: tuple[str, ...] | None
+) -> tuple[dict, dict[str, int | float], list[dict[str, tuple[int, ...]]]]:
+    try:
+        import torch
+    except ImportError as error:
+        raise UserError(f"{path}: reading PyTorch files needs torch: pip install 'lcx[torch]'") from error
+    try:
+        with _opened(path) as file, _stand_ins(file, wanted=within is not None and on_meta):
+            state = torch.load(file, map_location="meta" if on_meta else "cpu", weights_only=True)
+    except MemoryError:
+        raise
+    except Exception as error:  # the unpickler raises a dozen kinds of error on damaged or hostile input
+        reason = " ".join(str(error).split())
+        if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in reason:
+            raise UserError(
+                f"{path}: holds more than tensors, and nothing in it was executed ({_reason(reason)}); "
+                "expected a dict of tensors, save the state_dict again"
+            ) from error
+        raise UserError(
+            f"{path}: not a readable PyTorch file ({_reason(reason)}); copy or download it again"
+        ) from error
+    counters: dict[str, int | float] = {}
+    shapes: list[dict[str, tuple[int, ...]]] = []
+    if isinstance(state, dict) and within is not None:
+        shapes = _shapes(state.get("param_shapes"))
+        state, counters = _descended(path, state, within)
+    for wrapper in ("state_dict", "model_state_dict"):
+        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
+            state = state[wrapper]
+    if isinstance(state, dict) and within is not None:
+        state = {name: value for name, value in state.items() if not str(name).endswith("_extra_state")}
+    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
+        raise UserError(f"{path}: holds a {type(state).__name__}, expected a dict of named tensors")
+    return state, counters, shapes
+
+
+def _descended(
+    path: pathlib.Path | tensor_io.Pieces, state: dict, within: tuple[str, ...]
+) -> tuple[Any, dict[str, int | float]]:
+    """(what these keys lead to, the numbers on the way); the state itself where it is no trainer's."""
+    found: Any = state
+    beside = dict(state["args"]) if isinstance(state.get("args"), dict) else {}
+    for key in within:
+        if not isinstance(found, dict) or not isinstance(found.get(key), dict | list):
+            if within == MODULE:
+                return state, {}
+            raise UserError(f"{path}: has no {'.'.join(within)}, which files of optimizer states have")
+        beside |= found
+        found = found[key]
+    if isinstance(found, list):
+        found = {str(i): value for i, value in enumerate(found)}
+    for name, value in beside.items():  # a number a group, the same for all
+        if isinstance(value, list) and all(isinstance(x, int) for x in value) and len(set(value)) == 1:
+            beside[name] = value[0]
+    return found, {name: value for name, value in beside.items() if isinstance(value, int | float)}
+
+
+def _shapes(groups: Any) -> list[dict[str, tuple[int, ...]]]:
+    """DeepSpeed's param_shapes, whether one dict (before 0.4) or one a group."""
+    groups = [groups] if isinstance(groups, dict) else groups
+    if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
+        return []
+    return [{str(name): tuple(shape) for name, shape in group.items()} for group in groups]
+
+
+@contextlib.contextmanager
+def _stand_ins(file: io.BufferedReader, *, wanted: bool) -> Iterator[None]:
+    """What a training state may hold beside tensors is taken in, as stand-ins, within this context."""
+    if not wanted:
+        yield
+        return
+    import torch
+
+    names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+    file.seek(0)
+    with torch.serialization.safe_globals([_stand_in(name) for name in names if _STAND_INS.fullmatch(name)]):
+        yield
+
+
+def _stand_in(path: str) -> type:
+    """A stand-in that goes by this name."""
+    module, _, name = path.rpartition(".")
+    return type(name, (_StandIn,), {"__module__": module, "__qualname__": name})
+
+
+def _reason(text: str) -> str:
+    """What the unpickler refused, out of a page of advice that must not be followed here."""
+    found = re.search(r"GLOBAL ([\w.]+)", text)
+    if found:
+        return f"it asks for {found.group(1)}"
+    return text.split("WeightsUnpickler error: ")[-1][:120]
+
+
+def _has_place(tensor: Any) -> bool:
+    strided = getattr(tensor, "layout", None) is not None and str(tensor.layout) == "torch.strided"
+    return not strided or hasattr(tensor.untyped_storage(), "_checkpoint_offset")
+
+
+def _check_tensor(path: pathlib.Path | tensor_io.Pieces, name: str, tensor, records: dict[int, int] | None):
+    import torch
+
+    if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.is_quantized:
+        kind = getattr(tensor, "layout", None) or type(tensor).__name__
+        raise UserError(f"{path}: {name!r} is {kind}, expected a plain dense tensor")
+    tensor = tensor.detach()
+    if tensor.is_conj() or tensor.is_neg() or (records is None and tensor.is_meta):
+        raise UserError(f"{path}: {name!r} is a lazy view or has no data, expected a plain dense tensor")
+    storage = tensor.untyped_storage()
+    span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    last = (tensor.storage_offset() + span) * tensor.element_size() if tensor.numel() else 0
+    if max(last, tensor.numel() * tensor.element_size()) > storage.nbytes():
+        raise UserError(
+            f"{path}: {name!r} claims shape {tuple(tensor.shape)}, more than the {storage.nbytes()} bytes "
+            "stored for it; "
+            "expected dense tensors, save them with .clone()"
+        )
+    if records is not None and storage.nbytes():
+        available = records.get(storage._checkpoint_offset, 0)
+        if storage.nbytes() > available:
+            raise UserError(
+                f"{path}: {name!r} needs {storage.nbytes()} bytes but the file stores {available}; "
+                "copy or download it again"
+            )
+    return tensor
+
+
+def _numpy_dtype(path: pathlib.Path | tensor_io.Pieces, name: str, dtype) -> np.dtype:
+    import torch
+
+    if dtype == torch.bfloat16:
+        return np.dtype(ml_dtypes.bfloat16)
+    try:
+        return torch.empty((), dtype=dtype).numpy().dtype
+    except TypeError as error:
+        raise UserError(
+            f"{path}: {name!r} has dtype {dtype}, expected float32, bfloat16 or float16"
+        ) from error
+
+
+def _to_numpy(tensor, dtype: np.dtype) -> np.ndarray:
+    import torch
+
+    tensor = tensor.contiguous()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(dtype)
+    return tensor.numpy()

@@ -1,0 +1,77 @@
+"""PyTorch checkpoint files written piece by piece: torch writes the headers, the bytes follow in any order."""
+
+import collections
+import math
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from lcx.convert.files import tensor_io
+from lcx.convert.files.tensor_io import TensorInfo
+from lcx.errors import UserError
+
+
+class TorchWriter:
+    """One file with these tensors, which `write` fills.
+
+    Args:
+      path: the file, which does not exist yet.
+      tensors: name -> dtype and shape.
+      under: the key of the dict of tensors ("module"); None if that dict is all there is.
+      beside: what else the file holds, plain values.
+    """
+
+    def __init__(
+        self,
+        path: pathlib.Path,
+        tensors: Mapping[str, TensorInfo],
+        *,
+        under: str | None = None,
+        beside: Mapping[str, Any] | None = None,
+    ):
+        self._path, self._tensors = path, dict(tensors)
+        self._offsets = _make(path, tensors, under, dict(beside or {}))
+        self._left = sum(info.nbytes for info in tensors.values())
+        self._file = open(path, "r+b", buffering=0)  # noqa: SIM115 (see close)
+
+    def write(self, name: str, row: int, rows: np.ndarray) -> None:
+        """Rows of a tensor, from its `row`-th on (all of a scalar)."""
+        info = self._tensors[name]
+        assert rows.dtype == info.dtype and rows.shape[1:] == info.shape[1:], name
+        self._file.seek(self._offsets[name] + row * math.prod(info.shape[1:]) * info.dtype.itemsize)
+        tensor_io.write_all(self._file, rows)
+        self._left -= rows.nbytes
+
+    def finish(self) -> None:
+        """Makes the file durable. Raises UserError when bytes are missing."""
+        if self._left:
+            raise UserError(f"{self._path}: {self._left} bytes were never written")
+        os.fsync(self._file.fileno())
+        self.close()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _make(
+    path: pathlib.Path, tensors: Mapping[str, TensorInfo], under: str | None, beside: dict[str, Any]
+) -> dict[str, int]:
+    """The file with holes, and where each tensor's bytes belong."""
+    try:
+        import torch
+        from torch._subclasses.fake_tensor import FakeTensorMode
+    except ImportError as error:
+        raise UserError(f"{path}: writing PyTorch files needs torch: pip install 'lcx[torch]'") from error
+    with FakeTensorMode():
+        state = collections.OrderedDict(
+            (name, torch.empty(info.shape, dtype=getattr(torch, str(info.dtype))))
+            for name, info in tensors.items()
+        )
+    with torch.serialization.skip_data(materialize_fake_tensors=True):
+        torch.save(state if under is None else {under: state, **beside}, path)
+    made = torch.load(path, map_location="meta", weights_only=True)
+    made = made if under is None else made[under]
+    return {name: tensor.untyped_storage()._checkpoint_offset for name, tensor in made.items()}

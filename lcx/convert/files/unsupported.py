@@ -1,0 +1,83 @@
+"""What is not read here, recognised by its looks, with the command that makes something readable of it."""
+
+import pathlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from lcx.convert.files.tensor_io import FLOAT_DTYPES, TensorInfo
+from lcx.errors import UserError
+from lcx.rope_fields import shown
+
+_POINTER = b"version https://git-lfs.github.com/spec/"
+_MOST_POINTER_BYTES = 1024  # the format's own limit
+_DEQUANTIZE = (
+    "write it in 16 bits first, with transformers: m = AutoModelForCausalLM.from_pretrained(FOLDER, "
+    "torch_dtype='bfloat16'); m.dequantize().save_pretrained(NEW_FOLDER); or take the model that was quantized"
+)
+#: Suffixes of tensors that only quantized checkpoints have.
+_QUANTIZED = (
+    ".qweight", ".qzeros", ".scales", ".g_idx", ".weight_scale", ".weight_scale_inv", ".input_scale", ".absmax",
+    ".quant_map", ".weight_packed", ".SCB", ".weight_format", "_blocks", "_scales",
+)  # fmt: skip
+
+
+def check_pointer(path: pathlib.Path) -> None:
+    """UserError for the few lines that git leaves in place of a large file."""
+    try:
+        if path.stat().st_size > _MOST_POINTER_BYTES:
+            return
+        with open(path, "rb") as file:
+            found = file.read(len(_POINTER))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+    if found == _POINTER:
+        raise UserError(
+            f"{path}: is a pointer of Git LFS, not the file itself: run `git lfs install && git lfs pull` in its folder"
+        )
+
+
+def check_names(where: pathlib.Path, names: Iterable[str]) -> None:
+    """UserError for files of llama.cpp, in place of weights."""
+    found = [name for name in names if name.lower().endswith(".gguf")]
+    if found:
+        folder = where if where.is_dir() else where.parent
+        raise UserError(
+            f"{where}: .gguf is llama.cpp's own, mostly quantized format ({found[0]}), which is not read; take the "
+            "original folder, or make one with transformers and gguf: AutoModelForCausalLM.from_pretrained("
+            f"'{folder}', gguf_file='{found[0]}').save_pretrained(NEW_FOLDER), and the same of AutoTokenizer"
+        )
+
+
+def check_config(config: Mapping[str, Any], where: pathlib.Path) -> None:
+    """UserError for a config.json of a quantized model."""
+    for key in ("quantization_config", "compression_config"):
+        given = config.get(key)
+        if not given:
+            continue
+        method = given.get("quant_method") if isinstance(given, Mapping) else None
+        bits = [
+            name
+            for name in ("load_in_4bit", "load_in_8bit")
+            if isinstance(given, Mapping) and given.get(name)
+        ]
+        name = method or (f"bitsandbytes, {bits[0]}" if bits else "an unnamed method")
+        raise UserError(
+            f"{where}: the weights are quantized ({key}: {shown(name)}), which is not read: {_DEQUANTIZE}"
+        )
+
+
+def check_tensors(tensors: Mapping[str, TensorInfo]) -> None:
+    """UserError for tensors of a quantized model whose config.json does not say so."""
+    names = [name for name in tensors if name.endswith(_QUANTIZED)]
+    names += [
+        name
+        for name, info in tensors.items()
+        if name.endswith("_proj.weight")
+        and info.dtype not in FLOAT_DTYPES.values()
+        and info.dtype.itemsize == 1
+    ]
+    if names:
+        raise UserError(
+            f"the weights are quantized ({len(names)} tensors such as {shown(names[0])}, "
+            f"{tensors[names[0]].dtype}), which is not read: {_DEQUANTIZE}"
+        )

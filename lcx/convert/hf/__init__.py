@@ -1,0 +1,1 @@
+"""Hugging Face folders: config.json and tensors of a family <-> model and parameters."""

@@ -1,0 +1,269 @@
+"""Hugging Face model folders: which files hold the tensors, and a writer for such a folder.
+
+Names inside an index file are input from outside: each must be a plain file name, lie in the folder (links
+included), exist, and hold exactly the tensors that the index places there.
+"""
+
+import collections
+import json
+import logging
+import math
+import os
+import pathlib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from lcx.convert.files import safetensors, tensor_io, torch_bin, unsupported
+from lcx.convert.files.tensor_io import TensorInfo
+from lcx.errors import UserError
+from lcx.rope_fields import shown
+
+log = logging.getLogger(__name__)
+
+CONFIG = "config.json"
+#: In the order in which transformers looks for them.
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+#: Files beside the weights that belong to the tokenizer or to generation, copied as they are.
+SIDE_FILES = (
+    "generation_config.json",
+    "lcx_tokenizer.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+_MAX_JSON_BYTES = 100_000_000
+
+
+class HfFolder:
+    """All tensors of a Hugging Face folder, whatever files they are in.
+
+    Attributes:
+      path: the folder.
+      config: config.json.
+      tensors: name -> TensorInfo, every tensor of every weight file.
+
+    Raises:
+      UserError: at construction, for a missing, damaged or inconsistent file.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = pathlib.Path(path)
+        if not self.path.is_dir():
+            raise UserError(
+                f"{self.path}: expected a folder with {CONFIG} and {' or '.join(WEIGHT_FILES[::2])}"
+            )
+        self.config = read_json(inside(self.path, CONFIG))
+        unsupported.check_config(self.config, self.path)  # before tensors of dtypes that nobody else has
+        self._files: dict[str, tensor_io.TensorSource] = {}
+        self.tensors: dict[str, TensorInfo] = {}
+        for file in _open_weights(self.path):
+            for name, info in file.tensors.items():
+                if name in self.tensors:
+                    raise UserError(
+                        f"{self.path}: the tensor {shown(name)} is in {self.tensors[name].where} and in "
+                        f"{info.where}, expected each tensor once; remove the file that does not belong here"
+                    )
+                self.tensors[name] = info
+                self._files[name] = file
+
+    @property
+    def shared_bytes(self) -> int:
+        return sum(file.shared_bytes for file in set(self._files.values()))
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        return self._files[name].read(name, start, stop)
+
+
+def inside(folder: pathlib.Path, name: str) -> pathlib.Path:
+    """The path of an existing plain file of the folder.
+
+    Raises:
+      UserError: the name is not a plain file name, the file is missing, or a link leads out of the folder.
+        The links of Hugging Face's download cache (snapshots/REVISION/* -> blobs/*) are the one exception.
+    """
+    if not is_plain(name):
+        raise UserError(
+            f"{folder}: the index names the file {shown(name)}, expected a plain file name inside the folder"
+        )
+    path = folder / name
+    if not path.exists():
+        raise UserError(f"{folder}: {name} is missing; copy or download the folder again")
+    root = folder.resolve()
+    roots = [root]
+    if root.parent.name == "snapshots":
+        roots.append(root.parent.parent / "blobs")
+    if not any(path.resolve().is_relative_to(allowed) for allowed in roots):
+        raise UserError(f"{folder}: {name} is a link that leads out of the folder; put the file itself there")
+    if not path.is_file():
+        raise UserError(f"{folder}: {name} is not a regular file")
+    unsupported.check_pointer(path)
+    return path
+
+
+def is_plain(name: Any) -> bool:
+    """Whether the name is that of a file inside a folder, and printable."""
+    if not isinstance(name, str) or not name.isprintable() or len(name) > 255:
+        return False
+    return os.path.basename(name) == name and name not in ("", ".", "..")
+
+
+def read_json(path: pathlib.Path) -> dict:
+    """A JSON object from a file, every key once.
+
+    Raises:
+      UserError: it is not one, or is larger than any such file.
+    """
+    try:
+        if path.stat().st_size > _MAX_JSON_BYTES:
+            raise UserError(
+                f"{path}: {path.stat().st_size} bytes, expected a JSON file below {_MAX_JSON_BYTES}"
+            )
+        value = json.loads(path.read_text("utf-8"), object_pairs_hook=safetensors.no_duplicates)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path}: is not valid JSON: {safetensors.first_line(error)}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: holds a {type(value).__name__}, expected a JSON object")
+    return value
+
+
+def side_files(folder: str | os.PathLike) -> list[pathlib.Path]:
+    """The tokenizer and generation files that the folder has."""
+    folder = pathlib.Path(folder)
+    return [inside(folder, name) for name in SIDE_FILES if (folder / name).exists()]
+
+
+def _open_weights(folder: pathlib.Path) -> list[tensor_io.TensorSource]:
+    name = next((name for name in WEIGHT_FILES if os.path.lexists(folder / name)), None)
+    if name is None:
+        found = sorted(path.name for path in folder.iterdir())
+        unsupported.check_names(folder, found)
+        raise UserError(
+            f"{folder}: no weights, expected one of {', '.join(WEIGHT_FILES)}; found "
+            f"{', '.join(found[:8]) or 'nothing'}"
+        )
+    reader: Callable[[pathlib.Path], tensor_io.TensorSource] = (
+        safetensors.SafetensorsFile if "safetensors" in name else torch_bin.TorchFile
+    )
+    if not name.endswith(".json"):
+        return [reader(inside(folder, name))]
+    index_path = inside(folder, name)
+    weight_map, total = _read_index(index_path)
+    shards = {shard: inside(folder, shard) for shard in sorted(set(weight_map.values()))}
+    files = {shard: reader(path) for shard, path in shards.items()}
+    for tensor, shard in weight_map.items():
+        if tensor not in files[shard].tensors:
+            raise UserError(
+                f"{index_path}: the tensor {shown(tensor)} should be in {shard}, which does not hold it"
+            )
+    stored = sum(info.nbytes for file in files.values() for info in file.tensors.values())
+    shared = sum(
+        file.shared_bytes for file in files.values()
+    )  # counted once or twice, depending on the writer
+    if total not in (
+        None,
+        stored,
+        stored - shared,
+    ):  # not of use to anyone: every tensor is checked by its shape
+        log.warning(
+            "%s: metadata.total_size is %s bytes but the files hold %d; it is not used",
+            index_path,
+            shown(total),
+            stored,
+        )
+    return list(files.values())
+
+
+def _read_index(path: pathlib.Path) -> tuple[dict[str, str], Any]:
+    index = read_json(path)
+    weight_map, metadata = index.get("weight_map"), index.get("metadata") or {}
+    if not isinstance(weight_map, dict) or not weight_map or not isinstance(metadata, dict):
+        raise UserError(f"{path}: expected a weight_map from tensor names to file names")
+    for shard in weight_map.values():
+        if not is_plain(shard):
+            raise UserError(
+                f"{path}: names the file {shown(shard)}, expected a plain file name inside the folder"
+            )
+    return weight_map, metadata.get("total_size")
+
+
+def write(
+    folder: pathlib.Path,
+    tensors: Mapping[str, TensorInfo],
+    pieces: Callable[[str], Iterable[np.ndarray]],
+    *,
+    config: dict,
+    max_shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Writes config.json and the weights into an existing, empty folder, one piece of one tensor in memory.
+
+    Args:
+      folder: where; make it with `destination.replacing`, so that it appears whole or not at all.
+      tensors: names in the order in which they are to lie in the files.
+      pieces: name -> the tensor's rows in order.
+      config: config.json.
+      max_shard_bytes: a file is closed before it would grow beyond this (a larger tensor gets a file of its
+        own).
+    """
+    shards = _split(tensors, max_shard_bytes)
+    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    if len(shards) == 1:
+        names = [WEIGHT_FILES[0]]
+    for name, shard in zip(names, shards, strict=True):
+        safetensors.write_file(folder / name, {tensor: tensors[tensor] for tensor in shard}, pieces)
+    if len(shards) > 1:
+        total = sum(info.nbytes for info in tensors.values())
+        weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+        write_json(folder / WEIGHT_FILES[1], {"metadata": {"total_size": total}, "weight_map": weight_map})
+    write_json(folder / CONFIG, config)
+
+
+def _split(tensors: Mapping[str, TensorInfo], max_shard_bytes: int) -> list[list[str]]:
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, info in tensors.items():
+        if shards[-1] and size + info.nbytes > max_shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += info.nbytes
+    return shards
+
+
+def write_json(path: pathlib.Path, value: dict) -> None:
+    """Writes and syncs a JSON file."""
+    write_bytes(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def write_bytes(path: pathlib.Path, data: bytes) -> None:
+    with open(path, "xb", buffering=0) as file:
+        tensor_io.write_all(file, data)
+        os.fsync(file.fileno())
+
+
+def describe(tensors: Mapping[str, TensorInfo]) -> str:
+    """'291 tensors, 6,738,415,616 parameters, 13,476,831,232 bytes, bfloat16'."""
+    dtypes: collections.Counter[str] = collections.Counter()
+    for info in tensors.values():
+        dtypes[str(info.dtype)] += math.prod(info.shape)
+    parameters = sum(dtypes.values())
+    nbytes = sum(info.nbytes for info in tensors.values())
+    names = "/".join(name for name, _ in dtypes.most_common())
+    return f"{len(tensors)} tensors, {parameters:,} parameters, {nbytes:,} bytes, {names}"

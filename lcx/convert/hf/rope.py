@@ -1,0 +1,171 @@
+"""The rotary settings of config.json <-> Rope, in both spellings.
+
+`rope_theta` and `rope_scaling` at the top level are of transformers 4, `rope_parameters` of transformers 5. Beside them
+an export remembers what those cannot say, so that a second extension starts where the first did:
+`original_max_position_embeddings` at the top level, where the type has no such key, and the whole Rope under `lcx_rope`
+where it was written as another type (to transformers an "ntk" is a larger rope_theta). transformers reads both without
+a word and keeps them.
+"""
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from lcx.convert.hf.llama import Family
+from lcx.convert.hf.rope_parameters import ORIGINAL, from_hf, to_hf
+from lcx.errors import UserError
+from lcx.rope import Rope, extended_window
+from lcx.rope_fields import MOST_TOKENS, shown
+
+log = logging.getLogger(__name__)
+
+REMEMBERED = "lcx_rope"
+
+
+def read(config: Mapping[str, Any], family: Family, head_dim: int) -> Rope:
+    """The Rope of config.json, checked against the model_type and the head size.
+
+    Raises:
+      UserError: settings that disagree, have no effect, or that the model_type does not have.
+    """
+    settings = [config.get(key) for key in ("rope_scaling", "rope_parameters")]
+    nested = [list(value.values()) for value in settings if isinstance(value, Mapping)]
+    if any(isinstance(value, Mapping) and value != values[0] for values in nested for value in values):
+        raise UserError(
+            "config.json has rotary settings that differ by layer type, supported is one for all layers"
+        )
+    rope = from_hf(config)
+    if rope.partial_rotary_factor != 1 and not family.partial_rotary and rope.rope_type != "proportional":
+        raise UserError(
+            f"config.json has partial_rotary_factor {rope.partial_rotary_factor:g}, which model_type "
+            f"{config['model_type']!r} does not support; only phi3 has it"
+        )
+    if family.partial_rotary and rope.rope_type not in ("default", "longrope"):
+        raise UserError(
+            f"config.json has rope_type {rope.rope_type!r}, model_type {config['model_type']!r} supports "
+            "default and longrope"
+        )
+    rope.frequencies(head_dim, 1)  # its own checks against the head size
+    if rope.rope_type == "default" and config.get(ORIGINAL) == config.get("max_position_embeddings"):
+        rope = dataclasses.replace(rope, original_max_position_embeddings=None)  # phi3 always states one
+    return _remembered(config, rope, head_dim)
+
+
+def _remembered(config: Mapping[str, Any], rope: Rope, head_dim: int) -> Rope:
+    """The Rope that was exported, if config.json still turns as it does; else what config.json says."""
+    given = config.get(REMEMBERED)
+    if given is None:
+        return rope
+    fields = {field.name for field in dataclasses.fields(Rope)}
+    if not isinstance(given, Mapping) or not given.keys() <= fields:
+        raise UserError(
+            f"config.json has {REMEMBERED} {shown(given)}, expected fields of Rope: remove the key"
+        )
+    found = Rope(**given)
+    for length in (1, MOST_TOKENS):
+        ours, theirs = found.frequencies(head_dim, length), rope.frequencies(head_dim, length)
+        if not np.allclose(ours[0], theirs[0], rtol=1e-5, atol=0) or abs(ours[1] - theirs[1]) > 1e-5:
+            log.warning(
+                "config.json: %s is not what its rotary settings say any more, and is ignored", REMEMBERED
+            )
+            return rope
+    return found
+
+
+def window(rope: Rope, max_position_embeddings: int) -> int:
+    """The window in tokens of a model with these settings. Raises UserError when it is beyond any position.
+
+    A linear scaling that does not name its original window leaves open whether max_position_embeddings is the window
+    before or after it. It is taken for the window; a context_length of up to factor times it is allowed (`extend`).
+    """
+    found = extended_window(rope, max_position_embeddings)
+    if found > MOST_TOKENS:
+        raise UserError(
+            f"config.json has a RoPE factor {rope.factor:g}, which makes a window of {found} tokens, expected at most"
+            f" {MOST_TOKENS}: change factor"
+        )
+    return found
+
+
+def keys(model_type: str, rope: Rope, window: int, head_dim: int) -> dict[str, Any]:
+    """The keys of config.json for a Rope and the max_position_embeddings that stands beside it.
+
+    Raises:
+      UserError: the model_type, or the format, cannot express it.
+    """
+    written = exported(model_type, rope, head_dim)
+    found = _spelled(model_type, written, window, head_dim)
+    original = rope.original_max_position_embeddings
+    if original not in (None, window) and written.rope_type in ("default", "linear", "ntk", "proportional"):
+        found[ORIGINAL] = original
+    if (
+        from_hf(found | {"model_type": model_type, "max_position_embeddings": window}).rope_type
+        != rope.rope_type
+    ):
+        fields = {
+            field.name: (getattr(rope, field.name), field.default) for field in dataclasses.fields(Rope)
+        }
+        found[REMEMBERED] = {name: value for name, (value, default) in fields.items() if value != default}
+    return found
+
+
+def _spelled(model_type: str, rope: Rope, window: int, head_dim: int) -> dict[str, Any]:
+    new = to_hf(rope, max_position_embeddings=window, head_dim=head_dim)
+    old = {key: value for key, value in new.items() if key != "rope_theta"}
+    found: dict[str, Any] = {"rope_theta": new["rope_theta"], "rope_scaling": old, "rope_parameters": new}
+    partial = new.get("partial_rotary_factor")
+    if partial is not None:
+        found["partial_rotary_factor"] = partial
+    if new["rope_type"] == "default":
+        found["rope_scaling"] = None
+    if new["rope_type"] == "longrope":
+        original = new["original_max_position_embeddings"]
+        found["original_max_position_embeddings"] = original
+        implied = window / original
+        if model_type == "phi3" and new.get("factor", implied) == implied and "attention_factor" not in new:
+            # Version 4 wants exactly these three, and derives the factor from the two windows.
+            found["rope_scaling"] = {"type": "longrope"} | {
+                name: new[name] for name in ("short_factor", "long_factor")
+            }
+    elif model_type == "phi3":
+        found["original_max_position_embeddings"] = rope.original_max_position_embeddings or window
+    return found
+
+
+def exported(model_type: str, rope: Rope, head_dim: int) -> Rope:
+    """The same rotation in a type that the model_type has in transformers.
+
+    Phi-3 there has only `default` and `longrope`; any scaling that does not depend on the length is a
+    longrope whose short and long factors are the same.
+    """
+    if model_type != "phi3" or rope.rope_type in ("default", "longrope"):
+        return rope
+    if rope.rope_type in ("dynamic", "proportional") or callable(rope.rope_type):
+        raise UserError(
+            f"rope_type {rope.rope_type!r} cannot be written for model_type 'phi3', which has default and "
+            "longrope; save with format 'lcx'"
+        )
+    plain = Rope(rope_theta=rope.rope_theta, partial_rotary_factor=rope.partial_rotary_factor)
+    inv_freq, attention_scaling = rope.frequencies(head_dim, 1)
+    ratios = plain.frequencies(head_dim, 1)[0].astype("float64") / inv_freq.astype("float64")
+    if rope.original_max_position_embeddings is None:
+        raise UserError(
+            f"rope_type {rope.rope_type!r} is written as longrope for model_type 'phi3', which needs "
+            "original_max_position_embeddings; set it"
+        )
+    log.warning(
+        "model_type 'phi3' has no rope_type %r in transformers: written as the equal longrope", rope.rope_type
+    )
+    return Rope(
+        rope_type="longrope",
+        rope_theta=rope.rope_theta,
+        partial_rotary_factor=rope.partial_rotary_factor,
+        original_max_position_embeddings=rope.original_max_position_embeddings,
+        factor=rope.factor,
+        attention_factor=float(attention_scaling),
+        short_factor=tuple(map(float, ratios)),
+        long_factor=tuple(map(float, ratios)),
+    )

@@ -1,0 +1,97 @@
+"""Tensor names as wrappers leave them (DDP, torch.compile, FSDP, Lightning) -> the names of the model itself."""
+
+import dataclasses
+import logging
+import re
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+
+from lcx.convert.files.tensor_io import TensorInfo, TensorSource
+from lcx.errors import UserError
+from lcx.rope_fields import shown
+
+log = logging.getLogger(__name__)
+
+#: What wrappers put between a module and its parent, at any depth.
+_WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module")
+_ANCHOR = "layers.0.input_layernorm.weight"  # every model of the Llama family has it once, below "model."
+_PEFT = re.compile(r"\.(lora_[AB]|lora_embedding_[AB]|base_layer|lora_magnitude_vector)\b")
+
+
+@dataclasses.dataclass(frozen=True)
+class Renamed:
+    """A checkpoint under other names (a `TensorSource`).
+
+    Attributes:
+      source: where the tensors are.
+      names: name -> what the source calls it.
+    """
+
+    source: TensorSource
+    names: Mapping[str, str]
+
+    @property
+    def tensors(self) -> dict[str, TensorInfo]:
+        return {name: self.source.tensors[stored] for name, stored in self.names.items()}
+
+    @property
+    def shared_bytes(self) -> int:
+        return self.source.shared_bytes
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        return self.source.read(self.names[name], start, stop)
+
+
+def unwrapped(source: TensorSource, where: str) -> TensorSource:
+    """The tensors of a model of the Llama family under its own names; says how many it renamed.
+
+    Raises:
+      UserError: two tensors would have one name; low-rank pairs that are not merged.
+    """
+    pairs = [name for name in source.tensors if _PEFT.search(name)]
+    if pairs:
+        raise UserError(
+            f"{len(pairs)} tensors belong to an adapter that is not merged ({shown(pairs[0])}, ...): save the model "
+            "again after merge_and_unload() of peft, or pass the base model and the adapter apart"
+        )
+    inner = {name: _without_wrappers(name) for name in source.tensors}
+    removed, added = _prefixes(inner.values())
+    names: dict[str, str] = {}
+    for stored, name in inner.items():
+        name = name.removeprefix(removed)
+        name = name if name.startswith("lm_head.") else added + name
+        if name in names:
+            raise UserError(
+                f"the tensors {shown(names[name])} and {shown(stored)} are both {shown(name)} without the prefixes of "
+                "wrappers: remove one of them"
+            )
+        names[name] = stored
+    _say(names, removed, added, where)
+    return Renamed(source, names) if any(name != stored for name, stored in names.items()) else source
+
+
+def _without_wrappers(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def _prefixes(names: Iterable[str]) -> tuple[str, str]:
+    """(what to remove from, what to add to the names), so that the layers lie below "model."."""
+    anchors = [name for name in names if name == _ANCHOR or name.endswith(f".{_ANCHOR}")]
+    if len(anchors) != 1:
+        return "", ""
+    before = anchors[0].removesuffix(_ANCHOR)
+    if not before:
+        return "", "model."  # saved from the base model
+    return (before.removesuffix("model."), "") if before.endswith("model.") else ("", "")
+
+
+def _say(names: Mapping[str, str], removed: str, added: str, where: str) -> None:
+    changed = [stored for name, stored in names.items() if name != stored]
+    parts = [part for part in _WRAPPERS if any(part in stored.split(".") for stored in changed)]
+    what = [f"removed {prefix}" for prefix in (*(f"{part}." for part in parts), removed) if prefix]
+    what += [f"added {added}"] if added else []
+    if changed:
+        log.warning(
+            "%s: a wrapper renamed %d of %d tensors: %s", where, len(changed), len(names), ", ".join(what)
+        )

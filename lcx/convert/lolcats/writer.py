@@ -1,0 +1,234 @@
+"""Models with linear attention as published LoLCATS files: see `lolcats` for what lies in them.
+
+A folder of its own, low-rank pairs merged, or what lies on the folder of the softmax model, of a run with LoRA:
+
+    python -m lcx.convert --src=path/to/workdir --dst=path --dst_format=lolcats
+    python -m lcx.convert --src=path/to/workdir --dst=path --dst_format=lolcats_files
+
+From Python these are `lcx.save(..., format="lolcats")` and `export`; `save` writes the files from memory.
+"""
+
+import os
+import pathlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from lcx import model as model_lib
+from lcx.convert import model_source, rules
+from lcx.convert.files import destination
+from lcx.convert.files.tensor_io import TensorInfo
+from lcx.convert.files.torch_bin import TorchFile
+from lcx.convert.files.torch_writer import TorchWriter
+from lcx.convert.hf import folder as hf_folder
+from lcx.convert.hf import format as hf
+from lcx.convert.lcx_folder import LcxSource, trained
+from lcx.convert.lolcats import settings as lolcats_settings
+from lcx.convert.lolcats.format import DISTILL, FINETUNE, is_map, map_rules, softmax_model
+from lcx.convert.model_source import ModelSource
+from lcx.convert.peft import adapter as peft
+from lcx.convert.peft.files import PREFIX, LowRank
+from lcx.errors import UserError
+from lcx.mixers.linear_attention import LinearAttention
+from lcx.model import Decoder
+
+NAME = "model"
+_WRAPPER = "model_state_dict"
+
+
+class _Softmax:
+    """What a linear model has of a softmax one (a `model_source.ModelSource`)."""
+
+    def __init__(self, source: ModelSource):
+        self._source, self.model, self.where = source, softmax_model(source.model), source.where
+        own = {rule.parts[0].path for rule in map_rules(source.model)}
+        self.leaves = {path: info for path, info in source.leaves.items() if path not in own}
+        self.carried, self.side_files, self.tokenizer = source.carried, source.side_files, source.tokenizer
+
+    def read(self, path: str, index: rules.Index) -> np.ndarray:
+        return self._source.read(path, index)
+
+
+def planned(source: ModelSource, *, dtype: np.dtype | None) -> dict[str, TensorInfo]:
+    """The tensors that are written beside the folder. Raises UserError when the model cannot be written so."""
+    hf.config_of(_Softmax(source), dtype)
+    _settings(source.model, None)
+    table = _map_table(source)
+    return {
+        name: TensorInfo(dtype or table.foreign_dtype(source.leaves, name), shape)
+        for name, shape in table.foreign_shapes.items()
+    }
+
+
+def write(
+    folder: pathlib.Path,
+    source: ModelSource,
+    *,
+    dtype: np.dtype | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+    progress: Callable[[int], None] = lambda nbytes: None,
+) -> dict[str, TensorInfo]:
+    """Writes the model into an empty folder, one piece of one tensor in memory; returns the tensors written.
+
+    Raises:
+      UserError: a model without linear attention, or with layers that differ in their settings.
+    """
+    tensors = hf.write(
+        folder, _Softmax(source), dtype=dtype, max_shard_bytes=max_shard_bytes, progress=progress
+    )
+    maps = write_maps(folder / f"{NAME}{DISTILL}", source, dtype=dtype, progress=progress)
+    hf_folder.write_json(folder / lolcats_settings.FILE, _settings(source.model, None))
+    return tensors | maps
+
+
+def write_maps(
+    path: pathlib.Path,
+    source: ModelSource,
+    *,
+    dtype: np.dtype | None = None,
+    progress: Callable[[int], None] = lambda nbytes: None,
+) -> dict[str, TensorInfo]:
+    """Writes X_distill.pt; returns its tensors."""
+    table, infos = _map_table(source), planned(source, dtype=dtype)
+
+    def read(leaf: str, repeat: int | None) -> np.ndarray:
+        rest = (slice(0, size) for size in source.leaves[leaf].shape[1:])
+        return source.read(leaf, (slice(repeat, (repeat or 0) + 1), *rest))[0]
+
+    def tensor(name: str) -> np.ndarray:
+        return model_source.cast(next(iter(table.foreign_parts(name, read))), infos[name].dtype, name)
+
+    write_tensors(path, infos, tensor, progress)
+    return infos
+
+
+def write_tensors(
+    path: pathlib.Path,
+    infos: Mapping[str, TensorInfo],
+    tensor: Callable[[str], np.ndarray],
+    progress: Callable[[int], None] = lambda nbytes: None,
+) -> None:
+    """Writes a file as the published code does, one tensor in memory."""
+    writer = TorchWriter(path, infos, under=_WRAPPER, beside={"step": 0})
+    try:
+        for name in infos:
+            values = tensor(name)
+            writer.write(name, 0, values)
+            progress(values.nbytes)
+        writer.finish()
+    finally:
+        writer.close()
+
+
+def check_written(folder: pathlib.Path, tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """What a written folder holds, read back from its headers. Raises UserError when it is something else."""
+    own = {name: info for name, info in tensors.items() if is_map(name)}
+    _check(folder / f"{NAME}{DISTILL}", own)
+    hf.check_written(folder, {name: info for name, info in tensors.items() if name not in own})
+    return dict(tensors)
+
+
+def _check(path: pathlib.Path, tensors: Mapping[str, TensorInfo]) -> None:
+    found = {name: (info.shape, info.dtype) for name, info in TorchFile(path).tensors.items()}
+    if found != {name: (info.shape, info.dtype) for name, info in tensors.items()}:
+        raise UserError(
+            f"{path.parent}: what was written is not what was meant to be; check the disk and try again"
+        )
+
+
+def _map_table(source: ModelSource) -> rules.Table:
+    own = map_rules(source.model)
+    paths = {rule.parts[0].path for rule in own}
+    return rules.Table(own, {path: source.leaves[path].shape for path in paths})
+
+
+def _settings(model: Decoder, lora: Mapping[str, Any] | None) -> dict[str, Any]:
+    """lolcats.json. Raises UserError where layers differ in what it states once."""
+    mixers = [layer.block.mixer for layer in model_lib.layers(model)]
+    kept = [i for i, mixer in enumerate(mixers) if not isinstance(mixer, LinearAttention)]
+    different = {_stated_of(mixer): mixer for mixer in mixers if isinstance(mixer, LinearAttention)}
+    if len(different) > 1:
+        raise UserError(
+            f"the linear attentions have {len(different)} different settings, expected one for all; save with 'lcx'"
+        )
+    return lolcats_settings.to_json(next(iter(different.values())), kept, lora)
+
+
+def _stated_of(mixer: LinearAttention) -> LinearAttention:
+    return mixer.clone(softmax_window=None, rope=LinearAttention.rope, implementation=None, parent=None)
+
+
+# ------------------------------------------------------------------------------- the two files on their own
+
+
+def save(
+    path: str | os.PathLike,
+    model: Decoder,
+    params: Mapping[str, Any],
+    lora: Mapping[str, Any] | None = None,
+    *,
+    overwrite: bool = False,
+) -> None:
+    """Writes a folder with model_distill.pt, model_ft.pt (given pairs) and lolcats.json, but no model.
+
+    Raises:
+      UserError: no linear attention, pairs of different ranks or scales, a destination that cannot be written.
+    """
+    _save(path, model_source.TreeSource(model, params), lora, overwrite)
+
+
+def export(checkpoint: str | os.PathLike, path: str | os.PathLike, *, overwrite: bool = False) -> None:
+    """`save` of what a training run left in its checkpoint (a workdir, or one of its steps).
+
+    Raises:
+      UserError: no checkpoint there, parameters that trained and have no place in these files, or what `save` refuses.
+    """
+    source = LcxSource(checkpoint, merge=False)
+    own = {rule.parts[0].path for rule in map_rules(source.model)}
+    lost = [path for path in trained(peft.step_folder(checkpoint)) or [] if path not in own]
+    if lost:
+        raise UserError(
+            f"{checkpoint}: {len(lost)} parameters trained that are neither feature maps nor low-rank pairs, such as "
+            f"{lost[0]}, and these files have no place for them: write the whole model (--dst_format=lolcats)"
+        )
+    _save(path, source, peft.stored_pairs(checkpoint), overwrite)
+
+
+def _save(path, source: ModelSource, lora: Mapping[str, Any] | None, overwrite: bool) -> None:
+    pairs = {} if lora is None else peft.module_pairs(lora, peft.modules(source.model))
+    needed = sum(info.nbytes for info in planned(source, dtype=None).values())
+    needed += sum(pair.A.nbytes + pair.B.nbytes for pair in pairs.values())
+    with destination.replacing(
+        path, overwrite=overwrite, needed_bytes=needed, replaceable=_is_ours
+    ) as folder:
+        _check(folder / f"{NAME}{DISTILL}", write_maps(folder / f"{NAME}{DISTILL}", source))
+        if pairs:
+            arrays = dict(_arrays(pairs))
+            infos = {name: TensorInfo(array.dtype, array.shape) for name, array in arrays.items()}
+            write_tensors(folder / f"{NAME}{FINETUNE}", infos, arrays.__getitem__)
+            _check(folder / f"{NAME}{FINETUNE}", infos)
+        settings = _settings(source.model, _lora_settings(pairs) if pairs else None)
+        hf_folder.write_json(folder / lolcats_settings.FILE, settings)
+
+
+def _arrays(pairs: Mapping[str, LowRank]) -> Iterator[tuple[str, np.ndarray]]:
+    for module, pair in pairs.items():
+        yield f"{PREFIX}{module}.lora_A.default.weight", pair.A
+        yield f"{PREFIX}{module}.lora_B.default.weight", pair.B
+
+
+def _lora_settings(pairs: Mapping[str, LowRank]) -> dict[str, Any]:
+    """r, lora_alpha and target_modules as published: one of each for all."""
+    found = {(len(pair.A), np.float32(pair.scale)) for pair in pairs.values()}
+    if len(found) > 1:
+        raise UserError(
+            f"the low-rank pairs have {len(found)} ranks or scales, expected one for all; merge them"
+        )
+    rank, scale = found.pop()
+    names = sorted({".".join(name.split(".")[-2:]) for name in pairs})
+    return {"r": rank, "lora_alpha": peft.number(float(scale) * rank), "target_modules": names}
+
+
+def _is_ours(folder: pathlib.Path) -> bool:
+    return (folder / lolcats_settings.FILE).is_file() and not (folder / hf_folder.CONFIG).exists()

@@ -1,0 +1,1 @@
+"""PEFT adapters: read, written, merged, and as the start of training."""

@@ -1,0 +1,172 @@
+"""A stored model with a PEFT adapter in it, read parameter by parameter.
+
+    source = adapted(source, "path/to/adapter")            # a model_source.ModelSource, whatever format it lies in
+
+The changes of `peft_files` are made to the tensors as Hugging Face has them, which every parameter of the family is
+part of. One layer of one parameter is in memory at a time. In lcx, embedding and head are one parameter or two; where
+an adapter changes one of a tied pair, the model that comes out has two.
+"""
+
+import logging
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from lcx import hub
+from lcx.convert import model_source, rules
+from lcx.convert.files.tensor_io import TensorInfo
+from lcx.convert.hf import llama
+from lcx.convert.lolcats.format import softmax_model
+from lcx.convert.model_source import ModelSource
+from lcx.convert.peft import base as adapter_base
+from lcx.convert.peft import files as peft_files
+from lcx.convert.peft.files import EMBEDDING_WEIGHT, HEAD_WEIGHT, Adapter, Known, LowRank
+from lcx.convert.rules import Transposed
+from lcx.errors import UserError
+from lcx.model import Decoder
+
+log = logging.getLogger(__name__)
+
+_EMBEDDING, _HEAD = "embed/embedding", "lm_head/embedding"
+_FLOAT32 = np.dtype(np.float32)
+
+
+def table(model: Decoder) -> rules.Table:
+    """The parameters of a model of the Llama family that Hugging Face has names for (feature maps have none).
+
+    Raises:
+      UserError: another kind of model.
+    """
+    if model.model_type not in llama.FAMILIES:
+        what = f"the model's model_type {model.model_type!r} has no PEFT names"
+        raise UserError(
+            f"{what}, expected one of {', '.join(llama.FAMILIES)}: merge its pairs, or save with 'lcx'"
+        )
+    listed = llama.rules(softmax_model(model))
+    paths = {part.path for rule in listed for part in rule.parts}
+    return rules.Table(
+        listed, {path: s for path, s in model_source.leaf_shapes(model).items() if path in paths}
+    )
+
+
+def known(model: Decoder) -> Known:
+    """The model as the files of an adapter name it."""
+    names = table(model)
+    linear = [
+        rule.name.removesuffix(".weight")
+        for rule in names.rules.values()
+        if isinstance(rule.parts[0].layout, Transposed)
+    ]
+    shapes = dict(names.foreign_shapes)
+    if model.tie_word_embeddings:
+        shapes[HEAD_WEIGHT] = shapes[EMBEDDING_WEIGHT]
+    return Known(shapes, tuple(linear), model.tie_word_embeddings)
+
+
+class AdaptedSource:
+    """A source with the changes of an adapter (a `model_source.ModelSource`).
+
+    Args:
+      base: the model, its context already extended.
+      dtype: of the parameters that change; None: as the base has them. The arithmetic is float32.
+      pairs: whether the low-rank pairs are merged; the parameters that trained as a whole are float32 if not.
+
+    Raises:
+      UserError: what `peft_files.read` refuses.
+    """
+
+    def __init__(
+        self, base: ModelSource, path: str | os.PathLike, *, dtype: np.dtype | None = None, pairs: bool = True
+    ):
+        self._base, self.where = base, f"{base.where} with {path}"
+        self.adapter: Adapter = peft_files.read(path, known(base.model))
+        self.carried, self.side_files, self.tokenizer = base.carried, base.side_files, base.tokenizer
+        self._changes = dict(self.adapter.changes)
+        if not pairs:
+            self._changes = {
+                n: c for n, c in self._changes.items() if not any(isinstance(x, LowRank) for x in c)
+            }
+            dtype = _FLOAT32
+        self.model: Decoder = base.model
+        self.leaves = dict(base.leaves)
+        if base.model.tie_word_embeddings and not self.adapter.ties:
+            self.model = base.model.clone(tie_word_embeddings=False, parent=None)
+            self.leaves[_HEAD] = base.leaves[_EMBEDDING]
+        self._table = table(self.model)
+        for leaf in self.changed:
+            info = self.leaves[leaf]
+            self.leaves[leaf] = TensorInfo(dtype or info.dtype, info.shape, self.where)
+
+    @property
+    def changed(self) -> list[str]:
+        """The parameters that are not those of the base."""
+        places = self._table.places
+        return [leaf for leaf in places if any(at.name in self._changes for at in places[leaf].values())]
+
+    def read(self, path: str, index: rules.Index) -> np.ndarray:
+        if path not in self.changed:
+            return self._base.read(path if path in self._base.leaves else _EMBEDDING, index)
+        if None in self._table.places[path]:
+            return self._rows(path, None, index)
+        repeats = range(*index[0].indices(self.leaves[path].shape[0]))
+        return np.stack([self._rows(path, repeat, index[1:]) for repeat in repeats])
+
+    def _rows(self, path: str, repeat: int | None, index: rules.Index) -> np.ndarray:
+        """One slice of one (repeat of a) parameter."""
+        place, dtype = self._table.places[path][repeat], self.leaves[path].dtype
+        shape = self.leaves[path].shape if repeat is None else self.leaves[path].shape[1:]
+        stored = path if path in self._base.leaves else _EMBEDDING
+        if repeat is None and shape:  # a table: its rows are the tensor's
+            start, stop, _ = index[0].indices(shape[0])
+            old = self._base.read(stored, (slice(start, stop), *(slice(0, size) for size in shape[1:])))
+            new = self._changed(place, old.astype(np.float32), start)
+            return model_source.cast(new[(slice(None), *index[1:])], dtype, path)
+        whole = tuple(slice(0, size) for size in shape)
+        old = self._base.read(stored, whole if repeat is None else (slice(repeat, repeat + 1), *whole))
+        old = old if repeat is None else old[0]
+        new = self._changed(place, place.layout.to_foreign(old).astype(np.float32), 0)
+        return model_source.cast(place.layout.to_lcx(new, shape)[index], dtype, path)
+
+    def _changed(self, place: rules.Place, rows: np.ndarray, start: int) -> np.ndarray:
+        for change in self._changes.get(place.name, ()):
+            rows = change.apply(rows, place.start + start)
+        return rows
+
+
+def adapted(
+    source: ModelSource,
+    adapter: str | os.PathLike | Sequence[str | os.PathLike] | None,
+    *,
+    scaled: bool,
+    dtype: np.dtype | None = None,
+) -> ModelSource:
+    """The source with one or more adapters in it; their pairs add up.
+
+    Args:
+      scaled: whether the user chose the scaling of the model.
+      dtype: of what changes; None as stored.
+
+    Raises:
+      UserError: adapters that cannot be read, do not fit the model, were made for another scaling than it has, or
+        change the same parameter as a whole.
+    """
+    if adapter is None:
+        return source
+    paths = [adapter] if isinstance(adapter, str | os.PathLike) else list(adapter)
+    paths = [hub.local(path, kind="adapter") for path in paths]
+    taken: dict[str, Any] = {}
+    for path in paths:
+        source = AdaptedSource(source, path, dtype=dtype)
+        adapter_base.check(path, source.model, scaled=scaled)
+        for name, changes in source.adapter.changes.items():
+            whole = not all(isinstance(c, LowRank) and c.magnitude is None for c in changes)
+            if name in taken and (whole or taken[name][1]):
+                raise UserError(
+                    f"{taken[name][0]} and {path} both change {name} as a whole: merge one of them first"
+                )
+            taken[name] = path, whole
+        counts = len(source.adapter.pairs), len(source.adapter.changes)
+        log.warning("%s: its %d pairs are merged into the parameters, %d tensors change", path, *counts)
+    return source

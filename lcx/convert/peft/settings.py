@@ -1,0 +1,313 @@
+"""adapter_config.json of a PEFT LoRA: which modules have a pair, of what rank and scale, and what else trained.
+
+Everything in the file that changes the function is read, or refused with its name; a key that PEFT does not have either
+is said. What is read here equals what `peft.LoraConfig` and its rules for names make of the same file (peft 0.21).
+"""
+
+import dataclasses
+import logging
+import math
+import pathlib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lcx.convert.hf import folder as hf_folder
+from lcx.convert.peft import patterns
+from lcx.errors import UserError
+
+log = logging.getLogger(__name__)
+
+FILE = "adapter_config.json"
+ALL_LINEAR = "all-linear"
+HEAD, EMBEDDING = "lm_head", "model.embed_tokens"
+
+#: Keys that would change the function in a way that is not read here, and the values that do not.
+_PLAIN: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    **dict.fromkeys(("lora_bias", "use_qalora"), (False,)),
+    **dict.fromkeys(
+        ("alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "megatron_config")
+        + ("monteclora_config", "target_parameters", "use_bdlora", "velora_config"),
+        ([], {}),
+    ),
+}
+#: What the pairs started from; other ways to start change the base too, and their files belong to that other base.
+_STARTS = ("gaussian", "eva", "orthogonal", "mica")
+_BIASES = ("none", "all", "lora_only")
+#: Keys without influence on the function of a finished adapter, and keys that are read below.
+_KNOWN = (
+    "alpha_pattern auto_mapping base_model_name_or_path bias corda_config ensure_weight_tying eva_config "
+    "exclude_modules fan_in_fan_out inference_mode init_lora_weights layers_pattern layers_to_transform loftq_config "
+    "lora_alpha lora_dropout lora_ga_config megatron_core modules_to_save peft_version qalora_group_size r "
+    "rank_pattern revision runtime_config target_modules task_type trainable_token_indices use_dora use_rslora"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What adapter_config.json says.
+
+    Attributes:
+      rank, alpha: of every pair that no pattern names.
+      rank_pattern, alpha_pattern: regular expression of a module -> its own.
+      rslora: the scale is alpha / sqrt(rank).
+      dora: the rows of every changed weight have a norm of their own (DoRA).
+      targets: names of modules, a regular expression, or "all-linear"; None: not stated.
+      exclude: modules that `targets` does not mean.
+      layers: the only layers that `targets` means; None: all. `layers_pattern`: what their list may be called.
+      saved: endings of modules that trained as a whole (modules_to_save).
+      rows: ending of a module -> rows of its weight that trained (trainable_token_indices).
+      bias: which biases trained: none, all, lora_only.
+      tying: whether what happens to one of embedding and head happens to both (ensure_weight_tying), if they are one.
+      base: the name or path of the base.
+    """
+
+    rank: int
+    alpha: float
+    rank_pattern: Mapping[str, int]
+    alpha_pattern: Mapping[str, float]
+    rslora: bool
+    dora: bool
+    targets: str | tuple[str, ...] | None
+    exclude: str | tuple[str, ...]
+    layers: tuple[int, ...] | None
+    layers_pattern: tuple[str, ...]
+    saved: tuple[str, ...]
+    rows: Mapping[str, tuple[int, ...]]
+    bias: str
+    tying: bool
+    base: str | None
+
+    def scales(self, ranks: Mapping[str, int]) -> dict[str, float]:
+        """Module -> factor of its update: alpha / rank, or alpha / sqrt(rank) for rsLoRA (arXiv 2312.03732).
+
+        Args:
+          ranks: module -> rank, as its tensors have it.
+
+        Raises:
+          UserError: a rank that the file does not say, a pattern that is no regular expression.
+        """
+        names = list(ranks)
+        stated = dict.fromkeys(names, self.rank) | _by_module(self.rank_pattern, names, "rank_pattern")
+        alphas = dict.fromkeys(names, self.alpha) | _by_module(self.alpha_pattern, names, "alpha_pattern")
+        for name, rank in ranks.items():
+            if stated[name] != rank:
+                raise UserError(
+                    f"{name} has rank {rank} in its tensors, expected {stated[name]} as {FILE} says"
+                )
+        return {name: alphas[name] / (rank**0.5 if self.rslora else rank) for name, rank in ranks.items()}
+
+    def targeted(self, linear: Sequence[str], tables: Sequence[str]) -> set[str] | None:
+        """The modules that have a pair; None where the file does not say.
+
+        Args:
+          linear: linear modules of the layers.
+          tables: the embedding and the head, which "all-linear" leaves out.
+        """
+        if self.targets is None:
+            return None
+        names = [*linear, *tables]
+        if isinstance(self.targets, str) and self.targets.lower() == ALL_LINEAR:
+            found = set(linear)
+        elif isinstance(self.targets, str):
+            found = patterns.matching([self.targets], names, setting=f"target_modules of {FILE}")[
+                self.targets
+            ]
+        else:
+            found = {name for name in names if name in self.targets or self._ends_in_target(name)}
+        if isinstance(self.exclude, str):
+            found -= patterns.matching([self.exclude], names, setting=f"exclude_modules of {FILE}")[
+                self.exclude
+            ]
+        else:
+            found -= {name for name in names if _ends(name, self.exclude)}
+        return {name for name in found if not any(f".{saved}." in f".{name}." for saved in self.saved)}
+
+    def _ends_in_target(self, name: str) -> bool:
+        assert isinstance(self.targets, tuple)
+        if not _ends(name, self.targets) or self.layers is None:
+            return _ends(name, self.targets)
+        place = re.match(r".*?\.([^.]*)\.(\d+)\.", name)
+        if place is None or (self.layers_pattern and place[1] not in self.layers_pattern):
+            return False
+        return int(place[2]) in self.layers
+
+    def is_saved(self, module: str) -> bool:
+        """Whether a module, or one that it lies in, is of modules_to_save."""
+        parts = module.split(".")
+        return any(
+            ".".join(parts[:end]).endswith(saved) for saved in self.saved for end in range(1, len(parts) + 1)
+        )
+
+
+def _ends(name: str, endings: Sequence[str]) -> bool:
+    return any(name == ending or name.endswith(f".{ending}") for ending in endings)
+
+
+def _by_module(given: Mapping[str, Any], names: Sequence[str], setting: str) -> dict[str, Any]:
+    """Module -> the value of the first pattern that it matches, by PEFT's rule (.*\\.)?(pattern)$."""
+    if not given:
+        return {}
+    # The end of a name after any dot: so the pattern itself stays as it is, and mostly needs no process of its own.
+    ends = {name: [name, *(name[i + 1 :] for i, c in enumerate(name) if c == ".")] for name in names}
+    every = sorted({end for some in ends.values() for end in some})
+    matched = patterns.matching(list(given), every, setting=f"{setting} of {FILE}")
+    out = {}
+    for name in names:
+        for pattern, value in given.items():
+            if matched[pattern].intersection(ends[name]):
+                out[name] = value
+                break
+    return out
+
+
+# ------------------------------------------------------------------------------------------------ reading
+
+
+def read(folder: pathlib.Path) -> Settings:
+    """The settings of a folder.
+
+    Raises:
+      UserError: no such file, a kind of adapter that is not read here, a value of another type or out of range.
+    """
+    config = hf_folder.read_json(hf_folder.inside(folder, FILE))
+    try:
+        return _settings(config)
+    except UserError as error:
+        raise UserError(f"{folder}: {FILE} has {error}") from error
+
+
+def _settings(config: Mapping[str, Any]) -> Settings:
+    _check_kind(config)
+    rows = _rows(config.get("trainable_token_indices"))
+    targets = config.get("target_modules")
+    return Settings(
+        rank=_integer("r", config.get("r"), 1),
+        alpha=_positive("lora_alpha", config.get("lora_alpha")),
+        rank_pattern=_mapping("rank_pattern", config, lambda name, x: _integer(name, x, 1)),
+        alpha_pattern=_mapping("alpha_pattern", config, _positive),
+        rslora=_boolean("use_rslora", config),
+        dora=_boolean("use_dora", config),
+        targets=None if targets is None else _names("target_modules", targets),
+        exclude=_names("exclude_modules", config.get("exclude_modules") or []),
+        layers=_layers(config.get("layers_to_transform")),
+        layers_pattern=_listed("layers_pattern", config.get("layers_pattern")),
+        saved=_listed("modules_to_save", config.get("modules_to_save")),
+        rows=rows,
+        bias=_one_of("bias", config.get("bias", "none"), _BIASES),
+        tying=_boolean("ensure_weight_tying", config),
+        base=config.get("base_model_name_or_path")
+        if isinstance(config.get("base_model_name_or_path"), str)
+        else None,
+    )
+
+
+def _check_kind(config: Mapping[str, Any]) -> None:
+    """Raises UserError for what is not a plain LoRA, or not for text generation."""
+    if config.get("peft_type") is None:
+        raise UserError("no peft_type, expected 'LORA': is this the folder of an adapter?")
+    for key, plain in _PLAIN.items():
+        if config.get(key) is not None and config[key] not in plain:
+            only = "only LoRA can be read, merge the adapter with PEFT instead"
+            expected = repr(plain[0]) if plain[0] not in ([], {}) else "null"
+            raise UserError(f"{key} {_shown(config[key])}, expected {expected}: {only}")
+    task = config.get("task_type")
+    if task not in (None, "CAUSAL_LM"):
+        raise UserError(
+            f"task_type {_shown(task)}, expected 'CAUSAL_LM': it is no adapter for generating text"
+        )
+    start = config.get("init_lora_weights")
+    if not (
+        start is None or isinstance(start, bool) or (isinstance(start, str) and start.lower() in _STARTS)
+    ):
+        raise UserError(
+            f"init_lora_weights {_shown(start)}, which changes the base weights too, or is unknown: save the adapter "
+            "again with PEFT's path_initial_model_for_weight_conversion"
+        )
+    unknown = [key for key in config if key not in _KNOWN.split() and key not in _PLAIN and config[key]]
+    for key in unknown:
+        if key.startswith("use_"):
+            raise UserError(f"{_shown(key)} {_shown(config[key])}, a variant of LoRA that is not known here")
+    if unknown:
+        log.warning(
+            "%s has %d keys that PEFT 0.21 does not have, ignored: %s",
+            FILE,
+            len(unknown),
+            ", ".join(_shown(key) for key in unknown[:4]),
+        )
+    if _boolean("fan_in_fan_out", config):
+        log.warning(
+            "%s has fan_in_fan_out true, which PEFT takes as false for the linear modules of this model", FILE
+        )
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _integer(key: str, value: Any, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**31:
+        expected = "a positive number, an integer" if least else "an integer >= 0"
+        raise UserError(f"{key} {_shown(value)}, expected {expected}")
+    return value
+
+
+def _positive(key: str, value: Any) -> float:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not 0 < value < 1e30 or not math.isfinite(value):
+        raise UserError(f"{key} {_shown(value)}, expected a positive number")
+    return float(value)
+
+
+def _boolean(key: str, config: Mapping[str, Any]) -> bool:
+    value = config.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise UserError(f"{key} {_shown(value)}, expected true or false")
+    return bool(value)
+
+
+def _one_of(key: str, value: Any, known: Sequence[str]) -> str:
+    if not isinstance(value, str) or value not in known:
+        raise UserError(f"{key} {_shown(value)}, expected one of {', '.join(known)}")
+    return value
+
+
+def _names(key: str, value: Any) -> str | tuple[str, ...]:
+    return value if isinstance(value, str) else _listed(key, value)
+
+
+def _listed(key: str, value: Any) -> tuple[str, ...]:
+    listed = [value] if isinstance(value, str) else value if value is not None else []
+    if not isinstance(listed, list) or not all(isinstance(item, str) and item for item in listed):
+        raise UserError(f"{key} {_shown(value)}, expected a list of names")
+    return tuple(listed)
+
+
+def _mapping(key: str, config: Mapping[str, Any], checked: Any) -> dict[str, Any]:
+    value = config.get(key) or {}
+    if not isinstance(value, dict):
+        raise UserError(f"{key} {_shown(value)}, expected an object from names to numbers")
+    return {name: checked(f"{key}[{_shown(name)}]", number) for name, number in value.items()}
+
+
+def _layers(value: Any) -> tuple[int, ...] | None:
+    if value is None or value == []:
+        return None
+    listed = value if isinstance(value, list) else [value]
+    return tuple(_integer("layers_to_transform", item, 0) for item in listed)
+
+
+def _rows(value: Any) -> dict[str, tuple[int, ...]]:
+    if value is None:
+        return {}
+    given = value if isinstance(value, dict) else {EMBEDDING.rpartition(".")[2]: value}
+    out = {}
+    for name, rows in given.items():
+        if not isinstance(rows, list) or not rows:
+            raise UserError(
+                f"trainable_token_indices {_shown(value)}, expected a list of token ids, or one a module"
+            )
+        out[name] = tuple(_integer("trainable_token_indices", row, 0) for row in rows)
+    return out

@@ -1,0 +1,111 @@
+"""A PEFT adapter as the start of a training run: its pairs as pairs, what it holds beside them as parameters."""
+
+import collections
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from lcx import extend, hub
+from lcx.convert import api, model_source, rules
+from lcx.convert.peft import adapter as peft
+from lcx.convert.peft import base as adapter_base
+from lcx.convert.peft import files as peft_files
+from lcx.convert.peft import merged
+from lcx.errors import UserError
+from lcx.lora import LoRA
+from lcx.model import Decoder
+
+
+def start(
+    path: str | os.PathLike,
+    adapter: str | os.PathLike,
+    *,
+    mesh: jax.sharding.Mesh,
+    lora: LoRA | None = None,
+    rope_scaling: Mapping[str, Any] | None = None,
+    context_length: int | None = None,
+) -> tuple[Decoder, dict[str, Any], dict[str, Any], LoRA]:
+    """A base model and its adapter, apart.
+
+    Args:
+      lora: the settings of the run, which must agree with the adapter; None: those of the adapter. For the others see
+        `lcx.load`.
+
+    Returns:
+      (model, params, lora, settings): the model, computing in float32; params with what the adapter replaces as a whole
+      in them, float32 there; the `lora` collection on the mesh; the settings of such pairs. Smaller ranks are filled up
+      to the largest, with zeros that training leaves as they are.
+
+    Raises:
+      UserError: what `lcx.load` refuses; an adapter that can be merged but not trained further, or has other pairs than
+        `lora` says.
+    """
+    adapter = hub.local(adapter, kind="adapter")
+    base = api.opened(path, api.detect(path), None)
+    base.model = extend.extend_model(base.model, rope_scaling, context_length)
+    source = merged.AdaptedSource(base, adapter, pairs=False)
+    adapter_base.check(adapter, source.model, scaled=rope_scaling is not None or context_length is not None)
+    _check_trainable(source.adapter)
+    pairs, model = source.adapter.pairs, source.model
+    if not pairs:
+        raise UserError(f"{adapter} holds no pairs to train: merge it with python -m lcx.convert --adapter")
+    rank = max(len(pair.A) for pair in pairs.values())
+    collection = peft.collection(pairs, model, rank=rank)
+    scale, _ = collections.Counter(pair.scale * len(pair.A) for pair in pairs.values()).most_common(1)[0]
+    found = LoRA(
+        rank=rank,
+        alpha=peft.number(scale),
+        targets=_any_of(sorted({path.rpartition("/")[0] for path in rules.flatten(collection)})),
+        beside=_any_of([f"params/{leaf}" for leaf in source.changed]) if source.changed else None,
+    )
+    settings = _agreed(lora, found, model)
+    abstract = settings.abstract(model, mesh=mesh)
+    placed = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), collection, abstract)
+    params = model_source.to_devices(source, dtype=None, mesh=mesh)
+    return model.clone(dtype="float32", parent=None), params, placed, settings
+
+
+def _agreed(wanted: LoRA | None, found: LoRA, model: Decoder) -> LoRA:
+    """The settings of the run: those of the adapter, and what else trains beside.
+
+    Raises:
+      UserError: Trainer.lora asks for other pairs than the adapter has.
+    """
+    if wanted is None:
+        return found
+    advice = "an adapter goes on with its own: set it so, or set Trainer.lora to None"
+    for name in ("rank", "alpha"):
+        if getattr(wanted, name) != getattr(found, name):
+            raise UserError(
+                f"LoRA.{name} is {getattr(wanted, name)!r}, the adapter's {getattr(found, name)!r}; {advice}"
+            )
+    ours, theirs = (set(settings.paths(model)) for settings in (wanted, found))
+    if ours != theirs:
+        other = sorted(ours ^ theirs)[0]
+        state = "no pair in the adapter" if other in ours else "a pair in the adapter, and is no target"
+        raise UserError(f"LoRA.targets is {wanted.targets!r}, and {other} has {state}; {advice}")
+    both = [pattern for pattern in (found.beside, wanted.beside) if pattern is not None]
+    beside = f"(?:{')|(?:'.join(both)})" if len(both) == 2 else next(iter(both), None)
+    return LoRA(found.rank, found.alpha, found.targets, beside)
+
+
+def _check_trainable(adapter: peft_files.Adapter) -> None:
+    for name, changes in adapter.changes.items():
+        pair = next((c for c in changes if isinstance(c, peft_files.LowRank)), None)
+        what = "rows of it alone" if any(isinstance(c, peft_files.Rows) for c in changes) else ""
+        if pair is not None and pair.magnitude is not None:
+            what = "DoRA"
+        elif pair is not None and name in (peft_files.EMBEDDING_WEIGHT, peft_files.HEAD_WEIGHT):
+            what = "a pair"
+        if what:
+            raise UserError(
+                f"{adapter.folder}: {name} has {what}, which does not train here: merge the adapter first (python -m "
+                "lcx.convert --adapter), and start from that"
+            )
+
+
+def _any_of(paths: list[str]) -> str:
+    return f"^(?:{'|'.join(re.escape(path) for path in sorted(paths))})$"

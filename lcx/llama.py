@@ -1,0 +1,81 @@
+"""The Llama family: Llama 2 and 3, Mistral, Qwen2, Qwen3, Phi-3."""
+
+import functools
+
+from lcx.errors import UserError
+from lcx.mixers.attention import Attention
+from lcx.model import Block, Decoder, Mlp, stages_of
+from lcx.rope import Rope
+
+
+def llama(
+    *,
+    vocab_size: int,
+    hidden_size: int,
+    intermediate_size: int,
+    num_layers: int,
+    num_heads: int,
+    max_position_embeddings: int,
+    num_kv_heads: int | None = None,
+    head_dim: int | None = None,
+    rope: Rope = Rope(),  # noqa: B008 (frozen)
+    layer_windows: tuple[int | None, ...] | None = None,
+    qkv_bias: bool = False,
+    o_bias: bool = False,
+    qk_norm: bool = False,
+    mlp_bias: bool = False,
+    norm_eps: float = 1e-5,
+    tie_word_embeddings: bool = False,
+    model_type: str = "llama",
+    dtype: str = "float32",
+    remat: str = "none",
+    attention_implementation: str | None = None,
+) -> Decoder:
+    """The Llama family: Llama 2/3, Mistral, Qwen2, Qwen3, Phi-3, by their usual hyper-parameters.
+
+    Args:
+      layer_windows: the sliding window of each layer (None: full attention); None for all-full.
+
+    Raises:
+      UserError: sizes that do not fit each other.
+    """
+    num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+    windows = (None,) * num_layers if layer_windows is None else tuple(layer_windows)
+    if head_dim is None and hidden_size % num_heads:
+        raise UserError(f"hidden_size {hidden_size} is not a multiple of num_heads {num_heads}; set head_dim")
+    if num_heads % num_kv_heads:
+        raise UserError(f"num_heads {num_heads} must be a multiple of num_kv_heads {num_kv_heads}")
+    if len(windows) != num_layers:
+        raise UserError(f"layer_windows has {len(windows)} entries for num_layers {num_layers}")
+
+    @functools.cache
+    def block(window: int | None) -> Block:
+        mixer = Attention(
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=hidden_size // num_heads if head_dim is None else head_dim,
+            rope=rope,
+            window=window,
+            qkv_bias=qkv_bias,
+            o_bias=o_bias,
+            qk_norm=qk_norm,
+            norm_eps=norm_eps,
+            implementation=attention_implementation,
+            parent=None,
+        )
+        return Block(
+            mixer=mixer, mlp=Mlp(intermediate_size, mlp_bias, parent=None), norm_eps=norm_eps, parent=None
+        )
+
+    return Decoder(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        stages=stages_of(tuple(block(window) for window in windows)),
+        max_position_embeddings=max_position_embeddings,
+        norm_eps=norm_eps,
+        tie_word_embeddings=tie_word_embeddings,
+        model_type=model_type,
+        dtype=dtype,
+        remat=remat,
+        parent=None,
+    )

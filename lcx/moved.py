@@ -1,0 +1,109 @@
+"""Names that have moved: the one table through which old checkpoints, .gin files and imports find them.
+
+A checkpoint stores the class of its model as "module:name", a .gin file imports modules by name, and users' own code
+does both. A module that moves gets a row in MODULES, a function or class that leaves a module which stays one in NAMES.
+The old spelling keeps working. An old module is the same object as the new one, so its classes are, too.
+"""
+
+import importlib
+import importlib.abc
+import importlib.machinery
+import sys
+import types
+from collections.abc import Callable, Sequence
+from typing import Any
+
+MODULES = {
+    "lcx.array_store": "lcx.checkpoint.slices",
+    "lcx.checkpoint_folder": "lcx.checkpoint.folder",
+    "lcx.checkpoint_tree": "lcx.checkpoint.tree",
+    "lcx.describe": "lcx.checkpoint.model_json",
+    "lcx.fingerprint": "lcx.checkpoint.fingerprint",
+    "lcx.hardware": "lcx.training.peak_flops",
+    "lcx.meter": "lcx.training.meter",
+    "lcx.metrics": "lcx.training.logger",
+    "lcx.origin": "lcx.training.resume_check",
+    "lcx.processes": "lcx.training.distributed",
+    "lcx.residuals": "lcx.training.residual_store",
+    "lcx.stopping": "lcx.training.signals",
+    "lcx.text_stream": "lcx.terminal",
+    "lcx.train_step": "lcx.training.step",
+    **{
+        f"lcx.evals.{name}": f"lcx.evals.support.{name}"
+        for name in ("dna", "documents", "figures", "intervals", "model_facts", "scoring", "variants")
+    },
+    **{
+        f"lcx.convert.{name}": f"lcx.convert.files.{name}"
+        for name in ("destination", "safetensors", "tensor_io", "torch_bin", "torch_writer", "unsupported")
+    },
+    "lcx.convert.adapted": "lcx.convert.peft.merged",
+    "lcx.convert.adapter_base": "lcx.convert.peft.base",
+    "lcx.convert.adapter_start": "lcx.convert.peft.start",
+    "lcx.convert.hf_config": "lcx.convert.hf.config",
+    "lcx.convert.hf_folder": "lcx.convert.hf.folder",
+    "lcx.convert.hf_rope": "lcx.convert.hf.rope",
+    "lcx.convert.llama": "lcx.convert.hf.llama",
+    "lcx.convert.lolcats_settings": "lcx.convert.lolcats.settings",
+    "lcx.convert.lolcats_writer": "lcx.convert.lolcats.writer",
+    "lcx.convert.patterns": "lcx.convert.peft.patterns",
+    "lcx.convert.peft_files": "lcx.convert.peft.files",
+    "lcx.convert.peft_settings": "lcx.convert.peft.settings",
+    "lcx.convert.savanna": "lcx.convert.evo2.savanna",
+    "lcx.convert.savanna_files": "lcx.convert.evo2.savanna_files",
+    "lcx.convert.sources": "lcx.convert.model_source",
+    "lcx.convert.stripedhyena": "lcx.convert.evo2.striped_hyena",
+    "lcx.convert.tensor_names": "lcx.convert.hf.tensor_names",
+    "lcx.convert.vortex": "lcx.convert.evo2.vortex",
+    "lcx.convert.zero": "lcx.convert.evo2.zero",
+}
+NAMES = {
+    "lcx.convert.lolcats:Lolcats": "lcx.convert.lolcats.format:Lolcats",
+    "lcx.convert.lolcats:LolcatsSource": "lcx.convert.lolcats.format:LolcatsSource",
+    "lcx.model:llama": "lcx.llama:llama",
+    "lcx.rope:from_hf": "lcx.convert.hf.rope_parameters:from_hf",
+    "lcx.rope:hf_max_position_embeddings": "lcx.convert.hf.rope_parameters:written_max_position_embeddings",
+    "lcx.rope:to_hf": "lcx.convert.hf.rope_parameters:to_hf",
+    "lcx.sampler:stream_text": "lcx.terminal:stream_text",
+}
+
+
+def today(path: str) -> str:
+    """ "module:name" as it is called now."""
+    path = NAMES.get(path, path)
+    module, colon, name = path.partition(":")
+    return f"{MODULES.get(module, module)}{colon}{name}"
+
+
+def names_of(module: str) -> Callable[[str], Any]:
+    """The `__getattr__` of a module from which names have moved."""
+
+    def get(name: str) -> Any:
+        new = NAMES.get(f"{module}:{name}")
+        if new is None:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        home, _, attribute = new.partition(":")
+        return getattr(importlib.import_module(home), attribute)
+
+    return get
+
+
+class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Imports the new module for the name of an old one."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        return importlib.machinery.ModuleSpec(fullname, self) if fullname in MODULES else None
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> None:
+        return None
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        # The import system takes what is in sys.modules afterwards for the result.
+        sys.modules[module.__name__] = importlib.import_module(MODULES[module.__name__])
+
+
+def install() -> None:
+    """Makes `import` know the old names; once a process."""
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.append(_Finder())

@@ -1,0 +1,226 @@
+"""Text on a terminal: a prompt in words or from a file, and the continuation while its tokens are being produced."""
+
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from lcx import hub
+from lcx.checkpoint.folder import find_step, read_json
+from lcx.convert.api import load, tokenizer_record
+from lcx.data import (
+    SpecialTokens,
+    Tokenizer,
+    check_vocabulary,
+    load_tokenizer,
+    special_tokens,
+    tokenizer_from_json,
+)
+from lcx.data.chat import prompt_ids, turn_end_ids
+from lcx.data.chat_templates import chat_templates
+from lcx.data.special import described
+from lcx.errors import UserError
+from lcx.sampler import check_settings, stream
+
+_BROKEN = "\N{REPLACEMENT CHARACTER}"  # what decoders write for bytes that are not, or not yet, a character
+_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_MAX_HELD = 32  # tokens without one whole character are no text, and are shown as they are
+_MAX_CONTEXT = 16
+
+
+def stream_text(
+    *,
+    checkpoint: str,
+    prompt: str,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    rope_scaling: dict[str, Any] | None = None,
+    context_length: int | None = None,
+    add_bos: bool | None = None,
+    chat: bool = False,
+    system: str | None = None,
+    chat_template: str | None = None,
+    adapter: Sequence[str] | None = None,
+) -> None:
+    """Prints the continuation of a prompt while it is produced, then its speed on stderr.
+
+    The prompt is what stands between the tokenizer's BOS (where it adds one) and the continuation, which ends with a
+    token that ends a document. "@path" reads the prompt from a file, without its last line break; "@@text" is a prompt
+    that starts with an @. `add_bos` True or False overrides the tokenizer. With `chat` it is the user's turn, after
+    `system` if that is given, in the chat template that the model was trained with (`chat_template`: another one), and
+    the answer also ends where the template's turns end. `rope_scaling` and `context_length` extend the model first, and
+    `adapter` names PEFT adapters of it, as in lcx.load.
+
+    Raises:
+      UserError: bad settings, no such file, a checkpoint or tokenizer that does not load.
+    """
+    check_settings(max_new_tokens, temperature, top_p, seed)
+    if not chat and (system is not None or chat_template is not None):
+        raise UserError("--system and --chat_template are for conversations: set --chat")
+    text = prompt_text(prompt)
+    tokenizer = tokenizer_of(checkpoint)
+    special = [tokenizer.bos_id, tokenizer.eos_id, *getattr(tokenizer, "stop_ids", ())]
+    before = () if chat else special_tokens(tokenizer, add_bos=add_bos).before
+    ids = [*before, *tokenizer.encode(text).tolist()]
+    if chat:
+        ids, ends = chat_ids(checkpoint, tokenizer, text, system=system, template=chat_template)
+        special += ends
+    if not ids:
+        raise UserError("the prompt is empty and no BOS is added to start from: set --prompt, or --add_bos")
+    say_special_tokens(tokenizer, before)
+    model, params = load(
+        checkpoint, rope_scaling=rope_scaling, context_length=context_length, adapter=adapter
+    )
+    check_vocabulary(tokenizer, model.vocab_size)
+    columns = stream(
+        model,
+        params,
+        [ids],
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        stop_tokens=sorted({i for i in special if i is not None}),
+    )
+    show(tokenizer, (int(column[0]) for column in columns), prompt=ids)
+
+
+def prompt_text(prompt: str) -> str:
+    """The text itself; for "@path" that of the file, without its last line break; for "@@text" "@text".
+
+    Raises:
+      UserError: the file is not there, or not UTF-8.
+    """
+    if prompt.startswith("@@") or not prompt.startswith("@"):
+        return prompt[1:] if prompt.startswith("@@") else prompt
+    path = Path(prompt[1:]).expanduser()
+    try:
+        return path.read_text(encoding="utf-8").removesuffix("\n")
+    except UnicodeDecodeError as error:
+        found = f"prompt file {path} has {error.reason} at byte {error.start}"
+        raise UserError(f"{found}, expected UTF-8 text: convert the file") from None
+    except OSError as error:
+        found = f"prompt file {path} cannot be read ({error.strerror}), expected a text file"
+        raise UserError(f"{found}: change --prompt (@@ for a prompt that starts with @)") from None
+
+
+def tokenizer_of(checkpoint: str) -> Tokenizer:
+    """The tokenizer of a Hugging Face folder, of a model of savanna or vortex (bytes), or the one recorded in (or lying
+    beside) an lcx checkpoint.
+
+    Raises:
+      UserError: there is none, or its files are gone or damaged.
+    """
+    folder = Path(hub.local(checkpoint)).expanduser()
+    if (folder / "config.json").is_file():
+        return load_tokenizer(folder)
+    if (known := tokenizer_record(folder)) is not None:
+        return tokenizer_from_json(dict(known))
+    directory, step = find_step(folder)
+    record = read_json(directory / str(step), "meta").get("tokenizer")
+    places = [directory / str(step), directory, directory.parent]
+    beside = next((p for p in places if any((p / file).is_file() for file in _FILES)), directory.parent)
+    return load_tokenizer(str(beside)) if record is None else tokenizer_from_json(record, folder=str(beside))
+
+
+def say_special_tokens(tokenizer: Tokenizer, before: tuple[int, ...]) -> None:
+    """Says on stderr which special tokens stand before the prompt."""
+    print(described(tokenizer, SpecialTokens(before=before), of="prompt"), file=sys.stderr)
+
+
+def chat_ids(
+    checkpoint: str, tokenizer: Tokenizer, prompt: str, *, system: str | None, template: str | None
+) -> tuple[list[int], list[int]]:
+    """(the ids of a user's turn in the chat template, the ids that the template ends an answer with).
+
+    Args:
+      template: a .jinja file or a name; None takes what the checkpoint was trained with, else the tokenizer's own.
+
+    Raises:
+      UserError: there is no template, or it refuses the prompt.
+    """
+    override = template or _trained_template(checkpoint)
+    templates = chat_templates(tokenizer, override, setting="--chat_template")
+    return prompt_ids(templates, tokenizer, prompt, system=system), turn_end_ids(templates, tokenizer)
+
+
+def _trained_template(checkpoint: str) -> str | None:
+    """Dataset.chat_template of the run that made an lcx checkpoint."""
+    folder = Path(checkpoint).expanduser()
+    if (folder / "config.json").is_file() or tokenizer_record(folder) is not None:
+        return None
+    directory, step = find_step(folder)
+    return _find(read_json(directory / str(step), "meta").get("data"), "chat_template")
+
+
+def _find(value: Any, key: str) -> str | None:
+    """The first text of this name in a description."""
+    if isinstance(value, dict) and isinstance(value.get(key), str):
+        return value[key]
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return next((found for item in inner if (found := _find(item, key)) is not None), None)
+
+
+def show(tokenizer: Tokenizer, ids: Iterable[int], *, prompt: Sequence[int] = ()) -> None:
+    """Prints the text of `ids` as they come, then on stderr how fast they came."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character is no reason to stop
+    times = [time.perf_counter()]
+
+    def timed() -> Iterator[int]:
+        for token in ids:
+            times.append(time.perf_counter())
+            yield token
+
+    for piece in whole_characters(tokenizer, timed(), prompt=prompt):
+        print(piece, end="", flush=True)
+    print(flush=True)
+    print(_speed(times, len(prompt)), file=sys.stderr)
+
+
+def _speed(times: Sequence[float], prompt_length: int) -> str:
+    """One line. The first two tokens are kept apart: each waits for a program to compile."""
+    start, first, *later = times
+    line = f"{len(later) + 1} tokens; prompt of {prompt_length} and first token {first - start:.2f} s"
+    if len(later) < 2:
+        return line
+    rate = (len(later) - 1) / (later[-1] - later[0])
+    return f"{line}, second {later[0] - first:.2f} s, then {rate:.1f} tokens/s"
+
+
+def whole_characters(
+    tokenizer: Tokenizer, ids: Iterable[int], *, prompt: Sequence[int] = ()
+) -> Iterator[str]:
+    """The text of `ids` piece by piece, as soon as it is certain; together the pieces are the whole text.
+
+    A token may end inside a character, so its text waits for the tokens that complete it. And a token's text depends
+    on the one before (sentencepiece drops the space of a text's first word), so the last piece is decoded along with
+    the next, and the end of `prompt` with the first.
+    """
+    context, held = _end_of(tokenizer, prompt), list[int]()
+    for token in ids:
+        held.append(token)
+        text = _added(tokenizer, context, held)
+        if text and (not text.endswith(_BROKEN) or len(held) >= _MAX_HELD):
+            yield text
+            context, held = held, []
+    text = _added(tokenizer, context, held)
+    if text:
+        yield text
+
+
+def _added(tokenizer: Tokenizer, context: list[int], held: list[int]) -> str:
+    return tokenizer.decode(context + held)[len(tokenizer.decode(context)) :]
+
+
+def _end_of(tokenizer: Tokenizer, prompt: Sequence[int]) -> list[int]:
+    """The last tokens of the prompt, from the start of a character on."""
+    ids = [int(token) for token in prompt[-_MAX_CONTEXT:]]
+    for count in range(1, len(ids) + 1):
+        text = tokenizer.decode(ids[-count:])
+        if text and not text.startswith(_BROKEN):
+            return ids[-count:]
+    return ids

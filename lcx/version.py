@@ -1,0 +1,3 @@
+"""The version of lcx, which checkpoints and results record."""
+
+__version__ = "0.1.0"
