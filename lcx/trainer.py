@@ -48,8 +48,9 @@ IN_FLIGHT = 2  # steps queued on the devices: enough to hide the host; forced CP
 
 
 class Job(Protocol):
-    """What `train` runs: a Trainer, a Ladder, or your own. Before anything is written it calls `check(workdir)` of a job
-    that has it, which raises UserError for a workdir of other settings.
+    """What `train` runs: a Trainer, a Ladder, or your own.
+
+    A method `check(workdir)` is optional: called before anything is written, it refuses a workdir of other settings.
     """
 
     def run(self, workdir: str) -> Any: ...
