@@ -48,10 +48,9 @@ IN_FLIGHT = 2  # steps queued on the devices: enough to hide the host; forced CP
 
 
 class Job(Protocol):
-    """What `train` runs: a Trainer, a Ladder, or your own.
+    """What `train` runs: a Trainer, a Ladder, or your own, which may have `check(workdir)` too.
 
-    A method `check(workdir)` is optional: called before anything is written, it refuses a workdir of other settings.
-    """
+    That is called before anything is written; it raises UserError for a workdir of other settings."""
 
     def run(self, workdir: str) -> Any: ...
 
