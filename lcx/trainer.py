@@ -20,13 +20,14 @@ import optax
 
 from lcx import lora as lora_lib
 from lcx import model as model_lib
-from lcx import objectives, sharding
+from lcx import objectives, paths, sharding
 from lcx.checkpoint import Checkpointer, model_json
 from lcx.convert import api as convert
 from lcx.convert.peft import start as adapter_start
 from lcx.data import BatchIterator, Dataset, Mixture
 from lcx.errors import UserError
 from lcx.linearize import Linearize, check_linear
+from lcx.locks import LOCK, only_writer
 from lcx.model import Decoder
 from lcx.optim import AdamW
 from lcx.training import resume_check
@@ -72,15 +73,17 @@ def train(
     """
     if distributed or coordinator_address is not None:
         join(coordinator_address, num_processes, process_id)
-    folder = pathlib.Path(workdir).expanduser()
+    folder = paths.destination(workdir, "--workdir")
     if (check := getattr(job, "check", None)) is not None:
         check(str(folder))
-    if jax.process_index() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        resume_check.keep_config(folder, config_text)
-    job.run(str(folder))
-    if operative_config is not None and jax.process_index() == 0:
-        (folder / "operative_config.gin").write_text(operative_config())
+    with contextlib.ExitStack() as stack:
+        if jax.process_index() == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(only_writer(folder / LOCK, of=str(folder), setting="--workdir"))
+            resume_check.keep_config(folder, config_text)
+        job.run(str(folder))
+        if operative_config is not None and jax.process_index() == 0:
+            (folder / "operative_config.gin").write_text(operative_config())
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,6 +23,7 @@ LAYERS = [  # a module imports from its own row and the rows below
     "parameters mixers",
     "ops rope layers sharding remat",
     "kernels_pallas rope_fields hub",
+    "locks paths",
     "errors moved version",
 ]
 LEVEL = {name: -row for row, names in enumerate(LAYERS) for name in names.split()}
@@ -39,6 +40,7 @@ OWNERS = {  # nobody else imports these
 ONLY_JAX = ("lcx/ops/", "lcx/rope.py", "lcx/rope_fields.py", "kernels_pallas/")
 INSIDE_FUNCTIONS = {
     *("torch", "wandb", "matplotlib", "tokenizers", "sentencepiece", "pyarrow", "huggingface_hub", "jinja2"),
+    "filelock",
 }
 FILES = sorted([*ROOT.glob("lcx/**/*.py"), *ROOT.glob("kernels_pallas/**/*.py")])
 

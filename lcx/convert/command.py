@@ -5,7 +5,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lcx import extend, hub
+from lcx import extend, hub, paths
 from lcx.convert import api, model_source, verify
 from lcx.convert.files import destination
 from lcx.convert.lolcats import writer as lolcats_writer
@@ -57,7 +57,8 @@ def convert(
     Raises:
       UserError: whatever is wrong with the source, the destination or the settings.
     """
-    source_path, target = pathlib.Path(hub.local(src)).expanduser(), pathlib.Path(dst).expanduser()
+    target = paths.destination(dst, "--dst")
+    source_path = pathlib.Path(hub.local(src)).expanduser()
     if dst_format in _OF_A_RUN:
         changes = {
             "dtype": dtype,
