@@ -4,7 +4,6 @@ Pretraining, extending a context, fine-tuning and LoRA are the same loop; what d
 which of them train, and the objective. The order of events in `Trainer.run` is the order of this file.
 """
 
-import collections
 import contextlib
 import dataclasses
 import logging
@@ -30,7 +29,7 @@ from lcx.linearize import Linearize, check_linear
 from lcx.locks import LOCK, only_writer
 from lcx.model import Decoder
 from lcx.optim import AdamW
-from lcx.training import resume_check
+from lcx.training import resume_check, statements
 from lcx.training import step as train_step
 from lcx.training.distributed import join
 from lcx.training.logger import MODES, MetricsLogger
@@ -45,7 +44,6 @@ DTYPES = ("float32", "bfloat16")  # float16 would need loss scaling
 ADVICE = "lower AdamW.learning_rate, lengthen AdamW.warmup_steps, or look at the data of this step"
 _COUNTS = "steps batch_size seq_len accumulation log_every checkpoint_every keep_checkpoints eval_batches"
 _LEAST = {"eval_every": 0} | dict.fromkeys(_COUNTS.split(), 1)
-IN_FLIGHT = 2  # steps queued on the devices: enough to hide the host; forced CPU devices deadlock with dozens
 
 
 class Job(Protocol):
@@ -188,9 +186,10 @@ class Trainer:
             ):
                 if run.data is not None:
                     batches.restore(run.data)
-                self._announce(run, metrics)
+                for line in statements.opening(self, run, mesh, workdir):
+                    metrics.message(line)
                 try:
-                    return self._loop(run, mesh, batches, checkpointer, metrics, stop)
+                    return self._loop(run, mesh, batches, checkpointer, metrics, stop, workdir)
                 except NotFiniteError as bad:
                     raise UserError(f"{bad}: {_retreat(checkpointer, bad.step)}; {ADVICE}") from None
 
@@ -305,26 +304,10 @@ class Trainer:
             adapter=self.adapter,
         )
 
-    def _announce(self, run: "Run", metrics: MetricsLogger) -> None:
-        if run.data is not None:
-            rest = "going on" if run.step < self.steps else "nothing is left to do"
-            metrics.message(f"step {run.step} of {self.steps} is done: {rest}")
-        metrics.message(self.data.describe_special_tokens())
-        for remark in self.data.remarks():
-            metrics.message(remark)
-        if run.lora is not None:
-            metrics.message(lora_lib.statement(run.model, run.abstract["lora"], run.trains["params"]))
-        if run.model.max_position_embeddings < self.seq_len:
-            metrics.message(
-                f"warning: Trainer.seq_len {self.seq_len} exceeds the model's window of "
-                f"{run.model.max_position_embeddings} tokens: set context_length (and rope_scaling, unless "
-                "it keeps its own)"
-            )
-
     # -------------------------------------------------------------------------------------------------- the loop
 
     def _loop(
-        self, run: "Run", mesh, batches, checkpointer, metrics: MetricsLogger, stop: StopRequest
+        self, run: "Run", mesh, batches, checkpointer, metrics: MetricsLogger, stop: StopRequest, workdir: str
     ) -> "Run":
         step_fn = train_step.make_step(
             run.model,
@@ -336,33 +319,29 @@ class Trainer:
             trains=run.trains,
         )
         sizes = {"batch_size": self.batch_size, "seq_len": self.seq_len}
-        meter = Meter(run.model, **sizes, every=self.log_every, last=self.steps, losses=run.losses)
-        state, step, in_flight = run.state, run.step, collections.deque[tuple[int, dict[str, jax.Array]]]()
+        meter = Meter(run.model, metrics, **sizes, every=self.log_every, last=self.steps, losses=run.losses)
+        state, step = run.state, run.step
         while step < self.steps and not stop.requested(step):
             batch = sharding.shard_batch(next(batches), mesh)
             state, values = step_fn(state, batch, np.int32(step))
             step += 1
-            in_flight.append((step, values))
-            if len(in_flight) >= IN_FLIGHT:
-                meter.record(*in_flight.popleft(), metrics)
+            meter.add(step, values)
             checkpointer.poll()
             evaluate = self.eval_every and step % self.eval_every == 0
             save = step % self.checkpoint_every == 0
             if (evaluate or save) and step < self.steps:
-                _drain(in_flight, meter, metrics)  # what is saved is known to come from finite losses
-                with meter.paused():
+                with meter.paused():  # what is saved is known to come from finite losses
                     if evaluate:
                         loss = self.held_out_loss(run.model, state, mesh)
                         metrics.log(step, {"eval_loss": loss})
                         state = {**state, "opt_state": self.optimizer.observe(state["opt_state"], loss)}
                     if save:
                         self._save(checkpointer, run, state, step, batches, meter)
-        _drain(in_flight, meter, metrics)
+        meter.drain()
         self._save(checkpointer, run, state, step, batches, meter, wait=True)
-        if step < self.steps:
-            metrics.message(f"stopped at step {step} of {self.steps}; the same command goes on")
-        elif step > run.step:
+        if step == self.steps and step > run.step:
             metrics.log(step, {"eval_loss": self.held_out_loss(run.model, state, mesh)})
+        metrics.message(statements.closing(workdir, step, self.steps))
         return dataclasses.replace(run, state=state, step=step)
 
     def _save(
@@ -465,14 +444,6 @@ class Run:
     data: dict[str, Any] | None = None
     losses: list[float] = dataclasses.field(default_factory=list)
     carried: dict[str, Any] = dataclasses.field(default_factory=dict)
-
-
-def _drain(
-    in_flight: collections.deque[tuple[int, dict[str, jax.Array]]], meter: Meter, metrics: MetricsLogger
-) -> None:
-    while in_flight:
-        step, values = in_flight.popleft()
-        meter.record(step, values, metrics)
 
 
 def _retreat(checkpointer: Checkpointer, bad_step: int) -> str:

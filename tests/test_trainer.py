@@ -75,17 +75,11 @@ def test_metrics(whole):
     training = [line for line in raw if "loss" in line]
     assert [line["step"] for line in training] == [*range(3, 40, 3), 40]  # every third, and the last
     for line in training:
-        assert {"step", "loss", "tokens_per_second", "mfu", "learning_rate", "grad_norm", "tokens"} == set(
-            line
-        )
-        assert line["grad_norm"] > 0 and line["tokens_per_second"] > 0 and line["mfu"] > 0
+        assert set(line) == {"step", "loss", "tokens_per_second", "learning_rate", "grad_norm", "tokens"}
+        assert line["grad_norm"] > 0 and line["tokens_per_second"] > 0
         assert 0 < line["tokens"] <= 8 * 32
         rate = AdamW(learning_rate=1e-2, warmup_steps=4).learning_rates(40)(line["step"] - 1)
         assert line["learning_rate"] == pytest.approx(float(rate), rel=1e-6)
-        ratio = (
-            line["mfu"] / line["tokens_per_second"]
-        )  # FLOPs per token over the peak: the same in every line
-        assert ratio == pytest.approx(training[0]["mfu"] / training[0]["tokens_per_second"], rel=1e-6)
     assert [line["step"] for line in raw if "eval_loss" in line] == [10, 20, 30, 40]
     assert run.step == 40
 

@@ -140,7 +140,17 @@ def test_sigterm_saves_exits_0_and_the_same_command_goes_on(gin_file, whole, tmp
     (step,) = Checkpointer(tmp_path / "checkpoints").steps()
     assert 3 <= step < 40
     assert f"stopped at step {step} of 40; the same command goes on" in err
-    assert f"step {step} of 40 is done: going on" in finish(gin_file, tmp_path)
+    said = finish(gin_file, tmp_path)
+    assert f"step {step} of 40 is done: going on" in said
+    for line in (
+        "model: llama, 2 layers, ",
+        " parameters in float32, activations in float32, window of 32 tokens",
+        "steps: 40 of 8 rows x 32 = 256 tokens, on 1 x cpu",
+        f"writing to {tmp_path}",
+        "compiling the first step",
+        f"done: {tmp_path}/checkpoints/40; next: python -m lcx.evaluate --checkpoint={tmp_path}",
+    ):
+        assert line in said
     assert_same_checkpoint(tmp_path, whole)
     assert lines(tmp_path) == lines(whole)
 
