@@ -321,9 +321,11 @@ class Trainer:
         sizes = {"batch_size": self.batch_size, "seq_len": self.seq_len}
         meter = Meter(run.model, metrics, **sizes, every=self.log_every, last=self.steps, losses=run.losses)
         state, step = run.state, run.step
+        stop.unsaved = False  # until the first step, which compiles
         while step < self.steps and not stop.requested(step):
             batch = sharding.shard_batch(next(batches), mesh)
             state, values = step_fn(state, batch, np.int32(step))
+            stop.unsaved = True
             step += 1
             meter.add(step, values)
             checkpointer.poll()

@@ -177,6 +177,28 @@ with StopRequest() as stop:
     ]
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_before_the_first_step_ends_a_run_that_compiles(number):
+    """The main thread hangs in a C function that no signal interrupts, as the compiler is one."""
+    script = """
+import ctypes, sys
+from lcx.training.signals import StopRequest
+mutex = ctypes.create_string_buffer(128)
+with StopRequest() as stop:
+    stop.unsaved = False
+    print("compiling", flush=True)
+    for _ in range(2):
+        ctypes.CDLL(None).pthread_mutex_lock(mutex)
+"""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([sys.executable, "-c", script], env=environment(), **pipes)
+    assert process.stdout.readline() == "compiling\n"
+    process.send_signal(number)
+    _, err = process.communicate(timeout=50)
+    assert process.returncode == 128 + number
+    assert own_lines(err) == [f"{number.name}: stopped before the first step, nothing is lost"]
+
+
 def test_signals_are_given_back(tmp_path):
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     with pytest.raises(UserError, match="at step 1"):
