@@ -33,6 +33,7 @@ from lcx.training import resume_check, statements
 from lcx.training import step as train_step
 from lcx.training.distributed import join
 from lcx.training.logger import MODES, MetricsLogger
+from lcx.training.memory import check_fits
 from lcx.training.meter import Meter, NotFiniteError
 from lcx.training.signals import StopRequest
 from lcx.training.step import State
@@ -163,6 +164,11 @@ class Trainer:
                 raise UserError(
                     f"Trainer.{name} is {getattr(self, name)!r}, expected one of {', '.join(known)}"
                 )
+        if (self.optimizer.warmup_steps or 0) > self.steps:
+            raise UserError(
+                f"AdamW.warmup_steps is {self.optimizer.warmup_steps}, more than the {self.steps} steps of the run: "
+                "lower it, or raise Trainer.steps"
+            )
         if self.batch_size % self.accumulation:
             raise UserError(
                 f"Trainer.batch_size {self.batch_size} is not a multiple of accumulation {self.accumulation}"
@@ -240,6 +246,7 @@ class Trainer:
         if self.init_from is None:
             assert self.model is not None
             model = self.adjusted(self.model)
+            check_fits(self._prepared(model, mesh, lora).abstract, mesh)
             params = model_lib.init_params(model, jax.random.key(self.seed), mesh=mesh)
         else:
             if self.adapter is None:

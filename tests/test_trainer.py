@@ -228,6 +228,7 @@ def test_a_converted_model_is_not_a_run(text, tmp_path):
         ({"dtype": "bf16"}, "Trainer.dtype is 'bf16', expected one of float32, bfloat16"),
         ({"remat": "all"}, "Trainer.remat is 'all', expected one of none, full, dots"),
         ({"wandb": "yes"}, "Trainer.wandb is 'yes', expected one of auto, offline, online, off"),
+        ({"steps": 3}, "AdamW.warmup_steps is 4, more than the 3 steps of the run"),
     ],
 )
 def test_settings_that_cannot_be(text, changes, says):
@@ -240,6 +241,8 @@ def test_settings_that_cannot_be(text, changes, says):
     [
         ({"mesh": MeshShape(fsdp=3)}, "needs 3 devices, found"),
         ({"model": tiny_model(vocab_size=200)}, "vocab_size is 200"),
+        ({"model": tiny_model(hidden_size=1 << 20)}, "take 79,.* GB, and this machine has .* GB of memory"),
+        ({"optimizer": AdamW(frozen="nothing")}, "AdamW.frozen 'nothing' matches none"),
         ({"data": {"source": "/nowhere.txt"}}, "/nowhere.txt"),
         ({"data": {"eval_fraction": 1.0}}, "the train split of .* is empty"),
         ({"seq_len": 4096}, "fewer than global_batch_size=8"),
