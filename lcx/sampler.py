@@ -356,6 +356,11 @@ def _is_number(value: Any) -> bool:
 
 def _rows(tokens: Prompts, vocab_size: int) -> list[np.ndarray]:
     """One int32 array a prompt."""
+    if isinstance(tokens, str) or (not hasattr(tokens, "ndim") and any(isinstance(row, str) for row in tokens)):
+        raise UserError(
+            "tokens is text, expected token ids: use lcx.generate_text(model, params, tokenizer, text), or encode it "
+            "with lcx.load_tokenizer(path).encode(text)"
+        )
     if hasattr(tokens, "ndim"):
         if tokens.ndim != 2:
             raise UserError(

@@ -12,6 +12,7 @@ LAYERS = [  # a module imports from its own row and the rows below
     "train evaluate generate __init__",
     "config",
     "blockwise ladder evaluator terminal report trainer",
+    "text",
     "evals",
     "evals.support",
     "training convert sampler",
