@@ -12,7 +12,6 @@ import lcx
 
 V = 258
 TOKENS = np.random.default_rng(0).integers(0, V, (2, 24))
-YARN = {"rope_type": "yarn", "factor": 4.0}
 SIZES = dict(
     vocab_size=V,
     hidden_size=32,

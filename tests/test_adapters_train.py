@@ -26,6 +26,8 @@ from lcx.lora import LoRA
 from lcx.sharding import MeshShape
 from lcx.stopping import StopRequest
 
+YARN = {"rope_type": "yarn", "factor": 4.0}
+
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory):
