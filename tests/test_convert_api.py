@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import quick_xla
 import transformers
 
 import lcx
@@ -253,7 +254,7 @@ def test_any_mesh_gets_the_same_arrays_in_its_own_shards(tmp_path):
     )
     lcx.save(tmp_path / "savanna", evo2, random_params(evo2), format="savanna", model_parallel=2)
     env = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "XLA_FLAGS": quick_xla.flags("--xla_force_host_platform_device_count=8"),
         "NPROC": "32",
         "PYTHONPATH": str(pathlib.Path(__file__).parent.parent),
     }
