@@ -32,14 +32,14 @@ from lcx.version import __version__
 
 if TYPE_CHECKING:
     from lcx.convert.api import load, save
-    from lcx.convert.lolcats.format import Lolcats
+    from lcx.convert.lolcats.files import Lolcats
     from lcx.data.tokenizers import load_tokenizer
     from lcx.sampler import generate, logits
 
 __all__ = ["Lolcats", "UserError", "__version__", "generate", "load", "load_tokenizer", "logits", "save"]
 
 _HOMES = {
-    "Lolcats": "lcx.convert.lolcats.format",
+    "Lolcats": "lcx.convert.lolcats.files",
     "load": "lcx.convert.api",
     "load_tokenizer": "lcx.data.tokenizers",
     "save": "lcx.convert.api",

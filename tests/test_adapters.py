@@ -18,11 +18,11 @@ import lcx
 from lcx import lora as lora_lib
 from lcx import trainer as trainer_lib
 from lcx.convert.__main__ import main as convert_main
-from lcx.convert.hf.format import HfSource
-from lcx.convert.lcx_folder import LcxSource
+from lcx.convert.hf.source import HfSource
 from lcx.convert.peft import adapter as peft
 from lcx.convert.peft import files as peft_files
 from lcx.convert.peft import merged as adapted
+from lcx.convert.workdir.source import LcxSource
 from lcx.data import ByteTokenizer
 from lcx.errors import UserError
 from lcx.lora import LoRA

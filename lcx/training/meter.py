@@ -1,5 +1,6 @@
 """What the values of finished steps say: a mean loss, tokens per second, model FLOP utilisation; when to give up."""
 
+import collections
 import contextlib
 import math
 import time
@@ -46,6 +47,14 @@ class Meter:
         self._peak = peak_flops.peak_flops()
         self._since: float | None = None  # the first step compiles: its time says nothing
         self._timed = 0
+
+    def drain(
+        self, in_flight: collections.deque[tuple[int, dict[str, jax.Array]]], metrics: MetricsLogger
+    ) -> None:
+        """Records (step, values) of all steps that are still under way, and empties the queue."""
+        while in_flight:
+            step, values = in_flight.popleft()
+            self.record(step, values, metrics)
 
     def record(self, step: int, values: dict[str, jax.Array], metrics: MetricsLogger) -> None:
         """Waits for a step, checks it, and logs it if it is due.
