@@ -442,8 +442,11 @@ def attention(model, **changes):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda m: attention(m, window=8), "cannot express; change model_type (mistral"),
-        (lambda m: attention(m, qk_norm=True), "model_type 'llama' has False"),
+        (lambda m: attention(m, window=8), "or change model_type to 'mistral' or 'phi3'"),
+        (
+            lambda m: attention(m, qk_norm=True),
+            "has False in the 'hf' format; save with format 'lcx', or change model_type to 'qwen3'",
+        ),
         (lambda m: attention(m, qkv_bias=True), "o_bias False, model_type 'llama' has True"),
         (lambda m: m.clone(model_type="mamba"), "model_type 'mamba'"),
         (lambda m: m.clone(norm_eps=1e-3), "config.json can state one for all"),

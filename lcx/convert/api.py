@@ -118,7 +118,10 @@ def write(
     target = formats.writer(format)
     needed = target.planned_bytes(source, dtype=dtype)
     with destination.replacing(
-        path, overwrite=overwrite, needed_bytes=needed, replaceable=formats.is_checkpoint
+        path,
+        overwrite=overwrite,
+        needed_bytes=needed,
+        replaceable=lambda old: formats.is_checkpoint(old, target),
     ) as folder:
         tensors = target.write(folder, source, dtype=dtype, progress=progress)
         return tensor_io.describe(target.check_written(folder, tensors))

@@ -118,8 +118,11 @@ def configured(format: F, options: Mapping[str, Any]) -> F:
     return dataclasses.replace(format, **given)
 
 
-def detect(path: str | os.PathLike) -> Format:
+def detect(path: str | os.PathLike, *more: Format) -> Format:
     """The format of a folder or file, from the names of files (of torch files: also from the names of tensors).
+
+    Args:
+      more: formats of the user's own, asked before those of the table.
 
     Raises:
       UserError: it is none of the known ones, or no model by itself.
@@ -133,7 +136,7 @@ def detect(path: str | os.PathLike) -> Format:
     if not place.is_dir():
         unsupported.check_names(place, [place.name])
         unsupported.check_pointer(place)
-    for format in sorted(FORMATS, key=lambda format: not format.overlay):
+    for format in sorted((*more, *FORMATS), key=lambda format: not format.overlay):
         if format.detect(place, names):
             return format
     if not place.is_dir():
@@ -146,10 +149,10 @@ def detect(path: str | os.PathLike) -> Format:
     )
 
 
-def is_checkpoint(path: pathlib.Path) -> bool:
-    """Whether a folder may be replaced by a checkpoint, because it is one."""
+def is_checkpoint(path: pathlib.Path, *more: Format) -> bool:
+    """Whether a folder may be replaced by a checkpoint, because it is one; see `detect`."""
     try:
-        return detect(path).may_replace(path)
+        return detect(path, *more).may_replace(path)
     except UserError:
         return False
 

@@ -11,6 +11,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from lcx.convert.core import model_source, rules
+from lcx.convert.files.tensor_io import TensorInfo
 from lcx.convert.hf import families, rope_parameters
 from lcx.convert.hf.family import Family
 from lcx.convert.hf.llama_like import LlamaLike
@@ -79,6 +81,18 @@ def family_of(config: Mapping[str, Any], own: Family | None = None) -> Family:
         raise UserError(
             f"config.json has model_type {shown(model_type)}, supported are {', '.join(families.FAMILIES)}"
         )
+    return found
+
+
+def fitting(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> list[Family]:
+    """The families of which both the settings of a config.json, whatever its model_type, and the tensors could be."""
+    found = []
+    for family in families.FAMILIES.values():
+        with contextlib.suppress(UserError):
+            model = family.model({**config, "model_type": family.model_type}, dtype="float32")
+            table = rules.Table(family.rules(model), model_source.leaf_shapes(model))
+            table.check_source(tensors, harmless=(*family.buffers, re.escape(family.head)))
+            found.append(family)
     return found
 
 

@@ -1,4 +1,4 @@
-"""Families that are Llama with a few switches: Llama itself, Mistral, Qwen2, Qwen3, Phi-3.
+"""Families that are Llama with a few switches.
 
 model.embed_tokens.weight [V, D]     model.norm.weight [D]     lm_head.weight [V, D] (absent when tied)
 model.layers.{i}.
@@ -139,7 +139,7 @@ class LlamaLike(Family):
             if window or "sliding_attention" in (types or ()):
                 raise UserError(
                     f"config.json has sliding_window {shown(window)}, which model_type {self.model_type!r} does "
-                    "not use; remove the key, or change model_type to that of the model"
+                    "not use; remove the key"
                 )
             return None
         if self.windows == "by_layer" and not boolean(config, "use_sliding_window"):

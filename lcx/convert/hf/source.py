@@ -49,7 +49,7 @@ class HfSource:
             family = hf_config.family_of(config, family)
             self._tensors: tensor_io.TensorSource = tensor_names.unwrapped(self._folder, self.where, family)
             _check_depth(config, self._tensors.tensors, family)
-            model = hf_config.from_config(config, family=family)
+            model = self._model(config, family)
             self._table = rules.Table(family.rules(model), model_source.leaf_shapes(model))
             if model.tie_word_embeddings:
                 self._tensors = _tied(self._tensors, family, self.where)
@@ -74,6 +74,14 @@ class HfSource:
             for path, shape in self._table.shapes.items()
         }
         self.model: Decoder = model.clone(dtype=str(model_source.stored_dtype(self.leaves)), parent=None)
+
+    def _model(self, config: Mapping[str, Any], family: Family) -> Decoder:
+        try:
+            return hf_config.from_config(config, family=family)
+        except UserError as error:
+            able = [repr(other.model_type) for other in hf_config.fitting(config, self._tensors.tensors)]
+            hint = f", or change model_type to {' or '.join(able)}, whose settings and tensors these are"
+            raise UserError(f"{error}{hint if able else ''}") from error
 
     @functools.cached_property
     def tokenizer(self) -> Mapping[str, Any] | None:
