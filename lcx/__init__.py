@@ -33,7 +33,7 @@ from lcx.version import __version__
 
 if TYPE_CHECKING:
     from lcx.convert.api import load, save
-    from lcx.convert.lolcats.format import Lolcats
+    from lcx.convert.lolcats.files import Lolcats
     from lcx.data.tokenizers import load_tokenizer
     from lcx.sampler import generate, logits
     from lcx.text import generate_text
@@ -43,7 +43,7 @@ __all__ = [
 ]  # fmt: skip
 
 _HOMES = {
-    "Lolcats": "lcx.convert.lolcats.format",
+    "Lolcats": "lcx.convert.lolcats.files",
     "load": "lcx.convert.api",
     "load_tokenizer": "lcx.data.tokenizers",
     "save": "lcx.convert.api",

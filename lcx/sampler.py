@@ -212,8 +212,11 @@ class _Job:
         return self._decode(state, until)
 
     def _reads_again_at(self) -> int | None:
-        """The step at which transformers' Phi-3 drops its cache: the text grows past the original window."""
-        if self.rope_trace != "hf" or self.model.model_type != "phi3":
+        """The step at which transformers drops its cache, for the families where it does: past the original window."""
+        from lcx.convert.hf import families
+
+        family = families.find(self.model.model_type)
+        if self.rope_trace != "hf" or family is None or not family.rereads:
             return None
         ropes = _ropes(self.model, "longrope")
         step = ropes[0].original_max_position_embeddings + 1 - self.lengths.max() if ropes else 0

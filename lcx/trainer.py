@@ -15,14 +15,12 @@ from typing import Any, Protocol
 
 import jax
 import numpy as np
-import optax
 
 from lcx import lora as lora_lib
 from lcx import model as model_lib
 from lcx import objectives, paths, sharding
-from lcx.checkpoint import Checkpointer, model_json
-from lcx.convert import api as convert
-from lcx.convert.peft import start as adapter_start
+from lcx.checkpoint import Checkpointer, as_stored, model_json
+from lcx.convert import start as convert
 from lcx.data import BatchIterator, Dataset, Mixture
 from lcx.errors import UserError
 from lcx.linearize import Linearize, check_linear
@@ -35,6 +33,7 @@ from lcx.training.distributed import join
 from lcx.training.logger import MODES, MetricsLogger
 from lcx.training.memory import check_fits
 from lcx.training.meter import Meter, NotFiniteError
+from lcx.training.run import Run, prepared
 from lcx.training.signals import StopRequest
 from lcx.training.step import State
 from lcx.version import __version__
@@ -174,7 +173,7 @@ class Trainer:
                 f"Trainer.batch_size {self.batch_size} is not a multiple of accumulation {self.accumulation}"
             )
 
-    def run(self, workdir: str) -> "Run":
+    def run(self, workdir: str) -> Run:
         """Trains to the last step, or to a request to stop. Goes on with what is in the workdir."""
         mesh = self.mesh.build()
         self.check_rows(mesh)
@@ -207,8 +206,8 @@ class Trainer:
                 self._check_origin(checkpointer.restore({})[2], workdir)
                 return
         if self.expects_linear and self.init_from is not None and self.linearize is None:
-            source = convert.source(self.init_from)
-            check_linear(source.model, seq_len=self.seq_len, where=self.init_from)
+            model = convert.model_at(self.init_from)
+            check_linear(model, seq_len=self.seq_len, where=self.init_from)
 
     def _check_origin(self, documents: dict[str, Any], workdir: str) -> None:
         if not {"data", "origin"} <= documents.keys():
@@ -219,7 +218,7 @@ class Trainer:
 
     # ---------------------------------------------------------------------------------------------- initial state
 
-    def _resume(self, checkpointer: Checkpointer, mesh, workdir: str) -> "Run | None":
+    def _resume(self, checkpointer: Checkpointer, mesh, workdir: str) -> Run | None:
         """The newest checkpoint that verifies, on this mesh, whatever mesh wrote it."""
         if not checkpointer.steps():
             return None
@@ -227,8 +226,8 @@ class Trainer:
         self._check_origin(documents, workdir)
         model = self.adjusted(self.model or model_json.from_json(documents["meta"]["model"]))
         lora = self.lora if self.adapter is None else model_json.from_json(documents["meta"]["lora"])
-        stored = convert.as_stored(model, mesh, checkpointer.directory / str(step))
-        run = self._prepared(model, mesh, lora, stored)
+        stored = as_stored(model_lib.abstract_params(model, mesh=mesh), checkpointer.directory / str(step))
+        run = prepared(self.optimizer, self.steps, model, mesh, lora, stored)
         step, state, documents = checkpointer.restore(run.abstract)
         return dataclasses.replace(
             run,
@@ -239,47 +238,41 @@ class Trainer:
             carried=documents["meta"].get("hf_config") or {},
         )
 
-    def _start(self, mesh) -> "Run":
+    def _start(self, mesh) -> Run:
         """A warm start from init_from, or random weights."""
-        carried: dict[str, Any] = {}
-        lora, pairs = self.lora, None
         if self.init_from is None:
             assert self.model is not None
             model = self.adjusted(self.model)
-            check_fits(self._prepared(model, mesh, lora).abstract, mesh)
+            check_fits(prepared(self.optimizer, self.steps, model, mesh, self.lora).abstract, mesh)
             params = model_lib.init_params(model, jax.random.key(self.seed), mesh=mesh)
+            begun = convert.Start(model, params, carried={}, lora=self.lora)
         else:
-            if self.adapter is None:
-                model, params = self.load(mesh)
-            else:
-                model, params, pairs, lora = adapter_start.start(
-                    self.init_from,
-                    self.adapter,
-                    mesh=mesh,
-                    lora=self.lora,
-                    rope_scaling=self.rope_scaling,
-                    context_length=self.context_length,
-                )
+            begun = self.load(mesh)
             if self.expects_linear:
-                check_linear(model, seq_len=self.seq_len, where=self.init_from)
-            model, carried = self.adjusted(model), _carried(self.init_from)
-        run = self._prepared(model, mesh, lora, params)
-        weights = {"params": train_step.as_kept(params, run.abstract["params"])}
+                check_linear(begun.model, seq_len=self.seq_len, where=self.init_from)
+        model, lora = self.adjusted(begun.model), begun.lora
+        run = prepared(self.optimizer, self.steps, model, mesh, lora, begun.params)
+        weights = {"params": train_step.as_kept(begun.params, run.abstract["params"])}
         if lora is not None:
-            weights["lora"] = pairs or lora.init(jax.random.key(self.seed), model, mesh=mesh)
+            weights["lora"] = begun.pairs or lora.init(jax.random.key(self.seed), model, mesh=mesh)
         opt_state = train_step.init_opt_state(run.optimizer, weights, run.abstract, run.trains)
-        return dataclasses.replace(run, state={**weights, "opt_state": opt_state}, carried=carried)
+        return dataclasses.replace(run, state={**weights, "opt_state": opt_state}, carried=begun.carried)
 
-    def load(self, mesh) -> tuple[Decoder, Any]:
+    def load(self, mesh) -> convert.Start:
         """The pretrained model with the changes that are asked for, and its parameters as they are stored."""
         assert self.init_from is not None
-        model, params = convert.load(
-            self.init_from, mesh=mesh, rope_scaling=self.rope_scaling, context_length=self.context_length
+        begun = convert.start(
+            self.init_from,
+            mesh=mesh,
+            rope_scaling=self.rope_scaling,
+            context_length=self.context_length,
+            adapter=self.adapter,
+            lora=self.lora,
         )
-        model = model.clone(dtype="float32", parent=None)
         if self.linearize is None:
-            return model, params
-        return self.linearize(model, params, jax.random.key(self.seed))
+            return begun
+        model, params = self.linearize(begun.model, begun.params, jax.random.key(self.seed))
+        return dataclasses.replace(begun, model=model, params=params)
 
     def adjusted(self, model: Decoder) -> Decoder:
         """The model with the run's dtype and remat."""
@@ -287,18 +280,6 @@ class Trainer:
             name: getattr(self, name) for name in ("dtype", "remat") if getattr(self, name) is not None
         }
         return model.clone(parent=None, **changes)
-
-    def _prepared(self, model: Decoder, mesh, lora: lora_lib.LoRA | None, stored: Any = None) -> "Run":
-        """Everything but the arrays. `stored`: parameters, or their shapes, in the dtypes of what does not train."""
-        weights = {"params": model_lib.abstract_params(model, mesh=mesh)}
-        if lora is not None:
-            weights["lora"] = lora.abstract(model, mesh=mesh)
-        trains = self.optimizer.trains(weights, None if lora is None else lora.beside)
-        if stored is not None:
-            weights["params"] = train_step.kept(weights["params"], trains["params"], stored)
-        optimizer = self.optimizer.build(train_step.moving(weights, trains), self.steps)
-        abstract = train_step.abstract_state(weights, optimizer, mesh, trains)
-        return Run(model, optimizer, trains, abstract, lora)
 
     def _origin(self) -> dict[str, Any]:
         return resume_check.record(
@@ -314,8 +295,8 @@ class Trainer:
     # -------------------------------------------------------------------------------------------------- the loop
 
     def _loop(
-        self, run: "Run", mesh, batches, checkpointer, metrics: MetricsLogger, stop: StopRequest, workdir: str
-    ) -> "Run":
+        self, run: Run, mesh, batches, checkpointer, metrics: MetricsLogger, stop: StopRequest, workdir: str
+    ) -> Run:
         step_fn = train_step.make_step(
             run.model,
             run.optimizer,
@@ -356,7 +337,7 @@ class Trainer:
     def _save(
         self,
         checkpointer: Checkpointer,
-        run: "Run",
+        run: Run,
         state: State,
         step: int,
         batches: BatchIterator,
@@ -428,33 +409,6 @@ class Trainer:
             )
 
 
-@dataclasses.dataclass
-class Run:
-    """What a run holds.
-
-    Attributes:
-      trains: tree of bool, which of the weights move.
-      abstract: shapes and shardings of the state.
-      lora: the settings of its pairs, if it trains pairs.
-      state: see train_step. Empty until it is restored or started.
-      step: updates done.
-      data: position in the data; None at a start.
-      losses: of the steps that are not yet in a line of metrics.jsonl.
-      carried: settings that came with a pretrained model, for its export.
-    """
-
-    model: Decoder
-    optimizer: optax.GradientTransformation
-    trains: Any
-    abstract: State
-    lora: lora_lib.LoRA | None = None
-    state: State = dataclasses.field(default_factory=dict)
-    step: int = 0
-    data: dict[str, Any] | None = None
-    losses: list[float] = dataclasses.field(default_factory=list)
-    carried: dict[str, Any] = dataclasses.field(default_factory=dict)
-
-
 def _retreat(checkpointer: Checkpointer, bad_step: int) -> str:
     """Which checkpoint to go on from. That of the step before is of the weights that gave the bad numbers."""
     with contextlib.suppress(UserError):
@@ -462,13 +416,6 @@ def _retreat(checkpointer: Checkpointer, bad_step: int) -> str:
     checkpointer.reject(bad_step - 1)
     steps = checkpointer.steps()
     return f"the checkpoint of step {steps[-1]} is kept" if steps else "there is no checkpoint yet"
-
-
-def _carried(path: str) -> dict[str, Any]:
-    """Settings of a pretrained model that the Decoder does not hold: ids of special tokens."""
-    with contextlib.suppress(UserError):
-        return dict(convert.source(path).carried)
-    return {}
 
 
 def _metrics(trainer: Trainer, workdir: str, step: int) -> MetricsLogger:

@@ -13,10 +13,10 @@ from peft_models import V, edit, hf_base, hf_logits, logits, write_adapter, writ
 from safetensors.torch import load_file, save_file
 
 import lcx
-from lcx.convert.hf.format import HfSource
-from lcx.convert.lcx_folder import LcxSource
+from lcx.convert.hf.source import HfSource
 from lcx.convert.peft import files as peft_files
 from lcx.convert.peft import merged
+from lcx.convert.workdir.source import LcxSource
 from lcx.errors import UserError
 
 

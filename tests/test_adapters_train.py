@@ -18,8 +18,8 @@ import lcx
 from lcx import lora as lora_lib
 from lcx import trainer as trainer_lib
 from lcx.convert.__main__ import main as convert_main
-from lcx.convert.lcx_folder import LcxSource
 from lcx.convert.peft import adapter as peft
+from lcx.convert.workdir.source import LcxSource
 from lcx.data import ByteTokenizer
 from lcx.errors import UserError
 from lcx.lora import LoRA
