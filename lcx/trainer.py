@@ -235,6 +235,7 @@ class Trainer:
             step=step,
             data=documents["data"],
             losses=documents["meter"]["losses"],
+            before=documents.get("settings") or {},
             carried=documents["meta"].get("hf_config") or {},
         )
 
@@ -360,6 +361,7 @@ class Trainer:
             "origin": self._origin(),
             "data": batches.state(),
             "meter": {"losses": meter.losses},
+            "settings": resume_check.changeable(self),
         }
         checkpointer.save(step, state, json=documents, wait=wait)
 

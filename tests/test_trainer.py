@@ -165,10 +165,21 @@ def test_a_finished_run_is_left_alone(whole, text, tmp_path, capsys):
 def test_a_run_can_be_made_longer_and_may_change_what_is_no_part_of_the_model(whole, text, tmp_path, capsys):
     shutil.copytree(whole[0], tmp_path / "run")
     changes = {"remat": "dots", "batch_size": 4, "accumulation": 2}
+    changes["optimizer"] = AdamW(learning_rate=5e-3, warmup_steps=4)
     run = tiny_trainer(text, steps=42, **changes).run(str(tmp_path / "run"))
     assert run.step == 42 and run.model.remat == "dots"
     assert saved(tmp_path / "run")[2]["data"]["next_index"] == 40 * 8 + 2 * 4
-    assert "step 40 of 42 is done: going on" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "step 40 of 42 is done: going on" in said
+    for line in (
+        "Trainer.steps is 42 from here on, and was 40 before",
+        "Trainer.batch_size is 4 from here on, and was 8 before",
+        "Trainer.accumulation is 2 from here on, and was 1 before",
+        "Trainer.optimizer.learning_rate is 0.005 from here on, and was 0.01 before",
+        "Trainer.remat is 'dots' from here on, and was the default before",
+    ):
+        assert line in said
+    assert said.count("from here on") == 5
     assert [line["step"] for line in lines(tmp_path / "run") if "loss" in line][-2:] == [40, 42]
 
 

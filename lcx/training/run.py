@@ -25,6 +25,7 @@ class Run:
       step: updates done.
       data: position in the data; None at a start.
       losses: of the steps that are not yet in a line of metrics.jsonl.
+      before: the settings of the run that it goes on with, see resume_check.changeable.
       carried: settings that came with a pretrained model, for its export.
     """
 
@@ -37,6 +38,7 @@ class Run:
     step: int = 0
     data: dict[str, Any] | None = None
     losses: list[float] = dataclasses.field(default_factory=list)
+    before: dict[str, Any] = dataclasses.field(default_factory=dict)
     carried: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 

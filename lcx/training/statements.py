@@ -8,6 +8,7 @@ import jax
 
 from lcx import lora as lora_lib
 from lcx import model as model_lib
+from lcx.training import resume_check
 
 
 def opening(trainer: Any, run: Any, mesh: jax.sharding.Mesh, workdir: str) -> Iterator[str]:
@@ -20,6 +21,7 @@ def opening(trainer: Any, run: Any, mesh: jax.sharding.Mesh, workdir: str) -> It
     if run.data is not None:
         rest = "going on" if run.step < trainer.steps else "nothing is left to do"
         yield f"step {run.step} of {trainer.steps} is done: {rest}"
+        yield from resume_check.changes(run.before, resume_check.changeable(trainer))
     yield _model(run)
     yield _size(trainer, mesh)
     yield trainer.data.describe_special_tokens()
