@@ -9,7 +9,9 @@ import pytest
 from test_kernels_second_order_attention import NAMES, arrays, by_hand
 
 from kernels_pallas import second_order_states
-from kernels_pallas.second_order_states import Sizes, obstacle, second_order_attention
+from kernels_pallas.second_order_attention_plan import TILES
+from kernels_pallas.second_order_states import obstacle, second_order_attention
+from kernels_pallas.second_order_states_plan import SIZES, Sizes
 from kernels_pallas.tiles import Tile, Tiles
 from lcx.ops import dispatch, segments
 from lcx.ops.second_order_attention import empty_state
@@ -146,4 +148,4 @@ def test_obstacles():
     x = jax.ShapeDtypeStruct((1, 128, 2, 128), jnp.float32)
     assert "[16, 32, 64]" in obstacle(x, x, x, platform="gpu")
     assert obstacle(x, x, x, platform="tpu") is None
-    assert set(second_order_states.SIZES) == set(second_order_states.near_part.TILES)
+    assert set(SIZES) == set(TILES)
