@@ -212,6 +212,8 @@ FOLDERS = {
     ),
     "gpt neox": ("bytes", {}, {"config": {"model_type": "gpt_neox"}}),
     "cohere": ("bytes", {}, {"tokenizer_config": {"tokenizer_class": "CohereTokenizer", **BOS_EOS}}),
+    "roberta": ("bytes", {}, {"tokenizer_config": {"tokenizer_class": "RobertaTokenizer"}}),
+    "bart": ("bytes", {}, {"config": {"model_type": "florence2"}}),
     "older files": (
         "bytes",
         {},
@@ -413,26 +415,35 @@ def test_what_is_not_read_as_transformers_reads_it_is_refused(trained, tmp_path,
         load_tokenizer(folder_of(tmp_path, {"tokenizer": trained["spaces"], **files}))
 
 
+def word_pieces(**options):
+    """tokenizer.json and tokenizer_config.json of a WordPiece vocabulary, without a pipeline."""
+    library = pytest.importorskip("tokenizers")
+    vocabulary = [*"ab,.ée'日", "##b", "hi", "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    model = library.models.WordPiece({token: i for i, token in enumerate(vocabulary)}, unk_token="[UNK]")
+    plain = json.loads(library.Tokenizer(model).to_str())
+    return {"tokenizer": plain, "tokenizer_config": {"unk_token": "[UNK]", **options}}
+
+
+BERTS = [
+    {"tokenizer_class": "BertTokenizer"},
+    {"tokenizer_class": "DistilBertTokenizerFast", "do_lower_case": False, "strip_accents": True},
+    {
+        "tokenizer_class": "BertTokenizer",
+        "tokenize_chinese_chars": False,
+        "clean_up_tokenization_spaces": True,
+    },
+]
+
+
+@pytest.mark.parametrize("options", BERTS)
+def test_word_pieces_equal_auto_tokenizer(transformers, tmp_path, options):
+    folder = folder_of(tmp_path, word_pieces(**options))
+    assert_equal(load_tokenizer(folder), transformers.AutoTokenizer.from_pretrained(folder))
+
+
 def test_the_way_out_of_a_refused_class(transformers, tmp_path):
     """What the message says to do gives the ids of the class."""
-    library = pytest.importorskip("tokenizers")
-    vocabulary = {
-        "[PAD]": 0,
-        "[UNK]": 1,
-        "[CLS]": 2,
-        "[SEP]": 3,
-        "[MASK]": 4,
-        "hi": 5,
-        "##t": 6,
-        "a": 7,
-        ",": 8,
-    }
-    plain = json.loads(library.Tokenizer(library.models.WordPiece(vocabulary, unk_token="[UNK]")).to_str())
-    files = {
-        "tokenizer": plain,
-        "tokenizer_config": {"tokenizer_class": "FunnelTokenizer", "cls_token": "[CLS]"},
-    }
-    folder = folder_of(tmp_path / "funnel", files)
+    folder = folder_of(tmp_path / "funnel", word_pieces(tokenizer_class="FunnelTokenizer"))
     with pytest.raises(UserError, match="then set tokenizer_class to 'TokenizersBackend' in NEW"):
         load_tokenizer(folder)
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
@@ -463,15 +474,15 @@ def test_the_pattern_of_older_mistral_folders(transformers, trained, tmp_path):
     data = trained["bytes"] | {"model": model | {"vocab": model["vocab"] | words}}
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "fix_mistral_regex": True}
     ids = []
-    for version in ("4.57.0", "5.0.0"):
-        about = {"model_type": "mistral3", "transformers_version": version}
-        files = {"tokenizer": data, "tokenizer_config": config, "config": about}
-        folder = folder_of(tmp_path / version, files)
-        ours, theirs = load_tokenizer(folder), transformers.AutoTokenizer.from_pretrained(folder)
-        for text in TEXTS:
-            assert ours.encode(text).tolist() == theirs(text, add_special_tokens=False).input_ids
+    folder_of(tmp_path, {"tokenizer": data, "tokenizer_config": config})
+    for version in ("5.0.0", "4.57.0"):
+        folder_of(tmp_path, {"config": {"model_type": "mistral3", "transformers_version": version}})
+        ours = load_tokenizer(tmp_path)
         ids.append(ours.encode("don't I'LL 12345").tolist())
     assert ids[0] != ids[1]
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in TEXTS:
+        assert ours.encode(text).tolist() == theirs(text, add_special_tokens=False).input_ids
 
 
 # ------------------------------------------------------------------------------------------------ the shared cases

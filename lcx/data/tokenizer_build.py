@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from lcx.data import json_files, sentencepiece_model
 from lcx.data.special import SpecialTokens
-from lcx.data.tokenizer_classes import DEFAULTS, PIPELINES
+from lcx.data.tokenizer_classes import AROUND, DEFAULTS, PIPELINES
 from lcx.data.tokenizer_settings import NAMED, Settings, Token
 from lcx.errors import UserError
 
@@ -355,9 +355,20 @@ def _add_tokens(
 def _set_post_processor(
     library: Any, settings: Settings, source: Vocabulary | None, named: dict[str, Token | None]
 ) -> None:
-    """The template of add_bos_token and add_eos_token where these count, see `TokenizersBackend`."""
+    """What stands around a text: by add_bos_token and add_eos_token where these count, or by the class."""
     from tokenizers import processors
 
+    around = [named.get(key) for key in AROUND.get(settings.tokenizer_class, ())]
+    if around:
+        texts = [token.content for token in around if token is not None]
+        if len(texts) < len(around):
+            raise UserError(f"{settings.tokenizer_class} needs a cls_token and a sep_token, not null")
+        library.post_processor = processors.TemplateProcessing(
+            single=[f"{texts[0]}:0", "$A:0", f"{texts[1]}:0"],
+            pair=[f"{texts[0]}:0", "$A:0", f"{texts[1]}:0", "$B:0"],
+            special_tokens=[(text, library.token_to_id(text)) for text in dict.fromkeys(texts)],
+        )
+        return
     is_json = source is None or source.is_json
     add = {"bos_token": False, "eos_token": False}
     if not is_json:

@@ -43,6 +43,15 @@ DEFAULTS: dict[str, dict[str, str]] = {
     "GPT2Tokenizer": _GPT,
     "CodeGenTokenizer": _GPT,
     "GPTNeoXTokenizer": _GPT | {"pad_token": "<|padding|>"},
+    "BertTokenizer": {
+        "unk_token": "[UNK]",
+        "sep_token": "[SEP]",
+        "pad_token": "[PAD]",
+        "cls_token": "[CLS]",
+        "mask_token": "[MASK]",
+    },
+    "RobertaTokenizer": _LLAMA
+    | {"sep_token": "</s>", "pad_token": "<pad>", "cls_token": "<s>", "mask_token": "<mask>"},
     "CohereTokenizer": {
         "bos_token": "<BOS_TOKEN>",
         "eos_token": "<|END_OF_TURN_TOKEN|>",
@@ -53,6 +62,8 @@ DEFAULTS: dict[str, dict[str, str]] = {
         "mask_token": "<MASK_TOKEN>",
     },
 }
+# Classes that put these tokens before and after a text, whatever tokenizer.json says.
+AROUND = {name: ("cls_token", "sep_token") for name in ("BertTokenizer", "RobertaTokenizer")}
 
 
 def _metaspace_decoder(*, strip: bool) -> Any:
@@ -109,7 +120,7 @@ def _byte_level(vocab: dict[str, int], merges: list, settings: Settings, unk: st
         )
     )
     library.decoder = decoders.ByteLevel()
-    if name not in ("GPT2Tokenizer", "CodeGenTokenizer"):
+    if name not in ("GPT2Tokenizer", "CodeGenTokenizer", "RobertaTokenizer"):
         library.normalizer = normalizers.NFC()
     before: list[Any] = []
     if name == "CohereTokenizer":
@@ -120,6 +131,21 @@ def _byte_level(vocab: dict[str, int], merges: list, settings: Settings, unk: st
         before = [pre_tokenizers.Split(Regex(pattern), behavior="isolated", invert=False)]
     last = pre_tokenizers.ByteLevel(add_prefix_space=prefix, use_regex=not name.startswith("Qwen"))
     library.pre_tokenizer = pre_tokenizers.Sequence([*before, last]) if before else last
+    return library
+
+
+def _bert(vocab: dict[str, int], merges: list, settings: Settings, unk: str | None) -> Any:
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    library = Tokenizer(models.WordPiece(vocab, unk_token=str(unk)))
+    library.normalizer = normalizers.BertNormalizer(
+        clean_text=True,
+        handle_chinese_chars=settings.option("tokenize_chinese_chars") is not False,
+        strip_accents=settings.option("strip_accents"),
+        lowercase=settings.option("do_lower_case") is not False,
+    )
+    library.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    library.decoder = decoders.WordPiece(prefix="##")
     return library
 
 
@@ -134,4 +160,6 @@ PIPELINES: dict[str, Pipeline] = {
     "CodeGenTokenizer": _byte_level,
     "GPTNeoXTokenizer": _byte_level,
     "CohereTokenizer": _byte_level,
+    "RobertaTokenizer": _byte_level,
+    "BertTokenizer": _bert,
 }

@@ -147,8 +147,13 @@ def _class_of(path: Path, config: Mapping[str, Any], model_config: Mapping[str, 
             f" AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained(NEW), then set tokenizer_class to"
             " 'TokenizersBackend' in NEW/tokenizer_config.json"
         )
+    if found == "BertTokenizer" and path.name in ("tokenizer.model", "vocab.json"):
+        raise UserError(
+            f"{path} is not for tokenizer_class {found}, which has a tokenizer.json or a vocab.txt: correct the class"
+        )
     if found not in PIPELINES and found != GENERIC:
-        log.warning("%s: tokenizer_class %s is not known, %s is read as it is", folder, found, path.name)
+        name = json_files.one_line(found, limit=80)
+        log.warning("%s: tokenizer_class %s is not known, %s is read as it is", folder, name, path.name)
         return GENERIC
     return found
 

@@ -143,15 +143,15 @@ def _classes(names: str) -> frozenset[str]:
     return frozenset(f"{name}Tokenizer" for name in names.split())
 
 
-_BERTS = "ConvBert DPRContextEncoder DPRQuestionEncoder DPRReader DistilBert Lxmert MobileBert SqueezeBert"
+_BERTS = "DPRContextEncoder DPRQuestionEncoder DPRReader DistilBert Lxmert MobileBert SqueezeBert"
 ALIASES = dict.fromkeys(_classes(_BERTS), "BertTokenizer")
 ALIASES |= dict.fromkeys(_classes("Bart LED Mvp"), "RobertaTokenizer")
 # Classes that set up a pipeline of their own from the vocabulary; a tokenizer.json can hold it.
 REBUILT = _classes(
-    "Albert Barthez Bert BigBird Blenderbot CLIP Camembert CodeGen CodeLlama Cohere Deberta DebertaV2 Esmc FNet Funnel"
-    " GPT2 GPTNeoX Gemma Herbert LayoutLMv2 LayoutLMv3 LayoutXLM Llama Luke MBart MBart50 MLuke MPNet Nllb Nougat"
-    " OpenAIGPT Pegasus Qwen2 Qwen3_5 Reformer RemBert Roberta Siglip2 Splinter T5 Tipsv2 Udop VideoPrism Whisper XGLM"
-    " XLMRoberta XLNet"
+    "Albert Barthez Bert BigBird Blenderbot CLIP Camembert CodeGen CodeLlama Cohere ConvBert Deberta DebertaV2"
+    " Esmc FNet Funnel GPT2 GPTNeoX Gemma Herbert LayoutLMv2 LayoutLMv3 LayoutXLM Llama Luke MBart MBart50 MLuke"
+    " MPNet Nllb Nougat OpenAIGPT Pegasus Qwen2 Qwen3_5 Reformer RemBert Roberta Siglip2 Splinter T5 Tipsv2 Udop"
+    " VideoPrism Whisper XGLM XLMRoberta XLNet"
 )
 # Classes whose rules are Python code that no tokenizer.json holds.
 PYTHON = _classes(

@@ -24,6 +24,9 @@ _OPTIONS = (
     "clean_up_tokenization_spaces",
     "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output",
     "fix_mistral_regex",
+    "do_lower_case",
+    "strip_accents",
+    "tokenize_chinese_chars",
 )
 _MISTRALS = (None, "mistral", "mistral3", "voxtral", "ministral", "pixtral")
 _BEFORE_5 = re.compile(r"[0-4]\b|5(\.0)*\.?(dev|a|b|rc)")
