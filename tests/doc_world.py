@@ -73,10 +73,7 @@ def make(folder: pathlib.Path) -> None:
     texts = [path.read_text() for path in sorted((to / "books").iterdir())]
     (to / "text" / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     (folder / "long_prompt.txt").write_text("def main():\n    return 1\n")
-    chats = (
-        [{"role": "user", "content": text[:20]}, {"role": "assistant", "content": text[20:60]}]
-        for text in texts
-    )
+    chats = ([{"role": "user", "content": text[:20]}, {"role": "assistant", "content": text[20:60]}] for text in texts)
     (to / "conversations.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
     _models(to)
     _genomes(to)

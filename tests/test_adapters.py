@@ -46,9 +46,7 @@ SIZES = dict(
 CONFIGS = {
     "llama": lambda: transformers.LlamaConfig(**SIZES),
     "tied": lambda: transformers.Qwen2Config(**SIZES, tie_word_embeddings=True),  # with biases on q, k, v
-    "phi3": lambda: transformers.Phi3Config(
-        **SIZES | {"eos_token_id": 2}, original_max_position_embeddings=32
-    ),
+    "phi3": lambda: transformers.Phi3Config(**SIZES | {"eos_token_id": 2}, original_max_position_embeddings=32),
 }
 
 
@@ -121,10 +119,7 @@ READ = {
     "DoRA": ("llama", dict(target_modules=["q_proj", "o_proj", "down_proj"], use_dora=True)),
     "DoRA of a fused module": ("phi3", dict(target_modules=["qkv_proj", "gate_up_proj"], use_dora=True)),
     "saved": ("llama", dict(target_modules=Q, modules_to_save=["embed_tokens", "lm_head", "norm"])),
-    "saved modules of modules": (
-        "llama",
-        dict(target_modules=["v_proj", "up_proj"], modules_to_save=["mlp"]),
-    ),
+    "saved modules of modules": ("llama", dict(target_modules=["v_proj", "up_proj"], modules_to_save=["mlp"])),
     "saved embedding, tied": ("tied", dict(target_modules=Q, modules_to_save=["embed_tokens"])),
     "saved head, tied": ("tied", dict(target_modules=Q, modules_to_save=["lm_head"])),
     "saved both as one": (
@@ -134,10 +129,7 @@ READ = {
     "pairs of tables": ("llama", dict(target_modules=["q_proj", "embed_tokens", "lm_head"])),
     "pair of the embedding, tied": ("tied", dict(target_modules=["q_proj", "embed_tokens"])),
     "pair of the head, tied": ("tied", dict(target_modules=["q_proj", "lm_head"])),
-    "pair of both as one": (
-        "tied",
-        dict(target_modules=["q_proj", "embed_tokens"], ensure_weight_tying=True),
-    ),
+    "pair of both as one": ("tied", dict(target_modules=["q_proj", "embed_tokens"], ensure_weight_tying=True)),
     "rows": (
         "llama",
         dict(target_modules=Q, trainable_token_indices={"embed_tokens": [3, 200], "lm_head": [2]}),
@@ -155,9 +147,7 @@ def test_an_adapter_on_its_base_is_the_peft_model(name, bases, tmp_path):
     assert np.abs(expected - hf_logits(hf_base(bases / base))).max() > 0.02
     model, params = lcx.load(bases / base, adapter=tmp_path / "a")
     np.testing.assert_allclose(logits(model, params), expected, atol=2e-5)
-    assert model.tie_word_embeddings == (
-        base == "tied" and ("one" in name or "rows" in name or "biases" in name)
-    )
+    assert model.tie_word_embeddings == (base == "tied" and ("one" in name or "rows" in name or "biases" in name))
 
 
 def test_adapters_add_up(bases, tmp_path):
@@ -211,9 +201,7 @@ def renamed(folder, change):
 @pytest.mark.parametrize(
     "change",
     [
-        lambda key: key.replace("lora_A.weight", "lora_A.mine.weight").replace(
-            "lora_B.weight", "lora_B.mine.weight"
-        ),
+        lambda key: key.replace("lora_A.weight", "lora_A.mine.weight").replace("lora_B.weight", "lora_B.mine.weight"),
         lambda key: key.removeprefix("base_model.model."),
         lambda key: "_orig_mod." + key.replace("layers.", "layers.module."),
     ],
@@ -222,9 +210,7 @@ def renamed(folder, change):
 def test_names_that_tools_leave(bases, tmp_path, change, caplog):
     expected = write_adapter(bases / "llama", tmp_path / "a", target_modules=Q)
     renamed(tmp_path / "a", change)
-    np.testing.assert_allclose(
-        logits(*lcx.load(bases / "llama", adapter=tmp_path / "a")), expected, atol=2e-5
-    )
+    np.testing.assert_allclose(logits(*lcx.load(bases / "llama", adapter=tmp_path / "a")), expected, atol=2e-5)
     assert ("wrappers" in caplog.text) == ("mine" not in change("lora_A.weight"))
 
 
@@ -284,11 +270,7 @@ def put(key, *shape, value=1.0):
         ({}, put(f"{LAYER}.lora_A.other.weight", 4, 32), "the same, expected one"),
         ({}, put("base_model.model.model.norm.weight", 32), "unexpected tensor .* modules_to_save"),
         ({}, put("base_model.model.lm_head.weight", V + 2, 32), "its vocabulary was resized"),
-        (
-            {},
-            put("base_model.model.score.weight", 2, 32),
-            "tensors for score, expected modules such as model.layers",
-        ),
+        ({}, put("base_model.model.score.weight", 2, 32), "tensors for score, expected modules such as model.layers"),
         ({}, put("../../etc/passwd", 2), "unexpected tensor '../../etc/passwd'"),
         ({}, put("x" * 1000, 2), "name has 1000 characters"),
     ],
@@ -325,23 +307,7 @@ def test_a_folder_that_is_no_base(adapter, bases):
         lcx.load(bases / "llama", adapter=bases / "llama")
 
 
-WEIRD = (
-    None,
-    True,
-    -1,
-    0,
-    1e400,
-    float("nan"),
-    "",
-    "x" * 500,
-    "(((",
-    [],
-    {},
-    [[[]]],
-    {"a": {"b": []}},
-    2**70,
-    [None],
-)
+WEIRD = (None, True, -1, 0, 1e400, float("nan"), "", "x" * 500, "(((", [], {}, [[[]]], {"a": {"b": []}}, 2**70, [None])
 
 
 def mutated(rng, config, weights):
@@ -394,9 +360,7 @@ def text(tmp_path_factory):
 
 
 def trainer(text, base, **changes):
-    return tiny_trainer(
-        text, **{"init_from": str(base), "steps": 3, "log_every": 1, "checkpoint_every": 2} | changes
-    )
+    return tiny_trainer(text, **{"init_from": str(base), "steps": 3, "log_every": 1, "checkpoint_every": 2} | changes)
 
 
 def run_of(text, base, workdir, **changes):
@@ -439,9 +403,7 @@ def test_what_trained_beside_the_pairs_goes_out_and_comes_back(trained, tmp_path
     model, params = lcx.load(base, adapter=tmp_path / "a", rope_scaling=YARN)
     np.testing.assert_allclose(logits(model, params), expected, atol=1e-6)
     assert model.tie_word_embeddings == (base.name == "tied")
-    again = convert_main(
-        [f"--src={base}", f"--adapter={tmp_path}/a", f"--dst={tmp_path}/hf", "--dst_format=hf"]
-    )
+    again = convert_main([f"--src={base}", f"--adapter={tmp_path}/a", f"--dst={tmp_path}/hf", "--dst_format=hf"])
     assert again == 2 and "pass rope_scaling=" in capsys.readouterr().err
 
 

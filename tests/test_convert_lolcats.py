@@ -274,7 +274,8 @@ def test_commands(files, tmp_path, capsys):
     assert "no linear attention" in capsys.readouterr().err
     assert convert(files / "hf", tmp_path / "no", "lolcats_files") == 2
     assert (
-        "holds a model of format 'hf'; 'lolcats_files' is written from the workdir" in capsys.readouterr().err
+        "holds a model of format 'hf'; 'lolcats_files' is written from the workdir"
+        in capsys.readouterr().err
     )
     assert convert(files / "x_distill.pt", tmp_path / "no", "lcx") == 2
     assert "pass that folder, and this file as --feature_maps" in capsys.readouterr().err
@@ -311,9 +312,7 @@ def test_a_run_with_lora_leaves_both_files(files, tmp_path, capsys):
     lolcats_writer.export(tmp_path / "run", tmp_path / "disk", overwrite=True)
     assert convert(tmp_path / "run", tmp_path / "peft", "peft") == 0
     assert "warning: the pairs trained on " in capsys.readouterr().out
-    with pytest.raises(
-        UserError, match="the adapter trained on .* LinearAttention, and this model has .* Attention"
-    ):
+    with pytest.raises(UserError, match="the adapter trained on .* LinearAttention, and this model has .* Attention"):
         lcx.load(files / "hf", adapter=tmp_path / "peft")
     with Checkpointer(tmp_path / "run" / "checkpoints") as checkpointer:
         moments = {"mu": {"params": {"final_norm": {"scale": jax.numpy.ones(3)}}}}

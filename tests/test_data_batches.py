@@ -455,9 +455,7 @@ def test_real_genome(reference):
         tokenizer=ByteTokenizer(bos_id=None, eos_id=0, vocab_size=512),
     )
     iterator = dataset.batches("train", global_batch_size=8, seq_len=2048, vocab_size=512)
-    assert (
-        iterator.info["tokens"] == 4_641_652 + 1 - 464_165
-    )  # EOS after the one document, then the held-out tail
+    assert iterator.info["tokens"] == 4_641_652 + 1 - 464_165  # EOS after the one document, then the held-out tail
     for batch in take(iterator, 3):
         assert set(np.unique(batch["tokens"])) == set(b"ACGT") and (batch["segment_ids"] == 1).all()
 

@@ -94,10 +94,7 @@ def test_a_folder_of_which_one_format_is_asked_for(tmp_path):
 
 
 def test_missing_parts_are_said(tmp_path, caplog):
-    make(
-        tmp_path,
-        ["data/train-00000-of-00003.jsonl", "data/train-00002-of-00003.jsonl", "a-00000-of-00001.jsonl"],
-    )
+    make(tmp_path, ["data/train-00000-of-00003.jsonl", "data/train-00002-of-00003.jsonl", "a-00000-of-00001.jsonl"])
     assert len(names(tmp_path)) == 3
     assert "data/train-* has 2 of 3 parts" in caplog.text and len(caplog.records) == 1
 
@@ -128,9 +125,7 @@ def test_cycles_of_links_end(tmp_path, monkeypatch):
     os.symlink(tmp_path / "a", tmp_path / "a" / "b" / "up")
     os.symlink("b", tmp_path / "a" / "again")
     assert sorted(texts(tmp_path / "a")) == ["b/y.jsonl", "x.jsonl"]
-    os.symlink(
-        tmp_path / "a", tmp_path / "a" / "third"
-    )  # with three, ways through them are too many to follow
+    os.symlink(tmp_path / "a", tmp_path / "a" / "third")  # with three, ways through them are too many to follow
     for pattern in ("a/**/*.jsonl", "**/*.jsonl", "a/**", "*/**/*.json?"):
         monkeypatch.chdir(tmp_path)
         assert sorted(texts(pattern)) == ["b/y.jsonl", "x.jsonl"], pattern

@@ -72,6 +72,4 @@ def test_unknown_fields_are_named():
 
 def test_what_json_cannot_carry():
     with pytest.raises(UserError, match="cannot be found again"):
-        describe.to_json(
-            llama(**SIZES, num_layers=1, rope=Rope(rope_type=lambda rope, head_dim, length: None))
-        )
+        describe.to_json(llama(**SIZES, num_layers=1, rope=Rope(rope_type=lambda rope, head_dim, length: None)))

@@ -149,10 +149,7 @@ def test_both_windows_are_equally_long_and_hold_the_variant():
                 length = min(letters, len(text), len(changed))
                 assert [len(window) for window in windows] == [length] * 2
                 assert windows[0] in text and windows[1] in changed and alt in windows[1]
-                for window, whole, edited in (
-                    (windows[0], text, ref_length),
-                    (windows[1], changed, alt_length),
-                ):
+                for window, whole, edited in ((windows[0], text, ref_length), (windows[1], changed, alt_length)):
                     start = whole.index(window)
                     assert start <= at and at + edited <= start + length
                     assert start == at - length // 2 or start in (0, len(whole) - length)
@@ -166,15 +163,11 @@ def flat(tiny):
 
 def test_a_flat_model_scores_every_variant_0(flat, reference):
     genomes = reference / "cases" / "genomes"
-    gene = VariantEffects(str(genomes / "short_gene.fa"), str(genomes / "short_gene.vcf"), window=1024)(
-        *flat, DNA
-    )
+    gene = VariantEffects(str(genomes / "short_gene.fa"), str(genomes / "short_gene.vcf"), window=1024)(*flat, DNA)
     assert [row["score"] for row in gene["variants"]] == [0, 0, 0]
     indels = VariantEffects(str(genomes / "ref.fa"), str(genomes / "indels.vcf"), window=256)(*flat, DNA)
     assert [row["score"] for row in indels["variants"]] == [0] * 6
-    assert [row["log_likelihood_ref"] for row in indels["variants"]] == pytest.approx(
-        [-255 * np.log(512)] * 6
-    )
+    assert [row["log_likelihood_ref"] for row in indels["variants"]] == pytest.approx([-255 * np.log(512)] * 6)
 
 
 def test_genomes_that_were_read_wrongly(flat, reference):
@@ -214,10 +207,7 @@ def test_genomes_that_were_read_wrongly(flat, reference):
         ("chrom\tpos\tref\talt\nlong\t1\tA\t.", "no alternative"),
         (f"chrom,pos,ref,alt\nlong,1,{LONG[0]},]long:9]A", "expected letters"),
         (f"chrom,pos,ref,alt\nlong,1,{LONG[0]},{'A' * 17}", "longer than half the window of 32"),
-        (
-            f"chrom,pos,ref,alt\nsingle,1,A,\nlong,1,{LONG[0]},",
-            "that can be scored; the first is single:1:A>",
-        ),
+        (f"chrom,pos,ref,alt\nsingle,1,A,\nlong,1,{LONG[0]},", "that can be scored; the first is single:1:A>"),
         (f"chrom,pos,ref,alt\nlong,1,{'A' if LONG[0] != 'A' else 'C'},G", "same assembly"),
         ("chrom,pos,ref,alt\nlong,9999,A,C", "nothing"),
         ("chrom,pos,ref,alt\nchr1,1,A,C", "names no record"),

@@ -55,9 +55,7 @@ def test_the_ladder_of_evo2(tmp_path, reference):
     last = ladder.run(str(tmp_path / "ladder"))
     metrics = [json.loads(line) for line in pathlib.Path(last, "metrics.jsonl").read_text().splitlines()]
     steps = [row for row in metrics if "learning_rate" in row]
-    assert max(row["learning_rate"] for row in steps) == np.float32(
-        3e-3
-    )  # not divided by the square root of 4
+    assert max(row["learning_rate"] for row in steps) == np.float32(3e-3)  # not divided by the square root of 4
     assert all(np.isfinite(row["loss"]) and row["loss"] < 6 for row in steps)
     extended, params = lcx.load(last)
     (rope,) = {b.mixer.rope for s in extended.stages for b in s.pattern if hasattr(b.mixer, "rope")}

@@ -33,12 +33,8 @@ ALL = "_proj$"
 
 def make(**changes):
     """A model with biases and grouped heads: (model, params)."""
-    sizes = dict(
-        vocab_size=V, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4, num_kv_heads=2
-    )
-    model = model_lib.llama(
-        **sizes | dict(max_position_embeddings=64, qkv_bias=True, mlp_bias=True) | changes
-    )
+    sizes = dict(vocab_size=V, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4, num_kv_heads=2)
+    model = model_lib.llama(**sizes | dict(max_position_embeddings=64, qkv_bias=True, mlp_bias=True) | changes)
     return model, model_lib.init_params(model, jax.random.key(0))
 
 
@@ -74,9 +70,7 @@ def test_the_collection_is_the_merged_weights():
     assert len(model.stages) == 2
     targets = "stages_0.*(q|k|v|o)_proj|stages_1.*(o|gate|up|down)_proj"
     lora = drawn(LoRA(rank=3, alpha=6, targets=targets).init(jax.random.key(2), model))
-    assert set(lora["stages_0"]["block_0"]) == {"mixer"} and set(lora["stages_1"]["block_0"]["mixer"]) == {
-        "o_proj"
-    }
+    assert set(lora["stages_0"]["block_0"]) == {"mixer"} and set(lora["stages_1"]["block_0"]["mixer"]) == {"o_proj"}
     found, base = logits(model, params, lora), logits(model, params)
     np.testing.assert_allclose(found, logits(model, merge(params, lora)), atol=2e-5)
     assert np.abs(found - base).max() > 0.05
@@ -120,9 +114,7 @@ def test_gradients_are_those_through_the_merged_weights(tiny):
         return jnp.mean(jax.nn.logsumexp(logits, -1) - logits[..., 3])
 
     ours = jax.jit(jax.grad(lambda x: loss(model.apply({"params": params, "lora": x}, TOKENS))))(lora)
-    through_merge = jax.jit(
-        jax.grad(lambda x: loss(model.apply({"params": lora_lib.merge(params, x)}, TOKENS)))
-    )
+    through_merge = jax.jit(jax.grad(lambda x: loss(model.apply({"params": lora_lib.merge(params, x)}, TOKENS))))
     merged = through_merge(lora)
     for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(ours), jax.tree.leaves(merged), strict=True):
         if path[-1].key == "scale":
@@ -162,9 +154,7 @@ def test_init(tiny):
     np.testing.assert_array_equal(logits(model, params, lora), logits(model, params))
     some = LoRA(rank=16, targets="k_proj").init(jax.random.key(0), model)
     k_proj = ("stages_0", "block_0", "mixer", "k_proj")
-    assert (
-        set(some["stages_0"]["block_0"]["mixer"]) == {"k_proj"} and "mlp" not in some["stages_0"]["block_0"]
-    )
+    assert set(some["stages_0"]["block_0"]["mixer"]) == {"k_proj"} and "mlp" not in some["stages_0"]["block_0"]
     np.testing.assert_array_equal(get(some, k_proj)["a"], get(lora, k_proj)["a"])  # whatever else is a target
 
 
@@ -235,9 +225,7 @@ def filled(abstract, seed):
 def model_of(names, repeat):
     """A decoder of these mixers, one after the other."""
     blocks = tuple(
-        model_lib.Block(
-            mixer=MIXERS[name].clone(parent=None), mlp=model_lib.Mlp(48, parent=None), parent=None
-        )
+        model_lib.Block(mixer=MIXERS[name].clone(parent=None), mlp=model_lib.Mlp(48, parent=None), parent=None)
         for name in names
     )
     stages = (model_lib.Stage(blocks, repeat),)
@@ -279,9 +267,7 @@ def test_pairs_of_other_mixers_train_and_merge():
 
 
 def pairs_of(tree):
-    return (
-        [tree] if set(tree) == set(lora_lib.LEAVES) else [x for sub in tree.values() for x in pairs_of(sub)]
-    )
+    return [tree] if set(tree) == set(lora_lib.LEAVES) else [x for sub in tree.values() for x in pairs_of(sub)]
 
 
 # ---------------------------------------------------------------------------------------------- PEFT
@@ -443,9 +429,7 @@ def test_other_kinds_of_adapters_are_refused(adapter, bases, changes, message):
 
 
 def test_adapters_of_other_models_are_refused(adapter, bases, tiny, tmp_path):
-    with pytest.raises(
-        UserError, match=r"model.layers.0.self_attn.q_proj.* such as model.layers.0.self_attn.qkv_proj"
-    ):
+    with pytest.raises(UserError, match=r"model.layers.0.self_attn.q_proj.* such as model.layers.0.self_attn.qkv_proj"):
         peft.load(adapter, lcx.load(bases / "phi3")[0])
     wide = model_lib.llama(
         **dict(vocab_size=V, hidden_size=64, intermediate_size=48, num_layers=3, num_heads=4),

@@ -49,9 +49,7 @@ def tiny(rope=Rope(), **changes):  # noqa: B008 (frozen)
 
 @functools.cache
 def _tiny(**changes):
-    sizes = dict(
-        vocab_size=V, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4, num_kv_heads=2
-    )
+    sizes = dict(vocab_size=V, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4, num_kv_heads=2)
     model = model_lib.llama(**sizes | dict(max_position_embeddings=4 * WINDOW) | changes)
     params = model_lib.init_params(model, jax.random.key(0))
     return model, jax.tree.map(lambda x: x * (4 if x.ndim > 2 else 1), params)  # so that positions matter
@@ -60,13 +58,9 @@ def _tiny(**changes):
 def likeliest(model, params, prompts, out):
     """The definition of greedy decoding: at each step, the likeliest token after the full forward pass of the text."""
     texts = [[*prompt, *row] for prompt, row in zip(prompts, np.asarray(out).tolist(), strict=True)]
-    padded = np.array(
-        [text + [0] * (max(map(len, texts)) - len(text)) for text in texts]
-    )  # causal: no effect
+    padded = np.array([text + [0] * (max(map(len, texts)) - len(text)) for text in texts])  # causal: no effect
     best = np.argmax(lcx.logits(model, params, padded), axis=-1)
-    return [
-        row[len(p) - 1 : len(text) - 1].tolist() for row, p, text in zip(best, prompts, texts, strict=True)
-    ]
+    return [row[len(p) - 1 : len(text) - 1].tolist() for row, p, text in zip(best, prompts, texts, strict=True)]
 
 
 def fixed_length(model, n):
@@ -87,22 +81,15 @@ def fixed_length(model, n):
 def test_cached_decode_is_the_full_forward_pass():
     model, params = tiny()
     (block,) = model.stages[0].pattern
-    blocks = [
-        block.clone(mixer=block.mixer.clone(rope=rope, parent=None), parent=None) for rope in STATIC.values()
-    ]
+    blocks = [block.clone(mixer=block.mixer.clone(rope=rope, parent=None), parent=None) for rope in STATIC.values()]
     model = model.clone(stages=(model_lib.Stage(tuple(blocks)),), parent=None)  # a layer of every type
     layers = params["stages_0"]["block_0"]
-    layers = {
-        f"block_{i}": jax.tree.map(lambda x, i=i: x[i % 2][None] / (1 + i), layers)
-        for i in range(len(blocks))
-    }
+    layers = {f"block_{i}": jax.tree.map(lambda x, i=i: x[i % 2][None] / (1 + i), layers) for i in range(len(blocks))}
     params = {**params, "stages_0": layers}
     out = lcx.generate(model, params, PROMPTS, max_new_tokens=40)
     assert out.shape == (3, 40) and out.dtype == np.int32
     assert out.tolist() == likeliest(model, params, PROMPTS, out)
-    assert (
-        len({tuple(row) for row in out}) == 3 and len(set(out.ravel().tolist())) > 10
-    )  # a test that can fail
+    assert len({tuple(row) for row in out}) == 3 and len(set(out.ravel().tolist())) > 10  # a test that can fail
 
 
 @pytest.mark.parametrize("name", BY_LENGTH)
@@ -282,12 +269,7 @@ def traced_logits(model, params, prompts, tokens):
     found = [last]
     for t, column in enumerate(tokens.T[:-1]):
         positions = (lengths + t)[:, None].astype(np.int32)
-        new = (
-            column[:, None].astype(np.int32),
-            positions,
-            np.ones_like(positions),
-            np.int32(positions.max() + 1),
-        )
+        new = column[:, None].astype(np.int32), positions, np.ones_like(positions), np.int32(positions.max() + 1)
         last, cache = sampler._append_jit(model, {"params": params}, cache, *new)
         found.append(last)
     return np.stack(found, 1)
@@ -326,14 +308,7 @@ def numpy_nucleus(logits, top_p):
 
 @pytest.mark.parametrize("top_p", [1e-9, 1e-6, 0.1, 0.5, 0.9, 0.999, 1.0])
 def test_nucleus_is_that_of_transformers(top_p):
-    logits = np.random.default_rng(1).normal(size=(6, 50)).astype(np.float32) * [
-        [0.1],
-        [1],
-        [2],
-        [4],
-        [8],
-        [1],
-    ]
+    logits = np.random.default_rng(1).normal(size=(6, 50)).astype(np.float32) * [[0.1], [1], [2], [4], [8], [1]]
     logits = logits.astype(np.float32)
     logits[5] = 0.5  # all equal
     found = np.asarray(sampling.nucleus(jnp.asarray(logits), top_p))
@@ -349,9 +324,7 @@ def test_nucleus_is_that_of_transformers(top_p):
 def test_draws_follow_the_distribution():
     logits = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]]))
     keys = jax.random.split(jax.random.key(0), 20_000)
-    draw = lambda **kw: (
-        np.bincount(sampling.choose(jnp.tile(logits, (20_000, 1)), keys=keys, **kw), minlength=4) / 2e4
-    )  # noqa: E731
+    draw = lambda **kw: np.bincount(sampling.choose(jnp.tile(logits, (20_000, 1)), keys=keys, **kw), minlength=4) / 2e4  # noqa: E731
     np.testing.assert_allclose(draw(), [0.5, 0.3, 0.15, 0.05], atol=0.015)
     np.testing.assert_allclose(draw(temperature=0.5), np.array([25, 9, 2.25, 0.25]) / 36.5, atol=0.015)
     np.testing.assert_allclose(draw(top_p=0.75), [0.625, 0.375, 0, 0], atol=0.015)
@@ -396,9 +369,7 @@ def test_stop_tokens():
     model, params = tiny()
     free = lcx.generate(model, params, PROMPTS, max_new_tokens=24)
     stop = [int(free[0, 5]), int(free[1, 9])]
-    ends = [
-        min(row.index(s) for s in stop if s in row) if set(stop) & set(row) else 24 for row in free.tolist()
-    ]
+    ends = [min(row.index(s) for s in stop if s in row) if set(stop) & set(row) else 24 for row in free.tolist()]
     stopped = lcx.generate(model, params, PROMPTS, max_new_tokens=24, stop_tokens=stop)
     for row, expected, end in zip(stopped, free, ends, strict=True):
         assert row[: end + 1].tolist() == expected[: end + 1].tolist()

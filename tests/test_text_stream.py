@@ -45,9 +45,7 @@ def test_pieces_continue_a_prompt(text, reference):
         for cut in range(1, len(ids)):
             before = tokenizer.decode(ids[:cut])
             if "\ufffd" not in before:
-                assert before + "".join(pieces(tokenizer, ids[cut:], prompt=ids[:cut])) == tokenizer.decode(
-                    ids
-                )
+                assert before + "".join(pieces(tokenizer, ids[cut:], prompt=ids[:cut])) == tokenizer.decode(ids)
                 cuts += 1
         assert cuts > 5
 
@@ -59,10 +57,7 @@ def test_half_a_character_waits():
     assert pieces(tokenizer, ids[:4]) == ["a", "\ufffd"]  # cut off by the end
     assert "".join(pieces(tokenizer, [0x80] * 100)) == "\ufffd" * 100
     assert len(pieces(tokenizer, [0x80] * 100)) > 1  # bytes that never become text are not held for ever
-    assert pieces(tokenizer, [tokenizer.bos_id, 104, tokenizer.eos_id, 105]) == [
-        "h",
-        "i",
-    ]  # special ids are silent
+    assert pieces(tokenizer, [tokenizer.bos_id, 104, tokenizer.eos_id, 105]) == ["h", "i"]  # special ids are silent
 
 
 def test_pieces_come_at_once():
