@@ -1,4 +1,4 @@
-"""What users wrote before modules moved still works: checkpoints, .gin files, imports (tests/recorded/old_checkpoint)."""
+"""What users wrote before modules moved still works: checkpoints, .gin files, imports."""
 
 import importlib
 import json
