@@ -217,7 +217,9 @@ def test_what_is_opened_is_not_read_again(source, monkeypatch):
 
 def test_a_spec_can_be_changed_by_name(source):
     spec = BatchSpec("train", global_batch_size=4, seq_len=16)
-    held_out = Dataset(source).batches(dataclasses.replace(spec, split="eval"))  # neither shuffled nor endless
+    held_out = Dataset(source).batches(
+        dataclasses.replace(spec, split="eval")
+    )  # neither shuffled nor endless
     same(list(held_out), list(Dataset(source).batches("eval", global_batch_size=4, seq_len=16)))
     changed = take(Dataset(source).batches(spec, seed=3), 2)
     same(changed, take(Dataset(source).batches("train", global_batch_size=4, seq_len=16, seed=3), 2))

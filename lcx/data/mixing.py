@@ -4,7 +4,7 @@ import dataclasses
 from typing import Protocol
 
 from lcx.data import order, packing
-from lcx.data.corpus import Corpus, Documents
+from lcx.data.corpus import Corpus, DocumentRanges
 from lcx.data.store import TokenStore
 from lcx.errors import UserError
 
@@ -131,7 +131,7 @@ class _Candidate:
     part: int
     dataset: RowSettings
     corpus: Corpus
-    documents: Documents
+    documents: DocumentRanges
     weight: float
     kind: str = "all"
     pool: int | None = None
@@ -212,7 +212,7 @@ def _share(one: _Candidate, candidates: list[_Candidate]) -> float:
     return side * whole * one.weight / sum(other.weight for other in pool if other.kind == one.kind)
 
 
-def _plan(dataset: RowSettings, documents: Documents, spec: BatchSpec, number: int) -> packing.Plan:
+def _plan(dataset: RowSettings, documents: DocumentRanges, spec: BatchSpec, number: int) -> packing.Plan:
     if spec.shuffles:  # so that neighbours in the source are not always neighbours in a row
         seed = order.derive(spec.seed, "documents", number)
         documents = documents.take(order.permutation(len(documents), seed=seed))
