@@ -47,7 +47,7 @@ class Dataset:
         with EOS where the tokenizer adds nothing of its own, so that documents in a row are kept apart.
       document_mask: False trains across the documents of a row (one segment, running positions).
       eval_fraction: share of the documents held out.
-      split: "hash" chooses them by their text, "tail" takes the last ones.
+      split: the rule by which documents are held out: "hash" chooses them by their text, "tail" takes the last ones.
       min_length: documents with fewer tokens are left out.
       long_fraction: share of the training rows made of long documents; None leaves the natural share.
       long_length: tokens from which a document counts as long; by default seq_len.

@@ -34,7 +34,7 @@ class Perplexity:
     Attributes:
       dataset: the text; None for what the checkpoint was trained on.
       split: "eval" or "train".
-      windows: W, one or several; None for the model's window. The same targets are scored at each.
+      windows: W, one or several; None for the model's context length. The same targets are scored at each.
       stride: S; None for windows that do not overlap but for the token that the first target is predicted from (as
         lm-evaluation-harness counts, whose window is the W - 1 inputs).
       max_tokens: how much text is read, from the beginning of the split.

@@ -33,7 +33,7 @@ class VariantEffects:
       sequences: the reference, FASTA.
       variants: a VCF (.vcf, .vcf.gz), or a table with tabs or commas and the columns chrom, pos, ref, alt and
         optionally label. A `chrom` is the first word of a FASTA header.
-      window: letters around a variant; None for the model's window.
+      window: letters around a variant; None for the model's context length.
       both_strands: the mean of both strands' scores.
     """
 
