@@ -1,7 +1,7 @@
 """Loss by position: how well is the next token predicted with 100, 1000, 10000 tokens before it?
 
-The curve of a model that uses its context falls. Beyond the context length that it was trained on, a model without scaling
-climbs a wall; one that was extended goes on falling.
+The curve of a model that uses its context falls. Beyond the context length that it was trained on, a model without
+scaling climbs a wall; one that was extended goes on falling.
 """
 
 import dataclasses

@@ -27,8 +27,8 @@ class SequenceLikelihood:
 
     Attributes:
       sequences: a FASTA file, a glob or a folder; .gz too.
-      window: tokens in one forward pass; None for the model's context length. Longer sequences are scored by overlapping
-        windows, every letter once.
+      window: tokens in one forward pass; None for the model's context length. Longer sequences are scored by
+        overlapping windows, every letter once.
       stride: tokens between windows; None for half a window.
       both_strands: the mean of the sequence and of its reverse complement.
     """
