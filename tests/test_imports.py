@@ -183,10 +183,6 @@ KNOWN_CIRCLES: list[tuple[str, ...]] = [
         "kernels_pallas.second_order_attention_gpu",
         "kernels_pallas.second_order_attention_tpu",
     ),
-    (
-        *("lcx.data.special", "lcx.data.tokenizer_build", "lcx.data.tokenizer_folders"),
-        *("lcx.data.tokenizer_libraries", "lcx.data.tokenizers"),
-    ),
     ("lcx.ops.linear_attention", "lcx.ops.windowed_linear_attention"),
 ]
 
