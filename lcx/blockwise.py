@@ -33,7 +33,7 @@ from lcx.convert.core.relaid import RelaidSource
 from lcx.convert.progress import Progress
 from lcx.convert.start import Start
 from lcx.convert.workdir.source import LcxSource
-from lcx.data import Dataset, Mixture, Tokenizer
+from lcx.data import BatchSpec, Dataset, Mixture, Opened, Tokenizer
 from lcx.errors import UserError
 from lcx.layers import Embedding
 from lcx.mixers.linear_attention import LinearAttention
@@ -55,10 +55,11 @@ class BlockInputs:
     depth: int
     text: Dataset | Mixture
 
-    def open(self) -> None:
-        """Nothing to prepare."""
+    def opened(self) -> "BlockInputs":
+        return self
 
-    def load_tokenizer(self) -> Tokenizer:
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
         return self.text.load_tokenizer()
 
     def describe_special_tokens(self) -> str:
@@ -68,15 +69,14 @@ class BlockInputs:
         """Nothing: what there is to say of the text is said where its rows are made."""
         return []
 
-    def batches(
-        self, split: str, *, global_batch_size: int, process_index: int, process_count: int, **_: Any
-    ) -> residual_store.Rows:
+    def batches(self, spec: BatchSpec) -> residual_store.Rows:
+        """The rows as they were recorded: the seed and the length of a row were chosen when that was done."""
         return residual_store.Rows(
-            stream_folder(pathlib.Path(self.folder), split, self.depth),
-            batch_size=global_batch_size,
-            process_index=process_index,
-            process_count=process_count,
-            repeat=split == "train",
+            stream_folder(pathlib.Path(self.folder), spec.split, self.depth),
+            batch_size=spec.global_batch_size,
+            process_index=spec.process_index,
+            process_count=spec.process_count,
+            repeat=spec.repeats,
         )
 
 
@@ -174,7 +174,7 @@ class Blocks:
                 "once without --distributed and with Blocks.only = (), then the blocks with Blocks.only = (number,)"
             )
         trainer = self.trainer
-        trainer.data.open()
+        _ = self._opened  # tokenises; a mistake in the data shows before anything is written
         layouts = self.layouts(model)
         residual_store.check_space(
             folder,
@@ -245,17 +245,16 @@ class Blocks:
             log.warning("no evaluation: %s", error)
             return 0
 
+    @functools.cached_property
+    def _opened(self) -> Opened:
+        return self.trainer.data.opened()
+
     def _text(self, split: str, model: Decoder) -> Any:
         trainer = self.trainer
-        return trainer.data.batches(
-            split,
-            global_batch_size=trainer.batch_size,
-            seq_len=trainer.seq_len,
-            seed=trainer.seed,
-            process_index=0,
-            process_count=1,
-            vocab_size=model.vocab_size,
+        rows = BatchSpec(
+            split, trainer.batch_size, trainer.seq_len, trainer.seed, vocab_size=model.vocab_size
         )
+        return self._opened.batches(rows)
 
     def _depth(self, writer, layout, folder, split, before, source, model, mesh, stop) -> bool:
         """The stream at one depth, out of the text or out of the block before; False when asked to stop."""

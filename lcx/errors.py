@@ -1,4 +1,4 @@
-"""The one exception that a user's input can cause."""
+"""The one exception that a user's input can cause, and one line of any other."""
 
 
 class UserError(ValueError):
@@ -7,3 +7,8 @@ class UserError(ValueError):
     The message is one line: what was found, what was expected, and which setting to change. The command line
     prints it without a traceback and exits with status 2.
     """
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says, for a message of one line; the name of its class where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

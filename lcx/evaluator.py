@@ -27,7 +27,7 @@ from lcx.checkpoint.folder import find_step, read_json
 from lcx.convert.api import detect, load
 from lcx.data import ByteTokenizer, Dataset, Mixture, Tokenizer, special_tokens
 from lcx.data.special import described
-from lcx.errors import UserError
+from lcx.errors import UserError, first_line
 from lcx.evals import Evaluation, Result
 from lcx.evals.loss_by_position import LossByPosition
 from lcx.evals.perplexity import Perplexity
@@ -153,7 +153,7 @@ def _check_finite(result: Result) -> None:
 
 
 def _explained(error: Exception) -> str:
-    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    line = first_line(error)
     if "RESOURCE_EXHAUSTED" in line:
         return f"out of memory ({line[:120]}): lower tokens_per_batch or batch_size of this evaluation"
     return line if isinstance(error, UserError) else f"{type(error).__name__}: {line}"

@@ -14,7 +14,7 @@ from fnmatch import fnmatch
 from typing import Any
 
 from lcx import paths
-from lcx.errors import UserError
+from lcx.errors import UserError, first_line
 
 log = logging.getLogger(__name__)
 
@@ -183,8 +183,7 @@ class _Fetch:
                 f"{nothing}, it is not (whole) in the local cache of the Hugging Face hub, and {why}: run "
                 f"`hf download {name}` where there is a network, or pass a folder"
             )
-        line = (str(error) or type(error).__name__).splitlines()[0]
-        return f"{name} cannot be downloaded from the Hugging Face hub: {line}"
+        return f"{name} cannot be downloaded from the Hugging Face hub: {first_line(error)}"
 
 
 def _shards(folder: str, patterns: Sequence[str]) -> list[str]:

@@ -28,6 +28,7 @@ from lcx import sharding
 from lcx.errors import UserError
 from lcx.layers import Linear
 from lcx.model import Decoder
+from lcx.parameters import leaf_paths
 
 LEAVES = ("a", "b", "scale")
 
@@ -172,9 +173,9 @@ def statement(model: Decoder, lora: Mapping[str, Any], trains: Any = None) -> st
 def _beside(model: Decoder, trains: Any) -> str:
     shapes = model_lib.abstract_params(model)
     found = [
-        (jax.tree_util.keystr(path, simple=True, separator="/"), leaf.size)
-        for (path, leaf), yes in zip(
-            jax.tree_util.tree_leaves_with_path(shapes), jax.tree.leaves(trains), strict=True
+        (path, leaf.size)
+        for path, leaf, yes in zip(
+            leaf_paths(shapes), jax.tree.leaves(shapes), jax.tree.leaves(trains), strict=True
         )
         if yes
     ]

@@ -11,6 +11,7 @@ import optax
 import optax.contrib
 
 from lcx.errors import UserError
+from lcx.parameters import leaf_paths
 
 SCHEDULES = ("cosine", "linear", "constant", "plateau")
 
@@ -188,23 +189,18 @@ def _is_plateau(x: Any) -> bool:
     return isinstance(x, optax.contrib.ReduceLROnPlateauState)
 
 
-def split(tree: Any, chosen: Any) -> tuple[Any, Any]:
-    """(the chosen leaves, the others), each with None in the place of the other's: `join` is the inverse."""
+def partition(tree: Any, chosen: Any) -> tuple[Any, Any]:
+    """(the chosen leaves, the others), each with None in the place of the other's: `combine` is the inverse."""
     return (
         jax.tree.map(lambda x, yes: x if yes else None, tree, chosen),
         jax.tree.map(lambda x, yes: None if yes else x, tree, chosen),
     )
 
 
-def join(tree: Any, others: Any) -> Any:
+def combine(tree: Any, others: Any) -> Any:
+    """The tree whose two halves `partition` gave."""
     return jax.tree.map(lambda x, y: y if x is None else x, tree, others, is_leaf=lambda x: x is None)
 
 
-def leaf_paths(tree: Any) -> list[str]:
-    return jax.tree.leaves(_by_path(tree, lambda path: path))
-
-
 def _by_path(tree: Any, fn) -> Any:
-    return jax.tree_util.tree_map_with_path(
-        lambda keys, _: fn(jax.tree_util.keystr(keys, simple=True, separator="/")), tree
-    )
+    return jax.tree.unflatten(jax.tree.structure(tree), map(fn, leaf_paths(tree)))

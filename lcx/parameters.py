@@ -94,6 +94,12 @@ def leaf_shapes(model: Model) -> Mapping[str, Shape]:
     return {path: tuple(leaf.shape) for path, leaf in flat.items()}
 
 
+def leaf_paths(tree: Any) -> list[str]:
+    """The path of each leaf of a pytree, "params/stages_0/block_0/mixer/q_proj/kernel", in the order of the leaves."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+
+
 def plain(params: Any) -> dict[str, Any]:
     """A tree of dicts and arrays: without Flax's boxes, its FrozenDict, and the {"params": ...} that model.init gives.
 

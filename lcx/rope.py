@@ -25,8 +25,8 @@ of transformers, where "ntk" is a default with a larger rope_theta.
 **The n of dynamic and longrope.** The exact rule, the default everywhere: one n for a whole generation (the
 length of the cache), so cached keys and new queries share one rotation, and a cached decode equals the full
 forward pass at that n. transformers changes its frequencies while it decodes and leaves cached keys as they
-were: its cached decode is not its own full forward. To reproduce that ("hf"), take n = `hf_trace_length` for
-dynamic and n = last position + 1 for longrope at every forward pass.
+were: its cached decode is not its own full forward. To reproduce that, take at every forward pass
+n = last position + 1 for longrope, and the largest n since a text shorter than L for dynamic.
 
 **Your own type** is a function of the same signature, from any package, given where a type is named:
 
@@ -246,17 +246,6 @@ def rotate(
     swapped = jnp.concatenate([y[..., pairs:], y[..., :pairs]], axis=-1)
     y = y * jnp.concatenate([cos, cos], axis=-1) + swapped * jnp.concatenate([-sin, sin], axis=-1)
     return jnp.concatenate([y.astype(x.dtype), x[..., 2 * pairs :]], axis=-1)
-
-
-def hf_trace_length(cached_length: Length, n: Length, original: int) -> Length:
-    """The length that transformers' dynamic type uses in a forward pass whose last position is n - 1.
-
-    It is the `cached_length` of the next pass; the first starts from `original`. So the base only grows,
-    until a text shorter than the original window resets it (one of exactly `original` tokens does not).
-    """
-    if any(isinstance(v, jax.Array) for v in (cached_length, n)):
-        return jnp.where(n < original, original, jnp.maximum(cached_length, n))
-    return original if n < original else max(cached_length, n)
 
 
 def extended_window(rope: Rope, max_position_embeddings: int) -> int:

@@ -286,7 +286,7 @@ def _empty_cache(model: Decoder, batch_size: int, slots: int, n):
 def _with_length(cache, n):
     """The cache with this n for the RoPE types that depend on it.
 
-    A text only grows, so n = its length is what transformers' dynamic type uses too (rope.hf_trace_length).
+    A text only grows, so n = its length is what transformers' dynamic type uses too.
     """
 
     def leaf(path, x):

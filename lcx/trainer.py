@@ -6,6 +6,7 @@ which of them train, and the objective. The order of events in `Trainer.run` is 
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import math
 import os
@@ -21,7 +22,7 @@ from lcx import model as model_lib
 from lcx import objectives, paths, sharding
 from lcx.checkpoint import Checkpointer, as_stored, model_json
 from lcx.convert import start as convert
-from lcx.data import BatchIterator, Dataset, Mixture
+from lcx.data import BatchIterator, BatchSpec, Dataset, Mixture, Opened
 from lcx.errors import UserError
 from lcx.linearize import Linearize, check_linear
 from lcx.locks import LOCK, only_writer
@@ -177,7 +178,7 @@ class Trainer:
         """Trains to the last step, or to a request to stop. Goes on with what is in the workdir."""
         mesh = self.mesh.build()
         self.check_rows(mesh)
-        self.data.open()  # tokenises; a mistake in the data shows before a model is read
+        _ = self._opened  # tokenises; a mistake in the data shows before a model is read
         folder = os.path.join(workdir, "checkpoints")
         with (
             jax.set_mesh(mesh),
@@ -191,7 +192,7 @@ class Trainer:
             ):
                 if run.data is not None:
                     batches.restore(run.data)
-                for line in statements.opening(self, run, mesh, workdir):
+                for line in statements.opening(self, run, self._opened, mesh, workdir):
                     metrics.message(line)
                 try:
                     return self._loop(run, mesh, batches, checkpointer, metrics, stop, workdir)
@@ -349,7 +350,7 @@ class Trainer:
         """A failure is a warning, unless wait is set: then it is an error."""
         meta = {
             "model": model_json.to_json(run.model),
-            "tokenizer": self.data.load_tokenizer().to_json(),
+            "tokenizer": self._opened.tokenizer.to_json(),
             "seq_len": self.seq_len,
             "lcx_version": __version__,
             "data": model_json.to_json(self.data),
@@ -364,6 +365,11 @@ class Trainer:
             "settings": resume_check.changeable(self),
         }
         checkpointer.save(step, state, json=documents, wait=wait)
+
+    @functools.cached_property
+    def _opened(self) -> Opened:
+        """The data, which a run opens once."""
+        return self.data.opened()
 
     def held_out_loss(self, model: Decoder, state: State, mesh) -> float:
         """Mean nll per token over the first eval_batches of the held-out data; nan when nothing is held out.
@@ -386,15 +392,8 @@ class Trainer:
 
     def _batches(self, split: str, model: Decoder, mesh) -> BatchIterator:
         index, count = sharding.process_rows(mesh)
-        return self.data.batches(
-            split,
-            global_batch_size=self.batch_size,
-            seq_len=self.seq_len,
-            seed=self.seed,
-            process_index=index,
-            process_count=count,
-            vocab_size=model.vocab_size,
-        )
+        rows = (self.batch_size, self.seq_len, self.seed, index, count)
+        return self._opened.batches(BatchSpec(split, *rows, vocab_size=model.vocab_size))
 
     def check_rows(self, mesh) -> None:
         """Raises UserError when a batch does not divide over the mesh."""

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from lcx.data import ByteTokenizer, Dataset, Mixture, check_batch
+from lcx.data import BatchSpec, ByteTokenizer, Dataset, Mixture, check_batch, store
 from lcx.errors import UserError
 
 KEYS = ("tokens", "labels", "segment_ids", "positions", "loss_weights")
@@ -199,6 +199,32 @@ def test_start_counts_rows(source):
     dataset = Dataset(source)
     all_batches = take(dataset.batches("train", global_batch_size=4, seq_len=16), 6)
     same(take(dataset.batches("train", global_batch_size=4, seq_len=16, start=8), 4), all_batches[2:])
+
+
+def test_what_is_opened_is_not_read_again(source, monkeypatch):
+    """One look at the source serves every split, and a BatchSpec says what the arguments of `batches` say."""
+    mixture = Mixture(((Dataset(source), 1.0), (Dataset(source, packing="windows"), 2.0)))
+    expected = {
+        split: take(mixture.batches(split, global_batch_size=4, seq_len=16), 3) for split in ("train", "eval")
+    }
+    remarks = mixture.remarks()
+    opened = mixture.opened()
+    monkeypatch.setattr(store, "open_store", None)
+    for split, batches in expected.items():
+        same(take(opened.batches(BatchSpec(split, global_batch_size=4, seq_len=16)), 3), batches)
+    assert opened.remarks() == remarks and opened.tokenizer == ByteTokenizer()
+
+
+def test_a_spec_can_be_changed_by_name(source):
+    spec = BatchSpec("train", global_batch_size=4, seq_len=16)
+    held_out = Dataset(source).batches(
+        dataclasses.replace(spec, split="eval")
+    )  # neither shuffled nor endless
+    same(list(held_out), list(Dataset(source).batches("eval", global_batch_size=4, seq_len=16)))
+    changed = take(Dataset(source).batches(spec, seed=3), 2)
+    same(changed, take(Dataset(source).batches("train", global_batch_size=4, seq_len=16, seed=3), 2))
+    with pytest.raises(TypeError, match="batch_size"):
+        Dataset(source).batches("train", batch_size=4, seq_len=16)
 
 
 def changes(folder):
@@ -400,7 +426,7 @@ def test_bad_requests(source, options, match):
 def test_a_damaged_batch_stops_the_run(source):
     """Ids are checked when a batch is made, not only when the store is opened."""
     iterator = Dataset(source).batches("train", global_batch_size=4, seq_len=16, vocab_size=258)
-    object.__setattr__(iterator._request, "vocab_size", 70)
+    object.__setattr__(iterator._spec, "vocab_size", 70)
     with iterator, pytest.raises(UserError, match="token id outside"):
         next(iterator)
 
@@ -455,7 +481,9 @@ def test_real_genome(reference):
         tokenizer=ByteTokenizer(bos_id=None, eos_id=0, vocab_size=512),
     )
     iterator = dataset.batches("train", global_batch_size=8, seq_len=2048, vocab_size=512)
-    assert iterator.info["tokens"] == 4_641_652 + 1 - 464_165  # EOS after the one document, then the held-out tail
+    assert (
+        iterator.info["tokens"] == 4_641_652 + 1 - 464_165
+    )  # EOS after the one document, then the held-out tail
     for batch in take(iterator, 3):
         assert set(np.unique(batch["tokens"])) == set(b"ACGT") and (batch["segment_ids"] == 1).all()
 

@@ -18,10 +18,10 @@ import lcx
 from lcx.checkpoint import Checkpointer, model_json
 from lcx.data import ByteTokenizer, Dataset, load_tokenizer
 from lcx.errors import UserError
-from lcx.evals import loss_by_position, perplexity
+from lcx.evals import loss_by_position
 from lcx.evals.loss_by_position import LossByPosition
 from lcx.evals.perplexity import Perplexity
-from lcx.evals.support import intervals, scoring
+from lcx.evals.support import intervals, scoring, windows
 from lcx.evals.support.model_facts import facts
 from lcx.evaluator import evaluate
 from lcx.model import init_params, llama
@@ -181,7 +181,7 @@ def test_without_bos_the_first_token_is_not_scored(tiny, dataset):
 @pytest.mark.parametrize("stride", [1, 3, 7, 8, 15])
 def test_windows_score_every_target_once(stride):
     lengths = [1, 2, 15, 16, 17, 24, 31, 32, 100, 0]
-    rows = perplexity.window_rows(lengths, window=16, stride=stride)
+    rows = windows.window_rows(lengths, window=16, stride=stride)
     targets = [(d, t) for d, _, end, first in rows.tolist() for t in range(first, end)]
     assert sorted(targets) == [(d, t) for d, length in enumerate(lengths) for t in range(1, length)]
     assert all(begin < first and end - begin <= 16 for _, begin, end, first in rows.tolist())

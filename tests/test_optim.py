@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lcx.errors import UserError
-from lcx.optim import AdamW, join, leaf_paths, plateau_scale, split
+from lcx.optim import AdamW, combine, leaf_paths, partition, plateau_scale
 
 STEPS, WARMUP, PEAK = 24, 8, 2e-3
 
@@ -133,7 +133,7 @@ def test_frozen_parameters_have_no_moments(params):
     assert [
         path for path, yes in zip(leaf_paths(params), jax.tree.leaves(trains), strict=True) if yes
     ] == chosen
-    moving, still = split(params, trains)
+    moving, still = partition(params, trains)
     assert leaf_paths(moving) == chosen and len(leaf_paths(still)) == 2
     transformation = optimizer.build(moving, 5)
     state = transformation.init(moving)
@@ -141,7 +141,7 @@ def test_frozen_parameters_have_no_moments(params):
     assert sizes == sorted(2 * [2 * 3 * 4, 2 * 3])  # m and v of the kernel and the scale
     updates, _ = transformation.update(jax.tree.map(jnp.ones_like, moving), state, moving)
     assert leaf_paths(updates) == chosen and all(np.all(u) for u in jax.tree.leaves(updates))
-    assert jax.tree.structure(join(updates, still)) == jax.tree.structure(params)
+    assert jax.tree.structure(combine(updates, still)) == jax.tree.structure(params)
 
 
 @pytest.mark.parametrize(
@@ -180,7 +180,7 @@ def test_nothing_to_train_or_to_decay(params):
         AdamW(frozen="v_proj").trains(params)
     with pytest.raises(UserError, match="weight_decay is 0.1 but decay=.* matches nothing that trains"):
         optimizer = AdamW(trainable="norm", weight_decay=0.1)
-        optimizer.build(split(params, optimizer.trains(params))[0], 5)
+        optimizer.build(partition(params, optimizer.trains(params))[0], 5)
 
 
 def test_plateau_is_that_of_torch(params):
@@ -216,7 +216,7 @@ def test_plateau_is_that_of_torch(params):
 def test_beside_the_pairs_train_the_named_parameters(params):
     weights = {"params": params, "lora": {"stages_0": {"a": np.ones(2), "b": np.ones(2)}}}
     optimizer = AdamW()
-    moving, _ = split(weights, optimizer.trains(weights))
+    moving, _ = partition(weights, optimizer.trains(weights))
     assert leaf_paths(moving) == ["lora/stages_0/a", "lora/stages_0/b"]
-    moving, _ = split(weights, optimizer.trains(weights, beside="norm"))
+    moving, _ = partition(weights, optimizer.trains(weights, beside="norm"))
     assert leaf_paths(moving) == ["lora/stages_0/a", "lora/stages_0/b", "params/stages_0/norm/scale"]

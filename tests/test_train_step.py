@@ -17,7 +17,7 @@ from lcx.errors import UserError
 from lcx.layers import Linear
 from lcx.linearize import Linearize
 from lcx.lora import LoRA
-from lcx.optim import AdamW, leaf_paths, split
+from lcx.optim import AdamW, leaf_paths, partition
 from lcx.training import step as train_step
 
 ROWS, T = 8, 32
@@ -217,7 +217,7 @@ def test_rows_without_targets(params, batch):
 def test_only_what_trains_has_a_gradient(params, batch, plain):
     trains = AdamW(trainable="stages_0.*(q_proj|norm)").trains(params)
     gradient, metrics, state = one_step(tiny_model(), params, batch, trains=trains)
-    expected, _ = split(plain[0], trains)
+    expected, _ = partition(plain[0], trains)
     assert leaf_paths(gradient) == [f"stages_0/block_0/{name}" for name in ("mixer/q_proj/kernel", *NORMS)]
     assert_close(gradient, expected, 1e-6)
     norm = np.sqrt(sum((np.asarray(e, np.float64) ** 2).sum() for e in jax.tree.leaves(expected)))

@@ -23,7 +23,7 @@ from tiny_runs import (
 import lcx
 from lcx import model as model_lib
 from lcx import trainer as trainer_lib
-from lcx.data import ByteTokenizer, Mixture
+from lcx.data import ByteTokenizer, Mixture, store
 from lcx.errors import UserError
 from lcx.lora import LoRA, merge
 from lcx.optim import AdamW, leaf_paths
@@ -41,8 +41,14 @@ def text(tmp_path_factory):
 @pytest.fixture(scope="module")
 def whole(text, tmp_path_factory):
     """(workdir, run) of a run that nothing disturbed."""
-    workdir = tmp_path_factory.mktemp("whole")
-    return workdir, tiny_trainer(text, eval_every=10).run(str(workdir))
+    workdir, opened, open_store = tmp_path_factory.mktemp("whole"), [], store.open_store
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            store, "open_store", lambda *args, **named: opened.append(1) or open_store(*args, **named)
+        )
+        run = tiny_trainer(text, eval_every=10).run(str(workdir))
+    assert len(opened) == 1  # for training, for four evaluations and for what is said of the data
+    return workdir, run
 
 
 def stopped(monkeypatch, trainer, workdir, step):

@@ -27,6 +27,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from flax.traverse_util import unflatten_dict
 from jax.experimental import multihost_utils
 
 from lcx import paths
@@ -43,7 +44,6 @@ from lcx.checkpoint.folder import (
     load_json,
     load_record,
     metadata,
-    nested,
     plain,
     read_json,
     read_record,
@@ -366,7 +366,7 @@ def _save_args(flat: Mapping[str, Any]) -> ocp.args.PyTreeSave:
         stacked = x.ndim >= 3 and x.shape[0] <= 1024
         return ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES, shard_axes=(0,) if stacked else ())
 
-    tree = nested(flat)
+    tree = unflatten_dict(flat, sep="/")
     return ocp.args.PyTreeSave(tree, save_args=jax.tree.map(cut, tree))
 
 
@@ -375,7 +375,7 @@ def _read_arrays(item_dir: epath.Path, wanted: Mapping[str, jax.ShapeDtypeStruct
     on_disk = {key: struct for key, struct in wanted.items() if math.prod(struct.shape)}
     arrays = {}
     if on_disk:
-        tree = nested(on_disk)
+        tree = unflatten_dict(on_disk, sep="/")
         args = ocp.args.PyTreeRestore(
             item=tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree)
         )

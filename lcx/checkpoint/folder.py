@@ -12,7 +12,7 @@ import dataclasses
 import json
 import shutil
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -142,11 +142,14 @@ def metadata(path: Any) -> dict[str, Any]:
     """
     import jax
     import jax.numpy as jnp
+    from flax.traverse_util import unflatten_dict
 
     directory, step = find_step(path)
     record = read_record(directory / str(step))
     return {
-        item: nested({key: jax.ShapeDtypeStruct(e.shape, jnp.dtype(e.dtype)) for key, e in entries.items()})
+        item: unflatten_dict(
+            {key: jax.ShapeDtypeStruct(e.shape, jnp.dtype(e.dtype)) for key, e in entries.items()}, sep="/"
+        )
         for item, entries in record.arrays.items()
     }
 
@@ -170,18 +173,6 @@ def load_json(step_dir: epath.Path, name: str, record: Record) -> dict[str, Any]
     if checksum(document) != record.json[name]:
         raise Damaged(f"{name} does not match its checksum")
     return document
-
-
-def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """{"a/b": x} -> {"a": {"b": x}}."""
-    tree: dict[str, Any] = {}
-    for key, leaf in flat.items():
-        *parents, name = key.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = leaf
-    return tree
 
 
 def few(names: Iterable[Any], limit: int = 3) -> str:

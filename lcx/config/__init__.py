@@ -42,7 +42,7 @@ from lcx.config import checking, reading
 from lcx.config import flags as flags_lib
 from lcx.config.environment import setup_jax
 from lcx.config.flags import json_object, parser
-from lcx.errors import UserError
+from lcx.errors import UserError, first_line
 
 __all__ = [
     "ConfigError",
@@ -209,7 +209,7 @@ def _one_line(error: BaseException) -> str:
             else ""
         )
         return f"{error.strerror}{advice}"
-    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    line = first_line(error)
     built = re.search(r"In call to configurable '(\w+)'", str(error))
     return f"{built[1]}: {line}" if built else line
 

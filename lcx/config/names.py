@@ -15,6 +15,7 @@ from gin import config as gin_config
 from gin import config_parser
 
 from lcx.config.flags import hint
+from lcx.errors import first_line
 
 
 class Unresolved:
@@ -101,7 +102,7 @@ def look_up(selector: str) -> gin_config.Configurable:
     except AttributeError:
         raise LookupError(_no_attribute(context, selector)) from None
     except (TypeError, ValueError) as error:
-        raise LookupError(f"{selector!r} cannot be configured: {str(error).splitlines()[0]}") from None
+        raise LookupError(f"{selector!r} cannot be configured: {first_line(error)}") from None
     if found is not None:
         return found
     names = [name.rpartition(".")[2] for name, _ in gin_config._REGISTRY.items()]

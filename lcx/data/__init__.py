@@ -3,9 +3,10 @@
 `Dataset` and `Mixture` are what a configuration builds; the rest is there to be used on its own.
 """
 
-from lcx.data.batches import BatchIterator
+from lcx.data.batches import BatchIterator, Opened
 from lcx.data.checks import Issue, Report, check_documents, is_truncated, repetition
 from lcx.data.dataset import Dataset, Mixture
+from lcx.data.mixing import BatchSpec
 from lcx.data.packing import check_batch
 from lcx.data.sources import find_files, read_documents
 from lcx.data.special import SpecialTokens, separating_tokens, special_tokens
@@ -21,10 +22,12 @@ from lcx.data.tokenizers import (
 
 __all__ = [
     "BatchIterator",
+    "BatchSpec",
     "ByteTokenizer",
     "Dataset",
     "Issue",
     "Mixture",
+    "Opened",
     "Report",
     "SpecialTokens",
     "TokenStore",

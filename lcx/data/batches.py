@@ -10,17 +10,14 @@ import dataclasses
 import functools
 import hashlib
 import json
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from lcx.data import order, packing
-from lcx.data.corpus import Corpus
-from lcx.data.mixing import Group, Request, make_groups
+from lcx.data.mixing import BatchSpec, Group, Part, make_groups
+from lcx.data.tokenizers import Tokenizer
 from lcx.errors import UserError
-
-if TYPE_CHECKING:
-    from lcx.data.dataset import Mixture
 
 _STATE_VERSION = 1
 _CHECKED_BATCHES = 3  # after a start or a restore; a mistake in the data shows in all of them
@@ -68,37 +65,35 @@ class BatchIterator:
       num_batches: batches from the start to the end, None when endless.
     """
 
-    def __init__(
-        self, groups: tuple[Group, ...], request: Request, description: dict[str, Any], *, start: int = 0
-    ):
-        self._request = request
+    def __init__(self, groups: tuple[Group, ...], spec: BatchSpec, description: dict[str, Any]):
+        self._spec = spec
         self._groups = groups
         self._description = description
         self._rows = sum(group.plan.num_rows for group in groups)
-        self._next_index = start
+        self._next_index = spec.start
         self._pipeline: Any = None
         self._unchecked = _CHECKED_BATCHES
         self.fingerprint = fingerprint(description)
-        self.num_batches = None if request.repeat else -(-self._rows // request.global_batch_size)
+        self.num_batches = None if spec.repeats else -(-self._rows // spec.global_batch_size)
 
     @functools.cached_property
     def info(self) -> dict[str, Any]:
-        return _info(self._groups, self._request.seq_len)
+        return _info(self._groups, self._spec.seq_len)
 
     def __iter__(self) -> "BatchIterator":
         return self
 
     def __next__(self) -> packing.Batch:
         if self._pipeline is None:
-            self._pipeline = iter(_pipeline(self._groups, self._request, self._next_index))
+            self._pipeline = iter(_pipeline(self._groups, self._spec, self._next_index))
         batch = next(self._pipeline)
-        self._next_index += self._request.global_batch_size
-        if not self._request.repeat:
+        self._next_index += self._spec.global_batch_size
+        if not self._spec.repeat:
             self._next_index = min(self._next_index, self._rows)
         if self._unchecked:
             self._unchecked -= 1
             masked = all(group.document_mask for group in self._groups)
-            packing.check_batch(batch, vocab_size=self._request.vocab_size, document_mask=masked)
+            packing.check_batch(batch, vocab_size=self._spec.vocab_size, document_mask=masked)
         return batch
 
     def state(self) -> dict[str, Any]:
@@ -151,62 +146,76 @@ class BatchIterator:
         self.close()
 
 
-def make_iterator(mixture: "Mixture", request: Request, *, start: int = 0) -> BatchIterator:
-    """Opens the data sets of a mixture and plans their rows; the work behind `Mixture.batches`."""
-    if start < 0:
-        raise UserError(f"start={start} is negative; expected a number of rows")
-    opened = mixture.open()
-    groups = make_groups(mixture, opened, request)
-    rows = sum(group.plan.num_rows for group in groups)
-    names = ", ".join(repr(dataset.source) for dataset, _ in mixture.parts)
-    if not rows:
-        raise UserError(
-            f"the {request.split} split of {names} is empty; set Dataset.eval_fraction so that both splits"
-            " get"
-            " documents (0: all train, 1: all eval), or add documents"
-        )
-    for corpus in opened:
-        if corpus.store.loss_tokens == 0:
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """A `lcx.data.Dataset` or `Mixture` whose documents are tokenised: what a run reads, from one look at the source.
+
+    Attributes:
+      tokenizer: that all parts share.
+      long_fraction, long_length: of the mixture, see there.
+    """
+
+    parts: tuple[Part, ...]
+    tokenizer: Tokenizer
+    long_fraction: float | None = None
+    long_length: int | None = None
+
+    def batches(self, spec: BatchSpec) -> BatchIterator:
+        """The work behind `Mixture.batches`: plans the rows, and refuses what a run could not train on."""
+        groups = make_groups(self.parts, spec, long_fraction=self.long_fraction, long_length=self.long_length)
+        self._check(groups, spec)
+        return BatchIterator(groups, spec, describe(self, groups, spec))
+
+    def remarks(self) -> list[str]:
+        """What a run says of its data when it starts, part after part."""
+        return [line for part in self.parts for line in part.corpus.remarks()]
+
+    def _check(self, groups: tuple[Group, ...], spec: BatchSpec) -> None:
+        rows = sum(group.plan.num_rows for group in groups)
+        names = ", ".join(repr(part.dataset.source) for part in self.parts)
+        if not rows:
             raise UserError(
-                f"no token of the {corpus.store.conversations} conversations in {corpus.source} has a loss: no message"
-                " has the role 'assistant', or the template's generation blocks are empty; set"
-                " Dataset.chat_loss='all', or Dataset.chat_template"
+                f"the {spec.split} split of {names} is empty; set Dataset.eval_fraction so that both splits get"
+                " documents (0: all train, 1: all eval), or add documents"
             )
-    if request.repeat and rows < request.global_batch_size:
-        tokens = sum(group.plan.num_inputs for group in groups)
-        raise UserError(
-            f"the {request.split} split of {names} has {tokens} tokens: {rows} rows of"
-            f" seq_len={request.seq_len}, fewer"
-            f" than global_batch_size={request.global_batch_size}; add data (about"
-            f" {request.global_batch_size * request.seq_len} tokens are needed) or lower one of the two"
-        )
-    if request.vocab_size is not None:
-        top = max(group.store.max_id for group in groups)
-        if top >= request.vocab_size:
+        for corpus in (part.corpus for part in self.parts):
+            if corpus.store.loss_tokens == 0:
+                raise UserError(
+                    f"no token of the {corpus.store.conversations} conversations in {corpus.source} has a loss: no"
+                    " message has the role 'assistant', or the template's generation blocks are empty; set"
+                    " Dataset.chat_loss='all', or Dataset.chat_template"
+                )
+        if spec.repeats and rows < spec.global_batch_size:
+            tokens = sum(group.plan.num_inputs for group in groups)
             raise UserError(
-                f"the data {names} holds token id {top} but the model's vocab_size is {request.vocab_size};"
-                " use the model's own tokenizer (Dataset.tokenizer), or raise vocab_size"
+                f"the {spec.split} split of {names} has {tokens} tokens: {rows} rows of seq_len={spec.seq_len},"
+                f" fewer than global_batch_size={spec.global_batch_size}; add data (about"
+                f" {spec.global_batch_size * spec.seq_len} tokens are needed) or lower one of the two"
             )
-    return BatchIterator(groups, request, describe(mixture, opened, groups, request), start=start)
+        if spec.vocab_size is not None:
+            top = max(group.store.max_id for group in groups)
+            if top >= spec.vocab_size:
+                raise UserError(
+                    f"the data {names} holds token id {top} but the model's vocab_size is {spec.vocab_size};"
+                    " use the model's own tokenizer (Dataset.tokenizer), or raise vocab_size"
+                )
 
 
-def describe(
-    mixture: "Mixture", opened: tuple[Corpus, ...], groups: tuple[Group, ...], request: Request
-) -> dict[str, Any]:
+def describe(mixture: Opened, groups: tuple[Group, ...], spec: BatchSpec) -> dict[str, Any]:
     """Everything that decides which tokens stand in which row, as JSON; the fingerprint is its hash."""
     return {
-        "split": request.split,
-        "seq_len": request.seq_len,
-        "seed": request.seed,
-        "shuffle": request.shuffle,
-        "repeat": request.repeat,
+        "split": spec.split,
+        "seq_len": spec.seq_len,
+        "seed": spec.seed,
+        "shuffle": spec.shuffles,
+        "repeat": spec.repeats,
         "long_fraction": mixture.long_fraction,
         "long_length": mixture.long_length,
         "parts": [
             {
                 "source": dataset.source if isinstance(dataset.source, str) else list(dataset.source),
-                "weight": weight,
-                "tokens": corpus.store.fingerprint,
+                "weight": part.weight,
+                "tokens": part.corpus.store.fingerprint,
                 "packing": dataset.packing,
                 "document_mask": dataset.document_mask,
                 "eval_fraction": dataset.eval_fraction,
@@ -215,10 +224,11 @@ def describe(
                 "long_fraction": dataset.long_fraction,
                 "long_length": dataset.long_length,
             }
-            for (dataset, weight), corpus in zip(mixture.parts, opened, strict=True)
+            for part in mixture.parts
+            for dataset in (part.dataset,)
         ],
         "rows": [group.plan.num_rows for group in groups],
-        "order": _probe(groups, request),
+        "order": _probe(groups, spec),
     }
 
 
@@ -230,9 +240,9 @@ def fingerprint(description: dict[str, Any]) -> str:
     ]
 
 
-def _probe(groups: tuple[Group, ...], request: Request) -> str:
+def _probe(groups: tuple[Group, ...], spec: BatchSpec) -> str:
     """A hash of the first row numbers, which would show another order in another release of grain."""
-    ids = _row_ids(groups, request)
+    ids = _row_ids(groups, spec)
     rows = [int(ids[i]) for i in range(min(32, len(ids)))]
     return hashlib.sha256(repr(rows).encode()).hexdigest()[:16]
 
@@ -275,47 +285,47 @@ def _info(groups: tuple[Group, ...], seq_len: int) -> dict[str, Any]:
     }
 
 
-def _row_ids(groups: tuple[Group, ...], request: Request) -> Any:
+def _row_ids(groups: tuple[Group, ...], spec: BatchSpec) -> Any:
     """The sequence of row numbers as a grain MapDataset: endless and mixed by weight, or each row once."""
     import grain
 
     rows = [group.plan.num_rows for group in groups]
-    if not request.repeat:
+    if not spec.repeats:
         ids = grain.MapDataset.range(sum(rows))
-        if request.shuffle:
-            ids = ids.map_with_index(order.EpochShuffle(0, sum(rows), order.derive(request.seed, "rows")))
+        if spec.shuffles:
+            ids = ids.map_with_index(order.EpochShuffle(0, sum(rows), order.derive(spec.seed, "rows")))
         return ids
     mixed = []
     base = 0
     for number, count in enumerate(rows):
         ids = grain.MapDataset.range(base, base + count).repeat()
-        if request.shuffle:
-            seed = order.derive(request.seed, "rows", number)
+        if spec.shuffles:
+            seed = order.derive(spec.seed, "rows", number)
             ids = ids.map_with_index(order.EpochShuffle(base, count, seed))
         mixed.append(ids)
         base += count
     return mixed[0] if len(mixed) == 1 else grain.MapDataset.mix(mixed, [group.weight for group in groups])
 
 
-def _pipeline(groups: tuple[Group, ...], request: Request, start: int) -> Any:
+def _pipeline(groups: tuple[Group, ...], spec: BatchSpec, start: int) -> Any:
     """The grain pipeline of one process from row `start` on."""
     import grain
 
     # grain computes lengths in floating point: cut the endless sequence where they stay exact.
-    ids = _row_ids(groups, request)[start : 1 << 62]
-    if not request.repeat:
-        padding = -len(ids) % request.global_batch_size
+    ids = _row_ids(groups, spec)[start : 1 << 62]
+    if not spec.repeats:
+        padding = -len(ids) % spec.global_batch_size
         if padding:
             ids = grain.MapDataset.concatenate([ids, grain.MapDataset.source([-1] * padding)])
     # Consecutive local batches belong to consecutive processes, so the processes' blocks, one after the
     # other, are the global batch in its order.
-    batches = ids.batch(request.local_batch_size)[request.process_index :: request.process_count]
-    batches = batches.map(Assemble(groups, request.seq_len))
-    reading = grain.ReadOptions(num_threads=request.num_threads, prefetch_buffer_size=2 * request.num_threads)
+    batches = ids.batch(spec.local_batch_size)[spec.process_index :: spec.process_count]
+    batches = batches.map(Assemble(groups, spec.seq_len))
+    reading = grain.ReadOptions(num_threads=spec.num_threads, prefetch_buffer_size=2 * spec.num_threads)
     pipeline = batches.to_iter_dataset(reading)
-    if request.num_workers:
+    if spec.num_workers:
         _mark_flags_parsed()
-        pipeline = pipeline.mp_prefetch(grain.MultiprocessingOptions(num_workers=request.num_workers))
+        pipeline = pipeline.mp_prefetch(grain.MultiprocessingOptions(num_workers=spec.num_workers))
     return pipeline
 
 

@@ -18,6 +18,7 @@ from jaxtyping import Bool, Int
 from lcx.data import chat_templates
 from lcx.data.chat_sandbox import RenderError, Spans
 from lcx.data.notices import say_once
+from lcx.data.readers import Rendered
 from lcx.data.tokenizers import Tokenizer
 from lcx.errors import UserError
 
@@ -29,20 +30,6 @@ _ROLES = {
     "human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "assistant": "assistant",
     "model": "assistant", "system": "system", "tool": "tool",
 }  # fmt: skip
-
-
-@dataclasses.dataclass(frozen=True)
-class Rendered:
-    """A conversation as text.
-
-    Attributes:
-      spans: character ranges with a loss; None for all of it.
-      marked: whether the template's own generation blocks are the spans.
-    """
-
-    text: str
-    spans: Spans | None
-    marked: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ SPLIT_RULES = ("hash", "tail")
 
 
 @dataclasses.dataclass(frozen=True)
-class Documents:
+class DocumentRanges:
     """Ranges of a token store, one per document; `number` is the document's number in the store."""
 
     starts: Int[np.ndarray, "documents"]
@@ -30,9 +30,9 @@ class Documents:
     def num_tokens(self) -> int:
         return int(self.lengths.sum())
 
-    def take(self, which: np.ndarray) -> "Documents":
+    def take(self, which: np.ndarray) -> "DocumentRanges":
         """The documents that an index or a mask selects, in its order."""
-        return Documents(self.starts[which], self.lengths[which], self.number[which])
+        return DocumentRanges(self.starts[which], self.lengths[which], self.number[which])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,12 +45,12 @@ class Corpus:
     """
 
     store: TokenStore
-    train: Documents
-    eval: Documents
+    train: DocumentRanges
+    eval: DocumentRanges
     copies: int = 0
     source: str = "the data"
 
-    def split(self, name: str) -> Documents:
+    def split(self, name: str) -> DocumentRanges:
         """Raises UserError for a split that does not exist."""
         if name not in SPLITS:
             raise UserError(f"split {name!r} does not exist; expected one of {', '.join(SPLITS)}")
@@ -137,7 +137,7 @@ def divide(
       UserError: no document is long enough, or copies leave a split without any.
     """
     starts, lengths = np.asarray(store.offsets[:-1]), np.diff(store.offsets)
-    everything = Documents(starts, lengths, np.arange(len(starts)))
+    everything = DocumentRanges(starts, lengths, np.arange(len(starts)))
     documents = everything.take(lengths >= min_length)
     if not len(documents):
         raise UserError(
@@ -180,7 +180,7 @@ def _check_copies(source: str, hashes: np.ndarray, train: np.ndarray, eval_fract
         )
 
 
-def _cut(documents: Documents, eval_fraction: float) -> tuple[Documents, Documents]:
+def _cut(documents: DocumentRanges, eval_fraction: float) -> tuple[DocumentRanges, DocumentRanges]:
     length = int(documents.lengths[0])
     tail = min(max(1, round(length * eval_fraction)), length - 1)
     head = dataclasses.replace(documents, lengths=documents.lengths - tail)

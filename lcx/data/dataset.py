@@ -2,21 +2,19 @@
 
 import dataclasses
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Int
 
-from lcx.data import chat, markers, sources, store
+from lcx.data import chat, checks, markers, sources, store
 from lcx.data import corpus as corpora
 from lcx.data import tokenizers as tok
+from lcx.data.batches import BatchIterator, Opened
+from lcx.data.mixing import BatchSpec, Part
 from lcx.data.notices import say_once
 from lcx.data.special import described
 from lcx.errors import UserError
-
-if TYPE_CHECKING:
-    from lcx.data.batches import BatchIterator
-    from lcx.data.checks import Report
 
 _PARTS = "((@books/data.Dataset(), 0.7), (@code/data.Dataset(), 0.3))"  # as a .gin file has it
 PACKINGS = ("concat", "first_fit", "windows")
@@ -49,7 +47,7 @@ class Dataset:
         with EOS where the tokenizer adds nothing of its own, so that documents in a row are kept apart.
       document_mask: False trains across the documents of a row (one segment, running positions).
       eval_fraction: share of the documents held out.
-      split: "hash" chooses them by their text, "tail" takes the last ones.
+      split: the rule by which documents are held out: "hash" chooses them by their text, "tail" takes the last ones.
       min_length: documents with fewer tokens are left out.
       long_fraction: share of the training rows made of long documents; None leaves the natural share.
       long_length: tokens from which a document counts as long; by default seq_len.
@@ -117,7 +115,10 @@ class Dataset:
 
     def open(self) -> corpora.Corpus:
         """Tokenises the source where that is still to do, and divides it into its splits."""
-        tokenizer, name = self.load_tokenizer(), _listed(self.source)
+        return self._open(self.load_tokenizer())
+
+    def _open(self, tokenizer: tok.Tokenizer) -> corpora.Corpus:
+        name = _listed(self.source)
         tokens = store.open_store(
             sources.find_files(self.source, format=self.format),
             tokenizer,
@@ -138,37 +139,13 @@ class Dataset:
             source=name,
         )
 
-    def batches(
-        self,
-        split: str,
-        *,
-        global_batch_size: int,
-        seq_len: int,
-        seed: int = 0,
-        process_index: int = 0,
-        process_count: int = 1,
-        start: int = 0,
-        shuffle: bool | None = None,
-        repeat: bool | None = None,
-        vocab_size: int | None = None,
-        num_threads: int = 1,
-        num_workers: int = 0,
-    ) -> "BatchIterator":
+    def opened(self) -> Opened:
+        """This data set for a run, which reads it more than once."""
+        return Mixture(((self, 1.0),)).opened()
+
+    def batches(self, split: str | BatchSpec, **settings: Any) -> BatchIterator:
         """This process's share of the batches of a split; see `Mixture.batches`."""
-        return Mixture(((self, 1.0),)).batches(
-            split,
-            global_batch_size=global_batch_size,
-            seq_len=seq_len,
-            seed=seed,
-            process_index=process_index,
-            process_count=process_count,
-            start=start,
-            shuffle=shuffle,
-            repeat=repeat,
-            vocab_size=vocab_size,
-            num_threads=num_threads,
-            num_workers=num_workers,
-        )
+        return Mixture(((self, 1.0),)).batches(split, **settings)
 
     def documents(self, split: str, *, packed: bool = True) -> Iterator[corpora.Scored]:
         """(tokens, mask) of each whole document of a split, in the order of the source: int32 ids, and which of them
@@ -203,13 +180,11 @@ class Dataset:
         """What a run says of its data when it starts: conversations, copies that were left out."""
         return self.open().remarks()
 
-    def check(self, *, min_length: int = 8192, window: int = 50, threshold: float = 0.8) -> "Report":
+    def check(self, *, min_length: int = 8192, window: int = 50, threshold: float = 0.8) -> checks.Report:
         """Length, repetition and truncation of every document of both splits (`lcx.data.checks`).
 
         The report also counts the texts that have a marker of a document's end inside.
         """
-        from lcx.data import checks
-
         tokens = self.open().store
         documents = (
             (name, tokens.tokens[first:last].astype(np.int32))
@@ -280,70 +255,36 @@ class Mixture:
 
     def open(self) -> tuple[corpora.Corpus, ...]:
         """Opens every part; a training document of which another part holds a copy out is left out."""
-        opened = [dataset.open() for dataset, _ in self.parts]
-        return tuple(
-            corpora.without_copies(corpus, [other for other in opened if other is not corpus])
-            for corpus in opened
+        return _without_copies([dataset.open() for dataset, _ in self.parts])
+
+    def opened(self) -> Opened:
+        """The parts for a run, which reads them more than once. Raises UserError for parts of different tokenizers."""
+        tokenizer = self.load_tokenizer()
+        opened = _without_copies([dataset._open(tokenizer) for dataset, _ in self.parts])
+        parts = zip(self.parts, opened, strict=True)
+        return Opened(
+            tuple(Part(dataset, weight, corpus) for (dataset, weight), corpus in parts),
+            tokenizer,
+            long_fraction=self.long_fraction,
+            long_length=self.long_length,
         )
 
-    def batches(
-        self,
-        split: str,
-        *,
-        global_batch_size: int,
-        seq_len: int,
-        seed: int = 0,
-        process_index: int = 0,
-        process_count: int = 1,
-        start: int = 0,
-        shuffle: bool | None = None,
-        repeat: bool | None = None,
-        vocab_size: int | None = None,
-        num_threads: int = 1,
-        num_workers: int = 0,
-    ) -> "BatchIterator":
-        """This process's share of the batches of a split.
-
-        The batches are one sequence of rows, whatever the number of processes: batch k is rows
-        k * global_batch_size .. (k + 1) * global_batch_size, and process i of n holds the i-th of n equal
-        blocks.
+    def batches(self, split: str | BatchSpec, **settings: Any) -> BatchIterator:
+        """This process's share of the batches of a split, in the order that a `BatchSpec` explains.
 
         Args:
-          split: "train" or "eval".
-          global_batch_size: rows of a batch over all processes.
-          seq_len: tokens of a row (T).
-          seed: decides the order of documents and rows, nothing else.
-          start: rows to skip, as `state()["next_index"]` counts them.
-          shuffle: by default in training only.
-          repeat: endless, in another order every epoch; by default in training only. Without it every row
-            comes once, weights and long_fraction do not apply, and the last batch is filled up with rows of
-            weight 0.
-          vocab_size: the model's, to refuse tokens that it does not have.
-          num_threads: threads that prepare batches ahead; 0 prepares each when it is asked for.
-          num_workers: worker processes; on few cores they cost more than they give, and they outlive a run
-            that is killed.
+          split: a whole BatchSpec; or the name of the split, and by name the other fields of one:
+            `batches("train", global_batch_size=8, seq_len=4096)`.
 
         Raises:
           UserError: no data in this split, too little for one batch, or ids outside the vocabulary.
+          TypeError: a setting that BatchSpec does not have.
         """
-        from lcx.data import batches, mixing
-
-        if len(self.parts) > 1:
-            self.load_tokenizer()  # refuses parts that differ
-        request = mixing.Request(
-            split=split,
-            global_batch_size=global_batch_size,
-            seq_len=seq_len,
-            seed=seed,
-            process_index=process_index,
-            process_count=process_count,
-            shuffle=(split == "train") if shuffle is None else shuffle,
-            repeat=(split == "train") if repeat is None else repeat,
-            vocab_size=vocab_size,
-            num_threads=num_threads,
-            num_workers=num_workers,
-        )
-        return batches.make_iterator(self, request, start=start)
+        if isinstance(split, str):
+            split = BatchSpec(split, **settings)
+        elif settings:
+            split = dataclasses.replace(split, **settings)
+        return self.opened().batches(split)
 
     def documents(self, split: str, *, packed: bool = True) -> Iterator[corpora.Scored]:
         """(tokens, mask) of each whole document of a split, part after part; see `Dataset.documents`."""
@@ -365,6 +306,13 @@ class Mixture:
     def document_names(self, split: str) -> list[str]:
         """The name of each document of a split, in the order of `documents`."""
         return [name for corpus in self.open() for name in corpus.document_names(split)]
+
+
+def _without_copies(opened: list[corpora.Corpus]) -> tuple[corpora.Corpus, ...]:
+    return tuple(
+        corpora.without_copies(corpus, [other for other in opened if other is not corpus])
+        for corpus in opened
+    )
 
 
 def _listed(source: str | tuple[str, ...]) -> str:

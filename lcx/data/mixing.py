@@ -1,41 +1,60 @@
 """Which rows a request draws from, and with what weight: the parts of a mixture, long and short documents."""
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from lcx.data import order, packing
-from lcx.data.corpus import Corpus, Documents
+from lcx.data.corpus import Corpus, DocumentRanges
 from lcx.data.store import TokenStore
 from lcx.errors import UserError
 
-if TYPE_CHECKING:
-    from lcx.data.dataset import Dataset, Mixture
-
 
 @dataclasses.dataclass(frozen=True)
-class Request:
-    """The arguments of `Mixture.batches`, with the defaults resolved."""
+class BatchSpec:
+    """Which rows of a split a process reads, and in what batches.
+
+    The batches are one sequence of rows, whatever the number of processes: batch k is rows k * global_batch_size ..
+    (k + 1) * global_batch_size, and process i of n holds the i-th of n equal blocks.
+
+    Attributes:
+      split: "train" or "eval".
+      global_batch_size: rows of a batch over all processes.
+      seq_len: tokens of a row (T).
+      seed: decides the order of documents and rows, nothing else.
+      start: rows to skip, as `BatchIterator.state()["next_index"]` counts them.
+      shuffle: None: in training only.
+      repeat: endless, in another order every epoch. None: in training only. Without it every row comes once, weights
+        and long_fraction do not apply, and the last batch is filled up with rows of weight 0.
+      vocab_size: the model's, to refuse tokens that it does not have.
+      num_threads: threads that prepare batches ahead; 0 prepares each when it is asked for.
+      num_workers: worker processes; on few cores they cost more than they give, and they outlive a run that is killed.
+
+    Raises:
+      UserError: sizes below 1, or a batch that does not divide over the processes.
+    """
 
     split: str
     global_batch_size: int
     seq_len: int
-    seed: int
-    process_index: int
-    process_count: int
-    shuffle: bool
-    repeat: bool
-    vocab_size: int | None
-    num_threads: int
-    num_workers: int
+    seed: int = 0
+    process_index: int = 0
+    process_count: int = 1
+    start: int = 0
+    shuffle: bool | None = None
+    repeat: bool | None = None
+    vocab_size: int | None = None
+    num_threads: int = 1
+    num_workers: int = 0
 
     def __post_init__(self):
         for name in ("global_batch_size", "seq_len", "process_count"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} is too small; expected at least 1")
+        if self.start < 0:
+            raise UserError(f"start={self.start} is negative; expected a number of rows")
         if self.global_batch_size % self.process_count:
             raise UserError(
-                f"global_batch_size={self.global_batch_size} does not divide over {self.process_count}"
-                " processes;"
+                f"global_batch_size={self.global_batch_size} does not divide over {self.process_count} processes;"
                 " make it a multiple of their number"
             )
         if not 0 <= self.process_index < self.process_count:
@@ -44,8 +63,46 @@ class Request:
             )
 
     @property
+    def shuffles(self) -> bool:
+        return self.split == "train" if self.shuffle is None else self.shuffle
+
+    @property
+    def repeats(self) -> bool:
+        return self.split == "train" if self.repeat is None else self.repeat
+
+    @property
     def local_batch_size(self) -> int:
         return self.global_batch_size // self.process_count
+
+
+class RowSettings(Protocol):
+    """The settings of a `lcx.data.Dataset` that decide what its rows hold, once its documents are tokenised."""
+
+    @property
+    def source(self) -> str | tuple[str, ...]: ...
+    @property
+    def packing(self) -> str: ...
+    @property
+    def document_mask(self) -> bool: ...
+    @property
+    def eval_fraction(self) -> float: ...
+    @property
+    def split(self) -> str: ...
+    @property
+    def min_length(self) -> int: ...
+    @property
+    def long_fraction(self) -> float | None: ...
+    @property
+    def long_length(self) -> int | None: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A data set of a mixture, opened."""
+
+    dataset: RowSettings
+    weight: float
+    corpus: Corpus
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,9 +129,9 @@ class _Candidate:
     """Documents before they are planned; `pool` names the groups that share one long_fraction."""
 
     part: int
-    dataset: "Dataset"
+    dataset: RowSettings
     corpus: Corpus
-    documents: Documents
+    documents: DocumentRanges
     weight: float
     kind: str = "all"
     pool: int | None = None
@@ -82,27 +139,30 @@ class _Candidate:
     long_length: int = 0
 
 
-def make_groups(mixture: "Mixture", opened: tuple[Corpus, ...], request: Request) -> tuple[Group, ...]:
-    """The groups of a request that have documents.
+def make_groups(
+    parts: tuple[Part, ...], spec: BatchSpec, *, long_fraction: float | None, long_length: int | None
+) -> tuple[Group, ...]:
+    """The groups of a split that have documents.
 
-    long_fraction applies where rows are drawn by weight (endless training), over the mixture where it is set
-    there, else within each data set that sets it.
+    long_fraction applies where rows are drawn by weight (endless training): over all parts where it is set here, else
+    within each data set that sets it.
     """
     candidates: list[_Candidate] = []
-    for number, ((dataset, weight), corpus) in enumerate(zip(mixture.parts, opened, strict=True)):
-        whole = _Candidate(number, dataset, corpus, corpus.split(request.split), weight)
-        owner = dataset if mixture.long_fraction is None else mixture
-        if owner.long_fraction is None or not (request.repeat and request.split == "train"):
+    for number, part in enumerate(parts):
+        dataset, corpus, pool = part.dataset, part.corpus, -1
+        fraction, length = long_fraction, long_length
+        if fraction is None:
+            fraction, length, pool = dataset.long_fraction, dataset.long_length, number
+        whole = _Candidate(number, dataset, corpus, corpus.split(spec.split), part.weight)
+        if fraction is None or not (spec.repeats and spec.split == "train"):
             candidates.append(whole)
         else:
-            pool = number if owner is dataset else -1
-            length = owner.long_length or request.seq_len
-            candidates += _long_and_short(whole, pool, owner.long_fraction, length)
+            candidates += _long_and_short(whole, pool, fraction, length or spec.seq_len)
     candidates = [one for one in candidates if len(one.documents)]
     return tuple(
         Group(
             store=one.corpus.store,
-            plan=_plan(one.dataset, one.documents, request, number),
+            plan=_plan(one.dataset, one.documents, spec, number),
             documents=len(one.documents),
             tokens=one.documents.num_tokens,
             weight=share,
@@ -152,15 +212,15 @@ def _share(one: _Candidate, candidates: list[_Candidate]) -> float:
     return side * whole * one.weight / sum(other.weight for other in pool if other.kind == one.kind)
 
 
-def _plan(dataset: "Dataset", documents: Documents, request: Request, number: int) -> packing.Plan:
-    if request.shuffle:  # so that neighbours in the source are not always neighbours in a row
-        seed = order.derive(request.seed, "documents", number)
+def _plan(dataset: RowSettings, documents: DocumentRanges, spec: BatchSpec, number: int) -> packing.Plan:
+    if spec.shuffles:  # so that neighbours in the source are not always neighbours in a row
+        seed = order.derive(spec.seed, "documents", number)
         documents = documents.take(order.permutation(len(documents), seed=seed))
     starts, lengths = documents.starts, documents.lengths
     joined = not dataset.document_mask
     if dataset.packing == "first_fit":
-        return packing.plan_first_fit(starts, lengths, seq_len=request.seq_len)
+        return packing.plan_first_fit(starts, lengths, seq_len=spec.seq_len)
     if dataset.packing == "concat":
-        return packing.plan_concat(starts, lengths, seq_len=request.seq_len, joined=joined)
-    once = request.split == "eval"
-    return packing.plan_windows(starts, lengths, seq_len=request.seq_len, score_once=once, joined=joined)
+        return packing.plan_concat(starts, lengths, seq_len=spec.seq_len, joined=joined)
+    once = spec.split == "eval"
+    return packing.plan_windows(starts, lengths, seq_len=spec.seq_len, score_once=once, joined=joined)

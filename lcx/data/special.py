@@ -5,12 +5,9 @@ not mean that it adds one. Settings may ask for more or less.
 """
 
 import dataclasses
-from typing import TYPE_CHECKING
 
+from lcx.data.tokenizer_protocol import Tokenizer
 from lcx.errors import UserError
-
-if TYPE_CHECKING:
-    from lcx.data.tokenizers import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +27,7 @@ class SpecialTokens:
 
 
 def special_tokens(
-    tokenizer: "Tokenizer", *, add_bos: bool | None = None, add_eos: bool | None = None
+    tokenizer: Tokenizer, *, add_bos: bool | None = None, add_eos: bool | None = None
 ) -> SpecialTokens:
     """What is put before and after a text.
 
@@ -54,7 +51,7 @@ def special_tokens(
 
 
 def separating_tokens(
-    tokenizer: "Tokenizer",
+    tokenizer: Tokenizer,
     *,
     add_bos: bool | None = None,
     add_eos: bool | None = None,
@@ -82,7 +79,7 @@ def separating_tokens(
     return chosen
 
 
-def described(tokenizer: "Tokenizer", chosen: SpecialTokens, *, of: str = "document") -> str:
+def described(tokenizer: Tokenizer, chosen: SpecialTokens, *, of: str = "document") -> str:
     """One line for the start of a run, e.g. "BOS before each document: no; EOS after: yes"."""
     line = (
         f"BOS before each {of}: {_yes_no(tokenizer.bos_id, chosen.before)}; EOS after:"
@@ -96,7 +93,7 @@ def _yes_no(special: int | None, ids: tuple[int, ...]) -> str:
     return "yes" if special is not None and special in ids else "no"
 
 
-def _own(tokenizer: "Tokenizer") -> SpecialTokens:
+def _own(tokenizer: Tokenizer) -> SpecialTokens:
     own = getattr(tokenizer, "special", None)
     if own is not None:
         return own

@@ -10,7 +10,7 @@ import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
@@ -25,6 +25,7 @@ from lcx.data.tokenizer_libraries import (
     checksum,
     files_of,
 )
+from lcx.data.tokenizer_protocol import Tokenizer
 from lcx.errors import UserError
 
 __all__ = [
@@ -48,29 +49,6 @@ RECORD = "lcx_tokenizer.json"
 _CONFIG = "tokenizer_config.json"
 _SIDE_FILES = (_CONFIG, "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
 _SIDE_TEMPLATES = "additional_chat_templates/*.jinja"
-
-
-@runtime_checkable
-class Tokenizer(Protocol):
-    """What the library needs of a tokenizer; bos_id and eos_id are None where there is none."""
-
-    @property
-    def vocab_size(self) -> int: ...
-
-    @property
-    def bos_id(self) -> int | None: ...
-
-    @property
-    def eos_id(self) -> int | None: ...
-
-    def encode(self, text: str, *, add_special_tokens: bool = False) -> Int[np.ndarray, "tokens"]:
-        """The ids of `text` as int32; alone, or with what the tokenizer itself puts before and after a text."""
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`; special ids and ids outside the vocabulary give nothing."""
-
-    def to_json(self) -> dict[str, Any]:
-        """A JSON object that identifies the tokenizer; see `identity` and `tokenizer_from_json`."""
 
 
 @dataclasses.dataclass(frozen=True)

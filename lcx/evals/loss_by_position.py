@@ -1,7 +1,7 @@
 """Loss by position: how well is the next token predicted with 100, 1000, 10000 tokens before it?
 
-The curve of a model that uses its context falls. Beyond the window that it was trained on, a model without scaling
-climbs a wall; one that was extended goes on falling.
+The curve of a model that uses its context falls. Beyond the context length that it was trained on, a model without
+scaling climbs a wall; one that was extended goes on falling.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ class LossByPosition:
     Attributes:
       dataset: the text; None for what the checkpoint was trained on.
       split: "eval" or "train".
-      lengths: the evaluated lengths in tokens; None for the model's window.
+      lengths: the evaluated lengths in tokens; None for the model's context length.
       max_tokens: how much text is read for each length, from the beginning of the split.
       first_bucket: the end of the first bucket.
       document_mask: True: attention stays inside a document, and positions restart with it. False: documents follow

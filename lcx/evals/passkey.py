@@ -50,13 +50,13 @@ class Passkey:
     and the question. With its answer it fits the context: the longest distance is what that leaves.
 
     Attributes:
-      context_length: the target window in tokens; None for the model's.
+      context_length: the longest prompt in tokens; None for the model's.
       num_distances: distances k, evenly spaced up to the longest.
       trials: prompts at each distance, each with a key of its own.
       digits: of the key; it does not begin with 0.
       threshold: the success rate that counts, for k_max.
       full_length: True puts filler before the key too, so that every prompt fills the context. False makes a prompt
-        as long as its distance needs, so that a model with a short window still answers the short ones.
+        as long as its distance needs, so that a model with a short context still answers the short ones.
       max_new_tokens: of the greedy continuation.
       batch_size: prompts in one generation.
       seed: of the keys.

@@ -14,6 +14,7 @@ from lcx.evals import Result
 from lcx.evals.support import documents, figures, scoring
 from lcx.evals.support.intervals import mean_and_error
 from lcx.evals.support.model_facts import facts
+from lcx.evals.support.windows import window_rows
 from lcx.model import Decoder
 
 _WIDTH_STEP = 128  # windows longer than every document are cut to a multiple of this
@@ -33,7 +34,7 @@ class Perplexity:
     Attributes:
       dataset: the text; None for what the checkpoint was trained on.
       split: "eval" or "train".
-      windows: W, one or several; None for the model's window. The same targets are scored at each.
+      windows: W, one or several; None for the model's context length. The same targets are scored at each.
       stride: S; None for windows that do not overlap but for the token that the first target is predicted from (as
         lm-evaluation-harness counts, whose window is the W - 1 inputs).
       max_tokens: how much text is read, from the beginning of the split.
@@ -173,24 +174,6 @@ class Perplexity:
         )
         axes.set_xlabel(f"perplexity {next(iter(results.values()))['unit']}")
         axes.set_title("Perplexity (lower is better)")
-
-
-def window_rows(lengths: list[int], *, window: int, stride: int) -> Int[np.ndarray, "R 4"]:
-    """Every window of every document: (document, begin, end, first scored target), tokens begin .. end of it.
-
-    Targets are tokens first .. end; the token at `begin` of a document's first window has nothing before it.
-    """
-    rows = []
-    for document, length in enumerate(lengths):
-        scored = 1
-        for begin in range(0, max(length, 1), stride):
-            end = min(begin + window, length)
-            if end > scored:
-                rows.append((document, begin, end, scored))
-                scored = end
-            if end == length:
-                break
-    return np.array(rows, np.int64).reshape(-1, 4)
 
 
 def _cut(

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 
 from lcx.data import Tokenizer
-from lcx.errors import UserError
 from lcx.evals import Result
 from lcx.evals.support import dna, figures, scoring
 from lcx.evals.support.intervals import mean_and_error
 from lcx.evals.support.model_facts import facts
+from lcx.evals.support.windows import check_windows, windows_of
 from lcx.model import Decoder
 
 
@@ -27,8 +27,8 @@ class SequenceLikelihood:
 
     Attributes:
       sequences: a FASTA file, a glob or a folder; .gz too.
-      window: tokens in one forward pass; None for the model's window. Longer sequences are scored by overlapping
-        windows, every letter once.
+      window: tokens in one forward pass; None for the model's context length. Longer sequences are scored by
+        overlapping windows, every letter once.
       stride: tokens between windows; None for half a window.
       both_strands: the mean of the sequence and of its reverse complement.
     """
@@ -110,23 +110,3 @@ class SequenceLikelihood:
         axes.set_ylabel("mean log-likelihood (nats per letter)")
         axes.set_title("Likelihood of each sequence (higher is likelier)")
         figures.legend(axes, list(results))
-
-
-def check_windows(evaluation: Any) -> None:
-    """The fields `window` and `stride` of an evaluation."""
-    owner, window, stride = type(evaluation).__name__, evaluation.window, evaluation.stride
-    if window is not None and window < 2:
-        raise UserError(f"{owner}.window is {window}, expected at least 2 tokens")
-    if stride is not None and not 1 <= stride < (window or math.inf):
-        raise UserError(f"{owner}.stride is {stride}, expected 1 .. window - 1")
-
-
-def windows_of(evaluation: Any, model: Decoder) -> tuple[int, int]:
-    """(window, stride) in tokens."""
-    window = evaluation.window or model.max_position_embeddings
-    stride = evaluation.stride or max(1, window // 2)
-    if stride >= window:
-        raise UserError(
-            f"{type(evaluation).__name__}.stride is {stride}, expected less than the window, {window}"
-        )
-    return window, stride

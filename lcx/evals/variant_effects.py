@@ -9,11 +9,11 @@ import numpy as np
 from lcx.data import Tokenizer, special_tokens
 from lcx.errors import UserError
 from lcx.evals import Result
-from lcx.evals.sequence_likelihood import check_windows, windows_of
 from lcx.evals.support import dna, figures, scoring
 from lcx.evals.support.intervals import auroc
 from lcx.evals.support.model_facts import facts
 from lcx.evals.support.variants import Variant, obstacle, read_variants, windows_around
+from lcx.evals.support.windows import check_windows, windows_of
 from lcx.model import Decoder
 
 
@@ -33,7 +33,7 @@ class VariantEffects:
       sequences: the reference, FASTA.
       variants: a VCF (.vcf, .vcf.gz), or a table with tabs or commas and the columns chrom, pos, ref, alt and
         optionally label. A `chrom` is the first word of a FASTA header.
-      window: letters around a variant; None for the model's window.
+      window: letters around a variant; None for the model's context length.
       both_strands: the mean of both strands' scores.
     """
 

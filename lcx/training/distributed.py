@@ -2,7 +2,7 @@
 
 import jax
 
-from lcx.errors import UserError
+from lcx.errors import UserError, first_line
 
 
 def join(coordinator_address: str | None, num_processes: int | None, process_id: int | None) -> None:
@@ -19,7 +19,7 @@ def join(coordinator_address: str | None, num_processes: int | None, process_id:
     try:
         jax.distributed.initialize(coordinator_address, num_processes, process_id)
     except (RuntimeError, ValueError) as error:
-        line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        line = first_line(error)
         raise UserError(
             f"the processes did not find each other: {line[:300]}; outside of TPU pods and SLURM set "
             "--coordinator_address=HOST:PORT, --num_processes and --process_id"

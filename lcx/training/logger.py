@@ -18,7 +18,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from lcx.errors import UserError
+from lcx.errors import UserError, first_line
 
 MODES = ("auto", "offline", "online", "off")
 _WANDB_SECONDS = 20  # wandb alone waits 100 s for a server that is not there
@@ -327,7 +327,7 @@ class _Wandb:
 
     def _give_up(self, what: str, error: Exception, otherwise: str) -> None:
         self._run = None
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         self._warn(f"warning: wandb {what} ({reason}); {otherwise}")
 
 

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from lcx import sharding
 from lcx.model import Decoder
-from lcx.optim import join, plateau_scale, split
+from lcx.optim import combine, partition, plateau_scale
 
 State = dict[str, Any]
 
@@ -37,7 +37,7 @@ def all_trains(state: State) -> Any:
 
 def moving(state: State, trains: Any = None) -> Any:
     """What the optimizer moves: the weights that `trains` names (None: all_trains)."""
-    return split(weights_of(state), all_trains(state) if trains is None else trains)[0]
+    return partition(weights_of(state), all_trains(state) if trains is None else trains)[0]
 
 
 def kept(abstract: Any, trains: Any, stored: Any) -> Any:
@@ -111,11 +111,11 @@ def make_step(
     trains = all_trains(abstract) if trains is None else trains
 
     def sums(moving, still, batch):
-        loss, *rest = objective(model, join(moving, still), batch)
+        loss, *rest = objective(model, combine(moving, still), batch)
         return loss, rest  # the sum of the weights, and of the parts of the loss if it has any
 
     def step(state: State, batch: dict[str, jax.Array], number: jax.Array):
-        moving, still = split(weights_of(state), trains)
+        moving, still = partition(weights_of(state), trains)
         gradient = functools.partial(jax.value_and_grad(sums, has_aux=True), moving, still)
         (loss, (weight, *parts)), grads = accumulate(gradient, micro_batches(batch, accumulation))
         total = jnp.where(weight > 0, weight, 1.0)
@@ -128,7 +128,7 @@ def make_step(
             "tokens": weight,
             **{name: part / total for named in parts for name, part in named.items()},
         }
-        moved = join(optax.apply_updates(moving, updates), still)
+        moved = combine(optax.apply_updates(moving, updates), still)
         return {**moved, "opt_state": opt_state}, metrics
 
     out = jax.tree.map(lambda x: x.sharding, abstract)

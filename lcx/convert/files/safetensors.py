@@ -17,7 +17,7 @@ import numpy as np
 
 from lcx.convert.files import tensor_io
 from lcx.convert.files.tensor_io import TensorInfo
-from lcx.errors import UserError
+from lcx.errors import UserError, first_line
 from lcx.rope_fields import shown
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
@@ -108,11 +108,6 @@ def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             raise ValueError(f"the key {shown(name)} occurs twice")
         result[name] = value
     return result
-
-
-def first_line(error: BaseException) -> str:
-    """What went wrong, without the rest of a long message."""
-    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _is_size(value) -> bool:

@@ -8,8 +8,6 @@ row that cannot be read goes to `Tally.bad_row`, which raises or counts it, as `
 import dataclasses
 from typing import Any
 
-from lcx.data.chat import Rendered
-
 FORMATS = ("text", "jsonl", "json", "csv", "tsv", "parquet", "arrow", "fasta", "code")
 ROW_FORMATS = ("jsonl", "json", "csv", "tsv", "parquet", "arrow")
 
@@ -29,6 +27,20 @@ class SourceFile:
     name: str
     format: str
     document: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rendered:
+    """A conversation as text.
+
+    Attributes:
+      spans: character ranges with a loss; None for all of it.
+      marked: whether the template's own generation blocks are the spans.
+    """
+
+    text: str
+    spans: tuple[tuple[int, int], ...] | None
+    marked: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, cast
 
 from lcx.data.readers import shown
-from lcx.errors import UserError
+from lcx.errors import UserError, first_line
 
 PIECE = 1 << 20  # bytes read at a time
 _PACKED_PIECE = 2 << 10  # compressed bytes at a time; a zstd block of 4 bytes can hold 128 KiB
@@ -82,7 +82,7 @@ def opened(path: str) -> Iterator[tuple[BinaryIO, BinaryIO]]:
             f"cannot read {shown(path)}: the compressed file ends early; copy or download it again"
         ) from error
     except _damage() as error:
-        reason = str(getattr(error, "strerror", None) or error).splitlines()[0]
+        reason = getattr(error, "strerror", None) or first_line(error)
         raise UserError(f"cannot read {shown(path)}: {reason}; check the file and Dataset.source") from error
 
 

@@ -11,8 +11,8 @@ from jaxtyping import Float
 from lcx.data import Tokenizer, check_vocabulary, special_tokens
 from lcx.data.sources import Document, find_files, read_fasta
 from lcx.errors import UserError
-from lcx.evals.perplexity import window_rows
 from lcx.evals.support import scoring
+from lcx.evals.support.windows import window_rows
 from lcx.model import Decoder
 
 # IUPAC codes (NC-IUB 1984) and what each pairs with, in both cases.

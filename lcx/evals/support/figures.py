@@ -83,7 +83,7 @@ def log_axis(axes: Any, which: str) -> None:
 
 
 def mark_window(axes: Any, results: Mapping[str, Mapping[str, Any]]) -> None:
-    """A vertical line where the window of pretraining ends, and a shade over what lies beyond it."""
+    """A vertical line where the context length of pretraining ends, and a shade over what lies beyond it."""
     from matplotlib import pyplot
 
     windows = {result["model"]["original_window"] for result in results.values() if result.get("model")}
