@@ -57,6 +57,8 @@ MODULES = {
     "lcx.convert.zero": "lcx.convert.evo2.zero",
 }
 NAMES = {
+    "lcx.model:Block": "lcx.block:Block",
+    "lcx.model:Mlp": "lcx.mlps.gated:GatedMlp",
     "lcx.convert.lolcats:Lolcats": "lcx.convert.lolcats.format:Lolcats",
     "lcx.convert.lolcats:LolcatsSource": "lcx.convert.lolcats.format:LolcatsSource",
     "lcx.model:llama": "lcx.llama:llama",
@@ -72,6 +74,12 @@ def today(path: str) -> str:
     path = NAMES.get(path, path)
     module, colon, name = path.partition(":")
     return f"{MODULES.get(module, module)}{colon}{name}"
+
+
+def stored(path: str) -> str:
+    """ "module:name" as a checkpoint writes it: the first name that it had. So what a checkpoint says of a model, and
+    with it the comparison that lets a run go on, does not change when a class moves, and older versions read it."""
+    return next((old for old, new in NAMES.items() if new == path), path)
 
 
 def names_of(module: str) -> Callable[[str], Any]:

@@ -43,7 +43,8 @@ def next_token(model: Decoder, variables: Any, batch: Batch) -> Sums:
         mutable="losses",
     )
     weights = batch["loss_weights"].astype(jnp.float32)
-    loss = cross_entropy(x, model.head(variables["params"]), batch["labels"], weights)
+    head, transform = model.head(variables["params"]), model.logit_transform
+    loss = cross_entropy(x, head, batch["labels"], weights, transform=transform)
     parts = _auxiliary(sown, weights)
     if not parts:
         return loss, jnp.sum(weights)

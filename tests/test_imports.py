@@ -20,7 +20,7 @@ LAYERS = [  # a module imports from its own row and the rows below
     "extend linearize",
     "llama striped_hyena",
     "model",
-    "parameters mixers",
+    "block parameters mixers mlps",
     "ops rope layers sharding remat",
     "kernels_pallas rope_fields hub",
     "errors moved version",

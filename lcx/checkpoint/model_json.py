@@ -75,7 +75,7 @@ def _path(obj: Any) -> str:
     path = f"{obj.__module__}:{obj.__qualname__}"
     if "<" in path or obj.__module__ == "__main__":
         raise UserError(f"{path} cannot be found again by name: define it at the top of an importable module")
-    return path
+    return moved.stored(path)
 
 
 def _find(path: str) -> Any:

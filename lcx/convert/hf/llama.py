@@ -17,6 +17,7 @@ They are one architecture with a few switches (`FAMILIES`), so one table of tens
 import dataclasses
 
 from lcx import model as model_lib
+from lcx.block import changed
 from lcx.convert.rules import Flat, Part, Rule, Same, Transposed
 from lcx.errors import UserError
 from lcx.mixers.attention import Attention
@@ -84,6 +85,12 @@ FAMILIES: dict[str, Family] = {
 HARMLESS = (r".*rotary_emb\.inv_freq",)
 
 
+#: The settings that config.json says.
+_ATTENTION = "num_heads num_kv_heads head_dim rope window qkv_bias o_bias qk_norm norm_eps implementation"
+_DECODER = "vocab_size hidden_size stages max_position_embeddings norm_eps tie_word_embeddings model_type dtype remat"
+_ELSE = "save with format 'lcx'"
+
+
 def layers(model: Decoder) -> list[Layer]:
     """The layers of a model of this family, in depth order.
 
@@ -102,6 +109,19 @@ def layers(model: Decoder) -> list[Layer]:
                 f"layer {i} is {mixer.__name__} + {mlp.__name__}; the 'hf' format of this model_type holds "
                 "Attention + Mlp only, save with format 'lcx' (a linearized Llama also with 'lolcats')"
             )
+        block = layer.block
+        unsaid = (
+            changed(block, "mixer mlp norm_eps")
+            or changed(block.mlp, "intermediate_size bias")
+            or changed(block.mixer, _ATTENTION)
+            or ("Attention.rope = None" if block.mixer.rope is None else "")
+        )
+        if unsaid:
+            raise UserError(
+                f"layer {i} has {unsaid}, which model_type {model.model_type!r} does not: {_ELSE}"
+            )
+    if unsaid := changed(model, _DECODER):
+        raise UserError(f"the model has {unsaid}, which model_type {model.model_type!r} does not: {_ELSE}")
     return found
 
 

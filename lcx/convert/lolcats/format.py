@@ -137,7 +137,12 @@ def softmax_model(model: Decoder) -> Decoder:
     def softmax(mixer):
         if not isinstance(mixer, LinearAttention):
             return mixer
-        names = ("num_heads", "num_kv_heads", "head_dim", "rope", "qkv_bias", "o_bias", "qk_norm", "norm_eps")
+        names = {field.name for field in dataclasses.fields(Attention)} - {
+            "window",
+            "implementation",
+            "parent",
+            "name",
+        }
         shared = {name: getattr(mixer, name) for name in names}
         return Attention(**shared, window=mixer.softmax_window, parent=None)
 
