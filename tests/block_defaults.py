@@ -15,12 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from lcx import objectives
 from lcx.checkpoint import model_json
 from lcx.linearize import Linearize
 from lcx.mixers.mamba2 import Mamba2
 from lcx.mixers.two_mamba import TwoMamba
 from lcx.model import Block, Decoder, Mlp, Stage, abstract_params, llama
+from lcx.ops.cross_entropy import cross_entropy
 from lcx.rope import Rope
 from lcx.striped_hyena import striped_hyena
 
@@ -84,17 +84,19 @@ def params_of(model: Decoder) -> dict:
 
 @functools.partial(jax.jit, static_argnums=0)
 def answers(model: Decoder, params: dict) -> tuple[jax.Array, jax.Array, dict]:
-    """(logits, the loss of a training step, its gradient)."""
-    places = {"positions": POSITIONS, "segment_ids": SEGMENTS}
-    batch = {"tokens": TOKENS, "labels": np.roll(TOKENS, -1, axis=1), "loss_weights": SEGMENTS != 0, **places}
+    """(logits, the sum of the losses, its gradient)."""
+    batch = {"tokens": TOKENS, "labels": np.roll(TOKENS, -1, axis=1), "loss_weights": SEGMENTS != 0}
+    places = {"positions": jnp.asarray(POSITIONS), "segment_ids": jnp.asarray(SEGMENTS)}
     batch = jax.tree.map(jnp.asarray, batch)
 
     def loss(params):
-        total, weight = objectives.next_token(model, {"params": params}, batch)[:2]
-        return total / weight
+        """And the logits, of the same forward pass: each program costs seconds to compile."""
+        x, _ = model.apply({"params": params}, batch["tokens"], **places, method="hidden")
+        total = cross_entropy(x, model.head(params), batch["labels"], batch["loss_weights"].astype(jnp.float32))
+        return total, model.apply({"params": params}, x, method=lambda model, x: model.head_module().logits(x))
 
-    value, gradient = jax.value_and_grad(loss)(params)
-    return model.apply({"params": params}, TOKENS, **places), value, gradient
+    (value, logits), gradient = jax.value_and_grad(loss, has_aux=True)(params)
+    return logits, value, gradient
 
 
 def described(model: Decoder) -> dict:
