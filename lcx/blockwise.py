@@ -35,7 +35,6 @@ from lcx.convert.start import Start
 from lcx.convert.workdir.source import LcxSource
 from lcx.data import BatchSpec, Dataset, Mixture, Opened, Tokenizer
 from lcx.errors import UserError
-from lcx.layers import Embedding
 from lcx.mixers.linear_attention import LinearAttention
 from lcx.model import Decoder, Layers
 from lcx.trainer import Trainer
@@ -334,8 +333,7 @@ def _embedding(source: ModelSource, model: Decoder):
     name = "embed/embedding"
     whole = tuple(slice(0, size) for size in source.leaves[name].shape)
     table = {"params": {"embedding": jnp.asarray(source.read(name, whole))}}
-    embed = Embedding(model.vocab_size, model.hidden_size)
-    run = jax.jit(functools.partial(embed.apply, dtype=jnp.dtype(model.dtype)))
+    run = jax.jit(functools.partial(model.embedding().apply, dtype=jnp.dtype(model.dtype)))
     return lambda batch: run(table, batch["tokens"])
 
 

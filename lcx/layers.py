@@ -1,10 +1,11 @@
-"""The small layers every mixer shares: linear projections (with optional LoRA), RMSNorm, embedding.
+"""The small layers that mixers, MLPs and blocks share: linear projections (with optional LoRA), norms, embedding.
 
 Parameters keep the dtype they were created or loaded with; the arithmetic runs in the dtype of the activations,
 which the model sets once at the embedding. That is the whole mixed-precision policy: float32 master weights,
 bfloat16 compute, nothing to configure per layer.
 """
 
+import dataclasses
 import math
 from typing import Any
 
@@ -91,12 +92,76 @@ class RMSNorm(nn.Module):
         return normed.astype(x.dtype) * scale.astype(x.dtype)
 
 
+class AffineNorm(nn.Module):
+    """((x - mean(x)) / sqrt(var(x) + eps)) * (offset + scale) + bias, all of it in float32.
+
+    Attributes:
+      center, bias, offset: see Norm.
+    """
+
+    size: int
+    eps: float
+    names: Names
+    center: bool
+    bias: bool
+    offset: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        start = nn.initializers.constant(1 - self.offset)
+        scale = named_param(self, "scale", start, self.names, (self.size,)).astype(jnp.float32)
+        y = x.astype(jnp.float32)
+        if self.center:
+            y -= jnp.mean(y, axis=-1, keepdims=True)
+        y *= jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
+        y *= self.offset + scale
+        if self.bias:
+            y += named_param(self, "bias", nn.initializers.zeros, self.names, (self.size,)).astype(
+                jnp.float32
+            )
+        return y.astype(x.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Norm:
+    """Which normalisation a model uses, without its sizes. The default is RMSNorm.
+
+    A kind of your own is a frozen dataclass derived from this one, with a `__call__` of the same arguments.
+
+        Norm()                                             Llama, Qwen, Mistral
+        Norm(offset=1.0)                                   Gemma: the weight is stored as its difference from 1
+        Norm(center=True)                                  Cohere: LayerNorm without a bias
+        Norm(center=True, bias=True)                       LayerNorm: GPT-NeoX, Phi-2, StarCoder 2
+        Norm(center=True, bias=True, offset=1.0)           Nemotron
+
+    Attributes:
+      center: subtract the mean first, as LayerNorm does (Ba et al. 2016, arXiv 1607.06450).
+      bias: add a trained bias last.
+      offset: what is added to the trained scale.
+    """
+
+    center: bool = False
+    bias: bool = False
+    offset: float = 0.0
+
+    def __call__(self, size: int, eps: float, names: Names = ("norm",), *, name: str) -> nn.Module:
+        """A module over the last axis, `size` wide; to be called inside the module that it belongs to."""
+        if self == Norm():
+            return RMSNorm(size, eps, names, name=name)
+        return AffineNorm(size, eps, names, self.center, self.bias, self.offset, name=name)
+
+
 class Embedding(nn.Module):
-    """A table [V, D]: looked up at the input, and (tied or on its own) the output head."""
+    """A table [V, D]: looked up at the input, and (tied or on its own) the output head.
+
+    Attributes:
+      multiplier: of what is looked up; the head does not see it.
+    """
 
     vocab_size: int
     hidden_size: int
     names: Names = ("vocab", "embed")
+    multiplier: float = 1.0
 
     def setup(self):
         init = nn.initializers.truncated_normal(stddev=self.hidden_size**-0.5)
@@ -107,7 +172,8 @@ class Embedding(nn.Module):
         # Gathering the fsdp pieces first lets every device look up its own rows; left to itself, the partitioner
         # replicates the result.
         table = sharding.constrain(self.embedding.astype(dtype), "tensor", None)
-        return sharding.constrain(jnp.take(table, tokens, axis=0), sharding.BATCH_AXES, "context", None)
+        x = sharding.constrain(jnp.take(table, tokens, axis=0), sharding.BATCH_AXES, "context", None)
+        return x if self.multiplier == 1 else x * self.multiplier
 
     def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         return jnp.einsum(

@@ -26,7 +26,10 @@ from lcx.model import Block, Decoder, Layers
 
 log = logging.getLogger(__name__)
 
-_SHARED = ("num_heads", "num_kv_heads", "head_dim", "rope", "qkv_bias", "o_bias", "qk_norm", "norm_eps")
+_SHARED = (
+    *("num_heads", "num_kv_heads", "head_dim", "rope", "qkv_bias", "o_bias"),
+    *("qk_norm", "norm_eps", "norm", "scale"),
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,7 +4,8 @@ import functools
 
 from lcx.errors import UserError
 from lcx.mixers.attention import Attention
-from lcx.model import Block, Decoder, Mlp, stages_of
+from lcx.mlps.gated import GatedMlp
+from lcx.model import Block, Decoder, stages_of
 from lcx.rope import Rope
 
 
@@ -18,7 +19,8 @@ def llama(
     max_position_embeddings: int,
     num_kv_heads: int | None = None,
     head_dim: int | None = None,
-    rope: Rope = Rope(),  # noqa: B008 (frozen)
+    rope: Rope | None = Rope(),  # noqa: B008 (frozen)
+    layer_ropes: tuple[Rope | None, ...] | None = None,
     layer_windows: tuple[int | None, ...] | None = None,
     qkv_bias: bool = False,
     o_bias: bool = False,
@@ -34,6 +36,8 @@ def llama(
     """The Llama family: Llama 2/3, Mistral, Qwen2, Qwen3, Phi-3, by their usual hyper-parameters.
 
     Args:
+      rope: of all layers, where layer_ropes is None.
+      layer_ropes: the rope of each layer; a layer with None has no positions (NoPE: every fourth of SmolLM3).
       layer_windows: the sliding window of each layer (None: full attention); None for all-full.
 
     Raises:
@@ -41,15 +45,17 @@ def llama(
     """
     num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
     windows = (None,) * num_layers if layer_windows is None else tuple(layer_windows)
+    ropes = (rope,) * num_layers if layer_ropes is None else tuple(layer_ropes)
     if head_dim is None and hidden_size % num_heads:
         raise UserError(f"hidden_size {hidden_size} is not a multiple of num_heads {num_heads}; set head_dim")
     if num_heads % num_kv_heads:
         raise UserError(f"num_heads {num_heads} must be a multiple of num_kv_heads {num_kv_heads}")
-    if len(windows) != num_layers:
-        raise UserError(f"layer_windows has {len(windows)} entries for num_layers {num_layers}")
+    for name, entries in (("layer_windows", windows), ("layer_ropes", ropes)):
+        if len(entries) != num_layers:
+            raise UserError(f"{name} has {len(entries)} entries for num_layers {num_layers}")
 
     @functools.cache
-    def block(window: int | None) -> Block:
+    def block(rope: Rope | None, window: int | None) -> Block:
         mixer = Attention(
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
@@ -64,13 +70,13 @@ def llama(
             parent=None,
         )
         return Block(
-            mixer=mixer, mlp=Mlp(intermediate_size, mlp_bias, parent=None), norm_eps=norm_eps, parent=None
+            mixer=mixer, mlp=GatedMlp(intermediate_size, mlp_bias, parent=None), norm_eps=norm_eps, parent=None
         )
 
     return Decoder(
         vocab_size=vocab_size,
         hidden_size=hidden_size,
-        stages=stages_of(tuple(block(window) for window in windows)),
+        stages=stages_of(tuple(map(block, ropes, windows))),
         max_position_embeddings=max_position_embeddings,
         norm_eps=norm_eps,
         tie_word_embeddings=tie_word_embeddings,

@@ -11,8 +11,7 @@ blocks; each stage is one scan, so compile time follows the period of the patter
 """
 
 import dataclasses
-import functools
-from collections.abc import Callable
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -20,9 +19,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from lcx import moved, sharding
+from lcx import moved
+from lcx.block import Block
 from lcx.errors import UserError
-from lcx.layers import Embedding, Linear, RMSNorm
+from lcx.layers import Embedding, Norm
+from lcx.mlps.activations import ACTIVATIONS
+from lcx.mlps.gated import GatedMlp as Mlp  # its first name, which .gin files and users' code have
+from lcx.ops.cross_entropy import LogitTransform
 from lcx.parameters import (
     abstract_params,
     flops_per_token,
@@ -40,67 +43,10 @@ __all__ = [
     "plain_init",
 ]  # fmt: skip
 
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "silu": nn.silu,
-    "gelu": functools.partial(nn.gelu, approximate=False),
-    "identity": lambda x: x,
-}
-
-
-class Mlp(nn.Module):
-    """Gated: down(activation(gate x) * up x) (Shazeer 2020, arXiv 2002.05202); with silu, SwiGLU.
-
-    Attributes:
-      activation: a key of ACTIVATIONS; gelu is the exact one.
-    """
-
-    intermediate_size: int
-    bias: bool = False
-    activation: str = "silu"
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        if self.activation not in ACTIVATIONS:
-            raise UserError(f"activation {self.activation!r}: expected one of {', '.join(ACTIVATIONS)}")
-        D, F = (x.shape[-1],), (self.intermediate_size,)
-        gate = Linear(D, F, ("embed", "mlp"), self.bias, name="gate_proj")(x)
-        up = Linear(D, F, ("embed", "mlp"), self.bias, name="up_proj")(x)
-        return Linear(F, D, ("mlp", "embed"), self.bias, name="down_proj")(
-            ACTIVATIONS[self.activation](gate) * up
-        )
-
-
-class Block(nn.Module):
-    """x + mixer(norm(x)), then x + mlp(norm(x)), either of them None to leave it out, and its norm.
-
-    Gives the mixer's new cache, or what is to be appended to it.
-    """
-
-    mixer: nn.Module | None
-    mlp: nn.Module | None
-    norm_eps: float = 1e-5
-
-    @nn.compact
-    def __call__(self, x, *, positions, segment_ids, cache=None):
-        x = sharding.constrain(x, sharding.BATCH_AXES, "context", None)
-        if self.mixer is not None:
-            grows = cache is not None and hasattr(self.mixer, "append_cache")
-            y, cache = self.mixer(
-                RMSNorm(x.shape[-1], self.norm_eps, name="mixer_norm")(x),
-                positions=positions,
-                segment_ids=segment_ids,
-                cache=cache,
-                **({"deferred": True} if grows else {}),
-            )
-            x = x + y
-        if self.mlp is not None:
-            x = x + self.mlp(RMSNorm(x.shape[-1], self.norm_eps, name="mlp_norm")(x))
-        return x, cache
-
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """A pattern of blocks, repeated. Raises UserError for a block with nothing in it, a pattern or a repeat of 0."""
+    """A pattern of blocks, repeated. Raises UserError for a pattern or repeat of 0, or what Block.check refuses."""
 
     pattern: tuple[Block, ...]
     repeat: int = 1
@@ -109,8 +55,8 @@ class Stage:
         if not self.pattern or self.repeat < 1:
             found = f"{len(self.pattern)} blocks x {self.repeat}"
             raise UserError(f"Stage is {found}, expected at least one block, once: change pattern or repeat")
-        if any(block.mixer is None and block.mlp is None for block in self.pattern):
-            raise UserError("Block has mixer None and mlp None, expected one of them: leave the block out")
+        for block in self.pattern:
+            block.check()
 
 
 class _Period(nn.Module):
@@ -135,9 +81,8 @@ class _Period(nn.Module):
             several = len(self.stage.pattern) > 1
             recomputed = nn.remat(type(block), policy=REMAT[self.remat], prevent_cse=several)
             fields = {field.name: getattr(block, field.name) for field in dataclasses.fields(block)}
-            parts = {"mixer": block.mixer, "mlp": block.mlp}
-            own = {part: x if x is None else x.clone(parent=None) for part, x in parts.items()}
-            block = recomputed(**{**fields, **own, "parent": self, "name": name})
+            fields |= {part: x.clone(parent=None) for part, x in fields.items() if isinstance(x, nn.Module)}
+            block = recomputed(**{**fields, "parent": self, "name": name})
             block_cache = None if cache is None else cache[name]
             x, caches[name] = block(x, positions=positions, segment_ids=segment_ids, cache=block_cache)
         return x, caches
@@ -210,6 +155,10 @@ class Decoder(nn.Module):
       dtype: of activations; parameters keep their own (float32 masters under bfloat16 compute).
       remat: which activations the backward pass recomputes: a key of REMAT.
       model_type: the Hugging Face family this exports to; without effect on the function.
+      norm: the final norm; see layers.Norm.
+      embedding_multiplier: of the embeddings on their way in: sqrt(hidden_size) in Gemma.
+      logit_multiplier: of the logits: logit_scale of Cohere, 1 / logits_scaling of Granite.
+      logit_softcap: then logits become c tanh(logits / c), as in Gemma 2. None: they stay.
     """
 
     vocab_size: int
@@ -221,14 +170,39 @@ class Decoder(nn.Module):
     model_type: str = "llama"
     dtype: str = "float32"
     remat: str = "none"
+    norm: Norm = Norm()
+    embedding_multiplier: float = 1.0
+    logit_multiplier: float = 1.0
+    logit_softcap: float | None = None
 
     def setup(self):
-        self.embed = Embedding(self.vocab_size, self.hidden_size)
+        self.check()
+        self.embed = self.embedding()
         if not self.tie_word_embeddings:
             self.lm_head = Embedding(self.vocab_size, self.hidden_size)
-        self.final_norm = RMSNorm(self.hidden_size, self.norm_eps)
+        self.final_norm = self.norm(self.hidden_size, self.norm_eps, name="final_norm")
         for i, stage in enumerate(self.stages):
             setattr(self, f"stages_{i}", _scanned(stage, self.remat))
+
+    @nn.nowrap
+    def check(self) -> None:
+        """Raises UserError for multipliers and caps that are no numbers to multiply with."""
+        values = {
+            "embedding_multiplier": self.embedding_multiplier,
+            "logit_multiplier": self.logit_multiplier,
+        }
+        if self.logit_softcap is not None:
+            values["logit_softcap"] = self.logit_softcap
+        for name, value in values.items():
+            if not 0 < value < math.inf:
+                raise UserError(
+                    f"Decoder.{name} is {value}, expected a positive number: change Decoder.{name}"
+                )
+
+    @nn.nowrap
+    def embedding(self) -> Embedding:
+        """The module that maps tokens to the residual stream; its table is at `embed` in the parameter tree."""
+        return Embedding(self.vocab_size, self.hidden_size, multiplier=self.embedding_multiplier)
 
     @nn.nowrap
     def example(self) -> Int[Array, "1 2"]:
@@ -263,7 +237,11 @@ class Decoder(nn.Module):
     ) -> Float[Array, "B T V"]:
         """Logits, float32. Training uses hidden() and ops.cross_entropy, which never hold them all."""
         x, _ = self.hidden(tokens, positions=positions, segment_ids=segment_ids)
-        return self.head_module().logits(x)
+        return self.logits(x)
+
+    def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """Logits, float32, of what `hidden` returns."""
+        return self.logit_transform(self.head_module().logits(x))
 
     def head_module(self) -> Embedding:
         return self.embed if self.tie_word_embeddings else self.lm_head
@@ -272,6 +250,11 @@ class Decoder(nn.Module):
     def head(self, params) -> Float[Array, "V D"]:
         """The output matrix out of a parameter tree (the embedding itself when tied)."""
         return params["embed" if self.tie_word_embeddings else "lm_head"]["embedding"]
+
+    @property
+    def logit_transform(self) -> LogitTransform:
+        """What becomes of the products with the output matrix; ops.cross_entropy takes it."""
+        return LogitTransform(self.logit_multiplier, self.logit_softcap)
 
     @nn.nowrap
     def init_cache(self, batch_size: int, length: int, dtype: Any = None) -> Any:

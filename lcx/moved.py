@@ -73,6 +73,8 @@ NAMES = {
     "lcx.convert.lolcats:Lolcats": "lcx.convert.lolcats.files:Lolcats",
     "lcx.convert.lolcats:LolcatsSource": "lcx.convert.lolcats.source:LolcatsSource",
     "lcx.convert.lolcats.format:LolcatsSource": "lcx.convert.lolcats.source:LolcatsSource",
+    "lcx.model:Block": "lcx.block:Block",
+    "lcx.model:Mlp": "lcx.mlps.gated:GatedMlp",
     "lcx.model:llama": "lcx.llama:llama",
     "lcx.rope:from_hf": "lcx.convert.hf.config:rope_from_config",
     "lcx.rope:hf_max_position_embeddings": "lcx.convert.hf.rope_parameters:written_max_position_embeddings",
@@ -86,6 +88,12 @@ def today(path: str) -> str:
     path = NAMES.get(path, path)
     module, colon, name = path.partition(":")
     return f"{MODULES.get(module, module)}{colon}{name}"
+
+
+def stored(path: str) -> str:
+    """ "module:name" as a checkpoint writes it: the first name that it had. So what a checkpoint says of a model, and
+    with it the comparison that lets a run go on, does not change when a class moves, and older versions read it."""
+    return next((old for old, new in NAMES.items() if new == path), path)
 
 
 def names_of(module: str) -> Callable[[str], Any]:

@@ -43,7 +43,8 @@ def next_token(model: Decoder, variables: Any, batch: Batch) -> Sums:
         mutable="losses",
     )
     weights = batch["loss_weights"].astype(jnp.float32)
-    loss = cross_entropy(x, model.head(variables["params"]), batch["labels"], weights)
+    head, transform = model.head(variables["params"]), model.logit_transform
+    loss = cross_entropy(x, head, batch["labels"], weights, transform=transform)
     parts = _auxiliary(sown, weights)
     if not parts:
         return loss, jnp.sum(weights)
@@ -108,7 +109,7 @@ def attention_transfer(
         mutable="losses",
     )
     # Other losses that modules sow have no part in it: nothing that trains here reaches them.
-    losses = [(name, loss) for name, loss in _sown(sown) if name in weights]
+    losses = [(path[-1], loss) for path, loss in _sown(sown) if "mixer" in path and path[-1] in weights]
     if not losses:
         raise UserError("attention_transfer: the model has no linear attention; set Trainer.linearize")
     real = (batch["segment_ids"] != 0).astype(jnp.float32)
@@ -119,10 +120,11 @@ def attention_transfer(
     return total * len(names) / layers, jnp.sum(real)
 
 
-def _sown(variables: Any) -> list[tuple[str, Array]]:
-    """(name, value, with the layers of a stage as its first axis) of everything in the collection `losses`."""
+def _sown(variables: Any) -> list[tuple[tuple[str, ...], Array]]:
+    """(path, value) of everything in the collection `losses`. The path ends in the module and the name that it gave;
+    the first axis of the value is the layers of a stage."""
     return [
-        (next(key.key for key in reversed(path) if isinstance(key, jax.tree_util.DictKey)), value)
+        (tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey)), value)
         for path, value in jax.tree_util.tree_leaves_with_path(variables.get("losses", {}))
     ]
 
@@ -130,7 +132,7 @@ def _sown(variables: Any) -> list[tuple[str, Array]]:
 def _auxiliary(variables: Any, weights: Float[Array, "B T"]) -> dict[str, Float[Array, ""]]:
     """name -> the sum over layers, weighted as the tokens are, of what modules sowed in `losses`."""
     sums: dict[str, Array] = {}
-    for name, value in _sown(variables):
+    for (*_, name), value in _sown(variables):
         value = jnp.asarray(value, jnp.float32)
         if value.shape[1:] not in ((), weights.shape):
             raise UserError(

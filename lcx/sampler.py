@@ -237,7 +237,7 @@ def _append(model, variables, cache, tokens, positions, segment_ids, n):
 
     def last_logits(model, cache):
         x, cache = model.hidden(tokens, positions=positions, segment_ids=segment_ids, cache=cache)
-        return model.head_module().logits(x[:, -1:])[:, 0], cache
+        return model.logits(x[:, -1:])[:, 0], cache
 
     if n is not None:
         cache = _with_length(cache, n)

@@ -9,7 +9,8 @@ from typing import Any
 from lcx.errors import UserError
 from lcx.mixers.attention import Attention
 from lcx.mixers.hyena import HyenaLI, HyenaMR, HyenaSE
-from lcx.model import Block, Decoder, Mlp, stages_of
+from lcx.mlps.gated import GatedMlp
+from lcx.model import Block, Decoder, stages_of
 from lcx.rope import Rope
 
 LETTERS = {"S": "Hyena-SE", "D": "Hyena-MR", "H": "Hyena-LI", "*": "attention"}
@@ -79,7 +80,7 @@ def striped_hyena(
     first = len(pattern) if activated_layers is None else activated_layers
 
     def block(i: int, letter: str) -> Block:
-        mlp = Mlp(intermediate_size, activation=activation if i < first else "identity", parent=None)
+        mlp = GatedMlp(intermediate_size, activation=activation if i < first else "identity", parent=None)
         return Block(mixer=mixers[letter], mlp=mlp, norm_eps=norm_eps, parent=None)
 
     return Decoder(

@@ -80,3 +80,25 @@ def test_repeats_count_a_tenth_in_the_loss():
     nll = -logp[jnp.arange(4), upper[0, 1:]]
     assert float(weight) == pytest.approx(3.1)
     assert float(total) == pytest.approx(float(nll @ jnp.array([1.0, 0.1, 1.0, 1.0])), rel=1e-5)
+
+
+class Sown:
+    """Stands for a linearized model: what its modules sow in one layer, for three tokens."""
+
+    stages = ()
+
+    def clone(self, **_):
+        return self
+
+    def apply(self, *_, **__):
+        mixer = {"outputs": (2.0 * jnp.ones((1, 1, 3)),)}
+        mlp = {"outputs": (9.0 * jnp.ones((1, 1, 3)),), "balance": (jnp.ones(1),)}
+        return None, {"losses": {"stages_0": {"block_0": {"mixer": mixer, "mlp": mlp}}}}
+
+
+def test_attention_transfer_counts_what_mixers_sow_alone():
+    """Whatever an MLP calls its losses: nothing that trains here reaches them."""
+    ids = jnp.ones((1, 3), jnp.int32)
+    batch = {"residual": jnp.zeros((1, 3, 4)), "positions": ids, "segment_ids": ids}
+    total, weight = objectives.attention_transfer(Sown(), {}, batch)
+    assert (float(total), float(weight)) == (1000 * 2 * 3, 3)

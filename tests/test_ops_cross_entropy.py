@@ -7,7 +7,7 @@ import pytest
 
 from lcx.errors import UserError
 from lcx.ops import cross_entropy as module
-from lcx.ops.cross_entropy import cross_entropy, token_nll
+from lcx.ops.cross_entropy import LogitTransform, cross_entropy, token_nll
 
 torch = pytest.importorskip("torch", reason="the torch extra is not installed")
 
@@ -19,24 +19,31 @@ def arrays(B, T, D, V):
     return x.astype("f"), head.astype("f"), labels.astype(np.int32), weights.astype("f")
 
 
-@pytest.mark.parametrize(
-    "shape", [(1, 1, 8, 5), (2, 63, 16, 97), (3, 100, 32, 1000), (2, 257, 8, 258)], ids=str
-)
-@pytest.mark.parametrize("chunk", [1 << 10, 1 << 23])
-@pytest.mark.parametrize("implementation", ["reference", "chunked", None])
-def test_values_and_gradients_equal_torch(shape, chunk, implementation, monkeypatch):
+PLAIN, CAPPED = LogitTransform(), LogitTransform(multiplier=0.3, softcap=2.0)
+SHAPES = [(1, 1, 8, 5), (2, 63, 16, 97), (3, 100, 32, 1000), (2, 257, 8, 258)]
+CASES = [
+    *((shape, 1 << 23, "reference", PLAIN) for shape in SHAPES),  # which has no chunks
+    *((shape, chunk, None, PLAIN) for shape in SHAPES for chunk in (1 << 10, 1 << 23)),
+    *((SHAPES[1], chunk, "chunked", CAPPED) for chunk in (1 << 10, 1 << 23)),
+    (SHAPES[1], 1 << 23, "reference", CAPPED),
+]
+
+
+@pytest.mark.parametrize(("shape", "chunk", "implementation", "transform"), CASES, ids=str)
+def test_values_and_gradients_equal_torch(shape, chunk, implementation, transform, monkeypatch):
     monkeypatch.setattr(module, "CHUNK_LOGITS", chunk)
     x, head, labels, weights = arrays(*shape)
     tx, th = (torch.tensor(a, dtype=torch.float64, requires_grad=True) for a in (x, head))
-    nll = torch.nn.functional.cross_entropy(
-        (tx @ th.T).flatten(0, 1), torch.tensor(labels).long().flatten(), reduction="none"
-    )
+    logits = transform.multiplier * (tx @ th.T).flatten(0, 1)
+    if transform.softcap is not None:
+        logits = transform.softcap * torch.tanh(logits / transform.softcap)
+    nll = torch.nn.functional.cross_entropy(logits, torch.tensor(labels).long().flatten(), reduction="none")
     expected = (nll * torch.tensor(weights).flatten()).sum()
     (3 * expected).backward()
 
     def f(x, head):
-        loss = 3 * cross_entropy(x, head, labels, weights, implementation=implementation)
-        return loss, token_nll(x, head, labels)
+        loss = 3 * cross_entropy(x, head, labels, weights, transform=transform, implementation=implementation)
+        return loss, token_nll(x, head, labels, transform=transform)
 
     labels, weights = jnp.array(labels), jnp.array(weights)
     (loss, found), (dx, dhead) = jax.jit(jax.value_and_grad(f, argnums=(0, 1), has_aux=True))(x, head)

@@ -9,8 +9,10 @@ import pytest
 
 import lcx
 from lcx.errors import UserError
+from lcx.layers import Norm
 from lcx.mixers.attention import Attention
 from lcx.mixers.linear_attention import LinearAttention
+from lcx.mlps.plain import PlainMlp
 from lcx.model import Block, Decoder, Mlp, Stage
 
 PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 10, 11]]
@@ -30,10 +32,27 @@ def mlp():
     return Mlp(16, parent=None)
 
 
+NORM = Norm(center=True, bias=True, offset=1.0)
 MODELS = {
     "no mlp": decoder(Block(attention(), None, parent=None), repeat=2),
     "no mixer": decoder(Block(attention(), None, parent=None), Block(None, mlp(), parent=None)),
     "no layers, tied": decoder(tie_word_embeddings=True),
+    "every setting": decoder(
+        Block(
+            Attention(2, 2, 8, rope=None, qk_norm="all_heads", norm=NORM, scale=0.5, parent=None),
+            PlainMlp(16, bias=True, activation="relu2", parent=None),
+            norm=NORM,
+            norms="both",
+            parallel=True,
+            shared_norm=True,
+            residual_multiplier=0.5,
+            parent=None,
+        ),
+        norm=NORM,
+        embedding_multiplier=4.0,
+        logit_multiplier=0.25,
+        logit_softcap=2.0,
+    ),
 }
 
 

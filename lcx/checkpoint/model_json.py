@@ -72,10 +72,11 @@ def from_json(value: Any) -> Any:
 
 
 def _path(obj: Any) -> str:
-    path = f"{obj.__module__}:{obj.__qualname__}"
-    if "<" in path or obj.__module__ == "__main__":
+    module, name = getattr(obj, "__module__", "?"), getattr(obj, "__qualname__", f"<{type(obj).__name__}>")
+    path = f"{module}:{name}"
+    if "<" in path or module == "__main__":
         raise UserError(f"{path} cannot be found again by name: define it at the top of an importable module")
-    return path
+    return moved.stored(path)
 
 
 def _find(path: str) -> Any:

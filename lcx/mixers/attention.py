@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from lcx import rope as rope_lib
 from lcx import sharding
+from lcx.layers import Norm
 from lcx.mixers import kv_cache
 from lcx.mixers.kv_cache import Cache
 from lcx.mixers.projections import merged_heads, rotated_heads
@@ -18,21 +19,27 @@ class Attention(nn.Module):
     """Causal attention of Llama, Mistral, Qwen and Phi.
 
     Attributes:
+      rope: None leaves positions out (NoPE: SmolLM3, Llama 4 and Cohere 2 in some layers).
       window: keys at most window - 1 tokens back (Mistral); None: all of them.
-      qk_norm: RMSNorm over head_dim on q and k before the rotation (Qwen3).
+      qk_norm: True: a norm over head_dim on q and k before the rotation (Qwen3); "all_heads": one over all heads at
+        once (OLMo 2).
+      norm: the kind of that norm; see layers.Norm.
+      scale: of q k^T before the softmax; None: 1 / sqrt(head_dim).
       implementation: see ops.attention; None picks the fastest that is valid here.
     """
 
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    rope: rope_lib.Rope = rope_lib.Rope()
+    rope: rope_lib.Rope | None = rope_lib.Rope()
     window: int | None = None
     qkv_bias: bool = False
     o_bias: bool = False
-    qk_norm: bool = False
+    qk_norm: bool | str = False
     norm_eps: float = 1e-6
     implementation: str | None = None
+    norm: Norm = Norm()
+    scale: float | None = None
 
     @nn.compact
     def __call__(

@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int
 from lcx import rope as rope_lib
 from lcx import sharding
 from lcx.errors import UserError
-from lcx.layers import named_param
+from lcx.layers import Norm, named_param
 from lcx.mixers.projections import merged_heads, rotated_heads
 from lcx.ops import published_lolcats
 from lcx.ops.attention import attention
@@ -146,7 +146,7 @@ class LinearAttention(nn.Module):
       linear: False leaves the window alone, to see what the linear part does (linearize.ablated).
       affine: the two parts weigh g and 1 - g, in place of g and 1.
       published_quirks: what the authors' code computes, mistakes included, and as slowly: ops/published_lolcats.py.
-      qk_norm, norm_eps: see Attention.
+      rope, qk_norm, norm_eps, norm, scale: see Attention.
       softmax_window: the sliding window of the softmax attention in whose place this is.
       transfer: losses of attention transfer to compute, "outputs" and "maps" (objectives.attention_transfer). Then the
         softmax attention's output is passed on in place of this layer's own.
@@ -156,7 +156,7 @@ class LinearAttention(nn.Module):
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    rope: rope_lib.Rope = rope_lib.Rope()
+    rope: rope_lib.Rope | None = rope_lib.Rope()
     window: int | None = 64
     window_kind: str = "terraced"
     window_factor: float = -2.1972245773362196  # the published start: sigmoid gives 0.1
@@ -173,11 +173,13 @@ class LinearAttention(nn.Module):
     published_quirks: bool = False
     qkv_bias: bool = False
     o_bias: bool = False
-    qk_norm: bool = False
+    qk_norm: bool | str = False
     norm_eps: float = 1e-6
     softmax_window: int | None = None
     transfer: tuple[str, ...] = ()
     implementation: str | None = None
+    norm: Norm = Norm()
+    scale: float | None = None
 
     @nn.compact
     def __call__(

@@ -1,12 +1,14 @@
 """Projections that mixers with heads share: into rotated queries, keys and values, and back to the residual stream."""
 
+import math
 from collections.abc import Callable
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from lcx import rope as rope_lib
-from lcx.layers import Linear, RMSNorm
+from lcx.errors import UserError
+from lcx.layers import Linear
 from lcx.mixers.kv_cache import Cache
 
 
@@ -36,8 +38,11 @@ def rotated_heads(
         for name, (axis, number) in (*heads.items(), ("v", heads["k"]))
     )
     if mixer.qk_norm:
-        q = RMSNorm(mixer.head_dim, mixer.norm_eps, ("head_dim",), name="q_norm")(q)
-        k = RMSNorm(mixer.head_dim, mixer.norm_eps, ("head_dim",), name="k_norm")(k)
+        q, k = (_normed(mixer, heads, name) for heads, name in ((q, "q_norm"), (k, "k_norm")))
+    if mixer.scale is not None:  # the operators divide by sqrt(head_dim)
+        q = q * (mixer.scale * math.sqrt(mixer.head_dim))
+    if mixer.rope is None:
+        return q, k, v
     if positions is None:
         start = 0 if cache is None else cache["index"]
         positions = start + jnp.arange(x.shape[1], dtype=jnp.int32)[None]
@@ -46,6 +51,16 @@ def rotated_heads(
     frequencies = mixer.rope.frequencies(mixer.head_dim, rope_length)
     q, k = (rotate(heads, positions, *frequencies) for heads in (q, k))
     return q, k, v
+
+
+def _normed(mixer, x: Float[Array, "B T N H"], name: str) -> Float[Array, "B T N H"]:
+    """Queries or keys after their norm: over each head, or, with qk_norm "all_heads", over all of them at once."""
+    if mixer.qk_norm not in (True, "all_heads"):
+        raise UserError(f"qk_norm is {mixer.qk_norm!r}, expected False, True or 'all_heads': change qk_norm")
+    if mixer.qk_norm is True:
+        return mixer.norm(mixer.head_dim, mixer.norm_eps, ("head_dim",), name=name)(x)
+    flat = x.reshape(*x.shape[:2], -1)
+    return mixer.norm(flat.shape[-1], mixer.norm_eps, name=name)(flat).reshape(x.shape)
 
 
 def merged_heads(mixer, y: Float[Array, "B T N H"], hidden_size: int) -> Float[Array, "B T D"]:

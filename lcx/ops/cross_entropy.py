@@ -15,6 +15,7 @@ up the global batch.
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,46 +29,73 @@ CHUNK_LOGITS = (
 )  # logits held at a time, 32 MiB of float32; measured flat from 2^21 to 2^24 on 2 CPU cores
 
 
+class LogitTransform(NamedTuple):
+    """Logits out of the products x head^T: multiplied, then, with a cap c, c tanh(logits / c) (Gemma 2)."""
+
+    multiplier: float = 1.0
+    softcap: float | None = None
+
+    def __call__(self, logits: Float[Array, "..."]) -> Float[Array, "..."]:
+        if self.multiplier != 1:
+            logits = logits * self.multiplier
+        return logits if self.softcap is None else self.softcap * jnp.tanh(logits / self.softcap)
+
+    def backward(self, logits: Float[Array, "..."], d: Float[Array, "..."]) -> Float[Array, "..."]:
+        """The gradient in the products, out of the logits that came of them and the gradient d in these."""
+        if self.softcap is not None:
+            d = d * (1 - jnp.square(logits / self.softcap))
+        return d if self.multiplier == 1 else d * self.multiplier
+
+
+UNCHANGED = LogitTransform()
+
+
 def cross_entropy(
     x: Float[Array, "B T D"],
     head: Float[Array, "V D"],
     labels: Int[Array, "B T"],
     weights: Float[Array, "B T"],
     *,
+    transform: LogitTransform = UNCHANGED,
     implementation: str | None = None,
 ) -> Float[Array, ""]:
-    """sum over tokens of weights * -log softmax(x head^T)[label], float32. Differentiable in x and head."""
+    """sum over tokens of weights * -log softmax(transform(x head^T))[label], float32. Differentiable in x and head."""
     if implementation == "reference":
-        return jnp.sum(weights * reference(x, head, labels))
+        return jnp.sum(weights * reference(x, head, labels, transform))
     if implementation not in (None, "chunked"):
         raise UserError(f"cross_entropy implementation {implementation!r}: expected 'reference' or 'chunked'")
-    return _chunked(x, head, labels, weights)
+    return _chunked(x, head, labels, weights, transform)
 
 
 def token_nll(
-    x: Float[Array, "B T D"], head: Float[Array, "V D"], labels: Int[Array, "B T"]
+    x: Float[Array, "B T D"],
+    head: Float[Array, "V D"],
+    labels: Int[Array, "B T"],
+    *,
+    transform: LogitTransform = UNCHANGED,
 ) -> Float[Array, "B T"]:
-    """-log softmax(x head^T)[label] of every token, float32, chunked. For evaluation: not differentiable."""
-    return _over_mesh(_local_nll, out="tokens")(x, head, labels)
+    """-log softmax(transform(x head^T))[label] of every token, float32, chunked. For evaluation: not differentiable."""
+    return _over_mesh(_local_nll, transform, out="tokens")(x, head, labels)
 
 
-def reference(x: Array, head: Array, labels: Array) -> Array:
-    logits = jnp.einsum("btd,vd->btv", x.astype(jnp.float32), head.astype(jnp.float32))
+def reference(x: Array, head: Array, labels: Array, transform: LogitTransform = UNCHANGED) -> Array:
+    logits = transform(jnp.einsum("btd,vd->btv", x.astype(jnp.float32), head.astype(jnp.float32)))
     picked = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
     return jax.nn.logsumexp(logits, axis=-1) - picked
 
 
-@jax.custom_vjp
-def _chunked(x, head, labels, weights):
-    return jnp.sum(weights * token_nll(x, head, labels))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _chunked(x, head, labels, weights, transform):
+    return jnp.sum(weights * token_nll(x, head, labels, transform=transform))
 
 
-def _chunked_forward(x, head, labels, weights):
-    loss, dx, dhead = _over_mesh(_local_loss_and_gradients, out="gradients")(x, head, labels, weights)
+def _chunked_forward(x, head, labels, weights, transform):
+    run = _over_mesh(_local_loss_and_gradients, transform, out="gradients")
+    loss, dx, dhead = run(x, head, labels, weights)
     return jnp.sum(loss), (dx, dhead)
 
 
-def _chunked_backward(residuals, g):
+def _chunked_backward(transform, residuals, g):
     dx, dhead = residuals
     return (g * dx).astype(dx.dtype), (g * dhead).astype(dhead.dtype), None, None
 
@@ -75,8 +103,9 @@ def _chunked_backward(residuals, g):
 _chunked.defvjp(_chunked_forward, _chunked_backward)
 
 
-def _over_mesh(fn, *, out: str):
+def _over_mesh(fn, transform: LogitTransform, *, out: str):
     """fn on each device's own tokens and part of the vocabulary; without a mesh, fn itself."""
+    fn = functools.partial(fn, transform=transform)
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return functools.partial(fn, vocab_axis=None, token_axes=())
@@ -111,9 +140,10 @@ def _unchunk(x: Array, shape: tuple[int, ...]) -> Array:
     return x.reshape(-1, *x.shape[2:])[:tokens].reshape(shape)
 
 
-def _chunk_nll(x, head, labels, vocab_axis):
+def _chunk_nll(x, head, labels, vocab_axis, transform):
     """One chunk: nll [C], and what the gradient needs: the local logits [C, V], logsumexp [C], local label index."""
     logits = jnp.einsum("cd,vd->cv", x, head.astype(x.dtype), preferred_element_type=jnp.float32)
+    logits = transform(logits)
     if vocab_axis is not None:
         labels = labels - jax.lax.axis_index(vocab_axis) * head.shape[0]
     top = jnp.max(logits, axis=-1)
@@ -129,20 +159,21 @@ def _chunk_nll(x, head, labels, vocab_axis):
     return lse - picked, logits, lse, jnp.where(here, labels, -1)
 
 
-def _local_nll(x, head, labels, *, vocab_axis, token_axes):
+def _local_nll(x, head, labels, *, vocab_axis, token_axes, transform):
     nll = jax.lax.map(
-        lambda c: _chunk_nll(c[0], head, c[1], vocab_axis)[0], _chunks((x, labels), head.shape[0])
+        lambda c: _chunk_nll(c[0], head, c[1], vocab_axis, transform)[0], _chunks((x, labels), head.shape[0])
     )
     return _unchunk(nll, labels.shape)
 
 
-def _local_loss_and_gradients(x, head, labels, weights, *, vocab_axis, token_axes):
+def _local_loss_and_gradients(x, head, labels, weights, *, vocab_axis, token_axes, transform):
     def step(carry, chunk):
         loss, dhead = carry
         x, labels, weights = chunk
-        nll, logits, lse, labels = _chunk_nll(x, head, labels, vocab_axis)
+        nll, logits, lse, labels = _chunk_nll(x, head, labels, vocab_axis, transform)
         hot = jnp.arange(head.shape[0])[None] == labels[:, None]
-        d = ((jnp.exp(logits - lse[:, None]) - hot) * weights[:, None]).astype(x.dtype)
+        d = (jnp.exp(logits - lse[:, None]) - hot) * weights[:, None]
+        d = transform.backward(logits, d).astype(x.dtype)
         dx = jnp.einsum("cv,vd->cd", d, head.astype(x.dtype), preferred_element_type=jnp.float32)
         dhead += jnp.einsum("cv,cd->vd", d, x, preferred_element_type=jnp.float32)
         return (loss + jnp.sum(weights * nll), dhead), dx.astype(x.dtype)

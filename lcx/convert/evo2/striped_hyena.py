@@ -28,13 +28,14 @@ from typing import Any, Protocol
 import numpy as np
 
 from lcx import model as model_lib
+from lcx.block import Block, changed
 from lcx.convert.core import model_source, rules
 from lcx.convert.core.rules import Part, Rule, Same, Taps, Transposed
 from lcx.convert.files.tensor_io import FLOAT_DTYPES, TensorInfo, TensorSource
 from lcx.errors import UserError
 from lcx.mixers.attention import Attention
 from lcx.mixers.hyena import HyenaLI, HyenaMR, HyenaSE
-from lcx.model import Block, Decoder, Mlp
+from lcx.model import Decoder, Mlp
 from lcx.rope import Rope
 from lcx.striped_hyena import striped_hyena
 
@@ -118,6 +119,11 @@ def layers(model: Decoder) -> list[Layer]:
     return found
 
 
+# The settings that these formats read.
+_ATTENTION = "num_heads num_kv_heads head_dim rope window qkv_bias o_bias qk_norm norm_eps implementation"
+_DECODER = "vocab_size hidden_size stages max_position_embeddings norm_eps tie_word_embeddings model_type dtype remat"
+
+
 def _problem(model: Decoder, block: Block) -> str:
     mixer = block.mixer
     if block.mlp.bias:
@@ -126,8 +132,15 @@ def _problem(model: Decoder, block: Block) -> str:
         return (
             f"its norms have an eps of {block.norm_eps:g} (the last one {model.norm_eps:g}), not {NORM_EPS:g}"
         )
+    unsaid = changed(block, "mixer mlp norm_eps") or changed(model, _DECODER)
+    if unsaid:
+        return f"it has {unsaid}"
     if not isinstance(mixer, Attention):
         return "" if mixer.num_channels == model.hidden_size else f"it has {mixer.num_channels} channels"
+    if unsaid := changed(mixer, _ATTENTION):
+        return f"it has {unsaid}"
+    if mixer.rope is None:
+        return "its attention has no rope"
     expected = (mixer.num_heads, None, False, True, False)
     found = (mixer.num_kv_heads, mixer.window, mixer.qkv_bias, mixer.o_bias, mixer.qk_norm)
     return (

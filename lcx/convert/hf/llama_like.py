@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from lcx import model as model_lib
+from lcx.block import Block, changed
 from lcx.convert.core.rules import Flat, Part, Rule, Same, Transposed
 from lcx.convert.hf import rope as hf_rope
 from lcx.convert.hf.family import Family
@@ -33,6 +34,9 @@ KEYS = frozenset({
     "rope_parameters", "rope_scaling", "rope_theta", "sliding_window", "tie_word_embeddings", "use_sliding_window",
     "vocab_size", hf_rope.REMEMBERED,
 })  # fmt: skip
+# The settings that config.json says.
+_ATTENTION = "num_heads num_kv_heads head_dim rope window qkv_bias o_bias qk_norm norm_eps implementation"
+_DECODER = "vocab_size hidden_size stages max_position_embeddings norm_eps tie_word_embeddings model_type dtype remat"
 _MOST = 10_000  # layers, head_dim: a damaged file must not build a huge model before its tensors are compared
 
 
@@ -315,7 +319,25 @@ def layers(model: Decoder) -> list[Layer]:
                 f"layer {i} is {mixer.__name__} + {mlp.__name__}; the 'hf' format of this model_type holds "
                 "Attention + Mlp only, save with format 'lcx' (a linearized Llama also with 'lolcats')"
             )
+        if unsaid := _unsaid(layer.block):
+            raise UserError(
+                f"layer {i} has {unsaid}, which model_type {model.model_type!r} does not: save with format 'lcx'"
+            )
+    if unsaid := changed(model, _DECODER):
+        raise UserError(
+            f"the model has {unsaid}, which model_type {model.model_type!r} does not: save with format 'lcx'"
+        )
     return found
+
+
+def _unsaid(block: Block) -> str:
+    """A setting of a layer that config.json cannot say; "" if there is none."""
+    return (
+        changed(block, "mixer mlp norm_eps")
+        or changed(block.mlp, "intermediate_size bias")
+        or changed(block.mixer, _ATTENTION)
+        or ("Attention.rope = None" if block.mixer.rope is None else "")
+    )
 
 
 def _layer_types(config: Mapping[str, Any], num_layers: int) -> list[str] | None:

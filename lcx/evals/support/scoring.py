@@ -88,7 +88,7 @@ def _score(model, params, tokens, labels, positions, segment_ids):
     x, _ = model.apply(
         {"params": params}, tokens, positions=positions, segment_ids=segment_ids, method="hidden"
     )
-    nll = token_nll(x, model.head(params), labels)
+    nll = token_nll(x, model.head(params), labels, transform=model.logit_transform)
     return sharding.constrain(nll, None, None)  # whole on every device: each process reads all of it
 
 

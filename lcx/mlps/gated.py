@@ -1,0 +1,28 @@
+"""The gated MLP: SwiGLU, GeGLU and the like (Shazeer 2020, arXiv 2002.05202)."""
+
+import flax.linen as nn
+from jaxtyping import Array, Float
+
+from lcx.layers import Linear
+from lcx.mlps.activations import Activation, activation
+
+
+class GatedMlp(nn.Module):
+    """down(activation(gate x) * up x). With silu it is SwiGLU (Llama), with gelu_tanh GeGLU (Gemma).
+
+    Attributes:
+      bias: of all three projections.
+      activation: a key of activations.ACTIVATIONS, or a function of arrays. gelu is the exact one.
+    """
+
+    intermediate_size: int
+    bias: bool = False
+    activation: str | Activation = "silu"
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        act = activation(self.activation)
+        D, F = (x.shape[-1],), (self.intermediate_size,)
+        gate = Linear(D, F, ("embed", "mlp"), self.bias, name="gate_proj")(x)
+        up = Linear(D, F, ("embed", "mlp"), self.bias, name="up_proj")(x)
+        return Linear(F, D, ("mlp", "embed"), self.bias, name="down_proj")(act(gate) * up)
