@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from lcx import moved, sharding
+from lcx import mixers, moved, sharding
 from lcx.errors import UserError
 from lcx.layers import Embedding, Linear, RMSNorm
 from lcx.parameters import (
@@ -84,13 +84,12 @@ class Block(nn.Module):
     def __call__(self, x, *, positions, segment_ids, cache=None):
         x = sharding.constrain(x, sharding.BATCH_AXES, "context", None)
         if self.mixer is not None:
-            grows = cache is not None and hasattr(self.mixer, "append_cache")
-            y, cache = self.mixer(
+            y, cache = mixers.mix(
+                self.mixer,
                 RMSNorm(x.shape[-1], self.norm_eps, name="mixer_norm")(x),
                 positions=positions,
                 segment_ids=segment_ids,
                 cache=cache,
-                **({"deferred": True} if grows else {}),
             )
             x = x + y
         if self.mlp is not None:
@@ -159,11 +158,8 @@ def _scanned(stage: Stage, remat: str) -> nn.Module:
 
 def _appended(stage: Stage, cache: Any, new: Any) -> Any:
     """The caches of a stage, all its layers at once, after its blocks."""
-    mixers = {f"block_{b}": block.mixer for b, block in enumerate(stage.pattern)}
-    return {
-        name: mixer.append_cache(cache[name], new[name]) if hasattr(mixer, "append_cache") else new[name]
-        for name, mixer in mixers.items()
-    }
+    blocks = {f"block_{b}": block.mixer for b, block in enumerate(stage.pattern)}
+    return {name: mixers.state_after(mixer, cache[name], new[name]) for name, mixer in blocks.items()}
 
 
 class Layers(nn.Module):
@@ -279,7 +275,7 @@ class Decoder(nn.Module):
         dtype = jnp.dtype(self.dtype if dtype is None else dtype)
 
         def stacked(block: Block, repeat: int):
-            one = {} if block.mixer is None else block.mixer.init_cache(batch_size, length, dtype)
+            one = mixers.empty_state(block.mixer, batch_size, length, dtype)
             return jax.tree.map(lambda x: jnp.broadcast_to(x, (repeat, *x.shape)), one)
 
         return {

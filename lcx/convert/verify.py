@@ -7,11 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lcx import mixers
 from lcx import model as model_lib
 from lcx.convert import model_source
 from lcx.convert.files import tensor_io
 from lcx.convert.model_source import ModelSource
 from lcx.errors import UserError
+from lcx.extend import rotaries
 from lcx.model import Decoder
 
 #: Models beyond this are not run to compare logits.
@@ -153,20 +155,19 @@ def _with_the_same_scaling(model: Decoder, like: Decoder) -> Decoder:
     """Position interpolation is a setting, not a tensor, in checkpoints of Evo 2."""
     if like.model_type != "striped_hyena":
         return model
-    ropes = [getattr(block.mixer, "rope", None) for stage in like.stages for block in stage.pattern]
-    rope = next((rope for rope in ropes if rope is not None and rope.rope_type == "linear"), None)
+    rope = next((rope for rope, _ in rotaries(like) if rope.rope_type == "linear"), None)
     if rope is None:
         return model
 
     def scaled(mixer):
-        own = getattr(mixer, "rope", None)
-        if own is None or own.rope_type != "default":
+        own = mixers.rotary(mixer)
+        if own is None or own.rope.rope_type != "default":
             return mixer
         original = rope.original_max_position_embeddings
         new = dataclasses.replace(
-            own, rope_type="linear", factor=rope.factor, original_max_position_embeddings=original
+            own.rope, rope_type="linear", factor=rope.factor, original_max_position_embeddings=original
         )
-        return mixer.clone(rope=new, parent=None)
+        return mixers.with_rope(mixer, new)
 
     return model_lib.map_mixers(model, scaled)
 

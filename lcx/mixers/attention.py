@@ -18,6 +18,7 @@ class Attention(nn.Module):
     """Causal attention of Llama, Mistral, Qwen and Phi.
 
     Attributes:
+      rope: of queries and keys; None: no positions but those that causality gives (NoPE, arXiv 2305.19466).
       window: keys at most window - 1 tokens back (Mistral); None: all of them.
       qk_norm: RMSNorm over head_dim on q and k before the rotation (Qwen3).
       implementation: see ops.attention; None picks the fastest that is valid here.
@@ -26,7 +27,7 @@ class Attention(nn.Module):
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    rope: rope_lib.Rope = rope_lib.Rope()
+    rope: rope_lib.Rope | None = rope_lib.Rope()
     window: int | None = None
     qkv_bias: bool = False
     o_bias: bool = False

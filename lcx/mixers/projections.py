@@ -22,7 +22,7 @@ def rotated_heads(
     """Queries, keys and values of a mixer with Attention's settings, inside its compact __call__.
 
     Without a cache the rotation sees the length that is there, as in transformers (padding does not count); a cache
-    fixes it in advance.
+    fixes it in advance. With rope None nothing is rotated.
     """
     heads = {"q": ("heads", mixer.num_heads), "k": ("kv_heads", mixer.num_kv_heads)}
     q, k, v = (
@@ -38,6 +38,8 @@ def rotated_heads(
     if mixer.qk_norm:
         q = RMSNorm(mixer.head_dim, mixer.norm_eps, ("head_dim",), name="q_norm")(q)
         k = RMSNorm(mixer.head_dim, mixer.norm_eps, ("head_dim",), name="k_norm")(k)
+    if mixer.rope is None:
+        return q, k, v
     if positions is None:
         start = 0 if cache is None else cache["index"]
         positions = start + jnp.arange(x.shape[1], dtype=jnp.int32)[None]

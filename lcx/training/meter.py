@@ -1,6 +1,7 @@
 """What the values of finished steps say: a mean loss, tokens per second, model FLOP utilisation; when to give up."""
 
 import contextlib
+import logging
 import math
 import time
 from collections.abc import Iterator
@@ -12,6 +13,8 @@ from lcx.errors import UserError
 from lcx.model import Decoder
 from lcx.training import peak_flops
 from lcx.training.logger import MetricsLogger
+
+log = logging.getLogger(__name__)
 
 
 class NotFiniteError(UserError):
@@ -42,7 +45,11 @@ class Meter:
         self.losses = list(losses)
         self._every, self._last = every, last
         self._tokens = batch_size * seq_len
-        self._flops = self._tokens * model_lib.flops_per_token(model, seq_len)
+        self._flops: float | None = None
+        try:
+            self._flops = self._tokens * model_lib.flops_per_token(model, seq_len)
+        except UserError as error:
+            log.warning("mfu is not logged: %s", error)
         self._peak = peak_flops.peak_flops()
         self._since: float | None = None  # the first step compiles: its time says nothing
         self._timed = 0
@@ -68,7 +75,8 @@ class Meter:
             if self._timed:
                 rate = self._timed / (now - self._since)
                 numbers["tokens_per_second"] = rate * self._tokens
-                numbers["mfu"] = rate * self._flops / self._peak
+                if self._flops is not None:
+                    numbers["mfu"] = rate * self._flops / self._peak
             metrics.log(step, numbers)
             self.losses, self._since, self._timed = [], now, 0
 

@@ -42,7 +42,7 @@ from lcx.convert.rules import Part, PerHead, Rule, Same
 from lcx.errors import UserError
 from lcx.linearize import Linearize
 from lcx.mixers.attention import Attention
-from lcx.mixers.linear_attention import LinearAttention
+from lcx.mixers.linearized import LinearizedAttention
 from lcx.model import Decoder
 
 log = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ class Lolcats:
       attention: settings by their published names, or the .yaml or .json of them (`lolcats_settings`); None: what
         lolcats.json beside the feature maps, else their file's name says, else the published ones.
       lora_alpha: None: what the settings say, else twice the rank, as in all published runs.
-      published_quirks: compute as the published code does, mistakes included (mixers.linear_attention).
+      published_quirks: compute as the published code does, mistakes included (mixers.published_lolcats).
     """
 
     feature_maps: str | os.PathLike | None = None
@@ -135,7 +135,7 @@ def softmax_model(model: Decoder) -> Decoder:
     """The model with softmax attention in place of linear attention, in the same stages."""
 
     def softmax(mixer):
-        if not isinstance(mixer, LinearAttention):
+        if not isinstance(mixer, LinearizedAttention):
             return mixer
         names = ("num_heads", "num_kv_heads", "head_dim", "rope", "qkv_bias", "o_bias", "qk_norm", "norm_eps")
         shared = {name: getattr(mixer, name) for name in names}
@@ -152,7 +152,7 @@ def map_rules(model: Decoder) -> list[Rule]:
     """
     found, shapes = [], model_source.leaf_shapes(model)
     for i, layer in enumerate(model_lib.layers(model)):
-        if isinstance(layer.block.mixer, LinearAttention):
+        if isinstance(layer.block.mixer, LinearizedAttention):
             for path in shapes:
                 name = path.removeprefix(f"{layer.path}/mixer/")
                 parts = name.split("/")
@@ -225,7 +225,7 @@ def _stated(files: Lolcats, maps: pathlib.Path, beside: Stated) -> Stated:
             "%s: nothing beside it states its window and activation; taking the published ones, a terraced window of "
             "%d (if it has factors) and softmax_dim; set attention (--attention=config.yaml) if they were others",
             maps,
-            LinearAttention.window,
+            LinearizedAttention.window,
         )
     return stated
 
@@ -385,8 +385,8 @@ def _linear_model(softmax: Decoder, files: _Files, stated: Stated, quirks: bool,
     linear = Linearize(
         window=window,
         window_kind=kind,
-        window_factor=float(stated.get("init_window_factor", LinearAttention.window_factor)),
-        feature_map=stated.get("feature_map", LinearAttention.feature_map),
+        window_factor=float(stated.get("init_window_factor", LinearizedAttention.window_factor)),
+        feature_map=stated.get("feature_map", LinearizedAttention.feature_map),
         feature_dim=kernel[2],
         full_space=stated.get("feature_map_kwargs.fullspace", True),
         feature_bias=stated.get(f"{inner}bias", "feature_map_q.mlp.bias" in first) and not adapter,
