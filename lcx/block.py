@@ -10,7 +10,7 @@ from typing import Any
 import flax.linen as nn
 from jaxtyping import Array, Float
 
-from lcx import sharding
+from lcx import mixers, sharding
 from lcx.errors import UserError
 from lcx.layers import Norm
 
@@ -47,13 +47,8 @@ class Block(nn.Module):
         before, normed = x, x
         if self.mixer is not None:
             normed = self._normed(x, "mixer_norm", "after")
-            grows = cache is not None and hasattr(self.mixer, "append_cache")
-            y, cache = self.mixer(
-                normed,
-                positions=positions,
-                segment_ids=segment_ids,
-                cache=cache,
-                **({"deferred": True} if grows else {}),
+            y, cache = mixers.mix(
+                self.mixer, normed, positions=positions, segment_ids=segment_ids, cache=cache
             )
             x = x + self._added(y, "mixer_post_norm")
         if self.mlp is not None:

@@ -35,7 +35,6 @@ from lcx.convert.start import Start
 from lcx.convert.workdir.source import LcxSource
 from lcx.data import BatchSpec, Dataset, Mixture, Opened, Tokenizer
 from lcx.errors import UserError
-from lcx.mixers.linear_attention import LinearAttention
 from lcx.model import Decoder, Layers
 from lcx.trainer import Trainer
 from lcx.training import residual_store
@@ -318,7 +317,7 @@ def _block_folder(folder: pathlib.Path, number: int) -> pathlib.Path:
 
 
 def _is_linear(part: Layers) -> bool:
-    return any(isinstance(layer.block.mixer, LinearAttention) for layer in model_lib.layers(part))
+    return bool(linearize.linear_layers(part))
 
 
 def _softmax(trainer: Trainer) -> tuple[ModelSource, Decoder]:

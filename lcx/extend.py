@@ -12,8 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from lcx import mixers
 from lcx import model as model_lib
 from lcx.errors import UserError
+from lcx.mixers import Rotary
 from lcx.model import Decoder
 from lcx.rope import Rope, extended_window
 from lcx.rope_fields import FIELDS, MOST_TOKENS, close, is_number, known_type, shown, token_count
@@ -85,7 +87,15 @@ def extend(
     return new, window
 
 
-def extend_model(model: Decoder, rope_scaling: Mapping[str, Any] | None, context_length: int | None) -> Decoder:
+def rotaries(model: Decoder) -> list[Rotary]:
+    """The different rotary embeddings of a model, in depth order, each with the size of the heads that it turns."""
+    found = (mixers.rotary(block.mixer) for stage in model.stages for block in stage.pattern)
+    return list(dict.fromkeys(one for one in found if one is not None))
+
+
+def extend_model(
+    model: Decoder, rope_scaling: Mapping[str, Any] | None, context_length: int | None
+) -> Decoder:
     """The model with its context extended (`extend` of every rope); the same model when neither is given.
 
     Raises:
@@ -93,8 +103,7 @@ def extend_model(model: Decoder, rope_scaling: Mapping[str, Any] | None, context
     """
     if rope_scaling is None and context_length is None:
         return model
-    mixers = [block.mixer for stage in model.stages for block in stage.pattern]
-    ropes = list(dict.fromkeys((m.rope, m.head_dim) for m in mixers if getattr(m, "rope", None) is not None))
+    ropes = rotaries(model)
     if not ropes:
         raise UserError(
             "rope_scaling and context_length need a model with rotary position embeddings; leave them out"
@@ -108,20 +117,19 @@ def extend_model(model: Decoder, rope_scaling: Mapping[str, Any] | None, context
                 configured,
             )
     new = {
-        (rope, head_dim): extend(
-            rope,
+        old: extend(
+            old.rope,
             max_position_embeddings=model.max_position_embeddings,
             rope_scaling=rope_scaling,
             context_length=context_length,
-            head_dim=head_dim,
+            head_dim=old.head_dim,
         )
-        for rope, head_dim in ropes
+        for old in ropes
     }
 
     def replaced(mixer):
-        if getattr(mixer, "rope", None) is None:
-            return mixer
-        return mixer.clone(rope=new[mixer.rope, mixer.head_dim][0], parent=None)
+        old = mixers.rotary(mixer)
+        return mixer if old is None else mixers.with_rope(mixer, new[old][0])
 
     windows = {window for _, window in new.values()}
     if len(windows) > 1:

@@ -227,8 +227,7 @@ class Ladder:
 
 def original_window(model: Decoder) -> int:
     """The window a model was pretrained with: what every factor is relative to."""
-    ropes = [getattr(block.mixer, "rope", None) for stage in model.stages for block in stage.pattern]
-    windows = [rope.original_max_position_embeddings for rope in ropes if rope is not None]
+    windows = [rope.original_max_position_embeddings for rope, _ in extend.rotaries(model)]
     return next((window for window in windows if window is not None), model.max_position_embeddings)
 
 

@@ -22,6 +22,8 @@ from lcx import model as model_lib
 from lcx.errors import UserError
 from lcx.mixers.attention import Attention
 from lcx.mixers.linear_attention import LinearAttention
+from lcx.mixers.linearized import LinearizedAttention
+from lcx.mixers.published_lolcats import PublishedLinearAttention
 from lcx.model import Block, Decoder, Layers
 
 log = logging.getLogger(__name__)
@@ -34,9 +36,11 @@ _SHARED = (
 
 @dataclasses.dataclass(frozen=True)
 class Linearize:
-    """Which layers become linear, and how. The settings are those of mixers.linear_attention.LinearAttention.
+    """Which layers become linear, and how. The settings are those of mixers.linearized.LinearizedAttention.
 
     Attributes:
+      published_quirks: PublishedLinearAttention in place of LinearAttention: what the authors' code computes, mistakes
+        included (mixers.published_lolcats).
       keep_softmax: layers that stay as they are, counted from 0.
     """
 
@@ -97,8 +101,10 @@ class Linearize:
 
     def _linear(self, block: Block) -> Block:
         softmax = block.mixer
-        own = [field.name for field in dataclasses.fields(self) if field.name != "keep_softmax"]
-        mixer = LinearAttention(
+        other = ("keep_softmax", "published_quirks")
+        own = [field.name for field in dataclasses.fields(self) if field.name not in other]
+        kind = PublishedLinearAttention if self.published_quirks else LinearAttention
+        mixer = kind(
             **{name: getattr(softmax, name) for name in _SHARED},
             **{name: getattr(self, name) for name in own},
             softmax_window=softmax.window,
@@ -140,7 +146,7 @@ def softmax_model(model: Decoder) -> Decoder:
     """The model with softmax attention in place of linear attention, in the same stages."""
 
     def softmax(mixer):
-        if not isinstance(mixer, LinearAttention):
+        if not isinstance(mixer, LinearizedAttention):
             return mixer
         shared = {name: getattr(mixer, name) for name in _SHARED}
         return Attention(**shared, window=mixer.softmax_window, parent=None)
@@ -151,7 +157,7 @@ def softmax_model(model: Decoder) -> Decoder:
 def linear_layers(model: Decoder | Layers) -> list[int]:
     """The layers that have linear attention, counted from 0."""
     depth = model_lib.layers(model)
-    return [i for i, layer in enumerate(depth) if isinstance(layer.block.mixer, LinearAttention)]
+    return [i for i, layer in enumerate(depth) if isinstance(layer.block.mixer, LinearizedAttention)]
 
 
 def check_linear(model: Decoder | Layers, *, seq_len: int, where: str | None) -> None:
@@ -163,7 +169,7 @@ def check_linear(model: Decoder | Layers, *, seq_len: int, where: str | None) ->
     linear = [
         layer.block.mixer
         for layer in model_lib.layers(model)
-        if isinstance(layer.block.mixer, LinearAttention)
+        if isinstance(layer.block.mixer, LinearizedAttention)
     ]
     if not linear:
         raise UserError(
@@ -187,7 +193,7 @@ def ablated(model: Decoder, keep: str) -> Decoder:
         raise UserError(f"only_part is {keep!r}, expected one of {', '.join(changes)}")
 
     def one(mixer):
-        hybrid = isinstance(mixer, LinearAttention) and mixer.window is not None
+        hybrid = isinstance(mixer, LinearizedAttention) and mixer.window is not None
         return mixer.clone(parent=None, **changes[keep]) if hybrid else mixer
 
     new = model_lib.map_mixers(model, one)

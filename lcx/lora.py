@@ -23,8 +23,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float
 
+from lcx import mixers, sharding
 from lcx import model as model_lib
-from lcx import sharding
 from lcx.errors import UserError
 from lcx.layers import Linear
 from lcx.model import Decoder
@@ -39,7 +39,8 @@ class LoRA:
 
     Attributes:
       alpha: the update is scaled by alpha / rank, so that a change of rank keeps the size of a step.
-      targets: a regular expression, found anywhere in a path such as "stages_0/block_0/mixer/q_proj". The default is
+      targets: a regular expression, found anywhere in a path such as "stages_0/block_0/mixer/q_proj". What it may find
+        are the projections made of lcx.layers.Linear, in mixers and MLPs of yours too. The default is
         every projection of every mixer: q, k, v, o of attention, in_proj and out_proj of Hyena, all of Mamba-2 and
         2Mamba. For those of the MLPs too: "_proj".
       beside: parameters whose path ("params/stages_0/block_0/mixer/feature_map_q/layer") this regular expression
@@ -115,6 +116,11 @@ class LoRA:
 
     def _targets(self, model: Decoder) -> list[tuple[str, Linear, int]]:
         linears = list(all_linears(model))
+        if not linears:
+            raise UserError(
+                "LoRA targets projections made of lcx.layers.Linear, and the model has none: build them of it in your "
+                "mixers and MLPs, or leave LoRA out"
+            )
         found = [entry for entry in linears if re.search(self.targets, entry[0])]
         if not found:
             names = ", ".join(dict.fromkeys(path.rpartition("/")[2] for path, _, _ in linears))
@@ -146,18 +152,21 @@ def statement(model: Decoder, lora: Mapping[str, Any], trains: Any = None) -> st
 
     "LoRA rank 8 on 56 matrices: Attention q_proj 14, k_proj 14, v_proj 14, o_proj 14; 0.6M parameters"
 
+    It also names the kinds of layer that can have no pairs, since nothing in them is an lcx.layers.Linear.
+
     Args:
       trains: tree of bool like the params, which of them train beside the pairs.
     """
     counts: dict[str, dict[str, int]] = {}
     ranks, parameters = set(), 0
+    kinds_of = _kinds(model)
+    without = dict(kinds_of)
     for path, _, L in all_linears(model):
+        owner, name = "/".join(path.split("/")[:3]), path.rpartition("/")[2]
+        without.pop(owner, None)
         if (pair := _at(lora, path)) is None:
             continue
-        stage, block, part, *_ = path.split("/")
-        owner = getattr(model.stages[int(stage.split("_")[1])].pattern[int(block.split("_")[1])], part)
-        names = counts.setdefault(type(owner).__name__, {})
-        name = path.rpartition("/")[2]
+        names = counts.setdefault(kinds_of[owner], {})
         names[name] = names.get(name, 0) + L
         ranks.add(pair["a"].shape[-1])
         parameters += math.prod(pair["a"].shape) + math.prod(pair["b"].shape)
@@ -167,7 +176,20 @@ def statement(model: Decoder, lora: Mapping[str, Any], trains: Any = None) -> st
     ]
     rank = " and ".join(str(rank) for rank in sorted(ranks))
     line = f"LoRA rank {rank} on {total} matrices: {'; '.join(kinds)}; {_count(parameters)} parameters"
+    if without:
+        line += f"; none in {', '.join(dict.fromkeys(without.values()))}, which has no lcx.layers.Linear"
     return line if trains is None else line + _beside(model, trains)
+
+
+def _kinds(model: Decoder) -> dict[str, str]:
+    """ "stages_0/block_0/mixer" -> "Attention", for every mixer and MLP."""
+    found = {}
+    for s, stage in enumerate(model.stages):
+        for b, block in enumerate(stage.pattern):
+            for part, module in (("mixer", block.mixer), ("mlp", block.mlp)):
+                if module is not None:
+                    found[f"stages_{s}/block_{b}/{part}"] = mixers.kind(module)
+    return found
 
 
 def _beside(model: Decoder, trains: Any) -> str:

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from lcx import moved
+from lcx import mixers, moved
 from lcx.block import Block
 from lcx.errors import UserError
 from lcx.layers import Embedding, Norm
@@ -104,11 +104,8 @@ def _scanned(stage: Stage, remat: str) -> nn.Module:
 
 def _appended(stage: Stage, cache: Any, new: Any) -> Any:
     """The caches of a stage, all its layers at once, after its blocks."""
-    mixers = {f"block_{b}": block.mixer for b, block in enumerate(stage.pattern)}
-    return {
-        name: mixer.append_cache(cache[name], new[name]) if hasattr(mixer, "append_cache") else new[name]
-        for name, mixer in mixers.items()
-    }
+    blocks = {f"block_{b}": block.mixer for b, block in enumerate(stage.pattern)}
+    return {name: mixers.state_after(mixer, cache[name], new[name]) for name, mixer in blocks.items()}
 
 
 class Layers(nn.Module):
@@ -262,7 +259,7 @@ class Decoder(nn.Module):
         dtype = jnp.dtype(self.dtype if dtype is None else dtype)
 
         def stacked(block: Block, repeat: int):
-            one = {} if block.mixer is None else block.mixer.init_cache(batch_size, length, dtype)
+            one = mixers.empty_state(block.mixer, batch_size, length, dtype)
             return jax.tree.map(lambda x: jnp.broadcast_to(x, (repeat, *x.shape)), one)
 
         return {

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from lcx.errors import UserError
-from lcx.mixers.linear_attention import LinearAttention
+from lcx.mixers.linearized import LinearizedAttention
 from lcx.model import Decoder, map_mixers
 from lcx.ops.cross_entropy import cross_entropy
 from lcx.ops.segments import runs
@@ -82,7 +82,7 @@ def attention_transfer(
         place of tokens.
 
     Raises:
-      UserError: the model has no LinearAttention, no weight is positive, or every key of a row is in the window.
+      UserError: the model has no linear attention, no weight is positive, or every key of a row is in the window.
     """
     weights = {"outputs": output_weight, "maps": map_weight}
     names = tuple(name for name, weight in weights.items() if weight > 0)
@@ -92,7 +92,7 @@ def attention_transfer(
         )
 
     def teach(mixer):
-        if not isinstance(mixer, LinearAttention):
+        if not isinstance(mixer, LinearizedAttention):
             return mixer
         seq_len = batch["positions"].shape[1]
         if mixer.held is not None and seq_len <= mixer.held:  # it would teach the feature maps nothing

@@ -14,6 +14,7 @@ from jaxtyping import Array
 
 from lcx import sharding
 from lcx.errors import UserError
+from lcx.mixers import macs_per_token as mixer_macs_per_token
 
 Shape = tuple[int, ...]
 Model = Any  # model.Decoder or model.Layers, which import this file
@@ -70,6 +71,9 @@ def flops_per_token(model: Model, seq_len: int) -> float:
 
     6 per weight that multiplies (the input embedding is a lookup), plus causal attention: 6 H N per visible key and
     product, with (seq_len + 1) / 2 visible keys on average, fewer under a window.
+
+    Raises:
+      UserError: a mixer of the model does not say what a token costs.
     """
     weights = num_params(model)
     if not model.tie_word_embeddings:
@@ -79,12 +83,6 @@ def flops_per_token(model: Model, seq_len: int) -> float:
         for block in stage.pattern:
             total += stage.repeat * 6.0 * mixer_macs_per_token(block.mixer, seq_len)
     return total
-
-
-def mixer_macs_per_token(mixer: nn.Module | None, seq_len: int) -> float:
-    """Multiply-adds per token beyond the projections; 0 for a mixer that does not say."""
-    count = getattr(mixer, "macs_per_token", None)
-    return 0.0 if count is None else count(seq_len)
 
 
 @functools.lru_cache(maxsize=16)  # it traces the model

@@ -27,8 +27,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from lcx import moved, parameters
+from lcx import mixers, moved, parameters
 from lcx.errors import UserError
+from lcx.extend import rotaries
 from lcx.model import Decoder
 from lcx.ops.sampling import choose
 
@@ -239,8 +240,8 @@ def _append(model, variables, cache, tokens, positions, segment_ids, n):
         x, cache = model.hidden(tokens, positions=positions, segment_ids=segment_ids, cache=cache)
         return model.logits(x[:, -1:])[:, 0], cache
 
-    if n is not None:
-        cache = _with_length(cache, n)
+    if n is not None:  # a text only grows: n = its length is what transformers' dynamic type uses too
+        cache = mixers.with_rope_length(cache, n)
     return model.apply(variables, cache, method=last_logits)
 
 
@@ -280,26 +281,12 @@ def _decode_jit(model, variables, state: _State, lengths, sampling, stop, until,
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _empty_cache(model: Decoder, batch_size: int, slots: int, n):
     """init_cache, but n is given: the number of slots is rounded up, and the rotation must not depend on that."""
-    return _with_length(model.init_cache(batch_size, slots), n)
-
-
-def _with_length(cache, n):
-    """The cache with this n for the RoPE types that depend on it.
-
-    A text only grows, so n = its length is what transformers' dynamic type uses too.
-    """
-
-    def leaf(path, x):
-        return jnp.full_like(x, n) if path[-1] == jax.tree_util.DictKey("rope_length") else x
-
-    return jax.tree_util.tree_map_with_path(leaf, cache)
+    return mixers.with_rope_length(model.init_cache(batch_size, slots), n)
 
 
 def _ropes(model: Decoder, rope_type: str) -> list[Any]:
     """The rotary embeddings of one type in the model."""
-    mixers = [block.mixer for stage in model.stages for block in stage.pattern]
-    ropes = [mixer.rope for mixer in mixers if getattr(mixer, "rope", None) is not None]
-    return [rope for rope in ropes if rope.rope_type == rope_type]
+    return [rope for rope, _ in rotaries(model) if rope.rope_type == rope_type]
 
 
 # ------------------------------------------------------------------------------------------------ checks, shapes
@@ -405,9 +392,8 @@ def _window(model: Decoder) -> int:
 
 
 def _whole_prompt(model: Decoder) -> bool:
-    """Whether some mixer must read a prompt in one piece (mixers/__init__)."""
-    blocks = [block for stage in model.stages for block in stage.pattern]
-    return any(getattr(block.mixer, "whole_prompt", False) for block in blocks)
+    """Whether some mixer must read a prompt in one piece."""
+    return any(mixers.whole_prompt(block.mixer) for stage in model.stages for block in stage.pattern)
 
 
 def _rounded(value: int, grain: int) -> int:

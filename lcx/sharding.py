@@ -76,11 +76,20 @@ class MeshShape:
         return make_mesh(**dataclasses.asdict(self), devices=devices)
 
 
+def _mesh_axis(name: str | None) -> str | None:
+    rules = dict(RULES)
+    if name is not None and name not in rules:
+        raise UserError(
+            f"a parameter names its axis {name!r}, expected one of {', '.join(rules)}, or None: whole on every device"
+        )
+    return None if name is None else rules[name]
+
+
 def spec(names: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """Logical names -> PartitionSpec. An axis that does not divide evenly, or whose mesh axis is taken, stays whole."""
-    rules, taken, out = dict(RULES), set[str](), list[str | None]()
+    taken, out = set[str](), list[str | None]()
     for name, size in zip(names, shape, strict=True):
-        axis = None if name is None else rules[name]
+        axis = _mesh_axis(name)
         if axis is None or axis in taken or mesh.shape[axis] == 1 or size % mesh.shape[axis]:
             out.append(None)
         else:
@@ -169,7 +178,7 @@ def gathered(x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
-    kept = tuple(None if name is None or dict(RULES)[name] == "fsdp" else name for name in names)
+    kept = tuple(None if _mesh_axis(name) == "fsdp" else name for name in names)
     return jax.lax.with_sharding_constraint(x, spec(kept, x.shape, mesh))
 
 

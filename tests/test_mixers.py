@@ -117,13 +117,57 @@ def test_decode_equals_prefill(mixer, params, T):
     np.testing.assert_allclose(jnp.concatenate(ys, 1), whole, atol=2e-6)
 
 
-@pytest.mark.parametrize("T", LENGTHS[1:])
+@pytest.mark.parametrize("T", LENGTHS[2:])
 def test_prefill_in_two_pieces_equals_one(mixer, params, T):
     x, cut = inputs(T), T // 3
     one, _ = run(mixer, params, x, cache=mixer.init_cache(2, T, jnp.float32))
     first, cache = run(mixer, params, x[:, :cut], cache=mixer.init_cache(2, T, jnp.float32))
     second, _ = run(mixer, params, x[:, cut:], cache=cache)
     np.testing.assert_allclose(jnp.concatenate([first, second], 1), one, atol=2e-6)
+
+
+SHORT = 40  # tokens, in pieces that end inside of a window, a chunk and a document
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4))
+def in_pieces(mixer, params, x, segment_ids, cuts):
+    """(y, its gradients by the parameters and by x) of a loss on all tokens, the state passed from piece to piece."""
+
+    def loss(params, x):
+        cache = mixer.init_cache(x.shape[0], SHORT, x.dtype) if cuts else None
+        ys, edges = [], (0, *cuts, SHORT)
+        for first, last in zip(edges[:-1], edges[1:], strict=True):
+            at = (slice(None), slice(first, last))
+            positions = None if segment_ids is None else POSITIONS[at]
+            ids = None if segment_ids is None else segment_ids[at]
+            y, cache = mixer.apply(
+                {"params": params}, x[at], positions=positions, segment_ids=ids, cache=cache
+            )
+            ys.append(y)
+        y = jnp.concatenate(ys, axis=1)
+        return jnp.sum(jnp.sin(y)), y
+
+    (_, y), grads = jax.value_and_grad(loss, (0, 1), has_aux=True)(params, x)
+    return y, grads
+
+
+DOCUMENTS = jnp.array([[1] * SHORT, [1] * 9 + [2] * 28 + [0] * 3])
+POSITIONS = jnp.array([[*range(SHORT)], [*range(9), *range(28), 0, 0, 0]])
+
+
+def test_pieces_have_the_gradient_of_one(mixer, params):
+    """What follows a piece reaches it through the cache; packed documents and padding too."""
+    x = inputs(SHORT)
+    want, (of_params, of_x) = in_pieces(mixer, params, x, DOCUMENTS, ())
+    got, (grads, dx) = in_pieces(mixer, params, x, DOCUMENTS, (23, 30))
+    np.testing.assert_allclose(got[:, :-3], want[:, :-3], atol=2e-6)
+    np.testing.assert_allclose(dx[:, :-3], of_x[:, :-3], atol=1e-4 * float(jnp.abs(of_x).max()))
+    for (path, g), w in zip(
+        jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(of_params), strict=True
+    ):
+        np.testing.assert_allclose(g, w, atol=1e-4 * float(jnp.abs(w).max()), err_msg=str(path))
+    detached = jnp.abs(dx - of_x)[0, :23].max()
+    assert float(detached) < 1e-3 * float(jnp.abs(of_x[0, :23]).max())
 
 
 # --- padding: the same 5 and 9 tokens in rows of 14, wherever the padding is and whatever is in it

@@ -19,7 +19,8 @@ class Attention(nn.Module):
     """Causal attention of Llama, Mistral, Qwen and Phi.
 
     Attributes:
-      rope: None leaves positions out (NoPE: SmolLM3, Llama 4 and Cohere 2 in some layers).
+      rope: of queries and keys; None: no positions but those that causality gives (NoPE, arXiv 2305.19466), as some
+        layers of SmolLM3, Llama 4 and Cohere 2 have it.
       window: keys at most window - 1 tokens back (Mistral); None: all of them.
       qk_norm: True: a norm over head_dim on q and k before the rotation (Qwen3); "all_heads": one over all heads at
         once (OLMo 2).

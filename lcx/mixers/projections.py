@@ -24,7 +24,7 @@ def rotated_heads(
     """Queries, keys and values of a mixer with Attention's settings, inside its compact __call__.
 
     Without a cache the rotation sees the length that is there, as in transformers (padding does not count); a cache
-    fixes it in advance.
+    fixes it in advance. With rope None nothing is rotated.
     """
     heads = {"q": ("heads", mixer.num_heads), "k": ("kv_heads", mixer.num_kv_heads)}
     q, k, v = (

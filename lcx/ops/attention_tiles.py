@@ -37,7 +37,7 @@ def tiled(
     window: int | None,
     scale: float,
 ) -> Array:
-    """Arrays as in attention(). With its own backward pass (not with a q_offset: a cache is not trained through)."""
+    """Arrays as in attention(). With its own backward pass, also through a cache (q_offset)."""
     B, T, N, H = q.shape
     S, K = k.shape[1:3]
     plan = Plan.of(T, S, window=window, masked=q_segments is not None)
@@ -61,20 +61,10 @@ def tiled(
     decay = None
     if log_decay is not None:
         decay = by_kv_head(jnp.maximum(log_decay.astype(jnp.float32), LOWEST), kv_pad)
-    if q_offset is None:
-        out = _tiled(queries, keys, values, segments, decay, plan)
-    else:
-        forward = functools.partial(_head_forward, plan=plan)
-        arrays = (
-            queries,
-            keys,
-            values,
-            each_row(q_segments, q_pad),
-            segments,
-            decay,
-            jnp.repeat(q_offset, K),
-        )
-        out, _ = each_head(forward, arrays)
+    cached: tuple[Any, Any] = None, None
+    if q_offset is not None:
+        cached = each_row(q_segments, q_pad), jnp.repeat(q_offset, K)
+    out = _tiled(queries, keys, values, segments, decay, *cached, plan)
     return jnp.moveaxis(out[:, :, :T].reshape(B, N, T, H), 1, 2)
 
 
@@ -155,10 +145,14 @@ class Gaps(NamedTuple):
         return gaps, edge + jnp.sum(past, axis=2)
 
 
-def _head_forward(q, k, v, q_segments, kv_segments, decay, offset, *, plan: Plan) -> tuple[Array, Array]:
-    """One row and kv head: q [G,T,H], k and v [S,H] -> out [G,T,H], logsumexp [G,T] float32."""
+def _head_forward(q, k, v, kv_segments, decay, q_segments, offset, *, plan: Plan) -> tuple[Array, Array]:
+    """One row and kv head: q [G,T,H], k and v [S,H] -> out [G,T,H], logsumexp [G,T] float32.
+
+    q_segments [T] and offset [] are those of queries behind a cache; None: the queries are those of the keys.
+    """
     G, T, H = q.shape
     S, C, size = k.shape[0], plan.rows, plan.cols
+    q_segments, offset = (kv_segments, 0) if offset is None else (q_segments, offset)
     nothing = jnp.zeros((2, G), jnp.float32)
     gaps = None if decay is None else Gaps.of(decay, C, size)
 
@@ -187,10 +181,12 @@ def _head_forward(q, k, v, q_segments, kv_segments, decay, offset, *, plan: Plan
     return plan.over_rows(T, rows, (jnp.zeros_like(q), jnp.zeros((G, T), jnp.float32)))
 
 
-def _head_backward(q, k, v, segments, decay, out, lse, d_out, *, plan: Plan) -> tuple:
+def _head_backward(q, k, v, kv_segments, decay, q_segments, offset, out, lse, d_out, *, plan: Plan) -> tuple:
     """Gradients for one row and kv head; scores are recomputed tile by tile."""
     G, T, H = q.shape
-    C, size = plan.rows, plan.cols
+    S, C, size = k.shape[0], plan.rows, plan.cols
+    after = 0 if offset is None else C  # the last block of queries may reach beyond the keys
+    q_segments, offset = (kv_segments, 0) if offset is None else (q_segments, offset)
     nothing = jnp.zeros((2, G), jnp.float32)
     gaps = None if decay is None else Gaps.of(decay, C, size)
     delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1)
@@ -198,19 +194,19 @@ def _head_backward(q, k, v, segments, decay, out, lse, d_out, *, plan: Plan) -> 
     def rows(row, carry):
         dq, dk, dv, d_sums = carry
         q_row, d_row, lse_row, delta_row = (cut(x, row, C, axis=1) for x in (q, d_out, lse, delta))
-        own = cut(segments, row, C)
+        own, place = cut(q_segments, row, C), row + offset
         flat_q, flat_d = q_row.reshape(G * C, H), d_row.reshape(G * C, H)
-        near = nothing if gaps is None else gaps.of_queries(row, C)
+        near = nothing if gaps is None else gaps.of_queries(place, C)
 
         def tile(start, state):
             dq_row, dk, dv, d_sums, edge = state
-            gap, edge = (0, edge) if gaps is None else gaps.of_tile(near, row, edge, start, size)
-            s, seen = plan.scores(q_row, k, own, segments, row, start, gap)
+            gap, edge = (0, edge) if gaps is None else gaps.of_tile(near, place, edge, start, size)
+            s, seen = plan.scores(q_row, k, own, kv_segments, place, start, gap)
             p = jnp.where(seen, jnp.exp(s - lse_row[..., None]), 0)
             dp = dot(flat_d, cut(v, start, size), 1, 1).reshape(G, C, size)
             ds = p * (dp - delta_row[..., None])
             if gaps is not None:
-                d_sums = add(d_sums, jnp.sum(ds, axis=2), row, axis=1)
+                d_sums = add(d_sums, jnp.sum(ds, axis=2), place, axis=1)
                 d_sums = add(d_sums, -jnp.sum(ds, axis=1), start, axis=1)
             ds = ds.astype(k.dtype).reshape(G * C, size)
             dk = add(dk, dot(ds, flat_q, 0, 0), start)
@@ -218,33 +214,31 @@ def _head_backward(q, k, v, segments, decay, out, lse, d_out, *, plan: Plan) -> 
             return dq_row + dot(ds, cut(k, start, size), 1, 0), dk, dv, d_sums, edge
 
         state = (jnp.zeros((G * C, H), jnp.float32), dk, dv, d_sums, nothing)
-        dq_row, dk, dv, d_sums, _ = plan.over_tiles(row, T, tile, state)
+        dq_row, dk, dv, d_sums, _ = plan.over_tiles(place, S, tile, state)
         return put(dq, dq_row.reshape(G, C, H), row, axis=1), dk, dv, d_sums
 
     zeros = jnp.zeros(k.shape, jnp.float32)
-    d_sums = None if decay is None else jnp.zeros_like(decay)
+    d_sums = None if decay is None else jnp.pad(jnp.zeros_like(decay), ((0, 0), (0, after)))
     dq, dk, dv, d_sums = plan.over_rows(T, rows, (jnp.zeros_like(q), zeros, zeros, d_sums))
-    d_decay = None if d_sums is None else jnp.cumsum(d_sums[:, ::-1], axis=1)[:, ::-1]
+    d_decay = None if d_sums is None else jnp.cumsum(d_sums[:, S - 1 :: -1], axis=1)[:, ::-1]
     return dq, dk.astype(k.dtype), dv.astype(v.dtype), d_decay
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _tiled(q, k, v, segments, decay, plan: Plan):
-    return _tiled_forward(q, k, v, segments, decay, plan)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
+def _tiled(q, k, v, kv_segments, decay, q_segments, offset, plan: Plan):
+    return _tiled_forward(q, k, v, kv_segments, decay, q_segments, offset, plan)[0]
 
 
-def _tiled_forward(q, k, v, segments, decay, plan: Plan):
-    def forward(q, k, v, segments, decay):
-        return _head_forward(q, k, v, segments, segments, decay, 0, plan=plan)
-
-    out, lse = each_head(forward, (q, k, v, segments, decay))
+def _tiled_forward(q, k, v, kv_segments, decay, q_segments, offset, plan: Plan):
+    arrays = (q, k, v, kv_segments, decay, q_segments, offset)
+    out, lse = each_head(functools.partial(_head_forward, plan=plan), arrays)
     out, lse = checkpoint_name(out, MIXER_RESIDUALS), checkpoint_name(lse, MIXER_RESIDUALS)
-    return out, (q, k, v, segments, decay, out, lse)
+    return out, (*arrays, out, lse)
 
 
 def _tiled_backward(plan: Plan, residuals, d_out):
     dq, dk, dv, d_decay = each_head(functools.partial(_head_backward, plan=plan), (*residuals, d_out))
-    return dq, dk, dv, None, d_decay
+    return dq, dk, dv, None, d_decay, None, None
 
 
 _tiled.defvjp(_tiled_forward, _tiled_backward)

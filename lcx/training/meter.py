@@ -3,6 +3,7 @@
 import collections
 import concurrent.futures
 import contextlib
+import logging
 import math
 import time
 from collections.abc import Iterator
@@ -16,6 +17,8 @@ from lcx.training.logger import MetricsLogger
 from lcx.training.peak_flops import peak_flops
 
 IN_FLIGHT = 2  # steps queued on the devices: enough to hide the host; forced CPU devices deadlock with dozens
+
+log = logging.getLogger(__name__)
 
 
 class NotFiniteError(UserError):
@@ -51,7 +54,11 @@ class Meter:
         self._metrics = metrics
         self._every, self._last = every, last
         self._tokens = batch_size * seq_len
-        self._flops = self._tokens * model_lib.flops_per_token(model, seq_len)
+        self._flops: float | None = None
+        try:
+            self._flops = self._tokens * model_lib.flops_per_token(model, seq_len)
+        except UserError as error:
+            log.warning("mfu is not logged: %s", error)
         self._peak = peak_flops()
         self._watcher = concurrent.futures.ThreadPoolExecutor(1, "lcx-meter")
         self._dispatched: collections.deque = collections.deque()  # (step, values, future of the time it was done)
@@ -90,7 +97,7 @@ class Meter:
             if self._timed:
                 rate = self._timed / (now - self._since)
                 numbers["tokens_per_second"] = rate * self._tokens
-                if self._peak is not None:
+                if self._peak is not None and self._flops is not None:
                     numbers["mfu"] = rate * self._flops / self._peak
             self._metrics.log(step, numbers)
             self.losses, self._since, self._timed = [], now, 0

@@ -27,12 +27,14 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from lcx import mixers
 from lcx import model as model_lib
 from lcx.block import Block, changed
 from lcx.convert.core import model_source, rules
 from lcx.convert.core.rules import Part, Rule, Same, Taps, Transposed
 from lcx.convert.files.tensor_io import FLOAT_DTYPES, TensorInfo, TensorSource
 from lcx.errors import UserError
+from lcx.extend import rotaries
 from lcx.mixers.attention import Attention
 from lcx.mixers.hyena import HyenaLI, HyenaMR, HyenaSE
 from lcx.model import Decoder, Mlp
@@ -343,29 +345,28 @@ def frequencies_of(model: Decoder) -> np.ndarray | None:
 
 def say_scaling(model: Decoder) -> None:
     """What no tensor carries: said once, when a model is written."""
-    mixers = [layer.block.mixer for layer in layers(model) if layer.letter == "*"]
-    if mixers and mixers[0].rope.rope_type == "linear":
+    attentions = [layer.block.mixer for layer in layers(model) if layer.letter == "*"]
+    if attentions and attentions[0].rope.rope_type == "linear":
         log.warning(
             "positions are divided by %g, which is a setting of savanna and vortex and not in their checkpoints: set "
             "it there",
-            mixers[0].rope.factor,
+            attentions[0].rope.factor,
         )
 
 
 def with_scaling_of(like: Decoder, model: Decoder) -> Decoder:
     """`model` with the position interpolation of `like`, which is a setting and no tensor in these formats."""
-    ropes = [getattr(block.mixer, "rope", None) for stage in like.stages for block in stage.pattern]
-    rope = next((rope for rope in ropes if rope is not None and rope.rope_type == "linear"), None)
+    rope = next((rope for rope, _ in rotaries(like) if rope.rope_type == "linear"), None)
 
     def scaled(mixer):
-        own = getattr(mixer, "rope", None)
-        if rope is None or own is None or own.rope_type != "default":
+        own = mixers.rotary(mixer)
+        if rope is None or own is None or own.rope.rope_type != "default":
             return mixer
         original = rope.original_max_position_embeddings
         new = dataclasses.replace(
-            own, rope_type="linear", factor=rope.factor, original_max_position_embeddings=original
+            own.rope, rope_type="linear", factor=rope.factor, original_max_position_embeddings=original
         )
-        return mixer.clone(rope=new, parent=None)
+        return mixers.with_rope(mixer, new)
 
     return model_lib.map_mixers(model, scaled)
 

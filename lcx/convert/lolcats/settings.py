@@ -24,7 +24,8 @@ from typing import Any
 from lcx.convert.files import folders
 from lcx.convert.lolcats.files import SETTINGS_FILE
 from lcx.errors import UserError
-from lcx.mixers.linear_attention import FLOOR, LinearAttention
+from lcx.mixers.feature_maps import FLOOR
+from lcx.mixers.linearized import LinearizedAttention
 
 #: The settings of a folder that lcx wrote.
 FILE = SETTINGS_FILE
@@ -189,7 +190,7 @@ def window_of(stated: Stated, *, has_factors: bool) -> tuple[int | None, str]:
     Args:
       has_factors: whether the file has window factors, which decides where nothing is stated.
     """
-    size, kind = LinearAttention.window, LinearAttention.window_kind
+    size, kind = LinearizedAttention.window, LinearizedAttention.window_kind
     name = stated.get("attention_type", None)
     if name is None and not has_factors:
         return None, kind
@@ -210,7 +211,7 @@ def start_of(stated: Stated) -> str:
     return "identity" if stated.get(f"{prefix}zero_init", False) else "uniform"
 
 
-def to_json(mixer: LinearAttention, kept: list[int], lora: Mapping[str, Any] | None) -> dict[str, Any]:
+def to_json(mixer: LinearizedAttention, kept: list[int], lora: Mapping[str, Any] | None) -> dict[str, Any]:
     """What `read` reads, of one mixer for all layers but the kept ones.
 
     Args:

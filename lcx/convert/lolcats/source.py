@@ -24,7 +24,7 @@ from lcx.convert.lolcats.files import DISTILL, FINETUNE, Lolcats
 from lcx.convert.lolcats.settings import Stated
 from lcx.errors import UserError
 from lcx.linearize import Linearize, softmax_model
-from lcx.mixers.linear_attention import LinearAttention
+from lcx.mixers.linearized import LinearizedAttention
 from lcx.model import Decoder
 
 log = logging.getLogger(__name__)
@@ -94,7 +94,7 @@ def map_rules(model: Decoder) -> list[Rule]:
     """
     found, shapes = [], model_source.leaf_shapes(model)
     for i, layer in enumerate(model_lib.layers(model)):
-        if isinstance(layer.block.mixer, LinearAttention):
+        if isinstance(layer.block.mixer, LinearizedAttention):
             for path in shapes:
                 name = path.removeprefix(f"{layer.path}/mixer/")
                 parts = name.split("/")
@@ -167,7 +167,7 @@ def _stated(files: Lolcats, maps: pathlib.Path, beside: Stated) -> Stated:
             "%s: nothing beside it states its window and activation; taking the published ones, a terraced window of "
             "%d (if it has factors) and softmax_dim; set attention (--attention=config.yaml) if they were others",
             maps,
-            LinearAttention.window,
+            LinearizedAttention.window,
         )
     return stated
 
@@ -327,8 +327,8 @@ def _linear_model(softmax: Decoder, files: _Files, stated: Stated, quirks: bool,
     linear = Linearize(
         window=window,
         window_kind=kind,
-        window_factor=float(stated.get("init_window_factor", LinearAttention.window_factor)),
-        feature_map=stated.get("feature_map", LinearAttention.feature_map),
+        window_factor=float(stated.get("init_window_factor", LinearizedAttention.window_factor)),
+        feature_map=stated.get("feature_map", LinearizedAttention.feature_map),
         feature_dim=kernel[2],
         full_space=stated.get("feature_map_kwargs.fullspace", True),
         feature_bias=stated.get(f"{inner}bias", "feature_map_q.mlp.bias" in first) and not adapter,

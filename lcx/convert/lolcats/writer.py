@@ -33,7 +33,7 @@ from lcx.convert.peft.files import PREFIX, LowRank
 from lcx.convert.workdir.source import LcxSource, step_folder, stored_pairs, trained
 from lcx.errors import UserError
 from lcx.linearize import softmax_model
-from lcx.mixers.linear_attention import LinearAttention
+from lcx.mixers.linearized import LinearizedAttention
 from lcx.model import Decoder
 
 NAME = "model"
@@ -145,8 +145,8 @@ def _map_table(source: ModelSource) -> rules.Table:
 def _settings(model: Decoder, lora: Mapping[str, Any] | None) -> dict[str, Any]:
     """lolcats.json. Raises UserError where layers differ in what it states once."""
     mixers = [layer.block.mixer for layer in model_lib.layers(model)]
-    kept = [i for i, mixer in enumerate(mixers) if not isinstance(mixer, LinearAttention)]
-    different = {_stated_of(mixer): mixer for mixer in mixers if isinstance(mixer, LinearAttention)}
+    kept = [i for i, mixer in enumerate(mixers) if not isinstance(mixer, LinearizedAttention)]
+    different = {_stated_of(mixer): mixer for mixer in mixers if isinstance(mixer, LinearizedAttention)}
     if len(different) > 1:
         raise UserError(
             f"the linear attentions have {len(different)} different settings, expected one for all; save with 'lcx'"
@@ -154,8 +154,8 @@ def _settings(model: Decoder, lora: Mapping[str, Any] | None) -> dict[str, Any]:
     return lolcats_settings.to_json(next(iter(different.values())), kept, lora)
 
 
-def _stated_of(mixer: LinearAttention) -> LinearAttention:
-    return mixer.clone(softmax_window=None, rope=LinearAttention.rope, implementation=None, parent=None)
+def _stated_of(mixer: LinearizedAttention) -> LinearizedAttention:
+    return mixer.clone(softmax_window=None, rope=LinearizedAttention.rope, implementation=None, parent=None)
 
 
 # ------------------------------------------------------------------------------- the two files on their own

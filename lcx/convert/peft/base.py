@@ -19,10 +19,12 @@ from typing import Any
 
 import numpy as np
 
+from lcx import mixers
 from lcx import model as model_lib
 from lcx.convert.files import folders
 from lcx.convert.hf.rope_parameters import to_hf, written_max_position_embeddings
 from lcx.errors import UserError
+from lcx.extend import rotaries
 from lcx.model import Decoder
 from lcx.rope import Rope
 
@@ -45,19 +47,13 @@ class Base:
     model: Decoder
 
 
-def ropes(model: Decoder) -> list[tuple[Rope, int]]:
-    """The different rotary embeddings of a model, each with the size of its heads."""
-    mixers = [layer.block.mixer for layer in model_lib.layers(model)]
-    return list(dict.fromkeys((m.rope, m.head_dim) for m in mixers if getattr(m, "rope", None) is not None))
-
-
-def mixers(model: Decoder) -> dict[str, int]:
+def mixer_kinds(model: Decoder) -> dict[str, int]:
     """Kind of mixer -> layers."""
-    return dict(collections.Counter(type(layer.block.mixer).__name__ for layer in model_lib.layers(model)))
+    return dict(collections.Counter(mixers.kind(layer.block.mixer) for layer in model_lib.layers(model)))
 
 
 def is_scaled(model: Decoder) -> bool:
-    return any(rope.rope_type != "default" for rope, _ in ropes(model))
+    return any(rope.rope_type != "default" for rope, _ in rotaries(model))
 
 
 def scaling(rope: Rope) -> dict[str, Any]:
@@ -78,15 +74,15 @@ def _function(rope: Rope) -> str:
 def lines(base: Base) -> list[str]:
     """What a person has to know to use the adapter, for the terminal."""
     found = [f"base: {base.name or 'not known, name it with --base_model'}"]
-    for rope, _ in ropes(base.model) if is_scaled(base.model) else []:
+    for rope, _ in rotaries(base.model) if is_scaled(base.model) else []:
         found.append(
             f"scaling: the base needs --rope_scaling='{json.dumps(scaling(rope))}' "
             f"--context_length={base.model.max_position_embeddings}"
         )
-    if set(mixers(base.model)) != {"Attention"}:
+    if set(mixer_kinds(base.model)) != {"Attention"}:
         found.append(
-            f"warning: the pairs trained on {_listed(mixers(base.model))}, which the softmax model of the same name "
-            "is not: PEFT on that model computes something else"
+            f"warning: the pairs trained on {_listed(mixer_kinds(base.model))}, which the softmax model of the same "
+            "name is not: PEFT on that model computes something else"
         )
     return found
 
@@ -99,8 +95,8 @@ def write(folder: pathlib.Path, base: Base, holds: str) -> None:
             "format": _FORMAT,
             "base_model_name_or_path": base.name,
             "max_position_embeddings": base.model.max_position_embeddings,
-            "mixers": mixers(base.model),
-            "ropes": [{"head_dim": head_dim, **scaling(rope)} for rope, head_dim in ropes(base.model)],
+            "mixers": mixer_kinds(base.model),
+            "ropes": [{"head_dim": head_dim, **scaling(rope)} for rope, head_dim in rotaries(base.model)],
             "holds": holds,
         },
     )
@@ -122,7 +118,7 @@ def _readme(folder: pathlib.Path, base: Base, holds: str) -> str:
     for line in lines(base):
         head += [line, ""]
     keywords, flags = "", ""
-    for rope, head_dim in ropes(base.model) if is_scaled(base.model) else []:
+    for rope, head_dim in rotaries(base.model) if is_scaled(base.model) else []:
         window = base.model.max_position_embeddings
         flags = f" --rope_scaling='{json.dumps(scaling(rope))}' --context_length={window}"
         try:
@@ -170,10 +166,10 @@ def check(path: str | os.PathLike, model: Decoder, *, scaled: bool) -> None:
             f"{folder}: {FILE} has format {record.get('format')!r:.40}, expected {_FORMAT} and a list of ropes"
         )
     kinds = record.get("mixers")
-    if kinds != mixers(model):
+    if kinds != mixer_kinds(model):
         raise UserError(
-            f"{folder}: the adapter trained on {_listed(kinds)}, and this model has {_listed(mixers(model))}: use it "
-            f"on its own base, {record.get('base_model_name_or_path')!r:.200}"
+            f"{folder}: the adapter trained on {_listed(kinds)}, and this model has {_listed(mixer_kinds(model))}: use "
+            f"it on its own base, {record.get('base_model_name_or_path')!r:.200}"
         )
     needed = [_rope(folder, entry) for entry in record["ropes"]]
     window = record.get("max_position_embeddings")
@@ -181,10 +177,10 @@ def check(path: str | os.PathLike, model: Decoder, *, scaled: bool) -> None:
         raise UserError(
             f"{folder}: {FILE} has max_position_embeddings {window!r:.40}, expected a number of tokens"
         )
-    if _agree(needed, ropes(model), window):
+    if _agree(needed, rotaries(model), window):
         return
     flags = " and ".join(f"rope_scaling='{json.dumps(entry)}'" for entry, _, _ in needed) or "no rope_scaling"
-    own = ", ".join(json.dumps(scaling(rope)) for rope, _ in ropes(model))
+    own = ", ".join(json.dumps(scaling(rope)) for rope, _ in rotaries(model))
     found = f"{folder}: the adapter trained on a model with another rotary embedding than this one's {own}"
     if not scaled:
         raise UserError(f"{found}, so its logits would be wrong: pass {flags}, context_length={window}")
@@ -214,7 +210,7 @@ def _rope(folder: pathlib.Path, entry: Any) -> _Needed:
         raise UserError(f"{folder}: {FILE} has a rope whose {error}") from error
 
 
-def _agree(needed: list[_Needed], own: list[tuple[Rope, int]], window: int) -> bool:
+def _agree(needed: list[_Needed], own: list[mixers.Rotary], window: int) -> bool:
     if len(needed) != len(own):
         return False
     for (given, rope, head_dim), (have, size) in zip(needed, own, strict=True):

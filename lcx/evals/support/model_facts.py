@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from lcx.extend import rotaries
 from lcx.model import Decoder, num_params
 
 
@@ -11,12 +12,7 @@ def facts(model: Decoder) -> dict[str, Any]:
     `window` is the context that the model is meant for, `original_window` the one of its pretraining (equal where
     nothing was extended), `rope_type` and `rope` name the scaling, as in "yarn" and "yarn x4".
     """
-    ropes = [
-        rope
-        for stage in model.stages
-        for block in stage.pattern
-        if (rope := getattr(block.mixer, "rope", None))
-    ]
+    ropes = [rope for rope, _ in rotaries(model)]
     scaled = [rope for rope in ropes if rope.rope_type != "default"] or ropes
     originals = [
         rope.original_max_position_embeddings for rope in scaled if rope.original_max_position_embeddings
