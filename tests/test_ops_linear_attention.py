@@ -335,3 +335,15 @@ def test_hard_decays_are_exact(kind, form, normalize):
         assert np.isfinite(g).all()
         np.testing.assert_allclose(g, want, rtol=0, atol=3e-5 * np.abs(want).max())
     assert not np.any(got[-1][np.isneginf(x[3])])
+
+
+@pytest.mark.parametrize("kind", ["often -1000", "often -inf", "empty -1000", "mixed", "tiny"])
+def test_hard_decays_in_bfloat16(kind):
+    """Within a few roundings of the largest entry, of what the same rounded inputs give exactly."""
+    q, k, v, a, w, ids = hard(kind)
+    low = [jnp.array(x, jnp.bfloat16) for x in (q, k, v, w)]
+    q, k, v, w = (np.asarray(x, np.float32) for x in low)
+    got = on_hard("xla", True)(*low[:3], a, low[3], ids)
+    for g, want in zip(got, by_pairs(q, k, v, a, w, ids, 1e-12), strict=True):
+        g = np.asarray(g, np.float64)
+        assert np.isfinite(g).all() and np.abs(g - want).max() <= 6 * 2**-8 * np.abs(want).max()

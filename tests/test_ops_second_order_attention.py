@@ -409,3 +409,16 @@ def test_corners_without_the_division(implementation, form, name):
     for g, want in zip(got, by_logarithms(*x, False), strict=True):
         assert np.isfinite(g).all()
         np.testing.assert_allclose(g, want, rtol=0, atol=3e-5 * max(np.abs(want).max(), 1e-30))
+
+
+@pytest.mark.parametrize("name", ["q 1e-30", "first 1e-10", "mixed", "hard -1e5", "hard -inf", "empty -50"])
+@pytest.mark.parametrize("form", ["tiles", "states"])
+def test_corners_in_bfloat16(form, name):
+    """Within a few roundings of the largest entry, of what the same rounded inputs give exactly."""
+    *low, w = (jnp.array(x, jnp.bfloat16) for x in (*corner(name)[:3], corner(name)[4]))
+    a, ids = corner(name)[3], corner(name)[5]
+    q, k, v, dy = (np.asarray(x, np.float32) for x in (*low, w))
+    got = on_corners("xla", form, True)(*low, a, w, ids)
+    for g, want in zip(got, by_logarithms(q, k, v, a, dy, ids, True), strict=True):
+        g = np.asarray(g, np.float64)
+        assert np.isfinite(g).all() and np.abs(g - want).max() <= 6 * 2**-8 * np.abs(want).max()

@@ -10,7 +10,8 @@ sentence. In code, a mixer is any Flax module with two methods (the protocol `Mi
 Rules that the battery in ``tests/test_mixers.py`` holds every mixer to:
 
 - y[:, t] depends on x[:, :t + 1] alone, and only on tokens of the same segment; segment id 0 is padding.
-- Padding before or after the tokens of a row changes none of them, in value and gradient, whatever is in it.
+- Padding before or after the tokens of a row changes none of them, in value and gradient, whatever is in it. Padding
+  between two tokens of one document is outside this contract: convolutions count it as distance, others may not.
 - ``positions`` count from 0 in every segment; None means 0..T-1 for every row, and segment_ids None means one segment.
 - With a cache the T tokens follow those already in it, and the returned cache holds them too, in arrays of the same
   shapes and dtypes: one stretch, two, and token by token give the same outputs.

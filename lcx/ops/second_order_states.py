@@ -10,6 +10,8 @@ the others one (factor sqrt 2): 2560 numbers for H = 64 against 2080 and the ful
 In a chunk, weights between its own tokens are formed directly (second_order_tiles.within), older tokens come through
 the state. Per token and head 2 P W multiply-adds forward and 5 P W backward: no state is stored for the backward pass,
 one sweep forward in time recomputes them (for dq), one sweep back carries their gradient (for dk and dv).
+
+What goes through the state is in float32 for bfloat16 inputs too: (q . k)^2 is what is left of terms up to |q|^2 |k|^2.
 """
 
 import jax
@@ -86,8 +88,9 @@ def _head_forward(q, k, v, decay, runs, state):
         q, k, v, rate, runs, from_start, to_end, kept = xs
         s, near = tiles.within(q, k, rate, runs)
         sums = dot((s * s * near).astype(v.dtype), v, 1, 0)
-        sums += from_start * dot(expand(q), state.astype(q.dtype), 1, 0)
-        return kept * state + dot(expand(k), (to_end * v).astype(k.dtype), 0, 0), sums
+        q, k = (expand(x.astype(state.dtype)) for x in (q, k))
+        sums += from_start * dot(q, state, 1, 0)
+        return kept * state + dot(k, to_end * v, 0, 0), sums
 
     state, sums = jax.lax.scan(chunk, state.astype(decay.dtype), _chunks(q, k, v, decay, runs))
     return sums.reshape(v.shape), state
@@ -98,17 +101,17 @@ def _head_backward(q, k, v, decay, runs, state, d_out, d_state):
 
     def forward(state, xs):
         q, k, v, _, _, from_start, to_end, kept, d_out = xs
-        d_expanded = dot((from_start * d_out).astype(q.dtype), state.astype(q.dtype), 1, 1)
-        (dq,) = jax.vjp(expand, q.astype(d_expanded.dtype))[1](d_expanded)
-        return kept * state + dot(expand(k), (to_end * v).astype(k.dtype), 0, 0), dq
+        q, k = (x.astype(state.dtype) for x in (q, k))
+        (dq,) = jax.vjp(expand, q)[1](dot(from_start * d_out, state, 1, 1))
+        return kept * state + dot(expand(k), to_end * v, 0, 0), dq
 
     def backward(d_state, xs):
         (q, k, v, rate, runs, from_start, to_end, kept, d_out), dq = xs
         near_q, dk, dv = tiles.within_backward(q, k, v, rate, runs, d_out)
-        d_expanded = dot((to_end * v).astype(k.dtype), d_state.astype(k.dtype), 1, 1)
-        (far_k,) = jax.vjp(expand, k.astype(d_expanded.dtype))[1](d_expanded)
-        dv += to_end * dot(expand(k), d_state.astype(k.dtype), 1, 0)
-        d_state = kept * d_state + dot(expand(q), (from_start * d_out).astype(q.dtype), 0, 0)
+        q, k = (x.astype(d_state.dtype) for x in (q, k))
+        (far_k,) = jax.vjp(expand, k)[1](dot(to_end * v, d_state, 1, 1))
+        dv += to_end * dot(expand(k), d_state, 1, 0)
+        d_state = kept * d_state + dot(expand(q), from_start * d_out, 0, 0)
         return d_state, (near_q + dq, dk + far_k, dv)
 
     final, dq = jax.lax.scan(forward, state.astype(decay.dtype), xs)

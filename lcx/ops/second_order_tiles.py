@@ -140,9 +140,9 @@ def _head_backward(q, k, v, decay, runs, d_out):
         def tile(j, gap, carry):
             dq_i, dk, dv = carry
             k_j, to_end_j = cut(k, j * C, C), cut(to_end, j * C, C)
-            d = (d_far * jnp.exp(gap)).astype(v.dtype)
-            s, v_j = dot(q_i, k_j, 1, 1), (cut(v, j * C, C) * to_end_j).astype(v.dtype)
-            ds = (2 * s * dot(d, v_j, 1, 1)).astype(k.dtype)
+            d, dp = _of_values(d_far * jnp.exp(gap), (cut(v, j * C, C) * to_end_j).astype(v.dtype))
+            s = dot(q_i, k_j, 1, 1)
+            ds = (2 * s * dp).astype(k.dtype)
             dk = add(dk, dot(ds, q_i, 0, 0), j * C)
             dv = add(dv, to_end_j * dot((s * s).astype(v.dtype), d, 0, 0), j * C)
             return dq_i + dot(ds, k_j, 1, 0), dk, dv
@@ -156,11 +156,20 @@ def _head_backward(q, k, v, decay, runs, d_out):
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), decay_gradient(q, dq, k, dk)
 
 
+def _of_values(d_out: Array, v: Array) -> tuple[Array, Array]:
+    """d_out in v's dtype, and d_out v^T, the last column (the normaliser's) not rounded: the rest cancels against it."""
+    d = d_out.astype(v.dtype)
+    dp = dot(d, v, 1, 1)
+    if d.dtype != d_out.dtype:
+        dp += (d_out - d)[:, -1:] * v[:, -1]
+    return d, dp
+
+
 def within_backward(q, k, v, rate, runs, d_out) -> tuple[Array, Array, Array]:
     """Gradients of one tile on the diagonal, float32."""
     s, near = within(q, k, rate, runs)
-    d = d_out.astype(v.dtype)
-    ds = (2 * s * near * dot(d, v, 1, 1)).astype(k.dtype)
+    d, dp = _of_values(d_out, v)
+    ds = (2 * s * near * dp).astype(k.dtype)
     return dot(ds, k, 1, 0), dot(ds, q, 0, 0), dot((s * s * near).astype(v.dtype), d, 0, 0)
 
 
