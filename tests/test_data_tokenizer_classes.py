@@ -349,6 +349,11 @@ def test_gpt2_of_two_files(transformers, reference, tmp_path):
     assert special_tokens(ours).before == (50256,)
     save_tokenizer(ours, tmp_path / "saved")
     assert identity(load_tokenizer(tmp_path / "saved")) == identity(ours)
+    folder_of(tmp_path, {"tokenizer_config": {"tokenizer_class": "GemmaTokenizer"}})
+    with pytest.raises(
+        UserError, match="tokenizer_class GemmaTokenizer, which does not read vocab.json: correct"
+    ):
+        load_tokenizer(tmp_path)
     (tmp_path / "saved" / "merges.txt").write_text("#version: 0.2\n")
     with pytest.raises(UserError, match="its checksum differs"):
         load_tokenizer(tmp_path / "saved")

@@ -163,3 +163,9 @@ PIPELINES: dict[str, Pipeline] = {
     "RobertaTokenizer": _byte_level,
     "BertTokenizer": _bert,
 }
+# Those whose vocabulary may be a sentencepiece model.
+OF_SENTENCEPIECE = frozenset({"LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer"})
+# Those whose vocabulary may be vocab.json with merges.txt.
+OF_TWO_FILES = frozenset(name for name, pipeline in PIPELINES.items() if pipeline is _byte_level) - {
+    "Qwen3_5Tokenizer"
+}

@@ -9,7 +9,7 @@ from typing import Any
 
 from lcx.data import json_files, sentencepiece_model, tokenizer_build, tokenizer_names
 from lcx.data import tokenizer_settings as settings_of
-from lcx.data.tokenizer_classes import PIPELINES
+from lcx.data.tokenizer_classes import OF_SENTENCEPIECE, OF_TWO_FILES, PIPELINES
 from lcx.data.tokenizer_libraries import FileTokenizer, HuggingFaceTokenizer, SentencePieceTokenizer
 from lcx.data.tokenizer_names import GENERIC
 from lcx.data.tokenizer_settings import Settings, Token
@@ -147,9 +147,12 @@ def _class_of(path: Path, config: Mapping[str, Any], model_config: Mapping[str, 
             f" AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained(NEW), then set tokenizer_class to"
             " 'TokenizersBackend' in NEW/tokenizer_config.json"
         )
-    if found == "BertTokenizer" and path.name in ("tokenizer.model", "vocab.json"):
+    readers = {".model": OF_SENTENCEPIECE, "vocab.json": OF_TWO_FILES}
+    of_file = readers.get(".model" if path.suffix == ".model" else path.name)
+    if of_file is not None and found in PIPELINES and found not in of_file:
         raise UserError(
-            f"{path} is not for tokenizer_class {found}, which has a tokenizer.json or a vocab.txt: correct the class"
+            f"{folder} is for tokenizer_class {found}, which does not read {path.name}: correct tokenizer_class, or use"
+            " a tokenizer.json of the same model"
         )
     if found not in PIPELINES and found != GENERIC:
         name = json_files.one_line(found, limit=80)
