@@ -303,7 +303,7 @@ def test_phi3_extended_with_yarn_is_written_as_an_equal_longrope(tmp_path, caplo
     params = model_source.to_devices(source, dtype=None, mesh=None)
     (tmp_path / "out").mkdir()
     writer.write(tmp_path / "out", model_source.TreeSource(model, params))
-    assert "written as the equal longrope" in caplog.text
+    assert "written as 'longrope' with the same frequencies" in caplog.text
     back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     for ids in (tokens(SHORT), tokens(LENGTH)):
         with torch.no_grad():

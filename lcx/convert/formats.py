@@ -130,17 +130,16 @@ def detect(path: str | os.PathLike, *more: Format) -> Format:
     from lcx.convert.files import unsupported
 
     place = pathlib.Path(hub.local(path)).expanduser()
-    if not place.exists():
-        raise UserError(f"no checkpoint at {path}: there is nothing")
     names = {entry.name for entry in place.iterdir()} if place.is_dir() else {place.name}
-    if not place.is_dir():
+    if place.is_file():
         unsupported.check_names(place, [place.name])
         unsupported.check_pointer(place)
     for format in sorted((*more, *FORMATS), key=lambda format: not format.overlay):
         if format.detect(place, names):
             return format
     if not place.is_dir():
-        raise UserError(f"no checkpoint at {path}: there is a file, expected the folder it is in")
+        what = "a file, expected the folder it is in" if place.exists() else "nothing"
+        raise UserError(f"no checkpoint at {path}: there is {what}")
     unsupported.check_names(place, sorted(names))
     raise UserError(
         f"no checkpoint at {path}: expected a Hugging Face folder (config.json and weights), an lcx workdir "

@@ -62,7 +62,7 @@ class Format:
         """Whether a checkpoint of this format is at `path`, by the names of files (and, if need be, of tensors).
 
         Args:
-          path: an existing folder or file.
+          path: a folder, or a file, of which only pieces may be there.
           names: of what lies in the folder, or of the file itself.
 
         Raises:

@@ -5,6 +5,7 @@ from typing import Any
 
 from lcx import moved
 from lcx.convert.core.format import Format, option
+from lcx.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,8 +63,6 @@ class HuggingFace(Format):
 
 def check_shard_bytes(value: int) -> None:
     """Raises UserError for a size that no file can have."""
-    from lcx.errors import UserError
-
     if value < 1:
         raise UserError(f"max_shard_bytes is {value}, expected at least 1")
 

@@ -52,7 +52,7 @@ def write(
     table = rules.Table(found.rules(source.model), {path: info.shape for path, info in source.leaves.items()})
     if REMEMBERED in config:
         log.warning(
-            "model_type %r has no rope_type %r in transformers: written as the equal %s",
+            "model_type %r has no rope_type %r in transformers: written as %r with the same frequencies",
             found.model_type,
             config[REMEMBERED].get("rope_type", "default"),
             config["rope_parameters"]["rope_type"],
