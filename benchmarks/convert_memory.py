@@ -40,8 +40,8 @@ def make(folder: pathlib.Path, gigabytes: float, vocab_size: int) -> int:
     import numpy as np
 
     from lcx import model as model_lib
-    from lcx.convert import model_source
-    from lcx.convert.hf import format as hf
+    from lcx.convert.core import model_source
+    from lcx.convert.hf import writer
 
     hidden = 2048 if gigabytes >= 0.5 else 512
     layer_bytes = 2 * (hidden * hidden * 5 // 2 + 3 * hidden * hidden * 4)
@@ -69,7 +69,7 @@ def make(folder: pathlib.Path, gigabytes: float, vocab_size: int) -> int:
         lambda x: jax.ShapeDtypeStruct(x.shape, jax.numpy.bfloat16), model_lib.abstract_params(model)
     )
     folder.mkdir(parents=True)
-    tensors = hf.write(folder, Random(model, abstract), max_shard_bytes=500_000_000)
+    tensors = writer.write(folder, Random(model, abstract), max_shard_bytes=500_000_000)
     return sum(info.nbytes for info in tensors.values())
 
 

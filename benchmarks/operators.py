@@ -363,9 +363,15 @@ _TABLE = (
     ),
 )
 OPERATORS = {operator.name: operator for operator in _TABLE}
-# What takes other paths in the same kernels: packed rows as training has them, the other window.
+# What takes other paths in the same kernels: packed rows as training has them, the other window, both forms in one.
 _OTHERS = (
     *(operator.packed() for operator in _TABLE if operator.name != "cross_entropy"),
     dataclasses.replace(OPERATORS["lolcats"], name="lolcats_sliding", call=_lolcats("sliding")),
+    dataclasses.replace(
+        OPERATORS["second_order_states"],
+        name="second_order_either",
+        note="2Mamba from 4096 tokens on: the data decides between tiles and states",
+        call=_second_order(None),
+    ).packed(),
 )
 VARIANTS = OPERATORS | {operator.name: operator for operator in _OTHERS}

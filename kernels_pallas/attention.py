@@ -25,67 +25,25 @@ products each score costs a multiply-add, a maximum, a subtraction, an exp2, a r
 """
 
 import functools
-import math
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from kernels_pallas import attention_gpu, attention_tpu
+from kernels_pallas.attention_plan import LOG2E, NEVER, TILES, Bias, Cotangent, Options
 from kernels_pallas.tiles import (
     FORGOTTEN,
     GONE,
     RESIDUALS,
     Reach,
-    Tile,
     Tiles,
     chunked,
     fitting,
     over_groups,
     padded,
-    square,
 )
-
-NEVER = -1e30  # finite: differences of two stay numbers
-LOG2E = math.log2(math.e)
-
-# {(platform, bytes of an element, H): tiles}. No device was at hand: the rows follow from what the compilers say.
-# GPU (ptxas for sm_90a; registers, nothing spilled): H = 128 forward 158, dq 200, dk dv 229; H = 64 154, 163, 187.
-# TPU: at C = 512 the three kernels use 1.8, 2.4 and 2.5 MiB of 16 on v5e, and no more than 3.0 on v5p and v6e.
-TILES = {
-    ("tpu", 2, 16): square(512),
-    ("tpu", 2, 32): square(512),
-    ("tpu", 2, 64): square(512),
-    ("tpu", 2, 128): square(512),
-    ("tpu", 4, 16): square(256),
-    ("tpu", 4, 32): square(256),
-    ("tpu", 4, 64): square(256),
-    ("tpu", 4, 128): square(256),
-    ("gpu", 2, 16): Tiles(Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2)),
-    ("gpu", 2, 32): Tiles(Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2)),
-    ("gpu", 2, 64): Tiles(Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2)),
-    ("gpu", 2, 128): Tiles(Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(128, 32, 8, 2)),
-    ("gpu", 4, 16): Tiles(Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(64, 32, 4, 2)),
-    ("gpu", 4, 32): Tiles(Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(64, 32, 4, 2)),
-    ("gpu", 4, 64): Tiles(Tile(64, 32, 4, 2), Tile(128, 32, 8, 2), Tile(128, 16, 8, 2)),
-}
-
-
-class Bias(NamedTuple):
-    """The parts of L_i - L_j in base 2, for J chunks; NEVER where a document is not the chunk's last or first."""
-
-    column: Float[Array, "B N T"]  # tot - l
-    row: Float[Array, "B N T"]  # l
-    local: Float[Array, "B N 2 T"]  # l in two parts, whatever the document, and not in base 2
-    step: Float[Array, "B N J"]  # tot
-
-
-class Options(NamedTuple):
-    scale: float
-    platform: str
-    interpret: bool
-    tiles: Tiles
 
 
 def obstacle(q: Array, k: Array, v: Array, *, platform: str) -> str | None:
@@ -128,7 +86,7 @@ def attention(
         scores, it counts as just that far. None: no decay.
       runs: the index of each token's document, never falling along T. None: one document.
       scale: of q.k, H^-0.5 by default.
-      tiles: another row for the tuning table `TILES`.
+      tiles: in place of the row of `attention_plan.TILES`.
     """
     T, H = q.shape[1], q.shape[3]
     size = next(size for size in head_sizes(q.dtype, platform) if size >= H)
@@ -173,13 +131,7 @@ def _attention(q, k, v, log_decay, runs, options: Options):
 
 
 def _kernels(platform: str):
-    if platform == "gpu":
-        from kernels_pallas import attention_gpu
-
-        return attention_gpu
-    from kernels_pallas import attention_tpu
-
-    return attention_tpu
+    return attention_gpu if platform == "gpu" else attention_tpu
 
 
 def _forward(q, k, v, log_decay, runs, options: Options, dtype):
@@ -192,13 +144,6 @@ def _forward_saving(q, k, v, log_decay, runs, options: Options):
     y, lse = _forward(q, k, v, log_decay, runs, options, jnp.float32)
     y, lse = checkpoint_name(y, RESIDUALS), checkpoint_name(lse, RESIDUALS)
     return y.astype(q.dtype), (q, k, v, log_decay, runs, y, lse)
-
-
-class Cotangent(NamedTuple):
-    dy: Float[Array, "B T N H"]
-    mean: Float[Array, "B N T"]  # dy.y
-    lse: Float[Array, "B N T"]  # log2 of the sum of a row's exponentials
-    far: Float[Array, "B N T"]  # lse - l: the same, off the diagonal
 
 
 def _backward(options: Options, residuals, dy):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from kernels_pallas import tiles_gpu
-from kernels_pallas.attention import LOG2E, NEVER, Bias, Cotangent, Options
+from kernels_pallas.attention_plan import LOG2E, NEVER, Bias, Cotangent, Options
 from kernels_pallas.tiles import Reach, Tile
 from kernels_pallas.tiles_gpu import Specs, call, cut, fall
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from kernels_pallas.attention import LOG2E, NEVER, Bias, Cotangent, Options
+from kernels_pallas.attention_plan import LOG2E, NEVER, Bias, Cotangent, Options
 from kernels_pallas.tiles import Reach, Tile
 from kernels_pallas.tiles_tpu import (
     LANES,

@@ -29,7 +29,6 @@ BLOCK = 128
 # Elements of one array in a grid step. The backward step holds nine arrays and four float32 temporaries; both fit the
 # 16 MiB that v5e and v5p grant a kernel unasked.
 ELEMENTS = {"forward": 128 * 2048, "backward": 128 * 512}
-ROWS = 64  # rows that a matrix should have, where each channel is its own
 
 
 @dataclasses.dataclass(frozen=True)

@@ -65,9 +65,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float, Int
 
 from kernels_pallas import linear_attention_gpu, linear_attention_tpu
-from kernels_pallas.tiles import GONE, in_parts
+from kernels_pallas.tiles import GONE, RESIDUALS, in_parts
 
-RESIDUALS = "mixer_residuals"  # what rematerialising a block may keep: lcx.ops.MIXER_RESIDUALS
 SIZES = (16, 32, 64, 128)
 SPAN = 512  # the states at its edges take half of y's bytes; rounding errors in da grow with its root
 SLOTS = 264  # programs that an H200 runs at once: two on each of 132 multiprocessors

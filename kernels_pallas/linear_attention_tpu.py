@@ -93,9 +93,10 @@ def recurrence(
 def _token_major(results: dict, B: int, N: int) -> dict:
     """The shapes that `linear_attention.py` asks for."""
     results["out"] = jnp.swapaxes(results["out"], 1, 2)
-    for name in set(STATES.values()) & set(results):
-        x = jnp.swapaxes(results[name], 2, 3)
-        results[name] = x.reshape(B, N, *x.shape[3:])
+    for name in STATES.values():  # in one order, so that every process compiles the same program
+        if name in results:
+            x = jnp.swapaxes(results[name], 2, 3)
+            results[name] = x.reshape(B, N, *x.shape[3:])
     if "norm" in results:
         results["norm"] = results["norm"].reshape(B, N, -1)
     return results

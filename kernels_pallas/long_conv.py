@@ -39,7 +39,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from kernels_pallas import dft
+from kernels_pallas import dft, long_conv_gpu, long_conv_tpu
 
 # VMEM of a core in MiB by what jax calls the chip; what is not here has at least the least of those still in use.
 VMEM = {"TPU v5 lite": 128, "TPU v5": 64, "TPU v5p": 64, "TPU v6 lite": 128}
@@ -90,13 +90,7 @@ def vmem_mib() -> int:
 
 
 def _kernels(platform: str):
-    if platform == "tpu":
-        from kernels_pallas import long_conv_tpu
-
-        return long_conv_tpu
-    from kernels_pallas import long_conv_gpu
-
-    return long_conv_gpu
+    return long_conv_tpu if platform == "tpu" else long_conv_gpu
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))

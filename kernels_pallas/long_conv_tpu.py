@@ -83,18 +83,6 @@ def _tokens(r, b: int, half: int, plan: dft.Plan, channels: int):
     )
 
 
-def _channels(count: int, body, *stores):
-    """body(d, store, ...) for each channel; as many side by side as there are stores, to fill each other's gaps."""
-    group = stores[0].shape[0]
-
-    def step(i, carry):
-        for j in range(group):
-            body(i * group + j, *(store.at[j] for store in stores))
-        return carry
-
-    jax.lax.fori_loop(0, count // group, step, None)
-
-
 def _gather(scratch, inputs, plan: dft.Plan, alone):
     """Rows (n1, channel) of the product of `inputs`, both rows of the batch; the second is 0 where it is `alone`."""
     _, channels, T = inputs[0].shape

@@ -52,72 +52,15 @@ pass: y in float32 and the sums, 4 H + 4 bytes.
 """
 
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas.tiles import (
-    FORGOTTEN,
-    RESIDUALS,
-    Reach,
-    Tile,
-    Tiles,
-    chunked,
-    fitting,
-    over_groups,
-    padded,
-    square,
-)
-
-FLOOR = 1e-30  # rows whose weights sum to less give 0
-
-
-class Fold(NamedTuple):
-    """What the decay and the documents come to, chunk by chunk. J = T / C chunks; everything in [0, 1] but `local`."""
-
-    keys: Float[Array, "B T N H"]  # k * leave
-    leave: Float[Array, "B N T"]  # e^{(tot - l) / 2}; 0 unless its document is the chunk's last
-    enter: Float[Array, "B N T"]  # e^l; 0 unless its document is the chunk's first
-    local: Float[Array, "B N 2 T"]  # l in two parts
-    step: Float[Array, "B N J"]  # e^tot
-
-
-# {(platform, bytes of an element, H): tiles}. No device was at hand: the rows follow from what the compilers say.
-# GPU (ptxas for sm_90a: registers of a thread, nothing spilled). H = 128: forward 164, dq 236, dk dv 252; forward of
-# 128 x 128 needs 255, dk dv of 128 x 64 spills 168 bytes. H = 64: forward 128, so that two programs share an SM (of
-# 128 x 128: 252), dq 203, dk dv 166 (of 128 x 64: 255). H = 32 with 4 warps spills 328 bytes forward. float32 is three
-# TF32 passes, whose split operands fill the registers: at H = 128 every shape tried spills (64 x 16 and 64 x 32 with 4
-# and 8 warps), so there is no row.
-# TPU: at C = 512 the three kernels use 1.6, 3.0 and 3.5 MiB of 16 on v5e, and no more than 4.1 on v5p and v6e.
-TILES = {
-    ("tpu", 2, 16): square(512),
-    ("tpu", 2, 32): square(512),
-    ("tpu", 2, 64): square(512),
-    ("tpu", 2, 128): square(512),
-    ("tpu", 4, 16): square(256),
-    ("tpu", 4, 32): square(256),
-    ("tpu", 4, 64): square(256),
-    ("tpu", 4, 128): square(256),
-    ("gpu", 2, 16): Tiles(Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2)),
-    ("gpu", 2, 32): Tiles(Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2)),
-    ("gpu", 2, 64): Tiles(Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(128, 32, 8, 3)),
-    ("gpu", 2, 128): Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(128, 32, 8, 3)),
-    ("gpu", 4, 16): Tiles(Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(64, 32, 4, 2)),
-    ("gpu", 4, 32): Tiles(Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(64, 32, 4, 2)),
-    ("gpu", 4, 64): Tiles(Tile(64, 32, 4, 2), Tile(128, 32, 8, 2), Tile(128, 16, 8, 2)),
-}
-
-
-class Options(NamedTuple):
-    normalize: bool
-    scale: float
-    platform: str
-    interpret: bool
-    tiles: Tiles
-    raw: bool = False  # the forward kernel's sums are not divided: a part of the keys follows
+from kernels_pallas import second_order_attention_gpu, second_order_attention_tpu
+from kernels_pallas.second_order_attention_plan import FLOOR, TILES, Cotangent, Fold, Options
+from kernels_pallas.tiles import FORGOTTEN, RESIDUALS, Reach, Tiles, chunked, fitting, over_groups, padded
 
 
 def obstacle(q: Array, k: Array, v: Array, *, platform: str, initial_state=None) -> str | None:
@@ -153,7 +96,7 @@ def second_order_attention(
       runs: the index of each token's document, never falling along T. None: one document.
       normalize: divide by the sum of the weights (a row where that is below 1e-30 gives 0).
       scale: of q.k, H^-0.5 by default; without effect when normalised.
-      tiles: another row for the tuning table `TILES`.
+      tiles: in place of the row of `second_order_attention_plan.TILES`.
     """
     T, H = q.shape[1], q.shape[3]
     options = Options(
@@ -186,13 +129,7 @@ def _attention(q, k, v, log_decay, runs, options: Options):
 
 
 def _kernels(platform: str):
-    if platform == "gpu":
-        from kernels_pallas import second_order_attention_gpu
-
-        return second_order_attention_gpu
-    from kernels_pallas import second_order_attention_tpu
-
-    return second_order_attention_tpu
+    return second_order_attention_gpu if platform == "gpu" else second_order_attention_tpu
 
 
 def _forward(q, k, v, log_decay, runs, options: Options, dtype):
@@ -206,16 +143,6 @@ def _forward_saving(q, k, v, log_decay, runs, options: Options):
     y, den = _forward(q, k, v, log_decay, runs, options, jnp.float32)
     y, den = checkpoint_name(y, RESIDUALS), checkpoint_name(den, RESIDUALS)
     return y.astype(q.dtype), (q, k, v, log_decay, runs, y, den)
-
-
-class Cotangent(NamedTuple):
-    """dy and what follows from it. With the plain rows for the diagonal tile, and `g`, `bias` folded for the others."""
-
-    dy: Float[Array, "B T N H"]
-    ratio: Float[Array, "B N T"]  # 1 / den, or scale^2 without normaliser
-    mean: Float[Array, "B N T"]  # dy.y, 0 without normaliser
-    g: Float[Array, "B T N H"]  # enter * ratio * dy
-    bias: Float[Array, "B N T"]  # g.y, 0 without normaliser
 
 
 def _cotangent(dy: Array, y: Array, den: Array, folded: Fold | None, options: Options) -> Cotangent:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from kernels_pallas import tiles_gpu
-from kernels_pallas.second_order_attention import FLOOR, Cotangent, Fold, Options
+from kernels_pallas.second_order_attention_plan import FLOOR, Cotangent, Fold, Options
 from kernels_pallas.tiles import Reach, Tile
 from kernels_pallas.tiles_gpu import Specs, call, cut, fall, times
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from kernels_pallas.second_order_attention import FLOOR, Cotangent, Fold, Options
+from kernels_pallas.second_order_attention_plan import FLOOR, Cotangent, Fold, Options
 from kernels_pallas.tiles import Reach, Tile
 from kernels_pallas.tiles_tpu import (
     LANES,

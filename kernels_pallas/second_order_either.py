@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from kernels_pallas import second_order_attention as tiles_form
 from kernels_pallas import second_order_states as states_form
+from kernels_pallas.second_order_states_plan import planned
 from kernels_pallas.tiles import RESIDUALS, padded, square
 
 
@@ -30,7 +31,7 @@ def second_order_attention(
 ) -> Float[Array, "B T N H"]:
     """y of `second_order_attention.py` where short_reach is true, else of `second_order_states.py`."""
     T, H = q.shape[1], q.shape[3]
-    plan = states_form.planned(T, H, q.dtype, normalize, scale, platform, interpret)
+    plan = planned(T, H, q.dtype, normalize, scale, platform, interpret)
     arrays = padded(q, k, v, log_decay, runs, square(plan.sizes.chunk))
     return _attention(short_reach, *arrays, plan)[:, :T]
 

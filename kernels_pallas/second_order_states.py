@@ -59,69 +59,11 @@ from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas import second_order_attention as near_part
-from kernels_pallas.tiles import (
-    FORGOTTEN,
-    RESIDUALS,
-    Tile,
-    Tiles,
-    chunked,
-    fitting,
-    over_groups,
-    padded,
-    square,
-)
+from kernels_pallas import second_order_states_gpu, second_order_states_tpu
+from kernels_pallas.second_order_states_plan import Plan, Sizes, planned
+from kernels_pallas.tiles import FORGOTTEN, RESIDUALS, Tiles, chunked, over_groups, padded, square
 
 BLOCK = 16  # rows of a block in the order of features of a state that comes in or goes out
-
-
-class Sizes(NamedTuple):
-    """Tokens of a chunk, columns of a block (a multiple of BLOCK, or the gradient of a state that comes in is that of
-    its symmetric part); of each kernel what a program holds and what passes by."""
-
-    chunk: int
-    block: int
-    walk: Tile  # held: slices (GPU), slices at a time (TPU); streamed: tokens
-    read: Tile  # held: tokens; streamed: slices at a time
-    contract: Tile
-
-
-# {(platform, bytes of an element, H): sizes}. No device was at hand: the rows follow from what the compilers say.
-# GPU (ptxas for sm_90a: registers of a thread, nothing spilled): walk, read, contract take 219, 254, 148 for H = 64 and
-# 218, 254, 151 for H = 128, within 10 of that with 64-bit addresses or a state that comes in; in float32 174, 228, 200
-# for H = 64 and 255, 143, 145 for H = 32. At H < 64 the products of walk are too short for wgmma and run as mma.
-# TPU: VMEM of walk 6.5 MiB at H = 64 and 21 at H = 128 (float32 26; 10 more for a state that comes in), read and
-# contract 3.0 and 6.8 (11.7), on v5e. Of their 2044, 868 and 715 bundles at H = 64 with 8 slices at a time, 244, 171
-# and 259 more make it 16: so much of a turn of the loop is waiting for the matrix unit's first result.
-SIZES = {
-    ("tpu", 2, 16): Sizes(2048, 16, Tile(16, 512), Tile(512, 16), Tile(512, 16)),
-    ("tpu", 2, 32): Sizes(2048, 32, Tile(16, 512), Tile(512, 16), Tile(512, 16)),
-    ("tpu", 2, 64): Sizes(2048, 32, Tile(16, 512), Tile(512, 16), Tile(512, 16)),
-    ("tpu", 2, 128): Sizes(2048, 32, Tile(16, 512), Tile(512, 16), Tile(512, 16)),
-    ("tpu", 4, 16): Sizes(2048, 16, Tile(8, 256), Tile(256, 8), Tile(256, 8)),
-    ("tpu", 4, 32): Sizes(2048, 32, Tile(8, 256), Tile(256, 8), Tile(256, 8)),
-    ("tpu", 4, 64): Sizes(2048, 32, Tile(8, 256), Tile(256, 8), Tile(256, 8)),
-    ("tpu", 4, 128): Sizes(2048, 32, Tile(8, 256), Tile(256, 8), Tile(256, 8)),
-    ("gpu", 2, 16): Sizes(1024, 16, Tile(4, 64, 4, 2), Tile(128, 1, 4, 2), Tile(128, 1, 4, 2)),
-    ("gpu", 2, 32): Sizes(1024, 32, Tile(4, 64, 4, 2), Tile(128, 1, 4, 2), Tile(128, 1, 4, 2)),
-    ("gpu", 2, 64): Sizes(1024, 32, Tile(8, 64, 4, 2), Tile(256, 1, 8, 3), Tile(128, 1, 4, 3)),
-    ("gpu", 2, 128): Sizes(2048, 64, Tile(4, 64, 8, 2), Tile(128, 1, 8, 3), Tile(128, 1, 8, 3)),
-    ("gpu", 4, 16): Sizes(1024, 16, Tile(4, 32, 4, 1), Tile(64, 1, 4, 1), Tile(64, 1, 4, 1)),
-    ("gpu", 4, 32): Sizes(1024, 32, Tile(4, 32, 4, 1), Tile(64, 1, 4, 1), Tile(64, 1, 4, 1)),
-    ("gpu", 4, 64): Sizes(1024, 32, Tile(4, 32, 4, 1), Tile(64, 1, 4, 1), Tile(64, 1, 4, 1)),
-}
-
-
-class Plan(NamedTuple):
-    options: near_part.Options
-    sizes: Sizes
-
-    @property
-    def floor(self) -> float:
-        return near_part.FLOOR
-
-    def features(self, H: int) -> int:
-        blocks = H // self.sizes.block
-        return self.sizes.block**2 * blocks * (blocks + 1) // 2
 
 
 def obstacle(q: Array, k: Array, v: Array, *, platform: str) -> str | None:
@@ -155,7 +97,7 @@ def second_order_attention(
       normalize: divide by the sum of the weights (a row where that is below 1e-30 gives 0).
       scale: of q.k, H^-0.5 by default; without effect on y when normalised.
       initial_state: sums of scale^2 expand(k) times v and times 1, float32; P features in the order of `places`.
-      tiles, sizes: other rows for the tuning tables.
+      tiles, sizes: in place of the tuning tables' rows (`second_order_states_plan.planned`).
     """
     T, H = q.shape[1], q.shape[3]
     scale = H**-0.5 if scale is None else scale
@@ -165,26 +107,6 @@ def second_order_attention(
     state = None if initial_state is None else _taken(*initial_state, block, scale)
     y, (after, squares) = _attention(q, k, v, log_decay, runs, state, plan)
     return y[:, :T], _given(after, squares, block, scale)
-
-
-def planned(
-    T: int,
-    H: int,
-    dtype,
-    normalize: bool,
-    scale: float,
-    platform: str,
-    interpret: bool,
-    tiles=None,
-    sizes=None,
-) -> Plan:
-    sizes = sizes or SIZES[platform, dtype.itemsize, H]
-    tiles = fitting(tiles or near_part.TILES[platform, dtype.itemsize, H], sizes.chunk)
-    unit = max(*(tile.held for tile in tiles), sizes.walk.streamed, sizes.read.held, sizes.contract.held)
-    chunks = -(-T // sizes.chunk)
-    sizes = sizes._replace(chunk=-(-T // (chunks * unit)) * unit)
-    options = near_part.Options(normalize, scale, platform, interpret, tiles, raw=True)
-    return Plan(options, sizes)
 
 
 # ----------------------------------------------------------------------------------------------- the order of features
@@ -317,13 +239,7 @@ def _joined(x: Array, J: int, axis: int) -> Array:
 
 
 def _kernels(platform: str):
-    if platform == "gpu":
-        from kernels_pallas import second_order_states_gpu
-
-        return second_order_states_gpu
-    from kernels_pallas import second_order_states_tpu
-
-    return second_order_states_tpu
+    return second_order_states_gpu if platform == "gpu" else second_order_states_tpu
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))

@@ -19,6 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from kernels_pallas import tiles_gpu
+from kernels_pallas.second_order_states_plan import Plan
 from kernels_pallas.tiles import Tile
 
 
@@ -113,7 +114,7 @@ def _contract_kernel(live, x, rows, u, states, bias, squares, out, products, *, 
     out[...] = acc
 
 
-def walk(weights, x, u, kept, initial, plan, *, reverse=False):
+def walk(weights, x, u, kept, initial, plan: Plan, *, reverse=False):
     """States [B, N, J, slices, H, R] in x's dtype, as they are before each chunk, and after the last one, float32."""
     (B, T, n, H), (_, N, J), R = x.shape, kept.shape, plan.sizes.block
     slices, m, tile = plan.features(H) // R, u.shape[2], plan.sizes.walk
@@ -141,7 +142,7 @@ def walk(weights, x, u, kept, initial, plan, *, reverse=False):
     return states, jnp.swapaxes(final, 3, 4).reshape(B, N, -1, H)
 
 
-def read(x, states, factor, plan, dtype, *, near=None, near_den=None, squares=None):
+def read(x, states, factor, plan: Plan, dtype, *, near=None, near_den=None, squares=None):
     """factor * (the state, read by x) + near, [B, T, N, H]; with squares divided by the sum of the weights."""
     B, (N, T), H, tile = len(x), factor.shape[1:], x.shape[3], plan.sizes.read
     at = _Specs(T, N, H, tile.held)
@@ -160,7 +161,7 @@ def read(x, states, factor, plan, dtype, *, near=None, near_den=None, squares=No
     return out, den
 
 
-def contract(x, u, states, factor, plan, *, bias=None, squares=None):
+def contract(x, u, states, factor, plan: Plan, *, bias=None, squares=None):
     """The gradient by x of factor * u . (the state, read by x), float32, and that of bias * x . squares x."""
     B, (N, T), H, R, tile = len(x), factor.shape[1:], x.shape[3], plan.sizes.block, plan.sizes.contract
     at, blocks = _Specs(T, N, H, tile.held, H // R), H // R

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from kernels_pallas.second_order_states_plan import Plan
 from kernels_pallas.tiles_tpu import dot, heads_first, to_column, tokens_first
 
 VMEM = 48 << 20  # of 128 MiB on v5e and v6e, 64 on v5p
@@ -126,7 +127,7 @@ def _contract_kernel(live, x, u, states, factor, bias, squares, out, sums, wide,
     out[...] = jnp.transpose(sums[...] * factor[...])
 
 
-def walk(weights, x, u, kept, initial, plan, *, reverse=False):
+def walk(weights, x, u, kept, initial, plan: Plan, *, reverse=False):
     """States [B, N, J, slices, R, H] in x's dtype, as they are before each chunk, and after the last one, float32."""
     (B, T, n, H), (_, N, J), R = x.shape, kept.shape, plan.sizes.block
     P, m, S = plan.features(H), u.shape[2], plan.sizes.walk.streamed
@@ -154,7 +155,7 @@ def walk(weights, x, u, kept, initial, plan, *, reverse=False):
     return states.reshape(B, N, J, P // R, R, H), final
 
 
-def read(x, states, factor, plan, dtype, *, near=None, near_den=None, squares=None):
+def read(x, states, factor, plan: Plan, dtype, *, near=None, near_den=None, squares=None):
     """factor * (the state, read by x) + near, [B, T, N, H]; with squares divided by the sum of the weights."""
     (B, T, n, H), N, S = x.shape, factor.shape[1], plan.sizes.read.held
     at, each = _Specs(N, H, S), plan.sizes.chunk // S
@@ -179,7 +180,7 @@ def read(x, states, factor, plan, dtype, *, near=None, near_den=None, squares=No
     return tokens_first(out, N), den.reshape(B, N, T)
 
 
-def contract(x, u, states, factor, plan, *, bias=None, squares=None):
+def contract(x, u, states, factor, plan: Plan, *, bias=None, squares=None):
     """The gradient by x of factor * (u . (the state, read by x) + bias * x . squares x), float32."""
     (B, T, n, H), N, S = x.shape, factor.shape[1], plan.sizes.contract.held
     at, each = _Specs(N, H, S), plan.sizes.chunk // S

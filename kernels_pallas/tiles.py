@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 FORGOTTEN = 30.0  # a decay of e^-30 counts as none
 GONE = -104.0  # e^GONE rounds to 0 in float32: a log decay below it counts as it
-RESIDUALS = "mixer_residuals"  # the name under which operators mark what a backward pass needs
+RESIDUALS = "mixer_residuals"  # what rematerialising a block may keep: lcx.ops.MIXER_RESIDUALS
 
 
 class Tile(NamedTuple):

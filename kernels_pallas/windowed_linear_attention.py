@@ -77,8 +77,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float, Int
 
 from kernels_pallas import windowed_linear_attention_gpu, windowed_linear_attention_tpu
+from kernels_pallas.tiles import RESIDUALS
+from kernels_pallas.windowed_linear_attention_plan import Plan
 
-RESIDUALS = "mixer_residuals"  # what rematerialising a block may keep: lcx.ops.MIXER_RESIDUALS
 SIZES = (16, 32, 64, 128)
 MOST_TILES = 9  # they are written out one after the other in a kernel
 SLOTS = 132  # programs that an H200 runs at once: their registers leave room for one on a multiprocessor
@@ -118,21 +119,6 @@ def tiles(kind: str, size: int, C: int, *, aligned: bool) -> tuple[int, int]:
     back = (begins + place) % size + size if kind == "terraced" else np.full((1, C), size - 1)
     nearest = place - back  # counted from the chunk's first token
     return max(2, 1 - nearest.min().item() // C), max(0, -nearest.max().item() // C + 1)
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """How T is cut: into `split` pieces, these into chunks (tokens), and what a chunk looks at."""
-
-    platform: str
-    interpret: bool
-    heads: int
-    scale: float
-    eps: float
-    chunk: int
-    tiles: int
-    first_far: int
-    split: int
 
 
 def windowed_linear_attention(

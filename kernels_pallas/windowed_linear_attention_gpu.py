@@ -18,8 +18,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
+from kernels_pallas.windowed_linear_attention_plan import NEVER, Plan
+
 NARROW = 16  # the narrowest product: the sums of keys are kept as 16 equal columns, which are cheaper than a vector
-NEVER = -1e30
 WHOLE = ("nearest", "oldest", "reach", "kept", "whole")  # of a row, not of a head
 
 
@@ -37,7 +38,7 @@ def chunk(dtype) -> int:
     return 64 if dtype == jnp.bfloat16 else 16
 
 
-def tile(arrays: dict, plan) -> Tile:
+def tile(arrays: dict, plan: Plan) -> Tile:
     """What compiles for an H200 without a spilled register, by either assembler (jax 0.10.2, CUDA 12; 0.11.2, 13).
 
     P = H = 128, bfloat16, windows of 64; registers a thread (spills), of the forward and the worst backward pass:
@@ -61,7 +62,7 @@ def tile(arrays: dict, plan) -> Tile:
     return Tile(64, 8, 2) if far == 1 else Tile(128, 8, 2)
 
 
-def recurrence(arrays: dict, plan, *, reverse: bool = False, last: bool = False) -> dict:
+def recurrence(arrays: dict, plan: Plan, *, reverse: bool = False, last: bool = False) -> dict:
     """See `windowed_linear_attention.py`: what the arrays are, and what comes back."""
     B, T, _, V = arrays["v"].shape
     P, N, G, dtype = arrays["k"].shape[-1], plan.heads, plan.split, arrays["v"].dtype
@@ -116,7 +117,7 @@ def _block(name: str, shape: tuple[int, ...], N: int, W: int) -> pl.BlockSpec:
 class Tiles:
     """The tiles that the rows of chunk c meet: at and before them, reversed at and after them."""
 
-    def __init__(self, refs, c, reverse, plan):
+    def __init__(self, refs, c, reverse, plan: Plan):
         self.refs, self.c, self.reverse, self.plan = refs, c, reverse, plan
         self.C, self.T = plan.chunk, refs["nearest"].shape[0]
         self.rows = pl.ds(c * self.C, self.C)
@@ -267,7 +268,7 @@ def _advance(tiles: Tiles, carry, dot):
     return new
 
 
-def near(arrays: dict, plan, *, reverse: bool = False) -> dict:
+def near(arrays: dict, plan: Plan, *, reverse: bool = False) -> dict:
     """The gradient of the softmax's queries, reversed of its keys."""
     B, T, _, H = arrays["near_q"].shape
     N, dtype = plan.heads, arrays["near_q"].dtype

@@ -17,7 +17,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-NEVER = -1e30
+from kernels_pallas.windowed_linear_attention_plan import NEVER, Plan
+
 STATES = ("state", "row", "sums")
 OF_ROWS = ("nearest", "oldest", "reach", "kept", "whole")
 OF_HEADS = ("bias", "top", "place", "total", "mass", "norm")
@@ -39,7 +40,7 @@ def most_heads(dtype) -> int:
     return 4 if dtype == jnp.bfloat16 else 2
 
 
-def recurrence(arrays: dict, plan, *, reverse: bool = False, last: bool = False) -> dict:
+def recurrence(arrays: dict, plan: Plan, *, reverse: bool = False, last: bool = False) -> dict:
     """See `windowed_linear_attention.py`: what the arrays are, and what comes back."""
     B, T, _, V = arrays["v"].shape
     P, N = arrays["k"].shape[-1], plan.heads
@@ -55,7 +56,7 @@ def recurrence(arrays: dict, plan, *, reverse: bool = False, last: bool = False)
     return _call(_recurrence, arrays, shapes, plan, reverse, work, "windowed_linear_attention")
 
 
-def near(arrays: dict, plan, *, reverse: bool = False) -> dict:
+def near(arrays: dict, plan: Plan, *, reverse: bool = False) -> dict:
     """The gradient of the softmax's queries, reversed of its keys."""
     B, T, _, H = arrays["near_q"].shape
     shapes: dict = {"out": ((B, T, plan.heads, H), arrays["near_q"].dtype)}

@@ -7,6 +7,7 @@
     lcx.logits(model, params, tokens, *, positions=None, segment_ids=None)         -> float32 [B, T, V]
     lcx.load_tokenizer(path).encode(text, *, add_special_tokens=False)             -> int32 [T], as transformers' ids
     lcx.generate(model, params, tokens, *, max_new_tokens, temperature=0.0, top_p=1.0, seed=0)   -> int32 [B, new]
+    lcx.generate_text(model, params, tokenizer, text, *, max_new_tokens=256, ...)  -> the text that follows
 
     python -m lcx.train | lcx.evaluate | lcx.generate | lcx.convert   --help
 
@@ -32,19 +33,23 @@ from lcx.version import __version__
 
 if TYPE_CHECKING:
     from lcx.convert.api import load, save
-    from lcx.convert.lolcats.format import Lolcats
+    from lcx.convert.lolcats.files import Lolcats
     from lcx.data.tokenizers import load_tokenizer
     from lcx.sampler import generate, logits
+    from lcx.text import generate_text
 
-__all__ = ["Lolcats", "UserError", "__version__", "generate", "load", "load_tokenizer", "logits", "save"]
+__all__ = [
+    "Lolcats", "UserError", "__version__", "generate", "generate_text", "load", "load_tokenizer", "logits", "save",
+]  # fmt: skip
 
 _HOMES = {
-    "Lolcats": "lcx.convert.lolcats.format",
+    "Lolcats": "lcx.convert.lolcats.files",
     "load": "lcx.convert.api",
     "load_tokenizer": "lcx.data.tokenizers",
     "save": "lcx.convert.api",
     "logits": "lcx.sampler",
     "generate": "lcx.sampler",
+    "generate_text": "lcx.text",
 }
 
 

@@ -27,11 +27,12 @@ import numpy as np
 from lcx import extend, hub, linearize, sharding
 from lcx import model as model_lib
 from lcx.convert import api as convert
-from lcx.convert import model_source
-from lcx.convert.lcx_folder import LcxSource
-from lcx.convert.model_source import ModelSource
+from lcx.convert.core import model_source
+from lcx.convert.core.model_source import ModelSource
+from lcx.convert.core.relaid import RelaidSource
 from lcx.convert.progress import Progress
-from lcx.convert.relaid import RelaidSource
+from lcx.convert.start import Start
+from lcx.convert.workdir.source import LcxSource
 from lcx.data import BatchSpec, Dataset, Mixture, Opened, Tokenizer
 from lcx.errors import UserError
 from lcx.layers import Embedding
@@ -89,13 +90,14 @@ class BlockTrainer(Trainer):
     def _origin(self) -> dict[str, Any]:
         return super()._origin() | {"layers": [self.first, self.last]}
 
-    def load(self, mesh) -> tuple[Any, Any]:
+    def load(self, mesh) -> Start:
         source, model = _softmax(self)
         assert self.linearize is not None
         block = model_lib.part(self.linearize.model(model), self.first, self.last)
         fresh = linearize.initial(block, jax.random.fold_in(jax.random.key(self.seed), self.first))
         relaid = RelaidSource(source, block, {path: np.asarray(x) for path, x in fresh.items()}, self.first)
-        return block, model_source.to_devices(relaid, dtype=None, mesh=mesh)
+        params = model_source.to_devices(relaid, dtype=None, mesh=mesh)
+        return Start(block, params, dict(source.carried), self.lora)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lcx import hub, linearize, parameters, report, sharding, terminal
+from lcx import hub, linearize, parameters, paths, report, sharding, terminal
 from lcx.checkpoint import model_json
 from lcx.checkpoint.folder import find_step, read_json
 from lcx.convert.api import detect, load
@@ -259,7 +259,7 @@ def _say(line: str) -> None:
 
 def _writable(output: str) -> pathlib.Path:
     """The output folder, made and tried before the model is read."""
-    folder = pathlib.Path(output).expanduser()
+    folder = paths.destination(output, "--output")
     if _writes():
         try:
             folder.mkdir(parents=True, exist_ok=True)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from fnmatch import fnmatch
 from typing import Any
 
+from lcx import paths
 from lcx.errors import UserError, first_line
 
 log = logging.getLogger(__name__)
@@ -67,6 +68,8 @@ def local(path: Any, *, kind: str = "model") -> Any:
       UserError: a name of which there is neither a folder here nor, in reach, anything on the hub; without
         huggingface_hub, what to install.
     """
+    if isinstance(path, str):
+        paths.refuse_scheme(path, "the path")
     if not is_name(path):
         return path
     match = _NAME.fullmatch(os.fspath(path))

@@ -133,6 +133,18 @@ class Linearize:
         return new, relaid(model, params, new, fresh=initial(new, key))
 
 
+def softmax_model(model: Decoder) -> Decoder:
+    """The model with softmax attention in place of linear attention, in the same stages."""
+
+    def softmax(mixer):
+        if not isinstance(mixer, LinearAttention):
+            return mixer
+        shared = {name: getattr(mixer, name) for name in _SHARED}
+        return Attention(**shared, window=mixer.softmax_window, parent=None)
+
+    return model_lib.map_mixers(model, softmax)
+
+
 def linear_layers(model: Decoder | Layers) -> list[int]:
     """The layers that have linear attention, counted from 0."""
     depth = model_lib.layers(model)

@@ -36,13 +36,16 @@ MODULES = {
         f"lcx.convert.{name}": f"lcx.convert.files.{name}"
         for name in ("destination", "safetensors", "tensor_io", "torch_bin", "torch_writer", "unsupported")
     },
+    **{f"lcx.convert.{name}": f"lcx.convert.core.{name}" for name in ("model_source", "relaid", "rules")},
     "lcx.convert.adapted": "lcx.convert.peft.merged",
     "lcx.convert.adapter_base": "lcx.convert.peft.base",
     "lcx.convert.adapter_start": "lcx.convert.peft.start",
     "lcx.convert.hf_config": "lcx.convert.hf.config",
     "lcx.convert.hf_folder": "lcx.convert.hf.folder",
     "lcx.convert.hf_rope": "lcx.convert.hf.rope",
-    "lcx.convert.llama": "lcx.convert.hf.llama",
+    "lcx.convert.hf.llama": "lcx.convert.hf.families",
+    "lcx.convert.lcx_folder": "lcx.convert.workdir.source",
+    "lcx.convert.llama": "lcx.convert.hf.families",
     "lcx.convert.lolcats_settings": "lcx.convert.lolcats.settings",
     "lcx.convert.lolcats_writer": "lcx.convert.lolcats.writer",
     "lcx.convert.patterns": "lcx.convert.peft.patterns",
@@ -50,17 +53,28 @@ MODULES = {
     "lcx.convert.peft_settings": "lcx.convert.peft.settings",
     "lcx.convert.savanna": "lcx.convert.evo2.savanna",
     "lcx.convert.savanna_files": "lcx.convert.evo2.savanna_files",
-    "lcx.convert.sources": "lcx.convert.model_source",
+    "lcx.convert.sources": "lcx.convert.core.model_source",
     "lcx.convert.stripedhyena": "lcx.convert.evo2.striped_hyena",
     "lcx.convert.tensor_names": "lcx.convert.hf.tensor_names",
     "lcx.convert.vortex": "lcx.convert.evo2.vortex",
     "lcx.convert.zero": "lcx.convert.evo2.zero",
 }
 NAMES = {
-    "lcx.convert.lolcats:Lolcats": "lcx.convert.lolcats.format:Lolcats",
-    "lcx.convert.lolcats:LolcatsSource": "lcx.convert.lolcats.format:LolcatsSource",
+    **{
+        f"lcx.convert.{old}:{name}": f"lcx.convert.hf.{new}:{name}"
+        for old in ("hf", "hf.format")
+        for new, names in {
+            "source": ("HfSource", "extras"),
+            "writer": ("check_written", "config_of", "write"),
+        }.items()
+        for name in names
+    },
+    "lcx.convert.hf.rope_parameters:from_hf": "lcx.convert.hf.config:rope_from_config",
+    "lcx.convert.lolcats:Lolcats": "lcx.convert.lolcats.files:Lolcats",
+    "lcx.convert.lolcats:LolcatsSource": "lcx.convert.lolcats.source:LolcatsSource",
+    "lcx.convert.lolcats.format:LolcatsSource": "lcx.convert.lolcats.source:LolcatsSource",
     "lcx.model:llama": "lcx.llama:llama",
-    "lcx.rope:from_hf": "lcx.convert.hf.rope_parameters:from_hf",
+    "lcx.rope:from_hf": "lcx.convert.hf.config:rope_from_config",
     "lcx.rope:hf_max_position_embeddings": "lcx.convert.hf.rope_parameters:written_max_position_embeddings",
     "lcx.rope:to_hf": "lcx.convert.hf.rope_parameters:to_hf",
     "lcx.sampler:stream_text": "lcx.terminal:stream_text",

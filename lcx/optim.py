@@ -25,7 +25,7 @@ class AdamW:
       schedule: after warmup: "cosine" or "linear" down to final_fraction of the peak, "constant", or "plateau": times
         plateau_factor whenever the held-out loss has not fallen for more than plateau_patience evaluations
         (Trainer.eval_every), down to final_fraction of the peak.
-      warmup_steps: linear rise from warmup_from * learning_rate to learning_rate.
+      warmup_steps: linear rise from warmup_from * learning_rate to learning_rate; None: 20, or a tenth of a short run.
       context_scale: s = context now / original context; the peak becomes learning_rate / sqrt(s).
       clip_norm: global norm that gradients are scaled down to; None: no clipping.
       weight_decay: on parameters whose path matches decay: kernels, embeddings, LoRA pairs; not norms and biases.
@@ -35,7 +35,7 @@ class AdamW:
 
     learning_rate: float = 3e-4
     schedule: str = "cosine"
-    warmup_steps: int = 20
+    warmup_steps: int | None = None
     warmup_from: float = 0.0
     final_fraction: float = 0.1
     plateau_factor: float = 0.1
@@ -61,8 +61,8 @@ class AdamW:
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"AdamW.{name} is {getattr(self, name)}, expected a number from 0 to 1")
         for name in ("warmup_steps", "weight_decay", "plateau_patience"):
-            if getattr(self, name) < 0:
-                raise UserError(f"AdamW.{name} is {getattr(self, name)}, expected at least 0")
+            if not 0 <= (getattr(self, name) or 0) < math.inf:
+                raise UserError(f"AdamW.{name} is {getattr(self, name)}, expected a finite number, at least 0")
         for name in ("decay", "trainable", "frozen"):
             try:
                 re.compile(getattr(self, name) or "")
@@ -70,20 +70,24 @@ class AdamW:
                 found = f"AdamW.{name} {getattr(self, name)!r} is not a regular expression ({error})"
                 raise UserError(f"{found}: change AdamW.{name}") from None
 
+    def warmup(self, steps: int) -> int:
+        """The updates of the warmup in a run of `steps`."""
+        return min(20, steps // 10) if self.warmup_steps is None else self.warmup_steps
+
     def learning_rates(self, steps: int) -> optax.Schedule:
         """Step -> learning rate over a run of `steps` updates; the first update is step 0."""
-        peak = self.learning_rate / math.sqrt(self.context_scale)
-        rest = max(steps - self.warmup_steps, 1)
+        peak, warmup_steps = self.learning_rate / math.sqrt(self.context_scale), self.warmup(steps)
+        rest = max(steps - warmup_steps, 1)
         after = {
             "cosine": optax.cosine_decay_schedule(peak, rest, alpha=self.final_fraction),
             "linear": optax.linear_schedule(peak, peak * self.final_fraction, rest),
             "constant": optax.constant_schedule(peak),
             "plateau": optax.constant_schedule(peak),
         }[self.schedule]
-        if not self.warmup_steps:
+        if not warmup_steps:
             return after
-        warmup = optax.linear_schedule(peak * self.warmup_from, peak, self.warmup_steps)
-        return optax.join_schedules([warmup, after], [self.warmup_steps])
+        warmup = optax.linear_schedule(peak * self.warmup_from, peak, warmup_steps)
+        return optax.join_schedules([warmup, after], [warmup_steps])
 
     def trains(self, params: Any, beside: str | None = None) -> Any:
         """Tree of bool like params: which of them train.
@@ -103,13 +107,16 @@ class AdamW:
             return bool(wanted) and not (self.frozen is not None and re.search(self.frozen, path))
 
         mask = _by_path(params, one)
+        paths = leaf_paths(params)
+        if self.frozen is not None and not any(re.search(self.frozen, path) for path in paths):
+            found = f"AdamW.frozen {self.frozen!r} matches none of the {len(paths)} parameters"
+            raise UserError(f"{found}, such as {paths[0]}: change AdamW.frozen")
         if beside is not None and not any(jax.tree.leaves(mask["params"])):
             found = f"LoRA.beside {beside!r} matches none of the model's parameters"
             raise UserError(
                 f"{found}, such as {leaf_paths({'params': params['params']})[0]}; change LoRA.beside"
             )
         if not any(jax.tree.leaves(mask)):
-            paths = leaf_paths(params)
             raise UserError(
                 f"nothing to train: trainable={self.trainable!r} frozen={self.frozen!r} leave none of the "
                 f"{len(paths)} parameters, such as {paths[0]}; change AdamW.trainable or AdamW.frozen"

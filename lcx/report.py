@@ -20,7 +20,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from lcx import config
+from lcx import config, paths
 from lcx.errors import UserError
 
 RESULTS, PAGE = "results.json", "report.html"
@@ -62,7 +62,7 @@ def build(
     curves = {}
     for path in workdir:
         curves |= _named_as_models(read_curves(path), path, runs)
-    folder = pathlib.Path(output).expanduser()
+    folder = paths.destination(output, "--output")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         sections = [_evaluation_section(name, runs, folder) for name in _names(runs)]

@@ -212,8 +212,11 @@ class _Job:
         return self._decode(state, until)
 
     def _reads_again_at(self) -> int | None:
-        """The step at which transformers' Phi-3 drops its cache: the text grows past the original window."""
-        if self.rope_trace != "hf" or self.model.model_type != "phi3":
+        """The step at which transformers drops its cache, for the families where it does: past the original window."""
+        from lcx.convert.hf import families
+
+        family = families.find(self.model.model_type)
+        if self.rope_trace != "hf" or family is None or not family.rereads:
             return None
         ropes = _ropes(self.model, "longrope")
         step = ropes[0].original_max_position_embeddings + 1 - self.lengths.max() if ropes else 0
@@ -356,6 +359,11 @@ def _is_number(value: Any) -> bool:
 
 def _rows(tokens: Prompts, vocab_size: int) -> list[np.ndarray]:
     """One int32 array a prompt."""
+    if isinstance(tokens, str) or (not hasattr(tokens, "ndim") and any(isinstance(row, str) for row in tokens)):
+        raise UserError(
+            "tokens is text, expected token ids: use lcx.generate_text(model, params, tokenizer, text), or encode it "
+            "with lcx.load_tokenizer(path).encode(text)"
+        )
     if hasattr(tokens, "ndim"):
         if tokens.ndim != 2:
             raise UserError(

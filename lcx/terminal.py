@@ -22,6 +22,7 @@ from lcx.data.chat_templates import chat_templates
 from lcx.data.special import described
 from lcx.errors import UserError
 from lcx.sampler import check_settings, stream
+from lcx.text import ids_of, stop_ids
 
 _BROKEN = "\N{REPLACEMENT CHARACTER}"  # what decoders write for bytes that are not, or not yet, a character
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -62,15 +63,13 @@ def stream_text(
         raise UserError("--system and --chat_template are for conversations: set --chat")
     text = prompt_text(prompt)
     tokenizer = tokenizer_of(checkpoint)
-    special = [tokenizer.bos_id, tokenizer.eos_id, *getattr(tokenizer, "stop_ids", ())]
-    before = () if chat else special_tokens(tokenizer, add_bos=add_bos).before
-    ids = [*before, *tokenizer.encode(text).tolist()]
+    stops = stop_ids(tokenizer)
     if chat:
         ids, ends = chat_ids(checkpoint, tokenizer, text, system=system, template=chat_template)
-        special += ends
-    if not ids:
-        raise UserError("the prompt is empty and no BOS is added to start from: set --prompt, or --add_bos")
-    say_special_tokens(tokenizer, before)
+        stops = sorted({*stops, *ends})
+    else:
+        ids = ids_of(tokenizer, text, add_bos=add_bos)
+    say_special_tokens(tokenizer, () if chat else special_tokens(tokenizer, add_bos=add_bos).before)
     model, params = load(
         checkpoint, rope_scaling=rope_scaling, context_length=context_length, adapter=adapter
     )
@@ -83,7 +82,7 @@ def stream_text(
         temperature=temperature,
         top_p=top_p,
         seed=seed,
-        stop_tokens=sorted({i for i in special if i is not None}),
+        stop_tokens=stops,
     )
     show(tokenizer, (int(column[0]) for column in columns), prompt=ids)
 

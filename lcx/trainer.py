@@ -4,7 +4,6 @@ Pretraining, extending a context, fine-tuning and LoRA are the same loop; what d
 which of them train, and the objective. The order of events in `Trainer.run` is the order of this file.
 """
 
-import collections
 import contextlib
 import dataclasses
 import functools
@@ -17,24 +16,25 @@ from typing import Any, Protocol
 
 import jax
 import numpy as np
-import optax
 
 from lcx import lora as lora_lib
 from lcx import model as model_lib
-from lcx import objectives, sharding
-from lcx.checkpoint import Checkpointer, model_json
-from lcx.convert import api as convert
-from lcx.convert.peft import start as adapter_start
+from lcx import objectives, paths, sharding
+from lcx.checkpoint import Checkpointer, as_stored, model_json
+from lcx.convert import start as convert
 from lcx.data import BatchIterator, BatchSpec, Dataset, Mixture, Opened
 from lcx.errors import UserError
 from lcx.linearize import Linearize, check_linear
+from lcx.locks import LOCK, only_writer
 from lcx.model import Decoder
 from lcx.optim import AdamW
-from lcx.training import resume_check
+from lcx.training import resume_check, statements
 from lcx.training import step as train_step
 from lcx.training.distributed import join
 from lcx.training.logger import MODES, MetricsLogger
+from lcx.training.memory import check_fits
 from lcx.training.meter import Meter, NotFiniteError
+from lcx.training.run import Run, prepared
 from lcx.training.signals import StopRequest
 from lcx.training.step import State
 from lcx.version import __version__
@@ -45,7 +45,6 @@ DTYPES = ("float32", "bfloat16")  # float16 would need loss scaling
 ADVICE = "lower AdamW.learning_rate, lengthen AdamW.warmup_steps, or look at the data of this step"
 _COUNTS = "steps batch_size seq_len accumulation log_every checkpoint_every keep_checkpoints eval_batches"
 _LEAST = {"eval_every": 0} | dict.fromkeys(_COUNTS.split(), 1)
-IN_FLIGHT = 2  # steps queued on the devices: enough to hide the host; forced CPU devices deadlock with dozens
 
 
 class Job(Protocol):
@@ -73,15 +72,17 @@ def train(
     """
     if distributed or coordinator_address is not None:
         join(coordinator_address, num_processes, process_id)
-    folder = pathlib.Path(workdir).expanduser()
+    folder = paths.destination(workdir, "--workdir")
     if (check := getattr(job, "check", None)) is not None:
         check(str(folder))
-    if jax.process_index() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        resume_check.keep_config(folder, config_text)
-    job.run(str(folder))
-    if operative_config is not None and jax.process_index() == 0:
-        (folder / "operative_config.gin").write_text(operative_config())
+    with contextlib.ExitStack() as stack:
+        if jax.process_index() == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(only_writer(folder / LOCK, of=str(folder), setting="--workdir"))
+            resume_check.keep_config(folder, config_text)
+        job.run(str(folder))
+        if operative_config is not None and jax.process_index() == 0:
+            (folder / "operative_config.gin").write_text(operative_config())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,16 +164,21 @@ class Trainer:
                 raise UserError(
                     f"Trainer.{name} is {getattr(self, name)!r}, expected one of {', '.join(known)}"
                 )
+        if (self.optimizer.warmup_steps or 0) > self.steps:
+            raise UserError(
+                f"AdamW.warmup_steps is {self.optimizer.warmup_steps}, more than the {self.steps} steps of the run: "
+                "lower it, or raise Trainer.steps"
+            )
         if self.batch_size % self.accumulation:
             raise UserError(
                 f"Trainer.batch_size {self.batch_size} is not a multiple of accumulation {self.accumulation}"
             )
 
-    def run(self, workdir: str) -> "Run":
+    def run(self, workdir: str) -> Run:
         """Trains to the last step, or to a request to stop. Goes on with what is in the workdir."""
         mesh = self.mesh.build()
         self.check_rows(mesh)
-        _ = self._opened  # tokenises; a mistake in the data shows before a model is read
+        _ = self.opened  # tokenises; a mistake in the data shows before a model is read
         folder = os.path.join(workdir, "checkpoints")
         with (
             jax.set_mesh(mesh),
@@ -186,9 +192,10 @@ class Trainer:
             ):
                 if run.data is not None:
                     batches.restore(run.data)
-                self._announce(run, metrics)
+                for line in statements.opening(self, run, mesh, workdir):
+                    metrics.message(line)
                 try:
-                    return self._loop(run, mesh, batches, checkpointer, metrics, stop)
+                    return self._loop(run, mesh, batches, checkpointer, metrics, stop, workdir)
                 except NotFiniteError as bad:
                     raise UserError(f"{bad}: {_retreat(checkpointer, bad.step)}; {ADVICE}") from None
 
@@ -200,8 +207,8 @@ class Trainer:
                 self._check_origin(checkpointer.restore({})[2], workdir)
                 return
         if self.expects_linear and self.init_from is not None and self.linearize is None:
-            source = convert.source(self.init_from)
-            check_linear(source.model, seq_len=self.seq_len, where=self.init_from)
+            model = convert.model_at(self.init_from)
+            check_linear(model, seq_len=self.seq_len, where=self.init_from)
 
     def _check_origin(self, documents: dict[str, Any], workdir: str) -> None:
         if not {"data", "origin"} <= documents.keys():
@@ -212,7 +219,7 @@ class Trainer:
 
     # ---------------------------------------------------------------------------------------------- initial state
 
-    def _resume(self, checkpointer: Checkpointer, mesh, workdir: str) -> "Run | None":
+    def _resume(self, checkpointer: Checkpointer, mesh, workdir: str) -> Run | None:
         """The newest checkpoint that verifies, on this mesh, whatever mesh wrote it."""
         if not checkpointer.steps():
             return None
@@ -220,8 +227,8 @@ class Trainer:
         self._check_origin(documents, workdir)
         model = self.adjusted(self.model or model_json.from_json(documents["meta"]["model"]))
         lora = self.lora if self.adapter is None else model_json.from_json(documents["meta"]["lora"])
-        stored = convert.as_stored(model, mesh, checkpointer.directory / str(step))
-        run = self._prepared(model, mesh, lora, stored)
+        stored = as_stored(model_lib.abstract_params(model, mesh=mesh), checkpointer.directory / str(step))
+        run = prepared(self.optimizer, self.steps, model, mesh, lora, stored)
         step, state, documents = checkpointer.restore(run.abstract)
         return dataclasses.replace(
             run,
@@ -229,49 +236,45 @@ class Trainer:
             step=step,
             data=documents["data"],
             losses=documents["meter"]["losses"],
+            before=documents.get("settings") or {},
             carried=documents["meta"].get("hf_config") or {},
         )
 
-    def _start(self, mesh) -> "Run":
+    def _start(self, mesh) -> Run:
         """A warm start from init_from, or random weights."""
-        carried: dict[str, Any] = {}
-        lora, pairs = self.lora, None
         if self.init_from is None:
             assert self.model is not None
             model = self.adjusted(self.model)
+            check_fits(prepared(self.optimizer, self.steps, model, mesh, self.lora).abstract, mesh)
             params = model_lib.init_params(model, jax.random.key(self.seed), mesh=mesh)
+            begun = convert.Start(model, params, carried={}, lora=self.lora)
         else:
-            if self.adapter is None:
-                model, params = self.load(mesh)
-            else:
-                model, params, pairs, lora = adapter_start.start(
-                    self.init_from,
-                    self.adapter,
-                    mesh=mesh,
-                    lora=self.lora,
-                    rope_scaling=self.rope_scaling,
-                    context_length=self.context_length,
-                )
+            begun = self.load(mesh)
             if self.expects_linear:
-                check_linear(model, seq_len=self.seq_len, where=self.init_from)
-            model, carried = self.adjusted(model), _carried(self.init_from)
-        run = self._prepared(model, mesh, lora, params)
-        weights = {"params": train_step.as_kept(params, run.abstract["params"])}
+                check_linear(begun.model, seq_len=self.seq_len, where=self.init_from)
+        model, lora = self.adjusted(begun.model), begun.lora
+        run = prepared(self.optimizer, self.steps, model, mesh, lora, begun.params)
+        weights = {"params": train_step.as_kept(begun.params, run.abstract["params"])}
         if lora is not None:
-            weights["lora"] = pairs or lora.init(jax.random.key(self.seed), model, mesh=mesh)
+            weights["lora"] = begun.pairs or lora.init(jax.random.key(self.seed), model, mesh=mesh)
         opt_state = train_step.init_opt_state(run.optimizer, weights, run.abstract, run.trains)
-        return dataclasses.replace(run, state={**weights, "opt_state": opt_state}, carried=carried)
+        return dataclasses.replace(run, state={**weights, "opt_state": opt_state}, carried=begun.carried)
 
-    def load(self, mesh) -> tuple[Decoder, Any]:
+    def load(self, mesh) -> convert.Start:
         """The pretrained model with the changes that are asked for, and its parameters as they are stored."""
         assert self.init_from is not None
-        model, params = convert.load(
-            self.init_from, mesh=mesh, rope_scaling=self.rope_scaling, context_length=self.context_length
+        begun = convert.start(
+            self.init_from,
+            mesh=mesh,
+            rope_scaling=self.rope_scaling,
+            context_length=self.context_length,
+            adapter=self.adapter,
+            lora=self.lora,
         )
-        model = model.clone(dtype="float32", parent=None)
         if self.linearize is None:
-            return model, params
-        return self.linearize(model, params, jax.random.key(self.seed))
+            return begun
+        model, params = self.linearize(begun.model, begun.params, jax.random.key(self.seed))
+        return dataclasses.replace(begun, model=model, params=params)
 
     def adjusted(self, model: Decoder) -> Decoder:
         """The model with the run's dtype and remat."""
@@ -279,18 +282,6 @@ class Trainer:
             name: getattr(self, name) for name in ("dtype", "remat") if getattr(self, name) is not None
         }
         return model.clone(parent=None, **changes)
-
-    def _prepared(self, model: Decoder, mesh, lora: lora_lib.LoRA | None, stored: Any = None) -> "Run":
-        """Everything but the arrays. `stored`: parameters, or their shapes, in the dtypes of what does not train."""
-        weights = {"params": model_lib.abstract_params(model, mesh=mesh)}
-        if lora is not None:
-            weights["lora"] = lora.abstract(model, mesh=mesh)
-        trains = self.optimizer.trains(weights, None if lora is None else lora.beside)
-        if stored is not None:
-            weights["params"] = train_step.kept(weights["params"], trains["params"], stored)
-        optimizer = self.optimizer.build(train_step.moving(weights, trains), self.steps)
-        abstract = train_step.abstract_state(weights, optimizer, mesh, trains)
-        return Run(model, optimizer, trains, abstract, lora)
 
     def _origin(self) -> dict[str, Any]:
         return resume_check.record(
@@ -303,27 +294,11 @@ class Trainer:
             adapter=self.adapter,
         )
 
-    def _announce(self, run: "Run", metrics: MetricsLogger) -> None:
-        if run.data is not None:
-            rest = "going on" if run.step < self.steps else "nothing is left to do"
-            metrics.message(f"step {run.step} of {self.steps} is done: {rest}")
-        metrics.message(self.data.describe_special_tokens())
-        for remark in self._opened.remarks():
-            metrics.message(remark)
-        if run.lora is not None:
-            metrics.message(lora_lib.statement(run.model, run.abstract["lora"], run.trains["params"]))
-        if run.model.max_position_embeddings < self.seq_len:
-            metrics.message(
-                f"warning: Trainer.seq_len {self.seq_len} exceeds the model's window of "
-                f"{run.model.max_position_embeddings} tokens: set context_length (and rope_scaling, unless "
-                "it keeps its own)"
-            )
-
     # -------------------------------------------------------------------------------------------------- the loop
 
     def _loop(
-        self, run: "Run", mesh, batches, checkpointer, metrics: MetricsLogger, stop: StopRequest
-    ) -> "Run":
+        self, run: Run, mesh, batches, checkpointer, metrics: MetricsLogger, stop: StopRequest, workdir: str
+    ) -> Run:
         step_fn = train_step.make_step(
             run.model,
             run.optimizer,
@@ -334,39 +309,37 @@ class Trainer:
             trains=run.trains,
         )
         sizes = {"batch_size": self.batch_size, "seq_len": self.seq_len}
-        meter = Meter(run.model, **sizes, every=self.log_every, last=self.steps, losses=run.losses)
-        state, step, in_flight = run.state, run.step, collections.deque[tuple[int, dict[str, jax.Array]]]()
+        meter = Meter(run.model, metrics, **sizes, every=self.log_every, last=self.steps, losses=run.losses)
+        state, step = run.state, run.step
+        stop.unsaved = False  # until the first step, which compiles
         while step < self.steps and not stop.requested(step):
             batch = sharding.shard_batch(next(batches), mesh)
             state, values = step_fn(state, batch, np.int32(step))
+            stop.unsaved = True
             step += 1
-            in_flight.append((step, values))
-            if len(in_flight) >= IN_FLIGHT:
-                meter.record(*in_flight.popleft(), metrics)
+            meter.add(step, values)
             checkpointer.poll()
             evaluate = self.eval_every and step % self.eval_every == 0
             save = step % self.checkpoint_every == 0
             if (evaluate or save) and step < self.steps:
-                _drain(in_flight, meter, metrics)  # what is saved is known to come from finite losses
-                with meter.paused():
+                with meter.paused():  # what is saved is known to come from finite losses
                     if evaluate:
                         loss = self.held_out_loss(run.model, state, mesh)
                         metrics.log(step, {"eval_loss": loss})
                         state = {**state, "opt_state": self.optimizer.observe(state["opt_state"], loss)}
                     if save:
                         self._save(checkpointer, run, state, step, batches, meter)
-        _drain(in_flight, meter, metrics)
+        meter.drain()
         self._save(checkpointer, run, state, step, batches, meter, wait=True)
-        if step < self.steps:
-            metrics.message(f"stopped at step {step} of {self.steps}; the same command goes on")
-        elif step > run.step:
+        if step == self.steps and step > run.step:
             metrics.log(step, {"eval_loss": self.held_out_loss(run.model, state, mesh)})
+        metrics.message(statements.closing(workdir, step, self.steps))
         return dataclasses.replace(run, state=state, step=step)
 
     def _save(
         self,
         checkpointer: Checkpointer,
-        run: "Run",
+        run: Run,
         state: State,
         step: int,
         batches: BatchIterator,
@@ -377,7 +350,7 @@ class Trainer:
         """A failure is a warning, unless wait is set: then it is an error."""
         meta = {
             "model": model_json.to_json(run.model),
-            "tokenizer": self._opened.tokenizer.to_json(),
+            "tokenizer": self.opened.tokenizer.to_json(),
             "seq_len": self.seq_len,
             "lcx_version": __version__,
             "data": model_json.to_json(self.data),
@@ -389,11 +362,12 @@ class Trainer:
             "origin": self._origin(),
             "data": batches.state(),
             "meter": {"losses": meter.losses},
+            "settings": resume_check.changeable(self),
         }
         checkpointer.save(step, state, json=documents, wait=wait)
 
     @functools.cached_property
-    def _opened(self) -> Opened:
+    def opened(self) -> Opened:
         """The data, which a run opens once."""
         return self.data.opened()
 
@@ -419,7 +393,7 @@ class Trainer:
     def _batches(self, split: str, model: Decoder, mesh) -> BatchIterator:
         index, count = sharding.process_rows(mesh)
         rows = (self.batch_size, self.seq_len, self.seed, index, count)
-        return self._opened.batches(BatchSpec(split, *rows, vocab_size=model.vocab_size))
+        return self.opened.batches(BatchSpec(split, *rows, vocab_size=model.vocab_size))
 
     def check_rows(self, mesh) -> None:
         """Raises UserError when a batch does not divide over the mesh."""
@@ -436,41 +410,6 @@ class Trainer:
             )
 
 
-@dataclasses.dataclass
-class Run:
-    """What a run holds.
-
-    Attributes:
-      trains: tree of bool, which of the weights move.
-      abstract: shapes and shardings of the state.
-      lora: the settings of its pairs, if it trains pairs.
-      state: see train_step. Empty until it is restored or started.
-      step: updates done.
-      data: position in the data; None at a start.
-      losses: of the steps that are not yet in a line of metrics.jsonl.
-      carried: settings that came with a pretrained model, for its export.
-    """
-
-    model: Decoder
-    optimizer: optax.GradientTransformation
-    trains: Any
-    abstract: State
-    lora: lora_lib.LoRA | None = None
-    state: State = dataclasses.field(default_factory=dict)
-    step: int = 0
-    data: dict[str, Any] | None = None
-    losses: list[float] = dataclasses.field(default_factory=list)
-    carried: dict[str, Any] = dataclasses.field(default_factory=dict)
-
-
-def _drain(
-    in_flight: collections.deque[tuple[int, dict[str, jax.Array]]], meter: Meter, metrics: MetricsLogger
-) -> None:
-    while in_flight:
-        step, values = in_flight.popleft()
-        meter.record(step, values, metrics)
-
-
 def _retreat(checkpointer: Checkpointer, bad_step: int) -> str:
     """Which checkpoint to go on from. That of the step before is of the weights that gave the bad numbers."""
     with contextlib.suppress(UserError):
@@ -478,13 +417,6 @@ def _retreat(checkpointer: Checkpointer, bad_step: int) -> str:
     checkpointer.reject(bad_step - 1)
     steps = checkpointer.steps()
     return f"the checkpoint of step {steps[-1]} is kept" if steps else "there is no checkpoint yet"
-
-
-def _carried(path: str) -> dict[str, Any]:
-    """Settings of a pretrained model that the Decoder does not hold: ids of special tokens."""
-    with contextlib.suppress(UserError):
-        return dict(convert.source(path).carried)
-    return {}
 
 
 def _metrics(trainer: Trainer, workdir: str, step: int) -> MetricsLogger:

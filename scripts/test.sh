@@ -18,10 +18,10 @@ export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$PWD/.venv/xla-ca
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.05 JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1
 # A test keeps about one core busy. A worker takes the tests of a file together, and idle ones steal from the others.
 workers="${LCX_TEST_WORKERS:-$(python -c 'import os; print(min(len(os.sched_getaffinity(0)), 8))')}"
-FAST=(test_adapters test_chat test_config test_config_types test_convert_files test_convert_names test_convert_rules
-  test_convert_windows test_data_batches test_data_corpus test_data_formats test_data_packing test_data_special_tokens
-  test_data_tokenizer_classes test_extend test_hub test_imports test_metrics test_ops_cross_entropy test_optim
-  test_parameters test_rope test_train_step)
+FAST=(test_adapters test_adapters_train test_chat test_chat_data test_config test_config_types test_convert_files
+  test_convert_names test_convert_rules test_convert_windows test_data_batches test_data_corpus test_data_formats
+  test_data_packing test_data_special_tokens test_data_tokenizer_classes test_extend test_hub test_imports
+  test_metrics test_ops_cross_entropy test_optim test_parameters test_rope test_train_step)
 if [ "${1:-}" = --fast ]; then
   files=("${FAST[@]/#/tests/}")
   exec python -m pytest -q -n "$workers" --dist worksteal "${files[@]/%/.py}" "${@:2}"

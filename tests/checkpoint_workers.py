@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import quick_xla
 
 from lcx.checkpoint import Checkpointer
 from lcx.checkpoint import checkpointer as checkpoint
@@ -91,7 +92,7 @@ def worker_command(*arguments: object) -> list[str]:
 
 def worker_env(**env: str) -> dict[str, str]:
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    return {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path, "XLA_FLAGS": "", **env}
+    return {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path, "XLA_FLAGS": quick_xla.flags(), **env}
 
 
 def fill_disk(folder: str) -> None:

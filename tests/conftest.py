@@ -1,19 +1,21 @@
 """What every test shares: the CPU, a compile cache, checked array shapes, the folder of real data."""
 
+import contextlib
 import gc
 import os
 import pathlib
 
 import pytest
+import quick_xla
 
 # Before the first import of jax. Compiled programs are kept between runs: much of the suite's time is XLA's.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path.home() / ".cache" / "lcx" / "xla-tests"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
-# LLVM's expensive passes are half of that time, and what they make faster runs once. 0 tests all programs as users run
-# them; the operators, and what compilers are asked, always are.
+# How quick_xla.py has it. 0 tests all programs as users run them.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+os.environ["XLA_FLAGS"] = quick_xla.flags(os.environ.get("XLA_FLAGS", ""))
 
 import jax
 import jaxtyping
@@ -23,17 +25,17 @@ jaxtyping.install_import_hook(["lcx.rope", "lcx.ops"], "beartype.beartype")
 
 
 MAPS = pathlib.Path("/proc/self/maps")
-OPTIMIZED = ("test_ops_", "test_aot")
+OPTIMIZED = ("test_ops_", "test_aot")  # the operators, and what compilers are asked: compiled as for users
 
 
 @pytest.fixture(autouse=True, scope="module")
 def optimizations(request):
-    flag = "jax_disable_most_optimizations"
-    before = jax.config.values[flag]
-    if request.module.__name__.startswith(OPTIMIZED):
-        jax.config.update(flag, False)
-    yield
-    jax.config.update(flag, before)
+    with (
+        quick_xla.as_for_users()
+        if request.module.__name__.startswith(OPTIMIZED)
+        else contextlib.nullcontext()
+    ):
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -11,8 +11,8 @@ import safetensors.numpy
 
 import lcx
 from lcx import model as model_lib
-from lcx.convert import model_source
-from lcx.convert.hf import format as hf
+from lcx.convert.core import model_source
+from lcx.convert.hf.source import HfSource
 
 
 def make(folder: pathlib.Path, **changes) -> pathlib.Path:
@@ -44,7 +44,7 @@ def changed(
 
 def parameters(folder: pathlib.Path) -> dict[str, np.ndarray]:
     """What lcx reads from it, by its own names."""
-    source = hf.HfSource(folder)
+    source = HfSource(folder)
     return {
         path: source.read(path, tuple(slice(0, size) for size in shape))
         for path, shape in model_source.leaf_shapes(source.model).items()

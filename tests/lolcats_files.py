@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import lcx
-from lcx.convert.lolcats.format import Lolcats
+from lcx.convert.lolcats.files import Lolcats
 
 SETTINGS = {"attention_type": "lolcats_llama_window_tk", "window_size": 8}
 CONFIG = {

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import quick_xla
 from checkpoint_workers import (
     abstract_of,
     assert_same,
@@ -392,7 +393,7 @@ def test_killed_in_the_middle_of_saves(tmp_path):
 
 def test_one_device_to_eight_and_back(tmp_path):
     write_steps(tmp_path, [1])
-    flags = "--xla_force_host_platform_device_count=8"
+    flags = quick_xla.flags("--xla_force_host_platform_device_count=8")
     done = run_worker("reshard", tmp_path, XLA_FLAGS=flags, NPROC="32")
     assert done.returncode == 0, done.stderr
     for step in (2, 3, 4):  # written on three meshes
@@ -406,7 +407,7 @@ def test_two_processes_take_the_same_step(tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    env = worker_env(XLA_FLAGS="--xla_force_host_platform_device_count=1")
+    env = worker_env(XLA_FLAGS=quick_xla.flags("--xla_force_host_platform_device_count=1"))
     processes = [
         subprocess.Popen(
             worker_command("process", rank, port, tmp_path),

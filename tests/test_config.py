@@ -274,6 +274,11 @@ FLAG_MISTAKES = [
     ("--gin.Job.steps=2.5", "toy_job.Job.steps: expected int, found 2.5 (float) (--gin.Job.steps)"),
     ("--gin.Job.name=abc", """abc is not a value; write --gin.Job.name="'abc'" for text, %abc for a macro, """
      "@module.abc to refer (--gin.Job.name)"),
+    ("--gin.Job.name=my/model-8b", """my/model-8b is not a value; write --gin.Job.name="'my/model-8b'" for text """
+     "(--gin.Job.name)"),
+    ("--gin.Job.name=/tmp/a b", """/tmp/a b is not a value; write --gin.Job.name="'/tmp/a b'" for text """
+     "(--gin.Job.name)"),
+    ("--gin.Job.steps=" + 3000 * "(", "a value is nested too deep to read (--gin.Job.steps)"),
     ("--gin.Job.sizes=[1,2", "a bracket or a quote is opened and never closed (--gin.Job.sizes)"),
     ("--gin.Job.steps", "error: --gin.Job.steps: expected --gin.NAME=VALUE (--help explains the flags)"),
     ("--gin_file=b.gin", "b.gin does not exist; did you mean a.gin? (--gin_file)"),

@@ -10,14 +10,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import quick_xla
 import transformers
 
 import lcx
 from lcx import model as model_lib
 from lcx.checkpoint import Checkpointer, model_json
-from lcx.convert import api, model_source
+from lcx.convert import api, formats
+from lcx.convert.core import model_source
 from lcx.convert.files import tensor_io
-from lcx.convert.hf import format as hf
+from lcx.convert.hf.source import HfSource
 from lcx.errors import UserError
 from lcx.rope import Rope
 from lcx.striped_hyena import striped_hyena
@@ -183,7 +185,7 @@ def test_low_rank_pairs_are_merged(tmp_path):
     _, loaded = lcx.load(tmp_path / "run")
     np.testing.assert_allclose(run({"params": loaded}), expected, atol=1e-4)
     assert np.abs(run({"params": params}) - expected).max() > 0.1
-    api.write(tmp_path / "hf", api.SOURCES["lcx"](tmp_path / "run"), format="hf")
+    api.write(tmp_path / "hf", formats.named("lcx").open(tmp_path / "run"), format="hf")
     _, converted = lcx.load(tmp_path / "hf")
     np.testing.assert_allclose(run({"params": converted}), expected, atol=1e-4)
 
@@ -204,7 +206,7 @@ def test_tokenizer_files_and_ids_go_along(tmp_path, reference):
 def test_reading_a_shard_reads_a_shard(tmp_path, monkeypatch):
     model = tiny(layer_windows=None, hidden_size=32, head_dim=8)
     lcx.save(tmp_path / "out", model, random_params(model), format="hf")
-    source = hf.HfSource(tmp_path / "out")
+    source = HfSource(tmp_path / "out")
     read, total = tensor_io.read_array, []
 
     def counting(*arguments):
@@ -253,7 +255,7 @@ def test_any_mesh_gets_the_same_arrays_in_its_own_shards(tmp_path):
     )
     lcx.save(tmp_path / "savanna", evo2, random_params(evo2), format="savanna", model_parallel=2)
     env = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "XLA_FLAGS": quick_xla.flags("--xla_force_host_platform_device_count=8"),
         "NPROC": "32",
         "PYTHONPATH": str(pathlib.Path(__file__).parent.parent),
     }
@@ -268,7 +270,7 @@ def test_sources_agree(tmp_path):
     for format in ("hf", "lcx"):
         lcx.save(tmp_path / format, model, params, format=format)
     memory = model_source.TreeSource(model, params)
-    others = [api.SOURCES[format](tmp_path / format) for format in ("hf", "lcx")]
+    others = [formats.named(format).open(tmp_path / format) for format in ("hf", "lcx")]
     for path, info in memory.leaves.items():
         whole = tuple(slice(0, size) for size in info.shape)
         part = tuple(slice(size // 2, size) for size in info.shape)

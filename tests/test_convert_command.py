@@ -20,11 +20,11 @@ from own_output import own_lines
 import lcx
 from lcx import model as model_lib
 from lcx.checkpoint import Checkpointer, model_json
-from lcx.convert import lcx_folder
 from lcx.convert.__main__ import main
 from lcx.convert.files import tensor_io
-from lcx.convert.hf import format as hf
+from lcx.convert.hf.source import HfSource
 from lcx.convert.progress import Progress
+from lcx.convert.workdir.source import LcxSource
 from lcx.data import ByteTokenizer, load_tokenizer
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -100,7 +100,7 @@ def test_same_format_with_another_dtype_and_a_longer_context(folder, tmp_path):
     assert config.rope_parameters["rope_type"] == "yarn"
     assert config.rope_parameters["original_max_position_embeddings"] == 64
     assert convert(folder, tmp_path / "run", "lcx", scaling) == 0
-    assert lcx_folder.LcxSource(tmp_path / "run").model.max_position_embeddings == 256
+    assert LcxSource(tmp_path / "run").model.max_position_embeddings == 256
 
 
 def test_from_torch_files(folder, tmp_path):
@@ -325,7 +325,7 @@ def test_byte_tokenizer_survives(tmp_path):
     assert convert(tmp_path / "run", tmp_path / "out", "hf") == 0
     assert load_tokenizer(tmp_path / "out") == ByteTokenizer()
     assert convert(tmp_path / "out", tmp_path / "back", "lcx") == 0
-    source = lcx_folder.LcxSource(tmp_path / "back")
+    source = LcxSource(tmp_path / "back")
     assert source.tokenizer == ByteTokenizer().to_json() and source.carried["eos_token_id"] == 257
 
 
@@ -350,8 +350,8 @@ def test_real_weights_there_and_back(reference, tmp_path, name):
     for file in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         assert (tmp_path / "hf" / file).read_bytes() == (folder / file).read_bytes()
         assert (tmp_path / "run" / file).read_bytes() == (folder / file).read_bytes()
-    source = hf.HfSource(tmp_path / "hf")
-    assert source.tokenizer == lcx_folder.LcxSource(tmp_path / "run").tokenizer
+    source = HfSource(tmp_path / "hf")
+    assert source.tokenizer == LcxSource(tmp_path / "run").tokenizer
     assert source.tokenizer["bos_id"] == 1
 
 

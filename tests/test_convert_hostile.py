@@ -9,7 +9,8 @@ from hf_folders import make
 
 from lcx.convert import api
 from lcx.convert.hf import folder as hf_folder
-from lcx.convert.hf import format as hf
+from lcx.convert.hf.format import HuggingFace
+from lcx.convert.hf.source import HfSource
 from lcx.errors import UserError
 
 DEEP, HUGE = '"@deep"', '"@huge"'
@@ -59,7 +60,7 @@ def folder(tmp_path_factory):
 def sharded(tmp_path_factory):
     """Two files and an index."""
     root = tmp_path_factory.mktemp("hostile")
-    api.write(root / "m", hf.HfSource(make(root / "whole")), format="hf", max_shard_bytes=1500)
+    api.write(root / "m", HfSource(make(root / "whole")), format=HuggingFace(max_shard_bytes=1500))
     return root / "m"
 
 
@@ -79,7 +80,7 @@ def test_any_config(folder):
     try:
         for _ in range(150):
             path.write_text(dumps(mutate(rng, config)))
-            outcomes.append(outcome(lambda: hf.HfSource(folder)))
+            outcomes.append(outcome(lambda: HfSource(folder)))
     finally:
         path.write_text(text)
     refused = [line for line in outcomes if line != "read"]
@@ -120,7 +121,7 @@ def test_any_header(folder):
                 entry[key] = rng.choice([*VALUES, "F16", "I8", "BF16"])
             head = dumps(changed).encode()
             path.write_bytes(len(head).to_bytes(8, "little") + head + data)
-            outcomes.append(outcome(lambda: hf.HfSource(folder)))
+            outcomes.append(outcome(lambda: HfSource(folder)))
     finally:
         path.write_bytes(whole)
     assert outcomes.count("read") < 10 and len(set(outcomes)) > 30

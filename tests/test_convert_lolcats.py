@@ -14,14 +14,14 @@ from lolcats_files import FACTORS, SETTINGS, is_map, load, read, state, tensors_
 import lcx
 from lcx import model as model_lib
 from lcx.checkpoint import Checkpointer
-from lcx.convert import rules
 from lcx.convert.__main__ import main
+from lcx.convert.core import rules
 from lcx.convert.files.safetensors import SafetensorsFile
-from lcx.convert.lcx_folder import read_meta
 from lcx.convert.lolcats import settings as lolcats_settings
 from lcx.convert.lolcats import writer as lolcats_writer
 from lcx.convert.lolcats.format import Lolcats, LolcatsSource
 from lcx.convert.peft import adapter as peft
+from lcx.convert.workdir.source import read_meta
 from lcx.errors import UserError
 from lcx.linearize import Linearize
 from lcx.lora import LoRA

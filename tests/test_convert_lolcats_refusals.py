@@ -9,7 +9,7 @@ import torch
 from lolcats_files import CONFIG, FACTORS, MAP, PAIR, SETTINGS, load, read, state, write
 
 import lcx
-from lcx.convert.lolcats.format import Lolcats
+from lcx.convert.lolcats.files import Lolcats
 from lcx.errors import UserError
 
 

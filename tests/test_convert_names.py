@@ -6,7 +6,7 @@ from hf_folders import changed, make, parameters
 
 from lcx.convert import api
 from lcx.convert.__main__ import main
-from lcx.convert.hf import format as hf
+from lcx.convert.hf.source import HfSource
 from lcx.errors import UserError
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -76,7 +76,7 @@ def test_a_tied_model_may_store_either_name(tied, tmp_path, caplog):
     assert caplog.text.count("stored as lm_head.weight") == 1
     other = changed(tied, tmp_path / "other", tensors=lambda t: {HEAD: t[EMBEDDING] + 1, **t})
     with pytest.raises(UserError, match="tie_word_embeddings true but lm_head.weight is not"):
-        hf.HfSource(other)
+        HfSource(other)
 
 
 def quantized(method):
@@ -116,7 +116,7 @@ def test_what_is_not_read_is_one_line(untied, tmp_path, case):
     changes, message = REFUSED[case]
     folder = changed(untied, tmp_path / "m", **changes)
     with pytest.raises(UserError, match=message) as error:
-        hf.HfSource(folder)
+        HfSource(folder)
     assert "\n" not in str(error.value)
 
 
@@ -127,7 +127,7 @@ def test_a_pointer_of_git_lfs_is_recognised(untied, tmp_path, name):
     folder = changed(untied, tmp_path / "m")
     (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
     with pytest.raises(UserError, match=f"{name}: is a pointer of Git LFS.*git lfs pull"):
-        hf.HfSource(folder)
+        HfSource(folder)
 
 
 def test_gguf_is_recognised(untied, tmp_path):
@@ -138,7 +138,7 @@ def test_gguf_is_recognised(untied, tmp_path):
             api.detect(path)
     (tmp_path / "g" / "config.json").write_bytes((untied / "config.json").read_bytes())
     with pytest.raises(UserError, match="gguf_file='x.Q4_K.gguf'"):
-        hf.HfSource(tmp_path / "g")
+        HfSource(tmp_path / "g")
 
 
 @pytest.mark.parametrize("format", ["hf", "lcx"])

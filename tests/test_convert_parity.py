@@ -12,9 +12,9 @@ import transformers
 
 from lcx import extend
 from lcx import model as model_lib
-from lcx.convert import model_source, rules
-from lcx.convert.hf import format as hf
-from lcx.convert.hf import llama
+from lcx.convert.core import model_source, rules
+from lcx.convert.hf import families, writer
+from lcx.convert.hf.source import HfSource
 from lcx.errors import UserError
 from lcx.rope import Rope, default
 
@@ -187,7 +187,7 @@ def jax_gradients(model, params, ids: np.ndarray):
 def test_logits_and_round_trip(name, tmp_path):
     reference = torch_model(name)
     save(reference, tmp_path / "hf", ("v4", "v5", "dual")[list(CASES).index(name) % 3])
-    source = hf.HfSource(tmp_path / "hf")
+    source = HfSource(tmp_path / "hf")
     params = model_source.to_devices(source, dtype=None, mesh=None)
     for ids in (
         [tokens(SHORT), tokens(LENGTH)] if "dynamic" in name or "longrope" in name else [tokens(LENGTH)]
@@ -202,9 +202,9 @@ def test_logits_and_round_trip(name, tmp_path):
 def test_gradients_of_all_parameters(name, tmp_path):
     reference = torch_model(name)
     save(reference, tmp_path / "hf", "dual")
-    source = hf.HfSource(tmp_path / "hf")
+    source = HfSource(tmp_path / "hf")
     params = model_source.to_devices(source, dtype=None, mesh=None)
-    table = rules.Table(llama.rules(source.model), model_source.leaf_shapes(source.model))
+    table = rules.Table(families.rules(source.model), model_source.leaf_shapes(source.model))
     gradients = torch_gradients(reference, tokens(LENGTH))
     mapped = table.to_foreign(rules.flatten(jax_gradients(source.model, params, tokens(LENGTH))))
     assert set(mapped) == set(gradients)
@@ -216,7 +216,7 @@ def test_gradients_of_all_parameters(name, tmp_path):
 def assert_loads_equal(folder, model, params, reference, ids, logits):
     """transformers loads what we write with nothing missing, bit-equal weights, and the same function."""
     folder.mkdir()
-    hf.write(folder, model_source.TreeSource(model, params), max_shard_bytes=20_000)
+    writer.write(folder, model_source.TreeSource(model, params), max_shard_bytes=20_000)
     assert (folder / "model.safetensors.index.json").exists()
     back, info = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not any(info.values()), info
@@ -226,13 +226,13 @@ def assert_loads_equal(folder, model, params, reference, ids, logits):
         assert state[key].dtype == tensor.dtype and torch.equal(state[key], tensor), key
     with torch.no_grad():
         np.testing.assert_array_equal(back.eval()(torch.tensor(ids)).logits.numpy(), logits)
-    again = hf.HfSource(folder)
+    again = HfSource(folder)
     assert again.model == model
 
 
 def spelled(tmp_path, name: str, style: str):
     save(torch_model(name), tmp_path / style, style)
-    return hf.HfSource(tmp_path / style).model
+    return HfSource(tmp_path / style).model
 
 
 @pytest.mark.parametrize(
@@ -245,7 +245,7 @@ def test_the_spellings_of_the_rotary_settings_agree(name, tmp_path):
 
 def test_written_config_keeps_both_spellings_and_integers(tmp_path):
     save(torch_model("phi3 longrope"), tmp_path / "hf", "v5")
-    config = hf.config_of(hf.HfSource(tmp_path / "hf"))
+    config = writer.config_of(HfSource(tmp_path / "hf"))
     assert config["rope_theta"] == 1e4 and config["rope_scaling"]["type"] == "longrope"
     assert config["rope_parameters"]["rope_type"] == "longrope"
     assert config["original_max_position_embeddings"] == 32 and config["max_position_embeddings"] == 128
@@ -255,10 +255,10 @@ def test_written_config_keeps_both_spellings_and_integers(tmp_path):
     for key in ("vocab_size", "hidden_size", "num_hidden_layers", "original_max_position_embeddings"):
         assert type(config[key]) is int
     save(torch_model("llama dynamic"), tmp_path / "dynamic", "v5")
-    source = hf.HfSource(tmp_path / "dynamic")
+    source = HfSource(tmp_path / "dynamic")
     longer = extend.extend_model(source.model, {"rope_type": "dynamic", "factor": 8.0}, 256)
     params = model_source.to_devices(source, dtype=None, mesh=None)
-    config = hf.config_of(model_source.TreeSource(longer, params))
+    config = writer.config_of(model_source.TreeSource(longer, params))
     assert config["max_position_embeddings"] == 32 and config["rope_scaling"]["factor"] == 8.0
 
 
@@ -266,13 +266,13 @@ def test_half_precision_survives_bit_for_bit(tmp_path):
     for dtype in (torch.bfloat16, torch.float16):
         reference = torch_model("qwen3").to(dtype)
         save(reference, tmp_path / str(dtype), "dual")
-        source = hf.HfSource(tmp_path / str(dtype))
+        source = HfSource(tmp_path / str(dtype))
         assert source.model.dtype == str(dtype).removeprefix("torch.")
         params = model_source.to_devices(source, dtype=None, mesh=None)
         assert {str(leaf.dtype) for leaf in jax.tree.leaves(params)} == {source.model.dtype}
         out = tmp_path / f"{dtype}-back"
         out.mkdir()
-        hf.write(out, model_source.TreeSource(source.model, params))
+        writer.write(out, model_source.TreeSource(source.model, params))
         back = transformers.AutoModelForCausalLM.from_pretrained(out)
         assert back.dtype == dtype
         for key, tensor in reference.state_dict().items():
@@ -284,12 +284,12 @@ def test_mixed_dtypes_keep_every_number(tmp_path):
     reference.model.layers[1].input_layernorm.float()
     reference.model.layers[1].self_attn.q_proj.float()
     save(reference, tmp_path / "hf", "v5")
-    source = hf.HfSource(tmp_path / "hf")
+    source = HfSource(tmp_path / "hf")
     assert source.model.dtype == "bfloat16"
     assert str(source.leaves["stages_0/block_0/mixer/q_proj/kernel"].dtype) == "float32"
     assert str(source.leaves["stages_0/block_0/mixer/k_proj/kernel"].dtype) == "bfloat16"
     params = model_source.to_devices(source, dtype=np.dtype(np.float32), mesh=None)
-    table = rules.Table(llama.rules(source.model), model_source.leaf_shapes(source.model))
+    table = rules.Table(families.rules(source.model), model_source.leaf_shapes(source.model))
     found = table.to_foreign(rules.flatten(jax.device_get(params)))
     for key, tensor in reference.state_dict().items():
         np.testing.assert_array_equal(found[key], tensor.float().numpy())
@@ -297,12 +297,12 @@ def test_mixed_dtypes_keep_every_number(tmp_path):
 
 def test_phi3_extended_with_yarn_is_written_as_an_equal_longrope(tmp_path, caplog):
     save(torch_model("phi3"), tmp_path / "hf", "v5")
-    source = hf.HfSource(tmp_path / "hf")
+    source = HfSource(tmp_path / "hf")
     scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
     model = extend.extend_model(source.model, scaling, 128)
     params = model_source.to_devices(source, dtype=None, mesh=None)
     (tmp_path / "out").mkdir()
-    hf.write(tmp_path / "out", model_source.TreeSource(model, params))
+    writer.write(tmp_path / "out", model_source.TreeSource(model, params))
     assert "written as the equal longrope" in caplog.text
     back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     for ids in (tokens(SHORT), tokens(LENGTH)):
@@ -313,7 +313,7 @@ def test_phi3_extended_with_yarn_is_written_as_an_equal_longrope(tmp_path, caplo
 
 def test_extension_while_loading_equals_transformers(tmp_path):
     save(torch_model("llama"), tmp_path / "hf", "v5")
-    source = hf.HfSource(tmp_path / "hf")
+    source = HfSource(tmp_path / "hf")
     scaling = {"rope_type": "yarn", "factor": 4.0}
     model = extend.extend_model(source.model, scaling, 256)
     assert model.max_position_embeddings == 256
@@ -381,7 +381,7 @@ def test_config_is_refused(case, tmp_path):
     save(torch_model("llama"), tmp_path, "v5")
     rewrite(tmp_path, **changes)
     with pytest.raises(UserError) as error:
-        hf.HfSource(tmp_path)
+        HfSource(tmp_path)
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
@@ -389,17 +389,17 @@ def test_qwen_window_settings_must_agree(tmp_path):
     save(torch_model("qwen2 mixed"), tmp_path, "v5")
     rewrite(tmp_path, use_sliding_window=False)
     with pytest.raises(UserError, match="set use_sliding_window"):
-        hf.HfSource(tmp_path)
+        HfSource(tmp_path)
     rewrite(tmp_path, layer_types=["full_attention", "chunked_attention"] * 2)
     with pytest.raises(UserError, match="layer_types chunked_attention"):
-        hf.HfSource(tmp_path)
+        HfSource(tmp_path)
 
 
 def test_head_that_is_not_there(tmp_path):
     save(torch_model("llama tied, wide heads"), tmp_path, "v5")
     rewrite(tmp_path, tie_word_embeddings=False)
     with pytest.raises(UserError, match="lm_head.weight is missing; set tie_word_embeddings"):
-        hf.HfSource(tmp_path)
+        HfSource(tmp_path)
 
 
 def test_tied_head_stored_twice_and_old_buffers_are_skipped(tmp_path, caplog):
@@ -410,7 +410,7 @@ def test_tied_head_stored_twice_and_old_buffers_are_skipped(tmp_path, caplog):
     assert "lm_head.weight" in state
     state["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(6)
     torch.save(state, tmp_path / "pytorch_model.bin")
-    source = hf.HfSource(tmp_path)
+    source = HfSource(tmp_path)
     assert "lm_head/embedding" not in source.leaves
     assert "skipped 1 buffers" in caplog.text and "inv_freq" in caplog.text
     np.testing.assert_array_equal(
@@ -427,7 +427,7 @@ def test_unused_but_innocent_keys_are_stated(tmp_path, caplog):
         _attn_implementation_autoset=True,
         full_attn_mod=1,
     )
-    hf.HfSource(tmp_path)
+    HfSource(tmp_path)
     assert "unsloth_version" in caplog.text and "attention_dropout is not applied" in caplog.text
 
 
@@ -442,8 +442,11 @@ def attention(model, **changes):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda m: attention(m, window=8), "cannot express; change model_type (mistral"),
-        (lambda m: attention(m, qk_norm=True), "model_type 'llama' has False"),
+        (lambda m: attention(m, window=8), "or change model_type to 'mistral' or 'phi3'"),
+        (
+            lambda m: attention(m, qk_norm=True),
+            "has False in the 'hf' format; save with format 'lcx', or change model_type to 'qwen3'",
+        ),
         (lambda m: attention(m, qkv_bias=True), "o_bias False, model_type 'llama' has True"),
         (lambda m: m.clone(model_type="mamba"), "model_type 'mamba'"),
         (lambda m: m.clone(norm_eps=1e-3), "config.json can state one for all"),
@@ -462,7 +465,7 @@ def test_models_that_config_json_cannot_state(change, message):
     model = change(model)
     params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), model_lib.abstract_params(model))
     with pytest.raises(UserError) as error:
-        hf.config_of(model_source.TreeSource(model, params))
+        writer.config_of(model_source.TreeSource(model, params))
     assert message in str(error.value)
 
 
@@ -473,7 +476,7 @@ def test_models_that_config_json_cannot_state(change, message):
 @pytest.mark.parametrize("name", ["babyllama105", "stories260K"])
 def test_real_weights(name, reference, tmp_path):
     folder = reference / "data" / "weights" / name / "hf"
-    source = hf.HfSource(folder)
+    source = HfSource(folder)
     params = model_source.to_devices(source, dtype=None, mesh=None)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     text = (reference / "data" / "text" / "tinystories_train_2MiB.txt").read_text()[:1500]

@@ -6,9 +6,9 @@ import json
 import numpy as np
 import pytest
 
+from lcx.convert.core.rules import Flat, Part, Rule, Same, Table, Transposed, flatten, transpose, unflatten
 from lcx.convert.files.tensor_io import TensorInfo
 from lcx.convert.hf import config as hf_config
-from lcx.convert.rules import Flat, Part, Rule, Same, Table, Transposed, flatten, transpose, unflatten
 from lcx.errors import UserError
 
 RNG = np.random.default_rng(0)

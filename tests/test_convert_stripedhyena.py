@@ -16,7 +16,7 @@ import torch
 
 import lcx
 from lcx import model as model_lib
-from lcx.convert import api
+from lcx.convert import api, formats
 from lcx.convert.__main__ import main
 from lcx.convert.evo2 import savanna, vortex
 from lcx.convert.evo2 import striped_hyena as stripedhyena
@@ -159,7 +159,7 @@ def test_legacy_rows_are_interleaved_rank_by_rank(published, tmp_path):
 def test_partial_reads(published, tmp_path):
     """Rows across ranks, roles and heads are those of the whole."""
     save_ranks(tmp_path / "two", [published(f"tools_mp2_mp_rank_0{rank}") for rank in range(2)])
-    source = savanna.legacy_source(tmp_path / "two")
+    source = savanna.SavannaSource(tmp_path / "two", legacy=True)
     for path, info in source.leaves.items():
         whole = source.read(path, tuple(slice(0, size) for size in info.shape))
         for axis, size in enumerate(info.shape):
@@ -441,7 +441,7 @@ def test_models_that_the_formats_cannot_say(tmp_path):
             lcx.save(tmp_path / "out", model, params, format="savanna")
     with pytest.raises(UserError, match="format is 'savanna_legacy', expected one of lcx, hf"):
         lcx.save(tmp_path / "out", model, params, format="savanna_legacy")
-    with pytest.raises(UserError, match="model_parallel is 2"):
+    with pytest.raises(UserError, match="model_parallel is how many files .* 'savanna', and the format is 'vortex'"):
         lcx.save(tmp_path / "out", model, params, format="vortex", model_parallel=2)
 
 
@@ -467,11 +467,11 @@ def test_memory_stays_within_the_largest_tensor(state, tmp_path, monkeypatch, th
     source = savanna.SavannaSource(tmp_path / "evo2.pt")
     if through == "lcx":
         lcx.save(tmp_path / "lcx", *lcx.load(tmp_path / "evo2.pt"), format="lcx")
-        source = api.SOURCES["lcx"](tmp_path / "lcx")
+        source = formats.named("lcx").open(tmp_path / "lcx")
     monkeypatch.setattr(tensor_io, "PIECE_BYTES", 1 << 18)
     api.write(tmp_path / "first", source, format="savanna")  # whatever is imported or cached on the way
     tracemalloc.start()
-    api.write(tmp_path / "out", source, format="savanna", model_parallel=2)
+    api.write(tmp_path / "out", source, format=formats.writer("savanna", model_parallel=2))
     source = savanna.SavannaSource(tmp_path / "out")
     source.read("stages_0/block_1/mixer/h", (slice(0, 1), slice(0, 16), slice(0, 128)))
     _, peak = tracemalloc.get_traced_memory()

@@ -11,7 +11,7 @@ from rope_oracle import KEY, assert_same, hf_frequencies
 from lcx import extend
 from lcx.convert.__main__ import main
 from lcx.convert.hf import config as hf_config
-from lcx.convert.hf import format as hf
+from lcx.convert.hf.source import HfSource
 from lcx.errors import UserError
 from lcx.rope import Rope
 
@@ -71,7 +71,7 @@ def test_a_window_beyond_any_position(folder, tmp_path):
         folder, tmp_path / "m", config=lambda c: c.update(rope_scaling=scaling, rope_parameters=None)
     )
     with pytest.raises(UserError, match="factor 1e.08, which makes a window of 6400000000 tokens"):
-        hf.HfSource(bad)
+        HfSource(bad)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "phi3"])
@@ -111,7 +111,7 @@ def test_a_second_extension_starts_from_the_original_window(folder, first, secon
 
 
 def test_what_was_remembered_counts_only_while_it_is_true(folder, caplog):
-    plain = hf.HfSource(folder).model
+    plain = HfSource(folder).model
     written = hf_config.to_config(
         extend.extend_model(plain, {"rope_type": "ntk", "factor": 4.0}, 256), dtype="float32"
     )

@@ -11,7 +11,7 @@ import pytest
 
 import lcx
 from lcx import model as model_lib
-from lcx.convert import api
+from lcx.convert import formats
 from lcx.convert.__main__ import main
 from lcx.errors import UserError
 from lcx.striped_hyena import striped_hyena
@@ -97,7 +97,7 @@ def test_float32_weights_come_out_to_the_bit(shares, tmp_path, ranks, prefix):
 def test_any_slice_across_the_shares(shares, tmp_path):
     """Rows of a parameter that two data-parallel ranks share, and of one that lies on two model-parallel ranks."""
     params, states = shares
-    source = api.SOURCES["savanna_fp32"](save_zero(tmp_path / "run", states, ranks=4))
+    source = formats.named("savanna_fp32").open(save_zero(tmp_path / "run", states, ranks=4))
     flat = {
         "/".join(str(key.key) for key in path): leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)

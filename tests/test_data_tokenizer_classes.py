@@ -9,7 +9,7 @@ import pytest
 from tokenizer_fuzz import sentencepiece_bytes
 
 import lcx
-from lcx.data import load_tokenizer, save_tokenizer, special_tokens, tokenizer_classes
+from lcx.data import load_tokenizer, save_tokenizer, special_tokens, tokenizer_names
 from lcx.data.tokenizers import encode_all, identity
 from lcx.errors import UserError
 
@@ -212,6 +212,8 @@ FOLDERS = {
     ),
     "gpt neox": ("bytes", {}, {"config": {"model_type": "gpt_neox"}}),
     "cohere": ("bytes", {}, {"tokenizer_config": {"tokenizer_class": "CohereTokenizer", **BOS_EOS}}),
+    "roberta": ("bytes", {}, {"tokenizer_config": {"tokenizer_class": "RobertaTokenizer"}}),
+    "bart": ("bytes", {}, {"config": {"model_type": "florence2"}}),
     "older files": (
         "bytes",
         {},
@@ -286,6 +288,7 @@ SENTENCEPIECE = [
     {"tokenizer_class": "CodeLlamaTokenizer", "fill_token": None},
     {"tokenizer_class": "GemmaTokenizer", "bos_token": "<s>", "eos_token": "</s>"},
     {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": True},
+    {"bos_token": "<s>"},
 ]
 
 
@@ -305,21 +308,21 @@ def test_sentencepiece_folders_equal_auto_tokenizer(transformers, tmp_path, conf
     assert again.encode(TEXTS[5]).tolist() == ours.encode(TEXTS[5]).tolist()
 
 
-def test_a_sentencepiece_model_alone(transformers, tmp_path):
-    """Without a class, it is read as its own settings say: as LlamaTokenizer, or by sentencepiece itself."""
+def test_a_sentencepiece_model_alone(transformers, tmp_path, caplog):
+    """With no file of transformers beside it, as its own settings say: as LlamaTokenizer, or by sentencepiece."""
     library = pytest.importorskip("sentencepiece")
     llama = folder_of(tmp_path / "llama", {"tokenizer.model": sentencepiece_bytes()})
-    assert_equal(load_tokenizer(llama), transformers.LlamaTokenizer.from_pretrained(llama))
+    ours = load_tokenizer(llama)
+    assert_equal(ours, transformers.LlamaTokenizer.from_pretrained(llama))
+    assert "no tokenizer_config.json names a class, read as LlamaTokenizer" in caplog.text
+    save_tokenizer(ours, tmp_path / "saved")  # which names the class, for other libraries too
+    saved = transformers.AutoTokenizer.from_pretrained(tmp_path / "saved")
+    assert_equal(load_tokenizer(tmp_path / "saved"), saved)
     other = folder_of(tmp_path / "unigram", {"spiece.model": sentencepiece_bytes(kind=1)})
     ours = load_tokenizer(other)
     theirs = library.SentencePieceProcessor(model_file=str(other / "spiece.model"))
     assert [ours.encode(text).tolist() for text in TEXTS] == theirs.encode(TEXTS)
     assert special_tokens(ours).ids == () and (ours.bos_id, ours.eos_id) == (1, 2)
-    folder_of(other, {"tokenizer_config": {"tokenizer_class": "T5Tokenizer"}})
-    with pytest.raises(
-        UserError, match="for tokenizer_class T5Tokenizer, which needs a tokenizer.json: make one"
-    ):
-        load_tokenizer(other)
 
 
 def test_llama2_folder_equals_transformers(transformers, reference, tmp_path):
@@ -351,27 +354,135 @@ def test_gpt2_of_two_files(transformers, reference, tmp_path):
         load_tokenizer(tmp_path / "saved")
 
 
-def test_classes_of_model_types_are_those_of_transformers(transformers):
+def test_classes_are_those_of_transformers(transformers):
+    """The tables hold every model type and every class of transformers with rules of its own."""
     auto = transformers.models.auto.tokenization_auto
-    for model_type, name in tokenizer_classes.REGISTERED.items():
-        theirs = auto.TOKENIZER_MAPPING_NAMES[model_type].removesuffix("Fast")
-        theirs = "TokenizersBackend" if theirs == "MistralCommonBackend" else theirs
-        assert name == theirs, model_type
-    assert auto.MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS == tokenizer_classes.OVERRULED
-    for model_type in transformers.models.auto.configuration_auto.CONFIG_MAPPING_NAMES:
-        theirs = (auto.TOKENIZER_MAPPING_NAMES.get(model_type) or "").removesuffix("Fast")
-        if theirs in tokenizer_classes.PIPELINES:
-            assert tokenizer_classes.REGISTERED[model_type] == theirs
+    types = {kind: (name or "").removesuffix("Fast") for kind, name in auto.TOKENIZER_MAPPING_NAMES.items()}
+    types |= {kind: "TokenizersBackend" for kind, name in types.items() if name == "MistralCommonBackend"}
+    assert {kind: name for kind, name in types.items() if name} == tokenizer_names.REGISTERED
+    assert auto.MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS == tokenizer_names.OVERRULED
+    known = tokenizer_names.REBUILT | tokenizer_names.PYTHON
+    for name in {
+        n.removesuffix("Fast") for n in dir(transformers) if n.endswith(("Tokenizer", "TokenizerFast"))
+    }:
+        found = auto.tokenizer_class_from_name(name) or auto.tokenizer_class_from_name(f"{name}Fast")
+        if (
+            issubclass(found, transformers.PreTrainedTokenizerBase)
+            and name not in tokenizer_names.GENERIC_NAMES
+        ):
+            assert name in known or issubclass(found, getattr(transformers, tokenizer_names.ALIASES[name])), (
+                name
+            )
+    for kind in set(types) - set(transformers.models.auto.configuration_auto.CONFIG_MAPPING_NAMES):
+        assert tokenizer_names.resolve(None, kind, byte_level=False) == "TokenizersBackend"
 
 
-def test_what_is_not_read_as_transformers_reads_it_is_refused(trained, tmp_path):
-    files = {"tokenizer": trained["spaces"], "config": {"model_type": "mistral", "transformers_version": "4.57.0"}}
-    folder = folder_of(tmp_path, files | {"tokenizer_config": {"fix_mistral_regex": True}})
-    with pytest.raises(UserError, match="has fix_mistral_regex, which is not supported: apply it with AutoTokenizer"):
+# ------------------------------------------------------------------------------------------------ what is refused
+
+REFUSED = {
+    "rules of its own": (
+        {"tokenizer_config": {"tokenizer_class": "AlbertTokenizerFast"}},
+        "AlbertTokenizer, whose own rules are not supported: save it with AutoTokenizer",
+    ),
+    "by its model type": (
+        {"config": {"model_type": "xglm"}},
+        "tokenizer_class XGLMTokenizer, whose own rules",
+    ),
+    "Python code": (
+        {"tokenizer_config": {"tokenizer_class": "ByT5Tokenizer"}},
+        "ByT5Tokenizer, whose rules are Python code of transformers that no tokenizer.json holds; if",
+    ),
+    "code of the folder": (
+        {
+            "tokenizer_config": {
+                "tokenizer_class": "TikTokenTokenizer",
+                "auto_map": {"AutoTokenizer": ["a.A", None]},
+            }
+        },
+        "Python code of its own .auto_map., which is never run: remove auto_map if tokenizer.json is the whole",
+    ),
+    "files for each version": (
+        {"tokenizer_config": {"fast_tokenizer_files": ["tokenizer.4.0.0.json"]}},
+        "fast_tokenizer_files, .* is not supported: remove the key",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_not_read_as_transformers_reads_it_is_refused(trained, tmp_path, name):
+    files, said = REFUSED[name]
+    with pytest.raises(UserError, match=said):
+        load_tokenizer(folder_of(tmp_path, {"tokenizer": trained["spaces"], **files}))
+
+
+def word_pieces(**options):
+    """tokenizer.json and tokenizer_config.json of a WordPiece vocabulary, without a pipeline."""
+    library = pytest.importorskip("tokenizers")
+    vocabulary = [*"ab,.ée'日", "##b", "hi", "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    model = library.models.WordPiece({token: i for i, token in enumerate(vocabulary)}, unk_token="[UNK]")
+    plain = json.loads(library.Tokenizer(model).to_str())
+    return {"tokenizer": plain, "tokenizer_config": {"unk_token": "[UNK]", **options}}
+
+
+BERTS = [
+    {"tokenizer_class": "BertTokenizer"},
+    {"tokenizer_class": "DistilBertTokenizerFast", "do_lower_case": False, "strip_accents": True},
+    {
+        "tokenizer_class": "BertTokenizer",
+        "tokenize_chinese_chars": False,
+        "clean_up_tokenization_spaces": True,
+    },
+]
+
+
+@pytest.mark.parametrize("options", BERTS)
+def test_word_pieces_equal_auto_tokenizer(transformers, tmp_path, options):
+    folder = folder_of(tmp_path, word_pieces(**options))
+    assert_equal(load_tokenizer(folder), transformers.AutoTokenizer.from_pretrained(folder))
+
+
+def test_the_way_out_of_a_refused_class(transformers, tmp_path):
+    """What the message says to do gives the ids of the class."""
+    folder = folder_of(tmp_path / "funnel", word_pieces(tokenizer_class="FunnelTokenizer"))
+    with pytest.raises(UserError, match="then set tokenizer_class to 'TokenizersBackend' in NEW"):
         load_tokenizer(folder)
-    folder_of(tmp_path, {"tokenizer_config": {"fast_tokenizer_files": ["tokenizer.4.0.0.json"]}})
-    with pytest.raises(UserError, match="fast_tokenizer_files, .* is not supported: remove the key"):
-        load_tokenizer(folder)
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    theirs.save_pretrained(tmp_path / "new")
+    config = json.loads((tmp_path / "new" / "tokenizer_config.json").read_text())
+    folder_of(tmp_path / "new", {"tokenizer_config": config | {"tokenizer_class": "TokenizersBackend"}})
+    assert_equal(load_tokenizer(tmp_path / "new"), theirs)
+
+
+def test_a_text_that_codellama_reorders_is_refused(trained, tmp_path):
+    config = {"tokenizer_class": "CodeLlamaTokenizer"}
+    ours = load_tokenizer(folder_of(tmp_path, {"tokenizer": trained["spaces"], "tokenizer_config": config}))
+    assert ours.encode("hi").size
+    ways = (
+        ours.encode,
+        lambda text: encode_all(ours, ["hi", text]),
+        lambda text: ours.encode_with_offsets([text]),
+    )
+    for way in ways:
+        with pytest.raises(UserError, match="a text holds <FILL_ME>, .* or set fill_token to null in"):
+            way("def f():<FILL_ME>return 1")
+
+
+def test_the_pattern_of_older_mistral_folders(transformers, trained, tmp_path):
+    """fix_mistral_regex replaces the pattern, in folders of the versions and model types that it is for."""
+    model = trained["bytes"]["model"]
+    words = {f"<{i}>": 600 + i for i in range(100_000)}
+    data = trained["bytes"] | {"model": model | {"vocab": model["vocab"] | words}}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "fix_mistral_regex": True}
+    ids = []
+    folder_of(tmp_path, {"tokenizer": data, "tokenizer_config": config})
+    for version in ("5.0.0", "4.57.0"):
+        folder_of(tmp_path, {"config": {"model_type": "mistral3", "transformers_version": version}})
+        ours = load_tokenizer(tmp_path)
+        ids.append(ours.encode("don't I'LL 12345").tolist())
+    assert ids[0] != ids[1]
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in TEXTS:
+        assert ours.encode(text).tolist() == theirs(text, add_special_tokens=False).input_ids
 
 
 # ------------------------------------------------------------------------------------------------ the shared cases

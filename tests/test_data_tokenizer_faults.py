@@ -245,7 +245,7 @@ def test_damaged_sentencepiece_models(tmp_path):
         path.write_bytes(data)
         assert "is not a readable sentencepiece model" in refusal(tmp_path)
     path.write_bytes(b"IQ== 0\nIg== 1\n")
-    assert "looks like a tiktoken file" in refusal(tmp_path)
+    assert "is a tiktoken model, which holds" in refusal(tmp_path)
 
 
 def test_text_that_is_no_text(folder):

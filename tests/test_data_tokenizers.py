@@ -170,7 +170,7 @@ def test_what_is_not_a_tokenizer(tmp_path):
     fails(tmp_path / "typo", 'does not exist; expected "bytes"')
     fails(tmp_path, "no tokenizer.json and no sentencepiece .model")
     (tmp_path / "vocab.json").write_text("{}")
-    fails(tmp_path, "vocab.json but neither tokenizer.json nor merges.txt; make")
+    fails(tmp_path, "vocab.json but no tokenizer.json and no sentencepiece .model; make")
     (tmp_path / "tokenizer.json").write_text('{"version": "1.0", "trunc')
     fails(tmp_path, "not a readable tokenizer")
     (tmp_path / "x.bin").write_text("x")

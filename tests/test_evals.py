@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import quick_xla
 
 import lcx
 from lcx.checkpoint import Checkpointer, model_json
@@ -123,7 +124,7 @@ print("same on every mesh")
 
 
 def test_a_mesh_changes_nothing():
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "NPROC": "32"}
+    env = os.environ | {"XLA_FLAGS": quick_xla.flags("--xla_force_host_platform_device_count=8"), "NPROC": "32"}
     env["PYTHONPATH"] = str(pathlib.Path(lcx.__file__).parent.parent)
     run = subprocess.run([sys.executable, "-c", MESH], env=env, capture_output=True, text=True)
     assert "same on every mesh" in run.stdout, run.stderr[-3000:]

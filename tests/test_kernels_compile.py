@@ -20,6 +20,8 @@ from aot import ROWS as ROWS_OF_A_BATCH
 from aot import record
 from operators import OPERATORS
 
+from lcx.ops import second_order_choice
+
 ALL = ("h200", "v5e", "v5p", "v6e")
 KERNELS = {  # operator: targets for which a kernel of ours is what None picks
     "short_conv": ALL,
@@ -49,9 +51,7 @@ def compiled():
 
     def start():
         context = multiprocessing.get_context("spawn")
-        pools.append(
-            concurrent.futures.ProcessPoolExecutor(1, mp_context=context, initializer=optimize_as_for_users)
-        )
+        pools.append(concurrent.futures.ProcessPoolExecutor(1, mp_context=context, initializer=as_for_users))
 
     def facts(name, target, T, *, train=True, implementation=None):
         if reason := aot.available("h200" if target == "h200" else "tpu"):
@@ -76,8 +76,9 @@ def compiled():
         give_up(pool)
 
 
-def optimize_as_for_users():
+def as_for_users():
     jax.config.update("jax_disable_most_optimizations", False)
+    second_order_choice.LONG = LENGTHS[0]  # but take both forms from a length on that compiles sooner
 
 
 def give_up(pool):
@@ -88,7 +89,9 @@ def give_up(pool):
 
 # Packed rows, as training has them, mostly by other paths than whole rows.
 SHIFTED = ("short_conv", "fir_conv_7")  # without products
-OTHERS = (*(f"{name}_packed" for name in KERNELS), "lolcats_sliding")
+# Both forms of squared attention in one program, in which second_order_states_packed is one of the two branches.
+EITHER = "second_order_either_packed"
+OTHERS = [f"{name}_packed" for name in KERNELS if name != "second_order_states"] + ["lolcats_sliding", EITHER]
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -96,7 +99,11 @@ def test_other_paths(compiled, name):
     kernels = compiled(name, "h200", LENGTHS[0])["kernels"]
     nothing_spills(kernels)
     assert any(kernel["wgmma"] for kernel in kernels) or name.removesuffix("_packed") in SHIFTED
-    compiled(name, "v5e", LENGTHS[0])
+    for found in (kernels, compiled(name, "v5e", LENGTHS[0])["kernels"]):
+        forward = [kernel for kernel in found if "forward" in kernel["name"]]
+        assert name != EITHER or len(forward) == 2, (
+            "the tiles of one form, and those inside the other's chunks"
+        )
 
 
 # One test for all that is known of a program, so that it is compiled by one worker of pytest.

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from test_kernels_second_order_attention import NAMES, arrays, by_hand
 
-from kernels_pallas import second_order_states
-from kernels_pallas.second_order_states import Sizes, obstacle, second_order_attention
+from kernels_pallas import second_order_either, second_order_states
+from kernels_pallas.second_order_attention_plan import TILES
+from kernels_pallas.second_order_states import obstacle, second_order_attention
+from kernels_pallas.second_order_states_plan import SIZES, Sizes
 from kernels_pallas.tiles import Tile, Tiles
 from lcx.ops import dispatch, segments
 from lcx.ops.second_order_attention import empty_state
@@ -110,6 +112,29 @@ def test_a_state_comes_in_and_goes_out(platform):
         assert np.abs(found - right).max() < 2e-5 * np.abs(right).max()
 
 
+def test_either_form_in_one_program(monkeypatch):
+    """Several chunks, so that the two forms do not come to the same kernels."""
+    case = (1, 130, 2, 1, 16, -0.1, True, True, "float32", None)
+    q, k, v, a, runs, dy = arrays(case)
+    kind = "gpu", 4, 16
+    monkeypatch.setitem(SIZES, kind, small("gpu", 8)["sizes"])
+    monkeypatch.setitem(TILES, kind, small("gpu", 8)["tiles"])
+
+    @jax.jit
+    def run(short, q, k, v, a, dy):
+        named = {"short_reach": short, "scale": 0.25, "platform": "gpu", "interpret": True}
+        attend = functools.partial(second_order_either.second_order_attention, runs=runs, **named)
+        y, back = jax.vjp(lambda q, k, v, a: attend(q, k, v, log_decay=a), q, k, v, a)
+        return y, *back(dy)
+
+    by_tiles, by_states = (run(jnp.array(short), q, k, v, a, dy) for short in (True, False))
+    assert any((x != y).any() for x, y in zip(by_tiles, by_states, strict=True))
+    expected = by_hand(q, k, v, a, runs, dy, True)
+    for name, *found, right in zip(NAMES, by_tiles, by_states, expected, strict=True):
+        for x in found:
+            assert np.abs(x - right).max() < 1e-4 * np.abs(right).max(), name
+
+
 @pytest.mark.parametrize("platform", PLATFORMS)
 def test_the_operator_reads_a_prompt_in_pieces(platform, monkeypatch):
     """As one piece, with documents and padding across the cut; the state then serves a step of decoding."""
@@ -146,4 +171,4 @@ def test_obstacles():
     x = jax.ShapeDtypeStruct((1, 128, 2, 128), jnp.float32)
     assert "[16, 32, 64]" in obstacle(x, x, x, platform="gpu")
     assert obstacle(x, x, x, platform="tpu") is None
-    assert set(second_order_states.SIZES) == set(second_order_states.near_part.TILES)
+    assert set(SIZES) == set(TILES)

@@ -9,7 +9,6 @@ import pytest
 
 from lcx.errors import UserError
 from lcx.ops import dispatch
-from lcx.ops import linear_attention as module
 from lcx.ops.linear_attention import LinearState, Window, linear_attention
 
 B, P, H, D = 2, 5, 3, 4  # D: head dim of the window's q and k
@@ -199,15 +198,6 @@ def test_bfloat16_stays_near_float64(name):
     assert np.linalg.norm(y.astype(jnp.float32) - want["y"]) / np.linalg.norm(want["y"]) < 1e-2
 
 
-def test_step_by_step_equals_the_definition():
-    x, ids, _, normalize, _, want = expected("decay, normalized")
-    x = {name: jnp.array(value, jnp.float32) for name, value in x.items()}
-    state = LinearState(x["kv"], x["k_sum"], jnp.ones((B,), jnp.int32))
-    options = {"normalize": normalize, "eps": 0, "segment_ids": jnp.array(ids), "initial_state": state}
-    y, _ = jax.jit(functools.partial(module.recurrent, **options))(*(x[name] for name in "qkva"))
-    assert_close({"y": y}, {"y": want["y"]}, 1e-4)
-
-
 def test_a_long_decay_keeps_its_accuracy():
     """Far into a row the sum of the decays is large, and its float32 rounding no small number."""
     T, rng = 4096, np.random.default_rng(0)
@@ -322,8 +312,6 @@ def on_hard(form, normalize):
                 runs = jnp.cumsum(jnp.diff(ids, prepend=0) != 0, dtype=jnp.int32)[None]
                 options.update(platform=platform, interpret=True)
                 return kernels.linear_attention(q, k, v, log_decay=a, runs=runs, **options)[0]
-            if form == "recurrent":
-                return module.recurrent(q, k, v, a, segment_ids=ids[None], initial_state=None, **options)[0]
             options.update(implementation=form)
             return linear_attention(q, k, v, log_decay=a, segment_ids=ids[None], **options)[0]
 
@@ -336,7 +324,7 @@ def on_hard(form, normalize):
 
 @pytest.mark.parametrize(
     "form, normalize",
-    [("reference", True), ("recurrent", True), ("xla", True), ("xla", False), ("gpu", True), ("tpu", False)],
+    [("reference", True), ("xla", True), ("xla", False), ("gpu", True), ("tpu", False)],
 )
 @pytest.mark.parametrize("kind", HARD)
 def test_hard_decays_are_exact(kind, form, normalize):

@@ -158,7 +158,8 @@ def test_frozen_parameters_have_no_moments(params):
         ({"learning_rate": math.inf}, "AdamW.learning_rate is inf"),
         ({"context_scale": -1.0}, "AdamW.context_scale is -1.0"),
         ({"clip_norm": 0.0}, "AdamW.clip_norm is 0.0"),
-        ({"warmup_steps": -1}, "AdamW.warmup_steps is -1, expected at least 0"),
+        ({"warmup_steps": -1}, "AdamW.warmup_steps is -1, expected a finite number, at least 0"),
+        ({"weight_decay": float("inf")}, "AdamW.weight_decay is inf, expected a finite number"),
         ({"b2": 1.5}, "AdamW.b2 is 1.5, expected a number from 0 to 1"),
     ],
 )
@@ -175,6 +176,8 @@ def test_nothing_to_train_or_to_decay(params):
         AdamW(trainable="v_proj").trains(params)
     with pytest.raises(UserError, match="nothing to train.*change AdamW.trainable or AdamW.frozen"):
         AdamW(frozen=".").trains(params)
+    with pytest.raises(UserError, match="AdamW.frozen 'v_proj' matches none of the 4 parameters, such as"):
+        AdamW(frozen="v_proj").trains(params)
     with pytest.raises(UserError, match="weight_decay is 0.1 but decay=.* matches nothing that trains"):
         optimizer = AdamW(trainable="norm", weight_decay=0.1)
         optimizer.build(partition(params, optimizer.trains(params))[0], 5)

@@ -11,7 +11,8 @@ import pytest
 from rope_oracle import KEY, assert_same, hf_config, hf_frequencies
 
 from lcx import rope as rope_lib
-from lcx.convert.hf.rope_parameters import from_hf, to_hf
+from lcx.convert.hf.config import rope_from_config as from_hf
+from lcx.convert.hf.rope_parameters import to_hf
 from lcx.errors import UserError
 from lcx.rope import ROPE_TYPES, Rope, rotate
 

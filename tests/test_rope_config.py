@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from rope_oracle import KEY, assert_same, hf_config, hf_frequencies
 
-from lcx.convert.hf.rope_parameters import from_hf, to_hf, written_max_position_embeddings
+from lcx.convert.hf.config import rope_from_config as from_hf
+from lcx.convert.hf.rope_parameters import to_hf, written_max_position_embeddings
 from lcx.errors import UserError
 from lcx.rope import Rope
 

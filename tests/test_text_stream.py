@@ -114,6 +114,22 @@ def test_stream_text_continues_a_prompt(stories, capsys, tmp_path):
         assert len(out) > 100 and rest.startswith(out)
 
 
+def test_text_in_text_out(stories):
+    """Two prompts at once, each with what was published after it."""
+    model, params = lcx.load(stories / "hf")
+    tokenizer = lcx.load_tokenizer(stories / "hf")
+    text = published(stories)
+    found = lcx.generate_text(model, params, tokenizer, [text[:66], ""], max_new_tokens=60)
+    assert all(len(one) > 100 for one in found)
+    assert text[66:].startswith(found[0]) and text.startswith(found[1])
+    assert lcx.generate_text(model, params, tokenizer, text[:66], max_new_tokens=60) == found[0]
+    with pytest.raises(UserError, match="the prompt is a int, expected text; lcx.generate takes tokens"):
+        lcx.generate_text(model, params, tokenizer, [3])
+    for prompt in ("Once", ["Once"]):
+        with pytest.raises(UserError, match="tokens is text, expected token ids: use lcx.generate_text"):
+            lcx.generate(model, params, prompt, max_new_tokens=4)
+
+
 def test_stream_text_from_lcx_checkpoints(stories, capsys, tmp_path):
     """Converted: the tokenizer's files lie in the workdir."""
     model, params = lcx.load(stories / "hf")

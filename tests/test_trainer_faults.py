@@ -140,7 +140,17 @@ def test_sigterm_saves_exits_0_and_the_same_command_goes_on(gin_file, whole, tmp
     (step,) = Checkpointer(tmp_path / "checkpoints").steps()
     assert 3 <= step < 40
     assert f"stopped at step {step} of 40; the same command goes on" in err
-    assert f"step {step} of 40 is done: going on" in finish(gin_file, tmp_path)
+    said = finish(gin_file, tmp_path)
+    assert f"step {step} of 40 is done: going on" in said
+    for line in (
+        "model: llama, 2 layers, ",
+        " parameters in float32, activations in float32, window of 32 tokens",
+        "steps: 40 of 8 rows x 32 = 256 tokens, on 1 x cpu",
+        f"writing to {tmp_path}",
+        "compiling the first step",
+        f"done: {tmp_path}/checkpoints/40; next: python -m lcx.evaluate --checkpoint={tmp_path}",
+    ):
+        assert line in said
     assert_same_checkpoint(tmp_path, whole)
     assert lines(tmp_path) == lines(whole)
 
@@ -165,6 +175,28 @@ with StopRequest() as stop:
     assert own_lines(done.stderr) == [
         f"{first}: saving a checkpoint, then stopping; send it again to stop now"
     ]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_before_the_first_step_ends_a_run_that_compiles(number):
+    """The main thread hangs in a C function that no signal interrupts, as the compiler is one."""
+    script = """
+import ctypes, sys
+from lcx.training.signals import StopRequest
+mutex = ctypes.create_string_buffer(128)
+with StopRequest() as stop:
+    stop.unsaved = False
+    print("compiling", flush=True)
+    for _ in range(2):
+        ctypes.CDLL(None).pthread_mutex_lock(mutex)
+"""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([sys.executable, "-c", script], env=environment(), **pipes)
+    assert process.stdout.readline() == "compiling\n"
+    process.send_signal(number)
+    _, err = process.communicate(timeout=50)
+    assert process.returncode == 128 + number
+    assert own_lines(err) == [f"{number.name}: stopped before the first step, nothing is lost"]
 
 
 def test_signals_are_given_back(tmp_path):

@@ -9,6 +9,7 @@ import time
 
 import numpy as np
 import pytest
+import quick_xla
 from tiny_runs import GIN, command, environment, lines, losses, saved, tiny_trainer, write_gin, write_text
 
 import lcx
@@ -44,7 +45,7 @@ def start(text, workdir, *flags: str) -> list[subprocess.Popen]:
         probe.bind(("127.0.0.1", 0))
         address = f"--coordinator_address=127.0.0.1:{probe.getsockname()[1]}"
     gin_file = write_gin(text, GIN + MORE)
-    env = environment(XLA_FLAGS="--xla_force_host_platform_device_count=1")
+    env = environment(XLA_FLAGS=quick_xla.flags("--xla_force_host_platform_device_count=1"))
     return [
         subprocess.Popen(
             command(gin_file, workdir, address, "--num_processes=2", f"--process_id={rank}", *flags),

@@ -12,6 +12,7 @@ import textwrap
 
 import jax
 import numpy as np
+import quick_xla
 
 from lcx import model as model_lib
 from lcx.checkpoint import Checkpointer
@@ -183,4 +184,4 @@ def command(gin_file: str, workdir, *flags: str) -> list[str]:
 
 def environment(**env: str) -> dict[str, str]:
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    return {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path, "XLA_FLAGS": "", **env}
+    return {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path, "XLA_FLAGS": quick_xla.flags(), **env}

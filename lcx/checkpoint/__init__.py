@@ -10,5 +10,14 @@ model_json    a model as JSON, and back
 
 from lcx.checkpoint.checkpointer import Checkpointer
 from lcx.checkpoint.folder import committed_steps, find_step, metadata, read_json, read_record
+from lcx.checkpoint.tree import as_stored
 
-__all__ = ["Checkpointer", "committed_steps", "find_step", "metadata", "read_json", "read_record"]
+__all__ = [
+    "Checkpointer",
+    "as_stored",
+    "committed_steps",
+    "find_step",
+    "metadata",
+    "read_json",
+    "read_record",
+]

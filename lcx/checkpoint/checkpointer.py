@@ -30,6 +30,7 @@ from etils import epath
 from flax.traverse_util import unflatten_dict
 from jax.experimental import multihost_utils
 
+from lcx import paths
 from lcx.checkpoint.folder import (
     COMMIT_MARKER,
     RECORD_ITEM,
@@ -93,6 +94,7 @@ class Checkpointer:
     def __init__(self, directory: Any, *, max_to_keep: int = 3):
         if max_to_keep < 1:
             raise UserError(f"max_to_keep={max_to_keep}; expected at least 1 checkpoint to keep")
+        paths.refuse_scheme(str(directory), "the checkpoint folder")
         self.directory = epath.Path(directory).expanduser().resolve()
         self.failures: list[str] = []
         self._max_to_keep = max_to_keep

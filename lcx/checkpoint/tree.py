@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lcx.checkpoint.fingerprint import fingerprint, partial
-from lcx.checkpoint.folder import Damaged, Entry, few
+from lcx.checkpoint.folder import Damaged, Entry, few, read_record
 from lcx.errors import UserError
 
 Tree = Any  # a pytree of arrays or of jax.ShapeDtypeStruct
@@ -71,6 +71,18 @@ def stored_structs(tree: Tree) -> dict[str, jax.ShapeDtypeStruct]:
         plain = jax.eval_shape(jax.random.key_data, plain) if is_prng_key(leaf) else plain
         structs[key] = jax.ShapeDtypeStruct(plain.shape, plain.dtype, sharding=sharding)
     return structs
+
+
+def as_stored(tree: Tree, step_dir: Any, item: str = "params") -> Tree:
+    """The abstract tree with each leaf in the dtype that a step has it in; leaves that the step lacks stay."""
+    entries = read_record(step_dir).arrays[item]
+    leaves = [
+        jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(entries[key].dtype), sharding=leaf.sharding)
+        if key in entries
+        else leaf
+        for key, leaf in flatten(tree).items()
+    ]
+    return jax.tree.unflatten(jax.tree.structure(tree), leaves)
 
 
 def misfits(tree: Tree, entries: Mapping[str, Entry]) -> str:

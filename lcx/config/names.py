@@ -151,15 +151,23 @@ def explain_import(statement: config_parser.ImportStatement, error: ImportError)
     return f"no module named {missing!r}{hint(name, [module.name for module in pkgutil.iter_modules(paths)])}"
 
 
-def explain_syntax(error: SyntaxError, origin: str) -> str:
-    """`origin` is the file, or the flag, whose shell needs a second pair of quotes."""
+def explain_syntax(error: SyntaxError, origin: str, value: str) -> str:
+    """What is wrong with a statement.
+
+    Args:
+      origin: the file, or the flag, whose shell needs a second pair of quotes.
+      value: what stands after the = in the line of the error.
+    """
     token = re.search(r"Failed to parse token '(.*)'", str(error.msg), re.DOTALL)
-    if token:
-        name = token[1]
+    if token or str(error.msg).startswith("Unable to parse value"):
+        name = token[1] if token else value
+        if value and value[0] not in "([{'\"" and not value.startswith(("%", "@")):
+            name = value.partition("  #")[0].strip()  # all of it, and not the first word
         if name.lower() in ("true", "false", "none"):
             return f"{name} is not a value; write {name.capitalize()}"
         text = f"{origin}=\"'{name}'\"" if origin.startswith("--gin.") else f"'{name}'"
-        return f"{name} is not a value; write {text} for text, %{name} for a macro, @module.{name} to refer"
+        macro = f", %{name} for a macro, @module.{name} to refer" if name.isidentifier() else ""
+        return f"{name} is not a value; write {text} for text{macro}"
     if str(error.msg).startswith("Expected newline"):
         return "one value or import a line was expected and nothing after it; gin has no arithmetic, write the result"
     return str(error.msg).splitlines()[0]

@@ -111,7 +111,13 @@ class Source:
             message = "a bracket or a quote is opened and never closed"
             self.problem(message, place(line), incomplete=True)
         except SyntaxError as error:
-            self.problem(names.explain_syntax(error, origin), place(error.lineno or line), incomplete=True)
+            number = error.lineno or line
+            value = text.splitlines()[number - 1 : number]
+            value_text = value[0].partition("=")[2].strip() if value else ""
+            message = names.explain_syntax(error, origin, value_text)
+            self.problem(message, place(number), incomplete=True)
+        except (RecursionError, MemoryError):  # both are what Python's own parser raises
+            self.problem("a value is nested too deep to read", place(line), incomplete=True)
 
     def _execute(self, statement: Any, context: gin_config.ParseContext, place: str) -> None:
         if isinstance(statement, config_parser.BindingStatement):

@@ -15,10 +15,12 @@ Examples:
   python -m lcx.convert --src=evo2_7b.pt --dst=/tmp/evo2_mp8 --dst_format=savanna --model_parallel=8
 """
 
+import argparse
 import os
 import sys
 
 from lcx import config
+from lcx.convert import formats
 
 
 def main(argv=None) -> int:
@@ -36,14 +38,12 @@ def main(argv=None) -> int:
         "--dst_format",
         required=True,
         metavar="FORMAT",
-        help="lcx, hf, savanna, vortex, lolcats; of a run with LoRA also peft (an adapter of what it trained) and "
-        "lolcats_files (what lies on a Hugging Face folder)",
+        help=f"{formats.help_lines(writing=True)}; or module:NAME of a Format of your own",
     )
     parser.add_argument(
         "--src_format",
         metavar="FORMAT",
-        help="lcx, hf, savanna, savanna_legacy (roles in blocks), these with _fp32 (float32 weights of DeepSpeed's "
-        "optimizer states), vortex or lolcats; found out by default",
+        help=f"{formats.help_lines(writing=False)}; found out by default",
     )
     parser.add_argument("--dtype", metavar="DTYPE", help="float32, bfloat16 or float16; as stored by default")
     parser.add_argument(
@@ -54,29 +54,43 @@ def main(argv=None) -> int:
     )
     parser.add_argument("--context_length", type=int, metavar="N", help="the new context window in tokens")
     parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint at --dst")
-    parser.add_argument(
-        "--max_shard_bytes", type=int, metavar="N", help="largest safetensors file (default 5e9)"
-    )
-    parser.add_argument(
-        "--model_parallel", type=int, metavar="N", help="files that share the tensors of savanna (default 1)"
-    )
+    _add_options(parser)
     _add_adapters(parser)
     _add_lolcats(parser)
     return config.run(parser, "lcx.convert.command:convert", argv)
 
 
+class _Option(argparse.Action):
+    """Collects the options of formats in one dict, which the destination then takes or refuses."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        namespace.options = {
+            **(getattr(namespace, "options", None) or {}),
+            self.option_strings[0][2:]: values,
+        }
+
+
+def _add_options(parser) -> None:
+    """A flag for each option that some format takes when it is written."""
+    for name, field in {k: v for format in formats.FORMATS for k, v in format.options().items()}.items():
+        default = "" if field.default is None else f" (default {field.default})"
+        parser.add_argument(
+            f"--{name}",
+            dest="options",
+            action=_Option,
+            type=str if field.default is None else type(field.default),
+            metavar=field.metadata["metavar"],
+            help=field.metadata["help"] + default,
+        )
+
+
 def _add_adapters(parser) -> None:
-    """PEFT adapters, in and out."""
+    """PEFT adapters, merged into the model."""
     parser.add_argument(
         "--adapter",
         action="append",
         metavar="FOLDER",
         help="a PEFT adapter (LoRA) of the model at --src, merged into it; repeat it, updates add up",
-    )
-    parser.add_argument(
-        "--base_model",
-        metavar="NAME",
-        help="what a peft adapter names as its base, a path or a name on the hub (default: what the run started from)",
     )
 
 

@@ -2,15 +2,16 @@
 
 import dataclasses
 import math
+import os
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lcx import model as model_lib
-from lcx.convert import model_source
+from lcx.convert.core import model_source
+from lcx.convert.core.format import Format
+from lcx.convert.core.model_source import ModelSource
 from lcx.convert.files import tensor_io
-from lcx.convert.model_source import ModelSource
 from lcx.errors import UserError
 from lcx.model import Decoder
 
@@ -70,12 +71,16 @@ class Report:
         return "\n".join(lines)
 
 
-def verify(source: ModelSource, written: ModelSource) -> Report:
-    """Reads both sides, one layer of one parameter at a time.
+def verify(source: ModelSource, target: Format, path: str | os.PathLike) -> Report:
+    """Reads a model and what was written of it, one layer of one parameter at a time.
+
+    Args:
+      target: the format in which it was written to `path`.
 
     Raises:
       UserError: they are not the same parameters, or not the same function although all are float32.
     """
+    written = target.open(path)
     found = {path: info.shape for path, info in written.leaves.items()}
     expected = {path: info.shape for path, info in source.leaves.items()}
     if found != expected:
@@ -91,7 +96,7 @@ def verify(source: ModelSource, written: ModelSource) -> Report:
             not_finite += _not_finite(source, path)
         if by is not None:
             changed[path] = by
-    model = _with_the_same_scaling(written.model, source.model)
+    model = target.completed(written.model, source.model)
     exact = all(info.dtype == source.leaves[path].dtype for path, info in written.leaves.items())
     same = exact and not changed and _plain(model) == _plain(source.model)
     small = all(
@@ -147,28 +152,6 @@ def _not_finite(source: ModelSource, path: str) -> list[tuple[str, int, int]]:
 
 def _plain(model: Decoder) -> Decoder:
     return model.clone(dtype="float32", parent=None)
-
-
-def _with_the_same_scaling(model: Decoder, like: Decoder) -> Decoder:
-    """Position interpolation is a setting, not a tensor, in checkpoints of Evo 2."""
-    if like.model_type != "striped_hyena":
-        return model
-    ropes = [getattr(block.mixer, "rope", None) for stage in like.stages for block in stage.pattern]
-    rope = next((rope for rope in ropes if rope is not None and rope.rope_type == "linear"), None)
-    if rope is None:
-        return model
-
-    def scaled(mixer):
-        own = getattr(mixer, "rope", None)
-        if own is None or own.rope_type != "default":
-            return mixer
-        original = rope.original_max_position_embeddings
-        new = dataclasses.replace(
-            own, rope_type="linear", factor=rope.factor, original_max_position_embeddings=original
-        )
-        return mixer.clone(rope=new, parent=None)
-
-    return model_lib.map_mixers(model, scaled)
 
 
 def _logits(source: ModelSource, model: Decoder) -> np.ndarray:

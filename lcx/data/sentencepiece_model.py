@@ -6,6 +6,7 @@ error of one line.
 """
 
 import dataclasses
+import re
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from lcx.errors import UserError
 
 UNIGRAM, BPE = 1, 2
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+_TIKTOKEN = re.compile(rb"[A-Za-z0-9+/]{1,9999}={0,2} \d{1,7}\r?\n")  # base64 of a token, its rank
 _MAX_BYTES = 256 << 20
 _MAX_PIECES = 1 << 22
 _MAX_SPLITS = 1 << 28  # characters of all halves of all pieces: what finding the merges costs
@@ -83,13 +85,16 @@ def read(path: Path) -> Model:
     data = json_files.read_bytes(path, max_bytes=_MAX_BYTES)
     if data is None:
         raise UserError(f"tokenizer file {path} does not exist; check the tokenizer setting")
+    if _TIKTOKEN.match(data):
+        raise UserError(
+            f"{path} is a tiktoken model, which holds neither the special tokens nor the pattern that splits a text:"
+            " use the tokenizer.json of the same model in the format of Hugging Face"
+        )
     try:
         return _parse(data)
     except (ValueError, IndexError, struct.error, OverflowError) as error:
-        tiktoken = " (it looks like a tiktoken file, of which tokenizer.json is the form to use)"
-        hint = tiktoken if data[:4].isascii() and b"= 0\n" in data[:64] else ""
         raise UserError(
-            f"{path} is not a readable sentencepiece model{hint} ({json_files.one_line(error)}); check the tokenizer"
+            f"{path} is not a readable sentencepiece model ({json_files.one_line(error)}); check the tokenizer"
             " setting"
         ) from error
 

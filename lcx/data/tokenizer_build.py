@@ -17,12 +17,18 @@ from typing import Any, NamedTuple
 
 from lcx.data import json_files, sentencepiece_model
 from lcx.data.special import SpecialTokens
-from lcx.data.tokenizer_classes import DEFAULTS, PIPELINES
+from lcx.data.tokenizer_classes import AROUND, DEFAULTS, PIPELINES
 from lcx.data.tokenizer_settings import NAMED, Settings, Token
 from lcx.errors import UserError
 
 log = logging.getLogger(__name__)
 
+_FIXED_FROM = 100_000  # vocabularies that fix_mistral_regex leaves alone
+_MISTRAL = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 MAX_BYTES = 1 << 30  # of a tokenizer.json; the largest published ones have 40 MB
 
 
@@ -102,14 +108,31 @@ def build(path: Path, settings: Settings) -> Any:
         library.encode_special_tokens = bool(settings.option("split_special_tokens"))
         named = named_tokens(settings)
         _add_tokens(library, settings, source, named)
+        _fix_pattern(library, settings)
         _set_post_processor(library, settings, source, named)
-        again = [token for token in (*named.values(), *(settings.extra or ())) if token]
+        again = [token for token in (*named.values(), *_extra(settings, source)) if token]
         if settings.tokenizer_class == "Qwen2Tokenizer":
             library.add_tokens([_added(Token(token.content, special=True)) for token in again])
         elif settings.tokenizer_class == "CohereTokenizer":
             flags = {token.content: token for _, token in _all_added(settings, source)}
             library.add_special_tokens([_added(flags.get(token.content, token)) for token in again])
         return library
+
+
+def _fix_pattern(library: Any, settings: Settings) -> None:
+    """fix_mistral_regex: the pattern that Mistral's own tokenizers split a text by, as transformers repairs it."""
+    from tokenizers import Regex, pre_tokenizers
+
+    before = library.pre_tokenizer
+    if not settings.option("fix_mistral_regex") or before is None or library.get_vocab_size() <= _FIXED_FROM:
+        return
+    split = pre_tokenizers.Split(Regex(_MISTRAL), behavior="isolated")
+    if isinstance(before, pre_tokenizers.Sequence):
+        before[0] = split
+        return
+    if isinstance(before, pre_tokenizers.Metaspace):
+        before = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    library.pre_tokenizer = pre_tokenizers.Sequence([split, before])
 
 
 def named_tokens(settings: Settings) -> dict[str, Token | None]:
@@ -160,7 +183,7 @@ def _pipeline(path: Path, settings: Settings) -> tuple[Any, Vocabulary | None]:
         model = sentencepiece_model.read(path)
         if pipeline is None:
             return _generic_sentencepiece(model, settings), _of_model(model)
-        source = _of_model(model)
+        source = _of_model(model, as_bpe=True)
     elif path.name != "vocab.json":
         data = json_files.read_bytes(path, max_bytes=MAX_BYTES)
         if data is None:
@@ -209,7 +232,8 @@ def _post_processor(data: dict[str, Any], model: dict[str, Any]) -> Any:
     return _library(json.dumps(data).encode()).post_processor
 
 
-def _of_model(model: sentencepiece_model.Model) -> Vocabulary:
+def _of_model(model: sentencepiece_model.Model, *, as_bpe: bool = False) -> Vocabulary:
+    """The parts of a sentencepiece model. With `as_bpe` a unigram model has merges too, as transformers makes them."""
     vocab = {piece.text: i for i, piece in enumerate(model.pieces)}
     kinds = (sentencepiece_model.CONTROL, sentencepiece_model.USER_DEFINED)
     extra = tuple(
@@ -217,7 +241,8 @@ def _of_model(model: sentencepiece_model.Model) -> Vocabulary:
         for piece in model.pieces
         if piece.kind in kinds
     )
-    merges = sentencepiece_model.merges_of(vocab) if model.model_type == sentencepiece_model.BPE else []
+    as_bpe = as_bpe or model.model_type == sentencepiece_model.BPE
+    merges = sentencepiece_model.merges_of(vocab) if as_bpe else []
     return Vocabulary(vocab, merges, extra=extra)
 
 
@@ -287,6 +312,11 @@ def _added(token: Token) -> Any:
     return AddedToken(token.content, special=token.special, **flags)
 
 
+def _extra(settings: Settings, source: Vocabulary | None) -> tuple[Token, ...]:
+    """The further special tokens of the folder, or those that a sentencepiece model marks itself."""
+    return settings.extra if settings.extra is not None else source.extra if source else ()
+
+
 def _all_added(settings: Settings, source: Vocabulary | None) -> list[tuple[int, Token]]:
     """The added tokens of the folder and of tokenizer.json by id; the latter's count where both have one."""
     of_file = source.added if source and not settings.replaces_added else ()
@@ -299,10 +329,9 @@ def _add_tokens(
     """Adds what the folder names and the library does not have yet, in the order of transformers."""
     own = library.get_added_tokens_decoder()
     present = {repr(token) for token in own.values()}
-    extra = settings.extra if settings.extra is not None else source.extra if source else ()
     tokens = [token for _, token in _all_added(settings, source) if repr(_added(token)) not in present]
     known = {token.content for token in own.values()} | {token.content for token in tokens}
-    for token in (*named.values(), *(extra or ())):
+    for token in (*named.values(), *_extra(settings, source)):
         if token is not None and token.content not in known and token not in tokens:
             tokens.append(token)
     roles = {token.content for token in named.values() if token is not None}
@@ -326,9 +355,20 @@ def _add_tokens(
 def _set_post_processor(
     library: Any, settings: Settings, source: Vocabulary | None, named: dict[str, Token | None]
 ) -> None:
-    """The template of add_bos_token and add_eos_token where these count, see `TokenizersBackend`."""
+    """What stands around a text: by add_bos_token and add_eos_token where these count, or by the class."""
     from tokenizers import processors
 
+    around = [named.get(key) for key in AROUND.get(settings.tokenizer_class, ())]
+    if around:
+        texts = [token.content for token in around if token is not None]
+        if len(texts) < len(around):
+            raise UserError(f"{settings.tokenizer_class} needs a cls_token and a sep_token, not null")
+        library.post_processor = processors.TemplateProcessing(
+            single=[f"{texts[0]}:0", "$A:0", f"{texts[1]}:0"],
+            pair=[f"{texts[0]}:0", "$A:0", f"{texts[1]}:0", "$B:0"],
+            special_tokens=[(text, library.token_to_id(text)) for text in dict.fromkeys(texts)],
+        )
+        return
     is_json = source is None or source.is_json
     add = {"bos_token": False, "eos_token": False}
     if not is_json:

@@ -7,25 +7,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lcx.data import json_files, sentencepiece_model, tokenizer_build, tokenizer_classes
+from lcx.data import json_files, sentencepiece_model, tokenizer_build, tokenizer_names
 from lcx.data import tokenizer_settings as settings_of
-from lcx.data.tokenizer_classes import GENERIC, PIPELINES
+from lcx.data.tokenizer_classes import PIPELINES
 from lcx.data.tokenizer_libraries import FileTokenizer, HuggingFaceTokenizer, SentencePieceTokenizer
+from lcx.data.tokenizer_names import GENERIC
 from lcx.data.tokenizer_settings import Settings, Token
 from lcx.errors import UserError
 
 log = logging.getLogger(__name__)
 
-# Classes of transformers with rules of their own on top of a sentencepiece model.
-_WITH_RULES = (
-    "AlbertTokenizer BarthezTokenizer BertGenerationTokenizer BigBirdTokenizer CamembertTokenizer CpmTokenizer"
-    " DebertaV2Tokenizer FNetTokenizer GPTSw3Tokenizer LasrTokenizer M2M100Tokenizer MBart50Tokenizer MBartTokenizer"
-    " MT5Tokenizer MarianTokenizer NllbTokenizer PegasusTokenizer ReformerTokenizer RemBertTokenizer"
-    " SeamlessM4TTokenizer SiglipTokenizer T5Tokenizer UdopTokenizer XGLMTokenizer XLMRobertaTokenizer"
-    " XLNetTokenizer"
-)
-_MISTRALS = ("mistral", "mistral3", "voxtral", "ministral", "pixtral")
-_UNIGRAM_CLASSES = frozenset(_WITH_RULES.split())
+_OTHERS = ("vocab.json", "vocab.txt", "merges.txt", "tekken.json")  # vocabularies of other forms
+_HUGGING_FACE_FILES = ("tokenizer_config.json", "config.json")
 
 
 def vocabulary_file(folder: Path) -> Path:
@@ -51,10 +44,10 @@ def vocabulary_file(folder: Path) -> Path:
     hint = "no tokenizer.json and no sentencepiece .model"
     if models:
         hint = f"several .model files ({json_files.one_line(', '.join(models))}): name one of them"
-    elif "vocab.json" in names:
+    elif others := [name for name in names if name in _OTHERS or name.endswith(".tiktoken")]:
         hint = (
-            "vocab.json but neither tokenizer.json nor merges.txt; make a tokenizer.json with"
-            f" AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained(...)"
+            f"{json_files.one_line(', '.join(others))} but no tokenizer.json and no sentencepiece .model; make a"
+            f" tokenizer.json with AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained(...)"
         )
     raise UserError(f"tokenizer folder {str(folder)!r} has {hint}; check the tokenizer setting")
 
@@ -78,7 +71,8 @@ def from_file(
     path = Path(
         os.path.abspath(path)
     )  # not resolved: in a hub cache the files are links to blobs without names
-    found = settings or _settings(path)
+    of_record = ids is not None and path.suffix == ".model"  # none for sentencepiece's own library
+    found = settings or (None if of_record else _settings(path))
     if found is None:
         tokenizer: FileTokenizer = _own_sentencepiece(path)
     else:
@@ -100,55 +94,82 @@ def _settings(path: Path) -> Settings | None:
     """The settings for a vocabulary file; None for a sentencepiece model that its own library has to read."""
     folder = path.parent
     config, model_config = settings_of.config_of(folder)
-    name = tokenizer_classes.declared(folder, config, model_config)
-    if path.suffix == ".model":
-        return _sentencepiece_settings(path, name, config)
-    byte_level = False
-    if path.name != "vocab.json" and name == "LlamaTokenizer":
-        data = json_files.read_bytes(path, max_bytes=tokenizer_build.MAX_BYTES) or b""
-        byte_level = b'"ByteLevel"' in data
-    model_type = model_config.get("model_type")
-    name = tokenizer_classes.resolve(name, model_type, byte_level=byte_level, has_code="auto_map" in config)
-    _refuse_mistral_fix(folder, config, model_config)
+    of_model = path.suffix == ".model"
+    if of_model and not any((folder / name).is_file() for name in _HUGGING_FACE_FILES):
+        return _of_model_alone(path)
+    name = _class_of(path, config, model_config)
+    if of_model and path.name != "tokenizer.model":  # AutoTokenizer does not find it
+        if name == GENERIC:
+            return _of_model_alone(path)
+        raise UserError(f"{path} is for tokenizer_class {name}, which reads tokenizer.model: rename the file")
     if path.name == "vocab.json" and name == GENERIC:
         name = "GPT2Tokenizer"
-    if name not in PIPELINES and name != GENERIC:
-        log.warning(
-            "%s: tokenizer_class %s is read as %s says, without what the class itself does", folder, name, path.name
-        )
-        name = GENERIC
-    return settings_of.read(folder, name, config)
-
-
-def _refuse_mistral_fix(folder: Path, config: Mapping[str, Any], model_config: Mapping[str, Any]) -> None:
-    """transformers replaces the pattern of some older Mistral tokenizers where the folder asks for it."""
-    kind, version = model_config.get("model_type"), str(model_config.get("transformers_version") or "0")
-    if kind in _MISTRALS and config.get("fix_mistral_regex") is True and version.partition(".")[0] in "01234":
-        raise UserError(
-            f"{folder / 'tokenizer_config.json'} has fix_mistral_regex, which is not supported: apply it with"
-            f" AutoTokenizer.from_pretrained({str(folder)!r}, fix_mistral_regex=True).save_pretrained(...)"
-        )
-
-
-def _sentencepiece_settings(path: Path, name: str | None, config: Mapping[str, Any]) -> Settings | None:
-    """The class that the folder names counts; where it names none, the model itself says what it is."""
-    if name in _UNIGRAM_CLASSES:
-        raise UserError(
-            f"{path} is for tokenizer_class {name}, which needs a tokenizer.json: make one with"
-            f" AutoTokenizer.from_pretrained({str(path.parent)!r}).save_pretrained(...)"
-        )
     if name in PIPELINES:
-        return settings_of.read(path.parent, name, config, of_model=True)
+        return settings_of.read(folder, name, config, model_config, of_model=of_model)
+    read = settings_of.read(folder, GENERIC, config, model_config, of_model=of_model)
+    if not of_model:
+        return read
+    own = dict(tokenizer_build.model_tokens(sentencepiece_model.read(path)))
+    return dataclasses.replace(read, named=tuple((own | dict(read.named)).items()))
+
+
+def _class_of(path: Path, config: Mapping[str, Any], model_config: Mapping[str, Any]) -> str:
+    """One of `PIPELINES`, or the generic class.
+
+    Raises:
+      UserError: the folder's class has rules of its own that are not supported.
+    """
+    folder = path.parent
+    name = tokenizer_names.declared(folder, config, model_config)
+    byte_level = False
+    if path.name == "tokenizer.json" and name == "LlamaTokenizer":
+        data = json_files.read_bytes(path, max_bytes=tokenizer_build.MAX_BYTES) or b""
+        byte_level = b'"ByteLevel"' in data
+    code = config.get("auto_map")
+    has_code = bool(code.get("AutoTokenizer") if isinstance(code, dict) else code)
+    found = tokenizer_names.resolve(
+        name, model_config.get("model_type"), byte_level=byte_level, has_code=has_code
+    )
+    if found is None:
+        raise UserError(
+            f"{folder / 'tokenizer_config.json'} names Python code of its own (auto_map), which is never run: remove"
+            f" auto_map if {path.name} is the whole tokenizer, or use a tokenizer.json of the same model"
+        )
+    if found in tokenizer_names.PYTHON:
+        raise UserError(
+            f"{folder} is for tokenizer_class {found}, whose rules are Python code of transformers that no"
+            f" tokenizer.json holds; if {path.name} is the whole tokenizer, set tokenizer_class to 'TokenizersBackend'"
+            " in tokenizer_config.json"
+        )
+    if found in tokenizer_names.REBUILT and found not in PIPELINES:
+        raise UserError(
+            f"{folder} is for tokenizer_class {found}, whose own rules are not supported: save it with"
+            f" AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained(NEW), then set tokenizer_class to"
+            " 'TokenizersBackend' in NEW/tokenizer_config.json"
+        )
+    if found == "BertTokenizer" and path.name in ("tokenizer.model", "vocab.json"):
+        raise UserError(
+            f"{path} is not for tokenizer_class {found}, which has a tokenizer.json or a vocab.txt: correct the class"
+        )
+    if found not in PIPELINES and found != GENERIC:
+        name = json_files.one_line(found, limit=80)
+        log.warning("%s: tokenizer_class %s is not known, %s is read as it is", folder, name, path.name)
+        return GENERIC
+    return found
+
+
+def _of_model_alone(path: Path) -> Settings | None:
+    """A sentencepiece model without the files of transformers says itself what it is, see `load_tokenizer`."""
     model = sentencepiece_model.read(path)
-    own: dict[str, Token | None] = dict(tokenizer_build.model_tokens(model))
-    if name in tokenizer_classes.GENERIC_NAMES:
-        read = settings_of.read(path.parent, GENERIC, config, of_model=True)
-        return dataclasses.replace(read, named=tuple((own | dict(read.named)).items()))
-    if name is not None:
-        log.warning("%s: tokenizer_class %s is not known, its model is read as it is", path.parent, name)
     if not model.is_like_llama:
         return None
-    read = settings_of.read(path.parent, "LlamaTokenizer", config, of_model=True)
+    log.warning(
+        "%s: no tokenizer_config.json names a class, read as LlamaTokenizer reads it (AutoTokenizer would put no space"
+        " before a text)",
+        path,
+    )
+    read = settings_of.read(path.parent, "LlamaTokenizer", {}, {}, of_model=True)
+    own: dict[str, Token | None] = dict(tokenizer_build.model_tokens(model))
     own = {key: own.get(key) for key in ("bos_token", "eos_token", "unk_token")}
     options = {"add_prefix_space": model.add_dummy_prefix} | dict(read.options)
     return dataclasses.replace(

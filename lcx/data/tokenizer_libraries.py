@@ -14,7 +14,7 @@ from jaxtyping import Int
 from lcx.data import json_files, sentencepiece_model, tokenizer_build
 from lcx.data.special import SpecialTokens
 from lcx.data.tokenizer_build import guarded
-from lcx.data.tokenizer_classes import GENERIC
+from lcx.data.tokenizer_names import GENERIC
 from lcx.data.tokenizer_settings import Settings
 from lcx.errors import UserError
 
@@ -53,18 +53,35 @@ class HuggingFaceTokenizer:
         with guarded(what):
             return tokenizer_build.special_of(self._library, self.eos_id, what=what)
 
+    @functools.cached_property
+    def _fill(self) -> str | None:
+        """The token at which CodeLlamaTokenizer cuts a text into two and reorders them."""
+        fill = tokenizer_build.named_tokens(self.settings).get("fill_token")
+        return fill.content if fill and self.settings.tokenizer_class == "CodeLlamaTokenizer" else None
+
+    def _refuse_fill(self, texts: Sequence[str]) -> None:
+        if self._fill and any(self._fill in text for text in texts):
+            raise UserError(
+                f"a text holds {json_files.one_line(self._fill, limit=40)}, for which CodeLlamaTokenizer reorders the"
+                f" text, which is not supported: remove it from the text, or set fill_token to null in"
+                f" {Path(self.path).parent / 'tokenizer_config.json'} to read it as text"
+            )
+
     def encode(self, text: str, *, add_special_tokens: bool = False) -> Int[np.ndarray, "tokens"]:
+        self._refuse_fill([text])
         with guarded(f"{self.path} cannot encode a text of {len(text)} characters"):
             return np.array(self._library.encode(text, add_special_tokens=add_special_tokens).ids, np.int32)
 
     def encode_batch(
         self, texts: Sequence[str], *, add_special_tokens: bool = False
     ) -> list[Int[np.ndarray, "tokens"]]:
+        self._refuse_fill(texts)
         with guarded(f"{self.path} cannot encode one of {len(texts)} texts"):
             encodings = self._library.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
             return [np.array(encoding.ids, np.int32) for encoding in encodings]
 
     def encode_with_offsets(self, texts: Sequence[str]) -> list[Located]:
+        self._refuse_fill(texts)
         with guarded(f"{self.path} cannot encode one of {len(texts)} texts"):
             found = self._library.encode_batch(list(texts), add_special_tokens=False)
             return [(np.array(e.ids, np.int32), np.array(e.offsets, np.int64).reshape(-1, 2)) for e in found]

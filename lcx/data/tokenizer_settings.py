@@ -5,6 +5,7 @@ leaves out, config.json may name the class.
 """
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,13 @@ _OPTIONS = (
     "split_special_tokens",
     "clean_up_tokenization_spaces",
     "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output",
+    "fix_mistral_regex",
+    "do_lower_case",
+    "strip_accents",
+    "tokenize_chinese_chars",
 )
+_MISTRALS = (None, "mistral", "mistral3", "voxtral", "ministral", "pixtral")
+_BEFORE_5 = re.compile(r"[0-4]\b|5(\.0)*\.?(dev|a|b|rc)")
 _MAX_TOKENS = 1 << 20
 
 
@@ -98,12 +105,28 @@ def from_json(data: Any, path: Path | str) -> Settings:
     )
 
 
+def to_config(settings: Settings) -> dict[str, Any]:
+    """A tokenizer_config.json with what decides about the ids, for a folder that has none."""
+    named = {}
+    for key, token in settings.named:
+        flags = {} if token is None else {k: v for k, v in dataclasses.asdict(token).items() if v is not None}
+        named[key] = {"__type": "AddedToken", **flags} if flags else None
+    return {"tokenizer_class": settings.tokenizer_class, **named, **dict(settings.options)}
+
+
 def read(
-    folder: Path, tokenizer_class: str, config: Mapping[str, Any], *, of_model: bool = False
+    folder: Path,
+    tokenizer_class: str,
+    config: Mapping[str, Any],
+    model_config: Mapping[str, Any],
+    *,
+    of_model: bool = False,
 ) -> Settings:
-    """The settings in a folder, given its tokenizer_config.json (`config`) and the class that was found for it.
+    """The settings in a folder, given the class that was found for it.
 
     Args:
+      config: its tokenizer_config.json.
+      model_config: its config.json.
       of_model: the vocabulary is a sentencepiece model.
 
     Raises:
@@ -125,6 +148,9 @@ def read(
         added = _older_added(folder / "added_tokens.json", named, extra)
         if not of_model:  # which marks such tokens itself
             extra = from_map if extra is None else extra
+    options = dict(_options(config, path))
+    if not _has_mistral_pattern(folder, model_config):
+        options.pop("fix_mistral_regex", None)
     ordered = [key for key in NAMED if key in named] + [key for key in named if key not in NAMED]
     return Settings(
         tokenizer_class=tokenizer_class,
@@ -132,8 +158,16 @@ def read(
         extra=extra,
         added=added,
         replaces_added=replaces,
-        options=_options(config, path),
+        options=tuple(options.items()),
     )
+
+
+def _has_mistral_pattern(folder: Path, model_config: Mapping[str, Any]) -> bool:
+    """Whether a folder is one that fix_mistral_regex is for: a Mistral model of transformers before 5."""
+    version = model_config.get("transformers_version")
+    older = not version or bool(_BEFORE_5.match(str(version)))
+    kind = model_config.get("model_type")
+    return older and kind in _MISTRALS and (folder / "config.json").is_file()
 
 
 def stop_ids(folder: Path) -> tuple[int, ...]:

@@ -46,7 +46,8 @@ __all__ = [
 ]
 
 RECORD = "lcx_tokenizer.json"
-_SIDE_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+_CONFIG = "tokenizer_config.json"
+_SIDE_FILES = (_CONFIG, "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
 _SIDE_TEMPLATES = "additional_chat_templates/*.jinja"
 
 
@@ -143,8 +144,9 @@ def load_tokenizer(path: str | os.PathLike | Tokenizer) -> Tokenizer:
 
     The special tokens and what is put before and after a text are those of the file and of tokenizer_config.json.
     Only EOS and the ids that end a generation may come from `generation_config.json` or `config.json` beside them.
-    A sentencepiece model whose folder names no class is read as its settings say: like LlamaTokenizer, with a space
-    before the text where the model adds one (AutoTokenizer leaves that space out), or by sentencepiece itself.
+    A sentencepiece model alone, with neither tokenizer_config.json nor config.json beside it, is read as its own
+    settings say: like LlamaTokenizer, with a space before the text where the model adds one (AutoTokenizer leaves that
+    space out), or by sentencepiece itself.
 
     Raises:
       UserError: there is no tokenizer, or it is damaged.
@@ -179,7 +181,8 @@ def save_tokenizer(tokenizer: Tokenizer, folder: str | os.PathLike) -> None:
     """Copies a tokenizer's files into `folder`, so that `load_tokenizer(folder)` gives the same tokenizer.
 
     The files keep their names and a sentencepiece model becomes tokenizer.model, so that other libraries find them
-    too; `lcx_tokenizer.json`, written last, records the kind, the settings, the special ids and the checksum.
+    too, and a tokenizer_config.json names the class where there was none; `lcx_tokenizer.json`, written last, records
+    the kind, the settings, the special ids and the checksum.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -197,9 +200,15 @@ def save_tokenizer(tokenizer: Tokenizer, folder: str | os.PathLike) -> None:
             if file.is_file() and file.resolve() != target.resolve():
                 target.parent.mkdir(exist_ok=True)
                 _copy(file, target)
-    partial = folder / f"{RECORD}.partial"
-    partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, folder / RECORD)
+    if isinstance(tokenizer, HuggingFaceTokenizer) and not (folder / _CONFIG).exists():
+        _write_json(folder / _CONFIG, tokenizer_settings.to_config(tokenizer.settings))
+    _write_json(folder / RECORD, record)
+
+
+def _write_json(path: Path, data: dict[str, Any]) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    os.replace(partial, path)
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from lcx.ops.linear_attention import Window, dot
+from lcx.ops.linear_chunks import dot
+from lcx.ops.linear_state import Window
 from lcx.ops.windowed_linear_attention import NEG, Slots
 
 CHUNK = 64

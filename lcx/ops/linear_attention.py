@@ -7,7 +7,6 @@ Letters: B batch, T time, N heads, P features of q and k, H head dim of v, C chu
 fewer heads than N: a head is then shared by consecutive ones (grouped values, Mamba-2's groups of B and C).
 
 ``reference``  the sum over j <= i that the recurrence stands for, quadratic; in float64 for float64 inputs.
-``recurrent``  the recurrence itself, a step at a time: the second opinion for tests.
 ``triton``, ``tpu``  the kernels of kernels_pallas/linear_attention.py; with a window windowed_linear_attention.py's
 ``xla``        C tokens at a time. Inside a chunk the quadratic form, W_ij = (q_i.k_j) e^{g_i - g_j} with g the running
                sum of a *within the chunk*, so that no exponent is ever positive and none is a difference of large
@@ -22,10 +21,8 @@ the whole sequence would cancel to rounding noise.
 Segments: see ops/segments.py. `window` adds LoLCATS's softmax over the nearest keys: ops/windowed_linear_attention.py.
 """
 
-import dataclasses
 import functools
-import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,52 +31,17 @@ from jaxtyping import Array, Float, Int
 
 from lcx.errors import UserError
 from lcx.ops import MIXER_RESIDUALS, dispatch, segments
-from lcx.ops.decay import GONE, divided, gaps, split
+from lcx.ops import windowed_linear_attention as windowed
+from lcx.ops.decay import GONE, divided, gaps
+from lcx.ops.linear_chunks import chunk_weights, dot, grouped, next_state, nonzero, states_before, ungrouped
+from lcx.ops.linear_state import KINDS, Held, LinearState, Window, empty_state, starts
+
+__all__ = ["KINDS", "Held", "LinearState", "Window", "empty_state", "linear_attention"]
 
 CHUNK = (
     64  # measured on a CPU at T = 4K and 16K, P = H = 64: 516 and 808 ns a token and head, 128: 635 and 913
 )
-KINDS = ("sliding", "terraced")
 PLATFORMS = {"triton": "gpu", "tpu": "tpu"}  # the kernels
-
-
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=("q", "k", "scale"), meta_fields=("kind", "size")
-)
-@dataclasses.dataclass(frozen=True)
-class Window:
-    """Softmax over the nearest keys, in one sum with the linear part over the others.
-
-    Attributes:
-      kind: "sliding": the last `size` keys, the query's own among them; "terraced": those of the query's own block of
-        `size` and of the block before it, blocks counted from the start of the document.
-      q: [B, T, N, H], k: [B, T, K, H]: of the softmax, rotated.
-      scale: [N], the weight of the softmax part (LoLCATS's gamma).
-    """
-
-    kind: str
-    size: int
-    q: Array
-    k: Array
-    scale: Array
-
-
-class Held(NamedTuple):
-    """The newest keys, which a window may yet see: the linear state has those before. The newest is last."""
-
-    k: Array  # [B, R, K, H]
-    v: Array  # [B, R, Kv, H]
-    features: Array  # [B, R, Nk, P]
-    length: Array  # [B] tokens of the document so far, so that blocks stay aligned; min(length, R) slots are in use
-
-
-class LinearState(NamedTuple):
-    """What follows needs of what came before."""
-
-    kv: Array  # [B, N, P, H] float32
-    k_sum: Array | None  # [B, N, P] float32; None without normalize
-    segment_ids: Array  # [B] the document of the state; 0: nothing seen
-    held: Held | None = None  # with a window
 
 
 def linear_attention(
@@ -125,28 +87,12 @@ def linear_attention(
     if window is None:
         run = {"reference": reference, "xla": xla}.get(form, kernel)
         return run(q, k, v, log_decay, normalize=normalize, **options)
-    from lcx.ops import windowed_linear_attention as windowed  # which needs this file
-
     if log_decay is not None:
         raise UserError("linear attention with both a window and a log_decay: expected one of them")
     if window.kind not in KINDS:
         raise UserError(f"window kind {window.kind!r}: expected one of {', '.join(KINDS)}")
     attend = {"reference": windowed.reference, "xla": windowed.xla}.get(form, windowed.kernel)
     return attend(q, k, v, window, **options)
-
-
-def empty_state(batch: int, heads: int, features: int, head_dim: int, *, normalize: bool) -> LinearState:
-    """The state before the first token."""
-    k_sum = jnp.zeros((batch, heads, features), jnp.float32) if normalize else None
-    kv = jnp.zeros((batch, heads, features, head_dim), jnp.float32)
-    return LinearState(kv, k_sum, jnp.zeros((batch,), jnp.int32))
-
-
-def starts(segment_ids: Array, before: Array | None = None) -> Array:
-    """The slot at which each token's document begins, -1 for the document of the state: token i sees j >= starts_i."""
-    runs = segments.runs(segment_ids, before)
-    new = jnp.diff(runs, axis=1, prepend=jnp.zeros_like(runs[:, :1])) != 0
-    return jax.lax.cummax(jnp.where(new, jnp.arange(runs.shape[1]), -1), axis=1)
 
 
 def _kernel_obstacles(q: Array, k: Array, v: Array, window: Window | None) -> dict[str, str | None]:
@@ -156,8 +102,6 @@ def _kernel_obstacles(q: Array, k: Array, v: Array, window: Window | None) -> di
         if q.shape[1] == 1:
             return "one token: the kernel would compute a whole chunk"
         if window is not None:
-            from lcx.ops import windowed_linear_attention as windowed
-
             return windowed.obstacle(q, k, v, window, platform=platform)
         from kernels_pallas.linear_attention import obstacle
 
@@ -186,7 +130,7 @@ def kernel(
     return jnp.where(real[..., None], y, 0), LinearState(kv, k_sum, segments.last(segment_ids, before))
 
 
-# ------------------------------------------------------------------------------------------- reference, recurrent
+# ------------------------------------------------------------------------------------------------------- reference
 
 
 def _prepare(q, k, v, log_decay, segment_ids, initial_state):
@@ -229,28 +173,6 @@ def reference(q, k, v, log_decay, *, normalize, eps, segment_ids, initial_state)
     return y.astype(dtype), LinearState(kv, z if has_sum else None, segments.last(ids, before))
 
 
-def recurrent(q, k, v, log_decay, *, normalize, eps, segment_ids, initial_state) -> tuple[Array, LinearState]:
-    """The recurrence, a token at a time."""
-    dtype = v.dtype
-    q, k, v, a, kv, z, ids, before = _prepare(q, k, v, log_decay, segment_ids, initial_state)
-
-    def step(state, x):
-        kv, z, document = state
-        q, k, v, a, now = x
-        stays = (now == 0) | (now == document)
-        keep = jnp.where(stays[:, None], jnp.exp(a), 0)
-        kv = keep[..., None, None] * kv + k[..., :, None] * v[..., None, :]
-        z = keep[..., None] * z + k
-        y = jnp.einsum("bnp,bnph->bnh", q, kv)
-        if normalize:
-            y = divided(y, (jnp.einsum("bnp,bnp->bn", q, z) + eps)[..., None])
-        return (kv, z, jnp.where(now == 0, document, now)), jnp.where((now != 0)[:, None, None], y, 0)
-
-    xs = tuple(jnp.swapaxes(x, 0, 1) for x in (q, k, v, a, ids))
-    (kv, z, document), y = jax.lax.scan(step, (kv, z, before), xs)
-    return jnp.swapaxes(y, 0, 1).astype(dtype), LinearState(kv, z if normalize else None, document)
-
-
 # --------------------------------------------------------------------------------------------------- chunk by chunk
 
 
@@ -287,70 +209,6 @@ def xla(
     return y.astype(dtype), LinearState(kv, k_sum, segments.last(segment_ids, before))
 
 
-def grouped(arrays, C):
-    """[B, T, n, ...] -> [T / C, B, G, r, C, ...], G groups for all, r 1 or N / G: the heads of one group."""
-    heads = [x.shape[2] for x in arrays if x is not None]
-    N = max(heads)
-    groups = math.gcd(*heads)
-
-    def cut(x):
-        if x is None:
-            return None
-        B, T, n = x.shape[:3]
-        if n not in (groups, N):
-            x, n = jnp.repeat(x, N // n, axis=2), N
-        x = jnp.pad(x, ((0, 0), (0, -T % C), *((0, 0),) * (x.ndim - 2)))
-        x = x.reshape(B, -1, C, groups, n // groups, *x.shape[3:])
-        return jnp.moveaxis(x, (1, 3, 4), (0, 2, 3))
-
-    return [cut(x) for x in arrays]
-
-
-def ungrouped(x: Array, T: int) -> Array:
-    """[T / C, B, G, r, C, ...] -> [B, T, G r, ...], without what was padded."""
-    x = jnp.moveaxis(x, (0, 2, 3), (1, 3, 4))
-    return x.reshape(x.shape[0], x.shape[1] * x.shape[2], -1, *x.shape[5:])[:, :T]
-
-
-def dot(spec: str, x: Array, y: Array, heads: int | None = None) -> Array:
-    """einsum into float32; the second operand takes the first's dtype. heads = 1: the result sums over r, kept as 1."""
-    if heads == 1:
-        return jnp.expand_dims(dot(spec[::-1].replace("r", "", 1)[::-1], x, y), 2)
-    return jnp.einsum(spec, x, y.astype(x.dtype), preferred_element_type=jnp.float32)
-
-
-def chunk_weights(a: Array | None, first: Array | None, C: int) -> tuple[Array, Array, Array, Array]:
-    """How much a chunk's pairs count [.., C, C], its entering state for each query, each key for the state at its end
-    [.., C], and the entering state for that [.., 1]; leading axes B, G, r or 1."""
-    place = jnp.arange(C)
-    seen, carried = place <= place[:, None], jnp.ones((1, 1, 1, 1), jnp.float32)
-    entering = leaving = jnp.ones((1, 1, 1, C), jnp.float32)
-    if first is not None:
-        first = first[:, None, None]
-        seen = seen & (place >= first[..., None])
-        entering = (first < 0).astype(jnp.float32)
-        leaving = (place >= first[..., -1:]).astype(jnp.float32)
-        carried = entering[..., -1:]
-    if a is None:
-        return seen.astype(jnp.float32), entering, leaving, carried
-    g = jnp.cumsum(split(a, C), axis=-1)
-    pairs = jnp.sum(g[..., :, None] - g[..., None, :], axis=0)
-    decay = jnp.exp(jnp.where(seen, pairs, -jnp.inf))
-    to_end = jnp.exp(jnp.sum(g[..., -1:] - g, axis=0))
-    from_start = jnp.exp(jnp.sum(g, axis=0))
-    return decay, entering * from_start, leaving * to_end, carried * from_start[..., -1:]
-
-
-def next_state(k: Array, v: Array, leaving: Array, carried: Array, state):
-    """The state (kv, z or None) at the end of a chunk."""
-    kv, z = state
-    weighted = (v * leaving[..., None]).astype(v.dtype)
-    kv = carried[..., None] * kv + dot("bgrsp,bgrsh->bgrph", k, weighted)
-    if z is not None:
-        z = carried * z + jnp.einsum("bgrsp,bgrs->bgrp", k.astype(jnp.float32), leaving)
-    return kv, z
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
 def _chunks(q, k, v, a, first, state, normalize: bool, eps: float):
     return _chunks_forward(q, k, v, a, first, state, normalize, eps)[0]
@@ -375,22 +233,6 @@ def _chunks_forward(q, k, v, a, first, state, normalize, eps):
     y, norm = jax.tree.map(lambda x: checkpoint_name(x, MIXER_RESIDUALS), (y, norm))
     needed = y if normalize or a is not None else None
     return (y, last), (q, k, v, a, first, state, needed, norm)
-
-
-def nonzero(norm):
-    return jnp.where(norm == 0, 1.0, norm)
-
-
-def states_before(k, v, a, first, state):
-    """The states that enter each chunk, stacked, and the one that leaves the last."""
-
-    def step(state, x):
-        k, v, a, first = x
-        _, _, leaving, carried = chunk_weights(a, first, k.shape[3])
-        return next_state(k, v, leaving, carried, state), state
-
-    last, before = jax.lax.scan(step, state, (k, v, a, first))
-    return before, last
 
 
 def _chunks_backward(normalize, eps, residuals, cotangents):

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from lcx.ops.linear_attention import Window
+from lcx.ops.linear_state import Window
 
 FLOOR = 1e-12  # of features, and the eps of a pass without a window
 NEG = -1e8

@@ -71,10 +71,22 @@ def short_reach(log_decay: Float[Array, "B T N"], runs: Int[Array, "B T"], H: in
     rates = jnp.moveaxis(log_decay, 2, 1)[:, :, : log_decay.shape[1] // C * C]
     total = jnp.sum(rates.reshape(*rates.shape[:2], -1, C), axis=-1)
     runs = runs[:, : rates.shape[2]].reshape(runs.shape[0], -1, C)
-    of_heads = jax.vmap(second_order_tiles.first_visible, (0, None, None))
+    of_heads = jax.vmap(_first_visible, (0, None, None))
     first = jax.vmap(of_heads)(total, runs[:, :, 0], runs[:, :, -1])
     reach = C * jnp.mean((jnp.arange(total.shape[2]) - first).astype(jnp.float32))
     return reach <= min(MOST, meeting_point(H))
+
+
+def _first_visible(total: Array, first: Array, last: Array) -> Array:
+    """For each tile of queries, the first tile of keys that matters. Only a threshold: plain prefix sums will do.
+
+    (With their rounding errors on the safe side. A total may be a little above 0, and the search needs order.)
+    """
+    end = -jnp.cumsum(total)
+    by_decay = jnp.searchsorted(
+        jax.lax.cummax(end), end + total + second_order_tiles.SKIP - 1e-6 * jnp.abs(end)
+    )
+    return jnp.maximum(by_decay, jnp.searchsorted(last, first)).astype(jnp.int32)
 
 
 @jax.custom_vjp

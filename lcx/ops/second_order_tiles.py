@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from lcx.ops.decay import split
+from lcx.ops.running import running, sums_of_tile
 from lcx.ops.tiling import add, cut, dot, each_head, put
 
 TILE = 128
@@ -67,8 +68,8 @@ def local(decay: Array, runs: Array, C: int) -> tuple[Array, Array, Array, Array
     """Of one head [T], in tiles of C: the sums l [T] within a tile, whole tiles' totals [T / C], the weights of keys
     [T] towards the end of their tile, and each tile's first and last document."""
     inside, ids = decay.reshape(-1, C), runs.reshape(-1, C)
-    l = jnp.cumsum(inside, axis=1)
-    after = jnp.cumsum(inside[:, :0:-1], axis=1)[:, ::-1]  # not a difference of two large sums
+    l = sums_of_tile(inside)
+    after = sums_of_tile(inside[:, :0:-1])[:, ::-1]  # not a difference of two large sums
     to_end = jnp.exp(jnp.pad(after, ((0, 0), (0, 1)))) * (ids == ids[:, -1:])
     return l.reshape(-1), l[:, -1], to_end.reshape(-1), ids[:, 0], ids[:, -1]
 
@@ -82,39 +83,40 @@ def within(q: Array, k: Array, rate: Array, runs: Array) -> tuple[Array, Array]:
 
 def _gaps(rate: Array) -> Array:
     """L_i - L_j [C, C] of one tile."""
-    l = jnp.cumsum(split(rate, len(rate)), axis=1)
+    l = sums_of_tile(split(rate, len(rate)))
     return jnp.sum(l[:, :, None] - l[:, None, :], axis=0)
 
 
-def first_visible(total: Array, first: Array, last: Array) -> Array:
-    """For each tile of queries, the first tile of keys that matters. Only a threshold: plain prefix sums will do.
+def _earlier(i, total: Array, first: Array, last: Array, tile, carry):
+    """carry after tile(j, gap, carry) for the tiles before i, the nearest first, up to where none matters."""
 
-    (With their rounding errors on the safe side. A total may be a little above 0, and the search needs order.)
-    """
-    end = -jnp.cumsum(total)
-    by_decay = jnp.searchsorted(jax.lax.cummax(end), end + total + SKIP - 1e-6 * jnp.abs(end))
-    return jnp.maximum(by_decay, jnp.searchsorted(last, first)).astype(jnp.int32)
+    def matters(state):
+        j, gap, _ = state
+        return (j >= 0) & (gap >= SKIP) & (last[j] >= first[i])
+
+    def step(state):
+        j, gap, carry = state
+        return j - 1, gap + total[j], tile(j, gap, carry)
+
+    start = i - 1, jnp.zeros((), total.dtype), carry
+    return jax.lax.while_loop(matters, step, start)[2]
 
 
 def _head_forward(q, k, v, decay, runs):
     T, C = len(q), tile_size(len(q))
     l, total, to_end, first, last = local(decay, runs, C)
-    far_v, start = (v * to_end[:, None]).astype(v.dtype), first_visible(total, first, last)
+    to_end = to_end[:, None]
 
     def row(i, out):
         at = i * C
         q_i, l_i, runs_i = cut(q, at, C), cut(l, at, C), cut(runs, at, C)
         s, near = within(q_i, cut(k, at, C), cut(decay, at, C), runs_i)
 
-        def tile(step, carry):
-            far, gap = carry
-            j = i - 1 - step
-            s = dot(q_i, cut(k, j * C, C), 1, 1)
-            far += jnp.exp(gap) * dot((s * s).astype(v.dtype), cut(far_v, j * C, C), 1, 0)
-            return far, gap + total[j]
+        def tile(j, gap, far):
+            s, v_j = dot(q_i, cut(k, j * C, C), 1, 1), cut(v, j * C, C) * cut(to_end, j * C, C)
+            return far + jnp.exp(gap) * dot((s * s).astype(v.dtype), v_j.astype(v.dtype), 1, 0)
 
-        empty = (jnp.zeros((C, v.shape[1]), out.dtype), jnp.zeros((), decay.dtype))
-        far, _ = jax.lax.fori_loop(0, i - start[i], tile, empty)
+        far = _earlier(i, total, first, last, tile, jnp.zeros((C, v.shape[1]), out.dtype))
         from_start = jnp.exp(l_i) * (runs_i == first[i])
         sums = dot((s * s * near).astype(v.dtype), cut(v, at, C), 1, 0) + far * from_start[:, None]
         return put(out, sums, at)
@@ -125,34 +127,32 @@ def _head_forward(q, k, v, decay, runs):
 def _head_backward(q, k, v, decay, runs, d_out):
     T, C = len(q), tile_size(len(q))
     l, total, to_end, first, last = local(decay, runs, C)
-    far_v, start = (v * to_end[:, None]).astype(v.dtype), first_visible(total, first, last)
+    to_end = to_end[:, None]
 
     def row(i, carry):
-        dq, dk, dv, d_far_v = carry
+        dq, dk, dv = carry
         at = i * C
         q_i, l_i, runs_i, d_i = (cut(x, at, C) for x in (q, l, runs, d_out))
         from_start = jnp.exp(l_i) * (runs_i == first[i])
         d_far = d_i * from_start[:, None]
         dq_i, dk_i, dv_i = within_backward(q_i, cut(k, at, C), cut(v, at, C), cut(decay, at, C), runs_i, d_i)
 
-        def tile(step, carry):
-            dq_i, dk, d_far_v, gap = carry
-            j = (i - 1 - step) * C
-            k_j = cut(k, j, C)
+        def tile(j, gap, carry):
+            dq_i, dk, dv = carry
+            k_j, to_end_j = cut(k, j * C, C), cut(to_end, j * C, C)
             d = (d_far * jnp.exp(gap)).astype(v.dtype)
-            s = dot(q_i, k_j, 1, 1)
-            ds = (2 * s * dot(d, cut(far_v, j, C), 1, 1)).astype(k.dtype)
-            dk = add(dk, dot(ds, q_i, 0, 0), j)
-            d_far_v = add(d_far_v, dot((s * s).astype(v.dtype), d, 0, 0), j)
-            return dq_i + dot(ds, k_j, 1, 0), dk, d_far_v, gap + total[i - 1 - step]
+            s, v_j = dot(q_i, k_j, 1, 1), (cut(v, j * C, C) * to_end_j).astype(v.dtype)
+            ds = (2 * s * dot(d, v_j, 1, 1)).astype(k.dtype)
+            dk = add(dk, dot(ds, q_i, 0, 0), j * C)
+            dv = add(dv, to_end_j * dot((s * s).astype(v.dtype), d, 0, 0), j * C)
+            return dq_i + dot(ds, k_j, 1, 0), dk, dv
 
-        state = (dq_i, add(dk, dk_i, at), d_far_v, jnp.zeros((), decay.dtype))
-        dq_i, dk, d_far_v, _ = jax.lax.fori_loop(0, i - start[i], tile, state)
-        return put(dq, dq_i, at), dk, put(dv, dv_i, at), d_far_v
+        carry = dq_i, put(dk, dk_i, at), put(dv, dv_i, at)
+        dq_i, dk, dv = _earlier(i, total, first, last, tile, carry)
+        return put(dq, dq_i, at), dk, dv
 
-    like = (jnp.zeros(x.shape, decay.dtype) for x in (q, k, v, v))
-    dq, dk, dv, d_far_v = jax.lax.fori_loop(0, T // C, row, tuple(like))
-    dv += d_far_v * to_end[:, None]
+    like = (jnp.zeros(x.shape, decay.dtype) for x in (q, k, v))
+    dq, dk, dv = jax.lax.fori_loop(0, T // C, row, tuple(like))
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), decay_gradient(q, dq, k, dk)
 
 
@@ -171,4 +171,4 @@ def decay_gradient(q, dq, k, dk) -> Array:
     rounded scores, so what lies on one side of a token cancels, however long the row.
     """
     d_sum = 0.5 * jnp.sum(q * dq - k * dk, axis=-1)
-    return jnp.cumsum(d_sum[::-1])[::-1]
+    return running(jnp.add, d_sum[::-1], 0, axis=0)[::-1]

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from lcx.ops.decay import GONE
+from lcx.ops.running import running
 
 LOG4 = 1.3862943611198906
 NOTHING = -(2**16)  # the unit where no key has any weight yet
@@ -64,8 +65,9 @@ def units(
     begins = jnp.diff(runs, axis=1, prepend=0)[..., None] != 0
     rates = jax.lax.stop_gradient(log_decay).reshape(*q.shape[:2], K, N // K).max(axis=-1)
     before = (exponent(k_sum).reshape(B, K, N // K).max(axis=-1) + 1) // 2
-    sizes = jnp.where(begins, -jnp.inf, rates / LOG4), exponent(k).astype(rates.dtype)
-    fall, heaviest = jax.lax.associative_scan(_joined, sizes, axis=1)
+    rates = jnp.where(begins, -jnp.inf, rates / LOG4)
+    sizes = exponent(k).astype(rates.dtype)
+    fall, heaviest = running(_joined, (rates, sizes), (0.0, -jnp.inf), axis=1)
     heaviest = jnp.maximum(heaviest, before[:, None] + fall)
     seen = jnp.maximum(jnp.ceil(heaviest), NOTHING).astype(jnp.int32)  # m, [B, T, K]
     rows = exponent(q)

@@ -26,19 +26,8 @@ from jaxtyping import Array
 
 from lcx.ops import MIXER_RESIDUALS, segments
 from lcx.ops.decay import divided
-from lcx.ops.linear_attention import (
-    Held,
-    LinearState,
-    Window,
-    chunk_weights,
-    dot,
-    grouped,
-    next_state,
-    nonzero,
-    starts,
-    states_before,
-    ungrouped,
-)
+from lcx.ops.linear_chunks import chunk_weights, dot, grouped, next_state, nonzero, states_before, ungrouped
+from lcx.ops.linear_state import Held, LinearState, Window, starts
 
 NEG = -1e30
 WIDEST = 128  # a chunk: scores are computed for C + size keys, so more than the window is waste

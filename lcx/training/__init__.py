@@ -1,5 +1,6 @@
 """What the jobs (`trainer`, `blockwise`, `ladder`) use.
 
+run             what a run holds, and how it is laid out before there are arrays
 step            one compiled training step
 meter           loss, tokens per second and model FLOP utilisation of finished steps
 peak_flops      what the hardware could do

@@ -1,5 +1,7 @@
 """What the values of finished steps say: a mean loss, tokens per second, model FLOP utilisation; when to give up."""
 
+import collections
+import concurrent.futures
 import contextlib
 import math
 import time
@@ -10,8 +12,10 @@ import jax
 from lcx import model as model_lib
 from lcx.errors import UserError
 from lcx.model import Decoder
-from lcx.training import peak_flops
 from lcx.training.logger import MetricsLogger
+from lcx.training.peak_flops import peak_flops
+
+IN_FLIGHT = 2  # steps queued on the devices: enough to hide the host; forced CPU devices deadlock with dozens
 
 
 class NotFiniteError(UserError):
@@ -23,7 +27,10 @@ class NotFiniteError(UserError):
 
 
 class Meter:
-    """Collects the values of every step, logs every `every` steps and at the last one.
+    """Takes the values of every step as it is dispatched, logs every `every` steps and at the last one.
+
+    A step lasts from the moment when the one before was done to the moment when it is done itself, which a thread
+    waits for: the host may be a step ahead, or held up. The first step compiles and is not timed.
 
     Attributes:
       losses: of the steps since the last line; a checkpoint keeps them, so that a resumed run logs the same means.
@@ -32,6 +39,7 @@ class Meter:
     def __init__(
         self,
         model: Decoder,
+        metrics: MetricsLogger,
         *,
         batch_size: int,
         seq_len: int,
@@ -40,25 +48,39 @@ class Meter:
         losses: list[float],
     ):
         self.losses = list(losses)
+        self._metrics = metrics
         self._every, self._last = every, last
         self._tokens = batch_size * seq_len
         self._flops = self._tokens * model_lib.flops_per_token(model, seq_len)
-        self._peak = peak_flops.peak_flops()
-        self._since: float | None = None  # the first step compiles: its time says nothing
+        self._peak = peak_flops()
+        self._watcher = concurrent.futures.ThreadPoolExecutor(1, "lcx-meter")
+        self._dispatched: collections.deque = collections.deque()  # (step, values, future of the time it was done)
+        self._since: float | None = None
         self._timed = 0
 
-    def record(self, step: int, values: dict[str, jax.Array], metrics: MetricsLogger) -> None:
-        """Waits for a step, checks it, and logs it if it is due.
+    def add(self, step: int, values: dict[str, jax.Array]) -> None:
+        """Takes a step that is under way, and waits for the one before it.
 
         Raises:
-          NotFiniteError: the loss or the gradient.
+          NotFiniteError: the loss or the gradient of that one.
         """
+        self._dispatched.append((step, values, self._watcher.submit(_done, values["loss"])))
+        while len(self._dispatched) >= IN_FLIGHT:
+            self._record()
+
+    def drain(self) -> None:
+        """Waits for all steps that are under way. Raises NotFiniteError as `add` does."""
+        while self._dispatched:
+            self._record()
+
+    def _record(self) -> None:
+        step, values, done = self._dispatched.popleft()
+        now = done.result()
         numbers = {name: float(value) for name, value in values.items()}
         for name in ("loss", "grad_norm"):
             if not math.isfinite(numbers[name]):
                 raise NotFiniteError(name, numbers[name], step)
         self.losses.append(numbers["loss"])
-        now = time.perf_counter()
         if self._since is None:
             self._since = now
         else:
@@ -68,14 +90,21 @@ class Meter:
             if self._timed:
                 rate = self._timed / (now - self._since)
                 numbers["tokens_per_second"] = rate * self._tokens
-                numbers["mfu"] = rate * self._flops / self._peak
-            metrics.log(step, numbers)
+                if self._peak is not None:
+                    numbers["mfu"] = rate * self._flops / self._peak
+            self._metrics.log(step, numbers)
             self.losses, self._since, self._timed = [], now, 0
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Time in here does not count as training."""
+        """Waits for the steps that are under way; time in here does not count as training."""
+        self.drain()
         start = time.perf_counter()
         yield
         if self._since is not None:
             self._since += time.perf_counter() - start
+
+
+def _done(value: jax.Array) -> float:
+    value.block_until_ready()
+    return time.perf_counter()

@@ -1,10 +1,6 @@
-"""What the machine could do: the peak that model FLOP utilisation (MFU) is measured against."""
-
-import functools
-import time
+"""What the devices could do: the peak that model FLOP utilisation (MFU) is measured against."""
 
 import jax
-import jax.numpy as jnp
 
 # Dense matrix products, FLOP/s per device in bfloat16, from the makers' data sheets; matched as substrings.
 PEAKS = (
@@ -20,27 +16,10 @@ PEAKS = (
 )
 
 
-def peak_flops() -> float:
-    """FLOP/s of all devices together: bfloat16 data sheet values, or, where there are none, a measured float32 product.
+def peak_flops() -> float | None:
+    """FLOP/s of all devices together, or None for a device without a data sheet value.
 
-    Forced host devices share the cores, so the measured value counts once.
+    A CPU has none: what its cores reach changes with the number type, with their clock and with other work on them.
     """
     kind = jax.devices()[0].device_kind
-    for name, peak in PEAKS:
-        if name in kind:
-            return peak * jax.device_count()
-    hosts = max(jax.process_count(), 1)
-    return _measured() * (hosts if jax.default_backend() == "cpu" else jax.device_count())
-
-
-@functools.cache
-def _measured(size: int = 1024, seconds: float = 0.3) -> float:
-    """The best of what fits into so many seconds: other work on the machine only ever slows a product down."""
-    x = jnp.ones((size, size), jnp.float32)
-    product = jax.jit(lambda x: x @ x)
-    product(x).block_until_ready()
-    best, end = float("inf"), time.perf_counter() + seconds
-    while (start := time.perf_counter()) < end:
-        product(x).block_until_ready()
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
+    return next((peak * jax.device_count() for name, peak in PEAKS if name in kind), None)

@@ -1,6 +1,6 @@
 """What a run began with, as its checkpoints record it: a workdir goes on only with the settings that began it.
 
-What a resumed run may change (steps, batch size, learning rate, dtype, remat, mesh, implementations) is not in it.
+What a resumed run may change, such as steps, batch size or optimizer, is compared too, and a change is stated.
 """
 
 import logging
@@ -8,7 +8,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from lcx import hub
+from lcx import hub, moved
 from lcx.checkpoint import model_json
 from lcx.errors import UserError
 from lcx.linearize import Linearize
@@ -18,6 +18,7 @@ from lcx.model import Decoder
 log = logging.getLogger(__name__)
 
 _FREE = ("dtype", "remat", "implementation")  # how, not what, a model computes
+_CHANGEABLE = ("steps", "batch_size", "accumulation", "optimizer", "objective", "mesh", "dtype", "remat")
 
 
 def record(
@@ -44,6 +45,21 @@ def record(
     }
 
 
+def changeable(trainer: Any) -> dict[str, Any]:
+    """The settings that a resumed run may change, as JSON."""
+    return {name: model_json.to_json(getattr(trainer, name)) for name in _CHANGEABLE}
+
+
+def changes(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """A line for every setting that is not what the run had before."""
+    recorded, lines = dict(_today(recorded)), []
+    for name in now:
+        if name in recorded and recorded[name] != now[name]:
+            path, old, new = _difference(recorded[name], now[name], f"Trainer.{name}")
+            lines.append(f"{path} is {_brief(new)} from here on, and was {_brief(old)} before")
+    return lines
+
+
 def check(recorded: Mapping[str, Any], now: Mapping[str, Any], workdir: str) -> None:
     """Compares what the checkpoint in the workdir records with the settings of now.
 
@@ -52,7 +68,7 @@ def check(recorded: Mapping[str, Any], now: Mapping[str, Any], workdir: str) -> 
     Raises:
       UserError: another model, scaling or LoRA; it names the first setting that differs.
     """
-    place = {"init_from": now["init_from"]}
+    recorded, place = _today(recorded), {"init_from": now["init_from"]}
     if {**recorded, **place} != now:
         path, old, new = _difference({**recorded, **place}, now, "Trainer")
         raise UserError(
@@ -66,6 +82,17 @@ def check(recorded: Mapping[str, Any], now: Mapping[str, Any], workdir: str) -> 
             recorded["init_from"],
             now["init_from"],
         )
+
+
+def _today(value: Any) -> Any:
+    """A record with the classes and functions as they are called now."""
+    if isinstance(value, Mapping):
+        names = (model_json.CLASS, model_json.FUNCTION)
+        return {
+            key: moved.today(item) if key in names and isinstance(item, str) else _today(item)
+            for key, item in value.items()
+        }
+    return [_today(item) for item in value] if isinstance(value, list) else value
 
 
 def _without_free(value: Any) -> Any:

@@ -14,21 +14,45 @@ import jax
 
 
 class StopRequest:
-    """Context manager; `requested(step)` is True once the run should save and end. A second signal ends it at once."""
+    """Context manager; `requested(step)` is True once the run should save and end. A second signal ends it at once.
+
+    Attributes:
+      unsaved: whether the run has done anything that a checkpoint would keep. While it has not, the first signal ends
+        it at once, even when the main thread compiles and runs no handler of Python's.
+    """
 
     def __init__(self):
+        self.unsaved = True
         self._flag = threading.Event()
         self._previous: dict[int, object] = {}
+        self._pipe: tuple[int, int] | None = None
 
     def __enter__(self) -> "StopRequest":
         if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._previous[number] = signal.signal(number, self._handle)
+            self._pipe = os.pipe()
+            os.set_blocking(self._pipe[1], False)
+            signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
+            threading.Thread(target=self._watch, args=(self._pipe[0],), daemon=True).start()
         return self
 
     def __exit__(self, *_) -> None:
+        if self._pipe is not None:
+            signal.set_wakeup_fd(-1)
+            os.close(self._pipe[1])  # ends the thread, which closes the other end
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _watch(self, pipe: int) -> None:
+        """Python's handlers wait for the main thread; the number of a signal arrives here at once."""
+        while numbers := os.read(pipe, 1):
+            number = numbers[0]
+            if not self.unsaved and number in self._previous:
+                name = signal.Signals(number).name
+                print(f"\n{name}: stopped before the first step, nothing is lost", file=sys.stderr, flush=True)
+                os._exit(128 + number)
+        os.close(pipe)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._flag.is_set():

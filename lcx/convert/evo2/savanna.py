@@ -19,15 +19,15 @@ from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 
-from lcx.convert import model_source, rules
+from lcx.convert.core import model_source, rules
+from lcx.convert.core.format import check_same
+from lcx.convert.core.model_source import ModelSource
 from lcx.convert.evo2 import savanna_files, striped_hyena
 from lcx.convert.evo2.savanna_files import SavannaFiles
 from lcx.convert.evo2.striped_hyena import FILTER, LIVE_TAPS, PROJECTION, StripedHyenaSource
-from lcx.convert.files import tensor_io
+from lcx.convert.files import folders, tensor_io
 from lcx.convert.files.tensor_io import TensorInfo
 from lcx.convert.files.torch_writer import TorchWriter
-from lcx.convert.hf import folder as hf_folder
-from lcx.convert.model_source import ModelSource
 from lcx.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -156,18 +156,6 @@ class SavannaSource(StripedHyenaSource):
             )
 
 
-def legacy_source(path: str | os.PathLike) -> SavannaSource:
-    return SavannaSource(path, legacy=True)
-
-
-def float32_source(path: str | os.PathLike) -> SavannaSource:
-    return SavannaSource(path, float32=True)
-
-
-def legacy_float32_source(path: str | os.PathLike) -> SavannaSource:
-    return SavannaSource(path, legacy=True, float32=True)
-
-
 # ------------------------------------------------------------------------------------------------- writing
 
 
@@ -217,7 +205,7 @@ def write(
     finally:
         for writer in writers:
             writer.close()
-    hf_folder.write_bytes(folder / savanna_files.LATEST, _STEP.encode())
+    folders.write_bytes(folder / savanna_files.LATEST, _STEP.encode())
     return {name: entry.info for name, entry in entries.items()}
 
 
@@ -232,11 +220,7 @@ def planned(source: ModelSource, *, dtype: np.dtype | None, model_parallel: int)
 def check_written(folder: pathlib.Path, tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
     """What was written, read back from its headers. Raises UserError when it is something else."""
     found = SavannaFiles(folder).tensors
-    expected = {name: (info.shape, info.dtype) for name, info in tensors.items()}
-    if {name: (info.shape, info.dtype) for name, info in found.items()} != expected:
-        raise UserError(
-            f"{folder}: what was written is not what was meant to be; check the disk and try again"
-        )
+    check_same(folder, found, tensors)
     return found
 
 

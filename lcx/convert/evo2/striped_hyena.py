@@ -27,9 +27,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from lcx.convert import model_source, rules
+from lcx import model as model_lib
+from lcx.convert.core import model_source, rules
+from lcx.convert.core.rules import Part, Rule, Same, Taps, Transposed
 from lcx.convert.files.tensor_io import FLOAT_DTYPES, TensorInfo, TensorSource
-from lcx.convert.rules import Part, Rule, Same, Taps, Transposed
 from lcx.errors import UserError
 from lcx.mixers.attention import Attention
 from lcx.mixers.hyena import HyenaLI, HyenaMR, HyenaSE
@@ -336,6 +337,24 @@ def say_scaling(model: Decoder) -> None:
             "it there",
             mixers[0].rope.factor,
         )
+
+
+def with_scaling_of(like: Decoder, model: Decoder) -> Decoder:
+    """`model` with the position interpolation of `like`, which is a setting and no tensor in these formats."""
+    ropes = [getattr(block.mixer, "rope", None) for stage in like.stages for block in stage.pattern]
+    rope = next((rope for rope in ropes if rope is not None and rope.rope_type == "linear"), None)
+
+    def scaled(mixer):
+        own = getattr(mixer, "rope", None)
+        if rope is None or own is None or own.rope_type != "default":
+            return mixer
+        original = rope.original_max_position_embeddings
+        new = dataclasses.replace(
+            own, rope_type="linear", factor=rope.factor, original_max_position_embeddings=original
+        )
+        return mixer.clone(rope=new, parent=None)
+
+    return model_lib.map_mixers(model, scaled)
 
 
 class StripedHyenaSource:

@@ -15,7 +15,9 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from lcx.convert import model_source, rules
+from lcx.convert.core import model_source, rules
+from lcx.convert.core.format import check_same
+from lcx.convert.core.model_source import ModelSource
 from lcx.convert.evo2 import savanna, savanna_files, striped_hyena
 from lcx.convert.evo2.striped_hyena import (
     EMBEDDING,
@@ -30,7 +32,6 @@ from lcx.convert.files import tensor_io
 from lcx.convert.files.tensor_io import TensorInfo
 from lcx.convert.files.torch_bin import TorchFile
 from lcx.convert.files.torch_writer import TorchWriter
-from lcx.convert.model_source import ModelSource
 from lcx.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -298,9 +299,5 @@ def _block_makers(
 def check_written(folder: pathlib.Path, tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
     """What was written, read back from its headers. Raises UserError when it is something else."""
     found = TorchFile(folder / FILE).tensors
-    expected = {name: (info.shape, info.dtype) for name, info in tensors.items()}
-    if {name: (info.shape, info.dtype) for name, info in found.items()} != expected:
-        raise UserError(
-            f"{folder}: what was written is not what was meant to be; check the disk and try again"
-        )
+    check_same(folder, found, tensors)
     return dict(found)

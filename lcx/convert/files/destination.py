@@ -6,7 +6,9 @@ import pathlib
 import shutil
 from collections.abc import Callable, Iterator
 
+from lcx import paths
 from lcx.errors import UserError
+from lcx.locks import only_writer
 
 
 @contextlib.contextmanager
@@ -32,34 +34,34 @@ def replacing(
     Raises:
       UserError: the destination exists, or cannot be written, or the disk is full.
     """
-    final = pathlib.Path(os.path.realpath(path))
-    partial, old = _beside(final, "tmp"), _beside(final, "old")
-    _recover(final, partial, old)
-    _check_free(final, overwrite, replaceable)
+    final = pathlib.Path(os.path.realpath(paths.destination(path, "--dst")))
+    partial, old, lock = (_beside(final, suffix) for suffix in ("tmp", "old", "lock"))
     made = _existing_parent(final)
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(final.parent).free
-        if needed_bytes > free:
-            raise UserError(
-                f"{final}: needs {needed_bytes:,} bytes and the disk has {free:,} free; free some, or change "
-                "--dst"
-            )
-        partial.mkdir()
-        yield partial
-        sync_folder(partial)
-        _swap(final, partial, old)
+        with only_writer(lock, of=str(final), setting="--dst"):
+            try:
+                _recover(final, partial, old)
+                _check_free(final, overwrite, replaceable)
+                _check_space(final, needed_bytes)
+                partial.mkdir()
+                yield partial
+                sync_folder(partial)
+                _swap(final, partial, old)
+            except BaseException:
+                shutil.rmtree(partial, ignore_errors=True)
+                raise
     except OSError as error:
-        _remove(partial, made)
+        _remove_parents(final, made)
         raise UserError(
             f"{final}: cannot be written: {error.strerror or error}; nothing was changed there, free some "
             "space or change --dst"
         ) from error
     except UserError as error:
-        _remove(partial, made)
+        _remove_parents(final, made)
         raise UserError(str(error).replace(str(partial), str(final))) from error
     except BaseException:
-        _remove(partial, made)
+        _remove_parents(final, made)
         raise
 
 
@@ -129,10 +131,17 @@ def _swap(final: pathlib.Path, partial: pathlib.Path, old: pathlib.Path) -> None
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _remove(partial: pathlib.Path, existing_parent: pathlib.Path) -> None:
-    """Removes the partial folder and the parents that were made for it."""
-    shutil.rmtree(partial, ignore_errors=True)
-    for parent in partial.parents:
+def _check_space(final: pathlib.Path, needed_bytes: int) -> None:
+    free = shutil.disk_usage(final.parent).free
+    if needed_bytes > free:
+        raise UserError(
+            f"{final}: needs {needed_bytes:,} bytes and the disk has {free:,} free; free some, or change --dst"
+        )
+
+
+def _remove_parents(final: pathlib.Path, existing_parent: pathlib.Path) -> None:
+    """Removes the parents that were made for the destination."""
+    for parent in final.parents:
         if parent == existing_parent:
             break
         with contextlib.suppress(OSError):

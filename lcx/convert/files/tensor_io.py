@@ -5,6 +5,7 @@ Files are read with positional reads and never mapped: mapped pages count as res
 checkpoint would seem (and under a memory limit, be) as large as the file.
 """
 
+import collections
 import dataclasses
 import errno
 import io
@@ -174,3 +175,14 @@ def split_rows(shape: tuple[int, ...], itemsize: int, max_bytes: int) -> Iterato
     step = max(1, max_bytes // row)
     for start in range(0, shape[0], step):
         yield start, min(start + step, shape[0])
+
+
+def describe(tensors: Mapping[str, TensorInfo]) -> str:
+    """'291 tensors, 6,738,415,616 parameters, 13,476,831,232 bytes, bfloat16'."""
+    dtypes: collections.Counter[str] = collections.Counter()
+    for info in tensors.values():
+        dtypes[str(info.dtype)] += math.prod(info.shape)
+    parameters = sum(dtypes.values())
+    nbytes = sum(info.nbytes for info in tensors.values())
+    names = "/".join(name for name, _ in dtypes.most_common())
+    return f"{len(tensors)} tensors, {parameters:,} parameters, {nbytes:,} bytes, {names}"

@@ -4,10 +4,7 @@ Names inside an index file are input from outside: each must be a plain file nam
 included), exist, and hold exactly the tensors that the index places there.
 """
 
-import collections
-import json
 import logging
-import math
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Mapping
@@ -16,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from lcx.convert.files import safetensors, tensor_io, torch_bin, unsupported
+from lcx.convert.files.folders import inside, is_plain, read_json, write_json
 from lcx.convert.files.tensor_io import TensorInfo
 from lcx.errors import UserError
 from lcx.rope_fields import shown
@@ -30,22 +28,6 @@ WEIGHT_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-#: Files beside the weights that belong to the tokenizer or to generation, copied as they are.
-SIDE_FILES = (
-    "generation_config.json",
-    "lcx_tokenizer.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "vocab.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
-_MAX_JSON_BYTES = 100_000_000
 
 
 class HfFolder:
@@ -86,68 +68,6 @@ class HfFolder:
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         return self._files[name].read(name, start, stop)
-
-
-def inside(folder: pathlib.Path, name: str) -> pathlib.Path:
-    """The path of an existing plain file of the folder.
-
-    Raises:
-      UserError: the name is not a plain file name, the file is missing, or a link leads out of the folder.
-        The links of Hugging Face's download cache (snapshots/REVISION/* -> blobs/*) are the one exception.
-    """
-    if not is_plain(name):
-        raise UserError(
-            f"{folder}: the index names the file {shown(name)}, expected a plain file name inside the folder"
-        )
-    path = folder / name
-    if not path.exists():
-        raise UserError(f"{folder}: {name} is missing; copy or download the folder again")
-    root = folder.resolve()
-    roots = [root]
-    if root.parent.name == "snapshots":
-        roots.append(root.parent.parent / "blobs")
-    if not any(path.resolve().is_relative_to(allowed) for allowed in roots):
-        raise UserError(f"{folder}: {name} is a link that leads out of the folder; put the file itself there")
-    if not path.is_file():
-        raise UserError(f"{folder}: {name} is not a regular file")
-    unsupported.check_pointer(path)
-    return path
-
-
-def is_plain(name: Any) -> bool:
-    """Whether the name is that of a file inside a folder, and printable."""
-    if not isinstance(name, str) or not name.isprintable() or len(name) > 255:
-        return False
-    return os.path.basename(name) == name and name not in ("", ".", "..")
-
-
-def read_json(path: pathlib.Path) -> dict:
-    """A JSON object from a file, every key once.
-
-    Raises:
-      UserError: it is not one, or is larger than any such file.
-    """
-    try:
-        if path.stat().st_size > _MAX_JSON_BYTES:
-            raise UserError(
-                f"{path}: {path.stat().st_size} bytes, expected a JSON file below {_MAX_JSON_BYTES}"
-            )
-        value = json.loads(path.read_text("utf-8"), object_pairs_hook=safetensors.no_duplicates)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path}: is not valid JSON: {safetensors.first_line(error)}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: holds a {type(value).__name__}, expected a JSON object")
-    return value
-
-
-def side_files(folder: str | os.PathLike) -> list[pathlib.Path]:
-    """The tokenizer and generation files that the folder has."""
-    folder = pathlib.Path(folder)
-    return [inside(folder, name) for name in SIDE_FILES if (folder / name).exists()]
 
 
 def _open_weights(folder: pathlib.Path) -> list[tensor_io.TensorSource]:
@@ -245,25 +165,3 @@ def _split(tensors: Mapping[str, TensorInfo], max_shard_bytes: int) -> list[list
         shards[-1].append(name)
         size += info.nbytes
     return shards
-
-
-def write_json(path: pathlib.Path, value: dict) -> None:
-    """Writes and syncs a JSON file."""
-    write_bytes(path, (json.dumps(value, indent=2) + "\n").encode())
-
-
-def write_bytes(path: pathlib.Path, data: bytes) -> None:
-    with open(path, "xb", buffering=0) as file:
-        tensor_io.write_all(file, data)
-        os.fsync(file.fileno())
-
-
-def describe(tensors: Mapping[str, TensorInfo]) -> str:
-    """'291 tensors, 6,738,415,616 parameters, 13,476,831,232 bytes, bfloat16'."""
-    dtypes: collections.Counter[str] = collections.Counter()
-    for info in tensors.values():
-        dtypes[str(info.dtype)] += math.prod(info.shape)
-    parameters = sum(dtypes.values())
-    nbytes = sum(info.nbytes for info in tensors.values())
-    names = "/".join(name for name, _ in dtypes.most_common())
-    return f"{len(tensors)} tensors, {parameters:,} parameters, {nbytes:,} bytes, {names}"

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from lcx.convert.hf.llama import Family
-from lcx.convert.hf.rope_parameters import ORIGINAL, from_hf, to_hf
+from lcx.convert.hf import rope_parameters
+from lcx.convert.hf.rope_parameters import ORIGINAL, RopeDialect, to_hf
 from lcx.errors import UserError
 from lcx.rope import Rope, extended_window
 from lcx.rope_fields import MOST_TOKENS, shown
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 REMEMBERED = "lcx_rope"
 
 
-def read(config: Mapping[str, Any], family: Family, head_dim: int) -> Rope:
+def read(config: Mapping[str, Any], dialect: RopeDialect, head_dim: int) -> Rope:
     """The Rope of config.json, checked against the model_type and the head size.
 
     Raises:
@@ -37,20 +37,20 @@ def read(config: Mapping[str, Any], family: Family, head_dim: int) -> Rope:
         raise UserError(
             "config.json has rotary settings that differ by layer type, supported is one for all layers"
         )
-    rope = from_hf(config)
-    if rope.partial_rotary_factor != 1 and not family.partial_rotary and rope.rope_type != "proportional":
+    rope = rope_parameters.read(config, dialect)
+    if rope.partial_rotary_factor != 1 and not dialect.partial and rope.rope_type != "proportional":
         raise UserError(
             f"config.json has partial_rotary_factor {rope.partial_rotary_factor:g}, which model_type "
-            f"{config['model_type']!r} does not support; only phi3 has it"
+            f"{config['model_type']!r} does not support; remove the key"
         )
-    if family.partial_rotary and rope.rope_type not in ("default", "longrope"):
+    if dialect.types is not None and rope.rope_type not in dialect.types:
         raise UserError(
             f"config.json has rope_type {rope.rope_type!r}, model_type {config['model_type']!r} supports "
-            "default and longrope"
+            f"{' and '.join(dialect.types)}"
         )
     rope.frequencies(head_dim, 1)  # its own checks against the head size
     if rope.rope_type == "default" and config.get(ORIGINAL) == config.get("max_position_embeddings"):
-        rope = dataclasses.replace(rope, original_max_position_embeddings=None)  # phi3 always states one
+        rope = dataclasses.replace(rope, original_max_position_embeddings=None)  # some always state one
     return _remembered(config, rope, head_dim)
 
 
@@ -90,21 +90,19 @@ def window(rope: Rope, max_position_embeddings: int) -> int:
     return found
 
 
-def keys(model_type: str, rope: Rope, window: int, head_dim: int) -> dict[str, Any]:
+def keys(dialect: RopeDialect, rope: Rope, window: int, head_dim: int) -> dict[str, Any]:
     """The keys of config.json for a Rope and the max_position_embeddings that stands beside it.
 
     Raises:
-      UserError: the model_type, or the format, cannot express it.
+      UserError: the family, or the format, cannot express it.
     """
-    written = exported(model_type, rope, head_dim)
-    found = _spelled(model_type, written, window, head_dim)
+    written = dialect.written(rope, head_dim)
+    found = dialect.spelled(_spelled(written, window, head_dim), written, window)
     original = rope.original_max_position_embeddings
     if original not in (None, window) and written.rope_type in ("default", "linear", "ntk", "proportional"):
         found[ORIGINAL] = original
-    if (
-        from_hf(found | {"model_type": model_type, "max_position_embeddings": window}).rope_type
-        != rope.rope_type
-    ):
+    again = rope_parameters.read(found | {"max_position_embeddings": window}, dialect)
+    if again.rope_type != rope.rope_type:
         fields = {
             field.name: (getattr(rope, field.name), field.default) for field in dataclasses.fields(Rope)
         }
@@ -112,7 +110,7 @@ def keys(model_type: str, rope: Rope, window: int, head_dim: int) -> dict[str, A
     return found
 
 
-def _spelled(model_type: str, rope: Rope, window: int, head_dim: int) -> dict[str, Any]:
+def _spelled(rope: Rope, window: int, head_dim: int) -> dict[str, Any]:
     new = to_hf(rope, max_position_embeddings=window, head_dim=head_dim)
     old = {key: value for key, value in new.items() if key != "rope_theta"}
     found: dict[str, Any] = {"rope_theta": new["rope_theta"], "rope_scaling": old, "rope_parameters": new}
@@ -122,50 +120,5 @@ def _spelled(model_type: str, rope: Rope, window: int, head_dim: int) -> dict[st
     if new["rope_type"] == "default":
         found["rope_scaling"] = None
     if new["rope_type"] == "longrope":
-        original = new["original_max_position_embeddings"]
-        found["original_max_position_embeddings"] = original
-        implied = window / original
-        if model_type == "phi3" and new.get("factor", implied) == implied and "attention_factor" not in new:
-            # Version 4 wants exactly these three, and derives the factor from the two windows.
-            found["rope_scaling"] = {"type": "longrope"} | {
-                name: new[name] for name in ("short_factor", "long_factor")
-            }
-    elif model_type == "phi3":
-        found["original_max_position_embeddings"] = rope.original_max_position_embeddings or window
+        found[ORIGINAL] = new[ORIGINAL]
     return found
-
-
-def exported(model_type: str, rope: Rope, head_dim: int) -> Rope:
-    """The same rotation in a type that the model_type has in transformers.
-
-    Phi-3 there has only `default` and `longrope`; any scaling that does not depend on the length is a
-    longrope whose short and long factors are the same.
-    """
-    if model_type != "phi3" or rope.rope_type in ("default", "longrope"):
-        return rope
-    if rope.rope_type in ("dynamic", "proportional") or callable(rope.rope_type):
-        raise UserError(
-            f"rope_type {rope.rope_type!r} cannot be written for model_type 'phi3', which has default and "
-            "longrope; save with format 'lcx'"
-        )
-    plain = Rope(rope_theta=rope.rope_theta, partial_rotary_factor=rope.partial_rotary_factor)
-    inv_freq, attention_scaling = rope.frequencies(head_dim, 1)
-    ratios = plain.frequencies(head_dim, 1)[0].astype("float64") / inv_freq.astype("float64")
-    if rope.original_max_position_embeddings is None:
-        raise UserError(
-            f"rope_type {rope.rope_type!r} is written as longrope for model_type 'phi3', which needs "
-            "original_max_position_embeddings; set it"
-        )
-    log.warning(
-        "model_type 'phi3' has no rope_type %r in transformers: written as the equal longrope", rope.rope_type
-    )
-    return Rope(
-        rope_type="longrope",
-        rope_theta=rope.rope_theta,
-        partial_rotary_factor=rope.partial_rotary_factor,
-        original_max_position_embeddings=rope.original_max_position_embeddings,
-        factor=rope.factor,
-        attention_factor=float(attention_scaling),
-        short_factor=tuple(map(float, ratios)),
-        long_factor=tuple(map(float, ratios)),
-    )

@@ -8,17 +8,49 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from lcx import rope_fields
+from lcx import moved, rope_fields
 from lcx.errors import UserError
 from lcx.rope import Rope, ntk_theta
 from lcx.rope_fields import FIELDS, is_number, known_type, shown, token_count
 
 ORIGINAL = "original_max_position_embeddings"
 _NO_EFFECT = "finetuned"  # a remark in the files of YaRN's authors
-_PHI3_WINDOW = 4096  # the default of transformers' Phi3Config
 
 
-def from_hf(config: Mapping[str, Any], *, layer_type: str | None = None) -> Rope:
+@dataclasses.dataclass(frozen=True)
+class RopeDialect:
+    """What a family has of its own in its rotary settings.
+
+    Attributes:
+      types: the rope types that it has; None: all.
+      partial: whether it has partial_rotary_factor.
+      original_window: of longrope, where the top level of config.json states none (and that of rope_scaling does not
+        count); None: it may stand in either place.
+    """
+
+    types: tuple[str, ...] | None = None
+    partial: bool = False
+    original_window: int | None = None
+
+    def type_of(self, name: str, given: Mapping[str, Any]) -> str:
+        """What a rope type of old files, in the dict `given`, is called today."""
+        return "longrope" if name == "su" else name
+
+    def written(self, rope: Rope, head_dim: int) -> Rope:
+        """The same rotation in a type that the family has. Raises UserError where there is none."""
+        return rope
+
+    def spelled(self, keys: dict[str, Any], rope: Rope, window: int) -> dict[str, Any]:
+        """The keys of config.json for `rope` and max_position_embeddings = `window`, as the family wants them."""
+        return keys
+
+
+def read(
+    config: Mapping[str, Any],
+    dialect: RopeDialect = RopeDialect(),
+    *,
+    layer_type: str | None = None,
+) -> Rope:
     """The Rope of a Hugging Face config.json, as transformers 5.23 builds it, with every default written out.
 
     Reads `rope_scaling` (transformers 4) or `rope_parameters` (transformers 5; where it holds one dict for each layer
@@ -32,7 +64,7 @@ def from_hf(config: Mapping[str, Any], *, layer_type: str | None = None) -> Rope
             found = f"{key} is {shown(config[key])}"
             raise UserError(f"{found}, expected an object with rope_type: change it in config.json")
     sources = [key for key in ("rope_scaling", "rope_parameters") if config.get(key)]
-    ropes = [_from_source(config, source, layer_type) for source in sources or ("rope_parameters",)]
+    ropes = [_from_source(config, source, layer_type, dialect) for source in sources or ("rope_parameters",)]
     for field in dataclasses.fields(Rope):
         values = [getattr(rope, field.name) for rope in ropes]
         one_is_silent = field.name == ORIGINAL and None in values
@@ -44,11 +76,13 @@ def from_hf(config: Mapping[str, Any], *, layer_type: str | None = None) -> Rope
     return ropes[0]
 
 
-def _from_source(config: Mapping[str, Any], source: str, layer_type: str | None) -> Rope:
+def _from_source(
+    config: Mapping[str, Any], source: str, layer_type: str | None, dialect: RopeDialect
+) -> Rope:
     source, given = _parameters(config, source, layer_type)
-    nested, phi3 = "." in source, str(config.get("model_type", "")).startswith("phi3")
+    nested = "." in source
     rope_fields.check_keys([key for key in given if key != _NO_EFFECT], source)
-    name = _type(source, given, phi3)
+    name = _type(source, given, dialect)
     values = {k: v for k, v in given.items() if v is not None and k not in ("type", _NO_EFFECT)}
     values |= {"rope_type": name, "rope_theta": _theta(config, source, given, name)}
     if values.get("factor") == 1 and "factor" not in sum(FIELDS[name], ()):
@@ -61,7 +95,7 @@ def _from_source(config: Mapping[str, Any], source: str, layer_type: str | None)
     if name == "dynamic":
         values[ORIGINAL] = _dynamic_window(config, given)
     elif name in ("yarn", "llama3", "longrope"):
-        values |= _window(config, source, given, name, nested=nested, phi3=phi3)
+        values |= _window(config, source, given, name, nested=nested, dialect=dialect)
     elif not nested:
         values[ORIGINAL] = _stated(config, source, given, ORIGINAL)
     return Rope(**values)
@@ -97,13 +131,12 @@ def _stated(config: Mapping[str, Any], source: str, given: Mapping[str, Any], ke
     return outer if inner is None else inner
 
 
-def _type(source: str, given: Mapping[str, Any], phi3: bool) -> str:
+def _type(source: str, given: Mapping[str, Any], dialect: RopeDialect) -> str:
     names = [given[key] for key in ("rope_type", "type") if given.get(key) is not None]
     if not names and given.get("factor") is not None:
         found = f"{source} has factor {shown(given['factor'])} and no rope_type"
         raise UserError(f"{found}, which would scale nothing: add rope_type in config.json")
-    early = {"su": "longrope"} | ({"yarn": "longrope"} if phi3 and given.get("long_factor") else {})
-    types = [known_type(early.get(name, name) if isinstance(name, str) else name) for name in names]
+    types = [known_type(dialect.type_of(name, given) if isinstance(name, str) else name) for name in names]
     if len(set(types)) > 1:
         found = f"{source} has rope_type {names[0]!r} and type {names[1]!r}"
         raise UserError(f"{found}: remove one of them from config.json")
@@ -125,19 +158,26 @@ def _theta(config: Mapping[str, Any], source: str, given: Mapping[str, Any], nam
 
 
 def _window(
-    config: Mapping[str, Any], source: str, given: Mapping[str, Any], name: str, *, nested: bool, phi3: bool
+    config: Mapping[str, Any],
+    source: str,
+    given: Mapping[str, Any],
+    name: str,
+    *,
+    nested: bool,
+    dialect: RopeDialect,
 ) -> dict[str, Any]:
     """The original window of yarn, llama3 and longrope, and the factor where the two windows imply it."""
     enlarged = config.get("max_position_embeddings")
-    # A dict of one layer type stands alone. Phi-3 of transformers reads the key at the top level only.
+    # A dict of one layer type stands alone.
     original = given.get(ORIGINAL) if nested else _stated(config, source, given, ORIGINAL)
-    if phi3 and name == "longrope" and not nested and config.get(ORIGINAL) is None:
-        if original not in (None, _PHI3_WINDOW):
+    default = dialect.original_window
+    if default is not None and name == "longrope" and not nested and config.get(ORIGINAL) is None:
+        if original not in (None, default):
             raise UserError(
-                f"{ORIGINAL} is {shown(original)} in {source} and missing at the top level, where Phi-3 has it (and"
-                f" transformers takes {_PHI3_WINDOW}): set it there too"
+                f"{ORIGINAL} is {shown(original)} in {source} and missing at the top level, where model_type"
+                f" {config.get('model_type')!r} has it (and transformers takes {default}): set it there too"
             )
-        original = _PHI3_WINDOW
+        original = default
     original = token_count(ORIGINAL, enlarged if original is None else original)
     values: dict[str, Any] = {ORIGINAL: original}
     implied = name == "longrope" or (name == "yarn" and "factor" in given)  # yarn: null, but not absent
@@ -200,3 +240,6 @@ def written_max_position_embeddings(rope: Rope, max_position_embeddings: int) ->
     """What config.json must hold as max_position_embeddings: the window, but for dynamic the original one."""
     original = rope.original_max_position_embeddings
     return original if rope.rope_type == "dynamic" and original else max_position_embeddings
+
+
+__getattr__ = moved.names_of(__name__)

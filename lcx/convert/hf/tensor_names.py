@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from lcx.convert.files.tensor_io import TensorInfo, TensorSource
+from lcx.convert.hf.family import Family
 from lcx.errors import UserError
 from lcx.rope_fields import shown
 
@@ -15,7 +16,6 @@ log = logging.getLogger(__name__)
 
 #: What wrappers put between a module and its parent, at any depth.
 _WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module")
-_ANCHOR = "layers.0.input_layernorm.weight"  # every model of the Llama family has it once, below "model."
 _PEFT = re.compile(r"\.(lora_[AB]|lora_embedding_[AB]|base_layer|lora_magnitude_vector)\b")
 
 
@@ -43,8 +43,8 @@ class Renamed:
         return self.source.read(self.names[name], start, stop)
 
 
-def unwrapped(source: TensorSource, where: str) -> TensorSource:
-    """The tensors of a model of the Llama family under its own names; says how many it renamed.
+def unwrapped(source: TensorSource, where: str, family: Family) -> TensorSource:
+    """The tensors of a model under the names of its family; says how many it renamed.
 
     Raises:
       UserError: two tensors would have one name; low-rank pairs that are not merged.
@@ -56,11 +56,12 @@ def unwrapped(source: TensorSource, where: str) -> TensorSource:
             "again after merge_and_unload() of peft, or pass the base model and the adapter apart"
         )
     inner = {name: _without_wrappers(name) for name in source.tensors}
-    removed, added = _prefixes(inner.values())
+    removed, added = _prefixes(inner.values(), family)
     names: dict[str, str] = {}
+    head = f"{family.head.rpartition('.')[0]}."
     for stored, name in inner.items():
         name = name.removeprefix(removed)
-        name = name if name.startswith("lm_head.") else added + name
+        name = name if name.startswith(head) else added + name
         if name in names:
             raise UserError(
                 f"the tensors {shown(names[name])} and {shown(stored)} are both {shown(name)} without the prefixes of "
@@ -75,15 +76,15 @@ def _without_wrappers(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
-def _prefixes(names: Iterable[str]) -> tuple[str, str]:
-    """(what to remove from, what to add to the names), so that the layers lie below "model."."""
-    anchors = [name for name in names if name == _ANCHOR or name.endswith(f".{_ANCHOR}")]
+def _prefixes(names: Iterable[str], family: Family) -> tuple[str, str]:
+    """(what to remove from, what to add to the names), so that the layers lie below the family's `body`."""
+    anchors = [name for name in names if name == family.anchor or name.endswith(f".{family.anchor}")]
     if len(anchors) != 1:
         return "", ""
-    before = anchors[0].removesuffix(_ANCHOR)
+    before = anchors[0].removesuffix(family.anchor)
     if not before:
-        return "", "model."  # saved from the base model
-    return (before.removesuffix("model."), "") if before.endswith("model.") else ("", "")
+        return "", family.body  # saved from the base model
+    return (before.removesuffix(family.body), "") if before.endswith(family.body) else ("", "")
 
 
 def _say(names: Mapping[str, str], removed: str, added: str, where: str) -> None:

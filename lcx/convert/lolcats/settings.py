@@ -21,12 +21,13 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from lcx.convert.hf import folder as hf_folder
+from lcx.convert.files import folders
+from lcx.convert.lolcats.files import SETTINGS_FILE
 from lcx.errors import UserError
 from lcx.mixers.linear_attention import FLOOR, LinearAttention
 
 #: The settings of a folder that lcx wrote.
-FILE = "lolcats.json"
+FILE = SETTINGS_FILE
 _TYPE = re.compile(r"lolcats(?:_long)?_llama(?:_window_(tk|sw)(?:_(?:linear|gen|bf16|fa2|sdpa))?)?")
 _KINDS = {"tk": "terraced", "sw": "sliding"}
 _EINSUM, _ADAPTER = "untied_head_einsum", "untied_head_adapter"
@@ -88,7 +89,7 @@ def read(given: Mapping[str, Any] | str | os.PathLike) -> Stated:
         return _parsed(given, "attention")
     path = pathlib.Path(given).expanduser()
     if path.suffix == ".json" and path.is_file():
-        return _parsed(hf_folder.read_json(path), str(path))
+        return _parsed(folders.read_json(path), str(path))
     if path.suffix not in (".yaml", ".yml") or not path.is_file():
         found = "nothing there" if not path.exists() else f"a file {path.suffix or 'without suffix'}"
         raise UserError(f"attention {given}: {found}, expected a .yaml or .json of settings, or the settings")

@@ -16,20 +16,23 @@ from typing import Any
 import numpy as np
 
 from lcx import model as model_lib
-from lcx.convert import model_source, rules
-from lcx.convert.files import destination
+from lcx.convert.core import model_source, rules
+from lcx.convert.core.format import check_same
+from lcx.convert.core.model_source import ModelSource
+from lcx.convert.files import destination, folders
 from lcx.convert.files.tensor_io import TensorInfo
 from lcx.convert.files.torch_bin import TorchFile
 from lcx.convert.files.torch_writer import TorchWriter
 from lcx.convert.hf import folder as hf_folder
-from lcx.convert.hf import format as hf
-from lcx.convert.lcx_folder import LcxSource, trained
+from lcx.convert.hf import writer as hf_writer
 from lcx.convert.lolcats import settings as lolcats_settings
-from lcx.convert.lolcats.format import DISTILL, FINETUNE, is_map, map_rules, softmax_model
-from lcx.convert.model_source import ModelSource
+from lcx.convert.lolcats.files import DISTILL, FINETUNE
+from lcx.convert.lolcats.source import is_map, map_rules
 from lcx.convert.peft import adapter as peft
 from lcx.convert.peft.files import PREFIX, LowRank
+from lcx.convert.workdir.source import LcxSource, step_folder, stored_pairs, trained
 from lcx.errors import UserError
+from lcx.linearize import softmax_model
 from lcx.mixers.linear_attention import LinearAttention
 from lcx.model import Decoder
 
@@ -52,7 +55,7 @@ class _Softmax:
 
 def planned(source: ModelSource, *, dtype: np.dtype | None) -> dict[str, TensorInfo]:
     """The tensors that are written beside the folder. Raises UserError when the model cannot be written so."""
-    hf.config_of(_Softmax(source), dtype)
+    hf_writer.config_of(_Softmax(source), dtype)
     _settings(source.model, None)
     table = _map_table(source)
     return {
@@ -74,11 +77,11 @@ def write(
     Raises:
       UserError: a model without linear attention, or with layers that differ in their settings.
     """
-    tensors = hf.write(
+    tensors = hf_writer.write(
         folder, _Softmax(source), dtype=dtype, max_shard_bytes=max_shard_bytes, progress=progress
     )
     maps = write_maps(folder / f"{NAME}{DISTILL}", source, dtype=dtype, progress=progress)
-    hf_folder.write_json(folder / lolcats_settings.FILE, _settings(source.model, None))
+    folders.write_json(folder / lolcats_settings.FILE, _settings(source.model, None))
     return tensors | maps
 
 
@@ -125,16 +128,12 @@ def check_written(folder: pathlib.Path, tensors: Mapping[str, TensorInfo]) -> di
     """What a written folder holds, read back from its headers. Raises UserError when it is something else."""
     own = {name: info for name, info in tensors.items() if is_map(name)}
     _check(folder / f"{NAME}{DISTILL}", own)
-    hf.check_written(folder, {name: info for name, info in tensors.items() if name not in own})
+    hf_writer.check_written(folder, {name: info for name, info in tensors.items() if name not in own})
     return dict(tensors)
 
 
 def _check(path: pathlib.Path, tensors: Mapping[str, TensorInfo]) -> None:
-    found = {name: (info.shape, info.dtype) for name, info in TorchFile(path).tensors.items()}
-    if found != {name: (info.shape, info.dtype) for name, info in tensors.items()}:
-        raise UserError(
-            f"{path.parent}: what was written is not what was meant to be; check the disk and try again"
-        )
+    check_same(path.parent, TorchFile(path).tensors, tensors)
 
 
 def _map_table(source: ModelSource) -> rules.Table:
@@ -186,13 +185,13 @@ def export(checkpoint: str | os.PathLike, path: str | os.PathLike, *, overwrite:
     """
     source = LcxSource(checkpoint, merge=False)
     own = {rule.parts[0].path for rule in map_rules(source.model)}
-    lost = [path for path in trained(peft.step_folder(checkpoint)) or [] if path not in own]
+    lost = [path for path in trained(step_folder(checkpoint)) or [] if path not in own]
     if lost:
         raise UserError(
             f"{checkpoint}: {len(lost)} parameters trained that are neither feature maps nor low-rank pairs, such as "
             f"{lost[0]}, and these files have no place for them: write the whole model (--dst_format=lolcats)"
         )
-    _save(path, source, peft.stored_pairs(checkpoint), overwrite)
+    _save(path, source, stored_pairs(checkpoint), overwrite)
 
 
 def _save(path, source: ModelSource, lora: Mapping[str, Any] | None, overwrite: bool) -> None:
@@ -209,7 +208,7 @@ def _save(path, source: ModelSource, lora: Mapping[str, Any] | None, overwrite: 
             write_tensors(folder / f"{NAME}{FINETUNE}", infos, arrays.__getitem__)
             _check(folder / f"{NAME}{FINETUNE}", infos)
         settings = _settings(source.model, _lora_settings(pairs) if pairs else None)
-        hf_folder.write_json(folder / lolcats_settings.FILE, settings)
+        folders.write_json(folder / lolcats_settings.FILE, settings)
 
 
 def _arrays(pairs: Mapping[str, LowRank]) -> Iterator[tuple[str, np.ndarray]]:

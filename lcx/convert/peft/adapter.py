@@ -25,18 +25,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from lcx.checkpoint import model_json
-from lcx.checkpoint.folder import find_step, read_json, read_record
-from lcx.checkpoint.slices import StepReader
-from lcx.convert import lcx_folder, model_source, rules
-from lcx.convert.files import destination, safetensors, tensor_io
+from lcx.checkpoint.folder import read_json, read_record
+from lcx.convert.core import model_source, rules
+from lcx.convert.core.model_source import ModelSource
+from lcx.convert.core.rules import Transposed
+from lcx.convert.files import destination, folders, safetensors, tensor_io
 from lcx.convert.files.tensor_io import TensorInfo
-from lcx.convert.hf import folder as hf_folder
-from lcx.convert.model_source import ModelSource
 from lcx.convert.peft import base as adapter_base
 from lcx.convert.peft import merged
 from lcx.convert.peft.base import Base
 from lcx.convert.peft.files import CONFIG, EMBEDDING_WEIGHT, HEAD_WEIGHT, PREFIX, WEIGHTS, LowRank, read
-from lcx.convert.rules import Transposed
+from lcx.convert.workdir.source import LcxSource, read_meta, step_folder, stored_pairs, trained
 from lcx.errors import UserError
 from lcx.model import Decoder
 
@@ -200,27 +199,12 @@ def export(
         raise UserError(
             f"{folder} has no low-rank pairs, expected a checkpoint of a run that trained with LoRA"
         )
-    model = model_json.from_json(lcx_folder.read_meta(folder)["model"])
+    model = model_json.from_json(read_meta(folder)["model"])
     origin = read_json(folder, "origin") if "origin" in read_record(folder).json else {}
     base = Base(base_model or origin.get("init_from"), model)
-    beside = [] if (trained := lcx_folder.trained(folder)) is None else trained
-    source = lcx_folder.LcxSource(checkpoint, merge=False)
+    beside = [] if (found := trained(folder)) is None else found
+    source = LcxSource(checkpoint, merge=False)
     return [_write(path, base, lora, source, beside, overwrite), *adapter_base.lines(base)]
-
-
-def stored_pairs(checkpoint: str | os.PathLike) -> dict[str, Any] | None:
-    """The `lora` collection of a checkpoint; None if it has none."""
-    folder = step_folder(checkpoint)
-    if "lora" not in read_record(folder).arrays:
-        return None
-    reader = StepReader(folder, "lora")
-    return rules.unflatten({"/".join(keys): reader.read(keys, slice(None)) for keys in reader.arrays})
-
-
-def step_folder(checkpoint: str | os.PathLike) -> pathlib.Path:
-    """The folder of the newest, or the named, step."""
-    directory, step = find_step(checkpoint)
-    return pathlib.Path(os.fspath(directory)) / str(step)
 
 
 def _write(
@@ -253,7 +237,7 @@ def _write(
         path, overwrite=overwrite, needed_bytes=needed, replaceable=_is_adapter
     ) as folder:
         safetensors.write_file(folder / WEIGHTS, infos, lambda key: pieces[key]())
-        hf_folder.write_json(folder / CONFIG, _config(pairs, full, base))
+        folders.write_json(folder / CONFIG, _config(pairs, full, base))
         adapter_base.write(folder, base, holds)
         changed = read(folder, merged.known(base.model)).changes
         expected = {f"{name}.weight" for name in pairs} | full.keys()

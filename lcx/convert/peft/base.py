@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from lcx import model as model_lib
-from lcx.convert.hf import folder as hf_folder
+from lcx.convert.files import folders
 from lcx.convert.hf.rope_parameters import to_hf, written_max_position_embeddings
 from lcx.errors import UserError
 from lcx.model import Decoder
@@ -93,7 +93,7 @@ def lines(base: Base) -> list[str]:
 
 def write(folder: pathlib.Path, base: Base, holds: str) -> None:
     """Writes both files into an adapter's folder."""
-    hf_folder.write_json(
+    folders.write_json(
         folder / FILE,
         {
             "format": _FORMAT,
@@ -104,7 +104,7 @@ def write(folder: pathlib.Path, base: Base, holds: str) -> None:
             "holds": holds,
         },
     )
-    hf_folder.write_bytes(folder / README, _readme(folder, base, holds).encode())
+    folders.write_bytes(folder / README, _readme(folder, base, holds).encode())
 
 
 def _readme(folder: pathlib.Path, base: Base, holds: str) -> str:
@@ -164,7 +164,7 @@ def check(path: str | os.PathLike, model: Decoder, *, scaled: bool) -> None:
     folder = pathlib.Path(path).expanduser()
     if not os.path.lexists(folder / FILE):
         return
-    record = hf_folder.read_json(hf_folder.inside(folder, FILE))
+    record = folders.read_json(folders.inside(folder, FILE))
     if record.get("format") != _FORMAT or not isinstance(record.get("ropes"), list):
         raise UserError(
             f"{folder}: {FILE} has format {record.get('format')!r:.40}, expected {_FORMAT} and a list of ropes"

@@ -23,9 +23,8 @@ from typing import Protocol
 
 import numpy as np
 
-from lcx.convert.files import safetensors, tensor_io, torch_bin
+from lcx.convert.files import folders, safetensors, tensor_io, torch_bin
 from lcx.convert.files.tensor_io import FLOAT_DTYPES, TensorSource
-from lcx.convert.hf import folder as hf_folder
 from lcx.convert.peft import settings as peft_settings
 from lcx.convert.peft.settings import EMBEDDING, HEAD, Settings
 from lcx.errors import UserError
@@ -163,7 +162,7 @@ def read(path: str | os.PathLike, known: Known) -> Adapter:
         raise UserError(f"no adapter at {path}, expected a folder with {CONFIG} and {WEIGHTS}")
     settings = peft_settings.read(folder)
     name = TORCH_WEIGHTS if not (folder / WEIGHTS).exists() and (folder / TORCH_WEIGHTS).exists() else WEIGHTS
-    file = hf_folder.inside(folder, name)
+    file = folders.inside(folder, name)
     source: TensorSource = safetensors.SafetensorsFile(file) if name == WEIGHTS else torch_bin.TorchFile(file)
     try:
         return _Reading(folder, settings, source, known).adapter()

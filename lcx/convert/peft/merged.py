@@ -15,16 +15,16 @@ from typing import Any
 import numpy as np
 
 from lcx import hub
-from lcx.convert import model_source, rules
+from lcx.convert.core import model_source, rules
+from lcx.convert.core.model_source import ModelSource
+from lcx.convert.core.rules import Transposed
 from lcx.convert.files.tensor_io import TensorInfo
-from lcx.convert.hf import llama
-from lcx.convert.lolcats.format import softmax_model
-from lcx.convert.model_source import ModelSource
+from lcx.convert.hf import families
 from lcx.convert.peft import base as adapter_base
 from lcx.convert.peft import files as peft_files
 from lcx.convert.peft.files import EMBEDDING_WEIGHT, HEAD_WEIGHT, Adapter, Known, LowRank
-from lcx.convert.rules import Transposed
 from lcx.errors import UserError
+from lcx.linearize import softmax_model
 from lcx.model import Decoder
 
 log = logging.getLogger(__name__)
@@ -39,12 +39,12 @@ def table(model: Decoder) -> rules.Table:
     Raises:
       UserError: another kind of model.
     """
-    if model.model_type not in llama.FAMILIES:
+    if model.model_type not in families.FAMILIES:
         what = f"the model's model_type {model.model_type!r} has no PEFT names"
         raise UserError(
-            f"{what}, expected one of {', '.join(llama.FAMILIES)}: merge its pairs, or save with 'lcx'"
+            f"{what}, expected one of {', '.join(families.FAMILIES)}: merge its pairs, or save with 'lcx'"
         )
-    listed = llama.rules(softmax_model(model))
+    listed = families.rules(softmax_model(model))
     paths = {part.path for rule in listed for part in rule.parts}
     return rules.Table(
         listed, {path: s for path, s in model_source.leaf_shapes(model).items() if path in paths}

@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lcx.convert.hf import folder as hf_folder
+from lcx.convert.files import folders
 from lcx.convert.peft import patterns
 from lcx.errors import UserError
 
@@ -171,7 +171,7 @@ def read(folder: pathlib.Path) -> Settings:
     Raises:
       UserError: no such file, a kind of adapter that is not read here, a value of another type or out of range.
     """
-    config = hf_folder.read_json(hf_folder.inside(folder, FILE))
+    config = folders.read_json(folders.inside(folder, FILE))
     try:
         return _settings(config)
     except UserError as error:

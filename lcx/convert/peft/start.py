@@ -3,13 +3,13 @@
 import collections
 import os
 import re
-from collections.abc import Mapping
 from typing import Any
 
 import jax
 
-from lcx import extend, hub
-from lcx.convert import api, model_source, rules
+from lcx import hub
+from lcx.convert.core import model_source, rules
+from lcx.convert.core.model_source import ModelSource
 from lcx.convert.peft import adapter as peft
 from lcx.convert.peft import base as adapter_base
 from lcx.convert.peft import files as peft_files
@@ -20,19 +20,19 @@ from lcx.model import Decoder
 
 
 def start(
-    path: str | os.PathLike,
+    base: ModelSource,
     adapter: str | os.PathLike,
     *,
     mesh: jax.sharding.Mesh,
-    lora: LoRA | None = None,
-    rope_scaling: Mapping[str, Any] | None = None,
-    context_length: int | None = None,
+    lora: LoRA | None,
+    scaled: bool,
 ) -> tuple[Decoder, dict[str, Any], dict[str, Any], LoRA]:
     """A base model and its adapter, apart.
 
     Args:
-      lora: the settings of the run, which must agree with the adapter; None: those of the adapter. For the others see
-        `lcx.load`.
+      base: the model, its context already extended.
+      lora: the settings of the run, which must agree with the adapter; None: those of the adapter.
+      scaled: whether the user chose the scaling of the model.
 
     Returns:
       (model, params, lora, settings): the model, computing in float32; params with what the adapter replaces as a whole
@@ -40,14 +40,12 @@ def start(
       to the largest, with zeros that training leaves as they are.
 
     Raises:
-      UserError: what `lcx.load` refuses; an adapter that can be merged but not trained further, or has other pairs than
+      UserError: an adapter that does not fit the base, can be merged but not trained further, or has other pairs than
         `lora` says.
     """
     adapter = hub.local(adapter, kind="adapter")
-    base = api.opened(path, api.detect(path), None)
-    base.model = extend.extend_model(base.model, rope_scaling, context_length)
     source = merged.AdaptedSource(base, adapter, pairs=False)
-    adapter_base.check(adapter, source.model, scaled=rope_scaling is not None or context_length is not None)
+    adapter_base.check(adapter, source.model, scaled=scaled)
     _check_trainable(source.adapter)
     pairs, model = source.adapter.pairs, source.model
     if not pairs:

@@ -347,6 +347,17 @@ class Table:
         return foreign
 
 
+def renamed(rules: Sequence[Rule], names: Mapping[str, str]) -> list[Rule]:
+    """The same rules for tensors of other names: regular expression of a name -> what `re.sub` makes of it."""
+    found = []
+    for rule in rules:
+        name = rule.name
+        for pattern, new in names.items():
+            name = re.sub(pattern, new, name)
+        found.append(dataclasses.replace(rule, name=name))
+    return found
+
+
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"a": {"b": x}} -> {"a/b": x}."""
     flat: dict[str, Any] = {}

@@ -12,7 +12,7 @@ import numpy as np
 
 from lcx import model as model_lib
 from lcx import parameters
-from lcx.convert import rules
+from lcx.convert.core import rules
 from lcx.convert.files import tensor_io
 from lcx.convert.files.tensor_io import FLOAT_DTYPES, TensorInfo
 from lcx.errors import UserError
@@ -137,6 +137,14 @@ def stored_dtype(leaves: Mapping[str, TensorInfo]) -> np.dtype:
     for info in leaves.values():
         sizes[info.dtype] = sizes.get(info.dtype, 0) + info.nbytes // info.dtype.itemsize
     return max(sizes, key=lambda dtype: sizes[dtype])
+
+
+def load(
+    source: ModelSource, *, dtype: np.dtype | None, mesh: jax.sharding.Mesh | None
+) -> tuple[Decoder, dict[str, Any]]:
+    """The model, computing in `dtype` if there is one, and its parameters on devices."""
+    model = source.model if dtype is None else source.model.clone(dtype=str(dtype), parent=None)
+    return model, to_devices(source, dtype=dtype, mesh=mesh)
 
 
 def to_devices(

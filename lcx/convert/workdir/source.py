@@ -1,30 +1,27 @@
-"""lcx checkpoints as models: read parameter by parameter, written as a workdir with one step."""
+"""lcx checkpoints as models, read parameter by parameter, and what else a step says of its run."""
 
 import logging
 import os
 import pathlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from lcx.checkpoint import model_json
 from lcx.checkpoint.folder import find_step, read_json, read_record
-from lcx.checkpoint.slices import StepReader, StepWriter
-from lcx.convert import model_source, rules
-from lcx.convert.files import tensor_io
+from lcx.checkpoint.slices import StepReader
+from lcx.convert.core import model_source, rules
+from lcx.convert.files import folders
 from lcx.convert.files.tensor_io import TensorInfo
-from lcx.convert.hf import folder as hf_folder
-from lcx.convert.model_source import ModelSource
 from lcx.errors import UserError
-from lcx.version import __version__
 
 log = logging.getLogger(__name__)
 
-_PARAMS, _LORA, _META = "params", "lora", "meta"
+PARAMS, LORA, META = "params", "lora", "meta"
 _MOMENTS = re.compile(r".*/mu/params/(.+)")
-_CARRIED = "hf_config"  # in the meta item: settings of config.json that the model does not hold
+CARRIED = "hf_config"  # in the meta item: settings of config.json that the model does not hold
 
 
 class LcxSource:
@@ -46,9 +43,9 @@ class LcxSource:
         self.side_files = _side_files(folder, meta)
         record = meta.get("tokenizer")
         self.tokenizer = record and {key: value for key, value in record.items() if key != "path"}
-        self._reader = StepReader(folder, _PARAMS)
-        has_pairs = merge and _LORA in read_record(folder).arrays
-        self._lora = StepReader(folder, _LORA) if has_pairs else None
+        self._reader = StepReader(folder, PARAMS)
+        has_pairs = merge and LORA in read_record(folder).arrays
+        self._lora = StepReader(folder, LORA) if has_pairs else None
         self.leaves = {
             "/".join(path): TensorInfo(dtype, shape, self.where)
             for path, (shape, dtype) in self._reader.arrays.items()
@@ -111,9 +108,24 @@ def trained(step_folder: str | os.PathLike) -> list[str] | None:
     return sorted(found[1] for key in entries if (found := _MOMENTS.fullmatch(key)))
 
 
+def stored_pairs(checkpoint: str | os.PathLike) -> dict[str, Any] | None:
+    """The `lora` collection of a checkpoint; None if it has none."""
+    folder = step_folder(checkpoint)
+    if LORA not in read_record(folder).arrays:
+        return None
+    reader = StepReader(folder, LORA)
+    return rules.unflatten({"/".join(keys): reader.read(keys, slice(None)) for keys in reader.arrays})
+
+
+def step_folder(checkpoint: str | os.PathLike) -> pathlib.Path:
+    """The folder of the newest, or the named, step."""
+    directory, step = find_step(checkpoint)
+    return pathlib.Path(os.fspath(directory)) / str(step)
+
+
 def read_meta(step_folder: pathlib.Path) -> dict[str, Any]:
     """The meta item of a step. Raises UserError when it does not describe a model."""
-    meta = read_json(step_folder, _META)
+    meta = read_json(step_folder, META)
     if not isinstance(meta, dict) or "model" not in meta:
         raise UserError(f"checkpoint {step_folder} has no model in its meta item; pass one written by lcx")
     return meta
@@ -121,8 +133,8 @@ def read_meta(step_folder: pathlib.Path) -> dict[str, Any]:
 
 def carried_of(meta: Mapping[str, Any]) -> dict[str, Any]:
     """Settings for config.json: those that came with the model, else the ids of its tokenizer."""
-    if meta.get(_CARRIED):
-        return dict(meta[_CARRIED])
+    if meta.get(CARRIED):
+        return dict(meta[CARRIED])
     tokenizer = meta.get("tokenizer") or {}
     stops = tokenizer.get("stop_ids") or []
     eos = list(stops) if len(stops) > 1 else tokenizer.get("eos_id")
@@ -132,7 +144,7 @@ def carried_of(meta: Mapping[str, Any]) -> dict[str, Any]:
 def _side_files(step_folder: pathlib.Path, meta: Mapping[str, Any]) -> list[pathlib.Path]:
     """Tokenizer files beside the checkpoint, else beside the tokenizer that the checkpoint names."""
     for place in (step_folder, step_folder.parent, step_folder.parent.parent):
-        found = hf_folder.side_files(place)
+        found = folders.side_files(place)
         if found:
             return found
     return _recorded_tokenizer_files(meta.get("tokenizer") or {})
@@ -149,57 +161,4 @@ def _recorded_tokenizer_files(record: Mapping[str, Any]) -> list[pathlib.Path]:
     except UserError as error:
         log.warning("no tokenizer is copied: %s", error)
         return []
-    return list(dict.fromkeys([path, *hf_folder.side_files(path.parent)]))
-
-
-def write(
-    folder: pathlib.Path,
-    source: ModelSource,
-    *,
-    dtype: np.dtype | None = None,
-    progress: Callable[[int], None] = lambda nbytes: None,
-) -> dict[str, TensorInfo]:
-    """Writes a workdir with one step, 0, into an empty folder; returns what it holds.
-
-    One layer of one parameter is in memory at a time (a piece of it where it is not stacked).
-    """
-    leaves = {
-        path: TensorInfo(dtype or info.dtype, info.shape, str(folder)) for path, info in source.leaves.items()
-    }
-    specs = {tuple(path.split("/")): (info.shape, info.dtype) for path, info in leaves.items()}
-    for file in source.side_files:
-        hf_folder.write_bytes(folder / file.name, file.read_bytes())
-    with StepWriter(folder / "checkpoints" / "0", _PARAMS, specs) as writer:
-        for path, info in leaves.items():
-            for rows in _row_groups(path, info.shape, source.leaves[path].dtype):
-                index = (rows, *(slice(0, size) for size in info.shape[1:])) if info.shape else ()
-                values = model_source.cast(source.read(path, index), info.dtype, path)
-                writer.write(tuple(path.split("/")), rows if info.shape else None, values)
-                progress(values.nbytes)
-        writer.finish({_META: _meta(source)})
-    return leaves
-
-
-def _row_groups(path: str, shape: rules.Shape, dtype: np.dtype) -> list[slice]:
-    """Rows to read at a time: one layer of a stack, a bounded piece of anything else."""
-    limit = 1 if path.startswith("stages_") and len(shape) > 2 else tensor_io.PIECE_BYTES
-    return [slice(start, stop) for start, stop in tensor_io.split_rows(shape, dtype.itemsize, limit)]
-
-
-def _meta(source: ModelSource) -> dict[str, Any]:
-    meta = {"model": model_json.to_json(source.model), "lcx_version": __version__}
-    return meta | {"tokenizer": source.tokenizer, _CARRIED: dict(source.carried)}
-
-
-def check_written(folder: pathlib.Path, leaves: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
-    """What a written workdir holds, read back from its metadata. Raises UserError when it is something
-    else."""
-    step = folder / "checkpoints" / "0"
-    found = {"/".join(path): spec for path, spec in StepReader(step, _PARAMS).arrays.items()}
-    expected = {path: (info.shape, info.dtype) for path, info in leaves.items()}
-    if found != expected:
-        raise UserError(
-            f"{folder}: what was written is not what was meant to be; check the disk and try again"
-        )
-    read_meta(step)
-    return dict(leaves)
+    return list(dict.fromkeys([path, *folders.side_files(path.parent)]))

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from lcx import model as model_lib
-from lcx.convert import model_source, rules
+from lcx.convert.core import model_source, rules
+from lcx.convert.core.model_source import ModelSource
 from lcx.convert.files.tensor_io import TensorInfo
-from lcx.convert.model_source import ModelSource
 
 
 @dataclasses.dataclass

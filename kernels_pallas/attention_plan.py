@@ -1,0 +1,59 @@
+"""What `attention.py` and its kernels share: tuning table, options, bias, cotangents."""
+
+import math
+from typing import NamedTuple
+
+from jaxtyping import Array, Float
+
+from kernels_pallas.tiles import Tile, Tiles, square
+
+NEVER = -1e30  # finite: differences of two stay numbers
+LOG2E = math.log2(math.e)
+
+# {(platform, bytes of an element, H): tiles}. No device was at hand: the rows follow from what the compilers say.
+# GPU (ptxas for sm_90a; registers, nothing spilled): H = 128 forward 158, dq 200, dk dv 229; H = 64 154, 163, 187.
+# TPU: at C = 512 the three kernels use 1.8, 2.4 and 2.5 MiB of 16 on v5e, and no more than 3.0 on v5p and v6e.
+TILES = {
+    ("tpu", 2, 16): square(512),
+    ("tpu", 2, 32): square(512),
+    ("tpu", 2, 64): square(512),
+    ("tpu", 2, 128): square(512),
+    ("tpu", 4, 16): square(256),
+    ("tpu", 4, 32): square(256),
+    ("tpu", 4, 64): square(256),
+    ("tpu", 4, 128): square(256),
+    ("gpu", 2, 16): Tiles(Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2)),
+    ("gpu", 2, 32): Tiles(Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2)),
+    ("gpu", 2, 64): Tiles(Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2)),
+    ("gpu", 2, 128): Tiles(Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(128, 32, 8, 2)),
+    ("gpu", 4, 16): Tiles(Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(64, 32, 4, 2)),
+    ("gpu", 4, 32): Tiles(Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(64, 32, 4, 2)),
+    ("gpu", 4, 64): Tiles(Tile(64, 32, 4, 2), Tile(128, 32, 8, 2), Tile(128, 16, 8, 2)),
+}
+
+
+class Bias(NamedTuple):
+    """The parts of L_i - L_j in base 2, for J chunks; NEVER where a document is not the chunk's last or first."""
+
+    column: Float[Array, "B N T"]  # tot - l
+    row: Float[Array, "B N T"]  # l
+    local: Float[Array, "B N 2 T"]  # l in two parts, whatever the document, and not in base 2
+    step: Float[Array, "B N J"]  # tot
+
+
+class Options(NamedTuple):
+    """What a call is compiled for."""
+
+    scale: float
+    platform: str
+    interpret: bool
+    tiles: Tiles
+
+
+class Cotangent(NamedTuple):
+    """What the backward kernels need of dy and of the forward pass."""
+
+    dy: Float[Array, "B T N H"]
+    mean: Float[Array, "B N T"]  # dy.y
+    lse: Float[Array, "B N T"]  # log2 of the sum of a row's exponentials
+    far: Float[Array, "B N T"]  # lse - l: the same, off the diagonal

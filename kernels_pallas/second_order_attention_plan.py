@@ -1,0 +1,65 @@
+"""What `second_order_attention.py` and its kernels share: tuning table, options, folded decay, cotangents."""
+
+from typing import NamedTuple
+
+from jaxtyping import Array, Float
+
+from kernels_pallas.tiles import Tile, Tiles, square
+
+FLOOR = 1e-30  # rows whose weights sum to less give 0
+
+# {(platform, bytes of an element, H): tiles}. No device was at hand: the rows follow from what the compilers say.
+# GPU (ptxas for sm_90a: registers of a thread, nothing spilled). H = 128: forward 164, dq 236, dk dv 252; forward of
+# 128 x 128 needs 255, dk dv of 128 x 64 spills 168 bytes. H = 64: forward 128, so that two programs share an SM (of
+# 128 x 128: 252), dq 203, dk dv 166 (of 128 x 64: 255). H = 32 with 4 warps spills 328 bytes forward. float32 is three
+# TF32 passes, whose split operands fill the registers: at H = 128 every shape tried spills (64 x 16 and 64 x 32 with 4
+# and 8 warps), so there is no row.
+# TPU: at C = 512 the three kernels use 1.6, 3.0 and 3.5 MiB of 16 on v5e, and no more than 4.1 on v5p and v6e.
+TILES = {
+    ("tpu", 2, 16): square(512),
+    ("tpu", 2, 32): square(512),
+    ("tpu", 2, 64): square(512),
+    ("tpu", 2, 128): square(512),
+    ("tpu", 4, 16): square(256),
+    ("tpu", 4, 32): square(256),
+    ("tpu", 4, 64): square(256),
+    ("tpu", 4, 128): square(256),
+    ("gpu", 2, 16): Tiles(Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2)),
+    ("gpu", 2, 32): Tiles(Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2)),
+    ("gpu", 2, 64): Tiles(Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(128, 32, 8, 3)),
+    ("gpu", 2, 128): Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(128, 32, 8, 3)),
+    ("gpu", 4, 16): Tiles(Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(64, 32, 4, 2)),
+    ("gpu", 4, 32): Tiles(Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(64, 32, 4, 2)),
+    ("gpu", 4, 64): Tiles(Tile(64, 32, 4, 2), Tile(128, 32, 8, 2), Tile(128, 16, 8, 2)),
+}
+
+
+class Options(NamedTuple):
+    """What a call is compiled for."""
+
+    normalize: bool
+    scale: float
+    platform: str
+    interpret: bool
+    tiles: Tiles
+    raw: bool = False  # the forward kernel's sums are not divided: a part of the keys follows
+
+
+class Fold(NamedTuple):
+    """What the decay and the documents come to, chunk by chunk. J = T / C chunks; everything in [0, 1] but `local`."""
+
+    keys: Float[Array, "B T N H"]  # k * leave
+    leave: Float[Array, "B N T"]  # e^{(tot - l) / 2}; 0 unless its document is the chunk's last
+    enter: Float[Array, "B N T"]  # e^l; 0 unless its document is the chunk's first
+    local: Float[Array, "B N 2 T"]  # l in two parts
+    step: Float[Array, "B N J"]  # e^tot
+
+
+class Cotangent(NamedTuple):
+    """dy and what follows from it. With the plain rows for the diagonal tile, and `g`, `bias` folded for the others."""
+
+    dy: Float[Array, "B T N H"]
+    ratio: Float[Array, "B N T"]  # 1 / den, or scale^2 without normaliser
+    mean: Float[Array, "B N T"]  # dy.y, 0 without normaliser
+    g: Float[Array, "B T N H"]  # enter * ratio * dy
+    bias: Float[Array, "B N T"]  # g.y, 0 without normaliser

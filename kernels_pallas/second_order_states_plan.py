@@ -1,0 +1,86 @@
+"""What `second_order_states.py` and its kernels share: the tuning table, and how a row is cut into chunks."""
+
+from typing import NamedTuple
+
+from kernels_pallas.second_order_attention_plan import FLOOR, TILES, Options
+from kernels_pallas.tiles import Tile, fitting
+
+
+class Sizes(NamedTuple):
+    """Tokens of a chunk, columns of a block, and for each kernel what a program holds and what passes by.
+
+    The columns are a multiple of `second_order_states.BLOCK`. With others the gradient of a state that comes in would
+    be that of its symmetric part.
+    """
+
+    chunk: int
+    block: int
+    walk: Tile  # held: slices (GPU), slices at a time (TPU); streamed: tokens
+    read: Tile  # held: tokens; streamed: slices at a time
+    contract: Tile
+
+
+# {(platform, bytes of an element, H): sizes}. No device was at hand: the rows follow from what the compilers say.
+# GPU (ptxas for sm_90a: registers of a thread, nothing spilled): walk, read, contract take 219, 254, 148 for H = 64 and
+# 218, 254, 151 for H = 128, within 10 of that with 64-bit addresses or a state that comes in; in float32 174, 228, 200
+# for H = 64 and 255, 143, 145 for H = 32. At H < 64 the products of walk are too short for wgmma and run as mma.
+# TPU: VMEM of walk 6.5 MiB at H = 64 and 21 at H = 128 (float32 26; 10 more for a state that comes in), read and
+# contract 3.0 and 6.8 (11.7), on v5e. Of their 2044, 868 and 715 bundles at H = 64 with 8 slices at a time, 244, 171
+# and 259 more make it 16: so much of a turn of the loop is waiting for the matrix unit's first result.
+SIZES = {
+    ("tpu", 2, 16): Sizes(2048, 16, Tile(16, 512), Tile(512, 16), Tile(512, 16)),
+    ("tpu", 2, 32): Sizes(2048, 32, Tile(16, 512), Tile(512, 16), Tile(512, 16)),
+    ("tpu", 2, 64): Sizes(2048, 32, Tile(16, 512), Tile(512, 16), Tile(512, 16)),
+    ("tpu", 2, 128): Sizes(2048, 32, Tile(16, 512), Tile(512, 16), Tile(512, 16)),
+    ("tpu", 4, 16): Sizes(2048, 16, Tile(8, 256), Tile(256, 8), Tile(256, 8)),
+    ("tpu", 4, 32): Sizes(2048, 32, Tile(8, 256), Tile(256, 8), Tile(256, 8)),
+    ("tpu", 4, 64): Sizes(2048, 32, Tile(8, 256), Tile(256, 8), Tile(256, 8)),
+    ("tpu", 4, 128): Sizes(2048, 32, Tile(8, 256), Tile(256, 8), Tile(256, 8)),
+    ("gpu", 2, 16): Sizes(1024, 16, Tile(4, 64, 4, 2), Tile(128, 1, 4, 2), Tile(128, 1, 4, 2)),
+    ("gpu", 2, 32): Sizes(1024, 32, Tile(4, 64, 4, 2), Tile(128, 1, 4, 2), Tile(128, 1, 4, 2)),
+    ("gpu", 2, 64): Sizes(1024, 32, Tile(8, 64, 4, 2), Tile(256, 1, 8, 3), Tile(128, 1, 4, 3)),
+    ("gpu", 2, 128): Sizes(2048, 64, Tile(4, 64, 8, 2), Tile(128, 1, 8, 3), Tile(128, 1, 8, 3)),
+    ("gpu", 4, 16): Sizes(1024, 16, Tile(4, 32, 4, 1), Tile(64, 1, 4, 1), Tile(64, 1, 4, 1)),
+    ("gpu", 4, 32): Sizes(1024, 32, Tile(4, 32, 4, 1), Tile(64, 1, 4, 1), Tile(64, 1, 4, 1)),
+    ("gpu", 4, 64): Sizes(1024, 32, Tile(4, 32, 4, 1), Tile(64, 1, 4, 1), Tile(64, 1, 4, 1)),
+}
+
+
+class Plan(NamedTuple):
+    """All that a call is compiled for: the options of the tiles inside a chunk, and the sizes."""
+
+    options: Options
+    sizes: Sizes
+
+    @property
+    def floor(self) -> float:
+        return FLOOR
+
+    def features(self, H: int) -> int:
+        blocks = H // self.sizes.block
+        return self.sizes.block**2 * blocks * (blocks + 1) // 2
+
+
+def planned(
+    T: int,
+    H: int,
+    dtype,
+    normalize: bool,
+    scale: float,
+    platform: str,
+    interpret: bool,
+    tiles=None,
+    sizes=None,
+) -> Plan:
+    """For rows of T tokens: chunks of equal length, as few as the table's size allows, in whole tiles.
+
+    Args:
+      tiles, sizes: in place of the tuning tables' rows.
+    """
+    sizes = sizes or SIZES[platform, dtype.itemsize, H]
+    tiles = fitting(tiles or TILES[platform, dtype.itemsize, H], sizes.chunk)
+    unit = max(*(tile.held for tile in tiles), sizes.walk.streamed, sizes.read.held, sizes.contract.held)
+    chunks = -(-T // sizes.chunk)
+    sizes = sizes._replace(chunk=-(-T // (chunks * unit)) * unit)
+    options = Options(normalize, scale, platform, interpret, tiles, raw=True)
+    return Plan(options, sizes)

@@ -1,0 +1,116 @@
+"""The formats of Evo 2: "savanna" (training) and "vortex" (inference), in files of torch without a config.json."""
+
+import dataclasses
+import pathlib
+
+from lcx.convert.core.format import Format, option
+from lcx.errors import UserError
+
+
+class _Evo2(Format):
+    """What both have: files of torch that imply their model and a tokenizer of bytes."""
+
+    def tokenizer(self, path):
+        return self.open(path).tokenizer
+
+    def completed(self, model, like):
+        from lcx.convert.evo2 import striped_hyena
+
+        return striped_hyena.with_scaling_of(like, model)
+
+    def may_replace(self, folder):
+        from lcx.convert.evo2 import savanna_files
+
+        # one torch file makes no checkpoint of a folder that holds other things too
+        return all(savanna_files.is_part(entry.name) for entry in folder.iterdir())
+
+
+@dataclasses.dataclass(frozen=True)
+class Savanna(_Evo2):
+    """Checkpoints of savanna, Evo 2's trainer.
+
+    Attributes:
+      legacy: whether the roles of hyena layers lie in blocks on each rank; no file says so.
+      float32: whether to read the float32 weights of DeepSpeed's optimizer states.
+      model_parallel: how many files share the tensors.
+    """
+
+    name: str = "savanna"
+    help: str = "Evo 2's training checkpoints, of any model-parallel size"
+    legacy: bool = False
+    float32: bool = False
+    model_parallel: int = option(1, help="how many files share the tensors of 'savanna'", metavar="N")
+
+    def __post_init__(self):
+        if self.model_parallel < 1:
+            raise UserError(f"model_parallel is {self.model_parallel}, expected 1 or more: change it")
+
+    def detect(self, path, names):
+        from lcx.convert.evo2 import vortex
+
+        # which roles and weights the user wants is not in the files, so the plain variant answers for all
+        return not (self.legacy or self.float32) and _has_parts(path, names) and not vortex.is_vortex(path)
+
+    def open(self, path):
+        from lcx.convert.evo2.savanna import SavannaSource
+
+        return SavannaSource(path, legacy=self.legacy, float32=self.float32)
+
+    def planned_bytes(self, source, *, dtype):
+        from lcx.convert.evo2 import savanna
+
+        planned = savanna.planned(source, dtype=dtype, model_parallel=self.model_parallel)
+        return sum(info.nbytes for info in planned.values())
+
+    def write(self, folder, source, *, dtype, progress):
+        from lcx.convert.evo2 import savanna
+
+        return savanna.write(
+            folder, source, dtype=dtype, model_parallel=self.model_parallel, progress=progress
+        )
+
+    def check_written(self, folder, tensors):
+        from lcx.convert.evo2 import savanna
+
+        return savanna.check_written(folder, tensors)
+
+
+@dataclasses.dataclass(frozen=True)
+class Vortex(_Evo2):
+    """Checkpoints of vortex, Evo 2's inference."""
+
+    name: str = "vortex"
+    help: str = "Evo 2's inference checkpoint, one file"
+
+    def detect(self, path, names):
+        from lcx.convert.evo2 import vortex
+
+        return _has_parts(path, names) and vortex.is_vortex(path)
+
+    def open(self, path):
+        from lcx.convert.evo2.vortex import VortexSource
+
+        return VortexSource(path)
+
+    def planned_bytes(self, source, *, dtype):
+        from lcx.convert.evo2 import vortex
+
+        return sum(info.nbytes for info in vortex.planned(source, dtype=dtype).values())
+
+    def write(self, folder, source, *, dtype, progress):
+        from lcx.convert.evo2 import vortex
+
+        return vortex.write(folder, source, dtype=dtype, progress=progress)
+
+    def check_written(self, folder, tensors):
+        from lcx.convert.evo2 import vortex
+
+        return vortex.check_written(folder, tensors)
+
+
+def _has_parts(path: pathlib.Path, names) -> bool:
+    from lcx.convert.evo2 import savanna_files
+
+    if path.is_dir():
+        return any(savanna_files.is_part(name) for name in names)
+    return path.name.endswith(savanna_files.TORCH_SUFFIXES) or bool(savanna_files.PIECE.fullmatch(path.name))

@@ -1,0 +1,100 @@
+"""The folder of a checkpoint: names that stay inside it, JSON files, and the tokenizer files that are copied along."""
+
+import json
+import os
+import pathlib
+from typing import Any
+
+from lcx.convert.files import safetensors, tensor_io, unsupported
+from lcx.errors import UserError
+from lcx.rope_fields import shown
+
+#: Files beside the weights that belong to the tokenizer or to generation, copied as they are.
+SIDE_FILES = (
+    "generation_config.json",
+    "lcx_tokenizer.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+_MAX_JSON_BYTES = 100_000_000
+
+
+def inside(folder: pathlib.Path, name: str) -> pathlib.Path:
+    """The path of an existing plain file of the folder.
+
+    Raises:
+      UserError: the name is not a plain file name, the file is missing, or a link leads out of the folder.
+        The links of Hugging Face's download cache (snapshots/REVISION/* -> blobs/*) are the one exception.
+    """
+    if not is_plain(name):
+        raise UserError(
+            f"{folder}: the index names the file {shown(name)}, expected a plain file name inside the folder"
+        )
+    path = folder / name
+    if not path.exists():
+        raise UserError(f"{folder}: {name} is missing; copy or download the folder again")
+    root = folder.resolve()
+    roots = [root]
+    if root.parent.name == "snapshots":
+        roots.append(root.parent.parent / "blobs")
+    if not any(path.resolve().is_relative_to(allowed) for allowed in roots):
+        raise UserError(f"{folder}: {name} is a link that leads out of the folder; put the file itself there")
+    if not path.is_file():
+        raise UserError(f"{folder}: {name} is not a regular file")
+    unsupported.check_pointer(path)
+    return path
+
+
+def is_plain(name: Any) -> bool:
+    """Whether the name is that of a file inside a folder, and printable."""
+    if not isinstance(name, str) or not name.isprintable() or len(name) > 255:
+        return False
+    return os.path.basename(name) == name and name not in ("", ".", "..")
+
+
+def read_json(path: pathlib.Path) -> dict:
+    """A JSON object from a file, every key once.
+
+    Raises:
+      UserError: it is not one, or is larger than any such file.
+    """
+    try:
+        if path.stat().st_size > _MAX_JSON_BYTES:
+            raise UserError(
+                f"{path}: {path.stat().st_size} bytes, expected a JSON file below {_MAX_JSON_BYTES}"
+            )
+        value = json.loads(path.read_text("utf-8"), object_pairs_hook=safetensors.no_duplicates)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path}: is not valid JSON: {safetensors.first_line(error)}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: holds a {type(value).__name__}, expected a JSON object")
+    return value
+
+
+def side_files(folder: str | os.PathLike) -> list[pathlib.Path]:
+    """The tokenizer and generation files that the folder has."""
+    folder = pathlib.Path(folder)
+    return [inside(folder, name) for name in SIDE_FILES if (folder / name).exists()]
+
+
+def write_json(path: pathlib.Path, value: dict) -> None:
+    """Writes and syncs a JSON file."""
+    write_bytes(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def write_bytes(path: pathlib.Path, data: bytes) -> None:
+    with open(path, "xb", buffering=0) as file:
+        tensor_io.write_all(file, data)
+        os.fsync(file.fileno())

@@ -1,0 +1,167 @@
+"""The table of checkpoint formats, and which of them a folder is in.
+
+A new format is a file with a subclass of `core.format.Format`, and an entry here.
+"""
+
+import dataclasses
+import importlib
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from lcx import hub
+from lcx.convert.core.format import Format, TrainedFormat
+from lcx.convert.evo2.format import Savanna, Vortex
+from lcx.convert.hf.format import HuggingFace
+from lcx.convert.lolcats.files import Lolcats
+from lcx.convert.lolcats.format import LolcatsFiles, LolcatsFolder
+from lcx.convert.peft.format import PeftAdapter
+from lcx.convert.workdir.format import Workdir
+from lcx.errors import UserError
+
+F = TypeVar("F", bound=Format)
+LOLCATS = LolcatsFolder()
+FORMATS: tuple[Format, ...] = (
+    Workdir(),
+    HuggingFace(),
+    Savanna(),
+    Savanna("savanna_legacy", "with the roles of hyena layers in blocks", legacy=True, writes=False),
+    Savanna(
+        "savanna_fp32", "with the float32 weights of DeepSpeed's optimizer states", float32=True, writes=False
+    ),
+    Savanna("savanna_legacy_fp32", "with both", legacy=True, float32=True, writes=False),
+    Vortex(),
+    LOLCATS,
+    PeftAdapter(),
+    LolcatsFiles(),
+)
+
+
+def named(format: str | Format, *, where: str = "format") -> Format:
+    """A format by its name, or "module:NAME" of one in a package of yours; a format itself stays.
+
+    Args:
+      where: the setting that named it, for messages.
+
+    Raises:
+      UserError: there is none of this name.
+    """
+    if isinstance(format, Format):
+        return format
+    if isinstance(format, str) and ":" in format:
+        return _imported(format, where)
+    found = next((known for known in FORMATS if known.name == format), None)
+    if found is None:
+        raise UserError(f"{where} is {format!r}, expected one of {_listed(FORMATS)}")
+    return found
+
+
+def _imported(path: str, where: str) -> Format:
+    module, _, name = path.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"{where} is {path!r}, which cannot be imported: {error}") from error
+    if not isinstance(found, Format):
+        raise UserError(
+            f"{where} is {path!r}, a {type(found).__name__}, expected an instance of {Format.__name__}"
+        )
+    return found
+
+
+def reader(
+    path: str | os.PathLike, format: str | Format | None = None, lolcats: Lolcats | None = None
+) -> Format:
+    """The format to read `path` in: the one that is named, or the one found out.
+
+    Raises:
+      UserError: no such format, or one that is not read; files of LoLCATS with another format; no checkpoint there.
+    """
+    if lolcats is None and format is None:
+        return detect(path)
+    chosen = LOLCATS if format is None else named(format)
+    if not chosen.reads:
+        raise UserError(
+            f"format is {chosen.name!r}, expected one of {_listed(f for f in FORMATS if f.reads)}"
+        )
+    if lolcats is None:
+        return chosen
+    if not isinstance(chosen, LolcatsFolder):
+        raise UserError(
+            f"format is {chosen.name!r}, expected {LOLCATS.name!r} with its files: leave the format out, or the files"
+        )
+    return dataclasses.replace(chosen, files=lolcats)
+
+
+def writer(format: str | Format, **options: Any) -> Format:
+    """The format to write a model in, with its options set; those that are None are left out.
+
+    Raises:
+      UserError: no such format, or one that holds no whole model; an option that it does not take.
+    """
+    chosen = named(format)
+    if not chosen.writes:
+        raise UserError(
+            f"format is {chosen.name!r}, expected one of {_listed(f for f in FORMATS if f.writes)}"
+        )
+    return configured(chosen, options)
+
+
+def configured(format: F, options: Mapping[str, Any]) -> F:
+    """The format with these options set. Raises UserError for one that it does not take, or a value out of range."""
+    given = {name: value for name, value in options.items() if value is not None}
+    for name in given.keys() - format.options():
+        field = next((other.options()[name] for other in FORMATS if name in other.options()), None)
+        what = "no option of any format" if field is None else field.metadata["help"]
+        raise UserError(f"{name} is {what}, and the format is {format.name!r}: leave it out")
+    return dataclasses.replace(format, **given)
+
+
+def detect(path: str | os.PathLike, *more: Format) -> Format:
+    """The format of a folder or file, from the names of files (of torch files: also from the names of tensors).
+
+    Args:
+      more: formats of the user's own, asked before those of the table.
+
+    Raises:
+      UserError: it is none of the known ones, or no model by itself.
+    """
+    from lcx.convert.files import unsupported
+
+    place = pathlib.Path(hub.local(path)).expanduser()
+    if not place.exists():
+        raise UserError(f"no checkpoint at {path}: there is nothing")
+    names = {entry.name for entry in place.iterdir()} if place.is_dir() else {place.name}
+    if not place.is_dir():
+        unsupported.check_names(place, [place.name])
+        unsupported.check_pointer(place)
+    for format in sorted((*more, *FORMATS), key=lambda format: not format.overlay):
+        if format.detect(place, names):
+            return format
+    if not place.is_dir():
+        raise UserError(f"no checkpoint at {path}: there is a file, expected the folder it is in")
+    unsupported.check_names(place, sorted(names))
+    raise UserError(
+        f"no checkpoint at {path}: expected a Hugging Face folder (config.json and weights), an lcx workdir "
+        "(checkpoints/) or files of savanna or vortex (.pt), found "
+        f"{', '.join(sorted(names)[:6]) or 'an empty folder'}"
+    )
+
+
+def is_checkpoint(path: pathlib.Path, *more: Format) -> bool:
+    """Whether a folder may be replaced by a checkpoint, because it is one; see `detect`."""
+    try:
+        return detect(path, *more).may_replace(path)
+    except UserError:
+        return False
+
+
+def help_lines(*, writing: bool) -> str:
+    """The formats to read or to write, one after another, for `--help`."""
+    known = [f for f in FORMATS if (f.writes or isinstance(f, TrainedFormat) if writing else f.reads)]
+    return "; ".join(f"{format.name}, {format.help}" for format in known)
+
+
+def _listed(formats) -> str:
+    return ", ".join(format.name for format in formats)

@@ -1,0 +1,37 @@
+"""Values of config.json, checked as they are read."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from lcx.errors import UserError
+from lcx.rope_fields import shown
+
+
+def integer(config: Mapping[str, Any], key: str, default: int | None = None, *, least: int = 1) -> int:
+    """Raises UserError for what is no integer from `least` to 2^31 - 1, or missing without a default."""
+    value = config.get(key)
+    value = default if value is None else value
+    if value is None:
+        raise UserError(f"config.json has no {key}; it is needed")
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**31:
+        raise UserError(
+            f"config.json has {key} = {shown(value)}, expected an integer from {least} to 2^31 - 1"
+        )
+    return value
+
+
+def fraction(config: Mapping[str, Any], key: str, default: float) -> float:
+    """Raises UserError for what is no number between 0 and 1."""
+    value = config.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
+        raise UserError(f"config.json has {key} = {shown(value)}, expected a number between 0 and 1")
+    return float(value)
+
+
+def boolean(config: Mapping[str, Any], key: str) -> bool:
+    """False where it is missing or null. Raises UserError for what is neither true nor false."""
+    value = config.get(key)
+    value = False if value is None else value
+    if not isinstance(value, bool):
+        raise UserError(f"config.json has {key} = {shown(value)}, expected true or false")
+    return value

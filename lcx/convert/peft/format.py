@@ -1,0 +1,41 @@
+"""The format "peft": an adapter of what a run trained with LoRA."""
+
+import dataclasses
+
+from lcx.convert.core.format import TrainedFormat, option
+from lcx.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class PeftAdapter(TrainedFormat):
+    """A folder that `peft.PeftModel.from_pretrained` loads onto the base model. It is read with `adapter=`.
+
+    Attributes:
+      base_model: what it names as its base; None: what the run started from.
+    """
+
+    name: str = "peft"
+    help: str = "an adapter of what a run with LoRA trained"
+    overlay: bool = True
+    base_model: str | None = option(
+        None, help="what a 'peft' adapter names as its base, a path or a name on the hub", metavar="NAME"
+    )
+
+    def detect(self, path, names):
+        from lcx.convert.hf.folder import CONFIG
+        from lcx.convert.peft import settings
+
+        if path.is_dir() and settings.FILE in names and CONFIG not in names:
+            base = settings.read(path).base
+            raise UserError(
+                f"{path} is a PEFT adapter: pass its base{f', {base!r},' if base else ''} as the model, and this as "
+                "--adapter (adapter= in Python)"
+            )
+        return False
+
+    def export(self, workdir, path, *, overwrite):
+        from lcx.convert.peft import adapter
+
+        first, *rest = adapter.export(workdir, path, base_model=self.base_model, overwrite=overwrite)
+        said = f"{path / 'README.md'} says how to load it with transformers and PEFT"
+        return [f"read back: {first}", *rest, said]

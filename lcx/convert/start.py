@@ -1,0 +1,79 @@
+"""What a training run starts from, in whatever format it lies."""
+
+import contextlib
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from lcx import extend, hub
+from lcx.convert import formats
+from lcx.convert.core.format import Format
+from lcx.convert.peft import start as peft_start
+from lcx.errors import UserError
+from lcx.lora import LoRA
+from lcx.model import Decoder
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """A pretrained model.
+
+    Attributes:
+      model: a Decoder, its context extended, computing in float32; or some of its layers.
+      params: as they are stored.
+      carried: settings of its config.json that the model does not hold (ids of special tokens).
+      lora, pairs: of an adapter that trains on: the settings of its pairs, and the `lora` collection. Without an
+        adapter the settings are those that were given, and there is no collection.
+    """
+
+    model: Any
+    params: dict[str, Any]
+    carried: dict[str, Any]
+    lora: LoRA | None = None
+    pairs: dict[str, Any] | None = None
+
+
+def start(
+    path: str,
+    *,
+    mesh: jax.sharding.Mesh,
+    rope_scaling: Mapping[str, Any] | None = None,
+    context_length: int | None = None,
+    adapter: str | None = None,
+    lora: LoRA | None = None,
+) -> Start:
+    """Reads a model to train from; the arguments are those of `lcx.load`, and `lora` is the run's settings.
+
+    Raises:
+      UserError: what `lcx.load` refuses; an adapter that cannot train on, or that `lora` does not agree with.
+    """
+    path = hub.local(path)
+    reader = formats.detect(path)
+
+    def change(model: Decoder) -> Decoder:
+        return extend.extend_model(model, rope_scaling, context_length)
+
+    if adapter is None:
+        model, params = reader.load(path, dtype=None, mesh=mesh, change=change)
+        return Start(model.clone(dtype="float32", parent=None), params, _carried(reader, path), lora)
+    source = reader.open(path)
+    carried = dict(source.carried)
+    source.model = change(source.model)
+    scaled = rope_scaling is not None or context_length is not None
+    model, params, pairs, settings = peft_start.start(source, adapter, mesh=mesh, lora=lora, scaled=scaled)
+    return Start(model, params, carried, settings, pairs)
+
+
+def model_at(path: str) -> Decoder:
+    """The model there, without its parameters. Raises UserError when it cannot be read."""
+    path = hub.local(path)
+    return formats.detect(path).open(path).model
+
+
+def _carried(reader: Format, path: str) -> dict[str, Any]:
+    """Nothing where the newest step of a workdir is damaged: the model came from the one before."""
+    with contextlib.suppress(UserError):
+        return dict(reader.open(path).carried)
+    return {}

@@ -1,0 +1,92 @@
+"""Linear attention chunk by chunk: T cut into chunks of C tokens, their weights, and the state from chunk to chunk.
+
+Inside, arrays are [B, G, r, C, ...]: G groups of heads that all arrays have, r heads of a group, 1 where they share.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from lcx.ops.decay import split
+
+
+def grouped(arrays, C):
+    """[B, T, n, ...] -> [T / C, B, G, r, C, ...], G groups for all, r 1 or N / G: the heads of one group."""
+    heads = [x.shape[2] for x in arrays if x is not None]
+    N = max(heads)
+    groups = math.gcd(*heads)
+
+    def cut(x):
+        if x is None:
+            return None
+        B, T, n = x.shape[:3]
+        if n not in (groups, N):
+            x, n = jnp.repeat(x, N // n, axis=2), N
+        x = jnp.pad(x, ((0, 0), (0, -T % C), *((0, 0),) * (x.ndim - 2)))
+        x = x.reshape(B, -1, C, groups, n // groups, *x.shape[3:])
+        return jnp.moveaxis(x, (1, 3, 4), (0, 2, 3))
+
+    return [cut(x) for x in arrays]
+
+
+def ungrouped(x: Array, T: int) -> Array:
+    """[T / C, B, G, r, C, ...] -> [B, T, G r, ...], without what was padded."""
+    x = jnp.moveaxis(x, (0, 2, 3), (1, 3, 4))
+    return x.reshape(x.shape[0], x.shape[1] * x.shape[2], -1, *x.shape[5:])[:, :T]
+
+
+def dot(spec: str, x: Array, y: Array, heads: int | None = None) -> Array:
+    """einsum into float32; the second operand takes the first's dtype. heads = 1: the result sums over r, kept as 1."""
+    if heads == 1:
+        return jnp.expand_dims(dot(spec[::-1].replace("r", "", 1)[::-1], x, y), 2)
+    return jnp.einsum(spec, x, y.astype(x.dtype), preferred_element_type=jnp.float32)
+
+
+def chunk_weights(a: Array | None, first: Array | None, C: int) -> tuple[Array, Array, Array, Array]:
+    """How much a chunk's pairs count [.., C, C], its entering state for each query, each key for the state at its end
+    [.., C], and the entering state for that [.., 1]; leading axes B, G, r or 1."""
+    place = jnp.arange(C)
+    seen, carried = place <= place[:, None], jnp.ones((1, 1, 1, 1), jnp.float32)
+    entering = leaving = jnp.ones((1, 1, 1, C), jnp.float32)
+    if first is not None:
+        first = first[:, None, None]
+        seen = seen & (place >= first[..., None])
+        entering = (first < 0).astype(jnp.float32)
+        leaving = (place >= first[..., -1:]).astype(jnp.float32)
+        carried = entering[..., -1:]
+    if a is None:
+        return seen.astype(jnp.float32), entering, leaving, carried
+    g = jnp.cumsum(split(a, C), axis=-1)
+    pairs = jnp.sum(g[..., :, None] - g[..., None, :], axis=0)
+    decay = jnp.exp(jnp.where(seen, pairs, -jnp.inf))
+    to_end = jnp.exp(jnp.sum(g[..., -1:] - g, axis=0))
+    from_start = jnp.exp(jnp.sum(g, axis=0))
+    return decay, entering * from_start, leaving * to_end, carried * from_start[..., -1:]
+
+
+def next_state(k: Array, v: Array, leaving: Array, carried: Array, state):
+    """The state (kv, z or None) at the end of a chunk."""
+    kv, z = state
+    weighted = (v * leaving[..., None]).astype(v.dtype)
+    kv = carried[..., None] * kv + dot("bgrsp,bgrsh->bgrph", k, weighted)
+    if z is not None:
+        z = carried * z + jnp.einsum("bgrsp,bgrs->bgrp", k.astype(jnp.float32), leaving)
+    return kv, z
+
+
+def nonzero(norm):
+    return jnp.where(norm == 0, 1.0, norm)
+
+
+def states_before(k, v, a, first, state):
+    """The states that enter each chunk, stacked, and the one that leaves the last."""
+
+    def step(state, x):
+        k, v, a, first = x
+        _, _, leaving, carried = chunk_weights(a, first, k.shape[3])
+        return next_state(k, v, leaving, carried, state), state
+
+    last, before = jax.lax.scan(step, state, (k, v, a, first))
+    return before, last

@@ -1,0 +1,77 @@
+"""Text in, text out: a prompt in words, and its continuation in words.
+
+    model, params = lcx.load(path)
+    lcx.generate_text(model, params, lcx.load_tokenizer(path), "Once upon a time", max_new_tokens=50)
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lcx.data import Tokenizer, check_vocabulary, special_tokens
+from lcx.errors import UserError
+from lcx.model import Decoder
+from lcx.sampler import generate
+
+
+def generate_text(
+    model: Decoder,
+    params: Mapping[str, Any],
+    tokenizer: Tokenizer,
+    prompt: str | Sequence[str],
+    *,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    add_bos: bool | None = None,
+) -> str | list[str]:
+    """The continuation of a prompt, without the prompt itself; a list of them for a list of prompts.
+
+    Args:
+      model, params, tokenizer: of one checkpoint, from lcx.load and lcx.load_tokenizer.
+      max_new_tokens: most tokens of a continuation. It ends earlier with a token that ends a document.
+      temperature, top_p, seed: as in lcx.generate; temperature 0 takes the likeliest token.
+      add_bos: whether BOS stands before the prompt; None: where the tokenizer adds it.
+
+    Raises:
+      UserError: an empty prompt that nothing stands before, tokens outside of the model's vocabulary, bad settings.
+    """
+    check_vocabulary(tokenizer, model.vocab_size)
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    rows = [ids_of(tokenizer, text, add_bos=add_bos) for text in prompts]
+    stops = stop_ids(tokenizer)
+    new = generate(
+        model,
+        params,
+        rows,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        stop_tokens=stops,
+    )
+    texts = []
+    for row, continuation in zip(rows, new.tolist(), strict=True):
+        end = next((i for i, token in enumerate(continuation) if token in stops), len(continuation))
+        texts.append(tokenizer.decode(row + continuation[:end])[len(tokenizer.decode(row)) :])
+    return texts[0] if isinstance(prompt, str) else texts
+
+
+def ids_of(tokenizer: Tokenizer, text: str, *, add_bos: bool | None = None) -> list[int]:
+    """The tokens of a prompt, after those that the tokenizer puts before a text.
+
+    Raises:
+      UserError: there are none.
+    """
+    if not isinstance(text, str):
+        raise UserError(f"the prompt is a {type(text).__name__}, expected text; lcx.generate takes tokens")
+    ids = [*special_tokens(tokenizer, add_bos=add_bos).before, *tokenizer.encode(text).tolist()]
+    if not ids:
+        raise UserError("the prompt is empty and no BOS is added to start from: set --prompt, or --add_bos")
+    return ids
+
+
+def stop_ids(tokenizer: Tokenizer) -> list[int]:
+    """The tokens that end a text."""
+    known = [tokenizer.bos_id, tokenizer.eos_id, *getattr(tokenizer, "stop_ids", ())]
+    return sorted({token for token in known if token is not None})

@@ -1,0 +1,74 @@
+"""What a training run says at its start and at its end: what it trains, on what, at what size, and where it writes."""
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+
+from lcx import lora as lora_lib
+from lcx import model as model_lib
+from lcx.training import resume_check
+
+
+def opening(trainer: Any, run: Any, mesh: jax.sharding.Mesh, workdir: str) -> Iterator[str]:
+    """The lines of a start.
+
+    Args:
+      trainer: the settings, a `trainer.Trainer`.
+      run: what it starts with, a `trainer.Run`.
+    """
+    if run.data is not None:
+        rest = "going on" if run.step < trainer.steps else "nothing is left to do"
+        yield f"step {run.step} of {trainer.steps} is done: {rest}"
+        yield from resume_check.changes(run.before, resume_check.changeable(trainer))
+    yield _model(run)
+    yield _size(trainer, mesh)
+    yield trainer.data.describe_special_tokens()
+    yield from trainer.opened.remarks()
+    if run.lora is not None:
+        yield lora_lib.statement(run.model, run.abstract["lora"], run.trains["params"])
+    if run.model.max_position_embeddings < trainer.seq_len:
+        yield (
+            f"warning: Trainer.seq_len {trainer.seq_len} exceeds the model's window of "
+            f"{run.model.max_position_embeddings} tokens: set context_length (and rope_scaling, unless it keeps its "
+            "own)"
+        )
+    yield f"writing to {workdir}"
+    if run.step < trainer.steps:
+        yield "compiling the first step"
+
+
+def closing(workdir: str, step: int, steps: int) -> str:
+    """Where the last checkpoint is, and what to do next."""
+    checkpoint = os.path.join(workdir, "checkpoints", str(step))
+    if step < steps:
+        return f"stopped at step {step} of {steps}; the same command goes on from {checkpoint}"
+    return f"done: {checkpoint}; next: python -m lcx.evaluate --checkpoint={workdir} --output={workdir}/evaluation"
+
+
+def _model(run: Any) -> str:
+    stored = sorted({str(leaf.dtype) for leaf in jax.tree.leaves(run.abstract["params"])})
+    return (
+        f"model: {run.model.model_type}, {run.model.num_layers} layers, {counted(model_lib.num_params(run.model))} "
+        f"parameters in {' and '.join(stored)}, activations in {run.model.dtype}, window of "
+        f"{run.model.max_position_embeddings} tokens"
+    )
+
+
+def _size(trainer: Any, mesh: jax.sharding.Mesh) -> str:
+    axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
+    pieces = f" in {trainer.accumulation} micro-batches" if trainer.accumulation > 1 else ""
+    return (
+        f"steps: {trainer.steps} of {trainer.batch_size} rows x {trainer.seq_len} = "
+        f"{counted(trainer.batch_size * trainer.seq_len)} tokens{pieces}, on {mesh.size} x "
+        f"{jax.devices()[0].device_kind}{f' ({axes})' if axes else ''}"
+    )
+
+
+def counted(number: int) -> str:
+    """A count in words: 950, 12.3 thousand, 1.24 million, 8.03 billion."""
+    for size, word in ((1e12, "trillion"), (1e9, "billion"), (1e6, "million"), (1e4, "thousand")):
+        if number >= size:
+            return f"{number / (1e3 if word == 'thousand' else size):.3g} {word}"
+    return str(number)

@@ -1,0 +1,137 @@
+"""One writer per workdir and per destination, and addresses that are no folders."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from lcx import evaluate, train
+from lcx.checkpoint import Checkpointer
+from lcx.convert import __main__ as convert
+from lcx.convert.files.destination import replacing
+from lcx.errors import UserError
+from lcx.locks import LOCK, only_writer
+
+HOLDER = """
+import sys, time
+from lcx.locks import only_writer
+with only_writer(sys.argv[1], of="it", setting="--workdir"):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+RECIPE = """
+from __gin__ import dynamic_registration
+from lcx import trainer
+import one_writer_job
+trainer.train.job = @one_writer_job.Job()
+"""
+
+
+@contextlib.contextmanager
+def holder(lock: pathlib.Path):
+    """Another process that holds the lock."""
+    process = subprocess.Popen([sys.executable, "-c", HOLDER, str(lock)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "held\n"
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def taken(lock: pathlib.Path) -> None:
+    with only_writer(lock, of="run", setting="--workdir"):
+        pass
+
+
+def test_a_lock_of_a_killed_process_does_not_hold(tmp_path):
+    with holder(tmp_path / LOCK) as process:
+        with pytest.raises(UserError, match=f"run is being .* .process {process.pid} on .* change --workdir"):
+            taken(tmp_path / LOCK)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        with only_writer(tmp_path / LOCK, of="run", setting="--workdir"):
+            assert f"process {os.getpid()} " in (tmp_path / LOCK).read_text()
+    assert not (tmp_path / LOCK).exists()
+
+
+def test_an_owner_that_ends_removes_the_file_that_another_has_just_opened(tmp_path, monkeypatch):
+    """The second process then holds a lock on a file without a name, which keeps nobody out."""
+    import filelock
+
+    acquire, once = filelock.FileLock.acquire, iter([True])
+
+    def opened_before_it_was_removed(lock, *args, **kwargs):
+        got = acquire(lock, *args, **kwargs)
+        if next(once, False):
+            (tmp_path / LOCK).unlink()
+        return got
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", opened_before_it_was_removed)
+    held = only_writer(tmp_path / LOCK, of="run", setting="--workdir")
+    with held, pytest.raises(UserError, match="being written"):
+        taken(tmp_path / LOCK)
+
+
+def test_a_second_training_is_refused_and_changes_nothing(tmp_path, capsys):
+    recipe = tmp_path / "recipe.gin"
+    recipe.write_text(RECIPE)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.gin").write_text("# of the first\n")
+    with holder(tmp_path / "run" / LOCK):
+        assert train.main([f"--gin_file={recipe}", f"--workdir={tmp_path / 'run'}"]) == 2
+    assert "run is being written by another process" in capsys.readouterr().err
+    assert sorted(os.listdir(tmp_path / "run")) == [LOCK, "config.gin"]
+    assert (tmp_path / "run" / "config.gin").read_text() == "# of the first\n"
+    assert train.main([f"--gin_file={recipe}", f"--workdir={tmp_path / 'run'}"]) == 0
+    assert (tmp_path / "run" / "ran").exists()
+
+
+def test_a_second_conversion_to_a_destination_is_refused(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "kept").touch()
+
+    def write() -> None:
+        with replacing(out, overwrite=True, needed_bytes=0, replaceable=lambda path: True) as folder:
+            (folder / "new").touch()
+
+    refused = pytest.raises(UserError, match="out is being written by another process .* change --dst")
+    with holder(tmp_path / ".out.lcx-lock"), refused:
+        write()
+    assert os.listdir(out) == ["kept"]
+    write()
+    assert os.listdir(out) == ["new"]
+    assert os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize(
+    "main, arguments, setting",
+    [
+        (train.main, ["--workdir=gs://bucket/run"], "--workdir"),
+        (train.main, ["--workdir="], "--workdir"),
+        (convert.main, ["--src=hf", "--dst=s3://bucket/x", "--dst_format=lcx"], "--dst"),
+        (convert.main, ["--src=gs://bucket/hf", "--dst=x", "--dst_format=lcx"], "the path"),
+        (evaluate.main, ["--checkpoint=hf", "--output=gs://bucket/out"], "--output"),
+    ],
+)
+def test_an_address_is_no_folder(main, arguments, setting, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipe.gin").write_text(RECIPE)
+    if main is train.main:
+        arguments = ["--gin_file=recipe.gin", *arguments]
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert f"error: {setting} is " in error and len(error.splitlines()) == 1, error
+    assert sorted(os.listdir(tmp_path)) == ["recipe.gin"]
+
+
+def test_checkpoints_go_to_folders(tmp_path):
+    with pytest.raises(UserError, match="gs:// is not supported"):
+        Checkpointer("gs://bucket/run/checkpoints")
