@@ -74,6 +74,8 @@ NAMES = {
     "lcx.convert.lolcats:LolcatsSource": "lcx.convert.lolcats.source:LolcatsSource",
     "lcx.convert.lolcats.format:LolcatsSource": "lcx.convert.lolcats.source:LolcatsSource",
     "lcx.model:llama": "lcx.llama:llama",
+    "lcx.optim:join": "lcx.optim:combine",
+    "lcx.optim:split": "lcx.optim:partition",
     "lcx.rope:from_hf": "lcx.convert.hf.config:rope_from_config",
     "lcx.rope:hf_max_position_embeddings": "lcx.convert.hf.rope_parameters:written_max_position_embeddings",
     "lcx.rope:to_hf": "lcx.convert.hf.rope_parameters:to_hf",
