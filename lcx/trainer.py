@@ -178,7 +178,7 @@ class Trainer:
         """Trains to the last step, or to a request to stop. Goes on with what is in the workdir."""
         mesh = self.mesh.build()
         self.check_rows(mesh)
-        _ = self.opened  # tokenises; a mistake in the data shows before a model is read
+        _ = self._opened  # tokenises; a mistake in the data shows before a model is read
         folder = os.path.join(workdir, "checkpoints")
         with (
             jax.set_mesh(mesh),
@@ -192,7 +192,7 @@ class Trainer:
             ):
                 if run.data is not None:
                     batches.restore(run.data)
-                for line in statements.opening(self, run, mesh, workdir):
+                for line in statements.opening(self, run, self._opened, mesh, workdir):
                     metrics.message(line)
                 try:
                     return self._loop(run, mesh, batches, checkpointer, metrics, stop, workdir)
@@ -350,7 +350,7 @@ class Trainer:
         """A failure is a warning, unless wait is set: then it is an error."""
         meta = {
             "model": model_json.to_json(run.model),
-            "tokenizer": self.opened.tokenizer.to_json(),
+            "tokenizer": self._opened.tokenizer.to_json(),
             "seq_len": self.seq_len,
             "lcx_version": __version__,
             "data": model_json.to_json(self.data),
@@ -367,7 +367,7 @@ class Trainer:
         checkpointer.save(step, state, json=documents, wait=wait)
 
     @functools.cached_property
-    def opened(self) -> Opened:
+    def _opened(self) -> Opened:
         """The data, which a run opens once."""
         return self.data.opened()
 
@@ -393,7 +393,7 @@ class Trainer:
     def _batches(self, split: str, model: Decoder, mesh) -> BatchIterator:
         index, count = sharding.process_rows(mesh)
         rows = (self.batch_size, self.seq_len, self.seed, index, count)
-        return self.opened.batches(BatchSpec(split, *rows, vocab_size=model.vocab_size))
+        return self._opened.batches(BatchSpec(split, *rows, vocab_size=model.vocab_size))
 
     def check_rows(self, mesh) -> None:
         """Raises UserError when a batch does not divide over the mesh."""

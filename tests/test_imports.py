@@ -16,8 +16,8 @@ ROOT = pathlib.Path(__file__).parent.parent
 LINES = [
     "__init__ train evaluate generate",
     "ladder evaluator terminal report blockwise trainer",
-    "evals evals.support",
-    "text training sampler",
+    "text evals evals.support",
+    "training sampler",
     "convert convert.lolcats convert.peft convert.workdir convert.evo2 convert.hf convert.core convert.files",
     "data data.readers",
     "checkpoint objectives optim",

@@ -11,12 +11,13 @@ from lcx import model as model_lib
 from lcx.training import resume_check
 
 
-def opening(trainer: Any, run: Any, mesh: jax.sharding.Mesh, workdir: str) -> Iterator[str]:
+def opening(trainer: Any, run: Any, opened: Any, mesh: jax.sharding.Mesh, workdir: str) -> Iterator[str]:
     """The lines of a start.
 
     Args:
       trainer: the settings, a `trainer.Trainer`.
-      run: what it starts with, a `trainer.Run`.
+      run: what it starts with, a `training.run.Run`.
+      opened: its data, a `data.Opened`.
     """
     if run.data is not None:
         rest = "going on" if run.step < trainer.steps else "nothing is left to do"
@@ -25,7 +26,7 @@ def opening(trainer: Any, run: Any, mesh: jax.sharding.Mesh, workdir: str) -> It
     yield _model(run)
     yield _size(trainer, mesh)
     yield trainer.data.describe_special_tokens()
-    yield from trainer.opened.remarks()
+    yield from opened.remarks()
     if run.lora is not None:
         yield lora_lib.statement(run.model, run.abstract["lora"], run.trains["params"])
     if run.model.max_position_embeddings < trainer.seq_len:
