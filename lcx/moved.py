@@ -76,6 +76,8 @@ NAMES = {
     "lcx.model:Block": "lcx.block:Block",
     "lcx.model:Mlp": "lcx.mlps.gated:GatedMlp",
     "lcx.model:llama": "lcx.llama:llama",
+    "lcx.optim:join": "lcx.optim:combine",
+    "lcx.optim:split": "lcx.optim:partition",
     "lcx.rope:from_hf": "lcx.convert.hf.config:rope_from_config",
     "lcx.rope:hf_max_position_embeddings": "lcx.convert.hf.rope_parameters:written_max_position_embeddings",
     "lcx.rope:to_hf": "lcx.convert.hf.rope_parameters:to_hf",

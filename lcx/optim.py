@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 import optax.contrib
 
+from lcx import moved
 from lcx.errors import UserError
 from lcx.parameters import leaf_paths
 
@@ -204,3 +205,6 @@ def combine(tree: Any, others: Any) -> Any:
 
 def _by_path(tree: Any, fn) -> Any:
     return jax.tree.unflatten(jax.tree.structure(tree), map(fn, leaf_paths(tree)))
+
+
+__getattr__ = moved.names_of(__name__)

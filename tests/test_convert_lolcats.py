@@ -9,13 +9,13 @@ import numpy as np
 import optax
 import pytest
 import torch
+from flax.traverse_util import flatten_dict, unflatten_dict
 from lolcats_files import FACTORS, SETTINGS, is_map, load, read, state, tensors_of, write
 
 import lcx
 from lcx import model as model_lib
 from lcx.checkpoint import Checkpointer
 from lcx.convert.__main__ import main
-from lcx.convert.core import rules
 from lcx.convert.files.safetensors import SafetensorsFile
 from lcx.convert.lolcats import settings as lolcats_settings
 from lcx.convert.lolcats import writer as lolcats_writer
@@ -128,18 +128,18 @@ def trained(loss, values, rows, lr):
 def test_published_attention_transfer(published, made):
     """Twelve rows, six updates: our objective and mixer, their feature maps before and after."""
     model, params = lcx.load(made / "hf", lolcats=Lolcats(made / "start_distill.pt", None, SETTINGS))
-    flat, (_, after) = rules.flatten(params), load(made, lora=False)
+    flat, (_, after) = flatten_dict(params, sep="/"), load(made, lora=False)
     learned = {path: x for path, x in flat.items() if is_map(path)}
 
     def loss(learned, tokens):
         places = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         batch = {"tokens": tokens, "positions": places, "segment_ids": jnp.ones_like(tokens)}
-        total, count = attention_transfer(model, {"params": rules.unflatten(flat | learned)}, batch)
+        total, count = attention_transfer(model, {"params": unflatten_dict(flat | learned, sep="/")}, batch)
         return total / count
 
     losses, learned = trained(loss, learned, published["train1/data"], 1e-2)
     np.testing.assert_allclose(losses, published["train1/losses"], rtol=2e-5)
-    after = rules.flatten(after)
+    after = flatten_dict(after, sep="/")
     for path, x in learned.items():
         np.testing.assert_allclose(x, after[path], atol=2e-5 * np.abs(after[path]).max(), err_msg=path)
 

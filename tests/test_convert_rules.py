@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from lcx.convert.core.rules import Flat, Part, Rule, Same, Table, Transposed, flatten, transpose, unflatten
+from lcx.convert.core.rules import Flat, Part, Rule, Same, Table, Transposed, transpose
 from lcx.convert.files.tensor_io import TensorInfo
 from lcx.convert.hf import config as hf_config
 from lcx.errors import UserError
@@ -142,12 +142,6 @@ def test_long_lists_are_cut():
     with pytest.raises(UserError, match="20 unexpected: x0, x1, x2, x3, x4, x5 and 14 more"):
         good = {name: TensorInfo(np.dtype("f4"), shape) for name, shape in table.foreign_shapes.items()}
         table.check_source(good | {f"x{i}": good["norm"] for i in range(20)})
-
-
-def test_trees():
-    tree = {"a": {"b": 1, "c": {"d": 2}}, "e": 3}
-    assert flatten(tree) == {"a/b": 1, "a/c/d": 2, "e": 3}
-    assert unflatten(flatten(tree)) == tree
 
 
 # ------------------------------------------------------------------------------------------------ config.json

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from lcx import model as model_lib
 from lcx import parameters
@@ -77,7 +78,7 @@ class TreeSource:
 
     @functools.cached_property
     def _flat(self) -> dict[str, Any]:
-        return rules.flatten(self.params)
+        return flatten_dict(self.params, sep="/")
 
     @functools.cached_property
     def leaves(self) -> dict[str, TensorInfo]:
@@ -155,7 +156,7 @@ def to_devices(
     On a mesh each process reads only what its devices need.
     """
     placed: dict[str, Any] = {}
-    shardings = {} if mesh is None else rules.flatten(model_lib.param_shardings(source.model, mesh))
+    shardings = {} if mesh is None else flatten_dict(model_lib.param_shardings(source.model, mesh), sep="/")
     for path, info in source.leaves.items():
         wanted = dtype or info.dtype
         if mesh is None:
@@ -169,7 +170,7 @@ def to_devices(
         arrays = dict(zip(unique, _read_box(source, path, _union(boxes), boxes, wanted), strict=True))
         shards = [jax.device_put(arrays[_key(index)], device) for device, index in exact.items()]
         placed[path] = jax.make_array_from_single_device_arrays(info.shape, shardings[path], shards)
-    return rules.unflatten(placed)
+    return unflatten_dict(placed, sep="/")
 
 
 def _read_box(

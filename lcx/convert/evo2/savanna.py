@@ -294,7 +294,7 @@ def entries_of(source: ModelSource, dtype: np.dtype | None) -> dict[str, _Entry]
     return entries
 
 
-def _check_live_taps(found: list[striped_hyena.Layer], length: int) -> None:
+def _check_live_taps(found: list[striped_hyena.LetteredLayer], length: int) -> None:
     """Filters are read back to 128 taps, or to all that there are."""
     for layer in found:
         taps = layer.block.mixer.filter_length if layer.letter == "D" else min(LIVE_TAPS, length)
@@ -362,7 +362,7 @@ def _padded(taps: np.ndarray, length: int) -> np.ndarray:
 
 
 def _model_entries(
-    source: ModelSource, found: list[striped_hyena.Layer], dtype: np.dtype | None, length: int
+    source: ModelSource, found: list[striped_hyena.LetteredLayer], dtype: np.dtype | None, length: int
 ) -> dict[str, _Entry]:
     """A model's tensors, with the ones that savanna's modules have and do not use."""
     table = rules.Table(

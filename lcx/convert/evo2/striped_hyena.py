@@ -76,7 +76,7 @@ def final_norm(num_layers: int) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class Layer:
+class LetteredLayer:
     """One layer in depth order: its letter, its block, and where its parameters are in the tree."""
 
     letter: str
@@ -88,7 +88,7 @@ class Layer:
 _LETTERS: dict[type, str] = {HyenaSE: "S", HyenaMR: "D", HyenaLI: "H", Attention: "*"}
 
 
-def layers(model: Decoder) -> list[Layer]:
+def layers(model: Decoder) -> list[LetteredLayer]:
     """The layers of a StripedHyena 2, in depth order.
 
     Raises:
@@ -115,7 +115,7 @@ def layers(model: Decoder) -> list[Layer]:
                         f"layer {len(found)}: {problem}, which checkpoints of StripedHyena 2 do not hold; save with "
                         "format 'lcx'"
                     )
-                found.append(Layer(letter, block, f"stages_{s}/block_{b}", repeat))
+                found.append(LetteredLayer(letter, block, f"stages_{s}/block_{b}", repeat))
     if not model.tie_word_embeddings:
         raise UserError("the output head is not the embedding; save with format 'lcx'")
     return found
@@ -183,7 +183,7 @@ def table_of(model: Decoder) -> list[Rule]:
     return [*table, Rule(final_norm(len(found)), (Part("final_norm/scale", Same()),))]
 
 
-def _shared(layer: Layer) -> list[tuple[str, tuple[Part, ...], None]]:
+def _shared(layer: LetteredLayer) -> list[tuple[str, tuple[Part, ...], None]]:
     def one(name: str, path: str, layout: rules.Layout) -> tuple[str, tuple[Part, ...], None]:
         return name, (Part(f"{layer.path}/{path}", layout, layer.repeat),), None
 
@@ -196,7 +196,7 @@ def _shared(layer: Layer) -> list[tuple[str, tuple[Part, ...], None]]:
     ]
 
 
-def _mixer(layer: Layer) -> list[tuple[str, tuple[Part, ...], int | None]]:
+def _mixer(layer: LetteredLayer) -> list[tuple[str, tuple[Part, ...], int | None]]:
     def part(path: str, layout: rules.Layout) -> Part:
         return Part(f"{layer.path}/mixer/{path}", layout, layer.repeat)
 

@@ -23,6 +23,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from lcx.checkpoint import model_json
 from lcx.checkpoint.folder import read_json, read_record
@@ -137,7 +138,7 @@ def _collection(parts: Iterable[tuple[Part, LowRank]], model: Decoder, common: i
             b[part.repeat, :own] = pair.B.T.reshape(own, *part.out_shape)
             scale[part.repeat] = pair.scale
         flat |= {f"{path}/a": a, f"{path}/b": b, f"{path}/scale": scale}
-    return jax.tree.map(jnp.asarray, rules.unflatten(flat))
+    return jax.tree.map(jnp.asarray, unflatten_dict(flat, sep="/"))
 
 
 # ------------------------------------------------------------------------------------------------ writing
@@ -315,7 +316,7 @@ def _holds(pairs: Mapping[str, LowRank], full: Iterable[str], infos: Mapping[str
 
 def module_pairs(lora: Mapping[str, Any], known: Mapping[str, tuple[Part, ...]]) -> dict[str, LowRank]:
     """Module name -> the pair to write, in the order of the model; modules without an update are left out."""
-    flat = {path: np.asarray(leaf) for path, leaf in rules.flatten(lora).items()}
+    flat = {path: np.asarray(leaf) for path, leaf in flatten_dict(lora, sep="/").items()}
     expected = {
         f"{part.path}/{leaf}" for parts in known.values() for part in parts for leaf in ("a", "b", "scale")
     }

@@ -6,9 +6,10 @@ import re
 from typing import Any
 
 import jax
+from flax.traverse_util import flatten_dict
 
 from lcx import hub
-from lcx.convert.core import model_source, rules
+from lcx.convert.core import model_source
 from lcx.convert.core.model_source import ModelSource
 from lcx.convert.peft import adapter as peft
 from lcx.convert.peft import base as adapter_base
@@ -56,7 +57,7 @@ def start(
     found = LoRA(
         rank=rank,
         alpha=peft.number(scale),
-        targets=_any_of(sorted({path.rpartition("/")[0] for path in rules.flatten(collection)})),
+        targets=_any_of(sorted({path.rpartition("/")[0] for path in flatten_dict(collection, sep="/")})),
         beside=_any_of([f"params/{leaf}" for leaf in source.changed]) if source.changed else None,
     )
     settings = _agreed(lora, found, model)

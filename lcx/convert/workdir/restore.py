@@ -7,12 +7,12 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax.traverse_util import unflatten_dict
 
 from lcx import lora as lora_lib
 from lcx import model as model_lib
 from lcx.checkpoint import Checkpointer, as_stored, find_step, model_json, read_record
 from lcx.checkpoint.folder import COMMIT_MARKER
-from lcx.convert.core import rules
 from lcx.convert.workdir.source import LORA, PARAMS
 from lcx.model import Decoder
 
@@ -46,11 +46,12 @@ def load(
 
 def _abstract_lora(mesh, entries: Mapping[str, Any]) -> Any:
     sharding = None if mesh is None else jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    return rules.unflatten(
+    return unflatten_dict(
         {
             path: jax.ShapeDtypeStruct(entry.shape, jax.numpy.dtype(entry.dtype), sharding=sharding)
             for path, entry in entries.items()
-        }
+        },
+        sep="/",
     )
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from flax.traverse_util import unflatten_dict
 
 from lcx.checkpoint import model_json
 from lcx.checkpoint.folder import find_step, read_json, read_record
@@ -114,7 +115,7 @@ def stored_pairs(checkpoint: str | os.PathLike) -> dict[str, Any] | None:
     if LORA not in read_record(folder).arrays:
         return None
     reader = StepReader(folder, LORA)
-    return rules.unflatten({"/".join(keys): reader.read(keys, slice(None)) for keys in reader.arrays})
+    return unflatten_dict({"/".join(keys): reader.read(keys, slice(None)) for keys in reader.arrays}, sep="/")
 
 
 def step_folder(checkpoint: str | os.PathLike) -> pathlib.Path:
