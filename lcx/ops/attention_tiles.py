@@ -10,7 +10,7 @@ the distance, not of the position: a prefix sum over the row would lose the digi
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
