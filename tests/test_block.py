@@ -23,7 +23,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from lcx import blockwise, config
 from lcx.block import Block
 from lcx.checkpoint import model_json
-from lcx.convert.hf import llama as hf_llama
+from lcx.convert.hf.llama_like import layers as hf_layers
 from lcx.errors import UserError
 from lcx.layers import Norm
 from lcx.llama import llama
@@ -369,7 +369,7 @@ def test_what_a_format_cannot_say_is_not_exported(says):
     block = Block(**dict(mixer=attn(), mlp=mlp()) | settings, parent=None)
     model = Decoder(**SIZES, stages=(Stage((block,)),), **of_model, parent=None)
     with pytest.raises(UserError, match=re.escape(says)) as caught:
-        hf_llama.layers(model)
+        hf_layers(model)
     assert "save with format 'lcx'" in str(caught.value) and "\n" not in str(caught.value)
 
 

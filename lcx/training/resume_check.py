@@ -52,7 +52,7 @@ def changeable(trainer: Any) -> dict[str, Any]:
 
 def changes(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """A line for every setting that is not what the run had before."""
-    recorded, lines = dict(_today(recorded)), []
+    recorded, now, lines = _today(recorded), _today(now), list[str]()
     for name in now:
         if name in recorded and recorded[name] != now[name]:
             path, old, new = _difference(recorded[name], now[name], f"Trainer.{name}")
@@ -68,7 +68,8 @@ def check(recorded: Mapping[str, Any], now: Mapping[str, Any], workdir: str) -> 
     Raises:
       UserError: another model, scaling or LoRA; it names the first setting that differs.
     """
-    recorded, place = _today(recorded), {"init_from": now["init_from"]}
+    recorded, now = _today(recorded), _today(now)
+    place = {"init_from": now["init_from"]}
     if {**recorded, **place} != now:
         path, old, new = _difference({**recorded, **place}, now, "Trainer")
         raise UserError(

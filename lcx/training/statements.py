@@ -50,10 +50,11 @@ def closing(workdir: str, step: int, steps: int) -> str:
 
 def _model(run: Any) -> str:
     stored = sorted({str(leaf.dtype) for leaf in jax.tree.leaves(run.abstract["params"])})
+    kind = getattr(run.model, "model_type", "a block of layers")  # model.Layers are of no family
+    layers, parameters = len(model_lib.layers(run.model)), model_lib.num_params(run.model)
     return (
-        f"model: {run.model.model_type}, {run.model.num_layers} layers, {counted(model_lib.num_params(run.model))} "
-        f"parameters in {' and '.join(stored)}, activations in {run.model.dtype}, window of "
-        f"{run.model.max_position_embeddings} tokens"
+        f"model: {kind}, {layers} layers, {counted(parameters)} parameters in {' and '.join(stored)}, "
+        f"activations in {run.model.dtype}, window of {run.model.max_position_embeddings} tokens"
     )
 
 
