@@ -9,6 +9,17 @@ class UserError(ValueError):
     """
 
 
+def check_sizes(of: str, **sizes: int | None) -> None:
+    """Raises UserError for a size below 1; None is a size that is not used.
+
+    Args:
+      of: the class or function whose settings they are.
+    """
+    for name, size in sizes.items():
+        if size is not None and size < 1:
+            raise UserError(f"{of}.{name} is {size}, expected at least 1: change {of}.{name}")
+
+
 def first_line(error: BaseException) -> str:
     """What an exception says, for a message of one line; the name of its class where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -2,7 +2,7 @@
 
 import functools
 
-from lcx.errors import UserError
+from lcx.errors import UserError, check_sizes
 from lcx.mixers.attention import Attention
 from lcx.mlps.gated import GatedMlp
 from lcx.model import Block, Decoder, stages_of
@@ -44,6 +44,14 @@ def llama(
       UserError: sizes that do not fit each other.
     """
     num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+    check_sizes(
+        "llama",
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        hidden_size=hidden_size,
+        head_dim=head_dim,
+    )
     windows = (None,) * num_layers if layer_windows is None else tuple(layer_windows)
     ropes = (rope,) * num_layers if layer_ropes is None else tuple(layer_ropes)
     if head_dim is None and hidden_size % num_heads:

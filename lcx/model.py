@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int
 
 from lcx import mixers, moved
 from lcx.block import Block
-from lcx.errors import UserError
+from lcx.errors import UserError, check_sizes
 from lcx.layers import Embedding, Norm
 from lcx.mlps.activations import ACTIVATIONS
 from lcx.mlps.gated import GatedMlp as Mlp  # its first name, which .gin files and users' code have
@@ -183,7 +183,17 @@ class Decoder(nn.Module):
 
     @nn.nowrap
     def check(self) -> None:
-        """Raises UserError for multipliers and caps that are no numbers to multiply with."""
+        """Raises UserError for sizes, multipliers and caps that cannot be."""
+        check_sizes(
+            "Decoder",
+            vocab_size=self.vocab_size,
+            hidden_size=self.hidden_size,
+            max_position_embeddings=self.max_position_embeddings,
+        )
+        if not 0 <= self.norm_eps < math.inf:
+            raise UserError(
+                f"Decoder.norm_eps is {self.norm_eps}, expected a small positive number: change norm_eps"
+            )
         values = {
             "embedding_multiplier": self.embedding_multiplier,
             "logit_multiplier": self.logit_multiplier,

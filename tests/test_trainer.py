@@ -245,12 +245,14 @@ def test_a_converted_model_is_not_a_run(text, tmp_path):
         ({"dtype": "bf16"}, "Trainer.dtype is 'bf16', expected one of float32, bfloat16"),
         ({"remat": "all"}, "Trainer.remat is 'all', expected one of none, full, dots"),
         ({"wandb": "yes"}, "Trainer.wandb is 'yes', expected one of auto, offline, online, off"),
+        (lambda: {"model": tiny_model(num_layers=0)}, "llama.num_layers is 0, expected at least 1"),
+        (lambda: {"model": tiny_model(num_heads=0)}, "llama.num_heads is 0, expected at least 1"),
         ({"steps": 3}, "AdamW.warmup_steps is 4, more than the 3 steps of the run"),
     ],
 )
 def test_settings_that_cannot_be(text, changes, says):
     with pytest.raises(UserError, match=says):
-        tiny_trainer(text, **changes)
+        tiny_trainer(text, **(changes() if callable(changes) else changes))
 
 
 @pytest.mark.parametrize(
@@ -258,6 +260,10 @@ def test_settings_that_cannot_be(text, changes, says):
     [
         ({"mesh": MeshShape(fsdp=3)}, "needs 3 devices, found"),
         ({"model": tiny_model(vocab_size=200)}, "vocab_size is 200"),
+        ({"model": tiny_model(layer_windows=(0, None))}, "Attention.window is 0, expected at least 1"),
+        ({"model": tiny_model(intermediate_size=0)}, "GatedMlp.intermediate_size is 0, expected at least 1"),
+        ({"model": tiny_model(max_position_embeddings=0)}, "Decoder.max_position_embeddings is 0, expected"),
+        ({"model": tiny_model(norm_eps=-1.0)}, "Decoder.norm_eps is -1.0, expected a small positive number"),
         ({"model": tiny_model(hidden_size=1 << 20)}, "take 79,.* GB, and this machine has .* GB of memory"),
         ({"optimizer": AdamW(frozen="nothing")}, "AdamW.frozen 'nothing' matches none"),
         ({"data": {"source": "/nowhere.txt"}}, "/nowhere.txt"),

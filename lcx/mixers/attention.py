@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from lcx import rope as rope_lib
 from lcx import sharding
+from lcx.errors import check_sizes
 from lcx.layers import Norm
 from lcx.mixers import kv_cache
 from lcx.mixers.kv_cache import Cache
@@ -52,6 +53,13 @@ class Attention(nn.Module):
         cache: Cache | None = None,
         deferred: bool = False,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
+        check_sizes(
+            "Attention",
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            window=self.window,
+        )
         q, k, v = rotated_heads(self, x, positions, cache, segment_ids=segment_ids)
         if cache is None:
             masks = {"q_segment_ids": segment_ids, "kv_segment_ids": segment_ids}
