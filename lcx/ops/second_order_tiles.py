@@ -157,7 +157,7 @@ def _head_backward(q, k, v, decay, runs, d_out):
 
 
 def _of_values(d_out: Array, v: Array) -> tuple[Array, Array]:
-    """d_out in v's dtype, and d_out v^T, the last column (the normaliser's) not rounded: the rest cancels against it."""
+    """d_out in v's dtype, and d_out v^T, the last column (the normaliser) not rounded: the rest cancels against it."""
     d = d_out.astype(v.dtype)
     dp = dot(d, v, 1, 1)
     if d.dtype != d_out.dtype:
