@@ -8,13 +8,9 @@ One row, one head, float32, forward and backward as one program, on one thread. 
 several runs, and the forms take turns. Decays: "slow" forgets nothing (a = -1e-5), "fast" forgets within 300 tokens
 (a = -0.1, as far as e^-30), "initial" is that of a new 2Mamba layer (a = -softplus(0)). A form that would take
 longer than --seconds by its last measurement is left out, and the file says so. "default" is what the operator picks.
-
-Memory is kept between runs (glibc): by default blocks above 32 MB go back to the system after each, and the page faults
-of the next add a quarter to the time of a fast decay, from the length on at which a program's memory passes that size.
 """
 
 import argparse
-import ctypes
 import json
 import os
 import platform
@@ -31,14 +27,6 @@ import numpy as np
 from lcx.ops.second_order_attention import second_order_attention
 
 DECAYS = {"slow": -1e-5, "fast": -0.1, "initial": -0.693}
-
-
-def keep_memory() -> None:
-    """No block from the system directly (M_MMAP_MAX = 0), none given back (M_TRIM_THRESHOLD)."""
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(-4, 0)
-        libc.mallopt(-1, 2**31 - 1)
 
 
 def program(form: str | None):
@@ -100,7 +88,6 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=3.0)
     parser.add_argument("--output", default="benchmarks/results/second_order_forms_cpu.json")
     args = parser.parse_args()
-    keep_memory()
     forms = [None if form == "default" else form for form in args.forms.split(",")]
     records: list[dict] = []
     for H in map(int, args.sizes.split(",")):
