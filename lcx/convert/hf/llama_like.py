@@ -18,7 +18,7 @@ from lcx import model as model_lib
 from lcx.convert.core.rules import Flat, Part, Rule, Same, Transposed
 from lcx.convert.hf import rope as hf_rope
 from lcx.convert.hf.family import Family
-from lcx.convert.hf.rope_parameters import RopeDialect, written_max_position_embeddings
+from lcx.convert.hf.rope_parameters import written_max_position_embeddings
 from lcx.convert.hf.values import boolean, fraction, integer
 from lcx.errors import UserError
 from lcx.llama import llama
@@ -55,7 +55,6 @@ class LlamaLike(Family):
       windows: "none"; "uniform" (sliding_window holds for all layers); "by_layer" (layer_types says where).
       fused: (a module, the projections whose outputs it concatenates), ...
       writes_head_dim: whether config.json always states head_dim, also where it is hidden_size / num_heads.
-      rope: what its rotary settings have of their own.
     """
 
     keys: frozenset[str] = KEYS
@@ -69,7 +68,6 @@ class LlamaLike(Family):
     qk_norm: bool = False
     fused: tuple[tuple[str, tuple[str, ...]], ...] = ()
     writes_head_dim: bool = True
-    rope: RopeDialect = RopeDialect()
 
     # ----------------------------------------------------------------------------------- config.json -> model
 
