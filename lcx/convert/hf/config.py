@@ -15,7 +15,6 @@ from lcx.convert.core import model_source, rules
 from lcx.convert.files.tensor_io import TensorInfo
 from lcx.convert.hf import families, rope_parameters
 from lcx.convert.hf.family import Family
-from lcx.convert.hf.llama_like import LlamaLike
 from lcx.errors import UserError
 from lcx.model import Decoder
 from lcx.rope import Rope
@@ -99,7 +98,7 @@ def fitting(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> lis
 def rope_from_config(config: Mapping[str, Any], *, layer_type: str | None = None) -> Rope:
     """The Rope of a config.json, as its family reads it: see `rope_parameters.read`."""
     family = families.find(config.get("model_type"))
-    dialect = family.rope if isinstance(family, LlamaLike) else rope_parameters.RopeDialect()
+    dialect = rope_parameters.RopeDialect() if family is None else family.rope
     return rope_parameters.read(config, dialect, layer_type=layer_type)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lcx.convert.core.rules import Rule
+from lcx.convert.hf.rope_parameters import RopeDialect
 from lcx.model import Decoder
 
 
@@ -25,6 +26,7 @@ class Family:
       anchor: below `body`, a tensor that every model has once: wrappers are recognised by what stands before it.
       layer: regular expression of what the tensors of a layer start with, its number a group.
       buffers: regular expressions of stored tensors that follow from config.json.
+      rope: what its rotary settings have of their own.
       rereads: whether `generate` of transformers reads the whole text again once it exceeds longrope's original window.
     """
 
@@ -37,6 +39,7 @@ class Family:
     anchor: str = "layers.0.input_layernorm.weight"
     layer: str = r"model\.layers\.(\d+)\."
     buffers: tuple[str, ...] = (r".*rotary_emb\.inv_freq",)
+    rope: RopeDialect = RopeDialect()
     rereads: bool = False
 
     def model(self, config: Mapping[str, Any], *, dtype: str) -> Decoder:

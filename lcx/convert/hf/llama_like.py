@@ -19,7 +19,7 @@ from lcx.block import Block, changed
 from lcx.convert.core.rules import Flat, Part, Rule, Same, Transposed
 from lcx.convert.hf import rope as hf_rope
 from lcx.convert.hf.family import Family
-from lcx.convert.hf.rope_parameters import RopeDialect, written_max_position_embeddings
+from lcx.convert.hf.rope_parameters import written_max_position_embeddings
 from lcx.convert.hf.values import boolean, fraction, integer
 from lcx.errors import UserError
 from lcx.llama import llama
@@ -59,7 +59,6 @@ class LlamaLike(Family):
       windows: "none"; "uniform" (sliding_window holds for all layers); "by_layer" (layer_types says where).
       fused: (a module, the projections whose outputs it concatenates), ...
       writes_head_dim: whether config.json always states head_dim, also where it is hidden_size / num_heads.
-      rope: what its rotary settings have of their own.
     """
 
     keys: frozenset[str] = KEYS
@@ -73,7 +72,6 @@ class LlamaLike(Family):
     qk_norm: bool = False
     fused: tuple[tuple[str, tuple[str, ...]], ...] = ()
     writes_head_dim: bool = True
-    rope: RopeDialect = RopeDialect()
 
     # ----------------------------------------------------------------------------------- config.json -> model
 
