@@ -128,7 +128,7 @@ def test_prefill_in_two_pieces_equals_one(mixer, params, T):
     np.testing.assert_allclose(jnp.concatenate([first, second], 1), one, atol=2e-6)
 
 
-SHORT = 29  # tokens, in pieces that end inside of a window, a chunk and a document
+SHORT = 40  # tokens: more than any window here holds; pieces end inside of a window, a chunk and a document
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
@@ -150,14 +150,14 @@ def in_pieces(mixer, params, x, cuts):
     return y, grads
 
 
-DOCUMENTS = jnp.array([[1] * SHORT, [1] * 9 + [2] * 17 + [0] * 3])
-POSITIONS = jnp.array([[*range(SHORT)], [*range(9), *range(17), 0, 0, 0]])
+DOCUMENTS = jnp.array([[1] * SHORT, [1] * 9 + [2] * 28 + [0] * 3])
+POSITIONS = jnp.array([[*range(SHORT)], [*range(9), *range(28), 0, 0, 0]])
 
 
 def test_pieces_have_the_gradient_of_one(mixer, params):
     """What follows a piece reaches it through the cache; packed documents and padding too."""
     x = inputs(SHORT)
-    cuts = (12, 17) if mixers.grows(mixer) else (17,)  # few tokens and many are different code there
+    cuts = (17, 23) if mixers.grows(mixer) else (23,)  # few tokens and many are different code there
     want, (of_params, of_x) = in_pieces(mixer, params, x, ())
     got, (grads, dx) = in_pieces(mixer, params, x, cuts)
     np.testing.assert_allclose(got[:, :-3], want[:, :-3], atol=2e-6)
@@ -165,7 +165,8 @@ def test_pieces_have_the_gradient_of_one(mixer, params):
     for (path, g), w in zip(
         jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(of_params), strict=True
     ):
-        np.testing.assert_allclose(g, w, atol=1e-4 * float(jnp.abs(w).max()), err_msg=str(path))
+        # 2e-6: rounding of sums whose terms cancel, such as the one number that is a head's bias.
+        np.testing.assert_allclose(g, w, atol=2e-6 + 1e-4 * float(jnp.abs(w).max()), err_msg=str(path))
 
 
 # --- padding: the same 5 and 9 tokens in rows of 14, wherever the padding is and whatever is in it
