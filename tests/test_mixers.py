@@ -8,10 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lcx import mixers
 from lcx.mixers.attention import Attention
 from lcx.mixers.hyena import HyenaLI, HyenaMR, HyenaSE
 from lcx.mixers.linear_attention import LinearAttention
 from lcx.mixers.mamba2 import Mamba2
+from lcx.mixers.published_lolcats import PublishedLinearAttention
 from lcx.mixers.two_mamba import TwoMamba
 from lcx.rope import Rope
 
@@ -126,11 +128,11 @@ def test_prefill_in_two_pieces_equals_one(mixer, params, T):
     np.testing.assert_allclose(jnp.concatenate([first, second], 1), one, atol=2e-6)
 
 
-SHORT = 40  # tokens, in pieces that end inside of a window, a chunk and a document
+SHORT = 40  # tokens: more than any window here holds; pieces end inside of a window, a chunk and a document
 
 
-@functools.partial(jax.jit, static_argnums=(0, 4))
-def in_pieces(mixer, params, x, segment_ids, cuts):
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def in_pieces(mixer, params, x, cuts):
     """(y, its gradients by the parameters and by x) of a loss on all tokens, the state passed from piece to piece."""
 
     def loss(params, x):
@@ -138,11 +140,8 @@ def in_pieces(mixer, params, x, segment_ids, cuts):
         ys, edges = [], (0, *cuts, SHORT)
         for first, last in zip(edges[:-1], edges[1:], strict=True):
             at = (slice(None), slice(first, last))
-            positions = None if segment_ids is None else POSITIONS[at]
-            ids = None if segment_ids is None else segment_ids[at]
-            y, cache = mixer.apply(
-                {"params": params}, x[at], positions=positions, segment_ids=ids, cache=cache
-            )
+            packed = {"positions": POSITIONS[at], "segment_ids": DOCUMENTS[at]}
+            y, cache = mixer.apply({"params": params}, x[at], **packed, cache=cache)
             ys.append(y)
         y = jnp.concatenate(ys, axis=1)
         return jnp.sum(jnp.sin(y)), y
@@ -158,16 +157,16 @@ POSITIONS = jnp.array([[*range(SHORT)], [*range(9), *range(28), 0, 0, 0]])
 def test_pieces_have_the_gradient_of_one(mixer, params):
     """What follows a piece reaches it through the cache; packed documents and padding too."""
     x = inputs(SHORT)
-    want, (of_params, of_x) = in_pieces(mixer, params, x, DOCUMENTS, ())
-    got, (grads, dx) = in_pieces(mixer, params, x, DOCUMENTS, (23, 30))
+    cuts = (17, 23) if mixers.grows(mixer) else (23,)  # few tokens and many are different code there
+    want, (of_params, of_x) = in_pieces(mixer, params, x, ())
+    got, (grads, dx) = in_pieces(mixer, params, x, cuts)
     np.testing.assert_allclose(got[:, :-3], want[:, :-3], atol=2e-6)
     np.testing.assert_allclose(dx[:, :-3], of_x[:, :-3], atol=1e-4 * float(jnp.abs(of_x).max()))
     for (path, g), w in zip(
         jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(of_params), strict=True
     ):
-        np.testing.assert_allclose(g, w, atol=1e-4 * float(jnp.abs(w).max()), err_msg=str(path))
-    detached = jnp.abs(dx - of_x)[0, :23].max()
-    assert float(detached) < 1e-3 * float(jnp.abs(of_x[0, :23]).max())
+        # 2e-6: rounding of sums whose terms cancel, such as the one number that is a head's bias.
+        np.testing.assert_allclose(g, w, atol=2e-6 + 1e-4 * float(jnp.abs(w).max()), err_msg=str(path))
 
 
 # --- padding: the same 5 and 9 tokens in rows of 14, wherever the padding is and whatever is in it
@@ -175,8 +174,8 @@ def test_pieces_have_the_gradient_of_one(mixer, params):
 PLACES = ("left", "right", "both", "nothing but padding")
 FIRST = {"left": 9, "right": 0, "both": 4}  # of 5 tokens in a row of 14
 PUBLISHED = {
-    f"linear_published_{kind}": LinearAttention(
-        4, 2, 8, window=window, window_kind=kind, feature_dim=6, published_quirks=True
+    f"linear_published_{kind}": PublishedLinearAttention(
+        4, 2, 8, window=window, window_kind=kind, feature_dim=6
     )
     for kind, window in (("terraced", 4), ("sliding", 3))
 } | {"linear_published": LinearAttention(4, 2, 8, window=None, feature_dim=6, published_quirks=True)}

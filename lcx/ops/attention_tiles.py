@@ -10,7 +10,7 @@ the distance, not of the position: a prefix sum over the row would lose the digi
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -61,7 +61,7 @@ def tiled(
     decay = None
     if log_decay is not None:
         decay = by_kv_head(jnp.maximum(log_decay.astype(jnp.float32), LOWEST), kv_pad)
-    cached: tuple[Any, Any] = None, None
+    cached: tuple[Array | None, Array | None] = (None, None)
     if q_offset is not None:
         cached = each_row(q_segments, q_pad), jnp.repeat(q_offset, K)
     out = _tiled(queries, keys, values, segments, decay, *cached, plan)
