@@ -23,7 +23,7 @@ Tree = Any  # a pytree of arrays or of jax.ShapeDtypeStruct
 
 
 def flatten(tree: Tree) -> dict[str, Any]:
-    """{"a/b/c": leaf}, in the order of the leaves. Raises ValueError for a name that is empty or contains '/' or '.'."""
+    """{"a/b/c": leaf}, in the order of the leaves. Raises ValueError for an empty name or one with '/' or '.' in it."""
     flat = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
         names = [jax.tree_util.keystr((entry,), simple=True) for entry in path]
