@@ -1,16 +1,17 @@
-"""Attention transfer block by block: a model of any size is linearized with one block of layers in memory at a time.
+"""Block-wise attention transfer: linearizes a model of any size with only one block of layers in memory at a time.
 
-Attention transfer gives every layer the softmax model's own activations, so blocks of layers can learn apart (LoLCATS,
-Zhang et al. 2024, arXiv 2410.10254, section 3.3: 405B as 14 blocks of 9 layers). The job:
+In attention transfer every layer receives the softmax model's own activations, so blocks of layers can be trained
+independently (LoLCATS, Zhang et al. 2024, arXiv 2410.10254, section 3.3, trains 405B as 14 blocks of 9 layers).
+The job has three parts:
 
-1. inputs   The residual stream at every block's first layer, for all rows of the run, to disk. Block b computes the
-            inputs of block b + 1 from its own, so that no more than a block is ever in memory.
-2. blocks   Each block an ordinary training run in WORKDIR/blocks/NNN, one after the other, or each by a process or host
-            of its own (`only`) on the same folder.
-3. stitch   The pretrained weights with every block's feature maps: WORKDIR/linear, a checkpoint to load, to export
-            and to train LoRA from.
+1. inputs   Writes the residual stream at the first layer of every block to disk, for all rows of the run. The inputs
+            of block b + 1 are computed by block b from its own inputs, so at most one block is in memory.
+2. blocks   Trains each block as an ordinary run in WORKDIR/blocks/NNN: one after the other, or in parallel by several
+            processes or hosts on the same folder, each with its own `only`.
+3. stitch   Combines the pretrained weights with the feature maps of all blocks into the checkpoint WORKDIR/linear,
+            which can be loaded, exported, or trained further with LoRA.
 
-Each part goes on where it was stopped. The rows are those that one run of the same trainer over all layers would see.
+Each part resumes where it was stopped. The rows are the same as those of one run of the same trainer over all layers.
 """
 
 import dataclasses
@@ -42,12 +43,18 @@ from lcx.training.signals import StopRequest
 
 log = logging.getLogger(__name__)
 
-FLUSH_EVERY = 16  # batches: what a kill costs
+FLUSH_EVERY = 16  # batches between flushes to disk; a kill loses at most so many
 
 
 @dataclasses.dataclass(frozen=True)
 class BlockInputs:
-    """The data of a block's run: its residual stream. `text` is where the rows came from."""
+    """The data of a block's training run: the residual stream at its first layer.
+
+    Attributes:
+      folder: the folder of all recorded streams.
+      depth: index of the block's first layer.
+      text: the data that the rows were made from.
+    """
 
     folder: str
     depth: int
@@ -64,11 +71,11 @@ class BlockInputs:
         return self.text.describe_special_tokens()
 
     def remarks(self) -> list[str]:
-        """Nothing: what there is to say of the text is said where its rows are made."""
+        """Nothing: remarks on the text were printed when its rows were recorded."""
         return []
 
     def batches(self, spec: BatchSpec) -> residual_store.Rows:
-        """The rows as they were recorded: the seed and the length of a row were chosen when that was done."""
+        """The rows as they were recorded. The spec's seed and seq_len are ignored; they were applied at recording."""
         return residual_store.Rows(
             stream_folder(pathlib.Path(self.folder), spec.split, self.depth),
             batch_size=spec.global_batch_size,
@@ -80,7 +87,7 @@ class BlockInputs:
 
 @dataclasses.dataclass(frozen=True)
 class BlockTrainer(Trainer):
-    """A training run of layers first ... last - 1 of init_from, on their recorded inputs."""
+    """A training run of the layers first ... last - 1 of init_from, on their recorded inputs."""
 
     first: int = 0
     last: int = 0
@@ -100,14 +107,14 @@ class BlockTrainer(Trainer):
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    """A job for `train`.
+    """Block-wise attention transfer; a job for `train`.
 
     Attributes:
-      trainer: the settings of every block's run: init_from, linearize, objective, data, optimizer. Its steps are those
-        of each block.
-      layers_per_block: the last block has what is left.
-      only: which blocks to train here, from 0; inputs must be there. (): write the inputs and stop. None: everything,
-        and stitch.
+      trainer: the settings of every block's run: init_from, linearize, objective, data, optimizer. Its `steps` applies
+        to each block.
+      layers_per_block: the last block has the remaining layers, possibly fewer.
+      only: which blocks to train here, counted from 0; their inputs must have been written. (): write the inputs and
+        stop. None: write the inputs, train all blocks, and stitch.
     """
 
     trainer: Trainer
@@ -121,7 +128,11 @@ class Blocks:
             raise UserError(f"Blocks.layers_per_block is {self.layers_per_block}, expected at least 1")
 
     def run(self, workdir: str) -> str | None:
-        """Returns the folder of the linear model; None when asked to stop before, or with `only`."""
+        """Returns the folder of the linearized model; None if asked to stop earlier, or with `only`.
+
+        Raises:
+          UserError: a setting is wrong, the inputs of a block are missing, or the disk is too small.
+        """
         folder = pathlib.Path(workdir)
         source, model = _softmax(self.trainer)
         blocks = self._cut(model)
@@ -142,12 +153,12 @@ class Blocks:
         return None if self.only is not None else self._stitch(folder, source, linear, blocks)
 
     def _cut(self, model: Decoder) -> list[tuple[int, int]]:
-        """(first layer, the one after the last) of every block."""
+        """(first layer, last layer + 1) of every block."""
         cuts = [*range(0, model.num_layers, self.layers_per_block), model.num_layers]
         return list(zip(cuts[:-1], cuts[1:], strict=True))
 
     def check(self, workdir: str) -> None:
-        """Raises UserError when blocks in the workdir began with other settings: before any inputs are written."""
+        """Raises UserError if a block in the workdir was started with other settings, before any inputs are written."""
         folder = pathlib.Path(workdir)
         for number, block in enumerate(self._cut(_softmax(self.trainer)[1])):
             if (own := _block_folder(folder, number)).exists():
@@ -158,6 +169,7 @@ class Blocks:
         return self.trainer.linearize.model(model)
 
     def block_trainer(self, folder: pathlib.Path, first: int, last: int) -> BlockTrainer:
+        """The training run of the layers first ... last - 1, whose inputs are below `folder`."""
         settings = {field.name: getattr(self.trainer, field.name) for field in dataclasses.fields(Trainer)}
         settings["data"] = BlockInputs(str(folder / "inputs"), first, self.trainer.data)
         return BlockTrainer(**settings, first=first, last=last)
@@ -165,14 +177,14 @@ class Blocks:
     # ------------------------------------------------------------------------------------------------------- inputs
 
     def _inputs(self, folder: pathlib.Path, source: ModelSource, model: Decoder, blocks) -> bool:
-        """Writes what every block reads; False when asked to stop before."""
+        """Writes the inputs of every block. Returns False if asked to stop before they are complete."""
         if jax.process_count() > 1:
             raise UserError(
-                f"Blocks: found {jax.process_count()} processes; one writes the inputs, a block in its memory: run it "
-                "once without --distributed and with Blocks.only = (), then the blocks with Blocks.only = (number,)"
+                f"Blocks: found {jax.process_count()} processes, but a single process must write the inputs: run once "
+                "without --distributed and with Blocks.only = (), then the blocks with Blocks.only = (number,)"
             )
         trainer = self.trainer
-        _ = self._opened  # tokenises; a mistake in the data shows before anything is written
+        _ = self._opened  # tokenises the data first, so that a mistake in it shows before anything is written
         layouts = self.layouts(model)
         residual_store.check_space(
             folder,
@@ -207,8 +219,11 @@ class Blocks:
         return True
 
     def checkpoint_bytes(self, source: ModelSource, model: Decoder, blocks) -> int:
-        """The weights of every block, as often as they are kept; one being written; and the whole model. What trains is
-        float32, the rest as it is stored (no wider than its widest)."""
+        """An upper bound of the disk space for all checkpoints, in bytes.
+
+        These are keep_checkpoints of every block, one more that is being written, and the stitched model. Weights that
+        train take 4 bytes each; the others at most as many as the widest dtype in which the model is stored.
+        """
         linear, stored = self._linear(model), max(info.dtype.itemsize for info in source.leaves.values())
 
         def size(part: Any) -> int:
@@ -224,7 +239,7 @@ class Blocks:
         return self.trainer.keep_checkpoints * sum(sizes) + max(sizes) + size(linear)
 
     def layouts(self, model: Decoder) -> dict[str, residual_store.Layout]:
-        """What is stored at the start of every block, for training and for evaluation."""
+        """{split: layout} of the stream stored for each block: "train", and "eval" if there is held-out data."""
         trainer = self.trainer
         rows = {"train": trainer.steps * trainer.batch_size}
         if held_out := self._held_out_batches(model):
@@ -255,7 +270,7 @@ class Blocks:
         return self._opened.batches(rows)
 
     def _depth(self, writer, layout, folder, split, before, source, model, mesh, stop) -> bool:
-        """The stream at one depth, out of the text or out of the block before; False when asked to stop."""
+        """Writes the stream at one depth, computed from the text or by the previous block. False if asked to stop."""
         size = self.trainer.batch_size
         if before is None:
             forward, batches = _embedding(source, model), self._text(split, model)
@@ -287,6 +302,8 @@ class Blocks:
     # ------------------------------------------------------------------------------------------------------- stitch
 
     def _stitch(self, folder: pathlib.Path, source: ModelSource, linear: Decoder, blocks) -> str:
+        """Writes the pretrained weights with the trained feature maps of all blocks; returns the folder."""
+        # {path in the whole model: one row per layer}. Blocks number stages and layers from 0, so paths are translated.
         fresh: dict[str, list[np.ndarray]] = {}
         for number, (first, last) in enumerate(blocks):
             part = model_lib.part(linear, first, last)
@@ -321,7 +338,7 @@ def _is_linear(part: Layers) -> bool:
 
 
 def _softmax(trainer: Trainer) -> tuple[ModelSource, Decoder]:
-    """Where the weights are, and the model that they are of, with its context extended."""
+    """The source of the pretrained weights, and their softmax model with its context extended."""
     assert trainer.init_from is not None
     source = convert.source(trainer.init_from)
     model = extend.extend_model(source.model, trainer.rope_scaling, trainer.context_length)
@@ -338,7 +355,7 @@ def _embedding(source: ModelSource, model: Decoder):
 
 def _block(source: ModelSource, model: Decoder, block: tuple[int, int], mesh):
     part = model_lib.part(model, *block)
-    # in the dtype of the computation: float32 masters are for what trains
+    # Nothing is trained here, so the weights are held in the dtype of the computation instead of float32.
     params = model_source.to_devices(
         RelaidSource(source, part, {}, block[0]), dtype=np.dtype(part.dtype), mesh=mesh
     )

@@ -1,6 +1,6 @@
-"""Runs evaluations on a checkpoint: results.json, a plot of each, report.html.
+"""Runs evaluations on a checkpoint and writes results.json, a plot for each evaluation, and report.html.
 
-results.json is written anew, whole, after every evaluation: one that fails, or a kill, costs no other's result.
+results.json is rewritten atomically after every evaluation, so a failure or a kill does not lose earlier results.
 """
 
 import contextlib
@@ -57,27 +57,27 @@ def evaluate(
     Args:
       checkpoint: a workdir, one step of it, a Hugging Face folder, or the name of a model on the hub.
       output: the folder for results.json, the plots and report.html.
-      evals: what to measure; `lcx.evals` has the contract.
-      dataset: the text for evaluations that name none. None: what the checkpoint was trained on; where it does not
-        say, the Python standard library for a model of bytes.
-      rope_scaling: as Hugging Face writes it, applied to the checkpoint first.
-      context_length: the window in tokens; by default what rope_scaling gives.
-      only_part: of a linearized model: "window" or "linear" evaluates one part of its attention alone.
-      name: of this model in tables and plots.
-      dtype: of the parameters and the computation; None as stored.
+      evals: the evaluations to run; `lcx.evals` describes their interface.
+      dataset: the text for evaluations that do not set one. None: the data that the checkpoint was trained on; if the
+        checkpoint does not record that, a byte-level model is evaluated on the source of the Python standard library.
+      rope_scaling: in Hugging Face's format, applied to the checkpoint first.
+      context_length: the context window in tokens; None: what rope_scaling implies.
+      only_part: for a linearized model: "window" or "linear" evaluates only that part of its attention.
+      name: label of this model in tables and plots; None: derived from the checkpoint.
+      dtype: of the parameters and the computation; None: as stored.
       mesh: sizes of the mesh axes.
-      adapter: a folder of a PEFT adapter (LoRA) of the checkpoint, or several, merged into it.
+      adapter: folder of a PEFT adapter (LoRA) for the checkpoint, or several, which are merged into it.
 
     Raises:
-      UserError: nothing readable at `checkpoint`, an output that cannot be written, or evaluations that failed; the
-        results of the others are in results.json all the same.
+      UserError: there is no readable checkpoint, the output cannot be written, or some evaluations failed. In the last
+        case the results of the others are still in results.json.
     """
     _check_names(evals)
     adapter = (adapter,) if isinstance(adapter, str) else adapter
     folder = _writable(output)
     started = time.perf_counter()
     place = hub.local(checkpoint)
-    detect(place)  # before anything is said about its parts
+    detect(place)  # raises if this is no checkpoint, before a more confusing error about its tokenizer
     tokenizer = _tokenizer(place)
     evals = _with_text(evals, _default_dataset(place, tokenizer) if dataset is None else dataset)
     devices = None if jax.device_count() == 1 else mesh.build()
@@ -110,7 +110,7 @@ def evaluate(
         "evaluations": {},
         "errors": {},
     }
-    if _writes() and (folder / RESULTS).is_file():  # of an earlier run: kept beside the new one
+    if _writes() and (folder / RESULTS).is_file():  # keep the results of an earlier run
         os.replace(folder / RESULTS, folder / "results.previous.json")
     for evaluation in evals:
         _say(f"{label}: {evaluation.name} ...")
@@ -126,7 +126,7 @@ def evaluate(
 def _run(
     evaluation: Evaluation, model: Decoder, params: Any, tokenizer: Tokenizer | None, results: dict
 ) -> None:
-    """Adds the result of one evaluation, or why there is none."""
+    """Runs one evaluation and adds its result, or the reason why it failed, to `results`."""
     started = time.perf_counter()
     try:
         result: Result = evaluation(model, params, tokenizer)
@@ -135,7 +135,7 @@ def _run(
         about = {"evaluation": _described(evaluation), "seconds": seconds}
         results["evaluations"][evaluation.name] = {**result, **about}
         _say(f"{results['name']}: {evaluation.name}: {result['summary']} ({seconds:.0f} s)")
-    except Exception as error:  # whatever one task does, the others are worth having
+    except Exception as error:  # one failing evaluation must not prevent the others
         if not isinstance(error, UserError):
             traceback.print_exc()
         results["errors"][evaluation.name] = _explained(error)
@@ -143,12 +143,12 @@ def _run(
 
 
 def _check_finite(result: Result) -> None:
-    """Raises UserError for a NaN in the table: a number that nobody should compare."""
+    """Raises UserError if the table contains NaN, which would make comparisons meaningless."""
     bad = [name for name, value in result["table"].items() if isinstance(value, float) and math.isnan(value)]
     if bad:
         raise UserError(
-            f"{bad[0]} is not a number: the weights hold NaN, or overflow in this dtype; see what lcx.convert says of "
-            "the checkpoint, or set dtype to float32"
+            f"{bad[0]} is NaN: the weights contain NaN, or the computation overflows in this dtype; check the "
+            "checkpoint with lcx.convert, or set dtype to float32"
         )
 
 
@@ -191,18 +191,18 @@ def _tokenizer(checkpoint: str) -> Tokenizer | None:
 
 
 def _default_dataset(checkpoint: str, tokenizer: Tokenizer | None) -> Dataset | Mixture | None:
-    """What the checkpoint was trained on, else the standard library for a model of bytes, else nothing."""
+    """The data that the checkpoint was trained on; else, for a byte-level model, the standard library; else None."""
     recorded = _meta(checkpoint).get("data")
     if recorded is not None:
         try:
             return _untokenized(model_json.from_json(recorded))
         except (UserError, TypeError) as error:
-            _say(f"warning: the data set that the checkpoint records cannot be used: {error}")
+            _say(f"warning: the dataset recorded in the checkpoint cannot be used: {error}")
     return Dataset(source="stdlib") if isinstance(tokenizer, ByteTokenizer) else None
 
 
 def _meta(checkpoint: str) -> dict[str, Any]:
-    """What a training run recorded; nothing for a Hugging Face folder."""
+    """The metadata that a training run stored in its checkpoint; {} for any other kind of checkpoint."""
     if (pathlib.Path(checkpoint).expanduser() / "config.json").is_file():
         return {}
     with contextlib.suppress(UserError):
@@ -212,7 +212,7 @@ def _meta(checkpoint: str) -> dict[str, Any]:
 
 
 def _untokenized(dataset: Dataset | Mixture) -> Dataset | Mixture:
-    """Without its tokenizer, whose file may be gone: the checkpoint's own is used."""
+    """The dataset without its tokenizer, whose file may no longer exist; the checkpoint's own is used instead."""
     if isinstance(dataset, Dataset):
         return dataclasses.replace(dataset, tokenizer="bytes")
     parts = tuple((dataclasses.replace(part, tokenizer="bytes"), weight) for part, weight in dataset.parts)
@@ -220,7 +220,7 @@ def _untokenized(dataset: Dataset | Mixture) -> Dataset | Mixture:
 
 
 def _with_text(evals: tuple[Evaluation, ...], dataset: Dataset | Mixture | None) -> tuple[Evaluation, ...]:
-    """The evaluations, with the default text where they have a field for one and it is None."""
+    """The evaluations, with `dataset` filled in wherever an evaluation has such a field and it is None."""
     without = [evaluation.name for evaluation in evals if getattr(evaluation, "dataset", evals) is None]
     if without and dataset is None:
         raise UserError(
@@ -258,7 +258,7 @@ def _say(line: str) -> None:
 
 
 def _writable(output: str) -> pathlib.Path:
-    """The output folder, made and tried before the model is read."""
+    """Creates the output folder and checks that it can be written to, before the model is loaded."""
     folder = paths.destination(output, "--output")
     if _writes():
         try:
@@ -284,7 +284,7 @@ def _write(folder: pathlib.Path, results: Mapping[str, Any]) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """JSON without NaN or infinity (null instead), numpy scalars as numbers."""
+    """The value as plain JSON: arrays and numpy scalars as numbers, NaN and infinities as null."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -299,7 +299,7 @@ def _plain(value: Any) -> Any:
 def _described(value: Any) -> Any:
     try:
         return model_json.to_json(value)
-    except UserError:  # a function of the user's that has no name to find it by
+    except UserError:  # for example a lambda, which cannot be found by name
         return None
 
 

@@ -1,8 +1,8 @@
-"""Apply a RoPE scaling to a pretrained model, and refuse one that would not do what was asked.
+"""Applies a RoPE scaling to a pretrained model, and rejects one that would not do what was asked.
 
-A scaling that does nothing is the common accident of context extension: a key that nobody reads, a factor of
-1, a window that was enlarged already. Nothing here is ignored in silence, and the resulting frequencies are
-compared with the unscaled ones before anything runs.
+A frequent mistake in context extension is a scaling that has no effect: a key that nothing reads, a factor of 1, or a
+window that was already enlarged. Here nothing is silently ignored, and the resulting frequencies are compared with
+the unscaled ones before anything runs.
 """
 
 import dataclasses
@@ -34,24 +34,29 @@ def extend(
     context_length: int | float | None = None,
     head_dim: int | None = None,
 ) -> tuple[Rope, int]:
-    """(the scaled Rope, the new max_position_embeddings) of a model that is to read `context_length` tokens.
+    """(the scaled Rope, the new max_position_embeddings) for a context of `context_length` tokens.
 
-    `rope_scaling` is what Hugging Face writes ("type" works for "rope_type"). A type that it names replaces the scaling
-    that the model has, but rope_theta and partial_rotary_factor stay unless it names them. {"rope_theta": B} without a
-    type keeps the model's scaling, if it has one, on another base.
+    A rope_type in `rope_scaling` replaces the model's scaling, but rope_theta and partial_rotary_factor are kept unless
+    given. {"rope_theta": B} without a type changes the base and keeps the model's scaling, if it has one.
 
-    The scale is always relative to the original window L: the dict's original_max_position_embeddings, else that of
-    the model's rope, else max_position_embeddings; so 4 and then 16 are 16, not 64. Without a factor it is
-    context_length / L, without a context_length that is factor * L. llama3 is the exception: its factor is no ratio of
-    windows (Llama 3.1 has 8, and 16 times its original window), so a given one holds whatever the context_length, and
-    a model that has llama3 may be used at any context_length as it is.
+    The factor is always relative to the original window L: original_max_position_embeddings of `rope_scaling`, else of
+    the model's rope, else max_position_embeddings. So extending by 4 and then by 16 gives 16, not 64. If the factor is
+    missing, it is context_length / L; if context_length is missing, it is factor * L. llama3 is an exception: its
+    factor is not a ratio of windows (Llama 3.1 has the factor 8, but 16 times its original window). A given llama3
+    factor is therefore kept for any context_length, and a llama3 model can be used at any context_length unchanged.
 
-    A larger context without scaling must be asked for: {"rope_type": "default"}, perhaps with a rope_theta. The check
-    that the frequencies change needs `head_dim` to be sure (without it, it tries a head of 128).
+    A larger context without scaling must be requested explicitly: {"rope_type": "default"}, possibly with a rope_theta.
 
-    Raises UserError for: an unknown or unused key, factor * L other than context_length, a factor of 1, a
-    scaling that leaves the frequencies as they were, an L that cannot be known, a larger context without a
-    word on how.
+    Args:
+      rope: of the model.
+      max_position_embeddings: the model's present context window, in tokens.
+      rope_scaling: in Hugging Face's format ("type" is accepted for "rope_type"); None: keep the model's scaling.
+      context_length: the new context window in tokens; None: what rope_scaling implies.
+      head_dim: size of a head, for the check that the frequencies change. If None, the check assumes 128.
+
+    Raises:
+      UserError: an unknown or unused key, factor * L differs from context_length, the factor is 1, the scaling does
+        not change the frequencies, L is not known, or a larger context is requested without a scaling.
     """
     target = None if context_length is None else token_count("context_length", context_length)
     if rope_scaling is None:
@@ -79,7 +84,8 @@ def extend(
             f"the window would be {window} tokens, expected at most {MOST_TOKENS}: lower the factor"
         )
     kept = name == rope.rope_type and window > max_position_embeddings
-    if name != "default" or context_length is None:  # an unscaled context is as asked for
+    # {"rope_type": "default"} with a context_length explicitly asks for no scaling, so it needs no effect.
+    if name != "default" or context_length is None:
         _assert_effect(rope, new, window, head_dim, but_the_window=kept)
     if _is_scaled(rope) and name != rope.rope_type:
         fate = "removed" if name == "default" else f"replaced by {getattr(name, '__name__', name)!r}"
@@ -88,7 +94,7 @@ def extend(
 
 
 def rotaries(model: Decoder) -> list[Rotary]:
-    """The different rotary embeddings of a model, in depth order, each with the size of the heads that it turns."""
+    """The different rotary embeddings of a model, in depth order, each with the size of the heads that it rotates."""
     found = (mixers.rotary(block.mixer) for stage in model.stages for block in stage.pattern)
     return list(dict.fromkeys(one for one in found if one is not None))
 
@@ -96,10 +102,10 @@ def rotaries(model: Decoder) -> list[Rotary]:
 def extend_model(
     model: Decoder, rope_scaling: Mapping[str, Any] | None, context_length: int | None
 ) -> Decoder:
-    """The model with its context extended (`extend` of every rope); the same model when neither is given.
+    """The model with its context extended (`extend` applied to every rope); unchanged if both arguments are None.
 
     Raises:
-      UserError: the scaling would not do what is asked, or the model has no rotary embedding to scale.
+      UserError: as in `extend`, or the model has no rotary embedding.
     """
     if rope_scaling is None and context_length is None:
         return model
@@ -109,7 +115,7 @@ def extend_model(
             "rope_scaling and context_length need a model with rotary position embeddings; leave them out"
         )
     configured = rope_scaling.get("rope_theta") if isinstance(rope_scaling, Mapping) else None
-    for rope, _ in ropes:  # Evo 2's checkpoints hold frequencies, which savanna's own loader keeps
+    for rope, _ in ropes:  # Evo 2's checkpoints contain inv_freq, which savanna keeps even if rope_theta is changed
         if model.model_type == "striped_hyena" and configured not in (None, rope.rope_theta):
             log.warning(
                 "inv_freq of the checkpoint is that of rope_theta %g, and the configured rope_theta %g replaces it",
@@ -144,13 +150,13 @@ def _is_scaled(rope: Rope) -> bool:
 
 
 def _title(rope: Rope) -> str:
-    """'yarn, factor 4'."""
+    """The scaling in short form for a message: 'yarn, factor 4'."""
     name = str(getattr(rope.rope_type, "__name__", rope.rope_type))
     return name if rope.factor is None else f"{name}, factor {rope.factor:g}"
 
 
 def _kept(rope: Rope, values: Mapping[str, Any]) -> dict[str, Any]:
-    """What stays of the model's RoPE under a type that is named."""
+    """The fields of the model's rope that are kept when rope_scaling sets a rope_type."""
     kept: dict[str, Any] = {
         "rope_theta": rope.rope_theta,
         "partial_rotary_factor": rope.partial_rotary_factor,
@@ -161,20 +167,20 @@ def _kept(rope: Rope, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _kept_frequencies(rope: Rope, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Frequencies that the model lists stay, unless a rope_theta replaces them."""
+    """{"inv_freq": ...} if the model lists explicit frequencies that are kept, else {}; a rope_theta replaces them."""
     name = values["rope_type"]
     if rope.inv_freq is None or "rope_theta" in values or "inv_freq" in values or callable(name):
         return {}
     if "inv_freq" not in FIELDS[name][1]:
         raise UserError(
-            f"the model lists its inv_freq, and rope_type {name!r} computes them from rope_theta: add rope_theta"
-            f" (theirs is close to {rope.rope_theta:g}) to rope_scaling, or use 'linear'"
+            f"the model lists its own inv_freq, but rope_type {name!r} computes them from rope_theta: add rope_theta"
+            f" (that of inv_freq is close to {rope.rope_theta:g}) to rope_scaling, or use 'linear'"
         )
     return {"inv_freq": rope.inv_freq}
 
 
 def _as_it_is(rope: Rope, max_position_embeddings: int, target: int | None) -> tuple[Rope, int]:
-    """The model with the scaling that it has, if that holds the target."""
+    """(rope, window) of the model with its present scaling. Raises UserError if that does not reach the target."""
     if target is None or target <= max_position_embeddings:
         return rope, max_position_embeddings
     _check_reach(rope, max_position_embeddings, target)
@@ -188,7 +194,7 @@ def _on_another_base(
     target: int | None,
     head_dim: int | None,
 ) -> tuple[Rope, int]:
-    """The model with the scaling that it has and another rope_theta."""
+    """(rope, window) of the model with its present scaling and another rope_theta."""
     new = dataclasses.replace(rope, **{"inv_freq": None, **values})
     window = max(extended_window(new, max_position_embeddings), target or 0)
     if target is not None and target > max_position_embeddings:
@@ -199,11 +205,10 @@ def _on_another_base(
 
 
 def _check_reach(rope: Rope, max_position_embeddings: int, target: int) -> None:
-    """UserError unless a text of `target` tokens is within what the scaling is for; llama3 has no such bound."""
+    """Raises UserError if `target` tokens are beyond the window of the scaling. llama3 has no such limit."""
     window = extended_window(rope, max_position_embeddings)
-    if (
-        rope.factor and rope.original_max_position_embeddings is None
-    ):  # then max_position_embeddings may be it
+    # If the model does not state its original window, max_position_embeddings may be the original one.
+    if rope.factor and rope.original_max_position_embeddings is None:
         window = max(window, round(rope.factor * max_position_embeddings))
     if target <= window:
         return
@@ -215,7 +220,7 @@ def _check_reach(rope: Rope, max_position_embeddings: int, target: int) -> None:
         )
     if rope.rope_type != "llama3":
         raise UserError(
-            f"{found}, for which its scaling ({_title(rope)}) was made: set rope_scaling to scale anew, as"
+            f"{found}, which is the limit of its scaling ({_title(rope)}): set another rope_scaling, such as"
             f" {_same_type_advice(rope)} (relative to the original window; the factor follows from context_length)"
         )
     log.warning(
@@ -234,9 +239,9 @@ def _same_type_advice(rope: Rope) -> str:
 
 
 def _values(rope: Rope, rope_scaling: Mapping[str, Any]) -> dict[str, Any]:
-    """The dict as fields of Rope, nulls dropped; UserError for anything that Rope would not use.
+    """`rope_scaling` as fields of Rope, without nulls. Raises UserError for anything that Rope would not use.
 
-    Without a rope_type where it is another base for the scaling that the model has.
+    The result has no "rope_type" if rope_scaling only changes the base and the model's scaling is kept.
     """
     advice = _same_type_advice(rope) if _is_scaled(rope) else _ADVICE
     if not isinstance(rope_scaling, Mapping):
@@ -267,7 +272,7 @@ def _values(rope: Rope, rope_scaling: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _original(rope: Rope, max_position_embeddings: int, values: dict[str, Any]) -> int:
-    """The window of pre-training."""
+    """The context window of pretraining, in tokens. Raises UserError if a scaled model does not state it."""
     given = values.get(_ORIGINAL, rope.original_max_position_embeddings)
     if given is not None:
         return token_count(_ORIGINAL, given)
@@ -282,9 +287,9 @@ def _original(rope: Rope, max_position_embeddings: int, values: dict[str, Any]) 
 def _factor_and_target(
     values: dict[str, Any], original: int, target: int | None
 ) -> tuple[dict[str, Any], int | None]:
-    """The values with a factor, and the target; each from the other where it is not given."""
+    """(values with a factor, context length in tokens); whichever is missing is computed from the other."""
     name, factor = values["rope_type"], values.get("factor")
-    optional = callable(name) or name == "proportional"  # they may do their work without a factor
+    optional = callable(name) or name == "proportional"  # these types need no factor
     if factor is None and optional and (target is None or target <= original):
         return values, target
     if factor is None and target is None:
@@ -310,9 +315,9 @@ def _factor_and_target(
 def _assert_effect(
     old: Rope, new: Rope, window: int, head_dim: int | None, *, but_the_window: bool = False
 ) -> None:
-    """UserError unless the new Rope turns otherwise than the model does already, and than an unscaled one.
+    """Raises UserError if the new frequencies at `window` tokens equal those of the model or of an unscaled model.
 
-    With `but_the_window` the scaling may be the model's own: it is to be used at a larger window.
+    With `but_the_window` they may equal those of the model, because the change is a larger window.
     """
     befores = {} if but_the_window else {"the model has already": old}
     if new.rope_type != "default":
@@ -329,7 +334,7 @@ def _assert_effect(
 
 def _same(a: Rope, b: Rope, length: int, head_dim: int | None) -> bool:
     """Whether two ropes have the same frequencies and attention scaling at this length."""
-    if head_dim is None:  # a head that fits: the length of longrope's lists is half of the rotated dimensions
+    if head_dim is None:  # longrope's lists have one entry per pair of rotated dimensions
         head_dim = next((2 * len(r.long_factor) for r in (b, a) if r.long_factor is not None), 128)
         if "proportional" not in (a.rope_type, b.rope_type):
             a, b = (dataclasses.replace(r, partial_rotary_factor=1.0) for r in (a, b))

@@ -1,7 +1,8 @@
-"""Names on the Hugging Face hub as folders on this disk: "org/name", or "org/name@revision".
+"""Resolves names on the Hugging Face hub, "org/name" or "org/name@revision", to local folders.
 
-What exists on this disk under a name always wins. Then the hub's local cache, then the hub itself (HF_HUB_OFFLINE=1
-leaves that out; huggingface_hub reads this and its other variables). Only the files that are of use are downloaded.
+A local file or folder of that name has precedence. Otherwise the hub's local cache is used, then the hub itself. With
+HF_HUB_OFFLINE=1 nothing is downloaded; huggingface_hub reads this and its other environment variables. Only the files
+that lcx can use are downloaded.
 """
 
 import functools
@@ -20,7 +21,7 @@ log = logging.getLogger(__name__)
 
 _PART = r"[A-Za-z0-9](?:[\w.-]{0,94}[A-Za-z0-9_])?"
 _NAME = re.compile(rf"({_PART}/{_PART})(?:@([\w./-]+))?", re.ASCII)
-#: Endings of files: such a name is a path that does not exist.
+#: Suffixes of files. A name with such a suffix is taken for a path that does not exist, not for a name on the hub.
 _FILE = re.compile(
     r"\.(pt|pth|bin|safetensors|gguf|json|jsonl|ndjson|csv|tsv|txt|text|md|parquet|arrow|gz|zst|bz2|xz|zip|tar"
     r"|fa|fasta|fna|ffn|faa|vcf|gin|ya?ml|py|model|npy|npz|part\d+)$",
@@ -31,7 +32,8 @@ _TOKENIZER = (
     "config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "vocab.txt", "merges.txt", "chat_template*", "lcx_tokenizer.json",
 )  # fmt: skip
-#: Kinds of weights, the best first; the first that a model has is taken, so no tensor comes twice.
+#: File patterns of weights in order of preference. Only the first kind that a model has is used, because the others
+#: contain the same tensors again.
 _WEIGHTS = (
     ("model*.safetensors", "model.safetensors.index.json"),
     ("pytorch_model*.bin", "pytorch_model.bin.index.json"),
@@ -47,7 +49,7 @@ _DATA = (
 
 
 def is_name(path: Any) -> bool:
-    """Whether this can only be a name on the hub: it looks like one, and there is nothing of this name here."""
+    """Whether `path` looks like a name on the hub and no local file or folder of that name exists."""
     if not isinstance(path, str | os.PathLike):
         return False
     text = os.fspath(path)
@@ -58,15 +60,15 @@ def is_name(path: Any) -> bool:
 
 
 def local(path: Any, *, kind: str = "model") -> Any:
-    """The folder of a name on the hub; anything else as it is (a path that does not exist, too).
+    """The local folder of a name on the hub, downloaded if necessary. Any other path is returned unchanged.
 
     Args:
-      path: what a user gave as a checkpoint, a tokenizer or a source of text.
-      kind: "model", "tokenizer" (of a model, without its weights), "adapter" (of PEFT) or "dataset".
+      path: given by a user as a checkpoint, a tokenizer or a source of text. A path need not exist.
+      kind: "model", "tokenizer" (of a model, without its weights), "adapter" (PEFT) or "dataset".
 
     Raises:
-      UserError: a name of which there is neither a folder here nor, in reach, anything on the hub; without
-        huggingface_hub, what to install.
+      UserError: the name exists neither locally nor on the hub, the hub cannot be reached, or huggingface_hub is not
+        installed.
     """
     if isinstance(path, str):
         paths.refuse_scheme(path, "the path")
@@ -78,27 +80,27 @@ def local(path: Any, *, kind: str = "model") -> Any:
 
 
 def place(path: str | os.PathLike) -> str:
-    """How a record names a path: absolute; a name on the hub as it is."""
+    """The form in which a checkpoint records a path: absolute, or unchanged if it is a name on the hub."""
     return os.fspath(path) if is_name(path) else os.path.abspath(os.path.expanduser(path))
 
 
-@functools.lru_cache(maxsize=64)  # one look, and one line, a run
+@functools.lru_cache(maxsize=64)  # resolve and log each name once per process
 def _folder(repo: str, revision: str | None, kind: str) -> str:
     try:
         import huggingface_hub
     except ImportError:
         raise UserError(
-            f"{repo}: there is no such file or folder here, and models and data are read by their name on the Hugging "
-            "Face hub only with huggingface_hub: pip install 'lcx[hub]'"
+            f"{repo}: there is no such file or folder here, and reading from the Hugging Face hub needs the package "
+            "huggingface_hub: pip install 'lcx[hub]'"
         ) from None
     fetch = _Fetch(huggingface_hub, repo, revision, kind)
     folder = fetch.cached() or fetch.downloaded()
-    log.warning("%s is read from %s", repo, folder)  # names the revision
+    log.warning("%s is read from %s", repo, folder)  # the folder's name contains the revision
     return folder
 
 
 class _Fetch:
-    """One name on the hub."""
+    """Finds one name in the local cache or downloads it."""
 
     def __init__(self, hub: Any, repo: str, revision: str | None, kind: str):
         self._hub, self._repo, self._revision, self._kind = hub, repo, revision, kind
@@ -109,10 +111,10 @@ class _Fetch:
         }
 
     def cached(self) -> str | None:
-        """The folder in the local cache, if everything that is needed is there."""
+        """The folder in the local cache if it contains everything that is needed, else None."""
         try:
             folder = self._hub.snapshot_download(**self._where, local_files_only=True)
-        except Exception as error:  # incomplete ones are an error of newer versions of huggingface_hub
+        except Exception as error:  # newer versions of huggingface_hub raise for an incomplete snapshot
             folder = getattr(error, "snapshot_path", None)
         return str(folder) if folder is not None and self._is_complete(str(folder)) else None
 
@@ -126,16 +128,17 @@ class _Fetch:
         return bool(names) if self._kind == "dataset" else _ADAPTER[0] in names
 
     def downloaded(self) -> str:
+        """The folder after downloading the needed files. Raises UserError, which explains what went wrong."""
         try:
             return self._hub.snapshot_download(**self._where, allow_patterns=self._patterns())
         except UserError:
             raise
-        except Exception as error:  # of requests, httpx, huggingface_hub, the disk: their classes change
+        except Exception as error:  # from requests, httpx, huggingface_hub or the disk, depending on versions
             raise UserError(self._explained(error)) from error
 
     def _patterns(self) -> list[str]:
-        """The files to download."""
-        # one request, without the retries of a download: most names that are not there are mistyped paths
+        """Patterns of the files to download."""
+        # A single request, without the retries of a download: a name that does not exist is usually a mistyped path.
         info = self._hub.HfApi().repo_info(**self._where, timeout=_TIMEOUT)
         names = [sibling.rfilename for sibling in info.siblings or ()]
         if self._kind == "dataset":
@@ -169,7 +172,7 @@ class _Fetch:
                 f"{name} on the Hugging Face hub has no revision {self._revision!r}: see {page}/commits/main"
             )
         if "HFValidationError" in classes:
-            return f"{nothing}, and it is no name on the Hugging Face hub"
+            return f"{nothing}, and it is not a valid name on the Hugging Face hub"
         if classes & {
             "LocalEntryNotFoundError",
             "OfflineModeIsEnabled",
@@ -180,14 +183,14 @@ class _Fetch:
             offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON")
             why = "HF_HUB_OFFLINE is set" if offline else "the hub cannot be reached"
             return (
-                f"{nothing}, it is not (whole) in the local cache of the Hugging Face hub, and {why}: run "
+                f"{nothing}, the local cache of the Hugging Face hub does not contain all of it, and {why}: run "
                 f"`hf download {name}` where there is a network, or pass a folder"
             )
         return f"{name} cannot be downloaded from the Hugging Face hub: {first_line(error)}"
 
 
 def _shards(folder: str, patterns: Sequence[str]) -> list[str]:
-    """The files that the index of this kind of weights names; none where there is no (readable) index."""
+    """The files listed in the index of this kind of weights; empty if there is no readable index."""
     index = next((name for name in patterns if name.endswith(".json")), "")
     try:
         with open(os.path.join(folder, index), encoding="utf-8") as file:
@@ -197,7 +200,7 @@ def _shards(folder: str, patterns: Sequence[str]) -> list[str]:
 
 
 def _matching(names: Sequence[str], patterns: Sequence[str]) -> bool:
-    """Whether a file, and not only an index of files, matches."""
+    """Whether any file matches; a match of an index file (.json) alone does not count."""
     return any(
         fnmatch(name, pattern) for name in names for pattern in patterns if not pattern.endswith(".json")
     )

@@ -1,12 +1,12 @@
-"""The ladder: a context extended in rungs, each a training run that starts from the one before.
+"""Extends a context in several rungs, each a training run that starts from the weights of the previous one.
 
-Every rung states its length; its scale is always relative to the original window, never to the rung before
-(2K -> 8K -> 16K -> 32K are factors 4, 8, 16 of 2K). With a gate, a rung is repeated until the model has earned the
-next one: its loss inside the old window has recovered, and it finds a passkey at the new length, which is how Llama 3.1
-went from 8K to 128K in six stages (arXiv 2407.21783, section 3.4.2).
+Every rung sets its context length. Its scaling factor is always relative to the original window, never to the previous
+rung (2K -> 8K -> 16K -> 32K are factors 4, 8, 16 of 2K). With a gate, a rung is repeated until its model passes two
+checks: the loss inside the original window has recovered, and the model finds a passkey at the new length. Llama 3.1
+was extended from 8K to 128K in six stages in this way (arXiv 2407.21783, section 3.4.2).
 
-In the workdir each rung has a workdir of its own, `8192/round_0`; a rung that is done is not done again, and one that
-was cut short goes on.
+Each rung has its own workdir inside the workdir, such as `8192/round_0`. Finished rungs are skipped and an interrupted
+one is resumed.
 """
 
 import contextlib
@@ -32,12 +32,16 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Rung:
-    """One length of the ladder. What is None comes from the Ladder's trainer.
+    """One stage of the ladder. A field that is None is taken from the Ladder's trainer.
 
     Attributes:
-      context_length: tokens of a row, and the model's new window.
-      learning_rate: the base rate (Ladder.scale_learning_rate).
-      rope_theta: a new base of the rotary embedding; None keeps that of the weights.
+      context_length: tokens per row, and the model's new window.
+      steps: optimizer updates per round.
+      batch_size: rows of the global batch.
+      accumulation: micro-batches per step.
+      learning_rate: the peak before Ladder.scale_learning_rate is applied.
+      rope_theta: new base of the rotary embedding; None keeps that of the model.
+      mesh: sizes of the mesh axes.
     """
 
     context_length: int
@@ -51,13 +55,14 @@ class Rung:
 
 @dataclasses.dataclass(frozen=True)
 class Gate:
-    """When a rung may be left.
+    """The conditions for moving on to the next rung.
 
     Attributes:
-      max_loss_increase: nats per token that the mean loss inside the original window may lie above the first model's.
-      min_passkey_accuracy: share of passkeys found at the rung's length; 0 skips the search.
-      passkey_trials: how many are hidden, at depths spread over the text.
-      max_rounds: how often a rung is trained before the ladder gives up.
+      max_loss_increase: how much the mean held-out loss inside the original window may exceed that of the pretrained
+        model, in nats per token.
+      min_passkey_accuracy: fraction of passkeys that must be found at the rung's length; 0 skips this check.
+      passkey_trials: number of passkeys, at distances spread over the context.
+      max_rounds: how often a rung is trained before the ladder fails.
     """
 
     max_loss_increase: float = 0.05
@@ -67,7 +72,7 @@ class Gate:
 
 
 class Stopped(Exception):
-    """A rung was asked to stop and has saved."""
+    """A rung was asked to stop (SIGTERM, Ctrl-C) and has saved a checkpoint."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,12 +80,12 @@ class Ladder:
     """Trains the rungs one after the other; a job for `train`.
 
     Attributes:
-      trainer: the settings that rungs share; its init_from is the pretrained model. Its steps, seq_len, context_length
-        and rope_scaling are set rung by rung.
+      trainer: the settings shared by all rungs; its init_from is the pretrained model. Its steps, seq_len,
+        context_length and rope_scaling are replaced for each rung.
+      rungs: the stages, each with a longer context than the last.
       rope_scaling: the type and its settings without a factor: {"rope_type": "yarn"}.
-      gate: None climbs without looking back.
-      scale_learning_rate: a rung trains at learning_rate / sqrt(context_length / original window); else at
-        learning_rate.
+      gate: None: every rung is trained once, without checks.
+      scale_learning_rate: True: the learning rate of a rung is divided by sqrt(context_length / original window).
     """
 
     trainer: Trainer
@@ -108,7 +113,13 @@ class Ladder:
             )
 
     def run(self, workdir: str) -> str | None:
-        """Returns the workdir of the last rung's last round; None when asked to stop before (saved, and resumable)."""
+        """Trains all rungs and returns the workdir of the last round.
+
+        Returns None if asked to stop earlier; the run has then saved a checkpoint and can be resumed.
+
+        Raises:
+          UserError: a setting is wrong, or a rung did not pass its gate within Gate.max_rounds.
+        """
         try:
             return self._run(workdir)
         except Stopped:
@@ -136,7 +147,7 @@ class Ladder:
         return source
 
     def _check_rungs(self, source: str) -> int:
-        """The original window; mistakes in any rung show before the first one trains."""
+        """Returns the original window. Checks every rung, so that mistakes show before the first one is trained."""
         model = convert.source(source).model
         original = original_window(model)
         for rung in self.rungs:
@@ -146,7 +157,11 @@ class Ladder:
         return original
 
     def _trainer_for(self, rung: Rung, source: str, original: int, number: int) -> Trainer:
-        """The trainer of a round. A repeated round is of the rung's length already, and reads on in other text."""
+        """The trainer of one round.
+
+        A repeated round starts from a model that already has the rung's scaling, so it sets none; its seed differs so
+        that it trains on the data in another order.
+        """
         scale = max(rung.context_length / original, 1.0) if self.scale_learning_rate else 1.0
         optimizer = dataclasses.replace(self.trainer.optimizer, context_scale=scale)
         if rung.learning_rate is not None:
@@ -168,7 +183,7 @@ class Ladder:
         )
 
     def _climb(self, trainer: Trainer, folder: str, original: int, baseline: float) -> str | None:
-        """Trains one round; None when the gate opens, else why it stays shut."""
+        """Trains one round. Returns None if it passes the gate, else the reason why it does not."""
         done = os.path.join(folder, "gate.json")
         if os.path.exists(done):
             return _read_json(done)["verdict"]
@@ -181,7 +196,7 @@ class Ladder:
     # ------------------------------------------------------------------------------------------------------ the gate
 
     def _baseline(self, workdir: str, source: str, original: int) -> float:
-        """Held-out loss of the pretrained model inside its own window; kept for a ladder that is resumed."""
+        """Held-out loss of the pretrained model inside its original window; stored for a ladder that is resumed."""
         kept = os.path.join(workdir, "baseline.json")
         if os.path.exists(kept):
             return _read_json(kept)["loss"]
@@ -200,7 +215,7 @@ class Ladder:
             loss = self._short_loss(model, params, original, mesh)
             if loss > baseline + self.gate.max_loss_increase:
                 return (
-                    f"loss inside the original window is {loss:.4f}, {loss - baseline:.4f} above the start's"
+                    f"loss inside the original window is {loss:.4f}, {loss - baseline:.4f} above the pretrained model's"
                 )
             if self.gate.min_passkey_accuracy > 0:
                 from lcx.evals.passkey import Passkey
@@ -213,7 +228,7 @@ class Ladder:
 
     @contextlib.contextmanager
     def _loaded(self, path: str) -> Iterator[tuple[Decoder, Any, Mesh]]:
-        """A checkpoint on the trainer's own mesh, whatever the rung's: all are measured alike, on the same rows."""
+        """A checkpoint on the trainer's own mesh, not the rung's, so that all rungs are evaluated on the same rows."""
         mesh = self.trainer.mesh.build()
         with jax.set_mesh(mesh):
             model, params = convert.load(path, dtype="float32", mesh=mesh)
@@ -226,7 +241,7 @@ class Ladder:
 
 
 def original_window(model: Decoder) -> int:
-    """The window a model was pretrained with: what every factor is relative to."""
+    """The context window in tokens that a model was pretrained with, to which every scaling factor is relative."""
     windows = [rope.original_max_position_embeddings for rope, _ in extend.rotaries(model)]
     return next((window for window in windows if window is not None), model.max_position_embeddings)
 
@@ -237,7 +252,7 @@ def _read_json(path: str) -> dict[str, Any]:
 
 
 def _write_json(path: str, value: dict[str, Any]) -> None:
-    """Whole or not at all: a kill must not leave half of a verdict."""
+    """Writes the file atomically on process 0, so that a kill cannot leave a partial file."""
     if jax.process_index() == 0:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with open(f"{path}.new", "w") as file:

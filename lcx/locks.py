@@ -1,4 +1,4 @@
-"""One writer at a time: a lock on what a run or a conversion writes, which a killed process does not leave behind."""
+"""A lock that lets only one process write to a workdir or destination, and that does not outlive a killed process."""
 
 import contextlib
 import datetime
@@ -10,23 +10,24 @@ from typing import Any
 
 from lcx.errors import UserError
 
-LOCK = ".lcx-lock"  # in a workdir; beside a destination, with its name before it
+LOCK = ".lcx-lock"  # inside a workdir; for the destination NAME of a conversion, NAME.lcx-lock next to it
 
 
 @contextlib.contextmanager
 def only_writer(path: str | os.PathLike, *, of: str, setting: str) -> Iterator[None]:
-    """Holds the lock file `path`, whose folder exists.
+    """Context manager that holds a lock while something is written.
 
-    The operating system frees the lock when its process ends, however that happens, so a lock file that is left behind
-    means nothing. On a shared folder this holds between hosts where the file system passes `flock` on (NFS version 4,
-    Lustre, GPFS do); where there is no `flock` at all, filelock keeps the owner's host and process in the file.
+    The operating system releases the lock when the process ends for any reason, so a leftover lock file does no harm.
+    On a shared folder the lock also works between hosts if the file system supports `flock` across them (NFS version 4,
+    Lustre and GPFS do). If there is no `flock` at all, filelock stores the owner's host and process id in the file.
 
     Args:
-      of: names in a message what is written.
-      setting: the setting that would change it.
+      path: the lock file; its folder must exist.
+      of: for the message: what is written.
+      setting: for the message: the setting that would choose another place.
 
     Raises:
-      UserError: another process holds it.
+      UserError: another process holds the lock.
     """
 
     path = pathlib.Path(path)
@@ -36,7 +37,7 @@ def only_writer(path: str | os.PathLike, *, of: str, setting: str) -> Iterator[N
             f"{of} is being written by another process ({_owner(path)}): wait for it to end, or change {setting}"
         )
     try:
-        with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
+        with contextlib.suppress(OSError):  # the text is only informative; on a full disk the lock still holds
             started = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
             path.write_text(f"process {os.getpid()} on {socket.gethostname()} since {started}\n")
         yield
@@ -46,10 +47,11 @@ def only_writer(path: str | os.PathLike, *, of: str, setting: str) -> Iterator[N
 
 
 def _acquired(path: pathlib.Path) -> Any:
-    """The lock that is held, or None.
+    """The acquired lock, or None if another process holds it.
 
-    An owner that ends removes the file, perhaps just when another process has opened it, whose lock then is on a file
-    that has no name any more. So a lock counts when a second one on the same name is refused.
+    An owner that ends deletes the lock file. If another process has just opened that file, it then locks a file that no
+    longer has a name, and a third process could lock a new file at the same path. To rule this out, a second attempt
+    to lock the path must fail: only then is the first lock on the file that is really there.
     """
     import filelock
 
@@ -70,4 +72,4 @@ def _owner(path: pathlib.Path) -> str:
         lines = path.read_text().splitlines()
         if lines and lines[0].startswith("process "):
             return lines[0]
-    return "it left no name"
+    return "its id is unknown"

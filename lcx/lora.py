@@ -1,13 +1,14 @@
-"""LoRA: a pair of low-rank matrices beside a frozen projection (Hu et al. 2021, arXiv 2106.09685).
+"""LoRA: a pair of trainable low-rank matrices added to a frozen projection (Hu et al. 2021, arXiv 2106.09685).
 
-y = x W + (alpha / rank) (x a) b. The pairs are a variable collection of their own, at the paths of the projections
-they belong to, and `layers.Linear` adds them wherever it finds one; only they train. Nothing is merged while training:
-that would cost a kernel-sized product and its gradient every step. `merge` does it once, for export.
+y = x W + (alpha / rank) (x a) b. The pairs form a separate Flax variable collection, at the paths of the projections
+they belong to; `layers.Linear` adds a pair wherever it finds one. During training pairs are not merged into the
+kernels, because that would need a product of the kernel's size and its gradient in every step. `merge` does it once,
+for export.
 
     model.apply({"params": params, "lora": lora}, tokens)
     stages_0/block_0/mixer/q_proj:  a [L, in..., R]   b [L, R, out...]   scale [L]      (L layers of the stage)
 
-The pairs start as those of PEFT: a uniform, b zero. `convert/peft.py` reads and writes its files.
+Pairs are initialised as in PEFT: a uniform, b zero. `convert/peft/` reads and writes PEFT's files.
 """
 
 import dataclasses
@@ -35,16 +36,17 @@ LEAVES = ("a", "b", "scale")
 
 @dataclasses.dataclass(frozen=True)
 class LoRA:
-    """Which projections get a pair, and of what rank.
+    """Which projections get a low-rank pair, and of what rank.
 
     Attributes:
-      alpha: the update is scaled by alpha / rank, so that a change of rank keeps the size of a step.
-      targets: a regular expression, found anywhere in a path such as "stages_0/block_0/mixer/q_proj". What it may find
-        are the projections made of lcx.layers.Linear, in mixers and MLPs of yours too. The default is
-        every projection of every mixer: q, k, v, o of attention, in_proj and out_proj of Hyena, all of Mamba-2 and
-        2Mamba. For those of the MLPs too: "_proj".
-      beside: parameters whose path ("params/stages_0/block_0/mixer/feature_map_q/layer") this regular expression
-        matches train beside the pairs; None: no others.
+      rank: R, the inner dimension of a pair.
+      alpha: the update is scaled by alpha / rank, so that its size does not depend on the rank.
+      targets: a regular expression, searched for anywhere in a path such as "stages_0/block_0/mixer/q_proj". It
+        can select every projection that is an lcx.layers.Linear, in your own mixers and MLPs too. The default selects
+        every projection of every mixer: q, k, v, o of attention, in_proj and out_proj of Hyena, all of
+        Mamba-2 and 2Mamba. "_proj" also selects those of the MLPs.
+      beside: a regular expression; parameters whose path ("params/stages_0/block_0/mixer/feature_map_q/layer") matches
+        are trained in addition to the pairs. None: no others.
     """
 
     rank: int = 8
@@ -66,7 +68,7 @@ class LoRA:
                 raise UserError(f"{found}: change LoRA.{name}") from None
 
     def abstract(self, model: Decoder, *, mesh: Mesh | None = None) -> dict[str, Any]:
-        """Tree of float32 ShapeDtypeStruct, given a mesh with shardings that follow those of the kernels.
+        """Tree of float32 ShapeDtypeStruct of all pairs; with a mesh, sharded like the kernels they belong to.
 
         Raises:
           UserError: targets matches no projection of the model.
@@ -83,9 +85,10 @@ class LoRA:
         return tree
 
     def init(self, key: Array, model: Decoder, *, mesh: Mesh | None = None) -> dict[str, Any]:
-        """The `lora` collection at the start of training; with b zero, it changes nothing yet.
+        """The `lora` collection at the start of training. b is zero, so the model's output is unchanged at first.
 
-        a is uniform in +- 1/sqrt(inputs), as PEFT draws it; a projection's draw depends on the key and its path alone.
+        a is uniform in +-1/sqrt(number of inputs), as in PEFT. The values for a projection depend only on the key and
+        its path, not on which other projections have pairs.
 
         Raises:
           UserError: targets matches no projection of the model.
@@ -111,7 +114,7 @@ class LoRA:
         return jax.random.uniform(key, leaf.shape, leaf.dtype, -bound, bound)
 
     def paths(self, model: Decoder) -> list[str]:
-        """Where the pairs are: "stages_0/block_0/mixer/q_proj". Raises UserError when there is none."""
+        """Paths of the projections that get a pair, "stages_0/block_0/mixer/q_proj". Raises UserError if none does."""
         return [path for path, _, _ in self._targets(model)]
 
     def _targets(self, model: Decoder) -> list[tuple[str, Linear, int]]:
@@ -132,7 +135,7 @@ class LoRA:
 
 
 def all_linears(model: Decoder) -> Iterator[tuple[str, Linear, int]]:
-    """(path, module, layers stacked in its kernel) of every linear projection, in the order in which they run."""
+    """(path, module, number of layers stacked in its kernel) of every linear projection, in order of execution."""
     found: dict[str, Linear] = {}
 
     def record(call, args, kwargs, context):
@@ -148,14 +151,16 @@ def all_linears(model: Decoder) -> Iterator[tuple[str, Linear, int]]:
 
 
 def statement(model: Decoder, lora: Mapping[str, Any], trains: Any = None) -> str:
-    """What a `lora` collection (or its shapes) touches, by kind of layer.
+    """One line that says which matrices a `lora` collection modifies, counted per kind of layer.
 
     "LoRA rank 8 on 56 matrices: Attention q_proj 14, k_proj 14, v_proj 14, o_proj 14; 0.6M parameters"
 
     It also names the kinds of layer that can have no pairs, since nothing in them is an lcx.layers.Linear.
 
     Args:
-      trains: tree of bool like the params, which of them train beside the pairs.
+      model: the architecture.
+      lora: the collection, or its shapes.
+      trains: tree of bool like the params: which of them are trained in addition to the pairs.
     """
     counts: dict[str, dict[str, int]] = {}
     ranks, parameters = set(), 0
@@ -206,21 +211,21 @@ def _beside(model: Decoder, trains: Any) -> str:
     names = ", ".join(name for name, _ in found[:4]) + (
         f" and {len(found) - 4} more" if len(found) > 4 else ""
     )
-    return f"; beside them {names}: {_count(sum(size for _, size in found))} parameters"
+    return f"; in addition {names}: {_count(sum(size for _, size in found))} parameters"
 
 
 def _count(count: int) -> str:
-    """'0.6M', or all digits of a small number."""
+    """"0.6M", or all digits of a number below 100,000."""
     return f"{count / 1e6:.1f}M" if count >= 100_000 else f"{count:,}"
 
 
 def merge(params: Mapping[str, Any], lora: Mapping[str, Any]) -> dict[str, Any]:
-    """params with scale * a @ b added to every kernel that has a pair: the same function without the collection.
+    """Params with scale * a @ b added to every kernel that has a pair; the model then needs no `lora` collection.
 
-    Computed in float32, then stored in the kernel's dtype. Differentiable in both.
+    The sum is computed in float32 and stored in the kernel's dtype. Differentiable with respect to both arguments.
 
     Raises:
-      UserError: a pair for something that is not a projection of params.
+      UserError: a pair belongs to no projection of params, or does not fit the shape of its kernel.
     """
     return _merged(params, lora, ())
 
@@ -234,7 +239,7 @@ def _merged(params: Any, lora: Mapping[str, Any], path: tuple[str, ...]) -> dict
     ]
     if unknown:
         found = f"the lora collection has {'/'.join((*path, unknown[0]))}"
-        raise UserError(f"{found}, which is no projection of these params: merge it with its own model")
+        raise UserError(f"{found}, which is not a projection of these params: merge it with its own model")
     return {name: _merged(x, lora[name], (*path, name)) if name in lora else x for name, x in params.items()}
 
 
@@ -253,7 +258,8 @@ def _merged_kernel(
         kernel32, a, b, scale = (x.astype(jnp.float32) for x in layer)
         return (kernel32 + scale * jnp.tensordot(a, b, 1, precision="highest")).astype(kernel.dtype)
 
-    return jax.lax.map(one, (kernel, a, b, scale))  # a layer at a time: the update is as large as the kernel
+    # One layer at a time, because the float32 update is as large as the kernel itself.
+    return jax.lax.map(one, (kernel, a, b, scale))
 
 
 def _struct(shape: tuple[int, ...], names: tuple[str | None, ...], mesh: Mesh | None) -> jax.ShapeDtypeStruct:
@@ -269,7 +275,7 @@ def _put(tree: dict[str, Any], path: str, value: Any) -> None:
 
 
 def _at(tree: Mapping[str, Any], path: str) -> Any:
-    """What is at the path; None where nothing is."""
+    """The subtree at the path, or None if there is none."""
     for name in path.split("/"):
         if name not in tree:
             return None

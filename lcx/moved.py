@@ -1,8 +1,9 @@
-"""Names that have moved: the one table through which old checkpoints, .gin files and imports find them.
+"""The table of moved names, through which old checkpoints, .gin files and imports keep working.
 
 A checkpoint stores the class of its model as "module:name", a .gin file imports modules by name, and users' own code
-does both. A module that moves gets a row in MODULES, a function or class that leaves a module which stays one in NAMES.
-The old spelling keeps working. An old module is the same object as the new one, so its classes are, too.
+imports both. When a module is moved or renamed, add a row to MODULES. When a function or class moves out of a module
+that still exists, add a row to NAMES. Importing the old name of a module yields the same module object as the new one,
+so their classes are identical too.
 """
 
 import importlib
@@ -86,7 +87,7 @@ NAMES = {
 
 
 def today(path: str) -> str:
-    """ "module:name" as it is called now."""
+    """The current name of "module:name", which is returned unchanged if it has not moved."""
     path = NAMES.get(path, path)
     module, colon, name = path.partition(":")
     return f"{MODULES.get(module, module)}{colon}{name}"
@@ -99,7 +100,7 @@ def stored(path: str) -> str:
 
 
 def names_of(module: str) -> Callable[[str], Any]:
-    """The `__getattr__` of a module from which names have moved."""
+    """A module-level `__getattr__` for a module from which names have moved: `__getattr__ = names_of(__name__)`."""
 
     def get(name: str) -> Any:
         new = NAMES.get(f"{module}:{name}")
@@ -112,7 +113,7 @@ def names_of(module: str) -> Callable[[str], Any]:
 
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Imports the new module for the name of an old one."""
+    """Import hook that imports the new module in place of an old one."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None
@@ -123,11 +124,11 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return None
 
     def exec_module(self, module: types.ModuleType) -> None:
-        # The import system takes what is in sys.modules afterwards for the result.
+        # The import system returns whatever sys.modules holds under this name afterwards.
         sys.modules[module.__name__] = importlib.import_module(MODULES[module.__name__])
 
 
 def install() -> None:
-    """Makes `import` know the old names; once a process."""
+    """Makes `import` find the old names. Calling it again has no effect."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.append(_Finder())

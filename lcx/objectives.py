@@ -1,7 +1,7 @@
-"""What a training step minimises. An objective returns sums, so that any split of the global batch adds up exactly.
+"""Training objectives. Each returns sums instead of means, so that the parts of a split global batch add up exactly.
 
-(sum of losses, sum of weights), or (sum of losses, sum of weights, {name: sum}) where parts of the first are logged by
-name: they are in what is minimised, and not in the held-out loss.
+An objective returns (sum of losses, sum of weights), or (sum of losses, sum of weights, {name: sum}). The named sums
+are auxiliary losses: they are included in the sum of losses, logged by name, and excluded from the held-out loss.
 """
 
 from typing import Any
@@ -22,17 +22,23 @@ TAKEN = ("loss", "grad_norm", "learning_rate", "tokens", "step", "eval_loss", "t
 
 
 def next_token(model: Decoder, variables: Any, batch: Batch) -> Sums:
-    """Sum of the weighted next-token nll in nats, and the sum of the weights.
+    """Sum of the weighted next-token negative log-likelihoods in nats, and the sum of the weights.
 
-    Labels come shifted from the data; a zero weight masks padding and the first token of a document.
+    Labels are already shifted by the data pipeline. A weight of zero masks padding and the first token of a document.
 
-    Auxiliary losses are added: what a module sows by `self.sow("losses", name, value)`, a loss for every token [B, T],
-    weighted like the tokens, or a scalar, a mean over the tokens that the module sees. Layers add up; a coefficient is
-    the module's own. Only a loss for every token, and a scalar of the weights alone, is the same for every split of a
-    batch: other scalars are those of a micro-batch.
+    Auxiliary losses, which modules sow by `self.sow("losses", name, value)`, are added. A value is either a loss per
+    token [B, T], which is weighted like the tokens, or a scalar, taken as a mean over the tokens that the module sees.
+    Losses of the same name are summed over layers; a module applies its own coefficient. Losses per token, and scalars
+    that depend on the weights alone, do not depend on how the batch is split; other scalars are computed per
+    micro-batch.
+
+    Args:
+      model: the architecture.
+      variables: {"params": ...}, with LoRA also {"lora": ...}.
+      batch: tokens, labels, positions, segment_ids and loss_weights, each [B, T].
 
     Raises:
-      UserError: a module sows something of another shape, or under the name of another metric.
+      UserError: a module sows a value of another shape, or one named like a metric.
     """
     (x, _), sown = model.apply(
         variables,
@@ -52,11 +58,11 @@ def next_token(model: Decoder, variables: Any, batch: Batch) -> Sums:
 
 
 def nucleotides(model: Decoder, variables: Any, batch: Batch, repeat_weight: float = 0.1) -> Sums:
-    """next_token for genomes in bytes, as Evo 2 weighs them (Brixi et al. 2025).
+    """next_token for genomes encoded as bytes, with the loss weights of Evo 2 (Brixi et al. 2025).
 
-    The model reads and predicts upper case. A lower-case label (a soft-masked repeat) weighs `repeat_weight`; '@', '#'
-    and tags between bars, "|d__Bacteria;...|", weigh nothing. A tag that the row cuts in two is recognised by letters
-    that no sequence has.
+    Inputs and labels are converted to upper case. A lower-case label (a soft-masked repeat) has weight `repeat_weight`;
+    '@', '#' and taxonomic tags between bars, "|d__Bacteria;...|", have weight 0. A tag of which the row contains only
+    the end is recognised by letters that do not occur in sequences.
     """
     labels = batch["labels"]
     weights = batch["loss_weights"] * jnp.where(_is_lower(labels), repeat_weight, 1.0)
@@ -71,18 +77,24 @@ def nucleotides(model: Decoder, variables: Any, batch: Batch, repeat_weight: flo
 def attention_transfer(
     model: Decoder, variables: Any, batch: Batch, output_weight: float = 1000.0, map_weight: float = 0.0
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """How far linear attentions are from the softmax ones in whose place they are (LoLCATS, arXiv 2410.10254, eq. 5).
+    """How much linear attention differs from the softmax attention that it replaces (LoLCATS, arXiv 2410.10254, eq. 5).
 
-    Every layer gets what the softmax model computes, so that the layers do not depend on each other. The loss of a
+    Every layer receives the activations of the softmax model, so the layers do not depend on each other. The loss of a
     token is the mean over linear layers of output_weight x the mean squared error of the heads' outputs (before the
-    output projection) + map_weight x the cross-entropy of the attention maps. The latter is quadratic in the length.
+    output projection) + map_weight x the cross-entropy of the attention maps. The cost of the latter is quadratic in T.
 
     Args:
-      model: a Decoder, or Layers of one; then the batch has `residual` [B, T, D], what goes into the first of them, in
-        place of tokens.
+      model: a Decoder, or Layers of one. For Layers the batch contains `residual` [B, T, D], the input of the first
+        layer, instead of tokens.
+      variables: {"params": ...}.
+      batch: tokens (or residual), positions and segment_ids.
+
+    Returns:
+      (sum of the losses of all tokens that are not padding, number of these tokens).
 
     Raises:
-      UserError: the model has no linear attention, no weight is positive, or every key of a row is in the window.
+      UserError: the model has no linear attention, neither weight is positive, or the rows fit into the softmax window,
+        so that the linear part would receive no gradient.
     """
     weights = {"outputs": output_weight, "maps": map_weight}
     names = tuple(name for name, weight in weights.items() if weight > 0)
@@ -95,7 +107,7 @@ def attention_transfer(
         if not isinstance(mixer, LinearizedAttention):
             return mixer
         seq_len = batch["positions"].shape[1]
-        if mixer.held is not None and seq_len <= mixer.held:  # it would teach the feature maps nothing
+        if mixer.held is not None and seq_len <= mixer.held:  # the feature maps would receive no gradient
             raise UserError(mixer.too_short(seq_len))
         return mixer.clone(transfer=names, parent=None)
 
@@ -108,7 +120,7 @@ def attention_transfer(
         method="hidden" if whole else None,
         mutable="losses",
     )
-    # Other losses that modules sow have no part in it: nothing that trains here reaches them.
+    # Other sown losses are ignored: they do not depend on anything that is trained here.
     losses = [(path[-1], loss) for path, loss in _sown(sown) if "mixer" in path and path[-1] in weights]
     if not losses:
         raise UserError("attention_transfer: the model has no linear attention; set Trainer.linearize")
@@ -121,8 +133,10 @@ def attention_transfer(
 
 
 def _sown(variables: Any) -> list[tuple[tuple[str, ...], Array]]:
-    """(path, value) of everything in the collection `losses`. The path ends in the module and the name that it gave;
-    the first axis of the value is the layers of a stage."""
+    """(path, value) of everything in the collection `losses`.
+
+    A path ends with the module and the name under which it sowed the value, whose first axis is the layers of a stage.
+    """
     return [
         (tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey)), value)
         for path, value in jax.tree_util.tree_leaves_with_path(variables.get("losses", {}))
@@ -130,13 +144,13 @@ def _sown(variables: Any) -> list[tuple[tuple[str, ...], Array]]:
 
 
 def _auxiliary(variables: Any, weights: Float[Array, "B T"]) -> dict[str, Float[Array, ""]]:
-    """name -> the sum over layers, weighted as the tokens are, of what modules sowed in `losses`."""
+    """{name: sum over layers and tokens, weighted like the tokens} of the values that modules sowed in `losses`."""
     sums: dict[str, Array] = {}
     for (*_, name), value in _sown(variables):
         value = jnp.asarray(value, jnp.float32)
         if value.shape[1:] not in ((), weights.shape):
             raise UserError(
-                f"a module sows {name!r} of shape {value.shape[1:]} in `losses`, expected () or one loss a token, "
+                f"a module sows {name!r} of shape {value.shape[1:]} in `losses`, expected () or one loss per token, "
                 f"{weights.shape}: reduce it in the module"
             )
         if name in TAKEN:
@@ -153,7 +167,11 @@ def _is_lower(ids: Int[Array, "B T"]) -> Bool[Array, "B T"]:
 
 
 def _in_tags(ids: Int[Array, "B T"], segment_ids: Int[Array, "B T"]) -> Bool[Array, "B T"]:
-    """Bars and what is between them, document by document."""
+    """Which ids are bars or inside a pair of bars, counted separately in each document.
+
+    A document that starts in the middle of a tag has letters before its first bar that do not occur in sequences; its
+    first bar then closes a tag instead of opening one.
+    """
     B, T = ids.shape
     documents = (runs(segment_ids) + jnp.arange(B)[:, None] * (T + 1)).reshape(-1)
 

@@ -1,4 +1,4 @@
-"""AdamW and its schedules, from optax; which parameters train, by regular expressions over their paths."""
+"""AdamW and its schedules, built from optax. Regular expressions over parameter paths select what is trained."""
 
 import dataclasses
 import math
@@ -22,16 +22,23 @@ class AdamW:
     """AdamW with global-norm clipping, warmup, decay, and frozen parameters (Loshchilov & Hutter, arXiv 1711.05101).
 
     Attributes:
-      learning_rate: the peak.
-      schedule: after warmup: "cosine" or "linear" down to final_fraction of the peak, "constant", or "plateau": times
-        plateau_factor whenever the held-out loss has not fallen for more than plateau_patience evaluations
-        (Trainer.eval_every), down to final_fraction of the peak.
-      warmup_steps: linear rise from warmup_from * learning_rate to learning_rate; None: 20, or a tenth of a short run.
-      context_scale: s = context now / original context; the peak becomes learning_rate / sqrt(s).
-      clip_norm: global norm that gradients are scaled down to; None: no clipping.
-      weight_decay: on parameters whose path matches decay: kernels, embeddings, LoRA pairs; not norms and biases.
-      trainable: only parameters whose path ("params/stages_0/block_0/mixer/q_proj/kernel") it matches train.
-      frozen: parameters whose path it matches do not train.
+      learning_rate: the peak learning rate, before context_scale.
+      schedule: after warmup. "cosine" or "linear" decays to final_fraction of the peak; "constant" stays at the peak;
+        "plateau" multiplies by plateau_factor whenever the held-out loss has not improved for more than
+        plateau_patience evaluations (Trainer.eval_every), down to final_fraction of the peak.
+      warmup_steps: steps of linear increase from warmup_from * peak to the peak; None: 20, or a tenth of a run that is
+        shorter than 200 steps.
+      warmup_from: fraction of the peak at which the warmup starts.
+      final_fraction: fraction of the peak at which the decay ends.
+      plateau_factor, plateau_patience: of the "plateau" schedule.
+      context_scale: s = new context length / original one; the peak becomes learning_rate / sqrt(s).
+      b1, b2, eps: decay rates of Adam's two moments, and the constant in its denominator.
+      weight_decay: applied to parameters whose path matches `decay`.
+      decay: regular expression; by default kernels, embeddings and LoRA matrices, but not norms and biases.
+      clip_norm: gradients with a larger global norm are scaled down to it; None: no clipping.
+      trainable: regular expression; only parameters whose path ("params/stages_0/block_0/mixer/q_proj/kernel") matches
+        are trained. None: all.
+      frozen: regular expression; parameters whose path matches are not trained. None: no exception.
     """
 
     learning_rate: float = 3e-4
@@ -72,11 +79,11 @@ class AdamW:
                 raise UserError(f"{found}: change AdamW.{name}") from None
 
     def warmup(self, steps: int) -> int:
-        """The updates of the warmup in a run of `steps`."""
+        """The number of warmup steps in a run of `steps` updates."""
         return min(20, steps // 10) if self.warmup_steps is None else self.warmup_steps
 
     def learning_rates(self, steps: int) -> optax.Schedule:
-        """Step -> learning rate over a run of `steps` updates; the first update is step 0."""
+        """The schedule of a run of `steps` updates: step (0 for the first update) -> learning rate."""
         peak, warmup_steps = self.learning_rate / math.sqrt(self.context_scale), self.warmup(steps)
         rest = max(steps - warmup_steps, 1)
         after = {
@@ -91,14 +98,15 @@ class AdamW:
         return optax.join_schedules([warmup, after], [warmup_steps])
 
     def trains(self, params: Any, beside: str | None = None) -> Any:
-        """Tree of bool like params: which of them train.
+        """Tree of bool with the structure of `params`: True for the parameters that are trained.
 
         Args:
           params: the weights of a training state: "params/..." and, with LoRA, "lora/...".
-          beside: with LoRA, parameters that train too (LoRA.beside); `trainable` and `frozen` choose among the others.
+          beside: with LoRA, a regular expression for model parameters that are trained too (LoRA.beside). Without LoRA,
+            and for the LoRA matrices themselves, `trainable` and `frozen` decide.
 
         Raises:
-          UserError: none of them, or none beside the pairs although `beside` is given.
+          UserError: nothing is trained, or `frozen` or `beside` matches nothing.
         """
 
         def one(path: str) -> bool:
@@ -125,10 +133,14 @@ class AdamW:
         return mask
 
     def build(self, moving: Any, steps: int) -> optax.GradientTransformation:
-        """The optax transformation for the (abstract) parameters that train: `split(params, trains)[0]`.
+        """The optax transformation of a run of `steps` updates.
+
+        Args:
+          moving: the (abstract) parameters that are trained: `partition(params, trains)[0]`.
+          steps: updates of the whole run.
 
         Raises:
-          UserError: weight_decay is set and nothing of them decays.
+          UserError: weight_decay is set, but `decay` matches none of these parameters.
         """
         decays = _by_path(moving, lambda path: bool(re.search(self.decay, path)))
         if self.weight_decay and not any(jax.tree.leaves(decays)):
@@ -150,7 +162,7 @@ class AdamW:
         )
 
     def _plateau(self) -> optax.GradientTransformation:
-        """Scales by what `observe` found last."""
+        """Scales updates by the factor that `observe` stored in the state, and leaves the state unchanged."""
         return optax.GradientTransformation(
             self._reduce().init,
             lambda updates, state, params=None: (
@@ -162,13 +174,14 @@ class AdamW:
     def _reduce(self) -> optax.GradientTransformationExtraArgs:
         return optax.contrib.reduce_on_plateau(
             factor=self.plateau_factor,
+            # optax reduces at the patience-th evaluation without improvement; here, as in torch, it is the one after.
             patience=self.plateau_patience + 1,
             rtol=1e-4,
             min_scale=self.final_fraction,
         )
 
     def observe(self, opt_state: Any, loss: float) -> Any:
-        """The optimizer's state after an evaluation; unchanged unless the schedule is "plateau"."""
+        """The optimizer state after an evaluation with this held-out loss. Only the "plateau" schedule changes it."""
         if self.schedule != "plateau" or not math.isfinite(loss):
             return opt_state
         reduce = self._reduce()
@@ -181,7 +194,7 @@ class AdamW:
 
 
 def plateau_scale(opt_state: Any) -> Any:
-    """The factor on the learning rate that AdamW.observe has set; 1 for other schedules."""
+    """The factor by which AdamW.observe has reduced the learning rate; 1 for other schedules."""
     states = [x for x in jax.tree.leaves(opt_state, is_leaf=_is_plateau) if _is_plateau(x)]
     return states[0].scale if states else 1.0
 
@@ -191,7 +204,10 @@ def _is_plateau(x: Any) -> bool:
 
 
 def partition(tree: Any, chosen: Any) -> tuple[Any, Any]:
-    """(the chosen leaves, the others), each with None in the place of the other's: `combine` is the inverse."""
+    """Splits a tree into (the leaves where `chosen` is True, the others).
+
+    Both have the structure of `tree`, with None in place of the missing leaves. `combine` is the inverse.
+    """
     return (
         jax.tree.map(lambda x, yes: x if yes else None, tree, chosen),
         jax.tree.map(lambda x, yes: None if yes else x, tree, chosen),
@@ -199,7 +215,7 @@ def partition(tree: Any, chosen: Any) -> tuple[Any, Any]:
 
 
 def combine(tree: Any, others: Any) -> Any:
-    """The tree whose two halves `partition` gave."""
+    """Merges the two trees that `partition` returned."""
     return jax.tree.map(lambda x, y: y if x is None else x, tree, others, is_leaf=lambda x: x is None)
 
 

@@ -1,4 +1,4 @@
-"""The parameters of a model: made at random or as abstract shapes, counted, and checked when a user brings them."""
+"""The parameters of a model: random initialisation, abstract shapes, counts, and checks of parameters from users."""
 
 import functools
 from collections.abc import Mapping
@@ -29,12 +29,17 @@ def _init(model: Model, key: Array) -> Any:
 
 
 def plain_init(model: Model, key: Array) -> Any:
-    """Random parameters, to be traced."""
+    """Random parameters without Flax's boxes; meant to be called inside jit or eval_shape."""
     return nn.meta.unbox(_init(model, key))
 
 
 def abstract_params(model: Model, *, mesh: Mesh | None = None, dtype: Any = None) -> Any:
-    """Tree of ShapeDtypeStruct (with shardings, given a mesh) without allocating anything."""
+    """Tree of ShapeDtypeStruct of a model's parameters, without allocating anything.
+
+    Args:
+      mesh: None: without shardings.
+      dtype: None: as the model initialises them.
+    """
     boxed = _abstract_boxed(model)
     shardings = None if mesh is None else sharding.tree_shardings(boxed, mesh)
     plain = nn.meta.unbox(boxed)
@@ -51,7 +56,7 @@ def param_shardings(model: Model, mesh: Mesh) -> Any:
 
 
 def init_params(model: Model, key: Array, *, mesh: Mesh | None = None, dtype: Any = jnp.float32) -> Any:
-    """Random parameters, created directly in their shards."""
+    """Random parameters of the given dtype; with a mesh, created directly in their shards."""
 
     def init(key):
         return jax.tree.map(lambda x: x.astype(dtype), plain_init(model, key))
@@ -67,13 +72,14 @@ def num_params(model: Model) -> int:
 
 
 def flops_per_token(model: Model, seq_len: int) -> float:
-    """Training FLOPs per token, forward and backward, of the matrix products that the model needs (no recomputation).
+    """Model FLOPs per token of training (forward and backward) for its matrix products, without recomputation.
 
-    6 per weight that multiplies (the input embedding is a lookup), plus causal attention: 6 H N per visible key and
-    product, with (seq_len + 1) / 2 visible keys on average, fewer under a window.
+    These are 6 per weight of a matrix product (the input embedding is a lookup and does not count), plus those of the
+    mixers. Causal attention with N heads of size H takes 6 H N for each visible key and each of its two products; there
+    are (seq_len + 1) / 2 visible keys on average, fewer with a sliding window.
 
     Raises:
-      UserError: a mixer of the model does not say what a token costs.
+      UserError: a mixer of the model does not define what a token costs.
     """
     weights = num_params(model)
     if not model.tie_word_embeddings:
@@ -85,7 +91,7 @@ def flops_per_token(model: Model, seq_len: int) -> float:
     return total
 
 
-@functools.lru_cache(maxsize=16)  # it traces the model
+@functools.lru_cache(maxsize=16)  # tracing the model is slow
 def leaf_shapes(model: Model) -> Mapping[str, Shape]:
     """path -> shape of every parameter: "stages_0/block_0/mixer/q_proj/kernel"."""
     flat = flatten_dict(abstract_params(model), sep="/")
@@ -99,10 +105,10 @@ def leaf_paths(tree: Any) -> list[str]:
 
 
 def plain(params: Any) -> dict[str, Any]:
-    """A tree of dicts and arrays: without Flax's boxes, its FrozenDict, and the {"params": ...} that model.init gives.
+    """The params as nested dicts of arrays, without Flax's boxes, FrozenDict or the {"params": ...} of model.init.
 
     Raises:
-      UserError: it is no tree of arrays, or holds other collections too.
+      UserError: it is not a tree of floating point arrays, or it contains other collections.
     """
     if isinstance(params, FrozenDict):
         params = unfreeze(params)
@@ -114,8 +120,8 @@ def plain(params: Any) -> dict[str, Any]:
         others = sorted(str(name) for name in set(params) - {"params", "losses"})
         if others:
             raise UserError(
-                f"params hold {', '.join(others)} beside params: pass params['params'] (with pairs, what "
-                "lcx.lora.merge(params, lora) gives)"
+                f"params hold {', '.join(others)} in addition to params: pass params['params'] (with LoRA, the "
+                "result of lcx.lora.merge(params, lora))"
             )
         return plain(params["params"])
     flat = flatten_dict(nn.meta.unbox(params))
@@ -129,10 +135,10 @@ def plain(params: Any) -> dict[str, Any]:
 
 
 def fitting(model: Model, params: Any) -> dict[str, Any]:
-    """`plain`, for this model.
+    """The params as `plain` returns them, checked against the model.
 
     Raises:
-      UserError: see `plain`; parameters are missing, unexpected or of another shape.
+      UserError: as in `plain`, or parameters are missing, unexpected or of the wrong shape.
     """
     params = plain(params)
     check(model, {path: tuple(x.shape) for path, x in flatten_dict(params, sep="/").items()}, "params")
@@ -140,7 +146,12 @@ def fitting(model: Model, params: Any) -> dict[str, Any]:
 
 
 def check(model: Model, found: Mapping[str, Shape], where: str) -> None:
-    """Raises UserError when parameters are missing, unexpected or of another shape than the model's."""
+    """Raises UserError if parameters are missing, unexpected or of another shape than the model's.
+
+    Args:
+      found: path -> shape, as from `leaf_shapes`.
+      where: for the message: where they come from.
+    """
     expected = leaf_shapes(model)
     wrong = sorted(path for path in {*expected, *found} if expected.get(path) != found.get(path))
     if wrong:
@@ -152,6 +163,6 @@ def check(model: Model, found: Mapping[str, Shape], where: str) -> None:
 
 
 def chosen(model: Model, params: Any) -> dict[str, Any]:
-    """The parameters that the model has, out of a tree that may hold more."""
+    """The parameters of the model, taken from a tree that may contain others as well."""
     flat = flatten_dict(params, sep="/")
     return unflatten_dict({path: flat[path] for path in leaf_shapes(model)}, sep="/")

@@ -1,4 +1,4 @@
-"""Folders that are written to: on this machine's file systems, checked before any work is done."""
+"""Checks the folders that are written to before any work is done: they must be on a local or mounted file system."""
 
 import os
 import pathlib
@@ -13,7 +13,7 @@ def destination(path: str | os.PathLike, setting: str) -> pathlib.Path:
     """The folder that a setting names, with ~ expanded.
 
     Raises:
-      UserError: it is empty, or an address such as gs://bucket/run, which would become a folder called "gs:".
+      UserError: it is empty, or a URL such as gs://bucket/run, which would create a local folder named "gs:".
     """
     text = os.fspath(path)
     if not text.strip():
@@ -23,7 +23,7 @@ def destination(path: str | os.PathLike, setting: str) -> pathlib.Path:
 
 
 def refuse_scheme(path: str | os.PathLike, setting: str) -> None:
-    """Raises UserError for an address of a bucket or a server."""
+    """Raises UserError for a URL such as gs://bucket/run."""
     match = _SCHEME.match(os.fspath(path))
     if match:
         raise UserError(

@@ -1,12 +1,12 @@
-"""One page that compares models: what evaluations measured, drawn over each other, and how training went.
+"""Writes one HTML page that compares models: the results of their evaluations, and their training curves.
 
 Examples:
   python -m lcx.report --results /tmp/eval_unscaled /tmp/eval_yarn /tmp/eval_yarn_tuned --output=/tmp/report
   python -m lcx.report --results=/tmp/eval --workdir=/tmp/run --output=/tmp/report --title='YaRN, 4 x 256 tokens'
 
---results are folders that `python -m lcx.evaluate` wrote, in the order in which they shall appear; --workdir are
-training runs, for their loss curves. The page, report.html, is one file with its pictures inside, and each picture
-also lies beside it as a PNG.
+--results: folders written by `python -m lcx.evaluate`, in the order in which they should appear. --workdir: training
+runs whose loss curves are drawn. The page, report.html, is a single file that contains its plots; each plot is also
+written to the same folder as a PNG file.
 """
 
 import base64
@@ -38,9 +38,11 @@ def main(argv=None) -> int:
         metavar="DIR",
         help="folders with results.json",
     )
-    parser.add_argument("--output", required=True, metavar="DIR", help="where report.html and the plots go")
-    parser.add_argument("--workdir", nargs="+", action="extend", metavar="DIR", help="training runs to draw")
-    parser.add_argument("--title", metavar="TEXT", help="of the page")
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder for report.html and the plots")
+    parser.add_argument(
+        "--workdir", nargs="+", action="extend", metavar="DIR", help="training runs whose loss is drawn"
+    )
+    parser.add_argument("--title", metavar="TEXT", help="title of the page")
     return config.run(parser, "lcx.report:build", argv)
 
 
@@ -50,13 +52,13 @@ def build(
     """Writes report.html and the plots; returns the path of the page.
 
     Args:
-      results: folders with a results.json (or such files), in the order of tables and legends.
+      results: folders with a results.json (or such files), in the order of the tables and legends.
       output: the folder to write to.
-      workdir: training runs whose metrics.jsonl is drawn.
-      title: of the page.
+      workdir: workdirs of training runs, whose metrics.jsonl is drawn.
+      title: title of the page.
 
     Raises:
-      UserError: a folder without results, or an output that cannot be written.
+      UserError: a folder has no results, or the output cannot be written.
     """
     runs = labelled([read_results(path) for path in results])
     curves = {}
@@ -80,7 +82,7 @@ def build(
 
 
 def read_results(path: str) -> dict[str, Any]:
-    """The results.json of a folder. Raises UserError where there is none, or it is damaged."""
+    """The contents of a folder's results.json. Raises UserError if there is none or it is damaged."""
     place = pathlib.Path(path).expanduser()
     file = place / RESULTS if place.is_dir() else place
     if not file.is_file():
@@ -91,11 +93,11 @@ def read_results(path: str) -> dict[str, Any]:
         found = json.loads(file.read_text(encoding="utf-8"))
         return {"name": found["name"], **found, "evaluations": dict(found["evaluations"]), "file": str(file)}
     except (ValueError, KeyError, TypeError, OSError) as error:
-        raise UserError(f"{file} is no readable result of an evaluation ({error}); evaluate again") from None
+        raise UserError(f"{file} is not a readable evaluation result ({error}); evaluate again") from None
 
 
 def labelled(runs: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """{label: run}; a name that comes again gets a number."""
+    """{label: run}; a name that occurs again gets a number, as in "yarn (2)"."""
     out: dict[str, dict[str, Any]] = {}
     for run in runs:
         label, number = str(run["name"]), 2
@@ -106,9 +108,10 @@ def labelled(runs: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def read_curves(workdir: str) -> dict[str, list[dict[str, float]]]:
-    """{name: lines of metrics.jsonl, by step} of a workdir, or of the stages below it.
+    """{name: lines of metrics.jsonl, ordered by step} of a workdir, or of the runs in its subfolders.
 
-    A line that a kill cut short is left out; of a step that was done twice, the last line counts.
+    A line that is not valid JSON (cut short by a kill) is ignored. Values of a step that was repeated replace the
+    earlier ones. Raises UserError if there is no metrics.jsonl.
     """
     folder = pathlib.Path(workdir).expanduser()
     files = [folder / "metrics.jsonl"]
@@ -164,19 +167,19 @@ def _evaluation_section(name: str, runs: Mapping[str, Mapping[str, Any]], folder
 
 
 def _evaluation_of(name: str, results: Mapping[str, Mapping[str, Any]]) -> Any:
-    """The evaluation that made these results: it knows how to draw them."""
+    """The evaluation that produced these results, rebuilt from its recorded settings to draw them."""
     from lcx.checkpoint import model_json
 
     described = next((result["evaluation"] for result in results.values() if result.get("evaluation")), None)
     if described is None:
-        raise UserError(f"the results do not say what made {name}")
+        raise UserError(f"the results do not record the settings of {name}")
     return model_json.from_json(described)
 
 
 def _named_as_models(
     curves: dict[str, list[dict[str, float]]], workdir: str, runs: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, list[dict[str, float]]]:
-    """A run whose checkpoint was evaluated has the name of that model."""
+    """Gives the curve of a run the label of the model that was evaluated from its checkpoint, if there is one."""
     folder = pathlib.Path(workdir).expanduser().resolve()
     for label, run in runs.items():
         place = pathlib.Path(str(run.get("checkpoint")))
@@ -249,17 +252,20 @@ def _error_notes(runs: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def _drawn(name: str, draw: Callable[[Any], None], folder: pathlib.Path, alt: str) -> str:
-    """An <img> for light and one for dark pages; the light one also becomes a file. A plot that fails is a note."""
+    """HTML of a plot in a light and a dark version. The light one is also written to a PNG file.
+
+    If drawing fails, the HTML is a note with the reason.
+    """
     try:
         light, dark = (picture(draw, dark=dark) for dark in (False, True))
-    except Exception as error:  # the numbers are worth more than their picture
+    except Exception as error:  # the report is still useful without one plot
         print(f"warning: no plot of {name}: {type(error).__name__}: {error}", file=sys.stderr)
         return f"<p>No plot: {_esc(str(error))}</p>"
     _write(folder / f"{''.join(c if c.isalnum() else '_' for c in name)}.png", light)
     sources = [f"data:image/png;base64,{base64.b64encode(png).decode()}" for png in (light, dark)]
     width = round(
         int.from_bytes(light[16:20], "big") * 96 / _DPI
-    )  # from its header; so all letters are one size
+    )  # from the PNG header; this scale makes the text of all plots the same size
     return (
         f'<figure><picture><source media="(prefers-color-scheme: dark)" srcset="{sources[1]}">'
         f'<img src="{sources[0]}" width="{width}" alt="{_esc(alt)}"></picture></figure>'
@@ -267,7 +273,7 @@ def _drawn(name: str, draw: Callable[[Any], None], folder: pathlib.Path, alt: st
 
 
 def picture(draw: Callable[[Any], None], *, dark: bool = False) -> bytes:
-    """A PNG of what `draw` puts on matplotlib axes."""
+    """A PNG file as bytes, of what `draw` puts on matplotlib axes."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -326,7 +332,7 @@ def _section(title: str, body: str) -> str:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[Any]], caption: str = "") -> str:
-    """Cells with words to the left, numbers to the right; the first cell of a row is its head."""
+    """An HTML table. Text is left-aligned, numbers right-aligned; the first cell of a row is its header."""
     words = [bool(rows) and all(isinstance(row[i], str) for row in rows) for i in range(len(head))]
     top = "".join(
         f'<th scope="col"{_TEXT * word}>{_esc(name)}</th>' for name, word in zip(head, words, strict=True)

@@ -1,16 +1,16 @@
-"""Rotary position embeddings and every way to stretch them: one function a type.
+"""Rotary position embeddings (RoPE) and the methods to extend them: one function per type.
 
-RoPE turns the pair (x_j, x_{j+d/2}) of a query or key at position p by the angle p * inv_freq_j. Context
-extension is a choice of `inv_freq` and of A, the attention scaling (cos and sin times A, so logits times
-A^2). H is the head size, r partial_rotary_factor, d = int(H*r) the rotated dimensions, j = 0 .. d/2-1,
-b rope_theta, w_j = b^(-2j/d), L the window of pre-training, s = factor = new window / L, n the text's length.
+RoPE rotates the pair (x_j, x_{j+d/2}) of a query or key at position p by the angle p * inv_freq_j. A method of context
+extension is a choice of `inv_freq` and of the attention scaling A (cos and sin are multiplied by A, so the logits by
+A^2). H is the head size, r partial_rotary_factor, d = int(H*r) the number of rotated dimensions, j = 0 .. d/2-1,
+b rope_theta, w_j = b^(-2j/d), L the window of pretraining, s = factor = new window / L, n the length of the text.
 
     default       w_j, A = 1. A larger rope_theta alone is "ABF" (adjusted base frequency).
-    linear        w_j / s, A = 1. Position interpolation: every position m becomes m/s [1].
+    linear        w_j / s, A = 1. Position interpolation: position m becomes m/s [1].
     ntk           the base b s^(d/(d-2)), A = 1. Keeps the highest frequency, divides the lowest by s [2].
-    dynamic       the base b (s n/L - (s-1))^(d/(d-2)) for n > L, else b; A = 1. NTK that grows with n [2].
-    yarn          w_j (1-g_j) + w_j/s g_j, A = 0.1 ln s + 1. The ramp g_j rises from 0 at the pair that turns
-                  beta_fast (32) times inside L to 1 at the one that turns beta_slow (1) times [2].
+    dynamic       the base b (s n/L - (s-1))^(d/(d-2)) for n > L, else b; A = 1. NTK with a scale that grows with n [2].
+    yarn          w_j (1-g_j) + w_j/s g_j, A = 0.1 ln s + 1. The ramp g_j rises from 0, at the pair that makes
+                  beta_fast (32) rotations inside L, to 1, at the one that makes beta_slow (1) rotations [2].
     llama3        w_j (g_j + (1-g_j)/s), A = 1, g_j = clip((L w_j/2pi - low) / (high - low), 0, 1) [3].
     longrope      w_j / long_factor_j for n > L, else w_j / short_factor_j; A = sqrt(1 + ln s / ln L) [4].
     proportional  b^(-2j/H) / s for the first int(r*H/2) pairs of the head, 0 for the others; A = 1.
@@ -18,17 +18,17 @@ b rope_theta, w_j = b^(-2j/d), L the window of pre-training, s = factor = new wi
     [1] Chen et al. 2023, arXiv 2306.15595           [2] Peng et al. 2023 (YaRN), arXiv 2309.00071, section 3
     [3] Llama team 2024 (Llama 3), arXiv 2407.21783  [4] Ding et al. 2024 (LongRoPE), arXiv 2402.13753
 
-YaRN follows the released code (the ramp is linear in j), not the text of the paper (linear in rotations). Its
-`attention_factor` replaces A, as does the quotient of a pair (mscale, mscale_all_dim). All types equal those
-of transformers, where "ntk" is a default with a larger rope_theta.
+YaRN follows the released code (the ramp is linear in j), not the paper's text (linear in the number of rotations). A
+given `attention_factor` replaces A, as does the quotient of mscale and mscale_all_dim if both are given. All types
+give the same values as transformers, where "ntk" is expressed as type default with a larger rope_theta.
 
-**The n of dynamic and longrope.** The exact rule, the default everywhere: one n for a whole generation (the
-length of the cache), so cached keys and new queries share one rotation, and a cached decode equals the full
-forward pass at that n. transformers changes its frequencies while it decodes and leaves cached keys as they
-were: its cached decode is not its own full forward. To reproduce that, take at every forward pass
-n = last position + 1 for longrope, and the largest n since a text shorter than L for dynamic.
+**The n of dynamic and longrope.** lcx uses one n for a whole generation, the length of the cache. Cached keys and new
+queries then have the same rotation, and cached decoding equals the full forward pass at that n. transformers
+changes its frequencies while it decodes but keeps the cached keys, so its cached decoding differs from its own full
+forward pass. To reproduce it, at every forward pass use n = last position + 1 for longrope, and for dynamic the
+largest n since the last text shorter than L.
 
-**Your own type** is a function of the same signature, from any package, given where a type is named:
+**Your own type** is a function with the same signature, from any package, given in place of a type's name:
 
     def halved(rope, head_dim, length):
         inv_freq, attention_scaling = default(rope, head_dim, length)
@@ -36,7 +36,7 @@ n = last position + 1 for longrope, and the largest n since a text shorter than 
 
     Rope(rope_type=halved)        # in a .gin file: Rope.rope_type = @my_package.halved
 
-`extend.py` applies a scaling to a pretrained model, with all the checks.
+`extend.py` applies a scaling to a pretrained model and checks it.
 """
 
 import dataclasses
@@ -65,10 +65,14 @@ _ORIGINAL = "original_max_position_embeddings"
 class Rope:
     """One rotary embedding. The fields have the names and meanings of Hugging Face's `rope_parameters`.
 
-    `original_max_position_embeddings` is the window of pre-training in tokens; any type may carry it, so that
-    a second extension starts from there. `inv_freq` lists w_j as a checkpoint stores them, where they are not
-    those of rope_theta to the bit. Raises UserError on an unknown type, on a field that the type needs and
-    does not have, or has and would ignore, and on numbers out of range.
+    Attributes:
+      original_max_position_embeddings: the context window of pretraining in tokens. Any type may have it, so that a
+        second extension is relative to the same window.
+      inv_freq: explicit w_j as stored in a checkpoint, if they differ from those of rope_theta, even by rounding.
+
+    Raises:
+      UserError: an unknown type, a field that the type needs is missing or one that it would ignore is set, or a number
+        is out of range.
     """
 
     rope_type: str | Callable[..., Any] = "default"
@@ -88,7 +92,7 @@ class Rope:
     long_factor: Sequence[Number] | None = None
     inv_freq: Sequence[Number] | None = None
 
-    __no_type_check__ = True  # by jaxtyping: the checks below say what to change
+    __no_type_check__ = True  # no type checks by jaxtyping: the checks below give better messages
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -97,13 +101,13 @@ class Rope:
         rope_fields.check(self)
 
     def frequencies(self, head_dim: int, length: Length) -> Frequencies:
-        """(inv_freq float32 [d/2], A). `length` is n, perhaps traced: dynamic and longrope depend on it."""
+        """(inv_freq float32 [d/2], A). `length` is n, which may be traced; dynamic and longrope depend on it."""
         function = self.rope_type if callable(self.rope_type) else ROPE_TYPES[self.rope_type]
         return function(self, head_dim, length)
 
 
 def rotary_dim(rope: Rope, head_dim: int) -> int:
-    """d, the number of rotated dimensions of a head; UserError unless it is even and positive."""
+    """d, the number of rotated dimensions of a head. Raises UserError unless it is even and positive."""
     dim = int(head_dim * rope.partial_rotary_factor)
     if dim < 2 or dim % 2:
         raise UserError(
@@ -114,9 +118,9 @@ def rotary_dim(rope: Rope, head_dim: int) -> int:
 
 
 def _powers(theta: float, dim: int) -> np.ndarray:
-    """1 / w_j = theta^(2j/d) in float32, rounded where transformers rounds it (as all types below are).
+    """1 / w_j = theta^(2j/d) in float32, rounded at the same places as in transformers (so are all types below).
 
-    One bit less or more would turn position 131072 by up to 0.005 rad from where the weights were trained.
+    A difference of one bit would rotate position 131072 by up to 0.005 rad away from what the weights were trained on.
     """
     exponent = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
     return (np.float64(np.float32(theta)) ** exponent.astype(np.float64)).astype(np.float32)
@@ -143,7 +147,7 @@ def linear(rope: Rope, head_dim: int, length: Length) -> Frequencies:
 
 
 def ntk_theta(rope: Rope, head_dim: int) -> float:
-    """b s^(d/(d-2)). transformers has no type "ntk", and knows it only as this larger rope_theta."""
+    """The base b s^(d/(d-2)) of type ntk. transformers has no such type and expresses it as this larger rope_theta."""
     (s,), dim = _needed(rope, "factor"), rotary_dim(rope, head_dim)
     if dim == 2:
         raise UserError("NTK scaling found 2 rotary dimensions, expected at least 4: change rope_type")
@@ -156,11 +160,11 @@ def ntk(rope: Rope, head_dim: int, length: Length) -> Frequencies:
 
 
 def dynamic(rope: Rope, head_dim: int, length: Length) -> Frequencies:
-    ntk_theta(rope, head_dim)  # two rotary dimensions have no solution here either
+    ntk_theta(rope, head_dim)  # raises for two rotary dimensions, for which d/(d-2) is infinite
     s, window = _needed(rope, "factor", "original_max_position_embeddings")
     dim = rotary_dim(rope, head_dim)
-    # With x = s n/L - (s-1) the frequencies (b x^(d/(d-2)))^(-2j/d) are w_j x^(-2j/(d-2)); x = 1 + s (n-L)/L.
-    # So the large base keeps its precision and nothing cancels, even where n is traced.
+    # With x = s n/L - (s-1) = 1 + s (n-L)/L the frequencies (b x^(d/(d-2)))^(-2j/d) equal w_j x^(-2j/(d-2)). This form
+    # needs no power of a large base in float32 and has no cancellation, also if n is traced.
     w, power = 1 / _powers(rope.rope_theta, dim), (-np.arange(0, dim, 2) / (dim - 2)).astype(np.float32)
     if isinstance(length, jax.Array):
         return w * (1 + s * jnp.maximum(length - window, 0).astype(jnp.float32) / window) ** power, 1.0
@@ -172,13 +176,13 @@ def yarn(rope: Rope, head_dim: int, length: Length) -> Frequencies:
     s, window = _needed(rope, "factor", "original_max_position_embeddings")
     dim = rotary_dim(rope, head_dim)
 
-    def pair(turns: float) -> float:  # the fractional j of the pair that turns so often inside the window
+    def pair(turns: float) -> float:  # the (fractional) j of the pair that makes `turns` rotations inside the window
         return dim * math.log(window / (turns * 2 * math.pi)) / (2 * math.log(rope.rope_theta))
 
     low, high = pair(rope.beta_fast or 32.0), pair(rope.beta_slow or 1.0)
     if rope.truncate:
         low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, dim - 1)  # d - 1 and not d/2 - 1, as in the released code
+    low, high = max(low, 0), min(high, dim - 1)  # d - 1 instead of d/2 - 1, as in the released code
     ramp = np.clip((np.arange(dim // 2, dtype=np.float32) - low) / (high - low or 0.001), 0, 1)
     w_inverse, keep = _powers(rope.rope_theta, dim), 1 - ramp
 
@@ -232,27 +236,29 @@ def rotate(
     inv_freq: InvFreq,
     attention_scaling: Any = 1.0,
 ) -> Float[Array, "B T N H"]:
-    """Turns queries or keys to their positions, in Hugging Face's rotate-half layout (pairs j and j + d/2).
+    """Rotates queries or keys according to their positions, in Hugging Face's rotate-half layout (pairs j and j + d/2).
 
-    Positions stay integers until float32 multiplies them (exact below 2^24; bfloat16 would collapse above
-    256), and all is float32 until the result takes the dtype of x. Dimensions beyond 2 * pairs pass through.
-    `positions` of shape [1, T] cost one row of cosines instead of B.
+    Positions are converted from integers straight to float32, which is exact below 2^24 (bfloat16 would be exact only
+    up to 256). The computation is in float32 and the result has the dtype of x. Dimensions beyond 2 * pairs are
+    unchanged. Positions of shape [1, T] need the cosines of one row instead of B.
     """
     pairs = inv_freq.shape[0]
     angle = positions[:, :, None, None].astype(jnp.float32) * inv_freq  # [B or 1, T, 1, pairs]
     cos, sin = jnp.cos(angle) * attention_scaling, jnp.sin(angle) * attention_scaling
     y = x[..., : 2 * pairs].astype(jnp.float32)
-    # Swapping halves, rather than computing each, lets XLA fuse the backward pass: 3 times faster on CPU.
+    # Swapping the halves, instead of computing each half separately, lets XLA fuse the backward pass, which makes it
+    # 3 times faster on CPU.
     swapped = jnp.concatenate([y[..., pairs:], y[..., :pairs]], axis=-1)
     y = y * jnp.concatenate([cos, cos], axis=-1) + swapped * jnp.concatenate([-sin, sin], axis=-1)
     return jnp.concatenate([y.astype(x.dtype), x[..., 2 * pairs :]], axis=-1)
 
 
 def extended_window(rope: Rope, max_position_embeddings: int) -> int:
-    """The window in tokens of a model whose config.json has this max_position_embeddings.
+    """The context window in tokens of a model whose config.json has this max_position_embeddings.
 
-    It is factor times the original window where the file keeps the original one, as model cards advise for YaRN. The
-    factors of llama3 and longrope are no ratio of windows, so an enlarged max_position_embeddings holds.
+    Some files keep the original window in max_position_embeddings, as model cards recommend for YaRN; then the window
+    is factor times the original one. The factors of llama3 and longrope are not ratios of windows, so for these types
+    an enlarged max_position_embeddings is the window.
     """
     original, factor = rope.original_max_position_embeddings, rope.factor
     if original is None or factor is None:

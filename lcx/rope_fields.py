@@ -1,4 +1,4 @@
-"""The fields of a RoPE setting: which of them each type needs and uses, and which values make sense."""
+"""The fields of a RoPE setting: which ones each type requires or accepts, and their valid values."""
 
 import dataclasses
 import difflib
@@ -10,7 +10,7 @@ import numpy as np
 
 from lcx.errors import UserError
 
-# For each type: the fields it cannot do without, the fields it may use. Every type has those of SHARED.
+# For each type: (required fields, optional fields). Every type also has those of SHARED.
 SHARED = ("rope_type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
 FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "default": ((), ("inv_freq",)),
@@ -30,18 +30,18 @@ FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 _LISTS = ("short_factor", "long_factor", "inv_freq")
 _POSITIVE = ("attention_factor", "low_freq_factor", "high_freq_factor")
-_UNSET_BY_ZERO = ("beta_fast", "beta_slow", "mscale", "mscale_all_dim")  # in transformers
+_UNSET_BY_ZERO = ("beta_fast", "beta_slow", "mscale", "mscale_all_dim")  # 0 means unset, as in transformers
 MOST_TOKENS = 2**31 - 1  # positions are int32
 
 
 def shown(value: Any, most: int = 80) -> str:
-    """The value in one short line, whatever it is."""
+    """The repr of a value, truncated to `most` characters for a message."""
     text = repr(value)
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def canonical(name: str, value: Any) -> Any:
-    """The value as the field holds it (float, int, bool, tuple of floats), or UserError."""
+    """The value in the type of its field (float, int, bool, tuple of floats). Raises UserError if it is invalid."""
     if name == "rope_type" or (value is None and name not in ("rope_theta", "partial_rotary_factor")):
         return value
     if name == "truncate":
@@ -53,7 +53,7 @@ def canonical(name: str, value: Any) -> Any:
             raise UserError(f"{name} is {shown(value)}, expected a list of numbers: change {name}")
         numbers = tuple(canonical(f"{name}[{i}]", v) for i, v in enumerate(value))
         wrong = next((i for i, number in enumerate(numbers) if number <= 0), None)
-        if wrong is not None and name != "inv_freq":  # a frequency of 0 is a dimension that does not turn
+        if wrong is not None and name != "inv_freq":  # a frequency of 0 is valid: a pair that is not rotated
             raise UserError(f"{name}[{wrong}] is {numbers[wrong]:g}, expected more than 0: change {name}")
         return numbers
     if not is_number(value):
@@ -62,7 +62,7 @@ def canonical(name: str, value: Any) -> Any:
 
 
 def is_number(value: Any) -> TypeGuard[float]:
-    """Whether the value is a finite number; a bool is none."""
+    """Whether the value is a finite number; a bool does not count as one."""
     if isinstance(value, bool) or not isinstance(value, (int, float, np.number)):
         return False
     try:
@@ -72,7 +72,7 @@ def is_number(value: Any) -> TypeGuard[float]:
 
 
 def token_count(name: str, value: Any) -> int:
-    """The value as a number of tokens: 4096.0 is one; 4096.5, "4096" and null raise UserError."""
+    """The value as a number of tokens: 4096.0 is accepted; 4096.5, "4096" and null raise UserError."""
     if not is_number(value) or value != int(value) or not 1 <= value <= MOST_TOKENS:
         raise UserError(
             f"{name} is {shown(value)}, expected a whole number of tokens below 2^31: change {name}"
@@ -81,7 +81,7 @@ def token_count(name: str, value: Any) -> int:
 
 
 def check(rope: Any) -> None:
-    """UserError unless the fields of a Rope make sense together; a function of one's own checks its own needs."""
+    """Raises UserError if the fields of a Rope are invalid or inconsistent. A custom type checks its own fields."""
     for name, at_least, bound in (
         ("rope_theta", False, 1.0),
         ("factor", True, 1.0),
@@ -102,7 +102,7 @@ def check(rope: Any) -> None:
 
 
 def _check_fields(rope: Any, name: str) -> None:
-    """UserError unless the fields are those of the type: none missing, none that would be ignored."""
+    """Raises UserError if a field that the type requires is missing, or a field is set that it would ignore."""
     needed(rope, *FIELDS[name][0])
     for field in dataclasses.fields(rope):
         known = FIELDS[name][0] + FIELDS[name][1] + SHARED
@@ -121,16 +121,16 @@ def _check_fields(rope: Any, name: str) -> None:
 
 
 def needed(rope: Any, *names: str) -> tuple[Any, ...]:
-    """The values of these fields of a Rope; UserError if one is missing."""
+    """The values of these fields of a Rope. Raises UserError if one is None."""
     for name in names:
         if getattr(rope, name) is None:
             title = getattr(rope.rope_type, "__name__", rope.rope_type)
-            raise UserError(f"rope_type {title!r} has no {name} and cannot do without it: set {name}")
+            raise UserError(f"rope_type {title!r} has no {name}, which it requires: set {name}")
     return tuple(getattr(rope, name) for name in names)
 
 
 def known_type(name: Any) -> str:
-    """The name itself if it is one of the types, else UserError with the known names and the closest."""
+    """The name if it is a known type. Else raises UserError with the known names and the closest one."""
     if isinstance(name, str) and name in FIELDS:
         return name
     hint = close(str(name).lower()[:40], FIELDS)
@@ -138,13 +138,13 @@ def known_type(name: Any) -> str:
 
 
 def close(name: str, known: Any) -> str:
-    """'did you mean X? ' with the closest of the known names, or nothing."""
+    """'did you mean X? ' with the closest known name, or "" if none is close."""
     found = difflib.get_close_matches(name, known, n=1)
     return f"did you mean {found[0]!r}? " if found else ""
 
 
 def check_keys(given: Any, source: str) -> None:
-    """UserError for a key of `rope_scaling` that means nothing: it would be ignored, and the model be another."""
+    """Raises UserError for an unknown key of `rope_scaling`: ignoring it would silently give a different model."""
     known = [name for name in _NAMES if name != "inv_freq"]
     for key in given:
         if key not in known:

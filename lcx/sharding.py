@@ -1,13 +1,13 @@
-"""One mesh, one table of rules: how parameters and batches lie on devices.
+"""How parameters and batches are distributed over devices: one mesh with four axes, and one table of rules.
 
-Parameters carry logical axis names (``layers.py``, the mixers); RULES maps a name to a mesh axis. Moving a model to
-another number of devices is therefore a change of mesh, nothing else: a checkpoint restores straight into the new
-shardings.
+Parameters have logical axis names (set in ``layers.py`` and the mixers), and RULES maps each name to a mesh axis.
+Moving a model to another number of devices therefore only requires another mesh: a checkpoint is restored straight
+into the new shardings.
 
-    data      copies of the model, each with its part of the batch
-    fsdp      parameters and optimizer state cut into pieces, gathered layer by layer; also splits the batch
-    context   the sequence axis T
-    tensor    heads, channels of convolutions, mlp width and vocabulary
+    data      replicates the model and splits the batch
+    fsdp      splits parameters and optimizer state, gathered layer by layer for use; also splits the batch
+    context   splits the sequence axis T
+    tensor    splits heads, channels of convolutions, MLP width and vocabulary
 """
 
 import dataclasses
@@ -25,12 +25,12 @@ AXES = ("data", "fsdp", "context", "tensor")
 BATCH_AXES = ("data", "fsdp")
 
 RULES: tuple[tuple[str, str | None], ...] = (
-    ("layers", None),  # the scanned axis stays whole on every device
+    ("layers", None),  # the axis of stacked layers, which lax.scan iterates over, is not split
     ("vocab", "tensor"),
     ("heads", "tensor"),
     ("kv_heads", "tensor"),
-    ("channels", "tensor"),  # of a convolution, and the groups of them that share a filter
-    ("groups", "tensor"),
+    ("channels", "tensor"),  # of a convolution
+    ("groups", "tensor"),  # groups of channels that share a filter
     ("mlp", "tensor"),
     ("embed", "fsdp"),
     ("head_dim", None),
@@ -39,10 +39,13 @@ RULES: tuple[tuple[str, str | None], ...] = (
 
 
 def make_mesh(*, data: int = 1, fsdp: int = -1, context: int = 1, tensor: int = 1, devices=None) -> Mesh:
-    """Mesh with axes (data, fsdp, context, tensor), Auto axis types; one size may be -1: whatever is left.
+    """Mesh with axes (data, fsdp, context, tensor) of type Auto. One size may be -1: all remaining devices.
+
+    Args:
+      devices: None: all devices of all processes.
 
     Raises:
-      UserError: the sizes do not multiply to the number of devices.
+      UserError: a size is not positive, or the product of the sizes is not the number of devices.
     """
     sizes = {"data": data, "fsdp": fsdp, "context": context, "tensor": tensor}
     devices = jax.devices() if devices is None else list(devices)
@@ -65,7 +68,7 @@ def make_mesh(*, data: int = 1, fsdp: int = -1, context: int = 1, tensor: int = 
 
 @dataclasses.dataclass(frozen=True)
 class MeshShape:
-    """Sizes of the mesh axes as a configuration gives them; one may be -1: whatever is left."""
+    """Sizes of the mesh axes, for use in a configuration. One may be -1: all remaining devices."""
 
     data: int = 1
     fsdp: int = -1
@@ -86,7 +89,11 @@ def _mesh_axis(name: str | None) -> str | None:
 
 
 def spec(names: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
-    """Logical names -> PartitionSpec. An axis that does not divide evenly, or whose mesh axis is taken, stays whole."""
+    """The PartitionSpec of an array with these logical axis names.
+
+    An axis is not split if its size is not divisible by that of the mesh axis, or if an earlier axis of the array
+    already uses the same mesh axis.
+    """
     taken, out = set[str](), list[str | None]()
     for name, size in zip(names, shape, strict=True):
         axis = _mesh_axis(name)
@@ -99,7 +106,7 @@ def spec(names: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh | Abs
 
 
 def tree_shardings(boxed, mesh: Mesh):
-    """Tree of nn.Partitioned (or plain) abstract leaves -> tree of NamedSharding of the same structure, unboxed."""
+    """Tree of NamedSharding for a tree of abstract leaves; leaves that are not nn.Partitioned are replicated."""
 
     def one(leaf):
         if isinstance(leaf, nn.Partitioned):
@@ -110,7 +117,7 @@ def tree_shardings(boxed, mesh: Mesh):
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Batches [B, T]: rows over (data, fsdp), tokens over context."""
+    """The sharding of batches [B, T]: rows over (data, fsdp), tokens over context."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES, "context"))
 
 
@@ -121,10 +128,10 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def process_rows(mesh: Mesh) -> tuple[int, int]:
     """(index, count): this process reads the index-th of `count` equal blocks of the rows of every batch.
 
-    Processes that share their rows (`context` or `tensor` reaches over several) read the same block.
+    Processes that share rows (because `context` or `tensor` extends over several processes) read the same block.
 
     Raises:
-      UserError: the devices of this process do not hold such a block.
+      UserError: the rows of this process's devices do not form such a block.
     """
     parts = mesh.devices.reshape(mesh.shape["data"] * mesh.shape["fsdp"], -1)
     mine = [
@@ -140,7 +147,7 @@ def process_rows(mesh: Mesh) -> tuple[int, int]:
 
 
 def shard_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """This process's rows (`process_rows`), all their tokens -> global arrays on the mesh."""
+    """Global arrays on the mesh, from the rows of this process (see `process_rows`) with all their tokens."""
     sharding, (_, count) = batch_sharding(mesh), process_rows(mesh)
     return {
         key: jax.make_array_from_process_local_data(
@@ -151,15 +158,18 @@ def shard_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array
 
 
 def axis_size(axis: str) -> int:
-    """Devices along a mesh axis, 1 without a mesh."""
+    """Number of devices along an axis of the current mesh (jax.set_mesh); 1 without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else mesh.shape.get(axis, 1)
 
 
 def constrain(x: jax.Array, *axes) -> jax.Array:
-    """Pin an array to mesh axes when a mesh is set (jax.set_mesh); without one, do nothing.
+    """Constrains the axes of an array to mesh axes; returns it unchanged if no mesh is set (jax.set_mesh).
 
-    An axis that does not divide evenly is left whole.
+    An axis whose size is not divisible by the number of devices is not split.
+
+    Args:
+      axes: for each axis of x a mesh axis, a tuple of mesh axes, or None.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or not set(AXES) <= set(mesh.axis_names) or mesh.size == 1:
@@ -174,7 +184,7 @@ def constrain(x: jax.Array, *axes) -> jax.Array:
 
 
 def gathered(x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
-    """A parameter with its fsdp pieces put together, for use. Cast it first: the narrower type travels."""
+    """A parameter all-gathered over fsdp, for use in a layer. Cast it first, so that the narrower dtype is sent."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
@@ -183,9 +193,9 @@ def gathered(x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
 
 
 def repeat_heads(x: jax.Array, num_heads: int) -> jax.Array:
-    """[B, T, K, H] -> [B, T, tensor, H] where there are fewer kv heads than `tensor` devices, else x.
+    """Repeats kv heads if there are fewer of them than `tensor` devices: [B, T, K, H] -> [B, T, tensor, H]; else x.
 
-    Each device then holds the kv head of its own query heads, and `per_device` need not gather those.
+    Each device then holds the kv head of its own query heads, so that `per_device` does not have to gather them.
     """
     parts, heads = axis_size("tensor"), x.shape[2]
     if heads % parts == 0 or parts % heads or num_heads % parts:
@@ -196,11 +206,14 @@ def repeat_heads(x: jax.Array, num_heads: int) -> jax.Array:
 def per_device(fn, arrays: dict[str, jax.Array | None], heads: tuple[str, ...] = ()):
     """fn(**arrays), run by each device on its own rows and heads; without a mesh, a plain call.
 
-    An island of manual code inside the automatically partitioned program, for an fn that treats every row (and head)
-    alone: loops and kernels that the partitioner would otherwise gather for. Every array has rows as its first axis;
-    those named in `heads` are [B, T, heads, ...], as is the result. T stays whole.
+    This is a shard_map inside the automatically partitioned program, for an fn that processes every row (and head)
+    independently: for its loops and kernels the partitioner would otherwise all-gather the arrays. T is not split. An
+    axis that is not divisible by the number of its devices is replicated on them instead.
 
-    An axis that does not divide over its devices is repeated on them instead.
+    Args:
+      fn: returns [B, T, heads, ...].
+      arrays: name -> array whose first axis is rows; others (such as parameters) are replicated. None: not passed.
+      heads: names of the arrays [B, T, heads, ...] whose heads are split as well.
     """
     arrays = {name: x for name, x in arrays.items() if x is not None}
     row_count = next(iter(arrays.values())).shape[0]
@@ -214,15 +227,17 @@ def per_device(fn, arrays: dict[str, jax.Array | None], heads: tuple[str, ...] =
 
 
 def island(fn, arrays, axes, out):
-    """fn(arrays), run by each device on its own parts; without a mesh, a plain call.
+    """fn(arrays), run by each device on its own shards (shard_map); without a mesh, a plain call.
 
     Args:
-      arrays: a tree of arrays (None: absent).
-      axes: the tree (or a prefix) of PartitionSpecs for it, whose names are "rows" (over data and fsdp), "heads" (heads
-        or channels, over tensor) and None (whole on every device).
-      out: the same for the result.
+      fn: a function of one tree of arrays.
+      arrays: the tree; None for an array that is absent.
+      axes: a tree of PartitionSpecs with the same structure, or a prefix of it. Their names are "rows" (split over data
+        and fsdp), "heads" (heads or channels, split over tensor) and None (replicated).
+      out: the PartitionSpecs of the result.
 
-    "rows" or "heads" that do not divide over their devices in some array are repeated on them instead, in all arrays.
+    If "rows" or "heads" are not divisible by the number of their devices in some array, they are replicated instead,
+    in all arrays.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
@@ -240,7 +255,7 @@ def island(fn, arrays, axes, out):
         return isinstance(x, PartitionSpec)
 
     jax.tree.map(check, axes, arrays, is_leaf=is_spec)
-    # Gradients are summed over the axes that a spec leaves out. Those of one device are named, to spare the sum.
+    # shard_map sums gradients over the mesh axes that a spec does not name. Naming the axes of size 1 avoids that sum.
     single = tuple(axis for axis in ("context", "tensor") if mesh.shape[axis] == 1)
     named = {"rows": (*BATCH_AXES, *single), "heads": None if "tensor" in single else "tensor"}
 

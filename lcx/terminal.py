@@ -1,4 +1,4 @@
-"""Text on a terminal: a prompt in words or from a file, and the continuation while its tokens are being produced."""
+"""Text generation on a terminal: reads a prompt as text or from a file, and prints the continuation token by token."""
 
 import sys
 import time
@@ -24,10 +24,10 @@ from lcx.errors import UserError
 from lcx.sampler import check_settings, stream
 from lcx.text import ids_of, stop_ids
 
-_BROKEN = "\N{REPLACEMENT CHARACTER}"  # what decoders write for bytes that are not, or not yet, a character
+_BROKEN = "\N{REPLACEMENT CHARACTER}"  # the decoder's output for bytes that are not (yet) a complete character
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-_MAX_HELD = 32  # tokens without one whole character are no text, and are shown as they are
-_MAX_CONTEXT = 16
+_MAX_HELD = 32  # tokens held back while their last character is incomplete; then they are printed as they are
+_MAX_CONTEXT = 16  # tokens at the end of the prompt in which to look for the start of a character
 
 
 def stream_text(
@@ -46,17 +46,25 @@ def stream_text(
     chat_template: str | None = None,
     adapter: Sequence[str] | None = None,
 ) -> None:
-    """Prints the continuation of a prompt while it is produced, then its speed on stderr.
+    """Prints the continuation of a prompt while it is generated, then the speed on stderr.
 
-    The prompt is what stands between the tokenizer's BOS (where it adds one) and the continuation, which ends with a
-    token that ends a document. "@path" reads the prompt from a file, without its last line break; "@@text" is a prompt
-    that starts with an @. `add_bos` True or False overrides the tokenizer. With `chat` it is the user's turn, after
-    `system` if that is given, in the chat template that the model was trained with (`chat_template`: another one), and
-    the answer also ends where the template's turns end. `rope_scaling` and `context_length` extend the model first, and
-    `adapter` names PEFT adapters of it, as in lcx.load.
+    Args:
+      checkpoint: as in lcx.load.
+      prompt: the text. "@path" reads it from a file, without the final line break; "@@text" is a prompt that starts
+        with "@".
+      max_new_tokens: maximum length of the continuation, which ends earlier at a token that ends a document.
+      temperature, top_p, seed: as in lcx.generate.
+      rope_scaling, context_length: extend the context of the model first, as in lcx.load.
+      add_bos: whether to put BOS before the prompt; None: as the tokenizer does.
+      chat: the prompt is the user's turn of a conversation, formatted by the chat template that the model was trained
+        with. The answer then also ends at the template's end of turn.
+      system: with `chat`, the system message.
+      chat_template: with `chat`, another template: a .jinja file or a name.
+      adapter: PEFT adapters to merge, as in lcx.load.
 
     Raises:
-      UserError: bad settings, no such file, a checkpoint or tokenizer that does not load.
+      UserError: a setting is out of range, the prompt file cannot be read, or the checkpoint or tokenizer cannot be
+        loaded.
     """
     check_settings(max_new_tokens, temperature, top_p, seed)
     if not chat and (system is not None or chat_template is not None):
@@ -88,10 +96,10 @@ def stream_text(
 
 
 def prompt_text(prompt: str) -> str:
-    """The text itself; for "@path" that of the file, without its last line break; for "@@text" "@text".
+    """The text of a prompt: for "@path" the contents of the file without the final line break; for "@@text", "@text".
 
     Raises:
-      UserError: the file is not there, or not UTF-8.
+      UserError: the file cannot be read, or is not UTF-8.
     """
     if prompt.startswith("@@") or not prompt.startswith("@"):
         return prompt[1:] if prompt.startswith("@@") else prompt
@@ -107,11 +115,13 @@ def prompt_text(prompt: str) -> str:
 
 
 def tokenizer_of(checkpoint: str) -> Tokenizer:
-    """The tokenizer of a Hugging Face folder, of a model of savanna or vortex (bytes), or the one recorded in (or lying
-    beside) an lcx checkpoint.
+    """The tokenizer of a checkpoint.
+
+    For a Hugging Face folder it is read from that folder; a savanna or vortex model has a byte tokenizer; for an lcx
+    checkpoint it is the recorded one, or tokenizer files in the step folder, the checkpoints folder or the workdir.
 
     Raises:
-      UserError: there is none, or its files are gone or damaged.
+      UserError: there is none, or its files are missing or damaged.
     """
     folder = Path(hub.local(checkpoint)).expanduser()
     if (folder / "config.json").is_file():
@@ -126,20 +136,20 @@ def tokenizer_of(checkpoint: str) -> Tokenizer:
 
 
 def say_special_tokens(tokenizer: Tokenizer, before: tuple[int, ...]) -> None:
-    """Says on stderr which special tokens stand before the prompt."""
+    """Prints on stderr which special tokens are put before the prompt."""
     print(described(tokenizer, SpecialTokens(before=before), of="prompt"), file=sys.stderr)
 
 
 def chat_ids(
     checkpoint: str, tokenizer: Tokenizer, prompt: str, *, system: str | None, template: str | None
 ) -> tuple[list[int], list[int]]:
-    """(the ids of a user's turn in the chat template, the ids that the template ends an answer with).
+    """(ids of the user's turn in the chat template, ids with which the template ends an answer).
 
     Args:
-      template: a .jinja file or a name; None takes what the checkpoint was trained with, else the tokenizer's own.
+      template: a .jinja file or a name; None: the template that the checkpoint was trained with, else the tokenizer's.
 
     Raises:
-      UserError: there is no template, or it refuses the prompt.
+      UserError: there is no template, or it raises an error for this prompt.
     """
     override = template or _trained_template(checkpoint)
     templates = chat_templates(tokenizer, override, setting="--chat_template")
@@ -147,7 +157,7 @@ def chat_ids(
 
 
 def _trained_template(checkpoint: str) -> str | None:
-    """Dataset.chat_template of the run that made an lcx checkpoint."""
+    """The Dataset.chat_template of the run that wrote an lcx checkpoint; None for other checkpoints."""
     folder = Path(checkpoint).expanduser()
     if (folder / "config.json").is_file() or tokenizer_record(folder) is not None:
         return None
@@ -156,7 +166,7 @@ def _trained_template(checkpoint: str) -> str | None:
 
 
 def _find(value: Any, key: str) -> str | None:
-    """The first text of this name in a description."""
+    """The first string under this key in a nested JSON document, or None."""
     if isinstance(value, dict) and isinstance(value.get(key), str):
         return value[key]
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
@@ -164,9 +174,9 @@ def _find(value: Any, key: str) -> str | None:
 
 
 def show(tokenizer: Tokenizer, ids: Iterable[int], *, prompt: Sequence[int] = ()) -> None:
-    """Prints the text of `ids` as they come, then on stderr how fast they came."""
+    """Prints the text of `ids` as they arrive, then the speed on stderr."""
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character is no reason to stop
+        sys.stdout.reconfigure(errors="replace")  # print "?" for a character that the terminal cannot encode
     times = [time.perf_counter()]
 
     def timed() -> Iterator[int]:
@@ -181,7 +191,7 @@ def show(tokenizer: Tokenizer, ids: Iterable[int], *, prompt: Sequence[int] = ()
 
 
 def _speed(times: Sequence[float], prompt_length: int) -> str:
-    """One line. The first two tokens are kept apart: each waits for a program to compile."""
+    """The speed in one line. The first two tokens are reported separately, because each includes a compilation."""
     start, first, *later = times
     line = f"{len(later) + 1} tokens; prompt of {prompt_length} and first token {first - start:.2f} s"
     if len(later) < 2:
@@ -193,11 +203,11 @@ def _speed(times: Sequence[float], prompt_length: int) -> str:
 def whole_characters(
     tokenizer: Tokenizer, ids: Iterable[int], *, prompt: Sequence[int] = ()
 ) -> Iterator[str]:
-    """The text of `ids` piece by piece, as soon as it is certain; together the pieces are the whole text.
+    """Yields the text of `ids` in pieces, each as soon as it is final. Joined, the pieces are the whole text.
 
-    A token may end inside a character, so its text waits for the tokens that complete it. And a token's text depends
-    on the one before (sentencepiece drops the space of a text's first word), so the last piece is decoded along with
-    the next, and the end of `prompt` with the first.
+    A token may end in the middle of a character; its text is held back until the character is complete. The text of a
+    token also depends on the token before it (sentencepiece drops the space before the first word of a text). So each
+    piece is decoded together with the previous one, and the first with the end of `prompt`.
     """
     context, held = _end_of(tokenizer, prompt), list[int]()
     for token in ids:
@@ -216,7 +226,7 @@ def _added(tokenizer: Tokenizer, context: list[int], held: list[int]) -> str:
 
 
 def _end_of(tokenizer: Tokenizer, prompt: Sequence[int]) -> list[int]:
-    """The last tokens of the prompt, from the start of a character on."""
+    """The shortest end of the prompt, in tokens, that starts at the beginning of a character."""
     ids = [int(token) for token in prompt[-_MAX_CONTEXT:]]
     for count in range(1, len(ids) + 1):
         text = tokenizer.decode(ids[-count:])

@@ -1,4 +1,4 @@
-"""Text in, text out: a prompt in words, and its continuation in words.
+"""Generation from text to text.
 
     model, params = lcx.load(path)
     lcx.generate_text(model, params, lcx.load_tokenizer(path), "Once upon a time", max_new_tokens=50)
@@ -25,16 +25,18 @@ def generate_text(
     seed: int = 0,
     add_bos: bool | None = None,
 ) -> str | list[str]:
-    """The continuation of a prompt, without the prompt itself; a list of them for a list of prompts.
+    """The continuation of a prompt, without the prompt itself; a list of continuations for a list of prompts.
 
     Args:
       model, params, tokenizer: of one checkpoint, from lcx.load and lcx.load_tokenizer.
-      max_new_tokens: most tokens of a continuation. It ends earlier with a token that ends a document.
-      temperature, top_p, seed: as in lcx.generate; temperature 0 takes the likeliest token.
-      add_bos: whether BOS stands before the prompt; None: where the tokenizer adds it.
+      prompt: one text or several.
+      max_new_tokens: maximum length of a continuation, which ends earlier at a token that ends a document.
+      temperature, top_p, seed: as in lcx.generate; temperature 0 selects the most likely token.
+      add_bos: whether to put BOS before the prompt; None: as the tokenizer does.
 
     Raises:
-      UserError: an empty prompt that nothing stands before, tokens outside of the model's vocabulary, bad settings.
+      UserError: the prompt is empty and no BOS is added, the tokenizer has tokens outside the model's vocabulary, or a
+        setting is out of range.
     """
     check_vocabulary(tokenizer, model.vocab_size)
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
@@ -53,15 +55,16 @@ def generate_text(
     texts = []
     for row, continuation in zip(rows, new.tolist(), strict=True):
         end = next((i for i, token in enumerate(continuation) if token in stops), len(continuation))
+        # Decoded together with the prompt, because some tokenizers drop the space before the first word of a text.
         texts.append(tokenizer.decode(row + continuation[:end])[len(tokenizer.decode(row)) :])
     return texts[0] if isinstance(prompt, str) else texts
 
 
 def ids_of(tokenizer: Tokenizer, text: str, *, add_bos: bool | None = None) -> list[int]:
-    """The tokens of a prompt, after those that the tokenizer puts before a text.
+    """The token ids of a prompt, including special tokens that the tokenizer puts before a text.
 
     Raises:
-      UserError: there are none.
+      UserError: there are none, or `text` is not a str.
     """
     if not isinstance(text, str):
         raise UserError(f"the prompt is a {type(text).__name__}, expected text; lcx.generate takes tokens")
@@ -72,6 +75,6 @@ def ids_of(tokenizer: Tokenizer, text: str, *, add_bos: bool | None = None) -> l
 
 
 def stop_ids(tokenizer: Tokenizer) -> list[int]:
-    """The tokens that end a text."""
+    """The ids of the tokens that end a text: EOS, BOS (the start of the next document) and the tokenizer's own."""
     known = [tokenizer.bos_id, tokenizer.eos_id, *getattr(tokenizer, "stop_ids", ())]
     return sorted({token for token in known if token is not None})

@@ -1,7 +1,7 @@
-"""The training run, top to bottom: from a configuration to checkpoints.
+"""A training run from its configuration to its checkpoints.
 
-Pretraining, extending a context, fine-tuning and LoRA are the same loop; what differs is where the weights come from,
-which of them train, and the objective. The order of events in `Trainer.run` is the order of this file.
+Pretraining, context extension, fine-tuning and LoRA share the same loop. They differ in where the weights come from,
+which of them train, and the objective. The methods below are in the order in which `Trainer.run` calls them.
 """
 
 import contextlib
@@ -48,9 +48,11 @@ _LEAST = {"eval_every": 0} | dict.fromkeys(_COUNTS.split(), 1)
 
 
 class Job(Protocol):
-    """What `train` runs: a Trainer, a Ladder, or your own, which may have `check(workdir)` too.
+    """What `train` runs: a Trainer, a Ladder, Blocks, or a class of your own.
 
-    That is called before anything is written; it raises UserError for a workdir of other settings."""
+    A job may also have a method `check(workdir)`. It is called before anything is written, and raises UserError if the
+    workdir belongs to a run with other settings.
+    """
 
     def run(self, workdir: str) -> Any: ...
 
@@ -66,9 +68,19 @@ def train(
     num_processes: int | None = None,
     process_id: int | None = None,
 ) -> None:
-    """Runs the job that the .gin file binds to `train.job`. Its configuration is kept in WORKDIR/config.gin.
+    """Runs the job that the .gin file binds to `train.job`.
 
-    With `distributed`, or a coordinator_address, it first joins the other processes (join).
+    Args:
+      workdir: folder for checkpoints, metrics and the configuration.
+      job: what to run.
+      config_text: the configuration as text, written to WORKDIR/config.gin.
+      operative_config: called at the end; returns the settings that were used, for WORKDIR/operative_config.gin.
+      distributed: join the other processes first, found through the environment (TPU pods, SLURM).
+      coordinator_address, num_processes, process_id: join the other processes at this address, see
+        training.distributed.join.
+
+    Raises:
+      UserError: a setting is wrong, the workdir belongs to another run or another process writes to it.
     """
     if distributed or coordinator_address is not None:
         join(coordinator_address, num_processes, process_id)
@@ -89,30 +101,36 @@ def train(
 class Trainer:
     """One training run.
 
-    Weights come from the first of these that there is: the newest good checkpoint in the workdir (the run goes on),
-    `init_from` (a warm start: every tensor must find its place), the random initialisation of `model`.
+    Weights come from the first of these that exists: the newest intact checkpoint in the workdir (the run is resumed),
+    `init_from` (a warm start, for which every tensor of the model must be found), the random initialisation of `model`.
 
     Attributes:
-      data: what to train on; its held-out part is evaluated.
-      steps: optimizer updates in all.
+      data: what to train on; its held-out part is used for evaluation.
+      steps: total number of optimizer updates.
       batch_size: rows of the global batch, over all devices and micro-batches.
-      seq_len: tokens of a row.
-      model: the model to initialise at random. Not together with init_from.
-      init_from: a Hugging Face folder or the name of a model on the hub, an lcx checkpoint or workdir.
-      rope_scaling: with init_from, as Hugging Face writes it: {"rope_type": "yarn", "factor": 4.0}.
-      context_length: with init_from, the new window in tokens; by default what rope_scaling gives.
-      linearize: with init_from, linear attention in place of its softmax attention.
-      expects_linear: this run goes on from a linearized model; one that is still softmax is an error.
-      dtype: of activations ("bfloat16", "float32"); None is the model's, float32 with init_from. What trains is
-        float32; weights that do not train stay as they are stored.
-      remat: which activations are recomputed: none, dots, full; None keeps the model's.
-      lora: train low-rank pairs instead of the weights.
-      adapter: with init_from, a PEFT adapter of it that trains on: its pairs, with their rank, alpha and modules (which
-        `lora`, if it is set, must agree with), and what it holds beside them.
+      seq_len: tokens per row.
+      model: the model to initialise at random. Set either this or init_from.
+      init_from: a Hugging Face folder, the name of a model on the hub, or an lcx checkpoint or workdir.
+      rope_scaling: with init_from, in Hugging Face's format: {"rope_type": "yarn", "factor": 4.0}.
+      context_length: with init_from, the new context window in tokens; None: what rope_scaling implies.
+      linearize: with init_from, replace its softmax attention with linear attention.
+      expects_linear: init_from must already be a linearized model; a softmax model is an error.
+      dtype: of activations ("bfloat16", "float32"); None: that of `model`, or float32 with init_from. Weights that
+        train are float32; weights that do not train keep the dtype in which they are stored.
+      remat: which activations are recomputed in the backward pass: none, dots, full; None: as the model says.
+      optimizer: AdamW with its schedule.
+      lora: train low-rank matrices instead of the weights.
+      adapter: with init_from, a PEFT adapter for it whose training continues: its low-rank matrices and any other
+        weights it contains. Its rank, alpha and modules apply; `lora`, if set, must agree with them.
+      objective: the loss, see lcx.objectives.
       accumulation: micro-batches per step.
       mesh: sizes of the mesh axes.
-      eval_every: steps between evaluations of the held-out loss; 0 for none but the last.
-      eval_batches: batches of batch_size rows that an evaluation reads, or all there are.
+      seed: for the initialisation and the order of the data.
+      log_every: steps between lines of metrics.
+      eval_every: steps between evaluations of the held-out loss; 0: only at the end.
+      eval_batches: batches of batch_size rows per evaluation; fewer if the held-out data is smaller.
+      checkpoint_every: steps between checkpoints.
+      keep_checkpoints: how many of the newest checkpoints to keep.
       wandb: auto, online, offline or off.
     """
 
@@ -175,10 +193,18 @@ class Trainer:
             )
 
     def run(self, workdir: str) -> Run:
-        """Trains to the last step, or to a request to stop. Goes on with what is in the workdir."""
+        """Trains to the last step or until asked to stop (SIGTERM, Ctrl-C), and saves. Resumes a run in the workdir.
+
+        Returns:
+          The run with its final state; `step` is less than `steps` if it was asked to stop.
+
+        Raises:
+          UserError: the settings, the data or the model do not fit; the loss or gradient is not finite; or the last
+            checkpoint could not be written.
+        """
         mesh = self.mesh.build()
         self.check_rows(mesh)
-        _ = self._opened  # tokenises; a mistake in the data shows before a model is read
+        _ = self._opened  # tokenises the data first, so that a mistake in it shows before a model is loaded
         folder = os.path.join(workdir, "checkpoints")
         with (
             jax.set_mesh(mesh),
@@ -200,8 +226,12 @@ class Trainer:
                     raise UserError(f"{bad}: {_retreat(checkpointer, bad.step)}; {ADVICE}") from None
 
     def check(self, workdir: str) -> None:
-        """Raises UserError when the workdir holds a run that began with other settings, or no run, and when a new run
-        would not start from the kind of model that it expects."""
+        """Checks the settings against the workdir before anything is written.
+
+        Raises:
+          UserError: the workdir holds a run that started with other settings, or a model that is not a run; or, for a
+            new run with expects_linear, init_from is not a linearized model.
+        """
         with Checkpointer(os.path.join(workdir, "checkpoints")) as checkpointer:
             if checkpointer.steps():
                 self._check_origin(checkpointer.restore({})[2], workdir)
@@ -220,7 +250,10 @@ class Trainer:
     # ---------------------------------------------------------------------------------------------- initial state
 
     def _resume(self, checkpointer: Checkpointer, mesh, workdir: str) -> Run | None:
-        """The newest checkpoint that verifies, on this mesh, whatever mesh wrote it."""
+        """The run restored from the newest checkpoint that verifies; None if there is none.
+
+        The checkpoint may have been written on any mesh; it is restored straight into the shardings of this one.
+        """
         if not checkpointer.steps():
             return None
         step, _, documents = checkpointer.restore({})
@@ -261,7 +294,7 @@ class Trainer:
         return dataclasses.replace(run, state={**weights, "opt_state": opt_state}, carried=begun.carried)
 
     def load(self, mesh) -> convert.Start:
-        """The pretrained model with the changes that are asked for, and its parameters as they are stored."""
+        """The pretrained model, extended and linearized as configured, with its parameters in their stored dtypes."""
         assert self.init_from is not None
         begun = convert.start(
             self.init_from,
@@ -311,7 +344,7 @@ class Trainer:
         sizes = {"batch_size": self.batch_size, "seq_len": self.seq_len}
         meter = Meter(run.model, metrics, **sizes, every=self.log_every, last=self.steps, losses=run.losses)
         state, step = run.state, run.step
-        stop.unsaved = False  # until the first step, which compiles
+        stop.unsaved = False  # nothing to save until the first step, whose compilation a signal may interrupt
         while step < self.steps and not stop.requested(step):
             batch = sharding.shard_batch(next(batches), mesh)
             state, values = step_fn(state, batch, np.int32(step))
@@ -322,7 +355,7 @@ class Trainer:
             evaluate = self.eval_every and step % self.eval_every == 0
             save = step % self.checkpoint_every == 0
             if (evaluate or save) and step < self.steps:
-                with meter.paused():  # what is saved is known to come from finite losses
+                with meter.paused():  # waits for all steps, so that weights are saved only after finite losses
                     if evaluate:
                         loss = self.held_out_loss(run.model, state, mesh)
                         metrics.log(step, {"eval_loss": loss})
@@ -347,7 +380,7 @@ class Trainer:
         *,
         wait: bool = False,
     ) -> None:
-        """A failure is a warning, unless wait is set: then it is an error."""
+        """Saves a checkpoint in the background. A failure is a warning, or with wait=True a UserError."""
         meta = {
             "model": model_json.to_json(run.model),
             "tokenizer": self._opened.tokenizer.to_json(),
@@ -368,13 +401,13 @@ class Trainer:
 
     @functools.cached_property
     def _opened(self) -> Opened:
-        """The data, which a run opens once."""
+        """The data, opened (and tokenised) once per run."""
         return self.data.opened()
 
     def held_out_loss(self, model: Decoder, state: State, mesh) -> float:
-        """Mean nll per token over the first eval_batches of the held-out data; nan when nothing is held out.
+        """Mean negative log-likelihood per token over the first eval_batches of the held-out data.
 
-        Batches have batch_size rows whatever the accumulation, and every token weighs the same.
+        Every token has the same weight, and accumulation does not change the rows. NaN if there is no held-out data.
         """
         try:
             held_out = self._batches("eval", model, mesh)
@@ -396,7 +429,7 @@ class Trainer:
         return self._opened.batches(BatchSpec(split, *rows, vocab_size=model.vocab_size))
 
     def check_rows(self, mesh) -> None:
-        """Raises UserError when a batch does not divide over the mesh."""
+        """Raises UserError if the rows of a micro-batch or seq_len do not divide evenly over the mesh."""
         rows, parts = self.batch_size // self.accumulation, mesh.shape["data"] * mesh.shape["fsdp"]
         if rows % parts:
             raise UserError(
@@ -411,9 +444,12 @@ class Trainer:
 
 
 def _retreat(checkpointer: Checkpointer, bad_step: int) -> str:
-    """Which checkpoint to go on from. That of the step before is of the weights that gave the bad numbers."""
+    """After a non-finite step: sets aside the checkpoint that led to it, and says which one remains.
+
+    A checkpoint of the step before holds the weights that produced the non-finite values.
+    """
     with contextlib.suppress(UserError):
-        checkpointer.close()  # a save may be under way
+        checkpointer.close()  # waits for a save in progress
     checkpointer.reject(bad_step - 1)
     steps = checkpointer.steps()
     return f"the checkpoint of step {steps[-1]} is kept" if steps else "there is no checkpoint yet"

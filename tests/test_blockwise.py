@@ -259,6 +259,6 @@ def test_another_cut_is_refused_before_inputs_are_written(folder, whole):
     """As `train` asks it, which then leaves config.gin as it was, too."""
     before = sorted(pathlib.Path(whole).rglob("*"))
     Blocks(trainer(folder), layers_per_block=2).check(str(whole))
-    with pytest.raises(UserError, match=r"began with Trainer.layers = .*, found .*: set it back"):
+    with pytest.raises(UserError, match=r"started with Trainer.layers = .*, found .*: set it back"):
         train(workdir=str(whole), job=Blocks(trainer(folder), layers_per_block=1), config_text="another")
     assert sorted(pathlib.Path(whole).rglob("*")) == before

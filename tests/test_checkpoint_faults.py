@@ -315,7 +315,7 @@ def test_trouble_after_the_commit_is_no_lost_save(tmp_path, monkeypatch, caplog)
         while checkpointer._pending:
             checkpointer.poll()
     assert checkpointer.failures == []
-    assert "step 1 is saved, but not what follows a save: OSError" in caplog.text
+    assert "step 1 is saved, but the cleanup after it failed: OSError" in caplog.text
     checkpointer.save(2, state_of(2))
     checkpointer.close()
     assert checkpointer.steps() == [1, 2]

@@ -222,9 +222,9 @@ MISTAKES = [
      "abc is not a value; write 'abc' for text, %abc for a macro, @module.abc to refer (a.gin:3)"),
     ("toy_job.Job.verbose = true", "true is not a value; write True (a.gin:3)"),
     ("toy_job.Job.steps = 2*3",
-     "one value or import a line was expected and nothing after it; gin has no arithmetic, write the result (a.gin:3)"),
+     "expected one value or import per line and nothing after it; gin has no arithmetic, write the result (a.gin:3)"),
     ("toy_job.Job.steps = 2\ntoy_job.Job.sizes = [1,\n  2\nX = 3\n", "(a.gin:"),
-    ("\ntoy_job.Job.sizes = (1, 2\n", "a bracket or a quote is opened and never closed (a.gin:4)"),
+    ("\ntoy_job.Job.sizes = (1, 2\n", "a bracket or quote is never closed (a.gin:4)"),
     ("import toy_jop", "no module named 'toy_jop'; did you mean toy_job? (a.gin:3)"),
     ("from lcx import objectvies", "no module named 'lcx.objectvies'; did you mean objectives? (a.gin:3)"),
     ("from toy_job import Job", "toy_job.Job is not a module; write `import toy_job` and use toy_job.Job (a.gin:3)"),
@@ -278,8 +278,8 @@ FLAG_MISTAKES = [
      "(--gin.Job.name)"),
     ("--gin.Job.name=/tmp/a b", """/tmp/a b is not a value; write --gin.Job.name="'/tmp/a b'" for text """
      "(--gin.Job.name)"),
-    ("--gin.Job.steps=" + 3000 * "(", "a value is nested too deep to read (--gin.Job.steps)"),
-    ("--gin.Job.sizes=[1,2", "a bracket or a quote is opened and never closed (--gin.Job.sizes)"),
+    ("--gin.Job.steps=" + 3000 * "(", "a value is nested too deeply to read (--gin.Job.steps)"),
+    ("--gin.Job.sizes=[1,2", "a bracket or quote is never closed (--gin.Job.sizes)"),
     ("--gin.Job.steps", "error: --gin.Job.steps: expected --gin.NAME=VALUE (--help explains the flags)"),
     ("--gin_file=b.gin", "b.gin does not exist; did you mean a.gin? (--gin_file)"),
     ("--sed=3", "error: unknown argument '--sed=3'; did you mean --seed? (--help explains the flags)"),
@@ -333,7 +333,7 @@ def test_warnings(gin_file, capsys):
     unused = "c/toy_job.Job.name = 'c'\ntoy_job.make_optimizer.scale = 2.0\n"
     assert job(gin_file(lines + unused)) == dataclasses.replace(BUILT, name="b")
     assert capsys.readouterr().err.splitlines() == [
-        "warning: toy_job.Job.steps (a.gin:3) is overridden by what is included after it (base.gin:7)",
+        "warning: toy_job.Job.steps (a.gin:3) is overridden by a file included after it (base.gin:7)",
         "warning: toy_job.Job.name is set twice, the later one wins (a.gin:5, a.gin:6)",
         "warning: c/toy_job.Job.name had no effect: nothing used it (a.gin:7)",
         "warning: toy_job.make_optimizer.scale had no effect: nothing used it (a.gin:8)",

@@ -240,7 +240,7 @@ def test_a_new_base_keeps_the_scaling_of_a_model_that_has_one():
     rope, window = run({"rope_theta": 1e6}, rope=yarn, window=1024)
     assert (rope, window) == (Rope("yarn", 1e6, 4.0, 256, beta_fast=16.0), 1024)
     with pytest.raises(
-        UserError, match="beyond the model's window of 1024, for which its scaling .yarn, factor 4"
+        UserError, match="beyond the model's window of 1024, which is the limit of its scaling .yarn, factor 4"
     ):
         run({"rope_theta": 1e6}, 2048, rope=yarn, window=1024)
     with pytest.raises(UserError, match="no effect"):

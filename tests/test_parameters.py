@@ -119,7 +119,7 @@ BAD = {
     "no array": (lambda p: {**p, "final_norm": {"scale": [1.0] * 16}}, "scale is a list, expected an array"),
     "a state": (
         lambda p: {"params": p, "opt_state": ()},
-        r"hold opt_state beside params: pass params\['params'\]",
+        r"hold opt_state in addition to params: pass params\['params'\]",
     ),
     "nothing": (lambda p: None, "params are a NoneType, expected the tree"),
 }

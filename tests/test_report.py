@@ -364,7 +364,7 @@ def test_bad_input_is_one_line(runs, tmp_path):
     with pytest.raises(UserError, match="no results.json at .*lcx.evaluate"):
         report.build(results=[str(tmp_path)], output=str(tmp_path / "out"))
     (tmp_path / "results.json").write_text('{"name": "cut sho')
-    with pytest.raises(UserError, match="no readable result"):
+    with pytest.raises(UserError, match="not a readable evaluation result"):
         report.build(results=[str(tmp_path)], output=str(tmp_path / "out"))
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write the report .*--output"):

@@ -345,7 +345,7 @@ def test_losses_that_cannot_be_added(batch, sowing):
     variables = {"params": model_lib.init_params(model, jax.random.key(0))}
     batch = jax.tree.map(jnp.asarray, batch)
     with pytest.raises(
-        UserError, match=r"sows 'rows' of shape \(8,\) in `losses`, expected \(\) or one loss a token"
+        UserError, match=r"sows 'rows' of shape \(8,\) in `losses`, expected \(\) or one loss per token"
     ):
         objectives.next_token(model, variables, batch)
     with pytest.raises(UserError, match="sows 'loss' in `losses`, which is the name of another metric"):

@@ -176,16 +176,16 @@ def test_a_run_can_be_made_longer_and_may_change_what_is_no_part_of_the_model(wh
     assert run.step == 42 and run.model.remat == "dots"
     assert saved(tmp_path / "run")[2]["data"]["next_index"] == 40 * 8 + 2 * 4
     said = capsys.readouterr().err
-    assert "step 40 of 42 is done: going on" in said
+    assert "step 40 of 42 is done: resuming" in said
     for line in (
-        "Trainer.steps is 42 from here on, and was 40 before",
-        "Trainer.batch_size is 4 from here on, and was 8 before",
-        "Trainer.accumulation is 2 from here on, and was 1 before",
-        "Trainer.optimizer.learning_rate is 0.005 from here on, and was 0.01 before",
-        "Trainer.remat is 'dots' from here on, and was the default before",
+        "Trainer.steps changes from 40 to 42",
+        "Trainer.batch_size changes from 8 to 4",
+        "Trainer.accumulation changes from 1 to 2",
+        "Trainer.optimizer.learning_rate changes from 0.01 to 0.005",
+        "Trainer.remat changes from the default to 'dots'",
     ):
         assert line in said
-    assert said.count("from here on") == 5
+    assert said.count(" changes from ") == 5
     assert [line["step"] for line in lines(tmp_path / "run") if "loss" in line][-2:] == [40, 42]
 
 
@@ -209,7 +209,7 @@ def train_here(job, workdir):
 def test_another_model_in_the_same_workdir_is_refused(whole, text, changes, says):
     before = sorted(whole[0].rglob("*"))
     for start in (train_here, lambda job, workdir: job.run(workdir)):
-        with pytest.raises(UserError, match="holds a run that began with") as caught:
+        with pytest.raises(UserError, match="holds a run that started with") as caught:
             start(tiny_trainer(text, **changes), str(whole[0]))
     assert says in str(caught.value)
     assert str(caught.value).endswith("set it back, or set another --workdir")
@@ -371,7 +371,7 @@ def test_an_init_from_that_has_moved_is_a_warning_and_another_scaling_is_not(
     stopped(monkeypatch, extension, tmp_path, 3)
     moved = dataclasses.replace(extension, init_from="/gone")
     assert moved.run(str(tmp_path)).step == 4  # a run that goes on reads its own checkpoint only
-    assert "/gone is not read" in caplog.text
+    assert "/gone is ignored" in caplog.text
     other = dataclasses.replace(extension, rope_scaling={"rope_type": "linear", "factor": 2.0})
     with pytest.raises(UserError, match="Trainer.rope_scaling.rope_type = 'yarn', found 'linear'"):
         other.run(str(tmp_path))

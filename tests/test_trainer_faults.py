@@ -141,7 +141,7 @@ def test_sigterm_saves_exits_0_and_the_same_command_goes_on(gin_file, whole, tmp
     assert 3 <= step < 40
     assert f"stopped at step {step} of 40; the same command goes on" in err
     said = finish(gin_file, tmp_path)
-    assert f"step {step} of 40 is done: going on" in said
+    assert f"step {step} of 40 is done: resuming" in said
     for line in (
         "model: llama, 2 layers, ",
         " parameters in float32, activations in float32, window of 32 tokens",

@@ -1,11 +1,11 @@
 """Checkpoints: complete, verified, independent of the mesh. Nothing else in lcx imports Orbax or tensorstore.
 
 checkpointer  Checkpointer saves and restores the steps of a run, through Orbax
-folder        what lies on disk: steps, the record of what was saved, documents of JSON
-tree          a pytree <-> the flat arrays of an item
-slices        arrays read and written slice by slice, in the memory of one slice
-fingerprint   a number per array that shows whether it still holds the values that were saved
-model_json    a model as JSON, and back
+folder        the layout on disk: step folders, the record of what was saved, JSON documents
+tree          converts between a pytree and the flat arrays of an item
+slices        reads and writes arrays slice by slice, holding one slice in memory at a time
+fingerprint   a 32-bit checksum per array, to detect corrupted values
+model_json    converts a model to JSON and back
 """
 
 from lcx.checkpoint.checkpointer import Checkpointer

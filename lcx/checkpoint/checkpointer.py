@@ -1,12 +1,15 @@
 """Checkpoints that are complete, verified and independent of the mesh, on Orbax.
 
-`checkpoint_folder` says what lies on disk, `checkpoint_tree` how a pytree maps to it; this file writes and
-restores.
+`folder` defines the layout on disk and `tree` how a pytree maps to it; this file saves and restores.
 
-What Orbax alone does not do, and this file adds: it notices no flipped bit (here: a fingerprint per array,
-and a fall back to the newest step that verifies); it lists a failed background save as done (here: the
-commit marker on disk decides, and every save is settled before the next); it fills a missing key with an
-abstract leaf and casts dtypes silently (here: keys, shapes and dtypes are compared first).
+It adds three safeguards that Orbax lacks:
+
+- Orbax does not detect corrupted data. Here every array has a fingerprint, and `restore` falls back to the
+  newest step that verifies.
+- Orbax lists a failed background save as done. Here the commit marker on disk decides, and the outcome of
+  every save is known before the next one starts.
+- Orbax fills a missing key with an abstract leaf and casts dtypes silently. Here keys, shapes and dtypes are
+  compared first.
 """
 
 from __future__ import annotations
@@ -56,7 +59,7 @@ from lcx.errors import UserError
 __all__ = ["Checkpointer", "committed_steps", "find_step", "metadata", "read_json", "read_record"]
 
 _TRASH = "_trash"  # steps past max_to_keep wait here for removal
-_SET_ASIDE = "_set_aside"  # steps that a run went back behind; never removed
+_SET_ASIDE = "_set_aside"  # steps newer than the one a run resumed from, and rejected steps; never removed
 _CHUNK_BYTES = 64 << 20  # larger arrays are cut into pieces, so that readers can stream them
 _SAVE_TIMEOUT_S = 1200  # for the background write of one step, and for processes to wait for each other
 
@@ -65,30 +68,30 @@ _log = logging.getLogger("lcx.checkpoint")
 
 @dataclasses.dataclass
 class _Pending:
-    """A save that was started and not yet settled."""
+    """A save that was started and whose outcome is not known yet."""
 
     step: int
     num_bytes: int
 
 
 class Checkpointer:
-    """Saves in the background and restores what verifies, in one checkpoints folder.
+    """Saves training states in the background and restores the newest one that verifies, in one checkpoints folder.
 
-    Saving. `save` returns once the arrays are copied; the write goes on behind the training loop. A save
-    that fails (a full disk, a lost mount) never stops the run: it is reported as one warning line on the
-    logger `lcx.checkpoint` and kept in `failures`, its half-written folder is removed, older steps stay,
+    Saving: `save` returns once the arrays are copied; writing to disk continues in the background while training
+    proceeds. A save that fails (a full disk, a lost mount) never stops the run: it is logged as one warning on the
+    logger `lcx.checkpoint` and appended to `failures`, its partially written folder is removed, older steps stay,
     and the next save tries again. Only `save(..., wait=True)`, for the last or a forced checkpoint, and
-    `close` raise UserError when the newest save did not land. Call `poll` every training step: it never
-    waits, and reports a failure as soon as it is known (with several processes, at the next save, where all
-    of them meet).
+    `close` raise UserError when the newest save was not written. Call `poll` after every training step: it never
+    waits, and reports a failure as soon as it is known. With several processes a failure is reported at the next
+    save instead, which is where all of them synchronise.
 
-    Restoring. `restore` tries the newest committed step; when its files are damaged it says so and takes
-    the newest older step that verifies. A step that does not fit the trees asked for is a UserError, not a
-    reason to fall back. With several processes all of them take the same step.
+    Restoring: `restore` tries the newest committed step. If its files are damaged, it logs a warning and falls back
+    to the newest older step that verifies. A step that does not fit the requested trees raises UserError and is no
+    reason to fall back. With several processes all of them restore the same step.
 
-    After going back to an older step, the first save moves the newer ones to `_set_aside` (never removed), as
-    `reject` does with one that is whole but worthless.
-    Nothing is written, created or cleaned before the first save, so readers may open a folder in use.
+    After a resume from an older step, the first save moves the newer steps to `_set_aside`, from which nothing is
+    ever removed. `reject` moves a step there too: one whose files are intact, but which comes from a diverged run.
+    Nothing is written, created or removed before the first save, so a folder in use can be opened for reading.
     """
 
     def __init__(self, directory: Any, *, max_to_keep: int = 3):
@@ -119,7 +122,7 @@ class Checkpointer:
                 self.close()
 
     def steps(self) -> list[int]:
-        """Committed steps on disk, oldest first. A save still under way is not among them."""
+        """Committed steps on disk, oldest first. A save still in progress is not included."""
         return committed_steps(self.directory)
 
     def save(
@@ -130,14 +133,21 @@ class Checkpointer:
         json: Mapping[str, Any] | None = None,
         wait: bool = False,
     ) -> bool:
-        """Starts writing one step; first settles the save before it. Call it on every process.
+        """Starts writing one step, after waiting for the previous save to finish. Call it on every process.
 
-        items: {name: pytree of arrays}, json: {name: json document}; names share one space. The step that
-        this object wrote or restored last is not written again. Arrays may be donated or changed after the
-        call. Returns False when the save failed at once (reported as a warning). With wait=True returns
-        once the step is on disk, and raises UserError when it is not. Raises UserError when the folder
-        holds this or a newer step that this object has not restored, or cannot be created; ValueError for a
-        step behind its own.
+        Args:
+          step: its number. A step that this object just wrote or restored is not written again.
+          items: {name: pytree of arrays}. The arrays may be donated or modified after the call.
+          json: {name: JSON document}. Items and documents must not share a name.
+          wait: return only once the step is on disk.
+
+        Returns:
+          False if the save failed immediately (which is logged as a warning), else True.
+
+        Raises:
+          UserError: the folder cannot be created, or already holds this or a newer step that this object has not
+            restored; with wait=True also if the step could not be written.
+          ValueError: the step is lower than the last one written or restored, or a name is used twice.
         """
         self._settle()
         if step != self._latest:
@@ -159,7 +169,7 @@ class Checkpointer:
         return self._pending is not None or self._latest == step
 
     def poll(self) -> list[str]:
-        """Reports a background save that failed, without waiting. Returns the new failure lines (mostly none)."""
+        """Reports a failed background save, without waiting. Returns the new failure messages, usually none."""
         known = len(self.failures)
         alone = jax.process_count() == 1
         if alone and self._pending and self._manager and not self._manager.is_saving_in_progress():
@@ -169,16 +179,21 @@ class Checkpointer:
     def restore(
         self, abstract: Mapping[str, Tree], *, step: int | None = None, optional: Collection[str] = ()
     ) -> tuple[int, dict[str, Tree], dict[str, Any]]:
-        """(step, items, json documents) of the newest step that verifies, or of `step` and no other.
+        """(step, items, JSON documents) of the newest step that verifies.
 
-        abstract: {item: tree of jax.ShapeDtypeStruct (or arrays) with the shardings wanted now}; only these
-        items are read (none for {}), all json items always. Items named in `optional` are left out when the
-        checkpoint has none. A leaf without sharding goes to the first device. Raises UserError when there
-        is no checkpoint, when no step verifies (each with its reason) or when the trees do not fit (the
-        first keys).
+        Args:
+          abstract: {item: tree of jax.ShapeDtypeStruct (or arrays) with the shardings to restore to}. Only these
+            items are read; {} reads none. JSON documents are always read. A leaf without a sharding goes to the
+            first device.
+          step: restore exactly this step, without falling back to an older one.
+          optional: items that may be missing from the checkpoint; a missing one is left out of the result.
+
+        Raises:
+          UserError: there is no checkpoint, no step verifies (the message gives the reason for each), or the trees
+            do not fit (the message names the first keys that differ).
         """
         self._settle()
-        self._close_manager()  # the steps it keeps in mind may be set aside by the next save
+        self._close_manager()  # Orbax caches the list of steps, and the next save may set some of them aside
         steps = _from_first_process(self.steps())
         if not steps:
             raise UserError(f"no checkpoint in {self.directory}; expected at least one committed step folder")
@@ -193,7 +208,8 @@ class Checkpointer:
                 items, documents = _load_step(self.directory / str(candidate), abstract, optional)
             except Damaged as damage:
                 bad[candidate] = f"step {candidate}: {damage}"
-                steps = _from_first_process(self.steps())  # a run that is still writing may have moved on
+                # A run that is still writing may have added or removed steps in the meantime.
+                steps = _from_first_process(self.steps())
                 continue
             if bad:
                 why = "; ".join(bad.values())
@@ -205,7 +221,7 @@ class Checkpointer:
         )
 
     def close(self) -> None:
-        """Waits for the save under way. Raises UserError when the newest save never landed."""
+        """Waits for a save in progress. Raises UserError if the newest save could not be written."""
         self._settle()
         self._close_manager()
         self._join_sweeper()
@@ -214,14 +230,14 @@ class Checkpointer:
             raise UserError(failure)
 
     def reject(self, step: int) -> None:
-        """Moves a committed step that turned out to be worthless out of the way, if an older one remains."""
+        """Sets aside a committed step whose weights gave a non-finite loss or gradient, if an older step remains."""
         self._settle()
         self._close_manager()
         if jax.process_index() == 0 and self.steps()[1:].count(step):
-            self._set_aside(step, "gave no finite numbers")
+            self._set_aside(step, "gave a non-finite loss or gradient")
 
     def _make_room(self, step: int) -> None:
-        """Readies the folder: newer steps set aside, unfinished ones removed. May raise, see save."""
+        """Prepares the folder for a save: sets newer steps aside and removes unfinished ones. Raises as `save` does."""
         if self._latest is not None and step < self._latest:
             raise ValueError(f"save of step {step} after step {self._latest}; steps must increase")
         self._join_sweeper()
@@ -262,7 +278,7 @@ class Checkpointer:
         num_bytes = 0
         for name, tree in items.items():
             arrays, record.arrays[name] = to_stored(name, tree)
-            arrays = {key: x for key, x in arrays.items() if x.size}  # Orbax refuses arrays without elements
+            arrays = {key: x for key, x in arrays.items() if x.size}  # Orbax refuses empty arrays
             num_bytes += sum(x.nbytes for x in arrays.values())
             if arrays:
                 saves[name] = _save_args(arrays)
@@ -277,7 +293,7 @@ class Checkpointer:
             self._pending = pending
 
     def _settle(self) -> None:
-        """Waits for the save under way and decides, on all processes alike, whether it landed."""
+        """Waits for the save in progress; all processes agree on whether it was written."""
         if self._pending is None or self._manager is None:
             return
         pending, error = self._pending, None
@@ -285,7 +301,7 @@ class Checkpointer:
             self._manager.wait_until_finished()
         except Exception as failure:
             error = failure
-        self._pending = None  # not before: an interrupt while waiting must not lose sight of it
+        self._pending = None  # only now: after an interrupt during the wait, the save must still count as pending
         landed = _everywhere((self.directory / str(pending.step) / COMMIT_MARKER).exists())
         clean = _everywhere(error is None)
         if landed:
@@ -293,14 +309,14 @@ class Checkpointer:
             if not clean:
                 self._close_manager()
                 why = brief(error) if error else "another process failed"
-                _log.warning("step %d is saved, but not what follows a save: %s", pending.step, why)
+                _log.warning("step %d is saved, but the cleanup after it failed: %s", pending.step, why)
             self._sweep()
         else:
             self._report(pending, error)
 
     def _report(self, pending: _Pending, error: Exception | None) -> None:
-        """Cleans up after a save that failed, and says so in one line."""
-        self._close_manager()  # its list of steps is wrong now; the next save reads the disk
+        """Cleans up after a failed save and logs it in one line."""
+        self._close_manager()  # its cached list of steps is wrong now; the next save reads the disk again
         if jax.process_index() == 0:
             folder = self.directory / str(pending.step)
             if not (folder / COMMIT_MARKER).exists():
@@ -321,11 +337,11 @@ class Checkpointer:
     def _close_manager(self) -> None:
         manager, self._manager = self._manager, None
         if manager is not None:
-            with contextlib.suppress(Exception):  # what it has to say was said when its last save was settled
+            with contextlib.suppress(Exception):  # a failure of its last save was already reported by _settle
                 manager.close()
 
     def _sweep(self) -> None:
-        """Removes steps past max_to_keep behind the loop: Orbax only moves them out of the way."""
+        """Deletes steps beyond max_to_keep in a background thread; Orbax has only moved them to the trash folder."""
         self._join_sweeper()
         trash = self.directory / _TRASH
         if jax.process_index() == 0 and trash.exists():
@@ -341,7 +357,7 @@ class Checkpointer:
 def _new_manager(directory: epath.Path, max_to_keep: int) -> ocp.CheckpointManager:
     options = ocp.CheckpointManagerOptions(
         max_to_keep=max_to_keep,
-        todelete_subdir=_TRASH,  # a rename: being killed in the middle of a removal cannot leave half a step
+        todelete_subdir=_TRASH,  # a rename is atomic: a kill during the removal cannot leave half a step
         save_root_metadata=False,
         lightweight_initialize=True,
         async_options=ocp.options.AsyncOptions(
@@ -353,12 +369,12 @@ def _new_manager(directory: epath.Path, max_to_keep: int) -> ocp.CheckpointManag
 
 
 def _remove(path: epath.Path) -> None:
-    with contextlib.suppress(OSError):  # what is left (a late writer, a busy mount) goes before the next save
+    with contextlib.suppress(OSError):  # whatever remains (a late writer, a busy mount) is removed before the next save
         path.rmtree()
 
 
 def _save_args(flat: Mapping[str, Any]) -> ocp.args.PyTreeSave:
-    """Arrays beyond 64 MiB are cut: stacked layers between layers, so that one layer can be read alone."""
+    """Splits arrays above 64 MiB into chunks; stacked layers at layer boundaries, so one layer can be read alone."""
 
     def cut(x: Any) -> ocp.SaveArgs:
         if x.nbytes <= _CHUNK_BYTES:
@@ -371,7 +387,7 @@ def _save_args(flat: Mapping[str, Any]) -> ocp.args.PyTreeSave:
 
 
 def _read_arrays(item_dir: epath.Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-    """Reads an item through Orbax, whose own failures come out as they are."""
+    """Reads an item through Orbax. Exceptions of Orbax itself propagate unchanged."""
     on_disk = {key: struct for key, struct in wanted.items() if math.prod(struct.shape)}
     arrays = {}
     if on_disk:
@@ -392,7 +408,7 @@ def _read_arrays(item_dir: epath.Path, wanted: Mapping[str, jax.ShapeDtypeStruct
 def _load_step(
     step_dir: epath.Path, abstract: Mapping[str, Tree], optional: Collection[str]
 ) -> tuple[dict[str, Tree], dict[str, Any]]:
-    """(items, json documents) of one step, verified. Raises Damaged, or UserError when it does not fit."""
+    """(items, JSON documents) of one step, verified. Raises Damaged, or UserError if the trees do not fit."""
     record = _agreed(lambda: load_record(step_dir), "the record of fingerprints")
     documents = {
         name: _agreed(functools.partial(load_json, step_dir, name, record), name)
@@ -420,16 +436,17 @@ def _load_step(
 
 
 def _agreed(work: Callable[[], Any], what: str) -> Any:
-    """Runs work; raises Damaged here and on every other process when it fails on any.
+    """The result of `work`; raises Damaged on every process if it fails on any of them.
 
-    Keeps processes in step: none may fall back, nor enter a collective, while another does not.
+    This keeps the processes in lockstep: if one fell back to another step while the others continued, their
+    collectives would no longer match and all of them would hang.
     """
     reason, result = None, None
     try:
         result = work()
     except Damaged as bad:
         reason = str(bad)
-    except Exception as error:  # whatever Orbax and tensorstore make of bad files
+    except Exception as error:  # Orbax and tensorstore raise many types for damaged files
         reason = f"{what} is unreadable ({brief(error)})"
     if not _everywhere(reason is None):
         raise Damaged(reason or f"another process could not use {what}")
@@ -437,7 +454,7 @@ def _agreed(work: Callable[[], Any], what: str) -> Any:
 
 
 def _everywhere(verdict: bool) -> bool:
-    """Whether all processes say yes; all of them must ask."""
+    """Whether the verdict is True on all processes. A collective: every process must call it."""
     return (
         verdict
         if jax.process_count() == 1
@@ -446,7 +463,7 @@ def _everywhere(verdict: bool) -> bool:
 
 
 def _from_first_process(steps: list[int]) -> list[int]:
-    """The first process's list: others may see a shared folder later than it does."""
+    """The list of process 0 on all processes: on a shared file system the others may see changes later."""
     if jax.process_count() == 1:
         return steps
     count = int(multihost_utils.broadcast_one_to_all(np.int32(len(steps))))
@@ -456,10 +473,11 @@ def _from_first_process(steps: list[int]) -> list[int]:
 
 @functools.cache
 def _hush_orbax() -> None:
-    """Keeps Orbax's tracebacks off the terminal, once per process: what matters is said in one line of ours.
+    """Suppresses Orbax's tracebacks on the terminal, once per process; lcx reports each failure in one line.
 
-    After a failed read or write its background threads log pages of tensorstore configuration, drop coroutines
-    and tasks with their exceptions, and call back into event loops that are closed. Only those are dropped.
+    After a failed read or write, Orbax's background threads log pages of tensorstore configuration, abandon
+    coroutines and tasks together with their exceptions, and call back into closed event loops. Only these
+    messages are suppressed.
     """
     logging.getLogger("absl").addFilter(lambda record: "/orbax/" not in record.pathname)
     logging.getLogger("asyncio").addFilter(lambda record: not _raised_in_orbax(record.exc_info))

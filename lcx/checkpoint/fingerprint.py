@@ -1,9 +1,9 @@
-"""One number per array: does it still hold the values that were saved?
+"""A 32-bit fingerprint of an array, which shows whether it still holds the values that were saved.
 
-Every element is mixed with its row-major index by a bijection of 32-bit words and the results are added
+Each element is combined with its row-major index and mixed by a bijection of 32-bit words; the results are added
 modulo 2^32. Because each term is a bijection of its element, changing any single element always changes the
-sum; because the index enters before the mixing, moved, swapped or zeroed elements change it too (up to
-chance, about 2^-32). Addition does not care about order, so the number is the same on one device, on any
+sum. Because the index enters before the mixing, elements that are moved, swapped or zeroed change it too, except
+with a probability of about 2^-32. Addition is commutative, so the fingerprint is the same on one device, on any
 mesh, and when the array passes through the host one slice at a time.
 
 `fingerprint` runs on the devices that hold the array; `partial` is the same sum in numpy over a contiguous
@@ -30,10 +30,9 @@ _UNSIGNED = {1: "uint8", 2: "uint16", 4: "uint32", 8: "uint32"}  # 8-byte elemen
 
 
 def fingerprint(x: jax.Array) -> jax.Array:
-    """uint32 scalar of an array of any shape and sharding, computed where it lies.
+    """uint32 scalar for an array of any shape and sharding, computed on the devices that hold it.
 
-    Typed PRNG keys have no bits of their own: pass their key data. Raises KeyError for elements that are not
-    1, 2, 4 or 8 bytes wide.
+    For typed PRNG keys pass their key data. Raises KeyError for elements that are not 1, 2, 4 or 8 bytes wide.
     """
     return _on_device()(x)
 
@@ -58,9 +57,9 @@ def _on_device() -> Any:
 
 
 def partial(x: np.ndarray, start: int = 0) -> int:
-    """Sum over the elements of x, taken as elements start, start + 1, ... (row-major) of a larger array.
+    """Partial sum over x, whose elements are start, start + 1, ... (row-major) of a larger array.
 
-    Needs memory for a few blocks of 2^18 elements besides x (and a copy of x where it is not contiguous).
+    In addition to x it needs memory for a few blocks of 2^18 elements, and for a copy of x if x is not contiguous.
     """
     bits = np.ascontiguousarray(x).reshape(-1).view(np.dtype(_UNSIGNED[x.dtype.itemsize]))
     first = start * max(1, x.dtype.itemsize // 4)

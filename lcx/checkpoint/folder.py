@@ -1,9 +1,9 @@
-"""What lies in a checkpoints folder, read without Orbax and without touching an array.
+"""The layout of a checkpoints folder, read without Orbax and without reading any array.
 
 A checkpoints folder holds one folder per step, named by its number. A step holds one folder per item: trees
-of arrays (`params`, `opt_state`, ...), json documents (`meta`, `data`, ...) and the json item
-`fingerprints`, the record of every array's shape, dtype and fingerprint and of every json item's checksum.
-A step counts only once its commit marker is written, which is the last thing a save does.
+of arrays (`params`, `opt_state`, ...), JSON documents (`meta`, `data`, ...) and the JSON item
+`fingerprints`, which records the shape, dtype and fingerprint of every array and the checksum of every JSON item.
+A step is valid only once its commit marker exists, which a save writes last.
 """
 
 from __future__ import annotations
@@ -25,12 +25,16 @@ RECORD_ITEM = "fingerprints"
 
 
 class Damaged(Exception):
-    """A step cannot be used; the message says why in a few words."""
+    """A step is damaged or incomplete and cannot be used; the message gives the reason in a few words."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """What a checkpoint should hold at one key of an item. `key_impl` names the PRNG of a typed key's data."""
+    """What a checkpoint should hold at one key of an item.
+
+    Attributes:
+      key_impl: the PRNG implementation, if the array is the data of a typed key; else None.
+    """
 
     shape: tuple[int, ...]
     dtype: str
@@ -40,7 +44,12 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """What a checkpoint should hold: per array item {key: Entry}, per json item the checksum of its text."""
+    """What a checkpoint should hold.
+
+    Attributes:
+      arrays: {item: {key: Entry}}, for items that are trees of arrays.
+      json: {item: CRC-32 of the document}, for items that are JSON.
+    """
 
     arrays: dict[str, dict[str, Entry]]
     json: dict[str, int]
@@ -58,7 +67,7 @@ class Record:
 
     @classmethod
     def from_json(cls, document: dict[str, Any]) -> Record:
-        """Raises ValueError where the document is not one that to_json made, to the last digit."""
+        """The inverse of to_json. Raises ValueError if the document does not match its checksum."""
         body = {name: value for name, value in document.items() if name != "checksum"}
         if document.get("checksum") != checksum(body) or body.get("format") != 1:
             raise ValueError("the record of fingerprints does not match its own checksum")
@@ -70,7 +79,7 @@ class Record:
 
 
 def checksum(document: Any) -> int:
-    """CRC-32 of a json document, the same before it is written and after it is read."""
+    """CRC-32 of a JSON document in a canonical form, so that writing and reading it back does not change the value."""
     return zlib.crc32(json.dumps(document, sort_keys=True, separators=(",", ":")).encode())
 
 
@@ -80,6 +89,7 @@ def committed_steps(directory: Any) -> list[int]:
 
 
 def step_folders(directory: epath.Path) -> Iterator[tuple[int, bool]]:
+    """(step, whether it is committed) of every step folder, in no particular order."""
     if directory.is_dir():
         for child in directory.iterdir():
             if child.name.isdecimal() and str(int(child.name)) == child.name:
@@ -87,10 +97,10 @@ def step_folders(directory: epath.Path) -> Iterator[tuple[int, bool]]:
 
 
 def find_step(path: Any) -> tuple[epath.Path, int]:
-    """(checkpoints folder, step) for a workdir, a checkpoints folder or one step folder.
+    """(checkpoints folder, step) for a path that is a workdir, a checkpoints folder or one step folder.
 
-    The step is the newest committed one, or the one that `path` names (then `path.name == str(step)`). Raises
-    UserError, saying what was found, for anything else.
+    The step is the newest committed one, or `path` itself if it is a step folder (then `path.name == str(step)`).
+    Raises UserError, which says what was found, for anything else.
     """
     given = epath.Path(path).expanduser().resolve()
     if not given.is_dir():
@@ -117,7 +127,7 @@ def find_step(path: Any) -> tuple[epath.Path, int]:
 
 
 def read_record(step_dir: Any) -> Record:
-    """What the step should hold. Raises UserError when the step was not written by lcx or is damaged."""
+    """The record of what a step holds. Raises UserError if the step was not written by lcx or is damaged."""
     try:
         return load_record(epath.Path(step_dir))
     except Damaged as bad:
@@ -125,7 +135,7 @@ def read_record(step_dir: Any) -> Record:
 
 
 def read_json(step_dir: Any, name: str) -> dict[str, Any]:
-    """The json item of one step folder, checked. Raises UserError when it is missing or damaged."""
+    """A JSON item of one step folder, verified. Raises UserError if it is missing or damaged."""
     record = read_record(step_dir)
     if name not in record.json:
         raise UserError(f"checkpoint {step_dir} has no item {name!r}; found {few(sorted(record.json))}")
@@ -136,7 +146,7 @@ def read_json(step_dir: Any, name: str) -> dict[str, Any]:
 
 
 def metadata(path: Any) -> dict[str, Any]:
-    """{item: nested dict of jax.ShapeDtypeStruct} of the newest (or named) step, without reading an array.
+    """{item: nested dict of jax.ShapeDtypeStruct} of the newest (or named) step, without reading any array.
 
     `path` is whatever `find_step` accepts. Typed PRNG keys appear as their uint32 key data.
     """
@@ -176,14 +186,14 @@ def load_json(step_dir: epath.Path, name: str, record: Record) -> dict[str, Any]
 
 
 def few(names: Iterable[Any], limit: int = 3) -> str:
-    """The first names, and how many more: what fits in one line."""
+    """The first names and how many more there are, for a one-line message."""
     names = [str(name) for name in names]
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more if names else "none"
 
 
 def brief(error: BaseException) -> str:
-    """One short line of an exception: tensorstore and jax append kilobytes of their own."""
+    """An exception as one short line, without the kilobytes of detail that tensorstore and jax append."""
     text = " ".join(str(error).split())
     for tail in (
         " See full TensorStore details",
@@ -196,11 +206,11 @@ def brief(error: BaseException) -> str:
 
 
 def why_not_written(error: BaseException, directory: Any, num_bytes: int) -> str:
-    """What went wrong with a write of num_bytes, and whether the disk has room for them."""
+    """Why a write of num_bytes failed, and how much space the disk has left."""
     causes = [error]
     while (before := causes[-1].__cause__ or causes[-1].__context__) is not None:
         causes.append(before)
-    # The process that failed reports the barrier that it missed on the way out: what came before is the reason.
+    # The process that failed also reports the barrier that it then missed; the actual reason is an earlier cause.
     reason = brief(next((cause for cause in causes if "Barrier timed out" not in str(cause)), error))
     if any(sign in str(cause) for cause in causes for sign in ("No space left", "Disk quota")):
         reason = f"no space left on the disk of {directory}"
@@ -216,7 +226,7 @@ def size_text(num_bytes: int) -> str:
 
 
 def plain(document: Any) -> Any:
-    """The document as it will be read back. Numpy scalars become numbers; raises TypeError for other objects."""
+    """The document as it will be read back: numpy scalars become numbers. Raises TypeError for other objects."""
     return json.loads(json.dumps(document, default=_number))
 
 

@@ -1,7 +1,8 @@
-"""A model as plain JSON and back: what a checkpoint says about the function its arrays belong to.
+"""Converts a model to plain JSON and back, so that a checkpoint also says which architecture its arrays belong to.
 
-Modules and dataclasses are written as their class and the fields that differ from the defaults. Reading builds only
-classes of lcx or of modules that the caller has already imported: a checkpoint cannot make this process import code.
+Modules and dataclasses are written as their class and the fields that differ from the defaults. Reading only
+instantiates classes of lcx or of modules that the caller has already imported, so a checkpoint cannot make this
+process import code.
 """
 
 import dataclasses
@@ -18,10 +19,10 @@ _FLAX_FIELDS = ("parent", "name")
 
 
 def to_json(value: Any) -> Any:
-    """Dataclass, Linen module, function, tuple or plain value -> JSON-ready value.
+    """Converts a dataclass, Linen module, function, tuple or plain value to a value that JSON can represent.
 
     Raises:
-      UserError: a value that JSON cannot carry (a lambda, an array).
+      UserError: a value that cannot be represented, such as a lambda or an array.
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         out: dict[str, Any] = {CLASS: _path(type(value))}
@@ -47,7 +48,7 @@ def from_json(value: Any) -> Any:
     """The inverse of to_json.
 
     Raises:
-      UserError: a class that is not to be had, or fields that it does not take.
+      UserError: a class that does not exist or is not imported, or fields that it does not have.
     """
     if isinstance(value, dict):
         if TUPLE in value:
@@ -75,7 +76,7 @@ def _path(obj: Any) -> str:
     module, name = getattr(obj, "__module__", "?"), getattr(obj, "__qualname__", f"<{type(obj).__name__}>")
     path = f"{module}:{name}"
     if "<" in path or module == "__main__":
-        raise UserError(f"{path} cannot be found again by name: define it at the top of an importable module")
+        raise UserError(f"{path} cannot be found again by name: define it at the top level of an importable module")
     return moved.stored(path)
 
 

@@ -1,11 +1,11 @@
-"""Arrays of a checkpoint, one slice at a time: conversion in the memory of its largest slice.
+"""Reads and writes the arrays of a checkpoint slice by slice, so a conversion needs memory only for the largest slice.
 
-`StepReader` reads slices of any step that lcx wrote; `StepWriter` writes a step slice by slice that
-`Checkpointer.restore` (and Orbax itself) reads like any other, fingerprints included. Neither touches jax.
+`StepReader` reads slices of any step that lcx wrote. `StepWriter` writes a step slice by slice, fingerprints
+included; `Checkpointer.restore` and Orbax itself can read it like any other step. Neither uses jax.
 
-Orbax stores an array as a zarr array, inside one key-value database per item (OCDBT) when a `Checkpointer`
-saved it, and as a plain folder of chunk files when written here. Chunks are one leading index each (one
-layer of a stack) or a few megabytes of rows, so a slice costs its own bytes and not the whole array's.
+Orbax stores an array in zarr format: inside one key-value database per item (OCDBT) if a `Checkpointer`
+saved it, or as a plain folder of chunk files if it was written here. A chunk holds one leading index (one
+layer of a stack) or a few megabytes of rows, so reading a slice does not read the rest of the array.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ from lcx.checkpoint.folder import (
 )
 from lcx.errors import UserError
 
-Path = tuple[str, ...]  # the names on the way to an array: ("embed", "embedding")
+Path = tuple[str, ...]  # keys from the root of the tree to an array: ("embed", "embedding")
 Spec = tuple[tuple[int, ...], Any]  # (shape, dtype)
 
 _ROW_GROUP_BYTES = 4 << 20  # rows smaller than a quarter of this share a chunk
-_CHUNK_BYTES = 64 << 20  # no chunk is larger, so a reader of a part of a layer does not pay for all of it
-_HANDLERS = "orbax.checkpoint._src.handlers."  # where Orbax's step metadata says its readers live
+_CHUNK_BYTES = 64 << 20  # largest chunk, so that reading part of a layer does not read all of it
+_HANDLERS = "orbax.checkpoint._src.handlers."  # Orbax's step metadata names a handler class in this package per item
 
 
 def _context() -> ts.Context:
-    """No cache, few copies in flight: memory stays that of the slice."""
+    """Without a cache and with few concurrent copies, so that memory use stays at the size of a slice."""
     return ts.Context(
         {
             "cache_pool": {"total_bytes_limit": 0},
@@ -59,7 +59,7 @@ def _context() -> ts.Context:
 
 
 class _Coverage:
-    """Which leading rows of one array have passed, and the fingerprint of them so far."""
+    """Which leading rows of one array have been read or written, and the fingerprint of those rows."""
 
     def __init__(self, shape: tuple[int, ...]):
         self.row_size = math.prod(shape[1:])
@@ -71,7 +71,7 @@ class _Coverage:
         return bool(self.seen.all())
 
     def add(self, start: int, stop: int, values: np.ndarray) -> bool:
-        """Counts rows start..stop in; returns False, counting nothing, when some were counted before."""
+        """Adds rows start..stop. If any of them was added before, adds nothing and returns False."""
         if self.seen[start:stop].any():
             return False
         self.seen[start:stop] = True
@@ -80,7 +80,7 @@ class _Coverage:
 
 
 def _rows(index: Any, shape: tuple[int, ...]) -> tuple[int, int]:
-    """(start, stop) of leading rows. Raises IndexError beyond the array, ValueError for strides."""
+    """(start, stop) of leading rows. Raises IndexError for an index out of range, ValueError for a strided slice."""
     count = shape[0] if shape else 1
     if index is None or index is Ellipsis:
         return 0, count
@@ -95,11 +95,10 @@ def _rows(index: Any, shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 class StepReader:
-    """Reads the arrays of one item of one committed step. Raises UserError when there is no such item.
+    """Reads the arrays of one item of one committed step. Raises UserError if there is no such item.
 
-    `arrays` maps each path to its (shape, dtype); typed PRNG keys appear as key data. An array whose
-    leading rows have all been read once, in any order, is checked against its fingerprint at the last of
-    them.
+    `arrays` maps each path to its (shape, dtype); typed PRNG keys appear as key data. Once all leading rows of an
+    array have been read, in any order, the array is checked against its fingerprint.
     """
 
     def __init__(self, step_dir: Any, item: str):
@@ -122,11 +121,11 @@ class StepReader:
     def read(
         self, path: Path, index: int | slice | tuple[int | slice, ...] | EllipsisType | None = None
     ) -> np.ndarray:
-        """The array, one leading index, a range of leading rows, or any part (a tuple, one entry per axis).
+        """The whole array, one leading index, a range of leading rows, or any part (a tuple, one entry per axis).
 
-        Raises KeyError for an unknown path and UserError when the files are damaged: at once when they
-        cannot be read, and at the last slice of an array whose numbers are not those that were saved. Parts
-        asked for by a tuple are not checked.
+        Raises KeyError for an unknown path, and UserError if the files are damaged: immediately if they cannot be
+        read, or together with the last slice of an array whose values differ from those that were saved. Parts
+        selected by a tuple are not verified.
         """
         shape, dtype = self.arrays[path]
         if not math.prod(shape):
@@ -143,7 +142,7 @@ class StepReader:
         return values[0] if isinstance(index, (int, np.integer)) else values
 
     def unread(self) -> list[Path]:
-        """Arrays that have not been read, and so not checked, to the last row."""
+        """Arrays of which some rows have not been read; these have not been verified."""
         return [path for path, coverage in self._coverage.items() if not coverage.complete]
 
     def _check(self, path: Path, index: Any, values: np.ndarray) -> None:
@@ -177,11 +176,16 @@ class StepReader:
 
 
 class StepWriter:
-    """Writes one item of arrays and some json items as a step folder, slice by slice.
+    """Writes one item of arrays and some JSON items as a step folder, slice by slice.
 
-    step_dir: `<checkpoints folder>/<step number>`; an unfinished step there is replaced, a committed one is a
-    UserError. arrays: {path: (shape, dtype)}. Nothing counts until `finish`: being killed before leaves no
-    committed step, and leaving the `with` block by an exception removes the folder.
+    The step is committed only by `finish`: a process killed before that leaves no committed step, and leaving the
+    `with` block by an exception removes the folder.
+
+    Args:
+      step_dir: `<checkpoints folder>/<step number>`. An unfinished step there is replaced; a committed one raises
+        UserError.
+      item: name of the item that holds the arrays.
+      arrays: {path: (shape, dtype)} of everything that will be written.
     """
 
     def __init__(self, step_dir: Any, item: str, arrays: Mapping[Path, Spec]):
@@ -215,10 +219,10 @@ class StepWriter:
             shutil.rmtree(self._step_dir, ignore_errors=True)
 
     def write(self, path: Path, index: int | slice | EllipsisType | None, values: np.ndarray) -> None:
-        """Writes one leading index, a range of leading rows, or (None or ...) the whole array; every row once.
+        """Writes one leading index, a range of leading rows, or the whole array (None or ...). Write each row once.
 
-        Raises KeyError for an unknown path, ValueError for another dtype or shape than promised or rows
-        written before, and UserError when the disk does not take it.
+        Raises KeyError for an unknown path, ValueError if the dtype or shape differs from the declared one or a row
+        was already written, and UserError if the disk cannot be written to.
         """
         shape, dtype = self._arrays[path]
         start, stop = _rows(index, shape)
@@ -236,7 +240,7 @@ class StepWriter:
         self._guarded(lambda: (store[start:stop] if shape else store).write(block).result())
 
     def finish(self, json_items: Mapping[str, Any]) -> None:
-        """Commits the step with its json items. Raises ValueError when rows are missing."""
+        """Writes the JSON items and commits the step. Raises ValueError if rows are missing."""
         missing = ["/".join(path) for path, c in self._coverage.items() if not c.complete]
         if missing:
             raise ValueError(f"cannot commit {self._step_dir}: rows missing in {few(missing)}")
@@ -295,11 +299,11 @@ class StepWriter:
             "custom_metadata": {},
         }
         _write_text(self._step_dir / "_CHECKPOINT_METADATA", json.dumps(step_metadata))
-        _write_text(self._step_dir / COMMIT_MARKER, "committed")  # last: from here on the step exists
+        _write_text(self._step_dir / COMMIT_MARKER, "committed")  # last, because it makes the step valid
 
 
 def _write_text(path: pathlib.Path, text: str) -> None:
-    """Writes a small file so that it survives a power cut, its name included."""
+    """Writes a small file durably: both its content and its directory entry survive a power loss."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as file:
         file.write(text)
@@ -329,7 +333,7 @@ def _tree_metadata(paths: list[Path]) -> dict[str, Any]:
 
 
 def _chunk_shape(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
-    """One leading index where it is at least 1 MiB, else groups of rows; no chunk above 64 MiB where axes allow."""
+    """The zarr chunk shape: one leading index if that is at least 1 MiB, else groups of rows; at most about 64 MiB."""
     if not shape:
         return ()
     row_bytes = math.prod(shape[1:]) * itemsize

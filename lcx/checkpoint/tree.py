@@ -1,8 +1,8 @@
-"""Pytrees as a checkpoint stores them: flat names, storable arrays, and what each should be.
+"""Converts pytrees to the flat form that a checkpoint stores, and back.
 
-A tree becomes {"a/b/c": array}. Tuple positions and field names turn into text, so an optimizer state
-survives a change of its container types; subtrees without arrays (None, optax.EmptyState) vanish and come
-back from the tree that is asked for; typed PRNG keys are stored as their key data beside the name of their
+A tree becomes {"a/b/c": array}. Tuple positions and field names become strings, so an optimizer state can still be
+restored after a change of its container types. Subtrees without arrays (None, optax.EmptyState) are not stored; they
+are taken from the tree passed to restore. Typed PRNG keys are stored as their key data and the name of their
 implementation.
 """
 
@@ -23,7 +23,7 @@ Tree = Any  # a pytree of arrays or of jax.ShapeDtypeStruct
 
 
 def flatten(tree: Tree) -> dict[str, Any]:
-    """{"a/b/c": leaf}, in the order of the leaves. Raises ValueError for names that would not survive as a path."""
+    """{"a/b/c": leaf}, in the order of the leaves. Raises ValueError for an empty name or one with '/' or '.' in it."""
     flat = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
         names = [jax.tree_util.keystr((entry,), simple=True) for entry in path]
@@ -36,9 +36,9 @@ def flatten(tree: Tree) -> dict[str, Any]:
 
 
 def to_stored(item: str, tree: Tree) -> tuple[dict[str, Any], dict[str, Entry]]:
-    """({key: jax or numpy array}, {key: Entry}) of a tree; fingerprints are computed where the arrays lie.
+    """({key: jax or numpy array}, {key: Entry}) of a tree; fingerprints are computed on the devices of the arrays.
 
-    Raises UserError for arrays that jax would narrow when they come back (64-bit host arrays).
+    Raises UserError for 64-bit host arrays, which jax would silently narrow to 32 bits on restore.
     """
     arrays, impls = {}, {}
     for key, leaf in flatten(tree).items():
@@ -52,7 +52,7 @@ def to_stored(item: str, tree: Tree) -> tuple[dict[str, Any], dict[str, Entry]]:
 
 
 def from_stored(tree: Tree, arrays: Mapping[str, jax.Array], entries: Mapping[str, Entry]) -> Tree:
-    """Puts stored arrays into the structure of the abstract tree, PRNG keys typed again."""
+    """Puts stored arrays into the structure of the abstract tree and turns key data back into typed PRNG keys."""
     leaves = []
     for key, leaf in flatten(tree).items():
         x = arrays[key]
@@ -61,7 +61,7 @@ def from_stored(tree: Tree, arrays: Mapping[str, jax.Array], entries: Mapping[st
 
 
 def stored_structs(tree: Tree) -> dict[str, jax.ShapeDtypeStruct]:
-    """What to read for an abstract tree: key data for typed keys, and a sharding on every leaf."""
+    """{key: ShapeDtypeStruct to read} for an abstract tree: key data for typed keys, and a sharding for every leaf."""
     structs = {}
     for key, leaf in flatten(tree).items():
         sharding = getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(
@@ -74,7 +74,7 @@ def stored_structs(tree: Tree) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def as_stored(tree: Tree, step_dir: Any, item: str = "params") -> Tree:
-    """The abstract tree with each leaf in the dtype that a step has it in; leaves that the step lacks stay."""
+    """The abstract tree with the dtypes that a step stores. Leaves that the step does not have are unchanged."""
     entries = read_record(step_dir).arrays[item]
     leaves = [
         jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(entries[key].dtype), sharding=leaf.sharding)
@@ -86,7 +86,7 @@ def as_stored(tree: Tree, step_dir: Any, item: str = "params") -> Tree:
 
 
 def misfits(tree: Tree, entries: Mapping[str, Entry]) -> str:
-    """How a stored item differs from an abstract tree (first few keys), empty when it fits."""
+    """How a stored item differs from an abstract tree (the first few keys); "" if it fits."""
     wanted = stored_structs(tree)
     problems = []
     if missing := [key for key in wanted if key not in entries]:
@@ -110,7 +110,7 @@ def misfits(tree: Tree, entries: Mapping[str, Entry]) -> str:
 
 
 def verify(item: str, arrays: Mapping[str, jax.Array], entries: Mapping[str, Entry]) -> None:
-    """Raises Damaged naming the arrays that are not what was saved."""
+    """Raises Damaged, naming the arrays whose values differ from those that were saved."""
     sums = _fingerprints(arrays)
     if bad := [f"{item}/{key}" for key in arrays if sums[key] != entries[key].fingerprint]:
         raise Damaged(f"{few(bad)} {'does' if len(bad) == 1 else 'do'} not match the saved fingerprint")
@@ -138,6 +138,6 @@ def _storable(name: str, leaf: Any) -> tuple[Any, str | None]:
 
 
 def _fingerprints(arrays: Mapping[str, Any]) -> dict[str, int]:
-    """Device arrays are all dispatched before the first is waited for."""
+    """The fingerprint of each array. All device computations are dispatched before the first result is awaited."""
     sums = {key: fingerprint(x) if isinstance(x, jax.Array) else partial(x) for key, x in arrays.items()}
     return {key: int(total) for key, total in jax.device_get(sums).items()}

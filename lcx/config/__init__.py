@@ -1,4 +1,4 @@
-"""gin, and the command lines built on it. Nothing outside this folder imports gin.
+"""Configuration through gin, and the command lines built on it. Nothing outside this folder imports gin.
 
 A `.gin` file names functions and classes by their Python modules and sets their parameters. It needs no
 decorator in the code, so a class of your own package is used by importing it in the file:
@@ -10,13 +10,13 @@ decorator in the code, so a class of your own package is used by importing it in
     trainer.train.job = @trainer.Trainer()
     trainer.Trainer.steps = 800
 
-`include 'other.gin'` is looked up beside the including file first. On the command line
-`--gin.trainer.Trainer.steps=10`, or any shorter name that is unambiguous (`--gin.Trainer.steps=10`), wins
-over the files; `--gin.MACRO=10` sets a macro. A .gin file is code: it imports what it names and calls what it
-writes with `()`, so run only files that you trust.
+`include 'other.gin'` looks in the folder of the including file first. On the command line
+`--gin.trainer.Trainer.steps=10`, or any shorter name that is unambiguous (`--gin.Trainer.steps=10`), overrides
+the files; `--gin.MACRO=10` sets a macro. A .gin file is code: it imports the modules that it names and calls whatever
+is followed by `()`, so run only files that you trust.
 
-Every binding is checked against the annotations before anything is built, all mistakes are reported at once
-with file and line, and bindings without effect are named at the end of the run.
+Every binding is checked against the type annotations before anything is built. All mistakes are reported at once
+with file and line. Bindings that had no effect are listed at the end of the run.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ __all__ = [
 
 
 class ConfigError(UserError):
-    """Mistakes in .gin files or --gin flags, one line each in `problems`."""
+    """One or more mistakes in .gin files or --gin flags. `problems` has one line for each."""
 
     def __init__(self, problems: Sequence[str]):
         super().__init__("\n".join(problems))
@@ -67,19 +67,20 @@ class ConfigError(UserError):
 def run(parser: argparse.ArgumentParser, target: str, argv: Sequence[str] | None = None) -> int:
     """Reads flags and .gin files, checks them, then calls `target`; returns the exit status.
 
-    Bad input is one line on stderr and status 2, Ctrl-C is 130; whatever is unexpected keeps its traceback.
+    Bad input gives one line on stderr per mistake and status 2; Ctrl-C gives status 130. An unexpected exception
+    propagates with its traceback.
 
     Args:
-      parser: from `parser`, with the verb's own flags added.
-      target: "module:function", imported only when the flags and the .gin files are right. It is called with
-        the flags that were given, and with .gin bindings of the function for the rest. A parameter
-        `config_text` gets the whole configuration as text, `operative_config` a function that returns what
-        was used so far.
-      argv: the arguments; sys.argv by default.
+      parser: from `parser`, with the command's own flags added.
+      target: "module:function", imported only once the flags and the .gin files are known to be valid. It is called
+        with the flags that were given and, for its other parameters, with their .gin bindings. If it has a parameter
+        `config_text`, it receives the whole configuration as text; a parameter `operative_config` receives a function
+        that returns the part that has been used so far.
+      argv: the arguments; None: sys.argv[1:].
     """
     try:
         flags = flags_lib.read(parser, sys.argv[1:] if argv is None else argv)
-    except SystemExit as stop:  # --help, or a flag that was refused with an explanation
+    except SystemExit as stop:  # raised by argparse after --help or an error in the flags
         return stop.code if isinstance(stop.code, int) else 0
     setup_jax()
     try:
@@ -99,19 +100,22 @@ def run(parser: argparse.ArgumentParser, target: str, argv: Sequence[str] | None
 def parse(
     files: Sequence[str], bindings: Sequence[tuple[str, str]] = (), *, target: str | None = None
 ) -> reading.Source:
-    """Replaces gin's configuration by `files`, then `bindings`; checks it and locks it.
+    """Replaces gin's configuration with `files` and then `bindings`, checks it and locks it.
 
     Args:
-      files: paths of .gin files, later ones win.
-      bindings: (name, value text) pairs, as --gin.name=value gives them.
-      target: the "module:function" that will run. Its parameters can be bound without any file, and
+      files: paths of .gin files; later ones override earlier ones.
+      bindings: (name, value text) pairs, from flags --gin.name=value; they override the files.
+      target: the "module:function" that will run. Its parameters can be bound without importing it in a file, and
         everything that it will build is checked for missing parameters.
+
+    Returns:
+      The source of each binding, for messages.
 
     Raises:
       ConfigError: with every mistake found, not just the first.
     """
     gin.clear_config()
-    gin_config._IMPORTS.add(_DYNAMIC)  # so that `config_text` names modules even when no file did
+    gin_config._IMPORTS.add(_DYNAMIC)  # makes `config_text` write module imports even if no file has any
     source = reading.Source(target)
     for file in files:
         source.read_file(file, None)
@@ -135,12 +139,12 @@ _DYNAMIC = config_parser.ImportStatement(
 
 
 def config_text() -> str:
-    """The whole configuration as one .gin file without includes; parsing it gives the same configuration."""
+    """The whole configuration as one .gin file without includes. Parsing it yields the same configuration."""
     return gin.config_str(max_line_length=100)
 
 
 def operative_config() -> str:
-    """What has been used so far, defaults included, as a .gin file."""
+    """The settings that have been used so far, defaults included, as a .gin file."""
     return gin.operative_config_str(max_line_length=100)
 
 
@@ -155,9 +159,9 @@ def _run(flags: flags_lib.Flags, target: str) -> int:
 
 
 def _arguments(function: Callable, flags: dict[str, Any]) -> dict[str, Any]:
-    """The keyword arguments of the target: built from its bindings, flags win.
+    """The keyword arguments of the target, built from its bindings. Flags override bindings.
 
-    The target is then called without gin around it, because gin rewrites the exceptions that pass through it.
+    The target is then called directly and not through gin, because gin rewrites the exceptions that pass through it.
     """
     parameters = inspect.signature(function).parameters
     known = gin_config._inverse_lookup(function)
@@ -172,7 +176,7 @@ def _arguments(function: Callable, flags: dict[str, Any]) -> dict[str, Any]:
         where = f"{function.__module__.rpartition('.')[2]}.{function.__name__}"
         raise ConfigError([f"nothing sets {name!r}: bind {where}.{name} in a --gin_file" for name in missing])
     try:
-        built = copy.deepcopy(bound)  # copying a reference is how gin builds what it refers to
+        built = copy.deepcopy(bound)  # gin instantiates a reference when it is deep-copied
     except (UserError, TypeError, ValueError) as error:
         raise ConfigError([_one_line(error)]) from error
     texts = {name: text() for name, text in _TEXTS.items() if name in parameters}
@@ -189,7 +193,7 @@ def _report(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
         print("interrupted", file=sys.stderr)
         return 130
-    if isinstance(error, BrokenPipeError):  # the reader of our output left, as `head` does: not an error
+    if isinstance(error, BrokenPipeError):  # the reader of our output closed it, as `head` does; not an error
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
@@ -204,7 +208,7 @@ def _one_line(error: BaseException) -> str:
         if error.filename is not None:
             return f"{error.strerror}: {error.filename}"
         advice = (
-            ": free some on the disk that is written to, or choose another"
+            ": free some space on the output disk, or choose another"
             if error.errno == errno.ENOSPC
             else ""
         )
@@ -220,7 +224,7 @@ def _is_distributed() -> bool:
 
 
 def _leave(status: int) -> NoReturn:
-    """One process of several that fails must not wait at exit for the others: they may never come."""
+    """Exits immediately. A normal exit waits for the other processes, which would hang if one of them failed."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

@@ -1,6 +1,6 @@
 """Checks a configuration that has been read: types, macros, missing parameters.
 
-After the run, names the bindings that had no effect.
+After a run, it also lists the bindings that had no effect.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from lcx.config import names, typecheck
 from lcx.config.flags import hint
 from lcx.config.reading import MACRO, Key, Source, spell
 
-Use = tuple[str, tuple[str, ...], str | None]  # what is called, in which scopes, where that is written
+Use = tuple[str, tuple[str, ...], str | None]  # full name of what is called, its scopes, the "file:line" of the call
 
 
 def check(source: Source) -> None:
-    """Adds every mistake to `source.problems`; converts values (list to tuple) as annotations ask."""
+    """Adds every mistake to `source.problems`, and converts values where an annotation requires it (list to tuple)."""
     unset: dict[Key, str] = {}
     for (scope, selector), bound in list(gin_config._CONFIG.items()):
         wrapped = gin_config._REGISTRY[selector].wrapped
@@ -29,7 +29,7 @@ def check(source: Source) -> None:
         for name, value in list(bound.items()):
             key = (scope, selector, name)
             inlined = _inline(value, key, source)
-            if selector == MACRO:  # a macro has the type of each place that uses it
+            if selector == MACRO:  # a macro has no type of its own; it is checked wherever it is used
                 continue
             try:
                 fitted = typecheck.fit(inlined, hints.get(name, Any), _promise)
@@ -54,12 +54,15 @@ def check(source: Source) -> None:
 
 
 def _is_unset(value: Any, inlined: Any) -> bool:
-    """A macro that a file leaves at None, for the user to set: an error only where something uses it."""
+    """Whether the value is a macro that a file sets to None for the user to fill in.
+
+    That is an error only if something that will be built uses it.
+    """
     return inlined is None and value is not None
 
 
 def _decides(key: Key, uses: Iterable[Use]) -> bool:
-    """Whether a binding is the one that counts for anything that will be built."""
+    """Whether the binding sets a value in something that will be built, instead of being overridden there."""
     scope, selector, name = key
     for built, scopes, _ in uses:
         if built == selector:
@@ -71,7 +74,7 @@ def _decides(key: Key, uses: Iterable[Use]) -> bool:
 
 
 def _example(wrapped: Any, key: Key) -> str:
-    """How a field is written in a .gin file, where its class says so (the metadata of a dataclass field)."""
+    """An example of how to write a field in a .gin file, if the metadata of the dataclass field has one."""
     fields = dataclasses.fields(wrapped) if dataclasses.is_dataclass(wrapped) else ()
     examples = (field.metadata.get("example") for field in fields if field.name == key[2])
     found = next((example for example in examples if example), None)
@@ -87,7 +90,14 @@ def _promise(value: Any) -> typecheck.Promise | None:
 
 
 def _inline(value: Any, key: Key, source: Source, chain: tuple[Key, ...] = ()) -> Any:
-    """`value` with macros and constants replaced by their values; `key` is the binding that holds it."""
+    """`value` with macros and constants replaced by their values.
+
+    Args:
+      value: may be nested in lists, tuples and dicts.
+      key: the binding that holds it.
+      source: receives problems, such as a macro that is not defined.
+      chain: the macros being expanded, to detect one that refers to itself.
+    """
     if isinstance(value, dict):
         return {name: _inline(item, key, source, chain) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -117,7 +127,7 @@ def _inline(value: Any, key: Key, source: Source, chain: tuple[Key, ...] = ()) -
 
 
 def _check_flag_macros(source: Source) -> None:
-    """A macro set on the command line that no file knows is a typo."""
+    """Reports a macro that is set on the command line but defined or used in no file: it must be a typo."""
     known = source.macros | {
         "/".join(reference.scopes)
         for reference in gin_config.iterate_references(gin_config._CONFIG)
@@ -129,7 +139,7 @@ def _check_flag_macros(source: Source) -> None:
 
 
 def _uses(source: Source) -> Iterator[Use]:
-    """Follows what the target will build, as gin will: every call of a function or class."""
+    """Follows the references from the target as gin will, and yields every call of a function or class."""
     module, _, function = str(source.target).partition(":")
     todo: list[tuple[str, tuple[str, ...]]] = [
         (selector, ())
@@ -171,9 +181,10 @@ def _place(source: Source, scopes: tuple[str, ...], selector: str, name: str) ->
 
 
 def without_effect(source: Source, flags: dict[str, Any]) -> list[str]:
-    """Bindings that changed nothing in the run that just ended, one line each.
+    """One line for each binding that had no effect on the run that just ended.
 
-    Macros are left out, and what only a macro without a value sets: that an overridden binding used one is no mistake.
+    Macros are not listed, nor are bindings to a macro without a value: a file may offer such a macro for settings that
+    another binding overrides.
     """
     lines = []
     for key, place in source.places.items():

@@ -1,4 +1,4 @@
-"""What jax reads from the environment when it is imported."""
+"""Defaults for the environment variables that jax reads when it is imported."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ import importlib.util
 import os
 import re
 
-# Device files of NVIDIA, the same in WSL, AMD, TPUs up to v4, later TPUs.
+# Device files of NVIDIA GPUs, NVIDIA GPUs under WSL, AMD GPUs, TPUs up to v4, later TPUs.
 ACCELERATORS = ("nvidia[0-9]*", "dxg", "kfd", "accel[0-9]*", "vfio/[0-9]*")
 
 
 def setup_jax() -> None:
-    """Sets defaults for jax. Must run before jax is imported; leaves alone what the user has set.
+    """Sets defaults for jax. Must run before jax is imported. Variables that the user has set are not changed.
 
-    - Compiled programs are kept in JAX_COMPILATION_CACHE_DIR (default ~/.cache/lcx/xla), small ones too: a
-      second run starts in a fraction of the time.
-    - With more CPU devices than cores (meshes tried on a laptop) collectives wait for each other for ever on
-      too small a thread pool, whose size is NPROC.
-    - libtpu may be there only to compile with (the extra aot). Where no accelerator is in sight, jax is told so:
-      it would find out by itself, but not without pages of warnings.
+    - All compiled programs, including small ones, are cached in JAX_COMPILATION_CACHE_DIR (default ~/.cache/lcx/xla),
+      so a second run starts in a fraction of the time.
+    - With more CPU devices than cores (a mesh tried out on a laptop), collectives deadlock if the thread pool is too
+      small. NPROC sets its size.
+    - libtpu may be installed only for ahead-of-time compilation (the extra `aot`). If there is no accelerator, jax is
+      told to use the CPU; it would find that out by itself, but only after pages of warnings.
     """
     cache = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "lcx", "xla")
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", cache)

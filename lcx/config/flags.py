@@ -1,4 +1,4 @@
-"""The flags of the command lines: argparse with one-line errors and near misses named."""
+"""Command-line flags: argparse with one-line errors that suggest the closest known flag."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, NoReturn
 
 
 class Flags(NamedTuple):
-    """One command line: the verb's own flags, the .gin files, and --gin.name=value as (name, value) pairs."""
+    """A parsed command line: the command's own flags, the .gin files, and --gin.name=value as (name, value) pairs."""
 
     own: dict[str, Any]
     gin_files: list[str]
@@ -21,19 +21,19 @@ class Flags(NamedTuple):
 
 
 class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:  # one line; argparse alone prints the whole usage before it
+    def error(self, message: str) -> NoReturn:  # argparse itself would print the whole usage first
         self.exit(2, f"error: {message} (--help explains the flags)\n")
 
 
 def parser(description: str | None, *, gin: bool = True) -> argparse.ArgumentParser:
-    """An argument parser with the flags that all verbs share.
+    """An argument parser with the flags that all commands share.
 
-    A flag without a default of its own is left out of the call when it is not given, so that the default in
-    the target's signature, or the one bound in a .gin file, holds.
+    A flag that is not given and has no default of its own is not passed to the target, so that the .gin binding or
+    the default in the target's signature applies.
 
     Args:
-      description: shown by --help, line breaks kept; usually the module's docstring, with two examples.
-      gin: whether the command takes --gin_file and --gin.NAME=VALUE.
+      description: shown by --help with its line breaks; usually the module's docstring, with two examples.
+      gin: whether the command accepts --gin_file and --gin.NAME=VALUE.
     """
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     parser = _Parser(
@@ -47,18 +47,18 @@ def parser(description: str | None, *, gin: bool = True) -> argparse.ArgumentPar
     if gin:
         group = parser.add_argument_group("configuration")
         group.add_argument(
-            "--gin_file", action="append", metavar="PATH", help="a .gin file; repeat it, later ones win"
+            "--gin_file", action="append", metavar="PATH", help="a .gin file; may be repeated, later ones win"
         )
-        explained = "set a parameter or a macro, as in --gin.Trainer.steps=10; wins over the files"
+        explained = "set a parameter or a macro, as in --gin.Trainer.steps=10; overrides the .gin files"
         group.add_argument("--gin.NAME", metavar="VALUE", help=explained)
     return parser
 
 
 def json_object(text: str) -> dict[str, Any]:
-    """A flag's type: a JSON object, as in --rope_scaling='{"rope_type": "yarn", "factor": 4.0}'."""
+    """Parses the value of a flag that is a JSON object, as in --rope_scaling='{"rope_type": "yarn", "factor": 4.0}'."""
     try:
         value = json.loads(text)
-    except (ValueError, RecursionError) as error:  # nested too deep
+    except (ValueError, RecursionError) as error:  # RecursionError: nested too deeply
         raise argparse.ArgumentTypeError(f"not JSON ({error}): {text[:200]!r}") from None
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(
@@ -68,7 +68,7 @@ def json_object(text: str) -> dict[str, Any]:
 
 
 def read(parser: argparse.ArgumentParser, argv: Sequence[str]) -> Flags:
-    """Splits the command line. Exits (SystemExit) after --help and after a flag that does not parse."""
+    """Parses the command line. Raises SystemExit after --help and for a flag that does not parse."""
     options = parser._option_string_actions
     bindings, rest = [], []
     for argument in argv:
@@ -87,6 +87,6 @@ def read(parser: argparse.ArgumentParser, argv: Sequence[str]) -> Flags:
 
 
 def hint(name: str, known: Iterable[object]) -> str:
-    """`; did you mean X?` with the closest of the known names, or nothing."""
+    """`; did you mean X?` with the closest known name, or "" if none is close."""
     close = difflib.get_close_matches(name, [str(item) for item in known], n=1, cutoff=0.6)
     return f"; did you mean {close[0]}?" if close else ""

@@ -1,4 +1,4 @@
-"""What a name in a .gin file or in a --gin flag refers to, and what to say when it refers to nothing."""
+"""Resolves the names in .gin files and --gin flags, and explains what is wrong with a name that does not resolve."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from lcx.errors import first_line
 
 
 class Unresolved:
-    """Takes the place of a reference that names nothing, so that reading goes on to the next mistake."""
+    """Placeholder for a reference that does not resolve, so that parsing can continue and find further mistakes."""
 
     def __init__(self, message: str = ""):
         self.message = message
 
 
 class NotImported:
-    """Takes the place of a module whose import failed: that is reported once, not again wherever it is used."""
+    """Placeholder for a module whose import failed, so that this is reported once and not again at every use."""
 
 
 class Delegate(gin_config.ParserDelegate):
-    """Makes gin's references while a file is parsed; those that fail become `Unresolved`."""
+    """Creates gin's references while a file is parsed; those that do not resolve become `Unresolved`."""
 
     def configurable_reference(self, scoped_selector: str, evaluate: bool) -> Any:
         try:
@@ -41,10 +41,10 @@ class Delegate(gin_config.ParserDelegate):
 
 
 class FlagContext(gin_config.ParseContext):
-    """How names on the command line resolve.
+    """Resolves names on the command line.
 
-    Any unambiguous ending of a name that the files used, an attribute of a module that a file imported, the
-    target and its module, or a full dotted path.
+    A name may be any unambiguous suffix of a name that the files use, an attribute of a module that a file imports,
+    the target function or its module, or a full dotted path.
     """
 
     def __init__(self, target: str | None):
@@ -84,10 +84,10 @@ def _from_path(selector: str) -> Any:
 
 
 def look_up(selector: str) -> gin_config.Configurable:
-    """What `selector` names in the file or flag being read.
+    """The function or class that `selector` refers to in the file or flag being read.
 
     Raises:
-      LookupError: with a message for the user, empty if the cause was reported before.
+      LookupError: it does not resolve. The message is for the user, and empty if the cause was already reported.
     """
     context = gin_config._parse_context()
     if _is_reported(context, selector):
@@ -141,7 +141,8 @@ def _no_attribute(context: gin_config.ParseContext, selector: str) -> str:
 def explain_import(statement: config_parser.ImportStatement, error: ImportError) -> str:
     missing = error.name if isinstance(error, ModuleNotFoundError) else None
     if not missing or not f"{statement.module}.".startswith(f"{missing}."):
-        return f"importing {statement.module} failed: {error}"  # the module exists and lacks something itself
+        # The module exists, but something that it imports itself is missing.
+        return f"importing {statement.module} failed: {error}"
     parent, _, name = missing.rpartition(".")
     if parent and not hasattr(sys.modules.get(parent), "__path__"):
         where, _, what = parent.rpartition(".")
@@ -152,22 +153,23 @@ def explain_import(statement: config_parser.ImportStatement, error: ImportError)
 
 
 def explain_syntax(error: SyntaxError, origin: str, value: str) -> str:
-    """What is wrong with a statement.
+    """Explains what is wrong with a statement.
 
     Args:
-      origin: the file, or the flag, whose shell needs a second pair of quotes.
-      value: what stands after the = in the line of the error.
+      error: from gin's parser.
+      origin: the file or the flag. Text in a flag needs a second pair of quotes for the shell.
+      value: the text after the = in the line of the error.
     """
     token = re.search(r"Failed to parse token '(.*)'", str(error.msg), re.DOTALL)
     if token or str(error.msg).startswith("Unable to parse value"):
         name = token[1] if token else value
         if value and value[0] not in "([{'\"" and not value.startswith(("%", "@")):
-            name = value.partition("  #")[0].strip()  # all of it, and not the first word
+            name = value.partition("  #")[0].strip()  # gin reports only the first word; quote the whole value
         if name.lower() in ("true", "false", "none"):
             return f"{name} is not a value; write {name.capitalize()}"
         text = f"{origin}=\"'{name}'\"" if origin.startswith("--gin.") else f"'{name}'"
         macro = f", %{name} for a macro, @module.{name} to refer" if name.isidentifier() else ""
         return f"{name} is not a value; write {text} for text{macro}"
     if str(error.msg).startswith("Expected newline"):
-        return "one value or import a line was expected and nothing after it; gin has no arithmetic, write the result"
+        return "expected one value or import per line and nothing after it; gin has no arithmetic, write the result"
     return str(error.msg).splitlines()[0]

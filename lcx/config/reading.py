@@ -1,6 +1,6 @@
-"""Reads .gin files and --gin flags into gin, statement by statement.
+"""Reads .gin files and --gin flags into gin's configuration, statement by statement.
 
-Remembers where each binding was written, and collects mistakes instead of stopping at the first.
+It records where each binding was written, and collects all mistakes instead of stopping at the first.
 """
 
 from __future__ import annotations
@@ -24,15 +24,16 @@ Key = tuple[str, str, str]  # scope, full name of the function or class, paramet
 
 
 class Source:
-    """Where the configuration came from.
+    """The configuration that has been read, with the origin of each binding.
 
     Attributes:
       target: "module:function" that will run, or None.
       places: binding -> "file:line" or "--gin.name".
       problems: message -> the places where it applies.
       warnings: lines to print before the run.
-      macros: names that files define.
-      incomplete: whether some statements could not be read, so that "not defined" would mean nothing.
+      macros: names of the macros that files define.
+      incomplete: whether some statements could not be read. Then a name that is "not defined" may be defined in one of
+        them, so such checks are skipped.
     """
 
     def __init__(self, target: str | None):
@@ -50,7 +51,7 @@ class Source:
         self.incomplete |= incomplete
 
     def report(self) -> list[str]:
-        """One line a mistake, with its place in parentheses."""
+        """One line per mistake, with its place in parentheses."""
         lines = []
         for message, places in self.problems.items():
             more = f" and {len(places) - 1} more" if len(places) > 1 else ""
@@ -58,7 +59,7 @@ class Source:
         return lines
 
     def read_file(self, path: str, place: str | None) -> None:
-        """Reads a file; `place` is the include statement that named it."""
+        """Reads a file. `place` is where it was included ("file:line"), or None for a --gin_file."""
         beside = [os.path.join(os.path.dirname(self._open[-1]), path)] if self._open else []
         found = next((name for name in (*beside, path) if os.path.isfile(name)), None)
         if found is None:
@@ -92,7 +93,7 @@ class Source:
             gin_config._PARSE_CONTEXTS.pop()
 
     def _statements(self, text: str, origin: str) -> Iterator[Any]:
-        """The statements of `text`; after a syntax error nothing more of it can be trusted."""
+        """The statements of `text`, up to the first syntax error."""
         line = 1
 
         def place(line: int) -> str:
@@ -108,7 +109,7 @@ class Source:
                     return
                 yield statement
         except tokenize.TokenError:
-            message = "a bracket or a quote is opened and never closed"
+            message = "a bracket or quote is never closed"
             self.problem(message, place(line), incomplete=True)
         except SyntaxError as error:
             number = error.lineno or line
@@ -116,8 +117,8 @@ class Source:
             value_text = value[0].partition("=")[2].strip() if value else ""
             message = names.explain_syntax(error, origin, value_text)
             self.problem(message, place(number), incomplete=True)
-        except (RecursionError, MemoryError):  # both are what Python's own parser raises
-            self.problem("a value is nested too deep to read", place(line), incomplete=True)
+        except (RecursionError, MemoryError):  # Python's own parser raises either
+            self.problem("a value is nested too deeply to read", place(line), incomplete=True)
 
     def _execute(self, statement: Any, context: gin_config.ParseContext, place: str) -> None:
         if isinstance(statement, config_parser.BindingStatement):
@@ -126,7 +127,7 @@ class Source:
             self.read_file(statement.filename, place)
         elif isinstance(statement, config_parser.ImportStatement):
             self._import(statement, context, place)
-        # A block (`Trainer:`) needs nothing here: each of its bindings comes as a statement of its own.
+        # Nothing to do for a block (`Trainer:`): each of its bindings follows as a separate statement.
 
     def _import(self, statement: Any, context: gin_config.ParseContext, place: str) -> None:
         if statement.module.startswith("__gin__."):
@@ -169,7 +170,10 @@ class Source:
                 self.macros.add(scope)
 
     def _warn_rebound(self, key: Key, place: str) -> None:
-        """Overriding an included file is what files are for; a file that contradicts itself is a slip."""
+        """Warns if one file sets a binding twice, or if a later include overrides it; both are probably mistakes.
+
+        The usual case, a file that overrides what it included before, gives no warning.
+        """
         before = self.places.get(key, "")
         file = before.rpartition(":")[0]
         if before == place or not self._open:
@@ -178,12 +182,12 @@ class Source:
             self.warnings.append(f"{spell(key)} is set twice, the later one wins ({before}, {place})")
         elif file in self._open:
             self.warnings.append(
-                f"{spell(key)} ({before}) is overridden by what is included after it ({place})"
+                f"{spell(key)} ({before}) is overridden by a file included after it ({place})"
             )
 
 
 def spell(key: Key) -> str:
-    """A binding's name as a file would write it."""
+    """The name of a binding as it is written in a .gin file."""
     scope, selector, name = key
     if selector == MACRO:
         return f"%{scope}"

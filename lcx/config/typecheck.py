@@ -1,8 +1,8 @@
-"""Does a configured value fit a parameter's annotation?
+"""Checks whether a configured value fits the annotation of its parameter.
 
-Asked of every binding before anything is built. A value converts only where nothing is lost: a list becomes
-the tuple that was asked for (frozen dataclasses must hash), an int becomes a float. What is not understood
-(TypeVars, array types, names that cannot be resolved) fits everything: a check must not guess.
+This is done for every binding before anything is built. A value is converted only if nothing is lost: a list becomes
+a tuple (frozen dataclasses must be hashable), an int becomes a float. An annotation that is not understood (a TypeVar,
+an array type, a name that cannot be resolved) accepts every value, so that no valid configuration is rejected.
 """
 
 from __future__ import annotations
@@ -22,12 +22,17 @@ _MAPPINGS = (dict, collections.abc.Mapping, collections.abc.MutableMapping)
 
 
 class Mismatch(TypeError):
-    """The value does not fit; the message says what was expected and what was found."""
+    """The value does not fit the annotation. The message says what was expected and what was found."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Promise:
-    """Stands for a value that is made later: the function or class `source`, or what calling it gives."""
+    """A value that is created later.
+
+    Attributes:
+      source: a function or class.
+      called: whether the value is the result of calling `source`, or else `source` itself.
+    """
 
     source: Any
     called: bool
@@ -40,7 +45,7 @@ class Promise:
 
 
 def hints_of(source: Any) -> dict[str, Any]:
-    """Parameter name -> annotation of a function or class; names that cannot be resolved are left out."""
+    """{parameter name: annotation} of a function or class, without annotations that cannot be resolved."""
     holder = source
     if inspect.isclass(source) and not dataclasses.is_dataclass(source):
         holder = source.__init__
@@ -66,15 +71,15 @@ def _raw_annotations(holder: Any) -> dict[str, Any]:
 
 
 def fit(value: Any, annotation: Any, promised: Callable[[Any], Promise | None] = lambda value: None) -> Any:
-    """Returns `value`, converted to `annotation` where that loses nothing.
+    """Returns `value`, converted to the type of `annotation` if that loses nothing.
 
     Args:
-      value: what was configured; containers may hold values that are made later.
+      value: the configured value; containers may hold values that are created later.
       annotation: a resolved annotation.
-      promised: recognises a value that is made later.
+      promised: returns a Promise for a value that is created later, else None.
 
     Raises:
-      Mismatch: expected one thing, found another.
+      Mismatch: the value does not fit.
     """
     annotation = _plain(annotation)
     if _is_unknown(annotation):
@@ -91,7 +96,7 @@ def fit(value: Any, annotation: Any, promised: Callable[[Any], Promise | None] =
             return value
     elif origin is tuple and isinstance(value, (tuple, list)):
         return tuple(_fit_items(value, arguments, annotation, promised))
-    elif origin in _SEQUENCES:  # but not text, although Python calls it a sequence
+    elif origin in _SEQUENCES:  # a str does not count as one
         if isinstance(value, (tuple, list)):
             items = [fit(item, arguments[0], promised) for item in value] if arguments else list(value)
             return items if origin is list else tuple(items)
@@ -101,10 +106,10 @@ def fit(value: Any, annotation: Any, promised: Callable[[Any], Promise | None] =
     elif origin is float and type(value) is int:
         return float(value)
     elif origin in (bool, int, float, str):
-        if type(value) is origin:  # not isinstance: True is an int only for Python
+        if type(value) is origin:  # not isinstance, because bool is a subclass of int
             return value
     elif origin is collections.abc.Callable or origin is type or getattr(origin, "_is_protocol", False):
-        pass  # a literal is none of these
+        pass  # a literal value is never a function, class or protocol
     elif isinstance(origin, type):
         if isinstance(value, origin) or (issubclass(origin, os.PathLike) and isinstance(value, str)):
             return value
@@ -114,7 +119,7 @@ def fit(value: Any, annotation: Any, promised: Callable[[Any], Promise | None] =
 
 
 def _fit_union(value: Any, annotation: Any, promised: Callable[[Any], Promise | None]) -> Any:
-    """An arm that takes the value as it is goes first: 3 stays an int in `float | int`."""
+    """Prefers a member of the union that accepts the value unchanged: 3 stays an int for `float | int`."""
     fitted = []
     for arm in typing.get_args(annotation):
         try:
@@ -183,7 +188,7 @@ def _assignable(produced: Any, wanted: Any) -> bool:
 
 
 def _plain(annotation: Any) -> Any:
-    """Takes off what only names a type: aliases, NewType, Annotated, InitVar, Final, Required."""
+    """The underlying type of an alias, NewType, Annotated, InitVar, Final or ClassVar."""
     while True:
         if annotation is None:
             return types.NoneType
@@ -210,7 +215,7 @@ def _is_unknown(annotation: Any) -> bool:
 
 
 def describe(annotation: Any) -> str:
-    """An annotation as one would write it, without module names."""
+    """An annotation as it is written in source code, without module names."""
     annotation = _plain(annotation)
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if annotation is types.NoneType:

@@ -1,17 +1,17 @@
-"""Evaluations: one file a task, one frozen dataclass a file.
+"""Evaluations: one file per task, each with one frozen dataclass.
 
-    loss_by_position  mean loss at each distance from the beginning of the context: where is the wall?
-    perplexity        sliding window (Press et al.) or non-overlapping, token-weighted
-    passkey           is a number found again k tokens later, and up to which k?
+    loss_by_position     mean loss at each position in the context: up to which length does the model work?
+    perplexity           of whole documents, with a sliding (Press et al.) or non-overlapping window
+    passkey              retrieval of a number that was given k tokens earlier, and the largest k that works
     sequence_likelihood  log p of every record of a FASTA file
-    variant_effects   log p of a sequence with a variant against that without
+    variant_effects      log p of a sequence with a variant minus that of the reference
 
-Your own is a frozen dataclass in any package that fulfils `Evaluation`; name it in a .gin file:
+Your own evaluation is a frozen dataclass in any package that implements `Evaluation`; name it in a .gin file:
 
     evaluator.evaluate.evals = (@loss_by_position.LossByPosition(), @my_package.MyTask())
 
-An evaluation that reads text has a field `dataset`. Where that is None, the evaluator sets it to what the checkpoint
-was trained on.
+An evaluation that reads text has a field `dataset`. If that is None, the evaluator sets it to the data that the
+checkpoint was trained on.
 """
 
 from collections.abc import Mapping
@@ -24,20 +24,25 @@ Result = dict[str, Any]
 
 
 class Evaluation(Protocol):
-    """The whole contract: a frozen dataclass (its fields are the settings) with a name, a call and a plot."""
+    """The interface of an evaluation: a frozen dataclass whose fields are its settings, with these three members."""
 
     @property
     def name(self) -> str:
-        """Key in results.json and name of the plot's file; two of one kind in a run need different ones."""
+        """Key in results.json and file name of the plot. Must be unique among the evaluations of a run."""
 
     def __call__(self, model: Decoder, params: Any, tokenizer: Tokenizer | None) -> Result:
-        """Measures. `params` may lie on a mesh; `tokenizer` is the checkpoint's, None where it has none.
+        """Runs the evaluation.
 
-        The result is ready for JSON and holds, besides the numbers of the task,
-          "definition": what the numbers are, in words that let someone else compute them again,
-          "summary": one line for the terminal,
-          "table": {column: number or text}, this model's row in the report,
-          "model": `model_facts.facts(model)`, by which plots tell models apart.
+        Args:
+          model, params: from the checkpoint; params may be sharded over a mesh.
+          tokenizer: the checkpoint's tokenizer, or None if it has none.
+
+        Returns:
+          A dict that can be written as JSON. In addition to the numbers of the task it contains
+            "definition": what the numbers mean, precisely enough to compute them again,
+            "summary": one line for the terminal,
+            "table": {column: number or text}, this model's row in the report,
+            "model": `model_facts.facts(model)`, by which plots distinguish models.
         """
 
     def plot(self, axes: Any, results: Mapping[str, Result]) -> None:

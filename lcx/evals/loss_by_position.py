@@ -1,7 +1,7 @@
-"""Loss by position: how well is the next token predicted with 100, 1000, 10000 tokens before it?
+"""Loss by position: how well the model predicts the next token given 100, 1000 or 10000 tokens before it.
 
-The curve of a model that uses its context falls. Beyond the context length that it was trained on, a model without
-scaling climbs a wall; one that was extended goes on falling.
+If a model uses its context, its loss decreases with the position. Beyond the context length of its training, the loss
+of a model without RoPE scaling rises steeply, while that of a successfully extended model keeps decreasing.
 """
 
 import dataclasses
@@ -20,26 +20,27 @@ from lcx.evals.support.model_facts import facts
 from lcx.model import Decoder
 
 _CURVE_START, _CURVE_PER_OCTAVE = 8, 4
-_PLOTTED_FROM = 32  # with less context than that, every model is bad, and the wall would look small
+_PLOTTED_FROM = 32  # the high loss at the first positions would compress the interesting part of the plot
 
 
 @dataclasses.dataclass(frozen=True)
 class LossByPosition:
-    """Mean negative log-likelihood in doubling buckets of position: 0-128, 128-256, 256-512, ...
+    """Mean negative log-likelihood in nats, by buckets of position that double in size: 0-128, 128-256, 256-512, ...
 
-    Position p is that of the input, so the label at p is predicted from p + 1 tokens.
+    Position p is that of the input token, so the label at p is predicted from p + 1 tokens.
 
     Attributes:
-      dataset: the text; None for what the checkpoint was trained on.
+      dataset: the text; None: the data that the checkpoint was trained on.
       split: "eval" or "train".
-      lengths: the evaluated lengths in tokens; None for the model's context length.
-      max_tokens: how much text is read for each length, from the beginning of the split.
-      first_bucket: the end of the first bucket.
-      document_mask: True: attention stays inside a document, and positions restart with it. False: documents follow
-        one another and attention sees the whole row, so every row fills the evaluated length.
-      score_document_starts: whether the first token of a document (its BOS) counts as a label. Training with a
-        document mask never teaches it.
-      tokens_per_batch: tokens in one forward pass.
+      lengths: the row lengths to evaluate, in tokens; None: the model's context length.
+      max_tokens: tokens of text to read for each length, from the beginning of the split.
+      first_bucket: end of the first bucket, in tokens.
+      document_mask: True: attention is limited to one document, and positions restart at each document. False:
+        documents are concatenated and attention covers the whole row, so every row has the full length as context.
+      score_document_starts: whether the first token of a document (its BOS) counts as a label. A model trained with a
+        document mask has never learned to predict it.
+      tokens_per_batch: tokens per forward pass.
+      name: key in results.json.
     """
 
     dataset: Dataset | Mixture | None = None
@@ -123,11 +124,11 @@ class LossByPosition:
         }
 
     def _rows(self, text: documents.Documents, T: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        """The documents end to end, cut every T tokens: a batch of all rows, and the weights of its labels."""
+        """(a batch of all rows, the weights of its labels): the concatenated documents, cut every T tokens."""
         lengths = np.array([len(document) for document in text.tokens])
         starts = np.cumsum(lengths) - lengths
         plan = plan_concat(starts, lengths, seq_len=T, joined=not self.document_mask)
-        # The one token that was read for its label must not become a row of its own.
+        # The extra token that was read as the last label must not become a row of its own.
         rows = np.arange(max(1, plan.num_rows - (int(lengths.sum()) % T == 1)))
         batch = assemble(
             plan,
@@ -184,7 +185,7 @@ class LossByPosition:
 
 
 def doubling(T: int, first: int, per_octave: int = 1) -> list[tuple[int, int]]:
-    """[0, first), then `per_octave` intervals for each doubling, up to T."""
+    """(start, end) of intervals that cover [0, T): [0, first), then `per_octave` intervals per doubling."""
     edges, k = [0, min(first, T)], 0
     while edges[-1] < T:
         k += 1
@@ -202,7 +203,7 @@ def _summary(entry: Mapping[str, Any], unit: str) -> str:
 
 
 def _headline(results: Mapping[str, Result]) -> str:
-    """What the plot shows, in a line: the models that do worst and best at the end of the longest context."""
+    """The title of the plot: the worst and the best model at the end of the longest context, with their losses."""
     last = {}
     for label, result in results.items():
         filled = [

@@ -1,8 +1,9 @@
-"""Passkey retrieval: a number hidden in filler text, asked for k tokens later (Mohtashami & Jaggi 2023).
+"""Passkey retrieval: the model is asked for a number that was hidden in filler text k tokens earlier.
 
-The protocol is that of position interpolation (Chen et al. 2023, arXiv 2306.15595, section 3.3.2): evenly spaced
-distances k, some trials each, and k_max, the largest k up to which the success rate stays above a threshold. Only the
-continuation is scored, by the first integer in it: a model that says nothing scores 0.
+The task is that of Mohtashami & Jaggi 2023 (arXiv 2305.16300), with the protocol of position interpolation (Chen et
+al. 2023, arXiv 2306.15595, section 3.3.2): evenly spaced distances k, some trials at each, and k_max, the largest k up
+to which the success rate stays above a threshold. Only the continuation is scored. It is correct if its first integer
+is the key, so a continuation without an integer is wrong.
 """
 
 import dataclasses
@@ -30,12 +31,18 @@ FILLER = (
     "The grass is green.", "The sky is blue.", "The sun is yellow.", "Here we go.", "There and back again."
 )  # fmt: skip
 QUESTION = "\nWhat is the pass key? The pass key is"
-_SHAPES = 8  # groups of similar length, so that few shapes compile
+_SHAPES = 8  # groups of prompts of similar length; each different length in a batch compiles another program
 
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """One trial: the tokens given, the number expected, and k, the tokens between the number and the end."""
+    """One trial.
+
+    Attributes:
+      tokens: the prompt.
+      key: the number expected in the continuation.
+      distance: k, the tokens from the end of the last mention of the key to the end of the prompt.
+    """
 
     tokens: list[int]
     key: int
@@ -46,21 +53,22 @@ class Prompt:
 class Passkey:
     """Success rate by distance, and k_max.
 
-    A prompt holds the task, the key, as many filler sentences as bring the key to the wanted distance from the end,
-    and the question. With its answer it fits the context: the longest distance is what that leaves.
+    A prompt consists of the task, the key, as many filler sentences as bring the key to the wanted distance from the
+    end, and the question. The longest distance is chosen such that the prompt and its answer just fit the context.
 
     Attributes:
-      context_length: the longest prompt in tokens; None for the model's.
-      num_distances: distances k, evenly spaced up to the longest.
-      trials: prompts at each distance, each with a key of its own.
-      digits: of the key; it does not begin with 0.
-      threshold: the success rate that counts, for k_max.
-      full_length: True puts filler before the key too, so that every prompt fills the context. False makes a prompt
-        as long as its distance needs, so that a model with a short context still answers the short ones.
-      max_new_tokens: of the greedy continuation.
-      batch_size: prompts in one generation.
-      seed: of the keys.
-      add_bos: True begins each prompt with BOS, False with the text; None leaves it to the tokenizer.
+      context_length: tokens of the longest prompt with its answer; None: the model's context length.
+      num_distances: number of distances k, evenly spaced up to the longest.
+      trials: prompts per distance, each with its own key.
+      digits: of the key, which does not start with 0.
+      threshold: the success rate required for k_max.
+      full_length: True also puts filler before the key, so that every prompt fills the context. False makes a prompt
+        only as long as its distance requires, so that a model with a short context can answer the short ones.
+      max_new_tokens: length of the greedy continuation.
+      batch_size: prompts generated at once.
+      seed: for the random keys.
+      add_bos: whether each prompt starts with BOS; None: as the tokenizer does.
+      name: key in results.json.
     """
 
     context_length: int | None = None
@@ -85,7 +93,7 @@ class Passkey:
     def __call__(self, model: Decoder, params: Any, tokenizer: Tokenizer | None) -> Result:
         if tokenizer is None:
             raise UserError(
-                "Passkey needs a tokenizer and the checkpoint has none: put its tokenizer.json beside it"
+                "Passkey needs a tokenizer and the checkpoint has none: put its tokenizer.json into the same folder"
             )
         check_vocabulary(tokenizer, model.vocab_size)
         context = self.context_length or model.max_position_embeddings
@@ -130,10 +138,10 @@ class Passkey:
         }
 
     def prompts(self, tokenizer: Tokenizer, context: int) -> list[list[Prompt]]:
-        """[distance][trial] prompts for a context of so many tokens.
+        """Prompts for a context of `context` tokens, indexed [distance][trial].
 
         Raises:
-          UserError: a context that does not hold the shortest prompt and its answer.
+          UserError: the shortest prompt and its answer do not fit the context.
         """
         room = context - self.max_new_tokens
         build = functools.partial(_build, tokenizer, add_bos=self.add_bos)
@@ -156,7 +164,7 @@ class Passkey:
         return rows
 
     def _fitted(self, build: Any, key: int, after: int, room: int, per_sentence: float) -> Prompt:
-        """The prompt, with sentences taken away until it fits and, at full length, added before the key."""
+        """The prompt, with filler removed until it fits `room` tokens; full_length adds filler before the key."""
         prompt = build(key, after=after)
         while len(prompt.tokens) > room and after > 0:
             after = max(0, after - max(1, int((len(prompt.tokens) - room) / per_sentence)))
@@ -180,7 +188,7 @@ class Passkey:
         bar = tqdm(total=len(prompts), desc=self.name, unit="prompt", disable=None, delay=1)
         with scoring.on_mesh(params), bar:
             for batch in batches([len(prompt.tokens) for prompt in prompts], self.batch_size):
-                # Every batch has the same number of rows: its last prompt is repeated.
+                # A smaller last batch is filled with copies of its last prompt: another shape would compile again.
                 filled = [*batch, *[batch[-1]] * (self.batch_size - len(batch))]
                 rows = [prompts[i].tokens for i in filled]
                 new = sampler.generate(
@@ -212,7 +220,7 @@ class Passkey:
 
 
 def _curves(axes: Any, results: Mapping[str, Result]) -> None:
-    """Success rates with their intervals: for one model or two, whose bands can still be told apart."""
+    """Success rates with confidence bands, for one or two models; more bands would overlap too much."""
     styles = figures.styles(results)
     for label, result in results.items():
         rows = result["distances"]
@@ -228,7 +236,7 @@ def _curves(axes: Any, results: Mapping[str, Result]) -> None:
 
 
 def _strips(axes: Any, results: Mapping[str, Result]) -> None:
-    """A row for each model, a cell for each distance, as full as its success rate."""
+    """One row per model and one cell per distance, with an opacity proportional to the success rate."""
     styles = figures.styles(results)
     for row, (label, result) in enumerate(results.items()):
         k = [0, *(entry["k"] for entry in result["distances"])]
@@ -255,13 +263,13 @@ def _with_k_max(label: str, result: Result) -> str:
 
 
 def is_correct(continuation: str, key: int) -> bool:
-    """Whether the first integer in the continuation is the key, exactly."""
+    """Whether the first integer in the continuation equals the key."""
     found = re.search(r"[0-9]+", continuation)
     return found is not None and int(found[0]) == key
 
 
 def k_max(distances: Sequence[Mapping[str, Any]], threshold: float) -> int:
-    """The largest k such that every distance up to it has at least this success rate; 0 where the first has not."""
+    """The largest k such that every distance up to it has at least this success rate; 0 if the first one does not."""
     best = 0
     for k in sorted({d["k"] for d in distances}):
         same = [d for d in distances if d["k"] == k]
@@ -272,10 +280,11 @@ def k_max(distances: Sequence[Mapping[str, Any]], threshold: float) -> int:
 
 
 def batches(lengths: Sequence[int], size: int) -> list[list[int]]:
-    """Indices in batches of at most `size` that together take few different longest lengths.
+    """Groups the indices of prompts into batches of at most `size`, whose longest lengths take few different values.
 
-    The prompts are divided by length into at most _SHAPES groups. Within a group each batch takes every n-th, from
-    the longest down, so that all its batches are about as long as the group's longest.
+    Fewer different lengths mean fewer compilations. The prompts are sorted by length and divided into at most _SHAPES
+    groups. If a group has n batches, each takes every n-th prompt, so the longest prompts of all batches in a group
+    have about the same length.
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     per_group = max(size, -(-len(order) // _SHAPES))
@@ -290,9 +299,9 @@ def batches(lengths: Sequence[int], size: int) -> list[list[int]]:
 def _build(
     tokenizer: Tokenizer, key: int, *, after: int, before: int = 0, add_bos: bool | None = None
 ) -> Prompt:
-    """The prompt with so many filler sentences after and before the key; linear in its length.
+    """The prompt with `after` filler sentences after the key and `before` sentences before it.
 
-    The whole prompt is encoded at once: the tokens of its parts need not be the tokens of the whole.
+    The whole prompt is encoded at once, because encoding its parts separately may give other tokens.
     """
     lead = f"{TASK}{_filler(before)}{chr(10) if before else ''}The pass key is {key}. Remember it. {key}"
     rest = f" is the pass key.{chr(10) if after else ''}{_filler(after)}{QUESTION}"
@@ -306,6 +315,6 @@ def _filler(sentences: int) -> str:
 
 
 def _tokens_per_sentence(tokenizer: Tokenizer) -> float:
-    """Mean over whole rounds of the filler, without what its beginning and end cost."""
+    """Mean tokens per filler sentence. The difference of two lengths cancels the tokens at the start and end."""
     rounds = 8 * len(FILLER)
     return (len(tokenizer.encode(_filler(2 * rounds))) - len(tokenizer.encode(_filler(rounds)))) / rounds

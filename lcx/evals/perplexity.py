@@ -1,4 +1,4 @@
-"""Perplexity of whole documents, by a sliding window that gives every token a long context."""
+"""Perplexity of whole documents, with a sliding window that gives every token a long context."""
 
 import dataclasses
 import math
@@ -22,24 +22,26 @@ _WIDTH_STEP = 128  # windows longer than every document are cut to a multiple of
 
 @dataclasses.dataclass(frozen=True)
 class Perplexity:
-    """exp of the mean negative log-likelihood, every token of a document scored once.
+    """exp of the mean negative log-likelihood, with every token of a document scored once.
 
-    Sliding window, as in Press et al. 2021 (arXiv 2108.12409, appendix B): windows of W tokens, each S tokens after the
-    one before, until one reaches the end of the document. The first scores all its targets, the others only those
-    not scored before, which so have W - S to W - 1 tokens of context. The mean is over tokens, not over windows or
-    documents. A document's first token is scored only if BOS comes before it, and W counts that BOS.
+    The sliding window is that of Press et al. 2021 (arXiv 2108.12409, appendix B). Windows of W tokens start every S
+    tokens until one reaches the end of the document. The first window scores all its targets. Each later one scores
+    only the targets that were not scored before, so these have W - S to W - 1 tokens of context. The mean is over
+    tokens, not over windows or documents. The first token of a document is scored only if BOS precedes it; that BOS is
+    part of the W tokens.
 
-    Cost: about W / S passes over the text.
+    The cost is about W / S forward passes over the text.
 
     Attributes:
-      dataset: the text; None for what the checkpoint was trained on.
+      dataset: the text; None: the data that the checkpoint was trained on.
       split: "eval" or "train".
-      windows: W, one or several; None for the model's context length. The same targets are scored at each.
-      stride: S; None for windows that do not overlap but for the token that the first target is predicted from (as
-        lm-evaluation-harness counts, whose window is the W - 1 inputs).
-      max_tokens: how much text is read, from the beginning of the split.
-      max_document_length: documents are cut to so many tokens.
-      tokens_per_batch: tokens in one forward pass.
+      windows: one or several W in tokens; None: the model's context length. The same targets are scored for each.
+      stride: S in tokens. None: windows share only the one token from which the next window's first target is
+        predicted. This is the convention of lm-evaluation-harness, which counts the W - 1 inputs as the window.
+      max_tokens: tokens of text to read, from the beginning of the split.
+      max_document_length: longer documents are truncated to this many tokens.
+      tokens_per_batch: tokens per forward pass.
+      name: key in results.json.
     """
 
     dataset: Dataset | Mixture | None = None
@@ -179,7 +181,13 @@ class Perplexity:
 def _cut(
     texts: list[np.ndarray], masks: list[np.ndarray], rows: Int[np.ndarray, "R 4"], width: int
 ) -> tuple[Int[np.ndarray, "R W"], Int[np.ndarray, "R W"], np.ndarray]:
-    """Tokens, labels and weights of the windows, padded on the right to one width."""
+    """(tokens, labels, weights) of all windows, padded on the right to `width`.
+
+    Args:
+      texts, masks: tokens of each document, and which of them are scored.
+      rows: (document, begin, end, first scored token) of each window.
+      width: W, the length of a row.
+    """
     tokens, labels = (np.zeros((len(rows), width), np.int32) for _ in range(2))
     weights = np.zeros((len(rows), width), bool)
     for i, (document, begin, end, first) in enumerate(rows.tolist()):

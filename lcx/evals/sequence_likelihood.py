@@ -18,19 +18,21 @@ from lcx.model import Decoder
 
 @dataclasses.dataclass(frozen=True)
 class SequenceLikelihood:
-    """log p of each sequence under the model, in nats: its sum, and its mean over the letters that are scored.
+    """log p of each sequence under the model in nats: the sum and the mean over the scored letters.
 
-    Without BOS the first letter has nothing before it and is not scored. A record without letters, or with one, has
-    no likelihood: it is listed with null. Ambiguous letters (N, R, ...) are tokens like any other; how many there are
-    is listed, and so are lower-case ones (soft-masked repeats), which are scored in upper case unless
-    `upper_case=False`.
+    Without BOS the first letter has no context and is not scored. A record in which no letter is scored is listed with
+    null. Ambiguous letters (N, R, ...) are scored like any other; the result lists how many there are. It also lists
+    the number of lower-case letters (soft-masked repeats).
 
     Attributes:
-      sequences: a FASTA file, a glob or a folder; .gz too.
-      window: tokens in one forward pass; None for the model's context length. Longer sequences are scored by
-        overlapping windows, every letter once.
-      stride: tokens between windows; None for half a window.
-      both_strands: the mean of the sequence and of its reverse complement.
+      sequences: a FASTA file, a glob or a folder; files may be compressed (.gz).
+      window: tokens per forward pass; None: the model's context length. Longer sequences are scored with overlapping
+        windows, every letter once.
+      stride: tokens between the starts of windows; None: half a window.
+      upper_case: whether sequences are converted to upper case before they are scored.
+      both_strands: score the mean of the sequence and its reverse complement.
+      tokens_per_batch: tokens per forward pass over a batch of windows.
+      name: key in results.json.
     """
 
     sequences: str

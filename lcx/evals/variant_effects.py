@@ -1,4 +1,4 @@
-"""What a variant of a sequence costs: its likelihood in its surroundings against that of the reference."""
+"""Effects of sequence variants: the log-likelihood of the sequence with a variant minus that of the reference."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -19,22 +19,26 @@ from lcx.model import Decoder
 
 @dataclasses.dataclass(frozen=True)
 class VariantEffects:
-    """score = log p(window with alt) - log p(window with ref), in nats: below 0 where the model finds alt less likely.
+    """score = log p(window with alt) - log p(window with ref) in nats; negative if the model finds alt less likely.
 
-    `window` letters with the variant in the middle (Evo 2's zero-shot score of BRCA1 variants, Brixi et al. 2025). Both
-    windows have equally many letters, in a short sequence as many as the shorter of the two has, so a model to which
-    all letters are alike scores 0; at the ends of a sequence they shift to stay inside (`variants.windows_around`).
-    Where the variants carry labels, the area under the ROC curve of -score is reported (label 1 = damaging).
+    A window has `window` letters with the variant in the middle, as in Evo 2's zero-shot score of BRCA1 variants (Brixi
+    et al. 2025). Both windows have the same number of letters (in a short sequence that of the shorter one), so a model
+    that finds all letters equally likely scores 0. Near the ends of a sequence the windows shift to stay inside it
+    (`variants.windows_around`). If the variants have labels, the area under the ROC curve of -score is reported, where
+    label 1 means damaging.
 
-    Variants without a plain sequence (`<DEL>`, `*`, breakends), or that do not fit the reference, are not scored and
-    listed with the reason.
+    Variants without an explicit sequence (`<DEL>`, `*`, breakends) and variants that do not match the reference are not
+    scored; they are listed with the reason.
 
     Attributes:
-      sequences: the reference, FASTA.
-      variants: a VCF (.vcf, .vcf.gz), or a table with tabs or commas and the columns chrom, pos, ref, alt and
-        optionally label. A `chrom` is the first word of a FASTA header.
-      window: letters around a variant; None for the model's context length.
-      both_strands: the mean of both strands' scores.
+      sequences: FASTA file with the reference.
+      variants: a VCF file (.vcf, .vcf.gz), or a table separated by tabs or commas with the columns chrom, pos, ref, alt
+        and optionally label. `chrom` is the first word of a FASTA header.
+      window: letters around a variant; None: the model's context length.
+      upper_case: whether sequences are converted to upper case before they are scored.
+      both_strands: score the mean of both strands.
+      tokens_per_batch: tokens per forward pass.
+      name: key in results.json.
     """
 
     sequences: str
@@ -44,7 +48,7 @@ class VariantEffects:
     both_strands: bool = False
     tokens_per_batch: int = scoring.TOKENS_PER_BATCH
     name: str = "variant_effects"
-    stride = None  # one window holds all
+    stride = None  # needed by windows_of; a sequence here is exactly one window long, so windows do not overlap
 
     def __post_init__(self):
         check_windows(self)
@@ -96,7 +100,7 @@ class VariantEffects:
         }
 
     def _pairs(self, letters: int) -> tuple[list[Variant], list[dict[str, str]], list[tuple[str, str]]]:
-        """(variants to score, those that are not with the reason, the windows with ref and with alt of the former)."""
+        """(variants to score, variants not scored with the reason, (ref window, alt window) of those to score)."""
         contigs = dna.read_contigs(self.sequences, owner="VariantEffects.sequences")
         scored, left_out, pairs = [], [], []
         for variant in read_variants(self.variants):

@@ -1,12 +1,14 @@
-"""What the jobs (`trainer`, `blockwise`, `ladder`) use.
+"""Components shared by the training jobs (`trainer`, `blockwise`, `ladder`).
 
-run             what a run holds, and how it is laid out before there are arrays
+run             the contents of a run, with shapes and shardings known before any array is allocated
 step            one compiled training step
 meter           loss, tokens per second and model FLOP utilisation of finished steps
-peak_flops      what the hardware could do
+peak_flops      peak FLOP/s of the hardware
 logger          metrics.jsonl, wandb, progress on the terminal
-signals         SIGTERM and Ctrl-C as a flag that the loop reads
-distributed     starting several processes
-resume_check    whether a workdir's checkpoints belong to these settings
-residual_store  the residual stream at one depth, on disk
+signals         turns SIGTERM and Ctrl-C into a flag that the training loop checks
+distributed     joins the processes of a multi-process run
+memory          checks that the training state fits into device memory
+statements      the messages at the start and end of a run
+resume_check    checks that a workdir's checkpoints belong to the current settings
+residual_store  the residual stream at one depth of a model, stored on disk
 """

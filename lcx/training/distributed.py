@@ -1,4 +1,4 @@
-"""One program over several processes: a TPU pod, the nodes of a cluster, or a few on one machine."""
+"""Runs one program over several processes: a TPU pod, the nodes of a cluster, or a few processes on one machine."""
 
 import jax
 
@@ -6,15 +6,17 @@ from lcx.errors import UserError, first_line
 
 
 def join(coordinator_address: str | None, num_processes: int | None, process_id: int | None) -> None:
-    """Joins the other processes; before anything else touches the devices.
+    """Joins the other processes. Call it before anything else uses the devices.
 
-    On TPU pods and under SLURM all three are found in the environment.
+    On TPU pods and under SLURM all three arguments can be None: JAX finds them in the environment.
 
     Args:
-      coordinator_address: "host:port" of process 0, the same for all.
+      coordinator_address: "host:port" of process 0, the same for all processes.
+      num_processes: how many processes there are in total.
+      process_id: the index of this process, from 0.
 
     Raises:
-      UserError: the others cannot be found or do not come.
+      UserError: the coordinator cannot be reached, or the other processes do not join in time.
     """
     try:
         jax.distributed.initialize(coordinator_address, num_processes, process_id)

@@ -1,8 +1,8 @@
-"""Where the numbers of a run go: metrics.jsonl always, wandb if wanted, a progress bar or plain lines.
+"""Logs the metrics of a run to metrics.jsonl, optionally to wandb, and as a progress bar or plain lines.
 
-metrics.jsonl is the record: one JSON object a line, `{"step": 120, "loss": 1.43, "tokens_per_second": 2e4}`,
-written as it happens. The rest is a convenience, and nothing here can stop a run: a wandb that fails or a
-disk that is full costs one warning.
+metrics.jsonl is the authoritative record: one JSON object per line, such as
+`{"step": 120, "loss": 1.43, "tokens_per_second": 2e4}`, written immediately. Nothing here can stop a run: a failure
+of wandb or a full disk causes one warning.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from typing import Any
 from lcx.errors import UserError, first_line
 
 MODES = ("auto", "offline", "online", "off")
-_WANDB_SECONDS = 20  # wandb alone waits 100 s for a server that is not there
+_WANDB_SECONDS = 20  # by default wandb waits 100 s for an unreachable server
 
 
 class MetricsLogger:
-    """Writes on process 0, does nothing on the others.
+    """Writes on process 0 and does nothing on the others.
 
     Args:
-      workdir: gets metrics.jsonl, and a wandb/ folder.
-      total_steps: for the progress bar and the time left.
-      mode: wandb's: "online", "offline" (`wandb sync` sends it later), "off", or "auto": what WANDB_MODE
-        says, else online if WANDB_API_KEY is set, else offline.
-      project: wandb's project.
-      config_text: kept with the wandb run.
-      resume_step: the step that the run goes on from. Lines of later steps, and a line cut short by a kill,
-        are dropped: those steps are done again.
-      print_every: steps between plain lines when stderr is no terminal; 0 shows neither lines nor a bar.
-      process_index: this process; jax.process_index() by default.
+      workdir: folder for metrics.jsonl and wandb/.
+      total_steps: steps of the whole run, for the progress bar and the estimate of the time left.
+      mode: wandb mode: "online", "offline" (upload later with `wandb sync`), "off", or "auto": the value of
+        WANDB_MODE if set, else online if WANDB_API_KEY is set, else offline.
+      project: wandb project.
+      config_text: stored with the wandb run.
+      resume_step: the step that the run resumes from. Lines of later steps are dropped from metrics.jsonl because
+        those steps will be repeated; so is a line that a kill cut short.
+      print_every: steps between plain lines when stderr is not a terminal; 0 shows neither lines nor a bar.
+      process_index: index of this process; None: jax.process_index().
 
     Raises:
       UserError: an unknown mode.
@@ -71,23 +71,23 @@ class MetricsLogger:
         self._wandb = _Wandb(folder, mode, project, config_text, self._progress.message)
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Writes one line; values are numbers or scalar arrays, waited for if still being computed."""
+        """Writes one line. Values are numbers or scalar arrays; blocks until arrays are computed."""
         if not self._writes:
             return
         numbers = {name: _number(value) for name, value in metrics.items()}
         problem = self._lines.write({"step": int(step)} | numbers)
         if problem:
-            self.message(f"warning: {problem}; the run goes on without this line")
+            self.message(f"warning: {problem}; training continues without this line")
         self._progress.show(int(step), numbers)
         self._wandb.log(int(step), numbers)
 
     def message(self, text: str) -> None:
-        """A line on stderr that leaves the progress bar whole."""
+        """Prints a line on stderr without breaking the progress bar."""
         if self._writes:
             self._progress.message(text)
 
     def close(self, exit_code: int = 0) -> None:
-        """Makes everything durable; 0 is a run that ended well. Closing again does nothing."""
+        """Flushes everything to disk and ends the wandb run with `exit_code` (0: success). May be called twice."""
         if not self._writes:
             return
         self._writes = False
@@ -109,7 +109,7 @@ def _number(value: Any) -> float | int | bool:
 
 
 class _JsonLines:
-    """metrics.jsonl. Each line is one write, so that a kill cuts at most the last one."""
+    """metrics.jsonl. Each line is a single write, so a kill can truncate only the last line."""
 
     def __init__(self, path: str, resume_step: int):
         self._torn = False
@@ -118,9 +118,9 @@ class _JsonLines:
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115, closed in close()
 
     def write(self, record: Mapping[str, Any]) -> str | None:
-        """Returns the first problem of a series, in words."""
+        """Writes one record. Returns what went wrong, but only for the first of several failures in a row."""
         line = (json.dumps({name: _strict(value) for name, value in record.items()}) + "\n").encode()
-        line = b"\n" * self._torn + line  # after a write that was cut short, a line of its own again
+        line = b"\n" * self._torn + line  # terminates the previous line if it was only partially written
         try:
             written = self._file.write(line)
             problem = None if written == len(line) else "the disk is full"
@@ -138,14 +138,14 @@ class _JsonLines:
 
 
 def _strict(value: float) -> float | str:
-    """JSON has no NaN or infinity; these strings are what float() reads back."""
+    """NaN and infinities as strings that float() parses, because JSON has no such numbers."""
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     return value
 
 
 def _drop_after(path: str, step: int) -> None:
-    """Drops lines of later steps and lines that are not JSON; the file is replaced whole or not at all."""
+    """Drops lines of later steps and lines that are not JSON. The file is replaced atomically."""
     try:
         with open(path, "rb") as file:
             lines = file.readlines()
@@ -178,12 +178,12 @@ def _has_room_for_a_bar() -> bool:
     if not sys.stderr.isatty() or os.environ.get("TERM") == "dumb":
         return False
     with contextlib.suppress(OSError, ValueError):
-        return os.get_terminal_size(sys.stderr.fileno()).columns >= 40  # 0 where a terminal is only pretended
+        return os.get_terminal_size(sys.stderr.fileno()).columns >= 40  # some pseudo-terminals report 0 columns
     return False
 
 
 class _Lines:
-    """`step 120/800 loss 1.432 tok/s 21034 mfu 0.31 eta 1m20s`, every so many steps."""
+    """Prints `step 120/800 loss 1.432 tok/s 21034 mfu 0.31 eta 1m20s` every `every` steps."""
 
     def __init__(self, total_steps: int, every: int):
         self._total = total_steps
@@ -191,7 +191,7 @@ class _Lines:
         self._shown: int | None = None
         self._times: collections.deque[tuple[int, float]] = collections.deque(
             maxlen=50
-        )  # recent speed, not the mean
+        )  # the estimate uses the recent speed, not the mean over the run
 
     def show(self, step: int, metrics: Mapping[str, float]) -> None:
         self._times.append((step, time.monotonic()))
@@ -244,7 +244,7 @@ _SHORT = {"tokens_per_second": ("tok/s", "{:.0f}"), "mfu": ("mfu", "{:.2f}"), "l
 
 
 def _summary(metrics: Mapping[str, float]) -> str:
-    """Loss, speed and utilisation; of a line that has none of them (an evaluation), all there is."""
+    """Loss, speed and utilisation as text. A line with none of them (an evaluation) is shown with all its values."""
     known = [name for name in ("loss", "tokens_per_second", "mfu") if name in metrics]
     parts = []
     for name in known or metrics:
@@ -262,7 +262,7 @@ def _duration(seconds: float) -> str:
 
 
 class _Wandb:
-    """wandb behind a wall: imported only if wanted, and after any failure one warning and then silence."""
+    """Isolates wandb: it is imported only if enabled, and any failure causes one warning and disables it."""
 
     def __init__(self, folder: str, mode: str, project: str, config_text: str, warn: Any):
         self._warn = warn
@@ -276,7 +276,7 @@ class _Wandb:
         if mode == "online":
             self._start("online", project, config_text, "logging offline instead")
         if self._run is None:
-            self._start("offline", project, config_text, "going on without wandb")
+            self._start("offline", project, config_text, "continuing without wandb")
 
     def _start(self, mode: str, project: str, config_text: str, otherwise: str) -> None:
         try:
@@ -290,7 +290,8 @@ class _Wandb:
             self._run = wandb.init(
                 project=project, dir=self._folder, config=config, settings=settings, **kind
             )
-            # A run that falls back to an older checkpoint repeats steps; wandb's own counter would drop them.
+            # A run that resumes from an older checkpoint repeats steps. wandb's own step counter must increase and
+            # would drop the repeated ones, so `step` is logged as a metric and used as the x axis.
             self._run.define_metric("step")
             self._run.define_metric("*", step_metric="step")
         except Exception as error:
@@ -302,10 +303,10 @@ class _Wandb:
         try:
             self._run.log({"step": step, **metrics})
         except Exception as error:
-            self._give_up("stopped logging", error, "going on without it")
+            self._give_up("stopped logging", error, "continuing without it")
 
     def close(self, exit_code: int) -> None:
-        """Waits for the upload, but not for ever: what is missing can be sent later."""
+        """Waits up to a minute for the upload; `wandb sync` can send the rest later."""
         if self._run is None:
             return
         problems: list[Exception] = []
@@ -332,7 +333,7 @@ class _Wandb:
 
 
 def _run_id(folder: str) -> str:
-    """The same wandb run for every restart in this workdir."""
+    """The id of the wandb run, stored in the workdir so that a resumed run continues the same wandb run."""
     path = os.path.join(folder, "wandb_run_id.txt")
     with contextlib.suppress(FileNotFoundError), open(path) as file:
         return file.read().strip()

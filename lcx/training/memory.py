@@ -1,4 +1,4 @@
-"""Whether a training state fits into memory, from shapes alone: said before anything is allocated."""
+"""Checks from shapes alone, before anything is allocated, whether a training state fits into memory."""
 
 import math
 import os
@@ -10,24 +10,25 @@ from lcx.errors import UserError
 
 
 def check_fits(abstract: Any, mesh: jax.sharding.Mesh) -> None:
-    """Raises UserError when the arrays of a training state are larger than the memory of the devices that hold them.
+    """Raises UserError if the arrays of a training state are larger than the memory of the devices that hold them.
 
-    A lower bound: activations, gradients and the compiler's buffers come on top.
+    This is a lower bound: activations, gradients and the compiler's temporary buffers need additional memory.
 
     Args:
       abstract: tree of jax.ShapeDtypeStruct with shardings.
+      mesh: the mesh that the arrays will be placed on.
     """
     device = mesh.local_devices[0]
     needed = sum(_bytes_per_device(leaf) for leaf in jax.tree.leaves(abstract))
-    if device.platform == "cpu":  # forced host devices share the memory
+    if device.platform == "cpu":  # several CPU devices of one process share the host's memory
         needed, available, where = needed * len(mesh.local_devices), _host_memory(), "this machine"
     else:
         available, where = (device.memory_stats() or {}).get("bytes_limit"), f"each {device.device_kind}"
     if available is not None and needed > available:
         found = f"the weights and the optimizer's state take {needed / 1e9:,.1f} GB"
         raise UserError(
-            f"{found}, and {where} has {available / 1e9:,.1f} GB of memory: choose smaller sizes of the model, a mesh "
-            "with more devices, or train fewer of its weights"
+            f"{found}, and {where} has {available / 1e9:,.1f} GB of memory: use a smaller model or a mesh with more "
+            "devices, or train fewer of the weights"
         )
 
 
@@ -40,4 +41,4 @@ def _host_memory() -> int | None:
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):
-        return None  # not every system says
+        return None  # not every operating system reports it

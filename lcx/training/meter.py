@@ -1,4 +1,7 @@
-"""What the values of finished steps say: a mean loss, tokens per second, model FLOP utilisation; when to give up."""
+"""Turns the results of finished steps into metrics: mean loss, tokens per second, model FLOP utilisation (MFU).
+
+It also stops the run at the first non-finite loss or gradient.
+"""
 
 import collections
 import concurrent.futures
@@ -16,13 +19,15 @@ from lcx.model import Decoder
 from lcx.training.logger import MetricsLogger
 from lcx.training.peak_flops import peak_flops
 
-IN_FLIGHT = 2  # steps queued on the devices: enough to hide the host; forced CPU devices deadlock with dozens
+# Steps queued on the devices at once. Two are enough to hide the host's work between steps; with dozens in flight,
+# several CPU devices of one process can deadlock.
+IN_FLIGHT = 2
 
 log = logging.getLogger(__name__)
 
 
 class NotFiniteError(UserError):
-    """The loss or the gradient of a step is infinite or no number: what follows would be worthless."""
+    """The loss or the gradient norm of a step is NaN or infinite: the weights after it are useless."""
 
     def __init__(self, name: str, value: float, step: int):
         super().__init__(f"{name} is {value} at step {step}")
@@ -30,13 +35,15 @@ class NotFiniteError(UserError):
 
 
 class Meter:
-    """Takes the values of every step as it is dispatched, logs every `every` steps and at the last one.
+    """Receives the metrics of every step as it is dispatched, and logs every `every` steps and at the last step.
 
-    A step lasts from the moment when the one before was done to the moment when it is done itself, which a thread
-    waits for: the host may be a step ahead, or held up. The first step compiles and is not timed.
+    The time of a step runs from the end of the previous step to its own end. A separate thread waits for that moment,
+    because the host itself may already be a step ahead, or be busy with something else. The first step includes
+    compilation and is not timed.
 
     Attributes:
-      losses: of the steps since the last line; a checkpoint keeps them, so that a resumed run logs the same means.
+      losses: of the steps since the last logged line. They are saved in checkpoints, so that a resumed run logs the
+        same means as an uninterrupted one.
     """
 
     def __init__(
@@ -66,17 +73,21 @@ class Meter:
         self._timed = 0
 
     def add(self, step: int, values: dict[str, jax.Array]) -> None:
-        """Takes a step that is under way, and waits for the one before it.
+        """Adds a step that was just dispatched, and waits for the previous one.
+
+        Args:
+          step: its number.
+          values: scalar metrics, still being computed.
 
         Raises:
-          NotFiniteError: the loss or the gradient of that one.
+          NotFiniteError: the loss or gradient norm of the previous step is not finite.
         """
         self._dispatched.append((step, values, self._watcher.submit(_done, values["loss"])))
         while len(self._dispatched) >= IN_FLIGHT:
             self._record()
 
     def drain(self) -> None:
-        """Waits for all steps that are under way. Raises NotFiniteError as `add` does."""
+        """Waits for all steps that are still running. Raises NotFiniteError as `add` does."""
         while self._dispatched:
             self._record()
 
@@ -104,7 +115,7 @@ class Meter:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Waits for the steps that are under way; time in here does not count as training."""
+        """Waits for the steps that are still running; time spent inside the context does not count as training."""
         self.drain()
         start = time.perf_counter()
         yield

@@ -1,8 +1,9 @@
-"""What the devices could do: the peak that model FLOP utilisation (MFU) is measured against."""
+"""Peak FLOP/s of the devices, the reference for model FLOP utilisation (MFU)."""
 
 import jax
 
-# Dense matrix products, FLOP/s per device in bfloat16, from the makers' data sheets; matched as substrings.
+# Peak of dense bfloat16 matrix products in FLOP/s per device, from the vendors' data sheets. The first entry whose name
+# is a substring of jax's device_kind is used.
 PEAKS = (
     ("H200", 989e12),
     ("H100", 989e12),
@@ -17,9 +18,9 @@ PEAKS = (
 
 
 def peak_flops() -> float | None:
-    """FLOP/s of all devices together, or None for a device without a data sheet value.
+    """Peak FLOP/s of all devices together, or None for a device that is not in PEAKS.
 
-    A CPU has none: what its cores reach changes with the number type, with their clock and with other work on them.
+    CPUs are not listed: what their cores reach depends on the data type, the clock rate and the other load.
     """
     kind = jax.devices()[0].device_kind
     return next((peak * jax.device_count() for name, peak in PEAKS if name in kind), None)

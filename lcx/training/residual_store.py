@@ -1,10 +1,10 @@
-"""The residual stream at one depth of a model, for rows of text, on disk: what a block of layers trains on apart.
+"""Stores the residual stream at one depth of a model on disk, so that a block of layers can be trained separately.
 
     FOLDER/stream.bin       [rows, T, D], the model's dtype
     FOLDER/rows.npz         segment_ids and positions, int32 [rows, T]
-    FOLDER/progress.json    rows that are whole, and where their source goes on
+    FOLDER/progress.json    number of complete rows, and the state of the source from which to continue
 
-The raw stream is stored, before the norm of the layer that reads it: the layers after the first need it too.
+The stream is stored before the norm of the layer that reads it, because that layer also adds it to its own output.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ MASKS = ("segment_ids", "positions")
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """What is stored, and how large it is."""
+    """Shape and dtype of a stored stream, [rows, seq_len, hidden_size]."""
 
     rows: int
     seq_len: int
@@ -44,7 +44,16 @@ class Layout:
 
 
 def check_space(folder: pathlib.Path, layouts: Sequence[Layout], *, checkpoints: int, settings: str) -> None:
-    """Raises UserError when inputs and checkpoints (bytes) do not fit on the disk; what is there already counts."""
+    """Raises UserError if block inputs and checkpoints do not fit on the disk.
+
+    Files that are already in the folder are subtracted from what is needed, because they will be reused.
+
+    Args:
+      folder: where the files will be; it need not exist.
+      layouts: all streams that will be stored.
+      checkpoints: bytes that the checkpoints will take.
+      settings: for the message: what the user can change.
+    """
     inputs = sum(layout.num_bytes for layout in layouts)
     there = sum(file.stat().st_blocks * 512 for file in folder.rglob("*") if file.is_file())
     place = next(path for path in (folder, *folder.parents) if path.exists())
@@ -62,14 +71,14 @@ def size(nbytes: float) -> str:
 
 
 class Writer:
-    """Rows in order, batch after batch; what a kill leaves half done is written again.
+    """Appends rows batch by batch. After a kill, rows that were not flushed are written again.
 
     Attributes:
-      rows: how many are whole.
-      data: where their source goes on.
+      rows: how many rows are complete.
+      data: state of the source after these rows; None at the start.
 
     Raises:
-      UserError: the folder holds something else, or the disk is full.
+      UserError: the folder holds rows of other settings, or the disk is full.
     """
 
     def __init__(self, folder: pathlib.Path, layout: Layout, about: Mapping[str, Any]):
@@ -96,7 +105,7 @@ class Writer:
                     )
 
     def _open(self, path: pathlib.Path) -> int:
-        """All of the file at once: a full disk shows now, and not as a hole later."""
+        """Opens the file and allocates all of it, so that a full disk shows now and not in the middle of the run."""
         needed = self._layout.rows * self._layout.row_bytes
         found = path.stat().st_size if path.exists() else 0
         if self.rows and found != needed:
@@ -110,12 +119,18 @@ class Writer:
         except OSError as error:
             os.close(file)
             raise UserError(
-                f"cannot reserve {path}: {error.strerror}; free disk, or set another --workdir"
+                f"cannot reserve {path}: {error.strerror}; free disk space, or set another --workdir"
             ) from None
         return file
 
     def write(self, stream: np.ndarray, masks: Mapping[str, np.ndarray], data: dict[str, Any] | None) -> None:
-        """[b, T, D], and where the source goes on after these rows."""
+        """Appends rows; they count as complete only after `flush`.
+
+        Args:
+          stream: residual stream [b, T, D].
+          masks: segment_ids and positions, int32 [b, T].
+          data: state of the source after these rows.
+        """
         x = np.ascontiguousarray(stream.astype(jax.numpy.dtype(self._layout.dtype)))
         _write_all(self._file, x.view(np.uint8).reshape(-1), self.rows * self._layout.row_bytes)
         for name in MASKS:
@@ -123,7 +138,7 @@ class Writer:
         self.rows, self.data = self.rows + len(x), data
 
     def flush(self) -> None:
-        """Rows are counted only once they are on the disk."""
+        """Syncs the rows to disk and only then records them in progress.json, so that a kill cannot count lost rows."""
         os.fsync(self._file)
         partial = self._folder / f"{ROWS}.partial"
         with open(partial, "wb") as out:
@@ -149,7 +164,7 @@ def _write_all(file: int, data: np.ndarray, offset: int) -> None:
 
 
 def progress(folder: pathlib.Path) -> dict[str, Any] | None:
-    """What a folder says of itself; None: nothing there."""
+    """The contents of a folder's progress.json; None if there is none. Raises UserError if the file is damaged."""
     path = folder / PROGRESS
     if not path.exists():
         return None
@@ -158,7 +173,7 @@ def progress(folder: pathlib.Path) -> dict[str, Any] | None:
         return {key: record[key] for key in ("layout", "about", "rows", "data")}
     except (ValueError, KeyError) as error:
         raise UserError(
-            f"{path} is damaged ({error}): delete {folder}, the inputs are written anew"
+            f"{path} is damaged ({error}): delete {folder} and run again, the inputs will be recomputed"
         ) from None
 
 
@@ -168,12 +183,13 @@ def read_masks(folder: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 class Rows:
-    """Batches {residual [B, T, D], segment_ids, positions} in the order in which they were written.
+    """Iterates over batches {residual [B, T, D], segment_ids [B, T], positions [B, T]} in the order written.
 
-    They come over and over, or once without `repeat`. `state` and `restore` as data.BatchIterator has them.
+    With `repeat` it starts again after the last row, else it stops. `state` and `restore` work as in
+    data.BatchIterator. With several processes each reads its own B / process_count rows of every batch.
 
     Raises:
-      UserError: the rows are not all there.
+      UserError: some rows have not been written yet, or the file has the wrong size.
     """
 
     def __init__(

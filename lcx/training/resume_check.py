@@ -1,6 +1,7 @@
-"""What a run began with, as its checkpoints record it: a workdir goes on only with the settings that began it.
+"""Checks that a workdir is resumed only with the settings that its run started with, as its checkpoints record them.
 
-What a resumed run may change, such as steps, batch size or optimizer, is compared too, and a change is stated.
+Settings that a resumed run may change, such as steps, batch size or optimizer, are compared as well; each change is
+reported.
 """
 
 import logging
@@ -17,7 +18,7 @@ from lcx.model import Decoder
 
 log = logging.getLogger(__name__)
 
-_FREE = ("dtype", "remat", "implementation")  # how, not what, a model computes
+_FREE = ("dtype", "remat", "implementation")  # change how a model computes, not which function
 _CHANGEABLE = ("steps", "batch_size", "accumulation", "optimizer", "objective", "mesh", "dtype", "remat")
 
 
@@ -31,8 +32,9 @@ def record(
     lora: LoRA | None,
     adapter: str | None = None,
 ) -> dict[str, Any]:
-    """The settings as JSON."""
-    started = {} if adapter is None else {"adapter": True}  # a run that goes on does not read it again
+    """The settings that a run starts with and that may not change later, as JSON."""
+    # Only whether there was an adapter: a resumed run reads the adapter's weights from its own checkpoint.
+    started = {} if adapter is None else {"adapter": True}
     scaling = {key: model_json.to_json(value) for key, value in (rope_scaling or {}).items()}
     return {
         "model": _without_free(model_json.to_json(model)),
@@ -51,34 +53,35 @@ def changeable(trainer: Any) -> dict[str, Any]:
 
 
 def changes(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """A line for every setting that is not what the run had before."""
+    """One line for each setting that differs from that of the run's last checkpoint."""
     recorded, now, lines = _today(recorded), _today(now), list[str]()
     for name in now:
         if name in recorded and recorded[name] != now[name]:
             path, old, new = _difference(recorded[name], now[name], f"Trainer.{name}")
-            lines.append(f"{path} is {_brief(new)} from here on, and was {_brief(old)} before")
+            lines.append(f"{path} changes from {_brief(old)} to {_brief(new)}")
     return lines
 
 
 def check(recorded: Mapping[str, Any], now: Mapping[str, Any], workdir: str) -> None:
-    """Compares what the checkpoint in the workdir records with the settings of now.
+    """Compares the settings recorded in the workdir's checkpoint with the current ones.
 
-    Another init_from is a warning: folders are moved, and a run that goes on reads its own checkpoint only.
+    A different init_from is only a warning: the folder may have been moved, and a resumed run reads its weights from
+    its own checkpoint.
 
     Raises:
-      UserError: another model, scaling or LoRA; it names the first setting that differs.
+      UserError: the model, scaling, LoRA or another setting that may not change differs. The message names the first.
     """
     recorded, now = _today(recorded), _today(now)
     place = {"init_from": now["init_from"]}
     if {**recorded, **place} != now:
         path, old, new = _difference({**recorded, **place}, now, "Trainer")
         raise UserError(
-            f"{workdir} holds a run that began with {path} = {_brief(old)}, found {_brief(new)}: "
+            f"{workdir} holds a run that started with {path} = {_brief(old)}, found {_brief(new)}: "
             "set it back, or set another --workdir"
         )
     if recorded["init_from"] != now["init_from"]:
         log.warning(
-            "%s goes on with a run that began with %s; init_from %s is not read",
+            "resuming the run in %s, which started from %s; init_from %s is ignored",
             workdir,
             recorded["init_from"],
             now["init_from"],
@@ -86,7 +89,7 @@ def check(recorded: Mapping[str, Any], now: Mapping[str, Any], workdir: str) -> 
 
 
 def _today(value: Any) -> Any:
-    """A record with the classes and functions as they are called now."""
+    """A record in which classes and functions that have moved have their current names."""
     if isinstance(value, Mapping):
         names = (model_json.CLASS, model_json.FUNCTION)
         return {
@@ -103,8 +106,10 @@ def _without_free(value: Any) -> Any:
 
 
 def _difference(old: Any, new: Any, path: str) -> tuple[str, Any, Any]:
+    """(dotted path, old value, new value) of the first difference between two records."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
-        keys = sorted({*old, *new}, key=lambda key: isinstance(old.get(key), dict | list))  # plain ones first
+        # Plain values before nested ones: they give the clearest message.
+        keys = sorted({*old, *new}, key=lambda key: isinstance(old.get(key), dict | list))
         key = next(key for key in keys if old.get(key) != new.get(key))
         return _difference(old.get(key), new.get(key), path if key == model_json.TUPLE else f"{path}.{key}")
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
@@ -114,18 +119,21 @@ def _difference(old: Any, new: Any, path: str) -> tuple[str, Any, Any]:
 
 
 def _brief(value: Any) -> str:
-    """A plain value, a class with its plain fields, the length of a list. What is at its default is not recorded."""
+    """A value for a message: a plain value, a class with its plain fields, or the length of a list.
+
+    None stands for a field at its default, which is not recorded.
+    """
     if isinstance(value, Mapping):
         plain = {k: v for k, v in value.items() if k != model_json.CLASS and not isinstance(v, dict | list)}
         name = value.get(model_json.CLASS, "").rpartition(":")[2]
         return f"{name}({', '.join(f'{k}={v!r}' for k, v in plain.items())})"
     if isinstance(value, list):
-        return f"{len(value)} of them"
+        return f"a list of {len(value)}"
     return "the default" if value is None else repr(value)
 
 
 def keep_config(folder: pathlib.Path, text: str) -> None:
-    """Writes config.gin; one that says something else is kept as config.1.gin, config.2.gin, ..."""
+    """Writes config.gin. An existing one with other contents is renamed to config.1.gin, config.2.gin, ..."""
     config = folder / "config.gin"
     if not text or (config.exists() and config.read_text() == text):
         return

@@ -1,4 +1,4 @@
-"""What a training run holds, and how it is laid out before there are arrays."""
+"""The contents of a training run; everything but the arrays can be prepared before any memory is allocated."""
 
 import dataclasses
 from typing import Any
@@ -15,18 +15,20 @@ from lcx.training.step import State
 
 @dataclasses.dataclass
 class Run:
-    """What a run holds.
+    """A training run: what is fixed, and how far it has got.
 
     Attributes:
-      trains: tree of bool, which of the weights move.
-      abstract: shapes and shardings of the state.
-      lora: the settings of its pairs, if it trains pairs.
-      state: see train_step. Empty until it is restored or started.
-      step: updates done.
-      data: position in the data; None at a start.
-      losses: of the steps that are not yet in a line of metrics.jsonl.
-      before: the settings of the run that it goes on with, see resume_check.changeable.
-      carried: settings that came with a pretrained model, for its export.
+      model: the architecture.
+      optimizer: the optax transformation over the weights that train.
+      trains: tree of bool over the weights: True for those that are trained.
+      abstract: shapes, dtypes and shardings of the state.
+      lora: the LoRA settings; None if the run trains the weights themselves.
+      state: the arrays, see training.step. Empty until restored or initialised.
+      step: number of updates done.
+      data: position in the data; None for a new run.
+      losses: of the steps that are not yet part of a line in metrics.jsonl.
+      before: the settings of the run being resumed, see resume_check.changeable.
+      carried: settings of the pretrained model that lcx does not use itself but writes again on export.
     """
 
     model: Decoder
@@ -45,11 +47,15 @@ class Run:
 def prepared(
     optimizer: AdamW, steps: int, model: Decoder, mesh, lora: LoRA | None, stored: Any = None
 ) -> Run:
-    """Everything but the arrays.
+    """A run without its arrays.
 
     Args:
-      steps: of the whole run, which the schedule spans.
-      stored: parameters, or their shapes, in the dtypes of what does not train.
+      optimizer: its settings.
+      steps: updates of the whole run, over which the schedule extends.
+      model: the architecture.
+      mesh: where the arrays will be placed.
+      lora: LoRA settings, or None to train the weights themselves.
+      stored: tree of the parameters, or of their shapes. Parameters that do not train keep its dtypes.
     """
     weights = {"params": model_lib.abstract_params(model, mesh=mesh)}
     if lora is not None:

@@ -1,7 +1,7 @@
-"""How a run is asked to stop: SIGTERM (a preempted machine, a scheduler) and Ctrl-C become a flag that the loop reads.
+"""Turns SIGTERM (preemption, a scheduler) and Ctrl-C into a flag that the training loop checks between steps.
 
-With several processes JAX's own preemption notice is used instead: it reaches every process at the same step, and a
-Python handler set after jax.distributed.initialize would hide it.
+With several processes JAX's own preemption notice is used instead. It makes every process stop at the same step, and
+a Python signal handler installed after jax.distributed.initialize would override it.
 """
 
 import os
@@ -14,11 +14,13 @@ import jax
 
 
 class StopRequest:
-    """Context manager; `requested(step)` is True once the run should save and end. A second signal ends it at once.
+    """Context manager. `requested(step)` is True once the run should save a checkpoint and end.
+
+    A second signal ends the process immediately.
 
     Attributes:
-      unsaved: whether the run has done anything that a checkpoint would keep. While it has not, the first signal ends
-        it at once, even when the main thread compiles and runs no handler of Python's.
+      unsaved: whether there is progress that would be lost without a checkpoint. While it is False, the first signal
+        ends the process immediately, even while the main thread compiles and cannot run a Python signal handler.
     """
 
     def __init__(self):
@@ -45,7 +47,10 @@ class StopRequest:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _watch(self, pipe: int) -> None:
-        """Python's handlers wait for the main thread; the number of a signal arrives here at once."""
+        """Runs in a thread and receives the number of each signal immediately through the wakeup pipe.
+
+        Python runs its own signal handlers only in the main thread, which does not get to them during a compilation.
+        """
         while numbers := os.read(pipe, 1):
             number = numbers[0]
             if not self.unsaved and number in self._previous:

@@ -1,4 +1,4 @@
-"""What a training run says at its start and at its end: what it trains, on what, at what size, and where it writes."""
+"""The messages at the start and end of a training run: model, data, sizes, and where the run writes."""
 
 import os
 from collections.abc import Iterator
@@ -12,15 +12,17 @@ from lcx.training import resume_check
 
 
 def opening(trainer: Any, run: Any, opened: Any, mesh: jax.sharding.Mesh, workdir: str) -> Iterator[str]:
-    """The lines of a start.
+    """The lines printed before the first step.
 
     Args:
       trainer: the settings, a `trainer.Trainer`.
-      run: what it starts with, a `training.run.Run`.
+      run: the run as initialised or restored, a `training.run.Run`.
       opened: its data, a `data.Opened`.
+      mesh: where it trains.
+      workdir: where it writes.
     """
     if run.data is not None:
-        rest = "going on" if run.step < trainer.steps else "nothing is left to do"
+        rest = "resuming" if run.step < trainer.steps else "nothing is left to do"
         yield f"step {run.step} of {trainer.steps} is done: {rest}"
         yield from resume_check.changes(run.before, resume_check.changeable(trainer))
     yield _model(run)
@@ -41,10 +43,10 @@ def opening(trainer: Any, run: Any, opened: Any, mesh: jax.sharding.Mesh, workdi
 
 
 def closing(workdir: str, step: int, steps: int) -> str:
-    """Where the last checkpoint is, and what to do next."""
+    """The last line: where the checkpoint is and which command to run next."""
     checkpoint = os.path.join(workdir, "checkpoints", str(step))
     if step < steps:
-        return f"stopped at step {step} of {steps}; the same command goes on from {checkpoint}"
+        return f"stopped at step {step} of {steps}; the same command resumes from {checkpoint}"
     return f"done: {checkpoint}; next: python -m lcx.evaluate --checkpoint={workdir} --output={workdir}/evaluation"
 
 
@@ -69,7 +71,7 @@ def _size(trainer: Any, mesh: jax.sharding.Mesh) -> str:
 
 
 def counted(number: int) -> str:
-    """A count in words: 950, 12.3 thousand, 1.24 million, 8.03 billion."""
+    """A count in short form: 950, 12.3 thousand, 1.24 million, 8.03 billion."""
     for size, word in ((1e12, "trillion"), (1e9, "billion"), (1e6, "million"), (1e4, "thousand")):
         if number >= size:
             return f"{number / (1e3 if word == 'thousand' else size):.3g} {word}"

@@ -1,10 +1,10 @@
-"""The training state and the one compiled step.
+"""The training state and the compiled training step.
 
-The state is a plain dict, each entry an item of the checkpoint:
+The state is a plain dict; each entry is an item of the checkpoint:
 
-    params      the model's parameters (frozen when there is a lora): float32 where they train, else as stored
-    lora        the low-rank pairs, if LoRA is on: then only they train, and the params that LoRA.beside names
-    opt_state   the optimizer's state, cut over the mesh like the parameters it belongs to
+    params      the model's parameters: float32 if they train, else in the dtype in which they are stored
+    lora        with LoRA only: the low-rank matrices. Of the params, only those that LoRA.beside matches train too
+    opt_state   the optimizer's state, sharded over the mesh like the parameters it belongs to
 """
 
 import functools
@@ -24,24 +24,24 @@ State = dict[str, Any]
 
 
 def weights_of(state: State) -> State:
-    """The state without the optimizer's."""
+    """The weights in a state (params, lora), without the optimizer's state."""
     return {name: state[name] for name in ("params", "lora") if name in state}
 
 
 def all_trains(state: State) -> Any:
-    """Tree of bool: all weights move, or with pairs these alone."""
+    """Tree of bool: True for every weight, or with LoRA only for the low-rank matrices."""
     weights = weights_of(state)
     moves = {name: name == "lora" or "lora" not in weights for name in weights}
     return {name: jax.tree.map(lambda _, yes=yes: yes, weights[name]) for name, yes in moves.items()}
 
 
 def moving(state: State, trains: Any = None) -> Any:
-    """What the optimizer moves: the weights that `trains` names (None: all_trains)."""
+    """The weights that the optimizer updates: those where `trains` is True (None: all_trains)."""
     return partition(weights_of(state), all_trains(state) if trains is None else trains)[0]
 
 
 def kept(abstract: Any, trains: Any, stored: Any) -> Any:
-    """Abstract parameters, those that do not move in the dtypes that `stored` has: a float32 copy would say no more."""
+    """Abstract parameters, the frozen ones in the dtypes of `stored`: float32 would not make them more precise."""
     return jax.tree.map(
         lambda leaf, yes, like: (
             leaf if yes else jax.ShapeDtypeStruct(leaf.shape, like.dtype, sharding=leaf.sharding)
@@ -53,7 +53,10 @@ def kept(abstract: Any, trains: Any, stored: Any) -> Any:
 
 
 def as_kept(params: Any, abstract: Any) -> Any:
-    """Parameters in the dtypes of `abstract`; one that changes is deleted, so that no two copies of all are there."""
+    """Parameters cast to the dtypes of `abstract`.
+
+    Each original is freed right after it is cast, to avoid a second full copy; do not use `params` afterwards.
+    """
 
     def one(x: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
         if x.dtype == like.dtype:
@@ -68,7 +71,14 @@ def as_kept(params: Any, abstract: Any) -> Any:
 def abstract_state(
     weights: State, optimizer: optax.GradientTransformation, mesh: Mesh, trains: Any = None
 ) -> State:
-    """ShapeDtypeStructs with shardings for the whole state, from those of its weights (params, lora)."""
+    """ShapeDtypeStructs with shardings for the whole state.
+
+    Args:
+      weights: abstract params (and lora) with shardings.
+      optimizer: its state is sharded like the weights it belongs to; counters are replicated.
+      mesh: where the state will be placed.
+      trains: tree of bool, which of the weights train; None: all_trains.
+    """
     moved = moving(weights, trains)
     shapes = jax.eval_shape(optimizer.init, moved)
 
@@ -85,7 +95,7 @@ def abstract_state(
 def init_opt_state(
     optimizer: optax.GradientTransformation, weights: State, abstract: State, trains: Any = None
 ) -> Any:
-    """The optimizer's first state, created directly in its shards."""
+    """The initial optimizer state, created directly in its shards, so that no device holds all of it."""
     out = jax.tree.map(lambda x: x.sharding, abstract["opt_state"])
     return jax.jit(optimizer.init, out_shardings=out)(moving(weights, trains))
 
@@ -100,25 +110,34 @@ def make_step(
     abstract: State,
     trains: Any = None,
 ) -> Callable[[State, dict[str, jax.Array], jax.typing.ArrayLike], tuple[State, dict[str, jax.Array]]]:
-    """step(state, batch, step number) -> (new state, metrics); the old state's buffers are reused.
+    """The compiled function step(state, batch, step number) -> (new state, metrics).
 
-    The gradient is that of the weighted mean over the whole global batch: sums over micro-batches and devices, one
-    division at the end, so that neither accumulation nor the mesh changes the result.
+    It donates the old state, which must not be used afterwards. Metrics are scalars: loss (nats per token), grad_norm,
+    learning_rate, tokens, and the named parts of the loss.
+
+    The gradient is that of the weighted mean over the whole global batch. Losses and weights are summed over
+    micro-batches and devices and divided once at the end, so neither accumulation nor the mesh changes the result.
 
     Args:
-      trains: tree of bool, which of the weights move; None: all_trains. The others cost no gradient.
+      model: the architecture.
+      optimizer: from AdamW.build.
+      objective: see lcx.objectives.
+      learning_rates: step -> learning rate, only for the metrics.
+      accumulation: number of micro-batches that the batch is divided into.
+      abstract: abstract state with shardings, from abstract_state.
+      trains: tree of bool, which of the weights train; None: all_trains. No gradient is computed for the others.
     """
     trains = all_trains(abstract) if trains is None else trains
 
     def sums(moving, still, batch):
         loss, *rest = objective(model, combine(moving, still), batch)
-        return loss, rest  # the sum of the weights, and of the parts of the loss if it has any
+        return loss, rest  # rest: the summed weights and, for some objectives, {name: summed part of the loss}
 
     def step(state: State, batch: dict[str, jax.Array], number: jax.Array):
         moving, still = partition(weights_of(state), trains)
         gradient = functools.partial(jax.value_and_grad(sums, has_aux=True), moving, still)
         (loss, (weight, *parts)), grads = accumulate(gradient, micro_batches(batch, accumulation))
-        total = jnp.where(weight > 0, weight, 1.0)
+        total = jnp.where(weight > 0, weight, 1.0)  # a batch that is entirely masked has loss 0, not NaN
         grads = jax.tree.map(lambda g: g / total.astype(g.dtype), grads)
         updates, opt_state = optimizer.update(grads, state["opt_state"], moving)
         metrics = {
@@ -136,14 +155,18 @@ def make_step(
 
 
 def micro_batches(batch: dict[str, jax.Array], count: int) -> dict[str, jax.Array]:
-    """[B, T] -> [count, B / count, T]: every device keeps its rows."""
+    """[B, T] -> [count, B / count, T].
+
+    Micro-batch i takes every count-th row. Rows are sharded in contiguous blocks, so each device contributes to every
+    micro-batch from the rows it already holds, without communication.
+    """
     return jax.tree.map(
         lambda x: jnp.swapaxes(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 0, 1), batch
     )
 
 
 def accumulate(function: Callable, micro: dict[str, jax.Array]) -> Any:
-    """Sum of what the function gives (a tree of arrays) over the leading axis of the micro-batches."""
+    """The sum of `function`'s results (a tree of arrays) over the leading axis of the micro-batches."""
     one = jax.tree.map(lambda x: x[0], micro)
     if jax.tree.leaves(micro)[0].shape[0] == 1:
         return function(one)
@@ -157,9 +180,9 @@ def accumulate(function: Callable, micro: dict[str, jax.Array]) -> Any:
 def make_sums(
     model: Decoder, objective: Callable, accumulation: int = 1
 ) -> Callable[[State, dict[str, jax.Array]], tuple]:
-    """sums(weights, batch) -> (summed loss without its named parts, summed weight), one micro-batch at a time.
+    """The compiled function sums(weights, batch) -> (summed loss without its named parts, summed weight).
 
-    Compiled once per model, objective and accumulation.
+    It processes one micro-batch at a time, and is compiled once per model, objective and accumulation.
     """
 
     def sums(weights: State, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
