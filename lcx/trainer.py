@@ -352,6 +352,9 @@ class Trainer:
             step += 1
             meter.add(step, values)
             checkpointer.poll()
+            if len(checkpointer.failures) > 1 and not checkpointer.steps():
+                failed = f"none of the first {len(checkpointer.failures)} checkpoints could be saved"
+                raise UserError(f"{failed}, so the run stops: {checkpointer.failures[-1]}")
             evaluate = self.eval_every and step % self.eval_every == 0
             save = step % self.checkpoint_every == 0
             if (evaluate or save) and step < self.steps:

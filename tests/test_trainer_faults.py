@@ -30,6 +30,7 @@ from tiny_runs import (
 
 import lcx
 from lcx import objectives, train
+from lcx import trainer as trainer_lib
 from lcx.checkpoint import Checkpointer
 from lcx.checkpoint.folder import COMMIT_MARKER
 from lcx.errors import UserError
@@ -197,6 +198,16 @@ with StopRequest() as stop:
     _, err = process.communicate(timeout=50)
     assert process.returncode == 128 + number
     assert own_lines(err) == [f"{number.name}: stopped before the first step, nothing is lost"]
+
+
+def test_a_run_that_can_never_save_stops_early(text, tmp_path, monkeypatch):
+    class Full(Checkpointer):
+        def save(self, step, items, **_):
+            self.failures.append(f"checkpoint of step {step} was not written: no space left on device")
+
+    monkeypatch.setattr(trainer_lib, "Checkpointer", Full)
+    with pytest.raises(UserError, match="none of the first 2 checkpoints could be saved, .* of step 4 was not"):
+        tiny_trainer(text, checkpoint_every=2, eval_batches=1).run(str(tmp_path))
 
 
 def test_signals_are_given_back(tmp_path):
