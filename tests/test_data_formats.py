@@ -374,7 +374,7 @@ def test_a_bad_row_is_an_error_with_its_place_or_counted(tmp_path, name):
         ("a.bin", b"\x80\x04\x95abc", "a pickle, which could run code"),
         ("a.txt", b"{\\rtf1\\ansi", "a rich text"),
         ("a.parquet", b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "git lfs pull"),
-        ("a.tar.gz", gzip.compress(bytes(257) + b"ustar  "), "a tar archive"),
+        ("a.tar.gz", gzip.compress(bytes(257) + b"ustar  ", mtime=0), "a tar archive"),
         ("a.gz", b"plain", "Not a gzipped file although"),
         ("a.zst", b"plain", "not a zstd file although"),
     ],
