@@ -177,7 +177,7 @@ def test_genomes_that_were_read_wrongly(flat, reference):
     ref = str(genomes / "ref.fa")
     for name, skipped in (
         ("star.vcf", {"chr1:500:T>*": "another line describes"}),
-        ("symbolic.vcf", {"chr1:500:T><DEL>": "no plain sequence"}),
+        ("symbolic.vcf", {"chr1:500:T><DEL>": "not a plain sequence"}),
         ("one_bad_ref.vcf", {"chr1:500:A>T": "has 'T' there, expected ref 'A'"}),
     ):
         result = VariantEffects(ref, str(genomes / name), window=64)(*flat, DNA)

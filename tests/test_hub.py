@@ -197,7 +197,7 @@ def test_only_what_is_needed_is_downloaded(cache, monkeypatch, files, wanted, un
         ("GatedRepoError", "org/name is gated: accept its terms on https://huggingface.co/org/name"),
         ("RepositoryNotFoundError", "org/name: there is no such file or folder here, and no model of this name on the"),
         ("RevisionNotFoundError", "org/name on the Hugging Face hub has no revision 'v9'"),
-        ("ConnectError", "org/name: there is no such file or folder here, the local cache of the Hugging Face hub does not"),
+        ("ConnectError", "org/name: there is no such file or folder here, the local cache of the Hugging Face hub"),
         ("Weird", "org/name cannot be downloaded from the Hugging Face hub: first line"),
     ],
 )  # fmt: skip
