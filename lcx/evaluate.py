@@ -1,4 +1,4 @@
-"""Evaluate a checkpoint: loss by position, perplexity, passkey, whatever the .gin file lists.
+"""Evaluate a checkpoint: loss by position, perplexity, passkey retrieval, or what a .gin file lists.
 
 Examples:
   python -m lcx.evaluate --checkpoint=/tmp/run --output=/tmp/eval
@@ -7,7 +7,7 @@ Examples:
       --gin.TEXT="'held_out.txt'" --gin.TOKENIZER="'path/to/hf_folder'"
 
 Writes results.json, plots and report.html to the output folder. A checkpoint is a workdir, one step of it, or
-a folder in a Hugging Face layout; --adapter puts a PEFT adapter (LoRA) on it.
+a folder in Hugging Face format; --adapter merges a PEFT adapter (LoRA) into it.
 """
 
 import sys
@@ -24,7 +24,7 @@ def main(argv=None) -> int:
         help="the model to evaluate: a path, or org/name on the hub",
     )
     parser.add_argument(
-        "--output", required=True, metavar="DIR", help="where results.json and report.html go"
+        "--output", required=True, metavar="DIR", help="folder for results.json and report.html"
     )
     parser.add_argument(
         "--rope_scaling", type=config.json_object, metavar="JSON", help="RoPE scaling to apply first"
@@ -34,14 +34,14 @@ def main(argv=None) -> int:
         "--adapter",
         action="append",
         metavar="FOLDER",
-        help="a PEFT adapter (LoRA) of it; repeat it to add updates up",
+        help="folder of a PEFT adapter (LoRA) to merge; may be repeated to add several",
     )
     parser.add_argument(
         "--only_part",
         choices=("window", "linear"),
-        help="of a linearized model: one part of its attention alone",
+        help="for a linearized model: evaluate only this part of its attention",
     )
-    parser.add_argument("--name", help="what to call this model in results and plots")
+    parser.add_argument("--name", help="label of this model in results and plots")
     return config.run(parser, "lcx.evaluator:evaluate", argv)
 
 

@@ -1,4 +1,4 @@
-"""Continue a prompt; the text streams to the terminal.
+"""Continue a prompt and print the text as it is generated.
 
 Examples:
   python -m lcx.generate --checkpoint=/tmp/run --prompt='def main():' --max_new_tokens=200
@@ -23,16 +23,19 @@ def main(argv=None) -> int:
     )
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="the text to continue")
     parser.add_argument(
-        "--chat", action="store_true", help="the prompt is the user's turn, in the chat template of the model"
+        "--chat", action="store_true", help="format the prompt as a user's turn with the model's chat template"
     )
-    parser.add_argument("--system", metavar="TEXT", help="with --chat: the system's turn before it")
+    parser.add_argument("--system", metavar="TEXT", help="with --chat: the system message")
     parser.add_argument(
-        "--chat_template", metavar="PATH", help="with --chat: another template (.jinja), or a name of one"
+        "--chat_template", metavar="PATH", help="with --chat: another template, a .jinja file or a name"
     )
-    parser.add_argument("--max_new_tokens", type=int, metavar="N", help="stop after so many tokens")
-    parser.add_argument("--temperature", type=float, metavar="T", help="0 always takes the likeliest token")
+    parser.add_argument("--max_new_tokens", type=int, metavar="N", help="stop after this many tokens")
+    parser.add_argument("--temperature", type=float, metavar="T", help="0 always takes the most likely token")
     parser.add_argument(
-        "--top_p", type=float, metavar="P", help="sample among the likeliest tokens of this total"
+        "--top_p",
+        type=float,
+        metavar="P",
+        help="sample among the most likely tokens whose probabilities add up to P",
     )
     parser.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same text")
     parser.add_argument(
@@ -42,13 +45,13 @@ def main(argv=None) -> int:
     parser.add_argument(
         "--add_bos",
         action=argparse.BooleanOptionalAction,
-        help="BOS before the prompt; by default as the tokenizer adds it",
+        help="whether BOS precedes the prompt (default: as the tokenizer does)",
     )
     parser.add_argument(
         "--adapter",
         action="append",
         metavar="FOLDER",
-        help="a PEFT adapter (LoRA) of it; repeat it to add updates up",
+        help="folder of a PEFT adapter (LoRA) to merge; may be repeated to add several",
     )
     return config.run(parser, "lcx.terminal:stream_text", argv)
 

@@ -177,7 +177,7 @@ def test_genomes_that_were_read_wrongly(flat, reference):
     ref = str(genomes / "ref.fa")
     for name, skipped in (
         ("star.vcf", {"chr1:500:T>*": "another line describes"}),
-        ("symbolic.vcf", {"chr1:500:T><DEL>": "no plain sequence"}),
+        ("symbolic.vcf", {"chr1:500:T><DEL>": "not a plain sequence"}),
         ("one_bad_ref.vcf", {"chr1:500:A>T": "has 'T' there, expected ref 'A'"}),
     ):
         result = VariantEffects(ref, str(genomes / name), window=64)(*flat, DNA)
@@ -210,7 +210,7 @@ def test_genomes_that_were_read_wrongly(flat, reference):
         (f"chrom,pos,ref,alt\nsingle,1,A,\nlong,1,{LONG[0]},", "that can be scored; the first is single:1:A>"),
         (f"chrom,pos,ref,alt\nlong,1,{'A' if LONG[0] != 'A' else 'C'},G", "same assembly"),
         ("chrom,pos,ref,alt\nlong,9999,A,C", "nothing"),
-        ("chrom,pos,ref,alt\nchr1,1,A,C", "names no record"),
+        ("chrom,pos,ref,alt\nchr1,1,A,C", "its chrom is not a record"),
         (f"chrom,pos,ref,alt\nlong,1,{LONG[0]},<DEL>", "expected letters"),
         ("", "holds no variant"),
         ("##fileformat=VCFv4.2\n#CHROM\tPOS\tID\tREF\tALT\n", "holds no variant"),

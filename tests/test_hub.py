@@ -71,7 +71,7 @@ def test_a_model_by_its_name(cache, model_files, caplog):
     assert caplog.text.count(f"org/tiny-1.5B is read from {snapshot}") == 1
     cached(cache, "org/tiny-1.5B", {}, ref="v2")
     assert hub.local("org/tiny-1.5B@v2") == str(snapshot) == hub.local(f"org/tiny-1.5B@{REVISION}")
-    with pytest.raises(UserError, match="not .whole. in the local cache"):
+    with pytest.raises(UserError, match="local cache of the Hugging Face hub does not contain all of it"):
         hub.local("org/tiny-1.5B@v3")
 
 
@@ -115,10 +115,10 @@ def test_a_snapshot_that_is_not_whole_is_not_used(cache, model_files):
     cached(cache, "org/half", files)
     cached(cache, "org/only-tokenizer", {"tokenizer.json": b"{}"})
     for name in ("org/half", "org/only-tokenizer"):
-        with pytest.raises(UserError, match="not .whole. in the local cache"):
+        with pytest.raises(UserError, match="local cache of the Hugging Face hub does not contain all of it"):
             hub.local(name)
     assert hub.local("org/only-tokenizer", kind="tokenizer").endswith(REVISION)
-    with pytest.raises(UserError, match="not .whole. in the local cache"):
+    with pytest.raises(UserError, match="local cache of the Hugging Face hub does not contain all of it"):
         hub.local("org/only-tokenizer", kind="adapter")
 
 

@@ -1,1 +1,1 @@
-"""What several evaluations share: text and sequences to score, the scores themselves, intervals, plots."""
+"""Components shared by evaluations: reading text and sequences, scoring them, confidence intervals, plots."""

@@ -1,4 +1,4 @@
-"""Nucleotide sequences as evaluations read and score them: FASTA records, reverse complements, log-likelihoods."""
+"""Nucleotide sequences in evaluations: FASTA records, reverse complements, log-likelihoods."""
 
 import collections
 import contextlib
@@ -24,7 +24,7 @@ _WIDTH_STEP = 128
 
 @contextlib.contextmanager
 def naming(owner: str) -> Iterator[None]:
-    """Messages about files name the setting that they come from, which is not a data set's."""
+    """Context in which error messages name the setting `owner` instead of Dataset.source."""
     try:
         yield
     except UserError as error:
@@ -32,10 +32,14 @@ def naming(owner: str) -> Iterator[None]:
 
 
 def read(path: str, *, owner: str) -> list[Document]:
-    """The records of FASTA files (a file, a glob, a folder; .gz too), empty ones included, line breaks removed.
+    """The records of FASTA files, including empty ones, with line breaks removed.
+
+    Args:
+      path: a file, a glob or a folder; files may be compressed (.gz).
+      owner: the setting that the path comes from, for messages.
 
     Raises:
-      UserError: nothing there, not FASTA, or two records of one name.
+      UserError: there is no file, it is not FASTA, or two records have the same name.
     """
     with naming(owner):
         records = [record for file in find_files(path, format="fasta") for record in read_fasta(file)]
@@ -49,10 +53,10 @@ def read(path: str, *, owner: str) -> list[Document]:
 
 
 def read_contigs(path: str, *, owner: str) -> dict[str, str]:
-    """The sequence of each record by its name, the first word of its header.
+    """{record name: sequence}; the name is the first word of the record's header.
 
     Raises:
-      UserError: as `read`, and two files with a record of one name, of which one would win.
+      UserError: as in `read`, or two files have a record of the same name.
     """
     found: dict[str, str] = {}
     where: dict[str, str] = {}
@@ -73,12 +77,12 @@ def read_contigs(path: str, *, owner: str) -> dict[str, str]:
 
 
 def reverse_complement(sequence: str) -> str:
-    """The other strand, read in its direction; letters outside the IUPAC codes stay."""
+    """The reverse complement. Letters that are not IUPAC codes are kept unchanged."""
     return sequence.translate(_COMPLEMENT)[::-1]
 
 
 def ambiguous(sequence: str) -> int:
-    """How many letters are not one of A, C, G, T."""
+    """The number of letters other than A, C, G and T."""
     return sum(letter not in _PLAIN for letter in sequence)
 
 
@@ -93,15 +97,18 @@ def token_log_likelihoods(
     tokens_per_batch: int = scoring.TOKENS_PER_BATCH,
     description: str = "scoring",
 ) -> list[Float[np.ndarray, " scored"]]:
-    """log p of every token of each sequence that has one before it, in nats.
+    """log p in nats of every token that has context, for each sequence.
 
-    BOS comes first where the tokenizer adds one; without it the first letter is not scored. A sequence longer than
-    `window` is scored by windows that start `stride` tokens apart, each token once, in the first window that holds it.
-    Equal sequences are scored once; those of like length share batches.
+    BOS is put first if the tokenizer adds it; without BOS the first letter has no context and is not scored. A sequence
+    longer than `window` tokens is scored with windows that start `stride` tokens apart, each token once, in the first
+    window that contains it. Equal sequences are scored only once; sequences of similar length share batches.
+
+    Raises:
+      UserError: there is no tokenizer, or its vocabulary is larger than the model's.
     """
     if tokenizer is None:
         raise UserError(
-            "the checkpoint has no tokenizer: DNA needs one of bytes, save the model with a tokenizer"
+            "the checkpoint has no tokenizer: DNA needs a byte tokenizer, save the model with one"
         )
     check_vocabulary(tokenizer, model.vocab_size)
     unique = {sequence: i for i, sequence in enumerate(dict.fromkeys(sequences))}
@@ -130,7 +137,7 @@ def token_log_likelihoods(
 
 
 def _width(length: int, window: int) -> int:
-    """Powers of two from 128 on, so that few programs serve sequences of many lengths."""
+    """The padded width of a row: powers of two from 128, so that few programs are compiled for many lengths."""
     width = _WIDTH_STEP
     while width < length:
         width *= 2

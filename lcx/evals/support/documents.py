@@ -1,4 +1,4 @@
-"""The text of an evaluation: whole documents of a data split, in the tokens of the checkpoint that is evaluated."""
+"""The text of an evaluation: whole documents of a data split, tokenised by the checkpoint's own tokenizer."""
 
 import dataclasses
 
@@ -13,23 +13,28 @@ from lcx.model import Decoder
 
 @dataclasses.dataclass(frozen=True)
 class Documents:
-    """Documents, and the tokenizer that made them.
+    """Tokenised documents.
 
-    `masks` says which tokens have a loss, as targets: in conversations what the assistant says.
+    Attributes:
+      tokens: ids of each document.
+      tokenizer: by which they were tokenised.
+      source: where they come from, for messages.
+      masks: for each document, which tokens are scored as targets; in conversations those of the assistant.
+      special: which special tokens were put before and after each document, in words.
     """
 
     tokens: list[Int[np.ndarray, " length"]]
     tokenizer: Tokenizer
     source: str
     masks: list[Bool[np.ndarray, " length"]]
-    special: str = ""  # what was put before and after each document, in words
+    special: str = ""
 
     @property
     def num_tokens(self) -> int:
         return sum(map(len, self.tokens))
 
     def num_bytes(self) -> int:
-        """UTF-8 bytes of the text that the tokenizer gives back for all documents (special tokens give none)."""
+        """UTF-8 bytes of the decoded text of all documents; special tokens do not count."""
         if isinstance(self.tokenizer, ByteTokenizer):
             special = [i for i in (self.tokenizer.bos_id, self.tokenizer.eos_id) if i is not None]
             return int(sum(((d < 256) & ~np.isin(d, special)).sum() for d in self.tokens))
@@ -37,7 +42,7 @@ class Documents:
 
     @property
     def scored(self) -> str:
-        """What to add to a definition where not every token is scored; else nothing."""
+        """A phrase for the definition of a result if not every token is scored, else ""."""
         whole = all(mask.all() for mask in self.masks)
         return "" if whole else " of the tokens with a loss (in conversations what the assistant says)"
 
@@ -57,17 +62,20 @@ def read(
     packed: bool = False,
     owner: str,
 ) -> Documents:
-    """The first documents of a split: up to max_tokens in all (the last one cut), each cut to max_length.
-
-    Each document has the special tokens that the data set asks for, by default those that the tokenizer adds itself.
+    """The first documents of a split, with the special tokens that the dataset sets (default: as the tokenizer does).
 
     Args:
-      packed: documents will share rows: where nothing else separates them, EOS does.
-      tokenizer: the checkpoint's, which replaces that of the data set; None takes the data set's own.
+      dataset: the text.
+      split: "eval" or "train".
+      tokenizer: the checkpoint's, which replaces that of the dataset; None: the dataset's own.
+      model: whose vocabulary must contain all tokens.
+      max_tokens: limit on all documents together; the last one is truncated. None: no limit.
+      max_length: each document is truncated to this many tokens.
+      packed: whether documents will share rows; then EOS separates them if nothing else does.
       owner: the evaluation, for messages.
 
     Raises:
-      UserError: no data set, none of its text in this split, or ids that the model does not have.
+      UserError: there is no dataset, the split has no text, or the tokenizer has ids that the model does not have.
     """
     if dataset is None:
         raise UserError(f"{owner} has no text: set {owner}.dataset to a Dataset")
@@ -109,7 +117,7 @@ def _with_tokenizer(dataset: Dataset | Mixture, tokenizer: Tokenizer, owner: str
 def _retokenized(dataset: Dataset, tokenizer: Tokenizer, owner: str) -> Dataset:
     if dataset.tokenizer != "bytes" and identity(dataset.load_tokenizer()) != identity(tokenizer):
         raise UserError(
-            f"{owner}: the data set names the tokenizer {_short(dataset.tokenizer)}, the checkpoint has another one:"
+            f"{owner}: the dataset sets the tokenizer {_short(dataset.tokenizer)}, but the checkpoint has another one:"
             " remove Dataset.tokenizer, the checkpoint's is used"
         )
     return dataclasses.replace(dataset, tokenizer=tokenizer)

@@ -1,6 +1,7 @@
-"""How plots look: colours that colour-blind readers tell apart, positions in powers of two, legends beside the data.
+"""The style of plots: colour-blind safe colours, positions in powers of two, legends next to the data.
 
-Colours are taken from matplotlib's property cycle ("C0" ...), so a theme (light, dark) decides what they are.
+Colours are referred to by their number in matplotlib's property cycle ("C0" ...), so the theme (light or dark) sets
+their values.
 """
 
 import math
@@ -9,7 +10,7 @@ from typing import Any
 
 Style = dict[str, Any]
 
-# Okabe & Ito 2008, in the order of _PLACES; lighter where the background is dark.
+# Colour-blind safe colours after Okabe & Ito 2008, in the order of _PLACES; lighter ones for a dark background.
 LIGHT = ("#0072B2", "#D55E00", "#B87A00", "#B0528A", "#007A5A", "#3A94C8", "#555555")
 DARK = ("#56B4E9", "#FF8A4A", "#F0C24A", "#E79CC6", "#2FC79A", "#9AD5F5", "#BBBBBB")
 _PLACES = {"yarn": 0, "default": 1, "linear": 2, "dynamic": 3, "ntk": 3, "longrope": 4, "llama3": 5}
@@ -17,7 +18,7 @@ _WIDTHS = ("--", "-.", ":")
 
 
 def theme(*, dark: bool) -> Any:
-    """matplotlib settings (a dict) of a figure that stands on a light or a dark page."""
+    """matplotlib settings (a dict) for a figure on a light or a dark page."""
     from cycler import cycler
 
     ink, page, grid = ("#E8E8EA", "#1B1D21", "#3A3D44") if dark else ("#222222", "#FFFFFF", "#DDDDDD")
@@ -43,10 +44,10 @@ def theme(*, dark: bool) -> Any:
 
 
 def styles(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Style]:
-    """Colour by RoPE scaling; of several models with the same one, the last is solid and those before are dashed.
+    """The line style of each model, {label: style}: one colour per RoPE scaling.
 
-    So, before and after fine-tuning, a scaling keeps its colour. Where all models have the same scaling, each gets a
-    colour of its own.
+    If several models have the same scaling (before and after fine-tuning), the last one is solid and the others are
+    dashed. If all models have the same scaling, each gets its own colour instead.
     """
     kinds = {label: (result.get("model") or {}).get("rope", "") for label, result in results.items()}
     if len(set(kinds.values())) == 1:
@@ -72,7 +73,7 @@ def position_axis(axes: Any, label: str) -> None:
 
 
 def log_axis(axes: Any, which: str) -> None:
-    """Axis "x" or "y" in powers of two."""
+    """Makes axis "x" or "y" logarithmic with ticks at powers of two."""
     from matplotlib import ticker
 
     set_scale, axis = {"x": (axes.set_xscale, axes.xaxis), "y": (axes.set_yscale, axes.yaxis)}[which]
@@ -83,7 +84,7 @@ def log_axis(axes: Any, which: str) -> None:
 
 
 def mark_window(axes: Any, results: Mapping[str, Mapping[str, Any]]) -> None:
-    """A vertical line where the context length of pretraining ends, and a shade over what lies beyond it."""
+    """Draws a vertical line at the context length of pretraining and shades the range beyond it."""
     from matplotlib import pyplot
 
     windows = {result["model"]["original_window"] for result in results.values() if result.get("model")}
@@ -110,7 +111,7 @@ def mark_window(axes: Any, results: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def legend(axes: Any, order: list[str]) -> None:
-    """Beside the data, in the order that the lines have at the right end; none for a single line."""
+    """Draws a legend to the right of the data, with the labels in `order`; none for a single line."""
     handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
     names = [name for name in order if name in handles]
     if len(names) > 1:
@@ -130,7 +131,7 @@ def bars(
     *,
     texts: Mapping[str, str],
 ) -> None:
-    """Horizontal bars from the top down, each with its number; logarithmic where they differ by more than 10x."""
+    """Draws horizontal bars from top to bottom, each with its text; logarithmic if they differ by more than 10x."""
     look = styles(results)
     labels = list(values)
     axes.figure.set_figheight(1.4 + 0.5 * len(labels))

@@ -1,4 +1,4 @@
-"""How far a measured number can be trusted: intervals of proportions, standard errors of token means."""
+"""Statistics of results: confidence intervals of proportions, standard errors of means over tokens, AUROC."""
 
 import math
 import statistics
@@ -12,7 +12,7 @@ def wilson(successes: int, trials: int, *, confidence: float = 0.95) -> tuple[fl
     """The Wilson score interval of a proportion (Wilson 1927): (low, high) in [0, 1]; (0, 1) without trials.
 
     With p = successes / n and z the normal quantile: (p + z^2/2n -+ z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n).
-    Unlike p -+ z sqrt(p(1-p)/n) it is not empty at 0 of n or n of n.
+    Unlike the interval p -+ z sqrt(p(1-p)/n), it does not have width 0 if none or all of the trials succeed.
     """
     if trials == 0:
         return 0.0, 1.0
@@ -21,7 +21,7 @@ def wilson(successes: int, trials: int, *, confidence: float = 0.95) -> tuple[fl
     centre = p + z * z / (2 * trials)
     spread = z * math.sqrt(p * (1 - p) / trials + z * z / (4 * trials * trials))
     scale = 1 + z * z / trials
-    low = 0.0 if successes == 0 else (centre - spread) / scale  # exact at the ends, whatever the rounding
+    low = 0.0 if successes == 0 else (centre - spread) / scale  # exactly 0, without a rounding error
     high = 1.0 if successes == trials else (centre + spread) / scale
     return low, high
 
@@ -29,10 +29,15 @@ def wilson(successes: int, trials: int, *, confidence: float = 0.95) -> tuple[fl
 def mean_and_error(
     sums: Float[np.ndarray, " groups"], weights: Float[np.ndarray, " groups"]
 ) -> tuple[float | None, float | None]:
-    """sum(sums) / sum(weights), and its standard error with whole groups as the independent draws.
+    """(mean, standard error) of sum(sums) / sum(weights), with groups as the independent samples.
 
-    Tokens of one row (or document) are not independent, so it is the rows that are counted: the linearised standard
-    error of a ratio (Cochran 1977, Sampling Techniques, 6.8). None where there is nothing, or one group only.
+    A group is a row or document; the tokens in it are not independent of each other. This is the linearised standard
+    error of a ratio (Cochran 1977, Sampling Techniques, 6.8). The mean is None without any weight; the standard error
+    is None with fewer than two groups.
+
+    Args:
+      sums: weighted sum of each group.
+      weights: sum of the weights of each group; groups of weight 0 are ignored.
     """
     sums, weights = np.asarray(sums, np.float64), np.asarray(weights, np.float64)
     used = weights > 0
@@ -47,7 +52,10 @@ def mean_and_error(
 
 
 def auroc(labels: Sequence[int], scores: Sequence[float]) -> float | None:
-    """Chance that a case of label 1 scores higher than one of label 0, ties half; None without both kinds."""
+    """Area under the ROC curve: the probability that a case of label 1 scores higher than one of label 0.
+
+    A tie counts one half. None unless both labels occur.
+    """
     from scipy import stats
 
     ones, zeros = (

@@ -1,4 +1,4 @@
-"""What results say about the model that they belong to: size, window, and how its positions are scaled."""
+"""The facts about a model that are stored with its results: size, context window, and RoPE scaling."""
 
 from typing import Any
 
@@ -7,10 +7,10 @@ from lcx.model import Decoder, num_params
 
 
 def facts(model: Decoder) -> dict[str, Any]:
-    """JSON-ready facts.
+    """Facts about a model as JSON.
 
-    `window` is the context that the model is meant for, `original_window` the one of its pretraining (equal where
-    nothing was extended), `rope_type` and `rope` name the scaling, as in "yarn" and "yarn x4".
+    `window` is the model's context window and `original_window` that of its pretraining, in tokens; they are equal if
+    the context was not extended. `rope_type` and `rope` are the scaling, such as "yarn" and "yarn x4".
     """
     ropes = [rope for rope, _ in rotaries(model)]
     scaled = [rope for rope in ropes if rope.rope_type != "default"] or ropes

@@ -1,4 +1,7 @@
-"""Loss of every token of many rows: one compiled function a shape, on one device or a mesh, never holding logits."""
+"""The loss of every token of many rows, on one device or a mesh, without storing the logits.
+
+One program is compiled per shape.
+"""
 
 import collections
 import contextlib
@@ -15,11 +18,11 @@ from lcx.model import Decoder
 from lcx.ops.cross_entropy import token_nll
 
 TOKENS_PER_BATCH = 1 << 14
-_IN_FLIGHT = 2  # batches queued on the devices; forced CPU devices deadlock with many
+_IN_FLIGHT = 2  # batches queued on the devices; with many, several CPU devices of one process can deadlock
 
 
 def mesh_of(params: Any) -> Mesh | None:
-    """The mesh that the parameters lie on; None when that is a single device."""
+    """The mesh over which the parameters are sharded; None if they are on a single device."""
     for leaf in jax.tree.leaves(params):
         placed = getattr(leaf, "sharding", None)
         if isinstance(placed, NamedSharding) and isinstance(placed.mesh, Mesh) and placed.mesh.size > 1:
@@ -28,7 +31,7 @@ def mesh_of(params: Any) -> Mesh | None:
 
 
 def on_mesh(params: Any) -> contextlib.AbstractContextManager:
-    """The context in which functions of these parameters are compiled and called."""
+    """The context manager (jax.set_mesh) in which to compile and call functions of these parameters."""
     mesh = mesh_of(params)
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
@@ -46,8 +49,9 @@ def score(
 ) -> Float[np.ndarray, "R T"]:
     """-log p(label) in nats of every token, float32, computed in the model's dtype.
 
-    Rows are taken tokens_per_batch at a time, the last batch filled up, so that one program serves all. A progress
-    bar appears on a terminal. With several processes, each gives all rows and gets all results.
+    Rows are processed in batches of tokens_per_batch tokens. The last batch is padded to the same shape, so that one
+    compiled program serves all. On a terminal there is a progress bar. With several processes, each passes all rows
+    and receives all results.
     """
     from tqdm import tqdm
 
@@ -89,11 +93,11 @@ def _score(model, params, tokens, labels, positions, segment_ids):
         {"params": params}, tokens, positions=positions, segment_ids=segment_ids, method="hidden"
     )
     nll = token_nll(x, model.head(params), labels, transform=model.logit_transform)
-    return sharding.constrain(nll, None, None)  # whole on every device: each process reads all of it
+    return sharding.constrain(nll, None, None)  # replicated, because each process reads all of it
 
 
 def _filled(rows: np.ndarray, size: int, width: int) -> np.ndarray:
-    """Padding of zeros on the right and below; causal attention sees none of it."""
+    """Pads with zeros on the right and below. Causal attention does not attend to padding on the right."""
     return np.pad(rows, ((0, size - rows.shape[0]), (0, width - rows.shape[1])))
 
 

@@ -13,7 +13,10 @@ _COLUMNS = ("chrom", "pos", "ref", "alt")
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """`ref` at the 1-based position `pos` of record `chrom` becomes `alt`, as in VCF; label: 1 pathogenic, 0 not."""
+    """A variant as in VCF: `ref` at the 1-based position `pos` of record `chrom` is replaced by `alt`.
+
+    `label` is 1 if the variant is damaging, 0 if not, None if unknown.
+    """
 
     chrom: str
     pos: int
@@ -26,12 +29,12 @@ class Variant:
 
 
 def read_variants(path: str) -> Iterator[Variant]:
-    """The variants of a VCF or of a table with a header; several alternatives in one line are several variants.
+    """The variants of a VCF file or of a table with a header. A line with several alternatives gives several variants.
 
-    In a VCF quotes are letters like others; in a table they enclose a cell, as in CSV. Compressed or not.
+    In a table, quotes enclose a cell as in CSV; in a VCF file they have no meaning. The file may be compressed.
 
     Raises:
-      UserError: no such file, a missing column, or a line that cannot be read.
+      UserError: the file does not exist or has no variants, a column is missing, or a line cannot be parsed.
     """
     lines = _lines(path)
     number, first = next(lines, (0, ""))
@@ -64,7 +67,7 @@ def _table(path: str, lines: Iterator[tuple[int, str]], delimiter: str) -> Itera
 
 
 def _lines(path: str) -> Iterator[tuple[int, str]]:
-    """(number, line) without comments and empty lines."""
+    """(line number, line) of a file, without VCF comments (##) and empty lines."""
     with naming("VariantEffects.variants"):
         for number, (line, _) in enumerate(streams.lines(path), start=1):
             text = streams.decode(line, f"{path}, line {number}").rstrip("\r\n")
@@ -86,20 +89,20 @@ def _variants(row: Mapping[str, str], place: str, header: list[str]) -> list[Var
     except (KeyError, ValueError):
         raise UserError(
             f"{place}: {str(list(row.values()))[:200]}, expected {str(header)[:200]}, with a whole number for pos (and"
-            " 0 or 1 for label, where there is one)"
+            " 0 or 1 for label, if there is one)"
         ) from None
 
 
 def obstacle(variant: Variant, contigs: Mapping[str, str], *, letters: int, sequences: str) -> str | None:
-    """Why a variant cannot be scored in windows of `letters`, or None."""
+    """The reason why a variant cannot be scored in windows of `letters` letters, or None."""
     if variant.alt in ("", "."):
-        return "it has no alternative"
+        return "it has no alternative allele"
     if variant.alt == "*":
-        return "* stands for a deletion that another line describes"
+        return "alt * marks a deletion that another line describes"
     if not (variant.ref.isalpha() and variant.alt.isalpha()):
-        return "expected letters for ref and alt; it is no plain sequence"
+        return "it is not a plain sequence: expected letters for ref and alt"
     if variant.chrom not in contigs:
-        return f"it names no record of {sequences}, which has {', '.join(list(contigs)[:5])}: change chrom"
+        return f"its chrom is not a record of {sequences}, which has {', '.join(list(contigs)[:5])}: change chrom"
     text, at = contigs[variant.chrom], variant.pos - 1
     found = text[at : at + len(variant.ref)] if at >= 0 else ""
     if found.upper() != variant.ref.upper():
@@ -114,10 +117,10 @@ def obstacle(variant: Variant, contigs: Mapping[str, str], *, letters: int, sequ
 
 
 def windows_around(variant: Variant, text: str, *, letters: int) -> tuple[str, str]:
-    """The window with ref and the window with alt, both of `letters` letters or as many as the shorter sequence has.
+    """(window with ref, window with alt), both with `letters` letters, or as many as the shorter sequence has.
 
-    The variant begins in the middle, and both windows begin at the same letter. At the ends of the sequence each shifts
-    to stay inside of its own sequence, which near the right end begins them at different letters.
+    The variant starts in the middle of both windows, which start at the same letter. Near an end of the sequence each
+    window shifts to stay inside its own sequence; near the right end the two may then start at different letters.
     """
     at, length = variant.pos - 1, _length(variant, text, letters)
     after = at + len(variant.ref)

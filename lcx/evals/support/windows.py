@@ -1,4 +1,4 @@
-"""Sliding windows over documents that are longer than a model reads at once (Press et al. 2021, arXiv 2108.12409)."""
+"""Sliding windows over documents that are longer than a model's context (Press et al. 2021, arXiv 2108.12409)."""
 
 import math
 from typing import Any
@@ -11,7 +11,7 @@ from lcx.model import Decoder
 
 
 def check_windows(evaluation: Any) -> None:
-    """The fields `window` and `stride` of an evaluation."""
+    """Raises UserError if the fields `window` and `stride` of an evaluation are out of range."""
     owner, window, stride = type(evaluation).__name__, evaluation.window, evaluation.stride
     if window is not None and window < 2:
         raise UserError(f"{owner}.window is {window}, expected at least 2 tokens")
@@ -20,7 +20,7 @@ def check_windows(evaluation: Any) -> None:
 
 
 def windows_of(evaluation: Any, model: Decoder) -> tuple[int, int]:
-    """(window, stride) in tokens."""
+    """(window, stride) of an evaluation in tokens, with defaults from the model's context length."""
     window = evaluation.window or model.max_position_embeddings
     stride = evaluation.stride or max(1, window // 2)
     if stride >= window:
@@ -31,9 +31,14 @@ def windows_of(evaluation: Any, model: Decoder) -> tuple[int, int]:
 
 
 def window_rows(lengths: list[int], *, window: int, stride: int) -> Int[np.ndarray, "R 4"]:
-    """Every window of every document: (document, begin, end, first scored target), tokens begin .. end of it.
+    """Every window of every document, as rows (document, begin, end, first).
 
-    Targets are tokens first .. end; the token at `begin` of a document's first window has nothing before it.
+    The window contains the tokens begin, ..., end - 1 of the document, and scores those from `first` on. Each token is
+    scored in the first window that contains it, except for the first token of a document, which has no context.
+
+    Args:
+      lengths: tokens of each document.
+      window, stride: in tokens.
     """
     rows = []
     for document, length in enumerate(lengths):
