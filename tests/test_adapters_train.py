@@ -23,6 +23,7 @@ from lcx.convert.workdir.source import LcxSource
 from lcx.data import ByteTokenizer
 from lcx.errors import UserError
 from lcx.lora import LoRA
+from lcx.optim import AdamW
 from lcx.sharding import MeshShape
 from lcx.training.signals import StopRequest
 
@@ -50,7 +51,9 @@ def text(tmp_path_factory):
 
 
 def trainer(text, base, **changes):
-    return tiny_trainer(text, **{"init_from": str(base), "steps": 3, "log_every": 1, "checkpoint_every": 2} | changes)
+    settings = {"init_from": str(base), "steps": 3, "log_every": 1, "checkpoint_every": 2}
+    optimizer = AdamW(learning_rate=1e-2, warmup_steps=3)
+    return tiny_trainer(text, **{**settings, "optimizer": optimizer, **changes})
 
 
 def run_of(text, base, workdir, **changes):

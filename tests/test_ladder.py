@@ -27,10 +27,10 @@ from tiny_runs import (
 )
 
 import lcx
-from lcx import ladder as ladder_lib
 from lcx import train
 from lcx import trainer as trainer_lib
 from lcx.checkpoint import Checkpointer
+from lcx.convert.workdir.format import Workdir
 from lcx.errors import UserError
 from lcx.evals import passkey
 from lcx.ladder import Gate, Ladder, Rung
@@ -258,9 +258,9 @@ def test_the_second_round_passes(base, tmp_path, monkeypatch):
 
     monkeypatch.setattr(passkey, "Passkey", Found)
     sources = []
-    load = ladder_lib.convert.load
+    load = Workdir.load  # by which the gate and the trainer both read a round
     monkeypatch.setattr(
-        ladder_lib.convert, "load", lambda path, **kw: sources.append(path) or load(path, **kw)
+        Workdir, "load", lambda self, path, **kw: sources.append(str(path)) or load(self, path, **kw)
     )
     gate = Gate(max_loss_increase=9.0, min_passkey_accuracy=0.9, passkey_trials=5)
     path = tiny_ladder(base, gate=gate).run(str(tmp_path))

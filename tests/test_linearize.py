@@ -279,10 +279,11 @@ def test_linearizing_again_is_refused_or_said(caplog):
 
 
 def test_a_second_stage_expects_a_linear_model(text, tmp_path):
-    base = tiny_trainer(text, steps=1)
+    short = {"steps": 1, "optimizer": AdamW(learning_rate=1e-2)}
+    base = tiny_trainer(text, **short)
     params = model_lib.init_params(base.model, jax.random.key(0))
     lcx.save(tmp_path / "base", base.model, params, format="lcx")
-    settings = {"init_from": str(tmp_path / "base"), "lora": LoRA(rank=2), "expects_linear": True, "steps": 1}
+    settings = short | {"init_from": str(tmp_path / "base"), "lora": LoRA(rank=2), "expects_linear": True}
     with pytest.raises(
         UserError, match="has no linear attention, expected a linearized model: run stage 1"
     ) as caught:
