@@ -1,7 +1,7 @@
 """Convert checkpoints between lcx, Hugging Face folders (hf), savanna and vortex (Evo 2), LoLCATS and PEFT.
 
-The source is never changed, and the destination appears whole or not at all. Memory stays far below the size
-of the checkpoint.
+The source is never changed. The destination folder appears only once it is complete. Tensors are streamed, so
+memory use stays far below the size of the checkpoint.
 
 Examples:
   python -m lcx.convert --src=path/to/hf_folder --dst=/tmp/llama --dst_format=lcx
@@ -30,30 +30,30 @@ def main(argv=None) -> int:
         "--src",
         required=True,
         metavar="PATH",
-        help="a Hugging Face folder, the name of a model on the hub (org/name, org/name@revision), an lcx workdir, a "
-        "folder or .pt file of Evo 2",
+        help="a Hugging Face folder, the name of a model on the hub (org/name, org/name@revision), an lcx workdir, or "
+        "an Evo 2 checkpoint (a folder or a .pt file)",
     )
     parser.add_argument("--dst", required=True, metavar="PATH", help="the folder to write")
     parser.add_argument(
         "--dst_format",
         required=True,
         metavar="FORMAT",
-        help=f"{formats.help_lines(writing=True)}; or module:NAME of a Format of your own",
+        help=f"{formats.help_lines(writing=True)}; or module:NAME of your own Format object",
     )
     parser.add_argument(
         "--src_format",
         metavar="FORMAT",
-        help=f"{formats.help_lines(writing=False)}; found out by default",
+        help=f"{formats.help_lines(writing=False)}; detected from the files by default",
     )
     parser.add_argument("--dtype", metavar="DTYPE", help="float32, bfloat16 or float16; as stored by default")
     parser.add_argument(
         "--rope_scaling",
         type=config.json_object,
         metavar="JSON",
-        help="RoPE scaling to apply, as Hugging Face writes it",
+        help="RoPE scaling to apply, in the form of Hugging Face's rope_scaling",
     )
     parser.add_argument("--context_length", type=int, metavar="N", help="the new context window in tokens")
-    parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint at --dst")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing checkpoint at --dst")
     _add_options(parser)
     _add_adapters(parser)
     _add_lolcats(parser)
@@ -61,7 +61,7 @@ def main(argv=None) -> int:
 
 
 class _Option(argparse.Action):
-    """Collects the options of formats in one dict, which the destination then takes or refuses."""
+    """Collects the formats' options in one dict; the destination format rejects those it does not have."""
 
     def __call__(self, parser, namespace, values, option_string=None):
         namespace.options = {
@@ -71,7 +71,7 @@ class _Option(argparse.Action):
 
 
 def _add_options(parser) -> None:
-    """A flag for each option that some format takes when it is written."""
+    """Adds one flag per writing option of any format."""
     for name, field in {k: v for format in formats.FORMATS for k, v in format.options().items()}.items():
         default = "" if field.default is None else f" (default {field.default})"
         parser.add_argument(
@@ -85,30 +85,30 @@ def _add_options(parser) -> None:
 
 
 def _add_adapters(parser) -> None:
-    """PEFT adapters, merged into the model."""
+    """Adds the flag for PEFT adapters, which are merged into the model."""
     parser.add_argument(
         "--adapter",
         action="append",
         metavar="FOLDER",
-        help="a PEFT adapter (LoRA) of the model at --src, merged into it; repeat it, updates add up",
+        help="a PEFT adapter (LoRA) for the model at --src, merged into it; may be repeated, the updates are summed",
     )
 
 
 def _add_lolcats(parser) -> None:
-    """What LoLCATS files on a Hugging Face folder need."""
-    parser.add_argument("--feature_maps", metavar="PATH", help="X_distill.pt of LoLCATS, on the folder --src")
-    parser.add_argument("--lora", metavar="PATH", help="X_ft.pt of LoLCATS, merged into the model")
+    """Adds the flags for LoLCATS files that belong to a Hugging Face folder."""
+    parser.add_argument("--feature_maps", metavar="PATH", help="LoLCATS X_distill.pt for the Hugging Face folder --src")
+    parser.add_argument("--lora", metavar="PATH", help="LoLCATS X_ft.pt, merged into the model")
     parser.add_argument(
         "--attention",
         type=lambda text: config.json_object(text) if text.lstrip().startswith("{") else text,
         metavar="PATH|JSON",
-        help="the settings of --feature_maps by their published names, or the .yaml or .json of them",
+        help="the settings of --feature_maps under their published names, or a .yaml or .json file that holds them",
     )
-    parser.add_argument("--lora_alpha", type=float, metavar="X", help="of --lora (default twice the rank)")
+    parser.add_argument("--lora_alpha", type=float, metavar="X", help="alpha of --lora (default: twice the rank)")
     parser.add_argument(
         "--published_quirks",
         action="store_true",
-        help="compute as the published code does, mistakes included",
+        help="reproduce the published code exactly, including its mistakes",
     )
 
 

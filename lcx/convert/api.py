@@ -37,26 +37,29 @@ def load(
 
     Args:
       path: a Hugging Face folder, or the name of a model on the hub ("org/name", "org/name@revision"); an lcx workdir,
-        checkpoints folder or step folder; for Evo 2 a folder of savanna (a run, a step) or one .pt file, in pieces or
-        not, of savanna or vortex.
-      format: a name of `formats.FORMATS`, or a Format of your own (the object, or "module:NAME"); None finds out from
-        the files. No file tells "savanna_legacy" (projections in blocks a rank) from "savanna"; "savanna_fp32" and
-        "savanna_legacy_fp32" take the float32 weights of DeepSpeed's optimizer states.
-      dtype: of the parameters and of the computation, "float32", "bfloat16" or "float16"; None as stored.
-      mesh: from sharding.make_mesh; each parameter is placed on it as sharding.RULES say. None: the default
+        checkpoints folder or step folder; for Evo 2 a savanna folder (a run or a step), or one savanna or vortex .pt
+        file, whole or split into `.partN` pieces.
+      format: a name in `formats.FORMATS`, or your own Format (the object, or "module:NAME"). None detects the format
+        from the files. The files do not distinguish "savanna_legacy" (projections in per-rank blocks) from "savanna",
+        so it must be named. "savanna_fp32" and "savanna_legacy_fp32" read the float32 weights from DeepSpeed's
+        optimizer states.
+      dtype: dtype of the parameters and of the computation, "float32", "bfloat16" or "float16"; None keeps the stored
+        dtype.
+      mesh: from sharding.make_mesh; parameters are sharded over it according to sharding.RULES. None: the default
         device.
-      rope_scaling: what Hugging Face writes, {"rope_type": "yarn", "factor": 4.0}: extends the context.
+      rope_scaling: extends the context; same form as in Hugging Face, e.g. {"rope_type": "yarn", "factor": 4.0}.
       context_length: the new window in tokens; by default factor times the original window. Alone, or with
-        {"rope_theta": B}, it keeps the scaling that the model has (`extend.extend`).
-      lolcats: published LoLCATS files that sit on this Hugging Face folder, and their settings.
-      adapter: a folder of PEFT's LoRA for this model, or several whose updates add up; merged into params.
+        {"rope_theta": B}, it keeps the model's current scaling (`extend.extend`).
+      lolcats: published LoLCATS files that belong to this Hugging Face folder, and their settings.
+      adapter: the folder of a PEFT LoRA adapter for this model, or several whose updates are summed; merged into
+        params.
 
     Returns:
-      (model, params): `model.apply({"params": params}, tokens)` are the logits. Low-rank pairs that were
-      trained are merged into params.
+      (model, params): `model.apply({"params": params}, tokens)` gives the logits. Low-rank pairs in the checkpoint are
+      merged into params.
 
     Raises:
-      UserError: nothing readable there, or a setting that does not fit it.
+      UserError: there is no readable checkpoint at `path`, or a setting does not fit it.
     """
     wanted, path = model_source.parse_dtype(dtype), hub.local(path)
     reader = formats.reader(path, format, lolcats)
@@ -81,18 +84,21 @@ def save(
     like: str | os.PathLike | None = None,
     model_parallel: int = 1,
 ) -> None:
-    """Writes a model: a Hugging Face folder ("hf"), a workdir with one step ("lcx"), a folder of "savanna", "vortex" or
-    "lolcats", or a Format of your own.
+    """Writes a model as a Hugging Face folder ("hf"), a workdir with one step ("lcx"), a "savanna", "vortex" or
+    "lolcats" folder, or in your own Format.
 
-    The folder appears whole or not at all.
+    The folder is renamed into place once it is complete, so a partial one never appears at `path`.
 
     Args:
+      path: the folder to write.
+      model, params: as `load` returns them.
+      format: a name in `formats.FORMATS`, or your own Format (the object, or "module:NAME").
       overwrite: whether an existing checkpoint folder may be replaced.
-      like: a Hugging Face folder whose tokenizer files and token ids belong to the model, and are copied.
-      model_parallel: how many files share the tensors ("savanna").
+      like: a Hugging Face folder from which tokenizer files and token ids are copied.
+      model_parallel: number of model-parallel files that the tensors are split over ("savanna" only).
 
     Raises:
-      UserError: the destination exists or cannot be written; the format cannot hold the model.
+      UserError: the destination exists or cannot be written, or the format cannot represent the model.
     """
     target = formats.writer(format, model_parallel=None if model_parallel == 1 else model_parallel)
     if jax.process_count() > 1:
@@ -114,7 +120,7 @@ def write(
     overwrite: bool = False,
     progress: Callable[[int], None] = lambda nbytes: None,
 ) -> str:
-    """Writes any source into a new folder, reads its metadata back, and returns a line that says what is there."""
+    """Writes any source into a new folder, reads its metadata back, and returns a one-line summary of what it holds."""
     target = formats.writer(format)
     needed = target.planned_bytes(source, dtype=dtype)
     with destination.replacing(
@@ -128,18 +134,18 @@ def write(
 
 
 def source(path: str | os.PathLike) -> ModelSource:
-    """The model there, in whatever format. Raises UserError when it cannot be read."""
+    """Opens the model at `path` in its detected format. Raises UserError when it cannot be read."""
     path = hub.local(path)
     return formats.detect(path).open(path)
 
 
 def detect(path: str | os.PathLike) -> str:
-    """The name of the format of a folder or file. Raises UserError when it is none of the known ones."""
+    """The name of the format of a folder or file. Raises UserError for an unknown format."""
     return formats.detect(path).name
 
 
 def tokenizer_record(path: str | os.PathLike) -> Mapping[str, Any] | None:
-    """What `Tokenizer.to_json` says of the tokenizer of a checkpoint that has no files for it; None of all others."""
+    """`Tokenizer.to_json` of the tokenizer that the format of this checkpoint implies without storing it; else None."""
     try:
         found = formats.detect(path)
     except UserError:

@@ -35,22 +35,22 @@ def convert(
     published_quirks: bool = False,
     adapter: Sequence[str] | None = None,
 ) -> None:
-    """Converts a checkpoint, holding a layer of one parameter in memory at a time.
+    """Converts a checkpoint, holding one layer of one parameter in memory at a time.
 
     Args:
-      src, dst: folders; src may be one .pt file, or the name of a model on the Hugging Face hub.
-      dst_format: of `formats.FORMATS`, one that is written, or that holds what a run trained without the rest of its
-        model.
-      src_format: of `formats.FORMATS`, one that is read; found out by default.
-      dtype: of the written tensors; None as stored.
-      rope_scaling, context_length: extend the context, as lcx.load does.
-      overwrite: whether a checkpoint at dst may be replaced (after the new one is complete).
-      options: of the format that is written (`Format.options`).
-      feature_maps, lora, attention, lora_alpha, published_quirks: LoLCATS files on the folder src (`Lolcats`).
-      adapter: PEFT adapters of the model at src, merged into it.
+      src, dst: folders; src may also be one .pt file, or the name of a model on the Hugging Face hub.
+      dst_format: the name of a writable format in `formats.FORMATS`, or of a `TrainedFormat`, which holds only the
+        parameters that a run trained.
+      src_format: the name of a readable format in `formats.FORMATS`; detected by default.
+      dtype: dtype of the written tensors; None keeps the stored dtypes.
+      rope_scaling, context_length: extend the context, as in lcx.load.
+      overwrite: whether an existing checkpoint at dst may be replaced (once the new one is complete).
+      options: writing options of the destination format (`Format.options`).
+      feature_maps, lora, attention, lora_alpha, published_quirks: LoLCATS files for the folder src (`Lolcats`).
+      adapter: PEFT adapters for the model at src, merged into it.
 
     Raises:
-      UserError: whatever is wrong with the source, the destination or the settings.
+      UserError: the source, the destination or a setting is not usable.
     """
     target_path = paths.destination(dst, "--dst")
     source_path = pathlib.Path(hub.local(src)).expanduser()
@@ -95,7 +95,7 @@ def _write_trained(
     *,
     overwrite: bool,
 ) -> None:
-    """What a run trained, without the rest of its model."""
+    """Writes only the parameters that a run trained."""
     destination.refuse_same(src, dst)
     if not isinstance(found := formats.detect(src), Workdir):
         raise UserError(

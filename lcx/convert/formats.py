@@ -1,6 +1,6 @@
-"""The table of checkpoint formats, and which of them a folder is in.
+"""The table of checkpoint formats, and detection of the format of a folder.
 
-A new format is a file with a subclass of `core.format.Format`, and an entry here.
+To add a format, write a file with a subclass of `core.format.Format` and add an instance to `FORMATS`.
 """
 
 import dataclasses
@@ -39,13 +39,13 @@ FORMATS: tuple[Format, ...] = (
 
 
 def named(format: str | Format, *, where: str = "format") -> Format:
-    """A format by its name, or "module:NAME" of one in a package of yours; a format itself stays.
+    """The format with this name, or the Format object at "module:NAME"; a Format is returned unchanged.
 
     Args:
-      where: the setting that named it, for messages.
+      where: the setting that holds the name, for error messages.
 
     Raises:
-      UserError: there is none of this name.
+      UserError: no format has this name, or it cannot be imported.
     """
     if isinstance(format, Format):
         return format
@@ -73,10 +73,10 @@ def _imported(path: str, where: str) -> Format:
 def reader(
     path: str | os.PathLike, format: str | Format | None = None, lolcats: Lolcats | None = None
 ) -> Format:
-    """The format to read `path` in: the one that is named, or the one found out.
+    """The format to read `path` with: the named one, else the detected one.
 
     Raises:
-      UserError: no such format, or one that is not read; files of LoLCATS with another format; no checkpoint there.
+      UserError: an unknown or write-only format; LoLCATS files given with another format; no checkpoint at `path`.
     """
     if lolcats is None and format is None:
         return detect(path)
@@ -95,10 +95,10 @@ def reader(
 
 
 def writer(format: str | Format, **options: Any) -> Format:
-    """The format to write a model in, with its options set; those that are None are left out.
+    """The format to write a model in, with its options set; options that are None keep their defaults.
 
     Raises:
-      UserError: no such format, or one that holds no whole model; an option that it does not take.
+      UserError: an unknown format, one that cannot hold a whole model, or an option that the format does not have.
     """
     chosen = named(format)
     if not chosen.writes:
@@ -109,7 +109,7 @@ def writer(format: str | Format, **options: Any) -> Format:
 
 
 def configured(format: F, options: Mapping[str, Any]) -> F:
-    """The format with these options set. Raises UserError for one that it does not take, or a value out of range."""
+    """The format with these options set. Raises UserError for an option it does not have or a value out of range."""
     given = {name: value for name, value in options.items() if value is not None}
     for name in given.keys() - format.options():
         field = next((other.options()[name] for other in FORMATS if name in other.options()), None)
@@ -119,13 +119,13 @@ def configured(format: F, options: Mapping[str, Any]) -> F:
 
 
 def detect(path: str | os.PathLike, *more: Format) -> Format:
-    """The format of a folder or file, from the names of files (of torch files: also from the names of tensors).
+    """Detects the format of a folder or file from its file names and, for torch files, from the tensor names.
 
     Args:
-      more: formats of the user's own, asked before those of the table.
+      more: the user's own formats, tried before those of the table.
 
     Raises:
-      UserError: it is none of the known ones, or no model by itself.
+      UserError: no format matches, or what is there is not a model on its own (an adapter, for example).
     """
     from lcx.convert.files import unsupported
 
@@ -134,6 +134,7 @@ def detect(path: str | os.PathLike, *more: Format) -> Format:
     if place.is_file():
         unsupported.check_names(place, [place.name])
         unsupported.check_pointer(place)
+    # Overlay formats add files to the folder of another format, which would otherwise match first.
     for format in sorted((*more, *FORMATS), key=lambda format: not format.overlay):
         if format.detect(place, names):
             return format
@@ -149,7 +150,7 @@ def detect(path: str | os.PathLike, *more: Format) -> Format:
 
 
 def is_checkpoint(path: pathlib.Path, *more: Format) -> bool:
-    """Whether a folder may be replaced by a checkpoint, because it is one; see `detect`."""
+    """Whether a folder may be replaced: only if it is a checkpoint itself (`detect`)."""
     try:
         return detect(path, *more).may_replace(path)
     except UserError:
@@ -157,7 +158,7 @@ def is_checkpoint(path: pathlib.Path, *more: Format) -> bool:
 
 
 def help_lines(*, writing: bool) -> str:
-    """The formats to read or to write, one after another, for `--help`."""
+    """The readable or writable formats with their descriptions, for `--help`."""
     known = [f for f in FORMATS if (f.writes or isinstance(f, TrainedFormat) if writing else f.reads)]
     return "; ".join(f"{format.name}, {format.help}" for format in known)
 

@@ -1,4 +1,4 @@
-"""How far a conversion is: a bar on a terminal, plain lines anywhere else."""
+"""Progress of a conversion: a bar on a terminal, plain lines otherwise."""
 
 import sys
 import time
@@ -9,7 +9,7 @@ _SECONDS_BETWEEN_LINES = 5.0
 
 
 class Progress:
-    """Counts bytes towards a total, on stderr; used as a context."""
+    """Context manager that reports progress in bytes on stderr."""
 
     def __init__(self, label: str, total_bytes: int):
         self._label, self._total = label, max(1, total_bytes)

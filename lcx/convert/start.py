@@ -1,4 +1,4 @@
-"""What a training run starts from, in whatever format it lies."""
+"""Loads the initial model of a training run, from any format."""
 
 import contextlib
 import dataclasses
@@ -21,11 +21,11 @@ class Start:
     """A pretrained model.
 
     Attributes:
-      model: a Decoder, its context extended, computing in float32; or some of its layers.
-      params: as they are stored.
-      carried: settings of its config.json that the model does not hold (ids of special tokens).
-      lora, pairs: of an adapter that trains on: the settings of its pairs, and the `lora` collection. Without an
-        adapter the settings are those that were given, and there is no collection.
+      model: a Decoder (or some of its layers) with its context extended, computing in float32.
+      params: in the stored dtypes.
+      carried: settings of its config.json that the Decoder does not hold (ids of special tokens).
+      lora, pairs: with an adapter, the LoRA settings and the `lora` collection to continue training from. Without one,
+        the settings that were passed in, and None.
     """
 
     model: Any
@@ -44,10 +44,10 @@ def start(
     adapter: str | None = None,
     lora: LoRA | None = None,
 ) -> Start:
-    """Reads a model to train from; the arguments are those of `lcx.load`, and `lora` is the run's settings.
+    """Reads the model that training starts from. The arguments are those of `lcx.load`, plus the run's LoRA settings.
 
     Raises:
-      UserError: what `lcx.load` refuses; an adapter that cannot train on, or that `lora` does not agree with.
+      UserError: as in `lcx.load`; an adapter that cannot be trained further, or that does not match `lora`.
     """
     path = hub.local(path)
     reader = formats.detect(path)
@@ -67,13 +67,16 @@ def start(
 
 
 def model_at(path: str) -> Decoder:
-    """The model there, without its parameters. Raises UserError when it cannot be read."""
+    """The model at `path`, without its parameters. Raises UserError when it cannot be read."""
     path = hub.local(path)
     return formats.detect(path).open(path).model
 
 
 def _carried(reader: Format, path: str) -> dict[str, Any]:
-    """Nothing where the newest step of a workdir is damaged: the model came from the one before."""
+    """Settings carried over from config.json; empty if the newest step of a workdir is damaged.
+
+    In that case `reader.load` has already fallen back to the previous step.
+    """
     with contextlib.suppress(UserError):
         return dict(reader.open(path).carried)
     return {}

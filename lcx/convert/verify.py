@@ -1,4 +1,4 @@
-"""What a conversion is worth: the numbers on both sides, and the logits where the sides are not the same to the bit."""
+"""Compares a converted checkpoint with its source: the parameters, and the logits if they are not bit-identical."""
 
 import dataclasses
 import math
@@ -15,7 +15,7 @@ from lcx.convert.files import tensor_io
 from lcx.errors import UserError
 from lcx.model import Decoder
 
-#: Models beyond this are not run to compare logits.
+#: Larger models are not run to compare logits.
 MAX_RUN_BYTES = 64 << 20
 _TOKENS = 64
 _FLOAT32 = np.dtype(np.float32)
@@ -26,13 +26,13 @@ class Report:
     """Both sides of a conversion, parameter by parameter.
 
     Attributes:
-      tensors, numbers: parameters and their elements, of the same shapes on both sides.
-      sums: of all elements, of the source and of what was written (float64).
-      changed: parameters whose elements are not the source's (rounded to the dtype written), each with the largest
-        difference.
-      logits: (largest difference, largest logit) on 64 random tokens; None if the models did not run.
-      same: whether the two are the same function by construction: the same description, the same numbers.
-      not_finite: of the source: the tensors with NaN or infinite numbers, and how many of each.
+      tensors, numbers: how many parameters and how many elements were compared; shapes agree on both sides.
+      sums: sum of all elements (float64) of the source and of the written checkpoint.
+      changed: parameter -> largest absolute difference, where the written elements differ from those of the source
+        (rounded to the written dtype).
+      logits: (largest difference, largest logit) on 64 random tokens; None if the models were not run.
+      same: whether both are the same function by construction: equal model descriptions and equal elements.
+      not_finite: (tensor, number of NaNs, number of infinities) for each tensor of the source with non-finite elements.
     """
 
     tensors: int
@@ -72,13 +72,13 @@ class Report:
 
 
 def verify(source: ModelSource, target: Format, path: str | os.PathLike) -> Report:
-    """Reads a model and what was written of it, one layer of one parameter at a time.
+    """Compares a model with its written copy, reading one layer of one parameter at a time.
 
     Args:
-      target: the format in which it was written to `path`.
+      target: the format in which the copy was written to `path`.
 
     Raises:
-      UserError: they are not the same parameters, or not the same function although all are float32.
+      UserError: the parameters differ in shape, or the logits differ although all parameters are float32.
     """
     written = target.open(path)
     found = {path: info.shape for path, info in written.leaves.items()}
@@ -118,7 +118,7 @@ def verify(source: ModelSource, target: Format, path: str | os.PathLike) -> Repo
 
 
 def _compare(source: ModelSource, written: ModelSource, path: str) -> tuple[np.ndarray, float | None]:
-    """(sums of both sides, the largest difference or None if there is none) of one parameter."""
+    """For one parameter: (the sums of both sides, the largest difference or None if they are equal)."""
     info, sums, largest = source.leaves[path], np.zeros(2), None
     limit = 1 if path.startswith("stages_") else tensor_io.PIECE_BYTES
     for start, stop in tensor_io.split_rows(info.shape, info.dtype.itemsize, limit):
@@ -127,6 +127,7 @@ def _compare(source: ModelSource, written: ModelSource, path: str) -> tuple[np.n
         for low, high in tensor_io.split_rows(ours.shape, 8, tensor_io.PIECE_BYTES):
             a, b = ours[low:high], theirs[low:high]
             sums += a.sum(dtype=np.float64), b.sum(dtype=np.float64)
+            # Compare bytes, not values: NaN != NaN, and -0.0 == 0.0.
             rounded = model_source.cast(a, b.dtype, path)
             if rounded.tobytes() != b.tobytes():
                 by = float(np.abs(rounded.astype(np.float64) - b.astype(np.float64)).max())
@@ -135,7 +136,7 @@ def _compare(source: ModelSource, written: ModelSource, path: str) -> tuple[np.n
 
 
 def _not_finite(source: ModelSource, path: str) -> list[tuple[str, int, int]]:
-    """(tensor as the source calls it, NaN, infinite numbers) of the rows of a parameter that hold any."""
+    """(tensor name in the source, number of NaNs, number of infinities) per row of a parameter that holds any."""
     info, found = source.leaves[path], dict[str, list[int]]()
     stacked = path.startswith("stages_")
     limit = 1 if stacked else tensor_io.PIECE_BYTES

@@ -1,7 +1,7 @@
-"""What every format builds on.
+"""Shared by all checkpoint formats.
 
 format        Format, the contract of a checkpoint format
-model_source  ModelSource, a stored model that is read parameter by parameter, and its way onto devices
-rules         which foreign tensors are which parameters, in which layout
-relaid        a stored model as another one with the same layers
+model_source  ModelSource, a stored model that is read parameter by parameter; loading it onto devices
+rules         the mapping between foreign tensors and lcx parameters, with their layouts
+relaid        a view of a stored model with its layers selected or regrouped into other stages
 """

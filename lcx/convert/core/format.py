@@ -1,9 +1,9 @@
 """The contract of a checkpoint format: one object that recognises, reads, writes, checks and describes it.
 
-A format is a frozen subclass of `Format` in a file of its own, and an entry of `formats.FORMATS`. Its fields made with
-`option` are what a user may set when it is written, in Python by name, on the command line by a flag of that name.
+A format is a frozen subclass of `Format` in its own file, with an entry in `formats.FORMATS`. Fields created with
+`option` are the writing options that a user may set: by name in Python, by a flag of the same name on the command line.
 
-`--help` lists the formats before jax and numpy are imported, so a format's file imports what it needs in its methods.
+`--help` lists the formats without importing jax or numpy, so a format's file imports heavy packages inside its methods.
 """
 
 import dataclasses
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
 
 def option(default: Any, *, help: str, metavar: str) -> Any:
-    """A field that is an option of writing.
+    """A dataclass field that is a writing option.
 
     Args:
-      default: used where the user gives none; its type is that of the flag (None: text).
-      help: continues "NAME is ...", and names the formats that take it.
-      metavar: stands for the value in `--help`.
+      default: the default value; its type is the type of the flag (None: str).
+      help: completes the sentence "NAME is ...", and names the formats that have the option.
+      metavar: placeholder for the value in `--help`.
     """
     return dataclasses.field(default=default, metadata={"help": help, "metavar": metavar})
 
@@ -38,11 +38,11 @@ class Format:
     """A checkpoint format.
 
     Attributes:
-      name: what --src_format, --dst_format and `format=` call it.
-      help: what it is, for `--help`.
-      reads: whether models are read from it.
-      writes: whether any model can be written to it.
-      overlay: whether its files lie on the folder of another format, so that it is asked first what a folder is.
+      name: its value for --src_format, --dst_format and `format=`.
+      help: a short description for `--help`.
+      reads: whether models can be read from it.
+      writes: whether whole models can be written to it.
+      overlay: whether it adds files to the folder of another format. Overlays are tried first in detection.
     """
 
     name: str
@@ -53,28 +53,28 @@ class Format:
 
     @classmethod
     def options(cls) -> dict[str, dataclasses.Field]:
-        """Name -> field of what can be set when it is written."""
+        """Writing options: name -> dataclass field."""
         return {field.name: field for field in dataclasses.fields(cls) if "metavar" in field.metadata}
 
     # ------------------------------------------------------------------------------------------------- reading
 
     def detect(self, path: pathlib.Path, names: Collection[str]) -> bool:
-        """Whether a checkpoint of this format is at `path`, by the names of files (and, if need be, of tensors).
+        """Whether `path` holds a checkpoint of this format, judged by file names and, if necessary, tensor names.
 
         Args:
-          path: a folder, or a file, of which only pieces may be there.
-          names: of what lies in the folder, or of the file itself.
+          path: a folder or a file; for a file split into pieces, its name without the `.partN` suffix.
+          names: the names of the folder's entries, or the name of the file.
 
         Raises:
-          UserError: it is a part of one, which cannot be read alone.
+          UserError: it is only part of a checkpoint and cannot be read alone.
         """
         return False
 
     def open(self, path: str | os.PathLike) -> "ModelSource":
-        """The model at `path`, which is read as its parameters are asked for.
+        """Opens the model at `path`. Parameters are read lazily, on request.
 
         Raises:
-          UserError: damaged or missing files, or a model that is not supported.
+          UserError: damaged or missing files, or an unsupported model.
         """
         raise NotImplementedError(f"{self.name} is not read")
 
@@ -86,12 +86,12 @@ class Format:
         mesh: Any,
         change: "Callable[[Decoder], Decoder]",
     ) -> "tuple[Decoder, dict[str, Any]]":
-        """The model and its parameters on devices.
+        """Reads the model and places its parameters on devices.
 
         Args:
-          dtype: of the parameters and the computation; None as stored.
+          dtype: dtype of the parameters and the computation; None keeps the stored dtype.
           mesh: None for the default device.
-          change: applied to the model before anything large is read.
+          change: applied to the model before any parameter is read, so that its errors come early.
         """
         from lcx.convert.core import model_source
 
@@ -100,16 +100,16 @@ class Format:
         return model_source.load(source, dtype=dtype, mesh=mesh)
 
     def tokenizer(self, path: pathlib.Path) -> Mapping[str, Any] | None:
-        """What `Tokenizer.to_json` says of the tokenizer that this format implies without any file for it."""
+        """`Tokenizer.to_json` of the tokenizer that this format implies without storing it; None if it implies none."""
         return None
 
     # ------------------------------------------------------------------------------------------------- writing
 
     def planned_bytes(self, source: "ModelSource", *, dtype: "np.dtype | None") -> int:
-        """Size of the tensors to be written.
+        """Total size in bytes of the tensors to be written.
 
         Raises:
-          UserError: the format cannot hold the model.
+          UserError: the format cannot represent the model.
         """
         infos = source.leaves.values()
         return sum(info.nbytes // info.dtype.itemsize * (dtype or info.dtype).itemsize for info in infos)
@@ -122,44 +122,44 @@ class Format:
         dtype: "np.dtype | None",
         progress: Callable[[int], None],
     ) -> "dict[str, TensorInfo]":
-        """Writes a model into an empty folder, and returns the tensors that it wrote.
+        """Writes a model into an empty folder, and returns the written tensors.
 
         Args:
-          dtype: of the tensors; None as stored.
-          progress: called with the number of bytes after each piece.
+          dtype: dtype of the tensors; None keeps the stored dtypes.
+          progress: called after each piece with its number of bytes.
 
         Raises:
-          UserError: the format cannot hold the model.
+          UserError: the format cannot represent the model.
         """
         raise NotImplementedError(f"{self.name} is not written")
 
     def check_written(
         self, folder: pathlib.Path, tensors: "Mapping[str, TensorInfo]"
     ) -> "dict[str, TensorInfo]":
-        """The tensors that the folder holds, read back. Raises UserError when they are not those of `write`."""
+        """The folder's tensors, read back from metadata. Raises UserError unless they match `tensors` from `write`."""
         raise NotImplementedError(f"{self.name} is not written")
 
     def completed(self, model: "Decoder", like: "Decoder") -> "Decoder":
-        """A model read back, with the settings of the written one that no file of this format states."""
+        """`model`, as read back, with those settings of the written model `like` that this format does not store."""
         return model
 
     def may_replace(self, folder: pathlib.Path) -> bool:
-        """Whether a folder in which this format was detected may be replaced as a whole."""
+        """Whether a folder detected as this format may be replaced as a whole."""
         return True
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainedFormat(Format):
-    """What a run trained, without the rest of its model: written from a workdir, and not read alone."""
+    """A format for only the parameters that a run trained: written from a workdir, not readable as a model."""
 
     reads: bool = False
     writes: bool = False
 
     def export(self, workdir: pathlib.Path, path: pathlib.Path, *, overwrite: bool) -> list[str]:
-        """Writes it to a new folder, and returns lines that say what is there.
+        """Writes the trained parameters to a new folder, and returns lines that summarise its contents.
 
         Raises:
-          UserError: no run there, something trained that this format has no place for, a destination that exists.
+          UserError: there is no run at `src`, a trained parameter has no place in this format, or `dst` exists.
         """
         raise NotImplementedError
 
@@ -167,7 +167,7 @@ class TrainedFormat(Format):
 def check_same(
     folder: pathlib.Path, found: "Mapping[str, TensorInfo]", expected: "Mapping[str, TensorInfo]"
 ) -> None:
-    """Raises UserError unless both are tensors of the same names, shapes and dtypes."""
+    """Raises UserError unless names, shapes and dtypes of the tensors agree."""
     specs = [{name: (info.shape, info.dtype) for name, info in side.items()} for side in (found, expected)]
     if specs[0] != specs[1]:
         raise UserError(

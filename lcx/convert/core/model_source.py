@@ -1,4 +1,4 @@
-"""Models that can be read parameter by parameter, wherever they are stored, and how they get onto devices."""
+"""Stored models that are read parameter by parameter, and loading them onto devices."""
 
 import dataclasses
 import functools
@@ -26,12 +26,12 @@ class ModelSource(Protocol):
     """A stored model.
 
     Attributes:
-      model: what to build.
+      model: the Decoder to build.
       leaves: "stages_0/block_0/mixer/q_proj/kernel" -> shape (with the repeat axis) and stored dtype.
-      carried: settings of its config.json that the model does not hold (token ids).
+      carried: settings of its config.json that the Decoder does not hold (token ids).
       side_files: tokenizer and generation files that belong to it.
-      tokenizer: what `Tokenizer.to_json` says of its tokenizer, without a path; None when there is none.
-      where: names it in messages.
+      tokenizer: `Tokenizer.to_json` of its tokenizer, without a path; None if it has none.
+      where: its name in error messages.
     """
 
     model: Decoder
@@ -52,7 +52,7 @@ class ModelSource(Protocol):
     def where(self) -> str: ...
 
     def read(self, path: str, index: rules.Index) -> np.ndarray:
-        """The parameter at this index (one slice an axis)."""
+        """The parameter at this index (one slice per axis)."""
         ...
 
 
@@ -63,7 +63,7 @@ def leaf_shapes(model: Decoder | Layers) -> dict[str, rules.Shape]:
 
 @dataclasses.dataclass
 class TreeSource:
-    """A model in memory. Raises UserError at construction when the parameters are not those of the model."""
+    """A model in memory. Raises UserError at construction if the parameters do not match the model."""
 
     model: Decoder
     params: Mapping[str, Any]
@@ -96,12 +96,12 @@ class TreeSource:
 
 
 def check_leaves(leaves: Mapping[str, TensorInfo], model: Decoder, where: str) -> None:
-    """Raises UserError when parameters are missing, unexpected or of another shape than the model's."""
+    """Raises UserError if parameters are missing, unexpected or differ in shape from the model's."""
     parameters.check(model, {path: info.shape for path, info in leaves.items()}, where)
 
 
 def parse_dtype(dtype: Any) -> np.dtype | None:
-    """A dtype by name ("bfloat16") or as numpy or jax has it; None stays None (as stored)."""
+    """The numpy dtype for a name ("bfloat16") or a numpy or jax dtype; None (keep the stored dtype) stays None."""
     if dtype is None:
         return None
     try:
@@ -114,10 +114,10 @@ def parse_dtype(dtype: Any) -> np.dtype | None:
 
 
 def cast(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
-    """The array in another dtype.
+    """The array in another dtype; `name` names it in the error.
 
     Raises:
-      UserError: a finite number would become infinite.
+      UserError: a finite element would overflow to infinity in float16.
     """
     if array.dtype == dtype:
         return array
@@ -133,7 +133,7 @@ def cast(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
 
 
 def stored_dtype(leaves: Mapping[str, TensorInfo]) -> np.dtype:
-    """The dtype that most of the numbers are stored in."""
+    """The dtype that holds most of the model's elements."""
     sizes: dict[np.dtype, int] = {}
     for info in leaves.values():
         sizes[info.dtype] = sizes.get(info.dtype, 0) + info.nbytes // info.dtype.itemsize
@@ -143,7 +143,7 @@ def stored_dtype(leaves: Mapping[str, TensorInfo]) -> np.dtype:
 def load(
     source: ModelSource, *, dtype: np.dtype | None, mesh: jax.sharding.Mesh | None
 ) -> tuple[Decoder, dict[str, Any]]:
-    """The model, computing in `dtype` if there is one, and its parameters on devices."""
+    """The model, computing in `dtype` if given, and its parameters on devices."""
     model = source.model if dtype is None else source.model.clone(dtype=str(dtype), parent=None)
     return model, to_devices(source, dtype=dtype, mesh=mesh)
 
@@ -151,9 +151,9 @@ def load(
 def to_devices(
     source: ModelSource, *, dtype: np.dtype | None, mesh: jax.sharding.Mesh | None
 ) -> dict[str, Any]:
-    """The parameter tree, each array read and placed on its own: host memory holds one parameter at a time.
+    """The parameter tree on devices. Arrays are read and placed one by one, so host memory holds one at a time.
 
-    On a mesh each process reads only what its devices need.
+    On a mesh, each process reads only the slices that its own devices hold.
     """
     placed: dict[str, Any] = {}
     shardings = {} if mesh is None else flatten_dict(model_lib.param_shardings(source.model, mesh), sep="/")
@@ -163,6 +163,7 @@ def to_devices(
             whole = tuple(slice(0, size) for size in info.shape)
             placed[path] = jax.device_put(_read_box(source, path, whole, [whole], wanted)[0])
             continue
+        # Replicated shards share an index, so each distinct slice is read and cast once.
         indices = shardings[path].addressable_devices_indices_map(info.shape)
         exact = {device: _bounds(index, info.shape) for device, index in indices.items()}
         unique = list(dict.fromkeys(_key(index) for index in exact.values()))
@@ -176,7 +177,7 @@ def to_devices(
 def _read_box(
     source: ModelSource, path: str, box: rules.Index, parts: list[rules.Index], dtype: np.dtype
 ) -> list[np.ndarray]:
-    """The parts of a parameter, which lie in `box`; each row of its first axis is read once."""
+    """Reads several slices of a parameter that all lie inside `box`; each row of the first axis is read once."""
     outs = [np.empty([s.stop - s.start for s in part], dtype) for part in parts]
     if not box:
         outs[0][()] = cast(source.read(path, ()), dtype, path)

@@ -1,4 +1,4 @@
-"""A stored model as another one with the same layers: some of them, or in other stages, or with new parameters beside.
+"""A view of a stored model as another model: a subset of its layers, other stages, or additional new parameters.
 
 Nothing is read before it is asked for, so that a block of a 405B is had without the rest of it.
 """
@@ -19,13 +19,13 @@ from lcx.convert.files.tensor_io import TensorInfo
 
 @dataclasses.dataclass
 class RelaidSource:
-    """A `model_source.ModelSource`.
+    """A `model_source.ModelSource` that takes the layers of another one.
 
     Attributes:
-      source: where the weights are.
-      model: what to build: a Decoder, or Layers.
-      fresh: path -> parameters that the source does not have.
-      first: the layer of the source that is the model's first.
+      source: the stored model that holds the weights.
+      model: the model to build: a Decoder, or Layers.
+      fresh: path -> new parameter that the source does not have.
+      first: index of the source layer that becomes the model's first layer.
     """
 
     source: ModelSource
@@ -35,12 +35,12 @@ class RelaidSource:
 
     @functools.cached_property
     def _rows(self) -> dict[tuple[str, int], model_lib.Layer]:
-        """(block, row) -> the layer of the source."""
+        """(block, row of its stacked parameters) -> the corresponding layer of the source."""
         old, new = model_lib.layers(self.source.model), model_lib.layers(self.model)
         return {(layer.path, layer.repeat): old[self.first + i] for i, layer in enumerate(new)}
 
     def _places(self, path: str, rows: range) -> list[tuple[str, slice]]:
-        """The rows of a stacked parameter, in the source."""
+        """Where each row of a stacked parameter lies in the source."""
         block, name = "/".join(path.split("/")[:2]), "/".join(path.split("/")[2:])
         layers = [self._rows[block, row] for row in rows]
         return [(f"{layer.path}/{name}", slice(layer.repeat, layer.repeat + 1)) for layer in layers]

@@ -1,10 +1,9 @@
 """The rules engine: how the tensors of a foreign checkpoint correspond to the parameters of an lcx model.
 
-A family (one file each) states a table of rules. A rule says: this foreign tensor is the concatenation, along
-axis 0, of these parts; and a part is one parameter of the lcx tree (one repeat of it, for parameters that a
-scanned stage stacks) in a certain layout. The engine runs the table in both directions, checks that it
-accounts for every tensor on both sides, and reads no more rows than asked for. Every layout only moves
-elements, so both directions are exact to the bit.
+Each family (one file each) provides a table of rules. A rule states that a foreign tensor is the concatenation, along
+axis 0, of certain parts. A part is one parameter of the lcx tree in a certain layout; for parameters that a scanned
+stage stacks, a part is one repeat. The engine applies the table in both directions, checks that it accounts for every
+tensor on both sides, and reads only the requested rows. Layouts only move elements, so both directions are bit-exact.
 
 Trees are flat here: {"stages_0/block_0/mixer/q_proj/kernel": array or shape}.
 """
@@ -26,25 +25,24 @@ Index = tuple[slice, ...]
 
 
 class Layout(Protocol):
-    """How an array of the lcx tree lies in a foreign tensor. Shapes are those of one repeat."""
+    """How an array of the lcx tree is laid out in a foreign tensor. Shapes are those of one repeat."""
 
     def foreign_shape(self, shape: Shape) -> Shape: ...
 
     def to_foreign(self, array: np.ndarray) -> np.ndarray: ...
 
     def to_lcx(self, rows: np.ndarray, shape: Shape) -> np.ndarray:
-        """From some or all of the foreign rows to the lcx array of this shape."""
+        """Converts some or all of the foreign rows to the lcx array of this shape."""
         ...
 
     def rows(self, shape: Shape, index: Index) -> tuple[int, int, Shape, Index]:
-        """(first row, last row + 1, shape that `to_lcx` makes of those rows, index into it) that cover
-        `index`."""
+        """The foreign rows that cover `index`: (first row, last row + 1, shape of their `to_lcx`, index into it)."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Same:
-    """The same array on both sides: embeddings [V, D], norm scales [D]."""
+    """The identical array on both sides: embeddings [V, D], norm scales [D]."""
 
     def foreign_shape(self, shape: Shape) -> Shape:
         return shape
@@ -64,7 +62,7 @@ class Same:
 
 @dataclasses.dataclass(frozen=True)
 class Flat:
-    """A bias: [heads, head_dim] here, [heads * head_dim] there."""
+    """A bias: [heads, head_dim] in lcx, [heads * head_dim] in the foreign tensor."""
 
     def foreign_shape(self, shape: Shape) -> Shape:
         return (math.prod(shape),)
@@ -82,8 +80,7 @@ class Flat:
 
 
 def transpose(matrix: np.ndarray) -> np.ndarray:
-    """The transpose as a new contiguous array; in blocks of rows, three times faster than numpy's own
-    copy."""
+    """The transpose as a new contiguous array. Copies in blocks of rows, three times faster than numpy's own copy."""
     result = np.empty(matrix.shape[::-1], matrix.dtype)
     for start in range(0, matrix.shape[0], 64):
         result[:, start : start + 64] = matrix[start : start + 64].T
@@ -92,7 +89,7 @@ def transpose(matrix: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Transposed:
-    """A linear map: [in..., out...] here, [out, in] (torch's) there.
+    """A linear map: [in..., out...] in lcx, [out, in] (torch's layout) in the foreign tensor.
 
     Attributes:
       in_axes: how many leading axes of the lcx array are inputs: 1 for [D, N, H], 2 for [N, H, D].
@@ -120,7 +117,7 @@ class Transposed:
 
 @dataclasses.dataclass(frozen=True)
 class Taps:
-    """Filters: [..., K] with the tap of the current token first here, [filters, 1, K] with it last there."""
+    """Filters: [..., K] with the current token's tap first in lcx; [filters, 1, K] with that tap last in the foreign."""
 
     def foreign_shape(self, shape: Shape) -> Shape:
         return math.prod(shape[:-1]), 1, shape[-1]
@@ -139,7 +136,7 @@ class Taps:
 
 @dataclasses.dataclass(frozen=True)
 class PerHead:
-    """One number, or some, a head: [N] or [N, F] here, [1, N, 1, 1 or F] there (to be added to [B, N, T, F])."""
+    """Per-head values: [N] or [N, F] in lcx; [1, N, 1, 1 or F] (broadcasts with [B, N, T, F]) in the foreign tensor."""
 
     def foreign_shape(self, shape: Shape) -> Shape:
         return 1, shape[0], 1, *(shape[1:] or (1,))
@@ -165,10 +162,10 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """The foreign tensor `name` is `parts`, concatenated along axis 0.
+    """The foreign tensor `name` is the concatenation of `parts` along axis 0.
 
-    With `block` the parts, which have equally many rows, alternate: `block` rows of each in turn (the q, k and v of
-    one head, then those of the next).
+    With `block`, the parts have the same number of rows and are interleaved instead: `block` rows of each part in turn
+    (q, k and v of one head, then those of the next).
     """
 
     name: str
@@ -178,8 +175,10 @@ class Rule:
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where one (repeat of a) parameter lies: rows [start, stop) of a foreign tensor, or of its parts end to end
-    where they alternate in blocks."""
+    """Location of one parameter (or one repeat of it): rows [start, stop) of a foreign tensor.
+
+    If the parts are interleaved in blocks, rows are counted as if the parts were concatenated.
+    """
 
     name: str
     start: int
@@ -192,11 +191,11 @@ class Table:
     """Rules for one model, checked against the shapes of its parameters.
 
     Args:
-      rules: every foreign tensor once.
+      rules: one per foreign tensor.
       shapes: path -> shape of every parameter of the model (stacked ones with their leading repeat axis).
 
     Raises:
-      UserError: a parameter that no rule stores, or that two do (the model is not of this family).
+      UserError: a parameter is covered by no rule, or by two (the model does not belong to this family).
     """
 
     def __init__(self, rules: Sequence[Rule], shapes: Mapping[str, Shape]):
@@ -248,15 +247,15 @@ class Table:
     def check_source(
         self, source: Mapping[str, TensorInfo], *, harmless: Sequence[str] = (), against: str = "config.json"
     ) -> list[str]:
-        """Compares a checkpoint with the table, and returns the names that may be left out of it.
+        """Compares a checkpoint with the table, and returns the names of tensors that may be skipped.
 
         Args:
-          source: what the checkpoint holds.
-          harmless: regular expressions of names that carry no parameter.
-          against: what describes the model, for messages.
+          source: name -> dtype and shape of the checkpoint's tensors.
+          harmless: regular expressions of names of tensors that carry no parameter.
+          against: what the model was derived from, for error messages.
 
         Raises:
-          UserError: names every missing and unexpected tensor, or the tensors of another shape.
+          UserError: lists missing and unexpected tensors, or those of the wrong shape or dtype.
         """
         missing = [name for name in self.rules if name not in source]
         extra = [name for name in source if name not in self.rules]
@@ -287,17 +286,17 @@ class Table:
         return skipped
 
     def leaf_dtype(self, source: Mapping[str, TensorInfo], path: str) -> np.dtype:
-        """The dtype a parameter is stored in; the wider one where the layers differ."""
+        """The stored dtype of a parameter; the wider one if its layers differ."""
         dtypes = {source[place.name].dtype for place in self.places[path].values()}
         return dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
 
     def foreign_dtype(self, leaves: Mapping[str, TensorInfo], name: str) -> np.dtype:
-        """The dtype for a foreign tensor; float32 where its parts differ."""
+        """The dtype of a foreign tensor to write; float32 if its parts differ."""
         dtypes = {leaves[part.path].dtype for part in self.rules[name].parts}
         return dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
 
     def read_leaf(self, source: TensorSource, path: str, repeat: int | None, index: Index) -> np.ndarray:
-        """One slice of one (repeat of a) parameter, from as few rows of the foreign tensor as cover it."""
+        """Reads one slice of a parameter (or of one repeat), from the smallest range of foreign rows that covers it."""
         place = self.places[path][repeat]
         shape = self.shapes[path] if repeat is None else self.shapes[path][1:]
         first, last, made, rest = place.layout.rows(shape, index)
@@ -308,7 +307,7 @@ class Table:
         return place.layout.to_lcx(rows, made)[rest]
 
     def _alternating_rows(self, source: TensorSource, place: Place, first: int, last: int) -> np.ndarray:
-        """Rows [first, last) of a part whose blocks alternate with those of its siblings."""
+        """Rows [first, last) of a part that is interleaved in blocks with its sibling parts."""
         block, size = place.block or 1, place.stop - place.start
         phases, phase = self.foreign_shapes[place.name][0] // size, place.start // size
         low, high = first // block, -(-last // block)
@@ -317,7 +316,7 @@ class Table:
         return own.reshape(-1, *rows.shape[1:])[first - low * block : last - low * block]
 
     def read(self, source: TensorSource, path: str, index: Index) -> np.ndarray:
-        """One slice of a parameter, its repeats stacked."""
+        """Reads one slice of a parameter, with its repeats stacked on the leading axis."""
         if None in self.places[path]:
             return self.read_leaf(source, path, None, index)
         repeats = range(*index[0].indices(self.shapes[path][0]))
@@ -325,7 +324,7 @@ class Table:
         return slices[0][None] if len(slices) == 1 else np.stack(slices)
 
     def foreign_parts(self, name: str, read: Callable[[str, int | None], np.ndarray]) -> Iterator[np.ndarray]:
-        """The parts of a foreign tensor in order; `read(path, repeat)` gives the lcx array of each."""
+        """The parts of a foreign tensor, in order and in its layout; `read(path, repeat)` returns a part's lcx array."""
         rule = self.rules[name]
         parts = (part.layout.to_foreign(read(part.path, part.repeat)) for part in rule.parts)
         if rule.block is None:
@@ -335,7 +334,7 @@ class Table:
         yield np.concatenate(blocks, axis=1).reshape(self.foreign_shapes[name])
 
     def to_foreign(self, tree: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """All foreign tensors of a flat tree of arrays (parameters, or their gradients)."""
+        """Converts a flat tree of arrays (parameters or their gradients) to all foreign tensors."""
 
         def read(path: str, repeat: int | None) -> np.ndarray:
             return np.asarray(tree[path] if repeat is None else tree[path][repeat])
@@ -348,7 +347,7 @@ class Table:
 
 
 def renamed(rules: Sequence[Rule], names: Mapping[str, str]) -> list[Rule]:
-    """The same rules for tensors of other names: regular expression of a name -> what `re.sub` makes of it."""
+    """The same rules with renamed tensors; `names` maps regular expressions to their `re.sub` replacements."""
     found = []
     for rule in rules:
         name = rule.name

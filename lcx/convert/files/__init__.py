@@ -1,1 +1,1 @@
-"""Files that hold tensors, whatever the model: readers that trust nothing, writers that appear whole or not at all."""
+"""Tensor files, independent of the model: readers that validate everything, and atomic writers."""

@@ -1,4 +1,4 @@
-"""A destination folder that appears whole or not at all, and never costs the one that was there before."""
+"""Atomic writing of a destination folder: a failed write leaves no partial folder and keeps the previous one."""
 
 import contextlib
 import os
@@ -19,20 +19,19 @@ def replacing(
     needed_bytes: int,
     replaceable: Callable[[pathlib.Path], bool],
 ) -> Iterator[pathlib.Path]:
-    """Yields an empty folder beside `path`; it becomes `path` when the block ends without an error.
+    """Yields an empty temporary folder next to `path`; it is renamed to `path` if the block ends without an error.
 
-    With `overwrite` the old folder is moved aside, the new one renamed into its place, and only then is the
-    old one deleted. After an error the partial folder is removed and the old one is as it was.
+    With `overwrite`, the old folder is first moved aside, the new one is renamed into place, and only then is the old
+    one deleted. After an error the partial folder is removed and the old one is left unchanged.
 
     Args:
       path: the destination.
       overwrite: whether an existing folder may be replaced.
-      needed_bytes: refused at once if the disk has less free.
-      replaceable: whether an existing folder is of a kind that may be replaced (not somebody's home
-        directory).
+      needed_bytes: size of what will be written; checked against the free disk space before anything is written.
+      replaceable: whether an existing folder is of a kind that may be replaced (a checkpoint, not a home directory).
 
     Raises:
-      UserError: the destination exists, or cannot be written, or the disk is full.
+      UserError: the destination exists or cannot be written, or the disk is full.
     """
     final = pathlib.Path(os.path.realpath(paths.destination(path, "--dst")))
     partial, old, lock = (_beside(final, suffix) for suffix in ("tmp", "old", "lock"))
@@ -66,7 +65,7 @@ def replacing(
 
 
 def refuse_same(source: str | os.PathLike, destination: str | os.PathLike) -> None:
-    """Raises UserError when writing the destination would touch the source."""
+    """Raises UserError if writing the destination would overwrite or delete the source."""
     src, dst = pathlib.Path(os.path.realpath(source)), pathlib.Path(os.path.realpath(destination))
     if src == dst:
         raise UserError(f"--dst is the same folder as --src ({src}); choose another --dst")
@@ -77,7 +76,7 @@ def refuse_same(source: str | os.PathLike, destination: str | os.PathLike) -> No
 
 
 def sync_folder(folder: pathlib.Path) -> None:
-    """Makes the names in the folder, and below it, durable."""
+    """Syncs the folder and its subfolders to disk, so that their directory entries survive a crash."""
     for root, _, _ in os.walk(folder):
         handle = os.open(root, os.O_RDONLY)
         try:
@@ -91,7 +90,7 @@ def _beside(final: pathlib.Path, suffix: str) -> pathlib.Path:
 
 
 def _recover(final: pathlib.Path, partial: pathlib.Path, old: pathlib.Path) -> None:
-    """Clears what a killed conversion left; one killed between the two renames left the old folder aside."""
+    """Cleans up after a killed conversion. If it was killed between the two renames, the old folder is restored."""
     if old.exists() and not final.exists():
         os.rename(old, final)
     for leftover in (partial, old):
@@ -140,7 +139,7 @@ def _check_space(final: pathlib.Path, needed_bytes: int) -> None:
 
 
 def _remove_parents(final: pathlib.Path, existing_parent: pathlib.Path) -> None:
-    """Removes the parents that were made for the destination."""
+    """Removes the parent folders that were created for the destination."""
     for parent in final.parents:
         if parent == existing_parent:
             break

@@ -1,4 +1,4 @@
-"""The folder of a checkpoint: names that stay inside it, JSON files, and the tokenizer files that are copied along."""
+"""A checkpoint folder: file names that must not leave it, JSON files, and the tokenizer files that are copied along."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from lcx.convert.files import safetensors, tensor_io, unsupported
 from lcx.errors import UserError
 from lcx.rope_fields import shown
 
-#: Files beside the weights that belong to the tokenizer or to generation, copied as they are.
+#: Files next to the weights that belong to the tokenizer or to generation; copied unchanged.
 SIDE_FILES = (
     "generation_config.json",
     "lcx_tokenizer.json",
@@ -31,8 +31,8 @@ def inside(folder: pathlib.Path, name: str) -> pathlib.Path:
     """The path of an existing plain file of the folder.
 
     Raises:
-      UserError: the name is not a plain file name, the file is missing, or a link leads out of the folder.
-        The links of Hugging Face's download cache (snapshots/REVISION/* -> blobs/*) are the one exception.
+      UserError: the name is not a plain file name, the file is missing, or it is a link that leads out of the folder
+        (links within Hugging Face's download cache, snapshots/REVISION/* -> blobs/*, are allowed).
     """
     if not is_plain(name):
         raise UserError(
@@ -54,17 +54,17 @@ def inside(folder: pathlib.Path, name: str) -> pathlib.Path:
 
 
 def is_plain(name: Any) -> bool:
-    """Whether the name is that of a file inside a folder, and printable."""
+    """Whether the name is a printable, plain file name: no path separators, not "." or ".."."""
     if not isinstance(name, str) or not name.isprintable() or len(name) > 255:
         return False
     return os.path.basename(name) == name and name not in ("", ".", "..")
 
 
 def read_json(path: pathlib.Path) -> dict:
-    """A JSON object from a file, every key once.
+    """Reads a JSON object from a file; duplicate keys are an error.
 
     Raises:
-      UserError: it is not one, or is larger than any such file.
+      UserError: the file is not a JSON object, has duplicate keys, or exceeds the size limit.
     """
     try:
         if path.stat().st_size > _MAX_JSON_BYTES:
@@ -84,7 +84,7 @@ def read_json(path: pathlib.Path) -> dict:
 
 
 def side_files(folder: str | os.PathLike) -> list[pathlib.Path]:
-    """The tokenizer and generation files that the folder has."""
+    """The tokenizer and generation files in the folder."""
     folder = pathlib.Path(folder)
     return [inside(folder, name) for name in SIDE_FILES if (folder / name).exists()]
 

@@ -1,1 +1,1 @@
-"""lcx's own checkpoints: a workdir whose steps are read parameter by parameter, or restored through Orbax."""
+"""lcx's own checkpoints: workdirs whose steps are read parameter by parameter, or restored through Orbax."""

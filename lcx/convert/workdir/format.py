@@ -1,4 +1,4 @@
-"""The format "lcx": a workdir with the steps of a run, or with the one step of a converted model."""
+"""The format "lcx": a workdir with the steps of a run, or with the single step of a converted model."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""A model from an lcx checkpoint through Orbax: in parallel, verified, with the low-rank pairs merged."""
+"""Restores a model from an lcx checkpoint through Orbax: in parallel, verified, with the low-rank pairs merged."""
 
 import os
 import pathlib
@@ -24,13 +24,13 @@ def load(
     mesh: jax.sharding.Mesh | None,
     change: Callable[[Decoder], Decoder],
 ) -> tuple[Decoder, dict[str, Any]]:
-    """See `Format.load`. A damaged newest step falls back to the one before."""
+    """See `Format.load`. If the newest step is damaged, falls back to the previous one."""
     directory, newest = find_step(path)
     only = newest if (pathlib.Path(path).expanduser() / COMMIT_MARKER).exists() else None
     with Checkpointer(directory) as checkpointer:
         step, _, documents = checkpointer.restore({}, step=only)
         model = model_json.from_json(documents["meta"]["model"])
-        changed = change(model)  # its errors come before the reading
+        changed = change(model)  # before the parameters are read, so that its errors come early
         step_folder = directory / str(step)
         abstract = {PARAMS: as_stored(model_lib.abstract_params(model, mesh=mesh), step_folder)}
         stored = read_record(step_folder).arrays
@@ -38,7 +38,7 @@ def load(
             abstract[LORA] = _abstract_lora(mesh, stored[LORA])
         _, items, _ = checkpointer.restore(abstract, step=only)
     params = items[PARAMS]
-    if dtype is not None:  # before merging: a wider dtype keeps all of the update
+    if dtype is not None:  # cast before merging, so that a wider dtype does not lose part of the update
         changed = changed.clone(dtype=str(dtype), parent=None)
         params = jax.tree.map(lambda x: x.astype(dtype), params)
     return changed, _merge(params, items[LORA]) if LORA in items else params
@@ -56,6 +56,6 @@ def _abstract_lora(mesh, entries: Mapping[str, Any]) -> Any:
 
 
 def _merge(params: Any, lora: Any) -> Any:
-    """Parameters with the low-rank pairs in them, each where it was."""
+    """Merges the low-rank pairs into the parameters, keeping each parameter's sharding."""
     where = jax.tree.map(lambda leaf: leaf.sharding, params)
     return jax.jit(lora_lib.merge, out_shardings=where)(params, lora)

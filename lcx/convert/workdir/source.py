@@ -1,4 +1,4 @@
-"""lcx checkpoints as models, read parameter by parameter, and what else a step says of its run."""
+"""Reads models from lcx checkpoints parameter by parameter, and the metadata that a step records about its run."""
 
 import logging
 import os
@@ -22,16 +22,16 @@ log = logging.getLogger(__name__)
 
 PARAMS, LORA, META = "params", "lora", "meta"
 _MOMENTS = re.compile(r".*/mu/params/(.+)")
-CARRIED = "hf_config"  # in the meta item: settings of config.json that the model does not hold
+CARRIED = "hf_config"  # key in the meta item: settings of config.json that the Decoder does not hold
 
 
 class LcxSource:
     """One step of a workdir, a checkpoints folder, or a step folder (a `model_source.ModelSource`).
 
-    Low-rank pairs that were trained beside the parameters are merged into what is read, unless `merge` is False.
+    Trained low-rank pairs are merged into the parameters as they are read, unless `merge` is False.
 
     Raises:
-      UserError: no committed step there, or a damaged one.
+      UserError: there is no committed step, or it is damaged.
     """
 
     def __init__(self, path: str | os.PathLike, *, merge: bool = True):
@@ -63,7 +63,7 @@ class LcxSource:
             )
 
     def _check_pairs(self) -> None:
-        """Raises UserError for a pair that belongs to no parameter: what trained would be lost."""
+        """Raises UserError for a pair that belongs to no parameter: merging would silently drop its training."""
         assert self._lora is not None
         owners = {path[:-1] for path in self._lora.arrays}
         lost = sorted("/".join(owner) for owner in owners if "/".join((*owner, "kernel")) not in self.leaves)
@@ -80,7 +80,7 @@ class LcxSource:
             a, b, scale = (self._lora.read(name, index[0]) for name in pair)
             return merged(rows, a, b, scale)[(slice(None), *index[1:])]
         if all(s == slice(0, size) for s, size in zip(index[1:], shape[1:], strict=True)):
-            return self._reader.read(keys, index[0] if index else None)  # whole rows are verified
+                return self._reader.read(keys, index[0] if index else None)  # reading whole rows verifies their checksums
         return self._reader.read(keys, index)
 
 
@@ -99,9 +99,9 @@ def merged(kernel: np.ndarray, a: np.ndarray, b: np.ndarray, scale: np.ndarray) 
 
 
 def trained(step_folder: str | os.PathLike) -> list[str] | None:
-    """Paths of the parameters that a run trained as a whole ("embed/embedding"), not as a low-rank pair.
+    """Paths of the parameters that a run trained in full ("embed/embedding"), not through a low-rank pair.
 
-    Those that its optimizer keeps moments of. None for a checkpoint without an optimizer's state.
+    These are the parameters with optimizer moments. None for a checkpoint without optimizer state.
     """
     entries = read_record(step_folder).arrays.get("opt_state")
     if entries is None:
@@ -119,13 +119,13 @@ def stored_pairs(checkpoint: str | os.PathLike) -> dict[str, Any] | None:
 
 
 def step_folder(checkpoint: str | os.PathLike) -> pathlib.Path:
-    """The folder of the newest, or the named, step."""
+    """The folder of the newest step, or of the step that the path names."""
     directory, step = find_step(checkpoint)
     return pathlib.Path(os.fspath(directory)) / str(step)
 
 
 def read_meta(step_folder: pathlib.Path) -> dict[str, Any]:
-    """The meta item of a step. Raises UserError when it does not describe a model."""
+    """The meta item of a step. Raises UserError if it does not describe a model."""
     meta = read_json(step_folder, META)
     if not isinstance(meta, dict) or "model" not in meta:
         raise UserError(f"checkpoint {step_folder} has no model in its meta item; pass one written by lcx")
@@ -133,7 +133,7 @@ def read_meta(step_folder: pathlib.Path) -> dict[str, Any]:
 
 
 def carried_of(meta: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings for config.json: those that came with the model, else the ids of its tokenizer."""
+    """Settings for config.json: those that came with the model, else the token ids of its tokenizer."""
     if meta.get(CARRIED):
         return dict(meta[CARRIED])
     tokenizer = meta.get("tokenizer") or {}
@@ -143,7 +143,7 @@ def carried_of(meta: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _side_files(step_folder: pathlib.Path, meta: Mapping[str, Any]) -> list[pathlib.Path]:
-    """Tokenizer files beside the checkpoint, else beside the tokenizer that the checkpoint names."""
+    """Tokenizer files next to the checkpoint, else next to the tokenizer that the checkpoint names."""
     for place in (step_folder, step_folder.parent, step_folder.parent.parent):
         found = folders.side_files(place)
         if found:
@@ -152,7 +152,7 @@ def _side_files(step_folder: pathlib.Path, meta: Mapping[str, Any]) -> list[path
 
 
 def _recorded_tokenizer_files(record: Mapping[str, Any]) -> list[pathlib.Path]:
-    """The files of the tokenizer that a training run recorded, if they are still what they were."""
+    """The files of the tokenizer that a training run recorded, if they have not changed since."""
     from lcx.data import tokenizer_from_json
 
     if not record.get("path"):

@@ -24,9 +24,9 @@ def write(
     dtype: np.dtype | None = None,
     progress: Callable[[int], None] = lambda nbytes: None,
 ) -> dict[str, TensorInfo]:
-    """Writes a workdir with one step, 0, into an empty folder; returns what it holds.
+    """Writes a workdir with one step, 0, into an empty folder; returns the written tensors.
 
-    One layer of one parameter is in memory at a time (a piece of it where it is not stacked).
+    Holds one layer of one stacked parameter, or one piece of any other parameter, in memory at a time.
     """
     leaves = {
         path: TensorInfo(dtype or info.dtype, info.shape, str(folder)) for path, info in source.leaves.items()
@@ -46,7 +46,7 @@ def write(
 
 
 def _row_groups(path: str, shape: rules.Shape, dtype: np.dtype) -> list[slice]:
-    """Rows to read at a time: one layer of a stack, a bounded piece of anything else."""
+    """Row ranges to read at a time: one layer of a stacked parameter, a bounded piece of any other."""
     limit = 1 if path.startswith("stages_") and len(shape) > 2 else tensor_io.PIECE_BYTES
     return [slice(start, stop) for start, stop in tensor_io.split_rows(shape, dtype.itemsize, limit)]
 
@@ -57,7 +57,7 @@ def _meta(source: ModelSource) -> dict[str, Any]:
 
 
 def check_written(folder: pathlib.Path, leaves: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
-    """What a written workdir holds, read back from its metadata. Raises UserError when it is something else."""
+    """The tensors of a written workdir, read back from its metadata. Raises UserError unless they match `tensors`."""
     step = folder / "checkpoints" / "0"
     arrays = StepReader(step, PARAMS).arrays
     check_same(
