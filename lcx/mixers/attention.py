@@ -81,7 +81,7 @@ class Attention(nn.Module):
 
     @nn.nowrap
     def init_cache(self, batch_size: int, length: int, dtype: jnp.dtype) -> Cache:
-        """An empty cache of `length` slots; rope_length = length fixes one rotation for the whole generation (rope.py)."""
+        """An empty cache of `length` slots. rope_length = length: one rotation for the whole generation (rope.py)."""
         slots = kv_cache.empty(batch_size, length, self.num_kv_heads, self.head_dim, dtype)
         return {**slots, "rope_length": jnp.full((), length, jnp.int32)}
 

@@ -27,8 +27,8 @@ class FeatureMap(nn.Module):
       bias: add b, one scalar per head.
       skip: add x to x W.
       adapter: hidden size of the adapter; None: the single matrix W.
-      start: initialisation of W: "uniform" (+-sqrt(6 / (head_dim feature_dim))), "identity" (keeps the first feature_dim
-        coordinates; zeros with skip) or "normal".
+      start: initialisation of W: "uniform" (+-sqrt(6 / (head_dim feature_dim))), "identity" (keeps the first
+        feature_dim coordinates; zeros with skip) or "normal".
       published: round every step to x's dtype, as the LoLCATS authors' code does; otherwise round only the result.
 
     Called with `like`, the parameters of another map, it is initialised as a copy of that map.

@@ -12,8 +12,8 @@ savanna trains Evo 2.)
 Letters: B batch, T time, D embed, C channels, G groups, K taps, P modes.
 
 The three roles (x1, x2, v) of a channel are adjacent: the projection is [D, C, 3], the featurizer [C, 3, K]. Rows of
-savanna's interleaved layout are those axes flattened (row 3 c + role). Devices on the `tensor` axis hold whole channels,
-so sharding never separates the roles of a channel, and a model can be resharded to any number of devices.
+savanna's interleaved layout are those axes flattened (row 3 c + role). Devices on the `tensor` axis hold whole
+channels, so sharding never separates the roles of a channel, and a model can be resharded to any number of devices.
 
 Between the projections channels come before time, the layout that the operators expect. Taps are in convolution order:
 k = 0 multiplies the current token.
