@@ -39,8 +39,8 @@ class Linearize:
     """Which layers to linearize, and how. The other settings are those of mixers.linearized.LinearizedAttention.
 
     Attributes:
-      published_quirks: use PublishedLinearAttention instead of LinearAttention: it reproduces the authors' code, mistakes
-        included (mixers.published_lolcats).
+      published_quirks: use PublishedLinearAttention instead of LinearAttention: it reproduces the authors' code,
+        mistakes included (mixers.published_lolcats).
       keep_softmax: layers that keep their softmax attention, counted from 0.
     """
 
@@ -73,22 +73,23 @@ class Linearize:
                 f"Linearize.keep_softmax has layer {unknown[0]}, expected 0 to {len(blocks) - 1}; change it"
             )
         if not any(isinstance(block.mixer, Attention) for block in blocks) and linear_layers(model):
-            raise UserError("nothing to linearize: the model is linear already; remove Trainer.linearize")
+            raise UserError("nothing to linearize: the model is already linear; remove Trainer.linearize")
         other = [layer for layer in self.keep_softmax if not isinstance(blocks[layer].mixer, Attention)]
         if other:
             raise UserError(
-                f"Linearize.keep_softmax has layer {other[0]}, which is no softmax attention but "
-                f"{type(blocks[other[0]].mixer).__name__}; take it out"
+                f"Linearize.keep_softmax has layer {other[0]}, whose mixer is {type(blocks[other[0]].mixer).__name__}, "
+                "expected softmax attention: remove the layer from keep_softmax"
             )
         if already := linear_layers(model):
-            log.warning("layers %s are linear already: Linearize leaves them as they are", already)
+            log.warning("layers %s are already linear: Linearize leaves them unchanged", already)
         held = None if self.window is None else self.window * (2 if self.window_kind == "terraced" else 1)
         if held is not None and held >= model.max_position_embeddings:
             raise UserError(
                 f"Linearize.window {self.window} holds the model's whole context of {model.max_position_embeddings} "
                 f"tokens ({held} keys if {self.window_kind}), so that nothing would be linear: set a smaller window"
             )
-        make = functools.cache(self._linear)  # equal blocks map to one object, which keeps comparing stages cheap
+        # Equal blocks map to one object, which keeps comparing stages cheap.
+        make = functools.cache(self._linear)
         new = tuple(
             make(block) if i not in self.keep_softmax and isinstance(block.mixer, Attention) else block
             for i, block in enumerate(blocks)

@@ -13,8 +13,8 @@ rotation depends on a length n). "exact", the default: one n for the whole gener
 max_new_tokens. All cached keys have the same rotation as the queries, so decoding equals the full forward pass at that
 n. "hf": n as transformers chooses it at each forward pass. Cached keys keep the rotation they were written with, and
 Phi-3 models drop the cache and read the text again when it exceeds the original window. This reproduces the text of
-transformers, whose cached decoding differs from its own full forward pass. In both modes the rows of a batch share the n
-of the longest row; with other RoPE types rows are independent.
+transformers, whose cached decoding differs from its own full forward pass. In both modes the rows of a batch share the
+n of the longest row; with other RoPE types rows are independent.
 """
 
 import dataclasses
@@ -66,12 +66,12 @@ def logits(
     ids: Any = tokens if isinstance(tokens, jax.Array) else np.asarray(tokens)
     if ids.ndim != 2 or not ids.size or not jnp.issubdtype(ids.dtype, jnp.integer):
         found = f"tokens are {ids.dtype} of shape {ids.shape}"
-        raise UserError(f"{found}, expected integers [B, T]: for one text, tokens[None]")
+        raise UserError(f"{found}, expected integers [B, T]: for a single sequence pass tokens[None]")
     if not isinstance(ids, jax.core.Tracer):
         _check_vocabulary(np.asarray(ids), model.vocab_size)
     for name, value in (("positions", positions), ("segment_ids", segment_ids)):
         if value is not None and np.shape(value) != ids.shape:
-            raise UserError(f"{name} have shape {np.shape(value)}, expected that of tokens, {ids.shape}")
+            raise UserError(f"{name} have shape {np.shape(value)}, expected the shape of tokens, {ids.shape}")
     return _logits(model, parameters.fitting(model, params), ids, positions, segment_ids)
 
 
@@ -178,7 +178,7 @@ class _Job:
         last_logits, cache = self.read(self.rows, self.max_new_tokens)
         if bool(jnp.isnan(last_logits).any()):
             raise UserError(
-                f"the logits after the prompt are not numbers: the weights hold NaN, or overflow in "
+                f"the logits after the prompt are NaN: the weights contain NaN, or activations overflow in "
                 f"{self.model.dtype}; check the checkpoint, or load it with dtype float32"
             )
         tokens = jnp.zeros((B, room), jnp.int32)
@@ -245,7 +245,7 @@ def _append(model, variables, cache, tokens, positions, segment_ids, n):
         x, cache = model.hidden(tokens, positions=positions, segment_ids=segment_ids, cache=cache)
         return model.logits(x[:, -1:])[:, 0], cache
 
-    if n is not None:  # the text only grows, so its current length is also the n of transformers' dynamic type
+    if n is not None:  # the text only grows, so transformers' dynamic type uses its current length, too
         cache = mixers.with_rope_length(cache, n)
     return model.apply(variables, cache, method=last_logits)
 
@@ -308,7 +308,7 @@ def _job(
     if total > window:
         _log.warning(
             "prompt and max_new_tokens are %d tokens together, more than the model's max_position_embeddings %d:"
-            " expect the text to fall apart beyond it; lower max_new_tokens, or set"
+            " expect the text to degrade beyond it; lower max_new_tokens, or set"
             " context_length (and rope_scaling, unless the model keeps its own)",
             total,
             window,
@@ -363,7 +363,7 @@ def _rows(tokens: Prompts, vocab_size: int) -> list[np.ndarray]:
     if hasattr(tokens, "ndim"):
         if tokens.ndim != 2:
             raise UserError(
-                f"tokens have shape {tokens.shape}, expected [B, T]: for one prompt, tokens[None]"
+                f"tokens have shape {tokens.shape}, expected [B, T]: for a single prompt pass tokens[None]"
             )
         tokens = np.asarray(tokens)
     rows = []

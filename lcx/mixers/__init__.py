@@ -114,8 +114,8 @@ def mix(
     if not isinstance(given, tuple) or len(given) != 2 or getattr(given[0], "shape", None) != x.shape:
         found = jax.tree.map(lambda leaf: getattr(leaf, "shape", type(leaf).__name__), given)
         raise UserError(
-            f"{kind(mixer)}.__call__ returned {found}, expected (y, cache) with y of shape {x.shape}, that of x: "
-            "change what it returns"
+            f"{kind(mixer)}.__call__ returned {found}, expected (y, cache) with y of the shape of x, {x.shape}: "
+            "change its return value"
         )
     return given
 
@@ -152,13 +152,13 @@ def state_after(mixer: Any, before: Cache, given: Cache) -> Cache:
     after = mixer.append_cache(before, given) if grows(mixer) else given
     was, now = (str(jax.tree.structure(state)) for state in (before, after))
     if was != now:
-        raise UserError(f"{kind(mixer)} returned a cache of {now}, expected {was} as init_cache gives it")
+        raise UserError(f"{kind(mixer)} returned a cache of {now}, expected {was} as returned by init_cache")
     leaves = zip(jax.tree_util.tree_leaves_with_path(before), jax.tree.leaves(after), strict=True)
     for (path, old), new in leaves:
         if (old.shape, old.dtype) != (new.shape, new.dtype):
             raise UserError(
                 f"{kind(mixer)} returned a cache whose {jax.tree_util.keystr(path)} is {new.dtype} {new.shape}, "
-                f"expected {old.dtype} {old.shape} as init_cache gives it"
+                f"expected {old.dtype} {old.shape} as returned by init_cache"
             )
     return after
 
@@ -191,8 +191,8 @@ def macs_per_token(mixer: Any, seq_len: int) -> float:
         return 0.0
     if not hasattr(mixer, "macs_per_token"):
         raise UserError(
-            f"{kind(mixer)} does not say what a token costs: give it a method macs_per_token(seq_len) that returns its "
-            "multiply-adds per token beside one for each weight (0.0 if there are none)"
+            f"{kind(mixer)} does not define the cost of a token: add a method macs_per_token(seq_len) that returns its "
+            "multiply-adds per token in addition to one per weight (0.0 if there are none)"
         )
     return float(mixer.macs_per_token(seq_len))
 

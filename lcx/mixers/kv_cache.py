@@ -88,7 +88,8 @@ def _padding_first(kept: Cache, index: Array, new_ids: Array) -> Cache:
     New tokens keep their slots and the earlier ones become adjacent to them, so a window counted in slots covers the
     same tokens, however the earlier pieces were padded.
     """
-    before = index + jnp.argmax(new_ids != 0, axis=1, keepdims=True)  # slot of the first new token that is not padding
+    # The slot of the first new token that is not padding.
+    before = index + jnp.argmax(new_ids != 0, axis=1, keepdims=True)
     slots = jnp.arange(kept["segment_ids"].shape[1])
     padding = (slots < before) & (kept["segment_ids"] == 0)
     order = jnp.argsort(~padding, axis=1, stable=True)

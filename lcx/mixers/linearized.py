@@ -83,7 +83,8 @@ class LinearizedAttention(nn.Module):
     norm: Norm = Norm()
     scale: float | None = None
 
-    published_quirks = False  # a class attribute, not a setting: does the class reproduce the published arithmetic?
+    # Whether the class reproduces the published code's arithmetic. A class attribute here, not a field.
+    published_quirks = False
 
     @nn.compact
     def __call__(
@@ -240,7 +241,7 @@ class LinearizedAttention(nn.Module):
             "feature_init": ("uniform", "identity", "normal"),
         }
         if unknown := set(self.transfer) - {"outputs", "maps"}:
-            raise UserError(f"transfer {sorted(unknown)}: expected names out of outputs, maps")
+            raise UserError(f"transfer {sorted(unknown)}: expected only the names outputs, maps")
         for name, expected in choices.items():
             if getattr(self, name) not in expected:
                 raise UserError(f"{name} {getattr(self, name)!r}: expected one of {', '.join(expected)}")
