@@ -1,6 +1,6 @@
 """One layer of a decoder: norms, a mixer, an MLP, and how they are added to the residual stream.
 
-What the families of pretrained models do differently here are fields with values; `docs/concepts/blocks.md` lists them.
+The differences between families of pretrained models are fields of Block; `docs/concepts/blocks.md` lists them.
 """
 
 import dataclasses
@@ -18,18 +18,19 @@ NORMS = ("before", "after", "both")
 
 
 class Block(nn.Module):
-    """x + mixer(norm(x)), then x + mlp(norm(x)); the mixer or the MLP may be None, which leaves out its norms too.
+    """x + mixer(norm(x)), then x + mlp(norm(x)). The mixer or the MLP may be None; its norms are then omitted too.
 
-    Returns the mixer's new cache, or what is to be appended to it.
+    A call returns x [B, T, D] and the mixer's new cache, or the entries to append to it (mixers.mix).
 
     Attributes:
-      norm: which normalisation; see layers.Norm.
-      norms: where. "before": f(norm(x)). "after": norm(f(x)), as in OLMo 2. "both": norm(f(norm(x))), as in Gemma 2.
-        The parameters of a norm before are `mixer_norm` and `mlp_norm`, after `mixer_post_norm` and `mlp_post_norm`.
-      parallel: mixer and MLP both read x, and x + mixer(norm(x)) + mlp(norm(x)) comes out (GPT-NeoX). Otherwise the MLP
-        reads what the mixer was added to.
-      shared_norm: in a parallel block, `mixer_norm` is the norm before the MLP too (Cohere, Phi-2).
-      residual_multiplier: of what mixer and MLP add to x (Granite).
+      norm: the kind of normalisation; see layers.Norm.
+      norms: where the norms are, for f the mixer or the MLP. "before": f(norm(x)). "after": norm(f(x)), as in OLMo 2.
+        "both": norm(f(norm(x))), as in Gemma 2. The norms before f are called `mixer_norm` and `mlp_norm`, those after
+        it `mixer_post_norm` and `mlp_post_norm`.
+      parallel: mixer and MLP both read x, and the result is x + mixer(norm(x)) + mlp(norm(x)) (GPT-NeoX). Otherwise the
+        MLP reads the sum of x and the mixer's output.
+      shared_norm: in a parallel block, `mixer_norm` also serves as the norm before the MLP (Cohere, Phi-2).
+      residual_multiplier: factor on the outputs of mixer and MLP before they are added to x (Granite).
     """
 
     mixer: nn.Module | None
@@ -61,18 +62,18 @@ class Block(nn.Module):
 
     @nn.nowrap
     def _normed(self, x: Float[Array, "B T D"], name: str, unless: str) -> Float[Array, "B T D"]:
-        """x after the norm of this name; x itself where norms is `unless`."""
+        """x normalised by the norm called `name`; x unchanged if `norms` is `unless`."""
         return x if self.norms == unless else self.norm(x.shape[-1], self.norm_eps, name=name)(x)
 
     @nn.nowrap
     def _added(self, y: Float[Array, "B T D"], name: str) -> Float[Array, "B T D"]:
-        """What mixer or MLP adds to the residual stream."""
+        """The term that the mixer or the MLP adds to the residual stream."""
         y = self._normed(y, name, "before")
         return y if self.residual_multiplier == 1 else y * self.residual_multiplier
 
     @nn.nowrap
     def check(self) -> None:
-        """Raises UserError for settings that are unknown or do not fit each other."""
+        """Raises UserError for unknown or inconsistent settings."""
         if self.mixer is None and self.mlp is None:
             raise UserError("Block has mixer None and mlp None, expected one of them: leave the block out")
         if self.norms not in NORMS:
@@ -99,13 +100,13 @@ class Block(nn.Module):
 
 
 def changed(module: Any, known: str) -> str:
-    """The first setting of a module that is not at its default, as "Block.norms = 'after'"; "" if there is none.
+    """The first setting outside `known` that is not at its default, as "Block.norms = 'after'"; "" if there is none.
 
-    A checkpoint format that cannot say a setting must refuse a model that changes it. This finds such settings, also
-    those that a later version adds.
+    A checkpoint format that cannot express a setting must reject a model that changes it. This finds such settings,
+    including any that a later version adds.
 
     Args:
-      known: the names, separated by spaces, of the settings that the format does say.
+      known: the names of the settings that the format can express, separated by spaces.
     """
     for field in dataclasses.fields(module):
         value = getattr(module, field.name)

@@ -1,8 +1,8 @@
 """The small layers that mixers, MLPs and blocks share: linear projections (with optional LoRA), norms, embedding.
 
-Parameters keep the dtype they were created or loaded with; the arithmetic runs in the dtype of the activations,
-which the model sets once at the embedding. That is the whole mixed-precision policy: float32 master weights,
-bfloat16 compute, nothing to configure per layer.
+Parameters keep the dtype they were created or loaded with; computation is in the dtype of the activations, which the
+model sets once at the embedding. That is the whole mixed-precision policy: for example float32 master weights with
+bfloat16 compute, and nothing to configure per layer.
 """
 
 import dataclasses
@@ -20,22 +20,26 @@ Names = tuple[str | None, ...]
 
 
 def named_param(module: nn.Module, name: str, init, names: Names, shape: tuple[int, ...]) -> Array:
-    """A parameter whose axes carry logical names."""
+    """Creates a parameter whose axes carry logical names (None: unnamed), which sharding.RULES maps to mesh axes."""
     value: Any = module.param(name, nn.with_logical_partitioning(init, names), shape)
     return value
 
 
 def fan_in_normal(num_inputs: int, gain: float = 1.0) -> nn.initializers.Initializer:
-    """Normal with variance gain^2 / fan-in, cut at two standard deviations."""
+    """Normal initializer with standard deviation gain / sqrt(fan-in), truncated at two standard deviations."""
     return nn.initializers.truncated_normal(stddev=gain / math.sqrt(num_inputs))
 
 
 class Linear(nn.Module):
     """y = x @ kernel (+ bias), over any number of input and output axes.
 
-    ``names``: logical names of the kernel's axes (``in_shape + out_shape``); sharding.RULES maps them to mesh axes.
-    When the ``lora`` collection holds a pair (a, b) at this path, the low-rank update is added without ever merging
-    it: y += scale * (x @ a) @ b (Hu et al. 2021, arXiv 2106.09685).
+    If the ``lora`` collection holds a pair (a, b) at this path, the low-rank update is added without merging it into
+    the kernel: y += scale * (x @ a) @ b (Hu et al. 2021, arXiv 2106.09685).
+
+    Attributes:
+      in_shape, out_shape: sizes of the axes that are contracted and of those that replace them.
+      names: logical names of the kernel's axes (in_shape + out_shape); sharding.RULES maps them to mesh axes.
+      gain: factor on the standard deviation of the initialisation, 1 / sqrt(fan-in).
     """
 
     in_shape: tuple[int, ...]
@@ -62,11 +66,11 @@ class Linear(nn.Module):
 
 
 def _contract(x: Array, kernel: Array, num_in: int) -> Array:
-    """x over its last num_in axes with kernel over its first.
+    """Contracts the last num_in axes of x with the first num_in axes of kernel.
 
-    As one plain matrix product wherever tokens can be merged into one axis: on CPUs the gradient of a product over
-    several axes at once runs at a third of the speed. Rows and tokens that lie on different mesh axes cannot be merged
-    without moving them.
+    Uses one plain matrix product wherever rows and tokens can be merged into one axis: on CPUs the gradient of a
+    contraction over several axes runs at a third of the speed. With context > 1, rows and tokens are sharded over
+    different mesh axes, and merging them would move data between devices.
     """
     kernel = kernel.astype(x.dtype)
     if sharding.axis_size("context") > 1:
@@ -82,7 +86,7 @@ class RMSNorm(nn.Module):
 
     size: int
     eps: float = 1e-5
-    names: Names = ("norm",)  # on every device: gathering it would cost more than keeping it
+    names: Names = ("norm",)  # replicated: gathering it would cost more than keeping a copy on every device
 
     @nn.compact
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
@@ -93,7 +97,9 @@ class RMSNorm(nn.Module):
 
 
 class AffineNorm(nn.Module):
-    """((x - mean(x)) / sqrt(var(x) + eps)) * (offset + scale) + bias, all of it in float32.
+    """((x - mean(x)) / sqrt(mean((x - mean(x))^2) + eps)) * (offset + scale) + bias, computed in float32.
+
+    Without `center` the mean is not subtracted, without `bias` none is added.
 
     Attributes:
       center, bias, offset: see Norm.
@@ -124,9 +130,9 @@ class AffineNorm(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Norm:
-    """Which normalisation a model uses, without its sizes. The default is RMSNorm.
+    """The kind of normalisation that a model uses, independent of sizes. The default is RMSNorm.
 
-    A kind of your own is a frozen dataclass derived from this one, with a `__call__` of the same arguments.
+    To add a kind, derive a frozen dataclass from this one and give its `__call__` the same arguments.
 
         Norm()                                             Llama, Qwen, Mistral
         Norm(offset=1.0)                                   Gemma: the weight is stored as its difference from 1
@@ -136,8 +142,8 @@ class Norm:
 
     Attributes:
       center: subtract the mean first, as LayerNorm does (Ba et al. 2016, arXiv 1607.06450).
-      bias: add a trained bias last.
-      offset: what is added to the trained scale.
+      bias: add a trained bias at the end.
+      offset: constant added to the trained scale.
     """
 
     center: bool = False
@@ -145,17 +151,17 @@ class Norm:
     offset: float = 0.0
 
     def __call__(self, size: int, eps: float, names: Names = ("norm",), *, name: str) -> nn.Module:
-        """A module over the last axis, `size` wide; to be called inside the module that it belongs to."""
+        """A module that normalises the last axis, of length `size`; call it inside the module that owns it."""
         if self == Norm():
             return RMSNorm(size, eps, names, name=name)
         return AffineNorm(size, eps, names, self.center, self.bias, self.offset, name=name)
 
 
 class Embedding(nn.Module):
-    """A table [V, D]: looked up at the input, and (tied or on its own) the output head.
+    """A table [V, D], used to look up tokens at the input and as the output head (tied, or as a separate table).
 
     Attributes:
-      multiplier: of what is looked up; the head does not see it.
+      multiplier: factor on looked-up embeddings; it does not apply to the output head.
     """
 
     vocab_size: int
@@ -169,8 +175,8 @@ class Embedding(nn.Module):
         self.embedding = named_param(self, "embedding", init, self.names, shape)
 
     def __call__(self, tokens: Int[Array, "B T"], *, dtype: jnp.dtype) -> Float[Array, "B T D"]:
-        # Gathering the fsdp pieces first lets every device look up its own rows; left to itself, the partitioner
-        # replicates the result.
+        # Gathering the table over `fsdp` first lets every device look up its own rows of the batch. Without the
+        # constraint the partitioner replicates the result.
         table = sharding.constrain(self.embedding.astype(dtype), "tensor", None)
         x = sharding.constrain(jnp.take(table, tokens, axis=0), sharding.BATCH_AXES, "context", None)
         return x if self.multiplier == 1 else x * self.multiplier

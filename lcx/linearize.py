@@ -1,10 +1,10 @@
-"""A pretrained softmax model as a linear one: LinearAttention in place of Attention, every weight where it was.
+"""Linearization: replaces Attention by LinearAttention in a pretrained model and keeps all pretrained weights.
 
     model, params = Linearize(window=64)(model, params, key)
 
-The new parameters (feature maps, window factors) come from the mixer's own initialisation; they are what attention
-transfer trains (objectives.attention_transfer), and LoRA then repairs the rest (LoLCATS, Zhang et al. 2024, arXiv
-2410.10254). What can be kept as softmax, layer by layer, is `keep_softmax`.
+The new parameters (feature maps, window factors) are initialised by the mixer. Attention transfer trains them
+(objectives.attention_transfer), then LoRA fine-tuning recovers the remaining quality (LoLCATS, Zhang et al. 2024, arXiv
+2410.10254). Layers listed in `keep_softmax` keep their softmax attention.
 """
 
 import dataclasses
@@ -36,12 +36,12 @@ _SHARED = (
 
 @dataclasses.dataclass(frozen=True)
 class Linearize:
-    """Which layers become linear, and how. The settings are those of mixers.linearized.LinearizedAttention.
+    """Which layers to linearize, and how. The other settings are those of mixers.linearized.LinearizedAttention.
 
     Attributes:
-      published_quirks: PublishedLinearAttention in place of LinearAttention: what the authors' code computes, mistakes
-        included (mixers.published_lolcats).
-      keep_softmax: layers that stay as they are, counted from 0.
+      published_quirks: use PublishedLinearAttention instead of LinearAttention: it reproduces the authors' code,
+        mistakes included (mixers.published_lolcats).
+      keep_softmax: layers that keep their softmax attention, counted from 0.
     """
 
     window: int | None = 64
@@ -60,10 +60,10 @@ class Linearize:
     keep_softmax: tuple[int, ...] = ()
 
     def model(self, model: Decoder) -> Decoder:
-        """The linear model.
+        """The linearized model, without parameters.
 
         Raises:
-          UserError: settings that do not fit, nothing to linearize, a window that no sequence of the model exceeds.
+          UserError: inconsistent settings, nothing to linearize, or a window as long as the model's context.
         """
         blocks = [layer.block for layer in model_lib.layers(model)]
         self._check_effect()
@@ -73,22 +73,23 @@ class Linearize:
                 f"Linearize.keep_softmax has layer {unknown[0]}, expected 0 to {len(blocks) - 1}; change it"
             )
         if not any(isinstance(block.mixer, Attention) for block in blocks) and linear_layers(model):
-            raise UserError("nothing to linearize: the model is linear already; remove Trainer.linearize")
+            raise UserError("nothing to linearize: the model is already linear; remove Trainer.linearize")
         other = [layer for layer in self.keep_softmax if not isinstance(blocks[layer].mixer, Attention)]
         if other:
             raise UserError(
-                f"Linearize.keep_softmax has layer {other[0]}, which is no softmax attention but "
-                f"{type(blocks[other[0]].mixer).__name__}; take it out"
+                f"Linearize.keep_softmax has layer {other[0]}, whose mixer is {type(blocks[other[0]].mixer).__name__}, "
+                "expected softmax attention: remove the layer from keep_softmax"
             )
         if already := linear_layers(model):
-            log.warning("layers %s are linear already: Linearize leaves them as they are", already)
+            log.warning("layers %s are already linear: Linearize leaves them unchanged", already)
         held = None if self.window is None else self.window * (2 if self.window_kind == "terraced" else 1)
         if held is not None and held >= model.max_position_embeddings:
             raise UserError(
                 f"Linearize.window {self.window} holds the model's whole context of {model.max_position_embeddings} "
                 f"tokens ({held} keys if {self.window_kind}), so that nothing would be linear: set a smaller window"
             )
-        make = functools.cache(self._linear)  # equal blocks stay one object: stages are compared by them
+        # Equal blocks map to one object, which keeps comparing stages cheap.
+        make = functools.cache(self._linear)
         new = tuple(
             make(block) if i not in self.keep_softmax and isinstance(block.mixer, Attention) else block
             for i, block in enumerate(blocks)
@@ -120,7 +121,7 @@ class Linearize:
         return block.clone(mixer=mixer, parent=None)
 
     def _check_effect(self) -> None:
-        """Raises UserError for a setting that another one leaves without effect."""
+        """Raises UserError for a setting that has no effect because of another one."""
         without = {
             "affine": self.affine and self.window is None and "window = None",
             "feature_bias": self.feature_bias and self.adapter is not None and "an adapter",
@@ -133,7 +134,9 @@ class Linearize:
                 raise UserError(f"{found}: leave one of the two out")
 
     def __call__(self, model: Decoder, params: Any, key: Array) -> tuple[Decoder, Any]:
-        """(the linear model, its parameters), on the mesh that is set; weights that stay where they are, are shared.
+        """(the linearized model, its parameters), on the current mesh.
+
+        Weights that stay at their place in the tree are shared with `params`, not copied.
 
         Raises:
           UserError: see `model`.
@@ -143,7 +146,7 @@ class Linearize:
 
 
 def softmax_model(model: Decoder) -> Decoder:
-    """The model with softmax attention in place of linear attention, in the same stages."""
+    """The model with each linear attention replaced by softmax attention, in the same stages."""
 
     def softmax(mixer):
         if not isinstance(mixer, LinearizedAttention):
@@ -155,16 +158,20 @@ def softmax_model(model: Decoder) -> Decoder:
 
 
 def linear_layers(model: Decoder | Layers) -> list[int]:
-    """The layers that have linear attention, counted from 0."""
+    """The indices of the layers with linear attention, counted from 0."""
     depth = model_lib.layers(model)
     return [i for i, layer in enumerate(depth) if isinstance(layer.block.mixer, LinearizedAttention)]
 
 
 def check_linear(model: Decoder | Layers, *, seq_len: int, where: str | None) -> None:
-    """What a stage after attention transfer expects: linear attention, and rows long enough to use it.
+    """Checks what a stage after attention transfer needs: linear attention, and rows long enough to use it.
+
+    Args:
+      seq_len: tokens per row.
+      where: the source of the model, named in the message.
 
     Raises:
-      UserError: `where` is a model that was never linearized, or its windows hold all keys of a row.
+      UserError: the model was never linearized, or all windows hold every key of a row.
     """
     linear = [
         layer.block.mixer
@@ -181,12 +188,13 @@ def check_linear(model: Decoder | Layers, *, seq_len: int, where: str | None) ->
 
 
 def ablated(model: Decoder, keep: str) -> Decoder:
-    """The model with one part of its hybrid layers alone: "window", or "linear" (which then counts every key).
+    """The model with only one part of its hybrid layers: "window", or "linear" (which then sees all keys).
 
-    A hybrid can do well on short texts by its window alone (arXiv 2510.05901): what each part does is worth knowing.
+    A hybrid can score well on short texts through its window alone (arXiv 2510.05901); this ablation measures the
+    contribution of each part.
 
     Raises:
-      UserError: another name, or a model without such layers.
+      UserError: an unknown name, or a model without hybrid layers.
     """
     changes: dict[str, dict[str, Any]] = {"window": {"linear": False}, "linear": {"window": None}}
     if keep not in changes:
@@ -203,11 +211,11 @@ def ablated(model: Decoder, keep: str) -> Decoder:
 
 
 def initial(model: Decoder | Layers, key: Array) -> dict[str, Array]:
-    """path -> the parameters that only linear attention has, at their start, float32."""
+    """path -> initial value, float32, of each parameter that only linear attention has."""
     flat = flatten_dict(model_lib.abstract_params(model, mesh=_mesh()), sep="/")
     wanted = {path: leaf for path, leaf in flat.items() if is_new(path)}
 
-    def init(key):  # what is not returned is not computed
+    def init(key):  # under jit, parameters that are not returned are never computed
         params = model_lib.plain_init(model, key)
         return {path: flatten_dict(params, sep="/")[path].astype(jnp.float32) for path in wanted}
 
@@ -227,11 +235,11 @@ def relaid(
     fresh: dict[str, Array],
     layers: Sequence[int] | None = None,
 ) -> Any:
-    """The parameters of a model in the stages of another one.
+    """The parameters of `model`, rearranged into the stages of `new`.
 
     Args:
-      fresh: path -> parameters that `model` does not have.
-      layers: of `model`, one for each layer of `new`; None: all, in order.
+      fresh: path -> parameters of `new` that `model` does not have.
+      layers: the layer of `model` for each layer of `new`; None: all layers, in order.
     """
     old, laid = model_lib.layers(model), model_lib.layers(new)
     chosen = range(len(laid)) if layers is None else layers
@@ -250,7 +258,7 @@ def relaid(
 
 
 def _stacked(rows: list[tuple[Array, int]], leaf: jax.ShapeDtypeStruct) -> Array:
-    """One array of these rows of others; the array itself where it has just them."""
+    """Stacks rows, each given as (array, index); returns the array itself, uncopied, if they are exactly its rows."""
     first = rows[0][0]
     if all(x is first for x, _ in rows) and [row for _, row in rows] == list(range(first.shape[0])):
         return first

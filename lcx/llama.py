@@ -33,15 +33,17 @@ def llama(
     remat: str = "none",
     attention_implementation: str | None = None,
 ) -> Decoder:
-    """The Llama family: Llama 2/3, Mistral, Qwen2, Qwen3, Phi-3, by their usual hyper-parameters.
+    """A decoder of the Llama family (Llama 2/3, Mistral, Qwen2, Qwen3, Phi-3) from the usual hyper-parameters.
 
     Args:
-      rope: of all layers, where layer_ropes is None.
-      layer_ropes: the rope of each layer; a layer with None has no positions (NoPE: every fourth of SmolLM3).
-      layer_windows: the sliding window of each layer (None: full attention); None for all-full.
+      num_kv_heads: None: num_heads, which is multi-head attention.
+      head_dim: None: hidden_size / num_heads.
+      rope: the rotary embedding of all layers; ignored if layer_ropes is given.
+      layer_ropes: the rope of each layer; None for a layer without positions (NoPE: every fourth layer of SmolLM3).
+      layer_windows: the sliding window of each layer (None: full attention); None: full attention in all layers.
 
     Raises:
-      UserError: sizes that do not fit each other.
+      UserError: inconsistent sizes, or per-layer settings whose number is not num_layers.
     """
     num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
     check_sizes(

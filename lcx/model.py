@@ -3,11 +3,11 @@
 `parameters` makes and counts the parameters of a model; `llama` and `striped_hyena` are architectures.
 
 A model *is* its configuration: frozen Flax modules that a .gin file builds directly. A Stage repeats a pattern of
-blocks; each stage is one scan, so compile time follows the period of the pattern, not the depth.
+blocks. Each stage is one scan, so compile time grows with the length of the pattern, not with the depth.
 
     Llama-3 8B             ((A,) x 32)
     Qwen2, mixed windows   ((full,) x 21, (sliding,) x 7)
-    Evo 2 7B               ((S,) x 1, (M, L, A, S, M, L, S) x 4, (M, L, A) x 1): the first layer's MLP is another
+    Evo 2 7B               ((S,) x 1, (M, L, A, S, M, L, S) x 4, (M, L, A) x 1): the first layer's MLP differs
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from lcx.block import Block
 from lcx.errors import UserError, check_sizes
 from lcx.layers import Embedding, Norm
 from lcx.mlps.activations import ACTIVATIONS
-from lcx.mlps.gated import GatedMlp as Mlp  # its first name, which .gin files and users' code have
+from lcx.mlps.gated import GatedMlp as Mlp  # the old name, which existing .gin files and users' code import
 from lcx.ops.cross_entropy import LogitTransform
 from lcx.parameters import (
     abstract_params,
@@ -46,7 +46,11 @@ __all__ = [
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """A pattern of blocks, repeated. Raises UserError for a pattern or repeat of 0, or what Block.check refuses."""
+    """A pattern of blocks, repeated `repeat` times in depth.
+
+    Raises:
+      UserError: an empty pattern, a repeat below 1, or a block that Block.check rejects.
+    """
 
     pattern: tuple[Block, ...]
     repeat: int = 1
@@ -62,11 +66,12 @@ class Stage:
 class _Period(nn.Module):
     """One pass through a stage's pattern: the body of its scan.
 
-    Flax adopts modules that it finds in attributes and names their parameters after the attribute. It does not look
-    into a Stage, so blocks are named here, and their mixers `mixer`, whatever their class. It takes one object in two
-    places for one set of weights, so each block gets copies of its own.
+    Flax binds modules that it finds in attributes and names their parameters after the attribute. It does not look
+    inside a Stage, so blocks are named here, and each mixer is named `mixer`, whatever its class. Flax shares the
+    weights of a module object that occurs twice, so each block gets its own copies.
 
-    The backward pass recomputes block by block, not the whole pattern: what is within one block is held at a time.
+    The backward pass recomputes one block at a time, not the whole pattern, so it holds the inner activations of only
+    one block.
     """
 
     stage: Stage
@@ -77,7 +82,8 @@ class _Period(nn.Module):
         caches = {}
         for i, block in enumerate(self.stage.pattern):
             name = f"block_{i}"
-            # Without barriers the compiler may recompute all blocks of a pattern before it needs the first.
+            # Without the barriers of prevent_cse the compiler may recompute all blocks of a pattern up front, which
+            # would hold all of their activations at once. With one block the scan itself is the barrier.
             several = len(self.stage.pattern) > 1
             recomputed = nn.remat(type(block), policy=REMAT[self.remat], prevent_cse=several)
             fields = {field.name: getattr(block, field.name) for field in dataclasses.fields(block)}
@@ -103,15 +109,15 @@ def _scanned(stage: Stage, remat: str) -> nn.Module:
 
 
 def _appended(stage: Stage, cache: Any, new: Any) -> Any:
-    """The caches of a stage, all its layers at once, after its blocks."""
+    """The caches of a stage, all its layers at once, with the new entries that its blocks returned."""
     blocks = {f"block_{b}": block.mixer for b, block in enumerate(stage.pattern)}
     return {name: mixers.state_after(mixer, cache[name], new[name]) for name, mixer in blocks.items()}
 
 
 class Layers(nn.Module):
-    """Some layers of a decoder on their own, from residual stream to residual stream, without embedding and head.
+    """Some layers of a decoder, from residual stream to residual stream, without embedding and head.
 
-    It stands in a Decoder's place where weights, sharding and training go by the parameter tree.
+    It can replace a Decoder in code that works on the parameter tree: weights, sharding and training.
     """
 
     hidden_size: int
@@ -148,14 +154,14 @@ class Decoder(nn.Module):
     """A decoder-only language model.
 
     Attributes:
-      max_position_embeddings: the context window it is meant for (after extension), in tokens.
-      dtype: of activations; parameters keep their own (float32 masters under bfloat16 compute).
+      max_position_embeddings: the model's context window (after extension), in tokens.
+      dtype: dtype of activations; parameters keep their own (float32 master weights with bfloat16 compute).
       remat: which activations the backward pass recomputes: a key of REMAT.
-      model_type: the Hugging Face family this exports to; without effect on the function.
+      model_type: the Hugging Face family used for export; no effect on the computation.
       norm: the final norm; see layers.Norm.
-      embedding_multiplier: of the embeddings on their way in: sqrt(hidden_size) in Gemma.
-      logit_multiplier: of the logits: logit_scale of Cohere, 1 / logits_scaling of Granite.
-      logit_softcap: then logits become c tanh(logits / c), as in Gemma 2. None: they stay.
+      embedding_multiplier: factor on the input embeddings: sqrt(hidden_size) in Gemma.
+      logit_multiplier: factor on the logits: logit_scale of Cohere, 1 / logits_scaling of Granite.
+      logit_softcap: c in c tanh(logits / c), applied after logit_multiplier, as in Gemma 2. None: no cap.
     """
 
     vocab_size: int
@@ -183,7 +189,7 @@ class Decoder(nn.Module):
 
     @nn.nowrap
     def check(self) -> None:
-        """Raises UserError for sizes, multipliers and caps that cannot be."""
+        """Raises UserError for invalid sizes, multipliers and caps."""
         check_sizes(
             "Decoder",
             vocab_size=self.vocab_size,
@@ -213,7 +219,7 @@ class Decoder(nn.Module):
 
     @nn.nowrap
     def example(self) -> Int[Array, "1 2"]:
-        """Input to trace the module with."""
+        """Example tokens for tracing the module."""
         return jnp.zeros((1, 2), jnp.int32)
 
     def hidden(
@@ -224,7 +230,7 @@ class Decoder(nn.Module):
         segment_ids: Int[Array, "B T"] | None = None,
         cache: Any = None,
     ) -> tuple[Float[Array, "B T D"], Any]:
-        """Activations after the final norm, and the cache with these tokens in it."""
+        """Activations after the final norm, and the cache including these tokens (None if no cache was given)."""
         x = self.embed(tokens, dtype=jnp.dtype(self.dtype))
         new_cache = {}
         for i in range(len(self.stages)):
@@ -242,12 +248,12 @@ class Decoder(nn.Module):
         positions: Int[Array, "B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T V"]:
-        """Logits, float32. Training uses hidden() and ops.cross_entropy, which never hold them all."""
+        """Logits, float32. Training uses hidden() and ops.cross_entropy, which never hold all logits at once."""
         x, _ = self.hidden(tokens, positions=positions, segment_ids=segment_ids)
         return self.logits(x)
 
     def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        """Logits, float32, of what `hidden` returns."""
+        """Logits, float32, from the activations that `hidden` returns."""
         return self.logit_transform(self.head_module().logits(x))
 
     def head_module(self) -> Embedding:
@@ -255,17 +261,17 @@ class Decoder(nn.Module):
 
     @nn.nowrap
     def head(self, params) -> Float[Array, "V D"]:
-        """The output matrix out of a parameter tree (the embedding itself when tied)."""
+        """The output matrix in a parameter tree (the embedding itself if tied)."""
         return params["embed" if self.tie_word_embeddings else "lm_head"]["embedding"]
 
     @property
     def logit_transform(self) -> LogitTransform:
-        """What becomes of the products with the output matrix; ops.cross_entropy takes it."""
+        """The transform from products with the output matrix to logits, in the form that ops.cross_entropy takes."""
         return LogitTransform(self.logit_multiplier, self.logit_softcap)
 
     @nn.nowrap
     def init_cache(self, batch_size: int, length: int, dtype: Any = None) -> Any:
-        """Empty caches of `length` tokens for every block, in the model's dtype unless another is given."""
+        """Empty caches for every block with room for `length` tokens, in `dtype` (None: the model's dtype)."""
         dtype = jnp.dtype(self.dtype if dtype is None else dtype)
 
         def stacked(block: Block, repeat: int):
@@ -285,13 +291,16 @@ class Decoder(nn.Module):
 
 
 def stages_of(blocks: tuple[Block, ...]) -> tuple[Stage, ...]:
-    """Blocks in depth order -> stages that compile little: one whose period tiles the depth, else the cut of the depth
-    into repeated patterns with the fewest blocks and stages in all."""
+    """Groups blocks, given in depth order, into stages that compile quickly.
+
+    If a period divides the whole depth, the result is one stage. Otherwise dynamic programming finds the split into
+    repeated patterns with the smallest total number of blocks and stages.
+    """
     depth = len(blocks)
     for period in range(1, depth // 2 + 1):
         if depth % period == 0 and blocks == blocks[:period] * (depth // period):
             return (Stage(blocks[:period], depth // period),)
-    best: list[tuple[int, tuple[Stage, ...]]] = [(0, ())]  # of the first n blocks: (cost, stages)
+    best: list[tuple[int, tuple[Stage, ...]]] = [(0, ())]  # best[n]: (cost, stages) of the first n blocks
     for end in range(1, depth + 1):
         found = []
         for period in range(1, end + 1):
@@ -303,13 +312,13 @@ def stages_of(blocks: tuple[Block, ...]) -> tuple[Stage, ...]:
                 if start < 0 or blocks[start : start + period] != pattern:
                     break
                 repeat += 1
-        best.append(min(found, key=lambda one: (one[0], -len(one[1]))))  # of equals, the fewest blocks
+        best.append(min(found, key=lambda one: (one[0], -len(one[1]))))  # on ties, the fewest blocks
     return best[depth][1]
 
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """One layer: its block, and where its parameters are in the tree: row `repeat` of those at `path`."""
+    """One layer: its block and the location of its parameters: index `repeat` of the stacked arrays at `path`."""
 
     block: Block
     path: str
@@ -317,7 +326,7 @@ class Layer:
 
 
 def layers(model: Decoder | Layers) -> list[Layer]:
-    """In depth order."""
+    """The layers of a model, in depth order."""
     return [
         Layer(block, f"stages_{s}/block_{b}", repeat)
         for s, stage in enumerate(model.stages)
@@ -327,7 +336,7 @@ def layers(model: Decoder | Layers) -> list[Layer]:
 
 
 def part(model: Decoder, first: int, last: int) -> Layers:
-    """Layers first ... last - 1 of a model."""
+    """Layers first, ..., last - 1 of a model as a module of their own."""
     return Layers(
         hidden_size=model.hidden_size,
         stages=stages_of(tuple(layer.block for layer in layers(model)[first:last])),
@@ -339,7 +348,7 @@ def part(model: Decoder, first: int, last: int) -> Layers:
 
 
 def map_mixers(model: Decoder, fn) -> Decoder:
-    """The same model with fn(mixer) in place of every mixer: how a rope, a window or an implementation is changed."""
+    """The same model with each mixer replaced by fn(mixer), for example to change a rope or a window."""
 
     def new_block(block: Block) -> Block:
         return block if block.mixer is None else block.clone(mixer=fn(block.mixer), parent=None)

@@ -1,18 +1,20 @@
 """The model applied to tokens: logits of a whole sequence, and generation with a cache.
 
-    generate  prompts in, [B, max_new_tokens] out: prefill, then every decode step in one compiled loop
+    logits    tokens [B, T] in, logits [B, T, V] out
+    generate  prompts in, [B, max_new_tokens] out: prefill, then all decode steps in one compiled loop
     stream    the same tokens, one column [B] at a time
 
-A prompt is read in pieces of bounded size, so a long one needs no more memory than its cache. Prompts of different
+A prompt is read in pieces of bounded size, so memory for a long prompt is dominated by its cache. Prompts of different
 lengths are padded on the left with segment id 0, and every row counts its positions from its own first token. Shapes
-are rounded up, so few of them compile.
+are rounded up, so that few programs are compiled.
 
-**The rotation of a cached generation** (`rope_trace`; it matters to the RoPE types dynamic and longrope alone).
-"exact", the default: one length n for the whole generation, the longest prompt plus max_new_tokens. Every cached key
-has the rotation of the queries that meet it, so decoding equals the full forward pass at that n. "hf": n as
-transformers takes it at every forward pass, cached keys left as they were written, and Phi-3's second reading of the
-prompt when it passes its original window. This reproduces its text, and its cached decode is not its own full
-forward pass. Under both, rows of a batch share n, that of the longest; with other types rows are independent.
+**The rotation of a cached generation** (`rope_trace`; it affects only the RoPE types dynamic and longrope, whose
+rotation depends on a length n). "exact", the default: one n for the whole generation, the longest prompt plus
+max_new_tokens. All cached keys have the same rotation as the queries, so decoding equals the full forward pass at that
+n. "hf": n as transformers chooses it at each forward pass. Cached keys keep the rotation they were written with, and
+Phi-3 models drop the cache and read the text again when it exceeds the original window. This reproduces the text of
+transformers, whose cached decoding differs from its own full forward pass. In both modes the rows of a batch share the
+n of the longest row; with other RoPE types rows are independent.
 """
 
 import dataclasses
@@ -39,8 +41,8 @@ Tokens = Int[np.ndarray, "B T"] | Int[Array, "B T"]
 Prompts = Tokens | Sequence[Sequence[int]]
 ROPE_TRACES = ("exact", "hf")
 
-_PIECE_TOKENS = 4096  # of all rows together, in one forward pass over the prompts
-_GRAIN = 32  # pieces, caches and outputs are multiples of it: fewer shapes to compile
+_PIECE_TOKENS = 4096  # upper bound on tokens per forward pass over the prompts, all rows together
+_GRAIN = 32  # sizes of pieces, caches and outputs are multiples of this, so that few shapes are compiled
 
 
 # ------------------------------------------------------------------------------------------------ logits
@@ -56,20 +58,20 @@ def logits(
 ) -> Float[Array, "B T V"]:
     """Next-token logits at every position, float32; compiled once per model and shape, differentiable.
 
-    `positions` count from 0 in every segment (None: 0 .. T-1), segment id 0 is padding (None: one segment a row).
+    `positions` count from 0 in every segment (None: 0 .. T-1). Segment id 0 is padding (None: one segment per row).
 
     Raises:
-      UserError: tokens that are not [B, T] integers of the vocabulary; positions or segment_ids of another shape.
+      UserError: tokens that are not [B, T] integers in the vocabulary; positions or segment_ids of another shape.
     """
     ids: Any = tokens if isinstance(tokens, jax.Array) else np.asarray(tokens)
     if ids.ndim != 2 or not ids.size or not jnp.issubdtype(ids.dtype, jnp.integer):
         found = f"tokens are {ids.dtype} of shape {ids.shape}"
-        raise UserError(f"{found}, expected integers [B, T]: for one text, tokens[None]")
+        raise UserError(f"{found}, expected integers [B, T]: for a single sequence pass tokens[None]")
     if not isinstance(ids, jax.core.Tracer):
         _check_vocabulary(np.asarray(ids), model.vocab_size)
     for name, value in (("positions", positions), ("segment_ids", segment_ids)):
         if value is not None and np.shape(value) != ids.shape:
-            raise UserError(f"{name} have shape {np.shape(value)}, expected that of tokens, {ids.shape}")
+            raise UserError(f"{name} have shape {np.shape(value)}, expected the shape of tokens, {ids.shape}")
     return _logits(model, parameters.fitting(model, params), ids, positions, segment_ids)
 
 
@@ -96,21 +98,21 @@ def generate(
 ) -> Int[np.ndarray, "B new"]:
     """Continues every prompt by max_new_tokens tokens (the prompt itself is not returned).
 
-    A row that has produced one of `stop_tokens` repeats it to its end, and nothing more is computed once all have.
+    A row that has produced one of `stop_tokens` is filled with it to the end. Decoding ends once all rows have stopped.
 
     Args:
       tokens: [B, T] integers, or a list of lists of different lengths.
-      temperature: 0 takes the likeliest token; else logits are divided by it and a token is drawn.
-      top_p: draws among the likeliest tokens that together have this probability (Holtzman et al. 2020, arXiv
-        1904.09751), as TopPLogitsWarper of transformers does. Without effect at temperature 0.
-      seed: the same seed gives the same tokens. Each row has its own key, from the seed and its place in the batch, so
-        its text does not depend on the other rows.
-      rope_trace: "exact" or "hf"; see the top of the file.
-      lora: a `lora` collection, added to the parameters without merging.
+      temperature: 0 takes the most likely token; otherwise logits are divided by it and a token is sampled.
+      top_p: sample from the smallest set of most likely tokens with at least this total probability (Holtzman et al.
+        2020, arXiv 1904.09751), as TopPLogitsWarper of transformers does. No effect at temperature 0.
+      seed: the same seed gives the same tokens. Each row has its own key, derived from the seed and its index in the
+        batch, so its text does not depend on the other rows.
+      rope_trace: "exact" or "hf"; see the docstring of this module.
+      lora: a `lora` collection, applied without merging it into the parameters.
 
     Raises:
-      UserError: an empty prompt, ids outside the vocabulary, a setting out of range. Going beyond the model's
-        max_position_embeddings is a warning on the log.
+      UserError: an empty prompt, ids outside the vocabulary, or a setting out of range. Exceeding the model's
+        max_position_embeddings only logs a warning.
     """
     job = _job(model, params, tokens, max_new_tokens, temperature, top_p, seed, stop_tokens, rope_trace, lora)
     state = job.advance(job.start(), max_new_tokens)
@@ -131,13 +133,13 @@ def stream(
     rope_trace: str = "exact",
     lora: Any = None,
 ) -> Iterator[Int[np.ndarray, " B"]]:
-    """The columns of `generate` as they are produced; ends early when every row has stopped."""
+    """Yields the columns [B] of `generate` as they are produced; ends early once every row has stopped."""
     job = _job(model, params, tokens, max_new_tokens, temperature, top_p, seed, stop_tokens, rope_trace, lora)
     return job.columns()
 
 
 class _State(NamedTuple):
-    """A generation under way. `tokens` has room for all columns; the first `step` are filled, `last` is the newest."""
+    """The state of a generation. `tokens` has room for all columns; `step` of them are filled, `last` is the newest."""
 
     cache: Any
     tokens: Int[Array, "B room"]
@@ -148,7 +150,7 @@ class _State(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _Job:
-    """What stays the same during one generation. `sampling` is empty (greedy), or the arguments of `choose`."""
+    """The constants of one generation. `sampling` is empty (greedy), or keyword arguments of `choose`."""
 
     model: Decoder
     variables: dict[str, Any]
@@ -171,12 +173,12 @@ class _Job:
                 return
 
     def start(self) -> _State:
-        """Reads the prompts and takes the first token."""
+        """Reads the prompts and chooses the first token."""
         B, room = len(self.rows), _rounded(self.max_new_tokens, _GRAIN)
         last_logits, cache = self.read(self.rows, self.max_new_tokens)
         if bool(jnp.isnan(last_logits).any()):
             raise UserError(
-                f"the logits after the prompt are not numbers: the weights hold NaN, or overflow in "
+                f"the logits after the prompt are NaN: the weights contain NaN, or activations overflow in "
                 f"{self.model.dtype}; check the checkpoint, or load it with dtype float32"
             )
         tokens = jnp.zeros((B, room), jnp.int32)
@@ -184,7 +186,7 @@ class _Job:
         return _take_jit(state, last_logits, self.sampling, self.stop)
 
     def read(self, rows: list[np.ndarray], num_more: int) -> tuple[Float[Array, "B V"], Any]:
-        """A new cache with these rows in it and slots for `num_more` tokens, and the logits that follow them."""
+        """(logits after the last token of each row, a new cache that holds the rows and has room for `num_more`)."""
         longest = max(map(len, rows))
         piece = _rounded(longest, _GRAIN) if _whole_prompt(self.model) else _piece(len(rows), longest)
         width = _rounded(longest, piece)
@@ -201,7 +203,7 @@ class _Job:
         return last_logits, cache
 
     def advance(self, state: _State, until: int) -> _State:
-        """Decodes until `until` tokens are there or all rows have stopped."""
+        """Decodes until `until` tokens have been produced or all rows have stopped."""
         again = self._reads_again_at()
         if again is not None and again < until:
             state = self._decode(state, again)
@@ -213,7 +215,10 @@ class _Job:
         return self._decode(state, until)
 
     def _reads_again_at(self) -> int | None:
-        """The step at which transformers drops its cache, for the families where it does: past the original window."""
+        """The step at which transformers drops its cache and reads the text again; None if it never does.
+
+        Some families do so when the text exceeds the original window.
+        """
         from lcx.convert.hf import families
 
         family = families.find(self.model.model_type)
@@ -224,7 +229,7 @@ class _Job:
         return int(step) if step > 0 else None
 
     def _decode(self, state: _State, until: int) -> _State:
-        if until == 1:  # the first token came with the prompt: nothing to compile yet
+        if until == 1:  # the prefill already gave the first token: avoid compiling the decode loop
             return state
         arguments = state, self.lengths, self.sampling, self.stop, np.int32(until)
         return _decode_jit(self.model, self.variables, *arguments, hf=self.rope_trace == "hf")
@@ -234,13 +239,13 @@ class _Job:
 
 
 def _append(model, variables, cache, tokens, positions, segment_ids, n):
-    """Puts tokens into the cache; logits [B, V] after the last of them. `n`: None, or the length of the "hf" trace."""
+    """Appends tokens to the cache: (logits [B, V] after the last of them, cache). `n`: the length of the "hf" trace."""
 
     def last_logits(model, cache):
         x, cache = model.hidden(tokens, positions=positions, segment_ids=segment_ids, cache=cache)
         return model.logits(x[:, -1:])[:, 0], cache
 
-    if n is not None:  # a text only grows: n = its length is what transformers' dynamic type uses too
+    if n is not None:  # the text only grows, so transformers' dynamic type uses its current length, too
         cache = mixers.with_rope_length(cache, n)
     return model.apply(variables, cache, method=last_logits)
 
@@ -264,10 +269,10 @@ _take_jit = jax.jit(_take, donate_argnames="state")
 
 @functools.partial(jax.jit, static_argnames=("model", "hf"), donate_argnames="state")
 def _decode_jit(model, variables, state: _State, lengths, sampling, stop, until, *, hf: bool) -> _State:
-    """Decode steps until `until` tokens are there: no return to the host in between."""
+    """Decode steps until `until` tokens have been produced, without returning to the host in between."""
 
     def step(state: _State) -> _State:
-        positions = lengths + state.step - 1  # of the newest token, not yet in the cache
+        positions = lengths + state.step - 1  # of the newest token, which is not in the cache yet
         n = jnp.max(positions) + 1 if hf else None
         ones = jnp.ones_like(state.last)[:, None]
         last_logits, cache = _append(
@@ -280,12 +285,12 @@ def _decode_jit(model, variables, state: _State, lengths, sampling, stop, until,
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _empty_cache(model: Decoder, batch_size: int, slots: int, n):
-    """init_cache, but n is given: the number of slots is rounded up, and the rotation must not depend on that."""
+    """init_cache with rope length n: `slots` is rounded up, and the rotation must not depend on the rounding."""
     return mixers.with_rope_length(model.init_cache(batch_size, slots), n)
 
 
 def _ropes(model: Decoder, rope_type: str) -> list[Any]:
-    """The rotary embeddings of one type in the model."""
+    """The model's rotary embeddings of this type."""
     return [rope for rope, _ in rotaries(model) if rope.rope_type == rope_type]
 
 
@@ -295,7 +300,7 @@ def _ropes(model: Decoder, rope_type: str) -> list[Any]:
 def _job(
     model, params, tokens, max_new_tokens, temperature, top_p, seed, stop_tokens, rope_trace, lora
 ) -> _Job:
-    """Checks what the user gave."""
+    """Checks the arguments of `generate` and collects them in a _Job."""
     check_settings(max_new_tokens, temperature, top_p, seed, rope_trace)
     rows = _rows(tokens, model.vocab_size)
     stop = np.array(list(stop_tokens), np.int32).reshape(-1)
@@ -303,7 +308,7 @@ def _job(
     if total > window:
         _log.warning(
             "prompt and max_new_tokens are %d tokens together, more than the model's max_position_embeddings %d:"
-            " expect the text to fall apart beyond it; lower max_new_tokens, or set"
+            " expect the text to degrade beyond it; lower max_new_tokens, or set"
             " context_length (and rope_scaling, unless the model keeps its own)",
             total,
             window,
@@ -319,7 +324,7 @@ def _job(
 
 
 def check_settings(max_new_tokens, temperature, top_p, seed, rope_trace=ROPE_TRACES[0]) -> None:
-    """Raises UserError for a setting of `generate` outside of what it may be."""
+    """Raises UserError for a setting of `generate` that is out of range."""
     if not _is_integer(max_new_tokens) or max_new_tokens < 1:
         raise UserError(
             f"max_new_tokens is {max_new_tokens!r}, expected an integer >= 1: change max_new_tokens"
@@ -330,7 +335,7 @@ def check_settings(max_new_tokens, temperature, top_p, seed, rope_trace=ROPE_TRA
         )
     if not _is_number(top_p) or not 0 < top_p <= 1:
         raise UserError(f"top_p is {top_p!r}, expected a number above 0 and at most 1 (1 switches it off)")
-    if not _is_integer(seed) or not -(2**31) <= seed < 2**32:  # what jax tells apart
+    if not _is_integer(seed) or not -(2**31) <= seed < 2**32:  # jax.random.key keeps 32 bits of a seed
         raise UserError(f"seed is {seed!r}, expected an integer of 32 bits: change seed")
     if rope_trace not in ROPE_TRACES:
         raise UserError(f"rope_trace is {rope_trace!r}, expected one of {', '.join(ROPE_TRACES)}")
@@ -345,7 +350,11 @@ def _is_number(value: Any) -> bool:
 
 
 def _rows(tokens: Prompts, vocab_size: int) -> list[np.ndarray]:
-    """One int32 array a prompt."""
+    """One int32 array per prompt.
+
+    Raises:
+      UserError: text instead of ids, a prompt that is empty or not a list of integers, ids outside the vocabulary.
+    """
     if isinstance(tokens, str) or (not hasattr(tokens, "ndim") and any(isinstance(row, str) for row in tokens)):
         raise UserError(
             "tokens is text, expected token ids: use lcx.generate_text(model, params, tokenizer, text), or encode it "
@@ -354,7 +363,7 @@ def _rows(tokens: Prompts, vocab_size: int) -> list[np.ndarray]:
     if hasattr(tokens, "ndim"):
         if tokens.ndim != 2:
             raise UserError(
-                f"tokens have shape {tokens.shape}, expected [B, T]: for one prompt, tokens[None]"
+                f"tokens have shape {tokens.shape}, expected [B, T]: for a single prompt pass tokens[None]"
             )
         tokens = np.asarray(tokens)
     rows = []
@@ -385,7 +394,7 @@ def _check_vocabulary(tokens: np.ndarray, vocab_size: int) -> None:
 
 
 def _window(model: Decoder) -> int:
-    """The context the model is meant for; a file for dynamic RoPE states the original one."""
+    """The model's context window. With dynamic RoPE, max_position_embeddings may be the window before scaling."""
     ropes = _ropes(model, "dynamic")
     scaled = [int(rope.factor * rope.original_max_position_embeddings) for rope in ropes]
     return max([model.max_position_embeddings, *scaled])
@@ -401,7 +410,7 @@ def _rounded(value: int, grain: int) -> int:
 
 
 def _piece(batch_size: int, width: int) -> int:
-    """How many tokens of each prompt to read at a time, in equal pieces."""
+    """How many tokens of each prompt to read per forward pass, such that all pieces have the same size."""
     limit = max(_PIECE_TOKENS // batch_size // _GRAIN * _GRAIN, _GRAIN)
     return _rounded(-(-width // -(-width // limit)), _GRAIN)
 

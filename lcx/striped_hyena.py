@@ -1,4 +1,4 @@
-"""StripedHyena 2, the architecture of Evo 2: stripes of short, medium and long convolutions and of attention.
+"""StripedHyena 2, the architecture of Evo 2: short, medium and long convolutions interleaved with attention.
 
 (Ku et al. 2025, "Systems and Algorithms for Convolutional Multi-Hybrid Language Models at Scale"; Brixi et al. 2025,
 "Genome modeling and design across all domains of life with Evo 2".)
@@ -40,20 +40,20 @@ def striped_hyena(
     remat: str = "none",
     implementation: str | None = None,
 ) -> Decoder:
-    """A StripedHyena 2.
+    """A StripedHyena 2 model.
 
     Args:
-      pattern: a letter a layer: S, D and H for Hyena-SE, -MR and -LI, * for attention, as Evo 2's configurations write
-        it ("SDH*SDHSDH*...").
-      num_heads: of attention, each hidden_size / num_heads wide.
-      se_groups, mr_groups: filters of a layer; hidden_size / groups channels share one.
-      init_length: the length that filters are initialised for.
-      activation: of the MLPs of the first `activated_layers` layers (None: of all). The others multiply gate and up
-        as they are: so Evo 2 was trained, where only layer 0 has its gelu.
-      implementation: of convolutions and attention, see ops; None picks the fastest that is valid.
+      pattern: one letter per layer: S, D and H for Hyena-SE, -MR and -LI, * for attention, as in Evo 2's configurations
+        ("SDH*SDHSDH*...").
+      num_heads: attention heads, each of size hidden_size / num_heads.
+      se_groups, mr_groups: number of filters in a layer; hidden_size / groups channels share one filter.
+      init_length: the sequence length, in tokens, that the filters are initialised for.
+      activation: activation of the MLPs in the first `activated_layers` layers (None: in all layers). The other layers
+        multiply gate and up without an activation. Evo 2 was trained this way: only layer 0 has its gelu.
+      implementation: of convolutions and attention, see ops; None picks the fastest valid one.
 
     Raises:
-      UserError: an unknown letter, or sizes that do not divide.
+      UserError: an unknown letter, or a hidden_size that is not a multiple of num_heads or a number of groups.
     """
     unknown = sorted(set(pattern) - set(LETTERS))
     if unknown or not pattern:

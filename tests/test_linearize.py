@@ -268,13 +268,13 @@ def test_settings_that_cannot_be(settings, says):
 def test_linearizing_again_is_refused_or_said(caplog):
     half = Linearize(window=8, feature_dim=6, keep_softmax=(0, 1)).model(softmax()[0])
     with pytest.raises(
-        UserError, match="keep_softmax has layer 2, which is no softmax attention but LinearAttention"
+        UserError, match="keep_softmax has layer 2, whose mixer is LinearAttention, expected softmax"
     ):
         Linearize(window=8, keep_softmax=(2,)).model(half)
     whole = Linearize(window=8, feature_dim=6).model(half)
     assert linearize.linear_layers(whole) == [0, 1, 2, 3]
-    assert "layers [2, 3] are linear already" in caplog.text
-    with pytest.raises(UserError, match="the model is linear already; remove Trainer.linearize"):
+    assert "layers [2, 3] are already linear" in caplog.text
+    with pytest.raises(UserError, match="the model is already linear; remove Trainer.linearize"):
         SETTINGS.model(whole)
 
 

@@ -82,7 +82,7 @@ def test_two_methods_are_enough():
 
 def test_what_a_mixer_does_not_say_is_an_error_and_no_zero():
     plain = model(Sum(parent=None))
-    with pytest.raises(UserError, match=r"Sum does not say what a token costs: .* macs_per_token\(seq_len\)"):
+    with pytest.raises(UserError, match=r"Sum does not define the cost of a token: .* macs_per_token\(seq_len\)"):
         parameters.flops_per_token(plain, 32)
     assert mixers.macs_per_token(None, 32) == 0
     said = lora_lib.statement(plain, LoRA(rank=2, targets="_proj").abstract(plain))

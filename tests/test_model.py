@@ -144,7 +144,7 @@ def test_weights_that_are_not_numbers_are_refused():
     params = model_lib.init_params(model, jax.random.key(0))
     params["final_norm"]["scale"] = params["final_norm"]["scale"].at[3].set(jnp.nan)
     with pytest.raises(
-        UserError, match="the logits after the prompt are not numbers: the weights hold NaN"
+        UserError, match="the logits after the prompt are NaN: the weights contain NaN"
     ) as caught:
         lcx.generate(model, params, [[1, 2]], max_new_tokens=2)
     assert "\n" not in str(caught.value)

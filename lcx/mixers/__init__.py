@@ -9,37 +9,38 @@ sentence. In code, a mixer is any Flax module with two methods (the protocol `Mi
 
 Rules that the battery in ``tests/test_mixers.py`` holds every mixer to:
 
-- y[:, t] depends on x[:, :t + 1] alone, and only on tokens of the same segment; segment id 0 is padding.
-- Padding before or after the tokens of a row changes none of them, in value and gradient, whatever is in it. Padding
-  between two tokens of one document is outside this contract: convolutions count it as distance, others may not.
+- y[:, t] depends on x[:, :t + 1] only, and only on tokens of the same segment; segment id 0 is padding.
+- Padding before or after the tokens of a row does not change their outputs or gradients, whatever values the padding
+  holds. Padding between two tokens of one document is outside this contract: convolutions count it as distance, other
+  mixers may ignore it.
 - ``positions`` count from 0 in every segment; None means 0..T-1 for every row, and segment_ids None means one segment.
-- With a cache the T tokens follow those already in it, and the returned cache holds them too, in arrays of the same
-  shapes and dtypes: one stretch, two, and token by token give the same outputs.
-- Two stretches give the gradients of one: what follows a stretch reaches its inputs and the parameters through the
-  cache. (Integers in a cache, such as segment ids and counts, have no gradient.)
+- With a cache, the T tokens follow those already in it, and the returned cache also holds the new ones, in arrays of
+  the same shapes and dtypes. Processing a sequence at once, in two stretches or token by token gives the same outputs.
+- Two stretches give the same gradients as one: the loss on later tokens reaches the inputs of an earlier stretch, and
+  the parameters, through the cache. (Integers in a cache, such as segment ids and counts, have no gradient.)
 
-Everything else that the library asks of a mixer is optional. The mixer says it in its own file; the functions below
-are the only place that asks, and they give the default or raise an error:
+Every other capability is optional. A mixer declares it in its own file; the functions below are the only code that
+looks for it, and they return the default or raise an error:
 
-    what                      how a mixer says it                           where it says nothing
+    capability                how a mixer declares it                       if it does not
     ------------------------  --------------------------------------------  --------------------------------------------
     cost of a token           macs_per_token(seq_len) -> float              UserError; a run then logs no `mfu`
-    cache grows with text     append_cache(cache, added), and `deferred`    the state has one size
-    prompt in one piece       whole_prompt = True                           a prompt may come in pieces
-    rotary embedding          fields rope and head_dim                      there is none to extend
+    growing cache             append_cache(cache, added), and `deferred`    the state has a fixed size
+    prompt in one piece       whole_prompt = True                           a prompt may be read in pieces
+    rotary embedding          fields rope and head_dim                      nothing to extend
     length it rotates for     "rope_length" in the cache, int32 scalar      no length to set
-    what LoRA may target      projections made of lcx.layers.Linear         no pairs, and the run says so
-    how weights are divided   axis names (layers.named_param, RULES)        whole on every device
-    how its work is divided   sharding.island, on rows and heads            the compiler decides
+    LoRA targets              projections made of lcx.layers.Linear         no LoRA pairs; the run reports it
+    sharding of weights       axis names (layers.named_param, RULES)        replicated on every device
+    sharding of computation   sharding.island, over rows and heads          the compiler decides
     auxiliary losses          self.sow("losses", name, value)               none
-    its name in reports       kind = "Name"                                 the name of its class
+    name in reports           kind = "Name"                                 the name of its class
 
-**A cache that grows.** With ``deferred=True`` the mixer returns (y, what these tokens add to the cache), and
-``append_cache(cache, added) -> cache`` puts that in place, for one layer or for several stacked ones. A decoder asks
-for it because its scan over layers would otherwise copy the whole cache for every token.
+**A growing cache.** With ``deferred=True`` the mixer returns (y, the entries that these tokens add to the cache), and
+``append_cache(cache, added) -> cache`` writes them, for one layer or for several stacked layers. The decoder uses this
+because its scan over layers would otherwise copy the whole cache for every token.
 
 **Export.** The format "lcx" stores every mixer by its class and fields; the class must be importable where the
-checkpoint is read. Other formats name the mixers that they can hold (``lcx/convert``) and refuse the rest.
+checkpoint is read. Other formats list the mixers that they support (``lcx/convert``) and reject the others.
 
 There is no registry: a config or a user's own package names the class.
 """
@@ -59,7 +60,7 @@ ROPE_LENGTH = "rope_length"
 
 
 class Mixer(Protocol):
-    """What every mixer has. A mixer need not inherit from this."""
+    """The two methods that every mixer has. A mixer need not inherit from this class."""
 
     def __call__(
         self,
@@ -69,16 +70,16 @@ class Mixer(Protocol):
         segment_ids: Int[Array, "B T"] | None = None,
         cache: Cache = None,
     ) -> tuple[Float[Array, "B T D"], Cache]:
-        """(outputs, the cache with these tokens in it: None where none was given)."""
+        """Returns the outputs and the cache with these tokens appended (None if no cache was given)."""
         ...
 
     def init_cache(self, batch_size: int, length: int, dtype: jnp.dtype) -> Cache:
-        """The state before the first token, with room for `length` tokens; activations in it have `dtype`."""
+        """The state before the first token, with room for `length` tokens; activations are stored in `dtype`."""
         ...
 
 
 class Rotary(NamedTuple):
-    """The rotary embedding of a mixer, and the size of the heads that it turns; None where the mixer does not say."""
+    """The rotary embedding of a mixer and the size of the heads it rotates (None if the mixer has no `head_dim`)."""
 
     rope: Rope
     head_dim: int | None
@@ -101,24 +102,26 @@ def mix(
     segment_ids: Int[Array, "B T"] | None,
     cache: Cache,
 ) -> tuple[Float[Array, "B T D"], Cache]:
-    """(y, what `state_after` takes): the mixer's new cache, or what is to be appended to a growing one.
+    """Applies the mixer: (y, new), where `new` is its new cache, or the entries to append if its cache grows.
+
+    Pass `new` to `state_after` to get the next state.
 
     Raises:
-      UserError: the mixer returns something else than outputs of the shape of x, and a cache.
+      UserError: the mixer does not return a pair (y, cache) with y of the shape of x.
     """
     deferred = {"deferred": True} if cache is not None and grows(mixer) else {}
     given = mixer(x, positions=positions, segment_ids=segment_ids, cache=cache, **deferred)
     if not isinstance(given, tuple) or len(given) != 2 or getattr(given[0], "shape", None) != x.shape:
         found = jax.tree.map(lambda leaf: getattr(leaf, "shape", type(leaf).__name__), given)
         raise UserError(
-            f"{kind(mixer)}.__call__ returned {found}, expected (y, cache) with y of shape {x.shape}, that of x: "
-            "change what it returns"
+            f"{kind(mixer)}.__call__ returned {found}, expected (y, cache) with y of the shape of x, {x.shape}: "
+            "change its return value"
         )
     return given
 
 
 def empty_state(mixer: Any, batch_size: int, length: int, dtype: jnp.dtype) -> Cache:
-    """The mixer's state before the first token; {} for no mixer.
+    """The mixer's state before the first token; {} if `mixer` is None.
 
     Raises:
       UserError: the mixer has no init_cache.
@@ -134,35 +137,37 @@ def empty_state(mixer: Any, batch_size: int, length: int, dtype: jnp.dtype) -> C
 
 
 def grows(mixer: nn.Module | None) -> bool:
-    """Whether the mixer's cache gets longer with the text, so that tokens are appended to it."""
+    """Whether the mixer's cache grows with the sequence, so that entries are appended to it."""
     return hasattr(mixer, "append_cache")
 
 
 def state_after(mixer: Any, before: Cache, given: Cache) -> Cache:
-    """The state after some tokens: what `mix` gave, appended where the cache grows. Layers may be stacked in front.
+    """The state after some tokens: the result of `mix`, appended to `before` if the cache grows.
+
+    Arrays may have a leading axis of stacked layers.
 
     Raises:
-      UserError: the state after has not the arrays of the state before.
+      UserError: the new state differs from the old one in structure, shapes or dtypes.
     """
     after = mixer.append_cache(before, given) if grows(mixer) else given
     was, now = (str(jax.tree.structure(state)) for state in (before, after))
     if was != now:
-        raise UserError(f"{kind(mixer)} returned a cache of {now}, expected {was} as init_cache gives it")
+        raise UserError(f"{kind(mixer)} returned a cache of {now}, expected {was} as returned by init_cache")
     leaves = zip(jax.tree_util.tree_leaves_with_path(before), jax.tree.leaves(after), strict=True)
     for (path, old), new in leaves:
         if (old.shape, old.dtype) != (new.shape, new.dtype):
             raise UserError(
                 f"{kind(mixer)} returned a cache whose {jax.tree_util.keystr(path)} is {new.dtype} {new.shape}, "
-                f"expected {old.dtype} {old.shape} as init_cache gives it"
+                f"expected {old.dtype} {old.shape} as returned by init_cache"
             )
     return after
 
 
 def whole_prompt(mixer: nn.Module | None) -> bool:
-    """Whether a prompt must come in one piece: a second prefill would not be the rest of the first.
+    """Whether a prompt must be read in one piece, because a second prefill would not continue the first.
 
     Raises:
-      UserError: whole_prompt is something else than True or False.
+      UserError: whole_prompt is neither True nor False.
     """
     value = getattr(mixer, "whole_prompt", False)
     if not isinstance(value, bool):
@@ -177,17 +182,17 @@ def whole_prompt(mixer: nn.Module | None) -> bool:
 
 
 def macs_per_token(mixer: Any, seq_len: int) -> float:
-    """Multiply-adds per token in a sequence of `seq_len`, beside one for each of the mixer's weights; 0 for no mixer.
+    """Multiply-adds per token in a sequence of `seq_len`, in addition to one per weight; 0 if `mixer` is None.
 
     Raises:
-      UserError: the mixer does not say.
+      UserError: the mixer has no method macs_per_token.
     """
     if mixer is None:
         return 0.0
     if not hasattr(mixer, "macs_per_token"):
         raise UserError(
-            f"{kind(mixer)} does not say what a token costs: give it a method macs_per_token(seq_len) that returns its "
-            "multiply-adds per token beside one for each weight (0.0 if there are none)"
+            f"{kind(mixer)} does not define the cost of a token: add a method macs_per_token(seq_len) that returns its "
+            "multiply-adds per token in addition to one per weight (0.0 if there are none)"
         )
     return float(mixer.macs_per_token(seq_len))
 
@@ -196,10 +201,10 @@ def macs_per_token(mixer: Any, seq_len: int) -> float:
 
 
 def rotary(mixer: nn.Module | None) -> Rotary | None:
-    """The mixer's rotary embedding; None where it has no field `rope`, or None in it.
+    """The mixer's rotary embedding; None if it has no field `rope` or the field is None.
 
     Raises:
-      UserError: its field `rope` is something else than a Rope.
+      UserError: its field `rope` is not a Rope.
     """
     rope = getattr(mixer, "rope", None)
     if rope is None:
@@ -218,9 +223,9 @@ def with_rope(mixer: nn.Module, rope: Rope) -> nn.Module:
 
 
 def with_rope_length(cache: Cache, length: Int[Array, ""] | int) -> Cache:
-    """The cache (of one mixer or of a whole model) with this length for the RoPE types whose rotation depends on one.
+    """The cache (of one mixer or of a whole model) with `rope_length` set, for RoPE types that depend on the length.
 
-    A cached generation needs one length for all its tokens, so that cached keys fit later queries.
+    A cached generation needs one length for all its tokens, so that cached keys have the rotation of later queries.
     """
 
     def leaf(path: tuple[Any, ...], x: Array) -> Array:

@@ -20,14 +20,14 @@ class Attention(nn.Module):
     """Causal attention of Llama, Mistral, Qwen and Phi.
 
     Attributes:
-      rope: of queries and keys; None: no positions but those that causality gives (NoPE, arXiv 2305.19466), as some
-        layers of SmolLM3, Llama 4 and Cohere 2 have it.
-      window: keys at most window - 1 tokens back (Mistral); None: all of them.
+      rope: rotary embedding of queries and keys. None: no positional encoding apart from the causal mask (NoPE, arXiv
+        2305.19466), as in some layers of SmolLM3, Llama 4 and Cohere 2.
+      window: a query sees keys at most window - 1 tokens back (Mistral); None: all earlier keys.
       qk_norm: True: a norm over head_dim on q and k before the rotation (Qwen3); "all_heads": one over all heads at
         once (OLMo 2).
       norm: the kind of that norm; see layers.Norm.
-      scale: of q k^T before the softmax; None: 1 / sqrt(head_dim).
-      implementation: see ops.attention; None picks the fastest that is valid here.
+      scale: factor on q k^T before the softmax; None: 1 / sqrt(head_dim).
+      implementation: see ops.attention; None picks the fastest valid one.
     """
 
     num_heads: int
@@ -74,14 +74,14 @@ class Attention(nn.Module):
 
     @nn.nowrap
     def _attend(self, q: Array, k: Array, v: Array, masks: dict[str, Array | None]) -> Array:
-        """The operator, on each device's own rows and heads."""
+        """Runs the operator on each device's own rows and heads; returns [B, T, N, H]."""
         k, v = (sharding.repeat_heads(heads, self.num_heads) for heads in (k, v))
         attend = functools.partial(attention, window=self.window, implementation=self.implementation)
         return sharding.per_device(attend, {"q": q, "k": k, "v": v, **masks}, heads=("q", "k", "v"))
 
     @nn.nowrap
     def init_cache(self, batch_size: int, length: int, dtype: jnp.dtype) -> Cache:
-        """Empty cache of `length` slots. rope_length = length: one rotation for the whole generation (rope.py)."""
+        """An empty cache of `length` slots. rope_length = length: one rotation for the whole generation (rope.py)."""
         slots = kv_cache.empty(batch_size, length, self.num_kv_heads, self.head_dim, dtype)
         return {**slots, "rope_length": jnp.full((), length, jnp.int32)}
 
@@ -91,7 +91,7 @@ class Attention(nn.Module):
 
     @nn.nowrap
     def macs_per_token(self, seq_len: int) -> float:
-        """Multiply-adds of the two products per token, averaged over a sequence: 2 N H per visible key."""
+        """Multiply-adds per token of q k^T and its product with v, averaged over a sequence: 2 N H per visible key."""
         span = seq_len if self.window is None else min(self.window, seq_len)
         visible = (span * (span + 1) / 2 + (seq_len - span) * span) / seq_len
         return 2 * self.num_heads * self.head_dim * visible

@@ -1,4 +1,4 @@
-"""Feature maps of linear attention: learned functions phi, so that phi(q).phi(k) stands for exp(q.k / sqrt H).
+"""Feature maps of linear attention: learned functions phi such that phi(q).phi(k) approximates exp(q.k / sqrt H).
 
 (Hedgehog, Zhang et al. 2024, arXiv 2402.04347; T2R, Kasai et al. 2021, arXiv 2103.13076.)
 """
@@ -14,23 +14,24 @@ from jaxtyping import Array, Float
 from lcx.layers import named_param
 from lcx.ops import published_lolcats
 
-FLOOR = 1e-12  # of every feature, so that no denominator is 0
+FLOOR = 1e-12  # lower bound on every feature, so that no denominator is 0
 
 
 class FeatureMap(nn.Module):
-    """phi(x) = activation(x W (+ b) (+ x)), or with an adapter activation(x + relu(x W0 + b0) W1 + b1), head by head.
+    """phi(x) = activation(x W (+ b) (+ x)) per head, or with an adapter activation(x + relu(x W0 + b0) W1 + b1).
 
     Attributes:
-      activation: "softmax_dim" and "exp_dim" (Hedgehog: softmax, or exp below the maximum, over the features),
-        "relu" (T2R), "pos_elu" (1 + elu).
-      full_space: the first two give [f(z), f(-z)], 2 feature_dim features.
-      bias: one number a head.
-      adapter: hidden size of the adapter; None: one matrix.
-      start: of W: "uniform" (+-sqrt(6 / (head_dim feature_dim))), "identity" (the first coordinates; 0 with skip),
-        "normal".
-      published: round every step to x's dtype, as the authors of LoLCATS do; else only the result.
+      activation: "softmax_dim" (Hedgehog: softmax over the features), "exp_dim" (exp(z - max z) over the features),
+        "relu" (T2R) or "pos_elu" (1 + elu).
+      full_space: "softmax_dim" and "exp_dim" return [f(z), f(-z)], so 2 feature_dim features.
+      bias: add b, one scalar per head.
+      skip: add x to x W.
+      adapter: hidden size of the adapter; None: the single matrix W.
+      start: initialisation of W: "uniform" (+-sqrt(6 / (head_dim feature_dim))), "identity" (keeps the first
+        feature_dim coordinates; zeros with skip) or "normal".
+      published: round every step to x's dtype, as the LoLCATS authors' code does; otherwise round only the result.
 
-    Called with `like`, the parameters of another map, it starts as its copy.
+    Called with `like`, the parameters of another map, it is initialised as a copy of that map.
     """
 
     num_heads: int
@@ -90,7 +91,7 @@ class FeatureMap(nn.Module):
 
 
 def features(z: Float[Array, "... F"], activation: str, *, full_space: bool = True) -> Float[Array, "... P"]:
-    """The activation of a feature map; every feature is at least FLOOR."""
+    """Applies the activation of a feature map; every feature is at least FLOOR."""
     if activation == "softmax_dim":
         maps = [nn.softmax(z), nn.softmax(-z)]
     elif activation == "exp_dim":

@@ -11,15 +11,15 @@ savanna trains Evo 2.)
 
 Letters: B batch, T time, D embed, C channels, G groups, K taps, P modes.
 
-The three roles of a channel lie together: the projection is [D, C, 3], the featurizer [C, 3, K]. Rows of savanna's
-interleaved layout are those axes flattened (row 3 c + role). Devices on the `tensor` axis hold whole channels, so no
-split can tear the roles apart, and a model moves to any number of devices by its sharding alone.
+The three roles (x1, x2, v) of a channel are adjacent: the projection is [D, C, 3], the featurizer [C, 3, K]. Rows of
+savanna's interleaved layout are those axes flattened (row 3 c + role). Devices on the `tensor` axis hold whole
+channels, so sharding never separates the roles of a channel, and a model can be resharded to any number of devices.
 
-Between the projections channels come before time, as the operators want them. Every tap is in convolution order: k = 0
-multiplies the current token.
+Between the projections channels come before time, the layout that the operators expect. Taps are in convolution order:
+k = 0 multiplies the current token.
 
-The cache is the history of both convolutions: the last inputs of the featurizer, the last gated inputs of an explicit
-filter or the float32 state of the modes of an implicit one. Its size does not depend on the context.
+The cache is the history of both convolutions: the last inputs of the featurizer, and either the last gated inputs of an
+explicit filter or the float32 state of the modes of an implicit one. Its size does not depend on the context.
 """
 
 import math
@@ -46,12 +46,12 @@ FIR_STATE = ConvState._make((CHANNELS_FIRST, Axes("rows")))
 
 
 class _Hyena(nn.Module):
-    """What the three share. A subclass says what its filter is: `_weights`, `_filter`, `_empty`, `_filter_macs`.
+    """Base class of the three mixers. A subclass defines its filter: `_weights`, `_filter`, `_empty`, `_filter_macs`.
 
     Attributes:
       num_channels: C, the width between the projections.
       featurizer_length: taps of the short convolution on z.
-      implementation: of the inner convolution, see ops; None picks the fastest that is valid here.
+      implementation: of the inner convolution, see ops; None picks the fastest valid one.
     """
 
     num_channels: int
@@ -123,7 +123,7 @@ class _Hyena(nn.Module):
 
     @nn.nowrap
     def init_cache(self, batch_size: int, length: int, dtype: jnp.dtype) -> Cache:
-        """Nothing seen yet. `length` is without effect: the history that counts is short, or folded into a state."""
+        """The empty state. `length` has no effect: the history is a few tokens, or a state of fixed size."""
         seen = (batch_size, self.featurizer_length - 1)
         inputs = jnp.zeros((batch_size, self.num_channels, 3, seen[1]), dtype)
         featurizer = ConvState(inputs, jnp.zeros(seen, jnp.int32))
@@ -136,7 +136,7 @@ class _Hyena(nn.Module):
 
 
 class _Explicit(_Hyena):
-    """Filters that are stored tap by tap.
+    """Base class of mixers whose filters are stored tap by tap.
 
     Attributes:
       num_groups: channels c with the same c // (num_channels / num_groups) share a filter.
@@ -186,7 +186,7 @@ class _Explicit(_Hyena):
 
 
 class HyenaSE(_Explicit):
-    """Short explicit: 7 taps a group, no skip."""
+    """Hyena-SE, short explicit filters: 7 taps per group, no skip."""
 
     @nn.nowrap
     def _weights(self) -> dict[str, Array]:
@@ -194,14 +194,14 @@ class HyenaSE(_Explicit):
 
 
 class HyenaMR(_Explicit):
-    """Medium regularised: 128 taps a group, times a decay that is stored and never trained.
+    """Hyena-MR, medium regularised filters: 128 taps per group, times a fixed decay.
 
-    The published decay depends on the length that a model was first trained at. It is therefore part of the weights,
-    copied wherever they go and never computed again; its gradient is 0. Taps beyond `filter_length` do not exist, so
-    nothing needs to grow with the context.
+    The published decay depends on the sequence length at which a model was first trained. It is therefore stored with
+    the weights and never recomputed, not even after context extension; its gradient is 0. There are no taps beyond
+    `filter_length`, so nothing grows with the context.
 
     Attributes:
-      init_length: the training length that the init is made for: decay and scale of h.
+      init_length: the training length, in tokens, that sets the initial decay and the initial scale of h.
     """
 
     filter_length: int = 128
@@ -218,11 +218,11 @@ class HyenaMR(_Explicit):
 
 
 class HyenaLI(_Hyena):
-    """Long implicit: a sum of decaying exponentials a channel, computed for whatever length is there.
+    """Hyena-LI, long implicit filters: a sum of decaying exponentials per channel, evaluated at any sequence length.
 
     Attributes:
-      num_modes: P, exponentials a channel.
-      init_length: the training length that the init of the skip is made for.
+      num_modes: P, exponentials per channel.
+      init_length: the training length, in tokens, that sets the initial scale of the skip.
     """
 
     num_modes: int = 16
@@ -256,7 +256,7 @@ class HyenaLI(_Hyena):
             if state is None:
                 return y, None
         g = x2.astype(jnp.float32) * v.astype(jnp.float32)
-        if T > 1:
+        if T > 1:  # the FFT covers the new tokens only; add the response to the tokens before them
             earlier = modal.response(state, log_pole, R, length=T, segment_ids=ids)
             y = y + (x1 * earlier).astype(y.dtype)
             return y, modal.state(g, log_pole, segment_ids=ids, initial_state=state)
@@ -280,7 +280,7 @@ class HyenaLI(_Hyena):
 
 
 def bounded(num_inputs: int) -> nn.initializers.Initializer:
-    """Uniform within 1 / sqrt(fan-in), as torch fills a convolution."""
+    """Uniform within +-1 / sqrt(fan-in), torch's default for convolutions."""
     bound = num_inputs**-0.5
     return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
 
@@ -290,6 +290,6 @@ def skip_param(module: _Hyena, length: int) -> Array:
 
 
 def weak_decay(num_groups: int, num_taps: int, length: int) -> Float[Array, "G K"]:
-    """exp(-r k / (length - 1)) with rates r from 0.01 to 100, evenly spaced in their logarithm over the groups."""
+    """exp(-r k / (length - 1)) with one rate r per group, log-spaced from 0.01 to 100."""
     rates = np.logspace(-2, 2, num_groups)
     return jnp.asarray(np.exp(-np.outer(rates, np.arange(num_taps)) / (length - 1)), jnp.float32)

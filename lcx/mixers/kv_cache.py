@@ -1,7 +1,9 @@
-"""Keys and values of the tokens so far, in slots that fill up.
+"""The cache of keys and values of earlier tokens, a fixed number of slots filled in order.
 
-Heads come before slots, so that decoding reads them as they lie. A mixer reads its cache and says what to add; who
-holds the caches of all layers appends it to all of them at once, in place.
+Heads come before slots, so that decoding reads contiguous memory. A mixer only reads its cache and returns the entries
+to add; the decoder, which holds the caches of all layers, appends them to all layers at once, in place.
+
+Letters: B batch, T new tokens, N query heads, K key/value heads, H head dim.
 """
 
 import jax
@@ -11,11 +13,11 @@ from jaxtyping import Array
 from lcx.ops.cached_attention import cached_attention
 
 Cache = dict[str, Array]
-FEW = 8  # up to so many new tokens, one product over all slots is fastest
+FEW = 8  # up to this many new tokens, a single product over all slots is fastest
 
 
 def empty(batch_size: int, length: int, num_heads: int, head_dim: int, dtype: jnp.dtype) -> Cache:
-    """`length` free slots. Those not in use keep segment id 0 and are never seen."""
+    """A cache of `length` free slots. Unused slots have segment id 0, so no query sees them."""
     kv = (batch_size, num_heads, length, head_dim)
     return {
         "k": jnp.zeros(kv, dtype),
@@ -26,18 +28,18 @@ def empty(batch_size: int, length: int, num_heads: int, head_dim: int, dtype: jn
 
 
 def entries(k: Array, v: Array, segment_ids: Array | None, log_decay: Array | None = None) -> Cache:
-    """What T tokens add: k, v [B, T, K, H], segment_ids [B, T], log_decay [B, T, N]."""
+    """The entries that T tokens add: k, v [B, T, K, H], segment_ids [B, T], log_decay [B, T, N]."""
     ids = jnp.ones((1, 1), jnp.int32) if segment_ids is None else segment_ids
     new = {"k": k, "v": v, "segment_ids": jnp.broadcast_to(ids, k.shape[:2])}
     return new if log_decay is None else {**new, "log_decay": log_decay}
 
 
 def append(cache: Cache, new: Cache) -> Cache:
-    """The cache with these entries in its next slots. Both may have an axis of layers in front."""
-    start = cache["index"].reshape(-1)[0]  # layers fill up together
+    """The cache with these entries written to its next slots. Both may have a leading axis of layers."""
+    start = cache["index"].reshape(-1)[0]  # the same for all layers
     written = {}
     for name, x in new.items():
-        if name != "segment_ids":  # time behind heads
+        if name != "segment_ids":  # the cache has time after heads
             x = jnp.swapaxes(x, -3, -2) if name in ("k", "v") else jnp.swapaxes(x, -2, -1)
         axis = x.ndim - (2 if name in ("k", "v") else 1)
         slots = cache[name]
@@ -46,7 +48,7 @@ def append(cache: Cache, new: Cache) -> Cache:
 
 
 def attend(cache: Cache, q: Array, new: Cache, *, window: int | None = None) -> Array:
-    """Outputs of a few new tokens, [B, T, N, H]."""
+    """Attention outputs of at most FEW new tokens, [B, T, N, H]."""
     return cached_attention(
         q,
         new["k"],
@@ -65,9 +67,9 @@ def attend(cache: Cache, q: Array, new: Cache, *, window: int | None = None) -> 
 def arguments(
     cache: Cache, q: Array, new: Cache, *, window: int | None = None
 ) -> tuple[Array, Array, Array, dict[str, Array | None]]:
-    """Those of ops.attention for many new tokens, time before heads: q, k, v, and the others by name."""
+    """Arguments of ops.attention for many new tokens, time before heads: q, k, v, and the keyword arguments."""
     kept = append(cache, new)
-    if window is not None:  # counted in slots
+    if window is not None:  # the operator counts the window in slots, so padding must not lie between tokens
         kept = _padding_first(kept, cache["index"], new["segment_ids"])
     k, v = (jnp.swapaxes(kept[name], 1, 2).astype(q.dtype) for name in ("k", "v"))
     others: dict[str, Array | None] = {
@@ -81,12 +83,13 @@ def arguments(
 
 
 def _padding_first(kept: Cache, index: Array, new_ids: Array) -> Cache:
-    """The slots with the padding that lies before or between the pieces moved in front of all tokens, row by row.
+    """The slots with all padding before the first new token moved to the front of its row.
 
-    A new token stays in its slot, so what it sees through a window are the tokens before it, however the pieces before
-    were filled up.
+    New tokens keep their slots and the earlier ones become adjacent to them, so a window counted in slots covers the
+    same tokens, however the earlier pieces were padded.
     """
-    before = index + jnp.argmax(new_ids != 0, axis=1, keepdims=True)  # the first new token's slot
+    # The slot of the first new token that is not padding.
+    before = index + jnp.argmax(new_ids != 0, axis=1, keepdims=True)
     slots = jnp.arange(kept["segment_ids"].shape[1])
     padding = (slots < before) & (kept["segment_ids"] == 0)
     order = jnp.argsort(~padding, axis=1, stable=True)

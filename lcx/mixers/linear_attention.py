@@ -1,4 +1,4 @@
-"""Linear attention in place of a pretrained softmax one: learned feature maps, and a softmax over the nearest keys.
+"""Linear attention that replaces pretrained softmax attention: learned feature maps, and a window of softmax attention.
 
     y_i = sum_j phi_q(q_i).phi_k(k_j) v_j / sum_j phi_q(q_i).phi_k(k_j)
 
@@ -38,8 +38,8 @@ class LinearAttention(LinearizedAttention):
     """Causal linear attention, alone or with a window of softmax attention; LinearizedAttention lists the settings.
 
     Attributes:
-      published_quirks: deprecated: True stands for PublishedLinearAttention with these settings, so that older
-        configurations and checkpoints keep their meaning.
+      published_quirks: deprecated. True selects PublishedLinearAttention with these settings, so that older
+        configurations and checkpoints keep working.
     """
 
     published_quirks: bool = False
@@ -59,7 +59,7 @@ class LinearAttention(LinearizedAttention):
 
     @nn.compact
     def _call_published(self, x: Array, **arrays: Any) -> tuple[Array, Cache]:
-        """The other mixer in this one's place: its parameters have the same paths."""
+        """Runs PublishedLinearAttention in the scope of this module, so that its parameters keep the same paths."""
         mixer = PublishedLinearAttention(**_settings(self))
         nn.share_scope(self, mixer)
         return mixer(x, **arrays)
@@ -82,7 +82,7 @@ class LinearAttention(LinearizedAttention):
 
     @nn.nowrap
     def _mix(self, arrays: Arrays, state: Any) -> tuple[Float[Array, "B T N H"], Any]:
-        """The operator, on each device's own rows and heads."""
+        """Runs the operator on each device's own rows and heads; arguments and result as in LinearizedAttention."""
         axes: dict[str, Any] = dict.fromkeys(("q", "k", "v", "wq", "wk"), PER_HEAD)
         axes |= {"gamma": Axes("heads"), "segment_ids": Axes("rows")}
         axes = {name: axes[name] for name, x in arrays.items() if x is not None}
@@ -149,6 +149,6 @@ class LinearAttention(LinearizedAttention):
 
 
 def _settings(mixer: LinearizedAttention) -> dict[str, Any]:
-    """The fields that all linearized attentions have."""
+    """The values of the fields that LinearizedAttention defines, as keyword arguments of its subclasses."""
     names = {field.name for field in dataclasses.fields(LinearizedAttention)} - {"parent", "name"}
     return {name: getattr(mixer, name) for name in names}

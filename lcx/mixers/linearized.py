@@ -1,11 +1,14 @@
-"""What linear attention in place of a pretrained softmax one consists of, however its parts are mixed.
+"""The base class of linear attentions that replace pretrained softmax attention: parameters, settings, transfer losses.
 
-The projections are those of `Attention`, under the same names, so that a pretrained model's weights fit. Feature maps
-come after the rotation, and every *query* head has its own also for the keys; the window keeps the kv heads. Attention
-transfer trains the feature maps and the weights of the window against the softmax attention that was here.
+The projections are those of `Attention`, under the same names, so that pretrained weights can be loaded. Feature maps
+are applied after the rotation, and each *query* head has its own feature map for the keys too; the window uses the kv
+heads directly. Attention transfer trains the feature maps and the window factors to match the softmax attention that
+was replaced.
 
-`linear_attention.LinearAttention` and `published_lolcats.PublishedLinearAttention` say how queries, keys and values
-become outputs.
+The subclasses `linear_attention.LinearAttention` and `published_lolcats.PublishedLinearAttention` compute the outputs
+from queries, keys and values.
+
+Letters: B batch, T time, D embed, N query heads, K key/value heads, H head dim, P features.
 """
 
 import functools
@@ -26,29 +29,31 @@ from lcx.mixers.projections import merged_heads, rotated_heads
 from lcx.ops.attention import attention
 from lcx.ops.linear_attention import KINDS, Window
 
-# q and k [B,T,N,P], features; v [B,T,K,H]; segment_ids [B,T] or None. With a window also wq [B,T,N,H] and wk [B,T,K,H],
-# queries and keys of the softmax part, and gamma [N], its weight.
+# Features q and k [B,T,N,P]; v [B,T,K,H]; segment_ids [B,T] or None. With a window also the queries wq [B,T,N,H] and
+# keys wk [B,T,K,H] of the softmax part, and its weight gamma [N].
 Arrays = dict[str, Any]
 
 
 class LinearizedAttention(nn.Module):
     """Causal linear attention, alone or with a window of softmax attention.
 
-    A subclass says how it is computed: `_rotate`, `_weighted`, `_mix`, `_empty_state` and `_transfer_losses`.
+    A subclass defines the computation: `_rotate`, `_weighted`, `_mix`, `_empty_state`, `_softmax_sees` and
+    `_transfer_losses`.
 
     Attributes:
-      window: keys of the softmax part; None: none. The keys before them count linearly.
-      window_kind: "terraced": the query's own block of `window` keys and the one before; "sliding": the last `window`.
-      window_factor: what the weight of the softmax part starts at, before the sigmoid; one number a query head trains.
+      window: size of the softmax window in keys; earlier keys go through the linear part. None: no softmax part.
+      window_kind: "terraced": the query's own block of `window` keys and the previous block; "sliding": the last
+        `window` keys.
+      window_factor: initial value of the softmax part's weight before the sigmoid; one trained scalar per query head.
       feature_map, feature_dim, full_space, feature_bias, skip, adapter, feature_init: see FeatureMap.
-      tied: one feature map for queries and keys.
-      linear: False leaves the window alone, to see what the linear part does (linearize.ablated).
-      affine: the two parts weigh g and 1 - g, in place of g and 1.
+      tied: share one feature map between queries and keys.
+      linear: False drops the linear part and keeps only the window, for ablations (linearize.ablated).
+      affine: weight the two parts by g and 1 - g instead of g and 1.
       rope, qk_norm, norm_eps, norm, scale: see Attention.
-      softmax_window: the sliding window of the softmax attention in whose place this is.
-      transfer: losses of attention transfer to compute, "outputs" and "maps" (objectives.attention_transfer). Then the
-        softmax attention's output is passed on in place of this layer's own.
-      implementation: see ops.linear_attention; None picks the fastest that is valid here.
+      softmax_window: the sliding window of the softmax attention that this layer replaces.
+      transfer: losses of attention transfer to compute, "outputs" and "maps" (objectives.attention_transfer). If any is
+        set, the layer returns the softmax attention's output instead of its own.
+      implementation: see ops.linear_attention; None picks the fastest valid one.
     """
 
     num_heads: int
@@ -78,7 +83,8 @@ class LinearizedAttention(nn.Module):
     norm: Norm = Norm()
     scale: float | None = None
 
-    published_quirks = False  # no field here: whether this is the published code's arithmetic
+    # Whether the class reproduces the published code's arithmetic. A class attribute here, not a field.
+    published_quirks = False
 
     @nn.compact
     def __call__(
@@ -93,7 +99,7 @@ class LinearizedAttention(nn.Module):
         B, T, D = x.shape
         q, k, v = rotated_heads(self, x, positions, cache, self._rotate, segment_ids=segment_ids)
         arrays: Arrays = self._features(q, k)
-        if cache is None:  # which holds the kv heads alone
+        if cache is None:  # with a cache the heads stay as they are: it holds the kv heads only
             k, v = (sharding.repeat_heads(heads, self.num_heads) for heads in (k, v))
         segment_ids = None if segment_ids is None else jnp.broadcast_to(segment_ids, (B, T))
         arrays |= {"v": v, "segment_ids": segment_ids}
@@ -111,12 +117,13 @@ class LinearizedAttention(nn.Module):
         return merged_heads(self, y, D), cache
 
     def _features(self, q: Array, k: Array) -> Arrays:
-        """Queries and keys of the linear part, [B, T, N, P] both."""
+        """The features of queries and keys, [B, T, N, P] each."""
         k = jnp.repeat(k, self.num_heads // self.num_kv_heads, axis=2)
         of_q = self._feature_map("feature_map_q")
         q = of_q(q)
         if self.tied:
             return {"q": q, "k": of_q(k)}
+        # The keys' feature map starts as a copy of the queries'.
         like = nn.meta.unbox(dict(of_q.variables["params"])) if self.is_initializing() else None
         return {"q": q, "k": self._feature_map("feature_map_k")(k, like)}
 
@@ -138,7 +145,7 @@ class LinearizedAttention(nn.Module):
     # -------------------------------------------------------------------------------------------- attention transfer
 
     def _imitated(self, y: Array, q: Array, k: Array, arrays: Arrays) -> Array:
-        """What softmax attention gives; how far y is from it goes into the collection `losses`."""
+        """The output of softmax attention; the distance of y from it is sown into the collection `losses`."""
         seen, softmax_window = self._softmax_sees(arrays["segment_ids"])
         softmax = {"q": q, "k": k, "v": arrays["v"], "q_segment_ids": seen, "kv_segment_ids": seen}
         softmax = jax.tree.map(jax.lax.stop_gradient, softmax)
@@ -157,12 +164,12 @@ class LinearizedAttention(nn.Module):
 
     @nn.nowrap
     def _weighted(self, arrays: Arrays, factors: Float[Array, " N"]) -> Arrays:
-        """The arrays with gamma [N], the weight of the softmax part, out of the parameter before the sigmoid."""
+        """The arrays plus gamma [N], the weight of the softmax part: the sigmoid of the parameter `factors`."""
         raise NotImplementedError
 
     @nn.nowrap
     def _mix(self, arrays: Arrays, state: Any) -> tuple[Float[Array, "B T N H"], Any]:
-        """(outputs, the state with these tokens in it); the state is None in training."""
+        """(outputs, the state including these tokens); the state is None without a cache."""
         raise NotImplementedError
 
     @nn.nowrap
@@ -171,7 +178,7 @@ class LinearizedAttention(nn.Module):
 
     @nn.nowrap
     def _softmax_sees(self, ids: Array | None) -> tuple[Array | None, int | None]:
-        """(segment ids, sliding window) of the softmax attention that is imitated."""
+        """(segment ids, sliding window) of the softmax attention that attention transfer imitates."""
         raise NotImplementedError
 
     @nn.nowrap
@@ -185,7 +192,7 @@ class LinearizedAttention(nn.Module):
 
     @nn.nowrap
     def init_cache(self, batch_size: int, length: int, dtype: jnp.dtype) -> Cache:
-        """Nothing seen yet. Of `length` only the rotation depends (rope.py); the state has one size."""
+        """The empty state. `length` affects only the rotation (rope.py); the state has a fixed size."""
         return {
             "state": self._empty_state(batch_size, dtype),
             "index": jnp.zeros((), jnp.int32),
@@ -194,7 +201,7 @@ class LinearizedAttention(nn.Module):
 
     @nn.nowrap
     def macs_per_token(self, seq_len: int) -> float:
-        """Multiply-adds per token beyond the weights, averaged: into the state and out of it, and the window's keys."""
+        """Multiply-adds per token beyond the weights, averaged: updating and reading the state, and the window."""
         span = min(0 if self.window is None else self.window, seq_len)
         visible = span if self.window_kind == "sliding" else min(1.5 * span, seq_len)
         return self.num_heads * 2.0 * self.head_dim * (self.num_features + visible)
@@ -203,19 +210,19 @@ class LinearizedAttention(nn.Module):
 
     @property
     def num_features(self) -> int:
-        """P, as the operator sees it."""
+        """P, the number of features that the operator sees: doubled by full_space."""
         return self.feature_dim * (
             2 if self.full_space and self.feature_map in ("softmax_dim", "exp_dim") else 1
         )
 
     @property
     def held(self) -> int | None:
-        """How many keys the window may hold: rows no longer have no linear part. None without a window."""
+        """The largest number of keys in a window; rows up to this length have no linear part. None without a window."""
         return None if self.window is None else self.window * (2 if self.window_kind == "terraced" else 1)
 
     @nn.nowrap
     def too_short(self, seq_len: int) -> str:
-        """The message for rows in which every key is in the window."""
+        """The error message for rows so short that every key is in the window."""
         return (
             f"seq_len {seq_len} is not beyond the {self.held} keys that a {self.window_kind} window of {self.window} "
             "holds: nothing would be linear; raise Trainer.seq_len or lower Linearize.window"
@@ -234,7 +241,7 @@ class LinearizedAttention(nn.Module):
             "feature_init": ("uniform", "identity", "normal"),
         }
         if unknown := set(self.transfer) - {"outputs", "maps"}:
-            raise UserError(f"transfer {sorted(unknown)}: expected names out of outputs, maps")
+            raise UserError(f"transfer {sorted(unknown)}: expected only the names outputs, maps")
         for name, expected in choices.items():
             if getattr(self, name) not in expected:
                 raise UserError(f"{name} {getattr(self, name)!r}: expected one of {', '.join(expected)}")
@@ -250,7 +257,7 @@ class LinearizedAttention(nn.Module):
 
 
 def window_of(mixer: LinearizedAttention, arrays: Arrays) -> Window | None:
-    """The softmax part as the operators take it; None without one."""
+    """The softmax part in the form that the operators take; None without a window."""
     if mixer.window is None:
         return None
     return Window(mixer.window_kind, mixer.window, arrays["wq"], arrays["wk"], arrays["gamma"])

@@ -1,16 +1,16 @@
-"""Mamba-2 (Dao & Gu 2024, arXiv 2405.21060): a selective state space model with one decay a head.
+"""Mamba-2 (Dao & Gu 2024, arXiv 2405.21060): a selective state space model with one decay per head.
 
     z, x, B, C, dt = projections of the input         x, B, C <- silu(causal convolution)
     D_t = softplus(dt_t + dt_bias)                    S_t = e^{-exp(A_log) D_t} S_{t-1} + D_t B_t x_t^T
     y_t = S_t^T C_t + skip * x_t                      out = RMSNorm(y * silu(z)) W
 
 The recurrence is `ops.linear_attention` with C as queries, B as keys, D_t x_t as values and -exp(A_log) D_t as log
-decay. B and C belong to groups of heads. The published one projection [z | x | B | C | dt] is cut here, so that devices
-hold whole heads.
+decay. B and C are shared by groups of heads. The published code's single projection [z | x | B | C | dt] is split into
+five here, so that each device holds whole heads.
 
-`mlp_size` > 0 adds the gated channels beside the state space that `d_ssm < d_inner` means in the published code:
-silu(gate) * up, which share the output projection. The "Mamba-2" that 2Mamba was compared with is that form, with one
-head and the rest of the width in those channels (num_heads=1, mlp_size=D - head_dim, conv_size=2).
+`mlp_size` > 0 adds gated channels in parallel to the state space, silu(gate) * up, which share the output projection;
+in the published code this is `d_ssm < d_inner`. The "Mamba-2" baseline of the 2Mamba paper has this form, with one head
+and the rest of the width in the gated channels (num_heads=1, mlp_size=D - head_dim, conv_size=2).
 
 Letters: B batch, T time, D embed, N heads, G groups, H head dim, P state dim, K taps, F mlp.
 """
@@ -41,9 +41,9 @@ class Mamba2(nn.Module):
       head_dim, state_dim: H and P; the state of a head is P x H.
       num_groups: G, heads of one group share B and C; the norm runs over one group's channels.
       conv_size: taps of the convolutions, 1 to 8.
-      skip_per_channel: skip weighs every channel, else every head.
-      mlp_size: channels of a gated mlp beside the state space.
-      implementation: see ops.linear_attention; None picks the fastest that is valid here.
+      skip_per_channel: one skip weight per channel instead of one per head.
+      mlp_size: channels of a gated MLP in parallel to the state space.
+      implementation: see ops.linear_attention; None picks the fastest valid one.
     """
 
     num_heads: int
@@ -91,7 +91,7 @@ class Mamba2(nn.Module):
         return out, cache
 
     def _conv(self, name: str, shape: tuple[int, int], names) -> dict[str, Array]:
-        """Taps [heads, size, K], the current token's first, and bias."""
+        """Parameters of one convolution: taps [heads, size, K], the current token's first, and bias [heads, size]."""
         bound = self.conv_size**-0.5
         init = _uniform(bound)
         conv = {"taps": named_param(self, f"{name}_conv", init, names, (*shape, self.conv_size))}
@@ -112,7 +112,7 @@ class Mamba2(nn.Module):
     @nn.nowrap
     def _mixed(self, signals, convs, ssm, segment_ids, cache) -> tuple[Array, Cache | None]:
         """Convolutions and recurrence, on each device's own rows and heads -> y [B, T, N, H]."""
-        group = "heads" if self.num_groups > 1 else None  # one group is whole on every device
+        group = "heads" if self.num_groups > 1 else None  # a single group is replicated on every device
         names = {"x": "heads", "b": group, "c": group}
         arrays: dict[str, Any] = {"signals": signals, "convs": convs, "ssm": ssm}
         cache_axes: dict[str, Any] = {
@@ -157,7 +157,7 @@ class Mamba2(nn.Module):
 
     @nn.nowrap
     def init_cache(self, batch_size: int, length: int, dtype: jnp.dtype) -> Cache:
-        """Nothing seen yet; `length` is without effect: the state has one size."""
+        """The empty state; `length` has no effect, since the state has a fixed size."""
         slots = (batch_size, self.conv_size - 1)
         heads, groups = (self.num_heads, self.head_dim), (self.num_groups, self.state_dim)
         cache: Cache = {
@@ -171,7 +171,7 @@ class Mamba2(nn.Module):
 
     @nn.nowrap
     def macs_per_token(self, seq_len: int) -> float:
-        """Multiply-adds per token beyond the weights: into the state and out of it. (Taps are weights.)"""
+        """Multiply-adds per token beyond the weights: updating and reading the state. (Taps count as weights.)"""
         return 2.0 * self.num_heads * self.head_dim * self.state_dim
 
 
@@ -186,7 +186,7 @@ def gated_norm(y: Array, z: Array, scale: Array, *, num_groups: int, eps: float)
 def convolved(
     x: Array, conv: dict[str, Array], segment_ids: Array | None, before: ConvState | None
 ) -> tuple[Array, ConvState]:
-    """silu(short convolution over T) of x [B, T, heads, size], and the history after it, [B, K - 1, heads, size]."""
+    """silu(short convolution over T) of x [B, T, heads, size], and the new history, [B, K - 1, heads, size]."""
     B, T, *shape = x.shape
     size = math.prod(shape)
     flat = None
@@ -210,7 +210,7 @@ def _uniform(bound: float):
 
 
 def _steps(key, shape):
-    """softplus^-1 of numbers spread evenly in their logarithm over 0.001 ... 0.1."""
+    """softplus^-1 of step sizes drawn log-uniformly from 0.001 to 0.1."""
     step = jnp.exp(jax.random.uniform(key, shape, jnp.float32, math.log(1e-3), math.log(0.1)))
     return step + jnp.log(-jnp.expm1(-step))
 

@@ -1,4 +1,4 @@
-"""Projections that mixers with heads share: into rotated queries, keys and values, and back to the residual stream."""
+"""Projections shared by mixers with heads: to rotated queries, keys and values, and back to the residual stream."""
 
 import math
 from collections.abc import Callable
@@ -21,10 +21,10 @@ def rotated_heads(
     *,
     segment_ids: Int[Array, "B T"] | None = None,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
-    """Queries, keys and values of a mixer with Attention's settings, inside its compact __call__.
+    """Queries, keys and values of a mixer with Attention's settings; call it inside the mixer's compact __call__.
 
-    Without a cache the rotation sees the length that is there, as in transformers (padding does not count); a cache
-    fixes it in advance. With rope None nothing is rotated.
+    RoPE types that depend on the sequence length use the length of x without a cache (excluding padding), as
+    transformers does, and the fixed `rope_length` of the cache otherwise. With mixer.rope None nothing is rotated.
     """
     heads = {"q": ("heads", mixer.num_heads), "k": ("kv_heads", mixer.num_kv_heads)}
     q, k, v = (
@@ -39,7 +39,7 @@ def rotated_heads(
     )
     if mixer.qk_norm:
         q, k = (_normed(mixer, heads, name) for heads, name in ((q, "q_norm"), (k, "k_norm")))
-    if mixer.scale is not None:  # the operators divide by sqrt(head_dim)
+    if mixer.scale is not None:  # cancels the operators' own division by sqrt(head_dim)
         q = q * (mixer.scale * math.sqrt(mixer.head_dim))
     if mixer.rope is None:
         return q, k, v
@@ -54,7 +54,7 @@ def rotated_heads(
 
 
 def _normed(mixer, x: Float[Array, "B T N H"], name: str) -> Float[Array, "B T N H"]:
-    """Queries or keys after their norm: over each head, or, with qk_norm "all_heads", over all of them at once."""
+    """Normalised queries or keys: per head, or over all heads together if qk_norm is "all_heads"."""
     if mixer.qk_norm not in (True, "all_heads"):
         raise UserError(f"qk_norm is {mixer.qk_norm!r}, expected False, True or 'all_heads': change qk_norm")
     if mixer.qk_norm is True:
@@ -64,6 +64,6 @@ def _normed(mixer, x: Float[Array, "B T N H"], name: str) -> Float[Array, "B T N
 
 
 def merged_heads(mixer, y: Float[Array, "B T N H"], hidden_size: int) -> Float[Array, "B T D"]:
-    """The heads' outputs back in the residual stream."""
+    """Projects the heads' outputs back to the residual stream."""
     names = ("heads", "head_dim", "embed")
     return Linear((mixer.num_heads, mixer.head_dim), (hidden_size,), names, mixer.o_bias, name="o_proj")(y)

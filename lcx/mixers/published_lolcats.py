@@ -1,7 +1,7 @@
-"""LoLCATS's attention as its authors' code computes it, mistakes included: for parity with their models alone.
+"""LoLCATS's attention exactly as its authors' code computes it, mistakes included. Only for parity with their models.
 
-Slow, quadratic in time and memory, and not the same function of a prefix in a longer text: `ops/published_lolcats.py`
-lists what differs from `linear_attention.LinearAttention`.
+It is slow, quadratic in time and memory, and the outputs of a prefix depend on the text after it.
+`ops/published_lolcats.py` lists the differences from `linear_attention.LinearAttention`.
 """
 
 from typing import Any
@@ -22,9 +22,9 @@ class PublishedLinearAttention(LinearizedAttention):
     `softmax_window` and `implementation` have no effect.
     """
 
-    kind = "LinearAttention"  # adapters that were trained on it record this name
+    kind = "LinearAttention"  # the name recorded in adapters trained on this class
     published_quirks = True
-    whole_prompt = True  # as published, a second prefill is not the rest of the first
+    whole_prompt = True  # in the published code a second prefill does not continue the first
 
     def _feature_map(self, name: str, **settings: Any) -> FeatureMap:
         return super()._feature_map(name, published=True, **settings)
@@ -62,7 +62,7 @@ class PublishedLinearAttention(LinearizedAttention):
 
     @nn.nowrap
     def _softmax_sees(self, ids: Array | None) -> tuple[Array | None, int | None]:
-        """Documents are not told apart; a sliding window is not known."""
+        """As published: all documents of a row count as one, and there is no sliding window."""
         return None if ids is None else (ids != 0).astype(jnp.int32), None
 
     @nn.nowrap

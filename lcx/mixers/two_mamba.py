@@ -1,21 +1,21 @@
-"""2Mamba: decayed attention whose scores may be squared, and every variant on the way there from linear attention.
+"""2Mamba: attention with a decay and squared scores, and the paper's ablation from linear attention towards it.
 
     q, k, v = conv(x W_qkv),  a_t = log decay,  w_ij = f(q_i . k_j / sqrt H) exp(a_j+1 + ... + a_i)
     y_i = sum_j w_ij v_j  (/ sum_j w_ij)  + D v_i,   times silu(x W_z + b),   then W_o
 
     2Mamba      f(s) = s^2, divided by the sum, a = -softplus(x W_a), convolution of width 2
-    2Mamba-E    f(s) = e^s: softmax with a forget gate, grows a cache of keys and values
+    2Mamba-E    f(s) = e^s: softmax with a forget gate; its cache of keys and values grows with the sequence
     Mamba-2S    f(s) = s, RMSNorm instead of the division, values times softplus(x W_dt)
 
-(Mongaras & Larson 2026, arXiv 2602.17363.) `published` has all 28 variants of the paper by name. There is no rotary
-embedding: order comes from the decay and the convolution. Where the weights of a token sum to nothing, this gives 0;
-the published torch code gives the plain sum of values there, its kernels something else.
+(Mongaras & Larson 2026, arXiv 2602.17363.) `published` builds each of the paper's 28 variants by name. There is no
+rotary embedding: order comes from the decay and the convolution. If the weights of a token sum to 0, the output here is
+0; the published torch code returns the sum of the values instead, and its kernels differ from both.
 
 Letters: B batch, T time, D embed, N heads, H head dim, K taps (k = 0 multiplies the current token).
 
-q, k and v lie together in one projection [D, 3, N, H], so that devices on the `tensor` axis hold whole heads of all
-three. The cache is the last K - 1 inputs of the convolution and the float32 state of the operator (e^s: keys, values
-and decays).
+q, k and v share one projection [D, 3, N, H], so that devices on the `tensor` axis hold whole heads of all three. The
+cache is the last K - 1 inputs of the convolution and the float32 state of the operator (for e^s the keys, values and
+decays).
 """
 
 from typing import Any
@@ -50,20 +50,21 @@ HEADS, HEAD_STATE = Axes("rows", None, "heads"), Axes("rows", "heads")
 
 
 class TwoMamba(nn.Module):
-    """One of the family; the defaults are 2Mamba.
+    """A mixer of the 2Mamba family; the defaults give 2Mamba.
 
     Attributes:
-      score: f: "linear" (s), "square" (s^2) or "exp" (e^s, which needs norm "scores").
-      norm: "scores" divides by the sum of the weights, "output" takes an RMSNorm over all heads before W_o.
-      qk_activation: of q and k, after the convolution: "none", "relu" or "silu".
-      conv_width: taps over q, k and v; 1: no convolution.
+      score: the function f: "linear" (s), "square" (s^2) or "exp" (e^s, which needs norm "scores").
+      norm: "scores" divides by the sum of the weights; "output" applies an RMSNorm over all heads before W_o.
+      qk_activation: activation of q and k after the convolution: "none", "relu" or "silu".
+      conv_width: taps of the convolution over q, k and v; 1: no convolution.
       decay: log decay a: "none", "softplus": -softplus(x W_a), "discretize": -exp(A_log) softplus(x W_dt).
-      value_step: values times softplus(x W_dt).
-      residual: adds D v, v as after the convolution.
-      gate: y times silu(x W_z + b).
-      form: of score "square": "tiles", "states", or None for what ops/second_order_choice.py picks.
-      init_gain: of all projections; 3^-0.5 gives the variance of torch's default, as published.
-      implementation: of the operator, see ops; None picks the fastest that is valid here.
+      value_step: multiply the values by softplus(x W_dt).
+      residual: add D v to the output, v after the convolution.
+      gate: multiply y by silu(x W_z + b).
+      form: how score "square" is computed: "tiles", "states", or None to let ops/second_order_choice.py decide.
+      init_gain: gain of the initialisation of all projections; 3^-0.5 gives the variance of torch's default, as in the
+        published code.
+      implementation: of the operator, see ops; None picks the fastest valid one.
     """
 
     num_heads: int
@@ -140,7 +141,7 @@ class TwoMamba(nn.Module):
             raise UserError("score 'exp' with norm 'output': exponentials need their sum; set norm='scores'")
 
     def _steps(self, x: Array) -> dict[str, Array]:
-        """dt and the log decay [B, T, N], float32, from the input before the convolution."""
+        """`dt` and `log_decay` [B, T, N], float32, as far as the settings use them, from the input x."""
         shape, names = ((x.shape[-1],), (self.num_heads,)), ("embed", "heads")
 
         def softplus_of(name: str) -> Array:
@@ -174,7 +175,7 @@ class TwoMamba(nn.Module):
 
     @nn.nowrap
     def _mix(self, arrays: dict[str, Any]) -> tuple[Array, Cache | None]:
-        """Everything between the projections, on the heads of one device: -> y [B, T, N, H]."""
+        """Everything between the projections, on the heads of one device; returns y [B, T, N, H] and the new cache."""
         qkv, ids, cache = arrays["qkv"], arrays["segment_ids"], arrays["cache"]
         conv = None
         if self.conv_width > 1:
@@ -218,7 +219,7 @@ class TwoMamba(nn.Module):
 
     @nn.nowrap
     def _softmax(self, q, k, v, ids, state, options):
-        """With a cache, what these tokens add to it."""
+        """Score "exp": (outputs [B, T, N, H], the entries to append to the cache; None without one)."""
         if state is None:
             return attention(q, k, v, q_segment_ids=ids, kv_segment_ids=ids, **options), None
         new = kv_cache.entries(k, v, ids, options["log_decay"])
@@ -229,7 +230,7 @@ class TwoMamba(nn.Module):
 
     @nn.nowrap
     def init_cache(self, batch_size: int, length: int, dtype: jnp.dtype) -> Cache:
-        """Nothing seen yet. `length` counts for score "exp" alone: the others fold their history into a state."""
+        """The empty state. Only score "exp" uses `length`; the other scores have a state of fixed size."""
         B, N, H = batch_size, self.num_heads, self.head_dim
         conv = None
         if self.conv_width > 1:
@@ -246,13 +247,13 @@ class TwoMamba(nn.Module):
 
     @nn.nowrap
     def append_cache(self, cache: Cache, new: Cache) -> Cache:
-        """For score "exp"; the other states are replaced."""
+        """The cache with `new` appended for score "exp"; other scores replace their state."""
         state = kv_cache.append(cache["state"], new["state"]) if self.score == "exp" else new["state"]
         return {"conv": new["conv"], "state": state}
 
     @nn.nowrap
     def _state_axes(self, added: bool) -> dict[str, Any]:
-        """How the leaves of the cache, or of what is added to it, lie on devices."""
+        """The sharding of the cache's leaves, or (`added`) of the entries appended to it."""
         rows, conv = Axes("rows"), None
         if self.conv_width > 1:
             conv = ConvState._make((Axes("rows", None, None, "heads"), Axes("rows")))
@@ -270,7 +271,7 @@ class TwoMamba(nn.Module):
 
     @nn.nowrap
     def macs_per_token(self, seq_len: int) -> float:
-        """Multiply-adds per token between the projections, averaged over a sequence: the cheaper form unless named."""
+        """Multiply-adds per token between the projections, averaged over a sequence; of the cheaper form if not set."""
         H = self.head_dim
         pairs = (2 * H + 1) * (seq_len + 1) / 2
         if self.score == "linear":
@@ -285,7 +286,7 @@ class TwoMamba(nn.Module):
 
 
 def log_uniform(low: float, high: float) -> nn.initializers.Initializer:
-    """The logarithm of a number that is uniform between low and high."""
+    """An initializer: the logarithm of numbers drawn uniformly between low and high."""
     return lambda key, shape, dtype=jnp.float32: jnp.log(jax.random.uniform(key, shape, dtype, low, high))
 
 
@@ -333,8 +334,9 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 def published(attention_type: str, *, num_heads: int, head_dim: int) -> nn.Module:
     """The mixer that the published code calls `attention_type`.
 
-    Three kinds: TwoMamba; "softmax" is Attention (the published rotary pairs are neighbours, ours halves: its q and k
-    rows come reordered); "mamba" is Mamba2 with one head, as published.
+    "softmax" gives Attention, "mamba" gives Mamba2 with one head (as published), all other names give TwoMamba. For
+    "softmax", rows of published q and k weights must be reordered: the published rotary embedding pairs adjacent
+    dimensions, ours pairs dimension i with i + head_dim / 2.
 
     Raises:
       UserError: an unknown name.

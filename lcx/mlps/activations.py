@@ -1,4 +1,4 @@
-"""Activations by name."""
+"""The activation functions that a configuration can name."""
 
 import functools
 from collections.abc import Callable
@@ -22,7 +22,7 @@ ACTIVATIONS: dict[str, Activation] = {
 
 
 def activation(chosen: str | Activation) -> Activation:
-    """The function of this name, or the function itself.
+    """The activation function with this name; a function is returned unchanged.
 
     Raises:
       UserError: an unknown name.

@@ -9,11 +9,11 @@ from lcx.mlps.activations import Activation, activation
 
 
 class GatedMlp(nn.Module):
-    """down(activation(gate x) * up x). With silu it is SwiGLU (Llama), with gelu_tanh GeGLU (Gemma).
+    """down(activation(gate x) * up x): SwiGLU with silu (Llama), GeGLU with gelu_tanh (Gemma).
 
     Attributes:
-      bias: of all three projections.
-      activation: a key of activations.ACTIVATIONS, or a function of arrays. gelu is the exact one.
+      bias: whether all three projections have a bias.
+      activation: a key of activations.ACTIVATIONS, or a function of arrays. "gelu" is the exact (erf) form.
     """
 
     intermediate_size: int

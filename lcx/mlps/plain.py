@@ -11,8 +11,8 @@ class PlainMlp(nn.Module):
     """down(activation(up x)).
 
     Attributes:
-      bias: of both projections.
-      activation: a key of activations.ACTIVATIONS, or a function of arrays. gelu is the exact one.
+      bias: whether both projections have a bias.
+      activation: a key of activations.ACTIVATIONS, or a function of arrays. "gelu" is the exact (erf) form.
     """
 
     intermediate_size: int
