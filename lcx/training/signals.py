@@ -60,6 +60,8 @@ class StopRequest:
         os.close(pipe)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if not self.unsaved:
+            return  # the thread that watches the pipe is about to end the process
         if self._flag.is_set():
             os._exit(128 + number)
         self._flag.set()

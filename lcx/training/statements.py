@@ -27,6 +27,8 @@ def opening(trainer: Any, run: Any, opened: Any, mesh: jax.sharding.Mesh, workdi
         yield from resume_check.changes(run.before, resume_check.changeable(trainer))
     yield _model(run)
     yield _size(trainer, mesh)
+    for part in opened.parts:
+        yield _data(part.corpus)
     yield trainer.data.describe_special_tokens()
     yield from opened.remarks()
     if run.lora is not None:
@@ -58,6 +60,12 @@ def _model(run: Any) -> str:
         f"model: {kind}, {layers} layers, {counted(parameters)} parameters in {' and '.join(stored)}, "
         f"activations in {run.model.dtype}, window of {run.model.max_position_embeddings} tokens"
     )
+
+
+def _data(corpus: Any) -> str:
+    splits = ((corpus.train, "to train on"), (corpus.eval, "held out"))
+    sizes = [f"{counted(len(s))} documents, {counted(s.num_tokens)} tokens {use}" for s, use in splits]
+    return f"data: {corpus.source}: {'; '.join(sizes)}"
 
 
 def _size(trainer: Any, mesh: jax.sharding.Mesh) -> str:
