@@ -175,7 +175,7 @@ def _special_tokens(
     stated = {name: value for name, value in config.items() if name.endswith("_token")}
     if isinstance(config.get("extra_special_tokens"), dict):
         stated |= config["extra_special_tokens"]
-    if "added_tokens_decoder" not in config:  # only older releases of transformers wrote special_tokens_map.json
+    if "added_tokens_decoder" not in config:  # then read the file of older transformers releases
         older = _read_object(folder / "special_tokens_map.json")
         stated |= {name: value for name, value in older.items() if name.endswith("_token")}
     piece = getattr(tokenizer, "piece", None)  # a sentencepiece model defines its own special tokens

@@ -128,7 +128,8 @@ def check_documents(
             issues.append(Issue(name, "too short", f"{len(tokens)} tokens, expected at least {min_length}"))
         share = repetition(tokens, window=window)
         if share > threshold:
-            issues.append(Issue(name, "repetitive", f"{share:.0%} of {window} tokens equal the {window} before them"))
+            detail = f"{share:.0%} of {window} tokens equal the {window} before them"
+            issues.append(Issue(name, "repetitive", detail))
         if is_truncated(tokens, tokenizer=tokenizer):
             end = tokenizer.decode(tokens[-_LAST_TOKENS:])
             issues.append(Issue(name, "truncated", f"ends in {end!r}"))
