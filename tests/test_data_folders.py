@@ -223,8 +223,8 @@ def test_a_folder_saved_by_datasets(saved, caplog):
         ({"_data_files": [{"filename": "absent.arrow"}]}, "absent.arrow: No such file"),
         ({"_indices_files": [{"filename": "i.arrow"}]}, "a selection of rows"),
         ([], "has a list, expected an object"),
-        ("{", "is no JSON"),
-        ("[" * 100_000, "is no JSON"),
+        ("{", "is not JSON"),
+        ("[" * 100_000, "is not JSON"),
     ],
 )
 def test_a_damaged_saved_folder(saved, tmp_path, change, match):

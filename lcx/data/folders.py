@@ -289,9 +289,7 @@ def _say_missing_shards(folder: str, chosen: Sequence[_Candidate]) -> None:
             found.setdefault((one.name[: part.start()], int(part[2])), set()).add(int(part[1]))
     for (name, total), numbers in found.items():
         if len(numbers) < total:
-            say_once(
-                f"{shown(folder)}: {name}* has {len(numbers)} of {total} parts; download the others"
-            )
+            say_once(f"{shown(folder)}: {name}* has {len(numbers)} of {total} parts; download the others")
 
 
 def _counted(files: int) -> str:
