@@ -138,7 +138,7 @@ def test_vocabularies_that_cannot_be_used(folder):
     def twice(data):
         data["post_processor"]["single"] *= 2
 
-    assert "it does more than to add tokens around a text" in line(twice)
+    assert "it does more than add tokens around a text" in line(twice)
 
 
 def test_a_panic_of_the_library_is_one_line(folder, capfd):
