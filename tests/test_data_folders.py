@@ -140,7 +140,7 @@ def test_cycles_of_links_end(tmp_path, monkeypatch):
 def test_a_broken_link_is_an_error_where_it_would_be_data(tmp_path, caplog):
     make(tmp_path, ["a.jsonl"])
     os.symlink("nowhere", tmp_path / "link")
-    assert names(tmp_path) == ["a.jsonl"] and "link (no regular file)" in caplog.text
+    assert names(tmp_path) == ["a.jsonl"] and "link (not a regular file)" in caplog.text
     os.symlink("nowhere", tmp_path / "b.jsonl")
     with pytest.raises(UserError, match="b.jsonl: it is a link to nowhere, which leads to no file"):
         find_files(str(tmp_path))
@@ -164,10 +164,10 @@ def test_pipes_sockets_and_devices_are_refused_and_not_opened(tmp_path, caplog):
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(str(other / "socket"))
         assert names(other) == ["a.jsonl"]
-    assert "pipe (no regular file)" in caplog.text and "socket (no regular file)" in caplog.text
+    assert "pipe (not a regular file)" in caplog.text and "socket (not a regular file)" in caplog.text
     (other / "a.jsonl").unlink()
     (other / "c.py").write_text("c = 1")
-    assert names(other) == ["other/c.py"] and "b.py (no regular file)" in caplog.text
+    assert names(other) == ["other/c.py"] and "b.py (not a regular file)" in caplog.text
 
 
 def test_a_source_that_is_no_path(tmp_path):

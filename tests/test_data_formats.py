@@ -325,7 +325,7 @@ BAD = {
     "many.csv": (b"text,n\na,1\nb,2,3\nc,3\n", "line 3 has 3 cells"),
     "utf8.csv": (b'text,n\na,1\n"\xffb\nb",2\nc,3\n', "line 3 is not UTF-8 text: byte 0xff"),
     "zero.csv": (b"text,n\na,1\n\0b,2\nc,3\n", "line 3 is not text: a zero byte"),
-    "quote.csv": (b'text,n\na,1\n"b"x,2\nc,3\n', "line 3 is no csv row"),
+    "quote.csv": (b'text,n\na,1\n"b"x,2\nc,3\n', "line 3 is not a csv row"),
 }  # fmt: skip
 
 

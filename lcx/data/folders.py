@@ -174,7 +174,7 @@ def code_files(folder: str, *, document: str | None = None) -> tuple[SourceFile,
     for path in filter(detect.is_code, walk(folder)):
         name = relative(path, root)
         if not _is_regular(path):
-            left_out.append(_Candidate(path, name, None, "no regular file"))
+            left_out.append(_Candidate(path, name, None, "not a regular file"))
         elif os.path.realpath(path) not in real:
             real.add(os.path.realpath(path))
             files.append(SourceFile(path, f"{document}/{name}", "code", document=document))
@@ -206,13 +206,13 @@ def _candidate(path: str, name: str, format: str | None, named: Set[str]) -> _Ca
     ending = os.path.splitext(name)[1].lower()
     by_ending = format or _ending_says(path) or ("text" if ending in _DOCUMENTS else None)
     if _ABOUT.match(os.path.basename(name)):
-        return _Candidate(path, name, by_ending, "about the data")
+        return _Candidate(path, name, by_ending, "describes the data")
     if format is None and detect.is_code(name) and ending not in _DOCUMENTS:
         return _Candidate(path, name, None, _CODE)
     if by_ending is not None:
         return _Candidate(path, name, by_ending)
     if not _is_regular(path):
-        return _Candidate(path, name, None, "no regular file")
+        return _Candidate(path, name, None, "not a regular file")
     try:
         found = detect.format_of(path)
     except UserError:

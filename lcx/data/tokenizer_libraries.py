@@ -195,7 +195,9 @@ def checksum(path: Path) -> str:
     for file in files_of(path):
         data = json_files.read_bytes(file, max_bytes=tokenizer_build.MAX_BYTES)
         if data is None:
-            raise UserError(f"tokenizer file {file} does not exist; copy the tokenizer next to the checkpoint")
+            raise UserError(
+                f"tokenizer file {file} does not exist; copy the tokenizer next to the checkpoint"
+            )
         digest.update(data)
     return digest.hexdigest()
 

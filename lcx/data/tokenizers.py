@@ -83,8 +83,8 @@ class ByteTokenizer:
         try:
             ids = np.frombuffer(text.encode(), np.uint8).astype(np.int32)
         except UnicodeEncodeError as error:
-            found = f"character {error.start} of a text is half of a surrogate pair"
-            raise UserError(f"{found}, which UTF-8 does not have: correct the text") from error
+            found = f"character {error.start} of a text is an unpaired surrogate"
+            raise UserError(f"{found}, which UTF-8 cannot encode: correct the text") from error
         before = self.special.before if add_special_tokens else ()
         return np.concatenate([np.array(before, np.int32), ids])
 
