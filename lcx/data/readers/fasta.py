@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from lcx.data.readers import Document, SourceFile, shown, streams
 from lcx.errors import UserError
 
-_JOINED = 1 << 14  # lines kept before joining: as single strings, 60 letters take twice their length in memory
+_JOINED = 1 << 14  # lines kept before joining: a string of 60 letters takes twice its length in memory
 
 
 def read_fasta(file: SourceFile) -> Iterator[Document]:
