@@ -246,7 +246,7 @@ def test_arrow_streams_that_were_cut_or_joined(saved, tmp_path):
         texts(path)
     path.write_bytes(data[:-8])
     dataset = Dataset(str(path), cache_dir=str(tmp_path / "cache"))
-    assert "may have been cut" in dataset.open().store.notes[0]
+    assert "may be truncated" in dataset.open().store.notes[0]
 
 
 def test_what_is_skipped_is_said_at_every_start(tmp_path, caplog):

@@ -78,6 +78,7 @@ def repetition(tokens: Int[np.ndarray, "tokens"], *, window: int = 50) -> float:
     if len(tokens) < 2 * window:
         return 0.0
     equal = np.cumsum(tokens[:-window] == tokens[window:])
+    # Differences of the running sum are the numbers of equal tokens in each pair of windows.
     sums = equal[window - 1 :].copy()
     sums[1:] -= equal[:-window]
     return float(sums.max()) / window

@@ -22,6 +22,7 @@ def mix64(values: Int[np.ndarray, "n"]) -> Int[np.ndarray, "n"]:
 def permutation(length: int, *, seed: int, stream: int = 0) -> Int[np.ndarray, "length"]:
     """A permutation of range(length) that depends only on (length, seed, stream)."""
     key = mix64(mix64(np.array([seed % 2**64], np.uint64)) + np.uint64(stream % 2**64))
+    # mix64 is a bijection, so no two sort keys are equal.
     return np.argsort(mix64(np.arange(length, dtype=np.uint64) ^ key), kind="stable")
 
 

@@ -100,7 +100,7 @@ def plan_concat(
     document_begin = _exclusive_cumsum(lengths)
     total = int(lengths.sum())
     row_begin = np.arange(0, total, seq_len, dtype=np.int64)
-    cuts = np.union1d(document_begin, row_begin)
+    cuts = np.union1d(document_begin, row_begin)  # a piece begins wherever a document or a row begins
     document = np.searchsorted(document_begin, cuts, side="right") - 1
     row_offsets = np.searchsorted(cuts, np.append(row_begin, total)).astype(np.int64)
 
@@ -136,14 +136,14 @@ def first_fit(lengths: Sequence[int], *, capacity: int) -> Int[np.ndarray, "item
         node = 1
         while node < leaves:
             node *= 2
-            if room[node] < length:
+            if room[node] < length:  # no bin in the left subtree has room
                 node += 1
         bins[item] = node - leaves
         room[node] -= length
         while node > 1:
             node //= 2
             largest = max(room[2 * node], room[2 * node + 1])
-            if room[node] == largest:
+            if room[node] == largest:  # the maxima above do not change either
                 break
             room[node] = largest
     return bins
@@ -209,12 +209,14 @@ def plan_windows(
     starts, lengths = _as_documents(starts, lengths)
     long = lengths >= seq_len
     stride = max(1, seq_len // 2)
+    # The last window starts `slack` tokens after the first one, so that its last label is the end of the document.
     slack = np.maximum(lengths[long] - (seq_len + 1), 0)
     count = -(-slack // stride) + 1
     document = np.repeat(np.arange(len(slack)), count)
     number = _ranges(np.zeros(len(count), np.int64), count)
     offset = np.minimum(number * stride, slack[document])
     step = offset - np.minimum((number - 1) * stride, slack[document])
+    # A window that starts `step` tokens after the previous one shares seq_len - step labels with it.
     skip = np.where(number > 0, seq_len - step, 0) if score_once else np.zeros(len(number), np.int64)
     begin = starts[long][document] + offset
     goes_on = offset + seq_len < lengths[long][document]

@@ -171,7 +171,7 @@ class _Unpacker(io.RawIOBase):
     def _step(self) -> bool:
         """Decompresses the next piece; False at the end of the file."""
         if self._decoder is None:
-            self._input = (self._input or self._raw.read(_PACKED_PIECE)).lstrip(b"\0")  # padding
+            self._input = (self._input or self._raw.read(_PACKED_PIECE)).lstrip(b"\0")  # zero padding
             if not self._input:
                 return len(self._raw.peek(1)) > 0  # type: ignore[attr-defined]
             self._decoder = self._new()
