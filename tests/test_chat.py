@@ -207,7 +207,7 @@ HOSTILE = {
     "{{ '{:>999999999}'.format(1) }}": "width",
     "{{ 'a'.center(999999999) }}": "number",
     "{{ 'a' | center(999999999) }}": "number",
-    "{% macro f(n) %}{{ f(n) }}{% endmacro %}{{ f(1) }}": "without an end",
+    "{% macro f(n) %}{{ f(n) }}{% endmacro %}{{ f(1) }}": "recurses without end",
     "{{ messages.__class__ }}": "__class__",
     "{{ ''.__class__.__mro__[1].__subclasses__() }}": "__class__",
     "{{ '' | attr('__class__') }}": "__class__",
