@@ -103,7 +103,7 @@ def test_a_template_that_writes_the_date_is_said(tmp_path, folders, caplog):
         notices.say_once.cache_clear()
         caplog.clear()
         read(source, folders[name])
-        assert sum("may write the day" in line for line in caplog.messages) == times
+        assert sum("may write the date" in line for line in caplog.messages) == times
 
 
 def test_nothing_is_added_to_what_the_template_writes(tmp_path, folders):

@@ -121,7 +121,7 @@ class BatchIterator:
             raise UserError(f"the saved data state is damaged ({error!r}); start a new workdir") from error
         if version != _STATE_VERSION:
             raise UserError(
-                f"the saved data state has version {version}, expected {_STATE_VERSION}; use that release"
+                f"the saved data state has version {version}, expected {_STATE_VERSION}; use the release that wrote it"
             )
         if found != self.fingerprint:
             change = _first_difference(state.get("description", {}), self._description)

@@ -101,7 +101,7 @@ class ChatReader:
         text, spans = self.templates.render(messages, tools=tools, variables=variables)
         if self.templates.program(tools).reads_clock:
             say_once(
-                f"the chat template of {self.templates.place} may write the day on which the text is tokenized"
+                f"the chat template of {self.templates.place} may write the date on which the text is tokenized"
             )
         if self.loss == "all":
             return Rendered(text, None)
@@ -230,7 +230,7 @@ def _check_parts(messages: list[dict[str, Any]], text: str, place: str) -> None:
     if any(isinstance(m.get("content"), list) and str(m["content"]) in text for m in messages):
         raise UserError(
             f"{place}: 'content' is a list of parts, and the chat template writes it as Python prints a list; join the"
-            " parts to one text, or set Dataset.chat_template to a template that reads them"
+            " parts into one text, or set Dataset.chat_template to a template that reads them"
         )
 
 

@@ -107,7 +107,7 @@ def without_copies(corpus: Corpus, others: Sequence[Corpus]) -> Corpus:
     if len(train) < len(copies) / 2:
         say_once(
             f"{int(copies.sum())} of {len(copies)} training documents of {corpus.source} are left out: another part of"
-            " the Mixture holds copies of them out (Dataset.eval_fraction)"
+            " the Mixture holds out copies of them (Dataset.eval_fraction)"
         )
     return dataclasses.replace(corpus, train=train, copies=corpus.copies + int(copies.sum()))
 

@@ -41,7 +41,7 @@ def _files(folder: str) -> tuple[SourceFile, ...]:
     state = _read(folder, _STATE)
     if any(state.get(key) for key in ("_indices_files", "_indices_data_files")):
         raise UserError(
-            f"{shown(folder)} holds a selection of rows, as old versions of datasets wrote it; load and save it again"
+            f"{shown(folder)} holds a selection of rows, written by an old version of datasets; load and save it again"
         )
     listed = state.get("_data_files")
     entries = listed if isinstance(listed, list) else [None]

@@ -26,7 +26,7 @@ class TokenWriter:
         top, low = int(values.max()), int(values.min())
         if top > np.iinfo(self.dtype).max or low < 0:
             raise UserError(
-                f"the tokenizer gave ids {low} .. {top}, more than its vocab_size announces; check it"
+                f"the tokenizer gave ids {low} .. {top}, outside of its vocab_size; check the tokenizer"
             )
         self.max_value = max(self.max_value, top)
         self._buffer += values.astype(self.dtype).tobytes()

@@ -295,7 +295,7 @@ def _of_bpe_files(path: Path) -> Vocabulary:
     merges = path.with_name("merges.txt")
     for file in (path, merges):
         if json_files.read_bytes(file, max_bytes=MAX_BYTES) is None:
-            raise UserError(f"{file} does not exist, but its partner does: restore the file")
+            raise UserError(f"{file} does not exist, but the other file of the pair does: restore it")
     vocab, pairs = models.BPE.read_file(str(path), str(merges))
     return Vocabulary(vocab, pairs)
 

@@ -167,8 +167,8 @@ def _of_model_alone(path: Path) -> Settings | None:
     if not model.is_like_llama:
         return None
     log.warning(
-        "%s: no tokenizer_config.json names a class, read as LlamaTokenizer reads it (AutoTokenizer would put no space"
-        " before a text)",
+        "%s: no tokenizer_config.json names a class, so it is read like LlamaTokenizer (AutoTokenizer would omit"
+        " the space before a text)",
         path,
     )
     read = settings_of.read(path.parent, "LlamaTokenizer", {}, {}, of_model=True)

@@ -289,6 +289,6 @@ def config_of(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     if config.get("fast_tokenizer_files"):
         raise UserError(
             f"{folder / 'tokenizer_config.json'} has fast_tokenizer_files, one file for each version of transformers,"
-            " which is not supported: remove the key, tokenizer.json is then read"
+            " which is not supported: remove the key, so that tokenizer.json is read"
         )
     return config, json_files.read_object(folder / "config.json")

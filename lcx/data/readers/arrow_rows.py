@@ -102,6 +102,7 @@ def _stream(file: SourceFile, reader: Any, source: Any, tally: Tally) -> Iterato
     if end < size:
         raise UserError(
             f"cannot read {shown(file.path)}: {size - end} bytes follow the end of its Arrow stream; write it as one"
+            " stream"
         )
     source.seek(max(0, size - len(_END)))
     if source.read(len(_END)) != _END:

@@ -102,7 +102,7 @@ def _table_format(path: str, head: bytes, expected: str) -> str | None:
     found = next((kind for magic, kind in _READABLE if head.startswith(magic)), None)
     if found is not None and streams.is_packed(path):
         raise UserError(
-            f"cannot read {shown(path)}: it is compressed {found}, which is read by parts; unpack it"
+            f"cannot read {shown(path)}: it is compressed {found}, which needs random access; decompress it"
         )
     if found is None and streams.packing_of_content(head):
         raise UserError(f"cannot read {shown(path)}: it is compressed twice; unpack it once")

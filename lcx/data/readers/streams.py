@@ -104,7 +104,7 @@ def _unpacked(path: str, raw: BinaryIO) -> BinaryIO:
     if named and head and kind != named:
         article = "Not a gzipped file" if named == "gzip" else f"not a {named} file"
         raise UserError(
-            f"cannot read {shown(path)}: {article} although its name ends so (it begins with {head[:4]!r});"
+            f"cannot read {shown(path)}: {article} although its name says so (it begins with {head[:4]!r});"
             " rename it, or download it again"
         )
     if kind is None:
