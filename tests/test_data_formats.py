@@ -166,7 +166,7 @@ def test_arrow_in_every_layout(tmp_path):
     assert texts_of(tmp_path / "parquet_by_content.json") == TEXTS * 2
     fails(tmp_path / "0.parquet", "is parquet, but Dataset.format='jsonl'", format="jsonl")
     (tmp_path / "0.parquet.gz").write_bytes(gzip.compress((tmp_path / "0.parquet").read_bytes()))
-    fails(tmp_path / "0.parquet.gz", "compressed parquet.*unpack it")
+    fails(tmp_path / "0.parquet.gz", "compressed parquet.*decompress it")
 
 
 def test_bytes_that_are_no_text_in_a_table(tmp_path):
