@@ -103,7 +103,7 @@ def test_a_template_that_writes_the_date_is_said(tmp_path, folders, caplog):
         notices.say_once.cache_clear()
         caplog.clear()
         read(source, folders[name])
-        assert sum("may write the day" in line for line in caplog.messages) == times
+        assert sum("may write the date" in line for line in caplog.messages) == times
 
 
 def test_nothing_is_added_to_what_the_template_writes(tmp_path, folders):
@@ -207,7 +207,7 @@ HOSTILE = {
     "{{ '{:>999999999}'.format(1) }}": "width",
     "{{ 'a'.center(999999999) }}": "number",
     "{{ 'a' | center(999999999) }}": "number",
-    "{% macro f(n) %}{{ f(n) }}{% endmacro %}{{ f(1) }}": "without an end",
+    "{% macro f(n) %}{{ f(n) }}{% endmacro %}{{ f(1) }}": "recurses without end",
     "{{ messages.__class__ }}": "__class__",
     "{{ ''.__class__.__mro__[1].__subclasses__() }}": "__class__",
     "{{ '' | attr('__class__') }}": "__class__",

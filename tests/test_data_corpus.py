@@ -81,7 +81,7 @@ def test_copies_that_are_left_out_are_counted_and_said(tmp_path):
     corpus = Dataset(source, split="tail", eval_fraction=0.1).open()
     assert corpus.copies == 1 and len(corpus.train) == 19 and len(corpus.eval) == 2
     assert corpus.remarks() == [
-        f"{source}: 1 training documents left out, copies of documents that are held out"
+        f"{source}: 1 training documents left out: they are copies of held-out documents"
     ]
     assert Dataset(source, split="hash").open().copies == 0
 

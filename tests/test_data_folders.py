@@ -140,7 +140,7 @@ def test_cycles_of_links_end(tmp_path, monkeypatch):
 def test_a_broken_link_is_an_error_where_it_would_be_data(tmp_path, caplog):
     make(tmp_path, ["a.jsonl"])
     os.symlink("nowhere", tmp_path / "link")
-    assert names(tmp_path) == ["a.jsonl"] and "link (no regular file)" in caplog.text
+    assert names(tmp_path) == ["a.jsonl"] and "link (not a regular file)" in caplog.text
     os.symlink("nowhere", tmp_path / "b.jsonl")
     with pytest.raises(UserError, match="b.jsonl: it is a link to nowhere, which leads to no file"):
         find_files(str(tmp_path))
@@ -164,10 +164,10 @@ def test_pipes_sockets_and_devices_are_refused_and_not_opened(tmp_path, caplog):
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(str(other / "socket"))
         assert names(other) == ["a.jsonl"]
-    assert "pipe (no regular file)" in caplog.text and "socket (no regular file)" in caplog.text
+    assert "pipe (not a regular file)" in caplog.text and "socket (not a regular file)" in caplog.text
     (other / "a.jsonl").unlink()
     (other / "c.py").write_text("c = 1")
-    assert names(other) == ["other/c.py"] and "b.py (no regular file)" in caplog.text
+    assert names(other) == ["other/c.py"] and "b.py (not a regular file)" in caplog.text
 
 
 def test_a_source_that_is_no_path(tmp_path):
@@ -223,8 +223,8 @@ def test_a_folder_saved_by_datasets(saved, caplog):
         ({"_data_files": [{"filename": "absent.arrow"}]}, "absent.arrow: No such file"),
         ({"_indices_files": [{"filename": "i.arrow"}]}, "a selection of rows"),
         ([], "has a list, expected an object"),
-        ("{", "is no JSON"),
-        ("[" * 100_000, "is no JSON"),
+        ("{", "is not JSON"),
+        ("[" * 100_000, "is not JSON"),
     ],
 )
 def test_a_damaged_saved_folder(saved, tmp_path, change, match):
@@ -246,7 +246,7 @@ def test_arrow_streams_that_were_cut_or_joined(saved, tmp_path):
         texts(path)
     path.write_bytes(data[:-8])
     dataset = Dataset(str(path), cache_dir=str(tmp_path / "cache"))
-    assert "may have been cut" in dataset.open().store.notes[0]
+    assert "may be truncated" in dataset.open().store.notes[0]
 
 
 def test_what_is_skipped_is_said_at_every_start(tmp_path, caplog):

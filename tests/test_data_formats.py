@@ -166,7 +166,7 @@ def test_arrow_in_every_layout(tmp_path):
     assert texts_of(tmp_path / "parquet_by_content.json") == TEXTS * 2
     fails(tmp_path / "0.parquet", "is parquet, but Dataset.format='jsonl'", format="jsonl")
     (tmp_path / "0.parquet.gz").write_bytes(gzip.compress((tmp_path / "0.parquet").read_bytes()))
-    fails(tmp_path / "0.parquet.gz", "compressed parquet.*unpack it")
+    fails(tmp_path / "0.parquet.gz", "compressed parquet.*decompress it")
 
 
 def test_bytes_that_are_no_text_in_a_table(tmp_path):
@@ -325,7 +325,7 @@ BAD = {
     "many.csv": (b"text,n\na,1\nb,2,3\nc,3\n", "line 3 has 3 cells"),
     "utf8.csv": (b'text,n\na,1\n"\xffb\nb",2\nc,3\n', "line 3 is not UTF-8 text: byte 0xff"),
     "zero.csv": (b"text,n\na,1\n\0b,2\nc,3\n", "line 3 is not text: a zero byte"),
-    "quote.csv": (b'text,n\na,1\n"b"x,2\nc,3\n', "line 3 is no csv row"),
+    "quote.csv": (b'text,n\na,1\n"b"x,2\nc,3\n', "line 3 is not a csv row"),
 }  # fmt: skip
 
 

@@ -314,7 +314,7 @@ def test_a_sentencepiece_model_alone(transformers, tmp_path, caplog):
     llama = folder_of(tmp_path / "llama", {"tokenizer.model": sentencepiece_bytes()})
     ours = load_tokenizer(llama)
     assert_equal(ours, transformers.LlamaTokenizer.from_pretrained(llama))
-    assert "no tokenizer_config.json names a class, read as LlamaTokenizer" in caplog.text
+    assert "no tokenizer_config.json names a class, so it is read like LlamaTokenizer" in caplog.text
     save_tokenizer(ours, tmp_path / "saved")  # which names the class, for other libraries too
     saved = transformers.AutoTokenizer.from_pretrained(tmp_path / "saved")
     assert_equal(load_tokenizer(tmp_path / "saved"), saved)

@@ -138,7 +138,7 @@ def test_vocabularies_that_cannot_be_used(folder):
     def twice(data):
         data["post_processor"]["single"] *= 2
 
-    assert "it does more than to add tokens around a text" in line(twice)
+    assert "it does more than add tokens around a text" in line(twice)
 
 
 def test_a_panic_of_the_library_is_one_line(folder, capfd):
@@ -198,7 +198,7 @@ def test_a_record_does_not_lead_out_of_its_folder(folder, tmp_path):
     record = json.loads((saved / "lcx_tokenizer.json").read_text())
     elsewhere = record | {"path": str(folder / "tokenizer.json")}
     (saved / "lcx_tokenizer.json").write_text(json.dumps(elsewhere))
-    assert "does not exist; copy the tokenizer beside the checkpoint" in refusal(saved)
+    assert "does not exist; copy the tokenizer next to the checkpoint" in refusal(saved)
     (saved / "tokenizer.json").symlink_to(folder / "tokenizer.json")
     assert "is a link out of its folder" in refusal(saved)
     # A training run's own record may say where its tokenizer was, and then the checksum must be the same.

@@ -1,6 +1,6 @@
 """Documents to batches: sources -> tokenizers -> store -> corpus (splits) -> packing -> batches.
 
-`Dataset` and `Mixture` are what a configuration builds; the rest is there to be used on its own.
+A configuration builds a `Dataset` or a `Mixture`; the other names can also be used on their own.
 """
 
 from lcx.data.batches import BatchIterator, Opened

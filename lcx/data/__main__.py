@@ -1,4 +1,4 @@
-"""Checks the documents of a source for length, repetition, truncation, and markers of a document's end in the text."""
+"""Checks the documents of a source for short length, repetition, truncation and end-of-document markers in the text."""
 
 import argparse
 import sys
@@ -16,7 +16,7 @@ def main() -> int:
         "--tokenizer", default="bytes", help='"bytes", a tokenizer file, or a folder with one'
     )
     parser.add_argument(
-        "--format", help=f"{', '.join(FORMATS)}; by default from the content of each file, then from its name"
+        "--format", help=f"{', '.join(FORMATS)}; by default from the content of each file, else from its name"
     )
     parser.add_argument(
         "--text_field", default="text", help="field of a JSON object, column of a table (default: text)"
@@ -25,13 +25,15 @@ def main() -> int:
         "--on_bad_line",
         default="error",
         choices=ON_BAD_LINE,
-        help="at a row that cannot be read: stop, or leave it out and count it (default: error)",
+        help="for a row that cannot be read: stop with an error, or skip and count it (default: error)",
     )
     parser.add_argument("--separator", help='splits text files into documents, e.g. "<|endoftext|>"')
     parser.add_argument(
         "--chat_template", help="a .jinja file for rows with messages; by default the tokenizer's template"
     )
-    parser.add_argument("--min_length", type=int, default=8192, help="tokens a document should have")
+    parser.add_argument(
+        "--min_length", type=int, default=8192, help="report documents with fewer tokens (default: 8192)"
+    )
     arguments = parser.parse_args()
     settings = {k: v for k, v in vars(arguments).items() if k != "min_length"}
     try:

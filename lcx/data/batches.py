@@ -1,7 +1,7 @@
 """Global batches: the rows of a mixture in one fixed order, of which each process reads its share.
 
-The order of rows is a function of the data, the settings and the seed alone, so its position (one number, the
-same on every process) is the whole state. A run resumes bit for bit from it, also on another number of
+The order of rows depends only on the data, the settings and the seed, so the position in it (one number, the same on
+every process) is the complete state of the iterator. A run resumes from it bit for bit, even with a different number of
 processes.
 """
 
@@ -20,12 +20,13 @@ from lcx.data.tokenizers import Tokenizer
 from lcx.errors import UserError
 
 _STATE_VERSION = 1
-_CHECKED_BATCHES = 3  # after a start or a restore; a mistake in the data shows in all of them
+# Checked after a start or a restore; mistakes in the data are usually visible in every batch.
+_CHECKED_BATCHES = 3
 
 
 @dataclasses.dataclass(frozen=True)
 class Assemble:
-    """Row numbers [b] -> batch. Rows of all groups are numbered through; -1 is a row of padding."""
+    """Row numbers [b] -> batch. Rows are numbered consecutively over all groups; -1 gives a row of padding."""
 
     groups: tuple[Group, ...]
     seq_len: int
@@ -54,7 +55,7 @@ class Assemble:
 
 
 class BatchIterator:
-    """Iterator over this process's rows of the global batches; made by `Dataset.batches`.
+    """Iterator over this process's rows of the global batches; created by `Dataset.batches`.
 
     Each batch is a dict of numpy arrays [B / processes, T]: tokens, labels, segment_ids, positions (int32)
     and loss_weights (float32).
@@ -62,7 +63,7 @@ class BatchIterator:
     Attributes:
       info: documents, tokens, rows, targets (labels of weight 1) and fill (share of slots in use) of one
         pass. With half-overlapping windows `targets` is about twice `tokens`: one pass is two epochs.
-      num_batches: batches from the start to the end, None when endless.
+      num_batches: number of batches in one pass, None for an endless iterator.
     """
 
     def __init__(self, groups: tuple[Group, ...], spec: BatchSpec, description: dict[str, Any]):
@@ -97,7 +98,7 @@ class BatchIterator:
         return batch
 
     def state(self) -> dict[str, Any]:
-        """The position, as JSON; the same on every process, and independent of batches prepared ahead."""
+        """The position, as a JSON object; the same on every process, and independent of prefetched batches."""
         return {
             "version": _STATE_VERSION,
             "next_index": self._next_index,
@@ -108,7 +109,7 @@ class BatchIterator:
     def restore(self, state: dict[str, Any]) -> None:
         """Continues where `state` was taken.
 
-        The number of processes and the batch size may differ (the position counts rows).
+        The number of processes and the batch size may differ, because the position counts rows.
 
         Raises:
           UserError: the data, the tokenizer, the seed or a setting that decides the order of rows has
@@ -117,10 +118,10 @@ class BatchIterator:
         try:
             version, next_index, found = state["version"], int(state["next_index"]), state["fingerprint"]
         except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"the saved data state is damaged ({error!r}); start the data afresh") from error
+            raise UserError(f"the saved data state is damaged ({error!r}); start a new workdir") from error
         if version != _STATE_VERSION:
             raise UserError(
-                f"the saved data state has version {version}, expected {_STATE_VERSION}; use that release"
+                f"the saved data state has version {version}, expected {_STATE_VERSION}; use the release that wrote it"
             )
         if found != self.fingerprint:
             change = _first_difference(state.get("description", {}), self._description)
@@ -134,7 +135,7 @@ class BatchIterator:
         self._unchecked = _CHECKED_BATCHES
 
     def close(self) -> None:
-        """Stops the threads and processes that prepare batches; the next batch starts them again."""
+        """Stops the threads and processes that prefetch batches; requesting the next batch starts them again."""
         if self._pipeline is not None:
             self._pipeline.close()
             self._pipeline = None
@@ -148,11 +149,11 @@ class BatchIterator:
 
 @dataclasses.dataclass(frozen=True)
 class Opened:
-    """A `lcx.data.Dataset` or `Mixture` whose documents are tokenised: what a run reads, from one look at the source.
+    """A `lcx.data.Dataset` or `Mixture` whose documents are tokenised. A run opens its data once and reads both splits.
 
     Attributes:
-      tokenizer: that all parts share.
-      long_fraction, long_length: of the mixture, see there.
+      tokenizer: the tokenizer that all parts share.
+      long_fraction, long_length: see `lcx.data.Mixture`.
     """
 
     parts: tuple[Part, ...]
@@ -161,13 +162,13 @@ class Opened:
     long_length: int | None = None
 
     def batches(self, spec: BatchSpec) -> BatchIterator:
-        """The work behind `Mixture.batches`: plans the rows, and refuses what a run could not train on."""
+        """Plans the rows for `Mixture.batches`. Raises UserError for data that a run could not train on."""
         groups = make_groups(self.parts, spec, long_fraction=self.long_fraction, long_length=self.long_length)
         self._check(groups, spec)
         return BatchIterator(groups, spec, describe(self, groups, spec))
 
     def remarks(self) -> list[str]:
-        """What a run says of its data when it starts, part after part."""
+        """What a run reports about its data when it starts, one part after the other."""
         return [line for part in self.parts for line in part.corpus.remarks()]
 
     def _check(self, groups: tuple[Group, ...], spec: BatchSpec) -> None:
@@ -202,7 +203,7 @@ class Opened:
 
 
 def describe(mixture: Opened, groups: tuple[Group, ...], spec: BatchSpec) -> dict[str, Any]:
-    """Everything that decides which tokens stand in which row, as JSON; the fingerprint is its hash."""
+    """Everything that determines which tokens are in which row, as JSON; the fingerprint is its hash."""
     return {
         "split": spec.split,
         "seq_len": spec.seq_len,
@@ -233,7 +234,7 @@ def describe(mixture: Opened, groups: tuple[Group, ...], spec: BatchSpec) -> dic
 
 
 def fingerprint(description: dict[str, Any]) -> str:
-    """A hash of a description, without the places of the sources: moved data is the same data."""
+    """A hash of a description, without the paths of the sources: moving data does not change it."""
     parts = [{k: v for k, v in part.items() if k != "source"} for part in description["parts"]]
     return hashlib.sha256(json.dumps({**description, "parts": parts}, sort_keys=True).encode()).hexdigest()[
         :32
@@ -241,14 +242,14 @@ def fingerprint(description: dict[str, Any]) -> str:
 
 
 def _probe(groups: tuple[Group, ...], spec: BatchSpec) -> str:
-    """A hash of the first row numbers, which would show another order in another release of grain."""
+    """A hash of the first row numbers, which detects that another release of grain gives another order."""
     ids = _row_ids(groups, spec)
     rows = [int(ids[i]) for i in range(min(32, len(ids)))]
     return hashlib.sha256(repr(rows).encode()).hexdigest()[:16]
 
 
 def _first_difference(old: Any, new: Any, path: str = "") -> str:
-    """Names one setting that differs, the readable ones first."""
+    """Names one setting that differs; `describe` puts the readable ones first."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in new:
             if key != "source" and old.get(key) != new[key]:
@@ -286,7 +287,7 @@ def _info(groups: tuple[Group, ...], seq_len: int) -> dict[str, Any]:
 
 
 def _row_ids(groups: tuple[Group, ...], spec: BatchSpec) -> Any:
-    """The sequence of row numbers as a grain MapDataset: endless and mixed by weight, or each row once."""
+    """The sequence of row numbers as a grain MapDataset: endless and mixed by weight, or every row once."""
     import grain
 
     rows = [group.plan.num_rows for group in groups]
@@ -308,17 +309,17 @@ def _row_ids(groups: tuple[Group, ...], spec: BatchSpec) -> Any:
 
 
 def _pipeline(groups: tuple[Group, ...], spec: BatchSpec, start: int) -> Any:
-    """The grain pipeline of one process from row `start` on."""
+    """The grain pipeline of one process, starting at row `start`."""
     import grain
 
-    # grain computes lengths in floating point: cut the endless sequence where they stay exact.
+    # grain computes lengths in floating point: truncate the endless sequence so that they stay exact.
     ids = _row_ids(groups, spec)[start : 1 << 62]
     if not spec.repeats:
         padding = -len(ids) % spec.global_batch_size
         if padding:
             ids = grain.MapDataset.concatenate([ids, grain.MapDataset.source([-1] * padding)])
-    # Consecutive local batches belong to consecutive processes, so the processes' blocks, one after the
-    # other, are the global batch in its order.
+    # Consecutive local batches go to consecutive processes, so concatenating the processes' blocks gives the
+    # global batch in order.
     batches = ids.batch(spec.local_batch_size)[spec.process_index :: spec.process_count]
     batches = batches.map(Assemble(groups, spec.seq_len))
     reading = grain.ReadOptions(num_threads=spec.num_threads, prefetch_buffer_size=2 * spec.num_threads)

@@ -1,10 +1,11 @@
-"""Conversations: rows with `messages` as text in a chat template, with a loss on what the assistant says.
+"""Conversations: rows with `messages`, rendered with a chat template, with a loss on the assistant's turns.
 
-Where the template marks it (`{% generation %}`), that is what is trained on, token for token as transformers'
-`apply_chat_template(..., return_assistant_tokens_mask=True)` says. Most templates do not. Then a conversation is
-rendered again up to each turn of the assistant: with the generation prompt but without the turn, and with it. What the
-second adds to the first is what the model has to write. Each has to be a beginning of the next, and that of the whole:
-a template that writes earlier turns differently later on is refused, never guessed.
+If the template marks these turns (`{% generation %}`), the loss mask equals that of transformers'
+`apply_chat_template(..., return_assistant_tokens_mask=True)`. Most templates do not; the conversation is then rendered
+twice more for each assistant turn: up to the turn with the generation prompt, and up to and including the turn. The
+text that the second adds to the first is what the model has to generate. The first must be a prefix of the second, and
+the second a prefix of the whole conversation: a template that renders earlier turns differently once later turns follow
+is refused, because the position of the turn would be a guess.
 """
 
 import dataclasses
@@ -24,8 +25,8 @@ from lcx.errors import UserError
 
 LOSSES = ("assistant", "all")
 _FIELDS = ("messages", "conversations")
-COLUMNS = (*_FIELDS, "system", "tools", "functions", "chat_template_kwargs")  # what is read of a row
-# The names of ShareGPT. Its function calls have no single counterpart, so they are not in it.
+COLUMNS = (*_FIELDS, "system", "tools", "functions", "chat_template_kwargs")  # fields that are read
+# ShareGPT's role names. Its function calls have no unique equivalent, so they are not supported.
 _ROLES = {
     "human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "assistant": "assistant",
     "model": "assistant", "system": "system", "tool": "tool",
@@ -37,8 +38,8 @@ class ChatReader:
     """Turns rows into conversations.
 
     Attributes:
-      wanted: True: every row is one. None: those with `messages` (or `conversations`).
-      loss: "assistant", or "all" for every token.
+      wanted: True: every row must be a conversation. None: rows with `messages` (or `conversations`) are.
+      loss: "assistant" for a loss on the assistant's turns, "all" for a loss on every token.
     """
 
     templates: chat_templates.ChatTemplates
@@ -46,13 +47,13 @@ class ChatReader:
     loss: str = "assistant"
 
     def identity(self) -> dict[str, Any] | None:
-        """What decides the tokens, for a fingerprint; None where no conversation could be read."""
+        """The settings that affect the tokens, for a fingerprint; None if there is no template to render with."""
         if not self.templates:
             return None
         return {"template": self.templates.identity(), "loss": self.loss, "wanted": self.wanted}
 
     def finds(self, row: Mapping[str, Any], text_field: str, place: str) -> bool:
-        """Whether a row is a conversation. A row that also has a text is refused unless `wanted` is set."""
+        """Whether a row is a conversation. Raises UserError for one that also has a text, unless `wanted` is set."""
         field = _field(row)
         if self.wanted:
             if field is None:
@@ -71,7 +72,7 @@ class ChatReader:
         return True
 
     def is_row(self, record: Mapping[str, Any]) -> bool:
-        """Whether a JSON object that is alone in its file is a conversation."""
+        """Whether a JSON object that is the only one in its file is a conversation."""
         field = _field(record)
         return field is not None and _looks_like_messages(record[field])
 
@@ -80,10 +81,10 @@ class ChatReader:
         return bool(self.wanted) or not set(_FIELDS).isdisjoint(names)
 
     def render(self, row: Mapping[str, Any], place: str) -> Rendered:
-        """The conversation of a row; no text for a row without messages.
+        """Renders the conversation of a row; the text is empty for a row without messages.
 
         Raises:
-          UserError: messages of another shape, or a template that cannot render them.
+          UserError: the messages are malformed, or the template cannot render them.
         """
         messages = read_messages(row, place)
         if not messages:
@@ -100,7 +101,7 @@ class ChatReader:
         text, spans = self.templates.render(messages, tools=tools, variables=variables)
         if self.templates.program(tools).reads_clock:
             say_once(
-                f"the chat template of {self.templates.place} may write the day on which the text is tokenized"
+                f"the chat template of {self.templates.place} may write the date on which the text is tokenized"
             )
         if self.loss == "all":
             return Rendered(text, None)
@@ -111,7 +112,7 @@ class ChatReader:
     def _assistant_spans(
         self, messages: list[dict], whole: str, tools: Any, variables: dict, place: str
     ) -> Spans:
-        """The character range of each turn of the assistant, by rendering what comes before it and what ends it."""
+        """The character range of each assistant turn, found by rendering the conversation up to it and including it."""
         spans = []
         for number, message in enumerate(messages):
             if message["role"] != "assistant":
@@ -136,7 +137,7 @@ class ChatReader:
 def reader(
     tokenizer: Tokenizer, *, wanted: bool | None = None, template: str | None = None, loss: str = "assistant"
 ) -> ChatReader | None:
-    """The reader for a tokenizer's template; None when conversations are not wanted."""
+    """The reader for a tokenizer's chat template; None if `wanted` is False."""
     if wanted is False:
         return None
     templates = chat_templates.chat_templates(tokenizer, template)
@@ -158,7 +159,7 @@ def _field(row: Mapping[str, Any]) -> str | None:
 
 
 def _looks_like_messages(value: Any) -> bool:
-    """A list of objects with a role, or nothing (an empty or missing conversation)."""
+    """Whether a value is a list of objects with a role, an empty list or null (an empty conversation)."""
     if value is None or value == []:
         return True
     first = value[0] if isinstance(value, list) else None
@@ -166,10 +167,10 @@ def _looks_like_messages(value: Any) -> bool:
 
 
 def read_messages(row: Mapping[str, Any], place: str) -> list[dict[str, Any]]:
-    """The messages of a row as [{"role": ..., "content": ...}, ...], in ShareGPT's spelling too.
+    """The messages of a row as [{"role": ..., "content": ...}, ...], also from ShareGPT's format.
 
     Raises:
-      UserError: they are something else.
+      UserError: the messages have another structure.
     """
     field = _field(row)
     value = None if field is None else row[field]
@@ -220,16 +221,16 @@ def _check_part(part: Any, place: str) -> None:
         found = part.get("type") if isinstance(part, dict) else type(part).__name__
         raise UserError(
             f"{place}: 'content' has a part of type {found!r:.40}, expected"
-            ' {"type": "text", "text": ...}: the models here read text alone; take the row out'
+            ' {"type": "text", "text": ...}: the models read only text; remove the row'
         )
 
 
 def _check_parts(messages: list[dict[str, Any]], text: str, place: str) -> None:
-    """A template that expects text writes a list of parts as Python would print it: silently, and wrong."""
+    """Raises UserError if the template wrote a list of parts as Python prints a list, instead of their text."""
     if any(isinstance(m.get("content"), list) and str(m["content"]) in text for m in messages):
         raise UserError(
             f"{place}: 'content' is a list of parts, and the chat template writes it as Python prints a list; join the"
-            " parts to one text, or set Dataset.chat_template to a template that reads them"
+            " parts into one text, or set Dataset.chat_template to a template that reads them"
         )
 
 
@@ -246,7 +247,7 @@ def _from_sharegpt(message: dict[str, Any], place: str) -> dict[str, Any]:
 
 
 def _tools(row: Mapping[str, Any], place: str) -> list[dict[str, Any]] | None:
-    """The column `tools`: JSON schemas, or the text of a JSON list of them."""
+    """The field `tools`: a list of JSON schemas, or a string that contains such a list as JSON."""
     value = row.get("tools")
     if isinstance(value, str):
         try:
@@ -259,7 +260,7 @@ def _tools(row: Mapping[str, Any], place: str) -> list[dict[str, Any]] | None:
 
 
 def _variables(row: Mapping[str, Any], place: str) -> dict[str, Any]:
-    """What else the row gives its template: `functions`, and the fields of `chat_template_kwargs`."""
+    """The other variables that a row passes to its template: `functions` and those in `chat_template_kwargs`."""
     more = row.get("chat_template_kwargs")
     if more is not None and not isinstance(more, dict):
         raise UserError(
@@ -272,7 +273,7 @@ def _variables(row: Mapping[str, Any], place: str) -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """JSON types alone, as transformers gives them to a template; half of a surrogate pair is in no encoding."""
+    """`value` with JSON types only, as transformers passes it to a template; unpaired surrogates are replaced."""
     if isinstance(value, str):
         if value.isascii():
             return value
@@ -292,10 +293,10 @@ def plain(value: Any) -> Any:
 def prompt_ids(
     templates: chat_templates.ChatTemplates, tokenizer: Tokenizer, prompt: str, *, system: str | None = None
 ) -> list[int]:
-    """The ids that ask for an answer to `prompt`: the template with the generation prompt, and nothing around it.
+    """The ids that ask for an answer to `prompt`: the rendered template with the generation prompt, and nothing else.
 
     Raises:
-      UserError: there is no template, or it refuses these messages.
+      UserError: there is no template, or it cannot render these messages.
     """
     messages = [{"role": "system", "content": plain(system)}] if system is not None else []
     messages.append({"role": "user", "content": plain(prompt)})
@@ -310,9 +311,9 @@ def prompt_ids(
 
 
 def turn_end_ids(templates: chat_templates.ChatTemplates, tokenizer: Tokenizer) -> list[int]:
-    """The special token that the template writes right after an answer, if there is one: an answer ends there.
+    """The special token that the template writes right after an answer, or [] if it writes none.
 
-    A model that was trained on this template writes it too, whatever generation_config.json names.
+    A model trained on this template generates it to end its turn, even if generation_config.json names other tokens.
     """
     answer = "An answer."
     messages = [{"role": "user", "content": "A question."}, {"role": "assistant", "content": answer}]
@@ -327,13 +328,13 @@ def turn_end_ids(templates: chat_templates.ChatTemplates, tokenizer: Tokenizer) 
 def loss_mask(
     offsets: Int[np.ndarray, "tokens 2"], spans: Spans | None, *, marked: bool
 ) -> Bool[np.ndarray, " tokens"]:
-    """Which tokens have a loss: those that share a character with a span.
+    """Which tokens have a loss: those that overlap a span.
 
-    A character can be several tokens, all with the same offsets. At the end of a span that the template marks,
-    transformers then takes the first of them alone, and so does this (`marked`).
+    One character can be several tokens, all with the same offsets. If it is the last of a span that the template marks
+    (`marked`), only the first of these tokens is in the mask, as in transformers.
 
     Args:
-      offsets: first character of each token, and the one after its last.
+      offsets: [tokens, 2] index of the first character of each token, and of the one after its last.
     """
     mask = np.zeros(len(offsets), bool)
     if spans is None:

@@ -1,8 +1,8 @@
 """Renders a chat template as transformers does: jinja2's immutable sandbox with its filters, functions and blocks.
 
-A template comes with a tokenizer that somebody else made, so it is a program that nobody here has read. Besides what
-the sandbox forbids, one rendering has a budget of steps, of seconds, and of characters in one value: a template that
-loops for ever, or multiplies texts, is refused and not waited for.
+A template comes with a downloaded tokenizer, so it is untrusted code. In addition to the restrictions of the sandbox,
+one rendering has a budget of steps, of seconds, and of characters per value: a template that loops forever or builds
+huge strings raises an error instead of hanging the process.
 """
 
 import contextlib
@@ -18,25 +18,25 @@ from lcx.errors import UserError
 
 Spans = tuple[tuple[int, int], ...]
 
-_MAX_STEPS = 5_000_000  # of one rendering: one for an iteration of a loop, some for a call
+_MAX_STEPS = 5_000_000  # per rendering: 1 for each loop iteration, several for a call
 _CALL_STEPS = 8
 _MAX_SECONDS = 30.0
-_MAX_SIZE = 1 << 26  # characters of a text, items of a list, bits of a number
-_MAX_ARGUMENT = 10_000_000  # a width or a count, of a function or of these filters
+_MAX_SIZE = 1 << 26  # characters of a string, items of a list, bits of an integer
+_MAX_ARGUMENT = 10_000_000  # a number (width, count) passed to a function or to one of these filters
 _SIZED_FILTERS = frozenset(("batch", "center", "format", "indent", "slice", "tojson", "truncate", "wordwrap"))
 _CHECK_EVERY = 1 << 12
 
 
 class RenderError(Exception):
-    """A template that cannot be compiled or rendered; the message is one line, without the place."""
+    """A template that cannot be compiled or rendered; the message is one line, without the location."""
 
 
 class Program:
     """A compiled template.
 
-    `render` gives the text, and the character ranges of its `{% generation %}` blocks, which are empty for a template
-    that has none. `now` is the time that `strftime_now` tells: one moment for all conversations, so that two
-    renderings of one conversation never differ by it.
+    `render` returns the text and the character ranges of its `{% generation %}` blocks (none if the template has no
+    such blocks). `now` is the time that `strftime_now` formats: the same for all conversations, so that two renderings
+    of one conversation never differ because of it.
     """
 
     def __init__(self, source: str, *, now: datetime.datetime):
@@ -47,7 +47,7 @@ class Program:
         self.reads_clock = "strftime_now" in source
 
     def render(self, variables: dict[str, Any]) -> tuple[str, Spans]:
-        """Raises RenderError, whatever goes wrong in the template."""
+        """(text, ranges of the generation blocks). Raises RenderError for every kind of failure in the template."""
         blocks: list[str] = []
         spans: list[tuple[int, int]] = []
         budget = self._environment.budget
@@ -58,7 +58,7 @@ class Program:
                     blocks.append(block)
                     budget.size(len(block))
             text = "".join(blocks)
-            text.encode()  # half of a surrogate pair is in no encoding
+            text.encode()  # raises for unpaired surrogates, which have no encoding
         return text, tuple(spans)
 
 
@@ -69,10 +69,10 @@ def _one_line() -> Iterator[None]:
     except RenderError:
         raise
     except RecursionError:
-        raise RenderError("it calls itself without an end") from None
+        raise RenderError("it recurses without end") from None
     except MemoryError:
-        raise RenderError("it needs more memory than there is") from None
-    except Exception as error:  # a template is a program: it can raise anything
+        raise RenderError("it needs more memory than is available") from None
+    except Exception as error:  # a template is a program and can raise any exception
         line = getattr(error, "lineno", None)  # of a syntax error
         where = f"line {line}: " if line else ""
         text = " ".join(str(error).split()) or type(error).__name__
@@ -80,7 +80,7 @@ def _one_line() -> Iterator[None]:
 
 
 class _Budget:
-    """What one rendering may use."""
+    """The limits on steps, time and size of one rendering, and what has been used."""
 
     def __init__(self) -> None:
         self.start()
@@ -110,7 +110,7 @@ def _size(value: Any) -> int:
 
 
 def _check_operands(budget: _Budget, operator: str, left: Any, right: Any) -> None:
-    """Refuses products, powers, sums and formats that would be huge, before they are made."""
+    """Refuses products, powers, sums and formatted strings that would be huge, before they are computed."""
     if operator == "*":
         for one, other in ((left, right), (right, left)):
             if isinstance(one, int) and _size(other):
@@ -126,7 +126,7 @@ def _check_operands(budget: _Budget, operator: str, left: Any, right: Any) -> No
 
 
 def _check_width(text: str) -> None:
-    """A format such as %999999999d makes a text of that size."""
+    """Refuses formats such as %999999999d, which create a string of that size."""
     if re.search(r"\d{7}", text):
         raise RenderError("it formats to a width of more than six digits")
 
@@ -137,7 +137,7 @@ def _check_arguments(args: Iterable[Any]) -> None:
 
 
 def _checked_filter(budget: _Budget, name: str, function: Any) -> Any:
-    @functools.wraps(function)  # which keeps jinja's mark of what a filter wants first
+    @functools.wraps(function)  # keeps the mark that tells jinja which context to pass to the filter
     def checked(*args, **kwargs):
         budget.step(_CALL_STEPS)
         if name in _SIZED_FILTERS:
@@ -148,7 +148,7 @@ def _checked_filter(budget: _Budget, name: str, function: Any) -> Any:
 
 
 def _environment(now: datetime.datetime) -> Any:
-    """The sandbox, with what transformers' `_compile_jinja_template` adds to it."""
+    """The sandbox, with the filters and functions that transformers' `_compile_jinja_template` adds to it."""
     try:
         import jinja2.ext
     except ImportError as error:
@@ -177,7 +177,7 @@ def _environment(now: datetime.datetime) -> Any:
 
 
 class _Dict:
-    """`dict` for templates: an object, so that its class is out of reach."""
+    """`dict` for templates: an instance, so that templates cannot access the class."""
 
     def __call__(self, *args, **kwargs):
         return dict(*args, **kwargs)
@@ -217,7 +217,7 @@ def _sandbox_class() -> Any:
     from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 
     class Sandbox(ImmutableSandboxedEnvironment):
-        """Counts loop iterations and calls, and raises where jinja's sandbox would quietly write nothing."""
+        """Counts loop iterations and calls, and raises where jinja's sandbox would silently write nothing."""
 
         intercepted_binops = frozenset(("*", "**", "+", "%"))
 
@@ -237,7 +237,7 @@ def _sandbox_class() -> Any:
             return super().call_binop(context, operator, left, right)
 
         def unsafe_undefined(self, obj, attribute):
-            raise SecurityError(f"it reaches for {attribute!r} of a {type(obj).__name__}, which is not safe")
+            raise SecurityError(f"it accesses {attribute!r} of a {type(obj).__name__}, which is not safe")
 
         def wrap_str_format(self, value):
             wrapped = super().wrap_str_format(value)
@@ -246,13 +246,13 @@ def _sandbox_class() -> Any:
             return wrapped
 
         def limited(self, items):
-            """The items of a loop, each of which is a step."""
+            """The items of a loop, counting each as one step."""
             for item in items:
                 self.budget.step()
                 yield item
 
         def joined(self, *parts):
-            """The operator ~, of bounded size."""
+            """The operator ~, with a result of bounded size."""
             texts = list(map(str, parts))
             self.budget.size(sum(map(len, texts)))
             return "".join(texts)
@@ -265,7 +265,7 @@ def _sandbox_class() -> Any:
 
 @functools.cache
 def _counting() -> Any:
-    """Rewrites a template so that its loops go through `limited` and its operator ~ through `joined`."""
+    """The syntax tree transformer that passes loops through `limited` and replaces the operator ~ by `joined`."""
     import jinja2.nodes
     from jinja2.visitor import NodeTransformer
 
@@ -292,7 +292,7 @@ def _generation_extension() -> Any:
     import jinja2.ext
 
     class Generation(jinja2.ext.Extension):
-        """`{% generation %} ... {% endgeneration %}`: what is between them is the assistant's."""
+        """`{% generation %} ... {% endgeneration %}`: the text between them is the assistant's."""
 
         tags = {"generation"}
 

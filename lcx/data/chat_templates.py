@@ -1,7 +1,8 @@
-"""The chat templates of a tokenizer: where they are kept, which one applies, and what they are given.
+"""The chat templates of a tokenizer: which files they are read from, which one applies, and their variables.
 
-As transformers reads them. `tokenizer_config.json` has `chat_template`, a text or a list of named texts. Beside it,
-`chat_template.jinja` (the default one) and `additional_chat_templates/NAME.jinja` replace all of those.
+The rules are those of transformers. `chat_template` in `tokenizer_config.json` is a template or a list of named
+templates. If `chat_template.jinja` (the default template) or `additional_chat_templates/NAME.jinja` exist in the same
+folder, they replace all of those.
 """
 
 import dataclasses
@@ -22,12 +23,12 @@ _REASONING = (
     "reasoning_content",
     "thinking",
     "reasoning",
-)  # names for it; templates read the first or second
+)  # names of a message's reasoning; templates read the first or the second
 
 
 @functools.cache
 def _now() -> datetime.datetime:
-    """The time that templates are told: one for the whole process, so that no two renderings differ by it."""
+    """The current time as templates see it: fixed for the process, so that no two renderings differ because of it."""
     return datetime.datetime.now()
 
 
@@ -43,8 +44,8 @@ class ChatTemplates:
     Attributes:
       templates: (name, text) pairs; a single template is called "default".
       special_tokens: (name, text) pairs that every template can use, such as ("bos_token", "<s>").
-      place: where they are from, for messages.
-      setting: what chooses another template, for messages.
+      place: where they were read from, for error messages.
+      setting: the name of the setting that chooses another template, for error messages.
     """
 
     templates: tuple[tuple[str, str], ...]
@@ -56,7 +57,7 @@ class ChatTemplates:
         return bool(self.templates)
 
     def choose(self, tools: Any = None) -> str:
-        """The text of the template that applies: "tool_use" for a conversation with tools where there is one."""
+        """The source of the template that applies: with tools, "tool_use" if it exists; else the default."""
         known = dict(self.templates)
         if not known:
             raise UserError(
@@ -79,10 +80,11 @@ class ChatTemplates:
         add_generation_prompt: bool = False,
         variables: dict[str, Any] | None = None,
     ) -> tuple[str, Spans]:
-        """The text of a conversation, and the character ranges of its generation blocks.
+        """(text of a conversation, character ranges of its generation blocks).
 
-        Equal to transformers' `apply_chat_template(messages, tools=tools, ..., **variables, tokenize=False)`: fields
-        that are null are left out, and a message's reasoning goes by all names that templates know.
+        The text equals that of transformers' `apply_chat_template(messages, tools=tools, ..., **variables,
+        tokenize=False)`: null fields are dropped, and the reasoning of a message is available under all names that
+        templates use.
 
         Raises:
           RenderError: the template fails or refuses these messages.
@@ -98,11 +100,11 @@ class ChatTemplates:
         return self.program(tools).render(given)
 
     def program(self, tools: Any = None) -> Program:
-        """The compiled template. Raises RenderError when it is damaged."""
+        """The compiled template. Raises RenderError if it cannot be compiled."""
         return _program(self.choose(tools))
 
     def identity(self) -> str:
-        """A hash of all that decides what is rendered."""
+        """A hash of everything that affects the rendered text."""
         whole = json.dumps([self.templates, self.special_tokens])
         return hashlib.sha256(whole.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
@@ -115,14 +117,14 @@ def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
 def chat_templates(
     tokenizer: Tokenizer, override: str | None = None, *, setting: str = "Dataset.chat_template"
 ) -> ChatTemplates:
-    """The templates of a tokenizer; there may be none.
+    """The templates of a tokenizer, possibly none.
 
     Args:
-      override: the file of a template, or the name of one of the tokenizer's own, to use for every conversation.
-      setting: what `override` was given by, for messages.
+      override: the path of a template, or the name of one of the tokenizer's own, to use for every conversation.
+      setting: the name of the setting that gave `override`, for error messages.
 
     Raises:
-      UserError: a damaged file, or an override that is neither.
+      UserError: a file is damaged, or `override` is neither a file nor a name.
     """
     path = getattr(tokenizer, "path", None)
     folder = Path(path).parent if path is not None else None
@@ -167,16 +169,16 @@ def _in_config(config: dict[str, Any], folder: Path) -> dict[str, str]:
 def _special_tokens(
     tokenizer: Tokenizer, config: dict[str, Any], folder: Path | None
 ) -> tuple[tuple[str, str], ...]:
-    """Names and texts of the special tokens, as transformers gives them to a template."""
+    """(name, text) of the special tokens, as transformers passes them to a template."""
     if folder is None:
         return ()
     stated = {name: value for name, value in config.items() if name.endswith("_token")}
     if isinstance(config.get("extra_special_tokens"), dict):
         stated |= config["extra_special_tokens"]
-    if "added_tokens_decoder" not in config:  # the file of older releases
+    if "added_tokens_decoder" not in config:  # then read the file of older transformers releases
         older = _read_object(folder / "special_tokens_map.json")
         stated |= {name: value for name, value in older.items() if name.endswith("_token")}
-    piece = getattr(tokenizer, "piece", None)  # a sentencepiece model states its own
+    piece = getattr(tokenizer, "piece", None)  # a sentencepiece model defines its own special tokens
     if piece is not None:
         own = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
         stated = {name: piece(i) for name, i in own.items() if i is not None} | stated
@@ -216,7 +218,7 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 
 def explain(error: RenderError, templates: ChatTemplates, place: str) -> UserError:
-    """The one line for a template that fails at a row of the data."""
+    """The error for a template that cannot render a row of the data."""
     return UserError(
         f"{place}: the chat template of {templates.place} cannot render this conversation: {error};"
         " correct the row, or set Dataset.chat_template to another template (Dataset.chat=False reads no conversations)"

@@ -1,6 +1,6 @@
 """Quality checks of long documents: minimum length, repetition, truncation.
 
-`python -m lcx.data --source=PATH` reports them for files of one's own.
+`python -m lcx.data --source=PATH` runs them on any files.
 """
 
 import collections
@@ -22,7 +22,7 @@ _STOPS = (
     ".!?\u2026\u203c\u2047\u2048\u2049\u3002\uff0e\uff01\uff1f\uff61"
     "\u061f\u06d4\u0964\u0965\u0589\u1362\u1367\u17d4\u17d5\u104b\u0f0d\u0f0e"
 )
-# What may close after a full stop: quotes, brackets, and the marks of emphasis and code in markdown.
+# What may follow a full stop: closing quotes and brackets, and Markdown's marks of emphasis and code.
 _CLOSERS = (
     "\"')]}>*_~`\u2018\u2019\u201c\u201d\u201e\u201f\u00ab\u00bb\u2039\u203a"
     "\u3009\u300b\u300d\u300f\u3011\u3015\u3017\u301e\u301f\uff02\uff07\uff09\uff3d\uff5d"
@@ -44,9 +44,9 @@ class Issue:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """The outcome: how many documents have each problem, and the first ten problems.
+    """The result: how many documents have each problem, and the first ten problems.
 
-    `markers`: (marker of a document's end, how many texts have it inside).
+    `markers`: (end-of-document marker, number of texts that contain it).
     """
 
     num_documents: int
@@ -69,31 +69,32 @@ class Report:
 
 
 def repetition(tokens: Int[np.ndarray, "tokens"], *, window: int = 50) -> float:
-    """The largest share of equal positions between two neighbouring windows, over all places in the document.
+    """The largest share of equal tokens between two adjacent windows, over all positions in the document.
 
-    max over i of mean(tokens[i : i + w] == tokens[i + w : i + 2 w]), in linear time by a running sum of the
-    comparison of the document with itself shifted by w; 0 for a document shorter than two windows.
+    max over i of mean(tokens[i : i + w] == tokens[i + w : i + 2 w]), computed in linear time as a running sum over the
+    comparison of the document with itself shifted by w. 0 for a document shorter than two windows.
     """
     tokens = np.asarray(tokens)
     if len(tokens) < 2 * window:
         return 0.0
     equal = np.cumsum(tokens[:-window] == tokens[window:])
+    # Differences of the running sum are the numbers of equal tokens in each pair of windows.
     sums = equal[window - 1 :].copy()
     sums[1:] -= equal[:-window]
     return float(sums.max()) / window
 
 
 def is_truncated(tokens: Int[np.ndarray, "tokens"], *, tokenizer: Tokenizer) -> bool:
-    """Whether a whole document ends in the middle, by its last 20 tokens.
+    """Whether a whole document seems to be cut off, judged by its last 20 tokens.
 
-    It ends well with a line feed, with the fence of a code block, or with the full stop of any script, after which
-    quotes, brackets and marks of emphasis may close.
+    A complete document ends with a line feed, with the fence of a code block, or with a full stop of any script,
+    optionally followed by closing quotes, brackets and marks of emphasis.
     """
     return not ends_well(tokenizer.decode(tokens[-_LAST_TOKENS:]))
 
 
 def ends_well(text: str) -> bool:
-    """Whether a text ends as sentences, lines and code blocks do."""
+    """Whether a text ends with a complete sentence, line or code block."""
     if text.endswith("\n"):
         return True
     text = text.rstrip()
@@ -113,9 +114,9 @@ def check_documents(
     """Checks (name, tokens) pairs.
 
     Args:
-      min_length: tokens below which a document is too short.
-      window, threshold: a document is repetitive when more than this share of two neighbouring windows is
-        equal.
+      min_length: a document with fewer tokens is too short.
+      window, threshold: a document is repetitive if two adjacent windows of `window` tokens agree in more than this
+        share of positions.
     """
     if window < 1:
         raise UserError(f"window={window} is not a number of tokens; expected at least 1")
@@ -128,7 +129,8 @@ def check_documents(
             issues.append(Issue(name, "too short", f"{len(tokens)} tokens, expected at least {min_length}"))
         share = repetition(tokens, window=window)
         if share > threshold:
-            issues.append(Issue(name, "repetitive", f"{share:.0%} of {window} tokens come again at once"))
+            detail = f"{share:.0%} of {window} tokens equal the {window} before them"
+            issues.append(Issue(name, "repetitive", detail))
         if is_truncated(tokens, tokenizer=tokenizer):
             end = tokenizer.decode(tokens[-_LAST_TOKENS:])
             issues.append(Issue(name, "truncated", f"ends in {end!r}"))

@@ -11,7 +11,7 @@ from lcx.data.store import TokenStore
 from lcx.errors import UserError
 
 SPLITS = ("train", "eval")
-Scored = tuple[np.ndarray, np.ndarray]  # the ids of a document, and which of them have a loss
+Scored = tuple[np.ndarray, np.ndarray]  # the ids of a document, and the mask of those with a loss
 SPLIT_RULES = ("hash", "tail")
 
 
@@ -31,7 +31,7 @@ class DocumentRanges:
         return int(self.lengths.sum())
 
     def take(self, which: np.ndarray) -> "DocumentRanges":
-        """The documents that an index or a mask selects, in its order."""
+        """The documents selected by an array of indices (in its order) or by a mask."""
         return DocumentRanges(self.starts[which], self.lengths[which], self.number[which])
 
 
@@ -40,8 +40,8 @@ class Corpus:
     """The store of one data set and its two splits, which share no document (nor an exact copy of one).
 
     Attributes:
-      copies: training documents that were left out because a copy of them is held out.
-      source: where the documents are from, for messages.
+      copies: number of training documents that were dropped because a copy of them is held out.
+      source: where the documents come from, for messages.
     """
 
     store: TokenStore
@@ -69,7 +69,7 @@ class Corpus:
             yield np.ones(length, bool) if mask is None else mask[start : start + length].astype(bool)
 
     def remarks(self) -> list[str]:
-        """What a run says of its data when it starts, a line each."""
+        """What a run reports about its data when it starts, one line per remark."""
         lines, store = [], self.store
         if store.conversations:
             share = 1.0 if store.loss_tokens is None else store.loss_tokens / store.num_tokens
@@ -79,7 +79,7 @@ class Corpus:
             )
         if self.copies:
             lines.append(
-                f"{self.source}: {self.copies} training documents left out, copies of documents that are held out"
+                f"{self.source}: {self.copies} training documents left out: they are copies of held-out documents"
             )
         return lines
 
@@ -107,7 +107,7 @@ def without_copies(corpus: Corpus, others: Sequence[Corpus]) -> Corpus:
     if len(train) < len(copies) / 2:
         say_once(
             f"{int(copies.sum())} of {len(copies)} training documents of {corpus.source} are left out: another part of"
-            " the Mixture holds copies of them out (Dataset.eval_fraction)"
+            " the Mixture holds out copies of them (Dataset.eval_fraction)"
         )
     return dataclasses.replace(corpus, train=train, copies=corpus.copies + int(copies.sum()))
 
@@ -124,17 +124,18 @@ def divide(
 
     Args:
       eval_fraction: 0 puts everything in the training split, 1 everything in the evaluation split; in
-        between, each split gets at least one document (by "hash": one distinct text) where there are two.
-      rule: "hash" decides by a hash of the text, so a document stays on its side when others are added and
-        copies are never divided; "tail" takes the last documents of the source (0.2 trains on the first 80%).
+        between, each split gets at least one document (by "hash": one distinct text) if there are at least two.
+      rule: "hash" decides by a hash of the text, so a document stays in its split when others are added, and
+        copies are always in the same split; "tail" takes the last documents of the source (0.2 trains on the first
+        80%).
       min_length: documents with fewer tokens are in neither split.
-      source: where the documents are from, for messages.
+      source: where the documents come from, for messages.
 
-    A source that is one document (a text file, a genome) is cut: its tail is the evaluation split. Training
-    documents whose text also occurs in the evaluation split are left out and counted.
+    A source with a single document (a text file, a genome) is cut: its tail is the evaluation split. Training documents
+    whose text also occurs in the evaluation split are dropped and counted.
 
     Raises:
-      UserError: no document is long enough, or copies leave a split without any.
+      UserError: no document is long enough, or a split would be empty because of copies.
     """
     starts, lengths = np.asarray(store.offsets[:-1]), np.diff(store.offsets)
     everything = DocumentRanges(starts, lengths, np.arange(len(starts)))
@@ -162,7 +163,7 @@ def divide(
 
 
 def _check_copies(source: str, hashes: np.ndarray, train: np.ndarray, eval_fraction: float) -> None:
-    """Copies stay on one side, so a source of many copies cannot be divided as asked: an error, or a warning."""
+    """Copies stay in one split, so a source with many copies cannot be split as requested: an error or a warning."""
     count, distinct, left = len(hashes), len(np.unique(hashes)), int(train.sum())
     if distinct == count:
         return
@@ -191,7 +192,7 @@ def _cut(documents: DocumentRanges, eval_fraction: float) -> tuple[DocumentRange
 def _by_hash(hashes: np.ndarray, eval_fraction: float) -> np.ndarray:
     held_out = hashes < np.uint64(min(int(eval_fraction * 2.0**64), 2**64 - 1))
     distinct = np.unique(hashes)
-    if len(distinct) > 1:  # with few documents, chance may leave a side empty
+    if len(distinct) > 1:  # with few documents, one split may be empty by chance
         held_out |= hashes == distinct[0]
         held_out &= hashes != distinct[-1]
     return held_out

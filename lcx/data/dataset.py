@@ -1,4 +1,4 @@
-"""What a configuration builds: a `Dataset` (one source) or a `Mixture` of several."""
+"""The data sets that a configuration builds: a `Dataset` (one source) or a `Mixture` of several."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -16,42 +16,42 @@ from lcx.data.notices import say_once
 from lcx.data.special import described
 from lcx.errors import UserError
 
-_PARTS = "((@books/data.Dataset(), 0.7), (@code/data.Dataset(), 0.3))"  # as a .gin file has it
+_PARTS = "((@books/data.Dataset(), 0.7), (@code/data.Dataset(), 0.3))"  # as written in a .gin file
 PACKINGS = ("concat", "first_fit", "windows")
 
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """Text to train and evaluate on: where it is, how it becomes tokens, and how they are laid out in rows.
+    """Text to train and evaluate on: its source, its tokenizer, and how its tokens are laid out in rows.
 
     Attributes:
       source: a file, folder, glob, "stdlib", or a tuple of these (`lcx.data.sources.find_files`).
       tokenizer: "bytes", a tokenizer.json, a sentencepiece .model, a folder with one, or a `Tokenizer`.
       format: text | jsonl | json | csv | tsv | parquet | arrow | fasta | code; by default from the content of each
-        file, then from the ending of its name. All but parquet and arrow may be compressed (gzip, zstd, bzip2, xz).
-      text_field: the field of a JSON object or the column of a table. Where it is left at "text" and there is none, the
-        one field with another usual name (content, document, body, ...) is read, and that is said.
-      on_bad_line: "error" stops at a row that cannot be read, with its file and line; "skip" leaves such rows out and
-        says how many. Null and empty texts are left out and counted either way.
+        file, else from its extension. All but parquet and arrow may be compressed (gzip, zstd, bzip2, xz).
+      text_field: the field of a JSON object or the column of a table. If it is "text" and there is no such
+        field, the one field with another common name (content, document, body, ...) is read, and the run says so.
+      on_bad_line: "error" raises at a row that cannot be read, with its file and line; "skip" skips such rows and
+        reports how many. Null and empty texts are skipped and counted in both cases.
       separator: splits text files into documents, e.g. "<|endoftext|>".
-      chat: True: every row is a conversation (`messages`, or ShareGPT's `conversations`), written in the chat template
-        of the tokenizer. None: the rows that have `messages` are. False: rows are text.
-      chat_template: the file of another template (.jinja), or the name of one of the tokenizer's.
-      chat_loss: "assistant" trains on what the assistant says, "all" on whole conversations.
-      packing: "concat" cuts the documents, end to end, every seq_len tokens; "first_fit" keeps documents
-        whole where they fit a row; "windows" slides over long documents by half a window and packs the short
-        ones.
-      add_bos: True begins each document with BOS, False with nothing; None leaves it to the tokenizer, which may have
-        a BOS token and not add it.
-      add_eos: True ends each document with EOS, False with nothing; None leaves it to the tokenizer, and ends each
-        with EOS where the tokenizer adds nothing of its own, so that documents in a row are kept apart.
-      document_mask: False trains across the documents of a row (one segment, running positions).
+      chat: True: every row is a conversation (`messages`, or ShareGPT's `conversations`), rendered with the chat
+        template of the tokenizer. None: rows that have `messages` are conversations. False: rows are text.
+      chat_template: the path of another template (.jinja), or the name of one of the tokenizer's templates.
+      chat_loss: "assistant" trains on the assistant's turns, "all" on whole conversations.
+      packing: "concat" joins the documents end to end and cuts every seq_len tokens; "first_fit" keeps documents
+        whole if they fit into a row; "windows" cuts long documents into windows that overlap by half, and packs the
+        short ones.
+      add_bos: True puts BOS before each document, False nothing; None leaves it to the tokenizer, which may have a BOS
+        token without adding it.
+      add_eos: True puts EOS after each document, False nothing; None leaves it to the tokenizer, and adds EOS if the
+        tokenizer adds nothing itself, so that documents in a row are separated.
+      document_mask: False trains across the documents of a row (one segment, consecutive positions).
       eval_fraction: share of the documents held out.
       split: the rule by which documents are held out: "hash" chooses them by their text, "tail" takes the last ones.
-      min_length: documents with fewer tokens are left out.
-      long_fraction: share of the training rows made of long documents; None leaves the natural share.
+      min_length: documents with fewer tokens are dropped.
+      long_fraction: share of the training rows made of long documents; None keeps the natural share.
       long_length: tokens from which a document counts as long; by default seq_len.
-      cache_dir: where the tokens are kept; by default $LCX_CACHE or the user's cache folder.
+      cache_dir: folder of the token store; by default $LCX_CACHE or the user's cache folder.
     """
 
     source: str | tuple[str, ...]
@@ -100,7 +100,7 @@ class Dataset:
         return tok.load_tokenizer(self.tokenizer)
 
     def special_tokens(self, tokenizer: tok.Tokenizer) -> tok.SpecialTokens:
-        """What stands before and after each document. Raises UserError where nothing keeps documents apart."""
+        """The ids before and after each document. Raises UserError if nothing separates the documents of a row."""
         return tok.separating_tokens(
             tokenizer, add_bos=self.add_bos, add_eos=self.add_eos, document_mask=self.document_mask
         )
@@ -114,7 +114,7 @@ class Dataset:
         return described(tokenizer, special)
 
     def open(self) -> corpora.Corpus:
-        """Tokenises the source where that is still to do, and divides it into its splits."""
+        """Tokenises the source unless that has been done before, and divides it into its splits."""
         return self._open(self.load_tokenizer())
 
     def _open(self, tokenizer: tok.Tokenizer) -> corpora.Corpus:
@@ -140,7 +140,7 @@ class Dataset:
         )
 
     def opened(self) -> Opened:
-        """This data set for a run, which reads it more than once."""
+        """This data set, opened once for a run that reads both splits."""
         return Mixture(((self, 1.0),)).opened()
 
     def batches(self, split: str | BatchSpec, **settings: Any) -> BatchIterator:
@@ -152,13 +152,13 @@ class Dataset:
         have a loss.
 
         Args:
-          packed: False leaves out the EOS that is there only to keep the documents of a row apart.
+          packed: False omits an EOS that was added only to separate the documents of a row.
         """
         return self._documents(self.open(), split, packed)
 
     def _documents(self, corpus: corpora.Corpus, split: str, packed: bool) -> Iterator[corpora.Scored]:
         special = self.special_tokens(self.load_tokenizer())
-        # Conversations end with what their template writes, and nothing is added to them.
+        # A conversation is exactly what its template writes, so there is no EOS to remove.
         added = special.separator and corpus.store.conversations < corpus.store.num_documents
         for tokens, mask in zip(corpus.document_tokens(split), corpus.document_masks(split), strict=True):
             ends = not packed and added and tokens[-1] == special.after[-1]
@@ -177,13 +177,13 @@ class Dataset:
         return self.open().document_names(split)
 
     def remarks(self) -> list[str]:
-        """What a run says of its data when it starts: conversations, copies that were left out."""
+        """What a run reports about its data when it starts: conversations, and dropped copies."""
         return self.open().remarks()
 
     def check(self, *, min_length: int = 8192, window: int = 50, threshold: float = 0.8) -> checks.Report:
         """Length, repetition and truncation of every document of both splits (`lcx.data.checks`).
 
-        The report also counts the texts that have a marker of a document's end inside.
+        The report also counts the texts that contain an end-of-document marker.
         """
         tokens = self.open().store
         documents = (
@@ -209,9 +209,9 @@ class Mixture:
     Attributes:
       parts: (data set, weight) pairs; the weights are shares of the training rows (so of the tokens) and need
         not sum to 1. A small data set is repeated more often than a large one. Evaluation reads every
-        held-out row of every part once, whatever the weights.
-      long_fraction: share of the training rows made of long documents over all parts; within the long and
-        within the short rows the weights hold.
+        held-out row of every part once, regardless of the weights.
+      long_fraction: share of the training rows made of long documents, over all parts; the weights apply among the
+        long rows and among the short rows separately.
       long_length: tokens from which a document counts as long; by default seq_len.
     """
 
@@ -247,18 +247,18 @@ class Mixture:
         return found[0]
 
     def describe_special_tokens(self, *, packed: bool = True) -> str:
-        """The line of every part, once where they are equal."""
+        """The line of each part; identical lines appear once."""
         lines = {dataset.describe_special_tokens(packed=packed): dataset.source for dataset, _ in self.parts}
         if len(lines) == 1:
             return next(iter(lines))
         return "; ".join(f"{source}: {line}" for line, source in lines.items())
 
     def open(self) -> tuple[corpora.Corpus, ...]:
-        """Opens every part; a training document of which another part holds a copy out is left out."""
+        """Opens every part, and drops training documents of which another part holds out a copy."""
         return _without_copies([dataset.open() for dataset, _ in self.parts])
 
     def opened(self) -> Opened:
-        """The parts for a run, which reads them more than once. Raises UserError for parts of different tokenizers."""
+        """The parts, opened once for a run. Raises UserError if their tokenizers differ."""
         tokenizer = self.load_tokenizer()
         opened = _without_copies([dataset._open(tokenizer) for dataset, _ in self.parts])
         parts = zip(self.parts, opened, strict=True)
@@ -270,14 +270,14 @@ class Mixture:
         )
 
     def batches(self, split: str | BatchSpec, **settings: Any) -> BatchIterator:
-        """This process's share of the batches of a split, in the order that a `BatchSpec` explains.
+        """This process's share of the batches of a split, in the order described in `BatchSpec`.
 
         Args:
-          split: a whole BatchSpec; or the name of the split, and by name the other fields of one:
+          split: a BatchSpec; or the name of the split, with the other fields of a BatchSpec as keyword arguments:
             `batches("train", global_batch_size=8, seq_len=4096)`.
 
         Raises:
-          UserError: no data in this split, too little for one batch, or ids outside the vocabulary.
+          UserError: this split is empty, has too little data for one batch, or has ids outside the vocabulary.
           TypeError: a setting that BatchSpec does not have.
         """
         if isinstance(split, str):
@@ -287,7 +287,7 @@ class Mixture:
         return self.opened().batches(split)
 
     def documents(self, split: str, *, packed: bool = True) -> Iterator[corpora.Scored]:
-        """(tokens, mask) of each whole document of a split, part after part; see `Dataset.documents`."""
+        """(tokens, mask) of each whole document of a split, one part after the other; see `Dataset.documents`."""
         for (dataset, _), corpus in zip(self.parts, self.open(), strict=True):
             yield from dataset._documents(corpus, split, packed)
 
@@ -300,7 +300,7 @@ class Mixture:
         return (mask for _, mask in self.documents(split, packed=packed))
 
     def remarks(self) -> list[str]:
-        """What a run says of its data when it starts, part after part."""
+        """What a run reports about its data when it starts, one part after the other."""
         return [line for corpus in self.open() for line in corpus.remarks()]
 
     def document_names(self, split: str) -> list[str]:

@@ -1,12 +1,13 @@
 """Which files of a folder are its data.
 
-- A folder that `datasets` saved is read in its own order.
-- Files of rows and sequences (JSON, CSV, Arrow, parquet, FASTA) and texts are data; source code and documentation
-  beside them are not. Where the only data lies deep inside a tree of source code, the code is what is meant, as one
-  document.
-- With a training split beside others, the training split is read.
+- A folder written by `datasets`' `save_to_disk` is read in the order that it records.
+- Files of rows and sequences (JSON, CSV, Arrow, parquet, FASTA) and texts are data; source code and documentation next
+to
+  them are not. If the only data files are deep inside a tree of source code, the folder is taken for a repository, and
+  its code is read as one document.
+- If there is a training split among several splits, only the training split is read.
 
-What is left out is said. Links are followed; a folder that is reached twice is read once, so cycles end.
+What is skipped is reported. Links are followed; a folder that is reached twice is read once, so cycles of links end.
 """
 
 import dataclasses
@@ -24,7 +25,7 @@ from lcx.data.readers import ROW_FORMATS, SourceFile, detect, shown, streams
 from lcx.errors import UserError
 
 _SKIP = frozenset(("__pycache__", "node_modules", "_delta_log"))
-# Files about data, by the beginning of their names; and what tools leave beside it.
+# Files that describe data, by the beginning of their names, and files that tools leave next to it.
 _ABOUT = re.compile(
     r"(readme|license|licence|copying|notice|authors|changelog|citation|contributing|requirements)\b[^.]*"
     r"(\.(md|txt|rst|cff|bib|html))*$"
@@ -42,7 +43,7 @@ _DOCUMENTS = (".md", ".rst")
 
 
 def source_file(path: str, name: str, format: str | None) -> SourceFile:
-    """A file that the user names, with its format; says where that is not the one of its ending."""
+    """A file that the user names, with its format; logs a message if its extension stands for another format."""
     streams.check_regular(path)
     found = detect.format_of(path, wanted=format)
     by_name = detect.by_name(path)
@@ -73,7 +74,7 @@ def matches(pattern: str) -> list[str]:
 
 
 def _fits(names: list[str], pattern: list[str]) -> bool:
-    """Whether the parts of a path match those of a pattern, of which "**" stands for any number."""
+    """Whether the parts of a path match those of a pattern, in which "**" matches any number of parts."""
     if not pattern:
         return not names
     if pattern[0] == "**":
@@ -84,7 +85,7 @@ def _fits(names: list[str], pattern: list[str]) -> bool:
 def walk(
     root: str, *, skip: frozenset[str] = _SKIP, follow: bool = True, folders: bool = False
 ) -> Iterator[str]:
-    """What lies below `root` and is no folder (or is, with `folders`), in path order, without hidden names.
+    """The files below `root` (with `folders`: and the folders), in path order, without hidden names.
 
     Raises:
       UserError: a folder that cannot be read.
@@ -92,7 +93,7 @@ def walk(
     seen: set[tuple[int, int]] = set()
     paths: list[str] = []
     waiting, linked = [root], []
-    while waiting or linked:  # a folder has its own name before that of a link to it
+    while waiting or linked:  # real folders first, so that a folder is not named by a link to it
         folder = waiting.pop() if waiting else linked.pop()
         try:
             status = os.stat(folder)
@@ -117,7 +118,7 @@ def walk(
 
 @dataclasses.dataclass(frozen=True)
 class _Candidate:
-    """A file of a folder: its format, or None and the reason why it is no data."""
+    """A file of a folder: its format, or None and the reason why it is not data."""
 
     path: str
     name: str
@@ -130,7 +131,7 @@ class _Candidate:
 
 
 def files_of(folder: str, format: str | None) -> tuple[SourceFile, ...]:
-    """The files to read of a folder that the user names.
+    """The files to read from a folder that the user names.
 
     Raises:
       UserError: there are none, or one of them cannot be read.
@@ -164,16 +165,16 @@ def code_files(folder: str, *, document: str | None = None) -> tuple[SourceFile,
     """The source files of a repository, which form one document.
 
     Raises:
-      UserError: there is none.
+      UserError: there are no source files.
     """
     root = os.path.abspath(folder)
     document = os.path.basename(root) if document is None else document
-    real: set[str] = set()  # a link to another file of the repository does not repeat it
+    real: set[str] = set()  # resolved: a link to another file of the repository must not repeat it
     files, left_out = [], []
     for path in filter(detect.is_code, walk(folder)):
         name = relative(path, root)
         if not _is_regular(path):
-            left_out.append(_Candidate(path, name, None, "no regular file"))
+            left_out.append(_Candidate(path, name, None, "not a regular file"))
         elif os.path.realpath(path) not in real:
             real.add(os.path.realpath(path))
             files.append(SourceFile(path, f"{document}/{name}", "code", document=document))
@@ -195,23 +196,23 @@ def _ending_says(path: str) -> str | None:
 
 
 def _candidate(path: str, name: str, format: str | None, named: Set[str]) -> _Candidate:
-    """A file by its name; only one without a known ending is looked into.
+    """A file, classified by its name; its content is read only if the extension is unknown.
 
     Args:
-      named: the files whose ending is that of the format that is asked for; if there are some, they are meant.
+      named: the files whose extension is that of the requested format; if there are any, only these are read.
     """
     if named and path not in named:
         return _Candidate(path, name, None, f"not {format} by its name")
     ending = os.path.splitext(name)[1].lower()
     by_ending = format or _ending_says(path) or ("text" if ending in _DOCUMENTS else None)
     if _ABOUT.match(os.path.basename(name)):
-        return _Candidate(path, name, by_ending, "about the data")
+        return _Candidate(path, name, by_ending, "describes the data")
     if format is None and detect.is_code(name) and ending not in _DOCUMENTS:
         return _Candidate(path, name, None, _CODE)
     if by_ending is not None:
         return _Candidate(path, name, by_ending)
     if not _is_regular(path):
-        return _Candidate(path, name, None, "no regular file")
+        return _Candidate(path, name, None, "not a regular file")
     try:
         found = detect.format_of(path)
     except UserError:
@@ -225,7 +226,7 @@ def _candidate(path: str, name: str, format: str | None, named: Set[str]) -> _Ca
 
 
 def _is_data_set(one: _Candidate) -> bool:
-    """Whether a file of rows lies where a data set has it, and not where a repository keeps settings and test cases."""
+    """Whether a file of rows is where data sets have it, not where repositories keep settings and test cases."""
     if not one.is_table or one.reason:
         return False
     folder = one.name.rpartition("/")[0]
@@ -235,7 +236,7 @@ def _is_data_set(one: _Candidate) -> bool:
 
 
 def _is_settings(path: str) -> bool:
-    """Whether a JSON file is one object, as tools keep their settings."""
+    """Whether a JSON file is a single object, which is how tools store their settings."""
     try:
         head = streams.head(path, 1 << 16)
     except UserError:
@@ -244,7 +245,7 @@ def _is_settings(path: str) -> bool:
 
 
 def _data(found: Sequence[_Candidate]) -> list[_Candidate]:
-    """Tables with the texts beside them, or texts and documentation; else what is about data."""
+    """Tables and the texts next to them; else texts and documentation; else files that describe data."""
     readable = [one for one in found if one.format is not None]
     data = [one for one in readable if not one.reason] or readable
     if any(one.is_table for one in data):
@@ -253,7 +254,7 @@ def _data(found: Sequence[_Candidate]) -> list[_Candidate]:
 
 
 def _without_held_out(chosen: list[_Candidate]) -> list[_Candidate]:
-    """The training split and what belongs to no split, where there is a training split.
+    """The files without those of held-out splits, if there is a training split; else all files.
 
     Raises:
       UserError: there are several splits and none is for training.
@@ -265,13 +266,13 @@ def _without_held_out(chosen: list[_Candidate]) -> list[_Candidate]:
     if len(present) > 1 and all(one.is_table for one in chosen):
         raise UserError(
             f"the folder has the splits {', '.join(sorted(present))} and none for training; name the files to read in"
-            ' Dataset.source, as "FOLDER/*test*"'
+            ' Dataset.source, for example "FOLDER/*test*"'
         )
     return chosen
 
 
 def _split_of(name: str) -> str | None:
-    """train, or the name of a held-out split, by the nearest part of a path that names one."""
+    """The split "train" or a held-out one, by the last part of a path that names one; None if none does."""
     for part in reversed(name.split("/")):
         if _TRAIN.search(part):
             return "train"
@@ -281,16 +282,14 @@ def _split_of(name: str) -> str | None:
 
 
 def _say_missing_shards(folder: str, chosen: Sequence[_Candidate]) -> None:
-    """Where names count parts, as train-00000-of-00002, and some are not there."""
+    """Warns about missing shards if file names count them, as in train-00000-of-00002."""
     found: dict[tuple[str, int], set[int]] = {}
     for one in chosen:
         if part := _SHARD.search(one.name):
             found.setdefault((one.name[: part.start()], int(part[2])), set()).add(int(part[1]))
     for (name, total), numbers in found.items():
         if len(numbers) < total:
-            say_once(
-                f"{shown(folder)}: {name}* has {len(numbers)} of {total} parts; fetch the others, or go on without"
-            )
+            say_once(f"{shown(folder)}: {name}* has {len(numbers)} of {total} parts; download the others")
 
 
 def _counted(files: int) -> str:

@@ -1,6 +1,6 @@
-"""JSON files that a user brings, read without trust in them: size, kind of file, encoding, nesting and types.
+"""Untrusted JSON files, with checks of their size, kind of file, encoding, nesting and types.
 
-Whatever is in such a file, reading it gives a value of the type asked for or a UserError of one line.
+Reading such a file gives a value of the requested type or raises a one-line UserError, whatever its content.
 """
 
 import collections
@@ -22,10 +22,10 @@ LARGEST_ID = 2**31 - 2  # ids are int32, and a vocabulary's size is its largest 
 
 
 def read_bytes(path: Path, *, max_bytes: int) -> bytes | None:
-    """The bytes of a regular file; None where there is nothing of this name.
+    """The bytes of a regular file; None if it does not exist.
 
     Raises:
-      UserError: a folder, a pipe or a device, a link to nothing, a file that cannot be read or is too large.
+      UserError: it is a folder, a pipe, a device or a broken link, cannot be read, or is too large.
     """
     try:
         if not os.path.lexists(path):
@@ -48,19 +48,19 @@ def read_bytes(path: Path, *, max_bytes: int) -> bytes | None:
 
 
 def read_object(path: Path, *, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
-    """The JSON object in a file; {} where there is no such file.
+    """The JSON object in a file; {} if there is no such file.
 
-    Of a key that occurs twice the last counts, as in Python's own reader, and a warning names it.
+    If a key occurs twice, the last value is used, as in Python's json module, and a warning names the key.
 
     Raises:
-      UserError: as `read_bytes`; not UTF-8, not JSON, nested too deeply, or not an object.
+      UserError: as for `read_bytes`, or the content is not UTF-8, not JSON, nested too deeply, or not an object.
     """
     data = read_bytes(path, max_bytes=max_bytes)
     return {} if data is None else parse_object(data, path)
 
 
 def parse_object(data: bytes, path: Path | str) -> dict[str, Any]:
-    """The JSON object in `data`; `path` is for the messages. Raises UserError as `read_object`."""
+    """The JSON object in `data`; `path` is for error messages. Raises UserError as `read_object` does."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
@@ -89,7 +89,7 @@ def one_line(value: object, *, limit: int = 160) -> str:
 
 
 def text(data: Mapping[str, Any], key: str, path: Path | str) -> str | None:
-    """The string at `key`; None where it is absent or null. Raises UserError for another type."""
+    """The string at `key`; None if it is absent or null. Raises UserError for another type."""
     value = data.get(key)
     if value is not None and not is_text(value):
         raise wrong(path, key, value, "a string")
@@ -97,7 +97,7 @@ def text(data: Mapping[str, Any], key: str, path: Path | str) -> str | None:
 
 
 def boolean(data: Mapping[str, Any], key: str, path: Path | str) -> bool | None:
-    """True or False at `key`; None where it is absent or null. Raises UserError for another type."""
+    """True or False at `key`; None if it is absent or null. Raises UserError for another type."""
     value = data.get(key)
     if value is not None and not isinstance(value, bool):
         raise wrong(path, key, value, "true or false")
@@ -105,14 +105,14 @@ def boolean(data: Mapping[str, Any], key: str, path: Path | str) -> bool | None:
 
 
 def token_id(value: Any, key: str, path: Path | str) -> int:
-    """`value` as the id of a token. Raises UserError for what is none."""
+    """`value` as a token id. Raises UserError if it is not one."""
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= LARGEST_ID:
         raise wrong(path, key, value, f"a token id, an integer from 0 to {LARGEST_ID}")
     return value
 
 
 def is_text(value: Any) -> bool:
-    """Whether `value` is a string that UTF-8 can express: JSON can spell half of a surrogate pair."""
+    """Whether `value` is a string that UTF-8 can encode: JSON strings can contain unpaired surrogates."""
     return isinstance(value, str) and not any("\ud800" <= letter <= "\udfff" for letter in value)
 
 

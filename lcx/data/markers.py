@@ -1,7 +1,7 @@
-"""Markers of the end of a document that stand in a text as they were written, such as <|endoftext|>.
+"""End-of-document markers that occur literally in a text, such as <|endoftext|>.
 
-Files that join documents by a marker are read as one document unless the marker is the separator; the model then
-learns from what does not belong together, and in some tokenizers the marker becomes the token itself.
+A file that joins documents with a marker is read as one document unless the marker is set as the separator. The model
+then trains on unrelated texts as if they were one, and some tokenizers turn the marker into the special token itself.
 """
 
 from collections.abc import Mapping
@@ -11,11 +11,11 @@ KNOWN = (
     "<eos>", "<EOS>", "[EOS]", "<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "<\N{FULLWIDTH VERTICAL LINE}"
     "end\N{LOWER ONE EIGHTH BLOCK}of\N{LOWER ONE EIGHTH BLOCK}sentence\N{FULLWIDTH VERTICAL LINE}>",
 )  # fmt: skip
-_SIGNS = ("<", "[EOS]")  # every known marker has one of them
+_SIGNS = ("<", "[EOS]")  # every known marker contains one of these
 
 
 class MarkerCounter:
-    """Counts the texts that have a marker inside."""
+    """Counts the texts that contain a marker."""
 
     def __init__(self) -> None:
         self.counts: dict[str, int] = {}
@@ -29,7 +29,7 @@ class MarkerCounter:
 
 
 def sentence(counts: Mapping[str, int], source: str) -> str:
-    """What to say about the markers that were found."""
+    """The message about the markers that were found."""
     found = ", ".join(f"{marker!r} in {count} documents" for marker, count in counts.items())
     return (
         f"{source} has markers of a document's end inside its text: {found}; set Dataset.separator where one separates"

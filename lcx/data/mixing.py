@@ -1,4 +1,4 @@
-"""Which rows a request draws from, and with what weight: the parts of a mixture, long and short documents."""
+"""The groups of rows that batches are drawn from, and their weights: parts of a mixture, long and short documents."""
 
 import dataclasses
 from typing import Protocol
@@ -13,8 +13,8 @@ from lcx.errors import UserError
 class BatchSpec:
     """Which rows of a split a process reads, and in what batches.
 
-    The batches are one sequence of rows, whatever the number of processes: batch k is rows k * global_batch_size ..
-    (k + 1) * global_batch_size, and process i of n holds the i-th of n equal blocks.
+    The batches are one sequence of rows, independent of the number of processes: batch k is rows k * global_batch_size
+    .. (k + 1) * global_batch_size, and process i of n holds the i-th of n equal blocks.
 
     Attributes:
       split: "train" or "eval".
@@ -22,12 +22,12 @@ class BatchSpec:
       seq_len: tokens of a row (T).
       seed: decides the order of documents and rows, nothing else.
       start: rows to skip, as `BatchIterator.state()["next_index"]` counts them.
-      shuffle: None: in training only.
-      repeat: endless, in another order every epoch. None: in training only. Without it every row comes once, weights
-        and long_fraction do not apply, and the last batch is filled up with rows of weight 0.
-      vocab_size: the model's, to refuse tokens that it does not have.
-      num_threads: threads that prepare batches ahead; 0 prepares each when it is asked for.
-      num_workers: worker processes; on few cores they cost more than they give, and they outlive a run that is killed.
+      shuffle: whether to shuffle; None: only in training.
+      repeat: endless, in a different order every epoch; None: only in training. Without it every row occurs once,
+        weights and long_fraction do not apply, and the last batch is filled up with rows of weight 0.
+      vocab_size: the model's vocabulary size, to refuse ids outside of it.
+      num_threads: threads that prefetch batches; 0 prepares each batch when it is requested.
+      num_workers: worker processes; on few cores they cost more time than they save, and they outlive a killed run.
 
     Raises:
       UserError: sizes below 1, or a batch that does not divide over the processes.
@@ -107,10 +107,10 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Rows that are drawn from with one weight: a data set, or its long or its short documents.
+    """Rows that share one sampling weight: those of a data set, or of its long or its short documents.
 
     Attributes:
-      documents, tokens: what the rows hold, each document counted once.
+      documents, tokens: how many the rows contain, each document counted once.
       weight: the share of the rows of a batch, relative to the other groups.
       kind: "all", "long" or "short".
     """
@@ -126,7 +126,7 @@ class Group:
 
 @dataclasses.dataclass(frozen=True)
 class _Candidate:
-    """Documents before they are planned; `pool` names the groups that share one long_fraction."""
+    """Documents that are not yet laid out in rows; groups with the same `pool` share one long_fraction."""
 
     part: int
     dataset: RowSettings
@@ -142,9 +142,9 @@ class _Candidate:
 def make_groups(
     parts: tuple[Part, ...], spec: BatchSpec, *, long_fraction: float | None, long_length: int | None
 ) -> tuple[Group, ...]:
-    """The groups of a split that have documents.
+    """The non-empty groups of a split.
 
-    long_fraction applies where rows are drawn by weight (endless training): over all parts where it is set here, else
+    long_fraction applies only if rows are drawn by weight (endless training): over all parts if it is set here, else
     within each data set that sets it.
     """
     candidates: list[_Candidate] = []
@@ -192,8 +192,8 @@ def _long_and_short(whole: _Candidate, pool: int, fraction: float, length: int) 
 def _share(one: _Candidate, candidates: list[_Candidate]) -> float:
     """The weight of a group.
 
-    In each pool the long groups together get long_fraction and the short ones the rest. Without short
-    documents all rows are long; without long documents the fraction cannot be met at all, which is an error.
+    In each pool, the long groups together get long_fraction and the short ones the rest. Without short
+    documents all rows are long; without long documents the fraction cannot be met, which is an error.
     """
     if one.pool is None:
         return one.weight
@@ -213,7 +213,7 @@ def _share(one: _Candidate, candidates: list[_Candidate]) -> float:
 
 
 def _plan(dataset: RowSettings, documents: DocumentRanges, spec: BatchSpec, number: int) -> packing.Plan:
-    if spec.shuffles:  # so that neighbours in the source are not always neighbours in a row
+    if spec.shuffles:  # so that documents adjacent in the source do not always share a row
         seed = order.derive(spec.seed, "documents", number)
         documents = documents.take(order.permutation(len(documents), seed=seed))
     starts, lengths = documents.starts, documents.lengths

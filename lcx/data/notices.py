@@ -1,4 +1,4 @@
-"""What a user should know about how data is read, said once by a process."""
+"""Messages about how data is read, each logged once per process."""
 
 import functools
 import logging
@@ -8,5 +8,5 @@ log = logging.getLogger(__name__)
 
 @functools.cache
 def say_once(line: str) -> None:
-    """Logs a line as a warning, which is seen without any setting; the same line again is not."""
+    """Logs a line as a warning, so that it is visible by default; repeated lines are dropped."""
     log.warning("%s", line)

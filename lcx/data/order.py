@@ -1,9 +1,8 @@
-"""Deterministic random orders that depend on nothing but their arguments.
+"""Deterministic random orders that depend only on their arguments.
 
-Neither numpy's generators (streams may change between versions) nor grain's index shuffle (a block cipher
-that costs 40 to 130 microseconds an index on small data sets, whose walk is part of its version) gives an
-order that a run can rely on when it resumes years later, so the order is the argsort of a 64-bit mixing
-function.
+A run has to find the same order when it resumes years later. numpy's generators do not guarantee that, because their
+streams may change between versions. Neither does grain's index shuffle, whose result depends on its version and which
+costs 40 to 130 microseconds per index on small data sets. So the order is the argsort of a 64-bit mixing function.
 """
 
 import hashlib
@@ -21,18 +20,19 @@ def mix64(values: Int[np.ndarray, "n"]) -> Int[np.ndarray, "n"]:
 
 
 def permutation(length: int, *, seed: int, stream: int = 0) -> Int[np.ndarray, "length"]:
-    """A permutation of range(length), a function of (length, seed, stream) alone."""
+    """A permutation of range(length) that depends only on (length, seed, stream)."""
     key = mix64(mix64(np.array([seed % 2**64], np.uint64)) + np.uint64(stream % 2**64))
+    # mix64 is a bijection, so no two sort keys are equal.
     return np.argsort(mix64(np.arange(length, dtype=np.uint64) ^ key), kind="stable")
 
 
 def derive(*parts: object) -> int:
-    """A 64-bit seed for each use of a run's seed, so that no two of them share an order."""
+    """A 64-bit seed derived from `parts`, so that different uses of a run's seed do not share an order."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little")
 
 
 class EpochShuffle:
-    """Maps position k of an endless sequence to a row: each row once an epoch, every epoch reordered."""
+    """Maps position k of an endless sequence to a row: each row once per epoch, with a new order every epoch."""
 
     def __init__(self, base: int, num_rows: int, seed: int):
         self.base, self.num_rows, self.seed = base, num_rows, seed
@@ -43,7 +43,7 @@ class EpochShuffle:
         epoch, position = divmod(index, self.num_rows)
         order = self._epochs.get(epoch)
         if order is None:
-            # A batch can straddle two epochs: keep the one before as well, and no more.
+            # A batch can span two epochs: keep the order of the previous epoch too, but no older ones.
             before = {k: v for k, v in self._epochs.items() if k == epoch - 1}
             order = permutation(self.num_rows, seed=self.seed, stream=epoch)
             self._epochs = {**before, epoch: order}

@@ -1,15 +1,12 @@
-"""Plans that lay documents out in rows of `seq_len` tokens, and the gather that makes batches of them.
+"""Plans that lay documents out in rows of `seq_len` tokens, and the gather that turns rows into batches.
 
-A plan is a few index arrays, computed once from the document lengths and independent of the tokens. Row
-number r is
-then a pure function of the plan: any row can be built at any time on any host, which is what makes an exact
-  resume
-on another number of processes possible.
+A plan is a few index arrays, computed once from the document lengths and independent of the tokens. Row number r is
+then a pure function of the plan: any row can be built at any time on any host, which makes it possible to resume
+exactly on a different number of processes.
 
-Every row holds `seq_len` inputs and, where the document goes on, the token after the last input as its label
-(T + 1 tokens, shifted here on the host). With the document mask, segment ids count the documents of a row
-from 1 (0 is padding), positions restart at 0 with each of them, and no label crosses from one document into
-the next.
+Every row holds `seq_len` inputs and, if the document continues, the token after the last input as its label (T + 1
+tokens, shifted here on the host). With the document mask, segment ids count the documents of a row from 1 (0 is
+padding), positions restart at 0 in each of them, and no label crosses from one document into the next.
 """
 
 import dataclasses
@@ -32,8 +29,8 @@ class Plan:
       row_offsets: [R + 1]; row r consists of the pieces row_offsets[r] .. row_offsets[r + 1].
       piece_start: [P] index of the first token of the piece in the store.
       piece_length: [P] number of inputs, at least 1.
-      piece_skip: [P] leading labels of the piece that another row scores already.
-      next_token: [R] store index of the label of the row's last input, -1 where there is none.
+      piece_skip: [P] number of leading labels of the piece that another row already scores.
+      next_token: [R] store index of the label of the row's last input, -1 if there is none.
     """
 
     seq_len: int
@@ -49,13 +46,13 @@ class Plan:
 
     @property
     def num_inputs(self) -> int:
-        """Slots that hold a token: all but the padding."""
+        """Number of slots that hold a token: all except padding."""
         return int(self.piece_length.sum())
 
     def num_targets(
         self, *, document_mask: bool = True, loss_mask: Int[np.ndarray, "store"] | None = None
     ) -> int:
-        """Labels of weight 1 in one pass over the rows; `loss_mask` as in `assemble`."""
+        """Number of labels of weight 1 in one pass over the rows; `loss_mask` as in `assemble`."""
         if loss_mask is not None:
             rows = (np.arange(first, min(first + 64, self.num_rows)) for first in range(0, self.num_rows, 64))
             batches = (
@@ -81,7 +78,7 @@ def _ranges(begin: np.ndarray, length: np.ndarray) -> np.ndarray:
 
 
 def _as_documents(starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """int64 copies without the empty documents, which no row can hold."""
+    """int64 copies without empty documents, which cannot be pieces of a row."""
     starts, lengths = np.asarray(starts, np.int64), np.asarray(lengths, np.int64)
     return starts[lengths > 0], lengths[lengths > 0]
 
@@ -89,13 +86,13 @@ def _as_documents(starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, 
 def plan_concat(
     starts: Int[np.ndarray, "docs"], lengths: Int[np.ndarray, "docs"], *, seq_len: int, joined: bool = False
 ) -> Plan:
-    """All documents end to end, cut every `seq_len` tokens; an under-full last row is kept.
+    """All documents end to end, cut every `seq_len` tokens; an incomplete last row is kept.
 
     Every token is an input exactly once and, except the first of each document, a target exactly once.
 
     Args:
-      starts: index of the first token of each document in the store, in the order wanted.
-      lengths: tokens of each document; empty documents are left out.
+      starts: index of the first token of each document in the store, in the desired order.
+      lengths: number of tokens of each document; empty documents are dropped.
       joined: the document boundaries will not be masked, so the label after a row's last input may be the
         first token of the next document.
     """
@@ -103,7 +100,7 @@ def plan_concat(
     document_begin = _exclusive_cumsum(lengths)
     total = int(lengths.sum())
     row_begin = np.arange(0, total, seq_len, dtype=np.int64)
-    cuts = np.union1d(document_begin, row_begin)
+    cuts = np.union1d(document_begin, row_begin)  # a piece begins wherever a document or a row begins
     document = np.searchsorted(document_begin, cuts, side="right") - 1
     row_offsets = np.searchsorted(cuts, np.append(row_begin, total)).astype(np.int64)
 
@@ -111,7 +108,7 @@ def plan_concat(
     follower = np.searchsorted(document_begin, row_end, side="right") - 1
     next_token = np.full(len(row_begin), -1, np.int64)
     exists = row_end < total
-    if not joined:  # the follower must lie inside a document, not begin one
+    if not joined:  # the next token must be inside a document, not the first of one
         exists &= row_end > document_begin[follower] if len(follower) else exists
     next_token[exists] = (starts[follower] + row_end - document_begin[follower])[exists]
     return Plan(
@@ -125,10 +122,10 @@ def plan_concat(
 
 
 def first_fit(lengths: Sequence[int], *, capacity: int) -> Int[np.ndarray, "items"]:
-    """The bin of each item when every item goes to the first bin with room for it: O(items x log bins).
+    """The bin of each item when every item goes to the first bin with room for it, in O(items x log bins).
 
-    `room` is a tree of maxima over the bins (leaves at `leaves + bin`), so the first bin with enough room is
-    found by walking down from the root, left child first.
+    `room` is a binary tree of maxima over the bins (leaves at `leaves + bin`), so the first bin with enough room is
+    found by descending from the root, left child first.
     """
     leaves = 1
     while leaves < len(lengths):
@@ -139,14 +136,14 @@ def first_fit(lengths: Sequence[int], *, capacity: int) -> Int[np.ndarray, "item
         node = 1
         while node < leaves:
             node *= 2
-            if room[node] < length:
+            if room[node] < length:  # no bin in the left subtree has room
                 node += 1
         bins[item] = node - leaves
         room[node] -= length
         while node > 1:
             node //= 2
             largest = max(room[2 * node], room[2 * node + 1])
-            if room[node] == largest:
+            if room[node] == largest:  # the maxima above do not change either
                 break
             room[node] = largest
     return bins
@@ -157,8 +154,8 @@ def plan_first_fit(
 ) -> Plan:
     """Whole documents, each in the first row with room for it.
 
-    A document longer than a row is cut every `seq_len` tokens: its full pieces get a row each (with the next
-    token of the document as the label of the last input), and only the rest is packed with others. Nothing is
+    A document longer than a row is cut every `seq_len` tokens: each full piece is a row (with the next token of the
+    document as the label of the last input), and only the remainder is packed with other documents. Nothing is
     dropped.
     """
     starts, lengths = _as_documents(starts, lengths)
@@ -200,24 +197,26 @@ def plan_windows(
 ) -> Plan:
     """Windows of T + 1 tokens with stride T // 2 over each long document.
 
-    Shorter documents are packed as by `plan_concat`.
-    A document of T or T + 1 tokens gives one window. When the strides do not end at the end of the document,
-    a last window is aligned to the right, so that no tail is lost; no two windows are equal.
+    Shorter documents are packed as by `plan_concat`. A document of T or T + 1 tokens gives one window. If the strides
+    do not end exactly at the end of the document, one more window is aligned to its end, so that no tail is lost. No
+    two windows are equal.
 
     Args:
-      score_once: labels that the previous window scores already get weight 0, so that each target counts once
-        (an evaluation). Otherwise the overlap is trained on twice.
-      joined: passed on to the packing of the short documents.
+      score_once: labels that the previous window already scores get weight 0, so that each target counts once (for
+        evaluation). Otherwise the overlap is trained on twice.
+      joined: as in `plan_concat`, for the short documents.
     """
     starts, lengths = _as_documents(starts, lengths)
     long = lengths >= seq_len
     stride = max(1, seq_len // 2)
+    # The last window starts `slack` tokens after the first one, so that its last label is the end of the document.
     slack = np.maximum(lengths[long] - (seq_len + 1), 0)
     count = -(-slack // stride) + 1
     document = np.repeat(np.arange(len(slack)), count)
     number = _ranges(np.zeros(len(count), np.int64), count)
     offset = np.minimum(number * stride, slack[document])
     step = offset - np.minimum((number - 1) * stride, slack[document])
+    # A window that starts `step` tokens after the previous one shares seq_len - step labels with it.
     skip = np.where(number > 0, seq_len - step, 0) if score_once else np.zeros(len(number), np.int64)
     begin = starts[long][document] + offset
     goes_on = offset + seq_len < lengths[long][document]
@@ -263,13 +262,13 @@ def assemble(
     document_mask: bool = True,
     loss_mask: Int[np.ndarray, "store"] | None = None,
 ) -> dict[str, Int[np.ndarray, "batch time"] | Float[np.ndarray, "batch time"]]:
-    """The planned rows as a batch; a row number of -1 gives a row of padding.
+    """The rows of a plan as a batch; a row number of -1 gives a row of padding.
 
     Args:
-      tokens: the whole token store (an array or a memory map); only the rows asked for are read.
-      document_mask: False merges the documents of a row into one segment with running positions and scores
-        the labels that cross a boundary too (as YaRN and LongLoRA trained).
-      loss_mask: 1 for the tokens of the store that have a loss, as labels; None when all do.
+      tokens: the whole token store (an array or a memory map); only the requested rows are read.
+      document_mask: False merges the documents of a row into one segment with consecutive positions, and also scores
+        the labels that cross a boundary (as in the training of YaRN and LongLoRA).
+      loss_mask: 1 for the tokens of the store that have a loss when they are labels; None if all do.
 
     Returns:
       tokens, labels, segment_ids, positions: int32 [B, T]; loss_weights: float32 [B, T].
@@ -299,7 +298,7 @@ def _fill(
     first_piece = _exclusive_cumsum(count)
     row_length = np.add.reduceat(length, first_piece)
 
-    # A row's inputs fill its slots from the left, so only the row of a piece moves it.
+    # Inputs fill a row from the left without gaps, so all pieces of a row are shifted by the same amount.
     shift = where * plan.seq_len - flat_begin[first_piece]
     piece_slot = flat_begin + np.repeat(shift, count)
     slot = np.repeat(piece_slot - flat_begin, length) + np.arange(int(length.sum()))
@@ -320,12 +319,12 @@ def _fill(
         number_in_row = np.arange(len(piece)) - np.repeat(first_piece, count)
         flat["segment_ids"][slot] = np.repeat(number_in_row + 1, length)
         flat["positions"][slot] = in_piece
-        weights[piece_slot + length - 1] = 0
+        weights[piece_slot + length - 1] = 0  # the label is the first token of the next document, or padding
     else:
         flat["segment_ids"][slot] = 1
         flat["positions"][slot] = slot % plan.seq_len
-    weights[last] = has_next
-    if loss_mask is not None:  # of the label, which is the token of the next slot
+    weights[last] = has_next  # the label of a row's last input comes from the store, not from the next slot
+    if loss_mask is not None:  # the mask of the label, which is the token of the next slot
         scored = np.zeros_like(batch["loss_weights"])
         scored.reshape(-1)[slot] = loss_mask[stored]
         scored[:, :-1] = scored[:, 1:]
@@ -336,9 +335,10 @@ def _fill(
 def check_batch(batch: Batch, *, vocab_size: int | None = None, document_mask: bool = True) -> None:
     """Raises UserError naming the first row of a batch that breaks the batch contract.
 
-    Checked: shapes and types; ids inside the vocabulary; padding only at the end of a row and never scored;
-    segments contiguous and numbered from 1; positions restart with a segment and step by one; labels are the
-    tokens shifted; with the document mask, no scored label belongs to another document.
+    Checks shapes and types; that ids are inside the vocabulary; that padding is only at the end of a row and never
+    scored; that segments are contiguous and numbered from 1; that positions restart with each segment and increase by
+    one; that labels are the shifted tokens; and, with the document mask, that no scored label belongs to another
+    document.
     """
     shape = batch["tokens"].shape
     for key in ("tokens", "labels", "segment_ids", "positions", "loss_weights"):

@@ -9,16 +9,16 @@ from lcx.data.readers import SourceFile, detect, shown, streams
 from lcx.errors import UserError
 
 _DICT, _STATE, _INFO = "dataset_dict.json", "state.json", "dataset_info.json"
-_MOST = 64 << 20  # bytes of these files
+_MOST = 64 << 20  # bytes; the largest description file that is read
 
 
 def files_of(folder: str) -> tuple[SourceFile, ...] | None:
-    """The Arrow files of such a folder in its order; None for another folder.
+    """The Arrow files of such a folder, in the order that it records; None for any other folder.
 
-    Of a `DatasetDict` the split "train" is read, and what is left out is said.
+    From a `DatasetDict`, the split "train" is read, and a message names the splits that are not.
 
     Raises:
-      UserError: a file of it is damaged or missing, or there are splits and no "train".
+      UserError: a file of the folder is damaged or missing, or there are splits but none named "train".
     """
     if os.path.isfile(os.path.join(folder, _DICT)):
         splits = _names(_read(folder, _DICT), folder, "splits")
@@ -41,7 +41,7 @@ def _files(folder: str) -> tuple[SourceFile, ...]:
     state = _read(folder, _STATE)
     if any(state.get(key) for key in ("_indices_files", "_indices_data_files")):
         raise UserError(
-            f"{shown(folder)} holds a selection of rows, as old versions of datasets wrote it; load and save it again"
+            f"{shown(folder)} holds a selection of rows, written by an old version of datasets; load and save it again"
         )
     listed = state.get("_data_files")
     entries = listed if isinstance(listed, list) else [None]
@@ -61,7 +61,7 @@ def _files(folder: str) -> tuple[SourceFile, ...]:
 
 
 def _names(content: dict[str, Any], folder: str, key: str) -> list[str]:
-    """The names in a list, each of something in this very folder."""
+    """The names in the list `key`. Raises UserError for a name that is not directly in this folder."""
     names = content.get(key)
     if not isinstance(names, list):
         raise UserError(f"{shown(folder)}: its description has no list {key!r}; save the data set again")
@@ -86,7 +86,7 @@ def _read(folder: str, name: str) -> dict[str, Any]:
         if isinstance(error, UserError):
             raise
         raise UserError(
-            f"{shown(path)} is no JSON ({type(error).__name__}); save the data set again"
+            f"{shown(path)} is not JSON ({type(error).__name__}); save the data set again"
         ) from error
     if not isinstance(content, dict):
         raise UserError(

@@ -1,8 +1,8 @@
-"""The file format of sentencepiece models, as far as tokenizers need it, and their merges as a list.
+"""Reads sentencepiece models, as far as tokenizers need them, and computes their merges.
 
-A `.model` file is a protocol buffer (sentencepiece_model.proto): pieces with scores and types, the settings of the
-training and of the normalizer. Reading it here needs neither sentencepiece nor protobuf, and a damaged file gives an
-error of one line.
+A `.model` file is a protocol buffer (sentencepiece_model.proto) with the pieces, their scores and types, and the
+settings of the trainer and the normalizer. Reading it here needs neither sentencepiece nor protobuf, and a damaged file
+gives a one-line error.
 """
 
 import dataclasses
@@ -16,10 +16,10 @@ from lcx.errors import UserError
 
 UNIGRAM, BPE = 1, 2
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
-_TIKTOKEN = re.compile(rb"[A-Za-z0-9+/]{1,9999}={0,2} \d{1,7}\r?\n")  # base64 of a token, its rank
+_TIKTOKEN = re.compile(rb"[A-Za-z0-9+/]{1,9999}={0,2} \d{1,7}\r?\n")  # base64 of a token, and its rank
 _MAX_BYTES = 256 << 20
 _MAX_PIECES = 1 << 22
-_MAX_SPLITS = 1 << 28  # characters of all halves of all pieces: what finding the merges costs
+_MAX_SPLITS = 1 << 28  # total characters of all splits of all pieces into two: the cost of finding the merges
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Model:
     """A sentencepiece model; the names and defaults of the settings are those of the format.
 
     Attributes:
-      charsmap: the precompiled normalization; empty for none.
+      charsmap: the precompiled normalization table; empty if there is none.
     """
 
     pieces: tuple[Piece, ...]
@@ -53,7 +53,7 @@ class Model:
 
     @property
     def is_like_llama(self) -> bool:
-        """BPE on the text as it is: what LlamaTokenizer of transformers computes."""
+        """Whether the model is BPE without normalization, which is what LlamaTokenizer of transformers computes."""
         plain = not self.charsmap and not self.remove_extra_whitespaces and self.escape_whitespaces
         return self.model_type == BPE and plain
 
@@ -80,7 +80,7 @@ def read(path: Path) -> Model:
     """Reads a `.model` file.
 
     Raises:
-      UserError: it is not one, it is damaged or empty.
+      UserError: the file is not a sentencepiece model, is damaged, or is empty.
     """
     data = json_files.read_bytes(path, max_bytes=_MAX_BYTES)
     if data is None:
@@ -153,7 +153,7 @@ def _bytes(value: int | bytes) -> bytes:
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """(number, value) of each field: an integer for varints, else its bytes."""
+    """(number, value) of each field; the value is an integer for varints, bytes for other types."""
     at = 0
     while at < len(data):
         key, at = _varint(data, at)
@@ -188,9 +188,10 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
 
 
 def merges_of(vocab: dict[str, int]) -> list[tuple[str, str]]:
-    """The merges of a BPE vocabulary: every way to put a piece together from two, the smallest ids first.
+    """The merges of a BPE vocabulary: every split of a piece into two other pieces, ordered by the ids.
 
-    The order is that of `generate_merges` of transformers, which sentencepiece's scores (minus the id) agree with.
+    The order is that of `generate_merges` of transformers; it agrees with sentencepiece's scores, which are minus the
+    id.
     """
     merges: list[tuple[int, int, int, int, int, str, str]] = []
     for piece, rank in vocab.items():

@@ -1,7 +1,7 @@
 """Documents from files: text, rows of JSON, CSV and Arrow, FASTA, a code tree, or Python's own standard library.
 
 `find_files` resolves a source (path, folder, glob, or "stdlib") to a list of files, `read_documents` yields their
-documents in that order. Both are deterministic: names do not depend on where the folder lives.
+documents in that order. Both are deterministic, and names do not depend on the location of the folder.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ __all__ = [
     "read_fasta",
 ]
 
-# Tests, and generated tables and data, which would dominate by repetition.
+# Tests, and generated tables and data: they are repetitive and would dominate the text.
 # fmt: off
 _STDLIB_SKIP = frozenset((
     "test", "tests", "idlelib", "idle_test", "lib2to3", "turtledemo", "ensurepip", "encodings", "pydoc_data",
@@ -46,13 +46,13 @@ def find_files(source: str | tuple[str, ...], *, format: str | None = None) -> t
 
     Args:
       source: a file, a folder, a glob ("books/**/*.txt"), "stdlib", or a tuple of these.
-      format: one of FORMATS; by default from the content of each file, then from the ending of its name; files of
-        which neither says anything are text. Which files of a folder are read: `lcx.data.folders`. With "code" each
-        folder named is one repository, and so one document.
+      format: one of FORMATS; by default from the content of each file, else from its extension; all other files are
+        text. `lcx.data.folders` decides which files of a folder are read. With "code", each folder in `source` is one
+        repository, and becomes one document.
 
     Raises:
-      UserError: nothing matches, the format is unknown or contradicts the content, or a file is of a kind that is not
-        read.
+      UserError: nothing matches, the format is unknown or contradicts the content, or a file is of an unsupported
+        kind.
     """
     if format is not None and format not in FORMATS:
         raise UserError(
@@ -78,7 +78,7 @@ def find_files(source: str | tuple[str, ...], *, format: str | None = None) -> t
     files: list[SourceFile] = []
     for path in paths:
         if os.path.isdir(path):
-            if format == "code":  # a glob of repositories; any other glob means the files it matches
+            if format == "code":  # each folder is a repository; other formats read only files
                 files.extend(folders.code_files(path, document=os.path.relpath(os.path.abspath(path), root)))
         else:
             files.append(folders.source_file(path, folders.relative(path, root), format))
@@ -123,16 +123,16 @@ def read_documents(
     chat: ChatReader | None = None,
     tally: Tally | None = None,
 ) -> Iterator[Document]:
-    """Yields the documents of `files` in order; those that are null, empty or only white space are left out.
+    """Yields the documents of `files` in order; those that are null, empty or only white space are skipped.
 
     Args:
       text_field: the field of a JSON object, or the column of a table, that holds the text.
       separator: splits a text file into documents, e.g. "<|endoftext|>"; white space around each is removed.
-      chat: reads rows that are conversations; None takes every row for text.
-      tally: counts what is left out, and says whether a row that cannot be read is an error.
+      chat: renders rows that are conversations; None reads every row as text.
+      tally: counts what is skipped, and decides whether a row that cannot be read is an error.
 
     Raises:
-      UserError: a file that cannot be read as its format; the message names the file and the place in it.
+      UserError: a file cannot be read as its format; the message gives the file and the position in it.
     """
     tally = tally or Tally()
     done = 0

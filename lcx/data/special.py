@@ -1,7 +1,7 @@
-"""Which special tokens stand before and after a text: decided here for data, evaluations and generation alike.
+"""Which special tokens are put before and after a text, for data, evaluations and generation.
 
-A tokenizer says itself what it adds (its post-processor, add_bos_token, add_eos_token); that it has a BOS token does
-not mean that it adds one. Settings may ask for more or less.
+By default the tokenizer decides (its post-processor, add_bos_token, add_eos_token); a tokenizer that has a BOS token
+need not add it. Settings can override the tokenizer.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from lcx.errors import UserError
 class SpecialTokens:
     """Ids before and after the ids of a text.
 
-    `separator` is true where `after` is there only to keep documents apart, and not by the tokenizer or a setting.
+    `separator` is true if `after` was added only to separate documents, not by the tokenizer or a setting.
     """
 
     before: tuple[int, ...] = ()
@@ -29,15 +29,15 @@ class SpecialTokens:
 def special_tokens(
     tokenizer: Tokenizer, *, add_bos: bool | None = None, add_eos: bool | None = None
 ) -> SpecialTokens:
-    """What is put before and after a text.
+    """The ids that are put before and after a text.
 
     Args:
-      add_bos: None leaves it to the tokenizer; True puts BOS before the text, whatever the tokenizer does; False puts
-        nothing there.
+      add_bos: None leaves it to the tokenizer; True puts BOS before the text, regardless of the tokenizer; False
+        puts nothing there.
       add_eos: the same for EOS after the text.
 
     Raises:
-      UserError: a token that the tokenizer does not have is asked for.
+      UserError: a setting requests a token that the tokenizer does not have.
     """
     own = _own(tokenizer)
     before, after = own.before, own.after
@@ -57,10 +57,10 @@ def separating_tokens(
     add_eos: bool | None = None,
     document_mask: bool = True,
 ) -> SpecialTokens:
-    """`special_tokens` for documents that share a row: EOS after each where the tokenizer adds nothing itself.
+    """`special_tokens` for documents that share a row: adds EOS after each if the tokenizer adds nothing itself.
 
-    A setting that takes away what the tokenizer adds (add_bos=False) is followed; the document mask then keeps the
-    documents apart.
+    A setting that removes what the tokenizer adds (add_bos=False) is respected; then only the document mask separates
+    the documents.
 
     Raises:
       UserError: nothing separates the documents, neither a token nor the document mask.

@@ -1,8 +1,9 @@
 """The token store: documents tokenised once, in a memory-mapped file named by a fingerprint of its inputs.
 
-A store is a folder named by its fingerprint. It is written beside its final place and renamed when complete,
-so a killed run leaves no half store behind; it is checked again when opened, and rebuilt when it was damaged.
-Everything in it can be made again from the source, so the cache folder may be deleted at any time.
+A store is a folder named by its fingerprint. It is written to a temporary folder next to its final path and renamed
+when complete, so a killed run never leaves an incomplete store under the final name. A store is verified when it is
+opened, and rebuilt if it is damaged. All of it can be rebuilt from the source, so the cache folder may be deleted at
+any time.
 """
 
 import dataclasses
@@ -31,10 +32,10 @@ from lcx.data.special import SpecialTokens
 from lcx.data.token_files import MaskWriter, TokenWriter, blocks_match
 from lcx.errors import UserError
 
-_VERSION = 2  # raise it when a store built from the same inputs would hold something else
-_CHUNK_CHARACTERS = 8 << 20  # text tokenised at a time
-_REMEMBERED = 64 << 20  # files at least this large have their hash remembered
-_SETTLED_NS = 2_000_000_000  # a file changed this shortly before it was hashed may change again unseen
+_VERSION = 2  # increase it when the same inputs give a store with different content
+_CHUNK_CHARACTERS = 8 << 20  # characters tokenised at a time
+_REMEMBERED = 64 << 20  # bytes; the hashes of files at least this large are cached
+_SETTLED_NS = 2_000_000_000  # a change this soon after the last one may leave the time stamp as it is
 _ABANDONED_SECONDS = 24 * 3600
 
 
@@ -46,10 +47,10 @@ class TokenStore:
       offsets: [D + 1]; document d is tokens[offsets[d]:offsets[d + 1]], BOS and EOS included.
       hashes: [D] uint64, a hash of the text of each document: equal text, equal hash.
       max_id: the largest id that occurs.
-      notes: what reading the source left out, chose or replaced, a line each.
+      notes: what was skipped, chosen or replaced when the source was read, one line each.
       conversations: how many documents are conversations.
       loss_tokens: how many tokens have a loss.
-      markers: marker of the end of a document -> how many texts have it inside.
+      markers: end-of-document marker -> number of texts that contain it.
     """
 
     folder: Path
@@ -66,18 +67,18 @@ class TokenStore:
     @functools.cached_property
     def tokens(self) -> Int[np.ndarray, "tokens"]:
         """All tokens, memory-mapped: only what is read is loaded."""
-        # As a plain array: memmap's own indexing costs several times as much for small reads.
+        # Viewed as a plain array, because np.memmap's indexing is several times slower for small reads.
         return np.asarray(np.memmap(self.folder / "tokens.bin", dtype=self.dtype, mode="r"))
 
     @functools.cached_property
     def loss_mask(self) -> Int[np.ndarray, "tokens"] | None:
-        """1 for the tokens that have a loss, as labels; None when all do. Memory-mapped too."""
+        """1 for the tokens that have a loss when they are labels; None if all do. Memory-mapped too."""
         if self.loss_tokens is None:
             return None
         return np.asarray(np.memmap(self.folder / "loss_mask.bin", dtype=np.uint8, mode="r"))
 
     def __getstate__(self) -> dict[str, Any]:
-        # A memory map would be pickled as a copy of the whole corpus: the reader maps the file itself.
+        # A memory map would be pickled as a copy of the whole corpus; the receiving process maps the file itself.
         return {key: value for key, value in self.__dict__.items() if key not in ("tokens", "loss_mask")}
 
     @property
@@ -111,17 +112,17 @@ def open_store(
     chat: ChatReader | None = None,
     cache_dir: str | None = None,
 ) -> TokenStore:
-    """Opens the store of these inputs; builds it first where there is none, with a progress bar.
+    """Opens the store of these inputs, or builds it, with a progress bar, if it does not exist.
 
-    The special tokens are put around texts alone: what a conversation begins and ends with is its template's matter.
+    The special tokens are put around texts only: a conversation begins and ends with what its template writes.
 
     The fingerprint covers names, sizes and contents of the files, the tokenizer, the options and the special tokens
-    of each document, so a changed file is another store. Folders and time stamps do not matter: a moved data set is
-    the same data. What reading left out is said each time.
+    of each document, so a changed file gives another store. Folders and time stamps do not count, so a moved data set
+    keeps its store. What was skipped in the source is logged every time.
 
     Raises:
-      UserError: an input cannot be read, there is no text in it, or the cache folder cannot be written (full
-        disk).
+      UserError: an input cannot be read or contains no text, or the cache folder cannot be written (for example,
+        the disk is full).
     """
     root = cache_folder(cache_dir)
     options = {"text_field": text_field, "separator": separator, **_special_options(tokenizer, special)}
@@ -174,7 +175,7 @@ def _build(
     size: int,
     tally: sources.Tally,
 ) -> None:
-    """Writes a store beside its place and renames it; whatever goes wrong, the half store is removed."""
+    """Writes a store next to its final path, then renames it; after any error the incomplete store is removed."""
     partial = folder.with_name(f"{folder.name}.{socket.gethostname()}.{os.getpid()}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
@@ -201,7 +202,7 @@ def _cache_error(root: Path, error: OSError) -> UserError:
 
 
 def _special_options(tokenizer: tok.Tokenizer, special: SpecialTokens) -> dict[str, Any]:
-    """What the fingerprint says of the special tokens; the identity of the tokenizer has the ids of BOS and EOS."""
+    """The special tokens in the fingerprint; the ids of BOS and EOS are part of the tokenizer's identity."""
     bos, eos = (() if value is None else (value,) for value in (tokenizer.bos_id, tokenizer.eos_id))
     options: dict[str, Any] = {"add_bos": special.before == bos != (), "add_eos": special.after == eos != ()}
     if special.before not in ((), bos) or special.after not in ((), eos):
@@ -214,7 +215,7 @@ def _hashed(
 ) -> Iterator[tuple[sources.SourceFile, tuple[int, str]]]:
     """Each file with (size, SHA-256).
 
-    Hashes of large files are remembered by path, size, inode and time stamps.
+    Hashes of large files are cached by path, size, inode and time stamps.
     """
     memory = root / "file_hashes.json"
     try:
@@ -242,12 +243,12 @@ def _hashed(
         try:
             partial.write_text(json.dumps(known))
             os.replace(partial, memory)
-        except OSError:  # a lost memory costs time, nothing else
+        except OSError:  # without the cached hashes the next run only takes longer
             partial.unlink(missing_ok=True)
 
 
 def _chunks(documents: Iterator[sources.Document]) -> Iterator[list[sources.Document]]:
-    """Documents in groups of a few million characters: enough for threads to share, little to hold."""
+    """Documents in groups of a few million characters: enough work for several threads, little memory."""
     chunk: list[sources.Document] = []
     characters = 0
     for document in documents:
@@ -262,7 +263,7 @@ def _chunks(documents: Iterator[sources.Document]) -> Iterator[list[sources.Docu
 
 @dataclasses.dataclass
 class _Index:
-    """What is known of each document when it is written."""
+    """The offsets and hashes of the documents written so far."""
 
     lengths: list[int] = dataclasses.field(default_factory=list)
     hashes: list[int] = dataclasses.field(default_factory=list)
@@ -355,7 +356,7 @@ def _write(
 
 
 def _publish(partial: Path, folder: Path) -> None:
-    """Renames a complete store to its place; another process may have been faster, with the same content."""
+    """Renames a complete store to its final path; another process may already have put an identical one there."""
     for _ in range(2):
         try:
             os.rename(partial, folder)
@@ -369,7 +370,7 @@ def _publish(partial: Path, folder: Path) -> None:
 
 
 def _remove_abandoned(root: Path) -> None:
-    """Half stores of killed processes, once they are surely dead."""
+    """Removes incomplete stores that are so old that the process writing them must have been killed."""
     for folder in root.glob("*.partial"):
         try:
             if folder.is_dir() and time.time() - folder.stat().st_mtime > _ABANDONED_SECONDS:
@@ -379,7 +380,7 @@ def _remove_abandoned(root: Path) -> None:
 
 
 def _read_store(folder: Path, fingerprint: str) -> TokenStore | None:
-    """The store in `folder`, or None where there is none or it is damaged (it is then built again)."""
+    """The store in `folder`, or None if there is none or it is damaged (it is then rebuilt)."""
     try:
         meta = json.loads((folder / "meta.json").read_text())
         count, dtype = meta["num_documents"], meta["dtype"]

@@ -1,4 +1,4 @@
-"""Files of one number a token, written once, with a checksum for every block."""
+"""Files with one number per token, written once, with a checksum for every block."""
 
 import os
 import zlib
@@ -10,11 +10,11 @@ import numpy as np
 from lcx.errors import UserError
 
 _BLOCK = 4 << 20  # bytes per checksum
-_CHECKED_BLOCKS = 64  # checked when a store is opened: all of a small one, a sample of a large one
+_CHECKED_BLOCKS = 64  # number checked on opening: all of a small file, a sample of a large one
 
 
 class TokenWriter:
-    """Appends arrays of one number a token (its id, its loss) to a file, with a checksum for every block of it."""
+    """Appends arrays with one number per token (an id, or 1 for a loss) to a file, with a checksum per block."""
 
     def __init__(self, stream: BinaryIO, dtype: str):
         self.stream, self.dtype = stream, dtype
@@ -26,7 +26,7 @@ class TokenWriter:
         top, low = int(values.max()), int(values.min())
         if top > np.iinfo(self.dtype).max or low < 0:
             raise UserError(
-                f"the tokenizer gave ids {low} .. {top}, more than its vocab_size announces; check it"
+                f"the tokenizer gave ids {low} .. {top}, outside of its vocab_size; check the tokenizer"
             )
         self.max_value = max(self.max_value, top)
         self._buffer += values.astype(self.dtype).tobytes()
@@ -47,11 +47,11 @@ class TokenWriter:
 
 
 class MaskWriter:
-    """Writes the loss mask, from the first token without a loss on: most stores have none, and then no file."""
+    """Writes the loss mask. The file is created at the first token without a loss, because most stores have none."""
 
     def __init__(self, path: Path):
         self._path = path
-        self._ones = 0  # tokens before the file is begun
+        self._ones = 0  # number of tokens before the file is created, all with a loss
         self._writer: TokenWriter | None = None
 
     def append(self, mask: np.ndarray) -> None:
@@ -65,7 +65,7 @@ class MaskWriter:
         self._writer.append(mask)
 
     def finish(self) -> list[int] | None:
-        """The checksums of the file; None where there is none."""
+        """The checksums of the file; None if there is no file."""
         if self._writer is None:
             return None
         self._writer.finish()
@@ -74,7 +74,7 @@ class MaskWriter:
 
 
 def blocks_match(path: Path, checksums: list[int]) -> bool:
-    """Compares every block of a small file, evenly spaced ones (with both ends) of a large one."""
+    """Checks every block of a small file, and evenly spaced ones (including both ends) of a large one."""
     chosen = np.unique(np.linspace(0, len(checksums) - 1, min(len(checksums), _CHECKED_BLOCKS)).astype(int))
     with open(path, "rb") as stream:
         for block in chosen.tolist():

@@ -1,7 +1,7 @@
-"""A `tokenizers.Tokenizer` from the files of a folder, with the same ids as transformers 5 gives them.
+"""Builds a `tokenizers.Tokenizer` from the files of a folder, with the same ids as in transformers 5.
 
 The steps are those of `TokenizersBackend` in transformers: vocabulary and pipeline, added tokens, post-processor.
-Truncation and padding that a file stores are never applied.
+Truncation and padding settings stored in a file are never applied.
 """
 
 import contextlib
@@ -23,22 +23,22 @@ from lcx.errors import UserError
 
 log = logging.getLogger(__name__)
 
-_FIXED_FROM = 100_000  # vocabularies that fix_mistral_regex leaves alone
+_FIXED_FROM = 100_000  # fix_mistral_regex does not change vocabularies with at most this many tokens
 _MISTRAL = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-MAX_BYTES = 1 << 30  # of a tokenizer.json; the largest published ones have 40 MB
+MAX_BYTES = 1 << 30  # limit for a tokenizer.json; the largest published ones have 40 MB
 
 
 class Vocabulary(NamedTuple):
-    """What a class takes from its files.
+    """The parts of its files that a tokenizer class uses.
 
     Attributes:
       added: tokens with their ids, as tokenizer.json stores them.
       extra: further special tokens that the file itself marks.
-      is_json: the file is a tokenizer.json, whose post-processor counts and not add_bos_token.
+      is_json: the file is a tokenizer.json, whose post-processor is used instead of add_bos_token.
     """
 
     vocab: dict[str, int]
@@ -51,9 +51,9 @@ class Vocabulary(NamedTuple):
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Holds back what is written on stderr meanwhile, and drops it after an error.
+    """Captures stderr, and discards what was written to it if an error is raised.
 
-    A panic of Rust code prints its own report there before Python sees an exception.
+    A panic in Rust code prints its own report to stderr before Python sees an exception.
     """
     try:
         sys.stderr.flush()
@@ -78,21 +78,21 @@ def quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def guarded(what: str) -> Iterator[None]:
-    """Turns whatever the tokenizers library raises, a panic of its Rust code included, into a UserError."""
+    """Turns every exception of the tokenizers library, including panics of its Rust code, into a UserError."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit, GeneratorExit, UserError):
         raise
-    except BaseException as error:  # PanicException of pyo3 is no Exception
+    except BaseException as error:  # pyo3's PanicException is not a subclass of Exception
         reason = f"{type(error).__name__}: {error}" if type(error) is not Exception else str(error)
         raise UserError(f"{what} ({json_files.one_line(reason)}); check the tokenizer setting") from error
 
 
 def build(path: Path, settings: Settings) -> Any:
-    """The library's tokenizer for a `tokenizer.json`, a `vocab.json` (with merges.txt beside it) or a `.model`.
+    """The library's tokenizer for a `tokenizer.json`, a `vocab.json` (with merges.txt next to it) or a `.model`.
 
     Raises:
-      UserError: a file is missing or damaged, or the tokenizers package is.
+      UserError: a file is missing or damaged, or the tokenizers package is not installed.
     """
     try:
         import tokenizers  # noqa: F401
@@ -120,7 +120,7 @@ def build(path: Path, settings: Settings) -> Any:
 
 
 def _fix_pattern(library: Any, settings: Settings) -> None:
-    """fix_mistral_regex: the pattern that Mistral's own tokenizers split a text by, as transformers repairs it."""
+    """Applies fix_mistral_regex as transformers does: the pattern by which Mistral's own tokenizers split a text."""
     from tokenizers import Regex, pre_tokenizers
 
     before = library.pre_tokenizer
@@ -136,7 +136,7 @@ def _fix_pattern(library: Any, settings: Settings) -> None:
 
 
 def named_tokens(settings: Settings) -> dict[str, Token | None]:
-    """The special tokens with a role: those of the folder, else those of the class."""
+    """The special tokens by role (bos_token, ...): those named in the folder, else the defaults of the class."""
     defaults = DEFAULTS.get(settings.tokenizer_class, {})
     named: dict[str, Token | None] = {key: Token(text, special=True) for key, text in defaults.items()}
     named |= dict(settings.named)
@@ -144,14 +144,14 @@ def named_tokens(settings: Settings) -> dict[str, Token | None]:
 
 
 def special_of(library: Any, eos_id: int | None, *, what: str) -> SpecialTokens:
-    """What the post-processor puts before and after a text, seen on an example."""
+    """The ids that the post-processor puts before and after a text, found by encoding an example."""
     whole, plain, problem = None, [], None
     for example in ("a", "0", " ", *list(library.get_vocab(with_added_tokens=False))[:8], ""):
         try:
             with guarded(what), quiet():
                 plain = library.encode(example, add_special_tokens=False).ids
                 whole = library.encode(example, add_special_tokens=True)
-        except UserError as error:  # the vocabulary may lack this letter
+        except UserError as error:  # the vocabulary may lack this character
             problem = error
         if plain and whole is not None:
             break
@@ -163,13 +163,13 @@ def special_of(library: Any, eos_id: int | None, *, what: str) -> SpecialTokens:
             f"{what}: it adds id {unknown[0]}, which the vocabulary does not have; restore the file"
         )
     ids, of_text = whole.ids, [i for i, number in enumerate(whole.sequence_ids) if number is not None]
-    if not of_text:  # a vocabulary without one letter
+    if not of_text:  # no example gives a token
         after = tuple(ids[-1:]) if ids and ids[-1] == eos_id else ()
         return SpecialTokens(tuple(ids[: len(ids) - len(after)]), after)
     first, end = of_text[0], of_text[-1] + 1
     if ids[first:end] != plain:
         raise UserError(
-            f"{what}: it does more than to add tokens around a text; expected a template with one $A"
+            f"{what}: it does more than add tokens around a text; expected a template with one $A"
         )
     return SpecialTokens(tuple(ids[:first]), tuple(ids[end:]))
 
@@ -208,7 +208,7 @@ def _library(data: bytes) -> Any:
 
 
 def _of_json(data: dict[str, Any], path: Path) -> Vocabulary:
-    """The parts of a tokenizer.json that a class with its own pipeline takes."""
+    """The parts of a tokenizer.json that a class with its own pipeline uses."""
     model = data.get("model")
     if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict | list):
         raise UserError(f"{path} has no vocabulary in its model: restore the file")
@@ -226,14 +226,14 @@ def _of_json(data: dict[str, Any], path: Path) -> Vocabulary:
 def _post_processor(data: dict[str, Any], model: dict[str, Any]) -> Any:
     if data.get("post_processor") is None:
         return None
-    if model.get("type") not in (None, "Unigram"):  # without the vocabulary, which is long to read
+    if model.get("type") not in (None, "Unigram"):  # drop the vocabulary, which is slow to parse
         model = model | {"vocab": {}} | ({"merges": []} if model.get("type") == "BPE" else {})
         data = data | {"model": model, "added_tokens": []}
     return _library(json.dumps(data).encode()).post_processor
 
 
 def _of_model(model: sentencepiece_model.Model, *, as_bpe: bool = False) -> Vocabulary:
-    """The parts of a sentencepiece model. With `as_bpe` a unigram model has merges too, as transformers makes them."""
+    """The parts of a sentencepiece model. With `as_bpe`, also merges for a unigram model, as in transformers."""
     vocab = {piece.text: i for i, piece in enumerate(model.pieces)}
     kinds = (sentencepiece_model.CONTROL, sentencepiece_model.USER_DEFINED)
     extra = tuple(
@@ -247,7 +247,7 @@ def _of_model(model: sentencepiece_model.Model, *, as_bpe: bool = False) -> Voca
 
 
 def model_tokens(model: sentencepiece_model.Model) -> dict[str, Token]:
-    """The special tokens that a sentencepiece model has itself."""
+    """The special tokens that a sentencepiece model defines itself."""
     found = {
         "bos_token": (model.bos_id, model.bos_piece),
         "eos_token": (model.eos_id, model.eos_piece),
@@ -264,7 +264,7 @@ def _generic_sentencepiece(model: sentencepiece_model.Model, settings: Settings)
     if model.model_type == sentencepiece_model.BPE:
         source = _of_model(model)
         vocab, texts = source.vocab, {i: text for text, i in source.vocab.items()}
-        for number, token in settings.added:  # a folder may give the model's placeholders names
+        for number, token in settings.added:  # a folder may rename placeholder pieces of the model
             old = texts.get(number)
             if old and old != token.content and token.content not in vocab:
                 vocab[token.content] = vocab.pop(old)
@@ -295,7 +295,7 @@ def _of_bpe_files(path: Path) -> Vocabulary:
     merges = path.with_name("merges.txt")
     for file in (path, merges):
         if json_files.read_bytes(file, max_bytes=MAX_BYTES) is None:
-            raise UserError(f"{file} does not exist, but its partner does: restore the file")
+            raise UserError(f"{file} does not exist, but the other file of the pair does: restore it")
     vocab, pairs = models.BPE.read_file(str(path), str(merges))
     return Vocabulary(vocab, pairs)
 
@@ -313,12 +313,12 @@ def _added(token: Token) -> Any:
 
 
 def _extra(settings: Settings, source: Vocabulary | None) -> tuple[Token, ...]:
-    """The further special tokens of the folder, or those that a sentencepiece model marks itself."""
+    """The additional special tokens of the folder, else those that a sentencepiece model marks itself."""
     return settings.extra if settings.extra is not None else source.extra if source else ()
 
 
 def _all_added(settings: Settings, source: Vocabulary | None) -> list[tuple[int, Token]]:
-    """The added tokens of the folder and of tokenizer.json by id; the latter's count where both have one."""
+    """The added tokens of the folder and of tokenizer.json by id; for the same id, tokenizer.json wins."""
     of_file = source.added if source and not settings.replaces_added else ()
     return sorted((dict(settings.added) | dict(of_file)).items(), key=lambda pair: pair[0])
 
@@ -326,7 +326,7 @@ def _all_added(settings: Settings, source: Vocabulary | None) -> list[tuple[int,
 def _add_tokens(
     library: Any, settings: Settings, source: Vocabulary | None, named: dict[str, Token | None]
 ) -> None:
-    """Adds what the folder names and the library does not have yet, in the order of transformers."""
+    """Adds the folder's tokens that the library does not have yet, in the same order as transformers."""
     own = library.get_added_tokens_decoder()
     present = {repr(token) for token in own.values()}
     tokens = [token for _, token in _all_added(settings, source) if repr(_added(token)) not in present]
@@ -355,7 +355,7 @@ def _add_tokens(
 def _set_post_processor(
     library: Any, settings: Settings, source: Vocabulary | None, named: dict[str, Token | None]
 ) -> None:
-    """What stands around a text: by add_bos_token and add_eos_token where these count, or by the class."""
+    """Sets what is added around a text, from add_bos_token and add_eos_token if the class uses them."""
     from tokenizers import processors
 
     around = [named.get(key) for key in AROUND.get(settings.tokenizer_class, ())]

@@ -1,8 +1,8 @@
 """The pipelines that tokenizer classes of transformers 5 build themselves.
 
 Most tokenizer.json files are used as they are. The classes of `PIPELINES` take only the vocabulary, the merges and the
-post-processor from the file, and set up normalizer, pre-tokenizer and decoder themselves, whatever the file says; so
-ids equal to those of transformers need the same pipelines here.
+post-processor from the file, and set up normalizer, pre-tokenizer and decoder themselves, regardless of the file. To
+give the same ids as transformers, lcx needs the same pipelines.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from lcx.data.tokenizer_settings import Settings
 
 # ------------------------------------------------------------------------------------------------ pipelines
 
-# @ stands for one letter, # for the classes of letters
+# placeholders: @ for one letter, # for the classes of letters
 _QWEN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?@+|\p{N}| ?[^\s#\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -20,7 +20,7 @@ _END = "<|endoftext|>"
 _LLAMA = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 _GPT = {"bos_token": _END, "eos_token": _END, "unk_token": _END}
 
-# The special tokens that a class has where the folder names none.
+# The default special tokens of a class, used if the folder names none.
 DEFAULTS: dict[str, dict[str, str]] = {
     "LlamaTokenizer": _LLAMA,
     "CodeLlamaTokenizer": _LLAMA
@@ -62,7 +62,7 @@ DEFAULTS: dict[str, dict[str, str]] = {
         "mask_token": "<MASK_TOKEN>",
     },
 }
-# Classes that put these tokens before and after a text, whatever tokenizer.json says.
+# Classes that put these tokens before and after a text, regardless of tokenizer.json.
 AROUND = {name: ("cls_token", "sep_token") for name in ("BertTokenizer", "RobertaTokenizer")}
 
 
@@ -105,7 +105,7 @@ def _gemma(vocab: dict[str, int], merges: list, settings: Settings, unk: str | N
 
 
 def _byte_level(vocab: dict[str, int], merges: list, settings: Settings, unk: str | None) -> Any:
-    """GPT-2 and its relatives: bytes as letters, and what each does before."""
+    """GPT-2 and its relatives: byte-level BPE, with the pre-tokenizer of each class."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     name, prefix = settings.tokenizer_class, bool(settings.option("add_prefix_space"))
@@ -163,9 +163,9 @@ PIPELINES: dict[str, Pipeline] = {
     "RobertaTokenizer": _byte_level,
     "BertTokenizer": _bert,
 }
-# Those whose vocabulary may be a sentencepiece model.
+# Classes whose vocabulary may be a sentencepiece model.
 OF_SENTENCEPIECE = frozenset({"LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer"})
-# Those whose vocabulary may be vocab.json with merges.txt.
+# Classes whose vocabulary may be vocab.json with merges.txt.
 OF_TWO_FILES = frozenset(name for name, pipeline in PIPELINES.items() if pipeline is _byte_level) - {
     "Qwen3_5Tokenizer"
 }

@@ -17,7 +17,7 @@ from lcx.errors import UserError
 
 log = logging.getLogger(__name__)
 
-_OTHERS = ("vocab.json", "vocab.txt", "merges.txt", "tekken.json")  # vocabularies of other forms
+_OTHERS = ("vocab.json", "vocab.txt", "merges.txt", "tekken.json")  # vocabularies in other formats
 _HUGGING_FACE_FILES = ("tokenizer_config.json", "config.json")
 
 
@@ -25,7 +25,7 @@ def vocabulary_file(folder: Path) -> Path:
     """The vocabulary of a folder: tokenizer.json, tokenizer.model, one other .model, or vocab.json with merges.txt.
 
     Raises:
-      UserError: there is none, or several.
+      UserError: there is none, or there are several.
     """
     try:
         names = sorted(os.listdir(folder))
@@ -55,14 +55,14 @@ def vocabulary_file(folder: Path) -> Path:
 def from_file(
     path: Path, *, settings: Settings | None = None, ids: Mapping[str, Any] | None = None
 ) -> FileTokenizer:
-    """The tokenizer of a vocabulary file and of the settings beside it.
+    """The tokenizer of a vocabulary file, with the settings in the same folder.
 
     Args:
-      settings: those of a record, in place of the ones beside the file.
-      ids: bos_id, eos_id and stop_ids of a record.
+      settings: recorded settings, which replace those in the folder.
+      ids: recorded bos_id, eos_id and stop_ids.
 
     Raises:
-      UserError: a file is damaged, of an unknown kind, or asks for what is not supported.
+      UserError: a file is damaged or of an unknown kind, or requires something that is not supported.
     """
     if path.suffix not in (".json", ".model"):
         raise UserError(
@@ -70,8 +70,8 @@ def from_file(
         )
     path = Path(
         os.path.abspath(path)
-    )  # not resolved: in a hub cache the files are links to blobs without names
-    of_record = ids is not None and path.suffix == ".model"  # none for sentencepiece's own library
+    )  # links are not resolved: in a hub cache they lead to blobs, which have no file names
+    of_record = ids is not None and path.suffix == ".model"  # then read by the sentencepiece library
     found = settings or (None if of_record else _settings(path))
     if found is None:
         tokenizer: FileTokenizer = _own_sentencepiece(path)
@@ -82,7 +82,7 @@ def from_file(
     _ = (
         tokenizer.vocab_size,
         tokenizer.special,
-    )  # what cannot be used is refused here, not in the middle of a run
+    )  # computed here so that an unusable tokenizer is refused now, not in the middle of a run
     return tokenizer if ids is None else _with_ids(tokenizer, ids)
 
 
@@ -91,14 +91,14 @@ def _with_ids(tokenizer: FileTokenizer, ids: Mapping[str, Any]) -> FileTokenizer
 
 
 def _settings(path: Path) -> Settings | None:
-    """The settings for a vocabulary file; None for a sentencepiece model that its own library has to read."""
+    """The settings for a vocabulary file; None if the sentencepiece library has to read it."""
     folder = path.parent
     config, model_config = settings_of.config_of(folder)
     of_model = path.suffix == ".model"
     if of_model and not any((folder / name).is_file() for name in _HUGGING_FACE_FILES):
         return _of_model_alone(path)
     name = _class_of(path, config, model_config)
-    if of_model and path.name != "tokenizer.model":  # AutoTokenizer does not find it
+    if of_model and path.name != "tokenizer.model":  # AutoTokenizer finds no other name
         if name == GENERIC:
             return _of_model_alone(path)
         raise UserError(f"{path} is for tokenizer_class {name}, which reads tokenizer.model: rename the file")
@@ -114,10 +114,10 @@ def _settings(path: Path) -> Settings | None:
 
 
 def _class_of(path: Path, config: Mapping[str, Any], model_config: Mapping[str, Any]) -> str:
-    """One of `PIPELINES`, or the generic class.
+    """The name of a class in `PIPELINES`, or of the generic class.
 
     Raises:
-      UserError: the folder's class has rules of its own that are not supported.
+      UserError: the folder's class has its own rules, which are not supported.
     """
     folder = path.parent
     name = tokenizer_names.declared(folder, config, model_config)
@@ -162,13 +162,13 @@ def _class_of(path: Path, config: Mapping[str, Any], model_config: Mapping[str, 
 
 
 def _of_model_alone(path: Path) -> Settings | None:
-    """A sentencepiece model without the files of transformers says itself what it is, see `load_tokenizer`."""
+    """The settings for a sentencepiece model without transformers' files; see `load_tokenizer`."""
     model = sentencepiece_model.read(path)
     if not model.is_like_llama:
         return None
     log.warning(
-        "%s: no tokenizer_config.json names a class, read as LlamaTokenizer reads it (AutoTokenizer would put no space"
-        " before a text)",
+        "%s: no tokenizer_config.json names a class, so it is read like LlamaTokenizer (AutoTokenizer would omit"
+        " the space before a text)",
         path,
     )
     read = settings_of.read(path.parent, "LlamaTokenizer", {}, {}, of_model=True)
@@ -189,7 +189,7 @@ def _own_sentencepiece(path: Path) -> SentencePieceTokenizer:
 
 
 def _special_ids(tokenizer: HuggingFaceTokenizer) -> tuple[int | None, int | None, tuple[int, ...]]:
-    """(BOS, EOS, the ids that end a generation). The model's configuration names EOS where the tokenizer does not."""
+    """(BOS, EOS, the ids that end a generation). If the tokenizer has no EOS, the model's configuration gives it."""
     library, folder = tokenizer._library, Path(tokenizer.path).parent
     named = tokenizer_build.named_tokens(tokenizer.settings)
     ids = {}

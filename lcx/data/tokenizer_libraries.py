@@ -18,8 +18,8 @@ from lcx.data.tokenizer_names import GENERIC
 from lcx.data.tokenizer_settings import Settings
 from lcx.errors import UserError
 
-# Ids [tokens], and for each token its first character and the one after its last [tokens, 2]. A character that is
-# several tokens is in all of them.
+# Ids [tokens], and offsets [tokens, 2]: the index of the first character of each token and of the one after its last.
+# If one character is several tokens, all of them have its offsets.
 Located = tuple[np.ndarray, np.ndarray]
 
 
@@ -27,7 +27,7 @@ Located = tuple[np.ndarray, np.ndarray]
 class HuggingFaceTokenizer:
     """A `tokenizer.json`, `vocab.json` with `merges.txt`, or a sentencepiece `.model` as transformers converts it.
 
-    Text that spells a special token becomes that token, as in transformers.
+    A special token written out in a text is encoded as that token, as in transformers.
     """
 
     path: str
@@ -48,14 +48,14 @@ class HuggingFaceTokenizer:
 
     @functools.cached_property
     def special(self) -> SpecialTokens:
-        """What the tokenizer itself puts before and after a text."""
+        """The ids that the tokenizer itself puts before and after a text."""
         what = f"the post-processor of {self.path} cannot be used"
         with guarded(what):
             return tokenizer_build.special_of(self._library, self.eos_id, what=what)
 
     @functools.cached_property
     def _fill(self) -> str | None:
-        """The token at which CodeLlamaTokenizer cuts a text into two and reorders them."""
+        """CodeLlama's fill token, at which CodeLlamaTokenizer splits a text in two and reorders the parts."""
         fill = tokenizer_build.named_tokens(self.settings).get("fill_token")
         return fill.content if fill and self.settings.tokenizer_class == "CodeLlamaTokenizer" else None
 
@@ -93,7 +93,7 @@ class HuggingFaceTokenizer:
             return self._cleaned(text)
 
     def _cleaned(self, text: str) -> str:
-        """clean_up_tokenization_spaces, which transformers ignores for BPE unless told twice."""
+        """Applies clean_up_tokenization_spaces, which for BPE needs a second setting, as in transformers."""
         if not self.settings.option("clean_up_tokenization_spaces"):
             return text
         forced = "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"
@@ -113,9 +113,9 @@ class HuggingFaceTokenizer:
 
 @dataclasses.dataclass(frozen=True)
 class SentencePieceTokenizer:
-    """A sentencepiece `.model` by its own library: unigram models, and BPE with a normalization of its own.
+    """A sentencepiece `.model`, read by the sentencepiece library: unigram models, and BPE with normalization.
 
-    It adds nothing to a text, and text that spells a control token is text.
+    It adds nothing to a text. A control token written out in a text is encoded as ordinary text.
     """
 
     path: str
@@ -154,7 +154,7 @@ class SentencePieceTokenizer:
         return located
 
     def piece(self, token: int) -> str:
-        """The text of a token, special ones too."""
+        """The text of a token, including special tokens."""
         return self._library.id_to_piece(token)
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -168,12 +168,12 @@ class SentencePieceTokenizer:
 
 @functools.lru_cache(maxsize=4)
 def _built(path: Path, settings: Settings, stamp: tuple) -> Any:
-    """Built once per file: a run asks for its tokenizer many times, and a large vocabulary takes a second."""
+    """Cached per file, because a run loads its tokenizer many times and a large vocabulary takes a second."""
     return tokenizer_build.build(path, settings)
 
 
 def _stamp(path: Path) -> tuple:
-    """What changes when a file does."""
+    """Inode, size and modification time of the files, which invalidate the cache when a file changes."""
     try:
         stats = [os.stat(file) for file in files_of(path)]
     except OSError:
@@ -190,18 +190,20 @@ def files_of(path: Path) -> tuple[Path, ...]:
 
 
 def checksum(path: Path) -> str:
-    """SHA-256 of the vocabulary's files. Raises UserError where one is missing."""
+    """SHA-256 of the vocabulary's files. Raises UserError if one is missing."""
     digest = hashlib.sha256()
     for file in files_of(path):
         data = json_files.read_bytes(file, max_bytes=tokenizer_build.MAX_BYTES)
         if data is None:
-            raise UserError(f"tokenizer file {file} does not exist; copy the tokenizer beside the checkpoint")
+            raise UserError(
+                f"tokenizer file {file} does not exist; copy the tokenizer next to the checkpoint"
+            )
         digest.update(data)
     return digest.hexdigest()
 
 
 def file_json(kind: str, tokenizer: FileTokenizer) -> dict[str, Any]:
-    """The record of a tokenizer of a file: `path` is where it lies, `file` the name that a copy gets."""
+    """The record of a tokenizer read from a file: `path` is its path, `file` the file name that a copy gets."""
     name = Path(tokenizer.path).name
     name = (
         name if name == "vocab.json" else "tokenizer.model" if kind == "sentencepiece" else "tokenizer.json"
@@ -219,7 +221,7 @@ def file_json(kind: str, tokenizer: FileTokenizer) -> dict[str, Any]:
 
 
 def checked_size(size: int, path: str) -> int:
-    """A vocabulary's size. Raises UserError where it is empty or its ids do not fit int32."""
+    """`size`, checked. Raises UserError if the vocabulary is empty or its ids do not fit into int32."""
     if not 0 < size <= json_files.LARGEST_ID + 1:
         found = "is empty" if size <= 0 else f"has ids up to {size - 1}"
         raise UserError(
@@ -229,7 +231,7 @@ def checked_size(size: int, path: str) -> int:
 
 
 def _load_sentencepiece(path: str) -> Any:
-    sentencepiece_model.read(Path(path))  # the library trusts its input
+    sentencepiece_model.read(Path(path))  # validate the file first, because the library trusts its input
     try:
         import sentencepiece
     except ImportError as error:

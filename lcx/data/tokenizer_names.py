@@ -123,13 +123,13 @@ _OF_GENERIC = (
 )
 REGISTERED = {kind: f"{name}Tokenizer" for name, kinds in _OF_MODEL_TYPES.items() for kind in kinds.split()}
 REGISTERED |= dict.fromkeys(_OF_GENERIC.split(), GENERIC)
-# model_types without a configuration of their own: they say nothing where no class is declared
+# model_types without their own configuration class: they determine no tokenizer class if none is declared
 _NAMES_ONLY = (
     "barthez bartpho bert-japanese bertweet byt5 code_llama cpm herbert mbart50 mega mluke myt5 nezha nllb phobert"
     " qdqbert realm retribert wav2vec2_phoneme"
 )
 _WITHOUT_CONFIG = frozenset(_NAMES_ONLY.split())
-# model_types of which the folders on the hub name a wrong class
+# model_types whose folders on the hub declare a wrong class
 _OVERRULED = (
     "arctic camembertv2-base chatlm cohere_asr ernie4_5 ernie4_5_moe fuyu h2ovl_chat hyperclovax hyperclovax_vision_v2"
     " hyperclovax_vlm internlm2 internlm3 iquestcoder jamba llava llava_next minicpm3 minicpmv minimax_m2 modernbert"
@@ -146,14 +146,14 @@ def _classes(names: str) -> frozenset[str]:
 _BERTS = "DPRContextEncoder DPRQuestionEncoder DPRReader DistilBert Lxmert MobileBert SqueezeBert"
 ALIASES = dict.fromkeys(_classes(_BERTS), "BertTokenizer")
 ALIASES |= dict.fromkeys(_classes("Bart LED Mvp"), "RobertaTokenizer")
-# Classes that set up a pipeline of their own from the vocabulary; a tokenizer.json can hold it.
+# Classes that set up their own pipeline from the vocabulary; tokenizer.json can represent it.
 REBUILT = _classes(
     "Albert Barthez Bert BigBird Blenderbot CLIP Camembert CodeGen CodeLlama Cohere ConvBert Deberta DebertaV2"
     " Esmc FNet Funnel GPT2 GPTNeoX Gemma Herbert LayoutLMv2 LayoutLMv3 LayoutXLM Llama Luke MBart MBart50 MLuke"
     " MPNet Nllb Nougat OpenAIGPT Pegasus Qwen2 Qwen3_5 Reformer RemBert Roberta Siglip2 Splinter T5 Tipsv2 Udop"
     " VideoPrism Whisper XGLM XLMRoberta XLNet"
 )
-# Classes whose rules are Python code that no tokenizer.json holds.
+# Classes whose rules are Python code that tokenizer.json cannot represent.
 PYTHON = _classes(
     "Bartpho BertGeneration BertJapanese Bertweet BioGpt BlenderbotSmall ByT5 CTRL Canine Clvp Cpm CpmAnt Dia Esm FSMT"
     " FastSpeech2Conformer Flaubert GPTNeoXJapanese GPTSw3 Lasr M2M100 Marian MarkupLM Mgpstr MyT5 PLBart Parakeet"
@@ -163,19 +163,19 @@ PYTHON = _classes(
 
 
 def declared(folder: Path, config: Mapping[str, Any], model_config: Mapping[str, Any]) -> str | None:
-    """The class that tokenizer_config.json names, else config.json; without "Fast" at its end."""
+    """The class that tokenizer_config.json names, else config.json; without the suffix "Fast"."""
     own = json_files.text(config, "tokenizer_class", folder / "tokenizer_config.json")
     name = own or json_files.text(model_config, "tokenizer_class", folder / "config.json")
     return name.removesuffix("Fast") if name else None
 
 
 def resolve(name: str | None, model_type: Any, *, byte_level: bool, has_code: bool = False) -> str | None:
-    """The class that AutoTokenizer of transformers 5.23 takes; None where it would run code of the folder.
+    """The class that AutoTokenizer of transformers 5.23 chooses; None if it would run code from the folder.
 
     Args:
       name: the declared class.
-      byte_level: tokenizer.json holds the word ByteLevel, which LlamaTokenizer is not for.
-      has_code: tokenizer_config.json names Python code of its own (auto_map).
+      byte_level: whether tokenizer.json contains the word ByteLevel, so LlamaTokenizer cannot be the right class.
+      has_code: whether tokenizer_config.json refers to Python code (auto_map).
     """
     kind = model_type if isinstance(model_type, str) else ""
     registered = REGISTERED.get(kind)

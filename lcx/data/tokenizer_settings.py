@@ -1,7 +1,7 @@
-"""What the small files beside a vocabulary say about a tokenizer, merged as transformers 5 merges them.
+"""A tokenizer's settings from the configuration files next to its vocabulary, merged as in transformers 5.
 
-tokenizer_config.json comes first, special_tokens_map.json and added_tokens.json (of older versions) fill in what it
-leaves out, config.json may name the class.
+tokenizer_config.json has precedence; special_tokens_map.json and added_tokens.json (of older versions) supply what it
+does not set, and config.json may name the class.
 """
 
 import dataclasses
@@ -35,9 +35,9 @@ _MAX_TOKENS = 1 << 20
 
 @dataclasses.dataclass(frozen=True)
 class Token:
-    """A token that is found in the text before the vocabulary is used; the flags are those of `tokenizers.AddedToken`.
+    """A token that is matched in the text before the vocabulary is applied, with the flags of `tokenizers.AddedToken`.
 
-    `normalized` None leaves it to the library (not `special`).
+    `normalized` None means the default of that library, `not special`.
     """
 
     content: str
@@ -50,14 +50,14 @@ class Token:
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Everything that decides about ids beside the vocabulary's own file.
+    """Everything outside the vocabulary file that affects the ids.
 
     Attributes:
       tokenizer_class: as resolved from the folder, see `tokenizer_classes.resolve`.
-      named: special tokens with a role, e.g. ("bos_token", Token("<s>")); None where the folder says there is none.
-      extra: further special tokens; None where the folder does not say.
-      added: tokens and their ids, beside those in tokenizer.json.
-      replaces_added: `added` stands in place of those in tokenizer.json, for a class that sets up its own pipeline.
+      named: special tokens with a role, e.g. ("bos_token", Token("<s>")); None if the folder disables it.
+      extra: additional special tokens; None if the folder does not list any.
+      added: tokens and their ids, in addition to those in tokenizer.json.
+      replaces_added: `added` replaces those in tokenizer.json, for a class that sets up its own pipeline.
       options: (name, value) of the settings that are true, false or null.
     """
 
@@ -83,7 +83,7 @@ class Settings:
 
 
 def from_json(data: Any, path: Path | str) -> Settings:
-    """What `to_json` wrote. Raises UserError for anything else."""
+    """The settings that `to_json` wrote. Raises UserError for anything else."""
     if not isinstance(data, dict):
         raise json_files.wrong(path, "settings", data, "an object")
     extra, added = (_list(data, key, path) for key in ("extra", "added"))
@@ -106,7 +106,7 @@ def from_json(data: Any, path: Path | str) -> Settings:
 
 
 def to_config(settings: Settings) -> dict[str, Any]:
-    """A tokenizer_config.json with what decides about the ids, for a folder that has none."""
+    """The content of a tokenizer_config.json with everything that affects the ids, for a folder that has none."""
     named = {}
     for key, token in settings.named:
         flags = {} if token is None else {k: v for k, v in dataclasses.asdict(token).items() if v is not None}
@@ -122,15 +122,15 @@ def read(
     *,
     of_model: bool = False,
 ) -> Settings:
-    """The settings in a folder, given the class that was found for it.
+    """The settings in a folder, given the class that was determined for it.
 
     Args:
       config: its tokenizer_config.json.
       model_config: its config.json.
-      of_model: the vocabulary is a sentencepiece model.
+      of_model: whether the vocabulary is a sentencepiece model.
 
     Raises:
-      UserError: a file is damaged, or a value is of another type than it must be.
+      UserError: a file is damaged, or a value has the wrong type.
     """
     path = folder / "tokenizer_config.json"
     named = _named(config, path)
@@ -146,7 +146,7 @@ def read(
         if extra is None and "extra_special_tokens" in mapped:
             extra = from_map
         added = _older_added(folder / "added_tokens.json", named, extra)
-        if not of_model:  # which marks such tokens itself
+        if not of_model:  # a sentencepiece model marks such tokens itself
             extra = from_map if extra is None else extra
     options = dict(_options(config, path))
     if not _has_mistral_pattern(folder, model_config):
@@ -163,7 +163,7 @@ def read(
 
 
 def _has_mistral_pattern(folder: Path, model_config: Mapping[str, Any]) -> bool:
-    """Whether a folder is one that fix_mistral_regex is for: a Mistral model of transformers before 5."""
+    """Whether fix_mistral_regex applies to a folder: a Mistral model saved by transformers before 5."""
     version = model_config.get("transformers_version")
     older = not version or bool(_BEFORE_5.match(str(version)))
     kind = model_config.get("model_type")
@@ -171,7 +171,7 @@ def _has_mistral_pattern(folder: Path, model_config: Mapping[str, Any]) -> bool:
 
 
 def stop_ids(folder: Path) -> tuple[int, ...]:
-    """The ids that end a text by generation_config.json, else config.json; Llama 3 has three."""
+    """The ids that end a generation, from generation_config.json, else config.json; Llama 3 has three."""
     for name in ("generation_config.json", "config.json"):
         value = json_files.read_object(folder / name).get("eos_token_id")
         if value is not None:
@@ -183,7 +183,7 @@ def stop_ids(folder: Path) -> tuple[int, ...]:
 
 
 def _named(data: Mapping[str, Any], path: Path, *, special: bool = False) -> dict[str, Token | None]:
-    """Keys that end in _token: the standard roles, and those that a model has of its own (image_token)."""
+    """The tokens under keys that end in _token: standard roles and those specific to a model (image_token)."""
     named: dict[str, Token | None] = {}
     for key, value in data.items():
         if key in NAMED or key.endswith("_token") and value is None:
@@ -198,7 +198,7 @@ def _is_added_token(value: Any, in_map: bool) -> bool:
 
 
 def _extra(data: Mapping[str, Any], named: dict[str, Token | None], path: Path) -> tuple[Token, ...] | None:
-    """The list of further special tokens; those of an object have names and are put into `named`."""
+    """The list of additional special tokens; if it is an object, its tokens have names and go into `named`."""
     key = "extra_special_tokens"
     if isinstance(data.get(key), dict):
         named |= {name: _token(value, name, path) for name, value in data[key].items()}
@@ -237,7 +237,7 @@ def _older_added(
 def _token(
     value: Any, key: str, path: Path | str, *, special: bool | None = None, plain: bool = True
 ) -> Token:
-    """A string, which is special, or an object with the fields of an added token."""
+    """A token from a string, which is special, or from an object with the fields of an added token."""
     if plain and json_files.is_text(value):
         return Token(value, special=True)
     if not isinstance(value, dict) or not json_files.is_text(value.get("content")):
@@ -280,15 +280,15 @@ def _list(data: Mapping[str, Any], key: str, path: Path | str) -> list[Any] | No
 
 
 def config_of(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(tokenizer_config.json, config.json), each {} where there is none.
+    """(tokenizer_config.json, config.json), each {} if the file does not exist.
 
     Raises:
-      UserError: one is damaged, or asks for a tokenizer file other than tokenizer.json.
+      UserError: one is damaged, or refers to a tokenizer file other than tokenizer.json.
     """
     config = json_files.read_object(folder / "tokenizer_config.json")
     if config.get("fast_tokenizer_files"):
         raise UserError(
             f"{folder / 'tokenizer_config.json'} has fast_tokenizer_files, one file for each version of transformers,"
-            " which is not supported: remove the key, tokenizer.json is then read"
+            " which is not supported: remove the key, so that tokenizer.json is read"
         )
     return config, json_files.read_object(folder / "config.json")

@@ -1,7 +1,7 @@
 """Tokenizers: bytes (built in), Hugging Face `tokenizer.json`, sentencepiece `.model`.
 
-All follow one protocol, load their library only when used, give the same ids as transformers 5, and can copy their
-files into a checkpoint so that `load_tokenizer(folder)` gives the same tokenizer back.
+All implement one protocol, import their library only when used, give the same ids as transformers 5, and can copy their
+files into a checkpoint so that `load_tokenizer(folder)` restores the same tokenizer.
 """
 
 import dataclasses
@@ -53,9 +53,9 @@ _SIDE_TEMPLATES = "additional_chat_templates/*.jinja"
 
 @dataclasses.dataclass(frozen=True)
 class ByteTokenizer:
-    """UTF-8 bytes are ids 0 .. 255; the special ids follow. Nothing to download, nothing out of vocabulary.
+    """UTF-8 bytes are ids 0 .. 255; the special ids follow. Needs no download, and every text is in the vocabulary.
 
-    BOS, where there is one, comes before every text.
+    BOS, if there is one, is put before every text.
 
     For byte-level DNA models with another convention: `ByteTokenizer(bos_id=None, eos_id=0, vocab_size=512)`.
     """
@@ -83,8 +83,8 @@ class ByteTokenizer:
         try:
             ids = np.frombuffer(text.encode(), np.uint8).astype(np.int32)
         except UnicodeEncodeError as error:
-            found = f"character {error.start} of a text is half of a surrogate pair"
-            raise UserError(f"{found}, which UTF-8 does not have: correct the text") from error
+            found = f"character {error.start} of a text is an unpaired surrogate"
+            raise UserError(f"{found}, which UTF-8 cannot encode: correct the text") from error
         before = self.special.before if add_special_tokens else ()
         return np.concatenate([np.array(before, np.int32), ids])
 
@@ -111,14 +111,14 @@ class ByteTokenizer:
 def encode_all(
     tokenizer: Tokenizer, texts: Sequence[str], *, add_special_tokens: bool = False
 ) -> list[Int[np.ndarray, "tokens"]]:
-    """`encode` of each text, through the tokenizer's `encode_batch` (several threads) where it has one."""
+    """`encode` of each text, by the tokenizer's `encode_batch` (multithreaded) if it has one."""
     asked = {"add_special_tokens": True} if add_special_tokens else {}
     batch = getattr(tokenizer, "encode_batch", None)
     return batch(texts, **asked) if batch is not None else [tokenizer.encode(text, **asked) for text in texts]
 
 
 def locate_all(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Located]:
-    """The ids of each text, and where their characters are. UserError for a tokenizer that cannot say."""
+    """The ids of each text with their character offsets. Raises UserError if the tokenizer cannot give offsets."""
     method = getattr(tokenizer, "encode_with_offsets", None)
     if method is None:
         raise UserError(
@@ -129,7 +129,7 @@ def locate_all(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Located]:
 
 
 def identity(tokenizer: Tokenizer) -> dict[str, Any]:
-    """`to_json` without the place of the file and the stop ids, which do not change what encoding gives."""
+    """`to_json` without the path of the file and the stop ids, which do not affect encoding."""
     return {
         key: value for key, value in tokenizer.to_json().items() if key not in ("path", "file", "stop_ids")
     }
@@ -140,13 +140,13 @@ def load_tokenizer(path: str | os.PathLike | Tokenizer) -> Tokenizer:
 
     Args:
       path: "bytes"; a `tokenizer.json`; a sentencepiece `.model`; a folder that holds one of them, or vocab.json with
-        merges.txt (or one written by `save_tokenizer`); or a tokenizer, which is returned as it is.
+        merges.txt (or one written by `save_tokenizer`); or a tokenizer, which is returned unchanged.
 
-    The special tokens and what is put before and after a text are those of the file and of tokenizer_config.json.
-    Only EOS and the ids that end a generation may come from `generation_config.json` or `config.json` beside them.
-    A sentencepiece model alone, with neither tokenizer_config.json nor config.json beside it, is read as its own
-    settings say: like LlamaTokenizer, with a space before the text where the model adds one (AutoTokenizer leaves that
-    space out), or by sentencepiece itself.
+    The special tokens, and those put before and after a text, come from the file and from tokenizer_config.json. Only
+    EOS and the ids that end a generation may come from `generation_config.json` or `config.json` in the same folder. A
+    sentencepiece model without a tokenizer_config.json or config.json next to it is read according to its own settings:
+    either like LlamaTokenizer, with a space before the text if the model adds one (AutoTokenizer omits this space), or
+    by the sentencepiece library.
 
     Raises:
       UserError: there is no tokenizer, or it is damaged.
@@ -172,7 +172,7 @@ def load_tokenizer(path: str | os.PathLike | Tokenizer) -> Tokenizer:
             " .model, or a folder with one of them"
         )
     record = json_files.read_object(place / RECORD)
-    if record:  # of a folder: its file lies beside it, wherever the tokenizer came from
+    if record:  # a folder written by `save_tokenizer`: the vocabulary file is next to the record
         return tokenizer_from_json({**record, "path": None}, folder=place)
     return tokenizer_folders.from_file(tokenizer_folders.vocabulary_file(place))
 
@@ -180,9 +180,9 @@ def load_tokenizer(path: str | os.PathLike | Tokenizer) -> Tokenizer:
 def save_tokenizer(tokenizer: Tokenizer, folder: str | os.PathLike) -> None:
     """Copies a tokenizer's files into `folder`, so that `load_tokenizer(folder)` gives the same tokenizer.
 
-    The files keep their names and a sentencepiece model becomes tokenizer.model, so that other libraries find them
-    too, and a tokenizer_config.json names the class where there was none; `lcx_tokenizer.json`, written last, records
-    the kind, the settings, the special ids and the checksum.
+    The files keep their names, except that a sentencepiece model becomes tokenizer.model, so that other libraries find
+    them too. If there was no tokenizer_config.json, one that names the class is written. `lcx_tokenizer.json`, written
+    last, records the kind, the settings, the special ids and the checksum.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -218,13 +218,13 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def tokenizer_from_json(data: Mapping[str, Any], *, folder: str | os.PathLike | None = None) -> Tokenizer:
-    """The tokenizer that `to_json` or `save_tokenizer` described.
+    """The tokenizer of a record written by `to_json` or `save_tokenizer`.
 
-    Its file is looked for in `folder` first, then where it was; one with another checksum is refused, since
-    it would silently give other ids.
+    Its file is looked up in `folder` first, then at its recorded path. A file with another checksum is refused, because
+    it could silently give different ids.
 
     Raises:
-      UserError: the record is damaged, or names a file outside its folder; the file is gone or another one.
+      UserError: the record is damaged or names a file outside its folder, or the file is missing or has changed.
     """
     where = "the tokenizer's record" if folder is None else Path(folder) / RECORD
     kind = json_files.text(data, "kind", where)
@@ -267,7 +267,7 @@ def tokenizer_from_json(data: Mapping[str, Any], *, folder: str | os.PathLike | 
 def _recorded_file(
     data: Mapping[str, Any], name: str, folder: str | os.PathLike | None, where: str | Path
 ) -> Path:
-    """The file of a record: in the record's folder, else where the tokenizer lay when it was recorded."""
+    """The file of a record: in the record's folder, else at the path where it was when it was recorded."""
     if folder is not None:
         beside = Path(folder) / name
         if os.path.lexists(beside):
@@ -277,21 +277,21 @@ def _recorded_file(
     old = Path(former or "")
     if (
         former and old.suffix in (".json", ".model") and old.is_file()
-    ):  # used only if its checksum is the recorded one
+    ):  # the caller compares the checksum, so a different file is refused
         return old
     missing = Path(folder) / name if folder is not None else Path(former or name)
     raise UserError(
-        f"tokenizer file {json_files.one_line(missing)} does not exist; copy the tokenizer beside the checkpoint"
+        f"tokenizer file {json_files.one_line(missing)} does not exist; copy the tokenizer next to the checkpoint"
     )
 
 
 def _check_inside(path: Path, folder: Path) -> None:
-    """A link may lead to another file of the folder, or, as in a hub cache, to a blob beside the snapshots."""
+    """Allows links to other files of the folder and, as in a hub cache, to blobs next to the snapshots."""
     real, home = path.resolve(), folder.resolve()
     blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
     if not real.is_relative_to(home) and not real.is_relative_to(blobs):
         raise UserError(
-            f"tokenizer file {path} is a link out of its folder: put the file itself there, beside {RECORD}"
+            f"tokenizer file {path} is a link out of its folder: put the file itself there, next to {RECORD}"
         )
 
 
@@ -300,7 +300,7 @@ def _id(data: Mapping[str, Any], key: str, where: str | Path) -> int | None:
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
-    """Raises UserError when the tokenizer has more ids than a model with `vocab_size` embeddings."""
+    """Raises UserError if the tokenizer has more ids than the model has embeddings (`vocab_size`)."""
     if tokenizer.vocab_size > vocab_size:
         raise UserError(
             f"the tokenizer has {tokenizer.vocab_size} ids but the model's vocab_size is {vocab_size};"

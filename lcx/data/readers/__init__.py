@@ -1,7 +1,7 @@
-"""Readers of data files, one file a format; `lcx.data.sources.read_documents` joins them.
+"""Readers of data files, one module per format; `lcx.data.sources.read_documents` combines them.
 
 A file of rows (JSON lines, JSON, CSV, Arrow, parquet) is read in two steps: `rows.read` yields each `Row` with its
-record, and `fields.TextField` takes the text out of a record. Text, code and FASTA files yield documents directly. A
+record, and `fields.TextField` extracts the text from a record. Text, code and FASTA files yield documents directly. A
 row that cannot be read goes to `Tally.bad_row`, which raises or counts it, as `Dataset.on_bad_line` says.
 """
 
@@ -17,10 +17,10 @@ class SourceFile:
     """One file of a source.
 
     Attributes:
-      path: where it is on this machine.
-      name: how documents and fingerprints call it; relative to the source, so the same on every machine.
+      path: its path on this machine.
+      name: its name in documents and fingerprints; relative to the source, so the same on every machine.
       format: one of FORMATS.
-      document: files with the same value form one document together ("" = the file is split by its format).
+      document: files with the same value form one document; "" means that the format divides the file into documents.
     """
 
     path: str
@@ -34,8 +34,8 @@ class Rendered:
     """A conversation as text.
 
     Attributes:
-      spans: character ranges with a loss; None for all of it.
-      marked: whether the template's own generation blocks are the spans.
+      spans: character ranges with a loss; None for the whole text.
+      marked: whether the spans are the template's own generation blocks.
     """
 
     text: str
@@ -61,9 +61,9 @@ class Row:
     """One row of a file of rows.
 
     Attributes:
-      place: where it is, for messages: the path, and the line or the number of the row.
-      name: how its document is called.
-      record: its fields. Of a table only the columns that were asked for; of JSON all of them.
+      place: its position for messages: the path, and the line or the number of the row.
+      name: the name of its document.
+      record: its fields; for a table only the requested columns, for JSON all of them.
       bytes_read: how many bytes of the file had been read when the row was complete.
     """
 
@@ -74,5 +74,5 @@ class Row:
 
 
 def shown(path: str) -> str:
-    """A path for a message of one line: quoted where it holds a line break or the like."""
+    """A path for a message of one line: quoted if it contains line breaks or other control characters."""
     return path if path.isprintable() else repr(path)

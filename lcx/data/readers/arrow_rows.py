@@ -11,14 +11,14 @@ from lcx.data.readers.tally import Tally
 from lcx.errors import UserError
 
 _END = b"\xff\xff\xff\xff\0\0\0\0"
-_ROWS = 256  # made into Python objects at a time
+_ROWS = 256  # how many are converted to Python objects at a time
 
 
 def read(file: SourceFile, tally: Tally, *, columns: Columns) -> Iterator[Row]:
-    """The name of a row ends in its number, from 0.
+    """Yields the rows; the name of a row ends in its number, counted from 0.
 
     Args:
-      columns: gives the columns to read, from all names with whether each holds text.
+      columns: a function from {column: whether it contains text} to the columns to read.
     """
     try:
         import pyarrow as pa
@@ -43,7 +43,7 @@ def read(file: SourceFile, tally: Tally, *, columns: Columns) -> Iterator[Row]:
 
 
 def _rows(file: SourceFile, batches: Iterator[tuple[Any, int]]) -> Iterator[Row]:
-    """The rows of record batches; a column of text as bytes."""
+    """The rows of record batches, with text as bytes."""
     number = 0
     for batch, position in batches:
         columns = [_plain(column) for column in batch.columns]
@@ -56,7 +56,7 @@ def _rows(file: SourceFile, batches: Iterator[tuple[Any, int]]) -> Iterator[Row]
 
 
 def _decoded(row: Row) -> Row:
-    """Bytes as text."""
+    """The row with its bytes decoded as UTF-8."""
     texts = {}
     for name, value in row.record.items():
         if isinstance(value, bytes):
@@ -69,7 +69,7 @@ def _decoded(row: Row) -> Row:
 
 @contextlib.contextmanager
 def _batches(file: SourceFile, tally: Tally, columns: Columns) -> Iterator[Iterator[tuple[Any, int]]]:
-    """Record batches of the columns that are wanted, each with how much of the file has been read with it."""
+    """Record batches of the requested columns, each with the number of bytes of the file read so far."""
     import pyarrow as pa
 
     size = streams.check_regular(file.path).st_size
@@ -96,23 +96,24 @@ def _batches(file: SourceFile, tally: Tally, columns: Columns) -> Iterator[Itera
 
 
 def _stream(file: SourceFile, reader: Any, source: Any, tally: Tally) -> Iterator[Any]:
-    """The batches of a stream, whose end is checked: pyarrow takes one that was cut between two batches for whole."""
+    """The batches of a stream. Checks its end, because pyarrow accepts a stream truncated between two batches."""
     yield from reader
     end, size = source.tell(), source.size()
     if end < size:
         raise UserError(
             f"cannot read {shown(file.path)}: {size - end} bytes follow the end of its Arrow stream; write it as one"
+            " stream"
         )
     source.seek(max(0, size - len(_END)))
     if source.read(len(_END)) != _END:
-        tally.remark(f"{file.name} has no mark at its end: it may have been cut")
+        tally.remark(f"{file.name} has no end-of-stream marker: it may be truncated")
 
 
 def _wanted(file: SourceFile, schema: Any, columns: Columns) -> list[str]:
     """The columns to read.
 
     Raises:
-      UserError: one of them is there twice, or is a plain value that is no text.
+      UserError: a column occurs twice, or holds plain values that are not text.
     """
     import pyarrow as pa
 
@@ -132,7 +133,7 @@ def _wanted(file: SourceFile, schema: Any, columns: Columns) -> list[str]:
 
 
 def _is_text(kind: Any) -> bool:
-    """Strings and bytes of every layout. Bytes are read as UTF-8, which older writers store without saying so."""
+    """Strings and bytes of every layout. Bytes count as UTF-8 text, because older writers store text untyped."""
     import pyarrow as pa
 
     types = pa.types
@@ -145,7 +146,7 @@ def _is_text(kind: Any) -> bool:
 
 
 def _plain(column: Any) -> Any:
-    """A column without dictionaries, its text as bytes; checked, since pyarrow trusts the offsets in a file."""
+    """A column with dictionaries decoded and text as bytes; validated, because pyarrow trusts offsets in files."""
     import pyarrow as pa
     import pyarrow.compute as pc
 

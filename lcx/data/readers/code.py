@@ -8,7 +8,7 @@ from lcx.errors import UserError
 
 
 def read(files: Sequence[SourceFile], tally: Tally) -> Iterator[Document]:
-    """One document; files that are not text are left out, and counted."""
+    """Yields one document; files that are not text are skipped and counted."""
     parts, size, left_out = [], 0, []
     for file in files:
         limit = streams.most(file.path)
@@ -25,7 +25,7 @@ def read(files: Sequence[SourceFile], tally: Tally) -> Iterator[Document]:
             parts.append(f"# {file.name}\n{text.rstrip()}\n\n")
     if left_out:
         tally.remark(
-            f"{len(left_out)} source files are no UTF-8 text and left out: {', '.join(left_out[:3])}, ..."
+            f"{len(left_out)} source files are not UTF-8 text and were skipped: {', '.join(left_out[:3])}, ..."
         )
     yield Document(files[0].document or files[0].name, "".join(parts), sum(map(_size, files)))
 

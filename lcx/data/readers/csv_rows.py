@@ -15,10 +15,10 @@ Columns = Callable[[Mapping[str, bool]], Sequence[str]]
 
 
 def read(file: SourceFile, tally: Tally, *, columns: Columns) -> Iterator[Row]:
-    """The name of a row ends in the number of the line where it begins.
+    """Yields the rows; the name of a row ends in the number of the line where it begins.
 
     Args:
-      columns: gives the columns to keep, from the names of all of them.
+      columns: a function from {column: whether it contains text} to the columns to keep.
     """
     csv.field_size_limit(2**31 - 1)  # the default, 128 KiB, is less than a long document
     lines = _Lines(file.path)
@@ -60,7 +60,7 @@ def _text_columns(file: SourceFile, names: list[str]) -> dict[str, bool]:
 def _cells(
     file: SourceFile, lines: "_Lines", reader: Iterator[list[str]], *, tally: Tally | None
 ) -> Iterator[tuple[int, list[str]]]:
-    """(line, cells) of every row that has any; errors of the header (`tally` None) are raised."""
+    """(line, cells) of every row that is not empty. With `tally` None, for the header, errors are raised."""
     while True:
         lines.begin_row()
         number = lines.number + 1
@@ -70,9 +70,9 @@ def _cells(
         except StopIteration:
             return
         except csv.Error as error:
-            if "unexpected end" in str(error):  # the rest of the file was taken for one cell
+            if "unexpected end" in str(error):  # an open quote made the rest of the file one cell
                 raise UserError(f"{place}: a quote is opened there and never closed; correct it") from error
-            problem = f"{place} is no {file.format} row: {error}"
+            problem = f"{place} is not a {file.format} row: {error}"
         else:
             if not cells:
                 continue
@@ -87,7 +87,7 @@ def _cells(
 
 
 def _undecoded(place: str, cells: list[str]) -> str:
-    """What makes a row unreadable as text, or ""."""
+    """Why a row cannot be read as text, or "" if it can."""
     for cell in cells:
         if found := None if cell.isascii() else _UNDECODED.search(cell):
             return f"{place} is not UTF-8 text: byte 0x{ord(found[0]) - 0xDC00:02x}"
@@ -97,7 +97,7 @@ def _undecoded(place: str, cells: list[str]) -> str:
 
 
 class _Lines:
-    """The lines of a file for the csv module; counts them, and bounds what one row may hold."""
+    """The lines of a file for the csv module; counts them, and limits the size of a row."""
 
     def __init__(self, path: str):
         self._path, self._lines = path, streams.lines(path)

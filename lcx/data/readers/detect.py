@@ -1,4 +1,4 @@
-"""The format of a file: by its first bytes, then by the ending of its name."""
+"""Detects the format of a file from its first bytes, else from its extension."""
 
 import json
 import os
@@ -8,9 +8,9 @@ from lcx.data.readers import shown, streams
 from lcx.data.readers.csv_rows import DELIMITERS
 from lcx.errors import UserError
 
-_HEAD = 256 << 10  # bytes looked at
+_HEAD = 256 << 10  # bytes read to detect the format
 _LINES = 20
-_ENOUGH = 512  # of a file whose ending says that it is no JSON
+_ENOUGH = 512  # bytes to look at if the extension is not one of JSON
 # fmt: off
 BY_ENDING = {
     ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "tsv",
@@ -57,28 +57,28 @@ _REFUSED = (  # (regular expression, what it is, what to do)
      "fetch the data: git lfs pull"),
 )
 # fmt: on
-_OBJECT = re.compile(r'\s*\{\s*(\}|"(?:[^"\\]|\\.)*"\s*:)')  # how a JSON object begins, and little else does
+_OBJECT = re.compile(r'\s*\{\s*(\}|"(?:[^"\\]|\\.)*"\s*:)')  # the start of a JSON object
 
 
 def by_name(path: str) -> str:
-    """The format that the ending of a name stands for; text for an unknown one."""
+    """The format of the extension; "text" if it is unknown."""
     return BY_ENDING.get(os.path.splitext(streams.plain_name(path))[1], "text")
 
 
 def is_code(path: str) -> bool:
-    """Whether the ending is one of source code or its documentation."""
+    """Whether the extension is one of source code or its documentation."""
     return os.path.splitext(path)[1].lower() in CODE_ENDINGS
 
 
 def format_of(path: str, *, named: str | None = None, wanted: str | None = None) -> str:
-    """One of FORMATS.
+    """The format of a file, one of FORMATS.
 
     Args:
-      named: the path with the ending that counts, where `path` itself has none.
-      wanted: the format that the user asks for (`Dataset.format`), which the content may not contradict.
+      named: a path with the extension that counts, if `path` itself has none.
+      wanted: the format that the user requests (`Dataset.format`); the content may not contradict it.
 
     Raises:
-      UserError: the file cannot be read, is of a kind that is not read, or not of the kind that is wanted.
+      UserError: the file cannot be read, is of an unsupported kind, or does not have the requested format.
     """
     expected = wanted or by_name(named or path)
     plain = wanted in ("text", "code") or expected == "fasta" or is_code(named or path)
@@ -98,11 +98,11 @@ def format_of(path: str, *, named: str | None = None, wanted: str | None = None)
 
 
 def _table_format(path: str, head: bytes, expected: str) -> str | None:
-    """parquet or arrow by the first bytes; None for what may be text."""
+    """parquet or arrow, by the first bytes; None for files that may be text."""
     found = next((kind for magic, kind in _READABLE if head.startswith(magic)), None)
     if found is not None and streams.is_packed(path):
         raise UserError(
-            f"cannot read {shown(path)}: it is compressed {found}, which is read by parts; unpack it"
+            f"cannot read {shown(path)}: it is compressed {found}, which needs random access; decompress it"
         )
     if found is None and streams.packing_of_content(head):
         raise UserError(f"cannot read {shown(path)}: it is compressed twice; unpack it once")
@@ -119,20 +119,18 @@ def _table_format(path: str, head: bytes, expected: str) -> str | None:
 
 
 def json_format(head: bytes, expected: str) -> str | None:
-    """jsonl for one object a line, json for other JSON, None for what is neither.
+    """jsonl for one object per line, json for other JSON, None if it is not JSON.
 
     Args:
       head: the first bytes of a file.
-      expected: the format by the name of the file. Where that is no JSON, the content must be objects without doubt,
-        since a text may begin with a bracket.
+      expected: the format by the name of the file. If that is not JSON, the content must clearly be objects, because a
+        text may also begin with a bracket.
     """
     text = head.decode("utf-8-sig", "replace").lstrip()
     cut = len(head) >= _HEAD
     first, *following = [line for line in re.split(r"[\r\n]+", text) if line.strip()] or [""]
     whole = _value(first)
-    if expected not in DELIMITERS and not isinstance(
-        whole, dict
-    ):  # the first line may be the one that is bad
+    if expected not in DELIMITERS and not isinstance(whole, dict):  # the first line alone may be damaged
         objects = sum(isinstance(_value(line), dict) for line in following[:_LINES])
         if objects > max(1, len(following[:_LINES]) // 2):
             return "jsonl"
@@ -145,7 +143,7 @@ def json_format(head: bytes, expected: str) -> str | None:
     if isinstance(whole, dict):
         return (
             "jsonl" if following or expected == "jsonl" else "json"
-        )  # alone, it may hold the rows in a list
+        )  # a single object may contain the rows in a list
     if text.startswith("["):
         return "json" if whole is None or _OBJECT.match(text[1:]) else expected
     split = first.rstrip().endswith(("{", "[", ",", ":"))  # an object over several lines
@@ -162,7 +160,7 @@ def _value(line: str) -> object:
 
 
 def _holds_objects(text: str, cut: bool) -> bool:
-    """Whether a text is a JSON object or an array of them, as far as it is there."""
+    """Whether a text, possibly truncated, is a JSON object or an array of objects."""
     if not _OBJECT.match(text.removeprefix("[")):
         return False
     try:

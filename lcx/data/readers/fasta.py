@@ -5,16 +5,16 @@ from collections.abc import Iterator
 from lcx.data.readers import Document, SourceFile, shown, streams
 from lcx.errors import UserError
 
-_JOINED = 1 << 14  # lines held apart: 60 letters each take twice their length in memory
+_JOINED = 1 << 14  # lines kept before joining: a string of 60 letters takes twice its length in memory
 
 
 def read_fasta(file: SourceFile) -> Iterator[Document]:
-    """One record = one document: the sequence without line breaks, named by the first word of its header.
+    """Yields one document per record: the sequence without line breaks, named by the first word of its header.
 
-    Records without a sequence are documents without text.
+    Records without a sequence are empty documents.
 
     Raises:
-      UserError: the file does not begin with a header, or is no text.
+      UserError: the file does not begin with a header, or is not text.
     """
     name, position, size = "", 0, 0
     blocks, parts = [""], [""]
@@ -29,7 +29,7 @@ def read_fasta(file: SourceFile) -> Iterator[Document]:
         elif text and not started:
             raise UserError(
                 f"{shown(file.path)} line {number} starts with {text[:20]!r}, expected a FASTA header (>name):"
-                " give a FASTA file, or set Dataset.format where this is one"
+                " give a FASTA file, or set Dataset.format if it has another format"
             )
         else:
             parts.append("".join(text.split()))

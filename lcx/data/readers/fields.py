@@ -8,7 +8,7 @@ from lcx.data.readers.tally import Tally
 from lcx.errors import UserError
 
 DEFAULT = "text"
-# What data sets call their text, where it is not "text"; taken, and said, when a file has exactly one of them.
+# Common names of the text field other than "text"; used, with a message, if a file has exactly one of them.
 USUAL = (
     "text",
     "content",
@@ -24,10 +24,10 @@ USUAL = (
 
 
 class TextField:
-    """Takes the text out of the records of one file.
+    """Extracts the text from the records of one file.
 
-    `Dataset.text_field` names the field. Where it is left at "text" and there is no such field, the one field with
-    another usual name is taken.
+    `Dataset.text_field` names the field. If it is "text" and there is no such field, the one field with another common
+    name is used.
     """
 
     def __init__(self, path: str, wanted: str, tally: Tally):
@@ -38,10 +38,10 @@ class TextField:
         """The column of a table to read.
 
         Args:
-          names: each column with whether it can hold text.
+          names: {column: whether it can contain text}.
 
         Raises:
-          UserError: there is no such column, or it holds no text.
+          UserError: there is no such column, or it does not contain text.
         """
         chosen = self._choose(names)
         if chosen is None:
@@ -60,7 +60,7 @@ class TextField:
         """The text of a row; "" for null.
 
         Raises:
-          UserError: there is no such field, or it holds something else.
+          UserError: there is no such field, or its value is not text.
         """
         record = row.record
         name = self._chosen or self._choose({key: isinstance(value, str) for key, value in record.items()})

@@ -1,4 +1,4 @@
-"""Rows of JSON: one object a line, or an array of objects, or objects one after the other."""
+"""Rows of JSON: one object per line, an array of objects, or consecutive objects."""
 
 import json
 import re
@@ -9,15 +9,15 @@ from lcx.data.readers import Row, SourceFile, shown, streams
 from lcx.data.readers.tally import Tally
 from lcx.errors import UserError
 
-_PIECE = 64 << 10  # characters to have at least before a value is parsed
-_CHAT = ("messages", "conversations", "conversation")  # lists of objects that are one row, not the rows
-_HALF = re.compile(r"\\u[dD][89a-fA-F]")  # how JSON spells half a surrogate pair
+_PIECE = 64 << 10  # characters to read, at least, before a value is parsed
+_CHAT = ("messages", "conversations", "conversation")  # lists of objects that form one row
+_HALF = re.compile(r"\\u[dD][89a-fA-F]")  # the JSON escape of a surrogate
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
 def read_lines(file: SourceFile, tally: Tally) -> Iterator[Row]:
-    """One object a line; the name of a row ends in the number of its line."""
+    """Yields one row per line; the name of a row ends in the number of its line."""
     for number, (line, position) in enumerate(streams.lines(file.path), start=1):
         if not line.strip():
             continue
@@ -36,7 +36,7 @@ def _loads(text: str, place: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise UserError(
-            f"{place} is not JSON: {error.msg} at column {error.colno}; expected one JSON object a line"
+            f"{place} is not JSON: {error.msg} at column {error.colno}; expected one JSON object per line"
             " (Dataset.on_bad_line='skip' leaves such lines out)"
         ) from error
     except (ValueError, RecursionError) as error:
@@ -44,7 +44,7 @@ def _loads(text: str, place: str) -> Any:
 
 
 def _repaired(value: Any, text: str, place: str, tally: Tally) -> Any:
-    """A value without halves of surrogate pairs, which JSON can spell but no encoding has: they become U+FFFD."""
+    """A value with unpaired surrogates, which JSON can contain but UTF-8 cannot encode, replaced by U+FFFD."""
     if not _HALF.search(text):
         return value
     try:
@@ -82,13 +82,13 @@ def _checked(record: Any, place: str) -> dict[str, Any]:
 def read_values(
     file: SourceFile, tally: Tally, *, is_row: Callable[[Mapping[str, Any]], bool]
 ) -> Iterator[Row]:
-    """Arrays of objects, and objects; the name of a row ends in its number.
+    """Yields the rows of arrays of objects and of single objects; the name of a row ends in its number.
 
     Args:
-      is_row: whether an object is a row. One that is none, and has one list of objects, stands for the objects of that
-        list, as {"version": 1, "data": [...]} does.
+      is_row: whether an object is a row. An object that is not, and contains exactly one list of objects, such as
+        {"version": 1, "data": [...]}, gives the objects of that list as rows.
 
-    An array is parsed element by element: no more than one of them is held in memory.
+    An array is parsed element by element, so only one element is in memory at a time.
     """
     number = 0
     for place, value, text, position in _values(file.path):
@@ -112,7 +112,7 @@ def _rows_of(value: dict[str, Any], is_row: Callable[[Mapping[str, Any]], bool])
 
 
 def _values(path: str) -> Iterator[tuple[str, Any, str, int]]:
-    """(place, value, its JSON, position on disk) of each element of the arrays of a file, and of what is in none."""
+    """(place, value, its JSON, position on disk) of each array element, and of each value outside of arrays."""
     scanner = _Scanner(path)
     while scanner.peek():
         if scanner.peek() != "[":
@@ -131,7 +131,7 @@ def _values(path: str) -> Iterator[tuple[str, Any, str, int]]:
 
 
 class _Scanner:
-    """JSON values from a text that is read in pieces."""
+    """Parses JSON values from a text that is read in pieces."""
 
     def __init__(self, path: str):
         self._path, self._pieces = path, streams.texts(path)
@@ -141,7 +141,7 @@ class _Scanner:
         self._decoder = json.JSONDecoder()
 
     def peek(self) -> str:
-        """The next character that is no white space; "" at the end."""
+        """The next character that is not white space; "" at the end."""
         while True:
             end = _SPACE.match(self._text, self._at).end()
             self._line += self._text.count("\n", self._at, end)
@@ -173,18 +173,18 @@ class _Scanner:
                     continue
                 raise UserError(
                     f"{shown(self._path)} line {line} is not JSON: {error.msg}; correct it"
-                    " (on_bad_line='skip' needs one object a line)"
+                    " (on_bad_line='skip' needs one object per line)"
                 ) from error
             except (ValueError, RecursionError) as error:
                 raise _beyond(place, error) from error
             if end == len(self._text) and not isinstance(value, dict | list) and self._read(_PIECE):
-                continue  # a number may go on
+                continue  # the number may continue in the next piece
             text, self._at = self._text[self._at : end], end
             self._line += text.count("\n")
             return place, value, text, self._position
 
     def _read(self, wanted: int) -> bool:
-        """Adds at least `wanted` characters, or all there are; False at the end."""
+        """Reads at least `wanted` more characters, or the rest of the file; False at the end."""
         parts, size = [self._text[self._at :]], 0
         while size < max(wanted, _PIECE) and not self._ended:
             text, self._position = next(self._pieces, ("", self._position))

@@ -1,4 +1,4 @@
-"""The rows of a file of rows, whatever its format."""
+"""The rows of a file in any of the row formats."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -14,9 +14,10 @@ def read(
     """Yields the rows of a file whose format is one of `ROW_FORMATS`.
 
     Args:
-      tally: takes the rows that cannot be read.
-      columns: called once for a table: from its columns, with whether each can hold text, to those to read.
-      is_row: whether a JSON object that is alone in its file is a row; else the one list of objects in it is the rows.
+      tally: receives the rows that cannot be read.
+      columns: called once per table: a function from {column: whether it can contain text} to the columns to read.
+      is_row: whether a JSON object that is the only one in its file is a row; if not, the list of objects in it is
+        read.
 
     Raises:
       UserError: the file cannot be read as its format.

@@ -1,4 +1,4 @@
-"""The bytes of a file, unpacked where it is compressed, in pieces and in lines; never more of them than a limit."""
+"""The decompressed bytes of a file, in pieces or in lines, never more at a time than a limit."""
 
 import codecs
 import contextlib
@@ -16,8 +16,8 @@ from lcx.errors import UserError, first_line
 
 PIECE = 1 << 20  # bytes read at a time
 _PACKED_PIECE = 2 << 10  # compressed bytes at a time; a zstd block of 4 bytes can hold 128 KiB
-# What one document, row or line may hold. Compressed files may not unfold to much more than they are: real text
-# shrinks to about a fifth, and 2.6 MB of gzip can hold 2.6 GB.
+# Limits on the size of one document, row or line. The limit of a compressed file depends on its size, as a protection
+# against decompression bombs: real text compresses to about a fifth, but 2.6 MB of gzip can contain 2.6 GB.
 MOST = 4 << 30
 _MOST_UNPACKED = 256 << 20
 _MOST_RATIO = 32
@@ -32,10 +32,10 @@ _ENDINGS = {ending: kind for _, kind, endings in _MAGIC for ending in endings}
 
 
 def check_regular(path: str) -> os.stat_result:
-    """The status of a regular file, a link to one included.
+    """The status of a regular file or of a link to one.
 
     Raises:
-      UserError: there is none, or it is something that must not be opened, as a pipe or a device.
+      UserError: it does not exist, or must not be opened, like a pipe or a device.
     """
     try:
         status = os.stat(path)
@@ -56,23 +56,23 @@ def check_regular(path: str) -> os.stat_result:
 
 
 def packing_of_name(path: str) -> str | None:
-    """The compression that the ending of a name stands for."""
+    """The compression by the extension of a path; None if there is none."""
     return _ENDINGS.get(os.path.splitext(path.lower())[1])
 
 
 def plain_name(path: str) -> str:
-    """A name in lower case, without the ending of a compression."""
+    """A name in lower case, without the extension of a compression."""
     return os.path.splitext(path.lower())[0] if packing_of_name(path) else path.lower()
 
 
 def packing_of_content(head: bytes) -> str | None:
-    """The compression by the first bytes."""
+    """The compression by the first bytes of a file; None if it is not compressed."""
     return next((kind for magic, kind, _ in _MAGIC if re.match(magic, head)), None)
 
 
 @contextlib.contextmanager
 def opened(path: str) -> Iterator[tuple[BinaryIO, BinaryIO]]:
-    """(the file on disk, whose tell() is the progress; the stream to read, unpacked when it is compressed)."""
+    """(the file on disk, whose tell() is the progress; the stream to read, decompressed if necessary)."""
     check_regular(path)
     try:
         with open(path, "rb") as raw:
@@ -87,7 +87,7 @@ def opened(path: str) -> Iterator[tuple[BinaryIO, BinaryIO]]:
 
 
 def _damage() -> tuple[type[BaseException], ...]:
-    """What the libraries raise for damaged files. A library that was not needed has raised nothing."""
+    """The exceptions of the compression libraries for damaged files; only of libraries imported so far."""
     import sys
 
     found: list[type[BaseException]] = [OSError, zlib.error]
@@ -104,7 +104,7 @@ def _unpacked(path: str, raw: BinaryIO) -> BinaryIO:
     if named and head and kind != named:
         article = "Not a gzipped file" if named == "gzip" else f"not a {named} file"
         raise UserError(
-            f"cannot read {shown(path)}: {article} although its name ends so (it begins with {head[:4]!r});"
+            f"cannot read {shown(path)}: {article} although its name says so (it begins with {head[:4]!r});"
             " rename it, or download it again"
         )
     if kind is None:
@@ -129,7 +129,7 @@ def _decoder(kind: str, path: str) -> Callable[[], Any]:
         raise UserError(f"reading {shown(path)} needs the package {error.name}: pip install it") from error
 
     class Zstd:
-        """zstandard's decompressor with the protocol of bz2's; it bounds its output by its input alone."""
+        """zstandard's decompressor with the interface of bz2's; only the size of its input limits its output."""
 
         needs_input = True
 
@@ -146,9 +146,9 @@ def _decoder(kind: str, path: str) -> Callable[[], Any]:
 
 
 class _Unpacker(io.RawIOBase):
-    """All streams of a compressed file, one after the other; EOFError where the last one is not complete.
+    """All streams of a compressed file, one after the other; raises EOFError if the last one is incomplete.
 
-    The libraries' own files end silently at a truncated zstd frame and at what follows the first bzip2 or xz stream.
+    The libraries' own file objects end silently at a truncated zstd frame, or after the first bzip2 or xz stream.
     """
 
     def __init__(self, raw: BinaryIO, new: Callable[[], Any]):
@@ -169,9 +169,9 @@ class _Unpacker(io.RawIOBase):
         return size
 
     def _step(self) -> bool:
-        """Unpacks some more; False at the end of the file."""
+        """Decompresses the next piece; False at the end of the file."""
         if self._decoder is None:
-            self._input = (self._input or self._raw.read(_PACKED_PIECE)).lstrip(b"\0")  # padding
+            self._input = (self._input or self._raw.read(_PACKED_PIECE)).lstrip(b"\0")  # zero padding
             if not self._input:
                 return len(self._raw.peek(1)) > 0  # type: ignore[attr-defined]
             self._decoder = self._new()
@@ -193,19 +193,19 @@ def is_packed(path: str) -> bool:
 
 
 def most(path: str) -> int:
-    """Bytes of text that one document, row or line of this file may have."""
+    """The largest number of bytes that one document, row or line of this file may have."""
     return min(MOST, max(_MOST_UNPACKED, _MOST_RATIO * os.path.getsize(path))) if is_packed(path) else MOST
 
 
 def too_long(path: str, what: str, limit: int) -> UserError:
     return UserError(
-        f"{shown(path)}: {what} has more than {limit >> 20} MiB of text, the most that is held in memory at a time;"
+        f"{shown(path)}: {what} has more than {limit >> 20} MiB of text, the limit on what is held in memory at a time;"
         " split it (for text files Dataset.separator does), or unpack the file"
     )
 
 
 def head(path: str, size: int) -> bytes:
-    """The first bytes of the unpacked file; all there are when it is shorter or ends early."""
+    """The first bytes of the decompressed file; fewer if it is shorter or ends early."""
     parts = []
     with opened(path) as (_, stream):
         while size > 0:
@@ -221,7 +221,7 @@ def head(path: str, size: int) -> bytes:
 
 
 def pieces(path: str) -> Iterator[tuple[bytes, int]]:
-    """The unpacked bytes in pieces, and the position on disk."""
+    """(piece of the decompressed bytes, position on disk)."""
     with opened(path) as (raw, stream):
         while data := stream.read(PIECE):
             yield data, raw.tell()
@@ -231,7 +231,7 @@ def texts(path: str) -> Iterator[tuple[str, int]]:
     """The text in pieces without a byte order mark, and the position on disk.
 
     Raises:
-      UserError: it is not UTF-8, or holds a zero byte.
+      UserError: it is not UTF-8, or contains a zero byte.
     """
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     before = position = 0

@@ -1,4 +1,4 @@
-"""What reading left out, chose or replaced: counted, and said at the start of a run."""
+"""Counts what was skipped, chosen or replaced while reading, for the report at the start of a run."""
 
 import dataclasses
 
@@ -9,15 +9,15 @@ ON_BAD_LINE = ("error", "skip")
 
 @dataclasses.dataclass
 class Tally:
-    """Counts of one reading of a source.
+    """Counts for one pass over a source.
 
     Attributes:
       on_bad_line: "error" raises at the first row that cannot be read, "skip" counts it.
       empty: documents that were null, empty or only white space.
       empty_files: files without any document.
-      bad: rows that were skipped; `first_bad` says what was wrong with the first.
-      replaced: rows with halves of surrogate pairs.
-      remarks: other lines, each said once.
+      bad: rows that were skipped; `first_bad` is the error of the first one.
+      replaced: rows with unpaired surrogates, which were replaced.
+      remarks: other messages, each reported once.
     """
 
     on_bad_line: str = "error"
@@ -39,7 +39,7 @@ class Tally:
         self.remarks[line] = None
 
     def lines(self) -> list[str]:
-        """What to say, a line each; nothing when all was read as it is."""
+        """The messages, one per line; empty if everything was read unchanged."""
         said = list(self.remarks)
         if self.empty:
             said.append(f"{_counted(self.empty, 'empty document')} skipped (null, or only white space)")
@@ -53,7 +53,7 @@ class Tally:
             )
         if self.replaced:
             said.append(
-                f"{_counted(self.replaced, 'row')} with halves of surrogate pairs, which became U+FFFD"
+                f"{_counted(self.replaced, 'row')} with unpaired surrogates, which were replaced by U+FFFD"
             )
         return said
 

@@ -7,9 +7,9 @@ from lcx.data.readers.tally import Tally
 
 
 def read(file: SourceFile, separator: str | None, tally: Tally) -> Iterator[Document]:
-    """The text as it is, or the parts of `text.split(separator)` without white space around them.
+    """Yields the whole text, or the parts of `text.split(separator)` without surrounding white space.
 
-    What follows the last separator is a part only if it holds something.
+    The text after the last separator is a document only if it is not empty.
     """
     if not separator:
         yield Document(file.name, _whole(file.path), streams.check_regular(file.path).st_size)
@@ -38,9 +38,9 @@ def _whole(path: str) -> str:
 
 
 def _split(path: str, separator: str) -> Iterator[tuple[str, int]]:
-    """The parts, and the position on disk; no more than one part is held."""
+    """(part, position on disk); at most one part is in memory at a time."""
     limit, position = streams.most(path), 0
-    waiting: list[str] = []  # of the part that is not complete; the last of them may end in half a separator
+    waiting: list[str] = []  # pieces of the current part; the last one may end inside a separator
     size = 0
     for text, position in streams.texts(path):
         if waiting:
