@@ -71,7 +71,7 @@ class SafetensorsFile:
 
 
 def _read_header(path: pathlib.Path) -> tuple[dict, int, int]:
-    """(header without its metadata, offset of the data, bytes of data)."""
+    """(header without its metadata, offset of the data, size of the data in bytes)."""
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size

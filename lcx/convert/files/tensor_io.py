@@ -93,7 +93,7 @@ class _PiecesReader(io.RawIOBase):
         return self._at
 
     def readinto(self, buffer) -> int:
-        """Reads at most to the end of the current piece; as with any raw file, fewer bytes than requested is allowed."""
+        """Reads at most to the end of the current piece. Raw files may return fewer bytes than requested."""
         for file, start, stop in zip(self._files, self._starts, self._starts[1:], strict=False):
             if start <= self._at < stop:
                 count = os.preadv(file.fileno(), [memoryview(buffer)[: stop - self._at]], self._at - start)

@@ -1,7 +1,7 @@
 """The contract of a Hugging Face family: config.json <-> model, and tensors <-> parameters, of one model_type.
 
-A family is a frozen subclass in its own file in `families/`, with an entry in `families.FAMILIES`. A family that differs
-from Llama only in a few switches or tensors derives from `llama_like.LlamaLike`.
+A family is a frozen subclass in its own file in `families/`, with an entry in `families.FAMILIES`. A family that
+differs from Llama only in a few switches or tensors derives from `llama_like.LlamaLike`.
 """
 
 import dataclasses

@@ -49,7 +49,8 @@ class HfFolder:
                 f"{self.path}: expected a folder with {CONFIG} and {' or '.join(WEIGHT_FILES[::2])}"
             )
         self.config = read_json(inside(self.path, CONFIG))
-        unsupported.check_config(self.config, self.path)  # before the tensors, whose quantized dtypes would give a less clear error
+        # Before the tensors are read: their quantized dtypes would raise a less clear error.
+        unsupported.check_config(self.config, self.path)
         self._files: dict[str, tensor_io.TensorSource] = {}
         self.tensors: dict[str, TensorInfo] = {}
         for file in _open_weights(self.path):

@@ -13,7 +13,7 @@ class HuggingFace(Format):
     """A Hugging Face folder.
 
     Attributes:
-      family: your own `family.Family`, for a model_type that lcx does not have; None: only those in `families.FAMILIES`.
+      family: your own `family.Family`, for a model_type that is not in `families.FAMILIES`.
       max_shard_bytes: maximum size of a safetensors file; a larger tensor gets its own file.
     """
 

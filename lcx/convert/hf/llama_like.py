@@ -37,7 +37,7 @@ KEYS = frozenset({
 # The settings that config.json can express.
 _ATTENTION = "num_heads num_kv_heads head_dim rope window qkv_bias o_bias qk_norm norm_eps implementation"
 _DECODER = "vocab_size hidden_size stages max_position_embeddings norm_eps tie_word_embeddings model_type dtype remat"
-_MOST = 10_000  # layers, head_dim: a damaged file must not build a huge model before its tensors are compared
+_MOST = 10_000  # layers and head_dim; keeps a damaged file from building a huge model before its tensors are checked
 
 
 class _Sizes(NamedTuple):
@@ -300,10 +300,10 @@ class LlamaLike(Family):
 
 
 def layers(model: Decoder) -> list[Layer]:
-    """The layers of a model of this family, in depth order.
+    """The layers of a Llama-like model, in depth order.
 
     Raises:
-      UserError: a mixer or mlp that the family does not have.
+      UserError: a layer is not Attention + Mlp, or has a setting that config.json cannot express.
     """
     found = model_lib.layers(model)
     if not found:
