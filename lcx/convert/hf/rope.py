@@ -3,8 +3,8 @@
 transformers 4 uses `rope_theta` and `rope_scaling` at the top level, transformers 5 `rope_parameters`. An export adds
 what these cannot express, so that a later extension starts from the right original window:
 `original_max_position_embeddings` at the top level, if the rope type has no such key, and the whole Rope under
-`lcx_rope`, if it was written as another type (an "ntk" becomes a larger rope_theta). transformers ignores both keys
-and keeps them when it saves the model.
+`lcx_rope`, if it was written as another type (an "ntk" becomes a larger rope_theta). transformers accepts both keys
+without a warning and keeps them.
 """
 
 import dataclasses

@@ -169,7 +169,7 @@ def _window(
 ) -> dict[str, Any]:
     """The original window of yarn, llama3 and longrope, and the factor if it is implied by the two windows."""
     enlarged = config.get("max_position_embeddings")
-    # For a dict of one layer type, transformers does not read the top level.
+    # A dict of one layer type states its own original window; the top level is not used for it.
     original = given.get(ORIGINAL) if nested else _stated(config, source, given, ORIGINAL)
     default = dialect.original_window
     if default is not None and name == "longrope" and not nested and config.get(ORIGINAL) is None:
