@@ -32,7 +32,8 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
         ([], {}),
     ),
 }
-#: Initialisations that leave the base weights unchanged. Others modify the base, so the adapter does not fit the original.
+#: Initialisations that leave the base weights unchanged. The others modify them, so that the adapter only fits the
+#: modified base.
 _STARTS = ("gaussian", "eva", "orthogonal", "mica")
 _BIASES = ("none", "all", "lora_only")
 #: Keys that do not affect a trained adapter, and keys that are read below.
