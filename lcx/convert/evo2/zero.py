@@ -109,9 +109,8 @@ class Float32File:
                 places[name] = group, end
                 end += math.prod(shape)
             there = self._size[group] * len(self._shares)
-            if there < end or -(-there // unit) != -(
-                -end // unit
-            ):  # to one unit, as deepspeed itself checks it
+            # Equal after rounding up to the padding unit, as DeepSpeed's own check.
+            if there < end or -(-there // unit) != -(-end // unit):
                 raise UserError(
                     f"{self.path}: the parameters of group {group} are {end} numbers, and the optimizer states hold "
                     f"{there}; the files are not of one run"
