@@ -431,7 +431,7 @@ def test_models_that_the_formats_cannot_say(tmp_path):
     for changes, message in (
         ({"activated_layers": None}, "layer 1 has activation 'gelu', and this format means 'identity'"),
         ({"tie_word_embeddings": False}, "the output head is not the embedding"),
-        ({"rope": Rope(rope_type="ntk", factor=2.0)}, "rope_type 'ntk' cannot be said"),
+        ({"rope": Rope(rope_type="ntk", factor=2.0)}, "rope_type 'ntk' cannot be expressed"),
         ({"norm_eps": 1e-5}, "its norms have an eps of 1e-05"),
         ({"mr_length": 64}, "its MR filters have 64 taps"),
     ):

@@ -418,7 +418,7 @@ def adapter(bases, tmp_path):
         (dict(init_lora_weights="pissa_niter_4"), "changes the base weights too"),
         (dict(r=0), "r 0, expected a positive number"),
         (dict(r=5), "rank 4 in its tensors, expected 5"),
-        (dict(alpha_pattern={"(": 3}), "no regular expression"),
+        (dict(alpha_pattern={"(": 3}), "not a valid regular expression"),
     ],
 )
 def test_other_kinds_of_adapters_are_refused(adapter, bases, changes, message):

@@ -36,10 +36,10 @@ class Savanna(_Evo2):
     """
 
     name: str = "savanna"
-    help: str = "Evo 2's training checkpoints, of any model-parallel size"
+    help: str = "Evo 2's training checkpoints, at any model-parallel size"
     legacy: bool = False
     float32: bool = False
-    model_parallel: int = option(1, help="how many files share the tensors of 'savanna'", metavar="N")
+    model_parallel: int = option(1, help="the number of model-parallel files of 'savanna'", metavar="N")
 
     def __post_init__(self):
         if self.model_parallel < 1:
@@ -80,7 +80,7 @@ class Vortex(_Evo2):
     """Checkpoints of vortex, Evo 2's inference code."""
 
     name: str = "vortex"
-    help: str = "Evo 2's inference checkpoint, one file"
+    help: str = "Evo 2's inference checkpoint, a single file"
 
     def detect(self, path, names):
         from lcx.convert.evo2 import vortex

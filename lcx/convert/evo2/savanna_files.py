@@ -193,7 +193,7 @@ def _latest(folder: pathlib.Path) -> pathlib.Path:
         raise UserError(f"{folder / LATEST}: cannot be read: {error}") from error
     if not name or os.path.basename(name) != name or name in (".", "..") or not (folder / name).is_dir():
         raise UserError(
-            f"{folder / LATEST}: names the step {name!r}, expected a folder beside it; pass a step folder"
+            f"{folder / LATEST}: names the step {name!r}, expected a folder next to it; pass a step folder"
         )
     return folder / name
 
@@ -239,7 +239,7 @@ def _file_or_pieces(path: pathlib.Path) -> pathlib.Path | tensor_io.Pieces:
         if found and found.group(1) == whole.name:
             pieces[int(found.group(2))] = entry
     if not pieces:
-        raise UserError(f"no checkpoint at {path}: there is nothing")
+        raise UserError(f"no checkpoint at {path}: the path does not exist")
     numbers = sorted(pieces)
     if numbers != list(range(numbers[0], numbers[0] + len(numbers))) or numbers[0] > 1:
         raise UserError(

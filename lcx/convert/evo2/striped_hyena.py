@@ -338,8 +338,8 @@ def frequencies_of(model: Decoder) -> np.ndarray | None:
     rope = mixers[0].rope
     if any(mixer.rope != rope for mixer in mixers) or rope.rope_type not in ("default", "linear"):
         raise UserError(
-            f"rope_type {rope.rope_type!r} cannot be said in this format, which knows one 'default' or 'linear' for "
-            "all layers; save with format 'lcx'"
+            f"rope_type {rope.rope_type!r} cannot be expressed in this format, which has one 'default' or 'linear' "
+            "for all layers; save with format 'lcx'"
         )
     plain = Rope(rope_theta=rope.rope_theta, inv_freq=rope.inv_freq)
     return np.asarray(plain.frequencies(mixers[0].head_dim, 1)[0], np.float32)
@@ -350,8 +350,8 @@ def say_scaling(model: Decoder) -> None:
     attentions = [layer.block.mixer for layer in layers(model) if layer.letter == "*"]
     if attentions and attentions[0].rope.rope_type == "linear":
         log.warning(
-            "positions are divided by %g, which is a setting of savanna and vortex and not in their checkpoints: set "
-            "it there",
+            "positions are divided by %g, which savanna and vortex do not store in checkpoints: set it in their "
+            "configuration",
             attentions[0].rope.factor,
         )
 

@@ -86,7 +86,7 @@ class Float32File:
                 )
             if info is None or first is None or (info.shape, info.dtype) != (first.shape, _FLOAT32):
                 what = "nothing" if info is None else f"{info.shape} {info.dtype}"
-                expected = "one float32 vector of the same length a rank"
+                expected = "one float32 vector of equal length on every rank"
                 raise UserError(f"{share.path}: group {group} is {what}, expected {expected}; copy it again")
         assert first is not None
         return math.prod(first.shape)
@@ -149,7 +149,7 @@ def shares_of(path: pathlib.Path | tensor_io.Pieces) -> list[pathlib.Path]:
                 shares[int(match.group(1))] = entry
     if not shares:
         raise UserError(
-            f"{path}: there is no [bf16_]zero_pp_rank_D_mp_rank_RR_optim_states.pt beside it, which holds the float32 "
+            f"{path}: no [bf16_]zero_pp_rank_D_mp_rank_RR_optim_states.pt is next to it, which holds the float32 "
             "weights; copy them, or read the 16-bit ones (format 'savanna')"
         )
     missing = sorted(set(range(max(shares) + 1)) - set(shares))

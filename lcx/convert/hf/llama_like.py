@@ -319,11 +319,11 @@ def layers(model: Decoder) -> list[Layer]:
             )
         if unsaid := _unsaid(layer.block):
             raise UserError(
-                f"layer {i} has {unsaid}, which model_type {model.model_type!r} does not: save with format 'lcx'"
+                f"layer {i} has {unsaid}, which model_type {model.model_type!r} cannot express; save with format 'lcx'"
             )
     if unsaid := changed(model, _DECODER):
         raise UserError(
-            f"the model has {unsaid}, which model_type {model.model_type!r} does not: save with format 'lcx'"
+            f"the model has {unsaid}, which model_type {model.model_type!r} cannot express; save with format 'lcx'"
         )
     return found
 

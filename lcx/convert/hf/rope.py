@@ -69,7 +69,7 @@ def _remembered(config: Mapping[str, Any], rope: Rope, head_dim: int) -> Rope:
         ours, theirs = found.frequencies(head_dim, length), rope.frequencies(head_dim, length)
         if not np.allclose(ours[0], theirs[0], rtol=1e-5, atol=0) or abs(ours[1] - theirs[1]) > 1e-5:
             log.warning(
-                "config.json: %s is not what its rotary settings say any more, and is ignored", REMEMBERED
+                "config.json: %s no longer matches its rotary settings, and is ignored", REMEMBERED
             )
             return rope
     return found

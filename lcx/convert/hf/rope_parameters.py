@@ -147,14 +147,14 @@ def _type(source: str, given: Mapping[str, Any], dialect: RopeDialect) -> str:
 def _theta(config: Mapping[str, Any], source: str, given: Mapping[str, Any], name: str) -> Any:
     for place in (given, config):
         if "rope_theta" in place and place["rope_theta"] is None:
-            raise UserError(f"rope_theta is null in or beside {source}, expected a number: set it")
+            raise UserError(f"rope_theta is null in or next to {source}, expected a number: set it")
     theta = _stated(config, source, given, "rope_theta")
     if theta is not None:
         return theta
     v5 = source.startswith("rope_parameters")
     shadowed = not v5 and "rope_theta" in (config.get("rope_parameters") or {})
     if shadowed or (v5 and name != "default"):
-        raise UserError(f"rope_theta is missing in and beside {source} ({name}): add the model's base")
+        raise UserError(f"rope_theta is missing in and next to {source} ({name}): add the model's base")
     return 10000.0  # the meaning of files that predate the key
 
 

@@ -19,11 +19,11 @@ class LolcatsFolder(Format):
     """
 
     name: str = "lolcats"
-    help: str = "a Hugging Face folder with LoLCATS feature maps beside it"
+    help: str = "a Hugging Face folder with LoLCATS feature maps"
     overlay: bool = True
     files: Lolcats | None = None
     max_shard_bytes: int = option(
-        5_000_000_000, help="the largest safetensors file in bytes of 'hf' and 'lolcats'", metavar="N"
+        5_000_000_000, help="the maximum size in bytes of a safetensors file of 'hf' and 'lolcats'", metavar="N"
     )
 
     def __post_init__(self):

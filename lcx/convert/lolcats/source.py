@@ -164,8 +164,8 @@ def _stated(files: Lolcats, maps: pathlib.Path, beside: Stated) -> Stated:
     stated = lolcats_settings.of_name(maps)
     if "window_size" not in stated.values:
         log.warning(
-            "%s: nothing beside it states its window and activation; taking the published ones, a terraced window of "
-            "%d (if it has factors) and softmax_dim; set attention (--attention=config.yaml) if they were others",
+            "%s: nothing next to it states its window and activation; assuming the published ones, a terraced window "
+            "of %d (if it has factors) and softmax_dim; set attention (--attention=config.yaml) if they were others",
             maps,
             LinearizedAttention.window,
         )
@@ -237,8 +237,8 @@ class _Files:
         where = stated.where or "the published settings"
         if missing:
             raise UserError(
-                f"{self.where}: {len(missing)} tensors are missing, such as {min(missing)}, which go with {where}"
-                f"{f' (and {len(extra)} are there for which nothing asks, such as {extra[0]})' if extra else ''}: "
+                f"{self.where}: {len(missing)} tensors are missing, such as {min(missing)}, required by {where}"
+                f"{f' (and {len(extra)} are unexpected, such as {extra[0]})' if extra else ''}: "
                 "change attention (softmax_attentions for layers without), or give the whole file"
             )
         if extra:

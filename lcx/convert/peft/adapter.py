@@ -65,7 +65,7 @@ def load(path: str | os.PathLike, model: Decoder) -> dict[str, Any]:
     more = [name for name, changes in adapter.changes.items() if not all(map(_is_pair, changes))]
     if more:
         raise UserError(
-            f"{path}: beside pairs it changes {_listing(more)} (modules_to_save, DoRA ...): use "
+            f"{path}: in addition to pairs it changes {_listing(more)} (modules_to_save, DoRA ...): use "
             "lcx.load(base, adapter=...), which merges it"
         )
     return collection(adapter.pairs, model)
@@ -244,7 +244,7 @@ def _write(
         expected = {f"{name}.weight" for name in pairs} | full.keys()
         if missing := sorted(expected - changed.keys() - {HEAD_WEIGHT}):
             raise UserError(
-                f"{folder}: {_listing(missing)} trained, and are not in what was written: report this"
+                f"{folder}: {_listing(missing)} were trained but are missing from the written adapter: report this bug"
             )
     return holds
 
@@ -272,13 +272,13 @@ def _full(model: Decoder, pairs: Mapping[str, LowRank], beside: Sequence[str]) -
     trained = {at.name for path in beside for at in table.places.get(path, {}).values()}
     if lost := sorted(path for path in beside if path not in table.places):
         raise UserError(
-            f"{len(lost)} parameters that trained beside the pairs have no place in a PEFT adapter, such as {lost[0]}: "
+            f"{len(lost)} parameters trained in full have no place in a PEFT adapter, such as {lost[0]}: "
             "write the merged model (--dst_format=lcx, hf or lolcats; feature maps: lolcats_files)"
         )
     twice = sorted(name for name in trained if name.removesuffix(".weight") in pairs)
     if twice:
         raise UserError(
-            f"{twice[0]} has a pair and trained as a whole too, which PEFT cannot hold: write the merged model "
+            f"{twice[0]} has a pair and was also trained in full, which PEFT cannot express: write the merged model "
             "(--dst_format=hf), or change LoRA.beside"
         )
     owners = {name.rpartition(".")[0] for name in trained}

@@ -230,8 +230,8 @@ class _Reading:
             )
         if extra:
             raise UserError(
-                f"the adapter has pairs for {_listing(extra)}, which target_modules of {CONFIG} does not mean: one of "
-                "the two is another adapter's"
+                f"the adapter has pairs for {_listing(extra)}, which target_modules of {CONFIG} does not select: one "
+                "of the two is another adapter's"
             )
 
     def _replace(self, module: str, kind: str, key: str) -> None:
@@ -242,7 +242,7 @@ class _Reading:
         table = module in (EMBEDDING, HEAD)  # PEFT also saves tables whose vocabulary was resized, or that have a pair
         if not (saved or bias or table):
             asks = "modules_to_save" if kind == "weight" else "bias"
-            raise UserError(f"unexpected tensor {key!r}, which {asks} of {CONFIG} does not mean: correct it")
+            raise UserError(f"unexpected tensor {key!r}, which {asks} of {CONFIG} does not select: correct it")
         everywhere = table and not (self.settings.is_saved(EMBEDDING) or self.settings.is_saved(HEAD))
         self.changes.setdefault(name, []).append(Replaced(self.source, key, everywhere))
 
@@ -250,7 +250,7 @@ class _Reading:
         stated = {end: rows for end, rows in self.settings.rows.items() if module.endswith(end)}
         if len(stated) != 1:
             raise UserError(
-                f"unexpected tensor {key!r}, which trainable_token_indices of {CONFIG} does not mean"
+                f"unexpected tensor {key!r}, which trainable_token_indices of {CONFIG} does not select"
             )
         (places,) = stated.values()
         name = f"{module}.weight"
@@ -313,7 +313,7 @@ class _Reading:
         missing = [name for name in promised if name not in self.changes]
         if missing:
             raise UserError(
-                f"modules_to_save or bias of {CONFIG} means {_listing(missing)}, which the adapter does not hold: copy "
+                f"modules_to_save or bias of {CONFIG} selects {_listing(missing)}, which the adapter lacks: copy "
                 "or download it again"
             )
         modules = {name.rpartition(".")[0] for name in self.known.shapes}

@@ -15,10 +15,10 @@ class PeftAdapter(TrainedFormat):
     """
 
     name: str = "peft"
-    help: str = "an adapter of what a run with LoRA trained"
+    help: str = "a PEFT adapter with the parameters that a LoRA run trained"
     overlay: bool = True
     base_model: str | None = option(
-        None, help="what a 'peft' adapter names as its base, a path or a name on the hub", metavar="NAME"
+        None, help="the base that a 'peft' adapter names, a path or a name on the hub", metavar="NAME"
     )
 
     def detect(self, path, names):

@@ -166,7 +166,7 @@ def adapted(
             whole = not all(isinstance(c, LowRank) and c.magnitude is None for c in changes)
             if name in taken and (whole or taken[name][1]):
                 raise UserError(
-                    f"{taken[name][0]} and {path} both change {name} as a whole: merge one of them first"
+                    f"{taken[name][0]} and {path} both change {name}, and the changes do not add up: merge one first"
                 )
             taken[name] = path, whole
         counts = len(source.adapter.pairs), len(source.adapter.changes)

@@ -64,7 +64,7 @@ def _apart(patterns: list[str], names: Sequence[str], setting: str) -> dict[str,
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["out of memory"])[-1].rpartition("error: ")[2][:120]
         raise UserError(
-            f"{setting} has the pattern {shown}, which is no regular expression ({reason}): correct it"
+            f"{setting} has the pattern {shown}, which is not a valid regular expression ({reason}): correct it"
         )
     rows = json.loads(done.stdout)
     return {

@@ -75,7 +75,7 @@ def _agreed(wanted: LoRA | None, found: LoRA, model: Decoder) -> LoRA:
     """
     if wanted is None:
         return found
-    advice = "an adapter goes on with its own: set it so, or set Trainer.lora to None"
+    advice = "training continues with the adapter's own: set it to that, or set Trainer.lora to None"
     for name in ("rank", "alpha"):
         if getattr(wanted, name) != getattr(found, name):
             raise UserError(
@@ -94,15 +94,15 @@ def _agreed(wanted: LoRA | None, found: LoRA, model: Decoder) -> LoRA:
 def _check_trainable(adapter: peft_files.Adapter) -> None:
     for name, changes in adapter.changes.items():
         pair = next((c for c in changes if isinstance(c, peft_files.LowRank)), None)
-        what = "rows of it alone" if any(isinstance(c, peft_files.Rows) for c in changes) else ""
+        what = "only some trained rows" if any(isinstance(c, peft_files.Rows) for c in changes) else ""
         if pair is not None and pair.magnitude is not None:
             what = "DoRA"
         elif pair is not None and name in (peft_files.EMBEDDING_WEIGHT, peft_files.HEAD_WEIGHT):
             what = "a pair"
         if what:
             raise UserError(
-                f"{adapter.folder}: {name} has {what}, which does not train here: merge the adapter first (python -m "
-                "lcx.convert --adapter), and start from that"
+                f"{adapter.folder}: {name} has {what}, which cannot be trained here: merge the adapter first "
+                "(python -m lcx.convert --adapter), and start from that"
             )
 
 

@@ -59,7 +59,7 @@ class LcxSource:
                 "%s: its %d low-rank pairs are merged into the parameters%s",
                 self.where,
                 sum(shape[0] for path, (shape, _) in self._lora.arrays.items() if path[-1] == "scale"),
-                f", of which {beside} trained beside them" if beside else "",
+                f"; {beside} parameters were trained in full" if beside else "",
             )
 
     def _check_pairs(self) -> None:
