@@ -414,7 +414,7 @@ def adapter(bases, tmp_path):
         (dict(peft_type="IA3"), "peft_type 'IA3', expected 'LORA'"),
         (dict(use_dora=True), "lora_magnitude_vector of .* is missing, and use_dora"),
         (dict(bias="most"), "bias .most., expected one of none, all"),
-        (dict(modules_to_save=["lm_head"]), "means lm_head.weight, which the adapter does not hold"),
+        (dict(modules_to_save=["lm_head"]), "selects lm_head.weight, which the adapter lacks"),
         (dict(init_lora_weights="pissa_niter_4"), "changes the base weights too"),
         (dict(r=0), "r 0, expected a positive number"),
         (dict(r=5), "rank 4 in its tensors, expected 5"),

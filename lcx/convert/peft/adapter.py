@@ -170,7 +170,7 @@ def save(
     if beside:
         if params is None:
             raise UserError(
-                "save has parameters beside the pairs and no params to take them from: pass params"
+                "save got `beside` without the parameters that it names: pass params"
             )
         source = model_source.TreeSource(model, params)
     return _write(path, Base(base_model, model), lora, source, beside, overwrite)
@@ -344,7 +344,7 @@ def _part_pair(flat: Mapping[str, np.ndarray], part: Part) -> LowRank | None:
     if a.shape[:-1] != part.in_shape or b.shape[1:] != part.out_shape:
         found = f"the lora pair at {part.path} has a {a.shape} and b {b.shape} in a layer"
         raise UserError(
-            f"{found}, expected {part.in_shape} and {part.out_shape} beside the rank: pass its own model"
+            f"{found}, expected {part.in_shape} and {part.out_shape} in addition to the rank: pass its own model"
         )
     rank = a.shape[-1]
     while rank > 1 and not (a[..., rank - 1].any() or b[rank - 1].any()):

@@ -225,7 +225,7 @@ class _Reading:
         missing, extra = sorted(expected - has), sorted(has - expected)
         if missing:
             raise UserError(
-                f"target_modules of {CONFIG} means {len(expected)} modules, and the tensors of {len(missing)} of them "
+                f"target_modules of {CONFIG} selects {len(expected)} modules, and the tensors of {len(missing)} of them "
                 f"are missing: {_listing(missing)}; copy or download the adapter again"
             )
         if extra:

@@ -47,7 +47,7 @@ _KNOWN = (
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What adapter_config.json says.
+    """The contents of adapter_config.json.
 
     Attributes:
       rank, alpha: defaults for pairs that no pattern matches.
@@ -171,7 +171,7 @@ def read(folder: pathlib.Path) -> Settings:
     """The settings of a folder.
 
     Raises:
-      UserError: no such file, a kind of adapter that is not read here, a value of another type or out of range.
+      UserError: the file does not exist, the kind of adapter is not supported, or a value has the wrong type or range.
     """
     config = folders.read_json(folders.inside(folder, FILE))
     try:
