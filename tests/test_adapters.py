@@ -94,7 +94,7 @@ def test_adapters_add_up(bases, tmp_path):
     found = lcx.load(bases / "llama", adapter=[tmp_path / "a", tmp_path / "b"])
     np.testing.assert_allclose(logits(*found), hf_logits(hf_model), atol=2e-5)
     write_adapter(bases / "llama", tmp_path / "c", target_modules=["o_proj"], use_dora=True)
-    with pytest.raises(UserError, match="both change model.layers.0.self_attn.o_proj.weight as a whole"):
+    with pytest.raises(UserError, match="both change model.layers.0.self_attn.o_proj.weight, and the changes do not add up"):
         lcx.load(bases / "llama", adapter=[tmp_path / "a", tmp_path / "c"])
 
 
@@ -185,11 +185,11 @@ def put(key, *shape, value=1.0):
         (dict(r=10**12), None, "has r 1000000000000, expected a positive number"),
         (dict(r="4"), None, "has r '4', expected"),
         (dict(target_modules=5), None, "has target_modules 5, expected a list of names"),
-        (dict(target_modules=["q_proj"]), None, "pairs for model.layers.0.self_attn.v_proj, .*does not mean"),
-        (dict(target_modules=["q_proj", "v_proj", "k_proj"]), None, "means 6 modules, and the tensors of 2"),
-        (dict(target_modules="(q|v_proj"), None, "no regular expression"),
+        (dict(target_modules=["q_proj"]), None, "pairs for model.layers.0.self_attn.v_proj, .*does not select"),
+        (dict(target_modules=["q_proj", "v_proj", "k_proj"]), None, "selects 6 modules, and the tensors of 2"),
+        (dict(target_modules="(q|v_proj"), None, "not a valid regular expression"),
         (dict(rank_pattern=[1]), None, r"has rank_pattern \[1\], expected an object"),
-        (dict(modules_to_save=["norm"]), None, "input_layernorm.weight.*, which the adapter does not hold"),
+        (dict(modules_to_save=["norm"]), None, "input_layernorm.weight.*, which the adapter lacks"),
         (dict(trainable_token_indices=[1]), None, "trainable_token_indices .* 'embed_tokens', whose rows"),
         ({}, without(f"{LAYER}.lora_A.weight"), "q_proj has lora_B alone"),
         ({}, put(f"{LAYER}.lora_A.weight", 5, 32), r"has A \(5, 32\) and B \(32, 4\)"),

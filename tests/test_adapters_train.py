@@ -121,7 +121,7 @@ def test_what_has_no_place_in_an_adapter_is_refused(trained, tmp_path):
     params = lcx.load(workdir)[1]
     for beside, says in (
         (["stages_0/block_0/mixer/feature_map_q/layer"], "1 parameters that trained .* have no place"),
-        (["stages_0/block_0/mixer/q_proj/kernel"], "has a pair and trained as a whole too"),
+        (["stages_0/block_0/mixer/q_proj/kernel"], "has a pair and was also trained in full"),
     ):
         with pytest.raises(UserError, match=says):
             peft.save(tmp_path / "a", source.model, lora, params=params, beside=beside)
@@ -198,7 +198,7 @@ def test_starts_that_do_not_fit(text, bases, plain, tmp_path, changes, says):
 
 def test_an_adapter_that_cannot_train_says_so(text, bases, tmp_path):
     write_adapter(bases / "llama", tmp_path / "a", target_modules=["q_proj"], use_dora=True)
-    with pytest.raises(UserError, match="q_proj.weight has DoRA, which does not train here: merge"):
+    with pytest.raises(UserError, match="q_proj.weight has DoRA, which cannot be trained here: merge"):
         run_of(text, bases / "llama", tmp_path / "run", adapter=str(tmp_path / "a"))
 
 

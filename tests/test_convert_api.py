@@ -111,7 +111,7 @@ def test_clear_errors(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("x")
     cases = [
-        (lambda: lcx.load(tmp_path / "nothing"), "there is nothing"),
+        (lambda: lcx.load(tmp_path / "nothing"), "does not exist"),
         (lambda: lcx.load(tmp_path / "empty"), "an empty folder"),
         (lambda: lcx.load(tmp_path / "file"), "a file, expected the folder"),
         (lambda: lcx.load(tmp_path / "empty", format="gguf"), "expected one of lcx, hf"),

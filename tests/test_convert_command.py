@@ -337,7 +337,7 @@ def test_help_and_exit_status_of_the_process(model_folder, tmp_path):
     arguments = [f"--src={model_folder}/nothing", f"--dst={tmp_path}/out", "--dst_format=hf"]
     result = subprocess.run([*command, *arguments], capture_output=True, text=True, env=env)
     assert (
-        result.returncode == 2 and len(own_lines(result.stderr)) == 1 and "there is nothing" in result.stderr
+        result.returncode == 2 and len(own_lines(result.stderr)) == 1 and "does not exist" in result.stderr
     )
 
 

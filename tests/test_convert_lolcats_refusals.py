@@ -201,7 +201,7 @@ def test_an_unknown_window_is_said(files, caplog):
     """Published files are terraced, 64: taken where nothing states it, and never in silence."""
     with pytest.raises(UserError, match="window 64 holds the model's whole context of 64 tokens"):
         lcx.load(files / "hf", lolcats=Lolcats(files / "x_distill.pt"))
-    assert "nothing beside it states its window and activation; taking the published ones" in caplog.text
+    assert "nothing next to it states its window and activation; assuming the published ones" in caplog.text
 
 
 @pytest.mark.parametrize("given", ["x_distill.pt", {"feature_maps": "x_distill.pt"}])

@@ -431,7 +431,7 @@ def test_models_that_the_formats_cannot_say(tmp_path):
     for changes, message in (
         ({"activated_layers": None}, "layer 1 has activation 'gelu', and this format means 'identity'"),
         ({"tie_word_embeddings": False}, "the output head is not the embedding"),
-        ({"rope": Rope(rope_type="ntk", factor=2.0)}, "rope_type 'ntk' cannot be said"),
+        ({"rope": Rope(rope_type="ntk", factor=2.0)}, "rope_type 'ntk' cannot be expressed"),
         ({"norm_eps": 1e-5}, "its norms have an eps of 1e-05"),
         ({"mr_length": 64}, "its MR filters have 64 taps"),
     ):
@@ -441,7 +441,7 @@ def test_models_that_the_formats_cannot_say(tmp_path):
             lcx.save(tmp_path / "out", model, params, format="savanna")
     with pytest.raises(UserError, match="format is 'savanna_legacy', expected one of lcx, hf"):
         lcx.save(tmp_path / "out", model, params, format="savanna_legacy")
-    with pytest.raises(UserError, match="model_parallel is how many files .* 'savanna', and the format is 'vortex'"):
+    with pytest.raises(UserError, match="model_parallel is the number of model-parallel files of 'savanna', and the format is 'vortex'"):
         lcx.save(tmp_path / "out", model, params, format="vortex", model_parallel=2)
 
 

@@ -119,7 +119,7 @@ def test_what_was_remembered_counts_only_while_it_is_true(folder, caplog):
     written["rope_theta"] = written["rope_parameters"]["rope_theta"] = 5e5
     rope = hf_config.from_config(written).stages[0].pattern[0].mixer.rope
     assert rope == Rope(rope_theta=5e5, original_max_position_embeddings=64)
-    assert "lcx_rope is not what its rotary settings say any more" in caplog.text
+    assert "lcx_rope no longer matches its rotary settings" in caplog.text
     for bad in ("x", {"facter": 1}, {"rope_type": "ntk"}, {"rope_type": "default", "factor": []}):
         with pytest.raises(UserError):
             hf_config.from_config(written | {"lcx_rope": bad})

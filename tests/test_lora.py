@@ -414,11 +414,11 @@ def adapter(bases, tmp_path):
         (dict(peft_type="IA3"), "peft_type 'IA3', expected 'LORA'"),
         (dict(use_dora=True), "lora_magnitude_vector of .* is missing, and use_dora"),
         (dict(bias="most"), "bias .most., expected one of none, all"),
-        (dict(modules_to_save=["lm_head"]), "means lm_head.weight, which the adapter does not hold"),
+        (dict(modules_to_save=["lm_head"]), "selects lm_head.weight, which the adapter lacks"),
         (dict(init_lora_weights="pissa_niter_4"), "changes the base weights too"),
         (dict(r=0), "r 0, expected a positive number"),
         (dict(r=5), "rank 4 in its tensors, expected 5"),
-        (dict(alpha_pattern={"(": 3}), "no regular expression"),
+        (dict(alpha_pattern={"(": 3}), "not a valid regular expression"),
     ],
 )
 def test_other_kinds_of_adapters_are_refused(adapter, bases, changes, message):

@@ -104,7 +104,8 @@ def _write_trained(
         )
     if given := [name for name, value in changes.items() if value is not None]:
         raise UserError(
-            f"{given[0]} does not go with {target.name!r}, which is what the run trained as it is: leave it out"
+            f"{given[0]} cannot be combined with {target.name!r}, which holds the trained parameters unchanged: leave "
+            "it out"
         )
     first, *rest = target.export(src, dst, overwrite=overwrite)
     print(f"wrote {os.path.realpath(dst)} ({target.name}), {first}", *rest, sep="\n")

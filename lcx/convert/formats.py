@@ -26,11 +26,14 @@ FORMATS: tuple[Format, ...] = (
     Workdir(),
     HuggingFace(),
     Savanna(),
-    Savanna("savanna_legacy", "with the roles of hyena layers in blocks", legacy=True, writes=False),
+    Savanna("savanna_legacy", "savanna with per-rank blocks of hyena roles", legacy=True, writes=False),
     Savanna(
-        "savanna_fp32", "with the float32 weights of DeepSpeed's optimizer states", float32=True, writes=False
+        "savanna_fp32",
+        "savanna with the float32 weights of DeepSpeed's optimizer states",
+        float32=True,
+        writes=False,
     ),
-    Savanna("savanna_legacy_fp32", "with both", legacy=True, float32=True, writes=False),
+    Savanna("savanna_legacy_fp32", "savanna with both", legacy=True, float32=True, writes=False),
     Vortex(),
     LOLCATS,
     PeftAdapter(),
@@ -139,8 +142,8 @@ def detect(path: str | os.PathLike, *more: Format) -> Format:
         if format.detect(place, names):
             return format
     if not place.is_dir():
-        what = "a file, expected the folder it is in" if place.exists() else "nothing"
-        raise UserError(f"no checkpoint at {path}: there is {what}")
+        what = "is a file, expected the folder it is in" if place.exists() else "does not exist"
+        raise UserError(f"no checkpoint at {path}: the path {what}")
     unsupported.check_names(place, sorted(names))
     raise UserError(
         f"no checkpoint at {path}: expected a Hugging Face folder (config.json and weights), an lcx workdir "

@@ -109,7 +109,7 @@ def verify(source: ModelSource, target: Format, path: str | os.PathLike) -> Repo
         float32 = exact and all(info.dtype == _FLOAT32 for info in written.leaves.values())
         if float32 and np.isfinite(ours).all() and not logits[0] <= 1e-3 * max(1.0, logits[1]):
             raise UserError(
-                f"{written.where}: its logits are {logits[0]:.3g} away from the source's; do not use it"
+                f"{written.where}: its logits differ from the source's by up to {logits[0]:.3g}; do not use it"
             )
     numbers = sum(math.prod(shape) for shape in expected.values())
     return Report(

@@ -1,6 +1,6 @@
 """A view of a stored model as another model: a subset of its layers, other stages, or additional new parameters.
 
-Nothing is read before it is asked for, so that a block of a 405B is had without the rest of it.
+Parameters are read only on request, so one block of layers of a 405B model can be read without the rest.
 """
 
 import dataclasses

@@ -117,7 +117,7 @@ class Transposed:
 
 @dataclasses.dataclass(frozen=True)
 class Taps:
-    """Filters: [..., K] with the current token's tap first in lcx; [filters, 1, K] with that tap last in the foreign."""
+    """Filters: [..., K] in lcx, the current token's tap first; [filters, 1, K] in the foreign tensor, that tap last."""
 
     def foreign_shape(self, shape: Shape) -> Shape:
         return math.prod(shape[:-1]), 1, shape[-1]
@@ -324,7 +324,7 @@ class Table:
         return slices[0][None] if len(slices) == 1 else np.stack(slices)
 
     def foreign_parts(self, name: str, read: Callable[[str, int | None], np.ndarray]) -> Iterator[np.ndarray]:
-        """The parts of a foreign tensor, in order and in its layout; `read(path, repeat)` returns a part's lcx array."""
+        """Yields the foreign arrays of a tensor's parts, in order; `read(path, repeat)` returns a part's lcx array."""
         rule = self.rules[name]
         parts = (part.layout.to_foreign(read(part.path, part.repeat)) for part in rule.parts)
         if rule.block is None:

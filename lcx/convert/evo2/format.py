@@ -1,4 +1,4 @@
-"""The formats of Evo 2: "savanna" (training) and "vortex" (inference), in files of torch without a config.json."""
+"""The formats of Evo 2: "savanna" (training) and "vortex" (inference), torch files without a config.json."""
 
 import dataclasses
 import pathlib
@@ -8,7 +8,7 @@ from lcx.errors import UserError
 
 
 class _Evo2(Format):
-    """What both have: files of torch that imply their model and a tokenizer of bytes."""
+    """Common to both: torch files from which the model follows, and an implied byte tokenizer."""
 
     def tokenizer(self, path):
         return self.open(path).tokenizer
@@ -21,7 +21,7 @@ class _Evo2(Format):
     def may_replace(self, folder):
         from lcx.convert.evo2 import savanna_files
 
-        # one torch file makes no checkpoint of a folder that holds other things too
+        # a torch file among other files does not make the folder a replaceable checkpoint
         return all(savanna_files.is_part(entry.name) for entry in folder.iterdir())
 
 
@@ -30,16 +30,16 @@ class Savanna(_Evo2):
     """Checkpoints of savanna, Evo 2's trainer.
 
     Attributes:
-      legacy: whether the roles of hyena layers lie in blocks on each rank; no file says so.
-      float32: whether to read the float32 weights of DeepSpeed's optimizer states.
-      model_parallel: how many files share the tensors.
+      legacy: whether the roles of hyena layers are stored as blocks on each rank; the files do not state it.
+      float32: whether to read the float32 weights from DeepSpeed's optimizer states.
+      model_parallel: number of model-parallel files that the tensors are split over.
     """
 
     name: str = "savanna"
-    help: str = "Evo 2's training checkpoints, of any model-parallel size"
+    help: str = "Evo 2's training checkpoints, at any model-parallel size"
     legacy: bool = False
     float32: bool = False
-    model_parallel: int = option(1, help="how many files share the tensors of 'savanna'", metavar="N")
+    model_parallel: int = option(1, help="the number of model-parallel files of 'savanna'", metavar="N")
 
     def __post_init__(self):
         if self.model_parallel < 1:
@@ -48,7 +48,7 @@ class Savanna(_Evo2):
     def detect(self, path, names):
         from lcx.convert.evo2 import vortex
 
-        # which roles and weights the user wants is not in the files, so the plain variant answers for all
+        # the files do not distinguish the variants, so only the plain one is detected
         return not (self.legacy or self.float32) and _has_parts(path, names) and not vortex.is_vortex(path)
 
     def open(self, path):
@@ -77,10 +77,10 @@ class Savanna(_Evo2):
 
 @dataclasses.dataclass(frozen=True)
 class Vortex(_Evo2):
-    """Checkpoints of vortex, Evo 2's inference."""
+    """Checkpoints of vortex, Evo 2's inference code."""
 
     name: str = "vortex"
-    help: str = "Evo 2's inference checkpoint, one file"
+    help: str = "Evo 2's inference checkpoint, a single file"
 
     def detect(self, path, names):
         from lcx.convert.evo2 import vortex

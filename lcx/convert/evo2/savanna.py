@@ -1,12 +1,12 @@
-"""savanna's checkpoints of Evo 2 as models, and models as savanna's checkpoints, at any model-parallel size.
+"""Reads and writes savanna's checkpoints of Evo 2, at any model-parallel size.
 
-Filters are stored to the length of a run's sequences, alive in their first 128 taps. They are read to these taps and
-padded with zeros when they are written, to the model's `max_position_embeddings`, as the published tool extends them.
-The decay is copied, never computed. From one savanna checkpoint to another, tensors that the function does not need
-(unused norms, dead taps of filters that keep their length) go along as they are.
+Filters are stored with as many taps as a run's sequences have tokens, but only the first 128 taps are used. Only these
+are read; on writing, they are padded with zeros to the model's `max_position_embeddings`, as the published tool does.
+The decay is copied, never computed. From one savanna checkpoint to another, tensors without effect on the output
+(unused norms, unused taps of filters whose length does not change) are copied unchanged.
 
-What the files do not say and the reader assumes: norms with eps 1e-6, gelu in the layers before the first MR or LI
-layer alone, and unscaled positions (pass rope_scaling for a model whose positions are interpolated).
+The reader assumes what the files do not state: norms with eps 1e-6, a gelu only in the layers before the first MR or LI
+layer, and unscaled positions (pass rope_scaling for a model with interpolated positions).
 """
 
 import collections
@@ -43,7 +43,7 @@ _STEP = "global_step0"
 
 
 class _Canonical:
-    """savanna's tensors as striped_hyena.py states them."""
+    """savanna's tensors in the canonical form of striped_hyena.py."""
 
     layer_0_only = False
     shared_bytes = 0
@@ -68,7 +68,7 @@ class _Canonical:
         shape = info.shape
         if _PADDED.fullmatch(name) and len(shape) == 2:
             shape = (shape[0], min(shape[1], LIVE_TAPS))
-        elif name.endswith("short_conv_weight") and len(shape) == 2:  # as the fast kernels keep it
+        elif name.endswith("short_conv_weight") and len(shape) == 2:  # the layout of savanna's fast kernels
             shape = (shape[0], 1, shape[1])
         return dataclasses.replace(info, shape=shape)
 
@@ -108,7 +108,7 @@ class SavannaSource(StripedHyenaSource):
     """A savanna checkpoint (see `savanna_files`) as a model (a `model_source.ModelSource`).
 
     Args:
-      legacy: whether the roles of hyena layers lie in three blocks on each rank; nothing in a file says so.
+      legacy: whether the roles of hyena layers are stored as three blocks on each rank; the files do not state it.
       float32: whether to read the float32 weights of the optimizer states (`zero`).
     """
 
@@ -135,7 +135,7 @@ class SavannaSource(StripedHyenaSource):
             )
 
     def _say_configured(self) -> None:
-        """What the run that wrote the files had configured, where they say it and it is not what they hold."""
+        """Warns if the run's recorded configuration differs from what the tensors hold or cannot express."""
         settings = self.files.files[0].counters
         base, factor = settings.get("rotary_emb_base"), settings.get("rotary_emb_scaling_factor", 1)
         ropes = [layer.block.mixer.rope for layer in striped_hyena.layers(self.model) if layer.letter == "*"]
@@ -161,11 +161,11 @@ class SavannaSource(StripedHyenaSource):
 
 @dataclasses.dataclass(frozen=True)
 class _Entry:
-    """A whole tensor to write. `pieces` yields (first row, rows)."""
+    """A whole tensor to write; `pieces` yields (first row, rows)."""
 
     info: TensorInfo
     pieces: Callable[[], Iterator[tuple[int, np.ndarray]]]
-    unit: int = 1  # rows that belong together
+    unit: int = 1  # rows that must stay on one rank
 
 
 def write(
@@ -176,10 +176,10 @@ def write(
     model_parallel: int = 1,
     progress: Callable[[int], None] = lambda nbytes: None,
 ) -> dict[str, TensorInfo]:
-    """Writes `latest` and a step folder with a file a rank into an empty folder; returns the whole tensors.
+    """Writes `latest` and a step folder with one file per rank into an empty folder; returns the unsplit tensors.
 
     Raises:
-      UserError: a tensor that does not divide among the ranks, or a model that is no StripedHyena 2.
+      UserError: a tensor cannot be split evenly over the ranks, or the model is not a StripedHyena 2.
     """
     entries = entries_of(source, dtype)
     striped_hyena.say_scaling(source.model)
@@ -210,7 +210,7 @@ def write(
 
 
 def planned(source: ModelSource, *, dtype: np.dtype | None, model_parallel: int) -> dict[str, TensorInfo]:
-    """The whole tensors that `write` would write. Raises UserError as it does."""
+    """The unsplit tensors that `write` would write. Raises UserError as `write` does."""
     entries = entries_of(source, dtype)
     for name, entry in entries.items():
         _share(name, entry, model_parallel)
@@ -218,7 +218,7 @@ def planned(source: ModelSource, *, dtype: np.dtype | None, model_parallel: int)
 
 
 def check_written(folder: pathlib.Path, tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
-    """What was written, read back from its headers. Raises UserError when it is something else."""
+    """The written tensors, read back from the headers. Raises UserError unless they match `tensors`."""
     found = SavannaFiles(folder).tensors
     check_same(folder, found, tensors)
     return found
@@ -241,7 +241,7 @@ def _share(name: str, entry: _Entry, ranks: int) -> TensorInfo:
 
 
 def _state(shares: Mapping[str, TensorInfo], ranks: int) -> dict:
-    """What DeepSpeed expects beside the module; shapes of parameters, not of buffers."""
+    """The entries that DeepSpeed expects next to "module". param_shapes lists parameters, not buffers."""
     import torch
 
     shapes = collections.OrderedDict(
@@ -253,7 +253,7 @@ def _state(shares: Mapping[str, TensorInfo], ranks: int) -> dict:
 def _distribute(
     writers: list[TorchWriter], name: str, start: int, rows: np.ndarray, share: TensorInfo
 ) -> None:
-    """Each rank's part of some rows of a whole tensor."""
+    """Writes each rank's share of some rows of an unsplit tensor."""
     axis = savanna_files.split_axis(name)
     for rank, writer in enumerate(writers):
         if axis is None:
@@ -269,7 +269,7 @@ def _distribute(
 
 
 def entries_of(source: ModelSource, dtype: np.dtype | None) -> dict[str, _Entry]:
-    """Every tensor to write, in savanna's names."""
+    """All tensors to write, under savanna's names."""
     striped_hyena.check_activations(source.model, layer_0_only=False)
     frequencies = striped_hyena.frequencies_of(source.model)
     found = striped_hyena.layers(source.model)
@@ -283,7 +283,8 @@ def entries_of(source: ModelSource, dtype: np.dtype | None) -> dict[str, _Entry]
         head = striped_hyena.prefix(i)
         if layer.letter == "*" and frequencies is not None:
             stored = source.inv_freq if isinstance(source, SavannaSource) else None
-            if stored is None or not np.array_equal(stored, frequencies):  # else as stored, in its own dtype
+            # Unchanged frequencies are copied in the dtype in which they are stored.
+            if stored is None or not np.array_equal(stored, frequencies):
                 entries[head + "mixer.rotary_emb.inv_freq"] = _whole(frequencies)
             unit = 3 * layer.block.mixer.head_dim
         else:
@@ -295,7 +296,7 @@ def entries_of(source: ModelSource, dtype: np.dtype | None) -> dict[str, _Entry]
 
 
 def _check_live_taps(found: list[striped_hyena.LetteredLayer], length: int) -> None:
-    """Filters are read back to 128 taps, or to all that there are."""
+    """Raises UserError for MR filters that would be read back with another number of taps: 128, or all if fewer."""
     for layer in found:
         taps = layer.block.mixer.filter_length if layer.letter == "D" else min(LIVE_TAPS, length)
         if taps != min(LIVE_TAPS, length):
@@ -306,7 +307,7 @@ def _check_live_taps(found: list[striped_hyena.LetteredLayer], length: int) -> N
 
 
 def _stored_entries(source: SavannaSource, dtype: np.dtype | None, length: int) -> dict[str, _Entry]:
-    """Everything that a savanna checkpoint holds; filters of another length as the published tool makes them."""
+    """All tensors of a savanna checkpoint. If the context changed, filters are resized as the published tool does."""
     entries = {}
     for name, info in source.files.tensors.items():
         kept = dtype is None or _TIMES.fullmatch(name) or _INV_FREQ.fullmatch(name)
@@ -343,7 +344,7 @@ def _extended(
 def _pieces(
     files: SavannaFiles, name: str, start: int, stop: int | None
 ) -> Iterator[tuple[int, int, np.ndarray]]:
-    """(first row, last row + 1, rows) of a stored tensor, a bounded number of bytes at a time."""
+    """Yields (first row, last row + 1, rows) of a stored tensor, a bounded number of bytes at a time."""
     info = files.tensors[name]
     if not info.shape:
         yield 0, 1, files.read(name)
@@ -364,7 +365,7 @@ def _padded(taps: np.ndarray, length: int) -> np.ndarray:
 def _model_entries(
     source: ModelSource, found: list[striped_hyena.LetteredLayer], dtype: np.dtype | None, length: int
 ) -> dict[str, _Entry]:
-    """A model's tensors, with the ones that savanna's modules have and do not use."""
+    """A model's tensors, plus those that savanna's modules expect but do not use."""
     table = rules.Table(
         striped_hyena.table_of(source.model), {path: i.shape for path, i in source.leaves.items()}
     )
@@ -400,7 +401,7 @@ def _rows_of(
 
 
 def read_repeat(source: ModelSource, path: str, repeat: int | None) -> np.ndarray:
-    """One layer's array of a stacked parameter; all of one that is not stacked."""
+    """One layer of a stacked parameter, or (repeat None) the whole of an unstacked one."""
     shape = source.leaves[path].shape
     if repeat is None:
         return source.read(path, tuple(slice(0, size) for size in shape))
@@ -412,6 +413,6 @@ def _whole(array: np.ndarray) -> _Entry:
 
 
 def _times(length: int, dtype: np.dtype) -> _Entry:
-    """The times that savanna keeps beside an LI filter, [1, 1, length]."""
+    """The time steps that savanna stores with each LI filter, [1, 1, length]."""
     info = TensorInfo(dtype, (1, 1, length))
     return _Entry(info, lambda: iter([(0, np.arange(length, dtype=_FLOAT32).astype(dtype)[None, None])]))

@@ -1,12 +1,13 @@
-"""Files of savanna (Evo 2's trainer, on DeepSpeed) as one set of whole tensors, whatever they were split into.
+"""Reads the files of savanna (Evo 2's trainer, based on DeepSpeed) as one set of whole tensors.
 
-A training run writes `global_stepN/mp_rank_XX_model_states.pt`, one file a model-parallel rank, and `latest`, which
-names the newest step. Published weights are one `.pt` file with {"module": tensors}, perhaps cut into `.partN` pieces.
+A training run writes `global_stepN/mp_rank_XX_model_states.pt`, one file per model-parallel rank, and `latest`, which
+names the newest step. Published weights are one `.pt` file with {"module": tensors}, possibly split into `.partN`
+pieces.
 
-Each rank holds an equal, contiguous share of every split tensor, of the rows or of the columns (`split_axis`), and a
-copy of the others. The rows of a hyena layer's projection and featurizer have three roles. Interleaved, row 3 c + role
-is channel c's, and contiguous shares are whole channels. In the layout before that ("legacy") every rank has its own
-three blocks of roles, one after the other; they are interleaved rank by rank while they are read.
+Each rank holds an equal, contiguous share of every split tensor, along rows or columns (`split_axis`), and a copy of
+the others. The rows of a hyena layer's projection and featurizer have three roles. In the current, interleaved layout,
+row 3 c + role belongs to channel c, so contiguous shares are whole channels. In the older layout ("legacy"), each rank
+stores three consecutive blocks, one per role; they are interleaved rank by rank as they are read.
 """
 
 import logging
@@ -45,14 +46,14 @@ _FEATURIZER = "hyena_proj_conv.short_conv_weight"
 
 
 def split_axis(name: str) -> int | None:
-    """The axis along which model-parallel ranks share a tensor; None if each has a copy."""
+    """The axis along which a tensor is split over model-parallel ranks; None if each rank has a copy."""
     if _ROWS.fullmatch(name):
         return 0
     return 1 if _COLUMNS.fullmatch(name) else None
 
 
 def has_roles(name: str, names: Mapping[str, TensorInfo]) -> bool:
-    """Whether the rows are a hyena layer's channels times three roles."""
+    """Whether the rows of a tensor are the channels of a hyena layer times three roles."""
     found = _ROLES.fullmatch(name)
     return found is not None and found.group(1) + _FEATURIZER in names
 
@@ -62,15 +63,15 @@ class SavannaFiles:
 
     Args:
       path: a run's folder, a step's folder, a folder of rank files or a single file (see `find`).
-      legacy: whether the rows of hyena layers are three blocks a rank.
+      legacy: whether the rows of hyena layers are stored as three blocks per rank.
       float32: whether to read the float32 weights of the optimizer states instead of the 16-bit ones (`zero`).
 
     Attributes:
       tensors: name as stored -> TensorInfo of the whole tensor.
-      ranks: how many files share them.
+      ranks: number of model-parallel files.
 
     Raises:
-      UserError: missing ranks, or files that do not belong together.
+      UserError: ranks are missing, or the files are not of one checkpoint.
     """
 
     shared_bytes = 0
@@ -127,7 +128,7 @@ class SavannaFiles:
         return parts[0] if len(parts) == 1 else np.concatenate(parts or [np.empty(shape, info.dtype)])
 
     def _rank_rows(self, file: TorchFile | Float32File, name: str, start: int, stop: int) -> np.ndarray:
-        """Rows of one rank's share, interleaved."""
+        """Rows of one rank's share, with the roles interleaved."""
         if not self._legacy or not has_roles(name, self.tensors):
             return file.read(name, start, stop)
         channels = file.tensors[name].shape[0] // 3
@@ -141,7 +142,7 @@ class SavannaFiles:
         return rows.reshape(-1, *rows.shape[2:])[start - 3 * low : stop - 3 * low]
 
     def differing_copies(self) -> list[str]:
-        """Tensors of which every rank has a copy, and not all the same one."""
+        """Names of unsplit tensors whose copies differ between ranks."""
         different = []
         for name in self.tensors:
             if split_axis(name) is None and self.ranks > 1:
@@ -152,16 +153,16 @@ class SavannaFiles:
 
 
 def is_part(name: str) -> bool:
-    """Whether a checkpoint's folder may hold a file of this name."""
+    """Whether a file of this name may be part of a savanna checkpoint folder."""
     known = STEP.fullmatch(name) or PIECE.fullmatch(name) or name.endswith(TORCH_SUFFIXES)
     return bool(known) or name in (LATEST, "zero_to_fp32.py")
 
 
 def find(path: str | os.PathLike) -> list[pathlib.Path | tensor_io.Pieces]:
-    """The files of a checkpoint in the order of their ranks.
+    """Finds the files of a checkpoint, ordered by rank.
 
     Raises:
-      UserError: none there, a missing rank or piece, or more than one checkpoint.
+      UserError: there is no checkpoint, more than one, or a rank or piece is missing.
     """
     place = pathlib.Path(path).expanduser()
     if not place.is_dir():
@@ -192,7 +193,7 @@ def _latest(folder: pathlib.Path) -> pathlib.Path:
         raise UserError(f"{folder / LATEST}: cannot be read: {error}") from error
     if not name or os.path.basename(name) != name or name in (".", "..") or not (folder / name).is_dir():
         raise UserError(
-            f"{folder / LATEST}: names the step {name!r}, expected a folder beside it; pass a step folder"
+            f"{folder / LATEST}: names the step {name!r}, expected a folder next to it; pass a step folder"
         )
     return folder / name
 
@@ -238,7 +239,7 @@ def _file_or_pieces(path: pathlib.Path) -> pathlib.Path | tensor_io.Pieces:
         if found and found.group(1) == whole.name:
             pieces[int(found.group(2))] = entry
     if not pieces:
-        raise UserError(f"no checkpoint at {path}: there is nothing")
+        raise UserError(f"no checkpoint at {path}: the path does not exist")
     numbers = sorted(pieces)
     if numbers != list(range(numbers[0], numbers[0] + len(numbers))) or numbers[0] > 1:
         raise UserError(
@@ -248,7 +249,10 @@ def _file_or_pieces(path: pathlib.Path) -> pathlib.Path | tensor_io.Pieces:
 
 
 def _check_world(path: str | os.PathLike, files: Sequence[TorchFile | Float32File]) -> None:
-    """A state says how many ranks wrote it; a copy that lacks the last ones looks complete otherwise."""
+    """Raises UserError if the number of files is not the recorded number of ranks.
+
+    Without this check, a copy that lacks the last ranks would look complete.
+    """
     for file in files:
         world = file.counters.get(WORLD, file.counters.get("model_parallel_size", len(files)))
         if world != len(files):

@@ -1,8 +1,8 @@
-"""StripedHyena 2 in savanna's names: one table of rules, and the model that a set of tensors implies.
+"""StripedHyena 2 under savanna's tensor names: the table of rules, and inference of the model from its tensors.
 
-Checkpoints of savanna have no config.json: everything but a few conventions follows from names and shapes. Every
-format of Evo 2 is first presented as these tensors (model-parallel shares merged, roles interleaved), layer i being
-`sequential.{i + 2}`:
+savanna's checkpoints have no config.json: except for a few conventions, the model follows from tensor names and shapes.
+Every format of Evo 2 is first converted to this canonical set of tensors (model-parallel shares merged, roles
+interleaved); layer i is `sequential.{i + 2}`:
 
     sequential.0.word_embeddings.weight [V, D]         sequential.{layers + 3}.norm.weight [D]
     input_layernorm.weight, pre_mlp_layernorm.weight [D]
@@ -14,8 +14,8 @@ format of Evo 2 is first presented as these tensors (model-parallel shares merge
     mixer.mixer.filter.p, .gamma, .R [D, 16], .conv_bias [D]     LI
     mlp.w1.weight, mlp.w2.weight [F, D], mlp.w3.weight [D, F]
 
-Only 128 taps of MR live, whatever is stored. The MLPs of the layers before the first MR or LI layer have a gelu; those
-after it have none (savanna constructs them so).
+Only the first 128 taps of MR are used, however many are stored. The MLPs before the first MR or LI layer have a gelu;
+the others have none (this follows from savanna's construction).
 """
 
 import dataclasses
@@ -54,12 +54,12 @@ TOKENIZER = {"kind": "bytes", "bos_id": None, "eos_id": 0}
 
 
 class Tensors(TensorSource, Protocol):
-    """The tensors above.
+    """A checkpoint in the canonical form above.
 
     Attributes:
-      inv_freq: of the attention layers, as stored; None where nothing is.
-      length: what the filters were stored for, in tokens; None where nothing says it.
-      layer_0_only: whether gelu is layer 0's alone, rather than of all layers before the first MR or LI.
+      inv_freq: the stored frequencies of the attention layers, [head_dim / 2]; None if not stored.
+      length: the number of tokens that the filters were stored for; None if not known.
+      layer_0_only: whether only layer 0 has a gelu, rather than all layers before the first MR or LI.
     """
 
     inv_freq: np.ndarray | None
@@ -77,7 +77,7 @@ def final_norm(num_layers: int) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class LetteredLayer:
-    """One layer in depth order: its letter, its block, and where its parameters are in the tree."""
+    """One layer in depth order: its letter in the pattern, its block, and the path of its parameters."""
 
     letter: str
     block: Block
@@ -92,7 +92,7 @@ def layers(model: Decoder) -> list[LetteredLayer]:
     """The layers of a StripedHyena 2, in depth order.
 
     Raises:
-      UserError: something that these formats cannot say.
+      UserError: the model has a property that these formats cannot express.
     """
     found = []
     if not {type(block.mixer) for stage in model.stages for block in stage.pattern} & {
@@ -121,7 +121,7 @@ def layers(model: Decoder) -> list[LetteredLayer]:
     return found
 
 
-# The settings that these formats read.
+# The settings that these formats can express.
 _ATTENTION = "num_heads num_kv_heads head_dim rope window qkv_bias o_bias qk_norm norm_eps implementation"
 _DECODER = "vocab_size hidden_size stages max_position_embeddings norm_eps tie_word_embeddings model_type dtype remat"
 
@@ -153,14 +153,14 @@ def _problem(model: Decoder, block: Block) -> str:
 
 
 def activated_layers(pattern: str, layer_0_only: bool) -> int:
-    """How many layers, from the first on, have their gelu."""
+    """The number of leading layers whose MLP has a gelu."""
     return (
         1 if layer_0_only else next((i for i, letter in enumerate(pattern) if letter in "DH"), len(pattern))
     )
 
 
 def check_activations(model: Decoder, *, layer_0_only: bool) -> None:
-    """Raises UserError if the model, read back, would have other activations than it has."""
+    """Raises UserError if the model would be read back with other activations."""
     found = layers(model)
     active = activated_layers("".join(layer.letter for layer in found), layer_0_only)
     for i, layer in enumerate(found):
@@ -227,10 +227,10 @@ def _mixer(layer: LetteredLayer) -> list[tuple[str, tuple[Part, ...], int | None
 
 
 def pattern_of(names: Mapping[str, Any]) -> str:
-    """A letter a layer, from the filters that the layers have.
+    """The pattern, one letter per layer, inferred from the filters that each layer has.
 
     Raises:
-      UserError: no layers, or a gap between them.
+      UserError: there are no layers, or their numbers have a gap.
     """
     numbers = sorted(
         int(found.group(1))
@@ -248,10 +248,10 @@ def pattern_of(names: Mapping[str, Any]) -> str:
 
 
 def model_of(source: Tensors) -> Decoder:
-    """The model that these tensors are of.
+    """Infers the model from its tensors.
 
     Raises:
-      UserError: tensors without which the sizes are unknown.
+      UserError: a tensor that determines one of the sizes is missing.
     """
     pattern = pattern_of(source.tensors)
 
@@ -297,10 +297,11 @@ def model_of(source: Tensors) -> Decoder:
 
 
 def rope_of(inv_freq: np.ndarray) -> Rope:
-    """The rotary embedding with exactly these frequencies.
+    """The rotary embedding with exactly these frequencies, [head_dim / 2].
 
-    A base that gives them to the bit is said by its rope_theta alone. Others are listed beside the nearest base, with a
-    warning where the difference is more than float32's rounding: it grows with the position.
+    If a rope_theta reproduces them bit for bit, the Rope holds only the rope_theta. Otherwise it holds the list of
+    frequencies and the nearest rope_theta, with a warning if the difference exceeds float32 rounding, since its effect
+    grows with the position.
     """
     values, head_dim = np.asarray(inv_freq, np.float32), 2 * len(inv_freq)
     theta = 1e4
@@ -328,7 +329,8 @@ def frequencies_of(model: Decoder) -> np.ndarray | None:
     """The unscaled inv_freq of the model's attention, as these formats store it; None without attention.
 
     Raises:
-      UserError: a scaling that they cannot say (they know position interpolation, whose factor is in the settings).
+      UserError: the formats cannot express the scaling. They support only position interpolation, with its factor in
+        the settings of savanna and vortex.
     """
     mixers = [layer.block.mixer for layer in layers(model) if layer.letter == "*"]
     if not mixers:
@@ -336,26 +338,26 @@ def frequencies_of(model: Decoder) -> np.ndarray | None:
     rope = mixers[0].rope
     if any(mixer.rope != rope for mixer in mixers) or rope.rope_type not in ("default", "linear"):
         raise UserError(
-            f"rope_type {rope.rope_type!r} cannot be said in this format, which knows one 'default' or 'linear' for "
-            "all layers; save with format 'lcx'"
+            f"rope_type {rope.rope_type!r} cannot be expressed in this format, which has one 'default' or 'linear' "
+            "for all layers; save with format 'lcx'"
         )
     plain = Rope(rope_theta=rope.rope_theta, inv_freq=rope.inv_freq)
     return np.asarray(plain.frequencies(mixers[0].head_dim, 1)[0], np.float32)
 
 
 def say_scaling(model: Decoder) -> None:
-    """What no tensor carries: said once, when a model is written."""
+    """Warns, when a model is written, that its position interpolation is not stored in the checkpoint."""
     attentions = [layer.block.mixer for layer in layers(model) if layer.letter == "*"]
     if attentions and attentions[0].rope.rope_type == "linear":
         log.warning(
-            "positions are divided by %g, which is a setting of savanna and vortex and not in their checkpoints: set "
-            "it there",
+            "positions are divided by %g, which savanna and vortex do not store in checkpoints: set it in their "
+            "configuration",
             attentions[0].rope.factor,
         )
 
 
 def with_scaling_of(like: Decoder, model: Decoder) -> Decoder:
-    """`model` with the position interpolation of `like`, which is a setting and no tensor in these formats."""
+    """`model` with the position interpolation of `like`, which these formats do not store."""
     rope = next((rope for rope, _ in rotaries(like) if rope.rope_type == "linear"), None)
 
     def scaled(mixer):
@@ -372,10 +374,10 @@ def with_scaling_of(like: Decoder, model: Decoder) -> Decoder:
 
 
 class StripedHyenaSource:
-    """A model from tensors in savanna's names (a `model_source.ModelSource`).
+    """A model from tensors in canonical form (a `model_source.ModelSource`).
 
     Raises:
-      UserError: tensors that are not those of one StripedHyena 2.
+      UserError: the tensors are not those of a StripedHyena 2.
     """
 
     def __init__(self, tensors: Tensors, where: str):

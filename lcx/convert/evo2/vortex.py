@@ -1,11 +1,11 @@
-"""vortex's checkpoints of Evo 2 (inference weights, one file) as models, and models as such checkpoints.
+"""Reads and writes vortex's checkpoints of Evo 2 (inference weights, one file).
 
-vortex keeps products that training keeps apart: h times decay of MR, and exp(p + gamma), the rates of LI's modes. Their
-factors cannot be recovered. The model gets a decay of ones, and p = log(-log_pole). Its gamma holds the part of that
-logarithm that float32 cannot: too small to count beside p, and enough for the rates to return to the bit. The function
-is vortex's; training it further is another thing, since decay and gamma were part of how savanna parametrised it.
+vortex stores products whose factors training keeps separate: h * decay of MR, and exp(p + gamma), the decay rates of
+LI's modes. The factors cannot be recovered. The model gets a decay of ones and p = log(-log_pole). gamma holds the
+float32 rounding error of p, so that the rates are restored bit for bit. The model computes the same function, but
+training it further is not equivalent, because savanna trained with the original decay and gamma.
 
-Nothing in a file says how many tokens the model was trained for: 8192 is assumed, and unscaled positions.
+The file does not state how many tokens the model was trained for; 8192 and unscaled positions are assumed.
 """
 
 import logging
@@ -63,17 +63,17 @@ _FILTERS = {
 }
 _POLES = "filter.log_poles"
 _FLOAT32 = np.dtype(np.float32)
-#: vortex's name -> (savanna's name, or "" of what it has none for; shape; what computes it)
+#: vortex's name -> (savanna's name, "" if there is none; shape; the function that computes the tensor)
 Makers = dict[str, tuple[str, tuple[int, ...], Callable[[], np.ndarray]]]
 
 
 def names_of(letter: str) -> dict[str, str]:
-    """savanna's name -> vortex's, of the tensors of a layer that are the same in both."""
+    """savanna's name -> vortex's name, for the tensors of a layer that correspond one to one."""
     return _SHARED | (_ATTENTION if letter == "*" else _HYENA | _FILTERS[letter])
 
 
 class _Canonical:
-    """vortex's tensors as striped_hyena.py states them."""
+    """vortex's tensors in the canonical form of striped_hyena.py."""
 
     layer_0_only = True
     length: int | None = None
@@ -119,7 +119,7 @@ class _Canonical:
         with np.errstate(divide="ignore", invalid="ignore"):
             exact = np.log(-poles)
             p = exact.astype(np.float32)
-            rest = np.where(np.isfinite(p), exact - p, 0)  # a mode that does not decay has p = -inf
+            rest = np.where(np.isfinite(p), exact - p, 0)  # p is -inf for a mode that does not decay
         return p if name.endswith(".p") else rest.astype(np.float32)
 
     def _frequencies(self, letters: str) -> np.ndarray | None:
@@ -143,7 +143,7 @@ class _Canonical:
 
 
 def _without_ones(name: str, info: TensorInfo) -> TensorInfo:
-    """MR's filters without the axis of one that convolutions of torch have."""
+    """MR's filters without the singleton axis of torch convolutions."""
     if name.endswith(FILTER + "h") and len(info.shape) == 3:
         return TensorInfo(info.dtype, (info.shape[0], info.shape[2]), info.where)
     return info
@@ -165,7 +165,7 @@ def _pattern(names: Mapping[str, TensorInfo]) -> str:
 
 
 class VortexSource(striped_hyena.StripedHyenaSource):
-    """A vortex checkpoint, a file or the folder of one, as a model (a `sources.ModelSource`)."""
+    """A vortex checkpoint, a file or its folder, as a model (a `model_source.ModelSource`)."""
 
     def __init__(self, path: str | os.PathLike):
         files = savanna_files.find(path)
@@ -180,7 +180,7 @@ class VortexSource(striped_hyena.StripedHyenaSource):
 
 
 def is_vortex(path: str | os.PathLike) -> bool:
-    """Whether a file (or the folder of one) holds vortex's names.
+    """Whether a file (or the single file of a folder) has vortex's tensor names.
 
     Raises:
       UserError: it cannot be read.
@@ -199,9 +199,9 @@ def write(
     dtype: np.dtype | None = None,
     progress: Callable[[int], None] = lambda nbytes: None,
 ) -> dict[str, TensorInfo]:
-    """Writes model.pt into an empty folder; one tensor in memory. Returns what it holds.
+    """Writes model.pt into an empty folder, holding one tensor in memory; returns the written tensors.
 
-    Poles and residues are float32, as vortex wants them, whatever the dtype of the others.
+    Poles and residues are always float32, as vortex requires; `dtype` applies to the other tensors.
     """
     infos, makers = _plan(source, dtype)
     striped_hyena.say_scaling(source.model)
@@ -210,7 +210,7 @@ def write(
 
 
 def planned(source: ModelSource, *, dtype: np.dtype | None) -> dict[str, TensorInfo]:
-    """The tensors that `write` would write. Raises UserError as it does."""
+    """The tensors that `write` would write. Raises UserError as `write` does."""
     return _plan(source, dtype)[0]
 
 
@@ -297,7 +297,7 @@ def _block_makers(
 
 
 def check_written(folder: pathlib.Path, tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
-    """What was written, read back from its headers. Raises UserError when it is something else."""
+    """The written tensors, read back from the headers. Raises UserError unless they match `tensors`."""
     found = TorchFile(folder / FILE).tensors
     check_same(folder, found, tensors)
     return dict(found)

@@ -1,11 +1,11 @@
-"""The float32 weights of DeepSpeed's ZeRO (stages 1 and 2), which training keeps beside the 16-bit model states.
+"""Reads the float32 weights of DeepSpeed's ZeRO (stages 1 and 2), stored separately from the 16-bit model states.
 
     global_stepN/mp_rank_RR_model_states.pt                                  module, param_shapes, ...
     global_stepN/[bf16_]zero_pp_rank_D_mp_rank_RR_optim_states.pt            optimizer_state_dict, ...
 
-Each group of the optimizer is one flat vector: its parameters end to end, in the order of `param_shapes`, then padding,
-so that the length divides among the data-parallel ranks. Rank D holds the D-th of their equal, contiguous shares.
-Buffers and frozen parameters are in the model states alone. (The layout as deepspeed's own zero_to_fp32 undoes it.)
+Each optimizer group is one flat vector: the concatenation of its parameters in the order of `param_shapes`, padded so
+that its length divides evenly over the data-parallel ranks. Rank D holds the D-th equal, contiguous share. Buffers and
+frozen parameters are only in the model states. (This is the inverse of the layout in DeepSpeed's zero_to_fp32.)
 """
 
 import math
@@ -29,14 +29,14 @@ _FLOAT32 = np.dtype(np.float32)
 class Float32File:
     """A model-parallel rank's file of model states with its parameters in float32 (a `tensor_io.TensorSource`).
 
-    The first and last rows of each are compared with the 16-bit ones, so that files of another run, step or order are
-    found out.
+    The first and last rows of each parameter are compared with the 16-bit ones, to detect files of another run or step,
+    or another order of the parameters.
 
     Args:
-      path: the file of model states; its shares lie beside it.
+      path: the file of model states; the optimizer states are in the same folder.
 
     Raises:
-      UserError: shares that are missing, of another stage, or not of these weights.
+      UserError: optimizer states are missing, of another ZeRO stage, or do not match the weights.
     """
 
     shared_bytes = 0
@@ -70,7 +70,7 @@ class Float32File:
         return flat.reshape(shape)
 
     def _share_size(self, group: str) -> int:
-        """Numbers that each rank holds of a group."""
+        """Number of elements of a group that each rank holds."""
         infos = [share.tensors.get(group) for share in self._shares]
         first = infos[0]
         for share, info in zip(self._shares, infos, strict=True):
@@ -86,13 +86,13 @@ class Float32File:
                 )
             if info is None or first is None or (info.shape, info.dtype) != (first.shape, _FLOAT32):
                 what = "nothing" if info is None else f"{info.shape} {info.dtype}"
-                expected = "one float32 vector of the same length a rank"
+                expected = "one float32 vector of equal length on every rank"
                 raise UserError(f"{share.path}: group {group} is {what}, expected {expected}; copy it again")
         assert first is not None
         return math.prod(first.shape)
 
     def _placed(self, groups: Sequence[dict[str, tuple[int, ...]]]) -> dict[str, tuple[int, int]]:
-        """Name -> (group, where it begins in the group's vector)."""
+        """Name -> (group, offset in the group's vector)."""
         if len(groups) != len(self._size):
             raise UserError(
                 f"{self.path}: param_shapes has {len(groups)} groups, and the optimizer states {len(self._size)}; the "
@@ -109,9 +109,8 @@ class Float32File:
                 places[name] = group, end
                 end += math.prod(shape)
             there = self._size[group] * len(self._shares)
-            if there < end or -(-there // unit) != -(
-                -end // unit
-            ):  # to one unit, as deepspeed itself checks it
+            # Equal after rounding up to the padding unit, as DeepSpeed's own check.
+            if there < end or -(-there // unit) != -(-end // unit):
                 raise UserError(
                     f"{self.path}: the parameters of group {group} are {end} numbers, and the optimizer states hold "
                     f"{there}; the files are not of one run"
@@ -119,7 +118,7 @@ class Float32File:
         return places
 
     def _check_values(self, name: str) -> None:
-        """The first and the last rows are the module's, up to its rounding."""
+        """Raises UserError unless the first and last rows equal the module's up to 16-bit rounding."""
         info = self._states.tensors[name]
         rows = info.shape[0] if info.shape else 1
         for start in {0, max(rows - 1, 0)} if rows else ():
@@ -136,10 +135,10 @@ class Float32File:
 
 
 def shares_of(path: pathlib.Path | tensor_io.Pieces) -> list[pathlib.Path]:
-    """The files of optimizer states that belong to a file of model states, by data-parallel rank.
+    """The optimizer state files that belong to a file of model states, ordered by data-parallel rank.
 
     Raises:
-      UserError: none there, or one missing.
+      UserError: there are none, or one is missing.
     """
     found = None if isinstance(path, tensor_io.Pieces) else _STATES.fullmatch(path.name)
     shares: dict[int, pathlib.Path] = {}
@@ -150,7 +149,7 @@ def shares_of(path: pathlib.Path | tensor_io.Pieces) -> list[pathlib.Path]:
                 shares[int(match.group(1))] = entry
     if not shares:
         raise UserError(
-            f"{path}: there is no [bf16_]zero_pp_rank_D_mp_rank_RR_optim_states.pt beside it, which holds the float32 "
+            f"{path}: no [bf16_]zero_pp_rank_D_mp_rank_RR_optim_states.pt is next to it, which holds the float32 "
             "weights; copy them, or read the 16-bit ones (format 'savanna')"
         )
     missing = sorted(set(range(max(shares) + 1)) - set(shares))

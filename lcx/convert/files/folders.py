@@ -54,7 +54,7 @@ def inside(folder: pathlib.Path, name: str) -> pathlib.Path:
 
 
 def is_plain(name: Any) -> bool:
-    """Whether the name is a printable, plain file name: no path separators, not "." or ".."."""
+    """Whether the name is a printable, plain file name, without path separators and not one of "", "." and ".."."""
     if not isinstance(name, str) or not name.isprintable() or len(name) > 255:
         return False
     return os.path.basename(name) == name and name not in ("", ".", "..")

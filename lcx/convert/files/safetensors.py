@@ -1,8 +1,7 @@
-"""The safetensors format: a reader that trusts nothing in the header, and a writer that streams.
+"""The safetensors format: a reader that validates the whole header, and a streaming writer.
 
-Layout of a file: 8 bytes, the header's length as little-endian uint64; the header, JSON
-`{name: {"dtype", "shape", "data_offsets": [begin, end]}, "__metadata__": {...}}`; then the tensors without a
-gap.
+Layout of a file: the header's length in bytes as little-endian uint64; the header, JSON
+`{name: {"dtype", "shape", "data_offsets": [begin, end]}, "__metadata__": {...}}`; then the tensors, without gaps.
 """
 
 import json
@@ -44,10 +43,10 @@ _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
 class SafetensorsFile:
-    """One file, opened by its header; tensors are read on demand.
+    """One safetensors file. The header is read at construction, tensors on demand.
 
     Raises:
-      UserError: at construction, for anything in the file that the format does not allow.
+      UserError: at construction, if the file violates the format in any way.
     """
 
     shared_bytes = 0  # the format has no second names
@@ -72,7 +71,7 @@ class SafetensorsFile:
 
 
 def _read_header(path: pathlib.Path) -> tuple[dict, int, int]:
-    """(header without its metadata, offset of the data, bytes of data)."""
+    """(header without its metadata, offset of the data, size of the data in bytes)."""
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -101,7 +100,7 @@ def _read_header(path: pathlib.Path) -> tuple[dict, int, int]:
 
 
 def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """json's object_pairs_hook: an object in which every key occurs once."""
+    """An object_pairs_hook for json that rejects duplicate keys."""
     result: dict[str, Any] = {}
     for name, value in pairs:
         if name in result:
@@ -111,7 +110,7 @@ def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _is_size(value) -> bool:
-    # The bound keeps a hostile shape from making numbers of a million digits; no file is larger.
+    # No file is larger. Without the bound, the product of a hostile shape could be an integer of a million digits.
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**62
 
 
@@ -150,7 +149,7 @@ def _check_entry(path: pathlib.Path, name: str, entry, data_bytes: int) -> tuple
 
 
 def _check_spans(path: pathlib.Path, spans: list[tuple[int, int, str]], data_bytes: int) -> None:
-    """Every byte of the data belongs to exactly one tensor."""
+    """Raises UserError unless every byte of the data belongs to exactly one tensor."""
     position = 0
     for begin, end, name in sorted(spans):
         if begin != position:
@@ -168,12 +167,12 @@ def write_file(
     tensors: Mapping[str, TensorInfo],
     pieces: Callable[[str], Iterable[np.ndarray]],
 ) -> None:
-    """Writes a file tensor by tensor, holding one piece of one tensor at a time, and syncs it to disk.
+    """Writes a file tensor by tensor, holding one piece of one tensor in memory, and syncs it to disk.
 
     Args:
-      path: the file, which must not exist.
-      tensors: what the file will hold; offsets follow from it, so the header goes first.
-      pieces: name -> the tensor's rows, in order, as an iterable of arrays.
+      path: the file, which must not exist yet.
+      tensors: name -> dtype and shape. They determine the offsets, so the header can be written before the data.
+      pieces: name -> an iterable of arrays, the tensor's rows in order.
 
     Raises:
       OSError: the disk is full, or the file exists.

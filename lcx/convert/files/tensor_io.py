@@ -1,8 +1,7 @@
-"""What every checkpoint reader and writer agrees on: the description of a stored tensor, and exact file
-access.
+"""Shared by all checkpoint readers and writers: the description of a stored tensor, and file access.
 
-Files are read with positional reads and never mapped: mapped pages count as resident memory, so a mapped
-checkpoint would seem (and under a memory limit, be) as large as the file.
+Files are read with positional reads, not memory-mapped: mapped pages count as resident memory, so under a memory limit
+a mapped checkpoint could use as much as the size of the file.
 """
 
 import collections
@@ -28,13 +27,13 @@ FLOAT_DTYPES: dict[str, np.dtype] = {
     "float16": np.dtype(np.float16),
 }
 
-#: Tensors larger than this are read and written in pieces where the layout allows it.
+#: Size in bytes above which tensors are read and written in pieces, if their layout allows it.
 PIECE_BYTES = 32 << 20
 
 
 @dataclasses.dataclass(frozen=True)
 class TensorInfo:
-    """Dtype and shape of one stored tensor; `where` names its file in error messages."""
+    """Dtype and shape of one stored tensor; `where` is its file, for error messages."""
 
     dtype: np.dtype
     shape: tuple[int, ...]
@@ -53,7 +52,7 @@ class TensorSource(Protocol):
 
     @property
     def shared_bytes(self) -> int:
-        """Bytes of tensors that are stored once and have a second name."""
+        """Size in bytes of tensors that are stored once but have two names."""
         ...
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
@@ -63,7 +62,7 @@ class TensorSource(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Pieces:
-    """A file that was cut into pieces to be uploaded; joined end to end they are the file."""
+    """A file that was split into pieces for upload; their concatenation is the file."""
 
     paths: tuple[pathlib.Path, ...]
 
@@ -94,7 +93,7 @@ class _PiecesReader(io.RawIOBase):
         return self._at
 
     def readinto(self, buffer) -> int:
-        """Within one piece; a caller that wants more asks again, as of any raw file."""
+        """Reads at most to the end of the current piece. Raw files may return fewer bytes than requested."""
         for file, start, stop in zip(self._files, self._starts, self._starts[1:], strict=False):
             if start <= self._at < stop:
                 count = os.preadv(file.fileno(), [memoryview(buffer)[: stop - self._at]], self._at - start)
@@ -109,17 +108,17 @@ class _PiecesReader(io.RawIOBase):
 
 
 def open_binary(path: pathlib.Path | Pieces) -> io.RawIOBase:
-    """The file, or the pieces as if they were one, for reading without a buffer."""
+    """Opens the file, or the pieces as one file, for unbuffered reading."""
     return _PiecesReader(path) if isinstance(path, Pieces) else open(path, "rb", buffering=0)
 
 
 def read_array(
     path: pathlib.Path | Pieces, offset: int, dtype: np.dtype, shape: tuple[int, ...]
 ) -> np.ndarray:
-    """The array of this dtype and shape that starts at byte `offset` of the file.
+    """Reads the array of this dtype and shape that starts at byte `offset` of the file.
 
     Raises:
-      UserError: the file ends before the array does, or cannot be read.
+      UserError: the file is too short, or cannot be read.
     """
     array = np.empty(shape, dtype)
     buffer = array.reshape(-1).view(np.uint8).data
@@ -153,8 +152,7 @@ def row_range(info: TensorInfo, name: str, start: int, stop: int | None) -> tupl
 
 
 def write_all(file, data: bytes | np.ndarray) -> None:
-    """Writes every byte to an unbuffered file (one write() may stop early, at 2 GiB or on a nearly full
-    disk)."""
+    """Writes all bytes to an unbuffered file. A single write() may stop early, at 2 GiB or on a nearly full disk."""
     if isinstance(data, np.ndarray):
         view = np.ascontiguousarray(data).reshape(-1).view(np.uint8).data
     else:
@@ -167,7 +165,7 @@ def write_all(file, data: bytes | np.ndarray) -> None:
 
 
 def split_rows(shape: tuple[int, ...], itemsize: int, max_bytes: int) -> Iterator[tuple[int, int]]:
-    """Row ranges of at most `max_bytes` each (at least one row) that cover axis 0; one range for a scalar."""
+    """Splits axis 0 into row ranges of at most `max_bytes` each, but at least one row; one range for a scalar."""
     if not shape:
         yield 0, 1
         return
@@ -178,7 +176,7 @@ def split_rows(shape: tuple[int, ...], itemsize: int, max_bytes: int) -> Iterato
 
 
 def describe(tensors: Mapping[str, TensorInfo]) -> str:
-    """'291 tensors, 6,738,415,616 parameters, 13,476,831,232 bytes, bfloat16'."""
+    """A summary such as '291 tensors, 6,738,415,616 parameters, 13,476,831,232 bytes, bfloat16'."""
     dtypes: collections.Counter[str] = collections.Counter()
     for info in tensors.values():
         dtypes[str(info.dtype)] += math.prod(info.shape)

@@ -1,12 +1,11 @@
 """PyTorch checkpoint files (`.bin`, `.pt`, `.pth`), read without executing anything in them.
 
-torch's restricted unpickler (`weights_only=True`) refuses code. It does not refuse what is checked here:
-tensors that claim more elements than the file holds (an expanded tensor of stride 0 turns a kilobyte into
-terabytes), layouts other than strided, and compressed members, which a memory-mapped load would return as if
-they were weights.
+torch's restricted unpickler (`weights_only=True`) refuses code. This module additionally refuses tensors that claim
+more elements than the file holds (an expanded tensor of stride 0 turns a kilobyte into terabytes), layouts other than
+strided, and compressed zip members, whose compressed bytes would otherwise be read as weights.
 
-Tensors are loaded on the meta device, which gives their shapes, strides and places in the file but no data;
-the data is then read piece by piece. Files of torch < 1.6 have no such places and are read whole.
+Tensors are loaded on the meta device, which gives their shapes, strides and offsets in the file but no data; the data
+is then read piece by piece. Files of torch < 1.6 do not have these offsets and are read whole.
 """
 
 import contextlib
@@ -32,7 +31,7 @@ MODULE = ("module",)
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, ..., length of the name, length of the extra field
 
 
-#: What a training state may hold beside tensors. None of it is built: a `_StandIn` takes its place.
+#: Objects that a training state may hold in addition to tensors. They are never built: a `_StandIn` replaces each.
 _STAND_INS = re.compile(
     r"(deepspeed|savanna|megatron|transformer_engine|numpy)\..*"
     r"|argparse\.Namespace|_io\.BytesIO|_codecs\.encode|torch\.torch_version\.TorchVersion"
@@ -40,7 +39,7 @@ _STAND_INS = re.compile(
 
 
 class _StandIn:
-    """Stands for an object of another program: takes whatever that is made of, and keeps nothing."""
+    """Placeholder for an object of another program: accepts any constructor arguments and state, and discards them."""
 
     def __new__(cls, *args, **kwargs):
         return super().__new__(cls)
@@ -56,17 +55,18 @@ class TorchFile:
     """One file with a dict of tensors (or {"state_dict": dict of tensors}, or {"model_state_dict": ...}).
 
     Args:
-      path: the file, or the pieces that it was cut into.
-      training_state: whether the dict may be the "module" of a trainer's state, beside settings, counters and random
-        states, which are left out; so are entries `_extra_state` (what Transformer Engine knows of its scales).
-      within: the keys that lead to the tensors of a trainer's state. A list there is a dict of "0", "1", ...
+      path: the file, or the pieces that it was split into.
+      training_state: whether the dict may be the "module" entry of a trainer's state. The settings, counters and random
+        states next to it are ignored, as are `_extra_state` entries (Transformer Engine's scales).
+      within: the keys that lead to the tensors in a trainer's state. A list found there becomes a dict with the keys
+        "0", "1", ...
 
     Attributes:
-      counters: the numbers beside the tensors, and among the "args" of the state ("mp_world_size", "iteration").
-      param_shapes: what DeepSpeed says of the parameters, name -> shape, a dict a group of its optimizer.
+      counters: the numbers stored next to the tensors and in the state's "args" ("mp_world_size", "iteration").
+      param_shapes: DeepSpeed's record of the parameters: one dict, name -> shape, per optimizer group.
 
     Raises:
-      UserError: at construction, for anything but tensors that lie within the file.
+      UserError: at construction, if the file holds anything but tensors whose data lies within the file.
     """
 
     def __init__(
@@ -132,7 +132,7 @@ def _opened(path: pathlib.Path | tensor_io.Pieces) -> io.BufferedReader:
 
 
 def _stored_records(path: pathlib.Path | tensor_io.Pieces) -> dict[int, int] | None:
-    """{offset of a member's data: its size} of a zip whose members are all stored as they are; None of no zip."""
+    """{offset of a member's data: its size} for a zip with only uncompressed members; None if it is not a zip."""
     with _opened(path) as file:
         if not zipfile.is_zipfile(file):
             return None
@@ -202,7 +202,7 @@ def _load(
 def _descended(
     path: pathlib.Path | tensor_io.Pieces, state: dict, within: tuple[str, ...]
 ) -> tuple[Any, dict[str, int | float]]:
-    """(what these keys lead to, the numbers on the way); the state itself where it is no trainer's."""
+    """(the value that these keys lead to, numbers found on the way); the state itself if it has no "module"."""
     found: Any = state
     beside = dict(state["args"]) if isinstance(state.get("args"), dict) else {}
     for key in within:
@@ -214,14 +214,14 @@ def _descended(
         found = found[key]
     if isinstance(found, list):
         found = {str(i): value for i, value in enumerate(found)}
-    for name, value in beside.items():  # a number a group, the same for all
+    for name, value in beside.items():  # DeepSpeed repeats some counters once per optimizer group
         if isinstance(value, list) and all(isinstance(x, int) for x in value) and len(set(value)) == 1:
             beside[name] = value[0]
     return found, {name: value for name, value in beside.items() if isinstance(value, int | float)}
 
 
 def _shapes(groups: Any) -> list[dict[str, tuple[int, ...]]]:
-    """DeepSpeed's param_shapes, whether one dict (before 0.4) or one a group."""
+    """DeepSpeed's param_shapes as one dict per group; versions before 0.4 stored a single dict."""
     groups = [groups] if isinstance(groups, dict) else groups
     if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
         return []
@@ -230,7 +230,7 @@ def _shapes(groups: Any) -> list[dict[str, tuple[int, ...]]]:
 
 @contextlib.contextmanager
 def _stand_ins(file: io.BufferedReader, *, wanted: bool) -> Iterator[None]:
-    """What a training state may hold beside tensors is taken in, as stand-ins, within this context."""
+    """Within this context, torch.load accepts the non-tensor objects of a training state, as stand-ins."""
     if not wanted:
         yield
         return
@@ -243,13 +243,13 @@ def _stand_ins(file: io.BufferedReader, *, wanted: bool) -> Iterator[None]:
 
 
 def _stand_in(path: str) -> type:
-    """A stand-in that goes by this name."""
+    """A stand-in class with this qualified name."""
     module, _, name = path.rpartition(".")
     return type(name, (_StandIn,), {"__module__": module, "__qualname__": name})
 
 
 def _reason(text: str) -> str:
-    """What the unpickler refused, out of a page of advice that must not be followed here."""
+    """What the unpickler refused, without torch's advice to load the file with weights_only=False."""
     found = re.search(r"GLOBAL ([\w.]+)", text)
     if found:
         return f"it asks for {found.group(1)}"

@@ -1,4 +1,4 @@
-"""PyTorch checkpoint files written piece by piece: torch writes the headers, the bytes follow in any order."""
+"""Writes PyTorch checkpoint files piece by piece: torch writes the headers, then the data follows in any order."""
 
 import collections
 import math
@@ -15,13 +15,13 @@ from lcx.errors import UserError
 
 
 class TorchWriter:
-    """One file with these tensors, which `write` fills.
+    """A file that is created with space for all tensors, which `write` then fills.
 
     Args:
-      path: the file, which does not exist yet.
+      path: the file, which must not exist yet.
       tensors: name -> dtype and shape.
-      under: the key of the dict of tensors ("module"); None if that dict is all there is.
-      beside: what else the file holds, plain values.
+      under: the key under which the dict of tensors is stored ("module"); None stores the dict itself.
+      beside: plain values to store next to the dict of tensors; only with `under`.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class TorchWriter:
         self._file = open(path, "r+b", buffering=0)  # noqa: SIM115 (see close)
 
     def write(self, name: str, row: int, rows: np.ndarray) -> None:
-        """Rows of a tensor, from its `row`-th on (all of a scalar)."""
+        """Writes rows of a tensor, starting at row `row` (a scalar is written whole)."""
         info = self._tensors[name]
         assert rows.dtype == info.dtype and rows.shape[1:] == info.shape[1:], name
         self._file.seek(self._offsets[name] + row * math.prod(info.shape[1:]) * info.dtype.itemsize)
@@ -46,7 +46,7 @@ class TorchWriter:
         self._left -= rows.nbytes
 
     def finish(self) -> None:
-        """Makes the file durable. Raises UserError when bytes are missing."""
+        """Syncs the file to disk. Raises UserError if not all bytes were written."""
         if self._left:
             raise UserError(f"{self._path}: {self._left} bytes were never written")
         os.fsync(self._file.fileno())
@@ -59,7 +59,7 @@ class TorchWriter:
 def _make(
     path: pathlib.Path, tensors: Mapping[str, TensorInfo], under: str | None, beside: dict[str, Any]
 ) -> dict[str, int]:
-    """The file with holes, and where each tensor's bytes belong."""
+    """Creates the file without the tensors' data, and returns the offset of each tensor's data."""
     try:
         import torch
         from torch._subclasses.fake_tensor import FakeTensorMode

@@ -1,4 +1,4 @@
-"""What is not read here, recognised by its looks, with the command that makes something readable of it."""
+"""Recognises unsupported checkpoint files; the error says how to turn them into a readable checkpoint."""
 
 import pathlib
 from collections.abc import Iterable, Mapping
@@ -22,7 +22,7 @@ _QUANTIZED = (
 
 
 def check_pointer(path: pathlib.Path) -> None:
-    """UserError for the few lines that git leaves in place of a large file."""
+    """Raises UserError for a Git LFS pointer file."""
     try:
         if path.stat().st_size > _MOST_POINTER_BYTES:
             return
@@ -37,7 +37,7 @@ def check_pointer(path: pathlib.Path) -> None:
 
 
 def check_names(where: pathlib.Path, names: Iterable[str]) -> None:
-    """UserError for files of llama.cpp, in place of weights."""
+    """Raises UserError for llama.cpp (GGUF) files where weights are expected."""
     found = [name for name in names if name.lower().endswith(".gguf")]
     if found:
         folder = where if where.is_dir() else where.parent
@@ -49,7 +49,7 @@ def check_names(where: pathlib.Path, names: Iterable[str]) -> None:
 
 
 def check_config(config: Mapping[str, Any], where: pathlib.Path) -> None:
-    """UserError for a config.json of a quantized model."""
+    """Raises UserError for the config.json of a quantized model."""
     for key in ("quantization_config", "compression_config"):
         given = config.get(key)
         if not given:
@@ -67,7 +67,7 @@ def check_config(config: Mapping[str, Any], where: pathlib.Path) -> None:
 
 
 def check_tensors(tensors: Mapping[str, TensorInfo]) -> None:
-    """UserError for tensors of a quantized model whose config.json does not say so."""
+    """Raises UserError for tensors of a quantized model whose config.json does not say that it is quantized."""
     names = [name for name in tensors if name.endswith(_QUANTIZED)]
     names += [
         name

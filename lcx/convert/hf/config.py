@@ -1,8 +1,8 @@
-"""config.json <-> the lcx model: what holds for every family; the rest is in `families`.
+"""config.json <-> the lcx model: the part that is common to all families; the rest is in `families`.
 
-Reading refuses what it cannot honour: a key that changes what the model computes is an error, never ignored.
-Writing uses both spellings of the rotary settings (`rope`), since transformers 4 reads a file with only the new one
-without any complaint, as a model with theta 10000 and no scaling.
+Reading rejects what it cannot honour: a key that changes what the model computes is an error, never ignored.
+Writing uses both spellings of the rotary settings (`rope`), because transformers 4 silently reads a file that has only
+the new spelling as a model with rope_theta 10000 and no scaling.
 """
 
 import contextlib
@@ -22,14 +22,14 @@ from lcx.rope_fields import is_number, shown
 
 log = logging.getLogger(__name__)
 
-_NAMES = ("architectures", "model_type")  # of the family
-#: Settings of training, generation or bookkeeping that the Decoder does not hold; `to_config` takes them
-#: back.
+_NAMES = ("architectures", "model_type")  # keys that name the family
+#: Training, generation and bookkeeping settings that the Decoder does not hold. They are kept aside (`carried`) and
+#: passed back to `to_config`.
 CARRIED = (
     "attention_dropout", "resid_pdrop", "embd_pdrop", "initializer_range", "bos_token_id", "eos_token_id",
     "pad_token_id",
 )  # fmt: skip
-#: Keys without influence on the function, beside those that start with an underscore.
+#: Keys that do not affect what the model computes, in addition to those that start with an underscore.
 _HARMLESS = {
     *CARRIED, "attn_implementation", "use_flash_attn", "use_flash_attention", "use_flash_attention_2",
     "auto_map", "dtype", "torch_dtype", "transformers_version", "use_cache", "pretraining_tp",
@@ -37,8 +37,8 @@ _HARMLESS = {
     "chunk_size_feed_forward", "problem_type", "tokenizer_class", "is_decoder", "decoder_start_token_id",
     "tie_encoder_decoder", "encoder_no_repeat_ngram_size", "diversity_penalty",
 }  # fmt: skip
-#: Other keys are stated and left, but not one that sounds like a change of the function, unless it is
-#: switched off.
+#: Other unknown keys are ignored with a warning. A key that matches this pattern is an error instead, unless its value
+#: switches it off, because its name suggests that it changes what the model computes.
 _SUSPICIOUS = re.compile(
     r"soft_?cap|multiplier|logit|expert|moe|quant|interleav|qk_|norm|scal|alibi|sink|clip|residual|parallel"
     r"|chunk|lora|adapt[eo]r|activation|act_fn|bidirection|causal|encoder|cross|rope|rotary|window|sliding"
@@ -46,7 +46,7 @@ _SUSPICIOUS = re.compile(
     r"|vision|audio",
     re.IGNORECASE,
 )
-_FACTOR = re.compile(r"multiplier|scal|factor|mod$", re.IGNORECASE)  # switched off by 1
+_FACTOR = re.compile(r"multiplier|scal|factor|mod$", re.IGNORECASE)  # factors: the value 1 switches them off
 
 
 def from_config(
@@ -55,10 +55,11 @@ def from_config(
     """The model that config.json describes.
 
     Args:
-      family: of the user's own, for its model_type.
+      dtype: dtype of the computation.
+      family: the user's own family, used if the model_type is its own.
 
     Raises:
-      UserError: an unsupported model_type or setting, a missing or malformed value.
+      UserError: an unsupported model_type or setting, or a missing or malformed value.
     """
     found = family_of(config, family)
     architectures = config.get("architectures") or [found.architecture]
@@ -73,7 +74,7 @@ def from_config(
 
 
 def family_of(config: Mapping[str, Any], own: Family | None = None) -> Family:
-    """The family of a config.json. Raises UserError for a model_type that there is none for."""
+    """The family of a config.json. Raises UserError for a model_type without a family."""
     model_type = config.get("model_type")
     found = families.find(model_type, own)
     if found is None:
@@ -84,7 +85,7 @@ def family_of(config: Mapping[str, Any], own: Family | None = None) -> Family:
 
 
 def fitting(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> list[Family]:
-    """The families of which both the settings of a config.json, whatever its model_type, and the tensors could be."""
+    """The families that fit both the settings of a config.json, ignoring its model_type, and the tensors."""
     found = []
     for family in families.FAMILIES.values():
         with contextlib.suppress(UserError):
@@ -121,7 +122,7 @@ def _refuse_unknown(config: Mapping[str, Any], family: Family) -> None:
 
 
 def _check_carried(config: Mapping[str, Any]) -> None:
-    """UserError for settings that are only passed on, and that no reader of the written file would take."""
+    """Raises UserError for malformed carried settings, which a reader of the written config.json would reject."""
     for key in CARRIED:
         value = config.get(key)
         if key.endswith("token_id"):
@@ -148,13 +149,13 @@ def to_config(
     """config.json of a model.
 
     Args:
-      dtype: of the weights beside it.
+      dtype: dtype of the weights next to it.
       carried: values of `CARRIED` keys (token ids and the like) from the folder or tokenizer that the model
         came with.
-      family: of the user's own, for its model_type.
+      family: the user's own family, used if the model_type is its own.
 
     Raises:
-      UserError: the model has something that its model_type cannot express.
+      UserError: the model has a property that its model_type cannot express.
     """
     found = families.find(model.model_type, family)
     if found is None:
@@ -165,16 +166,16 @@ def to_config(
         config = found.config(model, dtype=dtype)
     except UserError as error:
         raise UserError(f"{error}{_alternatives(model)}") from error
-    # null where nothing is known: without the key transformers would assume token ids of its own
+    # null if unknown: without the key, transformers would assume its own default token ids
     config |= dict.fromkeys(key for key in CARRIED if key.endswith("token_id"))
     known = {key: value for key, value in (carried or {}).items() if key in CARRIED}
     if isinstance(known.get("initializer_range"), int):
-        known["initializer_range"] = float(known["initializer_range"])  # transformers 5 takes no integer
+        known["initializer_range"] = float(known["initializer_range"])  # transformers 5 rejects integers here
     return config | known
 
 
 def _alternatives(model: Decoder) -> str:
-    """The families that can express a model which its own cannot, for the end of a message."""
+    """Other families that can express the model, as the end of an error message."""
     able = []
     for family in families.FAMILIES.values():
         with contextlib.suppress(UserError):

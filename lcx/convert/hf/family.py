@@ -1,7 +1,7 @@
 """The contract of a Hugging Face family: config.json <-> model, and tensors <-> parameters, of one model_type.
 
-A family is a frozen subclass in a file of its own in `families/`, and an entry of `families.FAMILIES`. One that differs
-from Llama in switches or in a few tensors starts from `llama_like.LlamaLike`.
+A family is a frozen subclass in its own file in `families/`, with an entry in `families.FAMILIES`. A family that
+differs from Llama only in a few switches or tensors derives from `llama_like.LlamaLike`.
 """
 
 import dataclasses
@@ -18,16 +18,17 @@ class Family:
     """One model_type.
 
     Attributes:
-      model_type, architecture: of config.json; the architecture is the class that transformers builds.
-      keys: of config.json that `model` reads. A file with another key that sounds like a change of the function is
-        refused, whatever the family.
-      embedding, head: the tensors of the embedding and of the output head, of which a tied model may store either.
-      body: what stands before the names of all tensors but the head.
-      anchor: below `body`, a tensor that every model has once: wrappers are recognised by what stands before it.
-      layer: regular expression of what the tensors of a layer start with, its number a group.
+      model_type, architecture: their values in config.json; the architecture is the class that transformers builds.
+      keys: the keys of config.json that `model` reads. Unknown keys whose names suggest a change of the computation are
+        rejected for every family (`config`).
+      embedding, head: names of the embedding and output head tensors; a tied model may store either.
+      body: prefix of all tensor names except the head's.
+      anchor: name, below `body`, of a tensor that every model has exactly once. The prefixes that wrappers add are
+        recognised by what precedes it.
+      layer: regular expression of the prefix of a layer's tensors, with the layer number as a group.
       buffers: regular expressions of stored tensors that follow from config.json.
-      rope: what its rotary settings have of their own.
-      rereads: whether `generate` of transformers reads the whole text again once it exceeds longrope's original window.
+      rope: the peculiarities of its rotary settings.
+      rereads: whether transformers' `generate` recomputes the whole text once it exceeds longrope's original window.
     """
 
     model_type: str
@@ -43,26 +44,26 @@ class Family:
     rereads: bool = False
 
     def model(self, config: Mapping[str, Any], *, dtype: str) -> Decoder:
-        """The model that config.json describes, with the defaults of transformers where it is silent.
+        """The model that config.json describes, with transformers' defaults for missing keys.
 
         Raises:
-          UserError: a missing or malformed value, a setting that is not supported. Values are read with `values`.
+          UserError: a missing or malformed value (read them with `values`), or an unsupported setting.
         """
         raise NotImplementedError
 
     def config(self, model: Decoder, *, dtype: str) -> dict[str, Any]:
-        """config.json of the model, but for `config.CARRIED`.
+        """config.json of the model, without the keys in `config.CARRIED`.
 
         Args:
-          dtype: of the weights beside it.
+          dtype: dtype of the weights next to it.
 
         Raises:
-          UserError: the model has something that this model_type cannot express.
+          UserError: the model has a property that this model_type cannot express.
         """
         raise NotImplementedError
 
     def rules(self, model: Decoder) -> list[Rule]:
-        """Which tensors are which parameters, in the order in which transformers writes them.
+        """The mapping between tensors and parameters, in the order in which transformers writes the tensors.
 
         Raises:
           UserError: the model has parts that this model_type has no tensors for.

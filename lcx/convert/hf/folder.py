@@ -1,7 +1,7 @@
-"""Hugging Face model folders: which files hold the tensors, and a writer for such a folder.
+"""Hugging Face model folders: finding the files that hold the tensors, and writing such a folder.
 
-Names inside an index file are input from outside: each must be a plain file name, lie in the folder (links
-included), exist, and hold exactly the tensors that the index places there.
+File names in an index file are untrusted input: each must be a plain file name in the folder (links must not lead out
+of it), exist, and hold exactly the tensors that the index assigns to it.
 """
 
 import logging
@@ -21,7 +21,7 @@ from lcx.rope_fields import shown
 log = logging.getLogger(__name__)
 
 CONFIG = "config.json"
-#: In the order in which transformers looks for them.
+#: In the order in which transformers tries them.
 WEIGHT_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -31,7 +31,7 @@ WEIGHT_FILES = (
 
 
 class HfFolder:
-    """All tensors of a Hugging Face folder, whatever files they are in.
+    """All tensors of a Hugging Face folder, across all of its weight files.
 
     Attributes:
       path: the folder.
@@ -49,7 +49,8 @@ class HfFolder:
                 f"{self.path}: expected a folder with {CONFIG} and {' or '.join(WEIGHT_FILES[::2])}"
             )
         self.config = read_json(inside(self.path, CONFIG))
-        unsupported.check_config(self.config, self.path)  # before tensors of dtypes that nobody else has
+        # Before the tensors are read: their quantized dtypes would raise a less clear error.
+        unsupported.check_config(self.config, self.path)
         self._files: dict[str, tensor_io.TensorSource] = {}
         self.tensors: dict[str, TensorInfo] = {}
         for file in _open_weights(self.path):
@@ -96,12 +97,12 @@ def _open_weights(folder: pathlib.Path) -> list[tensor_io.TensorSource]:
     stored = sum(info.nbytes for file in files.values() for info in file.tensors.values())
     shared = sum(
         file.shared_bytes for file in files.values()
-    )  # counted once or twice, depending on the writer
+    )  # some writers count shared tensors twice
     if total not in (
         None,
         stored,
         stored - shared,
-    ):  # not of use to anyone: every tensor is checked by its shape
+    ):  # only a warning: every tensor is checked against its own shape
         log.warning(
             "%s: metadata.total_size is %s bytes but the files hold %d; it is not used",
             index_path,
@@ -132,11 +133,11 @@ def write(
     config: dict,
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
-    """Writes config.json and the weights into an existing, empty folder, one piece of one tensor in memory.
+    """Writes config.json and the weights into an existing, empty folder, holding one piece of one tensor in memory.
 
     Args:
-      folder: where; make it with `destination.replacing`, so that it appears whole or not at all.
-      tensors: names in the order in which they are to lie in the files.
+      folder: create it with `destination.replacing`, so that a failure leaves no partial folder.
+      tensors: name -> dtype and shape, in the order in which they are written.
       pieces: name -> the tensor's rows in order.
       config: config.json.
       max_shard_bytes: a file is closed before it would grow beyond this (a larger tensor gets a file of its

@@ -13,15 +13,15 @@ class HuggingFace(Format):
     """A Hugging Face folder.
 
     Attributes:
-      family: of a model_type that lcx does not have, a `family.Family` of your own; None: one of `families.FAMILIES`.
-      max_shard_bytes: no safetensors file grows beyond this, unless one tensor does.
+      family: your own `family.Family`, for a model_type that is not in `families.FAMILIES`.
+      max_shard_bytes: maximum size of a safetensors file; a larger tensor gets its own file.
     """
 
     name: str = "hf"
     help: str = "a Hugging Face folder (config.json, safetensors, the tokenizer)"
     family: Any = None
     max_shard_bytes: int = option(
-        5_000_000_000, help="the largest safetensors file in bytes of 'hf' and 'lolcats'", metavar="N"
+        5_000_000_000, help="the maximum size in bytes of a safetensors file of 'hf' and 'lolcats'", metavar="N"
     )
 
     def __post_init__(self):
@@ -62,7 +62,7 @@ class HuggingFace(Format):
 
 
 def check_shard_bytes(value: int) -> None:
-    """Raises UserError for a size that no file can have."""
+    """Raises UserError unless the size is at least 1 byte."""
     if value < 1:
         raise UserError(f"max_shard_bytes is {value}, expected at least 1")
 

@@ -34,10 +34,10 @@ KEYS = frozenset({
     "rope_parameters", "rope_scaling", "rope_theta", "sliding_window", "tie_word_embeddings", "use_sliding_window",
     "vocab_size", hf_rope.REMEMBERED,
 })  # fmt: skip
-# The settings that config.json says.
+# The settings that config.json can express.
 _ATTENTION = "num_heads num_kv_heads head_dim rope window qkv_bias o_bias qk_norm norm_eps implementation"
 _DECODER = "vocab_size hidden_size stages max_position_embeddings norm_eps tie_word_embeddings model_type dtype remat"
-_MOST = 10_000  # layers, head_dim: a damaged file must not build a huge model before its tensors are compared
+_MOST = 10_000  # layers and head_dim; keeps a damaged file from building a huge model before its tensors are checked
 
 
 class _Sizes(NamedTuple):
@@ -49,16 +49,16 @@ class _Sizes(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class LlamaLike(Family):
-    """A family by its switches; what a switch cannot say, a subclass overrides.
+    """A family described by switches; subclasses override what a switch cannot express.
 
     Attributes:
-      num_kv_heads, head_dim, norm_eps, sliding_window: what transformers assumes where config.json is silent
+      num_kv_heads, head_dim, norm_eps, sliding_window: transformers' defaults for keys missing in config.json
         (None: as many kv heads as heads; hidden_size / num_heads; no window).
-      biases: "none"; "qkv" (always on q, k, v); "config" (attention_bias: q, k, v and o).
-      mlp_bias: whether config.json may ask for biases in the MLP.
-      windows: "none"; "uniform" (sliding_window holds for all layers); "by_layer" (layer_types says where).
-      fused: (a module, the projections whose outputs it concatenates), ...
-      writes_head_dim: whether config.json always states head_dim, also where it is hidden_size / num_heads.
+      biases: "none"; "qkv" (always on q, k, v); "config" (on q, k, v and o if attention_bias is set).
+      mlp_bias: whether config.json may enable biases in the MLP.
+      windows: "none"; "uniform" (sliding_window applies to all layers); "by_layer" (layer_types selects the layers).
+      fused: pairs of a module and the projections whose outputs it concatenates.
+      writes_head_dim: whether to write head_dim even if it equals hidden_size / num_heads.
     """
 
     keys: frozenset[str] = KEYS
@@ -102,7 +102,7 @@ class LlamaLike(Family):
         )
 
     def check_config(self, config: Mapping[str, Any]) -> None:
-        """Raises UserError for settings of this architecture that the family does not have."""
+        """Raises UserError for settings of Llama-like models that this family does not support."""
         if config.get("hidden_act", "silu") not in ("silu", "swish"):
             raise UserError(f"config.json has hidden_act {shown(config['hidden_act'])}, supported is 'silu'")
         unsupported = {"attention_bias": self.biases == "none", "mlp_bias": not self.mlp_bias}
@@ -179,7 +179,7 @@ class LlamaLike(Family):
         return config | hf_rope.keys(self.rope, shape["rope"], window, shape["head_dim"])
 
     def check_expressible(self, model: Decoder, shape: Mapping[str, Any]) -> None:
-        """Raises UserError for what this model_type has no key for."""
+        """Raises UserError for properties of the model that this model_type has no key for."""
         expected = {"qk_norm": self.qk_norm}
         if self.biases == "config":
             expected["o_bias"] = shape["qkv_bias"]
@@ -289,7 +289,7 @@ class LlamaLike(Family):
         ]
 
     def _kernels(self, prefix: str, path: str, names: Sequence[str], repeat: int | None) -> list[Rule]:
-        """The weights of some projections, those that the family fuses in one tensor."""
+        """Rules for the weights of some projections; those that the family fuses share one tensor."""
         module = {part: theirs for theirs, parts in self.fused for part in parts}
         found: dict[str, list[Part]] = {}
         for name in names:
@@ -300,10 +300,10 @@ class LlamaLike(Family):
 
 
 def layers(model: Decoder) -> list[Layer]:
-    """The layers of a model of this family, in depth order.
+    """The layers of a Llama-like model, in depth order.
 
     Raises:
-      UserError: a mixer or mlp that the family does not have.
+      UserError: a layer is not Attention + Mlp, or has a setting that config.json cannot express.
     """
     found = model_lib.layers(model)
     if not found:
@@ -319,17 +319,17 @@ def layers(model: Decoder) -> list[Layer]:
             )
         if unsaid := _unsaid(layer.block):
             raise UserError(
-                f"layer {i} has {unsaid}, which model_type {model.model_type!r} does not: save with format 'lcx'"
+                f"layer {i} has {unsaid}, which model_type {model.model_type!r} cannot express; save with format 'lcx'"
             )
     if unsaid := changed(model, _DECODER):
         raise UserError(
-            f"the model has {unsaid}, which model_type {model.model_type!r} does not: save with format 'lcx'"
+            f"the model has {unsaid}, which model_type {model.model_type!r} cannot express; save with format 'lcx'"
         )
     return found
 
 
 def _unsaid(block: Block) -> str:
-    """A setting of a layer that config.json cannot say; "" if there is none."""
+    """A setting of a layer that config.json cannot express; "" if there is none."""
     return (
         changed(block, "mixer mlp norm_eps")
         or changed(block.mlp, "intermediate_size bias")
@@ -358,7 +358,7 @@ def _layer_types(config: Mapping[str, Any], num_layers: int) -> list[str] | None
 
 
 def _uniform_shape(model: Decoder, depth: list[Layer]) -> dict[str, Any]:
-    """The numbers that config.json states once for all layers."""
+    """The sizes that config.json states once for all layers."""
     read: dict[str, Callable[[Any], Any]] = {
         name: lambda block, name=name: getattr(block.mixer, name)
         for name in ("num_heads", "num_kv_heads", "head_dim", "rope", "qkv_bias", "o_bias", "qk_norm")

@@ -1,10 +1,10 @@
 """The rotary settings of config.json <-> Rope, in both spellings.
 
-`rope_theta` and `rope_scaling` at the top level are of transformers 4, `rope_parameters` of transformers 5. Beside them
-an export remembers what those cannot say, so that a second extension starts where the first did:
-`original_max_position_embeddings` at the top level, where the type has no such key, and the whole Rope under `lcx_rope`
-where it was written as another type (to transformers an "ntk" is a larger rope_theta). transformers reads both without
-a word and keeps them.
+transformers 4 uses `rope_theta` and `rope_scaling` at the top level, transformers 5 `rope_parameters`. An export adds
+what these cannot express, so that a later extension starts from the right original window:
+`original_max_position_embeddings` at the top level, if the rope type has no such key, and the whole Rope under
+`lcx_rope`, if it was written as another type (an "ntk" becomes a larger rope_theta). transformers accepts both keys
+without a warning and keeps them.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ def read(config: Mapping[str, Any], dialect: RopeDialect, head_dim: int) -> Rope
     """The Rope of config.json, checked against the model_type and the head size.
 
     Raises:
-      UserError: settings that disagree, have no effect, or that the model_type does not have.
+      UserError: settings that contradict each other, have no effect, or are not supported by the model_type.
     """
     settings = [config.get(key) for key in ("rope_scaling", "rope_parameters")]
     nested = [list(value.values()) for value in settings if isinstance(value, Mapping)]
@@ -48,14 +48,14 @@ def read(config: Mapping[str, Any], dialect: RopeDialect, head_dim: int) -> Rope
             f"config.json has rope_type {rope.rope_type!r}, model_type {config['model_type']!r} supports "
             f"{' and '.join(dialect.types)}"
         )
-    rope.frequencies(head_dim, 1)  # its own checks against the head size
+    rope.frequencies(head_dim, 1)  # raises UserError if the settings do not fit the head size
     if rope.rope_type == "default" and config.get(ORIGINAL) == config.get("max_position_embeddings"):
-        rope = dataclasses.replace(rope, original_max_position_embeddings=None)  # some always state one
+        rope = dataclasses.replace(rope, original_max_position_embeddings=None)  # some files always state one
     return _remembered(config, rope, head_dim)
 
 
 def _remembered(config: Mapping[str, Any], rope: Rope, head_dim: int) -> Rope:
-    """The Rope that was exported, if config.json still turns as it does; else what config.json says."""
+    """The Rope that was exported, if it still has the frequencies of config.json's settings; else `rope`."""
     given = config.get(REMEMBERED)
     if given is None:
         return rope
@@ -65,21 +65,21 @@ def _remembered(config: Mapping[str, Any], rope: Rope, head_dim: int) -> Rope:
             f"config.json has {REMEMBERED} {shown(given)}, expected fields of Rope: remove the key"
         )
     found = Rope(**given)
-    for length in (1, MOST_TOKENS):
+    for length in (1, MOST_TOKENS):  # a length in each regime of the types whose frequencies depend on it
         ours, theirs = found.frequencies(head_dim, length), rope.frequencies(head_dim, length)
         if not np.allclose(ours[0], theirs[0], rtol=1e-5, atol=0) or abs(ours[1] - theirs[1]) > 1e-5:
             log.warning(
-                "config.json: %s is not what its rotary settings say any more, and is ignored", REMEMBERED
+                "config.json: %s no longer matches its rotary settings, and is ignored", REMEMBERED
             )
             return rope
     return found
 
 
 def window(rope: Rope, max_position_embeddings: int) -> int:
-    """The window in tokens of a model with these settings. Raises UserError when it is beyond any position.
+    """The window in tokens of a model with these settings. Raises UserError if it exceeds `MOST_TOKENS`.
 
-    A linear scaling that does not name its original window leaves open whether max_position_embeddings is the window
-    before or after it. It is taken for the window; a context_length of up to factor times it is allowed (`extend`).
+    With a linear scaling that states no original window, max_position_embeddings may mean the window before or after
+    scaling. It is taken as the window after scaling; `extend` allows a context_length of up to factor times it.
     """
     found = extended_window(rope, max_position_embeddings)
     if found > MOST_TOKENS:
@@ -91,10 +91,10 @@ def window(rope: Rope, max_position_embeddings: int) -> int:
 
 
 def keys(dialect: RopeDialect, rope: Rope, window: int, head_dim: int) -> dict[str, Any]:
-    """The keys of config.json for a Rope and the max_position_embeddings that stands beside it.
+    """The keys of config.json for a Rope; `window` is the max_position_embeddings of the same file.
 
     Raises:
-      UserError: the family, or the format, cannot express it.
+      UserError: the family, or the format, cannot express the Rope.
     """
     written = dialect.written(rope, head_dim)
     found = dialect.spelled(_spelled(written, window, head_dim), written, window)

@@ -1,6 +1,6 @@
-"""Rotary settings as transformers writes them, `rope_scaling` and `rope_parameters`, <-> Rope.
+"""Transformers' rotary settings, `rope_scaling` and `rope_parameters`, <-> Rope.
 
-`hf/rope.py` adds what a family allows, and what an export remembers beside them.
+`hf/rope.py` adds the limits of each family and the extra keys of an export.
 """
 
 import dataclasses
@@ -14,18 +14,18 @@ from lcx.rope import Rope, ntk_theta
 from lcx.rope_fields import FIELDS, is_number, known_type, shown, token_count
 
 ORIGINAL = "original_max_position_embeddings"
-_NO_EFFECT = "finetuned"  # a remark in the files of YaRN's authors
+_NO_EFFECT = "finetuned"  # an informational key in the files of YaRN's authors
 
 
 @dataclasses.dataclass(frozen=True)
 class RopeDialect:
-    """What a family has of its own in its rotary settings.
+    """The peculiarities of a family's rotary settings.
 
     Attributes:
-      types: the rope types that it has; None: all.
-      partial: whether it has partial_rotary_factor.
-      original_window: of longrope, where the top level of config.json states none (and that of rope_scaling does not
-        count); None: it may stand in either place.
+      types: the supported rope types; None: all.
+      partial: whether partial_rotary_factor is supported.
+      original_window: longrope's original window if the top level of config.json states none; a value in rope_scaling
+        is then not read. None: it may be in either place.
     """
 
     types: tuple[str, ...] | None = None
@@ -33,15 +33,15 @@ class RopeDialect:
     original_window: int | None = None
 
     def type_of(self, name: str, given: Mapping[str, Any]) -> str:
-        """What a rope type of old files, in the dict `given`, is called today."""
+        """The current name of a rope type; `given` is its dict. Old files use other names."""
         return "longrope" if name == "su" else name
 
     def written(self, rope: Rope, head_dim: int) -> Rope:
-        """The same rotation in a type that the family has. Raises UserError where there is none."""
+        """The same rotation expressed in a supported type. Raises UserError if there is none."""
         return rope
 
     def spelled(self, keys: dict[str, Any], rope: Rope, window: int) -> dict[str, Any]:
-        """The keys of config.json for `rope` and max_position_embeddings = `window`, as the family wants them."""
+        """Adapts the config.json keys for `rope` and max_position_embeddings = `window` to the family's conventions."""
         return keys
 
 
@@ -51,13 +51,14 @@ def read(
     *,
     layer_type: str | None = None,
 ) -> Rope:
-    """The Rope of a Hugging Face config.json, as transformers 5.23 builds it, with every default written out.
+    """The Rope of a Hugging Face config.json, as transformers 5.23 builds it, with all defaults filled in.
 
-    Reads `rope_scaling` (transformers 4) or `rope_parameters` (transformers 5; where it holds one dict for each layer
-    type, `layer_type` chooses) and what stands beside them at the top level. Where both are there, or a setting stands
-    in two places, they must agree. On purpose different: what transformers would ignore in silence raises UserError
-    (a factor without rope_type, a lost rope_theta, an unknown key); a dynamic scaling disabled by an enlarged
-    max_position_embeddings is corrected with a warning; and `truncate` counts inside a layer type too.
+    Reads `rope_scaling` (transformers 4) or `rope_parameters` (transformers 5), and the related keys at the top level.
+    If `rope_parameters` holds one dict per layer type, `layer_type` selects one. If both spellings are present, or a
+    setting is stated in two places, they must agree. Deliberate differences from transformers: what it silently ignores
+    raises UserError (a factor without rope_type, a missing rope_theta, an unknown key); a dynamic scaling that an
+    enlarged max_position_embeddings disables is corrected with a warning; and `truncate` also applies within a dict of
+    one layer type.
     """
     for key in ("rope_scaling", "rope_parameters"):
         if not isinstance(config.get(key), Mapping | None):
@@ -86,7 +87,7 @@ def _from_source(
     values = {k: v for k, v in given.items() if v is not None and k not in ("type", _NO_EFFECT)}
     values |= {"rope_type": name, "rope_theta": _theta(config, source, given, name)}
     if values.get("factor") == 1 and "factor" not in sum(FIELDS[name], ()):
-        del values["factor"]  # spelled out, and without effect
+        del values["factor"]  # redundant, so without effect
     if name == "yarn" and "truncate" in given:
         values["truncate"] = given["truncate"] or False  # null means false in transformers
     partial = _stated(config, source, given, "partial_rotary_factor")
@@ -104,7 +105,7 @@ def _from_source(
 def _parameters(
     config: Mapping[str, Any], source: str, layer_type: str | None
 ) -> tuple[str, Mapping[str, Any]]:
-    """(where it stands in config.json, the parameters of one layer type)."""
+    """(key in config.json, for error messages; the rotary parameters of one layer type)."""
     given = config.get(source) or {}
     nested = {k: v for k, v in given.items() if isinstance(v, Mapping)}
     if not nested:
@@ -118,9 +119,9 @@ def _parameters(
 
 
 def _stated(config: Mapping[str, Any], source: str, given: Mapping[str, Any], key: str) -> Any:
-    """What the dict, or the top level beside it, says; UserError where both do and differ.
+    """A setting from the dict or from the top level; UserError if both state it and differ.
 
-    For the dict of one layer type the top level is the default of all of them.
+    For dicts per layer type, the top level gives the default for all of them.
     """
     inner, outer = given.get(key), config.get(key)
     if None not in (inner, outer) and inner != outer and "." not in source:
@@ -146,15 +147,15 @@ def _type(source: str, given: Mapping[str, Any], dialect: RopeDialect) -> str:
 def _theta(config: Mapping[str, Any], source: str, given: Mapping[str, Any], name: str) -> Any:
     for place in (given, config):
         if "rope_theta" in place and place["rope_theta"] is None:
-            raise UserError(f"rope_theta is null in or beside {source}, expected a number: set it")
+            raise UserError(f"rope_theta is null in or next to {source}, expected a number: set it")
     theta = _stated(config, source, given, "rope_theta")
     if theta is not None:
         return theta
     v5 = source.startswith("rope_parameters")
     shadowed = not v5 and "rope_theta" in (config.get("rope_parameters") or {})
     if shadowed or (v5 and name != "default"):
-        raise UserError(f"rope_theta is missing in and beside {source} ({name}): add the model's base")
-    return 10000.0  # what files older than the key mean
+        raise UserError(f"rope_theta is missing in and next to {source} ({name}): add the model's base")
+    return 10000.0  # the meaning of files that predate the key
 
 
 def _window(
@@ -166,9 +167,9 @@ def _window(
     nested: bool,
     dialect: RopeDialect,
 ) -> dict[str, Any]:
-    """The original window of yarn, llama3 and longrope, and the factor where the two windows imply it."""
+    """The original window of yarn, llama3 and longrope, and the factor if it is implied by the two windows."""
     enlarged = config.get("max_position_embeddings")
-    # A dict of one layer type stands alone.
+    # A dict of one layer type states its own original window; the top level is not used for it.
     original = given.get(ORIGINAL) if nested else _stated(config, source, given, ORIGINAL)
     default = dialect.original_window
     if default is not None and name == "longrope" and not nested and config.get(ORIGINAL) is None:
@@ -180,14 +181,14 @@ def _window(
         original = default
     original = token_count(ORIGINAL, enlarged if original is None else original)
     values: dict[str, Any] = {ORIGINAL: original}
-    implied = name == "longrope" or (name == "yarn" and "factor" in given)  # yarn: null, but not absent
+    implied = name == "longrope" or (name == "yarn" and "factor" in given)  # in yarn only for null, not if absent
     if implied and given.get("factor") is None and enlarged:
         values["factor"] = max(1.0, token_count("max_position_embeddings", enlarged) / original)
     return values
 
 
 def _dynamic_window(config: Mapping[str, Any], given: Mapping[str, Any]) -> Any:
-    """max_position_embeddings is the original window here, unless the file shows that it was enlarged."""
+    """The original window of a dynamic scaling: max_position_embeddings, unless the file shows that it was enlarged."""
     window, factor = config.get("max_position_embeddings"), given.get("factor")
     original = _stated(config, "rope_scaling", given, ORIGINAL)
     if not (is_number(window) and is_number(factor) and is_number(original)) or original == window:
@@ -204,11 +205,15 @@ def _dynamic_window(config: Mapping[str, Any], given: Mapping[str, Any]) -> Any:
 
 
 def to_hf(rope: Rope, *, max_position_embeddings: int, head_dim: int | None = None) -> dict[str, Any]:
-    """`rope_parameters` that transformers reads back to the same frequencies.
+    """`rope_parameters` from which transformers computes the same frequencies.
 
-    `max_position_embeddings` is what config.json will hold: take it from `written_max_position_embeddings`.
-    `head_dim` is needed for "ntk" alone, written as the default type with an enlarged rope_theta. UserError
-    for what the format cannot say: a function of one's own, dynamic with an enlarged max_position_embeddings.
+    Args:
+      max_position_embeddings: the value in config.json; take it from `written_max_position_embeddings`.
+      head_dim: needed only for "ntk", which is written as the default type with an enlarged rope_theta.
+
+    Raises:
+      UserError: the format cannot express the Rope (a custom function, a list of inv_freq, or dynamic with an enlarged
+        max_position_embeddings).
     """
     if callable(rope.rope_type):
         found = f"rope_type is the function {getattr(rope.rope_type, '__name__', rope.rope_type)}"
@@ -228,7 +233,7 @@ def to_hf(rope: Rope, *, max_position_embeddings: int, head_dim: int | None = No
         value = getattr(rope, field.name)
         if field.name in FIELDS[name][0] + FIELDS[name][1] and value != field.default:
             out[field.name] = list(value) if isinstance(value, tuple) else value
-    if name == "dynamic":  # transformers has no such key here: it scales from max_position_embeddings
+    if name == "dynamic":  # transformers has no key for it here: it scales from max_position_embeddings
         original = out.pop("original_max_position_embeddings")
         if original != max_position_embeddings:
             found = f"transformers would scale dynamic RoPE from {max_position_embeddings} tokens on"
@@ -237,7 +242,7 @@ def to_hf(rope: Rope, *, max_position_embeddings: int, head_dim: int | None = No
 
 
 def written_max_position_embeddings(rope: Rope, max_position_embeddings: int) -> int:
-    """What config.json must hold as max_position_embeddings: the window, but for dynamic the original one."""
+    """The max_position_embeddings to write to config.json: the window, except for dynamic, the original window."""
     original = rope.original_max_position_embeddings
     return original if rope.rope_type == "dynamic" and original else max_position_embeddings
 

@@ -1,4 +1,4 @@
-"""Hugging Face folders as models, read parameter by parameter."""
+"""Reads models from Hugging Face folders, parameter by parameter."""
 
 import dataclasses
 import functools
@@ -25,17 +25,17 @@ from lcx.rope_fields import shown
 log = logging.getLogger(__name__)
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "lcx_tokenizer.json")
-_MANY = 200  # layers: more are not built only to list the tensors that are missing
+_MANY = 200  # layers; above this, the depth is checked first, so that a wrong count does not build a huge model
 
 
 class HfSource:
     """A Hugging Face folder (a `model_source.ModelSource`).
 
     Args:
-      family: of the user's own, for its model_type.
+      family: the user's own family, used if the model_type is its own.
 
     Raises:
-      UserError: a damaged folder, a config.json that is not supported, tensors that do not fit it.
+      UserError: a damaged folder, an unsupported config.json, or tensors that do not fit it.
     """
 
     def __init__(self, path: str | os.PathLike, *, family: Family | None = None):
@@ -91,15 +91,15 @@ class HfSource:
         return self._table.read(self._tensors, path, index)
 
     def stored_name(self, path: str, row: int) -> str:
-        """The tensor in which the file has this row of a parameter."""
+        """Name of the stored tensor that holds this row of a parameter."""
         places = self._table.places[path]
         return places[None if None in places else row].name
 
 
 def _tied(source: tensor_io.TensorSource, family: Family, where: str) -> tensor_io.TensorSource:
-    """The tensors with one name for the embedding that is the output head too, whichever of the two is stored.
+    """For a tied model: the tensors with the embedding under its own name, whether it or the head is stored.
 
-    Where both are, they must be the same, or one of the two settings is a mistake.
+    If both are stored they must be equal; otherwise tie_word_embeddings or one of the tensors is wrong.
     """
     tensors, both = source.tensors, (family.head, family.embedding)
     if family.head not in tensors:
@@ -123,7 +123,7 @@ def _tied(source: tensor_io.TensorSource, family: Family, where: str) -> tensor_
 
 
 def _check_depth(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], family: Family) -> None:
-    """UserError unless the tensors are of as many layers as config.json says, where that is a great many."""
+    """Raises UserError if config.json states more than `_MANY` layers and the tensors have a different number."""
     stated = config.get("num_hidden_layers")
     found = {match[1] for name in tensors if (match := re.match(family.layer, name))}
     if isinstance(stated, int) and stated != len(found) and stated > _MANY:
@@ -135,7 +135,7 @@ def _check_depth(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], f
 
 @dataclasses.dataclass(frozen=True)
 class Extras:
-    """What a folder holds beside the model: settings of config.json, files, the tokenizer's description."""
+    """What a folder holds in addition to the model: settings of config.json, files, the tokenizer's description."""
 
     carried: dict[str, Any]
     side_files: list[pathlib.Path]
@@ -143,7 +143,7 @@ class Extras:
 
 
 def extras(path: str | os.PathLike) -> Extras:
-    """What to take along from a Hugging Face folder."""
+    """The settings, files and tokenizer to copy from a Hugging Face folder."""
     config = folders.read_json(folders.inside(pathlib.Path(path), hf_folder.CONFIG))
     carried = {key: value for key, value in config.items() if key in hf_config.CARRIED}
     files = folders.side_files(path)

@@ -1,4 +1,4 @@
-"""Tensor names as wrappers leave them (DDP, torch.compile, FSDP, Lightning) -> the names of the model itself."""
+"""Removes from tensor names the prefixes that wrappers add (DDP, torch.compile, FSDP, Lightning)."""
 
 import dataclasses
 import logging
@@ -14,18 +14,18 @@ from lcx.rope_fields import shown
 
 log = logging.getLogger(__name__)
 
-#: What wrappers put between a module and its parent, at any depth.
+#: Name components that wrappers insert between a module and its parent, at any depth.
 _WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module")
 _PEFT = re.compile(r"\.(lora_[AB]|lora_embedding_[AB]|base_layer|lora_magnitude_vector)\b")
 
 
 @dataclasses.dataclass(frozen=True)
 class Renamed:
-    """A checkpoint under other names (a `TensorSource`).
+    """A checkpoint with renamed tensors (a `TensorSource`).
 
     Attributes:
-      source: where the tensors are.
-      names: name -> what the source calls it.
+      source: the checkpoint that holds the tensors.
+      names: new name -> name in the source.
     """
 
     source: TensorSource
@@ -44,10 +44,10 @@ class Renamed:
 
 
 def unwrapped(source: TensorSource, where: str, family: Family) -> TensorSource:
-    """The tensors of a model under the names of its family; says how many it renamed.
+    """The tensors of a model under the names of its family; logs how many it renamed.
 
     Raises:
-      UserError: two tensors would have one name; low-rank pairs that are not merged.
+      UserError: two tensors would get the same name, or the checkpoint has unmerged low-rank pairs.
     """
     pairs = [name for name in source.tensors if _PEFT.search(name)]
     if pairs:
@@ -77,13 +77,13 @@ def _without_wrappers(name: str) -> str:
 
 
 def _prefixes(names: Iterable[str], family: Family) -> tuple[str, str]:
-    """(what to remove from, what to add to the names), so that the layers lie below the family's `body`."""
+    """(prefix to remove from the names, prefix to add), so that the layers are below the family's `body`."""
     anchors = [name for name in names if name == family.anchor or name.endswith(f".{family.anchor}")]
     if len(anchors) != 1:
         return "", ""
     before = anchors[0].removesuffix(family.anchor)
     if not before:
-        return "", family.body  # saved from the base model
+        return "", family.body  # saved from the base model, without the head
     return (before.removesuffix(family.body), "") if before.endswith(family.body) else ("", "")
 
 

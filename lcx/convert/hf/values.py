@@ -1,4 +1,4 @@
-"""Values of config.json, checked as they are read."""
+"""Validated reading of values of config.json."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,7 +8,7 @@ from lcx.rope_fields import shown
 
 
 def integer(config: Mapping[str, Any], key: str, default: int | None = None, *, least: int = 1) -> int:
-    """Raises UserError for what is no integer from `least` to 2^31 - 1, or missing without a default."""
+    """An integer. Raises UserError unless it is from `least` to 2^31 - 1, or if it is missing without a default."""
     value = config.get(key)
     value = default if value is None else value
     if value is None:
@@ -21,7 +21,7 @@ def integer(config: Mapping[str, Any], key: str, default: int | None = None, *, 
 
 
 def fraction(config: Mapping[str, Any], key: str, default: float) -> float:
-    """Raises UserError for what is no number between 0 and 1."""
+    """A number. Raises UserError unless it is between 0 and 1."""
     value = config.get(key, default)
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
         raise UserError(f"config.json has {key} = {shown(value)}, expected a number between 0 and 1")
@@ -29,7 +29,7 @@ def fraction(config: Mapping[str, Any], key: str, default: float) -> float:
 
 
 def boolean(config: Mapping[str, Any], key: str) -> bool:
-    """False where it is missing or null. Raises UserError for what is neither true nor false."""
+    """A boolean; False if missing or null. Raises UserError for any other value."""
     value = config.get(key)
     value = False if value is None else value
     if not isinstance(value, bool):

@@ -1,4 +1,4 @@
-"""Models as Hugging Face folders, written tensor by tensor."""
+"""Writes models as Hugging Face folders, tensor by tensor."""
 
 import json
 import logging
@@ -35,20 +35,20 @@ def write(
     family: Family | None = None,
     progress: Callable[[int], None] = lambda nbytes: None,
 ) -> dict[str, TensorInfo]:
-    """Writes a model into an empty folder, one piece of one tensor in memory; returns the tensors written.
+    """Writes a model into an empty folder, holding one piece of one tensor in memory; returns the written tensors.
 
     Args:
       source: the model.
-      dtype: of the tensors; None keeps each as it is.
-      family: of the user's own, for its model_type.
-      progress: called with the number of bytes after each piece.
+      dtype: dtype of the tensors; None keeps each stored dtype.
+      family: the user's own family, used if the model_type is its own.
+      progress: called after each piece with its number of bytes.
 
     Raises:
-      UserError: the model has something that its model_type does not have in this format.
+      UserError: the model has a property that its model_type cannot express in this format.
     """
     config = config_of(source, dtype, family=family)
     found = families.find(source.model.model_type, family)
-    assert found is not None  # else it has no config.json
+    assert found is not None  # config_of raises UserError without a family
     table = rules.Table(found.rules(source.model), {path: info.shape for path, info in source.leaves.items()})
     if REMEMBERED in config:
         log.warning(
@@ -75,13 +75,13 @@ def write(
         data = _with_window(path, window) if path.name == _TOKENIZER_CONFIG else path.read_bytes()
         folders.write_bytes(folder / path.name, data)
     record = dict(source.tokenizer or {})
-    if record.get("kind") == "bytes" and not (folder / TOKENIZERS[-1]).exists():  # it has no file of its own
+    if record.get("kind") == "bytes" and not (folder / TOKENIZERS[-1]).exists():  # a byte tokenizer has no file
         folders.write_json(folder / TOKENIZERS[-1], record)
     return tensors
 
 
 def _with_window(path: pathlib.Path, window: int) -> bytes:
-    """tokenizer_config.json; its model_max_length, where transformers cuts texts, is not below the model's window."""
+    """tokenizer_config.json with model_max_length, at which transformers truncates, raised to the window if lower."""
     data = path.read_bytes()
     try:
         config = folders.read_json(path)
@@ -99,7 +99,7 @@ def _with_window(path: pathlib.Path, window: int) -> bytes:
 def check_written(
     folder: pathlib.Path, tensors: Mapping[str, TensorInfo], *, family: Family | None = None
 ) -> dict[str, TensorInfo]:
-    """What a written folder holds, read back from its headers. Raises UserError when it is something else."""
+    """The tensors of a written folder, read back from the headers. Raises UserError unless they match `tensors`."""
     found = hf_folder.HfFolder(folder)
     check_same(folder, found.tensors, tensors)
     hf_config.from_config(found.config, family=family)
@@ -107,13 +107,13 @@ def check_written(
 
 
 def config_of(source: ModelSource, dtype: np.dtype | None = None, *, family: Family | None = None) -> dict:
-    """The config.json that `write` writes. Raises UserError where the model_type cannot express the model."""
+    """The config.json that `write` writes. Raises UserError if the model_type cannot express the model."""
     name = str(dtype or model_source.stored_dtype(source.leaves))
     return hf_config.to_config(source.model, dtype=name, carried=source.carried, family=family)
 
 
 def _part_pieces(source: ModelSource, table: rules.Table, part: rules.Part) -> Iterator[np.ndarray]:
-    """The foreign rows of one part. Only arrays whose rows are the foreign rows can be cut into pieces."""
+    """Yields the foreign rows of one part, in pieces if its rows are the foreign rows unchanged (layout `Same`)."""
     shape = table.slice_shape(part)
     whole = tuple(slice(0, size) for size in shape)
     if part.repeat is not None:

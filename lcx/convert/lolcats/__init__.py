@@ -1,4 +1,4 @@
-"""The published LoLCATS files: feature maps and LoRA pairs that sit on a Hugging Face folder."""
+"""The published LoLCATS files: feature maps and LoRA pairs that extend the model of a Hugging Face folder."""
 
 from lcx import moved
 

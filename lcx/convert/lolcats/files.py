@@ -1,19 +1,19 @@
-"""Published LoLCATS checkpoints: feature maps and LoRA pairs in PyTorch files, on the Hugging Face folder of the model.
+"""Published LoLCATS checkpoints: PyTorch files of feature maps and LoRA pairs for the model of a Hugging Face folder.
 
     X_distill.pt   {"model_state_dict": {"model.layers.{i}.self_attn. ..."}, "step", ...}
       feature_map_{q,k}.mlp.layer [N, H, F]                     .bias [1, N, 1, 1]
       feature_map_{q,k}.mlp.layer0 [N, H, A], .layer1 [N, A, F], .bias0 [1, N, 1, A], .bias1 [1, N, 1, F]   (adapter)
       window_factors [1, N, 1, 1]
     X_ft.pt        the same wrapper, {"base_model.model.model.layers.{i}.self_attn. ..."}
-      {q,k,v,o}_proj.lora_A.default.weight [R, in], .lora_B.default.weight [out, R]; sometimes feature maps trained on
+      {q,k,v,o}_proj.lora_A.default.weight [R, in], .lora_B.default.weight [out, R]; sometimes further trained maps
 
 A single file may hold both, with or without the wrapper and with any of the prefixes "", "model.", "base_model.model.".
-Pairs are merged as rows are read. What no file says is in `settings`.
+Pairs are merged as rows are read. `settings` describes the settings that the files do not contain.
 
     model, params = lcx.load("path/to/hf_folder", lolcats=lcx.Lolcats("X_distill.pt", "X_ft.pt", "config.yaml"))
-    writer.export("path/to/workdir", "path/to/folder")    # both files, of a run that trained with LoRA
+    writer.export("path/to/workdir", "path/to/folder")    # both files, from a run that trained with LoRA
 
-A folder written by lcx ("lolcats", `writer`) holds all in one: the Hugging Face folder with the pairs merged,
+A folder written by lcx ("lolcats", `writer`) is complete: the Hugging Face folder with the pairs merged,
 model_distill.pt and lolcats.json.
 """
 
@@ -28,16 +28,16 @@ DISTILL, FINETUNE = "_distill.pt", "_ft.pt"
 
 @dataclasses.dataclass(frozen=True)
 class Lolcats:
-    """The files beside a Hugging Face folder, and what they do not say.
+    """LoLCATS files for the model of a Hugging Face folder, and the settings that they do not contain.
 
     Attributes:
-      feature_maps: X_distill.pt, or a file that holds the pairs too, or the folder of such files (or of those of all
-        blocks, X-in=000-out=008_distill.pt ...); None: the folder of the model.
-      lora: X_ft.pt; None: what lies beside, or in, the other file, if anything.
-      attention: settings by their published names, or the .yaml or .json of them (`settings`); None: what
-        lolcats.json beside the feature maps, else their file's name says, else the published ones.
-      lora_alpha: None: what the settings say, else twice the rank, as in all published runs.
-      published_quirks: compute as the published code does, mistakes included (mixers.linear_attention).
+      feature_maps: X_distill.pt, a file that holds both maps and pairs, or a folder with such files or with one file
+        per block (X-in=000-out=008_distill.pt ...). None: the folder of the model.
+      lora: X_ft.pt. None: the pairs in or next to the file of feature maps, if there are any.
+      attention: settings under their published names, or a .yaml or .json file that holds them (`settings`). None:
+        lolcats.json next to the feature maps, else what their file name implies, else the published defaults.
+      lora_alpha: None: the value in the settings, else twice the rank, as in all published runs.
+      published_quirks: reproduce the published code exactly, including its mistakes (mixers.linear_attention).
     """
 
     feature_maps: str | os.PathLike | None = None

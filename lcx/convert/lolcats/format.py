@@ -1,4 +1,4 @@
-"""The formats "lolcats", a whole model, and "lolcats_files", what a run trained of one."""
+"""The formats "lolcats", a whole model, and "lolcats_files", only the parameters that a run trained."""
 
 import dataclasses
 
@@ -11,19 +11,19 @@ from lcx.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class LolcatsFolder(Format):
-    """A Hugging Face folder with feature maps on it.
+    """A Hugging Face folder with feature maps.
 
     Attributes:
-      files: which, and what they do not say; None: those in the folder.
-      max_shard_bytes: no safetensors file grows beyond this, unless one tensor does.
+      files: the LoLCATS files and their settings; None: those in the folder.
+      max_shard_bytes: maximum size of a safetensors file; a larger tensor gets its own file.
     """
 
     name: str = "lolcats"
-    help: str = "a Hugging Face folder with LoLCATS feature maps beside it"
+    help: str = "a Hugging Face folder with LoLCATS feature maps"
     overlay: bool = True
     files: Lolcats | None = None
     max_shard_bytes: int = option(
-        5_000_000_000, help="the largest safetensors file in bytes of 'hf' and 'lolcats'", metavar="N"
+        5_000_000_000, help="the maximum size in bytes of a safetensors file of 'hf' and 'lolcats'", metavar="N"
     )
 
     def __post_init__(self):
@@ -67,7 +67,7 @@ class LolcatsFolder(Format):
 
 @dataclasses.dataclass(frozen=True)
 class LolcatsFiles(TrainedFormat):
-    """The feature maps and low-rank pairs that a run trained, as the published files."""
+    """The feature maps and low-rank pairs that a run trained, in the form of the published files."""
 
     name: str = "lolcats_files"
     help: str = (

@@ -1,17 +1,19 @@
-"""What the published LoLCATS files do not say, in the names of its .yaml configurations.
+"""The settings that published LoLCATS files do not contain, under the names of LoLCATS' .yaml configurations.
 
-A file of feature maps shows their sizes, whether they have biases, an adapter or a window, and which layers have them.
-The kind and size of the window, the activation and the mixing stand in the run's configuration, section `attention`:
+From a file of feature maps follow their sizes, whether they have biases, an adapter or a window, and which layers have
+them. The kind and size of the window, the activation and the mixing are in the run's configuration, section
+`attention`:
 
     attention_type                 lolcats_llama (no window), lolcats_llama_window_tk (terraced), ..._sw (sliding)
-    window_size, init_window_factor, affine_attention_factors, tie_qk_kernels, softmax_attentions (layers kept)
+    window_size, init_window_factor, affine_attention_factors, tie_qk_kernels, softmax_attentions (softmax layers kept)
     feature_map                    softmax_dim, exp_dim, relu, pos_elu
     feature_map_kwargs             fullspace, eps
     learned_kernel                 untied_head_einsum, untied_head_adapter
     learned_kernel_kwargs          feature_dim, skip_connection, bias, zero_init, normal_init, hidden_dim
 
-and lora_alpha in `finetune.kwargs`. Where nothing is stated, a file's name may ("..._lk_smd_wtk64_fd64_w01..."), and
-else it is what all published runs have: terraced, 64, softmax_dim over the full space, no mixing, no layer kept.
+and lora_alpha in `finetune.kwargs`. Settings that are not stated are taken from the file name if it contains them
+("..._lk_smd_wtk64_fd64_w01..."), else from the defaults of all published runs: terraced window of 64, softmax_dim over
+the full space, no mixing, no softmax layers kept.
 """
 
 import dataclasses
@@ -27,12 +29,12 @@ from lcx.errors import UserError
 from lcx.mixers.feature_maps import FLOOR
 from lcx.mixers.linearized import LinearizedAttention
 
-#: The settings of a folder that lcx wrote.
+#: The settings file of a folder that lcx wrote.
 FILE = SETTINGS_FILE
 _TYPE = re.compile(r"lolcats(?:_long)?_llama(?:_window_(tk|sw)(?:_(?:linear|gen|bf16|fa2|sdpa))?)?")
 _KINDS = {"tk": "terraced", "sw": "sliding"}
 _EINSUM, _ADAPTER = "untied_head_einsum", "untied_head_adapter"
-#: Keys without influence on what a trained model computes, or with none at these values.
+#: Keys that never affect what a trained model computes; in `_FIXED`, keys that do not at the listed values.
 _IGNORED = {
     "layer_idx",
     "state_chunk_len",
@@ -69,7 +71,7 @@ _KINDS_OF_VALUE: dict[str, tuple[type, ...]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Stated:
-    """Settings by their published names ("learned_kernel_kwargs.bias"), and what states them."""
+    """Settings under their published names ("learned_kernel_kwargs.bias"); `where` is their origin, for messages."""
 
     values: Mapping[str, Any]
     where: str
@@ -81,10 +83,10 @@ class Stated:
 
 
 def read(given: Mapping[str, Any] | str | os.PathLike) -> Stated:
-    """Settings from a mapping, or the .yaml or .json that holds it; either the `attention` section or what has it.
+    """Reads settings from a mapping or a .yaml or .json file: the `attention` section, or a mapping that contains it.
 
     Raises:
-      UserError: no such file, a key or value that cannot be honoured.
+      UserError: the file does not exist, or has an unsupported key or value.
     """
     if isinstance(given, Mapping):
         return _parsed(given, "attention")
@@ -139,7 +141,7 @@ def _check_values(values: dict[str, Any], where: str) -> None:
     if (eps := values.pop("feature_map_kwargs.eps", FLOOR)) not in (
         FLOOR,
         str(FLOOR),
-    ):  # YAML 1.1 reads 1e-12 so
+    ):  # YAML 1.1 reads 1e-12 as a string
         raise UserError(
             f"{where}: feature_map_kwargs.eps is {eps!r}, expected {FLOOR}: only that can be read"
         )
@@ -175,7 +177,7 @@ def _alpha(given: Mapping[str, Any], where: str) -> float | None:
 
 
 def of_name(path: pathlib.Path) -> Stated:
-    """What the name of a published run says: the window and the activation."""
+    """The settings that the file name of a published run contains: the window and the activation."""
     values: dict[str, Any] = {}
     if found := re.search(r"_w(tk|sw)(\d+)(?=_|-|\.|$)", path.name):
         values |= {"attention_type": f"lolcats_llama_window_{found[1]}", "window_size": int(found[2])}
@@ -188,7 +190,7 @@ def window_of(stated: Stated, *, has_factors: bool) -> tuple[int | None, str]:
     """(size, kind) of the window.
 
     Args:
-      has_factors: whether the file has window factors, which decides where nothing is stated.
+      has_factors: whether the file has window factors; if the settings state nothing, there is a window only with them.
     """
     size, kind = LinearizedAttention.window, LinearizedAttention.window_kind
     name = stated.get("attention_type", None)
@@ -204,7 +206,7 @@ def window_of(stated: Stated, *, has_factors: bool) -> tuple[int | None, str]:
 
 
 def start_of(stated: Stated) -> str:
-    """How the maps were started: it has no effect on trained ones."""
+    """How the maps were initialised; without effect on trained maps."""
     prefix = "learned_kernel_kwargs."
     if stated.get(f"{prefix}normal_init", False):
         return "normal"
@@ -212,10 +214,11 @@ def start_of(stated: Stated) -> str:
 
 
 def to_json(mixer: LinearizedAttention, kept: list[int], lora: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What `read` reads, of one mixer for all layers but the kept ones.
+    """Settings in the form that `read` accepts, for one mixer that all layers except the kept ones use.
 
     Args:
-      lora: r, lora_alpha and target_modules of the pairs beside it.
+      kept: indices of the layers that stay softmax.
+      lora: r, lora_alpha and target_modules of the pairs, if there are any.
     """
     kind = {kind: name for name, kind in _KINDS.items()}[mixer.window_kind]
     kernel: dict[str, Any] = {

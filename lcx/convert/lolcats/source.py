@@ -1,4 +1,4 @@
-"""Published LoLCATS files on a Hugging Face folder, read as a linear model."""
+"""Reads a Hugging Face folder and published LoLCATS files as a linear model."""
 
 import dataclasses
 import logging
@@ -30,11 +30,11 @@ from lcx.model import Decoder
 log = logging.getLogger(__name__)
 
 _KEY = re.compile(r"(?:module\.|base_model\.|model\.)*layers\.(\d+)\.(.+)")
-_BLOCK = re.compile(r"-in=(\d+)-out=\d+")  # of layers that were trained apart, which its names count from 0
+_BLOCK = re.compile(r"-in=(\d+)-out=\d+")  # a block of layers trained separately; its file numbers layers from 0
 _PAIR = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.weight")
 _MAP = re.compile(r"self_attn\.(feature_map_[qk]\.mlp\.(?:layer|bias)[01]?|window_factors)")
-_ALIAS = "self_attn.window_factor"  # the same tensor under an older name
-#: parameter of a FeatureMap -> its name there
+_ALIAS = "self_attn.window_factor"  # a duplicate of window_factors under an older name
+#: Parameter of a FeatureMap -> its name in the published files.
 _PUBLISHED = {
     "layer": "layer",
     "bias": "bias",
@@ -46,10 +46,10 @@ _PUBLISHED = {
 
 
 class LolcatsSource(HfSource):
-    """A Hugging Face folder, feature maps and perhaps LoRA pairs as a linear model (a `model_source.ModelSource`).
+    """A linear model from a Hugging Face folder, feature maps and optional LoRA pairs (a `model_source.ModelSource`).
 
     Raises:
-      UserError: what HfSource refuses; files that are damaged or of another model, settings that do not fit them.
+      UserError: as in HfSource; files that are damaged or of another model, or settings that do not fit them.
     """
 
     def __init__(self, path: str | os.PathLike, files: Lolcats | None = None):
@@ -81,13 +81,13 @@ class LolcatsSource(HfSource):
 
 
 def is_map(name: str) -> bool:
-    """Whether X_distill.pt has a tensor of this name."""
+    """Whether a tensor with this name belongs to feature maps (X_distill.pt)."""
     found = _KEY.fullmatch(name)
     return found is not None and _MAP.fullmatch(found[2]) is not None
 
 
 def map_rules(model: Decoder) -> list[Rule]:
-    """Where the parameters that softmax attention does not have lie in X_distill.pt.
+    """Rules for the parameters of linear attention that softmax attention does not have: their tensors in X_distill.pt.
 
     Raises:
       UserError: the model has no linear attention.
@@ -119,7 +119,7 @@ def map_rules(model: Decoder) -> list[Rule]:
 
 
 def _find(folder: pathlib.Path, files: Lolcats) -> tuple[list[pathlib.Path], Stated]:
-    """(the files of the feature maps, then that of the pairs; the settings beside them)."""
+    """(the files of the feature maps followed by the file of the pairs; the settings found next to them)."""
     maps = folder if files.feature_maps is None else pathlib.Path(hub.local(files.feature_maps)).expanduser()
     lora = None if files.lora is None else pathlib.Path(hub.local(files.lora)).expanduser()
     beside = Stated({}, "")
@@ -146,7 +146,7 @@ def _find(folder: pathlib.Path, files: Lolcats) -> tuple[list[pathlib.Path], Sta
 
 
 def _inside(folder: pathlib.Path, suffix: str) -> list[pathlib.Path]:
-    """The one file of this kind, or the files of the blocks."""
+    """The single file with this suffix, or the files of all blocks."""
     found = sorted(path for path in folder.iterdir() if path.name.endswith(suffix))
     if len(found) > 1 and not all(_BLOCK.search(path.name) for path in found):
         what = "feature_maps" if suffix == DISTILL else "lora"
@@ -164,8 +164,8 @@ def _stated(files: Lolcats, maps: pathlib.Path, beside: Stated) -> Stated:
     stated = lolcats_settings.of_name(maps)
     if "window_size" not in stated.values:
         log.warning(
-            "%s: nothing beside it states its window and activation; taking the published ones, a terraced window of "
-            "%d (if it has factors) and softmax_dim; set attention (--attention=config.yaml) if they were others",
+            "%s: nothing next to it states its window and activation; assuming the published ones, a terraced window "
+            "of %d (if it has factors) and softmax_dim; set attention (--attention=config.yaml) if they were others",
             maps,
             LinearizedAttention.window,
         )
@@ -180,11 +180,11 @@ class _Pair:
 
 
 class _Files:
-    """The tensors of some files under plain names; of equal names those of the last file count.
+    """The tensors of several files under names without prefixes; for equal names, the last file takes precedence.
 
     Attributes:
-      maps: "model.layers.0.self_attn.window_factors" -> (file, its own name for it).
-      layers: which layers have feature maps.
+      maps: "model.layers.0.self_attn.window_factors" -> (file, name in the file).
+      layers: indices of the layers that have feature maps.
     """
 
     def __init__(self, paths: list[pathlib.Path]):
@@ -221,14 +221,14 @@ class _Files:
         return file.tensors[key]
 
     def of_layer(self, layer: int) -> dict[str, tuple[int, ...]]:
-        """Short name -> shape."""
+        """Name below `self_attn.` -> shape, for the feature map tensors of a layer."""
         prefix = f"model.layers.{layer}.self_attn."
         return {
             name.removeprefix(prefix): self.info(name).shape for name in self.maps if name.startswith(prefix)
         }
 
     def check(self, own: list[Rule], shapes: Mapping[str, tuple[int, ...]], stated: Stated) -> None:
-        """Raises UserError unless the maps are just those of the model."""
+        """Raises UserError unless the maps are exactly those that the model needs."""
         expected = {rule.name for rule in own}
         missing, extra = (
             [name for name in expected if name not in self.maps],
@@ -237,8 +237,8 @@ class _Files:
         where = stated.where or "the published settings"
         if missing:
             raise UserError(
-                f"{self.where}: {len(missing)} tensors are missing, such as {min(missing)}, which go with {where}"
-                f"{f' (and {len(extra)} are there for which nothing asks, such as {extra[0]})' if extra else ''}: "
+                f"{self.where}: {len(missing)} tensors are missing, such as {min(missing)}, required by {where}"
+                f"{f' (and {len(extra)} are unexpected, such as {extra[0]})' if extra else ''}: "
                 "change attention (softmax_attentions for layers without), or give the whole file"
             )
         if extra:
@@ -258,7 +258,7 @@ class _Files:
                 )
 
     def pairs(self, base: Mapping[str, TensorInfo], alpha: float | None) -> dict[str, _Pair]:
-        """Name of a tensor of the folder -> the pair to add."""
+        """Name of a tensor of the folder -> the pair to merge into it."""
         out = {}
         for module, sides in self._pairs.items():
             name = f"{module}.weight"
@@ -284,7 +284,7 @@ class _Files:
 
 
 class _Overlay:
-    """The tensors of a folder with the pairs merged, and those of the files (a `tensor_io.TensorSource`)."""
+    """The tensors of a folder with the pairs merged, plus the feature maps (a `tensor_io.TensorSource`)."""
 
     def __init__(self, base: TensorSource, files: _Files, pairs: Mapping[str, _Pair]):
         self._base, self._files, self._pairs = base, files, pairs

@@ -1,11 +1,12 @@
-"""Models with linear attention as published LoLCATS files: see `lolcats` for what lies in them.
+"""Writes models with linear attention as published LoLCATS files; `lolcats.files` describes their contents.
 
-A folder of its own, low-rank pairs merged, or what lies on the folder of the softmax model, of a run with LoRA:
+Either a complete folder, with low-rank pairs merged, or only the files that a LoRA run adds to the softmax model's
+folder:
 
     python -m lcx.convert --src=path/to/workdir --dst=path --dst_format=lolcats
     python -m lcx.convert --src=path/to/workdir --dst=path --dst_format=lolcats_files
 
-From Python these are `lcx.save(..., format="lolcats")` and `export`; `save` writes the files from memory.
+In Python, use `lcx.save(..., format="lolcats")` and `export`; `save` writes the files from memory.
 """
 
 import os
@@ -41,7 +42,7 @@ _WRAPPER = "model_state_dict"
 
 
 class _Softmax:
-    """What a linear model has of a softmax one (a `model_source.ModelSource`)."""
+    """The softmax part of a linear model (a `model_source.ModelSource`)."""
 
     def __init__(self, source: ModelSource):
         self._source, self.model, self.where = source, softmax_model(source.model), source.where
@@ -54,7 +55,7 @@ class _Softmax:
 
 
 def planned(source: ModelSource, *, dtype: np.dtype | None) -> dict[str, TensorInfo]:
-    """The tensors that are written beside the folder. Raises UserError when the model cannot be written so."""
+    """The tensors of the feature map file. Raises UserError if the model cannot be written in this format."""
     hf_writer.config_of(_Softmax(source), dtype)
     _settings(source.model, None)
     table = _map_table(source)
@@ -72,10 +73,10 @@ def write(
     max_shard_bytes: int = 5_000_000_000,
     progress: Callable[[int], None] = lambda nbytes: None,
 ) -> dict[str, TensorInfo]:
-    """Writes the model into an empty folder, one piece of one tensor in memory; returns the tensors written.
+    """Writes the model into an empty folder, holding one piece of one tensor in memory; returns the written tensors.
 
     Raises:
-      UserError: a model without linear attention, or with layers that differ in their settings.
+      UserError: the model has no linear attention, or its layers differ in their settings.
     """
     tensors = hf_writer.write(
         folder, _Softmax(source), dtype=dtype, max_shard_bytes=max_shard_bytes, progress=progress
@@ -112,7 +113,7 @@ def write_tensors(
     tensor: Callable[[str], np.ndarray],
     progress: Callable[[int], None] = lambda nbytes: None,
 ) -> None:
-    """Writes a file as the published code does, one tensor in memory."""
+    """Writes a file in the layout of the published code, holding one tensor in memory."""
     writer = TorchWriter(path, infos, under=_WRAPPER, beside={"step": 0})
     try:
         for name in infos:
@@ -125,7 +126,7 @@ def write_tensors(
 
 
 def check_written(folder: pathlib.Path, tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
-    """What a written folder holds, read back from its headers. Raises UserError when it is something else."""
+    """The tensors of a written folder, read back from the headers. Raises UserError unless they match `tensors`."""
     own = {name: info for name, info in tensors.items() if is_map(name)}
     _check(folder / f"{NAME}{DISTILL}", own)
     hf_writer.check_written(folder, {name: info for name, info in tensors.items() if name not in own})
@@ -143,7 +144,7 @@ def _map_table(source: ModelSource) -> rules.Table:
 
 
 def _settings(model: Decoder, lora: Mapping[str, Any] | None) -> dict[str, Any]:
-    """lolcats.json. Raises UserError where layers differ in what it states once."""
+    """lolcats.json. Raises UserError if layers differ in a setting that it states once for all."""
     mixers = [layer.block.mixer for layer in model_lib.layers(model)]
     kept = [i for i, mixer in enumerate(mixers) if not isinstance(mixer, LinearizedAttention)]
     different = {_stated_of(mixer): mixer for mixer in mixers if isinstance(mixer, LinearizedAttention)}
@@ -158,7 +159,7 @@ def _stated_of(mixer: LinearizedAttention) -> LinearizedAttention:
     return mixer.clone(softmax_window=None, rope=LinearizedAttention.rope, implementation=None, parent=None)
 
 
-# ------------------------------------------------------------------------------- the two files on their own
+# --------------------------------------------------------------------------- the two files without a model
 
 
 def save(
@@ -169,19 +170,20 @@ def save(
     *,
     overwrite: bool = False,
 ) -> None:
-    """Writes a folder with model_distill.pt, model_ft.pt (given pairs) and lolcats.json, but no model.
+    """Writes a folder with model_distill.pt, model_ft.pt (if there are pairs) and lolcats.json, without the model.
 
     Raises:
-      UserError: no linear attention, pairs of different ranks or scales, a destination that cannot be written.
+      UserError: the model has no linear attention, the pairs differ in rank or scale, or the destination cannot be
+        written.
     """
     _save(path, model_source.TreeSource(model, params), lora, overwrite)
 
 
 def export(checkpoint: str | os.PathLike, path: str | os.PathLike, *, overwrite: bool = False) -> None:
-    """`save` of what a training run left in its checkpoint (a workdir, or one of its steps).
+    """Like `save`, from the checkpoint of a training run (a workdir, or one of its steps).
 
     Raises:
-      UserError: no checkpoint there, parameters that trained and have no place in these files, or what `save` refuses.
+      UserError: there is no checkpoint, a trained parameter has no place in these files, or as in `save`.
     """
     source = LcxSource(checkpoint, merge=False)
     own = {rule.parts[0].path for rule in map_rules(source.model)}
@@ -218,7 +220,7 @@ def _arrays(pairs: Mapping[str, LowRank]) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def _lora_settings(pairs: Mapping[str, LowRank]) -> dict[str, Any]:
-    """r, lora_alpha and target_modules as published: one of each for all."""
+    """r, lora_alpha and target_modules, which the published settings state once for all pairs."""
     found = {(len(pair.A), np.float32(pair.scale)) for pair in pairs.values()}
     if len(found) > 1:
         raise UserError(

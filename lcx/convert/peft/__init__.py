@@ -1,1 +1,1 @@
-"""PEFT adapters: read, written, merged, and as the start of training."""
+"""PEFT adapters: reading, writing, merging, and continuing training from them."""

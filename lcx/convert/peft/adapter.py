@@ -1,13 +1,13 @@
-"""LoRA adapters in PEFT's files <-> the `lora` collection of an lcx model, and what trained beside it.
+"""PEFT's LoRA adapter files <-> the `lora` collection of an lcx model and the parameters trained in full with it.
 
-`peft_files` says what a folder holds. Modules have the names of the family's table (llama.py), so what differs is only
-the layout. A fused module (Phi-3's qkv_proj) has one A for all of its parts; each part gets its own here, and if
-training has pulled them apart, they are written side by side, with the sum of their ranks: the same function. What
-trained as a whole beside the pairs is written as `modules_to_save`.
+`peft.files` describes the contents of a folder. Modules have the names of the family's table of rules, so only the
+layout differs. A fused module (Phi-3's qkv_proj) has one A for all of its parts; here each part has its own copy. If
+training has made the copies differ, they are concatenated on export, which adds up the ranks and gives the same
+function. Parameters that were trained in full are written as `modules_to_save`.
 
-    lora = peft.load("path/to/adapter", model)              # of pairs alone; any: lcx.load(base, adapter=...)
-    peft.save("path/to/adapter", model, lora)
-    peft.export("path/to/workdir", "path/to/adapter")       # from a run that trained with LoRA
+    lora = adapter.load("path/to/adapter", model)           # only pairs; for any adapter: lcx.load(base, adapter=...)
+    adapter.save("path/to/adapter", model, lora)
+    adapter.export("path/to/workdir", "path/to/adapter")    # from a run that trained with LoRA
 """
 
 import collections
@@ -54,31 +54,31 @@ class Part:
 
 
 def load(path: str | os.PathLike, model: Decoder) -> dict[str, Any]:
-    """Reads an adapter of pairs alone as the `lora` collection of this model, float32.
+    """Reads an adapter that consists only of low-rank pairs as the `lora` collection of this model, float32.
 
-    Layers of a stage that the adapter does not touch have scale 0; smaller ranks are filled up with zeros.
+    Layers of a stage that the adapter does not change get scale 0; smaller ranks are padded with zeros.
 
     Raises:
-      UserError: what `peft_files.read` refuses; an adapter that holds more than pairs.
+      UserError: as in `peft.files.read`; the adapter holds more than pairs.
     """
     adapter = read(path, merged.known(model))
     more = [name for name, changes in adapter.changes.items() if not all(map(_is_pair, changes))]
     if more:
         raise UserError(
-            f"{path}: beside pairs it changes {_listing(more)} (modules_to_save, DoRA ...): use "
+            f"{path}: in addition to pairs it changes {_listing(more)} (modules_to_save, DoRA ...): use "
             "lcx.load(base, adapter=...), which merges it"
         )
     return collection(adapter.pairs, model)
 
 
 def collection(pairs: Mapping[str, LowRank], model: Decoder, *, rank: int | None = None) -> dict[str, Any]:
-    """Pairs by module as the `lora` collection of this model, float32; see `load`.
+    """Converts pairs by module to the `lora` collection of this model, float32; see `load`.
 
     Args:
-      rank: fill all of them up to this one.
+      rank: pad all pairs to this rank; None: to the largest rank of each stack.
 
     Raises:
-      UserError: pairs of the embedding or the head.
+      UserError: a pair belongs to the embedding or the head.
     """
     return _collection(_parts_of_pairs(pairs, modules(model)), model, rank)
 
@@ -110,7 +110,7 @@ def modules(model: Decoder) -> dict[str, tuple[Part, ...]]:
 def _parts_of_pairs(
     pairs: Mapping[str, LowRank], known: Mapping[str, tuple[Part, ...]]
 ) -> Iterator[tuple[Part, LowRank]]:
-    """Every part with its own pair: the module's A, and its rows of B."""
+    """Yields each part with its own pair: the module's A, and the part's rows of B."""
     for name, pair in pairs.items():
         if name not in known:
             raise UserError(
@@ -121,7 +121,7 @@ def _parts_of_pairs(
 
 
 def _collection(parts: Iterable[tuple[Part, LowRank]], model: Decoder, common: int | None) -> dict[str, Any]:
-    """The pairs stacked by layer."""
+    """The `lora` collection: the pairs stacked over the layers of each stage."""
     by_path: dict[str, list[tuple[Part, LowRank]]] = collections.defaultdict(list)
     for part, pair in parts:
         by_path[part.path].append((part, pair))
@@ -154,23 +154,23 @@ def save(
     base_model: str | None = None,
     overwrite: bool = False,
 ) -> str:
-    """Writes an adapter that `peft.PeftModel.from_pretrained` loads onto the base model, and says what it holds.
+    """Writes an adapter that `peft.PeftModel.from_pretrained` loads onto the base model; returns a summary of it.
 
     Args:
-      params: of the model; needed with `beside` alone.
-      beside: paths of parameters that trained as a whole, "embed/embedding".
-      base_model: what adapter_config.json names as the base, a path or a name on the hub.
+      params: parameters of the model; needed only with `beside`.
+      beside: paths of parameters that were trained in full, e.g. "embed/embedding".
+      base_model: the base that adapter_config.json names, a path or a name on the hub.
       overwrite: whether an existing adapter folder may be replaced.
 
     Raises:
-      UserError: pairs that do not belong to this model, something trained that PEFT has no place for, a destination
-        that exists or cannot be written.
+      UserError: pairs do not belong to this model, PEFT has no place for a trained parameter, or the destination
+        exists or cannot be written.
     """
     source = None
     if beside:
         if params is None:
             raise UserError(
-                "save has parameters beside the pairs and no params to take them from: pass params"
+                "save got `beside` without the parameters that it names: pass params"
             )
         source = model_source.TreeSource(model, params)
     return _write(path, Base(base_model, model), lora, source, beside, overwrite)
@@ -183,16 +183,16 @@ def export(
     base_model: str | None = None,
     overwrite: bool = False,
 ) -> list[str]:
-    """Writes what a training run with LoRA left in its checkpoint (a workdir, or one of its steps) as an adapter.
+    """Writes the parameters that a LoRA run trained, from its workdir or one of its steps, as an adapter.
 
     Args:
-      base_model: what adapter_config.json names as the base; None: what the run started from.
+      base_model: the base that adapter_config.json names; None: the model that the run started from.
 
     Returns:
-      Lines that say what the adapter holds, what its base is, and which scaling that needs.
+      Lines that state what the adapter holds, its base model, and the RoPE scaling to use with it.
 
     Raises:
-      UserError: no pairs there, or what `save` refuses.
+      UserError: the checkpoint has no pairs, or as in `save`.
     """
     folder = step_folder(checkpoint)
     lora = stored_pairs(checkpoint)
@@ -228,7 +228,7 @@ def _write(
     for name, key in full.items():
         assert source is not None
         table = merged.table(base.model)
-        stored = name if name in table.rules else EMBEDDING_WEIGHT  # a tied head
+        stored = name if name in table.rules else EMBEDDING_WEIGHT  # a tied head has no rule of its own
         dtype = table.foreign_dtype(source.leaves, stored)
         infos[key] = TensorInfo(dtype, table.foreign_shapes[stored])
         pieces[key] = functools.partial(_pieces, source, table, stored, dtype)
@@ -244,13 +244,13 @@ def _write(
         expected = {f"{name}.weight" for name in pairs} | full.keys()
         if missing := sorted(expected - changed.keys() - {HEAD_WEIGHT}):
             raise UserError(
-                f"{folder}: {_listing(missing)} trained, and are not in what was written: report this"
+                f"{folder}: {_listing(missing)} were trained but are missing from the written adapter: report this bug"
             )
     return holds
 
 
 def _pieces(source: ModelSource, table: rules.Table, name: str, dtype: np.dtype) -> Iterator[np.ndarray]:
-    """A tensor of the base's names, in pieces where it is a table."""
+    """Yields a tensor under its name in the base model; a table (embedding or head) in pieces."""
     for part in table.rules[name].parts:
         shape = table.slice_shape(part)
         whole = tuple(slice(0, size) for size in shape)
@@ -263,22 +263,22 @@ def _pieces(source: ModelSource, table: rules.Table, name: str, dtype: np.dtype)
 
 
 def _full(model: Decoder, pairs: Mapping[str, LowRank], beside: Sequence[str]) -> dict[str, str]:
-    """Name of a tensor that is written as a whole -> its key: all of every module of which something trained.
+    """Name of each tensor to write in full -> its key. A module is written whole if any of its parameters was trained.
 
     Raises:
-      UserError: something that PEFT has no place for.
+      UserError: PEFT has no place for a trained parameter.
     """
     table = merged.table(model)
     trained = {at.name for path in beside for at in table.places.get(path, {}).values()}
     if lost := sorted(path for path in beside if path not in table.places):
         raise UserError(
-            f"{len(lost)} parameters that trained beside the pairs have no place in a PEFT adapter, such as {lost[0]}: "
+            f"{len(lost)} parameters trained in full have no place in a PEFT adapter, such as {lost[0]}: "
             "write the merged model (--dst_format=lcx, hf or lolcats; feature maps: lolcats_files)"
         )
     twice = sorted(name for name in trained if name.removesuffix(".weight") in pairs)
     if twice:
         raise UserError(
-            f"{twice[0]} has a pair and trained as a whole too, which PEFT cannot hold: write the merged model "
+            f"{twice[0]} has a pair and was also trained in full, which PEFT cannot express: write the merged model "
             "(--dst_format=hf), or change LoRA.beside"
         )
     owners = {name.rpartition(".")[0] for name in trained}
@@ -290,13 +290,13 @@ def _full(model: Decoder, pairs: Mapping[str, LowRank], beside: Sequence[str]) -
             full[name] = f"{PREFIX}{owner}.{'base_layer.' if owner in pairs else ''}bias"
         elif owner in owners - pairs.keys() and (not of_pairs or name in trained):
             full[name] = PREFIX + name
-    if model.tie_word_embeddings and EMBEDDING_WEIGHT in full:  # PEFT would leave the head as it was
+    if model.tie_word_embeddings and EMBEDDING_WEIGHT in full:  # otherwise PEFT would leave the head unchanged
         full[HEAD_WEIGHT] = PREFIX + HEAD_WEIGHT
     return full
 
 
 def _holds(pairs: Mapping[str, LowRank], full: Iterable[str], infos: Mapping[str, TensorInfo]) -> str:
-    """'6 pairs (q_proj 3, v_proj 3) of rank 4, alpha 8; 1 full tensor (norm); 12,345 bytes, float32'."""
+    """A summary: '6 pairs (q_proj 3, v_proj 3) of rank 4, alpha 8; 1 full tensor (norm); 12,345 bytes, float32'."""
 
     def listed(names: Iterable[str]) -> str:
         counts = collections.Counter(name.rpartition(".")[2] for name in names)
@@ -315,7 +315,7 @@ def _holds(pairs: Mapping[str, LowRank], full: Iterable[str], infos: Mapping[str
 
 
 def module_pairs(lora: Mapping[str, Any], known: Mapping[str, tuple[Part, ...]]) -> dict[str, LowRank]:
-    """Module name -> the pair to write, in the order of the model; modules without an update are left out."""
+    """Module name -> the pair to write, in the order of the model; modules without an update are omitted."""
     flat = {path: np.asarray(leaf) for path, leaf in flatten_dict(lora, sep="/").items()}
     expected = {
         f"{part.path}/{leaf}" for parts in known.values() for part in parts for leaf in ("a", "b", "scale")
@@ -344,11 +344,11 @@ def _part_pair(flat: Mapping[str, np.ndarray], part: Part) -> LowRank | None:
     if a.shape[:-1] != part.in_shape or b.shape[1:] != part.out_shape:
         found = f"the lora pair at {part.path} has a {a.shape} and b {b.shape} in a layer"
         raise UserError(
-            f"{found}, expected {part.in_shape} and {part.out_shape} beside the rank: pass its own model"
+            f"{found}, expected {part.in_shape} and {part.out_shape} in addition to the rank: pass its own model"
         )
     rank = a.shape[-1]
     while rank > 1 and not (a[..., rank - 1].any() or b[rank - 1].any()):
-        rank -= 1  # what `load` filled up
+        rank -= 1  # remove the zero padding that `load` added
     a, b = (a[..., :rank], b[:rank]) if a.any() or b.any() else (a, b)
     rank = a.shape[-1]
     pair = LowRank(a.reshape(-1, rank).T.copy(), b.reshape(rank, -1).T.copy(), float(scale))
@@ -356,7 +356,7 @@ def _part_pair(flat: Mapping[str, np.ndarray], part: Part) -> LowRank | None:
 
 
 def _fused(parts: tuple[Part, ...], present: Mapping[Part, LowRank]) -> LowRank:
-    """One pair for a module of several parts: one A if all have the same, else the sum of their ranks."""
+    """One pair for a fused module: with the common A if all parts share it, else with the sum of their ranks."""
     first = next(iter(present.values()))
     rows = parts[-1].stop
     if all(np.array_equal(pair.A, first.A) and pair.scale == first.scale for pair in present.values()):
@@ -367,7 +367,7 @@ def _fused(parts: tuple[Part, ...], present: Mapping[Part, LowRank]) -> LowRank:
     A = np.concatenate([pair.A for pair in present.values()])
     B, column = np.zeros((rows, len(A)), np.float32), 0
     for part, pair in present.items():
-        # A module has one scale; where the parts' differ, the quotient goes into B.
+        # A module has a single scale. If the parts have different scales, their ratio is multiplied into B.
         B[part.start : part.stop, column : column + len(pair.A)] = pair.B * np.float32(
             pair.scale / first.scale
         )
@@ -376,7 +376,7 @@ def _fused(parts: tuple[Part, ...], present: Mapping[Part, LowRank]) -> LowRank:
 
 
 def _config(pairs: Mapping[str, LowRank], full: Mapping[str, str], base: Base) -> dict[str, Any]:
-    """adapter_config.json. Modules whose rank or alpha is not the common one stand in the patterns."""
+    """adapter_config.json. The most common rank and alpha are the defaults; the patterns list the other modules."""
     known = merged.known(base.model)
     ranks = {name: len(pair.A) for name, pair in pairs.items()}
     alphas = {name: number(pair.scale * len(pair.A)) for name, pair in pairs.items()}
@@ -402,12 +402,14 @@ def _config(pairs: Mapping[str, LowRank], full: Mapping[str, str], base: Base) -
         "fan_in_fan_out": False,
         "use_rslora": False,
         "init_lora_weights": True,
-        **tying,  # else PEFT trains embedding and head apart from here on; older versions do not know the key
+        # Without the key, PEFT would train embedding and head separately from here on. Older versions reject it, so it
+        # is written only if needed.
+        **tying,
     }
 
 
 def _endings(saved: set[str], tensors: Iterable[str]) -> list[str]:
-    """Names for modules_to_save, of which PEFT takes every module that ends so: short where that is just these."""
+    """Names for modules_to_save. PEFT matches name endings, so the short name is used if it matches no other module."""
     parents = {".".join(name.split(".")[:end]) for name in tensors for end in range(1, name.count(".") + 1)}
     found = []
     for name in saved:
@@ -417,11 +419,11 @@ def _endings(saved: set[str], tensors: Iterable[str]) -> list[str]:
 
 
 def _pattern(module: str) -> str:
-    return re.escape(module.removeprefix("model."))  # older PEFT wants something before what it matches
+    return re.escape(module.removeprefix("model."))  # older PEFT versions require a prefix before the match
 
 
 def number(value: float) -> int | float:
-    """Without the rounding noise of a float32 scale, and whole where it is: PEFT's lora_alpha is an integer."""
+    """Removes the rounding noise of a float32 scale; an int if integral, because PEFT's lora_alpha is an integer."""
     value = float(f"{value:.7g}")
     return int(value) if value.is_integer() else value
 

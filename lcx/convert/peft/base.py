@@ -1,8 +1,8 @@
-"""What an adapter's numbers belong to, beside a PEFT adapter: lcx_adapter.json and README.md.
+"""Records the base model of a PEFT adapter, including its RoPE scaling, in lcx_adapter.json and README.md.
 
-PEFT records the base by its name alone. An adapter that trained on an extended model belongs to that model's rotary
-embedding too, and on the base as it is stored the same pairs give other logits without a word. So lcx writes both
-down, the scaling for people in README.md and for itself in lcx_adapter.json:
+PEFT records only the name of the base. An adapter that was trained on an extended model also depends on that model's
+rotary embedding; on the base as stored, the same pairs would silently give different logits. lcx therefore writes the
+scaling next to the adapter, in README.md for people and in lcx_adapter.json for itself:
 
     {"format": 1, "base_model_name_or_path": "...", "max_position_embeddings": 32768, "mixers": {"Attention": 32},
      "ropes": [{"head_dim": 128, "rope_type": "yarn", "factor": 4.0, ...}], "holds": "..."}
@@ -39,8 +39,8 @@ class Base:
     """The model that an adapter belongs to.
 
     Attributes:
-      name: a path or a name on the hub; None: not known.
-      model: with its context extended, as the adapter trained on it.
+      name: a path or a name on the hub; None if unknown.
+      model: the model that the adapter was trained on, with its context extended.
     """
 
     name: str | None
@@ -48,7 +48,7 @@ class Base:
 
 
 def mixer_kinds(model: Decoder) -> dict[str, int]:
-    """Kind of mixer -> layers."""
+    """Kind of mixer -> number of layers."""
     return dict(collections.Counter(mixers.kind(layer.block.mixer) for layer in model_lib.layers(model)))
 
 
@@ -57,7 +57,7 @@ def is_scaled(model: Decoder) -> bool:
 
 
 def scaling(rope: Rope) -> dict[str, Any]:
-    """The rope_scaling that makes this rotary embedding of that of the base, as lcx and its commands take it."""
+    """The rope_scaling setting that turns the rotary embedding of the base into this one."""
     name = rope.rope_type if isinstance(rope.rope_type, str) else _function(rope)
     out: dict[str, Any] = {"rope_type": name, "rope_theta": rope.rope_theta}
     for field in dataclasses.fields(rope):
@@ -72,7 +72,7 @@ def _function(rope: Rope) -> str:
 
 
 def lines(base: Base) -> list[str]:
-    """What a person has to know to use the adapter, for the terminal."""
+    """Instructions for using the adapter, printed on the terminal."""
     found = [f"base: {base.name or 'not known, name it with --base_model'}"]
     for rope, _ in rotaries(base.model) if is_scaled(base.model) else []:
         found.append(
@@ -149,13 +149,13 @@ def _readme(folder: pathlib.Path, base: Base, holds: str) -> str:
 
 
 def check(path: str | os.PathLike, model: Decoder, *, scaled: bool) -> None:
-    """Compares the model that an adapter is used on with the one it trained on, where the adapter says.
+    """Compares the model that an adapter is used on with the one it was trained on, if the adapter records it.
 
     Args:
-      scaled: whether the user chose the scaling: another one than the adapter's is then a warning.
+      scaled: whether the user chose the scaling; a mismatch is then only a warning.
 
     Raises:
-      UserError: another scaling or kind of attention, a damaged lcx_adapter.json.
+      UserError: the scaling or the kinds of attention differ, or lcx_adapter.json is damaged.
     """
     folder = pathlib.Path(path).expanduser()
     if not os.path.lexists(folder / FILE):
@@ -191,7 +191,7 @@ _Needed = tuple[dict[str, Any], Rope | None, int]
 
 
 def _rope(folder: pathlib.Path, entry: Any) -> _Needed:
-    """(the rope_scaling, the Rope or None for a function of somebody's, the size of a head)."""
+    """(the rope_scaling, the Rope or None for a custom function, head_dim)."""
     if not isinstance(entry, dict):
         raise UserError(f"{folder}: {FILE} has the rope {entry!r:.60}, expected an object")
     given = {key: value for key, value in entry.items() if key != "head_dim"}

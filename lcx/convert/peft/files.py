@@ -1,16 +1,16 @@
 """The files of a PEFT adapter as changes to the tensors of its base model.
 
-A folder holds adapter_config.json (`peft_settings`) and adapter_model.safetensors (or .bin), whose names are
+A folder holds adapter_config.json (`settings`) and adapter_model.safetensors (or .bin), with these tensor names:
 
     base_model.model.MODULE.lora_A.weight [R, in], .lora_B.weight [out, R]          W + scale B A
-                           .lora_magnitude_vector [out]                             DoRA: rows of that norm
+                           .lora_magnitude_vector [out]                             DoRA: the norms of W's rows
                            .lora_embedding_A [R, V], .lora_embedding_B [D, R]       of an embedding: W + scale (B A)^T
                            .weight, .bias                                           modules_to_save, biases: a new W
                            .base_layer.weight, .base_layer.bias                     the same of a module with a pair
-                           .token_adapter.trainable_tokens_delta [n, D]             some rows of W anew
+                           .token_adapter.trainable_tokens_delta [n, D]             new values for some rows of W
 
-and MODULE is a module of the base in Hugging Face's names, "model.layers.0.self_attn.q_proj". PEFT changes modules, not
-weights: where the head of the base is its embedding, a change of one leaves the other as it was.
+MODULE is a module of the base under its Hugging Face name, "model.layers.0.self_attn.q_proj". PEFT changes modules, not
+weights: if the head of the base is tied to its embedding, changing one leaves the other unchanged.
 """
 
 import dataclasses
@@ -35,9 +35,9 @@ CONFIG, WEIGHTS, TORCH_WEIGHTS = peft_settings.FILE, "adapter_model.safetensors"
 PREFIX = "base_model.model."
 HEAD_WEIGHT, EMBEDDING_WEIGHT = f"{HEAD}.weight", f"{EMBEDDING}.weight"
 _MAX_NAME = 300
-#: What wrappers of torch leave in names.
+#: Name components that torch wrappers insert.
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-_NAME = r"(?:\.(?P<adapter>[^.]+))?"  # of the adapter, which PEFT leaves out when it saves
+_NAME = r"(?:\.(?P<adapter>[^.]+))?"  # the adapter's name, which PEFT omits when it saves
 _KEYS = {
     kind: re.compile(rf"(?P<module>.+)\.{rest}")
     for kind, rest in {
@@ -57,12 +57,12 @@ _KEYS = {
 
 @dataclasses.dataclass(frozen=True)
 class Known:
-    """The base model in Hugging Face's names.
+    """The base model under its Hugging Face names.
 
     Attributes:
-      shapes: of its tensors, "model.layers.0.self_attn.q_proj.weight" -> [out, in].
-      linear: linear modules of the layers, "model.layers.0.self_attn.q_proj".
-      tied: whether the head is the embedding (`shapes` has both).
+      shapes: tensor name -> shape, e.g. "model.layers.0.self_attn.q_proj.weight" -> [out, in].
+      linear: names of the linear modules in the layers, e.g. "model.layers.0.self_attn.q_proj".
+      tied: whether the head is tied to the embedding (`shapes` then has both).
     """
 
     shapes: Mapping[str, tuple[int, ...]]
@@ -71,16 +71,16 @@ class Known:
 
 
 class Change(Protocol):
-    """What becomes of a tensor."""
+    """A change to a tensor of the base."""
 
     def apply(self, rows: np.ndarray, start: int) -> np.ndarray:
-        """Rows [start, start + n) as they are, float32 -> as they become."""
+        """Returns the changed rows, float32; `rows` are the current rows [start, start + n)."""
         ...
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LowRank:
-    """W + scale B A, with rows of the norms `magnitude` where there are some (DoRA, arXiv 2402.09353)."""
+    """W + scale B A; with `magnitude`, its rows are rescaled to these norms (DoRA, arXiv 2402.09353)."""
 
     A: np.ndarray  # [R, in] float32
     B: np.ndarray  # [out, R] float32
@@ -97,11 +97,11 @@ class LowRank:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Replaced:
-    """Another tensor in its place, read when it is needed."""
+    """Replaces a tensor by another one, which is read on demand."""
 
     source: TensorSource
     key: str
-    everywhere: bool = False  # also in what is tied to it
+    everywhere: bool = False  # whether the change also applies to the tied tensor
 
     def apply(self, rows: np.ndarray, start: int) -> np.ndarray:
         return self.source.read(self.key, start, start + len(rows)).astype(np.float32)
@@ -109,7 +109,7 @@ class Replaced:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Rows:
-    """Other rows at these places."""
+    """Replaces some rows of a tensor."""
 
     places: np.ndarray  # [n]
     values: np.ndarray  # [n, D] float32
@@ -127,9 +127,9 @@ class Adapter:
     """An adapter that fits a base.
 
     Attributes:
-      changes: name of a tensor of the base -> what becomes of it, in this order.
-      ties: whether the head is the embedding afterwards; False also where it never was.
-      nbytes: of its tensors.
+      changes: name of a tensor of the base -> the changes to apply to it, in this order.
+      ties: whether the head is tied to the embedding after the changes; False also if it was not before.
+      nbytes: size of the adapter's tensors in bytes.
     """
 
     folder: pathlib.Path
@@ -151,11 +151,11 @@ class Adapter:
 
 
 def read(path: str | os.PathLike, known: Known) -> Adapter:
-    """Reads a folder, and compares it with the base and with its own adapter_config.json.
+    """Reads a folder, and checks it against the base and its own adapter_config.json.
 
     Raises:
-      UserError: a missing or damaged file, a kind of adapter that is not read here, tensors that are missing, that
-        nothing asks for, that do not fit the base or hold numbers that are not finite.
+      UserError: a missing or damaged file; an unsupported kind of adapter; tensors that are missing, unexpected,
+        non-finite, or do not fit the base.
     """
     folder = pathlib.Path(path).expanduser()
     if not folder.is_dir():
@@ -171,7 +171,7 @@ def read(path: str | os.PathLike, known: Known) -> Adapter:
 
 
 class _Reading:
-    """One folder on its way to an Adapter."""
+    """State of reading one folder into an Adapter."""
 
     def __init__(self, folder: pathlib.Path, settings: Settings, source: TensorSource, known: Known):
         self.folder, self.settings, self.source, self.known = folder, settings, source, known
@@ -208,7 +208,10 @@ class _Reading:
             )
 
     def _check_targets(self) -> None:
-        """The pairs are those that target_modules means: PEFT starts the others anew, or drops them, in silence."""
+        """Raises UserError unless the pairs match target_modules.
+
+        PEFT would silently initialise missing pairs anew, and drop extra ones.
+        """
         expected = self.settings.targeted(self.known.linear, (EMBEDDING, HEAD))
         has = {
             module
@@ -222,13 +225,13 @@ class _Reading:
         missing, extra = sorted(expected - has), sorted(has - expected)
         if missing:
             raise UserError(
-                f"target_modules of {CONFIG} means {len(expected)} modules, and the tensors of {len(missing)} of them "
+                f"target_modules of {CONFIG} selects {len(expected)} modules, and the tensors of {len(missing)} of them "
                 f"are missing: {_listing(missing)}; copy or download the adapter again"
             )
         if extra:
             raise UserError(
-                f"the adapter has pairs for {_listing(extra)}, which target_modules of {CONFIG} does not mean: one of "
-                "the two is another adapter's"
+                f"the adapter has pairs for {_listing(extra)}, which target_modules of {CONFIG} does not select: one "
+                "of the two is another adapter's"
             )
 
     def _replace(self, module: str, kind: str, key: str) -> None:
@@ -236,10 +239,10 @@ class _Reading:
         self._check_shape(name, key, self.known.shapes.get(name))
         saved = self.settings.is_saved(module)
         bias = name.endswith(".bias") and self.settings.bias != "none"
-        table = module in (EMBEDDING, HEAD)  # PEFT saves them where the vocabulary grew, or they have a pair
+        table = module in (EMBEDDING, HEAD)  # PEFT also saves tables whose vocabulary was resized, or that have a pair
         if not (saved or bias or table):
             asks = "modules_to_save" if kind == "weight" else "bias"
-            raise UserError(f"unexpected tensor {key!r}, which {asks} of {CONFIG} does not mean: correct it")
+            raise UserError(f"unexpected tensor {key!r}, which {asks} of {CONFIG} does not select: correct it")
         everywhere = table and not (self.settings.is_saved(EMBEDDING) or self.settings.is_saved(HEAD))
         self.changes.setdefault(name, []).append(Replaced(self.source, key, everywhere))
 
@@ -247,7 +250,7 @@ class _Reading:
         stated = {end: rows for end, rows in self.settings.rows.items() if module.endswith(end)}
         if len(stated) != 1:
             raise UserError(
-                f"unexpected tensor {key!r}, which trainable_token_indices of {CONFIG} does not mean"
+                f"unexpected tensor {key!r}, which trainable_token_indices of {CONFIG} does not select"
             )
         (places,) = stated.values()
         name = f"{module}.weight"
@@ -258,7 +261,7 @@ class _Reading:
                 f"trainable_token_indices of {CONFIG} has token {max(places)} (or one twice), expected different ids "
                 f"below {rows}, the model's vocabulary"
             )
-        # PEFT lets the other one follow unless it has rows of its own.
+        # PEFT changes the tied module too, unless that has trained rows of its own.
         alone = sum("rows" in keys for keys in self.found.values()) == 1
         change = Rows(np.array(places), self._read(key), everywhere=alone)
         self.changes.setdefault(name, []).append(change)
@@ -269,7 +272,7 @@ class _Reading:
         for module, (A, B) in read.items():
             if A.ndim != 2 or B.ndim != 2:
                 raise UserError(f"{module} has A {A.shape} and B {B.shape}, expected [R, in] and [out, R]")
-            if "embedding_A" in self.found[module]:  # W there is the transpose of a linear map's
+            if "embedding_A" in self.found[module]:  # an embedding's weight is the transpose of a linear map's
                 read[module] = B.T, A.T
         for module, (A, B) in read.items():
             rows, columns = self.known.shapes[f"{module}.weight"]
@@ -300,7 +303,7 @@ class _Reading:
         return self._read(key)
 
     def _check_saved(self) -> None:
-        """Nothing that the settings promise is missing."""
+        """Raises UserError if a tensor that the settings announce is missing."""
         promised = [
             name
             for name in self.known.shapes
@@ -310,7 +313,7 @@ class _Reading:
         missing = [name for name in promised if name not in self.changes]
         if missing:
             raise UserError(
-                f"modules_to_save or bias of {CONFIG} means {_listing(missing)}, which the adapter does not hold: copy "
+                f"modules_to_save or bias of {CONFIG} selects {_listing(missing)}, which the adapter lacks: copy "
                 "or download it again"
             )
         modules = {name.rpartition(".")[0] for name in self.known.shapes}
@@ -349,7 +352,7 @@ class _Reading:
             _check_finite(key, self.source.read(key, start, stop).astype(np.float32))
 
     def _read(self, key: str) -> np.ndarray:
-        """A small tensor, whole, float32."""
+        """Reads a small tensor whole, as float32."""
         info = self.source.tensors[key]
         if info.dtype not in FLOAT_DTYPES.values():
             raise UserError(f"{key!r} is {info.dtype}, expected float32, bfloat16 or float16")
@@ -399,7 +402,7 @@ def _sorted(source: TensorSource) -> dict[str, dict[str, str]]:
 
 
 def _sides(module: str, keys: Mapping[str, str]) -> tuple[str, str] | None:
-    """The keys of A and B; None where the module has no pair."""
+    """The keys of A and B; None if the module has no pair."""
     for a, b in (("A", "B"), ("embedding_A", "embedding_B")):
         if a in keys and b in keys:
             return keys[a], keys[b]
@@ -421,7 +424,10 @@ def _check_finite(key: str, values: np.ndarray) -> np.ndarray:
 
 
 def _tied(changes: dict[str, list[Change]], tied: bool) -> tuple[dict[str, list[Change]], bool]:
-    """(the changes, whether the head is the embedding after them)."""
+    """(the changes to separate tensors, whether embedding and head are still tied after them).
+
+    They stay tied if both are changed in the same way; a change to only one of them unties the model.
+    """
     if not tied:
         return changes, False
     both = [changes.pop(name, []) for name in (EMBEDDING_WEIGHT, HEAD_WEIGHT)]

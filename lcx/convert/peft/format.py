@@ -1,4 +1,4 @@
-"""The format "peft": an adapter of what a run trained with LoRA."""
+"""The format "peft": a LoRA run's trained parameters as a PEFT adapter."""
 
 import dataclasses
 
@@ -8,17 +8,17 @@ from lcx.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class PeftAdapter(TrainedFormat):
-    """A folder that `peft.PeftModel.from_pretrained` loads onto the base model. It is read with `adapter=`.
+    """A folder that `peft.PeftModel.from_pretrained` loads onto the base model. To read one, use `adapter=`.
 
     Attributes:
-      base_model: what it names as its base; None: what the run started from.
+      base_model: the base that adapter_config.json names; None: the model that the run started from.
     """
 
     name: str = "peft"
-    help: str = "an adapter of what a run with LoRA trained"
+    help: str = "a PEFT adapter with the parameters that a LoRA run trained"
     overlay: bool = True
     base_model: str | None = option(
-        None, help="what a 'peft' adapter names as its base, a path or a name on the hub", metavar="NAME"
+        None, help="the base that a 'peft' adapter names, a path or a name on the hub", metavar="NAME"
     )
 
     def detect(self, path, names):

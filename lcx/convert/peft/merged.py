@@ -1,10 +1,10 @@
-"""A stored model with a PEFT adapter in it, read parameter by parameter.
+"""A stored model with a PEFT adapter merged in, read parameter by parameter.
 
-    source = adapted(source, "path/to/adapter")            # a model_source.ModelSource, whatever format it lies in
+    source = adapted(source, "path/to/adapter")            # a model_source.ModelSource of any format
 
-The changes of `peft_files` are made to the tensors as Hugging Face has them, which every parameter of the family is
-part of. One layer of one parameter is in memory at a time. In lcx, embedding and head are one parameter or two; where
-an adapter changes one of a tied pair, the model that comes out has two.
+The changes of an adapter (`peft.files`) apply to tensors in Hugging Face's layout, so each parameter is converted to
+that layout, changed, and converted back, one layer at a time. If an adapter changes only one of a tied embedding and
+head, the resulting model is untied.
 """
 
 import logging
@@ -34,10 +34,10 @@ _FLOAT32 = np.dtype(np.float32)
 
 
 def table(model: Decoder) -> rules.Table:
-    """The parameters of a model of the Llama family that Hugging Face has names for (feature maps have none).
+    """Rules for the parameters that have Hugging Face names, i.e. all except those of linear attention.
 
     Raises:
-      UserError: another kind of model.
+      UserError: the model_type is not in `families.FAMILIES`.
     """
     if model.model_type not in families.FAMILIES:
         what = f"the model's model_type {model.model_type!r} has no PEFT names"
@@ -52,7 +52,7 @@ def table(model: Decoder) -> rules.Table:
 
 
 def known(model: Decoder) -> Known:
-    """The model as the files of an adapter name it."""
+    """The model's tensors and modules under the names that adapter files use."""
     names = table(model)
     linear = [
         rule.name.removesuffix(".weight")
@@ -66,15 +66,16 @@ def known(model: Decoder) -> Known:
 
 
 class AdaptedSource:
-    """A source with the changes of an adapter (a `model_source.ModelSource`).
+    """A source with the changes of an adapter applied (a `model_source.ModelSource`).
 
     Args:
-      base: the model, its context already extended.
-      dtype: of the parameters that change; None: as the base has them. The arithmetic is float32.
-      pairs: whether the low-rank pairs are merged; the parameters that trained as a whole are float32 if not.
+      base: the model, with its context already extended.
+      path: the adapter's folder.
+      dtype: dtype of the changed parameters; None keeps that of the base. The arithmetic is in float32.
+      pairs: whether to merge the low-rank pairs. If False, parameters that were trained in full are float32.
 
     Raises:
-      UserError: what `peft_files.read` refuses.
+      UserError: as in `peft.files.read`.
     """
 
     def __init__(
@@ -101,7 +102,7 @@ class AdaptedSource:
 
     @property
     def changed(self) -> list[str]:
-        """The parameters that are not those of the base."""
+        """Paths of the parameters that differ from the base."""
         places = self._table.places
         return [leaf for leaf in places if any(at.name in self._changes for at in places[leaf].values())]
 
@@ -114,11 +115,12 @@ class AdaptedSource:
         return np.stack([self._rows(path, repeat, index[1:]) for repeat in repeats])
 
     def _rows(self, path: str, repeat: int | None, index: rules.Index) -> np.ndarray:
-        """One slice of one (repeat of a) parameter."""
+        """Reads one slice of a changed parameter (or of one repeat)."""
         place, dtype = self._table.places[path][repeat], self.leaves[path].dtype
         shape = self.leaves[path].shape if repeat is None else self.leaves[path].shape[1:]
         stored = path if path in self._base.leaves else _EMBEDDING
-        if repeat is None and shape:  # a table: its rows are the tensor's
+        # An embedding table has the same rows in both layouts, so only the requested rows are read.
+        if repeat is None and shape:
             start, stop, _ = index[0].indices(shape[0])
             old = self._base.read(stored, (slice(start, stop), *(slice(0, size) for size in shape[1:])))
             new = self._changed(place, old.astype(np.float32), start)
@@ -142,15 +144,15 @@ def adapted(
     scaled: bool,
     dtype: np.dtype | None = None,
 ) -> ModelSource:
-    """The source with one or more adapters in it; their pairs add up.
+    """The source with one or more adapters merged in; their low-rank updates are summed.
 
     Args:
       scaled: whether the user chose the scaling of the model.
-      dtype: of what changes; None as stored.
+      dtype: dtype of the changed parameters; None keeps the stored dtype.
 
     Raises:
-      UserError: adapters that cannot be read, do not fit the model, were made for another scaling than it has, or
-        change the same parameter as a whole.
+      UserError: an adapter cannot be read, does not fit the model or was trained with another RoPE scaling, or several
+        replace the same parameter.
     """
     if adapter is None:
         return source
@@ -164,7 +166,7 @@ def adapted(
             whole = not all(isinstance(c, LowRank) and c.magnitude is None for c in changes)
             if name in taken and (whole or taken[name][1]):
                 raise UserError(
-                    f"{taken[name][0]} and {path} both change {name} as a whole: merge one of them first"
+                    f"{taken[name][0]} and {path} both change {name}, and the changes do not add up: merge one first"
                 )
             taken[name] = path, whole
         counts = len(source.adapter.pairs), len(source.adapter.changes)

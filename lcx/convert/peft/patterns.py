@@ -1,7 +1,7 @@
-"""Regular expressions from files of others, matched where they can do no harm.
+"""Safe matching of regular expressions from untrusted files.
 
-A few characters, such as (a+)+b, keep Python's `re` busy for years, and nothing in its process can stop it. A pattern
-that repeats anything is therefore matched in a process of its own, which has some seconds and one gigabyte.
+A short pattern such as (a+)+b can keep Python's `re` busy for years, and a match cannot be interrupted from within its
+process. A pattern with any repetition is therefore matched in a subprocess with a time limit and 1 GB of memory.
 """
 
 import json
@@ -24,10 +24,13 @@ json.dump([[bool(re.fullmatch(p, name)) for name in names] for p in patterns], s
 
 
 def matching(patterns: Sequence[str], names: Sequence[str], *, setting: str) -> dict[str, set[str]]:
-    """pattern -> the names that the whole of it matches.
+    """Pattern -> the names that it matches in full.
+
+    Args:
+      setting: the setting that holds the patterns, for error messages.
 
     Raises:
-      UserError: no regular expression, or one that takes too long; it names the setting.
+      UserError: a pattern is not a valid regular expression, or takes too long.
     """
     for pattern in patterns:
         if len(pattern) > MAX_CHARACTERS:
@@ -44,7 +47,7 @@ def _quick(pattern: str, names: Sequence[str]) -> set[str]:
 
 
 def _apart(patterns: list[str], names: Sequence[str], setting: str) -> dict[str, set[str]]:
-    """In a process of its own."""
+    """Matches in a subprocess."""
     shown = ", ".join(repr(pattern[:60]) for pattern in patterns[:3])
     try:
         done = subprocess.run(
@@ -61,7 +64,7 @@ def _apart(patterns: list[str], names: Sequence[str], setting: str) -> dict[str,
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["out of memory"])[-1].rpartition("error: ")[2][:120]
         raise UserError(
-            f"{setting} has the pattern {shown}, which is no regular expression ({reason}): correct it"
+            f"{setting} has the pattern {shown}, which is not a valid regular expression ({reason}): correct it"
         )
     rows = json.loads(done.stdout)
     return {

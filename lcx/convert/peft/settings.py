@@ -1,7 +1,7 @@
-"""adapter_config.json of a PEFT LoRA: which modules have a pair, of what rank and scale, and what else trained.
+"""adapter_config.json of a PEFT LoRA: which modules have a pair, their ranks and scales, and what else was trained.
 
-Everything in the file that changes the function is read, or refused with its name; a key that PEFT does not have either
-is said. What is read here equals what `peft.LoraConfig` and its rules for names make of the same file (peft 0.21).
+Every key that affects the computation is either read or rejected by name; keys unknown to PEFT are ignored with a
+warning. The result agrees with `peft.LoraConfig` and PEFT's name-matching rules (peft 0.21).
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ FILE = "adapter_config.json"
 ALL_LINEAR = "all-linear"
 HEAD, EMBEDDING = "lm_head", "model.embed_tokens"
 
-#: Keys that would change the function in a way that is not read here, and the values that do not.
+#: Keys of unsupported features, and the values with which they have no effect.
 _PLAIN: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     **dict.fromkeys(("lora_bias", "use_qalora"), (False,)),
@@ -32,10 +32,11 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
         ([], {}),
     ),
 }
-#: What the pairs started from; other ways to start change the base too, and their files belong to that other base.
+#: Initialisations that leave the base weights unchanged. The others modify them, so that the adapter only fits the
+#: modified base.
 _STARTS = ("gaussian", "eva", "orthogonal", "mica")
 _BIASES = ("none", "all", "lora_only")
-#: Keys without influence on the function of a finished adapter, and keys that are read below.
+#: Keys that do not affect a trained adapter, and keys that are read below.
 _KNOWN = (
     "alpha_pattern auto_mapping base_model_name_or_path bias corda_config ensure_weight_tying eva_config "
     "exclude_modules fan_in_fan_out inference_mode init_lora_weights layers_pattern layers_to_transform loftq_config "
@@ -46,20 +47,21 @@ _KNOWN = (
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What adapter_config.json says.
+    """The contents of adapter_config.json.
 
     Attributes:
-      rank, alpha: of every pair that no pattern names.
-      rank_pattern, alpha_pattern: regular expression of a module -> its own.
-      rslora: the scale is alpha / sqrt(rank).
-      dora: the rows of every changed weight have a norm of their own (DoRA).
-      targets: names of modules, a regular expression, or "all-linear"; None: not stated.
-      exclude: modules that `targets` does not mean.
-      layers: the only layers that `targets` means; None: all. `layers_pattern`: what their list may be called.
-      saved: endings of modules that trained as a whole (modules_to_save).
-      rows: ending of a module -> rows of its weight that trained (trainable_token_indices).
-      bias: which biases trained: none, all, lora_only.
-      tying: whether what happens to one of embedding and head happens to both (ensure_weight_tying), if they are one.
+      rank, alpha: defaults for pairs that no pattern matches.
+      rank_pattern, alpha_pattern: regular expression of module names -> rank or alpha of the matching modules.
+      rslora: the scale is alpha / sqrt(rank) (rsLoRA) instead of alpha / rank.
+      dora: the norm of each row of a changed weight is a trained parameter (DoRA).
+      targets: module names, a regular expression, or "all-linear"; None if not stated.
+      exclude: modules to exclude from `targets`.
+      layers, layers_pattern: the layers that `targets` is limited to (None: all), and the possible names of the module
+        list that holds the layers.
+      saved: name endings of modules that were trained in full (modules_to_save).
+      rows: name ending of a module -> rows of its weight that were trained (trainable_token_indices).
+      bias: which biases were trained: none, all or lora_only.
+      tying: whether changes to a tied embedding or head apply to both (ensure_weight_tying).
       base: the name or path of the base.
     """
 
@@ -80,13 +82,13 @@ class Settings:
     base: str | None
 
     def scales(self, ranks: Mapping[str, int]) -> dict[str, float]:
-        """Module -> factor of its update: alpha / rank, or alpha / sqrt(rank) for rsLoRA (arXiv 2312.03732).
+        """Module -> scale of its update: alpha / rank, or alpha / sqrt(rank) for rsLoRA (arXiv 2312.03732).
 
         Args:
-          ranks: module -> rank, as its tensors have it.
+          ranks: module -> rank of its tensors.
 
         Raises:
-          UserError: a rank that the file does not say, a pattern that is no regular expression.
+          UserError: a rank contradicts the file, or a pattern is not a valid regular expression.
         """
         names = list(ranks)
         stated = dict.fromkeys(names, self.rank) | _by_module(self.rank_pattern, names, "rank_pattern")
@@ -99,11 +101,11 @@ class Settings:
         return {name: alphas[name] / (rank**0.5 if self.rslora else rank) for name, rank in ranks.items()}
 
     def targeted(self, linear: Sequence[str], tables: Sequence[str]) -> set[str] | None:
-        """The modules that have a pair; None where the file does not say.
+        """The modules that should have a pair; None if the file does not state them.
 
         Args:
-          linear: linear modules of the layers.
-          tables: the embedding and the head, which "all-linear" leaves out.
+          linear: the linear modules of the layers.
+          tables: the embedding and the head, which "all-linear" excludes.
         """
         if self.targets is None:
             return None
@@ -134,7 +136,7 @@ class Settings:
         return int(place[2]) in self.layers
 
     def is_saved(self, module: str) -> bool:
-        """Whether a module, or one that it lies in, is of modules_to_save."""
+        """Whether a module, or a module that contains it, is listed in modules_to_save."""
         parts = module.split(".")
         return any(
             ".".join(parts[:end]).endswith(saved) for saved in self.saved for end in range(1, len(parts) + 1)
@@ -149,7 +151,7 @@ def _by_module(given: Mapping[str, Any], names: Sequence[str], setting: str) -> 
     """Module -> the value of the first pattern that it matches, by PEFT's rule (.*\\.)?(pattern)$."""
     if not given:
         return {}
-    # The end of a name after any dot: so the pattern itself stays as it is, and mostly needs no process of its own.
+    # Matching every dot-separated suffix replaces the prefix (.*\.)?, whose repetition would require the subprocess.
     ends = {name: [name, *(name[i + 1 :] for i, c in enumerate(name) if c == ".")] for name in names}
     every = sorted({end for some in ends.values() for end in some})
     matched = patterns.matching(list(given), every, setting=f"{setting} of {FILE}")
@@ -169,7 +171,7 @@ def read(folder: pathlib.Path) -> Settings:
     """The settings of a folder.
 
     Raises:
-      UserError: no such file, a kind of adapter that is not read here, a value of another type or out of range.
+      UserError: the file does not exist, the kind of adapter is not supported, or a value has the wrong type or range.
     """
     config = folders.read_json(folders.inside(folder, FILE))
     try:
@@ -204,7 +206,7 @@ def _settings(config: Mapping[str, Any]) -> Settings:
 
 
 def _check_kind(config: Mapping[str, Any]) -> None:
-    """Raises UserError for what is not a plain LoRA, or not for text generation."""
+    """Raises UserError unless the adapter is a plain LoRA for text generation."""
     if config.get("peft_type") is None:
         raise UserError("no peft_type, expected 'LORA': is this the folder of an adapter?")
     for key, plain in _PLAIN.items():

@@ -1,4 +1,4 @@
-"""A PEFT adapter as the start of a training run: its pairs as pairs, what it holds beside them as parameters."""
+"""Continues training from a PEFT adapter: low-rank pairs stay pairs, parameters trained in full replace the base's."""
 
 import collections
 import os
@@ -28,21 +28,21 @@ def start(
     lora: LoRA | None,
     scaled: bool,
 ) -> tuple[Decoder, dict[str, Any], dict[str, Any], LoRA]:
-    """A base model and its adapter, apart.
+    """Reads a base model and its adapter without merging the pairs.
 
     Args:
-      base: the model, its context already extended.
-      lora: the settings of the run, which must agree with the adapter; None: those of the adapter.
+      base: the model, with its context already extended.
+      lora: the run's settings, which must agree with the adapter; None uses those of the adapter.
       scaled: whether the user chose the scaling of the model.
 
     Returns:
-      (model, params, lora, settings): the model, computing in float32; params with what the adapter replaces as a whole
-      in them, float32 there; the `lora` collection on the mesh; the settings of such pairs. Smaller ranks are filled up
-      to the largest, with zeros that training leaves as they are.
+      (model, params, lora, settings): the model, computing in float32; its parameters, in which those that the adapter
+      replaces are float32; the `lora` collection on the mesh; its LoRA settings. Smaller ranks are padded to the
+      largest with zeros, which training leaves at zero.
 
     Raises:
-      UserError: an adapter that does not fit the base, can be merged but not trained further, or has other pairs than
-        `lora` says.
+      UserError: the adapter does not fit the base, can be merged but not trained further, or has other pairs than
+        `lora` describes.
     """
     adapter = hub.local(adapter, kind="adapter")
     source = merged.AdaptedSource(base, adapter, pairs=False)
@@ -68,14 +68,14 @@ def start(
 
 
 def _agreed(wanted: LoRA | None, found: LoRA, model: Decoder) -> LoRA:
-    """The settings of the run: those of the adapter, and what else trains beside.
+    """The run's settings: those of the adapter, plus the parameters that `wanted.beside` trains in full.
 
     Raises:
-      UserError: Trainer.lora asks for other pairs than the adapter has.
+      UserError: Trainer.lora describes other pairs than the adapter has.
     """
     if wanted is None:
         return found
-    advice = "an adapter goes on with its own: set it so, or set Trainer.lora to None"
+    advice = "training continues with the adapter's own: set it to that, or set Trainer.lora to None"
     for name in ("rank", "alpha"):
         if getattr(wanted, name) != getattr(found, name):
             raise UserError(
@@ -94,15 +94,15 @@ def _agreed(wanted: LoRA | None, found: LoRA, model: Decoder) -> LoRA:
 def _check_trainable(adapter: peft_files.Adapter) -> None:
     for name, changes in adapter.changes.items():
         pair = next((c for c in changes if isinstance(c, peft_files.LowRank)), None)
-        what = "rows of it alone" if any(isinstance(c, peft_files.Rows) for c in changes) else ""
+        what = "only some trained rows" if any(isinstance(c, peft_files.Rows) for c in changes) else ""
         if pair is not None and pair.magnitude is not None:
             what = "DoRA"
         elif pair is not None and name in (peft_files.EMBEDDING_WEIGHT, peft_files.HEAD_WEIGHT):
             what = "a pair"
         if what:
             raise UserError(
-                f"{adapter.folder}: {name} has {what}, which does not train here: merge the adapter first (python -m "
-                "lcx.convert --adapter), and start from that"
+                f"{adapter.folder}: {name} has {what}, which cannot be trained here: merge the adapter first "
+                "(python -m lcx.convert --adapter), and start from that"
             )
 
 

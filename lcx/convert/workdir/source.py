@@ -59,7 +59,7 @@ class LcxSource:
                 "%s: its %d low-rank pairs are merged into the parameters%s",
                 self.where,
                 sum(shape[0] for path, (shape, _) in self._lora.arrays.items() if path[-1] == "scale"),
-                f", of which {beside} trained beside them" if beside else "",
+                f"; {beside} parameters were trained in full" if beside else "",
             )
 
     def _check_pairs(self) -> None:
@@ -80,7 +80,8 @@ class LcxSource:
             a, b, scale = (self._lora.read(name, index[0]) for name in pair)
             return merged(rows, a, b, scale)[(slice(None), *index[1:])]
         if all(s == slice(0, size) for s, size in zip(index[1:], shape[1:], strict=True)):
-                return self._reader.read(keys, index[0] if index else None)  # reading whole rows verifies their checksums
+            # Whole rows are verified against the record of the step; partial rows cannot be.
+            return self._reader.read(keys, index[0] if index else None)
         return self._reader.read(keys, index)
 
 

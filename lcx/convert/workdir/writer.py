@@ -57,7 +57,7 @@ def _meta(source: ModelSource) -> dict[str, Any]:
 
 
 def check_written(folder: pathlib.Path, leaves: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
-    """The tensors of a written workdir, read back from its metadata. Raises UserError unless they match `tensors`."""
+    """The tensors of a written workdir, read back from its metadata. Raises UserError unless they match `leaves`."""
     step = folder / "checkpoints" / "0"
     arrays = StepReader(step, PARAMS).arrays
     check_same(

@@ -1,4 +1,4 @@
-"""The table of Hugging Face families: a file each, found by the model_type of config.json."""
+"""The table of Hugging Face families, one file each, looked up by the model_type of config.json."""
 
 from lcx.convert.core.rules import Rule
 from lcx.convert.hf.families.llama import LLAMA
@@ -13,12 +13,12 @@ FAMILIES: dict[str, Family] = {family.model_type: family for family in (LLAMA, M
 
 
 def find(model_type: object, own: Family | None = None) -> Family | None:
-    """The family of a model_type, one of the user's own before those of the table; None if there is none."""
+    """The family of a model_type; the user's own takes precedence over the table. None if there is none."""
     if own is not None and own.model_type == model_type:
         return own
     return FAMILIES.get(model_type) if isinstance(model_type, str) else None
 
 
 def rules(model: Decoder) -> list[Rule]:
-    """Which tensors are which parameters of a model whose model_type is in the table."""
+    """The mapping between tensors and parameters for a model whose model_type is in the table."""
     return FAMILIES[model.model_type].rules(model)

@@ -1,4 +1,4 @@
-"""Llama 2 to 3.2, and what else has model_type "llama"."""
+"""Llama 2 to 3.2, and other models with model_type "llama"."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Mistral: one sliding window for all layers, or none."""
+"""Mistral: one sliding window for all layers, or no window."""
 
 from lcx.convert.hf.llama_like import LlamaLike
 

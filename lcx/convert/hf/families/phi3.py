@@ -1,6 +1,7 @@
-"""Phi-3: q, k and v in one tensor, gate and up in another, and rotary settings of its own.
+"""Phi-3: fused q, k, v and fused gate, up projections, and different rotary settings.
 
-self_attn.qkv_proj.weight = q, k, v in place of the three        mlp.gate_up_proj.weight = gate, up in place of the two
+self_attn.qkv_proj.weight   q, k and v concatenated along axis 0
+mlp.gate_up_proj.weight     gate and up concatenated along axis 0
 """
 
 import dataclasses
@@ -13,17 +14,18 @@ from lcx.rope import Rope
 
 @dataclasses.dataclass(frozen=True)
 class Phi3Rope(RopeDialect):
-    """`default` and `longrope` alone, rotating a part of each head; the original window at the top level."""
+    """Only `default` and `longrope`, with partial rotation of each head; the original window is at the top level."""
 
     types: tuple[str, ...] | None = ("default", "longrope")
     partial: bool = True
     original_window: int | None = 4096  # the default of transformers' Phi3Config
 
     def type_of(self, name, given):
+        # Older Phi-3 files call it "yarn"; long_factor distinguishes it from actual YaRN.
         return "longrope" if name == "yarn" and given.get("long_factor") else super().type_of(name, given)
 
     def written(self, rope, head_dim):
-        """Any scaling that does not depend on the length is a longrope whose short and long factors are the same."""
+        """Expresses a scaling that does not depend on the length as longrope with equal short and long factors."""
         if rope.rope_type in ("default", "longrope"):
             return rope
         if rope.rope_type in ("dynamic", "proportional") or callable(rope.rope_type):
@@ -57,7 +59,7 @@ class Phi3Rope(RopeDialect):
         implied = window / keys[ORIGINAL]
         if new.get("factor", implied) != implied or "attention_factor" in new:
             return keys
-        # Version 4 wants exactly these three, and derives the factor from the two windows.
+        # transformers 4 accepts exactly these three keys, and derives the factor from the two windows.
         factors = {name: new[name] for name in ("short_factor", "long_factor")}
         return keys | {"rope_scaling": {"type": "longrope"} | factors}
 

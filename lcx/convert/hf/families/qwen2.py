@@ -1,4 +1,4 @@
-"""Qwen2 and Qwen2.5: biases on q, k and v, a sliding window in some layers."""
+"""Qwen2 and Qwen2.5: biases on q, k and v; sliding windows in some layers."""
 
 from lcx.convert.hf.llama_like import LlamaLike
 

@@ -1,4 +1,4 @@
-"""Qwen3: norms on q and k, heads of a size of their own."""
+"""Qwen3: norms on q and k; head_dim is independent of hidden_size / num_heads."""
 
 from lcx.convert.hf.llama_like import LlamaLike
 
