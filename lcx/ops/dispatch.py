@@ -19,7 +19,7 @@ log = logging.getLogger("lcx")
 
 
 def platform() -> str:
-    """cpu, gpu or tpu: the platform of the current mesh, which may be another machine's (aot.py), else jax's default."""
+    """cpu, gpu or tpu: the platform of the current mesh (which may be another machine's, see aot.py), else jax's."""
     device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
     name = jax.default_backend() if device is None else device.platform
     return "gpu" if name in ("cuda", "rocm") else name

@@ -7,7 +7,7 @@ Taps are in convolution order: k = 0 multiplies the current token. Channels come
 channel is contiguous, and the blocks of all channels of a group are the rows of one matrix.
 
 ``reference``  the definition, with every window of K inputs materialised, in float32.
-``triton``, ``tpu``  kernels_pallas.fir_conv, one pass over memory; for packed rows as many passes as `packed_conv` needs.
+``triton``, ``tpu``  kernels_pallas.fir_conv, one pass over memory; packed rows take several passes (`packed_conv`).
 ``xla``        K < 16: shifted multiply-adds. Else block Toeplitz products (Ku et al. 2025, "Systems and Algorithms for
                Convolutional Multi-Hybrid Language Models at Scale", section 3.2): with C >= K - 1 a block of outputs
                needs its own inputs and those of the block before it, Y_n = X_n M0 + X_{n-1} M1, where M0[s, t] = h[t-s]

@@ -14,9 +14,9 @@ fewer heads than N: consecutive heads then share one (grouped values, Mamba-2's 
                arXiv 2405.21060, section 6). The backward pass stores no states: it recomputes the states at chunk
                boundaries from k and v, then propagates their cotangents backwards.
 
-The decay's gradient needs no C x C product. With R_i = dy_i.y_i and K_j = v_j.dv_j (row and column sums of weights times
-their gradients), da_t = sum_{i >= t} (R_i - K_i) to the end of the chunk + <dS, S> at its end. A sum over the whole
-sequence would cancel to rounding noise.
+The decay's gradient needs no C x C product. With R_i = dy_i.y_i and K_j = v_j.dv_j (row and column sums of weights
+times their gradients), da_t = sum_{i >= t} (R_i - K_i) to the end of the chunk + <dS, S> at its end. A sum over the
+whole sequence would cancel to rounding noise.
 
 Segments: see ops/segments.py. `window` adds LoLCATS's softmax over the nearest keys: ops/windowed_linear_attention.py.
 """
@@ -62,7 +62,7 @@ def linear_attention(
 
     Args:
       log_decay: a_t <= 0.
-      normalize: divide by q z + eps; must be True with a window.
+      normalize: divide by q z + eps; with a window the output is always normalised.
       implementation: "triton", "tpu", "xla", "reference", or None for the fastest that runs here.
 
     Raises:
@@ -114,7 +114,7 @@ def _kernel_obstacles(q: Array, k: Array, v: Array, window: Window | None) -> di
 def kernel(
     q, k, v, log_decay, *, normalize, eps, segment_ids, initial_state, platform
 ) -> tuple[Array, LinearState]:
-    """The Pallas kernel, which identifies documents by their index in the row and expects k = 0 and a = 0 at padding."""
+    """The Pallas kernel, which identifies documents by their index in the row; padding gets k = 0 and a = 0."""
     from kernels_pallas.linear_attention import linear_attention as run
 
     real = runs = before = None
