@@ -12,8 +12,8 @@ Letters: B batch, D channels, T time, S >= T taps, b half a block. Taps are in c
 
 Documents. The transform mixes all tokens of a row, so a packed row is halved recursively down to blocks of 256 tokens.
 At most one document crosses the middle of a block: the left half, masked to that document, goes through an FFT of the
-block's length, and the right half of the result is kept. Blocks of 256 tokens use the products of `fir_conv`. Each level
-takes FFTs of T points in total: log2(T / 256) / 2 times the cost of an unpacked row, for any number of documents.
+block's length, and the right half of the result is kept. Blocks of 256 tokens use the products of `fir_conv`. Each
+level takes FFTs of T points in total: log2(T / 256) / 2 times the cost of an unpacked row, for any number of documents.
 
 The backward pass saves only the inputs and transforms them again. On a CPU a few channels of one row are processed at a
 time, so that their spectra stay in cache.

@@ -1,11 +1,11 @@
 """Packed rows with convolution kernels that support only one document per row.
 
 Documents that are further apart than the filter's length do not affect each other. So the documents of a row are
-assigned to classes, document number modulo `count`, such that no window of the filter's length contains two documents of
-one class. Each class takes one pass of the kernel, with the inputs of all other classes set to 0. A row with one
-document, padded or not, takes one pass. Documents at least as long as the filter take two passes, whatever their number.
-With a filter as long as the row every document takes its own pass. `count` is computed from the ids at run time, as the
-maximum over all rows.
+assigned to classes, document number modulo `count`, such that no window of the filter's length contains two documents
+of one class. Each class takes one pass of the kernel, with the inputs of all other classes set to 0. A row with one
+document, padded or not, takes one pass. Documents at least as long as the filter take two passes, whatever their
+number. With a filter as long as the row every document takes its own pass. `count` is computed from the ids at run
+time, as the maximum over all rows.
 """
 
 import functools
