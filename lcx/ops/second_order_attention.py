@@ -130,14 +130,14 @@ def second_order_attention(
 
 
 class Case(NamedTuple):
-    """What is known before the data."""
+    """What is known at compile time."""
 
     normalize: bool
     scale: float
     form: str  # tiles, states or either
-    platform: str | None  # of a kernel
+    platform: str | None  # the platform of a kernel; None for plain JAX
     follows: bool  # there is an initial state
-    documents: bool  # more than one run, perhaps
+    documents: bool  # there may be more than one document per row
     decays: bool  # for kernels: whether they get a decay
 
 

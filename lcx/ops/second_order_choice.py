@@ -1,8 +1,8 @@
 """Chooses the form of second-order attention, so that time grows at most linearly with T from 4K tokens on.
 
 With tiles, the cost per token is proportional to its reach: the number of earlier keys in its document whose decay is
-above e^-30, on average T / 2 if nothing is forgotten. With states, the cost per token depends only on the head size. The
-two are equal at a reach of
+above e^-30, on average T / 2 if nothing is forgotten. With states, the cost per token depends only on the head size.
+The two are equal at a reach of
 
     GPU, TPU   H^2. As kernels, forward and backward: 9 H times the reach against 7 P H + 4.5 C H multiply-adds, with
                P = 3/4 H^2 features and chunks of C tokens, at two thirds of the tiles' rate (an estimate from compiled
@@ -10,13 +10,13 @@ two are equal at a reach of
     CPU        80 H: benchmarks/results/second_order_forms_cpu.json, made by benchmarks/second_order_forms.py.
 
 From LONG tokens on (or from twice that meeting point, if it is lower) the reach decides, which is known only at run
-time: tiles if it is at most a bound that does not depend on T, otherwise states. For a given decay this selects the same
-form for T and 2 T, and both forms are linear in T. Using tiles up to the meeting point would be faster for some T in
-between, if H is large and nothing is forgotten, but time could then quadruple when T doubles.
+time: tiles if it is at most a bound that does not depend on T, otherwise states. For a given decay this selects the
+same form for T and 2 T, and both forms are linear in T. Using tiles up to the meeting point would be faster for some T
+in between, if H is large and nothing is forgotten, but time could then quadruple when T doubles.
 
-In this case both forms are compiled, and the program branches at run time, forward and backward. Shorter rows use tiles,
-unless nothing is forgotten and they are beyond the meeting point. Rows with an initial state use states, which read it
-anyway.
+In this case both forms are compiled, and the program branches at run time, forward and backward. Shorter rows use
+tiles, unless nothing is forgotten and they are beyond the meeting point. Rows with an initial state use states, which
+read it anyway.
 """
 
 import functools
@@ -82,8 +82,8 @@ def short_reach(log_decay: Float[Array, "B T N"], runs: Int[Array, "B T"], H: in
 def _first_visible(total: Array, first: Array, last: Array) -> Array:
     """For each tile of queries, the first tile of keys that is not negligible.
 
-    As this is only a threshold, prefix sums are accurate enough; their rounding errors are on the safe side. A total may
-    be slightly above 0, while the search needs sorted values.
+    As this is only a threshold, prefix sums are accurate enough; their rounding errors are on the safe side. A total
+    may be slightly above 0, while the search needs sorted values.
     """
     end = -jnp.cumsum(total)
     by_decay = jnp.searchsorted(

@@ -7,8 +7,8 @@ that of the whole tile j, and gap_ij that of the tiles strictly between i and j,
 
 so the first factor scales the finished row, the last one scales the values once, and the middle one is a scalar per
 tile. All sums are local: a prefix sum over the whole row would lose every digit of a small difference at T = 2^20.
-Documents separate in the same way: a query and a key in different tiles share a document exactly if the last document
-of the key's tile, the key's own and the query's own are the first document of the query's tile.
+Documents separate in the same way: a query and a key in different tiles share a document exactly if the key is in the
+last document of its tile, the query is in the first document of its tile, and these are the same document.
 
 Tiles whose largest decay is below exp(SKIP), or that hold only earlier documents, are skipped. In the units of
 second_order_units.py a decay compares a key with the heaviest key that the query sees. So the weight of what is skipped

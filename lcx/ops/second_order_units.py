@@ -13,7 +13,7 @@ Here 2^r_i is the size of q_i, and 4^m_i that of the heaviest key that i sees, d
 rounded up, so that keys are at most 1, no sum of a' over a range of tokens exceeds log 4, and a query that sees any
 weight sees one of order 1. Where keys have similar sizes, a' is about a; after a token whose key is 0 it is 0. Thus
 tiles are negligible if their weights are small relative to the others, not if they are small in absolute terms.
-Multiplying by powers of 2 is exact in any dtype, and the units have no gradient, since the identity holds for all units.
+Multiplying by powers of 2 is exact in any dtype. The units have no gradient, since the identity holds for all of them.
 """
 
 from typing import NamedTuple
