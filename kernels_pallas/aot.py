@@ -12,7 +12,8 @@
     aot.tpu_bundles(fn, x, x, x, chip="v5e")                     # {kernel: bundles}, a static model of time; slow
 
 `available("tpu")` and `available("h200")` return None, or the reason why the target cannot be used. The compilers are
-wheels in the extra `aot` (libtpu, and jax's CUDA plugin, which contains a PTX assembler); no driver or device is needed.
+wheels in the extra `aot` (libtpu, and jax's CUDA plugin, which contains a PTX assembler). They need no driver and no
+device.
 
 A function is traced under a mesh of one target device, so code that looks up the platform of the mesh sees the target.
 Arguments are arrays, `jax.ShapeDtypeStruct`s or trees of them; pass options through a closure. To compile a gradient,
@@ -164,7 +165,7 @@ def compile_h200(fn, *args, mesh: Mesh | None = None, options: dict | None = Non
     """Compile for an NVIDIA H200 (sm_90a).
 
     Raises:
-      JaxRuntimeError: the error of XLA or the PTX assembler, e.g. that a kernel needs more shared memory than available.
+      JaxRuntimeError: the error of XLA or the PTX assembler, e.g. that a kernel needs too much shared memory.
     """
     with tempfile.TemporaryDirectory() as folder:
         compiled = _compile(fn, args, mesh or _one("h200"), {"xla_dump_to": folder, **(options or {})})

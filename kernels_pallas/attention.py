@@ -9,8 +9,8 @@ after the chunks off the diagonal (backward: into the saved logsumexp). Only the
 Exponents are in base 2, with log2(e) folded into scale and decay.
 
 **Skipping** (as in adaptive computation pruning, arXiv 2504.06949). No score in a head exceeds U = scale max|q| max|k|,
-and a token's score with itself is at least -U. So a key whose decay is below e^-(30 + 2 U) weighs less than e^-30 of the
-token itself, and the bound on the first visible chunk holds for all scores.
+and a token's score with itself is at least -U. So a key whose decay is below e^-(30 + 2 U) weighs less than e^-30 of
+the token itself, and the bound on the first visible chunk holds for all scores.
 
 **Backward**, D_i = dy_i.y_i with y in float32:
 
