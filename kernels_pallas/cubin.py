@@ -118,7 +118,7 @@ def _kernel(name: str, code: bytes, facts: dict[int, int], shared: int) -> Kerne
 
 
 def _records(executable: bytes) -> bytes:
-    """The concatenated decompressed records (newer versions nest them); bytes without records are returned unchanged."""
+    """The concatenated decompressed records (newer versions nest them); bytes without records stay unchanged."""
     start = executable.find(RIEGELI)
     if start < 0:
         return executable

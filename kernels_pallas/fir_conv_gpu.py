@@ -3,9 +3,9 @@
 A lane is a channel of one row of the batch, or a piece of its time. A program owns M lanes of one group and walks them
 along time together, 64 tokens per step: one tile [M, 64] of each array, with 128 contiguous bytes per row. The group's
 Toeplitz blocks are gathered once from the taps and stay in shared memory, where the tensor cores (wgmma) read them. The
-gated inputs of previous steps are carried in registers, so that each element is read from memory once. Loads of the next
-step overlap with the products of the current one. A group has B (D/G) channel rows, each split into as many pieces as
-are needed to fill the device; only the last program of a group has idle lanes.
+gated inputs of previous steps are carried in registers, so that each element is read from memory once. Loads of the
+next step overlap with the products of the current one. A group has B (D/G) channel rows, each split into as many pieces
+as are needed to fill the device; only the last program of a group has idle lanes.
 
 The backward pass walks from the end. At each step it reads dy, x1 (so g = dy x1), x2 and v (so u = x2 v), carries g of
 later steps and u of earlier ones, and computes du = sum_j g_{c+j} M_j^T, the convolution again, and dM_j += u_c^T
@@ -267,7 +267,7 @@ def backward(dy, x1, x2, v, h, skip, state, *, interpret: bool = False):
 
 
 def _own(rank: int, *program):
-    """The block spec of a program's own entry, with `rank` further axes."""
+    """The index of a program's block: the program's own indices, followed by `rank` zeros."""
     return (*program, *(0,) * rank)
 
 

@@ -1,9 +1,9 @@
 """The block-Toeplitz convolution on TPU: the walks of `kernels_pallas.fir_conv`.
 
-Blocks have 128 tokens. A grid step has `channels` channels and `tokens` tokens of a row in VMEM. Steps along time run in
-order and pass on the last gated inputs (backward: the first gradients) in scratch. A step arranges its tokens by blocks,
-rows [(block, channel), 128]: the inputs j blocks back are then the same rows at an offset of j x channels, and no data
-moves. There are two cases:
+Blocks have 128 tokens. A grid step has `channels` channels and `tokens` tokens of a row in VMEM. Steps along time run
+in order and pass on the last gated inputs (backward: the first gradients) in scratch. A step arranges its tokens by
+blocks, rows [(block, channel), 128]: the inputs j blocks back are then the same rows at an offset of j x channels, and
+no data moves. There are two cases:
 
   a step lies within a group (its channels are a multiple of 8): all rows are one matrix, times the group's M_j;
   groups are small: every channel's blocks, a strided read, are a matrix of their own.
@@ -38,9 +38,9 @@ class Walk:
     T: int
     K: int
     per_group: int
-    channels: int  # of a step
+    channels: int  # per step
     tokens: int
-    within: bool  # a step lies within a group
+    within: bool  # all channels of a step are in one group
 
     @property
     def reach(self) -> int:
