@@ -14,7 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-NARROW = 16  # the narrowest matrix product; the sum of keys is stored as 16 equal columns, which is cheaper than a vector
+NARROW = 16  # the narrowest product; the sum of keys is kept as 16 equal columns, cheaper than a vector
 
 
 @dataclasses.dataclass(frozen=True)

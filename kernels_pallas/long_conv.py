@@ -18,8 +18,8 @@ F1 and F2 are DFT matrices of N1 and N2 points. The spectrum of h is made by XLA
 in plain bfloat16, in that order and divided by n; skip is added to h[0], the tap that passes the input on.
 
 Cost per element of y: 8 N1 + 16 N2 FLOPs on the matrix unit (3072 at T = 8192, where N1 = N2 = 128), three times that
-for float32, and 3 complex products of vectors. All devices are compute bound: an H200 needs 3.9 ps for 3072 FLOPs at 790
-TFLOP/s against 1.9 ps for 8 bytes at 4.3 TB/s, a v5e 15.6 against 9.8 ps, a v5p 6.7 against 2.9 ps.
+for float32, and 3 complex products of vectors. All devices are compute bound: an H200 needs 3.9 ps for 3072 FLOPs at
+790 TFLOP/s against 1.9 ps for 8 bytes at 4.3 TB/s, a v5e 15.6 against 9.8 ps, a v5p 6.7 against 2.9 ps.
 
 Data placement. TPU (`long_conv_tpu.py`): 8 channels of two rows, their filters and all intermediates are in VMEM; the
 grid is (channels, pairs of rows). GPU (`long_conv_gpu.py`): up to 4096 points a program holds a pair's signal in
