@@ -39,9 +39,9 @@ document stays in the sum: in bfloat16 it is four times the error.) For the sake
 too, y is kept in float32, and the weights are summed as they were rounded for the product with v: a row that sees one
 key then has D = g.v exactly.
 
-Data placement. Forward: a program (GPU) or a grid row (TPU) holds C queries and their sums, and streams keys and values.
-dq: the same. dk, dv: it holds C keys and streams queries and g. Query heads that share keys read the same ones; their dk
-and dv are written separately and added by XLA.
+Data placement. Forward: a program (GPU) or a grid row (TPU) holds C queries and their sums, and streams keys and
+values. dq: the same. dk, dv: it holds C keys and streams queries and g. Query heads that share keys read the same ones;
+their dk and dv are written separately and added by XLA.
 
 Cost for a token and head, bf16, without skipping: 2 T H FLOPs forward (two products over the lower triangle), 7 T H
 backward: 0.70 ms and 2.4 ms at B T N H = 2 x 8192 x 16 x 128 for 790 TFLOP/s. HBM: 14 H bytes forward (k folded, then

@@ -1,14 +1,14 @@
 """Causal tiles on TPU: a grid of heads, chunks and steps.
 
 Heads come first, [B N, T, H], so that a tile is rows by lanes. The grid is (heads, chunks, steps), steps innermost: a
-grid row holds one chunk and its sums in VMEM, and each step loads one other tile, first those off the diagonal, from the
-diagonal outwards, then the chunk itself. The number of tiles depends on the data: the bounds of all chunks are
+grid row holds one chunk and its sums in VMEM, and each step loads one other tile, first those off the diagonal, from
+the diagonal outwards, then the chunk itself. The number of tiles depends on the data: the bounds of all chunks are
 prefetched to scalar memory, the grid has as many steps as the chunk with the largest bound needs, and a step past a
 chunk's own bound names the tile that is already loaded, so nothing is fetched or computed.
 
 Scalars per token (decays, sums) are rows of [B N, 1, T], since a column would take 128 times its size. Where a tile
-needs one along its rows, the kernel transposes it once per chunk. VMEM at C = 512, H = 128, bfloat16: two or three C x C
-float32 tiles (3 MiB), double-buffered windows (2 MiB), sums (0.6 MiB).
+needs one along its rows, the kernel transposes it once per chunk. VMEM at C = 512, H = 128, bfloat16: two or three
+C x C float32 tiles (3 MiB), double-buffered windows (2 MiB), sums (0.6 MiB).
 """
 
 import functools
