@@ -1,1 +1,1 @@
-"""Pallas kernels for GPU and TPU: a file per operator, with the name and the arguments that it has in `lcx.ops`."""
+"""Pallas kernels for GPU and TPU: one file per operator, with the same name and arguments as in `lcx.ops`."""

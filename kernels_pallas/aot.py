@@ -1,27 +1,29 @@
-"""Compile for a TPU or an H200 on a machine that has neither, and read what the compiler says.
+"""Ahead-of-time compilation for a TPU or an H200 on a machine that has neither, with the compiler's statistics.
 
     from kernels_pallas import aot
 
     x = jax.ShapeDtypeStruct((1, 4096, 8, 128), jnp.bfloat16)
     fn = lambda q, k, v: linear_attention(q, k, v)[0]            # `implementation=None` picks the target's kernel
     report = aot.compile_h200(fn, x, x, x)
-    report.temp_bytes                                            # what it needs beside arguments and results
+    report.temp_bytes                                            # temporary memory, without arguments and results
     for kernel in report.kernels:                                # every kernel that XLA or Pallas made
         print(kernel)                                            # registers, spills, shared memory, wgmma, mma
     aot.compile_tpu(fn, x, x, x, chip="v5p").kernels             # raises JaxRuntimeError where VMEM is too small
     aot.tpu_bundles(fn, x, x, x, chip="v5e")                     # {kernel: bundles}, a static model of time; slow
 
-`available("tpu")`, `available("h200")` give None, or the reason why they cannot be used: the compilers are the wheels
-of the extra `aot` (libtpu, and jax's CUDA plugin, which holds a PTX assembler). No driver and no device is needed.
+`available("tpu")` and `available("h200")` return None, or the reason why the target cannot be used. The compilers are
+wheels in the extra `aot` (libtpu, and jax's CUDA plugin, which contains a PTX assembler). They need no driver and no
+device.
 
-A function is traced under a mesh of one device of the target, so whatever asks the mesh for its platform sees the
-target's. Arguments are arrays or `jax.ShapeDtypeStruct`s, or trees of them; options go into a closure. For a gradient,
-compile the function that takes it. Calls of cuDNN cannot be compiled: they need the library and the device.
+A function is traced under a mesh of one target device, so code that looks up the platform of the mesh sees the target.
+Arguments are arrays, `jax.ShapeDtypeStruct`s or trees of them; pass options through a closure. To compile a gradient,
+pass the function that computes it. Calls to cuDNN cannot be compiled: they need the library and the device.
 
-What the numbers are: `temp_bytes` as XLA's buffer assignment has it. On the H200 everything else is read from the
-machine code: registers and stack from the cubin's .nv.info, spills as the instructions that touch local memory,
-tensor-core instructions by opcode, shared memory from XLA's launch dimensions. On TPU the scoped VMEM of each kernel,
-and bundles as libtpu's own static utilisation report counts them: about cycles of one grid step, without DMA waits.
+Sources of the numbers: `temp_bytes` comes from XLA's buffer assignment. On the H200 everything else is read from the
+machine code: registers and stack from the cubin's .nv.info, spills as the number of instructions that access local
+memory, tensor-core instructions by opcode, and shared memory from XLA's launch dimensions. On TPUs the report has the
+scoped VMEM of each kernel; bundles are counted by libtpu's own static utilisation report and approximate the cycles of
+one grid step, without DMA waits.
 """
 
 import contextlib
@@ -45,8 +47,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from kernels_pallas import cubin
 
-# Read when jax first looks for plugins. Without the first, jax drops the CUDA plugin where there is no driver; the
-# others keep libtpu from asking a metadata server for a machine's TPUs, and let several processes compile at once.
+# These must be set before jax first looks for plugins. Without the first, jax drops the CUDA plugin on machines without
+# a driver. The others keep libtpu from querying a metadata server and let several processes compile at the same time.
 ENVIRONMENT = {
     "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
     "TPU_SKIP_MDS_QUERY": "1",
@@ -57,7 +59,7 @@ ENVIRONMENT = {
 
 TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 
-# What XLA's compiler asks about a device, for an H200 SXM: CUDA's device properties and NVIDIA's data sheet.
+# The device description that XLA's compiler needs, for an H200 SXM: CUDA's device properties and NVIDIA's data sheet.
 H200 = """
 platform_name: "CUDA"
 device_description_str: "NVIDIA H200"
@@ -94,7 +96,7 @@ class TpuKernel:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What one compilation says; bytes for the whole program on one device."""
+    """The statistics of one compilation; bytes are for the whole program on one device."""
 
     target: str
     argument_bytes: int
@@ -116,7 +118,7 @@ class Report:
 
 @functools.cache
 def available(target: str) -> str | None:
-    """None if `target` ("tpu" or "h200") can be compiled for, else why not."""
+    """None if compiling for `target` ("tpu" or "h200") is possible, otherwise the reason why not."""
     if target == "tpu" and importlib.util.find_spec("libtpu") is None:
         return "libtpu is not installed (the extra aot)"
     try:
@@ -127,7 +129,7 @@ def available(target: str) -> str | None:
 
 
 def tpu_devices(chip: str, shape: str | None = None):
-    """Devices of a TPU slice, e.g. ("v5e", "16x16"), for a mesh of one's own: `compile_tpu(..., mesh=...)`."""
+    """Devices of a TPU slice, e.g. ("v5e", "16x16"), from which to build a mesh for `compile_tpu(..., mesh=...)`."""
     return _devices(f"{chip}:{shape}" if shape else chip)
 
 
@@ -142,16 +144,17 @@ def compile_tpu(
     """Compile for v4, v5e, v5p or v6e.
 
     Args:
-      mesh: of devices of `tpu_devices`, in place of one chip. Arguments without a sharding are then on all of them.
+      mesh: a mesh of devices from `tpu_devices`; None: one chip. Arguments without a sharding are replicated.
       options: XLA compiler options.
 
     Raises:
-      JaxRuntimeError: what libtpu says, e.g. that a kernel needs more VMEM than there is.
+      JaxRuntimeError: libtpu's error, e.g. that a kernel needs more VMEM than available.
     """
     compiled = _compile(fn, args, mesh or _one(chip), options or {})
     kernels, text = [], compiled.as_text()
     for call in re.finditer(r'%(\S+) = .*custom_call_target="tpu_custom_call"', text):
-        # What follows may be cut by line breaks in a kernel's own notes; the next instruction has this field again.
+        # Take the first match after the call: line breaks in a kernel's metadata may split the text of the instruction,
+        # and the next instruction has the same field.
         used = re.search(r'"used_scoped_memory_configs":\[(.*?)\]', text[call.end() :])
         sizes = re.findall(r'"memory_space":"1".*?"size":"(\d+)"', used[1]) if used else []
         kernels.append(TpuKernel(call[1], sum(map(int, sizes))))
@@ -162,7 +165,7 @@ def compile_h200(fn, *args, mesh: Mesh | None = None, options: dict | None = Non
     """Compile for an NVIDIA H200 (sm_90a).
 
     Raises:
-      JaxRuntimeError: what XLA or the PTX assembler says, e.g. that a kernel needs more shared memory than there is.
+      JaxRuntimeError: the error of XLA or the PTX assembler, e.g. that a kernel needs too much shared memory.
     """
     with tempfile.TemporaryDirectory() as folder:
         compiled = _compile(fn, args, mesh or _one("h200"), {"xla_dump_to": folder, **(options or {})})
@@ -187,12 +190,12 @@ def compile_h200(fn, *args, mesh: Mesh | None = None, options: dict | None = Non
 
 
 def tpu_bundles(fn, *args, chip: str = "v5e", timeout: int = 600) -> dict[str, dict[str, int]]:
-    """What libtpu's final schedule of each Pallas kernel holds, per unit: {kernel: {"bundles": n, "MXU": ...}}.
+    """Counts from libtpu's final schedule of each Pallas kernel, per unit: {kernel: {"bundles": n, "MXU": ...}}.
 
-    A bundle is what a core issues in one cycle, and nearly all of them are the body of one grid step; where the code
-    branches, those of both sides count. The other numbers are the slots of each unit that are used, summed over the
-    bundles. The dump that this reads makes libtpu slow (a process of its own, 5 to 100 s, or minutes); a kernel that
-    is not in it is left out.
+    A bundle is the set of instructions that a core issues in one cycle. Nearly all bundles belong to the body of one
+    grid step; both sides of a branch are counted. The other numbers are the slots of each unit in use, summed over the
+    bundles. Compilation with the required dump runs in a separate process and is slow (5 to 100 s, sometimes minutes).
+    Kernels that are missing from the dump are omitted.
 
     Raises:
       subprocess.SubprocessError: the process failed or took longer than `timeout` seconds.
@@ -225,7 +228,7 @@ def tpu_bundles(fn, *args, chip: str = "v5e", timeout: int = 600) -> dict[str, d
 
 
 def _utilisation(folder: str, kernel: str) -> dict[str, int] | None:
-    """None where there is no such file."""
+    """The counts of one kernel from the dump in `folder`; None if there is no file for it."""
     paths = glob.glob(
         f"{glob.escape(folder)}/*-{glob.escape(kernel)}-*-final_hlo-static-per-bundle-utilization.txt"
     )
@@ -245,7 +248,7 @@ def _compile(fn, args, mesh: Mesh, options: dict):
 
 @contextlib.contextmanager
 def _uncached():
-    """Keep what is compiled out of jax's cache on disk: without the device it cannot be read back."""
+    """Disables jax's cache on disk: executables for an absent device cannot be read back."""
     name = "jax_persistent_cache_min_compile_time_secs"
     before = getattr(jax.config, name)
     jax.config.update(name, float("inf"))
@@ -277,14 +280,14 @@ def _report(target: str, compiled, kernels) -> Report:
 
 
 def _one(target: str) -> Mesh:
-    # Named as the axes of a mesh often are, for code that looks for one of them.
+    # The usual names of mesh axes, for code that looks them up.
     shape, names = (1, 1, 1, 1), ("data", "fsdp", "context", "tensor")
     return Mesh(np.array(_devices(target)[:1]).reshape(shape), names, axis_types=(AxisType.Auto,) * 4)
 
 
 @functools.cache
 def _devices(target: str) -> list:
-    """Those of the topology `target`: a chip in TOPOLOGIES, "v5e:4x4", "h200", "h200:1x1x8"."""
+    """The devices of a topology: a chip in TOPOLOGIES, or for example "v5e:4x4", "h200", "h200:1x1x8"."""
     chip, _, shape = target.partition(":")
     _prepare()
     if chip != "h200":
@@ -292,7 +295,7 @@ def _devices(target: str) -> list:
     wanted = {"platform": "cuda", "target_config": H200, "topology": shape or "1x1x1"}
     try:
         return topologies.get_topology_desc(chip, **wanted).devices
-    except NotImplementedError:  # jax dropped the plugin: it looked for it before the environment was set
+    except NotImplementedError:  # jax looked for plugins before ENVIRONMENT was set, and dropped this one
         plugins = [
             name for name in ("xla_cuda12", "xla_cuda13") if importlib.util.find_spec(f"jax_plugins.{name}")
         ]
@@ -308,7 +311,7 @@ def _prepare() -> None:
 
 
 def _dump_bundles(path: str, chip: str) -> None:
-    """In the process of `tpu_bundles`: compile, print the names of the kernels."""
+    """Runs in the subprocess of `tpu_bundles`: compiles and prints the names of the kernels."""
     with open(path, "rb") as file:
         exported = jax.export.deserialize(file.read())
     avals = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in exported.in_avals]

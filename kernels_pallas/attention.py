@@ -3,14 +3,14 @@
     p_ij = softmax_j(scale q_i.k_j + L_i - L_j) for j <= i, L the running sum of log_decay;   y_i = sum_j p_ij v_j
 
 The tiles of flash attention (Dao 2023, arXiv 2307.08691): running maximum and sum forward, scores recomputed backward.
-The decay costs one addition a score: of `kernels_pallas.tiles`' three parts of L_i - L_j, the column and the number of
-the pair of chunks are added as one row to the scores, and the row part moves into the running maximum once, when the
-chunks off the diagonal are done (backward: into the saved logsumexp). Only the diagonal tile forms l_i - l_j. Exponents
-are in base 2, with log2(e) folded into scale and decay.
+The decay costs one addition per score. Of the three parts of L_i - L_j in `kernels_pallas.tiles`, the column and the
+scalar of the pair of chunks are added to the scores as one row. The row part is folded into the running maximum once,
+after the chunks off the diagonal (backward: into the saved logsumexp). Only the diagonal tile computes l_i - l_j.
+Exponents are in base 2, with log2(e) folded into scale and decay.
 
-**Skipping** (as in adaptive computation pruning, arXiv 2504.06949). No score exceeds U = scale max|q| max|k| of its
-head, and a token's own is at least -U: a key whose decay is below e^-(30 + 2 U) weighs less than e^-30 of the token
-itself. So the bound on where a chunk begins to see is sure, whatever the scores.
+**Skipping** (as in adaptive computation pruning, arXiv 2504.06949). No score in a head exceeds U = scale max|q| max|k|,
+and a token's score with itself is at least -U. So a key whose decay is below e^-(30 + 2 U) weighs less than e^-30 of
+the token itself, and the bound on the first visible chunk holds for all scores.
 
 **Backward**, D_i = dy_i.y_i with y in float32:
 
@@ -20,8 +20,8 @@ itself. So the bound on where a chunk begins to see is sure, whatever the scores
 and log_decay's gradient at t is the sum of ds_ij over i >= t > j, from row and column sums of the unrounded ds
 (second_order_attention.py says why).
 
-Who holds what, bytes and FLOPs are those of second_order_attention.py (no folded keys: 8 H bytes forward); beside the
-products each score costs a multiply-add, a maximum, a subtraction, an exp2, a rounding and a sum.
+Data placement, bytes and FLOPs are those of second_order_attention.py (but no folded keys: 8 H bytes forward). In
+addition to the products each score costs a multiply-add, a maximum, a subtraction, an exp2, a rounding and a sum.
 """
 
 import functools
@@ -47,7 +47,7 @@ from kernels_pallas.tiles import (
 
 
 def obstacle(q: Array, k: Array, v: Array, *, platform: str) -> str | None:
-    """Why these kernels cannot run on this, or None. Arrays may be anything with a shape and a dtype."""
+    """Why these kernels do not support the arrays, or None. Anything with a shape and a dtype serves as an array."""
     H = q.shape[-1]
     if q.shape[1] != k.shape[1]:
         return f"as many queries as keys, found {q.shape[1]} and {k.shape[1]}: the tiles know no cache"
@@ -62,7 +62,7 @@ def obstacle(q: Array, k: Array, v: Array, *, platform: str) -> str | None:
 
 
 def head_sizes(dtype, platform: str) -> list[int]:
-    """Those that have tiles; others are padded to the next."""
+    """The head sizes for which there are tiles; other sizes are padded to the next larger one."""
     kind = platform, jnp.dtype(dtype).itemsize
     return sorted(H for *where, H in TILES if tuple(where) == kind)
 
@@ -82,11 +82,11 @@ def attention(
     """y in q's dtype, with gradients for q, k, v and log_decay. Query head n reads kv head n K / N.
 
     Args:
-      log_decay: at most 0; where it falls so far that nothing behind it weighs e^-30 of a token itself, whatever the
-        scores, it counts as just that far. None: no decay.
-      runs: the index of each token's document, never falling along T. None: one document.
-      scale: of q.k, H^-0.5 by default.
-      tiles: in place of the row of `attention_plan.TILES`.
+      log_decay: at most 0. Values so low that no earlier token can weigh e^-30 of a token itself, whatever the scores,
+        are clamped. None: no decay.
+      runs: the index of each token's document, non-decreasing along T. None: one document.
+      scale: factor on q.k, H^-0.5 by default.
+      tiles: replaces the entry of `attention_plan.TILES`.
     """
     T, H = q.shape[1], q.shape[3]
     size = next(size for size in head_sizes(q.dtype, platform) if size >= H)
@@ -103,7 +103,7 @@ def attention(
 
 
 def forgotten(q: Array, k: Array, scale: float) -> Float[Array, "B N"]:
-    """The decay, as -log, past which a key weighs less than e^-30 of a token itself, whatever the scores."""
+    """The -log of the decay beyond which a key weighs less than e^-30 of the token itself, whatever the scores."""
 
     def longest(x):  # [B, heads]
         return jnp.sqrt(jnp.max(jnp.sum(jnp.square(x.astype(jnp.float32)), axis=-1), axis=1))
@@ -113,7 +113,7 @@ def forgotten(q: Array, k: Array, scale: float) -> Float[Array, "B N"]:
 
 
 def bias(q, k, log_decay, runs, options: Options, C: int) -> tuple[Bias | None, Reach]:
-    """For chunks of C; log_decay [B, N, T]. No bias where there is neither decay nor document."""
+    """The bias and the reach for chunks of C, from log_decay [B, N, T]. No bias without decay and documents."""
     B, T, N, _ = q.shape
     chunks, reach = chunked(log_decay, runs, (B, N, T), C, forgotten(q, k, options.scale)[..., None])
     if chunks is None:

@@ -13,13 +13,13 @@ from kernels_pallas.tiles_gpu import Specs, call, cut, fall
 
 
 def _visit(steps, count, at, body, sums):
-    """With the sum of the chunks' decays as the scalar."""
+    """tiles_gpu.visit, with the sum of the chunks' log decays as the scalar."""
     zero = jnp.log(jnp.ones((), jnp.float32))
     return tiles_gpu.visit(steps, count, at, body, sums, grow=jnp.add, begin=zero)
 
 
 def _logits(s, options, column, scalar, start, size):
-    """Off the diagonal, but for the row's part."""
+    """Scores of a tile off the diagonal, without the row part of the decay."""
     s = s * (options.scale * LOG2E)
     return s if column is None else s + (column[pl.ds(start, size)] + scalar)[None, :]
 
@@ -55,7 +55,7 @@ def _forward_kernel(first, steps, q, k, v, column, row, local, runs, y, lse, *, 
 
     sums = jnp.zeros(queries.shape, jnp.float32), jnp.zeros(C, jnp.float32), jnp.full(C, NEVER, jnp.float32)
     acc, total, top = _visit(steps, (i - first[i]) * (C // S), lambda t: base - 1 - t, off, sums)
-    if row is not None:  # to a row of another document all this is now as good as nothing
+    if row is not None:  # for rows of another document the sums so far become negligible
         top += row[pl.ds(i * C, C)]
     acc, total, top = jax.lax.fori_loop(0, C // S, diagonal, (acc, total, top))
     y[...] = (acc / total[:, None]).astype(y.dtype)
@@ -101,7 +101,7 @@ def _dkv_kernel(
     keys, values, base = k[...], v[...], (j + 1) * (C // S)
 
     def add(logits, start, sums):
-        """Keys down the rows."""
+        """Adds one tile of queries; keys run down the rows of the tile."""
         queries, cotangent = q[pl.ds(start, S), :], dy[pl.ds(start, S), :]
         p = jnp.exp2(logits(dot(keys, queries.T)))
         ds = p * (dot(values, cotangent.T) - mean[pl.ds(start, S)][None, :])
@@ -139,7 +139,7 @@ def _dkv_kernel(
 
 
 def forward(q, k, v, bias: Bias | None, reach: Reach, runs, options: Options, tile: Tile, dtype):
-    """y [B, T, N, H] in `dtype`, and the log2 of the sums [B, N, T] float32."""
+    """y [B, T, N, H] in `dtype`, and log2 of the sums of exponentials [B, N, T], float32."""
     B, T, N, H = q.shape
     at, K = Specs(q.shape, tile.held, reverse=True), k.shape[2]
     column, row, local = (None, None, None) if bias is None else bias[:3]
@@ -158,7 +158,7 @@ def forward(q, k, v, bias: Bias | None, reach: Reach, runs, options: Options, ti
 
 
 def backward_dq(q, k, v, ct: Cotangent, bias: Bias | None, reach: Reach, runs, options: Options, tile: Tile):
-    """dq [B, T, N, H] and sum_j ds_ij [B, N, T] (0 without decay and documents)."""
+    """dq [B, T, N, H], and sum_j ds_ij [B, N, T] (0 without decay and documents)."""
     B, T, N, H = q.shape
     at, K = Specs(q.shape, tile.held, reverse=True), k.shape[2]
     column, _, local = (None, None, None) if bias is None else bias[:3]
@@ -178,7 +178,7 @@ def backward_dq(q, k, v, ct: Cotangent, bias: Bias | None, reach: Reach, runs, o
 
 
 def backward_dkv(q, k, v, ct: Cotangent, bias: Bias | None, reach: Reach, runs, options: Options, tile: Tile):
-    """dk and dv for each query head, [B, T, N, H], and sum_i ds_ij [B, N, T]."""
+    """dk and dv per query head, [B, T, N, H] each, and sum_i ds_ij [B, N, T]."""
     B, T, N, H = q.shape
     at, K = Specs(q.shape, tile.held), k.shape[2]
     column, _, local = (None, None, None) if bias is None else bias[:3]

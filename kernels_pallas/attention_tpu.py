@@ -1,6 +1,7 @@
 """Softmax attention with decay on TPU: the tiles of `kernels_pallas.attention`, on the grid of `tiles_tpu`.
 
-The running maximum fills the lanes of [C, 128], so that it meets [C, S] scores and [C, H] sums without being turned.
+The running maximum is broadcast over the lanes of a [C, 128] array, so that it combines with [C, S] scores and [C, H]
+sums without a transposition.
 """
 
 import jax
@@ -32,7 +33,7 @@ def _own_logits(s, options, local, runs, *, keys_down=False):
 
 
 def _place():
-    """Of the chunk among all heads' chunks; of the chunk; of the step."""
+    """Grid indices: of the chunk among all heads' chunks, of the chunk in its head, and of the step."""
     chunk = pl.program_id(1)
     return pl.program_id(0) * pl.num_programs(1) + chunk, chunk, pl.program_id(2)
 
@@ -86,7 +87,7 @@ def _forward_kernel(
 
     @pl.when(t == count)
     def _():
-        if decayed:  # to a row of another document all this is now as good as nothing
+        if decayed:  # for rows of another document the sums so far become negligible
             top[...] += to_column(row[...])
         add(_own_logits(dot(q[...], k[...], (1, 1)), options, local, runs))
         sums = jnp.sum(total[...], axis=1, keepdims=True)
@@ -183,7 +184,7 @@ def _dkv_kernel(
         scalar[0] = 0.0
 
     def add(z):
-        """Keys down the rows."""
+        """Adds one tile of queries; keys run down the rows of the tile."""
         p = jnp.exp2(z)
         ds = p * (dot(v[...], dy[...], (1, 1)) - mean[...])
         dk_sum[...] += dot(ds.astype(q.dtype), q[...], (1, 0))
@@ -208,7 +209,7 @@ def _dkv_kernel(
 
 
 def forward(q, k, v, bias: Bias | None, reach: Reach, runs, options: Options, tile: Tile, dtype):
-    """y [B, T, N, H] in `dtype`, and the log2 of the sums [B, N, T] float32."""
+    """y [B, T, N, H] in `dtype`, and log2 of the sums of exponentials [B, N, T], float32."""
     B, T, N, H = q.shape
     at, K, C = Specs(q.shape, tile.held, -1), k.shape[2], tile.held
     keys = heads_first(k)
@@ -261,7 +262,7 @@ def backward_dq(q, k, v, ct: Cotangent, bias: Bias | None, reach: Reach, runs, o
 
 
 def backward_dkv(q, k, v, ct: Cotangent, bias: Bias | None, reach: Reach, runs, options: Options, tile: Tile):
-    """dk and dv for each query head, [B, T, N, H], and sum_i ds_ij [B, N, T]."""
+    """dk and dv per query head, [B, T, N, H] each, and sum_i ds_ij [B, N, T]."""
     B, T, N, H = q.shape
     at, K, C = Specs(q.shape, tile.held, 1), k.shape[2], tile.held
     operands = [

@@ -1,4 +1,4 @@
-"""A discrete Fourier transform as two matrix products (order-2 Monarch), the part that both chips share.
+"""A discrete Fourier transform as two matrix products (order-2 Monarch): the code shared by GPU and TPU kernels.
 
 n = N1 N2 points, time t = n1 N2 + n2, frequency k = k1 + N1 k2. With w_m = exp(-2 pi i / m)
 
@@ -6,16 +6,16 @@ n = N1 N2 points, time t = n1 N2 + n2, frequency k = k1 + N1 k2. With w_m = exp(
     A[k1, n2] *= w_n^(k1 n2)                           the twiddle factors
     X[k1, k2] = sum_n2 A[k1, n2] w_N2^(n2 k2)          a product with F2 from the right
 
-and the inverse is the same with conjugated constants, backwards. The spectrum stays in the order [k1, k2]: it is only
-multiplied by another one in the same order, so nothing is ever transposed. Rows n1 that are all padding drop out of
-the sums: a signal padded to twice its length costs half of F1.
+and the inverse applies the same steps in reverse order with conjugated constants. The spectrum stays in the order
+[k1, k2]: it is only multiplied by another spectrum in the same order, so nothing is ever transposed. Rows n1 that
+consist of padding drop out of the sums: for a signal padded to twice its length the product with F1 costs half.
 
-Two real signals are transformed as one complex signal a + ib. A filter h is real, so h * (a + ib) is h*a + i h*b:
-nothing needs to be untangled. In the backward pass sum conj(Z) W of such pairs has the sum of the wanted correlations
-as the real part of its inverse transform.
+Two real signals a and b are transformed as one complex signal a + ib. A filter h is real, so the convolution of h with
+a + ib is conv(h, a) + i conv(h, b), and the results need not be separated. In the backward pass, the real part of the
+inverse transform of sum conj(Z) W over such pairs is the sum of the two correlations.
 
-Matrix units take bfloat16. A float32 product is three of them: x = hi + lo with hi the upper 16 bits of x, and
-hi hi' + hi lo' + lo hi' leaves out 2^-16 of it ("parts" = 2 below; one part is plain bfloat16).
+Matrix units multiply bfloat16. A float32 product takes three such products: with x = hi + lo, hi the upper 16 bits of
+x, hi hi' + hi lo' + lo hi' has a relative error of about 2^-16 ("parts" = 2 below; one part is plain bfloat16).
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """n1 n2 points, of which the first `rows` n2 may be other than zero; rows <= n1 / 2."""
+    """A transform of n1 n2 points, of which only the first `rows` x n2 may be non-zero; rows <= n1 / 2."""
 
     n1: int
     n2: int
@@ -41,24 +41,24 @@ class Plan:
 
 
 def parts_of(dtype) -> int:
-    """How many bfloat16 numbers stand for one number of this type."""
+    """How many bfloat16 numbers represent one number of this dtype."""
     return 1 if dtype == jnp.bfloat16 else 2
 
 
 def split(x, parts: int):
-    """x as a tuple of `parts` bfloat16 arrays with (nearly) that sum. Works inside kernels."""
+    """Splits x into a tuple of `parts` bfloat16 arrays whose sum is (nearly) x. Works inside kernels."""
     if parts == 1:
         return (x.astype(jnp.bfloat16),)
-    # Bits, not a cast there and back: XLA may remove such a pair of casts, and with it the low part.
+    # Bit operations, because XLA may remove a cast to bfloat16 and back, and the low part with it.
     bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32)
     hi = jax.lax.bitcast_convert_type(bits & jnp.int32(-65536), jnp.float32)
     return hi.astype(jnp.bfloat16), (x - hi).astype(jnp.bfloat16)
 
 
 def product(a, b, total=None):
-    """`total` (or nothing) plus the matrix product of two split arrays, accumulated in float32."""
+    """The matrix product of two split arrays, accumulated in float32, plus `total` if given."""
     pairs = [(a[0], b[0])] if len(a) == 1 else [(a[1], b[0]), (a[0], b[1]), (a[0], b[0])]
-    for x, y in pairs:  # one after the other: a compiler sees a chain of additions to one accumulator
+    for x, y in pairs:  # in sequence, so that the compiler sees a chain of additions to one accumulator
         dot = jnp.dot(x, y, preferred_element_type=jnp.float32)
         total = dot if total is None else total + dot
     return total
@@ -87,7 +87,7 @@ def twiddles(plan: Plan) -> np.ndarray:
 
 
 def split_constant(x: np.ndarray, parts: int) -> np.ndarray:
-    """A float64 constant as [parts, ...] bfloat16, each part the rounded rest of those before."""
+    """A float64 constant as [parts, ...] bfloat16; each part is the rounded remainder after the previous parts."""
     out = []
     for _ in range(parts):
         out.append(x.astype(jnp.bfloat16))
@@ -98,7 +98,7 @@ def split_constant(x: np.ndarray, parts: int) -> np.ndarray:
 def spectrum(h, plan: Plan, *, by_matmul: bool):
     """The transform of taps h [D, S], S <= n, divided by n, as [D, 2 (re, im), n1, n2] float32 in the order [k1, k2].
 
-    `by_matmul` says how: TPUs have no FFT unit and multiply matrices, the others call their FFT library.
+    by_matmul: compute it by matrix products, for TPUs, which have no FFT unit; otherwise call the FFT library.
     """
     h = jnp.pad(h.astype(jnp.float32) / plan.n, ((0, 0), (0, plan.n - h.shape[1])))
     if not by_matmul:
@@ -129,7 +129,7 @@ def taps(H, plan: Plan, length: int, *, by_matmul: bool):
 
 
 def _apply(formula: str, constant: np.ndarray, x):
-    """einsum of a float64 constant and x, three products of bfloat16 parts. XLA compiles its own far slower."""
+    """einsum of a float64 constant and x as three products of bfloat16 parts, which compile faster than XLA's own."""
     c, x = split_constant(constant, 2), split(x, 2)
     dot = functools.partial(jnp.einsum, formula, preferred_element_type=jnp.float32)
     return dot(c[1], x[0]) + dot(c[0], x[1]) + dot(c[0], x[0])

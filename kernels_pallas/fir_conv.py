@@ -2,42 +2,43 @@
 
     u = x2 * v,   y_t = x1_t * ( sum_k h[group, k] u_{t-k} + skip u_t ),   k = 0 .. K-1
 
-K <= 8 where few channels share a filter, or with `runs`: shifted multiply-adds, `kernels_pallas.short_conv`; skip is
-then a part of the tap of the current token. The rest here, and that is also 7 taps of a group of 16. Matrix units are
-idle anyway, while shifting both gated inputs takes 58 instructions an element on an H200, where 53 can issue in the
-time that memory needs for 8 bytes (here 9), and 2600 bundles for 131072 elements on a v5e, where memory needs 1920
-cycles (here 710).
+For K <= 8, if few channels share a filter or `runs` are given, `kernels_pallas.short_conv` computes it by shifted
+multiply-adds, with skip added to the tap of the current token. All other cases are computed here, including 7 taps
+shared by 16 channels: the matrix units are idle anyway, whereas shifting both gated inputs takes 58 instructions per
+element on an H200, which can issue 53 in the time that memory needs for 8 bytes (here 9), and 2600 bundles for 131072
+elements on a v5e, where memory needs 1920 cycles (here 710).
 
 Block Toeplitz products (Ku et al. 2025, "Systems and Algorithms for Convolutional Multi-Hybrid Language Models at
-Scale", section 3.2; arXiv 2503.01868). Time is cut to blocks of C tokens; the rows of a matrix are blocks of channels
-that share a filter. With M_j[s, t] = h[C j + t - s] (0 outside of h) and u_c the rows of block c,
+Scale", section 3.2; arXiv 2503.01868). Time is split into blocks of C tokens; the rows of a matrix are blocks of
+channels that share a filter. With M_j[s, t] = h[C j + t - s] (0 outside of h) and u_c the rows of block c,
 
     y_c = x1_c * ( u_c M_0 + u_{c-1} M_1 + ... + u_{c-n} M_n + skip u_c ),     n = ceil(K / C).
 
-Time comes last and is contiguous, so rows are read as they lie in memory, whether a filter has one channel or a
-thousand. C is 64 on GPU: 3 blocks for 128 taps are 384 FLOPs an element and 24 KiB, where 2 blocks of 128 are 512 and
-64 KiB. On TPU, where the matrix unit is 128 wide, C is 128.
+Time comes last and is contiguous, so rows are read contiguously, whether a filter has one channel or a thousand. On
+GPU C is 64: 3 blocks for 128 taps take 384 FLOPs per element and 24 KiB, while 2 blocks of 128 take 512 and 64 KiB. On
+TPU, where the matrix unit is 128 wide, C is 128.
 
-Who holds what. The walk goes along time, so the inputs before a block are what the same program had last: in registers
-on GPU (`fir_conv_gpu`), in VMEM on TPU (`fir_conv_tpu`). M_j is made on chip from the taps and stays there.
+Data placement. A program walks along time, so it still has the inputs before a block from its last step: in registers
+on GPU (`fir_conv_gpu`), in VMEM on TPU (`fir_conv_tpu`). M_j is built on chip from the taps and stays there.
 
 Backward, with g = dy x1, in one walk from the end: du_c = sum_j g_{c+j} M_j^T + skip g_c, dx2 = du v, dv = du x2,
-dx1 = dy (the convolution formed again), dM_j = sum_c u_c^T g_{c+j} in float32, and dh[k] is the sum of dM_j where
-C j + t - s = k. dskip is the sum of g u. What belongs to the inputs before the row, K - 1 tokens, is plain jax.
+dx1 = dy (the recomputed convolution), dM_j = sum_c u_c^T g_{c+j} in float32, and dh[k] is the sum of dM_j where
+C j + t - s = k. dskip is the sum of g u. The contribution of the K - 1 inputs before the row is computed in plain jax.
 
-An element in 16 bits: 8 bytes forward (x1, x2, v in, y out), 14 backward (dy, x1, x2, v in, dx1, dx2, dv out); FLOPs
-for K = 128: 384 and 1152 on GPU, 512 and 1536 on TPU. Intensity 48 to 110, below the balance of each machine (H200
-184, v5e 240 FLOPs a byte), so memory is the roofline, for elements B D T:
+Memory traffic per element in 16 bits: 8 bytes forward (x1, x2, v in, y out), 14 backward (dy, x1, x2, v in, dx1, dx2,
+dv out). FLOPs per element for K = 128: 384 and 1152 on GPU, 512 and 1536 on TPU. The intensity, 48 to 110 FLOPs per
+byte, is below the balance of each machine (H200 184, v5e 240), so the kernels are memory bound. Per element of B D T:
 
     H200 4.3 TB/s, 790 TF/s: 1.86 ps forward (products 0.49), 3.26 ps backward (products 1.46)
     v5e  819 GB/s, 197 TF/s: 9.8 ps forward (products 2.6), 17.1 ps backward (products 7.8)
 
-Beside that the taps' blocks: gathered once a walk on GPU, 48 KiB of dM written per program of the backward walk; the
-halo of a piece of time (GPU), 128 tokens of x2 and v a step of the backward walk (TPU).
+Additional traffic: on GPU the taps' blocks, gathered once per walk, 48 KiB of dM per program of the backward walk, and
+the halo of a piece of time; on TPU 128 tokens of x2 and v per step of the backward walk.
 
-What the compilers say of 16 bits, B 8, D 4096, T 8192, G 256, K 128, no skip. H200: loops of 327 instructions for 32
-elements of a thread forward, 730 for 16 backward, all of it wgmma, no spills. TPU, bundles of a grid step and the
-cycles of its memory traffic: forward v5e 710 of 1920, v5p (one core) 812 of 1328; backward 1216 of 1680, 1423 of 1162.
+Compiler statistics for 16 bits, B 8, D 4096, T 8192, G 256, K 128, no skip. H200: loops of 327 instructions for 32
+elements per thread forward, 730 for 16 backward; all products are wgmma, and nothing spills. TPU, bundles of a grid
+step against the cycles of its memory traffic: forward v5e 710 / 1920, v5p (one core) 812 / 1328; backward 1216 / 1680,
+1423 / 1162.
 """
 
 import functools
@@ -48,11 +49,11 @@ import jax.numpy as jnp
 from kernels_pallas import fir_conv_gpu, fir_conv_tpu, short_conv
 
 MAX_TAPS = 256
-SHARED = 8  # channels of a group from which on few taps are a matrix product too
+SHARED = 8  # from this many channels per group, filters with few taps also use matrix products
 
 
 def obstacle(v: jax.Array, h: jax.Array, *, platform: str, segments: bool = False) -> str | None:
-    """None if the kernel covers arrays of these shapes, else why not."""
+    """None if the kernel supports arrays of these shapes, otherwise the reason why not."""
     if h.shape[1] <= short_conv.MAX_TAPS:
         return None
     if h.shape[1] > MAX_TAPS:
@@ -80,13 +81,14 @@ def fir_conv(
     """(y [B, D, T] in v's dtype, the last K - 1 gated inputs [B, D, K - 1]).
 
     Args:
-      x1, x2, v: [B, D, T], a gate may be None. h: [G, K], channel d uses filter d // (D/G), the tap of the current
-        token first. skip: [D].
-      runs, initial_inputs (gated), initial_runs: as in `short_conv.short_conv`; runs with up to 8 taps only.
-      platform: "gpu" or "tpu"; interpret: on any machine, slowly.
+      x1, x2, v: [B, D, T]; a gate may be None. h: [G, K]; channel d uses filter d // (D/G), and the first tap belongs
+        to the current token. skip: [D].
+      runs, initial_inputs (gated), initial_runs: as in `short_conv.short_conv`; runs require K <= 8.
+      platform: "gpu" or "tpu".
+      interpret: run on any machine, slowly, for tests.
 
     Raises:
-      ValueError: what `obstacle` says.
+      ValueError: the obstacle, if there is one.
     """
     reason = obstacle(v, h, platform=platform, segments=runs is not None)
     if reason is not None:
@@ -142,15 +144,15 @@ def _toeplitz_backward(platform, interpret, residuals, dy):
 
 
 def _diagonals(blocks: jax.Array, K: int) -> jax.Array:
-    """dh [G, K] from dM [G, j, s, t]: the sum over s and t of all with C j + t - s = k."""
+    """dh [G, K] from dM [G, j, s, t]: the sum over all entries with C j + t - s = k."""
     G, _, C, _ = blocks.shape
     rows = jnp.swapaxes(blocks, 1, 2).reshape(G, -1)  # row s: C j + t
-    longer = jnp.pad(rows, ((0, 0), (0, C))).reshape(G, C, -1)  # by one: row s is shifted to the left by s
+    longer = jnp.pad(rows, ((0, 0), (0, C))).reshape(G, C, -1)  # one more element per row shifts row s left by s
     return longer[:, :, :K].sum(axis=1)
 
 
 def _reached(n: int, before: jax.Array, h: jax.Array) -> jax.Array:
-    """What K - 1 inputs before the row give to its first n tokens: [B, D, n]."""
+    """The contribution of the K - 1 inputs before the row to its first n tokens, [B, D, n]."""
     (B, D, P), (G, K) = before.shape, h.shape
     tap = P + jnp.arange(n) - jnp.arange(P)[:, None]
     blocks = jnp.where(tap < K, h[:, jnp.minimum(tap, K - 1)], 0)

@@ -1,17 +1,17 @@
 """The block-Toeplitz convolution on GPU, through Triton: the walks of `kernels_pallas.fir_conv`.
 
 A lane is a channel of one row of the batch, or a piece of its time. A program owns M lanes of one group and walks them
-along time together, 64 tokens a step: one tile [M, 64] of each array, every row of it 128 contiguous bytes. The group's
-Toeplitz blocks are gathered once from the taps and stay in shared memory, where the tensor cores (wgmma) read them; the
-gated inputs of the steps before are carried in registers, so that an element is read from memory once. The loads of the
-next step are under way while the products of this one run. No lane is lost to odd sizes: there are B (D/G) pieces of
-lanes in a group, in as many pieces as fill the device, and only the last program of a group has idle ones.
+along time together, 64 tokens per step: one tile [M, 64] of each array, with 128 contiguous bytes per row. The group's
+Toeplitz blocks are gathered once from the taps and stay in shared memory, where the tensor cores (wgmma) read them. The
+gated inputs of previous steps are carried in registers, so that each element is read from memory once. Loads of the
+next step overlap with the products of the current one. A group has B (D/G) channel rows, each split into as many pieces
+as are needed to fill the device; only the last program of a group has idle lanes.
 
-The backward pass walks from the end. Per step it has dy, x1 (so g = dy x1), x2, v (so u = x2 v), carries g of the steps
-after and u of the steps before, and forms all that is asked: du = sum_j g_{c+j} M_j^T, the convolution again, and
-dM_j += u_c^T g_{c+j} in registers, float32 over the whole walk.
+The backward pass walks from the end. At each step it reads dy, x1 (so g = dy x1), x2 and v (so u = x2 v), carries g of
+later steps and u of earlier ones, and computes du = sum_j g_{c+j} M_j^T, the convolution again, and dM_j += u_c^T
+g_{c+j}, which stays in float32 registers over the whole walk.
 
-float32 operands are cut to the sum of two bfloat16 and multiplied in three products (the fourth is below 2^-16).
+float32 operands are split into two bfloat16 numbers and multiplied in three products (the fourth is below 2^-16).
 """
 
 import dataclasses
@@ -31,11 +31,11 @@ class Tile:
     lanes: int
     num_warps: int
     num_stages: int = 1
-    whole: bool = True  # the backward walk forms dx1 as well
+    whole: bool = True  # the backward walk also computes dx1
 
 
 def tile(kind: str, size: int, K: int, skip: bool, aligned: bool) -> Tile:
-    """Lanes and warps for numbers of `size` bytes, as the compiler for an H200 has them at 0 bytes of spills.
+    """Lanes and warps for elements of `size` bytes, such that nothing spills when compiled for an H200.
 
     registers / wgmma + mma in the code, B 8, D 4096, T 8192, G 256, gates and skip:
       forward   2 bytes  K 128: 168 / 12 + 0 (three programs share a processor)    K 256: 246 / 20 + 0
@@ -54,7 +54,7 @@ def tile(kind: str, size: int, K: int, skip: bool, aligned: bool) -> Tile:
 
 @dataclasses.dataclass(frozen=True)
 class Walk:
-    """Who walks where: lane n of a group is piece n % pieces of its channel row n // pieces."""
+    """How lanes map to data: lane n of a group is piece n % pieces of the group's channel row n // pieces."""
 
     tile: Tile
     G: int
@@ -63,7 +63,7 @@ class Walk:
     K: int
     rows: int  # channel rows of a group, over the batch
     pieces: int
-    steps: int  # of a lane
+    steps: int  # per lane
 
     @property
     def programs(self) -> int:
@@ -79,7 +79,7 @@ class Walk:
 
 
 def plan(kind: str, v: jax.Array, h: jax.Array, skip: jax.Array | None) -> Walk:
-    """Pieces to fill the lanes of a program, then the device, but 8 steps at least to share what a walk begins with."""
+    """Chooses pieces that fill the lanes of a program, then the device, with at least 8 steps to amortise the setup."""
     (B, D, T), (G, K) = v.shape, h.shape
     size = v.dtype.itemsize
     shape = tile(kind, size, K, skip is not None, T * size % 16 == 0)
@@ -104,7 +104,7 @@ class Lanes:
         self.everywhere = walk.rows * walk.pieces % walk.tile.lanes == 0
 
     def mask(self, token):
-        """Where this is an element of the array, None: everywhere."""
+        """The mask of positions inside the array; None: all are inside."""
         mask = None if self.everywhere else jnp.broadcast_to(self.valid[:, None], token.shape)
         if self.walk.ragged:
             mask = (token < self.walk.T) if mask is None else mask & (token < self.walk.T)
@@ -115,7 +115,7 @@ class Lanes:
         return jnp.broadcast_to(self.row[:, None], token.shape), token
 
     def load(self, ref, step, *, outside=False):
-        """`outside`: the step may lie before the lane's row or after it, where the tile is 0."""
+        """The tile of `ref` at a step. outside: the step may be before or after the lane's row, where the tile is 0."""
         row, token = self.index(self.first + step)
         mask = self.mask(token)
         if outside:
@@ -133,7 +133,7 @@ class Lanes:
         triton.store(ref.at[row, token], value.astype(ref.dtype), mask=self.mask(token))
 
     def before(self, x2, v, state, step):
-        """u at a step that may lie before the row: there it is the state's, [B D, K - 1]."""
+        """u at a step that may be before the row, where it comes from the state [B D, K - 1]."""
         u = self.product(x2, v, step, outside=True)
         if state is None:
             return u
@@ -145,18 +145,18 @@ class Lanes:
 
 
 def _parts(x):
-    """x as operands of the tensor cores: itself, or two bfloat16 that add up to a float32."""
+    """x as operands of the tensor cores: itself, or two bfloat16 arrays that add up to a float32 x."""
     if x.dtype != jnp.float32:
         return (x,)
     bits = jax.lax.bitcast_convert_type(x, jnp.int32) & jnp.int32(
         -65536
-    )  # cut, not rounded: exact in bfloat16
+    )  # truncated, not rounded, so exact in bfloat16
     high = jax.lax.bitcast_convert_type(bits, jnp.float32)
     return high.astype(jnp.bfloat16), (x - high).astype(jnp.bfloat16)
 
 
 def _dot(a, b, contract=((1,), (0,))):
-    """The product of parts, the smallest first."""
+    """The sum of the products of parts, the smallest first."""
     pairs = [(x, y) for i, x in enumerate(a) for j, y in enumerate(b) if i + j < max(len(a), len(b))]
     dims = (contract, ((), ()))
     return sum(
@@ -267,14 +267,15 @@ def backward(dy, x1, x2, v, h, skip, state, *, interpret: bool = False):
 
 
 def _own(rank: int, *program):
-    """The block of a program, of that many axes."""
+    """The index of a program's block: the program's own indices, followed by `rank` zeros."""
     return (*program, *(0,) * rank)
 
 
 def _call(body, walk: Walk, inputs, likes, sums, interpret):
-    """body(references, walk=walk) for every program; None among inputs and outputs: None among the references.
+    """Runs body(references, walk=walk) for every program; for an input or output None the reference is None.
 
-    likes: an output [B, D, T] like each; sums: the shape of each float32 output of a program, [G, programs, *shape].
+    likes: arrays with the shape [B, D, T] and dtype of each output. sums: the shape of each float32 output per program,
+    which are [G, programs, *shape] in total.
     """
     here = [x is not None for x in (*inputs, *likes, *sums)]
     shapes = [

@@ -1,19 +1,19 @@
 """The block-Toeplitz convolution on TPU: the walks of `kernels_pallas.fir_conv`.
 
-Blocks of 128 tokens. A grid step has `channels` channels and `tokens` tokens of a row in VMEM; steps along time follow
-each other and hand on the last gated inputs (the first gradients, walking from the end) in scratch. A step lays its
-tokens out by blocks, rows [(block, channel), 128]: then the inputs j blocks back are the same rows, j x channels
-further up, and no data moves. Two ways to use the rows:
+Blocks have 128 tokens. A grid step has `channels` channels and `tokens` tokens of a row in VMEM. Steps along time run
+in order and pass on the last gated inputs (backward: the first gradients) in scratch. A step arranges its tokens by
+blocks, rows [(block, channel), 128]: the inputs j blocks back are then the same rows at an offset of j x channels, and
+no data moves. There are two cases:
 
   a step lies within a group (its channels are a multiple of 8): all rows are one matrix, times the group's M_j;
   groups are small: every channel's blocks, a strided read, are a matrix of their own.
 
 The Toeplitz blocks [M_0 | M_1 | ...] of a group are made in VMEM once for the whole batch and length, by one strided
 roll of its taps: row s is h shifted by s lanes. dM_j is accumulated in float32 in its output block, which stays in VMEM
-while the batch and the length pass by. float32 inputs use the exact product (precision HIGHEST).
+over the whole batch and length. float32 inputs use products of precision HIGHEST.
 
-Every block of an input is read once and every output written once: 8 bytes an element forward, 14 backward, and 128
-tokens of x2 and v per step again (the inputs before it, for dx1).
+Every input block is read once and every output is written once: 8 bytes per element forward, 14 backward. In addition,
+each backward step reads the 128 tokens of x2 and v before it (for dx1).
 """
 
 import dataclasses
@@ -26,8 +26,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 BLOCK = 128
-# Elements of one array in a grid step. The backward step holds nine arrays and four float32 temporaries; both fit the
-# 16 MiB that v5e and v5p grant a kernel unasked.
+# Elements of one array in a grid step. The backward step holds nine arrays and four float32 temporaries; both steps fit
+# the 16 MiB of VMEM that a kernel gets by default on v5e and v5p.
 ELEMENTS = {"forward": 128 * 2048, "backward": 128 * 512}
 
 
@@ -38,9 +38,9 @@ class Walk:
     T: int
     K: int
     per_group: int
-    channels: int  # of a step
+    channels: int  # per step
     tokens: int
-    within: bool  # a step lies within a group
+    within: bool  # all channels of a step are in one group
 
     @property
     def reach(self) -> int:
@@ -52,7 +52,7 @@ class Walk:
 
     @property
     def groups(self) -> int:
-        """Groups of a step."""
+        """Number of groups in a step."""
         return 1 if self.within else self.channels // self.per_group
 
     @property
@@ -62,7 +62,7 @@ class Walk:
 
 
 def channels(D: int, G: int) -> tuple[int, bool] | None:
-    """(channels of a step, does it lie within a group), None if no step fits."""
+    """(channels per step, whether they are all in one group); None if no step size fits."""
     per_group = D // G
     for count in range(min(per_group, 128), 7, -1):
         if count % 8 == 0 and per_group % count == 0:
@@ -102,7 +102,7 @@ def _columns(j):
 
 
 def _lay(rows, x, first, walk: Walk):
-    """Tokens [channels, n 128] to rows from block `first` on."""
+    """Writes tokens [channels, n 128] to rows, from block `first` on."""
     for c in range(x.shape[1] // BLOCK):
         rows[(first + c) * walk.channels : (first + c + 1) * walk.channels] = x[:, _columns(c)].astype(
             rows.dtype
@@ -155,13 +155,13 @@ def _correlate(sums, u, g, walk: Walk, dtype):
 
 
 def _value(*refs):
-    """The product of the blocks [1, channels, n] that there are, float32."""
+    """The product of the given blocks [1, channels, n], skipping None, in float32."""
     tiles = [ref[0].astype(jnp.float32) for ref in refs if ref is not None]
     return functools.reduce(jnp.multiply, tiles)
 
 
 def _inside(x, time, walk: Walk):
-    """x [channels, tokens], 0 after the end of the row."""
+    """x [channels, tokens], with 0 after the end of the row."""
     if walk.T % walk.tokens == 0:
         return x
     token = time * walk.tokens + jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
@@ -273,7 +273,7 @@ def backward(dy, x1, x2, v, h, skip, state, *, interpret: bool = False):
 
 
 def _call(body, walk: Walk, inputs, likes, interpret):
-    """body((inputs, outputs, scratch), walk=walk) over the grid; None stays None."""
+    """Runs body((inputs, outputs, scratch), walk=walk) over the grid; for an input or output None it passes None."""
     back = body is _backward
     here = [[x is not None for x in arrays] for arrays in (inputs, likes)]
     count, reach, v = walk.channels, walk.reach * BLOCK, likes[2 if back else 0]
@@ -301,7 +301,7 @@ def _call(body, walk: Walk, inputs, likes, interpret):
     in_specs = (*(signal for _ in signals), taps, one, state, before, before)
     out_specs = (signal, signal, signal, sums, lanes) if back else (signal,)
     rows = ((walk.blocks + walk.reach) * count, BLOCK)
-    row_type = v.dtype if walk.within else jnp.float32  # strided reads are of 32 bits
+    row_type = v.dtype if walk.within else jnp.float32  # strided reads need 32-bit elements
     scratch = [pltpu.VMEM((walk.groups, BLOCK, reach + BLOCK), v.dtype)]
     scratch += [pltpu.VMEM(rows, row_type)] * (2 if back else 1)
     scratch += [pltpu.VMEM((walk.blocks * count, BLOCK), jnp.float32)]

@@ -5,19 +5,19 @@
 
 Letters: B batch, T time, N heads, P features of q and k, H head dim of v, C tokens in a chunk.
 
-The recurrence, a chunk at a time. With g the sum of a from the chunk's first token on (within the chunk, so that no
-exponent below is positive, and none is a difference of large sums), S the state that enters the chunk:
+The recurrence, one chunk at a time. With g the running sum of a from the chunk's first token (within the chunk, so that
+no exponent below is positive or a difference of large sums) and S the state that enters the chunk:
 
     out = e^g (q S) + [(q k^T) . W] v     W_ij = e^{g_i - g_j} for j <= i, else 0        C x C, never stored
     S  <- e^{g_C} S + k^T (e^{g_C - g} v)                                                P x H in float32
 
-Four products, 2 C (P + H) + 4 P H FLOPs a token and head: 98 K for C = 64 and P = H = 128; q, k, v read and y written
-once, 1024 bytes in bfloat16. An H200 (4.3 TB/s, 790 TFLOP/s) needs 0.24 ns for the bytes and 0.12 for the products, a
-v5e (819 GB/s, 197 TFLOP/s; C = 256, so 197 K) 1.25 and 1.0: memory bound, if all happens in one pass. That is the
-difference from kernels that write the chunks' states and read them again, 2.5 times the bytes (flash-linear-attention's
-`chunk_h` and `chunk_o`; Mamba-2's five, arXiv 2405.21060, sections 6 and 7).
+These are four products, 2 C (P + H) + 4 P H FLOPs per token and head: 98 K for C = 64 and P = H = 128. q, k, v are read
+and y is written once, 1024 bytes in bfloat16. An H200 (4.3 TB/s, 790 TFLOP/s) needs 0.24 ns for the bytes and 0.12 ns
+for the products, a v5e (819 GB/s, 197 TFLOP/s; C = 256, so 197 K) 1.25 and 1.0 ns. So a single pass is memory bound.
+Kernels that write the chunks' states and read them again move 2.5 times the bytes (flash-linear-attention's `chunk_h`
+and `chunk_o`; the five kernels of Mamba-2, arXiv 2405.21060, sections 6 and 7).
 
-The backward pass is the same recurrence. Written as sums over pairs, with w_ij = e^{a_{j+1} + ... + a_i} and dy the
+The backward pass uses the same recurrence. Written as sums over pairs, with w_ij = e^{a_{j+1} + ... + a_i} and dy the
 cotangent of y,
 
     y_i  = sum_{j<=i} w_ij (q_i.k_j) v_j          = recurrence(q,  k,  v)
@@ -25,26 +25,26 @@ cotangent of y,
     dk_j = sum_{i>=j} w_ij (v_j.dy_i) q_i         = recurrence(v,  dy, q)    reversed in time
     dv_j = sum_{i>=j} w_ij (k_j.q_i) dy_i         = recurrence(k,  q,  dy)   reversed in time
 
-and the states are S, S^T, dS^T and dS. So no chunk's state is stored, there is one kernel to get right, and 3072 bytes
-a token and head go through memory where the least possible is 1792. In reverse, e^g and e^{g_C - g} change places and
-the triangle is the upper one.
+and the states are S, S^T, dS^T and dS. So no chunk's state is stored, one kernel serves all passes, and 3072 bytes per
+token and head go through memory, where the minimum is 1792. In reverse, e^g and e^{g_C - g} swap roles and the triangle
+is the upper one.
 
-The normaliser adds a vector z to the state, and y = num / norm. With dnum = dy / norm in place of dy, dnorm = -dnum.y,
-the pairs' products dy_i.v_j become dnum_i.v_j + dnorm_i: a `bias` on the query's side for dq and on the key's side for
-dk, and a `row` of P numbers beside the state, z or its cotangent.
+The normaliser adds a vector z to the state, and y = num / norm. With dnum = dy / norm instead of dy, dnorm = -dnum.y,
+the pairs' products dy_i.v_j become dnum_i.v_j + dnorm_i: a `bias` on the query side for dq and on the key side for dk,
+and a `row` of P numbers next to the state, z or its cotangent.
 
-The decay's gradient needs no products: da_t sums what passes between keys before t and queries from t on. With
-R_i = q_i.dq_i and K_j = k_j.dk_j that is sum_{i>=t} (R_i - K_i) up to any e, plus <dS_e, S_e>. Over a whole sequence
-the sum would drown in rounding errors; here the states are kept at the edges of spans of `SPAN` tokens.
+The decay's gradient needs no matrix products: da_t sums the contributions of pairs of a key before t and a query at or
+after t. With R_i = q_i.dq_i and K_j = k_j.dk_j it is sum_{i>=t} (R_i - K_i) up to any e, plus <dS_e, S_e>. Over a whole
+sequence rounding errors would dominate the sum, so the states at the edges of spans of `SPAN` tokens are kept.
 
-Documents in a row (`runs`) only mask: a token sees keys from `limit` on, and the entering state if that is its
-document's; the state that leaves holds the last token's document.
+Documents in a row (`runs`) only change masks: a token sees keys from `limit` on, and the entering state if it belongs
+to the token's document. The leaving state holds only the last token's document.
 
-Small batches. A program walks all of T, and B N H / 64 programs may not fill a GPU. Then T is cut into `split` pieces
-that are walked at once: a pass over k and v alone gives what each piece adds to the state, a sum over the few pieces
-the states that enter them (as Dao & Gu, section 8.2, do across devices).
+Small batches. A program walks all of T, and B N H / 64 programs may not fill a GPU. T is then cut into `split` pieces
+that are walked in parallel: a first pass over k and v computes each piece's contribution to the state, and a sum over
+the few pieces gives the states that enter them (as Dao & Gu, section 8.2, do across devices).
 
-What a platform's `recurrence(arrays, heads=, reverse=, eps=, span=, chunk=, interpret=)` takes and gives:
+Arguments and results of a platform's `recurrence(arrays, heads=, reverse=, eps=, span=, chunk=, interpret=)`:
 
     q, k [B,T,n,P], v [B,T,n,V]   any n that divides N      out [B,T,N,V]
     state [B,N,P,V] float32       the entering state        states [B,N,T/span,P,V]: after each span
@@ -68,13 +68,13 @@ from kernels_pallas import linear_attention_gpu, linear_attention_tpu
 from kernels_pallas.tiles import GONE, RESIDUALS, in_parts
 
 SIZES = (16, 32, 64, 128)
-SPAN = 512  # the states at its edges take half of y's bytes; rounding errors in da grow with its root
+SPAN = 512  # tokens; the states at span edges take half of y's bytes, and rounding errors in da grow with sqrt(SPAN)
 SLOTS = 264  # programs that an H200 runs at once: two on each of 132 multiprocessors
-PIECE = 1024  # tokens that one program walks at least
+PIECE = 1024  # minimum number of tokens that one program walks
 
 
 def obstacle(q: Array, k: Array, v: Array, *, platform: str) -> str | None:
-    """Why the kernel does not take these arrays, or None."""
+    """Why the kernel does not support these arrays, or None."""
     P, H = q.shape[-1], v.shape[-1]
     if P not in SIZES or H not in SIZES:
         return f"{P} features and head dim {H}: expected each one of {', '.join(map(str, SIZES))}"
@@ -104,10 +104,10 @@ def linear_attention(
     """(y in v's dtype, (S [B, N, P, H], z [B, N, P] or None without normalize) after the last token, float32).
 
     Args:
-      log_decay: a <= 0; below -104, where e^a is 0 in float32, a hard reset. N is the largest count of heads; arrays
-        with fewer share theirs among consecutive heads.
-      runs: the index of each token's document, never falling, 0 for that of the initial state. Padding takes the
-        index of what precedes it, and comes with k = 0 and a = 0.
+      log_decay: a <= 0; values below -104, where e^a is 0 in float32, are a hard reset. N is the largest number of
+        heads; in arrays with fewer, consecutive heads share one.
+      runs: the index of each token's document, non-decreasing, 0 for that of the initial state. Padding must have the
+        index of the token before it, k = 0 and a = 0.
       platform: "gpu" or "tpu".
       interpret: run on a CPU, for tests.
     """
@@ -135,7 +135,7 @@ def _pad(x: Array, short: int) -> Array:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How T is cut: into `split` pieces, these into spans, these into chunks (all in tokens but `split`)."""
+    """How T is divided: into `split` pieces, pieces into spans, spans into chunks (sizes in tokens, except `split`)."""
 
     platform: str
     interpret: bool
@@ -163,7 +163,7 @@ def _plan(B, T, N, P, H, dtype, decays, eps, platform, interpret) -> Plan:
 
 
 def _vectors(log_decay: Array | None, runs: Array | None, C: int, exact: bool) -> tuple[dict, dict]:
-    """decay, reach, keep and limit of the recurrence, and of the reversed one. exact: decay in two parts."""
+    """decay, reach, keep and limit of the forward and of the reversed recurrence. exact: decay in two parts."""
     if log_decay is None and runs is None:
         return {}, {}
     reach = keep = jnp.ones((1, 1, 1, 1), jnp.float32)
@@ -172,7 +172,7 @@ def _vectors(log_decay: Array | None, runs: Array | None, C: int, exact: bool) -
         B, T, n = log_decay.shape
         g = in_parts(jnp.swapaxes(log_decay, 1, 2).reshape(B, n, T // C, C))
         reach, keep = jnp.exp(jnp.sum(g, axis=2)), jnp.exp(jnp.sum(g[..., -1:] - g, axis=2))
-        # Only differences of these count: around 0, they lose half as much to rounding where a chunk holds many resets.
+        # Only differences matter: centring the values halves the rounding error if a chunk holds many resets.
         g -= g[..., C // 2, None]
         decay = {"decay": (g[:, :, 0] if exact else jnp.sum(g, axis=2)).reshape(B, n, T)}
         if exact:
@@ -194,7 +194,7 @@ def _vectors(log_decay: Array | None, runs: Array | None, C: int, exact: bool) -
 
 
 def _run(arrays: dict, plan: Plan, *, reverse: bool = False, entering: dict | None = None) -> dict:
-    """The recurrence over all of T. entering: the states that enter each piece, if they are known."""
+    """The recurrence over all of T. entering: the states that enter each piece, if already known."""
     kernels = linear_attention_tpu if plan.platform == "tpu" else linear_attention_gpu
     recurrence = functools.partial(
         kernels.recurrence,
@@ -213,7 +213,7 @@ def _run(arrays: dict, plan: Plan, *, reverse: bool = False, entering: dict | No
 
 
 def _entering(pieces: dict, first: dict, S: int, recurrence, reverse: bool) -> dict:
-    """The states that enter each piece: what the pieces before it contribute, each by itself, decayed and added up."""
+    """The states that enter each piece: the decayed sum of the contributions of all earlier pieces."""
     T, C = pieces["v"].shape[1], recurrence.keywords["chunk"]
     arrays = {
         name: x for name, x in pieces.items() if name not in ("q", "decay", "fine", "limit", "query_bias")
@@ -242,13 +242,13 @@ def _entering(pieces: dict, first: dict, S: int, recurrence, reverse: bool) -> d
 
 
 def _at_pieces(edges: Array, S: int) -> Array:
-    """The states at the beginnings of pieces, of those at the beginnings of spans [B, N, spans, ...]."""
+    """Selects the states at the beginnings of pieces from those at the beginnings of spans [B, N, spans, ...]."""
     x = jnp.swapaxes(edges[:, :, :: edges.shape[2] // S], 1, 2)
     return x.reshape(-1, *x.shape[2:])
 
 
 def _cut(name: str, x: Array, S: int) -> Array:
-    """Pieces of T become rows."""
+    """Reshapes an array so that pieces of T become rows of the batch."""
     if name in ("q", "k", "v", "limit"):
         return x.reshape(x.shape[0] * S, -1, *x.shape[2:])
     x = x.reshape(*x.shape[:2], S, -1)
@@ -256,7 +256,7 @@ def _cut(name: str, x: Array, S: int) -> Array:
 
 
 def _join(name: str, x: Array, S: int) -> Array:
-    """The rows of a result become one again."""
+    """The inverse of _cut: joins the pieces of a result."""
     if name == "out":
         return x.reshape(-1, S * x.shape[1], *x.shape[2:])
     x = jnp.swapaxes(x.reshape(-1, S, *x.shape[1:]), 1, 2)
@@ -267,7 +267,7 @@ def _join(name: str, x: Array, S: int) -> Array:
 
 
 def _exact(plan: Plan, q: Array) -> bool:
-    """Whether decays come in two parts: chunks of 16 and bfloat16 do without."""
+    """Whether decays need two parts for accuracy; chunks of 16 and bfloat16 do not."""
     return plan.platform == "tpu" and q.dtype == jnp.float32
 
 
@@ -319,19 +319,19 @@ def _backward(plan: Plan, residuals, cotangents):
 
 
 def _inner(x: Array, dx: Array) -> Array:
-    """x . dx for every token and head of dx, float32."""
+    """x . dx for each token and head of dx, float32."""
     B, T, n, P = x.shape
     dx = dx.reshape(B, T, n, -1, P).astype(jnp.float32)
     return jnp.sum(dx * x[:, :, :, None].astype(jnp.float32), axis=-1).reshape(B, T, -1)
 
 
 def _edges(state: Array, states: Array) -> Array:
-    """The states at all edges of spans, from the one before the first."""
+    """The states at all edges of spans, beginning with the initial state."""
     return jnp.concatenate([state[:, :, None], states], axis=2)
 
 
 def _across(states: Array, d_states: Array, state: Array, d_state: Array) -> Array:
-    """What the pairs on both sides of a span's edge give, <dS, S>: [B, spans + 1, N], the outer edges included."""
+    """The contribution <dS, S> of pairs across each span edge, [B, spans + 1, N], including the outer edges."""
     states = _edges(state, states)
     d_states = jnp.concatenate([d_states, d_state[:, :, None]], axis=2)
     return jnp.swapaxes(jnp.sum(d_states * states, axis=range(3, states.ndim)), 1, 2)
@@ -340,8 +340,8 @@ def _across(states: Array, d_states: Array, state: Array, d_state: Array) -> Arr
 def _pairs_across(change: Array, across: Array, span: int) -> Array:
     """The sum over the pairs that a_t decays, for every t: [B, T, N].
 
-    Towards the end of its span that is a sum of `change`. What is known at the span's start tells the rounding errors
-    that this gathered on the way; they are taken off in proportion to the way.
+    Up to the end of t's span this is a sum of `change`. The known value at the span's start gives the rounding error
+    that accumulates over the span; it is subtracted in proportion to the distance.
     """
     B, T, N = change.shape
     sums = lax.cumsum(change.reshape(B, T // span, span, N), axis=2, reverse=True) + across[:, 1:, None]
@@ -350,7 +350,7 @@ def _pairs_across(change: Array, across: Array, span: int) -> Array:
 
 
 def _summed(dx: Array, heads: int) -> Array:
-    """Gradients of shared heads add up, in float32."""
+    """Sums the gradients of heads that share one, in float32."""
     if dx.shape[2] == heads:
         return dx
     return jnp.sum(dx.reshape(*dx.shape[:2], heads, -1, *dx.shape[3:]), axis=3, dtype=jnp.float32)

@@ -1,8 +1,8 @@
 """The recurrence of `linear_attention.py` on an NVIDIA GPU, through Triton.
 
 A program owns one head and `columns` of the value dimension. It walks the chunks in order with its part of the state,
-P x columns in float32, in registers; the chunk's rows arrive by asynchronous copies while the chunk before is being
-multiplied. All four products of a chunk are wgmma instructions for bfloat16 (64 rows each, so a chunk is not smaller).
+P x columns in float32, in registers. Asynchronous copies fetch the next chunk during the products of the current one.
+For bfloat16 all four products of a chunk are wgmma instructions, which have 64 rows, the minimum size of a chunk.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-NARROW = 16  # the narrowest product: the sums of keys are kept as 16 equal columns, which are cheaper than a vector
+NARROW = 16  # the narrowest product; the sum of keys is kept as 16 equal columns, cheaper than a vector
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +32,7 @@ def chunk(dtype) -> int:
 
 
 def tile(names, P: int, V: int, dtype) -> Tile:
-    """What compiles for an H200 without a spilled register, and leaves room for two programs on a multiprocessor.
+    """Tiles that compile for an H200 without register spills and leave room for two programs per multiprocessor.
 
     P = V = 128, bfloat16, registers a thread (spilled bytes), shared KB, of 228:
 
@@ -59,7 +59,7 @@ def tile(names, P: int, V: int, dtype) -> Tile:
 def recurrence(
     arrays: dict, *, heads: int, reverse: bool, eps: float, span: int, chunk: int, interpret: bool
 ) -> dict:
-    """See `linear_attention.py`: what the arrays are, and what comes back."""
+    """The recurrence; `linear_attention.py` describes arguments and results."""
     B, T, _, V = arrays["v"].shape
     P, N = arrays["k"].shape[-1], heads
     best = tile(arrays, P, V, arrays["v"].dtype)
@@ -89,7 +89,7 @@ def recurrence(
 
 
 def _block(name: str, shape: tuple[int, ...], N: int, W: int) -> pl.BlockSpec:
-    """The part of an array that a program sees: its head (or the one it shares) and its columns."""
+    """The block of an array that a program reads: its head (or the shared one) and its columns."""
     if name == "limit":
         return pl.BlockSpec((None, shape[1]), lambda i, j: (i // N, 0))
     if name in ("q", "k", "v", "out"):
@@ -154,7 +154,7 @@ def _kernel(*given, names, reverse, eps, C, span, interpret):
 
 
 def _outputs(refs, carry, rows, k, v, dot, reverse, eps):
-    """The results of one chunk, float32; the normaliser is stored on the way."""
+    """The outputs of one chunk, float32; also stores the normaliser."""
     q, C = refs["q"][rows, :], k.shape[0]
     query, key = (lax.broadcasted_iota(jnp.int32, (C, C), i) for i in (0, 1))
     seen = query <= key if reverse else query >= key

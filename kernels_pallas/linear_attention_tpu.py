@@ -1,9 +1,9 @@
 """The recurrence of `linear_attention.py` on a TPU.
 
-The grid is (rows, groups of heads, chunks), the last in order: the states of a group stay in VMEM from one step to the
-next, and the pipeline fetches the next chunk meanwhile. Several heads a step give the scheduler independent work to
-put between a product and its use. Arrays are head-major, [B, N, T, P], so that a head's chunk is a plain matrix;
-numbers per token come as rows and are turned to columns all at once, since each transposition costs a pass of the XLU.
+The grid is (rows, groups of heads, chunks), with chunks in order: the states of a group stay in VMEM from one step to
+the next, while the pipeline fetches the next chunk. Several heads per step give the scheduler independent work between
+a product and its use. Arrays are head-major, [B, N, T, P], so that a head's chunk is a plain matrix. Scalars per token
+come as rows and are transposed to columns all together, since each transposition costs a pass of the XLU.
 """
 
 import functools
@@ -19,12 +19,12 @@ PER_TOKEN = ("decay", "fine", "reach", "keep", "query_bias", "key_bias")
 
 
 def chunk(T: int, dtype) -> int:
-    """Tokens at a time; in float32 fewer, since weights are differences of sums over a chunk's decays."""
+    """Tokens per chunk; fewer in float32, since weights are differences of sums over a chunk's decays."""
     return 256 if T > 128 and dtype == jnp.bfloat16 else 128
 
 
 def most_heads(dtype) -> int:
-    """Heads in one step, at most.
+    """The maximum number of heads per step.
 
     P = H = 128 with decay, bfloat16, as libtpu counts the bundles of a step for a v5e (1.5 GHz); reading and writing
     takes 1.25 ns a token and head:
@@ -42,7 +42,7 @@ def most_heads(dtype) -> int:
 def recurrence(
     arrays: dict, *, heads: int, reverse: bool, eps: float, span: int, chunk: int, interpret: bool
 ) -> dict:
-    """See `linear_attention.py`: what the arrays are, and what comes back."""
+    """The recurrence; `linear_attention.py` describes arguments and results."""
     B, T, _, V = arrays["v"].shape
     P, N, C = arrays["k"].shape[-1], heads, chunk
     each = _heads_a_step(N, [arrays[name].shape[2] for name in "qkv"], most_heads(arrays["v"].dtype))
@@ -91,7 +91,7 @@ def recurrence(
 
 
 def _token_major(results: dict, B: int, N: int) -> dict:
-    """The shapes that `linear_attention.py` asks for."""
+    """Converts results to the shapes that `linear_attention.py` expects."""
     results["out"] = jnp.swapaxes(results["out"], 1, 2)
     for name in STATES.values():  # in one order, so that every process compiles the same program
         if name in results:
@@ -103,7 +103,7 @@ def _token_major(results: dict, B: int, N: int) -> dict:
 
 
 def _heads_a_step(N: int, counts: list[int], most: int) -> int:
-    """The largest divisor of N up to `most` such that a step's heads are, of every array, a whole block."""
+    """The largest divisor of N up to `most` such that a step's heads form whole blocks of every array."""
     shared = [N // n for n in counts]
     fits = (e for e in range(min(N, most), 0, -1) if N % e == 0)
     return next(e for e in fits if all(e % s == 0 or s % e == 0 for s in shared))
@@ -160,7 +160,7 @@ def _seen(refs, reverse):
 
 
 def _head(refs, columns, seen, h, each, reverse, eps):
-    """One head's chunk; gives its normalisers, [C, 1]."""
+    """Processes one head's chunk; returns its normalisers, [C, 1]."""
 
     def own(name):
         count = refs[name].shape[1]

@@ -1,8 +1,9 @@
 """A causal convolution with filters as long as the sequence, gates fused: y = x1 * (h conv (x2 * v) + skip * x2 * v).
 
-FlashFFTConv (Fu et al., arXiv 2311.05908) for GPU and TPU: one kernel reads the gates and the signal, goes to the
-spectrum and back on the matrix units, and writes y. An FFT library has to pad, transform, multiply, transform back and
-cut in device memory, about 65 bytes for each element; this is 8 in bfloat16 (x1, x2, v, y), and 16 / B for the filter.
+FlashFFTConv (Fu et al., arXiv 2311.05908) for GPU and TPU: one kernel reads the gates and the signal, transforms to the
+spectrum and back on the matrix units, and writes y. With an FFT library, padding, transforms, products and slicing go
+through device memory, about 65 bytes per element; here it is 8 bytes in bfloat16 (x1, x2, v, y), plus 16 / B for the
+filter.
 
 The algorithm (`dft.py` has the formulas). A sequence of T tokens is padded with zeros to n >= 2 T points, so that the
 circular convolution of a transform is the causal one, and laid out as [n1, n2], time = n1 N2 + n2:
@@ -16,13 +17,13 @@ circular convolution of a transform is the causal one, and laid out as [n1, n2],
 F1 and F2 are DFT matrices of N1 and N2 points. The spectrum of h is made by XLA, once for all rows of the batch, never
 in plain bfloat16, in that order and divided by n; skip is added to h[0], the tap that passes the input on.
 
-Cost for each element of y: 8 N1 + 16 N2 operations on the matrix unit (3072 at T = 8192, where N1 = N2 = 128), three
-times that for float32, and 3 complex products of vectors. So all are bound by compute: an H200 by 3.9 ps for 3072
-FLOPs at 790 TFLOP/s against 1.9 ps for 8 bytes at 4.3 TB/s, a v5e by 15.6 against 9.8 ps, a v5p by 6.7 against 2.9 ps.
+Cost per element of y: 8 N1 + 16 N2 FLOPs on the matrix unit (3072 at T = 8192, where N1 = N2 = 128), three times that
+for float32, and 3 complex products of vectors. All devices are compute bound: an H200 needs 3.9 ps for 3072 FLOPs at
+790 TFLOP/s against 1.9 ps for 8 bytes at 4.3 TB/s, a v5e 15.6 against 9.8 ps, a v5p 6.7 against 2.9 ps.
 
-Who holds what. TPU (`long_conv_tpu.py`): 8 channels of two rows, their filters and everything between are in VMEM; grid
-(channels, pairs of rows). GPU (`long_conv_gpu.py`): to 4096 points a program has a pair's signal in registers; beyond,
-persistent programs stage it through scratch of their own in the L2 cache.
+Data placement. TPU (`long_conv_tpu.py`): 8 channels of two rows, their filters and all intermediates are in VMEM; the
+grid is (channels, pairs of rows). GPU (`long_conv_gpu.py`): up to 4096 points a program holds a pair's signal in
+registers; beyond, persistent programs stage it through their own scratch in the L2 cache.
 
 Numbers. bfloat16 arrays are multiplied in bfloat16 and accumulated in float32: 3.5e-3 relative error of y and of every
 gradient. float16 operands would give 4e-4, but a gradient of 1e-7 is 0 in float16 and an outlier summed over 64 rows of
@@ -41,9 +42,9 @@ from jaxtyping import Array, Float
 
 from kernels_pallas import dft, long_conv_gpu, long_conv_tpu
 
-# VMEM of a core in MiB by what jax calls the chip; what is not here has at least the least of those still in use.
+# VMEM of a core in MiB, by jax's name of the chip; for other chips the smallest value is assumed.
 VMEM = {"TPU v5 lite": 128, "TPU v5": 64, "TPU v5p": 64, "TPU v6 lite": 128}
-GPU_LENGTH = 65536  # beyond, matrices of DFTs of 2048 points and more cost more than an FFT
+GPU_LENGTH = 65536  # beyond this, products with DFT matrices of 2048 points and more cost more than an FFT
 
 
 def long_conv(
@@ -59,9 +60,9 @@ def long_conv(
     """y = x1 * (h conv (x2 * v) + skip * x2 * v), differentiable in every array.
 
     Args:
-      x1, x2: gates, or None for 1; like v float32 or bfloat16, all the same.
-      h: taps, h[:, 0] for the current token; those from T on are not used.
-      platform: "gpu" or "tpu". `obstacle` says what it cannot do.
+      x1, x2: gates, or None for 1; float32 or bfloat16, the same dtype as v.
+      h: taps, h[:, 0] for the current token; taps from T on are ignored.
+      platform: "gpu" or "tpu". `obstacle` returns what is not supported.
     """
     taps = h[:, : v.shape[2]].astype(jnp.float32)
     if skip is not None:
@@ -83,7 +84,7 @@ def obstacle(shape: tuple[int, int, int], dtype, platform: str) -> str | None:
 
 
 def vmem_mib() -> int:
-    """VMEM that a kernel may use, of the chip of the mesh that is set or of the first device."""
+    """VMEM in MiB that a kernel may use, for the chip of the current mesh or of the first device."""
     device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
     kind = jax.devices()[0].device_kind if device is None else device.device_kind
     return VMEM.get(kind, 64)

@@ -1,9 +1,9 @@
 """The long convolution on GPUs, through Triton.
 
 See `long_conv.py` for the algorithm. Up to 4096 points (less in float32 and backward: TABLE) a program holds a pair of
-rows of one channel in registers. Longer ones do not fit: persistent programs, one or two on each multiprocessor, go
-through their pairs in three stages, and what is between the stages is a scratch of each program's own (64 KB at 16384
-points) that stays in the L2 cache:
+rows of one channel in registers. Longer ones do not fit: persistent programs, one or two per multiprocessor, process
+their pairs in three stages. Between stages the data is in each program's own scratch (64 KB at 16384 points), which
+stays in the L2 cache:
 
     1  tiles of n2:  gates, product with F1, twiddle factors                       -> scratch [k1, n2]
     2  tiles of k1:  product with F2, the filter, the inverse products             scratch, in place
@@ -27,7 +27,7 @@ from kernels_pallas import dft
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """Sizes of one kernel: a row of the table below."""
+    """Sizes of one kernel: an entry of the table below."""
 
     k1: int  # of stage 1: the rows of F1 at a time
     n2: int  # of stages 1 and 3
@@ -52,7 +52,7 @@ TABLE = {
 
 
 def plan(length: int) -> dft.Plan:
-    """Powers of two, as Triton has it: square to 64 x 64, then rows of 128 tokens, 256 bytes in one piece."""
+    """Powers of two, as Triton requires: square up to 64 x 64, then rows of 128 tokens, 256 contiguous bytes."""
     n = max(512, 1 << (2 * length - 1).bit_length())
     n2 = min(128, 1 << (n.bit_length() - 1) // 2)
     return dft.Plan(n // n2, n2, n // n2 // 2)
@@ -210,8 +210,8 @@ class _Scratch:
         self.parts = ref.shape[2]
 
     def wait(self):
-        """Until every thread of the program is here and what they wrote is there to read."""
-        if not self.interpret:  # where a program is one thread, and knows no barrier
+        """Waits until all threads of the program are here and their writes are visible."""
+        if not self.interpret:  # the interpreter has one thread per program and no barrier
             plgpu.debug_barrier()
 
     def put(self, at, value):
@@ -232,7 +232,7 @@ def _each(count: jax.Array | int, body):
 
 
 def _place(i, columns: int, height: int, width: int):
-    """Where the i-th tile begins, in rows and columns."""
+    """The row and the column at which the i-th tile begins."""
     return jax.lax.div(i, columns) * height, jax.lax.rem(i, columns) * width
 
 
@@ -387,7 +387,7 @@ def _backward_kernel(*refs, points, sizes, shape, gates, interpret):
 
 
 def _collect(ref, d, p, at, value):
-    """Add to the gradient of channel d's filter; the first pair finds nothing there."""
+    """Adds to the gradient of channel d's filter; the first pair overwrites it."""
     for i in range(2):
         there = ref.at[d, i, *at]
         before = jnp.where(p > 0, there[...], 0.0)
@@ -395,7 +395,7 @@ def _collect(ref, d, p, at, value):
 
 
 def _take(refs, present):
-    """The next ref for each that is present, else None."""
+    """The next ref for each input that is present, otherwise None."""
     refs = iter(refs)
     return [next(refs) if p else None for p in present]
 

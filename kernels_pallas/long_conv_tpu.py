@@ -1,4 +1,4 @@
-"""The long convolution on TPUs: a sequence and its spectrum stay in VMEM from the first gate to the last.
+"""The long convolution on TPUs: a sequence and its spectrum stay in VMEM between the first and the last gate.
 
 See `long_conv.py` for the algorithm. A program has 8 channels of two rows of the batch. Time is in lanes in HBM, but
 the first product sums over n1, the slow part of time: so the gated inputs go to VMEM scratch as rows (n1, channel) of
@@ -21,9 +21,9 @@ from jax.experimental.pallas import tpu as pltpu
 from kernels_pallas import dft
 
 LANES = 128
-CHANNELS = 8  # a sublane each: the narrowest block of [D, T] that a TPU moves without waste
+CHANNELS = 8  # one per sublane: the narrowest block of [D, T] that a TPU moves efficiently
 TILE = 128  # k1 at a time
-SLACK = 4 << 20  # bytes of VMEM for what the compiler keeps: products, spilled registers
+SLACK = 4 << 20  # bytes of VMEM reserved for the compiler: products, spilled registers
 
 
 def plan(length: int) -> dft.Plan:
@@ -34,7 +34,7 @@ def plan(length: int) -> dft.Plan:
 
 
 def _tile(plan: dft.Plan) -> int:
-    """How many k1 are worked on at a time: their spectrum is in registers and in what the compiler makes of them."""
+    """How many k1 are processed at a time: their spectrum must fit in registers and compiler temporaries."""
     return next(m for m in range(min(plan.n1, TILE), 0, -1) if plan.n1 % m == 0 and m % 16 == 0)
 
 
@@ -58,7 +58,7 @@ def _constants(plan: dft.Plan, parts: int) -> list[np.ndarray]:
 
 
 def _loop(count: int, body, unroll: int = 4):
-    """body(0), ... body(count - 1); a few are written out, so that the scheduler sees them together."""
+    """Runs body(0), ..., body(count - 1), with some iterations unrolled so that the scheduler can overlap them."""
     together = count if count <= unroll else math.gcd(count, unroll)
 
     def step(i, carry):
@@ -92,7 +92,7 @@ def _gather(scratch, inputs, plan: dft.Plan, alone):
             there, here = _tokens(r, b, half, plan, channels)
             u = functools.reduce(jnp.multiply, [ref[there].astype(jnp.float32) for ref in inputs])
             if b == 1 and alone is not None:
-                u = jnp.where(alone, 0.0, u)  # what lies behind the batch may be anything, NaN too
+                u = jnp.where(alone, 0.0, u)  # memory beyond the batch may hold anything, including NaN
             scratch[here] = u
 
     full = T // plan.n2
@@ -171,7 +171,7 @@ class _Transform:
 
 
 def _take(refs, present):
-    """An iterator's next ref for each that is present, else None."""
+    """The iterator's next ref for each input that is present, otherwise None."""
     refs = iter(refs)
     return [next(refs) if p else None for p in present]
 
@@ -198,7 +198,7 @@ def _forward_kernel(*refs, plan, batch, gates):
 
 
 def _alone(batch: int):
-    """Whether this program's second row lies behind the batch; None where that cannot be."""
+    """Whether this program's second row is beyond the batch; None if that is impossible."""
     return pl.program_id(1) == batch // 2 if batch % 2 else None
 
 
@@ -260,7 +260,7 @@ def backward(dy, x1, x2, v, H, *, interpret: bool):
 
 
 def _call(kernel, name, arrays, H, gates, *, outputs, interpret):
-    """Grid (channel blocks, pairs of rows): a block's filter, and its gradient, stay while the pairs go by."""
+    """Grid (channel blocks, pairs of rows): a block's filter and its gradient stay in VMEM over all pairs."""
     B, D, T = arrays[-1].shape
     dtype = arrays[-1].dtype
     points = plan(T)
@@ -300,10 +300,10 @@ def _call(kernel, name, arrays, H, gates, *, outputs, interpret):
 
 
 def vmem_bytes(length: int, dtype, signals: int, is_backward: bool) -> int:
-    """What a program needs: two buffers of each window, since the next is fetched meanwhile, and scratch.
+    """The VMEM that a program needs: two buffers per window, since the next is prefetched, and scratch.
 
     Args:
-      signals: how many [B, D, T] arrays come and go.
+      signals: the number of [B, D, T] inputs and outputs.
     """
     points, size = plan(length), jnp.dtype(dtype).itemsize
     rows = 2 * CHANNELS * points.rows * points.n2

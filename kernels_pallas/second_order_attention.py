@@ -3,8 +3,8 @@
     w_ij = (scale q_i.k_j)^2 e^{L_i - L_j} for j <= i, L the running sum of log_decay;
     y_i = sum_j w_ij v_j / sum_j w_ij
 
-The weights are never negative and the decay only shrinks them, so plain float32 sums and one division do: no running
-maximum, and no rescaling of the accumulators.
+Weights are never negative and the decay only shrinks them, so plain float32 sums and one division suffice: no running
+maximum, and no rescaling of accumulators.
 
 **No exponential off the diagonal.** T is cut into chunks of C tokens. With l the running sum of log_decay inside a
 chunk and tot its end, token i of chunk I sees token j of an earlier chunk J through
@@ -17,9 +17,9 @@ sum, and the scalar is a running product while tiles are visited outwards from t
 1, and sums never leave a chunk, so nothing overflows or cancels at any T. Only the tile on the diagonal evaluates
 exp.
 
-**Documents** are separable in the same way: a pair in two chunks shares a document only if it is the last one of
-chunk J and the first one of chunk I. So tokens of others get a column or row of 0, and only the diagonal tile
-compares.
+**Documents** are separable in the same way: a pair in two chunks shares a document only if it is the last one of chunk
+J and the first one of chunk I. So tokens of other documents get a column or row factor of 0, and only the diagonal tile
+compares documents.
 
 **Skipping.** The chunks that a chunk of queries sees begin at `first`, an integer from the totals: a decay below
 e^-30 (1e-13) counts as 0, and so does another document. On GPU it bounds the loop, on TPU the grid and the index maps
@@ -39,9 +39,9 @@ document stays in the sum: in bfloat16 it is four times the error.) For the sake
 too, y is kept in float32, and the weights are summed as they were rounded for the product with v: a row that sees one
 key then has D = g.v exactly.
 
-Who holds what. Forward: a program (GPU) or a grid row (TPU) holds C queries and their sums, keys and values stream
-by. dq: the same. dk, dv: it holds C keys, and queries and g stream by. Query heads that share keys read the same
-ones; their dk and dv are written apart and added by XLA.
+Data placement. Forward: a program (GPU) or a grid row (TPU) holds C queries and their sums, and streams keys and
+values. dq: the same. dk, dv: it holds C keys and streams queries and g. Query heads that share keys read the same ones;
+their dk and dv are written separately and added by XLA.
 
 Cost for a token and head, bf16, without skipping: 2 T H FLOPs forward (two products over the lower triangle), 7 T H
 backward: 0.70 ms and 2.4 ms at B T N H = 2 x 8192 x 16 x 128 for 790 TFLOP/s. HBM: 14 H bytes forward (k folded, then
@@ -64,7 +64,7 @@ from kernels_pallas.tiles import FORGOTTEN, RESIDUALS, Reach, Tiles, chunked, fi
 
 
 def obstacle(q: Array, k: Array, v: Array, *, platform: str, initial_state=None) -> str | None:
-    """Why these kernels cannot run on this, or None. Arrays may be anything with a shape and a dtype."""
+    """Why these kernels do not support the arrays, or None. Anything with a shape and a dtype serves as an array."""
     H = q.shape[-1]
     if initial_state is not None:
         return "the tiles take no initial state"
@@ -92,11 +92,11 @@ def second_order_attention(
     """y in q's dtype, with gradients for q, k, v and log_decay. Query head n reads kv head n K / N.
 
     Args:
-      log_decay: at most 0; below -104, where e^a is 0 in float32, a hard reset. None: no decay.
-      runs: the index of each token's document, never falling along T. None: one document.
-      normalize: divide by the sum of the weights (a row where that is below 1e-30 gives 0).
-      scale: of q.k, H^-0.5 by default; without effect when normalised.
-      tiles: in place of the row of `second_order_attention_plan.TILES`.
+      log_decay: at most 0; values below -104, where e^a is 0 in float32, are a hard reset. None: no decay.
+      runs: the index of each token's document, non-decreasing along T. None: one document.
+      normalize: divide by the sum of the weights (a row whose sum is below 1e-30 gives 0).
+      scale: factor on q.k, H^-0.5 by default; no effect if normalised.
+      tiles: replaces the entry of `second_order_attention_plan.TILES`.
     """
     T, H = q.shape[1], q.shape[3]
     options = Options(
@@ -110,7 +110,7 @@ def second_order_attention(
 
 
 def fold(k: Array, log_decay: Array | None, runs: Array | None, N: int, C: int) -> tuple[Fold | None, Reach]:
-    """For chunks of C; log_decay [B, N, T]. No fold where there is neither decay nor document."""
+    """The fold and the reach for chunks of C, from log_decay [B, N, T]. No fold without decay and documents."""
     shape = k.shape[0], N, k.shape[1]
     chunks, reach = chunked(log_decay, runs, shape, C, FORGOTTEN)
     if chunks is None:
@@ -139,7 +139,7 @@ def _forward(q, k, v, log_decay, runs, options: Options, dtype):
 
 
 def _forward_saving(q, k, v, log_decay, runs, options: Options):
-    # y in float32: in the gradient of a score, dy.v - dy.y, two like numbers cancel (rounding y doubles dk's error).
+    # y in float32: the gradient of a score, dy.v - dy.y, cancels similar numbers (rounding y doubles dk's error).
     y, den = _forward(q, k, v, log_decay, runs, options, jnp.float32)
     y, den = checkpoint_name(y, RESIDUALS), checkpoint_name(den, RESIDUALS)
     return y.astype(q.dtype), (q, k, v, log_decay, runs, y, den)
@@ -147,14 +147,14 @@ def _forward_saving(q, k, v, log_decay, runs, options: Options):
 
 def _cotangent(dy: Array, y: Array, den: Array, folded: Fold | None, options: Options) -> Cotangent:
     if options.normalize:
-        empty = den <= FLOOR  # not true of NaN, which shall be seen
+        empty = den <= FLOOR  # False for NaN, so that NaN propagates
         ratio = jnp.where(empty, 0, 1 / jnp.where(empty, 1, den))
     else:
         ratio, y = jnp.full(den.shape, options.scale**2, jnp.float32), jnp.zeros((), jnp.float32)
     row = ratio if folded is None else ratio * folded.enter
     g = (dy.astype(jnp.float32) * jnp.swapaxes(row, 1, 2)[..., None]).astype(dy.dtype)
 
-    def along(x):  # the rounded g, so that sums over a row still cancel
+    def along(x):  # uses the rounded g, so that sums over a row still cancel
         return jnp.swapaxes(jnp.sum(x.astype(jnp.float32) * y, axis=-1), 1, 2)
 
     return Cotangent(dy, ratio, along(dy), g, along(g))

@@ -16,13 +16,13 @@ from kernels_pallas.tiles_gpu import Specs, call, cut, fall, times
 
 
 def _visit(steps, count, at, body, sums):
-    """With the product of the chunks' decays as the scalar."""
+    """tiles_gpu.visit, with the product of the chunks' decays as the scalar."""
     one = jnp.exp(jnp.zeros((), jnp.float32))
     return tiles_gpu.visit(steps, count, at, body, sums, grow=jnp.multiply, begin=one)
 
 
 def _decay(local, runs, queries, keys, size, *, keys_down=False):
-    """e^{L_i - L_j} of a tile of the diagonal, 0 where query i does not see key j."""
+    """e^{L_i - L_j} of a tile on the diagonal, 0 where query i does not see key j."""
     exponent, seen = fall(local, runs, queries, keys, size, keys_down=keys_down)
     if exponent is None:
         return seen.astype(jnp.float32)
@@ -111,7 +111,7 @@ def _dkv_kernel(
     values, base = v[...], (j + 1) * (C // S)
 
     def add(sums, keys, start, cotangent, means, factor):
-        """Keys down the rows: what queries at `start` .. give to dk / 2, dv and the sums of w dw."""
+        """Adds the queries from `start` on to dk / 2, dv and the sums of w dw; keys run down the rows of the tile."""
         queries = q[pl.ds(start, S), :]
         s = dot(keys, queries.T)
         dp = dot(values, cotangent.T)
@@ -191,7 +191,7 @@ def backward_dq(q, k, v, ct: Cotangent, fold: Fold | None, reach: Reach, runs, o
 
 
 def backward_dkv(q, k, v, ct: Cotangent, fold: Fold | None, reach: Reach, runs, options: Options, tile: Tile):
-    """dk and dv for each query head, [B, T, N, H], and sum_i w_ij dw_ij [B, N, T]."""
+    """dk and dv per query head, [B, T, N, H] each, and sum_i w_ij dw_ij [B, N, T]."""
     B, T, N, H = q.shape
     at, K = Specs(q.shape, tile.held), k.shape[2]
     parts = tile.held // tile.streamed

@@ -1,4 +1,4 @@
-"""What `second_order_attention.py` and its kernels share: tuning table, options, folded decay, cotangents."""
+"""Definitions shared by `second_order_attention.py` and its kernels: tuning table, options, fold, cotangents."""
 
 from typing import NamedTuple
 
@@ -6,9 +6,9 @@ from jaxtyping import Array, Float
 
 from kernels_pallas.tiles import Tile, Tiles, square
 
-FLOOR = 1e-30  # rows whose weights sum to less give 0
+FLOOR = 1e-30  # rows whose weights have a smaller sum give 0
 
-# {(platform, bytes of an element, H): tiles}. No device was at hand: the rows follow from what the compilers say.
+# {(platform, bytes of an element, H): tiles}. Chosen from compiler statistics, not from measurements on a device.
 # GPU (ptxas for sm_90a: registers of a thread, nothing spilled). H = 128: forward 164, dq 236, dk dv 252; forward of
 # 128 x 128 needs 255, dk dv of 128 x 64 spills 168 bytes. H = 64: forward 128, so that two programs share an SM (of
 # 128 x 128: 252), dq 203, dk dv 166 (of 128 x 64: 255). H = 32 with 4 warps spills 328 bytes forward. float32 is three
@@ -35,18 +35,18 @@ TILES = {
 
 
 class Options(NamedTuple):
-    """What a call is compiled for."""
+    """The compile-time options of a call."""
 
     normalize: bool
     scale: float
     platform: str
     interpret: bool
     tiles: Tiles
-    raw: bool = False  # the forward kernel's sums are not divided: a part of the keys follows
+    raw: bool = False  # leave the forward kernel's sums undivided, because another part of the keys is added later
 
 
 class Fold(NamedTuple):
-    """What the decay and the documents come to, chunk by chunk. J = T / C chunks; everything in [0, 1] but `local`."""
+    """Decay and document masks combined per chunk. J = T / C chunks; all factors but `local` are in [0, 1]."""
 
     keys: Float[Array, "B T N H"]  # k * leave
     leave: Float[Array, "B N T"]  # e^{(tot - l) / 2}; 0 unless its document is the chunk's last
@@ -56,7 +56,7 @@ class Fold(NamedTuple):
 
 
 class Cotangent(NamedTuple):
-    """dy and what follows from it. With the plain rows for the diagonal tile, and `g`, `bias` folded for the others."""
+    """dy and derived quantities: unfolded ones for the diagonal tile, and the folded `g` and `bias` for the others."""
 
     dy: Float[Array, "B T N H"]
     ratio: Float[Array, "B N T"]  # 1 / den, or scale^2 without normaliser

@@ -24,7 +24,7 @@ from kernels_pallas.tiles_tpu import (
 
 
 def _decay(local, runs, C, *, keys_down=False):
-    """e^{L_i - L_j} of the tile of the diagonal, 0 where query i does not see key j."""
+    """e^{L_i - L_j} of the tile on the diagonal, 0 where query i does not see key j."""
     exponent, seen = fall(local, runs, C, keys_down=keys_down)
     if exponent is None:
         return seen.astype(jnp.float32)
@@ -66,7 +66,7 @@ def _forward_kernel(
         add(s * s * _decay(local, runs, s.shape[0]))
         if options.normalize:
             sums = jnp.sum(total[...], axis=1, keepdims=True)
-            empty = sums <= FLOOR  # not true of NaN, which shall be seen
+            empty = sums <= FLOOR  # False for NaN, so that NaN propagates
             divided = jnp.where(empty, 0.0, acc[...] / jnp.where(empty, 1.0, sums))
             y[...] = (acc[...] if options.raw else divided).astype(y.dtype)
             den[...] = to_row(total[...])
@@ -167,7 +167,7 @@ def _dkv_kernel(
         scalar[0] = 1.0
 
     def add(keys, cotangent, means, factor):
-        """Keys down the rows."""
+        """Adds one tile of queries; keys run down the rows of the tile."""
         s = dot(keys[...], q[...], (1, 1))
         dp = dot(v[...], cotangent[...], (1, 1))
         if means is not None:
@@ -266,7 +266,7 @@ def backward_dq(q, k, v, ct: Cotangent, fold: Fold | None, reach: Reach, runs, o
 
 
 def backward_dkv(q, k, v, ct: Cotangent, fold: Fold | None, reach: Reach, runs, options: Options, tile: Tile):
-    """dk and dv for each query head, [B, T, N, H], and sum_i w_ij dw_ij [B, N, T]."""
+    """dk and dv per query head, [B, T, N, H] each, and sum_i w_ij dw_ij [B, N, T]."""
     B, T, N, H = q.shape
     at, K, C = Specs(q.shape, tile.held, 1), k.shape[2], tile.held
     keys = k if fold is None else fold.keys

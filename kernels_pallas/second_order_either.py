@@ -1,6 +1,6 @@
-"""Squared attention by tiles or by states, as a number of the data says: both kernels in one program, one of them runs.
+"""Squared attention by tiles or by states, chosen at run time: one program contains both kernels and runs one of them.
 
-The forms keep the same for the backward pass (y in float32 and the sums of the weights), so that the branches share it.
+Both forms save the same residuals (y in float32 and the sums of the weights), so the branches can share them.
 """
 
 import functools
@@ -29,7 +29,7 @@ def second_order_attention(
     platform: str,
     interpret: bool = False,
 ) -> Float[Array, "B T N H"]:
-    """y of `second_order_attention.py` where short_reach is true, else of `second_order_states.py`."""
+    """y by `second_order_attention.py` if short_reach is true, otherwise by `second_order_states.py`."""
     T, H = q.shape[1], q.shape[3]
     plan = planned(T, H, q.dtype, normalize, scale, platform, interpret)
     arrays = padded(q, k, v, log_decay, runs, square(plan.sizes.chunk))

@@ -33,9 +33,9 @@ head. The gradient of log_decay at t sums w dw over the pairs that t stands betw
 far, rows from t on in t's chunk (q.dq / 2), columns before t in it (k.dk / 2), and for the pairs around the whole chunk
 the product of S before it and dS after it. So nothing is carried along T that would have to cancel.
 
-A state that comes in is S before the first chunk, one that goes out S after the last, in the order of `places`.
+The initial state is S before the first chunk, the final state S after the last, in the feature order of `places`.
 
-Who holds what. walk: on GPU a program owns a few slices of a head in registers, 128 of a thread's 219, and walks all of
+Data placement. walk: on GPU a program owns a few slices of a head in registers, 128 of a thread's 219, and walks all of
 T while tiles of k and v stream by; on TPU the state of a head stays in VMEM from step to step. read and contract: a
 program holds a tile of tokens, and slices stream by (on GPU from L2: 2 P H bytes for each tile of 128 or 256 tokens).
 Chunks and tiles that no state reaches, the first or those behind a strong decay or a document, skip the loop.
@@ -63,11 +63,11 @@ from kernels_pallas import second_order_states_gpu, second_order_states_tpu
 from kernels_pallas.second_order_states_plan import Plan, Sizes, planned
 from kernels_pallas.tiles import FORGOTTEN, RESIDUALS, Tiles, chunked, over_groups, padded, square
 
-BLOCK = 16  # rows of a block in the order of features of a state that comes in or goes out
+BLOCK = 16  # rows per block in the feature order of the initial and the final state
 
 
 def obstacle(q: Array, k: Array, v: Array, *, platform: str) -> str | None:
-    """Why these kernels cannot run on this, or None. Arrays may be anything with a shape and a dtype."""
+    """Why these kernels do not support the arrays, or None. Anything with a shape and a dtype serves as an array."""
     return near_part.obstacle(q, k, v, platform=platform)
 
 
@@ -91,13 +91,13 @@ def second_order_attention(
     Query head n reads kv head n K / N.
 
     Args:
-      log_decay: at most 0; below -104, where e^a is 0 in float32, a hard reset. None: no decay.
-      runs: the index of each token's document, never falling along T, 0 for that of the initial state. None: one
-        document. Padding takes the index of what precedes it, and comes with k = 0 and no decay.
-      normalize: divide by the sum of the weights (a row where that is below 1e-30 gives 0).
-      scale: of q.k, H^-0.5 by default; without effect on y when normalised.
+      log_decay: at most 0; values below -104, where e^a is 0 in float32, are a hard reset. None: no decay.
+      runs: the index of each token's document, non-decreasing along T, 0 for that of the initial state. None: one
+        document. Padding must have the index of the token before it, k = 0 and no decay.
+      normalize: divide by the sum of the weights (a row whose sum is below 1e-30 gives 0).
+      scale: factor on q.k, H^-0.5 by default; no effect on y if normalised.
       initial_state: sums of scale^2 expand(k) times v and times 1, float32; P features in the order of `places`.
-      tiles, sizes: in place of the tuning tables' rows (`second_order_states_plan.planned`).
+      tiles, sizes: replace the entries of the tuning tables (`second_order_states_plan.planned`).
     """
     T, H = q.shape[1], q.shape[3]
     scale = H**-0.5 if scale is None else scale
@@ -114,7 +114,7 @@ def second_order_attention(
 
 @functools.cache
 def places(H: int) -> tuple[np.ndarray, np.ndarray]:
-    """m and n of each feature of a state outside: x_m x_n for n from m's block of 16 on, row by row.
+    """m and n of each feature of an initial or final state: x_m x_n for n from m's block of 16 on, row by row.
 
     Where n is of a later block the feature stands for both orders and holds sqrt(2) times the product.
     """
@@ -125,20 +125,20 @@ def places(H: int) -> tuple[np.ndarray, np.ndarray]:
 
 @functools.cache
 def slices(H: int, R: int) -> tuple[np.ndarray, np.ndarray]:
-    """m and n of each feature inside: for each block of R columns n, all rows m up to the block's last."""
+    """m and n of each feature inside the kernels: for each block of R columns n, all rows m up to the block's last."""
     pairs = [(m, n) for b in range(0, H, R) for m in range(b + R) for n in range(b, b + R)]
     m, n = np.array(pairs).T
     return m, n
 
 
 def twice(H: int, R: int) -> np.ndarray:
-    """2 where a feature inside stands for both orders: inside they hold the product itself, times this."""
+    """2 where a feature inside the kernels stands for both orders (m, n) and (n, m), otherwise 1: its factor."""
     m, n = slices(H, R)
     return np.where(m // R == n // R, 1.0, 2.0).astype(np.float32)
 
 
 def _find(wanted, present, H: int) -> np.ndarray:
-    """Where each wanted pair is among the present ones, in either order."""
+    """The index of each wanted pair among the present ones, in either order."""
     at = np.full((H, H), -1)
     at[present[1], present[0]] = np.arange(len(present[0]))
     at[present] = np.arange(len(present[0]))
@@ -151,7 +151,7 @@ def _root(H: int) -> np.ndarray:
 
 
 def _taken(kv: Array, k_sum: Array, R: int, scale: float) -> tuple[Array, Array]:
-    """As the kernels hold a state: features in slices, and the sums of keys as a square [B, N, H, H]."""
+    """Converts a state to the kernels' layout: features in slices, and the sums of keys as a square [B, N, H, H]."""
     H = kv.shape[-1]
     here, everything = places(H), tuple(np.indices((H, H)))
     kv, k_sum = kv / (_root(H) * scale**2)[:, None], k_sum / (_root(H) * scale**2)
@@ -170,7 +170,7 @@ def _given(kv: Array, squares: Array, R: int, scale: float) -> tuple[Array, Arra
 
 
 class Edges(NamedTuple):
-    """What crosses the border of a chunk, everything in [0, 1]."""
+    """Decay and document factors at the borders of chunks, all in [0, 1]."""
 
     enter: Float[Array, "B N T"]  # of the state before the chunk, in a query: e^l, 0 unless of its document
     leave: Float[
@@ -226,7 +226,7 @@ def _squares(weights: Array, x: Array, kept: Array, initial: Array | None, *, re
 
 
 def _rows(x: Array | None, J: int, axis: int) -> Array | None:
-    """Chunks become rows of a batch: axis 1 of [B, T, ...], or axis 2 of [B, N, T]."""
+    """Reshapes chunks to rows of a batch: along axis 1 of [B, T, ...], or axis 2 of [B, N, T]."""
     if x is None:
         return None
     x = x.reshape(*x.shape[:axis], J, -1, *x.shape[axis + 1 :])
@@ -300,7 +300,7 @@ def _backward(plan: Plan, residuals, cotangents):
 
 
 def _decay_gradient(flow: Array, q: Array, k: Array, far: "Far", kept: Array) -> Array:
-    """[B, N, T], chunk by chunk, so that no rounding error is carried along T."""
+    """The gradient of log_decay [B, N, T], chunk by chunk, so that no rounding error accumulates along T."""
     B, N, J = kept.shape
     rows, columns = (
         0.5 * jnp.sum(jnp.repeat(x, N // x.shape[2], axis=2).astype(jnp.float32) * dx, axis=-1)

@@ -34,7 +34,7 @@ def _walk_kernel(weights, rows, columns, values, kept, initial, states, final, *
     first = pl.program_id(0) * U
     block = sum(jnp.where(first >= _begin(b, R), jnp.int32(1), jnp.int32(0)) for b in range(1, blocks))
     m = first - _begin(block, R)
-    twice = jnp.where(m >= block * R, jnp.float32(1), jnp.float32(2))  # row before the block: both orders
+    twice = jnp.where(m >= block * R, jnp.float32(1), jnp.float32(2))  # a row before the block stands for both orders
 
     def tile(start, sums):
         tokens = pl.ds(start, S)
@@ -162,7 +162,7 @@ def read(x, states, factor, plan: Plan, dtype, *, near=None, near_den=None, squa
 
 
 def contract(x, u, states, factor, plan: Plan, *, bias=None, squares=None):
-    """The gradient by x of factor * u . (the state, read by x), float32, and that of bias * x . squares x."""
+    """The gradient with respect to x of factor * u . (the state, read by x) and of bias * x . squares x, float32."""
     B, (N, T), H, R, tile = len(x), factor.shape[1:], x.shape[3], plan.sizes.block, plan.sizes.contract
     at, blocks = _Specs(T, N, H, tile.held, H // R), H // R
     operands = [*at.common(x, states, factor)]

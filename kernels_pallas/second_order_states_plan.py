@@ -1,4 +1,4 @@
-"""What `second_order_states.py` and its kernels share: the tuning table, and how a row is cut into chunks."""
+"""Definitions shared by `second_order_states.py` and its kernels: the tuning table and the chunks of a row."""
 
 from typing import NamedTuple
 
@@ -7,10 +7,10 @@ from kernels_pallas.tiles import Tile, fitting
 
 
 class Sizes(NamedTuple):
-    """Tokens of a chunk, columns of a block, and for each kernel what a program holds and what passes by.
+    """Tokens per chunk, columns per block, and for each kernel what a program holds and what it streams.
 
-    The columns are a multiple of `second_order_states.BLOCK`. With others the gradient of a state that comes in would
-    be that of its symmetric part.
+    The number of columns must be a multiple of `second_order_states.BLOCK`. Otherwise the gradient of an initial state
+    would be the gradient of its symmetric part.
     """
 
     chunk: int
@@ -20,7 +20,7 @@ class Sizes(NamedTuple):
     contract: Tile
 
 
-# {(platform, bytes of an element, H): sizes}. No device was at hand: the rows follow from what the compilers say.
+# {(platform, bytes of an element, H): sizes}. Chosen from compiler statistics, not from measurements on a device.
 # GPU (ptxas for sm_90a: registers of a thread, nothing spilled): walk, read, contract take 219, 254, 148 for H = 64 and
 # 218, 254, 151 for H = 128, within 10 of that with 64-bit addresses or a state that comes in; in float32 174, 228, 200
 # for H = 64 and 255, 143, 145 for H = 32. At H < 64 the products of walk are too short for wgmma and run as mma.
@@ -47,7 +47,7 @@ SIZES = {
 
 
 class Plan(NamedTuple):
-    """All that a call is compiled for: the options of the tiles inside a chunk, and the sizes."""
+    """The compile-time options of a call: those of the tiles inside a chunk, and the sizes."""
 
     options: Options
     sizes: Sizes
@@ -72,10 +72,10 @@ def planned(
     tiles=None,
     sizes=None,
 ) -> Plan:
-    """For rows of T tokens: chunks of equal length, as few as the table's size allows, in whole tiles.
+    """The plan for rows of T tokens: the fewest chunks of equal length, in whole tiles, that the table's size allows.
 
     Args:
-      tiles, sizes: in place of the tuning tables' rows.
+      tiles, sizes: replace the entries of the tuning tables.
     """
     sizes = sizes or SIZES[platform, dtype.itemsize, H]
     tiles = fitting(tiles or TILES[platform, dtype.itemsize, H], sizes.chunk)

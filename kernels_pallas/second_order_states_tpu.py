@@ -63,7 +63,7 @@ def _walk_kernel(kept, weights, x, u, initial, states, final, sums, wide, weight
     weighted[...] = wide[...] * weights[...]
 
     def add(b, m):
-        twice = jnp.where(m >= b * R, 1.0, 2.0)  # rows before the block: both orders
+        twice = jnp.where(m >= b * R, 1.0, 2.0)  # rows before the block stand for both orders
         rows, columns = weighted[pl.ds(m, M), :] * twice, wide[pl.ds(pl.multiple_of(b * R, R), R), :]
         features = _features(rows, columns).astype(u.dtype)
         sums[_slices(b, m, R, M), :] += dot(features, u[...], (1, 1))
@@ -181,7 +181,7 @@ def read(x, states, factor, plan: Plan, dtype, *, near=None, near_den=None, squa
 
 
 def contract(x, u, states, factor, plan: Plan, *, bias=None, squares=None):
-    """The gradient by x of factor * (u . (the state, read by x) + bias * x . squares x), float32."""
+    """The gradient with respect to x of factor * (u . (the state, read by x) + bias * x . squares x), float32."""
     (B, T, n, H), N, S = x.shape, factor.shape[1], plan.sizes.contract.held
     at, each = _Specs(N, H, S), plan.sizes.chunk // S
     operands = [

@@ -5,15 +5,16 @@
 (`lcx.ops.short_conv` is this without gates; `kernels_pallas.fir_conv` calls it for filters of up to 8 taps, where each
 channel has the taps of its group, and its skip is added to the tap of the current token.)
 
-A tile is a few channels by a few hundred tokens, time contiguous. K multiply-adds an element are far below any
-machine's balance, and a matrix unit would multiply zeros: the taps are shifted copies, which a GPU reads again from its
-L1 cache at shifted addresses (`short_conv_gpu`) and a TPU makes from registers by lane rotations (`short_conv_tpu`).
+A tile is a few channels by a few hundred tokens, with time contiguous. K multiply-adds per element are far below any
+machine's balance, and a matrix unit would multiply mostly zeros. Instead the taps use shifted copies, which a GPU reads
+from its L1 cache at shifted addresses (`short_conv_gpu`) and a TPU makes in registers by lane rotations
+(`short_conv_tpu`).
 
-Bytes an element in 16 bits: 4 (8 with both gates) forward, 6 (14) backward, every array once. FLOPs: 2 K forward, 6 K
-backward. The roofline on an H200 (4.3 TB/s) is 0.93 (1.86) ps an element forward, on a v5e (819 GB/s) 4.9 (9.8) ps.
+Bytes per element in 16 bits: 4 (8 with both gates) forward, 6 (14) backward, each array once. FLOPs: 2 K forward, 6 K
+backward. The roofline on an H200 (4.3 TB/s) is 0.93 (1.86) ps per element forward, on a v5e (819 GB/s) 4.9 (9.8) ps.
 
 Backward, with g = dy x1: du_t = sum_k w[:, k] g_{t+k}, dw[:, k] = sum_t g_t u_{t-k} in float32, dx2 = du v, dv = du x2,
-and dx1 = dy (conv u), formed again from the u that dw needs anyway. All in one pass.
+and dx1 = dy (conv u), recomputed from the u that dw needs anyway. All in one pass.
 
 Documents. `runs` (-1 at padding) counts a tap where both tokens have the same run >= 0; elsewhere y is 0.
 """
@@ -43,9 +44,10 @@ def short_conv(
 
     Args:
       x: [B, D, T]. w: [D, K], the tap of the current token first, K up to 8.
-      runs: [B, T] int32, never falling but for -1 at padding; None: one document.
-      initial_inputs: [B, D, K - 1] before the first token, of the runs `initial_runs` [B, K - 1]; None: zeros.
-      platform: "gpu" or "tpu"; interpret: on any machine, slowly.
+      runs: [B, T] int32, document indices, non-decreasing apart from -1 at padding; None: one document.
+      initial_inputs: [B, D, K - 1] inputs before the first token, with runs `initial_runs` [B, K - 1]; None: zeros.
+      platform: "gpu" or "tpu".
+      interpret: run on any machine, slowly, for tests.
     """
     y = gated(
         None, None, x, w, bias, runs, initial_inputs, initial_runs, platform=platform, interpret=interpret
@@ -54,7 +56,7 @@ def short_conv(
 
 
 def gated(x1, x2, v, w, bias, runs, initial_inputs, initial_runs, *, platform: str, interpret: bool):
-    """y of the head of this file."""
+    """y as defined in the docstring of this module."""
     K = w.shape[1]
     if runs is not None:
         if initial_runs is None:
@@ -68,7 +70,7 @@ def gated(x1, x2, v, w, bias, runs, initial_inputs, initial_runs, *, platform: s
 
 
 def last_inputs(u: jax.Array, before: jax.Array | None, K: int) -> jax.Array:
-    """The last K - 1 of the inputs so far; zeros where there were none."""
+    """The last K - 1 inputs so far, padded with zeros if there were fewer."""
     if u.shape[2] < K - 1:
         if before is None:
             return jnp.pad(u, ((0, 0), (0, 0), (K - 1 - u.shape[2], 0)))
@@ -96,7 +98,7 @@ def _gated_backward(platform, interpret, residuals, dy):
 
 
 def _before_gradient(dy, x1, w, before, runs):
-    """Of the K - 1 inputs before the row: sum_k w[:, k] g_{t+k} over the first tokens alone."""
+    """The gradient of the K - 1 inputs before the row: sum_k w[:, k] g_{t+k}, over tokens of the row only."""
     n, T = before.shape[2], min(before.shape[2], dy.shape[2])
     g = dy[:, :, :T].astype(jnp.float32) * (1 if x1 is None else x1[:, :, :T].astype(jnp.float32))
     place, token = jnp.arange(n)[:, None], jnp.arange(T)

@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 CHANNELS = 4
-PIECE = 16  # tiles of a piece, at most
+PIECE = 16  # maximum number of tiles per piece
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Pass:
 
 
 def plan(kind: str, v: jax.Array, w: jax.Array) -> Pass:
-    """Tokens of a tile and warps, as the compiler for an H200 has them at 0 bytes of spills.
+    """Tokens per tile and warps, such that nothing spills when compiled for an H200.
 
     registers and instructions a thread (of 16 elements forward, 8 backward) in 16 bits:
       K 3, no gates:     forward 40, 280    backward 48, 344
@@ -58,7 +58,7 @@ class Tile:
         self.shape = (CHANNELS, size.tokens)
 
     def mask(self, shift: int):
-        """Where the element `shift` tokens on is one of the arrays, None: everywhere."""
+        """The mask of elements whose neighbour `shift` tokens later is inside the arrays; None: all are."""
         token, conditions = self.token + shift, []
         if self.size.D % CHANNELS:
             conditions.append(jnp.broadcast_to(self.channel < self.size.D, self.shape))
@@ -83,7 +83,7 @@ class Tile:
         return functools.reduce(jnp.multiply, [self.load(ref, shift) for ref in refs if ref is not None])
 
     def inputs(self, shift: int, x2, v, state):
-        """u; before the row the state's, [B, D, K - 1]."""
+        """u at a shift; before the row it comes from the state [B, D, K - 1]."""
         u = self.value(shift, x2, v)
         if state is None or shift == 0:
             return u
@@ -106,7 +106,7 @@ class Tile:
 
 
 def _meets(own, other, x):
-    """x where the two tokens are of one run, else 0."""
+    """x where both tokens are in the same run, otherwise 0."""
     return x if own is None else jnp.where((own == other) & (own >= 0), x, jnp.float32(0))
 
 
@@ -182,12 +182,12 @@ def backward(dy, x1, x2, v, w, bias, runs, state, *, interpret: bool = False):
 
 
 def _own(rank: int, *program):
-    """The block of a program, of that many axes."""
+    """The index of a program's block: the program's own indices, followed by `rank` zeros."""
     return (*program, *(0,) * rank)
 
 
 def _call(body, size: Pass, grid, inputs, likes, sums, interpret):
-    """body(references, size=size) for every program; None among inputs and outputs: None among the references.
+    """Runs body(references, size=size) for every program; for an input or output None the reference is None.
 
     likes: an output like each; sums: the shape of each float32 output of a program, [*grid, *shape].
     """

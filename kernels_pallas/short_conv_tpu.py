@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 LANES = 128
-ROWS = 16  # channels at once: a packed register of bfloat16
+ROWS = 16  # channels processed at once: the rows of a packed bfloat16 register
 CHANNELS, TOKENS = 64, 2048  # of a step: 256 KiB an array in 16 bits, seven arrays twice in the backward pass
 
 
@@ -42,13 +42,13 @@ def plan(v: jax.Array, w: jax.Array) -> Pass:
 
 
 def _value(rows, *refs):
-    """The product of the blocks [1, channels, n] that there are at some channels, float32."""
+    """The product of the given blocks [1, channels, n] at some channels, skipping None, in float32."""
     tiles = [ref[0, rows, :].astype(jnp.float32) for ref in refs if ref is not None]
     return functools.reduce(jnp.multiply, tiles)
 
 
 def _inside(x, time, size: Pass):
-    """x [., tokens], 0 after the end of the row."""
+    """x [., tokens], with 0 after the end of the row."""
     if size.T % size.tokens == 0:
         return x
     token = time * size.tokens + jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
@@ -67,7 +67,7 @@ def _ahead(x, after, k: int):
 
 
 def _same(own, other):
-    """1.0 where the two tokens are of one run, [1, tokens]; None without runs."""
+    """1.0 where both tokens are in the same run, [1, tokens]; None without runs."""
     return None if own is None else jnp.where((own == other) & (own >= 0), 1.0, 0.0)
 
 
@@ -76,7 +76,7 @@ def _times(x, factor):
 
 
 def _each(size: Pass, body):
-    """body(a slice of channels) for all of a step, 16 at a time."""
+    """Runs body(a slice of channels) for all channels of a step, 16 at a time."""
     if size.channels < ROWS:
         body(slice(0, size.channels))
         return
@@ -220,7 +220,7 @@ def _specs(size: Pass, back: bool):
 
 
 def _call(body, size: Pass, signals, weights, likes, interpret):
-    """body((inputs, outputs, scratch), size=size) over the grid; None stays None."""
+    """Runs body((inputs, outputs, scratch), size=size) over the grid; for an input or output None it passes None."""
     back, count, K = body is _backward, size.channels, size.K
     w, bias, state, runs = weights
     bias = None if bias is None else bias[:, None]

@@ -1,4 +1,4 @@
-"""What causal tiles with a decay share: chunks of T, sums of the decay inside them, and how far a chunk sees.
+"""Common parts of causal tiles with a decay: chunks of T, sums of the decay inside them, and how far a chunk sees.
 
 T is cut into chunks of C tokens. With l the running sum of log_decay inside a chunk and tot its end, token i of chunk
 I sees token j of an earlier chunk J through e^{L_i - L_j} with
@@ -6,8 +6,9 @@ I sees token j of an earlier chunk J through e^{L_i - L_j} with
     L_i - L_j = l_i  +  sum of tot over the chunks between J and I  +  (tot_J - l_j)
                 row           one number per pair of chunks              column
 
-All three are at most 0 and no sum leaves its chunk, so none loses digits with T. Documents split in the same way: two
-tokens of different chunks share one only if it is the last one of chunk J and the first one of chunk I.
+All three are at most 0 and the sums inside a chunk are local, so precision does not degrade with T. Documents separate
+in the same way: two tokens of different chunks share a document only if it is the last one of chunk J and the first one
+of chunk I.
 """
 
 import functools
@@ -17,13 +18,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-FORGOTTEN = 30.0  # a decay of e^-30 counts as none
-GONE = -104.0  # e^GONE rounds to 0 in float32: a log decay below it counts as it
-RESIDUALS = "mixer_residuals"  # what rematerialising a block may keep: lcx.ops.MIXER_RESIDUALS
+FORGOTTEN = 30.0  # a weight with a decay below e^-30 is treated as 0
+GONE = -104.0  # e^GONE rounds to 0 in float32; lower log decays are clamped to it
+RESIDUALS = "mixer_residuals"  # residuals that rematerialisation may save: equal to lcx.ops.MIXER_RESIDUALS
 
 
 class Tile(NamedTuple):
-    """`held` rows stay, `streamed` ones pass by (a divisor of `held`); warps and pipeline stages are Triton's."""
+    """A program holds `held` rows and streams tiles of `streamed` rows, a divisor of `held`.
+
+    Warps and pipeline stages are options of Triton.
+    """
 
     held: int
     streamed: int
@@ -32,7 +36,7 @@ class Tile(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """dq and dkv hold chunks of the same size: their sums then cancel to the last digits."""
+    """The tiles of each pass. dq and dkv hold chunks of the same size, so that their sums cancel to the last digits."""
 
     forward: Tile
     dq: Tile
@@ -44,7 +48,7 @@ def square(C: int) -> Tiles:
 
 
 def fitting(tiles: Tiles, T: int) -> Tiles:
-    """The same, halved until a short row is not mostly padding (TPU lanes and wgmma want 128 and 64 at least)."""
+    """The tiles, halved until a short row is not mostly padding (at least 128 for TPU lanes, 64 for wgmma)."""
     smallest = 128 if tiles.forward.warps == 0 else 64
     while max(tile.held for tile in tiles) >= max(2 * T, 2 * smallest):
         tiles = Tiles(*(t._replace(held=t.held // 2, streamed=min(t.streamed, t.held // 2)) for t in tiles))
@@ -60,14 +64,14 @@ def padded(
     tiles: Tiles,
     lowest: Array | float = GONE,
 ):
-    """Whole chunks, the padding last, where causality alone hides it; log_decay [B, N, T], at least `lowest`.
+    """Pads T to whole chunks at the end, where the causal mask hides it; clamps log_decay [B, N, T] to `lowest`.
 
-    lowest: a number, or one for each head [B, 1, N]. Sums that fall faster would only lose digits.
+    lowest: a number, or one per head [B, 1, N]. Lower values would only cost precision in the sums.
     """
     longest, T = (
         max(tile.held for tile in tiles),
         q.shape[1],
-    )  # every size is this one divided by a power of two
+    )  # all other sizes are this one divided by a power of two
     pad = ((0, 0), (0, -T % longest))
     q, k, v = (jnp.pad(x, (*pad, (0, 0), (0, 0))) if T % longest else x for x in (q, k, v))
     if log_decay is not None:
@@ -79,16 +83,16 @@ def padded(
 
 
 class Chunks(NamedTuple):
-    """Chunk by chunk, J = T / C of them; all at most 0. Masks are None where there are no documents."""
+    """Sums of log decays in J = T / C chunks, all at most 0, and masks, which are None without documents."""
 
     parts: Float[
         Array, "B N 2 T"
-    ]  # l = parts[0] + parts[1], and so for differences: exact to 1e-7 for any decay
+    ]  # l = parts[0] + parts[1]; differences of l, taken per part, are exact to 1e-7 for any decay
     local: Float[Array, "B N J C"]  # l: the sum of log_decay from the chunk's first token to this one
     rest: Float[Array, "B N J C"]  # tot - l
     total: Float[Array, "B N J"]  # tot
     enters: Bool[Array, "B 1 J C"] | None  # the token's document is the chunk's first
-    leaves: Bool[Array, "B 1 J C"] | None  # ... its last
+    leaves: Bool[Array, "B 1 J C"] | None  # the token's document is the chunk's last
 
 
 class Reach(NamedTuple):
@@ -101,9 +105,9 @@ class Reach(NamedTuple):
 def chunked(
     log_decay: Array | None, runs: Array | None, shape: tuple[int, int, int], C: int, forgotten: Array | float
 ) -> tuple[Chunks | None, Reach]:
-    """For chunks of C, shape (B, N, T); None where there is neither decay nor document.
+    """Chunks of C tokens and their reach, for shape (B, N, T). Chunks are None without decay and documents.
 
-    forgotten: the decay, as -log, past which a chunk is not seen; a number, or one for each head [B, N, 1].
+    forgotten: the -log of the decay beyond which a chunk is not seen; a number, or one per head [B, N, 1].
     """
     B, N, T = shape
     J = T // C
@@ -114,8 +118,8 @@ def chunked(
     parts = in_parts(log_decay.reshape(B, N, J, C))
     local = jnp.sum(parts, axis=2)
     total = local[..., -1]
-    # Far from exact for large sums, and need not be: it only decides what is too small to matter.
-    # A total may be a little above 0 (a change of units in second-order attention): the search needs order.
+    # Inexact for large sums, which is harmless: this only decides which chunks are negligible.
+    # A total may be slightly above 0 (a change of units in second-order attention), but the search needs sorted values.
     before = jax.lax.cummax(-jnp.cumsum(total, axis=-1), axis=2)
     first = _search(before, before + total - forgotten - 1e-6 * before)
     enters = leaves = None
@@ -132,10 +136,10 @@ def chunked(
 
 
 def in_parts(log_decay: Float[Array, "B N J C"]) -> Float[Array, "B N 2 J C"]:
-    """The running sums of each chunk in two parts, of which differences keep their digits.
+    """The running sums of each chunk, in two parts whose differences do not lose digits.
 
-    Next to a decay of GONE a small one would lose its digits in one float32 sum. Sums of C multiples of this unit
-    (1/256 for C = 512) are exact, and what remains is small.
+    In a single float32 sum a small decay would lose its digits next to a decay of GONE. Sums of C multiples of the unit
+    (1/256 for C = 512) are exact, and the rest is small.
     """
     unit = 2.0 ** ((int(-GONE) * log_decay.shape[-1]).bit_length() - 24)
     coarse = jnp.round(log_decay / unit) * unit
@@ -143,7 +147,7 @@ def in_parts(log_decay: Float[Array, "B N J C"]) -> Float[Array, "B N 2 J C"]:
 
 
 def _search(rows: Array, values: Array, side: str = "left") -> Array:
-    """searchsorted along the last axis, for rows that never fall."""
+    """searchsorted along the last axis, for non-decreasing rows."""
     J = rows.shape[-1]
     found = jax.vmap(functools.partial(jnp.searchsorted, side=side))(
         rows.reshape(-1, J), values.reshape(-1, J)
@@ -152,6 +156,6 @@ def _search(rows: Array, values: Array, side: str = "left") -> Array:
 
 
 def over_groups(x: Array, K: int) -> Array:
-    """Gradients of each query head [B, T, N, H], summed for the kv head that they share."""
+    """Gradients per query head [B, T, N, H], summed over the heads that share a kv head."""
     B, T, N, H = x.shape
     return x if N == K else jnp.sum(x.reshape(B, T, K, -1, H).astype(jnp.float32), axis=3).astype(x.dtype)

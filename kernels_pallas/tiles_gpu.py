@@ -1,10 +1,10 @@
 """Causal tiles on GPU, through Triton: a program for each chunk, head and row, and the loops over what it sees.
 
-Arrays stay as they come, [B, T, N, H]: a tile's rows lie N H elements apart, H contiguous elements each, so nothing
-is transposed. A program owns the rows of one chunk (sums in registers, about half of the file at H = 128) and streams
-tiles of `streamed` tokens through shared memory: first the chunks off the diagonal, as many as it sees, from the
-diagonal outwards; then its own chunk, where the decay is taken token by token and the triangle and the documents are
-masked. Programs with most to do (late queries; early keys) start first.
+Arrays keep their layout, [B, T, N, H]: a tile's rows are N H elements apart, with H contiguous elements each, so
+nothing is transposed. A program owns the rows of one chunk (with its sums in registers, about half of the register file
+at H = 128) and streams tiles of `streamed` tokens through shared memory: first the visible chunks off the diagonal, from
+the diagonal outwards; then its own chunk, where the decay is computed per token pair and the triangle and the documents
+are masked. Programs with the most work (late queries; early keys) start first.
 """
 
 import functools
@@ -45,9 +45,9 @@ def visit(steps, count, at, body, sums, *, grow, begin):
 
 
 def fall(local, runs, queries, keys, size, *, keys_down=False):
-    """L_i - L_j of a tile of the diagonal (0 without decay), and whether query i sees key j.
+    """L_i - L_j of a tile on the diagonal (0 without decay), and the mask of visible pairs.
 
-    queries, keys: the first token of each. Keys run along the columns, or down the rows (keys_down).
+    queries, keys: the index of the first token of each. Keys run along the columns, or down the rows if keys_down.
     """
     down, across = (keys, queries) if keys_down else (queries, keys)
     rows = down + jax.lax.broadcasted_iota(jnp.int32, size, 0)
@@ -84,7 +84,7 @@ class Specs:
         return pl.BlockSpec((None, None, self.C), lambda i, n, b: (b, n, self.at(i)))
 
     def row(self, x):
-        """Of [B, N, anything], [B, N, 2, T] or [B, T], all of it."""
+        """The whole row of [B, N, any], [B, N, 2, T] or [B, T]."""
         if x is None:
             return None
         if x.ndim == 2:
@@ -95,7 +95,7 @@ class Specs:
 
 
 def call(kernel, specs: Specs, tile, options, operands, outputs, name):
-    """operands and outputs: pairs of an array or a shape, and its block; None where there is none."""
+    """Calls the kernel. operands, outputs: pairs (array or shape, block); an absent one is None."""
     arrays, in_specs = zip(*operands, strict=True)
     shapes, out_specs = zip(*outputs, strict=True)
     return pl.pallas_call(
@@ -111,6 +111,9 @@ def call(kernel, specs: Specs, tile, options, operands, outputs, name):
 
 
 def spread(step, parts, at, rest):
-    """A number for each streamed tile: that of its chunk on the last one visited, `at` of `parts`, else `rest`."""
+    """Expands one number per chunk to streamed tiles: the chunk's number on its tile `at` of `parts`, else `rest`.
+
+    `at` is the tile of the chunk that is visited last.
+    """
     each = jnp.full((*step.shape, parts), rest, jnp.float32).at[..., at].set(step)
     return each.reshape(*step.shape[:2], -1)

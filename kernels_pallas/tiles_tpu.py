@@ -1,14 +1,14 @@
 """Causal tiles on TPU: a grid of heads, chunks and steps.
 
 Heads come first, [B N, T, H], so that a tile is rows by lanes. The grid is (heads, chunks, steps), steps innermost: a
-row of it holds one chunk and its sums in VMEM, and each step brings one tile of others, off the diagonal from the
-diagonal outwards, then the chunk itself. How far that goes is data: the bounds of all chunks are prefetched to scalar
-memory, the grid has as many steps as the furthest-seeing chunk needs, and a step past a chunk's own bound names the
-tile that is there already, so nothing is fetched and nothing computed.
+grid row holds one chunk and its sums in VMEM, and each step loads one other tile, first those off the diagonal, from
+the diagonal outwards, then the chunk itself. The number of tiles depends on the data: the bounds of all chunks are
+prefetched to scalar memory, the grid has as many steps as the chunk with the largest bound needs, and a step past a
+chunk's own bound names the tile that is already loaded, so nothing is fetched or computed.
 
-Numbers that belong to tokens (decays, sums) are rows of [B N, 1, T], since a column would take 128 times its size;
-where a tile needs one along its rows it is turned in the kernel, once a chunk. VMEM at C = 512, H = 128, bfloat16:
-two or three C x C float32 tiles (3 MiB), windows twice (2 MiB), sums (0.6 MiB).
+Scalars per token (decays, sums) are rows of [B N, 1, T], since a column would take 128 times its size. Where a tile
+needs one along its rows, the kernel transposes it once per chunk. VMEM at C = 512, H = 128, bfloat16: two or three
+C x C float32 tiles (3 MiB), double-buffered windows (2 MiB), sums (0.6 MiB).
 """
 
 import functools
@@ -34,7 +34,7 @@ def to_column(row):
 
 
 def to_row(partial):
-    """Sums along the lanes of [C, L], as a row [1, C]: a product with ones, so that nothing is turned."""
+    """Sums along the lanes of [C, L], as a row [1, C]: a product with ones, which avoids a transposition."""
     return dot(jnp.ones((8, partial.shape[1]), jnp.float32), partial, (1, 1))[:1]
 
 
@@ -51,7 +51,7 @@ def times(x, scalar):
 
 
 def fall(local, runs, C, *, keys_down=False):
-    """L_i - L_j of the tile of the diagonal (0 without decay), and whether query i sees key j."""
+    """L_i - L_j of the tile on the diagonal (0 without decay), and the mask of visible pairs."""
     down, across = (jax.lax.broadcasted_iota(jnp.int32, (C, C), axis) for axis in (0, 1))
     seen = down <= across if keys_down else down >= across
     if runs is not None:
@@ -63,9 +63,9 @@ def fall(local, runs, C, *, keys_down=False):
 
 
 class Specs:
-    """Blocks for a grid (B N, J, steps): those of the chunk that a row of the grid holds, and those that pass by.
+    """Blocks for a grid (B N, J, steps): those of the chunk that a grid row holds, and those that are streamed.
 
-    away: the tile of step t < count lies t + 1 chunks from the own one, before it (-1) or after it (+1).
+    away: the tile of step t < count is t + 1 chunks before the own one (-1) or after it (+1).
     """
 
     def __init__(self, shape, C, away):
@@ -73,7 +73,7 @@ class Specs:
         self.C, self.J, self.away = C, self.T // C, away
 
     def _passing(self, h, i, t, bound, *, back):
-        """The tile of step t; at the last step the chunk itself (back), or what is there already."""
+        """The index of the tile of step t; at the last step the chunk itself (back), or the tile loaded last."""
         limit = bound[h * self.J + i]
         count = (limit - i) * self.away
         return jnp.where(t < count, i + self.away * (t + 1), i if back else limit)
@@ -90,12 +90,12 @@ class Specs:
         )
 
     def own_row(self, heads=None):
-        """Of [B N, 1, T], or of [B, 1, T] (heads=1)."""
+        """The own chunk's block of [B N, 1, T], or of [B, 1, T] (heads=1)."""
         G = self.N // (heads or self.N)
         return pl.BlockSpec((None, 1, self.C), lambda h, i, t, bound, steps: (h // G, 0, i))
 
     def own_pair(self):
-        """Of [B N, 2, T]."""
+        """The own chunk's block of [B N, 2, T]."""
         return pl.BlockSpec((None, 2, self.C), lambda h, i, t, bound, steps: (h, 0, i))
 
     def passing_row(self, *, back=False):
@@ -105,9 +105,9 @@ class Specs:
 
 
 def call(kernel, specs: Specs, bound, steps, options, operands, outputs, scratch, name):
-    """operands and outputs: pairs of an array or a shape, and its block; an array is None where there is none.
+    """Calls the kernel. operands, outputs: pairs (array or shape, block); an absent array is None.
 
-    bound: how far each chunk sees. steps: a number for each chunk; None where no chunk is skipped.
+    bound: how far each chunk sees. steps: a number for each chunk; None if no chunk is skipped.
     """
     J = specs.J
     arrays, in_specs = zip(*((x, None if x is None else spec) for x, spec in operands), strict=True)

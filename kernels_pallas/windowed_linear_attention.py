@@ -1,4 +1,4 @@
-"""Linear attention whose nearest keys count by their softmax instead (LoLCATS, arXiv 2410.10254, eq. 7).
+"""Linear attention with a softmax over the nearest keys (LoLCATS, arXiv 2410.10254, eq. 7).
 
     e_ij = gamma exp(s_ij - max_j s_ij)      for the near keys j of i, s_ij = scale wq_i.wk_j
     l_ij = q_i.k_j                           for the far ones (features, applied outside)
@@ -6,9 +6,9 @@
 
 Letters: B batch, T time, N heads, P features of q and k, H head dim, C tokens in a chunk, M tiles of C x C.
 
-Two numbers say what token i sees: its document begins at `oldest`, the near keys at `nearest`, both end at i itself. So
-blocks of a terrace, the edge of a sliding window, documents and what was held from before are all the same to the
-kernel; `oldest` -1 says that also the entering state is of this document.
+Two indices describe what token i sees: its document begins at `oldest`, its near keys begin at `nearest`, and both end
+at i itself. The kernel thus treats terraced blocks, sliding windows, documents and held keys in the same way. `oldest`
+-1 means that the entering state also belongs to this document.
 
 **Tiles.** A chunk of queries meets the M tiles of keys that end where it ends, which hold every window. Of those only
 the tiles from the `first_far` on may hold far keys; before them lies the state, which lags M - 1 chunks:
@@ -44,11 +44,11 @@ Nothing but y, the normalisers and each query's maximum is kept for the backward
 
 **Cost** a token and head, terraces of 64 with C = 64, P = H = 128, bfloat16: forward reads q, k, wq, wk, v and writes
 y, 1536 bytes; 4 M C H FLOPs for the near pairs and 4 P H for the state, 131 K. An H200 (4.3 TB/s, 790 TFLOP/s) needs
-0.36 ns for the bytes and 0.17 for the products: memory bound. The two parts one after the other would move 3/2 of the
-bytes: v read and y written twice, and one y read to add the other. Backward, 24 such tensors, 6144 bytes: near and far
-gradients come from programs of their own, so that each has registers enough.
+0.36 ns for the bytes and 0.17 for the products: memory bound. Computing the two parts separately would move 3/2 of the
+bytes: v is read twice, y is written twice, and one y is read again for the sum. Backward, 24 such tensors, 6144 bytes:
+near and far gradients are computed by separate programs, so that each has enough registers.
 
-What a platform's `recurrence(arrays, plan, reverse=, last=)` takes and gives; rows are queries, reversed keys:
+Arguments and results of a platform's `recurrence(arrays, plan, reverse=, last=)`; rows are queries, in reverse keys:
 
     q, k [B,T,n,P], v [B,T,n,V]      any n that divides N; without q only the states     out [B,T,N,V]
     near_q, near_k [B,T,n,H]         of the near pairs; gamma [N,1]; reversed also top
@@ -62,8 +62,8 @@ What a platform's `recurrence(arrays, plan, reverse=, last=)` takes and gives; r
 and `near(arrays, plan, reverse=)`: near_q, near_k, and q, k of dw (dn and v), bias, top, reversed also place, total;
 gives out, and [B,N,T] the place of each query's maximum, total and mass.
 
-Few heads. A program walks all of T, and B N programs may not fill a GPU. Then T is cut into G pieces, walked at
-once; as in linear_attention.py a pass over k and v alone gives what each adds to the state.
+Few heads. A program walks all of T, and B N programs may not fill a GPU. T is then cut into G pieces that are walked in
+parallel; as in linear_attention.py a first pass over k and v computes each piece's contribution to the state.
 """
 
 import dataclasses
@@ -81,15 +81,15 @@ from kernels_pallas.tiles import RESIDUALS
 from kernels_pallas.windowed_linear_attention_plan import Plan
 
 SIZES = (16, 32, 64, 128)
-MOST_TILES = 9  # they are written out one after the other in a kernel
+MOST_TILES = 9  # tiles are unrolled in a kernel
 SLOTS = 132  # programs that an H200 runs at once: their registers leave room for one on a multiprocessor
-PIECE = 1024  # tokens that one program walks at least
+PIECE = 1024  # minimum number of tokens that one program walks
 
 
 def obstacle(
     q: Array, k: Array, v: Array, window_q: Array, *, kind: str, size: int, platform: str
 ) -> str | None:
-    """Why the kernel does not take these arrays, or None. Arrays may be anything with a shape and a dtype."""
+    """Why the kernel does not support the arrays, or None. Anything with a shape and a dtype serves as an array."""
     P, H = q.shape[-1], v.shape[-1]
     if P not in SIZES or H not in SIZES or window_q.shape[-1] not in SIZES:
         return (
@@ -138,7 +138,7 @@ def windowed_linear_attention(
     platform: str,
     interpret: bool = False,
 ) -> Float[Array, "B T N H"]:
-    """y in v's dtype, with gradients for the arrays and the state. Fewer heads than N are shared by consecutive ones.
+    """y in v's dtype, with gradients for the arrays and the state. In arrays with fewer heads, consecutive ones share.
 
     Args:
       kind, size: "sliding" or "terraced"; no token has near keys outside its window.
@@ -222,7 +222,7 @@ def _vectors(places: tuple[Array, Array], plan: Plan) -> tuple[dict, dict]:
 
 
 def _run(arrays: dict, plan: Plan, *, reverse: bool = False, last: bool = False) -> dict:
-    """The recurrence over all of T. Its states come in as [B, N, ...], and so do they leave."""
+    """The recurrence over all of T. Initial and final states are [B, N, ...]."""
     carried = [name for name in ("state", "row", "sums") if name in arrays]
     run = functools.partial(_kernels(plan.platform).recurrence, plan=plan, reverse=reverse)
     if plan.split == 1:
@@ -235,7 +235,7 @@ def _run(arrays: dict, plan: Plan, *, reverse: bool = False, last: bool = False)
 
 
 def _entering(arrays: dict, carried: list[str], plan: Plan, run, reverse: bool) -> dict:
-    """The states that enter each piece: what the pieces before it contribute, each by itself, added up."""
+    """The states that enter each piece: the sum of the contributions of all earlier pieces."""
     G = plan.split
     needed = ("k", "v", "kept", "whole", "nearest", *(["bias"] if reverse and "bias" in arrays else []))
     zeros = {
@@ -310,7 +310,7 @@ def _backward(plan: Plan, residuals, dy):
 
 
 def _totals(near: dict, q: Array, dq: Array, b: Array, gamma: Array, norm: Array, eps: float) -> Array:
-    """[B, N, T] without the rounding of y: what it adds to b_i adds to either part in proportion to its weights."""
+    """total_i [B, N, T] without the rounding error of y, which affects both parts in proportion to their weights."""
     q = jnp.repeat(q, dq.shape[2] // q.shape[2], axis=2).astype(jnp.float32)
     far = jnp.sum(q * dq.astype(jnp.float32), axis=-1) + eps * b  # both parts and eps b add up to 0
     own = gamma[:, None] * near["mass"]
@@ -329,7 +329,7 @@ def _first(of_k: dict, q: Array, dn: Array, b: Array, reach: Array, plan: Plan) 
 
 
 def _summed(dx: Array, heads: int) -> Array:
-    """Gradients of shared heads add up, in float32."""
+    """Sums the gradients of heads that share one, in float32."""
     if dx.shape[2] == heads:
         return dx
     return jnp.sum(dx.reshape(*dx.shape[:2], heads, -1, *dx.shape[3:]), axis=3, dtype=jnp.float32)

@@ -20,7 +20,7 @@ from jax.experimental.pallas import triton
 
 from kernels_pallas.windowed_linear_attention_plan import NEVER, Plan
 
-NARROW = 16  # the narrowest product: the sums of keys are kept as 16 equal columns, which are cheaper than a vector
+NARROW = 16  # the narrowest product; the sum of keys is kept as 16 equal columns, cheaper than a vector
 WHOLE = ("nearest", "oldest", "reach", "kept", "whole")  # of a row, not of a head
 
 
@@ -39,7 +39,7 @@ def chunk(dtype) -> int:
 
 
 def tile(arrays: dict, plan: Plan) -> Tile:
-    """What compiles for an H200 without a spilled register, by either assembler (jax 0.10.2, CUDA 12; 0.11.2, 13).
+    """Tiles that compile for an H200 without register spills, with jax 0.10.2 (CUDA 12) and 0.11.2 (CUDA 13).
 
     P = H = 128, bfloat16, windows of 64; registers a thread (spills), of the forward and the worst backward pass:
 
@@ -63,7 +63,7 @@ def tile(arrays: dict, plan: Plan) -> Tile:
 
 
 def recurrence(arrays: dict, plan: Plan, *, reverse: bool = False, last: bool = False) -> dict:
-    """See `windowed_linear_attention.py`: what the arrays are, and what comes back."""
+    """The recurrence; `windowed_linear_attention.py` describes arguments and results."""
     B, T, _, V = arrays["v"].shape
     P, N, G, dtype = arrays["k"].shape[-1], plan.heads, plan.split, arrays["v"].dtype
     best = tile(arrays, plan)
@@ -121,12 +121,12 @@ class Tiles:
         self.refs, self.c, self.reverse, self.plan = refs, c, reverse, plan
         self.C, self.T = plan.chunk, refs["nearest"].shape[0]
         self.rows = pl.ds(c * self.C, self.C)
-        # Tiles outside of T are left out. A bound that is not known before also keeps a loop over one tile a loop.
+        # Tiles outside of T are skipped. A dynamic bound also keeps a loop over one tile from being unrolled.
         self.count = jnp.minimum(plan.tiles, self.T // self.C - c if reverse else c + 1)
-        self.own = {}  # what this program found out about its rows: reading back what it stored would be a race
+        self.own = {}  # results of this program for its own rows; reading them back from memory would be a race
 
     def at(self, t):
-        """Where the tile lies."""
+        """The slice of tokens of tile t."""
         return pl.ds((self.c + (t if self.reverse else -t)) * self.C, self.C)
 
     def of_query(self, name, t):
@@ -212,7 +212,7 @@ def _outputs(tiles: Tiles, carry, dot):
 
 
 def _spend(tiles: Tiles, t, weights, sums, dot):
-    """The sums with a tile's weights times its values."""
+    """Adds a tile's weights times its values to the sums."""
     v = tiles.refs["v"][tiles.at(t), :]
     norm = sums[1] + jnp.sum(weights, axis=1) if "sums" in tiles.refs else sums[1]
     return sums[0] + dot(weights.astype(v.dtype), v, 1, 0), norm
@@ -249,7 +249,7 @@ def _known_softmax(tiles: Tiles, sums, dot):
 
 
 def _advance(tiles: Tiles, carry, dot):
-    """The states after this chunk: the last tile that it saw leaves the tiles."""
+    """The states after this chunk: the furthest tile moves to the state."""
     refs, rows, new = tiles.refs, tiles.rows, {}
     lag = tiles.plan.tiles - 1
     chunk = tiles.c + (lag if tiles.reverse else -lag)
@@ -269,7 +269,7 @@ def _advance(tiles: Tiles, carry, dot):
 
 
 def near(arrays: dict, plan: Plan, *, reverse: bool = False) -> dict:
-    """The gradient of the softmax's queries, reversed of its keys."""
+    """The gradient of the softmax's queries or, with reverse, of its keys."""
     B, T, _, H = arrays["near_q"].shape
     N, dtype = plan.heads, arrays["near_q"].dtype
     shapes = {"out": jax.ShapeDtypeStruct((B, T, N, H), dtype)}

@@ -1,13 +1,13 @@
-"""What `windowed_linear_attention.py` and its kernels share: how T is cut, and the score of a key that is not seen."""
+"""Definitions shared by `windowed_linear_attention.py` and its kernels: the division of T, and the masked score."""
 
 import dataclasses
 
-NEVER = -1e30  # the score of a key that is not seen; finite, so that differences of two stay numbers
+NEVER = -1e30  # the score of a masked key; finite, so that the difference of two is not NaN
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How T is cut: into `split` pieces, these into chunks (tokens), and what a chunk looks at."""
+    """How T is divided: into `split` pieces, pieces into chunks (in tokens), and which tiles a chunk attends to."""
 
     platform: str
     interpret: bool

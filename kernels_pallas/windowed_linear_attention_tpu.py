@@ -31,7 +31,7 @@ def chunk(dtype) -> int:
 
 
 def most_heads(dtype) -> int:
-    """Heads in one step, at most.
+    """The maximum number of heads per step.
 
     P = H = 128, terraces of 64, bfloat16, as libtpu counts the bundles of a forward step for a v5e (1.5 GHz): 2 heads
     1743, 4 heads 2867, so 5.6 a token and head, or 3.7 ns, where reading and writing takes 1.9: bound by the XLU (sums
@@ -41,7 +41,7 @@ def most_heads(dtype) -> int:
 
 
 def recurrence(arrays: dict, plan: Plan, *, reverse: bool = False, last: bool = False) -> dict:
-    """See `windowed_linear_attention.py`: what the arrays are, and what comes back."""
+    """The recurrence; `windowed_linear_attention.py` describes arguments and results."""
     B, T, _, V = arrays["v"].shape
     P, N = arrays["k"].shape[-1], plan.heads
     shapes = {"out": ((B, T, N, V), arrays["v"].dtype)}
@@ -57,7 +57,7 @@ def recurrence(arrays: dict, plan: Plan, *, reverse: bool = False, last: bool = 
 
 
 def near(arrays: dict, plan: Plan, *, reverse: bool = False) -> dict:
-    """The gradient of the softmax's queries, reversed of its keys."""
+    """The gradient of the softmax's queries or, with reverse, of its keys."""
     B, T, _, H = arrays["near_q"].shape
     shapes: dict = {"out": ((B, T, plan.heads, H), arrays["near_q"].dtype)}
     if not reverse:
@@ -170,7 +170,7 @@ class Layout:
 
 
 def _heads_a_step(N: int, counts: list[int], most: int) -> int:
-    """The largest divisor of N up to `most` such that a step's heads are, of every array, a whole block."""
+    """The largest divisor of N up to `most` such that a step's heads form whole blocks of every array."""
     shared = [N // n for n in counts]
     fits = (e for e in range(min(N, most), 0, -1) if N % e == 0)
     return next(e for e in fits if all(e % s == 0 or s % e == 0 for s in shared))
@@ -262,7 +262,7 @@ class Step:
         return jnp.exp(jnp.where(self.masks[t][0], s, NEVER))
 
     def push(self):
-        """This chunk takes the place of the one that leaves the tiles."""
+        """This chunk replaces the one that leaves the tiles."""
         for name in self.rings:
             x = self.rows(name) if name in OF_QUERIES else self.refs[name][0]
             self.refs[f"ring_{name}"][self.slot(self.plan.tiles - 1)] = x
@@ -286,7 +286,7 @@ def _recurrence(*given, names, plan, reverse, each):
 
 
 def _head(step: Step, h: int):
-    """One head's chunk; gives what it found of its queries, as columns."""
+    """Processes one head's chunk; returns the results per query as columns."""
     refs, plan = step.refs, step.plan
     dtype, reach, gamma = refs["v"].dtype, step.columns["reach"][:, :1], None
     q, state, found = step.own("q", h), refs["held_state"][h], ()
@@ -334,7 +334,7 @@ def _softmax(step: Step, h: int):
 
 
 def _advance(step: Step, h: int):
-    """The states after this chunk: the last tile that it saw leaves the tiles."""
+    """The states after this chunk: the furthest tile moves to the state."""
     refs, t = step.refs, step.plan.tiles - 1
     k, v = step.tile("k", t, h), step.tile("v", t, h)
     kept, whole = step.columns["kept"][:, :1], step.rows("whole")[:, :1]
@@ -360,7 +360,7 @@ def _near(*given, names, plan, reverse, each):
 
 
 def _near_head(step: Step, h: int):
-    """One head's chunk; gives each query's place, total and mass, columns."""
+    """Processes one head's chunk; returns each query's place, total and mass as columns."""
     refs, tiles, q = step.refs, range(step.plan.tiles), step.own("q", h)
     s = [step.products(t, h) for t in tiles]
     found: tuple[jax.Array, ...] = ()

@@ -1,5 +1,5 @@
-"""Pure array functions: a reference, a form that runs anywhere at speed, and `implementation=` to name one."""
+"""Operators: pure array functions, each with a reference, a fast portable form and kernels; see dispatch.py."""
 
-# Operators mark under this name (jax.ad_checkpoint.checkpoint_name) what their backward pass needs and is dear to
-# compute again, so that rematerialising a block does not run its mixer twice.
+# Operators give this name (jax.ad_checkpoint.checkpoint_name) to residuals that are expensive to recompute, so that
+# rematerialisation policies can save them and a rematerialised block does not run its mixer twice.
 MIXER_RESIDUALS = "mixer_residuals"

@@ -1,16 +1,16 @@
-"""Causal softmax attention with grouped heads, sliding windows, packed segments and decay; never T x T at scale.
+"""Causal softmax attention with grouped heads, sliding windows, packed segments and decay, without T x T arrays.
 
 Letters: B batch, T queries, S keys, N query heads, K key/value heads, G = N / K, H head dim.
 
-``reference``  the definition, in float32, quadratic memory: what the others are tested against.
+``reference``  the definition, in float32 with quadratic memory; the other forms are tested against it.
 ``xla``        one tile at a time, with its own backward pass (attention_tiles.py).
-``cudnn``      NVIDIA's kernel, ``splash`` that of JAX for TPUs (attention_vendors.py).
-``triton``     our kernel for GPUs, with decay or packed rows, ``tpu`` for TPUs (kernels_pallas/attention.py). To them
-               a document that padding interrupts is two.
+``cudnn``      NVIDIA's kernel; ``splash`` is JAX's kernel for TPUs (attention_vendors.py).
+``triton``     our GPU kernel, for decay or packed rows; ``tpu`` is the one for TPUs (kernels_pallas/attention.py). Both
+               treat a document that is interrupted by padding as two documents.
 
-Masks. A query sees a key of its own segment, at or before it in the row, less than `window` tokens back. Segment id 0
-is padding: it sees nothing, and its output is 0. With a cache the queries are T of the S keys: `q_offset` keys lie
-before the first of them. (A few new tokens against a cache: cached_attention.py.)
+Masks. A query sees the keys of its own segment that are at or before its position and less than `window` tokens back.
+Segment id 0 is padding: it sees nothing, and its output is 0. With a cache the T queries are part of the S keys, and
+`q_offset` keys precede the first query. (For a few new tokens against a cache see cached_attention.py.)
 
 Decay. With log_decay a and L its running sum over the keys, the weights are softmax(s_ij + L_i - L_j): the Forgetting
 Transformer (arXiv 2503.02130), and 2Mamba-E (arXiv 2602.17363).
@@ -44,13 +44,14 @@ def attention(
     """softmax(scale q k^T + decay + mask) v; scale defaults to H^-0.5. Result in q's dtype.
 
     Args:
-      log_decay: of every key's token, at most 0; -inf hides all before it. That of padding is not applied. None: no
-        decay.
+      log_decay: one value per key's token, at most 0; -inf hides all earlier tokens. Values at padding are ignored.
+        None: no decay.
       implementation: see dispatch.py; here "reference", "xla", "cudnn", "splash", "triton", "tpu", or None for the
-        fastest that is valid.
+        fastest valid one.
 
     Raises:
-      UserError: an unknown implementation or one that cannot run this, or heads that do not divide.
+      UserError: an implementation that is unknown or does not support these arguments, or a number of query heads that
+        is not a multiple of the number of key/value heads.
     """
     if q.shape[2] % k.shape[2]:
         raise UserError(
@@ -105,7 +106,7 @@ def _kernel(q, k, v, log_decay, ids, *, scale: float, platform: str) -> Array:
     if ids is None:
         return kernel(q, k, v, log_decay=log_decay, scale=scale, platform=platform)
     real = (ids != 0)[:, :, None]
-    # Padding gets an index of its own: unlike in a state, it would count in a softmax.
+    # Padding gets its own index. A zero key adds nothing to a linear state, but it would count in a softmax.
     runs = jnp.cumsum(ids != jnp.pad(ids[:, :-1], ((0, 0), (1, 0))), axis=1, dtype=jnp.int32)
     decay = None if log_decay is None else jnp.where(real, log_decay, 0)
     y = kernel(q, k, v, log_decay=decay, runs=runs, scale=scale, platform=platform)
@@ -113,7 +114,7 @@ def _kernel(q, k, v, log_decay, ids, *, scale: float, platform: str) -> Array:
 
 
 def _mask(q_segments, kv_segments, offset, window, T, S) -> Array:
-    """Boolean [B, T, S]: may query t see key s?"""
+    """Boolean [B, T, S]: whether query t sees key s."""
     distance = (offset[:, None] + jnp.arange(T))[:, :, None] - jnp.arange(S)
     seen = distance >= 0
     if window is not None:
@@ -126,7 +127,7 @@ def _mask(q_segments, kv_segments, offset, window, T, S) -> Array:
 def reference(
     q: Array, k: Array, v: Array, mask: Array, between: Array | None = None, *, scale: float
 ) -> Array:
-    """The definition. float32 throughout; a query that sees no key gives 0."""
+    """The definition, in float32. A query that sees no key gives 0."""
     B, T, N, H = q.shape
     K = k.shape[2]
     grouped = q.reshape(B, T, K, N // K, H).astype(jnp.float32) * scale

@@ -1,11 +1,12 @@
-"""How far the weights of a linear attention are from those of softmax attention: attention transfer's second loss.
+"""Cross-entropy between the attention weights of linear and of softmax attention: attention transfer's second loss.
 
     a_ij  softmax over j of q_i.k_j / sqrt(H)
     b_ij  (e_ij + l_ij) / sum_j (e_ij + l_ij)    (windowed_linear_attention.py; without a window l_ij alone)
     loss_i = - sum_j a_ij log(max(b_ij, floor) / sum_j max(b_ij, floor))
 
-(LoLCATS, Zhang et al. 2024, arXiv 2410.10254, section 3.1; Hedgehog, arXiv 2402.04347, eq. 4.) Every pair counts, so
-the cost is quadratic in T by definition; the memory is not: a chunk of queries at a time, recomputed going back.
+(LoLCATS, Zhang et al. 2024, arXiv 2410.10254, section 3.1; Hedgehog, arXiv 2402.04347, eq. 4.) The loss is over all
+pairs, so its cost is quadratic in T. Memory is linear: queries are processed in chunks, which the backward pass
+recomputes.
 """
 
 import functools
@@ -32,12 +33,12 @@ def cross_entropy_of_maps(
     softmax_window: int | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T"]:
-    """The mean over heads of every query's loss in nats, float32; 0 at padding.
+    """The loss of every query [B, T], averaged over heads, in nats, float32; 0 at padding.
 
     Args:
-      q, k: of the softmax attention, rotated; its map is the target and has no gradient.
-      window: of the linear attention; only kind, size and scale are read.
-      softmax_window: the softmax attention sees this many keys at most; None: all.
+      q, k: queries and keys of the softmax attention, after rotation; its weights are the target and get no gradient.
+      window: the window of the linear attention; only kind, size and scale are used.
+      softmax_window: the sliding window of the softmax attention, in keys; None: all earlier keys.
     """
     B, T, N, _ = q.shape
     blank = Window("sliding", 1, q, k, jnp.zeros((N,))) if window is None else window
@@ -61,7 +62,7 @@ def cross_entropy_of_maps(
 
 
 def _chunk(q, q_features, own, oldest, nearest, *, k, k_features, gamma, softmax_window) -> Array:
-    """[B, C] of C queries against all keys."""
+    """The losses [B, C] of a chunk of C queries, against all keys."""
     key = jnp.arange(k.shape[1])
     own, oldest, nearest = (x[:, None, :, None] for x in (own, oldest, nearest))
     seen = (key >= oldest) & (key <= own)

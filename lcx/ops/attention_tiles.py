@@ -1,11 +1,12 @@
-"""Causal softmax attention in tiles, for any backend: C x S scores at most, forward and backward.
+"""Causal softmax attention in tiles, in plain JAX for any backend.
 
-One block of queries at a time against the tiles of keys that it can see, from the nearest to the furthest. The causal
-triangle and the window are skipped tile by tile (not just masked); the backward pass recomputes each tile's scores from
-the saved logsumexp (Dao 2022, arXiv 2205.14135, section 3.1).
+Each block of queries visits the tiles of keys that it can see, from the nearest to the furthest. Tiles beyond the
+causal triangle or the window are skipped, not just masked. The backward pass recomputes each tile's scores from the
+saved logsumexp (Dao 2022, arXiv 2205.14135, section 3.1).
 
-Decay: a score gains L_i - L_j <= 0. The sums are formed outwards from each block of queries, so their error is that of
-the distance, not of the position: a prefix sum over the row would lose the digits of a small difference.
+Decay: L_i - L_j <= 0 is added to a score. The sums are accumulated outwards from each block of queries, so their error
+grows with the distance i - j and not with the position: the difference of two prefix sums over the row would lose the
+digits of a small value.
 """
 
 import dataclasses
@@ -21,8 +22,8 @@ from lcx.ops import MIXER_RESIDUALS
 from lcx.ops.decay import split
 from lcx.ops.tiling import add, cut, dot, each_head, put
 
-LOWEST = -16384.0  # a log decay below it counts as it: no difference of two scores comes near
-NEG = -1e30  # finite: exp(NEG - NEG) would be 1, so rows that see nothing are zeroed explicitly
+LOWEST = -16384.0  # lower values of log decay are clamped to this: no difference of two scores comes near it
+NEG = -1e30  # finite, to avoid NaN; exp(NEG - NEG) is 1, so rows that see nothing are zeroed explicitly
 
 
 def tiled(
@@ -37,13 +38,13 @@ def tiled(
     window: int | None,
     scale: float,
 ) -> Array:
-    """Arrays as in attention(). With its own backward pass, also through a cache (q_offset)."""
+    """Attention in tiles; arguments as in attention(). Has its own backward pass, also with a cache (q_offset)."""
     B, T, N, H = q.shape
     S, K = k.shape[1:3]
     plan = Plan.of(T, S, window=window, masked=q_segments is not None)
     if q_segments is None or kv_segments is None:
         q_segments, kv_segments = jnp.ones((1, T), jnp.int32), jnp.ones((1, S), jnp.int32)
-    # What is padded lies after every query, where causality alone hides it.
+    # Padding comes after every query, where the causal mask hides it.
     q_pad, kv_pad = (0, -T % plan.rows), (0, -S % plan.cols)
     if q_offset is None:
         q_pad = kv_pad
@@ -70,7 +71,7 @@ def tiled(
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How one head is cut: `rows` queries against `cols` keys at a time."""
+    """The tiling of one head: `rows` queries against `cols` keys at a time."""
 
     rows: int
     cols: int
@@ -89,7 +90,7 @@ class Plan:
         return jax.lax.fori_loop(0, T // self.rows, lambda i, c: body(i * self.rows, c), carry)
 
     def over_tiles(self, place: Array, S: int, body, carry):
-        """carry = body(first key, carry) for each tile of keys that any of these queries can see, nearest first."""
+        """carry = body(first key, carry) for each tile that any query of the block can see, nearest first."""
         first = 0 if self.window is None else jnp.maximum(place - self.window + 1, 0) // self.cols
         last = jnp.minimum((place + self.rows - 1) // self.cols + 1, S // self.cols)
         return jax.lax.fori_loop(0, last - first, lambda j, c: body((last - 1 - j) * self.cols, c), carry)
@@ -97,9 +98,9 @@ class Plan:
     def scores(
         self, q: Array, k: Array, q_segments: Array, kv_segments: Array, place: Array, start: Array, gap
     ):
-        """Scores of one tile, [G, rows, cols] float32, and which of them count, [rows, cols].
+        """Scores of one tile, [G, rows, cols] float32, and the mask of visible pairs, [rows, cols].
 
-        q [G, rows, H] and q_segments [rows] are those of the tile; its first query lies at `place` among the keys.
+        q [G, rows, H] and q_segments [rows] belong to the tile; its first query has index `place` among the keys.
         """
         G, C, H = q.shape
         size = self.cols
@@ -115,7 +116,7 @@ class Plan:
 
 
 class Gaps(NamedTuple):
-    """L_i - L_j of one head, tile by tile, outwards from a block of queries whose first lies at p."""
+    """L_i - L_j of one head, tile by tile, outwards from a block of queries whose first has index p."""
 
     rate: Array  # [2, G, S + rows], decay.split
 
@@ -135,7 +136,7 @@ class Gaps(NamedTuple):
         rate, before = cut(self.rate, start, cols, axis=2), start + jnp.arange(cols) <= place
         past, ahead = jnp.where(before, rate, 0), jnp.where(before, 0, rate)
         later = jnp.cumsum(past[:, :, :0:-1], axis=2)[:, :, ::-1]
-        # A tile that begins after p: the queries up to there lie between. (Else 0, the first entry.)
+        # If the tile begins after p, the distance from p to the tile's start is added. (Otherwise it is 0, entry 0.)
         between = jnp.clip(start - 1 - place, 0, of_queries.shape[2] - 1)
         edge_after = edge - cut(of_queries, between, 1, axis=2)[:, :, 0]
         of_keys = (
@@ -148,7 +149,7 @@ class Gaps(NamedTuple):
 def _head_forward(q, k, v, kv_segments, decay, q_segments, offset, *, plan: Plan) -> tuple[Array, Array]:
     """One row and kv head: q [G,T,H], k and v [S,H] -> out [G,T,H], logsumexp [G,T] float32.
 
-    q_segments [T] and offset [] are those of queries behind a cache; None: the queries are those of the keys.
+    q_segments [T] and offset [] are given for queries after a cache; None: queries and keys are the same tokens.
     """
     G, T, H = q.shape
     S, C, size = k.shape[0], plan.rows, plan.cols
@@ -185,7 +186,7 @@ def _head_backward(q, k, v, kv_segments, decay, q_segments, offset, out, lse, d_
     """Gradients for one row and kv head; scores are recomputed tile by tile."""
     G, T, H = q.shape
     S, C, size = k.shape[0], plan.rows, plan.cols
-    after = 0 if offset is None else C  # the last block of queries may reach beyond the keys
+    after = 0 if offset is None else C  # room for the last block of queries, which may extend beyond the keys
     q_segments, offset = (kv_segments, 0) if offset is None else (q_segments, offset)
     nothing = jnp.zeros((2, G), jnp.float32)
     gaps = None if decay is None else Gaps.of(decay, C, size)

@@ -1,6 +1,6 @@
 """Softmax attention by the kernels that come with JAX: cuDNN's on NVIDIA GPUs, splash attention on TPUs.
 
-Each has an obstacle in words for what it does not cover; ops/attention.py then takes the next form.
+For unsupported arguments each reports the reason (an obstacle), and ops/attention.py tries the next form.
 """
 
 from typing import Any
@@ -11,8 +11,8 @@ from jaxtyping import Array
 
 from lcx.ops import MIXER_RESIDUALS, dispatch
 
-LANES = 128  # of a TPU's vector registers
-BLOCK = 512  # of queries, and of keys: fits VMEM forward and backward up to H = 256
+LANES = 128  # lanes of a TPU vector register
+BLOCK = 512  # queries, and keys, per block: fits VMEM forward and backward up to H = 256
 
 
 def _common(q: Array, k: Array, *, cached: bool, decays: bool) -> str | None:
@@ -28,13 +28,13 @@ def cudnn_obstacle(q: Array, k: Array, *, segmented: bool, cached: bool, decays:
         return f"cuDNN takes bfloat16 and float16, found {q.dtype}"
     if q.shape[-1] % 8 or q.shape[-1] > 128:
         return f"cuDNN takes head sizes that are multiples of 8 up to 128, found {q.shape[-1]}"
-    if segmented:  # only as a bias of T x T
+    if segmented:  # cuDNN would need a T x T bias
         return "packed segments are not covered"
     return _common(q, k, cached=cached, decays=decays)
 
 
 def cudnn(q: Array, k: Array, v: Array, *, window: int | None, scale: float) -> Array:
-    """[B, T, N, H] queries, [B, T, K, H] keys and values; causal."""
+    """Causal attention by cuDNN: q [B, T, N, H], k and v [B, T, K, H] -> [B, T, N, H]."""
     span = None if window is None else (window - 1, 0)
     return jax.nn.dot_product_attention(
         q, k, v, scale=scale, is_causal=True, local_window_size=span, implementation="cudnn"
@@ -59,14 +59,14 @@ def splash(
     scale: float,
     interpret: bool = False,
 ) -> Array:
-    """[B, T, N, H] queries, [B, T, K, H] keys and values, segment_ids [B, T]; causal. Padding gives 0."""
+    """Causal splash attention: q [B, T, N, H], k and v [B, T, K, H], segment_ids [B, T]. Padding gives 0."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
     B, T, N, _ = q.shape
     block = min(BLOCK, -(-T // LANES) * LANES)
     ids = jnp.ones((B, T), jnp.int32) if segment_ids is None else segment_ids
-    pad = (0, -T % block)  # padded tokens come last, where causality alone hides them
+    pad = (0, -T % block)  # at the end, where the causal mask hides it
     padded_ids = jnp.pad(ids, ((0, 0), pad))
     heads_first = (jnp.pad(jnp.moveaxis(x, 1, 2), ((0, 0), (0, 0), pad, (0, 0))) for x in (q * scale, k, v))
     length = padded_ids.shape[1]

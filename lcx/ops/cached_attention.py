@@ -1,8 +1,8 @@
 """Softmax attention of a few new tokens over a cache of keys and values, which is only read.
 
-The scores against the cache and those among the new tokens share one maximum and one sum; nothing of the size of the
-cache is copied or written, so a token costs what it costs to read the cache once. (An attention over the cache with the
-new tokens written into it would be the same number, and would make a scan over layers carry whole caches.)
+The scores against the cache and those among the new tokens share one maximum and one sum. No array of the size of the
+cache is copied or written, so the cost per token is one read of the cache. (Writing the new tokens into the cache first
+would give the same result, but a scan over layers would have to carry whole caches.)
 
 Letters: B batch, T new tokens, S slots, N query heads, K key/value heads, G = N / K, H head dim.
 """
@@ -30,13 +30,14 @@ def cached_attention(
     window: int | None = None,
     scale: float | None = None,
 ) -> Float[Array, "B T N H"]:
-    """As ops.attention with the new tokens behind the first `length` slots. Memory: B N T (S + T) scores, float32.
+    """ops.attention with the new tokens placed after the first `length` slots: outputs [B, T, N, H] in q's dtype.
+
+    Memory: B N T (S + T) scores in float32.
 
     Args:
-      cached_k, cached_v: in any dtype; heads before slots, so that a product reads them as they lie.
-      segment_ids, cached_segment_ids: 0 sees nothing and is not seen: empty slots have it.
-      log_decay: of the new tokens, cached_log_decay: of the cached ones; both or neither. That of padding is left
-        out.
+      cached_k, cached_v: in any dtype; heads before slots, so that products read contiguous memory.
+      segment_ids, cached_segment_ids: tokens with id 0 (padding, empty slots) see nothing and are not seen.
+      log_decay, cached_log_decay: of the new and of the cached tokens; both or neither. Values at padding are ignored.
     """
     B, T, N, H = q.shape
     K, S = cached_k.shape[1:3]
@@ -72,7 +73,7 @@ def cached_attention(
 
 
 def _seen(q_ids: Array, kv_ids: Array, distance: Array, window: int | None) -> Array:
-    """[B, 1, 1, T, S], for distances [B, T, S] between tokens: padding does not count."""
+    """The mask [B, 1, 1, T, S], from distances [B, T, S] between tokens that do not count padding."""
     seen = distance >= 0
     if window is not None:
         seen &= distance < window
@@ -81,9 +82,9 @@ def _seen(q_ids: Array, kv_ids: Array, distance: Array, window: int | None) -> A
 
 
 def _gaps(rate: Array, cached: Array) -> tuple[Array, Array]:
-    """L_i - L_j of the new tokens i, [B, N, T, S] to the cached and [B, N, T, T] to the new; at most 0 where seen."""
+    """L_i - L_j of new tokens i: [B, N, T, S] to cached tokens j, [B, N, T, T] to new ones; at most 0 where visible."""
     since = jnp.cumsum(rate, axis=-1)[..., None]
     new = gaps(rate, jnp.arange(rate.shape[-1]))
-    later = jnp.cumsum(cached[..., :0:-1], axis=-1)[..., ::-1]  # of the slots after each
+    later = jnp.cumsum(cached[..., :0:-1], axis=-1)[..., ::-1]  # the sum over the slots after each slot
     to_end = jnp.pad(later, ((0, 0), (0, 0), (0, 1)))
     return since + to_end[:, :, None], new

@@ -3,15 +3,16 @@
 Letters: B batch, T time, D embed, V vocab, C chunk of tokens.
 
 ``reference``  all logits at once: the definition.
-``chunked``    C tokens at a time. Where a gradient is wanted, it is computed in the same pass: once a chunk's logits
-               are at hand, softmax - onehot costs nothing more, so dx and dW need three products of size C x D x V
-               instead of the four of recomputation. Memory: C x V logits, dx like x, and one float32 dW.
+``chunked``    C tokens at a time. If a gradient is needed, it is computed in the same pass: once a chunk's logits are
+               available, softmax - onehot is nearly free, so the loss, dx and dW take three products of size C x D x V
+               instead of the four that recomputation needs. Memory: C x V logits, dx like x, and one float32 dW.
 
-Over a mesh the chunks are local: rows lie on (data, fsdp), tokens on `context`, and the vocabulary on `tensor` (the
-logsumexp is combined over it). Chunking a sharded T under automatic partitioning would gather it; here it cannot.
+On a mesh the chunks are local to each device: rows are sharded over (data, fsdp), tokens over `context`, and the
+vocabulary over `tensor` (the logsumexp is combined over it). Under automatic partitioning, chunking a sharded T would
+all-gather it; an explicit shard_map rules that out.
 
-All arithmetic on logits is float32. Sums and weights come out, so that the caller weighs by tokens over whatever makes
-up the global batch.
+All arithmetic on logits is float32. The result is a weighted sum, not a mean, so that the caller can divide by the
+tokens of the global batch.
 """
 
 import functools
@@ -30,7 +31,7 @@ CHUNK_LOGITS = (
 
 
 class LogitTransform(NamedTuple):
-    """Logits out of the products x head^T: multiplied, then, with a cap c, c tanh(logits / c) (Gemma 2)."""
+    """Computes logits from the products x head^T: a multiplier, then, if c is set, c tanh(logits / c) (Gemma 2)."""
 
     multiplier: float = 1.0
     softcap: float | None = None
@@ -41,7 +42,7 @@ class LogitTransform(NamedTuple):
         return logits if self.softcap is None else self.softcap * jnp.tanh(logits / self.softcap)
 
     def backward(self, logits: Float[Array, "..."], d: Float[Array, "..."]) -> Float[Array, "..."]:
-        """The gradient in the products, out of the logits that came of them and the gradient d in these."""
+        """The gradient with respect to the products, from the resulting logits and their gradient d."""
         if self.softcap is not None:
             d = d * (1 - jnp.square(logits / self.softcap))
         return d if self.multiplier == 1 else d * self.multiplier
@@ -59,7 +60,7 @@ def cross_entropy(
     transform: LogitTransform = UNCHANGED,
     implementation: str | None = None,
 ) -> Float[Array, ""]:
-    """sum over tokens of weights * -log softmax(transform(x head^T))[label], float32. Differentiable in x and head."""
+    """Sum over tokens of weights * -log softmax(transform(x head^T))[label], float32. Differentiable in x and head."""
     if implementation == "reference":
         return jnp.sum(weights * reference(x, head, labels, transform))
     if implementation not in (None, "chunked"):
@@ -74,7 +75,7 @@ def token_nll(
     *,
     transform: LogitTransform = UNCHANGED,
 ) -> Float[Array, "B T"]:
-    """-log softmax(transform(x head^T))[label] of every token, float32, chunked. For evaluation: not differentiable."""
+    """-log softmax(transform(x head^T))[label] per token, float32, chunked. For evaluation: not differentiable."""
     return _over_mesh(_local_nll, transform, out="tokens")(x, head, labels)
 
 
@@ -104,7 +105,7 @@ _chunked.defvjp(_chunked_forward, _chunked_backward)
 
 
 def _over_mesh(fn, transform: LogitTransform, *, out: str):
-    """fn on each device's own tokens and part of the vocabulary; without a mesh, fn itself."""
+    """Wraps fn so that each device runs it on its own tokens and vocabulary shard; without a mesh, fn itself."""
     fn = functools.partial(fn, transform=transform)
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
@@ -126,7 +127,7 @@ def _over_mesh(fn, transform: LogitTransform, *, out: str):
 
 
 def _chunks(arrays: tuple[Array, ...], vocab: int) -> tuple[Array, ...]:
-    """[B, T, ...] -> [number of chunks, C, ...], padded with zeros (a zero weight, a label that exists)."""
+    """[B, T, ...] -> [number of chunks, C, ...], padded with zeros: padding has weight 0 and the valid label 0."""
     tokens = arrays[0].shape[0] * arrays[0].shape[1]
     size = max(1, min(tokens, CHUNK_LOGITS // vocab))
     count = -(-tokens // size)
@@ -141,7 +142,7 @@ def _unchunk(x: Array, shape: tuple[int, ...]) -> Array:
 
 
 def _chunk_nll(x, head, labels, vocab_axis, transform):
-    """One chunk: nll [C], and what the gradient needs: the local logits [C, V], logsumexp [C], local label index."""
+    """One chunk: nll [C], and the residuals of the gradient: local logits [C, V], logsumexp [C], local label index."""
     logits = jnp.einsum("cd,vd->cv", x, head.astype(x.dtype), preferred_element_type=jnp.float32)
     logits = transform(logits)
     if vocab_axis is not None:

@@ -1,7 +1,7 @@
-"""Decays between tokens and divisions by sums of weights, without the differences and squares that lose everything.
+"""Numerically safe decays between tokens and divisions by sums of weights.
 
-A decay e^(L_i - L_j), L the running sum of log decays, is 0 in float32 from L_i - L_j = GONE down. So a log decay below
-GONE (a hard reset is -inf) counts as GONE wherever weights are absolute; its own gradient is 0, as in the limit.
+A decay e^(L_i - L_j), L the running sum of log decays, is 0 in float32 for L_i - L_j <= GONE. So wherever weights are
+absolute, log decays below GONE (a hard reset is -inf) are clamped to GONE; their gradient is 0, as in the limit.
 """
 
 import jax
@@ -12,10 +12,10 @@ GONE = -104.0  # e^GONE rounds to 0, below the smallest subnormal number of floa
 
 
 def gaps(log_decay: Float[Array, "*batch S"], place: Int[Array, "... T"]) -> Float[Array, "*batch T S"]:
-    """L_i - L_j for queries i that stand at `place` among the keys j, 0 where j is not before i.
+    """L_i - L_j for queries i at index `place` among the keys j; 0 where j is not before i.
 
-    Every entry is a sum of its own: the difference of two sums over the row would lose the digits of a small one behind
-    a large log decay, and be no number behind -inf. Quadratic in memory: for references.
+    Every entry is summed separately: the difference of two prefix sums would lose the digits of a small value after a
+    large log decay, and would be NaN after -inf. Quadratic in memory, so only for references.
     """
     past = jnp.arange(log_decay.shape[-1]) <= place[..., None]
     rates = jnp.where(past, log_decay[..., None, :], 0)
@@ -24,10 +24,11 @@ def gaps(log_decay: Float[Array, "*batch S"], place: Int[Array, "... T"]) -> Flo
 
 
 def split(log_decay: Float[Array, "*shape"], length: int, lowest: float = GONE) -> Float[Array, "2 *shape"]:
-    """Two parts that add up to the log decay, for sums over `length` tokens whose differences are wanted.
+    """Splits log decays into two parts whose prefix sums over `length` tokens can be subtracted without cancellation.
 
-    The first are multiples of a power of 2, so coarse that sums of `length` of them, none below `lowest`, are exact in
-    float32, and with them the difference of two large sums. Sums of the second are small, and round at their own size.
+    The first part holds multiples of a power of 2 so coarse that sums of `length` of them, none below `lowest`, are
+    exact in float32, and so are differences of such sums. The second part is the small rest, so its sums have small
+    rounding errors.
     """
     unit = unit_of(length, lowest)
     coarse = jnp.round(log_decay / unit) * unit
@@ -35,16 +36,16 @@ def split(log_decay: Float[Array, "*shape"], length: int, lowest: float = GONE) 
 
 
 def unit_of(length: int, lowest: float) -> float:
-    """The power of 2 of which `length` multiples, none below `lowest`, have an exact sum in float32."""
+    """The power of 2 such that sums of `length` multiples of it, none below `lowest`, are exact in float32."""
     return 2.0 ** ((int(-lowest) * length).bit_length() - 24)
 
 
 @jax.custom_jvp
 def divided(sums: Float[Array, "*batch W"], total: Float[Array, "*batch 1"]) -> Float[Array, "*batch W"]:
-    """sums / total, 0 where the total is 0.
+    """sums / total, and 0 where the total is 0.
 
-    The derivative by the total is -y / total here; the usual -sums / total^2 is infinite or not a number from
-    total = 1e-19 down, where the square is 0.
+    The derivative with respect to the total is computed as -y / total. The usual -sums / total^2 is infinite or NaN for
+    totals below about 1e-19, whose square underflows to 0.
     """
     return jnp.where(total == 0, 0, sums / jnp.where(total == 0, 1, total))
 

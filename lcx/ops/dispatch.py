@@ -1,9 +1,9 @@
-"""Which form of an operator runs: the one named, or the fastest that is valid on this platform and shape.
+"""Chooses the implementation of an operator: the one named, or the fastest valid one for this platform and shape.
 
 The names mean the same for every operator:
 
     reference   the definition, quadratic or step by step
-    xla         chunked, in plain JAX: runs anywhere, differentiates, linear where the mathematics is
+    xla         chunked, in plain JAX: portable, differentiable, in linear time where the operator allows it
     triton      our Pallas kernel for GPUs, through Triton
     tpu         our Pallas kernel for TPUs
 """
@@ -19,21 +19,23 @@ log = logging.getLogger("lcx")
 
 
 def platform() -> str:
-    """One of cpu, gpu, tpu: that of the mesh that is set (also another machine's, to compile ahead), else jax's."""
+    """cpu, gpu or tpu: the platform of the current mesh (which may be another machine's, see aot.py), else jax's."""
     device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
     name = jax.default_backend() if device is None else device.platform
     return "gpu" if name in ("cuda", "rocm") else name
 
 
 def choose(operator: str, implementation: str | None, obstacles: dict[str, str | None]) -> str:
-    """The name of the form to run.
+    """The name of the implementation to run.
 
     Args:
-      obstacles: every form of the operator, the fastest first, with None or the reason why it cannot run here:
+      operator: the operator's name, for messages.
+      implementation: the name that the user set; None for the fastest valid one.
+      obstacles: every implementation, fastest first, with None or the reason why it cannot run here:
         ``{"triton": on("gpu"), "xla": None, "reference": None}``.
 
     Raises:
-      UserError: an unknown name, or one with an obstacle.
+      UserError: an unknown name, or the name of an implementation that cannot run here.
     """
     if implementation is None:
         name = next(name for name, obstacle in obstacles.items() if obstacle is None)
@@ -51,7 +53,7 @@ def choose(operator: str, implementation: str | None, obstacles: dict[str, str |
 
 
 def on(*platforms: str) -> str | None:
-    """None on one of these platforms, else the obstacle in words."""
+    """None on one of these platforms, otherwise the obstacle as text."""
     here = platform()
     return None if here in platforms else f"needs a {' or '.join(platforms)}, found {here}"
 

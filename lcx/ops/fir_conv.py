@@ -6,20 +6,20 @@ Letters: B batch, D channels, G filters (channel d uses filter d // (D/G)), T ti
 Taps are in convolution order: k = 0 multiplies the current token. Channels come before time: a block of tokens of one
 channel is contiguous, and the blocks of all channels of a group are the rows of one matrix.
 
-``reference``  every window of K inputs laid out, in float32: the definition.
-``triton``, ``tpu``  kernels_pallas.fir_conv, one pass over memory; packed rows in as many as `packed_conv` needs.
+``reference``  the definition, with every window of K inputs materialised, in float32.
+``triton``, ``tpu``  kernels_pallas.fir_conv, one pass over memory; packed rows take several passes (`packed_conv`).
 ``xla``        K < 16: shifted multiply-adds. Else block Toeplitz products (Ku et al. 2025, "Systems and Algorithms for
                Convolutional Multi-Hybrid Language Models at Scale", section 3.2): with C >= K - 1 a block of outputs
                needs its own inputs and those of the block before it, Y_n = X_n M0 + X_{n-1} M1, where M0[s, t] = h[t-s]
-               and M1[s, t] = h[C+t-s]. 4 C FLOPs an element instead of 2 K, all of them in matrix products.
+               and M1[s, t] = h[C+t-s]. 4 C FLOPs per element instead of 2 K, but all in matrix products.
 
-Documents. Between two adjacent blocks at most one document crosses, so the product with M1 is exact once the left
-block is cut to that document and the result as well. Inside a block the same holds for its halves, their halves, ...
-down to 16 tokens, where taps are few enough to shift. Together this is less than the product with M0, whatever the
-number of documents.
+Documents. At most one document crosses the boundary between two adjacent blocks, so the product with M1 is exact once
+the left block and the result are masked to that document. Inside a block the same holds recursively for its two halves,
+down to 16 tokens, where shifted multiply-adds take over. Together these products cost less than the product with M0,
+whatever the number of documents.
 
-The backward pass keeps the inputs alone and computes the rest again. On a CPU one group of channels of one row is
-treated after the other, so that what lies between the two gates stays in cache.
+The backward pass saves only the inputs and recomputes the rest. On a CPU the groups of channels of each row are
+processed one after the other, so that the intermediates between the two gates stay in cache.
 """
 
 import jax
@@ -34,7 +34,7 @@ from lcx.ops.packed_conv import by_document
 from lcx.ops.short_conv import ConvState
 
 MAX_TAPS = 256
-# Fewer taps than this are shifted, and so are blocks of as many tokens that hold several documents.
+# Filters with fewer taps than this use shifted multiply-adds, as do blocks of this many tokens within packed rows.
 SHIFTED = 16
 
 
@@ -49,13 +49,13 @@ def fir_conv(
     initial_state: ConvState | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "B D T"], ConvState]:
-    """(y in v's dtype, the state after it: the last K - 1 of g). A gate that is None is 1.
+    """(y [B, D, T] in v's dtype, the state after it: the last K - 1 inputs g). A gate that is None is 1.
 
     Args:
       segment_ids: documents of a packed row, 0 for padding; None: one document, with id 1.
 
     Raises:
-      UserError: shapes that do not fit, or an implementation that cannot run here.
+      UserError: inconsistent shapes, or an implementation that cannot run here.
     """
     (G, K), D = h.shape, v.shape[1]
     if D % G or not 2 <= K <= MAX_TAPS:
@@ -71,7 +71,7 @@ def fir_conv(
         y = _kernel(x1, x2, v, h, skip, segment_ids, initial_state, short.KERNELS[name])
         return checkpoint_name(y, MIXER_RESIDUALS), state
     whole, ids, before = (x1, x2, v), segment_ids, 0
-    if initial_state is not None:  # the state's inputs are gated already; before them nothing is asked
+    if initial_state is not None:  # the state's inputs are already gated, and their own outputs are not needed
         joined, ids = short.extended(gated, segment_ids, initial_state)
         before = K - 1
         whole = (None if x1 is None else jnp.pad(x1, ((0, 0), (0, 0), (before, 0))), None, joined)
@@ -83,7 +83,7 @@ def fir_conv(
 
 
 def _forms(v: Array, h: Array, carried: bool) -> dict[str, str | None]:
-    """carried: documents that begin in a state."""
+    """The obstacles of each implementation; carried: whether there is an initial state."""
 
     def obstacle(platform: str) -> str | None:
         from kernels_pallas import fir_conv as kernels
@@ -109,7 +109,7 @@ def _kernel(x1, x2, v, h, skip, segment_ids, state: ConvState | None, platform: 
 
 
 def reference(x1, x2, v, h, skip, ids) -> Array:
-    """The definition. ids None: one document."""
+    """The definition, in float32. ids None: one document."""
     g = v.astype(jnp.float32) if x2 is None else x2.astype(jnp.float32) * v.astype(jnp.float32)
     y = short.reference(g, jnp.repeat(h, v.shape[1] // h.shape[0], axis=0), ids)
     if skip is not None:
@@ -145,9 +145,9 @@ _grouped.defvjp(_grouped_forward, _grouped_backward)
 
 
 def each_group(fn, signals, weights, ids, G: int):
-    """fn(signals [D/G, T], weights of a group, ids [T]) of every row and group; leaves [B, G, ...].
+    """fn(signals [D/G, T], weights of a group, ids [T]) for every row and group; the results are [B, G, ...].
 
-    Signals are [B, D, T]; weights [G, ...] or [D, ...], cut into G parts.
+    Signals are [B, D, T]; weights are [G, ...] or [D, ...] and are split into G parts.
     """
     B = jax.tree.leaves(signals)[0].shape[0]
     signals = jax.tree.map(lambda x: x.reshape(B, G, -1, x.shape[2]), signals)
@@ -181,17 +181,17 @@ def _slab(signals, weights, ids):
 
 
 def unless_packed(fn, runs: Array | None) -> Array:
-    """fn(runs), or fn(None) where the tokens are all of one run: the same, and cheaper."""
+    """fn(runs), or fn(None), which is the same but cheaper, if all tokens belong to one run."""
     if (
         runs is None or dispatch.platform() != "cpu"
-    ):  # elsewhere rows run at once, and a condition would run both
+    ):  # elsewhere rows are vectorised, and a cond would execute both branches
         return fn(runs)
-    # Padding at the left has index 0 and gives nothing; the first document has 1.
+    # Padding on the left has index 0 and contributes nothing; the first document has index 1.
     return jax.lax.cond(runs[-1] <= 1, lambda: fn(None), lambda: fn(runs))
 
 
 def convolve(g: Array, h: Array, runs: Array | None) -> Array:
-    """sum_k h[k] g[:, t - k] over the taps of one run; g [R, T], h [K], runs [T] that never fall. float32."""
+    """sum_k h[k] g[:, t - k] over tokens of the same run, float32; g [R, T], h [K], runs [T] non-decreasing."""
     T, K = g.shape[1], h.shape[0]
     if K < SHIFTED:
         return _shift(g, h, runs)
@@ -209,9 +209,9 @@ def convolve(g: Array, h: Array, runs: Array | None) -> Array:
 
 
 def within(x: Array, h: Array, runs: Array, M: Array) -> Array:
-    """Each block on its own, [R, n, C] float32: across its halves, their halves, ..., at last 16 tokens alone.
+    """The convolution inside each block, [R, n, C] float32: recursively across its halves, down to 16 tokens.
 
-    x [R, n, C], h [K], runs [n, C] that never fall along the n C tokens, M = toeplitz(h, C/2 or more).
+    x [R, n, C], h [K], runs [n, C] non-decreasing along the n C tokens, M = toeplitz(h, C/2 or more).
     """
     R, _, size = x.shape
     y = jnp.zeros(x.shape, jnp.float32)
@@ -220,13 +220,13 @@ def within(x: Array, h: Array, runs: Array, M: Array) -> Array:
         halves, ids = x.reshape(R, -1, 2, size), runs.reshape(-1, 2, size)
         second = _across(halves[:, :, 0], ids[:, 0], ids[:, 1], M[:size, size : 2 * size])
         y = y + jnp.pad(second[:, :, None], ((0, 0), (0, 0), (1, 0), (0, 0))).reshape(y.shape)
-    # Neither runs nor the index of the 16 tokens ever falls: their sum tells both apart.
+    # Both the runs and the index of the 16-token block are non-decreasing, so their sum distinguishes all pairs.
     alone = runs.reshape(-1) + jnp.arange(runs.size) // SHIFTED
     return y + _shift(x.reshape(R, -1), h[:SHIFTED], alone).reshape(y.shape)
 
 
 def _across(left: Array, left_runs: Array, right_runs: Array, M: Array) -> Array:
-    """What the left block gives to the right one: [R, n, C], by the one run that can reach over the boundary."""
+    """The contribution of the left block to the right one, [R, n, C]; only one run can cross the boundary."""
     crossing = right_runs[:, :1]
     reached = _dot(jnp.where(left_runs == crossing, left, 0), M)
     return jnp.where(right_runs == crossing, reached, 0)
@@ -238,7 +238,7 @@ def _shift(g: Array, h: Array, runs: Array | None) -> Array:
 
 
 def _one_later(x: Array) -> Array:
-    """Block n takes the place of n + 1."""
+    """Shifts blocks by one: block n moves to n + 1, and block 0 becomes zeros."""
     return jnp.pad(x[:, :-1], ((0, 0), (1, 0), (0, 0)))
 
 
@@ -250,8 +250,8 @@ def _dot(rows: Array, M: Array) -> Array:
 def toeplitz(h: Array, C: int) -> Array:
     """[C, 2C] with h[t - s] at (s, t), 0 outside of h [K <= C + 1].
 
-    Rows of length L laid end to end and cut again to length L - 1 are each shifted by one: no gather, and the
-    gradient is a sum along the diagonals by the same way back.
+    Flattening rows of length L and reshaping to rows of length L - 1 shifts each row by one more than the row before.
+    This needs no gather, and its gradient is a sum along the diagonals by the reverse reshape.
     """
     L = 3 * C
     rows = jnp.broadcast_to(jnp.pad(h, (0, L - h.shape[0])), (C, L))

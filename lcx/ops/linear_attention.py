@@ -1,22 +1,22 @@
-"""Linear attention with an optional scalar decay per head (then it is Mamba-2's SSD), in time and memory linear in T.
+"""Linear attention with an optional scalar decay per head (Mamba-2's SSD), in time and memory linear in T.
 
     S_t = e^{a_t} S_{t-1} + k_t v_t^T      y_t = q_t S_t      with normalize: y_t = q_t S_t / (q_t z_t + eps)
     z_t = e^{a_t} z_{t-1} + k_t
 
 Letters: B batch, T time, N heads, P features of q and k, H head dim of v, C chunk. q, k, v and log_decay may each have
-fewer heads than N: a head is then shared by consecutive ones (grouped values, Mamba-2's groups of B and C).
+fewer heads than N: consecutive heads then share one (grouped values, Mamba-2's groups of B and C).
 
-``reference``  the sum over j <= i that the recurrence stands for, quadratic; in float64 for float64 inputs.
-``triton``, ``tpu``  the kernels of kernels_pallas/linear_attention.py; with a window windowed_linear_attention.py's
+``reference``  the recurrence written as a sum over j <= i, quadratic; in float64 for float64 inputs.
+``triton``, ``tpu``  the kernels of kernels_pallas/linear_attention.py; with a window windowed_linear_attention.py.
 ``xla``        C tokens at a time. Inside a chunk the quadratic form, W_ij = (q_i.k_j) e^{g_i - g_j} with g the running
                sum of a *within the chunk*, so that no exponent is ever positive and none is a difference of large
                sums; between chunks the state, in float32 (Yang et al. 2023, arXiv 2312.06635, section 3; Dao & Gu 2024,
-               arXiv 2405.21060, section 6). The backward pass stores no states: it computes those at the chunks' edges
-               again from k and v, then walks back with their cotangents.
+               arXiv 2405.21060, section 6). The backward pass stores no states: it recomputes the states at chunk
+               boundaries from k and v, then propagates their cotangents backwards.
 
-The decay's gradient needs no C x C product. With R_i = dy_i.y_i and K_j = v_j.dv_j (what pair weights pass on, summed
-by row and by column), da_t = sum_{i >= t} (R_i - K_i) to the end of the chunk + <dS, S> at its end; a sum that ran over
-the whole sequence would cancel to rounding noise.
+The decay's gradient needs no C x C product. With R_i = dy_i.y_i and K_j = v_j.dv_j (row and column sums of weights
+times their gradients), da_t = sum_{i >= t} (R_i - K_i) to the end of the chunk + <dS, S> at its end. A sum over the
+whole sequence would cancel to rounding noise.
 
 Segments: see ops/segments.py. `window` adds LoLCATS's softmax over the nearest keys: ops/windowed_linear_attention.py.
 """
@@ -58,15 +58,16 @@ def linear_attention(
     chunk_size: int | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "B T N H"], LinearState]:
-    """(y in v's dtype, the state after the last token). Feature maps are applied by the caller.
+    """(y [B, T, N, H] in v's dtype, the state after the last token). The caller applies feature maps.
 
     Args:
       log_decay: a_t <= 0.
-      normalize: divide by q z + eps; with a window always.
+      normalize: divide by q z + eps; with a window the output is always normalised.
       implementation: "triton", "tpu", "xla", "reference", or None for the fastest that runs here.
 
     Raises:
-      UserError: heads that do not divide, a decay with a window, an unknown kind of window or implementation.
+      UserError: numbers of heads that do not divide each other, a decay with a window, an unknown kind of window or
+        implementation.
     """
     arrays = [q, k, v, *([] if log_decay is None else [log_decay]), *([] if window is None else [window.q])]
     N = max(x.shape[2] for x in arrays)
@@ -113,7 +114,7 @@ def _kernel_obstacles(q: Array, k: Array, v: Array, window: Window | None) -> di
 def kernel(
     q, k, v, log_decay, *, normalize, eps, segment_ids, initial_state, platform
 ) -> tuple[Array, LinearState]:
-    """The Pallas kernel, which knows documents by their index in the row and padding by k = 0 and a = 0."""
+    """The Pallas kernel, which identifies documents by their index in the row; padding gets k = 0 and a = 0."""
     from kernels_pallas.linear_attention import linear_attention as run
 
     real = runs = before = None
@@ -134,7 +135,7 @@ def kernel(
 
 
 def _prepare(q, k, v, log_decay, segment_ids, initial_state):
-    """All heads repeated, padding without effect, in float32 or wider; and the state or zeros, its document, starts."""
+    """Inputs in float32 or wider with heads repeated and padding neutralised; the state, its document, the starts."""
     B, T, _, P = q.shape
     N, H = max(x.shape[2] for x in (q, k, v) + (() if log_decay is None else (log_decay,))), v.shape[3]
     wide = jnp.promote_types(q.dtype, jnp.float32)
@@ -183,7 +184,7 @@ def xla(
     B, T, _, P = q.shape
     a, H, dtype = log_decay, v.shape[3], v.dtype
     N = max(x.shape[2] for x in (q, k, v) + (() if a is None else (a,)))
-    if a is not None:  # its gradient is read off v's, head by head
+    if a is not None:  # the decay's gradient needs dv for each head
         a = jnp.maximum(a.astype(jnp.float32), GONE)
         a, v = (jnp.repeat(x, N // x.shape[2], axis=2) for x in (a, v))
     C = min(chunk_size or CHUNK, T)
@@ -247,13 +248,13 @@ def _chunks_backward(normalize, eps, residuals, cotangents):
 
 
 def _inner(x, y) -> Array:
-    """Sum of x y over all but [B, G, r], over both parts of a state."""
+    """Sum of x y over all axes but [B, G, r], added up over both parts of a state."""
     parts = [jnp.sum(a * b, axis=range(3, a.ndim)) for a, b in zip(x, y, strict=True) if a is not None]
     return functools.reduce(jnp.add, parts)
 
 
 def _backward_step(carry, x, *, heads, eps):
-    """One chunk's gradients from the cotangent of the state at its end, which becomes that of the state before it."""
+    """Gradients of one chunk; the carry is the cotangent of the state at its end, then of the state before it."""
     (d_kv, d_z), inner = carry
     q, k, v, a, first, (kv, z), y, norm, dy = x
     rq, rk, rv = heads
@@ -281,7 +282,7 @@ def _backward_step(carry, x, *, heads, eps):
         d_z = carried * d_z + dot("bgrt,bgrtp->bgrp", d_in, q)
     if a is None:
         return ((d_kv, d_z), inner), (dq, dk, dv, None)
-    # Normalised: d_num.num + d_norm (norm - eps), of which only this is left.
+    # Normalised, the row sum d_num.num + d_norm (norm - eps) simplifies to -eps d_norm.
     row = jnp.sum(dy.astype(jnp.float32) * y, axis=-1) if norm is None else -eps * d_norm
     da = jax.lax.cumsum(row - column, axis=3, reverse=True) + inner[..., None]
     return ((d_kv, d_z), _inner((d_kv, d_z), (kv, z))), (dq, dk, dv, da)

@@ -1,6 +1,7 @@
-"""Linear attention chunk by chunk: T cut into chunks of C tokens, their weights, and the state from chunk to chunk.
+"""The parts of chunked linear attention: T split into chunks of C tokens, weights in a chunk, and the chunks' states.
 
-Inside, arrays are [B, G, r, C, ...]: G groups of heads that all arrays have, r heads of a group, 1 where they share.
+Inside, arrays are [B, G, r, C, ...]: G groups of heads, the same for all arrays, and r heads per group, or r = 1 for an
+array that the heads of a group share.
 """
 
 import math
@@ -32,7 +33,7 @@ def grouped(arrays, C):
 
 
 def ungrouped(x: Array, T: int) -> Array:
-    """[T / C, B, G, r, C, ...] -> [B, T, G r, ...], without what was padded."""
+    """[T / C, B, G, r, C, ...] -> [B, T, G r, ...], with the padding removed."""
     x = jnp.moveaxis(x, (0, 2, 3), (1, 3, 4))
     return x.reshape(x.shape[0], x.shape[1] * x.shape[2], -1, *x.shape[5:])[:, :T]
 
@@ -45,8 +46,11 @@ def dot(spec: str, x: Array, y: Array, heads: int | None = None) -> Array:
 
 
 def chunk_weights(a: Array | None, first: Array | None, C: int) -> tuple[Array, Array, Array, Array]:
-    """How much a chunk's pairs count [.., C, C], its entering state for each query, each key for the state at its end
-    [.., C], and the entering state for that [.., 1]; leading axes B, G, r or 1."""
+    """The decay weights of one chunk, with leading axes B, G, r or 1.
+
+    Returns four weights: of each pair of tokens [.., C, C]; of the entering state in each query [.., C]; of each key in
+    the state at the chunk's end [.., C]; and of the entering state in that state [.., 1].
+    """
     place = jnp.arange(C)
     seen, carried = place <= place[:, None], jnp.ones((1, 1, 1, 1), jnp.float32)
     entering = leaving = jnp.ones((1, 1, 1, C), jnp.float32)
@@ -81,7 +85,7 @@ def nonzero(norm):
 
 
 def states_before(k, v, a, first, state):
-    """The states that enter each chunk, stacked, and the one that leaves the last."""
+    """The states that enter each chunk, stacked, and the state after the last chunk."""
 
     def step(state, x):
         k, v, a, first = x

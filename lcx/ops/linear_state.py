@@ -1,4 +1,4 @@
-"""What linear attention carries along a row: its state, the keys that a window may still see, the documents' starts."""
+"""What linear attention carries along a row: its state, the keys still needed by a window, and document starts."""
 
 import dataclasses
 import functools
@@ -18,12 +18,12 @@ KINDS = ("sliding", "terraced")
 )
 @dataclasses.dataclass(frozen=True)
 class Window:
-    """Softmax over the nearest keys, in one sum with the linear part over the others.
+    """A softmax over the nearest keys, summed and normalised together with the linear part over the older ones.
 
     Attributes:
-      kind: "sliding": the last `size` keys, the query's own among them; "terraced": those of the query's own block of
-        `size` and of the block before it, blocks counted from the start of the document.
-      q: [B, T, N, H], k: [B, T, K, H]: of the softmax, rotated.
+      kind: "sliding": the last `size` keys, including the query's own; "terraced": the keys of the query's own block of
+        `size` tokens and of the previous block, with blocks counted from the start of the document.
+      q, k: queries [B, T, N, H] and keys [B, T, K, H] of the softmax, after rotation.
       scale: [N], the weight of the softmax part (LoLCATS's gamma).
     """
 
@@ -35,20 +35,20 @@ class Window:
 
 
 class Held(NamedTuple):
-    """The newest keys, which a window may yet see: the linear state has those before. The newest is last."""
+    """The newest keys, which the window of a later token may need; older ones are in the linear state. Newest last."""
 
     k: Array  # [B, R, K, H]
     v: Array  # [B, R, Kv, H]
     features: Array  # [B, R, Nk, P]
-    length: Array  # [B] tokens of the document so far, so that blocks stay aligned; min(length, R) slots are in use
+    length: Array  # [B] tokens of the document so far, to keep blocks aligned; min(length, R) slots are in use
 
 
 class LinearState(NamedTuple):
-    """What follows needs of what came before."""
+    """Everything that later tokens need of earlier ones."""
 
     kv: Array  # [B, N, P, H] float32
     k_sum: Array | None  # [B, N, P] float32; None without normalize
-    segment_ids: Array  # [B] the document of the state; 0: nothing seen
+    segment_ids: Array  # [B] the document of the state; 0: the state is empty
     held: Held | None = None  # with a window
 
 
@@ -60,7 +60,7 @@ def empty_state(batch: int, heads: int, features: int, head_dim: int, *, normali
 
 
 def starts(segment_ids: Array, before: Array | None = None) -> Array:
-    """The slot at which each token's document begins, -1 for the document of the state: token i sees j >= starts_i."""
+    """The index at which each token's document begins, -1 for the state's document: token i sees j >= starts_i."""
     runs = segments.runs(segment_ids, before)
     new = jnp.diff(runs, axis=1, prepend=jnp.zeros_like(runs[:, :1])) != 0
     return jax.lax.cummax(jnp.where(new, jnp.arange(runs.shape[1]), -1), axis=1)

@@ -4,19 +4,19 @@
 
 Letters: B batch, D channels, T time, S >= T taps, b half a block. Taps are in convolution order, one filter a channel.
 
-``reference``  every T x T Toeplitz matrix laid out, in float32: the definition.
-``triton``, ``tpu``  kernels_pallas.long_conv: the transform as matrix products, one pass; in packed rows one for each
-               document (`packed_conv`), on a GPU as long as they are few.
-``xla``        irfft(rfft(g) rfft(h)) over 2 T points, float32 throughout: O(T log T). Inputs in bfloat16 are widened
-               for it, since rounding between the stages of an FFT spreads over the whole sequence.
+``reference``  the definition, with every T x T Toeplitz matrix materialised, in float32.
+``triton``, ``tpu``  kernels_pallas.long_conv: the transform as matrix products, one pass; for packed rows one pass per
+               document (`packed_conv`), on a GPU only if they are few.
+``xla``        irfft(rfft(g) rfft(h)) over 2 T points, float32 throughout: O(T log T). bfloat16 inputs are converted
+               to float32, since rounding between the stages of an FFT spreads over the whole sequence.
 
-Documents. The transform mixes all of a row, so a packed row is cut in halves, their halves, ..., to blocks of 256
-tokens. Between the two halves of a block at most one document crosses: cut to it, the left half goes through an FFT of
-the block's length, and of the result the right half is kept. The 256 tokens are left to the products of `fir_conv`. An
-FFT of T points a level: log2(T / 256) / 2 times the cost of an unpacked row, whatever the number of documents.
+Documents. The transform mixes all tokens of a row, so a packed row is halved recursively down to blocks of 256 tokens.
+At most one document crosses the middle of a block: the left half, masked to that document, goes through an FFT of the
+block's length, and the right half of the result is kept. Blocks of 256 tokens use the products of `fir_conv`. Each
+level takes FFTs of T points in total: log2(T / 256) / 2 times the cost of an unpacked row, for any number of documents.
 
-The backward pass keeps the inputs alone and transforms them again. On a CPU a few channels of one row are treated after
-the other, so that their spectra stay in cache.
+The backward pass saves only the inputs and transforms them again. On a CPU a few channels of one row are processed at a
+time, so that their spectra stay in cache.
 """
 
 import math
@@ -33,9 +33,10 @@ from lcx.ops.packed_conv import by_document
 from lcx.ops.short_conv import KERNELS
 
 BLOCK = 256  # tokens below which Toeplitz products take over from the FFT, in packed rows
-CHANNELS = 16  # at a time
-# Of the kernel over a packed row: on a GPU the levels of FFTs move about as many bytes. A TPU has no FFT to speak of:
-# libtpu expands it to products, 30 times the kernel's cycles, and takes minutes to compile the levels.
+CHANNELS = 16  # channels processed at a time
+# Passes of the GPU kernel over a packed row that move about as many bytes as the levels of FFTs do. There is no limit
+# on a TPU, which has no FFT unit: libtpu expands FFTs to products, which take 30 times the kernel's cycles and minutes
+# to compile.
 PASSES = 8
 
 
@@ -49,7 +50,7 @@ def long_conv(
     segment_ids: Int[Array, "B T"] | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "B D T"]:
-    """y in v's dtype; a gate that is None is 1. Filters with a recurrence carry state with `ops.modal`.
+    """y [B, D, T] in v's dtype; a gate that is None is 1. Has no state: for filters with a recurrence use `ops.modal`.
 
     Args:
       segment_ids: documents of a packed row, 0 for padding; None: one document.
@@ -100,7 +101,7 @@ def _kernel(x1, x2, v, h, skip, ids, platform: str) -> Array:
 
 
 def reference(x1, x2, v, h, skip, ids) -> Array:
-    """The definition. ids None: one document."""
+    """The definition, in float32. ids None: one document."""
     T = v.shape[2]
     g = v.astype(jnp.float32) if x2 is None else x2.astype(jnp.float32) * v.astype(jnp.float32)
     distance = jnp.arange(T)[:, None] - jnp.arange(T)
@@ -146,14 +147,14 @@ _by_channels.defvjp(_by_channels_forward, _by_channels_backward)
 
 
 def _cut(h: Array, skip: Array | None):
-    """(number of groups of channels, the weights cut into them)."""
+    """(number of groups of channels, the weights split into these groups)."""
     D, T = h.shape
     size = math.gcd(D, CHANNELS)
     return D // size, (h.reshape(-1, size, T), skip)
 
 
 def _slab(signals, weights, ids):
-    """A few channels R of one row: signals [R, T], (h [R, T], skip [R]), ids [T] -> y [R, T]."""
+    """R channels of one row: signals [R, T], (h [R, T], skip [R]), ids [T] -> y [R, T]."""
     (x1, x2, v), (h, skip) = signals, weights
     g, h = v.astype(jnp.float32), h.astype(jnp.float32)
     g = g if x2 is None else g * x2.astype(jnp.float32)
@@ -169,7 +170,7 @@ def _slab(signals, weights, ids):
 
 
 def _convolve(g: Array, h: Array, runs: Array | None) -> Array:
-    """g and h [R, T], runs [T] that never fall."""
+    """The causal convolution of g and h [R, T] within runs [T], which are non-decreasing."""
     if runs is not None:
         return _by_document(g, h, runs)
     return _fft(g, h, fft_size(2 * g.shape[1] - 1))[:, : g.shape[1]]
@@ -190,7 +191,7 @@ def _by_document(g: Array, h: Array, runs: Array) -> Array:
         ids = jnp.pad(runs, (0, pad), mode="edge").reshape(-1, 2, size)
         crossing = ids[:, 1, :1]
         left = jnp.where(ids[:, 0] == crossing, halves[:, :, 0], 0)
-        # What wraps around falls on the left half.
+        # The circular wrap-around only affects the left half, which is dropped.
         reached = _fft(left, h[:, None, : 2 * size], 2 * size)[..., size:]
         second = jnp.where(ids[:, 1] == crossing, reached, 0)
         whole = jnp.pad(second[:, :, None], ((0, 0), (0, 0), (1, 0), (0, 0)))
@@ -200,7 +201,7 @@ def _by_document(g: Array, h: Array, runs: Array) -> Array:
 
 
 def _near(g: Array, h: Array, runs: Array) -> Array:
-    """Each block of 256 tokens on its own: every channel has its own filter."""
+    """The convolution inside each block of 256 tokens, channel by channel, since each channel has its own filter."""
     R, T = g.shape
     pad = -T % BLOCK
     blocks = jnp.pad(g, ((0, 0), (0, pad))).reshape(R, -1, BLOCK)
@@ -214,6 +215,6 @@ def _near(g: Array, h: Array, runs: Array) -> Array:
 
 
 def fft_size(n: int) -> int:
-    """The smallest even number from n on without a prime factor above 5: what FFT libraries do fast."""
+    """The smallest even number >= n without a prime factor above 5, a size that FFT libraries handle fast."""
     sizes = (2 * 2**a * 3**b * 5**c for a in range(40) for b in range(3) for c in range(3))
     return min(size for size in sizes if size >= n)

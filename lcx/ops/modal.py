@@ -1,16 +1,16 @@
-"""Filters that are sums of decaying exponentials, and the recurrence that they are: Hyena-LI.
+"""Filters that are sums of decaying exponentials, and the equivalent recurrence: Hyena-LI.
 
     h[d, t] = sum_p residue[d, p] exp(log_pole[d, p] t)          taps, for `long_conv`
-    s_t = exp(log_pole) s_{t-1} + g_t,   y_t = sum_p residue s_t  the same convolution, a token at a time
+    s_t = exp(log_pole) s_{t-1} + g_t,   y_t = sum_p residue s_t  the same convolution, one token at a time
 
 Letters: B batch, D channels, P modes (16 in Hyena-LI), T time, C block of times.
 
-Nothing here holds D x P x T numbers: with t = i C + j, exp(log_pole t) = exp(log_pole i C) exp(log_pole j), so that
-taps, states and responses are products of two small tables of exponentials. log_pole <= 0: no exponent is positive.
-All of it is float32, real poles.
+No array here has D x P x T elements: with t = i C + j, exp(log_pole t) = exp(log_pole i C) exp(log_pole j), so taps,
+states and responses are products of two small tables of exponentials. Since log_pole <= 0, no exponent is positive.
+Everything is float32; poles are real.
 
-A token's distance is counted in places of its row, as in every convolution: padding between two tokens of a document
-counts, although it gives nothing. A state is that at the last token: padding after it does not count.
+Distances are counted in positions of the row, as in every convolution: padding between two tokens of a document counts
+as distance, although its input is 0. A state is taken at the last token, so padding after it does not count.
 """
 
 import math
@@ -21,11 +21,11 @@ from jaxtyping import Array, Float, Int
 
 from lcx.ops import segments
 
-BLOCK = 128  # tokens whose powers of the poles are laid out, D x P x BLOCK numbers
+BLOCK = 128  # length of the tables of powers of the poles, D x P x BLOCK elements
 
 
 class ModalState(NamedTuple):
-    """s after the last token, and the document that it belongs to; 0: nothing was seen."""
+    """s after the last token, and the id of its document; 0: the state is empty."""
 
     modes: Float[Array, "B D P"]
     segment_ids: Int[Array, " B"]
@@ -57,7 +57,7 @@ def state(
         g = jnp.where(((runs == runs[:, -1:]) & (ids != 0))[:, None], g, 0)
         continued = runs[:, -1] == 0
         last_place = segments.end(ids)
-        source = jnp.arange(T) - (T - last_place)[:, None]  # padding at the end goes to the front
+        source = jnp.arange(T) - (T - last_place)[:, None]  # moves padding from the end to the front
         moved = jnp.take_along_axis(g, jnp.maximum(source, 0)[:, None], axis=2)
         g = jnp.where((source >= 0)[:, None], moved, 0)
     blocks = jnp.pad(g, ((0, 0), (0, 0), (-T % BLOCK, 0))).reshape(B, D, -1, BLOCK)
@@ -79,7 +79,7 @@ def response(
     length: int,
     segment_ids: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B D {length}"]:
-    """What earlier tokens still give to the `length` next ones, float32: sum_p residue exp(log_pole (t + 1)) s."""
+    """The response of earlier tokens at the next `length` tokens, float32: sum_p residue exp(log_pole (t + 1)) s."""
     if segment_ids is None:
         segment_ids = jnp.ones((initial_state.modes.shape[0], length), jnp.int32)
     log_pole = log_pole.astype(jnp.float32)
@@ -97,7 +97,7 @@ def step(
     *,
     segment_ids: Int[Array, " B"] | None = None,
 ) -> tuple[Float[Array, "B D"], ModalState]:
-    """One token: (sum_p residue s, the state with it), float32. At padding 0, and the state stays."""
+    """One token: (sum_p residue s, the new state), float32. At padding the output is 0 and the state is unchanged."""
     ids = jnp.ones(g.shape[0], jnp.int32) if segment_ids is None else segment_ids
     held = initial_state.modes * jnp.exp(log_pole.astype(jnp.float32))
     there, same = ids != 0, ids == initial_state.segment_ids

@@ -1,10 +1,11 @@
-"""Packed rows through convolution kernels that know one document a row.
+"""Packed rows with convolution kernels that support only one document per row.
 
-Documents that lie further apart than the filter is long do not see each other. So the documents of a row are dealt out
-to classes, number modulo `count`, such that no window as long as the filter holds two of a class, and each class takes
-one pass of the kernel with the inputs of the others at 0. One document, with padding or without, is one pass; documents
-of at least as many tokens as the filter are two, whatever their number; for a filter as long as the row every document
-is a pass of its own. `count` is found from the ids while the program runs, the largest of all rows.
+Documents that are further apart than the filter's length do not affect each other. So the documents of a row are
+assigned to classes, document number modulo `count`, such that no window of the filter's length contains two documents
+of one class. Each class takes one pass of the kernel, with the inputs of all other classes set to 0. A row with one
+document, padded or not, takes one pass. Documents at least as long as the filter take two passes, whatever their
+number. With a filter as long as the row every document takes its own pass. `count` is computed from the ids at run
+time, as the maximum over all rows.
 """
 
 import functools
@@ -35,11 +36,11 @@ def by_document(
     Args:
       kernel: (signals, weights) -> y, linear in v and causal, for rows of one document.
       ids: segment_ids [B, T], 0 for padding.
-      taps: how far the filter reaches, the current token included.
-      otherwise: (signals, weights, ids) -> y at a cost that does not depend on the documents, which takes over where
-        more than `most` passes were needed. None: as many as it takes.
+      taps: the filter's length, including the tap of the current token.
+      otherwise: (signals, weights, ids) -> y at a cost that does not depend on the documents; used if more than `most`
+        passes would be needed. None: the number of passes is not limited.
     """
-    runs = jnp.maximum(segments.runs(ids), 1)  # 0: padding before the first
+    runs = jnp.maximum(segments.runs(ids), 1)  # index 0 is padding before the first document
     first = jnp.pad(runs, ((0, 0), (taps - 1, 0)), mode="edge")[:, : runs.shape[1]]
     count = 1 + jnp.max(runs - first)
     classes = jnp.where(ids != 0, runs % count, -1)

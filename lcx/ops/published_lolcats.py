@@ -1,17 +1,18 @@
-"""LoLCATS's attention as its authors' code computes it, mistakes included: for parity with their models alone.
+"""LoLCATS's attention exactly as its authors' code computes it, mistakes included. Only for parity with their models.
 
-What differs from `linear_attention` with a window (Zhang et al. 2024, arXiv 2410.10254, eq. 7):
+Differences from `linear_attention` with a window (Zhang et al. 2024, arXiv 2410.10254, eq. 7):
 
-- the blocks of the terraced window are counted from the end of the row, so what an early token sees depends on how
-  long the row is; a row of at most one window has every key in both parts;
-- decoding sees a sliding window, also after a terraced prefill;
-- a prefill that follows another has a window of its own, before which all earlier tokens count linearly; the keys that
-  the first window still held never reach the state that decoding reads (without a window: the new tokens see nothing of
-  the earlier ones);
-- documents are not told apart (padding is left out, unlike there: a token does not depend on what it was padded with);
-- there is no eps in the denominators but in the one of a pass without a window;
-- under bfloat16 every step of the rotation, of the feature maps and of the form without a window is rounded to it, as
-  are the weight of the softmax part and the states.
+- the blocks of the terraced window are counted from the end of the row, so the keys that an early token sees depend on
+  the row's length; in a row no longer than the window every key is in both parts;
+- decoding uses a sliding window, also after a terraced prefill;
+- a second prefill starts a new window, and all earlier tokens go through the linear part; the keys that the first
+  window still held never reach the state that decoding reads (without a window the new tokens do not see the earlier
+  ones at all);
+- documents of a packed row are not separated (padding is excluded, unlike in the published code, so outputs do not
+  depend on the padding);
+- there is no eps in the denominators, except in a pass without a window;
+- with bfloat16 inputs every step of the rotation, of the feature maps and of the form without a window is rounded to
+  bfloat16, as are the weight of the softmax part and the states.
 
 Time and memory are quadratic in T. Letters: B batch, T time, N heads, K kv heads, P features, H head dim, W window.
 """
@@ -27,25 +28,25 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lcx.ops.linear_state import Window
 
-FLOOR = 1e-12  # of features, and the eps of a pass without a window
+FLOOR = 1e-12  # lower bound on features, and the eps of a pass without a window
 NEG = -1e8
 
 
 class Held(NamedTuple):
-    """What a window needs. The newest of its keys is last."""
+    """The keys and values of the window during decoding, newest last."""
 
     k: Float[Array, "B W K H"]
     v: Float[Array, "B W K H"]
     features: Float[Array, "B W N P"]
-    used: Int[Array, " B"]  # how many of the W are
-    all_kv: Float[Array, "B N P H"]  # of all tokens of all prefills
+    used: Int[Array, " B"]  # how many of the W slots are in use
+    all_kv: Float[Array, "B N P H"]  # the linear state of all tokens of all prefills
     all_k_sum: Float[Array, "B N P"]
 
 
 class State(NamedTuple):
-    """What a layer keeps."""
+    """The cache of one layer."""
 
-    kv: Float[Array, "B N P H"]  # of the tokens before the held ones; without a window of all
+    kv: Float[Array, "B N P H"]  # the linear state of the tokens before the held ones; without a window of all tokens
     k_sum: Float[Array, "B N P"]
     seen: Int[Array, " B"]
     held: Held | None = None
@@ -67,7 +68,7 @@ def empty_state(
 
 
 def masks(kind: str, size: int, length: int) -> tuple[Bool[np.ndarray, "T T"], Bool[np.ndarray, "T T"]]:
-    """(pairs of the softmax part, pairs of the linear part)."""
+    """Boolean masks over (query, key): (pairs of the softmax part, pairs of the linear part)."""
     query, key = np.arange(length)[:, None], np.arange(length)
     causal = key <= query
     if kind == "sliding":
@@ -80,7 +81,7 @@ def masks(kind: str, size: int, length: int) -> tuple[Bool[np.ndarray, "T T"], B
 
 
 def rounded(x: Float[Array, "*shape"], dtype: Any) -> Float[Array, "*shape"]:
-    """x as wide as it is, with the numbers that dtype has. (A cast there and back may be optimised away.)"""
+    """x rounded to the precision of `dtype`, in x's own dtype. (XLA may remove a cast to `dtype` and back.)"""
     info = jnp.finfo(dtype)
     return x if info.bits >= 32 else jax.lax.reduce_precision(x, info.nexp, info.nmant)
 
@@ -91,7 +92,7 @@ def rotate(
     inv_freq: Float[Array, " pairs"] | Float[np.ndarray, " pairs"],
     attention_scaling: Any = 1.0,
 ) -> Float[Array, "B T N H"]:
-    """rope.rotate over all of H, every step rounded to x's dtype."""
+    """rope.rotate over all of H, with every step rounded to x's dtype."""
     step = functools.partial(rounded, dtype=x.dtype)
     angle = positions[:, :, None, None].astype(jnp.float32) * inv_freq
     cos, sin = (step(jnp.tile(turn(angle) * attention_scaling, 2)) for turn in (jnp.cos, jnp.sin))
@@ -104,7 +105,7 @@ def rotate(
 def features(
     z: Float[Array, "... F"], activation: str, *, full_space: bool, dtype: Any
 ) -> Float[Array, "... P"]:
-    """The activation of a feature map, every step rounded to dtype (exponentials and their sum once)."""
+    """The activation of a feature map, with every step rounded to dtype (a softmax is rounded only once)."""
     step = functools.partial(rounded, dtype=dtype)
     if activation == "softmax_dim":
         maps = [step(jax.nn.softmax(x)) for x in (z, -z)]
@@ -125,12 +126,12 @@ def attend(
     segment_ids: Int[Array, "B T"] | None = None,
     state: State | None = None,
 ) -> tuple[Float[Array, "B T N H"], State | None]:
-    """(y in v's dtype, the state after the last token, None without one), of q's and k's features.
+    """(y in v's dtype, the state after the last token), from the features q and k.
 
     Args:
-      affine: the linear part weighs 1 - window.scale, in place of 1.
-      segment_ids: 0 is padding; the others are not told apart.
-      state: of the tokens before.
+      affine: weight the linear part by 1 - window.scale instead of 1.
+      segment_ids: 0 is padding; all other ids count as one document.
+      state: of earlier tokens. None: there are none, and no state is returned.
     """
     if state is None and window is not None:
         return transfer(q, k, v, window=window, affine=affine, segment_ids=segment_ids)[0], None
@@ -164,7 +165,7 @@ def transfer(
     affine: bool = False,
     segment_ids: Int[Array, "B T"] | None = None,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T T"]]:
-    """(y, the weights of all pairs) of a layer that learns from softmax attention; arguments as of `attend`."""
+    """(y, the weights of all pairs) for attention transfer; arguments as in `attend`."""
     (q, k, v), window, real, place = _padding_first((q, k, v), window, segment_ids)
     v = _repeated(v, q)
     if window is not None:
@@ -183,9 +184,9 @@ def transfer(
 
 
 def _padding_first(arrays, window: Window | None, segment_ids: Array | None):
-    """(arrays, window, which tokens are real, where each token went), a row's padding first and 0 in all arrays.
+    """Moves the padding to the front of each row: (arrays with 0 at padding, window, mask of tokens, new positions).
 
-    Blocks are counted from the end of a row, so that its tokens then lie as if there was no padding.
+    Blocks are counted from the end of a row, so this gives the same blocks as a row without padding.
     """
     if segment_ids is None:
         return arrays, window, None, None
@@ -202,7 +203,7 @@ def _padding_first(arrays, window: Window | None, segment_ids: Array | None):
 
 
 def _count(q: Array, real: Array | None) -> Int[Array, " B"]:
-    """How many of the tokens are no padding."""
+    """The number of tokens per row that are not padding."""
     if real is None:
         return jnp.full(q.shape[0], q.shape[1], jnp.int32)
     return jnp.sum(real, axis=1, dtype=jnp.int32)
@@ -223,9 +224,9 @@ def cross_entropy(
     *,
     segment_ids: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T"]:
-    """Of the weights of `transfer` against those of softmax attention, the mean over heads, in nats.
+    """Cross-entropy of the weights of `transfer` against those of softmax attention, averaged over heads, in nats.
 
-    Weights are floored and the row is normalised again, the keys after the query's own included (padding is not).
+    Weights are floored and each row is renormalised, including the keys after the query (but not padding).
     """
     step = functools.partial(rounded, dtype=q.dtype)
     s = step(step(_product("btnh,bsnh->bnts", q, _repeated(k, q))) * q.shape[-1] ** -0.5)
@@ -233,14 +234,14 @@ def cross_entropy(
     real = jnp.ones((1, 1, 1, T), bool) if segment_ids is None else (segment_ids != 0)[:, None, None]
     seen = jnp.tri(T, dtype=bool) & real | jnp.eye(
         T, dtype=bool
-    )  # a padded query has itself: no row is empty
+    )  # a padding query sees itself, so that no row is empty
     target = jax.lax.stop_gradient(step(jax.nn.softmax(jnp.where(seen, s, -jnp.inf))))
     floored = jnp.where(real, jnp.log(jnp.maximum(weights, FLOOR).astype(jnp.float32)), -1e30)
     return -jnp.mean(jnp.sum(target * jax.nn.log_softmax(floored), axis=-1), axis=1)
 
 
 def _without_window(q, k, v) -> Array:
-    """The tokens alone, whatever was before."""
+    """The output of a prefill without a window, which ignores all earlier tokens."""
     step = functools.partial(rounded, dtype=v.dtype)
     weights = jnp.where(jnp.tri(v.shape[1], dtype=bool), _product("btnp,bsnp->bnts", q, k), 0)
     num = step(_product("bnts,bsnh->btnh", weights, v))
@@ -250,21 +251,21 @@ def _without_window(q, k, v) -> Array:
 
 
 def _added(k, v, state: State, count: Array) -> State:
-    """A state without a window, with these tokens in it."""
+    """The state (without a window) with these tokens added."""
     kv = _plus(state.kv, _product("bsnp,bsnh->bnph", k, v))
     k_sum = _plus(state.k_sum, jnp.sum(k.astype(jnp.float32), axis=1))
     return State(kv, k_sum, state.seen + count)
 
 
 def _from_state(q, state: State, dtype: Any) -> Array:
-    """One token after others, which is in the state already."""
+    """The output of one decoded token, from a state that already includes it."""
     step = functools.partial(rounded, dtype=dtype)
     num = step(_product("btnp,bnph->btnh", q, state.kv))
     return _narrow(num / step(_product("btnp,bnp->btn", q, state.k_sum))[..., None], dtype)
 
 
 def _weights(q, k, window: Window, affine: bool, real: Array | None) -> tuple[Array, Array]:
-    """[B, N, T, T] float32 and their sums [B, N, T, 1]."""
+    """The weights [B, N, T, T], float32, and their row sums [B, N, T, 1]."""
     near, far = _seen(window, q.shape[1], real)
     gamma, linear = _shares(window, affine)
     s = _product("btnh,bsnh->bnts", window.q, _repeated(window.k, q)) * window.q.shape[-1] ** -0.5
@@ -275,7 +276,7 @@ def _weights(q, k, window: Window, affine: bool, real: Array | None) -> tuple[Ar
 
 
 def _seen(window: Window, length: int, real: Array | None) -> tuple[Array, Array]:
-    """`masks` of rows whose padding comes first: how many tokens a row has differs from row to row."""
+    """`masks` for rows with padding in front, where the number of tokens differs per row."""
     near, far = (jnp.asarray(mask) for mask in masks(window.kind, window.size, length))
     if real is None:
         return near, far
@@ -289,7 +290,7 @@ def _seen(window: Window, length: int, real: Array | None) -> tuple[Array, Array
 def _prefill(
     q, k, v, window: Window, affine: bool, state: State, before: Held, real: Array | None
 ) -> tuple[Array, State]:
-    """The tokens with a window of their own, before it everything that went through a prefill."""
+    """A prefill: a new window over these tokens, and the linear part over the tokens of all earlier prefills."""
     size, T = window.size, q.shape[1]
     wide, (_, linear) = _repeated(v, q), _shares(window, affine)
     weights, norm = _weights(q, k, window, affine, real)
@@ -315,7 +316,7 @@ def _prefill(
 
 
 def _step(q, k, v, window: Window, affine: bool, state: State, before: Held) -> tuple[Array, State]:
-    """One token: the oldest held key leaves for the linear state when all places are taken."""
+    """Decodes one token; when all slots are in use, the oldest held key moves to the linear state."""
     size, (gamma, linear) = window.size, _shares(window, affine)
     leaving = jnp.where((before.used == size)[:, None, None], before.features[:, 0], 0)
     values = _product("bnp,bnh->bnph", leaving, _repeated(before.v, q)[:, 0])
@@ -335,13 +336,13 @@ def _step(q, k, v, window: Window, affine: bool, state: State, before: Held) -> 
 
 
 def _shares(window: Window, affine: bool) -> tuple[Array, Array]:
-    """Weights of the softmax and of the linear part, [N] float32; window.scale may be narrower."""
+    """Weights of the softmax and of the linear part, [N] float32; window.scale may have a narrower dtype."""
     gamma = window.scale.astype(jnp.float32)
     return gamma, rounded(1 - gamma, window.scale.dtype) if affine else jnp.ones_like(gamma)
 
 
 def _plus(state: Array, x: Array) -> Array:
-    """Both rounded to the state's dtype, as is the sum."""
+    """state + x, with both operands and the sum rounded to the state's dtype."""
     return _narrow(state.astype(jnp.float32) + rounded(x.astype(jnp.float32), state.dtype), state.dtype)
 
 

@@ -1,7 +1,7 @@
 """Running sums and maxima that compile quickly.
 
-jax.lax.associative_scan unrolls its log2 T levels, and XLA makes seven loops of a cumsum: together they took more than
-half the time to compile second-order attention. Here the levels are the steps of a loop, whose body is compiled once.
+jax.lax.associative_scan unrolls its log2 T levels, and XLA expands a cumsum into seven loops: together they took more
+than half of the compile time of second-order attention. Here the levels are iterations of a loop, compiled once.
 """
 
 from collections.abc import Callable
@@ -16,8 +16,8 @@ def running(join: Callable, xs: Any, nothing: Any, *, axis: int) -> Any:
     """join(...join(xs_1, xs_2)..., xs_i) for each i along an axis, as jax.lax.associative_scan; log2 T passes over xs.
 
     Args:
-      join: associative, of two trees of arrays, the earlier entries first.
-      nothing: a tree of numbers, what stands before the first entry: join(nothing, x) = x.
+      join: an associative function of two trees of arrays; the first argument holds the earlier entries.
+      nothing: the identity, a tree of numbers: join(nothing, x) = x.
     """
     T = jax.tree.leaves(xs)[0].shape[axis]
 
@@ -32,7 +32,7 @@ def running(join: Callable, xs: Any, nothing: Any, *, axis: int) -> Any:
 
 
 def sums_of_tile(x: Float[Array, "*batch C"]) -> Float[Array, "*batch C"]:
-    """Running sums of some hundred finite numbers: a product with a matrix of ones."""
+    """Running sums along a short axis of finite numbers, as a product with a triangular matrix of ones."""
     order = jnp.arange(x.shape[-1])
     ones = (order[:, None] <= order).astype(x.dtype)
     return jnp.matmul(x, ones, precision=jax.lax.Precision.HIGHEST)

@@ -16,10 +16,13 @@ def choose(
     temperature: float | Float[Array, ""] = 1.0,
     top_p: float | Float[Array, ""] | None = None,
 ) -> Int[Array, " B"]:
-    """The next token of every row: the likeliest without keys, else drawn with the key of the row and the step."""
+    """The next token of every row [B]: the most likely one if there are no keys, otherwise sampled.
+
+    The random key of a draw is derived from the row's key and the step.
+    """
     if keys is None:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    # From the row's maximum, so that a tiny temperature gives 0 and -inf, not inf - inf.
+    # Subtract the maximum first: a tiny temperature then gives 0 and -inf instead of inf - inf = NaN.
     logits = (logits - jnp.max(logits, axis=-1, keepdims=True)) / temperature
     if top_p is not None:
         logits = nucleus(logits, top_p)
@@ -28,9 +31,10 @@ def choose(
 
 
 def nucleus(logits: Float[Array, "B V"], top_p: float | Float[Array, ""]) -> Float[Array, "B V"]:
-    """Logits with -inf for every token outside the smallest set of likeliest ones with probability >= top_p.
+    """Logits with -inf for every token outside the smallest set of most likely tokens with total probability >= top_p.
 
-    In ascending order of probability, tokens go while their sum is at most 1 - top_p; the likeliest always stays.
+    Tokens are removed in ascending order of probability while the removed total is at most 1 - top_p. The most likely
+    token always stays.
     """
     order = jnp.argsort(logits, axis=-1, stable=True)
     ascending = jnp.take_along_axis(logits, order, axis=-1)

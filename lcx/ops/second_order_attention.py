@@ -1,17 +1,17 @@
-"""Second-order attention: the square of a score is its weight, so that its history fits in a state of fixed size.
+"""Second-order attention: weights are squared scores, so that the history fits in a state of fixed size.
 
     w_ij = (scale q_i . k_j)^2 exp(L_i - L_j) for j <= i of the same document,  L_i = log_decay_1 + ... + log_decay_i
     y_i  = sum_j w_ij v_j / sum_j w_ij            (without the division when normalize=False)
 
 This is the core of 2Mamba (arXiv 2602.17363) and degree-2 power attention with gates (arXiv 2507.04239). Weights are
-sums of squares, never negative, and a decay is at most 1: no running maximum, no epsilon. A token whose weights are
-all zero (padding, or q = 0) gives 0. All forms but the reference compute in units in which weights are not too small
-for float32 (second_order_units.py); a token that sees only itself gives its value, whatever its score.
+squares, never negative, and a decay is at most 1, so neither a running maximum nor an epsilon is needed. A token whose
+weights are all zero (padding, or q = 0) gives 0. All forms but the reference rescale q and k to units in which weights
+do not underflow in float32 (second_order_units.py). A token that sees only itself gives its value, whatever its score.
 
-``reference``   the definition, quadratic memory, in float64 where the inputs are.
+``reference``   the definition, quadratic memory, in float64 for float64 inputs.
 ``triton``      both forms as Pallas kernels for GPUs, ``tpu`` for TPUs (kernels_pallas/second_order_attention.py and
-                second_order_states.py). Form "tiles" takes no initial state, and where the final one is asked for it
-                comes from XLA.
+                second_order_states.py). Form "tiles" takes no initial state, and XLA computes the
+                final state if it is used.
 ``xla``         form "tiles": quadratic in time, linear in memory, skips tiles that the decay has made negligible
                 (second_order_tiles.py). form "states": linear in time, one state of P x (H + 1) numbers a head
                 (second_order_states.py). form None: second_order_choice.py.
@@ -39,16 +39,16 @@ from lcx.ops.decay import GONE, divided, gaps, split, unit_of
 from lcx.ops.second_order_states import expand, expanded_size
 from lcx.ops.second_order_units import LOG4, exponent, times_power, units
 
-PLATFORMS = {"triton": "gpu", "tpu": "tpu"}  # of the kernels
-# A finite log decay below counts as it: float32 knows no two squared scores whose ratio is e^400.
+PLATFORMS = {"triton": "gpu", "tpu": "tpu"}  # platform of each kernel
+# Lower finite log decays are clamped to this value: no two squared scores in float32 differ by a factor of e^400.
 LOWEST = -512.0
-FAINT = 1e-12  # a score in units of query and key that may be all rounding error
+FAINT = 1e-12  # a score, relative to the sizes of query and key, that may be pure rounding error
 
 
 class SecondOrderState(NamedTuple):
-    """What the tokens so far leave behind: sums over j of exp(L_T - L_j) scale^2 expand(k_j) times v_j, and times 1.
+    """The state after T tokens: sums over j of exp(L_T - L_j) scale^2 expand(k_j), times v_j and times 1.
 
-    `segment_ids` is the document that the state belongs to, 0 where it is empty.
+    `segment_ids` is the document to which the state belongs, 0 if it is empty.
     """
 
     kv: Float32[Array, "B N P H"]
@@ -78,19 +78,20 @@ def second_order_attention(
     initial_state: SecondOrderState | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "B T N H"], SecondOrderState]:
-    """Outputs in q's dtype, and the state after the T tokens.
+    """(outputs [B, T, N, H] in q's dtype, the state after the T tokens).
 
     Args:
-      log_decay: at most 0, -inf hides all before the token; None is 0, no decay. That of padding is not applied.
+      log_decay: at most 0; -inf hides all earlier tokens. Values at padding are ignored. None: no decay.
+      normalize: divide by the sum of the weights.
       scale: defaults to H^-0.5. It cancels when normalize=True, except in the state.
-      form: "tiles", "states", or None: by the length and the data, so that time grows no faster than T from 4K tokens
-        on, whatever the decay (second_order_choice.py).
-      segment_ids: documents of packed rows (segments.py); None is one document with id 1.
-      initial_state: what earlier tokens left; None is empty.
+      form: "tiles", "states", or None to choose by the length and the data, so that time grows at most linearly with T
+        from 4K tokens on, whatever the decay (second_order_choice.py).
+      segment_ids: documents of packed rows (segments.py); None: one document with id 1.
+      initial_state: the state after earlier tokens; None: empty.
       implementation: see dispatch.py; here "reference", "xla", "triton", "tpu" or None.
 
     Raises:
-      UserError: an unknown form or implementation, or heads that do not divide.
+      UserError: an unknown form or implementation, or query heads that are not a multiple of the kv heads.
     """
     B, T, N, H = q.shape
     if N % k.shape[2]:
@@ -112,7 +113,7 @@ def second_order_attention(
     if log_decay is not None:
         decay = jnp.where(real, log_decay.astype(wide), 0)
         decay = jnp.where(decay < LOWEST, jnp.where(decay == -jnp.inf, -jnp.inf, LOWEST), decay)
-    k = jnp.where(real[..., None], k, 0)  # padding weighs nothing
+    k = jnp.where(real[..., None], k, 0)  # padding gets weight 0
     if name not in PLATFORMS:
         k, v = (jnp.repeat(x, N // k.shape[2], axis=2) for x in (k, v))
     case = Case(
@@ -129,19 +130,19 @@ def second_order_attention(
 
 
 class Case(NamedTuple):
-    """What is known before the data."""
+    """What is known at compile time."""
 
     normalize: bool
     scale: float
     form: str  # tiles, states or either
-    platform: str | None  # of a kernel
+    platform: str | None  # the platform of a kernel; None for plain JAX
     follows: bool  # there is an initial state
-    documents: bool  # more than one run, perhaps
+    documents: bool  # there may be more than one document per row
     decays: bool  # for kernels: whether they get a decay
 
 
 def _in_units(q, k, v, decay, runs, state: SecondOrderState, case: Case):
-    """In the units of second_order_units.py: y and the state, as they are without."""
+    """Computes in the units of second_order_units.py; returns y and the state in the original units."""
     N, scale = q.shape[2], case.scale
     unit = units(q, k, decay, runs, state.k_sum / scale**2, decays=case.decays)
     own = jnp.sum(
@@ -163,10 +164,10 @@ def _spread(exponents: Array, x: Array) -> Array:
 
 
 def _alone(y, v, own, decay, in_units, runs):
-    """y, where a token that sees only itself gives its value, to the last digit.
+    """y with the exact value v at tokens that see only themselves.
 
-    Its score does not matter, so the gradient by it is 0. The sums would leave the rounding error of two equal numbers,
-    divided by that score.
+    Their score does not matter, so its gradient is 0. Computed through the sums, it would be the rounding error of the
+    difference of two equal numbers, divided by the score.
     """
     begins = (jnp.diff(runs, axis=1, prepend=0) != 0)[..., None] | (decay == -jnp.inf)
     alone = (begins | ((in_units <= GONE) & (jnp.abs(own) > FAINT))) & jnp.isfinite(own)
@@ -204,7 +205,7 @@ def _by_kernel(q, k, v, decay, runs, state: SecondOrderState, case: Case):
     else:
         y = tiles(q, k, v, **options)
     k, v = (jnp.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, v))
-    # XLA drops the state where nobody asks for it.
+    # XLA removes this computation if the state is unused.
     return y, _chunked(q, k, v, decay, runs, state, form="states", scale=case.scale, follows=False)[1]
 
 
@@ -213,7 +214,10 @@ def _with_ones(v: Array) -> Array:
 
 
 def _parts(rates: Array) -> tuple[Array, Array, float]:
-    """Log decays as multiples of a unit, with exact sums over the row, and what is left; -inf is in the first."""
+    """(log decays rounded to multiples of a unit, whose sums over the row are exact; the rest; the unit).
+
+    -inf is in the first part.
+    """
     coarse, fine = split(rates, rates.shape[-1], LOWEST)
     hidden = rates == -jnp.inf
     return jnp.where(hidden, -jnp.inf, coarse), jnp.where(hidden, 0, fine), unit_of(rates.shape[-1], LOWEST)
@@ -222,7 +226,7 @@ def _parts(rates: Array) -> tuple[Array, Array, float]:
 def reference(
     q, k, v, decay, runs, state: SecondOrderState, *, normalize: bool, scale: float
 ) -> tuple[Array, SecondOrderState]:
-    """The definition, all pairs at once; each row's weights as parts of its largest, so that none is too small."""
+    """The definition, all pairs at once, with each row's weights relative to its largest, to avoid underflow."""
     q, k, v = (x.astype(decay.dtype) for x in (q, k, v))
     rows, keys = jnp.swapaxes(exponent(q), 1, 2), jnp.swapaxes(exponent(k), 1, 2)
     queries = times_power(q, -exponent(q)[..., None])
@@ -233,7 +237,7 @@ def reference(
     between = far + near
     carried = jnp.concatenate([state.kv, state.k_sum[..., None]], axis=-1)
     old = jnp.einsum("btnp,bnpw->bntw", expand(queries), carried)
-    # The logarithm of every weight's size, in parts: of the square or of the state's, and of what multiplies it.
+    # The logarithm of the magnitude of every weight, in two parts: decay and squared score (or the state's).
     of_pairs = between + LOG4 * (rows[..., None] + keys[:, :, None])
     of_state = since + LOG4 * rows
     seen = (order[:, None] >= order) & (runs[:, :, None] == runs[:, None, :])
@@ -242,7 +246,7 @@ def reference(
     sizes = jnp.where(seen, 2 * jnp.log(jnp.abs(scores)) + of_pairs, -jnp.inf).max(axis=-1)
     top = jnp.maximum(sizes, jnp.where(entering, jnp.log(old[..., -1]) + of_state, -jnp.inf))
     top = jax.lax.stop_gradient(jnp.where(top > -jnp.inf, top, 0))
-    # The difference of two large sums, from parts of them whose own differences are exact.
+    # The difference of two large sums, computed from parts whose differences are exact.
     shift = jnp.round(top / unit) * unit
     near = near - (top - shift)[..., None] + LOG4 * (rows[..., None] + keys[:, :, None])
     roots = scores * jnp.exp(jnp.where(seen, (far - shift[..., None]) + near, 0) / 2)
@@ -266,7 +270,7 @@ def reference(
 
 
 def step(q, k, v, decay, runs, state: SecondOrderState, *, scale: float) -> tuple[Array, SecondOrderState]:
-    """One token. Its own weight is formed directly, as in a chunk: through the state it would cost digits."""
+    """One token. Its own weight is computed directly, as within a chunk, since the state would lose digits."""
     q, k, v = (x[:, 0].astype(decay.dtype) for x in (q, k, v))
     kept = (jnp.exp(decay[:, 0]) * (runs == 0))[..., None]
     weight = (scale * jnp.sum(q * k, axis=-1, keepdims=True)) ** 2
@@ -279,7 +283,7 @@ def step(q, k, v, decay, runs, state: SecondOrderState, *, scale: float) -> tupl
 
 
 def _chunked(q, k, v, decay, runs, state: SecondOrderState, *, form: str, scale: float, follows: bool):
-    """Both tiled forms. Heads come first, T is filled up to whole tiles, and the scale is left to the results."""
+    """Both tiled forms. Moves heads first, pads T to whole tiles, and applies the scale to the results."""
     B, T, N, H = q.shape
     short = second_order_choice.short_reach(decay, runs, H) if form == "either" else None
 

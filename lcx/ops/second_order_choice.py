@@ -1,20 +1,22 @@
-"""Which form of second-order attention runs where none is named, so that time grows no faster than T from 4K tokens on.
+"""Chooses the form of second-order attention, so that time grows at most linearly with T from 4K tokens on.
 
-Tiles cost each token its reach, the earlier keys that the decay and its document leave within e^-30 of it: T / 2 where
-nothing is forgotten. States cost each token a number that depends on the head size alone. They meet at a reach of
+With tiles, the cost per token is proportional to its reach: the number of earlier keys in its document whose decay is
+above e^-30, on average T / 2 if nothing is forgotten. With states, the cost per token depends only on the head size.
+The two are equal at a reach of
 
     GPU, TPU   H^2. As kernels, forward and backward: 9 H times the reach against 7 P H + 4.5 C H multiply-adds, with
                P = 3/4 H^2 features and chunks of C tokens, at two thirds of the tiles' rate (an estimate from compiled
-               programs: each operand is made first, and 8 P / C H bytes a token go through memory). Not measured.
+               programs: each operand is materialised, and 8 P / C H bytes per token go through memory). Not measured.
     CPU        80 H: benchmarks/results/second_order_forms_cpu.json, made by benchmarks/second_order_forms.py.
 
-From LONG tokens on (or from twice the meeting point, if that comes first) the reach decides, which only the data knows:
-tiles where it is at most a bound that does not depend on T, else states. With one decay for all of T that is the same
-form for T and 2 T, and either grows as T. A rule that took tiles up to the meeting point would be faster for some T in
-between, where H is large and nothing is forgotten, and four times slower from one T to its double.
+From LONG tokens on (or from twice that meeting point, if it is lower) the reach decides, which is known only at run
+time: tiles if it is at most a bound that does not depend on T, otherwise states. For a given decay this selects the
+same form for T and 2 T, and both forms are linear in T. Using tiles up to the meeting point would be faster for some T
+in between, if H is large and nothing is forgotten, but time could then quadruple when T doubles.
 
-Both forms are compiled then, and a branch of the program runs, forward and backward. Shorter rows take tiles unless
-nothing is forgotten and they are beyond the meeting point. Rows behind a state take states, which read it anyway.
+In this case both forms are compiled, and the program branches at run time, forward and backward. Shorter rows use
+tiles, unless nothing is forgotten and they are beyond the meeting point. Rows with an initial state use states, which
+read it anyway.
 """
 
 import functools
@@ -32,17 +34,17 @@ MOST = LONG // 4  # a longer reach would still grow with T there
 
 
 def meeting_point(H: int) -> int:
-    """The reach at which both forms take as long, here."""
+    """The reach, in tokens, at which both forms take equally long on the current platform."""
     return 80 * H if dispatch.platform() == "cpu" else H * H
 
 
 def choose(form: str | None, T: int, H: int, *, follows: bool, forgets: bool) -> str:
-    """ "tiles", "states", or "either": as the data says.
+    """ "tiles", "states", or "either", if the data decides at run time.
 
     Args:
-      form: the one that was asked for.
-      follows: there is a state before the row.
-      forgets: there is a decay, or there may be several documents.
+      form: the form that the caller set, or None.
+      follows: whether there is an initial state.
+      forgets: whether there is a decay or there may be several documents.
     """
     if form is None:
         form = _choose(T, 2 * meeting_point(H), follows, forgets)
@@ -66,7 +68,7 @@ def _say(form: str, bound: int) -> None:
 
 
 def short_reach(log_decay: Float[Array, "B T N"], runs: Int[Array, "B T"], H: int) -> Bool[Array, ""]:
-    """Whether tiles are the form to take: the mean reach of the data, in whole tiles, is short."""
+    """Whether to use tiles: true if the mean reach of the data, in whole tiles, is short."""
     C = second_order_tiles.TILE
     rates = jnp.moveaxis(log_decay, 2, 1)[:, :, : log_decay.shape[1] // C * C]
     total = jnp.sum(rates.reshape(*rates.shape[:2], -1, C), axis=-1)
@@ -78,9 +80,10 @@ def short_reach(log_decay: Float[Array, "B T N"], runs: Int[Array, "B T"], H: in
 
 
 def _first_visible(total: Array, first: Array, last: Array) -> Array:
-    """For each tile of queries, the first tile of keys that matters. Only a threshold: plain prefix sums will do.
+    """For each tile of queries, the first tile of keys that is not negligible.
 
-    (With their rounding errors on the safe side. A total may be a little above 0, and the search needs order.)
+    As this is only a threshold, prefix sums are accurate enough; their rounding errors are on the safe side. A total
+    may be slightly above 0, while the search needs sorted values.
     """
     end = -jnp.cumsum(total)
     by_decay = jnp.searchsorted(
@@ -91,7 +94,7 @@ def _first_visible(total: Array, first: Array, last: Array) -> Array:
 
 @jax.custom_vjp
 def either(tiles: Array, q: Array, k: Array, v: Array, decay: Array, runs: Array) -> Array:
-    """The sums of one form or the other, arrays as in second_order_tiles.tiles."""
+    """The sums by either form, chosen at run time; arguments and result as in second_order_tiles.tiles."""
     return _forward(tiles, q, k, v, decay, runs)[0]
 
 

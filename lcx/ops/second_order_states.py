@@ -7,11 +7,13 @@ The smallest has H (H + 1) / 2 entries. Blocks of 16 rows keep the products dens
 x_m x_n for m in [16 a, 16 a + 16), n in [16 a, H), row by row, so its first 16 columns hold both orders (factor 1) and
 the others one (factor sqrt 2): 2560 numbers for H = 64 against 2080 and the full 4096.
 
-In a chunk, weights between its own tokens are formed directly (second_order_tiles.within), older tokens come through
-the state. Per token and head 2 P W multiply-adds forward and 5 P W backward: no state is stored for the backward pass,
-one sweep forward in time recomputes them (for dq), one sweep back carries their gradient (for dk and dv).
+Weights between tokens of one chunk are computed directly (second_order_tiles.within); older tokens contribute through
+the state. This takes 2 P W multiply-adds per token and head forward and 5 P W backward. No state is stored for the
+backward pass: one sweep forward in time recomputes them (for dq), one sweep back propagates their gradient (for dk and
+dv).
 
-What goes through the state is in float32 for bfloat16 inputs too: (q . k)^2 is what is left of terms up to |q|^2 |k|^2.
+Products with the state are in float32 for bfloat16 inputs too: (q . k)^2 is the result of cancellation between terms up
+to |q|^2 |k|^2.
 """
 
 import jax
@@ -43,7 +45,7 @@ def expand(x: Float[Array, "*batch H"]) -> Float[Array, "*batch P"]:
 def states(q: Array, k: Array, v: Array, decay: Array, runs: Array, state: Array) -> tuple[Array, Array]:
     """q, k [M, T, H], v [M, T, W], decay, runs [M, T], state [M, P, W] float32 -> sums [M, T, W] float32, state.
 
-    M rows and heads, T in whole tiles. The state belongs to run 0.
+    M counts rows times heads; T is a multiple of the tile size. The state belongs to run 0.
     """
     return _forward(q, k, v, decay, runs, state)[0]
 
@@ -61,18 +63,18 @@ states.defvjp(_forward, gradients)
 
 
 def read(q: Array, k: Array, v: Array, decay: Array, runs: Array, state: Array) -> Array:
-    """What the state alone gives to the sums of `states`."""
+    """The contribution of the initial state to the sums of `states`."""
     return states(q, k, jnp.zeros_like(v), decay, runs, state)[0]
 
 
 def write(q: Array, k: Array, v: Array, decay: Array, runs: Array, state: Array) -> Array:
-    """The state of `states` alone."""
+    """The final state of `states`, without the sums."""
     return states(q, k, v, decay, runs, state)[1]
 
 
 def _chunks(q, k, v, decay, runs) -> tuple:
-    """One head's arrays, a chunk at a time, with the weight of the state in each query, of each key in the state
-    after the chunk, and of the state before in the state after."""
+    """One head's arrays split into chunks, and three weights for each chunk: of the entering state in each query, of
+    each key in the leaving state, and of the entering state in the leaving state."""
     C = tiles.tile_size(len(q))
     l, total, to_end, first, last = tiles.local(decay, runs, C)
     before = jnp.concatenate([jnp.zeros(1, runs.dtype), last[:-1]])
@@ -117,6 +119,6 @@ def _head_backward(q, k, v, decay, runs, state, d_out, d_state):
     final, dq = jax.lax.scan(forward, state.astype(decay.dtype), xs)
     d_initial, results = jax.lax.scan(backward, d_state, (xs, dq), reverse=True)
     dq, dk, dv = (x.reshape(len(q), -1) for x in results)
-    # The state that is handed on decays with every token, too.
+    # The final state also decays with every token.
     d_decay = tiles.decay_gradient(q, dq, k, dk) + jnp.sum(d_state * final)
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), d_decay, d_initial.astype(state.dtype)

@@ -1,23 +1,23 @@
-"""Second-order attention, quadratic in tiles: T x T weights that exist 128 x 128 at a time.
+"""Second-order attention in tiles: quadratic time, with only 128 x 128 weights in memory at a time.
 
 A tile below the diagonal needs no exp and no mask. With l the decay summed from a token's own tile's start, total_j
 that of the whole tile j, and gap_ij that of the tiles strictly between i and j,
 
     exp(L_i - L_j) = exp(l_i) * exp(gap_ij) * exp(total_j - l_j),   every factor at most 1,
 
-so the first factor scales the finished row, the last one the values once, and the middle one is a number per tile.
-The sums never leave a tile's neighbourhood: a prefix sum over the whole row would lose every digit of a small
-difference at T = 2^20. Documents separate the same way: a query and a key of two tiles share a document exactly where
-the key is in the last document of its tile, the query in the first of its own, and these are one.
+so the first factor scales the finished row, the last one scales the values once, and the middle one is a scalar per
+tile. All sums are local: a prefix sum over the whole row would lose every digit of a small difference at T = 2^20.
+Documents separate in the same way: a query and a key in different tiles share a document exactly if the key is in the
+last document of its tile, the query is in the first document of its tile, and these are the same document.
 
-Tiles whose largest decay is below exp(SKIP), or that hold earlier documents only, are not visited. In the units that
-second_order_units.py chooses a decay compares a key with the heaviest that the query sees, so what is skipped weighs
-exp(SKIP) of |q|^2 |k|^2 there at most, as much as the rounding error of that one score; behind keys of 0 nothing is
-skipped.
+Tiles whose largest decay is below exp(SKIP), or that hold only earlier documents, are skipped. In the units of
+second_order_units.py a decay compares a key with the heaviest key that the query sees. So the weight of what is skipped
+is at most exp(SKIP) |q|^2 |k|^2 of that key, comparable to the rounding error of its score. After keys that are all 0
+nothing is skipped.
 
-Backward (the normaliser is a column of ones beside the values, so dP = (dy . v - D) / den of FlashAttention-2,
-arXiv 2307.08691, comes out of the chain rule): dP = dO V^T, dA = 2 A W dP, dq = dA k, dk = dA^T q, dv = (A^2 W)^T dO.
-The decay is free: dL_i = (q_i . dq_i - k_i . dk_i) / 2, since the weight is quadratic in q and in k.
+Backward (the normaliser is a column of ones appended to the values, so dP = (dy . v - D) / den of FlashAttention-2,
+arXiv 2307.08691, follows from the chain rule): dP = dO V^T, dA = 2 A W dP, dq = dA k, dk = dA^T q, dv = (A^2 W)^T dO.
+The decay's gradient is nearly free: dL_i = (q_i . dq_i - k_i . dk_i) / 2, since weights are quadratic in q and in k.
 """
 
 import jax
@@ -29,7 +29,7 @@ from lcx.ops.running import running, sums_of_tile
 from lcx.ops.tiling import add, cut, dot, each_head, put
 
 TILE = 128
-SKIP = -30.0  # a decay below exp(SKIP) = 1e-13 counts as none
+SKIP = -30.0  # weights whose decay is below exp(SKIP) = 1e-13 are treated as 0
 
 
 def tile_size(T: int) -> int:
@@ -37,7 +37,7 @@ def tile_size(T: int) -> int:
 
 
 def padded(T: int, arrays) -> tuple:
-    """[M, T, ...] arrays, T filled up to whole tiles: with zeros, and run indices with the last one."""
+    """Pads T of [M, T, ...] arrays to whole tiles: with zeros, and run indices with the last index."""
     pad = -T % tile_size(T)
 
     def fill(x):
@@ -65,8 +65,11 @@ tiles.defvjp(_forward, gradients)
 
 
 def local(decay: Array, runs: Array, C: int) -> tuple[Array, Array, Array, Array, Array]:
-    """Of one head [T], in tiles of C: the sums l [T] within a tile, whole tiles' totals [T / C], the weights of keys
-    [T] towards the end of their tile, and each tile's first and last document."""
+    """Quantities of one head's tiles of C tokens.
+
+    Returns the running sums l [T] within a tile, the totals of whole tiles [T / C], the weights of keys [T] at the end
+    of their tile, and each tile's first and last document.
+    """
     inside, ids = decay.reshape(-1, C), runs.reshape(-1, C)
     l = sums_of_tile(inside)
     after = sums_of_tile(inside[:, :0:-1])[:, ::-1]  # not a difference of two large sums
@@ -75,7 +78,7 @@ def local(decay: Array, runs: Array, C: int) -> tuple[Array, Array, Array, Array
 
 
 def within(q: Array, k: Array, rate: Array, runs: Array) -> tuple[Array, Array]:
-    """Scores and decays [C, C] of a tile on the diagonal; decay 0 where a query does not see a key."""
+    """Scores and decays [C, C] of a tile on the diagonal; the decay is 0 where a query does not see a key."""
     order = jnp.arange(len(rate))
     seen = (order[:, None] >= order) & (runs[:, None] == runs)
     return dot(q, k, 1, 1), jnp.where(seen, jnp.exp(jnp.where(seen, _gaps(rate), 0)), 0)
@@ -88,7 +91,7 @@ def _gaps(rate: Array) -> Array:
 
 
 def _earlier(i, total: Array, first: Array, last: Array, tile, carry):
-    """carry after tile(j, gap, carry) for the tiles before i, the nearest first, up to where none matters."""
+    """carry = tile(j, gap, carry) for the tiles j before i, nearest first, until all others are negligible."""
 
     def matters(state):
         j, gap, _ = state
@@ -159,7 +162,7 @@ def _head_backward(q, k, v, decay, runs, d_out):
 def _of_values(d_out: Array, v: Array) -> tuple[Array, Array]:
     """d_out in v's dtype, and d_out v^T.
 
-    The last column, the normaliser's, is not rounded: the rest cancels against it.
+    The last column, which belongs to the normaliser, is not rounded, since the other columns cancel against it.
     """
     d = d_out.astype(v.dtype)
     dp = dot(d, v, 1, 1)
@@ -177,10 +180,10 @@ def within_backward(q, k, v, rate, runs, d_out) -> tuple[Array, Array, Array]:
 
 
 def decay_gradient(q, dq, k, dk) -> Array:
-    """Of log_decay [T], from gradients in float32.
+    """The gradient of log_decay [T], from float32 gradients of q and k.
 
-    q . dq vanishes for a normalised output, but only the difference is free of drift: both parts come from the same
-    rounded scores, so what lies on one side of a token cancels, however long the row.
+    For a normalised output q . dq is 0 in exact arithmetic, but leaving it out would accumulate rounding errors along
+    the row: both terms come from the same rounded scores, so contributions from one side of a token cancel.
     """
     d_sum = 0.5 * jnp.sum(q * dq - k * dk, axis=-1)
     return running(jnp.add, d_sum[::-1], 0, axis=0)[::-1]

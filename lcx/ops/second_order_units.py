@@ -1,4 +1,4 @@
-"""Second-order attention in units in which no weight that counts is too small for float32.
+"""Units for second-order attention in which no significant weight underflows in float32.
 
 A squared score of 1e-20 is 0 in float32, and so is a decay of e^-110; yet a normalised output depends on neither alone,
 only on how the weights of one query compare. For any integers r_i and m_j,
@@ -10,10 +10,10 @@ Here 2^r_i is the size of q_i, and 4^m_i that of the heaviest key that i sees, d
 
     m_i = max(m_i-1 + a_i / log 4, log2 of k_i's largest entry), from -inf on at the start of each document
 
-rounded up, so that keys are at most 1, no sum of a' over some tokens is above log 4, and a query that sees any weight
-sees one of the order of 1. Where keys are alike a' is about a; behind a token whose key is 0 it is 0, so tiles that
-a decay has made negligible are those that weigh little beside the others, not those that weigh little. Multiplying by
-powers of 2 is exact in any dtype, and the units are constants to the gradient: the identity holds for all of them.
+rounded up, so that keys are at most 1, no sum of a' over a range of tokens exceeds log 4, and a query that sees any
+weight sees one of order 1. Where keys have similar sizes, a' is about a; after a token whose key is 0 it is 0. Thus
+tiles are negligible if their weights are small relative to the others, not if they are small in absolute terms.
+Multiplying by powers of 2 is exact in any dtype. The units have no gradient, since the identity holds for all of them.
 """
 
 from typing import NamedTuple
@@ -26,15 +26,15 @@ from lcx.ops.decay import GONE
 from lcx.ops.running import running
 
 LOG4 = 1.3862943611198906
-NOTHING = -(2**16)  # the unit where no key has any weight yet
-FURTHEST = 60  # of the units of keys that share one: the square of a query in theirs is still a number
+NOTHING = -(2**16)  # the unit while no key has any weight
+FURTHEST = 60  # largest shift of a query into a shared key unit, such that its square is still finite
 
 
 class Units(NamedTuple):
-    """What to compute with instead, and what its results are to be multiplied by.
+    """The rescaled inputs, and the exponents that undo the rescaling of results.
 
-    q, k and log_decay as given, in the units above. Sums of weights want 4^of_rows, the state before the row
-    4^-of_state, the one after it 4^of_last.
+    q, k and log_decay are the inputs in the units above. Multiply sums of weights by 4^of_rows, the state before the
+    row by 4^-of_state, and the state after it by 4^of_last.
     """
 
     q: Float[Array, "B T N H"]
@@ -54,12 +54,12 @@ def units(
     *,
     decays: bool = True,
 ) -> Units:
-    """Where query heads share keys, the slowest decay of a group counts in m.
+    """Chooses the units. If query heads share keys, m uses the slowest decay in the group.
 
     Args:
-      k_sum: of the state before the row (without scale), of run 0.
-      decays: False leaves log_decay at 0, for kernels that are faster without: keys then have one unit for all of T,
-        and queries take up the difference, as far as that goes.
+      k_sum: k_sum of the state before the row (without scale), which belongs to run 0.
+      decays: False keeps log_decay at 0, for kernels that are faster without a decay: keys then have one unit for all
+        of T, and queries absorb the difference, up to FURTHEST.
     """
     (B, _, N, _), K = q.shape, k.shape[2]
     begins = jnp.diff(runs, axis=1, prepend=0)[..., None] != 0
@@ -93,19 +93,19 @@ def units(
 
 
 def _joined(first, second):
-    """(sum of rates, m) of a stretch of tokens after another."""
+    """Combines (sum of rates, m) of two adjacent ranges of tokens."""
     return first[0] + second[0], jnp.maximum(first[1] + second[0], second[1])
 
 
 def exponent(x: Float[Array, "*batch H"]) -> Int[Array, "*batch"]:
-    """The least integer e with |x| < 2^e along the last axis, NOTHING for zeros; 0 for what is no number."""
+    """The least integer e with |x| < 2^e along the last axis; NOTHING for zeros, 0 for non-finite values."""
     top = jnp.max(jnp.abs(jax.lax.stop_gradient(x)), axis=-1).astype(jnp.promote_types(x.dtype, jnp.float32))
     power = jnp.where(jnp.isfinite(top), jnp.frexp(top)[1], 0)
     return jnp.where(top == 0, NOTHING, power)
 
 
 def times_power(x: Array, power: Int[Array, "..."]) -> Array:
-    """x 2^power, in two steps, each with a power that is a normal number; what is 0 stays 0."""
+    """x 2^power, in two steps so that each factor is a normal number; zeros stay 0."""
     for part in (power // 2, power - power // 2):
         bits = (jnp.clip(part, -126, 127) + 127) << 23
         x = x * jax.lax.bitcast_convert_type(bits, jnp.float32).astype(x.dtype)

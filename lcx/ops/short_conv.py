@@ -1,18 +1,19 @@
-"""Depthwise causal convolution with a handful of taps: Hyena's featuriser, Mamba's convolution.
+"""Depthwise causal convolution with a few taps: Hyena's featuriser, Mamba's convolution.
 
     y_t = sum_k w[:, k] x_{t-k} + bias,   k = 0 .. K-1
 
 Letters: B batch, D channels, T time, K taps.
 
 Taps are in convolution order: k = 0 multiplies the current token. (Checkpoints hold correlation order, the last tap for
-the current token; converters flip.) A tap counts only where both tokens lie in one document (`ops.segments`), and at
-padding y is 0. History goes in and out as a `ConvState`.
+the current token; converters flip them.) A tap counts only if both tokens are in the same document (`ops.segments`),
+and y is 0 at padding. The history before and after the T tokens is a `ConvState`.
 
-``reference``  every window of K inputs laid out, in float32: the definition.
+``reference``  the definition, with every window of K inputs materialised, in float32.
 ``triton``, ``tpu``  kernels_pallas.short_conv, one pass over memory.
-``xla``        K shifted multiply-adds, which a compiler fuses to one pass over x. The backward pass keeps x alone.
+``xla``        K shifted multiply-adds, which XLA fuses into one pass over x. The backward pass saves only x.
 
-Bytes: x in, y out. 2 K FLOPs an element: far below any machine's balance, so never a matrix product.
+At 2 K FLOPs per element the convolution is memory bound on every machine (read x, write y), so no form uses matrix
+products.
 """
 
 import functools
@@ -27,11 +28,11 @@ from lcx.ops import dispatch, segments
 
 MAX_TAPS = 8
 KERNELS = {"triton": "gpu", "tpu": "tpu"}  # implementations and their platforms
-DECODED = 8  # so few tokens are no work for a kernel
+DECODED = 8  # up to this many tokens a kernel is not worth launching
 
 
 class ConvState(NamedTuple):
-    """The last K - 1 inputs of a convolution, on its time axis, and their documents; 0: nothing was seen there."""
+    """The last K - 1 inputs of a convolution, along its time axis, and their segment ids; 0: no token there."""
 
     inputs: Float[Array, "B D K1"]  # [B, K - 1, D] where time_axis is 1
     segment_ids: Int[Array, "B K1"]
@@ -47,14 +48,14 @@ def short_conv(
     time_axis: int = -1,
     implementation: str | None = None,
 ) -> tuple[Array, ConvState]:
-    """(y like x, the state after it).
+    """(y with the shape and dtype of x, the state after the last token).
 
     Args:
       segment_ids: documents of a packed row, 0 for padding; None: one document, with id 1.
       time_axis: -1 for x [B, D, T], 1 for x [B, T, D].
 
     Raises:
-      UserError: shapes that do not fit, or an implementation that cannot run here.
+      UserError: inconsistent shapes, or an implementation that cannot run here.
     """
     axis = time_axis % 3
     if axis not in (1, 2) or not 1 <= w.shape[1] <= MAX_TAPS or w.shape[0] != x.shape[3 - axis]:
@@ -93,8 +94,8 @@ def _kernel(x, w, bias, segment_ids, state: ConvState | None, platform: str) -> 
 
 
 def kernel_history(segment_ids: Array | None, state: ConvState | None) -> dict[str, Any]:
-    """Documents and state as the kernels take them: runs, -1 at padding."""
-    if segment_ids is None:  # `extended` drops what is of another document
+    """Documents and state as keyword arguments of the kernels: document indices (`runs`), -1 at padding, and inputs."""
+    if segment_ids is None:  # tokens without ids are document 1; `own_inputs` zeroes inputs of other documents
         inputs = None if state is None else own_inputs(state)
         return {"runs": None, "initial_inputs": inputs, "initial_runs": None}
     seen = 0 if state is None else state.segment_ids.shape[1]
@@ -106,7 +107,7 @@ def kernel_history(segment_ids: Array | None, state: ConvState | None) -> dict[s
 
 
 def reference(x: Array, w: Array, ids: Array | None, *, axis: int = 2) -> Array:
-    """The definition, in float32: every window of K inputs side by side. w [D, K]; ids None: one document."""
+    """The definition, in float32, with every window of K inputs materialised. w [D, K]; ids None: one document."""
     x = x if axis == 2 else jnp.swapaxes(x, 1, 2)
     T, K = x.shape[2], w.shape[1]
     source = jnp.arange(T)[:, None] - jnp.arange(K)  # [T, K]: the token under each tap
@@ -128,7 +129,7 @@ def _xla(x: Array, w: Array, ids: Array | None, axis: int) -> Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def shifted(x: Array, w: Array, runs: Array | None, axis: int) -> Array:
-    """The K taps as shifted multiply-adds, float32 sums, any K; a tap counts where both tokens are of one run."""
+    """The K taps as shifted multiply-adds with float32 sums, for any K; a tap counts if both tokens are in one run."""
     taps = enumerate(_parts(x, runs, w.shape[1], axis))
     return jnp.asarray(sum(_over_time(w[:, k], axis).astype(jnp.float32) * part for k, part in taps), x.dtype)
 
@@ -141,7 +142,7 @@ def _shifted_backward(axis, residuals, dy):
     x, w, runs = residuals
     taps = enumerate(_parts(dy, runs, w.shape[1], axis, ahead=True))
     dx = sum(_over_time(w[:, k], axis).astype(jnp.float32) * part for k, part in taps)
-    # As dot products: summing along the minor axis one element after the other takes three times as long on a CPU.
+    # Dot products, because a plain sum along the minor axis takes three times as long on a CPU.
     letters, dy = "bdt,bdt->d" if axis == 2 else "btd,btd->d", dy.astype(jnp.float32)
     parts = _parts(x, runs, w.shape[1], axis)
     dw = [jnp.einsum(letters, dy, part, precision="highest") for part in parts]
@@ -152,10 +153,11 @@ shifted.defvjp(_shifted_forward, _shifted_backward)
 
 
 def _parts(x: Array, runs: Array | None, K: int, axis: int, ahead: bool = False):
-    """x[t - k] (x[t + k] if `ahead`) for k = 0 .. K-1, float32, 0 where it is of another run than t."""
+    """x[t - k] (x[t + k] if `ahead`) for k = 0 .. K-1, float32, 0 if that token is in another run than t."""
     T, pad = x.shape[axis], [(0, 0)] * 3
     pad[axis] = (0, K - 1) if ahead else (K - 1, 0)
-    # A pad that is fused into its K readers is tested at every element: 1.5x the time on a CPU.
+    # The barrier keeps XLA from fusing the pad into its K readers, which then test bounds at every element: 1.5x the
+    # time on a CPU.
     padded = jax.lax.optimization_barrier(jnp.pad(x, pad))
     padded_runs = None if runs is None else jnp.pad(runs, (pad[0], pad[axis]), constant_values=-1)
     for k in range(K):
@@ -176,7 +178,7 @@ def _over_channels(per_token: Array, axis: int) -> Array:
 
 
 def _shown(x: Array, ids: Array | None, axis: int) -> Array:
-    """x, and 0 at padding."""
+    """x with 0 at padding."""
     return x if ids is None else jnp.where(_over_channels(ids != 0, axis), x, 0)
 
 
@@ -185,7 +187,7 @@ def _from(x: Array, start: int, axis: int) -> Array:
 
 
 def extended(x, segment_ids, state: ConvState | None, *, axis: int = 2) -> tuple[Array, Array | None]:
-    """The state's inputs and then x, on the time axis, and the ids of all of them; ids None: one document."""
+    """The state's inputs followed by x, along the time axis, and the ids of all; ids None: one document."""
     if state is None:
         return x, segment_ids
     inputs = own_inputs(state, axis=axis) if segment_ids is None else state.inputs
@@ -196,12 +198,12 @@ def extended(x, segment_ids, state: ConvState | None, *, axis: int = 2) -> tuple
 
 
 def own_inputs(state: ConvState, *, axis: int = 2) -> Array:
-    """The inputs of document 1, 0 elsewhere: what tokens without ids see."""
+    """The state's inputs that belong to document 1, 0 elsewhere: the history that tokens without ids see."""
     return jnp.where(_over_channels(state.segment_ids == 1, axis), state.inputs, 0)
 
 
 def final_state(x, segment_ids, state: ConvState | None, K: int, *, axis: int = 2) -> ConvState:
-    """The K - 1 inputs up to the last token that is no padding: of x, of the state before it, or of nothing."""
+    """The last K - 1 inputs up to the last token that is not padding, from x, the previous state, or zeros."""
     T = x.shape[axis]
     if segment_ids is None and T >= K - 1:
         return ConvState(_from(x, T - (K - 1), axis), jnp.ones((x.shape[0], K - 1), jnp.int32))

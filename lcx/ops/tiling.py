@@ -1,4 +1,4 @@
-"""What operators that work tile by tile share: cutting, adding back, products that accumulate in float32."""
+"""Helpers of operators that work tile by tile: adding a slice in place, products that accumulate in float32."""
 
 import jax
 import jax.numpy as jnp
@@ -16,20 +16,20 @@ def put(x: Array, part: Array, start, axis: int = 0) -> Array:
 
 
 def add(x: Array, part: Array, start, axis: int = 0) -> Array:
-    """x with `part` added at start."""
+    """x with `part` added to the slice that begins at `start`."""
     return put(x, cut(x, start, part.shape[axis], axis) + part, start, axis)
 
 
 def dot(a: Array, b: Array, a_axis: int, b_axis: int) -> Array:
-    """Product of two matrices over one axis of each, in float32 or wider."""
+    """Contracts one axis of each matrix; accumulates in, and returns, float32 or wider."""
     dims = (((a_axis,), (b_axis,)), ((), ()))
     return jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.promote_types(a.dtype, jnp.float32))
 
 
 def each_head(fn, arrays):
-    """fn over the first axis of every array.
+    """Maps fn over the first axis of every array.
 
-    On a CPU one head after the other, so that a head's tiles stay in cache; elsewhere all at once, to fill the chip.
+    On a CPU this is a loop, so that one head's tiles stay in cache; elsewhere it is a vmap, to fill the chip.
     """
     if dispatch.platform() == "cpu":
         return jax.lax.map(lambda xs: fn(*xs), arrays)

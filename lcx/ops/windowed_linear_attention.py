@@ -1,18 +1,18 @@
-"""Linear attention whose nearest keys count by their softmax instead: the hybrid of LoLCATS (arXiv 2410.10254, eq. 7).
+"""Linear attention with a softmax over the nearest keys: the hybrid of LoLCATS (arXiv 2410.10254, eq. 7).
 
     e_ij = gamma exp(s_ij - max_j s_ij)    for j in the window of i, s_ij = q_i.k_j / sqrt(H)
     l_ij = phi(q_i).phi(k_j)               for the older j of the document
     y_i  = sum_j (e_ij + l_ij) v_j / (sum_j (e_ij + l_ij) + eps)
 
-The maximum is over the window's keys and belongs to the definition: it is not applied to the linear part, so it decides
-how much the two parts count against each other, and it has a gradient. Features have N heads, the window's keys K.
+The maximum is over the window's keys and is part of the definition: it does not scale the linear part, so it affects
+the relative weight of the two parts, and it has a gradient. Features have N heads, the window's keys K.
 
-Slots. Rows are first arranged: what is held from before, then the new tokens, padding moved to the front. Every
-document is then contiguous, and two numbers per token say all: it sees the slots from `oldest` (-1: also the linear
-state that came in) to its own, by their softmax from `nearest` on. Padding thus leaves no trace, wherever it lies.
+Slots. Rows are first rearranged: padding at the front, then the held tokens, then the new ones. Every document is then
+contiguous, and two indices per token describe all masks: it sees the slots from `oldest` (-1: also the initial linear
+state) to its own, and those from `nearest` on by softmax. Padding has no effect, wherever it is.
 
-Chunks of C queries look at the M C keys that end where they end, which hold every window; keys before those are in the
-linear state. One pass, in memory and time linear in T: T (M C (2 H + P + H) + 2 P H) multiply-adds a head.
+A chunk of C queries attends to the M C keys that end at the chunk's end, which cover every window; earlier keys are in
+the linear state. One pass, with memory and time linear in T: T (M C (2 H + P + H) + 2 P H) multiply-adds per head.
 """
 
 import dataclasses
@@ -30,16 +30,16 @@ from lcx.ops.linear_chunks import chunk_weights, dot, grouped, next_state, nonze
 from lcx.ops.linear_state import Held, LinearState, Window, starts
 
 NEG = -1e30
-WIDEST = 128  # a chunk: scores are computed for C + size keys, so more than the window is waste
+WIDEST = 128  # largest chunk: scores are computed for C + size keys, so a chunk wider than the window is wasteful
 
 
 def held_slots(kind: str, size: int) -> int:
-    """How many of the newest keys the window of a later token may need."""
+    """How many of the newest keys the window of a later token can contain."""
     return 2 * size if kind == "terraced" else size
 
 
 def empty_held(window_kind: str, size: int, *, k, v, features, batch: int, dtype) -> Held:
-    """Nothing held yet; k, v, features: (heads, size) of each."""
+    """No held keys yet; k, v and features are given as (heads, size)."""
     slots = held_slots(window_kind, size)
     arrays = (jnp.zeros((batch, slots, *shape), dtype) for shape in (k, v, features))
     return Held(*arrays, length=jnp.zeros((batch,), jnp.int32))
@@ -50,13 +50,13 @@ def empty_held(window_kind: str, size: int, *, k, v, features, batch: int, dtype
 
 @dataclasses.dataclass(frozen=True)
 class Slots:
-    """The arranged row: S slots, the new tokens among the last T."""
+    """The rearranged rows: S slots, with the new tokens among the last T."""
 
-    order: Array | None  # [B, S] the slot's place in [held, new]; None: as they are
-    back: Array | None  # the inverse
-    real: Array  # [B, S]
-    oldest: Array  # [B, S] the first slot that a token sees, -1: the state too
-    nearest: Array  # [B, S] the first that it sees by softmax
+    order: Array | None  # [B, S] each slot's index in [held, new]; None: the same order
+    back: Array | None  # the inverse permutation
+    real: Array  # [B, S] whether the slot holds a token
+    oldest: Array  # [B, S] the first slot that a token sees; -1: also the initial state
+    nearest: Array  # [B, S] the first slot that it sees by softmax
     length: Array  # [B] tokens of the last document
 
     @classmethod
@@ -76,7 +76,7 @@ class Slots:
             back = jnp.argsort(order, axis=1)
             ids = jnp.take_along_axis(ids, order, axis=1)
         place, real, oldest = jnp.arange(ids.shape[1]), ids != 0, starts(ids, before)
-        # Where the document's first held token lies, and which of its tokens that is.
+        # The slot of the document's first held token, and the index of that token in its document.
         first = jnp.where(oldest < 0, jnp.argmax(real, axis=1)[:, None], oldest)
         index = place - first + jnp.where(oldest < 0, (length - used)[:, None], 0)
         reach = index if window.kind == "sliding" else index % window.size + window.size
@@ -86,7 +86,7 @@ class Slots:
         return cls(order, back, real, oldest, nearest, length)
 
     def arrange(self, held: Array | None, new: Array) -> Array:
-        """[B, R, ...] and [B, T, ...] -> [B, S, ...]; what is not real is 0."""
+        """[B, R, ...] and [B, T, ...] -> [B, S, ...]; slots without a token are 0."""
         S = self.real.shape[1]
         missing = jnp.zeros((new.shape[0], S - new.shape[1], *new.shape[2:]), new.dtype)
         x = jnp.concatenate([missing if held is None else held.astype(new.dtype), new], axis=1)
@@ -94,7 +94,7 @@ class Slots:
         return jnp.where(self.real.reshape(*self.real.shape, *(1,) * (x.ndim - 2)), x, 0)
 
     def restore(self, y: Array) -> Array:
-        """[B, T, ...], the last T slots -> the T new tokens in their own order; padding gives 0."""
+        """[B, T, ...], the last T slots -> the T new tokens in their original order; padding gives 0."""
         T, S = y.shape[1], self.real.shape[1]
         y = jnp.where(self.real[:, S - T :, None, None], y, 0)
         if self.order is None:
@@ -105,7 +105,7 @@ class Slots:
 
 @jax.custom_vjp
 def _reorder(x, order, back):
-    """x[b, order[b]]; its gradient is a gather too, which on most machines beats a scatter."""
+    """x[b, order[b]]; its gradient is also a gather, which is faster than a scatter on most machines."""
     return jax.vmap(lambda x, order: x[order])(x, order)
 
 
@@ -118,7 +118,7 @@ _reorder.defvjp(
 def _final_state(
     window: Window, slots: Slots, k, v, features, state: LinearState | None, ids, before
 ) -> LinearState:
-    """What is older than the held slots is in the linear part, of the last document alone."""
+    """The state after the row: the linear part covers tokens of the last document older than the held slots."""
     S, N, R = slots.real.shape[1], window.q.shape[2], held_slots(window.kind, window.size)
     oldest = slots.oldest[:, -1:]
     old = max(S - R, 0)
@@ -147,7 +147,7 @@ def _final_state(
 
 
 def _run(attend, q, k, v, window, eps, segment_ids, state) -> tuple[Array, LinearState]:
-    """Arranges, attends, restores; the state after it."""
+    """Rearranges the rows, runs `attend`, and restores the order; also returns the state after the row."""
     B, T = q.shape[:2]
     slots = Slots.of(window, segment_ids, state, B, T)
     held = (None, None, None) if state is None else state.held[:3]
@@ -201,7 +201,7 @@ def _all_pairs(q, k, v, qf, kf, scale, slots: Slots, state, eps) -> Array:
 def kernel(
     q, k, v, window: Window, *, eps, segment_ids, initial_state, platform
 ) -> tuple[Array, LinearState]:
-    """The Pallas kernel; what is held from before it takes as tokens whose queries are 0."""
+    """The Pallas kernel; held keys are passed as tokens whose queries are 0."""
 
     def attend(q, k, v, qf, kf, scale, slots: Slots, state, eps):
         from kernels_pallas.windowed_linear_attention import windowed_linear_attention as run
@@ -225,7 +225,7 @@ def kernel(
 
 
 def obstacle(q: Array, k: Array, v: Array, window: Window, *, platform: str) -> str | None:
-    """Why the kernel does not take these arrays, or None."""
+    """Why the kernel does not support these arrays, or None."""
     from kernels_pallas.windowed_linear_attention import obstacle as of
 
     return of(q, k, v, window.q, kind=window.kind, size=window.size, platform=platform)
@@ -244,7 +244,7 @@ def xla(
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """C queries at a time against the `tiles` C keys that end where they end."""
+    """C queries at a time against the `tiles` x C keys that end at the same token."""
 
     C: int
     tiles: int
@@ -261,8 +261,10 @@ class Plan:
         return cls(C, tiles, linear, window.q.shape[-1] ** -0.5, eps)
 
     def masks(self, first: Array, nearest: Array) -> tuple[Array, Array, Array]:
-        """Near and far pairs [B, 1, 1, C, keys], and the queries that see the entering state [B, 1, 1, C]; both
-        arguments [B, C], counted from the first of the keys."""
+        """Masks of near and far pairs [B, 1, 1, C, keys], and of queries that see the entering state [B, 1, 1, C].
+
+        Both arguments are [B, C], as indices relative to the first of the keys.
+        """
         first, nearest = first[:, None, None, :, None], nearest[:, None, None, :, None]
         place = jnp.arange(self.tiles * self.C)
         own = place[(self.tiles - 1) * self.C :, None]
@@ -271,7 +273,7 @@ class Plan:
         return near, far, (first[..., 0] < 0).astype(jnp.float32)
 
     def scores(self, q, k, qf, kf, near, far) -> tuple[Array, Array, Array]:
-        """exp(s - max), which pairs hold the maximum (shared among equals), linear weights as wide as the keys."""
+        """(exp(s - max), the indicator of the maximum, divided equally among ties, linear weights for all keys)."""
         s = jnp.where(near, dot("bgrth,bgrsh->bgrts", q, k) * self.scale, NEG)
         top = jnp.max(s, axis=-1, keepdims=True)
         soft = jnp.where(near, jnp.exp(s - top), 0)
@@ -297,7 +299,7 @@ def _attend(q, k, v, qf, kf, scale, slots: Slots, state, eps, *, window, chunk_s
     plan = Plan.of(window, T, S, chunk_size, eps)
     C, rows = plan.C, -(-T // plan.C) * plan.C
     total = (plan.tiles - 1) * C + rows
-    lead = total - S  # everything ends at the last slot: padding goes to the front
+    lead = total - S  # aligned at the last slot, so padding goes to the front
 
     def aligned(x, size, fill=0):
         x = x[:, -size:]
@@ -373,7 +375,7 @@ def _chunks_backward(plan: Plan, residuals, dy):
 
 
 def _backward_step(carry, x, *, k, v, kf, gamma, plan: Plan):
-    """One chunk's gradients; those of the keys it looks at are added up in the carry."""
+    """Gradients of one chunk; gradients of the keys that it attends to are accumulated in the carry."""
     (d_kv, d_z), (dk, dv, dkf), d_gamma = carry
     chunk, q, qf, (first, own, nearest), (kv, z), y, norm, dy = x
     C, r = plan.C, {name: x.shape[2] for name, x in (("qf", qf), ("k", k), ("v", v), ("kf", kf))}
@@ -385,20 +387,20 @@ def _backward_step(carry, x, *, k, v, kf, gamma, plan: Plan):
     d_norm = -jnp.sum(d_num.astype(jnp.float32) * y.astype(jnp.float32), axis=-1)
     dw = dot("bgrth,bgrsh->bgrts", d_num, values) + d_norm[..., None]
     dv_near = dot("bgrts,bgrth->bgrsh", weights.astype(dy.dtype), d_num, r["v"])
-    # The softmax part, and the maximum that it is measured against.
+    # The softmax part, including the gradient through its maximum.
     d_soft = dw * soft
     total = jnp.sum(d_soft, axis=-1, keepdims=True)
     ties = jnp.maximum(jnp.sum(is_top, axis=-1, keepdims=True), 1)
     ds = (plan.scale * gamma * (d_soft - jnp.where(is_top, total / ties, 0))).astype(q.dtype)
     dq, dk_near = dot("bgrts,bgrsh->bgrth", ds, keys), dot("bgrts,bgrth->bgrsh", ds, q, r["k"])
-    # The linear part: pairs within the tiles, then through the entering state.
+    # The linear part: first pairs within the tiles, then pairs through the entering state.
     linear = plan.linear * C
     dl = (dw[..., :linear] * far).astype(q.dtype)
     d_in, d_norm_in = (d_num * entering[..., None]).astype(dy.dtype), entering * d_norm
     dqf = dot("bgrts,bgrsp->bgrtp", dl, features[..., :linear, :], r["qf"])
     dqf += dot("bgrth,bgrph->bgrtp", d_in, kv, r["qf"]) + dot("bgrt,bgrp->bgrtp", d_norm_in, z, r["qf"])
     dkf_near = dot("bgrts,bgrtp->bgrsp", dl, qf, r["kf"])
-    # The first of the tiles leaves for the state.
+    # The first tile moves to the state.
     _, _, leaving, carried = chunk_weights(None, first, C)
     v_out = (values[..., :C, :] * leaving[..., None]).astype(v.dtype)
     dkf_out = dot("bgrsh,bgrph->bgrsp", v_out, d_kv, r["kf"])
@@ -417,11 +419,11 @@ def _backward_step(carry, x, *, k, v, kf, gamma, plan: Plan):
 
 
 def _exact_total(total, soft, qf, dqf, d_norm, gamma, norm, eps) -> Array:
-    """The softmax part's total without y's rounding, [B, G, R, C].
+    """The softmax part's total sum_j e_ij dw_ij without the rounding error of y, [B, G, R, C].
 
-    y is rounded, and with it d_norm, which adds to the totals of both parts in proportion to their weights: where near
-    keys hold most of the weight, more than is left of them. But gamma total + qf.dqf + eps d_norm = 0, and mixed, each
-    times the weights of the other, they do not depend on d_norm.
+    y is rounded, hence also d_norm, which contributes to the totals of both parts in proportion to their weights. Where
+    near keys hold most of the weight, this error can exceed the total itself. But gamma total + qf.dqf + eps d_norm is
+    0, and combining the two totals, each weighted by the other part's weights, eliminates d_norm.
     """
     far = jnp.sum(qf.astype(jnp.float32) * dqf, axis=-1) + eps * d_norm
     mass = jnp.sum(soft, axis=-1)
