@@ -149,6 +149,13 @@ def operative_config() -> str:
 
 
 def _run(flags: flags_lib.Flags, target: str) -> int:
+    for name in flags.imports:
+        try:
+            importlib.import_module(name)
+        except (ImportError, ValueError, TypeError) as error:
+            raise UserError(
+                f"--import={name} cannot be imported ({first_line(error)}): run from its folder, or install its package"
+            ) from error
     source = parse(flags.gin_files, flags.bindings, target=target)
     module, _, name = target.partition(":")
     function = getattr(importlib.import_module(module), name)
