@@ -228,6 +228,8 @@ MISTAKES = [
     ("import toy_jop", "no module named 'toy_jop'; did you mean toy_job? (a.gin:3)"),
     ("from lcx import objectvies", "no module named 'lcx.objectvies'; did you mean objectives? (a.gin:3)"),
     ("from toy_job import Job", "toy_job.Job is not a module; write `import toy_job` and use toy_job.Job (a.gin:3)"),
+    ("include 'elsewhere/configs/x.gin'", "elsewhere/configs/x.gin does not exist, neither beside a.gin nor in the "
+     "working folder: write the whole path (a.gin:3)"),
     ("include 'confgiuration.gin'", "confgiuration.gin does not exist; did you mean configuration.gin? (a.gin:3)"),
     ("include 'a.gin'", "include cycle: a.gin -> a.gin (a.gin:3)"),
     ("include 'cycle.gin'", "include cycle: a.gin -> cycle.gin -> a.gin (cycle.gin:3)"),
