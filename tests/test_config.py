@@ -337,8 +337,9 @@ def test_warnings(gin_file, capsys):
     assert capsys.readouterr().err.splitlines() == [
         "warning: toy_job.Job.steps (a.gin:3) is overridden by a file included after it (base.gin:7)",
         "warning: toy_job.Job.name is set twice, the later one wins (a.gin:5, a.gin:6)",
+        "warning: toy_job.make_optimizer.scale has no effect: nothing that the run builds refers to make_optimizer "
+        "(a.gin:8)",
         "warning: c/toy_job.Job.name had no effect: nothing used it (a.gin:7)",
-        "warning: toy_job.make_optimizer.scale had no effect: nothing used it (a.gin:8)",
     ]
 
 
