@@ -16,7 +16,7 @@ from lcx import config
 
 
 def main(argv=None) -> int:
-    parser = config.parser(__doc__)
+    parser = config.parser(__doc__, imports=True)
     parser.add_argument(
         "--checkpoint",
         required=True,

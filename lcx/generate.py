@@ -14,7 +14,7 @@ from lcx import config
 
 
 def main(argv=None) -> int:
-    parser = config.parser(__doc__, gin=False)
+    parser = config.parser(__doc__, gin=False, imports=True)
     parser.add_argument(
         "--checkpoint",
         required=True,

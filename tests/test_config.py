@@ -228,6 +228,8 @@ MISTAKES = [
     ("import toy_jop", "no module named 'toy_jop'; did you mean toy_job? (a.gin:3)"),
     ("from lcx import objectvies", "no module named 'lcx.objectvies'; did you mean objectives? (a.gin:3)"),
     ("from toy_job import Job", "toy_job.Job is not a module; write `import toy_job` and use toy_job.Job (a.gin:3)"),
+    ("include 'elsewhere/configs/x.gin'", "elsewhere/configs/x.gin does not exist, neither beside a.gin nor in the "
+     "working folder: write the whole path (a.gin:3)"),
     ("include 'confgiuration.gin'", "confgiuration.gin does not exist; did you mean configuration.gin? (a.gin:3)"),
     ("include 'a.gin'", "include cycle: a.gin -> a.gin (a.gin:3)"),
     ("include 'cycle.gin'", "include cycle: a.gin -> cycle.gin -> a.gin (cycle.gin:3)"),
@@ -335,8 +337,9 @@ def test_warnings(gin_file, capsys):
     assert capsys.readouterr().err.splitlines() == [
         "warning: toy_job.Job.steps (a.gin:3) is overridden by a file included after it (base.gin:7)",
         "warning: toy_job.Job.name is set twice, the later one wins (a.gin:5, a.gin:6)",
+        "warning: toy_job.make_optimizer.scale has no effect: nothing that the run builds refers to make_optimizer "
+        "(a.gin:8)",
         "warning: c/toy_job.Job.name had no effect: nothing used it (a.gin:7)",
-        "warning: toy_job.make_optimizer.scale had no effect: nothing used it (a.gin:8)",
     ]
 
 

@@ -63,6 +63,18 @@ def test_the_verbs_pass_their_flags(targets, capsys):
     assert "unknown argument '--gin.x=3'" in capsys.readouterr().err
 
 
+def test_modules_of_the_users_are_imported_first(targets, capsys, tmp_path, monkeypatch):
+    (tmp_path / "toy_own_mixer.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "toy_own_mixer", raising=False)
+    flags = ["--checkpoint=run", "--prompt=x"]
+    assert generate.main([*flags, "--import=toy_own_mixer"]) == 0 and "toy_own_mixer" in sys.modules
+    assert generate.main([*flags, "--import=toy_nothing"]) == 2
+    error = capsys.readouterr().err
+    assert "--import=toy_nothing cannot be imported (No module named 'toy_nothing')" in error
+    assert len(targets) == 1
+
+
 def test_json_flags():
     assert config.json_object('{"a": [1, 2]}') == {"a": [1, 2]}
     for text, message in (("{", "not JSON"), ("3", "expected a JSON object")):

@@ -105,6 +105,9 @@ def test_a_users_own_family_and_format_are_passed_along(examples, toy_folder, tm
     same_folders(toy_folder, tmp_path / "again")
     with pytest.raises(lcx.UserError, match="model_type 'toy'; the 'hf' format supports llama"):
         lcx.save(tmp_path / "no", model, params, format="hf")
+    with pytest.raises(lcx.UserError, match="model_type 'llama' and the family of the format 'toy'"):
+        llama = model.clone(model_type="llama", parent=None)
+        lcx.save(tmp_path / "no", llama, params, format=examples[0].FORMAT)
     capsys.readouterr()
 
 

@@ -63,10 +63,15 @@ def main_of(verb: str):
 
 def call(verb: str, words: list[str]) -> int:
     main = main_of(verb)
-    if inspect.signature(main).parameters:
-        return main(words)
-    with pytest.MonkeyPatch.context() as patch:  # a main that reads sys.argv
-        patch.setattr(sys, "argv", [verb, *words])
+    with pytest.MonkeyPatch.context() as patch:
+        if verb in ("generate", "convert"):  # as in a new process: no module of the page is imported
+            here = str(pathlib.Path.cwd().resolve())
+            for name, module in list(sys.modules.items()):
+                if str(getattr(module, "__file__", None) or "").startswith(f"{here}/"):
+                    patch.delitem(sys.modules, name)
+        if inspect.signature(main).parameters:
+            return main(words)
+        patch.setattr(sys, "argv", [verb, *words])  # a main that reads sys.argv
         return main()
 
 

@@ -140,7 +140,7 @@ def test_sigterm_saves_exits_0_and_the_same_command_goes_on(gin_file, whole, tmp
     assert "SIGTERM: saving a checkpoint, then stopping; send it again to stop now" in err
     (step,) = Checkpointer(tmp_path / "checkpoints").steps()
     assert 3 <= step < 40
-    assert f"stopped at step {step} of 40; the same command resumes from" in err
+    assert f"stopped at step {step} of 40; the same command resumes from {tmp_path}/checkpoints/{step}" in err
     said = finish(gin_file, tmp_path)
     assert f"step {step} of 40 is done: resuming" in said
     for line in (

@@ -87,7 +87,8 @@ def _find(path: str) -> Any:
     module = sys.modules.get(module_name)
     if module is None:
         raise UserError(
-            f"the checkpoint uses {path}, and {module_name} is not imported: import it before loading"
+            f"the checkpoint uses {path}, and {module_name} is not imported: import it before loading, on a command"
+            f" line by --import={module_name}"
         )
     obj = getattr(module, name, None)
     described = dataclasses.is_dataclass(obj) if isinstance(obj, type) else callable(obj)

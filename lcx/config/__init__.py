@@ -16,7 +16,7 @@ the files; `--gin.MACRO=10` sets a macro. A .gin file is code: it imports the mo
 is followed by `()`, so run only files that you trust.
 
 Every binding is checked against the type annotations before anything is built. All mistakes are reported at once
-with file and line. Bindings that had no effect are listed at the end of the run.
+with file and line. Bindings that nothing refers to are listed before the run, others without effect at its end.
 """
 
 from __future__ import annotations
@@ -149,9 +149,18 @@ def operative_config() -> str:
 
 
 def _run(flags: flags_lib.Flags, target: str) -> int:
+    for name in flags.imports:
+        try:
+            importlib.import_module(name)
+        except (ImportError, ValueError, TypeError) as error:
+            raise UserError(
+                f"--import={name} cannot be imported ({first_line(error)}): run from its folder, or install its package"
+            ) from error
     source = parse(flags.gin_files, flags.bindings, target=target)
     module, _, name = target.partition(":")
     function = getattr(importlib.import_module(module), name)
+    for warning in checking.unreached(source).values():
+        print(f"warning: {warning}", file=sys.stderr)
     result = function(**_arguments(function, flags.own))
     for warning in checking.without_effect(source, flags.own):
         print(f"warning: {warning}", file=sys.stderr)

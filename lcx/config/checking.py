@@ -1,6 +1,6 @@
 """Checks a configuration that has been read: types, macros, missing parameters.
 
-After a run, it also lists the bindings that had no effect.
+It also lists the bindings that can have no effect, before a run, and those that had none, after it.
 """
 
 from __future__ import annotations
@@ -139,13 +139,25 @@ def _check_flag_macros(source: Source) -> None:
 
 
 def _uses(source: Source) -> Iterator[Use]:
-    """Follows the references from the target as gin will, and yields every call of a function or class."""
+    """Every call of a function or class that the references from the target lead to."""
+    for reached, place, called in _references(source):
+        if called:
+            yield *reached, place
+
+
+def _roots(source: Source) -> list[tuple[str, tuple[str, ...]]]:
+    """The target, if any binding names it."""
     module, _, function = str(source.target).partition(":")
-    todo: list[tuple[str, tuple[str, ...]]] = [
+    return [
         (selector, ())
         for selector, configurable in gin_config._REGISTRY.items()
         if configurable.wrapped.__module__ == module and configurable.wrapped.__qualname__ == function
     ]
+
+
+def _references(source: Source) -> Iterator[tuple[tuple[str, tuple[str, ...]], str | None, bool]]:
+    """Follows the references from the target as gin will: (full name, scopes), "file:line", whether it is called."""
+    todo = _roots(source)
     seen = set(todo)
     while todo:
         selector, scopes = todo.pop()
@@ -154,8 +166,7 @@ def _uses(source: Source) -> Iterator[Use]:
             inlined = _inline(value, ("", selector, name), source)
             for reference in gin_config.iterate_references([inlined]):
                 reached = (reference.configurable.selector, tuple(reference.scopes) or scopes)
-                if reference.evaluate:
-                    yield *reached, place
+                yield reached, place, reference.evaluate
                 if reached not in seen:
                     seen.add(reached)
                     todo.append(reached)
@@ -180,17 +191,37 @@ def _place(source: Source, scopes: tuple[str, ...], selector: str, name: str) ->
     return next((source.places[key] for key in keys if key in source.places), None)
 
 
-def without_effect(source: Source, flags: dict[str, Any]) -> list[str]:
-    """One line for each binding that had no effect on the run that just ended.
+def _settings(source: Source) -> Iterator[tuple[Key, str]]:
+    """The bindings that may be listed as without effect, with their places.
 
-    Macros are not listed, nor are bindings to a macro without a value: a file may offer such a macro for settings that
+    Macros are not, nor are bindings to a macro without a value: a file may offer such a macro for settings that
     another binding overrides.
     """
-    lines = []
     for key, place in source.places.items():
         scope, selector, name = key
         value = gin_config._CONFIG.get((scope, selector), {}).get(name)
-        if selector == MACRO or _is_unset(value, _inline(value, key, source)):
+        if selector != MACRO and not _is_unset(value, _inline(value, key, source)):
+            yield key, place
+
+
+def unreached(source: Source) -> dict[Key, str]:
+    """One line for each binding of a function or class that no reference from the target leads to."""
+    reached = {selector for selector, _ in _roots(source)}
+    reached |= {selector for (selector, _), _, _ in _references(source)}
+    return {
+        key: f"{spell(key)} has no effect: nothing that the run builds refers to {key[1].rpartition('.')[2]} ({place})"
+        for key, place in _settings(source)
+        if key[1] not in reached
+    }
+
+
+def without_effect(source: Source, flags: dict[str, Any]) -> list[str]:
+    """One line for each binding that had no effect on the run that just ended, but those that `unreached` lists."""
+    lines = []
+    known = unreached(source)
+    for key, place in _settings(source):
+        scope, selector, name = key
+        if key in known:
             continue
         used = any(
             name in values

@@ -12,12 +12,14 @@ from typing import Any, NamedTuple, NoReturn
 
 
 class Flags(NamedTuple):
-    """A parsed command line: the command's own flags, the .gin files, and --gin.name=value as (name, value) pairs."""
+    """A parsed command line: the command's own flags, the .gin files, --gin.name=value as (name, value) pairs, and
+    the modules to import first."""
 
     own: dict[str, Any]
     gin_files: list[str]
     bindings: list[tuple[str, str]]
     debug: bool
+    imports: Sequence[str] = ()
 
 
 class _Parser(argparse.ArgumentParser):
@@ -25,7 +27,7 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message} (--help explains the flags)\n")
 
 
-def parser(description: str | None, *, gin: bool = True) -> argparse.ArgumentParser:
+def parser(description: str | None, *, gin: bool = True, imports: bool = False) -> argparse.ArgumentParser:
     """An argument parser with the flags that all commands share.
 
     A flag that is not given and has no default of its own is not passed to the target, so that the .gin binding or
@@ -34,6 +36,7 @@ def parser(description: str | None, *, gin: bool = True) -> argparse.ArgumentPar
     Args:
       description: shown by --help with its line breaks; usually the module's docstring, with two examples.
       gin: whether the command accepts --gin_file and --gin.NAME=VALUE.
+      imports: whether it accepts --import, because it reads checkpoints, which cannot import code by themselves.
     """
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     parser = _Parser(
@@ -44,6 +47,9 @@ def parser(description: str | None, *, gin: bool = True) -> argparse.ArgumentPar
         allow_abbrev=False,
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of every error")
+    if imports:
+        explained = "a module of your own that the checkpoint names, such as my_mixer; may be repeated"
+        parser.add_argument("--import", action="append", dest="imports", metavar="MODULE", help=explained)
     if gin:
         group = parser.add_argument_group("configuration")
         group.add_argument(
@@ -83,7 +89,8 @@ def read(parser: argparse.ArgumentParser, argv: Sequence[str]) -> Flags:
     if unknown:
         parser.error(f"unknown argument {unknown[0]!r}{hint(unknown[0].partition('=')[0], options)}")
     own = vars(known)
-    return Flags(gin_files=own.pop("gin_file", []), debug=own.pop("debug", False), own=own, bindings=bindings)
+    files, debug, imports = own.pop("gin_file", []), own.pop("debug", False), own.pop("imports", [])
+    return Flags(gin_files=files, debug=debug, own=own, bindings=bindings, imports=imports)
 
 
 def hint(name: str, known: Iterable[object]) -> str:

@@ -63,7 +63,7 @@ class Source:
         beside = [os.path.join(os.path.dirname(self._open[-1]), path)] if self._open else []
         found = next((name for name in (*beside, path) if os.path.isfile(name)), None)
         if found is None:
-            return self.problem(_not_a_file(path), place or "--gin_file", incomplete=True)
+            return self.problem(_not_a_file(path, self._open), place or "--gin_file", incomplete=True)
         if any(os.path.samefile(found, other) for other in self._open):
             cycle = " -> ".join([*self._open, found])
             return self.problem(f"include cycle: {cycle}", place, incomplete=True)
@@ -194,7 +194,7 @@ def spell(key: Key) -> str:
     return f"{scope}/{selector}.{name}" if scope else f"{selector}.{name}"
 
 
-def _not_a_file(path: str) -> str:
+def _not_a_file(path: str, including: Sequence[str] = ()) -> str:
     if os.path.isdir(path):
         return f"{path} is a folder, expected a .gin file"
     near: list[str] = []
@@ -202,4 +202,7 @@ def _not_a_file(path: str) -> str:
         near = [
             os.path.join(os.path.dirname(path), name) for name in os.listdir(os.path.dirname(path) or ".")
         ]
-    return f"{path} does not exist{hint(path, near)}"
+    close = hint(path, near)
+    if including and not close and not os.path.isabs(path):
+        close = f", neither beside {including[-1]} nor in the working folder: write the whole path"
+    return f"{path} does not exist{close}"

@@ -25,7 +25,7 @@ from lcx.convert import formats
 
 def main(argv=None) -> int:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing here needs, or should occupy, an accelerator
-    parser = config.parser(__doc__, gin=False)
+    parser = config.parser(__doc__, gin=False, imports=True)
     parser.add_argument(
         "--src",
         required=True,

@@ -42,6 +42,8 @@ def vocabulary_file(folder: Path) -> Path:
     if not models and {"vocab.json", "merges.txt"} <= set(names):
         return folder / "vocab.json"
     hint = "no tokenizer.json and no sentencepiece .model"
+    if "checkpoints" in names:
+        hint += " (an lcx workdir whose tokenizer is not a file: name that one, such as 'bytes')"
     if models:
         hint = f"several .model files ({json_files.one_line(', '.join(models))}): name one of them"
     elif others := [name for name in names if name in _OTHERS or name.endswith(".tiktoken")]:

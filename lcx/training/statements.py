@@ -1,12 +1,13 @@
 """The messages at the start and end of a training run: model, data, sizes, and where the run writes."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 
 from lcx import lora as lora_lib
+from lcx import mixers
 from lcx import model as model_lib
 from lcx.training import resume_check
 
@@ -55,10 +56,11 @@ def closing(workdir: str, step: int, steps: int) -> str:
 def _model(run: Any) -> str:
     stored = sorted({str(leaf.dtype) for leaf in jax.tree.leaves(run.abstract["params"])})
     kind = getattr(run.model, "model_type", "a block of layers")  # model.Layers are of no family
-    layers, parameters = len(model_lib.layers(run.model)), model_lib.num_params(run.model)
+    layers, parameters = model_lib.layers(run.model), model_lib.num_params(run.model)
     return (
-        f"model: {kind}, {layers} layers, {counted(parameters)} parameters in {' and '.join(stored)}, "
-        f"activations in {run.model.dtype}, window of {run.model.max_position_embeddings} tokens"
+        f"model: {kind}, {len(layers)} layers{_parts(layers)}, {counted(parameters)} parameters in "
+        f"{' and '.join(stored)}, activations in {run.model.dtype}, "
+        f"window of {run.model.max_position_embeddings} tokens"
     )
 
 
@@ -66,6 +68,15 @@ def _data(corpus: Any) -> str:
     splits = ((corpus.train, "to train on"), (corpus.eval, "held out"))
     sizes = [f"{counted(len(s))} documents, {counted(s.num_tokens)} tokens {use}" for s, use in splits]
     return f"data: {corpus.source}: {'; '.join(sizes)}"
+
+
+def _parts(layers: Sequence[model_lib.Layer]) -> str:
+    """" of TwoMamba + GatedMlp": what is in the layers, unless it is what `model.llama` puts there."""
+    blocks = [layer.block for layer in layers]
+    kinds = [mixers.kind(block.mixer) for block in blocks if block.mixer is not None]
+    kinds += [type(block.mlp).__name__ for block in blocks if block.mlp is not None]
+    names = list(dict.fromkeys(kinds))
+    return "" if {*names} <= {"Attention", "GatedMlp"} else f" of {' + '.join(names)}"
 
 
 def _size(trainer: Any, mesh: jax.sharding.Mesh) -> str:

@@ -157,6 +157,11 @@ def to_config(
     Raises:
       UserError: the model has a property that its model_type cannot express.
     """
+    if family is not None and family.model_type != model.model_type:
+        raise UserError(
+            f"the model has model_type {model.model_type!r} and the family of the format {family.model_type!r}: choose"
+            f" a format of that model_type, or change the model's (model.clone(model_type={family.model_type!r}))"
+        )
     found = families.find(model.model_type, family)
     if found is None:
         raise UserError(
