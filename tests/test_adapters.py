@@ -94,7 +94,8 @@ def test_adapters_add_up(bases, tmp_path):
     found = lcx.load(bases / "llama", adapter=[tmp_path / "a", tmp_path / "b"])
     np.testing.assert_allclose(logits(*found), hf_logits(hf_model), atol=2e-5)
     write_adapter(bases / "llama", tmp_path / "c", target_modules=["o_proj"], use_dora=True)
-    with pytest.raises(UserError, match="both change model.layers.0.self_attn.o_proj.weight, and the changes do not add up"):
+    both = "both change model.layers.0.self_attn.o_proj.weight, and the changes do not add up"
+    with pytest.raises(UserError, match=both):
         lcx.load(bases / "llama", adapter=[tmp_path / "a", tmp_path / "c"])
 
 

@@ -441,7 +441,8 @@ def test_models_that_the_formats_cannot_say(tmp_path):
             lcx.save(tmp_path / "out", model, params, format="savanna")
     with pytest.raises(UserError, match="format is 'savanna_legacy', expected one of lcx, hf"):
         lcx.save(tmp_path / "out", model, params, format="savanna_legacy")
-    with pytest.raises(UserError, match="model_parallel is the number of model-parallel files of 'savanna', and the format is 'vortex'"):
+    of_savanna = "model_parallel is the number of model-parallel files of 'savanna', and the format is 'vortex'"
+    with pytest.raises(UserError, match=of_savanna):
         lcx.save(tmp_path / "out", model, params, format="vortex", model_parallel=2)
 
 
