@@ -225,8 +225,8 @@ class _Reading:
         missing, extra = sorted(expected - has), sorted(has - expected)
         if missing:
             raise UserError(
-                f"target_modules of {CONFIG} selects {len(expected)} modules, and the tensors of {len(missing)} of them "
-                f"are missing: {_listing(missing)}; copy or download the adapter again"
+                f"target_modules of {CONFIG} selects {len(expected)} modules, and the tensors of {len(missing)} of "
+                f"them are missing: {_listing(missing)}; copy or download the adapter again"
             )
         if extra:
             raise UserError(
