@@ -134,6 +134,7 @@ def _collection(parts: Iterable[tuple[Part, LowRank]], model: Decoder, common: i
         scale = np.zeros(L, np.float32)
         for part, pair in entries:
             own = len(pair.A)
+            # Columns of `a` and rows of `b` beyond the pair's own rank stay zero and do not change the update.
             a[part.repeat, ..., :own] = pair.A.T.reshape(*part.in_shape, own)
             b[part.repeat, :own] = pair.B.T.reshape(own, *part.out_shape)
             scale[part.repeat] = pair.scale
