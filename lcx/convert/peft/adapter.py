@@ -170,9 +170,7 @@ def save(
     source = None
     if beside:
         if params is None:
-            raise UserError(
-                "save got `beside` without the parameters that it names: pass params"
-            )
+            raise UserError("save got `beside` without the parameters that it names: pass params")
         source = model_source.TreeSource(model, params)
     return _write(path, Base(base_model, model), lora, source, beside, overwrite)
 
@@ -291,7 +289,8 @@ def _full(model: Decoder, pairs: Mapping[str, LowRank], beside: Sequence[str]) -
             full[name] = f"{PREFIX}{owner}.{'base_layer.' if owner in pairs else ''}bias"
         elif owner in owners - pairs.keys() and (not of_pairs or name in trained):
             full[name] = PREFIX + name
-    if model.tie_word_embeddings and EMBEDDING_WEIGHT in full:  # otherwise PEFT would leave the head unchanged
+    # Otherwise PEFT would leave the head unchanged.
+    if model.tie_word_embeddings and EMBEDDING_WEIGHT in full:
         full[HEAD_WEIGHT] = PREFIX + HEAD_WEIGHT
     return full
 
