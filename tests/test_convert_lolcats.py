@@ -314,7 +314,7 @@ def test_a_run_with_lora_leaves_both_files(files, tmp_path, capsys):
         lolcats_writer.export(tmp_path / "run", tmp_path / "disk")
     lolcats_writer.export(tmp_path / "run", tmp_path / "disk", overwrite=True)
     assert convert(tmp_path / "run", tmp_path / "peft", "peft") == 0
-    assert "warning: the pairs trained on " in capsys.readouterr().out
+    assert "warning: the pairs were trained on " in capsys.readouterr().out
     with pytest.raises(UserError, match="the adapter trained on .* LinearAttention, and this model has .* Attention"):
         lcx.load(files / "hf", adapter=tmp_path / "peft")
     with Checkpointer(tmp_path / "run" / "checkpoints") as checkpointer:

@@ -148,7 +148,7 @@ def without_the_last_share(folder):
 def without_any(folder):
     for file in folder.glob("*/*optim*"):
         file.unlink()
-    return "beside it, which holds the float32 weights"
+    return "is next to it, which holds the float32 weights"
 
 
 def of_another_step(folder):

@@ -96,7 +96,9 @@ def _add_adapters(parser) -> None:
 
 def _add_lolcats(parser) -> None:
     """Adds the flags for LoLCATS files that belong to a Hugging Face folder."""
-    parser.add_argument("--feature_maps", metavar="PATH", help="LoLCATS X_distill.pt for the Hugging Face folder --src")
+    parser.add_argument(
+        "--feature_maps", metavar="PATH", help="LoLCATS X_distill.pt for the Hugging Face folder --src"
+    )
     parser.add_argument("--lora", metavar="PATH", help="LoLCATS X_ft.pt, merged into the model")
     parser.add_argument(
         "--attention",
@@ -104,7 +106,9 @@ def _add_lolcats(parser) -> None:
         metavar="PATH|JSON",
         help="the settings of --feature_maps under their published names, or a .yaml or .json file that holds them",
     )
-    parser.add_argument("--lora_alpha", type=float, metavar="X", help="alpha of --lora (default: twice the rank)")
+    parser.add_argument(
+        "--lora_alpha", type=float, metavar="X", help="alpha of --lora (default: twice the rank)"
+    )
     parser.add_argument(
         "--published_quirks",
         action="store_true",

@@ -309,6 +309,7 @@ class Table:
     def _alternating_rows(self, source: TensorSource, place: Place, first: int, last: int) -> np.ndarray:
         """Rows [first, last) of a part that is interleaved in blocks with its sibling parts."""
         block, size = place.block or 1, place.stop - place.start
+        # Of every `phases` consecutive blocks, one belongs to each part; this part's are those at position `phase`.
         phases, phase = self.foreign_shapes[place.name][0] // size, place.start // size
         low, high = first // block, -(-last // block)
         rows = source.read(place.name, low * block * phases, high * block * phases)

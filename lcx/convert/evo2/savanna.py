@@ -141,14 +141,14 @@ class SavannaSource(StripedHyenaSource):
         ropes = [layer.block.mixer.rope for layer in striped_hyena.layers(self.model) if layer.letter == "*"]
         if ropes and base is not None and self.inv_freq is not None and base != ropes[0].rope_theta:
             log.warning(
-                "%s: the run had configured rope_theta %g, and inv_freq is that of %g; the model keeps what is stored",
+                "%s: the run had configured rope_theta %g, and inv_freq is that of %g; the stored inv_freq is used",
                 self.where,
                 base,
                 ropes[0].rope_theta,
             )
         if ropes and factor != 1:
             log.warning(
-                "%s: the run divided positions by %g, which no tensor says; pass rope_scaling "
+                "%s: the run divided positions by %g, which is not stored in any tensor; pass rope_scaling "
                 '{"rope_type": "linear", "factor": %g}',
                 self.where,
                 factor,

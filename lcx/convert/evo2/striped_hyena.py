@@ -317,7 +317,7 @@ def rope_of(inv_freq: np.ndarray) -> Rope:
     rounded = np.array_equal(computed.astype(FLOAT_DTYPES["bfloat16"]).astype(np.float32), values)
     log.log(
         logging.WARNING if relative > 1e-6 else logging.INFO,
-        "inv_freq is not that of any rope_theta: %s of %g, up to %.2g away (relative); the model keeps what is stored",
+        "inv_freq is not that of any rope_theta: %s of %g, up to %.2g away (relative); the stored values are used",
         "the bfloat16 rounding" if rounded else "near that",
         theta,
         relative,

@@ -106,7 +106,7 @@ class _Canonical:
         shape = tensor_io.row_range(info, name, start, stop)[2]
         if name in self._poles:
             return self._log_rate(name, start, stop).reshape(shape)
-        if name not in self._names:
+        if name not in self._names:  # MR's decay, whose product with h vortex stores as h
             return np.ones(shape, info.dtype)
         return self._file.read(self._names[name], start, stop).reshape(shape)
 

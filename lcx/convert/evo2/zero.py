@@ -61,6 +61,7 @@ class Float32File:
         group, begin = self._places[name]
         begin += first * math.prod(info.shape[1:])
         end, size = begin + math.prod(shape), self._size[group]
+        # The tensor may span several ranks' shares: read its overlap with each.
         parts = [
             share.read(str(group), max(begin - rank * size, 0), min(end - rank * size, size))
             for rank, share in enumerate(self._shares)

@@ -91,6 +91,7 @@ def _beside(final: pathlib.Path, suffix: str) -> pathlib.Path:
 
 def _recover(final: pathlib.Path, partial: pathlib.Path, old: pathlib.Path) -> None:
     """Cleans up after a killed conversion. If it was killed between the two renames, the old folder is restored."""
+    # Killed after moving the old folder aside, before the new one was in place.
     if old.exists() and not final.exists():
         os.rename(old, final)
     for leftover in (partial, old):

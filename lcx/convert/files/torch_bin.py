@@ -119,6 +119,7 @@ class TorchFile:
         if self._in_memory:
             return _to_numpy(rows, info.dtype)
         offset = rows.untyped_storage()._checkpoint_offset + rows.storage_offset() * info.dtype.itemsize
+        # A non-contiguous tensor: read the span of bytes that it covers once, then apply its strides.
         if rows.is_contiguous():
             return tensor_io.read_array(self.path, offset, info.dtype, shape)
         span = 1 + sum((size - 1) * stride for size, stride in zip(shape, rows.stride(), strict=True))

@@ -95,9 +95,7 @@ def _open_weights(folder: pathlib.Path) -> list[tensor_io.TensorSource]:
                 f"{index_path}: the tensor {shown(tensor)} should be in {shard}, which does not hold it"
             )
     stored = sum(info.nbytes for file in files.values() for info in file.tensors.values())
-    shared = sum(
-        file.shared_bytes for file in files.values()
-    )  # some writers count shared tensors twice
+    shared = sum(file.shared_bytes for file in files.values())  # some writers count shared tensors twice
     if total not in (
         None,
         stored,

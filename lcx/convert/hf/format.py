@@ -21,7 +21,9 @@ class HuggingFace(Format):
     help: str = "a Hugging Face folder (config.json, safetensors, the tokenizer)"
     family: Any = None
     max_shard_bytes: int = option(
-        5_000_000_000, help="the maximum size in bytes of a safetensors file of 'hf' and 'lolcats'", metavar="N"
+        5_000_000_000,
+        help="the maximum size in bytes of a safetensors file of 'hf' and 'lolcats'",
+        metavar="N",
     )
 
     def __post_init__(self):

@@ -37,7 +37,8 @@ KEYS = frozenset({
 # The settings that config.json can express.
 _ATTENTION = "num_heads num_kv_heads head_dim rope window qkv_bias o_bias qk_norm norm_eps implementation"
 _DECODER = "vocab_size hidden_size stages max_position_embeddings norm_eps tie_word_embeddings model_type dtype remat"
-_MOST = 10_000  # layers and head_dim; keeps a damaged file from building a huge model before its tensors are checked
+#: Limit of layers and of head_dim; keeps a damaged file from building a huge model before its tensors are checked.
+_MOST = 10_000
 
 
 class _Sizes(NamedTuple):

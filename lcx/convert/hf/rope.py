@@ -68,9 +68,7 @@ def _remembered(config: Mapping[str, Any], rope: Rope, head_dim: int) -> Rope:
     for length in (1, MOST_TOKENS):  # a length in each regime of the types whose frequencies depend on it
         ours, theirs = found.frequencies(head_dim, length), rope.frequencies(head_dim, length)
         if not np.allclose(ours[0], theirs[0], rtol=1e-5, atol=0) or abs(ours[1] - theirs[1]) > 1e-5:
-            log.warning(
-                "config.json: %s no longer matches its rotary settings, and is ignored", REMEMBERED
-            )
+            log.warning("config.json: %s no longer matches its rotary settings, and is ignored", REMEMBERED)
             return rope
     return found
 

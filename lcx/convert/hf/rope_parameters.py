@@ -181,7 +181,8 @@ def _window(
         original = default
     original = token_count(ORIGINAL, enlarged if original is None else original)
     values: dict[str, Any] = {ORIGINAL: original}
-    implied = name == "longrope" or (name == "yarn" and "factor" in given)  # in yarn only for null, not if absent
+    # longrope implies the factor if it is null or absent, yarn only if it is null.
+    implied = name == "longrope" or (name == "yarn" and "factor" in given)
     if implied and given.get("factor") is None and enlarged:
         values["factor"] = max(1.0, token_count("max_position_embeddings", enlarged) / original)
     return values

@@ -25,7 +25,8 @@ from lcx.rope_fields import shown
 log = logging.getLogger(__name__)
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "lcx_tokenizer.json")
-_MANY = 200  # layers; above this, the depth is checked first, so that a wrong count does not build a huge model
+#: Layers. Above this number the depth is checked first, so that a wrong count does not build a huge model.
+_MANY = 200
 
 
 class HfSource:

@@ -75,7 +75,8 @@ def write(
         data = _with_window(path, window) if path.name == _TOKENIZER_CONFIG else path.read_bytes()
         folders.write_bytes(folder / path.name, data)
     record = dict(source.tokenizer or {})
-    if record.get("kind") == "bytes" and not (folder / TOKENIZERS[-1]).exists():  # a byte tokenizer has no file
+    # A byte tokenizer has no file.
+    if record.get("kind") == "bytes" and not (folder / TOKENIZERS[-1]).exists():
         folders.write_json(folder / TOKENIZERS[-1], record)
     return tensors
 

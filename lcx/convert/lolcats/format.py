@@ -23,7 +23,9 @@ class LolcatsFolder(Format):
     overlay: bool = True
     files: Lolcats | None = None
     max_shard_bytes: int = option(
-        5_000_000_000, help="the maximum size in bytes of a safetensors file of 'hf' and 'lolcats'", metavar="N"
+        5_000_000_000,
+        help="the maximum size in bytes of a safetensors file of 'hf' and 'lolcats'",
+        metavar="N",
     )
 
     def __post_init__(self):

@@ -30,7 +30,8 @@ from lcx.model import Decoder
 log = logging.getLogger(__name__)
 
 _KEY = re.compile(r"(?:module\.|base_model\.|model\.)*layers\.(\d+)\.(.+)")
-_BLOCK = re.compile(r"-in=(\d+)-out=\d+")  # a block of layers trained separately; its file numbers layers from 0
+#: Name of the file of a separately trained block of layers; the file numbers layers from 0.
+_BLOCK = re.compile(r"-in=(\d+)-out=\d+")
 _PAIR = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.weight")
 _MAP = re.compile(r"self_attn\.(feature_map_[qk]\.mlp\.(?:layer|bias)[01]?|window_factors)")
 _ALIAS = "self_attn.window_factor"  # a duplicate of window_factors under an older name

@@ -134,6 +134,7 @@ def _collection(parts: Iterable[tuple[Part, LowRank]], model: Decoder, common: i
         scale = np.zeros(L, np.float32)
         for part, pair in entries:
             own = len(pair.A)
+            # Columns of `a` and rows of `b` beyond the pair's own rank stay zero and do not change the update.
             a[part.repeat, ..., :own] = pair.A.T.reshape(*part.in_shape, own)
             b[part.repeat, :own] = pair.B.T.reshape(own, *part.out_shape)
             scale[part.repeat] = pair.scale
@@ -169,9 +170,7 @@ def save(
     source = None
     if beside:
         if params is None:
-            raise UserError(
-                "save got `beside` without the parameters that it names: pass params"
-            )
+            raise UserError("save got `beside` without the parameters that it names: pass params")
         source = model_source.TreeSource(model, params)
     return _write(path, Base(base_model, model), lora, source, beside, overwrite)
 
@@ -290,7 +289,8 @@ def _full(model: Decoder, pairs: Mapping[str, LowRank], beside: Sequence[str]) -
             full[name] = f"{PREFIX}{owner}.{'base_layer.' if owner in pairs else ''}bias"
         elif owner in owners - pairs.keys() and (not of_pairs or name in trained):
             full[name] = PREFIX + name
-    if model.tie_word_embeddings and EMBEDDING_WEIGHT in full:  # otherwise PEFT would leave the head unchanged
+    # Otherwise PEFT would leave the head unchanged.
+    if model.tie_word_embeddings and EMBEDDING_WEIGHT in full:
         full[HEAD_WEIGHT] = PREFIX + HEAD_WEIGHT
     return full
 

@@ -73,7 +73,7 @@ def _function(rope: Rope) -> str:
 
 def lines(base: Base) -> list[str]:
     """Instructions for using the adapter, printed on the terminal."""
-    found = [f"base: {base.name or 'not known, name it with --base_model'}"]
+    found = [f"base: {base.name or 'unknown, set it with --base_model'}"]
     for rope, _ in rotaries(base.model) if is_scaled(base.model) else []:
         found.append(
             f"scaling: the base needs --rope_scaling='{json.dumps(scaling(rope))}' "
@@ -81,8 +81,8 @@ def lines(base: Base) -> list[str]:
         )
     if set(mixer_kinds(base.model)) != {"Attention"}:
         found.append(
-            f"warning: the pairs trained on {_listed(mixer_kinds(base.model))}, which the softmax model of the same "
-            "name is not: PEFT on that model computes something else"
+            f"warning: the pairs were trained on {_listed(mixer_kinds(base.model))}, not on softmax attention: with "
+            "PEFT on the softmax model of the same name, the logits are wrong"
         )
     return found
 
@@ -126,7 +126,7 @@ def _readme(folder: pathlib.Path, base: Base, holds: str) -> str:
             given = to_hf(rope, max_position_embeddings=length, head_dim=head_dim)
             keywords = f", rope_parameters={given!r}, max_position_embeddings={length}"
         except UserError as error:
-            head += [f"transformers cannot be given this scaling: {error}", ""]
+            head += [f"transformers cannot express this scaling: {error}", ""]
     use = [
         "With transformers and PEFT:",
         "",

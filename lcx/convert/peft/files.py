@@ -239,10 +239,13 @@ class _Reading:
         self._check_shape(name, key, self.known.shapes.get(name))
         saved = self.settings.is_saved(module)
         bias = name.endswith(".bias") and self.settings.bias != "none"
-        table = module in (EMBEDDING, HEAD)  # PEFT also saves tables whose vocabulary was resized, or that have a pair
+        # PEFT also saves tables whose vocabulary was resized, or that have a pair.
+        table = module in (EMBEDDING, HEAD)
         if not (saved or bias or table):
             asks = "modules_to_save" if kind == "weight" else "bias"
-            raise UserError(f"unexpected tensor {key!r}, which {asks} of {CONFIG} does not select: correct it")
+            raise UserError(
+                f"unexpected tensor {key!r}, which {asks} of {CONFIG} does not select: correct it"
+            )
         everywhere = table and not (self.settings.is_saved(EMBEDDING) or self.settings.is_saved(HEAD))
         self.changes.setdefault(name, []).append(Replaced(self.source, key, everywhere))
 
@@ -272,7 +275,8 @@ class _Reading:
         for module, (A, B) in read.items():
             if A.ndim != 2 or B.ndim != 2:
                 raise UserError(f"{module} has A {A.shape} and B {B.shape}, expected [R, in] and [out, R]")
-            if "embedding_A" in self.found[module]:  # an embedding's weight is the transpose of a linear map's
+            # An embedding's weight is the transpose of a linear map's.
+            if "embedding_A" in self.found[module]:
                 read[module] = B.T, A.T
         for module, (A, B) in read.items():
             rows, columns = self.known.shapes[f"{module}.weight"]
