@@ -29,9 +29,9 @@ Dao 2023, arXiv 2307.08691):
 
 If normalised, D enters through Z: dq -= 2 D Z q, and dk += 2 dZ k with dZ = -sum D q q^T. The backward pass walks again
 to recompute the states: only y in float32 and den are saved, and S and dS are in memory together, 4 P H / C bytes per
-token and head. The gradient of log_decay at t sums w dw over the pairs that t stands between, i >= t > j: near as in the tiles;
-far, rows from t on in t's chunk (q.dq / 2), columns before t in it (k.dk / 2), and for the pairs around the whole chunk
-the product of S before it and dS after it. So nothing is carried along T that would have to cancel.
+token and head. The gradient of log_decay at t sums w dw over the pairs that t's decay affects, i >= t > j. Near pairs
+are as in the tiles; far ones are rows from t on in t's chunk (q.dq / 2), columns before t in it (k.dk / 2), and for the
+pairs around the whole chunk the product of S before it and dS after it. So no sum along T has to cancel.
 
 The initial state is S before the first chunk, the final state S after the last, in the feature order of `places`.
 
