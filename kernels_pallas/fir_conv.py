@@ -147,7 +147,7 @@ def _diagonals(blocks: jax.Array, K: int) -> jax.Array:
     """dh [G, K] from dM [G, j, s, t]: the sum over all entries with C j + t - s = k."""
     G, _, C, _ = blocks.shape
     rows = jnp.swapaxes(blocks, 1, 2).reshape(G, -1)  # row s: C j + t
-    longer = jnp.pad(rows, ((0, 0), (0, C))).reshape(G, C, -1)  # one more element per row shifts row s left by s
+    longer = jnp.pad(rows, ((0, 0), (0, C))).reshape(G, C, -1)  # shifts row s left by s
     return longer[:, :, :K].sum(axis=1)
 
 

@@ -31,13 +31,13 @@ e^-30 (1e-13) counts as 0, and so does another document. On GPU it bounds the lo
     dq_i = sum_j ds_ij k_j,   dk_j = sum_i ds_ij q_i,   dv_j = sum_i w_ij g_i
 
 Row factors go into g and D, column factors sit in the folded keys: off the diagonal the backward tiles have no
-factors but the scalar either. The gradient of log_decay at t is the sum of w_ij dw_ij over i >= t > j: what the decay
-of token t stands between. It is the sum from t on of (row sums - column sums), which the two passes add up beside
-their products, in float32 and before rounding, so that all other pairs cancel to the last digits. (With the
-normaliser row sums are 0 in exact arithmetic, and column sums alone would do, but then the rounding of every later
-document stays in the sum: in bfloat16 it is four times the error.) For the sake of such cancellation, dy.v - dy.y
-too, y is kept in float32, and the weights are summed as they were rounded for the product with v: a row that sees one
-key then has D = g.v exactly.
+factors but the scalar either. The gradient of log_decay at t is the sum of w_ij dw_ij over i >= t > j, the pairs
+that token t's decay affects. It is the sum from t on of (row sums - column sums), which the two passes accumulate
+alongside their products, in float32 and before rounding, so that all other pairs cancel to the last digits. (With the
+normaliser, row sums are 0 in exact arithmetic and column sums alone would suffice, but the rounding errors of all later
+documents would then remain in the sum: in bfloat16 the error is four times larger.) For such cancellations, including
+that in dy.v - dy.y, y is kept in float32 and the sum of weights uses the weights as rounded for the product with v: a
+row that sees a single key then has D = g.v exactly.
 
 Data placement. Forward: a program (GPU) or a grid row (TPU) holds C queries and their sums, and streams keys and
 values. dq: the same. dk, dv: it holds C keys and streams queries and g. Query heads that share keys read the same ones;

@@ -42,7 +42,7 @@ class Options(NamedTuple):
     platform: str
     interpret: bool
     tiles: Tiles
-    raw: bool = False  # leave the forward kernel's sums undivided, because another part of the keys is added later
+    raw: bool = False  # the forward kernel does not divide its sums: another part of the keys is added later
 
 
 class Fold(NamedTuple):

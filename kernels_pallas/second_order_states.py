@@ -9,15 +9,15 @@ running sum of log_decay in the chunk and tot its end, token i of chunk c gets
     near   tiles between the chunk's own tokens: the kernels of `second_order_attention`, a chunk a row of their batch
     far    e^{l_i} sum_mn q_im q_in S_c[m, n],     S_{c+1} = e^tot S_c + sum_{j in c} e^{tot - l_j} k_jm k_jn v_j
 
-and y is the sum of both over the sum of both's weights. Every exponent is at most 0; a document is a decay of minus
-infinity (`Edges`). Sums and the state's recurrence are float32, the state that is read has q's dtype.
+and y is the sum of both, divided by the sum of all weights. Every exponent is at most 0; a document boundary is a decay
+of minus infinity (`Edges`). Sums and the state's recurrence are float32, the state that is read has q's dtype.
 
 **The symmetric square in slices.** The columns n are cut into H / R blocks of R; a slice is one row m against one
 block, for m up to the block's last row, R x H numbers. Rows before the block stand for both orders of the pair, and
 their slices are kept times 2, which no rounding sees. P = H (H + R) / 2: 3072 for H = 64 and R = 32, against 2080
 different products and all 4096. The features of a slice are x_m x_block: one row spread over a tile, never stored.
 
-**The sum of the weights** needs no column beside v: it is the quadratic form q^T Z q, Z the H x H sum of k k^T, which
+**The sum of the weights** needs no extra column of v: it is the quadratic form q^T Z q, Z the H x H sum of k k^T, which
 XLA adds up chunk by chunk (H / P of the work) and the kernels apply to their tile.
 
 **Three kernels**, of which the backward pass is made, too. With g = dy / den and D = g.y (over near and far together,
@@ -27,11 +27,11 @@ Dao 2023, arXiv 2307.08691):
     read(q, S)         sum_mn q_m q_n S[m, n]                               dv = read(k, dS)
     contract(q, g, S)  its gradient by q of read(q, S) . g                  dq; dk = contract(k, v, dS)
 
-Normalised, D joins through Z: dq -= 2 D Z q, and dk += 2 dZ k with dZ = -sum D q q^T. The backward pass walks once more
-to have the states: only y in float32 and den are kept, and S and dS exist at the same time, 4 P H / C bytes a token and
-head. The gradient of log_decay at t sums w dw over the pairs that t stands between, i >= t > j: near as in the tiles;
-far, rows from t on in t's chunk (q.dq / 2), columns before t in it (k.dk / 2), and for the pairs around the whole chunk
-the product of S before it and dS after it. So nothing is carried along T that would have to cancel.
+If normalised, D enters through Z: dq -= 2 D Z q, and dk += 2 dZ k with dZ = -sum D q q^T. The backward pass walks again
+to recompute the states: only y in float32 and den are saved, and S and dS are in memory together, 4 P H / C bytes per
+token and head. The gradient of log_decay at t sums w dw over the pairs that t's decay affects, i >= t > j. Near pairs
+are as in the tiles; far ones are rows from t on in t's chunk (q.dq / 2), columns before t in it (k.dk / 2), and for the
+pairs around the whole chunk the product of S before it and dS after it. So no sum along T has to cancel.
 
 The initial state is S before the first chunk, the final state S after the last, in the feature order of `places`.
 

@@ -34,7 +34,7 @@ def _walk_kernel(weights, rows, columns, values, kept, initial, states, final, *
     first = pl.program_id(0) * U
     block = sum(jnp.where(first >= _begin(b, R), jnp.int32(1), jnp.int32(0)) for b in range(1, blocks))
     m = first - _begin(block, R)
-    twice = jnp.where(m >= block * R, jnp.float32(1), jnp.float32(2))  # a row before the block stands for both orders
+    twice = jnp.where(m >= block * R, jnp.float32(1), jnp.float32(2))  # before the block: both orders
 
     def tile(start, sums):
         tokens = pl.ds(start, S)

@@ -189,7 +189,8 @@ def _own(rank: int, *program):
 def _call(body, size: Pass, grid, inputs, likes, sums, interpret):
     """Runs body(references, size=size) for every program; for an input or output None the reference is None.
 
-    likes: an output like each; sums: the shape of each float32 output of a program, [*grid, *shape].
+    likes: arrays with the shape and dtype of each output. sums: the shape of each float32 output per program, which are
+    [*grid, *shape] in total.
     """
     here = [x is not None for x in (*inputs, *likes, *sums)]
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in likes if x is not None]

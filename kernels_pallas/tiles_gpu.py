@@ -3,8 +3,8 @@
 Arrays keep their layout, [B, T, N, H]: a tile's rows are N H elements apart, with H contiguous elements each, so
 nothing is transposed. A program owns the rows of one chunk (with its sums in registers, about half of the register file
 at H = 128) and streams tiles of `streamed` tokens through shared memory: first the visible chunks off the diagonal,
-from the diagonal outwards; then its own chunk, where the decay is computed per token pair and the triangle and the documents
-are masked. Programs with the most work (late queries; early keys) start first.
+from the diagonal outwards; then its own chunk, where the decay is computed per token pair and the triangle and the
+documents are masked. Programs with the most work (late queries; early keys) start first.
 """
 
 import functools

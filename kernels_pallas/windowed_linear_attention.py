@@ -37,10 +37,10 @@ a gradient, which goes to the key that holds it.) reach, kept and whole are 0 or
 (Where near keys hold most of the weight, total_i is a small difference: y, rounded, enters it times mass_i, the sum of
 e'_ij, and enters q_i.dq_i = -gamma total_i times the far weights. For dgamma the two are mixed such that y drops out.)
 
-So the one recurrence runs four times, as in linear_attention.py, where the third argument's state, S, S^T, dS^T or dS,
-is what lies beyond the tiles; the near pairs need no state and all chunks at once. A far product whose cotangent has a
-part of its own (b_i) carries a `row` beside the state, the sum of keys with the normaliser or its cotangent.
-Nothing but y, the normalisers and each query's maximum is kept for the backward pass.
+So one recurrence runs four times, as in linear_attention.py. Its state (S, S^T, dS^T or dS) covers everything before
+the tiles. The near pairs need no state, so all their chunks run in parallel. A far product whose cotangent has an
+additional term (b_i) carries a `row` next to the state: the sum of keys with the normaliser, or its cotangent.
+Only y, the normalisers and each query's maximum are saved for the backward pass.
 
 **Cost** a token and head, terraces of 64 with C = 64, P = H = 128, bfloat16: forward reads q, k, wq, wk, v and writes
 y, 1536 bytes; 4 M C H FLOPs for the near pairs and 4 P H for the state, 131 K. An H200 (4.3 TB/s, 790 TFLOP/s) needs

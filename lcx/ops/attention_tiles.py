@@ -186,7 +186,7 @@ def _head_backward(q, k, v, kv_segments, decay, q_segments, offset, out, lse, d_
     """Gradients for one row and kv head; scores are recomputed tile by tile."""
     G, T, H = q.shape
     S, C, size = k.shape[0], plan.rows, plan.cols
-    after = 0 if offset is None else C  # room for the last block of queries, which may extend beyond the keys
+    after = 0 if offset is None else C  # room for the last block of queries, which may reach beyond the keys
     q_segments, offset = (kv_segments, 0) if offset is None else (q_segments, offset)
     nothing = jnp.zeros((2, G), jnp.float32)
     gaps = None if decay is None else Gaps.of(decay, C, size)

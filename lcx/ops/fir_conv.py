@@ -71,7 +71,7 @@ def fir_conv(
         y = _kernel(x1, x2, v, h, skip, segment_ids, initial_state, short.KERNELS[name])
         return checkpoint_name(y, MIXER_RESIDUALS), state
     whole, ids, before = (x1, x2, v), segment_ids, 0
-    if initial_state is not None:  # the state's inputs are already gated, and their own outputs are not needed
+    if initial_state is not None:  # its inputs are already gated, and their own outputs are not needed
         joined, ids = short.extended(gated, segment_ids, initial_state)
         before = K - 1
         whole = (None if x1 is None else jnp.pad(x1, ((0, 0), (0, 0), (before, 0))), None, joined)

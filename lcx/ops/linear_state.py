@@ -40,7 +40,7 @@ class Held(NamedTuple):
     k: Array  # [B, R, K, H]
     v: Array  # [B, R, Kv, H]
     features: Array  # [B, R, Nk, P]
-    length: Array  # [B] tokens of the document so far, to keep blocks aligned; min(length, R) slots are in use
+    length: Array  # [B] tokens of the document so far, which align blocks; min(length, R) slots are in use
 
 
 class LinearState(NamedTuple):

@@ -46,7 +46,7 @@ class Held(NamedTuple):
 class State(NamedTuple):
     """The cache of one layer."""
 
-    kv: Float[Array, "B N P H"]  # the linear state of the tokens before the held ones; without a window of all tokens
+    kv: Float[Array, "B N P H"]  # linear state of the tokens before the held ones; of all without a window
     k_sum: Float[Array, "B N P"]
     seen: Int[Array, " B"]
     held: Held | None = None

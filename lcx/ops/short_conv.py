@@ -95,7 +95,7 @@ def _kernel(x, w, bias, segment_ids, state: ConvState | None, platform: str) -> 
 
 def kernel_history(segment_ids: Array | None, state: ConvState | None) -> dict[str, Any]:
     """Documents and state as keyword arguments of the kernels: document indices (`runs`), -1 at padding, and inputs."""
-    if segment_ids is None:  # tokens without ids are document 1; `own_inputs` zeroes inputs of other documents
+    if segment_ids is None:  # tokens without ids are document 1; `own_inputs` zeroes all others
         inputs = None if state is None else own_inputs(state)
         return {"runs": None, "initial_inputs": inputs, "initial_runs": None}
     seen = 0 if state is None else state.segment_ids.shape[1]

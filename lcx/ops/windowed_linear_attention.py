@@ -30,7 +30,7 @@ from lcx.ops.linear_chunks import chunk_weights, dot, grouped, next_state, nonze
 from lcx.ops.linear_state import Held, LinearState, Window, starts
 
 NEG = -1e30
-WIDEST = 128  # largest chunk: scores are computed for C + size keys, so a chunk wider than the window is wasteful
+WIDEST = 128  # largest chunk: scores cover C + size keys, so a chunk wider than the window is wasteful
 
 
 def held_slots(kind: str, size: int) -> int:
