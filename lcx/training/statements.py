@@ -28,7 +28,7 @@ def opening(trainer: Any, run: Any, opened: Any, mesh: jax.sharding.Mesh, workdi
         yield from resume_check.changes(run.before, resume_check.changeable(trainer))
     yield _model(run)
     yield _size(trainer, mesh)
-    for part in opened.parts:
+    for part in getattr(opened, "parts", ()):  # a block of layers trains on stored activations
         yield _data(part.corpus)
     yield trainer.data.describe_special_tokens()
     yield from opened.remarks()
