@@ -29,8 +29,12 @@ def flags(*more: str) -> str:
 
 
 @contextlib.contextmanager
-def as_for_users():
-    """XLA's defaults for what is compiled in this process meanwhile."""
+def as_for_users(*, optimized=True):
+    """XLA's defaults for what is compiled in this process meanwhile.
+
+    Args:
+      optimized: False leaves out LLVM's expensive passes all the same.
+    """
     import jax
     from jax._src import compiler
 
@@ -44,7 +48,7 @@ def as_for_users():
             env_options_overrides = defaults | (env_options_overrides or {})
         return get(*args, backend=backend, env_options_overrides=env_options_overrides, **kwargs)
 
-    jax.config.update(flag, False)
+    jax.config.update(flag, before and not optimized)
     try:
         with mock.patch.object(compiler, "get_compile_options", options):
             yield
