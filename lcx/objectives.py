@@ -4,6 +4,9 @@ An objective returns (sum of losses, sum of weights), or (sum of losses, sum of 
 are auxiliary losses: they are included in the sum of losses, logged by name, and excluded from the held-out loss.
 """
 
+import functools
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,13 +18,14 @@ from lcx.mixers.linearized import LinearizedAttention
 from lcx.model import Decoder, map_mixers
 from lcx.ops.cross_entropy import cross_entropy
 from lcx.ops.segments import runs
+from lcx.pieces import Pieces, total
 
 Batch = dict[str, Array]
 Sums = tuple[Array, Array] | tuple[Array, Array, dict[str, Array]]
 TAKEN = ("loss", "grad_norm", "learning_rate", "tokens", "step", "eval_loss", "tokens_per_second", "mfu")
 
 
-def next_token(model: Decoder, variables: Any, batch: Batch) -> Sums:
+def next_token(model: Decoder, variables: Any, batch: Batch, pieces: Pieces | None = None) -> Sums:
     """Sum of the weighted next-token negative log-likelihoods in nats, and the sum of the weights.
 
     Labels are already shifted by the data pipeline. A weight of zero masks padding and the first token of a document.
@@ -36,15 +40,26 @@ def next_token(model: Decoder, variables: Any, batch: Batch) -> Sums:
       model: the architecture.
       variables: {"params": ...}, with LoRA also {"lora": ...}.
       batch: tokens, labels, positions, segment_ids and loss_weights, each [B, T].
+      pieces: process rows longer than a piece in pieces, with the same gradients and less memory; see lcx.pieces.
+        Losses per token, and scalars that depend on the weights alone, stay the same; other scalars are means over the
+        tokens of a piece.
 
     Raises:
       UserError: a module sows a value of another shape, or one named like a metric.
     """
-    (x, _), sown = model.apply(
+    if pieces is None or batch["tokens"].shape[1] <= pieces.length:
+        return _next_token(model, variables, None, batch)[0]
+    return total(functools.partial(_next_token, model), model, variables, batch, pieces)
+
+
+def _next_token(model: Decoder, variables: Any, state: Any, batch: Batch) -> tuple[Sums, Any]:
+    """(the sums of next_token over some tokens, the state after them; None without a state before them)."""
+    (x, state), sown = model.apply(
         variables,
         batch["tokens"],
         positions=batch["positions"],
         segment_ids=batch["segment_ids"],
+        cache=state,
         method="hidden",
         mutable="losses",
     )
@@ -53,11 +68,13 @@ def next_token(model: Decoder, variables: Any, batch: Batch) -> Sums:
     loss = cross_entropy(x, head, batch["labels"], weights, transform=transform)
     parts = _auxiliary(sown, weights)
     if not parts:
-        return loss, jnp.sum(weights)
-    return sum(parts.values(), loss), jnp.sum(weights), parts
+        return (loss, jnp.sum(weights)), state
+    return (sum(parts.values(), loss), jnp.sum(weights), parts), state
 
 
-def nucleotides(model: Decoder, variables: Any, batch: Batch, repeat_weight: float = 0.1) -> Sums:
+def nucleotides(
+    model: Decoder, variables: Any, batch: Batch, repeat_weight: float = 0.1, pieces: Pieces | None = None
+) -> Sums:
     """next_token for genomes encoded as bytes, with the loss weights of Evo 2 (Brixi et al. 2025).
 
     Inputs and labels are converted to upper case. A lower-case label (a soft-masked repeat) has weight `repeat_weight`;
@@ -71,7 +88,23 @@ def nucleotides(model: Decoder, variables: Any, batch: Batch, repeat_weight: flo
         name: jnp.where(_is_lower(batch[name]), batch[name] - 32, batch[name])
         for name in ("tokens", "labels")
     }
-    return next_token(model, variables, {**batch, **upper, "loss_weights": jnp.where(unread, 0.0, weights)})
+    batch = {**batch, **upper, "loss_weights": jnp.where(unread, 0.0, weights)}
+    return next_token(model, variables, batch, pieces)
+
+
+def over_pieces(objective: Callable, pieces: Pieces) -> Callable:
+    """The objective with rows processed in pieces, for an objective that has an argument `pieces`.
+
+    Raises:
+      UserError: it has none.
+    """
+    if "pieces" not in inspect.signature(objective).parameters:
+        name = getattr(objective, "__name__", str(objective))
+        raise UserError(
+            f"Trainer.objective {name} has no argument `pieces`, expected one as next_token has: it needs whole rows; "
+            "set Trainer.piece_length to None"
+        )
+    return functools.partial(objective, pieces=pieces)
 
 
 def attention_transfer(

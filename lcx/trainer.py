@@ -28,6 +28,7 @@ from lcx.linearize import Linearize, check_linear
 from lcx.locks import LOCK, only_writer
 from lcx.model import Decoder
 from lcx.optim import AdamW
+from lcx.pieces import Pieces
 from lcx.training import resume_check, statements
 from lcx.training import step as train_step
 from lcx.training.distributed import join
@@ -124,6 +125,10 @@ class Trainer:
         weights it contains. Its rank, alpha and modules apply; `lora`, if set, must agree with them.
       objective: the loss, see lcx.objectives.
       accumulation: micro-batches per step.
+      piece_length: process each row in pieces of this many tokens, with the gradients of the whole row and the
+        activations of one piece in memory (see lcx.pieces); None: whole rows.
+      carry: with piece_length, what passes between pieces in the backward pass: "exact" gradients, or "stop": none
+        (truncated backpropagation through time).
       mesh: sizes of the mesh axes.
       seed: for the initialisation and the order of the data.
       log_every: steps between lines of metrics.
@@ -151,6 +156,8 @@ class Trainer:
     adapter: str | None = None
     objective: Callable = objectives.next_token
     accumulation: int = 1
+    piece_length: int | None = None
+    carry: str = "exact"
     mesh: sharding.MeshShape = sharding.MeshShape()
     seed: int = 0
     log_every: int = 10
@@ -182,6 +189,7 @@ class Trainer:
                 raise UserError(
                     f"Trainer.{name} is {getattr(self, name)!r}, expected one of {', '.join(known)}"
                 )
+        _ = self._objective
         if (self.optimizer.warmup_steps or 0) > self.steps:
             raise UserError(
                 f"AdamW.warmup_steps is {self.optimizer.warmup_steps}, more than the {self.steps} steps of the run: "
@@ -335,7 +343,7 @@ class Trainer:
         step_fn = train_step.make_step(
             run.model,
             run.optimizer,
-            self.objective,
+            self._objective,
             self.optimizer.learning_rates(self.steps),
             accumulation=self.accumulation,
             abstract=run.abstract,
@@ -407,6 +415,15 @@ class Trainer:
         """The data, opened (and tokenised) once per run."""
         return self.data.opened()
 
+    @functools.cached_property
+    def _objective(self) -> Callable:
+        """The objective, over pieces if piece_length is set."""
+        if self.piece_length is None:
+            if self.carry != "exact":
+                raise UserError(f"Trainer.carry is {self.carry!r} without pieces: set Trainer.piece_length")
+            return self.objective
+        return objectives.over_pieces(self.objective, Pieces(self.piece_length, self.carry))
+
     def held_out_loss(self, model: Decoder, state: State, mesh) -> float:
         """Mean negative log-likelihood per token over the first eval_batches of the held-out data.
 
@@ -417,7 +434,7 @@ class Trainer:
         except UserError as e:
             log.warning("no evaluation: %s", e)
             return math.nan
-        sums = train_step.make_sums(model, self.objective, self.accumulation)
+        sums = train_step.make_sums(model, self._objective, self.accumulation)
         weights = train_step.weights_of(state)
         loss = weight = 0.0
         with held_out:

@@ -20,7 +20,7 @@ LINES = [
     "training sampler",
     "convert convert.lolcats convert.peft convert.workdir convert.evo2 convert.hf convert.core convert.files",
     "data data.readers",
-    "checkpoint objectives optim",
+    "checkpoint objectives pieces optim",
     "linearize lora extend striped_hyena llama",
     "model block parameters mixers mlps layers rope",
     "remat ops kernels_pallas sharding",

@@ -47,6 +47,12 @@ def append(cache: Cache, new: Cache) -> Cache:
     return {**cache, **written, "index": cache["index"] + new["segment_ids"].shape[-1]}
 
 
+def _filled(cache: Cache) -> Array:
+    """The segment ids [B, S] of the slots filled so far; 0 for the others, whatever they hold (see lcx/pieces.py)."""
+    ids = cache["segment_ids"]
+    return jnp.where(jnp.arange(ids.shape[1]) < cache["index"], ids, 0)
+
+
 def attend(cache: Cache, q: Array, new: Cache, *, window: int | None = None) -> Array:
     """Attention outputs of at most FEW new tokens, [B, T, N, H]."""
     return cached_attention(
@@ -56,7 +62,7 @@ def attend(cache: Cache, q: Array, new: Cache, *, window: int | None = None) -> 
         cached_k=cache["k"],
         cached_v=cache["v"],
         segment_ids=new["segment_ids"],
-        cached_segment_ids=cache["segment_ids"],
+        cached_segment_ids=_filled(cache),
         length=cache["index"],
         log_decay=new.get("log_decay"),
         cached_log_decay=cache.get("log_decay"),
@@ -68,7 +74,7 @@ def arguments(
     cache: Cache, q: Array, new: Cache, *, window: int | None = None
 ) -> tuple[Array, Array, Array, dict[str, Array | None]]:
     """Arguments of ops.attention for many new tokens, time before heads: q, k, v, and the keyword arguments."""
-    kept = append(cache, new)
+    kept = append({**cache, "segment_ids": _filled(cache)}, new)
     if window is not None:  # the operator counts the window in slots, so padding must not lie between tokens
         kept = _padding_first(kept, cache["index"], new["segment_ids"])
     k, v = (jnp.swapaxes(kept[name], 1, 2).astype(q.dtype) for name in ("k", "v"))

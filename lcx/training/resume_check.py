@@ -19,7 +19,8 @@ from lcx.model import Decoder
 log = logging.getLogger(__name__)
 
 _FREE = ("dtype", "remat", "implementation")  # change how a model computes, not which function
-_CHANGEABLE = ("steps", "batch_size", "accumulation", "optimizer", "objective", "mesh", "dtype", "remat")
+_CHANGEABLE = ("steps", "batch_size", "accumulation", "optimizer", "objective", "mesh", "dtype", "remat",
+               "piece_length", "carry")
 
 
 def record(

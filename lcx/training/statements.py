@@ -28,6 +28,7 @@ def opening(trainer: Any, run: Any, opened: Any, mesh: jax.sharding.Mesh, workdi
         yield from resume_check.changes(run.before, resume_check.changeable(trainer))
     yield _model(run)
     yield _size(trainer, mesh)
+    yield from _pieces(trainer)
     for part in getattr(opened, "parts", ()):  # a block of layers trains on stored activations
         yield _data(part.corpus)
     yield trainer.data.describe_special_tokens()
@@ -87,6 +88,15 @@ def _size(trainer: Any, mesh: jax.sharding.Mesh) -> str:
         f"{counted(trainer.batch_size * trainer.seq_len)} tokens{pieces}, on {mesh.size} x "
         f"{jax.devices()[0].device_kind}{f' ({axes})' if axes else ''}"
     )
+
+
+def _pieces(trainer: Any) -> Iterator[str]:
+    """How rows are divided, if they are."""
+    length = getattr(trainer, "piece_length", None)
+    if length is not None and length < trainer.seq_len:
+        count = -(-trainer.seq_len // length)
+        gradients = "exact gradients" if trainer.carry == "exact" else "gradients stop at their borders"
+        yield f"pieces: every row in {count} of {length} tokens, {gradients}"
 
 
 def counted(number: int) -> str:

@@ -1,0 +1,268 @@
+"""A row processed in pieces: exact gradients, with the activations of one piece in memory at a time.
+
+A model maps a stretch of tokens and the state before it to outputs and the state after it (``lcx/mixers``). A loss over
+a row of T tokens is therefore a sum over pieces of L tokens, each of which gets the state that the previous one left::
+
+    forward    state_p+1, sums_p = piece(weights, state_p, tokens_p)         p = 0, 1, ..., P - 1
+    backward   d weights, d state_p = vjp of the same at (weights, state_p)   p = P - 1, ..., 1, 0
+
+The backward pass recomputes one piece at a time from the state at its border and passes the state's cotangent on to the
+piece before. Nothing is approximated: the gradients are those of the whole row, up to rounding. The cost is one more
+forward pass, 4/3 of the whole row's FLOPs.
+
+What is kept between the passes:
+
+- States of fixed size (recurrences, histories of convolutions): one per border. If these would exceed BORDER_BYTES,
+  only every g-th is kept, and the backward pass recomputes the g - 1 between them: at most one more forward pass again.
+- Caches that grow with the row (keys and values): once. The cache before piece p is the final cache, of whose slots a
+  mixer reads only those filled before p. Their cotangents accumulate in one array of the same size.
+
+So memory is flat in T for models with linear cost, and linear in T through keys and values alone for softmax attention.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Int
+
+from lcx import mixers, sharding
+from lcx.errors import UserError
+from lcx.model import Decoder
+
+Tree = Any
+PieceFn = Callable[[Tree, Tree, dict[str, Array]], tuple[Tree, Tree]]
+CARRIES = ("exact", "stop")
+BORDER_BYTES = 1 << 30  # of all states at borders together; above this only every g-th is kept
+
+
+@dataclasses.dataclass(frozen=True)
+class Pieces:
+    """How rows are divided.
+
+    Attributes:
+      length: tokens per piece; the last piece of a row may be shorter.
+      carry: "exact": gradients flow through the states at the borders, as in a whole row. "stop": they stop there
+        (truncated backpropagation through time); the states themselves are still passed on.
+
+    Raises:
+      UserError: a length below 1, or another carry.
+    """
+
+    length: int
+    carry: str = "exact"
+
+    def __post_init__(self):
+        if self.length < 1:
+            raise UserError(f"piece_length is {self.length}, expected at least 1: change Trainer.piece_length")
+        if self.carry not in CARRIES:
+            raise UserError(
+                f"carry is {self.carry!r}, expected one of {', '.join(CARRIES)}: change Trainer.carry"
+            )
+
+    def count(self, seq_len: int) -> int:
+        """The number of pieces of a row of `seq_len` tokens."""
+        return -(-seq_len // self.length)
+
+
+def total(
+    piece: PieceFn, model: Decoder, variables: Tree, batch: dict[str, Int[Array, "B T"]], pieces: Pieces
+) -> Tree:
+    """The sum over the pieces of a batch of what `piece` returns, differentiable in `variables`.
+
+    Args:
+      piece: piece(variables, state, batch) -> (a tree of sums, floating point; the state after the piece).
+      model: the model whose states these are (Decoder.init_cache).
+      variables: the weights. Gradients are computed only for those with respect to which the result is differentiated.
+      batch: tokens, positions, segment_ids and others, each [B, T]. Padding (segment id 0) fills up the last piece.
+      pieces: how rows are divided.
+    """
+    B, T = batch["tokens"].shape
+    count = pieces.count(T)
+    state = _empty_state(model, batch, count * pieces.length)
+    grows = _growing(model, B)
+    every = _border_interval(state, grows, count)
+    rows = _cut(batch, pieces.length, count, every)
+    return _total(piece, grows, pieces.carry, variables, state, rows)
+
+
+def _empty_state(model: Decoder, batch: dict[str, Array], slots: int) -> Tree:
+    """The state before the first token, with the RoPE length that the whole rows would have."""
+    B = batch["tokens"].shape[0]
+    counted = jnp.where(batch["segment_ids"] != 0, batch["positions"], 0)
+    state = mixers.with_rope_length(model.init_cache(B, slots), jnp.max(counted) + 1)
+    return jax.tree.map(lambda x: _over_rows(x, 1, B), state)
+
+
+def _over_rows(x: Array, axis: int, rows: int) -> Array:
+    """Splits the axis of rows over the devices that split the batch, and leaves the other axes to the compiler."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1 or x.ndim <= axis or x.shape[axis] != rows:
+        return x
+    if rows % math.prod(mesh.shape[name] for name in sharding.BATCH_AXES):
+        return x
+    free = PartitionSpec.UNCONSTRAINED
+    axes = (sharding.BATCH_AXES if i == axis else free for i in range(x.ndim))
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*axes))
+
+
+def _growing(model: Decoder, batch_size: int) -> Tree:
+    """Tree of bool: which arrays of the state grow with the number of slots."""
+    short, long = (
+        jax.eval_shape(functools.partial(model.init_cache, batch_size, slots)) for slots in (8, 16)
+    )
+    return jax.tree.map(lambda a, b: a.shape != b.shape, short, long)
+
+
+def _border_interval(state: Tree, grows: Tree, count: int) -> int:
+    """g: every g-th state at a border is kept. 1, or about sqrt(count) if all together exceed BORDER_BYTES."""
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(_take(state, grows, False)))
+    return 1 if size * count <= BORDER_BYTES else math.isqrt(count - 1) + 1
+
+
+def _cut(batch: dict[str, Array], length: int, count: int, every: int) -> dict[str, Array]:
+    """[B, T] -> [groups, g, B, length], padded with zeros."""
+
+    def one(x: Array) -> Array:
+        B, T = x.shape
+        groups = -(-count // every)
+        x = jnp.pad(x, ((0, 0), (0, groups * every * length - T)))
+        x = jnp.moveaxis(x.reshape(B, groups, every, length), 0, 2)
+        return sharding.constrain(x, None, None, sharding.BATCH_AXES, "context")
+
+    return jax.tree.map(one, batch)
+
+
+# ------------------------------------------------------------------------------------- trees with and without parts
+
+
+def _take(tree: Tree, flags: Tree, wanted: bool) -> Tree:
+    """The leaves whose flag is `wanted`; None for the others."""
+    return jax.tree.map(lambda x, flag: x if flag is wanted else None, tree, flags)
+
+
+def _merge(first: Tree, second: Tree) -> Tree:
+    """The leaves of the first tree, and those of the second where the first has None."""
+    return jax.tree.map(lambda a, b: b if a is None else a, first, second, is_leaf=lambda x: x is None)
+
+
+def _floating(tree: Tree) -> Tree:
+    """Tree of bool: which leaves have gradients."""
+    return jax.tree.map(lambda x: jnp.issubdtype(x.dtype, jnp.inexact), tree)
+
+
+def _zeros(tree: Tree) -> Tree:
+    return jax.tree.map(jnp.zeros_like, tree)
+
+
+# ------------------------------------------------------------------------------------------------------- both passes
+
+
+def _total(piece: PieceFn, grows: Tree, carry: str, variables: Tree, state: Tree, rows: dict[str, Array]) -> Tree:
+    """The sums over rows [groups, g, B, length], with the backward pass described at the top of this file."""
+
+    def zero_sums() -> Tree:
+        first = jax.tree.map(lambda x: x[0, 0], rows)
+        return _zeros(jax.eval_shape(piece, variables, state, first)[0])
+
+    def forward(variables: Tree, state: Tree) -> tuple[Tree, Tree, Tree]:
+        """(sums, the final caches that grow, the other states before each group)."""
+
+        def one(carried, batch):
+            sums, state = carried
+            new, state = piece(variables, state, batch)
+            return (jax.tree.map(jnp.add, sums, new), state), None
+
+        def group(carried, batches):
+            return jax.lax.scan(one, carried, batches)[0], _take(carried[1], grows, False)
+
+        (sums, last), borders = jax.lax.scan(group, (zero_sums(), state), rows)
+        return sums, _take(last, grows, True), borders
+
+    @jax.custom_vjp
+    def summed(variables: Tree, state: Tree) -> Tree:
+        return forward(variables, state)[0]
+
+    def summed_forward(variables: Tree, state: Tree) -> tuple[Tree, Tree]:
+        moves = jax.tree.map(lambda x: x.perturbed, variables)
+        variables, state = jax.tree.map(lambda x: x.value, (variables, state))
+        sums, grown, borders = forward(variables, state)
+        moving, still = (_take(variables, moves, wanted) for wanted in (True, False))
+        return sums, (moving, still, grown, borders)
+
+    def summed_backward(kept: Tree, d_sums: Tree) -> tuple[Tree, None]:
+        moving, still, grown, borders = kept
+        d_sums = jax.tree.map(
+            lambda d: jnp.zeros(d.shape, d.dtype) if isinstance(d, SymbolicZero) else d,
+            d_sums,
+            is_leaf=lambda d: isinstance(d, SymbolicZero),
+        )
+        backward = functools.partial(_group_backward, piece, carry, grows, moving, still, d_sums)
+        first = _merge(grown, jax.tree.map(lambda x: x[0], borders))
+        nothing = (_zeros(moving), _zeros(_take(first, _floating(first), True)), grown)
+        (d_moving, _, _), _ = jax.lax.scan(
+            lambda carried, xs: (backward(carried, *xs), None), nothing, (borders, rows), reverse=True
+        )
+        return d_moving, None
+
+    summed.defvjp(summed_forward, summed_backward, symbolic_zeros=True)
+    return summed(variables, state)
+
+
+def _group_backward(
+    piece: PieceFn,
+    carry: str,
+    grows: Tree,
+    moving: Tree,
+    still: Tree,
+    d_sums: Tree,
+    carried: tuple[Tree, Tree, Tree],
+    border: Tree,
+    batches: dict[str, Array],
+) -> tuple[Tree, Tree, Tree]:
+    """The backward pass through one group of g pieces: (d weights so far, d state before the group, grown caches).
+
+    Args:
+      carried: d weights of the later groups, d state after this group, and the caches that grow, filled.
+      border: the other states before the group.
+      batches: [g, B, length].
+    """
+
+    def apply(moving: Tree, state: Tree, batch) -> tuple[Tree, Tree]:
+        return piece(_merge(moving, still), state, batch)
+
+    def recompute(state: Tree, batch) -> tuple[Tree, Tree]:
+        return apply(moving, state, batch)[1], _take(state, grows, False)
+
+    d_moving, d_state, grown = carried
+    if batches["tokens"].shape[0] == 1:
+        borders = jax.tree.map(lambda x: x[None], border)
+    else:  # also writes this group's slots of the growing caches again, with the same values
+        last, borders = jax.lax.scan(recompute, _merge(grown, border), batches)
+        grown = _take(last, grows, True)
+
+    def one(carried: tuple[Tree, Tree], xs: tuple[Tree, Any]) -> tuple[tuple[Tree, Tree], None]:
+        d_moving, d_state = carried
+        border, batch = xs
+        state = _merge(grown, border)
+        has_gradient = _floating(state)
+        fixed = _take(state, has_gradient, False)
+
+        def differentiable(moving: Tree, floats: Tree) -> tuple[Tree, Tree]:
+            sums, after = apply(moving, _merge(floats, fixed), batch)
+            return sums, _take(after, has_gradient, True)
+
+        _, pull = jax.vjp(differentiable, moving, _take(state, has_gradient, True))
+        d_weights, d_before = pull((d_sums, d_state))
+        if carry == "stop":
+            d_before = _zeros(d_before)
+        return (jax.tree.map(jnp.add, d_moving, d_weights), d_before), None
+
+    (d_moving, d_state), _ = jax.lax.scan(one, (d_moving, d_state), (borders, batches), reverse=True)
+    return d_moving, d_state, grown

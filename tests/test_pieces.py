@@ -1,0 +1,172 @@
+"""Rows in pieces against whole rows: values and gradients of every mixer, packed and padded; memory; settings."""
+
+import dataclasses
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_mixers import MIXERS, D
+from tiny_runs import dataset, tiny_model
+
+from lcx import lora as lora_lib
+from lcx import objectives, pieces
+from lcx.errors import UserError
+from lcx.mixers.attention import Attention
+from lcx.mixers.mamba2 import Mamba2
+from lcx.model import Block, Decoder, Mlp, Stage
+from lcx.optim import combine, partition
+from lcx.pieces import Pieces
+from lcx.rope import Rope
+from lcx.trainer import Trainer
+
+T = 40
+DYNAMIC = Rope(rope_type="dynamic", factor=2.0, original_max_position_embeddings=16)
+ALL = {**MIXERS, "attention_dynamic": Attention(2, 1, 8, rope=DYNAMIC)}
+
+
+def packed(rng) -> dict[str, np.ndarray]:
+    """A row of one document, and one of two and padding; the documents end inside a piece and on a border."""
+    segments = np.array([[1] * T, [1] * 9 + [2] * 23 + [0] * 8], np.int32)
+    return {
+        "tokens": rng.integers(0, 50, (2, T), np.int32),
+        "labels": rng.integers(0, 50, (2, T), np.int32),
+        "positions": np.array([[*range(T)], [*range(9), *range(23), *[0] * 8]], np.int32),
+        "segment_ids": segments,
+        "loss_weights": (segments != 0).astype(np.float32) * rng.uniform(0.2, 1, (2, T)).astype(np.float32),
+    }
+
+
+BATCH = jax.tree.map(jnp.asarray, packed(np.random.default_rng(0)))
+
+
+def noisy(model):
+    """Parameters away from their symmetric start."""
+    shapes = nn.meta.unbox(jax.eval_shape(model.init, jax.random.key(0), BATCH["tokens"])["params"])
+    params = nn.meta.unbox(jax.jit(model.init)(jax.random.key(0), BATCH["tokens"]))["params"]
+    rng = np.random.default_rng(1)
+    return jax.tree.map(lambda x, s: x + 0.1 * rng.normal(size=s.shape).astype(np.float32), params, shapes)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def gradient(model, how, params, batch):
+    def loss(params):
+        total, weight = objectives.next_token(model, {"params": params}, batch, how)
+        return total / weight
+
+    return jax.value_and_grad(loss)(params)
+
+
+def assert_equal(got, want, relative=1e-4):
+    np.testing.assert_allclose(got[0], want[0], rtol=1e-6)
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(got[1]), jax.tree.leaves(want[1]), strict=True
+    ):
+        atol = 2e-7 + relative * float(np.abs(b).max())
+        np.testing.assert_allclose(a, b, atol=atol, err_msg=jax.tree_util.keystr(path))
+
+
+@pytest.fixture(scope="module")
+def every_mixer():
+    """One model of all mixers, each twice in depth, its parameters, and the gradient of whole rows."""
+    blocks = tuple(Block(mixer, Mlp(24) if i % 3 else None) for i, mixer in enumerate(ALL.values()))
+    model = Decoder(50, D, (Stage(blocks, 2),), 64, tie_word_embeddings=True)
+    params = noisy(model)
+    return model, params, gradient(model, None, params, BATCH)
+
+
+@pytest.mark.parametrize(("length", "border_bytes"), [(16, 1 << 30), (7, 0), (1, 0), (39, 0)])
+def test_gradients_are_those_of_whole_rows(every_mixer, monkeypatch, length, border_bytes):
+    """Pieces that end inside a halo and a window, of one token, with a last piece of one token; two levels of states."""
+    monkeypatch.setattr(pieces, "BORDER_BYTES", border_bytes)
+    model, params, want = every_mixer
+    assert_equal(gradient(model, Pieces(length), params, BATCH), want)
+
+
+def small(mixer):
+    return Decoder(50, D, (Stage((Block(mixer, Mlp(24)),), 2),), 64)
+
+
+def test_stop_cuts_the_gradient_at_the_borders():
+    """As if each piece's state were data: against a loop over pieces with stop_gradient."""
+    model, L = small(MIXERS["mamba2"]), 16
+    params = noisy(model)
+
+    def loss(params):
+        total, state = 0.0, model.init_cache(2, T)
+        for start in range(0, T, L):
+            part = {name: x[:, start : start + L] for name, x in BATCH.items()}
+            (value, _), state = objectives._next_token(
+                model, {"params": params}, jax.lax.stop_gradient(state), part
+            )
+            total += value
+        return total / BATCH["loss_weights"].sum()
+
+    want = jax.jit(jax.value_and_grad(loss))(params)
+    assert_equal(gradient(model, Pieces(L, carry="stop"), params, BATCH), want)
+    exact = gradient(model, Pieces(L), params, BATCH)[1]["stages_0"]["block_0"]["mixer"]["A_log"]
+    assert np.abs(exact - want[1]["stages_0"]["block_0"]["mixer"]["A_log"]).max() > 1e-6
+
+
+def test_only_what_trains_gets_a_gradient():
+    """With LoRA the program computes no gradient of a frozen matrix: it has fewer FLOPs than with all gradients."""
+    model = tiny_model()
+    params = jax.eval_shape(lambda: nn.meta.unbox(model.init(jax.random.key(0), BATCH["tokens"]))["params"])
+    pairs = jax.eval_shape(lambda: lora_lib.LoRA(rank=2).init(jax.random.key(0), model))
+
+    def flops(moving, still):
+        def loss(moving):
+            return objectives.next_token(model, combine(moving, still), BATCH, Pieces(16))[0]
+
+        return jax.jit(jax.grad(loss)).lower(moving).cost_analysis()["flops"]
+
+    weights = {"params": params, "lora": pairs}
+    trains = {name: jax.tree.map(lambda _, yes=name == "lora": yes, weights[name]) for name in weights}
+    moving, still = partition(weights, trains)
+    still = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), still)
+    assert flops(moving, still) < 0.8 * flops(weights, jax.tree.map(lambda _: None, weights))
+
+
+def test_memory_does_not_grow_with_the_row():
+    """Compiled temporary memory of a recurrent model's gradient, in bytes: 8 times the tokens, less than 1.2 times."""
+    model = small(Mamba2(num_heads=2, head_dim=16, state_dim=16))
+    params = jax.eval_shape(lambda: nn.meta.unbox(model.init(jax.random.key(0), BATCH["tokens"]))["params"])
+
+    def temporary(tokens, how):
+        batch = {
+            name: jax.ShapeDtypeStruct((1, tokens), x.dtype) for name, x in BATCH.items()
+        }
+        compiled = gradient.lower(model, how, params, batch).compile()
+        ints = sum(4 * tokens for _ in batch)  # the batch itself, cut into pieces
+        return compiled.memory_analysis().temp_size_in_bytes - ints
+
+    short, long = (temporary(tokens, Pieces(256)) for tokens in (512, 4096))
+    assert long < 1.2 * short
+    assert temporary(4096, None) > 3 * long  # whole rows do grow
+
+
+def test_a_run_in_pieces_is_the_run_in_whole_rows(tmp_path):
+    """Two steps of a trainer with accumulation and held-out loss, and the line at the start."""
+    trainer = Trainer(
+        data=dataset(tmp_path), steps=2, batch_size=4, seq_len=32, model=tiny_model(), accumulation=2, log_every=1
+    )
+    whole = trainer.run(str(tmp_path / "whole"))
+    cut = dataclasses.replace(trainer, piece_length=12).run(str(tmp_path / "cut"))
+    for a, b in zip(jax.tree.leaves(cut.state["params"]), jax.tree.leaves(whole.state["params"]), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"piece_length": 0}, "piece_length is 0, expected at least 1"),
+        ({"piece_length": 8, "carry": "half"}, "carry is 'half', expected one of exact, stop"),
+        ({"carry": "stop"}, "carry is 'stop' without pieces: set Trainer.piece_length"),
+        ({"piece_length": 8, "objective": objectives.attention_transfer}, "needs whole rows"),
+    ],
+)
+def test_settings_are_refused(tmp_path, settings, message):
+    with pytest.raises(UserError, match=message):
+        Trainer(data=dataset(tmp_path), steps=1, batch_size=1, seq_len=32, model=tiny_model(), **settings)
