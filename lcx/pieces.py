@@ -34,7 +34,7 @@ from jaxtyping import Array, Int
 
 from lcx import mixers, sharding
 from lcx.errors import UserError
-from lcx.model import Decoder
+from lcx.model import Decoder, layers
 
 Tree = Any
 PieceFn = Callable[[Tree, Tree, dict[str, Array]], tuple[Tree, Tree]]
@@ -82,22 +82,38 @@ def total(
       variables: the weights. Gradients are computed only for those with respect to which the result is differentiated.
       batch: tokens, positions, segment_ids and others, each [B, T]. Padding (segment id 0) fills up the last piece.
       pieces: how rows are divided.
+
+    Raises:
+      UserError: a mixer cannot continue from a state.
     """
     B, T = batch["tokens"].shape
     count = pieces.count(T)
-    state = _empty_state(model, batch, count * pieces.length)
+    check(model)
+    counted = jnp.where(batch["segment_ids"] != 0, batch["positions"], 0)
+    state = empty_state(model, B, count * pieces.length, jnp.max(counted) + 1)
     grows = _growing(model, B)
     every = _border_interval(state, grows, count)
     rows = _cut(batch, pieces.length, count, every)
     return _total(piece, grows, pieces.carry, variables, state, rows)
 
 
-def _empty_state(model: Decoder, batch: dict[str, Array], slots: int) -> Tree:
-    """The state before the first token, with the RoPE length that the whole rows would have."""
-    B = batch["tokens"].shape[0]
-    counted = jnp.where(batch["segment_ids"] != 0, batch["positions"], 0)
-    state = mixers.with_rope_length(model.init_cache(B, slots), jnp.max(counted) + 1)
-    return jax.tree.map(lambda x: _over_rows(x, 1, B), state)
+def check(model: Decoder) -> None:
+    """Raises UserError if a mixer cannot continue from the state that an earlier piece left."""
+    for layer in layers(model):
+        if mixers.whole_prompt(layer.block.mixer):
+            raise UserError(
+                f"{mixers.kind(layer.block.mixer)} reads its text in one piece, expected a mixer that continues from a "
+                "state: process whole rows (Trainer.piece_length = None), or use another mixer"
+            )
+
+
+def empty_state(model: Decoder, rows: int, slots: int, rope_length: Int[Array, ""] | int) -> Tree:
+    """The state before the first token of `rows` rows of at most `slots` tokens, on the devices that hold the rows.
+
+    rope_length: the length that RoPE types which depend on it assume for the whole rows.
+    """
+    state = mixers.with_rope_length(model.init_cache(rows, slots), rope_length)
+    return jax.tree.map(lambda x: _over_rows(x, 1, rows), state)
 
 
 def _over_rows(x: Array, axis: int, rows: int) -> Array:

@@ -70,8 +70,10 @@ def numpy_nll(model, params, tokens):
 # ------------------------------------------------------------------------------------------------ scoring
 
 
-@pytest.mark.parametrize("tokens_per_batch", [1, 90, 10_000])
-def test_score_is_the_nll_of_the_logits(tiny, tokens_per_batch):
+@pytest.mark.parametrize(("tokens_per_batch", "long"), [(1, 100), (90, 100), (10_000, 100), (13, 20)])
+def test_score_is_the_nll_of_the_logits(tiny, monkeypatch, tokens_per_batch, long):
+    """Rows in batches, and (the last case) in pieces that do not divide them."""
+    monkeypatch.setattr(scoring, "LONG", long)
     model, params = tiny
     rows = np.random.default_rng(0).integers(0, 258, (5, 46)).astype(np.int32)
     got = scoring.score(model, params, rows[:, :-1], rows[:, 1:], tokens_per_batch=tokens_per_batch)
@@ -115,6 +117,9 @@ mesh = sharding.make_mesh(data=1, fsdp=2, context=2, tensor=2)
 params = init_params(model, jax.random.key(0), mesh=mesh)
 assert scoring.mesh_of(params) == mesh
 got = scoring.score(model, params, rows[:, :-1], rows[:, 1:], tokens_per_batch=100)
+np.testing.assert_allclose(got, expected, rtol=2e-5, atol=2e-5)
+scoring.LONG = 20  # rows in pieces
+got = scoring.score(model, params, rows[:, :-1], rows[:, 1:], tokens_per_batch=13)
 np.testing.assert_allclose(got, expected, rtol=2e-5, atol=2e-5)
 task = Passkey(num_distances=1, trials=2, batch_size=2, max_new_tokens=3)
 here, there = (task(model, p, ByteTokenizer()) for p in (alone, params))

@@ -1,11 +1,14 @@
 """The loss of every token of many rows, on one device or a mesh, without storing the logits.
 
-One program is compiled per shape.
+One program is compiled per shape. Rows longer than LONG tokens are processed in pieces, each of which continues from the
+state that the previous one left (see ``lcx/pieces.py``): memory then does not grow with the row, apart from keys and
+values.
 """
 
 import collections
 import contextlib
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -13,11 +16,12 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Float, Int
 
-from lcx import sharding
+from lcx import pieces, sharding
 from lcx.model import Decoder
 from lcx.ops.cross_entropy import token_nll
 
 TOKENS_PER_BATCH = 1 << 14
+LONG = 1 << 16
 _IN_FLIGHT = 2  # batches queued on the devices; with many, several CPU devices of one process can deadlock
 
 
@@ -49,8 +53,8 @@ def score(
 ) -> Float[np.ndarray, "R T"]:
     """-log p(label) in nats of every token, float32, computed in the model's dtype.
 
-    Rows are processed in batches of tokens_per_batch tokens. The last batch is padded to the same shape, so that one
-    compiled program serves all. On a terminal there is a progress bar. With several processes, each passes all rows
+    Rows are processed in batches of tokens_per_batch tokens, and rows of more than LONG tokens one by one, in pieces of
+    that size. The last batch is padded to the same shape, so that one compiled program serves all. On a terminal there is a progress bar. With several processes, each passes all rows
     and receives all results.
     """
     from tqdm import tqdm
@@ -62,38 +66,75 @@ def score(
     )
     size = _rounded(max(1, min(tokens_per_batch // T, R)), parts)
     width = _rounded(T, context)
+    piece = _rounded(tokens_per_batch, context) if width > max(LONG, tokens_per_batch) else None
     arrays = {"tokens": tokens, "labels": labels, "positions": positions, "segment_ids": segment_ids}
     out = np.empty((R, T), np.float32)
-    pending: collections.deque[tuple[int, jax.Array]] = collections.deque()
+    pending: collections.deque[tuple[tuple[int, int], jax.Array]] = collections.deque()
 
     def collect() -> None:
-        start, values = pending.popleft()
-        stop = min(start + size, R)
-        out[start:stop] = np.asarray(values)[: stop - start, :T]
-        bar.update((stop - start) * T)
+        (start, first), values = pending.popleft()
+        values = np.asarray(values)[: R - start, : T - first]
+        out[start : start + len(values), first : first + values.shape[1]] = values
+        bar.update(values.size)
 
     bar = tqdm(total=R * T, desc=description, unit="tok", unit_scale=True, disable=None, delay=1)
     with on_mesh(params), bar:
         for start in range(0, R, size):
-            batch = {
-                k: None if a is None else _filled(a[start : start + size], size, width)
-                for k, a in arrays.items()
-            }
-            pending.append((start, _score(model, params, **{k: _placed(a, mesh) for k, a in batch.items()})))
-            if len(pending) >= _IN_FLIGHT:
-                collect()
+            rows = {name: None if x is None else x[start : start + size] for name, x in arrays.items()}
+            for first, nll in _scored(model, params, rows, (size, width), piece, mesh):
+                pending.append(((start, first), nll))
+                if len(pending) >= _IN_FLIGHT:
+                    collect()
         while pending:
             collect()
     return out
 
 
-@functools.partial(jax.jit, static_argnames="model")
-def _score(model, params, tokens, labels, positions, segment_ids):
-    x, _ = model.apply(
-        {"params": params}, tokens, positions=positions, segment_ids=segment_ids, method="hidden"
+def _scored(
+    model: Decoder,
+    params: Any,
+    rows: dict[str, np.ndarray | None],
+    shape: tuple[int, int],
+    piece: int | None,
+    mesh: Mesh | None,
+) -> Iterator[tuple[int, jax.Array]]:
+    """(first token, losses) of whole rows, or of one piece of `piece` tokens after the other.
+
+    Args:
+      shape: rows and tokens to which the batch is padded.
+    """
+    size, width = shape
+    state, step = None, width
+    if piece is not None:
+        pieces.check(model)
+        step = piece
+        positions, ids = rows["positions"], rows["segment_ids"]
+        longest = width if positions is None else 1 + int((positions if ids is None else positions * (ids != 0)).max())
+        state = _empty_state(model, size, _rounded(width, step), longest)
+    for first in range(0, width, step):
+        batch = {
+            name: None if x is None else _placed(_filled(x[:, first : first + step], size, step), mesh)
+            for name, x in rows.items()
+        }
+        nll, state = _score(model, params, state, **batch)
+        yield first, nll
+
+
+@functools.partial(jax.jit, static_argnames="model", donate_argnames="state")
+def _score(model, params, state, tokens, labels, positions, segment_ids):
+    x, state = model.apply(
+        {"params": params},
+        tokens,
+        positions=positions,
+        segment_ids=segment_ids,
+        cache=state,
+        method="hidden",
     )
     nll = token_nll(x, model.head(params), labels, transform=model.logit_transform)
-    return sharding.constrain(nll, None, None)  # replicated, because each process reads all of it
+    return sharding.constrain(nll, None, None), state  # replicated, because each process reads all of it
+
+
+_empty_state = jax.jit(pieces.empty_state, static_argnums=(0, 1, 2))
 
 
 def _filled(rows: np.ndarray, size: int, width: int) -> np.ndarray:

@@ -1,0 +1,150 @@
+"""Time and memory of a training step against the length of its one row: whole, and in pieces with exact gradients.
+
+    python benchmarks/pieces.py --letters genome.fna [--models linear,hyena,softmax] [--lengths 16384,65536,...]
+                                [--piece 16384] [--output FILE.json]
+
+Each case is a process of its own, so that its peak of resident memory is its own: compile, one step, one more that is
+timed. The row is the first T letters of a FASTA file (a letter a token). Models: 4 layers of width 64.
+"""
+
+import argparse
+import json
+import pathlib
+import resource
+import subprocess
+import sys
+import time
+
+import numpy as np
+
+LENGTHS = [1 << n for n in range(10, 21)]
+PIECE = 1 << 14
+
+
+def model(name: str, T: int):
+    from lcx.block import Block
+    from lcx.mixers.attention import Attention
+    from lcx.mixers.hyena import HyenaLI, HyenaMR, HyenaSE
+    from lcx.mixers.mamba2 import Mamba2
+    from lcx.mlps.gated import GatedMlp
+    from lcx.model import Decoder, Stage
+
+    width = 64
+    mixers = {
+        "linear": (Mamba2(num_heads=2, head_dim=64, state_dim=32),),
+        "hyena": (HyenaSE(width, num_groups=8), HyenaMR(width, num_groups=8), HyenaLI(width)),
+        "softmax": (Attention(num_heads=2, num_kv_heads=1, head_dim=32),),
+    }[name]
+    blocks = tuple(Block(mixer, GatedMlp(128)) for mixer in mixers)
+    repeat = 4 // len(blocks)
+    return Decoder(256, width, (Stage(blocks, repeat),), T, tie_word_embeddings=True, remat="full")
+
+
+def letters(path: str, count: int) -> np.ndarray:
+    """The first `count` letters of the records of a FASTA file."""
+    data = pathlib.Path(path).read_bytes().upper().split(b"\n")
+    text = b"".join(line.strip() for line in data if not line.startswith(b">"))
+    return np.frombuffer(text[:count], np.uint8)
+
+
+class Step:
+    """The trainer's step on one row, compiled; its state moves on with every call."""
+
+    def __init__(self, architecture, row: np.ndarray, piece: int):
+        import jax
+
+        from lcx import model as model_lib
+        from lcx import objectives, sharding
+        from lcx.optim import AdamW
+        from lcx.pieces import Pieces
+        from lcx.training import step as train_step
+        from lcx.training.run import prepared
+
+        optimizer, T = AdamW(1e-3, "constant", warmup_steps=0), len(row) - 1
+        objective = objectives.next_token
+        if piece:
+            objective = objectives.over_pieces(objective, Pieces(piece))
+        mesh = sharding.make_mesh(devices=jax.devices()[:1])
+        with jax.set_mesh(mesh):
+            run = prepared(optimizer, 10, architecture, mesh, None)
+            rates = optimizer.learning_rates(10)
+            step = train_step.make_step(
+                architecture, run.optimizer, objective, rates, accumulation=1, abstract=run.abstract
+            )
+            batch = {
+                "tokens": row[None, :-1].astype(np.int32),
+                "labels": row[None, 1:].astype(np.int32),
+                "positions": np.arange(T, dtype=np.int32)[None],
+                "segment_ids": np.ones((1, T), np.int32),
+                "loss_weights": np.ones((1, T), np.float32),
+            }
+            self.batch = sharding.shard_batch(batch, mesh)
+            self.compiled = step.lower(run.abstract, self.batch, np.int32(0)).compile()
+            weights = {"params": model_lib.init_params(architecture, jax.random.key(0), mesh=mesh)}
+            self.state = {
+                **weights, "opt_state": train_step.init_opt_state(run.optimizer, weights, run.abstract)
+            }
+
+    def __call__(self) -> float:
+        """Takes a step; returns the loss before it, in nats."""
+        self.state, metrics = self.compiled(self.state, self.batch, np.int32(0))
+        return float(metrics["loss"])
+
+
+def case(args: argparse.Namespace) -> dict:
+    """One process: one model, one length, whole or in pieces."""
+    row = letters(args.letters, args.length + 1)
+    start = time.perf_counter()
+    step = Step(model(args.model, len(row) - 1), row, args.piece)
+    compiled = time.perf_counter()
+    losses = [step()]
+    once = time.perf_counter()
+    if args.twice:
+        losses.append(step())
+    memory = step.compiled.memory_analysis()
+    return {
+        "model": args.model,
+        "T": len(row) - 1,
+        "piece": args.piece or None,
+        "losses": losses,
+        "compile_seconds": round(compiled - start, 1),
+        "seconds": round((time.perf_counter() - once) if args.twice else once - compiled, 2),
+        "temporary_mib": round(memory.temp_size_in_bytes / 2**20, 1),
+        "peak_resident_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10),
+    }
+
+
+def parsed() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--letters", required=True, help="a FASTA file")
+    parser.add_argument("--models", default="linear,hyena,softmax")
+    parser.add_argument("--lengths", default=",".join(map(str, LENGTHS)))
+    parser.add_argument("--whole_until", type=int, default=1 << 17, help="longest row that is also taken whole")
+    parser.add_argument("--piece", type=int, default=PIECE)
+    parser.add_argument("--twice", type=int, default=1, help="0: time the first step")
+    parser.add_argument("--output")
+    parser.add_argument("--model", help=argparse.SUPPRESS)
+    parser.add_argument("--length", type=int, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parsed()
+    if args.model:
+        print("answer", json.dumps(case(args)))
+        return
+    rows = []
+    for name in args.models.split(","):
+        for T in map(int, args.lengths.split(",")):
+            for piece in (args.piece, 0) if T <= args.whole_until else (args.piece,):
+                command = [sys.executable, __file__, "--letters", args.letters, "--twice", str(args.twice)]
+                command += ["--model", name, "--length", str(T), "--piece", str(piece)]
+                out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+                rows.append(json.loads(out.split("answer ")[-1]))
+                print(rows[-1], flush=True)
+    if args.output:
+        pathlib.Path(args.output).write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
