@@ -1,4 +1,4 @@
-"""Peak memory and time of a conversion, both ways, each in a process of its own.
+"""Peak memory and time of a conversion in both directions, each in a separate process.
 
     python benchmarks/convert_memory.py --gigabytes=2 --folder=/tmp/convert_memory
 

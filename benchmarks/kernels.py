@@ -1,19 +1,19 @@
-"""Every operator, on whatever this machine has: our forms, the definition, and others' implementations side by side.
+"""Times every operator on this machine: lcx's forms, the definition, and other libraries' implementations side by side.
 
     python benchmarks/kernels.py [--operators fir_conv_128,...] [--lengths 1024,...] [--forms xla,...] [--rounds 3]
                                  [--output FILE.json] [--plot FILE.svg]
 
-For each operator (benchmarks/operators.py) every form that runs here is first compared with the definition in float32
-on fresh data. Then, forward and forward + backward, T is swept over powers of two with the number of tokens fixed, so
-that time per token shows how cost grows; forms take turns in one run, medians are compared. "naive" is the definition
-itself, where its memory allows; torch's own and (on NVIDIA GPUs) flash-linear-attention, power retention, cuDNN and
+For each operator (benchmarks/operators.py), every form that runs here is first compared with the definition in float32
+on random data. Then T is swept over powers of two, forward and forward + backward, with the number of tokens fixed, so
+that time per token shows how cost grows. Forms take turns in one run; medians are compared. "naive" is the definition
+itself, if its memory suffices; torch's own and (on NVIDIA GPUs) flash-linear-attention, power retention, cuDNN and
 tokamax are measured in the same turns where they can be imported.
 
-A row says: milliseconds, bytes beside arguments and results (temp_mib, XLA's own count; torch has none), and what the
-work of the cheapest known algorithm amounts to: bytes/s, FLOP/s, and its floor on this machine (bytes at the speed of
-a copy, FLOPs at that of a large matrix product, both measured first) as a share of the time.
+A row has milliseconds, bytes in addition to arguments and results (temp_mib, counted by XLA; torch has none), and, for
+the work of the cheapest known algorithm, bytes/s, FLOP/s, and the share of the time that its floor on this machine
+takes (bytes at the speed of a copy, FLOPs at that of a large matrix product, both measured first).
 
-Written to benchmarks/results/<device>.json and .svg unless told otherwise.
+Writes benchmarks/results/<device>.json and .svg by default.
 """
 
 import argparse
@@ -25,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch wants some of the memory
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leaves memory for torch
 
 import _timing
 import jax
@@ -41,7 +41,7 @@ ON_CPU = jax.default_backend() == "cpu"
 
 
 class Torch:
-    """The process of torch_peers.py; without torch, a table with nobody in it."""
+    """The process that runs torch_peers.py; without torch, it has no peers."""
 
     def __init__(self):
         command = [sys.executable, os.path.join(HERE, "torch_peers.py")]
@@ -51,7 +51,7 @@ class Torch:
         self.alive = True
 
     def ask(self, request: dict):
-        """Its answer, or None if it has died (its reasons are its own)."""
+        """The answer of the process, or None if it has died."""
         if not self.alive:
             return None
         try:
@@ -70,7 +70,7 @@ class Torch:
         self.process.wait(timeout=60)
 
     def check(self, name: str, arrays: dict) -> dict:
-        """{peer: result as an array, or why there is none}."""
+        """{peer: its result as an array, or the reason why it has none}."""
         with tempfile.TemporaryDirectory() as folder:
             floats = {
                 k: np.asarray(v, "float32" if v.dtype == jnp.bfloat16 else None) for k, v in arrays.items()
@@ -98,11 +98,11 @@ class Torch:
 
 
 def jax_peers(operator: Operator) -> dict:
-    """Implementations by others in jax: {name: arrays -> result}."""
+    """Implementations of other libraries in jax: {name: arrays -> result}."""
     if jax.default_backend() != "gpu" or not operator.name.startswith(("attention", "second_order_tiles")):
         return {}
 
-    def cudnn(a):  # where there is a decay or a square: the flash attention that would be in its place
+    def cudnn(a):  # for operators with decay or squared scores: the flash attention that they would replace
         return jax.nn.dot_product_attention(a["q"], a["k"], a["v"], is_causal=True, implementation="cudnn")
 
     def tokamax_attention(a):
@@ -116,7 +116,7 @@ def jax_peers(operator: Operator) -> dict:
 
 
 def forms_here(operator: Operator, size, dtype: str, wanted: tuple[str, ...]) -> list[str]:
-    """Those of our forms that run here, as the operator itself says."""
+    """The forms of lcx that run here, according to the operator."""
     from lcx.errors import UserError
 
     arrays, found = operator.structs(size, B=2, T=CHECKED, dtype=dtype), []
@@ -157,7 +157,7 @@ def point(
     train: bool,
     args,
 ):
-    """The rows of one T: forms is {name: arrays -> result}, late the names of those to leave out."""
+    """The rows of one T. forms is {name: arrays -> result}, late the names of forms to skip."""
     arrays = operator.arrays(size, B=B, T=T, dtype=dtype)
     dy = jnp.ones_like(operator.result(arrays))
     runs, temp = {}, {}
@@ -178,7 +178,7 @@ def point(
                 print(f"  {name}: would take {temp[name] / 2**30:.1f} GiB, left out", flush=True)
                 continue
             jax.block_until_ready(compiled(*inputs))
-        except Exception as error:  # out of memory, a shape that a peer refuses
+        except Exception as error:  # out of memory, or a shape that a peer refuses
             print(f"  {name}: {type(error).__name__}: {str(error)[:150]}", flush=True)
             continue
         runs[name] = _timing.on_device(compiled, *inputs)
@@ -296,21 +296,23 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--operators", default=",".join(OPERATORS))
-    parser.add_argument("--lengths", help="unless given powers of two (of four on a CPU) up to --max_t")
+    parser.add_argument("--lengths", help="default: powers of two (of four on a CPU) up to --max_t")
     parser.add_argument("--max_t", type=int, default=2**13 if ON_CPU else 2**20)
     parser.add_argument("--naive_max_t", type=int, default=2048 if ON_CPU else 16384)
     parser.add_argument(
-        "--tokens", type=int, help="B = tokens / T; unless given operators.py's, on a CPU the longest T"
+        "--tokens",
+        type=int,
+        help="B = tokens / T; default: the number in operators.py, on a CPU the longest T",
     )
     parser.add_argument(
-        "--slow", type=float, default=0.5, help="seconds from which on a form is not run again"
+        "--slow", type=float, default=0.5, help="skip a form at longer T once a call takes this many seconds"
     )
     parser.add_argument("--forms", default=",".join(FORMS))
     parser.add_argument("--rounds", type=int, default=3 if ON_CPU else 7)
-    parser.add_argument("--seconds", type=float, default=0.02, help="of a turn of one form")
+    parser.add_argument("--seconds", type=float, default=0.02, help="length of one turn of a form")
     parser.add_argument("--memory_gib", type=float, default=2 if ON_CPU else 60)
     parser.add_argument("--output", help="benchmarks/results/<device>.json; - for none")
-    parser.add_argument("--plot", help="beside the output; - for none")
+    parser.add_argument("--plot", help="default: next to the output; - for none")
     args = parser.parse_args()
     args.forms = tuple(args.forms.split(","))
     args.lengths = (

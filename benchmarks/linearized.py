@@ -1,13 +1,13 @@
-"""What linearizing a model cost and gained: its losses beside the softmax model's, its state, and how fast it decodes.
+"""Compares a linearized model with its softmax model: losses, size of the state, and decoding speed.
 
 Examples:
   python benchmarks/linearized.py --softmax runs/linearize/softmax_lora --linear runs/linearize/lora \
     --results runs/linearize/eval --output runs/linearize/linearize.json
   python benchmarks/linearized.py --softmax HF_FOLDER --linear HF_FOLDER_LINEAR --lengths 256 65536 --output new.json
 
---results is a folder of lcx.evaluate outputs, as scripts/reproduce_linearize.sh leaves them: softmax, softmax_lora,
-transfer, lora, no_transfer, window_only, linear_only. Decoding: a token at a time after a context of each length, both
-models in turns in one run, medians; memory is what each keeps per sequence. --transformers HF_FOLDER (extras dev,torch)
+--results is a folder of lcx.evaluate outputs as written by scripts/reproduce_linearize.sh: softmax, softmax_lora,
+transfer, lora, no_transfer, window_only, linear_only. Decoding: one token at a time after a context of each length,
+both models in turns in one run, medians; memory is the cache per sequence. --transformers HF_FOLDER (extras dev,torch)
 decodes that softmax model with transformers and torch in the same turns.
 """
 
@@ -24,7 +24,7 @@ import lcx
 from lcx.errors import UserError
 
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384)
-STEPS = 16  # tokens a call: what a launch costs is shared among them
+STEPS = 16  # tokens per call, which amortise the cost of a launch
 TITLES = {
     "softmax": "softmax model",
     "softmax_lora": "softmax model, LoRA",
@@ -130,7 +130,7 @@ def losses(folder: pathlib.Path) -> dict[str, dict]:
 
 
 def gap_closed(found: dict[str, dict]) -> dict[str, float]:
-    """By position, how much of what is lost without transfer it wins back, against softmax with the same LoRA."""
+    """By position, the share of the loss gap to softmax with the same LoRA that attention transfer closes."""
 
     def share(of):
         lost, won = of("no_transfer") - of("softmax_lora"), of("no_transfer") - of("lora")
@@ -194,10 +194,10 @@ def main() -> int:
     )
     parser.add_argument("--softmax", required=True, metavar="PATH", help="checkpoint of the softmax model")
     parser.add_argument("--linear", required=True, metavar="PATH", help="checkpoint of the linear model")
-    parser.add_argument("--results", metavar="DIR", help="evaluations to put beside each other")
+    parser.add_argument("--results", metavar="DIR", help="folder of evaluations to compare")
     parser.add_argument("--output", required=True, metavar="FILE.json")
     parser.add_argument(
-        "--transformers", metavar="HF_FOLDER", help="decode this model with transformers, too"
+        "--transformers", metavar="HF_FOLDER", help="also decode this model with transformers"
     )
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, metavar="N")
     parser.add_argument("--rounds", type=int, default=9, metavar="N")

@@ -1,12 +1,12 @@
-"""The three hyena mixers of StripedHyena 2 against vortex's formulation of them, from 1K to 128K tokens in a row.
+"""The three hyena mixers of StripedHyena 2 against vortex's formulation of them, for rows of 1K to 128K tokens.
 
     JAX_NUM_CPU_DEVICES=1 python benchmarks/striped_hyena.py [--lengths 1024,4096] [--output FILE.json]
 
 A stripe is SE, MR and LI, one after the other, each added to its input. `published` is the same function as vortex and
 savanna compute it, with jnp.fft: the featurizer and SE tap by tap, MR and LI by Fourier transforms of 2 T points, gates
-on their own. Both have the same weights; that outputs and gradients are the same is checked first, in the same run.
-Then both are timed in turns (medians), compiled, batch 1, in seconds of CPU time over all threads: other work on the
-machine counts little. Memory is what the compiled programs need for temporary arrays.
+on their own. Both have the same weights; the run first checks that outputs and gradients agree. Then both
+are timed in turns (medians), compiled, with batch 1, in seconds of CPU time over all threads, which other work on the
+machine affects little. Memory is that of the temporary arrays of the compiled programs.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def mixers(width: int) -> dict:
 
 
 def weights(width: int):
-    """As they start, with filters of MR and skips that count."""
+    """Initial parameters plus noise, so that the filters of MR and the skips contribute."""
     rng = np.random.default_rng(0)
     x = jnp.zeros((1, 4, width))
     params = {
@@ -56,7 +56,7 @@ def ours(params, x):
     return x
 
 
-# ------------------------------------------------------------------------------- as vortex and savanna have it
+# ------------------------------------------------------------------------------- as in vortex and savanna
 
 
 def published(params, x):
@@ -109,7 +109,7 @@ def with_gradients(fn):
 
 
 def check(width: int) -> dict[str, float]:
-    """The largest differences of output and gradients, over the largest values."""
+    """The largest differences of output and gradients, relative to the largest values."""
     params, x = weights(width), jax.random.normal(jax.random.key(9), (2, CHECKED, width))
     dy = jax.random.normal(jax.random.key(10), x.shape)
     (y, grads), (expected, expected_grads) = (
@@ -210,7 +210,7 @@ def main() -> int:
     parser.add_argument("--lengths", default="1024,4096,16384,65536,131072")
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=0.2, help="of a turn of one form")
+    parser.add_argument("--seconds", type=float, default=0.2, help="length of one turn of a form")
     parser.add_argument("--output", help="benchmarks/results/striped_hyena_<device>.json; - for none")
     args = parser.parse_args()
     output = args.output or os.path.join(HERE, "results", f"striped_hyena_{_timing.device_name()}.json")

@@ -1,6 +1,6 @@
-"""The same operators by others, in torch: run by benchmarks/kernels.py as a process of its own.
+"""The operators in other libraries, with torch: benchmarks/kernels.py runs this in a separate process.
 
-A line of JSON in, a line of JSON out:
+It reads and writes one line of JSON per request:
 
     {"check": operator, "inputs": FILE.npz, "outputs": FOLDER} -> {peer: FOLDER/peer.npy, or why not}
     {"prepare": operator, "size": {...}, "shapes": {...}, "dtype": ..., "train": ...,
@@ -105,7 +105,7 @@ def peers(operator: str) -> dict:
 
 
 def finished(arrays: dict) -> dict:
-    """With the layouts that a peer expects, made beforehand."""
+    """The arrays in the layouts that a peer expects, converted outside of the timing."""
     if "w" in arrays:
         arrays["x_bt"] = arrays["x"].transpose(1, 2).contiguous()
         arrays["w_flipped"] = arrays["w"].flip(1).to(arrays["x"].dtype).contiguous()
@@ -183,7 +183,7 @@ def main() -> None:
         if "check" in request:
             answer = check(request)
         elif "prepare" in request:
-            prepared = None  # frees the memory of the point before
+            prepared = None  # frees the memory of the previous point
             prepared = Prepared(request)
             answer = prepared.first
         else:

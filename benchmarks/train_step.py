@@ -1,17 +1,17 @@
-"""A whole training step against the length of a row: attention and what this library puts in its place.
+"""The time of a whole training step by row length: attention and the mixers of this library that replace it.
 
     python benchmarks/train_step.py [--models llama,linearized,two_mamba,striped_hyena] [--width small|1b]
                                     [--lengths 1024,...] [--tokens N] [--rounds 3] [--output FILE.json]
 
 Four decoders of one width, depth and vocabulary: Llama; the same with linear attention and a softmax window of 64 in
 every layer (LoLCATS); the same with 2Mamba; StripedHyena 2 (its own pattern, one layer in seven is attention). The step
-is the trainer's: forward, backward, AdamW, on random tokens, `--tokens` of them however long the rows are. Printed for
-each T: tokens/s, model FLOPs (lcx.model.flops_per_token) as a share of what a large matrix product reaches on this
-machine (measured first), and XLA's count of the bytes that the step needs at once: weights, optimizer state,
-activations. `growth` is p in time ~ T^p at a fixed number of rows.
+is the trainer's: forward, backward, AdamW, on `--tokens` random tokens for every row length. It prints for each T:
+tokens/s, model FLOPs (lcx.model.flops_per_token) as a share of the speed of a large matrix product on this machine
+(measured first), and XLA's count of the peak memory of the step: weights, optimizer state, activations. `growth` is p
+in time ~ T^p at a fixed number of rows.
 
-On a CPU float32, small, all models in turns; on an accelerator bfloat16 activations, 1.2B parameters, T from 8K to 1M,
-one model after the other. Written to benchmarks/results/train_step_<device>.json and .svg unless told otherwise.
+On a CPU: float32, small models that take turns. On an accelerator: bfloat16 activations, 1.2B parameters, T from 8K to
+1M, one model after the other. Writes benchmarks/results/train_step_<device>.json and .svg by default.
 """
 
 import argparse
@@ -36,7 +36,7 @@ WIDTHS = {
     "small": {"hidden": 256, "intermediate": 704, "heads": 4, "kv_heads": 2, "layers": 7, "vocab": 4096},
     "1b": {"hidden": 2048, "intermediate": 8192, "heads": 16, "kv_heads": 8, "layers": 14, "vocab": 32768},
 }
-PATTERN = "SDH*SDH"  # of Evo 2 7B: this and three more like it
+PATTERN = "SDH*SDH"  # Evo 2 7B has four patterns like this one
 
 
 def llama(width: dict, **shared) -> model_lib.Decoder:
@@ -84,7 +84,7 @@ MODELS = {"llama": llama, "linearized": linearized, "two_mamba": two_mamba, "str
 
 
 class Step:
-    """The trainer's step of one model at one T, compiled; its state moves on with every call."""
+    """The trainer's compiled step of one model at one T; each call advances its state."""
 
     def __init__(self, name: str, width: dict, *, B: int, T: int, dtype: str, remat: str):
         mesh = sharding.make_mesh(fsdp=1, data=1, tensor=1, devices=jax.devices()[:1])
@@ -131,14 +131,14 @@ class Step:
 
 
 def measure(names: list[str], T: int, args) -> list[dict]:
-    """The rows of these models at one T, in turns."""
+    """The rows of these models at one T, measured in turns."""
     B = max(1, args.tokens // T)
     steps: dict[str, Step] = {}
     for name in names:
         try:
             step = Step(name, WIDTHS[args.width], B=B, T=T, dtype=args.dtype, remat=args.remat)
             step.run(1)
-        except jax.errors.JaxRuntimeError as error:  # more memory than there is
+        except jax.errors.JaxRuntimeError as error:  # out of memory
             print(f"T={T} {name}: {str(error)[:200]}", flush=True)
             continue
         steps[name] = step
@@ -207,7 +207,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=2 if ON_CPU else 5)
     parser.add_argument("--seconds", type=float, default=0.5)
     parser.add_argument("--output", help="benchmarks/results/train_step_<device>.json; - for none")
-    parser.add_argument("--plot", help="beside the output; - for none")
+    parser.add_argument("--plot", help="default: next to the output; - for none")
     args = parser.parse_args()
     name = f"train_step_{_timing.device_name()}.json"
     args.output = args.output or os.path.join(HERE, "results", name)

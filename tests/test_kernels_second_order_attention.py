@@ -1,4 +1,4 @@
-"""The kernels of squared attention, interpreted, against the formula in float64 numpy: values and every gradient."""
+"""The kernels of second-order attention, interpreted, against the formula in float64: values and every gradient."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""The state form of squared attention as kernels, interpreted, against the formula in float64 numpy."""
+"""The state form of second-order attention as kernels, interpreted, against the formula in float64 numpy."""
 
 import functools
 
