@@ -94,6 +94,12 @@ def vmem_mib() -> int:
 
 
 def _kernels(platform: str):
+    """The module of a platform: `plan(T)`, and `call(arrays, H, gates, is_backward=, interpret=)`.
+
+    `call` takes the arrays [B, D, T] that are not None (x1, x2, v; backward dy, x1, x2, v), a spectrum
+    [D, 2, n1, n2] by `dft.spectrum` for `plan(T)`, and which of the two gates are given. It returns [y], or the
+    gradients of x1, x2 (those given), v and H.
+    """
     return long_conv_tpu if platform == "tpu" else long_conv_gpu
 
 
@@ -105,15 +111,23 @@ def _long_conv(x1, x2, v, h, platform, interpret):
 def _forward(x1, x2, v, h, platform, interpret):
     kernels = _kernels(platform)
     H = dft.spectrum(h, kernels.plan(v.shape[2]), by_matmul=platform == "tpu")
-    return kernels.forward(x1, x2, v, H, interpret=interpret), (x1, x2, v, h)
+    gates = (x1 is not None, x2 is not None)
+    (y,) = kernels.call(_given(x1, x2, v), H, gates, is_backward=False, interpret=interpret)
+    return y, (x1, x2, v, h)
 
 
 def _backward(platform, interpret, saved, dy):
     x1, x2, v, h = saved
     kernels, plan = _kernels(platform), _kernels(platform).plan(v.shape[2])
     H = dft.spectrum(h, plan, by_matmul=platform == "tpu")
-    dx1, dx2, dv, dH = kernels.backward(dy, x1, x2, v, H, interpret=interpret)
+    gates = (x1 is not None, x2 is not None)
+    out = kernels.call(_given(dy, x1, x2, v), H, gates, is_backward=True, interpret=interpret)
+    dx1, dx2, dv, dH = dft.present(out, (*gates, True, True))
     return dx1, dx2, dv, dft.taps(dH, plan, h.shape[1], by_matmul=platform == "tpu")
+
+
+def _given(*arrays):
+    return [x for x in arrays if x is not None]
 
 
 _long_conv.defvjp(_forward, _backward)

@@ -310,7 +310,7 @@ def _items(program, total: int, programs: int, body):
 
 
 def _forward_kernel(*refs, points, sizes, shape, gates, interpret):
-    x1, x2, v, spectrum, *constants, y, scratch = _take(refs, (*gates, *[True] * 6, sizes.programs > 0))
+    x1, x2, v, spectrum, *constants, y, scratch = dft.present(refs, (*gates, *[True] * 6, sizes.programs > 0))
     pairs = -(-shape[0] // 2)
     inputs = [x for x in (x2, v) if x is not None]
     program = pl.program_id(0)
@@ -341,8 +341,8 @@ def _forward_kernel(*refs, points, sizes, shape, gates, interpret):
 def _backward_kernel(*refs, points, sizes, shape, gates, interpret):
     """dy, x1, x2, v -> dx1 = dy conv(u), dx2 = du v, dv = du x2 and the filter's dH, summed over the batch."""
     persistent = sizes.programs > 0
-    present = (True, *gates, *[True] * 5, *gates, True, True, persistent, persistent)
-    dy, x1, x2, v, spectrum, *constants, dx1, dx2, dv, dh, scratch_g, scratch_u = _take(refs, present)
+    given = (True, *gates, *[True] * 5, *gates, True, True, persistent, persistent)
+    dy, x1, x2, v, spectrum, *constants, dx1, dx2, dv, dh, scratch_g, scratch_u = dft.present(refs, given)
     inputs_u = [x for x in (x2, v) if x is not None]
     inputs_g = [x for x in (x1, dy) if x is not None]
     outputs_g = [(dv, x2)] + ([(dx2, v)] if dx2 is not None else [])
@@ -396,40 +396,11 @@ def _collect(ref, d, p, at, value):
         there[...] = before + value[i]
 
 
-def _take(refs, present):
-    """The next ref for each input that is present, otherwise None."""
-    refs = iter(refs)
-    return [next(refs) if p else None for p in present]
-
-
-def forward(x1, x2, v, H, *, interpret: bool):
-    """y [B, D, T] of gates and v [B, D, T] and a spectrum [D, 2, n1, n2] by `dft.spectrum` for `plan(T)`."""
-    gates = (x1 is not None, x2 is not None)
-    (y,) = _call(_forward_kernel, "long_conv", (x1, x2, v), H, gates, outputs=1, interpret=interpret)
-    return y
-
-
-def backward(dy, x1, x2, v, H, *, interpret: bool):
-    """(dx1, dx2, dv, dH), the first two None without the gate; dH is for `dft.taps`."""
-    gates = (x1 is not None, x2 is not None)
-    outputs = 1 + sum(gates)
-    out = _call(
-        _backward_kernel,
-        "long_conv_backward",
-        (dy, x1, x2, v),
-        H,
-        gates,
-        outputs=outputs,
-        interpret=interpret,
-    )
-    return _take(out, (*gates, True, True))
-
-
-def _call(kernel, name, arrays, H, gates, *, outputs, interpret):
-    arrays = [x for x in arrays if x is not None]
+def call(arrays, H, gates, *, is_backward: bool, interpret: bool):
+    """Runs the forward or the backward kernel; see `long_conv._kernels`."""
     B, D, T = arrays[-1].shape
-    dtype = arrays[-1].dtype
-    points, is_backward = plan(T), kernel is _backward_kernel
+    dtype, outputs = arrays[-1].dtype, 1 + is_backward * sum(gates)
+    points, kernel = plan(T), _backward_kernel if is_backward else _forward_kernel
     sizes = tiles(points, dtype, is_backward)
     signals = 2 if is_backward else 1  # transformed at a time
     out_shape = [jax.ShapeDtypeStruct((B, D, T), dtype)] * outputs
@@ -456,6 +427,6 @@ def _call(kernel, name, arrays, H, gates, *, outputs, interpret):
             transcendentals=0,
         ),
         interpret=interpret,
-        name=name,
+        name="long_conv_backward" if is_backward else "long_conv",
     )(*arrays, H, *map(jnp.asarray, _constants(points, dft.parts_of(dtype))))
     return out[: outputs + is_backward]

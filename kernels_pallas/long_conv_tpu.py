@@ -175,14 +175,8 @@ class _Transform:
                 scratch.at[b].at[half][self._channel(scratch, d)] = y[:, half * LANES : (half + 1) * LANES]
 
 
-def _take(refs, present):
-    """The iterator's next ref for each input that is present, otherwise None."""
-    refs = iter(refs)
-    return [next(refs) if p else None for p in present]
-
-
 def _forward_kernel(*refs, plan, batch, gates):
-    x1, x2, v, h, *constants, y, scratch, store = _take(
+    x1, x2, v, h, *constants, y, scratch, store = dft.present(
         refs, (*gates, True, True, *[True] * 5, True, True, True)
     )
     alone = _alone(batch)
@@ -209,8 +203,8 @@ def _alone(batch: int):
 
 def _backward_kernel(*refs, plan, batch, gates):
     """dy, x1, x2, v -> dx1 = dy conv(u), dx2 = du v, dv = du x2 and the filter's dH, summed over the batch."""
-    present = (True, *gates, True, True, *[True] * 5, *gates, True, True, True, True, True, True)
-    dy, x1, x2, v, h, *constants, dx1, dx2, dv, dh, u, g, store_g, store_u = _take(refs, present)
+    given = (True, *gates, True, True, *[True] * 5, *gates, True, True, True, True, True, True)
+    dy, x1, x2, v, h, *constants, dx1, dx2, dv, dh, u, g, store_g, store_u = dft.present(refs, given)
     alone = _alone(batch)
     both = _Transform(plan, constants, h)
     _gather(u, [x for x in (x2, v) if x is not None], plan, alone)
@@ -241,37 +235,17 @@ def _backward_kernel(*refs, plan, batch, gates):
         _scatter(u, [(dx1, dy)], plan)
 
 
-def forward(x1, x2, v, H, *, interpret: bool):
-    """y [B, D, T] of gates and v [B, D, T] and a spectrum [D, 2, n1, n2] by `dft.spectrum` for `plan(T)`."""
-    gates = (x1 is not None, x2 is not None)
-    (y,) = _call(_forward_kernel, "long_conv", (x1, x2, v), H, gates, outputs=1, interpret=interpret)
-    return y
+def call(arrays, H, gates, *, is_backward: bool, interpret: bool):
+    """Runs the forward or the backward kernel; see `long_conv._kernels`.
 
-
-def backward(dy, x1, x2, v, H, *, interpret: bool):
-    """(dx1, dx2, dv, dH), the first two None without the gate; dH is for `dft.taps`."""
-    gates = (x1 is not None, x2 is not None)
-    outputs = 1 + sum(gates)
-    out = _call(
-        _backward_kernel,
-        "long_conv_backward",
-        (dy, x1, x2, v),
-        H,
-        gates,
-        outputs=outputs,
-        interpret=interpret,
-    )
-    return _take(out, (*gates, True, True))
-
-
-def _call(kernel, name, arrays, H, gates, *, outputs, interpret):
-    """Grid (channel blocks, pairs of rows): a block's filter and its gradient stay in VMEM over all pairs."""
+    The grid is (channel blocks, pairs of rows): a block's filter and its gradient stay in VMEM over all pairs.
+    """
     B, D, T = arrays[-1].shape
-    dtype = arrays[-1].dtype
-    points = plan(T)
+    dtype, outputs = arrays[-1].dtype, 1 + is_backward * sum(gates)
+    points, kernel = plan(T), _backward_kernel if is_backward else _forward_kernel
     pad = -T % points.n2
-    arrays = [jnp.pad(x, ((0, 0), (0, 0), (0, pad))) if pad else x for x in arrays if x is not None]
-    channels, pairs, is_backward = min(CHANNELS, D), -(-B // 2), kernel is _backward_kernel
+    arrays = [jnp.pad(x, ((0, 0), (0, 0), (0, pad))) if pad else x for x in arrays]
+    channels, pairs = min(CHANNELS, D), -(-B // 2)
     signal = pl.BlockSpec((2, channels, T + pad), lambda d, p: (p, d, 0))
     spectrum = pl.BlockSpec((channels, 2, points.n1, points.n2), lambda d, p: (d, 0, 0, 0))
     constants = _constants(points, dft.parts_of(dtype))
@@ -299,7 +273,7 @@ def _call(kernel, name, arrays, H, gates, *, outputs, interpret):
             transcendentals=0,
         ),
         interpret=interpret,
-        name=name,
+        name="long_conv_backward" if is_backward else "long_conv",
     )(*arrays, H, *map(jnp.asarray, constants))
     return [*(x[:, :, :T] for x in out[:outputs]), *out[outputs:]]
 

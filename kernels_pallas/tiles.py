@@ -47,6 +47,10 @@ def square(C: int) -> Tiles:
     return Tiles(Tile(C, C), Tile(C, C), Tile(C, C))
 
 
+# {(platform, bytes of an element, H): tiles} on TPUs, for every attention with a decay.
+TPU_SQUARES = {("tpu", size, H): square(1024 // size) for size in (2, 4) for H in (16, 32, 64, 128)}
+
+
 def fitting(tiles: Tiles, T: int) -> Tiles:
     """The tiles, halved until a short row is not mostly padding (at least 128 for TPU lanes, 64 for wgmma)."""
     smallest = 128 if tiles.forward.warps == 0 else 64
