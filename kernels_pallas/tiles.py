@@ -160,6 +160,6 @@ def _search(rows: Array, values: Array, side: str = "left") -> Array:
 
 
 def over_groups(x: Array, K: int) -> Array:
-    """Gradients per query head [B, T, N, H], summed over the heads that share a kv head."""
-    B, T, N, H = x.shape
-    return x if N == K else jnp.sum(x.reshape(B, T, K, -1, H).astype(jnp.float32), axis=3).astype(x.dtype)
+    """Gradients per query head [B, T, N, ...], summed in float32 over the heads that share one of K heads."""
+    B, T, N, *rest = x.shape
+    return x if N == K else jnp.sum(x.reshape(B, T, K, -1, *rest).astype(jnp.float32), axis=3).astype(x.dtype)

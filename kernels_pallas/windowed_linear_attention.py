@@ -80,7 +80,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float, Int
 
 from kernels_pallas import windowed_linear_attention_gpu, windowed_linear_attention_tpu
-from kernels_pallas.tiles import RESIDUALS
+from kernels_pallas.tiles import RESIDUALS, over_groups
 from kernels_pallas.windowed_linear_attention_plan import Plan
 
 SIZES = (16, 32, 64, 128)
@@ -310,7 +310,7 @@ def _backward(plan: Plan, residuals, dy):
     )
     found = (dq, of_k["out"], of_v["out"], of_wq["out"], of_wk["out"])
     given = zip(found, (q, k, v, window_q, window_k), strict=True)
-    grads = [_summed(d, x.shape[2]).astype(x.dtype) for d, x in given]
+    grads = [over_groups(d, x.shape[2]).astype(x.dtype) for d, x in given]
     d_gamma = jnp.sum(_totals(of_wq, q, dq, b, gamma, done["norm"], plan.eps), axis=(0, 2))
     return *grads, d_gamma, None, None if state is None else _first(of_k, q, dn, b, forward["reach"], plan)
 
@@ -333,13 +333,6 @@ def _first(of_k: dict, q: Array, dn: Array, b: Array, reach: Array, plan: Plan) 
     q = jnp.repeat(q, plan.heads // q.shape[2], axis=2) * reach[:, :T, None, None]
     dS, dz = jnp.einsum("btnp,btnh->bnph", q, dn), jnp.einsum("btnp,btn->bnp", q, b)
     return dS + jnp.swapaxes(of_k["last_state"], 2, 3), dz + of_k["last_row"]
-
-
-def _summed(dx: Array, heads: int) -> Array:
-    """Sums the gradients of heads that share one, in float32."""
-    if dx.shape[2] == heads:
-        return dx
-    return jnp.sum(dx.reshape(*dx.shape[:2], heads, -1, *dx.shape[3:]), axis=3, dtype=jnp.float32)
 
 
 _attend.defvjp(_forward, _backward)

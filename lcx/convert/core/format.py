@@ -149,6 +149,25 @@ class Format:
 
 
 @dataclasses.dataclass(frozen=True)
+class ShardedFormat(Format):
+    """A format whose tensors are in safetensors files of limited size.
+
+    Attributes:
+      max_shard_bytes: maximum size of a safetensors file; a larger tensor gets its own file.
+    """
+
+    max_shard_bytes: int = option(
+        5_000_000_000,
+        help="the maximum size in bytes of a safetensors file of 'hf' and 'lolcats'",
+        metavar="N",
+    )
+
+    def __post_init__(self):
+        if self.max_shard_bytes < 1:
+            raise UserError(f"max_shard_bytes is {self.max_shard_bytes}, expected at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainedFormat(Format):
     """A format for only the parameters that a run trained: written from a workdir, not readable as a model."""
 
