@@ -8,16 +8,16 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from tiny_runs import (
+from tiny_runs import (  # noqa: F401
     StopAt,
     assert_same_checkpoint,
     dataset,
     lines,
     losses,
     saved,
+    text_fixture,
     tiny_model,
     tiny_trainer,
-    write_text,
 )
 
 import lcx
@@ -29,13 +29,6 @@ from lcx.lora import LoRA, merge
 from lcx.optim import AdamW, leaf_paths
 from lcx.rope import Rope
 from lcx.sharding import MeshShape
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("corpus")
-    write_text(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

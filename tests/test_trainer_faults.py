@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from own_output import own_lines
-from tiny_runs import (
+from tiny_runs import (  # noqa: F401
     GIN,
     assert_same_checkpoint,
     command,
@@ -23,9 +23,9 @@ from tiny_runs import (
     lines,
     losses,
     saved,
+    text_fixture,
     tiny_trainer,
     write_gin,
-    write_text,
 )
 
 import lcx
@@ -46,13 +46,6 @@ def poisoned(model, variables, batch):
     """The loss of a row with the poison in it is infinite."""
     loss, weight = objectives.next_token(model, variables, batch)
     return loss / jnp.where(jnp.any(batch["tokens"] == POISON), 0.0, 1.0), weight
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("corpus")
-    write_text(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

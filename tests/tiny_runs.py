@@ -12,6 +12,7 @@ import textwrap
 
 import jax
 import numpy as np
+import pytest
 import quick_xla
 
 from lcx import model as model_lib
@@ -64,6 +65,14 @@ def write_text(folder: pathlib.Path, documents: int = 12) -> None:
         text = sources[i % len(sources)]
         start = 2500 * (i // len(sources))
         (folder / "text" / f"{i:02d}.txt").write_text(text[start : start + 2500])
+
+
+@pytest.fixture(name="text", scope="module")
+def text_fixture(tmp_path_factory) -> pathlib.Path:
+    """A folder with the corpus, for `dataset` and `tiny_trainer`."""
+    folder = tmp_path_factory.mktemp("corpus")
+    write_text(folder)
+    return folder
 
 
 def dataset(folder: pathlib.Path, **changes) -> Dataset:
