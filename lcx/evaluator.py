@@ -100,13 +100,8 @@ def evaluate(
         "checkpoint": hub.place(checkpoint),
         "rope_scaling": rope_scaling,
         "only_part": only_part,
-        "adapter": None
-        if adapter is None
-        else [os.path.abspath(os.path.expanduser(path)) for path in adapter],
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "model": {**facts(model), "description": _described(model)},
-        "versions": _versions(),
-        "machine": _machine(),
+        "adapter": adapter and [os.path.abspath(os.path.expanduser(path)) for path in adapter],
+        **_circumstances(model),
         "evaluations": {},
         "errors": {},
     }
@@ -121,6 +116,16 @@ def evaluate(
         report.build(results=(str(folder),), output=str(folder))
     _raise_failures(results, folder)
     return results
+
+
+def _circumstances(model: Decoder) -> dict[str, Any]:
+    """The entries of results.json on when, on which model, and with which software and hardware it was made."""
+    return {
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "model": {**facts(model), "description": _described(model)},
+        "versions": _versions(),
+        "machine": _machine(),
+    }
 
 
 def _run(
