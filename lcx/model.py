@@ -336,7 +336,7 @@ def layers(model: Decoder | Layers) -> list[Layer]:
 
 
 def part(model: Decoder, first: int, last: int) -> Layers:
-    """Layers first, ..., last - 1 of a model as a module of their own."""
+    """Layers first, ..., last - 1 of a model as a separate module."""
     return Layers(
         hidden_size=model.hidden_size,
         stages=stages_of(tuple(layer.block for layer in layers(model)[first:last])),
