@@ -13,7 +13,7 @@ A row has milliseconds, bytes in addition to arguments and results (temp_mib, co
 the work of the cheapest known algorithm, bytes/s, FLOP/s, and the share of the time that its floor on this machine
 takes (bytes at the speed of a copy, FLOPs at that of a large matrix product, both measured first).
 
-Writes benchmarks/results/<device>.json and .svg by default.
+Written to benchmarks/results/<device>.json and .svg unless told otherwise.
 """
 
 import argparse
@@ -41,7 +41,7 @@ ON_CPU = jax.default_backend() == "cpu"
 
 
 class Torch:
-    """The process that runs torch_peers.py; without torch, it has no peers."""
+    """The process of torch_peers.py; without torch, a table with nobody in it."""
 
     def __init__(self):
         command = [sys.executable, os.path.join(HERE, "torch_peers.py")]
@@ -51,7 +51,7 @@ class Torch:
         self.alive = True
 
     def ask(self, request: dict):
-        """The answer of the process, or None if it has died."""
+        """Its answer, or None if it has died (its reasons are its own)."""
         if not self.alive:
             return None
         try:

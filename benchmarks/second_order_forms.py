@@ -1,13 +1,13 @@
-"""Second-order attention by tiles against states on this machine's CPU: which is faster where, and how both scale.
+"""Second-order attention by tiles against states on this machine's CPU: where each is faster, and how both grow.
 
     python benchmarks/second_order_forms.py [--lengths 1024,2048,...] [--sizes 16,32,64]
                                             [--output benchmarks/results/second_order_forms_cpu.json]
 
-One row, one head, float32, forward and backward as one program, on one thread. The time of a form is the minimum CPU
-time of several runs (time.process_time, which other work on the machine affects only through the caches); the forms
-take turns. Decays: "slow" forgets nothing (a = -1e-5), "fast" forgets within 300 tokens (a = -0.1, as far as e^-30),
-"initial" is that of a new 2Mamba layer (a = -softplus(0)). A form that would take longer than --seconds, judged by its
-last measurement, is skipped, which the file records. "default" is the operator's choice.
+One row, one head, float32, forward and backward as one program, on one thread. Of each form the processor's time
+(time.process_time, which other work on the machine does not enter but for its share of the caches) is the least of
+several runs, and the forms take turns. Decays: "slow" forgets nothing (a = -1e-5), "fast" forgets within 300 tokens
+(a = -0.1, as far as e^-30), "initial" is that of a new 2Mamba layer (a = -softplus(0)). A form that would take
+longer than --seconds by its last measurement is left out, and the file says so. "default" is what the operator picks.
 """
 
 import argparse

@@ -131,7 +131,7 @@ class Step:
 
 
 def measure(names: list[str], T: int, args) -> list[dict]:
-    """The rows of these models at one T, measured in turns."""
+    """The rows of these models at one T, in turns."""
     B = max(1, args.tokens // T)
     steps: dict[str, Step] = {}
     for name in names:
