@@ -122,6 +122,8 @@ class Trainer:
       lora: train low-rank matrices instead of the weights.
       adapter: with init_from, a PEFT adapter for it whose training continues: its low-rank matrices and any other
         weights it contains. Its rank, alpha and modules apply; `lora`, if set, must agree with them.
+      init_format: with init_from, its format: a name, or for a family or format of your own "my_package.toy:FORMAT";
+        None: detected.
       objective: the loss, see lcx.objectives.
       accumulation: micro-batches per step.
       mesh: sizes of the mesh axes.
@@ -149,6 +151,7 @@ class Trainer:
     optimizer: AdamW = AdamW()
     lora: lora_lib.LoRA | None = None
     adapter: str | None = None
+    init_format: str | None = None
     objective: Callable = objectives.next_token
     accumulation: int = 1
     mesh: sharding.MeshShape = sharding.MeshShape()
@@ -164,6 +167,8 @@ class Trainer:
         if (self.model is None) == (self.init_from is None):
             found = "neither" if self.model is None else "both"
             raise UserError(f"Trainer.model and Trainer.init_from: expected one of the two, found {found}")
+        if self.init_format is not None and self.init_from is None:
+            raise UserError("Trainer.init_format is the format of a pretrained model: set Trainer.init_from")
         changes = (self.rope_scaling, self.context_length, self.linearize, self.expects_linear or None)
         if self.init_from is None and any(change is not None for change in changes):
             raise UserError(
@@ -237,7 +242,7 @@ class Trainer:
                 self._check_origin(checkpointer.restore({})[2], workdir)
                 return
         if self.expects_linear and self.init_from is not None and self.linearize is None:
-            model = convert.model_at(self.init_from)
+            model = convert.model_at(self.init_from, self.init_format)
             check_linear(model, seq_len=self.seq_len, where=self.init_from)
 
     def _check_origin(self, documents: dict[str, Any], workdir: str) -> None:
@@ -303,6 +308,7 @@ class Trainer:
             context_length=self.context_length,
             adapter=self.adapter,
             lora=self.lora,
+            format=self.init_format,
         )
         if self.linearize is None:
             return begun

@@ -133,10 +133,10 @@ def write(
         return tensor_io.describe(target.check_written(folder, tensors))
 
 
-def source(path: str | os.PathLike) -> ModelSource:
-    """Opens the model at `path` in its detected format. Raises UserError when it cannot be read."""
+def source(path: str | os.PathLike, format: str | Format | None = None) -> ModelSource:
+    """Opens the model at `path`; format None detects its format. Raises UserError when it cannot be read."""
     path = hub.local(path)
-    return formats.detect(path).open(path)
+    return formats.reader(path, format).open(path)
 
 
 def detect(path: str | os.PathLike) -> str:

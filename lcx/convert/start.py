@@ -43,6 +43,7 @@ def start(
     context_length: int | None = None,
     adapter: str | None = None,
     lora: LoRA | None = None,
+    format: str | Format | None = None,
 ) -> Start:
     """Reads the model that training starts from. The arguments are those of `lcx.load`, plus the run's LoRA settings.
 
@@ -50,7 +51,7 @@ def start(
       UserError: as in `lcx.load`; an adapter that cannot be trained further, or that does not match `lora`.
     """
     path = hub.local(path)
-    reader = formats.detect(path)
+    reader = formats.reader(path, format, where="Trainer.init_format")
 
     def change(model: Decoder) -> Decoder:
         return extend.extend_model(model, rope_scaling, context_length)
@@ -66,10 +67,10 @@ def start(
     return Start(model, params, carried, settings, pairs)
 
 
-def model_at(path: str) -> Decoder:
+def model_at(path: str, format: str | Format | None = None) -> Decoder:
     """The model at `path`, without its parameters. Raises UserError when it cannot be read."""
     path = hub.local(path)
-    return formats.detect(path).open(path).model
+    return formats.reader(path, format, where="Trainer.init_format").open(path).model
 
 
 def _carried(reader: Format, path: str) -> dict[str, Any]:
