@@ -214,6 +214,12 @@ def test_files_and_functions_stay_small():
                 assert node.end_lineno - first.lineno < 50, f"{path}: {node.name} has more than 50 lines"
 
 
+@pytest.mark.parametrize("folder", ["tests", "benchmarks", "scripts"])
+def test_other_files_stay_small(folder):
+    long = [path.name for path in (ROOT / folder).rglob("*.py") if len(path.read_text().splitlines()) > 500]
+    assert not long, f"more than 500 lines: {', '.join(long)}"
+
+
 def test_help_comes_before_jax():
     verbs = [f"lcx.{name}" for name in ("train", "evaluate", "generate", "convert.__main__")]
     script = f"import sys, {', '.join(verbs)}\nprint(*(m for m in sys.modules if '.' not in m))"
