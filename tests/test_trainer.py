@@ -16,6 +16,7 @@ from tiny_runs import (  # noqa: F401
     losses,
     saved,
     text_fixture,
+    tiny_hf_config,
     tiny_model,
     tiny_trainer,
 )
@@ -318,17 +319,7 @@ def hf_folder(tmp_path_factory):
     import transformers
 
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=258,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=32,
-        bos_token_id=256,
-        eos_token_id=[257, 255],
-    )
+    config = tiny_hf_config(bos_token_id=256, eos_token_id=[257, 255])
     folder = tmp_path_factory.mktemp("hf")
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
     return folder

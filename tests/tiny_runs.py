@@ -98,6 +98,22 @@ def tiny_model(**changes) -> model_lib.Decoder:
     return model_lib.llama(**{**sizes, **changes})
 
 
+def tiny_hf_config(**changes):
+    """The configuration of transformers for `tiny_model`."""
+    import transformers
+
+    sizes = dict(
+        vocab_size=258,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=32,
+    )
+    return transformers.LlamaConfig(**{**sizes, **changes})
+
+
 def tiny_trainer(folder: pathlib.Path, **changes) -> Trainer:
     """The run that GIN describes, too."""
     settings = dict(
