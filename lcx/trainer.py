@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import pathlib
+import signal
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -35,7 +36,7 @@ from lcx.training.logger import MODES, MetricsLogger
 from lcx.training.memory import check_fits
 from lcx.training.meter import Meter, NotFiniteError
 from lcx.training.run import Run, prepared
-from lcx.training.signals import StopRequest
+from lcx.training.signals import StopRequest, interrupted
 from lcx.training.step import State
 from lcx.version import __version__
 
@@ -67,7 +68,7 @@ def train(
     coordinator_address: str | None = None,
     num_processes: int | None = None,
     process_id: int | None = None,
-) -> None:
+) -> int:
     """Runs the job that the .gin file binds to `train.job`.
 
     Args:
@@ -78,6 +79,9 @@ def train(
       distributed: join the other processes first, found through the environment (TPU pods, SLURM).
       coordinator_address, num_processes, process_id: join the other processes at this address, see
         training.distributed.join.
+
+    Returns:
+      The exit status: 0, or 130 if Ctrl-C stopped the run.
 
     Raises:
       UserError: a setting is wrong, the workdir belongs to another run or another process writes to it.
@@ -95,6 +99,7 @@ def train(
         job.run(str(folder))
         if operative_config is not None and jax.process_index() == 0:
             (folder / "operative_config.gin").write_text(operative_config())
+    return 128 + signal.SIGINT if interrupted() else 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,6 +137,7 @@ class Trainer:
       checkpoint_every: steps between checkpoints.
       keep_checkpoints: how many of the newest checkpoints to keep.
       wandb: auto, online, offline or off.
+      tensorboard: whether to write TensorBoard event files to WORKDIR/tensorboard.
     """
 
     data: Dataset | Mixture
@@ -159,6 +165,7 @@ class Trainer:
     checkpoint_every: int = 500
     keep_checkpoints: int = 3
     wandb: str = "off"
+    tensorboard: bool = False
 
     def __post_init__(self):
         if (self.model is None) == (self.init_from is None):
@@ -344,11 +351,11 @@ class Trainer:
         sizes = {"batch_size": self.batch_size, "seq_len": self.seq_len}
         meter = Meter(run.model, metrics, **sizes, every=self.log_every, last=self.steps, losses=run.losses)
         state, step = run.state, run.step
-        stop.unsaved = False  # nothing to save until the first step, whose compilation a signal may interrupt
+        stop.safe = "stopped before the first step, nothing is lost"  # a signal may interrupt the compilation
         while step < self.steps and not stop.requested(step):
             batch = sharding.shard_batch(next(batches), mesh)
             state, values = step_fn(state, batch, np.int32(step))
-            stop.unsaved = True
+            stop.safe = None
             step += 1
             meter.add(step, values)
             checkpointer.poll()
@@ -368,6 +375,7 @@ class Trainer:
         meter.drain()
         self._save(checkpointer, run, state, step, batches, meter, wait=True)
         if step == self.steps and step > run.step:
+            stop.safe = f"the last evaluation is left out; {statements.closing(workdir, step, self.steps)}"
             metrics.log(step, {"eval_loss": self.held_out_loss(run.model, state, mesh)})
         metrics.message(statements.closing(workdir, step, self.steps))
         return dataclasses.replace(run, state=state, step=step)
@@ -464,6 +472,7 @@ def _metrics(trainer: Trainer, workdir: str, step: int) -> MetricsLogger:
         workdir,
         total_steps=trainer.steps,
         mode=trainer.wandb,
+        tensorboard=trainer.tensorboard,
         resume_step=step,
         print_every=trainer.log_every,
         config_text=config.read_text() if config.exists() else "",

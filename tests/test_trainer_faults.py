@@ -187,7 +187,7 @@ import ctypes, sys
 from lcx.training.signals import StopRequest
 mutex = ctypes.create_string_buffer(128)
 with StopRequest() as stop:
-    stop.unsaved = False
+    stop.safe = "nothing is lost"
     print("compiling", flush=True)
     for _ in range(2):
         ctypes.CDLL(None).pthread_mutex_lock(mutex)
@@ -198,7 +198,7 @@ with StopRequest() as stop:
     process.send_signal(number)
     _, err = process.communicate(timeout=50)
     assert process.returncode == 128 + number
-    assert own_lines(err) == [f"{number.name}: stopped before the first step, nothing is lost"]
+    assert own_lines(err) == [f"{number.name}: nothing is lost"]
 
 
 def test_a_run_that_can_never_save_stops_early(text, tmp_path, monkeypatch):

@@ -99,6 +99,7 @@ class Meter:
             if not math.isfinite(numbers[name]):
                 raise NotFiniteError(name, numbers[name], step)
         self.losses.append(numbers["loss"])
+        self._metrics.advance(step)
         if self._since is None:
             self._since = now
         else:
