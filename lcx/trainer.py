@@ -29,7 +29,7 @@ from lcx.linearize import Linearize, check_linear
 from lcx.locks import LOCK, only_writer
 from lcx.model import Decoder
 from lcx.optim import AdamW
-from lcx.training import resume_check, statements
+from lcx.training import resume_check, statements, workdirs
 from lcx.training import step as train_step
 from lcx.training.distributed import join
 from lcx.training.logger import MODES, MetricsLogger
@@ -93,9 +93,9 @@ def train(
         check(str(folder))
     with contextlib.ExitStack() as stack:
         if jax.process_index() == 0:
-            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(workdirs.made(folder))
             stack.enter_context(only_writer(folder / LOCK, of=str(folder), setting="--workdir"))
-            resume_check.keep_config(folder, config_text)
+            stack.enter_context(workdirs.kept_config(folder, config_text))
         job.run(str(folder))
         if operative_config is not None and jax.process_index() == 0:
             (folder / "operative_config.gin").write_text(operative_config())
@@ -193,6 +193,12 @@ class Trainer:
             raise UserError(
                 f"AdamW.warmup_steps is {self.optimizer.warmup_steps}, more than the {self.steps} steps of the run: "
                 "lower it, or raise Trainer.steps"
+            )
+        if not 0 <= self.seed < 2**32:  # jax.random.key keeps 32 bits
+            raise UserError(f"Trainer.seed is {self.seed}, expected 0 to 2**32 - 1")
+        if self.optimizer.schedule == "plateau" and not self.eval_every:
+            raise UserError(
+                "AdamW.schedule 'plateau' follows the held-out loss, and Trainer.eval_every is 0: set eval_every"
             )
         if self.batch_size % self.accumulation:
             raise UserError(

@@ -4,6 +4,8 @@ import argparse
 import importlib
 import json
 import os
+import signal
+import subprocess
 import sys
 import types
 
@@ -104,3 +106,50 @@ def test_what_the_user_has_set_stays(monkeypatch):
     monkeypatch.setattr(os, "environ", {"JAX_COMPILATION_CACHE_DIR": "mine", "HOME": "/h"})
     environment.setup_jax()
     assert os.environ["JAX_COMPILATION_CACHE_DIR"] == "mine"
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_ctrl_c_ends_a_command_that_cannot_be_interrupted(native):
+    """In a C function no Python handler runs, as in a compiler; a second Ctrl-C ends a clean-up that hangs."""
+    script = """
+import ctypes, sys, time
+from lcx.config import interrupts
+mutex = ctypes.create_string_buffer(128)
+interrupts._GRACE_S = 0.1
+with interrupts.interruptible():
+    try:
+        print("working", flush=True)
+        for _ in range(2 if sys.argv[1] == "True" else 0):
+            ctypes.CDLL(None).pthread_mutex_lock(mutex)
+        time.sleep(60)
+    finally:
+        print("cleaning", flush=True)
+        time.sleep(60)
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, str(native)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "working\n"
+    process.send_signal(signal.SIGINT)
+    if not native:
+        assert process.stdout.readline() == "cleaning\n"
+        process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=50)[1] == "interrupted\n"
+    assert process.returncode == 130
+
+
+def test_no_cuda_plugin_without_a_gpu():
+    """jax loads it where it is installed for its compiler alone, and its libraries complain."""
+    script = """
+import sys
+from lcx import config
+from lcx.config import environment, plugins
+environment.ACCELERATORS = ()
+config.setup_jax()
+plugins.hide_unusable()
+import jax
+assert jax.devices()[0].platform == "cpu"
+"""
+    env = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")

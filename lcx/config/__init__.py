@@ -229,7 +229,7 @@ def _one_line(error: BaseException) -> str:
         return f"{error.strerror}{advice}"
     line = first_line(error)
     built = re.search(r"In call to configurable '(\w+)'", str(error))
-    return f"{built[1]}: {line}" if built else line
+    return f"{built[1]}: {line}" if built and not line.startswith(built[1]) else line
 
 
 def _is_distributed() -> bool:
