@@ -1,4 +1,4 @@
-"""The folder of a run and its config.gin. A run that is refused before it has written anything leaves both as before."""
+"""The folder of a run and its config.gin. A run that is refused before it has written anything leaves both alone."""
 
 import contextlib
 import os
