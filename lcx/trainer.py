@@ -88,6 +88,8 @@ def train(
     """
     if distributed or coordinator_address is not None:
         join(coordinator_address, num_processes, process_id)
+    elif num_processes is not None or process_id is not None:
+        raise UserError("--num_processes and --process_id need the address of process 0: set --coordinator_address")
     folder = paths.destination(workdir, "--workdir")
     if (check := getattr(job, "check", None)) is not None:
         check(str(folder))

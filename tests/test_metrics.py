@@ -148,6 +148,7 @@ def in_a_terminal(script, columns):
 
 def test_a_terminal_gets_a_bar(tmp_path):
     script = f"""
+import logging
 from lcx.training.logger import MetricsLogger
 with MetricsLogger({str(tmp_path)!r}, total_steps=20, mode="off", process_index=0, resume_step=10) as log:
     for step in range(11, 21):
@@ -156,12 +157,14 @@ with MetricsLogger({str(tmp_path)!r}, total_steps=20, mode="off", process_index=
             log.log(step, {{"loss": 1 / step, "tokens_per_second": 999.0}})
         if step == 15:
             log.message("saved step 15")
+        if step == 17:
+            logging.getLogger("lcx.checkpoint").warning("not saved")
 """
     text = in_a_terminal(script, columns=100)
     assert "100%|" in text and " 20/20 " in text and " 11/20 " in text, "it moves with every step"
     for step in range(12, 21, 2):  # lines that stay, above the bar
         assert f"\nstep {step}/20 loss {1 / step:.3f} tok/s 999\n" in text
-    assert "\nsaved step 15\n" in text
+    assert "\nsaved step 15\n" in text and "\nnot saved\n" in text
     assert "  0%|" not in text and " 50%|" in text, "a resumed run starts where it was"
     text = in_a_terminal(script, columns=0)
     assert "%|" not in text and "step 20/20 loss 0.050 tok/s 999 eta 0s\n" in text

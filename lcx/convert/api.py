@@ -10,7 +10,6 @@ import jax
 import numpy as np
 
 from lcx import extend, hub
-from lcx.checkpoint.slices import past_damage
 from lcx.convert import formats
 from lcx.convert.core import model_source
 from lcx.convert.core.format import Format
@@ -75,7 +74,7 @@ def load(
         whole = merged.adapted(source, adapter, scaled=scaled, dtype=wanted)
         return model_source.load(whole, dtype=wanted, mesh=mesh)
 
-    return past_damage(path, with_adapter)
+    return reader.read(path, with_adapter)
 
 
 def save(

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lcx import extend, hub, paths
-from lcx.checkpoint.slices import past_damage
 from lcx.convert import api, formats, verify
 from lcx.convert.core import model_source
 from lcx.convert.core.format import TrainedFormat
@@ -89,7 +88,7 @@ def convert(
                 target_path, source, format=target, dtype=wanted, overwrite=overwrite, progress=progress.add
             )
 
-    source, summary = past_damage(source_path, write)
+    source, summary = reader.read(source_path, write)
     print(f"wrote {os.path.realpath(target_path)} ({target.name}), read back and checked: {summary}")
     print(verify.verify(source, target, target_path))
 
@@ -114,5 +113,5 @@ def _write_trained(
             f"{given[0]} cannot be combined with {target.name!r}, which holds the trained parameters unchanged: leave "
             "it out"
         )
-    first, *rest = past_damage(src, lambda: target.export(src, dst, overwrite=overwrite))
+    first, *rest = found.read(src, lambda: target.export(src, dst, overwrite=overwrite))
     print(f"wrote {os.path.realpath(dst)} ({target.name}), {first}", *rest, sep="\n")

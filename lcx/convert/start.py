@@ -7,7 +7,6 @@ from typing import Any
 import jax
 
 from lcx import extend, hub
-from lcx.checkpoint.slices import past_damage
 from lcx.convert import formats
 from lcx.convert.core.format import Format
 from lcx.convert.peft import start as peft_start
@@ -68,7 +67,7 @@ def start(
         )
         return Start(model, params, carried, settings, pairs)
 
-    return past_damage(path, with_adapter)
+    return reader.read(path, with_adapter)
 
 
 def model_at(path: str) -> Decoder:

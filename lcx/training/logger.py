@@ -10,12 +10,13 @@ from __future__ import annotations
 import collections
 import contextlib
 import json
+import logging
 import math
 import os
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from lcx.errors import UserError, first_line
@@ -239,6 +240,17 @@ class _Silent(_Lines):
         pass
 
 
+class _AboveTheBar(logging.Handler):
+    """Warnings of all loggers, which Python would otherwise print into the line of the bar."""
+
+    def __init__(self, write: Callable[[str], None]):
+        super().__init__(logging.WARNING)
+        self._write = write
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._write(self.format(record))
+
+
 class _Bar(_Lines):
     """A bar that moves with every step, below the same lines that are printed elsewhere."""
 
@@ -251,6 +263,9 @@ class _Bar(_Lines):
         self._bar = tqdm.tqdm(
             total=total_steps, initial=first_step, file=sys.stderr, dynamic_ncols=True, bar_format=form
         )
+        self._handler = _AboveTheBar(self.message)
+        if not logging.root.handlers:  # the user has not set up logging
+            logging.root.addHandler(self._handler)
 
     def show(self, step: int, metrics: Mapping[str, float]) -> None:
         self.message(f"step {step}/{self._total} {_summary(metrics)}")
@@ -262,6 +277,7 @@ class _Bar(_Lines):
         self._tqdm.write(text, file=sys.stderr)
 
     def close(self) -> None:
+        logging.root.removeHandler(self._handler)
         self._bar.close()
 
 
