@@ -33,8 +33,9 @@ def interruptible() -> Iterator[None]:
     reacted = threading.Event()
 
     def handle(number: int, frame: FrameType | None) -> None:
-        reacted.set()
-        raise KeyboardInterrupt
+        if not reacted.is_set():  # at the second, the other thread ends the process
+            reacted.set()
+            raise KeyboardInterrupt
 
     read, write = os.pipe()
     os.set_blocking(write, False)
