@@ -83,18 +83,18 @@ class Linearize:
             )
         if already := linear_layers(model):
             log.warning("layers %s are already linear: Linearize leaves them unchanged", already)
-        held = None if self.window is None else self.window * (2 if self.window_kind == "terraced" else 1)
-        if held is not None and held >= model.max_position_embeddings:
-            raise UserError(
-                f"Linearize.window {self.window} holds the model's whole context of {model.max_position_embeddings} "
-                f"tokens ({held} keys if {self.window_kind}), so that nothing would be linear: set a smaller window"
-            )
         # Equal blocks map to one object, which keeps comparing stages cheap.
         make = functools.cache(self._linear)
         new = tuple(
             make(block) if i not in self.keep_softmax and isinstance(block.mixer, Attention) else block
             for i, block in enumerate(blocks)
         )
+        held = None if self.window is None else self.window * (2 if self.window_kind == "terraced" else 1)
+        if held is not None and held >= model.max_position_embeddings:
+            raise UserError(
+                f"Linearize.window {self.window} holds the model's whole context of {model.max_position_embeddings} "
+                f"tokens ({held} keys if {self.window_kind}), so that nothing would be linear: set a smaller window"
+            )
         if list(new) == blocks:
             raise UserError(
                 "nothing to linearize: the model has no softmax attention outside Linearize.keep_softmax"

@@ -196,6 +196,7 @@ class Decoder(nn.Module):
             hidden_size=self.hidden_size,
             max_position_embeddings=self.max_position_embeddings,
         )
+        _check_dtype(self.dtype)
         if not 0 <= self.norm_eps < math.inf:
             raise UserError(
                 f"Decoder.norm_eps is {self.norm_eps}, expected a small positive number: change norm_eps"
@@ -288,6 +289,16 @@ class Decoder(nn.Module):
     @property
     def num_layers(self) -> int:
         return sum(len(stage.pattern) * stage.repeat for stage in self.stages)
+
+
+def _check_dtype(dtype: str) -> None:
+    """Raises UserError unless it is the name of a floating-point type."""
+    try:
+        floating = jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+    except TypeError:
+        floating = False
+    if not floating:
+        raise UserError(f"dtype is {dtype!r}, expected 'float32', 'bfloat16' or 'float16': change dtype of the model")
 
 
 def stages_of(blocks: tuple[Block, ...]) -> tuple[Stage, ...]:

@@ -34,6 +34,7 @@ OWNERS = {  # nobody else imports these
     "tensorstore": ("lcx/checkpoint/",),
     "grain": ("lcx/data/",),
     "wandb": ("lcx/training/logger.py",),
+    "tensorboard": ("lcx/training/tensorboard.py",),
     "gin": ("lcx/config/",),
     "huggingface_hub": ("lcx/hub.py",),
     "transformers": (),
@@ -41,7 +42,7 @@ OWNERS = {  # nobody else imports these
 ONLY_JAX = ("lcx/ops/", "lcx/rope.py", "lcx/rope_fields.py", "kernels_pallas/")
 INSIDE_FUNCTIONS = {
     *("torch", "wandb", "matplotlib", "tokenizers", "sentencepiece", "pyarrow", "huggingface_hub", "jinja2"),
-    "filelock",
+    *("filelock", "tensorboard"),
 }
 FACADE = lcx.__all__
 FILES = sorted([*ROOT.glob("lcx/**/*.py"), *ROOT.glob("kernels_pallas/**/*.py")])
