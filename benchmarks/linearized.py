@@ -16,9 +16,9 @@ import json
 import pathlib
 import sys
 
+import harness
 import jax
 import jax.numpy as jnp
-from _timing import in_turns, machine, on_device
 
 import lcx
 from lcx.errors import UserError
@@ -92,16 +92,16 @@ def transformers_decoder(folder: str, length: int):
 
 
 def decoding(
-    paths: dict[str, str], lengths: tuple[int, ...], rounds: int, peer: str | None = None
+    run: harness.Run, paths: dict[str, str], lengths: tuple[int, ...], rounds: int, peer: str | None = None
 ) -> list[dict]:
     models = {name: lcx.load(path, dtype="float32") for name, path in paths.items()}
     rows = []
     for length in lengths:
         made = {name: decoder(*model, length) for name, model in models.items()}
-        runs = {name: on_device(run, *args) for name, (run, args, _) in made.items()}
+        runs = {name: harness.on_device(step, *args) for name, (step, args, _) in made.items()}
         if peer is not None:
             runs["transformers"] = transformers_decoder(peer, length)
-        times = in_turns(runs, rounds=rounds, seconds=0.3)
+        times = run.turns(runs, rounds=rounds, seconds=0.3).medians()
         row = {"length": length, "cache_bytes": {name: nbytes for name, (_, _, nbytes) in made.items()}}
         row["tokens_per_second"] = {name: STEPS / seconds for name, seconds in times.items()}
         row["speed_ratio"] = min(t for name, t in times.items() if name != "linear") / times["linear"]
@@ -203,19 +203,25 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=9, metavar="N")
     args = parser.parse_args()
     try:
-        results: dict = {"machine": machine()}
+        results: dict = {}
         if args.results:
             results["losses"] = losses(pathlib.Path(args.results))
             results["share_of_gap_closed"] = gap_closed(results["losses"])
         paths = {"softmax": args.softmax, "linear": args.linear}
-        results["decoding"] = decoding(paths, tuple(args.lengths), args.rounds, args.transformers)
+        threads = dict.fromkeys(paths, harness.jax_threads())
+        if args.transformers:
+            import torch
+
+            threads["transformers"] = {"threads": torch.get_num_threads()}
+        run = harness.Run("decoding a token at a time after a context; in turns, medians", threads=threads)
+        results["decoding"] = decoding(run, paths, tuple(args.lengths), args.rounds, args.transformers)
     except UserError as error:
         print(f"linearized.py: {error}", file=sys.stderr)
         return 1
     faster = [row["length"] for row in results["decoding"] if row["speed_ratio"] > 1]
     results["linear_is_faster_from"] = min(faster, default=None)
     output = pathlib.Path(args.output)
-    output.write_text(json.dumps(results, indent=1) + "\n")
+    run.write(output, **results)
     draw(results, output.with_suffix(".svg"))
     if "losses" in results:
         print(table(results["losses"]))

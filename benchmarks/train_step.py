@@ -18,7 +18,7 @@ import argparse
 import json
 import os
 
-import _timing
+import harness
 import jax
 import numpy as np
 
@@ -127,10 +127,10 @@ class Step:
             self.loss = metrics["loss"]
             return self.loss
 
-        return _timing.on_device(step, calls)(1)
+        return harness.on_device(step, calls)(1)
 
 
-def measure(names: list[str], T: int, args) -> list[dict]:
+def measure(run: harness.Run, names: list[str], T: int, args) -> list[dict]:
     """The rows of these models at one T, in turns."""
     B = max(1, args.tokens // T)
     steps: dict[str, Step] = {}
@@ -142,7 +142,8 @@ def measure(names: list[str], T: int, args) -> list[dict]:
             print(f"T={T} {name}: {str(error)[:200]}", flush=True)
             continue
         steps[name] = step
-    times = _timing.in_turns({n: s.run for n, s in steps.items()}, rounds=args.rounds, seconds=args.seconds)
+    sides = {name: step.run for name, step in steps.items()}
+    times = run.turns(sides, rounds=args.rounds, seconds=args.seconds).medians()
     rows = []
     for name, step in steps.items():
         flops = model_lib.flops_per_token(step.model, T) * step.tokens
@@ -209,7 +210,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--output", help="benchmarks/results/train_step_<device>.json; - for none")
     parser.add_argument("--plot", help="beside the output; - for none")
     args = parser.parse_args()
-    name = f"train_step_{_timing.device_name()}.json"
+    name = f"train_step_{harness.device_name()}.json"
     args.output = args.output or os.path.join(HERE, "results", name)
     args.plot = args.plot or (args.output.replace(".json", ".svg") if args.output != "-" else "-")
     return args
@@ -217,31 +218,28 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
-    args.ceilings = _timing.ceilings()
+    run = harness.Run("a training step (AdamW) against T", threads={"lcx": harness.jax_threads()})
+    args.ceilings = harness.ceilings(run)
     names = args.models.split(",")
     rows = []
     for T in map(int, args.lengths.split(",")):
         for group in [names] if ON_CPU else [[name] for name in names]:
-            rows += measure(group, T, args)
+            rows += measure(run, group, T, args)
     growth = {
-        name: _timing.growth({r["T"]: r["seconds"] / r["T"] / r["B"] for r in rows if r["model"] == name})
+        name: harness.growth({r["T"]: r["seconds"] / r["T"] / r["B"] for r in rows if r["model"] == name})
         for name in names
     }
     print(json.dumps({"growth": growth}))
-    result = {
-        "what": "a training step (AdamW) against T",
-        "machine": _timing.machine(),
-        "ceilings": args.ceilings,
-        "width": WIDTHS[args.width],
-        "settings": {key: getattr(args, key) for key in ("dtype", "remat", "tokens", "rounds")},
-        "growth": growth,
-        "rows": rows,
-    }
-    if args.output != "-":
-        with open(args.output, "w") as file:
-            file.write(json.dumps(result).replace('{"model"', '\n{"model"') + "\n")
+    run.write(
+        args.output,
+        ceilings=args.ceilings,
+        width=WIDTHS[args.width],
+        settings={key: getattr(args, key) for key in ("dtype", "remat", "tokens", "rounds")},
+        growth=growth,
+        rows=rows,
+    )
     if args.plot != "-":
-        title = f"{_timing.machine()['device']}, {args.width}, {args.tokens} tokens a step"
+        title = f"{harness.machine()['device']}, {args.width}, {args.tokens} tokens a step"
         plot(rows, args.plot, title)
 
 
