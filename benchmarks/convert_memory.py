@@ -18,8 +18,6 @@ import subprocess
 import sys
 import time
 
-import harness
-
 CHILD = """
 import json, re, sys
 code, argv = int(sys.argv[1]), sys.argv[2:]
@@ -99,6 +97,8 @@ def main() -> None:
     parser.add_argument("--folder", type=pathlib.Path, default=pathlib.Path("/tmp/lcx_convert_memory"))
     parser.add_argument("--output", default="-", metavar="FILE.json")
     arguments = parser.parse_args()
+    import harness
+
     cores = {"threads": os.cpu_count() or 1}
     run = harness.Run("peak memory and time of a conversion, both ways", threads={"lcx": cores})
     folder = arguments.folder

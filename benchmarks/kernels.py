@@ -41,8 +41,8 @@ ON_CPU = jax.default_backend() == "cpu"
 class Torch(harness.Child):
     """The process of torch_peers.py; without torch, a table with nobody in it."""
 
-    def __init__(self):
-        super().__init__(sys.executable, os.path.join(HERE, "torch_peers.py"))
+    def __init__(self, *command: str):
+        super().__init__(*(command or (sys.executable, os.path.join(HERE, "torch_peers.py"))))
         self.threads = self.ask({"threads": True}) or {}
 
     def check(self, name: str, arrays: dict) -> dict:

@@ -33,6 +33,7 @@ from lcx.training import step as train_step
 HERE = os.path.dirname(os.path.abspath(__file__))
 ON_CPU = jax.default_backend() == "cpu"
 WIDTHS = {
+    "tiny": {"hidden": 32, "intermediate": 64, "heads": 2, "kv_heads": 1, "layers": 7, "vocab": 256},
     "small": {"hidden": 256, "intermediate": 704, "heads": 4, "kv_heads": 2, "layers": 7, "vocab": 4096},
     "1b": {"hidden": 2048, "intermediate": 8192, "heads": 16, "kv_heads": 8, "layers": 14, "vocab": 32768},
 }
