@@ -3,12 +3,13 @@
 Examples:
   python benchmarks/linearized.py --softmax runs/linearize/softmax_lora --linear runs/linearize/lora \
     --results runs/linearize/eval --output runs/linearize/linearize.json
-  python benchmarks/linearized.py --softmax HF_FOLDER --linear HF_FOLDER_LINEAR --lengths 256 65536 --output new.json
+  python benchmarks/linearized.py --softmax HF_FOLDER --transformers HF_FOLDER --output decoding.json
 
 --results is a folder of lcx.evaluate outputs, as scripts/reproduce_linearize.sh leaves them: softmax, softmax_lora,
 transfer, lora, no_transfer, window_only, linear_only. Decoding: a token at a time after a context of each length, both
-models in turns in one run, medians; memory is what each keeps per sequence. --transformers HF_FOLDER (extras dev,torch)
-decodes that softmax model with transformers and torch in the same turns.
+models in turns in one run, medians; memory is what each keeps per sequence. Without --linear the softmax model is
+linearized as it stands, untrained: its speed does not depend on its numbers. --transformers HF_FOLDER (extras
+dev,torch) decodes that softmax model with transformers and torch in the same turns.
 """
 
 import argparse
@@ -21,7 +22,9 @@ import jax
 import jax.numpy as jnp
 
 import lcx
+from lcx import model as lcx_model
 from lcx.errors import UserError
+from lcx.linearize import Linearize
 
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384)
 STEPS = 16  # tokens a call: what a launch costs is shared among them
@@ -91,10 +94,18 @@ def transformers_decoder(folder: str, length: int):
     return run
 
 
+def untrained(model, params):
+    """The model with linear attention in place of softmax, as training finds it."""
+    linear = Linearize(feature_init="identity").model(model)
+    fresh = jax.jit(lambda key: lcx_model.init_params(linear, key))(jax.random.key(0))
+    return linear, fresh
+
+
 def decoding(
     run: harness.Run, paths: dict[str, str], lengths: tuple[int, ...], rounds: int, peer: str | None = None
 ) -> list[dict]:
     models = {name: lcx.load(path, dtype="float32") for name, path in paths.items()}
+    models.setdefault("linear", untrained(*models["softmax"]))
     rows = []
     for length in lengths:
         made = {name: decoder(*model, length) for name, model in models.items()}
@@ -193,7 +204,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--softmax", required=True, metavar="PATH", help="checkpoint of the softmax model")
-    parser.add_argument("--linear", required=True, metavar="PATH", help="checkpoint of the linear model")
+    parser.add_argument("--linear", metavar="PATH", help="checkpoint of the linear model")
     parser.add_argument("--results", metavar="DIR", help="evaluations to put beside each other")
     parser.add_argument("--output", required=True, metavar="FILE.json")
     parser.add_argument(
@@ -207,8 +218,8 @@ def main() -> int:
         if args.results:
             results["losses"] = losses(pathlib.Path(args.results))
             results["share_of_gap_closed"] = gap_closed(results["losses"])
-        paths = {"softmax": args.softmax, "linear": args.linear}
-        threads = dict.fromkeys(paths, harness.jax_threads())
+        paths = {"softmax": args.softmax} | ({"linear": args.linear} if args.linear else {})
+        threads = dict.fromkeys(("linear", "softmax"), harness.jax_threads())
         if args.transformers:
             import torch
 

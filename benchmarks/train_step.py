@@ -10,6 +10,8 @@ each T: tokens/s, model FLOPs (lcx.model.flops_per_token) as a share of what a l
 machine (measured first), and XLA's count of the bytes that the step needs at once: weights, optimizer state,
 activations. `growth` is p in time ~ T^p at a fixed number of rows.
 
+Rows of other lengths and models stay in the file, so that one length can be measured at a time.
+
 On a CPU float32, small, all models in turns; on an accelerator bfloat16 activations, 1.2B parameters, T from 8K to 1M,
 one model after the other. Written to benchmarks/results/train_step_<device>.json and .svg unless told otherwise.
 """
@@ -131,18 +133,20 @@ class Step:
         return harness.on_device(step, calls)(1)
 
 
-def measure(run: harness.Run, names: list[str], T: int, args) -> list[dict]:
+def measure(names: list[str], T: int, args) -> list[dict]:
     """The rows of these models at one T, in turns."""
     B = max(1, args.tokens // T)
     steps: dict[str, Step] = {}
     for name in names:
         try:
             step = Step(name, WIDTHS[args.width], B=B, T=T, dtype=args.dtype, remat=args.remat)
-            step.run(1)
+            if not ON_CPU:  # more memory than there is shows in the first step
+                step.run(1)
         except jax.errors.JaxRuntimeError as error:  # more memory than there is
             print(f"T={T} {name}: {str(error)[:200]}", flush=True)
             continue
         steps[name] = step
+    run = harness.Run(f"T = {T}", threads={"lcx": harness.jax_threads()})
     sides = {name: step.run for name, step in steps.items()}
     times = run.turns(sides, rounds=args.rounds, seconds=args.seconds).medians()
     rows = []
@@ -161,10 +165,22 @@ def measure(run: harness.Run, names: list[str], T: int, args) -> list[dict]:
                 "peak_mib": round(step.bytes / 2**20, 1),
                 "parameters": model_lib.num_params(step.model),
                 "loss": round(float(step.loss), 4),
+                "quiet": run.quiet,
+                "watch": run.record()["watch"],
             }
         )
         print(json.dumps(rows[-1]), flush=True)
     return rows
+
+
+def others(args, names: list[str]) -> list[dict]:
+    """The rows of the file that are not measured now: other lengths or models, each with its record."""
+    if not os.path.exists(args.output):
+        return []
+    with open(args.output) as file:
+        rows = json.load(file)["rows"]
+    lengths = [int(T) for T in args.lengths.split(",")]
+    return [r for r in rows if "quiet" in r and not (r["T"] in lengths and r["model"] in names)]
 
 
 def plot(rows: list[dict], path: str, title: str) -> None:
@@ -222,10 +238,10 @@ def main() -> None:
     run = harness.Run("a training step (AdamW) against T", threads={"lcx": harness.jax_threads()})
     args.ceilings = harness.ceilings(run)
     names = args.models.split(",")
-    rows = []
+    rows = others(args, names)
     for T in map(int, args.lengths.split(",")):
         for group in [names] if ON_CPU else [[name] for name in names]:
-            rows += measure(run, group, T, args)
+            rows += measure(group, T, args)
     growth = {
         name: harness.growth({r["T"]: r["seconds"] / r["T"] / r["B"] for r in rows if r["model"] == name})
         for name in names
