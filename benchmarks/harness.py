@@ -11,7 +11,7 @@ each warms up; then every round calls each side once, A B, B A, A B, ..., and th
 
 What every file of results holds (`Run.record`): the machine, versions, commit, thread counts of each side, the load
 before, and the CPU seconds that *other* processes used during the turns: all that the machine was busy, less this
-process and its children. Above 3% of the machine's CPUs in any measurement the file says `"quiet": false`, and
+process and its children. Above 5% of the machine's CPUs in any measurement the file says `"quiet": false`, and
 scripts/docs_figures.py refuses to quote it. Compile, load and warm up outside of `turns`; what is timed without turns
 goes into `with run.watched():`.
 """
@@ -41,7 +41,7 @@ import jax.numpy as jnp  # noqa: E402
 Side = Callable[[int], float]
 HERE = pathlib.Path(__file__).parent
 RESULTS = HERE / "results"
-QUIET_SHARE = 0.03  # of the machine's CPUs, used by others
+QUIET_SHARE, TICKS = 0.05, 0.1  # of the CPUs, and seconds more (clocks are coarse): what others may use
 PAUSE = 0.01  # seconds between two sides: torch's threads spin for some milliseconds after their last work
 PACKAGES = (
     *("jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin", "libtpu", "numpy"),
@@ -220,7 +220,7 @@ class Run:
         section: dict = {"seconds": wall, "other": None, "busiest": {}, "quiet": False}
         if before and after:
             other, section["busiest"] = beside(before, after)
-            allowed = QUIET_SHARE * wall * (os.cpu_count() or 1) + 0.05  # a few ticks of the clock
+            allowed = QUIET_SHARE * wall * (os.cpu_count() or 1) + TICKS
             section |= {"other": other, "quiet": other <= allowed}
         self.sections.append(section)
 
