@@ -13,21 +13,19 @@ A row has milliseconds, bytes in addition to arguments and results (temp_mib, co
 the work of the cheapest known algorithm, bytes/s, FLOP/s, and the share of the time that its floor on this machine
 takes (bytes at the speed of a copy, FLOPs at that of a large matrix product, both measured first).
 
-Written to benchmarks/results/<device>.json and .svg unless told otherwise.
+Written to benchmarks/results/<device>.json and .svg unless told otherwise. Each operator has its own record of what
+else ran, so that a few can be measured at a time: the others in the file stay as they are.
 """
 
 import argparse
-import functools
 import json
-import math
 import os
-import subprocess
 import sys
 import tempfile
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leaves memory for torch
 
-import _timing
+import harness
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,34 +38,12 @@ TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}  # relative to the largest value
 ON_CPU = jax.default_backend() == "cpu"
 
 
-class Torch:
+class Torch(harness.Child):
     """The process of torch_peers.py; without torch, a table with nobody in it."""
 
-    def __init__(self):
-        command = [sys.executable, os.path.join(HERE, "torch_peers.py")]
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-        )
-        self.alive = True
-
-    def ask(self, request: dict):
-        """Its answer, or None if it has died (its reasons are its own)."""
-        if not self.alive:
-            return None
-        try:
-            self.process.stdin.write(json.dumps(request) + "\n")
-            self.process.stdin.flush()
-            for line in self.process.stdout:
-                if line.startswith("answer "):
-                    return json.loads(line[7:])
-        except BrokenPipeError:
-            pass
-        self.alive = False
-        return None
-
-    def close(self) -> None:
-        self.process.stdin.close()
-        self.process.wait(timeout=60)
+    def __init__(self, *command: str):
+        super().__init__(*(command or (sys.executable, os.path.join(HERE, "torch_peers.py"))))
+        self.threads = self.ask({"threads": True}) or {}
 
     def check(self, name: str, arrays: dict) -> dict:
         """{peer: its result as an array, or the reason why it has none}."""
@@ -91,10 +67,6 @@ class Torch:
             "without": sorted(without),
         }
         return self.ask(request) or {}
-
-    def run(self, name: str, calls: int) -> float:
-        seconds = self.ask({"run": name, "calls": calls})
-        return math.nan if seconds is None else seconds
 
 
 def jax_peers(operator: Operator) -> dict:
@@ -149,6 +121,7 @@ def point(
     size,
     forms: dict,
     torch: Torch,
+    run: harness.Run,
     *,
     late: set,
     B: int,
@@ -181,10 +154,10 @@ def point(
         except Exception as error:  # out of memory, or a shape that a peer refuses
             print(f"  {name}: {type(error).__name__}: {str(error)[:150]}", flush=True)
             continue
-        runs[name] = _timing.on_device(compiled, *inputs)
+        runs[name] = harness.on_device(compiled, *inputs)
     first = torch.prepare(operator, size, B=B, T=T, dtype=dtype, train=train, without=late)
-    runs |= {name: functools.partial(torch.run, name) for name, s in first.items() if s <= args.slow}
-    times = _timing.in_turns(runs, rounds=args.rounds, seconds=args.seconds, slow=args.slow)
+    runs |= {name: torch.side({"run": name}) for name, s in first.items() if s <= args.slow}
+    times = run.turns(runs, rounds=args.rounds, seconds=args.seconds, slow=args.slow).medians()
     times |= {name: seconds for name, seconds in first.items() if seconds > args.slow}
     flops, moved = operator.work(size, B=B, T=T, dtype=dtype, train=train)
     floor = max(
@@ -216,17 +189,19 @@ def sweep(operator: Operator, torch: Torch, args) -> dict:
     wrong = [form for form in forms if not errors[form] <= TOLERANCE[dtype]]
     functions = {form: operator.forward(form) for form in forms if form not in wrong}
     functions |= {"naive": operator.forward("reference")} | jax_peers(operator)
+    threads = {"lcx": harness.jax_threads(), "torch": torch.threads}
+    run = harness.Run(operator.note, threads=threads)
     rows: list[dict] = []
     late: set[str] = set()
     for train in (False, True):
         for T in args.lengths:
             B = max(1, (args.tokens or (max(args.lengths) if ON_CPU else operator.tokens)) // T)
             shape = {"B": B, "T": T, "dtype": dtype, "train": train}
-            for row in point(operator, size, functions, torch, late=late, args=args, **shape):
+            for row in point(operator, size, functions, torch, run, late=late, args=args, **shape):
                 print(line(row), flush=True)
                 rows.append(row)
             late |= {row["form"] for row in rows if row["ms"] > 1e3 * args.slow} - set(forms)
-    return {
+    return run.record() | {
         "size": vars(size),
         "dtype": dtype,
         "errors": errors,
@@ -234,6 +209,15 @@ def sweep(operator: Operator, torch: Torch, args) -> dict:
         "growth": exponents(rows),
         "rows": rows,
     }
+
+
+def measured_before(path: str) -> dict:
+    """The operators in that file whose records say what else ran."""
+    if not os.path.exists(path):
+        return {}
+    with open(path) as file:
+        found = json.load(file)["operators"]
+    return {name: result for name, result in found.items() if name in OPERATORS and "quiet" in result}
 
 
 def line(row: dict) -> str:
@@ -256,7 +240,7 @@ def exponents(rows: list[dict]) -> dict[str, dict[str, float | None]]:
         which: {
             form: p and round(p, 3)
             for form, times in forms.items()
-            if (p := _timing.growth(times)) is not None
+            if (p := harness.growth(times)) is not None
         }
         for which, forms in per_token.items()
     }
@@ -320,30 +304,26 @@ def parse() -> argparse.Namespace:
         if args.lengths
         else [2**n for n in (range(9, 14, 2) if ON_CPU else range(10, 21)) if 2**n <= args.max_t]
     )
-    args.output = args.output or os.path.join(HERE, "results", f"{_timing.device_name()}.json")
+    args.output = args.output or os.path.join(HERE, "results", f"{harness.device_name()}.json")
     args.plot = args.plot or (args.output.replace(".json", ".svg") if args.output != "-" else "-")
     return args
 
 
 def main() -> int:
     args = parse()
-    args.ceilings = _timing.ceilings()
-    print(json.dumps(_timing.machine() | args.ceilings), flush=True)
+    run = harness.Run(
+        "operators: milliseconds against T; forms in turns, medians", threads={"lcx": harness.jax_threads()}
+    )
+    args.ceilings = harness.ceilings(run)
+    print(json.dumps(harness.machine() | args.ceilings), flush=True)
     torch, results = Torch(), {}
     for name in args.operators.split(","):
         results[name] = sweep(OPERATORS[name], torch, args)
     torch.close()
-    out = {
-        "what": "operators: milliseconds against T; forms in turns, medians",
-        "machine": _timing.machine(),
-        "ceilings": args.ceilings,
-        "operators": results,
-    }
-    if args.output != "-":
-        with open(args.output, "w") as file:
-            file.write(json.dumps(out).replace('{"operator"', '\n{"operator"') + "\n")
+    results = measured_before(args.output) | results
+    run.write(args.output, ceilings=args.ceilings, operators=results)
     if args.plot != "-":
-        plot(results, args.plot, f"{_timing.machine()['device']}, {jax.__version__}")
+        plot(results, args.plot, f"{harness.machine()['device']}, {jax.__version__}")
     wrong = {name: result["wrong"] for name, result in results.items() if result["wrong"]}
     if wrong:
         print(f"wrong results, not measured: {wrong}", file=sys.stderr)

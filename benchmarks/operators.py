@@ -39,7 +39,7 @@ class Operator:
     Attributes:
       size: as in the model that `note` names; `small`: for a CPU.
       shapes: (size, B, T) -> {argument: (shape, kind)}; kind "x" is in the dtype of activations, "w" a float32
-    XX
+        weight; "positive", "decay", "labels" and "documents" are drawn as their names say (see arrays).
       call: ({argument: array}, implementation) -> result.
       flops: (size, T) -> for one token, forward.
       tokens: of the whole problem (B = tokens / T) in the table of targets.

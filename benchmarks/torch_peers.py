@@ -6,6 +6,7 @@ It reads and writes one line of JSON per request:
     {"prepare": operator, "size": {...}, "shapes": {...}, "dtype": ..., "train": ...,
      "without": [peers]} -> {peer that runs here: seconds of the first call}
     {"run": peer, "calls": n} -> seconds
+    {"threads": true} -> the threads that torch uses
 
 On an NVIDIA GPU flash-linear-attention's Triton kernels and power retention where they can be imported, everywhere
 what torch itself has.
@@ -182,6 +183,8 @@ def main() -> None:
         request = json.loads(line)
         if "check" in request:
             answer = check(request)
+        elif "threads" in request:
+            answer = {"threads": torch.get_num_threads(), "cuda": CUDA}
         elif "prepare" in request:
             prepared = None  # frees the memory of the previous point
             prepared = Prepared(request)
