@@ -1,17 +1,17 @@
-"""What the compilers of TPUs and of an H200 say about every operator, on a machine that has neither.
+"""Compiler statistics of every operator for TPUs and an H200, on a machine that has neither.
 
     python benchmarks/aot.py [--operators fir_conv_7,...] [--targets h200,v5e,v5p,v6e] [--lengths 4096,8192]
                              [--implementations best,xla] [--bundles v5e] [--output benchmarks/results/aot.json]
 
-For each operator (benchmarks/operators.py, two rows at the sizes of models in bfloat16), target and T: the forward
-pass, and forward and backward as one program. A record holds temporary bytes and every Pallas kernel in it: on the
-H200 registers, spills, shared memory and tensor-core instructions; on a TPU scoped VMEM, and with --bundles the static
-schedule of each kernel (slow: 5 to 100 s a program, 11 minutes for one of ten kernels: raise --timeout). Each operator
-is compiled in a process of its own under a time limit, so that a compiler that hangs costs one record. Needs the extra
-`aot`.
+For each operator (benchmarks/operators.py, two rows at model sizes in bfloat16), target and T, this compiles the
+forward pass, and forward and backward as one program. A record holds the temporary bytes and a report on each Pallas
+kernel: on the H200 registers, spills, shared memory and tensor-core instructions; on a TPU scoped VMEM, and with
+--bundles the static schedule (slow: 5 to 100 s per program, 11 minutes for a program of ten kernels; raise --timeout).
+Each operator is compiled in a separate process with a time limit, so that a compiler that hangs costs only one record.
+Needs the extra `aot`.
 
---compare benchmarks/results/aot.json prints what has grown by more than a twentieth since that file was written, and
-ends with status 1 if anything has.
+--compare benchmarks/results/aot.json prints what has grown by more than 5% since that file was written, and exits with
+status 1 if anything has.
 """
 
 import argparse
@@ -26,11 +26,11 @@ import time
 from operators import OPERATORS, VARIANTS
 
 ROWS = 2
-SCHEDULE_SECONDS = 1800  # of one program; ten kernels of the state form take 11 minutes
+SCHEDULE_SECONDS = 1800  # per program; the ten kernels of the state form take 11 minutes
 
 
 def record(name: str, target: str, T: int, *, train: bool, implementation: str | None, bundles: bool) -> dict:
-    """One program; what a compiler refuses comes back as {"error": ...}."""
+    """The record of one program; {"error": ...} if it does not compile."""
     from kernels_pallas import aot
 
     operator = VARIANTS[name]
@@ -47,14 +47,14 @@ def record(name: str, target: str, T: int, *, train: bool, implementation: str |
     start = time.perf_counter()
     try:
         report = aot.compile_h200(fn, *args) if target == "h200" else aot.compile_tpu(fn, *args, chip=target)
-    except Exception as error:  # of any layer between Pallas and the assembler
+    except Exception as error:  # any layer from Pallas to the assembler may raise
         return out | {"error": f"{type(error).__name__}: {error}"[:500]}
     out |= {"temp_bytes": report.temp_bytes, "compile_seconds": round(time.perf_counter() - start, 2)}
     kernels = [dataclasses.asdict(k) for k in report.kernels if target != "h200" or k.pallas]
     if bundles and target != "h200":
         try:
             schedules = aot.tpu_bundles(fn, *args, chip=target, timeout=SCHEDULE_SECONDS)
-        except subprocess.SubprocessError as error:  # what else is known of the program stays
+        except subprocess.SubprocessError as error:  # keep the other facts about the program
             out["schedule_error"] = str(error)[:500]
         else:
             kernels = [kernel | {"schedule": schedules.get(kernel["name"])} for kernel in kernels]
@@ -62,7 +62,7 @@ def record(name: str, target: str, T: int, *, train: bool, implementation: str |
 
 
 def one(name: str, args: argparse.Namespace) -> None:
-    """All records of an operator, a line of JSON each."""
+    """Prints all records of an operator, one JSON object per line."""
     lengths = [int(T) for T in args.lengths.split(",")]
     for target in args.targets.split(","):
         for implementation in args.implementations.split(","):
@@ -123,7 +123,7 @@ def summary(row: dict) -> str:
 
 
 def facts(row: dict) -> dict[str, float]:
-    """What should not grow, by name."""
+    """The numbers that should not grow, by name."""
     found = {"temp_bytes": row["temp_bytes"]} if "temp_bytes" in row else {}
     for kernel in row.get("kernels", ()):
         numbers = {**kernel, **{"bundles": (kernel.get("schedule") or {}).get("bundles")}}
@@ -138,7 +138,7 @@ def key(row: dict) -> tuple:
 
 
 def updated(path: str, rows: list[dict]) -> list[dict]:
-    """The records of the file with these in place of the same ones; only these if other compilers made it."""
+    """The records of the file, updated with these; only these if the file was written with other compilers."""
     if not os.path.exists(path):
         return rows
     with open(path) as file:
@@ -149,7 +149,7 @@ def updated(path: str, rows: list[dict]) -> list[dict]:
 
 
 def grown(rows: list[dict], before: list[dict]) -> list[str]:
-    """A line for each fact that is larger by more than a twentieth, and for each program that no longer compiles."""
+    """A line for each number that has grown by more than 5%, and for each program that no longer compiles."""
     old, lines = {key(row): row for row in before}, []
     for row in rows:
         was, what = old.get(key(row), {}), " ".join(map(str, key(row)))
@@ -180,12 +180,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     others = ", ".join(name for name in VARIANTS if name not in OPERATORS)
     parser.add_argument("--operators", default=",".join(OPERATORS), help=f"also {others}")
     parser.add_argument("--targets", default="h200,v5e,v5p,v6e")
-    parser.add_argument("--lengths", default="4096,8192", help="the first is the one that --bundles looks at")
+    parser.add_argument("--lengths", default="4096,8192", help="--bundles reads the first one only")
     parser.add_argument("--implementations", default="best,xla")
     parser.add_argument("--bundles", default="", help="TPU targets whose schedules are read")
-    parser.add_argument("--timeout", type=float, default=900, help="seconds for an operator")
-    parser.add_argument("--output", help="a file of the same compilers keeps what is not compiled now")
-    parser.add_argument("--compare", metavar="FILE.json", help="a result of this program from before")
+    parser.add_argument("--timeout", type=float, default=900, help="seconds per operator")
+    parser.add_argument("--output", help="an existing file of the same compilers is updated")
+    parser.add_argument("--compare", metavar="FILE.json", help="an earlier result of this program")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 

@@ -1,10 +1,10 @@
-"""Peak memory and time of a conversion, both ways, each in a process of its own.
+"""Peak memory and time of a conversion in both directions, each in a separate process.
 
     python benchmarks/convert_memory.py --gigabytes=2 --folder=/tmp/convert_memory
 
 Makes a synthetic bfloat16 Llama of about that size as a Hugging Face folder, converts it to lcx and back,
-compares the two Hugging Face folders byte for byte, prints one JSON line, and removes what it made. Peak is
-VmHWM of the whole process, interpreter and libraries included; `baseline` is that of a process that only
+compares the two Hugging Face folders byte for byte, prints JSON (--output writes it), and removes what it made.
+Peak is VmHWM of the whole process, interpreter and libraries included; `baseline` is that of a process that only
 imports the converter.
 """
 
@@ -13,7 +13,6 @@ import filecmp
 import json
 import os
 import pathlib
-import platform
 import shutil
 import subprocess
 import sys
@@ -96,28 +95,35 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=float, default=2.0)
     parser.add_argument("--vocab_size", type=int, default=32000)
     parser.add_argument("--folder", type=pathlib.Path, default=pathlib.Path("/tmp/lcx_convert_memory"))
+    parser.add_argument("--output", default="-", metavar="FILE.json")
     arguments = parser.parse_args()
+    import harness
+
+    cores = {"threads": os.cpu_count() or 1}
+    run = harness.Run("peak memory and time of a conversion, both ways", threads={"lcx": cores})
     folder = arguments.folder
     if folder.exists():
         sys.exit(f"{folder} exists: choose another --folder")
     try:
         size = make(folder / "hf", arguments.gigabytes, arguments.vocab_size)
-        results = {
-            "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
-            "size_mb": size / 1e6,
-            "baseline": child(),
-            "hf_to_lcx": child(f"--src={folder}/hf", f"--dst={folder}/lcx", "--dst_format=lcx"),
-            "lcx_to_hf": child(
-                f"--src={folder}/lcx",
-                f"--dst={folder}/back",
-                "--dst_format=hf",
-                "--max_shard_bytes=500000000",
-            ),
-        }
+        back = (
+            f"--src={folder}/lcx",
+            f"--dst={folder}/back",
+            "--dst_format=hf",
+            "--max_shard_bytes=500000000",
+        )
+        with run.watched():
+            results = {
+                "size_mb": size / 1e6,
+                "baseline": child(),
+                "hf_to_lcx": child(f"--src={folder}/hf", f"--dst={folder}/lcx", "--dst_format=lcx"),
+                "lcx_to_hf": child(*back),
+            }
         weights = sorted(path.name for path in (folder / "hf").glob("*.safetensors*"))
         _, different, missing = filecmp.cmpfiles(folder / "hf", folder / "back", weights, shallow=False)
         results["equal"] = not different and not missing
         print(json.dumps(results))
+        run.write(arguments.output, **results)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -1,33 +1,31 @@
-"""Every operator, on whatever this machine has: our forms, the definition, and others' implementations side by side.
+"""Times every operator on this machine: lcx's forms, the definition, and other libraries' implementations side by side.
 
     python benchmarks/kernels.py [--operators fir_conv_128,...] [--lengths 1024,...] [--forms xla,...] [--rounds 3]
                                  [--output FILE.json] [--plot FILE.svg]
 
-For each operator (benchmarks/operators.py) every form that runs here is first compared with the definition in float32
-on fresh data. Then, forward and forward + backward, T is swept over powers of two with the number of tokens fixed, so
-that time per token shows how cost grows; forms take turns in one run, medians are compared. "naive" is the definition
-itself, where its memory allows; torch's own and (on NVIDIA GPUs) flash-linear-attention, power retention, cuDNN and
+For each operator (benchmarks/operators.py), every form that runs here is first compared with the definition in float32
+on random data. Then T is swept over powers of two, forward and forward + backward, with the number of tokens fixed, so
+that time per token shows how cost grows. Forms take turns in one run; medians are compared. "naive" is the definition
+itself, if its memory suffices; torch's own and (on NVIDIA GPUs) flash-linear-attention, power retention, cuDNN and
 tokamax are measured in the same turns where they can be imported.
 
-A row says: milliseconds, bytes beside arguments and results (temp_mib, XLA's own count; torch has none), and what the
-work of the cheapest known algorithm amounts to: bytes/s, FLOP/s, and its floor on this machine (bytes at the speed of
-a copy, FLOPs at that of a large matrix product, both measured first) as a share of the time.
+A row has milliseconds, bytes in addition to arguments and results (temp_mib, counted by XLA; torch has none), and, for
+the work of the cheapest known algorithm, bytes/s, FLOP/s, and the share of the time that its floor on this machine
+takes (bytes at the speed of a copy, FLOPs at that of a large matrix product, both measured first).
 
-Written to benchmarks/results/<device>.json and .svg unless told otherwise.
+Written to benchmarks/results/<device>.json and .svg unless told otherwise. Each operator has its own record of what
+else ran, so that a few can be measured at a time: the others in the file stay as they are.
 """
 
 import argparse
-import functools
 import json
-import math
 import os
-import subprocess
 import sys
 import tempfile
 
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch wants some of the memory
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leaves memory for torch
 
-import _timing
+import harness
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,37 +38,15 @@ TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}  # relative to the largest value
 ON_CPU = jax.default_backend() == "cpu"
 
 
-class Torch:
+class Torch(harness.Child):
     """The process of torch_peers.py; without torch, a table with nobody in it."""
 
-    def __init__(self):
-        command = [sys.executable, os.path.join(HERE, "torch_peers.py")]
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-        )
-        self.alive = True
-
-    def ask(self, request: dict):
-        """Its answer, or None if it has died (its reasons are its own)."""
-        if not self.alive:
-            return None
-        try:
-            self.process.stdin.write(json.dumps(request) + "\n")
-            self.process.stdin.flush()
-            for line in self.process.stdout:
-                if line.startswith("answer "):
-                    return json.loads(line[7:])
-        except BrokenPipeError:
-            pass
-        self.alive = False
-        return None
-
-    def close(self) -> None:
-        self.process.stdin.close()
-        self.process.wait(timeout=60)
+    def __init__(self, *command: str):
+        super().__init__(*(command or (sys.executable, os.path.join(HERE, "torch_peers.py"))))
+        self.threads = self.ask({"threads": True}) or {}
 
     def check(self, name: str, arrays: dict) -> dict:
-        """{peer: result as an array, or why there is none}."""
+        """{peer: its result as an array, or the reason why it has none}."""
         with tempfile.TemporaryDirectory() as folder:
             floats = {
                 k: np.asarray(v, "float32" if v.dtype == jnp.bfloat16 else None) for k, v in arrays.items()
@@ -92,17 +68,13 @@ class Torch:
         }
         return self.ask(request) or {}
 
-    def run(self, name: str, calls: int) -> float:
-        seconds = self.ask({"run": name, "calls": calls})
-        return math.nan if seconds is None else seconds
-
 
 def jax_peers(operator: Operator) -> dict:
-    """Implementations by others in jax: {name: arrays -> result}."""
+    """Implementations of other libraries in jax: {name: arrays -> result}."""
     if jax.default_backend() != "gpu" or not operator.name.startswith(("attention", "second_order_tiles")):
         return {}
 
-    def cudnn(a):  # where there is a decay or a square: the flash attention that would be in its place
+    def cudnn(a):  # for operators with decay or squared scores: the flash attention that they would replace
         return jax.nn.dot_product_attention(a["q"], a["k"], a["v"], is_causal=True, implementation="cudnn")
 
     def tokamax_attention(a):
@@ -116,7 +88,7 @@ def jax_peers(operator: Operator) -> dict:
 
 
 def forms_here(operator: Operator, size, dtype: str, wanted: tuple[str, ...]) -> list[str]:
-    """Those of our forms that run here, as the operator itself says."""
+    """The forms of lcx that run here, according to the operator."""
     from lcx.errors import UserError
 
     arrays, found = operator.structs(size, B=2, T=CHECKED, dtype=dtype), []
@@ -149,6 +121,7 @@ def point(
     size,
     forms: dict,
     torch: Torch,
+    run: harness.Run,
     *,
     late: set,
     B: int,
@@ -157,7 +130,7 @@ def point(
     train: bool,
     args,
 ):
-    """The rows of one T: forms is {name: arrays -> result}, late the names of those to leave out."""
+    """The rows of one T. forms is {name: arrays -> result}, late the names of forms to skip."""
     arrays = operator.arrays(size, B=B, T=T, dtype=dtype)
     dy = jnp.ones_like(operator.result(arrays))
     runs, temp = {}, {}
@@ -178,13 +151,13 @@ def point(
                 print(f"  {name}: would take {temp[name] / 2**30:.1f} GiB, left out", flush=True)
                 continue
             jax.block_until_ready(compiled(*inputs))
-        except Exception as error:  # out of memory, a shape that a peer refuses
+        except Exception as error:  # out of memory, or a shape that a peer refuses
             print(f"  {name}: {type(error).__name__}: {str(error)[:150]}", flush=True)
             continue
-        runs[name] = _timing.on_device(compiled, *inputs)
+        runs[name] = harness.on_device(compiled, *inputs)
     first = torch.prepare(operator, size, B=B, T=T, dtype=dtype, train=train, without=late)
-    runs |= {name: functools.partial(torch.run, name) for name, s in first.items() if s <= args.slow}
-    times = _timing.in_turns(runs, rounds=args.rounds, seconds=args.seconds, slow=args.slow)
+    runs |= {name: torch.side({"run": name}) for name, s in first.items() if s <= args.slow}
+    times = run.turns(runs, rounds=args.rounds, seconds=args.seconds, slow=args.slow).medians()
     times |= {name: seconds for name, seconds in first.items() if seconds > args.slow}
     flops, moved = operator.work(size, B=B, T=T, dtype=dtype, train=train)
     floor = max(
@@ -216,17 +189,19 @@ def sweep(operator: Operator, torch: Torch, args) -> dict:
     wrong = [form for form in forms if not errors[form] <= TOLERANCE[dtype]]
     functions = {form: operator.forward(form) for form in forms if form not in wrong}
     functions |= {"naive": operator.forward("reference")} | jax_peers(operator)
+    threads = {"lcx": harness.jax_threads(), "torch": torch.threads}
+    run = harness.Run(operator.note, threads=threads)
     rows: list[dict] = []
     late: set[str] = set()
     for train in (False, True):
         for T in args.lengths:
             B = max(1, (args.tokens or (max(args.lengths) if ON_CPU else operator.tokens)) // T)
             shape = {"B": B, "T": T, "dtype": dtype, "train": train}
-            for row in point(operator, size, functions, torch, late=late, args=args, **shape):
+            for row in point(operator, size, functions, torch, run, late=late, args=args, **shape):
                 print(line(row), flush=True)
                 rows.append(row)
             late |= {row["form"] for row in rows if row["ms"] > 1e3 * args.slow} - set(forms)
-    return {
+    return run.record() | {
         "size": vars(size),
         "dtype": dtype,
         "errors": errors,
@@ -234,6 +209,15 @@ def sweep(operator: Operator, torch: Torch, args) -> dict:
         "growth": exponents(rows),
         "rows": rows,
     }
+
+
+def measured_before(path: str) -> dict:
+    """The operators in that file whose records say what else ran."""
+    if not os.path.exists(path):
+        return {}
+    with open(path) as file:
+        found = json.load(file)["operators"]
+    return {name: result for name, result in found.items() if name in OPERATORS and "quiet" in result}
 
 
 def line(row: dict) -> str:
@@ -256,7 +240,7 @@ def exponents(rows: list[dict]) -> dict[str, dict[str, float | None]]:
         which: {
             form: p and round(p, 3)
             for form, times in forms.items()
-            if (p := _timing.growth(times)) is not None
+            if (p := harness.growth(times)) is not None
         }
         for which, forms in per_token.items()
     }
@@ -296,21 +280,23 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--operators", default=",".join(OPERATORS))
-    parser.add_argument("--lengths", help="unless given powers of two (of four on a CPU) up to --max_t")
+    parser.add_argument("--lengths", help="default: powers of two (of four on a CPU) up to --max_t")
     parser.add_argument("--max_t", type=int, default=2**13 if ON_CPU else 2**20)
     parser.add_argument("--naive_max_t", type=int, default=2048 if ON_CPU else 16384)
     parser.add_argument(
-        "--tokens", type=int, help="B = tokens / T; unless given operators.py's, on a CPU the longest T"
+        "--tokens",
+        type=int,
+        help="B = tokens / T; default: the number in operators.py, on a CPU the longest T",
     )
     parser.add_argument(
-        "--slow", type=float, default=0.5, help="seconds from which on a form is not run again"
+        "--slow", type=float, default=0.5, help="skip a form at longer T once a call takes this many seconds"
     )
     parser.add_argument("--forms", default=",".join(FORMS))
     parser.add_argument("--rounds", type=int, default=3 if ON_CPU else 7)
-    parser.add_argument("--seconds", type=float, default=0.02, help="of a turn of one form")
+    parser.add_argument("--seconds", type=float, default=0.02, help="length of one turn of a form")
     parser.add_argument("--memory_gib", type=float, default=2 if ON_CPU else 60)
     parser.add_argument("--output", help="benchmarks/results/<device>.json; - for none")
-    parser.add_argument("--plot", help="beside the output; - for none")
+    parser.add_argument("--plot", help="default: next to the output; - for none")
     args = parser.parse_args()
     args.forms = tuple(args.forms.split(","))
     args.lengths = (
@@ -318,30 +304,26 @@ def parse() -> argparse.Namespace:
         if args.lengths
         else [2**n for n in (range(9, 14, 2) if ON_CPU else range(10, 21)) if 2**n <= args.max_t]
     )
-    args.output = args.output or os.path.join(HERE, "results", f"{_timing.device_name()}.json")
+    args.output = args.output or os.path.join(HERE, "results", f"{harness.device_name()}.json")
     args.plot = args.plot or (args.output.replace(".json", ".svg") if args.output != "-" else "-")
     return args
 
 
 def main() -> int:
     args = parse()
-    args.ceilings = _timing.ceilings()
-    print(json.dumps(_timing.machine() | args.ceilings), flush=True)
+    run = harness.Run(
+        "operators: milliseconds against T; forms in turns, medians", threads={"lcx": harness.jax_threads()}
+    )
+    args.ceilings = harness.ceilings(run)
+    print(json.dumps(harness.machine() | args.ceilings), flush=True)
     torch, results = Torch(), {}
     for name in args.operators.split(","):
         results[name] = sweep(OPERATORS[name], torch, args)
     torch.close()
-    out = {
-        "what": "operators: milliseconds against T; forms in turns, medians",
-        "machine": _timing.machine(),
-        "ceilings": args.ceilings,
-        "operators": results,
-    }
-    if args.output != "-":
-        with open(args.output, "w") as file:
-            file.write(json.dumps(out).replace('{"operator"', '\n{"operator"') + "\n")
+    results = measured_before(args.output) | results
+    run.write(args.output, ceilings=args.ceilings, operators=results)
     if args.plot != "-":
-        plot(results, args.plot, f"{_timing.machine()['device']}, {jax.__version__}")
+        plot(results, args.plot, f"{harness.machine()['device']}, {jax.__version__}")
     wrong = {name: result["wrong"] for name, result in results.items() if result["wrong"]}
     if wrong:
         print(f"wrong results, not measured: {wrong}", file=sys.stderr)

@@ -1,14 +1,14 @@
-"""What linearizing a Llama takes: memory a device, disk, hours; by shapes alone, nothing is allocated.
+"""The memory per device, disk and hours needed to linearize a Llama, computed from shapes; nothing is allocated.
 
 Examples:
   python benchmarks/linearize_plan.py                                   Llama 3.1 8B, 70B and 405B on H100s of 80 GB
   python benchmarks/linearize_plan.py --size 70b --layers_per_block 5 --devices 8 --tokens 20e6 --seq_len 2048
 
-Each row is traced (jax.eval_shape of the gradient of both stages, transfer on the largest block), so that what is
-planned is known to fit together. Memory: the weights as the trainer has them (float32 what trains, the others bfloat16
-as they are published), gradients and moments of what trains, the activations that remat = 'full' keeps, cut over the
-devices (fsdp); not the working memory of one layer.
-Hours: FLOPs that the model needs at --mfu of --peak_tflops; the teacher and the student both run.
+Each row traces both stages (jax.eval_shape of the gradient; transfer on the largest block), so the planned programs
+are known to be valid. Memory: the weights as the trainer holds them (trained ones in float32, others in bfloat16 as
+published), gradients and moments of the trained ones, and the activations that remat = 'full' keeps, divided over the
+devices (fsdp); the working memory of one layer is not included.
+Hours: FLOPs of the model at --mfu of --peak_tflops; the teacher and the student both run.
 """
 
 import argparse
@@ -32,7 +32,7 @@ SIZES = {
     "70b": {"hidden_size": 8192, "intermediate_size": 28672, "num_layers": 80, "num_heads": 64},
     "405b": {"hidden_size": 16384, "intermediate_size": 53248, "num_layers": 126, "num_heads": 128},
 }
-PLANS = (  # (size, layers a block or None: all at once, devices)
+PLANS = (  # (size, layers per block or None for all at once, devices)
     ("8b", None, 1),
     ("8b", None, 8),
     ("70b", None, 8),
@@ -69,7 +69,7 @@ def batch_of(model: Decoder | Layers, rows: int, seq_len: int) -> dict:
 
 
 def stage(model: Decoder | Layers, objective, trains, weights, rows: int, seq_len: int) -> dict:
-    """Bytes of one stage, its step traced."""
+    """The bytes of one stage, from tracing its step."""
     moved = moving(weights, trains)
     optimizer = AdamW(warmup_steps=0).build(moved, 1)
     state = jax.eval_shape(optimizer.init, moved)
@@ -101,7 +101,7 @@ def plan(size: str, layers_per_block: int | None, devices: int, args) -> dict:
     blocks = 1 if layers_per_block is None else -(-depth // layers_per_block)
     steps = math.ceil(args.tokens / (args.batch_size * args.seq_len))
     stream = residual_store.Layout(steps * args.batch_size, args.seq_len, model.hidden_size, "bfloat16")
-    # forward of teacher and student; backward of the student's feature maps is small beside them
+    # forward of teacher and student; backward of the student's feature maps is small compared with them
     flops = model_lib.flops_per_token(model, args.seq_len) / 3
     fresh = sum(
         math.prod(x.shape)
@@ -124,7 +124,7 @@ def plan(size: str, layers_per_block: int | None, devices: int, args) -> dict:
         "lora": second,
         "gb_per_device": {name: round(x / 1e9, 1) for name, x in per_device.items()},
         "input_bytes": 0 if layers_per_block is None else blocks * stream.num_bytes,
-        # one of every block, one being written, and the whole; or one kept and one being written
+        # checkpoints: one per block, one being written, and the full model; or one kept and one being written
         "checkpoint_bytes": 2 * nbytes(both["params"]) + (0 if layers_per_block is None else nbytes(weights)),
         "hours": {
             "transfer": round(args.tokens * flops * (1 if blocks == 1 else 2) / rate / 3600, 1),
@@ -137,14 +137,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--size", choices=SIZES, help="one size; by default the table of all")
+    parser.add_argument("--size", choices=SIZES, help="one size; default: a table of all")
     parser.add_argument("--layers_per_block", type=int, metavar="K", help="None: all layers at once")
     parser.add_argument("--devices", type=int, default=8, metavar="N")
-    parser.add_argument("--tokens", type=float, default=20.5e6, help="of each stage")
+    parser.add_argument("--tokens", type=float, default=20.5e6, help="tokens of each stage")
     parser.add_argument("--seq_len", type=int, default=1024, metavar="T")
     parser.add_argument("--batch_size", type=int, default=8, metavar="ROWS")
     parser.add_argument("--accumulation", type=int, default=1, metavar="N")
-    parser.add_argument("--peak_tflops", type=float, default=989.0, help="of a device, bfloat16 (H100)")
+    parser.add_argument(
+        "--peak_tflops", type=float, default=989.0, help="peak of a device in bfloat16; default: H100"
+    )
     parser.add_argument("--mfu", type=float, default=0.4)
     parser.add_argument("--output", metavar="FILE.json")
     args = parser.parse_args()

@@ -1,14 +1,15 @@
-"""What linearizing a model cost and gained: its losses beside the softmax model's, its state, and how fast it decodes.
+"""Compares a linearized model with its softmax model: losses, size of the state, and decoding speed.
 
 Examples:
   python benchmarks/linearized.py --softmax runs/linearize/softmax_lora --linear runs/linearize/lora \
     --results runs/linearize/eval --output runs/linearize/linearize.json
-  python benchmarks/linearized.py --softmax HF_FOLDER --linear HF_FOLDER_LINEAR --lengths 256 65536 --output new.json
+  python benchmarks/linearized.py --softmax HF_FOLDER --transformers HF_FOLDER --output decoding.json
 
---results is a folder of lcx.evaluate outputs, as scripts/reproduce_linearize.sh leaves them: softmax, softmax_lora,
+--results is a folder of lcx.evaluate outputs, as written by scripts/reproduce_linearize.sh: softmax, softmax_lora,
 transfer, lora, no_transfer, window_only, linear_only. Decoding: a token at a time after a context of each length, both
-models in turns in one run, medians; memory is what each keeps per sequence. --transformers HF_FOLDER (extras dev,torch)
-decodes that softmax model with transformers and torch in the same turns.
+models in turns in one run, medians; memory is what each keeps per sequence. Without --linear the softmax model is
+linearized as it stands, untrained: its speed does not depend on its numbers. --transformers HF_FOLDER (extras
+dev,torch) decodes that softmax model with transformers and torch in the same turns.
 """
 
 import argparse
@@ -16,15 +17,17 @@ import json
 import pathlib
 import sys
 
+import harness
 import jax
 import jax.numpy as jnp
-from _timing import in_turns, machine, on_device
 
 import lcx
+from lcx import model as lcx_model
 from lcx.errors import UserError
+from lcx.linearize import Linearize
 
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384)
-STEPS = 16  # tokens a call: what a launch costs is shared among them
+STEPS = 16  # tokens per call, which amortise the cost of a launch
 TITLES = {
     "softmax": "softmax model",
     "softmax_lora": "softmax model, LoRA",
@@ -91,17 +94,25 @@ def transformers_decoder(folder: str, length: int):
     return run
 
 
+def untrained(model, params):
+    """The model with linear attention in place of softmax, as training finds it."""
+    linear = Linearize(feature_init="identity").model(model)
+    fresh = jax.jit(lambda key: lcx_model.init_params(linear, key))(jax.random.key(0))
+    return linear, fresh
+
+
 def decoding(
-    paths: dict[str, str], lengths: tuple[int, ...], rounds: int, peer: str | None = None
+    run: harness.Run, paths: dict[str, str], lengths: tuple[int, ...], rounds: int, peer: str | None = None
 ) -> list[dict]:
     models = {name: lcx.load(path, dtype="float32") for name, path in paths.items()}
+    models.setdefault("linear", untrained(*models["softmax"]))
     rows = []
     for length in lengths:
         made = {name: decoder(*model, length) for name, model in models.items()}
-        runs = {name: on_device(run, *args) for name, (run, args, _) in made.items()}
+        runs = {name: harness.on_device(step, *args) for name, (step, args, _) in made.items()}
         if peer is not None:
             runs["transformers"] = transformers_decoder(peer, length)
-        times = in_turns(runs, rounds=rounds, seconds=0.3)
+        times = run.turns(runs, rounds=rounds, seconds=0.3).medians()
         row = {"length": length, "cache_bytes": {name: nbytes for name, (_, _, nbytes) in made.items()}}
         row["tokens_per_second"] = {name: STEPS / seconds for name, seconds in times.items()}
         row["speed_ratio"] = min(t for name, t in times.items() if name != "linear") / times["linear"]
@@ -130,7 +141,7 @@ def losses(folder: pathlib.Path) -> dict[str, dict]:
 
 
 def gap_closed(found: dict[str, dict]) -> dict[str, float]:
-    """By position, how much of what is lost without transfer it wins back, against softmax with the same LoRA."""
+    """By position, the share of the loss gap to softmax with the same LoRA that attention transfer closes."""
 
     def share(of):
         lost, won = of("no_transfer") - of("softmax_lora"), of("no_transfer") - of("lora")
@@ -193,29 +204,35 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--softmax", required=True, metavar="PATH", help="checkpoint of the softmax model")
-    parser.add_argument("--linear", required=True, metavar="PATH", help="checkpoint of the linear model")
-    parser.add_argument("--results", metavar="DIR", help="evaluations to put beside each other")
+    parser.add_argument("--linear", metavar="PATH", help="checkpoint of the linear model")
+    parser.add_argument("--results", metavar="DIR", help="folder of evaluations to compare")
     parser.add_argument("--output", required=True, metavar="FILE.json")
     parser.add_argument(
-        "--transformers", metavar="HF_FOLDER", help="decode this model with transformers, too"
+        "--transformers", metavar="HF_FOLDER", help="also decode this model with transformers"
     )
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, metavar="N")
     parser.add_argument("--rounds", type=int, default=9, metavar="N")
     args = parser.parse_args()
     try:
-        results: dict = {"machine": machine()}
+        results: dict = {}
         if args.results:
             results["losses"] = losses(pathlib.Path(args.results))
             results["share_of_gap_closed"] = gap_closed(results["losses"])
-        paths = {"softmax": args.softmax, "linear": args.linear}
-        results["decoding"] = decoding(paths, tuple(args.lengths), args.rounds, args.transformers)
+        paths = {"softmax": args.softmax} | ({"linear": args.linear} if args.linear else {})
+        threads = dict.fromkeys(("linear", "softmax"), harness.jax_threads())
+        if args.transformers:
+            import torch
+
+            threads["transformers"] = {"threads": torch.get_num_threads()}
+        run = harness.Run("decoding a token at a time after a context; in turns, medians", threads=threads)
+        results["decoding"] = decoding(run, paths, tuple(args.lengths), args.rounds, args.transformers)
     except UserError as error:
         print(f"linearized.py: {error}", file=sys.stderr)
         return 1
     faster = [row["length"] for row in results["decoding"] if row["speed_ratio"] > 1]
     results["linear_is_faster_from"] = min(faster, default=None)
     output = pathlib.Path(args.output)
-    output.write_text(json.dumps(results, indent=1) + "\n")
+    run.write(output, **results)
     draw(results, output.with_suffix(".svg"))
     if "losses" in results:
         print(table(results["losses"]))

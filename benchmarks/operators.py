@@ -1,12 +1,12 @@
-"""The operators at the shapes that models use: one table for the benchmarks and for the tests that compile kernels.
+"""The operators at the shapes of real models: one table for the benchmarks and for the tests that compile kernels.
 
     operator = OPERATORS["fir_conv"]
     arrays = operator.arrays(operator.size, B=1, T=1024, dtype="float32", seed=0)       # {name: array}
     y = operator.call(arrays, implementation=None)
-    structs = operator.structs(operator.size, B=8, T=8192, dtype="bfloat16")            # shapes alone
+    structs = operator.structs(operator.size, B=8, T=8192, dtype="bfloat16")            # shapes only
 
-Work is counted per forward pass: FLOPs of the cheapest algorithm that is known for the definition (not of the one that
-runs), bytes of every argument and result once. Their floor on a machine is what times are compared with.
+Work is counted per forward pass: the FLOPs of the cheapest known algorithm for the definition (not of the one that
+runs), and the bytes of every argument and result once. Times are compared with the floor that follows from both.
 """
 
 import dataclasses
@@ -34,12 +34,12 @@ class Size:
 
 @dataclasses.dataclass(frozen=True)
 class Operator:
-    """An operator at one of the shapes that it has in models.
+    """An operator at one of the shapes that models use.
 
     Attributes:
       size: as in the model that `note` names; `small`: for a CPU.
       shapes: (size, B, T) -> {argument: (shape, kind)}; kind "x" is in the dtype of activations, "w" a float32
-    XX
+        weight; "positive", "decay", "labels" and "documents" are drawn as their names say (see arrays).
       call: ({argument: array}, implementation) -> result.
       flops: (size, T) -> for one token, forward.
       tokens: of the whole problem (B = tokens / T) in the table of targets.
@@ -84,7 +84,7 @@ class Operator:
         return out
 
     def packed(self) -> "Operator":
-        """The same on rows of several documents."""
+        """The same operator on rows of several documents."""
         shapes = self.shapes
         return dataclasses.replace(
             self,
@@ -93,7 +93,7 @@ class Operator:
         )
 
     def trained(self, arrays) -> dict:
-        """Those that have a gradient."""
+        """The arrays that have a gradient."""
         return {name: x for name, x in arrays.items() if jnp.issubdtype(x.dtype, jnp.floating)}
 
     def forward(self, implementation: str | None = None):
@@ -188,7 +188,7 @@ def _cross_entropy(a, implementation):
     from lcx.ops.cross_entropy import cross_entropy
 
     weights = jnp.ones(a["labels"].shape, jnp.float32)
-    form = {"xla": "chunked"}.get(implementation, implementation)  # its own name for it
+    form = {"xla": "chunked"}.get(implementation, implementation)  # the operator's name for this form
     return cross_entropy(a["x"], a["head"], a["labels"], weights, implementation=form)
 
 
@@ -363,7 +363,7 @@ _TABLE = (
     ),
 )
 OPERATORS = {operator.name: operator for operator in _TABLE}
-# What takes other paths in the same kernels: packed rows as training has them, the other window, both forms in one.
+# Variants that take other paths in the same kernels: packed rows as in training, the other window, both forms in one.
 _OTHERS = (
     *(operator.packed() for operator in _TABLE if operator.name != "cross_entropy"),
     dataclasses.replace(OPERATORS["lolcats"], name="lolcats_sliding", call=_lolcats("sliding")),

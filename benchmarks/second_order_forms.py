@@ -3,23 +3,23 @@
     python benchmarks/second_order_forms.py [--lengths 1024,2048,...] [--sizes 16,32,64]
                                             [--output benchmarks/results/second_order_forms_cpu.json]
 
-One row, one head, float32, forward and backward as one program, on one thread. Of each form the processor's time
-(time.process_time, which other work on the machine does not enter but for its share of the caches) is the least of
-several runs, and the forms take turns. Decays: "slow" forgets nothing (a = -1e-5), "fast" forgets within 300 tokens
-(a = -0.1, as far as e^-30), "initial" is that of a new 2Mamba layer (a = -softplus(0)). A form that would take
-longer than --seconds by its last measurement is left out, and the file says so. "default" is what the operator picks.
+One row, one head, float32, forward and backward as one program, on one thread. The forms take turns; of each the
+processor's time (time.process_time) is the least of two runs. Decays: "slow" forgets nothing (a = -1e-5), "fast"
+forgets within 300 tokens (a = -0.1, as far as e^-30), "initial" is that of a new 2Mamba layer (a = -softplus(0)). A
+form that would take longer than --seconds by its last measurement is left out, and the file says so. "default" is
+what the operator picks.
 """
 
 import argparse
 import json
 import os
-import platform
 import time
 
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
 )
 
+import harness
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,45 +37,30 @@ def program(form: str | None):
     return jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)))
 
 
-def seconds(run, arrays) -> float:
-    start = time.process_time()
-    jax.block_until_ready(run(*arrays))
-    return time.process_time() - start
+def side(program, arrays) -> harness.Side:
+    def run(n: int) -> float:
+        start = time.process_time()
+        for _ in range(n):
+            jax.block_until_ready(program(*arrays))
+        return time.process_time() - start
+
+    return run
 
 
-def measure(T: int, H: int, forms: list[str | None], decays: list[str]) -> list[dict]:
+def measure(run: harness.Run, T: int, H: int, forms: list[str | None], decays: list[str]) -> list[dict]:
     rng = np.random.default_rng(T)
     q, k, v = (jnp.array(rng.normal(size=(1, T, 1, H)), jnp.float32) for _ in range(3))
     inputs = {name: (q, k, v, jnp.full((1, T, 1), DECAYS[name], jnp.float32)) for name in decays}
-    runs = {form: program(form) for form in forms}
-    times: dict[tuple, list[float]] = {(form, name): [] for form in forms for name in decays}
-    for form, name in times:  # compiles
-        seconds(runs[form], inputs[name])
-    for _ in range(2):
-        for form, name in times:
-            if sum(times[form, name]) < 2:
-                times[form, name].append(seconds(runs[form], inputs[name]))
+    programs = {form or "default": program(form) for form in forms}
+    sides = {f"{form} {name}": side(programs[form], inputs[name]) for form in programs for name in decays}
+    for compiled in sides.values():
+        compiled(1)
+    turns = run.turns(sides, rounds=2, slow=2.0)
     return [
-        {"T": T, "H": H, "form": form or "default", "decay": name, "seconds": round(min(s), 5)}
-        for (form, name), s in times.items()
+        {"T": T, "H": H, "form": form, "decay": name, "seconds": round(min(turns.times[f"{form} {name}"]), 5)}
+        for form in programs
+        for name in decays
     ]
-
-
-def write(path: str, records: list[dict], most: float) -> None:
-    left_out = f"forms behind slow decays, where 4 times the last length's time was above {most} s"
-    load = round(os.getloadavg()[0], 1)
-    machine = {
-        "processor": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": 1,
-        "load_average": load,
-        "other_work_beside_it": load > 1.5,
-        "jax": jax.__version__,
-    }
-    with open(path, "w") as file:
-        rows = ",\n".join(json.dumps(row) for row in records)
-        file.write(f'{{"machine": {json.dumps(machine)},\n"left_out": {json.dumps(left_out)},\n')
-        file.write(f'"records": [\n{rows}\n]}}\n')
 
 
 def main() -> None:
@@ -89,6 +74,8 @@ def main() -> None:
     parser.add_argument("--output", default="benchmarks/results/second_order_forms_cpu.json")
     args = parser.parse_args()
     forms = [None if form == "default" else form for form in args.forms.split(",")]
+    run = harness.Run("second-order attention, CPU seconds by form", threads={"lcx": {"threads": 1}})
+    left_out = f"forms behind slow decays, where 4 times the last length's time was above {args.seconds} s"
     records: list[dict] = []
     for H in map(int, args.sizes.split(",")):
         slow: dict[str, float] = {}
@@ -97,12 +84,12 @@ def main() -> None:
                 own = [
                     f for f in forms if decays != ["slow"] or 4 * slow.get(f or "default", 0) < args.seconds
                 ]
-                new = measure(T, H, own, decays)
+                new = measure(run, T, H, own, decays)
                 slow |= {row["form"]: row["seconds"] for row in new if row["decay"] == "slow"}
                 records += new
                 for row in new:
                     print(json.dumps(row), flush=True)
-                write(args.output, records, args.seconds)
+                run.write(args.output, left_out=left_out, records=records)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""The three hyena mixers of StripedHyena 2 against vortex's formulation of them, from 1K to 128K tokens in a row.
+"""The three hyena mixers of StripedHyena 2 against vortex's formulation of them, for rows of 1K to 128K tokens.
 
     JAX_NUM_CPU_DEVICES=1 python benchmarks/striped_hyena.py [--lengths 1024,4096] [--output FILE.json]
 
 A stripe is SE, MR and LI, one after the other, each added to its input. `published` is the same function as vortex and
 savanna compute it, with jnp.fft: the featurizer and SE tap by tap, MR and LI by Fourier transforms of 2 T points, gates
-on their own. Both have the same weights; that outputs and gradients are the same is checked first, in the same run.
-Then both are timed in turns (medians), compiled, batch 1, in seconds of CPU time over all threads: other work on the
-machine counts little. Memory is what the compiled programs need for temporary arrays.
+on their own. Both have the same weights; the run first checks that outputs and gradients agree. Then both
+are timed in turns (medians), compiled, with batch 1, in seconds of CPU time over all threads, which other work on the
+machine affects little. Memory is that of the temporary arrays of the compiled programs.
 """
 
 import argparse
@@ -19,7 +19,9 @@ import time
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, HERE)
 
-import _timing  # noqa: E402  (before jax)
+import harness  # noqa: E402
+
+# isort: split
 import flax.linen as nn  # noqa: E402
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
@@ -40,7 +42,7 @@ def mixers(width: int) -> dict:
 
 
 def weights(width: int):
-    """As they start, with filters of MR and skips that count."""
+    """Initial parameters plus noise, so that the filters of MR and the skips contribute."""
     rng = np.random.default_rng(0)
     x = jnp.zeros((1, 4, width))
     params = {
@@ -56,7 +58,7 @@ def ours(params, x):
     return x
 
 
-# ------------------------------------------------------------------------------- as vortex and savanna have it
+# ------------------------------------------------------------------------------- as in vortex and savanna
 
 
 def published(params, x):
@@ -109,7 +111,7 @@ def with_gradients(fn):
 
 
 def check(width: int) -> dict[str, float]:
-    """The largest differences of output and gradients, over the largest values."""
+    """The largest differences of output and gradients, relative to the largest values."""
     params, x = weights(width), jax.random.normal(jax.random.key(9), (2, CHECKED, width))
     dy = jax.random.normal(jax.random.key(10), x.shape)
     (y, grads), (expected, expected_grads) = (
@@ -141,7 +143,7 @@ def on_cpu(compiled, *arrays):
     return run
 
 
-def measure(width: int, T: int, which: str, args) -> list[dict]:
+def measure(run: harness.Run, width: int, T: int, which: str, args) -> list[dict]:
     params, x = weights(width), jax.random.normal(jax.random.key(0), (1, T, width))
     runs, temp = {}, {}
     for name, fn in FORMS.items():
@@ -149,7 +151,7 @@ def measure(width: int, T: int, which: str, args) -> list[dict]:
         compiled = jax.jit(fn if which == "forward" else with_gradients(fn)).lower(*arrays).compile()
         temp[name] = compiled.memory_analysis().temp_size_in_bytes
         runs[name] = on_cpu(compiled, *arrays)
-    seconds = _timing.in_turns(runs, rounds=args.rounds, seconds=args.seconds)
+    seconds = run.turns(runs, rounds=args.rounds, seconds=args.seconds).medians()
     return [
         {
             "pass": which,
@@ -210,38 +212,31 @@ def main() -> int:
     parser.add_argument("--lengths", default="1024,4096,16384,65536,131072")
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=0.2, help="of a turn of one form")
+    parser.add_argument("--seconds", type=float, default=0.2, help="length of one turn of a form")
     parser.add_argument("--output", help="benchmarks/results/striped_hyena_<device>.json; - for none")
     args = parser.parse_args()
-    output = args.output or os.path.join(HERE, "results", f"striped_hyena_{_timing.device_name()}.json")
+    output = args.output or os.path.join(HERE, "results", f"striped_hyena_{harness.device_name()}.json")
+    what = "a stripe of SE, MR, LI against vortex's formulation with jnp.fft; in turns, medians, batch 1, float32"
+    run = harness.Run(what, threads={form: harness.jax_threads() for form in FORMS})
     differences, rows = check(args.width), []
     print(f"the same function: {differences}", flush=True)
     for which in PASSES:
         for T in map(int, args.lengths.split(",")):
-            for row in measure(args.width, T, which, args):
+            for row in measure(run, args.width, T, which, args):
                 rows.append(row)
                 print(
                     f"{row['pass']:16} T={row['T']:<7} {row['form']:10} {row['cpu_ms']:10.2f} ms "
                     f"{row['tokens_per_cpu_second']:9,} tokens/s {row['temp_mib']:9.1f} MiB",
                     flush=True,
                 )
-    result = {
-        "what": "a stripe of SE, MR, LI against vortex's formulation with jnp.fft; in turns, medians, batch 1, float32",
-        "width": args.width,
-        "machine": _timing.machine() | {"load": os.getloadavg()[0]},
-        "differences": differences,
-        "growth_of_time": growth(rows, "cpu_ms"),
-        "growth_of_memory": growth(rows, "temp_mib"),
-        "rows": rows,
-    }
-    print(json.dumps({key: result[key] for key in ("growth_of_time", "growth_of_memory")}))
+    grown = {"growth_of_time": growth(rows, "cpu_ms"), "growth_of_memory": growth(rows, "temp_mib")}
+    print(json.dumps(grown))
+    run.write(output, width=args.width, differences=differences, **grown, rows=rows)
     if output != "-":
-        with open(output, "w") as file:
-            file.write(json.dumps(result).replace('{"pass"', '\n{"pass"') + "\n")
         plot(
             rows,
             output.replace(".json", ".svg"),
-            f"SE, MR, LI of width {args.width}; {_timing.machine()['cpu']}",
+            f"SE, MR, LI of width {args.width}; {harness.machine()['cpu']}",
         )
     return 0
 

@@ -1,4 +1,4 @@
-"""StripedHyena 2 against a Llama: what scripts/reproduce_striped_hyena.sh does beside training and evaluating.
+"""StripedHyena 2 against a Llama: the steps of scripts/reproduce_striped_hyena.sh besides training and evaluation.
 
 split   cuts a FASTA into train.fa and held_out.fa
 rate    prints the learning rate with the lowest validation loss
@@ -18,7 +18,7 @@ import subprocess
 import sys
 
 HELD_OUT = 0.1
-PIECE = 8192  # letters of a held-out record: what a standard error takes as independent
+PIECE = 8192  # letters per held-out record; the standard error treats records as independent
 MODELS = {"striped_hyena": "StripedHyena 2", "llama": "Llama"}
 
 
@@ -48,7 +48,8 @@ def split(fasta: str, output: str, letters: int) -> None:
     (folder / "train.fa").write_text("".join(trained))
     partial = folder / "held_out.fa.partial"
     partial.write_text("".join(held_out))
-    os.replace(partial, folder / "held_out.fa")  # last: it says that both are there
+    # Written last, so that its presence means that both files are complete.
+    os.replace(partial, folder / "held_out.fa")
 
 
 def _word(name: str) -> str:
@@ -74,7 +75,7 @@ def best_rate(output: str, model: str, rates: list[str], seed: str) -> tuple[str
 
 
 def setting(config: str, name: str) -> int:
-    """A number of an operative configuration, perhaps by way of a macro."""
+    """A number in an operative configuration, resolving a macro if needed."""
     value = re.search(rf"^(?:\w+\.)*{name} = (.+)$", config, re.M)
     assert value, name
     text = value.group(1).strip()
@@ -84,7 +85,7 @@ def setting(config: str, name: str) -> int:
 
 
 def about_run(workdir: pathlib.Path, seed: str) -> dict:
-    """What one run gave on the held-out region, and what it cost."""
+    """The result of one run on the held-out region, and its cost."""
     results = json.loads((workdir / "eval" / "results.json").read_text())
     found = results["evaluations"]["sequence_likelihood"]
     speeds = [line["tokens_per_second"] for line in lines(workdir) if "tokens_per_second" in line]

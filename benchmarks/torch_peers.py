@@ -1,11 +1,12 @@
-"""The same operators by others, in torch: run by benchmarks/kernels.py as a process of its own.
+"""The operators in other libraries, with torch: benchmarks/kernels.py runs this in a separate process.
 
-A line of JSON in, a line of JSON out:
+It reads and writes one line of JSON per request:
 
     {"check": operator, "inputs": FILE.npz, "outputs": FOLDER} -> {peer: FOLDER/peer.npy, or why not}
     {"prepare": operator, "size": {...}, "shapes": {...}, "dtype": ..., "train": ...,
      "without": [peers]} -> {peer that runs here: seconds of the first call}
     {"run": peer, "calls": n} -> seconds
+    {"threads": true} -> the threads that torch uses
 
 On an NVIDIA GPU flash-linear-attention's Triton kernels and power retention where they can be imported, everywhere
 what torch itself has.
@@ -105,7 +106,7 @@ def peers(operator: str) -> dict:
 
 
 def finished(arrays: dict) -> dict:
-    """With the layouts that a peer expects, made beforehand."""
+    """The arrays in the layouts that a peer expects, converted outside of the timing."""
     if "w" in arrays:
         arrays["x_bt"] = arrays["x"].transpose(1, 2).contiguous()
         arrays["w_flipped"] = arrays["w"].flip(1).to(arrays["x"].dtype).contiguous()
@@ -182,8 +183,10 @@ def main() -> None:
         request = json.loads(line)
         if "check" in request:
             answer = check(request)
+        elif "threads" in request:
+            answer = {"threads": torch.get_num_threads(), "cuda": CUDA}
         elif "prepare" in request:
-            prepared = None  # frees the memory of the point before
+            prepared = None  # frees the memory of the previous point
             prepared = Prepared(request)
             answer = prepared.first
         else:

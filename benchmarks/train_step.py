@@ -1,24 +1,26 @@
-"""A whole training step against the length of a row: attention and what this library puts in its place.
+"""The time of a whole training step by row length: attention and the mixers of this library that replace it.
 
     python benchmarks/train_step.py [--models llama,linearized,two_mamba,striped_hyena] [--width small|1b]
                                     [--lengths 1024,...] [--tokens N] [--rounds 3] [--output FILE.json]
 
 Four decoders of one width, depth and vocabulary: Llama; the same with linear attention and a softmax window of 64 in
 every layer (LoLCATS); the same with 2Mamba; StripedHyena 2 (its own pattern, one layer in seven is attention). The step
-is the trainer's: forward, backward, AdamW, on random tokens, `--tokens` of them however long the rows are. Printed for
-each T: tokens/s, model FLOPs (lcx.model.flops_per_token) as a share of what a large matrix product reaches on this
-machine (measured first), and XLA's count of the bytes that the step needs at once: weights, optimizer state,
-activations. `growth` is p in time ~ T^p at a fixed number of rows.
+is the trainer's: forward, backward, AdamW, on `--tokens` random tokens for every row length. It prints for each T:
+tokens/s, model FLOPs (lcx.model.flops_per_token) as a share of the speed of a large matrix product on this machine
+(measured first), and XLA's count of the peak memory of the step: weights, optimizer state, activations. `growth` is p
+in time ~ T^p at a fixed number of rows.
 
-On a CPU float32, small, all models in turns; on an accelerator bfloat16 activations, 1.2B parameters, T from 8K to 1M,
-one model after the other. Written to benchmarks/results/train_step_<device>.json and .svg unless told otherwise.
+Rows of other lengths and models stay in the file, so that one length can be measured at a time.
+
+On a CPU: float32, small models that take turns. On an accelerator: bfloat16 activations, 1.2B parameters, T from 8K to
+1M, one model after the other. Writes benchmarks/results/train_step_<device>.json and .svg by default.
 """
 
 import argparse
 import json
 import os
 
-import _timing
+import harness
 import jax
 import numpy as np
 
@@ -33,10 +35,11 @@ from lcx.training import step as train_step
 HERE = os.path.dirname(os.path.abspath(__file__))
 ON_CPU = jax.default_backend() == "cpu"
 WIDTHS = {
+    "tiny": {"hidden": 32, "intermediate": 64, "heads": 2, "kv_heads": 1, "layers": 7, "vocab": 256},
     "small": {"hidden": 256, "intermediate": 704, "heads": 4, "kv_heads": 2, "layers": 7, "vocab": 4096},
     "1b": {"hidden": 2048, "intermediate": 8192, "heads": 16, "kv_heads": 8, "layers": 14, "vocab": 32768},
 }
-PATTERN = "SDH*SDH"  # of Evo 2 7B: this and three more like it
+PATTERN = "SDH*SDH"  # Evo 2 7B has four patterns like this one
 
 
 def llama(width: dict, **shared) -> model_lib.Decoder:
@@ -84,7 +87,7 @@ MODELS = {"llama": llama, "linearized": linearized, "two_mamba": two_mamba, "str
 
 
 class Step:
-    """The trainer's step of one model at one T, compiled; its state moves on with every call."""
+    """The trainer's compiled step of one model at one T; each call advances its state."""
 
     def __init__(self, name: str, width: dict, *, B: int, T: int, dtype: str, remat: str):
         mesh = sharding.make_mesh(fsdp=1, data=1, tensor=1, devices=jax.devices()[:1])
@@ -127,7 +130,7 @@ class Step:
             self.loss = metrics["loss"]
             return self.loss
 
-        return _timing.on_device(step, calls)(1)
+        return harness.on_device(step, calls)(1)
 
 
 def measure(names: list[str], T: int, args) -> list[dict]:
@@ -137,12 +140,15 @@ def measure(names: list[str], T: int, args) -> list[dict]:
     for name in names:
         try:
             step = Step(name, WIDTHS[args.width], B=B, T=T, dtype=args.dtype, remat=args.remat)
-            step.run(1)
-        except jax.errors.JaxRuntimeError as error:  # more memory than there is
+            if not ON_CPU:  # out of memory shows in the first step
+                step.run(1)
+        except jax.errors.JaxRuntimeError as error:  # out of memory
             print(f"T={T} {name}: {str(error)[:200]}", flush=True)
             continue
         steps[name] = step
-    times = _timing.in_turns({n: s.run for n, s in steps.items()}, rounds=args.rounds, seconds=args.seconds)
+    run = harness.Run(f"T = {T}", threads={"lcx": harness.jax_threads()})
+    sides = {name: step.run for name, step in steps.items()}
+    times = run.turns(sides, rounds=args.rounds, seconds=args.seconds).medians()
     rows = []
     for name, step in steps.items():
         flops = model_lib.flops_per_token(step.model, T) * step.tokens
@@ -159,10 +165,22 @@ def measure(names: list[str], T: int, args) -> list[dict]:
                 "peak_mib": round(step.bytes / 2**20, 1),
                 "parameters": model_lib.num_params(step.model),
                 "loss": round(float(step.loss), 4),
+                "quiet": run.quiet,
+                "watch": run.record()["watch"],
             }
         )
         print(json.dumps(rows[-1]), flush=True)
     return rows
+
+
+def others(args, names: list[str]) -> list[dict]:
+    """The rows of the file that are not measured now: other lengths or models, each with its record."""
+    if not os.path.exists(args.output):
+        return []
+    with open(args.output) as file:
+        rows = json.load(file)["rows"]
+    lengths = [int(T) for T in args.lengths.split(",")]
+    return [r for r in rows if "quiet" in r and not (r["T"] in lengths and r["model"] in names)]
 
 
 def plot(rows: list[dict], path: str, title: str) -> None:
@@ -207,9 +225,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=2 if ON_CPU else 5)
     parser.add_argument("--seconds", type=float, default=0.5)
     parser.add_argument("--output", help="benchmarks/results/train_step_<device>.json; - for none")
-    parser.add_argument("--plot", help="beside the output; - for none")
+    parser.add_argument("--plot", help="default: next to the output; - for none")
     args = parser.parse_args()
-    name = f"train_step_{_timing.device_name()}.json"
+    name = f"train_step_{harness.device_name()}.json"
     args.output = args.output or os.path.join(HERE, "results", name)
     args.plot = args.plot or (args.output.replace(".json", ".svg") if args.output != "-" else "-")
     return args
@@ -217,31 +235,28 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
-    args.ceilings = _timing.ceilings()
+    run = harness.Run("a training step (AdamW) against T", threads={"lcx": harness.jax_threads()})
+    args.ceilings = harness.ceilings(run)
     names = args.models.split(",")
-    rows = []
+    rows = others(args, names)
     for T in map(int, args.lengths.split(",")):
         for group in [names] if ON_CPU else [[name] for name in names]:
             rows += measure(group, T, args)
     growth = {
-        name: _timing.growth({r["T"]: r["seconds"] / r["T"] / r["B"] for r in rows if r["model"] == name})
+        name: harness.growth({r["T"]: r["seconds"] / r["T"] / r["B"] for r in rows if r["model"] == name})
         for name in names
     }
     print(json.dumps({"growth": growth}))
-    result = {
-        "what": "a training step (AdamW) against T",
-        "machine": _timing.machine(),
-        "ceilings": args.ceilings,
-        "width": WIDTHS[args.width],
-        "settings": {key: getattr(args, key) for key in ("dtype", "remat", "tokens", "rounds")},
-        "growth": growth,
-        "rows": rows,
-    }
-    if args.output != "-":
-        with open(args.output, "w") as file:
-            file.write(json.dumps(result).replace('{"model"', '\n{"model"') + "\n")
+    run.write(
+        args.output,
+        ceilings=args.ceilings,
+        width=WIDTHS[args.width],
+        settings={key: getattr(args, key) for key in ("dtype", "remat", "tokens", "rounds")},
+        growth=growth,
+        rows=rows,
+    )
     if args.plot != "-":
-        title = f"{_timing.machine()['device']}, {args.width}, {args.tokens} tokens a step"
+        title = f"{harness.machine()['device']}, {args.width}, {args.tokens} tokens a step"
         plot(rows, args.plot, title)
 
 

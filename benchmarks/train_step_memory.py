@@ -1,11 +1,11 @@
-"""What a whole training step needs on a device that is not here: does a context fit before one pays for it?
+"""The memory of a whole training step on a device that you do not have: does a context length fit?
 
     python benchmarks/train_step_memory.py [--target h200|v5e|v5p|v6e] [--models llama,...] [--width 1b]
                                            [--lengths 8192,65536,262144] [--output FILE.json]
 
 The step of `train_step.py` (forward, backward, AdamW; full rematerialisation, bfloat16 activations, packed rows) is
-compiled ahead of time for one device of the target, one row of T tokens, and XLA's own count is printed: weights and
-optimizer state, and the largest sum of everything else that lives at once. No device is needed, but the extra `aot`.
+compiled ahead of time for one device of the target, with one row of T tokens, and XLA's count is printed: weights and
+optimizer state, and the peak of everything else. It needs no device, but the extra `aot`.
 """
 
 import argparse
@@ -29,7 +29,7 @@ MEMORY = {"h200": 141e9, "v5e": 16 * 2**30, "v5p": 95 * 2**30, "v6e": 32 * 2**30
 
 
 def compiled(name: str, width: dict, T: int, mesh):
-    """The trainer's step of one row."""
+    """The trainer's step on one row."""
     model = MODELS[name](width, max_position_embeddings=T, dtype="bfloat16", remat="full")
     schedule = AdamW(1e-4, "constant", warmup_steps=0, weight_decay=0.1)
     rates = schedule.learning_rates(1000)
@@ -40,7 +40,7 @@ def compiled(name: str, width: dict, T: int, mesh):
     types = dict.fromkeys(("tokens", "labels", "positions", "segment_ids"), np.int32)
     types["loss_weights"] = np.float32
     batch = {key: jax.ShapeDtypeStruct((1, T), dtype, sharding=rows) for key, dtype in types.items()}
-    with jax.set_mesh(mesh):  # of another machine: nothing may run here
+    with jax.set_mesh(mesh):  # the mesh of another machine: nothing may run on it
         step = train_step.make_step(
             model, optimizer, objectives.next_token, rates, accumulation=1, abstract=abstract
         )

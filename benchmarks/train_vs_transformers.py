@@ -11,12 +11,11 @@ import argparse
 import json
 import math
 import os
-import platform
 import resource
-import statistics
 import subprocess
 import sys
-import time
+
+import harness
 
 MODEL = {
     "vocab_size": 32000,
@@ -135,25 +134,25 @@ class Lcx:
         return float(metrics["loss"])
 
 
-def speed(folder: str, lengths: list[int], steps: int) -> list[dict]:
+def speed(run: harness.Run, folder: str, lengths: list[int], steps: int) -> list[dict]:
     rows = []
     for T in lengths:
         sides = {"lcx": Lcx(folder, rows_of(T)), "torch": Torch()}
-        times: dict[str, list[float]] = {name: [] for name in sides}
         losses: dict[str, list[float]] = {name: [] for name in sides}
-        for i, batch in enumerate(batches(T, steps + 1)):
-            for name, side in sides.items():
-                start = time.perf_counter()
-                losses[name].append(side.step(batch))
-                if i:
-                    times[name].append(time.perf_counter() - start)
-        tokens = batch.shape[0] * T
-        row = {"T": T, "batch": batch.shape[0]}
+        made = batches(T, steps + 1)
+
+        def step(name, sides=sides, losses=losses, made=made):
+            losses[name].append(sides[name].step(made[len(losses[name])]))
+
+        turns = run.turns(
+            {name: harness.calls(lambda name=name, step=step: step(name)) for name in sides}, rounds=steps
+        )
+        row: dict = {"T": T, "batch": rows_of(T)}
         for name in sides:
-            row[f"{name}_tokens_per_second"] = round(tokens / statistics.median(times[name]), 1)
-        ratios = sorted(b / a for a, b in zip(times["lcx"], times["torch"], strict=True))
-        row["speed_ratio_median"] = round(statistics.median(ratios), 3)
-        row["speed_ratio_min_max"] = [round(ratios[0], 3), round(ratios[-1], 3)]
+            row[f"{name}_tokens_per_second"] = round(rows_of(T) * T / turns.seconds(name), 1)
+        ratio = turns.ratio("torch", "lcx")
+        row["speed_ratio_median"] = ratio["median"]
+        row["speed_ratio_min_max"] = [ratio["min"], ratio["max"]]
         row["max_loss_difference"] = max(
             abs(a - b) for a, b in zip(losses["lcx"], losses["torch"], strict=True)
         )
@@ -183,11 +182,6 @@ def memory(side: str, folder: str, T: int) -> None:
     )
 
 
-def _commit() -> str:
-    command = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -201,10 +195,11 @@ def main() -> None:
         return memory(args.memory[0], args.memory[1], int(args.memory[2]))
     import tempfile
 
-    import jax
     import torch
-    import transformers
 
+    torch.set_num_threads(os.cpu_count() or 1)
+    threads = {"lcx": harness.jax_threads(), "torch": {"threads": torch.get_num_threads()}}
+    run = harness.Run("AdamW training step, float32, lcx against transformers + torch", threads=threads)
     lengths = [int(x) for x in args.lengths.split(",")]
     with tempfile.TemporaryDirectory() as folder:
         hf_model().save_pretrained(folder)
@@ -215,29 +210,11 @@ def main() -> None:
                 json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
             )
             print(json.dumps(peaks[-1]), flush=True)
-        rows = speed(folder, lengths, args.steps)
-    result = {
-        "what": "AdamW training step, float32, lcx against transformers + torch, interleaved",
-        "model": MODEL,
-        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
-        "versions": {
-            "jax": jax.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-        "devices": jax.device_count(),
-        "commit": _commit(),
-        "speed": rows,
-        "memory": {
-            "T": lengths[-1],
-            "sides": peaks,
-            "ratio": round(peaks[0]["step_mib"] / peaks[1]["step_mib"], 3),
-        },
-    }
-    print(json.dumps(result["memory"]))
-    if args.output:
-        with open(args.output, "w") as f:
-            json.dump(result, f, indent=1)
+        rows = speed(run, folder, lengths, args.steps)
+    ratio = round(peaks[0]["step_mib"] / peaks[1]["step_mib"], 3)
+    memory_found = {"T": lengths[-1], "sides": peaks, "ratio": ratio}
+    print(json.dumps(memory_found))
+    run.write(args.output or "-", model=MODEL, speed=rows, memory=memory_found)
 
 
 if __name__ == "__main__":

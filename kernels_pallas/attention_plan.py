@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from jaxtyping import Array, Float
 
-from kernels_pallas.tiles import Tile, Tiles, square
+from kernels_pallas.tiles import TPU_SQUARES, Tile, Tiles
 
 NEVER = -1e30  # finite, so that the difference of two is not NaN
 LOG2E = math.log2(math.e)
@@ -14,14 +14,7 @@ LOG2E = math.log2(math.e)
 # GPU (ptxas for sm_90a; registers, nothing spilled): H = 128 forward 158, dq 200, dk dv 229; H = 64 154, 163, 187.
 # TPU: at C = 512 the three kernels use 1.8, 2.4 and 2.5 MiB of 16 on v5e, and no more than 3.0 on v5p and v6e.
 TILES = {
-    ("tpu", 2, 16): square(512),
-    ("tpu", 2, 32): square(512),
-    ("tpu", 2, 64): square(512),
-    ("tpu", 2, 128): square(512),
-    ("tpu", 4, 16): square(256),
-    ("tpu", 4, 32): square(256),
-    ("tpu", 4, 64): square(256),
-    ("tpu", 4, 128): square(256),
+    **TPU_SQUARES,
     ("gpu", 2, 16): Tiles(Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2)),
     ("gpu", 2, 32): Tiles(Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2)),
     ("gpu", 2, 64): Tiles(Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2)),

@@ -128,6 +128,12 @@ def taps(H, plan: Plan, length: int, *, by_matmul: bool):
     return h.reshape(h.shape[0], -1)[:, :length] / plan.n
 
 
+def present(arrays, given):
+    """Distributes arrays over optional arguments: the next array where `given` is true, otherwise None."""
+    arrays = iter(arrays)
+    return [next(arrays) if there else None for there in given]
+
+
 def _apply(formula: str, constant: np.ndarray, x):
     """einsum of a float64 constant and x as three products of bfloat16 parts, which compile faster than XLA's own."""
     c, x = split_constant(constant, 2), split(x, 2)

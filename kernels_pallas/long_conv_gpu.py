@@ -1,16 +1,17 @@
 """The long convolution on GPUs, through Triton.
 
-See `long_conv.py` for the algorithm. Up to 4096 points (less in float32 and backward: TABLE) a program holds a pair of
-rows of one channel in registers. Longer ones do not fit: persistent programs, one or two per multiprocessor, process
-their pairs in three stages. Between stages the data is in each program's own scratch (64 KB at 16384 points), which
-stays in the L2 cache:
+See `long_conv.py` for the algorithm. Up to 4096 points (fewer in float32 and in the backward pass: TABLE), a program
+holds a pair of rows of one channel in registers. Longer signals do not fit there: persistent programs, one or two per
+multiprocessor, process their pairs in three stages. Between stages the data is in each program's own scratch (64 KB at
+16384 points), which stays in the L2 cache:
 
     1  tiles of n2:  gates, product with F1, twiddle factors                       -> scratch [k1, n2]
     2  tiles of k1:  product with F2, the filter, the inverse products             scratch, in place
     3  tiles of n1:  inverse product with F1, gate                                 scratch -> y
 
-The threads of a program wait for each other between stages (debug_barrier); programs never wait for programs. Where
-the scratch of all programs outgrows the L2 (from 128K points on) the same stages are three passes over device memory.
+The threads of a program wait for each other between stages (debug_barrier); programs never wait for other programs.
+When the scratch of all programs exceeds the L2 cache (from 128K points on), the same stages are three passes over
+device memory.
 """
 
 import dataclasses
@@ -27,22 +28,23 @@ from kernels_pallas import dft
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """Sizes of one kernel: an entry of the table below."""
+    """Tile sizes of one kernel: an entry of the table below."""
 
-    k1: int  # of stage 1: the rows of F1 at a time
-    n2: int  # of stages 1 and 3
-    depth: int  # of the sums over n1 and k1
-    row: int  # k1 at a time in stage 2
-    k2: int  # columns of the spectrum at a time in stage 2
-    n1: int  # of stage 3
+    k1: int  # stage 1: rows of F1 per tile
+    n2: int  # stages 1 and 3: columns per tile
+    depth: int  # n1 (stage 1) or k1 (stage 3) per step of a sum
+    row: int  # stage 2: k1 per tile
+    k2: int  # stage 2: columns of the spectrum per tile
+    n1: int  # stage 3: rows per tile
     warps: int
     stages: int  # buffers of shared memory for the constants that stream through
-    programs: int  # persistent
+    programs: int  # number of persistent programs; 0: one program per pair, in registers
 
 
-# {(parts of a number, backward): (points up to which a pair fits in registers, tiles beyond)}. The widest tiles that an
-# H200's compiler fits into registers without spilling one, at every length and batch that was tried. In bfloat16, 64
-# rows in stage 2 would be all wgmma, but spill 3 to 40 registers; so do 4 warps in place of 8, for some shapes.
+# {(bfloat16 parts per number, backward): (maximum points for which a pair fits in registers, tiles for more)}. These
+# are the widest tiles that compile for an H200 without register spills, at every length and batch size tried. In
+# bfloat16, 64 rows in stage 2 would use only wgmma, but spill 3 to 40 registers; so do 4 warps instead of 8, for some
+# shapes.
 TABLE = {
     (1, False): (4096, Tiles(64, 32, 32, 32, 32, 64, warps=8, stages=1, programs=132)),
     (1, True): (2048, Tiles(64, 32, 32, 32, 32, 64, warps=8, stages=1, programs=132)),
@@ -52,7 +54,7 @@ TABLE = {
 
 
 def plan(length: int) -> dft.Plan:
-    """Powers of two, as Triton requires: square up to 64 x 64, then rows of 128 tokens, 256 contiguous bytes."""
+    """The layout [n1, n2] in powers of two, as Triton requires: square up to 64 x 64, then rows of 128 tokens."""
     n = max(512, 1 << (2 * length - 1).bit_length())
     n2 = min(128, 1 << (n.bit_length() - 1) // 2)
     return dft.Plan(n // n2, n2, n // n2 // 2)
@@ -77,7 +79,7 @@ def tiles(points: dft.Plan, dtype, is_backward: bool) -> Tiles:
 
 @functools.cache
 def _constants(points: dft.Plan, parts: int) -> list[np.ndarray]:
-    """F1 [3, parts, n1, n1] and F2 [2, parts, n2, n2]: real, imaginary (and minus that); twiddle factors."""
+    """F1 [3 (re, im, -im), parts, n1, n1], F2 [2 (re, im), parts, n2, n2] and the twiddle factors [2, n1, n2]."""
     f1, f2 = dft.matrix(points.n1), dft.matrix(points.n2)
     return [
         np.stack([dft.split_constant(f, parts) for f in (*f1, -f1[1])]),
@@ -87,7 +89,7 @@ def _constants(points: dft.Plan, parts: int) -> list[np.ndarray]:
 
 
 def _left(f, x, total=(None, None)):
-    """The product of F1 (re, im, -im) with x (re, im), all split. With (re, -im, im): of its conjugate."""
+    """The complex product F1 x: F1 as (re, im, -im), x as (re, im), all split. Given (re, -im, im): conj(F1) x."""
     re, im, minus = f
     return (
         dft.product(minus, x[1], dft.product(re, x[0], total[0])),
@@ -96,14 +98,14 @@ def _left(f, x, total=(None, None)):
 
 
 def _right(x, f):
-    """The product of x (re, im) with F2 (re, im), all split."""
+    """The complex product x F2, both as (re, im), all split."""
     (re, im), (fr, fi) = x, f
-    # A difference of narrow products: -im would be one more wide operand in registers.
+    # A difference of two products: passing -im as well would need another wide operand in registers.
     return dft.product(re, fr) - dft.product(im, fi), dft.product(im, fr, dft.product(re, fi))
 
 
 def _right_conj(x, f, total=(None, None)):
-    """The product of x with the conjugate of F2."""
+    """The complex product x conj(F2)."""
     (re, im), (fr, fi) = x, f
     minus = tuple(-part for part in re)
     return (
@@ -113,7 +115,7 @@ def _right_conj(x, f, total=(None, None)):
 
 
 class _Pair:
-    """Rows 2 p and 2 p + 1 of the batch, channel d: where they are and how they are transformed."""
+    """Channel d of rows 2 p and 2 p + 1 of the batch: loads, stores and the constants of their transform."""
 
     def __init__(self, points, tiles, shape, constants, spectrum, p, d):
         self.points, self.tiles, self.spectrum, self.d = points, tiles, spectrum, d
@@ -125,7 +127,7 @@ class _Pair:
         self.second = 2 * p + 1 < B
 
     def _where(self, n1, n2, size1, size2, b):
-        """Tokens [size1, size2] of the tile at (n1, n2), and which of them there are; None: all."""
+        """The tokens [size1, size2] of the tile at (n1, n2), and a mask of those that exist; None: all exist."""
         rows = n1 + jax.lax.broadcasted_iota(jnp.int32, (size1, size2), 0)
         t = rows * self.points.n2 + n2 + jax.lax.broadcasted_iota(jnp.int32, (size1, size2), 1)
         ragged, alone = self.points.rows * self.points.n2 > self.T, self.odd and b == 1
@@ -146,7 +148,7 @@ class _Pair:
         plgpu.store(ref.at[self.rows[b], self.d, t], value.astype(ref.dtype), mask=mask)
 
     def signal(self, inputs, at):
-        """The product of `inputs` at a tile: both rows, split."""
+        """The elementwise product of `inputs` at a tile, for both rows, split."""
         return tuple(
             dft.split(functools.reduce(jnp.multiply, [self.load(ref, at, b) for ref in inputs]), self.parts)
             for b in range(2)
@@ -170,7 +172,7 @@ class _Pair:
 
 
 def _sum(count: int, size, add):
-    """add(0, ...), ..., add(count - 1, total so far) of complex tiles of this size, from 0."""
+    """Accumulates complex tiles of this size: total = add(i, total) for i < count, from zero."""
     if count == 1:
         return add(0)
     zero = jnp.zeros(size, jnp.float32)
@@ -178,7 +180,7 @@ def _sum(count: int, size, add):
 
 
 def _analyse(pair: _Pair, inputs, k1, n2):
-    """Stage 1 at (k1, n2): gates, product with F1, twiddle factors. A complex tile, float32."""
+    """Stage 1 for the tile at (k1, n2): gates, product with F1, twiddle factors. Returns a complex tile in float32."""
     sizes = pair.tiles
 
     def add(i, total=(None, None)):
@@ -191,7 +193,7 @@ def _analyse(pair: _Pair, inputs, k1, n2):
 
 
 def _synthesise(pair: _Pair, c, n1, n2):
-    """Stage 3 at (n1, n2): the inverse product with F1. `c(k1, n2)` gives a tile of stage 2, split."""
+    """Stage 3 for the tile at (n1, n2): the inverse product with F1. `c(k1, n2)` returns a tile of stage 2, split."""
     sizes = pair.tiles
     depth = sizes.depth if sizes.programs else pair.points.n1
 
@@ -203,14 +205,14 @@ def _synthesise(pair: _Pair, c, n1, n2):
 
 
 class _Scratch:
-    """A program's own device memory between the stages: [2 (re, im), parts, n1, n2] bfloat16."""
+    """A program's own scratch in device memory, used between stages: [2 (re, im), parts, n1, n2] bfloat16."""
 
     def __init__(self, ref, program, interpret):
         self.ref, self.program, self.interpret = ref, program, interpret
         self.parts = ref.shape[2]
 
     def wait(self):
-        """Waits until all threads of the program are here and their writes are visible."""
+        """Waits until all threads of the program have arrived and their writes are visible."""
         if not self.interpret:  # the interpreter has one thread per program and no barrier
             plgpu.debug_barrier()
 
@@ -240,7 +242,7 @@ def _stage1(pair: _Pair, inputs, scratch: _Scratch):
     sizes, points = pair.tiles, pair.points
     columns = points.n2 // sizes.n2
 
-    def tile(i):  # the tiles of k1 one after the other: they read the same tokens
+    def tile(i):  # all n2 of one k1, then the next k1
         k1, n2 = _place(i, columns, sizes.k1, sizes.n2)
         scratch.put((pl.ds(k1, sizes.k1), pl.ds(n2, sizes.n2)), _analyse(pair, inputs, k1, n2))
 
@@ -300,20 +302,20 @@ def _correlate(pair: _Pair, g, u, k1, gradient):
 
 
 def _items(program, total: int, programs: int, body):
-    """body(i) for this program's share of `total`."""
-    if programs == 0:  # a program each
+    """Runs body(i) for this program's share of `total` items."""
+    if programs == 0:  # one program per item
         body(program)
     else:
         _each(jax.lax.div(total - program + programs - 1, programs), lambda i: body(program + i * programs))
 
 
 def _forward_kernel(*refs, points, sizes, shape, gates, interpret):
-    x1, x2, v, spectrum, *constants, y, scratch = _take(refs, (*gates, *[True] * 6, sizes.programs > 0))
+    x1, x2, v, spectrum, *constants, y, scratch = dft.present(refs, (*gates, *[True] * 6, sizes.programs > 0))
     pairs = -(-shape[0] // 2)
     inputs = [x for x in (x2, v) if x is not None]
     program = pl.program_id(0)
 
-    def item(i):  # the pairs of a channel in a row: they share its filter, in the L2
+    def item(i):  # consecutive items are pairs of one channel: they share its filter in the L2 cache
         pair = _Pair(points, sizes, shape, constants, spectrum, jax.lax.rem(i, pairs), jax.lax.div(i, pairs))
         if scratch is None:
             c = pair.split(_convolve(pair, pair.split(_analyse(pair, inputs, 0, 0)), slice(None)))
@@ -339,8 +341,8 @@ def _forward_kernel(*refs, points, sizes, shape, gates, interpret):
 def _backward_kernel(*refs, points, sizes, shape, gates, interpret):
     """dy, x1, x2, v -> dx1 = dy conv(u), dx2 = du v, dv = du x2 and the filter's dH, summed over the batch."""
     persistent = sizes.programs > 0
-    present = (True, *gates, *[True] * 5, *gates, True, True, persistent, persistent)
-    dy, x1, x2, v, spectrum, *constants, dx1, dx2, dv, dh, scratch_g, scratch_u = _take(refs, present)
+    given = (True, *gates, *[True] * 5, *gates, True, True, persistent, persistent)
+    dy, x1, x2, v, spectrum, *constants, dx1, dx2, dv, dh, scratch_g, scratch_u = dft.present(refs, given)
     inputs_u = [x for x in (x2, v) if x is not None]
     inputs_g = [x for x in (x1, dy) if x is not None]
     outputs_g = [(dv, x2)] + ([(dx2, v)] if dx2 is not None else [])
@@ -380,54 +382,25 @@ def _backward_kernel(*refs, points, sizes, shape, gates, interpret):
             _stage3(pair, outputs_u, own_u)
         own_g.wait()
 
-    def channel(d):  # a channel's pairs belong to one program: its dH needs no atomics
+    def channel(d):  # one program processes all pairs of a channel, so dH needs no atomics
         _each(-(-shape[0] // 2), lambda p: one(p, d))
 
     _items(program, shape[1], sizes.programs, channel)
 
 
 def _collect(ref, d, p, at, value):
-    """Adds to the gradient of channel d's filter; the first pair overwrites it."""
+    """Adds to the gradient of channel d's filter. The first pair overwrites the uninitialised memory."""
     for i in range(2):
         there = ref.at[d, i, *at]
         before = jnp.where(p > 0, there[...], 0.0)
         there[...] = before + value[i]
 
 
-def _take(refs, present):
-    """The next ref for each input that is present, otherwise None."""
-    refs = iter(refs)
-    return [next(refs) if p else None for p in present]
-
-
-def forward(x1, x2, v, H, *, interpret: bool):
-    """y [B, D, T] of gates and v [B, D, T] and a spectrum [D, 2, n1, n2] by `dft.spectrum` for `plan(T)`."""
-    gates = (x1 is not None, x2 is not None)
-    (y,) = _call(_forward_kernel, "long_conv", (x1, x2, v), H, gates, outputs=1, interpret=interpret)
-    return y
-
-
-def backward(dy, x1, x2, v, H, *, interpret: bool):
-    """(dx1, dx2, dv, dH), the first two None without the gate; dH is for `dft.taps`."""
-    gates = (x1 is not None, x2 is not None)
-    outputs = 1 + sum(gates)
-    out = _call(
-        _backward_kernel,
-        "long_conv_backward",
-        (dy, x1, x2, v),
-        H,
-        gates,
-        outputs=outputs,
-        interpret=interpret,
-    )
-    return _take(out, (*gates, True, True))
-
-
-def _call(kernel, name, arrays, H, gates, *, outputs, interpret):
-    arrays = [x for x in arrays if x is not None]
+def call(arrays, H, gates, *, is_backward: bool, interpret: bool):
+    """Runs the forward or the backward kernel; see `long_conv._kernels`."""
     B, D, T = arrays[-1].shape
-    dtype = arrays[-1].dtype
-    points, is_backward = plan(T), kernel is _backward_kernel
+    dtype, outputs = arrays[-1].dtype, 1 + is_backward * sum(gates)
+    points, kernel = plan(T), _backward_kernel if is_backward else _forward_kernel
     sizes = tiles(points, dtype, is_backward)
     signals = 2 if is_backward else 1  # transformed at a time
     out_shape = [jax.ShapeDtypeStruct((B, D, T), dtype)] * outputs
@@ -454,6 +427,6 @@ def _call(kernel, name, arrays, H, gates, *, outputs, interpret):
             transcendentals=0,
         ),
         interpret=interpret,
-        name=name,
+        name="long_conv_backward" if is_backward else "long_conv",
     )(*arrays, H, *map(jnp.asarray, _constants(points, dft.parts_of(dtype))))
     return out[: outputs + is_backward]

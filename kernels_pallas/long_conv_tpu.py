@@ -1,11 +1,12 @@
-"""The long convolution on TPUs: a sequence and its spectrum stay in VMEM between the first and the last gate.
+"""The long convolution on TPUs: a sequence and its spectrum stay in VMEM from the first gate to the last.
 
-See `long_conv.py` for the algorithm. A program has 8 channels of two rows of the batch. Time is in lanes in HBM, but
-the first product sums over n1, the slow part of time: so the gated inputs go to VMEM scratch as rows (n1, channel) of
-N2 lanes, which moves nothing between lanes, and a channel is read from there with a stride of 8 sublanes.
+See `long_conv.py` for the algorithm. A program processes 8 channels of two rows of the batch. In HBM, time lies along
+lanes, but the first product sums over n1, the slow part of time. The gated inputs are therefore written to VMEM scratch
+as rows (n1, channel) of N2 lanes, which moves no data between lanes, and a channel is read from there with a stride of
+8 sublanes.
 
-The static schedule of a v5e (`aot.tpu_bundles`) has about 500 bundles for a channel of two rows of 8192 tokens (1060 in
-float32) and 340 to bring 8 row pieces of 8 channels to scratch and back; 2700 and 340 at 32768 tokens.
+The static schedule for a v5e (`aot.tpu_bundles`) has about 500 bundles per channel of two rows of 8192 tokens (1060 in
+float32), and 340 to copy 8 row pieces of 8 channels to scratch and back; 2700 and 340 at 32768 tokens.
 """
 
 import functools
@@ -22,19 +23,20 @@ from kernels_pallas import dft
 
 LANES = 128
 CHANNELS = 8  # one per sublane: the narrowest block of [D, T] that a TPU moves efficiently
-TILE = 128  # k1 at a time
+TILE = 128  # maximum k1 per step
 SLACK = 4 << 20  # bytes of VMEM reserved for the compiler: products, spilled registers
 
 
 def plan(length: int) -> dft.Plan:
-    """Rows of 128 lanes; 256 from 64K on, where F1 costs more than F2. Whole bfloat16 tiles of rows."""
+    """The layout [n1, n2]: rows of 128 lanes, 256 from 64K tokens on, where F1 costs more than F2. n1 / 2 is a multiple
+    of 16, the rows of a bfloat16 tile."""
     n2 = 128 if length < 65536 else 256
     rows = -(-length // (16 * n2)) * 16
     return dft.Plan(2 * rows, n2, rows)
 
 
 def _tile(plan: dft.Plan) -> int:
-    """How many k1 are processed at a time: their spectrum must fit in registers and compiler temporaries."""
+    """The number of k1 per step: their spectrum must fit in registers and compiler temporaries."""
     return next(m for m in range(min(plan.n1, TILE), 0, -1) if plan.n1 % m == 0 and m % 16 == 0)
 
 
@@ -43,7 +45,7 @@ def _constants(plan: dft.Plan, parts: int) -> list[np.ndarray]:
     """The complex matrices as real ones, so that the matrix unit also does the additions of a complex product.
 
     F1 [2 n1, 2 rows], F2 and its inverse [2 n2, 2 n2], the inverse of F1 [2 rows, 2 n1], each [parts, ...] bfloat16;
-    n1 is in tiles: the real parts of a tile, then its imaginary parts. Last the twiddle factors [2, n1, n2].
+    n1 is in tiles: the real parts of a tile, then its imaginary parts. The twiddle factors [2, n1, n2] come last.
     """
     (f1r, f1i), (f2r, f2i) = (dft.matrix(m) for m in (plan.n1, plan.n2))
     f1r, f1i = f1r[:, : plan.rows], f1i[:, : plan.rows]
@@ -73,7 +75,7 @@ def _loop(count: int, body, unroll: int = 4):
 
 
 def _tokens(r, b: int, half: int, plan: dft.Plan, channels: int):
-    """Where 128 tokens of every channel are: in a [2, channels, T] window, and in scratch."""
+    """The indices of 128 tokens of every channel: in a [2, channels, T] window, and in scratch."""
     lanes = pl.ds(pl.multiple_of(r * plan.n2 + half * LANES, LANES), LANES)
     return (b, slice(None), lanes), (
         b,
@@ -84,7 +86,10 @@ def _tokens(r, b: int, half: int, plan: dft.Plan, channels: int):
 
 
 def _gather(scratch, inputs, plan: dft.Plan, alone):
-    """Rows (n1, channel) of the product of `inputs`, both rows of the batch; the second is 0 where it is `alone`."""
+    """Writes the product of `inputs` to scratch as rows (n1, channel), for both rows of the batch.
+
+    alone: whether the second row does not exist (it is then written as zeros), or None if it always exists.
+    """
     _, channels, T = inputs[0].shape
 
     def row(r):
@@ -103,7 +108,7 @@ def _gather(scratch, inputs, plan: dft.Plan, alone):
 
 
 def _scatter(scratch, outputs, plan: dft.Plan):
-    """Each output is its gate (or None) times the rows of `scratch`."""
+    """Writes each output: the rows of `scratch`, times its gate unless that is None."""
     _, channels, T = outputs[0][0].shape
 
     def row(r):
@@ -117,7 +122,7 @@ def _scatter(scratch, outputs, plan: dft.Plan):
 
 
 class _Transform:
-    """The transform of channel d of two rows in `scratch`, a tile of k1 at a time, and the way back."""
+    """The transform of channel d of two rows in `scratch` and its inverse, one tile of k1 at a time."""
 
     def __init__(self, plan: dft.Plan, constants, spectrum_ref):
         self.plan, self.tile, self.h = plan, _tile(plan), spectrum_ref
@@ -131,7 +136,7 @@ class _Transform:
         return tuple(ref[p] for p in range(self.parts))
 
     def read(self, scratch, d):
-        """[2 rows, n2] in parts: the real signal over the imaginary one."""
+        """Returns [2 rows, n2] in parts: the real signal above the imaginary one."""
         at, halves = self._channel(scratch, d), range(scratch.shape[1])
         x = [jnp.concatenate([scratch.at[b].at[half][at] for half in halves], axis=1) for b in range(2)]
         return dft.split(jnp.concatenate(x, axis=0), self.parts)
@@ -155,13 +160,13 @@ class _Transform:
         return b[:, : self.plan.n2], b[:, self.plan.n2 :]
 
     def backward(self, y, i, store):
-        """Undo the product with F2 and the twiddle factors of tile i; into `store` [2 n1, n2]."""
+        """Inverts the product with F2 and the twiddle factors of tile i; writes to `store` [2 n1, n2]."""
         c = dft.product(dft.split(jnp.concatenate(y, axis=1), self.parts), self._whole(self.g2))
         c = dft.times((c[:, : self.plan.n2], c[:, self.plan.n2 :]), self._factors(i), conj=True)
         store[pl.ds(i * 2 * self.tile, 2 * self.tile), :] = jnp.concatenate(c, axis=0).astype(store.dtype)
 
     def write(self, store, scratch, d):
-        """Undo the product with F1; back into `scratch`."""
+        """Inverts the product with F1; writes to `scratch`."""
         rows = self.plan.rows
         c = dft.split(store[...], self.parts)
         for b in range(2):
@@ -170,14 +175,8 @@ class _Transform:
                 scratch.at[b].at[half][self._channel(scratch, d)] = y[:, half * LANES : (half + 1) * LANES]
 
 
-def _take(refs, present):
-    """The iterator's next ref for each input that is present, otherwise None."""
-    refs = iter(refs)
-    return [next(refs) if p else None for p in present]
-
-
 def _forward_kernel(*refs, plan, batch, gates):
-    x1, x2, v, h, *constants, y, scratch, store = _take(
+    x1, x2, v, h, *constants, y, scratch, store = dft.present(
         refs, (*gates, True, True, *[True] * 5, True, True, True)
     )
     alone = _alone(batch)
@@ -198,14 +197,14 @@ def _forward_kernel(*refs, plan, batch, gates):
 
 
 def _alone(batch: int):
-    """Whether this program's second row is beyond the batch; None if that is impossible."""
+    """Whether this program's second row lies beyond the batch; None for an even batch, where it never does."""
     return pl.program_id(1) == batch // 2 if batch % 2 else None
 
 
 def _backward_kernel(*refs, plan, batch, gates):
     """dy, x1, x2, v -> dx1 = dy conv(u), dx2 = du v, dv = du x2 and the filter's dH, summed over the batch."""
-    present = (True, *gates, True, True, *[True] * 5, *gates, True, True, True, True, True, True)
-    dy, x1, x2, v, h, *constants, dx1, dx2, dv, dh, u, g, store_g, store_u = _take(refs, present)
+    given = (True, *gates, True, True, *[True] * 5, *gates, True, True, True, True, True, True)
+    dy, x1, x2, v, h, *constants, dx1, dx2, dv, dh, u, g, store_g, store_u = dft.present(refs, given)
     alone = _alone(batch)
     both = _Transform(plan, constants, h)
     _gather(u, [x for x in (x2, v) if x is not None], plan, alone)
@@ -236,37 +235,17 @@ def _backward_kernel(*refs, plan, batch, gates):
         _scatter(u, [(dx1, dy)], plan)
 
 
-def forward(x1, x2, v, H, *, interpret: bool):
-    """y [B, D, T] of gates and v [B, D, T] and a spectrum [D, 2, n1, n2] by `dft.spectrum` for `plan(T)`."""
-    gates = (x1 is not None, x2 is not None)
-    (y,) = _call(_forward_kernel, "long_conv", (x1, x2, v), H, gates, outputs=1, interpret=interpret)
-    return y
+def call(arrays, H, gates, *, is_backward: bool, interpret: bool):
+    """Runs the forward or the backward kernel; see `long_conv._kernels`.
 
-
-def backward(dy, x1, x2, v, H, *, interpret: bool):
-    """(dx1, dx2, dv, dH), the first two None without the gate; dH is for `dft.taps`."""
-    gates = (x1 is not None, x2 is not None)
-    outputs = 1 + sum(gates)
-    out = _call(
-        _backward_kernel,
-        "long_conv_backward",
-        (dy, x1, x2, v),
-        H,
-        gates,
-        outputs=outputs,
-        interpret=interpret,
-    )
-    return _take(out, (*gates, True, True))
-
-
-def _call(kernel, name, arrays, H, gates, *, outputs, interpret):
-    """Grid (channel blocks, pairs of rows): a block's filter and its gradient stay in VMEM over all pairs."""
+    The grid is (channel blocks, pairs of rows): a block's filter and its gradient stay in VMEM over all pairs.
+    """
     B, D, T = arrays[-1].shape
-    dtype = arrays[-1].dtype
-    points = plan(T)
+    dtype, outputs = arrays[-1].dtype, 1 + is_backward * sum(gates)
+    points, kernel = plan(T), _backward_kernel if is_backward else _forward_kernel
     pad = -T % points.n2
-    arrays = [jnp.pad(x, ((0, 0), (0, 0), (0, pad))) if pad else x for x in arrays if x is not None]
-    channels, pairs, is_backward = min(CHANNELS, D), -(-B // 2), kernel is _backward_kernel
+    arrays = [jnp.pad(x, ((0, 0), (0, 0), (0, pad))) if pad else x for x in arrays]
+    channels, pairs = min(CHANNELS, D), -(-B // 2)
     signal = pl.BlockSpec((2, channels, T + pad), lambda d, p: (p, d, 0))
     spectrum = pl.BlockSpec((channels, 2, points.n1, points.n2), lambda d, p: (d, 0, 0, 0))
     constants = _constants(points, dft.parts_of(dtype))
@@ -294,13 +273,13 @@ def _call(kernel, name, arrays, H, gates, *, outputs, interpret):
             transcendentals=0,
         ),
         interpret=interpret,
-        name=name,
+        name="long_conv_backward" if is_backward else "long_conv",
     )(*arrays, H, *map(jnp.asarray, constants))
     return [*(x[:, :, :T] for x in out[:outputs]), *out[outputs:]]
 
 
 def vmem_bytes(length: int, dtype, signals: int, is_backward: bool) -> int:
-    """The VMEM that a program needs: two buffers per window, since the next is prefetched, and scratch.
+    """The bytes of VMEM that a program needs: two buffers per window, since the next one is prefetched, and scratch.
 
     Args:
       signals: the number of [B, D, T] inputs and outputs.

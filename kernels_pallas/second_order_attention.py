@@ -1,4 +1,4 @@
-"""Squared attention with decay in quadratic tiles (2Mamba, arXiv 2602.17363; power attention, arXiv 2507.04239).
+"""Second-order attention with decay in quadratic tiles (2Mamba, arXiv 2602.17363; power attention, arXiv 2507.04239).
 
     w_ij = (scale q_i.k_j)^2 e^{L_i - L_j} for j <= i, L the running sum of log_decay;
     y_i = sum_j w_ij v_j / sum_j w_ij
@@ -46,8 +46,8 @@ their dk and dv are written separately and added by XLA.
 Cost for a token and head, bf16, without skipping: 2 T H FLOPs forward (two products over the lower triangle), 7 T H
 backward: 0.70 ms and 2.4 ms at B T N H = 2 x 8192 x 16 x 128 for 790 TFLOP/s. HBM: 14 H bytes forward (k folded, then
 q, k, the folded k, v and y once each; 10 H without decay), everything else comes from L2 or VMEM: bound by the matrix
-units from T of about 1300. A streamed tile does C FLOPs for each byte on its way to the registers. Beside the
-products each score costs four float32 operations (square, scalar, rounding, sum), and no exp. Kept for the backward
+units from T of about 1300. A streamed tile does C FLOPs for each byte on its way to the registers. Apart from the
+products, each score costs four float32 operations (square, scalar, rounding, sum), and no exp. Kept for the backward
 pass: y in float32 and the sums, 4 H + 4 bytes.
 """
 

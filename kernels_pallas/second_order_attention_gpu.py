@@ -1,4 +1,4 @@
-"""Squared attention on GPU, through Triton: the tiles of `kernels_pallas.second_order_attention`.
+"""Second-order attention on GPU, through Triton: the tiles of `kernels_pallas.second_order_attention`.
 
 The grid, the loops and the layout are those of `kernels_pallas.tiles_gpu`.
 """

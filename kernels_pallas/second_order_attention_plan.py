@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from jaxtyping import Array, Float
 
-from kernels_pallas.tiles import Tile, Tiles, square
+from kernels_pallas.tiles import TPU_SQUARES, Tile, Tiles
 
 FLOOR = 1e-30  # rows whose weights have a smaller sum give 0
 
@@ -16,14 +16,7 @@ FLOOR = 1e-30  # rows whose weights have a smaller sum give 0
 # and 8 warps), so there is no row.
 # TPU: at C = 512 the three kernels use 1.6, 3.0 and 3.5 MiB of 16 on v5e, and no more than 4.1 on v5p and v6e.
 TILES = {
-    ("tpu", 2, 16): square(512),
-    ("tpu", 2, 32): square(512),
-    ("tpu", 2, 64): square(512),
-    ("tpu", 2, 128): square(512),
-    ("tpu", 4, 16): square(256),
-    ("tpu", 4, 32): square(256),
-    ("tpu", 4, 64): square(256),
-    ("tpu", 4, 128): square(256),
+    **TPU_SQUARES,
     ("gpu", 2, 16): Tiles(Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2)),
     ("gpu", 2, 32): Tiles(Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2)),
     ("gpu", 2, 64): Tiles(Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(128, 32, 8, 3)),

@@ -1,4 +1,4 @@
-"""Squared attention on TPU: the tiles of `kernels_pallas.second_order_attention`, on the grid of `tiles_tpu`."""
+"""Second-order attention on TPU: the tiles of `kernels_pallas.second_order_attention`, on the grid of `tiles_tpu`."""
 
 import jax
 import jax.numpy as jnp

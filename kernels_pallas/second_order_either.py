@@ -1,4 +1,4 @@
-"""Squared attention by tiles or by states, chosen at run time: one program contains both kernels and runs one of them.
+"""Second-order attention by tiles or by states, chosen at run time: one program holds both kernels and runs one.
 
 Both forms save the same residuals (y in float32 and the sums of the weights), so the branches can share them.
 """

@@ -1,51 +1,57 @@
-"""Squared attention through a state of fixed size, in time linear in T (2Mamba, arXiv 2602.17363; power attention of
-degree 2, arXiv 2507.04239). The weights are those of `kernels_pallas.second_order_attention`,
+"""Second-order attention through a state of fixed size, in time linear in T (2Mamba, arXiv 2602.17363; power attention
+of degree 2, arXiv 2507.04239). The weights are those of `kernels_pallas.second_order_attention`,
 
     w_ij = (q_i.k_j)^2 e^{L_i - L_j} = sum_mn  q_im q_in  k_jm k_jn  e^{L_i - L_j}
 
-so that all keys before a chunk of C tokens can be summed once, a state of P products x_m x_n by H values. With l the
-running sum of log_decay in the chunk and tot its end, token i of chunk c gets
+so that all keys before a chunk of C tokens can be summed once, into a state of P products x_m x_n by H values. With l
+the running sum of log_decay in the chunk and tot its value at the end, token i of chunk c gets
 
-    near   tiles between the chunk's own tokens: the kernels of `second_order_attention`, a chunk a row of their batch
+    near   the chunk's own tokens: the tile kernels of `second_order_attention`, with each chunk as a row of the batch
     far    e^{l_i} sum_mn q_im q_in S_c[m, n],     S_{c+1} = e^tot S_c + sum_{j in c} e^{tot - l_j} k_jm k_jn v_j
 
-and y is the sum of both, divided by the sum of all weights. Every exponent is at most 0; a document boundary is a decay
-of minus infinity (`Edges`). Sums and the state's recurrence are float32, the state that is read has q's dtype.
+and y is the sum of both, divided by the sum of all weights. Every exponent is at most 0; a document boundary acts as
+a decay of minus infinity (`Edges`). Sums and the recurrence of the state are float32; queries read the state in q's
+dtype.
 
-**The symmetric square in slices.** The columns n are cut into H / R blocks of R; a slice is one row m against one
-block, for m up to the block's last row, R x H numbers. Rows before the block stand for both orders of the pair, and
-their slices are kept times 2, which no rounding sees. P = H (H + R) / 2: 3072 for H = 64 and R = 32, against 2080
-different products and all 4096. The features of a slice are x_m x_block: one row spread over a tile, never stored.
+**The symmetric square in slices.** The columns n are cut into H / R blocks of R; a slice is one row m times one
+block, for m up to the block's last row: R features of H values. Rows before the block represent both orders of the
+pair, so their slices are stored times 2, which is exact. P = H (H + R) / 2: 3072 for H = 64 and R = 32, compared with
+2080 distinct products and 4096 in all. The features of a slice are x_m x_block: one row broadcast over a tile, never
+stored in memory.
 
-**The sum of the weights** needs no extra column of v: it is the quadratic form q^T Z q, Z the H x H sum of k k^T, which
-XLA adds up chunk by chunk (H / P of the work) and the kernels apply to their tile.
+**The sum of the weights** needs no extra column of v: it is the quadratic form q^T Z q with Z the H x H sum of k k^T,
+which XLA accumulates chunk by chunk (H / P of the work) and the kernels apply to their tile.
 
-**Three kernels**, of which the backward pass is made, too. With g = dy / den and D = g.y (over near and far together,
+**Three kernels**, which also make up the backward pass. With g = dy / den and D = g.y (over near and far together,
 Dao 2023, arXiv 2307.08691):
 
-    walk(k, v)         S before each chunk, and after the last              dS = walk(q, g) reversed: after each chunk
+    walk(k, v)         S before each chunk, and after the last              dS after each chunk = walk(q, g) in reverse
     read(q, S)         sum_mn q_m q_n S[m, n]                               dv = read(k, dS)
-    contract(q, g, S)  its gradient by q of read(q, S) . g                  dq; dk = contract(k, v, dS)
+    contract(q, g, S)  the gradient with respect to q of read(q, S) . g     dq; dk = contract(k, v, dS)
 
-If normalised, D enters through Z: dq -= 2 D Z q, and dk += 2 dZ k with dZ = -sum D q q^T. The backward pass walks again
-to recompute the states: only y in float32 and den are saved, and S and dS are in memory together, 4 P H / C bytes per
-token and head. The gradient of log_decay at t sums w dw over the pairs that t's decay affects, i >= t > j. Near pairs
-are as in the tiles; far ones are rows from t on in t's chunk (q.dq / 2), columns before t in it (k.dk / 2), and for the
-pairs around the whole chunk the product of S before it and dS after it. So no sum along T has to cancel.
+With normalisation, D enters through Z: dq -= 2 D Z q, and dk += 2 dZ k with dZ = -sum D q q^T. The backward pass runs
+walk again to recompute the states: only y in float32 and den are saved, and S and dS are in memory together, 4 P H / C
+bytes per token and head. The gradient of log_decay at t sums w dw over the pairs that t's decay affects, i >= t > j.
+Near pairs are handled as in the tiles. Far pairs are split into rows from t on in t's chunk (q.dq / 2), columns before
+t in it (k.dk / 2), and pairs that span the whole chunk (the product of S before it and dS after it), so that no sum
+along T relies on cancellation.
 
-The initial state is S before the first chunk, the final state S after the last, in the feature order of `places`.
+The initial state is S before the first chunk and the final state is S after the last, with features in the order of
+`places`.
 
-Data placement. walk: on GPU a program owns a few slices of a head in registers, 128 of a thread's 219, and walks all of
-T while tiles of k and v stream by; on TPU the state of a head stays in VMEM from step to step. read and contract: a
-program holds a tile of tokens, and slices stream by (on GPU from L2: 2 P H bytes for each tile of 128 or 256 tokens).
-Chunks and tiles that no state reaches, the first or those behind a strong decay or a document, skip the loop.
+Data placement. walk: on GPU a program holds a few slices of a head in registers (128 of a thread's 219) and streams k
+and v tile by tile over all of T; on TPU the state of a head stays in VMEM from step to step. read and contract: a
+program holds a tile of tokens and streams the slices (on GPU from L2: 2 P H bytes per tile of 128 or 256 tokens).
+Chunks and tiles that no state reaches (the first one, or those after a strong decay or a document boundary) skip the
+loop.
 
-Cost for a token and head, with H = 64 and C = 1024 on GPU: (4 P + 2 C) H = 0.92 MFLOP forward and (10 P + 7 C) H = 2.4
-backward, whatever T: 1.2 ns and 3.1 ns for 790 TFLOP/s, 2.4 and 6.5 ms at B T N = 2 x 65536 x 16. HBM forward: about
-44 H bytes for tokens (near sums in float32, copies with T last) and 4 P H / C for states, 3.6 KB, 0.84 ns at 4.3 TB/s:
-bound by the matrix units, and C is where near and states cost about the same. The least that is known is 4 (H + 1) H
-(H + 1) / 2 FLOPs, 0.54 M: 1.7 times less, of which slices are 1.45 and near the rest. Temporary bytes of a training
-step as XLA plans it: 2.3 KB a token and head, a third of it S and dS.
+Cost per token and head, for H = 64 and C = 1024 on GPU: (4 P + 2 C) H = 0.92 MFLOP forward and (10 P + 7 C) H = 2.4
+backward, independent of T: 1.2 ns and 3.1 ns at 790 TFLOP/s, or 2.4 and 6.5 ms at B T N = 2 x 65536 x 16. HBM forward:
+about 44 H bytes for tokens (near sums in float32, copies with T last) and 4 P H / C for states, together 3.6 KB or 0.84
+ns at 4.3 TB/s, so the kernels are bound by the matrix units. C is chosen such that near pairs and states cost about the
+same. The cheapest known algorithm needs 4 (H + 1) H (H + 1) / 2 FLOPs, 0.54 M: 1.7 times less, a factor of 1.45 of
+which is due to slices and the rest to near pairs. Temporary memory of a training step as XLA plans it: 2.3 KB per token
+and head, a third of it S and dS.
 """
 
 import functools
@@ -93,7 +99,7 @@ def second_order_attention(
     Args:
       log_decay: at most 0; values below -104, where e^a is 0 in float32, are a hard reset. None: no decay.
       runs: the index of each token's document, non-decreasing along T, 0 for that of the initial state. None: one
-        document. Padding must have the index of the token before it, k = 0 and no decay.
+        document. Padding must have the same index as the token before it, k = 0 and no decay.
       normalize: divide by the sum of the weights (a row whose sum is below 1e-30 gives 0).
       scale: factor on q.k, H^-0.5 by default; no effect on y if normalised.
       initial_state: sums of scale^2 expand(k) times v and times 1, float32; P features in the order of `places`.
@@ -116,7 +122,7 @@ def second_order_attention(
 def places(H: int) -> tuple[np.ndarray, np.ndarray]:
     """m and n of each feature of an initial or final state: x_m x_n for n from m's block of 16 on, row by row.
 
-    Where n is of a later block the feature stands for both orders and holds sqrt(2) times the product.
+    Where n is in a later block the feature represents both orders and holds sqrt(2) times the product.
     """
     pairs = [(m, n) for m in range(H) for n in range(m // BLOCK * BLOCK, H)]
     m, n = np.array(pairs).T
@@ -132,7 +138,7 @@ def slices(H: int, R: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def twice(H: int, R: int) -> np.ndarray:
-    """2 where a feature inside the kernels stands for both orders (m, n) and (n, m), otherwise 1: its factor."""
+    """The factor of each feature inside the kernels: 2 if it represents both orders (m, n) and (n, m), otherwise 1."""
     m, n = slices(H, R)
     return np.where(m // R == n // R, 1.0, 2.0).astype(np.float32)
 
@@ -172,17 +178,17 @@ def _given(kv: Array, squares: Array, R: int, scale: float) -> tuple[Array, Arra
 class Edges(NamedTuple):
     """Decay and document factors at the borders of chunks, all in [0, 1]."""
 
-    enter: Float[Array, "B N T"]  # of the state before the chunk, in a query: e^l, 0 unless of its document
-    leave: Float[
-        Array, "B N T"
-    ]  # of a key, in the state after the chunk: e^(tot - l), 0 unless of its document
-    kept: Float[Array, "B N J"]  # of the state before the chunk, in the one after
+    # of the state before the chunk in a query's sum: e^l, 0 unless of its document
+    enter: Float[Array, "B N T"]
+    # of a key in the state after the chunk: e^(tot - l), 0 unless of its document
+    leave: Float[Array, "B N T"]
+    kept: Float[Array, "B N J"]  # of the state before the chunk in the state after it
 
 
 def edges(
     log_decay: Array | None, runs: Array | None, shape: tuple[int, int, int], C: int, begun: bool
 ) -> Edges:
-    """log_decay [B, N, T]. begun: there is a state before the first chunk, of run 0."""
+    """The factors of every chunk of C tokens. log_decay is [B, N, T]; begun: an initial state of run 0 exists."""
     B, N, T = shape
     J = T // C
     there = jnp.ones((1, J), bool) if begun else jnp.arange(J)[None] > 0
@@ -205,7 +211,7 @@ def edges(
 
 
 def _squares(weights: Array, x: Array, kept: Array, initial: Array | None, *, reverse: bool = False):
-    """The sums of weights x x^T [B, N, J, H, H] as they are before each chunk, in x's dtype, and after the last."""
+    """The sums of weights x x^T before each chunk [B, N, J, H, H], in x's dtype, and after the last [B, N, H, H]."""
     (B, T, n, H), (_, N, J) = x.shape, kept.shape
     x = jnp.repeat(x, N // n, axis=2)
     weighted = (x.astype(jnp.float32) * jnp.swapaxes(weights, 1, 2)[..., None]).astype(x.dtype)
@@ -249,7 +255,7 @@ def _attention(q, k, v, log_decay, runs, state, plan: Plan):
 
 
 def _forward(q, k, v, log_decay, runs, state, plan: Plan, dtype):
-    """y, the sums of the weights, and the state after the last chunk."""
+    """y [B, T, N, H] in `dtype`, the sums of the weights [B, N, T], and the state after the last chunk."""
     (B, T, N, _), C, options = q.shape, plan.sizes.chunk, plan.options
     J, kernels = T // C, _kernels(plan.options.platform)
     near_q, near_k, near_v, near_runs = (_rows(x, J, 1) for x in (q, k, v, runs))
@@ -327,11 +333,14 @@ def _near_gradients(q, k, v, log_decay, runs, y, den, dy, plan: Plan):
 
 
 class Far(NamedTuple):
+    """The part of the gradients that passes through the states, per query head."""
+
     q: Float[Array, "B T N H"]
     k: Float[Array, "B T N H"]
     v: Float[Array, "B T N H"]
     state: tuple[Array, Array] | None
-    through: Float[Array, "B N J"]  # the state before a chunk . the cotangent of the one after
+    # the product of the state before a chunk and the cotangent of the one after it
+    through: Float[Array, "B N J"]
 
 
 def _far_gradients(q, k, v, edge: Edges, state, y, den, dy, d_state: Any, plan: Plan) -> Far:
@@ -363,7 +372,10 @@ def _far_gradients(q, k, v, edge: Edges, state, y, den, dy, d_state: Any, plan: 
 
 
 def _product(states: Array, d_states: Array, H: int, plan: Plan) -> Array:
-    """Of the states [B, N, J, slices, ...] around each chunk. Both hold the features that stand for two twice."""
+    """The product of S before each chunk and dS after it, [B, N, J].
+
+    Features that represent both orders of a pair are doubled in both states, so one factor of 2 is divided out.
+    """
     once = 1 / twice(H, plan.sizes.block)[:: plan.sizes.block, None, None]
     return jnp.sum(states.astype(jnp.float32) * d_states.astype(jnp.float32) * once, axis=(3, 4, 5))
 

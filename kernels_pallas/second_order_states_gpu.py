@@ -1,14 +1,14 @@
-"""The far part of squared attention on GPU, through Triton: `kernels_pallas.second_order_states` says what it computes.
+"""The far part of second-order attention on GPU, through Triton; `kernels_pallas.second_order_states` defines it.
 
-The unit is a slice: row m of the square against a block of R columns, H x R numbers of the state. Slices are numbered
-block by block, m from 0 to the block's last row. A product with a slice is one small matrix product whose other factor
-is made in registers, a row of x (read from a copy with T last, so that it comes in one piece) times a tile of x:
+The unit is a slice: row m of the square times a block of R columns, H x R numbers of the state. Slices are numbered
+block by block, with m from 0 to the block's last row. Using a slice takes one small matrix product whose other factor
+is formed in registers: a row of x (read from a copy with T last, so that it is contiguous) times a tile of x:
 
-    walk       [H, tokens] x [tokens, R]   (u * x_m) x_block: a program holds `held` slices, float32, and walks all of T
-    read       [tokens, R] x [R, H]        (x_m * x_block) S: a program holds its tokens' sums, slices stream by
-    contract   [tokens, H] x [H, R]        u S: ... and the gradients of one block of columns
+    walk       [H, tokens] x [tokens, R]   (u * x_m) x_block: a program holds `held` slices, float32, and loops over T
+    read       [tokens, R] x [R, H]        (x_m * x_block) S: a program holds sums of its tokens and streams slices
+    contract   [tokens, H] x [H, R]        u S: a program holds gradients of a block of columns and streams slices
 
-Slices that a chunk's programs stream are the same ones, so they come from L2: P H bytes x 2 for `held` tokens.
+All programs of a chunk stream the same slices, so these come from L2: 2 P H bytes per `held` tokens.
 """
 
 import functools
@@ -34,7 +34,8 @@ def _walk_kernel(weights, rows, columns, values, kept, initial, states, final, *
     first = pl.program_id(0) * U
     block = sum(jnp.where(first >= _begin(b, R), jnp.int32(1), jnp.int32(0)) for b in range(1, blocks))
     m = first - _begin(block, R)
-    twice = jnp.where(m >= block * R, jnp.float32(1), jnp.float32(2))  # before the block: both orders
+    # Rows before the block represent both orders.
+    twice = jnp.where(m >= block * R, jnp.float32(1), jnp.float32(2))
 
     def tile(start, sums):
         tokens = pl.ds(start, S)
@@ -115,7 +116,7 @@ def _contract_kernel(live, x, rows, u, states, bias, squares, out, products, *, 
 
 
 def walk(weights, x, u, kept, initial, plan: Plan, *, reverse=False):
-    """States [B, N, J, slices, H, R] in x's dtype, as they are before each chunk, and after the last one, float32."""
+    """States [B, N, J, slices, H, R] in x's dtype, before each chunk, and after the last one in float32."""
     (B, T, n, H), (_, N, J), R = x.shape, kept.shape, plan.sizes.block
     slices, m, tile = plan.features(H) // R, u.shape[2], plan.sizes.walk
     whole = pl.BlockSpec((None, None, slices, H, R), lambda p, h, b: (b, h, 0, 0, 0))
@@ -143,7 +144,7 @@ def walk(weights, x, u, kept, initial, plan: Plan, *, reverse=False):
 
 
 def read(x, states, factor, plan: Plan, dtype, *, near=None, near_den=None, squares=None):
-    """factor * (the state, read by x) + near, [B, T, N, H]; with squares divided by the sum of the weights."""
+    """factor * (the state, read by x) + near, [B, T, N, H]; with `squares`, divided by the sum of the weights."""
     B, (N, T), H, tile = len(x), factor.shape[1:], x.shape[3], plan.sizes.read
     at = _Specs(T, N, H, tile.held)
     operands = [
@@ -207,7 +208,7 @@ class _Specs:
         return pl.BlockSpec((None, None, *x.shape[2:]), lambda p, h, b: (b, h, *rest))
 
     def common(self, x, states, factor):
-        """Which tiles are live, x, its copy with T last, and the states."""
+        """Operands of read and contract: which tiles are live, x, its copy with T last, and the states."""
         live = jnp.any(factor.reshape(*factor.shape[:2], -1, self.S) > 0, axis=-1).astype(jnp.int32)
         heads = x.shape[2]
         turned = pl.BlockSpec(

@@ -7,7 +7,7 @@ from kernels_pallas.tiles import Tile, fitting
 
 
 class Sizes(NamedTuple):
-    """Tokens per chunk, columns per block, and for each kernel what a program holds and what it streams.
+    """Tokens per chunk, columns per block, and for each kernel the amount that a program holds and streams.
 
     The number of columns must be a multiple of `second_order_states.BLOCK`. Otherwise the gradient of an initial state
     would be the gradient of its symmetric part.
@@ -22,11 +22,11 @@ class Sizes(NamedTuple):
 
 # {(platform, bytes of an element, H): sizes}. Chosen from compiler statistics, not from measurements on a device.
 # GPU (ptxas for sm_90a: registers of a thread, nothing spilled): walk, read, contract take 219, 254, 148 for H = 64 and
-# 218, 254, 151 for H = 128, within 10 of that with 64-bit addresses or a state that comes in; in float32 174, 228, 200
+# 218, 254, 151 for H = 128, within 10 of that with 64-bit addresses or an initial state; in float32 174, 228, 200
 # for H = 64 and 255, 143, 145 for H = 32. At H < 64 the products of walk are too short for wgmma and run as mma.
-# TPU: VMEM of walk 6.5 MiB at H = 64 and 21 at H = 128 (float32 26; 10 more for a state that comes in), read and
-# contract 3.0 and 6.8 (11.7), on v5e. Of their 2044, 868 and 715 bundles at H = 64 with 8 slices at a time, 244, 171
-# and 259 more make it 16: so much of a turn of the loop is waiting for the matrix unit's first result.
+# TPU: VMEM of walk 6.5 MiB at H = 64 and 21 at H = 128 (float32 26; 10 more for an initial state), read and
+# contract 3.0 and 6.8 (11.7), on v5e. At H = 64 they take 2044, 868 and 715 bundles with 8 slices per iteration, and
+# only 244, 171 and 259 more with 16, since much of an iteration waits for the first result of the matrix unit.
 SIZES = {
     ("tpu", 2, 16): Sizes(2048, 16, Tile(16, 512), Tile(512, 16), Tile(512, 16)),
     ("tpu", 2, 32): Sizes(2048, 32, Tile(16, 512), Tile(512, 16), Tile(512, 16)),

@@ -1,10 +1,10 @@
-"""The far part of squared attention on TPU: `kernels_pallas.second_order_states` says what it computes.
+"""The far part of second-order attention on TPU; `kernels_pallas.second_order_states` defines it.
 
-Tokens run along the lanes, [H, tokens], so that a row of x is spread over a block of rows without turning anything:
+Tokens run along the lanes, [H, tokens], so that a row of x is broadcast over a block of rows without a transposition:
 M rows m times a block of R rows n are M R features, which the matrix unit contracts. The whole state of a head, P x H,
-lies in VMEM: walk holds it in float32 from one step of the grid to the next, and read and contract fetch it once a
-chunk. Results are turned once for a tile, to [tokens, H]. VMEM at H = 128 in bfloat16: 5 MiB for the sums of walk, 10
-for the two windows of the final one, 5 for those of the states.
+is in VMEM: walk keeps it in float32 from one step of the grid to the next, and read and contract fetch it once per
+chunk. Results are transposed once per tile, to [tokens, H]. VMEM at H = 128 in bfloat16: 5 MiB for the sums of
+walk, 10 for the two windows of the final state, 5 for those of the states.
 """
 
 import functools
@@ -21,7 +21,7 @@ VMEM = 48 << 20  # of 128 MiB on v5e and v6e, 64 on v5p
 
 
 def _visit(H, R, rows, live, body):
-    """body(block, m) for every block of columns and every few rows of its slices."""
+    """Runs body(block, m) for each block of columns and, inside it, for every `rows` rows m of its slices."""
 
     def block(b, _):
         def some(t, _):
@@ -34,12 +34,12 @@ def _visit(H, R, rows, live, body):
 
 
 def _features(rows, columns):
-    """[M, S] and [R, S] -> [M R, S]."""
+    """The products of all pairs of rows: [M, S] and [R, S] -> [M R, S]."""
     return jnp.concatenate([rows[i : i + 1] * columns for i in range(len(rows))], axis=0)
 
 
 def _slices(b, m, R, rows):
-    """Where the features of `rows` rows of block b lie, from row m on."""
+    """The index of the features of `rows` rows of block b, from row m on."""
     return pl.ds(pl.multiple_of((R * (b * (b + 1) // 2) + m) * R, rows * R), rows * R)
 
 
@@ -63,7 +63,7 @@ def _walk_kernel(kept, weights, x, u, initial, states, final, sums, wide, weight
     weighted[...] = wide[...] * weights[...]
 
     def add(b, m):
-        twice = jnp.where(m >= b * R, 1.0, 2.0)  # rows before the block stand for both orders
+        twice = jnp.where(m >= b * R, 1.0, 2.0)  # rows before the block represent both orders
         rows, columns = weighted[pl.ds(m, M), :] * twice, wide[pl.ds(pl.multiple_of(b * R, R), R), :]
         features = _features(rows, columns).astype(u.dtype)
         sums[_slices(b, m, R, M), :] += dot(features, u[...], (1, 1))
@@ -128,7 +128,7 @@ def _contract_kernel(live, x, u, states, factor, bias, squares, out, sums, wide,
 
 
 def walk(weights, x, u, kept, initial, plan: Plan, *, reverse=False):
-    """States [B, N, J, slices, R, H] in x's dtype, as they are before each chunk, and after the last one, float32."""
+    """States [B, N, J, slices, R, H] in x's dtype, before each chunk, and after the last one in float32."""
     (B, T, n, H), (_, N, J), R = x.shape, kept.shape, plan.sizes.block
     P, m, S = plan.features(H), u.shape[2], plan.sizes.walk.streamed
     each, last = plan.sizes.chunk // S, T // S - 1
@@ -156,7 +156,7 @@ def walk(weights, x, u, kept, initial, plan: Plan, *, reverse=False):
 
 
 def read(x, states, factor, plan: Plan, dtype, *, near=None, near_den=None, squares=None):
-    """factor * (the state, read by x) + near, [B, T, N, H]; with squares divided by the sum of the weights."""
+    """factor * (the state, read by x) + near, [B, T, N, H]; with `squares`, divided by the sum of the weights."""
     (B, T, n, H), N, S = x.shape, factor.shape[1], plan.sizes.read.held
     at, each = _Specs(N, H, S), plan.sizes.chunk // S
     normalized = squares is not None
@@ -208,21 +208,21 @@ class _Specs:
         self.N, self.H, self.S, self.order = N, H, S, order
 
     def turned(self, heads):
-        """Of [B, heads, H, T]."""
+        """A tile of [B, heads, H, T]."""
         return pl.BlockSpec(
             (None, None, self.H, self.S), lambda b, h, t, _: (b, h * heads // self.N, 0, self.order(t))
         )
 
     def tokens(self):
-        """Of [B N, T, H]."""
+        """A tile of [B N, T, H]."""
         return pl.BlockSpec((None, self.S, self.H), lambda b, h, t, _: (b * self.N + h, self.order(t), 0))
 
     def row(self):
-        """Of [B, N, 1, T]."""
+        """A tile of [B, N, 1, T]."""
         return pl.BlockSpec((None, None, 1, self.S), lambda b, h, t, _: (b, h, 0, self.order(t)))
 
     def chunk(self, rows, each):
-        """Of [B, N, J, rows, H], what belongs to the chunk of `each` tiles."""
+        """The chunk of [B, N, J, rows, H] that a tile belongs to; a chunk has `each` tiles."""
         return pl.BlockSpec((None, None, None, rows, self.H), lambda b, h, t, _: (b, h, t // each, 0, 0))
 
 

@@ -47,6 +47,10 @@ def square(C: int) -> Tiles:
     return Tiles(Tile(C, C), Tile(C, C), Tile(C, C))
 
 
+# {(platform, bytes of an element, H): tiles} on TPUs, for every attention with a decay.
+TPU_SQUARES = {("tpu", size, H): square(1024 // size) for size in (2, 4) for H in (16, 32, 64, 128)}
+
+
 def fitting(tiles: Tiles, T: int) -> Tiles:
     """The tiles, halved until a short row is not mostly padding (at least 128 for TPU lanes, 64 for wgmma)."""
     smallest = 128 if tiles.forward.warps == 0 else 64
@@ -156,6 +160,6 @@ def _search(rows: Array, values: Array, side: str = "left") -> Array:
 
 
 def over_groups(x: Array, K: int) -> Array:
-    """Gradients per query head [B, T, N, H], summed over the heads that share a kv head."""
-    B, T, N, H = x.shape
-    return x if N == K else jnp.sum(x.reshape(B, T, K, -1, H).astype(jnp.float32), axis=3).astype(x.dtype)
+    """Gradients per query head [B, T, N, ...], summed in float32 over the heads that share one of K heads."""
+    B, T, N, *rest = x.shape
+    return x if N == K else jnp.sum(x.reshape(B, T, K, -1, *rest).astype(jnp.float32), axis=3).astype(x.dtype)

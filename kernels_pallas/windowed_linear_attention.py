@@ -6,23 +6,23 @@
 
 Letters: B batch, T time, N heads, P features of q and k, H head dim, C tokens in a chunk, M tiles of C x C.
 
-Two indices describe what token i sees: its document begins at `oldest`, its near keys begin at `nearest`, and both end
-at i itself. The kernel thus treats terraced blocks, sliding windows, documents and held keys in the same way. `oldest`
--1 means that the entering state also belongs to this document.
+Two indices define the keys that token i sees: its document begins at `oldest`, its near keys begin at `nearest`, and
+both ranges end at i itself. Terraced blocks, sliding windows, documents and cached keys are thus all handled in the
+same way. `oldest` = -1 means that the initial state also belongs to this document.
 
-**Tiles.** A chunk of queries meets the M tiles of keys that end where it ends, which hold every window. Of those only
-the tiles from the `first_far` on may hold far keys; before them lies the state, which lags M - 1 chunks:
+**Tiles.** A chunk of queries sees the M tiles of keys up to its own, which contain every window. Only tiles at least
+`first_far` chunks back may hold far keys; the state covers everything before the tiles, so it lags by M - 1 chunks:
 
-    sliding, size C      M = 2, far keys in the other tile
-    terraced, size C     M = 2, none if blocks begin with chunks: the near pairs are two whole tiles, the state the rest
-                         M = 3, far keys in two, where documents begin anywhere
+    sliding, size C      M = 2, far keys in the previous tile
+    terraced, size C     M = 2, no far keys in tiles if blocks and chunks are aligned: near pairs fill two tiles
+                         M = 3, far keys in two of them if documents begin anywhere
 
     out = reach (q S)  +  sum over tiles [gamma exp(s - max) or q k^T, by the masks] v
-    S  <- whole S + k^T (kept v)              of the tile that leaves        P x H in float32
+    S  <- whole S + k^T (kept v)              for the tile that moves to the state;        P x H in float32
 
-The near pairs come first, with a running maximum and sums that are scaled again as it grows; then gamma, the far pairs,
-the state. (It is the window's own maximum, not a device against overflow: far weights are not divided by it, so it has
-a gradient, which goes to the key that holds it.) reach, kept and whole are 0 or 1 and end documents.
+The near pairs come first, with a running maximum and sums that are rescaled as it grows; then gamma, the far pairs and
+the state. (The maximum is part of the definition, not only a guard against overflow: far weights are not divided by it,
+so it has a gradient, which goes to the key that attains it.) reach, kept and whole are 0 or 1 and separate documents.
 
 **Backward.** With dn_i = dy_i / norm_i, b_i = -dn_i.y_i and dw_ij = dn_i.v_j + b_i the cotangent of a weight,
 
@@ -31,39 +31,42 @@ a gradient, which goes to the key that holds it.) reach, kept and whole are 0 or
     dv_j  = sum (e_ij + l_ij) dn_i             recurrence(k, q, dn)         with near pairs, reversed
     dwq_i = scale sum_near ds_ij wk_j          near(wq, wk; dn, v)
     dwk_j = scale sum_near ds_ij wq_i          near(wk, wq; v, dn)          reversed
-    ds_ij = gamma (e'_ij dw_ij - [j holds i's maximum] total_i)      e' = e / gamma, total_i = sum_j e'_ij dw_ij
+    ds_ij = gamma (e'_ij dw_ij - [j attains i's maximum] total_i)      e' = e / gamma, total_i = sum_j e'_ij dw_ij
     dgamma = sum_i total_i
 
-(Where near keys hold most of the weight, total_i is a small difference: y, rounded, enters it times mass_i, the sum of
-e'_ij, and enters q_i.dq_i = -gamma total_i times the far weights. For dgamma the two are mixed such that y drops out.)
+(If near keys have most of the weight, total_i is a small difference of large numbers: the rounding error of y enters it
+times mass_i, the sum of e'_ij, and enters q_i.dq_i = -gamma total_i times the far weights. dgamma combines the two such
+that the rounding error of y cancels.)
 
 So one recurrence runs four times, as in linear_attention.py. Its state (S, S^T, dS^T or dS) covers everything before
-the tiles. The near pairs need no state, so all their chunks run in parallel. A far product whose cotangent has an
-additional term (b_i) carries a `row` next to the state: the sum of keys with the normaliser, or its cotangent.
+the tiles. The near pairs need no state, so all their chunks run in parallel. If the cotangent of a far product has an
+additional term (b_i), the recurrence carries a `row` next to the state: the sum of keys for the normaliser, or its
+cotangent.
 Only y, the normalisers and each query's maximum are saved for the backward pass.
 
-**Cost** a token and head, terraces of 64 with C = 64, P = H = 128, bfloat16: forward reads q, k, wq, wk, v and writes
+**Cost** per token and head, terraces of 64 with C = 64, P = H = 128, bfloat16: forward reads q, k, wq, wk, v and writes
 y, 1536 bytes; 4 M C H FLOPs for the near pairs and 4 P H for the state, 131 K. An H200 (4.3 TB/s, 790 TFLOP/s) needs
-0.36 ns for the bytes and 0.17 for the products: memory bound. Computing the two parts separately would move 3/2 of the
-bytes: v is read twice, y is written twice, and one y is read again for the sum. Backward, 24 such tensors, 6144 bytes:
-near and far gradients are computed by separate programs, so that each has enough registers.
+0.36 ns for the bytes and 0.17 for the products: memory bound. Computing the two parts separately would move 1.5 times
+as many bytes: v is read twice, y is written twice, and one y is read again for the sum. Backward: 24 such tensors, 6144
+bytes; near and far gradients are computed by separate programs, so that each has enough registers.
 
-Arguments and results of a platform's `recurrence(arrays, plan, reverse=, last=)`; rows are queries, in reverse keys:
+Arguments and results of a platform's `recurrence(arrays, plan, reverse=, last=)`. Rows are queries; in reverse, keys:
 
     q, k [B,T,n,P], v [B,T,n,V]      any n that divides N; without q only the states     out [B,T,N,V]
-    near_q, near_k [B,T,n,H]         of the near pairs; gamma [N,1]; reversed also top
-    nearest, oldest [B,T] int32      of queries
-    reach, kept [B,T], whole [B,T/C] kept, whole: when chunk c is done
-    bias [B,N,T]                     on far scores, of queries
-    state [B,N,G,P,V] float32        entering each of G pieces of T; row [B,N,G,V], sums [B,N,G,P]
-                                     with sums the output is normalised          norm, top [B,N,T]
-    last                             whether the states after each piece come back: last_state, last_row, last_sums
+    near_q, near_k [B,T,n,H]         for the near pairs, with gamma [N,1]; with reverse also top
+    nearest, oldest [B,T] int32      per query
+    reach, kept [B,T], whole [B,T/C] kept and whole apply when chunk c is done
+    bias [B,N,T]                     added to far scores, per query
+    state [B,N,G,P,V] float32        before each of G pieces of T; row [B,N,G,V], sums [B,N,G,P]
+                                     with sums, the output is normalised                  norm, top [B,N,T]
+    last                             whether to return the states after each piece: last_state, last_row, last_sums
 
-and `near(arrays, plan, reverse=)`: near_q, near_k, and q, k of dw (dn and v), bias, top, reversed also place, total;
-gives out, and [B,N,T] the place of each query's maximum, total and mass.
+and of `near(arrays, plan, reverse=)`: takes near_q, near_k, the factors q, k of dw (dn and v), bias, top, and with
+reverse also place and total; returns out, and without reverse each query's place of the maximum, total and mass
+[B,N,T].
 
-Few heads. A program walks all of T, and B N programs may not fill a GPU. T is then cut into G pieces that are walked in
-parallel; as in linear_attention.py a first pass over k and v computes each piece's contribution to the state.
+**Few heads.** A program loops over all of T, and B N programs may not fill a GPU. T is then cut into G pieces that run
+in parallel; as in linear_attention.py, a first pass over k and v computes each piece's contribution to the state.
 """
 
 import dataclasses
@@ -77,13 +80,13 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float, Int
 
 from kernels_pallas import windowed_linear_attention_gpu, windowed_linear_attention_tpu
-from kernels_pallas.tiles import RESIDUALS
+from kernels_pallas.tiles import RESIDUALS, over_groups
 from kernels_pallas.windowed_linear_attention_plan import Plan
 
 SIZES = (16, 32, 64, 128)
 MOST_TILES = 9  # tiles are unrolled in a kernel
-SLOTS = 132  # programs that an H200 runs at once: their registers leave room for one on a multiprocessor
-PIECE = 1024  # minimum number of tokens that one program walks
+SLOTS = 132  # programs that an H200 runs at once: one per multiprocessor, limited by registers
+PIECE = 1024  # minimum number of tokens per program
 
 
 def obstacle(
@@ -110,9 +113,10 @@ def obstacle(
 
 
 def tiles(kind: str, size: int, C: int, *, aligned: bool) -> tuple[int, int]:
-    """(M, first_far): how many tiles windows reach, from a chunk's own back, 2 at least; the first with far keys.
+    """(M, first_far): the number of tiles, at least 2, that windows reach back over; the first one with far keys.
 
-    aligned: blocks begin at place 0, so chunks begin at few places of a block.
+    Tiles are counted backwards from the chunk's own, 0. aligned: blocks begin at position 0, so that chunks begin at
+    only a few positions of a block.
     """
     begins = np.arange(0, size, np.gcd(C, size) if aligned else 1)[:, None]
     place = np.arange(C)
@@ -138,16 +142,17 @@ def windowed_linear_attention(
     platform: str,
     interpret: bool = False,
 ) -> Float[Array, "B T N H"]:
-    """y in v's dtype, with gradients for the arrays and the state. In arrays with fewer heads, consecutive ones share.
+    """y in v's dtype, with gradients for the arrays and the state. In arrays with fewer heads,
+    consecutive heads share one.
 
     Args:
       kind, size: "sliding" or "terraced"; no token has near keys outside its window.
-      nearest, oldest: the first near key of each token and the first of its document, -1: that of the entering state;
-        both at most the token's own place, but for padding, whose nearest is past it and which then sees what is far.
-        None: one document, in whose terrace blocks begin at 0.
-      initial_state: (S [B, N, P, H], z [B, N, P]) float32, what is before place 0.
+      nearest, oldest: the position of each token's first near key, and of the first token of its document (-1: the
+        document of the initial state). Both are at most the token's own position, except for padding: its `nearest`
+        lies after it, so it sees far keys only. None: one document, with terraced blocks that begin at 0.
+      initial_state: (S [B, N, P, H], z [B, N, P]) float32, the sums over all tokens before position 0.
       platform: "gpu" or "tpu".
-      interpret: run on a CPU, for tests.
+      interpret: run the kernel in Pallas' interpreter, on any platform, for tests.
     """
     B, T, N, _ = window_q.shape
     dtype = v.dtype
@@ -186,14 +191,15 @@ def _plan(dtype, B, T, N, kind, size, aligned, platform, interpret) -> Plan:
     return Plan(platform, interpret, N, 1.0, 0.0, chunk, reach, first_far, split)
 
 
-# ---------------------------------------------------------------------------------------------- what ends at documents
+# -------------------------------------------------------------------------------------------------- document boundaries
 
 
 def _vectors(places: tuple[Array, Array], plan: Plan) -> tuple[dict, dict]:
-    """nearest, oldest, reach, kept and whole of the recurrence, and of the reversed one.
+    """nearest, oldest, reach, kept and whole for the recurrence, and for the reversed one.
 
-    A query sees the state if its document began before the tiles. The state that leaves a chunk of keys holds the
-    document of its last token: its other documents are dropped, and what entered if that one began in the chunk.
+    A query sees the state if its document began before the tiles. The state after a chunk of keys belongs to the
+    document of its last token: keys of earlier documents are dropped, and so is the state before the chunk if that
+    document began inside it.
     """
     nearest, oldest = places
     (B, T), C, lag = oldest.shape, plan.chunk, plan.tiles - 1
@@ -206,7 +212,7 @@ def _vectors(places: tuple[Array, Array], plan: Plan) -> tuple[dict, dict]:
     stays = (begin + jnp.arange(C) >= last).astype(jnp.float32)
     whole = (last < begin).astype(jnp.float32)
 
-    def later(x, fill):  # of the chunk `lag` before
+    def later(x, fill):  # shifts by `lag` chunks: chunk c gets the values of chunk c - lag
         return jnp.pad(x, ((0, 0), (lag, 0), (0, 0)), constant_values=fill)[:, : T // C]
 
     def flat(**vectors):
@@ -235,7 +241,7 @@ def _run(arrays: dict, plan: Plan, *, reverse: bool = False, last: bool = False)
 
 
 def _entering(arrays: dict, carried: list[str], plan: Plan, run, reverse: bool) -> dict:
-    """The states that enter each piece: the sum of the contributions of all earlier pieces."""
+    """The states before each piece: the sum of the contributions of all earlier pieces."""
     G = plan.split
     needed = ("k", "v", "kept", "whole", "nearest", *(["bias"] if reverse and "bias" in arrays else []))
     zeros = {
@@ -304,15 +310,16 @@ def _backward(plan: Plan, residuals, dy):
     )
     found = (dq, of_k["out"], of_v["out"], of_wq["out"], of_wk["out"])
     given = zip(found, (q, k, v, window_q, window_k), strict=True)
-    grads = [_summed(d, x.shape[2]).astype(x.dtype) for d, x in given]
+    grads = [over_groups(d, x.shape[2]).astype(x.dtype) for d, x in given]
     d_gamma = jnp.sum(_totals(of_wq, q, dq, b, gamma, done["norm"], plan.eps), axis=(0, 2))
     return *grads, d_gamma, None, None if state is None else _first(of_k, q, dn, b, forward["reach"], plan)
 
 
 def _totals(near: dict, q: Array, dq: Array, b: Array, gamma: Array, norm: Array, eps: float) -> Array:
-    """total_i [B, N, T] without the rounding error of y, which affects both parts in proportion to their weights."""
+    """total_i [B, N, T], combined from the near and the far side such that the rounding error of y cancels."""
     q = jnp.repeat(q, dq.shape[2] // q.shape[2], axis=2).astype(jnp.float32)
-    far = jnp.sum(q * dq.astype(jnp.float32), axis=-1) + eps * b  # both parts and eps b add up to 0
+    # The near part, the far part and eps b sum to 0.
+    far = jnp.sum(q * dq.astype(jnp.float32), axis=-1) + eps * b
     own = gamma[:, None] * near["mass"]
     rest = norm - eps - own
     both = jnp.where(own + rest == 0, 1.0, own + rest)
@@ -320,19 +327,12 @@ def _totals(near: dict, q: Array, dq: Array, b: Array, gamma: Array, norm: Array
 
 
 def _first(of_k: dict, q: Array, dn: Array, b: Array, reach: Array, plan: Plan) -> tuple[Array, Array]:
-    """The entering state's cotangent: the reversed walk ends before the queries of the first M - 1 chunks leave."""
+    """The cotangent of the initial state. The reversed recurrence ends M - 1 chunks early; this adds those queries."""
     T = min((plan.tiles - 1) * plan.chunk, q.shape[1])
     q, dn, b = (x[:, :T].astype(jnp.float32) for x in (q, dn, b))
     q = jnp.repeat(q, plan.heads // q.shape[2], axis=2) * reach[:, :T, None, None]
     dS, dz = jnp.einsum("btnp,btnh->bnph", q, dn), jnp.einsum("btnp,btn->bnp", q, b)
     return dS + jnp.swapaxes(of_k["last_state"], 2, 3), dz + of_k["last_row"]
-
-
-def _summed(dx: Array, heads: int) -> Array:
-    """Sums the gradients of heads that share one, in float32."""
-    if dx.shape[2] == heads:
-        return dx
-    return jnp.sum(dx.reshape(*dx.shape[:2], heads, -1, *dx.shape[3:]), axis=3, dtype=jnp.float32)
 
 
 _attend.defvjp(_forward, _backward)

@@ -1,12 +1,13 @@
 """The passes of `windowed_linear_attention.py` on an NVIDIA GPU, through Triton.
 
-`recurrence`: a program owns one head (and one piece of T, where heads are few) and `columns` of the value dimension. It
-walks the chunks in order with its part of the state, P x columns in float32, in registers. All products of a chunk have
-64 rows, wgmma for bfloat16: the scores of one tile at a time, at once spent on its values; then the state. Loops over
-the tiles are loops in the code too: written out, their loads would all be hoisted into registers. Tiles come from L2,
-where the previous chunk left them; those outside of T are not visited.
+`recurrence`: a program handles one head (and one piece of T, if there are few heads) and `columns` of the value
+dimension. It processes the chunks in order and holds its part of the state, P x columns in float32, in registers. All
+products of a chunk have 64 rows (wgmma for bfloat16): the scores of one tile at a time, multiplied by its values at
+once, and then the state. Loops over tiles are not unrolled, or the compiler would hoist all their loads into registers.
+Tiles come from L2, where the previous chunk left them; those outside of T are skipped.
 
-`near`: no state, so a program for every chunk and head, all columns. It forms its tiles twice, first for a row's total.
+`near`: it needs no state, so there is a program per chunk and head, with all columns. It computes its tiles twice:
+first for the total of each row, then for the gradient.
 """
 
 import dataclasses
@@ -20,13 +21,13 @@ from jax.experimental.pallas import triton
 
 from kernels_pallas.windowed_linear_attention_plan import NEVER, Plan
 
-NARROW = 16  # the narrowest product; the sum of keys is kept as 16 equal columns, cheaper than a vector
-WHOLE = ("nearest", "oldest", "reach", "kept", "whole")  # of a row, not of a head
+NARROW = 16  # the narrowest matrix product; the sum of keys is kept as 16 equal columns, which is cheaper than a vector
+WHOLE = ("nearest", "oldest", "reach", "kept", "whole")  # per row of the batch, the same for all heads
 
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """columns: of the value dimension in one program; stages: chunks in flight, each in shared memory."""
+    """columns: of the value dimension per program; stages: chunks in flight, each in shared memory."""
 
     columns: int
     warps: int
@@ -34,16 +35,16 @@ class Tile:
 
 
 def chunk(dtype) -> int:
-    """Tokens at a time."""
+    """Tokens per chunk."""
     return 64 if dtype == jnp.bfloat16 else 16
 
 
 def tile(arrays: dict, plan: Plan) -> Tile:
     """Tiles that compile for an H200 without register spills, with jax 0.10.2 (CUDA 12) and 0.11.2 (CUDA 13).
 
-    P = H = 128, bfloat16, windows of 64; registers a thread (spills), of the forward and the worst backward pass:
+    P = H = 128, bfloat16, windows of 64; registers per thread (spills) of the forward and the worst backward pass:
 
-        columns, warps, stages   terraces, blocks with chunks   terraces anywhere       sliding
+        columns, warps, stages   terraces, aligned             terraces, not aligned   sliding
         128, 8, 2                255, 231                       255 (27), 234           255 (30), 255 (2)
         128, 8, 3                255, 236                       255 (22), 251           255 (35), 255 (4)
         64, 8, 2                 242, 185                       255, 216                255, 216
@@ -51,8 +52,8 @@ def tile(arrays: dict, plan: Plan) -> Tile:
         64, 4, 1                 255, 245                       255, 255 (26)           255, 255 (56)
         64, 4, 2                 255 (26), 241                  255 (68), 255           255 (115), 255 (30)
 
-    Shared memory up to 146 KB of 227, a program a multiprocessor. With 64 columns scores are formed twice.
-    float32 as three TensorFloat-32 products keeps each operand twice: chunks of 16, and up to 64 features.
+    Up to 146 KB of 227 of shared memory, so one program per multiprocessor. With 64 columns, scores are computed twice.
+    float32 as three TensorFloat-32 products keeps each operand twice, hence chunks of 16 tokens and up to 64 features.
     """
     far = plan.tiles - plan.first_far
     if arrays["v"].dtype == jnp.float32:
@@ -95,7 +96,7 @@ def recurrence(arrays: dict, plan: Plan, *, reverse: bool = False, last: bool = 
 
 
 def _block(name: str, shape: tuple[int, ...], N: int, W: int) -> pl.BlockSpec:
-    """The part of an array that a program sees: its head (or the one it shares), its piece and its columns."""
+    """The part of an array that a program reads: its head (or the one that it shares), its piece and its columns."""
     if name == "gamma":
         return pl.BlockSpec((None, 1), lambda i, g, j: (i % N, 0))
     if name in WHOLE:
@@ -115,7 +116,7 @@ def _block(name: str, shape: tuple[int, ...], N: int, W: int) -> pl.BlockSpec:
 
 
 class Tiles:
-    """The tiles that the rows of chunk c meet: at and before them, reversed at and after them."""
+    """The tiles that the rows of chunk c are multiplied with: at and before c or, with reverse, at and after c."""
 
     def __init__(self, refs, c, reverse, plan: Plan):
         self.refs, self.c, self.reverse, self.plan = refs, c, reverse, plan
@@ -130,14 +131,14 @@ class Tiles:
         return pl.ds((self.c + (t if self.reverse else -t)) * self.C, self.C)
 
     def of_query(self, name, t):
-        """A number of each query, along the scores' queries."""
+        """A value per query, shaped to broadcast along the query axis of the scores."""
         if self.reverse:
             return self.refs[name][self.at(t)][None, :]
         x = self.own[name] if name in self.own else self.refs[name][self.rows]
         return x[:, None]
 
     def keys(self, t):
-        """The places of queries and keys, as wide as the scores."""
+        """The positions of queries and of keys, each in the shape of the scores."""
         down, across = (lax.broadcasted_iota(jnp.int32, (self.C, self.C), i) for i in (0, 1))
         down, across = down + self.c * self.C, across + (self.c + (t if self.reverse else -t)) * self.C
         return (across, down) if self.reverse else (down, across)
@@ -151,7 +152,7 @@ class Tiles:
         return (key >= self.of_query("oldest", t)) & (key < self.of_query("nearest", t))
 
     def soft(self, s, t):
-        """exp(s - max) of the near pairs, from plain products."""
+        """exp(scale (s - max)) for the near pairs, 0 for others, from the products s."""
         s = (s - self.of_query("top", t)) * self.plan.scale
         return jnp.exp(jnp.where(self.near(t), s, jnp.float32(NEVER)))
 
@@ -181,7 +182,7 @@ def _recurrence(*given, names, reverse, plan):
 
 
 def _outputs(tiles: Tiles, carry, dot):
-    """The results of one chunk: the near pairs, the far ones in the tiles, what the state gives."""
+    """Computes the results of one chunk: the near pairs, the far pairs in the tiles, and the state."""
     refs, rows, plan = tiles.refs, tiles.rows, tiles.plan
     dtype, reach = refs["v"].dtype, refs["reach"][rows]
     sums = jnp.zeros((tiles.C, refs["v"].shape[1]), jnp.float32), jnp.zeros((tiles.C,), jnp.float32)
@@ -198,7 +199,7 @@ def _outputs(tiles: Tiles, carry, dot):
     out, norm = sums
     if plan.first_far < plan.tiles:
         out, norm = lax.fori_loop(plan.first_far, tiles.count, far, sums)
-    # Scaled before, so that the product is added to `out` in place.
+    # q is scaled before the product, so that the matrix unit can accumulate into `out`.
     q = refs["q"][rows, :] * reach[:, None].astype(dtype)
     if "row" in refs:
         row = reach if tiles.reverse else reach * refs["bias"][rows]
@@ -219,7 +220,7 @@ def _spend(tiles: Tiles, t, weights, sums, dot):
 
 
 def _softmax(tiles: Tiles, sums, dot):
-    """With a running maximum; stores each query's largest product with a near key."""
+    """Adds the near pairs with a running maximum; stores each query's largest product with a near key."""
     refs, gamma = tiles.refs, tiles.refs["gamma"][0]
 
     def more(t, carry):
@@ -231,13 +232,14 @@ def _softmax(tiles: Tiles, sums, dot):
         weights = jnp.exp((s - new[:, None]) * tiles.plan.scale)
         return new, *_spend(tiles, t, weights, (out * shrink[:, None], norm * shrink), dot)
 
-    top = jnp.full((tiles.C,), NEVER / 2, jnp.float32)  # above what is masked
+    top = jnp.full((tiles.C,), NEVER / 2, jnp.float32)  # above the score of masked keys
     top, out, norm = lax.fori_loop(0, tiles.count, more, (top, *sums))
     refs["top"][tiles.rows] = top
     return out * gamma, norm * gamma
 
 
 def _known_softmax(tiles: Tiles, sums, dot):
+    """Adds the near pairs in the reversed recurrence, where each query's maximum is known."""
     refs, gamma = tiles.refs, tiles.refs["gamma"][0]
 
     def more(t, sums):
@@ -253,7 +255,7 @@ def _advance(tiles: Tiles, carry, dot):
     refs, rows, new = tiles.refs, tiles.rows, {}
     lag = tiles.plan.tiles - 1
     chunk = tiles.c + (lag if tiles.reverse else -lag)
-    at = pl.ds(jnp.clip(chunk * tiles.C, 0, tiles.T - tiles.C), tiles.C)  # outside of T nothing is kept
+    at = pl.ds(jnp.clip(chunk * tiles.C, 0, tiles.T - tiles.C), tiles.C)  # outside of T, kept is 0
     k, v, kept, whole = refs["k"][at, :], refs["v"][at, :], refs["kept"][rows], refs["whole"][tiles.c]
     weighted = v.astype(jnp.float32) * kept[:, None]
     if "state" in carry:
@@ -301,7 +303,7 @@ def _near(*given, names, reverse, plan):
     s_rows, w_rows = refs["near_q"][tiles.rows, :], refs["q"][tiles.rows, :]
 
     def soft(t):
-        """Plain products, exp(s - max), and its cotangent."""
+        """The products s, exp(scale (s - max)), and its cotangent dw."""
         s = dot(s_rows, refs["near_k"][tiles.at(t), :], 1, 1)
         dw = dot(w_rows, refs["k"][tiles.at(t), :], 1, 1) + tiles.of_query("bias", t)
         return s, tiles.soft(s, t), dw

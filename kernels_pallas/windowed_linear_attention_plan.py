@@ -7,7 +7,7 @@ NEVER = -1e30  # the score of a masked key; finite, so that the difference of tw
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How T is divided: into `split` pieces, pieces into chunks (in tokens), and which tiles a chunk attends to."""
+    """How T is divided: into `split` pieces, then into chunks of `chunk` tokens; and the tiles that a chunk sees."""
 
     platform: str
     interpret: bool

@@ -1,11 +1,11 @@
 """The passes of `windowed_linear_attention.py` on a TPU.
 
-The grid is (rows, groups of heads, chunks), the last in order. What a step needs of the chunks before it (reversed:
-after it) stays in VMEM: the states, and of all that is on the tiles' side (near_k, k, v; reversed the queries' numbers
-too) the last M - 1 chunks, in a ring. So every array is read once. Arrays are head-major, [B, N, T, P], so that a
-head's chunk is a plain matrix; numbers per token come as float32 rows and are turned to columns all at once, since each
-transposition costs a pass of the XLU; masks are made once a step, for all its heads. The scores of all M tiles are
-there together, so a row's maximum needs no rescaling.
+The grid is (rows, groups of heads, chunks), with chunks in sequential order. Everything that a step needs from the
+chunks before it (with reverse: after it) stays in VMEM: the states, and a ring buffer of the last M - 1 chunks of the
+arrays on the tiles' side (near_k, k, v; with reverse also the per-query values). So every array is read once. Arrays
+are head-major, [B, N, T, P], so that a head's chunk is a plain matrix. Values per token come as float32 rows and are
+transposed to columns all at once, since each transposition costs a pass of the XLU. Masks are computed once per step,
+for all its heads. The scores of all M tiles exist at the same time, so the maximum of a row needs no rescaling.
 """
 
 import dataclasses
@@ -26,16 +26,16 @@ OF_QUERIES = ("nearest", "oldest", "bias", "top", "place", "total")
 
 
 def chunk(dtype) -> int:
-    """Tokens at a time: the lanes of a register, and no more, since a window is covered by whole tiles."""
+    """Tokens per chunk: the lanes of a register, but not more, since windows are covered by whole tiles."""
     return 128
 
 
 def most_heads(dtype) -> int:
     """The maximum number of heads per step.
 
-    P = H = 128, terraces of 64, bfloat16, as libtpu counts the bundles of a forward step for a v5e (1.5 GHz): 2 heads
-    1743, 4 heads 2867, so 5.6 a token and head, or 3.7 ns, where reading and writing takes 1.9: bound by the XLU (sums
-    and maxima along rows, k turned for the state).
+    Bundles of a forward step that libtpu reports for a v5e (1.5 GHz), for P = H = 128, terraces of 64, bfloat16: 1743
+    with 2 heads, 2867 with 4, which is 5.6 per token and head, or 3.7 ns; reading and writing takes 1.9 ns. The XLU is
+    the bottleneck (sums and maxima along rows, transposing k for the state).
     """
     return 4 if dtype == jnp.bfloat16 else 2
 
@@ -72,7 +72,7 @@ def near(arrays: dict, plan: Plan, *, reverse: bool = False) -> dict:
 
 
 def _call(kernel, arrays: dict, shapes: dict, plan, reverse: bool, work: tuple[int, int], title: str) -> dict:
-    """work: FLOPs and exponentials for a token and head."""
+    """Runs a kernel; returns its results by name. work: FLOPs and exponentials per token and head."""
     (B, T, _, _), N, dtype = arrays["k"].shape, plan.heads, arrays["k"].dtype
     counts = [x.shape[2] for name, x in arrays.items() if _of_tokens(name)]
     layout = Layout(B, N, T, plan.chunk, _heads_a_step(N, counts, most_heads(dtype)), reverse)
@@ -113,13 +113,13 @@ def _call(kernel, arrays: dict, shapes: dict, plan, reverse: bool, work: tuple[i
 
 
 def _of_tokens(name: str) -> bool:
-    """[B, T, n, P]"""
+    """Whether an array has the shape [B, T, n, P]."""
     return name in ("q", "k", "v", "near_q", "near_k", "out")
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How arrays lie in memory, and what of them a step of the grid sees: `each` heads, C tokens."""
+    """The layout of arrays in memory, and the blocks that a step of the grid reads: `each` heads, C tokens."""
 
     B: int
     N: int
@@ -145,7 +145,7 @@ class Layout:
         return x.astype(jnp.float32).reshape(self.shape(name, x.shape))
 
     def of_chunk(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """What a step sees of an array with tokens, without the axes of rows and groups."""
+        """The shape of a step's block of an array with tokens, without the axes of rows and groups."""
         if _of_tokens(name):
             return max(self.each * shape[1] // self.N, 1), self.C, shape[3]
         return (self.each if name in OF_HEADS else 1), self.C
@@ -177,7 +177,7 @@ def _heads_a_step(N: int, counts: list[int], most: int) -> int:
 
 
 class Step:
-    """What a step sees: the rows of chunk c, and tile t, t chunks before it (reversed: after it)."""
+    """The data of a step: the rows of chunk c, and tiles t, each t chunks before it (with reverse: after it)."""
 
     def __init__(self, given, names, plan, reverse, each):
         self.refs = dict(zip(names, given, strict=True))
@@ -195,7 +195,8 @@ class Step:
             for name in self.rings:
                 self.refs[f"ring_{name}"][...] = jnp.zeros_like(self.refs[f"ring_{name}"])
 
-        found = ("top",) if "norm" in self.refs else ("place", "total")  # by this pass, if not reversed
+        # Computed by this pass unless reversed.
+        found = ("top",) if "norm" in self.refs else ("place", "total")
         turned = ("reach", "kept") if reverse else ("reach", "kept", *OF_QUERIES)
         self.columns = {
             name: self.turned(self.rows(name)) for name in turned if name in self.refs and name not in found
@@ -203,12 +204,12 @@ class Step:
         self.masks = [self.seen(t) for t in range(plan.tiles)]
 
     def rows(self, name):
-        """Numbers of the chunk's tokens, [each or 1, C]."""
+        """Values per token of the chunk, [each or 1, C]."""
         return self.refs[name][0] if name in OF_ROWS else self.refs[name][0, 0]
 
     @staticmethod
     def turned(x):
-        """[n, C] -> [C, n or more]."""
+        """Transposes [n, C] to [C, n], or to [C, 8] with equal columns if n is 1."""
         if x.shape[0] == 1:
             x = jnp.broadcast_to(x, (8, x.shape[1]))
         return jnp.transpose(x)
@@ -218,7 +219,7 @@ class Step:
         return 0 if held == 1 else lax.rem(self.c + t if self.reverse else self.c - t + held, held)
 
     def tile(self, name, t, h):
-        """[C, P] of head h."""
+        """Tile t of head h, [C, P]."""
         count = self.refs[name].shape[1]
         head = h * count // self.each
         return self.refs[name][0, head] if t == 0 else self.refs[f"ring_{name}"][self.slot(t), head]
@@ -227,7 +228,7 @@ class Step:
         return self.tile(name, 0, h)
 
     def of_query(self, name, t, h):
-        """A number of each query, along the scores' queries."""
+        """A value per query, shaped to broadcast along the query axis of the scores."""
         h = 0 if name in OF_ROWS else h
         if not self.reverse:
             return self.columns[name][:, h : h + 1]
@@ -235,14 +236,14 @@ class Step:
         return x[h : h + 1, :]
 
     def places(self, t):
-        """Of queries and keys, as wide as the scores."""
+        """The positions of queries and of keys, each in the shape of the scores."""
         down, across = (lax.broadcasted_iota(jnp.int32, (self.C, self.C), i) for i in (0, 1))
         down, across = down + self.c * self.C, across + (self.c + (t if self.reverse else -t)) * self.C
         down, across = down.astype(jnp.float32), across.astype(jnp.float32)
         return (across, down) if self.reverse else (down, across)
 
     def seen(self, t):
-        """The tile's near pairs, and its far ones."""
+        """Masks of the tile's near pairs and of its far ones; None: it has no far pairs."""
         query, key = self.places(t)
         nearest = self.of_query("nearest", t, 0)
         real = query < self.chunks * self.C
@@ -252,17 +253,17 @@ class Step:
         return near, (key >= self.of_query("oldest", t, 0)) & (key < nearest) & real
 
     def products(self, t, h):
-        """Of the near pairs."""
+        """The products of the near pairs; NEVER for others."""
         s = _dot(self.own("near_q", h), self.tile("near_k", t, h), 1, 1)
         return jnp.where(self.masks[t][0], s, NEVER)
 
     def soft(self, s, t, h):
-        """exp(s - max) of the near pairs."""
+        """exp(scale (s - max)) for the near pairs, 0 for others."""
         s = (s - self.of_query("top", t, h)) * self.plan.scale
         return jnp.exp(jnp.where(self.masks[t][0], s, NEVER))
 
     def push(self):
-        """This chunk replaces the one that leaves the tiles."""
+        """Stores this chunk in the ring buffer, over the oldest one."""
         for name in self.rings:
             x = self.rows(name) if name in OF_QUERIES else self.refs[name][0]
             self.refs[f"ring_{name}"][self.slot(self.plan.tiles - 1)] = x
@@ -326,7 +327,7 @@ def _head(step: Step, h: int):
 
 
 def _softmax(step: Step, h: int):
-    """exp(s - max) of every tile; each query's largest product with a near key."""
+    """exp(scale (s - max)) of every tile, and each query's largest product with a near key."""
     s = [step.products(t, h) for t in range(step.plan.tiles)]
     top = jnp.max(functools.reduce(jnp.maximum, s), axis=1, keepdims=True)
     shift = jnp.maximum(top, NEVER / 2)  # a query without near keys gives 0

@@ -340,7 +340,7 @@ def _is_linear(part: Layers) -> bool:
 def _softmax(trainer: Trainer) -> tuple[ModelSource, Decoder]:
     """The source of the pretrained weights, and their softmax model with its context extended."""
     assert trainer.init_from is not None
-    source = convert.source(trainer.init_from)
+    source = convert.source(trainer.init_from, trainer.init_format)
     model = extend.extend_model(source.model, trainer.rope_scaling, trainer.context_length)
     return source, trainer.adjusted(model)
 

@@ -27,7 +27,7 @@ from lcx.checkpoint.folder import find_step, read_json
 from lcx.convert.api import detect, load
 from lcx.data import ByteTokenizer, Dataset, Mixture, Tokenizer, special_tokens
 from lcx.data.special import described
-from lcx.errors import UserError, first_line
+from lcx.errors import UserError, check_sizes, first_line
 from lcx.evals import Evaluation, Result
 from lcx.evals.loss_by_position import LossByPosition
 from lcx.evals.perplexity import Perplexity
@@ -72,7 +72,7 @@ def evaluate(
       UserError: there is no readable checkpoint, the output cannot be written, or some evaluations failed. In the last
         case the results of the others are still in results.json.
     """
-    _check_names(evals)
+    _check(evals)
     adapter = (adapter,) if isinstance(adapter, str) else adapter
     folder = _writable(output)
     started = time.perf_counter()
@@ -100,13 +100,8 @@ def evaluate(
         "checkpoint": hub.place(checkpoint),
         "rope_scaling": rope_scaling,
         "only_part": only_part,
-        "adapter": None
-        if adapter is None
-        else [os.path.abspath(os.path.expanduser(path)) for path in adapter],
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "model": {**facts(model), "description": _described(model)},
-        "versions": _versions(),
-        "machine": _machine(),
+        "adapter": adapter and [os.path.abspath(os.path.expanduser(path)) for path in adapter],
+        **_circumstances(model),
         "evaluations": {},
         "errors": {},
     }
@@ -121,6 +116,16 @@ def evaluate(
         report.build(results=(str(folder),), output=str(folder))
     _raise_failures(results, folder)
     return results
+
+
+def _circumstances(model: Decoder) -> dict[str, Any]:
+    """The entries of results.json on when, on which model, and with which software and hardware it was made."""
+    return {
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "model": {**facts(model), "description": _described(model)},
+        "versions": _versions(),
+        "machine": _machine(),
+    }
 
 
 def _run(
@@ -173,13 +178,17 @@ def _raise_failures(results: Mapping[str, Any], folder: pathlib.Path) -> None:
 # ------------------------------------------------------------------------------------------------ inputs
 
 
-def _check_names(evals: tuple[Evaluation, ...]) -> None:
+def _check(evals: tuple[Evaluation, ...]) -> None:
     names = [evaluation.name for evaluation in evals]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise UserError(f"two evaluations are named {twice[0]!r}: set `name` of one of them")
     if not names:
         raise UserError("evaluate.evals is empty, expected at least one evaluation")
+    for evaluation in evals:
+        check_sizes(
+            type(evaluation).__name__, tokens_per_batch=getattr(evaluation, "tokens_per_batch", None)
+        )
 
 
 def _tokenizer(checkpoint: str) -> Tokenizer | None:

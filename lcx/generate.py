@@ -29,7 +29,12 @@ def main(argv=None) -> int:
     parser.add_argument(
         "--chat_template", metavar="PATH", help="with --chat: another template, a .jinja file or a name"
     )
-    parser.add_argument("--max_new_tokens", type=int, metavar="N", help="stop after this many tokens")
+    parser.add_argument(
+        "--max_new_tokens",
+        type=int,
+        metavar="N",
+        help="stop after this many tokens (default: 256, or fewer where the model's window ends before)",
+    )
     parser.add_argument("--temperature", type=float, metavar="T", help="0 always takes the most likely token")
     parser.add_argument(
         "--top_p",

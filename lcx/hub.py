@@ -72,6 +72,8 @@ def local(path: Any, *, kind: str = "model") -> Any:
     """
     if isinstance(path, str):
         paths.refuse_scheme(path, "the path")
+        if not path.strip():
+            raise UserError(f"the path of the {kind} is empty, expected a folder, a file or a name on the hub: set it")
     if not is_name(path):
         return path
     match = _NAME.fullmatch(os.fspath(path))

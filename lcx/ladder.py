@@ -148,7 +148,7 @@ class Ladder:
 
     def _check_rungs(self, source: str) -> int:
         """Returns the original window. Checks every rung, so that mistakes show before the first one is trained."""
-        model = convert.source(source).model
+        model = convert.source(source, self._format(source)).model
         original = original_window(model)
         for rung in self.rungs:
             trainer = self._trainer_for(rung, source, original, 0)
@@ -173,6 +173,7 @@ class Ladder:
         return dataclasses.replace(
             self.trainer,
             init_from=source,
+            init_format=self._format(source),
             steps=rung.steps,
             seq_len=rung.context_length,
             context_length=rung.context_length,
@@ -181,6 +182,10 @@ class Ladder:
             seed=self.trainer.seed + number,
             **{name: value for name, value in given.items() if value is not None},
         )
+
+    def _format(self, path: str) -> str | None:
+        """The format of the model that the ladder starts from; None, detected, for the workdirs of its rounds."""
+        return self.trainer.init_format if path == self.trainer.init_from else None
 
     def _climb(self, trainer: Trainer, folder: str, original: int, baseline: float) -> str | None:
         """Trains one round. Returns None if it passes the gate, else the reason why it does not."""
@@ -231,7 +236,7 @@ class Ladder:
         """A checkpoint on the trainer's own mesh, not the rung's, so that all rungs are evaluated on the same rows."""
         mesh = self.trainer.mesh.build()
         with jax.set_mesh(mesh):
-            model, params = convert.load(path, dtype="float32", mesh=mesh)
+            model, params = convert.load(path, format=self._format(path), dtype="float32", mesh=mesh)
             yield self.trainer.adjusted(model), params, mesh
 
     def _short_loss(self, model: Decoder, params: Any, original: int, mesh: Mesh) -> float:

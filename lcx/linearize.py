@@ -36,7 +36,8 @@ _SHARED = (
 
 @dataclasses.dataclass(frozen=True)
 class Linearize:
-    """Which layers to linearize, and how. The other settings are those of mixers.linearized.LinearizedAttention.
+    """Which layers to linearize, and how. The other settings and their defaults are those of
+    mixers.linearized.LinearizedAttention.
 
     Attributes:
       published_quirks: use PublishedLinearAttention instead of LinearAttention: it reproduces the authors' code,
@@ -44,18 +45,18 @@ class Linearize:
       keep_softmax: layers that keep their softmax attention, counted from 0.
     """
 
-    window: int | None = 64
-    window_kind: str = "terraced"
-    window_factor: float = LinearAttention.window_factor
-    feature_map: str = "softmax_dim"
-    feature_dim: int = 64
-    full_space: bool = True
-    feature_bias: bool = False
-    skip: bool = False
-    adapter: int | None = None
-    feature_init: str = "uniform"
-    tied: bool = False
-    affine: bool = False
+    window: int | None = LinearizedAttention.window
+    window_kind: str = LinearizedAttention.window_kind
+    window_factor: float = LinearizedAttention.window_factor
+    feature_map: str = LinearizedAttention.feature_map
+    feature_dim: int = LinearizedAttention.feature_dim
+    full_space: bool = LinearizedAttention.full_space
+    feature_bias: bool = LinearizedAttention.feature_bias
+    skip: bool = LinearizedAttention.skip
+    adapter: int | None = LinearizedAttention.adapter
+    feature_init: str = LinearizedAttention.feature_init
+    tied: bool = LinearizedAttention.tied
+    affine: bool = LinearizedAttention.affine
     published_quirks: bool = False
     keep_softmax: tuple[int, ...] = ()
 
@@ -82,18 +83,18 @@ class Linearize:
             )
         if already := linear_layers(model):
             log.warning("layers %s are already linear: Linearize leaves them unchanged", already)
-        held = None if self.window is None else self.window * (2 if self.window_kind == "terraced" else 1)
-        if held is not None and held >= model.max_position_embeddings:
-            raise UserError(
-                f"Linearize.window {self.window} holds the model's whole context of {model.max_position_embeddings} "
-                f"tokens ({held} keys if {self.window_kind}), so that nothing would be linear: set a smaller window"
-            )
         # Equal blocks map to one object, which keeps comparing stages cheap.
         make = functools.cache(self._linear)
         new = tuple(
             make(block) if i not in self.keep_softmax and isinstance(block.mixer, Attention) else block
             for i, block in enumerate(blocks)
         )
+        held = None if self.window is None else self.window * (2 if self.window_kind == "terraced" else 1)
+        if held is not None and held >= model.max_position_embeddings:
+            raise UserError(
+                f"Linearize.window {self.window} holds the model's whole context of {model.max_position_embeddings} "
+                f"tokens ({held} keys if {self.window_kind}), so that nothing would be linear: set a smaller window"
+            )
         if list(new) == blocks:
             raise UserError(
                 "nothing to linearize: the model has no softmax attention outside Linearize.keep_softmax"

@@ -196,6 +196,7 @@ class Decoder(nn.Module):
             hidden_size=self.hidden_size,
             max_position_embeddings=self.max_position_embeddings,
         )
+        _check_dtype(self.dtype)
         if not 0 <= self.norm_eps < math.inf:
             raise UserError(
                 f"Decoder.norm_eps is {self.norm_eps}, expected a small positive number: change norm_eps"
@@ -290,6 +291,16 @@ class Decoder(nn.Module):
         return sum(len(stage.pattern) * stage.repeat for stage in self.stages)
 
 
+def _check_dtype(dtype: str) -> None:
+    """Raises UserError unless it is the name of a floating-point type."""
+    try:
+        floating = jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+    except TypeError:
+        floating = False
+    if not floating:
+        raise UserError(f"dtype is {dtype!r}, expected 'float32', 'bfloat16' or 'float16': change dtype of the model")
+
+
 def stages_of(blocks: tuple[Block, ...]) -> tuple[Stage, ...]:
     """Groups blocks, given in depth order, into stages that compile quickly.
 
@@ -336,7 +347,7 @@ def layers(model: Decoder | Layers) -> list[Layer]:
 
 
 def part(model: Decoder, first: int, last: int) -> Layers:
-    """Layers first, ..., last - 1 of a model as a module of their own."""
+    """Layers first, ..., last - 1 of a model as a separate module."""
     return Layers(
         hidden_size=model.hidden_size,
         stages=stages_of(tuple(layer.block for layer in layers(model)[first:last])),

@@ -94,8 +94,10 @@ def today(path: str) -> str:
 
 
 def stored(path: str) -> str:
-    """ "module:name" as a checkpoint writes it: the first name that it had. So what a checkpoint says of a model, and
-    with it the comparison that lets a run go on, does not change when a class moves, and older versions read it."""
+    """The name under which a checkpoint stores "module:name": the first name that it had.
+
+    When a class moves, stored models thus stay the same, runs can still be resumed, and older versions can read them.
+    """
     return next((old for old, new in NAMES.items() if new == path), path)
 
 

@@ -65,9 +65,12 @@ class AdamW:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise UserError(f"AdamW.{name} is {value}, expected a positive number")
-        for name in ("warmup_from", "final_fraction", "plateau_factor", "b1", "b2"):
+        for name in ("warmup_from", "final_fraction", "plateau_factor"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"AdamW.{name} is {getattr(self, name)}, expected a number from 0 to 1")
+        for name in ("b1", "b2"):  # at 1, the moment would stay at zero
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"AdamW.{name} is {getattr(self, name)}, expected a number from 0 to below 1")
         for name in ("warmup_steps", "weight_decay", "plateau_patience"):
             if not 0 <= (getattr(self, name) or 0) < math.inf:
                 raise UserError(f"AdamW.{name} is {getattr(self, name)}, expected a finite number, at least 0")

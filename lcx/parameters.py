@@ -1,6 +1,7 @@
 """The parameters of a model: random initialisation, abstract shapes, counts, and checks of parameters from users."""
 
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +13,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 from jaxtyping import Array
 
-from lcx import sharding
+from lcx import mlps, sharding
 from lcx.errors import UserError
 from lcx.mixers import macs_per_token as mixer_macs_per_token
 
@@ -75,19 +76,25 @@ def flops_per_token(model: Model, seq_len: int) -> float:
     """Model FLOPs per token of training (forward and backward) for its matrix products, without recomputation.
 
     These are 6 per weight of a matrix product (the input embedding is a lookup and does not count), plus those of the
-    mixers. Causal attention with N heads of size H takes 6 H N for each visible key and each of its two products; there
-    are (seq_len + 1) / 2 visible keys on average, fewer with a sliding window.
+    mixers. An MLP that uses only part of its weights for a token defines its own count (`lcx.mlps`). Causal attention
+    with N heads of size H takes 6 H N for each visible key and each of its two products; there are (seq_len + 1) / 2
+    visible keys on average, fewer with a sliding window.
 
     Raises:
-      UserError: a mixer of the model does not define what a token costs.
+      UserError: a mixer of the model does not define what a token costs, or an MLP defines it wrongly.
     """
     weights = num_params(model)
     if not model.tie_word_embeddings:
         weights -= model.vocab_size * model.hidden_size
     total = 6.0 * weights
-    for stage in model.stages:
-        for block in stage.pattern:
+    for s, stage in enumerate(model.stages):
+        for b, block in enumerate(stage.pattern):
             total += stage.repeat * 6.0 * mixer_macs_per_token(block.mixer, seq_len)
+            macs = mlps.macs_per_token(block.mlp, model.hidden_size)
+            if macs is not None:  # in place of one per weight
+                own = f"stages_{s}/block_{b}/mlp/"
+                counted = sum(math.prod(x) for path, x in leaf_shapes(model).items() if path.startswith(own))
+                total += 6.0 * (stage.repeat * macs - counted)
     return total
 
 

@@ -8,8 +8,11 @@ _FREE = {"sharding_constraint", "convert_element_type", "reshape", "transpose", 
 
 
 def _all_but_free(primitive, *_, **__) -> bool:
-    """Keeps what took arithmetic. Copies of the weights (cast, gathered over fsdp) are none of it: kept for the
-    backward pass, they would hold the whole model on every device."""
+    """Saves every result that took arithmetic, but recomputes copies.
+
+    Copies include the weights as cast and gathered over fsdp: saved for the backward pass, they would hold the whole
+    model on every device.
+    """
     return primitive.name not in _FREE
 
 

@@ -40,6 +40,7 @@ _log = logging.getLogger(__name__)
 Tokens = Int[np.ndarray, "B T"] | Int[Array, "B T"]
 Prompts = Tokens | Sequence[Sequence[int]]
 ROPE_TRACES = ("exact", "hf")
+DEFAULT_NEW_TOKENS = 256
 
 _PIECE_TOKENS = 4096  # upper bound on tokens per forward pass over the prompts, all rows together
 _GRAIN = 32  # sizes of pieces, caches and outputs are multiples of this, so that few shapes are compiled
@@ -111,8 +112,8 @@ def generate(
       lora: a `lora` collection, applied without merging it into the parameters.
 
     Raises:
-      UserError: an empty prompt, ids outside the vocabulary, or a setting out of range. Exceeding the model's
-        max_position_embeddings only logs a warning.
+      UserError: an empty prompt, ids outside the vocabulary, a setting out of range, or more tokens than the window of
+        a model with rotary embeddings (its max_position_embeddings). For other models the last is a warning.
     """
     job = _job(model, params, tokens, max_new_tokens, temperature, top_p, seed, stop_tokens, rope_trace, lora)
     state = job.advance(job.start(), max_new_tokens)
@@ -304,15 +305,7 @@ def _job(
     check_settings(max_new_tokens, temperature, top_p, seed, rope_trace)
     rows = _rows(tokens, model.vocab_size)
     stop = np.array(list(stop_tokens), np.int32).reshape(-1)
-    total, window = max(map(len, rows)) + max_new_tokens, _window(model)
-    if total > window:
-        _log.warning(
-            "prompt and max_new_tokens are %d tokens together, more than the model's max_position_embeddings %d:"
-            " expect the text to degrade beyond it; lower max_new_tokens, or set"
-            " context_length (and rope_scaling, unless the model keeps its own)",
-            total,
-            window,
-        )
+    _check_window(model, max(map(len, rows)), max_new_tokens)
     sampling: dict[str, Any] = {}
     if temperature > 0:
         keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(len(rows)))
@@ -321,6 +314,35 @@ def _job(
             sampling["top_p"] = np.float32(top_p)
     variables = {"params": parameters.fitting(model, params)} | ({} if lora is None else {"lora": lora})
     return _Job(model, variables, rows, int(max_new_tokens), sampling, stop, rope_trace)
+
+
+def default_new_tokens(model: Decoder, prompt_length: int) -> int:
+    """How many tokens to generate where nothing is set: DEFAULT_NEW_TOKENS, or fewer if the model's window ends before.
+
+    At least 1, so that a prompt without room behind it is an error of `generate`.
+    """
+    if not rotaries(model):
+        return DEFAULT_NEW_TOKENS
+    return max(1, min(DEFAULT_NEW_TOKENS, _window(model) - prompt_length))
+
+
+def _check_window(model: Decoder, prompt_length: int, max_new_tokens: int) -> None:
+    """Refuses positions beyond the window of a model with rotary embeddings; of other models it only warns."""
+    total, window = prompt_length + max_new_tokens, _window(model)
+    if total <= window:
+        return
+    found = (
+        f"a prompt of {prompt_length} and max_new_tokens {max_new_tokens} are {total} tokens together, more than the "
+        f"model's window of {window} (max_position_embeddings)"
+    )
+    if not rotaries(model):
+        _log.warning("%s: the model was not trained on texts of this length", found)
+        return
+    lower = "shorten the prompt" if prompt_length >= window else f"lower max_new_tokens to {window - prompt_length}"
+    raise UserError(
+        f"{found}: {lower}, or extend the window with context_length {total} and, unless the model has its own, a "
+        'rope_scaling ({"rope_type": "default"} leaves it unscaled)'
+    )
 
 
 def check_settings(max_new_tokens, temperature, top_p, seed, rope_trace=ROPE_TRACES[0]) -> None:

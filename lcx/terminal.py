@@ -21,7 +21,7 @@ from lcx.data.chat import prompt_ids, turn_end_ids
 from lcx.data.chat_templates import chat_templates
 from lcx.data.special import described
 from lcx.errors import UserError
-from lcx.sampler import check_settings, stream
+from lcx.sampler import check_settings, default_new_tokens, stream
 from lcx.text import ids_of, stop_ids
 
 _BROKEN = "\N{REPLACEMENT CHARACTER}"  # the decoder's output for bytes that are not (yet) a complete character
@@ -34,7 +34,7 @@ def stream_text(
     *,
     checkpoint: str,
     prompt: str,
-    max_new_tokens: int = 256,
+    max_new_tokens: int | None = None,
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
@@ -52,7 +52,8 @@ def stream_text(
       checkpoint: as in lcx.load.
       prompt: the text. "@path" reads it from a file, without the final line break; "@@text" is a prompt that starts
         with "@".
-      max_new_tokens: maximum length of the continuation, which ends earlier at a token that ends a document.
+      max_new_tokens: maximum length of the continuation, which ends earlier at a token that ends a document. None: 256,
+        or as many as the model's window leaves after the prompt.
       temperature, top_p, seed: as in lcx.generate.
       rope_scaling, context_length: extend the context of the model first, as in lcx.load.
       add_bos: whether to put BOS before the prompt; None: as the tokenizer does.
@@ -66,7 +67,7 @@ def stream_text(
       UserError: a setting is out of range, the prompt file cannot be read, or the checkpoint or tokenizer cannot be
         loaded.
     """
-    check_settings(max_new_tokens, temperature, top_p, seed)
+    check_settings(1 if max_new_tokens is None else max_new_tokens, temperature, top_p, seed)
     if not chat and (system is not None or chat_template is not None):
         raise UserError("--system and --chat_template are for conversations: set --chat")
     text = prompt_text(prompt)
@@ -82,6 +83,8 @@ def stream_text(
         checkpoint, rope_scaling=rope_scaling, context_length=context_length, adapter=adapter
     )
     check_vocabulary(tokenizer, model.vocab_size)
+    if max_new_tokens is None:
+        max_new_tokens = default_new_tokens(model, len(ids))
     columns = stream(
         model,
         params,

@@ -10,7 +10,7 @@ from typing import Any
 from lcx.data import Tokenizer, check_vocabulary, special_tokens
 from lcx.errors import UserError
 from lcx.model import Decoder
-from lcx.sampler import generate
+from lcx.sampler import default_new_tokens, generate
 
 
 def generate_text(
@@ -19,7 +19,7 @@ def generate_text(
     tokenizer: Tokenizer,
     prompt: str | Sequence[str],
     *,
-    max_new_tokens: int = 256,
+    max_new_tokens: int | None = None,
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
@@ -30,7 +30,8 @@ def generate_text(
     Args:
       model, params, tokenizer: of one checkpoint, from lcx.load and lcx.load_tokenizer.
       prompt: one text or several.
-      max_new_tokens: maximum length of a continuation, which ends earlier at a token that ends a document.
+      max_new_tokens: maximum length of a continuation, which ends earlier at a token that ends a document. None: 256,
+        or as many as the model's window leaves after the longest prompt.
       temperature, top_p, seed: as in lcx.generate; temperature 0 selects the most likely token.
       add_bos: whether to put BOS before the prompt; None: as the tokenizer does.
 
@@ -42,6 +43,8 @@ def generate_text(
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     rows = [ids_of(tokenizer, text, add_bos=add_bos) for text in prompts]
     stops = stop_ids(tokenizer)
+    if max_new_tokens is None:
+        max_new_tokens = default_new_tokens(model, max(map(len, rows), default=0))
     new = generate(
         model,
         params,

@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import pathlib
+import signal
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -29,14 +30,14 @@ from lcx.locks import LOCK, only_writer
 from lcx.model import Decoder
 from lcx.optim import AdamW
 from lcx.pieces import Pieces
-from lcx.training import resume_check, statements
+from lcx.training import resume_check, statements, workdirs
 from lcx.training import step as train_step
 from lcx.training.distributed import join
 from lcx.training.logger import MODES, MetricsLogger
 from lcx.training.memory import check_fits
 from lcx.training.meter import Meter, NotFiniteError
 from lcx.training.run import Run, prepared
-from lcx.training.signals import StopRequest
+from lcx.training.signals import StopRequest, interrupted
 from lcx.training.step import State
 from lcx.version import __version__
 
@@ -68,7 +69,7 @@ def train(
     coordinator_address: str | None = None,
     num_processes: int | None = None,
     process_id: int | None = None,
-) -> None:
+) -> int:
     """Runs the job that the .gin file binds to `train.job`.
 
     Args:
@@ -80,22 +81,28 @@ def train(
       coordinator_address, num_processes, process_id: join the other processes at this address, see
         training.distributed.join.
 
+    Returns:
+      The exit status: 0, or 130 if Ctrl-C stopped the run.
+
     Raises:
       UserError: a setting is wrong, the workdir belongs to another run or another process writes to it.
     """
     if distributed or coordinator_address is not None:
         join(coordinator_address, num_processes, process_id)
+    elif num_processes is not None or process_id is not None:
+        raise UserError("--num_processes and --process_id need the address of process 0: set --coordinator_address")
     folder = paths.destination(workdir, "--workdir")
     if (check := getattr(job, "check", None)) is not None:
         check(str(folder))
     with contextlib.ExitStack() as stack:
         if jax.process_index() == 0:
-            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(workdirs.made(folder))
             stack.enter_context(only_writer(folder / LOCK, of=str(folder), setting="--workdir"))
-            resume_check.keep_config(folder, config_text)
+            stack.enter_context(workdirs.kept_config(folder, config_text))
         job.run(str(folder))
         if operative_config is not None and jax.process_index() == 0:
             (folder / "operative_config.gin").write_text(operative_config())
+    return 128 + signal.SIGINT if interrupted() else 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +130,8 @@ class Trainer:
       lora: train low-rank matrices instead of the weights.
       adapter: with init_from, a PEFT adapter for it whose training continues: its low-rank matrices and any other
         weights it contains. Its rank, alpha and modules apply; `lora`, if set, must agree with them.
+      init_format: with init_from, its format: a name, or for a family or format of your own "my_package.toy:FORMAT";
+        None: detected.
       objective: the loss, see lcx.objectives.
       accumulation: micro-batches per step.
       piece_length: process each row in pieces of this many tokens, with the gradients of the whole row and the
@@ -137,6 +146,7 @@ class Trainer:
       checkpoint_every: steps between checkpoints.
       keep_checkpoints: how many of the newest checkpoints to keep.
       wandb: auto, online, offline or off.
+      tensorboard: whether to write TensorBoard event files to WORKDIR/tensorboard.
     """
 
     data: Dataset | Mixture
@@ -154,6 +164,7 @@ class Trainer:
     optimizer: AdamW = AdamW()
     lora: lora_lib.LoRA | None = None
     adapter: str | None = None
+    init_format: str | None = None
     objective: Callable = objectives.next_token
     accumulation: int = 1
     piece_length: int | None = None
@@ -166,11 +177,14 @@ class Trainer:
     checkpoint_every: int = 500
     keep_checkpoints: int = 3
     wandb: str = "off"
+    tensorboard: bool = False
 
     def __post_init__(self):
         if (self.model is None) == (self.init_from is None):
             found = "neither" if self.model is None else "both"
             raise UserError(f"Trainer.model and Trainer.init_from: expected one of the two, found {found}")
+        if self.init_format is not None and self.init_from is None:
+            raise UserError("Trainer.init_format is the format of a pretrained model: set Trainer.init_from")
         changes = (self.rope_scaling, self.context_length, self.linearize, self.expects_linear or None)
         if self.init_from is None and any(change is not None for change in changes):
             raise UserError(
@@ -194,6 +208,12 @@ class Trainer:
             raise UserError(
                 f"AdamW.warmup_steps is {self.optimizer.warmup_steps}, more than the {self.steps} steps of the run: "
                 "lower it, or raise Trainer.steps"
+            )
+        if not 0 <= self.seed < 2**32:  # jax.random.key keeps 32 bits
+            raise UserError(f"Trainer.seed is {self.seed}, expected 0 to 2**32 - 1")
+        if self.optimizer.schedule == "plateau" and not self.eval_every:
+            raise UserError(
+                "AdamW.schedule 'plateau' follows the held-out loss, and Trainer.eval_every is 0: set eval_every"
             )
         if self.batch_size % self.accumulation:
             raise UserError(
@@ -245,7 +265,7 @@ class Trainer:
                 self._check_origin(checkpointer.restore({})[2], workdir)
                 return
         if self.expects_linear and self.init_from is not None and self.linearize is None:
-            model = convert.model_at(self.init_from)
+            model = convert.model_at(self.init_from, self.init_format)
             check_linear(model, seq_len=self.seq_len, where=self.init_from)
 
     def _check_origin(self, documents: dict[str, Any], workdir: str) -> None:
@@ -311,6 +331,7 @@ class Trainer:
             context_length=self.context_length,
             adapter=self.adapter,
             lora=self.lora,
+            format=self.init_format,
         )
         if self.linearize is None:
             return begun
@@ -352,11 +373,11 @@ class Trainer:
         sizes = {"batch_size": self.batch_size, "seq_len": self.seq_len}
         meter = Meter(run.model, metrics, **sizes, every=self.log_every, last=self.steps, losses=run.losses)
         state, step = run.state, run.step
-        stop.unsaved = False  # nothing to save until the first step, whose compilation a signal may interrupt
+        stop.safe = "stopped before the first step, nothing is lost"  # a signal may interrupt the compilation
         while step < self.steps and not stop.requested(step):
             batch = sharding.shard_batch(next(batches), mesh)
             state, values = step_fn(state, batch, np.int32(step))
-            stop.unsaved = True
+            stop.safe = None
             step += 1
             meter.add(step, values)
             checkpointer.poll()
@@ -376,6 +397,7 @@ class Trainer:
         meter.drain()
         self._save(checkpointer, run, state, step, batches, meter, wait=True)
         if step == self.steps and step > run.step:
+            stop.safe = f"the last evaluation is left out; {statements.closing(workdir, step, self.steps)}"
             metrics.log(step, {"eval_loss": self.held_out_loss(run.model, state, mesh)})
         metrics.message(statements.closing(workdir, step, self.steps))
         return dataclasses.replace(run, state=state, step=step)
@@ -481,6 +503,7 @@ def _metrics(trainer: Trainer, workdir: str, step: int) -> MetricsLogger:
         workdir,
         total_steps=trainer.steps,
         mode=trainer.wandb,
+        tensorboard=trainer.tensorboard,
         resume_step=step,
         print_every=trainer.log_every,
         config_text=config.read_text() if config.exists() else "",

@@ -1,5 +1,5 @@
-# Sourced by the other scripts: `use_venv dev,torch` goes to the repository's root, makes .venv there if it is absent,
-# installs what is missing, and puts it on PATH. PYTHON=/path/to/python picks the interpreter of a new .venv,
+# Sourced by the other scripts: `use_venv dev,torch` changes to the repository's root, creates .venv there if it is absent,
+# installs missing packages, and puts it on PATH. PYTHON=/path/to/python picks the interpreter of a new .venv,
 # LCX_EXTRAS=gpu adds extras. `run COMMAND ...` prints a command before it runs it.
 # shellcheck shell=bash
 
@@ -9,7 +9,7 @@ use_venv() {
   [ -x .venv/bin/python ] || _make_venv || return 1
   python="$PWD/.venv/bin/python"
   hash="$({ pwd; cat pyproject.toml constraints.txt; } | cksum)"
-  # The stamp holds the hash of what was asked for and the extras that are in.
+  # The stamp holds the hash of the requirements and the extras that are installed.
   if [ -f .venv/lcx-installed ] && [ "$(head -n 1 .venv/lcx-installed)" = "$hash" ]; then
     have="$(tail -n 1 .venv/lcx-installed)"
   fi

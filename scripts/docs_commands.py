@@ -1,6 +1,6 @@
-"""Writes two pages of docs/reference from what they describe, so that they cannot say something else.
+"""Generates two pages of docs/reference from the code that they describe, so that they cannot become outdated.
 
-commands.md from the parsers of the commands, configs.md from the headers of configs/.
+commands.md is generated from the parsers of the commands, configs.md from the headers of the files in configs/.
 
     python scripts/docs_commands.py
 """
@@ -28,7 +28,7 @@ class Captured(Exception):
 
 
 def parser_of(command: str) -> argparse.ArgumentParser:
-    """The parser that `python -m lcx.<command>` builds, caught at the moment it is used."""
+    """The parser that `python -m lcx.<command>` builds, intercepted when it parses."""
     name = f"lcx.{command}"
     module = importlib.import_module(name)
     if not hasattr(module, "main"):
@@ -73,7 +73,7 @@ def section(command: str) -> str:
 
 
 def _description(text: str) -> str:
-    """Prose as prose; indented examples as a block, each exactly as --help shows it."""
+    """The description of a parser as Markdown: indented examples become code blocks with the text of --help."""
     out: list[str] = []
     for paragraph in inspect.cleandoc(text).split("\n\n"):
         lines = paragraph.split("\n")

@@ -1,4 +1,4 @@
-"""Draws the pictures of docs/ into docs/img: RoPE scaling from lcx/rope.py, the wall from the table of results.
+"""Draws the pictures of docs/ into docs/img: RoPE scaling from lcx/rope.py, the context wall from the table of results.
 
     python scripts/draw_docs.py
 

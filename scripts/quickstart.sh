@@ -2,7 +2,7 @@
 # The context wall and its removal, on this machine, in minutes: pretrains a tiny byte-level Llama at 256 tokens on the
 # source of Python's standard library, extends it to 1024 with YaRN, with position interpolation (PI) and unscaled,
 # fine-tunes each for 40 steps, evaluates the loss by position, and draws one report.
-#   bash scripts/quickstart.sh [WORKDIR]      default runs/quickstart; a second call goes on where the first stopped
+#   bash scripts/quickstart.sh [WORKDIR]      default runs/quickstart; run it again to resume
 # Needs Python >= 3.11 and pip; downloads nothing but packages. About 7 minutes on 2 cores after the install.
 set -euo pipefail
 . "$(dirname "$0")/_env.sh"

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Linearizes a really trained model in both stages, and reports what it cost and what it gained beside the softmax model:
+# Linearizes a pretrained model in both stages, and compares the losses, memory and speed with those of the softmax model:
 # held-out loss far beyond twice the window, the window and the linear part alone, the same without attention transfer,
 # the softmax model with the same fine-tuning, size of the state, and decoding speed from 256 to 16K tokens.
 #   LCX_REFERENCE=FOLDER bash scripts/reproduce_linearize.sh      the 0.9M Llama and the stories of that folder
 #   bash scripts/reproduce_linearize.sh --model HF_FOLDER --text FILE [--workdir DIR] [--steps N] [--seq_len N]
 #                                       [--rope_scaling JSON] [--length N] [-- FLAGS of lcx.train]
-# A second call goes on where the first stopped. 28 minutes of one core of an Intel Xeon; stage 2 alone has as many steps
-# as stage 1, what is trained without transfer has twice as many, so that both see the same tokens.
+# Run it again to resume a stopped run. Takes 28 minutes on one core of an Intel Xeon. Stages 1 and 2 take --steps each; the
+# model without transfer takes twice as many, so that both see equally many tokens.
 set -euo pipefail
 invoked="$PWD"
 . "$(dirname "$0")/_env.sh"

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# A small StripedHyena 2 (SE, MR, LI, attention) against a Llama of equal parameters, on equal tokens of a genome: both
-# learn the same region by the same recipe and are compared on a region that neither has seen.
+# Compares a small StripedHyena 2 (SE, MR, LI, attention) with a Llama of equally many parameters on a genome: both are
+# trained on the same region with the same recipe, and scored on a region that neither has seen.
 #   bash scripts/reproduce_striped_hyena.sh --fasta=/path/to/genome.fna.gz [--output=DIR] [--size=small|large]
 #       [--steps=N] [--rates="1e-3 3e-3 1e-2"] [--seeds="0 1 2"] [--letters=N] [-- FLAGS OF lcx.train]
-# The last tenth of the letters is held out, and its first --letters of them (65536) are scored. Each model has the
-# learning rate of --rates that gives it the lowest loss, with the first seed, on the last 2% of what is left: text that
-# is neither trained on nor reported. Then it is trained with the other seeds. A stopped run goes on with the same
-# command. Writes results.json and perplexity.png into --output (runs/striped_hyena_vs_llama).
-# Takes 9 min 45 s on one core of an Intel Xeon, ten trainings and six evaluations, nothing compiled before.
-# --size=large is for a GPU, and the default where there is one; not run by us.
+# The last tenth of the letters is held out, and its first --letters of them (65536) are scored. Each model uses the
+# learning rate of --rates with the lowest loss, for the first seed, on the last 2% of the rest: text that is neither
+# trained on nor reported. Then it is trained with the other seeds. Run the same command again to resume a stopped
+# run. Writes results.json and perplexity.png into --output (runs/striped_hyena_vs_llama).
+# Takes 9 min 45 s on one core of an Intel Xeon for ten training runs and six evaluations, without a compilation cache.
+# --size=large is for a GPU, and the default on a machine with one; we have not run it.
 set -euo pipefail
 fasta="" out=runs/striped_hyena_vs_llama size="" steps="" rates="1e-3 3e-3 1e-2" seeds="0 1 2" letters=65536
 while [ $# -gt 0 ]; do

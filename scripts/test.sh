@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Runs the tests: makes .venv if absent, installs, runs pytest with the arguments given here.
 #   bash scripts/test.sh                      everything
-#   bash scripts/test.sh --fast               a verdict in a few minutes: what FAST names, one run of each kind
+#   bash scripts/test.sh --fast               a verdict in a few minutes: the files listed in FAST below
 #   bash scripts/test.sh tests/test_rope.py   one file
-# Everything is two runs of pytest: the number of devices that a CPU pretends to have is fixed when jax starts, and
-# tests/eight_devices needs eight. More devices than cores need a larger thread pool, or they wait for each other.
+# The whole suite is two pytest runs: the number of virtual CPU devices is fixed when jax starts, and tests/eight_devices
+# needs eight. More devices than cores need a larger thread pool, or their collectives deadlock.
 # LCX_REFERENCE=FOLDER adds the tests that need reference weights, texts and tokenizers; the rest need no download.
 set -euo pipefail
 if [ -n "${LCX_REFERENCE:-}" ]; then
@@ -16,7 +16,7 @@ use_venv dev,torch
 # Compiled programs are kept between runs: most of the time of these tests is compilation.
 export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$PWD/.venv/xla-cache}"
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.05 JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1
-# A test keeps about one core busy. A worker takes the tests of a file together, and idle ones steal from the others.
+# A test keeps about one core busy. A worker runs the tests of a file together; idle workers steal from busy ones.
 workers="${LCX_TEST_WORKERS:-$(python -c 'import os; print(min(len(os.sched_getaffinity(0)), 8))')}"
 FAST=(test_adapters test_adapters_train test_chat test_chat_data test_config test_config_types test_convert_files
   test_convert_names test_convert_rules test_convert_windows test_data_batches test_data_corpus test_data_formats

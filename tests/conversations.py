@@ -2,6 +2,9 @@
 
 import json
 
+import chat_templates as files
+import pytest
+
 from lcx.data import Dataset
 
 
@@ -55,3 +58,21 @@ def oracle(tokenizer, row, **options):
     return tokenizer.apply_chat_template(
         row["messages"], tools=row.get("tools"), tokenize=True, return_dict=True, **more, **options
     )
+
+
+@pytest.fixture(name="cache", autouse=True)
+def cache_fixture(tmp_path, monkeypatch):
+    monkeypatch.setenv("LCX_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(name="folders", scope="module")
+def folders_fixture(tmp_path_factory):
+    root = tmp_path_factory.mktemp("tokenizers")
+    templates = files.TEMPLATES | {"forgetful": files.FORGETFUL}
+    return {name: files.write_tokenizer(root / name, text) for name, text in templates.items()}
+
+
+@pytest.fixture(name="theirs", scope="module")
+def theirs_fixture(folders):
+    transformers = pytest.importorskip("transformers")
+    return {name: transformers.AutoTokenizer.from_pretrained(folder) for name, folder in folders.items()}

@@ -2,6 +2,7 @@
 
 import collections
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -61,3 +62,22 @@ def load(where, *, lora=True, settings=SETTINGS, **more):
 
 def state(path):
     return torch.load(path, weights_only=False)["model_state_dict"]
+
+
+@pytest.fixture(name="published", scope="module")
+def published_fixture(reference):
+    return read(reference)
+
+
+@pytest.fixture(name="made", scope="module")
+def made_fixture(published, tmp_path_factory):
+    where = tmp_path_factory.mktemp("published")
+    write(published, where)
+    return where
+
+
+@pytest.fixture(name="files")
+def files_fixture(made, tmp_path):
+    """A copy to damage."""
+    shutil.copytree(made, tmp_path / "published")
+    return tmp_path / "published"

@@ -5,6 +5,7 @@ import warnings
 
 import numpy as np
 import peft as peft_package
+import pytest
 import torch
 import transformers
 
@@ -76,3 +77,16 @@ def write_adapter(base, folder, **settings):
 def edit(folder, **changes):
     file = folder / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+@pytest.fixture(name="bases", scope="module")
+def bases_fixture(tmp_path_factory):
+    return write_bases(tmp_path_factory.mktemp("bases"))
+
+
+@pytest.fixture(name="plain", scope="module")
+def plain_fixture(bases, tmp_path_factory):
+    """An adapter of `llama`: pairs of q_proj and v_proj."""
+    folder = tmp_path_factory.mktemp("plain") / "a"
+    write_adapter(bases / "llama", folder, target_modules=["q_proj", "v_proj"])
+    return folder

@@ -9,7 +9,7 @@ import numpy as np
 import peft as peft_package
 import pytest
 import torch
-from peft_models import V, edit, hf_base, hf_logits, logits, write_adapter, write_bases
+from peft_models import V, bases_fixture, edit, hf_base, hf_logits, logits, plain_fixture, write_adapter  # noqa: F401
 from safetensors.torch import load_file, save_file
 
 import lcx
@@ -18,20 +18,6 @@ from lcx.convert.peft import files as peft_files
 from lcx.convert.peft import merged
 from lcx.convert.workdir.source import LcxSource
 from lcx.errors import UserError
-
-
-@pytest.fixture(scope="module")
-def bases(tmp_path_factory):
-    return write_bases(tmp_path_factory.mktemp("bases"))
-
-
-@pytest.fixture(scope="module")
-def plain(bases, tmp_path_factory):
-    """An adapter of `llama`: pairs of q_proj and v_proj."""
-    folder = tmp_path_factory.mktemp("plain") / "a"
-    write_adapter(bases / "llama", folder, target_modules=["q_proj", "v_proj"])
-    return folder
-
 
 # ---------------------------------------------------------------------------------------------- reading
 

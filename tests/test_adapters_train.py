@@ -10,9 +10,9 @@ import peft as peft_package
 import pytest
 import torch
 import transformers
-from peft_models import hf_base, hf_logits, logits, write_adapter, write_bases
+from peft_models import bases_fixture, hf_base, hf_logits, logits, plain_fixture, write_adapter  # noqa: F401
 from safetensors.torch import load_file
-from tiny_runs import losses, tiny_trainer, write_text
+from tiny_runs import losses, text_fixture, tiny_trainer  # noqa: F401
 
 import lcx
 from lcx import lora as lora_lib
@@ -28,26 +28,6 @@ from lcx.sharding import MeshShape
 from lcx.training.signals import StopRequest
 
 YARN = {"rope_type": "yarn", "factor": 4.0}
-
-
-@pytest.fixture(scope="module")
-def bases(tmp_path_factory):
-    return write_bases(tmp_path_factory.mktemp("bases"))
-
-
-@pytest.fixture(scope="module")
-def plain(bases, tmp_path_factory):
-    """An adapter of `llama`: pairs of q_proj and v_proj."""
-    folder = tmp_path_factory.mktemp("plain") / "a"
-    write_adapter(bases / "llama", folder, target_modules=["q_proj", "v_proj"])
-    return folder
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("corpus")
-    write_text(folder)
-    return folder
 
 
 def trainer(text, base, **changes):

@@ -6,29 +6,20 @@ import json
 import chat_templates as files
 import numpy as np
 import pytest
-from conversations import CONVERSATIONS, TOOL, oracle, read, turns, write_rows
+from conversations import (  # noqa: F401
+    CONVERSATIONS,
+    TOOL,
+    cache_fixture,
+    folders_fixture,
+    oracle,
+    read,
+    theirs_fixture,
+    turns,
+    write_rows,
+)
 
 from lcx.data import Dataset, Mixture, load_tokenizer
 from lcx.errors import UserError
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("LCX_CACHE", str(tmp_path / "cache"))
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    root = tmp_path_factory.mktemp("tokenizers")
-    templates = files.TEMPLATES | {"forgetful": files.FORGETFUL}
-    return {name: files.write_tokenizer(root / name, text) for name, text in templates.items()}
-
-
-@pytest.fixture(scope="module")
-def theirs(folders):
-    transformers = pytest.importorskip("transformers")
-    return {name: transformers.AutoTokenizer.from_pretrained(folder) for name, folder in folders.items()}
-
 
 # ------------------------------------------------------------------------------------------------------------- rows
 

@@ -11,25 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from checkpoint_steps import steps_dir_fixture, three_steps_fixture  # noqa: F401
 from checkpoint_workers import abstract_of, assert_same, largest_file, state_of, write_steps
 
 from lcx.checkpoint import Checkpointer, find_step, metadata, read_json, read_record
 from lcx.checkpoint import checkpointer as checkpoint
 from lcx.checkpoint.fingerprint import fingerprint, partial
 from lcx.errors import UserError
-
-
-@pytest.fixture(scope="module")
-def three_steps(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("three")
-    write_steps(directory, [1, 2, 3])
-    return directory
-
-
-@pytest.fixture
-def steps_dir(three_steps, tmp_path):
-    return shutil.copytree(three_steps, tmp_path / "checkpoints")
-
 
 # --- what is saved comes back
 

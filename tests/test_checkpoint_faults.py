@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import quick_xla
+from checkpoint_steps import steps_dir_fixture, three_steps_fixture  # noqa: F401
 from checkpoint_workers import (
     abstract_of,
     assert_same,
@@ -37,18 +38,6 @@ from lcx.errors import UserError
 
 # pytest reports what Orbax's abandoned coroutines raise; outside of pytest lcx.checkpoint keeps them quiet.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-
-
-@pytest.fixture(scope="module")
-def three_steps(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("three")
-    write_steps(directory, [1, 2, 3])
-    return directory
-
-
-@pytest.fixture
-def steps_dir(three_steps, tmp_path):
-    return shutil.copytree(three_steps, tmp_path / "checkpoints")
 
 
 # --- damaged files

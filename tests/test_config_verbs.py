@@ -4,6 +4,8 @@ import argparse
 import importlib
 import json
 import os
+import signal
+import subprocess
 import sys
 import types
 
@@ -104,3 +106,58 @@ def test_what_the_user_has_set_stays(monkeypatch):
     monkeypatch.setattr(os, "environ", {"JAX_COMPILATION_CACHE_DIR": "mine", "HOME": "/h"})
     environment.setup_jax()
     assert os.environ["JAX_COMPILATION_CACHE_DIR"] == "mine"
+
+
+def test_ctrl_c_ends_a_command_that_runs_no_python():
+    """The main thread is in a C function that no signal interrupts, as a compiler is: no Python handler runs."""
+    script = """
+import ctypes, os, signal, threading, time
+from lcx.config import interrupts
+interrupts._GRACE_S = 0.1
+mutex = ctypes.create_string_buffer(128)
+
+def press():
+    while mutex.raw[0] != 2:  # what glibc writes as soon as a thread waits
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGINT)
+
+with interrupts.interruptible():
+    threading.Thread(target=press, daemon=True).start()
+    for _ in range(2):
+        ctypes.CDLL(None).pthread_mutex_lock(mutex)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")
+
+
+def test_a_second_ctrl_c_ends_a_clean_up_that_hangs():
+    script = """
+import os, signal, time
+from lcx.config import interrupts
+with interrupts.interruptible():
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(60)
+    finally:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(60)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")
+
+
+def test_no_cuda_plugin_without_a_gpu():
+    """jax loads it where it is installed for its compiler alone, and its libraries complain."""
+    script = """
+import sys
+from lcx import config
+from lcx.config import environment, plugins
+environment.ACCELERATORS = ()
+config.setup_jax()
+plugins.hide_unusable()
+import jax
+assert jax.devices()[0].platform == "cpu"
+"""
+    env = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")

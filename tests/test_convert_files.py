@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import torch
+from file_checks import assert_same, one_line
 
 from lcx.convert.files import safetensors as own
-from lcx.convert.files import torch_bin
+from lcx.convert.files import torch_bin, torch_writer
 from lcx.convert.files.tensor_io import TensorInfo
 from lcx.convert.files.torch_bin import TorchFile
 from lcx.errors import UserError
@@ -30,17 +31,6 @@ def arrays() -> dict[str, np.ndarray]:
         "empty": np.zeros((0, 4), np.float32),
         "odd": np.arange(3, dtype=np.int8),
     }
-
-
-def one_line(error: pytest.ExceptionInfo) -> str:
-    text = str(error.value)
-    assert "\n" not in text and text
-    return text
-
-
-def assert_same(found: np.ndarray, expected: np.ndarray):
-    assert found.dtype == expected.dtype and found.shape == expected.shape
-    assert found.tobytes() == expected.tobytes()
 
 
 # ------------------------------------------------------------------------------------------------ safetensors
@@ -285,3 +275,20 @@ def test_torch_file_wants_a_dict_of_names(tmp_path, state):
     torch.save(state, tmp_path / "x.bin")
     with pytest.raises(UserError, match="expected a dict of named tensors"):
         TorchFile(tmp_path / "x.bin")
+
+
+def test_a_torch_file_is_made_of_holes(tmp_path):
+    """No byte is in memory or on disk before it is written, in any order, and torch reads what was written."""
+    infos = {"a": TensorInfo(np.dtype(np.float32), (3, 4)), "b": TensorInfo(np.dtype(np.float32), (1 << 28,))}
+    writer = torch_writer.TorchWriter(tmp_path / "x.pt", infos, under="module", beside={"n": 3})
+    assert (tmp_path / "x.pt").stat().st_size > 1 << 30
+    assert (tmp_path / "x.pt").stat().st_blocks * 512 < 1 << 20
+    rows = np.arange(12, dtype=np.float32).reshape(3, 4)
+    writer.write("a", 1, rows[1:])
+    with pytest.raises(UserError, match="bytes were never written"):
+        writer.finish()
+    writer.write("a", 0, rows[:1])
+    writer.close()
+    loaded = torch.load(tmp_path / "x.pt", weights_only=True, mmap=True)
+    assert loaded["n"] == 3
+    np.testing.assert_array_equal(loaded["module"]["a"].numpy(), rows)

@@ -10,22 +10,12 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import torch
+from file_checks import assert_same, one_line
 
 from lcx.convert.files import destination, tensor_io
 from lcx.convert.files.tensor_io import TensorInfo
 from lcx.convert.hf import folder as hf_folder
 from lcx.errors import UserError
-
-
-def one_line(error: pytest.ExceptionInfo) -> str:
-    text = str(error.value)
-    assert "\n" not in text and text
-    return text
-
-
-def assert_same(found: np.ndarray, expected: np.ndarray):
-    assert found.dtype == expected.dtype and found.shape == expected.shape
-    assert found.tobytes() == expected.tobytes()
 
 
 def current_umask() -> int:

@@ -9,6 +9,7 @@ import re
 import sys
 
 import hf_folders
+import jax
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -19,6 +20,9 @@ from lcx.convert.__main__ import main
 from lcx.convert.core.format import Format
 from lcx.convert.hf import families
 from lcx.convert.hf.format import HuggingFace
+from lcx.data import Dataset
+from lcx.ladder import Ladder, Rung
+from lcx.trainer import Trainer
 
 ROOT = pathlib.Path(__file__).parent.parent
 NORM = "model.norm.weight", "model.final_norm.weight"
@@ -109,6 +113,25 @@ def test_a_users_own_family_and_format_are_passed_along(examples, toy_folder, tm
         llama = model.clone(model_type="llama", parent=None)
         lcx.save(tmp_path / "no", llama, params, format=examples[0].FORMAT)
     capsys.readouterr()
+
+
+def test_training_starts_from_a_users_own_family(examples, toy_folder):
+    """Named in the settings, without a conversion before; in a ladder for its first rung alone."""
+    family = f"{examples[0].__name__}:FORMAT"
+    settings = dict(data=Dataset("stdlib"), steps=1, batch_size=1, seq_len=64)
+    trainer = Trainer(**settings, init_from=str(toy_folder), init_format=family)
+    found, expected = trainer.load(trainer.mesh.build()), lcx.load(toy_folder, format=examples[0].FORMAT)
+    assert found.model == expected[0] and found.model.model_type == "toy"
+    jax.tree.map(np.testing.assert_array_equal, found.params, expected[1])
+    ladder = Ladder(trainer, (Rung(64, 1), Rung(128, 1)), {"rope_type": "linear"})
+    first, second = (ladder._trainer_for(ladder.rungs[0], path, 64, 0) for path in (str(toy_folder), "runs/64"))
+    assert (first.init_format, second.init_format) == (family, None)
+    with pytest.raises(lcx.UserError, match="model_type 'toy', supported are llama"):
+        dataclasses.replace(trainer, init_format=None).load(trainer.mesh.build())
+    with pytest.raises(lcx.UserError, match="Trainer.init_format is 'toy', expected one of lcx, hf"):
+        dataclasses.replace(trainer, init_format="toy").load(trainer.mesh.build())
+    with pytest.raises(lcx.UserError, match="init_format is the format of a pretrained model: set Trainer.init_from"):
+        Trainer(**settings, model=found.model, init_format=family)
 
 
 @pytest.mark.parametrize(

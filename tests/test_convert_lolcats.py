@@ -10,7 +10,17 @@ import optax
 import pytest
 import torch
 from flax.traverse_util import flatten_dict, unflatten_dict
-from lolcats_files import FACTORS, SETTINGS, is_map, load, read, state, tensors_of, write
+from lolcats_files import (  # noqa: F401
+    FACTORS,
+    SETTINGS,
+    files_fixture,
+    is_map,
+    load,
+    made_fixture,
+    published_fixture,
+    state,
+    tensors_of,
+)
 
 import lcx
 from lcx import model as model_lib
@@ -27,25 +37,6 @@ from lcx.linearize import Linearize
 from lcx.lora import LoRA
 from lcx.mixers.linear_attention import LinearAttention
 from lcx.objectives import attention_transfer
-
-
-@pytest.fixture(scope="module")
-def published(reference):
-    return read(reference)
-
-
-@pytest.fixture(scope="module")
-def made(published, tmp_path_factory):
-    where = tmp_path_factory.mktemp("published")
-    write(published, where)
-    return where
-
-
-@pytest.fixture
-def files(made, tmp_path):
-    """A copy to damage."""
-    shutil.copytree(made, tmp_path / "published")
-    return tmp_path / "published"
 
 
 def collection(model, tensors):

@@ -6,30 +6,22 @@ import shutil
 
 import pytest
 import torch
-from lolcats_files import CONFIG, FACTORS, MAP, PAIR, SETTINGS, load, read, state, write
+from lolcats_files import (  # noqa: F401
+    CONFIG,
+    FACTORS,
+    MAP,
+    PAIR,
+    SETTINGS,
+    files_fixture,
+    load,
+    made_fixture,
+    published_fixture,
+    state,
+)
 
 import lcx
 from lcx.convert.lolcats.files import Lolcats
 from lcx.errors import UserError
-
-
-@pytest.fixture(scope="module")
-def published(reference):
-    return read(reference)
-
-
-@pytest.fixture(scope="module")
-def made(published, tmp_path_factory):
-    where = tmp_path_factory.mktemp("published")
-    write(published, where)
-    return where
-
-
-@pytest.fixture
-def files(made, tmp_path):
-    """A copy to damage."""
-    shutil.copytree(made, tmp_path / "published")
-    return tmp_path / "published"
 
 
 def damaged(change, name="x_distill.pt"):

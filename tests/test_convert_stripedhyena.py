@@ -20,8 +20,7 @@ from lcx.convert import api, formats
 from lcx.convert.__main__ import main
 from lcx.convert.evo2 import savanna, vortex
 from lcx.convert.evo2 import striped_hyena as stripedhyena
-from lcx.convert.files import tensor_io, torch_writer
-from lcx.convert.files.tensor_io import TensorInfo
+from lcx.convert.files import tensor_io
 from lcx.convert.hf.rope_parameters import to_hf
 from lcx.data import ByteTokenizer
 from lcx.errors import UserError
@@ -486,20 +485,3 @@ def test_generate_from_a_checkpoint_file(state, tmp_path, capsys):
     torch.save({"module": state}, tmp_path / "evo2.pt")
     assert generate_main([f"--checkpoint={tmp_path}/evo2.pt", "--prompt=ACGT", "--max_new_tokens=8"]) == 0
     assert "8 tokens; prompt of 4" in capsys.readouterr().err
-
-
-def test_a_torch_file_is_made_of_holes(tmp_path):
-    """No byte is in memory or on disk before it is written, in any order, and torch reads what was written."""
-    infos = {"a": TensorInfo(np.dtype(np.float32), (3, 4)), "b": TensorInfo(np.dtype(np.float32), (1 << 28,))}
-    writer = torch_writer.TorchWriter(tmp_path / "x.pt", infos, under="module", beside={"n": 3})
-    assert (tmp_path / "x.pt").stat().st_size > 1 << 30
-    assert (tmp_path / "x.pt").stat().st_blocks * 512 < 1 << 20
-    rows = np.arange(12, dtype=np.float32).reshape(3, 4)
-    writer.write("a", 1, rows[1:])
-    with pytest.raises(UserError, match="bytes were never written"):
-        writer.finish()
-    writer.write("a", 0, rows[:1])
-    writer.close()
-    loaded = torch.load(tmp_path / "x.pt", weights_only=True, mmap=True)
-    assert loaded["n"] == 3
-    np.testing.assert_array_equal(loaded["module"]["a"].numpy(), rows)

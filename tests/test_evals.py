@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import quick_xla
+from tiny_runs import tiny_model
 
 import lcx
 from lcx.checkpoint import Checkpointer, model_json
@@ -33,15 +34,7 @@ TEXTS = ["a", "the quick brown fox " * 5, "é" * 32, "0123456789abcdef" * 3, "la
 
 @pytest.fixture(scope="module")
 def tiny():
-    model = llama(
-        vocab_size=258,
-        hidden_size=32,
-        intermediate_size=48,
-        num_layers=2,
-        num_heads=4,
-        num_kv_heads=2,
-        max_position_embeddings=WINDOW,
-    )
+    model = tiny_model(intermediate_size=48, max_position_embeddings=WINDOW)
     # Away from uniform, and no further: three times the weights, and float32 logits of one row differ by 4e-4 between
     # two batch sizes on some processors.
     params = jax.tree.map(lambda x: x * 1.25, init_params(model, jax.random.key(0)))

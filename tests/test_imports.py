@@ -34,6 +34,7 @@ OWNERS = {  # nobody else imports these
     "tensorstore": ("lcx/checkpoint/",),
     "grain": ("lcx/data/",),
     "wandb": ("lcx/training/logger.py",),
+    "tensorboard": ("lcx/training/tensorboard.py",),
     "gin": ("lcx/config/",),
     "huggingface_hub": ("lcx/hub.py",),
     "transformers": (),
@@ -41,7 +42,7 @@ OWNERS = {  # nobody else imports these
 ONLY_JAX = ("lcx/ops/", "lcx/rope.py", "lcx/rope_fields.py", "kernels_pallas/")
 INSIDE_FUNCTIONS = {
     *("torch", "wandb", "matplotlib", "tokenizers", "sentencepiece", "pyarrow", "huggingface_hub", "jinja2"),
-    "filelock",
+    *("filelock", "tensorboard"),
 }
 FACADE = lcx.__all__
 FILES = sorted([*ROOT.glob("lcx/**/*.py"), *ROOT.glob("kernels_pallas/**/*.py")])
@@ -212,6 +213,12 @@ def test_files_and_functions_stay_small():
             if isinstance(node, ast.FunctionDef):
                 first = node.body[1 if ast.get_docstring(node) and len(node.body) > 1 else 0]
                 assert node.end_lineno - first.lineno < 50, f"{path}: {node.name} has more than 50 lines"
+
+
+@pytest.mark.parametrize("folder", ["tests", "benchmarks", "scripts"])
+def test_other_files_stay_small(folder):
+    long = [path.name for path in (ROOT / folder).rglob("*.py") if len(path.read_text().splitlines()) > 500]
+    assert not long, f"more than 500 lines: {', '.join(long)}"
 
 
 def test_help_comes_before_jax():

@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attention_checks import check, decay_and_runs
 
 from kernels_pallas.attention import Options, attention, bias, obstacle
 from kernels_pallas.tiles import Tile, Tiles, square
 
-NAMES = ["y", "dq", "dk", "dv", "da"]
 # B, T, N, K, H, mean log-decay (None: no decay; resets: hardly any or e^-95),
 # documents, dtype, tile (None: the table's)
 CASES = [
@@ -27,10 +27,7 @@ def arrays(case):
     B, T, N, K, H, mean, documents, dtype, _ = case
     rng = np.random.default_rng(T)
     q, k, v, dy = (rng.normal(size=(B, T, n, H)).astype(jnp.dtype(dtype)) for n in (N, K, K, N))
-    a = None if mean is None else rng.uniform(0, 2, (B, T, N))
-    if a is not None:
-        a = jnp.asarray(np.where(a < 0.6, -95, -0.02 * a) if mean == "resets" else mean * a, jnp.float32)
-    runs = jnp.asarray(np.cumsum(rng.random((B, T)) < 0.03, axis=1), jnp.int32) if documents else None
+    a, runs = decay_and_runs(rng, B, T, N, mean, documents)
     return q, k, v, a, runs, dy
 
 
@@ -75,12 +72,7 @@ def test_values_and_gradients(platform, case):
         return y, *back(dy)
 
     limit = 1e-5 if dtype == "float32" else 1e-2
-    for name, found, right in zip(NAMES, run(q, k, v, a, dy), by_hand(q, k, v, a, runs, dy), strict=True):
-        if found is None:
-            continue
-        assert found.dtype == (jnp.float32 if name == "da" else dtype)
-        error = np.abs(np.asarray(found, np.float64) - right).max() / max(1, np.abs(right).max())
-        assert error < limit, f"{name}: {error:.1e}"
+    check(run(q, k, v, a, dy), by_hand(q, k, v, a, runs, dy), dtype, limit)
 
 
 def test_skipping_allows_for_the_scores():

@@ -89,7 +89,7 @@ def give_up(pool):
 
 # Packed rows, as training has them, mostly by other paths than whole rows.
 SHIFTED = ("short_conv", "fir_conv_7")  # without products
-# Both forms of squared attention in one program, in which second_order_states_packed is one of the two branches.
+# Both forms of second-order attention in one program, in which second_order_states_packed is one of the two branches.
 EITHER = "second_order_either_packed"
 OTHERS = [f"{name}_packed" for name in KERNELS if name != "second_order_states"] + ["lolcats_sliding", EITHER]
 

@@ -1,4 +1,4 @@
-"""The kernels of squared attention, interpreted, against the formula in float64 numpy: values and every gradient."""
+"""The kernels of second-order attention, interpreted, against the formula in float64: values and every gradient."""
 
 import functools
 
@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attention_checks import check, decay_and_runs
 
 from kernels_pallas.second_order_attention import fold, obstacle, second_order_attention
 from kernels_pallas.tiles import Tile, Tiles
 
 PLATFORMS = ["gpu", "tpu"]
-NAMES = ["y", "dq", "dk", "dv", "da"]
 # B, T, N, K, H, mean log-decay (None: no decay; resets: hardly any or e^-95),
 # documents, normalize, dtype, tile (None: the table's)
 CASES = [
@@ -34,10 +34,7 @@ def arrays(case, seed=0):
         mean == "resets"
     ):  # a row that sees itself alone divides by its own score: not near 0, or dq has no digits
         k = k + q
-    a = None if mean is None else rng.uniform(0, 2, (B, T, N))
-    if a is not None:
-        a = jnp.asarray(np.where(a < 0.6, -95, -0.02 * a) if mean == "resets" else mean * a, jnp.float32)
-    runs = jnp.asarray(np.cumsum(rng.random((B, T)) < 0.03, axis=1), jnp.int32) if documents else None
+    a, runs = decay_and_runs(rng, B, T, N, mean, documents)
     return q, k, v, a, runs, dy
 
 
@@ -97,14 +94,8 @@ def test_values_and_gradients(platform, case):
         y, back = jax.vjp(lambda q, k, v, a: attention(q, k, v, log_decay=a, runs=runs), q, k, v, a)
         return y, *back(dy)
 
-    expected = by_hand(q, k, v, a, runs, dy, normalize)
     limit = 1e-5 if dtype == "float32" else 1e-2
-    for name, found, right in zip(NAMES, run(q, k, v, a, dy), expected, strict=True):
-        if found is None:
-            continue
-        assert found.dtype == (jnp.float32 if name == "da" else dtype)
-        error = np.abs(np.asarray(found, np.float64) - right).max() / max(1, np.abs(right).max())
-        assert error < limit, f"{name}: {error:.1e}"
+    check(run(q, k, v, a, dy), by_hand(q, k, v, a, runs, dy, normalize), dtype, limit)
 
 
 @pytest.mark.parametrize("platform", PLATFORMS)

@@ -1,4 +1,4 @@
-"""The state form of squared attention as kernels, interpreted, against the formula in float64 numpy."""
+"""The state form of second-order attention as kernels, interpreted, against the formula in float64 numpy."""
 
 import functools
 
@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_kernels_second_order_attention import NAMES, arrays, by_hand
+from attention_checks import NAMES, check
+from test_kernels_second_order_attention import arrays, by_hand
 
 from kernels_pallas import second_order_either, second_order_states
 from kernels_pallas.second_order_attention_plan import TILES
@@ -57,14 +58,8 @@ def test_values_and_gradients(platform, case):
         y, back = jax.vjp(attend, q, k, v, a)
         return y, *back(dy)
 
-    expected = by_hand(q, k, v, a, runs, dy, normalize)
     limit = 1e-4 if dtype == "float32" else 1e-2
-    for name, found, right in zip(NAMES, run(q, k, v, a, dy), expected, strict=True):
-        if found is None:
-            continue
-        assert found.dtype == (jnp.float32 if name == "da" else dtype)
-        error = np.abs(np.asarray(found, np.float64) - right).max() / max(1, np.abs(right).max())
-        assert error < limit, f"{name}: {error:.1e}"
+    check(run(q, k, v, a, dy), by_hand(q, k, v, a, runs, dy, normalize), dtype, limit)
 
 
 @pytest.mark.parametrize("platform", PLATFORMS)

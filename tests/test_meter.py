@@ -20,6 +20,9 @@ class Log:
     def log(self, step, numbers):
         self.lines[step] = numbers
 
+    def advance(self, step):
+        pass
+
 
 @pytest.fixture
 def clock(monkeypatch):

@@ -148,16 +148,23 @@ def in_a_terminal(script, columns):
 
 def test_a_terminal_gets_a_bar(tmp_path):
     script = f"""
+import logging
 from lcx.training.logger import MetricsLogger
 with MetricsLogger({str(tmp_path)!r}, total_steps=20, mode="off", process_index=0, resume_step=10) as log:
     for step in range(11, 21):
-        log.log(step, {{"loss": 1 / step, "tokens_per_second": 999.0}})
+        log.advance(step)
+        if step % 2 == 0:
+            log.log(step, {{"loss": 1 / step, "tokens_per_second": 999.0}})
         if step == 15:
             log.message("saved step 15")
+        if step == 17:
+            logging.getLogger("lcx.checkpoint").warning("not saved")
 """
     text = in_a_terminal(script, columns=100)
-    assert "100%|" in text and "20/20" in text and "loss 0.050 tok/s 999" in text
-    assert "\nsaved step 15\n" in text
+    assert "100%|" in text and " 20/20 " in text and " 11/20 " in text, "it moves with every step"
+    for step in range(12, 21, 2):  # lines that stay, above the bar
+        assert f"\nstep {step}/20 loss {1 / step:.3f} tok/s 999\n" in text
+    assert "\nsaved step 15\n" in text and "\nnot saved\n" in text
     assert "  0%|" not in text and " 50%|" in text, "a resumed run starts where it was"
     text = in_a_terminal(script, columns=0)
     assert "%|" not in text and "step 20/20 loss 0.050 tok/s 999 eta 0s\n" in text
@@ -200,6 +207,36 @@ def test_wandb_offline_is_really_written(tmp_path, monkeypatch):
     (run,) = [record.run for record in records if record.HasField("run")]
     assert run.project == "some_project" and "toy.Job.steps = 7" in str(run.config)
     assert [record.exit.exit_code for record in records if record.HasField("exit")] == [0]
+
+
+def test_tensorboard_holds_the_numbers_of_the_record(tmp_path):
+    """Read back with TensorBoard's own reader, which leaves out what a resumed run has repeated."""
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="an extra")
+    with logger(tmp_path, tensorboard=True, config_text="toy.Job.steps = 7") as log:
+        for step in range(1, 5):
+            log.log(step, {"loss": 2.0 / step, "tokens_per_second": 1e9 + step})
+        log.log(4, {"eval_loss": math.nan, "huge": 1e300})
+    with logger(tmp_path, tensorboard=True, resume_step=2) as log:
+        for step in range(3, 6):
+            log.log(step, {"loss": 3.0 / step})
+    found = reader.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    shown = [(event.step, event.value) for event in found.Scalars("loss")]
+    recorded = [(line["step"], float(np.float32(line["loss"]))) for line in read(tmp_path) if "loss" in line]
+    assert shown == recorded and [step for step, _ in shown] == [1, 2, 3, 4, 5]
+    assert [event.value for event in found.Scalars("tokens_per_second")] == [np.float32(1e9 + 1), np.float32(1e9 + 2)]
+    assert "toy.Job.steps = 7" in found.Tensors("config.gin/text_summary")[0].tensor_proto.string_val[0].decode()
+
+
+def test_tensorboard_that_is_missing_or_fails(tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "tensorboard", None)
+        with pytest.raises(UserError, match=r"Trainer.tensorboard needs .* pip install 'lcx\[tensorboard\]'"):
+            logger(tmp_path, tensorboard=True)
+    pytest.importorskip("tensorboard", reason="an extra")
+    (tmp_path / "tensorboard").write_text("in the way")
+    with logger(tmp_path, tensorboard=True, print_every=0) as log:
+        log.log(1, {"loss": 1.0})
+    assert "warning: TensorBoard stopped logging (" in capsys.readouterr().err and len(read(tmp_path)) == 1
 
 
 @pytest.mark.parametrize("fails", ["init", "log", "finish"])

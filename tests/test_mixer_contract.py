@@ -91,12 +91,43 @@ def test_what_a_mixer_does_not_say_is_an_error_and_no_zero():
         LoRA().paths(model(Sum(parent=None), mlp=False))
 
 
+class Experts(nn.Module):
+    """The sum of several MLPs without their costs, and with that of one of them: as if a token saw one expert."""
+
+    count: int
+    macs: Any = None
+
+    @nn.compact
+    def __call__(self, x):
+        return sum(Mlp(24, parent=None).clone(name=f"expert_{i}", parent=self)(x) for i in range(self.count))
+
+
+class Routed(Experts):
+    @nn.nowrap
+    def macs_per_token(self, hidden_size):
+        return 3 * 24 * hidden_size if self.macs is None else self.macs
+
+
+def with_mlp(mlp):
+    return Decoder(11, 16, (Stage((Block(Attention(2, 1, 8, parent=None), mlp, parent=None),), 2),), 32)
+
+
+def test_the_cost_of_a_mixture_of_experts_is_what_it_says():
+    one = parameters.flops_per_token(with_mlp(Experts(1, parent=None)), 32)
+    assert parameters.flops_per_token(with_mlp(Experts(4, parent=None)), 32) == one + 6 * 2 * 3 * (3 * 24 * 16)
+    assert parameters.flops_per_token(with_mlp(Routed(4, parent=None)), 32) == one
+
+
 WRONG = {
     "no cache": (lambda: trace(model(Bare(parent=None)), cached=False), r"Bare.__call__ returned .* \(y, cache\)"),
     "no state": (lambda: model(Bare(parent=None)).init_cache(1, 8), "Bare has no method init_cache"),
     "another state": (lambda: trace(model(Drifting(parent=None))), r"whose \['sum'\] is bfloat16 .*expected float32"),
     "a rope": (lambda: extend.rotaries(model(Asked(rope=True, parent=None))), "Asked.rope is True, expected a lcx"),
     "a method": (lambda: mixers.whole_prompt(Asked(whole_prompt=len)), "whole_prompt is a builtin_function_or_method"),
+    "a cost": (
+        lambda: parameters.flops_per_token(with_mlp(Routed(2, "many", parent=None)), 32),
+        "Routed.macs_per_token returned 'many', expected the multiply-adds per token",
+    ),
     "an axis": (lambda: sharding.spec(("width",), (4,), MESH), "names its axis 'width', expected one of layers, vocab"),
 }  # fmt: skip
 MESH = jax.sharding.AbstractMesh((1, 1, 1, 1), sharding.AXES)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attention_checks import with_gradients
 
 from kernels_pallas import aot
 from lcx.errors import UserError
@@ -33,17 +34,6 @@ def arrays(B, T, N, K, H, segments, dtype=np.float32):
         ids = np.sort(rng.integers(1, 4, (B, T)), axis=1).astype(np.int32)
         ids[:, T - T // 5 :] = 0
     return q, k, v, w, ids
-
-
-def with_gradients(f, *xs):
-    """f(*xs[:-1]) and the gradients of sum(xs[-1] f)."""
-
-    @jax.jit
-    def both(*xs):
-        y, pull = jax.vjp(f, *xs[:-1])
-        return y, *pull(xs[-1])
-
-    return both(*xs)
 
 
 def numpy_attention(q, k, v, w, ids, window, a=None):

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attention_checks import with_gradients
 from two_mamba_oracle import load, triangular
 
 from lcx.errors import UserError
@@ -80,17 +81,6 @@ def by_hand(q, k, v, a, w, ids, normalize):
             dv[b, :, m] += P.T @ w[b, :, n]
             dL[b, :, n] = (P * dP).sum(1) - (P * dP).sum(0)
     return y, dq, dk, dv, np.cumsum(dL[:, ::-1], 1)[:, ::-1] * real[..., None]
-
-
-def with_gradients(f, *xs):
-    """f(*xs[:-1]) and the gradients of sum(xs[-1] * f)."""
-
-    @jax.jit
-    def both(*xs):
-        y, pull = jax.vjp(f, *xs[:-1])
-        return y, *pull(xs[-1])
-
-    return both(*xs)
 
 
 @functools.partial(jax.jit, static_argnames=("implementation", "form"))

@@ -7,28 +7,21 @@ import textwrap
 import jax
 import numpy as np
 import pytest
+from tiny_runs import tiny_model
 
 from lcx.data import ByteTokenizer, load_tokenizer, special_tokens
 from lcx.errors import UserError
 from lcx.evals import passkey
 from lcx.evals.passkey import Passkey
 from lcx.evals.support import intervals
-from lcx.model import init_params, llama
+from lcx.model import init_params
 
 BABY = "data/weights/babyllama105/hf"
 
 
 @pytest.fixture(scope="module")
 def tiny():
-    model = llama(
-        vocab_size=258,
-        hidden_size=32,
-        intermediate_size=48,
-        num_layers=2,
-        num_heads=4,
-        num_kv_heads=2,
-        max_position_embeddings=64,
-    )
+    model = tiny_model(intermediate_size=48, max_position_embeddings=64)
     return model, init_params(model, jax.random.key(0))
 
 

@@ -1,7 +1,6 @@
 """Generation: against the full forward pass, transformers' generate(), and a published text."""
 
 import functools
-import logging
 import math
 
 import jax
@@ -12,8 +11,8 @@ import torch
 import transformers
 
 import lcx
+from lcx import extend, sampler
 from lcx import model as model_lib
-from lcx import sampler
 from lcx.errors import UserError
 from lcx.ops import sampling
 from lcx.rope import Rope
@@ -428,14 +427,19 @@ def test_bad_input(changes, message):
         assert "\n" not in str(caught.value)
 
 
-def test_beyond_the_window_is_a_warning(caplog):
+def test_beyond_the_window(caplog):
     model, params = tiny(max_position_embeddings=16)
-    with caplog.at_level(logging.WARNING):
-        lcx.generate(model, params, [[1, 2]], max_new_tokens=14)
-    assert not caplog.records
-    with caplog.at_level(logging.WARNING):
+    lcx.generate(model, params, [[1, 2]], max_new_tokens=14)
+    found = "a prompt of 2 and max_new_tokens 15 are 17 tokens together, more than the model's window of 16"
+    with pytest.raises(UserError, match=f"{found} .*: lower max_new_tokens to 14, or .* context_length 17"):
         lcx.generate(model, params, [[1, 2]], max_new_tokens=15)
-    assert "17 tokens together" in caplog.text and "max_position_embeddings 16" in caplog.text
+    with pytest.raises(UserError, match="shorten the prompt, or"):
+        lcx.generate(model, params, [[1] * 16], max_new_tokens=1)
+    longer = extend.extend_model(model, {"rope_type": "default"}, 17)
+    assert lcx.generate(longer, params, [[1, 2]], max_new_tokens=15).shape == (1, 15)
+    assert [sampler.default_new_tokens(model, length) for length in (2, 16)] == [14, 1]
+    assert sampler.default_new_tokens(model.clone(max_position_embeddings=1000), 2) == 256
+    assert not caplog.records
 
 
 def test_logits():

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tiny_runs import dataset, tiny_model
+from tiny_runs import dataset, tiny_hf_config, tiny_model
 
 import lcx
 from lcx import model as model_lib
@@ -105,17 +105,8 @@ def torch_model(params):
     import torch
     import transformers
 
-    config = transformers.LlamaConfig(
-        vocab_size=258,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=T,
-        rms_norm_eps=1e-5,
-        attn_implementation="eager",
-        tie_word_embeddings=False,
+    config = tiny_hf_config(
+        max_position_embeddings=T, rms_norm_eps=1e-5, attn_implementation="eager", tie_word_embeddings=False
     )
     model = transformers.LlamaForCausalLM(config)
     tensors = {name: torch.tensor(np.array(x)) for name, x in torch_names(params).items()}

@@ -8,16 +8,17 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from tiny_runs import (
+from tiny_runs import (  # noqa: F401
     StopAt,
     assert_same_checkpoint,
     dataset,
     lines,
     losses,
     saved,
+    text_fixture,
+    tiny_hf_config,
     tiny_model,
     tiny_trainer,
-    write_text,
 )
 
 import lcx
@@ -29,13 +30,6 @@ from lcx.lora import LoRA, merge
 from lcx.optim import AdamW, leaf_paths
 from lcx.rope import Rope
 from lcx.sharding import MeshShape
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("corpus")
-    write_text(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -325,17 +319,7 @@ def hf_folder(tmp_path_factory):
     import transformers
 
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=258,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=32,
-        bos_token_id=256,
-        eos_token_id=[257, 255],
-    )
+    config = tiny_hf_config(bos_token_id=256, eos_token_id=[257, 255])
     folder = tmp_path_factory.mktemp("hf")
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
     return folder

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from own_output import own_lines
-from tiny_runs import (
+from tiny_runs import (  # noqa: F401
     GIN,
     assert_same_checkpoint,
     command,
@@ -23,16 +23,18 @@ from tiny_runs import (
     lines,
     losses,
     saved,
+    text_fixture,
     tiny_trainer,
     write_gin,
-    write_text,
 )
 
 import lcx
-from lcx import objectives, train
+from lcx import model as model_lib
+from lcx import objectives, terminal, train
 from lcx import trainer as trainer_lib
-from lcx.checkpoint import Checkpointer
+from lcx.checkpoint import Checkpointer, model_json
 from lcx.checkpoint.folder import COMMIT_MARKER
+from lcx.convert import __main__ as convert_command
 from lcx.errors import UserError
 from lcx.optim import AdamW
 
@@ -46,13 +48,6 @@ def poisoned(model, variables, batch):
     """The loss of a row with the poison in it is infinite."""
     loss, weight = objectives.next_token(model, variables, batch)
     return loss / jnp.where(jnp.any(batch["tokens"] == POISON), 0.0, 1.0), weight
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("corpus")
-    write_text(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +182,7 @@ import ctypes, sys
 from lcx.training.signals import StopRequest
 mutex = ctypes.create_string_buffer(128)
 with StopRequest() as stop:
-    stop.unsaved = False
+    stop.safe = "nothing is lost"
     print("compiling", flush=True)
     for _ in range(2):
         ctypes.CDLL(None).pthread_mutex_lock(mutex)
@@ -198,7 +193,7 @@ with StopRequest() as stop:
     process.send_signal(number)
     _, err = process.communicate(timeout=50)
     assert process.returncode == 128 + number
-    assert own_lines(err) == [f"{number.name}: stopped before the first step, nothing is lost"]
+    assert own_lines(err) == [f"{number.name}: nothing is lost"]
 
 
 def test_a_run_that_can_never_save_stops_early(text, tmp_path, monkeypatch):
@@ -289,6 +284,48 @@ def test_a_damaged_newest_checkpoint_is_stepped_over(text, whole, tmp_path, capl
     assert "using step 36" in caplog.text
     assert_same_checkpoint(tmp_path / "run", whole)
     assert lines(tmp_path / "run") == lines(whole)
+
+
+@pytest.mark.parametrize("damaged", ["meta", "params"])
+def test_every_reader_steps_over_damage_and_says_so_alike(whole, tmp_path, damaged, caplog):
+    """One line, the same for each; a step that is named itself has no other in its place."""
+
+    def convert(run):
+        flags = [f"--src={run}", f"--dst={run.parent / 'hf'}", "--dst_format=hf"]
+        assert convert_command.main(flags) == 0
+
+    readers = [lcx.load, convert, as_a_resumed_run]
+    readers += [terminal.tokenizer_of] if damaged == "meta" else []
+    said = []
+    for number, read in enumerate(readers):
+        run = tmp_path / str(number) / "run"
+        shutil.copytree(whole, run)
+        step = run / "checkpoints" / "40"
+        if damaged == "meta":
+            document = (step / "meta" / "metadata").read_text()
+            (step / "meta" / "metadata").write_text(document.replace('"seq_len": 32', '"seq_len": 33'))
+        else:
+            files = [file for file in (step / "params").rglob("*") if file.is_file()]
+            largest = max(files, key=lambda file: file.stat().st_size)
+            os.truncate(largest, largest.stat().st_size // 2)
+        caplog.clear()
+        read(run)
+        found = [record.getMessage() for record in caplog.records if record.name == "lcx.checkpoint"]
+        said += [line.replace(str(run), "RUN") for line in found]
+        with pytest.raises(UserError, match=f"{damaged}.* (does not match|unreadable)"):
+            lcx.load(step)
+    why = "meta does not match its checksum" if damaged == "meta" else r"params[^;]* is unreadable \([^;]*\)"
+    line = re.compile(rf"damaged checkpoint in RUN/checkpoints \(step 40: {why}\); using step 36")
+    assert len(said) == len(readers) and all(line.fullmatch(one) for one in said), said
+
+
+def as_a_resumed_run(run):
+    """What a resumed run reads."""
+    with Checkpointer(run / "checkpoints") as checkpointer:
+        step, _, documents = checkpointer.restore({})
+        model = model_json.from_json(documents["meta"]["model"])
+        restored = checkpointer.restore({"params": model_lib.abstract_params(model)})
+        assert restored[0] == 36 and step in (36, 40)
 
 
 def test_changed_data_is_refused(text, whole, tmp_path):

@@ -10,17 +10,20 @@ import time
 import numpy as np
 import pytest
 import quick_xla
-from tiny_runs import GIN, command, environment, lines, losses, saved, tiny_trainer, write_gin, write_text
+from tiny_runs import (  # noqa: F401
+    GIN,
+    command,
+    environment,
+    lines,
+    losses,
+    saved,
+    text_fixture,
+    tiny_trainer,
+    write_gin,
+)
 
 import lcx
 from lcx.optim import AdamW
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("corpus")
-    write_text(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ import textwrap
 
 import jax
 import numpy as np
+import pytest
 import quick_xla
 
 from lcx import model as model_lib
@@ -66,6 +67,14 @@ def write_text(folder: pathlib.Path, documents: int = 12) -> None:
         (folder / "text" / f"{i:02d}.txt").write_text(text[start : start + 2500])
 
 
+@pytest.fixture(name="text", scope="module")
+def text_fixture(tmp_path_factory) -> pathlib.Path:
+    """A folder with the corpus, for `dataset` and `tiny_trainer`."""
+    folder = tmp_path_factory.mktemp("corpus")
+    write_text(folder)
+    return folder
+
+
 def dataset(folder: pathlib.Path, **changes) -> Dataset:
     settings = {
         "source": f"{folder}/text",
@@ -87,6 +96,22 @@ def tiny_model(**changes) -> model_lib.Decoder:
         max_position_embeddings=32,
     )
     return model_lib.llama(**{**sizes, **changes})
+
+
+def tiny_hf_config(**changes):
+    """The configuration of transformers for `tiny_model`."""
+    import transformers
+
+    sizes = dict(
+        vocab_size=258,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=32,
+    )
+    return transformers.LlamaConfig(**{**sizes, **changes})
 
 
 def tiny_trainer(folder: pathlib.Path, **changes) -> Trainer:

@@ -47,9 +47,12 @@ from lcx.checkpoint.folder import (
     load_json,
     load_record,
     metadata,
+    nothing_usable,
     plain,
     read_json,
     read_record,
+    remember_damage,
+    say_damage,
     step_folders,
     why_not_written,
 )
@@ -208,17 +211,15 @@ class Checkpointer:
                 items, documents = _load_step(self.directory / str(candidate), abstract, optional)
             except Damaged as damage:
                 bad[candidate] = f"step {candidate}: {damage}"
+                remember_damage(self.directory / str(candidate), str(damage))
                 # A run that is still writing may have added or removed steps in the meantime.
                 steps = _from_first_process(self.steps())
                 continue
             if bad:
-                why = "; ".join(bad.values())
-                _log.warning("damaged checkpoint in %s (%s); using step %d", self.directory, why, candidate)
+                say_damage(self.directory, bad.values(), candidate)
             self._latest = candidate
             return candidate, items, documents
-        raise UserError(
-            f"no usable checkpoint in {self.directory}: {'; '.join(bad.values())}; restore files from a backup"
-        )
+        raise nothing_usable(self.directory, bad.values())
 
     def close(self) -> None:
         """Waits for a save in progress. Raises UserError if the newest save could not be written."""

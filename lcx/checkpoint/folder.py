@@ -9,7 +9,9 @@ A step is valid only once its commit marker exists, which a save writes last.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
+import logging
 import shutil
 import zlib
 from collections.abc import Iterable, Iterator
@@ -22,6 +24,9 @@ from lcx.errors import UserError
 
 COMMIT_MARKER = "commit_success.txt"
 RECORD_ITEM = "fingerprints"
+
+_log = logging.getLogger("lcx.checkpoint")
+_known_damage: dict[tuple[str, int], str] = {}  # (step folder, time of its commit) -> what is damaged
 
 
 class Damaged(Exception):
@@ -99,8 +104,12 @@ def step_folders(directory: epath.Path) -> Iterator[tuple[int, bool]]:
 def find_step(path: Any) -> tuple[epath.Path, int]:
     """(checkpoints folder, step) for a path that is a workdir, a checkpoints folder or one step folder.
 
-    The step is the newest committed one, or `path` itself if it is a step folder (then `path.name == str(step)`).
-    Raises UserError, which says what was found, for anything else.
+    The step is the newest usable one, or `path` itself if it is a step folder (then `path.name == str(step)`). A step
+    is usable if its JSON documents are intact and no array of it was found damaged before (`remember_damage`); a step
+    that is passed over is named in a warning.
+
+    Raises:
+      UserError: anything else is at `path`, or no step is usable. The message says what was found.
     """
     given = epath.Path(path).expanduser().resolve()
     if not given.is_dir():
@@ -112,7 +121,7 @@ def find_step(path: Any) -> tuple[epath.Path, int]:
         return given.parent, int(given.name)
     directory = given / "checkpoints" if (given / "checkpoints").is_dir() else given
     if steps := committed_steps(directory):
-        return directory, steps[-1]
+        return directory, _newest_usable(directory, steps)
     if (given / COMMIT_MARKER).exists() and (given / RECORD_ITEM).is_dir():
         raise UserError(
             f"{path} is a step folder under another name; rename it to its step number, such as 1000"
@@ -124,6 +133,50 @@ def find_step(path: Any) -> tuple[epath.Path, int]:
     raise UserError(
         f"no checkpoint at {path}: found no step folders; expected a workdir, its checkpoints folder or one step folder"
     )
+
+
+def remember_damage(step_dir: Any, what: str) -> None:
+    """Lets `find_step` pass over this step for the rest of the process, unless the step is written again."""
+    step_dir = epath.Path(step_dir)
+    _known_damage[_identity(step_dir)] = f"step {step_dir.name}: {what}"
+
+
+def say_damage(directory: Any, bad: Iterable[str], step: int) -> None:
+    """Logs once that the steps in `bad` ("step 8: what is damaged") are passed over and `step` is used."""
+    _warn_once(f"damaged checkpoint in {directory} ({'; '.join(bad)}); using step {step}")
+
+
+def nothing_usable(directory: Any, bad: Iterable[str]) -> UserError:
+    return UserError(f"no usable checkpoint in {directory}: {'; '.join(bad)}; restore files from a backup")
+
+
+def _newest_usable(directory: epath.Path, steps: list[int]) -> int:
+    bad: list[str] = []
+    for step in reversed(steps):
+        step_dir = directory / str(step)
+        try:
+            record = load_record(step_dir)
+            for name in record.json:
+                load_json(step_dir, name, record)
+            what = _known_damage.get(_identity(step_dir))
+        except Damaged as damage:
+            what = f"step {step}: {damage}"
+        if what is None:
+            if bad:
+                say_damage(directory, bad, step)
+            return step
+        bad.append(what)
+    raise nothing_usable(directory, bad)
+
+
+def _identity(step_dir: epath.Path) -> tuple[str, int]:
+    marker = step_dir / COMMIT_MARKER
+    return str(step_dir.resolve()), int(marker.stat().mtime * 1e6) if marker.exists() else 0
+
+
+@functools.cache
+def _warn_once(line: str) -> None:
+    _log.warning("%s", line)
 
 
 def read_record(step_dir: Any) -> Record:

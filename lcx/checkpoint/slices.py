@@ -16,9 +16,9 @@ import os
 import pathlib
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import EllipsisType, TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import ml_dtypes  # noqa: F401  (numpy learns bfloat16 from it)
 import numpy as np
@@ -35,10 +35,12 @@ from lcx.checkpoint.folder import (
     few,
     plain,
     read_record,
+    remember_damage,
     why_not_written,
 )
 from lcx.errors import UserError
 
+T = TypeVar("T")
 Path = tuple[str, ...]  # keys from the root of the tree to an array: ("embed", "embedding")
 Spec = tuple[tuple[int, ...], Any]  # (shape, dtype)
 
@@ -56,6 +58,29 @@ def _context() -> ts.Context:
             "file_io_concurrency": {"limit": 4},
         }
     )
+
+
+class DamagedStep(UserError):
+    """An array of a step is damaged. `find_step` passes over this step from now on."""
+
+    def __init__(self, step_dir: pathlib.Path, what: str):
+        super().__init__(f"checkpoint {step_dir} is damaged: {what}; use another step")
+        self.step_dir = step_dir
+        remember_damage(step_dir, what)
+
+
+def past_damage(path: str | os.PathLike, work: Callable[[], T]) -> T:
+    """The result of `work`, which reads the newest usable step at `path`.
+
+    It is repeated with the next older step after one whose arrays turn out to be damaged. If `path` names a step, there
+    is no other to fall back to, and the error is raised.
+    """
+    while True:
+        try:
+            return work()
+        except DamagedStep as damaged:
+            if pathlib.Path(path).expanduser().resolve() == damaged.step_dir:
+                raise
 
 
 class _Coverage:
@@ -134,9 +159,7 @@ class StepReader:
         try:
             values = np.asarray(self._open(path)[part].read().result())
         except (ValueError, OSError) as error:
-            raise UserError(
-                f"checkpoint {self._step_dir} is damaged: {self._name(path)} ({brief(error)})"
-            ) from None
+            raise DamagedStep(self._step_dir, f"{self._name(path)} is unreadable ({brief(error)})") from None
         if not isinstance(index, tuple):
             self._check(path, index, values)
         return values[0] if isinstance(index, (int, np.integer)) else values
@@ -150,10 +173,7 @@ class StepReader:
         start, stop = _rows(index, self.arrays[path][0])
         whole = coverage.add(start, stop, values) and coverage.complete
         if whole and coverage.sum != self._fingerprints[path]:
-            raise UserError(
-                f"checkpoint {self._step_dir} is damaged: {self._name(path)} does not match the saved fingerprint; "
-                "use another step"
-            )
+            raise DamagedStep(self._step_dir, f"{self._name(path)} does not match the saved fingerprint")
 
     def _name(self, path: Path) -> str:
         return "/".join((self._item_dir.name, *path))

@@ -32,13 +32,13 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import gin
 from gin import config as gin_config
 from gin import config_parser
 
-from lcx.config import checking, reading
+from lcx.config import checking, interrupts, plugins, reading
 from lcx.config import flags as flags_lib
 from lcx.config.environment import setup_jax
 from lcx.config.flags import json_object, parser
@@ -83,8 +83,10 @@ def run(parser: argparse.ArgumentParser, target: str, argv: Sequence[str] | None
     except SystemExit as stop:  # raised by argparse after --help or an error in the flags
         return stop.code if isinstance(stop.code, int) else 0
     setup_jax()
+    plugins.hide_unusable()
     try:
-        status = _run(flags, target)
+        with interrupts.interruptible():
+            status = _run(flags, target)
     except (KeyboardInterrupt, UserError, OSError) as error:
         if flags.debug:
             raise
@@ -92,9 +94,12 @@ def run(parser: argparse.ArgumentParser, target: str, argv: Sequence[str] | None
     except Exception:
         if _is_distributed():
             traceback.print_exc()
-            _leave(1)
+            # A normal exit waits for the other processes, which would hang if one of them failed.
+            interrupts.leave(1)
         raise
-    return _leave(status) if status and _is_distributed() else status
+    if (status and _is_distributed()) or (status == interrupts.STATUS and argv is None):
+        interrupts.leave(status)
+    return status
 
 
 def parse(
@@ -201,7 +206,7 @@ _TEXTS: dict[str, Callable[[], Any]] = {
 def _report(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
         print("interrupted", file=sys.stderr)
-        return 130
+        return interrupts.STATUS
     if isinstance(error, BrokenPipeError):  # the reader of our output closed it, as `head` does; not an error
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -224,16 +229,9 @@ def _one_line(error: BaseException) -> str:
         return f"{error.strerror}{advice}"
     line = first_line(error)
     built = re.search(r"In call to configurable '(\w+)'", str(error))
-    return f"{built[1]}: {line}" if built else line
+    return f"{built[1]}: {line}" if built and not line.startswith(built[1]) else line
 
 
 def _is_distributed() -> bool:
     jax = sys.modules.get("jax")
     return jax is not None and jax.distributed.is_initialized()
-
-
-def _leave(status: int) -> NoReturn:
-    """Exits immediately. A normal exit waits for the other processes, which would hang if one of them failed."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)

@@ -18,8 +18,8 @@ def setup_jax() -> None:
       so a second run starts in a fraction of the time.
     - With more CPU devices than cores (a mesh tried out on a laptop), collectives deadlock if the thread pool is too
       small. NPROC sets its size.
-    - libtpu may be installed only for ahead-of-time compilation (the extra `aot`). If there is no accelerator, jax is
-      told to use the CPU; it would find that out by itself, but only after pages of warnings.
+    - libtpu and the CUDA plugin may be installed only for ahead-of-time compilation (the extra `aot`). If there is no
+      accelerator, jax is told to use the CPU; it would find that out by itself, but only after pages of warnings.
     """
     cache = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "lcx", "xla")
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", cache)
@@ -29,5 +29,11 @@ def setup_jax() -> None:
     devices = int(os.environ.get("JAX_NUM_CPU_DEVICES") or (forced[-1] if forced else 1))
     if devices > (os.cpu_count() or 1):
         os.environ.setdefault("NPROC", str(max(32, 4 * devices)))
-    if importlib.util.find_spec("libtpu") and not any(glob.glob(f"/dev/{name}") for name in ACCELERATORS):
+    compilers = ("libtpu", "jax_cuda12_plugin", "jax_cuda13_plugin")
+    if any(importlib.util.find_spec(name) for name in compilers) and not has_accelerator():
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+
+def has_accelerator() -> bool:
+    """Whether this machine has a GPU or TPU, by its device files."""
+    return any(glob.glob(f"/dev/{name}") for name in ACCELERATORS)

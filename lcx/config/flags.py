@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import inspect
+import itertools
 import json
 import sys
 from collections.abc import Iterable, Sequence
@@ -85,7 +86,11 @@ def read(parser: argparse.ArgumentParser, argv: Sequence[str]) -> Flags:
             bindings.append((name.strip(), value))
         else:
             rest.append(argument)
-    known, unknown = parser.parse_known_args(rest)
+    # Before argparse, which would say of a misspelt flag only that the required one is missing.
+    long_flags = [argument for argument in itertools.takewhile("--".__ne__, rest) if argument.startswith("--")]
+    unknown = [argument for argument in long_flags if argument.partition("=")[0] not in options]
+    if not unknown:
+        known, unknown = parser.parse_known_args(rest)
     if unknown:
         parser.error(f"unknown argument {unknown[0]!r}{hint(unknown[0].partition('=')[0], options)}")
     own = vars(known)

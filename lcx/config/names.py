@@ -163,6 +163,10 @@ def explain_syntax(error: SyntaxError, origin: str, value: str) -> str:
     token = re.search(r"Failed to parse token '(.*)'", str(error.msg), re.DOTALL)
     if token or str(error.msg).startswith("Unable to parse value"):
         name = token[1] if token else value
+        if not name.strip():
+            return f"there is no value behind the =; write {origin}=VALUE" if origin.startswith("--gin.") else (
+                "there is no value behind the ="
+            )
         if value and value[0] not in "([{'\"" and not value.startswith(("%", "@")):
             name = value.partition("  #")[0].strip()  # gin reports only the first word; quote the whole value
         if name.lower() in ("true", "false", "none"):

@@ -66,12 +66,15 @@ def load(
     change = functools.partial(extend.extend_model, rope_scaling=rope_scaling, context_length=context_length)
     if adapter is None:
         return reader.load(path, dtype=wanted, mesh=mesh, change=change)
-    source = reader.open(path)
-    source.model = change(source.model)
     scaled = rope_scaling is not None or context_length is not None
-    return model_source.load(
-        merged.adapted(source, adapter, scaled=scaled, dtype=wanted), dtype=wanted, mesh=mesh
-    )
+
+    def with_adapter() -> tuple[Decoder, dict[str, Any]]:
+        source = reader.open(path)
+        source.model = change(source.model)
+        whole = merged.adapted(source, adapter, scaled=scaled, dtype=wanted)
+        return model_source.load(whole, dtype=wanted, mesh=mesh)
+
+    return reader.read(path, with_adapter)
 
 
 def save(
@@ -133,10 +136,10 @@ def write(
         return tensor_io.describe(target.check_written(folder, tensors))
 
 
-def source(path: str | os.PathLike) -> ModelSource:
-    """Opens the model at `path` in its detected format. Raises UserError when it cannot be read."""
+def source(path: str | os.PathLike, format: str | Format | None = None) -> ModelSource:
+    """Opens the model at `path`; format None detects its format. Raises UserError when it cannot be read."""
     path = hub.local(path)
-    return formats.detect(path).open(path)
+    return formats.reader(path, format).open(path)
 
 
 def detect(path: str | os.PathLike) -> str:

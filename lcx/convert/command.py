@@ -9,6 +9,7 @@ from lcx import extend, hub, paths
 from lcx.convert import api, formats, verify
 from lcx.convert.core import model_source
 from lcx.convert.core.format import TrainedFormat
+from lcx.convert.core.model_source import ModelSource
 from lcx.convert.files import destination
 from lcx.convert.lolcats.files import Lolcats
 from lcx.convert.peft import merged
@@ -72,17 +73,22 @@ def convert(
     given = (feature_maps, lora, attention, lora_alpha)
     has_files = published_quirks or any(value is not None for value in given)
     files = Lolcats(*given, published_quirks) if has_files else None
-    source = formats.reader(source_path, src_format, files).open(source_path)
-    source.model = extend.extend_model(source.model, rope_scaling, context_length)
-    scaled = rope_scaling is not None or context_length is not None
-    source = merged.adapted(source, adapter, scaled=scaled, dtype=wanted)
-    if wanted is not None:
-        source.model = source.model.clone(dtype=str(wanted), parent=None)
-    total = target.planned_bytes(source, dtype=wanted)
-    with Progress(f"{src} -> {dst}", total) as progress:
-        summary = api.write(
-            target_path, source, format=target, dtype=wanted, overwrite=overwrite, progress=progress.add
-        )
+    reader = formats.reader(source_path, src_format, files)
+
+    def write() -> tuple[ModelSource, str]:
+        source = reader.open(source_path)
+        source.model = extend.extend_model(source.model, rope_scaling, context_length)
+        scaled = rope_scaling is not None or context_length is not None
+        source = merged.adapted(source, adapter, scaled=scaled, dtype=wanted)
+        if wanted is not None:
+            source.model = source.model.clone(dtype=str(wanted), parent=None)
+        total = target.planned_bytes(source, dtype=wanted)
+        with Progress(f"{src} -> {dst}", total) as progress:
+            return source, api.write(
+                target_path, source, format=target, dtype=wanted, overwrite=overwrite, progress=progress.add
+            )
+
+    source, summary = reader.read(source_path, write)
     print(f"wrote {os.path.realpath(target_path)} ({target.name}), read back and checked: {summary}")
     print(verify.verify(source, target, target_path))
 
@@ -107,5 +113,5 @@ def _write_trained(
             f"{given[0]} cannot be combined with {target.name!r}, which holds the trained parameters unchanged: leave "
             "it out"
         )
-    first, *rest = target.export(src, dst, overwrite=overwrite)
+    first, *rest = found.read(src, lambda: target.export(src, dst, overwrite=overwrite))
     print(f"wrote {os.path.realpath(dst)} ({target.name}), {first}", *rest, sep="\n")

@@ -74,19 +74,26 @@ def _imported(path: str, where: str) -> Format:
 
 
 def reader(
-    path: str | os.PathLike, format: str | Format | None = None, lolcats: Lolcats | None = None
+    path: str | os.PathLike,
+    format: str | Format | None = None,
+    lolcats: Lolcats | None = None,
+    *,
+    where: str = "format",
 ) -> Format:
     """The format to read `path` with: the named one, else the detected one.
+
+    Args:
+      where: the setting that holds the format, for error messages.
 
     Raises:
       UserError: an unknown or write-only format; LoLCATS files given with another format; no checkpoint at `path`.
     """
     if lolcats is None and format is None:
         return detect(path)
-    chosen = LOLCATS if format is None else named(format)
+    chosen = LOLCATS if format is None else named(format, where=where)
     if not chosen.reads:
         raise UserError(
-            f"format is {chosen.name!r}, expected one of {_listed(f for f in FORMATS if f.reads)}"
+            f"{where} is {chosen.name!r}, expected one of {_listed(f for f in FORMATS if f.reads)}"
         )
     if lolcats is None:
         return chosen

@@ -1,6 +1,5 @@
 """Loads the initial model of a training run, from any format."""
 
-import contextlib
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +10,6 @@ from lcx import extend, hub
 from lcx.convert import formats
 from lcx.convert.core.format import Format
 from lcx.convert.peft import start as peft_start
-from lcx.errors import UserError
 from lcx.lora import LoRA
 from lcx.model import Decoder
 
@@ -43,6 +41,7 @@ def start(
     context_length: int | None = None,
     adapter: str | None = None,
     lora: LoRA | None = None,
+    format: str | Format | None = None,
 ) -> Start:
     """Reads the model that training starts from. The arguments are those of `lcx.load`, plus the run's LoRA settings.
 
@@ -50,7 +49,7 @@ def start(
       UserError: as in `lcx.load`; an adapter that cannot be trained further, or that does not match `lora`.
     """
     path = hub.local(path)
-    reader = formats.detect(path)
+    reader = formats.reader(path, format, where="Trainer.init_format")
 
     def change(model: Decoder) -> Decoder:
         return extend.extend_model(model, rope_scaling, context_length)
@@ -58,25 +57,26 @@ def start(
     if adapter is None:
         model, params = reader.load(path, dtype=None, mesh=mesh, change=change)
         return Start(model.clone(dtype="float32", parent=None), params, _carried(reader, path), lora)
-    source = reader.open(path)
-    carried = dict(source.carried)
-    source.model = change(source.model)
     scaled = rope_scaling is not None or context_length is not None
-    model, params, pairs, settings = peft_start.start(source, adapter, mesh=mesh, lora=lora, scaled=scaled)
-    return Start(model, params, carried, settings, pairs)
+
+    def with_adapter() -> Start:
+        source = reader.open(path)
+        carried = dict(source.carried)
+        source.model = change(source.model)
+        model, params, pairs, settings = peft_start.start(
+            source, adapter, mesh=mesh, lora=lora, scaled=scaled
+        )
+        return Start(model, params, carried, settings, pairs)
+
+    return reader.read(path, with_adapter)
 
 
-def model_at(path: str) -> Decoder:
+def model_at(path: str, format: str | Format | None = None) -> Decoder:
     """The model at `path`, without its parameters. Raises UserError when it cannot be read."""
     path = hub.local(path)
-    return formats.detect(path).open(path).model
+    return formats.reader(path, format, where="Trainer.init_format").open(path).model
 
 
 def _carried(reader: Format, path: str) -> dict[str, Any]:
-    """Settings carried over from config.json; empty if the newest step of a workdir is damaged.
-
-    In that case `reader.load` has already fallen back to the previous step.
-    """
-    with contextlib.suppress(UserError):
-        return dict(reader.open(path).carried)
-    return {}
+    """Settings carried over from config.json, of the step that `reader.load` has read."""
+    return dict(reader.open(path).carried)

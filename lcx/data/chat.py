@@ -137,10 +137,16 @@ class ChatReader:
 def reader(
     tokenizer: Tokenizer, *, wanted: bool | None = None, template: str | None = None, loss: str = "assistant"
 ) -> ChatReader | None:
-    """The reader for a tokenizer's chat template; None if `wanted` is False."""
+    """The reader for a tokenizer's chat template; None if `wanted` is False.
+
+    Raises:
+      UserError: the template is damaged; or `wanted` is True, and there is none.
+    """
     if wanted is False:
         return None
     templates = chat_templates.chat_templates(tokenizer, template)
+    if wanted and not templates:
+        templates.choose()  # raises before any file is read
     try:
         for _, text in templates.templates if wanted or template else ():
             chat_templates._program(text)

@@ -94,6 +94,11 @@ class Dataset:
             )
         if not 0 <= self.eval_fraction <= 1:
             raise UserError(f"Dataset.eval_fraction={self.eval_fraction} is not between 0 and 1")
+        if self.min_length < 0:
+            raise UserError(f"Dataset.min_length={self.min_length} is not a number of tokens; expected at least 0")
+        for name in ("separator", "cache_dir"):
+            if getattr(self, name) == "":
+                raise UserError(f"Dataset.{name} is empty; set it, or leave it out (None)")
         _check_long("Dataset", self.long_fraction, self.long_length)
 
     def load_tokenizer(self) -> tok.Tokenizer:

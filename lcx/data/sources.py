@@ -153,6 +153,11 @@ def _documents(
 ) -> Iterator[Document]:
     """The documents of one file, or of the files that form one document."""
     first = group[0]
+    if chat is not None and chat.wanted and first.format not in ROW_FORMATS:
+        raise UserError(
+            f"{first.path} is read as {first.format!r}, which holds no conversations: set Dataset.chat to None, or "
+            f"Dataset.format to one of {', '.join(ROW_FORMATS)}"
+        )
     if first.document or first.format == "code":
         return code.read(group, tally)
     if first.format == "fasta":

@@ -184,6 +184,9 @@ class Passkey:
         from tqdm import tqdm
 
         stop = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
+        longest = max((len(prompt.tokens) for prompt in prompts), default=0) + self.max_new_tokens
+        window = max(model.max_position_embeddings, longest)  # an evaluation may go beyond the model's own window
+        model = model.clone(parent=None, max_position_embeddings=window)
         answers = [""] * len(prompts)
         bar = tqdm(total=len(prompts), desc=self.name, unit="prompt", disable=None, delay=1)
         with scoring.on_mesh(params), bar:

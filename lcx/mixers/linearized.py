@@ -12,6 +12,7 @@ Letters: B batch, T time, D embed, N query heads, K key/value heads, H head dim,
 """
 
 import functools
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -21,7 +22,7 @@ from jaxtyping import Array, Float, Int
 
 from lcx import rope as rope_lib
 from lcx import sharding
-from lcx.errors import UserError
+from lcx.errors import UserError, check_sizes
 from lcx.layers import Norm, named_param
 from lcx.mixers import Cache
 from lcx.mixers.feature_maps import FeatureMap
@@ -230,7 +231,10 @@ class LinearizedAttention(nn.Module):
 
     @nn.nowrap
     def check(self) -> None:
-        """Raises UserError for settings that do not fit each other."""
+        """Raises UserError for settings that are out of range or do not fit each other."""
+        check_sizes(type(self).__name__, feature_dim=self.feature_dim, adapter=self.adapter)
+        if not math.isfinite(self.window_factor):
+            raise UserError(f"window_factor {self.window_factor}: expected a finite number")
         if self.num_heads % self.num_kv_heads:
             raise UserError(
                 f"num_heads {self.num_heads} must be a multiple of num_kv_heads {self.num_kv_heads}; change one"

@@ -1,8 +1,8 @@
-"""Logs the metrics of a run to metrics.jsonl, optionally to wandb, and as a progress bar or plain lines.
+"""Logs the metrics of a run to metrics.jsonl, on request to wandb and TensorBoard, and on the terminal.
 
 metrics.jsonl is the authoritative record: one JSON object per line, such as
-`{"step": 120, "loss": 1.43, "tokens_per_second": 2e4}`, written immediately. Nothing here can stop a run: a failure
-of wandb or a full disk causes one warning.
+`{"step": 120, "loss": 1.43, "tokens_per_second": 2e4}`, written immediately. wandb and TensorBoard receive the same
+numbers under the same names. Nothing here can stop a run: a failure of wandb or a full disk causes one warning.
 """
 
 from __future__ import annotations
@@ -10,15 +10,17 @@ from __future__ import annotations
 import collections
 import contextlib
 import json
+import logging
 import math
 import os
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from lcx.errors import UserError, first_line
+from lcx.training.tensorboard import TensorBoard
 
 MODES = ("auto", "offline", "online", "off")
 _WANDB_SECONDS = 20  # by default wandb waits 100 s for an unreachable server
@@ -28,19 +30,20 @@ class MetricsLogger:
     """Writes on process 0 and does nothing on the others.
 
     Args:
-      workdir: folder for metrics.jsonl and wandb/.
+      workdir: folder for metrics.jsonl, wandb/ and tensorboard/.
       total_steps: steps of the whole run, for the progress bar and the estimate of the time left.
       mode: wandb mode: "online", "offline" (upload later with `wandb sync`), "off", or "auto": the value of
         WANDB_MODE if set, else online if WANDB_API_KEY is set, else offline.
       project: wandb project.
-      config_text: stored with the wandb run.
+      tensorboard: whether to write TensorBoard event files.
+      config_text: stored with the wandb run and in the event files.
       resume_step: the step that the run resumes from. Lines of later steps are dropped from metrics.jsonl because
         those steps will be repeated; so is a line that a kill cut short.
       print_every: steps between plain lines when stderr is not a terminal; 0 shows neither lines nor a bar.
       process_index: index of this process; None: jax.process_index().
 
     Raises:
-      UserError: an unknown mode.
+      UserError: an unknown mode; or the tensorboard package is not installed.
     """
 
     def __init__(
@@ -50,6 +53,7 @@ class MetricsLogger:
         total_steps: int,
         mode: str = "auto",
         project: str = "lcx",
+        tensorboard: bool = False,
         config_text: str = "",
         resume_step: int = 0,
         print_every: int = 10,
@@ -69,6 +73,17 @@ class MetricsLogger:
         self._lines = _JsonLines(os.path.join(folder, "metrics.jsonl"), resume_step)
         self._progress = _make_progress(total_steps, resume_step, print_every)
         self._wandb = _Wandb(folder, mode, project, config_text, self._progress.message)
+        self._tensorboard: TensorBoard | None = None
+        if tensorboard:
+            events, about = os.path.join(folder, "tensorboard"), {"config_text": config_text}
+            self._tensorboard = TensorBoard(
+                events, **about, resume_step=resume_step, warn=self._progress.message
+            )
+
+    def advance(self, step: int) -> None:
+        """Moves the progress bar to a step that is done, whether or not its metrics are logged."""
+        if self._writes:
+            self._progress.advance(int(step))
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Writes one line. Values are numbers or scalar arrays; blocks until arrays are computed."""
@@ -80,6 +95,8 @@ class MetricsLogger:
             self.message(f"warning: {problem}; training continues without this line")
         self._progress.show(int(step), numbers)
         self._wandb.log(int(step), numbers)
+        if self._tensorboard is not None:
+            self._tensorboard.log(int(step), numbers)
 
     def message(self, text: str) -> None:
         """Prints a line on stderr without breaking the progress bar."""
@@ -94,6 +111,8 @@ class MetricsLogger:
         self._progress.close()
         self._lines.close()
         self._wandb.close(exit_code)
+        if self._tensorboard is not None:
+            self._tensorboard.close()
 
     def __enter__(self) -> MetricsLogger:
         return self
@@ -201,6 +220,9 @@ class _Lines:
             left = f" eta {eta}" if (eta := self._time_left(step)) else ""
             self.message(f"step {step}/{self._total} {_summary(metrics)}{left}")
 
+    def advance(self, step: int) -> None:
+        pass
+
     def _time_left(self, step: int) -> str:
         (first, then), (last, now) = self._times[0], self._times[-1]
         return _duration((self._total - step) * (now - then) / (last - first)) if last > first else ""
@@ -218,25 +240,44 @@ class _Silent(_Lines):
         pass
 
 
+class _AboveTheBar(logging.Handler):
+    """Warnings of all loggers, which Python would otherwise print into the line of the bar."""
+
+    def __init__(self, write: Callable[[str], None]):
+        super().__init__(logging.WARNING)
+        self._write = write
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._write(self.format(record))
+
+
 class _Bar(_Lines):
+    """A bar that moves with every step, below the same lines that are printed elsewhere."""
+
     def __init__(self, total_steps: int, first_step: int):
         super().__init__(total_steps, 1)
         import tqdm
 
-        form = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}"
+        form = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]"
         self._tqdm = tqdm.tqdm
         self._bar = tqdm.tqdm(
             total=total_steps, initial=first_step, file=sys.stderr, dynamic_ncols=True, bar_format=form
         )
+        self._handler = _AboveTheBar(self.message)
+        if not logging.root.handlers:  # the user has not set up logging
+            logging.root.addHandler(self._handler)
 
     def show(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._bar.set_postfix_str(_summary(metrics), refresh=False)
+        self.message(f"step {step}/{self._total} {_summary(metrics)}")
+
+    def advance(self, step: int) -> None:
         self._bar.update(step - self._bar.n)
 
     def message(self, text: str) -> None:
         self._tqdm.write(text, file=sys.stderr)
 
     def close(self) -> None:
+        logging.root.removeHandler(self._handler)
         self._bar.close()
 
 

@@ -68,6 +68,7 @@ class Meter:
             log.warning("mfu is not logged: %s", error)
         self._peak = peak_flops()
         self._watcher = concurrent.futures.ThreadPoolExecutor(1, "lcx-meter")
+        self._watcher.submit(int).result()  # starts its thread, which would otherwise see the first step end too late
         self._dispatched: collections.deque = collections.deque()  # (step, values, future of the time it was done)
         self._since: float | None = None
         self._timed = 0
@@ -99,6 +100,7 @@ class Meter:
             if not math.isfinite(numbers[name]):
                 raise NotFiniteError(name, numbers[name], step)
         self.losses.append(numbers["loss"])
+        self._metrics.advance(step)
         if self._since is None:
             self._since = now
         else:

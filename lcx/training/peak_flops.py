@@ -5,7 +5,10 @@ import jax
 # Peak of dense bfloat16 matrix products in FLOP/s per device, from the vendors' data sheets. The first entry whose name
 # is a substring of jax's device_kind is used.
 PEAKS = (
+    ("H200 NVL", 835e12),
     ("H200", 989e12),
+    ("H100 NVL", 835e12),
+    ("H100 PCIe", 756e12),
     ("H100", 989e12),
     ("A100", 312e12),
     ("B200", 2250e12),
@@ -13,6 +16,8 @@ PEAKS = (
     ("TPU v5p", 459e12),
     ("TPU v5 lite", 197e12),
     ("TPU v5e", 197e12),
+    ("TPU v5", 459e12),  # what jax calls a v5p
+    ("TPU v4 lite", 138e12),
     ("TPU v4", 275e12),
 )
 

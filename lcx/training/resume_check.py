@@ -5,7 +5,6 @@ reported.
 """
 
 import logging
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -131,15 +130,3 @@ def _brief(value: Any) -> str:
     if isinstance(value, list):
         return f"a list of {len(value)}"
     return "the default" if value is None else repr(value)
-
-
-def keep_config(folder: pathlib.Path, text: str) -> None:
-    """Writes config.gin. An existing one with other contents is renamed to config.1.gin, config.2.gin, ..."""
-    config = folder / "config.gin"
-    if not text or (config.exists() and config.read_text() == text):
-        return
-    (folder / "config.gin.new").write_text(text)
-    if config.exists():
-        number = next(i for i in range(1, 1 << 30) if not (folder / f"config.{i}.gin").exists())
-        config.rename(folder / f"config.{number}.gin")
-    (folder / "config.gin.new").rename(config)

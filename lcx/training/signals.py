@@ -1,5 +1,8 @@
 """Turns SIGTERM (preemption, a scheduler) and Ctrl-C into a flag that the training loop checks between steps.
 
+A run that SIGTERM has stopped ends as if it had succeeded, because the same command will be started again. After Ctrl-C
+the command ends with status 130, so that a script does not go on with an unfinished run (`interrupted`).
+
 With several processes JAX's own preemption notice is used instead. It makes every process stop at the same step, and
 a Python signal handler installed after jax.distributed.initialize would override it.
 """
@@ -12,6 +15,13 @@ from types import FrameType
 
 import jax
 
+_interrupted = threading.Event()
+
+
+def interrupted() -> bool:
+    """Whether Ctrl-C has stopped a run of this process."""
+    return _interrupted.is_set()
+
 
 class StopRequest:
     """Context manager. `requested(step)` is True once the run should save a checkpoint and end.
@@ -19,29 +29,32 @@ class StopRequest:
     A second signal ends the process immediately.
 
     Attributes:
-      unsaved: whether there is progress that would be lost without a checkpoint. While it is False, the first signal
-        ends the process immediately, even while the main thread compiles and cannot run a Python signal handler.
+      safe: None while there is progress that would be lost without a checkpoint. Otherwise what the process prints
+        when the first signal ends it immediately, even while the main thread compiles and cannot run a Python signal
+        handler.
     """
 
     def __init__(self):
-        self.unsaved = True
+        self.safe: str | None = None
         self._flag = threading.Event()
+        self._previous_pipe = -1
         self._previous: dict[int, object] = {}
         self._pipe: tuple[int, int] | None = None
 
     def __enter__(self) -> "StopRequest":
+        _interrupted.clear()
         if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._previous[number] = signal.signal(number, self._handle)
             self._pipe = os.pipe()
             os.set_blocking(self._pipe[1], False)
-            signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
+            self._previous_pipe = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
             threading.Thread(target=self._watch, args=(self._pipe[0],), daemon=True).start()
         return self
 
     def __exit__(self, *_) -> None:
         if self._pipe is not None:
-            signal.set_wakeup_fd(-1)
+            signal.set_wakeup_fd(self._previous_pipe)
             os.close(self._pipe[1])  # ends the thread, which closes the other end
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
@@ -51,20 +64,24 @@ class StopRequest:
 
         Python runs its own signal handlers only in the main thread, which does not get to them during a compilation.
         """
+        received = 0
         while numbers := os.read(pipe, 1):
             number = numbers[0]
-            if not self.unsaved and number in self._previous:
-                name = signal.Signals(number).name
-                print(f"\n{name}: stopped before the first step, nothing is lost", file=sys.stderr, flush=True)
+            if number not in self._previous:
+                continue
+            received += 1
+            if self.safe is not None:
+                print(f"\n{signal.Signals(number).name}: {self.safe}", file=sys.stderr, flush=True)
+            if self.safe is not None or received > 1:
                 os._exit(128 + number)
         os.close(pipe)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if not self.unsaved:
+        if self.safe is not None or self._flag.is_set():
             return  # the thread that watches the pipe is about to end the process
-        if self._flag.is_set():
-            os._exit(128 + number)
         self._flag.set()
+        if number == signal.SIGINT:
+            _interrupted.set()
         name = signal.Signals(number).name
         print(
             f"\n{name}: saving a checkpoint, then stopping; send it again to stop now",

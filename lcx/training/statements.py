@@ -1,6 +1,7 @@
 """The messages at the start and end of a training run: model, data, sizes, and where the run writes."""
 
 import os
+import shlex
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -51,7 +52,8 @@ def closing(workdir: str, step: int, steps: int) -> str:
     checkpoint = os.path.join(workdir, "checkpoints", str(step))
     if step < steps:
         return f"stopped at step {step} of {steps}; the same command resumes from {checkpoint}"
-    return f"done: {checkpoint}; next: python -m lcx.evaluate --checkpoint={workdir} --output={workdir}/evaluation"
+    run, output = shlex.quote(workdir), shlex.quote(os.path.join(workdir, "evaluation"))
+    return f"done: {checkpoint}; next: python -m lcx.evaluate --checkpoint={run} --output={output}"
 
 
 def _model(run: Any) -> str:

@@ -10,7 +10,7 @@ import dataclasses
 import os
 import pathlib
 from collections.abc import Callable, Collection, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lcx.errors import UserError
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from lcx.convert.core.model_source import ModelSource
     from lcx.convert.files.tensor_io import TensorInfo
     from lcx.model import Decoder
+
+T = TypeVar("T")
 
 
 def option(default: Any, *, help: str, metavar: str) -> Any:
@@ -77,6 +79,13 @@ class Format:
           UserError: damaged or missing files, or an unsupported model.
         """
         raise NotImplementedError(f"{self.name} is not read")
+
+    def read(self, path: str | os.PathLike, work: Callable[[], T]) -> T:
+        """The result of `work`, which opens `path` and reads parameters.
+
+        A format whose checkpoints hold several steps repeats it with an older step after one that is damaged.
+        """
+        return work()
 
     def load(
         self,
@@ -146,6 +155,25 @@ class Format:
     def may_replace(self, folder: pathlib.Path) -> bool:
         """Whether a folder detected as this format may be replaced as a whole."""
         return True
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardedFormat(Format):
+    """A format whose tensors are in safetensors files of limited size.
+
+    Attributes:
+      max_shard_bytes: maximum size of a safetensors file; a larger tensor gets its own file.
+    """
+
+    max_shard_bytes: int = option(
+        5_000_000_000,
+        help="the maximum size in bytes of a safetensors file of 'hf' and 'lolcats'",
+        metavar="N",
+    )
+
+    def __post_init__(self):
+        if self.max_shard_bytes < 1:
+            raise UserError(f"max_shard_bytes is {self.max_shard_bytes}, expected at least 1")
 
 
 @dataclasses.dataclass(frozen=True)

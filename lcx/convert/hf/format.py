@@ -4,30 +4,20 @@ import dataclasses
 from typing import Any
 
 from lcx import moved
-from lcx.convert.core.format import Format, option
-from lcx.errors import UserError
+from lcx.convert.core.format import ShardedFormat
 
 
 @dataclasses.dataclass(frozen=True)
-class HuggingFace(Format):
+class HuggingFace(ShardedFormat):
     """A Hugging Face folder.
 
     Attributes:
       family: your own `family.Family`, for a model_type that is not in `families.FAMILIES`.
-      max_shard_bytes: maximum size of a safetensors file; a larger tensor gets its own file.
     """
 
     name: str = "hf"
     help: str = "a Hugging Face folder (config.json, safetensors, the tokenizer)"
     family: Any = None
-    max_shard_bytes: int = option(
-        5_000_000_000,
-        help="the maximum size in bytes of a safetensors file of 'hf' and 'lolcats'",
-        metavar="N",
-    )
-
-    def __post_init__(self):
-        check_shard_bytes(self.max_shard_bytes)
 
     def detect(self, path, names):
         from lcx.convert.hf.folder import CONFIG, WEIGHT_FILES
@@ -61,12 +51,6 @@ class HuggingFace(Format):
         from lcx.convert.hf import writer
 
         return writer.check_written(folder, tensors, family=self.family)
-
-
-def check_shard_bytes(value: int) -> None:
-    """Raises UserError unless the size is at least 1 byte."""
-    if value < 1:
-        raise UserError(f"max_shard_bytes is {value}, expected at least 1")
 
 
 __getattr__ = moved.names_of(__name__)

@@ -3,33 +3,26 @@
 import dataclasses
 
 from lcx import moved
-from lcx.convert.core.format import Format, TrainedFormat, option
-from lcx.convert.hf.format import check_shard_bytes
+from lcx.convert.core.format import ShardedFormat, TrainedFormat
 from lcx.convert.lolcats.files import Lolcats, is_lolcats
 from lcx.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
-class LolcatsFolder(Format):
+class LolcatsFolder(ShardedFormat):
     """A Hugging Face folder with feature maps.
 
     Attributes:
       files: the LoLCATS files and their settings; None: those in the folder.
-      max_shard_bytes: maximum size of a safetensors file; a larger tensor gets its own file.
     """
 
     name: str = "lolcats"
     help: str = "a Hugging Face folder with LoLCATS feature maps"
     overlay: bool = True
     files: Lolcats | None = None
-    max_shard_bytes: int = option(
-        5_000_000_000,
-        help="the maximum size in bytes of a safetensors file of 'hf' and 'lolcats'",
-        metavar="N",
-    )
 
     def __post_init__(self):
-        check_shard_bytes(self.max_shard_bytes)
+        super().__post_init__()
         if not isinstance(self.files, Lolcats | None):
             raise UserError(
                 f"lolcats is {self.files!r}, expected lcx.Lolcats(feature_maps=..., lora=..., attention=...)"

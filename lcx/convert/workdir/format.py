@@ -26,6 +26,11 @@ class Workdir(Format):
 
         return LcxSource(path)
 
+    def read(self, path, work):
+        from lcx.checkpoint.slices import past_damage
+
+        return past_damage(path, work)
+
     def load(self, path, *, dtype, mesh, change):
         from lcx.convert.workdir import restore
 

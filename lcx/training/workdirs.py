@@ -1,0 +1,70 @@
+"""The folder of a run and its config.gin. A run that is refused before it has written anything leaves both alone."""
+
+import contextlib
+import os
+import pathlib
+from collections.abc import Iterator
+
+from lcx.errors import UserError
+from lcx.locks import LOCK
+
+
+@contextlib.contextmanager
+def made(folder: pathlib.Path) -> Iterator[None]:
+    """Creates a folder and its parents. What is still empty after an exception is removed again.
+
+    Raises:
+      UserError: the folder cannot be created.
+    """
+    missing = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot create {folder} ({error.strerror or error}): change --workdir") from None
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):  # not empty: the run had begun
+            for path in missing:
+                path.rmdir()
+        raise
+
+
+@contextlib.contextmanager
+def kept_config(folder: pathlib.Path, text: str) -> Iterator[None]:
+    """Writes config.gin; an existing one with other contents is renamed to config.1.gin, config.2.gin, ...
+
+    If the block raises an exception before anything else in the folder has changed, this is undone.
+    """
+    config, old = folder / "config.gin", None
+    if not text or (config.exists() and config.read_text() == text):
+        yield
+        return
+    before = _contents(folder)
+    (folder / "config.gin.new").write_text(text)
+    if config.exists():
+        number = next(i for i in range(1, 1 << 30) if not (folder / f"config.{i}.gin").exists())
+        old = config.rename(folder / f"config.{number}.gin")
+    (folder / "config.gin.new").rename(config)
+    try:
+        yield
+    except BaseException:
+        ours = {config, old}
+        unchanged = {path: about for path, about in _contents(folder).items() if path not in ours}
+        if unchanged == {path: about for path, about in before.items() if path != config}:
+            config.unlink()
+            if old is not None:
+                old.rename(config)
+        raise
+
+
+def _contents(folder: pathlib.Path) -> dict[pathlib.Path, tuple[int, int]]:
+    """(size, time of the last change) of every file below a folder, except the lock."""
+    found = {}
+    for root, _, names in os.walk(folder):
+        for name in names:
+            path = pathlib.Path(root) / name
+            with contextlib.suppress(OSError):  # a file that was removed in the meantime
+                if name != LOCK:
+                    found[path] = (path.lstat().st_size, path.lstat().st_mtime_ns)
+    return found

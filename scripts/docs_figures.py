@@ -1,0 +1,274 @@
+"""Writes every measured speed of README.md and docs/ from the files in benchmarks/results, so that they cannot differ.
+
+    python scripts/docs_figures.py
+
+A page holds `<!-- figure: NAME -->...<!-- /figure -->`; what is between is written here. A time is quoted only from a
+file that says `"quiet": true`: nothing else ran on the machine meanwhile (benchmarks/harness.py). Of any other file the
+page says that the figure is still to be measured, and with which command.
+"""
+
+import json
+import pathlib
+import re
+from collections.abc import Callable
+from typing import NamedTuple
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+MARK = re.compile(r"(<!-- figure: (\S+) -->)(.*?)(<!-- /figure -->)", re.DOTALL)
+
+
+class Figure(NamedTuple):
+    """A piece of text made of one file. `timed`: it holds times, which other work on the machine would change."""
+
+    file: str
+    write: Callable[[dict], str]
+    command: str
+    timed: bool = True
+
+
+def quiet(result: object) -> bool:
+    """Whether there is a record of what else ran, and none of the records is of a busy machine."""
+    found = list(_records(result))
+    return bool(found) and all(found)
+
+
+def _records(result: object):
+    if isinstance(result, dict):
+        if "quiet" in result:
+            yield result["quiet"] is True
+        for value in result.values():
+            yield from _records(value)
+    elif isinstance(result, list):
+        for value in result:
+            yield from _records(value)
+
+
+# ------------------------------------------------------------------------------------ how things are told
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows]).replace(
+        " --- ", "---"
+    )
+
+
+def number(x: float | None) -> str:
+    """Two or three digits that mean something."""
+    if x is None:
+        return ""
+    return f"{float(f'{x:.3g}'):,.0f}" if x >= 20 else f"{x:.2g}"
+
+
+def ratio(x: float) -> str:
+    """Of a peer's time over ours, told alike in both directions."""
+    return f"{x:.2f}x" + (" (slower)" if x < 0.995 else "")
+
+
+def source(result: dict) -> str:
+    """The line below a table: where, with what, and when it was measured."""
+    threads = ", ".join(f"{side} {_threads(given)}" for side, given in result["threads"].items())
+    versions = result["versions"]
+    packages = ", ".join(
+        f"{name} {versions[name]}" for name in ("jax", "torch", "transformers") if name in versions
+    )
+    machine = result["machine"]
+    return (
+        f"Measured on {machine['cpu']}, with nothing else running; threads: {threads}; {packages}; "
+        f"commit {machine['commit']}, {result['created']}."
+    )
+
+
+def _threads(given: dict) -> str:
+    devices = given.get("devices", 1)
+    return f"{given.get('threads', '?')}" + (f" ({devices} devices)" if devices > 1 else "")
+
+
+def with_source(result: dict, text: str) -> str:
+    return f"{text}\n\n{source(result)}"
+
+
+# ------------------------------------------------------------------------------------ the figures
+
+
+def operators(result: dict) -> str:
+    head = ["", "xla, 4 x 2048", "xla, 1 x 8192", "torch, 1 x 8192", "speed over torch", "with gradients"]
+    rows = []
+    for name, measured in result["operators"].items():
+        cells = {}
+        for which in ("forward", "forward+backward"):
+            found = {(r["T"], r["form"]): r["ms"] for r in measured["rows"] if r["pass"] == which}
+            peer = next(
+                (ms for (T, form), ms in found.items() if T == 8192 and form.startswith("torch")), None
+            )
+            ours = found.get((8192, "xla"))
+            cells[which] = [found.get((2048, "xla")), ours, peer, peer / ours if peer and ours else None]
+        near, ours, peer, over = cells["forward"]
+        trained = cells["forward+backward"][3]
+        rows.append(
+            [
+                name,
+                *map(number, (near, ours, peer)),
+                *("" if x is None else ratio(x) for x in (over, trained)),
+            ]
+        )
+    return with_source(next(iter(result["operators"].values())), table(head, rows))
+
+
+def training(result: dict) -> str:
+    head = [
+        "T",
+        "rows",
+        "lcx, tokens/s",
+        "transformers, tokens/s",
+        "speed over transformers",
+        "least to most",
+    ]
+    rows = [
+        [
+            *(str(row["T"]), str(row["batch"])),
+            *(number(row[f"{side}_tokens_per_second"]) for side in ("lcx", "torch")),
+            ratio(row["speed_ratio_median"]),
+            " to ".join(f"{x:.2f}" for x in row["speed_ratio_min_max"]),
+        ]
+        for row in result["speed"]
+    ]
+    memory, (ours, peer) = result["memory"], (side["step_mib"] / 1024 for side in result["memory"]["sides"])
+    text = table(head, rows)
+    said = f"Peak memory of a step at T = {memory['T']}: {ours:.2f} GiB against {peer:.2f} GiB"
+    return with_source(result, f"{text}\n\n{said} ({memory['ratio']:.2f}x).")
+
+
+def training_line(result: dict) -> str:
+    speeds = ", ".join(f"{ratio(row['speed_ratio_median'])} at {row['T']} tokens" for row in result["speed"])
+    return f"speed {speeds}; {result['memory']['ratio']:.2f}x the memory at {result['memory']['T']}"
+
+
+def decoders(result: dict) -> str:
+    names = {
+        "llama": "Llama",
+        "linearized": "linearized",
+        "striped_hyena": "StripedHyena 2",
+        "two_mamba": "2Mamba",
+    }
+    speeds = {(row["T"], row["model"]): row["tokens_per_second"] for row in result["rows"]}
+    lengths = sorted({T for T, _ in speeds})
+    rows = [[str(T), *(number(speeds.get((T, model))) for model in names)] for T in lengths]
+    return with_source(result, table(["T", *names.values()], rows))
+
+
+def step_memory(result: dict) -> str:
+    names = {
+        "llama": "Llama",
+        "linearized": "linearized",
+        "two_mamba": "2Mamba",
+        "striped_hyena": "StripedHyena 2",
+    }
+    sizes = {(row["model"], row["T"]): row["temp_gib"] for row in result["rows"] if "temp_gib" in row}
+    lengths = sorted({T for _, T in sizes})
+    rows = [[title, *(f"{sizes[name, T]:.3g}" for T in lengths)] for name, title in names.items()]
+    return table(["", *(f"{T // 1024}K" for T in lengths)], rows)
+
+
+def stripe(result: dict) -> str:
+    head = ["tokens", "per CPU second", "vortex's", "speed", "temporary MiB", "vortex's"]
+    found = {(row["T"], row["form"]): row for row in result["rows"] if row["pass"] == "forward+backward"}
+    rows = []
+    for T in sorted({T for T, _ in found}):
+        ours, theirs = found[T, "lcx"], found[T, "published"]
+        speeds = [number(row["tokens_per_cpu_second"]) for row in (ours, theirs)]
+        memory = [number(row["temp_mib"]) for row in (ours, theirs)]
+        rows.append([str(T), *speeds, ratio(ours["speed_over_published"]), *memory])
+    grown = {form: result["growth_of_time"]["forward+backward"][form] for form in ("lcx", "published")}
+    text = table(head, rows)
+    text += f"\n\nTime grows as T^{grown['lcx']:.2f} (vortex's formulation: T^{grown['published']:.2f}), memory as T."
+    return with_source(result, text)
+
+
+def decoding(result: dict) -> str:
+    sides = [
+        side
+        for side in ("linear", "softmax", "transformers")
+        if side in result["decoding"][0]["tokens_per_second"]
+    ]
+    head = ["context", *(f"{side}, tokens/s" for side in sides), "state of linear", "cache of softmax"]
+    rows = [
+        [
+            str(row["length"]),
+            *(number(row["tokens_per_second"][side]) for side in sides),
+            *(f"{row['cache_bytes'][side] / 1e6:.1f} MB" for side in ("linear", "softmax")),
+        ]
+        for row in result["decoding"]
+    ]
+    ahead = result["linear_is_faster_from"]
+    said = (
+        f"The linear model is ahead of both from {ahead} tokens on."
+        if ahead
+        else "The linear model is slower throughout."
+    )
+    return with_source(result, f"{table(head, rows)}\n\n{said}")
+
+
+def decoding_line(result: dict) -> str:
+    row = result["decoding"][-1]
+    speeds = ", ".join(f"{side} {number(x)}" for side, x in row["tokens_per_second"].items())
+    sizes = " and ".join(
+        f"{row['cache_bytes'][side] / 1e6:.1f} MB ({side})" for side in ("linear", "softmax")
+    )
+    return f"tokens/s after {row['length']} tokens: {speeds}; {sizes} kept"
+
+
+def convert_peak(result: dict) -> str:
+    most = max(result[way]["peak_mb"] for way in ("hf_to_lcx", "lcx_to_hf")) / 1000
+    return f"{most:.2f} GB of memory for a checkpoint of {result['size_mb'] / 1000:.1f} GB"
+
+
+TRAINING = (
+    "train_vs_transformers_cpu.json",
+    "JAX_NUM_CPU_DEVICES=2 python benchmarks/train_vs_transformers.py",
+)
+DECODING = "linearized_decoding_cpu.json", "python benchmarks/linearized.py --softmax HF_FOLDER"
+FIGURES = {
+    "operators": Figure("cpu.json", operators, "python benchmarks/kernels.py"),
+    "training": Figure(TRAINING[0], training, TRAINING[1]),
+    "training_line": Figure(TRAINING[0], training_line, TRAINING[1]),
+    "decoders": Figure("train_step_cpu.json", decoders, "python benchmarks/train_step.py"),
+    "step_memory": Figure(
+        "train_step_memory_h200.json", step_memory, "python benchmarks/train_step_memory.py", timed=False
+    ),
+    "stripe": Figure("striped_hyena_cpu.json", stripe, "python benchmarks/striped_hyena.py --width 32"),
+    "decoding": Figure(DECODING[0], decoding, DECODING[1]),
+    "decoding_line": Figure(DECODING[0], decoding_line, DECODING[1]),
+    "convert_peak": Figure(
+        "convert_memory_cpu.json", convert_peak, "python benchmarks/convert_memory.py", timed=False
+    ),
+}
+
+
+def text(name: str, results: pathlib.Path = RESULTS) -> str:
+    figure = FIGURES[name]
+    path = results / figure.file
+    result = json.loads(path.read_text()) if path.exists() else None
+    if result is None or (figure.timed and not quiet(result)):
+        return f"not measured on a quiet machine yet (`{figure.command}`)"
+    return figure.write(result)
+
+
+def page(before: str, results: pathlib.Path = RESULTS) -> str:
+    """The page with what its marks hold written anew; a mark on a line of its own holds a paragraph or a table."""
+
+    def anew(match: re.Match) -> str:
+        start, name, old, end = match.groups()
+        space = "\n\n" if old.startswith("\n") or not old else ""
+        return f"{start}{space}{text(name, results)}{space}{end}"
+
+    return MARK.sub(anew, before)
+
+
+def pages() -> list[pathlib.Path]:
+    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+if __name__ == "__main__":
+    for path in pages():
+        path.write_text(page(path.read_text()))

@@ -1,0 +1,37 @@
+"""Decays and documents of the attention tests, and the comparison of values and gradients with float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+NAMES = ["y", "dq", "dk", "dv", "da"]
+
+
+def decay_and_runs(rng, B, T, N, mean, documents):
+    """log_decay [B, T, N] of this mean (None: no decay; "resets": hardly any or e^-95), document indices or None."""
+    a = None if mean is None else rng.uniform(0, 2, (B, T, N))
+    if a is not None:
+        a = jnp.asarray(np.where(a < 0.6, -95, -0.02 * a) if mean == "resets" else mean * a, jnp.float32)
+    runs = jnp.asarray(np.cumsum(rng.random((B, T)) < 0.03, axis=1), jnp.int32) if documents else None
+    return a, runs
+
+
+def check(found, expected, dtype, limit):
+    """y and the gradients of NAMES: their dtypes, and their errors relative to the largest value, at least 1."""
+    for name, x, right in zip(NAMES, found, expected, strict=True):
+        if x is None:
+            continue
+        assert x.dtype == (jnp.float32 if name == "da" else dtype)
+        error = np.abs(np.asarray(x, np.float64) - right).max() / max(1, np.abs(right).max())
+        assert error < limit, f"{name}: {error:.1e}"
+
+
+def with_gradients(f, *xs):
+    """f(*xs[:-1]) and the gradients of sum(xs[-1] * f), as one program."""
+
+    @jax.jit
+    def both(*xs):
+        y, pull = jax.vjp(f, *xs[:-1])
+        return y, *pull(xs[-1])
+
+    return both(*xs)
