@@ -82,7 +82,8 @@ class Step:
             self.compiled = step.lower(run.abstract, self.batch, np.int32(0)).compile()
             weights = {"params": model_lib.init_params(architecture, jax.random.key(0), mesh=mesh)}
             self.state = {
-                **weights, "opt_state": train_step.init_opt_state(run.optimizer, weights, run.abstract)
+                **weights,
+                "opt_state": train_step.init_opt_state(run.optimizer, weights, run.abstract),
             }
 
     def __call__(self) -> float:
@@ -119,7 +120,9 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--letters", required=True, help="a FASTA file")
     parser.add_argument("--models", default="linear,hyena,softmax")
     parser.add_argument("--lengths", default=",".join(map(str, LENGTHS)))
-    parser.add_argument("--whole_until", type=int, default=1 << 17, help="longest row that is also taken whole")
+    parser.add_argument(
+        "--whole_until", type=int, default=1 << 17, help="longest row that is also taken whole"
+    )
     parser.add_argument("--piece", type=int, default=PIECE)
     parser.add_argument("--twice", type=int, default=1, help="0: time the first step")
     parser.add_argument("--output")
@@ -136,7 +139,7 @@ def main() -> None:
     rows = []
     for name in args.models.split(","):
         for T in map(int, args.lengths.split(",")):
-            for piece in (args.piece, 0) if T <= args.whole_until else (args.piece,):
+            for piece in (args.piece, 0) if args.whole_until >= T else (args.piece,):
                 command = [sys.executable, __file__, "--letters", args.letters, "--twice", str(args.twice)]
                 command += ["--model", name, "--length", str(T), "--piece", str(piece)]
                 out = subprocess.run(command, check=True, capture_output=True, text=True).stdout

@@ -60,7 +60,9 @@ class Pieces:
 
     def __post_init__(self):
         if self.length < 1:
-            raise UserError(f"piece_length is {self.length}, expected at least 1: change Trainer.piece_length")
+            raise UserError(
+                f"piece_length is {self.length}, expected at least 1: change Trainer.piece_length"
+            )
         if self.carry not in CARRIES:
             raise UserError(
                 f"carry is {self.carry!r}, expected one of {', '.join(CARRIES)}: change Trainer.carry"
@@ -180,7 +182,9 @@ def _zeros(tree: Tree) -> Tree:
 # ------------------------------------------------------------------------------------------------------- both passes
 
 
-def _total(piece: PieceFn, grows: Tree, carry: str, variables: Tree, state: Tree, rows: dict[str, Array]) -> Tree:
+def _total(
+    piece: PieceFn, grows: Tree, carry: str, variables: Tree, state: Tree, rows: dict[str, Array]
+) -> Tree:
     """The sums over rows [groups, g, B, length], with the backward pass described at the top of this file."""
 
     def zero_sums() -> Tree:

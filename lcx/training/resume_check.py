@@ -18,8 +18,10 @@ from lcx.model import Decoder
 log = logging.getLogger(__name__)
 
 _FREE = ("dtype", "remat", "implementation")  # change how a model computes, not which function
-_CHANGEABLE = ("steps", "batch_size", "accumulation", "optimizer", "objective", "mesh", "dtype", "remat",
-               "piece_length", "carry")
+_CHANGEABLE = (
+    *("steps", "batch_size", "accumulation", "piece_length", "carry", "optimizer", "objective"),
+    *("mesh", "dtype", "remat"),
+)
 
 
 def record(

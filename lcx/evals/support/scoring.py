@@ -1,8 +1,8 @@
 """The loss of every token of many rows, on one device or a mesh, without storing the logits.
 
-One program is compiled per shape. Rows longer than LONG tokens are processed in pieces, each of which continues from the
-state that the previous one left (see ``lcx/pieces.py``): memory then does not grow with the row, apart from keys and
-values.
+One program is compiled per shape. Rows longer than LONG tokens are processed in pieces, each of which continues from
+the state that the previous one left (see ``lcx/pieces.py``): memory then does not grow with the row, apart from keys
+and values.
 """
 
 import collections
@@ -54,8 +54,8 @@ def score(
     """-log p(label) in nats of every token, float32, computed in the model's dtype.
 
     Rows are processed in batches of tokens_per_batch tokens, and rows of more than LONG tokens one by one, in pieces of
-    that size. The last batch is padded to the same shape, so that one compiled program serves all. On a terminal there is a progress bar. With several processes, each passes all rows
-    and receives all results.
+    that size. The last batch is padded to the same shape, so that one compiled program serves all. On a terminal there
+    is a progress bar. With several processes, each passes all rows and receives all results.
     """
     from tqdm import tqdm
 
@@ -108,8 +108,10 @@ def _scored(
     if piece is not None:
         pieces.check(model)
         step = piece
-        positions, ids = rows["positions"], rows["segment_ids"]
-        longest = width if positions is None else 1 + int((positions if ids is None else positions * (ids != 0)).max())
+        longest = width
+        if rows["positions"] is not None:
+            real = True if rows["segment_ids"] is None else rows["segment_ids"] != 0
+            longest = 1 + int((rows["positions"] * real).max())
         state = _empty_state(model, size, _rounded(width, step), longest)
     for first in range(0, width, step):
         batch = {
