@@ -7,6 +7,7 @@ which of them train, and the objective. The methods below are in the order in wh
 import contextlib
 import dataclasses
 import functools
+import itertools
 import logging
 import math
 import os
@@ -251,7 +252,7 @@ class Trainer:
                 try:
                     return self._loop(run, mesh, batches, checkpointer, metrics, stop, workdir)
                 except NotFiniteError as bad:
-                    raise UserError(f"{bad}: {_retreat(checkpointer, bad.step)}; {ADVICE}") from None
+                    raise UserError(f"{bad}: {workdirs.retreat(checkpointer, bad.step)}; {ADVICE}") from None
 
     def check(self, workdir: str) -> None:
         """Checks the settings against the workdir before anything is written.
@@ -457,13 +458,9 @@ class Trainer:
             log.warning("no evaluation: %s", e)
             return math.nan
         sums = train_step.make_sums(model, self._objective, self.accumulation)
-        weights = train_step.weights_of(state)
-        loss = weight = 0.0
         with held_out:
-            for _, batch in zip(range(self.eval_batches), held_out, strict=False):
-                batch_loss, batch_weight = sums(weights, sharding.shard_batch(batch, mesh))
-                loss, weight = loss + float(batch_loss), weight + float(batch_weight)
-        return loss / weight if weight else math.nan
+            first = itertools.islice(held_out, self.eval_batches)
+            return train_step.mean_loss(sums, train_step.weights_of(state), first, mesh)
 
     def _batches(self, split: str, model: Decoder, mesh) -> BatchIterator:
         index, count = sharding.process_rows(mesh)
@@ -483,18 +480,6 @@ class Trainer:
                 f"seq_len {self.seq_len} does not divide over context = {mesh.shape['context']} devices; "
                 "change Trainer.seq_len or the mesh"
             )
-
-
-def _retreat(checkpointer: Checkpointer, bad_step: int) -> str:
-    """After a non-finite step: sets aside the checkpoint that led to it, and says which one remains.
-
-    A checkpoint of the step before holds the weights that produced the non-finite values.
-    """
-    with contextlib.suppress(UserError):
-        checkpointer.close()  # waits for a save in progress
-    checkpointer.reject(bad_step - 1)
-    steps = checkpointer.steps()
-    return f"the checkpoint of step {steps[-1]} is kept" if steps else "there is no checkpoint yet"
 
 
 def _metrics(trainer: Trainer, workdir: str, step: int) -> MetricsLogger:

@@ -83,7 +83,7 @@ def every_mixer():
 
 @pytest.mark.parametrize(("length", "border_bytes"), [(16, 1 << 30), (13, 0)])
 def test_gradients_are_those_of_whole_rows(every_mixer, monkeypatch, length, border_bytes):
-    """Pieces that end inside a halo, a window and a document; a last one of one token; one and two levels of borders."""
+    """Pieces that end in a halo, a window and a document, a last one of one token; one and two levels of borders."""
     monkeypatch.setattr(pieces, "BORDER_BYTES", border_bytes)
     model, params, want = every_mixer
     assert_equal(gradient(model, Pieces(length), params, BATCH), want)

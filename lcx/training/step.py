@@ -8,7 +8,8 @@ The state is a plain dict; each entry is an item of the checkpoint:
 """
 
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -192,3 +193,19 @@ def make_sums(
         return loss - sum(x for named in parts for x in named.values()), weight
 
     return jax.jit(sums)
+
+
+def mean_loss(sums: Callable, weights: State, batches: Iterable[dict[str, Any]], mesh: Mesh) -> float:
+    """The mean loss per unit of weight over some batches of this process's rows, in nats; NaN if they have no weight.
+
+    Args:
+      sums: from make_sums.
+      weights: params, and lora if there is one.
+      batches: each with the rows of this process.
+      mesh: where the weights are.
+    """
+    loss = weight = 0.0
+    for batch in batches:
+        batch_loss, batch_weight = sums(weights, sharding.shard_batch(batch, mesh))
+        loss, weight = loss + float(batch_loss), weight + float(batch_weight)
+    return loss / weight if weight else math.nan

@@ -1,10 +1,14 @@
-"""The folder of a run and its config.gin. A run that is refused before it has written anything leaves both alone."""
+"""The folder of a run: its config.gin, and its checkpoints after a non-finite step.
+
+A run that is refused before it has written anything leaves the folder and config.gin as they were.
+"""
 
 import contextlib
 import os
 import pathlib
 from collections.abc import Iterator
 
+from lcx.checkpoint import Checkpointer
 from lcx.errors import UserError
 from lcx.locks import LOCK
 
@@ -68,3 +72,15 @@ def _contents(folder: pathlib.Path) -> dict[pathlib.Path, tuple[int, int]]:
                 if name != LOCK:
                     found[path] = (path.lstat().st_size, path.lstat().st_mtime_ns)
     return found
+
+
+def retreat(checkpointer: Checkpointer, bad_step: int) -> str:
+    """After a non-finite step: sets aside the checkpoint that led to it, and says which one remains.
+
+    A checkpoint of the step before holds the weights that produced the non-finite values.
+    """
+    with contextlib.suppress(UserError):
+        checkpointer.close()  # waits for a save in progress
+    checkpointer.reject(bad_step - 1)
+    steps = checkpointer.steps()
+    return f"the checkpoint of step {steps[-1]} is kept" if steps else "there is no checkpoint yet"
