@@ -96,7 +96,7 @@ def transformers_decoder(folder: str, length: int):
 
 def untrained(model, params):
     """The model with linear attention in place of softmax, as training finds it."""
-    linear = Linearize(feature_init="identity").model(model)
+    linear = Linearize(feature_init="uniform").model(model)
     fresh = jax.jit(lambda key: lcx_model.init_params(linear, key))(jax.random.key(0))
     return linear, fresh
 

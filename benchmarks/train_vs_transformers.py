@@ -1,56 +1,71 @@
 """A training step of lcx against transformers + torch: same machine, weights, batches, optimizer, one run.
 
-    python benchmarks/train_vs_transformers.py [--lengths 256,2048,8192] [--steps 7] [--output FILE.json]
+    python benchmarks/train_vs_transformers.py [--cases base:256,...] [--dtypes float32,bfloat16] [--steps 7]
+                                               [--output FILE.json] [--no-memory]
 
-For each length both sides take the same AdamW step (float32) on the same batches, in turns, A B A B ..., after one
-that is not counted; medians are compared, and the losses of every step are kept side by side. Peak memory is that of
-a process of its own for each side, less what it holds before the first step. Needs the extra `torch`.
+A case is a model and a length: `base` (width 256), `quickstart` (the quickstart's, 16 rows), `wide` (width 1024). In
+each case both sides take the same AdamW step on the same batches, in turns, A B, B A, ..., after one that is not
+counted; medians are compared, and the losses of every step are kept side by side. bfloat16 is `Trainer.dtype` on one
+side and torch's autocast on the other; weights and optimizer stay float32 in both. Peak memory (float32, the last
+length of `base`) is that of a process of its own for each side, less what it holds before the first step. Needs the
+extra `torch`. With --output, rows are added to the file's, so that a long run can be taken in parts.
 """
 
 import argparse
+import dataclasses
 import json
 import math
 import os
 import resource
 import subprocess
 import sys
+import tempfile
 
 import harness
 
-MODEL = {
-    "vocab_size": 32000,
-    "hidden_size": 256,
-    "intermediate_size": 704,
-    "num_layers": 4,
-    "num_heads": 4,
-    "num_kv_heads": 2,
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads")
+MODELS = {
+    "base": dict(zip(SIZES, (32000, 256, 704, 4, 4, 2), strict=True)),
+    "quickstart": dict(zip(SIZES, (258, 128, 352, 4, 4, 2), strict=True)),
+    "wide": dict(zip(SIZES, (32000, 1024, 2816, 4, 16, 8), strict=True)),
 }
+CASES = "base:256,base:2048,base:8192,quickstart:256,wide:2048"
 LEARNING_RATE, DECAY = 1e-3, 0.1
 
 
-def batches(T: int, count: int):
-    import numpy as np
+@dataclasses.dataclass(frozen=True)
+class Case:
+    model: str
+    T: int
+    dtype: str = "float32"
 
-    rng = np.random.default_rng(0)
-    return [rng.integers(0, MODEL["vocab_size"], (rows_of(T), T + 1)).astype("int32") for _ in range(count)]
+    @property
+    def sizes(self) -> dict[str, int]:
+        return MODELS[self.model]
+
+    @property
+    def rows(self) -> int:
+        return 16 if self.model == "quickstart" else max(1, 2048 // self.T)
+
+    def batches(self, count: int):
+        import numpy as np
+
+        rng, shape = np.random.default_rng(0), (self.rows, self.T + 1)
+        return [rng.integers(0, self.sizes["vocab_size"], shape).astype("int32") for _ in range(count)]
 
 
-def rows_of(T: int) -> int:
-    return max(1, 2048 // T)
-
-
-def hf_model():
+def hf_model(sizes: dict[str, int]):
     import torch
     import transformers
 
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        vocab_size=MODEL["vocab_size"],
-        hidden_size=MODEL["hidden_size"],
-        intermediate_size=MODEL["intermediate_size"],
-        num_hidden_layers=MODEL["num_layers"],
-        num_attention_heads=MODEL["num_heads"],
-        num_key_value_heads=MODEL["num_kv_heads"],
+        vocab_size=sizes["vocab_size"],
+        hidden_size=sizes["hidden_size"],
+        intermediate_size=sizes["intermediate_size"],
+        num_hidden_layers=sizes["num_layers"],
+        num_attention_heads=sizes["num_heads"],
+        num_key_value_heads=sizes["num_kv_heads"],
         max_position_embeddings=8192,
         tie_word_embeddings=True,
     )
@@ -60,12 +75,12 @@ def hf_model():
 class Torch:
     """transformers with its default attention (sdpa) and torch's fused AdamW."""
 
-    def __init__(self):
+    def __init__(self, case: Case):
         import torch
 
-        self.torch = torch
+        self.torch, self.narrow = torch, case.dtype == "bfloat16"
         torch.set_num_threads(os.cpu_count() or 1)
-        self.model = hf_model().train()
+        self.model = hf_model(case.sizes).train()
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), LEARNING_RATE, betas=(0.9, 0.95), weight_decay=DECAY, fused=True
         )
@@ -74,7 +89,8 @@ class Torch:
         tokens = self.torch.tensor(batch).long()
         labels = tokens[:, 1:].contiguous()
         # shift_labels: the labels of the model's own inputs, already shifted, so that both sides score T tokens.
-        out = self.model(input_ids=tokens[:, :-1], labels=labels, shift_labels=labels, use_cache=False)
+        with self.torch.autocast("cpu", self.torch.bfloat16, enabled=self.narrow):
+            out = self.model(input_ids=tokens[:, :-1], labels=labels, shift_labels=labels, use_cache=False)
         out.loss.backward()
         self.torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
@@ -85,7 +101,7 @@ class Torch:
 class Lcx:
     """The trainer's own compiled step, on the weights of `folder`."""
 
-    def __init__(self, folder: str, rows: int):
+    def __init__(self, folder: str, case: Case):
         import jax
 
         import lcx
@@ -95,11 +111,11 @@ class Lcx:
         from lcx.training import step as train_step
 
         # Virtual devices (JAX_NUM_CPU_DEVICES=2) share the rows, or the heads where there is one row.
-        data = math.gcd(rows, jax.device_count())
+        data = math.gcd(case.rows, jax.device_count())
         self.mesh = sharding.make_mesh(data=data, fsdp=1, tensor=-1)
         jax.set_mesh(self.mesh)
         model, params = lcx.load(folder, mesh=self.mesh)
-        model = model.clone(remat="dots", parent=None)
+        model = model.clone(dtype=case.dtype, remat="dots", parent=None)
         schedule = AdamW(LEARNING_RATE, "constant", warmup_steps=0, weight_decay=DECAY, decay=".")
         weights = {"params": params}
         optimizer = schedule.build({"params": model_lib.abstract_params(model, mesh=self.mesh)}, 100)
@@ -134,40 +150,35 @@ class Lcx:
         return float(metrics["loss"])
 
 
-def speed(run: harness.Run, folder: str, lengths: list[int], steps: int) -> list[dict]:
-    rows = []
-    for T in lengths:
-        sides = {"lcx": Lcx(folder, rows_of(T)), "torch": Torch()}
-        losses: dict[str, list[float]] = {name: [] for name in sides}
-        made = batches(T, steps + 1)
+def speed(run: harness.Run, folder: str, case: Case, steps: int) -> dict:
+    sides = {"lcx": Lcx(folder, case), "torch": Torch(case)}
+    losses: dict[str, list[float]] = {name: [] for name in sides}
+    made = case.batches(steps + 1)
 
-        def step(name, sides=sides, losses=losses, made=made):
-            losses[name].append(sides[name].step(made[len(losses[name])]))
+    def step(name: str) -> None:
+        losses[name].append(sides[name].step(made[len(losses[name])]))
 
-        turns = run.turns(
-            {name: harness.calls(lambda name=name, step=step: step(name)) for name in sides}, rounds=steps
-        )
-        row: dict = {"T": T, "batch": rows_of(T)}
-        for name in sides:
-            row[f"{name}_tokens_per_second"] = round(rows_of(T) * T / turns.seconds(name), 1)
-        ratio = turns.ratio("torch", "lcx")
-        row["speed_ratio_median"] = ratio["median"]
-        row["speed_ratio_min_max"] = [ratio["min"], ratio["max"]]
-        row["max_loss_difference"] = max(
-            abs(a - b) for a, b in zip(losses["lcx"], losses["torch"], strict=True)
-        )
-        row["losses"] = {name: [round(x, 5) for x in values] for name, values in losses.items()}
-        print(json.dumps(row), flush=True)
-        rows.append(row)
-    return rows
+    turns = run.turns({name: harness.calls(lambda name=name: step(name)) for name in sides}, rounds=steps)
+    ratio, tokens = turns.ratio("torch", "lcx"), case.rows * case.T
+    row = {
+        **{"model": case.model, "dtype": case.dtype, "T": case.T, "batch": case.rows},
+        **{f"{name}_tokens_per_second": round(tokens / turns.seconds(name), 1) for name in sides},
+        "speed_ratio_median": ratio["median"],
+        "speed_ratio_min_max": [ratio["min"], ratio["max"]],
+        "max_loss_difference": max(abs(a - b) for a, b in zip(losses["lcx"], losses["torch"], strict=True)),
+        "losses": {name: [round(x, 5) for x in values] for name, values in losses.items()},
+    }
+    print(json.dumps(row), flush=True)
+    return row
 
 
 def memory(side: str, folder: str, T: int) -> None:
     """Runs in a process of its own: prints the peak of two steps less what was resident before them, in MiB."""
-    runner = Lcx(folder, rows_of(T)) if side == "lcx" else Torch()
+    case = Case("base", T)
+    runner = Lcx(folder, case) if side == "lcx" else Torch(case)
     with open("/proc/self/status") as f:
         before = next(int(line.split()[1]) for line in f if line.startswith("VmRSS")) / 1024
-    for batch in batches(T, 2):
+    for batch in case.batches(2):
         runner.step(batch)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(
@@ -186,35 +197,53 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--lengths", default="256,2048,8192")
+    parser.add_argument("--cases", default=CASES)
+    parser.add_argument("--dtypes", default="float32,bfloat16")
     parser.add_argument("--steps", type=int, default=7)
     parser.add_argument("--output")
+    parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--memory", nargs=3, metavar=("SIDE", "FOLDER", "T"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.memory:
         return memory(args.memory[0], args.memory[1], int(args.memory[2]))
-    import tempfile
-
     import torch
 
     torch.set_num_threads(os.cpu_count() or 1)
     threads = {"lcx": harness.jax_threads(), "torch": {"threads": torch.get_num_threads()}}
-    run = harness.Run("AdamW training step, float32, lcx against transformers + torch", threads=threads)
-    lengths = [int(x) for x in args.lengths.split(",")]
-    with tempfile.TemporaryDirectory() as folder:
-        hf_model().save_pretrained(folder)
-        peaks = []
-        for side in ("lcx", "torch"):
-            command = [sys.executable, __file__, "--memory", side, folder, str(lengths[-1])]
-            peaks.append(
-                json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-            )
-            print(json.dumps(peaks[-1]), flush=True)
-        rows = speed(run, folder, lengths, args.steps)
-    ratio = round(peaks[0]["step_mib"] / peaks[1]["step_mib"], 3)
-    memory_found = {"T": lengths[-1], "sides": peaks, "ratio": ratio}
-    print(json.dumps(memory_found))
-    run.write(args.output or "-", model=MODEL, speed=rows, memory=memory_found)
+    run = harness.Run("AdamW training step, lcx against transformers + torch", threads=threads)
+    named = [case.split(":") for case in args.cases.split(",")]
+    cases = [Case(model, int(T), dtype) for model, T in named for dtype in args.dtypes.split(",")]
+    found: dict = {"models": MODELS, "speed": []}
+    with tempfile.TemporaryDirectory() as root:
+        folders = {model: os.path.join(root, model) for model in {case.model for case in cases}}
+        for model, folder in folders.items():
+            hf_model(MODELS[model]).save_pretrained(folder)
+        lengths = [case.T for case in cases if case.model == "base"]
+        if lengths and not args.no_memory:
+            found["memory"] = peaks(folders["base"], lengths[-1])
+        found["speed"] = [speed(run, folders[case.model], case, args.steps) for case in cases]
+    if args.output and os.path.exists(args.output):
+        with open(args.output) as f:
+            found = joined(json.load(f), found, run)
+    run.write(args.output or "-", **found)
+
+
+def peaks(folder: str, T: int) -> dict:
+    sides = []
+    for side in ("lcx", "torch"):
+        command = [sys.executable, __file__, "--memory", side, folder, str(T)]
+        sides.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+        print(json.dumps(sides[-1]), flush=True)
+    return {"T": T, "sides": sides, "ratio": round(sides[0]["step_mib"] / sides[1]["step_mib"], 3)}
+
+
+def joined(old: dict, new: dict, run: harness.Run) -> dict:
+    """The result with the rows of an earlier part of the same run; what is measured again replaces the old row."""
+    same = all(old.get(name) == run.record()[name] for name in ("threads", "machine", "versions"))
+    if not (same and old.get("quiet")):
+        return new
+    cases = {(row["model"], row["dtype"], row["T"]): row for row in [*old["speed"], *new["speed"]]}
+    return {**old, **run.record(), **new, "speed": list(cases.values())}
 
 
 if __name__ == "__main__":

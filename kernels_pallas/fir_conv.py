@@ -46,7 +46,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import fir_conv_gpu, fir_conv_tpu, short_conv
+from kernels_pallas import backends, fir_conv_gpu, fir_conv_mosaic, fir_conv_tpu, short_conv
+from kernels_pallas.fir_conv_plan import reached
 
 MAX_TAPS = 256
 SHARED = 8  # from this many channels per group, filters with few taps also use matrix products
@@ -54,8 +55,12 @@ SHARED = 8  # from this many channels per group, filters with few taps also use 
 
 def obstacle(v: jax.Array, h: jax.Array, *, platform: str, segments: bool = False) -> str | None:
     """None if the kernel supports arrays of these shapes, otherwise the reason why not."""
+    if platform == "mosaic" and (reason := backends.missing("mosaic")):
+        return reason
     if h.shape[1] <= short_conv.MAX_TAPS:
-        return None
+        return (
+            None if platform != "mosaic" else f"{h.shape[1]} taps, expected more than {short_conv.MAX_TAPS}"
+        )
     if h.shape[1] > MAX_TAPS:
         return f"{h.shape[1]} taps, the kernel has up to {MAX_TAPS}"
     if segments:
@@ -84,7 +89,7 @@ def fir_conv(
       x1, x2, v: [B, D, T]; a gate may be None. h: [G, K]; channel d uses filter d // (D/G), and the first tap belongs
         to the current token. skip: [D].
       runs, initial_inputs (gated), initial_runs: as in `short_conv.short_conv`; runs require K <= 8.
-      platform: "gpu" or "tpu".
+      platform: "gpu" (through Triton), "mosaic" (a Hopper GPU, through Mosaic GPU) or "tpu".
       interpret: run on any machine, slowly, for tests.
 
     Raises:
@@ -121,7 +126,7 @@ def _toeplitz(x1, x2, v, h, skip, before, platform, interpret):
 
 
 def _kernels(platform: str):
-    return {"gpu": fir_conv_gpu, "tpu": fir_conv_tpu}[platform]
+    return {"gpu": fir_conv_gpu, "mosaic": fir_conv_mosaic, "tpu": fir_conv_tpu}[platform]
 
 
 def _toeplitz_forward(x1, x2, v, h, skip, before, platform, interpret):
@@ -137,7 +142,7 @@ def _toeplitz_backward(platform, interpret, residuals, dy):
     if before is not None:
         n = min(before.shape[2], dy.shape[2])
         g = dy[:, :, :n].astype(jnp.float32) * (1 if x1 is None else x1[:, :, :n].astype(jnp.float32))
-        _, pull = jax.vjp(functools.partial(_reached, n), before, h)
+        _, pull = jax.vjp(functools.partial(reached, n=n), before, h)
         d_before, more = pull(g)
         dh = dh + more
     return *gradients, dh, dskip, d_before
@@ -149,15 +154,6 @@ def _diagonals(blocks: jax.Array, K: int) -> jax.Array:
     rows = jnp.swapaxes(blocks, 1, 2).reshape(G, -1)  # row s: C j + t
     longer = jnp.pad(rows, ((0, 0), (0, C))).reshape(G, C, -1)  # shifts row s left by s
     return longer[:, :, :K].sum(axis=1)
-
-
-def _reached(n: int, before: jax.Array, h: jax.Array) -> jax.Array:
-    """The contribution of the K - 1 inputs before the row to its first n tokens, [B, D, n]."""
-    (B, D, P), (G, K) = before.shape, h.shape
-    tap = P + jnp.arange(n) - jnp.arange(P)[:, None]
-    blocks = jnp.where(tap < K, h[:, jnp.minimum(tap, K - 1)], 0)
-    groups = before.astype(jnp.float32).reshape(B, G, D // G, P)
-    return jnp.einsum("bgdp,gpt->bgdt", groups, blocks, precision="highest").reshape(B, D, n)
 
 
 _toeplitz.defvjp(_toeplitz_forward, _toeplitz_backward)

@@ -20,7 +20,8 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton
+
+from kernels_pallas.backends import triton
 
 BLOCK = 64
 SPREAD = 528  # programs that keep the 132 processors of an H200 evenly busy: 4 waves

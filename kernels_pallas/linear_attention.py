@@ -64,24 +64,27 @@ from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float, Int
 
-from kernels_pallas import linear_attention_gpu, linear_attention_tpu
+from kernels_pallas import backends, linear_attention_gpu, linear_attention_mosaic, linear_attention_tpu
 from kernels_pallas.tiles import GONE, RESIDUALS, in_parts
 
 SIZES = (16, 32, 64, 128)
 SPAN = 512  # tokens; the states at span edges take half of y's bytes, and rounding errors in da grow with sqrt(SPAN)
 SLOTS = 264  # programs that an H200 runs at once: two on each of 132 multiprocessors
+KERNELS = {"gpu": linear_attention_gpu, "mosaic": linear_attention_mosaic, "tpu": linear_attention_tpu}
 PIECE = 1024  # minimum number of tokens that one program walks
 
 
 def obstacle(q: Array, k: Array, v: Array, *, platform: str) -> str | None:
     """Why the kernel does not support these arrays, or None."""
+    if platform == "mosaic" and (reason := backends.missing("mosaic")):
+        return reason
     P, H = q.shape[-1], v.shape[-1]
     if P not in SIZES or H not in SIZES:
         return f"{P} features and head dim {H}: expected each one of {', '.join(map(str, SIZES))}"
     dtype = jnp.result_type(q, k, v)
     if dtype not in (jnp.float32, jnp.bfloat16):
         return f"{dtype}: expected float32 or bfloat16"
-    if platform == "gpu" and dtype == jnp.float32 and max(P, H) > 64:
+    if platform != "tpu" and dtype == jnp.float32 and max(P, H) > 64:
         return (
             f"float32 with {P} features and head dim {H}: registers hold up to 64 of each; expected bfloat16"
         )
@@ -108,9 +111,17 @@ def linear_attention(
         heads; in arrays with fewer, consecutive heads share one.
       runs: the index of each token's document, non-decreasing, 0 for that of the initial state. Padding must have the
         index of the token before it, k = 0 and a = 0.
-      platform: "gpu" or "tpu".
+      platform: "gpu" (through Triton), "mosaic" (a Hopper GPU, through Mosaic GPU) or "tpu".
       interpret: run on a CPU, for tests.
+
+    Raises:
+      ValueError: Mosaic GPU with a jax that is too old for it.
     """
+    if platform == "mosaic" and (reason := backends.missing("mosaic")):
+        raise ValueError(f"linear_attention kernel: {reason}")
+    if normalize and platform == "mosaic":
+        options = {"log_decay": log_decay, "runs": runs, "platform": platform, "interpret": interpret}
+        return _normalized(q, k, v, initial_state, eps, options)
     B, T, _, P = q.shape
     H, dtype = v.shape[3], v.dtype
     N = max(x.shape[2] for x in (q, k, v, log_decay) if x is not None)
@@ -127,6 +138,19 @@ def linear_attention(
         runs = jnp.pad(runs, ((0, 0), (0, short)), mode="edge")
     y, state = _attend(q, k, v, log_decay, runs, kv, z, plan)
     return y[:, :T].astype(dtype), state
+
+
+def _normalized(q, k, v, initial_state, eps: float, options: dict) -> tuple[Array, tuple[Array, Array]]:
+    """The normalised operator by the other one: a column of ones in v makes the normaliser a column of the output."""
+    H, wide = v.shape[3], linear_attention_mosaic.with_ones(v)
+    if initial_state is not None and (kv := initial_state[0]) is not None:
+        z = jnp.zeros(kv.shape[:3], jnp.float32) if initial_state[1] is None else initial_state[1]
+        kv = jnp.concatenate([kv, z[..., None].astype(kv.dtype)], axis=3)
+        initial_state = jnp.pad(kv, ((0, 0),) * 3 + ((0, wide.shape[3] - H - 1),)), None
+    y, (kv, _) = linear_attention(q, k, wide, initial_state=initial_state, **options)
+    norm = y[..., H : H + 1].astype(jnp.float32) + eps
+    y = y[..., :H].astype(jnp.float32) / jnp.where(norm == 0, 1.0, norm)
+    return y.astype(v.dtype), (kv[..., :H], kv[..., H])
 
 
 def _pad(x: Array, short: int) -> Array:
@@ -151,7 +175,7 @@ def _plan(B, T, N, P, H, dtype, decays, eps, platform, interpret) -> Plan:
     if platform == "tpu":
         chunk = linear_attention_tpu.chunk(T, dtype)
     else:
-        chunk = linear_attention_gpu.chunk(dtype)
+        chunk = linear_attention_mosaic.CHUNK if platform == "mosaic" else linear_attention_gpu.chunk(dtype)
         programs = B * N * max(1, min(P, H) // 64)
         split = max(1, min(SLOTS // programs, T // PIECE))
     chunks = -(-T // (chunk * split))
@@ -195,9 +219,8 @@ def _vectors(log_decay: Array | None, runs: Array | None, C: int, exact: bool) -
 
 def _run(arrays: dict, plan: Plan, *, reverse: bool = False, entering: dict | None = None) -> dict:
     """The recurrence over all of T. entering: the states that enter each piece, if already known."""
-    kernels = linear_attention_tpu if plan.platform == "tpu" else linear_attention_gpu
     recurrence = functools.partial(
-        kernels.recurrence,
+        KERNELS[plan.platform].recurrence,
         heads=plan.heads,
         reverse=reverse,
         eps=plan.eps,
@@ -268,7 +291,7 @@ def _join(name: str, x: Array, S: int) -> Array:
 
 def _exact(plan: Plan, q: Array) -> bool:
     """Whether decays need two parts for accuracy; chunks of 16 and bfloat16 do not."""
-    return plan.platform == "tpu" and q.dtype == jnp.float32
+    return plan.platform != "gpu" and q.dtype == jnp.float32
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(7,))

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton
+
+from kernels_pallas.backends import triton
 
 NARROW = 16  # the narrowest product; the sum of keys is kept as 16 equal columns, cheaper than a vector
 

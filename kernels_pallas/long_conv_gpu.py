@@ -21,9 +21,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
 from kernels_pallas import dft
+from kernels_pallas.backends import triton as plgpu
 
 
 @dataclasses.dataclass(frozen=True)

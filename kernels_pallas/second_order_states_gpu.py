@@ -16,9 +16,9 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton
 
 from kernels_pallas import tiles_gpu
+from kernels_pallas.backends import triton
 from kernels_pallas.second_order_states_plan import Plan
 from kernels_pallas.tiles import Tile
 

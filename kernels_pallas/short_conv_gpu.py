@@ -11,7 +11,8 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton
+
+from kernels_pallas.backends import triton
 
 CHANNELS = 4
 PIECE = 16  # maximum number of tiles per piece

@@ -12,7 +12,8 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton
+
+from kernels_pallas.backends import triton
 
 EXACT = jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3  # float32 products from three passes of TF32
 

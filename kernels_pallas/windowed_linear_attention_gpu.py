@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton
 
+from kernels_pallas.backends import triton
 from kernels_pallas.windowed_linear_attention_plan import NEVER, Plan
 
 NARROW = 16  # the narrowest matrix product; the sum of keys is kept as 16 equal columns, which is cheaper than a vector

@@ -7,7 +7,7 @@
     lcx.logits(model, params, tokens, *, positions=None, segment_ids=None)         -> float32 [B, T, V]
     lcx.load_tokenizer(path).encode(text, *, add_special_tokens=False)             -> int32 [T], as transformers' ids
     lcx.generate(model, params, tokens, *, max_new_tokens, temperature=0.0, top_p=1.0, seed=0)   -> int32 [B, new]
-    lcx.generate_text(model, params, tokenizer, text, *, max_new_tokens=256, ...)  -> the text that follows
+    lcx.generate_text(model, params, tokenizer, text, *, max_new_tokens=None, ...) -> the text that follows
 
     python -m lcx.train | lcx.evaluate | lcx.generate | lcx.convert   --help
 

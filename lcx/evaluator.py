@@ -113,7 +113,7 @@ def evaluate(
         results["seconds"] = time.perf_counter() - started
         _write(folder, results)
     if _writes():
-        report.build(results=(str(folder),), output=str(folder))
+        report.build(results=(str(folder),), output=str(folder), overwrite=True)
     _raise_failures(results, folder)
     return results
 
@@ -140,6 +140,8 @@ def _run(
         about = {"evaluation": _described(evaluation), "seconds": seconds}
         results["evaluations"][evaluation.name] = {**result, **about}
         _say(f"{results['name']}: {evaluation.name}: {result['summary']} ({seconds:.0f} s)")
+        for note in result.get("notes", ()):
+            _say(f"{results['name']}: {evaluation.name}: {note}")
     except Exception as error:  # one failing evaluation must not prevent the others
         if not isinstance(error, UserError):
             traceback.print_exc()

@@ -23,6 +23,7 @@ from lcx import mixers, moved
 from lcx.block import Block
 from lcx.errors import UserError, check_sizes
 from lcx.layers import Embedding, Norm
+from lcx.mixers.kv_cache import LayerOf
 from lcx.mlps.activations import ACTIVATIONS
 from lcx.mlps.gated import GatedMlp as Mlp  # the old name, which existing .gin files and users' code import
 from lcx.ops.cross_entropy import LogitTransform
@@ -78,7 +79,7 @@ class _Period(nn.Module):
     remat: str
 
     @nn.compact
-    def __call__(self, x, cache, positions, segment_ids):
+    def __call__(self, x, cache, layer, stacked, positions, segment_ids):
         caches = {}
         for i, block in enumerate(self.stage.pattern):
             name = f"block_{i}"
@@ -89,7 +90,9 @@ class _Period(nn.Module):
             fields = {field.name: getattr(block, field.name) for field in dataclasses.fields(block)}
             fields |= {part: x.clone(parent=None) for part, x in fields.items() if isinstance(x, nn.Module)}
             block = recomputed(**{**fields, "parent": self, "name": name})
-            block_cache = None if cache is None else cache[name]
+            block_cache = None if cache is None else cache.get(name)
+            if block_cache is None and stacked:
+                block_cache = LayerOf(stacked[name], layer)
             x, caches[name] = block(x, positions=positions, segment_ids=segment_ids, cache=block_cache)
         return x, caches
 
@@ -101,11 +104,24 @@ def _scanned(stage: Stage, remat: str) -> nn.Module:
         _Period,
         variable_axes={"params": 0, "lora": 0, "losses": 0},
         split_rngs={"params": True},
-        in_axes=(0, nn.broadcast, nn.broadcast),
+        in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast),
         length=stage.repeat,
         metadata_params={nn.PARTITION_NAME: "layers"},
     )
     return scanned(stage, remat)
+
+
+def _cached(stage: Stage, cache: Any, num_tokens: int) -> tuple[Any, Any, Any]:
+    """The caches of a stage as its scan takes them: (those cut by layer, the numbers of layers, those passed whole)."""
+    if cache is None:
+        return None, None, None
+    whole = {
+        f"block_{b}"
+        for b, block in enumerate(stage.pattern)
+        if mixers.reads_in_place(block.mixer, num_tokens)
+    }
+    cut = {name: one for name, one in cache.items() if name not in whole}
+    return cut, jnp.arange(stage.repeat), {name: cache[name] for name in whole}
 
 
 def _appended(stage: Stage, cache: Any, new: Any) -> Any:
@@ -146,7 +162,7 @@ class Layers(nn.Module):
     ) -> Float[Array, "B T D"]:
         x = x.astype(jnp.dtype(self.dtype))
         for i in range(len(self.stages)):
-            x, _ = getattr(self, f"stages_{i}")(x, None, positions, segment_ids)
+            x, _ = getattr(self, f"stages_{i}")(x, None, None, None, positions, segment_ids)
         return x
 
 
@@ -237,7 +253,8 @@ class Decoder(nn.Module):
         for i in range(len(self.stages)):
             name = f"stages_{i}"
             stage_cache = None if cache is None else cache[name]
-            x, new = getattr(self, name)(x, stage_cache, positions, segment_ids)
+            caches = _cached(self.stages[i], stage_cache, tokens.shape[1])
+            x, new = getattr(self, name)(x, *caches, positions, segment_ids)
             if cache is not None:
                 new_cache[name] = _appended(self.stages[i], stage_cache, new)
         return self.final_norm(x), None if cache is None else new_cache

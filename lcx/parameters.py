@@ -21,6 +21,7 @@ Shape = tuple[int, ...]
 Model = Any  # model.Decoder or model.Layers, which import this file
 
 
+@functools.lru_cache(maxsize=16)  # tracing the model is slow, and starting a run needs its shapes several times
 def _abstract_boxed(model: Model):
     return jax.eval_shape(functools.partial(_init, model), jax.random.key(0))
 
@@ -62,10 +63,12 @@ def init_params(model: Model, key: Array, *, mesh: Mesh | None = None, dtype: An
     def init(key):
         return jax.tree.map(lambda x: x.astype(dtype), plain_init(model, key))
 
+    # It runs once, so on a CPU it is not worth optimizing: compiling takes longer than drawing the numbers.
+    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
     if mesh is None:
-        return jax.jit(init)(key)
+        return jax.jit(init, compiler_options=options)(key)
     with jax.set_mesh(mesh):
-        return jax.jit(init, out_shardings=param_shardings(model, mesh))(key)
+        return jax.jit(init, out_shardings=param_shardings(model, mesh), compiler_options=options)(key)
 
 
 def num_params(model: Model) -> int:

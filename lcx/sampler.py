@@ -5,8 +5,11 @@
     stream    the same tokens, one column [B] at a time
 
 A prompt is read in pieces of bounded size, so memory for a long prompt is dominated by its cache. Prompts of different
-lengths are padded on the left with segment id 0, and every row counts its positions from its own first token. Shapes
-are rounded up, so that few programs are compiled.
+lengths are padded on the left with segment id 0, and every row counts its positions from its own first token.
+
+A generation compiles two programs: one reads the prompt and one decodes. Both are compiled for shapes in buckets
+(`_bucket`: the prompt, and prompt and new tokens together), so that other lengths in the same buckets use them again,
+in this process and, through the compilation cache, in later ones. Longer prompts compile a third program, for pieces.
 
 **The rotation of a cached generation** (`rope_trace`; it affects only the RoPE types dynamic and longrope, whose
 rotation depends on a length n). "exact", the default: one n for the whole generation, the longest prompt plus
@@ -43,7 +46,7 @@ ROPE_TRACES = ("exact", "hf")
 DEFAULT_NEW_TOKENS = 256
 
 _PIECE_TOKENS = 4096  # upper bound on tokens per forward pass over the prompts, all rows together
-_GRAIN = 32  # sizes of pieces, caches and outputs are multiples of this, so that few shapes are compiled
+_GRAIN = 32  # sizes of pieces and caches are multiples of this
 
 
 # ------------------------------------------------------------------------------------------------ logits
@@ -140,13 +143,17 @@ def stream(
 
 
 class _State(NamedTuple):
-    """The state of a generation. `tokens` has room for all columns; `step` of them are filled, `last` is the newest."""
+    """The state of a generation. `tokens` has room for all columns; `step` of them are filled, `last` is the newest.
+
+    `nan`: whether the logits after the prompt held a NaN.
+    """
 
     cache: Any
     tokens: Int[Array, "B room"]
     last: Int[Array, " B"]
     done: Bool[Array, " B"]
     step: Int[Array, ""]
+    nan: Bool[Array, ""]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,32 +182,34 @@ class _Job:
 
     def start(self) -> _State:
         """Reads the prompts and chooses the first token."""
-        B, room = len(self.rows), _rounded(self.max_new_tokens, _GRAIN)
         last_logits, cache = self.read(self.rows, self.max_new_tokens)
-        if bool(jnp.isnan(last_logits).any()):
+        room = _bucket(self.max_new_tokens)
+        state = _first_jit(last_logits, self.sampling, self.stop, room=room)
+        if bool(state.nan):
             raise UserError(
                 f"the logits after the prompt are NaN: the weights contain NaN, or activations overflow in "
                 f"{self.model.dtype}; check the checkpoint, or load it with dtype float32"
             )
-        tokens = jnp.zeros((B, room), jnp.int32)
-        state = _State(cache, tokens, tokens[:, 0], jnp.zeros(B, bool), jnp.int32(0))
-        return _take_jit(state, last_logits, self.sampling, self.stop)
+        return state._replace(cache=cache)
 
     def read(self, rows: list[np.ndarray], num_more: int) -> tuple[Float[Array, "B V"], Any]:
         """(logits after the last token of each row, a new cache that holds the rows and has room for `num_more`)."""
         longest = max(map(len, rows))
-        piece = _rounded(longest, _GRAIN) if _whole_prompt(self.model) else _piece(len(rows), longest)
-        width = _rounded(longest, piece)
-        tokens, positions, segment_ids = _left_padded(rows, width)
+        pieces = [_bucket(longest)] if _whole_prompt(self.model) else _pieces(len(rows), longest)
+        tokens, positions, segment_ids = _left_padded(rows, sum(pieces))
         exact = self.rope_trace == "exact"
-        slots = _rounded(width + num_more, _GRAIN)
-        cache = _empty_cache(self.model, len(rows), slots, np.int32(longest + num_more if exact else 0))
+        slots = _bucket(sum(pieces) + num_more)
+        rope_length = np.int32(longest + num_more if exact else 0)
         n = None if exact else np.int32(longest)  # transformers reads a prompt in one forward pass
-        for start in range(0, width, piece):
+        # A prompt of one piece creates its cache in the program that reads it; several share one program.
+        cache = None if len(pieces) == 1 else _empty_cache(self.model, len(rows), slots, rope_length)
+        for start, piece in zip(np.cumsum(pieces) - pieces, pieces, strict=True):
             new = slice(start, start + piece)
-            last_logits, cache = _append_jit(
-                self.model, self.variables, cache, tokens[:, new], positions[:, new], segment_ids[:, new], n
-            )
+            arrays = tokens[:, new], positions[:, new], segment_ids[:, new]
+            if cache is None:
+                last_logits, cache = _read_jit(self.model, self.variables, slots, rope_length, *arrays, n)
+            else:
+                last_logits, cache = _append_jit(self.model, self.variables, cache, *arrays, n)
         return last_logits, cache
 
     def advance(self, state: _State, until: int) -> _State:
@@ -254,6 +263,13 @@ def _append(model, variables, cache, tokens, positions, segment_ids, n):
 _append_jit = jax.jit(_append, static_argnums=0, donate_argnames="cache")
 
 
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def _read_jit(model, variables, slots: int, rope_length, tokens, positions, segment_ids, n):
+    """`_append` to an empty cache of so many slots."""
+    cache = _empty_cache(model, tokens.shape[0], slots, rope_length)
+    return _append(model, variables, cache, tokens, positions, segment_ids, n)
+
+
 def _take(state: _State, last_logits: Array, sampling: Mapping[str, Any], stop: Array) -> _State:
     """Chooses the next token of every row; rows that have stopped repeat theirs."""
     chosen = jnp.where(state.done, state.last, choose(last_logits, step=state.step, **sampling))
@@ -266,6 +282,15 @@ def _take(state: _State, last_logits: Array, sampling: Mapping[str, Any], stop: 
 
 
 _take_jit = jax.jit(_take, donate_argnames="state")
+
+
+@functools.partial(jax.jit, static_argnames="room")
+def _first_jit(last_logits, sampling, stop, *, room: int) -> _State:
+    """The state after the first token, with room for so many, but without its cache."""
+    B = last_logits.shape[0]
+    tokens, nan = jnp.zeros((B, room), jnp.int32), jnp.isnan(last_logits).any()
+    state = _State(None, tokens, tokens[:, 0], jnp.zeros(B, bool), jnp.int32(0), nan)
+    return _take(state, last_logits, sampling, stop)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "hf"), donate_argnames="state")
@@ -427,14 +452,23 @@ def _whole_prompt(model: Decoder) -> bool:
     return any(mixers.whole_prompt(block.mixer) for stage in model.stages for block in stage.pattern)
 
 
-def _rounded(value: int, grain: int) -> int:
-    return -(-value // grain) * grain
+def _bucket(size: int) -> int:
+    """The smallest bucket that holds `size`. Up to 512 there are two in each octave, up to 4096 four, then eight.
+
+    So at most a half, a quarter, an eighth of the size is added. Fewer buckets compile fewer programs.
+    """
+    octave = 1 << max(size - 1, 0).bit_length()
+    grain = max(octave // (4 if octave <= 512 else 8 if octave <= 4096 else 16), _GRAIN)
+    return -(-size // grain) * grain
 
 
-def _piece(batch_size: int, width: int) -> int:
-    """How many tokens of each prompt to read per forward pass, such that all pieces have the same size."""
-    limit = max(_PIECE_TOKENS // batch_size // _GRAIN * _GRAIN, _GRAIN)
-    return _rounded(-(-width // -(-width // limit)), _GRAIN)
+def _pieces(batch_size: int, width: int) -> list[int]:
+    """The sizes of the pieces in which prompts of `width` tokens are read; all but the first are equal."""
+    most = max(_PIECE_TOKENS // batch_size // _GRAIN * _GRAIN, _GRAIN)
+    while _bucket(most) != most:  # down to a bucket
+        most -= _GRAIN
+    count = -(-width // most)
+    return [_bucket(width - (count - 1) * most), *[most] * (count - 1)]
 
 
 def _left_padded(rows: list[np.ndarray], width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -117,6 +117,8 @@ def operators(result: dict) -> str:
 
 def training(result: dict) -> str:
     head = [
+        "model",
+        "precision",
         "T",
         "rows",
         "lcx, tokens/s",
@@ -126,7 +128,7 @@ def training(result: dict) -> str:
     ]
     rows = [
         [
-            *(str(row["T"]), str(row["batch"])),
+            *(row["model"], row["dtype"], str(row["T"]), str(row["batch"])),
             *(number(row[f"{side}_tokens_per_second"]) for side in ("lcx", "torch")),
             ratio(row["speed_ratio_median"]),
             " to ".join(f"{x:.2f}" for x in row["speed_ratio_min_max"]),
@@ -140,8 +142,11 @@ def training(result: dict) -> str:
 
 
 def training_line(result: dict) -> str:
-    speeds = ", ".join(f"{ratio(row['speed_ratio_median'])} at {row['T']} tokens" for row in result["speed"])
-    return f"speed {speeds}; {result['memory']['ratio']:.2f}x the memory at {result['memory']['T']}"
+    rows = [row for row in result["speed"] if row["model"] == "base" and row["dtype"] == "float32"]
+    speeds = ", ".join(f"{ratio(row['speed_ratio_median'])} at {row['T']} tokens" for row in rows)
+    return (
+        f"speed in float32 {speeds}; {result['memory']['ratio']:.2f}x the memory at {result['memory']['T']}"
+    )
 
 
 def decoders(result: dict) -> str:

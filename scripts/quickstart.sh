@@ -36,7 +36,7 @@ for type in default linear yarn; do
 done
 
 run python -m lcx.report --results "$out"/eval/{unscaled_untrained,pi_untrained,yarn_untrained,unscaled,pi,yarn} \
-  --workdir "$out"/{base,unscaled,pi,yarn} --output="$out" --title="From 256 to 1024 tokens"
+  --workdir "$out"/{base,unscaled,pi,yarn} --output="$out" --overwrite --title="From 256 to 1024 tokens"
 echo
 echo "Took $((SECONDS - start)) s. Open $out/report.html; the picture alone is $out/loss_by_position.png"
 echo "Your own model: python -m lcx.train --gin_file=configs/extend/yarn.gin --help, and docs/tutorials/extend.md"

@@ -71,5 +71,5 @@ evaluate no_transfer "$out/no_transfer" "LoRA without transfer"
 run python benchmarks/linearized.py --softmax "$out/softmax_lora" --linear "$out/lora" --results "$out/eval" \
   --output "$out/linearize.json"
 run python -m lcx.report --results "$out"/eval/{softmax,softmax_lora,transfer,lora,no_transfer,window_only,linear_only} \
-  --output="$out" --title="Linear attention in place of softmax"
+  --output="$out" --overwrite --title="Linear attention in place of softmax"
 echo "Figures: $out/linearize.json and linearize.svg; the curves: $out/report.html"

@@ -9,11 +9,14 @@ JAX_DISABLE_MOST_OPTIMIZATIONS=0 turns all of it off: programs are then compiled
 
 import contextlib
 import functools
+import importlib.metadata
 import os
 from unittest import mock
 
 # Names of XLA's options, as in XLA_FLAGS: (quick, XLA's default).
-OPTIONS = {"xla_cpu_use_fusion_emitters": (False, True), "xla_cpu_parallel_codegen_split_count": (1, 32)}
+OPTIONS: dict[str, tuple] = {"xla_cpu_parallel_codegen_split_count": (1, 32)}
+if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 12):  # XLA exits at a name it lacks
+    OPTIONS["xla_cpu_use_fusion_emitters"] = (False, True)
 
 
 def wanted() -> bool:

@@ -22,9 +22,10 @@ from lcx.errors import UserError
 from lcx.evals import loss_by_position
 from lcx.evals.loss_by_position import LossByPosition
 from lcx.evals.perplexity import Perplexity
-from lcx.evals.support import intervals, scoring, windows
+from lcx.evals.support import documents, intervals, reach, scoring, windows
 from lcx.evals.support.model_facts import facts
 from lcx.evaluator import evaluate
+from lcx.extend import extend_model
 from lcx.model import init_params, llama
 from lcx.rope import Rope
 
@@ -122,7 +123,10 @@ print("same on every mesh")
 
 
 def test_a_mesh_changes_nothing():
-    env = os.environ | {"XLA_FLAGS": quick_xla.flags("--xla_force_host_platform_device_count=8"), "NPROC": "32"}
+    env = os.environ | {
+        "XLA_FLAGS": quick_xla.flags("--xla_force_host_platform_device_count=8"),
+        "NPROC": "32",
+    }
     env["PYTHONPATH"] = str(pathlib.Path(lcx.__file__).parent.parent)
     run = subprocess.run([sys.executable, "-c", MESH], env=env, capture_output=True, text=True)
     assert "same on every mesh" in run.stdout, run.stderr[-3000:]
@@ -200,12 +204,78 @@ def test_uniform_model_has_the_perplexity_of_its_vocabulary(tiny, dataset):
     model, params = tiny
     uniform = {**params, "lm_head": jax.tree.map(jnp.zeros_like, params["lm_head"])}
     result = Perplexity(dataset=dataset)(model, uniform, ByteTokenizer())
-    assert result["windows"][0]["perplexity"] == pytest.approx(258, rel=1e-5)
-    assert result["windows"][0]["stride"] == WINDOW // 2  # 256 leaves no overlap in a window of 64
+    assert [entry["window"] for entry in result["windows"]] == [
+        WINDOW // 4,
+        WINDOW,
+    ]  # no text is longer than 2 windows
+    assert result["notes"] == [
+        "windows of up to 64 tokens, the model's window: what it does beyond is not measured; limited by the longest"
+        " document, 101 tokens"
+    ]
+    assert result["windows"][1]["perplexity"] == pytest.approx(258, rel=1e-5)
+    assert result["windows"][1]["stride"] == WINDOW // 2  # 256 leaves no overlap in a window of 64
     by_position = LossByPosition(dataset=dataset)(model, uniform, ByteTokenizer())["lengths"][0]
     assert by_position["nll"] == pytest.approx(math.log(258), rel=1e-6)
     assert by_position["standard_error"] == pytest.approx(0, abs=1e-6)
     assert by_position["nll_per_byte"] > by_position["nll"]  # BOS is a token without bytes
+
+
+@pytest.mark.parametrize(
+    ("limits", "length", "note"),
+    [
+        ({"a": 1024, "b": 5000}, 1024, "rows of up to 1024 tokens, 4 times the model's window of 256"),
+        (
+            {"a": 1023, "b": 5000},
+            512,
+            "rows of up to 512 tokens, twice the model's window of 256; limited by a",
+        ),
+        (
+            {"a": 700, "b": 600},
+            512,
+            "rows of up to 512 tokens, twice the model's window of 256; limited by b",
+        ),
+        ({"a": 10, "b": 600}, 256, "the model's window: what it does beyond is not measured; limited by a"),
+    ],
+)
+def test_lengths_beyond_the_window(limits, length, note):
+    found = reach.beyond(256, unit="rows", limits=limits)
+    assert found.length == length and note in found.note
+
+
+def test_default_lengths_go_beyond_the_window(tiny):
+    model, _ = tiny
+    long = documents.Documents([np.zeros(4096, np.int32)], ByteTokenizer(), "", [np.ones(4096, bool)])
+    assert LossByPosition()._lengths(model, long)[0] == (4 * WINDOW,)
+    assert LossByPosition(tokens_per_batch=200)._lengths(model, long)[0] == (2 * WINDOW,)
+    assert LossByPosition(lengths=(9,))._lengths(model, long) == ((9,), [])
+    dynamic = extend_model(
+        model, {"rope_type": "dynamic", "factor": 2.0}, None
+    )  # its frequencies vary with the row
+    window = dynamic.max_position_embeddings
+    assert LossByPosition()._lengths(dynamic, long)[0] == (window, 4 * window)
+    assert Perplexity()._windows(model, long)[0] == (WINDOW // 4, WINDOW, 4 * WINDOW)
+    assert Perplexity(stride=1)._windows(model, long)[0] == (WINDOW // 4, WINDOW, 4 * WINDOW)  # 2^20 tokens
+    assert Perplexity(stride=1, windows=(64,))._windows(model, long) == ((64,), [])
+    longer = dataclasses.replace(long, tokens=long.tokens * 2, masks=long.masks * 2)
+    windows, (note,) = Perplexity(stride=1)._windows(model, longer)
+    assert (
+        windows == (WINDOW // 4, WINDOW, 2 * WINDOW) and "limited by the time: at most 1048576 tokens" in note
+    )
+
+
+def test_a_real_model_shows_its_wall_in_the_sliding_window(reference, tmp_path):
+    path = str(reference / BABY)
+    dataset = Dataset(
+        str(reference / TINYSTORIES), separator="<|endoftext|>", eval_fraction=1.0, cache_dir=str(tmp_path)
+    )
+    task = Perplexity(dataset=dataset, max_tokens=3000)
+    result = task(*lcx.load(path), load_tokenizer(path))
+    short, own, long = result["windows"]
+    assert [entry["window"] for entry in result["windows"]] == [64, 256, 1024]
+    assert short["tokens"] == own["tokens"] == long["tokens"]  # the same targets
+    assert own["perplexity"] < short["perplexity"] < 3 < 2 * own["perplexity"] < long["perplexity"]
+    assert "4 times the model's window of 256" in result["notes"][0]
+    assert all(f"with a window of {W}" in task.finding({"baby": result}) for W in (64, 256, 1024))
 
 
 def test_perplexity_error_bars_take_documents_as_independent(tiny, dataset):
@@ -307,8 +377,12 @@ def test_the_wall_of_a_real_model_equals_transformers(reference, tmp_path, scali
     dataset = Dataset(
         str(reference / TINYSTORIES), separator="<|endoftext|>", eval_fraction=1.0, cache_dir=str(tmp_path)
     )
-    task = LossByPosition(dataset=dataset, lengths=(1024,), max_tokens=48 * 1024)
-    (entry,) = task(model, params, load_tokenizer(path))["lengths"]
+    lengths = (1024,) if scaling else None  # by itself, an evaluation goes to 4 times the window of 256
+    task = LossByPosition(dataset=dataset, lengths=lengths, max_tokens=48 * 1024)
+    result = task(model, params, load_tokenizer(path))
+    assert scaling or "4 times the model's window of 256" in result["notes"][0]
+    assert scaling or "beyond it: worse by 3.5" in task.finding({"baby": result})
+    (entry,) = result["lengths"]
     assert entry["rows"] == 48 and entry["last_quarter"]["nll"] == pytest.approx(last, abs=0.01)
     assert inside is None or entry["buckets"][1]["nll"] == pytest.approx(inside, abs=0.01)
 

@@ -15,7 +15,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 # what comes after it and nothing else. A new one gets its place here; the lines only group what is alike.
 LINES = [
     "__init__ train evaluate generate",
-    "ladder evaluator terminal report blockwise trainer",
+    "ladder evaluator terminal report reporting blockwise trainer",
     "text evals evals.support",
     "training sampler",
     "convert convert.lolcats convert.peft convert.workdir convert.evo2 convert.hf convert.core convert.files",

@@ -7,10 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kernels_pallas import backends
 from kernels_pallas.fir_conv import fir_conv, obstacle
 from kernels_pallas.short_conv import short_conv
 
 PLATFORMS = ["gpu", "tpu"]
+MOSAIC = pytest.mark.skipif(bool(backends.missing("mosaic")), reason="jax < 0.11")
 NAMES = ["x1", "x2", "v", "h", "skip", "bias", "before"]
 
 
@@ -118,6 +120,20 @@ def test_fir_conv_equals_the_formula(shape, options, platform):
     check(functools.partial(fir, platform=platform), *arrays(*shape, **options))
 
 
+@MOSAIC
+@pytest.mark.parametrize(("shape", "options"), [c for c in FIR_CASES if c[0][4] > 8], ids=str)
+def test_fir_conv_through_mosaic_equals_the_formula(shape, options):
+    check(functools.partial(fir, platform="mosaic"), *arrays(*shape, **options))
+
+
+@MOSAIC
+def test_fir_conv_through_mosaic_in_bfloat16():
+    """Boxes of 8, of 64 and of channels that must be padded; pieces of time; rows as they are and padded ones."""
+    for B, D, T, G in ((1, 16, 1024, 2), (1, 64, 128, 1), (2, 24, 200, 2)):
+        a, dy = arrays(B, D, T, G, 128, skip=True, before=True, dtype=jnp.bfloat16)
+        check(functools.partial(fir, platform="mosaic"), a, dy)
+
+
 @pytest.mark.parametrize("platform", PLATFORMS)
 @pytest.mark.parametrize("K", [7, 128])
 def test_fir_conv_in_bfloat16(K, platform):
@@ -173,5 +189,7 @@ def test_what_is_not_covered_says_why():
     assert "1001 channels" in obstacle(v, h, platform="tpu")
     assert obstacle(v, h, platform="gpu") is None
     assert "257 taps" in obstacle(v, jnp.zeros((1, 257)), platform="gpu")
+    few = obstacle(v, jnp.zeros((1, 8)), platform="mosaic")
+    assert few == backends.missing("mosaic") or "8 taps, expected more" in few
     with pytest.raises(ValueError, match="segments with more than 8 taps"):
         fir_conv(None, None, v, h, runs=jnp.zeros((1, 8), jnp.int32), platform="gpu")

@@ -7,9 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kernels_pallas import backends
 from kernels_pallas.linear_attention import linear_attention, obstacle
 
 EPS = 1e-3
+MOSAIC = pytest.param(
+    "mosaic", marks=pytest.mark.skipif(bool(backends.missing("mosaic")), reason="jax < 0.11")
+)
 
 
 def definition(q, k, v, a, kv, z, *, runs, normalize):
@@ -98,7 +102,7 @@ def check(platform, T, *, decay=True, normalize=False, runs=False, dtype="float3
         assert np.abs(np.asarray(x, np.float64) - y).max() <= tolerance * np.abs(y).max(), name
 
 
-@pytest.mark.parametrize("platform", ["gpu", "tpu"])
+@pytest.mark.parametrize("platform", ["gpu", "tpu", MOSAIC])
 class TestOneKernelFourTimes:
     def test_a_single_token(self, platform):
         check(platform, 1)
@@ -120,10 +124,10 @@ class TestOneKernelFourTimes:
         check(platform, 300, heads=(2, 2, 1), dtype="bfloat16")
 
 
-def test_several_spans():
+@pytest.mark.parametrize(("platform", "dtype"), [("gpu", "bfloat16"), ("tpu", "float32")])
+def test_several_spans(platform, dtype):
     """More than one stored state, by whose edges the decay's gradient is set right."""
-    check("gpu", 1100, B=1, dtype="bfloat16")
-    check("tpu", 1100, B=1)
+    check(platform, 1100, B=1, dtype=dtype)
 
 
 @pytest.mark.parametrize("decay", [False, True])
@@ -131,15 +135,27 @@ def test_pieces_at_once(decay):
     check("gpu", 2100, B=1, decay=decay, normalize=decay, runs=True)
 
 
-def test_fast_decay_forgets_without_overflow():
+@pytest.mark.skipif(bool(backends.missing("mosaic")), reason="jax < 0.11")
+def test_spans_and_pieces_through_mosaic():
+    check("mosaic", 2100, B=1, N=1, heads=(1, 1, 1), P=64, H=64, dtype="bfloat16")
+
+
+@pytest.mark.parametrize("platform", ["gpu", "tpu", MOSAIC])
+def test_fast_decay_forgets_without_overflow(platform):
     arrays, _, _ = case(130)
     q, k, v, a, kv, z = (jnp.asarray(x, jnp.float32) for x in arrays)
-    for platform in ("gpu", "tpu"):
-        run = functools.partial(linear_attention, log_decay=1e4 * a - 1e4, platform=platform, interpret=True)
-        y, (state, _) = jax.jit(lambda *x, run=run: run(*x, initial_state=(kv, None)))(q, k, v)
-        own = jnp.sum(q * k, axis=-1, keepdims=True) * v
-        np.testing.assert_allclose(y, own, rtol=1e-5, atol=1e-4)
-        np.testing.assert_allclose(state, k[:, -1, ..., None] * v[:, -1, :, None], rtol=1e-5, atol=1e-5)
+    run = functools.partial(linear_attention, log_decay=1e4 * a - 1e4, platform=platform, interpret=True)
+    y, (state, _) = jax.jit(lambda *x, run=run: run(*x, initial_state=(kv, None)))(q, k, v)
+    own = jnp.sum(q * k, axis=-1, keepdims=True) * v
+    np.testing.assert_allclose(y, own, rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(state, k[:, -1, ..., None] * v[:, -1, :, None], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(not backends.missing("mosaic"), reason="jax >= 0.11")
+def test_mosaic_is_refused_where_jax_is_too_old():
+    q = jnp.zeros((1, 8, 1, 64), jnp.bfloat16)
+    with pytest.raises(ValueError, match=r"needs jax >= 0\.11, found 0\."):
+        linear_attention(q, q, q, platform="mosaic")
 
 
 def test_what_the_kernels_do_not_take():

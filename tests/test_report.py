@@ -2,6 +2,7 @@
 
 import base64
 import dataclasses
+import html
 import html.parser
 import json
 import re
@@ -15,6 +16,7 @@ from lcx.evals.loss_by_position import LossByPosition, doubling
 from lcx.evals.passkey import Passkey
 from lcx.evals.perplexity import Perplexity
 from lcx.evals.support import figures
+from lcx.reporting import pictures, training
 
 VOID = {"meta", "img", "source", "br", "link"}
 
@@ -145,20 +147,31 @@ def runs(tmp_path):
     ]
 
 
+@pytest.fixture
+def blank(monkeypatch):
+    """Empty pictures, where a test is about something else: drawing costs most of the time of a report."""
+    monkeypatch.setattr(pictures, "picture", lambda draw, **kind: b"\x89PNG")
+
+
 def test_the_page_is_well_formed_and_self_contained(runs, tmp_path):
     path = report.build(results=runs, output=str(tmp_path / "out"), title="A <b>title</b>")
     text = path.read_text()
     page = Page(text)
     assert "script" not in page.tags and "link" not in page.tags and not re.search(r"https?:|url\(", text)
-    assert page.urls and all(url.startswith("data:image/png;base64,") for url in page.urls)
-    for url in page.urls:
-        assert base64.b64decode(url.partition(",")[2]).startswith(b"\x89PNG")
-    assert all(picture["alt"] and int(picture["width"]) > 300 for picture in page.pictures)
+    assert len(set(page.urls)) == 4  # wide and narrow, light and dark
+    assert all(url.startswith("data:image/svg+xml;base64,") for url in page.urls)
+    widths = [
+        re.search(rb'width="([\d.]+)pt"', base64.b64decode(url.partition(",")[2]))[1] for url in page.urls
+    ]
+    assert [round(float(width) / 72, 2) for width in widths] == [3.72, 3.72, 9, 9]  # 3.72 in are 358 pixels
+    assert all(picture["alt"] for picture in page.pictures)
     assert page.headings == ["A <b>title</b>", "Loss by position", "Models", "Origin"]
-    assert "prefers-color-scheme: dark" in text and page.urls[0] != page.urls[1]
+    assert "prefers-color-scheme: dark" in text
+    assert (tmp_path / "out" / "loss_by_position.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["loss_by_position.png", "report.html"]
 
 
+@pytest.mark.usefixtures("blank")
 def test_the_table_holds_the_numbers(runs, tmp_path):
     page = Page(report.build(results=runs, output=str(tmp_path / "out")).read_text())
     table = page.tables[0]
@@ -274,6 +287,7 @@ def test_colours_have_contrast(dark):
 # ------------------------------------------------------------------------------------------------ training curves
 
 
+@pytest.mark.usefixtures("blank")
 def test_training_curves_of_workdirs(runs, tmp_path):
     work = tmp_path / "pretrain"
     work.mkdir()
@@ -315,19 +329,20 @@ def test_a_training_run_has_the_name_and_colour_of_its_model(runs, tmp_path, mon
     made = {"loss_by_position": by_position("linear x4", [1.0] * 4)}
     tuned = write_run(tmp_path / "t", "tuned", made, checkpoint=str(work), model=facts("linear x4"))
     drawn = []
-    plain = report.picture
+    plain = pictures.picture
     monkeypatch.setattr(
-        report, "picture", lambda draw, dark: plain(lambda a: (draw(a), drawn.append(a)), dark=dark)
+        pictures, "picture", lambda draw, **kind: plain(lambda a: (draw(a), drawn.append(a)), **kind)
     )
     page = Page(
         report.build(results=[*runs, tuned], output=str(tmp_path / "out"), workdir=[str(work)]).read_text()
     )
     assert page.tables[1][1][:3] == ["tuned", "2", "1.000"]
-    wall, training = drawn[0], drawn[2]
+    wall, curve = drawn[0], drawn[5]
     colour = next(line.get_color() for line in wall.lines if line.get_label() == "tuned")
-    assert [line.get_color() for line in training.lines] == [colour]
+    assert [line.get_color() for line in curve.lines] == [colour]
 
 
+@pytest.mark.usefixtures("blank")
 def test_names_are_text_and_may_come_twice(tmp_path):
     nasty = '<script>alert("1")</script>'
     made = by_position("default", [1.0, 1, 1, 1])
@@ -361,6 +376,8 @@ def test_results_that_differ_in_what_they_hold(tmp_path):
 
 
 def test_bad_input_is_one_line(runs, tmp_path):
+    with pytest.raises(UserError, match="nothing to report: set --results .* --workdir"):
+        report.build(output=str(tmp_path / "out"))
     with pytest.raises(UserError, match="no results.json at .*lcx.evaluate"):
         report.build(results=[str(tmp_path)], output=str(tmp_path / "out"))
     (tmp_path / "results.json").write_text('{"name": "cut sho')
@@ -371,6 +388,7 @@ def test_bad_input_is_one_line(runs, tmp_path):
         report.build(results=runs, output=str(tmp_path / "file" / "out"))
 
 
+@pytest.mark.usefixtures("blank")
 def test_command_line(runs, tmp_path, capsys):
     arguments = [
         "--results",
@@ -382,8 +400,169 @@ def test_command_line(runs, tmp_path, capsys):
     assert report.main(arguments) == 0
     page = Page((tmp_path / "out" / "report.html").read_text())
     assert page.headings[0] == "Mine" and len(page.tables[0]) == 4
-    assert report.main(["--results", str(tmp_path / "nowhere"), f"--output={tmp_path / 'out'}"]) == 2
+    assert report.main([*arguments[:-2], arguments[-2]]) == 2  # not without asking
+    assert "exists: choose another --output, or replace it with --overwrite" in capsys.readouterr().err
+    assert report.main([*arguments[:-1], "--title=Other", "--overwrite"]) == 0
+    assert Page((tmp_path / "out" / "report.html").read_text()).headings[0] == "Other"
+    (tmp_path / "plots").mkdir()
+    (tmp_path / "plots" / "loss_by_position.png").write_text("somebody's")
+    with pytest.raises(UserError, match=r"loss_by_position.png exists"):
+        report.build(results=runs, output=str(tmp_path / "plots"))
+    assert [file.name for file in (tmp_path / "plots").iterdir()] == ["loss_by_position.png"]
+    assert report.main(["--results", str(tmp_path / "nowhere"), f"--output={tmp_path / 'o'}"]) == 2
     assert capsys.readouterr().err.strip().splitlines()[-1].startswith("error: no results.json")
+
+
+# ------------------------------------------------------------------------------------------------ words
+
+
+def opening(path):
+    """The paragraphs at the top of a page."""
+    return re.findall(
+        r"<p>(.*?)</p>", html.unescape(re.search(r'class="lead">(.*?)</div>', path.read_text())[1])
+    )
+
+
+@pytest.mark.usefixtures("blank")
+def test_the_first_sentence_says_what_was_compared_and_found(runs, tmp_path):
+    first, remarks = opening(report.build(results=runs, output=str(tmp_path / "out")))
+    assert first == (
+        "4 models are compared by loss by position: at positions 512–1024, “YaRN x4, tuned” has the lowest loss,"
+        " 1.30 ± 0.04 nats per byte; “unscaled” has the highest, 3.20 ± 0.04 nats per byte. Within the window of"
+        " pretraining, at positions 128–256, “unscaled” has the lowest loss, 1.24 ± 0.04 nats per byte"
+        " (“YaRN x4, tuned” cannot be told apart from it); “YaRN x4, tuned” has 1.27 ± 0.04; “PI x4” has the highest,"
+        " 2.90 ± 0.04 nats per byte."
+    )
+    assert (
+        "95% interval" in remarks and "not measured in the same way" in remarks
+    )  # by_position words it by model
+
+
+def test_the_winner_at_length_shows_its_price_within_the_window(tmp_path):
+    found = LossByPosition().finding(
+        {"base": by_position("default", [1.4, 1.2, 2.0, 3.2]), "long": by_position("yarn x4", [1.5, 1.5, 1.5, 1.4]),
+         "pi": by_position("linear x4", [2.0, 2.0, 2.0, 2.0])}
+    )  # fmt: skip
+    assert "“long” has the lowest loss, 1.40" in found and "“base” has the lowest loss, 1.20" in found
+    assert found.index("“long” has 1.50 ± 0.04") > found.index("Within the window")
+
+
+def test_differences_within_the_uncertainty_are_no_finding():
+    close = {name: by_position("default", [1.0, 1.0, 1.0, last]) for name, last in (("a", 1.5), ("b", 1.54))}
+    found = LossByPosition().finding(close)
+    assert found.startswith(
+        "at positions 512–1024, no difference in loss is established (within the uncertainty)"
+    )
+    assert "cannot be told apart" not in found and "lowest" not in found
+    one = by_position("default", [1.0, 1.0, 1.0, 1.5])
+    for entry in one["lengths"]:
+        for bucket in entry["buckets"]:
+            bucket["standard_error"] = None
+    assert "the uncertainty is not known" in LossByPosition().finding({"a": one, "b": close["b"]})
+
+
+def test_one_model_by_itself():
+    result = by_position("default", [1.4, 1.24, 2.0, 3.2])
+    result["model"]["window"] = 256
+    assert LossByPosition().finding({"a": result}) == (
+        "1.24 ± 0.04 nats per byte at positions 128–256, the last of its window of 256 tokens, and 3.20 ± 0.04 at"
+        " 512–1024, beyond it: worse by 1.96"
+    )
+    result["model"]["window"] = 1024
+    assert (
+        LossByPosition()
+        .finding({"a": result})
+        .endswith("nothing was measured beyond its window of 1024 tokens")
+    )
+    ppl = perplexities("default", {64: 2.0, 256: 40.0})
+    ppl["windows"][1]["standard_error"] = 0.01
+    assert Perplexity().finding({"a": ppl}) == (
+        "2.00 with a window of 64, 40.00 ± 0.78 with a window of 256 (per byte)"
+    )
+
+
+def test_other_tokens_are_not_compared():
+    one, other = (by_position("default", [1.0] * 4) | {"tokenizer_id": name} for name in "xy")
+    assert "cannot be compared" in LossByPosition().finding({"a": one, "b": other})
+    assert "cannot be compared" not in LossByPosition().finding({"a": one, "b": one})
+
+
+def write_log(folder, losses, held_out=()):
+    folder.mkdir()
+    lines = [{"step": step, "loss": loss} for step, loss in losses]
+    lines += [{"step": step, "eval_loss": loss} for step, loss in held_out]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(folder)
+
+
+@pytest.mark.usefixtures("blank")
+def test_a_single_training_run(tmp_path):
+    losses = [(step, 1 + 100 / step) for step in range(100, 121)]
+    work = write_log(tmp_path / "run", losses, held_out=[(110, 1.8), (120, 1.9)])
+    path = report.build(workdir=[work], output=str(tmp_path / "out"))
+    page = Page(path.read_text())
+    assert page.headings == ["Training", "Training"] and page.tables[0][1][:4] == [
+        "run",
+        "120",
+        "1.833",
+        "1.900",
+    ]
+    assert opening(path) == [
+        "One training run: over steps 100 to 120 of “run”, the loss went from 2.000 to 1.837 ± 0.005 (spread of its"
+        " last 2 log lines) nats per token; on held-out data it is 1.900 at step 120, after a lower 1.800 at step 110."
+    ]
+    twice = opening(report.build(workdir=[work, work], output=str(tmp_path / "both")))
+    assert twice[0].startswith(
+        "2 training runs are compared: the last losses are: “run” 1.900 on held-out data"
+    )
+    assert "“run (2)”" in twice[0]
+    bad = write_log(tmp_path / "bad", [(1, "NaN"), (2, 2.0)])
+    assert (
+        "1 logged losses are not finite"
+        in opening(report.build(workdir=[bad], output=str(tmp_path / "o")))[0]
+    )
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+def test_every_axis_has_numbers(narrow):
+    """Also where no power of two, or no round number, is in sight."""
+
+    def ticks(draw):
+        drawn = []
+        pictures.picture(lambda axes: (draw(axes), drawn.append(axes)), narrow=narrow)
+        low, high = drawn[0].get_xlim()
+        shown = [t.get_text() for t in drawn[0].get_xticklabels() if low <= t.get_position()[0] <= high]
+        assert len(shown) >= 2 and all(shown) and len(shown) <= (8 if narrow else 15)
+        return shown
+
+    for first, last in ((100, 120), (1, 2), (1, 100_000), (7, 7)):
+        curves = {"run": [{"step": step, "loss": 1.0} for step in sorted({first, (first + last) // 2, last})]}
+        shown = ticks(lambda axes, curves=curves: training.draw(axes, curves, {}))
+        assert first == last or all(float(text) == int(float(text)) for text in shown)
+    for low, high in ((300, 500), (8, 1 << 20), (1000, 1001)):
+
+        def draw(axes, low=low, high=high):
+            axes.plot([low, high], [1, 2])
+            figures.position_axis(axes, "tokens")
+
+        ticks(draw)
+    assert [figures.short(value) for value in (512, 4096, 32768, 1 << 20, 0.5)] == [
+        "512",
+        "4096",
+        "32K",
+        "1M",
+        "0.5",
+    ]
+
+
+def test_no_two_lines_look_alike():
+    """Not in grey either, up to eight models; with more, colour, dashes and markers are different together."""
+    ropes = ["default", "yarn x4", "linear x4", "yarn x4", "default", "dynamic x4", "yarn x4", "llama3 x8"]
+    for kinds in (ropes, ["default"] * 8, ropes * 2, ["yarn x4"] * 14):
+        looks = figures.styles({f"{i}": {"model": facts(rope)} for i, rope in enumerate(kinds)}).values()
+        assert len({tuple(look.values()) for look in looks}) == len(kinds)
+        if len(kinds) == 8:
+            assert len({look["marker"] for look in looks}) == 8
 
 
 def test_pictures_leave_matplotlib_as_it_was():

@@ -152,10 +152,49 @@ def test_prefill_in_pieces_is_one(rope, trace, monkeypatch):
 
 def test_pieces_are_bounded_and_waste_little():
     for batch_size, width in ((1, 5), (1, 50), (1, 4097), (3, 30_000), (64, 4096), (1000, 100)):
-        piece = sampler._piece(batch_size, width)
-        assert piece % 32 == 0 and (piece * batch_size <= 4096 or piece == 32)
-        count = math.ceil(width / piece)
-        assert count * piece < width + 32 * count
+        first, *others = sampler._pieces(batch_size, width)
+        most = max(first, *others, 0)
+        assert len({*others}) <= 1 and first % 32 == 0 and (most * batch_size <= 4096 or most == 32)
+        assert 0 <= sum((first, *others)) - width < first / 3 + 32
+    for size in range(1, 20_000):
+        bucket = sampler._bucket(size)
+        assert size <= bucket <= max(32, size * (1.5 if size < 512 else 1.25 if size < 4096 else 1.13)) + 32
+    for low, high, most in ((64, 512, 6), (512, 4096, 12), (4096, 65536, 32)):  # two, four, eight in an octave
+        assert len({sampler._bucket(size) for size in range(low + 1, high + 1)}) == most
+
+
+def compiled(calls):
+    """How many programs these calls compile."""
+    names = []
+
+    def listen(event, _, **more):
+        if event == "/jax/core/compile/backend_compile_duration":
+            names.append(more)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        for call in calls:
+            call()
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    return len(names)
+
+
+def test_lengths_in_one_bucket_share_their_programs():
+    """Reading, the first token, decoding: three programs for all calls of a bucket, none for a second call."""
+    model, params = tiny(num_layers=1, hidden_size=16)
+    model = model.clone(max_position_embeddings=4096, parent=None)  # nobody else's program
+
+    def call(length, new, run=lcx.generate):
+        return lambda: run(model, params, [[*range(1, length + 1)]], max_new_tokens=new)
+
+    def streamed(*args, **kwargs):
+        return list(sampler.stream(*args, **kwargs))
+
+    assert compiled([call(3, 20)]) == 3
+    others = [call(1, 2), call(30, 17), call(32, 32), call(9, 31, streamed), call(5, 1)]
+    assert compiled(others) == 0
+    assert compiled([call(33, 20)]) == 2  # the next bucket of prompts: reading, and decoding with more slots
 
 
 # ---------------------------------------------------------------------------------------------- transformers

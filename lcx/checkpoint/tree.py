@@ -19,6 +19,8 @@ from lcx.checkpoint.fingerprint import fingerprint, partial
 from lcx.checkpoint.folder import Damaged, Entry, few, read_record
 from lcx.errors import UserError
 
+_SMALL = 1 << 20  # elements; numpy takes a few milliseconds for so many
+
 Tree = Any  # a pytree of arrays or of jax.ShapeDtypeStruct
 
 
@@ -138,6 +140,17 @@ def _storable(name: str, leaf: Any) -> tuple[Any, str | None]:
 
 
 def _fingerprints(arrays: Mapping[str, Any]) -> dict[str, int]:
-    """The fingerprint of each array. All device computations are dispatched before the first result is awaited."""
-    sums = {key: fingerprint(x) if isinstance(x, jax.Array) else partial(x) for key, x in arrays.items()}
+    """The fingerprint of each array. All device computations are dispatched before the first result is awaited.
+
+    Small arrays of a CPU are read by numpy: that takes less time than compiling a program for each of their shapes.
+    """
+
+    def of(x: Any) -> Any:
+        if isinstance(x, jax.Array):
+            on_host = x.is_fully_addressable and all(d.platform == "cpu" for d in x.sharding.device_set)
+            if x.size > _SMALL or not on_host:
+                return fingerprint(x)
+        return partial(np.asarray(x))
+
+    sums = {key: of(x) for key, x in arrays.items()}
     return {key: int(total) for key, total in jax.device_get(sums).items()}

@@ -6,6 +6,9 @@
     sequence_likelihood  log p of every record of a FASTA file
     variant_effects      log p of a sequence with a variant minus that of the reference
 
+An evaluation may have a method `finding(results) -> str`: a clause for the first sentence of a report, that says what
+the results of one or more models, {label: result}, show, with their uncertainty (`evals.support.words`).
+
 Your own evaluation is a frozen dataclass in any package that implements `Evaluation`; name it in a .gin file:
 
     evaluator.evaluate.evals = (@loss_by_position.LossByPosition(), @my_package.MyTask())
@@ -43,6 +46,7 @@ class Evaluation(Protocol):
             "summary": one line for the terminal,
             "table": {column: number or text}, this model's row in the report,
             "model": `model_facts.facts(model)`, by which plots distinguish models.
+          It may contain "notes": sentences for the terminal and the report, such as what limited the evaluation.
         """
 
     def plot(self, axes: Any, results: Mapping[str, Result]) -> None:

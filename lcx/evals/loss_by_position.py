@@ -14,11 +14,13 @@ from lcx.data import Dataset, Mixture, Tokenizer
 from lcx.data.packing import assemble, plan_concat
 from lcx.errors import UserError
 from lcx.evals import Result
-from lcx.evals.support import documents, figures, scoring
+from lcx.evals.support import documents, figures, scoring, words
 from lcx.evals.support.intervals import mean_and_error
-from lcx.evals.support.model_facts import facts
+from lcx.evals.support.model_facts import facts, varies
+from lcx.evals.support.reach import beyond
 from lcx.model import Decoder
 
+_LEAST_ROWS = 4  # fewer rows have no useful standard error
 _CURVE_START, _CURVE_PER_OCTAVE = 8, 4
 _PLOTTED_FROM = 32  # the high loss at the first positions would compress the interesting part of the plot
 
@@ -32,14 +34,17 @@ class LossByPosition:
     Attributes:
       dataset: the text; None: the data that the checkpoint was trained on.
       split: "eval" or "train".
-      lengths: the row lengths to evaluate, in tokens; None: the model's context length.
+      lengths: the row lengths to evaluate, in tokens. None: 4 times the model's context length, to show whether the
+        model works beyond it; 2 times or the context length itself where the text has fewer than 4 such rows or a row
+        has more than tokens_per_batch tokens. A RoPE scaling that depends on the length of the row (dynamic NTK,
+        LongRoPE) is also measured at the context length.
       max_tokens: tokens of text to read for each length, from the beginning of the split.
       first_bucket: end of the first bucket, in tokens.
       document_mask: True: attention is limited to one document, and positions restart at each document. False:
         documents are concatenated and attention covers the whole row, so every row has the full length as context.
       score_document_starts: whether the first token of a document (its BOS) counts as a label. A model trained with a
         document mask has never learned to predict it.
-      tokens_per_batch: tokens per forward pass.
+      tokens_per_batch: tokens per forward pass. A row that is longer is a forward pass of its own.
       name: key in results.json.
     """
 
@@ -69,19 +74,35 @@ class LossByPosition:
             packed=True,
             owner="LossByPosition",
         )
-        lengths = self.lengths or (model.max_position_embeddings,)
+        lengths, notes = self._lengths(model, text)
         bytes_per_token = text.num_bytes() / text.num_tokens
         measured = [self._measure(model, params, text, T, bytes_per_token) for T in lengths]
         longest = max(measured, key=lambda entry: entry["length"])
+        table = _table(measured if self.lengths is None else [longest])
         return {
-            "definition": self._definition(text),
-            "summary": _summary(longest, text.unit),
-            "table": {_title(b): b["nll"] for b in longest["buckets"]},
+            "definition": self._definition(text, lengths),
+            "summary": _summary(table, text.unit),
+            "table": table,
+            "notes": notes,
             "model": facts(model),
             "unit": text.unit,
             "bytes_per_token": bytes_per_token,
+            "tokenizer_id": text.tokenizer_id,
             "lengths": measured,
         }
+
+    def _lengths(self, model: Decoder, text: documents.Documents) -> tuple[tuple[int, ...], list[str]]:
+        """The row lengths to evaluate, and what to say about them."""
+        if self.lengths is not None:
+            return self.lengths, []
+        window = model.max_position_embeddings
+        limits = {
+            f"LossByPosition.tokens_per_batch, {self.tokens_per_batch}": self.tokens_per_batch,
+            f"the text, of which {text.num_tokens} tokens were read": text.num_tokens // _LEAST_ROWS,
+        }
+        reach = beyond(window, unit="rows", limits=limits)
+        lengths = (window, reach.length) if varies(model) and reach.length > window else (reach.length,)
+        return lengths, [reach.note]
 
     def _measure(
         self, model: Decoder, params: Any, text: documents.Documents, T: int, bytes_per_token: float
@@ -146,18 +167,29 @@ class LossByPosition:
             )
         return batch, weights
 
-    def _definition(self, text: documents.Documents) -> str:
+    def _definition(self, text: documents.Documents, lengths: tuple[int, ...]) -> str:
         if self.document_mask:
             where = "attention and positions inside each document; "
         else:
             where = "attention over the whole row, across documents; "
             where += "" if self.score_document_starts else "the first token of a document is no label; "
+        several = ""
+        if len(lengths) > 1:
+            which = "the shortest rows that have it" if self.lengths is None else f"rows of {max(lengths)}"
+            several = f"the table has each position in {which}; "
         return (
             f"mean negative log-likelihood ({text.unit}){text.scored} of the token after position p, for p in"
             " [start, end);"
             f" documents of {text.source} end to end, in order, the first {text.num_tokens} tokens, cut into rows of"
-            f" the evaluated length; {text.special}; {where}standard errors take rows as independent"
+            f" {' and '.join(map(str, lengths))} tokens; {text.special}; {where}"
+            f"{several}standard errors take rows as independent"
         )
+
+    def finding(self, results: Mapping[str, Result]) -> str:
+        """The losses at the last positions that all models were measured at, and within the window of pretraining."""
+        if len(results) == 1:
+            return _alone(next(iter(results.values())))
+        return _compared(results)
 
     def plot(self, axes: Any, results: Mapping[str, Result]) -> None:
         styles = figures.styles(results)
@@ -193,29 +225,88 @@ def doubling(T: int, first: int, per_octave: int = 1) -> list[tuple[int, int]]:
     return list(zip(edges[:-1], edges[1:], strict=True))
 
 
+def _table(measured: list[dict[str, Any]]) -> dict[str, float | None]:
+    """The loss at each bucket of positions, in the shortest rows that have it."""
+    table: dict[str, float | None] = {}
+    for entry in sorted(measured, key=lambda entry: entry["length"]):
+        for bucket in entry["buckets"]:
+            table.setdefault(_title(bucket), bucket["nll"])
+    return table
+
+
 def _title(bucket: Mapping[str, Any]) -> str:
     return f"{bucket['start']}-{bucket['end']}"
 
 
-def _summary(entry: Mapping[str, Any], unit: str) -> str:
-    numbers = [f"{_title(b)}: {b['nll']:.3f}" for b in entry["buckets"] if b["nll"] is not None]
+def _summary(table: Mapping[str, float | None], unit: str) -> str:
+    numbers = [f"{title}: {nll:.3f}" for title, nll in table.items() if nll is not None]
     return f"{unit} at {', '.join(numbers)}"
 
 
+def _buckets(result: Result) -> dict[tuple[int, int], words.Measured]:
+    """The loss at each bucket of positions, (mean, standard error), from the shortest rows that have it."""
+    found: dict[tuple[int, int], words.Measured] = {}
+    for entry in sorted(result["lengths"], key=lambda entry: entry["length"]):
+        for bucket in entry["buckets"]:
+            if bucket["nll"] is not None:
+                found.setdefault((bucket["start"], bucket["end"]), (bucket["nll"], bucket["standard_error"]))
+    return found
+
+
+def _alone(result: Result) -> str:
+    found, unit, window = _buckets(result), result["unit"], result["model"]["window"]
+    inside = [edges for edges in found if edges[1] <= window]
+    beyond = [edges for edges in found if edges[0] >= window]
+    if not found:
+        return "no position was measured"
+    if not inside or not beyond:
+        first, last = min(found), max(found)
+        text = f"{words.with_error(found[first])} {unit} at positions {first[0]}–{first[1]}"
+        if last != first:
+            text += f", {words.with_error(found[last])} at {last[0]}–{last[1]}"
+        return f"{text}; nothing was measured beyond its window of {window} tokens"
+    near, far = max(inside), max(beyond)
+    text = (
+        f"{words.with_error(found[near])} {unit} at positions {near[0]}–{near[1]}, the last of its window of {window}"
+        f" tokens, and {words.with_error(found[far])} at {far[0]}–{far[1]}, beyond it"
+    )
+    gap = found[far][0] - found[near][0]
+    if not words.differ(found[far], found[near]):
+        return f"{text}: no difference is established"
+    return f"{text}: {'worse' if gap > 0 else 'better'} by {abs(gap):.2f}"
+
+
+def _compared(results: Mapping[str, Result]) -> str:
+    unit = next(iter(results.values()))["unit"]
+    if not words.same_tokens(results.values()):
+        return "the models split the text into different tokens, so their losses per token cannot be compared"
+    found = {label: _buckets(result) for label, result in results.items()}
+    common = set.intersection(*map(set, found.values()))
+    if not common:
+        return "no positions were measured for all models, so their losses cannot be compared"
+
+    def at(edges: tuple[int, int], also: str | None = None) -> str:
+        values = {label: buckets[edges] for label, buckets in found.items()}
+        return (
+            f"at positions {edges[0]}–{edges[1]}, {words.ranked(values, what='loss', unit=unit, also=also)}"
+        )
+
+    best = min(found, key=lambda label: found[label][max(common)][0])
+    text, window = at(max(common)), min(result["model"]["original_window"] for result in results.values())
+    inside = [edges for edges in common if edges[1] <= window and edges != max(common)]
+    return f"{text}. Within the window of pretraining, {at(max(inside), best)}" if inside else text
+
+
 def _headline(results: Mapping[str, Result]) -> str:
-    """The title of the plot: the worst and the best model at the end of the longest context, with their losses."""
-    last = {}
-    for label, result in results.items():
-        filled = [
-            b for b in max(result["lengths"], key=lambda e: e["length"])["buckets"] if b["nll"] is not None
-        ]
-        if filled:
-            last[label] = filled[-1]
-    if not last:
+    """The title of the plot: the worst and the best model at the last positions that all have, with their losses."""
+    found = {label: _buckets(result) for label, result in results.items()}
+    common = set.intersection(*map(set, found.values()))
+    if not common:
         return "Loss by position"
-    worst, best = max(last, key=lambda k: last[k]["nll"]), min(last, key=lambda k: last[k]["nll"])
-    where = f"At positions {last[best]['start']}–{last[best]['end']}"
-    text = f"{best} {last[best]['nll']:.2f}"
-    if worst != best and _title(last[worst]) == _title(last[best]):
-        text = f"{worst} {last[worst]['nll']:.2f}, {text}"
-    return f"{where}: {text} {next(iter(results.values()))['unit']}"
+    edges = max(common)
+    last = {label: buckets[edges][0] for label, buckets in found.items()}
+    worst, best = max(last, key=last.__getitem__), min(last, key=last.__getitem__)
+    text = f"{best} {last[best]:.2f}"
+    if worst != best:
+        text = f"{worst} {last[worst]:.2f}, {text}"
+    return f"At positions {edges[0]}–{edges[1]}: {text} {next(iter(results.values()))['unit']}"

@@ -216,6 +216,20 @@ class Passkey:
             f" that every k' <= k has a success rate of at least {self.threshold:g}; 95% Wilson intervals"
         )
 
+    def finding(self, results: Mapping[str, Result]) -> str:
+        """How often each model finds the key, with 95% Wilson intervals, and up to which distance."""
+        parts = []
+        for label, result in results.items():
+            rows = result["distances"]
+            hits, trials = (sum(row.get(key, 0) for row in rows) for key in ("successes", "trials"))
+            low, high = wilson(hits, trials)
+            who = f"“{label}” finds" if len(results) > 1 else "finds"
+            parts.append(
+                f"{who} the passkey in {hits} of {trials} prompts (95% interval {low:.0%} to {high:.0%}) up to"
+                f" {rows[-1]['k']} tokens back; k_max {result['k_max']}"
+            )
+        return "; ".join(parts)
+
     def plot(self, axes: Any, results: Mapping[str, Result]) -> None:
         _strips(axes, results) if len(results) > 2 else _curves(axes, results)
         axes.set_xlabel("k: tokens between the key and the end of the prompt")
@@ -253,7 +267,9 @@ def _strips(axes: Any, results: Mapping[str, Result]) -> None:
                 color=styles[label]["color"],
                 alpha=0.06 + 0.94 * rate,
             )
-    axes.set_yticks(range(len(results)), [_with_k_max(label, result) for label, result in results.items()])
+    names = [_with_k_max(label, result) for label, result in results.items()]
+    width = 14 if figures.is_narrow(axes) else 30
+    axes.set_yticks(range(len(results)), [figures.wrapped(name, width) for name in names])
     axes.set_xlim(0, max(result["distances"][-1]["k"] for result in results.values()))
     axes.invert_yaxis()
     axes.grid(False)

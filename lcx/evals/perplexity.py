@@ -11,12 +11,14 @@ from jaxtyping import Int
 from lcx.data import Dataset, Mixture, Tokenizer
 from lcx.errors import UserError
 from lcx.evals import Result
-from lcx.evals.support import documents, figures, scoring
+from lcx.evals.support import documents, figures, scoring, words
 from lcx.evals.support.intervals import mean_and_error
 from lcx.evals.support.model_facts import facts
+from lcx.evals.support.reach import beyond
 from lcx.evals.support.windows import window_rows
 from lcx.model import Decoder
 
+_WINDOW_TOKENS = 1 << 20  # in windows longer than the model's own: the longest default evaluation
 _WIDTH_STEP = 128  # windows longer than every document are cut to a multiple of this
 
 
@@ -35,7 +37,10 @@ class Perplexity:
     Attributes:
       dataset: the text; None: the data that the checkpoint was trained on.
       split: "eval" or "train".
-      windows: one or several W in tokens; None: the model's context length. The same targets are scored for each.
+      windows: one or several W in tokens. The same targets are scored for each. None: a quarter of the model's context
+        length, the context length, and 4 times as much, to show whether the model works beyond it; 2 times or nothing
+        beyond where no document is that long, where a window has more than tokens_per_batch tokens, or where the
+        windows together have more than 2^20 tokens.
       stride: S in tokens. None: windows share only the one token from which the next window's first target is
         predicted. This is the convention of lm-evaluation-harness, which counts the W - 1 inputs as the window.
       max_tokens: tokens of text to read, from the beginning of the split.
@@ -70,25 +75,41 @@ class Perplexity:
             owner="Perplexity",
         )
         bytes_per_token = text.num_bytes() / text.num_tokens
-        measured = [self._measure(model, params, text, W, bytes_per_token) for W in self._windows(model)]
+        windows, notes = self._windows(model, text)
+        measured = [self._measure(model, params, text, W, bytes_per_token) for W in windows]
         best = max(measured, key=lambda entry: entry["window"])
         return {
             "definition": self._definition(text),
             "summary": f"{_number(best['perplexity'])} per {text.unit.split()[-1]} with a window of {best['window']}",
             "table": {f"window {entry['window']}": entry["perplexity"] for entry in measured},
+            "notes": notes,
             "model": facts(model),
             "unit": f"per {text.unit.split()[-1]}",
+            "bytes_per_token": bytes_per_token,
+            "tokenizer_id": text.tokenizer_id,
             "windows": measured,
         }
 
-    def _windows(self, model: Decoder) -> tuple[int, ...]:
-        windows = self.windows or (model.max_position_embeddings,)
-        if self.stride is not None and self.stride >= min(windows) and self.windows is not None:
-            raise UserError(
-                f"Perplexity.stride {self.stride} leaves no overlap in a window of {min(windows)}: lower stride, or set"
-                " it to None for windows that do not overlap"
-            )
-        return windows
+    def _windows(self, model: Decoder, text: documents.Documents) -> tuple[tuple[int, ...], list[str]]:
+        """The windows to evaluate, and what to say about them."""
+        if self.windows is not None:
+            if self.stride is not None and self.stride >= min(self.windows):
+                raise UserError(
+                    f"Perplexity.stride {self.stride} leaves no overlap in a window of {min(self.windows)}: lower"
+                    " stride, or set it to None for windows that do not overlap"
+                )
+            return self.windows, []
+        own = model.max_position_embeddings
+        # Every `stride` tokens of text cost a window: a budget of tokens for them limits the size of the window.
+        longest, starts = max(map(len, text.tokens)), text.num_tokens / (self.stride or own)
+        limits = {
+            f"Perplexity.tokens_per_batch, {self.tokens_per_batch}": self.tokens_per_batch,
+            f"the longest document, {longest} tokens": longest,
+            f"the time: at most {_WINDOW_TOKENS} tokens in windows": int(_WINDOW_TOKENS / starts),
+        }
+        reach = beyond(own, unit="windows", limits=limits)
+        shorter = (own // 4,) if own >= 8 else ()
+        return tuple(dict.fromkeys((*shorter, own, reach.length))), [reach.note]
 
     def _measure(
         self, model: Decoder, params: Any, text: documents.Documents, W: int, bytes_per_token: float
@@ -146,6 +167,22 @@ class Perplexity:
             " documents as independent"
         )
 
+    def finding(self, results: Mapping[str, Result]) -> str:
+        """The perplexities at the largest window of all models, or of one model by window, with their uncertainty."""
+        unit = next(iter(results.values()))["unit"]
+        windows = [{e["window"]: _with_error(e) for e in result["windows"]} for result in results.values()]
+        if len(results) == 1:
+            entries = sorted(windows[0].items())
+            parts = [f"{words.with_error(value)} with a window of {W}" for W, value in entries]
+            return f"{', '.join(parts)} ({unit})"
+        if not words.same_tokens(results.values()):
+            return "the models split the text into different tokens, so their perplexities cannot be compared"
+        common = set.intersection(*map(set, windows))
+        if not common:
+            return "no window was measured for all models, so their perplexities cannot be compared"
+        values = {label: found[max(common)] for label, found in zip(results, windows, strict=True)}
+        return f"with a window of {max(common)}, {words.ranked(values, what='perplexity', unit=unit)}"
+
     def plot(self, axes: Any, results: Mapping[str, Result]) -> None:
         if all(len(result["windows"]) == 1 for result in results.values()):
             self._bars(axes, results)
@@ -154,9 +191,7 @@ class Perplexity:
         for label, result in results.items():
             entries = sorted(result["windows"], key=lambda entry: entry["window"])
             values = [_plottable(entry["perplexity"]) for entry in entries]
-            axes.plot(
-                [entry["window"] for entry in entries], values, label=label, marker="o", **styles[label]
-            )
+            axes.plot([entry["window"] for entry in entries], values, label=label, **styles[label])
         figures.position_axis(axes, "window (tokens)")
         figures.log_axis(axes, "y")
         figures.mark_window(axes, results)
@@ -196,6 +231,14 @@ def _cut(
         labels[i, : count - 1] = texts[document][begin + 1 : end]
         weights[i, first - begin - 1 : count - 1] = masks[document][first:end]
     return tokens, labels, weights
+
+
+def _with_error(entry: Mapping[str, Any]) -> words.Measured:
+    """The perplexity of a window and its standard error, that of the nll times the perplexity (delta method)."""
+    value, error = entry["perplexity"], entry.get("standard_error")
+    if value is None:
+        return math.inf, None
+    return value, None if error is None else value * error
 
 
 def _exp(x: float) -> float:

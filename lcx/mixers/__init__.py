@@ -26,6 +26,7 @@ looks for it, and they return the default or raise an error:
     ------------------------  --------------------------------------------  --------------------------------------------
     cost of a token           macs_per_token(seq_len) -> float              UserError; a run then logs no `mfu`
     growing cache             append_cache(cache, added), and `deferred`    the state has a fixed size
+    cache read in place       reads_in_place(num_tokens) -> bool        its layer's cache is copied for each token
     prompt in one piece       whole_prompt = True                           a prompt may be read in pieces
     rotary embedding          fields rope and head_dim                      nothing to extend
     length it rotates for     "rope_length" in the cache, int32 scalar      no length to set
@@ -38,6 +39,10 @@ looks for it, and they return the default or raise an error:
 **A growing cache.** With ``deferred=True`` the mixer returns (y, the entries that these tokens add to the cache), and
 ``append_cache(cache, added) -> cache`` writes them, for one layer or for several stacked layers. The decoder uses this
 because its scan over layers would otherwise copy the whole cache for every token.
+
+**A cache read in place.** Where ``reads_in_place(T)`` is True, a call with ``deferred=True`` may receive as its cache a
+pair (the caches of all layers of its stage, stacked; the number of its layer), see ``kv_cache.LayerOf``. Otherwise the
+scan over layers cuts out each layer's cache, which costs more than reading it when few tokens are new.
 
 **Export.** The format "lcx" stores every mixer by its class and fields; the class must be importable where the
 checkpoint is read. Other formats list the mixers that they support (``lcx/convert``) and reject the others.
@@ -139,6 +144,11 @@ def empty_state(mixer: Any, batch_size: int, length: int, dtype: jnp.dtype) -> C
 def grows(mixer: nn.Module | None) -> bool:
     """Whether the mixer's cache grows with the sequence, so that entries are appended to it."""
     return hasattr(mixer, "append_cache")
+
+
+def reads_in_place(mixer: nn.Module | None, num_tokens: int) -> bool:
+    """Whether the mixer reads its layer's cache for so many new tokens out of the stacked caches of all layers."""
+    return grows(mixer) and hasattr(mixer, "reads_in_place") and mixer.reads_in_place(num_tokens)
 
 
 def state_after(mixer: Any, before: Cache, given: Cache) -> Cache:

@@ -11,7 +11,7 @@ from lcx import sharding
 from lcx.errors import check_sizes
 from lcx.layers import Norm
 from lcx.mixers import kv_cache
-from lcx.mixers.kv_cache import Cache
+from lcx.mixers.kv_cache import Cache, LayerOf
 from lcx.mixers.projections import merged_heads, rotated_heads
 from lcx.ops.attention import attention
 
@@ -50,7 +50,7 @@ class Attention(nn.Module):
         *,
         positions: Int[Array, "B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
-        cache: Cache | None = None,
+        cache: Cache | LayerOf | None = None,
         deferred: bool = False,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         check_sizes(
@@ -65,7 +65,7 @@ class Attention(nn.Module):
             masks = {"q_segment_ids": segment_ids, "kv_segment_ids": segment_ids}
             return merged_heads(self, self._attend(q, k, v, masks), x.shape[-1]), None
         new = kv_cache.entries(k, v, segment_ids)
-        if x.shape[1] <= kv_cache.FEW and self.implementation in (None, "xla"):
+        if self.reads_in_place(x.shape[1]):
             y = kv_cache.attend(cache, q, new, window=self.window)
         else:
             y = self._attend(*kv_cache.arguments(cache, q, new, window=self.window))
@@ -78,6 +78,10 @@ class Attention(nn.Module):
         k, v = (sharding.repeat_heads(heads, self.num_heads) for heads in (k, v))
         attend = functools.partial(attention, window=self.window, implementation=self.implementation)
         return sharding.per_device(attend, {"q": q, "k": k, "v": v, **masks}, heads=("q", "k", "v"))
+
+    @nn.nowrap
+    def reads_in_place(self, num_tokens: int) -> bool:
+        return num_tokens <= kv_cache.FEW and self.implementation in (None, "xla")
 
     @nn.nowrap
     def init_cache(self, batch_size: int, length: int, dtype: jnp.dtype) -> Cache:

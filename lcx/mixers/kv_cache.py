@@ -6,14 +6,29 @@ to add; the decoder, which holds the caches of all layers, appends them to all l
 Letters: B batch, T new tokens, N query heads, K key/value heads, H head dim.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Int
 
 from lcx.ops.cached_attention import cached_attention
 
 Cache = dict[str, Array]
 FEW = 8  # up to this many new tokens, a single product over all slots is fastest
+
+
+class LayerOf(NamedTuple):
+    """The cache of one layer, as a view of the caches of all layers, stacked. Only what is indexed is copied."""
+
+    stacked: Cache
+    layer: Int[Array, ""]
+
+    def __getitem__(self, name: str) -> Array:  # type: ignore[override]
+        return self.stacked[name][self.layer]
+
+    def get(self, name: str) -> Array | None:
+        return self[name] if name in self.stacked else None
 
 
 def empty(batch_size: int, length: int, num_heads: int, head_dim: int, dtype: jnp.dtype) -> Cache:
@@ -47,20 +62,22 @@ def append(cache: Cache, new: Cache) -> Cache:
     return {**cache, **written, "index": cache["index"] + new["segment_ids"].shape[-1]}
 
 
-def _filled(cache: Cache) -> Array:
+def _filled(cache: Cache | LayerOf) -> Array:
     """The segment ids [B, S] of the slots filled so far; 0 for the others, whatever they hold (see lcx/pieces.py)."""
     ids = cache["segment_ids"]
     return jnp.where(jnp.arange(ids.shape[1]) < cache["index"], ids, 0)
 
 
-def attend(cache: Cache, q: Array, new: Cache, *, window: int | None = None) -> Array:
+def attend(cache: Cache | LayerOf, q: Array, new: Cache, *, window: int | None = None) -> Array:
     """Attention outputs of at most FEW new tokens, [B, T, N, H]."""
+    kv, layer = (cache.stacked, cache.layer) if isinstance(cache, LayerOf) else (cache, None)
     return cached_attention(
         q,
         new["k"],
         new["v"],
-        cached_k=cache["k"],
-        cached_v=cache["v"],
+        cached_k=kv["k"],
+        cached_v=kv["v"],
+        layer=layer,
         segment_ids=new["segment_ids"],
         cached_segment_ids=_filled(cache),
         length=cache["index"],

@@ -89,7 +89,7 @@ def attention(
 
 def _kernel_obstacles(q, k, v, q_offset, window) -> dict[str, str | None]:
     def of(platform: str) -> str | None:
-        if missing := dispatch.on(platform):
+        if missing := dispatch.kernels(platform):
             return missing
         from kernels_pallas.attention import obstacle
 

@@ -5,6 +5,7 @@ The names mean the same for every operator:
     reference   the definition, quadratic or step by step
     xla         chunked, in plain JAX: portable, differentiable, in linear time where the operator allows it
     triton      our Pallas kernel for GPUs, through Triton
+    mosaic      our Pallas kernel for Hopper GPUs, through Mosaic GPU: where jax has no Triton any more, or by its name
     tpu         our Pallas kernel for TPUs
 """
 
@@ -56,6 +57,22 @@ def on(*platforms: str) -> str | None:
     """None on one of these platforms, otherwise the obstacle as text."""
     here = platform()
     return None if here in platforms else f"needs a {' or '.join(platforms)}, found {here}"
+
+
+def kernels(target: str) -> str | None:
+    """None if our Pallas kernels for "gpu" (through Triton), "mosaic" or "tpu" run here, otherwise the obstacle."""
+    if obstacle := on("gpu" if target == "mosaic" else target):
+        return obstacle
+    from kernels_pallas import backends
+
+    if target == "mosaic" and (obstacle := backends.no_hopper(_device_kind())):
+        return obstacle
+    return backends.missing(target)
+
+
+def _device_kind() -> str:
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    return jax.devices()[0].device_kind if device is None else device.device_kind
 
 
 @functools.cache

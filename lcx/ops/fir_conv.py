@@ -7,7 +7,7 @@ Taps are in convolution order: k = 0 multiplies the current token. Channels come
 channel is contiguous, and the blocks of all channels of a group are the rows of one matrix.
 
 ``reference``  the definition, with every window of K inputs materialised, in float32.
-``triton``, ``tpu``  kernels_pallas.fir_conv, one pass over memory; packed rows take several passes (`packed_conv`).
+``triton``, ``mosaic``, ``tpu``  kernels_pallas.fir_conv, one pass over memory; packed rows: several (`packed_conv`).
 ``xla``        K < 16: shifted multiply-adds. Else block Toeplitz products (Ku et al. 2025, "Systems and Algorithms for
                Convolutional Multi-Hybrid Language Models at Scale", section 3.2): with C >= K - 1 a block of outputs
                needs its own inputs and those of the block before it, Y_n = X_n M0 + X_{n-1} M1, where M0[s, t] = h[t-s]
@@ -36,6 +36,7 @@ from lcx.ops.short_conv import ConvState
 MAX_TAPS = 256
 # Filters with fewer taps than this use shifted multiply-adds, as do blocks of this many tokens within packed rows.
 SHIFTED = 16
+KERNELS = {"triton": "gpu", "mosaic": "mosaic", "tpu": "tpu"}  # implementations and their platforms
 
 
 def fir_conv(
@@ -67,8 +68,8 @@ def fir_conv(
     name = dispatch.choose("fir_conv", implementation, _forms(v, h, carried))
     gated = v if x2 is None else x2 * v
     state = short.final_state(gated, segment_ids, initial_state, K)
-    if name in short.KERNELS:
-        y = _kernel(x1, x2, v, h, skip, segment_ids, initial_state, short.KERNELS[name])
+    if name in KERNELS:
+        y = _kernel(x1, x2, v, h, skip, segment_ids, initial_state, KERNELS[name])
         return checkpoint_name(y, MIXER_RESIDUALS), state
     whole, ids, before = (x1, x2, v), segment_ids, 0
     if initial_state is not None:  # its inputs are already gated, and their own outputs are not needed
@@ -91,7 +92,7 @@ def _forms(v: Array, h: Array, carried: bool) -> dict[str, str | None]:
         return kernels.obstacle(v, h, platform=platform, segments=carried)
 
     plain: dict[str, str | None] = {"xla": None, "reference": None}
-    forms = {name: dispatch.on(platform) or obstacle(platform) for name, platform in short.KERNELS.items()}
+    forms = {name: dispatch.kernels(platform) or obstacle(platform) for name, platform in KERNELS.items()}
     return plain | forms if v.shape[2] <= short.DECODED else forms | plain
 
 

@@ -7,7 +7,8 @@ Letters: B batch, T time, N heads, P features of q and k, H head dim of v, C chu
 fewer heads than N: consecutive heads then share one (grouped values, Mamba-2's groups of B and C).
 
 ``reference``  the recurrence written as a sum over j <= i, quadratic; in float64 for float64 inputs.
-``triton``, ``tpu``  the kernels of kernels_pallas/linear_attention.py; with a window windowed_linear_attention.py.
+``triton``, ``mosaic``, ``tpu``  the kernels of kernels_pallas/linear_attention.py; with a window (not ``mosaic``)
+               windowed_linear_attention.py.
 ``xla``        C tokens at a time. Inside a chunk the quadratic form, W_ij = (q_i.k_j) e^{g_i - g_j} with g the running
                sum of a *within the chunk*, so that no exponent is ever positive and none is a difference of large
                sums; between chunks the state, in float32 (Yang et al. 2023, arXiv 2312.06635, section 3; Dao & Gu 2024,
@@ -41,7 +42,7 @@ __all__ = ["KINDS", "Held", "LinearState", "Window", "empty_state", "linear_atte
 CHUNK = (
     64  # measured on a CPU at T = 4K and 16K, P = H = 64: 516 and 808 ns a token and head, 128: 635 and 913
 )
-PLATFORMS = {"triton": "gpu", "tpu": "tpu"}  # the kernels
+PLATFORMS = {"triton": "gpu", "mosaic": "mosaic", "tpu": "tpu"}  # the kernels
 
 
 def linear_attention(
@@ -63,7 +64,7 @@ def linear_attention(
     Args:
       log_decay: a_t <= 0.
       normalize: divide by q z + eps; with a window the output is always normalised.
-      implementation: "triton", "tpu", "xla", "reference", or None for the fastest that runs here.
+      implementation: "triton", "mosaic", "tpu", "xla", "reference", or None for the fastest that runs here.
 
     Raises:
       UserError: numbers of heads that do not divide each other, a decay with a window, an unknown kind of window or
@@ -98,10 +99,12 @@ def linear_attention(
 
 def _kernel_obstacles(q: Array, k: Array, v: Array, window: Window | None) -> dict[str, str | None]:
     def of(platform: str) -> str | None:
-        if missing := dispatch.on(platform):
+        if missing := dispatch.kernels(platform):
             return missing
         if q.shape[1] == 1:
             return "one token: the kernel would compute a whole chunk"
+        if window is not None and platform == "mosaic":
+            return "no kernel with a window; expected 'triton' or 'xla'"
         if window is not None:
             return windowed.obstacle(q, k, v, window, platform=platform)
         from kernels_pallas.linear_attention import obstacle

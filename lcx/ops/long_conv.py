@@ -80,7 +80,7 @@ def _forms(v: Array) -> dict[str, str | None]:
         B, D, T = v.shape
         return kernels.obstacle((B, D, T), v.dtype, platform)
 
-    forms = {name: dispatch.on(platform) or obstacle(platform) for name, platform in KERNELS.items()}
+    forms = {name: dispatch.kernels(platform) or obstacle(platform) for name, platform in KERNELS.items()}
     return forms | {"xla": None, "reference": None}
 
 

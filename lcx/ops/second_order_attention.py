@@ -311,7 +311,7 @@ def _chunked(q, k, v, decay, runs, state: SecondOrderState, *, form: str, scale:
 
 def _kernel_obstacles(q: Array, k: Array, v: Array, form: str, follows: bool) -> dict[str, str | None]:
     def of(platform: str) -> str | None:
-        if missing := dispatch.on(platform):
+        if missing := dispatch.kernels(platform):
             return missing
         from kernels_pallas import second_order_attention, second_order_states
 

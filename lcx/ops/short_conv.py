@@ -77,7 +77,7 @@ def short_conv(
 
 
 def _forms(x: Array, axis: int) -> dict[str, str | None]:
-    kernels = {name: dispatch.on(platform) for name, platform in KERNELS.items()}
+    kernels = {name: dispatch.kernels(platform) for name, platform in KERNELS.items()}
     if axis == 1:
         kernels = {
             name: found or "the kernel takes x [B, D, T], time_axis -1" for name, found in kernels.items()

@@ -1,6 +1,8 @@
 """The text of an evaluation: whole documents of a data split, tokenised by the checkpoint's own tokenizer."""
 
 import dataclasses
+import hashlib
+import json
 
 import numpy as np
 from jaxtyping import Bool, Int
@@ -45,6 +47,11 @@ class Documents:
         """A phrase for the definition of a result if not every token is scored, else ""."""
         whole = all(mask.all() for mask in self.masks)
         return "" if whole else " of the tokens with a loss (in conversations what the assistant says)"
+
+    @property
+    def tokenizer_id(self) -> str:
+        """Equal for tokenizers that encode alike, so that losses per token can be compared."""
+        return hashlib.sha256(json.dumps(identity(self.tokenizer), sort_keys=True).encode()).hexdigest()[:16]
 
     @property
     def unit(self) -> str:

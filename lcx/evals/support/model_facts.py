@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import numpy as np
+
 from lcx.extend import rotaries
 from lcx.model import Decoder, num_params
 
@@ -28,6 +30,15 @@ def facts(model: Decoder) -> dict[str, Any]:
         "dtype": model.dtype,
         "model_type": model.model_type,
     }
+
+
+def varies(model: Decoder) -> bool:
+    """Whether rotary frequencies depend on the length of the row, as those of dynamic NTK and LongRoPE do."""
+    window = model.max_position_embeddings
+    return any(
+        not np.array_equal(rope.frequencies(dim, window)[0], rope.frequencies(dim, 4 * window)[0])
+        for rope, dim in rotaries(model)
+    )
 
 
 def _name(rope_type: Any) -> str:

@@ -1,0 +1,74 @@
+"""The opening of a report: what was compared, and what was found, in words."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lcx.errors import UserError
+from lcx.evals.support.words import INTERVAL, listed, quoted
+from lcx.reporting import training
+from lcx.reporting.pages import spoken
+from lcx.reporting.runs import evaluation_of
+
+Runs = Mapping[str, Mapping[str, Any]]
+
+
+def paragraphs(runs: Runs, curves: training.Curves) -> list[str]:
+    """Plain text: the first sentence says what was compared and what was found first, the rest what else."""
+    found = [_clause(name, runs) for name in evaluations(runs)]
+    trained = [training.finding(curves)] if curves else []
+    if runs:
+        kinds = listed([spoken(name).lower() for name in evaluations(runs)], most=6)
+        who = f"{len(runs)} models are compared" if len(runs) > 1 else f"“{next(iter(runs))}” is evaluated"
+        out = [f"{who} by {kinds}: {found[0]}." if found else f"{who}, but no evaluation has a result."]
+        out += [
+            f"{spoken(name)}: {text}." for name, text in zip(evaluations(runs)[1:], found[1:], strict=True)
+        ]
+        out += [f"Training: {text}." for text in trained]
+    elif len(curves) == 1:
+        out = [f"One training run: {trained[0]}."]
+    else:
+        out = [f"{len(curves)} training runs are compared: {trained[0]}."]
+    return out + _remarks(runs, out)
+
+
+def evaluations(runs: Runs) -> list[str]:
+    """The names of the evaluations of all runs, in order of appearance."""
+    return list(dict.fromkeys(name for run in runs.values() for name in run["evaluations"]))
+
+
+def _clause(name: str, runs: Runs) -> str:
+    """What an evaluation found, in words; its summaries if it does not say, or if its class is gone."""
+    results = {label: run["evaluations"][name] for label, run in runs.items() if name in run["evaluations"]}
+    try:
+        finding = getattr(evaluation_of(name, results), "finding", None)
+        text = finding(results) if finding else None
+    except (UserError, LookupError, TypeError, ValueError):  # of an older version, or written by hand
+        text = None
+    if text is None:
+        parts = [f"“{label}”: {result.get('summary', 'no summary')}" for label, result in results.items()]
+        text = (
+            "; ".join(parts)
+            if len(runs) > 1
+            else str(next(iter(results.values())).get("summary", "no summary"))
+        )
+    missing = [label for label in runs if label not in results]
+    return text + (f"; {listed(quoted(missing))} not measured" if missing else "")
+
+
+def _remarks(runs: Runs, texts: Sequence[str]) -> list[str]:
+    """How to read the numbers, and what stands in the way of comparing them."""
+    remarks = []
+    if any("±" in text and "spread" not in text for text in texts):
+        remarks.append(
+            f"{INTERVAL.capitalize()} over rows or documents; differences are judged as if independent."
+        )
+    for name in evaluations(runs):
+        results = [run["evaluations"][name] for run in runs.values() if name in run["evaluations"]]
+        if len({result.get("definition") for result in results}) > 1:
+            remarks.append(
+                f"{spoken(name)} was not measured in the same way for all models: see its definitions."
+            )
+    failed = sum(len(run.get("errors") or {}) for run in runs.values())
+    if failed:
+        remarks.append(f"{failed} evaluations failed: see below.")
+    return [" ".join(remarks)] if remarks else []

@@ -1,0 +1,90 @@
+"""Reads what a report shows: the results of evaluations, and the metrics of training runs."""
+
+import json
+import pathlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from lcx.errors import UserError
+
+RESULTS = "results.json"
+
+
+def read_results(path: str) -> dict[str, Any]:
+    """The contents of a folder's results.json. Raises UserError if there is none or it is damaged."""
+    place = pathlib.Path(path).expanduser()
+    file = place / RESULTS if place.is_dir() else place
+    if not file.is_file():
+        raise UserError(
+            f"no {RESULTS} at {path}: expected a folder that `python -m lcx.evaluate` wrote; change --results"
+        )
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        return {"name": found["name"], **found, "evaluations": dict(found["evaluations"]), "file": str(file)}
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise UserError(f"{file} is not a readable evaluation result ({error}); evaluate again") from None
+
+
+def labelled(runs: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """{label: run}; a name that occurs again gets a number, as in "yarn (2)"."""
+    out: dict[str, dict[str, Any]] = {}
+    for run in runs:
+        label, number = str(run["name"]), 2
+        while label in out:
+            label, number = f"{run['name']} ({number})", number + 1
+        out[label] = run
+    return out
+
+
+def read_curves(workdir: str) -> dict[str, list[dict[str, float]]]:
+    """{name: lines of metrics.jsonl, ordered by step} of a workdir, or of the runs in its subfolders.
+
+    A line that is not valid JSON (cut short by a kill) is ignored. Values of a step that was repeated replace the
+    earlier ones. Raises UserError if there is no metrics.jsonl.
+    """
+    folder = pathlib.Path(workdir).expanduser()
+    files = [folder / "metrics.jsonl"]
+    if not files[0].is_file():
+        files = sorted(folder.glob("*/metrics.jsonl"), key=lambda f: (f.stat().st_mtime, f.name))
+    if not files:
+        raise UserError(
+            f"no metrics.jsonl in {workdir}: expected the workdir of a training run; change --workdir"
+        )
+    curves = {}
+    for file in files:
+        steps: dict[float, dict[str, float]] = {}
+        for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                values = json.loads(line)
+                steps[values["step"]] = steps.get(values["step"], {}) | {
+                    k: float(v) for k, v in values.items()
+                }
+            except (ValueError, KeyError, TypeError):
+                continue
+        name = (
+            folder.resolve().name if file.parent == folder else f"{folder.resolve().name}/{file.parent.name}"
+        )
+        curves[name] = [steps[step] for step in sorted(steps)]
+    return curves
+
+
+def named_as_models(
+    curves: dict[str, list[dict[str, float]]], workdir: str, runs: Mapping[str, Mapping[str, Any]]
+) -> dict[str, list[dict[str, float]]]:
+    """Gives the curve of a run the label of the model that was evaluated from its checkpoint, if there is one."""
+    folder = pathlib.Path(workdir).expanduser().resolve()
+    for label, run in runs.items():
+        place = pathlib.Path(str(run.get("checkpoint")))
+        if len(curves) == 1 and (place == folder or folder in place.parents):
+            return {label: next(iter(curves.values()))}
+    return curves
+
+
+def evaluation_of(name: str, results: Mapping[str, Mapping[str, Any]]) -> Any:
+    """The evaluation that produced these results, rebuilt from its recorded settings to draw and to explain them."""
+    from lcx.checkpoint import model_json
+
+    described = next((result["evaluation"] for result in results.values() if result.get("evaluation")), None)
+    if described is None:
+        raise UserError(f"the results do not record the settings of {name}")
+    return model_json.from_json(described)
