@@ -41,7 +41,7 @@ import jax.numpy as jnp  # noqa: E402
 Side = Callable[[int], float]
 HERE = pathlib.Path(__file__).parent
 RESULTS = HERE / "results"
-# Of the machine's CPUs, what others may use: overall, and in any one measurement, of which the shorter ones count as 1 s.
+# What others may use of the machine's CPUs: overall, and in any one measurement (one below 1 s counts as 1 s).
 OVERALL, IN_ONE = 0.05, 0.15
 PAUSE = 0.01  # seconds between two sides: torch's threads spin for some milliseconds after their last work
 PACKAGES = (

@@ -206,7 +206,14 @@ def decoding(result: dict) -> str:
         if ahead
         else "The linear model is slower throughout."
     )
+    behind = [str(row["length"]) for row in result["decoding"] if _behind(row["tokens_per_second"])]
+    if behind:
+        said += f" With softmax, lcx is slower than transformers at {', '.join(behind)} tokens."
     return with_source(result, f"{table(head, rows)}\n\n{said}")
+
+
+def _behind(speeds: dict[str, float]) -> bool:
+    return speeds["softmax"] < speeds.get("transformers", 0.0)
 
 
 def decoding_line(result: dict) -> str:
