@@ -72,10 +72,10 @@ def source(result: dict) -> str:
     packages = ", ".join(
         f"{name} {versions[name]}" for name in ("jax", "torch", "transformers") if name in versions
     )
-    machine = result["machine"]
+    machine, watch = result["machine"], result["watch"]
     return (
-        f"Measured on {machine['cpu']}, with nothing else running; threads: {threads}; {packages}; "
-        f"commit {machine['commit']}, {result['created']}."
+        f"Measured on {machine['cpu']}; other processes used {watch['other_cpu_seconds']} CPU seconds during "
+        f"{watch['seconds']} s; threads: {threads}; {packages}; commit {machine['commit']}, {result['created']}."
     )
 
 
