@@ -37,8 +37,9 @@ def _records(result: object):
     if isinstance(result, dict):
         if "quiet" in result:
             yield result["quiet"] is True
-        for value in result.values():
-            yield from _records(value)
+        for key, value in result.items():
+            if key != "watch":  # names of processes, whatever they are
+                yield from _records(value)
     elif isinstance(result, list):
         for value in result:
             yield from _records(value)
