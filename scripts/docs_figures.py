@@ -155,7 +155,9 @@ def decoders(result: dict) -> str:
     speeds = {(row["T"], row["model"]): row["tokens_per_second"] for row in result["rows"]}
     lengths = sorted({T for T, _ in speeds})
     rows = [[str(T), *(number(speeds.get((T, model))) for model in names)] for T in lengths]
-    return with_source(result, table(["T", *names.values()], rows))
+    watches = list({row["T"]: row["watch"] for row in result["rows"]}.values())  # one record for each length
+    watch = {key: round(sum(x[key] for x in watches), 1) for key in ("seconds", "other_cpu_seconds")}
+    return with_source(result | {"watch": watch}, table(["T", *names.values()], rows))
 
 
 def step_memory(result: dict) -> str:
