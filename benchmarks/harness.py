@@ -229,6 +229,8 @@ class Run:
         section: dict = {"seconds": wall, "other": None, "busiest": {}}
         if before and after:
             section["other"], section["busiest"] = beside(before, after)
+        cpus = os.cpu_count() or 1
+        section["quiet"] = section["other"] is not None and section["other"] <= IN_ONE * cpus * max(wall, 1.0)
         self.sections.append(section)
 
     def turns(

@@ -118,31 +118,68 @@ def operators(result: dict) -> str:
 
 def training(result: dict) -> str:
     head = [
+        "model",
+        "",
         "T",
         "rows",
         "lcx, tokens/s",
         "transformers, tokens/s",
-        "speed over transformers",
+        "speed over it",
         "least to most",
     ]
     rows = [
         [
-            *(str(row["T"]), str(row["batch"])),
+            *(row.get("model", "base"), row.get("dtype", "float32"), str(row["T"]), str(row["batch"])),
             *(number(row[f"{side}_tokens_per_second"]) for side in ("lcx", "torch")),
             ratio(row["speed_ratio_median"]),
             " to ".join(f"{x:.2f}" for x in row["speed_ratio_min_max"]),
         ]
         for row in result["speed"]
     ]
-    memory, (ours, peer) = result["memory"], (side["step_mib"] / 1024 for side in result["memory"]["sides"])
     text = table(head, rows)
-    said = f"Peak memory of a step at T = {memory['T']}: {ours:.2f} GiB against {peer:.2f} GiB"
-    return with_source(result, f"{text}\n\n{said} ({memory['ratio']:.2f}x).")
+    if memory := result.get("memory"):
+        ours, peer = (side["step_mib"] / 1024 for side in memory["sides"])
+        text += f"\n\nPeak memory of a step at T = {memory['T']}: {ours:.2f} GiB against {peer:.2f} GiB "
+        text += f"({memory['ratio']:.2f}x)."
+    return with_source(result, text)
 
 
 def training_line(result: dict) -> str:
-    speeds = ", ".join(f"{ratio(row['speed_ratio_median'])} at {row['T']} tokens" for row in result["speed"])
-    return f"speed {speeds}; {result['memory']['ratio']:.2f}x the memory at {result['memory']['T']}"
+    said: dict[str, list[str]] = {}
+    for row in result["speed"]:
+        if row.get("model", "base") == "base":
+            told = f"{ratio(row['speed_ratio_median'])} at {row['T']}"
+            said.setdefault(row.get("dtype", "float32"), []).append(told)
+    speeds = "; ".join(f"{dtype} {', '.join(told)} tokens" for dtype, told in said.items())
+    memory = result.get("memory")
+    return f"speed: {speeds}" + (f"; {memory['ratio']:.2f}x the memory at {memory['T']}" if memory else "")
+
+
+def generation(result: dict) -> str:
+    head = ["context", "rows", "", "first token, speed", "lcx, tokens/s", "transformers, tokens/s"]
+    head.append(f"speed, {result['new_tokens'] + 1} tokens in all")
+    rows = [
+        [
+            *(str(row["context"]), str(row["rows"]), row["dtype"], ratio(row["prefill_speed"]["median"])),
+            *(number(row["decode_tokens_per_second"][side]) for side in ("lcx", "transformers")),
+            ratio(row["whole_speed"]["median"]),
+        ]
+        for row in sorted(
+            result["rows"], key=lambda row: (row["dtype"] != "float32", row["rows"], row["context"])
+        )
+    ]
+    return with_source(result, table(head, rows))
+
+
+def start_up(result: dict) -> str:
+    parts = [
+        key for key in ("imports", "data", "tracing", "lowering", "compiling") if key in str(result["rows"])
+    ]
+    rows = [
+        [row["command"], row["state"], *(number(row.get(key)) for key in ("first", "end", *parts))]
+        for row in result["rows"]
+    ]
+    return with_source(result, table(["command", "cache", "first, s", "end, s", *parts], rows))
 
 
 def decoders(result: dict) -> str:
@@ -242,6 +279,8 @@ FIGURES = {
     "operators": Figure("cpu.json", operators, "python benchmarks/kernels.py"),
     "training": Figure(TRAINING[0], training, TRAINING[1]),
     "training_line": Figure(TRAINING[0], training_line, TRAINING[1]),
+    "generation": Figure("decoding_cpu.json", generation, "python benchmarks/decoding.py"),
+    "start_up": Figure("start_up_cpu.json", start_up, "python benchmarks/start_up.py"),
     "decoders": Figure("train_step_cpu.json", decoders, "python benchmarks/train_step.py"),
     "step_memory": Figure(
         "train_step_memory_h200.json", step_memory, "python benchmarks/train_step_memory.py", timed=False
