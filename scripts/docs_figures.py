@@ -265,11 +265,6 @@ def decoding_line(result: dict) -> str:
     return f"tokens/s after {row['length']} tokens: {speeds}; {sizes} kept"
 
 
-def convert_peak(result: dict) -> str:
-    most = max(result[way]["peak_mb"] for way in ("hf_to_lcx", "lcx_to_hf")) / 1000
-    return f"{most:.2f} GB of memory for a checkpoint of {result['size_mb'] / 1000:.1f} GB"
-
-
 TRAINING = (
     "train_vs_transformers_cpu.json",
     "JAX_NUM_CPU_DEVICES=2 python benchmarks/train_vs_transformers.py",
@@ -288,9 +283,6 @@ FIGURES = {
     "stripe": Figure("striped_hyena_cpu.json", stripe, "python benchmarks/striped_hyena.py --width 32"),
     "decoding": Figure(DECODING[0], decoding, DECODING[1]),
     "decoding_line": Figure(DECODING[0], decoding_line, DECODING[1]),
-    "convert_peak": Figure(
-        "convert_memory_cpu.json", convert_peak, "python benchmarks/convert_memory.py", timed=False
-    ),
 }
 
 
