@@ -142,7 +142,7 @@ def speed(name: str, T: int, args) -> dict:
         )
     ]
     torch.close()
-    return {"quiet": run.quiet, "watch": run.record()["watch"], "rows": rows}
+    return {"quiet": run.quiet, "watch": run.watch(), "rows": rows}
 
 
 def roof(args) -> dict[str, float]:
@@ -172,7 +172,7 @@ def step(name: str, T: int, args) -> dict:
     used = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
     return {
         "quiet": run.quiet,
-        "watch": run.record()["watch"],
+        "watch": run.watch(),
         "tokens_per_second": round(made.tokens / seconds, 1),
         "mfu": round(flops / seconds / roof(args)["product_flops_per_second"], 4),
         "xla_peak_gib": round(made.bytes / 2**30, 3),

@@ -3,7 +3,8 @@
 # the roofline, then whole training steps; see accelerator.py, whose flags it takes.
 #
 #   bash benchmarks/accelerator.sh                       a machine with an NVIDIA driver or a TPU, and Python >= 3.11
-#   WHEELS=/path/to/wheels bash benchmarks/accelerator.sh   without a network
+#   WHEELS=$PWD/wheels bash benchmarks/accelerator.sh    without a network, after this on a machine of the same kind:
+#                       pip download -d wheels ".[gpu]" setuptools wheel torch flash-linear-attention
 #   MINUTES=3 bash benchmarks/accelerator.sh             after that nothing new begins; installing does not count
 #
 # Start it again after anything that stops it: what is done stays done.
@@ -18,9 +19,10 @@ if ! "$python" -c "import jax, flax, gin" 2>/dev/null; then
     offline=${WHEELS:+--no-index --find-links=$WHEELS}
     # shellcheck disable=SC2086
     "$python" -m pip install --quiet $offline -e ".[$extra]"
-    # Peers: what is not there is left out of the table.
-    # shellcheck disable=SC2086
-    "$python" -m pip install --quiet $offline torch flash-linear-attention || true
+    for peer in torch flash-linear-attention; do # one that is not there is left out of the table
+        # shellcheck disable=SC2086
+        "$python" -m pip install --quiet $offline $peer || echo "without $peer"
+    done
 fi
 
 end=$((SECONDS + 60 * ${MINUTES:-8}))

@@ -11,7 +11,7 @@ each warms up; then every round calls each side once, A B, B A, A B, ..., and th
 
 What every file of results holds (`Run.record`): the machine, versions, commit, thread counts of each side, the load
 before, and the CPU seconds that *other* processes used during the turns: all that the machine was busy, less this
-process and its children. Above 5% of the machine's CPUs in any measurement the file says `"quiet": false`, and
+process and its children. Above 5% of the machine's CPUs, or 15% in one measurement, the file says `"quiet": false`, and
 scripts/docs_figures.py refuses to quote it. Compile, load and warm up outside of `turns`; what is timed without turns
 goes into `with run.watched():`.
 """
@@ -41,7 +41,8 @@ import jax.numpy as jnp  # noqa: E402
 Side = Callable[[int], float]
 HERE = pathlib.Path(__file__).parent
 RESULTS = HERE / "results"
-QUIET_SHARE, TICKS = 0.05, 0.1  # of the CPUs, and seconds more (clocks are coarse): what others may use
+# What others may use of the machine's CPUs: overall, and in any one measurement (one below 1 s counts as 1 s).
+OVERALL, IN_ONE = 0.05, 0.15
 PAUSE = 0.01  # seconds between two sides: torch's threads spin for some milliseconds after their last work
 PACKAGES = (
     *("jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin", "libtpu", "numpy"),
@@ -177,6 +178,14 @@ def beside(before: Sample, after: Sample) -> tuple[float, dict[str, float]]:
     return max(total, 0.0), {name: used for name, used in by_name.most_common(3) if used >= 0.05}
 
 
+def quiet(watch: dict, cpus: int) -> bool:
+    """Whether others left the machine alone, by the numbers of `Run.watch`."""
+    used, worst = watch["other_cpu_seconds"], watch["other_cpus_at_most"]
+    if used is None or worst is None:
+        return False
+    return used <= OVERALL * cpus * max(watch["seconds"], 1.0) and worst <= IN_ONE * cpus
+
+
 # -------------------------------------------------------------------------------------------------------- a benchmark
 
 
@@ -217,11 +226,11 @@ class Run:
         before, start = sample(self.root), time.perf_counter()
         yield
         wall, after = time.perf_counter() - start, sample(self.root)
-        section: dict = {"seconds": wall, "other": None, "busiest": {}, "quiet": False}
+        section: dict = {"seconds": wall, "other": None, "busiest": {}}
         if before and after:
-            other, section["busiest"] = beside(before, after)
-            allowed = QUIET_SHARE * wall * (os.cpu_count() or 1) + TICKS
-            section |= {"other": other, "quiet": other <= allowed}
+            section["other"], section["busiest"] = beside(before, after)
+        cpus = os.cpu_count() or 1
+        section["quiet"] = section["other"] is not None and section["other"] <= IN_ONE * cpus * max(wall, 1.0)
         self.sections.append(section)
 
     def turns(
@@ -245,24 +254,31 @@ class Run:
 
     @property
     def quiet(self) -> bool:
-        return bool(self.sections) and all(section["quiet"] for section in self.sections)
+        return quiet(self.watch(), os.cpu_count() or 1)
+
+    def watch(self) -> dict:
+        """What others did during all measurements; null where the system does not tell."""
+        others = [section["other"] for section in self.sections]
+        known = bool(others) and None not in others
+        busiest: Counter[str] = Counter()
+        for section in self.sections:
+            busiest.update(section["busiest"])
+        worst = (
+            max((x["other"] / max(x["seconds"], 1.0) for x in self.sections), default=0.0) if known else None
+        )
+        return {
+            "load_before": round(self.load, 2),
+            "seconds": round(sum(section["seconds"] for section in self.sections), 1),
+            "other_cpu_seconds": round(sum(others), 2) if known else None,
+            "other_cpus_at_most": round(worst, 3) if worst is not None else None,
+            "busiest_others": {name: round(used, 2) for name, used in busiest.most_common(3)},
+        }
 
     def record(self) -> dict:
-        known = [section for section in self.sections if section["other"] is not None]
-        busiest: Counter[str] = Counter()
-        for section in known:
-            busiest.update(section["busiest"])
-        worst = max((section["other"] / max(section["seconds"], 1e-9) for section in known), default=0.0)
         return {
             "what": self.what,
             "quiet": self.quiet,
-            "watch": {
-                "load_before": round(self.load, 2),
-                "seconds": round(sum(section["seconds"] for section in self.sections), 1),
-                "other_cpu_seconds": round(sum(section["other"] for section in known), 2) if known else None,
-                "other_cpus_at_most": round(worst, 3),
-                "busiest_others": {name: round(used, 2) for name, used in busiest.most_common(3)},
-            },
+            "watch": self.watch(),
             "created": time.strftime("%Y-%m-%d"),
             "threads": self.threads,
             "machine": machine(),
@@ -274,7 +290,7 @@ class Run:
         if str(path) != "-":
             write(path, self.record() | fields)
         if not self.quiet:
-            print(f"not quiet, not to be quoted: {json.dumps(self.record()['watch'])}", flush=True)
+            print(f"not quiet, not to be quoted: {json.dumps(self.watch())}", flush=True)
 
 
 def write(path: str | os.PathLike, result: dict) -> None:

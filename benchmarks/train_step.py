@@ -166,7 +166,7 @@ def measure(names: list[str], T: int, args) -> list[dict]:
                 "parameters": model_lib.num_params(step.model),
                 "loss": round(float(step.loss), 4),
                 "quiet": run.quiet,
-                "watch": run.record()["watch"],
+                "watch": run.watch(),
             }
         )
         print(json.dumps(rows[-1]), flush=True)

@@ -37,8 +37,9 @@ def _records(result: object):
     if isinstance(result, dict):
         if "quiet" in result:
             yield result["quiet"] is True
-        for value in result.values():
-            yield from _records(value)
+        for key, value in result.items():
+            if key != "watch":  # names of processes, whatever they are
+                yield from _records(value)
     elif isinstance(result, list):
         for value in result:
             yield from _records(value)
@@ -72,10 +73,10 @@ def source(result: dict) -> str:
     packages = ", ".join(
         f"{name} {versions[name]}" for name in ("jax", "torch", "transformers") if name in versions
     )
-    machine = result["machine"]
+    machine, watch = result["machine"], result["watch"]
     return (
-        f"Measured on {machine['cpu']}, with nothing else running; threads: {threads}; {packages}; "
-        f"commit {machine['commit']}, {result['created']}."
+        f"Measured on {machine['cpu']}; other processes used {watch['other_cpu_seconds']} CPU seconds during "
+        f"{watch['seconds']} s; threads: {threads}; {packages}; commit {machine['commit']}, {result['created']}."
     )
 
 
@@ -118,35 +119,67 @@ def operators(result: dict) -> str:
 def training(result: dict) -> str:
     head = [
         "model",
-        "precision",
+        "",
         "T",
         "rows",
         "lcx, tokens/s",
         "transformers, tokens/s",
-        "speed over transformers",
+        "speed over it",
         "least to most",
     ]
     rows = [
         [
-            *(row["model"], row["dtype"], str(row["T"]), str(row["batch"])),
+            *(row.get("model", "base"), row.get("dtype", "float32"), str(row["T"]), str(row["batch"])),
             *(number(row[f"{side}_tokens_per_second"]) for side in ("lcx", "torch")),
             ratio(row["speed_ratio_median"]),
             " to ".join(f"{x:.2f}" for x in row["speed_ratio_min_max"]),
         ]
         for row in result["speed"]
     ]
-    memory, (ours, peer) = result["memory"], (side["step_mib"] / 1024 for side in result["memory"]["sides"])
     text = table(head, rows)
-    said = f"Peak memory of a step at T = {memory['T']}: {ours:.2f} GiB against {peer:.2f} GiB"
-    return with_source(result, f"{text}\n\n{said} ({memory['ratio']:.2f}x).")
+    if memory := result.get("memory"):
+        ours, peer = (side["step_mib"] / 1024 for side in memory["sides"])
+        text += f"\n\nPeak memory of a step at T = {memory['T']}: {ours:.2f} GiB against {peer:.2f} GiB "
+        text += f"({memory['ratio']:.2f}x)."
+    return with_source(result, text)
 
 
 def training_line(result: dict) -> str:
-    rows = [row for row in result["speed"] if row["model"] == "base" and row["dtype"] == "float32"]
-    speeds = ", ".join(f"{ratio(row['speed_ratio_median'])} at {row['T']} tokens" for row in rows)
-    return (
-        f"speed in float32 {speeds}; {result['memory']['ratio']:.2f}x the memory at {result['memory']['T']}"
-    )
+    said: dict[str, list[str]] = {}
+    for row in result["speed"]:
+        if row.get("model", "base") == "base":
+            told = f"{ratio(row['speed_ratio_median'])} at {row['T']}"
+            said.setdefault(row.get("dtype", "float32"), []).append(told)
+    speeds = "; ".join(f"{dtype} {', '.join(told)} tokens" for dtype, told in said.items())
+    memory = result.get("memory")
+    return f"speed: {speeds}" + (f"; {memory['ratio']:.2f}x the memory at {memory['T']}" if memory else "")
+
+
+def generation(result: dict) -> str:
+    head = ["context", "rows", "", "first token, speed", "lcx, tokens/s", "transformers, tokens/s"]
+    head.append(f"speed, {result['new_tokens'] + 1} tokens in all")
+    rows = [
+        [
+            *(str(row["context"]), str(row["rows"]), row["dtype"], ratio(row["prefill_speed"]["median"])),
+            *(number(row["decode_tokens_per_second"][side]) for side in ("lcx", "transformers")),
+            ratio(row["whole_speed"]["median"]),
+        ]
+        for row in sorted(
+            result["rows"], key=lambda row: (row["dtype"] != "float32", row["rows"], row["context"])
+        )
+    ]
+    return with_source(result, table(head, rows))
+
+
+def start_up(result: dict) -> str:
+    parts = [
+        key for key in ("imports", "data", "tracing", "lowering", "compiling") if key in str(result["rows"])
+    ]
+    rows = [
+        [row["command"], row["state"], *(number(row.get(key)) for key in ("first", "end", *parts))]
+        for row in result["rows"]
+    ]
+    return with_source(result, table(["command", "cache", "first, s", "end, s", *parts], rows))
 
 
 def decoders(result: dict) -> str:
@@ -159,7 +192,9 @@ def decoders(result: dict) -> str:
     speeds = {(row["T"], row["model"]): row["tokens_per_second"] for row in result["rows"]}
     lengths = sorted({T for T, _ in speeds})
     rows = [[str(T), *(number(speeds.get((T, model))) for model in names)] for T in lengths]
-    return with_source(result, table(["T", *names.values()], rows))
+    watches = list({row["T"]: row["watch"] for row in result["rows"]}.values())  # one record for each length
+    watch = {key: round(sum(x[key] for x in watches), 1) for key in ("seconds", "other_cpu_seconds")}
+    return with_source(result | {"watch": watch}, table(["T", *names.values()], rows))
 
 
 def step_memory(result: dict) -> str:
@@ -211,7 +246,14 @@ def decoding(result: dict) -> str:
         if ahead
         else "The linear model is slower throughout."
     )
+    behind = [str(row["length"]) for row in result["decoding"] if _behind(row["tokens_per_second"])]
+    if behind:
+        said += f" With softmax, lcx is slower than transformers at {', '.join(behind)} tokens."
     return with_source(result, f"{table(head, rows)}\n\n{said}")
+
+
+def _behind(speeds: dict[str, float]) -> bool:
+    return speeds["softmax"] < speeds.get("transformers", 0.0)
 
 
 def decoding_line(result: dict) -> str:
@@ -223,11 +265,6 @@ def decoding_line(result: dict) -> str:
     return f"tokens/s after {row['length']} tokens: {speeds}; {sizes} kept"
 
 
-def convert_peak(result: dict) -> str:
-    most = max(result[way]["peak_mb"] for way in ("hf_to_lcx", "lcx_to_hf")) / 1000
-    return f"{most:.2f} GB of memory for a checkpoint of {result['size_mb'] / 1000:.1f} GB"
-
-
 TRAINING = (
     "train_vs_transformers_cpu.json",
     "JAX_NUM_CPU_DEVICES=2 python benchmarks/train_vs_transformers.py",
@@ -237,6 +274,8 @@ FIGURES = {
     "operators": Figure("cpu.json", operators, "python benchmarks/kernels.py"),
     "training": Figure(TRAINING[0], training, TRAINING[1]),
     "training_line": Figure(TRAINING[0], training_line, TRAINING[1]),
+    "generation": Figure("decoding_cpu.json", generation, "python benchmarks/decoding.py"),
+    "start_up": Figure("start_up_cpu.json", start_up, "python benchmarks/start_up.py"),
     "decoders": Figure("train_step_cpu.json", decoders, "python benchmarks/train_step.py"),
     "step_memory": Figure(
         "train_step_memory_h200.json", step_memory, "python benchmarks/train_step_memory.py", timed=False
@@ -244,9 +283,6 @@ FIGURES = {
     "stripe": Figure("striped_hyena_cpu.json", stripe, "python benchmarks/striped_hyena.py --width 32"),
     "decoding": Figure(DECODING[0], decoding, DECODING[1]),
     "decoding_line": Figure(DECODING[0], decoding_line, DECODING[1]),
-    "convert_peak": Figure(
-        "convert_memory_cpu.json", convert_peak, "python benchmarks/convert_memory.py", timed=False
-    ),
 }
 
 

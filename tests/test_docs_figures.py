@@ -40,7 +40,9 @@ def test_a_busy_machine_is_not_quoted(tmp_path, records):
     assert "77" not in docs_figures.text(name, tmp_path) and "not measured" in docs_figures.text(
         name, tmp_path
     )
-    path.write_text(json.dumps(result | {"parts": [{"quiet": True}]}))
+    path.write_text(
+        json.dumps(result | {"parts": [{"quiet": True, "watch": {"busiest_others": {"quiet": 0.1}}}]})
+    )
     assert "linear 77" in docs_figures.text(name, tmp_path)
     path.unlink()
     assert "not measured" in docs_figures.text(name, tmp_path)

@@ -124,3 +124,18 @@ def test_a_side_in_another_process():
 
 def test_no_measurement_is_not_quiet():
     assert not harness.Run("nothing", threads=THREADS).quiet
+
+
+@pytest.mark.parametrize(
+    ("seconds", "used", "worst", "expected"),
+    [
+        (100.0, 9.0, 0.2, True),
+        (100.0, 11.0, 0.2, False),  # 5.5% of two CPUs
+        (100.0, 1.0, 0.4, False),  # little, but all in one measurement
+        (0.2, 0.09, 0.09, True),  # a few ticks of the clock
+        (100.0, None, None, False),  # the system does not tell
+    ],
+)
+def test_what_counts_as_quiet(seconds, used, worst, expected):
+    watch = {"seconds": seconds, "other_cpu_seconds": used, "other_cpus_at_most": worst}
+    assert harness.quiet(watch, 2) is expected
