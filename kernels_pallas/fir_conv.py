@@ -55,12 +55,10 @@ SHARED = 8  # from this many channels per group, filters with few taps also use 
 
 def obstacle(v: jax.Array, h: jax.Array, *, platform: str, segments: bool = False) -> str | None:
     """None if the kernel supports arrays of these shapes, otherwise the reason why not."""
-    if platform == "mosaic" and (reason := backends.missing("mosaic")):
+    if platform == "mosaic" and (reason := _mosaic_obstacle(v, h)):
         return reason
     if h.shape[1] <= short_conv.MAX_TAPS:
-        return (
-            None if platform != "mosaic" else f"{h.shape[1]} taps, expected more than {short_conv.MAX_TAPS}"
-        )
+        return None
     if h.shape[1] > MAX_TAPS:
         return f"{h.shape[1]} taps, the kernel has up to {MAX_TAPS}"
     if segments:
@@ -68,6 +66,15 @@ def obstacle(v: jax.Array, h: jax.Array, *, platform: str, segments: bool = Fals
     if platform == "tpu" and fir_conv_tpu.channels(v.shape[1], h.shape[0]) is None:
         return f"groups of {v.shape[1] // h.shape[0]} channels do not tile"
     return None
+
+
+def _mosaic_obstacle(v: jax.Array, h: jax.Array) -> str | None:
+    if reason := backends.missing("mosaic"):
+        return reason
+    if v.dtype not in fir_conv_mosaic.PARTS:
+        return f"{v.dtype}: expected float32 or bfloat16"
+    least, most = short_conv.MAX_TAPS + 1, fir_conv_mosaic.MAX_TAPS
+    return None if least <= h.shape[1] <= most else f"{h.shape[1]} taps, expected {least} to {most}"
 
 
 def fir_conv(

@@ -11,7 +11,6 @@ normaliser a column of the state, and its gradient follows by the same four recu
 """
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -179,8 +178,7 @@ class Program:
         if "keep" not in here:
             return state + mosaic.product(state.shape, (k, v))
         keep = mosaic.rows(here["keep"][0])
-        kept = functools.reduce(jnp.add, [mosaic.load(x).astype(jnp.float32) for x in v])
-        kept *= lax.broadcast_in_dim(keep, kept.shape, (0,))
+        kept = mosaic.whole(v) * lax.broadcast_in_dim(keep, (CHUNK, self.W), (0,))
         mosaic.store(self.scratch["kept"], kept)
         mosaic_gpu.commit_smem()
         whole = here["keep" if self.reverse else "reach"][0][CHUNK - 1]
