@@ -46,8 +46,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import backends, fir_conv_gpu, fir_conv_mosaic, fir_conv_tpu, short_conv
-from kernels_pallas.fir_conv_plan import reached
+from kernels_pallas import backends, fir_conv_gpu, fir_conv_tpu, short_conv
+from kernels_pallas.fir_conv_plan import MOSAIC_TAPS, reached
 
 MAX_TAPS = 256
 SHARED = 8  # from this many channels per group, filters with few taps also use matrix products
@@ -71,9 +71,9 @@ def obstacle(v: jax.Array, h: jax.Array, *, platform: str, segments: bool = Fals
 def _mosaic_obstacle(v: jax.Array, h: jax.Array) -> str | None:
     if reason := backends.missing("mosaic"):
         return reason
-    if v.dtype not in fir_conv_mosaic.PARTS:
+    if v.dtype not in (jnp.float32, jnp.bfloat16):
         return f"{v.dtype}: expected float32 or bfloat16"
-    least, most = short_conv.MAX_TAPS + 1, fir_conv_mosaic.MAX_TAPS
+    least, most = short_conv.MAX_TAPS + 1, MOSAIC_TAPS
     return None if least <= h.shape[1] <= most else f"{h.shape[1]} taps, expected {least} to {most}"
 
 
@@ -133,7 +133,11 @@ def _toeplitz(x1, x2, v, h, skip, before, platform, interpret):
 
 
 def _kernels(platform: str):
-    return {"gpu": fir_conv_gpu, "mosaic": fir_conv_mosaic, "tpu": fir_conv_tpu}[platform]
+    if platform == "mosaic":  # takes a second to import, so only where it is used
+        from kernels_pallas import fir_conv_mosaic
+
+        return fir_conv_mosaic
+    return {"gpu": fir_conv_gpu, "tpu": fir_conv_tpu}[platform]
 
 
 def _toeplitz_forward(x1, x2, v, h, skip, before, platform, interpret):

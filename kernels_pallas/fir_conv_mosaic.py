@@ -29,7 +29,6 @@ LANES = 64
 BFLOAT16, FLOAT32 = jnp.dtype("bfloat16"), jnp.dtype("float32")
 PARTS = {BFLOAT16: 1, FLOAT32: 2}  # bfloat16 numbers for one of an operand
 STAGES = {BFLOAT16: 2, FLOAT32: 1}  # steps in shared memory, the one in use included
-MAX_TAPS = 128  # with 256 the sums of the backward walk spill, and float32 does not fit into the 227 KB of shared memory
 SPREAD = 264  # programs that keep the 132 processors of an H200 busy: two on each
 
 
@@ -234,11 +233,11 @@ class Program:
         return [x.at[j] for x in self.scratch["taps"]]
 
     def write(self, step, **values) -> None:
-        """Begins to copy tiles to memory."""
+        """Begins to copy tiles to memory. values: functions, so that one value at a time takes registers."""
         mosaic_gpu.wait_smem_to_gmem(0, wait_read_only=True)
         for name, value in values.items():
             tile = self.scratch["results"][name]
-            tile[...] = value.astype(tile.dtype)
+            tile[...] = value().astype(tile.dtype)
         mosaic_gpu.commit_smem()
         for name in values:
             self.lanes.put(self.scratch["results"][name], self.given[name], step)
@@ -256,7 +255,7 @@ def _forward(program: Program) -> None:
         z = mosaic.product((LANES, BLOCK), *((slots[j], program.block(j)) for j in range(n)))
         if (skip := program.skip()) is not None:
             z += skip * u.astype(jnp.float32)
-        program.write(i, y=z * mosaic.load(tiles["x1"]).astype(jnp.float32) if "x1" in tiles else z)
+        program.write(i, y=lambda: z * mosaic.whole([tiles["x1"]]) if "x1" in tiles else z)
 
     program.walked(step, None, reverse=False)
 
@@ -282,10 +281,10 @@ def _backward(program: Program) -> None:
         if dskip is not None:
             du += program.skip() * mosaic.whole(slots[0])
         if "x2" in tiles:
-            x2, v = (mosaic.load(tiles[name]).astype(jnp.float32) for name in ("x2", "v"))
-            program.write(i, dx2=du * v, dv=du * x2)
+            x2, v = ([tiles[name]] for name in ("x2", "v"))
+            program.write(i, dx2=lambda: du * mosaic.whole(v), dv=lambda: du * mosaic.whole(x2))
         else:
-            program.write(i, dv=du)
+            program.write(i, dv=lambda: du)
         mosaic_gpu.wgmma_wait(0)
         return dskip
 

@@ -20,7 +20,7 @@ from jax.experimental.pallas import mosaic_gpu
 
 from kernels_pallas import mosaic
 
-CHUNK = 64
+CHUNK = 64  # tokens at a time
 STATE = 8192  # numbers of the state in one program: 64 registers a thread, and as many for the sum that is added to it
 OPERANDS = ("q", "k", "v")
 
@@ -40,6 +40,12 @@ def tile(P: int, dtype) -> Tile:
     if dtype == jnp.float32:
         return Tile(32, 1, 3)
     return Tile(64 if P * 64 <= STATE else 32, 2, 1)
+
+
+def chunk(dtype) -> int:
+    """Tokens at a time."""
+    del dtype
+    return CHUNK
 
 
 def with_ones(v: Array) -> Array:
