@@ -7,14 +7,11 @@ imported but do not run, and those through Mosaic GPU take their place.
 import re
 
 import jax
-from jax.experimental.pallas import mosaic_gpu
 
 try:
     from jax.experimental.pallas import triton
 except ImportError:
     triton = None
-
-__all__ = ["missing", "mosaic_gpu", "triton"]
 
 FIRST_MOSAIC = (0, 11)  # layouts are inferred, and a CPU interprets wgmma and TMA
 HOPPER = re.compile(r"\bG?H(20|100|200|800)\b")  # what has wgmma: neither Ampere nor Blackwell

@@ -46,8 +46,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import backends, fir_conv_gpu, fir_conv_mosaic, fir_conv_tpu, short_conv
-from kernels_pallas.fir_conv_plan import reached
+from kernels_pallas import backends, fir_conv_gpu, fir_conv_tpu, short_conv
+from kernels_pallas.fir_conv_plan import MOSAIC_TAPS, reached
 
 MAX_TAPS = 256
 SHARED = 8  # from this many channels per group, filters with few taps also use matrix products
@@ -55,12 +55,10 @@ SHARED = 8  # from this many channels per group, filters with few taps also use 
 
 def obstacle(v: jax.Array, h: jax.Array, *, platform: str, segments: bool = False) -> str | None:
     """None if the kernel supports arrays of these shapes, otherwise the reason why not."""
-    if platform == "mosaic" and (reason := backends.missing("mosaic")):
+    if platform == "mosaic" and (reason := _mosaic_obstacle(v, h)):
         return reason
     if h.shape[1] <= short_conv.MAX_TAPS:
-        return (
-            None if platform != "mosaic" else f"{h.shape[1]} taps, expected more than {short_conv.MAX_TAPS}"
-        )
+        return None
     if h.shape[1] > MAX_TAPS:
         return f"{h.shape[1]} taps, the kernel has up to {MAX_TAPS}"
     if segments:
@@ -68,6 +66,15 @@ def obstacle(v: jax.Array, h: jax.Array, *, platform: str, segments: bool = Fals
     if platform == "tpu" and fir_conv_tpu.channels(v.shape[1], h.shape[0]) is None:
         return f"groups of {v.shape[1] // h.shape[0]} channels do not tile"
     return None
+
+
+def _mosaic_obstacle(v: jax.Array, h: jax.Array) -> str | None:
+    if reason := backends.missing("mosaic"):
+        return reason
+    if v.dtype not in (jnp.float32, jnp.bfloat16):
+        return f"{v.dtype}: expected float32 or bfloat16"
+    least, most = short_conv.MAX_TAPS + 1, MOSAIC_TAPS
+    return None if least <= h.shape[1] <= most else f"{h.shape[1]} taps, expected {least} to {most}"
 
 
 def fir_conv(
@@ -126,7 +133,11 @@ def _toeplitz(x1, x2, v, h, skip, before, platform, interpret):
 
 
 def _kernels(platform: str):
-    return {"gpu": fir_conv_gpu, "mosaic": fir_conv_mosaic, "tpu": fir_conv_tpu}[platform]
+    if platform == "mosaic":  # takes a second to import, so only where it is used
+        from kernels_pallas import fir_conv_mosaic
+
+        return fir_conv_mosaic
+    return {"gpu": fir_conv_gpu, "tpu": fir_conv_tpu}[platform]
 
 
 def _toeplitz_forward(x1, x2, v, h, skip, before, platform, interpret):

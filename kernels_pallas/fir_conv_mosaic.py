@@ -26,8 +26,9 @@ from kernels_pallas.fir_conv_plan import reached
 
 BLOCK = 64
 LANES = 64
-STAGES = 2  # steps in shared memory: the one in use, and the next
-PARTS = {jnp.dtype("bfloat16"): 1, jnp.dtype("float32"): 2}  # bfloat16 numbers for one of an operand
+BFLOAT16, FLOAT32 = jnp.dtype("bfloat16"), jnp.dtype("float32")
+PARTS = {BFLOAT16: 1, FLOAT32: 2}  # bfloat16 numbers for one of an operand
+STAGES = {BFLOAT16: 2, FLOAT32: 1}  # steps in shared memory, the one in use included
 SPREAD = 264  # programs that keep the 132 processors of an H200 busy: two on each
 
 
@@ -174,6 +175,7 @@ class Program:
     def __init__(self, walk: Walk, given: dict, scratch: dict):
         self.walk, self.given, self.scratch = walk, given, scratch
         self.lanes, self.stages = Lanes(walk), scratch["stages"]
+        self.count = STAGES[given["v"].dtype]
         self.names = [name for name in self.stages if given.get(name) is not None]
 
     def setup(self, ring: list, names: tuple[str, ...], steps: list) -> None:
@@ -202,17 +204,17 @@ class Program:
         """carry = body(step, {name: tile}, carry) for every step, while the inputs of the next one arrive."""
         steps = self.walk.steps
         at = (lambda n: steps - 1 - n) if reverse else (lambda n: n)
-        for n in range(min(STAGES, steps)):
+        for n in range(min(self.count, steps)):
             self.fetch(at(n), n)
 
         def step(n, carry):
-            slot = lax.rem(n, STAGES)
+            slot = lax.rem(n, self.count)
             mosaic_gpu.barrier_wait(self.scratch["arrived"].at[slot])
             carry = body(at(n), {name: self.stages[name].at[slot] for name in self.names}, carry)
 
-            @pl.when(n + STAGES < steps)
+            @pl.when(n + self.count < steps)
             def _():
-                self.fetch(at(n + STAGES), slot)
+                self.fetch(at(n + self.count), slot)
 
             return carry
 
@@ -231,11 +233,11 @@ class Program:
         return [x.at[j] for x in self.scratch["taps"]]
 
     def write(self, step, **values) -> None:
-        """Begins to copy tiles to memory."""
+        """Begins to copy tiles to memory. values: functions, so that one value at a time takes registers."""
         mosaic_gpu.wait_smem_to_gmem(0, wait_read_only=True)
         for name, value in values.items():
             tile = self.scratch["results"][name]
-            tile[...] = value.astype(tile.dtype)
+            tile[...] = value().astype(tile.dtype)
         mosaic_gpu.commit_smem()
         for name in values:
             self.lanes.put(self.scratch["results"][name], self.given[name], step)
@@ -253,7 +255,7 @@ def _forward(program: Program) -> None:
         z = mosaic.product((LANES, BLOCK), *((slots[j], program.block(j)) for j in range(n)))
         if (skip := program.skip()) is not None:
             z += skip * u.astype(jnp.float32)
-        program.write(i, y=z * mosaic.load(tiles["x1"]).astype(jnp.float32) if "x1" in tiles else z)
+        program.write(i, y=lambda: z * mosaic.whole([tiles["x1"]]) if "x1" in tiles else z)
 
     program.walked(step, None, reverse=False)
 
@@ -268,27 +270,27 @@ def _backward(program: Program) -> None:
         u = _gated([tiles[name] for name in ("x2", "v") if name in tiles])
         mosaic.store([x.at[lax.rem(i, n)] for x in ring], g)
         mosaic.store(current, u)
+        if dskip is not None:  # here, so that g and u leave their registers
+            dskip += jnp.sum(g.astype(jnp.float32) * u.astype(jnp.float32), axis=1)
         mosaic_gpu.commit_smem()
         slots = [[x.at[lax.rem(i + j, n)] for x in ring] for j in range(n)]
         pairs = ((slots[j], mosaic.transposed(program.block(j))) for j in range(n))
         du = mosaic.product((LANES, BLOCK), *pairs)
         for total, slot in zip(sums, slots, strict=True):
             mosaic.accumulate(total, mosaic.transposed(current), slot)
-        if (skip := program.skip()) is not None:
-            du += skip * g.astype(jnp.float32)
-            dskip += jnp.sum(g.astype(jnp.float32) * u.astype(jnp.float32), axis=1)
+        if dskip is not None:
+            du += program.skip() * mosaic.whole(slots[0])
         if "x2" in tiles:
-            x2, v = (mosaic.load(tiles[name]).astype(jnp.float32) for name in ("x2", "v"))
-            program.write(i, dx2=du * v, dv=du * x2)
+            x2, v = ([tiles[name]] for name in ("x2", "v"))
+            program.write(i, dx2=lambda: du * mosaic.whole(v), dv=lambda: du * mosaic.whole(x2))
         else:
-            program.write(i, dv=du)
+            program.write(i, dv=lambda: du)
         mosaic_gpu.wgmma_wait(0)
         return dskip
 
     def whole(*sums):
-        skipped = program.given.get("skip") is not None
         dskip = None
-        if skipped:
+        if program.given.get("skip") is not None:
             dskip = mosaic_gpu.layout_cast(
                 jnp.zeros((LANES,), jnp.float32), mosaic_gpu.Layout.WGMMA.reduce(1)
             )
@@ -296,7 +298,7 @@ def _backward(program: Program) -> None:
         g, p = program.lanes.g, program.lanes.program
         for j, total in enumerate(sums):
             mosaic_gpu.store(program.given["dM"].at[g, p, j], total[...], optimized=False)
-        if skipped:
+        if dskip is not None:
             mosaic_gpu.store(program.given["dskip"].at[g, p], dskip, optimized=False)
 
     pl.run_scoped(whole, *(mosaic_gpu.ACC((BLOCK, BLOCK), jnp.float32) for _ in range(n)))
@@ -367,12 +369,12 @@ def _scratch(walk: Walk, inputs: list[str], results: list[str], dtype, *, backwa
     shape, n = (LANES, BLOCK), walk.blocks
     halo = [name for name in inputs if name in (("dy", "x1") if backward else ("x2", "v"))]
     arrivals = {
-        "arrived": (len(inputs) * walk.boxes, STAGES),
+        "arrived": (len(inputs) * walk.boxes, STAGES[dtype]),
         "early": (len(halo) * walk.boxes, 1),
         "built": (PARTS[dtype], 1),
     }
     scratch = {
-        "stages": {name: mosaic.tile(STAGES, *shape, dtype=dtype) for name in inputs},
+        "stages": {name: mosaic.tile(STAGES[dtype], *shape, dtype=dtype) for name in inputs},
         "taps": mosaic.tiles(n, BLOCK, BLOCK, parts=PARTS[dtype]),
         "ring": mosaic.tiles(n, *shape, parts=PARTS[dtype]),
         "results": {name: mosaic.tile(*shape, dtype=dtype) for name in results},

@@ -3,6 +3,9 @@
 import jax.numpy as jnp
 from jax import Array
 
+# Of the form through Mosaic GPU: with 256 the sums of the backward walk spill, and float32 exceeds shared memory.
+MOSAIC_TAPS = 128
+
 
 def reached(before: Array, h: Array, n: int) -> Array:
     """The contribution of the K - 1 inputs before the row to its first n tokens, float32 [B, D, n].

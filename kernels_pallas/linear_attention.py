@@ -64,13 +64,12 @@ from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float, Int
 
-from kernels_pallas import backends, linear_attention_gpu, linear_attention_mosaic, linear_attention_tpu
+from kernels_pallas import backends, linear_attention_gpu, linear_attention_tpu
 from kernels_pallas.tiles import GONE, RESIDUALS, in_parts
 
 SIZES = (16, 32, 64, 128)
 SPAN = 512  # tokens; the states at span edges take half of y's bytes, and rounding errors in da grow with sqrt(SPAN)
 SLOTS = 264  # programs that an H200 runs at once: two on each of 132 multiprocessors
-KERNELS = {"gpu": linear_attention_gpu, "mosaic": linear_attention_mosaic, "tpu": linear_attention_tpu}
 PIECE = 1024  # minimum number of tokens that one program walks
 
 
@@ -89,6 +88,15 @@ def obstacle(q: Array, k: Array, v: Array, *, platform: str) -> str | None:
             f"float32 with {P} features and head dim {H}: registers hold up to 64 of each; expected bfloat16"
         )
     return None
+
+
+def _kernels(platform: str):
+    """The module with this platform's recurrence; Mosaic GPU's takes a second to import, so only where it is used."""
+    if platform == "mosaic":
+        from kernels_pallas import linear_attention_mosaic
+
+        return linear_attention_mosaic
+    return linear_attention_tpu if platform == "tpu" else linear_attention_gpu
 
 
 def linear_attention(
@@ -142,7 +150,7 @@ def linear_attention(
 
 def _normalized(q, k, v, initial_state, eps: float, options: dict) -> tuple[Array, tuple[Array, Array]]:
     """The normalised operator by the other one: a column of ones in v makes the normaliser a column of the output."""
-    H, wide = v.shape[3], linear_attention_mosaic.with_ones(v)
+    H, wide = v.shape[3], _kernels("mosaic").with_ones(v)
     if initial_state is not None and (kv := initial_state[0]) is not None:
         z = jnp.zeros(kv.shape[:3], jnp.float32) if initial_state[1] is None else initial_state[1]
         kv = jnp.concatenate([kv, z[..., None].astype(kv.dtype)], axis=3)
@@ -175,7 +183,7 @@ def _plan(B, T, N, P, H, dtype, decays, eps, platform, interpret) -> Plan:
     if platform == "tpu":
         chunk = linear_attention_tpu.chunk(T, dtype)
     else:
-        chunk = linear_attention_mosaic.CHUNK if platform == "mosaic" else linear_attention_gpu.chunk(dtype)
+        chunk = _kernels(platform).chunk(dtype)
         programs = B * N * max(1, min(P, H) // 64)
         split = max(1, min(SLOTS // programs, T // PIECE))
     chunks = -(-T // (chunk * split))
@@ -220,7 +228,7 @@ def _vectors(log_decay: Array | None, runs: Array | None, C: int, exact: bool) -
 def _run(arrays: dict, plan: Plan, *, reverse: bool = False, entering: dict | None = None) -> dict:
     """The recurrence over all of T. entering: the states that enter each piece, if already known."""
     recurrence = functools.partial(
-        KERNELS[plan.platform].recurrence,
+        _kernels(plan.platform).recurrence,
         heads=plan.heads,
         reverse=reverse,
         eps=plan.eps,

@@ -11,7 +11,6 @@ normaliser a column of the state, and its gradient follows by the same four recu
 """
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +20,7 @@ from jax.experimental.pallas import mosaic_gpu
 
 from kernels_pallas import mosaic
 
-CHUNK = 64
+CHUNK = 64  # tokens at a time
 STATE = 8192  # numbers of the state in one program: 64 registers a thread, and as many for the sum that is added to it
 OPERANDS = ("q", "k", "v")
 
@@ -41,6 +40,12 @@ def tile(P: int, dtype) -> Tile:
     if dtype == jnp.float32:
         return Tile(32, 1, 3)
     return Tile(64 if P * 64 <= STATE else 32, 2, 1)
+
+
+def chunk(dtype) -> int:
+    """Tokens at a time."""
+    del dtype
+    return CHUNK
 
 
 def with_ones(v: Array) -> Array:
@@ -179,8 +184,7 @@ class Program:
         if "keep" not in here:
             return state + mosaic.product(state.shape, (k, v))
         keep = mosaic.rows(here["keep"][0])
-        kept = functools.reduce(jnp.add, [mosaic.load(x).astype(jnp.float32) for x in v])
-        kept *= lax.broadcast_in_dim(keep, kept.shape, (0,))
+        kept = mosaic.whole(v) * lax.broadcast_in_dim(keep, (CHUNK, self.W), (0,))
         mosaic.store(self.scratch["kept"], kept)
         mosaic_gpu.commit_smem()
         whole = here["keep" if self.reverse else "reach"][0][CHUNK - 1]

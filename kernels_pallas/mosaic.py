@@ -10,6 +10,8 @@ wgmma takes 16-bit operands. A float32 operand is a few bfloat16 numbers, each o
 of two parts are exact to 2^-17, six of three parts to float32.
 """
 
+import functools
+
 import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
@@ -77,6 +79,11 @@ def held(x: Array) -> Array:
 def load(ref) -> Array:
     """A tile in registers."""
     return mosaic_gpu.load(ref, layout=mosaic_gpu.Layout.WGMMA, optimized=False)
+
+
+def whole(tiles: list) -> Array:
+    """An operand in registers, float32."""
+    return functools.reduce(jnp.add, [load(ref).astype(jnp.float32) for ref in tiles])
 
 
 def rows(ref) -> Array:

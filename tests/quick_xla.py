@@ -15,7 +15,7 @@ from unittest import mock
 
 # Names of XLA's options, as in XLA_FLAGS: (quick, XLA's default).
 OPTIONS: dict[str, tuple] = {"xla_cpu_parallel_codegen_split_count": (1, 32)}
-if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 12):  # XLA exits at a name it lacks
+if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 11):  # XLA exits at a name it lacks
     OPTIONS["xla_cpu_use_fusion_emitters"] = (False, True)
 
 

@@ -13,7 +13,7 @@ import sys
 import jax
 import pytest
 
-from kernels_pallas import aot
+from kernels_pallas import aot, backends
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "benchmarks"))
 from aot import ROWS as ROWS_OF_A_BATCH
@@ -116,6 +116,17 @@ def test_on_an_h200(compiled, name):
     if name not in SAME_FORWARD:
         registers_and_tensor_cores(name, compiled(name, "h200", LENGTHS[0], train=False)["kernels"])
     memory_is_linear(name, short, long, unseen=0)
+
+
+@pytest.mark.skipif(bool(backends.missing("mosaic")), reason="jax < 0.11")
+@pytest.mark.parametrize("name", ["fir_conv_128", "ssd", "ssd_packed", "linear_attention"])
+def test_through_mosaic_on_an_h200(compiled, name):
+    kernels = compiled(name, "h200", LENGTHS[0], implementation="mosaic")["kernels"]
+    assert sum(kernel["wgmma"] > 0 for kernel in kernels) >= 2, "forward and backward, by tensor cores"
+    assert all("mosaic" in kernel["name"] for kernel in kernels)
+    backward = [kernel for kernel in kernels if kernel["name"].startswith("fir_conv_backward")]
+    assert all(kernel["spills"] <= 24 for kernel in backward), "measured: 14 instructions"
+    nothing_spills([kernel for kernel in kernels if kernel not in backward])
 
 
 @pytest.mark.parametrize("name", KERNELS)

@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import lcx.ops.linear_attention as operator
+from kernels_pallas import backends
 from lcx.errors import UserError
-from lcx.ops import dispatch
+from lcx.ops import dispatch, fir_conv
 from lcx.ops.linear_attention import LinearState, Window, linear_attention
 
 B, P, H, D = 2, 5, 3, 4  # D: head dim of the window's q and k
@@ -250,6 +252,30 @@ def test_a_kernel_gets_documents_as_runs(monkeypatch):
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
     with pytest.raises(UserError, match="one token"):
         linear_attention(q[:, :1], k[:, :1], v[:, :1], implementation="triton")
+
+
+@pytest.mark.parametrize(
+    ("triton", "jax_version", "device", "chosen"),
+    [
+        (True, (0, 12, 0), "NVIDIA H100 80GB HBM3", "triton"),
+        (False, (0, 12, 0), "NVIDIA H100 80GB HBM3", "mosaic"),
+        (False, (0, 12, 0), "NVIDIA GH200 480GB", "mosaic"),
+        (False, (0, 12, 0), "NVIDIA B200", "xla"),
+        (False, (0, 10, 2), "NVIDIA H200", "xla"),
+    ],
+)
+def test_mosaic_is_chosen_where_triton_is_missing(monkeypatch, triton, jax_version, device, chosen):
+    monkeypatch.setattr(dispatch, "platform", lambda: "gpu")
+    monkeypatch.setattr(dispatch, "_device_kind", lambda: device)
+    monkeypatch.setattr(backends.jax, "__version_info__", jax_version)
+    if not triton:
+        monkeypatch.setattr(backends, "triton", None)
+    q, v, h = jnp.ones((1, 64, 2, 64)), jnp.ones((1, 16, 64)), jnp.ones((2, 128))
+    forms = [{**operator._kernel_obstacles(q, q, q, None), "xla": None}, fir_conv._forms(v, h, False)]
+    assert [next(name for name, found in form.items() if found is None) for form in forms] == [chosen] * 2
+    if chosen == "xla":
+        with pytest.raises(UserError, match="needs jax >= 0.11|needs a Hopper GPU"):
+            dispatch.choose("linear_attention", "mosaic", forms[0])
 
 
 def test_mistakes_are_named():
