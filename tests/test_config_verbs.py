@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import types
 
 import pytest
@@ -160,3 +161,45 @@ assert jax.devices()[0].platform == "cpu"
     env = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
     done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+    assert "JAX_COMPILATION_CACHE_MAX_SIZE" not in os.environ  # a folder of the user's has the limit that they set
+
+
+def test_the_cache_is_bounded_and_without_leftovers(monkeypatch, tmp_path):
+    cache = tmp_path / "lcx" / "xla"
+    cache.mkdir(parents=True)
+    for name, age in (("old", 3600), ("new", 0), ("whole", 3600)):
+        (cache / f"{name}-cache").write_bytes(b"x")
+        os.utime(cache / f"{name}-cache", (time.time() - age,) * 2)
+    (cache / "whole-atime").write_bytes(bytes(8))
+    monkeypatch.setattr(os, "environ", {"XDG_CACHE_HOME": str(tmp_path)})
+    environment.setup_jax()
+    assert os.environ["JAX_COMPILATION_CACHE_DIR"] == str(cache)
+    assert os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] == str(2 << 30)
+    assert sorted(path.name for path in cache.iterdir()) == ["new-cache", "whole-atime", "whole-cache"]
+    monkeypatch.setattr(os, "environ", {"XDG_CACHE_HOME": str(tmp_path), "JAX_COMPILATION_CACHE_MAX_SIZE": "-1"})
+    environment.setup_jax()
+    assert os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] == "-1"
+
+
+_COMPILES = """
+from lcx.config import setup_jax
+setup_jax()
+import jax, jax.numpy as jnp
+for n in range(4):
+    jax.jit(lambda x: jnp.sin(x) @ x + n)(jnp.ones((8, 8))).block_until_ready()
+"""
+
+
+def test_two_processes_share_a_cache_that_stays_within_its_limit(tmp_path):
+    unset = ("JAX_COMPILATION_CACHE_DIR",)
+    env = {name: value for name, value in os.environ.items() if name not in unset}
+    env |= {"XDG_CACHE_HOME": str(tmp_path), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    env |= {"JAX_COMPILATION_CACHE_MAX_SIZE": "30000", "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.getcwd()}
+    env |= {"JAX_ENABLE_COMPILATION_CACHE": "true", "JAX_RAISE_PERSISTENT_CACHE_ERRORS": "true"}
+    command = [sys.executable, "-c", _COMPILES]
+    running = [subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    for process in running:
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+    kept = list((tmp_path / "lcx" / "xla").glob("*-cache"))
+    assert kept and sum(path.stat().st_size for path in kept) <= 30000

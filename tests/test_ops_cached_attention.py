@@ -36,8 +36,8 @@ def filled(k, v, ids, a, length, dtype=jnp.float32):
     ],
 )
 @pytest.mark.parametrize("T", [1, 2, 7])
-def test_equals_the_last_rows_of_the_whole(T, heads, window, segmented, decays):
-    """With slots to spare, documents that end in the cache, and padding inside it."""
+def test_equals_the_last_rows_of_the_whole(T, heads, window, segmented, decays, monkeypatch):
+    """With slots to spare, documents that end in the cache, and padding inside it; whole, and in chunks of a layer."""
     (N, K), B, S, H = heads, 2, 100, 16
     q, k, v, w, ids = arrays(B, S, N, K, H, segmented)
     ids = np.ones((B, S), np.int32) if ids is None else np.array(ids)
@@ -50,6 +50,13 @@ def test_equals_the_last_rows_of_the_whole(T, heads, window, segmented, decays):
     cache = filled(k, v, ids, a, S - T)
     new = kv_cache.entries(*(None if x is None else jnp.asarray(x[:, S - T :]) for x in (k, v, ids, a)))
     got = jax.jit(lambda *xs: kv_cache.attend(*xs, window=window))(cache, jnp.asarray(q[:, S - T :]), new)
+    np.testing.assert_allclose(got, expected, atol=2e-6, rtol=2e-5)
+    if decays:
+        return
+    monkeypatch.setattr("lcx.ops.cached_attention.CHUNK", 48)  # the last of three overlaps the second
+    stacked = {name: jnp.stack([jnp.ones_like(x), x]) for name, x in cache.items()}
+    layer = kv_cache.LayerOf(stacked, jnp.int32(1))
+    got = jax.jit(lambda *xs: kv_cache.attend(*xs, window=window))(layer, jnp.asarray(q[:, S - T :]), new)
     np.testing.assert_allclose(got, expected, atol=2e-6, rtol=2e-5)
 
 

@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import importlib.util
 import os
 import re
+import time
 
 # Device files of NVIDIA GPUs, NVIDIA GPUs under WSL, AMD GPUs, TPUs up to v4, later TPUs.
 ACCELERATORS = ("nvidia[0-9]*", "dxg", "kfd", "accel[0-9]*", "vfio/[0-9]*")
+
+
+CACHE_BYTES = 2 << 30
 
 
 def setup_jax() -> None:
     """Sets defaults for jax. Must run before jax is imported. Variables that the user has set are not changed.
 
     - All compiled programs, including small ones, are cached in JAX_COMPILATION_CACHE_DIR (default ~/.cache/lcx/xla),
-      so a second run starts in a fraction of the time.
+      so a second run starts in a fraction of the time. The default folder keeps JAX_COMPILATION_CACHE_MAX_SIZE bytes
+      (default 2 GiB; -1: no limit, 0: no cache) of what was used last. Several processes may use it at once.
     - With more CPU devices than cores (a mesh tried out on a laptop), collectives deadlock if the thread pool is too
       small. NPROC sets its size.
     - libtpu and the CUDA plugin may be installed only for ahead-of-time compilation (the extra `aot`). If there is no
       accelerator, jax is told to use the CPU; it would find that out by itself, but only after pages of warnings.
     """
-    cache = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "lcx", "xla")
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", cache)
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        cache = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "lcx", "xla")
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = cache
+        os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(CACHE_BYTES))
+        _drop_unfinished(cache)
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
     forced = re.findall(r"--xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
@@ -37,3 +46,15 @@ def setup_jax() -> None:
 def has_accelerator() -> bool:
     """Whether this machine has a GPU or TPU, by its device files."""
     return any(glob.glob(f"/dev/{name}") for name in ACCELERATORS)
+
+
+def _drop_unfinished(cache: str) -> None:
+    """Removes programs without a time of use: jax cannot store anything beside one while the size is limited.
+
+    A process that was killed leaves them behind, and so does a cache that had no limit before.
+    """
+    for path in glob.glob(os.path.join(glob.escape(cache), "*-cache")):
+        with contextlib.suppress(OSError):  # another process has removed it
+            recent = time.time() - os.stat(path).st_mtime < 60  # another process may be about to finish it
+            if not recent and not os.path.exists(path.removesuffix("-cache") + "-atime"):
+                os.remove(path)
