@@ -207,7 +207,9 @@ def test_uniform_model_has_the_perplexity_of_its_vocabulary(tiny, dataset):
     uniform = {**params, "lm_head": jax.tree.map(jnp.zeros_like, params["lm_head"])}
     result = Perplexity(dataset=dataset)(model, uniform, ByteTokenizer())
     assert [entry["window"] for entry in result["windows"]] == [WINDOW // 4, WINDOW, 2 * WINDOW]
-    assert result["notes"][0].endswith("twice the model's window of 64; limited by the longest document, 181 tokens")
+    assert result["notes"][0].endswith(
+        "twice the model's window of 64; limited by the longest document, 181 tokens"
+    )
     assert result["windows"][1]["perplexity"] == pytest.approx(258, rel=1e-5)
     assert result["windows"][1]["stride"] == WINDOW // 2  # 256 leaves no overlap in a window of 64
     by_position = LossByPosition(dataset=dataset)(model, uniform, ByteTokenizer())["lengths"][0]
@@ -515,6 +517,10 @@ def test_evaluate_a_checkpoint_on_what_it_was_trained_on(checkpoint, tiny, datas
     evaluate(checkpoint=checkpoint, output=str(tmp_path / "out"), evals=(Perplexity(),), name="again")
     assert json.loads((tmp_path / "out" / "results.previous.json").read_text())["name"] == "run"
     assert read(tmp_path / "out")["name"] == "again"
+    (tmp_path / "compared").mkdir()
+    (tmp_path / "compared" / "report.html").write_text("of several models")
+    with pytest.raises(UserError, match="compared holds the report of something else"):
+        evaluate(checkpoint=checkpoint, output=str(tmp_path / "compared"))
 
 
 def test_one_evaluation_that_fails_costs_no_other(checkpoint, tmp_path):
