@@ -35,7 +35,7 @@ from lcx.evals.support.model_facts import facts
 from lcx.model import Decoder
 from lcx.version import __version__
 
-RESULTS = report.RESULTS
+RESULTS, _PREVIOUS = report.RESULTS, "results.previous.json"
 
 
 def evaluate(
@@ -106,7 +106,7 @@ def evaluate(
         "errors": {},
     }
     if _writes() and (folder / RESULTS).is_file():  # keep the results of an earlier run
-        os.replace(folder / RESULTS, folder / "results.previous.json")
+        os.replace(folder / RESULTS, folder / _PREVIOUS)
     for evaluation in evals:
         _say(f"{label}: {evaluation.name} ...")
         _run(evaluation, model, params, tokenizer, results)
@@ -271,6 +271,11 @@ def _say(line: str) -> None:
 def _writable(output: str) -> pathlib.Path:
     """Creates the output folder and checks that it can be written to, before the model is loaded."""
     folder = paths.destination(output, "--output")
+    own = any((folder / name).exists() for name in (RESULTS, _PREVIOUS))
+    if (folder / report.PAGE).exists() and not own:
+        raise UserError(
+            f"{folder} holds the report of something else, {report.PAGE}: choose another --output"
+        )
     if _writes():
         try:
             folder.mkdir(parents=True, exist_ok=True)

@@ -204,14 +204,10 @@ def test_uniform_model_has_the_perplexity_of_its_vocabulary(tiny, dataset):
     model, params = tiny
     uniform = {**params, "lm_head": jax.tree.map(jnp.zeros_like, params["lm_head"])}
     result = Perplexity(dataset=dataset)(model, uniform, ByteTokenizer())
-    assert [entry["window"] for entry in result["windows"]] == [
-        WINDOW // 4,
-        WINDOW,
-    ]  # no text is longer than 2 windows
-    assert result["notes"] == [
-        "windows of up to 64 tokens, the model's window: what it does beyond is not measured; limited by the longest"
-        " document, 101 tokens"
-    ]
+    assert [entry["window"] for entry in result["windows"]] == [WINDOW // 4, WINDOW, 2 * WINDOW]
+    assert result["notes"][0].endswith(
+        "twice the model's window of 64; limited by the longest document, 181 tokens"
+    )
     assert result["windows"][1]["perplexity"] == pytest.approx(258, rel=1e-5)
     assert result["windows"][1]["stride"] == WINDOW // 2  # 256 leaves no overlap in a window of 64
     by_position = LossByPosition(dataset=dataset)(model, uniform, ByteTokenizer())["lengths"][0]
@@ -268,14 +264,16 @@ def test_a_real_model_shows_its_wall_in_the_sliding_window(reference, tmp_path):
     dataset = Dataset(
         str(reference / TINYSTORIES), separator="<|endoftext|>", eval_fraction=1.0, cache_dir=str(tmp_path)
     )
-    task = Perplexity(dataset=dataset, max_tokens=3000)
+    task = Perplexity(dataset=dataset, max_tokens=4000)
     result = task(*lcx.load(path), load_tokenizer(path))
     short, own, long = result["windows"]
-    assert [entry["window"] for entry in result["windows"]] == [64, 256, 1024]
+    assert [entry["window"] for entry in result["windows"]] == [64, 256, 512]
     assert short["tokens"] == own["tokens"] == long["tokens"]  # the same targets
     assert own["perplexity"] < short["perplexity"] < 3 < 2 * own["perplexity"] < long["perplexity"]
-    assert "4 times the model's window of 256" in result["notes"][0]
-    assert all(f"with a window of {W}" in task.finding({"baby": result}) for W in (64, 256, 1024))
+    assert (
+        "twice the model's window of 256; limited by the longest document, 845 tokens" in result["notes"][0]
+    )
+    assert all(f"with a window of {W}" in task.finding({"baby": result}) for W in (64, 256, 512))
 
 
 def test_perplexity_error_bars_take_documents_as_independent(tiny, dataset):
@@ -381,7 +379,7 @@ def test_the_wall_of_a_real_model_equals_transformers(reference, tmp_path, scali
     task = LossByPosition(dataset=dataset, lengths=lengths, max_tokens=48 * 1024)
     result = task(model, params, load_tokenizer(path))
     assert scaling or "4 times the model's window of 256" in result["notes"][0]
-    assert scaling or "beyond it: worse by 3.5" in task.finding({"baby": result})
+    assert scaling or "beyond it: worse by 3.6" in task.finding({"baby": result})
     (entry,) = result["lengths"]
     assert entry["rows"] == 48 and entry["last_quarter"]["nll"] == pytest.approx(last, abs=0.01)
     assert inside is None or entry["buckets"][1]["nll"] == pytest.approx(inside, abs=0.01)
@@ -517,6 +515,10 @@ def test_evaluate_a_checkpoint_on_what_it_was_trained_on(checkpoint, tiny, datas
     evaluate(checkpoint=checkpoint, output=str(tmp_path / "out"), evals=(Perplexity(),), name="again")
     assert json.loads((tmp_path / "out" / "results.previous.json").read_text())["name"] == "run"
     assert read(tmp_path / "out")["name"] == "again"
+    (tmp_path / "compared").mkdir()
+    (tmp_path / "compared" / "report.html").write_text("of several models")
+    with pytest.raises(UserError, match="compared holds the report of something else"):
+        evaluate(checkpoint=checkpoint, output=str(tmp_path / "compared"))
 
 
 def test_one_evaluation_that_fails_costs_no_other(checkpoint, tmp_path):

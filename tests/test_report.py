@@ -509,7 +509,7 @@ def test_a_single_training_run(tmp_path):
     ]
     assert opening(path) == [
         "One training run: over steps 100 to 120 of “run”, the loss went from 2.000 to 1.837 ± 0.005 (spread of its"
-        " last 2 log lines) nats per token; on held-out data it is 1.900 at step 120, after a lower 1.800 at step 110."
+        " last 2 log lines); on held-out data it is 1.900 at step 120, after a lower 1.800 at step 110."
     ]
     twice = opening(report.build(workdir=[work, work], output=str(tmp_path / "both")))
     assert twice[0].startswith(

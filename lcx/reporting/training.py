@@ -12,6 +12,10 @@ Curves = Mapping[
     str, Sequence[Mapping[str, float]]
 ]  # for each run, the lines of its metrics.jsonl, ordered by step
 _SPEED = "tokens_per_second"
+_UNIT = (  # metrics.jsonl does not record it
+    "The loss is in nats per token, except where a run minimises something else, such as attention transfer, whose"
+    " loss is 1000 times a mean squared error."
+)
 _MARKERS = 12  # on a curve, so that they do not hide it
 
 
@@ -27,7 +31,7 @@ def section(curves: Curves, runs: Mapping[str, Mapping[str, Any]]) -> tuple[str,
     head = ["run", "steps", "last loss", "last held-out loss", "tokens per second"]
     alt = "; ".join(f"{row[0]}: loss {pages.number(row[2])} after {row[1]} steps" for row in rows)
     plot = pictures.drawn("training_loss", lambda axes: draw(axes, curves, runs), alt)
-    return pages.section("Training", plot.html + pages.table(head, rows)), plot.files
+    return pages.section("Training", plot.html + pages.table(head, rows) + pages.notes([_UNIT])), plot.files
 
 
 def draw(axes: Any, curves: Curves, runs: Mapping[str, Mapping[str, Any]]) -> None:
@@ -48,7 +52,7 @@ def draw(axes: Any, curves: Curves, runs: Mapping[str, Mapping[str, Any]]) -> No
                 hollow = {**style, "linestyle": "none", "markerfacecolor": "none", "markersize": 9}
                 axes.plot(x, y, label=None if points(lines, "loss") else label, **hollow)
     figures.step_axis(axes)
-    axes.set_ylabel("loss (nats per token)")
+    axes.set_ylabel("loss")
     axes.set_title("Training loss" + " (large hollow markers: held-out data)" * held_out)
     figures.legend(axes, list(curves))
 
@@ -97,10 +101,10 @@ def _alone(label: str, lines: Sequence[Mapping[str, float]]) -> str:
     )
     text = (
         f"over steps {first:.0f} to {end:.0f} of “{label}”, the loss went from {start:.3f} to"
-        f" {statistics.fmean(tail):.3f}{spread} nats per token"
+        f" {statistics.fmean(tail):.3f}{spread}"
     )
     if len(found) == 1:
-        text = f"“{label}” has logged one loss, {stop:.3f} nats per token at step {end:.0f}"
+        text = f"“{label}” has logged one loss, {stop:.3f} at step {end:.0f}"
     return (
         text
         + _held_out(points(lines, "eval_loss"))

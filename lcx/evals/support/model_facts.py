@@ -38,6 +38,7 @@ def varies(model: Decoder) -> bool:
     return any(
         not np.array_equal(rope.frequencies(dim, window)[0], rope.frequencies(dim, 4 * window)[0])
         for rope, dim in rotaries(model)
+        if dim is not None  # the size of its heads is known
     )
 
 
