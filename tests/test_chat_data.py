@@ -233,7 +233,7 @@ def generated(monkeypatch):
     monkeypatch.setattr(terminal, "stream", stream)
 
     def run(folder, prompt, **settings):
-        terminal.stream_text(checkpoint=str(folder), prompt=prompt, **settings)
+        terminal.stream_text(checkpoint=str(folder), prompt=prompt, max_new_tokens=4, **settings)
         return seen
 
     return run

@@ -146,7 +146,7 @@ def check_install(words: list[str]) -> None:
 
 def check_tool(words: list[str]) -> None:
     """Commands of others that a page shows."""
-    known = ("mkdocs", "wandb", "cat", "ls", "tail", "jupyter", "cd", "git", "srun", "ulimit", "pip")
+    known = ("mkdocs", "wandb", "tensorboard", "cat", "ls", "tail", "jupyter", "cd", "git", "srun", "ulimit", "pip")
     assert words[0] in known, f"no check for {words[0]!r}"
 
 

@@ -229,7 +229,8 @@ def test_tensorboard_holds_the_numbers_of_the_record(tmp_path):
 
 def test_tensorboard_that_is_missing_or_fails(tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
-        patch.setitem(sys.modules, "tensorboard", None)
+        for name in ("tensorboard", "tensorboard.compat.proto"):  # the second may be imported already
+            patch.setitem(sys.modules, name, None)
         with pytest.raises(UserError, match=r"Trainer.tensorboard needs .* pip install 'lcx\[tensorboard\]'"):
             logger(tmp_path, tensorboard=True)
     pytest.importorskip("tensorboard", reason="an extra")

@@ -160,7 +160,7 @@ def test_frozen_parameters_have_no_moments(params):
         ({"clip_norm": 0.0}, "AdamW.clip_norm is 0.0"),
         ({"warmup_steps": -1}, "AdamW.warmup_steps is -1, expected a finite number, at least 0"),
         ({"weight_decay": float("inf")}, "AdamW.weight_decay is inf, expected a finite number"),
-        ({"b2": 1.5}, "AdamW.b2 is 1.5, expected a number from 0 to 1"),
+        ({"b2": 1.5}, "AdamW.b2 is 1.5, expected a number from 0 to below 1"),
     ],
 )
 def test_settings_out_of_range(settings, says):

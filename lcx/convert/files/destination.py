@@ -58,7 +58,8 @@ def replacing(
         ) from error
     except UserError as error:
         _remove_parents(final, made)
-        raise UserError(str(error).replace(str(partial), str(final))) from error
+        error.args = (str(error).replace(str(partial), str(final)),)  # its class may mean something to the caller
+        raise
     except BaseException:
         _remove_parents(final, made)
         raise
