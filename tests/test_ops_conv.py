@@ -124,7 +124,7 @@ def test_channels_in_turns(monkeypatch):
     for channels, turns in ((6, 3), (5, 5)):
         x2, v, h, dy = arrays(8, *[(B, channels, 37)] * 2, (channels, 37), (B, channels, 37))
         skip, ones = jnp.ones(channels), jnp.ones_like(v)
-        assert long._cut(B, h, skip)[0] == turns
+        assert long._cut(B, h, skip, long.GROUP)[0] == turns
         y, _, *gradients = numpy_conv(ones, x2, v, h, skip, None, dy)
         found = with_gradients(
             lambda x2, v, h, s: long.long_conv(None, x2, v, h, skip=s), (x2, v, h, skip), dy

@@ -32,7 +32,8 @@ from lcx.ops.packed_conv import by_document
 from lcx.ops.short_conv import KERNELS
 
 BLOCK = 256  # tokens below which Toeplitz products take over from the FFT, in packed rows
-GROUP = 2**20  # numbers of v processed at a time on a CPU
+# Numbers of v processed at a time on a CPU; fewer with documents, whose levels of FFTs are all in memory at once.
+GROUP, GROUP_PACKED = 2**20, 2**17
 # Passes of the GPU kernel over a packed row that move about as many bytes as the levels of FFTs do. There is no limit
 # on a TPU, which has no FFT unit: libtpu expands FFTs to products, which take 30 times the kernel's cycles and minutes
 # to compile.
@@ -128,7 +129,7 @@ def _by_channels(x2, v, h, skip, ids) -> Array:
 
 
 def _by_channels_forward(x2, v, h, skip, ids):
-    groups, weights = _cut(len(v), h, skip)
+    groups, weights = _cut(len(v), h, skip, GROUP if ids is None else GROUP_PACKED)
     y, _ = each_group(lambda *group: (_slab(*group), ()), (x2, v), weights, ids, groups)
     return y, (x2, v, h, skip, ids)
 
@@ -141,7 +142,7 @@ def _by_channels_backward(residuals, dy):
         _, pull = jax.vjp(lambda i, w: _slab(i, w, ids), tuple(inputs), weights)
         return pull(dy)
 
-    groups, cut = _cut(len(v), h, skip)
+    groups, cut = _cut(len(v), h, skip, GROUP if ids is None else GROUP_PACKED)
     signals, weights = each_group(slab_gradient, (x2, v, dy), cut, ids, groups)
     return *signals, *jax.tree.map(lambda dw, w: dw.reshape(w.shape), weights, (h, skip)), None
 
@@ -149,10 +150,10 @@ def _by_channels_backward(residuals, dy):
 _by_channels.defvjp(_by_channels_forward, _by_channels_backward)
 
 
-def _cut(B: int, h: Array, skip: Array | None):
+def _cut(B: int, h: Array, skip: Array | None, most: int):
     """(number of groups of channels, the weights split into these groups)."""
     D, T = h.shape
-    size = max(n for n in range(1, D + 1) if D % n == 0 and (n == 1 or B * n * T <= GROUP))
+    size = max(n for n in range(1, D + 1) if D % n == 0 and (n == 1 or B * n * T <= most))
     return D // size, (h.reshape(-1, size, T), skip)
 
 
