@@ -118,6 +118,20 @@ def test_long_conv_equals_the_definition(T, packed):
         assert_close([reference], expected[:1], 1e-6)
 
 
+def test_channels_in_turns(monkeypatch):
+    """Longer rows on a CPU: two channels at a time, and an odd number of channels, which leaves one at a time."""
+    monkeypatch.setattr(long, "GROUP", 2 * B * 37)
+    for channels, turns in ((6, 3), (5, 5)):
+        x2, v, h, dy = arrays(8, *[(B, channels, 37)] * 2, (channels, 37), (B, channels, 37))
+        skip, ones = jnp.ones(channels), jnp.ones_like(v)
+        assert long._cut(B, h, skip, long.GROUP)[0] == turns
+        y, _, *gradients = numpy_conv(ones, x2, v, h, skip, None, dy)
+        found = with_gradients(
+            lambda x2, v, h, s: long.long_conv(None, x2, v, h, skip=s), (x2, v, h, skip), dy
+        )
+        assert_close(found, [y, *gradients], 2e-6)
+
+
 @pytest.mark.parametrize("packed", [False, True], ids=["one", "packed"])
 @pytest.mark.parametrize(
     ("T", "K", "axis"), [(1, 4, -1), (63, 1, 1), (100, 3, -1), (100, 4, 1), (257, 8, -1)]

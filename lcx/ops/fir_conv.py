@@ -9,17 +9,18 @@ channel is contiguous, and the blocks of all channels of a group are the rows of
 ``reference``  the definition, with every window of K inputs materialised, in float32.
 ``triton``, ``mosaic``, ``tpu``  kernels_pallas.fir_conv, one pass over memory; packed rows: several (`packed_conv`).
 ``xla``        K < 16: shifted multiply-adds. Else block Toeplitz products (Ku et al. 2025, "Systems and Algorithms for
-               Convolutional Multi-Hybrid Language Models at Scale", section 3.2): with C >= K - 1 a block of outputs
-               needs its own inputs and those of the block before it, Y_n = X_n M0 + X_{n-1} M1, where M0[s, t] = h[t-s]
-               and M1[s, t] = h[C+t-s]. 4 C FLOPs per element instead of 2 K, but all in matrix products.
+               Convolutional Multi-Hybrid Language Models at Scale", section 3.2): a block of outputs needs its own
+               inputs and those of the ceil((K - 1) / C) blocks before it, Y_n = X_n M0 + X_{n-1} M1 + ..., where
+               Mi[s, t] = h[i C + t - s]. With C = 64 about 2 K + 128 FLOPs per element instead of 2 K, but all in
+               matrix products.
 
-Documents. At most one document crosses the boundary between two adjacent blocks, so the product with M1 is exact once
-the left block and the result are masked to that document. Inside a block the same holds recursively for its two halves,
+Documents. At most one document reaches from one block into a later one, so the product with Mi is exact once the
+earlier block and the result are masked to that document. Inside a block the same holds recursively for its two halves,
 down to 16 tokens, where shifted multiply-adds take over. Together these products cost less than the product with M0,
 whatever the number of documents.
 
-The backward pass saves only the inputs and recomputes the rest. On a CPU the groups of channels of each row are
-processed one after the other, so that the intermediates between the two gates stay in cache.
+The backward pass saves only the inputs and recomputes the rest. On a CPU the groups of channels are processed one after
+the other, all rows together, so that the intermediates between the two gates stay in cache.
 """
 
 import jax
@@ -32,11 +33,13 @@ from lcx.ops import MIXER_RESIDUALS, dispatch, segments
 from lcx.ops import short_conv as short
 from lcx.ops.packed_conv import by_document
 from lcx.ops.short_conv import ConvState
+from lcx.ops.tiling import put
 
 MAX_TAPS = 256
 # Filters with fewer taps than this use shifted multiply-adds, as do blocks of this many tokens within packed rows.
 SHIFTED = 16
 KERNELS = {"triton": "gpu", "mosaic": "mosaic", "tpu": "tpu"}  # implementations and their platforms
+BLOCK = 64  # C; for 128 taps 384 FLOPs per element, against 512 with C = 128 and less efficient products with C = 32
 
 
 def fir_conv(
@@ -124,8 +127,8 @@ def _grouped(x1, x2, v, h, skip, ids) -> Array:
 
 
 def _grouped_forward(x1, x2, v, h, skip, ids):
-    y = each_group(_slab, (x1, x2, v), (h, skip), ids, h.shape[0])
-    return checkpoint_name(y.reshape(v.shape), MIXER_RESIDUALS), (x1, x2, v, h, skip, ids)
+    y, _ = each_group(lambda *group: (_slab(*group), ()), (x1, x2, v), (h, skip), ids, h.shape[0])
+    return checkpoint_name(y, MIXER_RESIDUALS), (x1, x2, v, h, skip, ids)
 
 
 def _grouped_backward(residuals, dy):
@@ -137,76 +140,102 @@ def _grouped_backward(residuals, dy):
         return pull(dy)
 
     signals, weights = each_group(slab_gradient, (x1, x2, v, dy), (h, skip), ids, h.shape[0])
-    signals = jax.tree.map(lambda dx: dx.reshape(v.shape), signals)
-    weights = jax.tree.map(lambda dw, w: jnp.sum(dw, axis=0).reshape(w.shape), weights, (h, skip))
-    return *signals, *weights, None
+    return *signals, *jax.tree.map(lambda dw, w: dw.reshape(w.shape), weights, (h, skip)), None
 
 
 _grouped.defvjp(_grouped_forward, _grouped_backward)
 
 
 def each_group(fn, signals, weights, ids, G: int):
-    """fn(signals [D/G, T], weights of a group, ids [T]) for every row and group; the results are [B, G, ...].
+    """fn(signals [B, D/G, T], weights of a group, ids [B, T]) -> (signals, weights), for each of G groups of channels.
 
-    Signals are [B, D, T]; weights are [G, ...] or [D, ...] and are split into G parts.
+    Signals are [B, D, T], also the resulting ones. Weights are [G, ...] or [D]; the resulting ones are [G, ...]. On a
+    CPU the groups take turns, and each writes its results in place.
     """
-    B = jax.tree.leaves(signals)[0].shape[0]
-    signals = jax.tree.map(lambda x: x.reshape(B, G, -1, x.shape[2]), signals)
+    B, _, T = jax.tree.leaves(signals)[0].shape
+    signals = jax.tree.map(lambda x: x.reshape(B, G, -1, T), signals)
     weights = jax.tree.map(lambda w: w.reshape(G, -1) if w.ndim == 1 else w, weights)
+
+    def one(group):
+        take = jax.tree.map(lambda x: x[:, group], signals), jax.tree.map(lambda w: w[group], weights)
+        return fn(*take, ids)
+
     if dispatch.platform() != "cpu":
-        return jax.vmap(jax.vmap(fn, in_axes=(0, 0, None)), in_axes=(0, None, 0))(signals, weights, ids)
+        out = jax.vmap(fn, in_axes=(1, 0, None), out_axes=(1, 0))(signals, weights, ids)
+    elif G == 1:
+        own, of_weights = one(0)
+        out = jax.tree.map(lambda x: x[:, None], own), jax.tree.map(lambda w: w[None], of_weights)
+    else:
+        own, of_weights = jax.eval_shape(one, 0)
+        empty = (
+            jax.tree.map(lambda x: jnp.zeros((B, G, *x.shape[1:]), x.dtype), own),
+            jax.tree.map(lambda w: jnp.zeros((G, *w.shape), w.dtype), of_weights),
+        )
 
-    def one(place):
-        row, group = place // G, place % G
-        pick = jax.tree.map(lambda x: x[row, group], signals)
-        return fn(pick, jax.tree.map(lambda w: w[group], weights), None if ids is None else ids[row])
+        def turn(group, out):
+            own, of_weights = one(group)
+            return (
+                jax.tree.map(lambda all_, x: put(all_, x[:, None], group, axis=1), out[0], own),
+                jax.tree.map(lambda all_, w: put(all_, w[None], group), out[1], of_weights),
+            )
 
-    out = jax.lax.map(one, jnp.arange(B * G))
-    return jax.tree.map(lambda x: x.reshape(B, G, *x.shape[1:]), out)
+        out = jax.lax.fori_loop(0, G, turn, empty)
+    own, of_weights = out
+    return jax.tree.map(lambda x: x.reshape(B, -1, T), own), of_weights
 
 
 def _slab(signals, weights, ids):
-    """One group of channels of one row: signals [D/G, T], (h [K], skip [D/G]), ids [T] -> y [D/G, T]."""
+    """One group of channels: signals [B, D/G, T], (h [K], skip [D/G]), ids [B, T] -> y [B, D/G, T]."""
     (x1, x2, v), (h, skip) = signals, weights
     dtype = jnp.float32 if dispatch.platform() == "cpu" else v.dtype
     g = v.astype(dtype) if x2 is None else x2.astype(dtype) * v.astype(dtype)
     runs = None
     if ids is not None:
-        g, runs = jnp.where(ids != 0, g, 0), segments.runs(ids[None])[0]
-    y = unless_packed(lambda runs: convolve(g, h, runs), runs)
+        g, runs = jnp.where(ids[:, None] != 0, g, 0), segments.runs(ids)
+    y = unless_packed(lambda g, runs: convolve(g, h, runs), g, runs)
     if skip is not None:
-        y = y + jnp.einsum("d,dt->dt", skip.astype(jnp.float32), g)
+        y = y + jnp.einsum("d,bdt->bdt", skip.astype(jnp.float32), g)
     if x1 is not None:
         y = y * x1.astype(jnp.float32)
-    return (y if ids is None else jnp.where(ids != 0, y, 0)).astype(v.dtype)
+    return (y if ids is None else jnp.where(ids[:, None] != 0, y, 0)).astype(v.dtype)
 
 
-def unless_packed(fn, runs: Array | None) -> Array:
-    """fn(runs), or fn(None), which is the same but cheaper, if all tokens belong to one run."""
-    if (
-        runs is None or dispatch.platform() != "cpu"
-    ):  # elsewhere rows are vectorised, and a cond would execute both branches
-        return fn(runs)
+def unless_packed(fn, g: Array, runs: Array | None) -> Array:
+    """fn(g [B, R, T], None) if the tokens of each row belong to one run, otherwise fn(g[row], runs[row]) for each row.
+
+    Both give the same, the former at a lower cost.
+    """
+    if runs is None:
+        return fn(g, None)
+    if dispatch.platform() != "cpu":  # everything is vectorised there, and a cond would execute both branches
+        return jax.vmap(fn)(g, runs)
     # Padding on the left has index 0 and contributes nothing; the first document has index 1.
-    return jax.lax.cond(runs[-1] <= 1, lambda: fn(None), lambda: fn(runs))
+    return jax.lax.cond(jnp.max(runs) <= 1, lambda: fn(g, None), lambda: jax.vmap(fn)(g, runs))
 
 
 def convolve(g: Array, h: Array, runs: Array | None) -> Array:
-    """sum_k h[k] g[:, t - k] over tokens of the same run, float32; g [R, T], h [K], runs [T] non-decreasing."""
-    T, K = g.shape[1], h.shape[0]
+    """sum_k h[k] g[..., t - k] over tokens of the same run, float32; g [..., T], h [K], runs [T] non-decreasing.
+
+    With runs, g is [R, T].
+    """
+    whole, (T, K) = g.shape, (g.shape[-1], h.shape[0])
+    g = g.reshape(-1, T)
     if K < SHIFTED:
-        return _shift(g, h, runs)
-    C = max(2 * SHIFTED, 1 << (K - 2).bit_length())
+        return _shift(g, h, runs).reshape(whole)
+    C = min(BLOCK, max(2 * SHIFTED, 1 << (K - 2).bit_length()))
     blocks = jnp.pad(g, ((0, 0), (0, -T % C))).reshape(g.shape[0], -1, C)
-    M = toeplitz(h.astype(g.dtype), C)
+    count = min(1 - (1 - K) // C, blocks.shape[1])
+    M = toeplitz(h[: count * C].astype(g.dtype), C, count)
     if runs is None:
-        both = _dot(blocks, M)
-        y = both[..., :C] + _one_later(both[..., C:])
+        parts = jnp.split(_dot(blocks, M), count, axis=-1)
+        y = sum(_later(part, n) for n, part in enumerate(parts))
     else:
         ids = jnp.pad(runs, (0, -T % C), mode="edge").reshape(-1, C)
-        previous = jnp.pad(ids[:-1], ((1, 0), (0, 0)), constant_values=-1)
-        y = _across(_one_later(blocks), previous, ids, M[:, C:]) + within(blocks, h, ids, M)
-    return y.reshape(g.shape[0], -1)[:, :T]
+        y = within(blocks, h, ids, M)
+        for n in range(1, count):
+            earlier = jnp.pad(ids[:-n], ((n, 0), (0, 0)), constant_values=-1)
+            y = y + _across(_later(blocks, n), earlier, ids, M[:, n * C : (n + 1) * C])
+    return y.reshape(g.shape[0], -1)[:, :T].reshape(whole)
 
 
 def within(x: Array, h: Array, runs: Array, M: Array) -> Array:
@@ -238,9 +267,9 @@ def _shift(g: Array, h: Array, runs: Array | None) -> Array:
     return short.shifted(g.astype(jnp.float32)[None], taps, None if runs is None else runs[None], 2)[0]
 
 
-def _one_later(x: Array) -> Array:
-    """Shifts blocks by one: block n moves to n + 1, and block 0 becomes zeros."""
-    return jnp.pad(x[:, :-1], ((0, 0), (1, 0), (0, 0)))
+def _later(x: Array, n: int) -> Array:
+    """Shifts blocks by n: block i moves to i + n, and the first n blocks become zeros."""
+    return jnp.pad(x[:, : x.shape[1] - n], ((0, 0), (n, 0), (0, 0)))
 
 
 def _dot(rows: Array, M: Array) -> Array:
@@ -248,12 +277,12 @@ def _dot(rows: Array, M: Array) -> Array:
     return jnp.matmul(rows, M, precision=precision, preferred_element_type=jnp.float32)
 
 
-def toeplitz(h: Array, C: int) -> Array:
-    """[C, 2C] with h[t - s] at (s, t), 0 outside of h [K <= C + 1].
+def toeplitz(h: Array, C: int, count: int) -> Array:
+    """[C, count C] with h[t - s] at (s, t), 0 outside of h.
 
     Flattening rows of length L and reshaping to rows of length L - 1 shifts each row by one more than the row before.
     This needs no gather, and its gradient is a sum along the diagonals by the reverse reshape.
     """
-    L = 3 * C
+    L = max(count * C, h.shape[0]) + C
     rows = jnp.broadcast_to(jnp.pad(h, (0, L - h.shape[0])), (C, L))
-    return rows.reshape(-1)[: C * (L - 1)].reshape(C, L - 1)[:, : 2 * C]
+    return rows.reshape(-1)[: C * (L - 1)].reshape(C, L - 1)[:, : count * C]

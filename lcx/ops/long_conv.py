@@ -15,11 +15,10 @@ At most one document crosses the middle of a block: the left half, masked to tha
 block's length, and the right half of the result is kept. Blocks of 256 tokens use the products of `fir_conv`. Each
 level takes FFTs of T points in total: log2(T / 256) / 2 times the cost of an unpacked row, for any number of documents.
 
-The backward pass saves only the inputs and transforms them again. On a CPU a few channels of one row are processed at a
-time, so that their spectra stay in cache.
+The backward pass saves the inputs and the result before the gate x1, and transforms the inputs again. A filter is
+transformed once for all rows. On a CPU some channels of all rows are processed at a time: enough of them for the FFT to
+be efficient, few enough for their spectra to stay in cache.
 """
-
-import math
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +32,8 @@ from lcx.ops.packed_conv import by_document
 from lcx.ops.short_conv import KERNELS
 
 BLOCK = 256  # tokens below which Toeplitz products take over from the FFT, in packed rows
-CHANNELS = 16  # channels processed at a time
+# Numbers of v processed at a time on a CPU; fewer with documents, whose levels of FFTs are all in memory at once.
+GROUP, GROUP_PACKED = 2**20, 2**17
 # Passes of the GPU kernel over a packed row that move about as many bytes as the levels of FFTs do. There is no limit
 # on a TPU, which has no FFT unit: libtpu expands FFTs to products, which take 30 times the kernel's cycles and minutes
 # to compile.
@@ -70,7 +70,7 @@ def long_conv(
     if name in KERNELS:
         y = _kernel(x1, x2, v, h, skip, segment_ids, KERNELS[name])
         return checkpoint_name(y, MIXER_RESIDUALS)
-    return _by_channels(x1, x2, v, h[:, :T], skip, segment_ids)
+    return _xla(x1, x2, v, h[:, :T], skip, segment_ids)
 
 
 def _forms(v: Array) -> dict[str, str | None]:
@@ -91,7 +91,7 @@ def _kernel(x1, x2, v, h, skip, ids, platform: str) -> Array:
         return kernels.long_conv(*signals, weights[0], skip=weights[1], platform=platform)
 
     def at_once(signals, weights, ids):
-        return _by_channels(*signals, *weights, ids)
+        return _xla(*signals, *weights, ids)
 
     signals, weights, T = (x1, x2, v), (h[:, : v.shape[2]], skip), v.shape[2]
     if ids is None:
@@ -117,63 +117,66 @@ def reference(x1, x2, v, h, skip, ids) -> Array:
     return (y if x1 is None else y * x1.astype(jnp.float32)).astype(v.dtype)
 
 
+def _xla(x1, x2, v, h, skip, ids) -> Array:
+    """The gate x1 is outside of the custom gradient: what it multiplies is kept for it, an inverse FFT less."""
+    y = checkpoint_name(_by_channels(x2, v, h, skip, ids), MIXER_RESIDUALS)
+    return y if x1 is None else (x1.astype(jnp.float32) * y.astype(jnp.float32)).astype(v.dtype)
+
+
 @jax.custom_vjp
-def _by_channels(x1, x2, v, h, skip, ids) -> Array:
-    return _by_channels_forward(x1, x2, v, h, skip, ids)[0]
+def _by_channels(x2, v, h, skip, ids) -> Array:
+    return _by_channels_forward(x2, v, h, skip, ids)[0]
 
 
-def _by_channels_forward(x1, x2, v, h, skip, ids):
-    groups, weights = _cut(h, skip)
-    y = each_group(_slab, (x1, x2, v), weights, ids, groups)
-    return checkpoint_name(y.reshape(v.shape), MIXER_RESIDUALS), (x1, x2, v, h, skip, ids)
+def _by_channels_forward(x2, v, h, skip, ids):
+    groups, weights = _cut(len(v), h, skip, GROUP if ids is None else GROUP_PACKED)
+    y, _ = each_group(lambda *group: (_slab(*group), ()), (x2, v), weights, ids, groups)
+    return y, (x2, v, h, skip, ids)
 
 
 def _by_channels_backward(residuals, dy):
-    x1, x2, v, h, skip, ids = residuals
+    x2, v, h, skip, ids = residuals
 
     def slab_gradient(signals, weights, ids):
         *inputs, dy = signals
         _, pull = jax.vjp(lambda i, w: _slab(i, w, ids), tuple(inputs), weights)
         return pull(dy)
 
-    groups, cut = _cut(h, skip)
-    signals, weights = each_group(slab_gradient, (x1, x2, v, dy), cut, ids, groups)
-    signals = jax.tree.map(lambda dx: dx.reshape(v.shape), signals)
-    weights = jax.tree.map(lambda dw, w: jnp.sum(dw, axis=0).reshape(w.shape), weights, (h, skip))
-    return *signals, *weights, None
+    groups, cut = _cut(len(v), h, skip, GROUP if ids is None else GROUP_PACKED)
+    signals, weights = each_group(slab_gradient, (x2, v, dy), cut, ids, groups)
+    return *signals, *jax.tree.map(lambda dw, w: dw.reshape(w.shape), weights, (h, skip)), None
 
 
 _by_channels.defvjp(_by_channels_forward, _by_channels_backward)
 
 
-def _cut(h: Array, skip: Array | None):
+def _cut(B: int, h: Array, skip: Array | None, most: int):
     """(number of groups of channels, the weights split into these groups)."""
     D, T = h.shape
-    size = math.gcd(D, CHANNELS)
+    size = max(n for n in range(1, D + 1) if D % n == 0 and (n == 1 or B * n * T <= most))
     return D // size, (h.reshape(-1, size, T), skip)
 
 
 def _slab(signals, weights, ids):
-    """R channels of one row: signals [R, T], (h [R, T], skip [R]), ids [T] -> y [R, T]."""
-    (x1, x2, v), (h, skip) = signals, weights
+    """R channels of all rows: signals [B, R, T], (h [R, T], skip [R]), ids [B, T] -> y [B, R, T]."""
+    (x2, v), (h, skip) = signals, weights
     g, h = v.astype(jnp.float32), h.astype(jnp.float32)
     g = g if x2 is None else g * x2.astype(jnp.float32)
     runs = None
     if ids is not None:
-        g, runs = jnp.where(ids != 0, g, 0), segments.runs(ids[None])[0]
-    y = unless_packed(lambda runs: _convolve(g, h, runs), runs)
+        g, runs = jnp.where(ids[:, None] != 0, g, 0), segments.runs(ids)
+    y = unless_packed(lambda g, runs: _convolve(g, h, runs), g, runs)
     if skip is not None:
-        y = y + jnp.einsum("d,dt->dt", skip.astype(jnp.float32), g)
-    if x1 is not None:
-        y = y * x1.astype(jnp.float32)
-    return (y if ids is None else jnp.where(ids != 0, y, 0)).astype(v.dtype)
+        y = y + jnp.einsum("d,bdt->bdt", skip.astype(jnp.float32), g)
+    return (y if ids is None else jnp.where(ids[:, None] != 0, y, 0)).astype(v.dtype)
 
 
 def _convolve(g: Array, h: Array, runs: Array | None) -> Array:
-    """The causal convolution of g and h [R, T] within runs [T], which are non-decreasing."""
+    """The causal convolution of g [..., R, T] and h [R, T]; with runs [T], non-decreasing, of g [R, T] within them."""
     if runs is not None:
         return _by_document(g, h, runs)
-    return _fft(g, h, fft_size(2 * g.shape[1] - 1))[:, : g.shape[1]]
+    T = g.shape[-1]
+    return _fft(g, h, fft_size(2 * T - 1))[..., :T]
 
 
 def _fft(g: Array, h: Array, n: int) -> Array:
@@ -209,7 +212,7 @@ def _near(g: Array, h: Array, runs: Array) -> Array:
     taps = jnp.pad(h[:, :BLOCK], ((0, 0), (0, max(BLOCK - T, 0))))
 
     def channel(x, h):
-        return within(x[None], h, ids, toeplitz(h, BLOCK // 2))[0]
+        return within(x[None], h, ids, toeplitz(h, BLOCK // 2, 2))[0]
 
     return jax.vmap(channel)(blocks, taps).reshape(R, -1)[:, :T]
 
