@@ -26,7 +26,7 @@ looks for it, and they return the default or raise an error:
     ------------------------  --------------------------------------------  --------------------------------------------
     cost of a token           macs_per_token(seq_len) -> float              UserError; a run then logs no `mfu`
     growing cache             append_cache(cache, added), and `deferred`    the state has a fixed size
-    cache read in place       reads_in_place(num_tokens) -> bool        its layer's cache is copied for each token
+    cache read in place       reads_in_place(num_tokens) -> bool            a layer's cache is copied for each token
     prompt in one piece       whole_prompt = True                           a prompt may be read in pieces
     rotary embedding          fields rope and head_dim                      nothing to extend
     length it rotates for     "rope_length" in the cache, int32 scalar      no length to set
@@ -38,7 +38,9 @@ looks for it, and they return the default or raise an error:
 
 **A growing cache.** With ``deferred=True`` the mixer returns (y, the entries that these tokens add to the cache), and
 ``append_cache(cache, added) -> cache`` writes them, for one layer or for several stacked layers. The decoder uses this
-because its scan over layers would otherwise copy the whole cache for every token.
+because its scan over layers would otherwise copy the whole cache for every token. A mixer ignores slots that are not
+filled yet, whatever they hold: the backward pass of ``lcx/pieces.py`` passes the filled cache of a whole row, and only
+the other arrays of the state tell how many slots came before.
 
 **A cache read in place.** Where ``reads_in_place(T)`` is True, a call with ``deferred=True`` may receive as its cache a
 pair (the caches of all layers of its stage, stacked; the number of its layer), see ``kv_cache.LayerOf``. Otherwise the
