@@ -1,6 +1,7 @@
 """Softmax attention: grouped-query heads, rotary positions, optional sliding window, biases and q/k norm."""
 
 import functools
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from lcx import sharding
 from lcx.errors import check_sizes
 from lcx.layers import Norm
 from lcx.mixers import kv_cache
-from lcx.mixers.kv_cache import Cache, LayerOf
+from lcx.mixers.kv_cache import Cache
 from lcx.mixers.projections import merged_heads, rotated_heads
 from lcx.ops.attention import attention
 
@@ -50,7 +51,7 @@ class Attention(nn.Module):
         *,
         positions: Int[Array, "B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
-        cache: Cache | LayerOf | None = None,
+        cache: Any = None,  # a Cache, or a LayerOf where reads_in_place
         deferred: bool = False,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         check_sizes(

@@ -6,7 +6,7 @@ to add; the decoder, which holds the caches of all layers, appends them to all l
 Letters: B batch, T new tokens, N query heads, K key/value heads, H head dim.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,10 +24,10 @@ class LayerOf(NamedTuple):
     stacked: Cache
     layer: Int[Array, ""]
 
-    def __getitem__(self, name: str) -> Array:  # type: ignore[override]
+    def __getitem__(self, name: Any) -> Any:
         return self.stacked[name][self.layer]
 
-    def get(self, name: str) -> Array | None:
+    def get(self, name: str) -> Any:
         return self[name] if name in self.stacked else None
 
 
@@ -62,14 +62,14 @@ def append(cache: Cache, new: Cache) -> Cache:
     return {**cache, **written, "index": cache["index"] + new["segment_ids"].shape[-1]}
 
 
-def _filled(cache: Cache | LayerOf) -> Array:
+def _filled(cache: Any) -> Array:
     """The segment ids [B, S] of the slots filled so far; 0 for the others, whatever they hold (see lcx/pieces.py)."""
     ids = cache["segment_ids"]
     return jnp.where(jnp.arange(ids.shape[1]) < cache["index"], ids, 0)
 
 
-def attend(cache: Cache | LayerOf, q: Array, new: Cache, *, window: int | None = None) -> Array:
-    """Attention outputs of at most FEW new tokens, [B, T, N, H]."""
+def attend(cache: Any, q: Array, new: Cache, *, window: int | None = None) -> Array:
+    """Attention outputs of at most FEW new tokens, [B, T, N, H], over a Cache or a LayerOf."""
     kv, layer = (cache.stacked, cache.layer) if isinstance(cache, LayerOf) else (cache, None)
     return cached_attention(
         q,

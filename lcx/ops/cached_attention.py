@@ -81,8 +81,8 @@ def cached_attention(
     if in_chunks:
         state = _over_chunks(grouped, cached_k, cached_v, layer, seen)
     else:
-        kv = (x if layer is None else x[layer] for x in (cached_k, cached_v))
-        state = _Softmax.empty(grouped).over(grouped, *(x.astype(narrow) for x in kv), seen(0, S), far)
+        keys, values = ((x if layer is None else x[layer]).astype(narrow) for x in (cached_k, cached_v))
+        state = _Softmax.empty(grouped).over(grouped, keys, values, seen(0, S), far)
     see = _seen(segment_ids, segment_ids, place[:, :, None] - place[:, None], window)
     state = state.over(grouped, k, v, see, near)
     y = state.y / jnp.where(state.total == 0, 1, state.total)[..., None]

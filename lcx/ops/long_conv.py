@@ -91,7 +91,8 @@ def _kernel(x1, x2, v, h, skip, ids, platform: str) -> Array:
         return kernels.long_conv(*signals, weights[0], skip=weights[1], platform=platform)
 
     def at_once(signals, weights, ids):
-        return _xla(*signals, *weights, ids)
+        (x1, x2, v), (h, skip) = signals, weights
+        return _xla(x1, x2, v, h, skip, ids)
 
     signals, weights, T = (x1, x2, v), (h[:, : v.shape[2]], skip), v.shape[2]
     if ids is None:

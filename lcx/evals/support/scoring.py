@@ -73,9 +73,9 @@ def score(
 
     def collect() -> None:
         (start, first), values = pending.popleft()
-        values = np.asarray(values)[: R - start, : T - first]
-        out[start : start + len(values), first : first + values.shape[1]] = values
-        bar.update(values.size)
+        nll = np.asarray(values)[: R - start, : T - first]
+        out[start : start + len(nll), first : first + nll.shape[1]] = nll
+        bar.update(nll.size)
 
     bar = tqdm(total=R * T, desc=description, unit="tok", unit_scale=True, disable=None, delay=1)
     with on_mesh(params), bar:
