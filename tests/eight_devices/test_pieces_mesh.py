@@ -1,0 +1,53 @@
+"""Rows in pieces over a mesh: the gradient of one device, with recurrent states and with keys and values."""
+
+import jax
+import numpy as np
+import pytest
+
+from lcx import model as model_lib
+from lcx import objectives, sharding
+from lcx.block import Block
+from lcx.mixers.attention import Attention
+from lcx.mixers.mamba2 import Mamba2
+from lcx.mlps.gated import GatedMlp
+from lcx.model import Decoder, Stage
+from lcx.pieces import Pieces
+
+T = 24
+BLOCKS = (
+    Block(Mamba2(num_heads=4, head_dim=8, state_dim=8), None),
+    Block(Attention(4, 2, 8, window=11), GatedMlp(32)),
+)
+MODEL = Decoder(64, 32, (Stage(BLOCKS, 2),), T)
+
+
+def gradient(params, batch):
+    def loss(params):
+        return objectives.next_token(MODEL, {"params": params}, batch, Pieces(8))[0]
+
+    return jax.jit(jax.value_and_grad(loss))(params)
+
+
+@pytest.fixture(scope="module")
+def rows():
+    rng = np.random.default_rng(0)
+    segments = np.repeat([[1] * T, [1] * 11 + [2] * 9 + [0] * 4], 2, axis=0).astype(np.int32)
+    return {
+        "tokens": rng.integers(0, 64, (4, T), np.int32),
+        "labels": rng.integers(0, 64, (4, T), np.int32),
+        "positions": np.where(segments == 2, np.arange(T) - 11, np.arange(T)).astype(np.int32),
+        "segment_ids": segments,
+        "loss_weights": (segments != 0).astype(np.float32),
+    }
+
+
+@pytest.mark.parametrize("sizes", [{"fsdp": 2, "tensor": 2, "data": 2}, {"fsdp": 4, "context": 2}], ids=str)
+def test_gradients_are_those_of_one_device(rows, sizes):
+    alone = jax.tree.map(np.asarray, model_lib.init_params(MODEL, jax.random.key(0)))
+    want = gradient(alone, jax.tree.map(jax.numpy.asarray, rows))
+    mesh = sharding.make_mesh(**sizes)
+    with jax.set_mesh(mesh):
+        params = model_lib.init_params(MODEL, jax.random.key(0), mesh=mesh)
+        got = gradient(params, sharding.shard_batch(rows, mesh))
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5 * (1 + np.abs(b).max()))
