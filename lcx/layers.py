@@ -15,7 +15,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from lcx import sharding
-from lcx.ops.product import product
 
 Names = tuple[str | None, ...]
 
@@ -78,7 +77,7 @@ def _contract(x: Array, kernel: Array, num_in: int) -> Array:
         last = tuple(range(x.ndim - num_in, x.ndim))
         return jax.lax.dot_general(x, kernel, ((last, tuple(range(num_in))), ((), ())))
     size = math.prod(kernel.shape[:num_in])
-    y = product(x.reshape(-1, size), kernel.reshape(size, -1))
+    y = x.reshape(-1, size) @ kernel.reshape(size, -1)
     return y.reshape(*x.shape[: x.ndim - num_in], *kernel.shape[num_in:])
 
 

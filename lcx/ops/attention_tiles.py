@@ -213,7 +213,7 @@ def _head_backward(q, k, v, kv_segments, decay, q_segments, offset, out, lse, d_
     nothing = jnp.zeros((2, G), jnp.float32)
     gaps = None if decay is None else Gaps.of(decay, C, size)
     delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1)
-    k_columns = k.T
+    k_columns = k.astype(jnp.promote_types(k.dtype, jnp.float32)).T  # XLA cannot run this product in bfloat16
 
     def rows(row, carry):
         dq, dk, dv, d_sums = carry
@@ -237,9 +237,16 @@ def _head_backward(q, k, v, kv_segments, decay, q_segments, offset, out, lse, d_
             if gaps is not None:
                 d_sums = add(d_sums, jnp.sum(ds, axis=0), place, axis=1)
                 d_sums = add(d_sums, -jnp.sum(ds, axis=2).T, start, axis=1)
-            p, ds = p.astype(v.dtype).reshape(size, G * C), ds.astype(k.dtype).reshape(size, G * C)
+            p, wide = p.astype(v.dtype).reshape(size, G * C), ds.reshape(size, G * C)
+            ds = wide.astype(k.dtype)
             dk, dv = add(dk, dot(ds, flat_q, 1, 0), start), add(dv, dot(p, flat_d, 1, 0), start)
-            return dq_row + dot(cut(k_columns, start, size, axis=1), ds, 1, 0), dk, dv, d_sums, edge
+            return (
+                dq_row + dot(cut(k_columns, start, size, axis=1), wide.astype(k_columns.dtype), 1, 0),
+                dk,
+                dv,
+                d_sums,
+                edge,
+            )
 
         state = (jnp.zeros((H, G * C), jnp.float32), dk, dv, d_sums, nothing)
         dq_row, dk, dv, d_sums, _ = plan.over_tiles(place, S, tile, state)

@@ -16,7 +16,6 @@ tokens of the global batch.
 """
 
 import functools
-import math
 from typing import NamedTuple
 
 import jax
@@ -25,8 +24,6 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from lcx.errors import UserError
-from lcx.ops import dispatch
-from lcx.ops.tiling import dot, laid_out_transpose
 
 CHUNK_LOGITS = (
     1 << 23
@@ -133,8 +130,7 @@ def _chunks(arrays: tuple[Array, ...], vocab: int) -> tuple[Array, ...]:
     """[B, T, ...] -> [number of chunks, C, ...], padded with zeros: padding has weight 0 and the valid label 0."""
     tokens = arrays[0].shape[0] * arrays[0].shape[1]
     size = max(1, min(tokens, CHUNK_LOGITS // vocab))
-    count = math.ceil(tokens / size)
-    size = math.ceil(tokens / count)  # chunks of equal size, with next to no padding
+    count = -(-tokens // size)
     flat = (a.reshape(tokens, *a.shape[2:]) for a in arrays)
     padded = (jnp.pad(a, [(0, count * size - tokens)] + [(0, 0)] * (a.ndim - 1)) for a in flat)
     return tuple(a.reshape(count, size, *a.shape[1:]) for a in padded)
@@ -172,26 +168,19 @@ def _local_nll(x, head, labels, *, vocab_axis, token_axes, transform):
 
 
 def _local_loss_and_gradients(x, head, labels, weights, *, vocab_axis, token_axes, transform):
-    # On a CPU dW is summed as [D, V]: see tiling.laid_out_transpose.
-    by_columns = dispatch.platform() == "cpu"
-    chunks = _chunks((x, labels, weights), head.shape[0])
-    left = laid_out_transpose(chunks[0]) if by_columns else chunks[0]
-
     def step(carry, chunk):
         loss, dhead = carry
-        (x, labels, weights), left = chunk
+        x, labels, weights = chunk
         nll, logits, lse, labels = _chunk_nll(x, head, labels, vocab_axis, transform)
         hot = jnp.arange(head.shape[0])[None] == labels[:, None]
         d = (jnp.exp(logits - lse[:, None]) - hot) * weights[:, None]
         d = transform.backward(logits, d).astype(x.dtype)
         dx = jnp.einsum("cv,vd->cd", d, head.astype(x.dtype), preferred_element_type=jnp.float32)
-        dhead += dot(left, d, 1, 0) if by_columns else dot(d, x, 0, 0)
+        dhead += jnp.einsum("cv,cd->vd", d, x, preferred_element_type=jnp.float32)
         return (loss + jnp.sum(weights * nll), dhead), dx.astype(x.dtype)
 
-    shape = head.shape[::-1] if by_columns else head.shape
-    start = (jnp.zeros((), jnp.float32), jnp.zeros(shape, jnp.float32))
-    (loss, dhead), dx = jax.lax.scan(step, start, (chunks, left))
-    dhead = dhead.T if by_columns else dhead
+    start = (jnp.zeros((), jnp.float32), jnp.zeros(head.shape, jnp.float32))
+    (loss, dhead), dx = jax.lax.scan(step, start, _chunks((x, labels, weights), head.shape[0]))
     dx = _unchunk(dx, x.shape)
     if vocab_axis is not None:
         dx = jax.lax.psum(dx.astype(jnp.float32), vocab_axis).astype(x.dtype)
