@@ -26,17 +26,6 @@ def dot(a: Array, b: Array, a_axis: int, b_axis: int) -> Array:
     return jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.promote_types(a.dtype, jnp.float32))
 
 
-def laid_out_transpose(x: Array) -> Array:
-    """x^T of a matrix, or of each of a stack of matrices, as an array of its own.
-
-    On a CPU XLA has a fast product only where the left factor is contracted over its last axis; other products of
-    bfloat16 matrices with a float32 result are converted to float32. A mere `.T` would be merged into the product
-    again: the barrier prevents that, and the reshape gives the array its usual layout.
-    """
-    x = jax.lax.optimization_barrier(jnp.swapaxes(x, -1, -2)[None])
-    return x.reshape(x.shape[1:])
-
-
 def each_head(fn, arrays, at_once: int = 1):
     """Maps fn over the first axis of every array.
 
