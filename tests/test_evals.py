@@ -17,12 +17,12 @@ from tiny_runs import tiny_model
 
 import lcx
 from lcx.checkpoint import Checkpointer, model_json
-from lcx.data import ByteTokenizer, Dataset, load_tokenizer
+from lcx.data import ByteTokenizer, Dataset
 from lcx.errors import UserError
 from lcx.evals import loss_by_position
 from lcx.evals.loss_by_position import LossByPosition
 from lcx.evals.perplexity import Perplexity
-from lcx.evals.support import documents, intervals, reach, scoring, windows
+from lcx.evals.support import documents, reach, scoring, windows
 from lcx.evals.support.model_facts import facts
 from lcx.evaluator import evaluate
 from lcx.extend import extend_model
@@ -259,23 +259,6 @@ def test_default_lengths_go_beyond_the_window(tiny):
     )
 
 
-def test_a_real_model_shows_its_wall_in_the_sliding_window(reference, tmp_path):
-    path = str(reference / BABY)
-    dataset = Dataset(
-        str(reference / TINYSTORIES), separator="<|endoftext|>", eval_fraction=1.0, cache_dir=str(tmp_path)
-    )
-    task = Perplexity(dataset=dataset, max_tokens=4000)
-    result = task(*lcx.load(path), load_tokenizer(path))
-    short, own, long = result["windows"]
-    assert [entry["window"] for entry in result["windows"]] == [64, 256, 512]
-    assert short["tokens"] == own["tokens"] == long["tokens"]  # the same targets
-    assert own["perplexity"] < short["perplexity"] < 3 < 2 * own["perplexity"] < long["perplexity"]
-    assert (
-        "twice the model's window of 256; limited by the longest document, 845 tokens" in result["notes"][0]
-    )
-    assert all(f"with a window of {W}" in task.finding({"baby": result}) for W in (64, 256, 512))
-
-
 def test_perplexity_error_bars_take_documents_as_independent(tiny, dataset):
     model, params = tiny
     entry = Perplexity(dataset=dataset, windows=(400,), stride=100)(model, params, ByteTokenizer())[
@@ -352,95 +335,6 @@ def test_several_lengths(tiny, dataset):
     result = LossByPosition(dataset=dataset, lengths=(16, 48))(model, params, ByteTokenizer())
     assert [entry["length"] for entry in result["lengths"]] == [16, 48]
     assert list(result["table"]) == ["0-48"]  # the longest
-
-
-TINYSTORIES = "data/text/tinystories_train_2MiB.txt"
-BABY = "data/weights/babyllama105/hf"
-
-
-@pytest.mark.parametrize(
-    ("scaling", "inside", "last"),
-    [(None, 0.78, 4.42), ({"rope_type": "yarn", "factor": 4.0}, None, 0.94)],
-    ids=["unscaled", "yarn"],
-)
-def test_the_wall_of_a_real_model_equals_transformers(reference, tmp_path, scaling, inside, last):
-    """The first 48 rows of 1024 tokens: white space around each story removed, BOS before it, end to end.
-
-    The published means, 4.42 and 0.94 in the last quarter and 0.78 at 128-256, are those of this packing.
-    """
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
-    path = str(reference / BABY)
-    model, params = lcx.load(path, rope_scaling=scaling)
-    dataset = Dataset(
-        str(reference / TINYSTORIES), separator="<|endoftext|>", eval_fraction=1.0, cache_dir=str(tmp_path)
-    )
-    lengths = (1024,) if scaling else None  # by itself, an evaluation goes to 4 times the window of 256
-    task = LossByPosition(dataset=dataset, lengths=lengths, max_tokens=48 * 1024)
-    result = task(model, params, load_tokenizer(path))
-    assert scaling or "4 times the model's window of 256" in result["notes"][0]
-    assert scaling or "beyond it: worse by 3.6" in task.finding({"baby": result})
-    (entry,) = result["lengths"]
-    assert entry["rows"] == 48 and entry["last_quarter"]["nll"] == pytest.approx(last, abs=0.01)
-    assert inside is None or entry["buckets"][1]["nll"] == pytest.approx(inside, abs=0.01)
-
-    few = 12
-    (entry,) = dataclasses.replace(task, max_tokens=few * 1024)(model, params, load_tokenizer(path))[
-        "lengths"
-    ]
-    config = transformers.AutoConfig.from_pretrained(path)
-    if scaling:
-        config.rope_parameters = {
-            **config.rope_parameters,
-            **scaling,
-            "original_max_position_embeddings": 256,
-        }
-    config.max_position_embeddings = 1024
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(path, config=config).eval()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-    ids: list[int] = []
-    for story in (reference / TINYSTORIES).read_text().split("<|endoftext|>"):
-        ids += [tokenizer.bos_token_id, *tokenizer(story.strip(), add_special_tokens=False).input_ids]
-        if len(ids) > few * 1024:
-            break
-    rows = np.lib.stride_tricks.sliding_window_view(np.array(ids[: few * 1024 + 1]), 1025)[::1024]
-    with torch.no_grad():
-        logp = torch.cat(
-            [theirs(torch.tensor(part[:, :-1])).logits.log_softmax(-1) for part in np.split(rows, 2)]
-        )
-    nll = -logp.gather(-1, torch.tensor(rows[:, 1:, None].copy()))[..., 0].double().numpy()
-    for bucket in [*entry["buckets"], entry["last_quarter"], *entry["curve"]]:
-        expected = nll[:, bucket["start"] : bucket["end"]].mean()
-        assert bucket["nll"] == pytest.approx(expected, abs=1e-4)
-
-
-# ------------------------------------------------------------------------------------------------ intervals
-
-
-@pytest.mark.parametrize(
-    ("hits", "trials", "low", "high"),
-    # Newcombe 1998, Statistics in Medicine 17, 857-872, table I, method 3
-    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
-)
-def test_wilson_interval_as_published(hits, trials, low, high):
-    assert intervals.wilson(hits, trials) == pytest.approx((low, high), abs=5e-5)
-
-
-def test_wilson_interval_solves_its_equation():
-    """Its ends are the p at which the observed proportion is z standard deviations of p away."""
-    z = 1.959963984540054
-    for hits, trials in [(3, 10), (1, 7), (99, 100)]:
-        for p in intervals.wilson(hits, trials):
-            assert abs(hits / trials - p) == pytest.approx(z * math.sqrt(p * (1 - p) / trials), rel=1e-9)
-    assert intervals.wilson(0, 10)[0] == 0 and intervals.wilson(10, 10)[1] == 1
-    assert intervals.wilson(10, 10)[0] == pytest.approx(1 - intervals.wilson(0, 10)[1])
-
-
-def test_mean_and_error():
-    mean, error = intervals.mean_and_error([2.0, 6.0, 0.0], [1.0, 1.0, 0.0])  # an empty row does not count
-    assert mean == 4 and error == pytest.approx(np.std([2, 6], ddof=1) / math.sqrt(2))
-    assert intervals.mean_and_error([3.0], [2.0]) == (1.5, None)
-    assert intervals.mean_and_error([0.0], [0.0]) == (None, None)
 
 
 # ------------------------------------------------------------------------------------------------ facts

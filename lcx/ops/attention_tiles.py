@@ -240,13 +240,8 @@ def _head_backward(q, k, v, kv_segments, decay, q_segments, offset, out, lse, d_
             p, wide = p.astype(v.dtype).reshape(size, G * C), ds.reshape(size, G * C)
             ds = wide.astype(k.dtype)
             dk, dv = add(dk, dot(ds, flat_q, 1, 0), start), add(dv, dot(p, flat_d, 1, 0), start)
-            return (
-                dq_row + dot(cut(k_columns, start, size, axis=1), wide.astype(k_columns.dtype), 1, 0),
-                dk,
-                dv,
-                d_sums,
-                edge,
-            )
+            dq_row += dot(cut(k_columns, start, size, axis=1), wide.astype(k_columns.dtype), 1, 0)
+            return dq_row, dk, dv, d_sums, edge
 
         state = (jnp.zeros((H, G * C), jnp.float32), dk, dv, d_sums, nothing)
         dq_row, dk, dv, d_sums, _ = plan.over_tiles(place, S, tile, state)
