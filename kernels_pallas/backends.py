@@ -11,7 +11,7 @@ import jax
 try:
     from jax.experimental.pallas import triton
 except ImportError:
-    triton = None
+    triton = None  # type: ignore[assignment]
 
 FIRST_MOSAIC = (0, 11)  # layouts are inferred, and a CPU interprets wgmma and TMA
 HOPPER = re.compile(r"\bG?H(20|100|200|800)\b")  # what has wgmma: neither Ampere nor Blackwell

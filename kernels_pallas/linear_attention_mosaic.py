@@ -211,7 +211,7 @@ class Program:
         if "limit" in here:
             limit = lax.broadcast_in_dim(mosaic.rows(here["limit"][0]), square, (0,))
             seen &= key <= limit if self.reverse else key >= limit
-        fall = 0.0
+        fall: Array | float = 0.0
         for name in ("decay", "fine"):
             if name in here:
                 down = lax.broadcast_in_dim(mosaic.rows(here[name][0]), square, (0,))
