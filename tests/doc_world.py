@@ -27,7 +27,7 @@ TRAIN = {
     "Trainer.batch_size": "2",
     "Trainer.accumulation": "1",
     "Trainer.eval_batches": "1",
-    "Trainer.eval_every": "0",
+    "Trainer.eval_every": "1000",  # never within so few steps; 0 contradicts a plateau schedule
     "Trainer.seq_len": "128",
     "Trainer.remat": "'none'",
     "Trainer.dtype": "'float32'",

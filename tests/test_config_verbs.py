@@ -112,6 +112,7 @@ def test_ctrl_c_ends_a_command_that_runs_no_python():
     """The main thread is in a C function that no signal interrupts, as a compiler is: no Python handler runs."""
     script = """
 import ctypes, os, signal, threading, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets its background jobs ignore it
 from lcx.config import interrupts
 interrupts._GRACE_S = 0.1
 mutex = ctypes.create_string_buffer(128)
@@ -133,6 +134,7 @@ with interrupts.interruptible():
 def test_a_second_ctrl_c_ends_a_clean_up_that_hangs():
     script = """
 import os, signal, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from lcx.config import interrupts
 with interrupts.interruptible():
     try:

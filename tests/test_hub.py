@@ -86,10 +86,15 @@ def test_a_path_that_exists_wins(cache, model_files, tmp_path):
 @pytest.mark.parametrize(
     "path",
     ["bytes", "stdlib", "/runs/yarn", "./runs/yarn", "../runs", "~/runs", "runs/a/b", "runs/evo2.pt", "books/*.txt",
-     "books/a.jsonl.gz", "a/b--c", "a/..", "", "a/", "a b/c", "a/b\n", 3, None, ("a/b",), b"a/b"],
+     "books/a.jsonl.gz", "a/b--c", "a/..", "a/", "a b/c", "a/b\n", 3, None, ("a/b",), b"a/b"],
 )  # fmt: skip
 def test_what_is_no_name_stays_as_it_is(cache, path):
     assert not hub.is_name(path) and hub.local(path) is path
+
+
+def test_an_empty_path_is_refused(cache):
+    with pytest.raises(UserError, match="the path of the model is empty, expected a folder, a file or a name"):
+        hub.local(" ")
 
 
 def test_neither_here_nor_there_is_one_line(cache):
