@@ -26,15 +26,11 @@ def dot(a: Array, b: Array, a_axis: int, b_axis: int) -> Array:
     return jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.promote_types(a.dtype, jnp.float32))
 
 
-def each_head(fn, arrays, at_once: int = 1):
+def each_head(fn, arrays):
     """Maps fn over the first axis of every array.
 
-    On a CPU this is a loop over `at_once` heads, so that their tiles stay in cache; elsewhere it is a vmap, to fill the
-    chip. The number of heads must be a multiple of `at_once`.
+    On a CPU this is a loop, so that one head's tiles stay in cache; elsewhere it is a vmap, to fill the chip.
     """
-    heads = jax.tree.leaves(arrays)[0].shape[0]
-    if dispatch.platform() != "cpu" or at_once == heads:
-        return jax.vmap(fn)(*arrays)
-    if at_once == 1:
+    if dispatch.platform() == "cpu":
         return jax.lax.map(lambda xs: fn(*xs), arrays)
-    return jax.lax.map(lambda xs: fn(*xs), arrays, batch_size=at_once)
+    return jax.vmap(fn)(*arrays)
