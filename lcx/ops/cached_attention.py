@@ -56,7 +56,7 @@ def cached_attention(
     wide = jnp.promote_types(q.dtype, jnp.float32)
     on_cpu = dispatch.platform() == "cpu"
     in_chunks = on_cpu and S > CHUNK and log_decay is None
-    # On a CPU products of bf16 are faster only in chunks: wider ones are first converted whole.
+    # On a CPU bf16 products were timed only in chunks, where they pay; a whole cache is converted first.
     narrow = wide if on_cpu and not in_chunks else q.dtype
     k, v = (jnp.swapaxes(x, 1, 2).astype(narrow) for x in (k, v))
     scale = H**-0.5 if scale is None else scale
