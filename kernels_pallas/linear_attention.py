@@ -65,7 +65,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float, Int
 
 from kernels_pallas import backends, linear_attention_gpu, linear_attention_tpu
-from kernels_pallas.tiles import GONE, RESIDUALS, in_parts
+from kernels_pallas.tiles import GONE, RESIDUALS, in_parts, over_groups
 
 SIZES = (16, 32, 64, 128)
 SPAN = 512  # tokens; the states at span edges take half of y's bytes, and rounding errors in da grow with sqrt(SPAN)
@@ -344,8 +344,8 @@ def _backward(plan: Plan, residuals, cotangents):
         across = _across(done["states"], d_kv_before, kv, d_kv)
         if z is not None:
             across += _across(done["all_sums"], to_k["rows"], z, d_z)
-        da = _summed(_pairs_across(change, across, plan.span), log_decay.shape[2])
-    dq, dk, dv = (_summed(d, x.shape[2]).astype(x.dtype) for d, x in ((dq, q), (dk, k), (dv, v)))
+        da = over_groups(_pairs_across(change, across, plan.span), log_decay.shape[2])
+    dq, dk, dv = (over_groups(d, x.shape[2]).astype(x.dtype) for d, x in ((dq, q), (dk, k), (dv, v)))
     return dq, dk, dv, da, None, d_kv_before[:, :, 0], None if z is None else to_k["rows"][:, :, 0]
 
 
@@ -378,13 +378,6 @@ def _pairs_across(change: Array, across: Array, span: int) -> Array:
     sums = lax.cumsum(change.reshape(B, T // span, span, N), axis=2, reverse=True) + across[:, 1:, None]
     missed = across[:, :-1, None] - sums[:, :, :1]
     return (sums + missed * ((span - jnp.arange(span)) / span)[:, None]).reshape(B, T, N)
-
-
-def _summed(dx: Array, heads: int) -> Array:
-    """Sums the gradients of heads that share one, in float32."""
-    if dx.shape[2] == heads:
-        return dx
-    return jnp.sum(dx.reshape(*dx.shape[:2], heads, -1, *dx.shape[3:]), axis=3, dtype=jnp.float32)
 
 
 _attend.defvjp(_forward, _backward)

@@ -5,7 +5,6 @@ P x columns in float32, in registers. Asynchronous copies fetch the next chunk d
 For bfloat16 all four products of a chunk are wgmma instructions, which have 64 rows, the minimum size of a chunk.
 """
 
-import dataclasses
 import functools
 
 import jax
@@ -13,23 +12,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from kernels_pallas import state_tiles_gpu
 from kernels_pallas.backends import triton
+from kernels_pallas.state_tiles_gpu import NARROW, Tile
 
-NARROW = 16  # the narrowest product; the sum of keys is kept as 16 equal columns, cheaper than a vector
-
-
-@dataclasses.dataclass(frozen=True)
-class Tile:
-    """columns: of the value dimension in one program; stages: chunks in flight, each in shared memory."""
-
-    columns: int
-    warps: int
-    stages: int
-
-
-def chunk(dtype) -> int:
-    """Tokens at a time."""
-    return 64 if dtype == jnp.bfloat16 else 16
+chunk = state_tiles_gpu.chunk
 
 
 def tile(names, P: int, V: int, dtype) -> Tile:
@@ -111,7 +98,7 @@ def _block(name: str, shape: tuple[int, ...], N: int, W: int) -> pl.BlockSpec:
 def _kernel(*given, names, reverse, eps, C, span, interpret):
     refs = dict(zip(names, given, strict=True))
     dtype, T = refs["v"].dtype, refs["v"].shape[0]
-    dot = functools.partial(_dot, interpret=interpret)
+    dot = functools.partial(state_tiles_gpu.dot, interpret=interpret)
 
     def chunk(c, carry):
         rows = pl.ds(c * C, C)
@@ -187,12 +174,3 @@ def _outputs(refs, carry, rows, k, v, dot, reverse, eps):
         refs["norm"][rows] = norm
         out *= (1.0 / jnp.where(norm == 0.0, 1.0, norm))[:, None]
     return out
-
-
-def _dot(a, b, a_axis, b_axis, *, interpret):
-    """float32 accumulation; float32 inputs as three TensorFloat-32 products, which is close to float32."""
-    precision = None
-    if a.dtype == jnp.float32:
-        precision = lax.Precision.HIGHEST if interpret else lax.DotAlgorithmPreset.TF32_TF32_F32_X3
-    dims = (((a_axis,), (b_axis,)), ((), ()))
-    return lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)

@@ -10,7 +10,6 @@ Tiles come from L2, where the previous chunk left them; those outside of T are s
 first for the total of each row, then for the gradient.
 """
 
-import dataclasses
 import functools
 
 import jax
@@ -18,25 +17,14 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from kernels_pallas import state_tiles_gpu
 from kernels_pallas.backends import triton
+from kernels_pallas.state_tiles_gpu import NARROW, Tile
 from kernels_pallas.windowed_linear_attention_plan import NEVER, Plan
 
-NARROW = 16  # the narrowest matrix product; the sum of keys is kept as 16 equal columns, which is cheaper than a vector
 WHOLE = ("nearest", "oldest", "reach", "kept", "whole")  # per row of the batch, the same for all heads
 
-
-@dataclasses.dataclass(frozen=True)
-class Tile:
-    """columns: of the value dimension per program; stages: chunks in flight, each in shared memory."""
-
-    columns: int
-    warps: int
-    stages: int
-
-
-def chunk(dtype) -> int:
-    """Tokens per chunk."""
-    return 64 if dtype == jnp.bfloat16 else 16
+chunk = state_tiles_gpu.chunk
 
 
 def tile(arrays: dict, plan: Plan) -> Tile:
@@ -159,7 +147,7 @@ class Tiles:
 
 def _recurrence(*given, names, reverse, plan):
     refs = dict(zip(names, given, strict=True))
-    dot = functools.partial(_dot, interpret=plan.interpret)
+    dot = functools.partial(state_tiles_gpu.dot, interpret=plan.interpret)
     chunks = refs["v"].shape[0] // plan.chunk // plan.split
     begin = pl.program_id(1) * chunks
 
@@ -298,7 +286,7 @@ def near(arrays: dict, plan: Plan, *, reverse: bool = False) -> dict:
 
 def _near(*given, names, reverse, plan):
     refs = dict(zip(names, given, strict=True))
-    dot = functools.partial(_dot, interpret=plan.interpret)
+    dot = functools.partial(state_tiles_gpu.dot, interpret=plan.interpret)
     tiles = Tiles(refs, pl.program_id(0), reverse, plan)
     s_rows, w_rows = refs["near_q"][tiles.rows, :], refs["q"][tiles.rows, :]
 
@@ -332,12 +320,3 @@ def _near(*given, names, reverse, plan):
 
     out = lax.fori_loop(0, tiles.count, add, jnp.zeros(s_rows.shape, jnp.float32))
     refs["out"][tiles.rows, :] = (out * (refs["gamma"][0] * plan.scale)).astype(refs["out"].dtype)
-
-
-def _dot(a, b, a_axis, b_axis, *, interpret):
-    """float32 accumulation; float32 inputs as three TensorFloat-32 products, which is close to float32."""
-    precision = None
-    if a.dtype == jnp.float32:
-        precision = lax.Precision.HIGHEST if interpret else lax.DotAlgorithmPreset.TF32_TF32_F32_X3
-    dims = (((a_axis,), (b_axis,)), ((), ()))
-    return lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
