@@ -26,16 +26,7 @@ def main(argv=None) -> int:
     parser.add_argument(
         "--output", required=True, metavar="DIR", help="folder for results.json and report.html"
     )
-    parser.add_argument(
-        "--rope_scaling", type=config.json_object, metavar="JSON", help="RoPE scaling to apply first"
-    )
-    parser.add_argument("--context_length", type=int, metavar="N", help="context window in tokens")
-    parser.add_argument(
-        "--adapter",
-        action="append",
-        metavar="FOLDER",
-        help="folder of a PEFT adapter (LoRA) to merge; may be repeated to add several",
-    )
+    config.add_model_flags(parser)
     parser.add_argument(
         "--only_part",
         choices=("window", "linear"),

@@ -51,6 +51,7 @@ def evaluate(
     dtype: str | None = None,
     mesh: sharding.MeshShape = sharding.MeshShape(),  # noqa: B008 (frozen)
     adapter: str | tuple[str, ...] | None = None,
+    format: str | None = None,
 ) -> dict[str, Any]:
     """Evaluates a checkpoint and returns what results.json holds.
 
@@ -67,6 +68,7 @@ def evaluate(
       dtype: of the parameters and the computation; None: as stored.
       mesh: sizes of the mesh axes.
       adapter: folder of a PEFT adapter (LoRA) for the checkpoint, or several, which are merged into it.
+      format: of the checkpoint, as in lcx.load; None detects it.
 
     Raises:
       UserError: there is no readable checkpoint, the output cannot be written, or some evaluations failed. In the last
@@ -77,12 +79,13 @@ def evaluate(
     folder = _writable(output)
     started = time.perf_counter()
     place = hub.local(checkpoint)
-    detect(place)  # raises if this is no checkpoint, before a more confusing error about its tokenizer
-    tokenizer = _tokenizer(place)
+    detect(place, format)  # raises if this is no checkpoint, before a more confusing error about its tokenizer
+    tokenizer = _tokenizer(place, format)
     evals = _with_text(evals, _default_dataset(place, tokenizer) if dataset is None else dataset)
     devices = None if jax.device_count() == 1 else mesh.build()
     model, params = load(
         place,
+        format=format,
         dtype=dtype,
         mesh=devices,
         rope_scaling=rope_scaling,
@@ -193,9 +196,9 @@ def _check(evals: tuple[Evaluation, ...]) -> None:
         )
 
 
-def _tokenizer(checkpoint: str) -> Tokenizer | None:
+def _tokenizer(checkpoint: str, format: str | None) -> Tokenizer | None:
     try:
-        return terminal.tokenizer_of(checkpoint)
+        return terminal.tokenizer_of(checkpoint, format)
     except UserError as error:
         _say(f"warning: no tokenizer: {error}")
         return None

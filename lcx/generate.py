@@ -44,20 +44,11 @@ def main(argv=None) -> int:
     )
     parser.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same text")
     parser.add_argument(
-        "--rope_scaling", type=config.json_object, metavar="JSON", help="RoPE scaling to apply first"
-    )
-    parser.add_argument("--context_length", type=int, metavar="N", help="context window in tokens")
-    parser.add_argument(
         "--add_bos",
         action=argparse.BooleanOptionalAction,
         help="whether BOS precedes the prompt (default: as the tokenizer does)",
     )
-    parser.add_argument(
-        "--adapter",
-        action="append",
-        metavar="FOLDER",
-        help="folder of a PEFT adapter (LoRA) to merge; may be repeated to add several",
-    )
+    config.add_model_flags(parser)
     return config.run(parser, "lcx.terminal:stream_text", argv)
 
 

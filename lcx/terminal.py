@@ -45,6 +45,7 @@ def stream_text(
     system: str | None = None,
     chat_template: str | None = None,
     adapter: Sequence[str] | None = None,
+    format: str | None = None,
 ) -> None:
     """Prints the continuation of a prompt while it is generated, then the speed on stderr.
 
@@ -62,6 +63,7 @@ def stream_text(
       system: with `chat`, the system message.
       chat_template: with `chat`, another template: a .jinja file or a name.
       adapter: PEFT adapters to merge, as in lcx.load.
+      format: of the checkpoint, as in lcx.load; None detects it.
 
     Raises:
       UserError: a setting is out of range, the prompt file cannot be read, or the checkpoint or tokenizer cannot be
@@ -71,7 +73,7 @@ def stream_text(
     if not chat and (system is not None or chat_template is not None):
         raise UserError("--system and --chat_template are for conversations: set --chat")
     text = prompt_text(prompt)
-    tokenizer = tokenizer_of(checkpoint)
+    tokenizer = tokenizer_of(checkpoint, format)
     stops = stop_ids(tokenizer)
     if chat:
         ids, ends = chat_ids(checkpoint, tokenizer, text, system=system, template=chat_template)
@@ -80,7 +82,11 @@ def stream_text(
         ids = ids_of(tokenizer, text, add_bos=add_bos)
     say_special_tokens(tokenizer, () if chat else special_tokens(tokenizer, add_bos=add_bos).before)
     model, params = load(
-        checkpoint, rope_scaling=rope_scaling, context_length=context_length, adapter=adapter
+        checkpoint,
+        format=format,
+        rope_scaling=rope_scaling,
+        context_length=context_length,
+        adapter=adapter,
     )
     check_vocabulary(tokenizer, model.vocab_size)
     if max_new_tokens is None:
@@ -117,7 +123,7 @@ def prompt_text(prompt: str) -> str:
         raise UserError(f"{found}: change --prompt (@@ for a prompt that starts with @)") from None
 
 
-def tokenizer_of(checkpoint: str) -> Tokenizer:
+def tokenizer_of(checkpoint: str, format: str | None = None) -> Tokenizer:
     """The tokenizer of a checkpoint.
 
     For a Hugging Face folder it is read from that folder; a savanna or vortex model has a byte tokenizer; for an lcx
@@ -129,7 +135,7 @@ def tokenizer_of(checkpoint: str) -> Tokenizer:
     folder = Path(hub.local(checkpoint)).expanduser()
     if (folder / "config.json").is_file():
         return load_tokenizer(folder)
-    if (known := tokenizer_record(folder)) is not None:
+    if (known := tokenizer_record(folder, format)) is not None:
         return tokenizer_from_json(dict(known))
     directory, step = find_step(folder)
     record = read_json(directory / str(step), "meta").get("tokenizer")

@@ -21,6 +21,7 @@ from lcx.convert.core.format import Format
 from lcx.convert.hf import families
 from lcx.convert.hf.format import HuggingFace
 from lcx.data import Dataset
+from lcx.evaluator import evaluate
 from lcx.ladder import Ladder, Rung
 from lcx.trainer import Trainer
 
@@ -91,6 +92,16 @@ def same_folders(one, other):
     assert configs[0] == configs[1]
 
 
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """An evaluation that needs no text."""
+
+    name: str = "size"
+
+    def __call__(self, model, params, tokenizer):
+        return {"summary": "counted", "table": {"layers": float(model.num_layers)}}
+
+
 def test_a_users_own_family_and_format_are_passed_along(examples, toy_folder, tmp_path, capsys):
     family, format = (module.__name__ for module in examples)
     flags = ["--overwrite", f"--dst_format={format}:FORMAT"]
@@ -107,6 +118,10 @@ def test_a_users_own_family_and_format_are_passed_along(examples, toy_folder, tm
     model, params = lcx.load(toy_folder, format=examples[0].FORMAT)
     lcx.save(tmp_path / "again", model, params, format=examples[0].FORMAT)
     same_folders(toy_folder, tmp_path / "again")
+    settings = {"checkpoint": str(toy_folder), "output": str(tmp_path / "eval"), "evals": (Size(),)}
+    with pytest.raises(lcx.UserError, match="model_type 'toy', supported are llama"):
+        evaluate(**settings)
+    assert evaluate(**settings, format=f"{family}:FORMAT")["evaluations"]["size"]["table"] == {"layers": 2.0}
     with pytest.raises(lcx.UserError, match="model_type 'toy'; the 'hf' format supports llama"):
         lcx.save(tmp_path / "no", model, params, format="hf")
     with pytest.raises(lcx.UserError, match="model_type 'llama' and the family of the format 'toy'"):

@@ -142,15 +142,19 @@ def source(path: str | os.PathLike, format: str | Format | None = None) -> Model
     return formats.reader(path, format).open(path)
 
 
-def detect(path: str | os.PathLike) -> str:
-    """The name of the format of a folder or file. Raises UserError for an unknown format."""
-    return formats.detect(path).name
+def detect(path: str | os.PathLike, format: str | Format | None = None) -> str:
+    """The name of the format of a folder or file: the one given, else the detected one.
+
+    Raises:
+      UserError: an unknown format.
+    """
+    return formats.reader(path, format).name
 
 
-def tokenizer_record(path: str | os.PathLike) -> Mapping[str, Any] | None:
+def tokenizer_record(path: str | os.PathLike, format: str | Format | None = None) -> Mapping[str, Any] | None:
     """`Tokenizer.to_json` of the tokenizer that the format of this checkpoint implies without storing it; else None."""
     try:
-        found = formats.detect(path)
+        found = formats.reader(path, format)
     except UserError:
         return None
     return found.tokenizer(pathlib.Path(hub.local(path)).expanduser())
