@@ -66,7 +66,8 @@ def measured(run: harness.Run, sides, T: int, B: int, dtype: str, rounds: int) -
     row: dict = {"context": T, "rows": B, "dtype": dtype}
     for what, count in (("prefill", 1), ("whole", NEW + 1)):
         turns = run.turns(
-            {name: harness.calls(functools.partial(side, count)) for name, side in both.items()}, rounds=rounds
+            {name: harness.calls(functools.partial(side, count)) for name, side in both.items()},
+            rounds=rounds,
         )
         row[what] = turns.medians()
         row[f"{what}_speed"] = turns.ratio("transformers", "lcx")

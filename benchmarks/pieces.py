@@ -47,6 +47,18 @@ def letters(path: str, count: int) -> np.ndarray:
     return np.frombuffer(text[:count], np.uint8)
 
 
+def one_row(row: np.ndarray) -> dict[str, np.ndarray]:
+    """A batch of one row, as the trainer takes it."""
+    T = len(row) - 1
+    return {
+        "tokens": row[None, :-1].astype(np.int32),
+        "labels": row[None, 1:].astype(np.int32),
+        "positions": np.arange(T, dtype=np.int32)[None],
+        "segment_ids": np.ones((1, T), np.int32),
+        "loss_weights": np.ones((1, T), np.float32),
+    }
+
+
 class Step:
     """The trainer's step on one row, compiled; its state moves on with every call."""
 
@@ -60,7 +72,7 @@ class Step:
         from lcx.training import step as train_step
         from lcx.training.run import prepared
 
-        optimizer, T = AdamW(1e-3, "constant", warmup_steps=0), len(row) - 1
+        optimizer = AdamW(1e-3, "constant", warmup_steps=0)
         objective = objectives.next_token
         if piece:
             objective = objectives.over_pieces(objective, Pieces(piece))
@@ -71,14 +83,7 @@ class Step:
             step = train_step.make_step(
                 architecture, run.optimizer, objective, rates, accumulation=1, abstract=run.abstract
             )
-            batch = {
-                "tokens": row[None, :-1].astype(np.int32),
-                "labels": row[None, 1:].astype(np.int32),
-                "positions": np.arange(T, dtype=np.int32)[None],
-                "segment_ids": np.ones((1, T), np.int32),
-                "loss_weights": np.ones((1, T), np.float32),
-            }
-            self.batch = sharding.shard_batch(batch, mesh)
+            self.batch = sharding.shard_batch(one_row(row), mesh)
             self.compiled = step.lower(run.abstract, self.batch, np.int32(0)).compile()
             weights = {"params": model_lib.init_params(architecture, jax.random.key(0), mesh=mesh)}
             self.state = {

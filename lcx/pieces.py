@@ -24,7 +24,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -95,7 +95,8 @@ def total(
     state = empty_state(model, B, count * pieces.length, jnp.max(counted) + 1)
     grows = _growing(model, B)
     every = _border_interval(state, grows, count)
-    rows = _cut(batch, pieces.length, count, every)
+    order = jnp.arange(-(-count // every) * every).reshape(-1, every)
+    rows = Rows(_reader(batch, pieces.length, order.size), order)
     return _total(piece, grows, pieces.carry, variables, state, rows)
 
 
@@ -144,17 +145,40 @@ def _border_interval(state: Tree, grows: Tree, count: int) -> int:
     return 1 if size * count <= BORDER_BYTES else math.isqrt(count - 1) + 1
 
 
-def _cut(batch: dict[str, Array], length: int, count: int, every: int) -> dict[str, Array]:
-    """[B, T] -> [groups, g, B, length], padded with zeros."""
+class Rows(NamedTuple):
+    """The rows of a batch in pieces.
 
-    def one(x: Array) -> Array:
-        B, T = x.shape
-        groups = -(-count // every)
-        x = jnp.pad(x, ((0, 0), (0, groups * every * length - T)))
-        x = jnp.moveaxis(x.reshape(B, groups, every, length), 0, 2)
-        return sharding.constrain(x, None, None, sharding.BATCH_AXES, "context")
+    Attributes:
+      read: the number of a piece -> its batch, [B, length] each.
+      order: the numbers of the pieces, [groups, g]. Those beyond the rows are all padding.
+    """
 
-    return jax.tree.map(one, batch)
+    read: Callable[[Array], dict[str, Array]]
+    order: Int[Array, "groups g"]
+
+
+def _reader(batch: dict[str, Array], length: int, count: int) -> Callable[[Array], dict[str, Array]]:
+    """`Rows.read` for `count` pieces. What is beyond the rows is padding: zeros."""
+    if sharding.axis_size("context") == 1:
+        return lambda p: {name: _slice(x, p * length, length) for name, x in batch.items()}
+    cut = {name: _cut(x, length, count) for name, x in batch.items()}
+    return lambda p: {name: x[p] for name, x in cut.items()}
+
+
+def _slice(x: Array, start: Array, length: int) -> Array:
+    """x[:, start : start + length] with zeros beyond the end of x, without a padded copy of x."""
+    begin = jnp.minimum(start, x.shape[1] - length)
+    missing = start - begin
+    moved = jnp.roll(jax.lax.dynamic_slice_in_dim(x, begin, length, 1), -missing, axis=1)
+    return jnp.where(jnp.arange(length) < length - missing, moved, 0)
+
+
+def _cut(x: Array, length: int, count: int) -> Array:
+    """[B, T] split over `context` -> [count, B, length] with every piece split over it: tokens change places once."""
+    B, T = x.shape
+    x = jnp.pad(x, ((0, 0), (0, count * length - T)))
+    x = jnp.moveaxis(x.reshape(B, count, length), 0, 1)
+    return sharding.constrain(x, None, sharding.BATCH_AXES, "context")
 
 
 # ------------------------------------------------------------------------------------- trees with and without parts
@@ -182,27 +206,27 @@ def _zeros(tree: Tree) -> Tree:
 # ------------------------------------------------------------------------------------------------------- both passes
 
 
-def _total(
-    piece: PieceFn, grows: Tree, carry: str, variables: Tree, state: Tree, rows: dict[str, Array]
-) -> Tree:
-    """The sums over rows [groups, g, B, length], with the backward pass described at the top of this file."""
+def _total(piece: PieceFn, grows: Tree, carry: str, variables: Tree, state: Tree, rows: Rows) -> Tree:
+    """The sums over the pieces of `rows`, with the backward pass described at the top of this file."""
+
+    def numbered(variables: Tree, state: Tree, number: Array) -> tuple[Tree, Tree]:
+        return piece(variables, state, rows.read(number))
 
     def zero_sums() -> Tree:
-        first = jax.tree.map(lambda x: x[0, 0], rows)
-        return _zeros(jax.eval_shape(piece, variables, state, first)[0])
+        return _zeros(jax.eval_shape(numbered, variables, state, rows.order[0, 0])[0])
 
     def forward(variables: Tree, state: Tree) -> tuple[Tree, Tree, Tree]:
         """(sums, the final caches that grow, the other states before each group)."""
 
-        def one(carried, batch):
+        def one(carried, number):
             sums, state = carried
-            new, state = piece(variables, state, batch)
+            new, state = numbered(variables, state, number)
             return (jax.tree.map(jnp.add, sums, new), state), None
 
-        def group(carried, batches):
-            return jax.lax.scan(one, carried, batches)[0], _take(carried[1], grows, False)
+        def group(carried, numbers):
+            return jax.lax.scan(one, carried, numbers)[0], _take(carried[1], grows, False)
 
-        (sums, last), borders = jax.lax.scan(group, (zero_sums(), state), rows)
+        (sums, last), borders = jax.lax.scan(group, (zero_sums(), state), rows.order)
         return sums, _take(last, grows, True), borders
 
     @jax.custom_vjp
@@ -223,11 +247,11 @@ def _total(
             d_sums,
             is_leaf=lambda d: isinstance(d, SymbolicZero),
         )
-        backward = functools.partial(_group_backward, piece, carry, grows, moving, still, d_sums)
+        backward = functools.partial(_group_backward, numbered, carry, grows, moving, still, d_sums)
         first = _merge(grown, jax.tree.map(lambda x: x[0], borders))
         nothing = (_zeros(moving), _zeros(_take(first, _floating(first), True)), grown)
         (d_moving, _, _), _ = jax.lax.scan(
-            lambda carried, xs: (backward(carried, *xs), None), nothing, (borders, rows), reverse=True
+            lambda carried, xs: (backward(carried, *xs), None), nothing, (borders, rows.order), reverse=True
         )
         return d_moving, None
 
@@ -236,7 +260,7 @@ def _total(
 
 
 def _group_backward(
-    piece: PieceFn,
+    numbered: Callable[[Tree, Tree, Array], tuple[Tree, Tree]],
     carry: str,
     grows: Tree,
     moving: Tree,
@@ -244,38 +268,38 @@ def _group_backward(
     d_sums: Tree,
     carried: tuple[Tree, Tree, Tree],
     border: Tree,
-    batches: dict[str, Array],
+    numbers: Int[Array, " g"],
 ) -> tuple[Tree, Tree, Tree]:
     """The backward pass through one group of g pieces: (d weights so far, d state before the group, grown caches).
 
     Args:
       carried: d weights of the later groups, d state after this group, and the caches that grow, filled.
       border: the other states before the group.
-      batches: [g, B, length].
+      numbers: of its g pieces.
     """
 
-    def apply(moving: Tree, state: Tree, batch) -> tuple[Tree, Tree]:
-        return piece(_merge(moving, still), state, batch)
+    def apply(moving: Tree, state: Tree, number: Array) -> tuple[Tree, Tree]:
+        return numbered(_merge(moving, still), state, number)
 
-    def recompute(state: Tree, batch) -> tuple[Tree, Tree]:
-        return apply(moving, state, batch)[1], _take(state, grows, False)
+    def recompute(state: Tree, number: Array) -> tuple[Tree, Tree]:
+        return apply(moving, state, number)[1], _take(state, grows, False)
 
     d_moving, d_state, grown = carried
-    if batches["tokens"].shape[0] == 1:
+    if len(numbers) == 1:
         borders = jax.tree.map(lambda x: x[None], border)
     else:  # also writes this group's slots of the growing caches again, with the same values
-        last, borders = jax.lax.scan(recompute, _merge(grown, border), batches)
+        last, borders = jax.lax.scan(recompute, _merge(grown, border), numbers)
         grown = _take(last, grows, True)
 
     def one(carried: tuple[Tree, Tree], xs: tuple[Tree, Any]) -> tuple[tuple[Tree, Tree], None]:
         d_moving, d_state = carried
-        border, batch = xs
+        border, number = xs
         state = _merge(grown, border)
         has_gradient = _floating(state)
         fixed = _take(state, has_gradient, False)
 
         def differentiable(moving: Tree, floats: Tree) -> tuple[Tree, Tree]:
-            sums, after = apply(moving, _merge(floats, fixed), batch)
+            sums, after = apply(moving, _merge(floats, fixed), number)
             return sums, _take(after, has_gradient, True)
 
         _, pull = jax.vjp(differentiable, moving, _take(state, has_gradient, True))
@@ -284,5 +308,5 @@ def _group_backward(
             d_before = _zeros(d_before)
         return (jax.tree.map(jnp.add, d_moving, d_weights), d_before), None
 
-    (d_moving, d_state), _ = jax.lax.scan(one, (d_moving, d_state), (borders, batches), reverse=True)
+    (d_moving, d_state), _ = jax.lax.scan(one, (d_moving, d_state), (borders, numbers), reverse=True)
     return d_moving, d_state, grown
