@@ -68,8 +68,12 @@ def _filled(cache: Any) -> Array:
     return jnp.where(jnp.arange(ids.shape[1]) < cache["index"], ids, 0)
 
 
-def attend(cache: Any, q: Array, new: Cache, *, window: int | None = None) -> Array:
-    """Attention outputs of at most FEW new tokens, [B, T, N, H], over a Cache or a LayerOf."""
+def attend(cache: Any, q: Array, new: Cache, *, window: int | None = None, **options: Any) -> Array:
+    """Attention outputs of at most FEW new tokens, [B, T, N, H], over a Cache or a LayerOf.
+
+    Args:
+      options: scale, softcap and sinks of `cached_attention`.
+    """
     kv, layer = (cache.stacked, cache.layer) if isinstance(cache, LayerOf) else (cache, None)
     return cached_attention(
         q,
@@ -84,6 +88,7 @@ def attend(cache: Any, q: Array, new: Cache, *, window: int | None = None) -> Ar
         log_decay=new.get("log_decay"),
         cached_log_decay=cache.get("log_decay"),
         window=window,
+        **options,
     )
 
 

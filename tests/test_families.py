@@ -1,0 +1,170 @@
+"""Each softmax family of 2024 to 2026 against transformers, on tiny random models: one row of the table, one program.
+
+A batch holds a whole text, two texts packed into a row, and a text after padding. The text is longer than windows and
+original contexts, so its logits are those below, at and beyond them.
+"""
+
+import dataclasses
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from flax.traverse_util import flatten_dict
+
+import lcx
+from lcx import extend
+from lcx import model as model_lib
+from lcx.convert.core import model_source, rules
+from lcx.convert.hf import config as hf_config
+from lcx.convert.hf import families, writer
+from lcx.convert.hf.source import HfSource
+from lcx.errors import UserError
+
+V, T, NEW = 67, 45, 6
+SMALL = dict(
+    vocab_size=V,
+    hidden_size=32,
+    intermediate_size=40,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=96,
+    pad_token_id=None,
+    bos_token_id=1,
+    eos_token_id=None,
+)
+YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=24)
+DEFAULT = dict(rope_type="default", rope_theta=1e4)
+TWO_KINDS = dict(sliding_window=9, layer_types=["sliding_attention", "full_attention"] * 2)
+THREE_TO_ONE = dict(sliding_window=9, layer_types=["sliding_attention"] * 3 + ["full_attention"])
+ROWS = {
+    "gemma2": dict(
+        head_dim=10, query_pre_attn_scalar=20, attn_logit_softcapping=2.0, final_logit_softcapping=3.0, **TWO_KINDS
+    ),
+    "gemma3_text": dict(
+        head_dim=8,
+        query_pre_attn_scalar=12,
+        rope_parameters=dict(full_attention=YARN | dict(rope_theta=1e6), sliding_attention=DEFAULT),
+        **THREE_TO_ONE,
+    ),
+    "olmo2": dict(rope_parameters=dict(YARN, rope_theta=1e4)),
+    "olmo3": dict(
+        rope_parameters=dict(full_attention=YARN | dict(rope_theta=5e5), sliding_attention=DEFAULT | dict(rope_theta=5e5)),
+        **THREE_TO_ONE,
+    ),
+    "smollm3": dict(attention_bias=True, mlp_bias=True),
+    "granite": dict(
+        attention_bias=True, embedding_multiplier=3.0, residual_multiplier=0.6, attention_multiplier=0.2, logits_scaling=6.0
+    ),
+    "cohere2": dict(logit_scale=0.3, **THREE_TO_ONE),
+    "glm4": dict(head_dim=12, attention_bias=True, rope_parameters=DEFAULT | dict(partial_rotary_factor=0.5)),
+    "ministral": dict(head_dim=10, rope_parameters=dict(YARN, rope_theta=1e4), **TWO_KINDS),
+}  # fmt: skip
+
+
+@functools.cache
+def torch_model(name: str) -> torch.nn.Module:
+    """A random model in which no parameter has its initial value."""
+    torch.manual_seed(sum(name.encode()))
+    config = transformers.AutoConfig.for_model(name, **SMALL | ROWS[name])
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_((0.3 if parameter.ndim == 1 else 0.2) * torch.randn_like(parameter))
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("families")
+
+    @functools.cache
+    def folder(name: str):
+        torch_model(name).save_pretrained(root / name)
+        return root / name
+
+    return folder
+
+
+TEXTS = [np.random.default_rng(i).integers(4, V, size) for i, size in enumerate((T, 20, T - 20, T - 8))]
+IDS = np.stack([TEXTS[0], np.concatenate(TEXTS[1:3]), np.concatenate([np.zeros(8, int), TEXTS[3]])])
+SEGMENTS = np.array([[1] * T, [1] * 20 + [2] * (T - 20), [0] * 8 + [1] * (T - 8)])
+POSITIONS = np.stack([[*range(T)], [*range(20), *range(T - 20)], [*[0] * 8, *range(T - 8)]])
+PLACES = ((0, 0), (1, 0), (1, 20), (2, 8))  # row and first token of each text
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def answers(model, params):
+    """The logits of the batch, and the gradients of the summed loss of all texts."""
+    ids, segments, positions = (jnp.asarray(x, jnp.int32) for x in (IDS, SEGMENTS, POSITIONS))
+
+    def loss(params):
+        logits = model.apply({"params": params}, ids, segment_ids=segments, positions=positions)
+        scores = jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), ids[:, 1:, None], -1)[..., 0]
+        same = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] != 0)
+        return -jnp.sum(jnp.where(same, scores, 0)), logits
+
+    (_, logits), gradients = jax.value_and_grad(loss, has_aux=True)(params)
+    return logits, gradients
+
+
+def answers_of_transformers(model):
+    """The logits of each text, and the gradients of the summed loss."""
+    model.zero_grad()
+    all_logits = []
+    for text in TEXTS:
+        ids = torch.tensor(text)[None]
+        logits = model(ids).logits
+        torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:], reduction="sum").backward()
+        all_logits.append(logits[0].detach().numpy())
+    return all_logits, {name: parameter.grad.numpy() for name, parameter in model.named_parameters()}
+
+
+def loaded(folder):
+    source = HfSource(folder)
+    return source.model, model_source.to_devices(source, dtype=None, mesh=None)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_logits_gradients_and_generation(name, folders):
+    reference = torch_model(name)
+    model, params = loaded(folders(name))
+    expected, gradients = answers_of_transformers(reference)
+    logits, found = answers(model, params)
+    for (row, first), text in zip(PLACES, expected, strict=True):
+        np.testing.assert_allclose(logits[row, first : first + len(text)], text, atol=2e-4, rtol=0)
+    table = rules.Table(families.rules(model), model_source.leaf_shapes(model))
+    mapped = table.to_foreign(flatten_dict(jax.device_get(found), sep="/"))
+    check_gradients(mapped, gradients)
+    ids = np.stack([TEXTS[0], np.concatenate([TEXTS[3], TEXTS[3][:8]])])
+    with torch.no_grad():
+        theirs = reference.generate(torch.tensor(ids), max_new_tokens=NEW, do_sample=False)[:, T:].numpy()
+    np.testing.assert_array_equal(lcx.generate(model, params, ids, max_new_tokens=NEW), theirs)
+
+
+def check_gradients(mapped, gradients):
+    assert set(mapped) == set(gradients)
+    for key, gradient in gradients.items():
+        error = np.abs(mapped[key] - gradient).max() / np.abs(gradient).max()
+        assert error < 2e-4, (key, error)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_written_folder_is_what_was_read(name, folders, tmp_path):
+    reference, source = torch_model(name), HfSource(folders(name))
+    writer.write(tmp_path, source, max_shard_bytes=40_000)
+    back, info = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, output_loading_info=True, attn_implementation="eager"
+    )
+    assert not any(info.values()), info
+    for key, tensor in reference.state_dict().items():
+        assert torch.equal(back.state_dict()[key], tensor), key
+    ids = torch.tensor(TEXTS[0])[None]
+    with torch.no_grad():
+        np.testing.assert_array_equal(back(ids).logits.numpy(), reference(ids).logits.numpy())
+    assert HfSource(tmp_path).model == source.model
