@@ -57,7 +57,8 @@ ROWS = {
         rope_parameters=dict(full_attention=YARN | dict(rope_theta=5e5), sliding_attention=DEFAULT | dict(rope_theta=5e5)),
         **THREE_TO_ONE,
     ),
-    "smollm3": dict(attention_bias=True, mlp_bias=True),
+    # Without positions, a bias on keys has no effect and no gradient: attention_bias is in the row of Granite.
+    "smollm3": dict(mlp_bias=True, rope_parameters=dict(YARN, rope_theta=2e4)),
     "granite": dict(
         attention_bias=True, embedding_multiplier=3.0, residual_multiplier=0.6, attention_multiplier=0.2, logits_scaling=6.0
     ),
