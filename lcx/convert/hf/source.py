@@ -94,7 +94,7 @@ class HfSource:
     def stored_name(self, path: str, row: int) -> str:
         """Name of the stored tensor that holds this row of a parameter."""
         places = self._table.places[path]
-        return places[None if None in places else row].name
+        return places[next(key for key in places if key in (None, row, (row, 0)))].name
 
 
 def _tied(source: tensor_io.TensorSource, family: Family, where: str) -> tensor_io.TensorSource:

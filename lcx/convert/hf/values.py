@@ -51,3 +51,9 @@ def cap(config: Mapping[str, Any], key: str, default: float | None) -> float | N
     """A positive number, or None where config.json says null; `default` if it says nothing."""
     value = config.get(key, default)
     return None if value is None else number({key: value}, key, 1.0)
+
+
+def nonnegative(config: Mapping[str, Any], key: str, default: float) -> float:
+    """A number of at least 0. Raises UserError for any other value."""
+    value = config.get(key)
+    return 0.0 if value == 0 and not isinstance(value, bool) else float(number(config, key, default))

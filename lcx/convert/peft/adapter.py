@@ -94,7 +94,7 @@ def modules(model: Decoder) -> dict[str, tuple[Part, ...]]:
     for rule in names.rules.values():
         parts: list[Part] = []
         for part in rule.parts:
-            if isinstance(part.layout, Transposed) and part.repeat is not None:
+            if type(part.layout) is Transposed and part.repeat is not None and part.item is None:
                 shape, axes = names.shapes[part.path][1:], part.layout.in_axes
                 path, start = part.path.removesuffix("/kernel"), parts[-1].stop if parts else 0
                 stop = start + math.prod(shape[axes:])
