@@ -4,14 +4,15 @@ A batch holds a whole text, two texts packed into a row, and a text after paddin
 original contexts, so its logits are those below, at and beyond them.
 """
 
-import dataclasses
 import functools
+import json
 import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import transformers
 from flax.traverse_util import flatten_dict
@@ -201,3 +202,33 @@ def test_written_folder_is_what_was_read(name, folders, tmp_path):
     with torch.no_grad():
         np.testing.assert_array_equal(back(ids).logits.numpy(), reference(ids).logits.numpy())
     assert HfSource(tmp_path).model == source.model
+
+
+def test_mxfp4_is_read_as_transformers_reads_it(tmp_path):
+    """Packed experts, blocks in every exponent, against transformers' own unpacking."""
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    rows = SMALL | ROWS["gpt_oss"] | dict(hidden_size=64, intermediate_size=32, num_hidden_layers=2)
+    rows["layer_types"] = rows["layer_types"][:2]
+    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model("gpt_oss", **rows))
+    model.bfloat16().save_pretrained(tmp_path)
+    path, rng = tmp_path / "model.safetensors", np.random.default_rng(0)
+    tensors, expected = safetensors.torch.load_file(path), {}
+    for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
+        experts, width, out = tensors.pop(name).shape
+        blocks = torch.tensor(rng.integers(0, 256, (experts, out, width // 32, 16), np.uint8))
+        scales = torch.tensor(rng.integers(100, 140, (experts, out, width // 32), np.uint8))
+        tensors |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        expected[name] = convert_moe_packed_tensors(blocks, scales)
+    safetensors.torch.save_file(tensors, path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    source = HfSource(tmp_path)
+    (tmp_path / "back").mkdir()
+    writer.write(tmp_path / "back", source)
+    written = safetensors.torch.load_file(tmp_path / "back" / "model.safetensors")
+    assert "quantization_config" not in json.loads((tmp_path / "back" / "config.json").read_text())
+    for name, x in expected.items():
+        assert torch.equal(written[name], x), name
+    assert {str(info.dtype) for info in source.leaves.values()} == {"bfloat16"}
