@@ -73,10 +73,11 @@ class Attention(nn.Module):
             masks = {"q_segment_ids": segment_ids, "kv_segment_ids": segment_ids}
             return merged_heads(self, self._attend(q, k, v, masks, sinks), x.shape[-1]), None
         new = kv_cache.entries(k, v, segment_ids)
+        options = {"window": self.window, "ring": self._is_ring(cache["segment_ids"])}
         if self.reads_in_place(x.shape[1]):
-            y = kv_cache.attend(cache, q, new, window=self.window, softcap=self.softcap, sinks=sinks)
+            y = kv_cache.attend(cache, q, new, **options, softcap=self.softcap, sinks=sinks)
         else:
-            y = self._attend(*kv_cache.arguments(cache, q, new, window=self.window), sinks)
+            y = self._attend(*kv_cache.arguments(cache, q, new, **options), sinks)
         cache = new if deferred else self.append_cache(cache, new)
         return merged_heads(self, y, x.shape[-1]), cache
 
@@ -97,13 +98,22 @@ class Attention(nn.Module):
 
     @nn.nowrap
     def init_cache(self, batch_size: int, length: int, dtype: jnp.dtype) -> Cache:
-        """An empty cache of `length` slots. rope_length = length: one rotation for the whole generation (rope.py)."""
-        slots = kv_cache.empty(batch_size, length, self.num_kv_heads, self.head_dim, dtype)
+        """An empty cache of `length` slots, or a ring for the window if that needs fewer.
+
+        rope_length = length: one rotation for the whole generation (rope.py).
+        """
+        held = length if self.window is None else min(length, kv_cache.ring_slots(self.window))
+        slots = kv_cache.empty(batch_size, held, self.num_kv_heads, self.head_dim, dtype)
         return {**slots, "rope_length": jnp.full((), length, jnp.int32)}
 
     @nn.nowrap
     def append_cache(self, cache: Cache, new: Cache) -> Cache:
-        return kv_cache.append(cache, new)
+        return kv_cache.append(cache, new, ring=self._is_ring(cache["segment_ids"]))
+
+    @nn.nowrap
+    def _is_ring(self, segment_ids: Int[Array, "*L B S"]) -> bool:
+        """Whether the cache with these segment ids is a ring. A smaller one has room for the whole text."""
+        return self.window is not None and segment_ids.shape[-1] == kv_cache.ring_slots(self.window)
 
     @nn.nowrap
     def macs_per_token(self, seq_len: int) -> float:

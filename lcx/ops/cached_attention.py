@@ -42,6 +42,7 @@ def cached_attention(
     softcap: float | None = None,
     sinks: Float[Array, " N"] | None = None,
     layer: Int[Array, ""] | None = None,
+    oldest: Int[Array, ""] | None = None,
 ) -> Float[Array, "B T N H"]:
     """ops.attention with the new tokens placed after the first `length` slots: outputs [B, T, N, H] in q's dtype.
 
@@ -51,6 +52,8 @@ def cached_attention(
       cached_k, cached_v: in any dtype; heads before slots, so that products read contiguous memory.
       segment_ids, cached_segment_ids: tokens with id 0 (padding, empty slots) see nothing and are not seen.
       log_decay, cached_log_decay: of the new and of the cached tokens; both or neither. Values at padding are ignored.
+      oldest: the slot of the oldest token, from which the others follow, around the end of the cache; None: slot 0.
+        Matters with a window.
       layer: cached_k and cached_v have a leading axis of layers, of which this one is read, without copying it first.
     """
     B, T, N, H = q.shape
@@ -66,8 +69,10 @@ def cached_attention(
     place = jnp.cumsum(segment_ids != 0, axis=1)  # of the new tokens, among themselves
     later = None  # how many tokens of the cache follow each of its slots
     if window is not None:
-        counted = jnp.cumsum(cached_segment_ids != 0, axis=1)
+        real = cached_segment_ids != 0
+        counted = jnp.cumsum(real if oldest is None else jnp.roll(real, -oldest, axis=1), axis=1)
         later = counted[:, -1:] - counted
+        later = later if oldest is None else jnp.roll(later, oldest, axis=1)
 
     def seen(start: Array | int, size: int) -> Array:
         distance = None if later is None else place[:, :, None] + cut(later, start, size, 1)[:, None]
