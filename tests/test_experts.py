@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from lcx.errors import UserError
@@ -36,7 +35,9 @@ def looped(mlp: ExpertsMlp, params, x):
         else:
             gate = jnp.minimum(gate, mlp.clamp)
             z = gate * jax.nn.sigmoid(1.702 * gate) * (jnp.clip(up, -mlp.clamp, mlp.clamp) + 1)
-        y += gates[..., e : e + 1] * (z @ p["down_proj_kernel"][e] + (p["down_proj_bias"][e] if mlp.bias else 0))
+        y += gates[..., e : e + 1] * (
+            z @ p["down_proj_kernel"][e] + (p["down_proj_bias"][e] if mlp.bias else 0)
+        )
     if mlp.shared_size is not None:
         kernels = [p["shared_expert"][n]["kernel"] for n in ("gate_proj", "up_proj", "down_proj")]
         shared = (jax.nn.silu(x @ kernels[0]) * (x @ kernels[1])) @ kernels[2]
@@ -89,7 +90,9 @@ def test_cost_counts_the_experts_that_a_token_uses():
     dense = llama(vocab_size=11, hidden_size=D, intermediate_size=F * K, num_layers=2, num_heads=2, max_position_embeddings=8)  # fmt: skip
     (stage,) = dense.stages
     mlp = ExpertsMlp(num_experts=64, num_chosen=K, intermediate_size=F, parent=None)
-    sparse = dense.clone(stages=(type(stage)((stage.pattern[0].clone(mlp=mlp, parent=None),), 2),), parent=None)
+    sparse = dense.clone(
+        stages=(type(stage)((stage.pattern[0].clone(mlp=mlp, parent=None),), 2),), parent=None
+    )
     assert num_params(sparse) > 10 * num_params(dense)
     assert flops_per_token(sparse, 8) == flops_per_token(dense, 8) + 6 * 2 * D * 64  # the router
 
@@ -110,7 +113,10 @@ def test_load_balance_loss_as_published():
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [(dict(num_chosen=6), "expected at most num_experts = 5"), (dict(gating="top"), "expected one of softmax")],
+    [
+        (dict(num_chosen=6), "expected at most num_experts = 5"),
+        (dict(gating="top"), "expected one of softmax"),
+    ],
 )
 def test_settings_that_mean_nothing(settings, message):
     with pytest.raises(UserError, match=message):

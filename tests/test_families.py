@@ -18,13 +18,9 @@ import transformers
 from flax.traverse_util import flatten_dict
 
 import lcx
-from lcx import extend
-from lcx import model as model_lib
 from lcx.convert.core import model_source, rules
-from lcx.convert.hf import config as hf_config
 from lcx.convert.hf import families, writer
 from lcx.convert.hf.source import HfSource
-from lcx.errors import UserError
 
 V, T, NEW = 67, 45, 6
 SMALL = dict(
@@ -87,7 +83,9 @@ def torch_model(name: str) -> torch.nn.Module:
     """A random model in which no parameter has its initial value."""
     torch.manual_seed(sum(name.encode()))
     config = transformers.AutoConfig.for_model(name, **SMALL | ROWS[name])
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
+    model = transformers.AutoModelForCausalLM.from_config(
+        config, dtype=torch.float32, attn_implementation="eager"
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_((0.3 if parameter.ndim == 1 else 0.2) * torch.randn_like(parameter))
@@ -210,7 +208,9 @@ def test_mxfp4_is_read_as_transformers_reads_it(tmp_path):
 
     rows = SMALL | ROWS["gpt_oss"] | dict(hidden_size=64, intermediate_size=32, num_hidden_layers=2)
     rows["layer_types"] = rows["layer_types"][:2]
-    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model("gpt_oss", **rows))
+    model = transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.for_model("gpt_oss", **rows)
+    )
     model.bfloat16().save_pretrained(tmp_path)
     path, rng = tmp_path / "model.safetensors", np.random.default_rng(0)
     tensors, expected = safetensors.torch.load_file(path), {}

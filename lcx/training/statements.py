@@ -7,9 +7,8 @@ from typing import Any
 
 import jax
 
-from lcx import extend
+from lcx import extend, mixers
 from lcx import lora as lora_lib
-from lcx import mixers
 from lcx import model as model_lib
 from lcx.training import resume_check
 

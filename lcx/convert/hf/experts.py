@@ -35,7 +35,13 @@ class WithExperts(Layered):
     defaults: tuple[int, int, int] = (128, 768, 8)
 
     def __post_init__(self):
-        keys = {*_NUMBERS, self.size_key, "num_experts_per_tok", "router_aux_loss_coef", "output_router_logits"}
+        keys = {
+            *_NUMBERS,
+            self.size_key,
+            "num_experts_per_tok",
+            "router_aux_loss_coef",
+            "output_router_logits",
+        }
         object.__setattr__(self, "own", self.own | keys)
         super().__post_init__()
 
@@ -55,7 +61,11 @@ class WithExperts(Layered):
                 raise UserError(f"config.json has {' and '.join(_NUMBERS)}, which differ: remove one of them")
         if total > _MOST:
             raise UserError(f"config.json has {self.experts_key} {total}, expected at most {_MOST}")
-        loss = nonnegative(config, "router_aux_loss_coef", 0.001) if boolean(config, "output_router_logits") else 0.0
+        loss = (
+            nonnegative(config, "router_aux_loss_coef", 0.001)
+            if boolean(config, "output_router_logits")
+            else 0.0
+        )
         mlp = ExpertsMlp(
             total,
             integer(config, "num_experts_per_tok", chosen),
@@ -86,7 +96,11 @@ class WithExperts(Layered):
         path, mlp = f"{layer.path}/mlp", layer.block.mlp
         if not isinstance(mlp, ExpertsMlp):
             return self._mlp_rules(prefix, layer)
-        table = [Rule(f"{prefix}{self.router}.weight", (Part(f"{path}/router/kernel", Transposed(), layer.repeat),))]
+        table = [
+            Rule(
+                f"{prefix}{self.router}.weight", (Part(f"{path}/router/kernel", Transposed(), layer.repeat),)
+            )
+        ]
         pairs = zip(self.projections, ("gate_proj", "up_proj", "down_proj"), strict=True)
         for theirs, ours in pairs:
             for expert in range(mlp.num_experts):

@@ -22,7 +22,7 @@ from lcx.convert.core.rules import Part, Rule, Same
 from lcx.convert.hf import rope as hf_rope
 from lcx.convert.hf.layouts import PairedBias, PairedRows
 from lcx.convert.hf.llama_like import KEYS, LlamaLike, layer_types
-from lcx.convert.hf.rope_parameters import ORIGINAL, written_max_position_embeddings
+from lcx.convert.hf.rope_parameters import written_max_position_embeddings
 from lcx.convert.hf.values import boolean, fraction, integer
 from lcx.errors import UserError
 from lcx.mixers.attention import Attention
@@ -178,7 +178,9 @@ class Layered(LlamaLike):
             flat["partial_rotary_factor"] = self.partial_factor
         own = self.local_theta is not None
         if not own or kind == FULL:
-            flat |= {key: config[key] for key in _ROPE_KEYS if key in config and key != "rope_local_base_freq"}
+            flat |= {
+                key: config[key] for key in _ROPE_KEYS if key in config and key != "rope_local_base_freq"
+            }
         given = config.get("rope_parameters")
         theta = self.theta
         if own and given:
@@ -201,9 +203,12 @@ class Layered(LlamaLike):
         depth = _attention_layers(model)
         mixer, mlp = depth[0].block.mixer, depth[0].block.mlp
         shape = {name: getattr(mixer, name) for name in ("num_heads", "num_kv_heads", "head_dim", "qkv_bias")}
-        shape |= {"intermediate_size": getattr(mlp, "intermediate_size", None), "mlp_bias": getattr(mlp, "bias", False)}
+        shape |= {
+            "intermediate_size": getattr(mlp, "intermediate_size", None),
+            "mlp_bias": getattr(mlp, "bias", False),
+        }
         config = self._size_keys(model, shape, dtype)
-        if "rms_norm_eps" != self.eps_key:
+        if self.eps_key != "rms_norm_eps":
             config[self.eps_key] = config.pop("rms_norm_eps")
         if self.biases == "qkv_of_config":
             config["attention_bias"] = mixer.qkv_bias
@@ -296,7 +301,11 @@ def difference(ours: Any, theirs: Any) -> str:
     """The first setting in which two models, blocks or parts differ, as "Attention.window = 8"; "" if there is none."""
     for field in dataclasses.fields(ours):
         a, b = getattr(ours, field.name), getattr(theirs, field.name, None)
-        if field.name in _FREE or a == b or (isinstance(a, float) and isinstance(b, float) and math.isclose(a, b)):
+        if (
+            field.name in _FREE
+            or a == b
+            or (isinstance(a, float) and isinstance(b, float) and math.isclose(a, b))
+        ):
             continue
         if isinstance(a, nn.Module) and type(a) is type(b):
             if found := difference(a, b):
@@ -321,7 +330,9 @@ def _attention_layers(model: Decoder) -> list[Layer]:
     """The layers of a model, in depth order. Raises UserError unless all have softmax attention and an MLP."""
     depth = model_lib.layers(model)
     if not depth:
-        raise UserError("the model has no layers, expected at least one in the 'hf' format; save with format 'lcx'")
+        raise UserError(
+            "the model has no layers, expected at least one in the 'hf' format; save with format 'lcx'"
+        )
     for i, layer in enumerate(depth):
         mixer, mlp = layer.block.mixer, layer.block.mlp
         if type(mixer) is not Attention or mlp is None:

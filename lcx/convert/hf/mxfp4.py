@@ -42,7 +42,9 @@ class Unpacked:
         for name, info in self.source.tensors.items():
             if name.endswith(_BLOCKS) and len(info.shape) == 4:
                 experts, rows, blocks, size = info.shape
-                found[name.removesuffix(_BLOCKS)] = TensorInfo(_DTYPE, (experts, blocks * size * 2, rows), info.where)
+                found[name.removesuffix(_BLOCKS)] = TensorInfo(
+                    _DTYPE, (experts, blocks * size * 2, rows), info.where
+                )
             elif not name.endswith((_BLOCKS, _SCALES)):
                 found[name] = info
             elif name.removesuffix(_SCALES) + _BLOCKS not in self.source.tensors:
@@ -89,4 +91,8 @@ def unpacked(source: TensorSource, config: Mapping[str, object]) -> TensorSource
 
 def is_mxfp4(config: Mapping[str, object]) -> bool:
     given = config.get("quantization_config")
-    return isinstance(given, Mapping) and given.get("quant_method") == "mxfp4" and config.get("model_type") == "gpt_oss"
+    return (
+        isinstance(given, Mapping)
+        and given.get("quant_method") == "mxfp4"
+        and config.get("model_type") == "gpt_oss"
+    )

@@ -18,7 +18,9 @@ from lcx.convert.hf.values import number
 class GptOss(WithExperts):
     model_type: str = "gpt_oss"
     architecture: str = "GptOssForCausalLM"
-    own: frozenset[str] = frozenset({"swiglu_limit", "experts_per_token", "initial_context_length", "quantization_config"})
+    own: frozenset[str] = frozenset(
+        {"swiglu_limit", "experts_per_token", "initial_context_length", "quantization_config"}
+    )
     fixed: tuple = (("swiglu_alpha", (1.702,)),)
     experts_key: str = "num_local_experts"
     size_key: str = "intermediate_size"
