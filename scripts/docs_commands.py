@@ -1,7 +1,7 @@
 """Generates three pages of docs/reference from the code that they describe, so that they cannot become outdated.
 
-commands.md is generated from the parsers of the commands, configs.md from the headers of the files in configs/, families.md
-from the table of Hugging Face families, by asking a small model of each.
+commands.md is generated from the parsers of the commands, configs.md from the headers of the files in configs/,
+families.md from the table of Hugging Face families, by trying a small model of each.
 
     python scripts/docs_commands.py
 """
@@ -135,15 +135,15 @@ FAMILIES_HEADER = """# Model families
 What lcx does with the language models of each Hugging Face `model_type`; this page is written by
 `python scripts/docs_commands.py` from the table of families in the code, by trying it on a small model of each.
 
-- **layers**: the kinds of layers of a model with its defaults, `full` or `sliding` (with a window), `no rope` without positions.
-- **extend**: the layers whose rotary embedding `rope_scaling` changes. One scaling for each kind of layer can be given instead:
-  `{"full_attention": {...}, "sliding_attention": {...}}`.
+- **layers**: their kinds with the family's defaults: `full`, or `sliding` with a window; `no rope`: no positions.
+- **extend**: the layers whose rotary embedding `rope_scaling` changes. It may hold one scaling for each kind of layer
+  instead: `{"full_attention": {...}, "sliding_attention": {...}}`.
 - **LoRA**: the projections that `LoRA.targets` can reach; their adapters are read from and written to PEFT folders.
 - **linearize**: whether its softmax layers can become linear attention.
 - **export**: every family is written back, with byte-equal tensors, as transformers 4 and 5 read it.
 
-Rows are split over devices in every family. A sequence is not split over devices here: no family has context parallelism of
-softmax attention. Weights of experts are stored sharded and gathered for use.
+Over several devices, all families do the same ([meshes](../concepts/meshes.md)): with `context` > 1 attention
+gathers the sequence. The weights of experts are stored in shards, and gathered for use.
 """
 _SMALL = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 12, "num_attention_heads": 4,
@@ -198,7 +198,8 @@ def families_page() -> str:
     """What lcx does with each family."""
     from lcx.convert.hf import families
 
-    lines = [FAMILIES_HEADER, "| model_type | layers | extend | LoRA | linearize | export |", "|---|---|---|---|---|---|"]
+    head = "| model_type | layers | extend | LoRA | linearize | export |"
+    lines = [FAMILIES_HEADER, head, "|---" * 6 + "|"]
     return "\n".join([*lines, *map(_family_row, families.FAMILIES)]) + "\n"
 
 

@@ -1,5 +1,6 @@
 """The mixture of experts: equal to a loop over experts in value and gradient, with every gating."""
 
+import flax.linen
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -58,7 +59,9 @@ def test_equal_to_the_loop_over_experts(settings):
     mlp = ExpertsMlp(**dict(num_experts=E, num_chosen=K, intermediate_size=F) | settings, parent=None)
     shapes = jax.eval_shape(mlp.init, jax.random.key(0), X)["params"]
     rng = np.random.default_rng(1)
-    params = jax.tree.map(lambda leaf: 0.5 * rng.normal(size=leaf.unbox().shape).astype(np.float32), shapes, is_leaf=lambda leaf: hasattr(leaf, "unbox"))  # fmt: skip
+    params = jax.tree.map(
+        lambda leaf: 0.5 * rng.normal(size=leaf.shape).astype(np.float32), flax.linen.meta.unbox(shapes)
+    )
 
     def value(fn):
         return jax.jit(jax.value_and_grad(lambda p, x: jnp.sum(jnp.sin(fn(p, x))), argnums=(0, 1)))
@@ -87,7 +90,8 @@ def test_grouped_matmul(implementation):
 
 
 def test_cost_counts_the_experts_that_a_token_uses():
-    dense = llama(vocab_size=11, hidden_size=D, intermediate_size=F * K, num_layers=2, num_heads=2, max_position_embeddings=8)  # fmt: skip
+    sizes = dict(vocab_size=11, hidden_size=D, intermediate_size=F * K, num_layers=2, num_heads=2)
+    dense = llama(**sizes, max_position_embeddings=8)
     (stage,) = dense.stages
     mlp = ExpertsMlp(num_experts=64, num_chosen=K, intermediate_size=F, parent=None)
     sparse = dense.clone(

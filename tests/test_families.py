@@ -37,6 +37,7 @@ SMALL = dict(
 )
 YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=24)
 DEFAULT = dict(rope_type="default", rope_theta=1e4)
+FIVE = dict(rope_theta=5e5)
 TWO_KINDS = dict(sliding_window=9, layer_types=["sliding_attention", "full_attention"] * 2)
 THREE_TO_ONE = dict(sliding_window=9, layer_types=["sliding_attention"] * 3 + ["full_attention"])
 ROWS = {
@@ -51,13 +52,14 @@ ROWS = {
     ),
     "olmo2": dict(rope_parameters=dict(YARN, rope_theta=1e4)),
     "olmo3": dict(
-        rope_parameters=dict(full_attention=YARN | dict(rope_theta=5e5), sliding_attention=DEFAULT | dict(rope_theta=5e5)),
+        rope_parameters=dict(full_attention=YARN | FIVE, sliding_attention=DEFAULT | FIVE),
         **THREE_TO_ONE,
     ),
     # Without positions, a bias on keys has no effect and no gradient: attention_bias is in the row of Granite.
     "smollm3": dict(mlp_bias=True, rope_parameters=dict(YARN, rope_theta=2e4)),
     "granite": dict(
-        attention_bias=True, embedding_multiplier=3.0, residual_multiplier=0.6, attention_multiplier=0.2, logits_scaling=6.0
+        attention_bias=True, embedding_multiplier=3.0, residual_multiplier=0.6, attention_multiplier=0.2,
+        logits_scaling=6.0,
     ),
     "cohere2": dict(logit_scale=0.3, **THREE_TO_ONE),
     "glm4": dict(head_dim=12, attention_bias=True, rope_parameters=DEFAULT | dict(partial_rotary_factor=0.5)),

@@ -73,11 +73,13 @@ class Attention(nn.Module):
             masks = {"q_segment_ids": segment_ids, "kv_segment_ids": segment_ids}
             return merged_heads(self, self._attend(q, k, v, masks, sinks), x.shape[-1]), None
         new = kv_cache.entries(k, v, segment_ids)
-        options = {"window": self.window, "ring": self._is_ring(cache["segment_ids"])}
+        ring = self._is_ring(cache["segment_ids"])
         if self.reads_in_place(x.shape[1]):
-            y = kv_cache.attend(cache, q, new, **options, softcap=self.softcap, sinks=sinks)
+            y = kv_cache.attend(
+                cache, q, new, window=self.window, ring=ring, softcap=self.softcap, sinks=sinks
+            )
         else:
-            y = self._attend(*kv_cache.arguments(cache, q, new, **options), sinks)
+            y = self._attend(*kv_cache.arguments(cache, q, new, window=self.window, ring=ring), sinks)
         cache = new if deferred else self.append_cache(cache, new)
         return merged_heads(self, y, x.shape[-1]), cache
 
@@ -87,8 +89,9 @@ class Attention(nn.Module):
     ) -> Array:
         """Runs the operator on each device's own rows and heads; returns [B, T, N, H]."""
         k, v = (sharding.repeat_heads(heads, self.num_heads) for heads in (k, v))
-        options = {"window": self.window, "softcap": self.softcap, "implementation": self.implementation}
-        attend = functools.partial(attention, **options)
+        attend = functools.partial(
+            attention, window=self.window, softcap=self.softcap, implementation=self.implementation
+        )
         arrays = {"q": q, "k": k, "v": v, **masks, "sinks": sinks}
         return sharding.per_device(attend, arrays, heads=("q", "k", "v", "sinks"))
 

@@ -128,17 +128,18 @@ def arguments(
     cache: Cache, q: Array, new: Cache, *, window: int | None = None, ring: bool = False
 ) -> tuple[Array, Array, Array, dict[str, Array | None]]:
     """Arguments of ops.attention for many new tokens, time before heads: q, k, v, and the keyword arguments."""
-    before, index = {**cache, "segment_ids": _filled(cache)}, cache["index"]
+    before = {**cache, "segment_ids": _filled(cache)}
     if ring:  # the ring from its oldest slot on, and room for the new tokens
-        before, index = _unrolled(before, new["segment_ids"].shape[1]), cache["segment_ids"].shape[1]
-    kept = append({**before, "index": jnp.asarray(index, jnp.int32)}, new)
+        before = _unrolled(before, new["segment_ids"].shape[1])
+    index = before["index"]
+    kept = append(before, new)
     if window is not None:  # the operator counts the window in slots, so padding must not lie between tokens
-        kept = _padding_first(kept, jnp.asarray(index), new["segment_ids"])
+        kept = _padding_first(kept, index, new["segment_ids"])
     k, v = (jnp.swapaxes(kept[name], 1, 2).astype(q.dtype) for name in ("k", "v"))
     others: dict[str, Array | None] = {
         "q_segment_ids": new["segment_ids"],
         "kv_segment_ids": kept["segment_ids"],
-        "q_offset": jnp.broadcast_to(jnp.asarray(index, jnp.int32), q.shape[:1]),
+        "q_offset": jnp.broadcast_to(index, q.shape[:1]),
     }
     if "log_decay" in kept:
         others["log_decay"] = jnp.swapaxes(kept["log_decay"], 1, 2)
@@ -147,7 +148,7 @@ def arguments(
 
 def _unrolled(cache: Cache, room: int) -> Cache:
     """A ring in the order of its tokens, and `room` free slots after them."""
-    found = {}
+    found = {"index": jnp.full_like(cache["index"], cache["segment_ids"].shape[1])}
     for name in ("k", "v", "segment_ids"):
         axis = 2 if name != "segment_ids" else 1
         x = jnp.roll(cache[name], -cache["index"], axis)

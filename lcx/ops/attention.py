@@ -12,9 +12,9 @@ Masks. A query sees the keys of its own segment that are at or before its positi
 Segment id 0 is padding: it sees nothing, and its output is 0. With a cache the T queries are part of the S keys, and
 `q_offset` keys precede the first query. (For a few new tokens against a cache see cached_attention.py.)
 
-A soft cap c turns each score s into c tanh(s / c) before the mask (Gemma 2, arXiv 2408.00118). A sink is a trained score
-of each head that counts in its softmax and has no value: with weights exp(s_j) / (exp(sink) + sum exp(s_j)) a head may
-attend to nothing (gpt-oss, arXiv 2508.10925).
+A soft cap c turns each score s into c tanh(s / c) before the mask (Gemma 2, arXiv 2408.00118). A sink is a trained
+score of each head that counts in its softmax and has no value: with weights exp(s_j) / (exp(sink) + sum exp(s_j)) a
+head may attend to nothing (gpt-oss, arXiv 2508.10925).
 
 Decay. With log_decay a and L its running sum over the keys, the weights are softmax(s_ij + L_i - L_j): the Forgetting
 Transformer (arXiv 2503.02130), and 2Mamba-E (arXiv 2602.17363).
@@ -66,10 +66,12 @@ def attention(
         )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     more = "a soft cap of scores" if softcap is not None else "attention sinks" if sinks is not None else None
-    options = {"cached": q_offset is not None, "decays": log_decay is not None, "more": more}
+    cached, decays, segmented = q_offset is not None, log_decay is not None, q_segment_ids is not None
     obstacles = {
-        "cudnn": attention_vendors.cudnn_obstacle(q, k, segmented=q_segment_ids is not None, **options),
-        "splash": attention_vendors.splash_obstacle(q, k, **options),
+        "cudnn": attention_vendors.cudnn_obstacle(
+            q, k, segmented=segmented, cached=cached, decays=decays, more=more
+        ),
+        "splash": attention_vendors.splash_obstacle(q, k, cached=cached, decays=decays, more=more),
         **_kernel_obstacles(q, k, v, q_offset, window, more),
         "xla": None,
         "reference": None,
@@ -85,8 +87,9 @@ def attention(
         log_decay = jnp.where(kv_segment_ids[:, :, None] != 0, log_decay, 0)
     if name == "xla":
         segments = q_segment_ids, kv_segment_ids
-        options = {"window": window, "scale": scale, "softcap": softcap, "sinks": sinks}
-        return tiled(q, k, v, *segments, q_offset, log_decay, **options)
+        return tiled(
+            q, k, v, *segments, q_offset, log_decay, window=window, scale=scale, softcap=softcap, sinks=sinks
+        )
     offset = jnp.full(q.shape[:1], k.shape[1] - q.shape[1]) if q_offset is None else q_offset
     mask = _mask(q_segment_ids, kv_segment_ids, offset, window, q.shape[1], k.shape[1])
     between = None

@@ -103,7 +103,7 @@ class Plan:
     def scores(
         self, q: Array, k: Array, q_segments: Array, kv_segments: Array, place: Array, start: Array, gap
     ):
-        """Scores of one tile, [G, rows, cols] float32, the mask of visible pairs, [rows, cols], and the slope of the cap.
+        """Scores of one tile, [G, rows, cols] float32, the mask of visible pairs, [rows, cols], and the cap's slope.
 
         The slope is the derivative of a capped score with respect to the product of query and key; 1 without a cap.
         q [G, rows, H] and q_segments [rows] belong to the tile; its first query has index `place` among the keys.

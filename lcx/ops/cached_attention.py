@@ -100,7 +100,7 @@ def cached_attention(
 class _Softmax(NamedTuple):
     """A softmax over the slots seen so far: their largest score, and the sums of exp(score - top) and of that times v.
 
-    Letters: [B, K, G, T], and y [B, K, G, T, H]; float32 or wider. `cap` is the soft cap of the scores, if there is one.
+    Letters: [B, K, G, T], and y [B, K, G, T, H]; float32 or wider. `cap` is the soft cap of the scores, if any.
     """
 
     top: Array

@@ -359,7 +359,8 @@ class Table:
         if depth == 0:
             return read(None, index)
         axes = [range(*index[axis].indices(self.shapes[path][axis])) for axis in range(depth)]
-        slices = [read(key if depth > 1 else key[0], index[depth:]) for key in itertools.product(*axes)]
+        keys: Iterable[Key] = axes[0] if depth == 1 else itertools.product(axes[0], axes[1])
+        slices = [read(key, index[depth:]) for key in keys]
         if len(slices) == 1 and depth == 1:
             return slices[0][None]
         return np.stack(slices).reshape(*map(len, axes), *slices[0].shape)

@@ -18,7 +18,7 @@ import numpy as np
 
 from lcx import model as model_lib
 from lcx.block import Block
-from lcx.convert.core.rules import Part, Rule, Same
+from lcx.convert.core.rules import Layout, Part, Rule, Same
 from lcx.convert.hf import rope as hf_rope
 from lcx.convert.hf.layouts import PairedBias, PairedRows
 from lcx.convert.hf.llama_like import KEYS, LlamaLike, layer_types
@@ -186,7 +186,8 @@ class Layered(LlamaLike):
         if own and given:
             if not isinstance(given, Mapping) or not all(isinstance(x, Mapping) for x in given.values()):
                 raise UserError(
-                    f"config.json has rope_parameters {shown(given)}, expected an object for each of {FULL} and {SLIDING}"
+                    f"config.json has rope_parameters {shown(given)}, expected an object for each of {FULL} "
+                    f"and {SLIDING}"
                 )
             flat["rope_parameters"] = given.get(kind)
         if self.local_theta is not None and kind == SLIDING:
@@ -247,7 +248,7 @@ class Layered(LlamaLike):
         keys = hf_rope.keys(self.rope, rope, window, head_dim) | {"max_position_embeddings": window}
         if either:
             return keys
-        local = first(SLIDING) or Rope(rope_theta=self.local_theta)
+        local = first(SLIDING) or Rope(rope_theta=self.local_theta or self.theta)
         nested = {FULL: keys["rope_parameters"]}
         nested[SLIDING] = hf_rope.keys(self.rope, local, window, head_dim)["rope_parameters"]
         keys |= {"rope_parameters": nested}
@@ -285,7 +286,7 @@ class Layered(LlamaLike):
         if not self.paired or mixer.rope is None:
             return table
         dims = rotary_dim(mixer.rope, mixer.head_dim)
-        layouts = {"weight": PairedRows(dims), "bias": PairedBias(dims)}
+        layouts: dict[str, Layout] = {"weight": PairedRows(dims), "bias": PairedBias(dims)}
 
         def paired(rule: Rule) -> Rule:
             if not rule.name.startswith((f"{prefix}q_proj.", f"{prefix}k_proj.")):

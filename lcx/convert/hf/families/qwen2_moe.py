@@ -38,10 +38,11 @@ class Qwen2Moe(QwenWithExperts):
         return super().kinds(config, num_layers)
 
     def own_keys(self, model, depth):
+        keys = super().own_keys(model, depth)
         mixers = [layer.block.mixer for layer in depth]
         windows = [mixer.window for mixer in mixers]
         shared = next(x.block.mlp.shared_size for x in depth if isinstance(x.block.mlp, ExpertsMlp))
-        return super().own_keys(model, depth) | {
+        return keys | {
             "shared_expert_intermediate_size": shared,
             "qkv_bias": mixers[0].qkv_bias,
             "use_sliding_window": any(windows),
