@@ -144,7 +144,8 @@ def extend_model(
             old.rope,
             max_position_embeddings=model.max_position_embeddings,
             rope_scaling=by_kind[kind],
-            context_length=context_length,
+            # Layers with a window have no reach to extend; their own scaling says its factor.
+            context_length=context_length if kind == FULL or not _names_kinds(rope_scaling) else None,
             head_dim=old.head_dim,
         )
         for kind, ropes in scaled.items()

@@ -12,15 +12,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 import safetensors.torch
 import torch
 import transformers
 from flax.traverse_util import flatten_dict
 
 import lcx
+from lcx import extend
+from lcx import model as model_lib
 from lcx.convert.core import model_source, rules
-from lcx.convert.hf import families, writer
+from lcx.convert.hf import config as hf_config
+from lcx.convert.hf import families, layered, writer
 from lcx.convert.hf.source import HfSource
+from lcx.convert.peft import adapter
+from lcx.convert.peft.merged import AdaptedSource
+from lcx.errors import UserError
+from lcx.rope import Rope
 
 V, T, NEW = 67, 45, 6
 SMALL = dict(
@@ -234,3 +242,150 @@ def test_mxfp4_is_read_as_transformers_reads_it(tmp_path):
     for name, x in expected.items():
         assert torch.equal(written[name], x), name
     assert {str(info.dtype) for info in source.leaves.values()} == {"bfloat16"}
+
+
+# --------------------------------------------------------------------------------------- extension, by kind of layer
+
+PLAIN = dict(rope_type="default", rope_theta=1e4)
+TINY = {key: value for key, value in SMALL.items() if not key.endswith("token_id")}
+
+
+def described(name: str, **changes) -> model_lib.Decoder:
+    """The model of a config.json in transformers 4's spelling, without anything extended."""
+    keys = dict(TINY, model_type=name, tie_word_embeddings=False, **ROWS[name]) | changes
+    keys.pop("rope_parameters", None)
+    return hf_config.from_config(keys)
+
+
+@pytest.mark.parametrize("name", ["gemma3_text", "olmo3", "smollm3", "gpt_oss", "qwen3_moe", "ministral"])
+def test_a_scaling_goes_where_the_family_puts_it(name):
+    """The extended model is that of the config.json that transformers extends (compared with it in logits, above)."""
+    given = ROWS[name]["rope_parameters"]
+    full = given.get("full_attention", given)
+    none = {"rope_type": "default"}  # without it, gpt-oss is scaled
+    plain = described(name, rope_theta=full["rope_theta"], max_position_embeddings=24, rope_scaling=none)
+    scaling = {key: value for key, value in full.items() if key != "rope_theta"}
+    longer = extend.extend_model(plain, scaling, None)
+    keys = dict(TINY, model_type=name, tie_word_embeddings=False, max_position_embeddings=96, **ROWS[name])
+    assert not layered.difference(longer, hf_config.from_config(keys))
+    for ours, theirs in zip(*map(model_lib.layers, (longer, hf_config.from_config(keys))), strict=True):
+        assert ours.block.mixer == theirs.block.mixer
+    written = hf_config.to_config(longer, dtype="float32")
+    assert hf_config.from_config(written) == longer
+
+
+def test_gpt_oss_without_rotary_settings_is_scaled_as_in_transformers():
+    theirs = transformers.GptOssConfig().rope_parameters
+    rope = extend.rotaries(described("gpt_oss", max_position_embeddings=131072))[0].rope
+    assert {key: getattr(rope, key) for key in theirs} == theirs
+
+
+def test_layers_that_a_scaling_leaves_alone():
+    """A scaling for each kind; layers without positions; layers that rotate only inside a window."""
+    olmo = described("olmo3", max_position_embeddings=24)
+    both = {"full_attention": dict(YARN), "sliding_attention": {"rope_type": "linear", "factor": 2.0}}
+    assert [one.rope.rope_type for one in extend.rotaries(extend.extend_model(olmo, both, 96))] == [
+        "linear",
+        "yarn",
+    ]
+    only = extend.extend_model(olmo, {"full_attention": dict(YARN)}, None)
+    assert only == extend.extend_model(olmo, dict(YARN), None)
+    assert "\n".join(extend.table(only)) == (
+        "kind of layer      layers  window  rope_theta  scaling               sees tokens back\n"
+        "sliding_attention       3       9      500000  none                                 9\n"
+        "full_attention          1       -      500000  yarn, factor 4                      96"
+    )
+    cohere = described("cohere2", max_position_embeddings=24)
+    assert extend.extend_model(cohere, None, 96) == cohere.clone(max_position_embeddings=96, parent=None)
+    with pytest.raises(UserError, match="set context_length alone"):
+        extend.extend_model(cohere, dict(YARN), None)
+    assert "no rope" in extend.table(described("smollm3"))[2]
+    assert extend.table(described("olmo2")) == []
+    with pytest.raises(UserError, match="expected a scaling for each of full_attention: change rope_scaling"):
+        extend.extend_model(described("olmo2"), {"sliding_attention": dict(YARN)}, None)
+
+
+# ---------------------------------------------------------------------------------------------------- what is refused
+
+REFUSED = {
+    "bidirectional": (
+        "gemma3_text",
+        dict(use_bidirectional_attention=True),
+        "use_bidirectional_attention True",
+    ),
+    "activation": ("gemma2", dict(hidden_activation="relu"), "hidden_activation 'relu'"),
+    "no window": ("gemma2", dict(sliding_window=None), "sliding_attention but no sliding_window"),
+    "sequential": ("cohere2", dict(use_parallel_block=False), "use_parallel_block False"),
+    "multiplier": (
+        "granite",
+        dict(residual_multiplier="0.2"),
+        "residual_multiplier = '0.2', expected a positive",
+    ),
+    "rope flags": ("smollm3", dict(no_rope_layers=[1, 0]), "no_rope_layers"),
+    "one rope for two kinds": ("olmo3", dict(rope_parameters=dict(PLAIN)), "expected an object for each"),
+    "two ropes for one": (
+        "olmo2",
+        dict(rope_parameters={"full_attention": PLAIN, "sliding_attention": PLAIN | FIVE}),
+        "differ by layer type",
+    ),
+    "jitter": ("mixtral", dict(router_jitter_noise=0.1), "router_jitter_noise 0.1"),
+    "chosen": ("mixtral", dict(num_experts_per_tok=9), "expected at most num_experts"),
+    "experts": ("mixtral", dict(num_local_experts=1_000_000), "expected at most 10000"),
+    "two numbers": ("qwen3_moe", dict(num_local_experts=7), "which differ"),
+    "windows": ("qwen2_moe", dict(use_sliding_window=True), "add layer_types"),
+    "alpha": ("gpt_oss", dict(swiglu_alpha=2.0), "swiglu_alpha 2.0"),
+    "quantized": ("granite", dict(quantization_config={"quant_method": "mxfp4"}), "quantization_config"),
+    "latent": ("deepseek_v3", dict(), "model_type 'deepseek_v3', supported are"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_config_is_refused_in_one_line(case):
+    name, changes, message = REFUSED[case]
+    with pytest.raises(UserError) as error:
+        hf_config.from_config(dict(TINY, model_type=name, **ROWS.get(name, {}) | changes))
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+CHANGED = {
+    "softcap": ("gemma3_text", lambda mixer: dict(sinks=True), "Attention.sinks = True"),
+    "one scale of two": ("granite", lambda mixer: dict(scale=0.5), None),
+    "windows": ("olmo3", lambda mixer: dict(window=5 if mixer.window else None), None),
+    "one window of two": ("olmo2", lambda mixer: dict(window=5), None),
+    "norm": ("qwen3_moe", lambda mixer: dict(qk_norm=False), "Attention.qk_norm = False"),
+    "sinks": ("gpt_oss", lambda mixer: dict(sinks=False), "Attention.sinks = False"),
+    "rope": ("cohere2", lambda mixer: dict(rope=Rope()), "layer 3 has Attention.rope"),
+}
+
+
+@pytest.mark.parametrize("case", CHANGED)
+def test_what_a_config_cannot_say_is_refused_and_all_else_survives(case):
+    name, changes, message = CHANGED[case]
+    model = model_lib.map_mixers(described(name), lambda mixer: mixer.clone(**changes(mixer), parent=None))
+    if message is None:
+        assert hf_config.from_config(hf_config.to_config(model, dtype="float32")) == model
+        return
+    with pytest.raises(UserError, match=re.escape(message)) as error:
+        hf_config.to_config(model, dtype="float32")
+    assert "cannot express; save with format 'lcx'" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_adapters_of_heads_that_are_rotated_in_pairs(folders, tmp_path):
+    """A pair that training would use as it is changes the kernel as merging it into the stored layout does."""
+    source = HfSource(folders("cohere2"))
+    name = "model.layers.0.self_attn.q_proj"
+    rng = np.random.default_rng(0)
+    tensors = {
+        f"base_model.model.{name}.lora_A.weight": rng.normal(size=(3, 32)).astype(np.float32),
+        f"base_model.model.{name}.lora_B.weight": rng.normal(size=(32, 3)).astype(np.float32),
+    }
+    safetensors.numpy.save_file(tensors, tmp_path / "adapter_model.safetensors")
+    config = dict(peft_type="LORA", r=3, lora_alpha=6, target_modules=["q_proj"], layers_to_transform=[0])
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    pair = adapter.load(tmp_path, source.model)["stages_0"]["block_0"]["mixer"]["q_proj"]
+    change = np.einsum("ldr,lrnh,l->ldnh", pair["a"], pair["b"], pair["scale"])
+    path = "stages_0/block_0/mixer/q_proj/kernel"
+    whole = tuple(slice(0, size) for size in source.leaves[path].shape)
+    merged = AdaptedSource(source, tmp_path).read(path, whole) - source.read(path, whole)
+    assert np.abs(change).max() > 1
+    np.testing.assert_allclose(merged, change, atol=1e-5)

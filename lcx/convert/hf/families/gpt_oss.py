@@ -13,6 +13,16 @@ from lcx.convert.core.rules import Flat, Part, Rule, Same, Transposed
 from lcx.convert.hf.experts import WithExperts
 from lcx.convert.hf.values import number
 
+#: The scaling of a config.json that states none, as in transformers.
+_ROPE = {
+    "rope_type": "yarn",
+    "factor": 32.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+    "original_max_position_embeddings": 4096,
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class GptOss(WithExperts):
@@ -34,7 +44,10 @@ class GptOss(WithExperts):
     biases: str = "config"
 
     def model(self, config, *, dtype):
-        return super().model({"attention_bias": True, **config}, dtype=dtype)
+        config = {"attention_bias": True, **config}
+        if not config.get("rope_parameters") and not config.get("rope_scaling"):
+            config["rope_scaling"] = _ROPE
+        return super().model(config, dtype=dtype)
 
     def attention(self, config):
         return {"sinks": True}
