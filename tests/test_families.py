@@ -47,7 +47,6 @@ YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=24)
 DEFAULT = dict(rope_type="default", rope_theta=1e4)
 FIVE = dict(rope_theta=5e5)
 TWO_KINDS = dict(sliding_window=9, layer_types=["sliding_attention", "full_attention"] * 2)
-THREE_TO_ONE = dict(sliding_window=9, layer_types=["sliding_attention"] * 3 + ["full_attention"])
 ROWS = {
     "gemma2": dict(
         head_dim=10, query_pre_attn_scalar=20, attn_logit_softcapping=2.0, final_logit_softcapping=3.0, **TWO_KINDS
@@ -56,25 +55,25 @@ ROWS = {
         head_dim=8,
         query_pre_attn_scalar=12,
         rope_parameters=dict(full_attention=YARN | dict(rope_theta=1e6), sliding_attention=DEFAULT),
-        **THREE_TO_ONE,
+        **TWO_KINDS,
     ),
     "olmo2": dict(rope_parameters=dict(YARN, rope_theta=1e4)),
     "olmo3": dict(
         rope_parameters=dict(full_attention=YARN | FIVE, sliding_attention=DEFAULT | FIVE),
-        **THREE_TO_ONE,
+        **TWO_KINDS,
     ),
     # Without positions, a bias on keys has no effect and no gradient: attention_bias is in the row of Granite.
-    "smollm3": dict(mlp_bias=True, rope_parameters=dict(YARN, rope_theta=2e4)),
+    "smollm3": dict(mlp_bias=True, no_rope_layer_interval=2, rope_parameters=dict(YARN, rope_theta=2e4)),
     "granite": dict(
         attention_bias=True, embedding_multiplier=3.0, residual_multiplier=0.6, attention_multiplier=0.2,
         logits_scaling=6.0,
     ),
-    "cohere2": dict(logit_scale=0.3, **THREE_TO_ONE),
+    "cohere2": dict(logit_scale=0.3, **TWO_KINDS),
     "glm4": dict(head_dim=12, attention_bias=True, rope_parameters=DEFAULT | dict(partial_rotary_factor=0.5)),
     "mixtral": dict(num_local_experts=5, num_experts_per_tok=2, sliding_window=9, head_dim=10),
     "qwen3_moe": dict(
         num_experts=6, num_experts_per_tok=3, moe_intermediate_size=24, norm_topk_prob=True, head_dim=10,
-        mlp_only_layers=[1], rope_parameters=dict(YARN, rope_theta=1e6),
+        mlp_only_layers=[1, 3], rope_parameters=dict(YARN, rope_theta=1e6),
     ),
     "qwen2_moe": dict(
         num_experts=5, num_experts_per_tok=2, moe_intermediate_size=24, shared_expert_intermediate_size=20,
@@ -292,8 +291,8 @@ def test_layers_that_a_scaling_leaves_alone():
     assert only == extend.extend_model(olmo, dict(YARN), None)
     assert "\n".join(extend.table(only)) == (
         "kind of layer      layers  window  rope_theta  scaling               sees tokens back\n"
-        "sliding_attention       3       9      500000  none                                 9\n"
-        "full_attention          1       -      500000  yarn, factor 4                      96"
+        "sliding_attention       2       9      500000  none                                 9\n"
+        "full_attention          2       -      500000  yarn, factor 4                      96"
     )
     cohere = described("cohere2", max_position_embeddings=24)
     assert extend.extend_model(cohere, None, 96) == cohere.clone(max_position_embeddings=96, parent=None)
@@ -354,7 +353,7 @@ CHANGED = {
     "one window of two": ("olmo2", lambda mixer: dict(window=5), None),
     "norm": ("qwen3_moe", lambda mixer: dict(qk_norm=False), "Attention.qk_norm = False"),
     "sinks": ("gpt_oss", lambda mixer: dict(sinks=False), "Attention.sinks = False"),
-    "rope": ("cohere2", lambda mixer: dict(rope=Rope()), "layer 3 has Attention.rope"),
+    "rope": ("cohere2", lambda mixer: dict(rope=Rope()), "layer 1 has Attention.rope"),
 }
 
 
