@@ -16,6 +16,7 @@ from lcx import mixers
 from lcx import model as model_lib
 from lcx.errors import UserError
 from lcx.mixers import Rotary
+from lcx.mixers.attention import Attention
 from lcx.model import Decoder
 from lcx.rope import Rope, extended_window
 from lcx.rope_fields import FIELDS, MOST_TOKENS, close, is_number, known_type, shown, token_count
@@ -24,6 +25,7 @@ log = logging.getLogger(__name__)
 
 _ADVICE = '{"rope_type": "yarn", "factor": 4.0}'
 _ORIGINAL = "original_max_position_embeddings"
+FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 def extend(
@@ -93,56 +95,153 @@ def extend(
     return new, window
 
 
-def rotaries(model: Decoder) -> list[Rotary]:
-    """The different rotary embeddings of a model, in depth order, each with the size of the heads that it rotates."""
-    found = (mixers.rotary(block.mixer) for stage in model.stages for block in stage.pattern)
+def rotaries(model: Decoder, kind: str | None = None) -> list[Rotary]:
+    """The different rotary embeddings of a model, in depth order, each with the size of the heads that it rotates.
+
+    Args:
+      kind: of layers, as in `kind_of`; None: all.
+    """
+    found = (
+        mixers.rotary(block.mixer)
+        for stage in model.stages
+        for block in stage.pattern
+        if kind is None or kind_of(block.mixer) == kind
+    )
     return list(dict.fromkeys(one for one in found if one is not None))
 
 
 def extend_model(
     model: Decoder, rope_scaling: Mapping[str, Any] | None, context_length: int | None
 ) -> Decoder:
-    """The model with its context extended (`extend` applied to every rope); unchanged if both arguments are None.
+    """The model with its context extended; unchanged if both arguments are None.
+
+    `extend` is applied to the rotary embeddings that Decoder.scaled_layers names: all, or those of the layers without
+    a window. Layers without positions stay as they are. `rope_scaling` may instead hold one scaling for each kind of
+    layer, {"full_attention": {...}, "sliding_attention": {...}}; a kind that it leaves out stays as it is.
 
     Raises:
-      UserError: as in `extend`, or the model has no rotary embedding.
+      UserError: as in `extend`, or the model has no rotary embedding that would be scaled.
     """
     if rope_scaling is None and context_length is None:
         return model
-    ropes = rotaries(model)
-    if not ropes:
+    if not rotaries(model):
         raise UserError(
             "rope_scaling and context_length need a model with rotary position embeddings; leave them out"
         )
+    if _sees_far_without_positions(model, rope_scaling):
+        window = max(token_count("context_length", context_length), model.max_position_embeddings)
+        return model.clone(max_position_embeddings=window, parent=None)
+    by_kind = _by_kind(model, rope_scaling)
+    scaled = {kind: rotaries(model, kind) for kind in by_kind}
+    if not any(scaled.values()):
+        raise UserError(
+            f"the layers to scale ({' and '.join(by_kind)}) have no rotary embedding: name the others in rope_scaling"
+        )
+    for kind, own in scaled.items():
+        _warn_of_listed(model, own, by_kind[kind])
+    new = {
+        (kind, old): extend(
+            old.rope,
+            max_position_embeddings=model.max_position_embeddings,
+            rope_scaling=by_kind[kind],
+            # Layers with a window have no reach to extend; their own scaling says its factor.
+            context_length=context_length if kind == FULL or not _names_kinds(rope_scaling) else None,
+            head_dim=old.head_dim,
+        )
+        for kind, ropes in scaled.items()
+        for old in ropes
+    }
+
+    def replaced(mixer):
+        place = (kind_of(mixer), mixers.rotary(mixer))
+        return mixers.with_rope(mixer, new[place][0]) if place in new else mixer
+
+    far = [window for (kind, _), (_, window) in new.items() if kind == FULL] or [x for _, x in new.values()]
+    if len(set(far)) > 1:
+        raise UserError(
+            f"the layers' rotary embeddings extend to different windows {sorted(set(far))}; set context_length"
+        )
+    return model_lib.map_mixers(model, replaced).clone(max_position_embeddings=far[0], parent=None)
+
+
+def kind_of(mixer: Any) -> str:
+    """The kind of a layer, as Hugging Face's layer_types name it: a layer with a window slides."""
+    return SLIDING if isinstance(mixer, Attention) and mixer.window is not None else FULL
+
+
+def _sees_far_without_positions(model: Decoder, rope_scaling: Mapping[str, Any] | None) -> bool:
+    """Whether only layers with a window rotate (Cohere 2) and no kind is named, so that there is nothing to scale.
+
+    Raises:
+      UserError: it is so, and there is a scaling.
+    """
+    if rotaries(model, FULL) or _names_kinds(rope_scaling):
+        return False
+    if all(kind_of(layer.block.mixer) == SLIDING for layer in model_lib.layers(model)):
+        return False
+    if rope_scaling is not None:
+        raise UserError(
+            "the layers that see the whole text have no positions, and a scaling of the others would change what they"
+            f" do inside their windows: set context_length alone (or rope_scaling = {{'{SLIDING}': ...}} for them)"
+        )
+    return True
+
+
+def _names_kinds(rope_scaling: Mapping[str, Any] | None) -> bool:
+    return isinstance(rope_scaling, Mapping) and any(key in (FULL, SLIDING) for key in rope_scaling)
+
+
+def _by_kind(model: Decoder, rope_scaling: Mapping[str, Any] | None) -> dict[str, Mapping[str, Any] | None]:
+    """The scaling of each kind of layer that is scaled. Raises UserError for a kind that the model does not have."""
+    there = {kind_of(layer.block.mixer) for layer in model_lib.layers(model)}
+    if rope_scaling is not None and _names_kinds(rope_scaling):
+        for kind, value in rope_scaling.items():
+            if kind not in there or not isinstance(value, Mapping):
+                raise UserError(
+                    f"rope_scaling has {shown(kind)} {shown(value)}, expected a scaling for each of "
+                    f"{' and '.join(sorted(there))}: change rope_scaling"
+                )
+        return dict(rope_scaling)
+    kinds = [kind for kind in (FULL, SLIDING) if kind in there]
+    if model.scaled_layers == "full" and FULL in kinds:
+        kinds = [FULL]
+    return {kind: rope_scaling for kind in kinds}
+
+
+def _warn_of_listed(model: Decoder, ropes: list[Rotary], rope_scaling: Mapping[str, Any] | None) -> None:
+    """Warns where a rope_theta replaces frequencies that Evo 2's checkpoints list, which savanna would keep."""
     configured = rope_scaling.get("rope_theta") if isinstance(rope_scaling, Mapping) else None
-    for rope, _ in ropes:  # Evo 2's checkpoints contain inv_freq, which savanna keeps even if rope_theta is changed
+    for rope, _ in ropes:
         if model.model_type == "striped_hyena" and configured not in (None, rope.rope_theta):
             log.warning(
                 "inv_freq of the checkpoint is that of rope_theta %g, and the configured rope_theta %g replaces it",
                 rope.rope_theta,
                 configured,
             )
-    new = {
-        old: extend(
-            old.rope,
-            max_position_embeddings=model.max_position_embeddings,
-            rope_scaling=rope_scaling,
-            context_length=context_length,
-            head_dim=old.head_dim,
-        )
-        for old in ropes
-    }
 
-    def replaced(mixer):
-        old = mixers.rotary(mixer)
-        return mixer if old is None else mixers.with_rope(mixer, new[old][0])
 
-    windows = {window for _, window in new.values()}
-    if len(windows) > 1:
-        raise UserError(
-            f"the layers' rotary embeddings extend to different windows {sorted(windows)}; set context_length"
-        )
-    return model_lib.map_mixers(model, replaced).clone(max_position_embeddings=windows.pop(), parent=None)
+def table(model: Decoder) -> list[str]:
+    """Lines that list the kinds of layers: number, window, rope_theta, scaling, and how far back a query sees.
+
+    Empty for a model whose layers are all alike, without a window.
+    """
+    rows: dict[tuple, int] = {}
+    for layer in model_lib.layers(model):
+        mixer = layer.block.mixer
+        if not hasattr(mixer, "rope"):
+            continue
+        window, rope = getattr(mixer, "window", None), mixer.rope
+        key = (kind_of(mixer), window if kind_of(mixer) == SLIDING else None, rope)
+        rows[key] = rows.get(key, 0) + 1
+    if len(rows) < 2 and not any(kind == SLIDING for kind, _, _ in rows):
+        return []
+    lines = ["kind of layer      layers  window  rope_theta  scaling               sees tokens back"]
+    for (kind, window, rope), count in rows.items():
+        reach = model.max_position_embeddings if window is None else min(window, model.max_position_embeddings)
+        theta = "no rope" if rope is None else f"{rope.rope_theta:g}"
+        scaling = "-" if rope is None else _title(rope) if _is_scaled(rope) else "none"
+        lines.append(f"{kind:<17}  {count:>6}  {window or '-':>6}  {theta:>10}  {scaling:<20}  {reach:>16}")
+    return lines
 
 
 def _is_scaled(rope: Rope) -> bool:

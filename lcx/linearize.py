@@ -103,6 +103,12 @@ class Linearize:
 
     def _linear(self, block: Block) -> Block:
         softmax = block.mixer
+        for name in ("softcap", "sinks"):
+            if getattr(softmax, name):
+                raise UserError(
+                    f"Attention.{name} is {getattr(softmax, name)}, which linear attention does not have: list these"
+                    " layers in Linearize.keep_softmax"
+                )
         other = ("keep_softmax", "published_quirks")
         own = [field.name for field in dataclasses.fields(self) if field.name not in other]
         kind = PublishedLinearAttention if self.published_quirks else LinearAttention

@@ -24,7 +24,7 @@ def llama(
     layer_windows: tuple[int | None, ...] | None = None,
     qkv_bias: bool = False,
     o_bias: bool = False,
-    qk_norm: bool = False,
+    qk_norm: bool | str = False,
     mlp_bias: bool = False,
     norm_eps: float = 1e-5,
     tie_word_embeddings: bool = False,

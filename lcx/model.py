@@ -177,6 +177,8 @@ class Decoder(nn.Module):
       norm: the final norm; see layers.Norm.
       embedding_multiplier: factor on the input embeddings: sqrt(hidden_size) in Gemma.
       logit_multiplier: factor on the logits: logit_scale of Cohere, 1 / logits_scaling of Granite.
+      scaled_layers: which rotary embeddings a context extension scales: "all", or those of the "full" layers, without a
+        window, if sliding layers have their own (Gemma 3, OLMo 3).
       logit_softcap: c in c tanh(logits / c), applied after logit_multiplier, as in Gemma 2. None: no cap.
     """
 
@@ -193,6 +195,7 @@ class Decoder(nn.Module):
     embedding_multiplier: float = 1.0
     logit_multiplier: float = 1.0
     logit_softcap: float | None = None
+    scaled_layers: str = "all"
 
     def setup(self):
         self.check()
@@ -213,6 +216,10 @@ class Decoder(nn.Module):
             max_position_embeddings=self.max_position_embeddings,
         )
         _check_dtype(self.dtype)
+        if self.scaled_layers not in ("all", "full"):
+            raise UserError(
+                f"Decoder.scaled_layers is {self.scaled_layers!r}, expected 'all' or 'full': change it"
+            )
         if not 0 <= self.norm_eps < math.inf:
             raise UserError(
                 f"Decoder.norm_eps is {self.norm_eps}, expected a small positive number: change norm_eps"

@@ -93,7 +93,7 @@ def total(
     check(model)
     counted = jnp.where(batch["segment_ids"] != 0, batch["positions"], 0)
     state = empty_state(model, B, count * pieces.length, jnp.max(counted) + 1)
-    grows = _growing(model, B)
+    grows = _growing(model, B, count * pieces.length)
     every = _border_interval(state, grows, count)
     order = jnp.arange(-(-count // every) * every).reshape(-1, every)
     rows = Rows(_reader(batch, pieces.length, order.size), order)
@@ -131,10 +131,10 @@ def _over_rows(x: Array, axis: int, rows: int) -> Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*axes))
 
 
-def _growing(model: Decoder, batch_size: int) -> Tree:
-    """Tree of bool: which arrays of the state grow with the number of slots."""
+def _growing(model: Decoder, batch_size: int, slots: int) -> Tree:
+    """Tree of bool: which arrays of the state grow beyond `slots`. The rings of layers with a window may not."""
     short, long = (
-        jax.eval_shape(functools.partial(model.init_cache, batch_size, slots)) for slots in (8, 16)
+        jax.eval_shape(functools.partial(model.init_cache, batch_size, number)) for number in (slots, 2 * slots)
     )
     return jax.tree.map(lambda a, b: a.shape != b.shape, short, long)
 

@@ -213,7 +213,7 @@ def per_device(fn, arrays: dict[str, jax.Array | None], heads: tuple[str, ...] =
     Args:
       fn: returns [B, T, heads, ...].
       arrays: name -> array whose first axis is rows; others (such as parameters) are replicated. None: not passed.
-      heads: names of the arrays [B, T, heads, ...] whose heads are split as well.
+      heads: names of the arrays [B, T, heads, ...] whose heads are split as well, and of arrays [heads].
     """
     arrays = {name: x for name, x in arrays.items() if x is not None}
     row_count = next(iter(arrays.values())).shape[0]
@@ -221,7 +221,9 @@ def per_device(fn, arrays: dict[str, jax.Array | None], heads: tuple[str, ...] =
     plain = PartitionSpec("rows")
 
     def axes(name: str) -> PartitionSpec:
-        return head if name in heads else plain if arrays[name].shape[0] == row_count else PartitionSpec()
+        if name in heads:
+            return head if arrays[name].ndim > 1 else PartitionSpec("heads")
+        return plain if arrays[name].shape[0] == row_count else PartitionSpec()
 
     return island(lambda a: fn(**a), arrays, {name: axes(name) for name in arrays}, head)
 

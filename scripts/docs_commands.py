@@ -1,6 +1,7 @@
-"""Generates two pages of docs/reference from the code that they describe, so that they cannot become outdated.
+"""Generates three pages of docs/reference from the code that they describe, so that they cannot become outdated.
 
-commands.md is generated from the parsers of the commands, configs.md from the headers of the files in configs/.
+commands.md is generated from the parsers of the commands, configs.md from the headers of the files in configs/,
+families.md from the table of Hugging Face families, by trying a small model of each.
 
     python scripts/docs_commands.py
 """
@@ -129,7 +130,81 @@ def configs_page() -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
+FAMILIES_HEADER = """# Model families
+
+What lcx does with the language models of each Hugging Face `model_type`; this page is written by
+`python scripts/docs_commands.py` from the table of families in the code, by trying it on a small model of each.
+
+- **layers**: their kinds with the family's defaults: `full`, or `sliding` with a window; `no rope`: no positions.
+- **extend**: the layers whose rotary embedding `rope_scaling` changes. It may hold one scaling for each kind of layer
+  instead: `{"full_attention": {...}, "sliding_attention": {...}}`.
+- **LoRA**: the projections that `LoRA.targets` can reach; their adapters are read from and written to PEFT folders.
+- **linearize**: whether its softmax layers can become linear attention.
+- **export**: every family is written back, with byte-equal tensors, as transformers 4 and 5 read it.
+
+Over several devices, all families do the same ([meshes](../concepts/meshes.md)): with `context` > 1 attention
+gathers the sequence. The weights of experts are stored in shards, and gathered for use.
+"""
+_SMALL = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 12, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 4096, "sliding_window": 64,
+    "shared_expert_intermediate_size": 32, "num_experts_per_tok": 2, "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+def _family_row(model_type: str) -> str:
+    """A row of the page: what was tried on a small model."""
+    from lcx import extend, linearize
+    from lcx.convert.hf import families
+    from lcx.errors import UserError
+    from lcx.mlps.experts import ExpertsMlp
+    from lcx.model import layers
+
+    family = families.FAMILIES[model_type]
+    small = _SMALL if model_type not in ("llama",) else {k: v for k, v in _SMALL.items() if k != "sliding_window"}
+    config = {"model_type": model_type, **small}
+    if "num_experts" in family.keys:
+        config |= {family.experts_key: 4, family.size_key: 32}
+    model = family.model(config, dtype="float32")
+    kinds: dict[str, None] = {}
+    for layer in layers(model):
+        kind = extend.kind_of(layer.block.mixer).removesuffix("_attention")
+        kinds[kind + ("" if layer.block.mixer.rope else ", no rope")] = None
+
+    def scaled() -> str:
+        try:
+            wider = extend.extend_model(model, {"rope_type": "linear", "factor": 4.0}, None)
+        except UserError:
+            return "none; `context_length` alone"
+        pairs = zip(layers(model), layers(wider), strict=True)
+        changed = {extend.kind_of(a.block.mixer) for a, b in pairs if a.block.mixer.rope != b.block.mixer.rope}
+        return " and ".join(sorted(kind.removesuffix("_attention") for kind in changed))
+
+    def linear() -> str:
+        try:
+            linearize.Linearize(window=8, feature_dim=4).model(model)
+        except UserError as error:
+            return {"softcap": "no: soft cap of scores", "sinks": "no: attention sinks"}[
+                str(error).partition(" is ")[0].removeprefix("Attention.")
+            ]
+        return "yes"
+
+    without = " but experts" if any(isinstance(layer.block.mlp, ExpertsMlp) for layer in layers(model)) else ""
+    cells = [f"`{model_type}`", "; ".join(kinds), scaled(), f"all{without}", linear(), "yes"]
+    return "| " + " | ".join(cells) + " |"
+
+
+def families_page() -> str:
+    """What lcx does with each family."""
+    from lcx.convert.hf import families
+
+    head = "| model_type | layers | extend | LoRA | linearize | export |"
+    lines = [FAMILIES_HEADER, head, "|---" * 6 + "|"]
+    return "\n".join([*lines, *map(_family_row, families.FAMILIES)]) + "\n"
+
+
 PAGES = {
+    ROOT / "docs" / "reference" / "families.md": families_page,
     ROOT / "docs" / "reference" / "commands.md": page,
     ROOT / "docs" / "reference" / "configs.md": configs_page,
 }

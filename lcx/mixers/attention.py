@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 from lcx import rope as rope_lib
 from lcx import sharding
 from lcx.errors import check_sizes
-from lcx.layers import Norm
+from lcx.layers import Norm, named_param
 from lcx.mixers import kv_cache
 from lcx.mixers.kv_cache import Cache
 from lcx.mixers.projections import merged_heads, rotated_heads
@@ -28,6 +28,8 @@ class Attention(nn.Module):
         once (OLMo 2).
       norm: the kind of that norm; see layers.Norm.
       scale: factor on q k^T before the softmax; None: 1 / sqrt(head_dim).
+      softcap: c in c tanh(score / c), which bounds the scores (Gemma 2); None: no cap.
+      sinks: whether each head has a trained score that counts in its softmax without a value (gpt-oss).
       implementation: see ops.attention; None picks the fastest valid one.
     """
 
@@ -43,6 +45,8 @@ class Attention(nn.Module):
     implementation: str | None = None
     norm: Norm = Norm()
     scale: float | None = None
+    softcap: float | None = None
+    sinks: bool = False
 
     @nn.compact
     def __call__(
@@ -62,23 +66,34 @@ class Attention(nn.Module):
             window=self.window,
         )
         q, k, v = rotated_heads(self, x, positions, cache, segment_ids=segment_ids)
+        sinks = None
+        if self.sinks:
+            sinks = named_param(self, "sinks", nn.initializers.zeros, ("heads",), (self.num_heads,))
         if cache is None:
             masks = {"q_segment_ids": segment_ids, "kv_segment_ids": segment_ids}
-            return merged_heads(self, self._attend(q, k, v, masks), x.shape[-1]), None
+            return merged_heads(self, self._attend(q, k, v, masks, sinks), x.shape[-1]), None
         new = kv_cache.entries(k, v, segment_ids)
+        ring = self._is_ring(cache["segment_ids"])
         if self.reads_in_place(x.shape[1]):
-            y = kv_cache.attend(cache, q, new, window=self.window)
+            y = kv_cache.attend(
+                cache, q, new, window=self.window, ring=ring, softcap=self.softcap, sinks=sinks
+            )
         else:
-            y = self._attend(*kv_cache.arguments(cache, q, new, window=self.window))
+            y = self._attend(*kv_cache.arguments(cache, q, new, window=self.window, ring=ring), sinks)
         cache = new if deferred else self.append_cache(cache, new)
         return merged_heads(self, y, x.shape[-1]), cache
 
     @nn.nowrap
-    def _attend(self, q: Array, k: Array, v: Array, masks: dict[str, Array | None]) -> Array:
+    def _attend(
+        self, q: Array, k: Array, v: Array, masks: dict[str, Array | None], sinks: Array | None
+    ) -> Array:
         """Runs the operator on each device's own rows and heads; returns [B, T, N, H]."""
         k, v = (sharding.repeat_heads(heads, self.num_heads) for heads in (k, v))
-        attend = functools.partial(attention, window=self.window, implementation=self.implementation)
-        return sharding.per_device(attend, {"q": q, "k": k, "v": v, **masks}, heads=("q", "k", "v"))
+        attend = functools.partial(
+            attention, window=self.window, softcap=self.softcap, implementation=self.implementation
+        )
+        arrays = {"q": q, "k": k, "v": v, **masks, "sinks": sinks}
+        return sharding.per_device(attend, arrays, heads=("q", "k", "v", "sinks"))
 
     @nn.nowrap
     def reads_in_place(self, num_tokens: int) -> bool:
@@ -86,13 +101,22 @@ class Attention(nn.Module):
 
     @nn.nowrap
     def init_cache(self, batch_size: int, length: int, dtype: jnp.dtype) -> Cache:
-        """An empty cache of `length` slots. rope_length = length: one rotation for the whole generation (rope.py)."""
-        slots = kv_cache.empty(batch_size, length, self.num_kv_heads, self.head_dim, dtype)
+        """An empty cache of `length` slots, or a ring for the window if that needs fewer.
+
+        rope_length = length: one rotation for the whole generation (rope.py).
+        """
+        held = length if self.window is None else min(length, kv_cache.ring_slots(self.window))
+        slots = kv_cache.empty(batch_size, held, self.num_kv_heads, self.head_dim, dtype)
         return {**slots, "rope_length": jnp.full((), length, jnp.int32)}
 
     @nn.nowrap
     def append_cache(self, cache: Cache, new: Cache) -> Cache:
-        return kv_cache.append(cache, new)
+        return kv_cache.append(cache, new, ring=self._is_ring(cache["segment_ids"]))
+
+    @nn.nowrap
+    def _is_ring(self, segment_ids: Int[Array, "*L B S"]) -> bool:
+        """Whether the cache with these segment ids is a ring. A smaller one has room for the whole text."""
+        return self.window is not None and segment_ids.shape[-1] == kv_cache.ring_slots(self.window)
 
     @nn.nowrap
     def macs_per_token(self, seq_len: int) -> float:

@@ -1,5 +1,8 @@
 """The cache of keys and values of earlier tokens, a fixed number of slots filled in order.
 
+A layer with a window needs only its last tokens. Its cache is a ring of `ring_slots` slots, unless the text is shorter:
+token p is written to slot p modulo their number, in place of one that no later token sees.
+
 Heads come before slots, so that decoding reads contiguous memory. A mixer only reads its cache and returns the entries
 to add; the decoder, which holds the caches of all layers, appends them to all layers at once, in place.
 
@@ -15,6 +18,7 @@ from jaxtyping import Array, Int
 from lcx.ops.cached_attention import cached_attention
 
 Cache = dict[str, Array]
+GRAIN = 32  # the slots of a ring are a multiple of this
 FEW = 8  # up to this many new tokens, a single product over all slots is fastest
 
 
@@ -49,9 +53,16 @@ def entries(k: Array, v: Array, segment_ids: Array | None, log_decay: Array | No
     return new if log_decay is None else {**new, "log_decay": log_decay}
 
 
-def append(cache: Cache, new: Cache) -> Cache:
+def ring_slots(window: int) -> int:
+    """The slots of the ring of a layer with this window."""
+    return -(-window // GRAIN) * GRAIN
+
+
+def append(cache: Cache, new: Cache, *, ring: bool = False) -> Cache:
     """The cache with these entries written to its next slots. Both may have a leading axis of layers."""
     start = cache["index"].reshape(-1)[0]  # the same for all layers
+    if ring:
+        return _append_to_ring(cache, new, start)
     written = {}
     for name, x in new.items():
         if name != "segment_ids":  # the cache has time after heads
@@ -62,14 +73,38 @@ def append(cache: Cache, new: Cache) -> Cache:
     return {**cache, **written, "index": cache["index"] + new["segment_ids"].shape[-1]}
 
 
+def _append_to_ring(cache: Cache, new: Cache, index: Array) -> Cache:
+    slots, T = cache["segment_ids"].shape[-1], new["segment_ids"].shape[-1]
+    written = {}
+    for name, x in new.items():
+        axis = cache[name].ndim - (2 if name in ("k", "v") else 1)
+        x = (jnp.swapaxes(x, -3, -2) if name in ("k", "v") else x).astype(cache[name].dtype)
+        if T <= FEW:  # in place
+            held = cache[name]
+            for t in range(T):
+                token = jax.lax.slice_in_dim(x, t, t + 1, axis=axis)
+                held = jax.lax.dynamic_update_slice_in_dim(held, token, (index + t) % slots, axis)
+        else:
+            both = jnp.concatenate([jnp.roll(cache[name], -index, axis), x], axis)
+            held = jnp.roll(jax.lax.slice_in_dim(both, T, T + slots, axis=axis), index + T, axis)
+        written[name] = held
+    return {**cache, **written, "index": cache["index"] + T}
+
+
 def _filled(cache: Any) -> Array:
     """The segment ids [B, S] of the slots filled so far; 0 for the others, whatever they hold (see lcx/pieces.py)."""
     ids = cache["segment_ids"]
     return jnp.where(jnp.arange(ids.shape[1]) < cache["index"], ids, 0)
 
 
-def attend(cache: Any, q: Array, new: Cache, *, window: int | None = None) -> Array:
-    """Attention outputs of at most FEW new tokens, [B, T, N, H], over a Cache or a LayerOf."""
+def attend(
+    cache: Any, q: Array, new: Cache, *, window: int | None = None, ring: bool = False, **options: Any
+) -> Array:
+    """Attention outputs of at most FEW new tokens, [B, T, N, H], over a Cache or a LayerOf.
+
+    Args:
+      options: scale, softcap and sinks of `cached_attention`.
+    """
     kv, layer = (cache.stacked, cache.layer) if isinstance(cache, LayerOf) else (cache, None)
     return cached_attention(
         q,
@@ -84,25 +119,41 @@ def attend(cache: Any, q: Array, new: Cache, *, window: int | None = None) -> Ar
         log_decay=new.get("log_decay"),
         cached_log_decay=cache.get("log_decay"),
         window=window,
+        oldest=cache["index"] % kv["segment_ids"].shape[-1] if ring else None,
+        **options,
     )
 
 
 def arguments(
-    cache: Cache, q: Array, new: Cache, *, window: int | None = None
+    cache: Cache, q: Array, new: Cache, *, window: int | None = None, ring: bool = False
 ) -> tuple[Array, Array, Array, dict[str, Array | None]]:
     """Arguments of ops.attention for many new tokens, time before heads: q, k, v, and the keyword arguments."""
-    kept = append({**cache, "segment_ids": _filled(cache)}, new)
+    before = {**cache, "segment_ids": _filled(cache)}
+    if ring:  # the ring from its oldest slot on, and room for the new tokens
+        before = _unrolled(before, new["segment_ids"].shape[1])
+    index = before["index"]
+    kept = append(before, new)
     if window is not None:  # the operator counts the window in slots, so padding must not lie between tokens
-        kept = _padding_first(kept, cache["index"], new["segment_ids"])
+        kept = _padding_first(kept, index, new["segment_ids"])
     k, v = (jnp.swapaxes(kept[name], 1, 2).astype(q.dtype) for name in ("k", "v"))
     others: dict[str, Array | None] = {
         "q_segment_ids": new["segment_ids"],
         "kv_segment_ids": kept["segment_ids"],
-        "q_offset": jnp.broadcast_to(cache["index"], q.shape[:1]),
+        "q_offset": jnp.broadcast_to(index, q.shape[:1]),
     }
     if "log_decay" in kept:
         others["log_decay"] = jnp.swapaxes(kept["log_decay"], 1, 2)
     return q, k, v, others
+
+
+def _unrolled(cache: Cache, room: int) -> Cache:
+    """A ring in the order of its tokens, and `room` free slots after them."""
+    found = {"index": jnp.full_like(cache["index"], cache["segment_ids"].shape[1])}
+    for name in ("k", "v", "segment_ids"):
+        axis = 2 if name != "segment_ids" else 1
+        x = jnp.roll(cache[name], -cache["index"], axis)
+        found[name] = jnp.pad(x, [(0, room if a == axis else 0) for a in range(x.ndim)])
+    return {**cache, **found}
 
 
 def _padding_first(kept: Cache, index: Array, new_ids: Array) -> Cache:

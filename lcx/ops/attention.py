@@ -12,6 +12,10 @@ Masks. A query sees the keys of its own segment that are at or before its positi
 Segment id 0 is padding: it sees nothing, and its output is 0. With a cache the T queries are part of the S keys, and
 `q_offset` keys precede the first query. (For a few new tokens against a cache see cached_attention.py.)
 
+A soft cap c turns each score s into c tanh(s / c) before the mask (Gemma 2, arXiv 2408.00118). A sink is a trained
+score of each head that counts in its softmax and has no value: with weights exp(s_j) / (exp(sink) + sum exp(s_j)) a
+head may attend to nothing (gpt-oss, arXiv 2508.10925).
+
 Decay. With log_decay a and L its running sum over the keys, the weights are softmax(s_ij + L_i - L_j): the Forgetting
 Transformer (arXiv 2503.02130), and 2Mamba-E (arXiv 2602.17363).
 """
@@ -39,6 +43,8 @@ def attention(
     q_offset: Int[Array, " B"] | None = None,
     window: int | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Float[Array, " N"] | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "B T N H"]:
     """softmax(scale q k^T + decay + mask) v; scale defaults to H^-0.5. Result in q's dtype.
@@ -46,6 +52,7 @@ def attention(
     Args:
       log_decay: one value per key's token, at most 0; -inf hides all earlier tokens. Values at padding are ignored.
         None: no decay.
+      softcap, sinks: see above; None: neither.
       implementation: see dispatch.py; here "reference", "xla", "cudnn", "splash", "triton", "tpu", or None for the
         fastest valid one.
 
@@ -58,11 +65,14 @@ def attention(
             f"{q.shape[2]} query heads over {k.shape[2]} kv heads: num_heads must be a multiple of num_kv_heads"
         )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    options = {"cached": q_offset is not None, "decays": log_decay is not None}
+    more = "a soft cap of scores" if softcap is not None else "attention sinks" if sinks is not None else None
+    cached, decays, segmented = q_offset is not None, log_decay is not None, q_segment_ids is not None
     obstacles = {
-        "cudnn": attention_vendors.cudnn_obstacle(q, k, segmented=q_segment_ids is not None, **options),
-        "splash": attention_vendors.splash_obstacle(q, k, **options),
-        **_kernel_obstacles(q, k, v, q_offset, window),
+        "cudnn": attention_vendors.cudnn_obstacle(
+            q, k, segmented=segmented, cached=cached, decays=decays, more=more
+        ),
+        "splash": attention_vendors.splash_obstacle(q, k, cached=cached, decays=decays, more=more),
+        **_kernel_obstacles(q, k, v, q_offset, window, more),
         "xla": None,
         "reference": None,
     }
@@ -77,17 +87,19 @@ def attention(
         log_decay = jnp.where(kv_segment_ids[:, :, None] != 0, log_decay, 0)
     if name == "xla":
         segments = q_segment_ids, kv_segment_ids
-        return tiled(q, k, v, *segments, q_offset, log_decay, window=window, scale=scale)
+        return tiled(
+            q, k, v, *segments, q_offset, log_decay, window=window, scale=scale, softcap=softcap, sinks=sinks
+        )
     offset = jnp.full(q.shape[:1], k.shape[1] - q.shape[1]) if q_offset is None else q_offset
     mask = _mask(q_segment_ids, kv_segment_ids, offset, window, q.shape[1], k.shape[1])
     between = None
     if log_decay is not None:
         rates = jnp.moveaxis(log_decay.astype(jnp.float32), 1, 2)
         between = gaps(rates, offset[:, None, None] + jnp.arange(q.shape[1]))
-    return reference(q, k, v, mask, between, scale=scale)
+    return reference(q, k, v, mask, between, scale=scale, softcap=softcap, sinks=sinks)
 
 
-def _kernel_obstacles(q, k, v, q_offset, window) -> dict[str, str | None]:
+def _kernel_obstacles(q, k, v, q_offset, window, more) -> dict[str, str | None]:
     def of(platform: str) -> str | None:
         if missing := dispatch.kernels(platform):
             return missing
@@ -95,6 +107,8 @@ def _kernel_obstacles(q, k, v, q_offset, window) -> dict[str, str | None]:
 
         if window is not None or q_offset is not None:
             return "a window or a cache is not covered"
+        if more is not None:
+            return f"{more}: not covered"
         return obstacle(q, k, v, platform=platform)
 
     return {name: of(platform) for name, platform in PLATFORMS.items()}
@@ -125,16 +139,30 @@ def _mask(q_segments, kv_segments, offset, window, T, S) -> Array:
 
 
 def reference(
-    q: Array, k: Array, v: Array, mask: Array, between: Array | None = None, *, scale: float
+    q: Array,
+    k: Array,
+    v: Array,
+    mask: Array,
+    between: Array | None = None,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Array | None = None,
 ) -> Array:
     """The definition, in float32. A query that sees no key gives 0."""
     B, T, N, H = q.shape
     K = k.shape[2]
     grouped = q.reshape(B, T, K, N // K, H).astype(jnp.float32) * scale
     scores = jnp.einsum("btkgh,bskh->bkgts", grouped, k.astype(jnp.float32))
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
     if between is not None:
         scores += between.reshape(scores.shape)
     mask = mask[:, None, None]
-    weights = jax.nn.softmax(jnp.where(mask, scores, NEG), axis=-1) * mask
+    scores = jnp.where(mask, scores, NEG)
+    if sinks is not None:
+        own = sinks.astype(jnp.float32).reshape(1, K, N // K, 1, 1)
+        scores = jnp.concatenate([scores, jnp.broadcast_to(own, (*scores.shape[:-1], 1))], axis=-1)
+    weights = jax.nn.softmax(scores, axis=-1)[..., : k.shape[1]] * mask
     out = jnp.einsum("bkgts,bskh->btkgh", weights, v.astype(jnp.float32))
     return out.reshape(B, T, N, H).astype(q.dtype)

@@ -37,11 +37,13 @@ def tiled(
     *,
     window: int | None,
     scale: float,
+    softcap: float | None = None,
+    sinks: Array | None = None,
 ) -> Array:
     """Attention in tiles; arguments as in attention(). Has its own backward pass, also with a cache (q_offset)."""
     B, T, N, H = q.shape
     S, K = k.shape[1:3]
-    plan = Plan.of(T, S, window=window, masked=q_segments is not None)
+    plan = Plan.of(T, S, window=window, masked=q_segments is not None, softcap=softcap)
     if q_segments is None or kv_segments is None:
         q_segments, kv_segments = jnp.ones((1, T), jnp.int32), jnp.ones((1, S), jnp.int32)
     # Padding comes after every query, where the causal mask hides it.
@@ -65,7 +67,9 @@ def tiled(
     cached: tuple[Array | None, Array | None] = (None, None)
     if q_offset is not None:
         cached = each_row(q_segments, q_pad), jnp.repeat(q_offset, K)
-    out = _tiled(queries, keys, values, segments, decay, *cached, plan)
+    if sinks is not None:
+        sinks = jnp.tile(sinks.astype(jnp.float32).reshape(K, N // K), (B, 1))  # [B K, G]
+    out = _tiled(queries, keys, values, segments, decay, *cached, sinks, plan)
     return jnp.moveaxis(out[:, :, :T].reshape(B, N, T, H), 1, 2)
 
 
@@ -77,13 +81,14 @@ class Plan:
     cols: int
     window: int | None
     masked: bool  # several segments, or padding
+    softcap: float | None = None
 
     @classmethod
-    def of(cls, T: int, S: int, *, window: int | None, masked: bool) -> "Plan":
+    def of(cls, T: int, S: int, *, window: int | None, masked: bool, softcap: float | None = None) -> "Plan":
         # Measured on a CPU core, forward and backward, H = 32 and 64, T = 256 ... 4096: tiles of 64 x 128 stay in the
         # second-level cache and beat 128 and 256 wide ones at every T by 1.1x to 1.4x.
         rows, cols = (T, T) if T == S <= 64 else (min(T, 64), 128)
-        return cls(rows, cols, window, masked)
+        return cls(rows, cols, window, masked, softcap)
 
     def over_rows(self, T: int, body, carry):
         """carry = body(row, carry) for row = 0, rows, 2 rows, ... < T."""
@@ -98,13 +103,19 @@ class Plan:
     def scores(
         self, q: Array, k: Array, q_segments: Array, kv_segments: Array, place: Array, start: Array, gap
     ):
-        """Scores of one tile, [G, rows, cols] float32, and the mask of visible pairs, [rows, cols].
+        """Scores of one tile, [G, rows, cols] float32, the mask of visible pairs, [rows, cols], and the cap's slope.
 
+        The slope is the derivative of a capped score with respect to the product of query and key; 1 without a cap.
         q [G, rows, H] and q_segments [rows] belong to the tile; its first query has index `place` among the keys.
         """
         G, C, H = q.shape
         size = self.cols
-        s = dot(q.reshape(G * C, H), cut(k, start, size), 1, 1).reshape(G, C, size) + gap
+        s = dot(q.reshape(G * C, H), cut(k, start, size), 1, 1).reshape(G, C, size)
+        slope: Array | float = 1.0
+        if self.softcap is not None:
+            bounded = jnp.tanh(s / self.softcap)
+            s, slope = bounded * self.softcap, 1 - jnp.square(bounded)
+        s = s + gap
         distance = (place - start) + jnp.arange(C)[:, None] - jnp.arange(size)[None]
         seen = distance >= 0
         if self.window is not None:
@@ -112,7 +123,7 @@ class Plan:
         if self.masked:
             own = q_segments[:, None]
             seen &= (own == cut(kv_segments, start, size)[None]) & (own != 0)
-        return jnp.where(seen, s, NEG), seen
+        return jnp.where(seen, s, NEG), seen, slope
 
 
 class Gaps(NamedTuple):
@@ -146,10 +157,11 @@ class Gaps(NamedTuple):
         return gaps, edge + jnp.sum(past, axis=2)
 
 
-def _head_forward(q, k, v, kv_segments, decay, q_segments, offset, *, plan: Plan) -> tuple[Array, Array]:
+def _head_forward(q, k, v, kv_segments, decay, q_segments, offset, sinks, *, plan: Plan) -> tuple[Array, Array]:
     """One row and kv head: q [G,T,H], k and v [S,H] -> out [G,T,H], logsumexp [G,T] float32.
 
     q_segments [T] and offset [] are given for queries after a cache; None: queries and keys are the same tokens.
+    sinks [G]: scores that count in the softmax and have no value.
     """
     G, T, H = q.shape
     S, C, size = k.shape[0], plan.rows, plan.cols
@@ -165,14 +177,15 @@ def _head_forward(q, k, v, kv_segments, decay, q_segments, offset, *, plan: Plan
         def tile(start, state):
             out, top, total, edge = state
             gap, edge = (0, edge) if gaps is None else gaps.of_tile(near, place, edge, start, size)
-            s, _ = plan.scores(q_row, k, own, kv_segments, place, start, gap)
+            s, _, _ = plan.scores(q_row, k, own, kv_segments, place, start, gap)
             new_top = jnp.maximum(top, jnp.max(s, axis=-1))
             p, shrink = jnp.exp(s - new_top[..., None]), jnp.exp(top - new_top)
             new = dot(p.astype(v.dtype).reshape(G * C, size), cut(v, start, size), 1, 0).reshape(G, C, H)
             return out * shrink[..., None] + new, new_top, total * shrink + jnp.sum(p, axis=-1), edge
 
         zeros = jnp.zeros((G, C), jnp.float32)
-        empty = (jnp.zeros((G, C, H), jnp.float32), zeros + NEG, zeros, nothing)
+        top, total = (NEG, 0) if sinks is None else (sinks[:, None], 1)
+        empty = (jnp.zeros((G, C, H), jnp.float32), zeros + top, zeros + total, nothing)
         out, top, total, _ = plan.over_tiles(place, S, tile, empty)
         out = out / total[..., None]
         if plan.masked:  # padding sees nothing
@@ -182,7 +195,7 @@ def _head_forward(q, k, v, kv_segments, decay, q_segments, offset, *, plan: Plan
     return plan.over_rows(T, rows, (jnp.zeros_like(q), jnp.zeros((G, T), jnp.float32)))
 
 
-def _head_backward(q, k, v, kv_segments, decay, q_segments, offset, out, lse, d_out, *, plan: Plan) -> tuple:
+def _head_backward(q, k, v, kv_segments, decay, q_segments, offset, sinks, out, lse, d_out, *, plan: Plan) -> tuple:
     """Gradients for one row and kv head; scores are recomputed tile by tile."""
     G, T, H = q.shape
     S, C, size = k.shape[0], plan.rows, plan.cols
@@ -202,14 +215,14 @@ def _head_backward(q, k, v, kv_segments, decay, q_segments, offset, out, lse, d_
         def tile(start, state):
             dq_row, dk, dv, d_sums, edge = state
             gap, edge = (0, edge) if gaps is None else gaps.of_tile(near, place, edge, start, size)
-            s, seen = plan.scores(q_row, k, own, kv_segments, place, start, gap)
+            s, seen, slope = plan.scores(q_row, k, own, kv_segments, place, start, gap)
             p = jnp.where(seen, jnp.exp(s - lse_row[..., None]), 0)
             dp = dot(flat_d, cut(v, start, size), 1, 1).reshape(G, C, size)
             ds = p * (dp - delta_row[..., None])
             if gaps is not None:
                 d_sums = add(d_sums, jnp.sum(ds, axis=2), place, axis=1)
                 d_sums = add(d_sums, -jnp.sum(ds, axis=1), start, axis=1)
-            ds = ds.astype(k.dtype).reshape(G * C, size)
+            ds = (ds * slope).astype(k.dtype).reshape(G * C, size)
             dk = add(dk, dot(ds, flat_q, 0, 0), start)
             dv = add(dv, dot(p.astype(v.dtype).reshape(G * C, size), flat_d, 0, 0), start)
             return dq_row + dot(ds, cut(k, start, size), 1, 0), dk, dv, d_sums, edge
@@ -222,24 +235,27 @@ def _head_backward(q, k, v, kv_segments, decay, q_segments, offset, out, lse, d_
     d_sums = None if decay is None else jnp.pad(jnp.zeros_like(decay), ((0, 0), (0, after)))
     dq, dk, dv, d_sums = plan.over_rows(T, rows, (jnp.zeros_like(q), zeros, zeros, d_sums))
     d_decay = None if d_sums is None else jnp.cumsum(d_sums[:, S - 1 :: -1], axis=1)[:, ::-1]
-    return dq, dk.astype(k.dtype), dv.astype(v.dtype), d_decay
+    # A sink's weight is exp(sink - logsumexp), and its value is 0.
+    d_sinks = None if sinks is None else -jnp.sum(jnp.exp(sinks[:, None] - lse) * delta, axis=1)
+    return dq, dk.astype(k.dtype), dv.astype(v.dtype), d_decay, d_sinks
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
-def _tiled(q, k, v, kv_segments, decay, q_segments, offset, plan: Plan):
-    return _tiled_forward(q, k, v, kv_segments, decay, q_segments, offset, plan)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(8,))
+def _tiled(q, k, v, kv_segments, decay, q_segments, offset, sinks, plan: Plan):
+    return _tiled_forward(q, k, v, kv_segments, decay, q_segments, offset, sinks, plan)[0]
 
 
-def _tiled_forward(q, k, v, kv_segments, decay, q_segments, offset, plan: Plan):
-    arrays = (q, k, v, kv_segments, decay, q_segments, offset)
+def _tiled_forward(q, k, v, kv_segments, decay, q_segments, offset, sinks, plan: Plan):
+    arrays = (q, k, v, kv_segments, decay, q_segments, offset, sinks)
     out, lse = each_head(functools.partial(_head_forward, plan=plan), arrays)
     out, lse = checkpoint_name(out, MIXER_RESIDUALS), checkpoint_name(lse, MIXER_RESIDUALS)
     return out, (*arrays, out, lse)
 
 
 def _tiled_backward(plan: Plan, residuals, d_out):
-    dq, dk, dv, d_decay = each_head(functools.partial(_head_backward, plan=plan), (*residuals, d_out))
-    return dq, dk, dv, None, d_decay, None, None
+    grads = each_head(functools.partial(_head_backward, plan=plan), (*residuals, d_out))
+    dq, dk, dv, d_decay, d_sinks = grads
+    return dq, dk, dv, None, d_decay, None, None, d_sinks
 
 
 _tiled.defvjp(_tiled_forward, _tiled_backward)

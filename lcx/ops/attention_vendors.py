@@ -15,13 +15,17 @@ LANES = 128  # lanes of a TPU vector register
 BLOCK = 512  # queries, and keys, per block: fits VMEM forward and backward up to H = 256
 
 
-def _common(q: Array, k: Array, *, cached: bool, decays: bool) -> str | None:
+def _common(q: Array, k: Array, *, cached: bool, decays: bool, more: str | None) -> str | None:
     if cached or q.shape[1] != k.shape[1]:
         return "queries against a cache of keys are not covered"
+    if more is not None:
+        return f"{more}: not covered"
     return "log_decay is not covered" if decays else None
 
 
-def cudnn_obstacle(q: Array, k: Array, *, segmented: bool, cached: bool, decays: bool) -> str | None:
+def cudnn_obstacle(
+    q: Array, k: Array, *, segmented: bool, cached: bool, decays: bool, more: str | None = None
+) -> str | None:
     if missing := dispatch.on("gpu"):
         return missing
     if q.dtype not in (jnp.bfloat16, jnp.float16):
@@ -30,7 +34,7 @@ def cudnn_obstacle(q: Array, k: Array, *, segmented: bool, cached: bool, decays:
         return f"cuDNN takes head sizes that are multiples of 8 up to 128, found {q.shape[-1]}"
     if segmented:  # cuDNN would need a T x T bias
         return "packed segments are not covered"
-    return _common(q, k, cached=cached, decays=decays)
+    return _common(q, k, cached=cached, decays=decays, more=more)
 
 
 def cudnn(q: Array, k: Array, v: Array, *, window: int | None, scale: float) -> Array:
@@ -41,12 +45,14 @@ def cudnn(q: Array, k: Array, v: Array, *, window: int | None, scale: float) -> 
     )
 
 
-def splash_obstacle(q: Array, k: Array, *, cached: bool, decays: bool) -> str | None:
+def splash_obstacle(
+    q: Array, k: Array, *, cached: bool, decays: bool, more: str | None = None
+) -> str | None:
     if missing := dispatch.on("tpu"):
         return missing
     if q.dtype not in (jnp.bfloat16, jnp.float32):
         return f"splash attention takes bfloat16 and float32, found {q.dtype}"
-    return _common(q, k, cached=cached, decays=decays)
+    return _common(q, k, cached=cached, decays=decays, more=more)
 
 
 def splash(

@@ -39,7 +39,10 @@ def cached_attention(
     cached_log_decay: Float[Array, "B N S"] | None = None,
     window: int | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Float[Array, " N"] | None = None,
     layer: Int[Array, ""] | None = None,
+    oldest: Int[Array, ""] | None = None,
 ) -> Float[Array, "B T N H"]:
     """ops.attention with the new tokens placed after the first `length` slots: outputs [B, T, N, H] in q's dtype.
 
@@ -49,6 +52,8 @@ def cached_attention(
       cached_k, cached_v: in any dtype; heads before slots, so that products read contiguous memory.
       segment_ids, cached_segment_ids: tokens with id 0 (padding, empty slots) see nothing and are not seen.
       log_decay, cached_log_decay: of the new and of the cached tokens; both or neither. Values at padding are ignored.
+      oldest: the slot of the oldest token, from which the others follow, around the end of the cache; None: slot 0.
+        Matters with a window.
       layer: cached_k and cached_v have a leading axis of layers, of which this one is read, without copying it first.
     """
     B, T, N, H = q.shape
@@ -64,8 +69,10 @@ def cached_attention(
     place = jnp.cumsum(segment_ids != 0, axis=1)  # of the new tokens, among themselves
     later = None  # how many tokens of the cache follow each of its slots
     if window is not None:
-        counted = jnp.cumsum(cached_segment_ids != 0, axis=1)
+        real = cached_segment_ids != 0
+        counted = jnp.cumsum(real if oldest is None else jnp.roll(real, -oldest, axis=1), axis=1)
         later = counted[:, -1:] - counted
+        later = later if oldest is None else jnp.roll(later, oldest, axis=1)
 
     def seen(start: Array | int, size: int) -> Array:
         distance = None if later is None else place[:, :, None] + cut(later, start, size, 1)[:, None]
@@ -78,11 +85,12 @@ def cached_attention(
         cached_rate = jnp.where(cached_segment_ids[:, None] != 0, cached_log_decay.astype(wide), 0)
         gap = _gaps(jnp.swapaxes(rate, 1, 2), cached_rate)
         far, near = (x.reshape(*grouped.shape[:-1], x.shape[-1]) for x in gap)
+    start = _Softmax.empty(grouped, softcap, None if sinks is None else sinks.astype(wide).reshape(1, K, -1, 1))
     if in_chunks:
-        state = _over_chunks(grouped, cached_k, cached_v, layer, seen)
+        state = _over_chunks(start, grouped, cached_k, cached_v, layer, seen)
     else:
         keys, values = ((x if layer is None else x[layer]).astype(narrow) for x in (cached_k, cached_v))
-        state = _Softmax.empty(grouped).over(grouped, keys, values, seen(0, S), far)
+        state = start.over(grouped, keys, values, seen(0, S), far)
     see = _seen(segment_ids, segment_ids, place[:, :, None] - place[:, None], window)
     state = state.over(grouped, k, v, see, near)
     y = state.y / jnp.where(state.total == 0, 1, state.total)[..., None]
@@ -92,30 +100,38 @@ def cached_attention(
 class _Softmax(NamedTuple):
     """A softmax over the slots seen so far: their largest score, and the sums of exp(score - top) and of that times v.
 
-    Letters: [B, K, G, T], and y [B, K, G, T, H]; float32 or wider.
+    Letters: [B, K, G, T], and y [B, K, G, T, H]; float32 or wider. `cap` is the soft cap of the scores, if any.
     """
 
     top: Array
     total: Array
     y: Array
+    cap: Array | None = None
 
     @classmethod
-    def empty(cls, q: Array) -> "_Softmax":
+    def empty(cls, q: Array, softcap: float | None, sinks: Array | None) -> "_Softmax":
+        """The softmax over nothing, or over the heads' sinks [1, K, G, 1], which have no value."""
         y = jnp.zeros(q.shape, jnp.promote_types(q.dtype, jnp.float32))
-        return cls(jnp.full_like(y[..., 0], NEG), jnp.zeros_like(y[..., 0]), y)
+        zeros, cap = jnp.zeros_like(y[..., 0]), None if softcap is None else jnp.asarray(softcap, y.dtype)
+        return cls(zeros + NEG, zeros, y, cap) if sinks is None else cls(zeros + sinks, zeros + 1, y, cap)
 
     def over(self, q: Array, k: Array, v: Array, see: Array, gap: Array | float = 0.0) -> "_Softmax":
         """The softmax over these slots as well: k, v [B, K, S, H], the mask [B, 1, 1, T, S], a term of the scores."""
         product = functools.partial(jnp.einsum, preferred_element_type=self.y.dtype)
-        scores = jnp.where(see, product("bkgth,bksh->bkgts", q, k) + gap, NEG)
+        scores = product("bkgth,bksh->bkgts", q, k)
+        if self.cap is not None:
+            scores = self.cap * jnp.tanh(scores / self.cap)
+        scores = jnp.where(see, scores + gap, NEG)
         top = jnp.maximum(self.top, scores.max(-1))
         weights = jnp.where(see, jnp.exp(scores - top[..., None]), 0)
         before = jnp.exp(self.top - top)
         y = product("bkgts,bksh->bkgth", weights.astype(v.dtype), v)
-        return _Softmax(top, self.total * before + weights.sum(-1), self.y * before[..., None] + y)
+        return _Softmax(top, self.total * before + weights.sum(-1), self.y * before[..., None] + y, self.cap)
 
 
-def _over_chunks(q: Array, k: Array, v: Array, layer: Array | None, seen: Callable[..., Array]) -> _Softmax:
+def _over_chunks(
+    state: _Softmax, q: Array, k: Array, v: Array, layer: Array | None, seen: Callable[..., Array]
+) -> _Softmax:
     """The softmax over a cache, CHUNK slots at a time. Chunks that no token sees are skipped."""
     S, H = k.shape[-2:]
     sizes = (*q.shape[:2], CHUNK, H)
@@ -134,7 +150,7 @@ def _over_chunks(q: Array, k: Array, v: Array, layer: Array | None, seen: Callab
 
         return jax.lax.cond(jnp.any(see), over, lambda state: state, state), None
 
-    return jax.lax.scan(step, _Softmax.empty(q), jnp.arange(-(-S // CHUNK)))[0]
+    return jax.lax.scan(step, state, jnp.arange(-(-S // CHUNK)))[0]
 
 
 def _seen(q_ids: Array, kv_ids: Array, distance: Array | None, window: int | None) -> Array:

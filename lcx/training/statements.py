@@ -7,8 +7,8 @@ from typing import Any
 
 import jax
 
+from lcx import extend, mixers
 from lcx import lora as lora_lib
-from lcx import mixers
 from lcx import model as model_lib
 from lcx.training import resume_check
 
@@ -28,6 +28,8 @@ def opening(trainer: Any, run: Any, opened: Any, mesh: jax.sharding.Mesh, workdi
         yield f"step {run.step} of {trainer.steps} is done: {rest}"
         yield from resume_check.changes(run.before, resume_check.changeable(trainer))
     yield _model(run)
+    if isinstance(run.model, model_lib.Decoder):
+        yield from extend.table(run.model)
     yield _size(trainer, mesh)
     yield from _pieces(trainer)
     for part in getattr(opened, "parts", ()):  # a block of layers trains on stored activations

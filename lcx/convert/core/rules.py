@@ -9,10 +9,11 @@ Trees are flat here: {"stages_0/block_0/mixer/q_proj/kernel": array or shape}.
 """
 
 import dataclasses
+import itertools
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -22,6 +23,7 @@ from lcx.rope_fields import shown
 
 Shape = tuple[int, ...]
 Index = tuple[slice, ...]
+Key = int | tuple[int, int] | None  # the index of a part on the leading axes of its parameter
 
 
 class Layout(Protocol):
@@ -153,11 +155,21 @@ class PerHead:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One parameter (or one repeat of a stacked one) inside a foreign tensor."""
+    """One parameter (or one repeat of a stacked one) inside a foreign tensor.
+
+    Attributes:
+      item: index on the parameter's own first axis, if each of its items is a tensor elsewhere, as an expert may be.
+    """
 
     path: str
     layout: Layout
     repeat: int | None = None
+    item: int | None = None
+
+    @property
+    def key(self) -> "Key":
+        """Where it is in the parameter: an index of the leading axes."""
+        return self.repeat if self.item is None or self.repeat is None else (self.repeat, self.item)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,12 +177,14 @@ class Rule:
     """The foreign tensor `name` is the concatenation of `parts` along axis 0.
 
     With `block`, the parts have the same number of rows and are interleaved instead: `block` rows of each part in turn
-    (q, k and v of one head, then those of the next).
+    (q, k and v of one head, then those of the next). With `shape`, the tensor's numbers are these rows of one number in
+    another shape, of which one size may be -1.
     """
 
     name: str
     parts: tuple[Part, ...]
     block: int | None = None
+    shape: Shape | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,7 +215,7 @@ class Table:
     def __init__(self, rules: Sequence[Rule], shapes: Mapping[str, Shape]):
         self.rules = {rule.name: rule for rule in rules}
         self.shapes = dict(shapes)
-        self.places: dict[str, dict[int | None, Place]] = {path: {} for path in shapes}
+        self.places: dict[str, dict[Key, Place]] = {path: {} for path in shapes}
         self.foreign_shapes: dict[str, Shape] = {}
         if len(self.rules) != len(rules):
             raise UserError(
@@ -230,19 +244,27 @@ class Table:
                 raise UserError(f"the parts of {rule.name!r} have different rows: {columns} and {shape[1:]}")
             columns, stop = shape[1:], start + (shape[0] if shape else 1)
             places = self.places[part.path]
-            if part.repeat in places:
+            if part.key in places:
                 raise UserError(f"the rules store {part.path!r} twice, the second time in {rule.name!r}")
-            places[part.repeat] = Place(rule.name, start, stop, part.layout, rule.block)
+            places[part.key] = Place(rule.name, start, stop, part.layout, rule.block)
             start = stop
+        if rule.shape is not None:
+            known = math.prod(size for size in rule.shape if size != -1)
+            return tuple(start // known if size == -1 else size for size in rule.shape)
         return (start, *(columns or ())) if shape else ()
 
     def _is_covered(self, path: str) -> bool:
-        places = self.places[path]
-        return None in places or set(places) == set(range(self.shapes[path][0] if self.shapes[path] else 0))
+        places, shape = self.places[path], self.shapes[path]
+        if None in places:
+            return True
+        expected: Iterable[Key] = range(shape[0] if shape else 0)
+        if any(isinstance(key, tuple) for key in places):
+            expected = itertools.product(range(shape[0]), range(shape[1]))
+        return set(places) == set(expected)
 
     def slice_shape(self, part: Part) -> Shape:
         """Shape of the part's array: without the repeat axis if it is one repeat of a stacked parameter."""
-        return self.shapes[part.path] if part.repeat is None else self.shapes[part.path][1:]
+        return self.shapes[part.path][_depth(part.key) :]
 
     def check_source(
         self, source: Mapping[str, TensorInfo], *, harmless: Sequence[str] = (), against: str = "config.json"
@@ -295,39 +317,58 @@ class Table:
         dtypes = {leaves[part.path].dtype for part in self.rules[name].parts}
         return dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
 
-    def read_leaf(self, source: TensorSource, path: str, repeat: int | None, index: Index) -> np.ndarray:
+    def read_leaf(self, source: TensorSource, path: str, key: Key, index: Index) -> np.ndarray:
         """Reads one slice of a parameter (or of one repeat), from the smallest range of foreign rows that covers it."""
-        place = self.places[path][repeat]
-        shape = self.shapes[path] if repeat is None else self.shapes[path][1:]
+        place = self.places[path][key]
+        shape = self.shapes[path][_depth(key) :]
         first, last, made, rest = place.layout.rows(shape, index)
         if place.block is None:
-            rows = source.read(place.name, place.start + first, place.start + last)
+            rows = self._read_rows(source, place.name, place.start + first, place.start + last)
         else:
             rows = self._alternating_rows(source, place, first, last)
         return place.layout.to_lcx(rows, made)[rest]
+
+    def _read_rows(self, source: TensorSource, name: str, start: int, stop: int) -> np.ndarray:
+        """Rows [start, stop) of a tensor, as its rule counts them."""
+        shape = self.rules[name].shape
+        if shape is None:
+            return source.read(name, start, stop)
+        size = math.prod(self.foreign_shapes[name][1:])  # of a stored row
+        first = start // size
+        return source.read(name, first, -(-stop // size)).reshape(-1)[start - first * size : stop - first * size]
 
     def _alternating_rows(self, source: TensorSource, place: Place, first: int, last: int) -> np.ndarray:
         """Rows [first, last) of a part that is interleaved in blocks with its sibling parts."""
         block, size = place.block or 1, place.stop - place.start
         # Of every `phases` consecutive blocks, one belongs to each part; this part's are those at position `phase`.
-        phases, phase = self.foreign_shapes[place.name][0] // size, place.start // size
+        shape = self.foreign_shapes[place.name]
+        total = shape[0] if self.rules[place.name].shape is None else math.prod(shape)
+        phases, phase = total // size, place.start // size
         low, high = first // block, -(-last // block)
-        rows = source.read(place.name, low * block * phases, high * block * phases)
+        rows = self._read_rows(source, place.name, low * block * phases, high * block * phases)
         own = rows.reshape(high - low, phases, block, *rows.shape[1:])[:, phase]
         return own.reshape(-1, *rows.shape[1:])[first - low * block : last - low * block]
 
     def read(self, source: TensorSource, path: str, index: Index) -> np.ndarray:
         """Reads one slice of a parameter, with its repeats stacked on the leading axis."""
-        if None in self.places[path]:
-            return self.read_leaf(source, path, None, index)
-        repeats = range(*index[0].indices(self.shapes[path][0]))
-        slices = [self.read_leaf(source, path, repeat, index[1:]) for repeat in repeats]
-        return slices[0][None] if len(slices) == 1 else np.stack(slices)
+        return self.assembled(path, index, lambda key, rest: self.read_leaf(source, path, key, rest))
 
-    def foreign_parts(self, name: str, read: Callable[[str, int | None], np.ndarray]) -> Iterator[np.ndarray]:
-        """Yields the foreign arrays of a tensor's parts, in order; `read(path, repeat)` returns a part's lcx array."""
+    def assembled(self, path: str, index: Index, read: Callable[[Key, Index], np.ndarray]) -> np.ndarray:
+        """One slice of a parameter from slices of its parts; `read(key, index)` returns that of one part."""
+        depth = _depth(next(iter(self.places[path])))
+        if depth == 0:
+            return read(None, index)
+        axes = [range(*index[axis].indices(self.shapes[path][axis])) for axis in range(depth)]
+        keys: Iterable[Key] = axes[0] if depth == 1 else itertools.product(axes[0], axes[1])
+        slices = [read(key, index[depth:]) for key in keys]
+        if len(slices) == 1 and depth == 1:
+            return slices[0][None]
+        return np.stack(slices).reshape(*map(len, axes), *slices[0].shape)
+
+    def foreign_parts(self, name: str, read: Callable[[str, Any], np.ndarray]) -> Iterator[np.ndarray]:
+        """Yields the foreign arrays of a tensor's parts, in order; `read(path, key)` returns a part's lcx array."""
         rule = self.rules[name]
-        parts = (part.layout.to_foreign(read(part.path, part.repeat)) for part in rule.parts)
+        parts = (part.layout.to_foreign(read(part.path, part.key)) for part in rule.parts)
         if rule.block is None:
             yield from parts
             return
@@ -337,14 +378,19 @@ class Table:
     def to_foreign(self, tree: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Converts a flat tree of arrays (parameters or their gradients) to all foreign tensors."""
 
-        def read(path: str, repeat: int | None) -> np.ndarray:
-            return np.asarray(tree[path] if repeat is None else tree[path][repeat])
+        def read(path: str, key: Key) -> np.ndarray:
+            return np.asarray(tree[path] if key is None else tree[path][key])
 
         foreign = {}
         for name, shape in self.foreign_shapes.items():
             parts = [np.atleast_1d(part) for part in self.foreign_parts(name, read)]
             foreign[name] = np.concatenate(parts).reshape(shape)
         return foreign
+
+
+def _depth(key: Key) -> int:
+    """How many leading axes a key indexes."""
+    return 0 if key is None else len(key) if isinstance(key, tuple) else 1
 
 
 def renamed(rules: Sequence[Rule], names: Mapping[str, str]) -> list[Rule]:

@@ -14,6 +14,7 @@ _DEQUANTIZE = (
     "write it in 16 bits first, with transformers: m = AutoModelForCausalLM.from_pretrained(FOLDER, "
     "torch_dtype='bfloat16'); m.dequantize().save_pretrained(NEW_FOLDER); or take the model that was quantized"
 )
+_UNPACKED = {("mxfp4", "gpt_oss")}  # read as bfloat16, by convert.hf.mxfp4
 #: Suffixes of tensors that only quantized checkpoints have.
 _QUANTIZED = (
     ".qweight", ".qzeros", ".scales", ".g_idx", ".weight_scale", ".weight_scale_inv", ".input_scale", ".absmax",
@@ -55,6 +56,8 @@ def check_config(config: Mapping[str, Any], where: pathlib.Path) -> None:
         if not given:
             continue
         method = given.get("quant_method") if isinstance(given, Mapping) else None
+        if key == "quantization_config" and (method, config.get("model_type")) in _UNPACKED:
+            continue
         bits = [
             name
             for name in ("load_in_4bit", "load_in_8bit")

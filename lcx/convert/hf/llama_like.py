@@ -70,7 +70,7 @@ class LlamaLike(Family):
     biases: str = "none"
     mlp_bias: bool = False
     windows: str = "none"
-    qk_norm: bool = False
+    qk_norm: bool | str = False
     fused: tuple[tuple[str, tuple[str, ...]], ...] = ()
     writes_head_dim: bool = True
 
@@ -137,7 +137,7 @@ class LlamaLike(Family):
 
     def _windows(self, config: Mapping[str, Any], num_layers: int) -> tuple[int | None, ...] | None:
         window = config.get("sliding_window", self.sliding_window)
-        types = _layer_types(config, num_layers)
+        types = layer_types(config, num_layers)
         if self.windows == "none":
             if window or "sliding_attention" in (types or ()):
                 raise UserError(
@@ -275,7 +275,7 @@ class LlamaLike(Family):
             Rule(f"{prefix}{name}.bias", (Part(f"{path}/{name}/bias", Flat(), layer.repeat),))
             for name in biased
         ]
-        norms = ("q_norm", "k_norm") * mixer.qk_norm
+        norms = ("q_norm", "k_norm") if mixer.qk_norm else ()
         return table + [
             Rule(f"{prefix}{name}.weight", (Part(f"{path}/{name}/scale", Same(), layer.repeat),))
             for name in norms
@@ -339,7 +339,7 @@ def _unsaid(block: Block) -> str:
     )
 
 
-def _layer_types(config: Mapping[str, Any], num_layers: int) -> list[str] | None:
+def layer_types(config: Mapping[str, Any], num_layers: int) -> list[str] | None:
     types = config.get("layer_types")
     if types is not None and (not isinstance(types, list) or len(types) != num_layers):
         raise UserError(

@@ -16,7 +16,7 @@ from lcx.convert.files import folders, tensor_io, unsupported
 from lcx.convert.files.tensor_io import TensorInfo
 from lcx.convert.hf import config as hf_config
 from lcx.convert.hf import folder as hf_folder
-from lcx.convert.hf import tensor_names
+from lcx.convert.hf import mxfp4, tensor_names
 from lcx.convert.hf.family import Family
 from lcx.errors import UserError
 from lcx.model import Decoder
@@ -45,10 +45,11 @@ class HfSource:
         self.carried = {key: value for key, value in self._folder.config.items() if key in hf_config.CARRIED}
         self.side_files = folders.side_files(path)
         try:
-            unsupported.check_tensors(self._folder.tensors)
             config = self._folder.config
+            stored = mxfp4.unpacked(self._folder, config)
+            unsupported.check_tensors(stored.tensors)
             family = hf_config.family_of(config, family)
-            self._tensors: tensor_io.TensorSource = tensor_names.unwrapped(self._folder, self.where, family)
+            self._tensors: tensor_io.TensorSource = tensor_names.unwrapped(stored, self.where, family)
             _check_depth(config, self._tensors.tensors, family)
             model = self._model(config, family)
             self._table = rules.Table(family.rules(model), model_source.leaf_shapes(model))
@@ -94,7 +95,7 @@ class HfSource:
     def stored_name(self, path: str, row: int) -> str:
         """Name of the stored tensor that holds this row of a parameter."""
         places = self._table.places[path]
-        return places[None if None in places else row].name
+        return places[next(key for key in places if key in (None, row, (row, 0)))].name
 
 
 def _tied(source: tensor_io.TensorSource, family: Family, where: str) -> tensor_io.TensorSource:

@@ -1,5 +1,6 @@
 """Validated reading of values of config.json."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -35,3 +36,24 @@ def boolean(config: Mapping[str, Any], key: str) -> bool:
     if not isinstance(value, bool):
         raise UserError(f"config.json has {key} = {shown(value)}, expected true or false")
     return value
+
+
+def number(config: Mapping[str, Any], key: str, default: float) -> float:
+    """A positive number. Raises UserError for any other value."""
+    value = config.get(key)
+    value = default if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise UserError(f"config.json has {key} = {shown(value)}, expected a positive number")
+    return value
+
+
+def cap(config: Mapping[str, Any], key: str, default: float | None) -> float | None:
+    """A positive number, or None where config.json says null; `default` if it says nothing."""
+    value = config.get(key, default)
+    return None if value is None else number({key: value}, key, 1.0)
+
+
+def nonnegative(config: Mapping[str, Any], key: str, default: float) -> float:
+    """A number of at least 0. Raises UserError for any other value."""
+    value = config.get(key)
+    return 0.0 if value == 0 and not isinstance(value, bool) else float(number(config, key, default))

@@ -1,5 +1,6 @@
 """Writes models as Hugging Face folders, tensor by tensor."""
 
+import functools
 import json
 import logging
 import pathlib
@@ -63,11 +64,12 @@ def write(
     }
 
     def pieces(name: str) -> Iterator[np.ndarray]:
-        for part in table.rules[name].parts:
-            for piece in _part_pieces(source, table, part):
-                piece = model_source.cast(piece, tensors[name].dtype, name)
-                yield piece
-                progress(piece.nbytes)
+        rule = table.rules[name]
+        whole = (piece for part in rule.parts for piece in _part_pieces(source, table, part))
+        for piece in whole if rule.block is None else table.foreign_parts(name, functools.partial(_one, source)):
+            piece = model_source.cast(piece, tensors[name].dtype, name)
+            yield piece
+            progress(piece.nbytes)
 
     hf_folder.write(folder, tensors, pieces, config=config, max_shard_bytes=max_shard_bytes)
     for path in source.side_files:
@@ -113,13 +115,20 @@ def config_of(source: ModelSource, dtype: np.dtype | None = None, *, family: Fam
     return hf_config.to_config(source.model, dtype=name, carried=source.carried, family=family)
 
 
+def _one(source: ModelSource, path: str, key: rules.Key) -> np.ndarray:
+    """One part of a parameter."""
+    leading = () if key is None else key if isinstance(key, tuple) else (key,)
+    shape = source.leaves[path].shape
+    index = (*(slice(i, i + 1) for i in leading), *(slice(0, size) for size in shape[len(leading) :]))
+    return source.read(path, index).reshape(shape[len(leading) :])
+
+
 def _part_pieces(source: ModelSource, table: rules.Table, part: rules.Part) -> Iterator[np.ndarray]:
     """Yields the foreign rows of one part, in pieces if its rows are the foreign rows unchanged (layout `Same`)."""
     shape = table.slice_shape(part)
     whole = tuple(slice(0, size) for size in shape)
-    if part.repeat is not None:
-        index = (slice(part.repeat, part.repeat + 1), *whole)
-        yield part.layout.to_foreign(source.read(part.path, index)[0])
+    if part.key is not None:
+        yield part.layout.to_foreign(_one(source, part.path, part.key))
     elif part.layout == rules.Same() and shape:
         itemsize = source.leaves[part.path].dtype.itemsize
         for start, stop in tensor_io.split_rows(shape, itemsize, tensor_io.PIECE_BYTES):

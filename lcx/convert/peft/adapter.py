@@ -51,6 +51,7 @@ class Part:
     out_shape: tuple[int, ...]
     start: int
     stop: int
+    layout: Transposed = Transposed()  # of the output's axes
 
 
 def load(path: str | os.PathLike, model: Decoder) -> dict[str, Any]:
@@ -94,11 +95,12 @@ def modules(model: Decoder) -> dict[str, tuple[Part, ...]]:
     for rule in names.rules.values():
         parts: list[Part] = []
         for part in rule.parts:
-            if isinstance(part.layout, Transposed) and part.repeat is not None:
+            if isinstance(part.layout, Transposed) and part.repeat is not None and part.item is None:
                 shape, axes = names.shapes[part.path][1:], part.layout.in_axes
                 path, start = part.path.removesuffix("/kernel"), parts[-1].stop if parts else 0
                 stop = start + math.prod(shape[axes:])
-                parts.append(Part(path, part.repeat, shape[:axes], shape[axes:], start, stop))
+                layout = part.layout if axes == 1 else Transposed()
+                parts.append(Part(path, part.repeat, shape[:axes], shape[axes:], start, stop, layout))
         if parts:
             known[rule.name.removesuffix(".weight")] = tuple(parts)
     return known
@@ -136,7 +138,7 @@ def _collection(parts: Iterable[tuple[Part, LowRank]], model: Decoder, common: i
             own = len(pair.A)
             # Columns of `a` and rows of `b` beyond the pair's own rank stay zero and do not change the update.
             a[part.repeat, ..., :own] = pair.A.T.reshape(*part.in_shape, own)
-            b[part.repeat, :own] = pair.B.T.reshape(own, *part.out_shape)
+            b[part.repeat, :own] = part.layout.to_lcx(pair.B, (own, *part.out_shape))
             scale[part.repeat] = pair.scale
         flat |= {f"{path}/a": a, f"{path}/b": b, f"{path}/scale": scale}
     return jax.tree.map(jnp.asarray, unflatten_dict(flat, sep="/"))
@@ -351,7 +353,7 @@ def _part_pair(flat: Mapping[str, np.ndarray], part: Part) -> LowRank | None:
         rank -= 1  # remove the zero padding that `load` added
     a, b = (a[..., :rank], b[:rank]) if a.any() or b.any() else (a, b)
     rank = a.shape[-1]
-    pair = LowRank(a.reshape(-1, rank).T.copy(), b.reshape(rank, -1).T.copy(), float(scale))
+    pair = LowRank(a.reshape(-1, rank).T.copy(), part.layout.to_foreign(b), float(scale))
     return pair if scale else None
 
 

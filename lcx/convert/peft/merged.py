@@ -109,25 +109,22 @@ class AdaptedSource:
     def read(self, path: str, index: rules.Index) -> np.ndarray:
         if path not in self.changed:
             return self._base.read(path if path in self._base.leaves else _EMBEDDING, index)
-        if None in self._table.places[path]:
-            return self._rows(path, None, index)
-        repeats = range(*index[0].indices(self.leaves[path].shape[0]))
-        return np.stack([self._rows(path, repeat, index[1:]) for repeat in repeats])
+        return self._table.assembled(path, index, lambda key, rest: self._rows(path, key, rest))
 
-    def _rows(self, path: str, repeat: int | None, index: rules.Index) -> np.ndarray:
-        """Reads one slice of a changed parameter (or of one repeat)."""
-        place, dtype = self._table.places[path][repeat], self.leaves[path].dtype
-        shape = self.leaves[path].shape if repeat is None else self.leaves[path].shape[1:]
+    def _rows(self, path: str, key: rules.Key, index: rules.Index) -> np.ndarray:
+        """Reads one slice of a changed parameter (or of one part of it)."""
+        place, dtype = self._table.places[path][key], self.leaves[path].dtype
+        leading = () if key is None else key if isinstance(key, tuple) else (key,)
+        shape = self.leaves[path].shape[len(leading) :]
         stored = path if path in self._base.leaves else _EMBEDDING
         # An embedding table has the same rows in both layouts, so only the requested rows are read.
-        if repeat is None and shape:
+        if key is None and shape:
             start, stop, _ = index[0].indices(shape[0])
             old = self._base.read(stored, (slice(start, stop), *(slice(0, size) for size in shape[1:])))
             new = self._changed(place, old.astype(np.float32), start)
             return model_source.cast(new[(slice(None), *index[1:])], dtype, path)
         whole = tuple(slice(0, size) for size in shape)
-        old = self._base.read(stored, whole if repeat is None else (slice(repeat, repeat + 1), *whole))
-        old = old if repeat is None else old[0]
+        old = self._base.read(stored, (*(slice(i, i + 1) for i in leading), *whole)).reshape(shape)
         new = self._changed(place, place.layout.to_foreign(old).astype(np.float32), 0)
         return model_source.cast(place.layout.to_lcx(new, shape)[index], dtype, path)
 
