@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lcx import hub, linearize, parameters, paths, report, sharding, terminal
+from lcx import hub, linearize, parameters, paths, sharding, terminal
 from lcx.checkpoint import model_json
 from lcx.checkpoint.folder import find_step, read_json
 from lcx.convert.api import detect, load
@@ -33,9 +33,11 @@ from lcx.evals.loss_by_position import LossByPosition
 from lcx.evals.perplexity import Perplexity
 from lcx.evals.support.model_facts import facts
 from lcx.model import Decoder
+from lcx.reporting import report
+from lcx.reporting.runs import RESULTS
 from lcx.version import __version__
 
-RESULTS, _PREVIOUS = report.RESULTS, "results.previous.json"
+_PREVIOUS = "results.previous.json"
 
 
 def evaluate(
@@ -188,9 +190,7 @@ def _check(evals: tuple[Evaluation, ...]) -> None:
     if not names:
         raise UserError("evaluate.evals is empty, expected at least one evaluation")
     for evaluation in evals:
-        check_sizes(
-            type(evaluation).__name__, tokens_per_batch=getattr(evaluation, "tokens_per_batch", None)
-        )
+        check_sizes(type(evaluation).__name__, tokens_per_batch=getattr(evaluation, "tokens_per_batch", None))
 
 
 def _tokenizer(checkpoint: str) -> Tokenizer | None:

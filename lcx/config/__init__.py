@@ -184,7 +184,11 @@ def _arguments(function: Callable, flags: dict[str, Any]) -> dict[str, Any]:
     if known:
         gin_config._OPERATIVE_CONFIG.setdefault(("", known.selector), {}).update(bound)
     missing = [
-        n for n, p in parameters.items() if p.default is p.empty and n not in {*bound, *flags, *_TEXTS}
+        name
+        for name, parameter in parameters.items()
+        if parameter.default is parameter.empty
+        and parameter.kind is not parameter.VAR_KEYWORD
+        and name not in {*bound, *flags, *_TEXTS}
     ]
     if missing:
         where = f"{function.__module__.rpartition('.')[2]}.{function.__name__}"
@@ -222,9 +226,7 @@ def _one_line(error: BaseException) -> str:
         if error.filename is not None:
             return f"{error.strerror}: {error.filename}"
         advice = (
-            ": free some space on the output disk, or choose another"
-            if error.errno == errno.ENOSPC
-            else ""
+            ": free some space on the output disk, or choose another" if error.errno == errno.ENOSPC else ""
         )
         return f"{error.strerror}{advice}"
     line = first_line(error)
