@@ -27,15 +27,17 @@ from lcx.checkpoint.folder import find_step, read_json
 from lcx.convert.api import detect, load
 from lcx.data import ByteTokenizer, Dataset, Mixture, Tokenizer, special_tokens
 from lcx.data.special import described
-from lcx.errors import UserError, check_sizes, first_line
+from lcx.errors import UserError, first_line
 from lcx.evals import Evaluation, Result
 from lcx.evals.loss_by_position import LossByPosition
 from lcx.evals.perplexity import Perplexity
+from lcx.evals.support import settings
 from lcx.evals.support.model_facts import facts
 from lcx.model import Decoder
 from lcx.reporting import report
 from lcx.reporting.runs import RESULTS
 from lcx.version import __version__
+from lcx.wording import quantity
 
 _PREVIOUS = "results.previous.json"
 
@@ -74,7 +76,9 @@ def evaluate(
       UserError: there is no readable checkpoint, the output cannot be written, or some evaluations failed. In the last
         case the results of the others are still in results.json.
     """
-    _check(evals)
+    settings.check(evals)
+    if name is not None:
+        settings.check_name(name, "--name")
     adapter = (adapter,) if isinstance(adapter, str) else adapter
     folder = _writable(output)
     started = time.perf_counter()
@@ -82,7 +86,8 @@ def evaluate(
     detect(place)  # raises if this is no checkpoint, before a more confusing error about its tokenizer
     tokenizer = _tokenizer(place)
     evals = _with_text(evals, _default_dataset(place, tokenizer) if dataset is None else dataset)
-    devices = None if jax.device_count() == 1 else mesh.build()
+    settings.check_text(evals)
+    devices = None if jax.device_count() == 1 and mesh == sharding.MeshShape() else mesh.build()
     model, params = load(
         place,
         dtype=dtype,
@@ -174,23 +179,11 @@ def _raise_failures(results: Mapping[str, Any], folder: pathlib.Path) -> None:
         return
     total = len(errors) + len(results["evaluations"])
     kept = f"; the others are in {folder / RESULTS}" if results["evaluations"] else ""
-    raise UserError(
-        f"{len(errors)} of {total} evaluations failed: {'; '.join(f'{k}: {v}' for k, v in errors.items())}{kept}"
-    )
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in errors.items())
+    raise UserError(f"{len(errors)} of {quantity(total, 'evaluation')} failed: {reasons}{kept}")
 
 
 # ------------------------------------------------------------------------------------------------ inputs
-
-
-def _check(evals: tuple[Evaluation, ...]) -> None:
-    names = [evaluation.name for evaluation in evals]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise UserError(f"two evaluations are named {twice[0]!r}: set `name` of one of them")
-    if not names:
-        raise UserError("evaluate.evals is empty, expected at least one evaluation")
-    for evaluation in evals:
-        check_sizes(type(evaluation).__name__, tokens_per_batch=getattr(evaluation, "tokens_per_batch", None))
 
 
 def _tokenizer(checkpoint: str) -> Tokenizer | None:

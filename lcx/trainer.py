@@ -31,7 +31,7 @@ from lcx.locks import LOCK, only_writer
 from lcx.model import Decoder
 from lcx.optim import AdamW
 from lcx.pieces import Pieces
-from lcx.training import resume_check, statements, workdirs
+from lcx.training import doubtful, resume_check, statements, workdirs
 from lcx.training import step as train_step
 from lcx.training.distributed import join
 from lcx.training.logger import MODES, MetricsLogger
@@ -41,6 +41,7 @@ from lcx.training.run import Run, prepared
 from lcx.training.signals import StopRequest, interrupted
 from lcx.training.step import State
 from lcx.version import __version__
+from lcx.wording import quantity
 
 log = logging.getLogger(__name__)
 
@@ -204,11 +205,12 @@ class Trainer:
                 raise UserError(
                     f"Trainer.{name} is {getattr(self, name)!r}, expected one of {', '.join(known)}"
                 )
+        objectives.check(self.objective)
         _ = self._objective
         if (self.optimizer.warmup_steps or 0) > self.steps:
             raise UserError(
-                f"AdamW.warmup_steps is {self.optimizer.warmup_steps}, more than the {self.steps} steps of the run: "
-                "lower it, or raise Trainer.steps"
+                f"AdamW.warmup_steps is {self.optimizer.warmup_steps}, more than the "
+                f"{quantity(self.steps, 'step')} of the run: lower it, or raise Trainer.steps"
             )
         if not 0 <= self.seed < 2**32:  # jax.random.key keeps 32 bits
             raise UserError(f"Trainer.seed is {self.seed}, expected 0 to 2**32 - 1")
@@ -233,7 +235,8 @@ class Trainer:
         """
         mesh = self.mesh.build()
         self.check_rows(mesh)
-        _ = self._opened  # tokenises the data first, so that a mistake in it shows before a model is loaded
+        # Tokenises the data first, so that a mistake in it shows before a model is loaded.
+        doubtful.check_held_out(self, self._opened)
         folder = os.path.join(workdir, "checkpoints")
         with (
             jax.set_mesh(mesh),

@@ -455,6 +455,6 @@ def test_a_single_training_run(tmp_path):
     assert "“run (2)”" in twice[0]
     bad = write_log(tmp_path / "bad", [(1, "NaN"), (2, 2.0)])
     assert (
-        "1 logged losses are not finite"
+        "1 logged loss is not finite"
         in opening(report.build(workdir=[bad], output=str(tmp_path / "o")))[0]
     )

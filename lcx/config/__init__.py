@@ -226,7 +226,9 @@ def _one_line(error: BaseException) -> str:
         if error.filename is not None:
             return f"{error.strerror}: {error.filename}"
         advice = (
-            ": free some space on the output disk, or choose another" if error.errno == errno.ENOSPC else ""
+            ": free some space on the output disk, or choose another"
+            if error.errno == errno.ENOSPC
+            else ""
         )
         return f"{error.strerror}{advice}"
     line = first_line(error)

@@ -10,6 +10,7 @@ from lcx import paths
 from lcx.errors import UserError
 from lcx.reporting import opening, pages, pictures, training
 from lcx.reporting.runs import evaluation_of, labelled, named_as_models, read_curves, read_results
+from lcx.wording import quantity
 
 PAGE = "report.html"
 
@@ -140,7 +141,8 @@ def _origin_section(runs: Mapping[str, Mapping[str, Any]]) -> str:
     for label, run in runs.items():
         versions = ", ".join(f"{name} {version}" for name, version in (run.get("versions") or {}).items())
         machine = run.get("machine") or {}
-        place = f"{machine.get('devices', '?')} x {machine.get('device', '?')}, {machine.get('cpu_cores', '?')} cores"
+        cores = quantity(machine.get("cpu_cores", "?"), "core")
+        place = f"{machine.get('devices', '?')} x {machine.get('device', '?')}, {cores}"
         seconds = run.get("seconds")
         created = str(run.get("created") or "").replace("T", " ").replace("+00:00", " UTC")
         rows.append([label, created, None if seconds is None else round(seconds), place, versions])
