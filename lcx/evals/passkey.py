@@ -217,7 +217,8 @@ class Passkey:
         return (
             f"passkey of {self.digits} digits (Mohtashami & Jaggi 2023, arXiv 2305.16300), {self.num_distances}"
             f" distances k evenly spaced over a context of {context} tokens,"
-            f" {quantity(self.trials, 'trial')} each; k is the number of tokens from the end of the key's last mention to the end of the prompt; {fill}; greedy continuation"
+            f" {quantity(self.trials, 'trial')} each; k is the number of"
+            f" tokens from the end of the key's last mention to the end of the prompt; {fill}; greedy continuation"
             f" of {self.max_new_tokens} tokens, right if the first integer in it is the key; k_max: the largest k such"
             f" that every k' <= k has a success rate of at least {self.threshold:g}; 95% Wilson intervals"
         )
