@@ -27,7 +27,6 @@ from lcx.convert import start as convert
 from lcx.data import BatchIterator, BatchSpec, Dataset, Mixture, Opened
 from lcx.errors import UserError
 from lcx.linearize import Linearize, check_linear
-from lcx.locks import LOCK, only_writer
 from lcx.model import Decoder
 from lcx.optim import AdamW
 from lcx.pieces import Pieces
@@ -98,8 +97,7 @@ def train(
         check(str(folder))
     with contextlib.ExitStack() as stack:
         if jax.process_index() == 0:
-            stack.enter_context(workdirs.made(folder))
-            stack.enter_context(only_writer(folder / LOCK, of=str(folder), setting="--workdir"))
+            stack.enter_context(paths.claimed(folder, "--workdir"))
             stack.enter_context(workdirs.kept_config(folder, config_text))
         job.run(str(folder))
         if operative_config is not None and jax.process_index() == 0:

@@ -321,7 +321,7 @@ def test_bad_input_is_one_line(runs, tmp_path):
     with pytest.raises(UserError, match="not a readable evaluation result"):
         report.build(results=[str(tmp_path)], output=str(tmp_path / "out"))
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot write the report .*--output"):
+    with pytest.raises(UserError, match="cannot write to .*--output"):
         report.build(results=runs, output=str(tmp_path / "file" / "out"))
 
 

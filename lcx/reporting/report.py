@@ -13,6 +13,7 @@ from lcx.reporting.runs import evaluation_of, labelled, named_as_models, read_cu
 from lcx.wording import quantity
 
 PAGE = "report.html"
+_LOCK = ".lcx-report-lock"  # not that of an evaluation, which writes a report into its own folder
 
 
 def build(
@@ -42,24 +43,25 @@ def build(
     folder = paths.destination(output, "--output")
     if not overwrite:
         _refuse_to_replace(folder, [PAGE])
-    runs = labelled([read_results(path) for path in results])
-    curves = {}
-    for path in workdir:
-        curves |= _distinct(named_as_models(read_curves(path), path, runs), curves)
-    sections, files = [], {}
-    for name in opening.evaluations(runs):
-        text, plots = _evaluation_section(name, runs)
-        sections, files = [*sections, text], files | plots
-    if curves:
-        text, plots = training.section(curves, runs)
-        sections, files = [*sections, text], files | plots
-    about = [_models_section(runs), _origin_section(runs)] if runs else []
-    lead = pages.lead(opening.paragraphs(runs, curves))
-    title = title or ("Evaluation" if runs else "Training")
-    files[PAGE] = pages.page(title, [lead, *_error_notes(runs), *sections, *about]).encode()
-    if not overwrite:
-        _refuse_to_replace(folder, files)
-    _write(folder, files)
+    with paths.claimed(folder, "--output", lock=_LOCK):
+        runs = labelled([read_results(path) for path in results])
+        curves = {}
+        for path in workdir:
+            curves |= _distinct(named_as_models(read_curves(path), path, runs), curves)
+        sections, files = [], {}
+        for name in opening.evaluations(runs):
+            text, plots = _evaluation_section(name, runs)
+            sections, files = [*sections, text], files | plots
+        if curves:
+            text, plots = training.section(curves, runs)
+            sections, files = [*sections, text], files | plots
+        about = [_models_section(runs), _origin_section(runs)] if runs else []
+        lead = pages.lead(opening.paragraphs(runs, curves))
+        title = title or ("Evaluation" if runs else "Training")
+        files[PAGE] = pages.page(title, [lead, *_error_notes(runs), *sections, *about]).encode()
+        if not overwrite:
+            _refuse_to_replace(folder, files)
+        _write(folder, files)
     print(f"report: {folder / PAGE}", file=sys.stderr)
     return folder / PAGE
 
@@ -86,7 +88,6 @@ def _refuse_to_replace(folder: pathlib.Path, names: Iterable[str]) -> None:
 def _write(folder: pathlib.Path, files: Mapping[str, bytes]) -> None:
     """Writes each file whole; the page, which is the last of `files`, when its plots are there."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         for name, data in files.items():
             partial = folder / f"{name}.partial"
             partial.write_bytes(data)
