@@ -211,8 +211,6 @@ class Decoder(nn.Module):
             hidden_size=self.hidden_size,
             max_position_embeddings=self.max_position_embeddings,
         )
-        if not self.stages:
-            raise UserError("Decoder.stages is empty, expected at least one Stage: set Decoder.stages")
         _check_dtype(self.dtype)
         check_not_negative("Decoder", norm_eps=self.norm_eps)
         check_positive(
@@ -221,6 +219,8 @@ class Decoder(nn.Module):
             logit_multiplier=self.logit_multiplier,
             logit_softcap=self.logit_softcap,
         )
+        if not self.stages:
+            raise UserError("Decoder.stages is empty, expected at least one Stage: set Decoder.stages")
 
     @nn.nowrap
     def embedding(self) -> Embedding:

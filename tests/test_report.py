@@ -151,6 +151,15 @@ def blank(monkeypatch):
     monkeypatch.setattr(pictures, "picture", lambda draw, **kind: b"\x89PNG")
 
 
+def test_an_evaluation_without_any_result_is_reported(tmp_path):
+    path = tmp_path / "run"
+    path.mkdir()
+    results = {"name": "run", "evaluations": {}, "errors": {"passkey": "too short"}}
+    (path / "results.json").write_text(json.dumps(results))
+    text = report.build(results=[str(path)], output=str(tmp_path / "out")).read_text()
+    assert "“run” is evaluated, but no evaluation has a result." in text and "1 evaluation failed: see below." in text
+
+
 def test_the_page_is_well_formed_and_self_contained(runs, tmp_path):
     path = report.build(results=runs, output=str(tmp_path / "out"), title="A <b>title</b>")
     text = path.read_text()

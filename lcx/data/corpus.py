@@ -81,7 +81,7 @@ class Corpus:
             )
         if self.copies:
             lines.append(
-                f"{self.source}: {quantity(self.copies, 'training document')} left out as copies of held-out documents"
+                f"{self.source}: {quantity(self.copies, 'training document')} left out: held-out documents have the same text"
             )
         return lines
 

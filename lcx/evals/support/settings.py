@@ -1,14 +1,14 @@
 """Checks the settings of evaluations before a model is loaded, so that a mistake shows within a second."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from lcx.data import Dataset, Mixture, find_files
 from lcx.data.corpus import SPLITS
 from lcx.errors import UserError, check_sizes
-from lcx.evals import Evaluation
 
 
-def check(evals: Sequence[Evaluation]) -> None:
+def check(evals: Sequence[Any]) -> None:
     """Raises UserError if an evaluation cannot run whatever the model is: its name, its sizes, its split, its files."""
     if not evals:
         raise UserError("evaluate.evals is empty, expected at least one evaluation")
@@ -35,7 +35,7 @@ def check_name(name: str, setting: str) -> None:
         raise UserError(f"{setting} is {name!r}, expected a name of printable characters: change {setting}")
 
 
-def check_text(evals: Sequence[Evaluation]) -> None:
+def check_text(evals: Sequence[Any]) -> None:
     """Raises UserError if the data set of an evaluation has no files."""
     for evaluation in evals:
         dataset = getattr(evaluation, "dataset", None)
