@@ -81,7 +81,8 @@ class Corpus:
             )
         if self.copies:
             lines.append(
-                f"{self.source}: {quantity(self.copies, 'training document')} left out: held-out documents have the same text"
+                f"{self.source}: {quantity(self.copies, 'training document')} left out:"
+                " held-out documents have the same text"
             )
         return lines
 

@@ -59,10 +59,17 @@ def _model(run: Any) -> str:
     layers, parameters = model_lib.layers(run.model), model_lib.num_params(run.model)
     return (
         f"model: {kind}, {quantity(len(layers), 'layer')}{_parts(layers)}, "
-        f"{quantity(counted(parameters), 'parameter')} in "
+        f"{quantity(counted(parameters), 'parameter')}{_trained(run)} in "
         f"{' and '.join(stored)}, activations in {run.model.dtype}, "
         f"window of {quantity(run.model.max_position_embeddings, 'token')}"
     )
+
+
+def _trained(run: Any) -> str:
+    """" (of which 1024 train)", unless all train, or with LoRA, which has a line of its own."""
+    leaves = jax.tree.leaves(run.abstract["params"]), jax.tree.leaves(run.trains["params"])
+    count = sum(leaf.size for leaf, trains in zip(*leaves, strict=True) if trains)
+    return "" if run.lora is not None or all(leaves[1]) else f" (of which {counted(count)} train)"
 
 
 def _data(corpus: Any) -> str:
