@@ -188,7 +188,7 @@ def table(result: dict) -> str:
 
 def draw(result: dict, path: pathlib.Path) -> None:
     """Each seed's perplexity as a dot, their mean as a bar."""
-    from lcx import report
+    from lcx.reporting import pictures
 
     def on(axes) -> None:
         for row, model in enumerate(result["models"].values()):
@@ -202,7 +202,7 @@ def draw(result: dict, path: pathlib.Path) -> None:
         axes.set_xlabel("perplexity per letter of the held-out region (dots: seeds, bar: mean)")
         axes.set_title(f"Equal parameters, {tokens / 1e6:.2f}M letters of training")
 
-    path.write_bytes(report.picture(on))
+    path.write_bytes(pictures.picture(on))
 
 
 def main() -> int:

@@ -22,6 +22,11 @@ The letters of every shape comment and einsum:
 Importing lcx imports nothing heavy: each public name brings its module (and jax) when it is first used.
 """
 
+from lcx import startup
+
+startup.guard()  # before anything else is imported
+
+# ruff: noqa: E402
 import importlib
 import sys
 import types

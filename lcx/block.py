@@ -11,7 +11,7 @@ import flax.linen as nn
 from jaxtyping import Array, Float
 
 from lcx import mixers, sharding
-from lcx.errors import UserError
+from lcx.errors import UserError, check_not_negative
 from lcx.layers import Norm
 
 NORMS = ("before", "after", "both")
@@ -80,10 +80,14 @@ class Block(nn.Module):
             raise UserError(
                 f"Block.norms is {self.norms!r}, expected one of {', '.join(NORMS)}: change Block.norms"
             )
-        if not math.isfinite(self.residual_multiplier):
+        if self.residual_multiplier == 0 or not math.isfinite(
+            self.residual_multiplier
+        ):  # 0: blocks do nothing
             raise UserError(
-                f"Block.residual_multiplier is {self.residual_multiplier}, expected a finite number: change it"
+                f"Block.residual_multiplier is {self.residual_multiplier}, expected a finite number other than 0: "
+                "change it"
             )
+        check_not_negative("Block", norm_eps=self.norm_eps)
         if self.shared_norm:
             without = {
                 "parallel = False": not self.parallel,

@@ -40,6 +40,7 @@ from lcx.model import Decoder, Layers
 from lcx.trainer import Trainer
 from lcx.training import residual_store
 from lcx.training.signals import StopRequest
+from lcx.wording import quantity
 
 log = logging.getLogger(__name__)
 
@@ -215,7 +216,7 @@ class Blocks:
                             writer, layout, folder, split, before, source, model, mesh, stop
                         ):
                             return False
-                    _say(f"{split} inputs of block {number} of {len(blocks)}: {layout.rows} rows")
+                    _say(f"{split} inputs of block {number} of {len(blocks)}: {quantity(layout.rows, 'row')}")
         return True
 
     def checkpoint_bytes(self, source: ModelSource, model: Decoder, blocks) -> int:

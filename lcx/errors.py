@@ -1,4 +1,6 @@
-"""The one exception that a user's input can cause, and one line of any other."""
+"""The one exception that a user's input can cause, checks of numbers, and one line of any other exception."""
+
+import math
 
 
 class UserError(ValueError):
@@ -18,6 +20,22 @@ def check_sizes(of: str, **sizes: int | None) -> None:
     for name, size in sizes.items():
         if size is not None and size < 1:
             raise UserError(f"{of}.{name} is {size}, expected at least 1: change {of}.{name}")
+
+
+def check_positive(of: str, **numbers: float | None) -> None:
+    """Raises UserError for a number that is not positive and finite; None is a number that is not used."""
+    for name, number in numbers.items():
+        if number is not None and not 0 < number < math.inf:
+            raise UserError(f"{of}.{name} is {number}, expected a positive number: change {of}.{name}")
+
+
+def check_not_negative(of: str, **numbers: float | None) -> None:
+    """Raises UserError for a number that is negative or not finite; None is a number that is not used."""
+    for name, number in numbers.items():
+        if number is not None and not 0 <= number < math.inf:
+            raise UserError(
+                f"{of}.{name} is {number}, expected a finite number, at least 0: change {of}.{name}"
+            )
 
 
 def first_line(error: BaseException) -> str:

@@ -2,6 +2,8 @@
 
 Examples:
   python -m lcx.evaluate --checkpoint=/tmp/run --output=/tmp/eval
+  python -m lcx.evaluate --checkpoint=/tmp/run --output=/tmp/eval --evals=passkey,perplexity \\
+      --gin.Passkey.trials=5 --gin.Perplexity.windows='(1024, 4096)'
   python -m lcx.evaluate --checkpoint=path/to/hf_folder --output=/tmp/eval --context_length=16384 \\
       --rope_scaling='{"rope_type": "yarn", "factor": 4.0}' --gin_file=configs/eval/long_context.gin \\
       --gin.TEXT="'held_out.txt'" --gin.TOKENIZER="'path/to/hf_folder'"
@@ -10,9 +12,20 @@ Writes results.json, plots and report.html to the output folder. A checkpoint is
 a folder in Hugging Face format; --adapter merges a PEFT adapter (LoRA) into it.
 """
 
+import argparse
 import sys
 
 from lcx import config
+from lcx.config.flags import hint
+
+EVALS = {
+    "loss_by_position": "LossByPosition",
+    "perplexity": "Perplexity",
+    "passkey": "Passkey",
+    "sequence_likelihood": "SequenceLikelihood",
+    "variant_effects": "VariantEffects",
+}
+DEFAULT = "loss_by_position,perplexity"
 
 
 def main(argv=None) -> int:
@@ -32,8 +45,32 @@ def main(argv=None) -> int:
         choices=("window", "linear"),
         help="for a linearized model: evaluate only this part of its attention",
     )
+    parser.add_argument(
+        "--evals",
+        dest=f"{config.BINDS}evaluate.evals",
+        type=references,
+        metavar="NAME,...",
+        help=f"what to measure, of {', '.join(EVALS)}, or module:Class of your own (default: {DEFAULT}); "
+        "--gin.Passkey.trials=5 and the like set their parameters",
+    )
     parser.add_argument("--name", help="label of this model in results and plots")
-    return config.run(parser, "lcx.evaluator:evaluate", argv)
+    # The first makes all names known, so that a setting of an evaluation that does not run is said to have no effect.
+    defaults = [("evaluate.evals", references(names)) for names in (",".join(EVALS), DEFAULT)]
+    return config.run(parser, "lcx.evaluator:evaluate", argv, defaults=defaults)
+
+
+def references(names: str) -> str:
+    """`passkey,my_module:Mine` -> `(@lcx.evals.passkey.Passkey(), @my_module.Mine(),)`, as gin writes it."""
+    found = []
+    for name in filter(None, (part.strip() for part in names.split(","))):
+        module, colon, own = name.partition(":")
+        if not colon and name not in EVALS:
+            near = hint(name, EVALS) or f"; expected {', '.join(EVALS)}, or module:Class of your own"
+            raise argparse.ArgumentTypeError(f"{name!r} is no evaluation{near}")
+        found.append(f"@{module}.{own}()" if colon else f"@lcx.evals.{name}.{EVALS[name]}()")
+    if not found:
+        raise argparse.ArgumentTypeError(f"no evaluation is named; expected some of {', '.join(EVALS)}")
+    return f"({', '.join(found)},)"
 
 
 if __name__ == "__main__":

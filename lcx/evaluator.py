@@ -14,28 +14,32 @@ import platform
 import sys
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
 import jax
 import numpy as np
 
-from lcx import hub, linearize, parameters, paths, report, sharding, terminal
+from lcx import hub, linearize, parameters, paths, sharding, terminal
 from lcx.checkpoint import model_json
 from lcx.checkpoint.folder import find_step, read_json
 from lcx.convert.api import detect, load
 from lcx.data import ByteTokenizer, Dataset, Mixture, Tokenizer, special_tokens
 from lcx.data.special import described
-from lcx.errors import UserError, check_sizes, first_line
+from lcx.errors import UserError, first_line
 from lcx.evals import Evaluation, Result
 from lcx.evals.loss_by_position import LossByPosition
 from lcx.evals.perplexity import Perplexity
+from lcx.evals.support import settings
 from lcx.evals.support.model_facts import facts
 from lcx.model import Decoder
+from lcx.reporting import report
+from lcx.reporting.runs import RESULTS
 from lcx.version import __version__
+from lcx.wording import quantity
 
-RESULTS, _PREVIOUS = report.RESULTS, "results.previous.json"
+_PREVIOUS = "results.previous.json"
 
 
 def evaluate(
@@ -74,51 +78,54 @@ def evaluate(
       UserError: there is no readable checkpoint, the output cannot be written, or some evaluations failed. In the last
         case the results of the others are still in results.json.
     """
-    _check(evals)
-    adapter = (adapter,) if isinstance(adapter, str) else adapter
-    folder = _writable(output)
+    settings.check(evals)
+    if name is not None:
+        settings.check_name(name, "--name")
     started = time.perf_counter()
-    place = hub.local(checkpoint)
-    detect(place, format)  # raises if this is no checkpoint, before a more confusing error about its tokenizer
-    tokenizer = _tokenizer(place, format)
-    evals = _with_text(evals, _default_dataset(place, tokenizer) if dataset is None else dataset)
-    devices = None if jax.device_count() == 1 else mesh.build()
-    model, params = load(
-        place,
-        format=format,
-        dtype=dtype,
-        mesh=devices,
-        rope_scaling=rope_scaling,
-        context_length=context_length,
-        adapter=adapter,
-    )
-    if only_part is not None:
-        model = linearize.ablated(model, only_part)
-        params = parameters.chosen(model, params)
-    label = name or _label(checkpoint, rope_scaling, adapter)
-    if tokenizer is not None:
-        _say(f"{label}: {described(tokenizer, special_tokens(tokenizer), of='text')}")
-    results: dict[str, Any] = {
-        "name": label,
-        "checkpoint": hub.place(checkpoint),
-        "rope_scaling": rope_scaling,
-        "only_part": only_part,
-        "adapter": adapter and [os.path.abspath(os.path.expanduser(path)) for path in adapter],
-        **_circumstances(model),
-        "evaluations": {},
-        "errors": {},
-    }
-    if _writes() and (folder / RESULTS).is_file():  # keep the results of an earlier run
-        os.replace(folder / RESULTS, folder / _PREVIOUS)
-    for evaluation in evals:
-        _say(f"{label}: {evaluation.name} ...")
-        _run(evaluation, model, params, tokenizer, results)
-        results["seconds"] = time.perf_counter() - started
-        _write(folder, results)
-    if _writes():
-        report.build(results=(str(folder),), output=str(folder), overwrite=True)
-    _raise_failures(results, folder)
-    return results
+    adapter = (adapter,) if isinstance(adapter, str) else adapter
+    with _writable(output) as folder:
+        place = hub.local(checkpoint)
+        detect(place, format)  # raises if this is no checkpoint, before a more confusing error about its tokenizer
+        tokenizer = _tokenizer(place, format)
+        evals = _with_text(evals, _default_dataset(place, tokenizer) if dataset is None else dataset)
+        settings.check_text(evals)
+        devices = None if jax.device_count() == 1 and mesh == sharding.MeshShape() else mesh.build()
+        model, params = load(
+            place,
+            format=format,
+            dtype=dtype,
+            mesh=devices,
+            rope_scaling=rope_scaling,
+            context_length=context_length,
+            adapter=adapter,
+        )
+        if only_part is not None:
+            model = linearize.ablated(model, only_part)
+            params = parameters.chosen(model, params)
+        label = name or _label(checkpoint, rope_scaling, adapter)
+        if tokenizer is not None:
+            _say(f"{label}: {described(tokenizer, special_tokens(tokenizer), of='text')}")
+        results: dict[str, Any] = {
+            "name": label,
+            "checkpoint": hub.place(checkpoint),
+            "rope_scaling": rope_scaling,
+            "only_part": only_part,
+            "adapter": adapter and [os.path.abspath(os.path.expanduser(path)) for path in adapter],
+            **_circumstances(model),
+            "evaluations": {},
+            "errors": {},
+        }
+        if _writes() and (folder / RESULTS).is_file():  # keep the results of an earlier run
+            os.replace(folder / RESULTS, folder / _PREVIOUS)
+        for evaluation in evals:
+            _say(f"{label}: {evaluation.name} ...")
+            _run(evaluation, model, params, tokenizer, results)
+            results["seconds"] = time.perf_counter() - started
+            _write(folder, results)
+        if _writes():
+            report.build(results=(str(folder),), output=str(folder), overwrite=True)
+        _raise_failures(results, folder)
+        return results
 
 
 def _circumstances(model: Decoder) -> dict[str, Any]:
@@ -175,25 +182,11 @@ def _raise_failures(results: Mapping[str, Any], folder: pathlib.Path) -> None:
         return
     total = len(errors) + len(results["evaluations"])
     kept = f"; the others are in {folder / RESULTS}" if results["evaluations"] else ""
-    raise UserError(
-        f"{len(errors)} of {total} evaluations failed: {'; '.join(f'{k}: {v}' for k, v in errors.items())}{kept}"
-    )
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in errors.items())
+    raise UserError(f"{len(errors)} of {quantity(total, 'evaluation')} failed: {reasons}{kept}")
 
 
 # ------------------------------------------------------------------------------------------------ inputs
-
-
-def _check(evals: tuple[Evaluation, ...]) -> None:
-    names = [evaluation.name for evaluation in evals]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise UserError(f"two evaluations are named {twice[0]!r}: set `name` of one of them")
-    if not names:
-        raise UserError("evaluate.evals is empty, expected at least one evaluation")
-    for evaluation in evals:
-        check_sizes(
-            type(evaluation).__name__, tokens_per_batch=getattr(evaluation, "tokens_per_batch", None)
-        )
 
 
 def _tokenizer(checkpoint: str, format: str | None) -> Tokenizer | None:
@@ -271,23 +264,23 @@ def _say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
-def _writable(output: str) -> pathlib.Path:
-    """Creates the output folder and checks that it can be written to, before the model is loaded."""
+@contextlib.contextmanager
+def _writable(output: str) -> Iterator[pathlib.Path]:
+    """The output folder, which is created and found to be writable before the model is loaded.
+
+    No other process may write to it in the meantime. If it is still empty after an exception, it is removed.
+    """
     folder = paths.destination(output, "--output")
     own = any((folder / name).exists() for name in (RESULTS, _PREVIOUS))
     if (folder / report.PAGE).exists() and not own:
         raise UserError(
             f"{folder} holds the report of something else, {report.PAGE}: choose another --output"
         )
-    if _writes():
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            probe = folder / f".{RESULTS}.{os.getpid()}"
-            probe.write_text("")
-            probe.unlink()
-        except OSError as error:
-            raise UserError(f"cannot write to {folder}: {error.strerror}; change --output") from None
-    return folder
+    if not _writes():
+        yield folder
+        return
+    with paths.claimed(folder, "--output"):
+        yield folder
 
 
 def _write(folder: pathlib.Path, results: Mapping[str, Any]) -> None:

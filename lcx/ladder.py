@@ -23,9 +23,10 @@ from jax.sharding import Mesh
 
 from lcx import extend, sharding
 from lcx.convert import api as convert
-from lcx.errors import UserError
+from lcx.errors import UserError, check_sizes
 from lcx.model import Decoder
 from lcx.trainer import Trainer
+from lcx.wording import quantity
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +71,17 @@ class Gate:
     passkey_trials: int = 20
     max_rounds: int = 3
 
+    def __post_init__(self):
+        if not math.isfinite(self.max_loss_increase):
+            raise UserError(
+                f"Gate.max_loss_increase is {self.max_loss_increase}, expected a finite number: change it"
+            )
+        check_sizes("Gate", passkey_trials=self.passkey_trials, max_rounds=self.max_rounds)
+        if not 0 <= self.min_passkey_accuracy <= 1:
+            raise UserError(
+                f"Gate.min_passkey_accuracy is {self.min_passkey_accuracy}, expected a fraction from 0 to 1: change it"
+            )
+
 
 class Stopped(Exception):
     """A rung was asked to stop (SIGTERM, Ctrl-C) and has saved a checkpoint."""
@@ -107,6 +119,12 @@ class Ladder:
                 "Ladder.trainer has an adapter, which belongs to one context length: merge it into init_from first "
                 "(python -m lcx.convert --adapter)"
             )
+        for name in ("context_length", "rope_scaling"):
+            if getattr(self.trainer, name) is not None:
+                raise UserError(
+                    f"Ladder.trainer has a {name}, which each rung replaces: leave it out, and set Rung.context_length "
+                    "and Ladder.rope_scaling"
+                )
         if "factor" in self.rope_scaling:
             raise UserError(
                 "Ladder.rope_scaling has a factor: leave it out, each rung's follows from its context_length"
@@ -141,7 +159,7 @@ class Ladder:
                 log.warning("rung %d, round %d: %s", rung.context_length, number, verdict)
             else:
                 raise UserError(
-                    f"rung {rung.context_length} did not pass its gate in {number + 1} rounds ({verdict}); "
+                    f"rung {rung.context_length} did not pass its gate in {quantity(number + 1, 'round')} ({verdict}); "
                     "raise Rung.steps or Gate.max_rounds, or loosen the gate. All rounds are kept in the workdir"
                 )
         return source

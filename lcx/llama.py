@@ -7,6 +7,7 @@ from lcx.mixers.attention import Attention
 from lcx.mlps.gated import GatedMlp
 from lcx.model import Block, Decoder, stages_of
 from lcx.rope import Rope
+from lcx.wording import quantity
 
 
 def llama(
@@ -62,7 +63,7 @@ def llama(
         raise UserError(f"num_heads {num_heads} must be a multiple of num_kv_heads {num_kv_heads}")
     for name, entries in (("layer_windows", windows), ("layer_ropes", ropes)):
         if len(entries) != num_layers:
-            raise UserError(f"{name} has {len(entries)} entries for num_layers {num_layers}")
+            raise UserError(f"{name} has {quantity(len(entries), 'entry', 'entries')} for num_layers {num_layers}")
 
     @functools.cache
     def block(rope: Rope | None, window: int | None) -> Block:

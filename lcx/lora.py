@@ -30,6 +30,7 @@ from lcx.errors import UserError
 from lcx.layers import Linear
 from lcx.model import Decoder
 from lcx.parameters import leaf_paths
+from lcx.wording import quantity
 
 LEAVES = ("a", "b", "scale")
 
@@ -91,8 +92,16 @@ class LoRA:
         its path, not on which other projections have pairs.
 
         Raises:
-          UserError: targets matches no projection of the model.
+          UserError: targets matches no projection of the model, or the rank exceeds the widths of all it matches.
         """
+        widths = [
+            min(math.prod(linear.in_shape), math.prod(linear.out_shape)) for _, linear, _ in self._targets(model)
+        ]
+        if self.rank > max(widths):
+            raise UserError(
+                f"LoRA.rank is {self.rank}, more than the smaller side of every matrix that it adapts (at most "
+                f"{max(widths)}): lower LoRA.rank"
+            )
         abstract = self.abstract(model, mesh=mesh)
 
         def draw(key):
@@ -163,6 +172,7 @@ def statement(model: Decoder, lora: Mapping[str, Any], trains: Any = None) -> st
       trains: tree of bool like the params: which of them are trained in addition to the pairs.
     """
     counts: dict[str, dict[str, int]] = {}
+    narrow: dict[str, int] = {}
     ranks, parameters = set(), 0
     kinds_of = _kinds(model)
     without = dict(kinds_of)
@@ -174,13 +184,20 @@ def statement(model: Decoder, lora: Mapping[str, Any], trains: Any = None) -> st
         names = counts.setdefault(kinds_of[owner], {})
         names[name] = names.get(name, 0) + L
         ranks.add(pair["a"].shape[-1])
+        width = min(math.prod(pair["a"].shape[1:-1]), math.prod(pair["b"].shape[2:]))
+        if pair["a"].shape[-1] > width:
+            narrow[name] = width
         parameters += math.prod(pair["a"].shape) + math.prod(pair["b"].shape)
     total = sum(sum(names.values()) for names in counts.values())
     kinds = [
         f"{kind} {', '.join(f'{n} {count}' for n, count in names.items())}" for kind, names in counts.items()
     ]
     rank = " and ".join(str(rank) for rank in sorted(ranks))
-    line = f"LoRA rank {rank} on {total} matrices: {'; '.join(kinds)}; {_count(parameters)} parameters"
+    where = f"{quantity(total, 'matrix', 'matrices')}: {'; '.join(kinds)}"
+    line = f"LoRA rank {rank} on {where}; {_count(parameters)} parameters"
+    if narrow:
+        sides = ", ".join(f"{name} {width}" for name, width in narrow.items())
+        line += f"; the rank exceeds the smaller side of {sides}"
     if without:
         line += f"; none in {', '.join(dict.fromkeys(without.values()))}, which has no lcx.layers.Linear"
     return line if trains is None else line + _beside(model, trains)

@@ -11,7 +11,6 @@ blocks. Each stage is one scan, so compile time grows with the length of the pat
 """
 
 import dataclasses
-import math
 from typing import Any
 
 import flax.linen as nn
@@ -21,7 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from lcx import mixers, moved
 from lcx.block import Block
-from lcx.errors import UserError, check_sizes
+from lcx.errors import UserError, check_not_negative, check_positive, check_sizes
 from lcx.layers import Embedding, Norm
 from lcx.mixers.kv_cache import LayerOf
 from lcx.mlps.activations import ACTIVATIONS
@@ -220,21 +219,15 @@ class Decoder(nn.Module):
             raise UserError(
                 f"Decoder.scaled_layers is {self.scaled_layers!r}, expected 'all' or 'full': change it"
             )
-        if not 0 <= self.norm_eps < math.inf:
-            raise UserError(
-                f"Decoder.norm_eps is {self.norm_eps}, expected a small positive number: change norm_eps"
-            )
-        values = {
-            "embedding_multiplier": self.embedding_multiplier,
-            "logit_multiplier": self.logit_multiplier,
-        }
-        if self.logit_softcap is not None:
-            values["logit_softcap"] = self.logit_softcap
-        for name, value in values.items():
-            if not 0 < value < math.inf:
-                raise UserError(
-                    f"Decoder.{name} is {value}, expected a positive number: change Decoder.{name}"
-                )
+        check_not_negative("Decoder", norm_eps=self.norm_eps)
+        check_positive(
+            "Decoder",
+            embedding_multiplier=self.embedding_multiplier,
+            logit_multiplier=self.logit_multiplier,
+            logit_softcap=self.logit_softcap,
+        )
+        if not self.stages:
+            raise UserError("Decoder.stages is empty, expected at least one Stage: set Decoder.stages")
 
     @nn.nowrap
     def embedding(self) -> Embedding:

@@ -79,6 +79,15 @@ NAMES = {
     "lcx.model:llama": "lcx.llama:llama",
     "lcx.optim:join": "lcx.optim:combine",
     "lcx.optim:split": "lcx.optim:partition",
+    **{
+        f"lcx.report:{name}": f"lcx.reporting.{home}:{name}"
+        for home, names in {
+            "pictures": ("picture",),
+            "report": ("PAGE", "build"),
+            "runs": ("RESULTS", "labelled", "read_curves", "read_results"),
+        }.items()
+        for name in names
+    },
     "lcx.rope:from_hf": "lcx.convert.hf.config:rope_from_config",
     "lcx.rope:hf_max_position_embeddings": "lcx.convert.hf.rope_parameters:written_max_position_embeddings",
     "lcx.rope:to_hf": "lcx.convert.hf.rope_parameters:to_hf",

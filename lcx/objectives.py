@@ -92,6 +92,18 @@ def nucleotides(
     return next_token(model, variables, batch, pieces)
 
 
+def check(objective: Callable) -> None:
+    """Raises UserError for a function that cannot be called with (model, variables, batch)."""
+    try:
+        inspect.signature(objective).bind("model", "variables", "batch")
+    except (TypeError, ValueError):  # ValueError: it has no signature, as some builtins
+        name = getattr(objective, "__name__", str(objective))
+        raise UserError(
+            f"Trainer.objective {name} cannot be called with (model, variables, batch), expected a function such as "
+            "@objectives.next_token"
+        ) from None
+
+
 def over_pieces(objective: Callable, pieces: Pieces) -> Callable:
     """The objective with rows processed in pieces, for an objective that has an argument `pieces`.
 

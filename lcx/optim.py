@@ -65,9 +65,11 @@ class AdamW:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise UserError(f"AdamW.{name} is {value}, expected a positive number")
-        for name in ("warmup_from", "final_fraction", "plateau_factor"):
+        for name in ("warmup_from", "final_fraction"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"AdamW.{name} is {getattr(self, name)}, expected a number from 0 to 1")
+        if not 0 < self.plateau_factor < 1:
+            raise UserError(f"AdamW.plateau_factor is {self.plateau_factor}, expected a number between 0 and 1")
         for name in ("b1", "b2"):  # at 1, the moment would stay at zero
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"AdamW.{name} is {getattr(self, name)}, expected a number from 0 to below 1")
@@ -99,6 +101,21 @@ class AdamW:
             return after
         warmup = optax.linear_schedule(peak * self.warmup_from, peak, warmup_steps)
         return optax.join_schedules([warmup, after], [warmup_steps])
+
+    def without_effect(self, steps: int) -> list[str]:
+        """One line for each setting that another one makes meaningless in a run of `steps` updates."""
+        unused = {
+            ("plateau_factor", f"schedule is {self.schedule!r}"): self.schedule != "plateau",
+            ("plateau_patience", f"schedule is {self.schedule!r}"): self.schedule != "plateau",
+            ("final_fraction", "schedule is 'constant'"): self.schedule == "constant",
+            ("warmup_from", "there are no warmup_steps"): not self.warmup(steps),
+            ("decay", "weight_decay is 0"): not self.weight_decay,
+        }
+        return [
+            f"AdamW.{name} has no effect: {reason}"
+            for (name, reason), is_unused in unused.items()
+            if is_unused and getattr(self, name) != getattr(AdamW, name)
+        ]
 
     def trains(self, params: Any, beside: str | None = None) -> Any:
         """Tree of bool with the structure of `params`: True for the parameters that are trained.

@@ -1,10 +1,13 @@
-"""Checks the folders that are written to before any work is done: they must be on a local or mounted file system."""
+"""Folders that are written to: checked before any work is done, and written by one process at a time."""
 
+import contextlib
 import os
 import pathlib
 import re
+from collections.abc import Iterator
 
 from lcx.errors import UserError
+from lcx.locks import LOCK, only_writer
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 
@@ -20,6 +23,36 @@ def destination(path: str | os.PathLike, setting: str) -> pathlib.Path:
         raise UserError(f"{setting} is empty, expected a folder: set {setting}")
     refuse_scheme(text, setting)
     return pathlib.Path(text).expanduser()
+
+
+@contextlib.contextmanager
+def claimed(folder: pathlib.Path, setting: str, *, lock: str = LOCK) -> Iterator[None]:
+    """Creates a folder and its parents, and lets no other process write to it within the block.
+
+    What is still empty after an exception is removed again.
+
+    Args:
+      setting: for messages: the setting that names the folder.
+      lock: name of the lock file in the folder.
+
+    Raises:
+      UserError: the folder cannot be created or written to, or another process writes to it.
+    """
+    missing = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
+    try:
+        with contextlib.ExitStack() as stack:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(only_writer(folder / lock, of=str(folder), setting=setting))
+            except OSError as error:
+                found = f"cannot write to {folder} ({error.strerror or error})"
+                raise UserError(f"{found}: change {setting}") from None
+            yield
+    except BaseException:
+        with contextlib.suppress(OSError):  # not empty: the work had begun
+            for path in missing:
+                path.rmdir()
+        raise
 
 
 def refuse_scheme(path: str | os.PathLike, setting: str) -> None:

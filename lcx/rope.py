@@ -53,6 +53,7 @@ from lcx import moved, rope_fields
 from lcx.errors import UserError
 from lcx.rope_fields import FIELDS
 from lcx.rope_fields import needed as _needed
+from lcx.wording import quantity
 
 Number = float | int
 Length = int | np.integer | Int[np.ndarray, ""] | Int[Array, ""]
@@ -137,7 +138,7 @@ def default(rope: Rope, head_dim: int, length: Length) -> Frequencies:
 def _listed(name: str, values: Sequence[Number], dim: int) -> np.ndarray:
     if len(values) != dim // 2:
         expected = f"{dim // 2} (half of the {dim} rotary dimensions)"
-        raise UserError(f"{name} has {len(values)} numbers, expected {expected}: change {name}")
+        raise UserError(f"{name} has {quantity(len(values), 'number')}, expected {expected}: change {name}")
     return np.asarray(values, np.float32)
 
 

@@ -20,6 +20,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from lcx.errors import UserError
+from lcx.wording import quantity
 
 AXES = ("data", "fsdp", "context", "tensor")
 BATCH_AXES = ("data", "fsdp")
@@ -59,7 +60,7 @@ def make_mesh(*, data: int = 1, fsdp: int = -1, context: int = 1, tensor: int = 
         sizes[free[0]] = len(devices) // known
     if math.prod(sizes.values()) != len(devices):
         raise UserError(
-            f"mesh {sizes} needs {math.prod(sizes.values()) or known} devices, found {len(devices)}; "
+            f"mesh {sizes} needs {quantity(math.prod(sizes.values()) or known, 'device')}, found {len(devices)}; "
             "change the mesh sizes"
         )
     shape = tuple(sizes[axis] for axis in AXES)

@@ -23,6 +23,7 @@ from lcx.data.special import described
 from lcx.errors import UserError
 from lcx.sampler import check_settings, default_new_tokens, stream
 from lcx.text import ids_of, stop_ids
+from lcx.wording import quantity
 
 _BROKEN = "\N{REPLACEMENT CHARACTER}"  # the decoder's output for bytes that are not (yet) a complete character
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -72,6 +73,9 @@ def stream_text(
     check_settings(1 if max_new_tokens is None else max_new_tokens, temperature, top_p, seed)
     if not chat and (system is not None or chat_template is not None):
         raise UserError("--system and --chat_template are for conversations: set --chat")
+    if temperature == 0 and (top_p != 1 or seed != 0):
+        name = "--top_p" if top_p != 1 else "--seed"
+        print(f"warning: {name} has no effect at temperature 0: set --temperature", file=sys.stderr)
     text = prompt_text(prompt)
     tokenizer = tokenizer_of(checkpoint, format)
     stops = stop_ids(tokenizer)
@@ -202,7 +206,7 @@ def show(tokenizer: Tokenizer, ids: Iterable[int], *, prompt: Sequence[int] = ()
 def _speed(times: Sequence[float], prompt_length: int) -> str:
     """The speed in one line. The first two tokens are reported separately, because each includes a compilation."""
     start, first, *later = times
-    line = f"{len(later) + 1} tokens; prompt of {prompt_length} and first token {first - start:.2f} s"
+    line = f"{quantity(len(later) + 1, 'token')}; prompt of {prompt_length} and first token {first - start:.2f} s"
     if len(later) < 2:
         return line
     rate = (len(later) - 1) / (later[-1] - later[0])

@@ -27,11 +27,10 @@ from lcx.convert import start as convert
 from lcx.data import BatchIterator, BatchSpec, Dataset, Mixture, Opened
 from lcx.errors import UserError
 from lcx.linearize import Linearize, check_linear
-from lcx.locks import LOCK, only_writer
 from lcx.model import Decoder
 from lcx.optim import AdamW
 from lcx.pieces import Pieces
-from lcx.training import resume_check, statements, workdirs
+from lcx.training import doubtful, resume_check, statements, workdirs
 from lcx.training import step as train_step
 from lcx.training.distributed import join
 from lcx.training.logger import MODES, MetricsLogger
@@ -41,6 +40,7 @@ from lcx.training.run import Run, prepared
 from lcx.training.signals import StopRequest, interrupted
 from lcx.training.step import State
 from lcx.version import __version__
+from lcx.wording import quantity
 
 log = logging.getLogger(__name__)
 
@@ -97,8 +97,7 @@ def train(
         check(str(folder))
     with contextlib.ExitStack() as stack:
         if jax.process_index() == 0:
-            stack.enter_context(workdirs.made(folder))
-            stack.enter_context(only_writer(folder / LOCK, of=str(folder), setting="--workdir"))
+            stack.enter_context(paths.claimed(folder, "--workdir"))
             stack.enter_context(workdirs.kept_config(folder, config_text))
         job.run(str(folder))
         if operative_config is not None and jax.process_index() == 0:
@@ -204,11 +203,12 @@ class Trainer:
                 raise UserError(
                     f"Trainer.{name} is {getattr(self, name)!r}, expected one of {', '.join(known)}"
                 )
+        objectives.check(self.objective)
         _ = self._objective
         if (self.optimizer.warmup_steps or 0) > self.steps:
             raise UserError(
-                f"AdamW.warmup_steps is {self.optimizer.warmup_steps}, more than the {self.steps} steps of the run: "
-                "lower it, or raise Trainer.steps"
+                f"AdamW.warmup_steps is {self.optimizer.warmup_steps}, more than the "
+                f"{quantity(self.steps, 'step')} of the run: lower it, or raise Trainer.steps"
             )
         if not 0 <= self.seed < 2**32:  # jax.random.key keeps 32 bits
             raise UserError(f"Trainer.seed is {self.seed}, expected 0 to 2**32 - 1")
@@ -233,7 +233,8 @@ class Trainer:
         """
         mesh = self.mesh.build()
         self.check_rows(mesh)
-        _ = self._opened  # tokenises the data first, so that a mistake in it shows before a model is loaded
+        # Tokenises the data first, so that a mistake in it shows before a model is loaded.
+        doubtful.check_held_out(self, self._opened)
         folder = os.path.join(workdir, "checkpoints")
         with (
             jax.set_mesh(mesh),

@@ -159,7 +159,7 @@ def small(verb: str, words: list[str], folder: pathlib.Path) -> list[str]:
         extra = TRAIN | cache | {key: value for settings in own for key, value in settings.items()}
     elif verb == "evaluate":
         extra = ONE_EVALUATION | cache if not any("dna" in n or "sequences" in n for n in files) else {}
-        extra = extra if not any(word.startswith("--gin.evaluate.evals") for word in words) else cache
+        extra = extra if not any(word.startswith(("--gin.evaluate.evals", "--evals")) for word in words) else cache
     elif verb == "generate":
         return [*words, "--max_new_tokens=4"]
     else:

@@ -202,7 +202,7 @@ MISTAKES = [
     ("toy_job.Job.sizes = (1, 2.5)", "toy_job.Job.sizes: expected int, found 2.5 (float) (a.gin:3)"),
     ("toy_job.Job.sizes = 3", "toy_job.Job.sizes: expected tuple[int, ...], found 3 (int) (a.gin:3)"),
     ("toy_job.Optimizer.betas = (1.0,)",
-     "toy_job.Optimizer.betas: expected tuple[float, float], found 1 values (a.gin:3)"),
+     "toy_job.Optimizer.betas: expected tuple[float, float], found 1 value (a.gin:3)"),
     ("toy_job.Job.sizes = %S\nS = 'a'", "toy_job.Job.sizes: expected tuple[int, ...], found 'a' (str) (a.gin:3)"),
     ("toy_job.Job.optimizer = {'learning_rate': 1.0}",
      "toy_job.Job.optimizer: expected Optimizer | None, found {'learning_rate': 1.0} (dict) (a.gin:3)"),

@@ -27,7 +27,9 @@ def targets(monkeypatch):
     def trainer_train(*, workdir, job=None):
         calls.append({"workdir": workdir})
 
-    def evaluator_evaluate(*, checkpoint, output, rope_scaling=None, context_length=None, name=None):
+    def evaluator_evaluate(
+        *, checkpoint, output, rope_scaling=None, context_length=None, name=None, evals: tuple = ()
+    ):
         calls.append(locals() | {"calls": None})
 
     def terminal_stream_text(
@@ -50,7 +52,7 @@ def test_the_verbs_pass_their_flags(targets, capsys):
     assert generate.main(["--checkpoint=c", "--prompt=p"]) == 0
     sampling = ["--max_new_tokens=5", "--temperature=0.5", "--top_p=0.9", "--seed=3", "--context_length=8"]
     assert generate.main(["--checkpoint=c", "--prompt=p", *sampling]) == 0
-    drop = {None, "calls"}
+    drop = {None, "calls", "evals"}
     seen = [{k: v for k, v in call.items() if k not in drop and v is not None} for call in targets]
     paths = {"checkpoint": "c", "output": "o"}
     text = {"checkpoint": "c", "prompt": "p"}
@@ -63,6 +65,22 @@ def test_the_verbs_pass_their_flags(targets, capsys):
     ]
     assert generate.main(["--checkpoint=c", "--prompt=p", "--gin.x=3"]) == 2  # takes no gin
     assert "unknown argument '--gin.x=3'" in capsys.readouterr().err
+
+
+def test_evaluations_and_their_settings_need_no_file(targets, capsys):
+    def evals(*flags):
+        assert evaluate.main(["--checkpoint=c", "--output=o", *flags]) == 0
+        return targets[-1]["evals"]
+
+    assert [evaluation.name for evaluation in evals()] == ["loss_by_position", "perplexity"]
+    _, perplexity = evals("--gin.Perplexity.windows=(64, 512)", "--gin.Perplexity.stride=8")
+    assert (perplexity.windows, perplexity.stride) == ((64, 512), 8)
+    passkey, own = evals("--evals=passkey,fractions:Fraction", "--gin.Passkey.trials=3")
+    assert (passkey.trials, own) == (3, 0)
+    assert len(evals("--gin.Passkey.trials=3")) == 2  # a setting of one that does not run is known all the same
+    for names, expected in {"passky": "did you mean passkey?", "": "no evaluation is named", "a:B": "'a.B'"}.items():
+        assert evaluate.main(["--checkpoint=c", "--output=o", f"--evals={names}"]) == 2
+        assert expected in capsys.readouterr().err
 
 
 def test_modules_of_the_users_are_imported_first(targets, capsys, tmp_path, monkeypatch):
@@ -129,6 +147,46 @@ with interrupts.interruptible():
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=100)
     assert (done.returncode, done.stderr) == (130, "interrupted\n")
+
+
+INTERRUPTED = """
+import signal, sys, time
+sys.argv[0], sys.orig_argv = "-m", ["python", "-m", "lcx.train"]
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets its background jobs ignore it
+import lcx
+from lcx.config import interrupts
+interrupts._CLEAN_UP_S = 0.5
+
+def _xla_gc_callback():
+    signal.raise_signal(signal.SIGINT)  # an exception would be lost here
+
+with interrupts.importing():
+    if "{where}" == "imports":
+        signal.raise_signal(signal.SIGINT)
+try:
+    with interrupts.interruptible():
+        try:
+            _xla_gc_callback()
+        except KeyboardInterrupt:
+            sys.exit("lost")
+        if "{where}" == "never":
+            while True:
+                try:
+                    time.sleep(1)
+                except KeyboardInterrupt:
+                    pass
+        while True:
+            time.sleep(0.01)
+except KeyboardInterrupt:
+    sys.exit(7)
+"""
+
+
+@pytest.mark.parametrize(("where", "status"), [("imports", 130), ("garbage collector", 7), ("never", 130)])
+def test_ctrl_c_arrives_wherever_the_main_thread_is(where, status):
+    script = INTERRUPTED.replace("{where}", where)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (status, "interrupted\n" * (status == 130))
 
 
 def test_a_second_ctrl_c_ends_a_clean_up_that_hangs():

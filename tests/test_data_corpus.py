@@ -81,7 +81,7 @@ def test_copies_that_are_left_out_are_counted_and_said(tmp_path):
     corpus = Dataset(source, split="tail", eval_fraction=0.1).open()
     assert corpus.copies == 1 and len(corpus.train) == 19 and len(corpus.eval) == 2
     assert corpus.remarks() == [
-        f"{source}: 1 training documents left out: they are copies of held-out documents"
+        f"{source}: 1 training document left out: held-out documents have the same text"
     ]
     assert Dataset(source, split="hash").open().copies == 0
 
@@ -178,6 +178,8 @@ def test_min_length_holds_for_both_splits(tmp_path):
         ({"eval_fraction": 1.5}, "eval_fraction=1.5 is not between 0 and 1"),
         ({"long_fraction": 0.0}, "long_fraction=0.0 is not above 0"),
         ({"long_length": 0}, "long_length=0"),
+        ({"long_length": 9}, "Dataset.long_length=9 has no effect without Dataset.long_fraction"),
+        ({"text_field": ""}, "Dataset.text_field is empty"),
     ],
 )
 def test_settings_are_checked_when_built(settings, match):

@@ -165,7 +165,7 @@ def run(block: Block, world: pathlib.Path, monkeypatch) -> None:
                 continue
             with monkeypatch.context() as patch:
                 if verb == "evaluate":  # its pictures cost more than its numbers; `lcx.report` draws them
-                    patch.setattr("lcx.report.build", lambda **_: None)
+                    patch.setattr("lcx.reporting.report.build", lambda **_: None)
                 status = call(verb, small)
             assert status in ((0, 1) if verb == "data" else (0,)), words
         else:

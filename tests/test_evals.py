@@ -21,7 +21,9 @@ from lcx.data import ByteTokenizer, Dataset
 from lcx.errors import UserError
 from lcx.evals import loss_by_position
 from lcx.evals.loss_by_position import LossByPosition
+from lcx.evals.passkey import Passkey
 from lcx.evals.perplexity import Perplexity
+from lcx.evals.sequence_likelihood import SequenceLikelihood
 from lcx.evals.support import documents, reach, scoring, windows
 from lcx.evals.support.model_facts import facts
 from lcx.evaluator import evaluate
@@ -268,6 +270,39 @@ def test_perplexity_error_bars_take_documents_as_independent(tiny, dataset):
     n, mean, total = len(per_document), np.mean(np.concatenate(per_document)), sum(map(len, per_document))
     squares = sum((nll.sum() - mean * len(nll)) ** 2 for nll in per_document)
     assert entry["standard_error"] == pytest.approx(math.sqrt(n / (n - 1) * squares) / total, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: (), "evals is empty"),
+        (lambda: (Perplexity(name=""),), "Perplexity.name is ''"),
+        (lambda: (Perplexity(), Perplexity(stride=3)), "two evaluations are named 'perplexity'"),
+        (lambda: (Perplexity(split="test"),), "Perplexity.split is 'test', expected one of train, eval"),
+        (lambda: (LossByPosition(max_tokens=1),), "LossByPosition.max_tokens is 1, expected at least 2"),
+        (lambda: (LossByPosition(tokens_per_batch=0),), "LossByPosition.tokens_per_batch is 0"),
+        (lambda: (Perplexity(max_document_length=0),), "Perplexity.max_document_length is 0"),
+        (lambda: (Passkey(digits=100),), "Passkey.digits is 100, expected at most 18"),
+        (lambda: (Passkey(seed=-1),), "Passkey.seed is -1"),
+        (lambda: (SequenceLikelihood("/nowhere.fa"),), "matches no file; set SequenceLikelihood.sequences"),
+    ],
+)
+def test_settings_are_checked_before_the_model_is_loaded(make, says, tmp_path):
+    with pytest.raises(UserError, match=says):
+        evaluate(checkpoint="/nowhere", output=str(tmp_path / "out"), evals=make())
+    assert not (tmp_path / "out").exists()
+
+
+def test_rows_beyond_the_text_cost_no_memory(tiny, dataset):
+    """A row of 10^9 tokens is not padded to its length; the positions that the text has are measured."""
+    model, params = tiny
+    result = LossByPosition(dataset=dataset, lengths=(10**9, 10**9), max_tokens=256)(model, params, ByteTokenizer())
+    (entry,) = result["lengths"]
+    assert entry["tokens"] == 256 and entry["buckets"][-1]["nll"] is None
+    assert result["notes"] == [
+        "rows of 1000000000 tokens: only 256 tokens were read, so positions beyond are not measured "
+        "(LossByPosition.max_tokens)"
+    ]
 
 
 def test_settings_that_cannot_be(tiny, dataset):

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import types
+
 import jax.numpy as jnp
 import pytest
 from tiny_runs import tiny_model
 
+from lcx.optim import AdamW
+from lcx.training import doubtful
 from lcx.training import meter as meter_lib
 from lcx.training.meter import Meter, NotFiniteError
 from lcx.training.statements import counted
@@ -97,3 +101,39 @@ def test_a_loss_that_is_no_number_names_its_step():
 )
 def test_counts_in_words(number, words):
     assert counted(number) == words
+
+
+def test_a_line_too_soon_to_measure_has_no_speed_and_the_next_counts_its_steps(clock, monkeypatch):
+    times, _ = clock
+    log = Log()
+    meter = metered(log, every=1, last=4, peak=None, monkeypatch=monkeypatch)
+    times += [60.0, 60.001, 60.101, 60.2]  # the end of the first step was seen 49 ms late
+    for step in range(1, 5):
+        meter.add(step, values(step))
+    meter.drain()
+    speeds = {step: line.get("tokens_per_second") for step, line in log.lines.items()}
+    assert speeds == {1: None, 2: None, 3: pytest.approx(2 * TOKENS / 0.101), 4: None}
+    assert [line["loss"] for line in log.lines.values()] == [1, 2, 3, 4]
+
+
+def test_settings_without_effect_are_named():
+    def said(optimizer, model, **more):
+        job = types.SimpleNamespace(optimizer=optimizer, model=model, steps=40, seq_len=32, **more)
+        return list(doubtful.settings(job, model))
+
+    optimizer = AdamW(plateau_patience=3, warmup_from=0.5, warmup_steps=0, decay="kernel")
+    model = tiny_model(model_type="lama", max_position_embeddings=16)
+    for line, expected in zip(
+        said(optimizer, model, piece_length=64),
+        (
+            "Trainer.seq_len 32 exceeds the model's window of 16",
+            "model_type 'lama' is not one of llama, mistral",
+            "Trainer.piece_length 64 has no effect: rows have 32 tokens",
+            "AdamW.plateau_patience has no effect: schedule is 'cosine'",
+            "AdamW.warmup_from has no effect: there are no warmup_steps",
+            "AdamW.decay has no effect: weight_decay is 0",
+        ),
+        strict=True,
+    ):
+        assert line.startswith(expected)
+    assert not said(AdamW(), tiny_model())

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from lcx import mixers
+from lcx.errors import UserError
 from lcx.mixers.attention import Attention
 from lcx.mixers.hyena import HyenaLI, HyenaMR, HyenaSE
 from lcx.mixers.linear_attention import LinearAttention
@@ -324,3 +325,23 @@ def test_gradients_are_finite_and_reach_every_parameter(mixer, params, T):
         )
         scores_only = any(name in str(path) for name in shapes)
         assert T == 1 and scores_only or float(jnp.abs(g).max()) > 0, path
+
+
+@pytest.mark.parametrize(
+    ("mixer", "setting"),
+    [
+        (lambda: Attention(4, 2, 8, scale=0.0, parent=None), "Attention.scale is 0.0, expected a positive"),
+        (lambda: Attention(4, 2, 8, norm_eps=-1.0, parent=None), "Attention.norm_eps is -1.0"),
+        (lambda: LinearAttention(4, 2, 0, parent=None), "LinearAttention.head_dim is 0"),
+        (lambda: HyenaSE(32, featurizer_length=0, parent=None), "HyenaSE.featurizer_length is 0"),
+        (lambda: HyenaMR(32, init_length=0, parent=None), "HyenaMR.init_length is 0"),
+        (lambda: HyenaLI(32, num_modes=0, parent=None), "HyenaLI.num_modes is 0"),
+        (lambda: Mamba2(4, num_groups=0, parent=None), "Mamba2.num_groups is 0"),
+        (lambda: Mamba2(4, mlp_size=-1, parent=None), "Mamba2.mlp_size is -1"),
+        (lambda: TwoMamba(0, 8, parent=None), "TwoMamba.num_heads is 0"),
+        (lambda: TwoMamba(2, 8, init_gain=0.0, parent=None), "TwoMamba.init_gain is 0.0"),
+    ],
+)
+def test_sizes_that_cannot_be(mixer, setting):
+    with pytest.raises(UserError, match=f"^{setting}.*: change "):
+        jax.eval_shape(mixer().init, jax.random.key(0), jnp.zeros((1, 2, 32)))

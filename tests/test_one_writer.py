@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-from lcx import evaluate, train
+from lcx import evaluate, report, train
 from lcx.checkpoint import Checkpointer
 from lcx.convert import __main__ as convert
 from lcx.convert.files.destination import replacing
@@ -91,6 +91,23 @@ def test_a_second_training_is_refused_and_changes_nothing(tmp_path, capsys):
     assert (tmp_path / "run" / "config.gin").read_text() == "# of the first\n"
     assert train.main([f"--gin_file={recipe}", f"--workdir={tmp_path / 'run'}"]) == 0
     assert (tmp_path / "run" / "ran").exists()
+
+
+def test_a_second_evaluation_or_report_is_refused_and_leaves_no_folder(tmp_path, capsys):
+    def evaluated(output):
+        return evaluate.main([f"--checkpoint={tmp_path / 'nowhere'}", f"--output={output}"])
+
+    def reported(output):
+        return report.main([f"--workdir={tmp_path / 'nowhere'}", f"--output={output}"])
+
+    for command, lock in ((evaluated, LOCK), (reported, ".lcx-report-lock")):
+        (taken := tmp_path / command.__name__).mkdir()
+        with holder(taken / lock):
+            assert command(taken) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and "is being written by another process" in error and "--output" in error
+        assert command(tmp_path / "a" / "b") == 2 and not (tmp_path / "a").exists()
+        assert "nowhere" in capsys.readouterr().err
 
 
 def test_a_second_conversion_to_a_destination_is_refused(tmp_path):

@@ -151,6 +151,15 @@ def blank(monkeypatch):
     monkeypatch.setattr(pictures, "picture", lambda draw, **kind: b"\x89PNG")
 
 
+def test_an_evaluation_without_any_result_is_reported(tmp_path):
+    path = tmp_path / "run"
+    path.mkdir()
+    results = {"name": "run", "evaluations": {}, "errors": {"passkey": "too short"}}
+    (path / "results.json").write_text(json.dumps(results))
+    text = report.build(results=[str(path)], output=str(tmp_path / "out")).read_text()
+    assert "“run” is evaluated, but no evaluation has a result." in text and "1 evaluation failed: see below." in text
+
+
 def test_the_page_is_well_formed_and_self_contained(runs, tmp_path):
     path = report.build(results=runs, output=str(tmp_path / "out"), title="A <b>title</b>")
     text = path.read_text()
@@ -321,7 +330,7 @@ def test_bad_input_is_one_line(runs, tmp_path):
     with pytest.raises(UserError, match="not a readable evaluation result"):
         report.build(results=[str(tmp_path)], output=str(tmp_path / "out"))
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot write the report .*--output"):
+    with pytest.raises(UserError, match="cannot write to .*--output"):
         report.build(results=runs, output=str(tmp_path / "file" / "out"))
 
 
@@ -455,6 +464,6 @@ def test_a_single_training_run(tmp_path):
     assert "“run (2)”" in twice[0]
     bad = write_log(tmp_path / "bad", [(1, "NaN"), (2, 2.0)])
     assert (
-        "1 logged losses are not finite"
+        "1 logged loss is not finite"
         in opening(report.build(workdir=[bad], output=str(tmp_path / "o")))[0]
     )

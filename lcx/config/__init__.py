@@ -38,13 +38,14 @@ import gin
 from gin import config as gin_config
 from gin import config_parser
 
-from lcx.config import checking, interrupts, plugins, reading
+from lcx.config import checking, interrupts, messages, plugins, reading
 from lcx.config import flags as flags_lib
 from lcx.config.environment import setup_jax
-from lcx.config.flags import add_model_flags, json_object, parser
+from lcx.config.flags import BINDS, add_model_flags, json_object, parser
 from lcx.errors import UserError, first_line
 
 __all__ = [
+    "BINDS",
     "ConfigError",
     "add_model_flags",
     "config_text",
@@ -65,7 +66,13 @@ class ConfigError(UserError):
         self.problems = tuple(problems)
 
 
-def run(parser: argparse.ArgumentParser, target: str, argv: Sequence[str] | None = None) -> int:
+def run(
+    parser: argparse.ArgumentParser,
+    target: str,
+    argv: Sequence[str] | None = None,
+    *,
+    defaults: Sequence[tuple[str, str]] = (),
+) -> int:
     """Reads flags and .gin files, checks them, then calls `target`; returns the exit status.
 
     Bad input gives one line on stderr per mistake and status 2; Ctrl-C gives status 130. An unexpected exception
@@ -78,6 +85,7 @@ def run(parser: argparse.ArgumentParser, target: str, argv: Sequence[str] | None
         `config_text`, it receives the whole configuration as text; a parameter `operative_config` receives a function
         that returns the part that has been used so far.
       argv: the arguments; None: sys.argv[1:].
+      defaults: (name, value text) pairs that apply unless a .gin file or a flag overrides them.
     """
     try:
         flags = flags_lib.read(parser, sys.argv[1:] if argv is None else argv)
@@ -86,13 +94,18 @@ def run(parser: argparse.ArgumentParser, target: str, argv: Sequence[str] | None
     setup_jax()
     plugins.hide_unusable()
     try:
-        with interrupts.interruptible():
-            status = _run(flags, target)
+        with messages.plain_warnings():
+            with interrupts.importing():
+                function, source = _read(flags, target, defaults)
+            with interrupts.interruptible():
+                status = _call(function, source, flags)
     except (KeyboardInterrupt, UserError, OSError) as error:
         if flags.debug:
             raise
         status = _report(error)
     except Exception:
+        if interrupts.pressed() and not flags.debug:  # inside an import, Ctrl-C surfaces as an ImportError
+            interrupts.leave_interrupted()
         if _is_distributed():
             traceback.print_exc()
             # A normal exit waits for the other processes, which would hang if one of them failed.
@@ -104,7 +117,11 @@ def run(parser: argparse.ArgumentParser, target: str, argv: Sequence[str] | None
 
 
 def parse(
-    files: Sequence[str], bindings: Sequence[tuple[str, str]] = (), *, target: str | None = None
+    files: Sequence[str],
+    bindings: Sequence[tuple[str, str]] = (),
+    *,
+    target: str | None = None,
+    defaults: Sequence[tuple[str, str]] = (),
 ) -> reading.Source:
     """Replaces gin's configuration with `files` and then `bindings`, checks it and locks it.
 
@@ -113,6 +130,7 @@ def parse(
       bindings: (name, value text) pairs, from flags --gin.name=value; they override the files.
       target: the "module:function" that will run. Its parameters can be bound without importing it in a file, and
         everything that it will build is checked for missing parameters.
+      defaults: pairs like `bindings`, which the files override.
 
     Returns:
       The source of each binding, for messages.
@@ -123,6 +141,8 @@ def parse(
     gin.clear_config()
     gin_config._IMPORTS.add(_DYNAMIC)  # makes `config_text` write module imports even if no file has any
     source = reading.Source(target)
+    source.read_flags(defaults)
+    source.places.clear()  # nobody has written the defaults, so no warning is about them
     for file in files:
         source.read_file(file, None)
     source.read_flags(bindings)
@@ -154,7 +174,10 @@ def operative_config() -> str:
     return gin.operative_config_str(max_line_length=100)
 
 
-def _run(flags: flags_lib.Flags, target: str) -> int:
+def _read(
+    flags: flags_lib.Flags, target: str, defaults: Sequence[tuple[str, str]]
+) -> tuple[Callable, reading.Source]:
+    """The function to call and its configuration."""
     for name in flags.imports:
         try:
             importlib.import_module(name)
@@ -162,9 +185,12 @@ def _run(flags: flags_lib.Flags, target: str) -> int:
             raise UserError(
                 f"--import={name} cannot be imported ({first_line(error)}): run from its folder, or install its package"
             ) from error
-    source = parse(flags.gin_files, flags.bindings, target=target)
+    source = parse(flags.gin_files, flags.bindings, target=target, defaults=defaults)
     module, _, name = target.partition(":")
-    function = getattr(importlib.import_module(module), name)
+    return getattr(importlib.import_module(module), name), source
+
+
+def _call(function: Callable, source: reading.Source, flags: flags_lib.Flags) -> int:
     for warning in checking.unreached(source).values():
         print(f"warning: {warning}", file=sys.stderr)
     result = function(**_arguments(function, flags.own))
@@ -185,7 +211,11 @@ def _arguments(function: Callable, flags: dict[str, Any]) -> dict[str, Any]:
     if known:
         gin_config._OPERATIVE_CONFIG.setdefault(("", known.selector), {}).update(bound)
     missing = [
-        n for n, p in parameters.items() if p.default is p.empty and n not in {*bound, *flags, *_TEXTS}
+        name
+        for name, parameter in parameters.items()
+        if parameter.default is parameter.empty
+        and parameter.kind is not parameter.VAR_KEYWORD
+        and name not in {*bound, *flags, *_TEXTS}
     ]
     if missing:
         where = f"{function.__module__.rpartition('.')[2]}.{function.__name__}"

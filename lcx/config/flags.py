@@ -11,6 +11,8 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, NoReturn
 
+BINDS = "gin:"  # the `dest` of a flag that sets a binding, "gin:evaluate.evals"; its `type` gives the value as gin text
+
 
 class Flags(NamedTuple):
     """A parsed command line: the command's own flags, the .gin files, --gin.name=value as (name, value) pairs, and
@@ -114,8 +116,9 @@ def read(parser: argparse.ArgumentParser, argv: Sequence[str]) -> Flags:
     if unknown:
         parser.error(f"unknown argument {unknown[0]!r}{hint(unknown[0].partition('=')[0], options)}")
     own = vars(known)
+    first = [(name.removeprefix(BINDS), own.pop(name)) for name in list(own) if name.startswith(BINDS)]
     files, debug, imports = own.pop("gin_file", []), own.pop("debug", False), own.pop("imports", [])
-    return Flags(gin_files=files, debug=debug, own=own, bindings=bindings, imports=imports)
+    return Flags(gin_files=files, debug=debug, own=own, bindings=[*first, *bindings], imports=imports)
 
 
 def hint(name: str, known: Iterable[object]) -> str:

@@ -17,6 +17,8 @@ import typing
 from collections.abc import Callable
 from typing import Any
 
+from lcx.wording import quantity
+
 _SEQUENCES = (list, collections.abc.Sequence, collections.abc.Iterable, collections.abc.Collection)
 _MAPPINGS = (dict, collections.abc.Mapping, collections.abc.MutableMapping)
 
@@ -139,7 +141,7 @@ def _fit_items(
     if len(arguments) == 2 and arguments[1] is Ellipsis:
         return [fit(item, arguments[0], promised) for item in value]
     if len(arguments) != len(value):
-        raise Mismatch(f"expected {describe(annotation)}, found {len(value)} values")
+        raise Mismatch(f"expected {describe(annotation)}, found {quantity(len(value), 'value')}")
     return [fit(item, wanted, promised) for item, wanted in zip(value, arguments, strict=True)]
 
 

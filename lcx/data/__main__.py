@@ -1,49 +1,49 @@
-"""Checks the documents of a source for short length, repetition, truncation and end-of-document markers in the text."""
+"""Checks the documents of a source for short length, repetition, truncation and end-of-document markers in the text.
 
-import argparse
+Examples:
+  python -m lcx.data --source='/path/to/books/*.txt' --tokenizer=/path/to/hf_folder
+  python -m lcx.data --source=stories.jsonl --text_field=story --min_length=0
+
+The exit status is 1 if a document has a problem.
+"""
+
 import sys
 
-from lcx.data.dataset import Dataset
+from lcx import config
 from lcx.data.sources import FORMATS, ON_BAD_LINE
-from lcx.errors import UserError
 
 
-def main() -> int:
-    """Prints the report; the exit status is 1 when a document has a problem, 2 on bad input."""
-    parser = argparse.ArgumentParser(prog="python -m lcx.data", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--source", required=True, help='file, folder, glob, or "stdlib"')
+def main(argv=None) -> int:
+    parser = config.parser(__doc__, gin=False)
+    parser.add_argument("--source", required=True, metavar="PATH", help='file, folder, glob, or "stdlib"')
     parser.add_argument(
-        "--tokenizer", default="bytes", help='"bytes", a tokenizer file, or a folder with one'
+        "--tokenizer", metavar="PATH", help='"bytes" (the default), a tokenizer file, or a folder with one'
     )
     parser.add_argument(
-        "--format", help=f"{', '.join(FORMATS)}; by default from the content of each file, else from its name"
+        "--format",
+        metavar="FORMAT",
+        help=f"{', '.join(FORMATS)}; by default from the content of each file, else from its name",
     )
     parser.add_argument(
-        "--text_field", default="text", help="field of a JSON object, column of a table (default: text)"
+        "--text_field", metavar="NAME", help="field of a JSON object, column of a table (default: text)"
     )
     parser.add_argument(
         "--on_bad_line",
-        default="error",
         choices=ON_BAD_LINE,
         help="for a row that cannot be read: stop with an error, or skip and count it (default: error)",
     )
-    parser.add_argument("--separator", help='splits text files into documents, e.g. "<|endoftext|>"')
     parser.add_argument(
-        "--chat_template", help="a .jinja file for rows with messages; by default the tokenizer's template"
+        "--separator", metavar="TEXT", help='splits text files into documents, e.g. "<|endoftext|>"'
     )
     parser.add_argument(
-        "--min_length", type=int, default=8192, help="report documents with fewer tokens (default: 8192)"
+        "--chat_template",
+        metavar="PATH",
+        help="a .jinja file for rows with messages; by default the tokenizer's template",
     )
-    arguments = parser.parse_args()
-    settings = {k: v for k, v in vars(arguments).items() if k != "min_length"}
-    try:
-        dataset = Dataset(**settings)
-        report, remarks = dataset.check(min_length=arguments.min_length), dataset.remarks()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(report, *remarks, sep="\n")
-    return 0 if report.ok else 1
+    parser.add_argument(
+        "--min_length", type=int, metavar="N", help="report documents with fewer tokens (default: 8192)"
+    )
+    return config.run(parser, "lcx.data.command:check", argv)
 
 
 if __name__ == "__main__":

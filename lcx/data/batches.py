@@ -18,6 +18,7 @@ from lcx.data import order, packing
 from lcx.data.mixing import BatchSpec, Group, Part, make_groups
 from lcx.data.tokenizers import Tokenizer
 from lcx.errors import UserError
+from lcx.wording import quantity
 
 _STATE_VERSION = 1
 # Checked after a start or a restore; mistakes in the data are usually visible in every batch.
@@ -169,7 +170,11 @@ class Opened:
 
     def remarks(self) -> list[str]:
         """What a run reports about its data when it starts, one part after the other."""
-        return [line for part in self.parts for line in part.corpus.remarks()]
+        return [
+            line
+            for part in self.parts
+            for line in (*part.corpus.remarks(), *part.dataset.without_effect(part.corpus))
+        ]
 
     def _check(self, groups: tuple[Group, ...], spec: BatchSpec) -> None:
         rows = sum(group.plan.num_rows for group in groups)
@@ -189,7 +194,8 @@ class Opened:
         if spec.repeats and rows < spec.global_batch_size:
             tokens = sum(group.plan.num_inputs for group in groups)
             raise UserError(
-                f"the {spec.split} split of {names} has {tokens} tokens: {rows} rows of seq_len={spec.seq_len},"
+                f"the {spec.split} split of {names} has {quantity(tokens, 'token')}:"
+                f" {quantity(rows, 'row')} of seq_len={spec.seq_len},"
                 f" fewer than global_batch_size={spec.global_batch_size}; add data (about"
                 f" {spec.global_batch_size * spec.seq_len} tokens are needed) or lower one of the two"
             )

@@ -13,6 +13,7 @@ from jaxtyping import Int
 from lcx.data import markers
 from lcx.data.tokenizers import Tokenizer
 from lcx.errors import UserError
+from lcx.wording import quantity
 
 KINDS = ("too short", "repetitive", "truncated")
 _SHOWN = 10
@@ -61,7 +62,7 @@ class Report:
 
     def __str__(self) -> str:
         counts = ", ".join(f"{self.counts[kind]} {kind}" for kind in KINDS)
-        lines = [f"{self.num_documents} documents, {self.num_flagged} with a problem: {counts}"]
+        lines = [f"{quantity(self.num_documents, 'document')}, {self.num_flagged} with a problem: {counts}"]
         lines += [f"  {issue}" for issue in self.issues]
         if self.markers:
             lines.append(markers.sentence(dict(self.markers), "the source"))
@@ -126,7 +127,7 @@ def check_documents(
     for name, tokens in documents:
         issues = []
         if len(tokens) < min_length:
-            issues.append(Issue(name, "too short", f"{len(tokens)} tokens, expected at least {min_length}"))
+            issues.append(Issue(name, "too short", f"{quantity(len(tokens), 'token')}, expected at least {min_length}"))
         share = repetition(tokens, window=window)
         if share > threshold:
             detail = f"{share:.0%} of {window} tokens equal the {window} before them"

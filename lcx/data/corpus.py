@@ -9,6 +9,7 @@ from jaxtyping import Bool, Int
 from lcx.data.notices import say_once
 from lcx.data.store import TokenStore
 from lcx.errors import UserError
+from lcx.wording import quantity
 
 SPLITS = ("train", "eval")
 Scored = tuple[np.ndarray, np.ndarray]  # the ids of a document, and the mask of those with a loss
@@ -74,12 +75,14 @@ class Corpus:
         if store.conversations:
             share = 1.0 if store.loss_tokens is None else store.loss_tokens / store.num_tokens
             lines.append(
-                f"{self.source}: {store.conversations} conversations of {store.num_documents} documents;"
-                f" loss on {share:.1%} of {store.num_tokens} tokens"
+                f"{self.source}: {quantity(store.conversations, 'conversation')} of"
+                f" {quantity(store.num_documents, 'document')};"
+                f" loss on {share:.1%} of {quantity(store.num_tokens, 'token')}"
             )
         if self.copies:
             lines.append(
-                f"{self.source}: {self.copies} training documents left out: they are copies of held-out documents"
+                f"{self.source}: {quantity(self.copies, 'training document')} left out:"
+                " held-out documents have the same text"
             )
         return lines
 

@@ -96,7 +96,7 @@ class Dataset:
             raise UserError(f"Dataset.eval_fraction={self.eval_fraction} is not between 0 and 1")
         if self.min_length < 0:
             raise UserError(f"Dataset.min_length={self.min_length} is not a number of tokens; expected at least 0")
-        for name in ("separator", "cache_dir"):
+        for name in ("text_field", "separator", "chat_template", "cache_dir"):
             if getattr(self, name) == "":
                 raise UserError(f"Dataset.{name} is empty; set it, or leave it out (None)")
         _check_long("Dataset", self.long_fraction, self.long_length)
@@ -183,13 +183,23 @@ class Dataset:
 
     def remarks(self) -> list[str]:
         """What a run reports about its data when it starts: conversations, and dropped copies."""
-        return self.open().remarks()
+        corpus = self.open()
+        return [*corpus.remarks(), *self.without_effect(corpus)]
+
+    def without_effect(self, corpus: corpora.Corpus) -> list[str]:
+        """One line for each setting about conversations if there are none."""
+        if corpus.store.conversations:
+            return []
+        names = [name for name in ("chat_template", "chat_loss") if getattr(self, name) != getattr(Dataset, name)]
+        return [f"Dataset.{name} has no effect: {corpus.source} holds no conversations" for name in names]
 
     def check(self, *, min_length: int = 8192, window: int = 50, threshold: float = 0.8) -> checks.Report:
         """Length, repetition and truncation of every document of both splits (`lcx.data.checks`).
 
         The report also counts the texts that contain an end-of-document marker.
         """
+        if min_length < 0:
+            raise UserError(f"min_length is {min_length}, expected a number of tokens, at least 0: change min_length")
         tokens = self.open().store
         documents = (
             (name, tokens.tokens[first:last].astype(np.int32))
@@ -329,3 +339,8 @@ def _check_long(owner: str, long_fraction: float | None, long_length: int | None
         raise UserError(f"{owner}.long_fraction={long_fraction} is not above 0 and at most 1")
     if long_length is not None and long_length < 1:
         raise UserError(f"{owner}.long_length={long_length} is not a number of tokens; expected at least 1")
+    if long_length is not None and long_fraction is None:
+        raise UserError(
+            f"{owner}.long_length={long_length} has no effect without {owner}.long_fraction, the share of rows from"
+            " documents of at least that length; set both, or neither"
+        )

@@ -6,6 +6,8 @@ then trains on unrelated texts as if they were one, and some tokenizers turn the
 
 from collections.abc import Mapping
 
+from lcx.wording import quantity
+
 KNOWN = (
     "<|endoftext|>", "<|end_of_text|>", "<|endofdocument|>", "<|end_of_document|>", "<|eos|>", "<|EOT|>", "</s>",
     "<eos>", "<EOS>", "[EOS]", "<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "<\N{FULLWIDTH VERTICAL LINE}"
@@ -30,7 +32,7 @@ class MarkerCounter:
 
 def sentence(counts: Mapping[str, int], source: str) -> str:
     """The message about the markers that were found."""
-    found = ", ".join(f"{marker!r} in {count} documents" for marker, count in counts.items())
+    found = ", ".join(f"{marker!r} in {quantity(count, 'document')}" for marker, count in counts.items())
     return (
         f"{source} has markers of a document's end inside its text: {found}; set Dataset.separator where one separates"
         " the documents of a text file, or take it out of the text"

@@ -5,6 +5,7 @@ from typing import Protocol
 
 from lcx.data import order, packing
 from lcx.data.corpus import Corpus, DocumentRanges
+from lcx.data.notices import say_once
 from lcx.data.store import TokenStore
 from lcx.errors import UserError
 
@@ -94,6 +95,7 @@ class RowSettings(Protocol):
     def long_fraction(self) -> float | None: ...
     @property
     def long_length(self) -> int | None: ...
+    def without_effect(self, corpus: Corpus) -> list[str]: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,6 +207,11 @@ def _share(one: _Candidate, candidates: list[_Candidate]) -> float:
             f"long_fraction={one.long_fraction} but no training document has {one.long_length} tokens (the"
             " longest"
             f" has {longest}); lower long_length or seq_len, add long documents, or unset long_fraction"
+        )
+    if "short" not in kinds and one.long_fraction < 1:
+        say_once(
+            f"long_fraction={one.long_fraction} has no effect: all training documents have at least"
+            f" {one.long_length} tokens; raise long_length"
         )
     fraction = one.long_fraction if one.kind == "long" else 1 - one.long_fraction
     side = fraction if len(kinds) == 2 else 1.0

@@ -13,6 +13,9 @@ Your own evaluation is a frozen dataclass in any package that implements `Evalua
 
     evaluator.evaluate.evals = (@loss_by_position.LossByPosition(), @my_package.MyTask())
 
+It may have a method `check()`, which is called before the model is loaded and raises UserError for settings that cannot
+work, such as a file that does not exist.
+
 An evaluation that reads text has a field `dataset`. If that is None, the evaluator sets it to the data that the
 checkpoint was trained on.
 """

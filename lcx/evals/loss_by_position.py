@@ -94,7 +94,11 @@ class LossByPosition:
     def _lengths(self, model: Decoder, text: documents.Documents) -> tuple[tuple[int, ...], list[str]]:
         """The row lengths to evaluate, and what to say about them."""
         if self.lengths is not None:
-            return self.lengths, []
+            lengths = tuple(dict.fromkeys(self.lengths))
+            long = max(lengths)
+            read = f"only {text.num_tokens - 1} tokens were read, so positions beyond are not measured"
+            note = f"rows of {long} tokens: {read} (LossByPosition.max_tokens)"
+            return lengths, [note] if long >= text.num_tokens else []
         window = model.max_position_embeddings
         limits = {
             f"LossByPosition.tokens_per_batch, {self.tokens_per_batch}": self.tokens_per_batch,
@@ -148,6 +152,7 @@ class LossByPosition:
         """(a batch of all rows, the weights of its labels): the concatenated documents, cut every T tokens."""
         lengths = np.array([len(document) for document in text.tokens])
         starts = np.cumsum(lengths) - lengths
+        T = min(T, int(lengths.sum()))  # a row that is longer than the text would be padded to its length
         plan = plan_concat(starts, lengths, seq_len=T, joined=not self.document_mask)
         # The extra token that was read as the last label must not become a row of its own.
         rows = np.arange(max(1, plan.num_rows - (int(lengths.sum()) % T == 1)))

@@ -22,6 +22,7 @@ from lcx.evals.support import figures, scoring
 from lcx.evals.support.intervals import wilson
 from lcx.evals.support.model_facts import facts
 from lcx.model import Decoder
+from lcx.wording import quantity
 
 TASK = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. I will quiz you"
@@ -31,6 +32,7 @@ FILLER = (
     "The grass is green.", "The sky is blue.", "The sun is yellow.", "Here we go.", "There and back again."
 )  # fmt: skip
 QUESTION = "\nWhat is the pass key? The pass key is"
+_MOST_DIGITS = 18  # numpy draws keys as int64
 _SHAPES = 8  # groups of prompts of similar length; each different length in a batch compiles another program
 
 
@@ -87,6 +89,10 @@ class Passkey:
         for field in ("num_distances", "trials", "digits", "max_new_tokens", "batch_size"):
             if getattr(self, field) < 1:
                 raise UserError(f"Passkey.{field} is {getattr(self, field)}, expected at least 1")
+        if self.digits > _MOST_DIGITS:
+            raise UserError(f"Passkey.digits is {self.digits}, expected at most {_MOST_DIGITS}")
+        if self.seed < 0:
+            raise UserError(f"Passkey.seed is {self.seed}, expected at least 0")
         if not 0 < self.threshold <= 1:
             raise UserError(f"Passkey.threshold is {self.threshold}, expected a rate above 0 and at most 1")
 
@@ -210,8 +216,9 @@ class Passkey:
         )
         return (
             f"passkey of {self.digits} digits (Mohtashami & Jaggi 2023, arXiv 2305.16300), {self.num_distances}"
-            f" distances k evenly spaced over a context of {context} tokens, {self.trials} trials each; k is the number"
-            f" of tokens from the end of the key's last mention to the end of the prompt; {fill}; greedy continuation"
+            f" distances k evenly spaced over a context of {context} tokens,"
+            f" {quantity(self.trials, 'trial')} each; k is the number of"
+            f" tokens from the end of the key's last mention to the end of the prompt; {fill}; greedy continuation"
             f" of {self.max_new_tokens} tokens, right if the first integer in it is the key; k_max: the largest k such"
             f" that every k' <= k has a success rate of at least {self.threshold:g}; 95% Wilson intervals"
         )

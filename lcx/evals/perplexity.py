@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Int
 
 from lcx.data import Dataset, Mixture, Tokenizer
-from lcx.errors import UserError
+from lcx.errors import UserError, check_sizes
 from lcx.evals import Result
 from lcx.evals.support import documents, figures, scoring, words
 from lcx.evals.support.intervals import mean_and_error
@@ -63,6 +63,12 @@ class Perplexity:
             raise UserError(f"Perplexity.windows is {self.windows}, expected windows of at least 2 tokens")
         if self.stride is not None and self.stride < 1:
             raise UserError(f"Perplexity.stride is {self.stride}, expected at least 1 token")
+        if self.windows is not None and self.stride is not None and self.stride >= min(self.windows):
+            raise UserError(
+                f"Perplexity.stride {self.stride} leaves no overlap in a window of {min(self.windows)}: lower"
+                " Perplexity.stride, or set it to None for windows that do not overlap"
+            )
+        check_sizes("Perplexity", max_document_length=self.max_document_length)
 
     def __call__(self, model: Decoder, params: Any, tokenizer: Tokenizer | None) -> Result:
         text = documents.read(
@@ -93,12 +99,7 @@ class Perplexity:
     def _windows(self, model: Decoder, text: documents.Documents) -> tuple[tuple[int, ...], list[str]]:
         """The windows to evaluate, and what to say about them."""
         if self.windows is not None:
-            if self.stride is not None and self.stride >= min(self.windows):
-                raise UserError(
-                    f"Perplexity.stride {self.stride} leaves no overlap in a window of {min(self.windows)}: lower"
-                    " stride, or set it to None for windows that do not overlap"
-                )
-            return self.windows, []
+            return tuple(dict.fromkeys(self.windows)), []
         own = model.max_position_embeddings
         # Every `stride` tokens of text cost a window: a budget of tokens for them limits the size of the window.
         longest, starts = max(map(len, text.tokens)), text.num_tokens / (self.stride or own)

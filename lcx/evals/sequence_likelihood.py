@@ -12,8 +12,9 @@ from lcx.evals import Result
 from lcx.evals.support import dna, figures, scoring
 from lcx.evals.support.intervals import mean_and_error
 from lcx.evals.support.model_facts import facts
-from lcx.evals.support.windows import check_windows, windows_of
+from lcx.evals.support.windows import beyond_window, check_windows, windows_of
 from lcx.model import Decoder
+from lcx.wording import quantity
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +46,9 @@ class SequenceLikelihood:
 
     def __post_init__(self):
         check_windows(self)
+
+    def check(self) -> None:
+        dna.check_files(self.sequences, owner="SequenceLikelihood.sequences")
 
     def __call__(self, model: Decoder, params: Any, tokenizer: Tokenizer | None) -> Result:
         documents = dna.read(self.sequences, owner="SequenceLikelihood.sequences")
@@ -79,9 +83,10 @@ class SequenceLikelihood:
         perplexity = None if mean is None else math.exp(min(mean, 700))
         return {
             "definition": self._definition(window, stride),
-            "summary": f"{len(rows)} sequences, {int(counts.sum())} letters, "
+            "summary": f"{quantity(len(rows), 'sequence')}, {quantity(int(counts.sum()), 'letter')}, "
             + ("nothing to score" if perplexity is None else f"perplexity {perplexity:.4g} per letter"),
             "table": {"perplexity per letter": perplexity, "sequences": len(rows)},
+            "notes": beyond_window(window, model),
             "model": facts(model),
             "nll": mean,
             "standard_error": error,

@@ -13,8 +13,9 @@ from lcx.evals.support import dna, figures, scoring
 from lcx.evals.support.intervals import auroc
 from lcx.evals.support.model_facts import facts
 from lcx.evals.support.variants import Variant, obstacle, read_variants, windows_around
-from lcx.evals.support.windows import check_windows, windows_of
+from lcx.evals.support.windows import beyond_window, check_windows, windows_of
 from lcx.model import Decoder
+from lcx.wording import quantity
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +54,10 @@ class VariantEffects:
     def __post_init__(self):
         check_windows(self)
 
+    def check(self) -> None:
+        dna.check_files(self.sequences, owner="VariantEffects.sequences")
+        next(read_variants(self.variants), None)  # raises if the file cannot be read or has other columns
+
     def __call__(self, model: Decoder, params: Any, tokenizer: Tokenizer | None) -> Result:
         window, stride = windows_of(self, model)
         letters = window if tokenizer is None else window - len(special_tokens(tokenizer).before)
@@ -90,9 +95,10 @@ class VariantEffects:
                 f"{', mean of both strands' if self.both_strands else ''}"
                 f"; variants of {self.variants}; AUROC of -score for label 1"
             ),
-            "summary": f"{len(rows)} variants, mean score {scores.mean():.4g} nats{said}",
+            "summary": f"{quantity(len(rows), 'variant')}, mean score {scores.mean():.4g} nats{said}",
             "table": {"mean score (nats)": float(scores.mean()), "AUROC": area, "variants": len(rows)}
             | ({"not scored": len(left_out)} if left_out else {}),
+            "notes": beyond_window(window, model),
             "model": facts(model),
             "auroc": area,
             "variants": rows,

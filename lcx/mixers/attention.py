@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from lcx import rope as rope_lib
 from lcx import sharding
-from lcx.errors import check_sizes
+from lcx.errors import check_not_negative, check_positive, check_sizes
 from lcx.layers import Norm, named_param
 from lcx.mixers import kv_cache
 from lcx.mixers.kv_cache import Cache
@@ -65,6 +65,8 @@ class Attention(nn.Module):
             head_dim=self.head_dim,
             window=self.window,
         )
+        check_positive("Attention", scale=self.scale, softcap=self.softcap)
+        check_not_negative("Attention", norm_eps=self.norm_eps)
         q, k, v = rotated_heads(self, x, positions, cache, segment_ids=segment_ids)
         sinks = None
         if self.sinks:

@@ -33,7 +33,7 @@ from jax.sharding import PartitionSpec as Axes
 from jaxtyping import Array, Float, Int
 
 from lcx import sharding
-from lcx.errors import UserError
+from lcx.errors import UserError, check_sizes
 from lcx.layers import Linear, named_param
 from lcx.ops import modal
 from lcx.ops.fir_conv import fir_conv
@@ -41,6 +41,7 @@ from lcx.ops.long_conv import long_conv
 from lcx.ops.short_conv import ConvState, short_conv
 
 Cache = dict[str, Any]
+_SIZES = ("num_channels", "featurizer_length", "num_groups", "filter_length", "num_modes", "init_length")
 CHANNELS_FIRST = Axes("rows", "heads")
 FIR_STATE = ConvState._make((CHANNELS_FIRST, Axes("rows")))
 
@@ -67,6 +68,7 @@ class _Hyena(nn.Module):
         segment_ids: Int[Array, "B T"] | None = None,
         cache: Cache | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
+        check_sizes(type(self).__name__, **{name: getattr(self, name, None) for name in _SIZES})
         B, T, D = x.shape
         C = self.num_channels
         z = Linear((D,), (C, 3), ("embed", "channels", None), name="in_proj")(x)

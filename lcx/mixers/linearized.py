@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int
 
 from lcx import rope as rope_lib
 from lcx import sharding
-from lcx.errors import UserError, check_sizes
+from lcx.errors import UserError, check_not_negative, check_positive, check_sizes
 from lcx.layers import Norm, named_param
 from lcx.mixers import Cache
 from lcx.mixers.feature_maps import FeatureMap
@@ -232,7 +232,11 @@ class LinearizedAttention(nn.Module):
     @nn.nowrap
     def check(self) -> None:
         """Raises UserError for settings that are out of range or do not fit each other."""
-        check_sizes(type(self).__name__, feature_dim=self.feature_dim, adapter=self.adapter)
+        own = type(self).__name__
+        sizes = ("num_heads", "num_kv_heads", "head_dim", "feature_dim", "adapter")
+        check_sizes(own, **{name: getattr(self, name) for name in sizes})
+        check_positive(own, scale=self.scale)
+        check_not_negative(own, norm_eps=self.norm_eps)
         if not math.isfinite(self.window_factor):
             raise UserError(f"window_factor {self.window_factor}: expected a finite number")
         if self.num_heads % self.num_kv_heads:

@@ -25,7 +25,7 @@ from jax.sharding import PartitionSpec as Axes
 from jaxtyping import Array, Float, Int
 
 from lcx import sharding
-from lcx.errors import UserError
+from lcx.errors import UserError, check_not_negative, check_sizes
 from lcx.layers import Linear, named_param
 from lcx.ops.linear_attention import LinearState, empty_state, linear_attention
 from lcx.ops.short_conv import ConvState, short_conv
@@ -66,8 +66,7 @@ class Mamba2(nn.Module):
         segment_ids: Int[Array, "B T"] | None = None,
         cache: Cache | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
-        if self.num_heads % self.num_groups:
-            raise UserError(f"num_heads {self.num_heads} must be a multiple of num_groups {self.num_groups}")
+        self._check()
         B, T, D = x.shape
         heads, groups = (self.num_heads, self.head_dim), (self.num_groups, self.state_dim)
         z = Linear((D,), heads, ("embed", "heads", "head_dim"), name="z_proj")(x)
@@ -89,6 +88,13 @@ class Mamba2(nn.Module):
             )
             out += Linear((self.mlp_size,), (D,), ("mlp", "embed"), name="down_proj")(nn.silu(gate) * up)
         return out, cache
+
+    def _check(self) -> None:
+        sizes = ("num_heads", "head_dim", "state_dim", "num_groups", "conv_size")
+        check_sizes("Mamba2", **{name: getattr(self, name) for name in sizes})
+        check_not_negative("Mamba2", mlp_size=self.mlp_size, norm_eps=self.norm_eps)
+        if self.num_heads % self.num_groups:
+            raise UserError(f"num_heads {self.num_heads} must be a multiple of num_groups {self.num_groups}")
 
     def _conv(self, name: str, shape: tuple[int, int], names) -> dict[str, Array]:
         """Parameters of one convolution: taps [heads, size, K], the current token's first, and bias [heads, size]."""

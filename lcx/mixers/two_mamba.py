@@ -27,7 +27,7 @@ from jax.sharding import PartitionSpec as Axes
 from jaxtyping import Array, Float, Int
 
 from lcx import sharding
-from lcx.errors import UserError
+from lcx.errors import UserError, check_positive, check_sizes
 from lcx.layers import Linear, RMSNorm, named_param
 from lcx.mixers import kv_cache
 from lcx.mixers.attention import Attention
@@ -127,6 +127,8 @@ class TwoMamba(nn.Module):
         return Linear((N, H), (D,), out_names, gain=self.init_gain, name="o_proj")(y), cache
 
     def _check(self) -> None:
+        check_sizes("TwoMamba", num_heads=self.num_heads, head_dim=self.head_dim, conv_width=self.conv_width)
+        check_positive("TwoMamba", init_gain=self.init_gain)
         for field, choices in CHOICES.items():
             if getattr(self, field) not in choices:
                 expected = ", ".join(repr(choice) for choice in choices)

@@ -3,6 +3,7 @@
 import flax.linen as nn
 from jaxtyping import Array, Float
 
+from lcx.errors import check_sizes
 from lcx.layers import Linear
 from lcx.mlps.activations import Activation, activation
 
@@ -21,6 +22,7 @@ class PlainMlp(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        check_sizes("PlainMlp", intermediate_size=self.intermediate_size)
         act = activation(self.activation)
         D, F = (x.shape[-1],), (self.intermediate_size,)
         up = Linear(D, F, ("embed", "mlp"), self.bias, name="up_proj")(x)

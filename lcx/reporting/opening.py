@@ -8,6 +8,7 @@ from lcx.evals.support.words import INTERVAL, listed, quoted
 from lcx.reporting import training
 from lcx.reporting.pages import spoken
 from lcx.reporting.runs import evaluation_of
+from lcx.wording import quantity
 
 Runs = Mapping[str, Mapping[str, Any]]
 
@@ -17,9 +18,10 @@ def paragraphs(runs: Runs, curves: training.Curves) -> list[str]:
     found = [_clause(name, runs) for name in evaluations(runs)]
     trained = [training.finding(curves)] if curves else []
     if runs:
-        kinds = listed([spoken(name).lower() for name in evaluations(runs)], most=6)
         who = f"{len(runs)} models are compared" if len(runs) > 1 else f"“{next(iter(runs))}” is evaluated"
-        out = [f"{who} by {kinds}: {found[0]}." if found else f"{who}, but no evaluation has a result."]
+        kinds = [spoken(name).lower() for name in evaluations(runs)]
+        by = f"{who} by {listed(kinds, most=6)}: {found[0]}." if found else ""
+        out = [by or f"{who}, but no evaluation has a result."]
         out += [
             f"{spoken(name)}: {text}." for name, text in zip(evaluations(runs)[1:], found[1:], strict=True)
         ]
@@ -70,5 +72,5 @@ def _remarks(runs: Runs, texts: Sequence[str]) -> list[str]:
             )
     failed = sum(len(run.get("errors") or {}) for run in runs.values())
     if failed:
-        remarks.append(f"{failed} evaluations failed: see below.")
+        remarks.append(f"{quantity(failed, 'evaluation')} failed: see below.")
     return [" ".join(remarks)] if remarks else []

@@ -7,6 +7,7 @@ from typing import Any
 
 from lcx.evals.support import figures
 from lcx.reporting import pages, pictures
+from lcx.wording import quantity
 
 Curves = Mapping[
     str, Sequence[Mapping[str, float]]
@@ -29,7 +30,7 @@ def section(curves: Curves, runs: Mapping[str, Mapping[str, Any]]) -> tuple[str,
             [label, steps, _value(last(lines, "loss")), _value(held_out), _value(last(lines, _SPEED))]
         )
     head = ["run", "steps", "last loss", "last held-out loss", "tokens per second"]
-    alt = "; ".join(f"{row[0]}: loss {pages.number(row[2])} after {row[1]} steps" for row in rows)
+    alt = "; ".join(f"{row[0]}: loss {pages.number(row[2])} after {quantity(row[1], 'step')}" for row in rows)
     plot = pictures.drawn("training_loss", lambda axes: draw(axes, curves, runs), alt)
     return pages.section("Training", plot.html + pages.table(head, rows) + pages.notes([_UNIT])), plot.files
 
@@ -108,7 +109,7 @@ def _alone(label: str, lines: Sequence[Mapping[str, float]]) -> str:
     return (
         text
         + _held_out(points(lines, "eval_loss"))
-        + (f"; {broken} logged losses are not finite" * (broken > 0))
+        + (f"; {quantity(broken, 'logged loss is', 'logged losses are')} not finite" * (broken > 0))
     )
 
 

@@ -264,6 +264,8 @@ class _Bar(_Lines):
             total=total_steps, initial=first_step, file=sys.stderr, dynamic_ncols=True, bar_format=form
         )
         self._handler = _AboveTheBar(self.message)
+        self._replaced = logging.getLogger("lcx").handlers[:]  # those of `lcx.config`, which write into the bar's line
+        _exchange(logging.getLogger("lcx"), self._replaced, [self._handler] * bool(self._replaced))
         if not logging.root.handlers:  # the user has not set up logging
             logging.root.addHandler(self._handler)
 
@@ -278,7 +280,15 @@ class _Bar(_Lines):
 
     def close(self) -> None:
         logging.root.removeHandler(self._handler)
+        _exchange(logging.getLogger("lcx"), [self._handler] * bool(self._replaced), self._replaced)
         self._bar.close()
+
+
+def _exchange(logger: logging.Logger, old: list[logging.Handler], new: list[logging.Handler]) -> None:
+    for handler in old:
+        logger.removeHandler(handler)
+    for handler in new:
+        logger.addHandler(handler)
 
 
 _SHORT = {"tokens_per_second": ("tok/s", "{:.0f}"), "mfu": ("mfu", "{:.2f}"), "loss": ("loss", "{:.3f}")}

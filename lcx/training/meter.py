@@ -22,6 +22,8 @@ from lcx.training.peak_flops import peak_flops
 # Steps queued on the devices at once. Two are enough to hide the host's work between steps; with dozens in flight,
 # several CPU devices of one process can deadlock.
 IN_FLIGHT = 2
+# Seconds of training from which its speed is logged. Python's threads may see the end of a step up to 10 ms late.
+_LEAST_S = 0.1
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +41,7 @@ class Meter:
 
     The time of a step runs from the end of the previous step to its own end. A separate thread waits for that moment,
     because the host itself may already be a step ahead, or be busy with something else. The first step includes
-    compilation and is not timed.
+    compilation and is not timed. A line after less than _LEAST_S seconds has no speed; the next one covers its steps.
 
     Attributes:
       losses: of the steps since the last logged line. They are saved in checkpoints, so that a resumed run logs the
@@ -107,13 +109,14 @@ class Meter:
             self._timed += 1
         if step % self._every == 0 or step == self._last:
             numbers["loss"] = sum(self.losses) / len(self.losses)
-            if self._timed:
+            if self._timed and now - self._since >= _LEAST_S:
                 rate = self._timed / (now - self._since)
                 numbers["tokens_per_second"] = rate * self._tokens
                 if self._peak is not None and self._flops is not None:
                     numbers["mfu"] = rate * self._flops / self._peak
+                self._since, self._timed = now, 0
             self._metrics.log(step, numbers)
-            self.losses, self._since, self._timed = [], now, 0
+            self.losses = []
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:

@@ -10,7 +10,8 @@ import jax
 from lcx import extend, mixers
 from lcx import lora as lora_lib
 from lcx import model as model_lib
-from lcx.training import resume_check
+from lcx.training import doubtful, resume_check
+from lcx.wording import quantity
 
 
 def opening(trainer: Any, run: Any, opened: Any, mesh: jax.sharding.Mesh, workdir: str) -> Iterator[str]:
@@ -32,18 +33,14 @@ def opening(trainer: Any, run: Any, opened: Any, mesh: jax.sharding.Mesh, workdi
         yield from extend.table(run.model)
     yield _size(trainer, mesh)
     yield from _pieces(trainer)
+    for line in doubtful.settings(trainer, run.model):
+        yield f"warning: {line}"
     for part in getattr(opened, "parts", ()):  # a block of layers trains on stored activations
         yield _data(part.corpus)
     yield trainer.data.describe_special_tokens()
     yield from opened.remarks()
     if run.lora is not None:
         yield lora_lib.statement(run.model, run.abstract["lora"], run.trains["params"])
-    if run.model.max_position_embeddings < trainer.seq_len:
-        yield (
-            f"warning: Trainer.seq_len {trainer.seq_len} exceeds the model's window of "
-            f"{run.model.max_position_embeddings} tokens: set context_length (and rope_scaling, unless it keeps its "
-            "own)"
-        )
     yield f"writing to {workdir}"
     if run.step < trainer.steps:
         yield "compiling the first step"
@@ -63,15 +60,26 @@ def _model(run: Any) -> str:
     kind = getattr(run.model, "model_type", "a block of layers")  # model.Layers are of no family
     layers, parameters = model_lib.layers(run.model), model_lib.num_params(run.model)
     return (
-        f"model: {kind}, {len(layers)} layers{_parts(layers)}, {counted(parameters)} parameters in "
+        f"model: {kind}, {quantity(len(layers), 'layer')}{_parts(layers)}, "
+        f"{quantity(counted(parameters), 'parameter')}{_trained(run)} in "
         f"{' and '.join(stored)}, activations in {run.model.dtype}, "
-        f"window of {run.model.max_position_embeddings} tokens"
+        f"window of {quantity(run.model.max_position_embeddings, 'token')}"
     )
+
+
+def _trained(run: Any) -> str:
+    """" (of which 1024 train)", unless all train, or with LoRA, which has a line of its own."""
+    leaves = jax.tree.leaves(run.abstract["params"]), jax.tree.leaves(run.trains["params"])
+    count = sum(leaf.size for leaf, trains in zip(*leaves, strict=True) if trains)
+    return "" if run.lora is not None or all(leaves[1]) else f" (of which {counted(count)} train)"
 
 
 def _data(corpus: Any) -> str:
     splits = ((corpus.train, "to train on"), (corpus.eval, "held out"))
-    sizes = [f"{counted(len(s))} documents, {counted(s.num_tokens)} tokens {use}" for s, use in splits]
+    sizes = [
+        f"{quantity(counted(len(s)), 'document')}, {quantity(counted(s.num_tokens), 'token')} {use}"
+        for s, use in splits
+    ]
     return f"data: {corpus.source}: {'; '.join(sizes)}"
 
 
@@ -88,8 +96,8 @@ def _size(trainer: Any, mesh: jax.sharding.Mesh) -> str:
     axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
     pieces = f" in {trainer.accumulation} micro-batches" if trainer.accumulation > 1 else ""
     return (
-        f"steps: {trainer.steps} of {trainer.batch_size} rows x {trainer.seq_len} = "
-        f"{counted(trainer.batch_size * trainer.seq_len)} tokens{pieces}, on {mesh.size} x "
+        f"steps: {trainer.steps} of {quantity(trainer.batch_size, 'row')} x {trainer.seq_len} = "
+        f"{quantity(counted(trainer.batch_size * trainer.seq_len), 'token')}{pieces}, on {mesh.size} x "
         f"{jax.devices()[0].device_kind}{f' ({axes})' if axes else ''}"
     )
 
@@ -100,7 +108,7 @@ def _pieces(trainer: Any) -> Iterator[str]:
     if length is not None and length < trainer.seq_len:
         count = -(-trainer.seq_len // length)
         gradients = "exact gradients" if trainer.carry == "exact" else "gradients stop at their borders"
-        yield f"pieces: every row in {count} of {length} tokens, {gradients}"
+        yield f"pieces: every row in {count} of {quantity(length, 'token')}, {gradients}"
 
 
 def counted(number: int) -> str:

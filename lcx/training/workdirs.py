@@ -14,27 +14,6 @@ from lcx.locks import LOCK
 
 
 @contextlib.contextmanager
-def made(folder: pathlib.Path) -> Iterator[None]:
-    """Creates a folder and its parents. What is still empty after an exception is removed again.
-
-    Raises:
-      UserError: the folder cannot be created.
-    """
-    missing = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot create {folder} ({error.strerror or error}): change --workdir") from None
-    try:
-        yield
-    except BaseException:
-        with contextlib.suppress(OSError):  # not empty: the run had begun
-            for path in missing:
-                path.rmdir()
-        raise
-
-
-@contextlib.contextmanager
 def kept_config(folder: pathlib.Path, text: str) -> Iterator[None]:
     """Writes config.gin; an existing one with other contents is renamed to config.1.gin, config.2.gin, ...
 

@@ -18,6 +18,7 @@ import ml_dtypes
 import numpy as np
 
 from lcx.errors import UserError
+from lcx.wording import quantity
 
 #: The dtypes that weights are stored in here, by the names of the --dtype setting and of Hugging Face's
 #: config.json.
@@ -183,4 +184,4 @@ def describe(tensors: Mapping[str, TensorInfo]) -> str:
     parameters = sum(dtypes.values())
     nbytes = sum(info.nbytes for info in tensors.values())
     names = "/".join(name for name, _ in dtypes.most_common())
-    return f"{len(tensors)} tensors, {parameters:,} parameters, {nbytes:,} bytes, {names}"
+    return f"{quantity(len(tensors), 'tensor')}, {quantity(f'{parameters:,}', 'parameter')}, {nbytes:,} bytes, {names}"

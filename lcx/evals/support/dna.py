@@ -31,6 +31,12 @@ def naming(owner: str) -> Iterator[None]:
         raise UserError(str(error).replace("Dataset.source", owner)) from error
 
 
+def check_files(path: str, *, owner: str) -> None:
+    """Raises UserError if there is no file. `read` also checks what the files hold."""
+    with naming(owner):
+        find_files(path, format="fasta")
+
+
 def read(path: str, *, owner: str) -> list[Document]:
     """The records of FASTA files, including empty ones, with line breaks removed.
 

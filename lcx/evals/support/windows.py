@@ -30,6 +30,12 @@ def windows_of(evaluation: Any, model: Decoder) -> tuple[int, int]:
     return window, stride
 
 
+def beyond_window(window: int, model: Decoder) -> list[str]:
+    """A note about windows that are longer than the model's own; none if they are not."""
+    own = model.max_position_embeddings
+    return [f"windows of {window} tokens are longer than the model's own, {own}"] if window > own else []
+
+
 def window_rows(lengths: list[int], *, window: int, stride: int) -> Int[np.ndarray, "R 4"]:
     """Every window of every document, as rows (document, begin, end, first).
 

@@ -1,0 +1,13 @@
+"""What `python -m lcx.data` does: checks the documents of a source and prints what it found."""
+
+from typing import Any
+
+from lcx.data.dataset import Dataset
+
+
+def check(*, min_length: int = 8192, **settings: Any) -> int:
+    """Prints the report on the documents of Dataset(**settings); returns the exit status, 1 if there is an issue."""
+    dataset = Dataset(**settings)
+    report = dataset.check(min_length=min_length)
+    print(report, *dataset.remarks(), sep="\n")
+    return 0 if report.ok else 1
