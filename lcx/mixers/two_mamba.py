@@ -36,6 +36,7 @@ from lcx.mixers.mamba2 import Mamba2
 from lcx.ops import linear_attention as linear_op
 from lcx.ops import second_order_attention as second_order_op
 from lcx.ops.attention import attention
+from lcx.ops.shards import after_row
 from lcx.ops.short_conv import ConvState, short_conv
 
 Cache = dict[str, Any]
@@ -46,7 +47,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "decay": ("none", "softplus", "discretize"),
 }
 ACTIVATIONS = {"none": lambda x: x, "relu": nn.relu, "silu": nn.silu}
-HEADS, HEAD_STATE = Axes("rows", None, "heads"), Axes("rows", "heads")
+HEADS, HEAD_STATE = Axes("rows", "time", "heads"), Axes("rows", "heads")
 
 
 class TwoMamba(nn.Module):
@@ -105,15 +106,17 @@ class TwoMamba(nn.Module):
         }
         state_axes, new_axes = (None, None) if cache is None else map(self._state_axes, (False, True))
         axes = {
-            "qkv": Axes("rows", None, None, "heads"),
-            "segment_ids": Axes("rows"),
+            "qkv": Axes("rows", "time", None, "heads"),
+            "segment_ids": Axes("rows", "time"),
             "cache": state_axes,
             **dict.fromkeys(("log_decay", "dt"), HEADS),
             **dict.fromkeys(("taps", "taps_bias"), Axes(None, "heads")),
             "D": Axes("heads"),
         }
-        axes = {name: axes[name] for name in arrays}
-        y, new = sharding.island(self._mix, arrays, axes, (HEADS, new_axes))
+        axes, out = {name: axes[name] for name in arrays}, (HEADS, new_axes)
+        if self.score == "exp":
+            axes, out = sharding.whole_rows((axes, out))
+        y, new = sharding.island(self._mix, arrays, axes, out)
         if cache is not None:
             cache = new if deferred else self.append_cache(cache, new)
         if self.gate:
@@ -174,24 +177,27 @@ class TwoMamba(nn.Module):
         return out
 
     @nn.nowrap
-    def _mix(self, arrays: dict[str, Any]) -> tuple[Array, Cache | None]:
+    def _mix(self, arrays: dict[str, Any], mesh_axis: str | None = None) -> tuple[Array, Cache | None]:
         """Everything between the projections, on the heads of one device; returns y [B, T, N, H] and the new cache."""
         qkv, ids, cache = arrays["qkv"], arrays["segment_ids"], arrays["cache"]
         conv = None
         if self.conv_width > 1:
-            qkv, conv = self._convolve(qkv, arrays, ids, None if cache is None else cache["conv"])
+            before = None if cache is None else cache["conv"]
+            qkv, conv = self._convolve(qkv, arrays, ids, before, mesh_axis)
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
         residual = v * arrays["D"].astype(v.dtype) if self.residual else None
         if self.value_step:
             v = (v * arrays["dt"][..., None]).astype(v.dtype)
         q, k = (ACTIVATIONS[self.qk_activation](heads) for heads in (q, k))
         state = None if cache is None else cache["state"]
-        y, state = self._attend(q, k, v, arrays.get("log_decay"), ids, state)
+        y, state = self._attend(q, k, v, arrays.get("log_decay"), ids, state, mesh_axis)
         y = y if residual is None else y + residual
-        return y, None if cache is None else {"conv": conv, "state": state}
+        return y, None if cache is None else after_row({"conv": conv, "state": state}, ids, mesh_axis)
 
     @nn.nowrap
-    def _convolve(self, qkv: Array, arrays, ids, before: ConvState | None) -> tuple[Array, ConvState]:
+    def _convolve(
+        self, qkv: Array, arrays, ids, before: ConvState | None, mesh_axis: str | None
+    ) -> tuple[Array, ConvState]:
         B, T, *channels = qkv.shape
         if before is not None:
             before = before._replace(inputs=before.inputs.reshape(B, self.conv_width - 1, -1))
@@ -202,17 +208,19 @@ class TwoMamba(nn.Module):
             segment_ids=ids,
             initial_state=before,
             time_axis=1,
+            mesh_axis=mesh_axis,
         )
         dtype = seen.inputs.dtype if before is None else before.inputs.dtype
         inputs = seen.inputs.reshape(B, self.conv_width - 1, *channels).astype(dtype)
         return y.reshape(qkv.shape), seen._replace(inputs=inputs)
 
     @nn.nowrap
-    def _attend(self, q, k, v, log_decay, ids, state):
+    def _attend(self, q, k, v, log_decay, ids, state, mesh_axis):
         options = {"log_decay": log_decay, "implementation": self.implementation}
         if self.score == "exp":
             return self._softmax(q, k, v, ids, state, options)
         options |= {"normalize": self.norm == "scores", "segment_ids": ids, "initial_state": state}
+        options["mesh_axis"] = mesh_axis
         if self.score == "linear":
             return linear_op.linear_attention(q * self.head_dim**-0.5, k, v, **options)
         return second_order_op.second_order_attention(q, k, v, form=self.form, **options)
