@@ -196,36 +196,12 @@ def gathered(x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
 def repeat_heads(x: jax.Array, num_heads: int) -> jax.Array:
     """Repeats kv heads if there are fewer of them than `tensor` devices: [B, T, K, H] -> [B, T, tensor, H]; else x.
 
-    Each device then holds the kv head of its own query heads, so that `per_device` does not have to gather them.
+    Each device then holds the kv head of its own query heads, so that an island does not have to gather them.
     """
     parts, heads = axis_size("tensor"), x.shape[2]
     if heads % parts == 0 or parts % heads or num_heads % parts:
         return x
     return jnp.repeat(constrain(x, BATCH_AXES, "context", None, None), parts // heads, axis=2)
-
-
-def per_device(fn, arrays: dict[str, jax.Array | None], heads: tuple[str, ...] = ()):
-    """fn(**arrays), run by each device on its own rows and heads; without a mesh, a plain call.
-
-    This is a shard_map inside the automatically partitioned program, for an fn that processes every row (and head)
-    independently: for its loops and kernels the partitioner would otherwise all-gather the arrays. T is not split: with
-    context > 1 the arrays are gathered over it. An axis that is not divisible by the number of its devices is
-    replicated on them instead.
-
-    Args:
-      fn: returns [B, T, heads, ...].
-      arrays: name -> array whose first axis is rows; others (such as parameters) are replicated. None: not passed.
-      heads: names of the arrays [B, T, heads, ...] whose heads are split as well.
-    """
-    arrays = {name: x for name, x in arrays.items() if x is not None}
-    row_count = next(iter(arrays.values())).shape[0]
-    head = PartitionSpec("rows", None, "heads")
-    plain = PartitionSpec("rows")
-
-    def axes(name: str) -> PartitionSpec:
-        return head if name in heads else plain if arrays[name].shape[0] == row_count else PartitionSpec()
-
-    return island(lambda a: fn(**a), arrays, {name: axes(name) for name in arrays}, head)
 
 
 def whole_rows(axes):

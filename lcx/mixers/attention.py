@@ -1,6 +1,5 @@
 """Softmax attention: grouped-query heads, rotary positions, optional sliding window, biases and q/k norm."""
 
-import functools
 from typing import Any
 
 import flax.linen as nn
@@ -14,7 +13,7 @@ from lcx.layers import Norm
 from lcx.mixers import kv_cache
 from lcx.mixers.kv_cache import Cache
 from lcx.mixers.projections import merged_heads, rotated_heads
-from lcx.ops.attention import attention
+from lcx.mixers.softmax import softmax_attention
 
 
 class Attention(nn.Module):
@@ -29,6 +28,8 @@ class Attention(nn.Module):
       norm: the kind of that norm; see layers.Norm.
       scale: factor on q k^T before the softmax; None: 1 / sqrt(head_dim).
       implementation: see ops.attention; None picks the fastest valid one.
+      over_context: how devices of the mesh axis `context` see each other's keys: "halo", "heads", "gather", or None to
+        choose; see ops/attention_shards.py.
     """
 
     num_heads: int
@@ -43,6 +44,7 @@ class Attention(nn.Module):
     implementation: str | None = None
     norm: Norm = Norm()
     scale: float | None = None
+    over_context: str | None = None
 
     @nn.compact
     def __call__(
@@ -63,13 +65,15 @@ class Attention(nn.Module):
         )
         q, k, v = rotated_heads(self, x, positions, cache, segment_ids=segment_ids)
         if cache is None:
-            masks = {"q_segment_ids": segment_ids, "kv_segment_ids": segment_ids}
-            return merged_heads(self, self._attend(q, k, v, masks), x.shape[-1]), None
+            if segment_ids is not None:
+                segment_ids = jnp.broadcast_to(segment_ids, x.shape[:2])
+            return merged_heads(self, self._attend(q, k, v, {"segment_ids": segment_ids}), x.shape[-1]), None
         new = kv_cache.entries(k, v, segment_ids)
         if self.reads_in_place(x.shape[1]):
             y = kv_cache.attend(cache, q, new, window=self.window)
         else:
-            y = self._attend(*kv_cache.arguments(cache, q, new, window=self.window))
+            *heads, masks = kv_cache.arguments(cache, q, new, window=self.window)
+            y = self._attend(*heads, masks | {"segment_ids": masks.pop("q_segment_ids")})
         cache = new if deferred else self.append_cache(cache, new)
         return merged_heads(self, y, x.shape[-1]), cache
 
@@ -77,8 +81,8 @@ class Attention(nn.Module):
     def _attend(self, q: Array, k: Array, v: Array, masks: dict[str, Array | None]) -> Array:
         """Runs the operator on each device's own rows and heads; returns [B, T, N, H]."""
         k, v = (sharding.repeat_heads(heads, self.num_heads) for heads in (k, v))
-        attend = functools.partial(attention, window=self.window, implementation=self.implementation)
-        return sharding.per_device(attend, {"q": q, "k": k, "v": v, **masks}, heads=("q", "k", "v"))
+        settings = {name: getattr(self, name) for name in ("window", "implementation", "over_context")}
+        return softmax_attention(q, k, v, **masks, **settings)
 
     @nn.nowrap
     def reads_in_place(self, num_tokens: int) -> bool:

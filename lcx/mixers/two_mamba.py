@@ -114,7 +114,9 @@ class TwoMamba(nn.Module):
             "D": Axes("heads"),
         }
         axes, out = {name: axes[name] for name in arrays}, (HEADS, new_axes)
-        if self.score == "exp":
+        if (
+            self.score == "exp" and cache is not None
+        ):  # keys, values and decays of whole rows are in the cache
             axes, out = sharding.whole_rows((axes, out))
         y, new = sharding.island(self._mix, arrays, axes, out)
         if cache is not None:
@@ -218,7 +220,7 @@ class TwoMamba(nn.Module):
     def _attend(self, q, k, v, log_decay, ids, state, mesh_axis):
         options = {"log_decay": log_decay, "implementation": self.implementation}
         if self.score == "exp":
-            return self._softmax(q, k, v, ids, state, options)
+            return self._softmax(q, k, v, ids, state, options, mesh_axis)
         options |= {"normalize": self.norm == "scores", "segment_ids": ids, "initial_state": state}
         options["mesh_axis"] = mesh_axis
         if self.score == "linear":
@@ -226,10 +228,11 @@ class TwoMamba(nn.Module):
         return second_order_op.second_order_attention(q, k, v, form=self.form, **options)
 
     @nn.nowrap
-    def _softmax(self, q, k, v, ids, state, options):
+    def _softmax(self, q, k, v, ids, state, options, mesh_axis):
         """Score "exp": (outputs [B, T, N, H], the entries to append to the cache; None without one)."""
         if state is None:
-            return attention(q, k, v, q_segment_ids=ids, kv_segment_ids=ids, **options), None
+            options |= {"q_segment_ids": ids, "kv_segment_ids": ids, "mesh_axis": mesh_axis}
+            return attention(q, k, v, **options), None
         new = kv_cache.entries(k, v, ids, options["log_decay"])
         if q.shape[1] <= kv_cache.FEW and self.implementation in (None, "xla"):
             return kv_cache.attend(state, q, new), new

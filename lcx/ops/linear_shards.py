@@ -9,7 +9,6 @@ With a window the newest keys are not in the state: a device gets the R keys bef
 features, and the states are those of R tokens earlier. That is R (K H + Kv H + Nk p) numbers more.
 """
 
-import math
 
 import jax.numpy as jnp
 from jaxtyping import Array
