@@ -14,6 +14,7 @@ from lcx.mixers import kv_cache
 from lcx.mixers.kv_cache import Cache
 from lcx.mixers.projections import merged_heads, rotated_heads
 from lcx.mixers.softmax import softmax_attention
+from lcx.ops.attention_shards import WORDS, choose
 
 
 class Attention(nn.Module):
@@ -72,17 +73,17 @@ class Attention(nn.Module):
         if self.reads_in_place(x.shape[1]):
             y = kv_cache.attend(cache, q, new, window=self.window)
         else:
-            *heads, masks = kv_cache.arguments(cache, q, new, window=self.window)
-            y = self._attend(*heads, masks | {"segment_ids": masks.pop("q_segment_ids")})
+            q, k, v, masks = kv_cache.arguments(cache, q, new, window=self.window)
+            y = self._attend(q, k, v, masks | {"segment_ids": masks.pop("q_segment_ids")})
         cache = new if deferred else self.append_cache(cache, new)
         return merged_heads(self, y, x.shape[-1]), cache
 
     @nn.nowrap
-    def _attend(self, q: Array, k: Array, v: Array, masks: dict[str, Array | None]) -> Array:
+    def _attend(self, q: Array, k: Array, v: Array, masks: dict[str, Any]) -> Array:
         """Runs the operator on each device's own rows and heads; returns [B, T, N, H]."""
         k, v = (sharding.repeat_heads(heads, self.num_heads) for heads in (k, v))
-        settings = {name: getattr(self, name) for name in ("window", "implementation", "over_context")}
-        return softmax_attention(q, k, v, **masks, **settings)
+        options: dict[str, Any] = {"implementation": self.implementation, "over_context": self.over_context}
+        return softmax_attention(q, k, v, window=self.window, **masks, **options)
 
     @nn.nowrap
     def reads_in_place(self, num_tokens: int) -> bool:
@@ -97,6 +98,12 @@ class Attention(nn.Module):
     @nn.nowrap
     def append_cache(self, cache: Cache, new: Cache) -> Cache:
         return kv_cache.append(cache, new)
+
+    @nn.nowrap
+    def context_method(self, *, devices: int, tensor: int, seq_len: int) -> str:
+        heads, kv_heads = (max(n // tensor, 1) for n in (self.num_heads, self.num_kv_heads))
+        sizes = {"devices": devices, "tokens": -(-seq_len // devices), "heads": heads, "kv_heads": kv_heads}
+        return WORDS[choose(self.over_context, window=self.window, **sizes)]
 
     @nn.nowrap
     def macs_per_token(self, seq_len: int) -> float:

@@ -47,7 +47,8 @@ FIR_STATE = ConvState._make((CHANNELS_FIRST, Axes("rows")))
 
 
 class _Hyena(nn.Module):
-    """Base class of the three mixers. A subclass defines its filter: `_weights`, `_filter`, `_empty`, `_filter_macs`.
+    """Base class of the three mixers. A subclass defines its filter: `_weights`, `_filter`, `_filter_sends`,
+    `_empty`, `_filter_macs`.
 
     Attributes:
       num_channels: C, the width between the projections.
@@ -133,6 +134,10 @@ class _Hyena(nn.Module):
         return {"featurizer": featurizer, "filter": self._empty(batch_size, dtype)}
 
     @nn.nowrap
+    def context_method(self, *, devices: int, tensor: int, seq_len: int) -> str:
+        return f"a halo of {self.featurizer_length - 1} tokens and {self._filter_sends()}"
+
+    @nn.nowrap
     def macs_per_token(self, seq_len: int) -> float:
         """Multiply-adds per token between the projections, averaged over a sequence: convolutions and gates."""
         return self.num_channels * (3 * self.featurizer_length + 2 + self._filter_macs(seq_len))
@@ -182,6 +187,10 @@ class _Explicit(_Hyena):
     @nn.nowrap
     def _state_axes(self) -> ConvState:
         return FIR_STATE
+
+    @nn.nowrap
+    def _filter_sends(self) -> str:
+        return f"of {self.filter_length - 1} gated tokens"
 
     @nn.nowrap
     def _filter_macs(self, seq_len: int) -> float:
@@ -279,6 +288,10 @@ class HyenaLI(_Hyena):
     @nn.nowrap
     def _state_axes(self) -> modal.ModalState:
         return modal.ModalState._make((CHANNELS_FIRST, Axes("rows")))
+
+    @nn.nowrap
+    def _filter_sends(self) -> str:
+        return "the states of its modes"
 
     @nn.nowrap
     def _filter_macs(self, seq_len: int) -> float:

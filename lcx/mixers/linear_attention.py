@@ -124,6 +124,12 @@ class LinearAttention(LinearizedAttention):
         return state._replace(held=held)
 
     @nn.nowrap
+    def context_method(self, *, devices: int, tensor: int, seq_len: int) -> str:
+        if self.published_quirks or "maps" in self.transfer:
+            return "whole rows, gathered"
+        return "states" if self.window is None else f"states and a halo of {self.held} keys and values"
+
+    @nn.nowrap
     def _softmax_sees(self, ids: Array | None) -> tuple[Array | None, int | None]:
         return ids, self.softmax_window
 

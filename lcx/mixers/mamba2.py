@@ -173,6 +173,10 @@ class Mamba2(nn.Module):
         }
 
     @nn.nowrap
+    def context_method(self, *, devices: int, tensor: int, seq_len: int) -> str:
+        return f"states and a halo of {self.conv_size - 1} tokens"
+
+    @nn.nowrap
     def macs_per_token(self, seq_len: int) -> float:
         """Multiply-adds per token beyond the weights: updating and reading the state. (Taps count as weights.)"""
         return 2.0 * self.num_heads * self.head_dim * self.state_dim

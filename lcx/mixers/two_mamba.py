@@ -33,6 +33,7 @@ from lcx.mixers import kv_cache
 from lcx.mixers.attention import Attention
 from lcx.mixers.hyena import bounded
 from lcx.mixers.mamba2 import Mamba2
+from lcx.ops import attention_shards
 from lcx.ops import linear_attention as linear_op
 from lcx.ops import second_order_attention as second_order_op
 from lcx.ops.attention import attention
@@ -279,6 +280,15 @@ class TwoMamba(nn.Module):
         heads, index = (HEADS, {}) if added else (Axes("rows", "heads"), {"index": Axes()})
         names = ("k", "v", *(() if self.decay == "none" else ("log_decay",)))
         return {"conv": conv, "state": dict.fromkeys(names, heads) | {"segment_ids": rows} | index}
+
+    @nn.nowrap
+    def context_method(self, *, devices: int, tensor: int, seq_len: int) -> str:
+        core = "states"
+        if self.score == "exp":
+            heads = max(self.num_heads // tensor, 1)
+            sizes = {"devices": devices, "tokens": -(-seq_len // devices), "heads": heads, "kv_heads": heads}
+            core = attention_shards.WORDS[attention_shards.choose(None, window=None, **sizes)]
+        return f"{core} and a halo of {self.conv_width - 1} tokens" if self.conv_width > 1 else core
 
     @nn.nowrap
     def macs_per_token(self, seq_len: int) -> float:

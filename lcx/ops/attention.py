@@ -67,8 +67,9 @@ def attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if mesh_axis is not None:
         attend = functools.partial(attention, scale=scale, implementation=implementation)
-        arrays, around = (q, k, v, log_decay, q_segment_ids), {"window": window, "mesh_axis": mesh_axis}
-        return attention_shards.attention(attend, *arrays, method=over_context, **around)
+        return attention_shards.attention(
+            attend, q, k, v, log_decay, q_segment_ids, window=window, mesh_axis=mesh_axis, method=over_context
+        )
     options = {"cached": q_offset is not None, "decays": log_decay is not None}
     obstacles = {
         "cudnn": attention_vendors.cudnn_obstacle(q, k, segmented=q_segment_ids is not None, **options),

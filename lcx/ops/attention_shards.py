@@ -26,7 +26,12 @@ from jaxtyping import Array
 from lcx.errors import UserError
 from lcx.ops import dispatch, shards
 
-METHODS = ("halo", "heads", "gather")
+WORDS = {
+    "halo": "a halo of keys and values",
+    "heads": "all-to-all over heads",
+    "gather": "keys and values, gathered",
+}
+METHODS = tuple(WORDS)
 log = logging.getLogger("lcx")
 
 
@@ -82,7 +87,7 @@ def attention(
     P = jax.lax.axis_size(mesh_axis)
     name = choose(method, devices=P, tokens=L, heads=N, kv_heads=k.shape[2], window=window)
     _say(name, P)
-    run = {"halo": _halo, "heads": _heads, "gather": _gather}[name]
+    run: Callable[..., Array] = {"halo": _halo, "heads": _heads, "gather": _gather}[name]
     ids = jnp.ones((B, L), jnp.int32) if segment_ids is None else segment_ids
     return run(functools.partial(attend, window=window), q, k, v, log_decay, ids, window, mesh_axis)
 
@@ -131,7 +136,7 @@ def _gather(attend, q, k, v, log_decay, ids, window: int | None, mesh_axis: str)
 
     if L % 2:
         return outputs((q, ids, place * L))
-    q, ids = (jnp.stack(_to_zigzag(*jnp.split(x, 2, axis=1), mesh_axis)) for x in (q, ids))
+    q, ids = (jnp.stack(_to_zigzag(x[:, : L // 2], x[:, L // 2 :], mesh_axis)) for x in (q, ids))
     starts = jnp.stack([place, 2 * P - 1 - place]) * (L // 2)
     y = jax.lax.map(outputs, (q, ids, starts))
     return jnp.concatenate(_from_zigzag(y[0], y[1], mesh_axis), axis=1)

@@ -122,8 +122,9 @@ def _over_mesh(fn, transform: LogitTransform, *, out: str):
         local = functools.partial(fn, vocab_axis=vocab_axis, token_axes=token_axes)
         in_specs = (P(*tokens, None), vocab, *(tokens for _ in rest))
         T, parts = x.shape[1], mesh.shape["context"]
-        x, *rest = (_resized(a, -(-T // parts) * parts) for a in (x, *rest))
-        found = jax.shard_map(local, in_specs=in_specs, out_specs=outs, check_vma=False)(x, head, *rest)
+        whole = -(-T // parts) * parts
+        arrays = _resized(x, whole), head, *(_resized(a, whole) for a in rest)
+        found = jax.shard_map(local, in_specs=in_specs, out_specs=outs, check_vma=False)(*arrays)
         if out == "tokens":
             return _resized(found, T)
         loss, dx, dhead = found

@@ -83,9 +83,11 @@ def linear_attention(
     obstacles = {**_kernel_obstacles(q, k, v, window), "xla": None, "reference": None}
     form = dispatch.choose("linear_attention", implementation, obstacles)
     if mesh_axis is not None:
-        around = {"heads": N, "mesh_axis": mesh_axis}
+        around: dict[str, Any] = {"heads": N, "mesh_axis": mesh_axis}
         if window is not None:
-            initial_state = linear_shards.windowed_state_before(k, v, window, segment_ids, initial_state, **around)
+            initial_state = linear_shards.windowed_state_before(
+                k, v, window, segment_ids, initial_state, **around
+            )
         else:
             initial_state = linear_shards.state_before(
                 k, v, log_decay, segment_ids, initial_state, normalize=normalize, **around

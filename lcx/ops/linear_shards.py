@@ -9,7 +9,9 @@ With a window the newest keys are not in the state: a device gets the R keys bef
 features, and the states are those of R tokens earlier. That is R (K H + Kv H + Nk p) numbers more.
 """
 
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
@@ -37,14 +39,17 @@ def state_before(
         if segment_ids is not None:
             log_decay = jnp.where((segment_ids != 0)[..., None], log_decay, 0)
     weights, decay = shards.weights_to_end(log_decay, segment_ids, k.shape[:2])
-    added = _sums(k, v, weights, heads), _key_sums(k, weights) if normalize else None
+    kv: Array = _sums(k, v, weights, heads)
+    k_sum: Array | None = _key_sums(k, weights) if normalize else None
     before = None
     if initial is not None:
         before = (initial.kv, initial.k_sum if normalize else None), initial.segment_ids
     if decay is not None or before is not None:  # every head has a state of its own
-        *added, decay = (None if x is None else _repeated(x, heads) for x in (*added, decay))
-    (kv, k_sum), ids = shards.state_before(shards.part(tuple(added), decay, segment_ids), mesh_axis, before)
-    return LinearState(_repeated(kv, heads), None if k_sum is None else _repeated(k_sum, heads), ids)
+        kv, k_sum, decay = jax.tree.map(lambda x: _repeated(x, heads), (kv, k_sum, decay))
+    own = shards.part((kv, k_sum), decay, segment_ids)
+    state, ids = shards.state_before(own, mesh_axis, before)
+    kv, k_sum = jax.tree.map(lambda x: _repeated(x, heads), state)
+    return LinearState(kv, k_sum, ids)
 
 
 def _sums(k: Array, v: Array, weights: Array, heads: int) -> Array:
@@ -89,9 +94,10 @@ def windowed_state_before(
     B, T = k.shape[:2]
     ids = jnp.ones((B, T), jnp.int32) if segment_ids is None else segment_ids
     R = held_slots(window.kind, window.size)
-    held, state, old_ids = (None, None, None), None, None
+    held: Any = (None, None, None)
+    old_ids = None
     if initial is not None:
-        held, state = initial.held, initial._replace(held=None)
+        held = initial.held
         used = jnp.arange(R) >= R - jnp.minimum(held.length, R)[:, None]
         old_ids = jnp.where(used, initial.segment_ids[:, None], 0)
     own = (window.k, v, k)
@@ -100,9 +106,12 @@ def windowed_state_before(
     )
     near = shards.halo(ids, R, mesh_axis, before=old_ids)
     # The tokens that are R behind those of this part.
-    behind = [jnp.concatenate(pair, axis=1)[:, :T] for pair in ((features, k), (values, v), (near, ids))]
-    options = {"heads": heads, "normalize": True, "mesh_axis": mesh_axis}
-    linear = state_before(*behind[:2], None, behind[2], state, **options)
+    old_k, old_v, behind = (
+        jnp.concatenate(pair, axis=1)[:, :T] for pair in ((features, k), (values, v), (near, ids))
+    )
+    linear = state_before(
+        old_k, old_v, None, behind, initial, heads=heads, normalize=True, mesh_axis=mesh_axis
+    )
     continues = (segments.runs(near, linear.segment_ids)[:, -1] == 0).astype(jnp.float32)
     return LinearState(
         continues[:, None, None, None] * linear.kv,
@@ -116,5 +125,7 @@ def _length(ids: Array, initial: LinearState | None, mesh_axis: str) -> Array:
     """[B] the tokens before this part that belong to the document of the last of them."""
     runs = segments.runs(ids)
     count = jnp.sum((runs == runs[:, -1:]) & (ids != 0), axis=1, dtype=jnp.int32)
-    before = None if initial is None else (initial.held.length, initial.segment_ids)
+    before = None
+    if initial is not None and initial.held is not None:
+        before = initial.held.length, initial.segment_ids
     return shards.state_before(shards.part(count, None, ids), mesh_axis, before)[0]

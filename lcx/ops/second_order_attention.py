@@ -119,8 +119,9 @@ def second_order_attention(
         decay = jnp.where(decay < LOWEST, jnp.where(decay == -jnp.inf, -jnp.inf, LOWEST), decay)
     k = jnp.where(real[..., None], k, 0)  # padding gets weight 0
     if mesh_axis is not None:
-        around = {"scale": scale, "mesh_axis": mesh_axis}
-        before, of = second_order_shards.state_before(k, v, decay, ids, state, **around)
+        before, of = second_order_shards.state_before(
+            k, v, decay, ids, state, scale=scale, mesh_axis=mesh_axis
+        )
         state = SecondOrderState(*before, of)
     runs = segments.runs(ids, state.segment_ids)
     if name not in PLATFORMS:

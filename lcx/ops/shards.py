@@ -53,7 +53,7 @@ class Part(NamedTuple):
     """What a part of a row does to a state. All zeros: nothing, like a part of padding alone."""
 
     state: Any  # a tree of arrays [B, ...]: what the part's last document adds
-    log_decay: Array | None  # [B, ...], leading axes of the state's: the decay of the earlier state; None: 0
+    log_decay: Any  # an array [B, ...], leading axes of the state's: the decay of the earlier state; None: 0
     first: Int[Array, " B"]  # the id of the part's first document; 0: only padding
     last: Int[Array, " B"]  # the id of its last document
     alone: Bool[Array, " B"]  # whether that is one and the same document
@@ -77,7 +77,7 @@ def joined(left: Part, right: Part) -> Part:
         continues if right.log_decay is None else _over(continues, right.log_decay) * jnp.exp(right.log_decay)
     )
     state = jax.tree.map(lambda old, new: _over(keep, old) * old + new, left.state, right.state)
-    decay = None if left.log_decay is None else left.log_decay + right.log_decay
+    decay = None if right.log_decay is None else left.log_decay + right.log_decay
     return Part(
         state,
         decay,
@@ -153,7 +153,7 @@ def after_row(state: Any, segment_ids: Int[Array, "B T"] | None, mesh_axis: str 
 
 
 def weights_to_end(
-    log_decay: Float[Array, "B T N"] | None, segment_ids: Int[Array, "B T"] | None, shape: tuple[int, int]
+    log_decay: Float[Array, "B T N"] | None, segment_ids: Int[Array, "B T"] | None, shape: tuple[int, ...]
 ) -> tuple[Float[Array, "B T _"], Float[Array, "B N"] | None]:
     """(the weight of each token in the state at the end of its part [B, T, N or 1], the decay over the whole part).
 

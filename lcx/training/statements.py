@@ -30,6 +30,7 @@ def opening(trainer: Any, run: Any, opened: Any, mesh: jax.sharding.Mesh, workdi
     yield _model(run)
     yield _size(trainer, mesh)
     yield from _pieces(trainer)
+    yield from _context(run.model, mesh, getattr(trainer, "piece_length", None) or trainer.seq_len)
     for part in getattr(opened, "parts", ()):  # a block of layers trains on stored activations
         yield _data(part.corpus)
     yield trainer.data.describe_special_tokens()
@@ -74,7 +75,7 @@ def _data(corpus: Any) -> str:
 
 
 def _parts(layers: Sequence[model_lib.Layer]) -> str:
-    """" of TwoMamba + GatedMlp": what is in the layers, unless it is what `model.llama` puts there."""
+    """ " of TwoMamba + GatedMlp": what is in the layers, unless it is what `model.llama` puts there."""
     blocks = [layer.block for layer in layers]
     kinds = [mixers.kind(block.mixer) for block in blocks if block.mixer is not None]
     kinds += [type(block.mlp).__name__ for block in blocks if block.mlp is not None]
@@ -99,6 +100,20 @@ def _pieces(trainer: Any) -> Iterator[str]:
         count = -(-trainer.seq_len // length)
         gradients = "exact gradients" if trainer.carry == "exact" else "gradients stop at their borders"
         yield f"pieces: every row in {count} of {length} tokens, {gradients}"
+
+
+def _context(model: Any, mesh: jax.sharding.Mesh, seq_len: int) -> Iterator[str]:
+    """What the devices of `context` send each other, if there are several."""
+    devices, tensor = mesh.shape["context"], mesh.shape["tensor"]
+    if devices == 1:
+        return
+    blocks = [layer.block for layer in model_lib.layers(model) if layer.block.mixer is not None]
+    found = [
+        f"{mixers.kind(block.mixer)} sends "
+        + mixers.context_method(block.mixer, devices=devices, tensor=tensor, seq_len=seq_len)
+        for block in blocks
+    ]
+    yield f"context: every row over {devices} devices; {'; '.join(dict.fromkeys(found))}"
 
 
 def counted(number: int) -> str:
