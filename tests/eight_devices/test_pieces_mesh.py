@@ -8,7 +8,6 @@ from lcx import model as model_lib
 from lcx import objectives, sharding
 from lcx.block import Block
 from lcx.mixers.attention import Attention
-from lcx.mixers.linear_attention import LinearAttention
 from lcx.mixers.mamba2 import Mamba2
 from lcx.mlps.gated import GatedMlp
 from lcx.model import Decoder, Stage
@@ -17,7 +16,6 @@ from lcx.pieces import Pieces
 T = 24
 BLOCKS = (
     Block(Mamba2(num_heads=4, head_dim=8, state_dim=8), None),
-    Block(LinearAttention(4, 2, 8, window=5, window_kind="sliding", feature_dim=6), None),
     Block(Attention(4, 2, 8, window=11), GatedMlp(32)),
 )
 MODEL = Decoder(64, 32, (Stage(BLOCKS, 2),), T)
@@ -45,7 +43,7 @@ def rows():
 
 @pytest.mark.parametrize("sizes", [{"fsdp": 2, "tensor": 2, "data": 2}, {"fsdp": 2, "context": 4}], ids=str)
 def test_gradients_are_those_of_one_device(rows, sizes):
-    """Over `context` a piece of 8 tokens lies on 4 devices, less than the windows on each."""
+    """Over `context` a piece of 8 tokens lies on 4 devices, fewer on each than the window."""
     alone = jax.tree.map(np.asarray, model_lib.init_params(MODEL, jax.random.key(0)))
     want = gradient(alone, jax.tree.map(jax.numpy.asarray, rows))
     mesh = sharding.make_mesh(**sizes)
