@@ -11,6 +11,7 @@ into the new shardings.
 """
 
 import dataclasses
+import functools
 import math
 
 import flax.linen as nn
@@ -196,7 +197,7 @@ def gathered(x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
 def repeat_heads(x: jax.Array, num_heads: int) -> jax.Array:
     """Repeats kv heads if there are fewer of them than `tensor` devices: [B, T, K, H] -> [B, T, tensor, H]; else x.
 
-    Each device then holds the kv head of its own query heads, so that `per_device` does not have to gather them.
+    Each device then holds the kv head of its own query heads, so that an island does not have to gather them.
     """
     parts, heads = axis_size("tensor"), x.shape[2]
     if heads % parts == 0 or parts % heads or num_heads % parts:
@@ -204,66 +205,101 @@ def repeat_heads(x: jax.Array, num_heads: int) -> jax.Array:
     return jnp.repeat(constrain(x, BATCH_AXES, "context", None, None), parts // heads, axis=2)
 
 
-def per_device(fn, arrays: dict[str, jax.Array | None], heads: tuple[str, ...] = ()):
-    """fn(**arrays), run by each device on its own rows and heads; without a mesh, a plain call.
+def whole_rows(axes):
+    """The same PartitionSpecs without "time": each device of `context` gets whole rows, which are gathered."""
 
-    This is a shard_map inside the automatically partitioned program, for an fn that processes every row (and head)
-    independently: for its loops and kernels the partitioner would otherwise all-gather the arrays. T is not split. An
-    axis that is not divisible by the number of its devices is replicated on them instead.
+    def one(spec: PartitionSpec) -> PartitionSpec:
+        return PartitionSpec(*(None if name == "time" else name for name in spec))
 
-    Args:
-      fn: returns [B, T, heads, ...].
-      arrays: name -> array whose first axis is rows; others (such as parameters) are replicated. None: not passed.
-      heads: names of the arrays [B, T, heads, ...] whose heads are split as well, and of arrays [heads].
-    """
-    arrays = {name: x for name, x in arrays.items() if x is not None}
-    row_count = next(iter(arrays.values())).shape[0]
-    head = PartitionSpec("rows", None, "heads")
-    plain = PartitionSpec("rows")
+    return jax.tree.map(one, axes, is_leaf=_is_spec)
 
-    def axes(name: str) -> PartitionSpec:
-        if name in heads:
-            return head if arrays[name].ndim > 1 else PartitionSpec("heads")
-        return plain if arrays[name].shape[0] == row_count else PartitionSpec()
 
-    return island(lambda a: fn(**a), arrays, {name: axes(name) for name in arrays}, head)
+def splits_time(seq_len: int) -> bool:
+    """Whether an island splits rows of `seq_len` tokens over `context`: at least a token for each of its devices."""
+    return 1 < axis_size("context") <= seq_len
 
 
 def island(fn, arrays, axes, out):
     """fn(arrays), run by each device on its own shards (shard_map); without a mesh, a plain call.
 
     Args:
-      fn: a function of one tree of arrays.
-      arrays: the tree; None for an array that is absent.
+      fn: a function of one tree of arrays. If T is split, it is called with the keyword argument mesh_axis="context"
+        and gets consecutive parts of the rows; what it needs of other parts it sends itself, with the functions of
+        ops/shards.py. If no spec names "time", every device of `context` gets whole rows: the compiler gathers them.
+      arrays: the tree; None for an array that is absent. With "time", a dict that may have "segment_ids" [B, T].
       axes: a tree of PartitionSpecs with the same structure, or a prefix of it. Their names are "rows" (split over data
-        and fsdp), "heads" (heads or channels, split over tensor) and None (replicated).
+        and fsdp), "time" (T, split over context), "heads" (heads or channels, split over tensor) and None (replicated).
       out: the PartitionSpecs of the result.
 
     If "rows" or "heads" are not divisible by the number of their devices in some array, they are replicated instead,
-    in all arrays.
+    in all arrays. If T is not divisible, rows are padded at the end, with segment id 0; see also `splits_time`.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return fn(arrays)
+    T = max(_sizes("time", arrays, axes), default=0)
+    split = splits_time(T)
+    if split:
+        fn = functools.partial(fn, mesh_axis="context")
+        arrays, axes = _filled_up(arrays, axes, T)
     devices = {"rows": BATCH_AXES, "heads": ("tensor",)}
-    uneven = set[str]()
-
-    def check(spec: PartitionSpec, subtree) -> None:
-        for x in jax.tree.leaves(subtree):
-            for name, size in zip(spec, x.shape, strict=False):
-                if name is not None and size % math.prod(mesh.shape[axis] for axis in devices[name]):
-                    uneven.add(name)
-
-    def is_spec(x) -> bool:
-        return isinstance(x, PartitionSpec)
-
-    jax.tree.map(check, axes, arrays, is_leaf=is_spec)
+    uneven = {
+        name
+        for name, used in devices.items()
+        if any(size % math.prod(mesh.shape[axis] for axis in used) for size in _sizes(name, arrays, axes))
+    }
     # shard_map sums gradients over the mesh axes that a spec does not name. Naming the axes of size 1 avoids that sum.
     single = tuple(axis for axis in ("context", "tensor") if mesh.shape[axis] == 1)
-    named = {"rows": (*BATCH_AXES, *single), "heads": None if "tensor" in single else "tensor"}
+    named = {
+        "rows": (*BATCH_AXES, *single),
+        "heads": None if "tensor" in single else "tensor",
+        "time": "context" if split else None,
+    }
 
     def place(spec: PartitionSpec) -> PartitionSpec:
         return PartitionSpec(*(None if name is None or name in uneven else named[name] for name in spec))
 
-    in_specs, out_specs = (jax.tree.map(place, tree, is_leaf=is_spec) for tree in (axes, out))
-    return jax.shard_map(fn, in_specs=(in_specs,), out_specs=out_specs, check_vma=False)(arrays)
+    in_specs, out_specs = (jax.tree.map(place, tree, is_leaf=_is_spec) for tree in (axes, out))
+    results = jax.shard_map(fn, in_specs=(in_specs,), out_specs=out_specs, check_vma=False)(arrays)
+    return jax.tree.map(lambda s, x: _resized(s, x, T), out, results, is_leaf=_is_spec) if split else results
+
+
+def _is_spec(x) -> bool:
+    return isinstance(x, PartitionSpec)
+
+
+def _sizes(name: str, arrays, axes) -> list[int]:
+    """The sizes of all axes of this name."""
+    found = list[int]()
+
+    def look(spec: PartitionSpec, subtree) -> None:
+        for x in jax.tree.leaves(subtree):
+            found.extend(size for own, size in zip(spec, x.shape, strict=False) if own == name)
+
+    jax.tree.map(look, axes, arrays, is_leaf=_is_spec)
+    return found
+
+
+def _filled_up(arrays, axes, T: int):
+    """Arrays and axes with T filled up with padding to a multiple of the devices of `context`."""
+    size = -(-T // axis_size("context")) * axis_size("context")
+    if size == T:
+        return arrays, axes
+    if arrays.get("segment_ids") is None:
+        rows = _sizes("rows", arrays, axes)[0]
+        ids = jnp.ones((rows, T), jnp.int32)
+        arrays, axes = arrays | {"segment_ids": ids}, axes | {"segment_ids": PartitionSpec("rows", "time")}
+    return jax.tree.map(lambda s, x: _resized(s, x, size), axes, arrays, is_leaf=_is_spec), axes
+
+
+def _resized(spec: PartitionSpec, tree, size: int):
+    """Arrays with the axis "time" padded with zeros, or cut, to this size."""
+    if "time" not in spec:
+        return tree
+    axis = tuple(spec).index("time")
+
+    def one(x: jax.Array) -> jax.Array:
+        more = [(0, max(size - n, 0) if i == axis else 0) for i, n in enumerate(x.shape)]
+        return jax.lax.slice_in_dim(jnp.pad(x, more) if any(map(any, more)) else x, 0, size, axis=axis)
+
+    return jax.tree.map(one, tree)

@@ -32,7 +32,8 @@ looks for it, and they return the default or raise an error:
     length it rotates for     "rope_length" in the cache, int32 scalar      no length to set
     LoRA targets              projections made of lcx.layers.Linear         no LoRA pairs; the run reports it
     sharding of weights       axis names (layers.named_param, RULES)        replicated on every device
-    sharding of computation   sharding.island, over rows and heads          the compiler decides
+    sharding of computation   sharding.island, over rows, T and heads       the compiler decides
+    what `context` sends      context_method(devices, tensor, seq_len)      whole rows, gathered
     auxiliary losses          self.sow("losses", name, value)               none
     name in reports           kind = "Name"                                 the name of its class
 
@@ -188,6 +189,20 @@ def whole_prompt(mixer: nn.Module | None) -> bool:
             "a property"
         )
     return value
+
+
+# ------------------------------------------------------------------------------------------------ over devices
+
+
+def context_method(mixer: Any, *, devices: int, tensor: int, seq_len: int) -> str:
+    """What the devices of the mesh axis `context` send each other in this mixer, in words.
+
+    Args:
+      devices, tensor: the sizes of the mesh axes `context` and `tensor`.
+    """
+    if devices > seq_len or not hasattr(mixer, "context_method"):
+        return "whole rows, gathered"
+    return mixer.context_method(devices=devices, tensor=tensor, seq_len=seq_len)
 
 
 # ------------------------------------------------------------------------------------------------ cost

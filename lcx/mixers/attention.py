@@ -1,6 +1,5 @@
 """Softmax attention: grouped-query heads, rotary positions, optional sliding window, biases and q/k norm."""
 
-import functools
 from typing import Any
 
 import flax.linen as nn
@@ -14,7 +13,8 @@ from lcx.layers import Norm, named_param
 from lcx.mixers import kv_cache
 from lcx.mixers.kv_cache import Cache
 from lcx.mixers.projections import merged_heads, rotated_heads
-from lcx.ops.attention import attention
+from lcx.mixers.softmax import softmax_attention
+from lcx.ops.attention_shards import WORDS, choose
 
 
 class Attention(nn.Module):
@@ -31,6 +31,8 @@ class Attention(nn.Module):
       softcap: c in c tanh(score / c), which bounds the scores (Gemma 2); None: no cap.
       sinks: whether each head has a trained score that counts in its softmax without a value (gpt-oss).
       implementation: see ops.attention; None picks the fastest valid one.
+      over_context: how devices of the mesh axis `context` see each other's keys: "halo", "heads", "gather", or None to
+        choose; see ops/attention_shards.py.
     """
 
     num_heads: int
@@ -47,6 +49,7 @@ class Attention(nn.Module):
     scale: float | None = None
     softcap: float | None = None
     sinks: bool = False
+    over_context: str | None = None
 
     @nn.compact
     def __call__(
@@ -72,8 +75,10 @@ class Attention(nn.Module):
         if self.sinks:
             sinks = named_param(self, "sinks", nn.initializers.zeros, ("heads",), (self.num_heads,))
         if cache is None:
-            masks = {"q_segment_ids": segment_ids, "kv_segment_ids": segment_ids}
-            return merged_heads(self, self._attend(q, k, v, masks, sinks), x.shape[-1]), None
+            if segment_ids is not None:
+                segment_ids = jnp.broadcast_to(segment_ids, x.shape[:2])
+            y = self._attend(q, k, v, {"segment_ids": segment_ids, "sinks": sinks})
+            return merged_heads(self, y, x.shape[-1]), None
         new = kv_cache.entries(k, v, segment_ids)
         ring = self._is_ring(cache["segment_ids"])
         if self.reads_in_place(x.shape[1]):
@@ -81,21 +86,26 @@ class Attention(nn.Module):
                 cache, q, new, window=self.window, ring=ring, softcap=self.softcap, sinks=sinks
             )
         else:
-            y = self._attend(*kv_cache.arguments(cache, q, new, window=self.window, ring=ring), sinks)
+            q, k, v, masks = kv_cache.arguments(cache, q, new, window=self.window, ring=ring)
+            masks = masks | {"segment_ids": masks.pop("q_segment_ids"), "sinks": sinks}
+            y = self._attend(q, k, v, masks)
         cache = new if deferred else self.append_cache(cache, new)
         return merged_heads(self, y, x.shape[-1]), cache
 
     @nn.nowrap
-    def _attend(
-        self, q: Array, k: Array, v: Array, masks: dict[str, Array | None], sinks: Array | None
-    ) -> Array:
+    def _attend(self, q: Array, k: Array, v: Array, masks: dict[str, Any]) -> Array:
         """Runs the operator on each device's own rows and heads; returns [B, T, N, H]."""
         k, v = (sharding.repeat_heads(heads, self.num_heads) for heads in (k, v))
-        attend = functools.partial(
-            attention, window=self.window, softcap=self.softcap, implementation=self.implementation
+        return softmax_attention(
+            q,
+            k,
+            v,
+            window=self.window,
+            softcap=self.softcap,
+            implementation=self.implementation,
+            over_context=self.over_context,
+            **masks,
         )
-        arrays = {"q": q, "k": k, "v": v, **masks, "sinks": sinks}
-        return sharding.per_device(attend, arrays, heads=("q", "k", "v", "sinks"))
 
     @nn.nowrap
     def reads_in_place(self, num_tokens: int) -> bool:
@@ -119,6 +129,12 @@ class Attention(nn.Module):
     def _is_ring(self, segment_ids: Int[Array, "*L B S"]) -> bool:
         """Whether the cache with these segment ids is a ring. A smaller one has room for the whole text."""
         return self.window is not None and segment_ids.shape[-1] == kv_cache.ring_slots(self.window)
+
+    @nn.nowrap
+    def context_method(self, *, devices: int, tensor: int, seq_len: int) -> str:
+        heads, kv_heads = (max(n // tensor, 1) for n in (self.num_heads, self.num_kv_heads))
+        sizes = {"devices": devices, "tokens": -(-seq_len // devices), "heads": heads, "kv_heads": kv_heads}
+        return WORDS[choose(self.over_context, window=self.window, **sizes)]
 
     @nn.nowrap
     def macs_per_token(self, seq_len: int) -> float:

@@ -38,6 +38,7 @@ from lcx.layers import Linear, named_param
 from lcx.ops import modal
 from lcx.ops.fir_conv import fir_conv
 from lcx.ops.long_conv import long_conv
+from lcx.ops.shards import after_row
 from lcx.ops.short_conv import ConvState, short_conv
 
 Cache = dict[str, Any]
@@ -47,7 +48,8 @@ FIR_STATE = ConvState._make((CHANNELS_FIRST, Axes("rows")))
 
 
 class _Hyena(nn.Module):
-    """Base class of the three mixers. A subclass defines its filter: `_weights`, `_filter`, `_empty`, `_filter_macs`.
+    """Base class of the three mixers. A subclass defines its filter: `_weights`, `_filter`, `_filter_sends`,
+    `_empty`, `_filter_macs`.
 
     Attributes:
       num_channels: C, the width between the projections.
@@ -85,19 +87,19 @@ class _Hyena(nn.Module):
         }
         cache_axes = {"featurizer": FIR_STATE, "filter": self._state_axes()}
         axes = {
-            "z": CHANNELS_FIRST,
+            "z": Axes("rows", "heads", None, "time"),
             "featurizer": Axes("heads"),
             "filter": Axes("heads"),
-            "segment_ids": Axes("rows"),
+            "segment_ids": Axes("rows", "time"),
             "cache": None if cache is None else cache_axes,
         }
-        out = (CHANNELS_FIRST, None if cache is None else cache_axes)
+        out = (Axes("rows", "heads", "time"), None if cache is None else cache_axes)
         y, cache = sharding.island(self._mix, arrays, axes, out)
         y = jnp.swapaxes(y, 1, 2)
         return Linear((C,), (D,), ("channels", "embed"), bias=True, name="out_proj")(y), cache
 
     @nn.nowrap
-    def _mix(self, arrays: dict[str, Any]) -> tuple[Array, Cache | None]:
+    def _mix(self, arrays: dict[str, Any], mesh_axis: str | None = None) -> tuple[Array, Cache | None]:
         """Everything between the projections, on the channels of one device: z [B, C, 3, T] -> y [B, C, T]."""
         z, ids, cache = arrays["z"], arrays["segment_ids"], arrays["cache"]
         B, C, _, T = z.shape
@@ -112,16 +114,18 @@ class _Hyena(nn.Module):
             arrays["featurizer"].reshape(3 * C, K).astype(z.dtype),
             segment_ids=ids,
             initial_state=before,
+            mesh_axis=mesh_axis,
         )
         z = z.reshape(B, C, 3, T)
         signals = (z[:, :, 0], z[:, :, 1], z[:, :, 2])
-        y, state = self._filter(signals, arrays["filter"], ids, None if cache is None else cache["filter"])
+        state = None if cache is None else cache["filter"]
+        y, state = self._filter(signals, arrays["filter"], ids, state, mesh_axis)
         if cache is None:
             return y, None
         featurizer = ConvState(
             seen.inputs.reshape(B, C, 3, K - 1).astype(cache["featurizer"].inputs.dtype), seen.segment_ids
         )
-        return y, {"featurizer": featurizer, "filter": state}
+        return y, after_row({"featurizer": featurizer, "filter": state}, ids, mesh_axis)
 
     @nn.nowrap
     def init_cache(self, batch_size: int, length: int, dtype: jnp.dtype) -> Cache:
@@ -130,6 +134,10 @@ class _Hyena(nn.Module):
         inputs = jnp.zeros((batch_size, self.num_channels, 3, seen[1]), dtype)
         featurizer = ConvState(inputs, jnp.zeros(seen, jnp.int32))
         return {"featurizer": featurizer, "filter": self._empty(batch_size, dtype)}
+
+    @nn.nowrap
+    def context_method(self, *, devices: int, tensor: int, seq_len: int) -> str:
+        return f"a halo of {self.featurizer_length - 1} tokens and {self._filter_sends()}"
 
     @nn.nowrap
     def macs_per_token(self, seq_len: int) -> float:
@@ -157,7 +165,7 @@ class _Explicit(_Hyena):
         return named_param(self, name, init, ("groups", None), (self.num_groups, self.filter_length))
 
     @nn.nowrap
-    def _filter(self, signals, weights, ids, state):
+    def _filter(self, signals, weights, ids, state, mesh_axis):
         h = weights["h"]
         if "decay" in weights:
             h = h * jax.lax.stop_gradient(weights["decay"])
@@ -168,6 +176,7 @@ class _Explicit(_Hyena):
             segment_ids=ids,
             initial_state=state,
             implementation=self.implementation,
+            mesh_axis=mesh_axis,
         )
         return y, None if state is None else ConvState(new.inputs.astype(state.inputs.dtype), new.segment_ids)
 
@@ -180,6 +189,10 @@ class _Explicit(_Hyena):
     @nn.nowrap
     def _state_axes(self) -> ConvState:
         return FIR_STATE
+
+    @nn.nowrap
+    def _filter_sends(self) -> str:
+        return f"of {self.filter_length - 1} gated tokens"
 
     @nn.nowrap
     def _filter_macs(self, seq_len: int) -> float:
@@ -247,17 +260,20 @@ class HyenaLI(_Hyena):
         }
 
     @nn.nowrap
-    def _filter(self, signals, weights, ids, state):
+    def _filter(self, signals, weights, ids, state, mesh_axis):
         log_pole = -jnp.exp(weights["p"].astype(jnp.float32) + weights["gamma"].astype(jnp.float32))
         R, skip = weights["R"].astype(jnp.float32), weights["skip"].astype(jnp.float32)
         x1, x2, v = signals
         T = v.shape[2]
+        g = x2.astype(jnp.float32) * v.astype(jnp.float32)
+        if mesh_axis is not None:
+            around = {"segment_ids": ids, "initial_state": state, "mesh_axis": mesh_axis}
+            state = modal.state_before(g, log_pole, **around)
         if state is None or T > 1:
             h = modal.taps(log_pole, R, T)
             y = long_conv(x1, x2, v, h, skip=skip, segment_ids=ids, implementation=self.implementation)
             if state is None:
                 return y, None
-        g = x2.astype(jnp.float32) * v.astype(jnp.float32)
         if T > 1:  # the FFT covers the new tokens only; add the response to the tokens before them
             earlier = modal.response(state, log_pole, R, length=T, segment_ids=ids)
             y = y + (x1 * earlier).astype(y.dtype)
@@ -274,6 +290,10 @@ class HyenaLI(_Hyena):
     @nn.nowrap
     def _state_axes(self) -> modal.ModalState:
         return modal.ModalState._make((CHANNELS_FIRST, Axes("rows")))
+
+    @nn.nowrap
+    def _filter_sends(self) -> str:
+        return "the states of its modes"
 
     @nn.nowrap
     def _filter_macs(self, seq_len: int) -> float:

@@ -25,12 +25,13 @@ from lcx.mixers.linearized import Arrays, LinearizedAttention, window_of
 from lcx.mixers.published_lolcats import PublishedLinearAttention
 from lcx.ops.attention_maps import cross_entropy_of_maps
 from lcx.ops.linear_attention import Held, LinearState, empty_state, linear_attention
+from lcx.ops.shards import after_row
 from lcx.ops.windowed_linear_attention import empty_held
 
 __all__ = ["FLOOR", "FeatureMap", "LinearAttention", "features"]
 
-PER_HEAD = Axes("rows", None, "heads")
-HELD = Held._make((PER_HEAD, PER_HEAD, PER_HEAD, Axes("rows")))
+PER_HEAD = Axes("rows", "time", "heads")
+HELD = Held._make((*(Axes("rows", None, "heads"),) * 3, Axes("rows")))
 STATE = LinearState._make((Axes("rows", "heads"), Axes("rows", "heads"), Axes("rows"), None))
 
 
@@ -84,14 +85,14 @@ class LinearAttention(LinearizedAttention):
     def _mix(self, arrays: Arrays, state: Any) -> tuple[Float[Array, "B T N H"], Any]:
         """Runs the operator on each device's own rows and heads; arguments and result as in LinearizedAttention."""
         axes: dict[str, Any] = dict.fromkeys(("q", "k", "v", "wq", "wk"), PER_HEAD)
-        axes |= {"gamma": Axes("heads"), "segment_ids": Axes("rows")}
+        axes |= {"gamma": Axes("heads"), "segment_ids": Axes("rows", "time")}
         axes = {name: axes[name] for name, x in arrays.items() if x is not None}
         arrays = {name: arrays[name] for name in axes}
         state_axes = STATE if self.window is None else STATE._replace(held=HELD)
         if state is not None:
             arrays["state"], axes["state"] = state, state_axes
 
-        def run(arrays):
+        def run(arrays, mesh_axis=None):
             y, after = linear_attention(
                 *(arrays[name] for name in "qkv"),
                 normalize=True,
@@ -99,14 +100,14 @@ class LinearAttention(LinearizedAttention):
                 segment_ids=arrays.get("segment_ids"),
                 initial_state=arrays.get("state"),
                 implementation=self.implementation,
+                mesh_axis=mesh_axis,
             )
             if state is None:
-                return y
+                return y, None
+            after = after_row(after, arrays.get("segment_ids"), mesh_axis)
             return y, jax.tree.map(lambda new, old: new.astype(old.dtype), after, arrays["state"])
 
-        if state is None:
-            return sharding.island(run, arrays, axes, PER_HEAD), None
-        return sharding.island(run, arrays, axes, (PER_HEAD, state_axes))
+        return sharding.island(run, arrays, axes, (PER_HEAD, None if state is None else state_axes))
 
     @nn.nowrap
     def _empty_state(self, batch_size: int, dtype: jnp.dtype) -> Any:
@@ -121,6 +122,12 @@ class LinearAttention(LinearizedAttention):
             self.window_kind, self.window, k=kv, v=kv, features=of_features, batch=batch_size, dtype=dtype
         )
         return state._replace(held=held)
+
+    @nn.nowrap
+    def context_method(self, *, devices: int, tensor: int, seq_len: int) -> str:
+        if self.published_quirks or "maps" in self.transfer:
+            return "whole rows, gathered"
+        return "states" if self.window is None else f"states and a halo of {self.held} keys and values"
 
     @nn.nowrap
     def _softmax_sees(self, ids: Array | None) -> tuple[Array | None, int | None]:

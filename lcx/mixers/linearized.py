@@ -11,7 +11,6 @@ from queries, keys and values.
 Letters: B batch, T time, D embed, N query heads, K key/value heads, H head dim, P features.
 """
 
-import functools
 import math
 from typing import Any
 
@@ -27,7 +26,7 @@ from lcx.layers import Norm, named_param
 from lcx.mixers import Cache
 from lcx.mixers.feature_maps import FeatureMap
 from lcx.mixers.projections import merged_heads, rotated_heads
-from lcx.ops.attention import attention
+from lcx.mixers.softmax import softmax_attention
 from lcx.ops.linear_attention import KINDS, Window
 
 # Features q and k [B,T,N,P]; v [B,T,K,H]; segment_ids [B,T] or None. With a window also the queries wq [B,T,N,H] and
@@ -148,10 +147,8 @@ class LinearizedAttention(nn.Module):
     def _imitated(self, y: Array, q: Array, k: Array, arrays: Arrays) -> Array:
         """The output of softmax attention; the distance of y from it is sown into the collection `losses`."""
         seen, softmax_window = self._softmax_sees(arrays["segment_ids"])
-        softmax = {"q": q, "k": k, "v": arrays["v"], "q_segment_ids": seen, "kv_segment_ids": seen}
-        softmax = jax.tree.map(jax.lax.stop_gradient, softmax)
-        attend = functools.partial(attention, window=softmax_window)
-        wanted = sharding.per_device(attend, softmax, heads=("q", "k", "v"))
+        softmax = jax.tree.map(jax.lax.stop_gradient, {"q": q, "k": k, "v": arrays["v"]})
+        wanted = softmax_attention(**softmax, segment_ids=seen, window=softmax_window)
         for name, loss in self._transfer_losses(y, q, k, arrays, wanted).items():
             self.sow("losses", name, loss)
         return wanted

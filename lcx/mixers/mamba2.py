@@ -28,10 +28,11 @@ from lcx import sharding
 from lcx.errors import UserError, check_not_negative, check_sizes
 from lcx.layers import Linear, named_param
 from lcx.ops.linear_attention import LinearState, empty_state, linear_attention
+from lcx.ops.shards import after_row
 from lcx.ops.short_conv import ConvState, short_conv
 
 Cache = dict[str, Any]
-PER_HEAD = Axes("rows", None, "heads")
+PER_HEAD = Axes("rows", "time", "heads")
 
 
 class Mamba2(nn.Module):
@@ -126,26 +127,27 @@ class Mamba2(nn.Module):
         }
         cache_axes["ssm"] = LinearState._make((Axes("rows", "heads"), None, Axes("rows"), None))
         axes: dict[str, Any] = {
-            "signals": {name: Axes("rows", None, axis) for name, axis in names.items()},
+            "signals": {name: Axes("rows", "time", axis) for name, axis in names.items()},
             "convs": {name: Axes(axis) for name, axis in names.items()},
             "ssm": {"dt": PER_HEAD, "dt_bias": Axes("heads"), "a_log": Axes("heads"), "skip": Axes("heads")},
         }
         if segment_ids is not None:
-            arrays["segment_ids"], axes["segment_ids"] = segment_ids, Axes("rows")
+            arrays["segment_ids"], axes["segment_ids"] = segment_ids, Axes("rows", "time")
         if cache is None:
-            return sharding.island(lambda arrays: self._local(arrays)[0], arrays, axes, PER_HEAD), None
+            return sharding.island(self._local, arrays, axes, (PER_HEAD, None))
         arrays["cache"], axes["cache"] = cache, cache_axes
         return sharding.island(self._local, arrays, axes, (PER_HEAD, cache_axes))
 
     @nn.nowrap
-    def _local(self, arrays) -> tuple[Array, Cache | None]:
+    def _local(self, arrays, mesh_axis: str | None = None) -> tuple[Array, Cache | None]:
         cache, segment_ids = arrays.get("cache"), arrays.get("segment_ids")
         if cache is not None and segment_ids is None:
             segment_ids = jnp.ones(arrays["signals"]["x"].shape[:2], jnp.int32)
         mixed, new = {}, {}
         for name, signal in arrays["signals"].items():
             before = None if cache is None else cache[name]
-            mixed[name], new[name] = convolved(signal, arrays["convs"][name], segment_ids, before)
+            conv = arrays["convs"][name]
+            mixed[name], new[name] = convolved(signal, conv, segment_ids, before, mesh_axis=mesh_axis)
         x, ssm = mixed["x"], arrays["ssm"]
         dt = jax.nn.softplus(ssm["dt"].astype(jnp.float32) + ssm["dt_bias"].astype(jnp.float32))
         y, state = linear_attention(
@@ -156,10 +158,11 @@ class Mamba2(nn.Module):
             segment_ids=segment_ids,
             initial_state=None if cache is None else cache["ssm"],
             implementation=self.implementation,
+            mesh_axis=mesh_axis,
         )
         skip = ssm["skip"] if self.skip_per_channel else ssm["skip"][:, None]
         y = y + skip.astype(x.dtype) * x
-        return y, None if cache is None else {**new, "ssm": state}
+        return y, None if cache is None else after_row({**new, "ssm": state}, segment_ids, mesh_axis)
 
     @nn.nowrap
     def init_cache(self, batch_size: int, length: int, dtype: jnp.dtype) -> Cache:
@@ -176,6 +179,10 @@ class Mamba2(nn.Module):
         }
 
     @nn.nowrap
+    def context_method(self, *, devices: int, tensor: int, seq_len: int) -> str:
+        return f"states and a halo of {self.conv_size - 1} tokens"
+
+    @nn.nowrap
     def macs_per_token(self, seq_len: int) -> float:
         """Multiply-adds per token beyond the weights: updating and reading the state. (Taps count as weights.)"""
         return 2.0 * self.num_heads * self.head_dim * self.state_dim
@@ -190,7 +197,12 @@ def gated_norm(y: Array, z: Array, scale: Array, *, num_groups: int, eps: float)
 
 
 def convolved(
-    x: Array, conv: dict[str, Array], segment_ids: Array | None, before: ConvState | None
+    x: Array,
+    conv: dict[str, Array],
+    segment_ids: Array | None,
+    before: ConvState | None,
+    *,
+    mesh_axis: str | None = None,
 ) -> tuple[Array, ConvState]:
     """silu(short convolution over T) of x [B, T, heads, size], and the new history, [B, K - 1, heads, size]."""
     B, T, *shape = x.shape
@@ -205,6 +217,7 @@ def convolved(
         segment_ids=segment_ids,
         initial_state=flat,
         time_axis=1,
+        mesh_axis=mesh_axis,
     )
     inputs = after.inputs.reshape(*after.inputs.shape[:2], *shape)
     dtype = x.dtype if before is None else before.inputs.dtype

@@ -33,9 +33,11 @@ from lcx.mixers import kv_cache
 from lcx.mixers.attention import Attention
 from lcx.mixers.hyena import bounded
 from lcx.mixers.mamba2 import Mamba2
+from lcx.ops import attention_shards
 from lcx.ops import linear_attention as linear_op
 from lcx.ops import second_order_attention as second_order_op
 from lcx.ops.attention import attention
+from lcx.ops.shards import after_row
 from lcx.ops.short_conv import ConvState, short_conv
 
 Cache = dict[str, Any]
@@ -46,7 +48,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "decay": ("none", "softplus", "discretize"),
 }
 ACTIVATIONS = {"none": lambda x: x, "relu": nn.relu, "silu": nn.silu}
-HEADS, HEAD_STATE = Axes("rows", None, "heads"), Axes("rows", "heads")
+HEADS, HEAD_STATE = Axes("rows", "time", "heads"), Axes("rows", "heads")
 
 
 class TwoMamba(nn.Module):
@@ -105,15 +107,19 @@ class TwoMamba(nn.Module):
         }
         state_axes, new_axes = (None, None) if cache is None else map(self._state_axes, (False, True))
         axes = {
-            "qkv": Axes("rows", None, None, "heads"),
-            "segment_ids": Axes("rows"),
+            "qkv": Axes("rows", "time", None, "heads"),
+            "segment_ids": Axes("rows", "time"),
             "cache": state_axes,
             **dict.fromkeys(("log_decay", "dt"), HEADS),
             **dict.fromkeys(("taps", "taps_bias"), Axes(None, "heads")),
             "D": Axes("heads"),
         }
-        axes = {name: axes[name] for name in arrays}
-        y, new = sharding.island(self._mix, arrays, axes, (HEADS, new_axes))
+        axes, out = {name: axes[name] for name in arrays}, (HEADS, new_axes)
+        if (
+            self.score == "exp" and cache is not None
+        ):  # keys, values and decays of whole rows are in the cache
+            axes, out = sharding.whole_rows((axes, out))
+        y, new = sharding.island(self._mix, arrays, axes, out)
         if cache is not None:
             cache = new if deferred else self.append_cache(cache, new)
         if self.gate:
@@ -176,24 +182,27 @@ class TwoMamba(nn.Module):
         return out
 
     @nn.nowrap
-    def _mix(self, arrays: dict[str, Any]) -> tuple[Array, Cache | None]:
+    def _mix(self, arrays: dict[str, Any], mesh_axis: str | None = None) -> tuple[Array, Cache | None]:
         """Everything between the projections, on the heads of one device; returns y [B, T, N, H] and the new cache."""
         qkv, ids, cache = arrays["qkv"], arrays["segment_ids"], arrays["cache"]
         conv = None
         if self.conv_width > 1:
-            qkv, conv = self._convolve(qkv, arrays, ids, None if cache is None else cache["conv"])
+            before = None if cache is None else cache["conv"]
+            qkv, conv = self._convolve(qkv, arrays, ids, before, mesh_axis)
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
         residual = v * arrays["D"].astype(v.dtype) if self.residual else None
         if self.value_step:
             v = (v * arrays["dt"][..., None]).astype(v.dtype)
         q, k = (ACTIVATIONS[self.qk_activation](heads) for heads in (q, k))
         state = None if cache is None else cache["state"]
-        y, state = self._attend(q, k, v, arrays.get("log_decay"), ids, state)
+        y, state = self._attend(q, k, v, arrays.get("log_decay"), ids, state, mesh_axis)
         y = y if residual is None else y + residual
-        return y, None if cache is None else {"conv": conv, "state": state}
+        return y, None if cache is None else after_row({"conv": conv, "state": state}, ids, mesh_axis)
 
     @nn.nowrap
-    def _convolve(self, qkv: Array, arrays, ids, before: ConvState | None) -> tuple[Array, ConvState]:
+    def _convolve(
+        self, qkv: Array, arrays, ids, before: ConvState | None, mesh_axis: str | None
+    ) -> tuple[Array, ConvState]:
         B, T, *channels = qkv.shape
         if before is not None:
             before = before._replace(inputs=before.inputs.reshape(B, self.conv_width - 1, -1))
@@ -204,26 +213,29 @@ class TwoMamba(nn.Module):
             segment_ids=ids,
             initial_state=before,
             time_axis=1,
+            mesh_axis=mesh_axis,
         )
         dtype = seen.inputs.dtype if before is None else before.inputs.dtype
         inputs = seen.inputs.reshape(B, self.conv_width - 1, *channels).astype(dtype)
         return y.reshape(qkv.shape), seen._replace(inputs=inputs)
 
     @nn.nowrap
-    def _attend(self, q, k, v, log_decay, ids, state):
+    def _attend(self, q, k, v, log_decay, ids, state, mesh_axis):
         options = {"log_decay": log_decay, "implementation": self.implementation}
         if self.score == "exp":
-            return self._softmax(q, k, v, ids, state, options)
+            return self._softmax(q, k, v, ids, state, options, mesh_axis)
         options |= {"normalize": self.norm == "scores", "segment_ids": ids, "initial_state": state}
+        options["mesh_axis"] = mesh_axis
         if self.score == "linear":
             return linear_op.linear_attention(q * self.head_dim**-0.5, k, v, **options)
         return second_order_op.second_order_attention(q, k, v, form=self.form, **options)
 
     @nn.nowrap
-    def _softmax(self, q, k, v, ids, state, options):
+    def _softmax(self, q, k, v, ids, state, options, mesh_axis):
         """Score "exp": (outputs [B, T, N, H], the entries to append to the cache; None without one)."""
         if state is None:
-            return attention(q, k, v, q_segment_ids=ids, kv_segment_ids=ids, **options), None
+            options |= {"q_segment_ids": ids, "kv_segment_ids": ids, "mesh_axis": mesh_axis}
+            return attention(q, k, v, **options), None
         new = kv_cache.entries(k, v, ids, options["log_decay"])
         if q.shape[1] <= kv_cache.FEW and self.implementation in (None, "xla"):
             return kv_cache.attend(state, q, new), new
@@ -270,6 +282,15 @@ class TwoMamba(nn.Module):
         heads, index = (HEADS, {}) if added else (Axes("rows", "heads"), {"index": Axes()})
         names = ("k", "v", *(() if self.decay == "none" else ("log_decay",)))
         return {"conv": conv, "state": dict.fromkeys(names, heads) | {"segment_ids": rows} | index}
+
+    @nn.nowrap
+    def context_method(self, *, devices: int, tensor: int, seq_len: int) -> str:
+        core = "states"
+        if self.score == "exp":
+            heads = max(self.num_heads // tensor, 1)
+            sizes = {"devices": devices, "tokens": -(-seq_len // devices), "heads": heads, "kv_heads": heads}
+            core = attention_shards.WORDS[attention_shards.choose(None, window=None, **sizes)]
+        return f"{core} and a halo of {self.conv_width - 1} tokens" if self.conv_width > 1 else core
 
     @nn.nowrap
     def macs_per_token(self, seq_len: int) -> float:

@@ -20,12 +20,14 @@ Decay. With log_decay a and L its running sum over the keys, the weights are sof
 Transformer (arXiv 2503.02130), and 2Mamba-E (arXiv 2602.17363).
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from lcx.errors import UserError
-from lcx.ops import attention_vendors, dispatch
+from lcx.ops import attention_shards, attention_vendors, dispatch
 from lcx.ops.attention_tiles import NEG, tiled
 from lcx.ops.decay import gaps
 
@@ -46,6 +48,8 @@ def attention(
     softcap: float | None = None,
     sinks: Float[Array, " N"] | None = None,
     implementation: str | None = None,
+    mesh_axis: str | None = None,
+    over_context: str | None = None,
 ) -> Float[Array, "B T N H"]:
     """softmax(scale q k^T + decay + mask) v; scale defaults to H^-0.5. Result in q's dtype.
 
@@ -55,6 +59,9 @@ def attention(
       softcap, sinks: see above; None: neither.
       implementation: see dispatch.py; here "reference", "xla", "cudnn", "splash", "triton", "tpu", or None for the
         fastest valid one.
+      mesh_axis: in a shard_map over this axis, the arguments are this device's part of the rows (shards.py); without
+        q_offset, and with the same segment ids for queries and keys.
+      over_context: how the parts see each other, a method of attention_shards.py; None: chosen by rule.
 
     Raises:
       UserError: an implementation that is unknown or does not support these arguments, or a number of query heads that
@@ -65,6 +72,20 @@ def attention(
             f"{q.shape[2]} query heads over {k.shape[2]} kv heads: num_heads must be a multiple of num_kv_heads"
         )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if mesh_axis is not None:
+        attend = functools.partial(attention, scale=scale, softcap=softcap, implementation=implementation)
+        return attention_shards.attention(
+            attend,
+            q,
+            k,
+            v,
+            log_decay,
+            q_segment_ids,
+            sinks,
+            window=window,
+            mesh_axis=mesh_axis,
+            method=over_context,
+        )
     more = "a soft cap of scores" if softcap is not None else "attention sinks" if sinks is not None else None
     cached, decays, segmented = q_offset is not None, log_decay is not None, q_segment_ids is not None
     obstacles = {

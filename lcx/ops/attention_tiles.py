@@ -157,7 +157,9 @@ class Gaps(NamedTuple):
         return gaps, edge + jnp.sum(past, axis=2)
 
 
-def _head_forward(q, k, v, kv_segments, decay, q_segments, offset, sinks, *, plan: Plan) -> tuple[Array, Array]:
+def _head_forward(
+    q, k, v, kv_segments, decay, q_segments, offset, sinks, *, plan: Plan
+) -> tuple[Array, Array]:
     """One row and kv head: q [G,T,H], k and v [S,H] -> out [G,T,H], logsumexp [G,T] float32.
 
     q_segments [T] and offset [] are given for queries after a cache; None: queries and keys are the same tokens.
@@ -195,7 +197,9 @@ def _head_forward(q, k, v, kv_segments, decay, q_segments, offset, sinks, *, pla
     return plan.over_rows(T, rows, (jnp.zeros_like(q), jnp.zeros((G, T), jnp.float32)))
 
 
-def _head_backward(q, k, v, kv_segments, decay, q_segments, offset, sinks, out, lse, d_out, *, plan: Plan) -> tuple:
+def _head_backward(
+    q, k, v, kv_segments, decay, q_segments, offset, sinks, out, lse, d_out, *, plan: Plan
+) -> tuple:
     """Gradients for one row and kv head; scores are recomputed tile by tile."""
     G, T, H = q.shape
     S, C, size = k.shape[0], plan.rows, plan.cols

@@ -45,9 +45,7 @@ def cudnn(q: Array, k: Array, v: Array, *, window: int | None, scale: float) -> 
     )
 
 
-def splash_obstacle(
-    q: Array, k: Array, *, cached: bool, decays: bool, more: str | None = None
-) -> str | None:
+def splash_obstacle(q: Array, k: Array, *, cached: bool, decays: bool, more: str | None = None) -> str | None:
     if missing := dispatch.on("tpu"):
         return missing
     if q.dtype not in (jnp.bfloat16, jnp.float32):

@@ -85,7 +85,9 @@ def cached_attention(
         cached_rate = jnp.where(cached_segment_ids[:, None] != 0, cached_log_decay.astype(wide), 0)
         gap = _gaps(jnp.swapaxes(rate, 1, 2), cached_rate)
         far, near = (x.reshape(*grouped.shape[:-1], x.shape[-1]) for x in gap)
-    start = _Softmax.empty(grouped, softcap, None if sinks is None else sinks.astype(wide).reshape(1, K, -1, 1))
+    start = _Softmax.empty(
+        grouped, softcap, None if sinks is None else sinks.astype(wide).reshape(1, K, -1, 1)
+    )
     if in_chunks:
         state = _over_chunks(start, grouped, cached_k, cached_v, layer, seen)
     else:

@@ -121,9 +121,21 @@ def _over_mesh(fn, transform: LogitTransform, *, out: str):
         outs = {"tokens": tokens, "gradients": (P(token_axes), P(*tokens, None), vocab)}[out]
         local = functools.partial(fn, vocab_axis=vocab_axis, token_axes=token_axes)
         in_specs = (P(*tokens, None), vocab, *(tokens for _ in rest))
-        return jax.shard_map(local, in_specs=in_specs, out_specs=outs, check_vma=False)(x, head, *rest)
+        T, parts = x.shape[1], mesh.shape["context"]
+        whole = -(-T // parts) * parts
+        arrays = _resized(x, whole), head, *(_resized(a, whole) for a in rest)
+        found = jax.shard_map(local, in_specs=in_specs, out_specs=outs, check_vma=False)(*arrays)
+        if out == "tokens":
+            return _resized(found, T)
+        loss, dx, dhead = found
+        return loss, _resized(dx, T), dhead
 
     return wrapped
+
+
+def _resized(x: Array, T: int) -> Array:
+    """[B, S, ...] with the second axis cut to T, or padded with zeros: weight 0 and the valid label 0."""
+    return jnp.pad(x, ((0, 0), (0, max(T - x.shape[1], 0)), *((0, 0),) * (x.ndim - 2)))[:, :T]
 
 
 def _chunks(arrays: tuple[Array, ...], vocab: int) -> tuple[Array, ...]:

@@ -52,11 +52,15 @@ def fir_conv(
     segment_ids: Int[Array, "B T"] | None = None,
     initial_state: ConvState | None = None,
     implementation: str | None = None,
+    mesh_axis: str | None = None,
 ) -> tuple[Float[Array, "B D T"], ConvState]:
     """(y [B, D, T] in v's dtype, the state after it: the last K - 1 inputs g). A gate that is None is 1.
 
     Args:
       segment_ids: documents of a packed row, 0 for padding; None: one document, with id 1.
+      mesh_axis: in a shard_map over this axis, the signals are this device's part of the rows (shards.py), and
+        initial_state is the state before the rows. A device sends its last K - 1 gated inputs, B D (K - 1) numbers,
+        and their ids; if a part is shorter, in several steps.
 
     Raises:
       UserError: inconsistent shapes, or an implementation that cannot run here.
@@ -67,9 +71,11 @@ def fir_conv(
             f"fir_conv of {D} channels with filters {h.shape}: expected [G, K] with G a divisor of {D} and K from 2 "
             f"to {MAX_TAPS}; change the groups or the length of the filter (long_conv takes longer ones)"
         )
+    gated = v if x2 is None else x2 * v
+    if mesh_axis is not None:
+        initial_state = short.state_before(gated, segment_ids, initial_state, K, mesh_axis)
     carried = segment_ids is not None and initial_state is not None
     name = dispatch.choose("fir_conv", implementation, _forms(v, h, carried))
-    gated = v if x2 is None else x2 * v
     state = short.final_state(gated, segment_ids, initial_state, K)
     if name in KERNELS:
         y = _kernel(x1, x2, v, h, skip, segment_ids, initial_state, KERNELS[name])

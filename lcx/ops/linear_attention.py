@@ -31,7 +31,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from lcx.errors import UserError
-from lcx.ops import MIXER_RESIDUALS, dispatch, segments
+from lcx.ops import MIXER_RESIDUALS, dispatch, linear_shards, segments
 from lcx.ops import windowed_linear_attention as windowed
 from lcx.ops.decay import GONE, divided, gaps
 from lcx.ops.linear_chunks import chunk_weights, dot, grouped, next_state, nonzero, states_before, ungrouped
@@ -58,6 +58,7 @@ def linear_attention(
     initial_state: LinearState | None = None,
     chunk_size: int | None = None,
     implementation: str | None = None,
+    mesh_axis: str | None = None,
 ) -> tuple[Float[Array, "B T N H"], LinearState]:
     """(y [B, T, N, H] in v's dtype, the state after the last token). The caller applies feature maps.
 
@@ -65,6 +66,8 @@ def linear_attention(
       log_decay: a_t <= 0.
       normalize: divide by q z + eps; with a window the output is always normalised.
       implementation: "triton", "mosaic", "tpu", "xla", "reference", or None for the fastest that runs here.
+      mesh_axis: in a shard_map over this axis, the arguments are this device's part of the rows (shards.py), and
+        initial_state is the state before the rows. linear_shards.py counts what is sent.
 
     Raises:
       UserError: numbers of heads that do not divide each other, a decay with a window, an unknown kind of window or
@@ -79,6 +82,16 @@ def linear_attention(
         )
     obstacles = {**_kernel_obstacles(q, k, v, window), "xla": None, "reference": None}
     form = dispatch.choose("linear_attention", implementation, obstacles)
+    if mesh_axis is not None:
+        around: dict[str, Any] = {"heads": N, "mesh_axis": mesh_axis}
+        if window is not None:
+            initial_state = linear_shards.windowed_state_before(
+                k, v, window, segment_ids, initial_state, **around
+            )
+        else:
+            initial_state = linear_shards.state_before(
+                k, v, log_decay, segment_ids, initial_state, normalize=normalize, **around
+            )
     if segment_ids is None and initial_state is not None:
         segment_ids = jnp.ones(q.shape[:2], jnp.int32)
     options: dict[str, Any] = {"eps": eps, "segment_ids": segment_ids, "initial_state": initial_state}

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from lcx.ops import segments
+from lcx.ops import segments, shards
 
 BLOCK = 128  # length of the tables of powers of the poles, D x P x BLOCK elements
 
@@ -46,7 +46,7 @@ def state(
     initial_state: ModalState | None = None,
 ) -> ModalState:
     """The state at the last token of the inputs g: s = sum_k exp(log_pole (T-1-k)) g_k over the row's last document."""
-    B, D, T = g.shape
+    B, _, T = g.shape
     log_pole = log_pole.astype(jnp.float32)
     g = g.astype(jnp.float32)
     last, continued = jnp.ones(B, jnp.int32), jnp.zeros(B, bool)
@@ -60,15 +60,42 @@ def state(
         source = jnp.arange(T) - (T - last_place)[:, None]  # moves padding from the end to the front
         moved = jnp.take_along_axis(g, jnp.maximum(source, 0)[:, None], axis=2)
         g = jnp.where((source >= 0)[:, None], moved, 0)
-    blocks = jnp.pad(g, ((0, 0), (0, 0), (-T % BLOCK, 0))).reshape(B, D, -1, BLOCK)
-    fine = _powers(log_pole, jnp.arange(BLOCK - 1, -1, -1))
-    coarse = _powers(log_pole * BLOCK, jnp.arange(blocks.shape[2] - 1, -1, -1))
-    partial = jnp.einsum("bdij,djp->bdip", blocks, fine, precision="highest")
-    modes = jnp.einsum("bdip,dip->bdp", partial, coarse, precision="highest")
+    modes = _modes(g, log_pole)
     if initial_state is not None:
         held = initial_state.modes * jnp.exp(log_pole * last_place[:, None, None])
         modes = modes + jnp.where(continued[:, None, None], held, 0)
     return ModalState(modes, last)
+
+
+def _modes(g: Array, log_pole: Array) -> Array:
+    """sum_k exp(log_pole (T - 1 - k)) g_k [B, D, P] for g [B, D, T]."""
+    B, D, T = g.shape
+    blocks = jnp.pad(g, ((0, 0), (0, 0), (-T % BLOCK, 0))).reshape(B, D, -1, BLOCK)
+    fine = _powers(log_pole, jnp.arange(BLOCK - 1, -1, -1))
+    coarse = _powers(log_pole * BLOCK, jnp.arange(blocks.shape[2] - 1, -1, -1))
+    partial = jnp.einsum("bdij,djp->bdip", blocks, fine, precision="highest")
+    return jnp.einsum("bdip,dip->bdp", partial, coarse, precision="highest")
+
+
+def state_before(
+    g: Float[Array, "B D T"],
+    log_pole: Float[Array, "D P"],
+    *,
+    segment_ids: Int[Array, "B T"] | None = None,
+    initial_state: ModalState | None = None,
+    mesh_axis: str,
+) -> ModalState:
+    """The state before this device's part of the rows, in a shard_map over mesh_axis (shards.py).
+
+    A device receives P' - 1 times (B + 1) D P numbers from P' devices, and ids. Padding at the end of a part counts as
+    distance here.
+    """
+    log_pole, g = log_pole.astype(jnp.float32), g.astype(jnp.float32)
+    if segment_ids is not None:
+        runs = segments.runs(segment_ids)
+        g = jnp.where(((runs == runs[:, -1:]) & (segment_ids != 0))[:, None], g, 0)
+    own = shards.part(_modes(g, log_pole), (log_pole * g.shape[2])[None], segment_ids)
+    return ModalState(*shards.state_before(own, mesh_axis, initial_state))
 
 
 def response(

@@ -31,6 +31,7 @@ from lcx.ops import (
     MIXER_RESIDUALS,
     dispatch,
     second_order_choice,
+    second_order_shards,
     second_order_states,
     second_order_tiles,
     segments,
@@ -77,6 +78,7 @@ def second_order_attention(
     segment_ids: Int[Array, "B T"] | None = None,
     initial_state: SecondOrderState | None = None,
     implementation: str | None = None,
+    mesh_axis: str | None = None,
 ) -> tuple[Float[Array, "B T N H"], SecondOrderState]:
     """(outputs [B, T, N, H] in q's dtype, the state after the T tokens).
 
@@ -89,6 +91,8 @@ def second_order_attention(
       segment_ids: documents of packed rows (segments.py); None: one document with id 1.
       initial_state: the state after earlier tokens; None: empty.
       implementation: see dispatch.py; here "reference", "xla", "triton", "tpu" or None.
+      mesh_axis: in a shard_map over this axis, the arguments are this device's part of the rows (shards.py), and
+        initial_state is the state before the rows. second_order_shards.py counts what is sent.
 
     Raises:
       UserError: an unknown form or implementation, or query heads that are not a multiple of the kv heads.
@@ -100,20 +104,26 @@ def second_order_attention(
         )
     if form not in (None, "tiles", "states"):
         raise UserError(f"second_order_attention form {form!r}: expected 'tiles', 'states' or None")
-    follows, scale = initial_state is not None, H**-0.5 if scale is None else scale
+    follows, scale = initial_state is not None or mesh_axis is not None, H**-0.5 if scale is None else scale
     forgets = log_decay is not None or segment_ids is not None
     form = second_order_choice.choose(form, T, H, follows=follows, forgets=forgets)
     obstacles = {**_kernel_obstacles(q, k, v, form, follows), "xla": None, "reference": None}
     name = dispatch.choose("second_order_attention", implementation, obstacles)
     state = empty_state(B, N, H) if initial_state is None else initial_state
     ids = jnp.ones((B, T), jnp.int32) if segment_ids is None else segment_ids
-    runs, real = segments.runs(ids, state.segment_ids), (ids != 0)[:, :, None]
+    real = (ids != 0)[:, :, None]
     wide = jnp.promote_types(q.dtype, jnp.float32)
     decay = jnp.zeros((B, T, N), wide)
     if log_decay is not None:
         decay = jnp.where(real, log_decay.astype(wide), 0)
         decay = jnp.where(decay < LOWEST, jnp.where(decay == -jnp.inf, -jnp.inf, LOWEST), decay)
     k = jnp.where(real[..., None], k, 0)  # padding gets weight 0
+    if mesh_axis is not None:
+        before, of = second_order_shards.state_before(
+            k, v, decay, ids, state, scale=scale, mesh_axis=mesh_axis
+        )
+        state = SecondOrderState(*before, of)
+    runs = segments.runs(ids, state.segment_ids)
     if name not in PLATFORMS:
         k, v = (jnp.repeat(x, N // k.shape[2], axis=2) for x in (k, v))
     case = Case(

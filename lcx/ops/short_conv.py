@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from lcx.errors import UserError
-from lcx.ops import dispatch, segments
+from lcx.ops import dispatch, segments, shards
 
 MAX_TAPS = 8
 KERNELS = {"triton": "gpu", "tpu": "tpu"}  # implementations and their platforms
@@ -47,12 +47,15 @@ def short_conv(
     initial_state: ConvState | None = None,
     time_axis: int = -1,
     implementation: str | None = None,
+    mesh_axis: str | None = None,
 ) -> tuple[Array, ConvState]:
     """(y with the shape and dtype of x, the state after the last token).
 
     Args:
       segment_ids: documents of a packed row, 0 for padding; None: one document, with id 1.
       time_axis: -1 for x [B, D, T], 1 for x [B, T, D].
+      mesh_axis: in a shard_map over this axis, x is this device's part of the rows (shards.py), and initial_state is
+        the state before the rows. A device sends its last K - 1 inputs, B D (K - 1) numbers, and their ids.
 
     Raises:
       UserError: inconsistent shapes, or an implementation that cannot run here.
@@ -63,6 +66,8 @@ def short_conv(
             f"short_conv of x {x.shape} with w {w.shape} and time_axis {time_axis}: expected x [B, D, T] and time_axis "
             f"-1, or [B, T, D] and 1, and w [D, 1 .. {MAX_TAPS}]; fir_conv takes more taps"
         )
+    if mesh_axis is not None:
+        initial_state = state_before(x, segment_ids, initial_state, w.shape[1], mesh_axis, axis=axis)
     name = dispatch.choose("short_conv", implementation, _forms(x, axis))
     whole, ids = extended(x, segment_ids, initial_state, axis=axis)
     if name in KERNELS:
@@ -195,6 +200,18 @@ def extended(x, segment_ids, state: ConvState | None, *, axis: int = 2) -> tuple
     if segment_ids is None:
         return whole, None
     return whole, jnp.concatenate([state.segment_ids.astype(segment_ids.dtype), segment_ids], axis=1)
+
+
+def state_before(
+    x: Array, segment_ids: Array | None, state: ConvState | None, K: int, mesh_axis: str, *, axis: int = 2
+) -> ConvState:
+    """The K - 1 inputs before this device's part x of the rows."""
+    ids = jnp.ones((x.shape[0], x.shape[axis]), jnp.int32) if segment_ids is None else segment_ids
+    inputs, before = (None, None) if state is None else state
+    return ConvState(
+        shards.halo(x, K - 1, mesh_axis, axis=axis, before=inputs),
+        shards.halo(ids, K - 1, mesh_axis, before=before),
+    )
 
 
 def own_inputs(state: ConvState, *, axis: int = 2) -> Array:

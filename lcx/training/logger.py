@@ -197,7 +197,9 @@ def _has_room_for_a_bar() -> bool:
     if not sys.stderr.isatty() or os.environ.get("TERM") == "dumb":
         return False
     with contextlib.suppress(OSError, ValueError):
-        return os.get_terminal_size(sys.stderr.fileno()).columns >= 40  # some pseudo-terminals report 0 columns
+        return (
+            os.get_terminal_size(sys.stderr.fileno()).columns >= 40
+        )  # some pseudo-terminals report 0 columns
     return False
 
 
@@ -264,7 +266,9 @@ class _Bar(_Lines):
             total=total_steps, initial=first_step, file=sys.stderr, dynamic_ncols=True, bar_format=form
         )
         self._handler = _AboveTheBar(self.message)
-        self._replaced = logging.getLogger("lcx").handlers[:]  # those of `lcx.config`, which write into the bar's line
+        self._replaced = logging.getLogger("lcx").handlers[
+            :
+        ]  # those of `lcx.config`, which write into the bar's line
         _exchange(logging.getLogger("lcx"), self._replaced, [self._handler] * bool(self._replaced))
         if not logging.root.handlers:  # the user has not set up logging
             logging.root.addHandler(self._handler)

@@ -70,8 +70,12 @@ class Meter:
             log.warning("mfu is not logged: %s", error)
         self._peak = peak_flops()
         self._watcher = concurrent.futures.ThreadPoolExecutor(1, "lcx-meter")
-        self._watcher.submit(int).result()  # starts its thread, which would otherwise see the first step end too late
-        self._dispatched: collections.deque = collections.deque()  # (step, values, future of the time it was done)
+        self._watcher.submit(
+            int
+        ).result()  # starts its thread, which would otherwise see the first step end too late
+        self._dispatched: collections.deque = (
+            collections.deque()
+        )  # (step, values, future of the time it was done)
         self._since: float | None = None
         self._timed = 0
 

@@ -33,6 +33,7 @@ def opening(trainer: Any, run: Any, opened: Any, mesh: jax.sharding.Mesh, workdi
         yield from extend.table(run.model)
     yield _size(trainer, mesh)
     yield from _pieces(trainer)
+    yield from _context(run.model, mesh, getattr(trainer, "piece_length", None) or trainer.seq_len)
     for line in doubtful.settings(trainer, run.model):
         yield f"warning: {line}"
     for part in getattr(opened, "parts", ()):  # a block of layers trains on stored activations
@@ -68,7 +69,7 @@ def _model(run: Any) -> str:
 
 
 def _trained(run: Any) -> str:
-    """" (of which 1024 train)", unless all train, or with LoRA, which has a line of its own."""
+    """ " (of which 1024 train)", unless all train, or with LoRA, which has a line of its own."""
     leaves = jax.tree.leaves(run.abstract["params"]), jax.tree.leaves(run.trains["params"])
     count = sum(leaf.size for leaf, trains in zip(*leaves, strict=True) if trains)
     return "" if run.lora is not None or all(leaves[1]) else f" (of which {counted(count)} train)"
@@ -84,7 +85,7 @@ def _data(corpus: Any) -> str:
 
 
 def _parts(layers: Sequence[model_lib.Layer]) -> str:
-    """" of TwoMamba + GatedMlp": what is in the layers, unless it is what `model.llama` puts there."""
+    """ " of TwoMamba + GatedMlp": what is in the layers, unless it is what `model.llama` puts there."""
     blocks = [layer.block for layer in layers]
     kinds = [mixers.kind(block.mixer) for block in blocks if block.mixer is not None]
     kinds += [type(block.mlp).__name__ for block in blocks if block.mlp is not None]
@@ -109,6 +110,20 @@ def _pieces(trainer: Any) -> Iterator[str]:
         count = -(-trainer.seq_len // length)
         gradients = "exact gradients" if trainer.carry == "exact" else "gradients stop at their borders"
         yield f"pieces: every row in {count} of {quantity(length, 'token')}, {gradients}"
+
+
+def _context(model: Any, mesh: jax.sharding.Mesh, seq_len: int) -> Iterator[str]:
+    """What the devices of `context` send each other, if there are several."""
+    devices, tensor = mesh.shape["context"], mesh.shape["tensor"]
+    if devices == 1:
+        return
+    blocks = [layer.block for layer in model_lib.layers(model) if layer.block.mixer is not None]
+    found = [
+        f"{mixers.kind(block.mixer)} sends "
+        + mixers.context_method(block.mixer, devices=devices, tensor=tensor, seq_len=seq_len)
+        for block in blocks
+    ]
+    yield f"context: every row over {devices} devices; {'; '.join(dict.fromkeys(found))}"
 
 
 def counted(number: int) -> str:

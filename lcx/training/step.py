@@ -132,7 +132,10 @@ def make_step(
 
     def sums(moving, still, batch):
         loss, *rest = objective(model, combine(moving, still), batch)
-        return loss, rest  # rest: the summed weights and, for some objectives, {name: summed part of the loss}
+        return (
+            loss,
+            rest,
+        )  # rest: the summed weights and, for some objectives, {name: summed part of the loss}
 
     def step(state: State, batch: dict[str, jax.Array], number: jax.Array):
         moving, still = partition(weights_of(state), trains)

@@ -18,7 +18,6 @@ MIXERS = {
 MESHES = {
     "tensor8": dict(tensor=8),
     "data2_fsdp2_tensor2": dict(data=2, fsdp=2, tensor=2),
-    "fsdp4_context2": dict(context=2),
 }
 
 

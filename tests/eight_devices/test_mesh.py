@@ -6,21 +6,20 @@ How many collectives, and why, for blocks of 7 kernels (a stage is a loop: its b
     fsdp      the same sums, and each kernel is gathered where it is used: 7 all-gathers in the forward loop, 7 in the
               backward loop (a gathered kernel is never kept), one each for the embedding and the head
     tensor    two sums of activations a block and pass (attention, mlp), as Megatron has them (arXiv 1909.08053)
-    context   keys and values are gathered over T, as long as no mixer passes them around a ring
+    context   what each mixer sends: test_context_mesh.py; here heads of attention, all-to-all
 
 XLA for CPUs has no reduce-scatter: it sums whole gradients and cuts them.
 """
 
 import collections
-import dataclasses
 import functools
-import re
 import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from collectives import Collective, collectives
 from tiny_runs import dataset, lines, losses, tiny_model, tiny_trainer, write_text
 
 import lcx
@@ -222,34 +221,6 @@ def test_odd_models_on_eight_devices_and_one(name, base):
 
 # --- collectives
 
-KINDS = ["all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute"]
-
-
-@dataclasses.dataclass
-class Collective:
-    kind: str
-    shapes: list[tuple[int, ...]]
-    loop: bool  # in the body of a loop
-    devices: int  # that take part; 1 is no communication at all
-
-
-def collectives(text: str) -> list[Collective]:
-    """The collective operations in compiled HLO."""
-    found, computation = [], ""
-    for line in text.splitlines():
-        if line and not line.startswith(" "):
-            computation = line
-        match = re.search(rf"= (.*?) ({'|'.join(KINDS)})(-start)?\(", line)
-        if match:
-            shapes = [
-                tuple(map(int, filter(None, dims.split(","))))
-                for dims in re.findall(r"\w+\[([\d,]*)\]", match[1])
-            ]
-            alone = re.search(r"replica_groups=\{(\{\d+\},?)+\}", line)
-            found.append(Collective(match[2], shapes, not computation.startswith("ENTRY"), 1 if alone else 2))
-    return found
-
-
 @pytest.fixture(scope="module")
 def compiled(base):
     """(mesh name, remat, accumulation) -> collectives of the compiled train step."""
@@ -342,11 +313,13 @@ def test_kv_heads_fewer_than_tensor_devices_gather_no_queries(compiled):
     assert moved == [[(B // 2, T, 2, 8)]] * 2
 
 
-def test_context_gathers_what_attention_sees(compiled):
+def test_context_moves_heads_and_gathers_nothing(compiled):
+    """Queries, keys, values and outputs go from tokens to heads or back: once forward, once backward."""
     found = compiled("fsdp4_context2")
-    assert {c.kind for c in found} == {"all-gather", "all-reduce"}
-    moved = [shape for c in found if c.kind == "all-gather" for shape in c.shapes if is_activation(shape)]
-    assert all(shape[:2] == (B // 4, T) for shape in moved) and len(moved) <= 6
+    assert {c.kind for c in found} == {"all-gather", "all-reduce", "all-to-all"}
+    assert not [c for c in found if c.kind == "all-gather" and c.floating and any(map(is_activation, c.shapes))]
+    moved = [c for c in found if c.kind == "all-to-all"]
+    assert all(c.loop for c in moved) and len(moved) == 8
 
 
 # --- rows

@@ -1,0 +1,65 @@
+"""Softmax attention on a mesh, for the mixers that have nothing else in their island."""
+
+from typing import Any
+
+import jax
+from jax.sharding import PartitionSpec as Axes
+from jaxtyping import Array, Float
+
+from lcx import sharding
+from lcx.ops.attention import attention
+
+
+def softmax_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    *,
+    segment_ids: Array | None,
+    kv_segment_ids: Array | None = None,
+    q_offset: Array | None = None,
+    sinks: Float[Array, " N"] | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    implementation: str | None = None,
+    over_context: str | None = None,
+) -> Float[Array, "B T N H"]:
+    """ops.attention on each device's own rows, heads and queries.
+
+    Without a cache T is split over `context` by one of the methods of ops/attention_shards.py. With one (q_offset), the
+    queries are split and every device holds all keys and values: the compiler gathers those of the new tokens.
+
+    Args:
+      segment_ids: those of the queries.
+      kv_segment_ids, q_offset: with a cache: see ops.attention.
+      sinks, window, softcap, implementation: see ops.attention.
+      over_context: the method; None: chosen by rule.
+    """
+    cached = q_offset is not None
+    per_head = Axes("rows", "time", "heads")
+    of_keys = Axes("rows", None, "heads") if cached else per_head
+    arrays: dict[str, Any] = {"q": q, "k": k, "v": v, "segment_ids": segment_ids, "sinks": sinks}
+    axes = {
+        "q": per_head,
+        "k": of_keys,
+        "v": of_keys,
+        "segment_ids": Axes("rows", "time"),
+        "sinks": Axes("heads"),
+    }
+    if cached:
+        arrays |= {"kv_segment_ids": kv_segment_ids, "q_offset": q_offset}
+        axes |= {"kv_segment_ids": Axes("rows"), "q_offset": Axes("rows")}
+
+    def run(arrays: dict[str, Any], mesh_axis: str | None = None) -> Array:
+        heads, ids = [arrays[name] for name in "qkv"], arrays["segment_ids"]
+        options: dict[str, Any] = {"window": window, "softcap": softcap, "sinks": arrays["sinks"]}
+        options |= {"implementation": implementation, "q_segment_ids": ids}
+        if not cached:
+            options |= {"kv_segment_ids": ids, "mesh_axis": mesh_axis, "over_context": over_context}
+            return attention(*heads, **options)
+        offset = arrays["q_offset"]
+        if mesh_axis is not None:
+            offset = offset + jax.lax.axis_index(mesh_axis) * heads[0].shape[1]
+        return attention(*heads, **options, kv_segment_ids=arrays["kv_segment_ids"], q_offset=offset)
+
+    return sharding.island(run, arrays, axes, per_head)

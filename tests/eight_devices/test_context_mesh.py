@@ -1,0 +1,235 @@
+"""Rows whose tokens lie on several devices: one device's values and gradients, and what is sent, counted.
+
+Every mixer of the battery (test_mixers.py) takes part; the oracle is the reference form of its operator on one device.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from collectives import collectives
+from test_mixers import MIXERS, D, noisy_params
+
+from lcx import model as model_lib
+from lcx import objectives, sharding
+from lcx.block import Block
+from lcx.errors import UserError
+from lcx.mixers.attention import Attention
+from lcx.mixers.hyena import HyenaLI
+from lcx.mixers.linear_attention import LinearAttention
+from lcx.mixers.mamba2 import Mamba2
+from lcx.mlps.gated import GatedMlp
+from lcx.model import Decoder, Stage
+from lcx.ops import attention_shards, linear_attention, shards
+from lcx.ops.cross_entropy import cross_entropy
+from lcx.optim import AdamW
+from lcx.rope import Rope
+from lcx.training import step as train_step
+
+MESHES = {
+    "context8": {"fsdp": 1, "context": 8},
+    "fsdp2_context4": {"fsdp": 2, "context": 4},
+    "fsdp2_context2_tensor2": {"fsdp": 2, "context": 2, "tensor": 2},
+}
+DYNAMIC = Rope(rope_type="dynamic", factor=4.0, original_max_position_embeddings=16)
+MORE = {
+    "attention_window_halo": Attention(4, 2, 8, window=17, over_context="halo"),  # longer than a part of 8
+    "attention_window_gather": Attention(4, 2, 8, window=17, over_context="gather"),
+    "attention_dynamic": Attention(8, 2, 4, rope=DYNAMIC),  # kv heads are repeated for 8 devices
+}
+MORE |= {  # the battery's has relu, where denominators next to 0 make gradients differ by 1e-4 on one device as well
+    "linear": LinearAttention(4, 2, 8, window=None, feature_map="pos_elu", feature_dim=6, feature_bias=True)
+}
+ALL = MIXERS | MORE
+PAIRS = [
+    (name, list(MESHES)[i % 3]) for i, name in enumerate(ALL)
+]  # every kind of mixer comes in several rows
+
+T = 57  # on 8 devices the last part holds one token, on 4 and 2 it is not full either
+# A document ends on a border (24 on 8 devices), another lies within a part, the next crosses several.
+LENGTHS = {1: 24, 2: 3, 3: 22, 0: 8}
+SEGMENTS = np.array([[1] * T, np.repeat([*LENGTHS], [*LENGTHS.values()])], np.int32)
+POSITIONS = np.array([range(T), [i for n in LENGTHS.values() for i in range(n)]], np.int32)
+X = np.random.default_rng(0).normal(size=(2, T, D)).astype(np.float32)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def short_chunks():
+    """Several to a part. The rounding error of the decay's gradient grows with the chunk, to 3e-5 with 64 tokens."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(linear_attention, "CHUNK", 8)
+        yield
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def run(mixer, params, x):
+    """(outputs of the tokens that are no padding, gradients of a loss on all of them by the parameters and by x)."""
+    segments = jnp.asarray(SEGMENTS)
+
+    def loss(params, x):
+        packed = {"positions": jnp.asarray(POSITIONS), "segment_ids": segments}
+        y = jnp.where(segments[..., None] != 0, mixer.apply({"params": params}, x, **packed)[0], 0)
+        return jnp.sum(jnp.sin(y)), y
+
+    (_, y), grads = jax.value_and_grad(loss, (0, 1), has_aux=True)(params, x)
+    return y, grads
+
+
+@functools.cache
+def expected(name):
+    mixer = ALL[name]
+    return run(mixer.clone(implementation="reference", parent=None), noisy_params(mixer), X)
+
+
+def build(**sizes):
+    count = int(np.prod([*sizes.values()]))
+    return sharding.make_mesh(**sizes, devices=jax.devices()[:count])
+
+
+def assert_close(found, wanted):
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(wanted), strict=True):
+        a, b = np.asarray(a), np.asarray(b)
+        np.testing.assert_allclose(a, b, atol=1e-5 * (1 + np.abs(b).max()), err_msg=str(path))
+
+
+@pytest.mark.parametrize(("name", "mesh"), PAIRS)
+def test_values_and_gradients_are_those_of_one_device(name, mesh):
+    """Packed, with a length that divides over none of the meshes; a document changed changes no other."""
+    params = noisy_params(ALL[name])
+    with jax.set_mesh(build(**MESHES[mesh])):
+        found = run(ALL[name], params, X)
+        second = np.broadcast_to(SEGMENTS[..., None] == 2, X.shape)
+        y, (_, dx) = run(ALL[name], params, np.where(second, X + 1, X))
+    assert_close(found, expected(name))
+    for whole, changed in ((found[0], y), (found[1][1], dx)):
+        np.testing.assert_allclose(np.where(second, 0, changed), np.where(second, 0, whole), atol=2e-6)
+        assert np.abs(np.asarray(changed - whole)[second]).max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["mamba2", "linear_sliding"])
+def test_many_devices_take_steps_of_a_prefix(name, monkeypatch):
+    """More devices than shards.GATHERED, of which there are not enough here."""
+    monkeypatch.setattr(shards, "GATHERED", 2)
+    jitted = jax.jit(run.__wrapped__, static_argnums=0)
+    with jax.set_mesh(build(context=8, fsdp=1)):
+        compiled = jitted.lower(ALL[name], noisy_params(ALL[name]), X).compile()
+        assert_close(compiled(noisy_params(ALL[name]), X), expected(name))
+    kinds = {c.kind for c in collectives(compiled.as_text())}
+    assert "collective-permute" in kinds and "reduce-scatter" not in kinds  # the gradient of a gathered state
+
+
+# --- what is sent
+
+P, L = 4, 40  # devices, tokens of a part
+COUNTED = {  # name -> numbers that a device receives per row, forward, as the operators' docstrings count them
+    "mamba2": (P - 1) * 4 * (16 * 8 + 1) + 3 * (4 * 8 + 2 * 2 * 16),
+    "linear": (P - 1) * 4 * (6 * 8 + 6),
+    "linear_terraced": (P - 1) * 4 * (12 * 8 + 12) + 32 * (2 * 8 + 2 * 8 + 4 * 12),
+    "two_mamba": (P - 1) * 2 * (256 * 17 + 1) + 3 * 2 * 16,
+    "hyena_se": 6 * D + 2 * 3 * D,
+    "hyena_mr": 3 * L * D + 2 * 3 * D,  # 127 earlier inputs: all earlier parts
+    "hyena_li": (P - 1) * 2 * 16 * D + 2 * 3 * D,  # of one row
+    "attention_window": 2 * 16 * 4 * 8,
+    "attention": (2 * 4 + 2 * 4) * 8 * L * (P - 1) // P,
+    "attention_window_gather": 2 * 2 * 8 * L * (P - 1) + 2 * 4 * 8 * L,
+}
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_what_an_operator_sends_is_what_its_docstring_says(name):
+    """One row without segment ids; the values are those of one device."""
+    mixer, x = ALL[name], np.resize(X, (1, P * L, D))
+    params = noisy_params(mixer)
+
+    @jax.jit
+    def forward(params, x):
+        x = sharding.constrain(x, None, "context", None)
+        y = mixer.apply({"params": params}, x)[0]
+        return sharding.constrain(y, None, "context", None)
+
+    with jax.set_mesh(build(context=P, fsdp=1)):
+        compiled = forward.lower(params, x).compile()
+        y = forward(params, x)
+    assert_close(y, forward(params, x))
+    received = 0.0
+    for c in collectives(compiled.as_text()):
+        if c.floating and c.kind != "all-reduce":
+            received += c.elements * (1 if c.kind == "collective-permute" else (P - 1) / P)
+    assert received == COUNTED[name]
+
+
+RECURRENT = (
+    Block(Mamba2(2, 8, 4), GatedMlp(24)),
+    Block(LinearAttention(2, 2, 8, window=4, feature_dim=6), None),
+    Block(HyenaLI(num_channels=16, num_modes=4), None),
+)
+
+
+def test_nothing_as_long_as_a_row_moves_in_a_training_step():
+    """Every size that has to do with T is a multiple of 37, and no other size is."""
+    L, B, mesh = 37, 4, build(fsdp=2, context=4)
+    model = Decoder(64, 16, (Stage(RECURRENT, 2),), 4 * L)
+    with jax.set_mesh(mesh):
+        weights = {"params": model_lib.abstract_params(model, mesh=mesh)}
+        optimizer = AdamW(learning_rate=1e-2, warmup_steps=0)
+        transformation = optimizer.build(train_step.moving(weights), 9)
+        abstract = train_step.abstract_state(weights, transformation, mesh)
+        step = train_step.make_step(
+            model, transformation, objectives.next_token, optimizer.learning_rates(9), accumulation=1, abstract=abstract
+        )  # fmt: skip
+        where = sharding.batch_sharding(mesh)
+        names = ("tokens", "labels", "segment_ids", "positions")
+        batch = {name: jax.ShapeDtypeStruct((B, 4 * L), jnp.int32, sharding=where) for name in names}
+        batch["loss_weights"] = jax.ShapeDtypeStruct((B, 4 * L), jnp.float32, sharding=where)
+        text = step.lower(abstract, batch, np.int32(0)).compile().as_text()
+    found = [c for c in collectives(text) if c.devices > 1]
+    assert {"all-gather", "collective-permute", "all-reduce"} <= {c.kind for c in found}
+    assert not [c for c in found for shape in c.shapes if np.prod(shape, dtype=int) % L == 0]
+
+
+# --- losses, choices
+
+
+def test_the_loss_of_rows_that_do_not_divide():
+    labels, weights = np.arange(2 * T).reshape(2, T) % 61, (SEGMENTS != 0).astype(np.float32)
+    head = np.random.default_rng(1).normal(size=(64, D)).astype(np.float32)
+
+    @functools.partial(jax.jit, static_argnums=2)
+    def gradient(x, head, implementation):
+        def loss(x, head):
+            return cross_entropy(
+                x, head, jnp.asarray(labels), jnp.asarray(weights), implementation=implementation
+            )
+
+        return jax.value_and_grad(loss, (0, 1))(x, head)
+
+    with jax.set_mesh(build(context=8, fsdp=1)):
+        found = gradient(X, head, None)
+    assert_close(found, gradient(X, head, "reference"))
+
+
+def test_the_method_of_attention_is_chosen_by_a_rule():
+    sizes = {"devices": 4, "tokens": 16, "heads": 8, "kv_heads": 2}
+    choose = functools.partial(attention_shards.choose, **sizes)
+    assert choose(None, window=17) == "halo"  # reaches one part back
+    assert choose(None, window=18) == "heads"
+    assert choose(None, window=None) == "heads"
+    assert attention_shards.choose(None, window=None, **sizes | {"heads": 6}) == "gather"
+    assert attention_shards.choose(None, window=None, **sizes | {"heads": 12, "kv_heads": 3}) == "gather"
+    assert choose("gather", window=17) == "gather"
+    for method, found in (("ring", "expected one of 'halo', 'heads', 'gather'"), ("halo", "a window")):
+        with pytest.raises(UserError, match=found):
+            choose(method, window=None)
+
+
+@pytest.mark.parametrize("P", [2, 3, 8])
+def test_gathered_attention_is_balanced(P):
+    """No device sees more than 1.05 times the mean of keys."""
+    takes = {c: device for route, of in zip(attention_shards._routes(P), (0, 1), strict=True)
+             for c, device in ((2 * r + of, device) for r, device in route)}  # fmt: skip
+    work = np.zeros(P)
+    for block, device in takes.items():
+        work[device] += sum(range(block * 100, (block + 1) * 100))
+    assert work.max() <= 1.05 * work.mean()
