@@ -21,6 +21,7 @@ Transformer (arXiv 2503.02130), and 2Mamba-E (arXiv 2602.17363).
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -86,14 +87,12 @@ def attention(
             mesh_axis=mesh_axis,
             method=over_context,
         )
-    more = "a soft cap of scores" if softcap is not None else "attention sinks" if sinks is not None else None
-    cached, decays, segmented = q_offset is not None, log_decay is not None, q_segment_ids is not None
+    has: dict[str, Any] = {"cached": q_offset is not None, "decays": log_decay is not None}
+    has["more"] = "a soft cap of scores" if softcap is not None else "attention sinks" if sinks is not None else None
     obstacles = {
-        "cudnn": attention_vendors.cudnn_obstacle(
-            q, k, segmented=segmented, cached=cached, decays=decays, more=more
-        ),
-        "splash": attention_vendors.splash_obstacle(q, k, cached=cached, decays=decays, more=more),
-        **_kernel_obstacles(q, k, v, q_offset, window, more),
+        "cudnn": attention_vendors.cudnn_obstacle(q, k, segmented=q_segment_ids is not None, **has),
+        "splash": attention_vendors.splash_obstacle(q, k, **has),
+        **_kernel_obstacles(q, k, v, window, cached=has["cached"], more=has["more"]),
         "xla": None,
         "reference": None,
     }
@@ -106,27 +105,26 @@ def attention(
         return _kernel(q, k, v, log_decay, q_segment_ids, scale=scale, platform=PLATFORMS[name])
     if log_decay is not None and kv_segment_ids is not None:
         log_decay = jnp.where(kv_segment_ids[:, :, None] != 0, log_decay, 0)
+    more: dict[str, Any] = {"scale": scale, "softcap": softcap, "sinks": sinks}
+    segments = q_segment_ids, kv_segment_ids
     if name == "xla":
-        segments = q_segment_ids, kv_segment_ids
-        return tiled(
-            q, k, v, *segments, q_offset, log_decay, window=window, scale=scale, softcap=softcap, sinks=sinks
-        )
+        return tiled(q, k, v, *segments, q_offset, log_decay, window=window, **more)
     offset = jnp.full(q.shape[:1], k.shape[1] - q.shape[1]) if q_offset is None else q_offset
-    mask = _mask(q_segment_ids, kv_segment_ids, offset, window, q.shape[1], k.shape[1])
+    mask = _mask(*segments, offset, window, q.shape[1], k.shape[1])
     between = None
     if log_decay is not None:
         rates = jnp.moveaxis(log_decay.astype(jnp.float32), 1, 2)
         between = gaps(rates, offset[:, None, None] + jnp.arange(q.shape[1]))
-    return reference(q, k, v, mask, between, scale=scale, softcap=softcap, sinks=sinks)
+    return reference(q, k, v, mask, between, **more)
 
 
-def _kernel_obstacles(q, k, v, q_offset, window, more) -> dict[str, str | None]:
+def _kernel_obstacles(q, k, v, window, *, cached: bool, more: str | None) -> dict[str, str | None]:
     def of(platform: str) -> str | None:
         if missing := dispatch.kernels(platform):
             return missing
         from kernels_pallas.attention import obstacle
 
-        if window is not None or q_offset is not None:
+        if window is not None or cached:
             return "a window or a cache is not covered"
         if more is not None:
             return f"{more}: not covered"

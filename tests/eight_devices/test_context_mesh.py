@@ -38,6 +38,9 @@ MORE = {
     "attention_window_halo": Attention(4, 2, 8, window=17, over_context="halo"),  # longer than a part of 8
     "attention_window_gather": Attention(4, 2, 8, window=17, over_context="gather"),
     "attention_dynamic": Attention(8, 2, 4, rope=DYNAMIC),  # kv heads are repeated for 8 devices
+    "attention_sinks_heads": Attention(8, 2, 4, sinks=True, softcap=2.0, over_context="heads"),
+    "attention_sinks_gather": Attention(4, 2, 8, sinks=True, over_context="gather"),
+    "attention_sinks_halo": Attention(4, 2, 8, sinks=True, softcap=2.0, window=17, over_context="halo"),
 }
 MORE |= {  # the battery's has relu, where denominators next to 0 make gradients differ by 1e-4 on one device as well
     "linear": LinearAttention(4, 2, 8, window=None, feature_map="pos_elu", feature_dim=6, feature_bias=True)
