@@ -127,12 +127,12 @@ def test_markers_in_the_text_are_reported(tmp_path, caplog, marker):
     joined = Dataset(str(tmp_path / "*.txt"), cache_dir=str(tmp_path / "cache"))
     report = joined.check(min_length=1)
     assert report.markers == ((marker, 1),) and not report.ok
-    assert f"{marker!r} in 1 documents; set Dataset.separator" in str(report)
+    assert f"{marker!r} in 1 document; set Dataset.separator" in str(report)
     divided = Dataset(str(tmp_path / "*.txt"), separator=marker, cache_dir=str(tmp_path / "cache"))
     assert divided.check(min_length=1).ok
     joined.open()
     said = [line for line in caplog.messages if "markers of" in line]  # once, although it was opened twice
-    assert len(said) == 1 and f"{marker!r} in 1 documents; set Dataset.separator" in said[0]
+    assert len(said) == 1 and f"{marker!r} in 1 document; set Dataset.separator" in said[0]
 
 
 def test_from_the_command_line(tmp_path):
