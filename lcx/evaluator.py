@@ -79,7 +79,7 @@ def evaluate(
     place = hub.local(checkpoint)
     detect(place)  # raises if this is no checkpoint, before a more confusing error about its tokenizer
     tokenizer = _tokenizer(place)
-    evals = _with_text(evals, _default_dataset(place, tokenizer) if dataset is None else dataset)
+    evals = _with_text(_with_outputs(evals, folder), _default_dataset(place, tokenizer) if dataset is None else dataset)
     devices = None if jax.device_count() == 1 else mesh.build()
     model, params = load(
         place,
@@ -242,6 +242,16 @@ def _with_text(evals: tuple[Evaluation, ...], dataset: Dataset | Mixture | None)
     return tuple(
         dataclasses.replace(evaluation, dataset=dataset) if evaluation.name in without else evaluation  # type: ignore[type-var]
         for evaluation in evals
+    )
+
+
+def _with_outputs(evals: tuple[Evaluation, ...], folder: pathlib.Path) -> tuple[Evaluation, ...]:
+    """The evaluations, with NAME.tsv in the output folder wherever one has a field `output` for its table, not set."""
+    return tuple(
+        dataclasses.replace(one, output=str(folder / f"{one.name}.tsv"), overwrite=True)  # type: ignore[type-var]
+        if getattr(one, "output", one) is None
+        else one
+        for one in evals
     )
 
 

@@ -131,7 +131,8 @@ def _genomes(to: pathlib.Path) -> None:
     (to / "sequences.fa").write_text(fasta)
     other = "A" if letters[9] != "A" else "C"
     (to / "variants.vcf").write_text(
-        f"##fileformat=VCFv4.2\n#CHROM\tPOS\tID\tREF\tALT\nrecord0\t10\t.\t{letters[9]}\t{other}\n"
+        "##fileformat=VCFv4.2\n#CHROM\tPOS\tID\tREF\tALT\tQUAL\tFILTER\tINFO\n"
+        f"record0\t10\t.\t{letters[9]}\t{other}\t.\t.\t.\n"
     )
 
 
