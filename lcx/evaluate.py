@@ -13,6 +13,7 @@ a folder in Hugging Face format; --adapter merges a PEFT adapter (LoRA) into it.
 import sys
 
 from lcx import config
+from lcx.config.common_flags import add_input_projections
 
 
 def main(argv=None) -> int:
@@ -42,6 +43,7 @@ def main(argv=None) -> int:
         help="for a linearized model: evaluate only this part of its attention",
     )
     parser.add_argument("--name", help="label of this model in results and plots")
+    add_input_projections(parser)
     return config.run(parser, "lcx.evaluator:evaluate", argv)
 
 

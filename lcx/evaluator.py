@@ -51,6 +51,7 @@ def evaluate(
     dtype: str | None = None,
     mesh: sharding.MeshShape = sharding.MeshShape(),  # noqa: B008 (frozen)
     adapter: str | tuple[str, ...] | None = None,
+    input_projections: str | None = None,
 ) -> dict[str, Any]:
     """Evaluates a checkpoint and returns what results.json holds.
 
@@ -67,6 +68,7 @@ def evaluate(
       dtype: of the parameters and the computation; None: as stored.
       mesh: sizes of the mesh axes.
       adapter: folder of a PEFT adapter (LoRA) for the checkpoint, or several, which are merged into it.
+      input_projections: "fp8" or "plain" for the Hyena layers of Evo 2; None: as the checkpoint says (lcx.load).
 
     Raises:
       UserError: there is no readable checkpoint, the output cannot be written, or some evaluations failed. In the last
@@ -88,6 +90,7 @@ def evaluate(
         rope_scaling=rope_scaling,
         context_length=context_length,
         adapter=adapter,
+        input_projections=input_projections,
     )
     if only_part is not None:
         model = linearize.ablated(model, only_part)

@@ -11,6 +11,7 @@ import argparse
 import sys
 
 from lcx import config
+from lcx.config.common_flags import add_input_projections
 
 
 def main(argv=None) -> int:
@@ -58,6 +59,7 @@ def main(argv=None) -> int:
         metavar="FOLDER",
         help="folder of a PEFT adapter (LoRA) to merge; may be repeated to add several",
     )
+    add_input_projections(parser)
     return config.run(parser, "lcx.terminal:stream_text", argv)
 
 

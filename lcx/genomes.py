@@ -41,6 +41,7 @@ def score_variants(
     rope_scaling: dict[str, Any] | None = None,
     context_length: int | None = None,
     adapter: Sequence[str] | None = None,
+    input_projections: str | None = None,
 ) -> None:
     """Scores the variants of a file into a table (evals.variant_effects.VariantEffects).
 
@@ -50,7 +51,7 @@ def score_variants(
         VariantEffects.
       output: the table to write, .tsv.
       keep_case: whether lower-case letters stay as they are.
-      dtype, rope_scaling, context_length, adapter: as in lcx.load.
+      dtype, rope_scaling, context_length, adapter, input_projections: as in lcx.load.
 
     Raises:
       UserError: a file cannot be read or written, a setting is out of range, or no variant can be scored.
@@ -73,7 +74,7 @@ def score_variants(
         annotated=annotated,
         overwrite=overwrite,
     )
-    model = _opened(checkpoint, dtype, rope_scaling, context_length, adapter)
+    model = _opened(checkpoint, dtype, rope_scaling, context_length, adapter, input_projections)
     _run(evaluation, *model)
 
 
@@ -95,6 +96,7 @@ def score_sequences(
     rope_scaling: dict[str, Any] | None = None,
     context_length: int | None = None,
     adapter: Sequence[str] | None = None,
+    input_projections: str | None = None,
 ) -> None:
     """Scores the records of FASTA files, or the regions of a BED file, into a table (evals.sequence_likelihood).
 
@@ -104,7 +106,7 @@ def score_sequences(
       output: the table to write, .tsv, one row per sequence.
       keep_case: whether lower-case letters stay as they are.
       overwrite: whether existing outputs are replaced.
-      dtype, rope_scaling, context_length, adapter: as in lcx.load.
+      dtype, rope_scaling, context_length, adapter, input_projections: as in lcx.load.
 
     Raises:
       UserError: a file cannot be read or written, or a setting is out of range.
@@ -127,7 +129,7 @@ def score_sequences(
         tag=tag,
         per_position=per_position,
     )
-    model = _opened(checkpoint, dtype, rope_scaling, context_length, adapter)
+    model = _opened(checkpoint, dtype, rope_scaling, context_length, adapter, input_projections)
     result = _run(evaluation, *model)
     table.parent.mkdir(parents=True, exist_ok=True)
     partial = table.with_name(f"{table.name}.partial")
@@ -159,12 +161,18 @@ def _opened(
     rope_scaling: Mapping[str, Any] | None,
     context_length: int | None,
     adapter: Sequence[str] | None,
+    input_projections: str | None,
 ) -> tuple[Decoder, Any, Tokenizer]:
     place = hub.local(checkpoint)
     detect(place)  # raises if this is no checkpoint, before a more confusing error about its tokenizer
     tokenizer = terminal.tokenizer_of(place)
     print(described(tokenizer, special_tokens(tokenizer), of="sequence"), file=sys.stderr)
     model, params = load(
-        place, dtype=dtype, rope_scaling=rope_scaling, context_length=context_length, adapter=adapter
+        place,
+        dtype=dtype,
+        rope_scaling=rope_scaling,
+        context_length=context_length,
+        adapter=adapter,
+        input_projections=input_projections,
     )
     return model, params, tokenizer

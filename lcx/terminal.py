@@ -45,6 +45,7 @@ def stream_text(
     system: str | None = None,
     chat_template: str | None = None,
     adapter: Sequence[str] | None = None,
+    input_projections: str | None = None,
 ) -> None:
     """Prints the continuation of a prompt while it is generated, then the speed on stderr.
 
@@ -61,7 +62,7 @@ def stream_text(
         with. The answer then also ends at the template's end of turn.
       system: with `chat`, the system message.
       chat_template: with `chat`, another template: a .jinja file or a name.
-      adapter: PEFT adapters to merge, as in lcx.load.
+      adapter, input_projections: as in lcx.load.
 
     Raises:
       UserError: a setting is out of range, the prompt file cannot be read, or the checkpoint or tokenizer cannot be
@@ -80,7 +81,11 @@ def stream_text(
         ids = ids_of(tokenizer, text, add_bos=add_bos)
     say_special_tokens(tokenizer, () if chat else special_tokens(tokenizer, add_bos=add_bos).before)
     model, params = load(
-        checkpoint, rope_scaling=rope_scaling, context_length=context_length, adapter=adapter
+        checkpoint,
+        rope_scaling=rope_scaling,
+        context_length=context_length,
+        adapter=adapter,
+        input_projections=input_projections,
     )
     check_vocabulary(tokenizer, model.vocab_size)
     if max_new_tokens is None:

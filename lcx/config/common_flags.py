@@ -22,6 +22,15 @@ def add_loading(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="folder of a PEFT adapter (LoRA) to merge; may be repeated to add several",
     )
+    add_input_projections(parser)
+
+
+def add_input_projections(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--input_projections",
+        choices=("fp8", "plain"),
+        help="of Evo 2's Hyena layers (default: as the checkpoint says)",
+    )
 
 
 def add_sequences(parser: argparse.ArgumentParser, *, regions: str) -> None:

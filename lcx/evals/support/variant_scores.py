@@ -172,7 +172,8 @@ def annotated(line: Line, scored: list[Scored], definition: str) -> str:
     cells = line.text.split("\t")
     if len(cells) < 8:
         raise UserError(
-            f"{str(scored[0].variant)[:60]} has {len(cells)} columns, expected INFO as the 8th: leave the annotated file out"
+            f"{str(scored[0].variant)[:60]} has {len(cells)} columns, expected INFO as the 8th: leave the annotated "
+            "file out"
         )
     kept = [field for field in cells[7].split(";") if field.partition("=")[0] not in _FIELDS and field != "."]
     numbers = ("." if one.score is None else f"{one.score:.9g}" for one in scored)
