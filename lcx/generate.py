@@ -14,6 +14,25 @@ from lcx import config
 from lcx.config.common_flags import add_input_projections
 
 
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--temperature", type=float, metavar="T", help="0 always takes the most likely token")
+    parser.add_argument(
+        "--top_p",
+        type=float,
+        metavar="P",
+        help="sample among the most likely tokens whose probabilities add up to P",
+    )
+    parser.add_argument("--top_k", type=int, metavar="K", help="sample among the K most likely tokens")
+    parser.add_argument(
+        "--allowed", metavar="LETTERS", help="generate only these characters, such as ACGT (each a token)"
+    )
+    parser.add_argument(
+        "--num_samples", type=int, metavar="N", help="continue the prompt N times (with --temperature above 0)"
+    )
+    parser.add_argument("--output", metavar="FILE.fa", help="write the sequences, prompt included, as FASTA")
+    parser.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same text")
+
+
 def main(argv=None) -> int:
     parser = config.parser(__doc__, gin=False, imports=True)
     parser.add_argument(
@@ -36,14 +55,7 @@ def main(argv=None) -> int:
         metavar="N",
         help="stop after this many tokens (default: 256, or fewer where the model's window ends before)",
     )
-    parser.add_argument("--temperature", type=float, metavar="T", help="0 always takes the most likely token")
-    parser.add_argument(
-        "--top_p",
-        type=float,
-        metavar="P",
-        help="sample among the most likely tokens whose probabilities add up to P",
-    )
-    parser.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same text")
+    _add_sampling(parser)
     parser.add_argument(
         "--rope_scaling", type=config.json_object, metavar="JSON", help="RoPE scaling to apply first"
     )

@@ -43,6 +43,7 @@ LADDER = {
 SETTINGS: dict[str, dict[str, str]] = {
     "extend/yarn.gin": {"CONTEXT_LENGTH": "128"},
     "extend/lora.gin": {"CONTEXT_LENGTH": "128"},
+    "extend/evo2_lora.gin": {"LoRA.rank": "2"},
     "extend/pi.gin": {"CONTEXT_LENGTH": "128"},
     "extend/ladder.gin": LADDER,
     "linearize/llama_transfer.gin": {"Linearize.window": "8", "Linearize.feature_dim": "4"},
