@@ -154,6 +154,12 @@ def test_strict_regions_and_strands(tiny, genome):
             run(tiny, output=None, regions="r.bed")
 
 
+def test_an_annotated_file_needs_no_table(tiny, genome):
+    run(tiny, output=None, annotated="only.vcf")
+    assert pathlib.Path("only.vcf").read_bytes().count(b"LCX_SCORE=") == 103
+    assert sorted(os.listdir()) == ["g.fa", "only.vcf", "v.vcf"]
+
+
 def test_a_table_has_nothing_to_annotate(tiny, genome):
     pathlib.Path("v.vcf").write_text(f"chrom,pos,ref,alt\nlong,9,{LONG[8]},{NEXT[LONG[8]]}\n")
     with pytest.raises(UserError, match="expected a VCF file to annotate"):

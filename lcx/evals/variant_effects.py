@@ -89,14 +89,15 @@ class VariantEffects:
         if self.strict:
             self._refuse(variants)
         with contextlib.ExitStack() as stack:
-            table, others = self.output, [] if self.annotated is None else [self.annotated]
-            if table is None or jax.process_index() > 0:
-                folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="lcx-variants-"))
-                table, others = os.path.join(folder, "scores.tsv"), []
-            elif self.annotated is not None and not is_vcf(self.variants):
+            if self.annotated is not None and not is_vcf(self.variants):
                 raise UserError(
                     f"{self.variants} is a table, expected a VCF file to annotate: leave VariantEffects.annotated out"
                 )
+            writes = jax.process_index() == 0  # all processes score all variants
+            table, others = self.output, [self.annotated] if writes and self.annotated is not None else []
+            if table is None or not writes:
+                folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="lcx-variants-"))
+                table = os.path.join(folder, "scores.tsv")
             self._score(variants, [table, *others])
             return self._result(scorer, table)
 
@@ -119,7 +120,11 @@ class VariantEffects:
         from tqdm import tqdm
 
         files = GrowingFiles(
-            outputs, settings=self._settings(variants.scorer), setting="VariantEffects.output", overwrite=self.overwrite
+            outputs,
+            settings=self._settings(variants.scorer),
+            setting="VariantEffects.output",
+            overwrite=self.overwrite,
+            resume=jax.process_count() == 1,  # several processes must start at the same variant
         )
         with files, tqdm(desc=self.name, unit=" variants", unit_scale=True, disable=None, delay=1) as bar:
             if not files.done:

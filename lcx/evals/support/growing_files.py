@@ -31,6 +31,7 @@ class GrowingFiles:
       settings: whatever decides the contents of the files, as JSON; files of other settings are not continued.
       setting: the flag that names the files, for messages.
       overwrite: whether finished files, and unfinished ones of other settings, are replaced.
+      resume: whether unfinished files are continued; otherwise they are replaced.
 
     Attributes:
       done: how many steps an earlier run has completed.
@@ -40,11 +41,17 @@ class GrowingFiles:
     """
 
     def __init__(
-        self, files: Sequence[str], *, settings: Mapping[str, Any], setting: str = "--output", overwrite: bool = False
+        self,
+        files: Sequence[str],
+        *,
+        settings: Mapping[str, Any],
+        setting: str = "--output",
+        overwrite: bool = False,
+        resume: bool = True,
     ):
         self._paths = [paths.destination(file, setting) for file in files]
         self._settings = json.loads(json.dumps(settings))
-        self._setting, self._overwrite = setting, overwrite
+        self._setting, self._overwrite, self._resume = setting, overwrite, resume
         self._state = self._paths[0].with_name(f"{self._paths[0].name}.progress")
         self._stack = contextlib.ExitStack()
         self._streams: list[BinaryIO] = []
@@ -95,6 +102,8 @@ class GrowingFiles:
     def _continued(self) -> list[int]:
         """Sets `done`; the sizes in bytes of the parts of the files that are complete."""
         nothing = [0] * len(self._paths)
+        if not self._resume:
+            return nothing
         try:
             state = json.loads(self._state.read_text("utf-8"))
             done, sizes, settings = int(state["done"]), list(map(int, state["bytes"])), state["settings"]
