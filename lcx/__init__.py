@@ -9,7 +9,9 @@
     lcx.generate(model, params, tokens, *, max_new_tokens, temperature=0.0, top_p=1.0, seed=0)   -> int32 [B, new]
     lcx.generate_text(model, params, tokenizer, text, *, max_new_tokens=None, ...) -> the text that follows
 
-    python -m lcx.train | lcx.evaluate | lcx.generate | lcx.convert   --help
+    lcx.embed(model, params, sequences, *, layers, pool="mean", piece_length=None) -> {layer: float32 [sequences, F]}
+
+    python -m lcx.train | lcx.evaluate | lcx.generate | lcx.embed | lcx.variants | lcx.score | lcx.convert   --help
 
 The letters of every shape comment and einsum:
 
@@ -40,15 +42,18 @@ if TYPE_CHECKING:
     from lcx.convert.api import load, save
     from lcx.convert.lolcats.files import Lolcats
     from lcx.data.tokenizers import load_tokenizer
+    from lcx.embedding import embed
     from lcx.sampler import generate, logits
     from lcx.text import generate_text
 
 __all__ = [
-    "Lolcats", "UserError", "__version__", "generate", "generate_text", "load", "load_tokenizer", "logits", "save",
+    "Lolcats", "UserError", "__version__", "embed", "generate", "generate_text", "load", "load_tokenizer", "logits",
+    "save",
 ]  # fmt: skip
 
 _HOMES = {
     "Lolcats": "lcx.convert.lolcats.files",
+    "embed": "lcx.embedding",
     "load": "lcx.convert.api",
     "load_tokenizer": "lcx.data.tokenizers",
     "save": "lcx.convert.api",

@@ -16,6 +16,7 @@ import argparse
 import sys
 
 from lcx import config
+from lcx.config.common_flags import add_format, add_reading
 from lcx.config.flags import hint
 
 EVALS = {
@@ -39,7 +40,8 @@ def main(argv=None) -> int:
     parser.add_argument(
         "--output", required=True, metavar="DIR", help="folder for results.json and report.html"
     )
-    config.add_model_flags(parser)
+    add_reading(parser)
+    add_format(parser)
     parser.add_argument(
         "--only_part",
         choices=("window", "linear"),

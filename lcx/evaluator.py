@@ -56,6 +56,7 @@ def evaluate(
     mesh: sharding.MeshShape = sharding.MeshShape(),  # noqa: B008 (frozen)
     adapter: str | tuple[str, ...] | None = None,
     format: str | None = None,
+    input_projections: str | None = None,
 ) -> dict[str, Any]:
     """Evaluates a checkpoint and returns what results.json holds.
 
@@ -73,6 +74,7 @@ def evaluate(
       mesh: sizes of the mesh axes.
       adapter: folder of a PEFT adapter (LoRA) for the checkpoint, or several, which are merged into it.
       format: of the checkpoint, as in lcx.load; None detects it.
+      input_projections: "fp8" or "plain" for the Hyena layers of Evo 2; None: as the checkpoint says (lcx.load).
 
     Raises:
       UserError: there is no readable checkpoint, the output cannot be written, or some evaluations failed. In the last
@@ -87,6 +89,7 @@ def evaluate(
         place = hub.local(checkpoint)
         detect(place, format)  # raises if this is no checkpoint, before a more confusing error about its tokenizer
         tokenizer = _tokenizer(place, format)
+        evals = _with_outputs(evals, folder)
         evals = _with_text(evals, _default_dataset(place, tokenizer) if dataset is None else dataset)
         settings.check_text(evals)
         devices = None if jax.device_count() == 1 and mesh == sharding.MeshShape() else mesh.build()
@@ -98,6 +101,7 @@ def evaluate(
             rope_scaling=rope_scaling,
             context_length=context_length,
             adapter=adapter,
+            input_projections=input_projections,
         )
         if only_part is not None:
             model = linearize.ablated(model, only_part)
@@ -238,6 +242,16 @@ def _with_text(evals: tuple[Evaluation, ...], dataset: Dataset | Mixture | None)
     return tuple(
         dataclasses.replace(evaluation, dataset=dataset) if evaluation.name in without else evaluation  # type: ignore[type-var]
         for evaluation in evals
+    )
+
+
+def _with_outputs(evals: tuple[Evaluation, ...], folder: pathlib.Path) -> tuple[Evaluation, ...]:
+    """The evaluations, with NAME.tsv in the output folder wherever one has a field `output` for its table, not set."""
+    return tuple(
+        dataclasses.replace(one, output=str(folder / f"{one.name}.tsv"), overwrite=True)  # type: ignore[type-var]
+        if getattr(one, "output", one) is None
+        else one
+        for one in evals
     )
 
 

@@ -11,6 +11,26 @@ import argparse
 import sys
 
 from lcx import config
+from lcx.config.common_flags import add_format, add_reading
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--temperature", type=float, metavar="T", help="0 always takes the most likely token")
+    parser.add_argument(
+        "--top_p",
+        type=float,
+        metavar="P",
+        help="sample among the most likely tokens whose probabilities add up to P",
+    )
+    parser.add_argument("--top_k", type=int, metavar="K", help="sample among the K most likely tokens")
+    parser.add_argument(
+        "--allowed", metavar="LETTERS", help="generate only these characters, such as ACGT (each a token)"
+    )
+    parser.add_argument(
+        "--num_samples", type=int, metavar="N", help="continue the prompt N times (with --temperature above 0)"
+    )
+    parser.add_argument("--output", metavar="FILE.fa", help="write the sequences, prompt included, as FASTA")
+    parser.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same text")
 
 
 def main(argv=None) -> int:
@@ -35,20 +55,14 @@ def main(argv=None) -> int:
         metavar="N",
         help="stop after this many tokens (default: 256, or fewer where the model's window ends before)",
     )
-    parser.add_argument("--temperature", type=float, metavar="T", help="0 always takes the most likely token")
-    parser.add_argument(
-        "--top_p",
-        type=float,
-        metavar="P",
-        help="sample among the most likely tokens whose probabilities add up to P",
-    )
-    parser.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same text")
+    _add_sampling(parser)
     parser.add_argument(
         "--add_bos",
         action=argparse.BooleanOptionalAction,
         help="whether BOS precedes the prompt (default: as the tokenizer does)",
     )
-    config.add_model_flags(parser)
+    add_reading(parser)
+    add_format(parser)
     return config.run(parser, "lcx.terminal:stream_text", argv)
 
 

@@ -6,6 +6,7 @@ bfloat16 compute, and nothing to configure per layer.
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from lcx import sharding
+from lcx.ops import fp8
 
 Names = tuple[str | None, ...]
 
@@ -40,6 +42,8 @@ class Linear(nn.Module):
       in_shape, out_shape: sizes of the axes that are contracted and of those that replace them.
       names: logical names of the kernel's axes (in_shape + out_shape); sharding.RULES maps them to mesh axes.
       gain: factor on the standard deviation of the initialisation, 1 / sqrt(fan-in).
+      fp8: whether the product is computed in FP8 (ops.fp8). Its scales are the parameter `fp8_scales`, of the input and
+        of the kernel; 0 means current scaling. They are not trained.
     """
 
     in_shape: tuple[int, ...]
@@ -47,13 +51,20 @@ class Linear(nn.Module):
     names: Names
     bias: bool = False
     gain: float = 1.0
+    fp8: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch_and_in"]) -> Float[Array, "*batch_and_out"]:
         init = fan_in_normal(math.prod(self.in_shape), self.gain)
         num_in = len(self.in_shape)
         kernel = named_param(self, "kernel", init, self.names, self.in_shape + self.out_shape)
-        y = _contract(x, sharding.gathered(kernel.astype(x.dtype), self.names), num_in)
+        gathered = sharding.gathered(kernel.astype(x.dtype), self.names)
+        if self.fp8:
+            scales = named_param(self, "fp8_scales", nn.initializers.zeros, (None,), (2,))
+            multiply = functools.partial(_contract, num_in=num_in, accumulate="float32")
+            y = fp8.product(multiply, x, gathered, scales)
+        else:
+            y = _contract(x, gathered, num_in)
         if self.bias:
             bias = named_param(self, "bias", nn.initializers.zeros, self.names[num_in:], self.out_shape)
             y += bias.astype(x.dtype)
@@ -65,7 +76,7 @@ class Linear(nn.Module):
         return y
 
 
-def _contract(x: Array, kernel: Array, num_in: int) -> Array:
+def _contract(x: Array, kernel: Array, num_in: int, accumulate: str | None = None) -> Array:
     """Contracts the last num_in axes of x with the first num_in axes of kernel.
 
     Uses one plain matrix product wherever rows and tokens can be merged into one axis: on CPUs the gradient of a
@@ -75,9 +86,10 @@ def _contract(x: Array, kernel: Array, num_in: int) -> Array:
     kernel = kernel.astype(x.dtype)
     if sharding.axis_size("context") > 1:
         last = tuple(range(x.ndim - num_in, x.ndim))
-        return jax.lax.dot_general(x, kernel, ((last, tuple(range(num_in))), ((), ())))
+        dimensions = ((last, tuple(range(num_in))), ((), ()))
+        return jax.lax.dot_general(x, kernel, dimensions, preferred_element_type=accumulate)
     size = math.prod(kernel.shape[:num_in])
-    y = x.reshape(-1, size) @ kernel.reshape(size, -1)
+    y = jnp.matmul(x.reshape(-1, size), kernel.reshape(size, -1), preferred_element_type=accumulate)
     return y.reshape(*x.shape[: x.ndim - num_in], *kernel.shape[num_in:])
 
 

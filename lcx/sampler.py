@@ -36,7 +36,7 @@ from lcx import mixers, moved, parameters
 from lcx.errors import UserError
 from lcx.extend import rotaries
 from lcx.model import Decoder
-from lcx.ops.sampling import choose
+from lcx.ops.sampling import among, choose
 
 _log = logging.getLogger(__name__)
 
@@ -99,6 +99,8 @@ def generate(
     stop_tokens: Sequence[int] = (),
     rope_trace: str = "exact",
     lora: Any = None,
+    top_k: int | None = None,
+    allowed_tokens: Sequence[int] | None = None,
 ) -> Int[np.ndarray, "B new"]:
     """Continues every prompt by max_new_tokens tokens (the prompt itself is not returned).
 
@@ -113,12 +115,15 @@ def generate(
         batch, so its text does not depend on the other rows.
       rope_trace: "exact" or "hf"; see the docstring of this module.
       lora: a `lora` collection, applied without merging it into the parameters.
+      top_k: sample among the k most likely tokens, before top_p; None: among all. No effect at temperature 0.
+      allowed_tokens: only these are generated (those of stop_tokens too only if they are among them); None: all.
 
     Raises:
       UserError: an empty prompt, ids outside the vocabulary, a setting out of range, or more tokens than the window of
         a model with rotary embeddings (its max_position_embeddings). For other models the last is a warning.
     """
     job = _job(model, params, tokens, max_new_tokens, temperature, top_p, seed, stop_tokens, rope_trace, lora)
+    job = dataclasses.replace(job, sampling=among(job.sampling, model.vocab_size, top_k, allowed_tokens))
     state = job.advance(job.start(), max_new_tokens)
     produced, last = np.asarray(state.tokens)[:, :max_new_tokens], np.asarray(state.last)
     return np.where(np.arange(max_new_tokens) < int(state.step), produced, last[:, None])
@@ -136,9 +141,12 @@ def stream(
     stop_tokens: Sequence[int] = (),
     rope_trace: str = "exact",
     lora: Any = None,
+    top_k: int | None = None,
+    allowed_tokens: Sequence[int] | None = None,
 ) -> Iterator[Int[np.ndarray, " B"]]:
     """Yields the columns [B] of `generate` as they are produced; ends early once every row has stopped."""
     job = _job(model, params, tokens, max_new_tokens, temperature, top_p, seed, stop_tokens, rope_trace, lora)
+    job = dataclasses.replace(job, sampling=among(job.sampling, model.vocab_size, top_k, allowed_tokens))
     return job.columns()
 
 

@@ -4,14 +4,21 @@
 "Genome modeling and design across all domains of life with Evo 2".)
 """
 
+import logging
+from collections.abc import Mapping
 from typing import Any
+
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from lcx.errors import UserError
 from lcx.mixers.attention import Attention
 from lcx.mixers.hyena import HyenaLI, HyenaMR, HyenaSE
 from lcx.mlps.gated import GatedMlp
-from lcx.model import Block, Decoder, stages_of
+from lcx.model import Block, Decoder, map_mixers, stages_of
 from lcx.rope import Rope
+
+log = logging.getLogger(__name__)
 
 LETTERS = {"S": "Hyena-SE", "D": "Hyena-MR", "H": "Hyena-LI", "*": "attention"}
 
@@ -39,6 +46,7 @@ def striped_hyena(
     dtype: str = "float32",
     remat: str = "none",
     implementation: str | None = None,
+    fp8: bool = False,
 ) -> Decoder:
     """A StripedHyena 2 model.
 
@@ -50,6 +58,7 @@ def striped_hyena(
       init_length: the sequence length, in tokens, that the filters are initialised for.
       activation: activation of the MLPs in the first `activated_layers` layers (None: in all layers). The other layers
         multiply gate and up without an activation. Evo 2 was trained this way: only layer 0 has its gelu.
+      fp8: whether the input projections of the Hyena layers run in FP8, as published for Evo 2 1B, 20B and 40B.
       implementation: of convolutions and attention, see ops; None picks the fastest valid one.
 
     Raises:
@@ -66,6 +75,7 @@ def striped_hyena(
         "num_channels": hidden_size,
         "featurizer_length": featurizer_length,
         "implementation": implementation,
+        "fp8": fp8,
         "parent": None,
     }
     head_dim = hidden_size // num_heads
@@ -95,3 +105,47 @@ def striped_hyena(
         remat=remat,
         parent=None,
     )
+
+
+PROJECTIONS = ("fp8", "plain")
+_HYENA = (HyenaSE, HyenaMR, HyenaLI)
+
+
+def with_input_projections(
+    model: Decoder, params: Mapping[str, Any], kind: str
+) -> tuple[Decoder, dict[str, Any]]:
+    """The model with its Hyena layers' input projections computed in FP8 ("fp8") or not ("plain"), and its parameters.
+
+    FP8 scales that are there are kept; where there are none, the scaling is current (ops.fp8). Leaving FP8 out is
+    warned about: a model trained with it computes other numbers.
+
+    Raises:
+      UserError: another kind, or a model without Hyena layers.
+    """
+    if kind not in PROJECTIONS:
+        raise UserError(f"input_projections is {kind!r}, expected one of {', '.join(PROJECTIONS)}")
+    paths = {
+        f"stages_{s}/block_{b}/mixer/in_proj/fp8_scales": (stage.repeat, block.mixer.fp8)
+        for s, stage in enumerate(model.stages)
+        for b, block in enumerate(stage.pattern)
+        if isinstance(block.mixer, _HYENA)
+    }
+    if not paths:
+        found = f"input_projections is {kind!r}, and the model has no Hyena layers"
+        raise UserError(f"{found}, which it is for: leave it out")
+    flat = flatten_dict(dict(params), sep="/")
+    for path, (repeat, has) in paths.items():
+        if kind == "plain" and has:
+            flat.pop(path)
+        elif kind == "fp8" and not has:
+            flat[path] = jnp.zeros((repeat, 2), jnp.float32)
+    if kind == "plain" and any(has for _, has in paths.values()):
+        log.warning(
+            "the input projections are computed without FP8, with which the checkpoint was trained: its numbers will "
+            "differ from the published ones (Evo 2 1B, 20B and 40B lose most of their accuracy)"
+        )
+
+    def changed(mixer):
+        return mixer.clone(fp8=kind == "fp8", parent=None) if isinstance(mixer, _HYENA) else mixer
+
+    return map_mixers(model, changed), unflatten_dict(flat, sep="/")

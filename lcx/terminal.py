@@ -20,7 +20,7 @@ from lcx.data import (
 from lcx.data.chat import prompt_ids, turn_end_ids
 from lcx.data.chat_templates import chat_templates
 from lcx.data.special import described
-from lcx.errors import UserError
+from lcx.errors import UserError, check_sizes
 from lcx.sampler import check_settings, default_new_tokens, stream
 from lcx.text import ids_of, stop_ids
 from lcx.wording import quantity
@@ -47,6 +47,11 @@ def stream_text(
     chat_template: str | None = None,
     adapter: Sequence[str] | None = None,
     format: str | None = None,
+    input_projections: str | None = None,
+    top_k: int | None = None,
+    allowed: str | None = None,
+    num_samples: int = 1,
+    output: str | None = None,
 ) -> None:
     """Prints the continuation of a prompt while it is generated, then the speed on stderr.
 
@@ -63,8 +68,12 @@ def stream_text(
         with. The answer then also ends at the template's end of turn.
       system: with `chat`, the system message.
       chat_template: with `chat`, another template: a .jinja file or a name.
-      adapter: PEFT adapters to merge, as in lcx.load.
+      adapter, input_projections: as in lcx.load.
       format: of the checkpoint, as in lcx.load; None detects it.
+      top_k: as in lcx.generate.
+      allowed: the characters that may be generated, such as "ACGT"; None: any.
+      num_samples: how many continuations, each with random numbers of its own; several are printed one after the other.
+      output: a FASTA file to write instead, a record for each continuation, prompt included.
 
     Raises:
       UserError: a setting is out of range, the prompt file cannot be read, or the checkpoint or tokenizer cannot be
@@ -76,6 +85,9 @@ def stream_text(
     if temperature == 0 and (top_p != 1 or seed != 0):
         name = "--top_p" if top_p != 1 else "--seed"
         print(f"warning: {name} has no effect at temperature 0: set --temperature", file=sys.stderr)
+    check_sizes("generate", num_samples=num_samples)
+    if output is not None and (chat or Path(output).exists()):
+        raise UserError(f"--output is {output}, which exists already, or the prompt is a chat: change --output")
     text = prompt_text(prompt)
     tokenizer = tokenizer_of(checkpoint, format)
     stops = stop_ids(tokenizer)
@@ -91,6 +103,7 @@ def stream_text(
         rope_scaling=rope_scaling,
         context_length=context_length,
         adapter=adapter,
+        input_projections=input_projections,
     )
     check_vocabulary(tokenizer, model.vocab_size)
     if max_new_tokens is None:
@@ -98,14 +111,58 @@ def stream_text(
     columns = stream(
         model,
         params,
-        [ids],
+        [ids] * num_samples,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_p=top_p,
         seed=seed,
         stop_tokens=stops,
+        top_k=top_k,
+        allowed_tokens=None if allowed is None else allowed_ids(tokenizer, allowed),
     )
+    if num_samples > 1 or output is not None:
+        write_samples(tokenizer, columns, prompt=ids, stops=stops, output=output)
+        return
     show(tokenizer, (int(column[0]) for column in columns), prompt=ids)
+
+
+def allowed_ids(tokenizer: Tokenizer, characters: str) -> list[int]:
+    """The tokens of some characters.
+
+    Raises:
+      UserError: there are none, or a character is not one token.
+    """
+    found = [tokenizer.encode(character).tolist() for character in dict.fromkeys(characters)]
+    if not found or any(len(ids) != 1 for ids in found):
+        raise UserError(f"--allowed is {characters!r}, expected characters that are one token each: change --allowed")
+    return [ids[0] for ids in found]
+
+
+def write_samples(
+    tokenizer: Tokenizer,
+    columns: Iterable[Any],
+    *,
+    prompt: Sequence[int],
+    stops: Sequence[int],
+    output: str | None,
+) -> None:
+    """Prints several continuations, or writes them to a FASTA file, each up to the token that ends it."""
+    rows = [list(map(int, row)) for row in zip(*columns, strict=True)]
+    texts = []
+    for row in rows:
+        end = next((i for i, token in enumerate(row) if token in stops), len(row))
+        texts.append(tokenizer.decode([*prompt, *row[:end]]))
+    if output is None:
+        before = len(tokenizer.decode(list(prompt)))
+        for i, text in enumerate(texts):
+            print(f">sample{i + 1}\n{text[before:]}", flush=True)
+        return
+    partial = Path(f"{output}.partial")
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    lines = (f">sample{i + 1} prompt={len(prompt)} tokens\n{text}\n" for i, text in enumerate(texts))
+    partial.write_text("".join(lines), "utf-8")
+    partial.replace(output)
+    print(f"{output}: {len(texts)} samples", file=sys.stderr)
 
 
 def prompt_text(prompt: str) -> str:

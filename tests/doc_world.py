@@ -43,6 +43,7 @@ LADDER = {
 SETTINGS: dict[str, dict[str, str]] = {
     "extend/yarn.gin": {"CONTEXT_LENGTH": "128"},
     "extend/lora.gin": {"CONTEXT_LENGTH": "128"},
+    "extend/evo2_lora.gin": {"LoRA.rank": "2"},
     "extend/pi.gin": {"CONTEXT_LENGTH": "128"},
     "extend/ladder.gin": LADDER,
     "linearize/llama_transfer.gin": {"Linearize.window": "8", "Linearize.feature_dim": "4"},
@@ -131,7 +132,8 @@ def _genomes(to: pathlib.Path) -> None:
     (to / "sequences.fa").write_text(fasta)
     other = "A" if letters[9] != "A" else "C"
     (to / "variants.vcf").write_text(
-        f"##fileformat=VCFv4.2\n#CHROM\tPOS\tID\tREF\tALT\nrecord0\t10\t.\t{letters[9]}\t{other}\n"
+        "##fileformat=VCFv4.2\n#CHROM\tPOS\tID\tREF\tALT\tQUAL\tFILTER\tINFO\n"
+        f"record0\t10\t.\t{letters[9]}\t{other}\t.\t.\t.\n"
     )
 
 

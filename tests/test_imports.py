@@ -14,13 +14,14 @@ ROOT = pathlib.Path(__file__).parent.parent
 # Every module of lcx/, every package, and every room of the packages in ROOMS, from the top to the bottom: each imports
 # what comes after it and nothing else. A new one gets its place here; the lines only group what is alike.
 LINES = [
-    "__init__ train evaluate generate report",
+    "__init__ train evaluate generate embed variants score report",
+    "genomes embedding_files",
     "ladder evaluator terminal reporting blockwise trainer",
     "text evals evals.support",
-    "training sampler",
+    "training sampler embedding",
     "convert convert.lolcats convert.peft convert.workdir convert.evo2 convert.hf convert.core convert.files",
     "data data.readers",
-    "checkpoint objectives pieces optim",
+    "checkpoint objectives pieces optim activations",
     "linearize lora extend striped_hyena llama",
     "model block parameters mixers mlps layers rope",
     "remat ops kernels_pallas sharding",
@@ -31,7 +32,7 @@ ROOMS = ("convert", "data", "evals")
 OWNERS = {  # nobody else imports these
     "torch": ("lcx/convert/",),
     "orbax": ("lcx/checkpoint/",),
-    "tensorstore": ("lcx/checkpoint/",),
+    "tensorstore": ("lcx/checkpoint/", "lcx/embedding_files.py"),
     "grain": ("lcx/data/",),
     "wandb": ("lcx/training/logger.py",),
     "tensorboard": ("lcx/training/tensorboard.py",),

@@ -41,13 +41,12 @@ from gin import config_parser
 from lcx.config import checking, interrupts, messages, plugins, reading
 from lcx.config import flags as flags_lib
 from lcx.config.environment import setup_jax
-from lcx.config.flags import BINDS, add_model_flags, json_object, parser
+from lcx.config.flags import BINDS, json_object, parser
 from lcx.errors import UserError, first_line
 
 __all__ = [
     "BINDS",
     "ConfigError",
-    "add_model_flags",
     "config_text",
     "json_object",
     "operative_config",

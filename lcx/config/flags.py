@@ -76,26 +76,6 @@ def json_object(text: str) -> dict[str, Any]:
     return value
 
 
-def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags that say how to read the model of --checkpoint: its format, a longer context, adapters."""
-    parser.add_argument(
-        "--format",
-        metavar="NAME",
-        help="format of the checkpoint, as --src_format of lcx.convert: a name, or module:NAME of your own "
-        "(default: detected from the files)",
-    )
-    parser.add_argument(
-        "--rope_scaling", type=json_object, metavar="JSON", help="RoPE scaling to apply first"
-    )
-    parser.add_argument("--context_length", type=int, metavar="N", help="context window in tokens")
-    parser.add_argument(
-        "--adapter",
-        action="append",
-        metavar="FOLDER",
-        help="folder of a PEFT adapter (LoRA) to merge; may be repeated to add several",
-    )
-
-
 def read(parser: argparse.ArgumentParser, argv: Sequence[str]) -> Flags:
     """Parses the command line. Raises SystemExit after --help and for a flag that does not parse."""
     options = parser._option_string_actions

@@ -20,6 +20,7 @@ from lcx.convert.lolcats.files import Lolcats
 from lcx.convert.peft import merged
 from lcx.errors import UserError
 from lcx.model import Decoder
+from lcx.striped_hyena import with_input_projections
 
 
 def load(
@@ -32,6 +33,7 @@ def load(
     context_length: int | None = None,
     lolcats: Lolcats | None = None,
     adapter: str | os.PathLike | Sequence[str | os.PathLike] | None = None,
+    input_projections: str | None = None,
 ) -> tuple[Decoder, dict[str, Any]]:
     """Reads a model.
 
@@ -53,6 +55,8 @@ def load(
       lolcats: published LoLCATS files that belong to this Hugging Face folder, and their settings.
       adapter: the folder of a PEFT LoRA adapter for this model, or several whose updates are summed; merged into
         params.
+      input_projections: "fp8" or "plain": how the input projections of Hyena layers are computed. None: as the
+        checkpoint says, by its configuration or by the FP8 scales in it (Evo 2 1B, 20B and 40B need FP8).
 
     Returns:
       (model, params): `model.apply({"params": params}, tokens)` gives the logits. Low-rank pairs in the checkpoint are
@@ -61,6 +65,18 @@ def load(
     Raises:
       UserError: there is no readable checkpoint at `path`, or a setting does not fit it.
     """
+    if input_projections is not None:
+        loaded = load(
+            path,
+            format=format,
+            dtype=dtype,
+            mesh=mesh,
+            rope_scaling=rope_scaling,
+            context_length=context_length,
+            lolcats=lolcats,
+            adapter=adapter,
+        )
+        return with_input_projections(*loaded, input_projections)
     wanted, path = model_source.parse_dtype(dtype), hub.local(path)
     reader = formats.reader(path, format, lolcats)
     change = functools.partial(extend.extend_model, rope_scaling=rope_scaling, context_length=context_length)

@@ -144,8 +144,10 @@ def detect(path: str | os.PathLike, *more: Format) -> Format:
     if place.is_file():
         unsupported.check_names(place, [place.name])
         unsupported.check_pointer(place)
-    # Overlay formats add files to the folder of another format, which would otherwise match first.
-    for format in sorted((*more, *FORMATS), key=lambda format: not format.overlay):
+    # Overlay formats add files to the folder of another format, which would otherwise match first; so would formats
+    # that know their own folders only by the name of a file.
+    order = sorted((*more, *FORMATS), key=lambda format: (not format.overlay, not format.knows_tensors))
+    for format in order:
         if format.detect(place, names):
             return format
     if not place.is_dir():

@@ -112,7 +112,9 @@ class LossByPosition:
         self, model: Decoder, params: Any, text: documents.Documents, T: int, bytes_per_token: float
     ) -> dict[str, Any]:
         batch, weights = self._rows(text, T)
-        masks = {name: batch[name] for name in ("positions", "segment_ids")} if self.document_mask else {}
+        masks: dict[str, Any] = {}
+        if self.document_mask:
+            masks = {name: batch[name] for name in ("positions", "segment_ids")}
         nll = scoring.score(
             model,
             params,

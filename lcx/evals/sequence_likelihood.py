@@ -1,16 +1,21 @@
 """The log-likelihood of every record of a FASTA file."""
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
+from jaxtyping import Float
 
 from lcx.data import Tokenizer
 from lcx.evals import Result
-from lcx.evals.support import dna, figures, scoring
+from lcx.evals.support import dna, figures, per_position, scoring
 from lcx.evals.support.intervals import mean_and_error
+from lcx.evals.support.letters import Letters, Part, ReverseComplement, counts
+from lcx.evals.support.likelihoods import Scorer
 from lcx.evals.support.model_facts import facts
 from lcx.evals.support.windows import beyond_window, check_windows, windows_of
 from lcx.model import Decoder
@@ -23,10 +28,11 @@ class SequenceLikelihood:
 
     Without BOS the first letter has no context and is not scored. A record in which no letter is scored is listed with
     null. Ambiguous letters (N, R, ...) are scored like any other; the result lists how many there are. It also lists
-    the number of lower-case letters (soft-masked repeats).
+    the number of lower-case letters (soft-masked repeats). Sequences are read and scored in parts, so memory does not
+    grow with their length.
 
     Attributes:
-      sequences: a FASTA file, a glob or a folder; files may be compressed (.gz).
+      sequences: a FASTA file, a glob or a folder; files may be compressed (bgzip allows random access).
       window: tokens per forward pass; None: the model's context length. Longer sequences are scored with overlapping
         windows, every letter once.
       stride: tokens between the starts of windows; None: half a window.
@@ -34,6 +40,10 @@ class SequenceLikelihood:
       both_strands: score the mean of the sequence and its reverse complement.
       tokens_per_batch: tokens per forward pass over a batch of windows.
       name: key in results.json.
+      regions: a BED file; its regions are scored instead of the records. None: the records.
+      tag: text before every window that is not scored, such as a taxonomic tag "|d__Bacteria;...|".
+      per_position: a parquet file to write with the probability of every letter (`per_position.PositionsFile`); None:
+        none.
     """
 
     sequences: str
@@ -43,6 +53,9 @@ class SequenceLikelihood:
     both_strands: bool = False
     tokens_per_batch: int = scoring.TOKENS_PER_BATCH
     name: str = "sequence_likelihood"
+    regions: str | None = None
+    tag: str = ""
+    per_position: str | None = None
 
     def __post_init__(self):
         check_windows(self)
@@ -51,39 +64,36 @@ class SequenceLikelihood:
         dna.check_files(self.sequences, owner="SequenceLikelihood.sequences")
 
     def __call__(self, model: Decoder, params: Any, tokenizer: Tokenizer | None) -> Result:
-        documents = dna.read(self.sequences, owner="SequenceLikelihood.sequences")
-        records = [record.text.upper() if self.upper_case else record.text for record in documents]
-        strands = [*records, *map(dna.reverse_complement, records)] if self.both_strands else records
+        from tqdm import tqdm
+
         window, stride = windows_of(self, model)
-        values = dna.token_log_likelihoods(
-            model,
-            params,
-            tokenizer,
-            strands,
-            window=window,
-            stride=stride,
-            tokens_per_batch=self.tokens_per_batch,
-            description=self.name,
-        )
-        sums = np.array([v.sum(dtype=np.float64) for v in values]).reshape(-1, len(records)).mean(0)
-        counts = np.array([len(v) for v in values[: len(records)]])
-        mean, error = mean_and_error(-sums, counts)
+        scorer = Scorer(model, params, tokenizer, window, self.tokens_per_batch, self.tag, description=None)
+        records = self._records()
+        sums, scored = np.zeros(len(records)), np.zeros(len(records), np.int64)
+        letters = sum(len(text) for _, text in records) * (1 + self.both_strands)
+        bar = tqdm(total=letters, desc=self.name, unit=" letters", unit_scale=True, disable=None, delay=1)
+        with contextlib.closing(bar):
+            for number, log_p in self._scored(scorer, records, stride):
+                sums[number] += log_p.sum(dtype=np.float64) / (1 + self.both_strands)
+                scored[number] += len(log_p)
+                bar.update(len(log_p))
+        scored //= 1 + self.both_strands
+        mean, error = mean_and_error(-sums, scored)
         rows = [
             {
-                "name": document.name,
-                "length": len(document.text),
+                "name": name,
+                "length": len(text),
                 "scored": int(count),
                 "log_likelihood": float(total) if count else None,
                 "mean_log_likelihood": float(total / count) if count else None,
-                "ambiguous": dna.ambiguous(document.text),
-                "lower_case": sum(map(str.islower, document.text)),
+                **counts(text),
             }
-            for document, total, count in zip(documents, sums, counts, strict=True)
+            for (name, text), total, count in zip(records, sums, scored, strict=True)
         ]
         perplexity = None if mean is None else math.exp(min(mean, 700))
         return {
             "definition": self._definition(window, stride),
-            "summary": f"{quantity(len(rows), 'sequence')}, {quantity(int(counts.sum()), 'letter')}, "
+            "summary": f"{quantity(len(rows), 'sequence')}, {quantity(int(scored.sum()), 'letter')}, "
             + ("nothing to score" if perplexity is None else f"perplexity {perplexity:.4g} per letter"),
             "table": {"perplexity per letter": perplexity, "sequences": len(rows)},
             "notes": beyond_window(window, model),
@@ -94,12 +104,50 @@ class SequenceLikelihood:
             "sequences": rows,
         }
 
+    def _records(self) -> list[tuple[str, Letters]]:
+        """(name, sequence) of what is scored: the records, or the regions."""
+        if self.regions is None:
+            return list(dna.records(self.sequences, owner="SequenceLikelihood.sequences"))
+        regions = dna.Regions(self.regions, owner="SequenceLikelihood.regions")
+        contigs = dna.read_contigs(self.sequences, owner="SequenceLikelihood.sequences")
+        regions.check(contigs)
+        return [
+            (name, Part(contigs[record], start, end))
+            for record, found in regions.of.items()
+            for start, end, name in found
+        ]
+
+    def _scored(
+        self, scorer: Scorer, records: Sequence[tuple[str, Letters]], stride: int
+    ) -> Iterator[tuple[int, Float[np.ndarray, " scored"]]]:
+        """Yields (number of the record, log p of some of its letters), until every letter was scored on each strand."""
+        strands: list[Letters] = [text for _, text in records]
+        if self.both_strands:
+            strands += [ReverseComplement(text) for text in strands]
+        change = str.upper if self.upper_case else str
+        if self.per_position is None or jax.process_index() > 0:
+            for number, _, values in scorer.sequences(strands, stride=stride, change=change):
+                yield number % len(records), values
+            return
+        assert scorer.tokenizer is not None  # Scorer has checked it
+        measure = per_position.measure(per_position.letter_ids(scorer.tokenizer))
+        with per_position.PositionsFile(self.per_position) as file:
+            found = scorer.sequences(strands, stride=stride, change=change, measure=measure, width_of=6)
+            for number, start, values in found:
+                name, text = records[number % len(records)]
+                along = np.arange(start, start + len(values))
+                forward = number < len(records)
+                letters = change(strands[number][start : start + len(values)])
+                file.add(name, "+-"[not forward], along + 1 if forward else len(text) - along, letters, values)
+                yield number % len(records), -values[:, 0]
+
     def _definition(self, window: int, stride: int) -> str:
         return (
             f"log p of each sequence of {self.sequences} in nats, sum and mean over scored letters; "
             f"{'upper case; ' if self.upper_case else ''}windows of {window} tokens, stride {stride}, each letter "
             "scored once; the first letter only after BOS"
-            f"{'; mean of both strands' if self.both_strands else ''}; the perplexity is over all letters, its "
+            f"{'; mean of both strands' if self.both_strands else ''}"
+            f"{f'; after the tag {self.tag}' if self.tag else ''}; the perplexity is over all letters, its "
             "standard error with sequences as independent"
         )
 

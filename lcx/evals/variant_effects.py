@@ -1,21 +1,32 @@
 """Effects of sequence variants: the log-likelihood of the sequence with a variant minus that of the reference."""
 
+import collections
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+import itertools
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
-from lcx.data import Tokenizer, special_tokens
+from lcx.data import Tokenizer
 from lcx.errors import UserError
 from lcx.evals import Result
-from lcx.evals.support import dna, figures, scoring
+from lcx.evals.support import dna, figures, scoring, variant_scores
+from lcx.evals.support.growing_files import GrowingFiles, file_identity
 from lcx.evals.support.intervals import auroc
-from lcx.evals.support.model_facts import facts
-from lcx.evals.support.variants import Variant, obstacle, read_variants, windows_around
+from lcx.evals.support.likelihoods import Scorer
+from lcx.evals.support.model_facts import facts, identity
+from lcx.evals.support.variant_scores import VariantScorer
+from lcx.evals.support.variants import is_vcf, read_lines, read_variants
 from lcx.evals.support.windows import beyond_window, check_windows, windows_of
 from lcx.model import Decoder
 from lcx.wording import quantity
+
+LISTED = 10_000  # variants in results.json; the table has all
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,8 +42,11 @@ class VariantEffects:
     Variants without an explicit sequence (`<DEL>`, `*`, breakends) and variants that do not match the reference are not
     scored; they are listed with the reason.
 
+    Variants are read, scored and written a few at a time, so memory does not grow with their number. A run that was
+    interrupted continues where the table of an equal run ends.
+
     Attributes:
-      sequences: FASTA file with the reference.
+      sequences: FASTA file with the reference, read in parts; files may be compressed (bgzip allows random access).
       variants: a VCF file (.vcf, .vcf.gz), or a table separated by tabs or commas with the columns chrom, pos, ref, alt
         and optionally label. `chrom` is the first word of a FASTA header.
       window: letters around a variant; None: the model's context length.
@@ -40,6 +54,13 @@ class VariantEffects:
       both_strands: score the mean of both strands.
       tokens_per_batch: tokens per forward pass.
       name: key in results.json.
+      regions: a BED file; only variants in its regions are scored. None: all.
+      tag: text before every window that is not scored, such as a taxonomic tag "|d__Bacteria;...|".
+      strict: whether a variant that cannot be scored is an error, before anything is scored.
+      output: the table of all scores (`variant_scores.COLUMNS`); None: a temporary file, or NAME.tsv in the folder of
+        `python -m lcx.evaluate`.
+      annotated: a VCF file to write, the lines of `variants` with LCX_SCORE in INFO; None: none.
+      overwrite: whether existing outputs are replaced.
     """
 
     sequences: str
@@ -49,6 +70,12 @@ class VariantEffects:
     both_strands: bool = False
     tokens_per_batch: int = scoring.TOKENS_PER_BATCH
     name: str = "variant_effects"
+    regions: str | None = None
+    tag: str = ""
+    strict: bool = False
+    output: str | None = None
+    annotated: str | None = None
+    overwrite: bool = False
     stride = None  # needed by windows_of; a sequence here is exactly one window long, so windows do not overlap
 
     def __post_init__(self):
@@ -59,71 +86,135 @@ class VariantEffects:
         next(read_variants(self.variants), None)  # raises if the file cannot be read or has other columns
 
     def __call__(self, model: Decoder, params: Any, tokenizer: Tokenizer | None) -> Result:
-        window, stride = windows_of(self, model)
-        letters = window if tokenizer is None else window - len(special_tokens(tokenizer).before)
-        variants, left_out, pairs = self._pairs(letters)
-        sequences = [sequence for pair in pairs for sequence in pair]
-        if self.both_strands:
-            sequences += [dna.reverse_complement(sequence) for sequence in sequences]
-        values = dna.token_log_likelihoods(
-            model,
-            params,
-            tokenizer,
-            sequences,
-            window=window,
-            stride=stride,
-            tokens_per_batch=self.tokens_per_batch,
-            description=self.name,
-        )
-        totals = np.array([v.sum(dtype=np.float64) for v in values]).reshape(-1, len(pairs), 2).mean(0)
-        scores = totals[:, 1] - totals[:, 0]
-        rows = [
-            {"variant": str(v), "score": float(score), "log_likelihood_ref": float(ref), "label": v.label}
-            for v, score, (ref, _) in zip(variants, scores, totals, strict=True)
-        ]
-        labelled = [
-            (v.label, -float(s)) for v, s in zip(variants, scores, strict=True) if v.label is not None
-        ]
-        area = auroc(*zip(*labelled, strict=True)) if labelled else None
-        said = "" if area is None else f", AUROC {area:.3f} over {len(labelled)} labelled"
-        if left_out:
-            said += f"; {len(left_out)} not scored, the first is {left_out[0]['variant'][:60]}: {left_out[0]['reason']}"
-        return {
-            "definition": (
-                f"log p(alt window) - log p(ref window) in nats, sums over windows of {letters} letters (fewer "
-                f"in shorter sequences, equally many for both) of {self.sequences} with the variant in the middle"
-                f"{', mean of both strands' if self.both_strands else ''}"
-                f"; variants of {self.variants}; AUROC of -score for label 1"
-            ),
-            "summary": f"{quantity(len(rows), 'variant')}, mean score {scores.mean():.4g} nats{said}",
-            "table": {"mean score (nats)": float(scores.mean()), "AUROC": area, "variants": len(rows)}
-            | ({"not scored": len(left_out)} if left_out else {}),
-            "notes": beyond_window(window, model),
-            "model": facts(model),
-            "auroc": area,
-            "variants": rows,
-            "not_scored": left_out,
-        }
-
-    def _pairs(self, letters: int) -> tuple[list[Variant], list[dict[str, str]], list[tuple[str, str]]]:
-        """(variants to score, variants not scored with the reason, (ref window, alt window) of those to score)."""
+        window, _ = windows_of(self, model)
+        scorer = Scorer(model, params, tokenizer, window, self.tokens_per_batch, self.tag, description=None)
+        regions = None if self.regions is None else dna.Regions(self.regions, owner="VariantEffects.regions")
         contigs = dna.read_contigs(self.sequences, owner="VariantEffects.sequences")
-        scored, left_out, pairs = [], [], []
+        variants = VariantScorer(scorer, contigs, self.sequences, self.upper_case, self.both_strands, regions)
+        if self.strict:
+            self._refuse(variants)
+        with contextlib.ExitStack() as stack:
+            if self.annotated is not None and not is_vcf(self.variants):
+                raise UserError(
+                    f"{self.variants} is a table, expected a VCF file to annotate: leave VariantEffects.annotated out"
+                )
+            writes = jax.process_index() == 0  # all processes score all variants
+            table, others = self.output, [self.annotated] if writes and self.annotated is not None else []
+            if table is None or not writes:
+                folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="lcx-variants-"))
+                table = os.path.join(folder, "scores.tsv")
+            self._score(variants, [table, *others])
+            return self._result(scorer, table)
+
+    def _refuse(self, variants: VariantScorer) -> None:
+        """Raises UserError if some variants cannot be scored."""
+        bad, first, total = 0, "", 0
         for variant in read_variants(self.variants):
-            reason = obstacle(variant, contigs, letters=letters, sequences=self.sequences)
-            if reason is not None:
-                left_out.append({"variant": str(variant), "reason": reason})
+            why = variants.obstacle(variant)
+            total += 1
+            if why is not None and why != variant_scores.OUTSIDE:
+                bad, first = bad + 1, first or f"{str(variant)[:80]}: {why.reason}"
+        if bad:
+            raise UserError(
+                f"{bad} of {total} variants of {self.variants} cannot be scored; the first is {first}; correct them, or"
+                " leave strict out to score the others"
+            )
+
+    def _score(self, variants: VariantScorer, outputs: list[str]) -> None:
+        """Scores all variants into the outputs: the table, and perhaps the annotated VCF file."""
+        from tqdm import tqdm
+
+        files = GrowingFiles(
+            outputs,
+            settings=self._settings(variants.scorer),
+            setting="VariantEffects.output",
+            overwrite=self.overwrite,
+            resume=jax.process_count() == 1,  # several processes must start at the same variant
+        )
+        with files, tqdm(desc=self.name, unit=" variants", unit_scale=True, disable=None, delay=1) as bar:
+            if not files.done:
+                files.append(["\t".join(variant_scores.COLUMNS) + "\n", *[""] * (len(outputs) - 1)], done=0)
+            lines = itertools.islice(read_lines(self.variants), files.done, None)
+            for chunk in variant_scores.chunks(lines, variants.chunk):
+                scored = variant_scores.scored_lines(variants, chunk)
+                texts = ["".join(f"{variant_scores.table_row(one)}\n" for _, found in scored for one in found)]
+                if len(outputs) > 1:
+                    new = (variant_scores.annotated(line, found, _MEANING) for line, found in scored)
+                    texts.append("".join(f"{line}\n" for line in new if line))
+                files.append(texts, done=files.done + len(chunk))
+                bar.update(sum(len(found) for _, found in scored))
+            files.finish()
+
+    def _settings(self, scorer: Scorer) -> dict[str, Any]:
+        """What decides the scores, for continuing a run of the same ones only."""
+        own = {"output", "annotated", "overwrite", "strict", "tokens_per_batch", "name"}
+        fields = {field.name for field in dataclasses.fields(self)} - own
+        settings = {name: getattr(self, name) for name in sorted(fields)} | {"window": scorer.window}
+        if self.output is not None:
+            settings["model"] = identity(scorer.model, scorer.params)
+            settings["variants"] = file_identity(self.variants)
+        return settings
+
+    def _result(self, scorer: Scorer, table: str) -> Result:
+        count, total, listed, left_out, labelled = 0, 0.0, list[dict](), list[dict](), (list[int](), list[float]())
+        reasons: collections.Counter[str] = collections.Counter()
+        for row in variant_scores.read_table(table):
+            variant = f"{row['chrom']}:{row['pos']}:{row['ref']}>{row['alt']}"
+            if row["not_scored"]:
+                reasons[row["not_scored"]] += 1
+                if len(left_out) < LISTED:
+                    left_out.append({"variant": variant, "id": row["id"], "reason": row["reason"]})
                 continue
-            ref, alt = windows_around(variant, contigs[variant.chrom], letters=letters)
-            scored.append(variant)
-            pairs.append((ref.upper(), alt.upper()) if self.upper_case else (ref, alt))
-        if not scored:
+            score, label = float(row["score"]), int(row["label"]) if row["label"] else None
+            count, total = count + 1, total + score
+            if label is not None:
+                labelled[0].append(label)
+                labelled[1].append(-score)
+            if len(listed) < LISTED:
+                ref = float(row["log_likelihood_ref"])
+                values = {"score": score, "log_likelihood_ref": ref, "label": label}
+                listed.append({"variant": variant, "id": row["id"], **values})
+        if not count:
             first = "; ".join(f"{one['variant']}: {one['reason']}" for one in left_out[:1])
             raise UserError(
                 f"{self.variants} holds no variant{f' that can be scored; the first is {first}' if first else ''}: "
                 "change VariantEffects.variants"
             )
-        return scored, left_out, pairs
+        area = auroc(*labelled) if labelled[0] else None
+        said = "" if area is None else f", AUROC {area:.3f} over {len(labelled[0])} labelled"
+        if left_out:
+            first = f"{left_out[0]['variant'][:60]}: {left_out[0]['reason']}"
+            said += f"; {reasons.total()} not scored, the first is {first}"
+        return {
+            "definition": self._definition(scorer),
+            "summary": f"{quantity(count, 'variant')}, mean score {total / count:.4g} nats{said}",
+            "table": {"mean score (nats)": total / count, "AUROC": area, "variants": count}
+            | ({"not scored": reasons.total()} if left_out else {}),
+            "model": facts(scorer.model),
+            "auroc": area,
+            "variants": listed,
+            "not_scored": left_out,
+            "not_scored_counts": dict(reasons),
+            "scores": self.output and os.path.abspath(self.output),
+            "notes": [*self._notes(count, reasons), *beyond_window(scorer.window, scorer.model)],
+        }
+
+    def _definition(self, scorer: Scorer) -> str:
+        return (
+            f"log p(alt window) - log p(ref window) in nats, sums over windows of {scorer.room} letters (fewer "
+            f"in shorter sequences, equally many for both) of {self.sequences} with the variant in the middle"
+            f"{', mean of both strands' if self.both_strands else ''}"
+            f"{f', after the tag {self.tag}' if self.tag else ''}"
+            f"; variants of {self.variants}; AUROC of -score for label 1"
+        )
+
+    def _notes(self, count: int, reasons: Mapping[str, int]) -> Iterator[str]:
+        if reasons:
+            counts = ", ".join(f"{name} {number}" for name, number in sorted(reasons.items()))
+            yield f"{sum(reasons.values())} of {count + sum(reasons.values())} variants are not scored: {counts}"
+        if count > LISTED:
+            where = self.output or "the table that VariantEffects.output names"
+            yield f"results.json lists the first {LISTED} variants, {where} all {count}"
 
     def plot(self, axes: Any, results: Mapping[str, Result]) -> None:
         styles = figures.styles(results)
@@ -138,3 +229,6 @@ class VariantEffects:
         axes.set_ylabel("share of variants at or below")
         axes.set_title("Effects of variants")
         axes.legend()
+
+
+_MEANING = "log p(window with ALT) - log p(window with REF) of a language model in nats"

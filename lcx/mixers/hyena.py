@@ -55,11 +55,13 @@ class _Hyena(nn.Module):
       num_channels: C, the width between the projections.
       featurizer_length: taps of the short convolution on z.
       implementation: of the inner convolution, see ops; None picks the fastest valid one.
+      fp8: whether the input projection runs in FP8 (ops.fp8), as Evo 2's 1B, 20B and 40B were trained.
     """
 
     num_channels: int
     featurizer_length: int = 3
     implementation: str | None = None
+    fp8: bool = False
 
     @nn.compact
     def __call__(
@@ -73,7 +75,7 @@ class _Hyena(nn.Module):
         check_sizes(type(self).__name__, **{name: getattr(self, name, None) for name in _SIZES})
         B, T, D = x.shape
         C = self.num_channels
-        z = Linear((D,), (C, 3), ("embed", "channels", None), name="in_proj")(x)
+        z = Linear((D,), (C, 3), ("embed", "channels", None), fp8=self.fp8, name="in_proj")(x)
         taps = (C, 3, self.featurizer_length)
         featurizer = named_param(
             self, "featurizer", bounded(self.featurizer_length), ("channels", None, None), taps

@@ -45,6 +45,7 @@ class Format:
       reads: whether models can be read from it.
       writes: whether whole models can be written to it.
       overlay: whether it adds files to the folder of another format. Overlays are tried first in detection.
+      knows_tensors: whether detection looks at the names of the tensors; these formats are tried next.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Format:
     reads: bool = True
     writes: bool = True
     overlay: bool = False
+    knows_tensors = False  # not a field: it belongs to the class
 
     @classmethod
     def options(cls) -> dict[str, dataclasses.Field]:

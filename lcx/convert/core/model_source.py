@@ -158,7 +158,7 @@ def to_devices(
     placed: dict[str, Any] = {}
     shardings = {} if mesh is None else flatten_dict(model_lib.param_shardings(source.model, mesh), sep="/")
     for path, info in source.leaves.items():
-        wanted = dtype or info.dtype
+        wanted = dtype_of(path, info, dtype)
         if mesh is None:
             whole = tuple(slice(0, size) for size in info.shape)
             placed[path] = jax.device_put(_read_box(source, path, whole, [whole], wanted)[0])
@@ -172,6 +172,17 @@ def to_devices(
         shards = [jax.device_put(arrays[_key(index)], device) for device, index in exact.items()]
         placed[path] = jax.make_array_from_single_device_arrays(info.shape, shardings[path], shards)
     return unflatten_dict(placed, sep="/")
+
+
+def dtype_of(path: str, info: TensorInfo, dtype: np.dtype | None) -> np.dtype:
+    """The dtype of a parameter that is stored as `info`, in a model of this dtype; scales keep their own."""
+    return info.dtype if dtype is None or path.endswith("fp8_scales") else dtype
+
+
+def cast_params(params: Any, dtype: np.dtype) -> Any:
+    """A tree of parameters in this dtype, except for scales (`dtype_of`)."""
+    flat = flatten_dict(params, sep="/")
+    return unflatten_dict({p: x if p.endswith("fp8_scales") else x.astype(dtype) for p, x in flat.items()}, sep="/")
 
 
 def _read_box(

@@ -1,6 +1,7 @@
 """The formats of Evo 2: "savanna" (training) and "vortex" (inference), torch files without a config.json."""
 
 import dataclasses
+import json
 import pathlib
 
 from lcx.convert.core.format import Format, option
@@ -8,7 +9,9 @@ from lcx.errors import UserError
 
 
 class _Evo2(Format):
-    """Common to both: torch files from which the model follows, and an implied byte tokenizer."""
+    """Common to both: files of weights from which the model follows, and an implied byte tokenizer."""
+
+    knows_tensors = True
 
     def tokenizer(self, path):
         return self.open(path).tokenizer
@@ -46,10 +49,12 @@ class Savanna(_Evo2):
             raise UserError(f"model_parallel is {self.model_parallel}, expected 1 or more: change it")
 
     def detect(self, path, names):
-        from lcx.convert.evo2 import vortex
+        from lcx.convert.evo2 import savanna_files, vortex
 
         # the files do not distinguish the variants, so only the plain one is detected
-        return not (self.legacy or self.float32) and _has_parts(path, names) and not vortex.is_vortex(path)
+        if self.legacy or self.float32 or not _has_parts(path, names):
+            return False
+        return savanna_files.looks_like(path) if _of_others(path, names) else not vortex.is_vortex(path)
 
     def open(self, path):
         from lcx.convert.evo2.savanna import SavannaSource
@@ -109,8 +114,28 @@ class Vortex(_Evo2):
 
 
 def _has_parts(path: pathlib.Path, names) -> bool:
-    from lcx.convert.evo2 import savanna_files
+    from lcx.convert.evo2 import savanna_files, weight_files
 
     if path.is_dir():
-        return any(savanna_files.is_part(name) for name in names)
-    return path.name.endswith(savanna_files.TORCH_SUFFIXES) or bool(savanna_files.PIECE.fullmatch(path.name))
+        if "config.json" in names and _is_hf(path / "config.json"):
+            return False
+        return any(savanna_files.is_part(name) or name.endswith(weight_files.SAFETENSORS) for name in names)
+    suffixes = (*savanna_files.TORCH_SUFFIXES, weight_files.SAFETENSORS)
+    return path.name.endswith(suffixes) or bool(savanna_files.PIECE.fullmatch(path.name))
+
+
+def _of_others(path: pathlib.Path, names) -> bool:
+    """Whether the names of the files are those of other formats, so that only the tensors' names can tell."""
+    from lcx.convert.evo2 import weight_files
+
+    hf = ("pytorch_model", "model.safetensors", "model-", "adapter_model", "config.json")
+    return any(name.startswith(hf) or name.endswith(weight_files.SAFETENSORS) for name in names)
+
+
+def _is_hf(config: pathlib.Path) -> bool:
+    """Whether a config.json is that of a Hugging Face model, and not vortex's own."""
+    try:
+        found = json.loads(config.read_text("utf-8")[: 1 << 22])
+    except (OSError, ValueError, RecursionError):
+        return True
+    return not isinstance(found, dict) or bool({"model_type", "architectures"} & found.keys())

@@ -22,9 +22,10 @@ import numpy as np
 from lcx.convert.core import model_source, rules
 from lcx.convert.core.format import check_same
 from lcx.convert.core.model_source import ModelSource
-from lcx.convert.evo2 import savanna_files, striped_hyena
+from lcx.convert.evo2 import fp8_states, savanna_files, striped_hyena, weight_files
 from lcx.convert.evo2.savanna_files import SavannaFiles
-from lcx.convert.evo2.striped_hyena import FILTER, LIVE_TAPS, PROJECTION, StripedHyenaSource
+from lcx.convert.evo2.striped_hyena import FILTER, LIVE_TAPS, PROJECTION, SCALES, StripedHyenaSource
+from lcx.convert.evo2.zero import Float32File
 from lcx.convert.files import folders, tensor_io
 from lcx.convert.files.tensor_io import TensorInfo
 from lcx.convert.files.torch_writer import TorchWriter
@@ -37,7 +38,7 @@ _UNUSED = re.compile(r"sequential\.\d+\.(post_attention_layernorm|outer_mlp_laye
 _INV_FREQ = re.compile(r"sequential\.\d+\.mixer\.rotary_emb\.inv_freq")
 _TIMES = re.compile(r"sequential\.\d+\.mixer\.mixer\.filter\.t")
 _PADDED = re.compile(r"sequential\.\d+\.mixer\.mixer\.filter\.(h|decay)")
-_BUFFER = re.compile(r".*\.(inv_freq|filter\.t|filter\.decay)")
+_BUFFER = re.compile(r".*\.(inv_freq|filter\.t|filter\.decay|_extra_state)")
 _FLOAT32 = np.dtype(np.float32)
 _STEP = "global_step0"
 
@@ -52,7 +53,8 @@ class _Canonical:
         self._files = files
         self._names = {}
         self.tensors = {}
-        count = len(striped_hyena.pattern_of(files.tensors))
+        pattern = striped_hyena.pattern_of(files.tensors)
+        count = len(pattern)
         finals = {f"sequential.{count + i}.norm.weight": striped_hyena.final_norm(count) for i in (2, 3)}
         for name, info in files.tensors.items():
             if any(pattern.fullmatch(name) for pattern in (_UNUSED, _INV_FREQ, _TIMES)):
@@ -61,6 +63,8 @@ class _Canonical:
             known = f"{found.group(1)}.weight" if found else name
             known = finals.get(known, known)
             self._names[known], self.tensors[known] = name, self._shaped(name, info)
+        self._scales = _scales(files, pattern)
+        self.tensors |= {name: TensorInfo(pair.dtype, pair.shape) for name, pair in self._scales.items()}
         self.inv_freq = self._frequencies()
         self.length = self._length()
 
@@ -73,6 +77,8 @@ class _Canonical:
         return dataclasses.replace(info, shape=shape)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        if name in self._scales:
+            return self._scales[name][start:stop]
         stored, info = self._names[name], self.tensors[name]
         _, first, shape = tensor_io.row_range(info, name, start, stop)
         if not _PADDED.fullmatch(stored):
@@ -102,6 +108,21 @@ class _Canonical:
                 "are not of one run"
             )
         return lengths.pop() if lengths else None
+
+
+def _scales(files: SavannaFiles, pattern: str) -> dict[str, np.ndarray]:
+    """The FP8 scales of the hyena layers' input projections, under their canonical names."""
+    states = {i: _extra_state(i) for i, letter in enumerate(pattern) if letter != "*"}
+    ranks = [file for file in files.files if not isinstance(file, Float32File)]
+    if not ranks:
+        return {}
+    wanted = fp8_states.configured(files.found[0], ranks[0].counters)
+    found = fp8_states.of_layers(ranks, states, wanted, files.where)
+    return {striped_hyena.prefix(i) + SCALES: pair for i, pair in found.items()}
+
+
+def _extra_state(layer: int) -> str:
+    return striped_hyena.prefix(layer) + PROJECTION.removesuffix("weight") + weight_files.EXTRA_STATE
 
 
 class SavannaSource(StripedHyenaSource):
@@ -220,7 +241,7 @@ def planned(source: ModelSource, *, dtype: np.dtype | None, model_parallel: int)
 def check_written(folder: pathlib.Path, tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
     """The written tensors, read back from the headers. Raises UserError unless they match `tensors`."""
     found = SavannaFiles(folder).tensors
-    check_same(folder, found, tensors)
+    check_same(folder, found, weight_files.without_extra_states(tensors))
     return found
 
 
@@ -281,6 +302,9 @@ def entries_of(source: ModelSource, dtype: np.dtype | None) -> dict[str, _Entry]
         entries = _model_entries(source, found, dtype, length)
     for i, layer in enumerate(found):
         head = striped_hyena.prefix(i)
+        if layer.letter != "*" and layer.block.mixer.fp8 and _extra_state(i) not in entries:
+            pair = read_repeat(source, f"{layer.path}/mixer/in_proj/fp8_scales", layer.repeat)
+            entries[_extra_state(i)] = _whole(np.frombuffer(fp8_states.state_of(*pair.tolist()), np.uint8))
         if layer.letter == "*" and frequencies is not None:
             stored = source.inv_freq if isinstance(source, SavannaSource) else None
             # Unchanged frequencies are copied in the dtype in which they are stored.
@@ -319,6 +343,10 @@ def _stored_entries(source: SavannaSource, dtype: np.dtype | None, length: int) 
             entries[name] = _Entry(target, _extended(source.files, name, target))
         else:
             entries[name] = _Entry(target, _copied(source.files, name))
+    file = source.files.files[0]
+    if source.files.ranks == 1 and not isinstance(file, Float32File):  # a part of a weight needs no other scale
+        states = {name: file.extra_state(name) for name in file.extra_states}
+        entries |= {name: _whole(np.frombuffer(state, np.uint8)) for name, state in states.items() if state}
     return entries
 
 
@@ -371,6 +399,8 @@ def _model_entries(
     )
     entries = {}
     for name, shape in table.foreign_shapes.items():
+        if name.endswith(SCALES):
+            continue
         info = TensorInfo(dtype or table.foreign_dtype(source.leaves, name), shape)
         if _PADDED.fullmatch(name):
             info = dataclasses.replace(info, shape=(shape[0], length))

@@ -18,11 +18,11 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from lcx.convert.evo2 import zero
+from lcx.convert.evo2 import weight_files, zero
+from lcx.convert.evo2.weight_files import Found, WeightFile
 from lcx.convert.evo2.zero import Float32File
 from lcx.convert.files import tensor_io
 from lcx.convert.files.tensor_io import TensorInfo
-from lcx.convert.files.torch_bin import TorchFile
 from lcx.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -77,9 +77,9 @@ class SavannaFiles:
     shared_bytes = 0
 
     def __init__(self, path: str | os.PathLike, *, legacy: bool = False, float32: bool = False):
-        found = find(path)
-        self.files: list[TorchFile | Float32File] = [
-            Float32File(file) if float32 else TorchFile(file, training_state=True) for file in found
+        found = self.found = find(path)
+        self.files: list[WeightFile | Float32File] = [
+            Float32File(_not_shards(file)) if float32 else weight_files.open_file(file) for file in found
         ]
         if not float32:
             _say_float32(path, found)
@@ -127,7 +127,7 @@ class SavannaFiles:
                 parts.append(self._rank_rows(file, name, low - rank * rows, high - rank * rows))
         return parts[0] if len(parts) == 1 else np.concatenate(parts or [np.empty(shape, info.dtype)])
 
-    def _rank_rows(self, file: TorchFile | Float32File, name: str, start: int, stop: int) -> np.ndarray:
+    def _rank_rows(self, file: WeightFile | Float32File, name: str, start: int, stop: int) -> np.ndarray:
         """Rows of one rank's share, with the roles interleaved."""
         if not self._legacy or not has_roles(name, self.tensors):
             return file.read(name, start, stop)
@@ -152,13 +152,19 @@ class SavannaFiles:
         return different
 
 
+def _not_shards(found: Found) -> pathlib.Path | tensor_io.Pieces:
+    if isinstance(found, weight_files.Shards):
+        raise UserError(f"{found}: safetensors have no optimizer states, read them without")
+    return found
+
+
 def is_part(name: str) -> bool:
     """Whether a file of this name may be part of a savanna checkpoint folder."""
     known = STEP.fullmatch(name) or PIECE.fullmatch(name) or name.endswith(TORCH_SUFFIXES)
     return bool(known) or name in (LATEST, "zero_to_fp32.py")
 
 
-def find(path: str | os.PathLike) -> list[pathlib.Path | tensor_io.Pieces]:
+def find(path: str | os.PathLike) -> list[Found]:
     """Finds the files of a checkpoint, ordered by rank.
 
     Raises:
@@ -166,7 +172,8 @@ def find(path: str | os.PathLike) -> list[pathlib.Path | tensor_io.Pieces]:
     """
     place = pathlib.Path(path).expanduser()
     if not place.is_dir():
-        return [_file_or_pieces(place)]
+        shards = weight_files.shards_of(place) if place.is_file() else None
+        return [shards or _file_or_pieces(place)]
     names = sorted(entry.name for entry in place.iterdir())
     if any(map(RANK.fullmatch, names)):
         return _ranks(place, names)
@@ -177,6 +184,9 @@ def find(path: str | os.PathLike) -> list[pathlib.Path | tensor_io.Pieces]:
         return find(place / max(steps, key=lambda name: int(name.removeprefix("global_step"))))
     files = [name for name in names if name.endswith(TORCH_SUFFIXES)]
     files += sorted({found.group(1) for name in names if (found := PIECE.fullmatch(name))} - set(files))
+    shards = None if files else weight_files.shards_of(place)
+    if shards is not None:
+        return [shards]
     if len(files) != 1:
         listing = ", ".join(names[:6]) or "an empty folder"
         raise UserError(
@@ -198,7 +208,7 @@ def _latest(folder: pathlib.Path) -> pathlib.Path:
     return folder / name
 
 
-def _ranks(folder: pathlib.Path, names: Sequence[str]) -> list[pathlib.Path | tensor_io.Pieces]:
+def _ranks(folder: pathlib.Path, names: Sequence[str]) -> list[Found]:
     by_rank: dict[int, list[str]] = {}
     for name in names:
         if (found := RANK.fullmatch(name)) is not None:
@@ -216,7 +226,7 @@ def _ranks(folder: pathlib.Path, names: Sequence[str]) -> list[pathlib.Path | te
     return [folder / by_rank[rank][0] for rank in sorted(by_rank)]
 
 
-def _say_float32(path: str | os.PathLike, found: Sequence[pathlib.Path | tensor_io.Pieces]) -> None:
+def _say_float32(path: str | os.PathLike, found: Sequence[Found]) -> None:
     folder = getattr(found[0], "parent", None)
     shares = [] if folder is None else [file for file in folder.iterdir() if zero.SHARE.fullmatch(file.name)]
     if shares:
@@ -248,7 +258,7 @@ def _file_or_pieces(path: pathlib.Path) -> pathlib.Path | tensor_io.Pieces:
     return tensor_io.Pieces(tuple(pieces[number] for number in numbers))
 
 
-def _check_world(path: str | os.PathLike, files: Sequence[TorchFile | Float32File]) -> None:
+def _check_world(path: str | os.PathLike, files: Sequence[WeightFile | Float32File]) -> None:
     """Raises UserError if the number of files is not the recorded number of ranks.
 
     Without this check, a copy that lacks the last ranks would look complete.
@@ -260,3 +270,8 @@ def _check_world(path: str | os.PathLike, files: Sequence[TorchFile | Float32Fil
                 f"{path}: {file.path.name} is of {world} model-parallel ranks, found {len(files)} files; copy all of "
                 "them, or pass their folder"
             )
+
+
+def looks_like(path: str | os.PathLike) -> bool:
+    """Whether the tensors have savanna's names. Raises UserError if they cannot be read."""
+    return all("sequential.0.word_embeddings.weight" in weight_files.open_file(file).tensors for file in find(path)[:1])

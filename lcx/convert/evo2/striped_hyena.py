@@ -7,6 +7,7 @@ interleaved); layer i is `sequential.{i + 2}`:
     sequential.0.word_embeddings.weight [V, D]         sequential.{layers + 3}.norm.weight [D]
     input_layernorm.weight, pre_mlp_layernorm.weight [D]
     mixer.dense_projection.weight [3D, D]              row 3 c + role; of attention per head: its q, its k, its v
+    mixer.dense_projection.fp8_scales [2]              of input and weight, of a hyena layer in FP8 (`fp8_states`)
     mixer.dense.weight [D, D], .bias [D]
     mixer.hyena_proj_conv.short_conv_weight [3D, 1, K]           the last tap is the current token's, as of SE
     mixer.mixer.short_conv.short_conv_weight [G, 1, 7]           SE
@@ -47,8 +48,10 @@ LIVE_TAPS = 128
 NORM_EPS = 1e-6
 EMBEDDING = "sequential.0.word_embeddings.weight"
 PROJECTION, FEATURIZER = "mixer.dense_projection.weight", "mixer.hyena_proj_conv.short_conv_weight"
+SCALES = "mixer.dense_projection.fp8_scales"
 SHORT_FILTER = "mixer.mixer.short_conv.short_conv_weight"
 FILTER = "mixer.mixer.filter."
+_WIDTHS_IN_FP8 = (1920, 8192)
 DEFAULT_HEAD_DIM, DEFAULT_LENGTH = 128, 8192
 TOKENIZER = {"kind": "bytes", "bos_id": None, "eos_id": 0}
 
@@ -216,6 +219,8 @@ def _mixer(layer: LetteredLayer) -> list[tuple[str, tuple[Part, ...], int | None
         one("mixer.dense.weight", "out_proj/kernel", Transposed()),
         one("mixer.dense.bias", "out_proj/bias", Same()),
     ]
+    if layer.block.mixer.fp8:
+        table.append(one(SCALES, "in_proj/fp8_scales", Same()))
     if layer.letter == "S":
         return [*table, one(SHORT_FILTER, "h", Taps())]
     names = ("h", "decay") if layer.letter == "D" else ("p", "gamma", "R")
@@ -291,6 +296,7 @@ def model_of(source: Tensors) -> Decoder:
         featurizer_length=shape(featurized, FEATURIZER, (1, 1, 3))[2],
         init_length=length,
         norm_eps=NORM_EPS,
+        fp8=any(name.endswith(SCALES) for name in source.tensors),
         rope=Rope() if source.inv_freq is None else rope_of(source.inv_freq),
         activated_layers=activated_layers(pattern, source.layer_0_only),
     )
@@ -393,6 +399,13 @@ class StripedHyenaSource:
             for path, shape in self._table.shapes.items()
         }
         self.model: Decoder = model.clone(dtype=str(model_source.stored_dtype(self.leaves)), parent=None)
+        fp8 = any(name.endswith(SCALES) for name in tensors.tensors)
+        if model.hidden_size in _WIDTHS_IN_FP8 and not fp8:
+            log.warning(
+                "%s: has the width of Evo 2 1B, 20B or 40B, which were trained with FP8 input projections, and neither "
+                "FP8 scales nor a configuration that sets them: input_projections='fp8' computes them so",
+                where,
+            )
         self.carried: dict[str, Any] = {}
         self.side_files: list[Any] = []
         self.tokenizer = TOKENIZER | {"vocab_size": model.vocab_size} if model.vocab_size > 255 else None

@@ -8,6 +8,7 @@ training it further is not equivalent, because savanna trained with the original
 The file does not state how many tokens the model was trained for; 8192 and unscaled positions are assumed.
 """
 
+import functools
 import logging
 import os
 import pathlib
@@ -18,16 +19,18 @@ import numpy as np
 from lcx.convert.core import model_source, rules
 from lcx.convert.core.format import check_same
 from lcx.convert.core.model_source import ModelSource
-from lcx.convert.evo2 import savanna, savanna_files, striped_hyena
+from lcx.convert.evo2 import fp8_states, savanna, savanna_files, striped_hyena, weight_files
 from lcx.convert.evo2.striped_hyena import (
     EMBEDDING,
     FEATURIZER,
     FILTER,
     LIVE_TAPS,
     PROJECTION,
+    SCALES,
     SHORT_FILTER,
     prefix,
 )
+from lcx.convert.evo2.weight_files import WeightFile
 from lcx.convert.files import tensor_io
 from lcx.convert.files.tensor_io import TensorInfo
 from lcx.convert.files.torch_bin import TorchFile
@@ -37,6 +40,8 @@ from lcx.errors import UserError
 log = logging.getLogger(__name__)
 
 FILE = "model.pt"
+_FP8 = "projections._extra_state"
+_TIMES = ("filter.t", "mixer.mixer.filter.t")  # the second is that of the released files
 _HEAD, _INV_FREQ = "unembed.weight", "inner_mha_cls.rotary_emb.inv_freq"
 _SHARED = {
     "input_layernorm.weight": "pre_norm.scale",
@@ -79,7 +84,7 @@ class _Canonical:
     length: int | None = None
     shared_bytes = 0
 
-    def __init__(self, file: TorchFile):
+    def __init__(self, file: WeightFile, fp8: bool | None):
         self._file = file
         self._names = {EMBEDDING: "embedding_layer.weight"}
         self._poles: dict[str, str] = {}
@@ -98,12 +103,18 @@ class _Canonical:
                     self.tensors[name[:-1] + "decay"] = self.tensors[name]
         for name, theirs in self._poles.items():
             self.tensors[name] = TensorInfo(_FLOAT32, file.tensors[theirs].shape[:2])
+        states = {i: f"blocks.{i}.{_FP8}" for i, letter in enumerate(letters) if letter != "*"}
+        scales = fp8_states.of_layers([file], states, fp8, str(file.path))
+        self._scales = {prefix(i) + SCALES: pair for i, pair in scales.items()}
+        self.tensors |= {name: TensorInfo(pair.dtype, pair.shape) for name, pair in self._scales.items()}
         self.inv_freq = self._frequencies(letters)
         self._refuse_others(letters)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         info = self.tensors[name]
         shape = tensor_io.row_range(info, name, start, stop)[2]
+        if name in self._scales:
+            return self._scales[name][start:stop]
         if name in self._poles:
             return self._log_rate(name, start, stop).reshape(shape)
         if name not in self._names:  # MR's decay, whose product with h vortex stores as h
@@ -131,7 +142,7 @@ class _Canonical:
 
     def _refuse_others(self, letters: str) -> None:
         known = {*self._names.values(), *self._poles.values(), _HEAD}
-        known |= {f"blocks.{i}.{name}" for i in range(len(letters)) for name in (_INV_FREQ, "filter.t")}
+        known |= {f"blocks.{i}.{name}" for i in range(len(letters)) for name in (_INV_FREQ, *_TIMES)}
         if unexpected := sorted(set(self._file.tensors) - known):
             raise UserError(f"{len(unexpected)} unexpected tensors: {', '.join(unexpected[:6])}")
         embedding = self._names[EMBEDDING]
@@ -171,9 +182,9 @@ class VortexSource(striped_hyena.StripedHyenaSource):
         files = savanna_files.find(path)
         if len(files) > 1:
             raise UserError(f"{path}: expected one file of vortex, found {len(files)}")
-        self.file = TorchFile(files[0], training_state=True)
+        self.file = weight_files.open_file(files[0])
         try:
-            canonical = _Canonical(self.file)
+            canonical = _Canonical(self.file, fp8_states.configured(files[0], self.file.counters))
         except UserError as error:
             raise UserError(f"{path}: {error}") from error
         super().__init__(canonical, str(path))
@@ -186,7 +197,7 @@ def is_vortex(path: str | os.PathLike) -> bool:
       UserError: it cannot be read.
     """
     files = savanna_files.find(path)
-    return len(files) == 1 and "embedding_layer.weight" in TorchFile(files[0], training_state=True).tensors
+    return len(files) == 1 and "embedding_layer.weight" in weight_files.open_file(files[0]).tensors
 
 
 # ------------------------------------------------------------------------------------------------- writing
@@ -241,8 +252,14 @@ def _plan(source: ModelSource, dtype: np.dtype | None) -> tuple[dict[str, Tensor
         makers |= _block_makers(i, layer.letter, table.foreign_shapes, tensor)
         if layer.letter == "*" and frequencies is not None:
             makers[f"blocks.{i}.{_INV_FREQ}"] = "", frequencies.shape, lambda: frequencies
+        if layer.letter != "*" and layer.block.mixer.fp8:
+            state = np.frombuffer(fp8_states.state_of(*tensor(prefix(i) + SCALES).tolist()), np.uint8)
+            makers[f"blocks.{i}.{_FP8}"] = "", state.shape, functools.partial(np.copy, state)
     infos = {}
     for theirs, (name, shape, _) in makers.items():
+        if theirs.endswith(_FP8):
+            infos[theirs] = TensorInfo(np.dtype(np.uint8), shape)
+            continue
         fixed = not name or theirs.endswith((_POLES, "filter.residues"))
         infos[theirs] = TensorInfo(
             _FLOAT32 if fixed else dtype or table.foreign_dtype(source.leaves, name), shape
@@ -298,6 +315,6 @@ def _block_makers(
 
 def check_written(folder: pathlib.Path, tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
     """The written tensors, read back from the headers. Raises UserError unless they match `tensors`."""
-    found = TorchFile(folder / FILE).tensors
-    check_same(folder, found, tensors)
+    found = TorchFile(folder / FILE, training_state=True).tensors
+    check_same(folder, found, weight_files.without_extra_states(tensors))
     return dict(found)

@@ -34,7 +34,7 @@ _LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, ..., length of the name,
 #: Objects that a training state may hold in addition to tensors. They are never built: a `_StandIn` replaces each.
 _STAND_INS = re.compile(
     r"(deepspeed|savanna|megatron|transformer_engine|numpy)\..*"
-    r"|argparse\.Namespace|_io\.BytesIO|_codecs\.encode|torch\.torch_version\.TorchVersion"
+    r"|argparse\.Namespace|_io\.BytesIO|builtins\.bytes|_codecs\.encode|torch\.torch_version\.TorchVersion"
 )
 
 
@@ -51,18 +51,29 @@ class _StandIn:
         pass
 
 
+class _HeldBytes(_StandIn):
+    """In the place of an io.BytesIO: keeps its contents."""
+
+    data = b""
+
+    def __setstate__(self, state):
+        if isinstance(state, tuple) and state and isinstance(state[0], bytes):
+            self.data = state[0]
+
+
 class TorchFile:
     """One file with a dict of tensors (or {"state_dict": dict of tensors}, or {"model_state_dict": ...}).
 
     Args:
       path: the file, or the pieces that it was split into.
       training_state: whether the dict may be the "module" entry of a trainer's state. The settings, counters and random
-        states next to it are ignored, as are `_extra_state` entries (Transformer Engine's scales).
+        states next to it are ignored. `_extra_state` entries (Transformer Engine's scales) are kept apart.
       within: the keys that lead to the tensors in a trainer's state. A list found there becomes a dict with the keys
         "0", "1", ...
 
     Attributes:
       counters: the numbers stored next to the tensors and in the state's "args" ("mp_world_size", "iteration").
+      extra_states: names of the `_extra_state` entries, in order; `extra_state` reads them.
       param_shapes: DeepSpeed's record of the parameters: one dict, name -> shape, per optimizer group.
 
     Raises:
@@ -93,8 +104,12 @@ class TorchFile:
             ) from error
         on_meta, wanted = records is not None, within if training_state else None
         state, self.counters, self.param_shapes = _load(self.path, on_meta=on_meta, within=wanted)
-        if records is not None and not all(map(_has_place, state.values())):  # an older torch
+        if records is not None and not all(map(_has_place, _weights(state, wanted).values())):  # an older torch
             records, (state, *_) = None, _load(self.path, on_meta=False, within=wanted)
+        weights = _weights(state, wanted)
+        self._extra = {name: value for name, value in state.items() if name not in weights}
+        self.extra_states = list(self._extra)
+        self._records, state = records, weights
         self._state = {
             name: _check_tensor(self.path, name, tensor, records) for name, tensor in state.items()
         }
@@ -126,6 +141,29 @@ class TorchFile:
         flat = tensor_io.read_array(self.path, offset, info.dtype, (span if rows.numel() else 0,))
         strides = [stride * info.dtype.itemsize for stride in rows.stride()]
         return np.ascontiguousarray(np.lib.stride_tricks.as_strided(flat, shape, strides, writeable=False))
+
+
+    def extra_state(self, name: str) -> bytes | None:
+        """The bytes of an `_extra_state` entry, whatever it is stored as; None if it is empty."""
+        import torch
+
+        value = self._extra[name]
+        if isinstance(value, _HeldBytes):
+            return value.data or None
+        if isinstance(value, bytes | bytearray):
+            return bytes(value) or None
+        if not isinstance(value, torch.Tensor) or value.dtype != torch.uint8 or not value.numel():
+            return None
+        tensor = _check_tensor(self.path, name, value, self._records).contiguous()
+        if self._in_memory:
+            return _to_numpy(tensor, np.dtype(np.uint8)).tobytes()
+        offset = tensor.untyped_storage()._checkpoint_offset + tensor.storage_offset()
+        return tensor_io.read_array(self.path, offset, np.dtype(np.uint8), (tensor.numel(),)).tobytes()
+
+
+def _weights(state: dict, within: tuple[str, ...] | None) -> dict:
+    """The entries that are weights: all, or for a training state those that are no extra states."""
+    return {name: value for name, value in state.items() if within is None or not name.endswith("_extra_state")}
 
 
 def _opened(path: pathlib.Path | tensor_io.Pieces) -> io.BufferedReader:
@@ -171,7 +209,7 @@ def _load(
     except ImportError as error:
         raise UserError(f"{path}: reading PyTorch files needs torch: pip install 'lcx[torch]'") from error
     try:
-        with _opened(path) as file, _stand_ins(file, wanted=within is not None and on_meta):
+        with _opened(path) as file, stand_ins(file, wanted=within is not None and on_meta):
             state = torch.load(file, map_location="meta" if on_meta else "cpu", weights_only=True)
     except MemoryError:
         raise
@@ -193,8 +231,6 @@ def _load(
     for wrapper in ("state_dict", "model_state_dict"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
-    if isinstance(state, dict) and within is not None:
-        state = {name: value for name, value in state.items() if not str(name).endswith("_extra_state")}
     if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
         raise UserError(f"{path}: holds a {type(state).__name__}, expected a dict of named tensors")
     return state, counters, shapes
@@ -230,7 +266,7 @@ def _shapes(groups: Any) -> list[dict[str, tuple[int, ...]]]:
 
 
 @contextlib.contextmanager
-def _stand_ins(file: io.BufferedReader, *, wanted: bool) -> Iterator[None]:
+def stand_ins(file: io.BufferedReader, *, wanted: bool) -> Iterator[None]:
     """Within this context, torch.load accepts the non-tensor objects of a training state, as stand-ins."""
     if not wanted:
         yield
@@ -246,7 +282,8 @@ def _stand_ins(file: io.BufferedReader, *, wanted: bool) -> Iterator[None]:
 def _stand_in(path: str) -> type:
     """A stand-in class with this qualified name."""
     module, _, name = path.rpartition(".")
-    return type(name, (_StandIn,), {"__module__": module, "__qualname__": name})
+    base = _HeldBytes if path == "_io.BytesIO" else _StandIn
+    return type(name, (base,), {"__module__": module, "__qualname__": name})
 
 
 def _reason(text: str) -> str:

@@ -13,6 +13,7 @@ from lcx import lora as lora_lib
 from lcx import model as model_lib
 from lcx.checkpoint import Checkpointer, as_stored, find_step, model_json, read_record
 from lcx.checkpoint.folder import COMMIT_MARKER
+from lcx.convert.core import model_source
 from lcx.convert.workdir.source import LORA, PARAMS
 from lcx.model import Decoder
 
@@ -40,7 +41,7 @@ def load(
     params = items[PARAMS]
     if dtype is not None:  # cast before merging, so that a wider dtype does not lose part of the update
         changed = changed.clone(dtype=str(dtype), parent=None)
-        params = jax.tree.map(lambda x: x.astype(dtype), params)
+        params = model_source.cast_params(params, dtype)
     return changed, _merge(params, items[LORA]) if LORA in items else params
 
 

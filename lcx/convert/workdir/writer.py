@@ -29,7 +29,8 @@ def write(
     Holds one layer of one stacked parameter, or one piece of any other parameter, in memory at a time.
     """
     leaves = {
-        path: TensorInfo(dtype or info.dtype, info.shape, str(folder)) for path, info in source.leaves.items()
+        path: TensorInfo(model_source.dtype_of(path, info, dtype), info.shape, str(folder))
+        for path, info in source.leaves.items()
     }
     specs = {tuple(path.split("/")): (info.shape, info.dtype) for path, info in leaves.items()}
     for file in source.side_files:

@@ -1,25 +1,20 @@
-"""Nucleotide sequences in evaluations: FASTA records, reverse complements, log-likelihoods."""
+"""Nucleotide sequences in evaluations: FASTA records, regions of them, reverse complements."""
 
-import collections
+import bisect
 import contextlib
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping
 
-import numpy as np
-from jaxtyping import Float
-
-from lcx.data import Tokenizer, check_vocabulary, special_tokens
-from lcx.data.sources import Document, find_files, read_fasta
+from lcx.data.readers import streams
+from lcx.data.readers.fasta_index import Contig, IndexedFasta
+from lcx.data.sources import find_files
 from lcx.errors import UserError
-from lcx.evals.support import scoring
-from lcx.evals.support.windows import window_rows
-from lcx.model import Decoder
 
 # IUPAC codes (NC-IUB 1984) and what each pairs with, in both cases.
 _LETTERS, _PARTNERS = "ACGTURYKMSWBDHVN", "TGCAAYRMKSWVHDBN"
+IUPAC = frozenset(_LETTERS + _LETTERS.lower())
 _COMPLEMENT = str.maketrans(_LETTERS + _LETTERS.lower(), _PARTNERS + _PARTNERS.lower())
 _PLAIN = frozenset("ACGTacgt")
-_WIDTH_STEP = 128
+_BED_REMARKS = ("#", "track", "browser")
 
 
 @contextlib.contextmanager
@@ -37,46 +32,42 @@ def check_files(path: str, *, owner: str) -> None:
         find_files(path, format="fasta")
 
 
-def read(path: str, *, owner: str) -> list[Document]:
-    """The records of FASTA files, including empty ones, with line breaks removed.
+def records(path: str, *, owner: str) -> list[tuple[str, Contig]]:
+    """(file:record, its sequence) of every record of FASTA files, including empty ones. Sequences are read when sliced.
 
     Args:
-      path: a file, a glob or a folder; files may be compressed (.gz).
+      path: a file, a glob or a folder; files may be compressed.
       owner: the setting that the path comes from, for messages.
 
     Raises:
-      UserError: there is no file, it is not FASTA, or two records have the same name.
+      UserError: there is no file, it is not FASTA, or two records of one file have the same name.
     """
-    with naming(owner):
-        records = [record for file in find_files(path, format="fasta") for record in read_fasta(file)]
-    counts = collections.Counter(record.name for record in records)
-    twice = [name for name, count in counts.items() if count > 1]
-    if twice:
-        raise UserError(f"{path} has {counts[twice[0]]} records named {twice[0]!r}: rename them ({owner})")
-    if not records:
-        raise UserError(f"{path} holds no FASTA record: change {owner}")
-    return records
+    return [(f"{file}:{name}", contig) for file, name, contig in _records(path, owner)]
 
 
-def read_contigs(path: str, *, owner: str) -> dict[str, str]:
-    """{record name: sequence}; the name is the first word of the record's header.
+def read_contigs(path: str, *, owner: str) -> dict[str, Contig]:
+    """{record name: its sequence}; the name is the first word of the record's header.
 
     Raises:
-      UserError: as in `read`, or two files have a record of the same name.
+      UserError: as in `records`, or two files have a record of the same name.
     """
-    found: dict[str, str] = {}
+    found: dict[str, Contig] = {}
     where: dict[str, str] = {}
-    with naming(owner):
-        records = [
-            (file.name, record) for file in find_files(path, format="fasta") for record in read_fasta(file)
-        ]
-    for file, record in records:
-        name = record.name.removeprefix(f"{file}:")
+    for file, name, contig in _records(path, owner):
         if name in found:
             raise UserError(
                 f"{path} has two records named {name!r}, in {where[name]} and {file}: keep one of them ({owner})"
             )
-        found[name], where[name] = record.text, file
+        found[name], where[name] = contig, file
+    return found
+
+
+def _records(path: str, owner: str) -> list[tuple[str, str, Contig]]:
+    with naming(owner):
+        files = find_files(path, format="fasta")
+        found = [
+            (file.name, name, contig) for file in files for name, contig in IndexedFasta(file).contigs.items()
+        ]
     if not found:
         raise UserError(f"{path} holds no FASTA record: change {owner}")
     return found
@@ -89,62 +80,57 @@ def reverse_complement(sequence: str) -> str:
 
 def ambiguous(sequence: str) -> int:
     """The number of letters other than A, C, G and T."""
-    return sum(letter not in _PLAIN for letter in sequence)
+    return len(sequence) - sum(map(sequence.count, _PLAIN))
 
 
-def token_log_likelihoods(
-    model: Decoder,
-    params: Any,
-    tokenizer: Tokenizer | None,
-    sequences: Sequence[str],
-    *,
-    window: int,
-    stride: int,
-    tokens_per_batch: int = scoring.TOKENS_PER_BATCH,
-    description: str = "scoring",
-) -> list[Float[np.ndarray, " scored"]]:
-    """log p in nats of every token that has context, for each sequence.
+class Regions:
+    """The regions of a BED file: lines with a record's name, a start counted from 0, and an end that is excluded.
 
-    BOS is put first if the tokenizer adds it; without BOS the first letter has no context and is not scored. A sequence
-    longer than `window` tokens is scored with windows that start `stride` tokens apart, each token once, in the first
-    window that contains it. Equal sequences are scored only once; sequences of similar length share batches.
+    Attributes:
+      of: {record: [(start, end, name)], sorted}; the name is the fourth column, or "record:start-end".
 
     Raises:
-      UserError: there is no tokenizer, or its vocabulary is larger than the model's.
+      UserError: the file cannot be read, holds no region, or a line is not BED.
     """
-    if tokenizer is None:
-        raise UserError(
-            "the checkpoint has no tokenizer: DNA needs a byte tokenizer, save the model with one"
-        )
-    check_vocabulary(tokenizer, model.vocab_size)
-    unique = {sequence: i for i, sequence in enumerate(dict.fromkeys(sequences))}
-    start = np.array(special_tokens(tokenizer).before, np.int32)
-    tokens = [np.concatenate([start, tokenizer.encode(sequence)]) for sequence in unique]
-    rows = window_rows([len(t) for t in tokens], window=window, stride=stride)
-    widths = np.array([_width(int(end - begin), window) for _, begin, end, _ in rows], np.int64)
-    found = [np.zeros(max(len(t) - 1, 0), np.float32) for t in tokens]
-    for width in np.unique(widths):
-        chosen = rows[widths == width]
-        ids, labels = (np.zeros((len(chosen), width), np.int32) for _ in range(2))
-        for i, (sequence, begin, end, _) in enumerate(chosen):
-            ids[i, : end - begin] = tokens[sequence][begin:end]
-            labels[i, : end - begin - 1] = tokens[sequence][begin + 1 : end]
-        nll = scoring.score(
-            model,
-            params,
-            ids,
-            labels,
-            tokens_per_batch=tokens_per_batch,
-            description=f"{description}, {width} wide",
-        )
-        for values, (sequence, begin, end, first) in zip(nll, chosen, strict=True):
-            found[sequence][first - 1 : end - 1] = -values[first - 1 - begin : end - 1 - begin]
-    return [found[unique[sequence]] for sequence in sequences]
 
+    def __init__(self, path: str, *, owner: str):
+        self.path, self.owner = path, owner
+        self.of: dict[str, list[tuple[int, int, str]]] = {}
+        with naming(owner):
+            for number, (line, _) in enumerate(streams.lines(path), start=1):
+                text = streams.decode(line, f"{path}, line {number}").strip()
+                if text and not text.startswith(_BED_REMARKS):
+                    self._add(text.split("\t") if "\t" in text else text.split(), number)
+        if not self.of:
+            raise UserError(f"{path} holds no region: change {owner}")
+        self._reach = {}  # of each region, the largest end of all regions up to it
+        for name, found in self.of.items():
+            found.sort()
+            ends = [found[0][1]]
+            for _, end, _ in found[1:]:
+                ends.append(max(ends[-1], end))
+            self._reach[name] = ends
 
-def _width(length: int, window: int) -> int:
-    """The padded width of a row: powers of two from 128, so that few programs are compiled for many lengths."""
-    width = _WIDTH_STEP
-    while width < length:
-        width *= 2
-    return max(min(width, window), length)
+    def _add(self, cells: list[str], number: int) -> None:
+        whole = len(cells) >= 3 and all(cell.isascii() and cell.isdecimal() for cell in cells[1:3])
+        if not whole or int(cells[1]) > int(cells[2]):
+            raise UserError(
+                f"{self.path}, line {number}: {str(cells)[:200]}, expected a record, a start from 0 and an end: "
+                f"correct it, or change {self.owner}"
+            )
+        start, end = int(cells[1]), int(cells[2])
+        name = cells[3] if len(cells) > 3 and cells[3] not in ("", ".") else f"{cells[0]}:{start}-{end}"
+        self.of.setdefault(cells[0], []).append((start, end, name))
+
+    def covers(self, record: str, at: int) -> bool:
+        """Whether the letter `at`, counted from 0, lies in a region."""
+        i = bisect.bisect_right(self.of.get(record, []), at, key=lambda region: region[0]) - 1
+        return i >= 0 and self._reach[record][i] > at
+
+    def check(self, contigs: Mapping[str, Contig]) -> None:
+        """Raises UserError for a region that does not lie in these sequences."""
+        for record, found in self.of.items():
+            length = len(contigs[record]) if record in contigs else 0
+            if record not in contigs or max(end for _, end, _ in found) > length:
+                what = f"has {length} letters" if record in contigs else "is no record of the sequences"
+                raise UserError(f"{self.path} has a region of {record!r}, which {what}: change {self.owner}")

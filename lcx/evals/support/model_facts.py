@@ -1,11 +1,20 @@
 """The facts about a model that are stored with its results: size, context window, and RoPE scaling."""
 
+import hashlib
 from typing import Any
 
+import jax
 import numpy as np
 
+from lcx.checkpoint.fingerprint import fingerprint
 from lcx.extend import rotaries
 from lcx.model import Decoder, num_params
+
+
+def identity(model: Decoder, params: Any) -> str:
+    """A name of a model with its weights: equal for equal models, and on any mesh."""
+    leaves = [int(fingerprint(leaf)) for leaf in jax.tree.leaves(params)]
+    return hashlib.sha256(f"{model!r} {leaves}".encode()).hexdigest()[:16]
 
 
 def facts(model: Decoder) -> dict[str, Any]:

@@ -8,7 +8,7 @@ and values.
 import collections
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -49,13 +49,20 @@ def score(
     positions: Int[np.ndarray, "R T"] | None = None,
     segment_ids: Int[np.ndarray, "R T"] | None = None,
     tokens_per_batch: int = TOKENS_PER_BATCH,
-    description: str = "scoring",
-) -> Float[np.ndarray, "R T"]:
+    description: str | None = "scoring",
+    measure: Callable[..., jax.Array] = token_nll,
+    width_of: int | None = None,
+) -> Float[np.ndarray, "R T *measured"]:
     """-log p(label) in nats of every token, float32, computed in the model's dtype.
 
     Rows are processed in batches of tokens_per_batch tokens, and rows of more than LONG tokens one by one, in pieces of
     that size. The last batch is padded to the same shape, so that one compiled program serves all. On a terminal there
     is a progress bar. With several processes, each passes all rows and receives all results.
+
+    Args:
+      description: label of the progress bar; None: there is none.
+      measure: computes something else than the loss, from the same arguments as `token_nll`, with `width_of` numbers
+        per token; a module-level function, so that its program is compiled once.
     """
     from tqdm import tqdm
 
@@ -68,20 +75,21 @@ def score(
     width = _rounded(T, context)
     piece = _rounded(tokens_per_batch, context) if width > max(LONG, tokens_per_batch) else None
     arrays = {"tokens": tokens, "labels": labels, "positions": positions, "segment_ids": segment_ids}
-    out = np.empty((R, T), np.float32)
+    out = np.empty((R, T) if width_of is None else (R, T, width_of), np.float32)
     pending: collections.deque[tuple[tuple[int, int], jax.Array]] = collections.deque()
 
     def collect() -> None:
         (start, first), values = pending.popleft()
         nll = np.asarray(values)[: R - start, : T - first]
         out[start : start + len(nll), first : first + nll.shape[1]] = nll
-        bar.update(nll.size)
+        bar.update(nll.shape[0] * nll.shape[1])
 
-    bar = tqdm(total=R * T, desc=description, unit="tok", unit_scale=True, disable=None, delay=1)
+    quiet = True if description is None else None
+    bar = tqdm(total=R * T, desc=description, unit="tok", unit_scale=True, disable=quiet, delay=1)
     with on_mesh(params), bar:
         for start in range(0, R, size):
             rows = {name: None if x is None else x[start : start + size] for name, x in arrays.items()}
-            for first, nll in _scored(model, params, rows, (size, width), piece, mesh):
+            for first, nll in _scored(model, params, rows, (size, width), piece, mesh, measure):
                 pending.append(((start, first), nll))
                 if len(pending) >= _IN_FLIGHT:
                     collect()
@@ -97,6 +105,7 @@ def _scored(
     shape: tuple[int, int],
     piece: int | None,
     mesh: Mesh | None,
+    measure: Callable[..., jax.Array],
 ) -> Iterator[tuple[int, jax.Array]]:
     """(first token, losses) of whole rows, or of one piece of `piece` tokens after the other.
 
@@ -118,12 +127,12 @@ def _scored(
             name: None if x is None else _placed(_filled(x[:, first : first + step], size, step), mesh)
             for name, x in rows.items()
         }
-        nll, state = _score(model, params, state, **batch)
+        nll, state = _score(model, measure, params, state, **batch)
         yield first, nll
 
 
-@functools.partial(jax.jit, static_argnames="model", donate_argnames="state")
-def _score(model, params, state, tokens, labels, positions, segment_ids):
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnames="state")
+def _score(model, measure, params, state, tokens, labels, positions, segment_ids):
     x, state = model.apply(
         {"params": params},
         tokens,
@@ -132,8 +141,8 @@ def _score(model, params, state, tokens, labels, positions, segment_ids):
         cache=state,
         method="hidden",
     )
-    nll = token_nll(x, model.head(params), labels, transform=model.logit_transform)
-    return sharding.constrain(nll, None, None), state  # replicated, because each process reads all of it
+    values = measure(x, model.head(params), labels, transform=model.logit_transform)
+    return sharding.constrain(values, *[None] * values.ndim), state  # replicated, because each process reads all of it
 
 
 _empty_state = jax.jit(pieces.empty_state, static_argnums=(0, 1, 2))

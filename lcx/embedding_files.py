@@ -1,0 +1,284 @@
+"""Embeddings of the sequences of a file, written to a file: the job of `python -m lcx.embed`.
+
+Every row belongs to a sequence, or to one of its windows, or (pool "none") to one position:
+
+    .parquet   columns record, start, stop (tokens, counted from 0), and one list of float32 per point
+    .npz       arrays record, start, stop [rows], and one [rows, F] per point; all rows are held in memory
+    .zarr      a folder with one zarr array [rows, F] per point, start and stop [rows], and record.txt with a line a row
+
+The output is PATH.partial until it is complete.
+"""
+
+import os
+import pathlib
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from lcx import hub, paths, terminal
+from lcx.convert.api import detect, load
+from lcx.data import special_tokens
+from lcx.data.sources import find_files, read_documents
+from lcx.data.special import described
+from lcx.embedding import Embedded, Embedder
+from lcx.errors import UserError
+from lcx.evals.support import dna
+from lcx.evals.support.letters import Letters, Part
+
+ENDINGS = (".parquet", ".npz", ".zarr")
+_ZARR_ROWS = 1024  # rows of a chunk
+
+
+def embed_file(
+    *,
+    checkpoint: str,
+    layers: str,
+    output: str,
+    fasta: str | None = None,
+    regions: str | None = None,
+    dataset: str | None = None,
+    pool: str = "mean",
+    window: int | None = None,
+    overlap: int = 0,
+    piece_length: int | None = None,
+    both_strands: bool = False,
+    keep_case: bool = False,
+    overwrite: bool = False,
+    dtype: str | None = None,
+    rope_scaling: dict[str, Any] | None = None,
+    context_length: int | None = None,
+    adapter: Sequence[str] | None = None,
+    input_projections: str | None = None,
+) -> None:
+    """Writes the embeddings of FASTA records, BED regions or texts.
+
+    Args:
+      checkpoint, dtype, rope_scaling, context_length, adapter, input_projections: as in lcx.load.
+      layers: names of points (lcx.activations), separated by commas.
+      output: the file to write; its ending chooses the format.
+      fasta, dataset: the sequences, one of the two. regions: a BED file for fasta.
+      pool, window, overlap, piece_length: as in lcx.embed; both_strands is its reverse_complement.
+      keep_case: whether lower-case letters of DNA stay as they are.
+      overwrite: whether an existing output is replaced.
+
+    Raises:
+      UserError: a file cannot be read or written, or a setting is out of range.
+    """
+    place = _checked(output, overwrite)
+    if (fasta is None) == (dataset is None) or (regions is not None and fasta is None):
+        raise UserError("set one of --fasta and --dataset, and --regions only with --fasta")
+    folder = hub.local(checkpoint)
+    detect(folder)
+    tokenizer = terminal.tokenizer_of(folder)
+    print(described(tokenizer, special_tokens(tokenizer), of="sequence"), file=sys.stderr)
+    model, params = load(
+        folder,
+        dtype=dtype,
+        rope_scaling=rope_scaling,
+        context_length=context_length,
+        adapter=adapter,
+        input_projections=input_projections,
+    )
+    embedder = Embedder(
+        model,
+        params,
+        [name.strip() for name in layers.split(",") if name.strip()],
+        pool=pool,
+        piece_length=piece_length,
+        window=window,
+        overlap=overlap,
+        reverse_complement=both_strands,
+        tokenizer=tokenizer,
+    )
+    texts = _Texts(fasta, regions, dataset, keep_case)
+    _write(place, embedder, texts)
+    print(f"{place}: {texts.count} sequences, {len(embedder.points)} points", file=sys.stderr)
+    if texts.empty:
+        print(f"{texts.empty} sequences are empty and left out", file=sys.stderr)
+
+
+def _checked(output: str, overwrite: bool) -> pathlib.Path:
+    place = paths.destination(output, "--output")
+    if place.suffix not in ENDINGS:
+        raise UserError(f"--output is {output}, expected a name that ends in {', '.join(ENDINGS)}: change --output")
+    if place.exists() and not overwrite:
+        raise UserError(f"{place} is there already: choose another --output, or set --overwrite")
+    place.parent.mkdir(parents=True, exist_ok=True)
+    return place
+
+
+class _Texts:
+    """The sequences of a source, read one at a time; `names` has those read so far that are still needed."""
+
+    def __init__(self, fasta: str | None, regions: str | None, dataset: str | None, keep_case: bool):
+        self.names: dict[int, str] = {}
+        self.count, self.empty = 0, 0
+        self._pairs = _records(fasta, regions, keep_case) if fasta is not None else _documents(str(dataset))
+
+    def __iter__(self) -> Iterator[str]:
+        for name, text in self._pairs:
+            if not text:
+                self.empty += 1
+                continue
+            self.names[self.count] = name
+            self.count += 1
+            yield text
+
+    def name(self, number: int) -> str:
+        for old in [key for key in self.names if key < number]:  # embeddings arrive in order
+            del self.names[old]
+        return self.names[number]
+
+
+def _records(fasta: str, regions: str | None, keep_case: bool) -> Iterator[tuple[str, str]]:
+    if regions is None:
+        found: list[tuple[str, Letters]] = list(dna.records(fasta, owner="--fasta"))
+    else:
+        bed, contigs = dna.Regions(regions, owner="--regions"), dna.read_contigs(fasta, owner="--fasta")
+        bed.check(contigs)
+        found = [
+            (name, Part(contigs[record], start, stop)) for record, of in bed.of.items() for start, stop, name in of
+        ]
+    for name, letters in found:
+        text = letters[0 : len(letters)]
+        yield name, text if keep_case else text.upper()
+
+
+def _documents(dataset: str) -> Iterator[tuple[str, str]]:
+    return ((document.name, document.text) for document in read_documents(find_files(dataset)))
+
+
+# ------------------------------------------------------------------------------------------------------ files
+
+
+class _Writer(Protocol):
+    def add(self, records: list[str], spans: np.ndarray, values: dict[str, np.ndarray]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def _write(place: pathlib.Path, embedder: Embedder, texts: _Texts) -> None:
+    from tqdm import tqdm
+
+    partial = place.with_name(f"{place.name}.partial")
+    _remove(partial)
+    kinds: dict[str, Callable[[pathlib.Path], _Writer]] = {".parquet": _Parquet, ".npz": _Npz, ".zarr": _Zarr}
+    writer = kinds[place.suffix](partial)
+    with tqdm(desc="embedding", unit=" tok", unit_scale=True, disable=None, delay=1) as bar:
+        for part in embedder(texts):
+            writer.add(*_rows(texts.name(part.sequence), part, per_position=embedder.pool == "none"))
+            bar.update(part.stop - part.start)
+    writer.close()
+    _remove(place)
+    os.replace(partial, place)
+
+
+def _rows(name: str, part: Embedded, *, per_position: bool) -> tuple[list[str], np.ndarray, dict[str, np.ndarray]]:
+    """(record names, [rows, 2] starts and stops, {point: [rows, F]})."""
+    if not per_position:
+        return [name], np.array([[part.start, part.stop]]), {key: x[None] for key, x in part.values.items()}
+    starts = np.arange(part.start, part.stop)
+    return [name] * len(starts), np.stack([starts, starts + 1], 1), part.values
+
+
+def _remove(path: pathlib.Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+class _Parquet:
+    def __init__(self, path: pathlib.Path):
+        try:
+            import pyarrow
+            import pyarrow.parquet
+        except ImportError as error:
+            raise UserError(f"{path} needs pyarrow: pip install 'lcx[parquet]'") from error
+        self._pa, self._path = pyarrow, path
+        self._writer: Any = None
+
+    def add(self, records, spans, values) -> None:
+        pa = self._pa
+        columns = {"record": pa.array(records), "start": pa.array(spans[:, 0]), "stop": pa.array(spans[:, 1])}
+        for name, x in values.items():
+            columns[name] = pa.FixedSizeListArray.from_arrays(pa.array(x.reshape(-1)), x.shape[1])
+        table = pa.table(columns)
+        if self._writer is None:
+            self._writer = pa.parquet.ParquetWriter(self._path, table.schema)
+        self._writer.write_table(table)
+
+    def close(self) -> None:
+        if self._writer is None:
+            raise UserError("there is no sequence to embed: change --fasta or --dataset")
+        self._writer.close()
+
+
+class _Npz:
+    def __init__(self, path: pathlib.Path):
+        self._path = path
+        self._records: list[str] = []
+        self._arrays: dict[str, list[np.ndarray]] = {}
+
+    def add(self, records, spans, values) -> None:
+        self._records += records
+        for name, x in {"start": spans[:, 0], "stop": spans[:, 1], **values}.items():
+            self._arrays.setdefault(name, []).append(x)
+
+    def close(self) -> None:
+        if not self._records:
+            raise UserError("there is no sequence to embed: change --fasta or --dataset")
+        arrays = {name: np.concatenate(parts) for name, parts in self._arrays.items()}
+        with open(self._path, "wb") as file:
+            np.savez(file, record=np.array(self._records), allow_pickle=False, **arrays)
+
+
+class _Zarr:
+    def __init__(self, path: pathlib.Path):
+        self._path, self._arrays, self._count = path, dict[str, Any](), 0
+        self._waiting: list[dict[str, np.ndarray]] = []
+        path.mkdir()
+        (path / ".zgroup").write_text('{"zarr_format": 2}\n')
+        self._names = open(path / "record.txt", "w", encoding="utf-8")  # noqa: SIM115 (see close)
+
+    def add(self, records, spans, values) -> None:
+        self._names.writelines(f"{name}\n" for name in records)
+        spans = spans.astype(np.int64)
+        self._waiting.append({"start": spans[:, 0], "stop": spans[:, 1], **values})
+        if sum(len(one["start"]) for one in self._waiting) >= _ZARR_ROWS:
+            self._flush(whole_chunks=True)
+
+    def _flush(self, *, whole_chunks: bool) -> None:
+        """Writes the waiting rows; only whole chunks, because each write of a part reads and writes the whole chunk."""
+        rows = {name: np.concatenate([one[name] for one in self._waiting]) for name in self._waiting[0]}
+        count = len(rows["start"])
+        count -= count % _ZARR_ROWS if whole_chunks else 0
+        for name, x in rows.items():
+            array = self._arrays.get(name) or self._created(name, x)
+            array = array.resize(exclusive_max=[self._count + count, *x.shape[1:]]).result()
+            array[self._count : self._count + count].write(x[:count]).result()
+            self._arrays[name] = array
+        self._count += count
+        self._waiting = [{name: x[count:] for name, x in rows.items()}]
+
+    def _created(self, name: str, x: np.ndarray) -> Any:
+        import tensorstore as ts
+
+        chunks = [_ZARR_ROWS, *x.shape[1:]]
+        spec = {
+            "driver": "zarr",
+            "kvstore": {"driver": "file", "path": f"{(self._path / name).absolute()}/"},
+            "metadata": {"shape": [0, *x.shape[1:]], "chunks": chunks, "dtype": x.dtype.str},
+            "create": True,
+        }
+        return ts.open(spec).result()
+
+    def close(self) -> None:
+        self._names.close()
+        if self._waiting:
+            self._flush(whole_chunks=False)
+        if not self._count:
+            raise UserError("there is no sequence to embed: change --fasta or --dataset")

@@ -1,0 +1,59 @@
+"""Views of nucleotide sequences that are read in parts."""
+
+import dataclasses
+from typing import Protocol
+
+from lcx.evals.support import dna
+
+_PART = 1 << 20
+
+
+class Letters(Protocol):
+    """A text that is read in parts: a str, a record of a FASTA file (readers.fasta_index.Contig), or a view of one."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, part: slice) -> str: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """The letters start, ..., stop - 1 of a sequence."""
+
+    whole: Letters
+    start: int
+    stop: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __getitem__(self, part: slice) -> str:
+        start, stop, _ = part.indices(len(self))
+        return self.whole[self.start + start : self.start + max(start, stop)]
+
+
+@dataclasses.dataclass(frozen=True)
+class ReverseComplement:
+    """The other strand of a sequence."""
+
+    of: Letters
+
+    def __len__(self) -> int:
+        return len(self.of)
+
+    def __getitem__(self, part: slice) -> str:
+        start, stop, _ = part.indices(len(self))
+        return dna.reverse_complement(self.of[len(self) - max(start, stop) : len(self) - start])
+
+
+def counts(text: Letters) -> dict[str, int]:
+    """How many letters are ambiguous (not A, C, G or T), and how many lower-case (soft-masked repeats)."""
+    found = {"ambiguous": 0, "lower_case": 0}
+    for start in range(0, len(text), _PART):
+        part = text[start : start + _PART]
+        found["ambiguous"] += dna.ambiguous(part)
+        found["lower_case"] += len(part) - len(part.translate(_WITHOUT_LOWER_CASE))
+    return found
+
+
+_WITHOUT_LOWER_CASE = {code: None for code in range(ord("a"), ord("z") + 1)}

@@ -1,0 +1,178 @@
+"""Scores of genomes: the jobs of `python -m lcx.variants` and `python -m lcx.score`."""
+
+import csv
+import os
+import pathlib
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lcx import hub, paths, terminal
+from lcx.convert.api import detect, load
+from lcx.data import Tokenizer, special_tokens
+from lcx.data.special import described
+from lcx.errors import UserError, check_sizes
+from lcx.evals import Evaluation, Result
+from lcx.evals.sequence_likelihood import SequenceLikelihood
+from lcx.evals.support import scoring
+from lcx.evals.variant_effects import VariantEffects
+from lcx.model import Decoder
+
+_ENDINGS = (".tsv", ".txt", ".tab")
+_COLUMNS = ("name", "length", "scored", "log_likelihood", "mean_log_likelihood", "ambiguous", "lower_case")
+
+
+def score_variants(
+    *,
+    checkpoint: str,
+    fasta: str,
+    variants: str,
+    output: str,
+    annotated: str | None = None,
+    window: int | None = None,
+    both_strands: bool = False,
+    keep_case: bool = False,
+    regions: str | None = None,
+    tag: str = "",
+    strict: bool = False,
+    overwrite: bool = False,
+    tokens_per_batch: int = scoring.TOKENS_PER_BATCH,
+    dtype: str | None = None,
+    rope_scaling: dict[str, Any] | None = None,
+    context_length: int | None = None,
+    adapter: Sequence[str] | None = None,
+    input_projections: str | None = None,
+) -> None:
+    """Scores the variants of a file into a table (evals.variant_effects.VariantEffects).
+
+    Args:
+      checkpoint: as in lcx.load.
+      fasta, variants, window, both_strands, regions, tag, strict, annotated, overwrite, tokens_per_batch: fields of
+        VariantEffects.
+      output: the table to write, .tsv.
+      keep_case: whether lower-case letters stay as they are.
+      dtype, rope_scaling, context_length, adapter, input_projections: as in lcx.load.
+
+    Raises:
+      UserError: a file cannot be read or written, a setting is out of range, or no variant can be scored.
+    """
+    _check_table(output)
+    if annotated is not None and not annotated.lower().endswith(".vcf"):
+        raise UserError(f"--annotated is {annotated}, expected a name that ends in .vcf: change --annotated")
+    check_sizes("variants", tokens_per_batch=tokens_per_batch)
+    evaluation = VariantEffects(
+        fasta,
+        variants,
+        window=window,
+        upper_case=not keep_case,
+        both_strands=both_strands,
+        tokens_per_batch=tokens_per_batch,
+        regions=regions,
+        tag=tag,
+        strict=strict,
+        output=output,
+        annotated=annotated,
+        overwrite=overwrite,
+    )
+    model = _opened(checkpoint, dtype, rope_scaling, context_length, adapter, input_projections)
+    _run(evaluation, *model)
+
+
+def score_sequences(
+    *,
+    checkpoint: str,
+    fasta: str,
+    output: str,
+    per_position: str | None = None,
+    window: int | None = None,
+    stride: int | None = None,
+    both_strands: bool = False,
+    keep_case: bool = False,
+    regions: str | None = None,
+    tag: str = "",
+    overwrite: bool = False,
+    tokens_per_batch: int = scoring.TOKENS_PER_BATCH,
+    dtype: str | None = None,
+    rope_scaling: dict[str, Any] | None = None,
+    context_length: int | None = None,
+    adapter: Sequence[str] | None = None,
+    input_projections: str | None = None,
+) -> None:
+    """Scores the records of FASTA files, or the regions of a BED file, into a table (evals.sequence_likelihood).
+
+    Args:
+      checkpoint: as in lcx.load.
+      fasta, per_position, window, stride, both_strands, regions, tag, tokens_per_batch: fields of SequenceLikelihood.
+      output: the table to write, .tsv, one row per sequence.
+      keep_case: whether lower-case letters stay as they are.
+      overwrite: whether existing outputs are replaced.
+      dtype, rope_scaling, context_length, adapter, input_projections: as in lcx.load.
+
+    Raises:
+      UserError: a file cannot be read or written, or a setting is out of range.
+    """
+    table = _check_table(output)
+    check_sizes("score", tokens_per_batch=tokens_per_batch)
+    for path in (output, *([] if per_position is None else [per_position])):
+        if os.path.exists(path) and not overwrite:
+            raise UserError(f"{path} is there already: choose another place, or set --overwrite")
+    if per_position is not None and not per_position.endswith(".parquet"):
+        raise UserError(f"--per_position is {per_position}, expected a name that ends in .parquet")
+    evaluation = SequenceLikelihood(
+        fasta,
+        window=window,
+        stride=stride,
+        upper_case=not keep_case,
+        both_strands=both_strands,
+        tokens_per_batch=tokens_per_batch,
+        regions=regions,
+        tag=tag,
+        per_position=per_position,
+    )
+    model = _opened(checkpoint, dtype, rope_scaling, context_length, adapter, input_projections)
+    result = _run(evaluation, *model)
+    table.parent.mkdir(parents=True, exist_ok=True)
+    partial = table.with_name(f"{table.name}.partial")
+    with open(partial, "w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, delimiter="\t", lineterminator="\n")
+        writer.writerow(_COLUMNS)
+        writer.writerows([row[name] for name in _COLUMNS] for row in result["sequences"])
+    os.replace(partial, table)
+
+
+def _check_table(output: str) -> pathlib.Path:
+    table = paths.destination(output, "--output")
+    if table.suffix.lower() not in _ENDINGS:
+        raise UserError(f"--output is {output}, expected a name that ends in .tsv: change --output")
+    return table
+
+
+def _run(evaluation: Evaluation, model: Decoder, params: Any, tokenizer: Tokenizer) -> Result:
+    """Runs an evaluation, and says what was found on stderr."""
+    result = evaluation(model, params, tokenizer)
+    for line in (result["summary"], *result.get("notes", ())):
+        print(line, file=sys.stderr)
+    return result
+
+
+def _opened(
+    checkpoint: str,
+    dtype: str | None,
+    rope_scaling: Mapping[str, Any] | None,
+    context_length: int | None,
+    adapter: Sequence[str] | None,
+    input_projections: str | None,
+) -> tuple[Decoder, Any, Tokenizer]:
+    place = hub.local(checkpoint)
+    detect(place)  # raises if this is no checkpoint, before a more confusing error about its tokenizer
+    tokenizer = terminal.tokenizer_of(place)
+    print(described(tokenizer, special_tokens(tokenizer), of="sequence"), file=sys.stderr)
+    model, params = load(
+        place,
+        dtype=dtype,
+        rope_scaling=rope_scaling,
+        context_length=context_length,
+        adapter=adapter,
+        input_projections=input_projections,
+    )
+    return model, params, tokenizer
