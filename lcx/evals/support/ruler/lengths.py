@@ -1,0 +1,55 @@
+"""Numbers of tokens of long texts that consist of pieces which occur again and again."""
+
+from collections.abc import Iterable, Sequence
+
+from lcx.data import Tokenizer
+from lcx.data.tokenizers import encode_all
+
+_BEFORE = "again."  # what stands before a piece when it is counted
+_MOST = 1 << 20  # cached pieces; then the cache starts again
+
+
+class Lengths:
+    """Counts tokens with a tokenizer, without the special tokens that it puts around a text.
+
+    The tokens of a text are the sum over its pieces if no token spans the border of two pieces. For tokenizers that
+    split a text at spaces first, which is nearly all, this holds for pieces that start with a space or a line break.
+    It is not assumed: `confirm` compares the sum with the whole text, and where they differ `additive` becomes False,
+    after which everything is counted whole, which is slower and right.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._before = self.whole(_BEFORE)
+        self._pieces: dict[str, int] = {}
+        self.additive = True
+
+    def whole(self, text: str) -> int:
+        """The tokens of a text."""
+        return len(self._tokenizer.encode(text))
+
+    def piece(self, text: str) -> int:
+        """The tokens that a piece adds to a text that it continues."""
+        return self.pieces([text])[0]
+
+    def pieces(self, texts: Sequence[str]) -> list[int]:
+        """`piece` of each text; those not seen before are encoded together."""
+        known = self._pieces
+        if len(known) > _MOST:
+            known.clear()
+        new = list({text for text in texts if text not in known})
+        if new:
+            counts = encode_all(self._tokenizer, [_BEFORE + text for text in new])
+            known.update(zip(new, (len(ids) - self._before for ids in counts), strict=True))
+        return [known[text] for text in texts]
+
+    def total(self, texts: Iterable[str]) -> int:
+        """The tokens of several pieces together."""
+        return sum(self.pieces(list(texts)))
+
+    def confirm(self, text: str, total: int) -> int:
+        """The tokens of a text of which the sum over its pieces is `total`; sets `additive`."""
+        found = self.whole(text)
+        if found != total:
+            self.additive = False
+        return found
