@@ -6,7 +6,7 @@ from collections.abc import Callable
 from lcx.errors import UserError
 from lcx.evals.support.ruler.lengths import Lengths
 
-_CONFIRMED = 2  # samples whose tokens are also counted whole
+_CONFIRMED, _AGAIN = 2, 100  # drafts whose tokens are also counted whole: the first ones, and every so many
 _TRIES = 20  # draws of the smallest haystack before a length counts as too short
 
 
@@ -43,16 +43,16 @@ class Budget:
 
 
 class Measure:
-    """The tokens of drafts; the first ones are counted whole, to see whether sums over pieces may stand for them."""
+    """The tokens of drafts; some are counted whole, to see whether sums over pieces may stand for them."""
 
     def __init__(self, lengths: Lengths):
-        self._lengths, self._left = lengths, _CONFIRMED
+        self._lengths, self._seen = lengths, 0
 
     def __call__(self, draft: Draft) -> int:
         if not self._lengths.additive:
             return self._lengths.whole(draft.text)
-        if self._left > 0:
-            self._left -= 1
+        self._seen += 1
+        if self._seen <= _CONFIRMED or self._seen % _AGAIN == 0:
             return self._lengths.confirm(draft.text, draft.tokens)
         return draft.tokens
 

@@ -6,6 +6,7 @@ from lcx.data import Tokenizer
 from lcx.data.tokenizers import encode_all
 
 _BEFORE = "again."  # what stands before a piece when it is counted
+_ALIKE = 2000
 _MOST = 1 << 20  # cached pieces; then the cache starts again
 
 
@@ -22,6 +23,7 @@ class Lengths:
         self._tokenizer = tokenizer
         self._before = self.whole(_BEFORE)
         self._pieces: dict[str, int] = {}
+        self._alike: dict[str, tuple[int, int | None]] = {}
         self.additive = True
 
     def whole(self, text: str) -> int:
@@ -42,6 +44,20 @@ class Lengths:
             counts = encode_all(self._tokenizer, [_BEFORE + text for text in new])
             known.update(zip(new, (len(ids) - self._before for ids in counts), strict=True))
         return [known[text] for text in texts]
+
+    def alike(self, kind: str, texts: Sequence[str]) -> int:
+        """The tokens of pieces that differ in nothing but their digits, all of them together.
+
+        If the first thousands of a kind had equally many tokens, as with tokenizers that split digits, others are
+        taken to have as many, too.
+        """
+        seen, each = self._alike.get(kind, (0, None))
+        if seen >= _ALIKE and each is not None:
+            return each * len(texts)
+        counts = self.pieces(texts)
+        different = len({*counts, *([each] if seen else [])}) > 1 or (seen > 0 and each is None)
+        self._alike[kind] = seen + len(texts), None if different or not counts else counts[0]
+        return sum(counts)
 
     def total(self, texts: Iterable[str]) -> int:
         """The tokens of several pieces together."""

@@ -113,11 +113,13 @@ class NeedleDrafts:
         return "\n" + "\n".join(lines), tokens + more
 
     def _said(self, needles: Sequence[tuple[str, ...]]) -> tuple[list[str], int]:
-        """(a sentence for each key and value, their tokens in lines); cut at spaces, so that little is encoded."""
+        """(a sentence for each key and value, their tokens in lines); cut such that the same pieces come again."""
         start = _NEEDLE.format(kind=self._task.value_kind)
-        fixed = self._lengths.piece(f"\n{start}") + self._lengths.piece(" is:")
-        varying = itertools.chain.from_iterable((f" {key}", f" {value}.") for key, value in needles)
-        tokens = len(needles) * fixed + self._lengths.total(varying)
+        tokens = len(needles) * (self._lengths.piece(f"\n{start}") + self._lengths.piece(" is:"))
+        tokens += self._lengths.total([f" {key}" for key, _ in needles])
+        values = [f" {value}." for _, value in needles]
+        numbers = self._task.value_kind == "numbers"
+        tokens += self._lengths.alike("numbers", values) if numbers else self._lengths.total(values)
         return [f"{start} {key} is: {value}." for key, value in needles], tokens
 
     def _essay(self, size: int, needles: Sequence[tuple[str, str]]) -> tuple[str, int]:
