@@ -42,7 +42,7 @@ OWNERS = {  # nobody else imports these
 ONLY_JAX = ("lcx/ops/", "lcx/rope.py", "lcx/rope_fields.py", "kernels_pallas/")
 INSIDE_FUNCTIONS = {
     *("torch", "wandb", "matplotlib", "tokenizers", "sentencepiece", "pyarrow", "huggingface_hub", "jinja2"),
-    *("filelock", "tensorboard"),
+    *("filelock", "tensorboard", "wonderwords", "rouge_score", "lm_eval"),
 }
 FACADE = lcx.__all__
 FILES = sorted([*ROOT.glob("lcx/**/*.py"), *ROOT.glob("kernels_pallas/**/*.py")])

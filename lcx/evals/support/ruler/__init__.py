@@ -1,6 +1,6 @@
 """RULER (Hsieh et al. 2024, arXiv 2404.06654), version 1: samples, as its published generator makes them, and scores.
 
-    tasks        the 13 tasks and their settings, and `samples`, which makes the samples of one
+    published    the 13 tasks with their settings, and `samples`, which makes the samples of one
     lengths      how many tokens a text has, without encoding the same words again
     fitting      how much of a haystack fits a length; always ends
     needles      niah_*: needles in noise, in other needles, in essays

@@ -43,18 +43,21 @@ class Budget:
 
 
 class Measure:
-    """The tokens of drafts; some are counted whole, to see whether sums over pieces may stand for them."""
+    """The tokens of the drafts of a task: the sum over their pieces, as long as that is right.
+
+    Some drafts are counted whole. Once the sum differs from that, every later draft is counted whole, which is slower.
+    """
 
     def __init__(self, lengths: Lengths):
-        self._lengths, self._seen = lengths, 0
+        self._lengths, self._seen, self._additive = lengths, 0, True
 
     def __call__(self, draft: Draft) -> int:
-        if not self._lengths.additive:
-            return self._lengths.whole(draft.text)
         self._seen += 1
-        if self._seen <= _CONFIRMED or self._seen % _AGAIN == 0:
-            return self._lengths.confirm(draft.text, draft.tokens)
-        return draft.tokens
+        if self._additive and self._seen > _CONFIRMED and self._seen % _AGAIN:
+            return draft.tokens
+        found = self._lengths.whole(draft.text)
+        self._additive = self._additive and found == draft.tokens
+        return found
 
 
 def largest(
@@ -116,5 +119,3 @@ def fitted(
         f"RULER {budget.task}: {budget.length} tokens are too short for it: its shortest prompt and {budget.answer}"
         f" generated tokens are {needed} together; raise Ruler.lengths, or leave the task out of Ruler.tasks"
     )
-
-

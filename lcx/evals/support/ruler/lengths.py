@@ -15,8 +15,7 @@ class Lengths:
 
     The tokens of a text are the sum over its pieces if no token spans the border of two pieces. For tokenizers that
     split a text at spaces first, which is nearly all, this holds for pieces that start with a space or a line break.
-    It is not assumed: `confirm` compares the sum with the whole text, and where they differ `additive` becomes False,
-    after which everything is counted whole, which is slower and right.
+    `fitting.Measure` does not rely on it: it compares such sums with the whole text.
     """
 
     def __init__(self, tokenizer: Tokenizer):
@@ -24,7 +23,6 @@ class Lengths:
         self._before = self.whole(_BEFORE)
         self._pieces: dict[str, int] = {}
         self._alike: dict[str, tuple[int, int | None]] = {}
-        self.additive = True
 
     def whole(self, text: str) -> int:
         """The tokens of a text."""
@@ -62,10 +60,3 @@ class Lengths:
     def total(self, texts: Iterable[str]) -> int:
         """The tokens of several pieces together."""
         return sum(self.pieces(list(texts)))
-
-    def confirm(self, text: str, total: int) -> int:
-        """The tokens of a text of which the sum over its pieces is `total`; sets `additive`."""
-        found = self.whole(text)
-        if found != total:
-            self.additive = False
-        return found

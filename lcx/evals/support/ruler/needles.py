@@ -54,9 +54,9 @@ class Needles:
 
     def texts(self, query: str) -> tuple[str, str, str]:
         """(task, question, start of the answer); in the singular where one value is asked for."""
-        kind, found = self.value_kind, (_TASK, _QUESTION, _ANSWER)
+        kind, found = self.value_kind, [_TASK, _QUESTION, _ANSWER]
         if self.queries * self.values == 1:
-            found = tuple(t.replace("Some", "A").replace("are all", "is").replace("are", "is") for t in found)
+            found = [t.replace("Some", "A").replace("are all", "is").replace("are", "is") for t in found]
             kind = kind[:-1]
         task, question, answer = (text.format(kind=kind, query=query) for text in found)
         return task, question, answer
@@ -88,7 +88,8 @@ class NeedleDrafts:
         query = f"{', '.join(queries[:-1])}, and {queries[-1]}" if len(queries) > 1 else queries[0]
         head, question, answer = task.texts(query)
         before, after = self._frame
-        tokens += self._lengths.whole(before + head) + self._lengths.piece(question + after + answer)
+        gap = " " if context.endswith(" ") else ""
+        tokens += self._lengths.whole(before + head) + self._lengths.piece(gap + question + after + answer)
         outputs = [value for i in asked for value in values[i]]
         return Draft(f"{before}{head}{context}{question}{after}{answer}", answer, outputs, tokens)
 
@@ -123,7 +124,10 @@ class NeedleDrafts:
         return [f"{start} {key} is: {value}." for key, value in needles], tokens
 
     def _essay(self, size: int, needles: Sequence[tuple[str, str]]) -> tuple[str, int]:
-        """(the context, its tokens): needles between the sentences of the first `size` words of the essays."""
+        """(the context, its tokens): needles between the sentences of the first `size` words of the essays.
+
+        A space at the end of the context does not count, because it may be one token with the line break after it.
+        """
         sentences, ends = self._first_words(size)
         hidden, _ = self._said(needles)
         depths = self._random.sample(_DEPTHS, len(needles))
@@ -140,7 +144,7 @@ class NeedleDrafts:
             if needle is not None:
                 parts.append(needle)
                 tokens, gap = tokens + self._lengths.piece(gap + needle), " "
-        return "\n" + " ".join(parts), tokens + (self._lengths.piece(gap) if len(gap) > 1 else 0)
+        return "\n" + " ".join(parts), tokens
 
     def _first_words(self, size: int) -> tuple[list[str], list[int]]:
         """(the sentences of the first words, the tokens of the first 0, 1, 2, ... sentences, each after a space)."""
@@ -148,9 +152,7 @@ class NeedleDrafts:
             repeats = -(-size // len(self._words))
             text = " ".join((self._words * repeats)[:size])
             starts = [0, *(match.end() for match in _SENTENCE_END.finditer(text)), len(text) + 1]
-            sentences = [
-                text[a : b - 1] for a, b in zip(starts[:-1], starts[1:], strict=True) if a < b - 1
-            ]
+            sentences = [text[a : b - 1] for a, b in zip(starts[:-1], starts[1:], strict=True) if a < b - 1]
             counts = self._lengths.pieces([f" {sentence}" for sentence in sentences])
             self._sentences = size, sentences, [0, *itertools.accumulate(counts)]
         return self._sentences[1:]

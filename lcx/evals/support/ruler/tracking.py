@@ -6,6 +6,7 @@ import string
 
 import numpy as np
 
+from lcx.errors import UserError
 from lcx.evals.support.ruler.fitting import Budget, Draft, Measure, fitted, largest
 from lcx.evals.support.ruler.lengths import Lengths
 from lcx.evals.support.ruler.needles import NOISE
@@ -79,7 +80,10 @@ class TrackingDrafts:
             said += [f"VAR {new} = VAR {old} " for old, new in zip(chain[:-1], chain[1:], strict=True)]
             for i, place in enumerate(sorted(rng.sample(range(len(lines)), len(said)))):
                 lines.insert(place + i, said[i])
-            tokens += self._lengths.total(f"\n{line}" for line in said)
+            # With what follows, because their last space may be one token with the line break after it.
+            tokens += self._lengths.total(f"\n{line}\nThe" for line in said) - len(
+                said
+            ) * self._lengths.piece("\nThe")
         answer = _ANSWER.format(value=values[0], count=task.hops + 1)
         end = _QUESTION.format(value=values[0]) + after + answer
         text = "\n\n" + "\n".join(lines) + end
@@ -87,7 +91,9 @@ class TrackingDrafts:
 
     def _names(self, count: int, letters: int) -> list[str]:
         names = ["".join(self._random.choices(string.ascii_uppercase, k=letters)) for _ in range(count)]
-        while len(set(names)) < count or "VAR" in names:  # the published code makes broken chains of equal names
+        while (
+            len(set(names)) < count or "VAR" in names
+        ):  # the published code makes broken chains of equal names
             names = list(dict.fromkeys(name for name in names if name != "VAR"))
             names.append("".join(self._random.choices(string.ascii_uppercase, k=letters)))
         return names
@@ -104,7 +110,11 @@ class TrackingDrafts:
         budget = Budget(_EXAMPLE_TOKENS, 0, self._budget.task)
         measure = Measure(self._lengths)
         size = largest(make, measure, budget, step=_EXAMPLE_STEP, probe=_EXAMPLE_STEP)
-        draft, _ = fitted(make, measure, budget, size=size, step=_EXAMPLE_STEP, least=self._task.hops + 1)
+        least = self._task.hops + 1
+        try:
+            draft, _ = fitted(make, measure, budget, size=size, step=_EXAMPLE_STEP, least=least)
+        except UserError:  # a tokenizer of bytes or characters: the shortest example is longer than RULER's
+            draft = make(least)
         return f"{draft.text} {' '.join(draft.outputs)}\n", draft.outputs
 
     def _renamed_example(self) -> str:

@@ -87,7 +87,7 @@ def samples(
     length: int,
     count: int = 500,
     seed: int = SEED,
-    material: Material = Material(),  # noqa: B008 (frozen)
+    material: Material = Material(),
     model_template: str = PLAIN,
     reserved: int = 0,
     lengths: Lengths | None = None,
@@ -133,14 +133,28 @@ Frame = tuple[str, str]
 
 
 def _repeated(
-    make: Callable[[int], Draft], measure: Measure, budget: Budget, count: int, *, size: int, step: int, least: int
+    make: Callable[[int], Draft],
+    measure: Measure,
+    budget: Budget,
+    count: int,
+    *,
+    size: int,
+    step: int,
+    least: int,
 ) -> Drafts:
     for _ in range(count):
         yield fitted(make, measure, budget, size=size, step=step, least=least)
 
 
 def _needles(
-    task: Needles, counter: Lengths, budget: Budget, length: int, count: int, seed: int, frame: Frame, essay: str | None
+    task: Needles,
+    counter: Lengths,
+    budget: Budget,
+    length: int,
+    count: int,
+    seed: int,
+    frame: Frame,
+    essay: str | None,
 ) -> Drafts:
     if task.haystack == "essay" and not (essay and essay.strip()):
         raise UserError(f"RULER {budget.task} hides its needles in essays: set Ruler.essays to a text file")
@@ -203,9 +217,14 @@ def _questions(
     corpus = questions.read(path, task.layout)
     if count > len(corpus.questions):
         raise UserError(
-            f"RULER {budget.task}: {path} holds {len(corpus.questions)} questions, expected {count}: lower Ruler.samples"
+            f"RULER {budget.task}: {path} holds {len(corpus.questions)} questions, expected {count}: lower"
+            " Ruler.samples"
         )
-    make, measure, step = QuestionDrafts(corpus, counter, seed=seed, frame=frame), Measure(counter), task.step(0)
+    make, measure, step = (
+        QuestionDrafts(corpus, counter, seed=seed, frame=frame),
+        Measure(counter),
+        task.step(0),
+    )
     size = largest(make, measure, budget, step=step, probe=step)
     for index in range(count):
         make.index = index
