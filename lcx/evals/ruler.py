@@ -201,10 +201,10 @@ class Ruler:
         part = "" if whole else f" ({len(table)} of its 13 tasks: {', '.join(table)})"
         return (
             f"{published.VERSION}{part}, {self.samples} samples per task and length, seed {self.seed}; lengths count"
-            " prompt, special tokens and generated tokens, with the model's tokenizer; greedy; a sample's score is the"
-            " share of its expected strings that occur in the continuation (qa: 1 if any does), in percent; average over"
-            f" tasks at each length; effective length: the longest with an average of at least {self.threshold:g}; wAvg:"
-            f" lengths weighted 1, 2, ... upwards (inc) or downwards (dec){haystack}"
+            " prompt, special tokens and generated tokens, with the model's tokenizer; greedy; a sample's score is"
+            " the share of its expected strings that occur in the continuation (qa: 1 if any does), in percent;"
+            f" average over tasks at each length; effective length: the longest with an average of at least"
+            f" {self.threshold:g}; wAvg: lengths weighted 1, 2, ... upwards (inc) or downwards (dec){haystack}"
         )
 
     def finding(self, results: Mapping[str, Result]) -> str:
