@@ -19,6 +19,7 @@ from lcx.evals.support.windows import window_rows
 from lcx.model import Decoder
 
 _WINDOW_TOKENS = 1 << 20  # in windows longer than the model's own: the longest default evaluation
+_KEPT_DOCUMENTS = 2000  # whose losses are in results.json, for differences between models
 _WIDTH_STEP = 128  # windows longer than every document are cut to a multiple of this
 
 
@@ -145,6 +146,7 @@ class Perplexity:
             "tokens": int(counts.sum()),
             "bytes": round(counts.sum() * bytes_per_token),
             "documents": int((counts > 0).sum()),
+            "by_document": [[round(float(s), 4), int(n)] for s, n in zip(sums, counts) if n][:_KEPT_DOCUMENTS],
             "forward_passes_of_one_window": len(rows),
         }
 

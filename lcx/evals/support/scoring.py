@@ -5,6 +5,7 @@ the state that the previous one left (see ``lcx/pieces.py``): memory then does n
 and values.
 """
 
+import base64
 import collections
 import contextlib
 import functools
@@ -17,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Float, Int
 
 from lcx import pieces, sharding
+from lcx.evals.support import journal
 from lcx.model import Decoder
 from lcx.ops.cross_entropy import token_nll
 
@@ -55,11 +57,50 @@ def score(
 
     Rows are processed in batches of tokens_per_batch tokens, and rows of more than LONG tokens one by one, in pieces of
     that size. The last batch is padded to the same shape, so that one compiled program serves all. On a terminal there
-    is a progress bar. With several processes, each passes all rows and receives all results.
+    is a progress bar. With several processes, each passes all rows and receives all results. Rows whose losses are in
+    the journal of the evaluation (`journal.keeping`) are not computed again.
     """
     from tqdm import tqdm
 
-    R, T = tokens.shape
+    arrays = {"tokens": tokens, "labels": labels, "positions": positions, "segment_ids": segment_ids}
+    known, (R, T) = journal.current(), tokens.shape
+    out = np.empty((R, T), np.float32)
+    left, keys = list(range(R)), [""] * R
+    if known is not None:
+        keys = [_key(arrays, row) for row in range(R)]
+        kept = {row: value for row in range(R) if (value := known.get(keys[row])) is not None}
+        for row, value in kept.items():
+            out[row] = np.frombuffer(base64.b64decode(value), np.float32)
+        left = [row for row in range(R) if row not in kept]
+    bar = tqdm(
+        total=R * T,
+        initial=(R - len(left)) * T,
+        desc=description,
+        unit="tok",
+        unit_scale=True,
+        disable=None,
+        delay=1,
+    )
+    with on_mesh(params), bar:
+        rows = {name: None if x is None else x[left] for name, x in arrays.items()}
+        for place, nll in _losses(model, params, rows, tokens_per_batch, bar) if left else ():
+            out[left[place]] = nll
+            if known is not None:
+                known.put(keys[left[place]], base64.b64encode(nll.tobytes()).decode())
+    return out
+
+
+def _key(arrays: dict[str, np.ndarray | None], row: int) -> str:
+    parts = [None if x is None else np.ascontiguousarray(x[row], np.int32).tobytes() for x in arrays.values()]
+    return journal.key_of(*parts)
+
+
+def _losses(
+    model: Decoder, params: Any, arrays: dict[str, np.ndarray | None], tokens_per_batch: int, bar: Any
+) -> Iterator[tuple[int, Float[np.ndarray, " T"]]]:
+    """(number of a row, its losses), as soon as they are there."""
+    assert arrays["tokens"] is not None
+    R, T = arrays["tokens"].shape
     mesh = mesh_of(params)
     parts, context = (
         (1, 1) if mesh is None else (mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["context"])
@@ -67,27 +108,25 @@ def score(
     size = _rounded(max(1, min(tokens_per_batch // T, R)), parts)
     width = _rounded(T, context)
     piece = _rounded(tokens_per_batch, context) if width > max(LONG, tokens_per_batch) else None
-    arrays = {"tokens": tokens, "labels": labels, "positions": positions, "segment_ids": segment_ids}
-    out = np.empty((R, T), np.float32)
     pending: collections.deque[tuple[tuple[int, int], jax.Array]] = collections.deque()
+    batch = np.empty((size, T), np.float32)
 
-    def collect() -> None:
+    def collect() -> Iterator[tuple[int, np.ndarray]]:
         (start, first), values = pending.popleft()
         nll = np.asarray(values)[: R - start, : T - first]
-        out[start : start + len(nll), first : first + nll.shape[1]] = nll
+        batch[: len(nll), first : first + nll.shape[1]] = nll
         bar.update(nll.size)
+        if first + nll.shape[1] == T:
+            yield from ((start + i, batch[i].copy()) for i in range(len(nll)))
 
-    bar = tqdm(total=R * T, desc=description, unit="tok", unit_scale=True, disable=None, delay=1)
-    with on_mesh(params), bar:
-        for start in range(0, R, size):
-            rows = {name: None if x is None else x[start : start + size] for name, x in arrays.items()}
-            for first, nll in _scored(model, params, rows, (size, width), piece, mesh):
-                pending.append(((start, first), nll))
-                if len(pending) >= _IN_FLIGHT:
-                    collect()
-        while pending:
-            collect()
-    return out
+    for start in range(0, R, size):
+        rows = {name: None if x is None else x[start : start + size] for name, x in arrays.items()}
+        for first, nll in _scored(model, params, rows, (size, width), piece, mesh):
+            pending.append(((start, first), nll))
+            if len(pending) >= _IN_FLIGHT:
+                yield from collect()
+    while pending:
+        yield from collect()
 
 
 def _scored(
