@@ -34,6 +34,7 @@ from lcx.errors import UserError, check_sizes, first_line
 from lcx.evals import Evaluation, Result
 from lcx.evals.cost import Cost
 from lcx.evals.key_value import KeyValue
+from lcx.evals.long_ppl import LongPPL
 from lcx.evals.loss_by_position import LossByPosition
 from lcx.evals.needle_grid import NeedleGrid
 from lcx.evals.passkey import Passkey
@@ -49,7 +50,11 @@ SUITES: dict[str, tuple[Evaluation, ...]] = {
     "short": (LossByPosition(), Perplexity()),
     "retrieval": (Passkey(), NeedleGrid(), KeyValue()),
     "ruler": (Ruler(),),
-    "long": (LossByPosition(), Perplexity(), Passkey(), NeedleGrid(), KeyValue(), Ruler(), Cost()),
+    "long": (
+        *(LossByPosition(), Perplexity(), LongPPL()),
+        *(Passkey(), NeedleGrid(), KeyValue(), Ruler()),
+        Cost(),
+    ),
 }
 
 

@@ -51,9 +51,9 @@ class Cost:
         return {
             "definition": (
                 f"{self.batch_size} prompt(s) of random tokens, greedy; time to the first token: until it is on"
-                f" the host; writing: {self.new_tokens} tokens after the first; the fastest of {self.repeats} runs after one"
-                " that compiles; state: bytes of the cache for prompt and new tokens; peak memory: of the first device"
-                " since the process began, on a CPU of the process"
+                f" the host; writing: {self.new_tokens} tokens after the first; the fastest of"
+                f" {self.repeats} runs after one that compiles; state: bytes of the cache for prompt and new"
+                " tokens; peak memory: of the first device since the process began, on a CPU of the process"
             ),
             "summary": (
                 f"at {last['length']} tokens: first token after {last['first_token_seconds']:.3g} s, then"
