@@ -187,11 +187,11 @@ def _compared(
     folder = paths.destination(output, "--output")
     done: dict[str, Any] = {}
     failed = []
-    for number, checkpoint in enumerate(checkpoints, start=1):
-        label = _label(checkpoint, settings["rope_scaling"], settings["adapter"])
+    labels = _labels(checkpoints, settings["rope_scaling"], settings["adapter"])
+    for number, (checkpoint, label) in enumerate(zip(checkpoints, labels, strict=True), start=1):
         place = folder / f"{number}_{_slug(label)}"
         try:
-            done[str(place)] = evaluate(checkpoint=checkpoint, output=str(place), **settings)
+            done[str(place)] = evaluate(checkpoint=checkpoint, output=str(place), name=label, **settings)
         except UserError as error:  # the others are still worth having
             _say(f"{label}: {error}")
             failed.append(f"{checkpoint}: {error}")
@@ -202,6 +202,16 @@ def _compared(
     if failed:
         raise UserError(f"{len(failed)} of {len(checkpoints)} checkpoints failed: {'; '.join(failed)}")
     return {"models": report.labelled(list(done.values()))}
+
+
+def _labels(checkpoints: tuple[str, ...], rope_scaling: Any, adapter: Any) -> list[str]:
+    """A name for each checkpoint; where folders have the same name, with the name of the folder that holds them."""
+    adapter = (adapter,) if isinstance(adapter, str) else adapter
+    labels = [_label(checkpoint, rope_scaling, adapter) for checkpoint in checkpoints]
+    if len(set(labels)) == len(labels):
+        return labels
+    parents = [pathlib.Path(hub.place(checkpoint)).resolve().parent.name for checkpoint in checkpoints]
+    return [f"{parent}/{label}" for parent, label in zip(parents, labels, strict=True)]
 
 
 def _suite(suite: str | None, evals: tuple[Evaluation, ...]) -> tuple[Evaluation, ...]:
