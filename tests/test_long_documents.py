@@ -54,9 +54,9 @@ def questions(folder, count=4):
         folder,
         *[
             {
-                "document": f"The key of room {i} is {'red blue green grey'.split()[i]}. {FILLER}",
+                "document": f"The key of room {i} is {['red', 'blue', 'green', 'grey'][i]}. {FILLER}",
                 "question": f"What is the key of room {i}?",
-                "answers": ["none of these", "red blue green grey".split()[i]],
+                "answers": ["none of these", ["red", "blue", "green", "grey"][i]],
             }
             for i in range(count)
         ],
@@ -91,15 +91,18 @@ def test_who_reads_the_beginning_knows(monkeypatch, tiny, tmp_path):
 
 
 def test_longbench_rows(monkeypatch, tiny, tmp_path):
+    classes = {"all_classes": ["City", "Date"]}
     path = written(
         tmp_path,
         {"dataset": "hotpotqa", "context": "Passage: x", "input": "Who?", "answers": ["Ada", "Ada L."]},
-        {"dataset": "trec", "context": "Q: a\nType: City", "input": "Q: b\nType:", "answers": ["City"], "all_classes": ["City", "Date"]},
+        {"dataset": "trec", "context": "Q: a\nType: City", "input": "Type:", "answers": ["City"], **classes},
         {"dataset": "passage_count_e", "context": "p p", "input": "", "answers": ["1"]},
-    )  # fmt: skip
-    known = answered_by(
-        monkeypatch, lambda t: " Ada" if "Who?" in t else " City\nDate" if "Type" in t else "1", WORDS
     )
+
+    def solve(text):
+        return " Ada" if "Who?" in text else " City\nDate" if "Type" in text else "1"
+
+    known = answered_by(monkeypatch, solve, WORDS)
     result = LongDocuments(path, layout="longbench")(*tiny, WORDS)
     assert {cell["task"]: cell["score"] for cell in result["cells"]} == {
         "hotpotqa": 1,

@@ -34,13 +34,13 @@ class LongPPL:
     Attributes:
       dataset: the text; None: the data that the checkpoint was trained on.
       split: "eval" or "train".
-      length: of the documents, which are cut; None: the model's context length, or the longest document if that is
-        shorter. Shorter documents count if they have more than `short` tokens.
+      length: tokens into which documents are cut, each part on its own; None: the model's context length, or the longest
+        document if that is shorter. Shorter parts count if they have more than `short` tokens.
       short: tokens of the short context; 4096 in the paper. None: an eighth of the length.
       stride: the short context has short - stride to short - 1 tokens; 1024 in the paper. None: a quarter of `short`.
       alpha, beta: the thresholds; 2 and -2 in the paper.
       evaluator: a checkpoint with the same tokenizer that finds the key tokens; None: the model itself.
-      max_documents: of the split.
+      max_documents: parts of documents, from the beginning of the split.
       tokens_per_batch: tokens per forward pass.
       name: key in results.json.
     """
@@ -78,13 +78,13 @@ class LongPPL:
             self.split,
             tokenizer=tokenizer,
             model=model,
-            max_tokens=None,
-            max_length=most,
+            max_tokens=self.max_documents * most,
             owner="LongPPL",
         )
         length = most if self.length else min(most, max(map(len, text.tokens)))
         length, short, stride = self._sizes(length)
-        texts = [one for one in text.tokens if len(one) > short][: self.max_documents]
+        parts = [one[start : start + length] for one in text.tokens for start in range(0, len(one), length)]
+        texts = [part for part in parts if len(part) > short][: self.max_documents]
         if not texts:
             longest = max(map(len, text.tokens))
             raise UserError(
@@ -225,7 +225,7 @@ class LongPPL:
         who = "the model itself" if self.evaluator is None else self.evaluator
         return (
             f"LongPPL (arXiv 2410.23771): exp of the mean negative log-likelihood of the key tokens of {count}"
-            f" documents of {text.source}, cut to {sizes[0]} tokens; a key token gains more than {self.alpha:g} nats"
+            f" parts of {sizes[0]} tokens of the documents of {text.source}; a key token gains more than {self.alpha:g} nats"
             f" from what lies beyond the last {sizes[1] - sizes[2]} to {sizes[1]} tokens and has a log-likelihood above"
             f" {self.beta:g}, by {who}; {text.special}; standard error with documents as independent"
         )

@@ -79,6 +79,7 @@ class Ruler:
         material, counter = self._material(), Lengths(tokenizer)
         lengths, notes = self._lengths(model)
         cells, chosen = [], self._tasks()
+        too_short: dict[str, list[str]] = {}
         with answers.progress(self.name, len(chosen) * self.samples * sum(lengths)) as bar:
             for task in chosen:
                 for length in lengths:
@@ -87,9 +88,12 @@ class Ruler:
                     except UserError as error:
                         if self.lengths is not None or "too short" not in str(error):
                             raise
-                        notes.append(f"not measured: {error}")
+                        too_short.setdefault(task, []).append(str(length))
                         continue
                     cells.append(self._measure(model, params, tokenizer, task, length, made, bar))
+        if too_short:
+            which = "; ".join(f"{task} in {', '.join(found)}" for task, found in too_short.items())
+            notes.append(f"not measured, because its shortest prompt and answer do not fit: {which} tokens")
         return self._result(model, cells, notes)
 
     def _samples(

@@ -19,8 +19,10 @@ _STORY = "asconcisely as you can, using a single phrase if possible. Do not prov
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A task: its prompt with {context} and {input}, the tokens of an answer, its score, and whether only the first line
-    of an answer counts."""
+    """A task: its prompt with {context} and {input}, the tokens of an answer, its score.
+
+    With `first_line`, only the first line of an answer counts.
+    """
 
     prompt: str
     answer_tokens: int
