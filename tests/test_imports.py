@@ -14,8 +14,8 @@ ROOT = pathlib.Path(__file__).parent.parent
 # Every module of lcx/, every package, and every room of the packages in ROOMS, from the top to the bottom: each imports
 # what comes after it and nothing else. A new one gets its place here; the lines only group what is alike.
 LINES = [
-    "__init__ train evaluate generate",
-    "ladder evaluator terminal report reporting blockwise trainer",
+    "__init__ train evaluate generate lm_eval",
+    "ladder evaluator harness terminal report reporting blockwise trainer",
     "text evals evals.support",
     "training sampler",
     "convert convert.lolcats convert.peft convert.workdir convert.evo2 convert.hf convert.core convert.files",

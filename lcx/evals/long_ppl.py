@@ -34,8 +34,8 @@ class LongPPL:
     Attributes:
       dataset: the text; None: the data that the checkpoint was trained on.
       split: "eval" or "train".
-      length: tokens into which documents are cut, each part on its own; None: the model's context length, or the longest
-        document if that is shorter. Shorter parts count if they have more than `short` tokens.
+      length: of the parts into which documents are cut; None: the model's context length, or the longest document if
+        that is shorter. Shorter parts count if they have more than `short` tokens.
       short: tokens of the short context; 4096 in the paper. None: an eighth of the length.
       stride: the short context has short - stride to short - 1 tokens; 1024 in the paper. None: a quarter of `short`.
       alpha, beta: the thresholds; 2 and -2 in the paper.
@@ -225,7 +225,8 @@ class LongPPL:
         who = "the model itself" if self.evaluator is None else self.evaluator
         return (
             f"LongPPL (arXiv 2410.23771): exp of the mean negative log-likelihood of the key tokens of {count}"
-            f" parts of {sizes[0]} tokens of the documents of {text.source}; a key token gains more than {self.alpha:g} nats"
+            f" parts of {sizes[0]} tokens of the documents of {text.source}; a key token gains more"
+            f" than {self.alpha:g} nats"
             f" from what lies beyond the last {sizes[1] - sizes[2]} to {sizes[1]} tokens and has a log-likelihood above"
             f" {self.beta:g}, by {who}; {text.special}; standard error with documents as independent"
         )

@@ -5,13 +5,13 @@ the right tokens before it. So an answer that is known can be tested without gen
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from lcx.evals.support import journal, scoring
 from lcx.evals.support.answers import batches
@@ -45,25 +45,56 @@ def likeliest(
     left = [i for i, value in enumerate(found) if value is None]
     if bar is not None:
         bar.update(sum(len(rows[i]) for i, value in enumerate(found) if value is not None))
-    most = max((len(places[i]) for i in left), default=0)
+    chosen = [rows[i] for i in left], [places[i] for i in left]
+    for j, ids, _ in _judged(model, params, *chosen, tokens_per_batch=tokens_per_batch, bar=bar):
+        found[left[j]] = ids.tolist()
+        if known is not None:
+            known.put(keys[left[j]], found[left[j]])
+    return [np.asarray(ids, np.int32) for ids in found]
+
+
+def log_likelihoods(
+    model: Decoder,
+    params: Any,
+    rows: Sequence[Sequence[int]],
+    places: Sequence[Sequence[int]],
+    *,
+    tokens_per_batch: int = scoring.TOKENS_PER_BATCH,
+    bar: Any = None,
+) -> list[tuple[float, bool]]:
+    """(the sum of log p of the tokens at the places, whether each of them is the likeliest), for each row."""
+    found: list[tuple[float, bool]] = [(0.0, True)] * len(rows)
+    for i, ids, logp in _judged(model, params, rows, places, tokens_per_batch=tokens_per_batch, bar=bar):
+        right = ids == np.asarray(rows[i], np.int32)[np.asarray(places[i], np.int32)]
+        found[i] = float(logp.sum(dtype=np.float64)), bool(right.all())
+    return found
+
+
+def _judged(
+    model: Decoder,
+    params: Any,
+    rows: Sequence[Sequence[int]],
+    places: Sequence[Sequence[int]],
+    *,
+    tokens_per_batch: int,
+    bar: Any,
+) -> Iterator[tuple[int, Int[np.ndarray, " places"], Float[np.ndarray, " places"]]]:
+    """(number of a row, its likeliest tokens, log p of its tokens), row by row in batches of similar length."""
+    most = max((len(place) for place in places), default=0)
     by_width: dict[int, list[int]] = {}
-    for i in left:
-        by_width.setdefault(_width(len(rows[i])), []).append(i)
+    for i, row in enumerate(rows):
+        by_width.setdefault(_width(len(row)), []).append(i)
     with scoring.on_mesh(params):
         for width, members in sorted(by_width.items()):
             size = max(1, min(tokens_per_batch // width, len(members)))
             for group in batches([len(rows[i]) for i in members], size):
                 batch = [members[j] for j in group]
-                answers = _batch(
-                    model, params, [rows[i] for i in batch], [places[i] for i in batch], size, width, most
-                )
-                for i, ids in zip(batch, answers, strict=False):
-                    found[i] = ids[: len(places[i])].tolist()
-                    if known is not None:
-                        known.put(keys[i], found[i])
+                shape = size, width, most
+                ids, logp = _batch(model, params, [rows[i] for i in batch], [places[i] for i in batch], shape)
+                for i, best, value in zip(batch, ids, logp, strict=False):
+                    yield i, best[: len(places[i])], value[: len(places[i])]
                 if bar is not None:
                     bar.update(sum(len(rows[i]) for i in batch))
-    return [np.asarray(ids, np.int32) for ids in found]
 
 
 def _width(length: int) -> int:
@@ -72,21 +103,25 @@ def _width(length: int) -> int:
     return power * 3 // 4 if length <= power * 3 // 4 and power > _LEAST else power
 
 
-def _batch(model, params, rows, places, size: int, width: int, most: int) -> np.ndarray:
+def _batch(model, params, rows, places, shape: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
+    size, width, most = shape
     tokens, segment_ids = (np.zeros((size, width), np.int32) for _ in range(2))
-    before = np.zeros((size, most), np.int32)
+    before, labels = (np.zeros((size, most), np.int32) for _ in range(2))
     for i, (row, place) in enumerate(zip(rows, places, strict=True)):
         tokens[i, : len(row)], segment_ids[i, : len(row)] = row, 1
-        before[i, : len(place)] = np.asarray(place) - 1
-    return np.asarray(_likeliest(model, params, tokens, segment_ids, before))
+        before[i, : len(place)] = np.asarray(place, np.int32) - 1
+        labels[i, : len(place)] = np.asarray(row, np.int32)[np.asarray(place, np.int32)]
+    ids, logp = _at(model, params, tokens, segment_ids, before, labels)
+    return np.asarray(ids), np.asarray(logp)
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def _likeliest(model, params, tokens, segment_ids, before):
+def _at(model, params, tokens, segment_ids, before, labels):
     def chosen(model):
         x, _ = model.hidden(tokens, segment_ids=segment_ids)
-        at = jnp.take_along_axis(x, before[:, :, None], axis=1)
-        return jnp.argmax(model.logits(at), -1).astype(jnp.int32)
+        logits = model.logits(jnp.take_along_axis(x, before[:, :, None], axis=1))
+        logp = jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, :, None], axis=-1)[..., 0]
+        return jnp.argmax(logits, -1).astype(jnp.int32), logp
 
     return model.apply({"params": params}, method=chosen)
 
