@@ -47,7 +47,8 @@ def test_several_checkpoints_side_by_side(models, tmp_path, capsys, monkeypatch)
     results = evaluator.evaluate(**settings(models, tmp_path / "out"))
     assert list(results["models"]) == ["first", "second"]
     page = (tmp_path / "out" / "report.html").read_text()
-    assert "2 models are compared" in page and "Differences" in page and "nats per byte" in page
+    assert "2 models are compared by recall and perplexity: “first” recalls" in page
+    assert "Differences" in page and "nats per byte" in page
     assert sorted(path.parent.name for path in (tmp_path / "out").glob("*/results.json")) == [
         "1_first",
         "2_second",

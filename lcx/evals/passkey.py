@@ -76,7 +76,7 @@ class Passkey:
     threshold: float = 0.2
     full_length: bool = False
     max_new_tokens: int = 10
-    batch_size: int = 16
+    batch_size: int = 32
     seed: int = 0
     add_bos: bool | None = None
     name: str = "passkey"

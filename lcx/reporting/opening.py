@@ -13,16 +13,15 @@ Runs = Mapping[str, Mapping[str, Any]]
 
 
 def paragraphs(runs: Runs, curves: training.Curves) -> list[str]:
-    """Plain text: the first sentence says what was compared and what was found first, the rest what else."""
-    found = [_clause(name, runs) for name in evaluations(runs)]
+    """Plain text: the first sentence says what was compared and how far it reads, if that was measured; then the rest."""
+    names = sorted(evaluations(runs), key=lambda name: not _reads(name, runs))
+    found = [_clause(name, runs) for name in names]
     trained = [training.finding(curves)] if curves else []
     if runs:
-        kinds = listed([spoken(name).lower() for name in evaluations(runs)], most=6)
+        kinds = listed([spoken(name).lower() for name in names], most=6)
         who = f"{len(runs)} models are compared" if len(runs) > 1 else f"“{next(iter(runs))}” is evaluated"
         out = [f"{who} by {kinds}: {found[0]}." if found else f"{who}, but no evaluation has a result."]
-        out += [
-            f"{spoken(name)}: {text}." for name, text in zip(evaluations(runs)[1:], found[1:], strict=True)
-        ]
+        out += [f"{spoken(name)}: {text}." for name, text in zip(names[1:], found[1:], strict=True)]
         out += [f"Training: {text}." for text in trained]
     elif len(curves) == 1:
         out = [f"One training run: {trained[0]}."]
@@ -34,6 +33,12 @@ def paragraphs(runs: Runs, curves: training.Curves) -> list[str]:
 def evaluations(runs: Runs) -> list[str]:
     """The names of the evaluations of all runs, in order of appearance."""
     return list(dict.fromkeys(name for run in runs.values() for name in run["evaluations"]))
+
+
+def _reads(name: str, runs: Runs) -> bool:
+    """Whether an evaluation measured by length what a model finds, which loss and perplexity do not show."""
+    results = [run["evaluations"][name] for run in runs.values() if name in run["evaluations"]]
+    return any("length" in cell for result in results for cell in result.get("cells", ()))
 
 
 def _clause(name: str, runs: Runs) -> str:
