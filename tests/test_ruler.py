@@ -132,6 +132,15 @@ def test_a_tokenizer_that_joins_words_is_counted_whole():
         assert sample.length == len(Joined().encode(sample.input + sample.answer_prefix)) + 128 <= 3000
 
 
+def test_a_tokenizer_without_tokens_ends_with_an_error():
+    class Empty(ByteTokenizer):
+        def encode(self, text, *, add_special_tokens=False):
+            return np.zeros(0, np.int32)
+
+    with pytest.raises(UserError, match="no token for a text"):
+        next(published.samples("fwe", tokenizer=Empty(), length=4096))
+
+
 def test_pairs_are_the_sorted_pairs():
     pairs = vocabulary.Pairs(["blue", "blue-eyed", "a", "green"], ["eye", "eyed-x", "fox", "ATM", "zoo"])
     names = [

@@ -13,7 +13,7 @@ Runs = Mapping[str, Mapping[str, Any]]
 
 
 def paragraphs(runs: Runs, curves: training.Curves) -> list[str]:
-    """Plain text: the first sentence says what was compared and how far it reads, if that was measured; then the rest."""
+    """Plain text: the first sentence says what was compared and, if that was measured, how far it reads."""
     names = sorted(evaluations(runs), key=lambda name: not _reads(name, runs))
     found = [_clause(name, runs) for name in names]
     trained = [training.finding(curves)] if curves else []

@@ -110,6 +110,8 @@ def samples(
     if model_template.count(PLAIN) != 1:
         raise UserError(f"Ruler.model_template is {model_template!r}, expected {PLAIN} once in it")
     task, counter = TASKS[name], lengths or Lengths(tokenizer)
+    if not counter.whole("The quick brown fox jumps over the lazy dog."):
+        raise UserError("the tokenizer gives no token for a text, so lengths cannot be measured: change the tokenizer")
     before, after = model_template.split(PLAIN)
     frame = (before, after)
     budget = Budget(length - reserved, task.answer_tokens, name)
