@@ -1,6 +1,7 @@
-"""Evaluate a checkpoint: loss by position, perplexity, passkey retrieval, or what a .gin file lists.
+"""Evaluate checkpoints: loss by position, perplexity, retrieval, RULER, or what a .gin file lists; compare several.
 
 Examples:
+  python -m lcx.evaluate --checkpoint=path/to/a --checkpoint=path/to/b --suite=long --output=/tmp/eval
   python -m lcx.evaluate --checkpoint=/tmp/run --output=/tmp/eval
   python -m lcx.evaluate --checkpoint=/tmp/run --output=/tmp/eval --evals=passkey,perplexity \\
       --gin.Passkey.trials=5 --gin.Perplexity.windows='(1024, 4096)'
@@ -8,8 +9,10 @@ Examples:
       --rope_scaling='{"rope_type": "yarn", "factor": 4.0}' --gin_file=configs/eval/long_context.gin \\
       --gin.TEXT="'held_out.txt'" --gin.TOKENIZER="'path/to/hf_folder'"
 
-Writes results.json, plots and report.html to the output folder. A checkpoint is a workdir, one step of it, or
-a folder in Hugging Face format; --adapter merges a PEFT adapter (LoRA) into it.
+Writes results.json, plots and report.html to the output folder; of several checkpoints, to a folder in it for each, and
+one report about all. A checkpoint is a workdir, one step of it, or a folder in Hugging Face format; --adapter merges a
+PEFT adapter (LoRA) into it. The same command goes on where an earlier one was stopped: answers of the same weights to
+the same prompts are kept in the output folder.
 """
 
 import argparse
@@ -34,8 +37,14 @@ def main(argv=None) -> int:
     parser.add_argument(
         "--checkpoint",
         required=True,
+        action="append",
         metavar="PATH",
-        help="the model to evaluate: a path, or org/name on the hub",
+        help="a model to evaluate: a path, or org/name on the hub; may be repeated to compare several",
+    )
+    parser.add_argument(
+        "--suite",
+        choices=("short", "retrieval", "ruler", "long"),
+        help="a set of evaluations in place of those of a .gin file; long: all that need no further files",
     )
     parser.add_argument(
         "--output", required=True, metavar="DIR", help="folder for results.json and report.html"

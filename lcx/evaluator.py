@@ -1,6 +1,8 @@
-"""Runs evaluations on a checkpoint and writes results.json, a plot for each evaluation, and report.html.
+"""Runs evaluations on one or more checkpoints; writes results.json, a plot for each evaluation, and report.html.
 
 results.json is rewritten atomically after every evaluation, so a failure or a kill does not lose earlier results.
+Within an evaluation, each answer of the model is kept in `answers/` (`evals/support/journal.py`): the same command goes
+on where an earlier one was stopped, if the weights are the same.
 """
 
 import contextlib
@@ -23,29 +25,47 @@ import numpy as np
 
 from lcx import hub, linearize, parameters, paths, sharding, terminal
 from lcx.checkpoint import model_json
+from lcx.checkpoint.fingerprint import fingerprint
 from lcx.checkpoint.folder import find_step, read_json
 from lcx.convert.api import detect, load
 from lcx.data import ByteTokenizer, Dataset, Mixture, Tokenizer, special_tokens
 from lcx.data.special import described
 from lcx.errors import UserError, first_line
 from lcx.evals import Evaluation, Result
+from lcx.evals.cost import Cost
+from lcx.evals.key_value import KeyValue
+from lcx.evals.long_ppl import LongPPL
 from lcx.evals.loss_by_position import LossByPosition
+from lcx.evals.needle_grid import NeedleGrid
+from lcx.evals.passkey import Passkey
 from lcx.evals.perplexity import Perplexity
-from lcx.evals.support import settings
+from lcx.evals.ruler import Ruler
+from lcx.evals.support import journal, settings
 from lcx.evals.support.model_facts import facts
 from lcx.model import Decoder
 from lcx.reporting import report
-from lcx.reporting.runs import RESULTS
+from lcx.reporting.runs import RESULTS, labelled, read_results
 from lcx.version import __version__
 from lcx.wording import quantity
 
-_PREVIOUS = "results.previous.json"
+_PREVIOUS, ANSWERS = "results.previous.json", "answers"
+SUITES: dict[str, tuple[Evaluation, ...]] = {
+    "short": (LossByPosition(), Perplexity()),
+    "retrieval": (Passkey(), NeedleGrid(), KeyValue()),
+    "ruler": (Ruler(),),
+    "long": (
+        *(LossByPosition(), Perplexity(), LongPPL()),
+        *(Passkey(), NeedleGrid(), KeyValue(), Ruler()),
+        Cost(),
+    ),
+}
 
 
 def evaluate(
     *,
-    checkpoint: str,
+    checkpoint: str | tuple[str, ...],
     output: str,
+    suite: str | None = None,
     evals: tuple[Evaluation, ...] = (LossByPosition(), Perplexity()),
     dataset: Dataset | Mixture | None = None,
     rope_scaling: dict | None = None,
@@ -58,11 +78,14 @@ def evaluate(
     format: str | None = None,
     input_projections: str | None = None,
 ) -> dict[str, Any]:
-    """Evaluates a checkpoint and returns what results.json holds.
+    """Evaluates a checkpoint and returns what results.json holds; of several, {"models": {name: that}}.
 
     Args:
-      checkpoint: a workdir, one step of it, a Hugging Face folder, or the name of a model on the hub.
-      output: the folder for results.json, the plots and report.html.
+      checkpoint: a workdir, one step of it, a Hugging Face folder, or the name of a model on the hub; or several, which
+        are evaluated one after the other, and compared in one report.
+      output: the folder for results.json, the plots and report.html; of several checkpoints, a folder in it for each.
+      suite: the name of a set of evaluations, a key of SUITES, in place of `evals`. Those that need a text are left
+        out, which a line says, if there is none.
       evals: the evaluations to run; `lcx.evals` describes their interface.
       dataset: the text for evaluations that do not set one. None: the data that the checkpoint was trained on; if the
         checkpoint does not record that, a byte-level model is evaluated on the source of the Python standard library.
@@ -80,17 +103,21 @@ def evaluate(
       UserError: there is no readable checkpoint, the output cannot be written, or some evaluations failed. In the last
         case the results of the others are still in results.json.
     """
+    if not isinstance(checkpoint, str):
+        shared = {key: value for key, value in locals().items() if key not in ("checkpoint", "output", "name")}
+        return _compared(tuple(checkpoint), output, name, shared)
+    evals = _suite(suite, evals)
     settings.check(evals)
     if name is not None:
         settings.check_name(name, "--name")
-    started = time.perf_counter()
     adapter = (adapter,) if isinstance(adapter, str) else adapter
     with _writable(output) as folder:
         place = hub.local(checkpoint)
         detect(place, format)  # raises if this is no checkpoint, before a more confusing error about its tokenizer
         tokenizer = _tokenizer(place, format)
-        evals = _with_outputs(evals, folder)
-        evals = _with_text(evals, _default_dataset(place, tokenizer) if dataset is None else dataset)
+        text = _default_dataset(place, tokenizer) if dataset is None else dataset
+        evals, skipped = _readable(evals, text) if suite else (evals, {})
+        evals = _with_text(_with_outputs(evals, folder), text)
         settings.check_text(evals)
         devices = None if jax.device_count() == 1 and mesh == sharding.MeshShape() else mesh.build()
         model, params = load(
@@ -118,18 +145,110 @@ def evaluate(
             **_circumstances(model),
             "evaluations": {},
             "errors": {},
+            "skipped": skipped,
         }
-        if _writes() and (folder / RESULTS).is_file():  # keep the results of an earlier run
-            os.replace(folder / RESULTS, folder / _PREVIOUS)
-        for evaluation in evals:
-            _say(f"{label}: {evaluation.name} ...")
-            _run(evaluation, model, params, tokenizer, results)
-            results["seconds"] = time.perf_counter() - started
-            _write(folder, results)
+        for which, why in skipped.items():
+            _say(f"{label}: {which} is left out: {why}")
+        _run_all(evals, model, params, tokenizer, results, folder)
         if _writes():
             report.build(results=(str(folder),), output=str(folder), overwrite=True)
         _raise_failures(results, folder)
         return results
+
+
+def _run_all(
+    evals: Sequence[Evaluation],
+    model: Decoder,
+    params: Any,
+    tokenizer: Tokenizer | None,
+    results: dict,
+    folder: pathlib.Path,
+) -> None:
+    """Runs the evaluations one after the other; results.json is written after each."""
+    started = time.perf_counter()
+    if _writes() and (folder / RESULTS).is_file():  # keep the results of an earlier run
+        os.replace(folder / RESULTS, folder / _PREVIOUS)
+    label, identity = (
+        results["name"],
+        [__version__, results["model"]["description"] or repr(model), _weights(params)],
+    )
+    for number, evaluation in enumerate(evals, start=1):
+        _say(f"{label}: {evaluation.name} ({number} of {len(evals)}) ...")
+        with journal.keeping(folder / ANSWERS / f"{_slug(evaluation.name)}.jsonl", identity) as kept:
+            _run(evaluation, model, params, tokenizer, results)
+        if kept is not None and kept.reused:
+            _say(f"{label}: {evaluation.name}: {kept.reused} answers were kept from an earlier run")
+        results["seconds"] = time.perf_counter() - started
+        _write(folder, results)
+
+
+def _compared(
+    checkpoints: tuple[str, ...], output: str, name: str | None, shared: dict[str, Any]
+) -> dict[str, Any]:
+    """Evaluates each checkpoint in a folder of its own, then writes one report about all of them."""
+    if not checkpoints:
+        raise UserError("evaluate.checkpoint is empty, expected at least one checkpoint: set --checkpoint")
+    if len(checkpoints) == 1:
+        return evaluate(checkpoint=checkpoints[0], output=output, name=name, **shared)
+    if name is not None:
+        raise UserError(f"one name, {name!r}, for {len(checkpoints)} checkpoints: remove --name")
+    if len(set(checkpoints)) < len(checkpoints):
+        raise UserError("a checkpoint is given twice, expected different ones: change --checkpoint")
+    folder = paths.destination(output, "--output")
+    done: dict[str, Any] = {}
+    failed = []
+    labels = _labels(checkpoints, shared["rope_scaling"], shared["adapter"])
+    for number, (checkpoint, label) in enumerate(zip(checkpoints, labels, strict=True), start=1):
+        place = folder / f"{number}_{_slug(label)}"
+        try:
+            done[str(place)] = evaluate(checkpoint=checkpoint, output=str(place), name=label, **shared)
+        except UserError as error:  # the others are still worth having
+            _say(f"{label}: {error}")
+            failed.append(f"{checkpoint}: {error}")
+            if (place / RESULTS).is_file():
+                done[str(place)] = read_results(str(place))
+    if done and _writes():
+        report.build(results=tuple(done), output=str(folder), overwrite=True)
+    if failed:
+        raise UserError(f"{len(failed)} of {len(checkpoints)} checkpoints failed: {'; '.join(failed)}")
+    return {"models": labelled(list(done.values()))}
+
+
+def _labels(checkpoints: tuple[str, ...], rope_scaling: Any, adapter: Any) -> list[str]:
+    """A name for each checkpoint; where folders have the same name, with the name of the folder that holds them."""
+    adapter = (adapter,) if isinstance(adapter, str) else adapter
+    labels = [_label(checkpoint, rope_scaling, adapter) for checkpoint in checkpoints]
+    if len(set(labels)) == len(labels):
+        return labels
+    parents = [pathlib.Path(hub.place(checkpoint)).resolve().parent.name for checkpoint in checkpoints]
+    return [f"{parent}/{label}" for parent, label in zip(parents, labels, strict=True)]
+
+
+def _suite(suite: str | None, evals: tuple[Evaluation, ...]) -> tuple[Evaluation, ...]:
+    if suite is not None and suite not in SUITES:
+        raise UserError(f"suite is {suite!r}, expected one of {', '.join(SUITES)}: change --suite")
+    return evals if suite is None else SUITES[suite]
+
+
+def _readable(evals: tuple[Evaluation, ...], text: Any) -> tuple[tuple[Evaluation, ...], dict[str, str]]:
+    """(the evaluations that have a text or need none, why the others are left out)."""
+    if text is not None:
+        return evals, {}
+    without = {evaluation.name for evaluation in evals if getattr(evaluation, "dataset", evals) is None}
+    why = "it needs a text, and the checkpoint does not say what it was trained on: set evaluate.dataset"
+    kept = tuple(evaluation for evaluation in evals if evaluation.name not in without)
+    return kept, dict.fromkeys((e.name for e in evals if e.name in without), why)
+
+
+def _weights(params: Any) -> str:
+    """A fingerprint of all parameters, so that answers of other weights do not count."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    found = [(jax.tree_util.keystr(path), str(x.dtype), x.shape, int(fingerprint(x))) for path, x in leaves]
+    return journal.key_of(sorted(found))
+
+
+def _slug(name: str) -> str:
+    return "".join(c if c.isalnum() or c in "-." else "_" for c in name)[:80]
 
 
 def _circumstances(model: Decoder) -> dict[str, Any]:

@@ -55,7 +55,7 @@ def test_the_verbs_pass_their_flags(targets, capsys):
     assert generate.main(["--checkpoint=c", "--prompt=p", *sampling]) == 0
     drop = {None, "calls", "evals"}
     seen = [{k: v for k, v in call.items() if k not in drop and v is not None} for call in targets]
-    paths = {"checkpoint": "c", "output": "o"}
+    paths = {"checkpoint": ["c"], "output": "o"}
     text = {"checkpoint": "c", "prompt": "p"}
     assert seen == [
         {"workdir": "w"},

@@ -14,9 +14,9 @@ ROOT = pathlib.Path(__file__).parent.parent
 # Every module of lcx/, every package, and every room of the packages in ROOMS, from the top to the bottom: each imports
 # what comes after it and nothing else. A new one gets its place here; the lines only group what is alike.
 LINES = [
-    "__init__ train evaluate generate embed variants score report",
+    "__init__ train evaluate generate embed variants score report lm_eval",
     "genomes embedding_files",
-    "ladder evaluator terminal reporting blockwise trainer",
+    "ladder evaluator harness terminal reporting blockwise trainer",
     "text evals evals.support",
     "training sampler embedding",
     "convert convert.lolcats convert.peft convert.workdir convert.evo2 convert.hf convert.core convert.files",
@@ -43,7 +43,7 @@ OWNERS = {  # nobody else imports these
 ONLY_JAX = ("lcx/ops/", "lcx/rope.py", "lcx/rope_fields.py", "kernels_pallas/")
 INSIDE_FUNCTIONS = {
     *("torch", "wandb", "matplotlib", "tokenizers", "sentencepiece", "pyarrow", "huggingface_hub", "jinja2"),
-    *("filelock", "tensorboard"),
+    *("filelock", "tensorboard", "wonderwords", "rouge_score", "lm_eval"),
 }
 FACADE = lcx.__all__
 FILES = sorted([*ROOT.glob("lcx/**/*.py"), *ROOT.glob("kernels_pallas/**/*.py")])

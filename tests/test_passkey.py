@@ -13,7 +13,7 @@ from lcx.data import ByteTokenizer, load_tokenizer, special_tokens
 from lcx.errors import UserError
 from lcx.evals import passkey
 from lcx.evals.passkey import Passkey
-from lcx.evals.support import intervals
+from lcx.evals.support import answers, intervals
 from lcx.model import init_params
 
 BABY = "data/weights/babyllama105/hf"
@@ -41,7 +41,7 @@ def found_key(text):
 
 
 def run_passkey(monkeypatch, tiny, answer, **settings):
-    monkeypatch.setattr(passkey.sampler, "generate", fake_generate(answer))
+    monkeypatch.setattr(answers.sampler, "generate", fake_generate(answer))
     return Passkey(context_length=1024, num_distances=8, trials=5, **settings)(*tiny, ByteTokenizer())
 
 
@@ -155,12 +155,12 @@ def test_a_context_too_short_for_any_prompt(tiny):
 
 def test_batches_take_every_prompt_once_and_few_shapes():
     lengths = [100 + 30 * (i // 10) + i % 3 for i in range(320)]
-    found = passkey.batches(lengths, 16)
+    found = answers.batches(lengths, 16)
     assert sorted(i for batch in found for i in batch) == list(range(320))
     assert max(map(len, found)) <= 16
     longest = {-(-max(lengths[i] for i in batch) // 32) for batch in found}
     assert len(longest) <= 10
-    assert passkey.batches([5, 4], 16) == [[0, 1]]
+    assert answers.batches([5, 4], 16) == [[0, 1]]
 
 
 def test_passkey_with_the_real_sampler(tiny):

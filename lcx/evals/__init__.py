@@ -2,7 +2,14 @@
 
     loss_by_position     mean loss at each position in the context: up to which length does the model work?
     perplexity           of whole documents, with a sliding (Press et al.) or non-overlapping window
+    long_ppl             perplexity of the tokens whose prediction needs the long context
     passkey              retrieval of a number that was given k tokens earlier, and the largest k that works
+    needle_grid          numbers hidden in a text, by length and depth
+    key_value            the value of one of many keys, by length and position
+    recall               associative recall in tokens, for tiny models
+    ruler                the 13 tasks of RULER by length, and the effective length
+    long_documents       questions about long documents, and summaries
+    cost                 speed, memory and state by length
     sequence_likelihood  log p of every record of a FASTA file
     variant_effects      log p of a sequence with a variant minus that of the reference
 

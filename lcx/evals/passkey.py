@@ -14,11 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from lcx import sampler
-from lcx.data import Tokenizer, check_vocabulary, special_tokens
+from lcx.data import Tokenizer, special_tokens
 from lcx.errors import UserError
 from lcx.evals import Result
-from lcx.evals.support import figures, scoring
+from lcx.evals.support import answers, figures
 from lcx.evals.support.intervals import wilson
 from lcx.evals.support.model_facts import facts
 from lcx.model import Decoder
@@ -33,7 +32,6 @@ FILLER = (
 )  # fmt: skip
 QUESTION = "\nWhat is the pass key? The pass key is"
 _MOST_DIGITS = 18  # numpy draws keys as int64
-_SHAPES = 8  # groups of prompts of similar length; each different length in a batch compiles another program
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +78,7 @@ class Passkey:
     threshold: float = 0.2
     full_length: bool = False
     max_new_tokens: int = 10
-    batch_size: int = 16
+    batch_size: int = 32
     seed: int = 0
     add_bos: bool | None = None
     name: str = "passkey"
@@ -97,17 +95,23 @@ class Passkey:
             raise UserError(f"Passkey.threshold is {self.threshold}, expected a rate above 0 and at most 1")
 
     def __call__(self, model: Decoder, params: Any, tokenizer: Tokenizer | None) -> Result:
-        if tokenizer is None:
-            raise UserError(
-                "Passkey needs a tokenizer and the checkpoint has none: put its tokenizer.json into the same folder"
-            )
-        check_vocabulary(tokenizer, model.vocab_size)
+        tokenizer = answers.needed(tokenizer, model, "Passkey")
         context = self.context_length or model.max_position_embeddings
         prompts = self.prompts(tokenizer, context)
-        answers = self._answers(model, params, tokenizer, [prompt for row in prompts for prompt in row])
+        rows = [prompt.tokens for row in prompts for prompt in row]
+        with answers.progress(self.name, sum(len(row) + self.max_new_tokens for row in rows)) as bar:
+            found = answers.continuations(
+                model,
+                params,
+                tokenizer,
+                rows,
+                max_new_tokens=self.max_new_tokens,
+                batch_size=self.batch_size,
+                bar=bar,
+            )
         distances = []
         for i, row in enumerate(prompts):
-            texts = answers[i * self.trials : (i + 1) * self.trials]
+            texts = found[i * self.trials : (i + 1) * self.trials]
             hits = sum(is_correct(text, prompt.key) for text, prompt in zip(texts, row, strict=True))
             low, high = wilson(hits, self.trials)
             distances.append(
@@ -182,31 +186,6 @@ class Passkey:
                 return longer
             before -= 1
         return prompt
-
-    def _answers(
-        self, model: Decoder, params: Any, tokenizer: Tokenizer, prompts: Sequence[Prompt]
-    ) -> list[str]:
-        """The greedy continuations, in the order of the prompts."""
-        from tqdm import tqdm
-
-        stop = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
-        longest = max((len(prompt.tokens) for prompt in prompts), default=0) + self.max_new_tokens
-        window = max(model.max_position_embeddings, longest)  # an evaluation may go beyond the model's own window
-        model = model.clone(parent=None, max_position_embeddings=window)
-        answers = [""] * len(prompts)
-        bar = tqdm(total=len(prompts), desc=self.name, unit="prompt", disable=None, delay=1)
-        with scoring.on_mesh(params), bar:
-            for batch in batches([len(prompt.tokens) for prompt in prompts], self.batch_size):
-                # A smaller last batch is filled with copies of its last prompt: another shape would compile again.
-                filled = [*batch, *[batch[-1]] * (self.batch_size - len(batch))]
-                rows = [prompts[i].tokens for i in filled]
-                new = sampler.generate(
-                    model, params, rows, max_new_tokens=self.max_new_tokens, stop_tokens=stop
-                )
-                for i, ids in zip(batch, np.asarray(new), strict=False):
-                    answers[i] = tokenizer.decode(ids.tolist())
-                bar.update(len(batch))
-        return answers
 
     def _definition(self, context: int) -> str:
         fill = (
@@ -303,23 +282,6 @@ def k_max(distances: Sequence[Mapping[str, Any]], threshold: float) -> int:
             break
         best = k
     return best
-
-
-def batches(lengths: Sequence[int], size: int) -> list[list[int]]:
-    """Groups the indices of prompts into batches of at most `size`, whose longest lengths take few different values.
-
-    Fewer different lengths mean fewer compilations. The prompts are sorted by length and divided into at most _SHAPES
-    groups. If a group has n batches, each takes every n-th prompt, so the longest prompts of all batches in a group
-    have about the same length.
-    """
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    per_group = max(size, -(-len(order) // _SHAPES))
-    out = []
-    for start in range(0, len(order), per_group):
-        group = order[start : start + per_group]
-        count = -(-len(group) // size)
-        out += [group[i::count] for i in range(count)]
-    return out
 
 
 def _build(

@@ -14,17 +14,16 @@ Runs = Mapping[str, Mapping[str, Any]]
 
 
 def paragraphs(runs: Runs, curves: training.Curves) -> list[str]:
-    """Plain text: the first sentence says what was compared and what was found first, the rest what else."""
-    found = [_clause(name, runs) for name in evaluations(runs)]
+    """Plain text: the first sentence says what was compared and, if that was measured, how far it reads."""
+    names = sorted(evaluations(runs), key=lambda name: not _reads(name, runs))
+    found = [_clause(name, runs) for name in names]
     trained = [training.finding(curves)] if curves else []
     if runs:
         who = f"{len(runs)} models are compared" if len(runs) > 1 else f"“{next(iter(runs))}” is evaluated"
-        kinds = [spoken(name).lower() for name in evaluations(runs)]
+        kinds = [spoken(name).lower() for name in names]
         by = f"{who} by {listed(kinds, most=6)}: {found[0]}." if found else ""
         out = [by or f"{who}, but no evaluation has a result."]
-        out += [
-            f"{spoken(name)}: {text}." for name, text in zip(evaluations(runs)[1:], found[1:], strict=True)
-        ]
+        out += [f"{spoken(name)}: {text}." for name, text in zip(names[1:], found[1:], strict=True)]
         out += [f"Training: {text}." for text in trained]
     elif len(curves) == 1:
         out = [f"One training run: {trained[0]}."]
@@ -36,6 +35,12 @@ def paragraphs(runs: Runs, curves: training.Curves) -> list[str]:
 def evaluations(runs: Runs) -> list[str]:
     """The names of the evaluations of all runs, in order of appearance."""
     return list(dict.fromkeys(name for run in runs.values() for name in run["evaluations"]))
+
+
+def _reads(name: str, runs: Runs) -> bool:
+    """Whether an evaluation measured by length what a model finds, which loss and perplexity do not show."""
+    results = [run["evaluations"][name] for run in runs.values() if name in run["evaluations"]]
+    return any("length" in cell for result in results for cell in result.get("cells", ()))
 
 
 def _clause(name: str, runs: Runs) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from lcx import paths
 from lcx.errors import UserError
-from lcx.reporting import opening, pages, pictures, training
+from lcx.reporting import differences, opening, pages, pictures, training
 from lcx.reporting.runs import evaluation_of, labelled, named_as_models, read_curves, read_results
 from lcx.wording import quantity
 
@@ -55,7 +55,7 @@ def build(
         if curves:
             text, plots = training.section(curves, runs)
             sections, files = [*sections, text], files | plots
-        about = [_models_section(runs), _origin_section(runs)] if runs else []
+        about = [differences.section(runs), _models_section(runs), _origin_section(runs)] if runs else []
         lead = pages.lead(opening.paragraphs(runs, curves))
         title = title or ("Evaluation" if runs else "Training")
         files[PAGE] = pages.page(title, [lead, *_error_notes(runs), *sections, *about]).encode()

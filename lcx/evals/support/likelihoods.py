@@ -98,6 +98,7 @@ class Scorer:
                 description=None if self.description is None else f"{self.description}, {width} wide",
                 measure=measure,
                 width_of=width_of,
+                kept=False,
             )
             for number, value in zip(chosen, values[: len(chosen)], strict=True):
                 kept = value[: max(len(tokens[number]) - 1, 0)]

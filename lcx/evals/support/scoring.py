@@ -5,6 +5,7 @@ the state that the previous one left (see ``lcx/pieces.py``): memory then does n
 and values.
 """
 
+import base64
 import collections
 import contextlib
 import functools
@@ -17,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Float, Int
 
 from lcx import pieces, sharding
+from lcx.evals.support import journal
 from lcx.model import Decoder
 from lcx.ops.cross_entropy import token_nll
 
@@ -52,21 +54,69 @@ def score(
     description: str | None = "scoring",
     measure: Callable[..., jax.Array] = token_nll,
     width_of: int | None = None,
+    kept: bool = True,
 ) -> Float[np.ndarray, "R T *measured"]:
     """-log p(label) in nats of every token, float32, computed in the model's dtype.
 
     Rows are processed in batches of tokens_per_batch tokens, and rows of more than LONG tokens one by one, in pieces of
     that size. The last batch is padded to the same shape, so that one compiled program serves all. On a terminal there
-    is a progress bar. With several processes, each passes all rows and receives all results.
+    is a progress bar. With several processes, each passes all rows and receives all results. Rows whose losses are in
+    the journal of the evaluation (`journal.keeping`) are not computed again.
 
     Args:
       description: label of the progress bar; None: there is none.
       measure: computes something else than the loss, from the same arguments as `token_nll`, with `width_of` numbers
-        per token; a module-level function, so that its program is compiled once.
+        per token; a module-level function, so that its program is compiled once. It is not kept in a journal.
+      kept: whether losses are kept in the journal; False for an evaluation that keeps its own results.
     """
     from tqdm import tqdm
 
+    arrays = {"tokens": tokens, "labels": labels, "positions": positions, "segment_ids": segment_ids}
+    known = journal.current() if kept and measure is token_nll else None
     R, T = tokens.shape
+    out = np.empty((R, T) if width_of is None else (R, T, width_of), np.float32)
+    left, keys = list(range(R)), [""] * R
+    if known is not None:
+        keys = [_key(arrays, row) for row in range(R)]
+        found = {row: value for row in range(R) if (value := known.get(keys[row])) is not None}
+        for row, value in found.items():
+            out[row] = np.frombuffer(base64.b64decode(value), np.float32)
+        left = [row for row in range(R) if row not in found]
+    bar = tqdm(
+        total=R * T,
+        initial=(R - len(left)) * T,
+        desc=description,
+        unit="tok",
+        unit_scale=True,
+        disable=True if description is None else None,
+        delay=1,
+    )
+    with on_mesh(params), bar:
+        rows = {name: None if x is None else x[left] for name, x in arrays.items()}
+        for place, nll in _measured(model, params, rows, tokens_per_batch, bar, measure, width_of) if left else ():
+            out[left[place]] = nll
+            if known is not None:
+                known.put(keys[left[place]], base64.b64encode(nll.tobytes()).decode())
+    return out
+
+
+def _key(arrays: dict[str, np.ndarray | None], row: int) -> str:
+    parts = [None if x is None else np.ascontiguousarray(x[row], np.int32).tobytes() for x in arrays.values()]
+    return journal.key_of(*parts)
+
+
+def _measured(
+    model: Decoder,
+    params: Any,
+    arrays: dict[str, np.ndarray | None],
+    tokens_per_batch: int,
+    bar: Any,
+    measure: Callable[..., jax.Array],
+    width_of: int | None,
+) -> Iterator[tuple[int, Float[np.ndarray, "T *measured"]]]:
+    """(number of a row, its losses or other values), as soon as they are there."""
+    assert arrays["tokens"] is not None
+    R, T = arrays["tokens"].shape
     mesh = mesh_of(params)
     parts, context = (
         (1, 1) if mesh is None else (mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["context"])
@@ -74,28 +124,25 @@ def score(
     size = _rounded(max(1, min(tokens_per_batch // T, R)), parts)
     width = _rounded(T, context)
     piece = _rounded(tokens_per_batch, context) if width > max(LONG, tokens_per_batch) else None
-    arrays = {"tokens": tokens, "labels": labels, "positions": positions, "segment_ids": segment_ids}
-    out = np.empty((R, T) if width_of is None else (R, T, width_of), np.float32)
     pending: collections.deque[tuple[tuple[int, int], jax.Array]] = collections.deque()
+    batch = np.empty((size, T) if width_of is None else (size, T, width_of), np.float32)
 
-    def collect() -> None:
+    def collect() -> Iterator[tuple[int, np.ndarray]]:
         (start, first), values = pending.popleft()
         nll = np.asarray(values)[: R - start, : T - first]
-        out[start : start + len(nll), first : first + nll.shape[1]] = nll
+        batch[: len(nll), first : first + nll.shape[1]] = nll
         bar.update(nll.shape[0] * nll.shape[1])
+        if first + nll.shape[1] == T:
+            yield from ((start + i, batch[i].copy()) for i in range(len(nll)))
 
-    quiet = True if description is None else None
-    bar = tqdm(total=R * T, desc=description, unit="tok", unit_scale=True, disable=quiet, delay=1)
-    with on_mesh(params), bar:
-        for start in range(0, R, size):
-            rows = {name: None if x is None else x[start : start + size] for name, x in arrays.items()}
-            for first, nll in _scored(model, params, rows, (size, width), piece, mesh, measure):
-                pending.append(((start, first), nll))
-                if len(pending) >= _IN_FLIGHT:
-                    collect()
-        while pending:
-            collect()
-    return out
+    for start in range(0, R, size):
+        rows = {name: None if x is None else x[start : start + size] for name, x in arrays.items()}
+        for first, nll in _scored(model, params, rows, (size, width), piece, mesh, measure):
+            pending.append(((start, first), nll))
+            if len(pending) >= _IN_FLIGHT:
+                yield from collect()
+    while pending:
+        yield from collect()
 
 
 def _scored(

@@ -57,3 +57,35 @@ def window_rows(lengths: list[int], *, window: int, stride: int) -> Int[np.ndarr
             if end == length:
                 break
     return np.array(rows, np.int64).reshape(-1, 4)
+
+
+def rows_of(kind: str, lengths: list[int], *, window: int, stride: int) -> Int[np.ndarray, "R 4"]:
+    """`window_rows` under a published definition of perplexity.
+
+    Args:
+      kind: "press" and "non_overlapping": as `window_rows`. "yarn": windows of window - 1 tokens, because BOS will
+        precede each, so that the first token of a document is scored. "longlora": windows of window + 1 tokens (their
+        inputs are the first `window`), each of which scores all but its first; a shorter rest is left out, unless it is
+        a whole document.
+    """
+    if kind == "longlora":
+        rows = [
+            (document, begin, min(begin + window + 1, length), begin + 1)
+            for document, length in enumerate(lengths)
+            for begin in range(0, max(1, length - window), stride)
+            if length > 1
+        ]
+        return np.array(rows, np.int64).reshape(-1, 4)
+    if kind != "yarn":
+        return window_rows(lengths, window=window, stride=stride)
+    rows = []
+    for document, length in enumerate(lengths):
+        scored = 0
+        for begin in range(0, length, stride):
+            end = min(begin + window - 1, length)
+            if end > scored:
+                rows.append((document, begin, end, scored))
+                scored = end
+            if end == length:
+                break
+    return np.array(rows, np.int64).reshape(-1, 4)

@@ -1,0 +1,132 @@
+"""Several checkpoints in one command: side by side, resumed, in one report, with differences and costs."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from tiny_runs import tiny_model
+
+import lcx
+from lcx import evaluator
+from lcx.data import ByteTokenizer, Dataset
+from lcx.data.tokenizers import save_tokenizer
+from lcx.errors import UserError
+from lcx.evals.cost import Cost
+from lcx.evals.perplexity import Perplexity
+from lcx.evals.recall import Recall
+from lcx.evals.support import journal, scoring
+from lcx.evals.support.intervals import paired_difference
+from lcx.model import init_params
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Folders of two models that differ in their weights, and a text."""
+    folder = tmp_path_factory.mktemp("models")
+    model = tiny_model(max_position_embeddings=64)
+    for seed, name in enumerate(("first", "second")):
+        lcx.save(str(folder / name), model, init_params(model, jax.random.key(seed)), format="hf")
+        save_tokenizer(ByteTokenizer(), folder / name)
+    (folder / "a.txt").write_text("Once upon a time there was a small model. " * 20)
+    (folder / "b.txt").write_text("It read and read, and it never forgot a word. " * 20)
+    return folder
+
+
+def settings(models, out):
+    evals = (Perplexity(max_tokens=1200, windows=(32, 64), stride=16), Recall(lengths=(32,), pairs=4, rows=6))
+    return {
+        "checkpoint": (str(models / "first"), str(models / "second")),
+        "output": str(out),
+        "evals": evals,
+        "dataset": Dataset(str(models / "*.txt"), eval_fraction=1.0),
+    }
+
+
+def test_several_checkpoints_side_by_side(models, tmp_path, capsys, monkeypatch):
+    results = evaluator.evaluate(**settings(models, tmp_path / "out"))
+    assert list(results["models"]) == ["first", "second"]
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "2 models are compared by recall and perplexity: “first” recalls" in page
+    assert "Differences" in page and "nats per byte" in page
+    assert sorted(path.parent.name for path in (tmp_path / "out").glob("*/results.json")) == [
+        "1_first",
+        "2_second",
+    ]
+    capsys.readouterr()
+    monkeypatch.setattr(scoring, "_scored", None)  # nothing is computed again
+    again = evaluator.evaluate(**settings(models, tmp_path / "out"))
+    err = capsys.readouterr().err
+    assert err.count("recall: 6 answers were kept") == 2 and "perplexity: " in err
+    for name, run in results["models"].items():
+        for task in ("perplexity", "recall"):
+            kept, new = (dict(one["evaluations"][task]) for one in (again["models"][name], run))
+            assert kept.pop("seconds") >= 0 and new.pop("seconds") > 0 and kept == new
+
+
+def test_one_checkpoint_that_fails_costs_no_other(models, tmp_path):
+    given = settings(models, tmp_path / "out") | {
+        "checkpoint": (str(models / "nowhere"), str(models / "second"))
+    }
+    with pytest.raises(UserError, match="1 of 2 checkpoints failed: .*no checkpoint at"):
+        evaluator.evaluate(**given)
+    assert "second" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_suites(models, tmp_path, capsys, monkeypatch):
+    first = str(models / "first")
+    with pytest.raises(UserError, match="suite is 'longer', expected one of short, retrieval, ruler, long"):
+        evaluator.evaluate(checkpoint=first, output=str(tmp_path / "out"), suite="longer")
+    with pytest.raises(UserError, match="given twice"):
+        evaluator.evaluate(checkpoint=(first, first), output=str(tmp_path / "out"))
+    with pytest.raises(UserError, match="one name, 'a', for 2 checkpoints"):
+        evaluator.evaluate(checkpoint=(first, "b"), name="a", output=str(tmp_path / "out"))
+    tasks = (
+        Perplexity(),
+        Recall(lengths=(32,), pairs=4, rows=4),
+        Cost(lengths=(16,), new_tokens=3, repeats=1),
+    )
+    monkeypatch.setitem(evaluator.SUITES, "short", tasks)
+    monkeypatch.setattr(evaluator, "_default_dataset", lambda *_: None)
+    results = evaluator.evaluate(checkpoint=(first,), output=str(tmp_path / "out"), suite="short")
+    assert (
+        list(results["evaluations"]) == ["recall", "cost"]
+        and "perplexity is left out" in capsys.readouterr().err
+    )
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["skipped"].keys() == {"perplexity"}
+    cost = results["evaluations"]["cost"]["lengths"][0]
+    # Keys and values of 2 layers, 2 heads of 8 numbers, in float32, and what else the cache holds.
+    model = tiny_model(max_position_embeddings=64)
+    cache = jax.eval_shape(lambda: model.init_cache(1, 19))
+    assert cost["state_bytes"] == sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
+    assert cost["tokens_per_second"] > 0 and cost["peak_bytes"] > 1 << 20
+
+
+def test_losses_are_kept_row_by_row(tmp_path):
+    model = tiny_model(max_position_embeddings=64)
+    params = init_params(model, jax.random.key(0))
+    tokens = np.random.default_rng(0).integers(0, 250, (7, 24)).astype(np.int32)
+    whole = scoring.score(model, params, tokens, tokens, tokens_per_batch=48)
+    with journal.keeping(tmp_path / "kept.jsonl", "a"):
+        scoring.score(model, params, tokens[:5], tokens[:5], tokens_per_batch=48)
+    with journal.keeping(tmp_path / "kept.jsonl", "a") as kept:
+        assert np.array_equal(scoring.score(model, params, tokens, tokens, tokens_per_batch=48), whole)
+        assert kept.reused == 5
+
+
+def test_paired_differences():
+    """Samples that are hard for both models do not widen the interval; the interval covers the truth."""
+    rng = np.random.default_rng(0)
+    hard = rng.normal(0, 10, 400)
+    a, b = hard + rng.normal(0, 0.1, 400), hard + 0.05 + rng.normal(0, 0.1, 400)
+    gap, low, high = paired_difference(a, b)
+    assert gap == pytest.approx(np.mean(b - a)) and 0 < low < gap < high < 0.08
+    covered = 0
+    for trial in range(100):
+        x = rng.normal(0, 1, 60)
+        _, low, high = paired_difference(x, x + rng.normal(0.3, 1, 60), seed=trial, draws=400)
+        covered += low <= 0.3 <= high
+    assert 86 <= covered <= 100
+    assert (
+        paired_difference(np.array([2.0, 9.0]), np.array([4.0, 9.0]), weights=np.array([1.0, 3.0]))[0] == 0.5
+    )

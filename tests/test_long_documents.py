@@ -1,0 +1,192 @@
+"""Questions about long documents: scores by hand, cuts that spare the question, models that know and that do not."""
+
+import json
+import re
+
+import pytest
+from answering import Words, answered_by, copier, silent
+from tiny_runs import tiny_model
+
+from lcx.errors import UserError
+from lcx.evals.long_documents import LongDocuments
+from lcx.evals.support.documents_qa import longbench, rows, scores
+
+WORDS = Words()
+FILLER = "Nothing happened on that day, and nobody wrote about it. " * 60
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return tiny_model(vocab_size=WORDS.vocab_size, max_position_embeddings=4096), {}
+
+
+def test_scores_by_hand():
+    assert scores.f1("The Eiffel tower!", "an eiffel Tower in Paris") == pytest.approx(2 * 2 / (2 + 4))
+    assert scores.f1("", "x") == 0 == scores.f1("the", "the")  # nothing is left of an article
+    assert scores.exact("A  dog.", "the dog") == 1 and scores.exact("dogs", "dog") == 0
+    assert scores.contains("It was LONDON.", "london") == 1
+    classes = ["Number", "Number of people", "City"]
+    assert (
+        scores.classification("Number of people", "Number of people", classes) == 1
+    )  # its part does not count
+    assert scores.classification("City or Number", "City", classes) == 0.5
+    assert scores.retrieval("Paragraph 3, not 4", "Paragraph 3") == 0.5 and scores.count("none", "3") == 0
+    assert scores.code("```python\n# a comment\nx = 1\ny", "x = 1") == 1
+    assert scores.code("x = 12", "x = 1") == round(100 * 2 * 5 / 11) / 100
+
+
+def test_rouge_by_hand():
+    pytest.importorskip("rouge_score")
+    found = scores.rouge("the cat sat\non a mat", "the cat was\non the mat")
+    # 4 of 6 words; pairs: "the cat" of 5; the longest common subsequence: the cat on mat.
+    assert found["rouge1"] == pytest.approx(4 / 6) and found["rouge2"] == pytest.approx(1 / 5)
+    assert found["rougeL"] == pytest.approx(4 / 6) and set(found) == set(scores.ROUGE)
+
+
+def written(folder, *lines):
+    path = folder / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    return str(path)
+
+
+def questions(folder, count=4):
+    return written(
+        folder,
+        *[
+            {
+                "document": f"The key of room {i} is {['red', 'blue', 'green', 'grey'][i]}. {FILLER}",
+                "question": f"What is the key of room {i}?",
+                "answers": ["none of these", ["red", "blue", "green", "grey"][i]],
+            }
+            for i in range(count)
+        ],
+    )
+
+
+def key_of(text):
+    room = re.findall(r"key of room (\d)\?", text)[-1]
+    found = re.findall(rf"key of room {room} is (\w+)", text)
+    return f" It is {found[0]}" if found else " I do not know"
+
+
+def test_who_reads_the_beginning_knows(monkeypatch, tiny, tmp_path):
+    task = LongDocuments(questions(tmp_path), length=400)
+    known = answered_by(monkeypatch, key_of, WORDS)
+    result = task(*tiny, WORDS)
+    assert result["mean"] == 100 and result["notes"][0].startswith("4 of 4 documents were cut")
+    assert all(340 <= len(row) <= 400 - 50 for row in known.prompts)
+    for row in known.prompts:  # both ends of the document are there, and the whole question
+        text = WORDS.decode(row)
+        assert text.startswith("Document:\nThe key of room") and re.search(r"room \d\?\n\nAnswer:$", text)
+    answered_by(monkeypatch, key_of, WORDS, window=100)
+    assert task(*tiny, WORDS)["mean"] == 0
+    for solve in (silent, copier):
+        answered_by(monkeypatch, solve, WORDS)
+        assert task(*tiny, WORDS)["mean"] == 0
+    answered_by(monkeypatch, key_of, WORDS)
+    strict = LongDocuments(questions(tmp_path), length=400, metric="exact")(*tiny, WORDS)
+    f1 = LongDocuments(questions(tmp_path), length=400, metric="f1")(*tiny, WORDS)
+    assert strict["mean"] == 0 and f1["mean"] == pytest.approx(100 * 2 / (3 + 1))
+    assert "scores 50.0" in LongDocuments(questions(tmp_path)).finding({"a": f1})
+
+
+def test_longbench_rows(monkeypatch, tiny, tmp_path):
+    classes = {"all_classes": ["City", "Date"]}
+    path = written(
+        tmp_path,
+        {"dataset": "hotpotqa", "context": "Passage: x", "input": "Who?", "answers": ["Ada", "Ada L."]},
+        {"dataset": "trec", "context": "Q: a\nType: City", "input": "Type:", "answers": ["City"], **classes},
+        {"dataset": "passage_count_e", "context": "p p", "input": "", "answers": ["1"]},
+    )
+
+    def solve(text):
+        return " Ada" if "Who?" in text else " City\nDate" if "Type" in text else "1"
+
+    known = answered_by(monkeypatch, solve, WORDS)
+    result = LongDocuments(path, layout="longbench")(*tiny, WORDS)
+    assert {cell["task"]: cell["score"] for cell in result["cells"]} == {
+        "hotpotqa": 1,
+        "trec": 1,
+        "passage_count": 1,
+    }
+    assert result["table"]["all"] == 100 and len(known.prompts) >= 3
+    assert (
+        longbench.TASKS["qasper"].prompt.count("{context}")
+        == 1
+        == longbench.TASKS["lcc"].prompt.count("{context}")
+    )
+    with pytest.raises(UserError, match="row 1: LongBench's 'dureader' is not one of its English tasks"):
+        rows.read(written(tmp_path, {"dataset": "dureader"}), "longbench", limit=None)
+
+
+def test_longbench_v2_rows(monkeypatch, tiny, tmp_path):
+    row = {
+        "context": " A text. ",
+        "question": "Which? ",
+        "choice_A": "one",
+        "choice_B": "two",
+        "choice_C": "three",
+    }
+    row |= {"choice_D": "four", "answer": "C", "difficulty": "hard", "length": "short"}
+    path = written(tmp_path, row, {**row, "answer": "A", "difficulty": "easy"})
+    known = answered_by(monkeypatch, lambda text: "**The correct answer is (C)**", WORDS)
+    result = LongDocuments(path, layout="longbench_v2")(*tiny, WORDS)
+    assert result["table"] == {"all": 50, "hard, short, accuracy": 100, "easy, short, accuracy": 0}
+    assert WORDS.decode(known.prompts[0]) == (
+        "Please read the following text and answer the question below.\n\n<text>\nA text.\n</text>\n\nWhat is the"
+        " correct answer to this question: Which?\nChoices:\n(A) one\n(B) two\n(C) three\n(D) four\n\nFormat your"
+        ' response as follows: "The correct answer is (insert answer here)".'
+    )
+
+
+def test_summaries(monkeypatch, tiny, tmp_path):
+    pytest.importorskip("rouge_score")
+    path = written(tmp_path, {"report": FILLER, "summary": "Nothing happened on that day."})
+    settings = []
+
+    def solve(text):
+        return " Nothing happened."
+
+    known = answered_by(monkeypatch, solve, WORDS)
+    monkeypatch.setattr(
+        "lcx.evals.support.answers.sampler.generate",
+        lambda *args, **given: settings.append(given) or known(*args, **given),
+    )
+    result = LongDocuments(path, layout="gov_report", document=50)(*tiny, WORDS)
+    assert settings[0]["temperature"] == 0.5 and settings[0]["top_p"] == 0.95
+    assert settings[0]["max_new_tokens"] == 1000 and len(known.prompts[0]) < 50 + 30
+    assert result["table"]["gov_report, rouge1"] == pytest.approx(round(100 * 2 * 2 / (2 + 5), 2))
+
+
+@pytest.mark.parametrize(
+    ("line", "layout", "found"),
+    [
+        ("[1", "qa", "row 0: JSONDecodeError"),
+        ('{"question": "a"}', "qa", "row 1: KeyError"),
+        ('{"document": "a", "question": "b", "answers": []}', "qa", "at least one answer"),
+        ('{"document": 3, "question": "b", "answers": ["x"]}', "qa", "needs a text"),
+        ("3", "longbench", "row 1: AttributeError"),
+        ("", "qa", "holds no row"),
+    ],
+)
+def test_files_that_are_no_rows(tmp_path, line, layout, found):
+    (tmp_path / "rows.jsonl").write_text(line)
+    with pytest.raises(UserError, match=found):
+        rows.read(str(tmp_path / "rows.jsonl"), layout, limit=None)
+
+
+def test_settings_that_cannot_be(tiny, tmp_path):
+    for settings, found in (
+        ({"layout": "xml"}, "layout is 'xml'"),
+        ({"metric": "bleu"}, "metric is 'bleu'"),
+        ({"samples": 0}, "samples is 0"),
+        ({"model_template": "x"}, "task_template"),
+    ):
+        with pytest.raises(UserError, match=found):
+            LongDocuments("x", **settings)
+    with pytest.raises(UserError, match="No such file"):
+        LongDocuments("nowhere.jsonl")(*tiny, WORDS)
+    with pytest.raises(UserError, match="leaves no room for its document"):
+        LongDocuments(questions(tmp_path), length=70)(*tiny, WORDS)
+    with pytest.raises(UserError, match="leave no room for a prompt"):
+        LongDocuments(questions(tmp_path), length=40)(*tiny, WORDS)
