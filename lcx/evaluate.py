@@ -25,7 +25,14 @@ from lcx.config.flags import hint
 EVALS = {
     "loss_by_position": "LossByPosition",
     "perplexity": "Perplexity",
+    "long_ppl": "LongPPL",
     "passkey": "Passkey",
+    "needle_grid": "NeedleGrid",
+    "key_value": "KeyValue",
+    "recall": "Recall",
+    "ruler": "Ruler",
+    "long_documents": "LongDocuments",
+    "cost": "Cost",
     "sequence_likelihood": "SequenceLikelihood",
     "variant_effects": "VariantEffects",
 }
