@@ -38,7 +38,7 @@ from lcx.layers import Linear, named_param
 from lcx.ops import modal
 from lcx.ops.fir_conv import fir_conv
 from lcx.ops.long_conv import long_conv
-from lcx.ops.shards import after_row
+from lcx.ops.shards import after_row, halo_in_words
 from lcx.ops.short_conv import ConvState, short_conv
 
 Cache = dict[str, Any]
@@ -139,7 +139,7 @@ class _Hyena(nn.Module):
 
     @nn.nowrap
     def context_method(self, *, devices: int, tensor: int, seq_len: int) -> str:
-        return f"a halo of {self.featurizer_length - 1} tokens and {self._filter_sends()}"
+        return f"{halo_in_words(self.featurizer_length - 1)} and {self._filter_sends()}"
 
     @nn.nowrap
     def macs_per_token(self, seq_len: int) -> float:

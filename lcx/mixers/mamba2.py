@@ -28,7 +28,7 @@ from lcx import sharding
 from lcx.errors import UserError, check_not_negative, check_sizes
 from lcx.layers import Linear, named_param
 from lcx.ops.linear_attention import LinearState, empty_state, linear_attention
-from lcx.ops.shards import after_row
+from lcx.ops.shards import after_row, halo_in_words
 from lcx.ops.short_conv import ConvState, short_conv
 
 Cache = dict[str, Any]
@@ -180,7 +180,7 @@ class Mamba2(nn.Module):
 
     @nn.nowrap
     def context_method(self, *, devices: int, tensor: int, seq_len: int) -> str:
-        return f"states and a halo of {self.conv_size - 1} tokens"
+        return f"states and {halo_in_words(self.conv_size - 1)}"
 
     @nn.nowrap
     def macs_per_token(self, seq_len: int) -> float:

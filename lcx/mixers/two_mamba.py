@@ -37,7 +37,7 @@ from lcx.ops import attention_shards
 from lcx.ops import linear_attention as linear_op
 from lcx.ops import second_order_attention as second_order_op
 from lcx.ops.attention import attention
-from lcx.ops.shards import after_row
+from lcx.ops.shards import after_row, halo_in_words
 from lcx.ops.short_conv import ConvState, short_conv
 
 Cache = dict[str, Any]
@@ -290,7 +290,7 @@ class TwoMamba(nn.Module):
             heads = max(self.num_heads // tensor, 1)
             sizes = {"devices": devices, "tokens": -(-seq_len // devices), "heads": heads, "kv_heads": heads}
             core = attention_shards.WORDS[attention_shards.choose(None, window=None, **sizes)]
-        return f"{core} and a halo of {self.conv_width - 1} tokens" if self.conv_width > 1 else core
+        return f"{core} and {halo_in_words(self.conv_width - 1)}" if self.conv_width > 1 else core
 
     @nn.nowrap
     def macs_per_token(self, seq_len: int) -> float:

@@ -152,6 +152,10 @@ def after_row(state: Any, segment_ids: Int[Array, "B T"] | None, mesh_axis: str 
     )
 
 
+def halo_in_words(size: int) -> str:
+    return f"a halo of {size} token{'' if size == 1 else 's'}"
+
+
 def weights_to_end(
     log_decay: Float[Array, "B T N"] | None, segment_ids: Int[Array, "B T"] | None, shape: tuple[int, ...]
 ) -> tuple[Float[Array, "B T _"], Float[Array, "B N"] | None]:

@@ -20,12 +20,14 @@ from lcx.mixers.attention import Attention
 from lcx.mixers.hyena import HyenaLI
 from lcx.mixers.linear_attention import LinearAttention
 from lcx.mixers.mamba2 import Mamba2
+from lcx.mixers.published_lolcats import PublishedLinearAttention
 from lcx.mlps.gated import GatedMlp
 from lcx.model import Decoder, Stage
 from lcx.ops import attention_shards, linear_attention, shards
 from lcx.ops.cross_entropy import cross_entropy
 from lcx.optim import AdamW
 from lcx.rope import Rope
+from lcx.training import statements
 from lcx.training import step as train_step
 
 MESHES = {
@@ -225,6 +227,22 @@ def test_the_method_of_attention_is_chosen_by_a_rule():
     for method, found in (("ring", "expected one of 'halo', 'heads', 'gather'"), ("halo", "a window")):
         with pytest.raises(UserError, match=found):
             choose(method, window=None)
+
+
+def test_a_run_says_what_is_sent():
+    """In words, once for each kind, and of a mixer that says nothing that it gathers."""
+    mixers = (ALL["mamba2"], ALL["linear_terraced"], ALL["hyena_li"], ALL["attention"], ALL["two_mamba_exp"])
+    published = PublishedLinearAttention(4, 2, 8)
+    blocks = tuple(Block(mixer, None) for mixer in (*mixers, published))
+    model = Decoder(64, D, (Stage(blocks, 2),), T)
+    (found,) = statements._context(model, build(fsdp=1, context=8), T)
+    assert found == (
+        "context: every row over 8 devices; Mamba2 sends states and a halo of 3 tokens; "
+        "LinearAttention sends states and a halo of 32 keys and values; "
+        "HyenaLI sends a halo of 2 tokens and the states of its modes; Attention sends keys and values, gathered; "
+        "TwoMamba sends keys and values, gathered and a halo of 1 token; LinearAttention sends whole rows, gathered"
+    )
+    assert not [*statements._context(model, build(fsdp=8, context=1), T)]
 
 
 @pytest.mark.parametrize("P", [2, 3, 8])
