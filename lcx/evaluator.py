@@ -103,8 +103,8 @@ def evaluate(
       UserError: there is no readable checkpoint, the output cannot be written, or some evaluations failed. In the last
         case the results of the others are still in results.json.
     """
+    shared = {key: value for key, value in locals().items() if key not in ("checkpoint", "output", "name")}
     if not isinstance(checkpoint, str):
-        shared = {key: value for key, value in locals().items() if key not in ("checkpoint", "output", "name")}
         return _compared(tuple(checkpoint), output, name, shared)
     evals = _suite(suite, evals)
     settings.check(evals)
@@ -136,6 +136,8 @@ def evaluate(
         label = name or _label(checkpoint, rope_scaling, adapter)
         if tokenizer is not None:
             _say(f"{label}: {described(tokenizer, special_tokens(tokenizer), of='text')}")
+        for which, why in skipped.items():
+            _say(f"{label}: {which} is left out: {why}")
         results: dict[str, Any] = {
             "name": label,
             "checkpoint": hub.place(checkpoint),
@@ -143,12 +145,8 @@ def evaluate(
             "only_part": only_part,
             "adapter": adapter and [os.path.abspath(os.path.expanduser(path)) for path in adapter],
             **_circumstances(model),
-            "evaluations": {},
-            "errors": {},
-            "skipped": skipped,
+            **{"evaluations": {}, "errors": {}, "skipped": skipped},
         }
-        for which, why in skipped.items():
-            _say(f"{label}: {which} is left out: {why}")
         _run_all(evals, model, params, tokenizer, results, folder)
         if _writes():
             report.build(results=(str(folder),), output=str(folder), overwrite=True)
