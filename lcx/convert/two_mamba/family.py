@@ -45,10 +45,10 @@ class TwoMambaFamily(LlamaLike):
                 f"config.json has {KEY} = {shown(name, _LONGEST)}, expected one of {', '.join(NAMES)}"
             )
         llama = LLAMA.model(config, dtype=dtype)
-        block = llama.stages[0].pattern[0]
-        self._check_attention(block.mixer, name)
-        mixer = published(name, num_heads=block.mixer.num_heads, head_dim=block.mixer.head_dim)
-        width = block.mixer.num_heads * block.mixer.head_dim
+        attention: Any = llama.stages[0].pattern[0].mixer
+        self._check_attention(attention, name)
+        mixer = published(name, num_heads=attention.num_heads, head_dim=attention.head_dim)
+        width = attention.num_heads * attention.head_dim
         if name == "mamba" and width != llama.hidden_size:
             raise UserError(
                 f"config.json has head_dim x num_attention_heads = {width}, and {KEY} 'mamba' needs hidden_size "

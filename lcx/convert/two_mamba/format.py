@@ -32,6 +32,11 @@ class TwoMambaFolder(Format):
 
         return TwoMambaSource(path)
 
+    def training_state(self, path, model):
+        from lcx.convert.two_mamba import training_state
+
+        return training_state.read(path, model)
+
     def planned_bytes(self, source, *, dtype):
         from lcx.convert.two_mamba import writer
 
