@@ -149,7 +149,7 @@ class Blocks:
                     f"block {number} of {len(blocks)}: layers {blocks[number][0]} to {blocks[number][1] - 1}"
                 )
                 run = self.block_trainer(folder, *blocks[number]).run(str(_block_folder(folder, number)))
-                if run.step < self.trainer.steps:
+                if run.step < self.trainer.last_step:
                     return None
         return None if self.only is not None else self._stitch(folder, source, linear, blocks)
 

@@ -210,7 +210,7 @@ class Ladder:
         done = os.path.join(folder, "gate.json")
         if os.path.exists(done):
             return _read_json(done)["verdict"]
-        if trainer.run(folder).step < trainer.steps:
+        if trainer.run(folder).step < trainer.last_step:
             raise Stopped
         verdict = None if self.gate is None else self._verdict(folder, trainer.seq_len, original, baseline)
         _write_json(done, {"verdict": verdict})

@@ -26,6 +26,8 @@ class AdamW:
       schedule: after warmup. "cosine" or "linear" decays to final_fraction of the peak; "constant" stays at the peak;
         "plateau" multiplies by plateau_factor whenever the held-out loss has not improved for more than
         plateau_patience evaluations (Trainer.eval_every), down to final_fraction of the peak.
+      lag: updates by which the learning rate lags behind the schedule: update i, from 0, has the rate of i - lag, or of
+        0 if that is negative. 1 for a torch loop that passes the number of the last update to its scheduler.
       warmup_steps: steps of linear increase from warmup_from * peak to the peak; None: 20, or a tenth of a run that is
         shorter than 200 steps.
       warmup_from: fraction of the peak at which the warmup starts.
@@ -43,6 +45,7 @@ class AdamW:
 
     learning_rate: float = 3e-4
     schedule: str = "cosine"
+    lag: int = 0
     warmup_steps: int | None = None
     warmup_from: float = 0.0
     final_fraction: float = 0.1
@@ -73,7 +76,7 @@ class AdamW:
         for name in ("b1", "b2"):  # at 1, the moment would stay at zero
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"AdamW.{name} is {getattr(self, name)}, expected a number from 0 to below 1")
-        for name in ("warmup_steps", "weight_decay", "plateau_patience"):
+        for name in ("lag", "warmup_steps", "weight_decay", "plateau_patience"):
             if not 0 <= (getattr(self, name) or 0) < math.inf:
                 raise UserError(f"AdamW.{name} is {getattr(self, name)}, expected a finite number, at least 0")
         for name in ("decay", "trainable", "frozen"):
@@ -89,6 +92,10 @@ class AdamW:
 
     def learning_rates(self, steps: int) -> optax.Schedule:
         """The schedule of a run of `steps` updates: step (0 for the first update) -> learning rate."""
+        schedule = self._schedule(steps)
+        return (lambda count: schedule(jnp.maximum(count - self.lag, 0))) if self.lag else schedule
+
+    def _schedule(self, steps: int) -> optax.Schedule:
         peak, warmup_steps = self.learning_rate / math.sqrt(self.context_scale), self.warmup(steps)
         rest = max(steps - warmup_steps, 1)
         after = {

@@ -11,7 +11,6 @@ import itertools
 import logging
 import math
 import os
-import pathlib
 import signal
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -30,10 +29,10 @@ from lcx.linearize import Linearize, check_linear
 from lcx.model import Decoder
 from lcx.optim import AdamW
 from lcx.pieces import Pieces
-from lcx.training import doubtful, resume_check, statements, workdirs
+from lcx.training import continued, doubtful, resume_check, statements, workdirs
 from lcx.training import step as train_step
 from lcx.training.distributed import join
-from lcx.training.logger import MODES, MetricsLogger
+from lcx.training.logger import MODES, MetricsLogger, logger_of
 from lcx.training.memory import check_fits
 from lcx.training.meter import Meter, NotFiniteError
 from lcx.training.run import Run, prepared
@@ -114,7 +113,7 @@ class Trainer:
 
     Attributes:
       data: what to train on; its held-out part is used for evaluation.
-      steps: total number of optimizer updates.
+      steps: total number of optimizer updates, over which the schedule extends.
       batch_size: rows of the global batch, over all devices and micro-batches.
       seq_len: tokens per row.
       model: the model to initialise at random. Set either this or init_from.
@@ -127,6 +126,7 @@ class Trainer:
         train are float32; weights that do not train keep the dtype in which they are stored.
       remat: which activations are recomputed in the backward pass: none, dots, full; None: as the model says.
       optimizer: AdamW with its schedule.
+      init_optimizer: with init_from, continue its optimizer and its count of updates too (format 'two_mamba').
       lora: train low-rank matrices instead of the weights.
       adapter: with init_from, a PEFT adapter for it whose training continues: its low-rank matrices and any other
         weights it contains. Its rank, alpha and modules apply; `lora`, if set, must agree with them.
@@ -139,6 +139,7 @@ class Trainer:
       carry: with piece_length, what passes between pieces in the backward pass: "exact" gradients, or "stop": none
         (truncated backpropagation through time).
       mesh: sizes of the mesh axes.
+      stop_at: end the run after this many updates, before the end of the schedule; None: after `steps`.
       seed: for the initialisation and the order of the data.
       log_every: steps between lines of metrics.
       eval_every: steps between evaluations of the held-out loss; 0: only at the end.
@@ -165,11 +166,13 @@ class Trainer:
     lora: lora_lib.LoRA | None = None
     adapter: str | None = None
     init_format: str | None = None
+    init_optimizer: bool = False
     objective: Callable = objectives.next_token
     accumulation: int = 1
     piece_length: int | None = None
     carry: str = "exact"
     mesh: sharding.MeshShape = sharding.MeshShape()
+    stop_at: int | None = None
     seed: int = 0
     log_every: int = 10
     eval_every: int = 0
@@ -205,6 +208,7 @@ class Trainer:
                 )
         objectives.check(self.objective)
         _ = self._objective
+        continued.check(self)
         if (self.optimizer.warmup_steps or 0) > self.steps:
             raise UserError(
                 f"AdamW.warmup_steps is {self.optimizer.warmup_steps}, more than the "
@@ -221,11 +225,16 @@ class Trainer:
                 f"Trainer.batch_size {self.batch_size} is not a multiple of accumulation {self.accumulation}"
             )
 
+    @property
+    def last_step(self) -> int:
+        """The number of updates after which the run is done."""
+        return self.steps if self.stop_at is None else self.stop_at
+
     def run(self, workdir: str) -> Run:
         """Trains to the last step or until asked to stop (SIGTERM, Ctrl-C), and saves. Resumes a run in the workdir.
 
         Returns:
-          The run with its final state; `step` is less than `steps` if it was asked to stop.
+          The run with its final state; `step` is less than `last_step` if it was asked to stop.
 
         Raises:
           UserError: the settings, the data or the model do not fit; the loss or gradient is not finite; or the last
@@ -243,7 +252,7 @@ class Trainer:
             run = self._resume(checkpointer, mesh, workdir) or self._start(mesh)
             with (
                 self._batches("train", run.model, mesh) as batches,
-                _metrics(self, workdir, run.step) as metrics,
+                logger_of(self, workdir, run.step) as metrics,
                 StopRequest() as stop,
             ):
                 if run.data is not None:
@@ -321,7 +330,8 @@ class Trainer:
         if lora is not None:
             weights["lora"] = begun.pairs or lora.init(jax.random.key(self.seed), model, mesh=mesh)
         opt_state = train_step.init_opt_state(run.optimizer, weights, run.abstract, run.trains)
-        return dataclasses.replace(run, state={**weights, "opt_state": opt_state}, carried=begun.carried)
+        run = dataclasses.replace(run, state={**weights, "opt_state": opt_state}, carried=begun.carried)
+        return continued.with_optimizer(self, run) if self.init_optimizer else run
 
     def load(self, mesh) -> convert.Start:
         """The pretrained model, extended and linearized as configured, with its parameters in their stored dtypes."""
@@ -373,10 +383,10 @@ class Trainer:
             trains=run.trains,
         )
         sizes = {"batch_size": self.batch_size, "seq_len": self.seq_len}
-        meter = Meter(run.model, metrics, **sizes, every=self.log_every, last=self.steps, losses=run.losses)
+        meter = Meter(run.model, metrics, **sizes, every=self.log_every, last=self.last_step, losses=run.losses)
         state, step = run.state, run.step
         stop.safe = "stopped before the first step, nothing is lost"  # a signal may interrupt the compilation
-        while step < self.steps and not stop.requested(step):
+        while step < self.last_step and not stop.requested(step):
             batch = sharding.shard_batch(next(batches), mesh)
             state, values = step_fn(state, batch, np.int32(step))
             stop.safe = None
@@ -388,7 +398,7 @@ class Trainer:
                 raise UserError(f"{failed}, so the run stops: {checkpointer.failures[-1]}")
             evaluate = self.eval_every and step % self.eval_every == 0
             save = step % self.checkpoint_every == 0
-            if (evaluate or save) and step < self.steps:
+            if (evaluate or save) and step < self.last_step:
                 with meter.paused():  # waits for all steps, so that weights are saved only after finite losses
                     if evaluate:
                         loss = self.held_out_loss(run.model, state, mesh)
@@ -398,10 +408,10 @@ class Trainer:
                         self._save(checkpointer, run, state, step, batches, meter)
         meter.drain()
         self._save(checkpointer, run, state, step, batches, meter, wait=True)
-        if step == self.steps and step > run.step:
-            stop.safe = f"the last evaluation is left out; {statements.closing(workdir, step, self.steps)}"
+        if step == self.last_step and step > run.step:
+            stop.safe = f"the last evaluation is left out; {statements.closing(workdir, step, self.last_step)}"
             metrics.log(step, {"eval_loss": self.held_out_loss(run.model, state, mesh)})
-        metrics.message(statements.closing(workdir, step, self.steps))
+        metrics.message(statements.closing(workdir, step, self.last_step))
         return dataclasses.replace(run, state=state, step=step)
 
     def _save(
@@ -481,16 +491,3 @@ class Trainer:
                 f"seq_len {self.seq_len} does not divide over context = {mesh.shape['context']} devices; "
                 "change Trainer.seq_len or the mesh"
             )
-
-
-def _metrics(trainer: Trainer, workdir: str, step: int) -> MetricsLogger:
-    config = pathlib.Path(workdir) / "config.gin"
-    return MetricsLogger(
-        workdir,
-        total_steps=trainer.steps,
-        mode=trainer.wandb,
-        tensorboard=trainer.tensorboard,
-        resume_step=step,
-        print_every=trainer.log_every,
-        config_text=config.read_text() if config.exists() else "",
-    )

@@ -103,8 +103,8 @@ def save(
     like: str | os.PathLike | None = None,
     model_parallel: int = 1,
 ) -> None:
-    """Writes a model as a Hugging Face folder ("hf"), a workdir with one step ("lcx"), a "savanna", "vortex" or
-    "lolcats" folder, or in your own Format.
+    """Writes a model as a Hugging Face folder ("hf"), a workdir with one step ("lcx"), a "savanna", "vortex",
+    "lolcats" or "two_mamba" folder, or in your own Format.
 
     The folder is renamed into place once it is complete, so a partial one never appears at `path`.
 

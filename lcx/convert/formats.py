@@ -17,6 +17,7 @@ from lcx.convert.hf.format import HuggingFace
 from lcx.convert.lolcats.files import Lolcats
 from lcx.convert.lolcats.format import LolcatsFiles, LolcatsFolder
 from lcx.convert.peft.format import PeftAdapter
+from lcx.convert.two_mamba.format import TwoMambaFolder
 from lcx.convert.workdir.format import Workdir
 from lcx.errors import UserError
 
@@ -36,6 +37,7 @@ FORMATS: tuple[Format, ...] = (
     Savanna("savanna_legacy_fp32", "savanna with both", legacy=True, float32=True, writes=False),
     Vortex(),
     LOLCATS,
+    TwoMambaFolder(),
     PeftAdapter(),
     LolcatsFiles(),
 )

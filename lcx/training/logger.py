@@ -13,6 +13,7 @@ import json
 import logging
 import math
 import os
+import pathlib
 import sys
 import threading
 import time
@@ -396,3 +397,17 @@ def _run_id(folder: str) -> str:
     with open(path, "w") as file:
         file.write(name)
     return name
+
+
+def logger_of(trainer: Any, workdir: str, step: int) -> MetricsLogger:
+    """The logger of a run (the settings of a `trainer.Trainer`) that starts after `step` updates."""
+    config = pathlib.Path(workdir) / "config.gin"
+    return MetricsLogger(
+        workdir,
+        total_steps=trainer.last_step,
+        mode=trainer.wandb,
+        tensorboard=trainer.tensorboard,
+        resume_step=step,
+        print_every=trainer.log_every,
+        config_text=config.read_text() if config.exists() else "",
+    )

@@ -25,8 +25,8 @@ def opening(trainer: Any, run: Any, opened: Any, mesh: jax.sharding.Mesh, workdi
       workdir: where it writes.
     """
     if run.data is not None:
-        rest = "resuming" if run.step < trainer.steps else "nothing is left to do"
-        yield f"step {run.step} of {trainer.steps} is done: {rest}"
+        rest = "resuming" if run.step < trainer.last_step else "nothing is left to do"
+        yield f"step {run.step} of {trainer.last_step} is done: {rest}"
         yield from resume_check.changes(run.before, resume_check.changeable(trainer))
     yield _model(run)
     if isinstance(run.model, model_lib.Decoder):
@@ -43,7 +43,7 @@ def opening(trainer: Any, run: Any, opened: Any, mesh: jax.sharding.Mesh, workdi
     if run.lora is not None:
         yield lora_lib.statement(run.model, run.abstract["lora"], run.trains["params"])
     yield f"writing to {workdir}"
-    if run.step < trainer.steps:
+    if run.step < trainer.last_step:
         yield "compiling the first step"
 
 
@@ -95,9 +95,10 @@ def _parts(layers: Sequence[model_lib.Layer]) -> str:
 
 def _size(trainer: Any, mesh: jax.sharding.Mesh) -> str:
     axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
+    schedule = f" (of a schedule over {trainer.steps})" if trainer.last_step < trainer.steps else ""
     pieces = f" in {trainer.accumulation} micro-batches" if trainer.accumulation > 1 else ""
     return (
-        f"steps: {trainer.steps} of {quantity(trainer.batch_size, 'row')} x {trainer.seq_len} = "
+        f"steps: {trainer.last_step}{schedule} of {quantity(trainer.batch_size, 'row')} x {trainer.seq_len} = "
         f"{quantity(counted(trainer.batch_size * trainer.seq_len), 'token')}{pieces}, on {mesh.size} x "
         f"{jax.devices()[0].device_kind}{f' ({axes})' if axes else ''}"
     )

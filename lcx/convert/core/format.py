@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from lcx.convert.core.model_source import ModelSource
+    from lcx.convert.core.training_state import TrainingState
     from lcx.convert.files.tensor_io import TensorInfo
     from lcx.model import Decoder
 
@@ -113,6 +114,17 @@ class Format:
     def tokenizer(self, path: pathlib.Path) -> Mapping[str, Any] | None:
         """`Tokenizer.to_json` of the tokenizer that this format implies without storing it; None if it implies none."""
         return None
+
+    def training_state(self, path: str | os.PathLike, model: "Decoder") -> "TrainingState":
+        """The optimizer's state and the count of updates that are stored beside the model at `path`.
+
+        Raises:
+          UserError: the format stores none, or what is stored is damaged or belongs to another model.
+        """
+        raise UserError(
+            f"{path}: the format {self.name!r} stores no optimizer that a run could continue: set "
+            "Trainer.init_optimizer = False"
+        )
 
     # ------------------------------------------------------------------------------------------------- writing
 

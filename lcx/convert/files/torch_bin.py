@@ -17,7 +17,7 @@ import re
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import ml_dtypes
@@ -70,6 +70,7 @@ class TorchFile:
         states next to it are ignored. `_extra_state` entries (Transformer Engine's scales) are kept apart.
       within: the keys that lead to the tensors in a trainer's state. A list found there becomes a dict with the keys
         "0", "1", ...
+      nested: whether what is found there is a dict of dicts of tensors; the names are then "KEY.KEY".
 
     Attributes:
       counters: the numbers stored next to the tensors and in the state's "args" ("mp_world_size", "iteration").
@@ -86,6 +87,7 @@ class TorchFile:
         *,
         training_state: bool = False,
         within: tuple[str, ...] = MODULE,
+        nested: bool = False,
     ):
         self.path = path if isinstance(path, tensor_io.Pieces) else pathlib.Path(path)
         try:
@@ -103,9 +105,10 @@ class TorchFile:
                 f"{self.path}: not a readable PyTorch file: {error}; copy or download it again"
             ) from error
         on_meta, wanted = records is not None, within if training_state else None
-        state, self.counters, self.param_shapes = _load(self.path, on_meta=on_meta, within=wanted)
+        flat = _flat if nested else None
+        state, self.counters, self.param_shapes = _load(self.path, on_meta=on_meta, within=wanted, flat=flat)
         if records is not None and not all(map(_has_place, _weights(state, wanted).values())):  # an older torch
-            records, (state, *_) = None, _load(self.path, on_meta=False, within=wanted)
+            records, (state, *_) = None, _load(self.path, on_meta=False, within=wanted, flat=flat)
         weights = _weights(state, wanted)
         self._extra = {name: value for name, value in state.items() if name not in weights}
         self.extra_states = list(self._extra)
@@ -202,15 +205,66 @@ def _records(path: pathlib.Path | tensor_io.Pieces, file: io.BufferedReader, siz
 
 
 def _load(
-    path: pathlib.Path | tensor_io.Pieces, *, on_meta: bool, within: tuple[str, ...] | None
+    path: pathlib.Path | tensor_io.Pieces,
+    *,
+    on_meta: bool,
+    within: tuple[str, ...] | None,
+    flat: Callable[[Any], Any] | None = None,
 ) -> tuple[dict, dict[str, int | float], list[dict[str, tuple[int, ...]]]]:
+    state = _unpickled(path, on_meta=on_meta, wanted=within is not None and on_meta)
+    counters: dict[str, int | float] = {}
+    shapes: list[dict[str, tuple[int, ...]]] = []
+    if isinstance(state, dict) and within is not None:
+        shapes = _shapes(state.get("param_shapes"))
+        state, counters = _descended(path, state, within)
+        state = state if flat is None else flat(state)
+    for wrapper in ("state_dict", "model_state_dict"):
+        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
+            state = state[wrapper]
+    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
+        raise UserError(f"{path}: holds a {type(state).__name__}, expected a dict of named tensors")
+    return state, counters, shapes
+
+
+def _flat(state: Any) -> Any:
+    """A dict of dicts as one dict, with the keys joined by points; anything else as it is, to be refused later."""
+    if not isinstance(state, dict) or not all(isinstance(inner, dict) for inner in state.values()):
+        return state
+    return {f"{key}.{name}": value for key, inner in state.items() for name, value in inner.items()}
+
+
+def plain_values(path: pathlib.Path) -> dict[Any, Any]:
+    """The dict in a file of settings; tensors in it have no data. Nothing in the file is executed.
+
+    Raises:
+      UserError: the file is damaged, or holds anything but plain values, containers and tensors.
+    """
+    try:
+        on_meta = _stored_records(path) is not None
+    except (
+        OSError,
+        EOFError,
+        RuntimeError,
+        ValueError,
+        struct.error,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
+        raise UserError(f"{path}: not a readable PyTorch file: {error}; copy or download it again") from error
+    state = _unpickled(path, on_meta=on_meta, wanted=False)
+    if not isinstance(state, dict):
+        raise UserError(f"{path}: holds a {type(state).__name__}, expected a dict of settings")
+    return state
+
+
+def _unpickled(path: pathlib.Path | tensor_io.Pieces, *, on_meta: bool, wanted: bool) -> Any:
     try:
         import torch
     except ImportError as error:
         raise UserError(f"{path}: reading PyTorch files needs torch: pip install 'lcx[torch]'") from error
     try:
-        with _opened(path) as file, stand_ins(file, wanted=within is not None and on_meta):
-            state = torch.load(file, map_location="meta" if on_meta else "cpu", weights_only=True)
+        with _opened(path) as file, stand_ins(file, wanted=wanted):
+            return torch.load(file, map_location="meta" if on_meta else "cpu", weights_only=True)
     except MemoryError:
         raise
     except Exception as error:  # the unpickler raises a dozen kinds of error on damaged or hostile input
@@ -223,17 +277,6 @@ def _load(
         raise UserError(
             f"{path}: not a readable PyTorch file ({_reason(reason)}); copy or download it again"
         ) from error
-    counters: dict[str, int | float] = {}
-    shapes: list[dict[str, tuple[int, ...]]] = []
-    if isinstance(state, dict) and within is not None:
-        shapes = _shapes(state.get("param_shapes"))
-        state, counters = _descended(path, state, within)
-    for wrapper in ("state_dict", "model_state_dict"):
-        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
-            state = state[wrapper]
-    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
-        raise UserError(f"{path}: holds a {type(state).__name__}, expected a dict of named tensors")
-    return state, counters, shapes
 
 
 def _descended(

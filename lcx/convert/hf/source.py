@@ -49,7 +49,8 @@ class HfSource:
             stored = mxfp4.unpacked(self._folder, config)
             unsupported.check_tensors(stored.tensors)
             family = hf_config.family_of(config, family)
-            self._tensors: tensor_io.TensorSource = tensor_names.unwrapped(stored, self.where, family)
+            unwrapped = tensor_names.unwrapped(stored, self.where, family)
+            self._tensors: tensor_io.TensorSource = self.arranged(unwrapped)
             _check_depth(config, self._tensors.tensors, family)
             model = self._model(config, family)
             self._table = rules.Table(family.rules(model), model_source.leaf_shapes(model))
@@ -61,7 +62,7 @@ class HfSource:
                     "is the embedding"
                 )
             tensors = self._tensors.tensors
-            skipped = self._table.check_source(tensors, harmless=family.buffers)
+            skipped = self._table.check_source(tensors, harmless=family.buffers, against=self.against)
         except UserError as error:
             raise UserError(f"{path}: {error}") from error
         if skipped:
@@ -84,6 +85,15 @@ class HfSource:
             able = [repr(other.model_type) for other in hf_config.fitting(config, self._tensors.tensors)]
             hint = f", or change model_type to {' or '.join(able)}, whose settings and tensors these are"
             raise UserError(f"{error}{hint if able else ''}") from error
+
+    @property
+    def against(self) -> str:
+        """What says which tensors are expected, for messages."""
+        return "config.json"
+
+    def arranged(self, tensors: tensor_io.TensorSource) -> tensor_io.TensorSource:
+        """The tensors in the arrangement that the family's rules describe: as stored, unless a subclass says so."""
+        return tensors
 
     @functools.cached_property
     def tokenizer(self) -> Mapping[str, Any] | None:

@@ -72,6 +72,12 @@ def write(
             progress(piece.nbytes)
 
     hf_folder.write(folder, tensors, pieces, config=config, max_shard_bytes=max_shard_bytes)
+    write_side_files(folder, source)
+    return tensors
+
+
+def write_side_files(folder: pathlib.Path, source: ModelSource) -> None:
+    """Copies the tokenizer and generation files; a byte tokenizer, which has none, is written as its description."""
     for path in source.side_files:
         window = source.model.max_position_embeddings
         data = _with_window(path, window) if path.name == _TOKENIZER_CONFIG else path.read_bytes()
@@ -80,7 +86,6 @@ def write(
     # A byte tokenizer has no file.
     if record.get("kind") == "bytes" and not (folder / TOKENIZERS[-1]).exists():
         folders.write_json(folder / TOKENIZERS[-1], record)
-    return tensors
 
 
 def _with_window(path: pathlib.Path, window: int) -> bytes:

@@ -1,0 +1,204 @@
+"""A run continues a folder of the published trainer: its moments, its schedule, its losses; and what is refused."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+import two_mamba_torch
+from flax.traverse_util import flatten_dict
+from tiny_runs import write_text
+from two_mamba_folders import CONFIG, make
+
+import lcx
+from lcx.convert import formats
+from lcx.convert.two_mamba import training_state
+from lcx.data import BatchSpec, Dataset
+from lcx.errors import UserError
+from lcx.optim import AdamW
+from lcx.trainer import Trainer
+from lcx.training import continued
+
+pytestmark = pytest.mark.filterwarnings("ignore:The epoch parameter")
+SQUARE = "squared__sm_norm__A_mask_type_neg_softplus__in_conv_k_2"
+SIZES = {"vocab": 258, "hidden": 32, "heads": 2, "inner": 48, "depth": 2, "length": 32}
+WARMUP, TOTAL, BEFORE, MORE = 2, 40, 4, 10
+PUBLISHED = AdamW(
+    learning_rate=3e-3,
+    schedule="linear",
+    lag=1,
+    warmup_steps=WARMUP,
+    final_fraction=0.0,
+    b2=0.999,
+    eps=1e-7,
+    weight_decay=0.01,
+    decay=".",
+    clip_norm=None,
+)
+
+
+def step(model, optimizer, schedule, number, batch):
+    """One update of the published loop; returns the loss before it."""
+    loss = model.loss(
+        {
+            key: torch.tensor(x).long() if x.dtype != np.float32 else torch.tensor(x)
+            for key, x in batch.items()
+        }
+    )
+    loss.backward()
+    optimizer.step()
+    schedule.step(number)
+    optimizer.zero_grad()
+    return loss.item()
+
+
+def save(folder, model, optimizer, schedule, number):
+    """As the published trainer saves."""
+    folder.mkdir()
+    safetensors.torch.save_file(model.state_dict(), folder / "model.safetensors")
+    changes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_key_value_heads": 2}
+    changes |= {"vocab_size": 258, "max_position_embeddings": 32, "attention_type": SQUARE}
+    (folder / "config.json").write_text(json.dumps(CONFIG | changes))
+    torch.save(optimizer.state_dict(), folder / "optimizer.pt")
+    torch.save(schedule.state_dict(), folder / "scheduler.pt")
+    settings = {"dataset": "dummy", "learning_rate": 3e-3, "warmup_steps": WARMUP, "num_steps": TOTAL}
+    settings |= {"clipping_value": None, "weight_decay": 0.01, "step_ckpt": number, "attention_type": SQUARE}
+    torch.save(settings, folder / "config.pt")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """The folder of a torch run after four updates, the losses of its next ten, and the data of those."""
+    folder = tmp_path_factory.mktemp("published")
+    write_text(folder)
+    data = Dataset(str(folder / "text"), cache_dir=str(folder / "cache"), document_mask=False)
+    torch.manual_seed(0)
+    model = two_mamba_torch.Model(**SIZES)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, eps=1e-7, weight_decay=0.01)
+    schedule = two_mamba_torch.scheduler(optimizer, WARMUP, TOTAL)
+    rng = np.random.default_rng(0)
+    for number in range(BEFORE):
+        tokens = rng.integers(0, 258, (4, 33))
+        batch = {
+            "tokens": tokens[:, :-1],
+            "labels": tokens[:, 1:],
+            "loss_weights": np.ones((4, 32), np.float32),
+        }
+        step(model, optimizer, schedule, number, batch)
+    save(folder / "run", model, optimizer, schedule, BEFORE - 1)
+    with data.opened().batches(BatchSpec("train", 4, 32, 0, 0, 1, vocab_size=258)) as batches:
+        losses = [step(model, optimizer, schedule, BEFORE + i, next(batches)) for i in range(MORE)]
+    return folder / "run", data, losses
+
+
+def trainer(world, **changes):
+    folder, data, _ = world
+    settings = {"data": data, "steps": TOTAL, "stop_at": BEFORE + MORE, "batch_size": 4, "seq_len": 32}
+    settings |= {"init_from": str(folder), "init_optimizer": True, "optimizer": PUBLISHED, "eval_batches": 1}
+    return Trainer(**settings | {"log_every": 1, "checkpoint_every": 1000} | changes)
+
+
+def test_ten_more_steps_have_the_losses_of_torch(world, tmp_path, caplog):
+    run = trainer(world).run(str(tmp_path))
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    losses = {line["step"]: line["loss"] for line in lines if "loss" in line}
+    assert list(losses) == list(range(BEFORE + 1, BEFORE + MORE + 1)) and run.step == BEFORE + MORE
+    np.testing.assert_allclose(list(losses.values()), world[2], rtol=2e-4)
+    rates = [line["learning_rate"] for line in lines if "learning_rate" in line]
+    expected = [3e-3 * (1 - (i - 1 - WARMUP) / (TOTAL - WARMUP)) for i in range(BEFORE, BEFORE + MORE)]
+    np.testing.assert_allclose(rates, expected, rtol=1e-5)
+    assert "the run there had" not in caplog.text
+
+
+def test_a_setting_that_differs_from_the_stored_run_is_said(world, caplog):
+    other = trainer(world, steps=50, optimizer=dataclasses.replace(PUBLISHED, b2=0.95))
+    model, _ = lcx.load(world[0])
+    lines = continued._differences(training_state.read(world[0], model), other)
+    assert lines == [
+        "the run there had AdamW.b2 = 0.999, this one has 0.95",
+        "the run there had Trainer.steps = 40, this one has 50",
+    ]
+
+
+@pytest.mark.parametrize(
+    "name", ["softmax", "mamba", "linear__output_norm__A_mask_type_neg_softplus__in_conv_k_2__dt_on_values"]
+)
+def test_every_moment_belongs_to_its_parameter(reference, tmp_path, name):
+    """The parameters of a saved model are in the order in which its modules register them."""
+    folder, saved = make(reference, tmp_path / "a", name)
+    parameters = []
+    for key, x in saved.items():
+        if key.startswith("param/"):
+            p = torch.nn.Parameter(torch.tensor(x), requires_grad="rotary" not in key)
+            p.grad = p.detach() * 0.5 if p.requires_grad else None
+            parameters.append(p)
+    optimizer = torch.optim.AdamW(parameters, eps=1e-7)
+    optimizer.step()
+    torch.save(optimizer.state_dict(), folder / "optimizer.pt")
+    model, params = lcx.load(folder)
+    state = formats.detect(folder).training_state(folder, model)
+    assert (state.step, state.updates) == (1, 1)
+    for path, x in flatten_dict(params, sep="/").items():
+        np.testing.assert_allclose(state.moment(path, "first"), 0.05 * x, rtol=1e-5, err_msg=path)
+        np.testing.assert_allclose(state.moment(path, "second"), 2.5e-4 * x**2, rtol=1e-4, err_msg=path)
+
+
+class Hostile:
+    def __reduce__(self):
+        return print, ("executed",)
+
+
+def damage(folder, what):
+    optimizer = torch.load(folder / "optimizer.pt", weights_only=True)
+    if what == "no file":
+        (folder / "optimizer.pt").unlink()
+        return
+    if what == "fewer":
+        optimizer["param_groups"][0]["params"].pop()
+    elif what == "lost":
+        del optimizer["state"][3]["exp_avg"]
+    elif what == "shape":
+        optimizer["state"][3]["exp_avg"] = optimizer["state"][3]["exp_avg"][:1].clone()
+    elif what == "count":
+        optimizer["state"][3]["step"] = torch.tensor(7.0)
+    elif what == "code":
+        optimizer["state"][3]["step"] = Hostile()
+    elif what == "step":
+        torch.save({"step_ckpt": "three"}, folder / "config.pt")
+    torch.save(optimizer, folder / "optimizer.pt")
+
+
+DAMAGES = {
+    "no file": "optimizer.pt is missing",
+    "fewer": "the optimizer of 22 parameters, expected the model's 23",
+    "lost": "has no exp_avg of parameter 3, model.layers.0.self_attn.A_mask_proj.weight",
+    "shape": r"A_mask_proj.weight is \(1, 32\), expected \(2, 32\)",
+    "count": "the parameters differ in their step",
+    "code": "nothing in it was executed",
+    "step": "step_ckpt is 'three', expected the number of the last update",
+}
+
+
+@pytest.mark.parametrize("what", DAMAGES)
+def test_a_damaged_optimizer_is_refused(world, tmp_path, what):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for file in world[0].iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    damage(folder, what)
+    with pytest.raises(UserError, match=DAMAGES[what]) as error:
+        training_state.read(folder, formats.detect(folder).open(folder).model)
+    assert "\n" not in str(error.value)
+
+
+def test_settings_that_do_not_go_together_are_refused(world, tmp_path):
+    with pytest.raises(UserError, match="Trainer.stop_at is 41, expected 1 to Trainer.steps = 40"):
+        trainer(world, stop_at=41)
+    with pytest.raises(UserError, match="Trainer.context_length changes the model"):
+        trainer(world, context_length=64)
+    with pytest.raises(UserError, match=r"AdamW.lag is -1, expected a finite number, at least 0"):
+        AdamW(lag=-1)
+    with pytest.raises(UserError, match="the format 'hf' stores no optimizer that a run could continue"):
+        formats.named("hf").training_state("somewhere", None)
