@@ -40,7 +40,7 @@ def check(trainer: Any) -> None:
 def with_optimizer(trainer: Any, run: Run) -> Run:
     """A run that has its weights, with the moments and the count of updates that `init_from` holds beside them.
 
-    The position in the data is not stored there, so the data starts at its beginning.
+    The position in the data is not stored there, so the data starts at its beginning; `statements.opening` says so.
 
     Args:
       trainer: the settings, a `trainer.Trainer`.
@@ -53,7 +53,6 @@ def with_optimizer(trainer: Any, run: Run) -> Run:
     stored = reader.training_state(path, run.model)
     for line in _differences(stored, trainer):
         log.warning("%s: %s", trainer.init_from, line)
-    log.info("%s: continues after %d updates; its place in the data is not stored", path, stored.step)
     state = {**run.state, "opt_state": _filled(run.state["opt_state"], stored)}
     return dataclasses.replace(run, state=state, step=stored.step)
 
