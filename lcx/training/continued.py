@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import math
 from typing import Any
 
 import jax
@@ -94,4 +95,13 @@ def _differences(stored: TrainingState, trainer: Any) -> list[str]:
         now = getattr(owners[owner], field)
         if now != before:
             lines.append(f"the run there had {name} = {before!r}, this one has {now!r}")
+    if stored.step != stored.updates:
+        lines.append(
+            f"the optimizer there has done {stored.updates} updates and the schedule {stored.step}: both go on"
+        )
+    rate = float(trainer.optimizer.learning_rates(trainer.steps)(stored.step))
+    if stored.next_rate is not None and not math.isclose(rate, stored.next_rate, rel_tol=1e-4, abs_tol=1e-12):
+        lines.append(
+            f"the next update there has the learning rate {stored.next_rate:g}, here it has {rate:g}"
+        )
     return lines
