@@ -46,6 +46,12 @@ include 'trainer.gin'
 include 'sizes/small.gin'
 
 trainer.Trainer.model = @model.Decoder()
+model.Decoder.vocab_size = 32000
+model.Decoder.max_position_embeddings = %SEQ_LEN
+model.Decoder.stages = (@model.Stage(),)
+model.Stage.pattern = (@model.Block(),)
+model.Block.mixer = @two_mamba.published()
+model.Block.mlp = @model.Mlp()
 two_mamba.published.attention_type = '{name}'
 """
 
@@ -72,28 +78,21 @@ TRAINER = """\
 # every parameter decays, and the held-out loss is that of all held-out documents. Unlike there, documents are packed,
 # without attention between them: a published row holds one document, cut or padded to SEQ_LEN.
 # Hardware: see the files of the attention types.
-# Command:  that of a file that includes this one, for example 2Mamba:
-#           squared__sm_norm__A_mask_type_neg_softplus__in_conv_k_2.gin
+# Command:  that of a file that includes this one. Alone, it continues a folder of the published trainer:
+#   python -m lcx.train --gin_file=configs/pretrain/two_mamba/trainer.gin --workdir=runs/continued \\
+#     --gin.Trainer.init_from="'/path/to/two_mamba_folder'" --gin.Trainer.init_optimizer=True \\
+#     --gin.TEXT="'/path/to/text/*.jsonl'" --gin.TOKENIZER="'/path/to/two_mamba_folder'"
 from __gin__ import dynamic_registration
 from lcx import data
-from lcx import model
 from lcx import optim
 from lcx import sharding
 from lcx import trainer
-from lcx.mixers import two_mamba
 
 TEXT = None                                 # published: FineWeb CC-MAIN-2024-51
 TOKENIZER = None                            # published: that of Llama 2, 32000 tokens
 SEQ_LEN = 2048                              # published: 2048, 4096, 8192
 
 trainer.train.job = @trainer.Trainer()
-
-model.Decoder.vocab_size = 32000
-model.Decoder.max_position_embeddings = %SEQ_LEN
-model.Decoder.stages = (@model.Stage(),)
-model.Stage.pattern = (@model.Block(),)
-model.Block.mixer = @two_mamba.published()
-model.Block.mlp = @model.Mlp()
 
 data.Dataset.source = %TEXT
 data.Dataset.tokenizer = %TOKENIZER

@@ -100,7 +100,7 @@ def trainer(world, **changes):
     return Trainer(**settings | {"log_every": 1, "checkpoint_every": 1000} | changes)
 
 
-def test_ten_more_steps_have_the_losses_of_torch(world, tmp_path, caplog):
+def test_ten_more_steps_have_the_losses_of_torch(world, tmp_path, caplog, capfd):
     run = trainer(world).run(str(tmp_path))
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     losses = {line["step"]: line["loss"] for line in lines if "loss" in line}
@@ -110,6 +110,10 @@ def test_ten_more_steps_have_the_losses_of_torch(world, tmp_path, caplog):
     expected = [3e-3 * (1 - (i - 1 - WARMUP) / (TOTAL - WARMUP)) for i in range(BEFORE, BEFORE + MORE)]
     np.testing.assert_allclose(rates, expected, rtol=1e-5)
     assert "the run there had" not in caplog.text
+    assert (
+        f"continuing {world[0]} after 4 updates, with its optimizer; the data starts"
+        in capfd.readouterr().err
+    )
 
 
 def test_a_setting_that_differs_from_the_stored_run_is_said(world, caplog):
@@ -119,6 +123,7 @@ def test_a_setting_that_differs_from_the_stored_run_is_said(world, caplog):
     assert lines == [
         "the run there had AdamW.b2 = 0.999, this one has 0.95",
         "the run there had Trainer.steps = 40, this one has 50",
+        "the next update there has the learning rate 0.00292105, here it has 0.0029375",
     ]
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import math
 from typing import Any
 
 import jax
@@ -40,7 +41,7 @@ def check(trainer: Any) -> None:
 def with_optimizer(trainer: Any, run: Run) -> Run:
     """A run that has its weights, with the moments and the count of updates that `init_from` holds beside them.
 
-    The position in the data is not stored there, so the data starts at its beginning.
+    The position in the data is not stored there, so the data starts at its beginning; `statements.opening` says so.
 
     Args:
       trainer: the settings, a `trainer.Trainer`.
@@ -53,7 +54,6 @@ def with_optimizer(trainer: Any, run: Run) -> Run:
     stored = reader.training_state(path, run.model)
     for line in _differences(stored, trainer):
         log.warning("%s: %s", trainer.init_from, line)
-    log.info("%s: continues after %d updates; its place in the data is not stored", path, stored.step)
     state = {**run.state, "opt_state": _filled(run.state["opt_state"], stored)}
     return dataclasses.replace(run, state=state, step=stored.step)
 
@@ -95,4 +95,13 @@ def _differences(stored: TrainingState, trainer: Any) -> list[str]:
         now = getattr(owners[owner], field)
         if now != before:
             lines.append(f"the run there had {name} = {before!r}, this one has {now!r}")
+    if stored.step != stored.updates:
+        lines.append(
+            f"the optimizer there has done {stored.updates} updates and the schedule {stored.step}: both go on"
+        )
+    rate = float(trainer.optimizer.learning_rates(trainer.steps)(stored.step))
+    if stored.next_rate is not None and not math.isclose(rate, stored.next_rate, rel_tol=1e-4, abs_tol=1e-12):
+        lines.append(
+            f"the next update there has the learning rate {stored.next_rate:g}, here it has {rate:g}"
+        )
     return lines

@@ -28,6 +28,11 @@ def opening(trainer: Any, run: Any, opened: Any, mesh: jax.sharding.Mesh, workdi
         rest = "resuming" if run.step < trainer.last_step else "nothing is left to do"
         yield f"step {run.step} of {trainer.last_step} is done: {rest}"
         yield from resume_check.changes(run.before, resume_check.changeable(trainer))
+    elif run.step:
+        yield (
+            f"continuing {trainer.init_from} after {run.step} updates, with its optimizer; the data starts at its "
+            "beginning, since its position there is not stored"
+        )
     yield _model(run)
     if isinstance(run.model, model_lib.Decoder):
         yield from extend.table(run.model)

@@ -316,7 +316,8 @@ def layers(model: Decoder) -> list[Layer]:
         if mixer is not Attention or mlp is not Mlp:
             raise UserError(
                 f"layer {i} is {mixer.__name__} + {mlp.__name__}; the 'hf' format of this model_type holds "
-                "Attention + Mlp only, save with format 'lcx' (a linearized Llama also with 'lolcats')"
+                "Attention + Mlp only, save with format 'lcx' (a linearized Llama also with 'lolcats', a published "
+                "2Mamba model with 'two_mamba')"
             )
         if unsaid := _unsaid(layer.block):
             raise UserError(

@@ -26,7 +26,7 @@ from lcx.convert.two_mamba.family import ROTATION, TWO_MAMBA
 from lcx.errors import UserError
 from lcx.mixers.attention import Attention
 from lcx.model import Decoder
-from lcx.rope_fields import shown
+from lcx.rope_fields import is_number, shown
 
 OPTIMIZER, SCHEDULER, CONFIG = "optimizer.pt", "scheduler.pt", "config.pt"
 _MOMENTS = {"first": "exp_avg", "second": "exp_avg_sq"}
@@ -65,7 +65,9 @@ def read(folder: str | os.PathLike, model: Decoder) -> TrainingState:
 
     updates = _updates(path, file, stored)
     step, settings = _run(place, group)
-    return TrainingState(updates if step is None else step, updates, moment, settings)
+    rate = group.get("lr")
+    next_rate = float(rate) if is_number(rate) else None
+    return TrainingState(updates if step is None else step, updates, moment, settings, next_rate)
 
 
 def names(model: Decoder) -> list[str]:
@@ -113,8 +115,8 @@ def _stored(path: pathlib.Path, file: torch_bin.TorchFile, ids: list[int], model
 
 
 def _updates(path: pathlib.Path, file: torch_bin.TorchFile, stored: dict[str, int]) -> int:
-    counts = {float(file.read(f"{i}.step").reshape(-1)[0]) for i in stored.values()}
-    count = counts.pop()
+    counts = {float(x) for i in stored.values() for x in file.read(f"{i}.step").reshape(-1)[:2]}
+    count = counts.pop() if counts else math.nan
     if counts or not (math.isfinite(count) and count == int(count) and 0 <= count < 2**31):
         raise UserError(
             f"{path}: the parameters differ in their step, or it is no count; the file is damaged"
@@ -143,4 +145,5 @@ def _run(folder: pathlib.Path, group: dict[str, Any]) -> tuple[int | None, dict[
                 f"{folder / name}: {key} is {shown(number)}, expected the number of the last update"
             )
         last = number
-    return None if last is None else last + 1, found
+    plain = {name: value for name, value in found.items() if value is None or is_number(value)}
+    return None if last is None else last + 1, plain
