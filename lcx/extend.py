@@ -228,10 +228,10 @@ def table(model: Decoder) -> list[str]:
     rows: dict[tuple, int] = {}
     for layer in model_lib.layers(model):
         mixer = layer.block.mixer
-        if not hasattr(mixer, "rope"):
+        if not mixers.can_rotate(mixer):
             continue
-        window, rope = getattr(mixer, "window", None), mixer.rope
-        key = (kind_of(mixer), window if kind_of(mixer) == SLIDING else None, rope)
+        rotary = mixers.rotary(mixer)
+        key = (kind_of(mixer), mixer.window if kind_of(mixer) == SLIDING else None, rotary and rotary.rope)
         rows[key] = rows.get(key, 0) + 1
     if len(rows) < 2 and not any(kind == SLIDING for kind, _, _ in rows):
         return []

@@ -65,7 +65,7 @@ def test_text_and_conversations_in_one_run(tmp_path, folders):
     assert len(masks) == 3 and all(masks[0]) and all(masks[2]) and not all(masks[1]) and any(masks[1])
     (remark,) = dataset.remarks()
     share = sum(map(sum, masks)) / sum(map(len, masks))
-    assert f"1 conversations of 3 documents; loss on {share:.1%} of {sum(map(len, masks))} tokens" in remark
+    assert f"1 conversation of 3 documents; loss on {share:.1%} of {sum(map(len, masks))} tokens" in remark
 
 
 BAD_ROWS = [

@@ -144,7 +144,7 @@ def test_from_the_command_line(tmp_path):
         return subprocess.run([*command, *arguments], capture_output=True, text=True, env=environment)
 
     good = run()
-    assert good.returncode == 0 and good.stdout.startswith("1 documents, 0 with a problem")
+    assert good.returncode == 0 and good.stdout.startswith("1 document, 0 with a problem")
     short = run("--min_length=1000000")
     assert short.returncode == 1 and "1 too short" in short.stdout
     typo = run(f"--source={tmp_path / 'b.txt'}")

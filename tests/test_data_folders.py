@@ -274,5 +274,5 @@ def test_the_command_says_it(tmp_path):
     out = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert out.returncode == 2 and out.stderr.count("\n") == 1 and "a.jsonl line 3 is not JSON" in out.stderr
     out = subprocess.run([*command, "--on_bad_line=skip"], capture_output=True, text=True, env=environment)
-    assert out.returncode == 0 and out.stdout.startswith("1 documents")
+    assert out.returncode == 0 and out.stdout.startswith("1 document,")
     assert "1 empty document skipped" in out.stderr and "1 row skipped" in out.stderr

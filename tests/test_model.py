@@ -125,7 +125,7 @@ def test_a_cache_fixes_the_length_of_a_dynamic_rope():
     [
         (dict(num_layers=2, num_kv_heads=3), "num_heads 4 must be a multiple of num_kv_heads 3"),
         (dict(num_layers=2, hidden_size=33), "set head_dim"),
-        (dict(num_layers=2, layer_windows=(None,)), "1 entries for num_layers 2"),
+        (dict(num_layers=2, layer_windows=(None,)), "1 entry for num_layers 2"),
     ],
 )
 def test_sizes_that_do_not_fit(wrong, message):

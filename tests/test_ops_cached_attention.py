@@ -84,7 +84,7 @@ def test_a_token_that_sees_nothing_gives_nothing():
 
 @pytest.mark.parametrize(
     "mixer",
-    [Attention(4, 2, 16, window=40), TwoMamba(2, 16, score="exp")],
+    [Attention(4, 2, 16), TwoMamba(2, 16, score="exp")],
     ids=["attention", "two_mamba_exp"],
 )
 def test_decoding_holds_no_second_cache(mixer):

@@ -34,9 +34,8 @@ def mlp():
 
 NORM = Norm(center=True, bias=True, offset=1.0)
 MODELS = {
-    "no mlp": decoder(Block(attention(), None, parent=None), repeat=2),
+    "no mlp, tied": decoder(Block(attention(), None, parent=None), repeat=2, tie_word_embeddings=True),
     "no mixer": decoder(Block(attention(), None, parent=None), Block(None, mlp(), parent=None)),
-    "no layers, tied": decoder(tie_word_embeddings=True),
     "every setting": decoder(
         Block(
             Attention(2, 2, 8, rope=None, qk_norm="all_heads", norm=NORM, scale=0.5, parent=None),

@@ -128,6 +128,6 @@ def test_pictures_leave_matplotlib_as_it_was():
 
 def test_every_evaluation_can_be_found_again():
     """The report draws with the class that results.json names."""
-    for task in (LossByPosition(lengths=(8,)), Perplexity(windows=(64, 128)), Passkey(trials=3)):
+    for task in (LossByPosition(lengths=(8,)), Perplexity(windows=(64, 128), stride=16), Passkey(trials=3)):
         assert model_json.from_json(json.loads(json.dumps(model_json.to_json(task)))) == task
         assert dataclasses.is_dataclass(task) and task.__dataclass_params__.frozen

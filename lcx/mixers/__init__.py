@@ -227,6 +227,11 @@ def macs_per_token(mixer: Any, seq_len: int) -> float:
 # ------------------------------------------------------------------------------------------------ rotary embedding
 
 
+def can_rotate(mixer: nn.Module | None) -> bool:
+    """Whether the mixer has a field `rope`, which may be None."""
+    return hasattr(mixer, "rope")
+
+
 def rotary(mixer: nn.Module | None) -> Rotary | None:
     """The mixer's rotary embedding; None if it has no field `rope` or the field is None.
 

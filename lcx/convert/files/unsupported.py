@@ -8,13 +8,13 @@ from lcx.convert.files.tensor_io import FLOAT_DTYPES, TensorInfo
 from lcx.errors import UserError
 from lcx.rope_fields import shown
 
+_UNPACKED = {"mxfp4"}  # read as bfloat16, by convert.hf.mxfp4
 _POINTER = b"version https://git-lfs.github.com/spec/"
 _MOST_POINTER_BYTES = 1024  # the format's own limit
 _DEQUANTIZE = (
     "write it in 16 bits first, with transformers: m = AutoModelForCausalLM.from_pretrained(FOLDER, "
     "torch_dtype='bfloat16'); m.dequantize().save_pretrained(NEW_FOLDER); or take the model that was quantized"
 )
-_UNPACKED = {("mxfp4", "gpt_oss")}  # read as bfloat16, by convert.hf.mxfp4
 #: Suffixes of tensors that only quantized checkpoints have.
 _QUANTIZED = (
     ".qweight", ".qzeros", ".scales", ".g_idx", ".weight_scale", ".weight_scale_inv", ".input_scale", ".absmax",
@@ -56,7 +56,7 @@ def check_config(config: Mapping[str, Any], where: pathlib.Path) -> None:
         if not given:
             continue
         method = given.get("quant_method") if isinstance(given, Mapping) else None
-        if key == "quantization_config" and (method, config.get("model_type")) in _UNPACKED:
+        if key == "quantization_config" and method in _UNPACKED:
             continue
         bits = [
             name

@@ -91,8 +91,4 @@ def unpacked(source: TensorSource, config: Mapping[str, object]) -> TensorSource
 
 def is_mxfp4(config: Mapping[str, object]) -> bool:
     given = config.get("quantization_config")
-    return (
-        isinstance(given, Mapping)
-        and given.get("quant_method") == "mxfp4"
-        and config.get("model_type") == "gpt_oss"
-    )
+    return isinstance(given, Mapping) and given.get("quant_method") == "mxfp4"
