@@ -9,27 +9,31 @@ Examples:
 Compiles the training step of the .gin file ahead of time for devices that need not exist: TPU slices (v5e:16x16,
 v5p:4x4x4, v6e:4x4), GPUs (h100:8, h200:8; hosts of 8) or this machine's CPUs (cpu:2). TPUs and GPUs need the extra
 `aot` (Linux on x86). No data and no weights are read; of a Hugging Face model, a folder with config.json is enough.
-Prints memory, the largest arrays and the settings that shrink them, FLOPs, what devices send each other, and a time from
-a roofline with its assumptions. Exits with 0 if the step fits and with 1 if it does not.
+Prints memory, the largest arrays and the settings that shrink them, FLOPs, what devices send each other, and a time
+from a roofline with its assumptions. Exits with 0 if the step fits and with 1 if it does not.
 """
 
-import os
 import sys
 
 from lcx import config
 
-
 def main(argv=None) -> int:
     parser = config.parser(__doc__)
     parser.add_argument(
-        "--topology", required=True, metavar="NAME", help="devices: v5e:16x16, v5p:4x4x4, v6e:4x4, h100:8, h200:8, cpu:2"
+        "--topology",
+        required=True,
+        metavar="NAME",
+        help="the devices: v5e:16x16, v5p:4x4x4, v6e:4x4, h100:8, h200:8, cpu:2",
     )
     parser.add_argument("--json", dest="as_json", action="store_true", help="print one JSON object")
     parser.add_argument(
-        "--longest", action="store_true", help="also search for the longest rows that fit (compiles several times)"
+        "--longest",
+        action="store_true",
+        help="also search for the longest rows that fit (compiles several times)",
     )
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # compilers for absent devices warn that they are absent
-    return config.run(parser, "lcx.planning.command:plan", argv, bindings_of="lcx.trainer:train")
+    return config.run(
+        parser, "lcx.planning.command:plan", argv, bindings_of="lcx.trainer:train", compilers=True
+    )
 
 
 if __name__ == "__main__":

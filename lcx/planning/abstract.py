@@ -12,8 +12,8 @@ from jax.sharding import Mesh
 
 from lcx import extend, hub, parameters
 from lcx.convert import formats
-from lcx.convert.hf.folder import CONFIG
 from lcx.convert.hf import config as hf_config
+from lcx.convert.hf.folder import CONFIG
 from lcx.errors import UserError
 from lcx.ladder import Ladder, original_window
 from lcx.linearize import check_linear, is_new
@@ -44,7 +44,9 @@ def trainer_of(job: Any) -> tuple[Trainer, list[str]]:
             "train.job"
         )
     if trainer.adapter is not None:
-        raise UserError("Trainer.adapter cannot be planned: set Trainer.lora with the adapter's rank and targets")
+        raise UserError(
+            "Trainer.adapter cannot be planned: set Trainer.lora with the adapter's rank and targets"
+        )
     return trainer, notes
 
 
@@ -66,16 +68,23 @@ def run_of(trainer: Trainer, mesh: Mesh) -> Run:
         check_linear(model, seq_len=trainer.seq_len, where=trainer.init_from)
     model = trainer.adjusted(model)
     stored = {
-        path: jax.ShapeDtypeStruct(leaf.shape, dtypes.get(path, np.dtype("float32") if is_new(path) else dtypes[""]))
+        path: jax.ShapeDtypeStruct(
+            leaf.shape, dtypes.get(path, np.dtype("float32") if is_new(path) else dtypes[""])
+        )
         for path, leaf in flatten_dict(parameters.abstract_params(model), sep="/").items()
     }
-    return prepared(trainer.optimizer, trainer.steps, model, mesh, trainer.lora, unflatten_dict(stored, sep="/"))
+    return prepared(
+        trainer.optimizer, trainer.steps, model, mesh, trainer.lora, unflatten_dict(stored, sep="/")
+    )
 
 
 def _stored(path: str, format: str | None) -> tuple[Decoder, Dtypes]:
     """The model at `path` and the dtypes in which its parameters are stored; a lone config.json is enough."""
     folder = pathlib.Path(path).expanduser()
-    if folder.is_dir() and {entry.name for entry in folder.iterdir() if entry.suffix != ".md"} <= _WITHOUT_WEIGHTS:
+    if (
+        folder.is_dir()
+        and {entry.name for entry in folder.iterdir() if entry.suffix != ".md"} <= _WITHOUT_WEIGHTS
+    ):
         return _described(folder)
     local = hub.local(path)
     source = formats.reader(local, format, where="Trainer.init_format").open(local)
@@ -83,7 +92,13 @@ def _stored(path: str, format: str | None) -> tuple[Decoder, Dtypes]:
     return source.model, dtypes | {"": max(dtypes.values(), key=list(dtypes.values()).count)}
 
 
-_TOKENIZER = {"tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "vocab.json"}
+_TOKENIZER = {
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.json",
+}
 _WITHOUT_WEIGHTS = {CONFIG, "generation_config.json", "merges.txt"} | _TOKENIZER
 
 
@@ -92,7 +107,9 @@ def _described(folder: pathlib.Path) -> tuple[Decoder, Dtypes]:
     try:
         config = json.loads((folder / CONFIG).read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"{folder / CONFIG} cannot be read: {error}; expected config.json of a model") from error
+        raise UserError(
+            f"{folder / CONFIG} cannot be read: {error}; expected config.json of a model"
+        ) from error
     if not isinstance(config, dict):
         raise UserError(f"{folder / CONFIG} is not a JSON object: expected config.json of a model")
     name = config.get("dtype", config.get("torch_dtype")) or "bfloat16"

@@ -47,7 +47,9 @@ def largest(step: Step, trainer: Trainer, mesh: Mesh, count: int = 5) -> list[Bu
             key = (array.dtype, array.shape)
             if key in found and not found[key].where:
                 found[key] = dataclasses.replace(found[key], where=_where(one.op_name))
-            if key in found or (len(found) >= 8 * count and array.held < min(b.nbytes for b in found.values())):
+            if key in found or (
+                len(found) >= 8 * count and array.held < min(b.nbytes for b in found.values())
+            ):
                 continue
             what = _what(array.shape, one.op, one.op_name, weights)
             setting = _setting(what, step, trainer, mesh)
@@ -56,7 +58,7 @@ def largest(step: Step, trainer: Trainer, mesh: Mesh, count: int = 5) -> list[Bu
 
 
 def _shapes(step: Step, mesh: Mesh) -> set[Shape]:
-    """The shapes, sorted, that weights and their gradients have on a device: sharded or gathered, of all layers or one."""
+    """The sorted shapes of weights and their gradients on a device: sharded or gathered, of all layers or of one."""
     found = set()
     for leaf in jax.tree.leaves(weights_of(step.run.abstract)):
         spec = [axis if axis is not None else () for axis in leaf.sharding.spec] + [()] * leaf.ndim
@@ -81,7 +83,16 @@ def _what(shape: Shape, op: str, op_name: str, weights: set[Shape]) -> str:
 
 def _where(op_name: str) -> str:
     """`jit(step)/while/body/transpose(jvp(Decoder.hidden))/.../mlp/up_proj/dot_general` -> what names a place."""
-    noise = ("jit(", "while", "body", "closed_call", "checkpoint", "shard_map", "rematted_computation", "remat")
+    noise = (
+        "jit(",
+        "while",
+        "body",
+        "closed_call",
+        "checkpoint",
+        "shard_map",
+        "rematted_computation",
+        "remat",
+    )
     parts = [part for part in op_name.split("/") if not part.startswith(noise)]
     return "/".join(collections.OrderedDict.fromkeys(parts)) if "/" in op_name else ""
 

@@ -41,7 +41,9 @@ def _longest(trainer: Trainer, place: Topology, peak: int) -> int | None:
     if place.memory is None:
         return None
     known = {trainer.seq_len: peak}
-    unit = math.lcm(mesh_of(trainer, place).shape["context"], 128 if place.chip else 1, trainer.piece_length or 1)
+    unit = math.lcm(
+        mesh_of(trainer, place).shape["context"], 128 if place.chip else 1, trainer.piece_length or 1
+    )
 
     def peak_at(seq_len: int) -> int:
         if seq_len not in known:

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from kernels_pallas import aot
 from lcx import sharding
 from lcx.errors import UserError, first_line
-from lcx.planning import flops, program
+from lcx.planning import flops, program, silence
 from lcx.planning.abstract import run_of
 from lcx.planning.topology import Topology
 from lcx.trainer import Trainer
@@ -23,7 +23,9 @@ from lcx.training.step import weights_of
 
 log = logging.getLogger(__name__)
 
-FIELDS = {name: np.int32 for name in ("tokens", "labels", "positions", "segment_ids")} | {"loss_weights": np.float32}
+FIELDS = {name: np.int32 for name in ("tokens", "labels", "positions", "segment_ids")} | {
+    "loss_weights": np.float32
+}
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -98,8 +100,9 @@ def step_of(trainer: Trainer, topology: Topology) -> Step:
         number = jax.ShapeDtypeStruct((), np.int32)
         traced = trainer.step_function(run).trace(run.abstract, batch, number)
         try:
-            made = traced.lower().compile()
-            analysis, text = made.memory_analysis(), made.as_text()
+            with silence.quiet():
+                made = traced.lower().compile()
+                analysis, text = made.memory_analysis(), made.as_text()
         except jax.errors.JaxRuntimeError as error:
             analysis, text = _refused(error), None
     known = {

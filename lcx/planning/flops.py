@@ -1,7 +1,7 @@
-"""The operations of a traced function: matrix products and convolutions, with loops unrolled and recomputation included.
+"""The operations of a traced function: matrix products and convolutions, in loops too, recomputation included.
 
-They are counted in the jaxpr and not in the compiled program, whose own count takes the body of a loop once and knows no
-library calls. A multiplication and an addition are two operations. Element-wise operations are not counted.
+They are counted in the jaxpr and not in the compiled program, whose own count takes the body of a loop once and knows
+no library calls. A multiplication and an addition are two operations. Element-wise operations are not counted.
 """
 
 import dataclasses

@@ -11,7 +11,9 @@ _GRAIN = 16  # the result is within a sixteenth of the longest
 def with_length(trainer: Trainer, seq_len: int) -> Trainer:
     """The run with rows of another length, and the context window of its model if that is the length of its rows."""
     same = trainer.context_length == trainer.seq_len
-    return dataclasses.replace(trainer, seq_len=seq_len, context_length=seq_len if same else trainer.context_length)
+    return dataclasses.replace(
+        trainer, seq_len=seq_len, context_length=seq_len if same else trainer.context_length
+    )
 
 
 def longest(peak: Callable[[int], int], memory: int, *, start: int, unit: int, tries: int = 12) -> int:

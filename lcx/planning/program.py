@@ -6,7 +6,10 @@ import re
 from collections.abc import Iterator
 
 _BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16, "c64": 64, "c128": 128, "f8e4m3fn": 8, "f8e5m2": 8}
-_ARRAY = re.compile(r"\b(pred|bf16|[sufc]\d+(?:e\dm\d\w*)?)\[([\d,]*)\](?:\{([\d,]*)(?::(?:T\(([\d,]+)\))?([^}]*))?\})?")
+# dtype[sizes]{minor to major:T(first tile) what follows}
+_ARRAY = re.compile(
+    r"\b(pred|bf16|[sufc]\d+(?:e\dm\d\w*)?)\[([\d,]*)\](?:\{([\d,]*)(?::(?:T\(([\d,]+)\))?([^}]*))?\})?"
+)
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.+?) ([a-z][\w\-]*)\((.*)$")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _CALLED = re.compile(r"\b(body|calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
@@ -82,7 +85,9 @@ class Program:
 
     @property
     def unknown_loops(self) -> int:
-        loops = {run.instruction.name: run.instruction for run in self.runs() if run.instruction.op == "while"}
+        loops = {
+            run.instruction.name: run.instruction for run in self.runs() if run.instruction.op == "while"
+        }
         return sum(self.trips(loop) is None for loop in loops.values())
 
     def trips(self, loop: Instruction) -> int | None:
@@ -144,7 +149,9 @@ def _padded(shape: tuple[int, ...], layout: str, tile: str) -> list[int]:
     """The sizes of the axes, filled up to whole tiles."""
     sizes = list(shape)
     if tile and layout and shape:
-        order = [int(axis) for axis in layout.split(",")]  # the axis whose elements are next to each other first
+        order = [
+            int(axis) for axis in layout.split(",")
+        ]  # the axis whose elements are next to each other first
         for axis, size in zip(order, [int(size) for size in tile.split(",")][::-1], strict=False):
             sizes[axis] = -(-sizes[axis] // size) * size
     return sizes

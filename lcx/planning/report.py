@@ -19,7 +19,9 @@ MEMORY = (
 )
 
 
-def plan(step: Step, trainer: Trainer, place: Topology, longest: int | None, notes: list[str]) -> dict[str, Any]:
+def plan(
+    step: Step, trainer: Trainer, place: Topology, longest: int | None, notes: list[str]
+) -> dict[str, Any]:
     """The keys are stable; a value that cannot be known is None. Bytes are of each device, FLOPs of all together."""
     mesh = mesh_of(trainer, place)
     shape, devices = dict(mesh.shape), mesh.size
@@ -30,7 +32,11 @@ def plan(step: Step, trainer: Trainer, place: Topology, longest: int | None, not
     leaves = jax.tree.leaves({name: step.run.abstract[name] for name in step.run.trains})
     tokens = trainer.batch_size * trainer.seq_len
     peak_rate = devices * place.chip.flops if place.chip else math.nan
-    assumptions = [*MEMORY, *(roofline.ASSUMPTIONS if time else ()), *([roofline.LOOPS] if work.estimated else ())]
+    assumptions = [
+        *MEMORY,
+        *(roofline.ASSUMPTIONS if time else ()),
+        *([roofline.LOOPS] if work.estimated else ()),
+    ]
     return {
         "topology": place.name,
         "devices": devices,
@@ -57,7 +63,9 @@ def plan(step: Step, trainer: Trainer, place: Topology, longest: int | None, not
         "compute_seconds": None if time is None else time.compute,
         "memory_seconds": None if time is None else time.memory,
         "link_seconds": None if time is None else time.links,
-        "mfu": None if seconds is None or work.model_flops is None else work.model_flops / seconds / peak_rate,
+        "mfu": None
+        if seconds is None or work.model_flops is None
+        else work.model_flops / seconds / peak_rate,
         "tokens_per_second": None if seconds is None else tokens / seconds,
         "steps": trainer.steps,
         "tokens": tokens * trainer.steps,
@@ -84,8 +92,8 @@ def _buffer(buffer: Buffer) -> dict[str, Any]:
 def text(plan: dict[str, Any]) -> str:
     """The plan in lines."""
     lines = [
-        f"{plan['topology']}, {topology.shape_text(plan['mesh'])}: {plan['batch_size']} rows of {plan['seq_len']} tokens, "
-        f"accumulation {plan['accumulation']}, remat {plan['remat']}, {plan['steps']} steps",
+        f"{plan['topology']}, {topology.shape_text(plan['mesh'])}: {plan['batch_size']} rows of {plan['seq_len']} "
+        f"tokens, accumulation {plan['accumulation']}, remat {plan['remat']}, {plan['steps']} steps",
         f"model       {plan['model_parameters']:,} parameters, {plan['trained_parameters']:,} train",
         "",
         "memory of each device",
@@ -94,7 +102,10 @@ def text(plan: dict[str, Any]) -> str:
     ]
     if plan["largest_seq_len"] is not None:
         lines.append(f"  the longest rows that fit: {plan['largest_seq_len']:,} tokens (within a sixteenth)")
-    lines += ["", "largest arrays of each device" if plan["largest_buffers"] else "(not compiled: it does not fit)"]
+    lines += [
+        "",
+        "largest arrays of each device" if plan["largest_buffers"] else "(not compiled: it does not fit)",
+    ]
     for buffer in plan["largest_buffers"]:
         shape = f"{buffer['dtype']}[{','.join(map(str, buffer['shape']))}]"
         lines.append(f"  {size(buffer['bytes']):>12}  {buffer['what']}: {shape} {buffer['where']}".rstrip())
@@ -111,6 +122,9 @@ _MEMORY_LINES = (
 )
 
 
+_TIMES = {"products": "compute", "memory": "memory", "links": "link"}
+
+
 def _verdict(plan: dict[str, Any]) -> str:
     if plan["memory_bytes"] is None:
         return ""
@@ -121,14 +135,16 @@ def _verdict(plan: dict[str, Any]) -> str:
 
 def _work_lines(plan: dict[str, Any]) -> list[str]:
     flops = plan["model_flops"]
-    lines = [f"  model FLOPs {'unknown' if flops is None else f'{flops:.3e}'}, executed {plan['executed_flops']:.3e}"]
+    lines = [
+        f"  model FLOPs {'unknown' if flops is None else f'{flops:.3e}'}, executed {plan['executed_flops']:.3e}"
+    ]
     sent = plan["collective_bytes"]
     if sent is not None:
         moved = ", ".join(f"{axes} {size(number)}" for axes, number in sent.items()) or "nothing"
         lines.append(f"  each device sends over {moved}" if sent else "  nothing is sent between devices")
     if plan["step_seconds"] is None:
         return lines
-    parts = f"products {plan['compute_seconds']:.3g}, memory {plan['memory_seconds']:.3g}, links {plan['link_seconds']:.3g}"
+    parts = ", ".join(f"{name} {plan[f'{key}_seconds']:.3g}" for name, key in _TIMES.items())
     mfu = "" if plan["mfu"] is None else f", MFU {plan['mfu']:.0%}"
     return [
         *lines,

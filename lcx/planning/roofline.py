@@ -16,8 +16,8 @@ from lcx.trainer import Trainer
 
 ASSUMPTIONS = (
     "products run at the chip's full bfloat16 rate, memory and links at the full rate of the data sheet",
-    "nothing overlaps: step_seconds is the sum of the times of products, memory and links; if all overlapped it would be "
-    "step_seconds_overlapped",
+    "nothing overlaps: step_seconds is the sum of the times of products, memory and links; if all three overlapped it "
+    "would be step_seconds_overlapped",
     "every array of the program is written once and read once",
     "collectives run as rings along one axis of the mesh; each axis has links of its own",
     "no time for data, checkpoints, evaluation, compilation or waiting for slower devices",

@@ -1,5 +1,6 @@
 """Devices by name: "v5p:4x4x4", "v5e:16x16", "v6e:4x4", "h200:8", "h100:16", "cpu:2"; and their data sheets."""
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -10,6 +11,7 @@ import jax
 
 from kernels_pallas import aot
 from lcx.errors import UserError, first_line
+from lcx.planning import silence
 from lcx.wording import quantity
 
 EXAMPLES = "v5e:16x16, v5p:4x4x4, v6e:4x4, h100:8, h200:8 or cpu:2"
@@ -110,15 +112,15 @@ def _gpus(name: str, kind: str, count: int, host: int) -> Any:
 
 
 def _check_compiler(target: str) -> None:
-    if (reason := aot.available(target)) is not None:
+    with silence.quiet():
+        reason = aot.available(target)
+    if reason is not None:
         raise UserError(f"--topology: {reason}; install lcx[aot] (Linux on x86), or plan for cpu:N")
 
 
 def _cpus(count: int) -> Any:
-    try:
+    with contextlib.suppress(RuntimeError):  # jax has started already
         jax.config.update("jax_num_cpu_devices", count)
-    except RuntimeError:  # jax has started already
-        pass
     devices = jax.devices("cpu")
     if len(devices) < count:
         raise UserError(

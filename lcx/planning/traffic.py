@@ -20,7 +20,14 @@ SENT = {
 }
 # Instructions that make no array of their own.
 _NO_ARRAY = {"parameter", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "constant"}
-_NO_ARRAY |= {"after-all", "optimization-barrier", "async-start", "async-update", "async-done", "partition-id"}
+_NO_ARRAY |= {
+    "after-all",
+    "optimization-barrier",
+    "async-start",
+    "async-update",
+    "async-done",
+    "partition-id",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +56,9 @@ def collectives(program: Program, mesh_shape: dict[str, int]) -> list[Sent]:
         if kind not in SENT:
             continue
         channel = re.search(r"channel_id=(\d+)", one.text)
-        if run.fused and channel:  # libtpu writes an asynchronous one into every fusion that takes a part of it
+        if (
+            run.fused and channel
+        ):  # libtpu writes an asynchronous one into every fusion that takes a part of it
             if channel[1] in seen:
                 continue
             seen.add(channel[1])
@@ -74,11 +83,14 @@ def by_axis(sent: list[Sent]) -> dict[str, float]:
 def whole_bytes(one: Instruction, kind: str, size: int) -> float:
     """Bytes of the array that a collective of `size` devices works on: the gathered or the unreduced one."""
     nbytes = sum(array.nbytes for array in one.results if array.shape) or one.nbytes
-    if kind == "all-gather" and one.op.endswith("-start"):  # (inputs, outputs)
+    if kind in ("all-gather", "reduce-scatter") and one.op.endswith("-start"):  # (inputs, outputs)
         return nbytes * size / (size + 1)
     if kind == "collective-permute" and one.op.endswith("-start"):
         return nbytes / 2
     return nbytes * size if kind == "reduce-scatter" else nbytes
+
+
+_NAMED = r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\([^)]*\))? ?\{([^}]*)\}"
 
 
 def groups(text: str, count: int) -> list[list[int]]:
@@ -90,7 +102,7 @@ def groups(text: str, count: int) -> list[list[int]]:
         ids = np.arange(math.prod(source)).reshape(source)
         ids = ids.transpose(_numbers(iota[3])) if iota[3] else ids
         return ids.reshape(shape[0], -1).tolist()
-    if (named := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\([^)]*\))? ?\{([^}]*)\}", text)) is not None:
+    if (named := re.search(_NAMED, text)) is not None:
         axes = re.findall(r"'(\w+)'=(\d+)", named[1])
         used = re.findall(r"'(\w+)'", named[2])
         sizes = [int(size) for _, size in axes]
