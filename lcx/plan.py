@@ -17,6 +17,7 @@ import sys
 
 from lcx import config
 
+
 def main(argv=None) -> int:
     parser = config.parser(__doc__)
     parser.add_argument(

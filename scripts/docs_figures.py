@@ -210,6 +210,17 @@ def step_memory(result: dict) -> str:
     return table(["", *(f"{T // 1024}K" for T in lengths)], rows)
 
 
+def plan_errors(result: dict) -> str:
+    head = ["configuration", "devices", "planned, MiB", "measured, MiB", "error"]
+    rows = [
+        [row["name"], str(row["devices"]), *(f"{row[key]:,.0f}" for key in ("planned_mib", "measured_mib")),
+         f"{row['error']:+.1%}"] for row in result["rows"]
+    ]  # fmt: skip
+    errors = [row["error"] for row in result["rows"]]
+    said = f"From {min(errors):+.1%} to {max(errors):+.1%} (`python benchmarks/plan_errors.py`)."
+    return f"{table(head, rows)}\n\n{said}"
+
+
 def stripe(result: dict) -> str:
     head = ["tokens", "per CPU second", "vortex's", "speed", "temporary MiB", "vortex's"]
     found = {(row["T"], row["form"]): row for row in result["rows"] if row["pass"] == "forward+backward"}
@@ -280,6 +291,7 @@ FIGURES = {
     "step_memory": Figure(
         "train_step_memory_h200.json", step_memory, "python benchmarks/train_step_memory.py", timed=False
     ),
+    "plan_errors": Figure("plan_errors.json", plan_errors, "python benchmarks/plan_errors.py", timed=False),
     "stripe": Figure("striped_hyena_cpu.json", stripe, "python benchmarks/striped_hyena.py --width 32"),
     "decoding": Figure(DECODING[0], decoding, DECODING[1]),
     "decoding_line": Figure(DECODING[0], decoding_line, DECODING[1]),

@@ -22,7 +22,8 @@ from lcx.planning import abstract, compiled, flops, longest, program, roofline, 
 
 KEYS = {  # what programs read; DESIGN names the first five
     *("peak_bytes", "memory_bytes", "fits", "step_seconds", "largest_seq_len"),
-    *("topology", "devices", "mesh", "seq_len", "batch_size", "accumulation", "remat", "model_parameters", "trained_parameters", "parameter_bytes"),
+    *("topology", "devices", "mesh", "seq_len", "batch_size", "accumulation", "remat", "model_parameters"),
+    *("trained_parameters", "parameter_bytes"),
     *("optimizer_bytes", "batch_bytes", "activation_bytes", "largest_buffers", "model_flops", "executed_flops"),
     *("collective_bytes", "step_seconds_overlapped", "compute_seconds", "memory_seconds", "link_seconds", "mfu"),
     *("tokens_per_second", "steps", "tokens", "days", "device_hours", "compile_seconds", "assumptions", "notes"),

@@ -98,7 +98,8 @@ def step_of(trainer: Trainer, topology: Topology) -> Step:
     batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=rows) for name, dtype in FIELDS.items()}
     with jax.set_mesh(mesh), aot.uncached():
         number = jax.ShapeDtypeStruct((), np.int32)
-        traced = trainer.step_function(run).trace(run.abstract, batch, number)
+        function: Any = trainer.step_function(run)  # compiled by jax.jit
+        traced = function.trace(run.abstract, batch, number)
         try:
             with silence.quiet():
                 made = traced.lower().compile()

@@ -34,7 +34,7 @@ def count(traced: Any) -> Count:
     return total
 
 
-def _add(jaxpr: core.Jaxpr, times: float, total: Count) -> None:
+def _add(jaxpr: Any, times: float, total: Count) -> None:
     for eqn in jaxpr.eqns:
         name, params = eqn.primitive.name, eqn.params
         if name in ("dot_general", "ragged_dot", "ragged_dot_general"):
