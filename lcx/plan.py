@@ -33,7 +33,7 @@ def main(argv=None) -> int:
         help="also search for the longest rows that fit (compiles several times)",
     )
     return config.run(
-        parser, "lcx.planning.command:plan", argv, bindings_of="lcx.trainer:train", compilers=True
+        parser, "lcx.planning.command:plan", argv, bindings_of="lcx.trainer:train"
     )
 
 

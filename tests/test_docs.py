@@ -78,12 +78,10 @@ def call(verb: str, words: list[str]) -> int:
 # ------------------------------------------------------------------------------------------------ check without running
 
 
-def read_only(flags, target: str) -> int:
-    """In the place of config._run: everything up to the call of the target."""
-    config.parse(flags.gin_files, flags.bindings, target=target)
-    module, _, name = target.partition(":")
-    function = getattr(importlib.import_module(module), name)
-    inspect.signature(function).bind(**config._arguments(function, flags.own))
+def read_only(function, source, flags) -> int:
+    """In the place of config._call: everything up to the call of the target."""
+    configured = config._imported(source.target)
+    inspect.signature(function).bind(**config._arguments(function, flags.own, configured))
     return 0
 
 
@@ -102,7 +100,7 @@ def check(words: list[str], monkeypatch) -> None:
     """Raises unless a command and its flags exist, and what it configures can be built."""
     if words[:2] == ["python", "-m"] and words[2].startswith("lcx."):
         verb = words[2].removeprefix("lcx.")
-        monkeypatch.setattr(config, "_run", read_only)
+        monkeypatch.setattr(config, "_call", read_only)
         if verb == "data":
             monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", parse_only)
             with pytest.raises(Parsed):

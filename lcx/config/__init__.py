@@ -72,7 +72,6 @@ def run(
     *,
     defaults: Sequence[tuple[str, str]] = (),
     bindings_of: str | None = None,
-    compilers: bool = False,
 ) -> int:
     """Reads flags and .gin files, checks them, then calls `target`; returns the exit status.
 
@@ -89,15 +88,13 @@ def run(
       defaults: (name, value text) pairs that apply unless a .gin file or a flag overrides them.
       bindings_of: the "module:function" whose .gin bindings the target receives, as far as it has these parameters;
         None: its own.
-      compilers: whether the target compiles for devices that this machine does not have.
     """
     try:
         flags = flags_lib.read(parser, sys.argv[1:] if argv is None else argv)
     except SystemExit as stop:  # raised by argparse after --help or an error in the flags
         return stop.code if isinstance(stop.code, int) else 0
     setup_jax()
-    if not compilers:
-        plugins.hide_unusable()
+    plugins.hide_unusable()
     try:
         with messages.plain_warnings():
             with interrupts.importing():

@@ -1,6 +1,5 @@
 """A plan as one JSON object, and as text for a terminal."""
 
-import math
 from typing import Any
 
 import jax
@@ -24,14 +23,8 @@ def plan(
 ) -> dict[str, Any]:
     """The keys are stable; a value that cannot be known is None. Bytes are of each device, FLOPs of all together."""
     mesh = mesh_of(trainer, place)
-    shape, devices = dict(mesh.shape), mesh.size
-    work = roofline.work(step, trainer, shape, place.chip)
-    time = roofline.time_of(work, place.chip, devices)
-    seconds = None if time is None else time.total
-    trains = jax.tree.leaves(step.run.trains)
-    leaves = jax.tree.leaves({name: step.run.abstract[name] for name in step.run.trains})
-    tokens = trainer.batch_size * trainer.seq_len
-    peak_rate = devices * place.chip.flops if place.chip else math.nan
+    work = roofline.work(step, trainer, dict(mesh.shape), place.chip)
+    time = roofline.time_of(work, place.chip, mesh.size)
     assumptions = [
         *MEMORY,
         *(roofline.ASSUMPTIONS if time else ()),
@@ -39,14 +32,9 @@ def plan(
     ]
     return {
         "topology": place.name,
-        "devices": devices,
-        "mesh": shape,
-        "seq_len": trainer.seq_len,
-        "batch_size": trainer.batch_size,
-        "accumulation": trainer.accumulation,
-        "remat": step.run.model.remat,
-        "model_parameters": parameters.num_params(step.run.model),
-        "trained_parameters": sum(x.size for x, yes in zip(leaves, trains, strict=True) if yes),
+        "devices": mesh.size,
+        "mesh": dict(mesh.shape),
+        **_settings(step, trainer),
         "parameter_bytes": step.memory.parameters,
         "optimizer_bytes": step.memory.optimizer,
         "batch_bytes": step.memory.batch,
@@ -58,24 +46,54 @@ def plan(
         "model_flops": work.model_flops,
         "executed_flops": work.executed_flops,
         "collective_bytes": work.collective_bytes,
-        "step_seconds": seconds,
-        "step_seconds_overlapped": None if time is None else time.overlapped,
-        "compute_seconds": None if time is None else time.compute,
-        "memory_seconds": None if time is None else time.memory,
-        "link_seconds": None if time is None else time.links,
-        "mfu": None
-        if seconds is None or work.model_flops is None
-        else work.model_flops / seconds / peak_rate,
-        "tokens_per_second": None if seconds is None else tokens / seconds,
-        "steps": trainer.steps,
-        "tokens": tokens * trainer.steps,
-        "days": None if seconds is None else seconds * trainer.steps / 86400,
-        "device_hours": None if seconds is None else seconds * trainer.steps * devices / 3600,
+        **_times(work, time, trainer, place, mesh.size),
         "largest_seq_len": longest,
         "compile_seconds": step.compile_seconds,
         "assumptions": assumptions,
         "notes": [*notes, *([CPU_TIME] if place.chip is None else [])],
     }
+
+
+def _settings(step: Step, trainer: Trainer) -> dict[str, Any]:
+    trains = jax.tree.leaves(step.run.trains)
+    leaves = jax.tree.leaves({name: step.run.abstract[name] for name in step.run.trains})
+    return {
+        "seq_len": trainer.seq_len,
+        "batch_size": trainer.batch_size,
+        "accumulation": trainer.accumulation,
+        "remat": step.run.model.remat,
+        "steps": trainer.steps,
+        "tokens": trainer.batch_size * trainer.seq_len * trainer.steps,
+        "model_parameters": parameters.num_params(step.run.model),
+        "trained_parameters": sum(x.size for x, yes in zip(leaves, trains, strict=True) if yes),
+    }
+
+
+def _times(
+    work: roofline.Work, time: roofline.Time | None, trainer: Trainer, place: Topology, devices: int
+) -> dict[str, float | None]:
+    if time is None or place.chip is None:
+        return dict.fromkeys(_TIME_KEYS)
+    seconds = time.total
+    peak = devices * place.chip.flops
+    values = (
+        seconds,
+        time.overlapped,
+        time.compute,
+        time.memory,
+        time.links,
+        None if work.model_flops is None else work.model_flops / seconds / peak,
+        trainer.batch_size * trainer.seq_len / seconds,
+        seconds * trainer.steps / 86400,
+        seconds * trainer.steps * devices / 3600,
+    )
+    return dict(zip(_TIME_KEYS, values, strict=True))
+
+
+_TIME_KEYS = (
+    *("step_seconds", "step_seconds_overlapped", "compute_seconds", "memory_seconds", "link_seconds"),
+    *("mfu", "tokens_per_second", "days", "device_hours"),
+)
 
 
 def _buffer(buffer: Buffer) -> dict[str, Any]:

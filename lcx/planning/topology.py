@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from kernels_pallas import aot
+from lcx.config import plugins
 from lcx.errors import UserError, first_line
 from lcx.planning import silence
 from lcx.wording import quantity
@@ -112,6 +113,7 @@ def _gpus(name: str, kind: str, count: int, host: int) -> Any:
 
 
 def _check_compiler(target: str) -> None:
+    plugins.show()
     with silence.quiet():
         reason = aot.available(target)
     if reason is not None:
