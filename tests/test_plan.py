@@ -259,6 +259,8 @@ def test_flops_in_loops_recomputation_and_shards():
     spec = jax.sharding.PartitionSpec()
     island = count(jax.shard_map(lambda x, w: x @ w[0], mesh=mesh, in_specs=(spec, spec), out_specs=spec), x, w)
     assert island.flops == one * mesh.size
+    assert count(jnp.fft.fft, jnp.zeros((3, 64), jnp.complex64)).flops == 5 * 3 * 64 * 6
+    assert count(lambda x: jnp.fft.irfft(jnp.fft.rfft(x)), jnp.zeros((3, 64))).flops == 5 * 3 * 64 * 6
     lhs, rhs = jnp.zeros((2, 10, 6)), jnp.zeros((3, 3, 8))  # NWC, 2 groups of 3 channels
     dims = ("NWC", "WIO", "NWC")
     conv = count(

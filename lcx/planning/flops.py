@@ -1,4 +1,4 @@
-"""The operations of a traced function: matrix products and convolutions, in loops too, recomputation included.
+"""The operations of a traced function: products of matrices, convolutions, FFTs; recomputation included.
 
 They are counted in the jaxpr and not in the compiled program, whose own count takes the body of a loop once and knows
 no library calls. A multiplication and an addition are two operations. Element-wise operations are not counted.
@@ -17,7 +17,7 @@ class Count:
     """Operations over all devices.
 
     Attributes:
-      flops: operations of matrix products and convolutions.
+      flops: operations of matrix products, convolutions and FFTs.
       loops: `while` loops whose length depends on the data, with products inside, which are not counted.
       kernels: kernels of Pallas that state no cost, counted as 0.
     """
@@ -41,6 +41,8 @@ def _add(jaxpr: Any, times: float, total: Count) -> None:
             total.flops += times * _product(eqn)
         elif name == "conv_general_dilated":
             total.flops += times * _convolution(eqn)
+        elif name == "fft":
+            total.flops += times * _fft(eqn)
         elif name == "pallas_call":
             cost = params.get("cost_estimate")
             total.flops += times * (cost.flops if cost else 0)
@@ -85,3 +87,12 @@ def _convolution(eqn: Any) -> float:
     kernel = eqn.invars[1].aval.shape
     out = eqn.params["dimension_numbers"].rhs_spec[0]
     return 2.0 * math.prod(eqn.outvars[0].aval.shape) * math.prod(kernel) / kernel[out]
+
+
+def _fft(eqn: Any) -> float:
+    """5 n log2 n for n complex numbers, half of it for real ones."""
+    n = math.prod(eqn.params["fft_lengths"])
+    real = eqn.params["fft_type"] in (jax.lax.FftType.RFFT, jax.lax.FftType.IRFFT)
+    shape = max((x.aval.shape for x in (eqn.invars[0], eqn.outvars[0])), key=math.prod)
+    rows = math.prod(shape[: len(shape) - len(eqn.params["fft_lengths"])])
+    return rows * 5.0 * n * math.log2(max(n, 2)) / (2 if real else 1)
