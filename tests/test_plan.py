@@ -106,6 +106,16 @@ def test_what_does_not_match(monkeypatch, tmp_path):
         topology.find("h100:12")
 
 
+def test_what_a_compiler_refuses():
+    error = jax.errors.JaxRuntimeError
+    told = "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (60.50G) exceeds "
+    assert compiled._refused(error(f"{told}available HBM (15.75G).")) == 60.5 * 2**30
+    older = "Ran out of memory in memory space hbm. Used 512.00M of 15.75G hbm. Exceeded hbm capacity by 1G."
+    assert compiled._refused(error(older)) == 2**29
+    with pytest.raises(UserError, match="the compiler refuses the training step: INTERNAL: no"):
+        compiled._refused(error("INTERNAL: no\nmore"))
+
+
 # ------------------------------------------------------------------------------------------- the run, without weights
 
 

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 from typing import Any
 
 import jax
@@ -81,10 +82,7 @@ def run_of(trainer: Trainer, mesh: Mesh) -> Run:
 def _stored(path: str, format: str | None) -> tuple[Decoder, Dtypes]:
     """The model at `path` and the dtypes in which its parameters are stored; a lone config.json is enough."""
     folder = pathlib.Path(path).expanduser()
-    if (
-        folder.is_dir()
-        and {entry.name for entry in folder.iterdir() if entry.suffix != ".md"} <= _WITHOUT_WEIGHTS
-    ):
+    if (folder / CONFIG).is_file() and not any(_WEIGHTS.search(entry.name) for entry in folder.iterdir()):
         return _described(folder)
     local = hub.local(path)
     source = formats.reader(local, format, where="Trainer.init_format").open(local)
@@ -92,21 +90,14 @@ def _stored(path: str, format: str | None) -> tuple[Decoder, Dtypes]:
     return source.model, dtypes | {"": max(dtypes.values(), key=list(dtypes.values()).count)}
 
 
-_TOKENIZER = {
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "vocab.json",
-}
-_WITHOUT_WEIGHTS = {CONFIG, "generation_config.json", "merges.txt"} | _TOKENIZER
+_WEIGHTS = re.compile(r"\.(safetensors|bin|pth?|gguf|npz|h5|msgpack)$|\.index\.json$")
 
 
 def _described(folder: pathlib.Path) -> tuple[Decoder, Dtypes]:
     """A model without weights: config.json alone. The weights are taken to be stored in its dtype, or bfloat16."""
     try:
         config = json.loads((folder / CONFIG).read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(
             f"{folder / CONFIG} cannot be read: {error}; expected config.json of a model"
         ) from error

@@ -26,6 +26,10 @@ log = logging.getLogger(__name__)
 FIELDS = {name: np.int32 for name in ("tokens", "labels", "positions", "segment_ids")} | {
     "loss_weights": np.float32
 }
+# libtpu counts arguments and results among the "temporaries"; older versions write the second form.
+_TOO_LARGE = re.compile(
+    r"(?:required for HLO temporaries \(|Used )([\d.]+)([KMGT]?)(?:\) exceeds available HBM| of [\d.]+[KMGT]? hbm)"
+)
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -126,8 +130,12 @@ def _peak(analysis: Any) -> int:
 
 
 def _refused(error: jax.errors.JaxRuntimeError) -> int:
-    """Bytes that a program would need which libtpu refuses for its memory."""
-    found = re.search(r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm", str(error))
+    """Bytes that a program would need which libtpu refuses for its memory: arguments, results and temporary arrays.
+
+    Raises:
+      UserError: the compiler says something else.
+    """
+    found = _TOO_LARGE.search(str(error))
     if found is None:
         raise UserError(f"the compiler refuses the training step: {first_line(error)}") from error
     return int(float(found[1]) * _UNITS[found[2]])
