@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import pathlib
 import shutil
 import subprocess
@@ -18,7 +19,7 @@ from lcx.errors import UserError
 from lcx.ladder import Ladder, Rung
 from lcx.linearize import Linearize
 from lcx.lora import LoRA
-from lcx.planning import abstract, compiled, flops, longest, program, roofline, topology, traffic
+from lcx.planning import abstract, cache, compiled, flops, longest, program, roofline, topology, traffic
 
 KEYS = {  # what programs read; DESIGN names the first five
     *("peak_bytes", "memory_bytes", "fits", "step_seconds", "largest_seq_len"),
@@ -40,7 +41,8 @@ def plan(tmp_path_factory):
     folder = tmp_path_factory.mktemp("plan")
     (folder / "run.gin").write_text(GIN.format(folder=folder) + "trainer.Trainer.remat = 'full'\n")
     command = [sys.executable, "-m", "lcx.plan", f"--gin_file={folder}/run.gin", "--topology=cpu:2", "--json"]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(folder / "xla")}  # nothing was planned before
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout)
 
@@ -106,10 +108,25 @@ def test_what_does_not_match(monkeypatch, tmp_path):
         topology.find("h100:12")
 
 
+def test_a_plan_is_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "xla"))
+    key = cache.key("module @a", "v5e:2x2")
+    assert key != cache.key("module @b", "v5e:2x2") and key != cache.key("module @a", "v5e:4x4")
+    assert cache.read(key) is None
+    cache.write(key, cache.Compiled(7, "HloModule"))
+    assert cache.read(key) == cache.Compiled(7, "HloModule")
+    (file,) = (tmp_path / "plans").iterdir()
+    for damaged in (file.read_bytes()[:-9], b"", b"no gzip"):
+        file.write_bytes(damaged)
+        assert cache.read(key) is None, "compiled again"
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(file / "xla"))  # a folder that cannot be made
+    cache.write(key, cache.Compiled(7, None))
+
+
 def test_what_a_compiler_refuses():
     error = jax.errors.JaxRuntimeError
-    told = "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (60.50G) exceeds "
-    assert compiled._refused(error(f"{told}available HBM (15.75G).")) == 60.5 * 2**30
+    told = "Ran out of memory on HBM, the total memory required for HLO temporaries (60.50G) exceeds available HBM"
+    assert compiled._refused(error(f"RESOURCE_EXHAUSTED: {told} (15.75G).")) == 60.5 * 2**30
     older = "Ran out of memory in memory space hbm. Used 512.00M of 15.75G hbm. Exceeded hbm capacity by 1G."
     assert compiled._refused(error(older)) == 2**29
     with pytest.raises(UserError, match="the compiler refuses the training step: INTERNAL: no"):

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from kernels_pallas import aot
 from lcx import sharding
 from lcx.errors import UserError, first_line
-from lcx.planning import flops, program, silence
+from lcx.planning import cache, flops, program, silence
 from lcx.planning.abstract import run_of
 from lcx.planning.topology import Topology
 from lcx.trainer import Trainer
@@ -60,7 +60,7 @@ class Step:
 
     Attributes:
       program: None if the compiler refused the program because it does not fit.
-      compile_seconds: of tracing and compiling.
+      compile_seconds: of tracing and compiling; less where an equal program was planned before.
     """
 
     run: Run
@@ -104,26 +104,34 @@ def step_of(trainer: Trainer, topology: Topology) -> Step:
         number = jax.ShapeDtypeStruct((), np.int32)
         function: Any = trainer.step_function(run)  # compiled by jax.jit
         traced = function.trace(run.abstract, batch, number)
-        try:
-            with silence.quiet():
-                made = traced.lower().compile()
-                analysis, text = made.memory_analysis(), made.as_text()
-        except jax.errors.JaxRuntimeError as error:
-            analysis, text = _refused(error), None
+        made = _compile(traced.lower(), topology)
     known = {
         "parameters": device_bytes(weights_of(run.abstract)),
         "optimizer": device_bytes(run.abstract["opt_state"]),
         "batch": device_bytes(batch),
     }
-    memory = Memory(**known, rest=max(_peak(analysis) - sum(known.values()), 0))
-    parsed = None if text is None else program.parse(text)
+    memory = Memory(**known, rest=max(made.peak - sum(known.values()), 0))
+    parsed = None if made.text is None else program.parse(made.text)
     return Step(run, memory, flops.count(traced), parsed, time.perf_counter() - start)
+
+
+def _compile(lowered: Any, topology: Topology) -> cache.Compiled:
+    """What the compiler says about the program, now or the last time."""
+    key = cache.key(lowered.as_text(), topology.name)
+    if (known := cache.read(key)) is not None:
+        return known
+    try:
+        with silence.quiet():
+            made = lowered.compile()
+            answer = cache.Compiled(_peak(made.memory_analysis()), made.as_text())
+    except jax.errors.JaxRuntimeError as error:
+        answer = cache.Compiled(_refused(error), None)
+    cache.write(key, answer)
+    return answer
 
 
 def _peak(analysis: Any) -> int:
     """Bytes of arguments, results that are not written over them, temporary arrays and the program."""
-    if isinstance(analysis, int):
-        return analysis
     results = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
     held = analysis.argument_size_in_bytes + results + analysis.temp_size_in_bytes
     return held + analysis.generated_code_size_in_bytes
