@@ -94,7 +94,7 @@ def _where(op_name: str) -> str:
         "remat",
     )
     parts = [part for part in op_name.split("/") if not part.startswith(noise)]
-    return "/".join(collections.OrderedDict.fromkeys(parts)) if "/" in op_name else ""
+    return "/".join(collections.OrderedDict.fromkeys(parts)) if set("/[") & set(op_name) else ""
 
 
 def _setting(what: str, step: Step, trainer: Trainer, mesh: Mesh) -> str:
