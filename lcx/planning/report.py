@@ -13,8 +13,8 @@ from lcx.trainer import Trainer
 
 CPU = (
     "CPUs have no data sheet: no time is estimated",
-    "what the library for matrix products takes for itself on several threads is not counted: tens of MiB more were "
-    "measured (benchmarks/plan_errors.py)",
+    "memory that libraries take for themselves on several threads is not counted: up to 30 MiB more were measured for "
+    "small models (benchmarks/plan_errors.py)",
 )
 MEMORY = (
     "the peak is that of one training step: loading the model, evaluation and saving are not counted",
