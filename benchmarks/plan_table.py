@@ -25,8 +25,8 @@ MODELS = {  # the sizes of Llama 3.1, from Meta's config.json
     "8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_hidden_layers": 32},
     "70B": {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64, "num_hidden_layers": 80},
 }
-# name -> (model, .gin file, flags). Of 64 devices, 8 hold a row together.
-MESH = {"MeshShape.fsdp": "8", "MeshShape.context": "8", "Trainer.batch_size": "8", "Trainer.accumulation": "1"}
+# name -> (model, .gin file, flags). Of 64 devices, 4 hold a row together.
+MESH = {"MeshShape.fsdp": "16", "MeshShape.context": "4", "Trainer.batch_size": "16", "Trainer.accumulation": "1"}
 WINDOW = {"Trainer.rope_scaling": "None", "Trainer.context_length": "None", "CONTEXT_LENGTH": "131072"}
 ROWS = {
     "Llama 3.1 8B, 128K": ("8B", "configs/extend/yarn.gin", WINDOW | MESH),

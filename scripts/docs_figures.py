@@ -222,7 +222,7 @@ def plan_errors(result: dict) -> str:
 
 
 def plans(result: dict) -> str:
-    head = ["model", "devices", "peak of each", "fits", "largest array", "PFLOP a step", "step", "MFU at most"]
+    head = ["model", "devices", "peak of each", "fits", "largest array", "PFLOP a step", "step", "MFU"]
     rows = []
     for row in result["rows"]:
         if "error" in row:
