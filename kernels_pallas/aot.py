@@ -84,6 +84,14 @@ gpu_device_info {
   block_dim_limit_z: 65535
 }
 """
+# The same for an H100 SXM, which has the same processors and another memory; jax sees so much of its 80 GB.
+GPU_MEMORY = {"h200": 150754820096, "h100": 85027979264}
+GPU_TARGETS = {
+    "h200": H200,
+    "h100": H200.replace("H200", "H100")
+    .replace("4800000000000", "3350000000000")
+    .replace(str(GPU_MEMORY["h200"]), str(GPU_MEMORY["h100"])),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +126,7 @@ class Report:
 
 @functools.cache
 def available(target: str) -> str | None:
-    """None if compiling for `target` ("tpu" or "h200") is possible, otherwise the reason why not."""
+    """None if compiling for `target` ("tpu", "h200" or "h100") is possible, otherwise the reason why not."""
     if target == "tpu" and importlib.util.find_spec("libtpu") is None:
         return "libtpu is not installed (the extra aot)"
     try:
@@ -135,7 +143,12 @@ def tpu_devices(chip: str, shape: str | None = None):
 
 def h200_devices(count: int):
     """Devices of `count` H200s in one host."""
-    return _devices(f"h200:1x1x{count}")
+    return gpu_devices("h200", count=count)
+
+
+def gpu_devices(kind: str, *, count: int, hosts: int = 1):
+    """Devices of GPUs of a kind in GPU_TARGETS, `count` in each host."""
+    return _devices(f"{kind}:1x{hosts}x{count}")
 
 
 def compile_tpu(
@@ -242,12 +255,12 @@ def _utilisation(folder: str, kernel: str) -> dict[str, int] | None:
 
 
 def _compile(fn, args, mesh: Mesh, options: dict):
-    with jax.set_mesh(mesh), _uncached():
+    with jax.set_mesh(mesh), uncached():
         return jax.jit(fn).lower(*jax.tree.map(_replicate(mesh), args)).compile(compiler_options=options)
 
 
 @contextlib.contextmanager
-def _uncached():
+def uncached():
     """Disables jax's cache on disk: executables for an absent device cannot be read back."""
     name = "jax_persistent_cache_min_compile_time_secs"
     before = getattr(jax.config, name)
@@ -290,9 +303,9 @@ def _devices(target: str) -> list:
     """The devices of a topology: a chip in TOPOLOGIES, or for example "v5e:4x4", "h200", "h200:1x1x8"."""
     chip, _, shape = target.partition(":")
     _prepare()
-    if chip != "h200":
+    if chip not in GPU_TARGETS:
         return topologies.get_topology_desc(TOPOLOGIES.get(target, target), platform="tpu").devices
-    wanted = {"platform": "cuda", "target_config": H200, "topology": shape or "1x1x1"}
+    wanted = {"platform": "cuda", "target_config": GPU_TARGETS[chip], "topology": shape or "1x1x1"}
     try:
         return topologies.get_topology_desc(chip, **wanted).devices
     except NotImplementedError:  # jax looked for plugins before ENVIRONMENT was set, and dropped this one

@@ -151,7 +151,7 @@ class Ladder:
         for rung in self.rungs:
             for number in range(1 if self.gate is None else self.gate.max_rounds):
                 folder = os.path.join(workdir, str(rung.context_length), f"round_{number}")
-                trainer = self._trainer_for(rung, source, original, number)
+                trainer = self.trainer_for(rung, source, original, number)
                 verdict = self._climb(trainer, folder, original, baseline)
                 source = folder
                 if verdict is None:
@@ -169,12 +169,12 @@ class Ladder:
         model = convert.source(source, self._format(source)).model
         original = original_window(model)
         for rung in self.rungs:
-            trainer = self._trainer_for(rung, source, original, 0)
+            trainer = self.trainer_for(rung, source, original, 0)
             trainer.check_rows(trainer.mesh.build())
             extend.extend_model(model, trainer.rope_scaling, trainer.context_length)
         return original
 
-    def _trainer_for(self, rung: Rung, source: str, original: int, number: int) -> Trainer:
+    def trainer_for(self, rung: Rung, source: str, original: int, number: int) -> Trainer:
         """The trainer of one round.
 
         A repeated round starts from a model that already has the rung's scaling, so it sets none; its seed differs so

@@ -373,15 +373,7 @@ class Trainer:
     def _loop(
         self, run: Run, mesh, batches, checkpointer, metrics: MetricsLogger, stop: StopRequest, workdir: str
     ) -> Run:
-        step_fn = train_step.make_step(
-            run.model,
-            run.optimizer,
-            self._objective,
-            self.optimizer.learning_rates(self.steps),
-            accumulation=self.accumulation,
-            abstract=run.abstract,
-            trains=run.trains,
-        )
+        step_fn = self.step_function(run)
         sizes = {"batch_size": self.batch_size, "seq_len": self.seq_len}
         meter = Meter(run.model, metrics, **sizes, every=self.log_every, last=self.last_step, losses=run.losses)
         state, step = run.state, run.step
@@ -413,6 +405,18 @@ class Trainer:
             metrics.log(step, {"eval_loss": self.held_out_loss(run.model, state, mesh)})
         metrics.message(statements.closing(workdir, step, self.last_step))
         return dataclasses.replace(run, state=state, step=step)
+
+    def step_function(self, run: Run) -> Callable:
+        """The compiled training step of a run: see training.step.make_step."""
+        return train_step.make_step(
+            run.model,
+            run.optimizer,
+            self._objective,
+            self.optimizer.learning_rates(self.steps),
+            accumulation=self.accumulation,
+            abstract=run.abstract,
+            trains=run.trains,
+        )
 
     def _save(
         self,

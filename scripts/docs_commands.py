@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-COMMANDS = ("train", "evaluate", "generate", "embed", "variants", "score", "convert", "data", "report")
+COMMANDS = ("train", "plan", "evaluate", "generate", "embed", "variants", "score", "convert", "data", "report")
 HEADER = """# Command lines
 
 This page is written by `python scripts/docs_commands.py` from the commands' own parsers; `--help` shows the same text.

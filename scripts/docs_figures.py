@@ -210,6 +210,38 @@ def step_memory(result: dict) -> str:
     return table(["", *(f"{T // 1024}K" for T in lengths)], rows)
 
 
+def plan_errors(result: dict) -> str:
+    head = ["configuration", "devices", "planned, MiB", "measured, MiB", "error"]
+    rows = [
+        [row["name"], str(row["devices"]), *(f"{row[key]:,.0f}" for key in ("planned_mib", "measured_mib")),
+         f"{row['error']:+.1%}"] for row in result["rows"]
+    ]  # fmt: skip
+    errors = [row["error"] for row in result["rows"]]
+    said = f"From {min(errors):+.1%} to {max(errors):+.1%} (`python benchmarks/plan_errors.py`)."
+    return f"{table(head, rows)}\n\n{said}"
+
+
+def plans(result: dict) -> str:
+    head = ["model", "devices", "peak of each", "fits", "largest array", "PFLOP a step", "step", "MFU"]
+    rows = []
+    for row in result["rows"]:
+        if "error" in row:
+            rows.append([row["name"], row["topology"], "not compiled", *["-"] * 5])
+            continue
+        first = row["largest_buffers"][0] if row["largest_buffers"] else None
+        rows.append([
+            row["name"],
+            row["topology"],
+            f"{row['peak_bytes'] / 2**30:.1f} of {row['memory_bytes'] / 2**30:.1f} GiB",
+            "yes" if row["fits"] else "**no**",
+            f"{first['bytes'] / 2**30:.1f} GiB, {first['what']}" if first else "-",
+            f"{row['executed_flops'] / 1e15:,.0f}",
+            f"{row['step_seconds']:.0f} s" if row["step_seconds"] else "-",
+            f"{row['mfu']:.0%}" if row["mfu"] else "-",
+        ])  # fmt: skip
+    return f"{table(head, rows)}\n\nMade by `python benchmarks/plan_table.py`."
+
+
 def stripe(result: dict) -> str:
     head = ["tokens", "per CPU second", "vortex's", "speed", "temporary MiB", "vortex's"]
     found = {(row["T"], row["form"]): row for row in result["rows"] if row["pass"] == "forward+backward"}
@@ -280,6 +312,8 @@ FIGURES = {
     "step_memory": Figure(
         "train_step_memory_h200.json", step_memory, "python benchmarks/train_step_memory.py", timed=False
     ),
+    "plans": Figure("plans.json", plans, "python benchmarks/plan_table.py", timed=False),
+    "plan_errors": Figure("plan_errors.json", plan_errors, "python benchmarks/plan_errors.py", timed=False),
     "stripe": Figure("striped_hyena_cpu.json", stripe, "python benchmarks/striped_hyena.py --width 32"),
     "decoding": Figure(DECODING[0], decoding, DECODING[1]),
     "decoding_line": Figure(DECODING[0], decoding_line, DECODING[1]),

@@ -139,7 +139,7 @@ def test_training_starts_from_a_users_own_family(examples, toy_folder):
     assert found.model == expected[0] and found.model.model_type == "toy"
     jax.tree.map(np.testing.assert_array_equal, found.params, expected[1])
     ladder = Ladder(trainer, (Rung(64, 1), Rung(128, 1)), {"rope_type": "linear"})
-    first, second = (ladder._trainer_for(ladder.rungs[0], path, 64, 0) for path in (str(toy_folder), "runs/64"))
+    first, second = (ladder.trainer_for(ladder.rungs[0], path, 64, 0) for path in (str(toy_folder), "runs/64"))
     assert (first.init_format, second.init_format) == (family, None)
     with pytest.raises(lcx.UserError, match="model_type 'toy', supported are llama"):
         dataclasses.replace(trainer, init_format=None).load(trainer.mesh.build())

@@ -80,7 +80,8 @@ def call(verb: str, words: list[str]) -> int:
 
 def read_only(function, source, flags) -> int:
     """In the place of config._call: everything up to the call of the target."""
-    inspect.signature(function).bind(**config._arguments(function, flags.own))
+    configured = config._imported(source.target)
+    inspect.signature(function).bind(**config._arguments(function, flags.own, configured))
     return 0
 
 

@@ -14,8 +14,8 @@ ROOT = pathlib.Path(__file__).parent.parent
 # Every module of lcx/, every package, and every room of the packages in ROOMS, from the top to the bottom: each imports
 # what comes after it and nothing else. A new one gets its place here; the lines only group what is alike.
 LINES = [
-    "__init__ train evaluate generate embed variants score report lm_eval",
-    "genomes embedding_files",
+    "__init__ train plan evaluate generate embed variants score report lm_eval",
+    "genomes embedding_files planning",
     "ladder evaluator harness terminal reporting blockwise trainer",
     "text evals evals.support",
     "training sampler embedding",
@@ -224,7 +224,7 @@ def test_other_files_stay_small(folder):
 
 
 def test_help_comes_before_jax():
-    verbs = [f"lcx.{name}" for name in ("train", "evaluate", "generate", "report", "convert.__main__")]
+    verbs = [f"lcx.{name}" for name in ("train", "plan", "evaluate", "generate", "report", "convert.__main__")]
     script = f"import sys, {', '.join(verbs)}\nprint(*(m for m in sys.modules if '.' not in m))"
     out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
     heavy = {

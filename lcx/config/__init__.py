@@ -71,6 +71,7 @@ def run(
     argv: Sequence[str] | None = None,
     *,
     defaults: Sequence[tuple[str, str]] = (),
+    bindings_of: str | None = None,
 ) -> int:
     """Reads flags and .gin files, checks them, then calls `target`; returns the exit status.
 
@@ -85,6 +86,8 @@ def run(
         that returns the part that has been used so far.
       argv: the arguments; None: sys.argv[1:].
       defaults: (name, value text) pairs that apply unless a .gin file or a flag overrides them.
+      bindings_of: the "module:function" whose .gin bindings the target receives, as far as it has these parameters;
+        None: its own.
     """
     try:
         flags = flags_lib.read(parser, sys.argv[1:] if argv is None else argv)
@@ -95,7 +98,7 @@ def run(
     try:
         with messages.plain_warnings():
             with interrupts.importing():
-                function, source = _read(flags, target, defaults)
+                function, source = _read(flags, target, defaults, bindings_of or target)
             with interrupts.interruptible():
                 status = _call(function, source, flags)
     except (KeyboardInterrupt, UserError, OSError) as error:
@@ -174,7 +177,7 @@ def operative_config() -> str:
 
 
 def _read(
-    flags: flags_lib.Flags, target: str, defaults: Sequence[tuple[str, str]]
+    flags: flags_lib.Flags, target: str, defaults: Sequence[tuple[str, str]], bindings_of: str
 ) -> tuple[Callable, reading.Source]:
     """The function to call and its configuration."""
     for name in flags.imports:
@@ -184,29 +187,38 @@ def _read(
             raise UserError(
                 f"--import={name} cannot be imported ({first_line(error)}): run from its folder, or install its package"
             ) from error
-    source = parse(flags.gin_files, flags.bindings, target=target, defaults=defaults)
+    source = parse(flags.gin_files, flags.bindings, target=bindings_of, defaults=defaults)
+    return _imported(target), source
+
+
+def _imported(target: str) -> Callable:
     module, _, name = target.partition(":")
-    return getattr(importlib.import_module(module), name), source
+    return getattr(importlib.import_module(module), name)
 
 
 def _call(function: Callable, source: reading.Source, flags: flags_lib.Flags) -> int:
     for warning in checking.unreached(source).values():
         print(f"warning: {warning}", file=sys.stderr)
-    result = function(**_arguments(function, flags.own))
+    result = function(**_arguments(function, flags.own, _imported(str(source.target))))
     for warning in checking.without_effect(source, flags.own):
         print(f"warning: {warning}", file=sys.stderr)
     return result if type(result) is int else 0
 
 
-def _arguments(function: Callable, flags: dict[str, Any]) -> dict[str, Any]:
-    """The keyword arguments of the target, built from its bindings. Flags override bindings.
+def _arguments(
+    function: Callable, flags: dict[str, Any], configured: Callable | None = None
+) -> dict[str, Any]:
+    """The keyword arguments of the target, built from the bindings of `configured` (by default its own); flags override.
 
     The target is then called directly and not through gin, because gin rewrites the exceptions that pass through it.
     """
+    configured = configured or function
     parameters = inspect.signature(function).parameters
-    known = gin_config._inverse_lookup(function)
+    known = gin_config._inverse_lookup(configured)
     bound = gin_config._get_bindings(known.selector) if known else {}
     bound = {name: value for name, value in bound.items() if name not in flags}
+    if configured is not function:
+        bound = {name: value for name, value in bound.items() if name in parameters}
     if known:
         gin_config._OPERATIVE_CONFIG.setdefault(("", known.selector), {}).update(bound)
     missing = [
@@ -217,7 +229,7 @@ def _arguments(function: Callable, flags: dict[str, Any]) -> dict[str, Any]:
         and name not in {*bound, *flags, *_TEXTS}
     ]
     if missing:
-        where = f"{function.__module__.rpartition('.')[2]}.{function.__name__}"
+        where = f"{configured.__module__.rpartition('.')[2]}.{configured.__name__}"
         raise ConfigError([f"nothing sets {name!r}: bind {where}.{name} in a --gin_file" for name in missing])
     try:
         built = copy.deepcopy(bound)  # gin instantiates a reference when it is deep-copied

@@ -26,3 +26,11 @@ def hide_unusable() -> None:
         empty = types.ModuleType(f"jax_plugins.xla_cuda{version}")
         empty.initialize = lambda: None  # type: ignore[attr-defined]
         sys.modules[empty.__name__] = empty
+
+
+def show() -> None:
+    """Undoes `hide_unusable`, for a program that is to be compiled for a GPU where there is none."""
+    for version in _VERSIONS:
+        for name in (f"jax_cuda{version}_plugin", f"jax_plugins.xla_cuda{version}"):
+            if name in sys.modules and getattr(sys.modules[name], "__file__", None) is None:
+                del sys.modules[name]

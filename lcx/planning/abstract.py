@@ -1,0 +1,109 @@
+"""The training state of a job as shapes: what `Trainer.run` would start from, without reading a weight."""
+
+import json
+import pathlib
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh
+
+from lcx import extend, hub, parameters
+from lcx.convert import formats
+from lcx.convert.hf import config as hf_config
+from lcx.convert.hf.folder import CONFIG
+from lcx.errors import UserError
+from lcx.ladder import Ladder, original_window
+from lcx.linearize import check_linear, is_new
+from lcx.model import Decoder
+from lcx.trainer import Trainer
+from lcx.training.run import Run, prepared
+
+Dtypes = dict[str, Any]  # path -> dtype of a stored parameter; "": of those that are not listed
+
+
+def trainer_of(job: Any) -> tuple[Trainer, list[str]]:
+    """The run to plan, and what to say about the choice.
+
+    Raises:
+      UserError: a job that is neither a Trainer nor a Ladder, or one that trains an adapter from a folder.
+    """
+    if isinstance(job, Ladder):
+        source = job.trainer.init_from
+        assert source is not None
+        window = original_window(_stored(source, job.trainer.init_format)[0])
+        trainer = job.trainer_for(job.rungs[-1], source, window, 0)
+        notes = [f"a ladder: this is one round of its longest rung, {job.rungs[-1].context_length} tokens"]
+    elif isinstance(job, Trainer):
+        trainer, notes = job, []
+    else:
+        raise UserError(
+            f"train.job is a {type(job).__name__}, and only a Trainer or a Ladder can be planned: bind one of them to "
+            "train.job"
+        )
+    if trainer.adapter is not None:
+        raise UserError(
+            "Trainer.adapter cannot be planned: set Trainer.lora with the adapter's rank and targets"
+        )
+    return trainer, notes
+
+
+def run_of(trainer: Trainer, mesh: Mesh) -> Run:
+    """The run without its arrays, as `Trainer` prepares it.
+
+    Raises:
+      UserError: the model at init_from cannot be read, extended or linearized.
+    """
+    if trainer.init_from is None:
+        assert trainer.model is not None
+        return prepared(trainer.optimizer, trainer.steps, trainer.adjusted(trainer.model), mesh, trainer.lora)
+    model, dtypes = _stored(trainer.init_from, trainer.init_format)
+    model = extend.extend_model(model, trainer.rope_scaling, trainer.context_length)
+    model = model.clone(dtype="float32", parent=None)
+    if trainer.linearize is not None:
+        model = trainer.linearize.model(model)
+    if trainer.expects_linear:
+        check_linear(model, seq_len=trainer.seq_len, where=trainer.init_from)
+    model = trainer.adjusted(model)
+    stored = {
+        path: jax.ShapeDtypeStruct(
+            leaf.shape, dtypes.get(path, np.dtype("float32") if is_new(path) else dtypes[""])
+        )
+        for path, leaf in flatten_dict(parameters.abstract_params(model), sep="/").items()
+    }
+    return prepared(
+        trainer.optimizer, trainer.steps, model, mesh, trainer.lora, unflatten_dict(stored, sep="/")
+    )
+
+
+def _stored(path: str, format: str | None) -> tuple[Decoder, Dtypes]:
+    """The model at `path` and the dtypes in which its parameters are stored; a lone config.json is enough."""
+    folder = pathlib.Path(path).expanduser()
+    if (folder / CONFIG).is_file() and not any(_WEIGHTS.search(entry.name) for entry in folder.iterdir()):
+        return _described(folder)
+    local = hub.local(path)
+    source = formats.reader(local, format, where="Trainer.init_format").open(local)
+    dtypes: Dtypes = {name: info.dtype for name, info in source.leaves.items()}
+    return source.model, dtypes | {"": max(dtypes.values(), key=list(dtypes.values()).count)}
+
+
+_WEIGHTS = re.compile(r"\.(safetensors|bin|pth?|gguf|npz|h5|msgpack)$|\.index\.json$")
+
+
+def _described(folder: pathlib.Path) -> tuple[Decoder, Dtypes]:
+    """A model without weights: config.json alone. The weights are taken to be stored in its dtype, or bfloat16."""
+    try:
+        config = json.loads((folder / CONFIG).read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(
+            f"{folder / CONFIG} cannot be read: {error}; expected config.json of a model"
+        ) from error
+    if not isinstance(config, dict):
+        raise UserError(f"{folder / CONFIG} is not a JSON object: expected config.json of a model")
+    name = config.get("dtype", config.get("torch_dtype")) or "bfloat16"
+    if name not in ("bfloat16", "float16", "float32"):
+        raise UserError(f"{folder / CONFIG} has dtype {name!r}, expected bfloat16, float16 or float32")
+    return hf_config.from_config(config), {"": jnp.dtype(name)}

@@ -1,0 +1,103 @@
+"""The time of a step from what it computes and moves: a roofline, with no efficiency guessed.
+
+Each resource is taken at the full speed of its data sheet. A step takes at least the longest of the three times
+(everything overlaps) and, at these speeds, at most their sum (nothing does); the plan states the sum.
+"""
+
+import dataclasses
+
+from lcx import mixers, parameters
+from lcx.errors import UserError
+from lcx.model import Decoder
+from lcx.planning import topology, traffic
+from lcx.planning.compiled import Step
+from lcx.planning.topology import Chip
+from lcx.trainer import Trainer
+
+ASSUMPTIONS = (
+    "products run at the chip's full bfloat16 rate, memory and links at the full rate of the data sheet",
+    "nothing overlaps: step_seconds is the sum of the times of products, memory and links; if all three overlapped it "
+    "would be step_seconds_overlapped",
+    "every array of the program is written once and read once",
+    "collectives run as rings along one axis of the mesh; each axis has links of its own",
+    "no time for data, checkpoints, evaluation, compilation or waiting for slower devices",
+    "no accelerator has been timed against these numbers yet",
+)
+LOOPS = "of attention in loops of a length that the program decides, and of kernels that state no cost, operations are "
+LOOPS += "estimated: forward 1, recomputed 1 with remat, backward 2.5 times what a forward pass needs"
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What one step does.
+
+    Attributes:
+      model_flops: of the model, over all devices, as MFU counts them: without recomputation.
+      executed_flops: of the program, over all devices, with it.
+      estimated: a part of executed_flops is not counted in the program but follows from the model (LOOPS).
+      collective_bytes: mesh axes -> bytes that each device sends; None if there is no compiled program.
+      memory_bytes: that each device reads and writes; None likewise.
+      link_bytes: of collective_bytes: (within reach of the fast links, beyond).
+    """
+
+    model_flops: float | None
+    executed_flops: float
+    estimated: bool
+    collective_bytes: dict[str, float] | None
+    memory_bytes: float | None
+    link_bytes: tuple[float, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Time:
+    """Seconds of one step: of products, memory and links, and in total."""
+
+    compute: float
+    memory: float
+    links: float
+
+    @property
+    def total(self) -> float:
+        return self.compute + self.memory + self.links
+
+    @property
+    def overlapped(self) -> float:
+        return max(self.compute, self.memory, self.links)
+
+
+def work(step: Step, trainer: Trainer, mesh_shape: dict[str, int], chip: Chip | None) -> Work:
+    """What the step computes and moves."""
+    tokens = trainer.batch_size * trainer.seq_len
+    try:
+        model_flops = tokens * parameters.flops_per_token(step.run.model, trainer.seq_len)
+    except UserError:  # a mixer without a count
+        model_flops = None
+    executed, estimated = step.count.flops, bool(step.count.loops or step.count.kernels)
+    if estimated:
+        passes = 3.5 + (step.run.model.remat != "none")
+        executed += tokens * passes * _mixing(step.run.model, trainer.seq_len)
+    if step.program is None:
+        return Work(model_flops, executed, estimated, None, None, (0.0, 0.0))
+    sent = traffic.collectives(step.program, mesh_shape)
+    far = sum(one.nbytes for one in sent if chip and topology.spans_hosts(chip, one.span))
+    near = sum(one.nbytes for one in sent) - far
+    moved = traffic.memory_bytes(step.program)
+    return Work(model_flops, executed, estimated, traffic.by_axis(sent), moved, (near, far))
+
+
+def _mixing(model: Decoder, seq_len: int) -> float:
+    """Operations of a forward pass for each token between tokens: what a mixer's projections are not."""
+    blocks = [(stage.repeat, block.mixer) for stage in model.stages for block in stage.pattern]
+    try:
+        return sum(2.0 * repeat * mixers.macs_per_token(mixer, seq_len) for repeat, mixer in blocks)
+    except UserError:
+        return 0.0
+
+
+def time_of(work: Work, chip: Chip | None, devices: int) -> Time | None:
+    """None for CPUs, whose speed no data sheet states, and for a program that was not compiled."""
+    if chip is None or work.memory_bytes is None:
+        return None
+    near, far = work.link_bytes
+    flops = work.executed_flops / devices
+    return Time(flops / chip.flops, work.memory_bytes / chip.bandwidth, near / chip.link + far / chip.far)

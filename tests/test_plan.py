@@ -1,0 +1,333 @@
+"""Plans: of the step that would run, with numbers that agree with counts made another way, and clear refusals."""
+
+import json
+import math
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+from tiny_runs import GIN, ROOT, tiny_model, tiny_trainer, write_text
+
+from kernels_pallas import aot
+from lcx import sharding
+from lcx.errors import UserError
+from lcx.ladder import Ladder, Rung
+from lcx.linearize import Linearize
+from lcx.lora import LoRA
+from lcx.planning import abstract, cache, compiled, flops, longest, program, roofline, topology, traffic
+
+KEYS = {  # what programs read; DESIGN names the first five
+    *("peak_bytes", "memory_bytes", "fits", "step_seconds", "largest_seq_len"),
+    *("topology", "devices", "mesh", "seq_len", "batch_size", "accumulation", "remat", "model_parameters"),
+    *("trained_parameters", "parameter_bytes"),
+    *("optimizer_bytes", "batch_bytes", "activation_bytes", "largest_buffers", "model_flops", "executed_flops"),
+    *("collective_bytes", "step_seconds_overlapped", "compute_seconds", "memory_seconds", "link_seconds", "mfu"),
+    *("tokens_per_second", "steps", "tokens", "days", "device_hours", "compile_seconds", "assumptions", "notes"),
+}
+B, T, L, V, D, F, N, K, H = 8, 32, 2, 258, 32, 64, 4, 2, 8  # the run of GIN
+LAYER = D * N * H + 2 * D * K * H + N * H * D + 3 * D * F  # weights of matrix products
+NORMS = (2 * L + 1) * D
+WEIGHTS = 2 * V * D + L * LAYER + NORMS
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory):
+    """The JSON that the command prints for two CPU devices."""
+    folder = tmp_path_factory.mktemp("plan")
+    (folder / "run.gin").write_text(GIN.format(folder=folder) + "trainer.Trainer.remat = 'full'\n")
+    command = [sys.executable, "-m", "lcx.plan", f"--gin_file={folder}/run.gin", "--topology=cpu:2", "--json"]
+    environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(folder / "xla")}  # nothing was planned before
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def test_what_the_command_prints(plan):
+    assert set(plan) == KEYS
+    assert plan["mesh"] == {"data": 1, "fsdp": 2, "context": 1, "tensor": 1} and plan["devices"] == 2
+    assert plan["model_parameters"] == plan["trained_parameters"] == WEIGHTS
+    split = WEIGHTS - NORMS  # norms are on every device
+    assert plan["parameter_bytes"] == 4 * (split // 2 + NORMS)
+    assert 0 <= plan["optimizer_bytes"] - 2 * plan["parameter_bytes"] <= 64  # two moments, and counters
+    assert plan["batch_bytes"] == 5 * 4 * B * T // 2
+    parts = ("parameter_bytes", "optimizer_bytes", "batch_bytes", "activation_bytes")
+    assert plan["peak_bytes"] == sum(plan[part] for part in parts) and plan["activation_bytes"] > 0
+    assert plan["fits"] and plan["peak_bytes"] < plan["memory_bytes"]
+    assert plan["step_seconds"] is plan["mfu"] is plan["days"] is plan["largest_seq_len"] is None
+    assert any("no data sheet" in note for note in plan["notes"])
+
+
+def test_the_work_of_a_step(plan):
+    mixing = L * 2 * N * H * (T + 1) / 2  # multiplications of scores and values for a token
+    head = V * D
+    assert plan["model_flops"] == 6 * B * T * (L * LAYER + head + NORMS + mixing)
+    # Forward, recomputed but for the last product of a block, backward; attention is estimated in its loop of tiles.
+    products = 6 * (L * LAYER + head) + 2 * L * (LAYER - D * F)
+    assert plan["executed_flops"] == B * T * (products + 2 * mixing * 4.5)
+    # Over fsdp every weight is gathered for both passes, and every gradient is reduced: half of it by each of two.
+    gathered = 4 * (2 * L * LAYER + 2 * V * D) / 2
+    reduced = 4 * (L * LAYER + 2 * V * D)
+    assert list(plan["collective_bytes"]) == ["fsdp"]
+    assert gathered + reduced / 2 <= plan["collective_bytes"]["fsdp"] <= 1.5 * (gathered + reduced)
+
+
+def test_the_largest_buffers(plan):
+    buffers = plan["largest_buffers"]
+    sizes = [buffer["bytes"] for buffer in buffers]
+    assert len(buffers) == 5 and sizes == sorted(sizes, reverse=True)
+    for buffer in buffers:
+        assert buffer["bytes"] == 4 * math.prod(buffer["shape"]), "all of this step is float32 or int32"
+        assert "MeshShape." in buffer["setting"]
+
+
+@pytest.mark.parametrize("name", ["v9:4", "h200", "h200:0", "h200:2x4", "cpu:2x2", "v5p", "", "cpu:-1", "v5e:4x"])
+def test_unknown_topologies(name):
+    with pytest.raises(UserError, match="--topology is .*expected a"):
+        topology.find(name)
+
+
+def test_what_does_not_match(monkeypatch, tmp_path):
+    place = topology.Topology("cpu:1", None, jax.devices()[:1], 2**34)
+    with pytest.raises(UserError, match=r"--topology=cpu:1 does not match Trainer.mesh: .*needs 2 devices, found 1"):
+        compiled.mesh_of(tiny_trainer(tmp_path, mesh=sharding.MeshShape(fsdp=1, tensor=2)), place)
+    with pytest.raises(UserError, match="only a Trainer or a Ladder can be planned"):
+        abstract.trainer_of(object())
+    with pytest.raises(UserError, match=r"cannot be planned: set Trainer\.lora"):
+        abstract.trainer_of(tiny_trainer(tmp_path, init_from="x", adapter="y"))
+    monkeypatch.setattr(aot, "available", lambda target: f"no compiler for {target}")
+    for name in ("v5e:2x2", "h100:8"):
+        with pytest.raises(UserError, match=r"no compiler for .*; install lcx\[aot\]"):
+            topology.find(name)
+    monkeypatch.setattr(aot, "available", lambda target: None)
+    with pytest.raises(UserError, match="up to 8 GPUs or whole hosts of 8"):
+        topology.find("h100:12")
+
+
+def test_a_plan_is_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "xla"))
+    key = cache.key("module @a", "v5e:2x2")
+    assert key != cache.key("module @b", "v5e:2x2") and key != cache.key("module @a", "v5e:4x4")
+    assert cache.read(key) is None
+    cache.write(key, cache.Compiled(7, "HloModule"))
+    assert cache.read(key) == cache.Compiled(7, "HloModule")
+    (file,) = (tmp_path / "plans").iterdir()
+    for damaged in (file.read_bytes()[:-9], b"", b"no gzip"):
+        file.write_bytes(damaged)
+        assert cache.read(key) is None, "compiled again"
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(file / "xla"))  # a folder that cannot be made
+    cache.write(key, cache.Compiled(7, None))
+
+
+def test_what_a_compiler_refuses():
+    error = jax.errors.JaxRuntimeError
+    told = "Ran out of memory on HBM, the total memory required for HLO temporaries (60.50G) exceeds available HBM"
+    assert compiled._refused(error(f"RESOURCE_EXHAUSTED: {told} (15.75G).")) == 60.5 * 2**30
+    older = "Ran out of memory in memory space hbm. Used 512.00M of 15.75G hbm. Exceeded hbm capacity by 1G."
+    assert compiled._refused(error(older)) == 2**29
+    with pytest.raises(UserError, match="the compiler refuses the training step: INTERNAL: no"):
+        compiled._refused(error("INTERNAL: no\nmore"))
+
+
+# ------------------------------------------------------------------------------------------- the run, without weights
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    """A Hugging Face folder of bfloat16 weights, and one with its config.json alone."""
+    import lcx
+    from lcx import model as model_lib
+
+    folder, bare = tmp_path_factory.mktemp("hf") / "whole", tmp_path_factory.mktemp("bare")
+    model = tiny_model()
+    lcx.save(folder, model, model_lib.init_params(model, jax.random.key(0), dtype=jnp.bfloat16), format="hf")
+    shutil.copy(folder / "config.json", bare)
+    return folder, bare
+
+
+RUNS = {
+    "extended": {"context_length": 64, "rope_scaling": {"rope_type": "yarn"}},
+    "LoRA": {"lora": LoRA(rank=2)},
+    "linearized": {"linearize": Linearize(window=8), "lora": LoRA(rank=2), "dtype": "bfloat16"},
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_state_is_that_of_the_run(name, llama, tmp_path):
+    folder, bare = llama
+    trainer = tiny_trainer(tmp_path, init_from=str(folder), **RUNS[name])
+    mesh = trainer.mesh.build(jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        real = trainer._start(mesh)
+    for path in (folder, bare):
+        planned = abstract.run_of(tiny_trainer(tmp_path, init_from=str(path), **RUNS[name]), mesh)
+        assert planned.model == real.model and planned.trains == real.trains
+        assert jax.tree.structure(planned.abstract) == jax.tree.structure(real.state)
+        same = jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), planned.abstract, real.state)
+        assert all(jax.tree.leaves(same))
+
+
+def test_the_batch_is_that_of_the_run(tmp_path):
+    write_text(tmp_path)
+    trainer = tiny_trainer(tmp_path)
+    with trainer._batches("train", trainer.model, trainer.mesh.build(jax.devices()[:1])) as batches:
+        batch = next(batches)
+    assert {name: x.dtype for name, x in batch.items()} == compiled.FIELDS
+
+
+def test_a_ladder_is_planned_at_its_longest_rung(llama, tmp_path):
+    trainer = tiny_trainer(tmp_path, init_from=str(llama[1]))
+    ladder = Ladder(trainer, (Rung(64, 5), Rung(256, 7)), {"rope_type": "yarn"})
+    planned, notes = abstract.trainer_of(ladder)
+    assert (planned.seq_len, planned.context_length, planned.steps) == (256, 256, 7)
+    assert "longest rung, 256 tokens" in notes[0]
+
+
+# ------------------------------------------------------------------------------------------------ counting, by hand
+
+HLO = """HloModule jit_step, is_scheduled=true
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  ROOT %b = f32[] parameter(1)
+}
+
+%fused (p0: f32[4,8,128], p1: f32[8,128]) -> f32[4,8,128] {
+  %p0 = f32[4,8,128]{2,1,0} parameter(0)
+  %p1 = f32[8,128]{1,0} parameter(1)
+  %zero = s32[] constant(0)
+  ROOT %dus = f32[4,8,128]{2,1,0} dynamic-update-slice(%p0, %p1, %zero, %zero, %zero)
+}
+
+%cond (s: (s32[], f32[8,128])) -> pred[] {
+  %s = (s32[], f32[8,128]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%s), index=0
+  %n = s32[] constant(3)
+  ROOT %lt = pred[] compare(%i, %n), direction=LT
+}
+
+%body (s: (s32[], f32[8,128])) -> (s32[], f32[8,128]) {
+  %s = (s32[], f32[8,128]{1,0}) parameter(0)
+  %x = f32[8,128]{1,0} get-tuple-element(%s), index=1
+  %sum = f32[8,128]{1,0} all-reduce(%x), channel_id=1, replica_groups=[2,4]<=[8], to_apply=%add
+  ROOT %out = (s32[], f32[8,128]{1,0}) tuple(%i, %sum)
+}
+
+ENTRY %main (x: f32[8,128], y: bf16[4,20]) -> f32[8,128] {
+  %x = f32[8,128]{1,0} parameter(0)
+  %y = bf16[4,20]{1,0:T(8,128)(2,1)} parameter(1)
+  %kept = bf16[4,20]{1,0:T(8,128)(2,1)S(1)} copy(%y)
+  %start = (s32[], f32[8,128]{1,0}) tuple(%zero, %x)
+  %loop = (s32[], f32[8,128]{1,0}) while(%start), condition=%cond, body=%body, metadata={op_name="jit(step)/while"}
+  %stack = f32[4,8,128]{2,1,0} fusion(%w, %x), kind=kLoop, calls=%fused
+  ROOT %end = f32[8,128]{1,0} get-tuple-element(%loop), index=1
+}
+"""
+
+
+def test_a_program():
+    parsed = program.parse(HLO)
+    assert parsed.entry == "main" and parsed.unknown_loops == 0
+    times = {run.instruction.name: run.times for run in parsed.runs()}
+    assert times["sum"] == 3 and times["stack"] == 1 and "lt" not in times
+    y, kept = (one for one in parsed.computations["main"] if one.name in ("y", "kept"))
+    assert (y.nbytes, y.held) == (4 * 20 * 2, 8 * 128 * 2), "a TPU's tile is whole"
+    assert kept.held == 0, "vector memory is not the device's memory"
+    matrix = 8 * 128 * 4
+    # Three sums and one row of the stack are written and read; both parameters are read.
+    assert traffic.memory_bytes(parsed) == 2 * (3 * matrix + matrix) + matrix + y.held
+
+
+@pytest.mark.parametrize(
+    ("line", "axes", "nbytes"),
+    [
+        ("f32[10]{0} all-reduce(%x), replica_groups=[4,2]<=[8]", "tensor", 40),
+        ("f32[10]{0} all-reduce(%x), replica_groups=[2,4]<=[2,2,2]T(2,0,1)", "data+fsdp", 60),
+        ("f32[12]{0} all-gather(%x), replica_groups={{0,4},{1,5},{2,6},{3,7}}", "data", 24),
+        ("f32[12]{0} all-gather(%x), replica_groups=mesh['a'=2,'b'=2,'c'=2] {'b'}", "fsdp", 24),
+        ("(f32[6]{0}, f32[12]{0}) all-gather-start(%x), replica_groups=[4,2]<=[8]", "tensor", 24),
+        ("f32[6]{0} reduce-scatter(%x), replica_groups=[4,2]<=[8]", "tensor", 24),
+        ("((f32[12]{0}), (f32[6]{0})) reduce-scatter-start(%x), replica_groups=[4,2]<=[8]", "tensor", 24),
+        ("f32[10]{0} collective-permute(%x), source_target_pairs={{0,1},{1,0}}", "tensor", 40),
+        ("(f32[10], f32[10], u32[], u32[]) collective-permute-start(%x), source_target_pairs={{0,2}}", "fsdp", 40),
+        ("bf16[8,8]{1,0} all-to-all(%x), replica_groups={}", "data+fsdp+tensor", 112),
+        ("f32[10]{0} all-reduce(%x), replica_groups={{0},{1},{2},{3},{4},{5},{6},{7}}", None, 0),
+    ],
+)
+def test_what_a_collective_sends(line, axes, nbytes):
+    text = f"ENTRY %main (x: f32[10]) -> f32[10] {{\n  ROOT %y = {line}, channel_id=1\n}}\n"
+    mesh = {"data": 2, "fsdp": 2, "context": 1, "tensor": 2}
+    assert traffic.by_axis(traffic.collectives(program.parse(text), mesh)) == ({axes: nbytes} if axes else {})
+
+
+def test_flops_in_loops_recomputation_and_shards():
+    mesh = sharding.make_mesh(fsdp=1, devices=jax.devices()[:1])
+    x, w = jnp.zeros((3, 4)), jnp.zeros((5, 4, 4))
+    one = 2 * 3 * 4 * 4
+
+    def deep(x, w):
+        layer = jax.checkpoint(lambda x, w: jnp.sin(jnp.sin(x @ w) @ w))
+        return jnp.sum(jax.lax.scan(lambda x, w: (layer(x, w), None), x, w)[0])
+
+    def count(f, *args):
+        return flops.count(jax.jit(f).trace(*args))
+
+    assert count(lambda x, w: x @ w[0], x, w).flops == one
+    assert count(deep, x, w).flops == 5 * 2 * one
+    assert count(jax.grad(deep, argnums=1), x, w).flops == 5 * (2 + 2 + 4) * one, "forward, again, two each backward"
+    loop = count(lambda x, w, n: jax.lax.fori_loop(0, n, lambda _, x: x @ w[0], x), x, w, 3)
+    assert (loop.flops, loop.loops) == (0, 1), "its length is not known: counted in another way, and said"
+    experts = count(lambda x, w: jax.lax.ragged_dot(x, w, jnp.array([1, 1, 1, 0, 0])), x, w)
+    assert experts.flops == one
+    spec = jax.sharding.PartitionSpec()
+    island = count(jax.shard_map(lambda x, w: x @ w[0], mesh=mesh, in_specs=(spec, spec), out_specs=spec), x, w)
+    assert island.flops == one * mesh.size
+    assert count(jnp.fft.fft, jnp.zeros((3, 64), jnp.complex64)).flops == 5 * 3 * 64 * 6
+    assert count(lambda x: jnp.fft.irfft(jnp.fft.rfft(x)), jnp.zeros((3, 64))).flops == 5 * 3 * 64 * 6
+    lhs, rhs = jnp.zeros((2, 10, 6)), jnp.zeros((3, 3, 8))  # NWC, 2 groups of 3 channels
+    dims = ("NWC", "WIO", "NWC")
+    conv = count(
+        lambda a, b: jax.lax.conv_general_dilated(a, b, (1,), "SAME", dimension_numbers=dims, feature_group_count=2),
+        lhs, rhs,
+    )  # fmt: skip
+    assert conv.flops == 2 * (2 * 10 * 8) * 3 * 3
+
+
+@pytest.mark.parametrize("power", [1.0, 1.3, 0.8])
+@pytest.mark.parametrize("start", [128, 5000, 3_000_000])
+def test_the_longest_rows(power, start):
+    tried = []
+
+    def peak(seq_len):
+        tried.append(seq_len)
+        return int(1000 + seq_len**power)
+
+    memory = 1000 + int(100_000**power)
+    found = longest.longest(peak, memory, start=start, unit=128, tries=20)
+    assert found % 128 == 0 and 100_000 * 15 / 16 - 128 <= found <= 100_000
+    assert found in tried and len(tried) <= 14
+    assert longest.longest(lambda seq_len: 2, 1, start=1024, unit=128) == 0, "nothing fits"
+
+
+def test_the_time_of_a_step():
+    chip = topology.Chip("toy", 100, flops=1e3, bandwidth=1e2, link=10.0, far=1.0, near=8)
+    work = roofline.Work(5e3, 8e3, False, {"fsdp": 30.0}, 200.0, (20.0, 10.0))
+    time = roofline.time_of(work, chip, devices=4)
+    assert (time.compute, time.memory, time.links) == (2.0, 2.0, 12.0)
+    assert time.total == 16.0 and time.overlapped == 12.0
+    assert roofline.time_of(work, None, devices=4) is None
+
+
+def test_the_table_of_errors_is_whole():
+    """The committed comparison with measured memory names every configuration of the script that makes it."""
+    sys.path.insert(0, str(pathlib.Path(ROOT) / "benchmarks"))
+    import plan_errors
+
+    rows = json.loads((ROOT / "benchmarks" / "results" / "plan_errors.json").read_text())["rows"]
+    assert [row["name"] for row in rows] == list(plan_errors.CASES)
+    for row in rows:
+        assert row["error"] == pytest.approx(row["planned_mib"] / row["measured_mib"] - 1, abs=2e-3)
