@@ -208,7 +208,7 @@ def _call(function: Callable, source: reading.Source, flags: flags_lib.Flags) ->
 def _arguments(
     function: Callable, flags: dict[str, Any], configured: Callable | None = None
 ) -> dict[str, Any]:
-    """The keyword arguments of the target, built from the bindings of `configured` (by default its own); flags override.
+    """The keyword arguments of the target, from the bindings of `configured` (by default its own); flags override them.
 
     The target is then called directly and not through gin, because gin rewrites the exceptions that pass through it.
     """
