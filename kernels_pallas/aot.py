@@ -326,7 +326,7 @@ def _prepare() -> None:
 def _dump_bundles(path: str, chip: str) -> None:
     """Runs in the subprocess of `tpu_bundles`: compiles and prints the names of the kernels."""
     with open(path, "rb") as file:
-        exported = jax.export.deserialize(file.read())
+        exported = jax.export.deserialize(bytearray(file.read()))
     avals = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in exported.in_avals]
     args, _ = jax.tree.unflatten(exported.in_tree, avals)
     print(json.dumps([kernel.name for kernel in compile_tpu(exported.call, *args, chip=chip).kernels]))
