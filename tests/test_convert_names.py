@@ -97,6 +97,7 @@ REFUSED = {
         "1 tensors belong to an adapter that is not merged",
     ),
     "no head": (dict(tensors=lambda t: {k: v for k, v in t.items() if k != HEAD}), "lm_head.weight is missing"),
+    "mxfp4": (dict(config=quantized({"quant_method": "mxfp4"})), "quantized .quantization_config: 'mxfp4'"),
     "gptq": (dict(config=quantized({"quant_method": "gptq", "bits": 4})), "quantized .quantization_config: 'gptq'"),
     "bitsandbytes": (dict(config=quantized({"load_in_4bit": True})), "'bitsandbytes, load_in_4bit'.*dequantize"),
     "unknown": (dict(config=quantized("x")), "'an unnamed method'"),

@@ -1,14 +1,14 @@
 """Recognises unsupported checkpoint files; the error says how to turn them into a readable checkpoint."""
 
 import pathlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from lcx.convert.files.tensor_io import FLOAT_DTYPES, TensorInfo
 from lcx.errors import UserError
 from lcx.rope_fields import shown
 
-_UNPACKED = {"mxfp4"}  # read as bfloat16, by convert.hf.mxfp4
+UNPACKED = frozenset({"mxfp4"})  # which some families read as bfloat16 (convert.hf.mxfp4)
 _POINTER = b"version https://git-lfs.github.com/spec/"
 _MOST_POINTER_BYTES = 1024  # the format's own limit
 _DEQUANTIZE = (
@@ -49,14 +49,16 @@ def check_names(where: pathlib.Path, names: Iterable[str]) -> None:
         )
 
 
-def check_config(config: Mapping[str, Any], where: pathlib.Path) -> None:
-    """Raises UserError for the config.json of a quantized model."""
+def check_config(
+    config: Mapping[str, Any], where: pathlib.Path, *, reads: Collection[str] = UNPACKED
+) -> None:
+    """Raises UserError for the config.json of a quantized model, unless its method is one of `reads`."""
     for key in ("quantization_config", "compression_config"):
         given = config.get(key)
         if not given:
             continue
         method = given.get("quant_method") if isinstance(given, Mapping) else None
-        if key == "quantization_config" and method in _UNPACKED:
+        if key == "quantization_config" and method in reads:
             continue
         bits = [
             name

@@ -29,6 +29,7 @@ class Family:
       buffers: regular expressions of stored tensors that follow from config.json.
       rope: the peculiarities of its rotary settings.
       rereads: whether transformers' `generate` recomputes the whole text once it exceeds longrope's original window.
+      unpacks: quantization methods (quant_method in config.json) whose tensors are read as bfloat16.
     """
 
     model_type: str
@@ -42,6 +43,7 @@ class Family:
     buffers: tuple[str, ...] = (r".*rotary_emb\.inv_freq",)
     rope: RopeDialect = RopeDialect()
     rereads: bool = False
+    unpacks: frozenset[str] = frozenset()
 
     def model(self, config: Mapping[str, Any], *, dtype: str) -> Decoder:
         """The model that config.json describes, with transformers' defaults for missing keys.

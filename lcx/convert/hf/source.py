@@ -46,9 +46,10 @@ class HfSource:
         self.side_files = folders.side_files(path)
         try:
             config = self._folder.config
+            family = hf_config.family_of(config, family)
+            unsupported.check_config(config, self._folder.path, reads=family.unpacks)
             stored = mxfp4.unpacked(self._folder, config)
             unsupported.check_tensors(stored.tensors)
-            family = hf_config.family_of(config, family)
             unwrapped = tensor_names.unwrapped(stored, self.where, family)
             self._tensors: tensor_io.TensorSource = self.arranged(unwrapped)
             _check_depth(config, self._tensors.tensors, family)

@@ -28,6 +28,7 @@ _ROPE = {
 class GptOss(WithExperts):
     model_type: str = "gpt_oss"
     architecture: str = "GptOssForCausalLM"
+    unpacks: frozenset[str] = frozenset({"mxfp4"})
     own: frozenset[str] = frozenset(
         {"swiglu_limit", "experts_per_token", "initial_context_length", "quantization_config"}
     )
