@@ -151,6 +151,20 @@ def test_a_document_of_one_token_cannot_be_cut(tmp_path):
     assert texts(dataset, "train") == ["x"] and texts(dataset, "eval") == []
 
 
+def test_documents_held_out_by_name(tmp_path):
+    """Contigs of a genome, with or without the name of the file; a copy of one is not trained on."""
+    fasta = tmp_path / "genome.fa"
+    fasta.write_text("".join(f">chr{i} of a toy\n{text}\n" for i, text in enumerate(["ACGT", "GG", "TTA", "GG", "CAT"])))
+    dataset = Dataset(str(fasta), eval_documents=("chr1", "genome.fa:*4"), eval_fraction=0.0)
+    assert dataset.document_names("eval") == ["genome.fa:chr1", "genome.fa:chr4"]
+    assert dataset.document_names("train") == ["genome.fa:chr0", "genome.fa:chr2"]
+    assert dataset.open().copies == 1
+    with pytest.raises(UserError, match=r"names 'chr9', but no document of .*genome.fa:chr0, genome.fa:chr1"):
+        Dataset(str(fasta), eval_documents=("chr1", "chr9")).open()
+    with pytest.raises(UserError, match="holds out all 5 documents .* name fewer"):
+        Dataset(str(fasta), eval_documents=("chr*",)).open()
+
+
 def test_everything_on_one_side(tmp_path):
     source = write(tmp_path / "data", [f"text {i}" for i in range(20)])
     assert len(texts(Dataset(source, eval_fraction=0), "train")) == 20

@@ -12,11 +12,12 @@ import lcx
 from lcx.data import ByteTokenizer
 from lcx.errors import UserError
 from lcx.evals.sequence_likelihood import SequenceLikelihood
-from lcx.evals.support import dna
+from lcx.evals.support import dna, shared_prefixes
 from lcx.evals.support.intervals import auroc
 from lcx.evals.support.variants import Variant, read_variants, windows_around
 from lcx.evals.variant_effects import VariantEffects
 from lcx.model import init_params, llama
+from lcx.striped_hyena import striped_hyena
 
 DNA = ByteTokenizer(bos_id=None, eos_id=0, vocab_size=512)
 rng = np.random.default_rng(0)
@@ -122,6 +123,30 @@ def test_variants(tiny, fasta, tmp_path):
     np.testing.assert_allclose([row["score"] for row in result["variants"]], expected, rtol=1e-4, atol=1e-4)
     assert result["auroc"] is None
     json.dumps(result, allow_nan=False)
+
+
+def test_what_variants_share_is_computed_once(tmp_path, monkeypatch):
+    """Rows that begin alike, by twos and by fours, give the log p of whole rows; so do variants on both strands."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "se_groups": 4, "mr_groups": 4}
+    model = striped_hyena(pattern="SDH*", vocab_size=512, max_position_embeddings=512, **sizes)
+    params = jax.tree.map(lambda x: x * 2, init_params(model, jax.random.key(0)))
+    text = "".join(rng.choice(list("ACGT"), 700))
+    fasta, variants = tmp_path / "g.fa", tmp_path / "v.csv"
+    fasta.write_text(f">c\n{text}\n")
+    table = [(at, text[at - 1], alt) for at in (300, 301, 10) for alt in "ACGT" if alt != text[at - 1]]
+    table += [(350, text[349], text[349] + "GG"), (360, text[359:364], text[359])]
+    variants.write_text("chrom,pos,ref,alt\n" + "".join(f"c,{at},{ref},{alt}\n" for at, ref, alt in table))
+    shapes = []
+    whole = shared_prefixes._shapes
+    monkeypatch.setattr(shared_prefixes, "_shapes", lambda *args: shapes.append(whole(*args)) or shapes[-1])
+    effects = VariantEffects(str(fasta), str(variants), window=300, both_strands=True, tokens_per_batch=1800)
+    found = effects(model, params, DNA)["variants"]
+    assert shapes and shared_prefixes.cut(model, params, 300) == 128
+    monkeypatch.setattr(shared_prefixes, "cut", lambda *args: 0)
+    expected = effects(model, params, DNA)["variants"]
+    for name in ("score", "log_likelihood_ref"):
+        np.testing.assert_allclose([row[name] for row in found], [row[name] for row in expected], rtol=2e-5, atol=2e-5)
+    assert len(shapes) == 1
 
 
 def test_labels_give_the_area_under_the_curve(tiny, fasta, tmp_path):

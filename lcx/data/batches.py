@@ -227,6 +227,7 @@ def describe(mixture: Opened, groups: tuple[Group, ...], spec: BatchSpec) -> dic
                 "document_mask": dataset.document_mask,
                 "eval_fraction": dataset.eval_fraction,
                 "split": dataset.split,
+                **({"eval_documents": list(dataset.eval_documents)} if dataset.eval_documents else {}),
                 "min_length": dataset.min_length,
                 "long_fraction": dataset.long_fraction,
                 "long_length": dataset.long_length,

@@ -1,6 +1,7 @@
 """A tokenised source with its documents divided into a training and an evaluation split."""
 
 import dataclasses
+import fnmatch
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -120,6 +121,7 @@ def divide(
     *,
     eval_fraction: float,
     rule: str,
+    eval_documents: Sequence[str] = (),
     min_length: int = 0,
     source: str = "the data",
 ) -> Corpus:
@@ -131,6 +133,7 @@ def divide(
       rule: "hash" decides by a hash of the text, so a document stays in its split when others are added, and
         copies are always in the same split; "tail" takes the last documents of the source (0.2 trains on the first
         80%).
+      eval_documents: names of the documents of the evaluation split, instead of a share and a rule (`Dataset`).
       min_length: documents with fewer tokens are in neither split.
       source: where the documents come from, for messages.
 
@@ -138,7 +141,7 @@ def divide(
     whose text also occurs in the evaluation split are dropped and counted.
 
     Raises:
-      UserError: no document is long enough, or a split would be empty because of copies.
+      UserError: no document is long enough or has a name of `eval_documents`, or a split would be empty.
     """
     starts, lengths = np.asarray(store.offsets[:-1]), np.diff(store.offsets)
     everything = DocumentRanges(starts, lengths, np.arange(len(starts)))
@@ -148,6 +151,11 @@ def divide(
             f"all {store.num_documents} documents are shorter than Dataset.min_length={min_length} tokens;"
             " lower it"
         )
+    hashes = np.asarray(store.hashes)[documents.number]
+    if eval_documents:
+        names = store.names  # reads a file
+        held_out = _by_name([names[number] for number in documents.number.tolist()], eval_documents, source)
+        return _divided(store, documents, held_out, hashes, source)
     nothing = documents.take(np.zeros(0, int))
     if eval_fraction <= 0:
         return Corpus(store, documents, nothing, source=source)
@@ -155,19 +163,26 @@ def divide(
         return Corpus(store, nothing, documents, source=source)
     if len(documents) == 1:
         return Corpus(store, *_cut(documents, eval_fraction), source=source)
-    hashes = np.asarray(store.hashes)[documents.number]
     held_out = (
         _by_hash(hashes, eval_fraction) if rule == "hash" else _by_position(len(documents), eval_fraction)
     )
+    found = _divided(store, documents, held_out, hashes, source)
+    _check_copies(source, hashes, len(found.train), eval_fraction)
+    return found
+
+
+def _divided(
+    store: TokenStore, documents: DocumentRanges, held_out: np.ndarray, hashes: np.ndarray, source: str
+) -> Corpus:
+    """The documents of the mask `held_out` against the others, apart from copies of held-out documents."""
     copies = ~held_out & np.isin(hashes, hashes[held_out])
-    train = ~held_out & ~copies
-    _check_copies(source, hashes, train, eval_fraction)
-    return Corpus(store, documents.take(train), documents.take(held_out), int(copies.sum()), source)
+    train = documents.take(~held_out & ~copies)
+    return Corpus(store, train, documents.take(held_out), int(copies.sum()), source)
 
 
-def _check_copies(source: str, hashes: np.ndarray, train: np.ndarray, eval_fraction: float) -> None:
+def _check_copies(source: str, hashes: np.ndarray, left: int, eval_fraction: float) -> None:
     """Copies stay in one split, so a source with many copies cannot be split as requested: an error or a warning."""
-    count, distinct, left = len(hashes), len(np.unique(hashes)), int(train.sum())
+    count, distinct = len(hashes), len(np.unique(hashes))
     if distinct == count:
         return
     found = (
@@ -204,3 +219,22 @@ def _by_hash(hashes: np.ndarray, eval_fraction: float) -> np.ndarray:
 def _by_position(count: int, eval_fraction: float) -> np.ndarray:
     tail = min(max(1, round(count * eval_fraction)), count - 1)
     return np.arange(count) >= count - tail
+
+
+def _by_name(names: Sequence[str], wanted: Sequence[str], source: str) -> np.ndarray:
+    """Mask of the documents that match a pattern of `wanted`, with or without the file in front ("genome.fa:chr20")."""
+    held_out = np.zeros(len(names), bool)
+    for pattern in wanted:
+        found = [any(fnmatch.fnmatchcase(one, pattern) for one in (name, name.partition(":")[2])) for name in names]
+        if not any(found):
+            raise UserError(
+                f"Dataset.eval_documents names {pattern!r}, but no document of {source} is called so: expected names"
+                f" such as {', '.join(names[:3])}"
+            )
+        held_out |= found
+    if held_out.all():
+        raise UserError(
+            f"Dataset.eval_documents holds out all {quantity(len(names), 'document')} of {source}, so none is left to"
+            " train on: name fewer"
+        )
+    return held_out

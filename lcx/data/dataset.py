@@ -48,6 +48,8 @@ class Dataset:
       document_mask: False trains across the documents of a row (one segment, consecutive positions).
       eval_fraction: share of the documents held out.
       split: the rule by which documents are held out: "hash" chooses them by their text, "tail" takes the last ones.
+      eval_documents: names of the documents that are held out, instead of a share chosen by a rule: ("chr20", "chr21")
+        for contigs of a genome. `*` stands for any letters. Names are those of `python -m lcx.data`.
       min_length: documents with fewer tokens are dropped.
       long_fraction: share of the training rows made of long documents; None keeps the natural share.
       long_length: tokens from which a document counts as long; by default seq_len.
@@ -69,6 +71,7 @@ class Dataset:
     document_mask: bool = True
     eval_fraction: float = 0.1
     split: str = "hash"
+    eval_documents: tuple[str, ...] = ()
     min_length: int = 0
     long_fraction: float | None = None
     long_length: int | None = None
@@ -140,6 +143,7 @@ class Dataset:
             tokens,
             eval_fraction=self.eval_fraction,
             rule=self.split,
+            eval_documents=self.eval_documents,
             min_length=self.min_length,
             source=name,
         )

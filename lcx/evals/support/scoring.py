@@ -171,7 +171,7 @@ def _scored(
         state = _empty_state(model, size, _rounded(width, step), longest)
     for first in range(0, width, step):
         batch = {
-            name: None if x is None else _placed(_filled(x[:, first : first + step], size, step), mesh)
+            name: None if x is None else placed(filled(x[:, first : first + step], size, step), mesh)
             for name, x in rows.items()
         }
         nll, state = _score(model, measure, params, state, **batch)
@@ -195,12 +195,12 @@ def _score(model, measure, params, state, tokens, labels, positions, segment_ids
 _empty_state = jax.jit(pieces.empty_state, static_argnums=(0, 1, 2))
 
 
-def _filled(rows: np.ndarray, size: int, width: int) -> np.ndarray:
+def filled(rows: np.ndarray, size: int, width: int) -> np.ndarray:
     """Pads with zeros on the right and below. Causal attention does not attend to padding on the right."""
     return np.pad(rows, ((0, size - rows.shape[0]), (0, width - rows.shape[1])))
 
 
-def _placed(rows: np.ndarray | None, mesh: Mesh | None) -> Any:
+def placed(rows: np.ndarray | None, mesh: Mesh | None) -> Any:
     if rows is None or mesh is None:
         return rows
     return jax.make_array_from_callback(rows.shape, sharding.batch_sharding(mesh), lambda index: rows[index])

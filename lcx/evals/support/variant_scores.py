@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from lcx.errors import UserError
+from lcx.evals.support import shared_prefixes
 from lcx.evals.support.dna import Regions, reverse_complement
 from lcx.evals.support.letters import Letters
 from lcx.evals.support.likelihoods import Scorer
@@ -87,13 +88,33 @@ class VariantScorer:
         head = self.scorer.head
         windows = (window for strand in strands for pair in strand for window in pair)
         rows = [np.concatenate([head, self.scorer.encode(window)]) for window in windows]
-        values = [value[max(len(head) - 1, 0) :] for value in self.scorer.rows(rows)]
+        values = [value[max(len(head) - 1, 0) :] for value in self._log_p(rows)]
         each = [
             _difference(rows[i][len(head) :], rows[i + 1][len(head) :], values[i], values[i + 1])
             for i in range(0, len(rows), 2)
         ]
         means = np.array(each, np.float64).reshape(len(strands), len(pairs), 3).mean(0)
         return [(float(score), float(ref), float(alt)) for score, ref, alt in means]
+
+    def _log_p(self, rows: list[Int[np.ndarray, " T"]]) -> list[Float[np.ndarray, " scored"]]:
+        """log p of every token but the first of pairs of rows; what comes before the variant is computed once."""
+        scorer, whole, paired = self.scorer, list[int](), list[int]()
+        shared = shared_prefixes.cut(scorer.model, scorer.params, scorer.window)
+        for i in range(0, len(rows), 2):
+            ref, alt = rows[i : i + 2]
+            alike = len(ref) == len(alt) == scorer.window and (ref[: shared + 1] == alt[: shared + 1]).all()
+            (paired if shared and alike else whole).extend((i, i + 1))
+        found: dict[int, np.ndarray] = dict(zip(whole, scorer.rows([rows[i] for i in whole]), strict=True))
+        if paired:
+            values = shared_prefixes.score(
+                scorer.model,
+                scorer.params,
+                [rows[i] for i in paired],
+                shared,
+                tokens_per_batch=scorer.tokens_per_batch,
+            )
+            found |= zip(paired, values, strict=True)
+        return [found[i] for i in range(len(rows))]
 
 
 def _difference(
