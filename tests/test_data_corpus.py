@@ -154,7 +154,8 @@ def test_a_document_of_one_token_cannot_be_cut(tmp_path):
 def test_documents_held_out_by_name(tmp_path):
     """Contigs of a genome, with or without the name of the file; a copy of one is not trained on."""
     fasta = tmp_path / "genome.fa"
-    fasta.write_text("".join(f">chr{i} of a toy\n{text}\n" for i, text in enumerate(["ACGT", "GG", "TTA", "GG", "CAT"])))
+    contigs = enumerate(["ACGT", "GG", "TTA", "GG", "CAT"])
+    fasta.write_text("".join(f">chr{i} of a toy\n{text}\n" for i, text in contigs))
     dataset = Dataset(str(fasta), eval_documents=("chr1", "genome.fa:*4"), eval_fraction=0.0)
     assert dataset.document_names("eval") == ["genome.fa:chr1", "genome.fa:chr4"]
     assert dataset.document_names("train") == ["genome.fa:chr0", "genome.fa:chr2"]
