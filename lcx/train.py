@@ -30,6 +30,7 @@ def main(argv=None) -> int:
     group.add_argument("--coordinator_address", metavar="HOST:PORT", help="address of process 0")
     group.add_argument("--num_processes", type=int, metavar="N", help="number of processes")
     group.add_argument("--process_id", type=int, metavar="I", help="index of this process, from 0")
+    config.keep_freed_memory()
     return config.run(parser, "lcx.trainer:train", argv)
 
 

@@ -182,6 +182,21 @@ def start_up(result: dict) -> str:
     return with_source(result, table(["command", "cache", "first, s", "end, s", *parts], rows))
 
 
+def growth(result: dict) -> str:
+    """A column for each decay and way of the memory: milliseconds, and the time at T over that at T / 2."""
+    columns = list(dict.fromkeys((row["memory"], row["decay"]) for row in result["rows"]))
+    found = {(row["memory"], row["decay"], row["T"]): row for row in result["rows"]}
+
+    def cell(row: dict) -> str:
+        return number(row["ms"]) + (f" ({row['growth']['median']:.2f}x)" if "growth" in row else "")
+
+    rows = [
+        [str(T), *(cell(found[(*column, T)]) for column in columns)]
+        for T in dict.fromkeys(row["T"] for row in result["rows"])
+    ]
+    return with_source(result, table(["T", *(f"{decay}, {memory}" for memory, decay in columns)], rows))
+
+
 def decoders(result: dict) -> str:
     names = {
         "llama": "Llama",
@@ -308,6 +323,7 @@ FIGURES = {
     "training_line": Figure(TRAINING[0], training_line, TRAINING[1]),
     "generation": Figure("decoding_cpu.json", generation, "python benchmarks/decoding.py"),
     "start_up": Figure("start_up_cpu.json", start_up, "python benchmarks/start_up.py"),
+    "growth": Figure("second_order_growth_cpu.json", growth, "python benchmarks/second_order_growth.py"),
     "decoders": Figure("train_step_cpu.json", decoders, "python benchmarks/train_step.py"),
     "step_memory": Figure(
         "train_step_memory_h200.json", step_memory, "python benchmarks/train_step_memory.py", timed=False

@@ -40,7 +40,7 @@ from gin import config_parser
 
 from lcx.config import checking, interrupts, messages, plugins, reading
 from lcx.config import flags as flags_lib
-from lcx.config.environment import setup_jax
+from lcx.config.environment import keep_freed_memory, setup_jax
 from lcx.config.flags import BINDS, json_object, parser
 from lcx.errors import UserError, first_line
 
@@ -49,6 +49,7 @@ __all__ = [
     "ConfigError",
     "config_text",
     "json_object",
+    "keep_freed_memory",
     "operative_config",
     "parse",
     "parser",
