@@ -195,7 +195,7 @@ def test_the_command(ending, evo2, tmp_path, monkeypatch, capsys):
     output = f"out/e.{ending}"
     words = ["--checkpoint=evo2", "--fasta=g.fa", "--layers=blocks.1.mlp.l3, 2", f"--output={output}", "--window=100"]
     assert main(words) == 0
-    assert "1 sequences are empty" in capsys.readouterr().err
+    assert "because they are empty: 1 sequence" in capsys.readouterr().err
     found = read(tmp_path / output)
     assert list(found["record"]) == ["g.fa:r0"] * 3 + ["g.fa:r1", "g.fa:r2"] + ["g.fa:r3"] * 2
     assert list(found["stop"][:3]) == [100, 200, 300] and list(found["start"][:3]) == [0, 100, 200]

@@ -63,11 +63,11 @@ class GrowingFiles:
                 what = "a folder" if path.is_dir() else "there already"
                 raise UserError(f"{path} is {what}: choose another {self._setting}, or set --overwrite")
             path.parent.mkdir(parents=True, exist_ok=True)
-        first = self._paths[0]
-        lock = first.with_name(f"{first.name}{LOCK}")
-        self._stack.enter_context(only_writer(lock, of=str(first), setting=self._setting))
         with contextlib.ExitStack() as undo:
             undo.push(self._stack)
+            for path in self._paths:
+                lock = path.with_name(f"{path.name}{LOCK}")
+                self._stack.enter_context(only_writer(lock, of=str(path), setting=self._setting))
             sizes = self._continued()
             for path, size in zip(self._paths, sizes, strict=True):
                 stream = self._stack.enter_context(open(_partial(path), "r+b" if self.done else "wb"))
