@@ -215,14 +215,7 @@ class Trainer:
             )
         if not 0 <= self.seed < 2**32:  # jax.random.key keeps 32 bits
             raise UserError(f"Trainer.seed is {self.seed}, expected 0 to 2**32 - 1")
-        if self.optimizer.schedule == "plateau" and not self.eval_every:
-            raise UserError(
-                "AdamW.schedule 'plateau' follows the held-out loss, and Trainer.eval_every is 0: set eval_every"
-            )
-        if self.batch_size % self.accumulation:
-            raise UserError(
-                f"Trainer.batch_size {self.batch_size} is not a multiple of accumulation {self.accumulation}"
-            )
+        doubtful.check_sizes_and_schedule(self)
 
     @property
     def last_step(self) -> int:

@@ -319,7 +319,7 @@ def test_rows_longer_than_the_window_are_a_warning(text, tmp_path, monkeypatch, 
 
 def test_rows_without_a_label_are_a_warning(tmp_path, monkeypatch, capsys):
     """The last of five rows holds one token, which has no next one: a batch of two may be that row twice."""
-    (tmp_path / "a.txt").write_text("a text of 4 T + 1 tokens, with its last")
+    (tmp_path / "a.txt").write_text("a text of 4 T + 1 tokens, with its last.")
     data = Dataset(str(tmp_path / "a.txt"), cache_dir=str(tmp_path / "cache"), eval_fraction=0.0)
     tokens = data.opened().parts[0].corpus.train.num_tokens
     assert tokens % 4 == 1
