@@ -9,9 +9,7 @@ Every row belongs to a sequence, or to one of its windows, or (pool "none") to o
 The output is PATH.partial until it is complete.
 """
 
-import os
 import pathlib
-import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
@@ -27,6 +25,7 @@ from lcx.embedding import Embedded, Embedder
 from lcx.errors import UserError
 from lcx.evals.support import dna
 from lcx.evals.support.letters import Letters, Part
+from lcx.wording import quantity
 
 ENDINGS = (".parquet", ".npz", ".zarr")
 _ZARR_ROWS = 1024  # rows of a chunk
@@ -67,47 +66,39 @@ def embed_file(
     Raises:
       UserError: a file cannot be read or written, or a setting is out of range.
     """
-    place = _checked(output, overwrite)
+    if paths.destination(output, "--output").suffix not in ENDINGS:
+        raise UserError(f"--output is {output}, expected a name that ends in {', '.join(ENDINGS)}: change --output")
     if (fasta is None) == (dataset is None) or (regions is not None and fasta is None):
         raise UserError("set one of --fasta and --dataset, and --regions only with --fasta")
-    folder = hub.local(checkpoint)
-    detect(folder)
-    tokenizer = terminal.tokenizer_of(folder)
-    print(described(tokenizer, special_tokens(tokenizer), of="sequence"), file=sys.stderr)
-    model, params = load(
-        folder,
-        dtype=dtype,
-        rope_scaling=rope_scaling,
-        context_length=context_length,
-        adapter=adapter,
-        input_projections=input_projections,
-    )
-    embedder = Embedder(
-        model,
-        params,
-        [name.strip() for name in layers.split(",") if name.strip()],
-        pool=pool,
-        piece_length=piece_length,
-        window=window,
-        overlap=overlap,
-        reverse_complement=both_strands,
-        tokenizer=tokenizer,
-    )
-    texts = _Texts(fasta, regions, dataset, keep_case)
-    _write(place, embedder, texts)
-    print(f"{place}: {texts.count} sequences, {len(embedder.points)} points", file=sys.stderr)
+    with paths.claimed_file(output, "--output", overwrite=overwrite) as partial:
+        folder = hub.local(checkpoint)
+        detect(folder)
+        tokenizer = terminal.tokenizer_of(folder)
+        print(described(tokenizer, special_tokens(tokenizer), of="sequence"), file=sys.stderr)
+        model, params = load(
+            folder,
+            dtype=dtype,
+            rope_scaling=rope_scaling,
+            context_length=context_length,
+            adapter=adapter,
+            input_projections=input_projections,
+        )
+        embedder = Embedder(
+            model,
+            params,
+            [name.strip() for name in layers.split(",") if name.strip()],
+            pool=pool,
+            piece_length=piece_length,
+            window=window,
+            overlap=overlap,
+            reverse_complement=both_strands,
+            tokenizer=tokenizer,
+        )
+        texts = _Texts(fasta, regions, dataset, keep_case)
+        _write(partial, embedder, texts)
+    print(f"{output}: {quantity(texts.count, 'sequence')}, {quantity(len(embedder.points), 'point')}", file=sys.stderr)
     if texts.empty:
-        print(f"{texts.empty} sequences are empty and left out", file=sys.stderr)
-
-
-def _checked(output: str, overwrite: bool) -> pathlib.Path:
-    place = paths.destination(output, "--output")
-    if place.suffix not in ENDINGS:
-        raise UserError(f"--output is {output}, expected a name that ends in {', '.join(ENDINGS)}: change --output")
-    if place.exists() and not overwrite:
-        raise UserError(f"{place} is there already: choose another --output, or set --overwrite")
-    place.parent.mkdir(parents=True, exist_ok=True)
-    return place
+        print(f"left out, because they are empty: {quantity(texts.empty, 'sequence')}", file=sys.stderr)
 
 
 class _Texts:
@@ -160,20 +151,16 @@ class _Writer(Protocol):
     def close(self) -> None: ...
 
 
-def _write(place: pathlib.Path, embedder: Embedder, texts: _Texts) -> None:
+def _write(partial: pathlib.Path, embedder: Embedder, texts: _Texts) -> None:
     from tqdm import tqdm
 
-    partial = place.with_name(f"{place.name}.partial")
-    _remove(partial)
     kinds: dict[str, Callable[[pathlib.Path], _Writer]] = {".parquet": _Parquet, ".npz": _Npz, ".zarr": _Zarr}
-    writer = kinds[place.suffix](partial)
+    writer = kinds[partial.with_suffix("").suffix](partial)
     with tqdm(desc="embedding", unit=" tok", unit_scale=True, disable=None, delay=1) as bar:
         for part in embedder(texts):
             writer.add(*_rows(texts.name(part.sequence), part, per_position=embedder.pool == "none"))
             bar.update(part.stop - part.start)
     writer.close()
-    _remove(place)
-    os.replace(partial, place)
 
 
 def _rows(name: str, part: Embedded, *, per_position: bool) -> tuple[list[str], np.ndarray, dict[str, np.ndarray]]:
@@ -182,13 +169,6 @@ def _rows(name: str, part: Embedded, *, per_position: bool) -> tuple[list[str], 
         return [name], np.array([[part.start, part.stop]]), {key: x[None] for key, x in part.values.items()}
     starts = np.arange(part.start, part.stop)
     return [name] * len(starts), np.stack([starts, starts + 1], 1), part.values
-
-
-def _remove(path: pathlib.Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 class _Parquet:

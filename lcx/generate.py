@@ -30,6 +30,7 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
         "--num_samples", type=int, metavar="N", help="continue the prompt N times (with --temperature above 0)"
     )
     parser.add_argument("--output", metavar="FILE.fa", help="write the sequences, prompt included, as FASTA")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     parser.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same text")
 
 

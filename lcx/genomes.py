@@ -1,8 +1,8 @@
 """Scores of genomes: the jobs of `python -m lcx.variants` and `python -m lcx.score`."""
 
+import contextlib
 import csv
-import os
-import pathlib
+import functools
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -111,40 +111,37 @@ def score_sequences(
     Raises:
       UserError: a file cannot be read or written, or a setting is out of range.
     """
-    table = _check_table(output)
+    _check_table(output)
     check_sizes("score", tokens_per_batch=tokens_per_batch)
-    for path in (output, *([] if per_position is None else [per_position])):
-        if os.path.exists(path) and not overwrite:
-            raise UserError(f"{path} is there already: choose another place, or set --overwrite")
     if per_position is not None and not per_position.endswith(".parquet"):
         raise UserError(f"--per_position is {per_position}, expected a name that ends in .parquet")
-    evaluation = SequenceLikelihood(
-        fasta,
-        window=window,
-        stride=stride,
-        upper_case=not keep_case,
-        both_strands=both_strands,
-        tokens_per_batch=tokens_per_batch,
-        regions=regions,
-        tag=tag,
-        per_position=per_position,
-    )
-    model = _opened(checkpoint, dtype, rope_scaling, context_length, adapter, input_projections)
-    result = _run(evaluation, *model)
-    table.parent.mkdir(parents=True, exist_ok=True)
-    partial = table.with_name(f"{table.name}.partial")
-    with open(partial, "w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, delimiter="\t", lineterminator="\n")
-        writer.writerow(_COLUMNS)
-        writer.writerows([row[name] for name in _COLUMNS] for row in result["sequences"])
-    os.replace(partial, table)
+    with contextlib.ExitStack() as stack:
+        claim = functools.partial(paths.claimed_file, overwrite=overwrite)
+        table = stack.enter_context(claim(output, "--output"))
+        if per_position is not None:
+            per_position = str(stack.enter_context(claim(per_position, "--per_position")))
+        evaluation = SequenceLikelihood(
+            fasta,
+            window=window,
+            stride=stride,
+            upper_case=not keep_case,
+            both_strands=both_strands,
+            tokens_per_batch=tokens_per_batch,
+            regions=regions,
+            tag=tag,
+            per_position=per_position,
+        )
+        model = _opened(checkpoint, dtype, rope_scaling, context_length, adapter, input_projections)
+        result = _run(evaluation, *model)
+        with open(table, "w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file, delimiter="\t", lineterminator="\n")
+            writer.writerow(_COLUMNS)
+            writer.writerows([row[name] for name in _COLUMNS] for row in result["sequences"])
 
 
-def _check_table(output: str) -> pathlib.Path:
-    table = paths.destination(output, "--output")
-    if table.suffix.lower() not in _ENDINGS:
+def _check_table(output: str) -> None:
+    if paths.destination(output, "--output").suffix.lower() not in _ENDINGS:
         raise UserError(f"--output is {output}, expected a name that ends in .tsv: change --output")
-    return table
 
 
 def _run(evaluation: Evaluation, model: Decoder, params: Any, tokenizer: Tokenizer) -> Result:

@@ -225,10 +225,12 @@ class Ladder:
             return _read_json(kept)["loss"]
         with self._loaded(source) as (model, params, mesh):
             loss = self._short_loss(model, params, original, mesh)
-        if math.isnan(loss):
+        if loss is None:
             raise UserError(
                 "Ladder.gate compares losses on held-out text and there is none: set eval_fraction"
             )
+        if not math.isfinite(loss):
+            raise UserError(f"the loss of {source} on held-out text is {loss}: choose another Trainer.init_from")
         _write_json(kept, {"loss": loss, "context_length": original})
         return loss
 
@@ -236,7 +238,8 @@ class Ladder:
         assert self.gate is not None
         with self._loaded(folder) as (model, params, mesh):
             loss = self._short_loss(model, params, original, mesh)
-            if loss > baseline + self.gate.max_loss_increase:
+            assert loss is not None, "there was one for the baseline"
+            if not loss <= baseline + self.gate.max_loss_increase:  # NaN passes no gate
                 return (
                     f"loss inside the original window is {loss:.4f}, {loss - baseline:.4f} above the pretrained model's"
                 )
@@ -257,7 +260,7 @@ class Ladder:
             model, params = convert.load(path, format=self._format(path), dtype="float32", mesh=mesh)
             yield self.trainer.adjusted(model), params, mesh
 
-    def _short_loss(self, model: Decoder, params: Any, original: int, mesh: Mesh) -> float:
+    def _short_loss(self, model: Decoder, params: Any, original: int, mesh: Mesh) -> float | None:
         short = dataclasses.replace(self.trainer, seq_len=original)
         short.check_rows(mesh)
         return short.held_out_loss(model, {"params": params}, mesh)

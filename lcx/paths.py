@@ -4,6 +4,7 @@ import contextlib
 import os
 import pathlib
 import re
+import shutil
 from collections.abc import Iterator
 
 from lcx.errors import UserError
@@ -26,7 +27,7 @@ def destination(path: str | os.PathLike, setting: str) -> pathlib.Path:
 
 
 @contextlib.contextmanager
-def claimed(folder: pathlib.Path, setting: str, *, lock: str = LOCK) -> Iterator[None]:
+def claimed(folder: pathlib.Path, setting: str, *, lock: str = LOCK, of: str | None = None) -> Iterator[None]:
     """Creates a folder and its parents, and lets no other process write to it within the block.
 
     What is still empty after an exception is removed again.
@@ -34,6 +35,7 @@ def claimed(folder: pathlib.Path, setting: str, *, lock: str = LOCK) -> Iterator
     Args:
       setting: for messages: the setting that names the folder.
       lock: name of the lock file in the folder.
+      of: for messages: what is written, if it is not the folder itself.
 
     Raises:
       UserError: the folder cannot be created or written to, or another process writes to it.
@@ -43,7 +45,7 @@ def claimed(folder: pathlib.Path, setting: str, *, lock: str = LOCK) -> Iterator
         with contextlib.ExitStack() as stack:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(only_writer(folder / lock, of=str(folder), setting=setting))
+                stack.enter_context(only_writer(folder / lock, of=of or str(folder), setting=setting))
             except OSError as error:
                 found = f"cannot write to {folder} ({error.strerror or error})"
                 raise UserError(f"{found}: change {setting}") from None
@@ -53,6 +55,37 @@ def claimed(folder: pathlib.Path, setting: str, *, lock: str = LOCK) -> Iterator
             for path in missing:
                 path.rmdir()
         raise
+
+
+@contextlib.contextmanager
+def claimed_file(path: str | os.PathLike, setting: str, *, overwrite: bool = False) -> Iterator[pathlib.Path]:
+    """Creates a result, a file or a folder of another format, that appears only when it is complete.
+
+    Yields PATH.partial, to write within the block, which no other process writes at the same time; at the end it is
+    renamed. After an exception nothing is left of it.
+
+    Raises:
+      UserError: the result exists already, another process is writing it, or its folder cannot be written to.
+    """
+    place = destination(path, setting)
+    if place.exists() and not overwrite:
+        raise UserError(f"{place} is there already: choose another {setting}, or set --overwrite")
+    with claimed(place.parent, setting, lock=f"{place.name}{LOCK}", of=str(place)):
+        partial = place.with_name(f"{place.name}.partial")
+        _remove(partial)
+        try:
+            yield partial
+            _remove(place)
+            os.replace(partial, place)
+        finally:
+            _remove(partial)
+
+
+def _remove(path: pathlib.Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def refuse_scheme(path: str | os.PathLike, setting: str) -> None:

@@ -1,12 +1,13 @@
 """Text generation on a terminal: reads a prompt as text or from a file, and prints the continuation token by token."""
 
+import contextlib
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from lcx import hub
+from lcx import hub, paths
 from lcx.checkpoint.folder import find_step, read_json
 from lcx.convert.api import load, tokenizer_record
 from lcx.data import (
@@ -52,6 +53,7 @@ def stream_text(
     allowed: str | None = None,
     num_samples: int = 1,
     output: str | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Prints the continuation of a prompt while it is generated, then the speed on stderr.
 
@@ -74,6 +76,7 @@ def stream_text(
       allowed: the characters that may be generated, such as "ACGT"; None: any.
       num_samples: how many continuations, each with random numbers of its own; several are printed one after the other.
       output: a FASTA file to write instead, a record for each continuation, prompt included.
+      overwrite: whether an existing output is replaced.
 
     Raises:
       UserError: a setting is out of range, the prompt file cannot be read, or the checkpoint or tokenizer cannot be
@@ -86,44 +89,48 @@ def stream_text(
         name = "--top_p" if top_p != 1 else "--seed"
         print(f"warning: {name} has no effect at temperature 0: set --temperature", file=sys.stderr)
     check_sizes("generate", num_samples=num_samples)
-    if output is not None and (chat or Path(output).exists()):
-        raise UserError(f"--output is {output}, which exists already, or the prompt is a chat: change --output")
-    text = prompt_text(prompt)
-    tokenizer = tokenizer_of(checkpoint, format)
-    stops = stop_ids(tokenizer)
-    if chat:
-        ids, ends = chat_ids(checkpoint, tokenizer, text, system=system, template=chat_template)
-        stops = sorted({*stops, *ends})
-    else:
-        ids = ids_of(tokenizer, text, add_bos=add_bos)
-    say_special_tokens(tokenizer, () if chat else special_tokens(tokenizer, add_bos=add_bos).before)
-    model, params = load(
-        checkpoint,
-        format=format,
-        rope_scaling=rope_scaling,
-        context_length=context_length,
-        adapter=adapter,
-        input_projections=input_projections,
-    )
-    check_vocabulary(tokenizer, model.vocab_size)
-    if max_new_tokens is None:
-        max_new_tokens = default_new_tokens(model, len(ids))
-    columns = stream(
-        model,
-        params,
-        [ids] * num_samples,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        seed=seed,
-        stop_tokens=stops,
-        top_k=top_k,
-        allowed_tokens=None if allowed is None else allowed_ids(tokenizer, allowed),
-    )
-    if num_samples > 1 or output is not None:
-        write_samples(tokenizer, columns, prompt=ids, stops=stops, output=output)
-        return
-    show(tokenizer, (int(column[0]) for column in columns), prompt=ids)
+    if output is not None and chat:
+        raise UserError(f"--output is {output}, a FASTA file, and the prompt is a chat: leave out --output or --chat")
+    claim = contextlib.nullcontext() if output is None else paths.claimed_file(output, "--output", overwrite=overwrite)
+    with claim as file:
+        text = prompt_text(prompt)
+        tokenizer = tokenizer_of(checkpoint, format)
+        stops = stop_ids(tokenizer)
+        if chat:
+            ids, ends = chat_ids(checkpoint, tokenizer, text, system=system, template=chat_template)
+            stops = sorted({*stops, *ends})
+        else:
+            ids = ids_of(tokenizer, text, add_bos=add_bos)
+        say_special_tokens(tokenizer, () if chat else special_tokens(tokenizer, add_bos=add_bos).before)
+        model, params = load(
+            checkpoint,
+            format=format,
+            rope_scaling=rope_scaling,
+            context_length=context_length,
+            adapter=adapter,
+            input_projections=input_projections,
+        )
+        check_vocabulary(tokenizer, model.vocab_size)
+        if max_new_tokens is None:
+            max_new_tokens = default_new_tokens(model, len(ids))
+        columns = stream(
+            model,
+            params,
+            [ids] * num_samples,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            stop_tokens=stops,
+            top_k=top_k,
+            allowed_tokens=None if allowed is None else allowed_ids(tokenizer, allowed),
+        )
+        if num_samples > 1 or output is not None:
+            write_samples(tokenizer, columns, prompt=ids, stops=stops, file=file)
+        else:
+            show(tokenizer, (int(column[0]) for column in columns), prompt=ids)
+    if output is not None:
+        print(f"{output}: {quantity(num_samples, 'sample')}", file=sys.stderr)
 
 
 def allowed_ids(tokenizer: Tokenizer, characters: str) -> list[int]:
@@ -144,7 +151,7 @@ def write_samples(
     *,
     prompt: Sequence[int],
     stops: Sequence[int],
-    output: str | None,
+    file: Path | None,
 ) -> None:
     """Prints several continuations, or writes them to a FASTA file, each up to the token that ends it."""
     rows = [list(map(int, row)) for row in zip(*columns, strict=True)]
@@ -152,17 +159,13 @@ def write_samples(
     for row in rows:
         end = next((i for i, token in enumerate(row) if token in stops), len(row))
         texts.append(tokenizer.decode([*prompt, *row[:end]]))
-    if output is None:
+    if file is None:
         before = len(tokenizer.decode(list(prompt)))
         for i, text in enumerate(texts):
             print(f">sample{i + 1}\n{text[before:]}", flush=True)
         return
-    partial = Path(f"{output}.partial")
-    partial.parent.mkdir(parents=True, exist_ok=True)
     lines = (f">sample{i + 1} prompt={len(prompt)} tokens\n{text}\n" for i, text in enumerate(texts))
-    partial.write_text("".join(lines), "utf-8")
-    partial.replace(output)
-    print(f"{output}: {len(texts)} samples", file=sys.stderr)
+    file.write_text("".join(lines), "utf-8")
 
 
 def prompt_text(prompt: str) -> str:

@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import itertools
 import logging
-import math
 import os
 import signal
 from collections.abc import Callable
@@ -216,14 +215,7 @@ class Trainer:
             )
         if not 0 <= self.seed < 2**32:  # jax.random.key keeps 32 bits
             raise UserError(f"Trainer.seed is {self.seed}, expected 0 to 2**32 - 1")
-        if self.optimizer.schedule == "plateau" and not self.eval_every:
-            raise UserError(
-                "AdamW.schedule 'plateau' follows the held-out loss, and Trainer.eval_every is 0: set eval_every"
-            )
-        if self.batch_size % self.accumulation:
-            raise UserError(
-                f"Trainer.batch_size {self.batch_size} is not a multiple of accumulation {self.accumulation}"
-            )
+        doubtful.check_sizes_and_schedule(self)
 
     @property
     def last_step(self) -> int:
@@ -257,7 +249,7 @@ class Trainer:
             ):
                 if run.data is not None:
                     batches.restore(run.data)
-                for line in statements.opening(self, run, self._opened, mesh, workdir):
+                for line in statements.opening(self, run, self._opened, batches, mesh, workdir):
                     metrics.message(line)
                 try:
                     return self._loop(run, mesh, batches, checkpointer, metrics, stop, workdir)
@@ -393,16 +385,17 @@ class Trainer:
             if (evaluate or save) and step < self.last_step:
                 with meter.paused():  # waits for all steps, so that weights are saved only after finite losses
                     if evaluate:
-                        loss = self.held_out_loss(run.model, state, mesh)
-                        metrics.log(step, {"eval_loss": loss})
-                        state = {**state, "opt_state": self.optimizer.observe(state["opt_state"], loss)}
+                        if (loss := self.held_out_loss(run.model, state, mesh)) is not None:
+                            metrics.log(step, {"eval_loss": loss})
+                            state = {**state, "opt_state": self.optimizer.observe(state["opt_state"], loss)}
                     if save:
                         self._save(checkpointer, run, state, step, batches, meter)
         meter.drain()
         self._save(checkpointer, run, state, step, batches, meter, wait=True)
         if step == self.last_step and step > run.step:
             stop.safe = f"the last evaluation is left out; {statements.closing(workdir, step, self.last_step)}"
-            metrics.log(step, {"eval_loss": self.held_out_loss(run.model, state, mesh)})
+            if (loss := self.held_out_loss(run.model, state, mesh)) is not None:
+                metrics.log(step, {"eval_loss": loss})
         metrics.message(statements.closing(workdir, step, self.last_step))
         return dataclasses.replace(run, state=state, step=step)
 
@@ -462,20 +455,24 @@ class Trainer:
             return self.objective
         return objectives.over_pieces(self.objective, Pieces(self.piece_length, self.carry))
 
-    def held_out_loss(self, model: Decoder, state: State, mesh) -> float:
+    def held_out_loss(self, model: Decoder, state: State, mesh) -> float | None:
         """Mean negative log-likelihood per token over the first eval_batches of the held-out data.
 
-        Every token has the same weight, and accumulation does not change the rows. NaN if there is no held-out data.
+        Every token has the same weight, and accumulation does not change the rows. None, with a warning, if no text is
+        held out or none of it has a label.
         """
         try:
             held_out = self._batches("eval", model, mesh)
         except UserError as e:
             log.warning("no evaluation: %s", e)
-            return math.nan
+            return None
         sums = train_step.make_sums(model, self._objective, self.accumulation)
         with held_out:
             first = itertools.islice(held_out, self.eval_batches)
-            return train_step.mean_loss(sums, train_step.weights_of(state), first, mesh)
+            loss = train_step.mean_loss(sums, train_step.weights_of(state), first, mesh)
+        if loss is None:
+            log.warning("no evaluation: no held-out token has a label; raise Dataset.eval_fraction, or add documents")
+        return loss
 
     def _batches(self, split: str, model: Decoder, mesh) -> BatchIterator:
         index, count = sharding.process_rows(mesh)

@@ -316,3 +316,7 @@ def test_cache_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("LCX_CACHE", str(tmp_path / "mine"))
     assert store.cache_folder(None) == tmp_path / "mine"
     assert store.cache_folder(str(tmp_path / "given")) == tmp_path / "given"
+    for setting, given in (("LCX_CACHE", None), ("Dataset.cache_dir", "s3://bucket/mine")):
+        monkeypatch.setenv("LCX_CACHE", "gs://bucket/mine")
+        with pytest.raises(UserError, match=f"^{setting} is ..://bucket/mine: .* is not supported"):
+            store.cache_folder(given)

@@ -15,6 +15,7 @@ from lcx import model as model_lib
 from lcx.embed import main
 from lcx.errors import UserError
 from lcx.evals.support import dna
+from lcx.locks import LOCK, only_writer
 from lcx.striped_hyena import striped_hyena
 
 rng = np.random.default_rng(0)
@@ -195,7 +196,7 @@ def test_the_command(ending, evo2, tmp_path, monkeypatch, capsys):
     output = f"out/e.{ending}"
     words = ["--checkpoint=evo2", "--fasta=g.fa", "--layers=blocks.1.mlp.l3, 2", f"--output={output}", "--window=100"]
     assert main(words) == 0
-    assert "1 sequences are empty" in capsys.readouterr().err
+    assert "because they are empty: 1 sequence" in capsys.readouterr().err
     found = read(tmp_path / output)
     assert list(found["record"]) == ["g.fa:r0"] * 3 + ["g.fa:r1", "g.fa:r2"] + ["g.fa:r3"] * 2
     assert list(found["stop"][:3]) == [100, 200, 300] and list(found["start"][:3]) == [0, 100, 200]
@@ -203,6 +204,9 @@ def test_the_command(ending, evo2, tmp_path, monkeypatch, capsys):
     for name, rows in expected.items():
         np.testing.assert_allclose(found[name], np.concatenate(rows), atol=1e-5)
     assert main(words) == 2 and "there already" in capsys.readouterr().err
+    assert [path.name for path in pathlib.Path("out").iterdir()] == [f"e.{ending}"]
+    with only_writer(f"{output}{LOCK}", of="x", setting="y"):
+        assert main([*words, "--overwrite"]) == 2 and "is being written by" in capsys.readouterr().err
     if ending == "npz":
         pathlib.Path("texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in DNA))
         assert main([*words[:1], "--dataset=texts.jsonl", *words[2:], "--overwrite", "--pool=none"]) == 0

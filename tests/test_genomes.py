@@ -14,8 +14,9 @@ from lcx import model as model_lib
 from lcx.data import ByteTokenizer
 from lcx.errors import UserError
 from lcx.evals.sequence_likelihood import SequenceLikelihood
-from lcx.evals.support import dna, growing_files, variant_scores
+from lcx.evals.support import dna, variant_scores
 from lcx.evals.variant_effects import VariantEffects
+from lcx.locks import LOCK, only_writer
 from lcx.score import main as score_main
 from lcx.variants import main as variants_main
 
@@ -117,9 +118,10 @@ def test_an_interrupted_run_continues(tiny, genome, monkeypatch):
     other = jax.tree.map(lambda x: x + 1, tiny[1])
     with pytest.raises(UserError, match="is of a run with model"):
         run((tiny[0], other), annotated="new.vcf")
-    lock = growing_files.only_writer(f"out.tsv{growing_files.LOCK}", of="x", setting="y")
-    with lock, pytest.raises(UserError, match="being written by another process"):
-        run(tiny, annotated="new.vcf")
+    for name in ("out.tsv", "new.vcf"):
+        lock = only_writer(f"{name}{LOCK}", of="x", setting="y")
+        with lock, pytest.raises(UserError, match=f"^{name} is being written by another process"):
+            run(tiny, annotated="new.vcf")
     calls[:] = [0] * 10
     result = run(tiny, annotated="new.vcf")
     assert len(calls) - 10 < 8, "the chunks before are not scored again"
@@ -238,7 +240,12 @@ def test_the_commands(genome, reference, capsys):
     assert [float(row["score"]) for row in variant_scores.read_table("o.tsv")] == [0] * 6
     assert variants_main(words) == 2 and "there already" in capsys.readouterr().err
     assert variants_main([*words[:-1], "--output=o.vcf"]) == 2 and "ends in .tsv" in capsys.readouterr().err
-    assert score_main([*common, f"--fasta={genomes / 'cr_only.fa'}", "--output=s.tsv"]) == 0
+    words = [*common, f"--fasta={genomes / 'cr_only.fa'}", "--output=s.tsv"]
+    with only_writer(f"s.tsv{LOCK}", of="x", setting="y"):
+        assert score_main(words) == 2 and "s.tsv is being written by" in capsys.readouterr().err
+    before = {*os.listdir()}
+    assert score_main(words) == 0 and {*os.listdir()} == before | {"s.tsv"}
+    assert score_main(words) == 2 and "s.tsv is there already" in capsys.readouterr().err
     header, row = (line.split("\t") for line in pathlib.Path("s.tsv").read_text().splitlines())
     found = dict(zip(header, row, strict=True))
     assert found["name"] == "cr_only.fa:chr1" and found["scored"] == "1999"

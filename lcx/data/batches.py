@@ -82,6 +82,24 @@ class BatchIterator:
     def info(self) -> dict[str, Any]:
         return _info(self._groups, self._spec.seq_len)
 
+    def remarks(self) -> list[str]:
+        """What a run reports about its rows when it starts.
+
+        Rows of conversations are left out: which of their tokens have a loss is known only once they are assembled.
+        """
+        empty = sum(
+            np.count_nonzero(group.plan.row_targets(document_mask=group.document_mask) == 0)
+            for group in self._groups
+            if group.store.loss_mask is None
+        )
+        if 2 * empty < self._spec.global_batch_size:  # twice: as the last of one pass and the first of the next
+            return []
+        return [
+            f"warning: {empty} of {quantity(self._rows, 'row')} of {quantity(self._spec.seq_len, 'token')} "
+            f"{'holds' if empty == 1 else 'hold'} single tokens without a next one to predict: a batch of nothing else "
+            "gives loss 0 and teaches nothing; change seq_len, or raise batch_size or Dataset.min_length"
+        ]
+
     def __iter__(self) -> "BatchIterator":
         return self
 

@@ -53,17 +53,23 @@ class Plan:
         self, *, document_mask: bool = True, loss_mask: Int[np.ndarray, "store"] | None = None
     ) -> int:
         """Number of labels of weight 1 in one pass over the rows; `loss_mask` as in `assemble`."""
+        return int(self.row_targets(document_mask=document_mask, loss_mask=loss_mask).sum())
+
+    def row_targets(
+        self, *, document_mask: bool = True, loss_mask: Int[np.ndarray, "store"] | None = None
+    ) -> Int[np.ndarray, "rows"]:
+        """Number of labels of weight 1 in each row; `loss_mask` as in `assemble`."""
         if loss_mask is not None:
             rows = (np.arange(first, min(first + 64, self.num_rows)) for first in range(0, self.num_rows, 64))
             batches = (
                 assemble(self, loss_mask, some, document_mask=document_mask, loss_mask=loss_mask)
                 for some in rows
             )
-            return sum(int(batch["loss_weights"].sum(dtype=np.float64)) for batch in batches)
-        skipped = int(self.piece_skip.sum())
-        with_next = int((self.next_token >= 0).sum())
-        ends = len(self.piece_length) if document_mask else self.num_rows
-        return self.num_inputs - ends + with_next - skipped
+            counts = [np.count_nonzero(batch["loss_weights"], axis=1) for batch in batches]
+            return np.concatenate(counts) if counts else np.zeros(0, np.int64)
+        within = np.concatenate([[0], np.cumsum(self.piece_length - self.piece_skip)])
+        ends = np.diff(self.row_offsets) if document_mask else 1
+        return np.diff(within[self.row_offsets]) - ends + (self.next_token >= 0)
 
 
 def _exclusive_cumsum(lengths: np.ndarray) -> np.ndarray:

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
+from lcx import paths
 from lcx.data import sources
 from lcx.data import tokenizers as tok
 from lcx.data.chat import ChatReader, loss_mask
@@ -96,8 +97,10 @@ class TokenStore:
 
 def cache_folder(cache_dir: str | None) -> Path:
     """`cache_dir`, else $LCX_CACHE, else the user's cache folder."""
-    if cache_dir or os.environ.get("LCX_CACHE"):
-        return Path(cache_dir or os.environ["LCX_CACHE"]).expanduser()
+    if cache_dir:
+        return paths.destination(cache_dir, "Dataset.cache_dir")
+    if os.environ.get("LCX_CACHE"):
+        return paths.destination(os.environ["LCX_CACHE"], "LCX_CACHE")
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lcx"
 
 

@@ -27,6 +27,19 @@ def settings(trainer: Any, model: Any) -> Iterator[str]:
     yield from trainer.optimizer.without_effect(trainer.steps)
 
 
+def check_sizes_and_schedule(trainer: Any) -> None:
+    """Raises UserError if a setting contradicts another one."""
+    if trainer.optimizer.schedule == "plateau" and not trainer.eval_every:
+        raise UserError(
+            "AdamW.schedule 'plateau' follows the held-out loss, and Trainer.eval_every is 0: set eval_every"
+        )
+    if trainer.batch_size % trainer.accumulation:
+        raise UserError(
+            f"Trainer.batch_size {trainer.batch_size} is not a multiple of accumulation {trainer.accumulation}: "
+            "change one of them; accumulation 1 always fits"
+        )
+
+
 def check_held_out(trainer: Any, opened: Any) -> None:
     """Raises UserError if evaluations are asked for during the run, but no text is held out."""
     parts = getattr(opened, "parts", None)  # a block of layers trains on stored activations

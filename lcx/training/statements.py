@@ -14,13 +14,16 @@ from lcx.training import doubtful, resume_check
 from lcx.wording import quantity
 
 
-def opening(trainer: Any, run: Any, opened: Any, mesh: jax.sharding.Mesh, workdir: str) -> Iterator[str]:
+def opening(
+    trainer: Any, run: Any, opened: Any, batches: Any, mesh: jax.sharding.Mesh, workdir: str
+) -> Iterator[str]:
     """The lines printed before the first step.
 
     Args:
       trainer: the settings, a `trainer.Trainer`.
       run: the run as initialised or restored, a `training.run.Run`.
       opened: its data, a `data.Opened`.
+      batches: the rows of it to train on, a `data.BatchIterator`.
       mesh: where it trains.
       workdir: where it writes.
     """
@@ -45,6 +48,7 @@ def opening(trainer: Any, run: Any, opened: Any, mesh: jax.sharding.Mesh, workdi
         yield _data(part.corpus)
     yield trainer.data.describe_special_tokens()
     yield from opened.remarks()
+    yield from getattr(batches, "remarks", list)()  # stored activations have none
     if run.lora is not None:
         yield lora_lib.statement(run.model, run.abstract["lora"], run.trains["params"])
     yield f"writing to {workdir}"

@@ -8,7 +8,6 @@ The state is a plain dict; each entry is an item of the checkpoint:
 """
 
 import functools
-import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -198,8 +197,8 @@ def make_sums(
     return jax.jit(sums)
 
 
-def mean_loss(sums: Callable, weights: State, batches: Iterable[dict[str, Any]], mesh: Mesh) -> float:
-    """The mean loss per unit of weight over some batches of this process's rows, in nats; NaN if they have no weight.
+def mean_loss(sums: Callable, weights: State, batches: Iterable[dict[str, Any]], mesh: Mesh) -> float | None:
+    """The mean loss per unit of weight over some batches of this process's rows, in nats; None if they have no weight.
 
     Args:
       sums: from make_sums.
@@ -211,4 +210,4 @@ def mean_loss(sums: Callable, weights: State, batches: Iterable[dict[str, Any]],
     for batch in batches:
         batch_loss, batch_weight = sums(weights, sharding.shard_batch(batch, mesh))
         loss, weight = loss + float(batch_loss), weight + float(batch_weight)
-    return loss / weight if weight else math.nan
+    return loss / weight if weight else None

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, Self
 
 from lcx import paths
 from lcx.errors import UserError
-from lcx.locks import LOCK, only_writer
+from lcx.locks import LOCK
 
 log = logging.getLogger(__name__)
 
@@ -62,12 +62,11 @@ class GrowingFiles:
             if path.is_dir() or (path.exists() and not self._overwrite):
                 what = "a folder" if path.is_dir() else "there already"
                 raise UserError(f"{path} is {what}: choose another {self._setting}, or set --overwrite")
-            path.parent.mkdir(parents=True, exist_ok=True)
-        first = self._paths[0]
-        lock = first.with_name(f"{first.name}{LOCK}")
-        self._stack.enter_context(only_writer(lock, of=str(first), setting=self._setting))
         with contextlib.ExitStack() as undo:
             undo.push(self._stack)
+            for path in self._paths:
+                lock = f"{path.name}{LOCK}"
+                self._stack.enter_context(paths.claimed(path.parent, self._setting, lock=lock, of=str(path)))
             sizes = self._continued()
             for path, size in zip(self._paths, sizes, strict=True):
                 stream = self._stack.enter_context(open(_partial(path), "r+b" if self.done else "wb"))
