@@ -47,6 +47,9 @@ class Case:
     def rows(self) -> int:
         return 16 if self.model == "quickstart" else max(1, 2048 // self.T)
 
+    def torch_model(self):
+        return hf_model(self.sizes)
+
     def batches(self, count: int):
         import numpy as np
 
@@ -80,7 +83,7 @@ class Torch:
 
         self.torch, self.narrow = torch, case.dtype == "bfloat16"
         torch.set_num_threads(os.cpu_count() or 1)
-        self.model = hf_model(case.sizes).train()
+        self.model = case.torch_model().train()
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), LEARNING_RATE, betas=(0.9, 0.95), weight_decay=DECAY, fused=True
         )
@@ -172,9 +175,8 @@ def speed(run: harness.Run, folder: str, case: Case, steps: int) -> dict:
     return row
 
 
-def memory(side: str, folder: str, T: int) -> None:
+def memory(side: str, folder: str, case: Case) -> None:
     """Runs in a process of its own: prints the peak of two steps less what was resident before them, in MiB."""
-    case = Case("base", T)
     runner = Lcx(folder, case) if side == "lcx" else Torch(case)
     with open("/proc/self/status") as f:
         before = next(int(line.split()[1]) for line in f if line.startswith("VmRSS")) / 1024
@@ -205,7 +207,7 @@ def main() -> None:
     parser.add_argument("--memory", nargs=3, metavar=("SIDE", "FOLDER", "T"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.memory:
-        return memory(args.memory[0], args.memory[1], int(args.memory[2]))
+        return memory(args.memory[0], args.memory[1], Case("base", int(args.memory[2])))
     import torch
 
     torch.set_num_threads(os.cpu_count() or 1)

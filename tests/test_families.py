@@ -84,6 +84,15 @@ ROWS = {
         rope_parameters=dict(YARN, rope_theta=1.5e5, truncate=False),
     ),
     "ministral": dict(head_dim=10, rope_parameters=dict(YARN, rope_theta=1e4), **TWO_KINDS),
+    # Phi-4-mini. Each text is longer than the original context, since a batch has one length for longrope.
+    "phi3": dict(
+        tie_word_embeddings=True, original_max_position_embeddings=16, rope_parameters=dict(
+            rope_type="longrope", rope_theta=1e4, partial_rotary_factor=0.75, original_max_position_embeddings=16,
+            short_factor=[1.0, 1.2, 1.4], long_factor=[1.5, 4.0, 6.0],
+        ),
+    ),
+    # Mistral Small: heads that are smaller than hidden_size / num_heads, and no window.
+    "mistral": dict(head_dim=6, sliding_window=None, rope_parameters=DEFAULT | dict(rope_theta=1e8)),
 }  # fmt: skip
 
 

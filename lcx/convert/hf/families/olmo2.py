@@ -6,6 +6,18 @@ In OLMo 3, three of four layers slide, and a context extension scales the full l
 import dataclasses
 
 from lcx.convert.hf.layered import Layered
+from lcx.convert.hf.rope_parameters import RopeDialect
+
+
+@dataclasses.dataclass(frozen=True)
+class Olmo2Rope(RopeDialect):
+    """transformers 4 loads OLMo 2 only with `linear` and `dynamic`, and only if these are written as `type`."""
+
+    def spelled(self, keys, rope, window):
+        old = keys["rope_scaling"] or {}
+        if set(old) != {"rope_type", "factor"}:
+            return keys
+        return keys | {"rope_scaling": {"type": old["rope_type"], "factor": old["factor"]}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +36,7 @@ class Olmo(Layered):
         return {"norms": "after"}
 
 
-OLMO2 = Olmo(model_type="olmo2", architecture="Olmo2ForCausalLM")
+OLMO2 = Olmo(model_type="olmo2", architecture="Olmo2ForCausalLM", rope=Olmo2Rope())
 OLMO3 = Olmo(
     model_type="olmo3",
     architecture="Olmo3ForCausalLM",

@@ -1,0 +1,252 @@
+"""Every family of models: a training step, and the memory of decoding, of lcx against transformers + torch.
+
+    JAX_NUM_CPU_DEVICES=2 python benchmarks/families.py [--families gemma3_text,...] [--rounds 5] [--output FILE.json]
+    JAX_NUM_CPU_DEVICES=2 python benchmarks/families.py --memory [--families ...] [--output FILE.json]
+    python benchmarks/families.py --decoding [--output FILE.json]
+
+The models have 4 layers of width 256 and random weights. Speed: an AdamW step on two rows of 1024 tokens, in turns, as
+in train_vs_transformers.py. Memory: the peak of such a step on one row of 8192 tokens, less what the process holds
+before it. Decoding: the bytes of the cache and the resident memory of a hybrid of five sliding layers and a full one
+at 131072 tokens. Each part adds its rows to those of FILE. Needs the extra `torch`.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+
+import harness
+import train_vs_transformers as steps
+
+SIZES = dict(
+    vocab_size=8192,
+    hidden_size=256,
+    intermediate_size=704,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=64,
+    max_position_embeddings=8192,
+    pad_token_id=None,
+    bos_token_id=None,
+    eos_token_id=None,
+)
+WINDOW, KINDS = 256, ["sliding_attention", "sliding_attention", "sliding_attention", "full_attention"]
+HYBRID = dict(sliding_window=WINDOW, layer_types=KINDS)
+EXPERTS = dict(num_experts=16, num_experts_per_tok=4, moe_intermediate_size=176)
+LOCAL = dict(num_local_experts=16, num_experts_per_tok=4, intermediate_size=176)
+FAMILIES: dict[str, dict] = {
+    "llama": {},
+    "mistral": dict(sliding_window=WINDOW),
+    "qwen2": {},
+    "qwen3": {},
+    "phi3": {},
+    "gemma2": HYBRID,
+    "gemma3_text": HYBRID,
+    "olmo2": {},
+    "olmo3": HYBRID,
+    "smollm3": {},
+    "granite": {},
+    "cohere2": HYBRID,
+    "glm4": {},
+    "ministral": HYBRID,
+    "mixtral": LOCAL,
+    "qwen2_moe": dict(EXPERTS, shared_expert_intermediate_size=176),
+    "qwen3_moe": EXPERTS,
+    "gpt_oss": LOCAL | HYBRID,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case(steps.Case):
+    """A family; the name of the model is its model_type."""
+
+    @property
+    def sizes(self) -> dict:
+        return SIZES | FAMILIES[self.model]
+
+    @property
+    def rows(self) -> int:
+        return max(1, 2048 // self.T)
+
+    def torch_model(self):
+        import torch
+        import transformers
+
+        torch.manual_seed(0)
+        return transformers.AutoModelForCausalLM.from_config(
+            transformers.AutoConfig.for_model(self.model, **self.sizes)
+        )
+
+
+def speed(run: harness.Run, root: str, case: Case, rounds: int) -> dict:
+    folder = os.path.join(root, case.model)
+    case.torch_model().save_pretrained(folder)
+    sides = {"lcx": steps.Lcx(folder, case), "torch": steps.Torch(case)}
+    losses: dict[str, list[float]] = {name: [] for name in sides}
+    made = case.batches(rounds + 1)
+
+    def step(name: str) -> None:
+        losses[name].append(sides[name].step(made[len(losses[name])]))
+
+    turns = run.turns({name: harness.calls(lambda name=name: step(name)) for name in sides}, rounds=rounds)
+    return {
+        **{"model_type": case.model, "T": case.T, "batch": case.rows},
+        **{f"{name}_ms": round(1e3 * turns.seconds(name), 1) for name in sides},
+        "speed_over_torch": turns.ratio("torch", "lcx"),
+        "max_loss_difference": max(abs(a - b) for a, b in zip(losses["lcx"], losses["torch"], strict=True)),
+    }
+
+
+# ------------------------------------------------------------------------------------------------------------ memory
+
+
+def resident() -> float:
+    """MiB that this process holds."""
+    with open("/proc/self/status") as f:
+        return next(int(line.split()[1]) for line in f if line.startswith("VmRSS")) / 1024
+
+
+def in_process(*command: str) -> dict:
+    """What one side measures of itself, in a process of its own."""
+    out = subprocess.run([sys.executable, __file__, "--child", *command], check=True, capture_output=True, text=True)
+    return json.loads(out.stdout.splitlines()[-1])
+
+
+def memory(root: str, name: str, T: int) -> dict:
+    folder = os.path.join(root, name)
+    Case(name, T).torch_model().save_pretrained(folder)
+    found = {side: in_process("step", side, folder, name, str(T)) for side in ("lcx", "torch")}
+    mib = {f"{side}_mib": row["step_mib"] for side, row in found.items()}
+    return {"model_type": name, "T": T, "batch": 1, **mib, "ratio": round(mib["lcx_mib"] / mib["torch_mib"], 3)}
+
+
+# ---------------------------------------------------------------------------------------------------------- decoding
+
+LONG, PIECE, NEW = 131072, 1024, 8
+FIVE_TO_ONE = dict(
+    vocab_size=512,
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=6,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=32,
+    sliding_window=1024,
+    max_position_embeddings=LONG,
+    layer_types=["sliding_attention"] * 5 + ["full_attention"],
+    tie_word_embeddings=True,
+    eos_token_id=None,
+    bos_token_id=None,
+    pad_token_id=None,
+)
+
+
+def hybrid():
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model("gemma3_text", **FIVE_TO_ONE)
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+def prompt():
+    import numpy as np
+
+    return np.random.default_rng(0).integers(0, 512, (1, LONG - NEW)).astype(np.int32)
+
+
+def decoded_by_lcx(folder: str) -> tuple[int, list[int]]:
+    """(bytes of the cache, the new tokens)."""
+    import jax
+
+    import lcx
+
+    model, params = lcx.load(folder)
+    tokens = lcx.generate(model, params, prompt(), max_new_tokens=NEW)
+    cache = jax.eval_shape(lambda: model.init_cache(1, LONG))
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache)), tokens[0].tolist()
+
+
+def decoded_by_torch(folder: str) -> tuple[int, list[int]]:
+    """The prompt is read in pieces: whole, the mask of a sliding layer alone would take 16 GiB."""
+    import torch
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    cache, ids, out = transformers.DynamicCache(config=model.config), torch.tensor(prompt()).long(), []
+    with torch.inference_mode():
+        for start in range(0, ids.shape[1], PIECE):
+            piece = ids[:, start : start + PIECE]
+            logits = model(piece, past_key_values=cache, logits_to_keep=1).logits
+        for _ in range(NEW):
+            token = logits[:, -1:].argmax(-1)
+            out.append(token.item())
+            logits = model(token, past_key_values=cache).logits
+    return sum(x.nbytes for layer in cache.layers for x in (layer.keys, layer.values)), out
+
+
+def child(kind: str, side: str, folder: str, *case: str) -> None:
+    if kind == "step":
+        return steps.memory(side, folder, Case(case[0], int(case[1])))
+    import resource
+
+    import jax
+    import transformers  # noqa: F401  both sides hold the same libraries before
+
+    jax.devices()
+    before = resident()
+    run = decoded_by_lcx if side == "lcx" else decoded_by_torch
+    size, tokens = run(folder)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(json.dumps({"cache_mib": round(size / 2**20, 2), "peak_mib": round(peak - before), "tokens": tokens}))
+
+
+def decoding(root: str) -> list[dict]:
+    folder = os.path.join(root, "hybrid")
+    hybrid().save_pretrained(folder)
+    return [
+        {"side": side, "T": LONG, "layers": "5 sliding (1024), 1 full", **in_process("decode", side, folder)}
+        for side in ("lcx", "torch")
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--families", default=",".join(FAMILIES))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--memory", action="store_true", help="peak memory of a step, in place of its time")
+    parser.add_argument("--decoding", action="store_true", help="memory of decoding, in place of a step")
+    parser.add_argument("--output")
+    parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        return child(*args.child)
+    import torch
+
+    threads = {"lcx": harness.jax_threads(), "torch": {"threads": torch.get_num_threads()}}
+    run = harness.Run("families, lcx against transformers + torch", threads=threads)
+    names, found = args.families.split(","), {"speed": [], "memory": [], "decoding": []}
+    with tempfile.TemporaryDirectory() as root:
+        if args.decoding:
+            found["decoding"] = decoding(root)
+        for name in () if args.decoding else names:
+            if args.memory:
+                found["memory"].append(memory(root, name, 8192))
+            else:
+                found["speed"].append(speed(run, root, Case(name, 1024), args.rounds))
+            print(json.dumps(found["memory" if args.memory else "speed"][-1]), flush=True)
+    if args.decoding:
+        print(json.dumps(found["decoding"], indent=1))
+    run.write(args.output or "-", **found)
+
+
+if __name__ == "__main__":
+    main()
