@@ -1,6 +1,7 @@
 """A run continues a folder of the published trainer: its moments, its schedule, its losses; and what is refused."""
 
 import dataclasses
+import itertools
 import json
 
 import numpy as np
@@ -14,6 +15,7 @@ from two_mamba_folders import CONFIG, make
 
 import lcx
 from lcx.convert import formats
+from lcx.convert.command import convert
 from lcx.convert.two_mamba import training_state
 from lcx.data import BatchSpec, Dataset
 from lcx.errors import UserError
@@ -24,7 +26,7 @@ from lcx.training import continued
 pytestmark = pytest.mark.filterwarnings("ignore:The epoch parameter")
 SQUARE = "squared__sm_norm__A_mask_type_neg_softplus__in_conv_k_2"
 SIZES = {"vocab": 258, "hidden": 32, "heads": 2, "inner": 48, "depth": 2, "length": 32}
-WARMUP, TOTAL, BEFORE, MORE = 2, 40, 4, 10
+WARMUP, TOTAL, BEFORE, MORE, AFTER = 2, 40, 4, 10, 3
 PUBLISHED = AdamW(
     learning_rate=3e-3,
     schedule="linear",
@@ -70,7 +72,7 @@ def save(folder, model, optimizer, schedule, number):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """The folder of a torch run after four updates, the losses of its next ten, and the data of those."""
+    """The folder of a torch run after four updates, the losses of its next thirteen, and the data of those."""
     folder = tmp_path_factory.mktemp("published")
     write_text(folder)
     data = Dataset(str(folder / "text"), cache_dir=str(folder / "cache"), document_mask=False)
@@ -89,7 +91,7 @@ def world(tmp_path_factory):
         step(model, optimizer, schedule, number, batch)
     save(folder / "run", model, optimizer, schedule, BEFORE - 1)
     with data.opened().batches(BatchSpec("train", 4, 32, 0, 0, 1, vocab_size=258)) as batches:
-        losses = [step(model, optimizer, schedule, BEFORE + i, next(batches)) for i in range(MORE)]
+        losses = [step(model, optimizer, schedule, BEFORE + i, next(batches)) for i in range(MORE + AFTER)]
     return folder / "run", data, losses
 
 
@@ -105,15 +107,39 @@ def test_ten_more_steps_have_the_losses_of_torch(world, tmp_path, caplog, capfd)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     losses = {line["step"]: line["loss"] for line in lines if "loss" in line}
     assert list(losses) == list(range(BEFORE + 1, BEFORE + MORE + 1)) and run.step == BEFORE + MORE
-    np.testing.assert_allclose(list(losses.values()), world[2], rtol=2e-4)
+    np.testing.assert_allclose(list(losses.values()), world[2][:MORE], rtol=2e-4)
     rates = [line["learning_rate"] for line in lines if "learning_rate" in line]
     expected = [3e-3 * (1 - (i - 1 - WARMUP) / (TOTAL - WARMUP)) for i in range(BEFORE, BEFORE + MORE)]
     np.testing.assert_allclose(rates, expected, rtol=1e-5)
     assert "the run there had" not in caplog.text
+    check_that_torch_goes_on(world, tmp_path)
     assert (
         f"continuing {world[0]} after 4 updates, with its optimizer; the data starts"
         in capfd.readouterr().err
     )
+
+
+def check_that_torch_goes_on(world, workdir):
+    """The folder that a run of lcx is converted to has the next losses of the torch run that never stopped."""
+    folder = workdir / "published"
+    convert(src=str(workdir), dst=str(folder), dst_format="two_mamba")
+    model = two_mamba_torch.Model(**SIZES)
+    model.load_state_dict(safetensors.torch.load_file(folder / "model.safetensors"))
+    stored = {
+        name: torch.load(folder / f"{name}.pt", weights_only=True) for name in ("optimizer", "scheduler", "config")
+    }
+    optimizer = torch.optim.AdamW(model.parameters())
+    optimizer.load_state_dict(stored["optimizer"])
+    schedule = two_mamba_torch.scheduler(optimizer, stored["config"]["warmup_steps"], stored["config"]["num_steps"])
+    schedule.load_state_dict(stored["scheduler"])
+    optimizer.param_groups[0]["lr"] = stored["optimizer"]["param_groups"][0]["lr"]  # LambdaLR's first step sets it
+    done = BEFORE + MORE
+    assert (stored["config"]["step_ckpt"], stored["config"]["attention_type"]) == (done - 1, SQUARE)
+    assert stored["config"]["clipping_value"] is None and schedule.last_epoch == done - 1
+    with world[1].opened().batches(BatchSpec("train", 4, 32, 0, 0, 1, vocab_size=258)) as batches:
+        following = list(itertools.islice(batches, MORE + AFTER))[MORE:]
+    losses = [step(model, optimizer, schedule, done + i, batch) for i, batch in enumerate(following)]
+    np.testing.assert_allclose(losses, world[2][MORE:], rtol=2e-4)
 
 
 def test_a_setting_that_differs_from_the_stored_run_is_said(world, caplog):

@@ -40,7 +40,8 @@ class TwoMambaFolder(Format):
     def planned_bytes(self, source, *, dtype):
         from lcx.convert.two_mamba import writer
 
-        return sum(info.nbytes for info in writer.planned(source, dtype=dtype).values())
+        tensors = writer.planned(source, dtype=dtype)
+        return sum(info.nbytes for info in tensors.values()) + writer.optimizer_bytes(source)
 
     def write(self, folder, source, *, dtype, progress):
         from lcx.convert.two_mamba import writer

@@ -29,7 +29,7 @@ from lcx.model import Decoder
 from lcx.rope_fields import is_number, shown
 
 OPTIMIZER, SCHEDULER, CONFIG = "optimizer.pt", "scheduler.pt", "config.pt"
-_MOMENTS = {"first": "exp_avg", "second": "exp_avg_sq"}
+MOMENTS = {"first": "exp_avg", "second": "exp_avg_sq"}
 #: Names in config.pt -> ours.
 _SETTINGS = {
     "learning_rate": "AdamW.learning_rate",
@@ -54,7 +54,7 @@ def read(folder: str | os.PathLike, model: Decoder) -> TrainingState:
     shapes = model_source.leaf_shapes(model)
     table = rules.Table(TWO_MAMBA.rules(model), shapes)
     moments = {}
-    for name, theirs in _MOMENTS.items():
+    for name, theirs in MOMENTS.items():
         renamed = Renamed(file, {tensor: f"{i}.{theirs}" for tensor, i in stored.items()})
         moments[name] = layouts.Turned(renamed)
         table.check_source(moments[name].tensors, against=str(path))
@@ -109,7 +109,7 @@ def _stored(path: pathlib.Path, file: torch_bin.TorchFile, ids: list[int], model
         )
     stored = {name: i for name, i in zip(order, ids, strict=True) if not name.endswith(ROTATION)}
     for name, i in stored.items():
-        if missing := [key for key in ("step", *_MOMENTS.values()) if f"{i}.{key}" not in file.tensors]:
+        if missing := [key for key in ("step", *MOMENTS.values()) if f"{i}.{key}" not in file.tensors]:
             raise UserError(f"{path}: has no {missing[0]} of parameter {i}, {name}; save the run again")
     return stored
 

@@ -1,5 +1,6 @@
 """Writes folders that the published 2Mamba trainer and its inference script load."""
 
+import math
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
 
@@ -14,8 +15,9 @@ from lcx.convert.files.tensor_io import TensorInfo
 from lcx.convert.hf import config as hf_config
 from lcx.convert.hf import folder as hf_folder
 from lcx.convert.hf import writer as hf_writer
-from lcx.convert.two_mamba import layouts
+from lcx.convert.two_mamba import layouts, training_state, training_writer
 from lcx.convert.two_mamba.family import KEY, MASK, ROTATION, TWO_MAMBA, attention_types
+from lcx.convert.workdir.training_state import StoredRun
 from lcx.mixers.two_mamba import TwoMamba
 from lcx.model import Decoder
 
@@ -31,7 +33,8 @@ def write(
 ) -> dict[str, TensorInfo]:
     """Writes a model into an empty folder, holding one tensor in memory; returns the written tensors.
 
-    The published trainer loads strictly, so its buffers are written too: the masks, and the frequencies of "softmax".
+    From a workdir, the optimizer of its run is written too, so that the published trainer can continue it. That
+    trainer loads strictly, so its buffers are written too: the masks, and the frequencies of "softmax".
 
     Raises:
       UserError: the layers are not all the same published mixer, or the model is not a Llama otherwise.
@@ -53,7 +56,18 @@ def write(
 
     hf_folder.write(folder, tensors, pieces, config=config, max_shard_bytes=_ONE_FILE)
     hf_writer.write_side_files(folder, source)
+    if (run := _stored_run(source)) is not None:
+        training_writer.write(folder, run, source.model, table, config[KEY])
     return tensors
+
+
+def optimizer_bytes(source: ModelSource) -> int:
+    """The size of the two moments that `write` writes beside the model."""
+    return 0 if _stored_run(source) is None else sum(8 * math.prod(x.shape) for x in source.leaves.values())
+
+
+def _stored_run(source: ModelSource) -> StoredRun | None:
+    return getattr(source, "stored_run", None)  # only a workdir holds the optimizer of a run
 
 
 def planned(source: ModelSource, *, dtype: np.dtype | None) -> dict[str, TensorInfo]:
@@ -71,7 +85,9 @@ def check_written(folder: pathlib.Path, tensors: Mapping[str, TensorInfo]) -> di
     """The tensors of a written folder, read back from the header. Raises UserError unless they match `tensors`."""
     found = hf_folder.HfFolder(folder)
     check_same(folder, found.tensors, tensors)
-    hf_config.from_config(found.config, family=TWO_MAMBA)
+    model = hf_config.from_config(found.config, family=TWO_MAMBA)
+    if (folder / training_state.OPTIMIZER).exists():
+        training_state.read(folder, model)
     return found.tensors
 
 

@@ -1,5 +1,6 @@
 """Reads models from lcx checkpoints parameter by parameter, and the metadata that a step records about its run."""
 
+import functools
 import logging
 import os
 import pathlib
@@ -16,6 +17,7 @@ from lcx.checkpoint.slices import StepReader
 from lcx.convert.core import model_source, rules
 from lcx.convert.files import folders
 from lcx.convert.files.tensor_io import TensorInfo
+from lcx.convert.workdir import training_state
 from lcx.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -61,6 +63,11 @@ class LcxSource:
                 sum(shape[0] for path, (shape, _) in self._lora.arrays.items() if path[-1] == "scale"),
                 f"; {beside} parameters were trained in full" if beside else "",
             )
+
+    @functools.cached_property
+    def stored_run(self) -> training_state.StoredRun | None:
+        """The optimizer and the schedule of the run, as this step holds them; None if it holds none for the model."""
+        return training_state.read(pathlib.Path(self.where), self.leaves)
 
     def _check_pairs(self) -> None:
         """Raises UserError for a pair that belongs to no parameter: merging would silently drop its training."""
