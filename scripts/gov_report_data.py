@@ -2,8 +2,8 @@
 
     python scripts/gov_report_data.py --input=train.jsonl --tokenizer=/path/to/hf_folder --output=gov_report.jsonl
 
-The input has `report` and `summary` in each row, as the file of `LongDocuments` with layout 'gov_report'. The prompt is that of the
-evaluation; a report is cut to its first 15000 tokens and a summary to its first 1000, as published.
+Each row of the input has `report` and `summary`, as in the layout 'gov_report' of `LongDocuments`. The prompt is that
+of the evaluation; a report is cut to its first 15000 tokens and a summary to its first 1000, as published.
 `configs/extend/gov_report.gin` trains on the output.
 """
 
@@ -17,7 +17,9 @@ from lcx.evals.support.documents_qa import rows
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--input", required=True, metavar="FILE")
     parser.add_argument("--tokenizer", required=True, metavar="PATH")
     parser.add_argument("--output", required=True, metavar="FILE")
@@ -35,9 +37,16 @@ def main() -> int:
         for row in found:
             prompt, lost = rows.prompt(row, tokenizer, room=sys.maxsize, document=args.report_tokens)
             ids = tokenizer.encode(row.answers[0]).tolist()
-            summary = tokenizer.decode(ids[: args.summary_tokens]) if len(ids) > args.summary_tokens else row.answers[0]
+            summary = (
+                tokenizer.decode(ids[: args.summary_tokens])
+                if len(ids) > args.summary_tokens
+                else row.answers[0]
+            )
             cut += lost > 0 or len(ids) > args.summary_tokens
-            turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": f" {summary.strip()}"}]
+            turns = [
+                {"role": "user", "content": prompt},
+                {"role": "assistant", "content": f" {summary.strip()}"},
+            ]
             file.write(json.dumps({"messages": turns}) + "\n")
     print(f"{args.output}: {len(found)} reports with summaries, {cut} of them cut", file=sys.stderr)
     return 0

@@ -84,6 +84,8 @@ def test_who_reads_the_beginning_knows(monkeypatch, tiny, tmp_path):
         assert text.startswith("Document:\nThe key of room") and re.search(r"room \d\?\n\nAnswer:$", text)
     answered_by(monkeypatch, key_of, WORDS, window=100)
     assert task(*tiny, WORDS)["mean"] == 0
+    answered_by(monkeypatch, key_of, WORDS, window=400)
+    assert task(*tiny, WORDS)["mean"] == 100
     for solve in (silent, copier):
         answered_by(monkeypatch, solve, WORDS)
         assert task(*tiny, WORDS)["mean"] == 0

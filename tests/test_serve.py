@@ -76,7 +76,9 @@ def test_a_started_process_answers_like_the_library(tmp_path):
         line = next((line for line in process.stderr if "serving" in line), "")
         found = re.fullmatch(r"serving tiny at http://127\.0\.0\.1:(\d+)/v1\n", line)
         assert found, line
-        status, answer = ask(int(found[1]), {"prompt": "ab", "max_tokens": 6, "temperature": 0, "model": "tiny"})
+        status, answer = ask(
+            int(found[1]), {"prompt": "ab", "max_tokens": 6, "temperature": 0, "model": "tiny"}
+        )
         assert status == 200 and answer["usage"]["completion_tokens"] <= 6
         expected = lcx.generate_text(model, params, tokenizer, "ab", max_new_tokens=6)
         assert answer["choices"][0]["text"] == expected
@@ -94,11 +96,14 @@ def test_values_over_http(monkeypatch):
     for window, far in ((None, 1.0), (900, 0.0)):
         known = Known(value_of, words, window=window)
         monkeypatch.setattr(
-            "lcx.serving.completions.sampler.stream", lambda *args, known=known, **given: iter(known(*args, **given).T)
+            "lcx.serving.completions.sampler.stream",
+            lambda *args, known=known, **given: iter(known(*args, **given).T),
         )
         with served(model, {}, words) as port:
             url = f"http://127.0.0.1:{port}/v1"
-            task = KeyValue(lengths=(2000,), positions=(0.0, 1.0), trials=3, max_new_tokens=60, batch_size=2, server=url)
+            task = KeyValue(
+                lengths=(2000,), positions=(0.0, 1.0), trials=3, max_new_tokens=60, batch_size=2, server=url
+            )
             result = task(model, None, words)
         assert [cell["score"] for cell in result["cells"]] == [far, 1.0]
         assert result["notes"] == [f"answered by m at {url}, not by the checkpoint"]
@@ -141,7 +146,9 @@ def test_stops_copies_and_probabilities(port):
     assert scores[0] is None and min(scores[-2:]) > -1e-3 > max(scores[1:-2]), "only b and c could be known"
     assert next(iter(logprobs["top_logprobs"][-1])) == "c" and len(logprobs["top_logprobs"][-1]) == 2
     new = ask(port, {**base, "logprobs": 0})[1]["choices"][0]["logprobs"]
-    assert new["tokens"] == list("defg") and min(new["token_logprobs"]) > -1e-3 and new["top_logprobs"] is None
+    assert (
+        new["tokens"] == list("defg") and min(new["token_logprobs"]) > -1e-3 and new["top_logprobs"] is None
+    )
 
 
 def text(port, **body):
@@ -208,7 +215,14 @@ def test_wrong_paths_and_bodies(port, capfd):
     assert ask(port, path="/v1/completions")[0] == 405
     assert ask(port, {}, path="/v1/chat/completions")[0] == 404
     assert ask(port, b"x", method="DELETE")[0] == 501
-    assert ask(port, b"x", path="/%1b[31m\u001b", method="POST")[0] in (400, 404)
+    for line in (
+        b"GET /\x1b[31m HTTP/1.1\r\nConnection: close\r\n\r\n",
+        b"nonsense\r\n\r\n",
+        b"\x1b[31m / HTTP/9.9\r\n\r\n",
+    ):
+        with socket.create_connection(("127.0.0.1", port), 30) as raw:
+            raw.sendall(line)
+            assert b'{"error": {"message"' in raw.makefile("rb").read()
     assert ask(port, b"", headers={"Content-Length": "999999999999"})[0] == 413
     assert ask(port, b"", headers={"Transfer-Encoding": "chunked"})[0] == 411
     with socket.create_connection(("127.0.0.1", port)) as broken:

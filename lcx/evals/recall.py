@@ -151,7 +151,9 @@ class _Distances:
     right: dict[int, list[bool]] = dataclasses.field(default_factory=dict)
 
     def add(self, distances: np.ndarray, right: np.ndarray) -> None:
-        for bucket, one in zip(np.log2(distances).astype(int).ravel().tolist(), right.ravel().tolist(), strict=True):
+        for bucket, one in zip(
+            np.log2(distances).astype(int).ravel().tolist(), right.ravel().tolist(), strict=True
+        ):
             self.right.setdefault(bucket, []).append(one)
 
     def buckets(self) -> list[dict[str, Any]]:

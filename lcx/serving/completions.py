@@ -74,7 +74,11 @@ class Completer:
         made = []
         for i, (choice, prompt) in enumerate(zip(choices, texts, strict=True)):
             before = self._said(prompt) if request.echo else ""
-            entry: dict[str, Any] = {"index": i, "text": before + choice.text, "finish_reason": choice.finish_reason}
+            entry: dict[str, Any] = {
+                "index": i,
+                "text": before + choice.text,
+                "finish_reason": choice.finish_reason,
+            }
             logprobs = None if request.logprobs is None else self._logprobs(choice, request, before)
             made.append({**entry, "logprobs": logprobs})
         read = sum(len(row) for row in rows[:: request.n])
@@ -93,11 +97,13 @@ class Completer:
         }
 
     def _check_window(self, length: int, max_tokens: int) -> None:
-        """A server refuses what other uses of a model without rotary embeddings are only warned of: it would be busy."""
+        """Refuses more than the window, for all models: without a limit, one request could keep the server busy."""
         window = sampler.context_window(self.model)
         if length + max_tokens > window:
             found = f"a prompt of {length} and max_tokens {max_tokens} are more than the window of {window} tokens"
-            raise RequestError(f"{found}: send less, or start the server with --context_length", field="prompt")
+            raise RequestError(
+                f"{found}: send less, or start the server with --context_length", field="prompt"
+            )
 
     def complete(self, rows: Sequence[list[int]], request: Request) -> list[Choice]:
         """The completions of rows of tokens, in their order."""

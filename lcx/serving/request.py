@@ -67,7 +67,11 @@ def parsed(body: Any) -> Request:
     """
     if not isinstance(body, dict):
         raise RequestError(f"the request is {_kind(body)}, expected a JSON object with a prompt")
-    known = {field.name for field in dataclasses.fields(Request)} - {"prompts"} | {"prompt", "best_of", "user"}
+    known = {field.name for field in dataclasses.fields(Request)} - {"prompts"} | {
+        "prompt",
+        "best_of",
+        "user",
+    }
     for name, value in body.items():
         if name in _UNSUPPORTED:
             if value not in _UNSUPPORTED[name]:
@@ -90,10 +94,14 @@ def parsed(body: Any) -> Request:
     if _integer(given, "best_of", request.n, 1, MAX_COMPLETIONS) != request.n:
         raise RequestError(f"best_of is {body['best_of']}, expected n, which is {request.n}", field="best_of")
     if request.max_tokens == 0 and not request.echo:
-        raise RequestError("max_tokens is 0 and echo is not set, so there is nothing to answer", field="max_tokens")
+        raise RequestError(
+            "max_tokens is 0 and echo is not set, so there is nothing to answer", field="max_tokens"
+        )
     if len(request.prompts) * request.n > MAX_COMPLETIONS:
         found = f"{len(request.prompts)} prompts with n {request.n}"
-        raise RequestError(f"{found}, expected at most {MAX_COMPLETIONS} completions: send fewer", field="prompt")
+        raise RequestError(
+            f"{found}, expected at most {MAX_COMPLETIONS} completions: send fewer", field="prompt"
+        )
     return request
 
 
@@ -103,7 +111,8 @@ def _prompts(value: Any) -> tuple[str | tuple[int, ...], ...]:
         value = [value]
     if not isinstance(value, list) or not value:
         raise RequestError(
-            "prompt is missing or empty, expected text, a list of texts, or lists of token ids", field="prompt"
+            "prompt is missing or empty, expected text, a list of texts, or lists of token ids",
+            field="prompt",
         )
     found: list[str | tuple[int, ...]] = []
     for one in value:
@@ -140,14 +149,18 @@ def _of(given: dict[str, Any], name: str, kind: type, default: Any) -> Any:
 def _integer(given: dict[str, Any], name: str, default: int, least: int, most: int) -> int:
     value = given.get(name, default)
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-        raise RequestError(f"{name} is {_shown(value)}, expected an integer from {least} to {most}", field=name)
+        raise RequestError(
+            f"{name} is {_shown(value)}, expected an integer from {least} to {most}", field=name
+        )
     return value
 
 
 def _number(given: dict[str, Any], name: str, default: float, least: float, most: float) -> float:
     value = given.get(name, default)
     if not isinstance(value, int | float) or isinstance(value, bool) or not least <= value <= most:
-        raise RequestError(f"{name} is {_shown(value)}, expected a number from {least:g} to {most:g}", field=name)
+        raise RequestError(
+            f"{name} is {_shown(value)}, expected a number from {least:g} to {most:g}", field=name
+        )
     return float(value)
 
 

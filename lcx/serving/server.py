@@ -86,7 +86,10 @@ class Server(http.server.ThreadingHTTPServer):
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A connection that broke is no fault of the server: one line."""
-        print(f"{client_address[0]} connection lost: {first_line(sys.exception() or Exception())}", file=sys.stderr)
+        print(
+            f"{client_address[0]} connection lost: {first_line(sys.exception() or Exception())}",
+            file=sys.stderr,
+        )
 
 
 def _bound(host: str, port: int) -> Server:
@@ -145,7 +148,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         try:
             request = parsed(_json(body))
             if request.model not in (None, completer.name):
-                message = f"there is no model {request.model!r}, this server has {completer.name!r}: change model"
+                message = (
+                    f"there is no model {request.model!r}, this server has {completer.name!r}: change model"
+                )
                 self._fail(HTTPStatus.NOT_FOUND, message, started, field="model", code="model_not_found")
                 return
             with self.server.lock:
@@ -164,7 +169,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _body(self, started: float) -> bytes | None:
         """The bytes of the request; None if it has been refused."""
         self.close_connection = True  # unless the whole body is read
-        if "chunked" in self.headers.get("Transfer-Encoding", "").lower() or "Content-Length" not in self.headers:
+        if (
+            "chunked" in self.headers.get("Transfer-Encoding", "").lower()
+            or "Content-Length" not in self.headers
+        ):
             self._fail(HTTPStatus.LENGTH_REQUIRED, "a request needs a Content-Length", started)
             return None
         text = self.headers["Content-Length"].strip()

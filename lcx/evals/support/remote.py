@@ -62,7 +62,9 @@ def _asked(url: str, what: str, body: Any, setting: str) -> Any:
     """The JSON that the server answers."""
     parts = urllib.parse.urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise UserError(f"{setting} is {url!r}, expected a URL such as http://127.0.0.1:8000/v1: change {setting}")
+        raise UserError(
+            f"{setting} is {url!r}, expected a URL such as http://127.0.0.1:8000/v1: change {setting}"
+        )
     handlers = [urllib.request.ProxyHandler({})] if parts.hostname in _LOCAL else []
     request = urllib.request.Request(
         f"{url.rstrip('/')}/{what}",
