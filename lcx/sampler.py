@@ -356,12 +356,12 @@ def default_new_tokens(model: Decoder, prompt_length: int) -> int:
     """
     if not rotaries(model):
         return DEFAULT_NEW_TOKENS
-    return max(1, min(DEFAULT_NEW_TOKENS, _window(model) - prompt_length))
+    return max(1, min(DEFAULT_NEW_TOKENS, context_window(model) - prompt_length))
 
 
 def _check_window(model: Decoder, prompt_length: int, max_new_tokens: int) -> None:
     """Refuses positions beyond the window of a model with rotary embeddings; of other models it only warns."""
-    total, window = prompt_length + max_new_tokens, _window(model)
+    total, window = prompt_length + max_new_tokens, context_window(model)
     if total <= window:
         return
     found = (
@@ -448,7 +448,7 @@ def _check_vocabulary(tokens: np.ndarray, vocab_size: int) -> None:
         )
 
 
-def _window(model: Decoder) -> int:
+def context_window(model: Decoder) -> int:
     """The model's context window. With dynamic RoPE, max_position_embeddings may be the window before scaling."""
     ropes = _ropes(model, "dynamic")
     scaled = [int(rope.factor * rope.original_max_position_embeddings) for rope in ropes]

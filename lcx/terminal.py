@@ -282,7 +282,7 @@ def whole_characters(
     token also depends on the token before it (sentencepiece drops the space before the first word of a text). So each
     piece is decoded together with the previous one, and the first with the end of `prompt`.
     """
-    context, held = _end_of(tokenizer, prompt), list[int]()
+    context, held = end_of(tokenizer, prompt), list[int]()
     for token in ids:
         held.append(token)
         text = _added(tokenizer, context, held)
@@ -298,7 +298,7 @@ def _added(tokenizer: Tokenizer, context: list[int], held: list[int]) -> str:
     return tokenizer.decode(context + held)[len(tokenizer.decode(context)) :]
 
 
-def _end_of(tokenizer: Tokenizer, prompt: Sequence[int]) -> list[int]:
+def end_of(tokenizer: Tokenizer, prompt: Sequence[int]) -> list[int]:
     """The shortest end of the prompt, in tokens, that starts at the beginning of a character."""
     ids = [int(token) for token in prompt[-_MAX_CONTEXT:]]
     for count in range(1, len(ids) + 1):

@@ -14,7 +14,8 @@ import sys
 from collections.abc import Sequence
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-COMMANDS = ("train", "plan", "evaluate", "generate", "embed", "variants", "score", "convert", "data", "report")
+COMMANDS = ("train", "plan", "evaluate", "generate", "serve", "embed", "variants", "score", "convert")
+COMMANDS += ("data", "report")
 HEADER = """# Command lines
 
 This page is written by `python scripts/docs_commands.py` from the commands' own parsers; `--help` shows the same text.

@@ -312,10 +312,30 @@ def decoding_line(result: dict) -> str:
     return f"tokens/s after {row['length']} tokens: {speeds}; {sizes} kept"
 
 
+def recall_by_length(result: dict) -> str:
+    return _recalled(result, "by_length", lambda cell: f"{cell['length']}")
+
+
+def recall_by_distance(result: dict) -> str:
+    return _recalled(result, "by_distance", lambda cell: f"{cell['from']}-{cell['to']}")
+
+
+def _recalled(result: dict, which: str, head: Callable[[dict], str]) -> str:
+    """Percent of values recalled, a row for each variant: the mean over seeds, and the lowest and highest of them."""
+    seeds, rows, heads = result["seeds"], [], list[str]()
+    for name, first in seeds[0]["variants"].items():
+        heads = [head(cell) for cell in first[which]]
+        each = [[100 * cell["score"] for cell in seed["variants"][name][which]] for seed in seeds]
+        cells = [f"{sum(x) / len(x):.0f} ({min(x):.0f} to {max(x):.0f})" for x in zip(*each, strict=True)]
+        rows.append([name, *cells])
+    return table(["", *heads], rows)
+
+
 TRAINING = (
     "train_vs_transformers_cpu.json",
     "JAX_NUM_CPU_DEVICES=2 python benchmarks/train_vs_transformers.py",
 )
+RECALL = "recall_cpu.json", "bash scripts/train_recall.sh"
 DECODING = "linearized_decoding_cpu.json", "python benchmarks/linearized.py --softmax HF_FOLDER"
 FIGURES = {
     "operators": Figure("cpu.json", operators, "python benchmarks/kernels.py"),
@@ -330,6 +350,8 @@ FIGURES = {
     ),
     "plans": Figure("plans.json", plans, "python benchmarks/plan_table.py", timed=False),
     "plan_errors": Figure("plan_errors.json", plan_errors, "python benchmarks/plan_errors.py", timed=False),
+    "recall_by_length": Figure(RECALL[0], recall_by_length, RECALL[1], timed=False),
+    "recall_by_distance": Figure(RECALL[0], recall_by_distance, RECALL[1], timed=False),
     "stripe": Figure("striped_hyena_cpu.json", stripe, "python benchmarks/striped_hyena.py --width 32"),
     "decoding": Figure(DECODING[0], decoding, DECODING[1]),
     "decoding_line": Figure(DECODING[0], decoding_line, DECODING[1]),

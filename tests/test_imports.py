@@ -14,8 +14,8 @@ ROOT = pathlib.Path(__file__).parent.parent
 # Every module of lcx/, every package, and every room of the packages in ROOMS, from the top to the bottom: each imports
 # what comes after it and nothing else. A new one gets its place here; the lines only group what is alike.
 LINES = [
-    "__init__ train plan evaluate generate embed variants score report lm_eval",
-    "genomes embedding_files planning",
+    "__init__ train plan evaluate generate serve embed variants score report lm_eval",
+    "genomes embedding_files planning serving",
     "ladder evaluator harness terminal reporting blockwise trainer",
     "text evals evals.support",
     "training sampler embedding",

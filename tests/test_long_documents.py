@@ -2,11 +2,15 @@
 
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 from answering import Words, answered_by, copier, silent
-from tiny_runs import tiny_model
+from doc_world import write_tokenizer
+from tiny_runs import ROOT, tiny_model
 
+from lcx.data import Dataset
 from lcx.errors import UserError
 from lcx.evals.long_documents import LongDocuments
 from lcx.evals.support.documents_qa import longbench, rows, scores
@@ -80,6 +84,8 @@ def test_who_reads_the_beginning_knows(monkeypatch, tiny, tmp_path):
         assert text.startswith("Document:\nThe key of room") and re.search(r"room \d\?\n\nAnswer:$", text)
     answered_by(monkeypatch, key_of, WORDS, window=100)
     assert task(*tiny, WORDS)["mean"] == 0
+    answered_by(monkeypatch, key_of, WORDS, window=400)
+    assert task(*tiny, WORDS)["mean"] == 100
     for solve in (silent, copier):
         answered_by(monkeypatch, solve, WORDS)
         assert task(*tiny, WORDS)["mean"] == 0
@@ -190,3 +196,29 @@ def test_settings_that_cannot_be(tiny, tmp_path):
         LongDocuments(questions(tmp_path), length=70)(*tiny, WORDS)
     with pytest.raises(UserError, match="leave no room for a prompt"):
         LongDocuments(questions(tmp_path), length=40)(*tiny, WORDS)
+
+
+def test_fine_tuning_on_summaries_masks_the_prompt(tmp_path):
+    """The prompt is that of the evaluation, both are cut as published, and only the summary and its end have a loss."""
+    (tmp_path / "folder").mkdir()
+    write_tokenizer(tmp_path / "folder")
+    path = written(tmp_path, *({"report": f"{i} {FILLER}", "summary": f"S{i}. " * 9} for i in range(3)))
+    out = tmp_path / "conversations.jsonl"
+    command = [sys.executable, "scripts/gov_report_data.py", f"--input={path}", f"--tokenizer={tmp_path}/folder"]
+    command += [f"--output={out}", "--report_tokens=50", "--summary_tokens=10"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "3 reports with summaries, 3 of them cut" in done.stderr, done.stderr
+    dataset = Dataset(
+        str(out),
+        tokenizer=str(tmp_path / "folder"),
+        chat=True,
+        chat_template=str(ROOT / "configs" / "extend" / "plain.jinja"),
+        eval_fraction=0.0,
+        cache_dir=str(tmp_path / "cache"),
+    )
+    tokenizer = dataset.load_tokenizer()
+    ids, mask = next(iter(dataset.documents("train")))
+    prompt, _ = rows.prompt(rows.read(path, "gov_report", limit=1)[0], tokenizer, room=10**6, document=50)
+    assert ids[0] == tokenizer.bos_id and ids[-1] == tokenizer.eos_id
+    assert tokenizer.decode(ids[~mask][1:].tolist()) == prompt and prompt.startswith("Read the following article")
+    assert tokenizer.decode(ids[mask][:-1].tolist()) == " S0. S0. S0"

@@ -122,8 +122,29 @@ def test_induction_recalls_all_pairs():
     cells = Recall(lengths=(64, 256), rows=4)(model, params, None)["cells"]
     assert [cell["score"] for cell in cells] == [1, 1]
     model, params = induction(64, window=64, context=256)
-    cells = Recall(lengths=(64, 256), rows=4, power=1.0)(model, params, None)["cells"]
-    assert cells[0]["score"] == 1 and cells[1]["score"] < 0.5
+    result = Recall(lengths=(64, 256), rows=4, power=1.0)(model, params, None)
+    assert result["cells"][0]["score"] == 1 and result["cells"][1]["score"] < 0.5
+    near = {one["from"]: one["score"] for one in result["by_distance"]}
+    assert all(score == 1 for start, score in near.items() if 2 * start <= 64)
+    assert near[64] == near[128] == 0, "beyond its window the head knows nothing, and says so"
+    assert sum(one["samples"] for one in result["by_distance"]) == 2 * 4 * 8
+
+
+@pytest.mark.parametrize("says", ["nothing", "the last token", "any value"])
+def test_recall_of_models_that_do_not_know(monkeypatch, says):
+    """A constant and a copy of the query score 0; a guess among the values scores chance."""
+    task = Recall(lengths=(64,), rows=64)
+    rng = np.random.default_rng(0)
+
+    def guess(model, params, rows, places, **_):
+        at = [np.asarray(row)[np.asarray(place) - 1] for row, place in zip(rows, places)]
+        values = [rng.integers(33, 65, len(row)) for row in at]
+        return {"nothing": [0 * row for row in at], "the last token": at, "any value": values}[says]
+
+    monkeypatch.setattr(forced, "likeliest", guess)
+    cell = task(tiny_model(vocab_size=65), {}, None)["cells"][0]
+    chance = 1 / 32 if says == "any value" else 0.0
+    assert cell["low"] <= chance <= cell["high"] and (chance > 0 or cell["score"] == 0)
 
 
 def test_forced_answers_are_greedy_answers():

@@ -229,6 +229,11 @@ def test_a_window_shows(monkeypatch, tiny, files):
     assert inside == 1 and abs(beyond - 2048 / 8192) < 0.2
     assert single["effective_length"] == 2048
     assert single["cells"][1]["low"] < 0.25 < single["cells"][1]["high"]
+    every = evaluated(tiny, files, lengths=(2048, 8192))["cells"]
+    assert {cell["score"] for cell in every if cell["length"] == 2048} == {1.0}
+    beyond = {cell["task"]: cell["score"] for cell in every if cell["length"] == 8192}
+    # Frequent words occur up to the end, and all documents of the two small files fit into the window.
+    assert all(score < 1 for task, score in beyond.items() if task not in ("cwe", "fwe", "qa_1", "qa_2")), beyond
 
 
 def test_answers_are_kept(monkeypatch, tiny, tmp_path, files):

@@ -9,7 +9,7 @@ import numpy as np
 from lcx.data import Tokenizer, special_tokens
 from lcx.errors import UserError, check_sizes
 from lcx.evals import Result
-from lcx.evals.support import answers, grids, records
+from lcx.evals.support import answers, grids, records, remote
 from lcx.evals.support.model_facts import facts
 from lcx.model import Decoder
 
@@ -45,6 +45,10 @@ class KeyValue:
       batch_size, tokens_per_batch: prompts at once, and the limit on their tokens.
       seed: for the random pairs.
       add_bos: whether each prompt starts with BOS; None: as the tokenizer does.
+      server: base URL of an OpenAI completions endpoint that answers in place of the checkpoint, for example
+        "http://127.0.0.1:8000/v1" of `python -m lcx.serve`. The checkpoint's tokenizer still counts the lengths.
+        Answers of a server are not kept for a resumed evaluation.
+      server_model: the name of the model there; None: the first that the server lists.
       name: key in results.json.
     """
 
@@ -59,6 +63,8 @@ class KeyValue:
     tokens_per_batch: int = answers.TOKENS_PER_BATCH
     seed: int = 0
     add_bos: bool | None = None
+    server: str | None = None
+    server_model: str | None = None
     name: str = "key_value"
 
     def __post_init__(self):
@@ -73,6 +79,10 @@ class KeyValue:
             raise UserError("KeyValue.file holds JSON records: set KeyValue.form to 'json' or 'helmet'")
         if self.file is not None and self.lengths is not None:
             raise UserError("KeyValue.lengths has no effect on the records of a file: remove lengths or file")
+        if self.server is None and self.server_model is not None:
+            raise UserError("KeyValue.server_model is a model of a server: set KeyValue.server")
+        if self.server is not None and self.add_bos is not None:
+            raise UserError("KeyValue.add_bos has no effect on a server, which gets text: remove add_bos or server")
         if self.model_template.count(_MODEL_TEMPLATE) != 1:
             raise UserError(
                 f"KeyValue.model_template is {self.model_template!r}, expected {_MODEL_TEMPLATE} once in it"
@@ -88,19 +98,17 @@ class KeyValue:
 
     def __call__(self, model: Decoder, params: Any, tokenizer: Tokenizer | None) -> Result:
         tokenizer = answers.needed(tokenizer, model, "KeyValue")
-        before = special_tokens(tokenizer, add_bos=self.add_bos).before
+        served = None
+        if self.server is not None:
+            served = self.server_model or remote.model_of(self.server, setting="KeyValue.server")
         trials, notes = self.made(model, tokenizer)
+        if served is not None:
+            notes = [*notes, f"answered by {served} at {self.server}, not by the checkpoint"]
         with answers.progress(self.name, sum(trial.tokens for trial in trials)) as bar:
-            texts = answers.continuations(
-                model,
-                params,
-                tokenizer,
-                [[*before, *tokenizer.encode(trial.prompt).tolist()] for trial in trials],
-                max_new_tokens=self._new_tokens,
-                batch_size=self.batch_size,
-                tokens_per_batch=self.tokens_per_batch,
-                bar=bar,
-            )
+            if served is None:
+                texts = self._answers(model, params, tokenizer, trials, bar)
+            else:
+                texts = self._served(served, trials, bar)
         right = [trial.value.lower() in text.lower() for trial, text in zip(trials, texts, strict=True)]
         cells = []
         for place in dict.fromkeys((trial.length, trial.position) for trial in trials):
@@ -109,6 +117,36 @@ class KeyValue:
             cell = grids.cell([float(right[i]) for i in own], length=place[0], position=place[1])
             cells.append({**cell, "example": example})
         return self._result(model, cells, notes)
+
+    def _answers(
+        self, model: Decoder, params: Any, tokenizer: Tokenizer, trials: list[Trial], bar: Any
+    ) -> list[str]:
+        before = special_tokens(tokenizer, add_bos=self.add_bos).before
+        return answers.continuations(
+            model,
+            params,
+            tokenizer,
+            [[*before, *tokenizer.encode(trial.prompt).tolist()] for trial in trials],
+            max_new_tokens=self._new_tokens,
+            batch_size=self.batch_size,
+            tokens_per_batch=self.tokens_per_batch,
+            bar=bar,
+        )
+
+    def _served(self, model: str, trials: list[Trial], bar: Any) -> list[str]:
+        assert self.server is not None
+        texts: list[str] = []
+        for found in remote.continuations(
+            self.server,
+            [trial.prompt for trial in trials],
+            model=model,
+            max_new_tokens=self._new_tokens,
+            batch_size=self.batch_size,
+            setting="KeyValue.server",
+        ):
+            bar.update(sum(trial.tokens for trial in trials[len(texts) : len(texts) + len(found)]))
+            texts += found
+        return texts
 
     def made(self, model: Decoder, tokenizer: Tokenizer) -> tuple[list[Trial], list[str]]:
         """The trials of all cells, and what to say about lengths that were left out."""

@@ -58,7 +58,7 @@ class Recall:
             raise UserError(
                 f"Recall: {self.pairs} pairs need rows of {4 * self.pairs} tokens: set Recall.lengths"
             )
-        cells = []
+        cells, far = [], _Distances()
         with answers.progress(self.name, self.rows * sum(lengths)) as bar:
             for length in sorted(set(lengths)):
                 tokens, places = self.made(length, model.vocab_size)
@@ -72,6 +72,7 @@ class Recall:
                 )
                 right = np.stack(found) == np.take_along_axis(tokens, places, 1)
                 cells.append(grids.cell(right.mean(1).tolist(), length=length))
+                far.add(places - (1 + 2 * np.arange(self.pairs)), right)
         table = {f"{cell['length']}": round(100 * cell["score"], 1) for cell in cells}
         return {
             "definition": (
@@ -85,6 +86,7 @@ class Recall:
             "unit": "% of values recalled",
             "model": facts(model),
             "cells": cells,
+            "by_distance": far.buckets(),
         }
 
     def made(self, length: int, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -140,3 +142,25 @@ class Recall:
     def plot(self, axes: Any, results: Mapping[str, Result]) -> None:
         title = "Associative recall by length (band: 95% interval)"
         grids.curves(axes, results, across="length", ylabel="values recalled (%)", title=title)
+
+
+@dataclasses.dataclass
+class _Distances:
+    """Which values were right, by the tokens between the two places of a value, over rows of all lengths."""
+
+    right: dict[int, list[bool]] = dataclasses.field(default_factory=dict)
+
+    def add(self, distances: np.ndarray, right: np.ndarray) -> None:
+        for bucket, one in zip(
+            np.log2(distances).astype(int).ravel().tolist(), right.ravel().tolist(), strict=True
+        ):
+            self.right.setdefault(bucket, []).append(one)
+
+    def buckets(self) -> list[dict[str, Any]]:
+        """Octaves of distances [from, to) with the share of values recalled and its 95% interval."""
+        found = []
+        for bucket, right in sorted(self.right.items()):
+            low, high = grids.wilson_of(sum(right), len(right))
+            place = {"from": 2**bucket, "to": 2 ** (bucket + 1), "score": sum(right) / len(right)}
+            found.append({**place, "low": low, "high": high, "samples": len(right)})
+        return found
