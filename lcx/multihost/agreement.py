@@ -13,18 +13,21 @@ import json
 import pathlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeVar
+from typing import ParamSpec, TypeVar
 
 from lcx.errors import UserError, first_line
 from lcx.multihost import channel
 from lcx.version import __version__
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 _MISSING = "not set"
 _LONGEST_VALUE = 100  # characters of a value in a message
 _SEEN_WITHIN_S = 30  # a network file system shows a new file late
-_calls = itertools.count()  # of on_first, the same on every process
+_OUT_OF_STEP_S = 30  # for the other processes to fail as well
+_DONE = "done"
+_calls = itertools.count()  # of functions that run on process 0 only, the same on every process
 
 
 def require_same(what: str, values: Mapping[str, str], *, advice: str) -> None:
@@ -113,23 +116,48 @@ def require_shared(file: pathlib.Path, setting: str) -> None:
         )
 
 
-def on_first(work: Callable[[], T]) -> T | None:
-    """The result of `work` on process 0; the others wait until it is done, and return None.
+def first_only(work: Callable[P, T]) -> Callable[P, T | None]:
+    """`work` on process 0 alone; the others wait until it is done there, and return None.
 
-    Raises:
-      UserError: on every process, if it was raised on process 0.
+    What it raises as UserError or OSError on process 0 becomes a UserError on the others.
+    """
+
+    @functools.wraps(work)
+    def on_first(*args: P.args, **kwargs: P.kwargs) -> T | None:
+        if channel.count() == 1:
+            return work(*args, **kwargs)
+        key = f"first_only/{next(_calls)}"
+        if channel.index() > 0:
+            if failure := channel.wait(key).removeprefix(_DONE):
+                raise UserError(failure)
+            return None
+        try:
+            result = work(*args, **kwargs)
+        except (UserError, OSError) as error:
+            channel.put(key, f"{channel.named(0)}: {first_line(error)}")
+            raise
+        channel.put(key, _DONE)
+        return result
+
+    return on_first
+
+
+def require_same_outcome(what: str, error: str) -> None:
+    """Raises UserError if something has failed here or elsewhere, but not with the same error in all processes.
+
+    The processes are then out of step: one has left a collective in which others wait.
+
+    Args:
+      what: what has failed or succeeded, a name that is used once.
+      error: what went wrong in this process; "" if nothing did.
     """
     if channel.count() == 1:
-        return work()
-    key = f"on_first/{next(_calls)}"
-    if channel.index() > 0:
-        if (failure := channel.wait(key)) != "done":
-            raise UserError(failure)
-        return None
-    try:
-        result = work()
-    except (UserError, OSError) as error:
-        channel.put(key, f"{channel.named(0)}: {first_line(error)}")
-        raise
-    channel.put(key, "done")
-    return result
+        return
+    channel.put(f"{what}/{channel.index()}", error or _DONE)
+    deadline = time.monotonic() + _OUT_OF_STEP_S
+    while len(found := channel.by_process(what)) < channel.count() and not (error and time.monotonic() > deadline):
+        time.sleep(0.1)
+    if len(set(found.values())) > 1 or len(found) < channel.count():
+        failed = {i: text for i, text in found.items() if text != _DONE}
+        reason = next(iter(failed.values()))
+        raise UserError(f"{what} has failed on {_places(sorted(failed), channel.hosts())} alone: {reason}")

@@ -79,7 +79,8 @@ def join(processes: Processes, settings: Mapping[str, str]) -> None:
     seconds = max(1, round(processes.heartbeat_timeout))
     try:
         with watch.noticing():
-            jax.distributed.initialize(**found, heartbeat_timeout_seconds=seconds)
+            if not jax.distributed.is_initialized():  # it is in a program that runs one command after another
+                jax.distributed.initialize(**found, heartbeat_timeout_seconds=seconds)
     except (RuntimeError, ValueError, OSError) as error:
         raise UserError(
             f"the processes did not find each other: {first_line(error)[:300]}; outside of TPU pods and SLURM set "

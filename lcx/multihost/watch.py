@@ -30,10 +30,12 @@ from typing import Any, NoReturn
 from lcx.multihost import channel
 
 LOST = 75  # the exit status of a process that ends because of another: EX_TEMPFAIL, the same command may succeed
+WRONG_INPUT = 2  # the exit status after a UserError
 AGAIN = "this process ends too; the same command goes on from what was saved"
 _PERIOD_S = 1.0
 _SILENT_S = 5.0  # after this a process is called silent; whether it is gone is for the heartbeat to say
 _GRACE_S = 4.0  # for a process to end by itself after another has reported its end
+_GRACE_WRONG_INPUT_S = 20.0  # which all processes find, each in its own time
 _SLOWER = 10  # a step may take this many times as long as the slowest before it
 
 
@@ -65,7 +67,7 @@ class Watch:
                 channel.put(f"alive/{channel.index()}", f"{beats} {self._steps.current}")
                 self._look()
                 if ended := self._ended():
-                    self._stop.wait(_GRACE_S)
+                    self._stop.wait(_GRACE_WRONG_INPUT_S if ended[1] == WRONG_INPUT else _GRACE_S)
                     if not self._stop.is_set():
                         self.end(*ended)
             if self._steps.hang():
@@ -228,16 +230,18 @@ def _main_thread() -> str:
 # ----------------------------------------------------------------------------------- the watch of this process
 
 _watch: Watch | None = None
-_handler: Any = None  # ctypes must be able to call it as long as the process lives
+_handlers: list[Any] = []  # ctypes must be able to call them as long as the process lives
 
 
 def start(step_timeout: float) -> None:
     """Starts to watch. Call it once the processes have joined."""
-    global _watch, _handler
+    global _watch
     _watch = Watch(step_timeout)
     _watch.start()
-    _handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda number: _aborted())
-    ctypes.CDLL(None).signal(int(signal.SIGABRT), _handler)
+    _handlers[:] = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda number: _aborted()), ctypes.CFUNCTYPE(None)(_aborted)
+    ctypes.CDLL(None).signal(int(signal.SIGABRT), _handlers[0])
+    with contextlib.suppress(OSError, AttributeError):  # std::set_terminate, which comes before the abort
+        ctypes.CDLL("libstdc++.so.6")._ZSt13set_terminatePFvvE(_handlers[1])
 
 
 def stop() -> None:
