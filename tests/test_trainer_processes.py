@@ -155,10 +155,8 @@ def test_what_follows_runs_in_two_processes_and_gives_what_one_gives(run, tmp_pa
     assert out[1] == "" and not own_lines(err[1])  # one of them talks
     flags = [f"--checkpoint={workdir}", f"--output={tmp_path}/one/evaluation", *EVALUATE]
     assert evaluate.main(flags) == 0
-    tables = [
-        json.loads((tmp_path / name / "evaluation/results.json").read_text())["evaluations"]["loss_by_position"]["table"]
-        for name in ("one", "two")
-    ]
+    found = [json.loads((tmp_path / name / "evaluation/results.json").read_text()) for name in ("one", "two")]
+    tables = [results["evaluations"]["loss_by_position"]["table"] for results in found]
     assert tables[0] == pytest.approx(tables[1], rel=1e-5) and tables[0]
     capsys.readouterr()
     assert generate.main([f"--checkpoint={workdir}", "--prompt=def main", "--max_new_tokens=8"]) == 0

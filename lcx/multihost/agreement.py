@@ -50,7 +50,8 @@ def require_same(what: str, values: Mapping[str, str], *, advice: str) -> None:
     texts = channel.gather(f"{what}, values", own if spoken else "")
     of_process = [json.loads(texts[digests.index(digest)]) for digest in digests]
     message = difference(what, of_process, channel.hosts())
-    channel.gather(f"{what}, read", "")  # process 0, which holds the texts, must not end before all have read them
+    # Process 0, which holds the texts, must not end before all have read them.
+    channel.gather(f"{what}, read", "")
     raise UserError(f"{message}; {advice}")
 
 

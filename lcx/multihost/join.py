@@ -16,12 +16,13 @@ from __future__ import annotations
 import dataclasses
 import glob
 import importlib.util
+import math
 import os
 import socket
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lcx.errors import UserError, check_positive, first_line
+from lcx.errors import UserError, first_line
 from lcx.multihost import agreement, channel, watch
 
 PORT = 8476
@@ -68,7 +69,6 @@ def join(processes: Processes, settings: Mapping[str, str]) -> None:
     Raises:
       UserError: the others cannot be reached or do not join in time; or versions or settings differ.
     """
-    check_positive("--heartbeat_timeout, --step_timeout", a=processes.heartbeat_timeout, b=processes.step_timeout)
     found = whereabouts(processes, os.environ)
     if found is None:
         return
@@ -108,6 +108,9 @@ def whereabouts(processes: Processes, env: Mapping[str, str]) -> dict[str, Any] 
     Raises:
       UserError: flags that contradict each other, or are incomplete.
     """
+    for name in ("heartbeat_timeout", "step_timeout"):
+        if not 0 < (seconds := getattr(processes, name)) < math.inf:
+            raise UserError(f"--{name} is {seconds:g}, expected a positive number of seconds: change --{name}")
     given = {
         name: value
         for name in ("hosts", "coordinator_address", "num_processes", "process_id")
