@@ -19,7 +19,7 @@ import argparse
 import sys
 
 from lcx import config
-from lcx.config.common_flags import add_format, add_reading
+from lcx.config.common_flags import add_format, add_processes, add_reading
 from lcx.config.flags import hint
 
 EVALS = {
@@ -74,6 +74,7 @@ def main(argv=None) -> int:
     parser.add_argument("--name", help="label of this model in results and plots")
     # The first makes all names known, so that a setting of an evaluation that does not run is said to have no effect.
     defaults = [("evaluate.evals", references(names)) for names in (",".join(EVALS), DEFAULT)]
+    add_processes(parser)
     config.keep_freed_memory()
     return config.run(parser, "lcx.evaluator:evaluate", argv, defaults=defaults)
 

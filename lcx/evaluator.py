@@ -43,6 +43,7 @@ from lcx.evals.ruler import Ruler
 from lcx.evals.support import journal, settings
 from lcx.evals.support.model_facts import facts
 from lcx.model import Decoder
+from lcx.multihost.agreement import first_only, require_same_outcome
 from lcx.reporting import report
 from lcx.reporting.runs import RESULTS, labelled, read_results
 from lcx.version import __version__
@@ -148,8 +149,7 @@ def evaluate(
             **{"evaluations": {}, "errors": {}, "skipped": skipped},
         }
         _run_all(evals, model, params, tokenizer, results, folder)
-        if _writes():
-            report.build(results=(str(folder),), output=str(folder), overwrite=True)
+        first_only(report.build)(results=(str(folder),), output=str(folder), overwrite=True)
         _raise_failures(results, folder)
         return results
 
@@ -205,8 +205,8 @@ def _compared(
             failed.append(f"{checkpoint}: {error}")
             if (place / RESULTS).is_file():
                 done[str(place)] = read_results(str(place))
-    if done and _writes():
-        report.build(results=tuple(done), output=str(folder), overwrite=True)
+    if done:
+        first_only(report.build)(results=tuple(done), output=str(folder), overwrite=True)
     if failed:
         raise UserError(f"{len(failed)} of {len(checkpoints)} checkpoints failed: {'; '.join(failed)}")
     return {"models": labelled(list(done.values()))}
@@ -278,6 +278,8 @@ def _run(
             traceback.print_exc()
         results["errors"][evaluation.name] = _explained(error)
         _say(f"{results['name']}: {evaluation.name} failed: {_explained(error)}")
+    name = evaluation.name
+    require_same_outcome(f"{results['name']}: {name}", results["errors"].get(name, ""))
 
 
 def _check_finite(result: Result) -> None:

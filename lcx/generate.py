@@ -11,7 +11,7 @@ import argparse
 import sys
 
 from lcx import config
-from lcx.config.common_flags import add_format, add_reading
+from lcx.config.common_flags import add_format, add_processes, add_reading
 
 
 def _add_sampling(parser: argparse.ArgumentParser) -> None:
@@ -64,6 +64,7 @@ def main(argv=None) -> int:
     )
     add_reading(parser)
     add_format(parser)
+    add_processes(parser)
     return config.run(parser, "lcx.terminal:stream_text", argv)
 
 

@@ -24,11 +24,12 @@ MODULES = {
     "lcx.meter": "lcx.training.meter",
     "lcx.metrics": "lcx.training.logger",
     "lcx.origin": "lcx.training.resume_check",
-    "lcx.processes": "lcx.training.distributed",
+    "lcx.processes": "lcx.multihost.join",
     "lcx.residuals": "lcx.training.residual_store",
     "lcx.stopping": "lcx.training.signals",
     "lcx.text_stream": "lcx.terminal",
     "lcx.train_step": "lcx.training.step",
+    "lcx.training.distributed": "lcx.multihost.join",
     **{
         f"lcx.evals.{name}": f"lcx.evals.support.{name}"
         for name in ("dna", "documents", "figures", "intervals", "model_facts", "scoring", "variants")

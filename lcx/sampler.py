@@ -32,7 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from lcx import mixers, moved, parameters
+from lcx import mixers, moved, parameters, sharding
 from lcx.errors import UserError
 from lcx.extend import rotaries
 from lcx.model import Decoder
@@ -261,7 +261,8 @@ def _append(model, variables, cache, tokens, positions, segment_ids, n):
 
     def last_logits(model, cache):
         x, cache = model.hidden(tokens, positions=positions, segment_ids=segment_ids, cache=cache)
-        return model.logits(x[:, -1:])[:, 0], cache
+        # Replicated: each process chooses, and reads, the tokens of all rows.
+        return sharding.constrain(model.logits(x[:, -1:])[:, 0], None, None), cache
 
     if n is not None:  # the text only grows, so transformers' dynamic type uses its current length, too
         cache = mixers.with_rope_length(cache, n)
@@ -281,6 +282,7 @@ def _read_jit(model, variables, slots: int, rope_length, tokens, positions, segm
 def _take(state: _State, last_logits: Array, sampling: Mapping[str, Any], stop: Array) -> _State:
     """Chooses the next token of every row; rows that have stopped repeat theirs."""
     chosen = jnp.where(state.done, state.last, choose(last_logits, step=state.step, **sampling))
+    chosen = sharding.constrain(chosen, None)
     return state._replace(
         tokens=jax.lax.dynamic_update_slice_in_dim(state.tokens, chosen[:, None], state.step, axis=1),
         last=chosen,

@@ -1,5 +1,6 @@
 """Text generation on a terminal: reads a prompt as text or from a file, and prints the continuation token by token."""
 
+import collections
 import contextlib
 import sys
 import time
@@ -7,7 +8,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from lcx import hub, paths
+import jax
+
+from lcx import hub, paths, sharding
 from lcx.checkpoint.folder import find_step, read_json
 from lcx.convert.api import load, tokenizer_record
 from lcx.data import (
@@ -22,6 +25,8 @@ from lcx.data.chat import prompt_ids, turn_end_ids
 from lcx.data.chat_templates import chat_templates
 from lcx.data.special import described
 from lcx.errors import UserError, check_sizes
+from lcx.multihost import channel
+from lcx.multihost.agreement import require_same
 from lcx.sampler import check_settings, default_new_tokens, stream
 from lcx.text import ids_of, stop_ids
 from lcx.wording import quantity
@@ -57,6 +62,8 @@ def stream_text(
 ) -> None:
     """Prints the continuation of a prompt while it is generated, then the speed on stderr.
 
+    With several processes the model is sharded over all their devices, and process 0 prints and writes.
+
     Args:
       checkpoint: as in lcx.load.
       prompt: the text. "@path" reads it from a file, without the final line break; "@@text" is a prompt that starts
@@ -87,12 +94,11 @@ def stream_text(
         raise UserError("--system and --chat_template are for conversations: set --chat")
     if temperature == 0 and (top_p != 1 or seed != 0):
         name = "--top_p" if top_p != 1 else "--seed"
-        print(f"warning: {name} has no effect at temperature 0: set --temperature", file=sys.stderr)
+        _say(f"warning: {name} has no effect at temperature 0: set --temperature")
     check_sizes("generate", num_samples=num_samples)
     if output is not None and chat:
         raise UserError(f"--output is {output}, a FASTA file, and the prompt is a chat: leave out --output or --chat")
-    claim = contextlib.nullcontext() if output is None else paths.claimed_file(output, "--output", overwrite=overwrite)
-    with claim as file:
+    with _claim(output, overwrite) as file:
         text = prompt_text(prompt)
         tokenizer = tokenizer_of(checkpoint, format)
         stops = stop_ids(tokenizer)
@@ -101,23 +107,24 @@ def stream_text(
             stops = sorted({*stops, *ends})
         else:
             ids = ids_of(tokenizer, text, add_bos=add_bos)
+        require_same("the prompt", {"its tokens": str(ids)}, advice="give every process the same prompt and tokenizer")
         say_special_tokens(tokenizer, () if chat else special_tokens(tokenizer, add_bos=add_bos).before)
+        mesh = sharding.make_mesh() if channel.count() > 1 else None
         model, params = load(
             checkpoint,
             format=format,
+            mesh=mesh,
             rope_scaling=rope_scaling,
             context_length=context_length,
             adapter=adapter,
             input_projections=input_projections,
         )
         check_vocabulary(tokenizer, model.vocab_size)
-        if max_new_tokens is None:
-            max_new_tokens = default_new_tokens(model, len(ids))
         columns = stream(
             model,
             params,
             [ids] * num_samples,
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=default_new_tokens(model, len(ids)) if max_new_tokens is None else max_new_tokens,
             temperature=temperature,
             top_p=top_p,
             seed=seed,
@@ -125,12 +132,22 @@ def stream_text(
             top_k=top_k,
             allowed_tokens=None if allowed is None else allowed_ids(tokenizer, allowed),
         )
-        if num_samples > 1 or output is not None:
-            write_samples(tokenizer, columns, prompt=ids, stops=stops, file=file)
-        else:
-            show(tokenizer, (int(column[0]) for column in columns), prompt=ids)
+        with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+            if channel.index() > 0:
+                collections.deque(columns, maxlen=0)  # takes part; process 0 prints
+            elif num_samples > 1 or file is not None:
+                write_samples(tokenizer, columns, prompt=ids, stops=stops, file=file)
+            else:
+                show(tokenizer, (int(column[0]) for column in columns), prompt=ids)
     if output is not None:
-        print(f"{output}: {quantity(num_samples, 'sample')}", file=sys.stderr)
+        _say(f"{output}: {quantity(num_samples, 'sample')}")
+
+
+def _claim(output: str | None, overwrite: bool) -> contextlib.AbstractContextManager[Path | None]:
+    """Yields the file to write, or None: the output is None, or process 0 writes it."""
+    if output is None or channel.index() > 0:
+        return contextlib.nullcontext()
+    return paths.claimed_file(output, "--output", overwrite=overwrite)
 
 
 def allowed_ids(tokenizer: Tokenizer, characters: str) -> list[int]:
@@ -210,7 +227,12 @@ def tokenizer_of(checkpoint: str, format: str | None = None) -> Tokenizer:
 
 def say_special_tokens(tokenizer: Tokenizer, before: tuple[int, ...]) -> None:
     """Prints on stderr which special tokens are put before the prompt."""
-    print(described(tokenizer, SpecialTokens(before=before), of="prompt"), file=sys.stderr)
+    _say(described(tokenizer, SpecialTokens(before=before), of="prompt"))
+
+
+def _say(line: str) -> None:
+    if channel.index() == 0:
+        print(line, file=sys.stderr)
 
 
 def chat_ids(

@@ -7,8 +7,8 @@ Examples:
 Writes config.gin, checkpoints/ and metrics.jsonl to the workdir. If the workdir already holds a run, it is resumed from
 its newest intact checkpoint. Ctrl-C and SIGTERM save a checkpoint before the run stops.
 
-For several processes, each with its own devices, run the same command in each with --distributed. On TPU pods and under
-SLURM the processes find each other. Elsewhere pass their addresses, as here for two processes on one machine:
+For several processes, each with its own devices, run the same command in each. On TPU pods and under SLURM (srun) and
+Open MPI they find each other; on plain hosts list them all with --hosts. For two processes on one machine:
   python -m lcx.train ... --coordinator_address=127.0.0.1:1234 --num_processes=2 --process_id=0 &
   python -m lcx.train ... --coordinator_address=127.0.0.1:1234 --num_processes=2 --process_id=1
 """
@@ -16,6 +16,7 @@ SLURM the processes find each other. Elsewhere pass their addresses, as here for
 import sys
 
 from lcx import config
+from lcx.config.common_flags import add_processes
 
 
 def main(argv=None) -> int:
@@ -23,13 +24,7 @@ def main(argv=None) -> int:
     parser.add_argument(
         "--workdir", required=True, metavar="DIR", help="folder that the run writes to and is resumed from"
     )
-    group = parser.add_argument_group("several processes")
-    group.add_argument(
-        "--distributed", action="store_true", help="join the processes of this TPU pod or SLURM job"
-    )
-    group.add_argument("--coordinator_address", metavar="HOST:PORT", help="address of process 0")
-    group.add_argument("--num_processes", type=int, metavar="N", help="number of processes")
-    group.add_argument("--process_id", type=int, metavar="I", help="index of this process, from 0")
+    add_processes(parser, saves=True)
     config.keep_freed_memory()
     return config.run(parser, "lcx.trainer:train", argv)
 

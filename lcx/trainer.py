@@ -25,12 +25,13 @@ from lcx.convert import start as convert
 from lcx.data import BatchIterator, BatchSpec, Dataset, Mixture, Opened
 from lcx.errors import UserError
 from lcx.linearize import Linearize, check_linear
+from lcx.locks import LOCK
 from lcx.model import Decoder
+from lcx.multihost.agreement import require_shared
 from lcx.optim import AdamW
 from lcx.pieces import Pieces
-from lcx.training import continued, doubtful, resume_check, statements, workdirs
+from lcx.training import continued, doubtful, resume_check, same_data, statements, workdirs
 from lcx.training import step as train_step
-from lcx.training.distributed import join
 from lcx.training.logger import MODES, MetricsLogger, logger_of
 from lcx.training.memory import check_fits
 from lcx.training.meter import Meter, NotFiniteError
@@ -64,10 +65,6 @@ def train(
     job: Job,
     config_text: str = "",
     operative_config: Callable[[], str] | None = None,
-    distributed: bool = False,
-    coordinator_address: str | None = None,
-    num_processes: int | None = None,
-    process_id: int | None = None,
 ) -> int:
     """Runs the job that the .gin file binds to `train.job`.
 
@@ -76,9 +73,6 @@ def train(
       job: what to run.
       config_text: the configuration as text, written to WORKDIR/config.gin.
       operative_config: called at the end; returns the settings that were used, for WORKDIR/operative_config.gin.
-      distributed: join the other processes first, found through the environment (TPU pods, SLURM).
-      coordinator_address, num_processes, process_id: join the other processes at this address, see
-        training.distributed.join.
 
     Returns:
       The exit status: 0, or 130 if Ctrl-C stopped the run.
@@ -86,10 +80,6 @@ def train(
     Raises:
       UserError: a setting is wrong, the workdir belongs to another run or another process writes to it.
     """
-    if distributed or coordinator_address is not None:
-        join(coordinator_address, num_processes, process_id)
-    elif num_processes is not None or process_id is not None:
-        raise UserError("--num_processes and --process_id need the address of process 0: set --coordinator_address")
     folder = paths.destination(workdir, "--workdir")
     if (check := getattr(job, "check", None)) is not None:
         check(str(folder))
@@ -97,6 +87,7 @@ def train(
         if jax.process_index() == 0:
             stack.enter_context(paths.claimed(folder, "--workdir"))
             stack.enter_context(workdirs.kept_config(folder, config_text))
+        require_shared(folder / LOCK, "--workdir")
         job.run(str(folder))
         if operative_config is not None and jax.process_index() == 0:
             (folder / "operative_config.gin").write_text(operative_config())
@@ -235,6 +226,7 @@ class Trainer:
         mesh = self.mesh.build()
         self.check_rows(mesh)
         # Tokenises the data first, so that a mistake in it shows before a model is loaded.
+        same_data.check(self._opened)
         doubtful.check_held_out(self, self._opened)
         folder = os.path.join(workdir, "checkpoints")
         with (

@@ -1,20 +1,26 @@
-"""One run over two processes, through the command: the losses of one process; a signal to either ends both, saved."""
+"""Several real processes: the losses of one, the same checkpoint after SIGTERM to one, one clear line after a death.
+
+The tests share one run, which goes on with 2, 4 and 1 processes, and its workdir at the end.
+"""
 
 from __future__ import annotations
 
+import json
+import pathlib
 import signal
 import socket
 import subprocess
+import sys
 import time
 
 import numpy as np
 import pytest
 import quick_xla
+from own_output import own_lines
 from tiny_runs import (  # noqa: F401
     GIN,
     command,
     environment,
-    lines,
     losses,
     saved,
     text_fixture,
@@ -22,8 +28,30 @@ from tiny_runs import (  # noqa: F401
     write_gin,
 )
 
-import lcx
+from lcx import evaluate, generate
+from lcx.checkpoint import Checkpointer
+from lcx.convert import __main__ as convert
 from lcx.optim import AdamW
+
+STEPS = 60
+MORE = """
+from lcx import sharding
+trainer.Trainer.mesh = @sharding.MeshShape()
+trainer.Trainer.steps = 60
+trainer.Trainer.checkpoint_every = 10
+optim.AdamW.schedule = 'constant'
+"""
+EVALUATE = ["--evals=loss_by_position", "--gin.LossByPosition.max_tokens=200"]
+AFTER = """
+import sys
+from lcx import evaluate, generate
+from lcx.convert import __main__ as convert
+run, out, *flags = sys.argv[1:]
+status = evaluate.main([f"--checkpoint={run}", f"--output={out}/evaluation", *%r, *flags])
+status += generate.main([f"--checkpoint={run}", "--prompt=def main", "--max_new_tokens=8", *flags])
+status += convert.main([f"--src={run}", f"--dst={out}/hf", "--dst_format=hf", *flags])
+sys.exit(status)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -31,77 +59,138 @@ def one(text, tmp_path_factory):
     """The workdir of the same run in this process."""
     workdir = tmp_path_factory.mktemp("one")
     optimizer = AdamW(learning_rate=1e-2, warmup_steps=4, schedule="constant")
-    tiny_trainer(text, optimizer=optimizer, checkpoint_every=20).run(str(workdir))
+    tiny_trainer(text, optimizer=optimizer, checkpoint_every=30, steps=STEPS).run(str(workdir))
     return workdir
 
 
-MORE = """
-from lcx import sharding
-trainer.Trainer.mesh = @sharding.MeshShape()
-trainer.Trainer.checkpoint_every = 20
-optim.AdamW.schedule = 'constant'
-"""
-
-
-def start(text, workdir, *flags: str) -> list[subprocess.Popen]:
+def joined(commands: list[list[str]], **settings) -> list[subprocess.Popen]:
+    """These commands as the processes of one program."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"--coordinator_address=127.0.0.1:{probe.getsockname()[1]}"
-    gin_file = write_gin(text, GIN + MORE)
     env = environment(XLA_FLAGS=quick_xla.flags("--xla_force_host_platform_device_count=1"))
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": env}
     return [
         subprocess.Popen(
-            command(gin_file, workdir, address, "--num_processes=2", f"--process_id={rank}", *flags),
-            env=env,
-            stderr=subprocess.PIPE,
-            text=True,
+            [*command, address, f"--num_processes={len(commands)}", f"--process_id={rank}"], **pipes | settings
         )
-        for rank in (0, 1)
+        for rank, command in enumerate(commands)
     ]
 
 
-def finish(processes, seconds: float = 150) -> list[str]:
-    """What they said; a process that hangs is killed, and fails the test."""
+def start(text, workdir, count: int, *flags: str) -> list[subprocess.Popen]:
+    return joined([command(write_gin(text, GIN + MORE), workdir, "--heartbeat_timeout=100", *flags)] * count)
+
+
+def finish(processes, seconds: float = 300) -> tuple[list[int], list[str], list[str]]:
+    """(statuses, stdout, own lines of stderr) of each; a process that hangs is killed, and fails the test."""
+    deadline = time.monotonic() + seconds
     try:
-        said = [process.communicate(timeout=seconds)[1] for process in processes]
+        said = [process.communicate(timeout=max(1, deadline - time.monotonic())) for process in processes]
     finally:
         for process in processes:
             process.kill()  # -9: after jax.distributed.initialize SIGTERM alone would not end a hung one
-    assert [process.returncode for process in processes] == [0, 0], said
-    return said
+    return [p.returncode for p in processes], [out for out, _ in said], [err for _, err in said]
 
 
-def assert_same_losses(found, expected):
-    np.testing.assert_allclose(found[:4], expected[:4], rtol=1e-5)
-    np.testing.assert_allclose(found, expected, rtol=1e-3)  # rounding has grown
-
-
-def test_the_losses_are_those_of_one_process(text, one, tmp_path):
-    """Parameters and rows cut in two."""
-    said = finish(start(text, tmp_path, "--gin.MeshShape.fsdp=2"))
-    assert_same_losses(losses(tmp_path), losses(one))
-    assert [line["step"] for line in lines(tmp_path)] == [line["step"] for line in lines(one)]
-    evaluated = [
-        line["eval_loss"] for folder in (tmp_path, one) for line in lines(folder) if "eval_loss" in line
-    ]
-    assert evaluated[0] == pytest.approx(evaluated[1], rel=1e-3)
-    assert "step 40/40" in said[0] and "step" not in said[1]  # one of them talks
-    assert saved(tmp_path)[2]["data"]["next_index"] == 40 * 8
-    assert lcx.load(tmp_path)[0] == lcx.load(one)[0]
-
-
-def test_sigterm_to_one_saves_and_ends_both(text, one, tmp_path):
-    """Heads cut in two: both processes read all rows."""
-    flags = ("--gin.Trainer.steps=4000", "--gin.Trainer.checkpoint_every=4000")
-    processes = start(text, tmp_path, "--gin.MeshShape.fsdp=1", "--gin.MeshShape.tensor=2", *flags)
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "metrics.jsonl").exists() or len(losses(tmp_path)) < 4:
+def wait_for_losses(workdir: pathlib.Path, count: int, processes) -> None:
+    deadline = time.monotonic() + 300
+    while not (workdir / "metrics.jsonl").exists() or len(losses(workdir)) < count:
         assert time.monotonic() < deadline and all(p.poll() is None for p in processes), finish(processes, 1)
         time.sleep(0.01)
-    processes[1].send_signal(signal.SIGTERM)
-    said = finish(processes)
-    step, _, documents = saved(tmp_path)
-    assert 12 <= step < 4000
-    assert documents["data"]["next_index"] == step * 8
-    assert f"stopped at step {step} of 4000" in said[0]
-    np.testing.assert_allclose(losses(tmp_path)[:4], losses(one)[:4], rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def run(text, tmp_path_factory):
+    """A workdir, and what the processes said: two, of which one gets SIGTERM; four, of which one is killed; one."""
+    workdir = tmp_path_factory.mktemp("several")
+    two = start(text, workdir, 2, "--gin.MeshShape.fsdp=1", "--gin.MeshShape.tensor=2")  # both read all rows
+    wait_for_losses(workdir, 4, two)
+    two[1].send_signal(signal.SIGTERM)
+    said = {"stopped": finish(two), "step": saved(workdir)[0], "next": saved(workdir)[2]["data"]["next_index"]}
+    four = start(text, workdir, 4, "--gin.MeshShape.fsdp=2", "--gin.MeshShape.data=2")
+    wait_for_losses(workdir, said["step"] // 3 + 2, four)
+    four[3].kill()
+    said["killed"] = finish(four)
+    said["done"] = finish(joined([command(write_gin(text, GIN + MORE), workdir)]))
+    return workdir, said
+
+
+def test_sigterm_to_one_saves_the_same_step_and_ends_all(run):
+    _, said = run
+    statuses, _, err = said["stopped"]
+    assert statuses == [0, 0], err
+    assert 12 <= said["step"] < STEPS and said["next"] == said["step"] * 8
+    assert f"stopped at step {said['step']} of {STEPS}" in err[0]
+    assert "step" not in "".join(own_lines(err[1]))  # one of them talks
+
+
+def test_a_process_that_dies_ends_all_others_with_one_line(run):
+    statuses, _, err = run[1]["killed"]
+    assert statuses == [75, 75, 75, -signal.SIGKILL], err
+    for said in err[:3]:
+        (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
+        assert line.startswith(f"error: process 3 on {socket.gethostname()} is gone "), line
+        assert "Traceback" not in said
+
+
+def test_the_losses_are_those_of_one_process(run, one):
+    """2, 4 and 1 processes, one after the other."""
+    workdir, said = run
+    assert said["done"][0] == [0], said
+    assert f"step {said['step']} of {STEPS} is done: resuming" in said["killed"][2][0]
+    found, expected = losses(workdir), losses(one)
+    assert len(found) == len(expected) == STEPS // 3
+    np.testing.assert_allclose(found[:4], expected[:4], rtol=1e-5)
+    np.testing.assert_allclose(found, expected, rtol=2e-3)  # rounding has grown
+    assert saved(workdir)[2]["data"] == saved(one)[2]["data"]
+
+
+def test_what_follows_runs_in_two_processes_and_gives_what_one_gives(run, tmp_path, capsys):
+    workdir, _ = run
+    commands = [[sys.executable, "-c", AFTER % EVALUATE, str(workdir), str(tmp_path / "two")]] * 2
+    (tmp_path / "two").mkdir()
+    statuses, out, err = finish(joined(commands))
+    assert statuses == [0, 0], err
+    assert out[1] == "" and not own_lines(err[1])  # one of them talks
+    flags = [f"--checkpoint={workdir}", f"--output={tmp_path}/one/evaluation", *EVALUATE]
+    assert evaluate.main(flags) == 0
+    found = [json.loads((tmp_path / name / "evaluation/results.json").read_text()) for name in ("one", "two")]
+    tables = [results["evaluations"]["loss_by_position"]["table"] for results in found]
+    assert tables[0] == pytest.approx(tables[1], rel=1e-5) and tables[0]
+    capsys.readouterr()
+    assert generate.main([f"--checkpoint={workdir}", "--prompt=def main", "--max_new_tokens=8"]) == 0
+    assert out[0].startswith(capsys.readouterr().out)
+    assert convert.main([f"--src={workdir}", f"--dst={tmp_path}/one/hf", "--dst_format=hf"]) == 0
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "one/hf" / name).read_bytes() == (tmp_path / "two/hf" / name).read_bytes()
+
+
+@pytest.mark.parametrize("differs", ["configuration", "data"])
+def test_hosts_that_differ_are_named_at_the_start(differs, text, tmp_path):
+    """Of data: the same relative path in two folders."""
+    flags = [["--gin.Trainer.steps=4"], ["--gin.Trainer.steps=5"]]
+    if differs == "data":
+        flags = [[f"--gin.Dataset.source='{text}/text'"], [f"--gin.Dataset.source='{tmp_path}/text'"]]
+        (tmp_path / "text").mkdir()
+        (tmp_path / "text" / "00.txt").write_text("another text " * 100)
+        folders = [tmp_path / "a", tmp_path / "b"]
+        for folder, source in zip(folders, (text / "text", tmp_path / "text")):
+            folder.mkdir()
+            (folder / "here").symlink_to(source)
+        flags = [["--gin.Dataset.source='here'"]] * 2
+    commands = [command(write_gin(text, GIN), tmp_path / "run", *own) for own in flags]
+    if differs == "data":
+        commands = [["env", "-C", str(folder), *own] for folder, own in zip(folders, commands)]
+    statuses, _, err = finish(joined(commands))
+    host = socket.gethostname()
+    assert statuses == [2, 2], err
+    for said in err:
+        (line,) = [line for line in own_lines(said) if line.startswith("error: ")]
+        start = f"error: the processes do not agree on the {differs}: "
+        assert line.startswith(start), line
+        if differs == "configuration":
+            found = f"trainer.Trainer.steps is 4 on {host} (process 0), 5 on {host} (process 1)"
+            assert line.startswith(start + found), line
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert not Checkpointer(tmp_path / "run" / "checkpoints").steps()

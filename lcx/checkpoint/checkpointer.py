@@ -119,10 +119,11 @@ class Checkpointer:
     ) -> None:
         if kind is None:
             self.close()
-        else:
+        elif isinstance(value, UserError) or jax.process_count() == 1:
             # A failed save was reported as a warning; the exception under way matters more.
             with contextlib.suppress(UserError):
                 self.close()
+        # Else another process may be gone: waiting until it has written its part would take minutes.
 
     def steps(self) -> list[int]:
         """Committed steps on disk, oldest first. A save still in progress is not included."""

@@ -30,7 +30,6 @@ import inspect
 import os
 import re
 import sys
-import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -38,7 +37,7 @@ import gin
 from gin import config as gin_config
 from gin import config_parser
 
-from lcx.config import checking, interrupts, messages, plugins, reading
+from lcx.config import checking, interrupts, messages, plugins, processes, reading
 from lcx.config import flags as flags_lib
 from lcx.config.environment import keep_freed_memory, setup_jax
 from lcx.config.flags import BINDS, json_object, parser
@@ -101,18 +100,20 @@ def run(
             with interrupts.importing():
                 function, source = _read(flags, target, defaults, bindings_of or target)
             with interrupts.interruptible():
+                processes.join(flags)
                 status = _call(function, source, flags)
+                processes.leave()
     except (KeyboardInterrupt, UserError, OSError) as error:
         if flags.debug:
             raise
         status = _report(error)
-    except Exception:
+        processes.report(error, status)
+    except Exception as error:
         if interrupts.pressed() and not flags.debug:  # inside an import, Ctrl-C surfaces as an ImportError
             interrupts.leave_interrupted()
         if _is_distributed():
-            traceback.print_exc()
             # A normal exit waits for the other processes, which would hang if one of them failed.
-            interrupts.leave(1)
+            interrupts.leave(processes.failed(error))
         raise
     if (status and _is_distributed()) or (status == interrupts.STATUS and argv is None):
         interrupts.leave(status)

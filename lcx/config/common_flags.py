@@ -1,8 +1,9 @@
 """Flags that several commands share."""
 
 import argparse
+from typing import Any
 
-from lcx.config.flags import json_object
+from lcx.config.flags import PROCESSES, json_object
 
 
 def add_loading(parser: argparse.ArgumentParser) -> None:
@@ -60,3 +61,31 @@ def add_sequences(parser: argparse.ArgumentParser, *, regions: str) -> None:
     )
     parser.add_argument("--tokens_per_batch", type=int, metavar="N", help="tokens per forward pass (default: 16384)")
     parser.add_argument("--overwrite", action="store_true", help="replace existing outputs")
+
+
+def add_processes(parser: argparse.ArgumentParser, *, saves: bool = False) -> None:
+    """Several processes, each with its own devices: fields of multihost.join.Processes.
+
+    Args:
+      saves: whether the command saves its progress when SIGTERM asks it to stop.
+    """
+    parser.set_defaults(**{f"{PROCESSES}saves": saves})
+    group = parser.add_argument_group(
+        "several processes", "The same command in each; TPU pods, SLURM and Open MPI need no flag."
+    )
+
+    def add(flag: str, **settings: Any) -> None:
+        group.add_argument(flag, dest=f"{PROCESSES}{flag[2:]}", **settings)
+
+    explained = "join the other processes, which JAX finds, or do not (default: join if the environment names others)"
+    add("--distributed", action=argparse.BooleanOptionalAction, help=explained)
+    add("--hosts", metavar="A,B,...", help="all hosts, the same list on each: one process per host, the first leads")
+    add("--coordinator_address", metavar="HOST:PORT", help="address of process 0 (JAX_COORDINATOR_ADDRESS)")
+    add("--num_processes", type=int, metavar="N", help="number of processes (JAX_NUM_PROCESSES)")
+    explained = "index of this process, from 0 (JAX_PROCESS_ID, JOB_COMPLETION_INDEX)"
+    add("--process_id", type=int, metavar="I", help=explained)
+    explained = "a process that is silent for so long is gone, which ends all others (default: 30)"
+    add("--heartbeat_timeout", type=float, metavar="SECONDS", help=explained)
+    if saves:
+        explained = "a training step that takes so long hangs, which ends all processes (default: 600)"
+        add("--step_timeout", type=float, metavar="SECONDS", help=explained)

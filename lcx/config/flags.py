@@ -11,18 +11,20 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, NoReturn
 
+PROCESSES = "processes:"  # the `dest` of a flag about several processes, a field of multihost.join.Processes
 BINDS = "gin:"  # the `dest` of a flag that sets a binding, "gin:evaluate.evals"; its `type` gives the value as gin text
 
 
 class Flags(NamedTuple):
-    """A parsed command line: the command's own flags, the .gin files, --gin.name=value as (name, value) pairs, and
-    the modules to import first."""
+    """A parsed command line: the command's own flags, the .gin files, --gin.name=value as (name, value) pairs, the
+    modules to import first, and the flags about several processes (None: the command is always one process)."""
 
     own: dict[str, Any]
     gin_files: list[str]
     bindings: list[tuple[str, str]]
     debug: bool
     imports: Sequence[str] = ()
+    processes: dict[str, Any] | None = None
 
 
 class _Parser(argparse.ArgumentParser):
@@ -97,8 +99,12 @@ def read(parser: argparse.ArgumentParser, argv: Sequence[str]) -> Flags:
         parser.error(f"unknown argument {unknown[0]!r}{hint(unknown[0].partition('=')[0], options)}")
     own = vars(known)
     first = [(name.removeprefix(BINDS), own.pop(name)) for name in list(own) if name.startswith(BINDS)]
+    several = {name.removeprefix(PROCESSES): own.pop(name) for name in list(own) if name.startswith(PROCESSES)}
     files, debug, imports = own.pop("gin_file", []), own.pop("debug", False), own.pop("imports", [])
-    return Flags(gin_files=files, debug=debug, own=own, bindings=[*first, *bindings], imports=imports)
+    bindings = [*first, *bindings]
+    return Flags(
+        gin_files=files, debug=debug, own=own, bindings=bindings, imports=imports, processes=several or None
+    )
 
 
 def hint(name: str, known: Iterable[object]) -> str:

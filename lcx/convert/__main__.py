@@ -20,6 +20,7 @@ import os
 import sys
 
 from lcx import config
+from lcx.config.common_flags import add_processes
 from lcx.convert import formats
 
 
@@ -57,6 +58,7 @@ def main(argv=None) -> int:
     _add_options(parser)
     _add_adapters(parser)
     _add_lolcats(parser)
+    add_processes(parser)
     return config.run(parser, "lcx.convert.command:convert", argv)
 
 

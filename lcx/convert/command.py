@@ -16,8 +16,10 @@ from lcx.convert.peft import merged
 from lcx.convert.progress import Progress
 from lcx.convert.workdir.format import Workdir
 from lcx.errors import UserError
+from lcx.multihost.agreement import first_only
 
 
+@first_only
 def convert(
     *,
     src: str,
@@ -37,6 +39,8 @@ def convert(
     adapter: Sequence[str] | None = None,
 ) -> None:
     """Converts a checkpoint, holding one layer of one parameter in memory at a time.
+
+    With several processes the first of them converts, and the others wait for it.
 
     Args:
       src, dst: folders; src may also be one .pt file, or the name of a model on the Hugging Face hub.

@@ -16,6 +16,7 @@ import jax
 from lcx import model as model_lib
 from lcx.errors import UserError
 from lcx.model import Decoder
+from lcx.multihost import watch
 from lcx.training.logger import MetricsLogger
 from lcx.training.peak_flops import peak_flops
 
@@ -89,6 +90,7 @@ class Meter:
         Raises:
           NotFiniteError: the loss or gradient norm of the previous step is not finite.
         """
+        watch.dispatched(step)
         self._dispatched.append((step, values, self._watcher.submit(_done, values["loss"])))
         while len(self._dispatched) >= IN_FLIGHT:
             self._record()
@@ -97,11 +99,13 @@ class Meter:
         """Waits for all steps that are still running. Raises NotFiniteError as `add` does."""
         while self._dispatched:
             self._record()
+        watch.rest()
 
     def _record(self) -> None:
         step, values, done = self._dispatched.popleft()
         now = done.result()
         numbers = {name: float(value) for name, value in values.items()}
+        watch.finished()
         for name in ("loss", "grad_norm"):
             if not math.isfinite(numbers[name]):
                 raise NotFiniteError(name, numbers[name], step)

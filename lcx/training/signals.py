@@ -3,8 +3,9 @@
 A run that SIGTERM has stopped ends as if it had succeeded, because the same command will be started again. After Ctrl-C
 the command ends with status 130, so that a script does not go on with an unfinished run (`interrupted`).
 
-With several processes JAX's own preemption notice is used instead. It makes every process stop at the same step, and
-a Python signal handler installed after jax.distributed.initialize would override it.
+With several processes JAX's own preemption notice is used for SIGTERM. It makes all of them stop at the same step, even
+if only one has received the signal, and a Python handler installed after jax.distributed.initialize would override it.
+Ctrl-C is passed on to it as a SIGTERM to the process itself.
 """
 
 import os
@@ -43,8 +44,9 @@ class StopRequest:
 
     def __enter__(self) -> "StopRequest":
         _interrupted.clear()
-        if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
+        numbers = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else (signal.SIGINT,)
+        if threading.current_thread() is threading.main_thread():
+            for number in numbers:
                 self._previous[number] = signal.signal(number, self._handle)
             self._pipe = os.pipe()
             os.set_blocking(self._pipe[1], False)
@@ -82,6 +84,8 @@ class StopRequest:
         self._flag.set()
         if number == signal.SIGINT:
             _interrupted.set()
+        if jax.process_count() > 1:
+            os.kill(os.getpid(), signal.SIGTERM)
         name = signal.Signals(number).name
         print(
             f"\n{name}: saving a checkpoint, then stopping; send it again to stop now",

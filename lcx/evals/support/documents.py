@@ -11,6 +11,8 @@ from lcx.data import ByteTokenizer, Dataset, Mixture, Tokenizer, check_vocabular
 from lcx.data.tokenizers import identity
 from lcx.errors import UserError
 from lcx.model import Decoder
+from lcx.multihost import channel
+from lcx.multihost.agreement import require_same
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +103,9 @@ def read(
             left -= len(document)
             if left <= 0:
                 break
+    if channel.count() > 1:
+        digest = hashlib.sha256(b"".join(document.tobytes() for document in tokens)).hexdigest()[:16]
+        require_same(f"the text of {owner}", {_source(dataset): digest}, advice=f"copy {owner}.dataset to every host")
     if not any(len(document) > 1 for document in tokens):
         raise UserError(
             f"split {split!r} of {_source(dataset)} holds no text: set {owner}.split, or raise Dataset.eval_fraction"

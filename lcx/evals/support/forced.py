@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
+from lcx import sharding
 from lcx.evals.support import journal, scoring
 from lcx.evals.support.answers import batches
 from lcx.model import Decoder
@@ -121,7 +122,8 @@ def _at(model, params, tokens, segment_ids, before, labels):
         x, _ = model.hidden(tokens, segment_ids=segment_ids)
         logits = model.logits(jnp.take_along_axis(x, before[:, :, None], axis=1))
         logp = jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, :, None], axis=-1)[..., 0]
-        return jnp.argmax(logits, -1).astype(jnp.int32), logp
+        found = jnp.argmax(logits, -1).astype(jnp.int32), logp
+        return tuple(sharding.constrain(x, None, None) for x in found)  # replicated: each process reads all of it
 
     return model.apply({"params": params}, method=chosen)
 

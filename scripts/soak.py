@@ -1,0 +1,316 @@
+"""Disturbs training runs of several process counts and checks that nothing is lost; bash scripts/soak.sh runs it.
+
+For each process count an undisturbed run trains for as long as the faults will take, and is stopped by SIGTERM. Then
+the same run is disturbed, every --every seconds by one of these, until it has done the same number of steps:
+
+    kill   one process gets SIGKILL: the others must end with one line and a status other than 0
+    halt   one process gets SIGSTOP, as a host that loses its network: likewise (with several processes)
+    term   one process gets SIGTERM: all must save the same step and end with status 0
+    disk   no process can write files of more than 4 KB for a while: the run must go on (RLIMIT_FSIZE)
+    flip   all processes get SIGKILL, and one bit of the newest checkpoint is inverted: an older one must be used
+
+After each fault that ends the processes, the same command starts again. At the end the fingerprints of all arrays must
+equal those of the undisturbed run. Goodput: the seconds of the undisturbed run over those of the disturbed one, both
+with starts and compilations.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import dataclasses
+import os
+import pathlib
+import random
+import resource
+import shutil
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+FAULTS = ("kill", "term", "flip", "disk", "halt")
+HEARTBEAT_S = 20
+END_WITHIN_S = 60  # after a fault, for all other processes to end
+GIN = """
+from __gin__ import dynamic_registration
+from lcx import data
+from lcx import model
+from lcx import optim
+from lcx import sharding
+from lcx import trainer
+
+trainer.train.job = @trainer.Trainer()
+trainer.Trainer.mesh = @sharding.MeshShape()
+trainer.Trainer.model = @model.llama()
+trainer.Trainer.data = @data.Dataset()
+trainer.Trainer.optimizer = @optim.AdamW()
+trainer.Trainer.steps = 1000000
+trainer.Trainer.batch_size = 8
+trainer.Trainer.seq_len = 64
+trainer.Trainer.log_every = 50
+trainer.Trainer.checkpoint_every = 100
+trainer.Trainer.eval_batches = 1
+optim.AdamW.learning_rate = 1e-3
+optim.AdamW.warmup_steps = 20
+optim.AdamW.schedule = 'constant'
+data.Dataset.source = 'stdlib'
+data.Dataset.cache_dir = '{folder}/cache'
+model.llama.vocab_size = 258
+model.llama.hidden_size = {width}
+model.llama.intermediate_size = {twice}
+model.llama.num_layers = 2
+model.llama.num_heads = 4
+model.llama.num_kv_heads = 2
+model.llama.max_position_embeddings = 64
+"""
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What a fault did: seconds until all processes had ended (None: they went on), and what went wrong."""
+
+    kind: str
+    seconds: float | None = None
+    wrong: str = ""
+
+
+class World:
+    """The processes of one run."""
+
+    def __init__(self, gin_file: pathlib.Path, workdir: pathlib.Path, count: int, *flags: str):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            address = f"--coordinator_address=127.0.0.1:{probe.getsockname()[1]}"
+        self.logs = [workdir.parent / f"{workdir.name}.{i}.log" for i in range(count)]
+        self.processes = []
+        for i, log in enumerate(self.logs):
+            several = [address, f"--num_processes={count}", f"--process_id={i}", f"--heartbeat_timeout={HEARTBEAT_S}"]
+            command = [sys.executable, "-m", "lcx.train", f"--gin_file={gin_file}", f"--workdir={workdir}", *flags]
+            with open(log, "w") as file:
+                self.processes.append(
+                    subprocess.Popen(
+                        command + (several if count > 1 else ["--no-distributed"]),
+                        env=_environment(),
+                        stdout=file,
+                        stderr=file,
+                        start_new_session=True,
+                    )
+                )
+
+    def running(self) -> bool:
+        return any(process.poll() is None for process in self.processes)
+
+    def ended(self, seconds: float) -> bool:
+        """Whether all processes end within this time."""
+        deadline = time.monotonic() + seconds
+        while self.running() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        return not self.running()
+
+    def kill(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.wait()
+
+    def statuses(self) -> list[int]:
+        return [process.wait() for process in self.processes]
+
+    def said(self, i: int) -> str:
+        return self.logs[i].read_text(errors="replace")
+
+
+def _environment() -> dict[str, str]:
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=1".strip()
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    return {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path, "XLA_FLAGS": flags}
+
+
+def steps_of(workdir: pathlib.Path) -> list[int]:
+    from lcx.checkpoint.folder import committed_steps
+
+    return committed_steps(workdir / "checkpoints")
+
+
+def fingerprints(workdir: pathlib.Path, step: int) -> dict[str, dict[str, int]]:
+    """{item: {array: fingerprint}} of a checkpoint, as its record has them; restoring verified them."""
+    from lcx.checkpoint import read_record
+
+    arrays = read_record(workdir / "checkpoints" / str(step)).arrays
+    return {item: {name: entry.fingerprint for name, entry in entries.items()} for item, entries in arrays.items()}
+
+
+def wait_for_step(world: World, workdir: pathlib.Path, beyond: int, seconds: float = 900) -> bool:
+    """Waits until a checkpoint beyond this step is there; False if the processes have ended first."""
+    deadline = time.monotonic() + seconds
+    while max(steps_of(workdir), default=0) <= beyond:
+        if not world.running():
+            return False
+        if time.monotonic() > deadline:
+            raise SystemExit(f"no checkpoint within {seconds} s: {world.said(0)[-2000:]}")
+        time.sleep(0.05)
+    return True
+
+
+def disturb(kind: str, world: World, workdir: pathlib.Path, rng: random.Random) -> Outcome:
+    victim = rng.randrange(len(world.processes))
+    outcome, start = Outcome(kind), time.monotonic()
+    if kind == "disk":
+        _full_disk(world, rng.uniform(3, 8))
+        if not world.running() and any(world.statuses()):
+            outcome.wrong = f"the run ended: {world.said(0)[-500:]}"
+        return outcome
+    if kind == "flip":
+        world.kill()
+        _flip(workdir, rng)
+        return dataclasses.replace(outcome, seconds=0.0)
+    number = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "halt": signal.SIGSTOP}[kind]
+    os.kill(world.processes[victim].pid, number)
+    others = [process for i, process in enumerate(world.processes) if i != victim or kind == "term"]
+    while any(process.poll() is None for process in others) and time.monotonic() - start < END_WITHIN_S:
+        time.sleep(0.02)
+    outcome.seconds = time.monotonic() - start
+    alive = sum(process.poll() is None for process in others)
+    world.kill()
+    statuses = world.statuses()
+    if alive:
+        outcome.wrong = f"{alive} processes went on for {END_WITHIN_S} s"
+    elif kind == "term" and any(statuses):
+        outcome.wrong = f"statuses {statuses}: {world.said(victim)[-500:]}"
+    elif kind != "term":
+        for i in set(range(len(statuses))) - {victim}:
+            lines = [line for line in world.said(i).splitlines() if line.startswith("error: ")]
+            if not statuses[i] or len(lines) != 1:
+                outcome.wrong = f"process {i}: status {statuses[i]}, lines {lines}"
+    return outcome
+
+
+def _full_disk(world: World, seconds: float) -> None:
+    """Lets no process write files of more than 4 KB for a while."""
+    for limit in (4096, resource.RLIM_INFINITY):
+        for process in world.processes:
+            if process.poll() is None:
+                resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+        if limit == 4096:
+            world.ended(seconds)
+
+
+def _flip(workdir: pathlib.Path, rng: random.Random) -> None:
+    """Inverts one bit in a random file of the newest checkpoint; arrays are more likely than documents, by size."""
+    folder = workdir / "checkpoints" / str(steps_of(workdir)[-1])
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.stat().st_size]
+    path = rng.choices(files, [path.stat().st_size for path in files])[0]
+    data = bytearray(path.read_bytes())
+    place = rng.randrange(len(data) * 8)
+    data[place // 8] ^= 1 << place % 8
+    path.write_bytes(data)
+
+
+def undisturbed(gin_file: pathlib.Path, workdir: pathlib.Path, count: int, seconds: float) -> tuple[int, float]:
+    """(steps, seconds) of a run that is stopped by SIGTERM after about so many seconds."""
+    start = time.monotonic()
+    world = World(gin_file, workdir, count)
+    if not wait_for_step(world, workdir, 0):
+        raise SystemExit(f"the undisturbed run ended: {world.said(0)[-2000:]}")
+    world.ended(max(0.0, seconds - (time.monotonic() - start)))
+    os.kill(world.processes[-1].pid, signal.SIGTERM)
+    if not world.ended(END_WITHIN_S) or any(world.statuses()):
+        world.kill()
+        raise SystemExit(f"the undisturbed run failed: {world.said(0)[-2000:]}")
+    return steps_of(workdir)[-1], time.monotonic() - start
+
+
+def disturbed(
+    gin_file: pathlib.Path,
+    workdir: pathlib.Path,
+    count: int,
+    *,
+    last: int,
+    every: float,
+    plan: list[str],
+    rng: random.Random,
+) -> tuple[list[Outcome], float]:
+    """(what the faults did, seconds) of a run to the same step."""
+    outcomes, start, flag = [], time.monotonic(), f"--gin.Trainer.stop_at={last}"
+    due = start + every
+    world = World(gin_file, workdir, count, flag)
+    while plan:
+        newest = max(steps_of(workdir), default=0)
+        going = wait_for_step(world, workdir, newest)  # every start gets on, so that the run comes to its end
+        if not going or world.ended(max(0.0, due - time.monotonic() + rng.uniform(-0.2, 0.2) * every)):
+            break
+        outcomes.append(disturb(plan.pop(0), world, workdir, rng))
+        due = max(due + every, time.monotonic())
+        _say(count, outcomes[-1])
+        if not world.running():
+            world = World(gin_file, workdir, count, flag)
+    if not world.ended(3600) or any(world.statuses()):
+        world.kill()
+        raise SystemExit(f"the run did not come to its end: {world.said(0)[-2000:]}")
+    return outcomes, time.monotonic() - start
+
+
+def _say(count: int, outcome: Outcome) -> None:
+    took = "" if outcome.seconds is None else f", all ended within {outcome.seconds:.1f} s"
+    print(f"{count} x {outcome.kind}{took}{'; WRONG: ' if outcome.wrong else ''}{outcome.wrong}", flush=True)
+
+
+def table(rows: list[tuple[int, int, list[Outcome], float, float, bool]]) -> str:
+    """The results as two Markdown tables."""
+    lines = ["| processes | faults | steps | undisturbed | disturbed | goodput | parameters |", "|---" * 7 + "|"]
+    for count, steps, outcomes, before, after, same in rows:
+        equal = "equal to the bit" if same else "DIFFERENT"
+        lines.append(
+            f"| {count} | {len(outcomes)} | {steps} | {before:.0f} s | {after:.0f} s | {before / after:.0%} | {equal} |"
+        )
+    lines += ["", "| processes | fault | times | as expected | all ended after (median, longest) |", "|---" * 5 + "|"]
+    for count, _, outcomes, *_ in rows:
+        of_kind = collections.defaultdict(list)
+        for outcome in outcomes:
+            of_kind[outcome.kind].append(outcome)
+        for kind, found in sorted(of_kind.items()):
+            seconds = [one.seconds for one in found if one.seconds is not None]
+            took = f"{statistics.median(seconds):.1f} s, {max(seconds):.1f} s" if seconds else "the run went on"
+            good = sum(not one.wrong for one in found)
+            lines.append(f"| {count} | {kind} | {len(found)} | {good} | {took} |")
+    return "\n".join(lines)
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--faults", type=int, default=60, metavar="N", help="over all process counts (default: 60)")
+    parser.add_argument("--every", type=float, default=60, metavar="SECONDS", help="between faults (default: 60)")
+    parser.add_argument("--processes", default="1,2,4", metavar="N,...", help="process counts (default: 1,2,4)")
+    parser.add_argument("--width", type=int, default=64, help="hidden size of the model (default: 64)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", metavar="DIR", help="where to work, kept (default: a temporary folder, removed)")
+    flags = parser.parse_args(argv)
+    counts = [int(count) for count in flags.processes.split(",")]
+    folder = pathlib.Path(flags.folder or tempfile.mkdtemp(prefix="lcx-soak-")).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    gin_file = folder / "soak.gin"
+    gin_file.write_text(GIN.format(folder=folder, width=flags.width, twice=2 * flags.width))
+    rng, rows = random.Random(flags.seed), []
+    for i, count in enumerate(counts):
+        faults = flags.faults // len(counts) + (i < flags.faults % len(counts))
+        kinds = [kind for kind in FAULTS if kind != "halt" or count > 1]
+        plan = [kinds[j % len(kinds)] for j in range(faults)]
+        rng.shuffle(plan)
+        last, before = undisturbed(gin_file, folder / f"{count}-undisturbed", count, (faults + 0.5) * flags.every)
+        outcomes, after = disturbed(
+            gin_file, folder / f"{count}-disturbed", count, last=last, every=flags.every, plan=plan, rng=rng
+        )
+        same = fingerprints(folder / f"{count}-undisturbed", last) == fingerprints(folder / f"{count}-disturbed", last)
+        rows.append((count, last, outcomes, before, after, same))
+        print(f"\n{table(rows)}\n", flush=True)
+    if flags.folder is None:
+        shutil.rmtree(folder)
+    return int(any(not same or any(one.wrong for one in outcomes) for _, _, outcomes, _, _, same in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

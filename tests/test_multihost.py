@@ -1,0 +1,155 @@
+"""Who a process is, what a difference between hosts is called, and when a step hangs; no second process is needed."""
+
+from __future__ import annotations
+
+import socket
+
+import pytest
+
+from lcx.config import processes
+from lcx.config.flags import Flags
+from lcx.errors import UserError
+from lcx.multihost import agreement, watch
+from lcx.multihost.join import PORT, Processes, whereabouts
+
+HERE = socket.gethostname()
+THREE = {"coordinator_address": "10.0.0.1:99", "num_processes": 4, "process_id": 2}
+SLURM = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "2", "SLURM_STEP_TASKS_PER_NODE": "1(x4)"}
+
+
+def two(address, index):
+    return {"coordinator_address": address, "num_processes": 2, "process_id": index}
+
+
+@pytest.mark.parametrize(
+    "flags, env, expected",
+    [
+        ({}, {}, None),
+        (THREE, {}, THREE),
+        (THREE, {"JAX_PROCESS_ID": "3"}, THREE),
+        ({}, {"JAX_COORDINATOR_ADDRESS": "10.0.0.1:99", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "2"}, THREE),
+        ({"num_processes": 4}, {"JAX_COORDINATOR_ADDRESS": "10.0.0.1:99", "JOB_COMPLETION_INDEX": "2"}, THREE),
+        ({}, {"JOB_COMPLETION_INDEX": "2"}, None),  # an indexed job may be of independent tasks
+        ({"distributed": True}, {}, {}),
+        ({}, SLURM, {}),
+        ({"distributed": False}, SLURM, None),
+        ({}, SLURM | {"SLURM_STEP_NUM_TASKS": "1"}, None),
+        ({}, SLURM | {"CUDA_VISIBLE_DEVICES": "0,1,2,3"}, {"local_device_ids": [0, 1, 2, 3]}),
+        ({}, SLURM | {"CUDA_VISIBLE_DEVICES": "0,1", "SLURM_STEP_TASKS_PER_NODE": "2(x2)"}, {}),
+        ({}, SLURM | {"CUDA_VISIBLE_DEVICES": "0,1", "JAX_LOCAL_DEVICE_IDS": "1"}, {}),
+        ({}, {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, {}),
+        ({"hosts": f"203.0.113.9,{HERE}"}, {}, two(f"203.0.113.9:{PORT}", 1)),
+        ({"hosts": "127.0.0.1:77, 203.0.113.9"}, {}, two("127.0.0.1:77", 0)),
+    ],
+)
+def test_a_process_finds_out_who_it_is(flags, env, expected):
+    assert whereabouts(Processes(**flags), env | {"JAX_PLATFORMS": "cpu"}) == expected
+
+
+@pytest.mark.parametrize(
+    "flags, env, message",
+    [
+        ({"num_processes": 2}, {}, "need the address of process 0: set --coordinator_address"),
+        ({"coordinator_address": "host"}, {}, "is 'host', expected HOST:PORT"),
+        ({"distributed": False, "process_id": 1}, {}, "--no-distributed and --process_id are both set"),
+        ({"hosts": "a,b", "process_id": 1}, {}, "--hosts and --process_id are both set"),
+        ({"heartbeat_timeout": 0}, {}, "--heartbeat_timeout is 0, expected a positive number"),
+        ({"hosts": "a"}, {}, "expected the names of at least two hosts"),
+        ({"hosts": "203.0.113.8,203.0.113.9"}, {}, f"none of them is this machine \\({HERE}\\)"),
+        ({"hosts": f"{HERE},127.0.0.1"}, {}, "2 of them is this machine"),
+        ({}, {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "two"}, "JAX_NUM_PROCESSES is 'two', expected a"),
+    ],
+)
+def test_flags_that_say_too_little_or_too_much(flags, env, message):
+    with pytest.raises(UserError, match=message) as error:
+        whereabouts(Processes(**flags), env)
+    assert "\n" not in str(error.value)
+
+
+def test_a_difference_names_each_value_and_its_hosts():
+    hosts = ["a", "a", "b", "c", "d", "e"]
+    jax = ["0.10.1", "0.10.1", "0.10.2", "0.10.1", "0.10.1", "0.10.1"]
+    values = [{"lcx": "1", "jax": version} for version in jax]
+    assert agreement.difference("the versions", values, hosts) == (
+        "the processes do not agree on the versions: jax is 0.10.1 on a, c, d, e (processes 0, 1, 3, 4, ...), "
+        "0.10.2 on b (process 2)"
+    )
+    values[2] = {"lcx": "1", "jax": "0.10.1", "flax": "3"}
+    values[0] = values[1]
+    said = agreement.difference("the versions", values, hosts)
+    assert "flax is not set on a, c, d, e" in said and "3 on b (process 2)" in said
+
+
+def test_versions_know_the_source():
+    found = agreement.versions()
+    assert {"lcx", "jax", "jaxlib"} <= found.keys() and "source" in found["lcx"]
+
+
+def test_all_that_has_to_be_the_same():
+    config = """
+import lcx.trainer
+# Parameters for Trainer:
+# ==================
+Trainer.steps = 40
+Trainer.names = \\
+    {'a': 1,
+     'b = 2': 3}
+Trainer.seed = 0
+"""
+    flags = Flags(own={"workdir": "/run"}, gin_files=[], bindings=[], debug=False)
+    found = processes.settings(flags, config, {"XLA_FLAGS": "--x", "HOSTNAME": "a"})
+    assert found == {
+        "--workdir": "'/run'",
+        "import lcx.trainer": "imported",
+        "Trainer.steps": "40",
+        "Trainer.names": "\\    {'a': 1,     'b = 2': 3}",
+        "Trainer.seed": "0",
+        "XLA_FLAGS": "--x",
+        **dict.fromkeys(("JAX_ENABLE_X64", "JAX_DEFAULT_MATMUL_PRECISION", "JAX_PLATFORMS"), "not set"),
+    }
+
+
+def test_when_a_step_hangs():
+    steps = watch.Steps(timeout=100)
+    steps.dispatched(1)
+    steps.tick(1e6)
+    assert not steps.hang()  # it compiles
+    steps.finished()
+    steps.tick(1e6)
+    assert not steps.hang()  # nothing is under way
+    steps.dispatched(2)
+    steps.tick(30)
+    steps.finished()
+    steps.dispatched(3)
+    steps.tick(299)
+    assert not steps.hang()  # ten times the slowest
+    steps.tick(2)
+    assert steps.hang()
+    steps.rest()
+    steps.tick(1e6)
+    assert not steps.hang()  # an evaluation or a checkpoint
+    fast = watch.Steps(timeout=100)
+    for step in range(3):
+        fast.dispatched(step)
+        fast.finished()
+    fast.dispatched(4)
+    fast.tick(101)
+    assert fast.hang()
+
+
+def test_a_hanging_step_names_who_is_behind():
+    hosts = ["a", "b", "c"]
+    assert "the others wait for process 1 on b (step 6)" in watch.hanging(7, 600, {0: 7, 1: 6, 2: 7}, hosts)
+    said = watch.hanging(7, 600, {0: 7, 1: 7, 2: 7}, hosts)
+    assert said == "step 7 has not ended for 600 s (--step_timeout): every process is in it, and one of them hangs"
+
+
+def test_alone_nothing_is_compared_or_waited_for():
+    agreement.require_same("anything", {}, advice="")
+    agreement.require_same_outcome("anything", "failed")
+    assert agreement.first_only(lambda x: x + 1)(1) == 2
+    watch.dispatched(1)
+    watch.finished()
+    watch.rest()
+    watch.report("an error", 2)
+    assert watch.blame(RuntimeError()) is None
