@@ -73,7 +73,7 @@ def train(
     """Runs the job that the .gin file binds to `train.job`.
 
     Args:
-      workdir: folder for checkpoints, metrics and the configuration.
+      workdir: folder for checkpoints, metrics and the configuration, here or in a bucket (gs://, s3://).
       job: what to run.
       config_text: the configuration as text, written to WORKDIR/config.gin.
       operative_config: called at the end; returns the settings that were used, for WORKDIR/operative_config.gin.
@@ -91,10 +91,10 @@ def train(
         join(coordinator_address, num_processes, process_id)
     elif num_processes is not None or process_id is not None:
         raise UserError("--num_processes and --process_id need the address of process 0: set --coordinator_address")
-    folder = paths.destination(workdir, "--workdir")
-    if (check := getattr(job, "check", None)) is not None:
-        check(str(folder))
     with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(workdirs.opened(workdir))
+        if (check := getattr(job, "check", None)) is not None:
+            check(str(folder))
         if jax.process_index() == 0:
             stack.enter_context(paths.claimed(folder, "--workdir"))
             stack.enter_context(workdirs.kept_config(folder, config_text))
