@@ -29,12 +29,12 @@ from lcx.linearize import Linearize, check_linear
 from lcx.model import Decoder
 from lcx.optim import AdamW
 from lcx.pieces import Pieces
-from lcx.training import continued, doubtful, resume_check, statements, workdirs
+from lcx.training import continued, doubtful, profiling, resume_check, statements, workdirs
 from lcx.training import step as train_step
 from lcx.training.distributed import join
 from lcx.training.logger import MODES, MetricsLogger, logger_of
 from lcx.training.memory import check_fits
-from lcx.training.meter import Meter, NotFiniteError
+from lcx.training.meter import Meter, NotFiniteError, meter_of
 from lcx.training.run import Run, prepared
 from lcx.training.signals import StopRequest, interrupted
 from lcx.training.step import State
@@ -148,6 +148,7 @@ class Trainer:
       keep_checkpoints: how many of the newest checkpoints to keep.
       wandb: auto, online, offline or off.
       tensorboard: whether to write TensorBoard event files to WORKDIR/tensorboard.
+      profile: (first, last) step that JAX's profiler records into WORKDIR/profile; None: none.
     """
 
     data: Dataset | Mixture
@@ -181,6 +182,7 @@ class Trainer:
     keep_checkpoints: int = 3
     wandb: str = "off"
     tensorboard: bool = False
+    profile: tuple[int, int] | None = None
 
     def __post_init__(self):
         if (self.model is None) == (self.init_from is None):
@@ -206,6 +208,7 @@ class Trainer:
                 raise UserError(
                     f"Trainer.{name} is {getattr(self, name)!r}, expected one of {', '.join(known)}"
                 )
+        profiling.check(self.profile)
         objectives.check(self.objective)
         _ = self._objective
         continued.check(self)
@@ -374,8 +377,7 @@ class Trainer:
         self, run: Run, mesh, batches, checkpointer, metrics: MetricsLogger, stop: StopRequest, workdir: str
     ) -> Run:
         step_fn = self.step_function(run)
-        sizes = {"batch_size": self.batch_size, "seq_len": self.seq_len}
-        meter = Meter(run.model, metrics, **sizes, every=self.log_every, last=self.last_step, losses=run.losses)
+        meter = meter_of(self, run, metrics, workdir)
         state, step = run.state, run.step
         stop.safe = "stopped before the first step, nothing is lost"  # a signal may interrupt the compilation
         while step < self.last_step and not stop.requested(step):
@@ -403,7 +405,7 @@ class Trainer:
         if step == self.last_step and step > run.step:
             stop.safe = f"the last evaluation is left out; {statements.closing(workdir, step, self.last_step)}"
             metrics.log(step, {"eval_loss": self.held_out_loss(run.model, state, mesh)})
-        metrics.message(statements.closing(workdir, step, self.last_step))
+        metrics.message(f"{meter.summary()}\n{statements.closing(workdir, step, self.last_step)}")
         return dataclasses.replace(run, state=state, step=step)
 
     def step_function(self, run: Run) -> Callable:
@@ -446,7 +448,8 @@ class Trainer:
             "meter": {"losses": meter.losses},
             "settings": resume_check.changeable(self),
         }
-        checkpointer.save(step, state, json=documents, wait=wait)
+        with meter.saving():
+            checkpointer.save(step, state, json=documents, wait=wait)
 
     @functools.cached_property
     def _opened(self) -> Opened:

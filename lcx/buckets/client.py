@@ -202,6 +202,13 @@ class _Reader(io.RawIOBase):
         self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._about.size}[whence]
         return self._at
 
+    def readall(self) -> bytes:
+        """The rest of the object, a block per request (the inherited method asks for 8 KiB each)."""
+        parts = []
+        while data := self.read(_BLOCK):
+            parts.append(data)
+        return b"".join(parts)
+
     def readinto(self, buffer: Any) -> int:
         stop = min(self._at + len(buffer), self._about.size)
         if stop <= self._at:
