@@ -15,6 +15,7 @@ from fnmatch import fnmatch
 from typing import Any
 
 from lcx import paths
+from lcx.buckets import copies, is_url
 from lcx.errors import UserError, first_line
 
 log = logging.getLogger(__name__)
@@ -60,20 +61,25 @@ def is_name(path: Any) -> bool:
 
 
 def local(path: Any, *, kind: str = "model") -> Any:
-    """The local folder of a name on the hub, downloaded if necessary. Any other path is returned unchanged.
+    """The local folder of a name on the hub or of a URL in a bucket, downloaded if necessary. Any other path is
+    returned unchanged.
 
     Args:
       path: given by a user as a checkpoint, a tokenizer or a source of text. A path need not exist.
       kind: "model", "tokenizer" (of a model, without its weights), "adapter" (PEFT) or "dataset".
 
     Raises:
-      UserError: the name exists neither locally nor on the hub, the hub cannot be reached, or huggingface_hub is not
-        installed.
+      UserError: the name exists neither locally nor on the hub, the hub or the bucket cannot be reached, or the
+        package for it is not installed.
     """
     if isinstance(path, str):
+        if is_url(path):
+            return copies.local(path, _CHOOSE[kind])
         paths.refuse_scheme(path, "the path")
         if not path.strip():
-            raise UserError(f"the path of the {kind} is empty, expected a folder, a file or a name on the hub: set it")
+            raise UserError(
+                f"the path of the {kind} is empty, expected a folder, a file or a name on the hub: set it"
+            )
     if not is_name(path):
         return path
     match = _NAME.fullmatch(os.fspath(path))
@@ -82,8 +88,8 @@ def local(path: Any, *, kind: str = "model") -> Any:
 
 
 def place(path: str | os.PathLike) -> str:
-    """The form in which a checkpoint records a path: absolute, or unchanged if it is a name on the hub."""
-    return os.fspath(path) if is_name(path) else os.path.abspath(os.path.expanduser(path))
+    """The form in which a checkpoint records a path: absolute, or unchanged if it is a URL or a name on the hub."""
+    return os.fspath(path) if is_url(path) or is_name(path) else os.path.abspath(os.path.expanduser(path))
 
 
 @functools.lru_cache(maxsize=64)  # resolve and log each name once per process
@@ -199,6 +205,22 @@ def _shards(folder: str, patterns: Sequence[str]) -> list[str]:
             return sorted({str(name) for name in json.load(file)["weight_map"].values()})
     except (OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError):
         return []
+
+
+def _model_files(names: Sequence[str]) -> list[str]:
+    """The files of a folder without the weights of a second kind, which hold the same tensors again."""
+    kinds = [patterns for patterns in _WEIGHTS if _matching(names, patterns)]
+    again = [pattern for patterns in kinds[1:] for pattern in patterns]
+    return [name for name in names if "/" in name or not _matching([name], again)]
+
+
+def _tokenizer_files(names: Sequence[str]) -> list[str]:
+    return [
+        name for name in names if any(fnmatch(name, pattern) for pattern in (*_TOKENIZER, *_DATA, "*.model"))
+    ]
+
+
+_CHOOSE = {"model": _model_files, "tokenizer": _tokenizer_files, "adapter": list, "dataset": list}
 
 
 def _matching(names: Sequence[str], patterns: Sequence[str]) -> bool:

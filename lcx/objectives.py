@@ -22,7 +22,10 @@ from lcx.pieces import Pieces, total
 
 Batch = dict[str, Array]
 Sums = tuple[Array, Array] | tuple[Array, Array, dict[str, Array]]
-TAKEN = ("loss", "grad_norm", "learning_rate", "tokens", "step", "eval_loss", "tokens_per_second", "mfu")
+TAKEN = (  # names of metrics that are logged for every objective
+    *("loss", "grad_norm", "learning_rate", "tokens", "step", "eval_loss", "tokens_per_second", "mfu", "goodput"),
+    *("time", "wall_seconds", "data_seconds", "compute_seconds", "save_seconds"),
+)
 
 
 def next_token(model: Decoder, variables: Any, batch: Batch, pieces: Pieces | None = None) -> Sums:

@@ -26,6 +26,15 @@ def destination(path: str | os.PathLike, setting: str) -> pathlib.Path:
     return pathlib.Path(text).expanduser()
 
 
+def cache_folder(folder: str | None = None) -> pathlib.Path:
+    """`folder` if it is set, else $LCX_CACHE, else the user's cache folder. All that is in it can be made again."""
+    if folder:
+        return destination(folder, "Dataset.cache_dir")
+    if os.environ.get("LCX_CACHE"):
+        return destination(os.environ["LCX_CACHE"], "LCX_CACHE")
+    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "lcx"
+
+
 @contextlib.contextmanager
 def claimed(folder: pathlib.Path, setting: str, *, lock: str = LOCK, of: str | None = None) -> Iterator[None]:
     """Creates a folder and its parents, and lets no other process write to it within the block.
@@ -93,6 +102,6 @@ def refuse_scheme(path: str | os.PathLike, setting: str) -> None:
     match = _SCHEME.match(os.fspath(path))
     if match:
         raise UserError(
-            f"{setting} is {os.fspath(path)}: {match[1]}:// is not supported, expected a folder on this machine (mount "
-            f"the bucket, or copy it here): change {setting}"
+            f"{setting} is {os.fspath(path)}: {match[1]}:// is not supported here, expected a folder on this machine "
+            f"(mount the bucket, or copy it here): change {setting}"
         )

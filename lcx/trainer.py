@@ -30,11 +30,11 @@ from lcx.model import Decoder
 from lcx.multihost.agreement import require_shared
 from lcx.optim import AdamW
 from lcx.pieces import Pieces
-from lcx.training import continued, doubtful, resume_check, same_data, statements, workdirs
+from lcx.training import continued, doubtful, profiling, resume_check, same_data, statements, workdirs
 from lcx.training import step as train_step
 from lcx.training.logger import MODES, MetricsLogger, logger_of
 from lcx.training.memory import check_fits
-from lcx.training.meter import Meter, NotFiniteError
+from lcx.training.meter import Meter, NotFiniteError, meter_of
 from lcx.training.run import Run, prepared
 from lcx.training.signals import StopRequest, interrupted
 from lcx.training.step import State
@@ -69,7 +69,7 @@ def train(
     """Runs the job that the .gin file binds to `train.job`.
 
     Args:
-      workdir: folder for checkpoints, metrics and the configuration.
+      workdir: folder for checkpoints, metrics and the configuration, here or in a bucket (gs://, s3://).
       job: what to run.
       config_text: the configuration as text, written to WORKDIR/config.gin.
       operative_config: called at the end; returns the settings that were used, for WORKDIR/operative_config.gin.
@@ -80,10 +80,10 @@ def train(
     Raises:
       UserError: a setting is wrong, the workdir belongs to another run or another process writes to it.
     """
-    folder = paths.destination(workdir, "--workdir")
-    if (check := getattr(job, "check", None)) is not None:
-        check(str(folder))
     with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(workdirs.opened(workdir))
+        if (check := getattr(job, "check", None)) is not None:
+            check(str(folder))
         if jax.process_index() == 0:
             stack.enter_context(paths.claimed(folder, "--workdir"))
             stack.enter_context(workdirs.kept_config(folder, config_text))
@@ -138,6 +138,7 @@ class Trainer:
       keep_checkpoints: how many of the newest checkpoints to keep.
       wandb: auto, online, offline or off.
       tensorboard: whether to write TensorBoard event files to WORKDIR/tensorboard.
+      profile: (first, last) step that JAX's profiler records into WORKDIR/profile; None: none.
     """
 
     data: Dataset | Mixture
@@ -171,6 +172,7 @@ class Trainer:
     keep_checkpoints: int = 3
     wandb: str = "off"
     tensorboard: bool = False
+    profile: tuple[int, int] | None = None
 
     def __post_init__(self):
         if (self.model is None) == (self.init_from is None):
@@ -196,6 +198,7 @@ class Trainer:
                 raise UserError(
                     f"Trainer.{name} is {getattr(self, name)!r}, expected one of {', '.join(known)}"
                 )
+        profiling.check(self.profile)
         objectives.check(self.objective)
         _ = self._objective
         continued.check(self)
@@ -358,8 +361,7 @@ class Trainer:
         self, run: Run, mesh, batches, checkpointer, metrics: MetricsLogger, stop: StopRequest, workdir: str
     ) -> Run:
         step_fn = self.step_function(run)
-        sizes = {"batch_size": self.batch_size, "seq_len": self.seq_len}
-        meter = Meter(run.model, metrics, **sizes, every=self.log_every, last=self.last_step, losses=run.losses)
+        meter = meter_of(self, run, metrics, workdir)
         state, step = run.state, run.step
         stop.safe = "stopped before the first step, nothing is lost"  # a signal may interrupt the compilation
         while step < self.last_step and not stop.requested(step):
@@ -388,7 +390,7 @@ class Trainer:
             stop.safe = f"the last evaluation is left out; {statements.closing(workdir, step, self.last_step)}"
             if (loss := self.held_out_loss(run.model, state, mesh)) is not None:
                 metrics.log(step, {"eval_loss": loss})
-        metrics.message(statements.closing(workdir, step, self.last_step))
+        metrics.message(f"{meter.summary()}\n{statements.closing(workdir, step, self.last_step)}")
         return dataclasses.replace(run, state=state, step=step)
 
     def step_function(self, run: Run) -> Callable:
@@ -431,7 +433,8 @@ class Trainer:
             "meter": {"losses": meter.losses},
             "settings": resume_check.changeable(self),
         }
-        checkpointer.save(step, state, json=documents, wait=wait)
+        with meter.saving():
+            checkpointer.save(step, state, json=documents, wait=wait)
 
     @functools.cached_property
     def _opened(self) -> Opened:

@@ -13,6 +13,7 @@ import sys
 import numpy as np
 import pytest
 
+from lcx import paths
 from lcx.data import ByteTokenizer, SpecialTokens, find_files, open_store, special_tokens, store, token_files
 from lcx.errors import UserError
 
@@ -312,11 +313,11 @@ def test_losing_the_race_to_publish(corpus):
 def test_cache_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("LCX_CACHE", raising=False)
-    assert store.cache_folder(None) == tmp_path / "lcx"
+    assert paths.cache_folder(None) == tmp_path / "lcx"
     monkeypatch.setenv("LCX_CACHE", str(tmp_path / "mine"))
-    assert store.cache_folder(None) == tmp_path / "mine"
-    assert store.cache_folder(str(tmp_path / "given")) == tmp_path / "given"
+    assert paths.cache_folder(None) == tmp_path / "mine"
+    assert paths.cache_folder(str(tmp_path / "given")) == tmp_path / "given"
     for setting, given in (("LCX_CACHE", None), ("Dataset.cache_dir", "s3://bucket/mine")):
         monkeypatch.setenv("LCX_CACHE", "gs://bucket/mine")
         with pytest.raises(UserError, match=f"^{setting} is ..://bucket/mine: .* is not supported"):
-            store.cache_folder(given)
+            paths.cache_folder(given)

@@ -26,7 +26,7 @@ LINES = [
     "linearize lora extend striped_hyena llama",
     "model block parameters mixers mlps layers rope",
     "remat ops kernels_pallas sharding",
-    "rope_fields hub config multihost paths locks moved wording version errors startup",
+    "rope_fields hub config multihost buckets paths locks moved wording version errors startup",
 ]
 ORDER = [name for line in LINES for name in line.split()]
 ROOMS = ("convert", "data", "evals")
@@ -39,12 +39,14 @@ OWNERS = {  # nobody else imports these
     "tensorboard": ("lcx/training/tensorboard.py",),
     "gin": ("lcx/config/",),
     "huggingface_hub": ("lcx/hub.py",),
+    **dict.fromkeys(("fsspec", "s3fs", "gcsfs"), ("lcx/buckets/client.py",)),
     "transformers": (),
 }
 ONLY_JAX = ("lcx/ops/", "lcx/rope.py", "lcx/rope_fields.py", "kernels_pallas/")
 INSIDE_FUNCTIONS = {
     *("torch", "wandb", "matplotlib", "tokenizers", "sentencepiece", "pyarrow", "huggingface_hub", "jinja2"),
     *("filelock", "tensorboard", "wonderwords", "rouge_score", "lm_eval"),
+    *("fsspec", "s3fs", "gcsfs"),
 }
 FACADE = lcx.__all__
 FILES = sorted([*ROOT.glob("lcx/**/*.py"), *ROOT.glob("kernels_pallas/**/*.py")])

@@ -22,7 +22,10 @@ from lcx.optim import AdamW
 from lcx.trainer import Trainer
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-SPEED = ("tokens_per_second", "mfu")  # what no two runs share
+SPEED = (  # what no two runs share
+    *("tokens_per_second", "mfu", "time", "wall_seconds", "data_seconds", "compute_seconds", "save_seconds"),
+    "goodput",
+)
 
 GIN = """
 from __gin__ import dynamic_registration

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from lcx import extend, hub
+from lcx.buckets import copies, is_url
 from lcx.convert import formats
 from lcx.convert.core import model_source
 from lcx.convert.core.format import Format
@@ -39,8 +40,8 @@ def load(
 
     Args:
       path: a Hugging Face folder, or the name of a model on the hub ("org/name", "org/name@revision"); an lcx workdir,
-        checkpoints folder or step folder; for Evo 2 a savanna folder (a run or a step), or one savanna or vortex .pt
-        file, whole or split into `.partN` pieces.
+        checkpoints folder or step folder, each also in a bucket (gs://, s3://); for Evo 2 a savanna folder (a
+        run or a step), or one savanna or vortex .pt file, whole or split into `.partN` pieces.
       format: a name in `formats.FORMATS`, or your own Format (the object, or "module:NAME"). None detects the format
         from the files. The files do not distinguish "savanna_legacy" (projections in per-rank blocks) from "savanna",
         so it must be named. "savanna_fp32" and "savanna_legacy_fp32" read the float32 weights from DeepSpeed's
@@ -109,7 +110,7 @@ def save(
     The folder is renamed into place once it is complete, so a partial one never appears at `path`.
 
     Args:
-      path: the folder to write.
+      path: the folder to write, also in a bucket (gs://, s3://), where it is copied once it is complete.
       model, params: as `load` returns them.
       format: a name in `formats.FORMATS`, or your own Format (the object, or "module:NAME").
       overwrite: whether an existing checkpoint folder may be replaced.
@@ -119,6 +120,10 @@ def save(
     Raises:
       UserError: the destination exists or cannot be written, or the format cannot represent the model.
     """
+    if is_url(os.fspath(path)):
+        with copies.written(os.fspath(path), setting="path", overwrite=overwrite) as folder:
+            save(folder, model, params, format=format, like=like, model_parallel=model_parallel)
+        return
     target = formats.writer(format, model_parallel=None if model_parallel == 1 else model_parallel)
     if jax.process_count() > 1:
         raise UserError("lcx.save runs in one process; let the trainer save, and use python -m lcx.convert")

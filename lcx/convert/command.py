@@ -1,11 +1,13 @@
 """`python -m lcx.convert`: a checkpoint from one format to another, streamed."""
 
+import functools
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lcx import extend, hub, paths
+from lcx.buckets import copies, is_url
 from lcx.convert import api, formats, verify
 from lcx.convert.core import model_source
 from lcx.convert.core.format import TrainedFormat
@@ -19,7 +21,23 @@ from lcx.errors import UserError
 from lcx.multihost.agreement import first_only
 
 
+def _into_buckets(convert: Callable[..., None]) -> Callable[..., None]:
+    """The same for a `dst` in a bucket too: it is written here first, and copied there once it is complete."""
+
+    @functools.wraps(convert)
+    def wrapped(*, dst: str, overwrite: bool = False, **settings: Any) -> None:
+        if not is_url(dst):
+            convert(dst=dst, overwrite=overwrite, **settings)
+            return
+        with copies.written(dst, setting="--dst", overwrite=overwrite) as folder:
+            convert(dst=folder, **settings)
+        print(f"copied to {dst}")
+
+    return wrapped
+
+
 @first_only
+@_into_buckets
 def convert(
     *,
     src: str,
@@ -43,7 +61,8 @@ def convert(
     With several processes the first of them converts, and the others wait for it.
 
     Args:
-      src, dst: folders; src may also be one .pt file, or the name of a model on the Hugging Face hub.
+      src, dst: folders, also in a bucket (gs://, s3://); src may also be one .pt file, or the name of a model on the
+        Hugging Face hub.
       dst_format: the name of a writable format in `formats.FORMATS`, or of a `TrainedFormat`, which holds only the
         parameters that a run trained.
       src_format: the name of a readable format in `formats.FORMATS`; detected by default.

@@ -16,9 +16,10 @@ import glob
 import os
 import re
 import stat
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
 
+from lcx.buckets import client, is_url
 from lcx.data import saved_dataset
 from lcx.data.notices import say_once
 from lcx.data.readers import ROW_FORMATS, SourceFile, detect, shown, streams
@@ -44,7 +45,7 @@ _DOCUMENTS = (".md", ".rst")
 
 def source_file(path: str, name: str, format: str | None) -> SourceFile:
     """A file that the user names, with its format; logs a message if its extension stands for another format."""
-    streams.check_regular(path)
+    streams.size(path)
     found = detect.format_of(path, wanted=format)
     by_name = detect.by_name(path)
     if format is None and found != by_name and {found, by_name} != {"json", "jsonl"}:
@@ -142,12 +143,49 @@ def files_of(folder: str, format: str | None) -> tuple[SourceFile, ...]:
     if format == "code":
         return code_files(folder)
     root = os.path.abspath(folder)
-    paths = list(walk(folder))
-    named = {path for path in paths if format is not None and _ending_says(path) == format}
-    found = [_candidate(path, relative(path, root), format, named) for path in paths]
+    found = _candidates({path: relative(path, root) for path in walk(folder)}, format)
     if any(one.reason == _CODE for one in found) and not any(_is_data_set(one) for one in found):
         _say_left_out(folder, "source code is", [one for one in found if one.is_table and not one.reason])
         return code_files(folder)
+    return _data_files(folder, found, format)
+
+
+def bucket_files(url: str, format: str | None) -> tuple[SourceFile, ...]:
+    """The files of a source in a bucket: one object, a folder, or a glob, with the rules for folders on this machine.
+
+    Raises:
+      UserError: there are none, one of them cannot be read, or it is a folder that has to be copied here first.
+    """
+    if format == "code":
+        raise UserError(f"{url}: source code is read from a folder on this machine: copy it here")
+    if set(url) & set("*?["):
+        root = re.split(r"[*?\[]", url)[0].rpartition("/")[0]
+        pattern = url.removeprefix(f"{root}/").split("/")
+        names = [name for name in client.listing(root) if _fits(name.split("/"), pattern)]
+        if not names:
+            raise UserError(f"data source {url!r} matches no object; set Dataset.source")
+        return tuple(source_file(client.join(root, name), name, format) for name in names)
+    names = list(client.listing(url))
+    if not names:
+        return (source_file(url, url.rpartition("/")[2], format),)
+    if saved_dataset.is_saved(names):
+        raise UserError(
+            f"{url}: a data set of `datasets` is read from a folder on this machine; copy it here, or name its files"
+            ' in Dataset.source, as "FOLDER/*.arrow"'
+        )
+    hidden = [name for name in names if any(p.startswith(".") or p in _SKIP for p in name.split("/"))]
+    paths = {client.join(url, name): name for name in names if name not in hidden}
+    return _data_files(url, _candidates(paths, format), format)
+
+
+def _candidates(names: Mapping[str, str], format: str | None) -> list[_Candidate]:
+    """The files of a folder, {path: name in it}, classified."""
+    named = {path for path in names if format is not None and _ending_says(path) == format}
+    return [_candidate(path, name, format, named) for path, name in names.items()]
+
+
+def _data_files(folder: str, found: Sequence[_Candidate], format: str | None) -> tuple[SourceFile, ...]:
+    """The data among the files of a folder. Raises UserError if there is none."""
     chosen = _without_held_out(_data(found))
     if not chosen:
         known = ", ".join([*_DOCUMENTS, *detect.BY_ENDING])
@@ -185,6 +223,8 @@ def code_files(folder: str, *, document: str | None = None) -> tuple[SourceFile,
 
 
 def _is_regular(path: str) -> bool:
+    if is_url(path):
+        return True
     try:
         return stat.S_ISREG(os.stat(path).st_mode)
     except OSError:

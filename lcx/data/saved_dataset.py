@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Collection
 from typing import Any
 
 from lcx.data.notices import say_once
@@ -33,8 +34,13 @@ def files_of(folder: str) -> tuple[SourceFile, ...] | None:
             say_once(f"{shown(folder)}: the split {split} is read, without {', '.join(others)}")
         files = _files(os.path.join(folder, split))
         return tuple(SourceFile(file.path, f"{split}/{file.name}", file.format) for file in files)
-    is_saved = all(os.path.isfile(os.path.join(folder, name)) for name in (_STATE, _INFO))
-    return _files(folder) if is_saved else None
+    there = [name for name in (_STATE, _INFO) if os.path.isfile(os.path.join(folder, name))]
+    return _files(folder) if is_saved(there) else None
+
+
+def is_saved(names: Collection[str]) -> bool:
+    """Whether a folder with these files was written by `save_to_disk`."""
+    return _DICT in names or (_STATE in names and _INFO in names)
 
 
 def _files(folder: str) -> tuple[SourceFile, ...]:

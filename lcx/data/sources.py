@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lcx import hub
+from lcx.buckets import is_url
 from lcx.data import folders
 from lcx.data.chat import COLUMNS, ChatReader
 from lcx.data.readers import FORMATS, ROW_FORMATS, Document, SourceFile, code, rows, streams, text
@@ -45,7 +46,8 @@ def find_files(source: str | tuple[str, ...], *, format: str | None = None) -> t
     """Resolves a source to its files, in a fixed order.
 
     Args:
-      source: a file, a folder, a glob ("books/**/*.txt"), "stdlib", or a tuple of these.
+      source: a file, a folder, a glob ("books/**/*.txt"), each of them also in a bucket (gs://, s3://), "stdlib", or a
+        tuple of these.
       format: one of FORMATS; by default from the content of each file, else from its extension; all other files are
         text. `lcx.data.folders` decides which files of a folder are read. With "code", each folder in `source` is one
         repository, and becomes one document.
@@ -68,6 +70,8 @@ def find_files(source: str | tuple[str, ...], *, format: str | None = None) -> t
         )
     if source == "stdlib":
         return _stdlib_files()
+    if is_url(source := os.fspath(source)):
+        return folders.bucket_files(source, format)
     source = os.path.expanduser(str(hub.local(source, kind="dataset")))
     if os.path.isdir(source):
         return folders.files_of(source, format)
@@ -145,7 +149,7 @@ def read_documents(
                 continue
             yield dataclasses.replace(document, bytes_read=done + document.bytes_read)
         tally.empty_files += not read
-        done += sum(streams.check_regular(file.path).st_size for file in group)
+        done += sum(streams.size(file.path) for file in group)
 
 
 def _documents(

@@ -24,11 +24,13 @@ import numpy as np
 from jaxtyping import Int
 
 from lcx import paths
+from lcx.buckets import is_url
 from lcx.data import sources
 from lcx.data import tokenizers as tok
 from lcx.data.chat import ChatReader, loss_mask
 from lcx.data.markers import MarkerCounter
 from lcx.data.notices import say_once
+from lcx.data.readers import streams
 from lcx.data.special import SpecialTokens
 from lcx.data.token_files import MaskWriter, TokenWriter, blocks_match
 from lcx.errors import UserError
@@ -95,15 +97,6 @@ class TokenStore:
         return (self.folder / "names.txt").read_text(encoding="utf-8").splitlines()
 
 
-def cache_folder(cache_dir: str | None) -> Path:
-    """`cache_dir`, else $LCX_CACHE, else the user's cache folder."""
-    if cache_dir:
-        return paths.destination(cache_dir, "Dataset.cache_dir")
-    if os.environ.get("LCX_CACHE"):
-        return paths.destination(os.environ["LCX_CACHE"], "LCX_CACHE")
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lcx"
-
-
 def open_store(
     files: Sequence[sources.SourceFile],
     tokenizer: tok.Tokenizer,
@@ -127,7 +120,7 @@ def open_store(
       UserError: an input cannot be read or contains no text, or the cache folder cannot be written (for example,
         the disk is full).
     """
-    root = cache_folder(cache_dir)
+    root = paths.cache_folder(cache_dir)
     options = {"text_field": text_field, "separator": separator, **_special_options(tokenizer, special)}
     if on_bad_line != "error":
         options["on_bad_line"] = on_bad_line
@@ -144,7 +137,7 @@ def open_store(
                 tuple(files), text_field=text_field, separator=separator, chat=chat, tally=tally
             )
             ends = np.array(special.before, np.int32), np.array(special.after, np.int32)
-            size = sum(os.path.getsize(file.path) for file in files)
+            size = sum(streams.size(file.path) for file in files)
             _build(root / fingerprint, documents, tokenizer, ends, size, tally)
             store = _read_store(root / fingerprint, fingerprint)
     except OSError as error:
@@ -159,6 +152,8 @@ def open_store(
 
 
 def _source_name(files: Sequence[sources.SourceFile]) -> str:
+    if any(is_url(file.path) for file in files):
+        return os.path.commonprefix([file.path for file in files])
     return os.path.commonpath([os.path.abspath(file.path) for file in files])
 
 
@@ -218,7 +213,8 @@ def _hashed(
 ) -> Iterator[tuple[sources.SourceFile, tuple[int, str]]]:
     """Each file with (size, SHA-256).
 
-    Hashes of large files are cached by path, size, inode and time stamps.
+    Hashes of large files are cached by path, size, inode and time stamps. For an object in a bucket its version stands
+    for the hash.
     """
     memory = root / "file_hashes.json"
     try:
@@ -227,6 +223,9 @@ def _hashed(
         known = {}
     changed = False
     for file in files:
+        if is_url(file.path):  # its version changes with its content, so it need not be read for that
+            yield file, (streams.size(file.path), f"version {streams.version(file.path)}")
+            continue
         try:
             stat = os.stat(file.path)
             key = [stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns]

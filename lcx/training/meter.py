@@ -10,6 +10,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 
@@ -17,8 +18,10 @@ from lcx import model as model_lib
 from lcx.errors import UserError
 from lcx.model import Decoder
 from lcx.multihost import watch
+from lcx.training.goodput import Ledger, ledger_of
 from lcx.training.logger import MetricsLogger
 from lcx.training.peak_flops import peak_flops
+from lcx.training.profiling import Profile
 
 # Steps queued on the devices at once. Two are enough to hide the host's work between steps; with dozens in flight,
 # several CPU devices of one process can deadlock.
@@ -59,8 +62,12 @@ class Meter:
         every: int,
         last: int,
         losses: list[float],
+        ledger: Ledger | None = None,
+        profile: Profile | None = None,
     ):
         self.losses = list(losses)
+        self._ledger = ledger or Ledger()
+        self._profile = profile
         self._metrics = metrics
         self._every, self._last = every, last
         self._tokens = batch_size * seq_len
@@ -76,7 +83,8 @@ class Meter:
         ).result()  # starts its thread, which would otherwise see the first step end too late
         self._dispatched: collections.deque = (
             collections.deque()
-        )  # (step, values, future of the time it was done)
+        )  # (step, values, time it was dispatched, future of the time it was done)
+        self._ended: float | None = None  # when the last step was done; later if the run was paused since
         self._since: float | None = None
         self._timed = 0
 
@@ -91,7 +99,10 @@ class Meter:
           NotFiniteError: the loss or gradient norm of the previous step is not finite.
         """
         watch.dispatched(step)
-        self._dispatched.append((step, values, self._watcher.submit(_done, values["loss"])))
+        done = self._watcher.submit(_done, values["loss"])
+        self._dispatched.append((step, values, time.perf_counter(), done))
+        if self._profile is not None:
+            self._profile.after(step, values)
         while len(self._dispatched) >= IN_FLIGHT:
             self._record()
 
@@ -102,7 +113,7 @@ class Meter:
         watch.rest()
 
     def _record(self) -> None:
-        step, values, done = self._dispatched.popleft()
+        step, values, dispatched, done = self._dispatched.popleft()
         now = done.result()
         numbers = {name: float(value) for name, value in values.items()}
         watch.finished()
@@ -111,6 +122,9 @@ class Meter:
                 raise NotFiniteError(name, numbers[name], step)
         self.losses.append(numbers["loss"])
         self._metrics.advance(step)
+        if self._ended is not None:
+            self._ledger.step(self._ended, dispatched, now)
+        self._ended = now
         if self._since is None:
             self._since = now
         else:
@@ -123,7 +137,7 @@ class Meter:
                 if self._peak is not None and self._flops is not None:
                     numbers["mfu"] = rate * self._flops / self._peak
                 self._since, self._timed = now, 0
-            self._metrics.log(step, numbers)
+            self._metrics.log(step, numbers | self._ledger.line())
             self.losses = []
 
     @contextlib.contextmanager
@@ -132,8 +146,34 @@ class Meter:
         self.drain()
         start = time.perf_counter()
         yield
-        if self._since is not None:
-            self._since += time.perf_counter() - start
+        if self._since is not None and self._ended is not None:
+            spent = time.perf_counter() - start
+            self._since, self._ended = self._since + spent, self._ended + spent
+
+    def saving(self) -> contextlib.AbstractContextManager[None]:
+        """Context manager: the time spent in it is that of a save."""
+        return self._ledger.saving()
+
+    def summary(self) -> str:
+        """The line about the goodput at the end of a run; what is being recorded is written."""
+        if self._profile is not None:
+            self._profile.close()
+        return self._ledger.summary()
+
+
+def meter_of(trainer: Any, run: Any, metrics: MetricsLogger, workdir: str) -> Meter:
+    """The meter of a run (the settings of a `trainer.Trainer`)."""
+    return Meter(
+        run.model,
+        metrics,
+        batch_size=trainer.batch_size,
+        seq_len=trainer.seq_len,
+        every=trainer.log_every,
+        last=trainer.last_step,
+        losses=run.losses,
+        ledger=ledger_of(workdir, run.step),
+        profile=Profile(trainer.profile, workdir, run.step),
+    )
 
 
 def _done(value: jax.Array) -> float:

@@ -8,6 +8,13 @@ import os
 import pathlib
 from collections.abc import Iterator
 
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from lcx import paths
+from lcx.buckets import copies, is_url
+from lcx.buckets import workdirs as buckets
 from lcx.checkpoint import Checkpointer
 from lcx.errors import UserError
 from lcx.locks import LOCK
@@ -51,6 +58,43 @@ def _contents(folder: pathlib.Path) -> dict[pathlib.Path, tuple[int, int]]:
                 if name != LOCK:
                     found[path] = (path.lstat().st_size, path.lstat().st_mtime_ns)
     return found
+
+
+@contextlib.contextmanager
+def opened(workdir: str) -> Iterator[pathlib.Path]:
+    """The folder on this machine that a run writes to. Call it on every process.
+
+    One in a bucket is copied there by process 0. The other processes must see its folder: those of one machine do.
+
+    Raises:
+      UserError: it is no folder, the bucket cannot be used, or the processes run on several machines.
+    """
+    if not is_url(workdir):
+        yield paths.destination(workdir, "--workdir")
+        return
+    alone = jax.process_count() == 1
+    first = jax.process_index() == 0
+    with contextlib.ExitStack() as stack:
+        problem: UserError | None = None
+        folder = copies.cache(workdir, "workdirs")
+        try:
+            folder = stack.enter_context(buckets.opened(workdir)) if first else folder
+        except UserError as error:
+            problem = error
+        if not alone:
+            multihost_utils.sync_global_devices("the workdir is here")
+            seen = multihost_utils.process_allgather(np.array([problem is None, folder.is_dir()]))
+            if problem is None and not seen.reshape(-1, 2)[:, 0].all():
+                problem = UserError(f"process 0 cannot use the workdir {workdir}, see its message")
+            elif problem is None and not seen.all():
+                problem = UserError(
+                    f"{workdir} is kept on the disk of process 0, and {jax.process_count()} processes on several "
+                    "machines need a folder that all of them see: mount the bucket (gcsfuse, Mountpoint for S3) and "
+                    "set --workdir to the mount"
+                )
+        if problem is not None:
+            raise problem
+        yield folder
 
 
 def retreat(checkpointer: Checkpointer, bad_step: int) -> str:

@@ -5,6 +5,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
+from lcx.buckets import is_url
 from lcx.data.readers import Row, SourceFile, shown, streams
 from lcx.data.readers.csv_rows import Columns
 from lcx.data.readers.tally import Tally
@@ -72,17 +73,17 @@ def _batches(file: SourceFile, tally: Tally, columns: Columns) -> Iterator[Itera
     """Record batches of the requested columns, each with the number of bytes of the file read so far."""
     import pyarrow as pa
 
-    size = streams.check_regular(file.path).st_size
+    size = streams.size(file.path)
     if file.format == "parquet":
         import pyarrow.parquet as pq
 
-        with pq.ParquetFile(file.path) as table:
+        with streams.open_raw(file.path) as raw, pq.ParquetFile(raw) as table:
             wanted = _wanted(file, table.schema_arrow, columns)
             parts = table.iter_batches(batch_size=_ROWS, columns=wanted)
             total = max(1, table.metadata.num_rows)
             yield ((batch, min(size, size * _ROWS * i // total)) for i, batch in enumerate(parts, start=1))
         return
-    with pa.memory_map(file.path) as source:
+    with _mapped(file.path) as source:
         if source.read(6) == b"ARROW1":
             reader = pa.ipc.open_file(source)
             total = reader.num_record_batches
@@ -93,6 +94,13 @@ def _batches(file: SourceFile, tally: Tally, columns: Columns) -> Iterator[Itera
             every = ((batch, source.tell()) for batch in _stream(file, reader, source, tally))
         wanted = _wanted(file, reader.schema, columns)
         yield ((batch.select(wanted), position) for batch, position in every)
+
+
+def _mapped(path: str) -> Any:
+    """A file in memory as far as it is looked at; of an object in a bucket the parts that are read."""
+    import pyarrow as pa
+
+    return pa.PythonFile(streams.open_raw(path), "r") if is_url(path) else pa.memory_map(path)
 
 
 def _stream(file: SourceFile, reader: Any, source: Any, tally: Tally) -> Iterator[Any]:

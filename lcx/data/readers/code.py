@@ -31,4 +31,4 @@ def read(files: Sequence[SourceFile], tally: Tally) -> Iterator[Document]:
 
 
 def _size(file: SourceFile) -> int:
-    return streams.check_regular(file.path).st_size
+    return streams.size(file.path)

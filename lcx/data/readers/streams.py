@@ -2,6 +2,7 @@
 
 import codecs
 import contextlib
+import functools
 import gzip
 import io
 import os
@@ -11,6 +12,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, cast
 
+from lcx.buckets import client, is_url
 from lcx.data.readers import shown
 from lcx.errors import UserError, first_line
 
@@ -55,6 +57,30 @@ def check_regular(path: str) -> os.stat_result:
     return status
 
 
+@functools.lru_cache(maxsize=1 << 16)
+def _object(url: str) -> client.Stat:
+    about = client.stat(url)
+    if about is None:
+        raise UserError(f"cannot read {shown(url)}: there is no such object; check Dataset.source")
+    return about
+
+
+def size(path: str) -> int:
+    """Bytes of a regular file or of an object in a bucket. Raises UserError as `check_regular` does."""
+    return _object(path).size if is_url(path) else check_regular(path).st_size
+
+
+def version(url: str) -> str:
+    """A text that changes whenever the content of an object in a bucket does."""
+    return _object(url).version
+
+
+def open_raw(path: str) -> BinaryIO:
+    """The bytes of a file or of an object in a bucket, of which only a block at a time is read."""
+    size(path)
+    return client.opened(path, _object(path)) if is_url(path) else open(path, "rb")
+
+
 def packing_of_name(path: str) -> str | None:
     """The compression by the extension of a path; None if there is none."""
     return _ENDINGS.get(os.path.splitext(path.lower())[1])
@@ -73,9 +99,9 @@ def packing_of_content(head: bytes) -> str | None:
 @contextlib.contextmanager
 def opened(path: str) -> Iterator[tuple[BinaryIO, BinaryIO]]:
     """(the file on disk, whose tell() is the progress; the stream to read, decompressed if necessary)."""
-    check_regular(path)
+    size(path)
     try:
-        with open(path, "rb") as raw:
+        with open_raw(path) as raw:
             yield raw, _unpacked(path, raw)
     except EOFError as error:
         raise UserError(
@@ -194,7 +220,7 @@ def is_packed(path: str) -> bool:
 
 def most(path: str) -> int:
     """The largest number of bytes that one document, row or line of this file may have."""
-    return min(MOST, max(_MOST_UNPACKED, _MOST_RATIO * os.path.getsize(path))) if is_packed(path) else MOST
+    return min(MOST, max(_MOST_UNPACKED, _MOST_RATIO * size(path))) if is_packed(path) else MOST
 
 
 def too_long(path: str, what: str, limit: int) -> UserError:

@@ -12,7 +12,7 @@ def read(file: SourceFile, separator: str | None, tally: Tally) -> Iterator[Docu
     The text after the last separator is a document only if it is not empty.
     """
     if not separator:
-        yield Document(file.name, _whole(file.path), streams.check_regular(file.path).st_size)
+        yield Document(file.name, _whole(file.path), streams.size(file.path))
         return
     waiting, number = None, -1
     for number, (part, position) in enumerate(_split(file.path, separator)):

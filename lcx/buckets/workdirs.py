@@ -1,0 +1,259 @@
+"""A workdir in a bucket: a folder on this machine, copied to the bucket while the run goes on.
+
+Orbax writes to S3 not at all, and metrics.jsonl grows by lines, which no object in a bucket can. So a run writes to a
+local folder, and a thread copies what changes: every file but locks and unfinished saves, a checkpoint step only once
+it is committed, its commit marker last; what disappears here (steps past the number to keep) is then removed there.
+
+The object `.lcx-writer` names the local folder that wrote last. A run that starts where that folder is continues from
+it, even if not everything had been copied; any other run starts from what the bucket holds. While a run writes, it
+renews the object, and another one is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import json
+import logging
+import os
+import pathlib
+import shutil
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+from lcx.buckets import client
+from lcx.buckets.copies import COMMIT_MARKER, STEP, cache
+from lcx.errors import UserError
+
+WRITER = ".lcx-writer"
+_INDEX = ".lcx-copied.json"  # in the local folder: its id, and which state of each file has been copied
+_EVERY_S = 10  # between two looks for what has changed
+_RENEW_S = 60  # between two renewals of the writer's object
+_STALE_S = 300  # a writer that has not renewed it for so long has ended
+_SKIP = (".lcx-lock", _INDEX, WRITER)
+
+log = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def opened(url: str) -> Iterator[pathlib.Path]:
+    """The local folder of a workdir in a bucket, for as long as a run writes to it.
+
+    A bucket that fails in the meantime does not stop the run: a warning says so, and copying is tried again.
+
+    Raises:
+      UserError: the bucket cannot be read or written, another process writes there, or at the end not everything
+        could be copied (the message names the local folder, which has it all).
+    """
+    workdir = _Workdir(client.normal(url))
+    workdir.claim()
+    try:
+        workdir.fetch()
+        workdir.start()
+        yield workdir.folder
+    except BaseException:
+        with contextlib.suppress(UserError):  # the exception under way matters more; the thread has warned
+            workdir.close()
+        raise
+    workdir.close()
+
+
+@dataclasses.dataclass
+class _Workdir:
+    url: str
+
+    def __post_init__(self) -> None:
+        self.folder = cache(self.url, "workdirs")
+        self._id, self._copied = self._read_index()
+        self._there: set[str] = set()  # names in the bucket
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._renewed = 0.0
+        self._failing = False
+
+    # ------------------------------------------------------------------------------------------------- one writer
+
+    def claim(self) -> None:
+        """Makes this process the only writer. Raises UserError if there is another one."""
+        before = self._writer()
+        self._continues = before.get("id") == self._id
+        if before.get("held") and not self._continues and not _has_ended(before):
+            raise UserError(
+                f"{self.url} is being written by another process ({before.get('process')} on {before.get('host')} "
+                f"since {before.get('since')}): wait for it to end, or change --workdir"
+            )
+        self._since = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+        self._renew(new=not before)
+        if self._writer().get("token") != self._token:
+            raise UserError(
+                f"{self.url} is being written by another process, which came first: change --workdir"
+            )
+
+    def _renew(self, *, held: bool = True, new: bool = False) -> None:
+        self._token = uuid.uuid4().hex
+        record = {
+            **{"id": self._id, "token": self._token, "held": held, "time": time.time(), "since": self._since},
+            **{"host": socket.gethostname(), "process": os.getpid()},
+        }
+        with contextlib.suppress(
+            FileExistsError
+        ):  # another process came first, which reading it back will show
+            client.write(client.join(self.url, WRITER), json.dumps(record).encode(), new=new)
+        self._renewed = time.monotonic()
+
+    def _writer(self) -> dict[str, Any]:
+        try:
+            return json.loads(client.read(client.join(self.url, WRITER)))
+        except (FileNotFoundError, ValueError):
+            return {}
+
+    # ---------------------------------------------------------------------------------------------- bucket -> here
+
+    def fetch(self) -> None:
+        """Brings the local folder to what the bucket holds, unless this folder is what was copied there last."""
+        found = client.listing(self.url)
+        self._there = {name for name in found if name != WRITER}
+        if self._continues and self.folder.is_dir():
+            log.warning("%s goes on in %s, from where it was copied last", self.url, self.folder)
+            return
+        if self.folder.is_dir() and any(self._changed()):
+            aside = self.folder.with_name(f"{self.folder.name}.{time.time_ns()}")
+            self.folder.rename(aside)
+            log.warning(
+                "%s was continued elsewhere; what had not been copied there is in %s", self.url, aside
+            )
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(parents=True)
+        done = {found[0] for name in self._there if (found := _committed(name))}
+        wanted = [name for name in sorted(self._there) if not (step := STEP.match(name)) or step[0] in done]
+        if bad := [name for name in wanted if {"..", ".", ""} & set(name.split("/"))]:
+            raise UserError(
+                f"{self.url} holds an object named {bad[0]!r}, which would leave its folder: remove it"
+            )
+        size = sum(found[name].size for name in wanted)
+        log.warning("%s is kept in %s (%.1f MB are copied there)", self.url, self.folder, size / 1e6)
+        client.download(self.url, [(name, self.folder / name) for name in wanted])
+        self._copied = {name: state for name in wanted if (state := self._state(name))}
+        self._write_index()
+
+    # ---------------------------------------------------------------------------------------------- here -> bucket
+
+    def start(self) -> None:
+        self._thread = threading.Thread(target=self._watch, daemon=True, name="lcx-bucket-workdir")
+        self._thread.start()
+
+    def close(self) -> None:
+        """Copies what is left. Raises UserError if that fails."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+        try:
+            self.push()
+            self._renew(held=False)
+        except UserError as error:
+            raise UserError(
+                f"not all of the run is in {self.url}: {error}; all of it is in {self.folder}: run the same command "
+                "again to copy it"
+            ) from error
+
+    def _watch(self) -> None:
+        while not self._stop.wait(_EVERY_S):
+            try:
+                if time.monotonic() - self._renewed > _RENEW_S:
+                    self._check_alone()
+                    self._renew()
+                self.push()
+                self._failing = False
+            except Exception as error:  # nothing that happens here may end the run
+                if not self._failing:
+                    log.warning("%s is not up to date: %s; the run goes on", self.url, error)
+                self._failing = True
+
+    def _check_alone(self) -> None:
+        if (found := self._writer()) and found.get("token") != self._token:
+            raise UserError(
+                f"another process writes there now ({found.get('process')} on {found.get('host')})"
+            )
+
+    def push(self) -> None:
+        """Copies what has changed, and removes what is gone. Steps come last: the lines before them are there then."""
+        self._check_alone()
+        changed = sorted(self._changed())
+        steps = [name for name in changed if STEP.match(name)]
+        self._send([name for name in changed if name not in steps])
+        for step in sorted({STEP.match(name)[0] for name in steps}, key=len):  # type: ignore[index]
+            files = [name for name in steps if name.startswith(step)]
+            marker = f"{step}{COMMIT_MARKER}"
+            self._send([name for name in files if name != marker])
+            self._send([marker] if marker in files else [])
+        gone = [name for name in sorted(self._there) if not (self.folder / name).exists()]
+        for names in ([n for n in gone if _committed(n)], [n for n in gone if not _committed(n)]):
+            client.remove(self.url, names)  # first the markers, so that no half step counts
+        self._there -= set(gone)
+        for name in gone:
+            self._copied.pop(name, None)
+        if changed or gone:
+            self._write_index()
+
+    def _send(self, names: list[str]) -> None:
+        states = {name: state for name in names if (state := self._state(name))}
+        client.upload(self.url, [(self.folder / name, name) for name in states])
+        self._there |= states.keys()
+        self._copied |= states  # the state before the copy: what was added meanwhile is copied the next time
+
+    def _changed(self) -> Iterator[str]:
+        """Names of the files that are not in the bucket as they are here."""
+        for root, folders, files in os.walk(self.folder):
+            folders[:] = [name for name in folders if name != "_trash" and not name.endswith("-tmp")]
+            for file in files:
+                name = (pathlib.Path(root) / file).relative_to(self.folder).as_posix()
+                if file in _SKIP or file.endswith((".tmp", ".new", ".lcx-partial")):
+                    continue
+                step = STEP.match(name)
+                if step and not (self.folder / step[0] / COMMIT_MARKER).exists():
+                    continue
+                if self._state(name) != self._copied.get(name):
+                    yield name
+
+    def _state(self, name: str) -> list[int] | None:
+        try:
+            status = (self.folder / name).stat()
+        except OSError:
+            return None
+        return [status.st_size, status.st_mtime_ns]
+
+    def _read_index(self) -> tuple[str, dict[str, list[int]]]:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            index = json.loads((self.folder / _INDEX).read_text())
+            return str(index["id"]), dict(index["files"])
+        return uuid.uuid4().hex, {}
+
+    def _write_index(self) -> None:
+        partial = self.folder / f"{_INDEX}.tmp"
+        partial.write_text(json.dumps({"id": self._id, "files": self._copied}))
+        partial.replace(self.folder / _INDEX)
+
+
+def _committed(name: str) -> Any:
+    """The step (as a match of STEP) whose commit marker this is; None for any other name."""
+    found = STEP.match(name)
+    return found if found and name == found[0] + COMMIT_MARKER else None
+
+
+def _has_ended(writer: dict[str, Any]) -> bool:
+    if time.time() - float(writer.get("time") or 0) > _STALE_S:
+        return True
+    if writer.get("host") != socket.gethostname():
+        return False
+    try:
+        os.kill(int(writer["process"]), 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, ValueError, KeyError):
+        return False
+    return False

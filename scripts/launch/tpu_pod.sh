@@ -1,0 +1,102 @@
+#!/usr/bin/env bash
+# Runs lcx on a TPU pod slice: create it, ship this tree, run a command on every host, follow it, stop it.
+#
+#   scripts/launch/tpu_pod.sh create --name=NAME --zone=ZONE --type=v5p-64 [--version=RUNTIME] [--spot]
+#   scripts/launch/tpu_pod.sh ship   --name=NAME --zone=ZONE [--bucket=BUCKET]
+#   scripts/launch/tpu_pod.sh run    --name=NAME --zone=ZONE -- python -m lcx.train --distributed --gin_file=... ...
+#   scripts/launch/tpu_pod.sh logs   --name=NAME --zone=ZONE [--worker=0]
+#   scripts/launch/tpu_pod.sh stop   --name=NAME --zone=ZONE
+#   scripts/launch/tpu_pod.sh delete --name=NAME --zone=ZONE
+#
+# --dry-run prints the gcloud commands instead of running them. --spot: cheaper, and may be taken away at any time.
+# `ship` installs lcx with its TPU extra into ~/lcx on every host, and with --bucket mounts gs://BUCKET as ~/bucket: all
+# hosts must see the same --workdir. `run` starts the command in the background, and again if it fails (10 times in all,
+# but not after a mistake in its settings): a run resumes from its checkpoint. `stop` sends SIGTERM, after which a run
+# saves and ends.
+set -euo pipefail
+
+usage() {
+  sed -n '4,9s/^# *//p' "${BASH_SOURCE[0]}" >&2
+  exit 2
+}
+
+fail() {
+  echo "error: $1" >&2
+  exit 2
+}
+
+command=${1:-}
+[ $# -gt 0 ] && shift
+name='' zone='' type='' version='v2-alpha-tpuv5' bucket='' worker=0 spot=() dry_run=false to_run=()
+while [ $# -gt 0 ]; do
+  case $1 in
+    --name=*) name=${1#*=} ;;
+    --zone=*) zone=${1#*=} ;;
+    --type=*) type=${1#*=} ;;
+    --version=*) version=${1#*=} ;;
+    --bucket=*) bucket=${1#*=} ;;
+    --worker=*) worker=${1#*=} ;;
+    --spot) spot=(--spot) ;;
+    --dry-run) dry_run=true ;;
+    --)
+      shift
+      to_run=("$@")
+      break
+      ;;
+    *) fail "unknown argument $1" ;;
+  esac
+  shift
+done
+
+case $command in create | ship | run | logs | stop | delete) ;; *) usage ;; esac
+[ -n "$name" ] || fail "--name is not set, expected the name of the slice"
+[ -n "$zone" ] || fail "--zone is not set, expected a zone such as us-east5-a"
+
+gcloud_() {
+  if $dry_run; then
+    printf '%q ' gcloud compute tpus tpu-vm "$@"
+    echo
+  else
+    gcloud compute tpus tpu-vm "$@"
+  fi
+}
+
+on() { # on WORKER COMMAND: a shell command on one host, or on all of them
+  gcloud_ ssh "$name" --zone="$zone" --worker="$1" --command="$2"
+}
+
+case $command in
+  create)
+    [ -n "$type" ] || fail "--type is not set, expected an accelerator type such as v5p-64"
+    gcloud_ create "$name" --zone="$zone" --accelerator-type="$type" --version="$version" "${spot[@]}"
+    ;;
+  ship)
+    root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+    archive=$(mktemp -d)/lcx.tar.gz
+    trap 'rm -rf "$(dirname "$archive")"' EXIT
+    git -C "$root" archive --format=tar.gz -o "$archive" HEAD
+    gcloud_ scp "$archive" "$name:lcx.tar.gz" --zone="$zone" --worker=all
+    on all 'mkdir -p lcx && tar -xzf lcx.tar.gz -C lcx && cd lcx && python3 -m venv .venv &&
+      .venv/bin/pip install -q -c constraints.txt -e ".[tpu,buckets,parquet,hub]"'
+    if [ -n "$bucket" ]; then
+      on all "command -v gcsfuse >/dev/null || { echo 'install gcsfuse first: cloud.google.com/storage/docs/gcsfuse-install' >&2; exit 1; }
+        mkdir -p bucket && { mountpoint -q bucket || gcsfuse --implicit-dirs $(printf '%q' "$bucket") bucket; }"
+    fi
+    ;;
+  run)
+    [ ${#to_run[@]} -gt 0 ] || fail "there is no command, expected it after --"
+    line=$(printf '%q ' "${to_run[@]}")
+    # Each host writes its process id, so that `stop` reaches the run and nothing else.
+    inner="cd ~/lcx && . .venv/bin/activate && for attempt in 1 2 3 4 5 6 7 8 9 10; do
+      $line & echo \$! > ~/lcx.pid; wait \$!; status=\$?
+      case \$status in 0 | 2) break ;; esac; test -e ~/lcx.stop && break; sleep 20; done"
+    on all "rm -f lcx.stop && nohup bash -c $(printf '%q' "$inner") > lcx.log 2>&1 < /dev/null &"
+    echo "follow it with: $0 logs --name=$name --zone=$zone" >&2
+    ;;
+  logs) on "$worker" 'tail -n 100 -F lcx.log' ;;
+  stop)
+    # shellcheck disable=SC2016 # expanded on the hosts
+    on all 'touch lcx.stop; test -e lcx.pid && kill -TERM "$(cat lcx.pid)" 2>/dev/null; true'
+    ;;
+  delete) gcloud_ delete "$name" --zone="$zone" --quiet ;;
+esac

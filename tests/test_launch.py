@@ -1,0 +1,175 @@
+"""The launch scripts, as far as a machine without a cloud can tell: shellcheck, dry runs, stand-ins for srun."""
+
+import os
+import pathlib
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from lcx import train
+
+ROOT = pathlib.Path(__file__).parents[1]
+LAUNCH = ROOT / "scripts" / "launch"
+SCRIPTS = sorted(path.name for path in LAUNCH.iterdir() if path.read_text().startswith("#!/usr/bin/env bash"))
+
+
+def tpu(*arguments, **more):
+    command = ["bash", str(LAUNCH / "tpu_pod.sh"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, **more)
+
+
+def commands(*arguments):
+    """The gcloud commands of a dry run, as lists of words."""
+    done = tpu(*arguments[:1], "--name=pod", "--zone=us-east5-a", "--dry-run", *arguments[1:])
+    assert done.returncode == 0, done.stderr
+    assert "gcloud" in done.stdout
+    script = 'gcloud() { printf "%s\\0" "$@"; printf "\\1"; }\n' + done.stdout
+    words = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True).stdout
+    return [line.split("\0")[:-1] for line in words.split("\1")[:-1]]
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_shellcheck(name):
+    beside = pathlib.Path(sys.executable).with_name("shellcheck")  # where pip puts it
+    program = str(beside) if beside.exists() else shutil.which("shellcheck")
+    if program is None:
+        pytest.skip("needs shellcheck: pip install 'lcx[dev]'")
+    done = subprocess.run([program, str(LAUNCH / name)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_create_and_delete():
+    (create,) = commands("create", "--type=v5p-64", "--spot")
+    assert create[:5] == ["compute", "tpus", "tpu-vm", "create", "pod"]
+    assert {"--zone=us-east5-a", "--accelerator-type=v5p-64", "--spot"} <= set(create)
+    assert "--spot" not in commands("create", "--type=v5p-64")[0]
+    assert commands("delete")[0][3:5] == ["delete", "pod"]
+
+
+def test_ship_copies_what_is_committed_to_every_host():
+    copy, install, mount = commands("ship", "--bucket=my-bucket")
+    assert copy[3] == "scp" and "--worker=all" in copy and copy[5] == "pod:lcx.tar.gz"
+    assert "pip install" in install[-1] and "tpu" in install[-1]
+    assert "gcsfuse --implicit-dirs my-bucket bucket" in mount[-1]
+    assert len(commands("ship")) == 2
+
+
+@pytest.mark.parametrize("status, starts", [(0, 1), (2, 1), (1, 10)])
+def test_run_starts_the_command_again_until_it_is_done(tmp_path, status, starts):
+    """The command that the hosts get is run here, in a home of its own."""
+    argument = "--gin.MODEL='a b $HOME'"
+    (run,) = commands("run", "--", "./job", argument)
+    assert "--worker=all" in run
+    (tmp_path / "lcx" / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / "lcx" / ".venv" / "bin" / "activate").write_text("sleep() { :; }\n")
+    job = tmp_path / "lcx" / "job"
+    job.write_text(f'#!/bin/sh\necho "$1" >> ~/seen\nexit {status}\n')
+    job.chmod(0o755)
+    script = run[-1].removeprefix("--command=") + "\nwait"
+    subprocess.run(["bash", "-c", script], cwd=tmp_path, env=os.environ | {"HOME": str(tmp_path)}, check=True)
+    assert (tmp_path / "seen").read_text().splitlines() == [argument] * starts
+
+
+def test_logs_and_stop():
+    assert "--worker=3" in commands("logs", "--worker=3")[0]
+    assert "kill -TERM" in commands("stop")[0][-1]
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (["create", "--name=a", "--zone=z"], "--type is not set"),
+        (["create", "--zone=z", "--type=v5p-64"], "--name is not set"),
+        (["logs", "--name=a"], "--zone is not set"),
+        (["run", "--name=a", "--zone=z"], "there is no command"),
+        (["stop", "--name=a", "--zone=z", "--nodes=3"], "unknown argument --nodes=3"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, says):
+    done = tpu(*arguments)
+    assert done.returncode == 2 and says in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_no_command_prints_them_all():
+    done = tpu()
+    assert done.returncode == 2
+    assert all(
+        f"tpu_pod.sh {name}" in done.stderr for name in ("create", "ship", "run", "logs", "stop", "delete")
+    )
+
+
+def stand_ins(folder, srun):
+    for name, text in {"srun": srun, "scontrol": 'echo "$@" > requeued'}.items():
+        (folder / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+        (folder / name).chmod(0o755)
+    return os.environ | {"PATH": f"{folder}:{os.environ['PATH']}", "SLURM_JOB_ID": "17"}
+
+
+SBATCH = ["bash", str(LAUNCH / "slurm.sbatch")]
+
+
+def test_slurm_passes_the_command_and_its_status_on(tmp_path):
+    env = stand_ins(tmp_path, 'printf "%s\\n" "$@" > seen; exit 3')
+    assert subprocess.run([*SBATCH, "python", "a b"], cwd=tmp_path, env=env).returncode == 3
+    assert (tmp_path / "seen").read_text().splitlines() == ["--kill-on-bad-exit=1", "python", "a b"]
+    assert not (tmp_path / "requeued").exists()
+    dry = subprocess.run([*SBATCH, "x y"], env=env | {"LCX_DRY_RUN": "1"}, capture_output=True, text=True)
+    assert shlex.split(dry.stdout) == ["srun", "--kill-on-bad-exit=1", "x y"]
+    assert subprocess.run(SBATCH, env=env, capture_output=True).returncode == 2
+
+
+def test_slurm_saves_before_the_time_is_up_and_goes_back_into_the_queue(tmp_path):
+    env = stand_ins(tmp_path, "trap 'touch saved; exit 0' TERM\ntouch begun\nwhile :; do sleep 0.05; done")
+    job = subprocess.Popen([*SBATCH, "python"], cwd=tmp_path, env=env)
+    try:
+        while not (tmp_path / "begun").exists():
+            assert job.poll() is None
+        job.send_signal(signal.SIGTERM)
+        assert job.wait(timeout=60) == 0
+    finally:
+        job.kill()
+    assert (tmp_path / "saved").exists()
+    assert (tmp_path / "requeued").read_text().split() == ["requeue", "17"]
+
+
+def test_the_jobset_fits_its_schema_and_the_command():
+    """What JobSet (v1alpha2) and Kubernetes ask for, and the flags that the command has."""
+    yaml = pytest.importorskip("yaml")
+    jobset = yaml.safe_load((LAUNCH / "jobset.yaml").read_text())
+    assert (jobset["apiVersion"], jobset["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
+    (hosts,) = jobset["spec"]["replicatedJobs"]
+    job = hosts["template"]["spec"]
+    pod = job["template"]["spec"]
+    (container,) = pod["containers"]
+    assert job["completionMode"] == "Indexed" and job["parallelism"] == job["completions"]
+    assert pod["restartPolicy"] in ("Never", "OnFailure")
+    assert {mount["name"] for mount in container["volumeMounts"]} == {
+        volume["name"] for volume in pod["volumes"]
+    }
+    python, dash, module, *flags = container["command"]
+    assert (python, dash, module) == ("python", "-m", "lcx.train")
+    known = subprocess.run(
+        [sys.executable, "-m", train.__name__, "--help"], capture_output=True, text=True
+    ).stdout
+    given = dict(flag.split("=", 1) for flag in flags)
+    assert all(flag in known for flag in given)
+    assert given["--num_processes"] == str(job["completions"])
+    name = jobset["metadata"]["name"]
+    host, port = given["--coordinator_address"].split(":")
+    assert host == f"{name}-{hosts['name']}-0-0.{name}"
+    assert int(port) in [one["containerPort"] for one in container["ports"]]
+    assert re.fullmatch(r"\$\((\w+)\)", given["--process_id"])[1] in [one["name"] for one in container["env"]]
+
+
+def test_the_image_copies_what_there_is():
+    lines = (LAUNCH / "Dockerfile").read_text().splitlines()
+    copied = [word for line in lines if line.startswith("COPY ") for word in line.split()[1:-1]]
+    assert copied and all((ROOT / word).exists() for word in copied)
+    extras = re.search(r"\[\$\{EXTRAS\},([\w,]+)\]", "\n".join(lines))[1].split(",")
+    declared = (ROOT / "pyproject.toml").read_text()
+    assert all(re.search(rf"^{extra} = \[", declared, re.MULTILINE) for extra in extras)
