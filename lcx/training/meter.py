@@ -19,9 +19,6 @@ from lcx.model import Decoder
 from lcx.training.logger import MetricsLogger
 from lcx.training.peak_flops import peak_flops
 
-# Steps queued on the devices at once. Two are enough to hide the host's work between steps; with dozens in flight,
-# several CPU devices of one process can deadlock.
-IN_FLIGHT = 2
 # Seconds of training from which its speed is logged. Python's threads may see the end of a step up to 10 ms late.
 _LEAST_S = 0.1
 
@@ -44,6 +41,8 @@ class Meter:
     compilation and is not timed. A line after less than _LEAST_S seconds has no speed; the next one covers its steps.
 
     Attributes:
+      ahead: steps that are queued on the devices behind the one that runs. One is enough to hide the host's work between
+        steps; with dozens, several CPU devices of one process can deadlock.
       losses: of the steps since the last logged line. They are saved in checkpoints, so that a resumed run logs the
         same means as an uninterrupted one.
     """
@@ -58,7 +57,9 @@ class Meter:
         every: int,
         last: int,
         losses: list[float],
+        ahead: int = 1,
     ):
+        self.ahead = ahead
         self.losses = list(losses)
         self._metrics = metrics
         self._every, self._last = every, last
@@ -80,7 +81,7 @@ class Meter:
         self._timed = 0
 
     def add(self, step: int, values: dict[str, jax.Array]) -> None:
-        """Adds a step that was just dispatched, and waits for the previous one.
+        """Adds a step that was just dispatched, and waits for the one `ahead` steps before it.
 
         Args:
           step: its number.
@@ -90,7 +91,7 @@ class Meter:
           NotFiniteError: the loss or gradient norm of the previous step is not finite.
         """
         self._dispatched.append((step, values, self._watcher.submit(_done, values["loss"])))
-        while len(self._dispatched) >= IN_FLIGHT:
+        while len(self._dispatched) > self.ahead:
             self._record()
 
     def drain(self) -> None:
