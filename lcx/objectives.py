@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from lcx.errors import UserError
@@ -18,10 +19,12 @@ from lcx.mixers.linearized import LinearizedAttention
 from lcx.model import Decoder, map_mixers
 from lcx.ops.cross_entropy import cross_entropy
 from lcx.ops.segments import runs
-from lcx.pieces import Pieces, total
+from lcx.pieces import PieceFn, Pieces, total
 
 Batch = dict[str, Array]
 Sums = tuple[Array, Array] | tuple[Array, Array, dict[str, Array]]
+# Which bytes do not occur in sequences; the last stands for all larger ids.
+_OF_NO_SEQUENCE = ~np.isin(np.arange(257), list(b"ACGTURYKMSWBDHVN-*acgturykmswbdhvn@#|\x00\x01"))
 TAKEN = (  # names of metrics that are logged for every objective
     *("loss", "grad_norm", "learning_rate", "tokens", "step", "eval_loss", "tokens_per_second", "mfu", "goodput"),
     *("time", "wall_seconds", "data_seconds", "compute_seconds", "save_seconds"),
@@ -50,9 +53,14 @@ def next_token(model: Decoder, variables: Any, batch: Batch, pieces: Pieces | No
     Raises:
       UserError: a module sows a value of another shape, or one named like a metric.
     """
+    return _of_rows(functools.partial(_next_token, model), model, variables, batch, pieces)
+
+
+def _of_rows(piece: PieceFn, model: Decoder, variables: Any, batch: Batch, pieces: Pieces | None) -> Sums:
+    """The sums of `piece` over whole rows, or over their pieces if they are longer than one."""
     if pieces is None or batch["tokens"].shape[1] <= pieces.length:
-        return _next_token(model, variables, None, batch)[0]
-    return total(functools.partial(_next_token, model), model, variables, batch, pieces)
+        return piece(variables, None, batch)[0]
+    return total(piece, model, variables, batch, pieces)
 
 
 def _next_token(model: Decoder, variables: Any, state: Any, batch: Batch) -> tuple[Sums, Any]:
@@ -84,15 +92,24 @@ def nucleotides(
     '@', '#' and taxonomic tags between bars, "|d__Bacteria;...|", have weight 0. A tag of which the row contains only
     the end is recognised by letters that do not occur in sequences.
     """
+    unread = _in_tags(batch["labels"], batch["segment_ids"])  # tags may extend over pieces
+
+    def piece(variables: Any, state: Any, batch: Batch) -> tuple[Sums, Any]:
+        return _next_token(model, variables, state, _weighted(batch, repeat_weight))
+
+    return _of_rows(piece, model, variables, {**batch, "unread": unread}, pieces)
+
+
+def _weighted(batch: Batch, repeat_weight: float) -> Batch:
+    """Upper-case inputs and labels, and weights that depend on the case and on what is not to be learned."""
     labels = batch["labels"]
     weights = batch["loss_weights"] * jnp.where(_is_lower(labels), repeat_weight, 1.0)
-    unread = _in_tags(labels, batch["segment_ids"]) | (labels == ord("@")) | (labels == ord("#"))
+    weights = jnp.where(batch["unread"] | (labels == ord("@")) | (labels == ord("#")), 0.0, weights)
     upper = {
         name: jnp.where(_is_lower(batch[name]), batch[name] - 32, batch[name])
         for name in ("tokens", "labels")
     }
-    batch = {**batch, **upper, "loss_weights": jnp.where(unread, 0.0, weights)}
-    return next_token(model, variables, batch, pieces)
+    return {**batch, **upper, "loss_weights": weights}
 
 
 def check(objective: Callable) -> None:
@@ -230,6 +247,6 @@ def _in_tags(ids: Int[Array, "B T"], segment_ids: Int[Array, "B T"]) -> Bool[Arr
     counted = jnp.cumsum(bars, axis=1)
     before = counted - bars  # bars earlier in the row ...
     before -= of_document(before, jax.ops.segment_min)  # ... and in the document
-    of_no_sequence = ~jnp.isin(ids, jnp.array(list(b"ACGTURYKMSWBDHVN-*acgturykmswbdhvn@#|\x00\x01")))
+    of_no_sequence = jnp.asarray(_OF_NO_SEQUENCE)[jnp.minimum(ids, 256)]
     cut = of_document((of_no_sequence & (before == 0)).astype(jnp.int32), jax.ops.segment_max)
     return ((before + cut) % 2 == 1) | (bars == 1)

@@ -170,7 +170,7 @@ def _slice(x: Array, start: Array, length: int) -> Array:
     begin = jnp.minimum(start, x.shape[1] - length)
     missing = start - begin
     moved = jnp.roll(jax.lax.dynamic_slice_in_dim(x, begin, length, 1), -missing, axis=1)
-    return jnp.where(jnp.arange(length) < length - missing, moved, 0)
+    return jnp.where(jnp.arange(length) < length - missing, moved, jnp.zeros((), x.dtype))
 
 
 def _cut(x: Array, length: int, count: int) -> Array:

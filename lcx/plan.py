@@ -32,6 +32,15 @@ def main(argv=None) -> int:
         action="store_true",
         help="also search for the longest rows that fit (compiles several times)",
     )
+    parser.add_argument(
+        "--search",
+        nargs="?",
+        type=int,
+        const=12,
+        metavar="COUNT",
+        help="plan other meshes, remat, accumulation and pieces of the same training (12 of them, or so many) and list "
+        "those that fit, fastest first",
+    )
     return config.run(
         parser, "lcx.planning.command:plan", argv, bindings_of="lcx.trainer:train"
     )

@@ -360,13 +360,12 @@ class Trainer:
     def _loop(
         self, run: Run, mesh, batches, checkpointer, metrics: MetricsLogger, stop: StopRequest, workdir: str
     ) -> Run:
-        step_fn = self.step_function(run)
-        meter = meter_of(self, run, metrics, workdir)
+        step_fn = train_step.compiled_first(self.step_function(run))
+        meter = meter_of(self, run, metrics, workdir, ahead=self._ahead(mesh))
         state, step = run.state, run.step
         stop.safe = "stopped before the first step, nothing is lost"  # a signal may interrupt the compilation
         while step < self.last_step and not stop.requested(step):
-            batch = sharding.shard_batch(next(batches), mesh)
-            state, values = step_fn(state, batch, np.int32(step))
+            state, values = step_fn(state, sharding.shard_batch(next(batches), mesh), np.int32(step))
             stop.safe = None
             step += 1
             meter.add(step, values)
@@ -470,9 +469,13 @@ class Trainer:
         return loss
 
     def _batches(self, split: str, model: Decoder, mesh) -> BatchIterator:
-        index, count = sharding.process_rows(mesh)
-        rows = (self.batch_size, self.seq_len, self.seed, index, count)
-        return self._opened.batches(BatchSpec(split, *rows, vocab_size=model.vocab_size))
+        rows = (self.batch_size, self.seq_len, self.seed, *sharding.process_rows(mesh))
+        ahead = self._ahead(mesh)
+        return self._opened.batches(BatchSpec(split, *rows, vocab_size=model.vocab_size, num_threads=ahead))
+
+    def _ahead(self, mesh) -> int:
+        """Whether batches are prepared during a step; not those of long rows on CPUs, which lack the memory for two."""
+        return int(self.piece_length is None or mesh.devices.flat[0].platform != "cpu")
 
     def check_rows(self, mesh) -> None:
         """Raises UserError if the rows of a micro-batch or seq_len do not divide evenly over the mesh."""

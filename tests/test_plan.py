@@ -1,5 +1,7 @@
 """Plans: of the step that would run, with numbers that agree with counts made another way, and clear refusals."""
 
+import dataclasses
+import itertools
 import json
 import math
 import os
@@ -19,7 +21,7 @@ from lcx.errors import UserError
 from lcx.ladder import Ladder, Rung
 from lcx.linearize import Linearize
 from lcx.lora import LoRA
-from lcx.planning import abstract, cache, compiled, flops, longest, program, roofline, topology, traffic
+from lcx.planning import abstract, cache, compiled, flops, longest, program, roofline, search, topology, traffic
 
 KEYS = {  # what programs read; DESIGN names the first five
     *("peak_bytes", "memory_bytes", "fits", "step_seconds", "largest_seq_len"),
@@ -311,6 +313,59 @@ def test_the_longest_rows(power, start):
     assert found % 128 == 0 and 100_000 * 15 / 16 - 128 <= found <= 100_000
     assert found in tried and len(tried) <= 14
     assert longest.longest(lambda seq_len: 2, 1, start=1024, unit=128) == 0, "nothing fits"
+
+
+REMATS = {"none": (9, 3), "dots": (5, 4), "full": (2, 5)}  # bytes of a row's tokens, and time
+DEVICES, ROWS, LENGTH = 8, 16, 1 << 16
+
+
+def toy_plan(memory):
+    """A plan in which time and memory are known: weights are gathered once for every micro-batch."""
+
+    def plan(trainer):
+        mesh, (nbytes, seconds) = trainer.mesh, REMATS[trainer.remat]
+        if mesh.tensor == 8:
+            raise UserError("no such slice")
+        rows = ROWS // trainer.accumulation / mesh.fsdp
+        length = trainer.piece_length or LENGTH
+        peak = 1000 / mesh.fsdp / mesh.tensor + nbytes * rows * length / 1024 / mesh.context
+        made = {"mesh": dataclasses.asdict(mesh), "remat": trainer.remat, "accumulation": trainer.accumulation}
+        time = seconds * (1.2 if trainer.piece_length else 1) + trainer.accumulation / 8 + mesh.context * mesh.tensor / 9
+        made |= {"peak_bytes": peak, "fits": peak <= memory, "step_seconds": time, "mfu": None}
+        return made | {"executed_flops": 0}
+
+    return plan
+
+
+@pytest.mark.parametrize("memory", [160, 200, 300, 500, 1000, 10_000])
+def test_the_search_finds_the_fastest(tmp_path, memory):
+    trainer = tiny_trainer(tmp_path, batch_size=ROWS, seq_len=LENGTH)
+    plan = toy_plan(memory)
+    found = search.search(trainer, DEVICES, plan, limit=1000)
+    assert {choice.mesh.tensor for choice, _ in found.refused} == {8} and not found.untried
+    tried, best = 0, math.inf
+    for mesh in search.meshes(trainer, DEVICES):
+        assert mesh.fsdp * mesh.context * mesh.tensor == DEVICES and ROWS % mesh.fsdp == 0
+        counts = [count for count in (1, 2, 4, 8, 16) if ROWS // mesh.fsdp % count == 0]
+        for piece in (None, search.PIECE) if mesh.tensor < 8 else ():
+            choices = (search.Choice(mesh, *rest, piece) for rest in itertools.product(REMATS, counts))
+            plans = [plan(choice.of(trainer)) for choice in choices]
+            tried += len(plans)
+            if times := [made["step_seconds"] for made in plans if made["fits"]]:
+                best = min(best, *times)
+                break  # pieces are for what does not fit otherwise
+    assert len(found.plans) < tried / 2, "most are never compiled"
+    assert found.plans[0]["fits"] and found.plans[0]["step_seconds"] == best
+    told = search.text(found, str)
+    assert f"--gin.Trainer.accumulation={found.plans[0]['accumulation']}" in told and "refused: tensor=8: no such slice" in told
+
+
+def test_a_search_ends(tmp_path):
+    trainer = tiny_trainer(tmp_path, batch_size=ROWS, seq_len=LENGTH)
+    found = search.search(trainer, DEVICES, toy_plan(10_000), limit=4)
+    assert len(found.plans) == 4 and "not tried: " in search.text(found, str)
+    nothing = search.search(trainer, DEVICES, toy_plan(1), limit=1000)
+    assert search.text(nothing, str).startswith("nothing that was tried fits")
 
 
 def test_the_time_of_a_step():

@@ -10,7 +10,7 @@ padding), positions restart at 0 in each of them, and no label crosses from one 
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 from lcx.errors import UserError
 
 Batch = dict[str, np.ndarray]
+STRETCH = 1 << 16  # tokens that are laid out in rows at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -307,35 +308,50 @@ def _fill(
     # Inputs fill a row from the left without gaps, so all pieces of a row are shifted by the same amount.
     shift = where * plan.seq_len - flat_begin[first_piece]
     piece_slot = flat_begin + np.repeat(shift, count)
-    slot = np.repeat(piece_slot - flat_begin, length) + np.arange(int(length.sum()))
-    in_piece = slot - np.repeat(piece_slot, length)
+    number_in_row = np.arange(len(piece)) - np.repeat(first_piece, count)
 
     flat = {key: value.reshape(-1) for key, value in batch.items()}
-    stored = np.repeat(plan.piece_start[piece], length) + in_piece
-    flat["tokens"][slot] = tokens[stored]
+    weights = flat["loss_weights"]
+    scored = None if loss_mask is None else np.zeros_like(batch["loss_weights"])
+    for number, first, inside in _stretches(length):
+        in_piece = _ranges(first, inside)
+        slot = np.repeat(piece_slot[number], inside) + in_piece
+        stored = np.repeat(plan.piece_start[piece[number]], inside) + in_piece
+        flat["tokens"][slot] = tokens[stored]
+        weights[slot] = in_piece >= np.repeat(plan.piece_skip[piece[number]], inside)
+        flat["segment_ids"][slot] = np.repeat(number_in_row[number] + 1, inside) if document_mask else 1
+        flat["positions"][slot] = in_piece if document_mask else slot % plan.seq_len
+        if loss_mask is not None and scored is not None:
+            scored.reshape(-1)[slot] = loss_mask[stored]
     batch["labels"][:, :-1] = batch["tokens"][:, 1:]
     last = where * plan.seq_len + row_length - 1
     next_token = plan.next_token[rows]
     has_next = next_token >= 0
     flat["labels"][last[has_next]] = tokens[next_token[has_next]]
-
-    weights = flat["loss_weights"]
-    weights[slot] = in_piece >= np.repeat(plan.piece_skip[piece], length)
     if document_mask:
-        number_in_row = np.arange(len(piece)) - np.repeat(first_piece, count)
-        flat["segment_ids"][slot] = np.repeat(number_in_row + 1, length)
-        flat["positions"][slot] = in_piece
         weights[piece_slot + length - 1] = 0  # the label is the first token of the next document, or padding
-    else:
-        flat["segment_ids"][slot] = 1
-        flat["positions"][slot] = slot % plan.seq_len
     weights[last] = has_next  # the label of a row's last input comes from the store, not from the next slot
-    if loss_mask is not None:  # the mask of the label, which is the token of the next slot
-        scored = np.zeros_like(batch["loss_weights"])
-        scored.reshape(-1)[slot] = loss_mask[stored]
+    if loss_mask is not None and scored is not None:  # the mask of the label, which is the token of the next slot
         scored[:, :-1] = scored[:, 1:]
         scored.reshape(-1)[last[has_next]] = loss_mask[next_token[has_next]]
         weights *= scored.reshape(-1)
+
+
+def _stretches(length: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Pieces of these lengths, one after the other, in stretches of at most STRETCH tokens.
+
+    The index arrays of a stretch are several times larger than its tokens, and a row may have millions.
+
+    Yields:
+      The numbers of the pieces in a stretch, and of each the first token and the number of tokens that are in it.
+    """
+    end = np.cumsum(length, dtype=np.int64)
+    begin = end - length
+    for start in range(0, int(end[-1]), STRETCH):
+        stop = start + STRETCH
+        number = np.arange(np.searchsorted(end, start, "right"), np.searchsorted(begin, stop, "left"))
+        first = np.maximum(start - begin[number], 0)
+        yield number, first, np.minimum(stop - begin[number], length[number]) - first
 
 
 def check_batch(batch: Batch, *, vocab_size: int | None = None, document_mask: bool = True) -> None:
@@ -353,29 +369,32 @@ def check_batch(batch: Batch, *, vocab_size: int | None = None, document_mask: b
             raise UserError(
                 f"batch[{key!r}] is {batch[key].dtype} {batch[key].shape}, expected {np.dtype(want)} {shape}"
             )
+    for problem, mask in _problems(batch, vocab_size, document_mask):
+        if mask.any():
+            raise UserError(f"batch row {int(np.argwhere(mask)[0][0])} has {problem}")
+
+
+def _problems(batch: Batch, vocab_size: int | None, document_mask: bool) -> Iterator[tuple[str, np.ndarray]]:
+    """What may be wrong with a batch, and where it is; one after the other, because rows may be long."""
     tokens, labels, segments = batch["tokens"], batch["labels"], batch["segment_ids"]
     positions, weights = batch["positions"], batch["loss_weights"]
     top = np.iinfo(np.int32).max if vocab_size is None else vocab_size
-    same = segments[:, 1:] == segments[:, :-1]
+    outside = f"a token id outside [0, {top}); the tokenizer and the model's vocab_size do not match"
+    for ids in (tokens, labels):
+        yield outside, ids < 0
+        yield outside, ids >= top
     real = segments > 0
-    steps = np.diff(segments, axis=1)
+    same = segments[:, 1:] == segments[:, :-1]
+    yield "padding before the end of the row", real[:, 1:] & ~real[:, :-1]
+    yield "padding with a loss weight", ~real & (weights != 0)
+    yield "a loss weight that is negative or not finite", ~(np.isfinite(weights) & (weights >= 0))
+    counts = same | (np.diff(segments, axis=1) == 1)
+    yield "segment ids that do not count 1, 2, 3, ...", real[:, 1:] & ~counts
+    yield "a first segment id other than 1", real[:, :1] & (segments[:, :1] != 1)
     goes_on = same & real[:, 1:]
-    wrong = {
-        f"a token id outside [0, {top}); the tokenizer and the model's vocab_size do not match": (
-            (tokens < 0) | (tokens >= top) | (labels < 0) | (labels >= top)
-        ),
-        "padding before the end of the row": real[:, 1:] & ~real[:, :-1],
-        "padding with a loss weight": ~real & (weights != 0),
-        "a loss weight that is negative or not finite": ~(np.isfinite(weights) & (weights >= 0)),
-        "segment ids that do not count 1, 2, 3, ...": (real[:, 1:] & (steps != 0) & (steps != 1)),
-        "a first segment id other than 1": (real[:, :1] & (segments[:, :1] != 1)),
-        "positions that do not step by one": goes_on & (np.diff(positions, axis=1) != 1),
-        "a segment whose positions do not start at 0": (real[:, 1:] & ~same) & (positions[:, 1:] != 0),
-        "a row whose positions do not start at 0": positions[:, :1] != 0,
-        "labels that are not the shifted tokens": goes_on & (labels[:, :-1] != tokens[:, 1:]),
-    }
+    yield "positions that do not step by one", goes_on & (np.diff(positions, axis=1) != 1)
+    yield "a segment whose positions do not start at 0", (real[:, 1:] & ~same) & (positions[:, 1:] != 0)
+    yield "a row whose positions do not start at 0", positions[:, :1] != 0
+    yield "labels that are not the shifted tokens", goes_on & (labels[:, :-1] != tokens[:, 1:])
     if document_mask:
-        wrong["a scored label of another document"] = ~goes_on & (weights[:, :-1] != 0)
-    for problem, mask in wrong.items():
-        if mask.any():
-            raise UserError(f"batch row {int(np.argwhere(mask)[0][0])} has {problem}")
+        yield "a scored label of another document", ~goes_on & (weights[:, :-1] != 0)

@@ -11,6 +11,7 @@ One file for each step of the way:
     flops        operations of the step as it is traced, recomputation included
     buffers      the largest arrays of the program, each with the setting that shrinks it
     longest      the longest rows that fit
+    search       other settings of the same training that fit, fastest first
     roofline     a time from all of the above, with its assumptions
     report       the plan as text and as JSON
     silence      compilers of absent devices say nothing

@@ -3,16 +3,23 @@
 import json
 import math
 import sys
+from typing import Any
 
+import numpy as np
+
+from lcx.errors import UserError
 from lcx.planning import longest as longest_rows
 from lcx.planning import report
+from lcx.planning import search as settings
 from lcx.planning.abstract import trainer_of
 from lcx.planning.compiled import mesh_of, step_of
-from lcx.planning.topology import Topology, find
+from lcx.planning.topology import Topology, find, shape_text
 from lcx.trainer import Job, Trainer
 
 
-def plan(*, job: Job, topology: str, as_json: bool = False, longest: bool = False) -> int:
+def plan(
+    *, job: Job, topology: str, as_json: bool = False, longest: bool = False, search: int | None = None
+) -> int:
     """Plans the job that a .gin file binds to `train.job`, and prints the plan.
 
     Args:
@@ -20,20 +27,44 @@ def plan(*, job: Job, topology: str, as_json: bool = False, longest: bool = Fals
       topology: the devices, see `topology.find`.
       as_json: print one JSON object.
       longest: also search for the longest rows that fit, which compiles several times.
+      search: plan so many other settings of the same training instead, and print those that fit.
 
     Returns:
-      The exit status: 0 if the step fits, 1 if it does not.
+      The exit status: 0 if the step (of a search: any) fits, 1 if it does not.
 
     Raises:
       UserError: see `topology.find` and `compiled.step_of`.
     """
     place = find(topology)
     trainer, notes = trainer_of(job)
+    if search is not None:
+        return _search(trainer, place, search, notes, as_json)
     step = step_of(trainer, place)
     found = _longest(trainer, place, step.memory.peak) if longest else None
     made = report.plan(step, trainer, place, found, notes)
     print(json.dumps(made) if as_json else report.text(made))
     return 1 if made["fits"] is False else 0
+
+
+def _search(trainer: Trainer, place: Topology, limit: int, notes: list[str], as_json: bool) -> int:
+    if limit < 1:
+        raise UserError(f"--search={limit}: expected at least 1, the number of settings to try")
+
+    def planned(choice: Trainer) -> dict[str, Any]:
+        made = report.plan(step_of(choice, place), choice, place, None, notes)
+        mesh = shape_text(made["mesh"])
+        about = f"{mesh}, remat {made['remat']}, accumulation {made['accumulation']}"
+        print(f"{about}: {report.size(made['peak_bytes'])}", file=sys.stderr, flush=True)
+        return made
+
+    found = settings.search(trainer, np.size(place.devices), planned, limit)
+    if as_json:
+        refused = [{"settings": choice.flags(), "reason": why} for choice, why in found.refused]
+        untried = [vars(mesh) for mesh in found.untried]
+        print(json.dumps({"plans": found.plans, "refused": refused, "untried": untried}))
+    else:
+        print(settings.text(found, report.size))
+    return 0 if any(made["fits"] is not False for made in found.plans) else 1
 
 
 def _longest(trainer: Trainer, place: Topology, peak: int) -> int | None:

@@ -23,9 +23,6 @@ from lcx.training.logger import MetricsLogger
 from lcx.training.peak_flops import peak_flops
 from lcx.training.profiling import Profile
 
-# Steps queued on the devices at once. Two are enough to hide the host's work between steps; with dozens in flight,
-# several CPU devices of one process can deadlock.
-IN_FLIGHT = 2
 # Seconds of training from which its speed is logged. Python's threads may see the end of a step up to 10 ms late.
 _LEAST_S = 0.1
 
@@ -48,6 +45,8 @@ class Meter:
     compilation and is not timed. A line after less than _LEAST_S seconds has no speed; the next one covers its steps.
 
     Attributes:
+      ahead: steps that are queued on the devices behind the one that runs. One is enough to hide the host's work between
+        steps; with dozens, several CPU devices of one process can deadlock.
       losses: of the steps since the last logged line. They are saved in checkpoints, so that a resumed run logs the
         same means as an uninterrupted one.
     """
@@ -62,9 +61,11 @@ class Meter:
         every: int,
         last: int,
         losses: list[float],
+        ahead: int = 1,
         ledger: Ledger | None = None,
         profile: Profile | None = None,
     ):
+        self.ahead = ahead
         self.losses = list(losses)
         self._ledger = ledger or Ledger()
         self._profile = profile
@@ -89,7 +90,7 @@ class Meter:
         self._timed = 0
 
     def add(self, step: int, values: dict[str, jax.Array]) -> None:
-        """Adds a step that was just dispatched, and waits for the previous one.
+        """Adds a step that was just dispatched, and waits for the one `ahead` steps before it.
 
         Args:
           step: its number.
@@ -103,7 +104,7 @@ class Meter:
         self._dispatched.append((step, values, time.perf_counter(), done))
         if self._profile is not None:
             self._profile.after(step, values)
-        while len(self._dispatched) >= IN_FLIGHT:
+        while len(self._dispatched) > self.ahead:
             self._record()
 
     def drain(self) -> None:
@@ -161,7 +162,7 @@ class Meter:
         return self._ledger.summary()
 
 
-def meter_of(trainer: Any, run: Any, metrics: MetricsLogger, workdir: str) -> Meter:
+def meter_of(trainer: Any, run: Any, metrics: MetricsLogger, workdir: str, *, ahead: int) -> Meter:
     """The meter of a run (the settings of a `trainer.Trainer`)."""
     return Meter(
         run.model,
@@ -171,6 +172,7 @@ def meter_of(trainer: Any, run: Any, metrics: MetricsLogger, workdir: str) -> Me
         every=trainer.log_every,
         last=trainer.last_step,
         losses=run.losses,
+        ahead=ahead,
         ledger=ledger_of(workdir, run.step),
         profile=Profile(trainer.profile, workdir, run.step),
     )

@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from lcx import sharding
 from lcx.model import Decoder
 from lcx.optim import combine, partition, plateau_scale
+from lcx.training import memory
 
 State = dict[str, Any]
 
@@ -155,6 +156,19 @@ def make_step(
 
     out = jax.tree.map(lambda x: x.sharding, abstract)
     return jax.jit(step, donate_argnums=0, out_shardings=(out, None))
+
+
+def compiled_first(step: Any) -> Callable:
+    """The jitted function, which on its first call gives the compiler's memory back before it allocates its own."""
+    waiting = [step]
+
+    def call(*args: Any) -> Any:
+        if waiting:
+            waiting.pop().lower(*args).compile()  # kept by jax: the call below does not compile again
+            memory.give_back()
+        return step(*args)
+
+    return call
 
 
 def micro_batches(batch: dict[str, jax.Array], count: int) -> dict[str, jax.Array]:

@@ -1,0 +1,155 @@
+"""Other settings of the same training: which of them fit the devices, and which is the fastest.
+
+What is tried changes neither the batch, the rows nor the objective, so every choice trains the same model: the mesh, what
+is recomputed (remat), the rows that are processed at once (accumulation), and rows in pieces. Each is compiled like any
+plan. A mesh is tried from the least memory upwards, so that most choices that cannot fit are never compiled:
+
+    remat full      accumulation doubled until it fits; if it never does, rows longer than PIECE in pieces
+    remat dots      from there on
+    remat none      from there on
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from lcx import sharding
+from lcx.errors import UserError
+from lcx.planning import topology
+from lcx.trainer import Trainer
+
+PIECE = 16384  # tokens of the pieces that are tried
+WIDEST = 8  # devices along `tensor`, and along `context`: wider ones rarely pay, and each costs a compilation
+REMATS = ("full", "dots", "none")  # from the least memory to the most
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """Settings of a run that do not change what it trains."""
+
+    mesh: sharding.MeshShape
+    remat: str
+    accumulation: int
+    piece_length: int | None
+
+    def of(self, trainer: Trainer) -> Trainer:
+        """The run with these settings."""
+        mine = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return dataclasses.replace(trainer, **mine)
+
+    def flags(self) -> dict[str, Any]:
+        """The same as bindings of a .gin file."""
+        axes = {f"MeshShape.{axis}": size for axis, size in dataclasses.asdict(self.mesh).items()}
+        names = ("remat", "accumulation", "piece_length")
+        return axes | {f"Trainer.{name}": getattr(self, name) for name in names}
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """What a search has found.
+
+    Attributes:
+      plans: of every choice that was compiled, {**plan, "settings": its flags}; those that fit first, the fastest first.
+      refused: choices that the model, the mesh or the compiler refuses, with the reason.
+      untried: meshes for which no compilation was left.
+    """
+
+    plans: list[dict[str, Any]]
+    refused: list[tuple[Choice, str]]
+    untried: list[sharding.MeshShape]
+
+
+def search(trainer: Trainer, devices: int, plan: Callable[[Trainer], dict[str, Any]], limit: int) -> Found:
+    """Plans other settings of a run.
+
+    Args:
+      plan: run -> its plan, see `report.plan`. UserError: it cannot be planned.
+      limit: how many to plan at most.
+    """
+    plans: list[dict[str, Any]] = []
+    refused: list[tuple[Choice, str]] = []
+    untried = []
+    for mesh in meshes(trainer, devices):
+        if len(plans) + len(refused) >= limit:
+            untried.append(mesh)
+            continue
+        walk, fits = choices(trainer, mesh), None
+        while len(plans) + len(refused) < limit:
+            try:
+                choice = walk.send(fits)
+            except StopIteration:
+                break
+            try:
+                plans.append(plan(choice.of(trainer)) | {"settings": choice.flags()})
+            except UserError as error:
+                refused.append((choice, str(error)))
+                break  # of another remat or accumulation it would be the same
+            fits = plans[-1]["fits"] is not False
+    return Found(sorted(plans, key=_rank), refused, untried)
+
+
+def meshes(trainer: Trainer, devices: int) -> list[sharding.MeshShape]:
+    """How the devices may be divided, those that divide rows and layers least first; `data` stays as it is."""
+    data = max(trainer.mesh.data, 1)
+    left = devices // data
+    found = []
+    for context, tensor in itertools.product(range(1, WIDEST + 1), repeat=2):
+        if left % (context * tensor) or trainer.seq_len % context:
+            continue
+        fsdp = left // (context * tensor)
+        if trainer.batch_size % (data * fsdp) == 0:
+            found.append(sharding.MeshShape(data, fsdp, context, tensor))
+    return sorted(found, key=lambda mesh: (mesh.context * mesh.tensor, mesh.tensor))
+
+
+def choices(trainer: Trainer, mesh: sharding.MeshShape) -> Iterator[Choice]:
+    """A generator of what to try on a mesh; it is sent whether the last one fits. The order is explained above."""
+    most = trainer.batch_size // (mesh.data * mesh.fsdp)
+    rows = [count for count in range(1, most + 1) if most % count == 0]
+    lengths = [trainer.piece_length]
+    if trainer.piece_length is None and trainer.seq_len > PIECE:
+        lengths.append(PIECE)
+    for piece in lengths:
+        start, least = 0, None
+        for remat in REMATS:
+            for start in range(start, len(rows)):
+                if (yield Choice(mesh, remat, rows[start], piece)):
+                    least = remat
+                    break
+            else:
+                break
+        if least is not None:
+            return
+
+
+def _rank(plan: dict[str, Any]) -> tuple:
+    """Those that fit first; the fastest first, or for devices of unknown speed those with the least operations."""
+    seconds = plan["step_seconds"]
+    return plan["fits"] is False, plan["executed_flops"] if seconds is None else seconds, plan["peak_bytes"]
+
+
+def text(found: Found, size: Callable[[float], str]) -> str:
+    """The table of a search, and the flags of the fastest choice that fits."""
+    rows = [plan for plan in found.plans if plan["fits"] is not False]
+    lines = [f"{'mesh':<34}{'remat':<7}{'accumulation':>12}{'pieces':>8}{'peak':>12}{'step':>10}{'MFU':>6}"]
+    for plan in rows:
+        mesh, settings = topology.shape_text(plan["mesh"]), plan["settings"]
+        step = "" if plan["step_seconds"] is None else f"{plan['step_seconds']:.3g} s"
+        mfu = "" if plan["mfu"] is None else f"{plan['mfu']:.0%}"
+        piece = settings["Trainer.piece_length"] or "whole"
+        lines.append(
+            f"{mesh:<34}{plan['remat']:<7}{plan['accumulation']:>12}{piece:>8}{size(plan['peak_bytes']):>12}"
+            f"{step:>10}{mfu:>6}"
+        )
+    if not rows:
+        lines = ["nothing that was tried fits"]
+    lines.append(f"{len(found.plans)} planned, {len(found.plans) - len(rows)} of them do not fit")
+    lines += [f"refused: {topology.shape_text(vars(choice.mesh))}: {why}" for choice, why in found.refused]
+    if found.untried:
+        names = ", ".join(topology.shape_text(vars(mesh)) for mesh in found.untried)
+        lines.append(f"not tried: {names}; a larger --search tries more")
+    if rows:
+        flags = (f"--gin.{name}={value!r}" for name, value in rows[0]["settings"].items())
+        lines.append("the fastest: " + " ".join(f'"{flag}"' if "'" in flag else flag for flag in flags))
+    return "\n".join(lines)
