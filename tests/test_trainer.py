@@ -76,7 +76,8 @@ def test_metrics(whole):
     assert [line["step"] for line in training] == [*range(3, 40, 3), 40]  # every third, and the last
     for line in training:
         assert {*line, "tokens_per_second"} == {
-            *("step", "loss", "tokens_per_second", "learning_rate", "grad_norm", "tokens")
+            *("step", "loss", "tokens_per_second", "learning_rate", "grad_norm", "tokens", "goodput"),
+            *("time", "wall_seconds", "data_seconds", "compute_seconds", "save_seconds"),
         }
         assert line["grad_norm"] > 0 and line.get("tokens_per_second", 1) > 0  # none after less than 0.1 s
         assert 0 < line["tokens"] <= 8 * 32
