@@ -25,7 +25,7 @@ sys.exit(status)
 """
 PATTERNS = {"convolutions": "SDH", "hybrid": "SDH*"}
 CASES = (
-    *("score:convolutions:65536", "score:convolutions:1000000", "score:hybrid:65536", "score:hybrid:262144"),
+    *("score:convolutions:65536", "score:convolutions:1000000", "score:hybrid:65536"),
     *("embed:convolutions:65536", "embed:convolutions:1000000"),
     *("generate:convolutions:16384", "generate:convolutions:101024"),
 )
