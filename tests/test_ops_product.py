@@ -4,9 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.ad_checkpoint import print_saved_residuals
 
 from lcx.ops import dispatch
 from lcx.ops.product import laid_out_transpose, product, wide
+from lcx.remat import REMAT
 
 pytestmark = pytest.mark.skipif(dispatch.platform() != "cpu", reason="the form for CPUs")
 EXACT = 2.0**-8  # half the distance between neighbouring bfloat16 numbers, relative
@@ -47,6 +49,18 @@ def test_transposes_around_it():
         return jax.lax.scan(lambda c, a: (c + wide(a, b, 0).T, None), jnp.zeros((48, 96)), a[None])[0]
 
     close(jax.jit(summed)(x, kernel).T, x, kernel)
+
+
+def test_rematerialization_keeps_it_in_bfloat16(capsys):
+    """As any product of a projection: with remat = 'dots' it is saved, not computed twice."""
+    x, kernel, _ = arrays()
+
+    def f(x, kernel):
+        return jnp.sum(jnp.sin(product(jnp.sin(product(x, kernel)), kernel.T)).astype(jnp.float32))
+
+    print_saved_residuals(jax.checkpoint(f, policy=REMAT["dots"]), x, kernel)
+    saved = [line for line in capsys.readouterr().out.splitlines() if "from the argument" not in line]
+    assert len(saved) == 2 and all(line.startswith("bf16[96,") for line in saved), saved
 
 
 def test_the_left_factor_is_contracted_over_its_last_axis():

@@ -11,9 +11,10 @@ XLA merges transposes into products. One that is merged into a bfloat16 product 
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from lcx.ops import dispatch
+from lcx.ops import PRODUCTS, dispatch
 from lcx.ops.tiling import dot
 
 
@@ -23,7 +24,9 @@ def narrow_on_cpu(x: Array) -> bool:
 
 def product(x: Float[Array, "rows inner"], kernel: Float[Array, "inner cols"]) -> Float[Array, "rows cols"]:
     """x @ kernel, in the dtype of both; accumulated in float32 or wider."""
-    return _with_wide_results(x, kernel) if narrow_on_cpu(x) else x @ kernel
+    if not narrow_on_cpu(x):
+        return x @ kernel
+    return checkpoint_name(_with_wide_results(x, kernel), PRODUCTS)
 
 
 def wide(a: Array, b: Array, b_axis: int) -> Array:
