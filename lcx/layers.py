@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from lcx import sharding
 from lcx.ops import fp8
+from lcx.ops.product import product
 
 Names = tuple[str | None, ...]
 
@@ -89,7 +90,11 @@ def _contract(x: Array, kernel: Array, num_in: int, accumulate: str | None = Non
         dimensions = ((last, tuple(range(num_in))), ((), ()))
         return jax.lax.dot_general(x, kernel, dimensions, preferred_element_type=accumulate)
     size = math.prod(kernel.shape[:num_in])
-    y = jnp.matmul(x.reshape(-1, size), kernel.reshape(size, -1), preferred_element_type=accumulate)
+    rows, matrix = x.reshape(-1, size), kernel.reshape(size, -1)
+    if accumulate is None:
+        y = product(rows, matrix)
+    else:
+        y = jnp.matmul(rows, matrix, preferred_element_type=accumulate)
     return y.reshape(*x.shape[: x.ndim - num_in], *kernel.shape[num_in:])
 
 

@@ -2,7 +2,7 @@
 
 import jax
 
-from lcx.ops import MIXER_RESIDUALS
+from lcx.ops import MIXER_RESIDUALS, PRODUCTS
 
 _FREE = {"sharding_constraint", "convert_element_type", "reshape", "transpose", "squeeze", "broadcast_in_dim"}
 
@@ -22,6 +22,6 @@ REMAT = {
     # Keep the results of the projections and of the mixers; recompute norms, activations, rotations.
     "dots": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names(MIXER_RESIDUALS),
+        jax.checkpoint_policies.save_only_these_names(MIXER_RESIDUALS, PRODUCTS),
     ),
 }

@@ -53,6 +53,21 @@ def test_values_and_gradients_equal_torch(shape, chunk, implementation, transfor
     np.testing.assert_allclose(found.flatten(), nll.detach(), rtol=1e-5, atol=1e-5)
 
 
+def test_bfloat16_equals_float32_arithmetic_on_the_same_numbers(monkeypatch):
+    """Gradients are rounded: d = softmax - onehot to bfloat16 before the products, dx and dW after them."""
+    monkeypatch.setattr(module, "CHUNK_LOGITS", 1 << 13)
+    x, head, labels, weights = arrays(*SHAPES[1])
+    x, head = jnp.asarray(x, jnp.bfloat16), jnp.asarray(head, jnp.bfloat16)
+    labels, weights = jnp.asarray(labels), jnp.asarray(weights)
+    wide = x.astype(jnp.float32), head.astype(jnp.float32)
+    program = jax.jit(jax.value_and_grad(lambda x, head: cross_entropy(x, head, labels, weights), (0, 1)))
+    (loss, gradients), (expected, exact) = program(x, head), program(*wide)
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    for found, true in zip(gradients, exact, strict=True):
+        assert found.dtype == jnp.bfloat16
+        np.testing.assert_allclose(found.astype(jnp.float32), true, rtol=2.0**-7, atol=2.0**-7 * np.abs(true).max())
+
+
 def test_logits_of_the_batch_are_never_held():
     B, T, D, V = 1, 4096, 64, 32768
     x, head = jax.ShapeDtypeStruct((B, T, D), jnp.float32), jax.ShapeDtypeStruct((V, D), jnp.float32)

@@ -24,6 +24,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from lcx.errors import UserError
+from lcx.ops.product import laid_out_transpose, narrow_on_cpu, wide
 
 CHUNK_LOGITS = (
     1 << 23
@@ -180,19 +181,27 @@ def _local_nll(x, head, labels, *, vocab_axis, token_axes, transform):
 
 
 def _local_loss_and_gradients(x, head, labels, weights, *, vocab_axis, token_axes, transform):
+    by_columns = narrow_on_cpu(x)  # then dW is summed as [D, V], so that all products are fast (product.py)
+    chunks = _chunks((x, labels, weights), head.shape[0])
+    left = laid_out_transpose(chunks[0]) if by_columns else chunks[0]
+
     def step(carry, chunk):
         loss, dhead = carry
-        x, labels, weights = chunk
+        (x, labels, weights), left = chunk
         nll, logits, lse, labels = _chunk_nll(x, head, labels, vocab_axis, transform)
         hot = jnp.arange(head.shape[0])[None] == labels[:, None]
         d = (jnp.exp(logits - lse[:, None]) - hot) * weights[:, None]
         d = transform.backward(logits, d).astype(x.dtype)
         dx = jnp.einsum("cv,vd->cd", d, head.astype(x.dtype), preferred_element_type=jnp.float32)
-        dhead += jnp.einsum("cv,cd->vd", d, x, preferred_element_type=jnp.float32)
+        if by_columns:
+            dhead += wide(left, d, 0)
+        else:
+            dhead += jnp.einsum("cv,cd->vd", d, x, preferred_element_type=jnp.float32)
         return (loss + jnp.sum(weights * nll), dhead), dx.astype(x.dtype)
 
-    start = (jnp.zeros((), jnp.float32), jnp.zeros(head.shape, jnp.float32))
-    (loss, dhead), dx = jax.lax.scan(step, start, _chunks((x, labels, weights), head.shape[0]))
+    start = (jnp.zeros((), jnp.float32), jnp.zeros(head.shape[::-1] if by_columns else head.shape, jnp.float32))
+    (loss, dhead), dx = jax.lax.scan(step, start, (chunks, left))
+    dhead = dhead.T if by_columns else dhead
     dx = _unchunk(dx, x.shape)
     if vocab_axis is not None:
         dx = jax.lax.psum(dx.astype(jnp.float32), vocab_axis).astype(x.dtype)
