@@ -41,10 +41,9 @@ from lcx.version import __version__
 if TYPE_CHECKING:
     from lcx.convert.api import load, save
     from lcx.convert.lolcats.files import Lolcats
-    from lcx.data.tokenizers import load_tokenizer
     from lcx.embedding import embed
     from lcx.sampler import generate, logits
-    from lcx.text import generate_text
+    from lcx.text import generate_text, load_tokenizer
 
 __all__ = [
     "Lolcats", "UserError", "__version__", "embed", "generate", "generate_text", "load", "load_tokenizer", "logits",
@@ -55,7 +54,7 @@ _HOMES = {
     "Lolcats": "lcx.convert.lolcats.files",
     "embed": "lcx.embedding",
     "load": "lcx.convert.api",
-    "load_tokenizer": "lcx.data.tokenizers",
+    "load_tokenizer": "lcx.text",
     "save": "lcx.convert.api",
     "logits": "lcx.sampler",
     "generate": "lcx.sampler",

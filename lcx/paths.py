@@ -77,9 +77,9 @@ def claimed_file(path: str | os.PathLike, setting: str, *, overwrite: bool = Fal
       UserError: the result exists already, another process is writing it, or its folder cannot be written to.
     """
     place = destination(path, setting)
-    if place.exists() and not overwrite:
-        raise UserError(f"{place} is there already: choose another {setting}, or set --overwrite")
     with claimed(place.parent, setting, lock=f"{place.name}{LOCK}", of=str(place)):
+        if place.exists() and not overwrite:  # asked only now: another process may just have finished it
+            raise UserError(f"{place} is there already: choose another {setting}, or set --overwrite")
         partial = place.with_name(f"{place.name}.partial")
         _remove(partial)
         try:

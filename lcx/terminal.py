@@ -10,16 +10,14 @@ from typing import Any
 
 import jax
 
-from lcx import hub, paths, sharding
+from lcx import paths, sharding
 from lcx.checkpoint.folder import find_step, read_json
 from lcx.convert.api import load, tokenizer_record
 from lcx.data import (
     SpecialTokens,
     Tokenizer,
     check_vocabulary,
-    load_tokenizer,
     special_tokens,
-    tokenizer_from_json,
 )
 from lcx.data.chat import prompt_ids, turn_end_ids
 from lcx.data.chat_templates import chat_templates
@@ -28,11 +26,10 @@ from lcx.errors import UserError, check_sizes
 from lcx.multihost import channel
 from lcx.multihost.agreement import require_same
 from lcx.sampler import check_settings, default_new_tokens, stream
-from lcx.text import ids_of, stop_ids
+from lcx.text import ids_of, stop_ids, tokenizer_of
 from lcx.wording import quantity
 
 _BROKEN = "\N{REPLACEMENT CHARACTER}"  # the decoder's output for bytes that are not (yet) a complete character
-_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _MAX_HELD = 32  # tokens held back while their last character is incomplete; then they are printed as they are
 _MAX_CONTEXT = 16  # tokens at the end of the prompt in which to look for the start of a character
 
@@ -202,27 +199,6 @@ def prompt_text(prompt: str) -> str:
     except OSError as error:
         found = f"prompt file {path} cannot be read ({error.strerror}), expected a text file"
         raise UserError(f"{found}: change --prompt (@@ for a prompt that starts with @)") from None
-
-
-def tokenizer_of(checkpoint: str, format: str | None = None) -> Tokenizer:
-    """The tokenizer of a checkpoint.
-
-    For a Hugging Face folder it is read from that folder; a savanna or vortex model has a byte tokenizer; for an lcx
-    checkpoint it is the recorded one, or tokenizer files in the step folder, the checkpoints folder or the workdir.
-
-    Raises:
-      UserError: there is none, or its files are missing or damaged.
-    """
-    folder = Path(hub.local(checkpoint)).expanduser()
-    if (folder / "config.json").is_file():
-        return load_tokenizer(folder)
-    if (known := tokenizer_record(folder, format)) is not None:
-        return tokenizer_from_json(dict(known))
-    directory, step = find_step(folder)
-    record = read_json(directory / str(step), "meta").get("tokenizer")
-    places = [directory / str(step), directory, directory.parent]
-    beside = next((p for p in places if any((p / file).is_file() for file in _FILES)), directory.parent)
-    return load_tokenizer(str(beside)) if record is None else tokenizer_from_json(record, folder=str(beside))
 
 
 def say_special_tokens(tokenizer: Tokenizer, before: tuple[int, ...]) -> None:

@@ -1,16 +1,65 @@
-"""Generation from text to text.
+"""Generation from text to text, and the tokenizer of a checkpoint.
 
     model, params = lcx.load(path)
     lcx.generate_text(model, params, lcx.load_tokenizer(path), "Once upon a time", max_new_tokens=50)
 """
 
+import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from lcx.data import Tokenizer, check_vocabulary, special_tokens
+from lcx import hub
+from lcx.checkpoint.folder import find_step, read_json
+from lcx.convert.api import detect, tokenizer_record
+from lcx.data import Tokenizer, check_vocabulary, special_tokens, tokenizer_from_json, tokenizers
 from lcx.errors import UserError
 from lcx.model import Decoder
 from lcx.sampler import default_new_tokens, generate
+
+_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
+
+def tokenizer_of(checkpoint: str, format: str | None = None) -> Tokenizer:
+    """The tokenizer of a checkpoint.
+
+    For a Hugging Face folder it is read from that folder; a savanna or vortex model has a byte tokenizer; for an lcx
+    checkpoint it is the recorded one, or tokenizer files in the step folder, the checkpoints folder or the workdir.
+
+    Raises:
+      UserError: there is none, or its files are missing or damaged.
+    """
+    folder = Path(hub.local(checkpoint)).expanduser()
+    if (folder / "config.json").is_file():
+        return tokenizers.load_tokenizer(folder)
+    if (known := tokenizer_record(folder, format)) is not None:
+        return tokenizer_from_json(dict(known))
+    directory, step = find_step(folder)
+    record = read_json(directory / str(step), "meta").get("tokenizer")
+    places = [directory / str(step), directory, directory.parent]
+    beside = next((p for p in places if any((p / file).is_file() for file in _FILES)), directory.parent)
+    return tokenizers.load_tokenizer(str(beside)) if record is None else tokenizer_from_json(record, folder=str(beside))
+
+
+def load_tokenizer(path: str | os.PathLike | Tokenizer) -> Tokenizer:
+    """The tokenizer of a checkpoint in any format that lcx.load reads, or of files that hold only a tokenizer.
+
+    Args:
+      path: a checkpoint; or whatever data.load_tokenizer accepts: "bytes", a file, a folder, a name on the hub.
+
+    Raises:
+      UserError: there is no tokenizer, or it is damaged.
+    """
+    if not isinstance(path, str | os.PathLike):
+        return path
+    return tokenizer_of(os.fspath(path)) if _is_checkpoint(path) else tokenizers.load_tokenizer(path)
+
+
+def _is_checkpoint(path: str | os.PathLike) -> bool:
+    try:
+        return Path(path).expanduser().exists() and bool(detect(path))
+    except UserError:
+        return False
 
 
 def generate_text(

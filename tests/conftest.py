@@ -28,6 +28,12 @@ MAPS = pathlib.Path("/proc/self/maps")
 OPTIMIZED = ("test_ops_", "test_aot")  # the operators, and what compilers are asked: compiled as for users
 # The older emitters round differently by shape, which comes close to the tolerances of the battery.
 USUAL_EMITTERS = ("test_mixers",)
+# Files whose tests take many seconds each. They come first, so that no worker begins one when the others are done.
+LONG = ("test_kernels_compile", "test_ladder_dna", "test_reproduce_striped_hyena")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.stem not in LONG)
 
 
 @pytest.fixture(autouse=True, scope="module")

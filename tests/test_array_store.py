@@ -199,7 +199,7 @@ def test_reader_notices_damage(step_dir):
         chunk.unlink()
         if damage is not None:
             chunk.write_bytes(damage)
-        with pytest.raises(UserError, match="is damaged: params/stages_0/block_0/kernel") as caught:
+        with pytest.raises(UserError, match=r"is damaged: params is unreadable \([^)]+\)") as caught:
             StepReader(step_dir, "params").read(kernel)
         assert len(str(caught.value)) < 500
         assert "\n" not in str(caught.value)

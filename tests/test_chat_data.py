@@ -66,6 +66,7 @@ def test_text_and_conversations_in_one_run(tmp_path, folders):
     (remark,) = dataset.remarks()
     share = sum(map(sum, masks)) / sum(map(len, masks))
     assert f"1 conversation of 3 documents; loss on {share:.1%} of {sum(map(len, masks))} tokens" in remark
+    assert remark.endswith("; a conversation has no special tokens but its template's")
 
 
 BAD_ROWS = [

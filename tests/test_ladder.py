@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import math
 import re
 import signal
 import subprocess
@@ -275,6 +277,14 @@ def test_the_second_round_passes(base, tmp_path, monkeypatch):
         "/128/round_1",
         "/256/round_0",
     ]
+
+
+def test_a_loss_that_is_no_number_passes_no_gate(base, monkeypatch):
+    ladder = tiny_ladder(base, gate=Gate(max_loss_increase=5.0))
+    monkeypatch.setattr(Ladder, "_loaded", lambda *_: contextlib.nullcontext((None, None, None)))
+    for loss, verdict in ((math.nan, "loss inside the original window is nan"), (6.5, "is 6.5000, 5.5000 above")):
+        monkeypatch.setattr(Ladder, "_short_loss", lambda *_, loss=loss: loss)
+        assert verdict in ladder._verdict("", 128, 64, 1.0)
 
 
 def test_a_resumed_gate_measures_again_without_training(base, whole, tmp_path, monkeypatch):

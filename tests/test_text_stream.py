@@ -147,7 +147,7 @@ def test_tokenizer_of_a_training_run(stories, tmp_path):
         with Checkpointer(folder) as checkpointer:
             items = {"params": {"x": np.zeros(2, np.float32)}}
             checkpointer.save(7, items, json={"meta": {"tokenizer": tokenizer.to_json()}}, wait=True)
-        found = terminal.tokenizer_of(str(folder.parent))
+        found = lcx.load_tokenizer(folder.parent)
         assert found.to_json() == tokenizer.to_json()
 
 

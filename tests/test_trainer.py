@@ -30,6 +30,7 @@ from lcx.lora import LoRA, merge
 from lcx.optim import AdamW, leaf_paths
 from lcx.rope import Rope
 from lcx.sharding import MeshShape
+from lcx.training import step as train_step
 
 
 @pytest.fixture(scope="module")
@@ -310,6 +311,7 @@ def test_nothing_held_out_is_a_warning(text, tmp_path, caplog):
     assert run.step == 40
     assert not [line for line in lines(tmp_path) if "eval_loss" in line]
     assert "no evaluation: the eval split" in caplog.text
+    assert train_step.mean_loss(lambda *_: (0.0, 0.0), {}, [{}], MeshShape().build()) is None  # no weight
 
 
 def test_rows_longer_than_the_window_are_a_warning(text, tmp_path, monkeypatch, capsys):

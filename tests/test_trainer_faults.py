@@ -314,9 +314,10 @@ def test_every_reader_steps_over_damage_and_says_so_alike(whole, tmp_path, damag
         said += [line.replace(str(run), "RUN") for line in found]
         with pytest.raises(UserError, match=f"{damaged}.* (does not match|unreadable)"):
             lcx.load(step)
-    why = "meta does not match its checksum" if damaged == "meta" else r"params[^;]* is unreadable \([^;]*\)"
+    why = "meta does not match its checksum" if damaged == "meta" else r"params is unreadable \([A-Z_]+ in its files\)"
     line = re.compile(rf"damaged checkpoint in RUN/checkpoints \(step 40: {why}\); using step 36")
     assert len(said) == len(readers) and all(line.fullmatch(one) for one in said), said
+    assert len({*said}) == 1, said
 
 
 def as_a_resumed_run(run):

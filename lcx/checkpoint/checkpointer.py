@@ -55,6 +55,7 @@ from lcx.checkpoint.folder import (
     say_damage,
     step_folders,
     why_not_written,
+    why_unreadable,
 )
 from lcx.checkpoint.tree import Tree, flatten, from_stored, misfits, stored_structs, to_stored, verify
 from lcx.errors import UserError
@@ -449,7 +450,7 @@ def _agreed(work: Callable[[], Any], what: str) -> Any:
     except Damaged as bad:
         reason = str(bad)
     except Exception as error:  # Orbax and tensorstore raise many types for damaged files
-        reason = f"{what} is unreadable ({brief(error)})"
+        reason = why_unreadable(what, error)
     if not _everywhere(reason is None):
         raise Damaged(reason or f"another process could not use {what}")
     return result

@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import json
 import logging
+import re
 import shutil
 import zlib
 from collections.abc import Iterable, Iterator
@@ -256,6 +257,14 @@ def brief(error: BaseException) -> str:
     ):
         text = text.split(tail)[0]
     return f"{type(error).__name__}: {text}"[:200] if text else type(error).__name__
+
+
+def why_unreadable(what: str, error: BaseException) -> str:
+    """Why an item cannot be read, in the same words from every reader: which of its arrays fails first is chance."""
+    for cause in (error, error.__cause__):
+        if code := re.match(r"[A-Z]+(_[A-Z]+)*(?=: )", str(cause)):  # of tensorstore
+            return f"{what} is unreadable ({code[0]} in its files)"
+    return f"{what} is unreadable ({brief(error)})"
 
 
 def why_not_written(error: BaseException, directory: Any, num_bytes: int) -> str:

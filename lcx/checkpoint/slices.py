@@ -30,13 +30,13 @@ from lcx.checkpoint.folder import (
     RECORD_ITEM,
     Entry,
     Record,
-    brief,
     checksum,
     few,
     plain,
     read_record,
     remember_damage,
     why_not_written,
+    why_unreadable,
 )
 from lcx.errors import UserError
 
@@ -159,7 +159,7 @@ class StepReader:
         try:
             values = np.asarray(self._open(path)[part].read().result())
         except (ValueError, OSError) as error:
-            raise DamagedStep(self._step_dir, f"{self._name(path)} is unreadable ({brief(error)})") from None
+            raise DamagedStep(self._step_dir, why_unreadable(self._item_dir.name, error)) from None
         if not isinstance(index, tuple):
             self._check(path, index, values)
         return values[0] if isinstance(index, (int, np.integer)) else values

@@ -78,7 +78,8 @@ class Corpus:
             lines.append(
                 f"{self.source}: {quantity(store.conversations, 'conversation')} of"
                 f" {quantity(store.num_documents, 'document')};"
-                f" loss on {share:.1%} of {quantity(store.num_tokens, 'token')}"
+                f" loss on {share:.1%} of {quantity(store.num_tokens, 'token')}; a conversation has no special tokens"
+                " but its template's"
             )
         if self.copies:
             lines.append(

@@ -96,7 +96,8 @@ class VariantEffects:
         with contextlib.ExitStack() as stack:
             if self.annotated is not None and not is_vcf(self.variants):
                 raise UserError(
-                    f"{self.variants} is a table, expected a VCF file to annotate: leave VariantEffects.annotated out"
+                    f"{self.variants} is a table, expected a VCF file to annotate: leave out --annotated "
+                    "(VariantEffects.annotated)"
                 )
             writes = jax.process_index() == 0  # all processes score all variants
             table, others = self.output, [self.annotated] if writes and self.annotated is not None else []
@@ -127,7 +128,7 @@ class VariantEffects:
         files = GrowingFiles(
             outputs,
             settings=self._settings(variants.scorer),
-            setting="VariantEffects.output",
+            setting="--output (VariantEffects.output)",
             overwrite=self.overwrite,
             resume=jax.process_count() == 1,  # several processes must start at the same variant
         )

@@ -58,15 +58,14 @@ class GrowingFiles:
         self.done = 0
 
     def __enter__(self) -> Self:
-        for path in self._paths:
-            if path.is_dir() or (path.exists() and not self._overwrite):
-                what = "a folder" if path.is_dir() else "there already"
-                raise UserError(f"{path} is {what}: choose another {self._setting}, or set --overwrite")
         with contextlib.ExitStack() as undo:
             undo.push(self._stack)
             for path in self._paths:
                 lock = f"{path.name}{LOCK}"
                 self._stack.enter_context(paths.claimed(path.parent, self._setting, lock=lock, of=str(path)))
+                if path.is_dir() or (path.exists() and not self._overwrite):
+                    what = "a folder" if path.is_dir() else "there already"
+                    raise UserError(f"{path} is {what}: choose another {self._setting}, or set --overwrite")
             sizes = self._continued()
             for path, size in zip(self._paths, sizes, strict=True):
                 stream = self._stack.enter_context(open(_partial(path), "r+b" if self.done else "wb"))
