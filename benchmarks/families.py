@@ -13,7 +13,6 @@ at 131072 tokens. Each part adds its rows to those of FILE. Needs the extra `tor
 import argparse
 import dataclasses
 import json
-import math
 import os
 import subprocess
 import sys

@@ -72,12 +72,15 @@ def test_equal_to_the_loop_over_experts(settings):
         np.testing.assert_allclose(a, b, atol=2e-5 * max(np.abs(b).max(), 1))
 
 
-@pytest.mark.parametrize("implementation", ["tiles", "ragged"])
-def test_grouped_matmul(implementation):
-    """Groups of 0, 1, a tile and many rows, and rows of no group."""
-    sizes = np.array([0, 1, 64, 0, 70, 3])
-    rng = np.random.default_rng(0)
-    x, w = rng.normal(size=(150, 6)).astype(np.float32), rng.normal(size=(6, 6, 4)).astype(np.float32)
+@pytest.mark.parametrize(
+    ("implementation", "sizes", "rows"),
+    [("tiles", [0, 1, 64, 0, 70, 3], 150), ("ragged", [0, 1, 64, 0, 70, 3], 150), ("tiles", [3, 300], 512)],
+)
+def test_grouped_matmul(implementation, sizes, rows):
+    """Groups of 0, 1, a tile and many rows, and rows of no group; the larger tiles of larger groups."""
+    sizes, rng = np.array(sizes), np.random.default_rng(0)
+    x = rng.normal(size=(rows, 6)).astype(np.float32)
+    w = rng.normal(size=(len(sizes), 6, 4)).astype(np.float32)
 
     def value(name):
         def f(x, w):
