@@ -89,7 +89,7 @@ def test_grouped_matmul(implementation, sizes, rows):
         return jax.jit(jax.value_and_grad(f, argnums=(0, 1)))(x, w)
 
     for a, b in zip(jax.tree.leaves(value(implementation)), jax.tree.leaves(value("reference")), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-5)
+        np.testing.assert_allclose(a, b, atol=1e-6 * max(np.abs(b).max(), 10))
 
 
 def test_cost_counts_the_experts_that_a_token_uses():
