@@ -10,6 +10,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 
 from lcx.errors import UserError
 from lcx.llama import llama
+from lcx.lora import LoRA, statement
 from lcx.mlps.experts import ExpertsMlp
 from lcx.model import flops_per_token, num_params
 from lcx.ops.grouped_matmul import grouped_matmul
@@ -92,7 +93,7 @@ def test_grouped_matmul(implementation, sizes, rows):
         np.testing.assert_allclose(a, b, atol=1e-6 * max(np.abs(b).max(), 10))
 
 
-def test_cost_counts_the_experts_that_a_token_uses():
+def test_cost_counts_the_experts_that_a_token_uses_and_lora_says_what_it_leaves():
     sizes = dict(vocab_size=11, hidden_size=D, intermediate_size=F * K, num_layers=2, num_heads=2)
     dense = llama(**sizes, max_position_embeddings=8)
     (stage,) = dense.stages
@@ -102,6 +103,10 @@ def test_cost_counts_the_experts_that_a_token_uses():
     )
     assert num_params(sparse) > 10 * num_params(dense)
     assert flops_per_token(sparse, 8) == flops_per_token(dense, 8) + 6 * 2 * D * 64  # the router
+    pairs = LoRA(rank=2, targets="_proj").abstract(sparse)
+    assert "; none on the matrices of experts (" in statement(sparse, pairs)
+    with pytest.raises(UserError, match="matches only the matrices of experts"):
+        LoRA(rank=2, targets="/mlp/.*_proj").paths(sparse)
 
 
 def test_load_balance_loss_as_published():
