@@ -7,13 +7,12 @@
 The models have 4 layers of width 256 and random weights. Speed: an AdamW step on two rows of 1024 tokens, in turns, as
 in train_vs_transformers.py. Memory: the peak of such a step on one row of 8192 tokens, less what the process holds
 before it. Decoding: the bytes of the cache and the resident memory of a hybrid of five sliding layers and a full one
-at 131072 tokens. Each part adds its rows to those of FILE. Needs the extra `torch`.
+at 131072 tokens. FILE is written anew by each part, after every row. Needs the extra `torch`.
 """
 
 import argparse
 import dataclasses
 import json
-import math
 import os
 import subprocess
 import sys
@@ -207,13 +206,12 @@ def child(kind: str, side: str, folder: str, *case: str) -> None:
     print(json.dumps({"cache_mib": round(size / 2**20, 2), "peak_mib": round(peak - before), "tokens": tokens}))
 
 
-def decoding(root: str) -> list[dict]:
+def decoding(root: str, side: str) -> dict:
     folder = os.path.join(root, "hybrid")
-    hybrid().save_pretrained(folder)
-    return [
-        {"side": side, "T": LONG, "layers": "5 sliding (1024), 1 full", **in_process("decode", side, folder)}
-        for side in ("lcx", "torch")
-    ]
+    if not os.path.exists(folder):
+        hybrid().save_pretrained(folder)
+    layers = f"5 sliding ({FIVE_TO_ONE['sliding_window']}), 1 full"
+    return {"side": side, "T": LONG, "layers": layers, **in_process("decode", side, folder)}
 
 
 def main() -> None:
@@ -233,19 +231,18 @@ def main() -> None:
 
     threads = {"lcx": harness.jax_threads(), "torch": {"threads": torch.get_num_threads()}}
     run = harness.Run("families, lcx against transformers + torch", threads=threads)
-    names, found = args.families.split(","), {"speed": [], "memory": [], "decoding": []}
+    part = "decoding" if args.decoding else "memory" if args.memory else "speed"
+    rows: list[dict] = []
     with tempfile.TemporaryDirectory() as root:
-        if args.decoding:
-            found["decoding"] = decoding(root)
-        for name in () if args.decoding else names:
-            if args.memory:
-                found["memory"].append(memory(root, name, 8192))
-            else:
-                found["speed"].append(speed(run, root, Case(name, 1024), args.rounds))
-            print(json.dumps(found["memory" if args.memory else "speed"][-1]), flush=True)
-    if args.decoding:
-        print(json.dumps(found["decoding"], indent=1))
-    run.write(args.output or "-", **found)
+        measure = {
+            "speed": lambda name: speed(run, root, Case(name, 1024), args.rounds),
+            "memory": lambda name: memory(root, name, 8192),
+            "decoding": lambda side: decoding(root, side),
+        }[part]
+        for name in ("lcx", "torch") if args.decoding else args.families.split(","):
+            rows.append(measure(name))
+            print(json.dumps(rows[-1]), flush=True)
+            run.write(args.output or "-", **{part: rows})
 
 
 if __name__ == "__main__":

@@ -134,6 +134,12 @@ class LoRA:
                 "mixers and MLPs, or leave LoRA out"
             )
         found = [entry for entry in linears if re.search(self.targets, entry[0])]
+        experts = [path for path in expert_matrices(model) if re.search(self.targets, path)]
+        if not found and experts:
+            raise UserError(
+                f"LoRA.targets {self.targets!r} matches only the matrices of experts ({experts[0]}, ...), which can "
+                "have no pairs: change LoRA.targets, for example to '/mixer/'"
+            )
         if not found:
             names = ", ".join(dict.fromkeys(path.rpartition("/")[2] for path, _, _ in linears))
             raise UserError(
@@ -157,6 +163,13 @@ def all_linears(model: Decoder) -> Iterator[tuple[str, Linear, int]]:
     params = nn.meta.unbox(variables["params"])
     for path, linear in found.items():
         yield path, linear, _at(params, path)["kernel"].shape[0]
+
+
+def expert_matrices(model: Decoder) -> list[str]:
+    """Paths of the projections of experts, "stages_0/block_0/mlp/gate_proj": one array for all, not a Linear."""
+    end = "_proj_kernel"
+    found = (path.removeprefix("params/") for path in leaf_paths(model_lib.abstract_params(model)))
+    return [path.removesuffix("_kernel") for path in found if path.endswith(end)]
 
 
 def statement(model: Decoder, lora: Mapping[str, Any], trains: Any = None) -> str:
@@ -200,6 +213,8 @@ def statement(model: Decoder, lora: Mapping[str, Any], trains: Any = None) -> st
         line += f"; the rank exceeds the smaller side of {sides}"
     if without:
         line += f"; none in {', '.join(dict.fromkeys(without.values()))}, which has no lcx.layers.Linear"
+    if experts := dict.fromkeys(path.rpartition("/")[2] for path in expert_matrices(model)):
+        line += f"; none on the matrices of experts ({', '.join(experts)})"
     return line if trains is None else line + _beside(model, trains)
 
 

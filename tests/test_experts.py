@@ -10,6 +10,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 
 from lcx.errors import UserError
 from lcx.llama import llama
+from lcx.lora import LoRA, statement
 from lcx.mlps.experts import ExpertsMlp
 from lcx.model import flops_per_token, num_params
 from lcx.ops.grouped_matmul import grouped_matmul
@@ -72,12 +73,15 @@ def test_equal_to_the_loop_over_experts(settings):
         np.testing.assert_allclose(a, b, atol=2e-5 * max(np.abs(b).max(), 1))
 
 
-@pytest.mark.parametrize("implementation", ["tiles", "ragged"])
-def test_grouped_matmul(implementation):
-    """Groups of 0, 1, a tile and many rows, and rows of no group."""
-    sizes = np.array([0, 1, 64, 0, 70, 3])
-    rng = np.random.default_rng(0)
-    x, w = rng.normal(size=(150, 6)).astype(np.float32), rng.normal(size=(6, 6, 4)).astype(np.float32)
+@pytest.mark.parametrize(
+    ("implementation", "sizes", "rows"),
+    [("tiles", [0, 1, 64, 0, 70, 3], 150), ("ragged", [0, 1, 64, 0, 70, 3], 150), ("tiles", [3, 300], 512)],
+)
+def test_grouped_matmul(implementation, sizes, rows):
+    """Groups of 0, 1, a tile and many rows, and rows of no group; the larger tiles of larger groups."""
+    sizes, rng = np.array(sizes), np.random.default_rng(0)
+    x = rng.normal(size=(rows, 6)).astype(np.float32)
+    w = rng.normal(size=(len(sizes), 6, 4)).astype(np.float32)
 
     def value(name):
         def f(x, w):
@@ -86,10 +90,10 @@ def test_grouped_matmul(implementation):
         return jax.jit(jax.value_and_grad(f, argnums=(0, 1)))(x, w)
 
     for a, b in zip(jax.tree.leaves(value(implementation)), jax.tree.leaves(value("reference")), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-5)
+        np.testing.assert_allclose(a, b, atol=1e-6 * max(np.abs(b).max(), 10))
 
 
-def test_cost_counts_the_experts_that_a_token_uses():
+def test_cost_counts_the_experts_that_a_token_uses_and_lora_says_what_it_leaves():
     sizes = dict(vocab_size=11, hidden_size=D, intermediate_size=F * K, num_layers=2, num_heads=2)
     dense = llama(**sizes, max_position_embeddings=8)
     (stage,) = dense.stages
@@ -99,6 +103,10 @@ def test_cost_counts_the_experts_that_a_token_uses():
     )
     assert num_params(sparse) > 10 * num_params(dense)
     assert flops_per_token(sparse, 8) == flops_per_token(dense, 8) + 6 * 2 * D * 64  # the router
+    pairs = LoRA(rank=2, targets="_proj").abstract(sparse)
+    assert "; none on the matrices of experts (" in statement(sparse, pairs)
+    with pytest.raises(UserError, match="matches only the matrices of experts"):
+        LoRA(rank=2, targets="/mlp/.*_proj").paths(sparse)
 
 
 def test_load_balance_loss_as_published():

@@ -218,6 +218,26 @@ def test_written_folder_is_what_was_read(name, folders, tmp_path):
     with torch.no_grad():
         np.testing.assert_array_equal(back(ids).logits.numpy(), reference(ids).logits.numpy())
     assert HfSource(tmp_path).model == source.model
+    check_spelling_of_version_4(json.loads((tmp_path / "config.json").read_text()))
+
+
+def check_spelling_of_version_4(config):
+    """The rotary settings as transformers 4 reads them: it ignores rope_parameters, and two families check the keys."""
+    new = config["rope_parameters"].get("full_attention", config["rope_parameters"])
+    expected = {key: value for key, value in new.items() if key != "rope_theta"}
+    if config["model_type"] == "phi3":
+        expected = {"type": "longrope"} | {key: expected[key] for key in ("short_factor", "long_factor")}
+    assert config["rope_scaling"] == (None if new["rope_type"] == "default" else expected)
+    assert config["rope_theta"] == new["rope_theta"]
+    if config["model_type"] == "gemma3_text":
+        assert config["rope_local_base_freq"] == config["rope_parameters"]["sliding_attention"]["rope_theta"]
+
+
+def test_olmo2_is_scaled_in_the_spelling_that_transformers_4_takes():
+    longer = extend.extend_model(
+        described("olmo2", max_position_embeddings=24), {"rope_type": "linear", "factor": 4.0}, None
+    )
+    assert hf_config.to_config(longer, dtype="float32")["rope_scaling"] == {"type": "linear", "factor": 4.0}
 
 
 def test_mxfp4_is_read_as_transformers_reads_it(tmp_path):

@@ -16,7 +16,7 @@ from lcx.errors import UserError, check_sizes
 from lcx.layers import Linear, fan_in_normal, named_param
 from lcx.mlps.activations import Activation, activation
 from lcx.mlps.gated import GatedMlp
-from lcx.ops.grouped_matmul import grouped_matmul
+from lcx.ops.grouped_matmul import collect, grouped_matmul, spread
 
 GATINGS = ("softmax", "normalised", "chosen")
 
@@ -119,18 +119,25 @@ class ExpertsMlp(nn.Module):
     @nn.nowrap
     def _sum_of_experts(self, x: Array, gates: Array, chosen: Array, weights: dict[str, Array]) -> Array:
         """The weighted sum of the chosen experts' outputs, [B, T, D]; gates and chosen [B, T, k]."""
-        flat = chosen.reshape(-1)
+        flat, copies = chosen.reshape(-1), self.num_chosen
         order = jnp.argsort(flat, stable=True)  # of the pairs of token and expert, by expert
-        sizes = jnp.bincount(flat, length=self.num_experts)
+        back, sizes = jnp.argsort(order), jnp.bincount(flat, length=self.num_experts)
 
-        def grouped(name: str, rows: Array) -> Array:
+        def grouped(name: str, rows: Array, factor: Array) -> Array:
+            """factor (rows W + bias), for rows that are already multiplied by it."""
             y = grouped_matmul(rows, weights[f"{name}_kernel"], sizes, implementation=self.implementation)
-            return y + weights[f"{name}_bias"].astype(y.dtype)[flat[order]] if self.bias else y
+            if not self.bias:
+                return y
+            bias = weights[f"{name}_bias"][:, None]
+            return y + grouped_matmul(factor, bias, sizes, implementation=self.implementation)
 
-        rows = x.reshape(-1, x.shape[-1])[order // self.num_chosen]
-        y = grouped("down_proj", self._product(grouped("gate_proj", rows), grouped("up_proj", rows)))
-        back = y[jnp.argsort(order)].reshape(*gates.shape, -1)
-        return jnp.einsum("btk,btkd->btd", gates, back)
+        rows = spread(x.reshape(-1, x.shape[-1]), order, back, copies)
+        gate_of_row = spread(gates.reshape(-1, 1), order, back, 1)
+        ones = jnp.ones_like(gate_of_row)
+        inner = self._product(grouped("gate_proj", rows, ones), grouped("up_proj", rows, ones))
+        # Gates before the last product: their gradient then does not need its result.
+        y = grouped("down_proj", inner * gate_of_row, gate_of_row)
+        return collect(y, order, back, copies).reshape(x.shape)
 
     @nn.nowrap
     def _product(self, gate: Array, up: Array) -> Array:

@@ -8,15 +8,16 @@ groups: a group without rows costs nothing, and no array has an axis of groups b
 ``ragged``     jax.lax.ragged_dot, which compilers for GPUs and TPUs turn into grouped kernels.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from lcx.ops import dispatch
+from lcx.ops import MIXER_RESIDUALS, dispatch
 from lcx.ops.tiling import add, cut, dot, put
-
-TILE = 64  # rows of a product: enough for the products to run at the speed of larger ones on a CPU core
 
 
 def grouped_matmul(
@@ -38,9 +39,9 @@ def grouped_matmul(
     obstacles = {"tiles": dispatch.on("cpu"), "ragged": None, "reference": None}
     name = dispatch.choose("grouped_matmul", implementation, obstacles)
     if name == "tiles":
-        return _tiled(x, w, sizes)
+        return checkpoint_name(_tiled(x, w, sizes), MIXER_RESIDUALS)  # else recomputed: a loop is not a product
     if name == "ragged":
-        return jax.lax.ragged_dot(x, w.astype(x.dtype), sizes)
+        return checkpoint_name(jax.lax.ragged_dot(x, w.astype(x.dtype), sizes), MIXER_RESIDUALS)
     ends = jnp.cumsum(sizes)
     group = jnp.searchsorted(ends, jnp.arange(x.shape[0]), side="right")
     y = jnp.einsum("mi,mio->mo", x, w.astype(x.dtype)[jnp.minimum(group, w.shape[0] - 1)])
@@ -48,33 +49,47 @@ def grouped_matmul(
 
 
 def _over_tiles(sizes: Array, rows: int, body, carry):
-    """carry = body(group, first row, mask of the tile's rows, carry) for each tile that holds rows of one group."""
+    """carry = body(group, first row, mask of the tile's rows, carry) for each tile that holds rows of one group.
+
+    Tiles come in the order of their rows. What a tile holds beyond its group belongs to later tiles.
+    """
+    size = _tile(rows, sizes)
     starts = jnp.cumsum(sizes) - sizes
-    tiles = -(-sizes // TILE)
+    tiles = -(-sizes // size)
     ends = jnp.cumsum(tiles)
 
     def one(number, carry):
         group = jnp.searchsorted(ends, number, side="right")
-        first = starts[group] + (number - (ends[group] - tiles[group])) * TILE
-        inside = first + jnp.arange(TILE) < starts[group] + sizes[group]
+        first = starts[group] + (number - (ends[group] - tiles[group])) * size
+        inside = first + jnp.arange(size) < starts[group] + sizes[group]
         return body(group, first, inside[:, None], carry)
 
     return jax.lax.fori_loop(0, ends[-1], one, carry)
 
 
-def _padded(x: Array) -> Array:
-    return jnp.pad(x, ((0, TILE), (0, 0)))
+def _tile(rows: int, sizes: Array) -> int:
+    """Rows of a tile: large ones are faster if groups are large, else they hold too little."""
+    return 128 if rows >= 256 * sizes.shape[0] else 64
+
+
+def _padded(x: Array, sizes: Array) -> Array:
+    return jnp.pad(x, ((0, _tile(len(x), sizes)), (0, 0)))
+
+
+def _of_groups(y: Array, rows: int, sizes: Array) -> Array:
+    """The rows of all tiles, 0 where no group has a row."""
+    return jnp.where((jnp.arange(rows) < jnp.sum(sizes))[:, None], y[:rows], 0)
 
 
 @jax.custom_vjp
 def _tiled(x: Array, w: Array, sizes: Array) -> Array:
-    rows, padded = x.shape[0], _padded(x)
+    padded = _padded(x, sizes)
 
-    def body(group, first, inside, y):
-        product = dot(cut(padded, first, TILE), w[group].astype(x.dtype), 1, 0)
-        return put(y, jnp.where(inside, product, cut(y, first, TILE)), first)
+    def body(group, first, inside, y):  # what is written beyond the group, later tiles replace
+        return put(y, dot(cut(padded, first, len(inside)), w[group].astype(x.dtype), 1, 0), first)
 
-    return _over_tiles(sizes, rows, body, jnp.zeros((rows + TILE, w.shape[2]), x.dtype))[:rows]
+    y = _over_tiles(sizes, len(x), body, jnp.zeros((padded.shape[0], w.shape[2]), x.dtype))
+    return _of_groups(y, len(x), sizes)
 
 
 def _tiled_forward(x, w, sizes):
@@ -83,19 +98,59 @@ def _tiled_forward(x, w, sizes):
 
 def _tiled_backward(residuals, dy):
     x, w, sizes = residuals
-    rows, padded, padded_dy = x.shape[0], _padded(x), _padded(dy)
+    padded, padded_dy = _padded(x, sizes), _padded(dy, sizes)
     wide = jnp.promote_types(x.dtype, jnp.float32)
 
     def body(group, first, inside, carry):
         dx, dw = carry
-        part = jnp.where(inside, cut(padded_dy, first, TILE), 0)
-        product = dot(part, w[group].astype(dy.dtype), 1, 1)
-        dx = put(dx, jnp.where(inside, product, cut(dx, first, TILE)), first)
-        return dx, add(dw, dot(cut(padded, first, TILE), part, 0, 0)[None], group)
+        part = cut(padded_dy, first, len(inside))
+        dx = put(dx, dot(part, w[group].astype(dy.dtype), 1, 1), first)
+        part = jnp.where(inside, part, 0)
+        return dx, add(dw, dot(cut(padded, first, len(inside)), part, 0, 0)[None], group)
 
-    start = jnp.zeros((rows + TILE, x.shape[1]), x.dtype), jnp.zeros(w.shape, wide)
-    dx, dw = _over_tiles(sizes, rows, body, start)
-    return dx[:rows], dw.astype(w.dtype), np.zeros(sizes.shape, jax.dtypes.float0)
+    dx, dw = _over_tiles(sizes, len(x), body, (jnp.zeros(padded.shape, x.dtype), jnp.zeros(w.shape, wide)))
+    return _of_groups(dx, len(x), sizes), dw.astype(w.dtype), np.zeros(sizes.shape, jax.dtypes.float0)
 
 
 _tiled.defvjp(_tiled_forward, _tiled_backward)
+
+
+# ------------------------------------------------------------------------------------- rows into groups and back
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def spread(
+    x: Float[Array, "N D"], order: Int[Array, " M"], back: Int[Array, " M"], copies: int
+) -> Float[Array, "M D"]:
+    """`copies` of every row, ordered: row i of the result is x[order[i] // copies].
+
+    Its gradient is `collect` and the other way round. That of indexing would be a scatter, which is much slower.
+
+    Args:
+      order: a permutation of the M = N copies rows.
+      back: its inverse.
+    """
+    return x[order // copies]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def collect(
+    y: Float[Array, "M D"], order: Int[Array, " M"], back: Int[Array, " M"], copies: int
+) -> Float[Array, "N D"]:
+    """The sums over the copies that `spread` made of each row."""
+    return jnp.sum(y[back].reshape(-1, copies, y.shape[1]), axis=1)
+
+
+def _moved_back(move, copies, permutation, gradient):
+    zero = np.zeros(permutation[0].shape, jax.dtypes.float0)
+    return move(gradient, *permutation, copies), zero, zero
+
+
+spread.defvjp(
+    lambda x, order, back, copies: (spread(x, order, back, copies), (order, back)),
+    functools.partial(_moved_back, collect),
+)
+collect.defvjp(
+    lambda y, order, back, copies: (collect(y, order, back, copies), (order, back)),
+    functools.partial(_moved_back, spread),
+)
