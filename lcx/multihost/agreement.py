@@ -105,7 +105,10 @@ def require_shared(file: pathlib.Path, setting: str) -> None:
     """Raises UserError on every process unless all see this file of process 0: the folder must be a shared one."""
     if channel.count() == 1:
         return
-    expected = channel.gather("shared", file.read_text() if channel.index() == 0 else "")[0]
+    written = channel.index() == 0 and file.is_file()
+    expected = channel.gather("shared", file.read_text() if written else "")[0]
+    if not expected:  # process 0 writes no such file: in a bucket, which all hosts share anyway
+        return
     deadline = time.monotonic() + _SEEN_WITHIN_S
     while not (seen := file.is_file() and file.read_text() == expected) and time.monotonic() < deadline:
         time.sleep(0.2)
