@@ -96,8 +96,7 @@ def stream_text(
     check_sizes("generate", num_samples=num_samples)
     if output is not None and (chat or Path(output).exists()):
         raise UserError(f"--output is {output}, which exists already, or the prompt is a chat: change --output")
-    text = prompt_text(prompt)
-    tokenizer = tokenizer_of(checkpoint, format)
+    text, tokenizer = prompt_text(prompt), tokenizer_of(checkpoint, format)
     stops = stop_ids(tokenizer)
     if chat:
         ids, ends = chat_ids(checkpoint, tokenizer, text, system=system, template=chat_template)
@@ -134,10 +133,10 @@ def stream_text(
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
         if channel.index() > 0:
             collections.deque(columns, maxlen=0)  # takes part; process 0 prints
-        elif num_samples > 1 or output is not None:
-            write_samples(tokenizer, columns, prompt=ids, stops=stops, output=output)
-        else:
+        elif num_samples == 1 and output is None:
             show(tokenizer, (int(column[0]) for column in columns), prompt=ids)
+        else:
+            write_samples(tokenizer, columns, prompt=ids, stops=stops, output=output)
 
 
 def allowed_ids(tokenizer: Tokenizer, characters: str) -> list[int]:

@@ -28,7 +28,7 @@ from lcx.errors import UserError
 from lcx.linearize import Linearize, check_linear
 from lcx.locks import LOCK
 from lcx.model import Decoder
-from lcx.multihost.agreement import require_shared
+from lcx.multihost.agreement import compiled_together, require_shared
 from lcx.optim import AdamW
 from lcx.pieces import Pieces
 from lcx.training import continued, doubtful, resume_check, same_data, statements, workdirs
@@ -372,6 +372,8 @@ class Trainer:
         stop.safe = "stopped before the first step, nothing is lost"  # a signal may interrupt the compilation
         while step < self.last_step and not stop.requested(step):
             batch = sharding.shard_batch(next(batches), mesh)
+            if step == run.step:
+                step_fn = compiled_together(step_fn, state, batch, np.int32(step))
             state, values = step_fn(state, batch, np.int32(step))
             stop.safe = None
             step += 1

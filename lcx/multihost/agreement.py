@@ -13,7 +13,7 @@ import json
 import pathlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from lcx.errors import UserError, first_line
 from lcx.multihost import channel
@@ -144,6 +144,19 @@ def first_only(work: Callable[P, T]) -> Callable[P, T | None]:
         return result
 
     return on_first
+
+
+def compiled_together(function: Any, *arguments: Any) -> Callable[..., Any]:
+    """A jitted function compiled for these arguments, by the time that this returns in all processes.
+
+    A first collective waits only half a minute for a process that still compiles (gloo), and a cache of compiled
+    programs may be warm on one host and cold on another.
+    """
+    if channel.count() == 1:
+        return function
+    compiled = function.lower(*arguments).compile()
+    channel.gather("compiled", "")
+    return compiled
 
 
 def require_same_outcome(what: str, error: str) -> None:
