@@ -150,10 +150,10 @@ def fingerprints(workdir: pathlib.Path, step: int) -> dict[str, dict[str, int]]:
     return {item: {name: entry.fingerprint for name, entry in entries.items()} for item, entries in arrays.items()}
 
 
-def wait_for_step(world: World, workdir: pathlib.Path, beyond: int, seconds: float = 900) -> bool:
-    """Waits until a checkpoint beyond this step is there; False if the processes have ended first."""
+def wait_for_step(world: World, workdir: pathlib.Path, beyond: int, *, least: int = 1, seconds: float = 900) -> bool:
+    """Waits until a checkpoint beyond this step is there, and `least` in all; False if the processes end first."""
     deadline = time.monotonic() + seconds
-    while max(steps_of(workdir), default=0) <= beyond:
+    while len(found := steps_of(workdir)) < least or found[-1] <= beyond:
         if not world.running():
             return False
         if time.monotonic() > deadline:
@@ -248,7 +248,8 @@ def disturbed(
     world = World(gin_file, workdir, count, flag)
     while plan:
         newest = max(steps_of(workdir), default=0)
-        going = wait_for_step(world, workdir, newest)  # every start gets on, so that the run comes to its end
+        # Every start gets on, so that the run comes to its end; two checkpoints, so that one may be damaged.
+        going = wait_for_step(world, workdir, newest, least=2)
         if not going or world.ended(max(0.0, due - time.monotonic() + rng.uniform(-0.2, 0.2) * every)):
             break
         outcomes.append(disturb(plan.pop(0), world, workdir, rng))

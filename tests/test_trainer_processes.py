@@ -28,9 +28,10 @@ from tiny_runs import (  # noqa: F401
     write_gin,
 )
 
-from lcx import evaluate, generate
 from lcx.checkpoint import Checkpointer
-from lcx.convert import __main__ as convert
+from lcx.convert.__main__ import main as convert
+from lcx.evaluate import main as evaluate
+from lcx.generate import main as generate
 from lcx.optim import AdamW
 
 STEPS = 60
@@ -43,12 +44,13 @@ optim.AdamW.schedule = 'constant'
 EVALUATE = ["--evals=loss_by_position", "--gin.LossByPosition.max_tokens=200"]
 AFTER = """
 import sys
-from lcx import evaluate, generate
-from lcx.convert import __main__ as convert
+from lcx.convert.__main__ import main as convert
+from lcx.evaluate import main as evaluate
+from lcx.generate import main as generate
 run, out, *flags = sys.argv[1:]
-status = evaluate.main([f"--checkpoint={run}", f"--output={out}/evaluation", *%r, *flags])
-status += generate.main([f"--checkpoint={run}", "--prompt=def main", "--max_new_tokens=8", *flags])
-status += convert.main([f"--src={run}", f"--dst={out}/hf", "--dst_format=hf", *flags])
+status = evaluate([f"--checkpoint={run}", f"--output={out}/evaluation", *%r, *flags])
+status += generate([f"--checkpoint={run}", "--prompt=def main", "--max_new_tokens=8", *flags])
+status += convert([f"--src={run}", f"--dst={out}/hf", "--dst_format=hf", *flags])
 sys.exit(status)
 """
 
@@ -153,14 +155,14 @@ def test_what_follows_runs_in_two_processes_and_gives_what_one_gives(run, tmp_pa
     assert statuses == [0, 0], err
     assert out[1] == "" and not own_lines(err[1])  # one of them talks
     flags = [f"--checkpoint={workdir}", f"--output={tmp_path}/one/evaluation", *EVALUATE]
-    assert evaluate.main(flags) == 0
+    assert evaluate(flags) == 0
     found = [json.loads((tmp_path / name / "evaluation/results.json").read_text()) for name in ("one", "two")]
     tables = [results["evaluations"]["loss_by_position"]["table"] for results in found]
     assert tables[0] == pytest.approx(tables[1], rel=1e-5) and tables[0]
     capsys.readouterr()
-    assert generate.main([f"--checkpoint={workdir}", "--prompt=def main", "--max_new_tokens=8"]) == 0
+    assert generate([f"--checkpoint={workdir}", "--prompt=def main", "--max_new_tokens=8"]) == 0
     assert out[0].startswith(capsys.readouterr().out)
-    assert convert.main([f"--src={workdir}", f"--dst={tmp_path}/one/hf", "--dst_format=hf"]) == 0
+    assert convert([f"--src={workdir}", f"--dst={tmp_path}/one/hf", "--dst_format=hf"]) == 0
     for name in ("model.safetensors", "config.json"):
         assert (tmp_path / "one/hf" / name).read_bytes() == (tmp_path / "two/hf" / name).read_bytes()
 
