@@ -97,7 +97,7 @@ def finish(processes, seconds: float = 300) -> tuple[list[int], list[str], list[
 def wait_for_losses(workdir: pathlib.Path, count: int, processes) -> None:
     deadline = time.monotonic() + 300
     while not (workdir / "metrics.jsonl").exists() or len(losses(workdir)) < count:
-        assert time.monotonic() < deadline and all(p.poll() is None for p in processes), finish(processes, 1)
+        assert time.monotonic() < deadline and all(p.poll() is None for p in processes), finish(processes, 60)
         time.sleep(0.01)
 
 
