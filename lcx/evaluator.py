@@ -43,6 +43,7 @@ from lcx.evals.ruler import Ruler
 from lcx.evals.support import journal, settings
 from lcx.evals.support.model_facts import facts
 from lcx.model import Decoder
+from lcx.multihost import channel
 from lcx.multihost.agreement import first_only, require_same_outcome
 from lcx.reporting import report
 from lcx.reporting.runs import RESULTS, labelled, read_results
@@ -274,6 +275,8 @@ def _run(
         for note in result.get("notes", ()):
             _say(f"{results['name']}: {evaluation.name}: {note}")
     except Exception as error:  # one failing evaluation must not prevent the others
+        if channel.count() > 1 and not isinstance(error, UserError):
+            raise  # the processes are out of step
         if not isinstance(error, UserError):
             traceback.print_exc()
         results["errors"][evaluation.name] = _explained(error)

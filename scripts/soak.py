@@ -30,6 +30,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -53,7 +54,7 @@ trainer.Trainer.steps = 1000000
 trainer.Trainer.batch_size = 8
 trainer.Trainer.seq_len = 64
 trainer.Trainer.log_every = 50
-trainer.Trainer.checkpoint_every = 100
+trainer.Trainer.checkpoint_every = 50
 trainer.Trainer.eval_batches = 1
 optim.AdamW.learning_rate = 1e-3
 optim.AdamW.warmup_steps = 20
@@ -86,21 +87,24 @@ class World:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             address = f"--coordinator_address=127.0.0.1:{probe.getsockname()[1]}"
-        self.logs = [workdir.parent / f"{workdir.name}.{i}.log" for i in range(count)]
         self.processes = []
-        for i, log in enumerate(self.logs):
+        self._said: list[list[str]] = [[] for _ in range(count)]
+        self._readers = []
+        for i, lines in enumerate(self._said):
             several = [address, f"--num_processes={count}", f"--process_id={i}", f"--heartbeat_timeout={HEARTBEAT_S}"]
             command = [sys.executable, "-m", "lcx.train", f"--gin_file={gin_file}", f"--workdir={workdir}", *flags]
-            with open(log, "w") as file:
-                self.processes.append(
-                    subprocess.Popen(
-                        command + (several if count > 1 else ["--no-distributed"]),
-                        env=_environment(),
-                        stdout=file,
-                        stderr=file,
-                        start_new_session=True,
-                    )
-                )
+            process = subprocess.Popen(
+                command + (several if count > 1 else ["--no-distributed"]),
+                env=_environment(),
+                stdout=subprocess.PIPE,  # and not a file, which would be full with the disk
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+                start_new_session=True,
+            )
+            self.processes.append(process)
+            self._readers.append(threading.Thread(target=lines.extend, args=(process.stdout,), daemon=True))
+            self._readers[-1].start()
 
     def running(self) -> bool:
         return any(process.poll() is None for process in self.processes)
@@ -121,7 +125,9 @@ class World:
         return [process.wait() for process in self.processes]
 
     def said(self, i: int) -> str:
-        return self.logs[i].read_text(errors="replace")
+        """What a process has printed. Call it when it has ended."""
+        self._readers[i].join(10)
+        return "".join(self._said[i])
 
 
 def _environment() -> dict[str, str]:
@@ -144,13 +150,14 @@ def fingerprints(workdir: pathlib.Path, step: int) -> dict[str, dict[str, int]]:
     return {item: {name: entry.fingerprint for name, entry in entries.items()} for item, entries in arrays.items()}
 
 
-def wait_for_step(world: World, workdir: pathlib.Path, beyond: int, seconds: float = 900) -> bool:
-    """Waits until a checkpoint beyond this step is there; False if the processes have ended first."""
+def wait_for_step(world: World, workdir: pathlib.Path, beyond: int, *, least: int = 1, seconds: float = 900) -> bool:
+    """Waits until a checkpoint beyond this step is there, and `least` in all; False if the processes end first."""
     deadline = time.monotonic() + seconds
-    while max(steps_of(workdir), default=0) <= beyond:
+    while len(found := steps_of(workdir)) < least or found[-1] <= beyond:
         if not world.running():
             return False
         if time.monotonic() > deadline:
+            world.kill()
             raise SystemExit(f"no checkpoint within {seconds} s: {world.said(0)[-2000:]}")
         time.sleep(0.05)
     return True
@@ -191,11 +198,12 @@ def disturb(kind: str, world: World, workdir: pathlib.Path, rng: random.Random) 
 
 def _full_disk(world: World, seconds: float) -> None:
     """Lets no process write files of more than 4 KB for a while."""
-    for limit in (4096, resource.RLIM_INFINITY):
+    for full in (True, False):
         for process in world.processes:
             if process.poll() is None:
-                resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-        if limit == 4096:
+                hard = resource.prlimit(process.pid, resource.RLIMIT_FSIZE)[1]
+                resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (4096 if full else hard, hard))
+        if full:
             world.ended(seconds)
 
 
@@ -240,7 +248,8 @@ def disturbed(
     world = World(gin_file, workdir, count, flag)
     while plan:
         newest = max(steps_of(workdir), default=0)
-        going = wait_for_step(world, workdir, newest)  # every start gets on, so that the run comes to its end
+        # Every start gets on, so that the run comes to its end; two checkpoints, so that one may be damaged.
+        going = wait_for_step(world, workdir, newest, least=2)
         if not going or world.ended(max(0.0, due - time.monotonic() + rng.uniform(-0.2, 0.2) * every)):
             break
         outcomes.append(disturb(plan.pop(0), world, workdir, rng))

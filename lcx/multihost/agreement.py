@@ -13,7 +13,7 @@ import json
 import pathlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from lcx.errors import UserError, first_line
 from lcx.multihost import channel
@@ -105,7 +105,10 @@ def require_shared(file: pathlib.Path, setting: str) -> None:
     """Raises UserError on every process unless all see this file of process 0: the folder must be a shared one."""
     if channel.count() == 1:
         return
-    expected = channel.gather("shared", file.read_text() if channel.index() == 0 else "")[0]
+    written = channel.index() == 0 and file.is_file()
+    expected = channel.gather("shared", file.read_text() if written else "")[0]
+    if not expected:  # process 0 writes no such file: in a bucket, which all hosts share anyway
+        return
     deadline = time.monotonic() + _SEEN_WITHIN_S
     while not (seen := file.is_file() and file.read_text() == expected) and time.monotonic() < deadline:
         time.sleep(0.2)
@@ -141,6 +144,15 @@ def first_only(work: Callable[P, T]) -> Callable[P, T | None]:
         return result
 
     return on_first
+
+
+def all_compiled() -> None:
+    """Waits until every process has compiled its program.
+
+    A first collective waits only half a minute for a process that still compiles (gloo), and a cache of compiled
+    programs may be warm on one host and cold on another.
+    """
+    channel.gather("compiled", "")
 
 
 def require_same_outcome(what: str, error: str) -> None:

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 
 from lcx import sharding
 from lcx.model import Decoder
+from lcx.multihost.agreement import all_compiled
 from lcx.optim import combine, partition, plateau_scale
 from lcx.training import memory
 
@@ -159,12 +160,14 @@ def make_step(
 
 
 def compiled_first(step: Any) -> Callable:
-    """The jitted function, which on its first call gives the compiler's memory back before it allocates its own."""
+    """The jitted function, which on its first call waits for all processes to compile it, and gives the compiler's memory
+    back before it allocates its own."""
     waiting = [step]
 
     def call(*args: Any) -> Any:
         if waiting:
             waiting.pop().lower(*args).compile()  # kept by jax: the call below does not compile again
+            all_compiled()
             memory.give_back()
         return step(*args)
 
