@@ -129,7 +129,7 @@ class _Workdir:
             )
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
-        done = {found[0] for name in self._there if (found := _committed(name))}
+        done = {marked[0] for name in self._there if (marked := _committed(name))}
         wanted = [name for name in sorted(self._there) if not (step := STEP.match(name)) or step[0] in done]
         if bad := [name for name in wanted if {"..", ".", ""} & set(name.split("/"))]:
             raise UserError(
