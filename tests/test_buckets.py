@@ -3,6 +3,7 @@
 import gzip
 import json
 import logging
+import os
 import shutil
 import sys
 
@@ -14,6 +15,7 @@ import pytest
 from tiny_runs import assert_same_checkpoint, dataset, lines, text_fixture, tiny_trainer  # noqa: F401
 
 import lcx
+from lcx import hub
 from lcx import trainer as trainer_lib
 from lcx.buckets import client, copies, workdirs
 from lcx.convert import __main__ as convert
@@ -190,6 +192,8 @@ def test_models_from_and_to_buckets(bucket, weather, tmp_path, capsys):
     _, params = lcx.load(str(here))
     weather.fails = every(5)
     assert equal(lcx.load(f"{bucket}/hf")[1], params)
+    folder = hub.local(f"{bucket}/hf", kind="tokenizer")
+    assert sorted(os.listdir(folder)) == ["config.json", "model.safetensors"], "the weights stay in the copy"
     for style in ("lcx", "hf"):
         arguments = [f"--src={bucket}/hf", f"--dst={bucket}/{style}-out", f"--dst_format={style}"]
         assert convert.main(arguments) == 0

@@ -160,6 +160,7 @@ class _Workdir:
                 f"not all of the run is in {self.url}: {error}; all of it is in {self.folder}: run the same command "
                 "again to copy it"
             ) from error
+        log.warning("all of the run is in %s", self.url)
 
     def _watch(self) -> None:
         while not self._stop.wait(_EVERY_S):
