@@ -306,6 +306,12 @@ def test_one_writer(bucket, weather, text, tmp_path, monkeypatch):
             pass
     record = json.loads(client.read(f"{bucket}/{workdirs.WRITER}"))
     assert not record["held"]
+    with monkeypatch.context() as patch:  # one of this machine that still runs, with the same local folder
+        patch.setenv("LCX_CACHE", str(tmp_path / "lcx-cache"))
+        running = record | {"held": True, "process": os.getppid()}
+        client.write(f"{bucket}/{workdirs.WRITER}", json.dumps(running).encode())
+        with pytest.raises(UserError, match="is being written by another process"), workdirs.opened(bucket):
+            pass
     for ended in ({"time": 0.0}, {"process": 2**22 + 1}):  # too long ago; a process that is no more
         client.write(f"{bucket}/{workdirs.WRITER}", json.dumps(record | {"held": True} | ended).encode())
         with workdirs.opened(bucket) as folder:

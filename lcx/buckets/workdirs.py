@@ -82,7 +82,8 @@ class _Workdir:
         """Makes this process the only writer. Raises UserError if there is another one."""
         before = self._writer()
         self._continues = before.get("id") == self._id
-        if before.get("held") and not self._continues and not _has_ended(before):
+        ours = self._continues and before.get("process") == os.getpid()  # an earlier run of this process
+        if before.get("held") and not ours and not _has_ended(before):
             raise UserError(
                 f"{self.url} is being written by another process ({before.get('process')} on {before.get('host')} "
                 f"since {before.get('since')}): wait for it to end, or change --workdir"
@@ -100,9 +101,7 @@ class _Workdir:
             **{"id": self._id, "token": self._token, "held": held, "time": time.time(), "since": self._since},
             **{"host": socket.gethostname(), "process": os.getpid()},
         }
-        with contextlib.suppress(
-            FileExistsError
-        ):  # another process came first, which reading it back will show
+        with contextlib.suppress(FileExistsError):  # another came first, which reading it back will show
             client.write(client.join(self.url, WRITER), json.dumps(record).encode(), new=new)
         self._renewed = time.monotonic()
 
