@@ -1,11 +1,13 @@
 """Emulators of S3 and of Google Cloud Storage on 127.0.0.1, which fail or wait when a test says so."""
 
+import asyncio
 import contextlib
 import dataclasses
 import logging
 import os
 import threading
 import time
+import types
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -53,8 +55,11 @@ def running() -> Iterator[Weather]:
             "LCX_BUCKET_PATIENCE": "20",
         }.items():
             patch.setenv(name, value)
+        import gcsfs.retry
         import s3fs
 
+        # Its own six attempts would take half a minute each time that a server fails for good.
+        patch.setattr(gcsfs.retry, "asyncio", types.SimpleNamespace(sleep=lambda seconds: asyncio.sleep(0.01)))
         s3fs.S3FileSystem().mkdir(BUCKET)
         yield weather
 

@@ -131,10 +131,10 @@ def test_a_second_conversion_to_a_destination_is_refused(tmp_path):
 @pytest.mark.parametrize(
     "main, arguments, setting",
     [
-        (train.main, ["--workdir=gs://bucket/run"], "--workdir"),
+        (train.main, ["--workdir=az://bucket/run"], "--workdir"),
         (train.main, ["--workdir="], "--workdir"),
-        (convert.main, ["--src=hf", "--dst=s3://bucket/x", "--dst_format=lcx"], "--dst"),
-        (convert.main, ["--src=gs://bucket/hf", "--dst=x", "--dst_format=lcx"], "the path"),
+        (convert.main, ["--src=hf", "--dst=az://bucket/x", "--dst_format=lcx"], "--dst"),
+        (convert.main, ["--src=az://bucket/hf", "--dst=x", "--dst_format=lcx"], "the path"),
         (evaluate.main, ["--checkpoint=hf", "--output=gs://bucket/out"], "--output"),
     ],
 )

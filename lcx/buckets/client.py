@@ -247,7 +247,10 @@ def _tried(url: str, doing: str, work: Callable[[], T]) -> T:
         except (UserError, FileNotFoundError, FileExistsError):
             raise
         except Exception as error:
-            final = {kind.__name__ for kind in type(error).__mro__} & _FINAL
+            # gcsfs raises a plain OSError where the rights are missing.
+            final = {kind.__name__ for kind in type(error).__mro__} & _FINAL or str(error).startswith(
+                "Forbidden"
+            )
             if final or time.monotonic() + pause > end:
                 advice = (
                     "check the credentials and rights" if final else "the bucket can be tried again later"

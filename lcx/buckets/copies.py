@@ -11,7 +11,7 @@ import pathlib
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 from lcx import paths
 from lcx.buckets import client
@@ -58,12 +58,12 @@ def local(url: str, choose: Callable[[Sequence[str]], Sequence[str]]) -> str:
         if about is None:
             raise UserError(f"there is nothing at {url}, expected a folder or a file: check the name")
         parent, _, name = url.rpartition("/")
-        return str(pathlib.Path(_copied(parent, {name: about})) / name)
+        return str(pathlib.Path(_copied(parent, {name: about}, None)) / name)
     if any(name.rpartition("/")[2] == COMMIT_MARKER for name in found):
         wanted = _newest_step(url, list(found))
     else:
         wanted = list(choose(list(found)))
-    return _copied(url, {name: found[name] for name in wanted})
+    return _copied(url, {name: found[name] for name in wanted}, found.keys())
 
 
 def _newest_step(url: str, names: Sequence[str]) -> list[str]:
@@ -85,7 +85,8 @@ def _newest_step(url: str, names: Sequence[str]) -> list[str]:
     ]
 
 
-def _copied(url: str, wanted: dict[str, client.Stat]) -> str:
+def _copied(url: str, wanted: dict[str, client.Stat], present: Collection[str] | None) -> str:
+    """The local folder with the wanted objects; without what is no longer `present` in the bucket, if that is known."""
     folder = cache(url, "read")
     if url.rpartition("/")[2].isdecimal():  # a step, which is known by its name
         folder = folder / url.rpartition("/")[2]
@@ -107,9 +108,10 @@ def _copied(url: str, wanted: dict[str, client.Stat]) -> str:
         client.download(url, [(name, folder / name) for name in missing])
         known |= {name: [wanted[name].size, wanted[name].version] for name in missing}
         index.write_text(json.dumps(known))
-    for path in folder.rglob("*"):  # what was there under this name before, and is no longer
-        if path.is_file() and path.relative_to(folder).as_posix() not in wanted:
-            path.unlink()
+    for path in folder.rglob("*") if present is not None else ():
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and name not in present and not name.endswith(".lcx-partial"):
+            path.unlink(missing_ok=True)
     return str(folder)
 
 

@@ -82,7 +82,8 @@ class _Workdir:
         """Makes this process the only writer. Raises UserError if there is another one."""
         before = self._writer()
         self._continues = before.get("id") == self._id
-        if before.get("held") and not self._continues and not _has_ended(before):
+        ours = self._continues and before.get("process") == os.getpid()  # an earlier run of this process
+        if before.get("held") and not ours and not _has_ended(before):
             raise UserError(
                 f"{self.url} is being written by another process ({before.get('process')} on {before.get('host')} "
                 f"since {before.get('since')}): wait for it to end, or change --workdir"
@@ -100,9 +101,7 @@ class _Workdir:
             **{"id": self._id, "token": self._token, "held": held, "time": time.time(), "since": self._since},
             **{"host": socket.gethostname(), "process": os.getpid()},
         }
-        with contextlib.suppress(
-            FileExistsError
-        ):  # another process came first, which reading it back will show
+        with contextlib.suppress(FileExistsError):  # another came first, which reading it back will show
             client.write(client.join(self.url, WRITER), json.dumps(record).encode(), new=new)
         self._renewed = time.monotonic()
 
@@ -129,7 +128,7 @@ class _Workdir:
             )
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
-        done = {found[0] for name in self._there if (found := _committed(name))}
+        done = {marked[0] for name in self._there if (marked := _committed(name))}
         wanted = [name for name in sorted(self._there) if not (step := STEP.match(name)) or step[0] in done]
         if bad := [name for name in wanted if {"..", ".", ""} & set(name.split("/"))]:
             raise UserError(
@@ -160,6 +159,7 @@ class _Workdir:
                 f"not all of the run is in {self.url}: {error}; all of it is in {self.folder}: run the same command "
                 "again to copy it"
             ) from error
+        log.warning("all of the run is in %s", self.url)
 
     def _watch(self) -> None:
         while not self._stop.wait(_EVERY_S):

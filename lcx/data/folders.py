@@ -164,7 +164,8 @@ def bucket_files(url: str, format: str | None) -> tuple[SourceFile, ...]:
         names = [name for name in client.listing(root) if _fits(name.split("/"), pattern)]
         if not names:
             raise UserError(f"data source {url!r} matches no object; set Dataset.source")
-        return tuple(source_file(client.join(root, name), name, format) for name in names)
+        above = os.path.commonpath([os.path.dirname(name) for name in names]) or "."
+        return tuple(source_file(client.join(root, n), os.path.relpath(n, above), format) for n in names)
     names = list(client.listing(url))
     if not names:
         return (source_file(url, url.rpartition("/")[2], format),)
