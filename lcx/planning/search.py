@@ -1,8 +1,8 @@
 """Other settings of the same training: which of them fit the devices, and which is the fastest.
 
-What is tried changes neither the batch, the rows nor the objective, so every choice trains the same model: the mesh, what
-is recomputed (remat), the rows that are processed at once (accumulation), and rows in pieces. Each is compiled like any
-plan. A mesh is tried from the least memory upwards, so that most choices that cannot fit are never compiled:
+What is tried changes neither the batch, the rows nor the objective, so every choice trains the same model: the mesh,
+what is recomputed (remat), the rows processed at once (accumulation), and rows in pieces. Each is compiled like
+any plan. A mesh is tried from the least memory upwards, so that most choices that cannot fit are never compiled:
 
     remat full      accumulation doubled until it fits; if it never does, rows longer than PIECE in pieces
     remat dots      from there on
@@ -50,7 +50,7 @@ class Found:
     """What a search has found.
 
     Attributes:
-      plans: of every choice that was compiled, {**plan, "settings": its flags}; those that fit first, the fastest first.
+      plans: of every choice that was compiled, {**plan, "settings": its flags}; those that fit first, fastest first.
       refused: choices that the model, the mesh or the compiler refuses, with the reason.
       untried: meshes for which no compilation was left.
     """
@@ -111,15 +111,12 @@ def choices(trainer: Trainer, mesh: sharding.MeshShape) -> Iterator[Choice]:
     if trainer.piece_length is None and trainer.seq_len > PIECE:
         lengths.append(PIECE)
     for piece in lengths:
-        start, least = 0, None
+        left, found = list(rows), False
         for remat in REMATS:
-            for start in range(start, len(rows)):
-                if (yield Choice(mesh, remat, rows[start], piece)):
-                    least = remat
-                    break
-            else:
-                break
-        if least is not None:
+            while left and not (yield Choice(mesh, remat, left[0], piece)):
+                left.pop(0)  # does not fit, and neither will it with less recomputation
+            found = found or bool(left)
+        if found:
             return
 
 
