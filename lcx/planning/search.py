@@ -11,7 +11,7 @@ any plan. A mesh is tried from the least memory upwards, so that most choices th
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Any
 
 from lcx import sharding
@@ -74,7 +74,8 @@ def search(trainer: Trainer, devices: int, plan: Callable[[Trainer], dict[str, A
         if len(plans) + len(refused) >= limit:
             untried.append(mesh)
             continue
-        walk, fits = choices(trainer, mesh), None
+        walk = choices(trainer, mesh)
+        fits: bool | None = None
         while len(plans) + len(refused) < limit:
             try:
                 choice = walk.send(fits)
@@ -103,8 +104,8 @@ def meshes(trainer: Trainer, devices: int) -> list[sharding.MeshShape]:
     return sorted(found, key=lambda mesh: (mesh.context * mesh.tensor, mesh.tensor))
 
 
-def choices(trainer: Trainer, mesh: sharding.MeshShape) -> Iterator[Choice]:
-    """A generator of what to try on a mesh; it is sent whether the last one fits. The order is explained above."""
+def choices(trainer: Trainer, mesh: sharding.MeshShape) -> Generator[Choice, bool | None, None]:
+    """Yields what to try on a mesh, in the order explained above; it is sent whether the last one fits."""
     most = trainer.batch_size // (mesh.data * mesh.fsdp)
     rows = [count for count in range(1, most + 1) if most % count == 0]
     lengths = [trainer.piece_length]
