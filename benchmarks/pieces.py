@@ -1,10 +1,11 @@
 """Time and memory of a training step against the length of its one row: whole, and in pieces with exact gradients.
 
     python benchmarks/pieces.py --letters genome.fna [--models linear,hyena,softmax] [--lengths 16384,65536,...]
-                                [--piece 16384] [--output FILE.json]
+                                [--piece 16384] [--compile_only] [--output FILE.json]
 
 Each case is a process of its own, so that its peak of resident memory is its own: compile, one step, one more that is
-timed. The row is the first T letters of a FASTA file (a letter a token). Models: 4 layers of width 64.
+timed. With --compile_only no step is taken, and the memory is the compiler's count: for lengths whose step takes hours.
+The row is the first T letters of a FASTA file (a letter a token). Models: 4 layers of width 64.
 """
 
 import argparse
@@ -69,6 +70,7 @@ class Step:
         from lcx import objectives, sharding
         from lcx.optim import AdamW
         from lcx.pieces import Pieces
+        from lcx.training import memory
         from lcx.training import step as train_step
         from lcx.training.run import prepared
 
@@ -85,6 +87,7 @@ class Step:
             )
             self.batch = sharding.shard_batch(one_row(row), mesh)
             self.compiled = step.lower(run.abstract, self.batch, np.int32(0)).compile()
+            memory.give_back()  # as the trainer does
             weights = {"params": model_lib.init_params(architecture, jax.random.key(0), mesh=mesh)}
             self.state = {
                 **weights,
@@ -103,21 +106,24 @@ def case(args: argparse.Namespace) -> dict:
     start = time.perf_counter()
     step = Step(model(args.model, len(row) - 1), row, args.piece)
     compiled = time.perf_counter()
-    losses = [step()]
-    once = time.perf_counter()
-    if args.twice:
-        losses.append(step())
-    memory = step.compiled.memory_analysis()
-    return {
+    analysis = step.compiled.memory_analysis()
+    result = {
         "model": args.model,
         "T": len(row) - 1,
         "piece": args.piece or None,
-        "losses": losses,
         "compile_seconds": round(compiled - start, 1),
-        "seconds": round((time.perf_counter() - once) if args.twice else once - compiled, 2),
-        "temporary_mib": round(memory.temp_size_in_bytes / 2**20, 1),
-        "peak_resident_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10),
+        "arguments_mib": round(analysis.argument_size_in_bytes / 2**20, 1),
+        "temporary_mib": round(analysis.temp_size_in_bytes / 2**20, 1),
     }
+    if args.compile_only:
+        return result
+    losses, once = [step()], time.perf_counter()
+    seconds = once - compiled
+    if args.twice:
+        losses.append(step())
+        seconds = time.perf_counter() - once
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return result | {"losses": losses, "seconds": round(seconds, 2), "peak_resident_mib": round(peak / 2**10)}
 
 
 def parsed() -> argparse.Namespace:
@@ -130,7 +136,8 @@ def parsed() -> argparse.Namespace:
     )
     parser.add_argument("--piece", type=int, default=PIECE)
     parser.add_argument("--twice", type=int, default=1, help="0: time the first step")
-    parser.add_argument("--output")
+    parser.add_argument("--compile_only", action="store_true", help="the compiler's memory, without a step")
+    parser.add_argument("--output", default="-", help="- for none")
     parser.add_argument("--model", help=argparse.SUPPRESS)
     parser.add_argument("--length", type=int, help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -141,17 +148,20 @@ def main() -> None:
     if args.model:
         print("answer", json.dumps(case(args)))
         return
-    rows = []
+    import harness
+
+    run, rows = harness.Run(__doc__.splitlines()[0], threads={"lcx": harness.jax_threads()}), []
     for name in args.models.split(","):
         for T in map(int, args.lengths.split(",")):
             for piece in (args.piece, 0) if args.whole_until >= T else (args.piece,):
                 command = [sys.executable, __file__, "--letters", args.letters, "--twice", str(args.twice)]
                 command += ["--model", name, "--length", str(T), "--piece", str(piece)]
-                out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+                command += ["--compile_only"] * args.compile_only
+                with run.watched():
+                    out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
                 rows.append(json.loads(out.split("answer ")[-1]))
                 print(rows[-1], flush=True)
-    if args.output:
-        pathlib.Path(args.output).write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+                run.write(args.output, rows=rows)  # the next case may take long
 
 
 if __name__ == "__main__":

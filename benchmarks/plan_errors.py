@@ -75,7 +75,7 @@ def one(name: str) -> dict:
     run = abstract.run_of(trainer, mesh)
     with jax.set_mesh(mesh):
         step, batch = compiled_step(trainer, run, mesh)
-        planned = compiled._peak(step.memory_analysis()) * devices
+        planned = compiled._peak(step.memory_analysis()) * devices + compiled.CPU_RUNTIME
         state = jax.block_until_ready(step(jax.tree.map(made, run.abstract), batch, np.int32(0))[0])
         del state  # the first step touched code and started threads
         base = resident()

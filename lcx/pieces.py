@@ -14,6 +14,7 @@ What is kept between the passes:
 
 - States of fixed size (recurrences, histories of convolutions): one per border. If these would exceed BORDER_BYTES,
   only every g-th is kept, and the backward pass recomputes the g - 1 between them: at most one more forward pass again.
+  With `borders = "host"` all are kept, in the memory of the host.
 - Caches that grow with the row (keys and values): once. The cache before piece p is the final cache, of whose slots a
   mixer reads only those filled before p. Their cotangents accumulate in one array of the same size.
 
@@ -35,11 +36,13 @@ from jaxtyping import Array, Int
 from lcx import mixers, sharding
 from lcx.errors import UserError
 from lcx.model import Decoder, layers
+from lcx.ops import dispatch
 
 Tree = Any
 PieceFn = Callable[[Tree, Tree, dict[str, Array]], tuple[Tree, Tree]]
 CARRIES = ("exact", "stop")
-BORDER_BYTES = 1 << 30  # of all states at borders together; above this only every g-th is kept
+BORDERS = ("device", "host")
+BORDER_BYTES = 1 << 30  # of all states at borders together, on the device; above this only every g-th is kept
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,23 +53,27 @@ class Pieces:
       length: tokens per piece; the last piece of a row may be shorter.
       carry: "exact": gradients flow through the states at the borders, as in a whole row. "stop": they stop there
         (truncated backpropagation through time); the states themselves are still passed on.
+      borders: where the states at the borders wait for the backward pass: in the memory of the "device", or of the
+        "host", where all of them are kept. CPUs have only one memory, and there "host" changes nothing.
 
     Raises:
-      UserError: a length below 1, or another carry.
+      UserError: a length below 1, or another carry or place.
     """
 
     length: int
     carry: str = "exact"
+    borders: str = "device"
 
     def __post_init__(self):
         if self.length < 1:
             raise UserError(
                 f"piece_length is {self.length}, expected at least 1: change Trainer.piece_length"
             )
-        if self.carry not in CARRIES:
-            raise UserError(
-                f"carry is {self.carry!r}, expected one of {', '.join(CARRIES)}: change Trainer.carry"
-            )
+        for name, known in {"carry": CARRIES, "borders": BORDERS}.items():
+            if (value := getattr(self, name)) not in known:
+                raise UserError(
+                    f"{name} is {value!r}, expected one of {', '.join(known)}: change Trainer.{name}"
+                )
 
     def count(self, seq_len: int) -> int:
         """The number of pieces of a row of `seq_len` tokens."""
@@ -94,10 +101,11 @@ def total(
     counted = jnp.where(batch["segment_ids"] != 0, batch["positions"], 0)
     state = empty_state(model, B, count * pieces.length, jnp.max(counted) + 1)
     grows = _growing(model, B, count * pieces.length)
-    every = _border_interval(state, grows, count)
+    offloaded = pieces.borders == "host" and dispatch.platform() != "cpu"
+    every = 1 if offloaded else _border_interval(state, grows, count)
     order = jnp.arange(-(-count // every) * every).reshape(-1, every)
     rows = Rows(_reader(batch, pieces.length, order.size), order)
-    return _total(piece, grows, pieces.carry, variables, state, rows)
+    return _total(piece, grows, pieces.carry, offloaded, variables, state, rows)
 
 
 def check(model: Decoder) -> None:
@@ -206,8 +214,14 @@ def _zeros(tree: Tree) -> Tree:
 # ------------------------------------------------------------------------------------------------------- both passes
 
 
-def _total(piece: PieceFn, grows: Tree, carry: str, variables: Tree, state: Tree, rows: Rows) -> Tree:
+def _total(
+    piece: PieceFn, grows: Tree, carry: str, offloaded: bool, variables: Tree, state: Tree, rows: Rows
+) -> Tree:
     """The sums over the pieces of `rows`, with the backward pass described at the top of this file."""
+    home, away = jax.memory.Space.Device, jax.memory.Space.Host
+
+    def moved(borders: Tree, where: jax.memory.Space) -> Tree:
+        return jax.device_put(borders, where) if offloaded else borders
 
     def numbered(variables: Tree, state: Tree, number: Array) -> tuple[Tree, Tree]:
         return piece(variables, state, rows.read(number))
@@ -224,7 +238,7 @@ def _total(piece: PieceFn, grows: Tree, carry: str, variables: Tree, state: Tree
             return (jax.tree.map(jnp.add, sums, new), state), None
 
         def group(carried, numbers):
-            return jax.lax.scan(one, carried, numbers)[0], _take(carried[1], grows, False)
+            return jax.lax.scan(one, carried, numbers)[0], moved(_take(carried[1], grows, False), away)
 
         (sums, last), borders = jax.lax.scan(group, (zero_sums(), state), rows.order)
         return sums, _take(last, grows, True), borders
@@ -248,11 +262,14 @@ def _total(piece: PieceFn, grows: Tree, carry: str, variables: Tree, state: Tree
             is_leaf=lambda d: isinstance(d, SymbolicZero),
         )
         backward = functools.partial(_group_backward, numbered, carry, grows, moving, still, d_sums)
-        first = _merge(grown, jax.tree.map(lambda x: x[0], borders))
+        first = _merge(grown, moved(jax.tree.map(lambda x: x[0], borders), home))
         nothing = (_zeros(moving), _zeros(_take(first, _floating(first), True)), grown)
-        (d_moving, _, _), _ = jax.lax.scan(
-            lambda carried, xs: (backward(carried, *xs), None), nothing, (borders, rows.order), reverse=True
-        )
+
+        def group(carried: tuple[Tree, Tree, Tree], xs: tuple[Tree, Array]) -> tuple[tuple[Tree, Tree, Tree], None]:
+            border, numbers = xs
+            return backward(carried, moved(border, home), numbers), None
+
+        (d_moving, _, _), _ = jax.lax.scan(group, nothing, (borders, rows.order), reverse=True)
         return d_moving, None
 
     summed.defvjp(summed_forward, summed_backward, symbolic_zeros=True)

@@ -128,6 +128,7 @@ class Trainer:
         activations of one piece in memory (see lcx.pieces); None: whole rows.
       carry: with piece_length, what passes between pieces in the backward pass: "exact" gradients, or "stop": none
         (truncated backpropagation through time).
+      borders: with piece_length, where the states between pieces wait for the backward pass: "device" or "host".
       mesh: sizes of the mesh axes.
       stop_at: end the run after this many updates, before the end of the schedule; None: after `steps`.
       seed: for the initialisation and the order of the data.
@@ -162,6 +163,7 @@ class Trainer:
     accumulation: int = 1
     piece_length: int | None = None
     carry: str = "exact"
+    borders: str = "device"
     mesh: sharding.MeshShape = sharding.MeshShape()
     stop_at: int | None = None
     seed: int = 0
@@ -195,9 +197,7 @@ class Trainer:
                 raise UserError(f"Trainer.{name} is {getattr(self, name)}, expected at least {least}")
         for name, known in {"dtype": DTYPES, "remat": tuple(model_lib.REMAT), "wandb": MODES}.items():
             if getattr(self, name) not in (None, *known):
-                raise UserError(
-                    f"Trainer.{name} is {getattr(self, name)!r}, expected one of {', '.join(known)}"
-                )
+                raise UserError(f"Trainer.{name} is {getattr(self, name)!r}, expected one of {', '.join(known)}")
         profiling.check(self.profile)
         objectives.check(self.objective)
         _ = self._objective
@@ -339,10 +339,8 @@ class Trainer:
 
     def adjusted(self, model: Decoder) -> Decoder:
         """The model with the run's dtype and remat."""
-        changes = {
-            name: getattr(self, name) for name in ("dtype", "remat") if getattr(self, name) is not None
-        }
-        return model.clone(parent=None, **changes)
+        given = {name: getattr(self, name) for name in ("dtype", "remat")}
+        return model.clone(parent=None, **{name: value for name, value in given.items() if value is not None})
 
     def _origin(self) -> dict[str, Any]:
         return resume_check.record(
@@ -444,10 +442,11 @@ class Trainer:
     def _objective(self) -> Callable:
         """The objective, over pieces if piece_length is set."""
         if self.piece_length is None:
-            if self.carry != "exact":
-                raise UserError(f"Trainer.carry is {self.carry!r} without pieces: set Trainer.piece_length")
+            for name, whole in {"carry": "exact", "borders": "device"}.items():
+                if (value := getattr(self, name)) != whole:
+                    raise UserError(f"Trainer.{name} is {value!r} without pieces: set Trainer.piece_length")
             return self.objective
-        return objectives.over_pieces(self.objective, Pieces(self.piece_length, self.carry))
+        return objectives.over_pieces(self.objective, Pieces(self.piece_length, self.carry, self.borders))
 
     def held_out_loss(self, model: Decoder, state: State, mesh) -> float | None:
         """Mean negative log-likelihood per token over the first eval_batches of the held-out data.

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from types import SimpleNamespace
 
 import flax.linen as nn
 import jax
@@ -88,11 +89,17 @@ def test_gradients_are_those_of_whole_rows(every_mixer, monkeypatch):
     assert_equal(gradient(model, Pieces(13), params, BATCH), want)
 
 
-def test_all_borders_kept():
-    """The usual case: the states at all borders fit, and nothing is recomputed twice."""
+def test_all_borders_kept(monkeypatch):
+    """The usual case: the states at all borders fit, and nothing is recomputed twice. They may wait on the host."""
     model = small(MIXERS["mamba2"])
     params = noisy(model)
-    assert_equal(gradient(model, Pieces(16), params, BATCH), gradient(model, None, params, BATCH))
+    want = gradient(model, None, params, BATCH)
+    assert_equal(gradient(model, Pieces(16), params, BATCH), want)
+    monkeypatch.setattr(pieces, "dispatch", SimpleNamespace(platform=lambda: "tpu"))  # what "host" does elsewhere
+    monkeypatch.setattr(pieces, "BORDER_BYTES", 0)
+    how = Pieces(16, borders="host")
+    assert "<host>[3," in str(gradient.trace(model, how, params, BATCH).jaxpr), "all three, none recomputed"
+    assert_equal(gradient(model, how, params, BATCH), want)
 
 
 def small(mixer):
@@ -168,8 +175,10 @@ def test_a_run_in_pieces_is_the_run_in_whole_rows(tmp_path, capfd):
         log_every=1,
     )
     whole = trainer.run(str(tmp_path / "whole"))
-    cut = dataclasses.replace(trainer, piece_length=12).run(str(tmp_path / "cut"))
-    assert "pieces: every row in 3 of 12 tokens, exact gradients" in capfd.readouterr().err
+    cut = dataclasses.replace(trainer, piece_length=12, borders="host").run(str(tmp_path / "cut"))
+    told = capfd.readouterr().err
+    assert "pieces: every row in 3 of 12 tokens, exact gradients\n" in told
+    assert "Trainer.borders 'host' has no effect: CPUs" in told
     for a, b in zip(
         jax.tree.leaves(cut.state["params"]), jax.tree.leaves(whole.state["params"]), strict=True
     ):
@@ -181,6 +190,8 @@ def test_a_run_in_pieces_is_the_run_in_whole_rows(tmp_path, capfd):
     [
         ({"piece_length": 0}, "piece_length is 0, expected at least 1"),
         ({"piece_length": 8, "carry": "half"}, "carry is 'half', expected one of exact, stop"),
+        ({"piece_length": 8, "borders": "disk"}, "borders is 'disk', expected one of device, host"),
+        ({"borders": "host"}, "borders is 'host' without pieces: set Trainer.piece_length"),
         ({"carry": "stop"}, "carry is 'stop' without pieces: set Trainer.piece_length"),
         ({"piece_length": 8, "objective": objectives.attention_transfer}, "needs whole rows"),
     ],

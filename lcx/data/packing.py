@@ -331,7 +331,8 @@ def _fill(
     if document_mask:
         weights[piece_slot + length - 1] = 0  # the label is the first token of the next document, or padding
     weights[last] = has_next  # the label of a row's last input comes from the store, not from the next slot
-    if loss_mask is not None and scored is not None:  # the mask of the label, which is the token of the next slot
+    if loss_mask is not None and scored is not None:
+        # The mask of the label, which is the token of the next slot.
         scored[:, :-1] = scored[:, 1:]
         scored.reshape(-1)[last[has_next]] = loss_mask[next_token[has_next]]
         weights *= scored.reshape(-1)

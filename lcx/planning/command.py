@@ -38,6 +38,8 @@ def plan(
     place = find(topology)
     trainer, notes = trainer_of(job)
     if search is not None:
+        if longest:
+            raise UserError("--search and --longest: each plans many steps; run one after the other")
         return _search(trainer, place, search, notes, as_json)
     step = step_of(trainer, place)
     found = _longest(trainer, place, step.memory.peak) if longest else None

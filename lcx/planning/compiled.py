@@ -23,6 +23,10 @@ from lcx.training.step import weights_of
 
 log = logging.getLogger(__name__)
 
+# What products on several CPU threads take beside the compiler's arrays, for operands that they copy in blocks: at most
+# 30 MiB were measured for small models (benchmarks/plan_errors.py), nothing on one thread.
+CPU_RUNTIME = 32 * 2**20
+
 FIELDS = {name: np.int32 for name in ("tokens", "labels", "positions", "segment_ids")} | {
     "loss_weights": np.float32
 }
@@ -42,16 +46,18 @@ class Memory:
       optimizer: the optimizer's state.
       batch: the rows of one batch.
       rest: activations, gradients, the compiler's other temporary arrays, the program itself.
+      runtime: what the device's libraries take beside the program's arrays; known for CPUs alone.
     """
 
     parameters: int
     optimizer: int
     batch: int
     rest: int
+    runtime: int = 0
 
     @property
     def peak(self) -> int:
-        return self.parameters + self.optimizer + self.batch + self.rest
+        return self.parameters + self.optimizer + self.batch + self.rest + self.runtime
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +116,8 @@ def step_of(trainer: Trainer, topology: Topology) -> Step:
         "optimizer": device_bytes(run.abstract["opt_state"]),
         "batch": device_bytes(batch),
     }
-    memory = Memory(**known, rest=max(made.peak - sum(known.values()), 0))
+    runtime = CPU_RUNTIME // mesh.size if topology.chip is None else 0
+    memory = Memory(**known, rest=max(made.peak - sum(known.values()), 0), runtime=runtime)
     parsed = None if made.text is None else program.parse(made.text)
     return Step(run, memory, flops.count(traced), parsed, time.perf_counter() - start)
 

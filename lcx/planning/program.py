@@ -23,7 +23,8 @@ class Array:
 
     Attributes:
       nbytes: of its numbers.
-      held: bytes in the memory of the device: with what the tiles of a TPU's layout add; 0 in a TPU's vector memory.
+      held: bytes in the memory of the device: with what the tiles of a TPU's layout add; 0 in a TPU's vector memory
+        and in the host's.
     """
 
     dtype: str

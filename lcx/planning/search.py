@@ -1,8 +1,8 @@
 """Other settings of the same training: which of them fit the devices, and which is the fastest.
 
-What is tried changes neither the batch, the rows nor the objective, so every choice trains the same model: the mesh, what
-is recomputed (remat), the rows that are processed at once (accumulation), and rows in pieces. Each is compiled like any
-plan. A mesh is tried from the least memory upwards, so that most choices that cannot fit are never compiled:
+What is tried changes neither the batch, the rows nor the objective, so every choice trains the same model: the mesh,
+what is recomputed (remat), the rows processed at once (accumulation), and rows in pieces. Each is compiled like
+any plan. A mesh is tried from the least memory upwards, so that most choices that cannot fit are never compiled:
 
     remat full      accumulation doubled until it fits; if it never does, rows longer than PIECE in pieces
     remat dots      from there on
@@ -11,7 +11,7 @@ plan. A mesh is tried from the least memory upwards, so that most choices that c
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Any
 
 from lcx import sharding
@@ -50,7 +50,7 @@ class Found:
     """What a search has found.
 
     Attributes:
-      plans: of every choice that was compiled, {**plan, "settings": its flags}; those that fit first, the fastest first.
+      plans: of every choice that was compiled, {**plan, "settings": its flags}; those that fit first, fastest first.
       refused: choices that the model, the mesh or the compiler refuses, with the reason.
       untried: meshes for which no compilation was left.
     """
@@ -74,7 +74,8 @@ def search(trainer: Trainer, devices: int, plan: Callable[[Trainer], dict[str, A
         if len(plans) + len(refused) >= limit:
             untried.append(mesh)
             continue
-        walk, fits = choices(trainer, mesh), None
+        walk = choices(trainer, mesh)
+        fits: bool | None = None
         while len(plans) + len(refused) < limit:
             try:
                 choice = walk.send(fits)
@@ -103,23 +104,20 @@ def meshes(trainer: Trainer, devices: int) -> list[sharding.MeshShape]:
     return sorted(found, key=lambda mesh: (mesh.context * mesh.tensor, mesh.tensor))
 
 
-def choices(trainer: Trainer, mesh: sharding.MeshShape) -> Iterator[Choice]:
-    """A generator of what to try on a mesh; it is sent whether the last one fits. The order is explained above."""
+def choices(trainer: Trainer, mesh: sharding.MeshShape) -> Generator[Choice, bool | None, None]:
+    """Yields what to try on a mesh, in the order explained above; it is sent whether the last one fits."""
     most = trainer.batch_size // (mesh.data * mesh.fsdp)
     rows = [count for count in range(1, most + 1) if most % count == 0]
     lengths = [trainer.piece_length]
     if trainer.piece_length is None and trainer.seq_len > PIECE:
         lengths.append(PIECE)
     for piece in lengths:
-        start, least = 0, None
+        left, found = list(rows), False
         for remat in REMATS:
-            for start in range(start, len(rows)):
-                if (yield Choice(mesh, remat, rows[start], piece)):
-                    least = remat
-                    break
-            else:
-                break
-        if least is not None:
+            while left and not (yield Choice(mesh, remat, left[0], piece)):
+                left.pop(0)  # does not fit, and neither will it with less recomputation
+            found = found or bool(left)
+        if found:
             return
 
 

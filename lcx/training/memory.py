@@ -1,5 +1,6 @@
 """The memory of a run: whether the training state fits, from shapes alone; and giving back what is no longer used."""
 
+import contextlib
 import ctypes
 import gc
 import math
@@ -52,7 +53,5 @@ def give_back() -> None:
     XLA's compiler frees several hundred MB when it is done. Without this, they stay resident throughout the run.
     """
     gc.collect()
-    try:
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
-    except (AttributeError, OSError, TypeError):
-        pass  # another C library

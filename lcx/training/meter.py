@@ -45,8 +45,8 @@ class Meter:
     compilation and is not timed. A line after less than _LEAST_S seconds has no speed; the next one covers its steps.
 
     Attributes:
-      ahead: steps that are queued on the devices behind the one that runs. One is enough to hide the host's work between
-        steps; with dozens, several CPU devices of one process can deadlock.
+      ahead: steps that are queued on the devices behind the one that runs. One is enough to hide the host's work
+        between steps; with dozens, several CPU devices of one process can deadlock.
       losses: of the steps since the last logged line. They are saved in checkpoints, so that a resumed run logs the
         same means as an uninterrupted one.
     """

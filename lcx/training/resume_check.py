@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 _FREE = ("dtype", "remat", "implementation")  # change how a model computes, not which function
 _CHANGEABLE = (
-    *("steps", "stop_at", "batch_size", "accumulation", "piece_length", "carry", "optimizer", "objective"),
+    *("steps", "stop_at", "batch_size", "accumulation", "piece_length", "carry", "borders", "optimizer", "objective"),
     *("mesh", "dtype", "remat"),
 )
 

@@ -40,7 +40,7 @@ def opening(
     if isinstance(run.model, model_lib.Decoder):
         yield from extend.table(run.model)
     yield _size(trainer, mesh)
-    yield from _pieces(trainer)
+    yield from _pieces(trainer, mesh)
     yield from _context(run.model, mesh, getattr(trainer, "piece_length", None) or trainer.seq_len)
     for line in doubtful.settings(trainer, run.model):
         yield f"warning: {line}"
@@ -113,13 +113,17 @@ def _size(trainer: Any, mesh: jax.sharding.Mesh) -> str:
     )
 
 
-def _pieces(trainer: Any) -> Iterator[str]:
+def _pieces(trainer: Any, mesh: jax.sharding.Mesh) -> Iterator[str]:
     """How rows are divided, if they are."""
     length = getattr(trainer, "piece_length", None)
     if length is not None and length < trainer.seq_len:
         count = -(-trainer.seq_len // length)
         gradients = "exact gradients" if trainer.carry == "exact" else "gradients stop at their borders"
-        yield f"pieces: every row in {count} of {quantity(length, 'token')}, {gradients}"
+        on_cpus = mesh.devices.flat[0].platform == "cpu"
+        waiting = ", states wait in the host's memory" if trainer.borders == "host" and not on_cpus else ""
+        yield f"pieces: every row in {count} of {quantity(length, 'token')}, {gradients}{waiting}"
+        if trainer.borders == "host" and on_cpus:
+            yield "warning: Trainer.borders 'host' has no effect: CPUs have no memory beside the host's"
 
 
 def _context(model: Any, mesh: jax.sharding.Mesh, seq_len: int) -> Iterator[str]:
