@@ -307,10 +307,11 @@ def recall_by_distance(result: dict) -> str:
 
 def _recalled(result: dict, which: str, head: Callable[[dict], str]) -> str:
     """Percent of values recalled, a row for each variant: the mean over seeds, and the lowest and highest of them."""
-    seeds, rows, heads = result["seeds"], [], list[str]()
-    for name, first in seeds[0]["variants"].items():
+    rows, heads = [], list[str]()
+    for name, first in result["seeds"][0]["variants"].items():
         heads = [head(cell) for cell in first[which]]
-        each = [[100 * cell["score"] for cell in seed["variants"][name][which]] for seed in seeds]
+        seeds = [seed["variants"][name][which] for seed in result["seeds"] if name in seed["variants"]]
+        each = [[100 * cell["score"] for cell in seed] for seed in seeds]
         cells = [f"{sum(x) / len(x):.0f} ({min(x):.0f} to {max(x):.0f})" for x in zip(*each, strict=True)]
         rows.append([name, *cells])
     return table(["", *heads], rows)
