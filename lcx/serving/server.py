@@ -4,6 +4,7 @@ import http.server
 import json
 import logging
 import socket
+import socketserver
 import sys
 import threading
 import time
@@ -81,7 +82,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def server_bind(self) -> None:
         # Not that of HTTPServer, which asks a name server for the name of the host and may wait for it.
-        http.server.socketserver.TCPServer.server_bind(self)  # type: ignore[attr-defined]
+        socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = map(str, self.server_address[:2])  # type: ignore[assignment]
 
     def handle_error(self, request: Any, client_address: Any) -> None:
