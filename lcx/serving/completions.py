@@ -107,15 +107,15 @@ class Completer:
         if request.max_tokens == 0:
             return [Choice(row, [], "", 0, "length") for row in rows]
         seed = secrets.randbits(31) if request.seed is None else request.seed
-        sampling = {"top_p": request.top_p, "seed": seed} if request.temperature > 0 else {}
         columns = sampler.stream(
             self.model,
             self.params,
             rows,
             max_new_tokens=request.max_tokens,
             temperature=request.temperature,
+            top_p=request.top_p,
+            seed=seed,
             stop_tokens=stop_ids(self.tokenizer),
-            **sampling,
         )
         return self._ended(rows, columns, request.stop)
 

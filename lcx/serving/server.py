@@ -64,8 +64,8 @@ def serve(
         name = name or Path(checkpoint).name or str(checkpoint)
         server.completer = Completer(model, params, tokenizer, name)
         server.server_activate()
-        where, number = server.server_address[:2]
-        shown = f"[{where}]" if ":" in str(where) else where
+        where, number = str(server.server_address[0]), server.server_address[1]
+        shown = f"[{where}]" if ":" in where else where
         print(f"serving {name} at http://{shown}:{number}/v1", file=sys.stderr, flush=True)
         server.serve_forever()
 
