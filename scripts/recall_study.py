@@ -1,6 +1,6 @@
 """Extends and linearizes a model that retrieves within its window, and measures how far each result retrieves.
 
-    python scripts/recall_study.py --base=WORKDIR --text=long.jsonl --output=DIR [--steps=60] [--seed=0]
+    python scripts/recall_study.py --base=WORKDIR --text=long.jsonl --output=DIR [--steps=40] [--seed=0]
     python scripts/recall_study.py --collect DIR/recall.json ... --output=FILE.json
 
 The base is a run of configs/pretrain/recall.gin. Writes DIR/recall.json: for each variant the share of values recalled
@@ -158,7 +158,7 @@ def main() -> int:
     parser.add_argument("--base", metavar="WORKDIR")
     parser.add_argument("--text", metavar="FILE")
     parser.add_argument("--output", required=True, metavar="PATH")
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if args.collect:
