@@ -122,6 +122,8 @@ def study(args: argparse.Namespace) -> Iterator[tuple[str, dict]]:
         objective=objectives.attention_transfer,
     )
     yield measure("linearized, transfer alone", transfer)
+    yield measure("linearized, transfer alone, its window alone", transfer, part="window")
+    yield measure("linearized, transfer alone, its linear part alone", transfer, part="linear")
     lowered = lora.LoRA(rank=8, alpha=16.0)
     tuned = trained(args, "lora", transfer, 2 * args.steps, 1e-3, expects_linear=True, lora=lowered)
     yield measure("linearized", tuned)
