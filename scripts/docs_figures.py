@@ -10,7 +10,7 @@ page says that the figure is still to be measured, and with which command.
 import json
 import pathlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -322,13 +322,20 @@ def recall_by_distance(result: dict) -> str:
 
 def _recalled(result: dict, which: str, head: Callable[[dict], str]) -> str:
     """Percent of values recalled, a row for each variant: the mean over seeds, and the lowest and highest of them."""
-    seeds, rows, heads = result["seeds"], [], list[str]()
-    for name, first in seeds[0]["variants"].items():
+    rows, heads = [], list[str]()
+    for name, first in result["seeds"][0]["variants"].items():
         heads = [head(cell) for cell in first[which]]
-        each = [[100 * cell["score"] for cell in seed["variants"][name][which]] for seed in seeds]
-        cells = [f"{sum(x) / len(x):.0f} ({min(x):.0f} to {max(x):.0f})" for x in zip(*each, strict=True)]
-        rows.append([name, *cells])
+        seeds = [seed["variants"][name][which] for seed in result["seeds"] if name in seed["variants"]]
+        each = [[100 * cell["score"] for cell in seed] for seed in seeds]
+        rows.append([name, *map(_spread, zip(*each, strict=True))])
     return table(["", *heads], rows)
+
+
+def _spread(values: Iterable[float]) -> str:
+    """The mean, and the lowest and highest where they differ."""
+    found = list(values)
+    low, high = f"{min(found):.0f}", f"{max(found):.0f}"
+    return f"{sum(found) / len(found):.0f}" + (f" ({low} to {high})" if low != high else "")
 
 
 TRAINING = (

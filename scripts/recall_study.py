@@ -1,6 +1,6 @@
 """Extends and linearizes a model that retrieves within its window, and measures how far each result retrieves.
 
-    python scripts/recall_study.py --base=WORKDIR --text=long.jsonl --output=DIR [--steps=200] [--seed=0]
+    python scripts/recall_study.py --base=WORKDIR --text=long.jsonl --output=DIR [--steps=40] [--seed=0]
     python scripts/recall_study.py --collect DIR/recall.json ... --output=FILE.json
 
 The base is a run of configs/pretrain/recall.gin. Writes DIR/recall.json: for each variant the share of values recalled
@@ -14,6 +14,7 @@ import importlib.metadata
 import json
 import pathlib
 import sys
+from collections.abc import Iterator
 
 from lcx import config
 
@@ -31,7 +32,6 @@ from lcx.version import __version__  # noqa: E402
 
 FACTOR, LENGTH = 4, 512  # the base has a window of 128 tokens
 SCALINGS = {
-    "unscaled": {"rope_type": "default"},
     "PI": {"rope_type": "linear", "factor": float(FACTOR)},
     "YaRN": {"rope_type": "yarn", "factor": float(FACTOR)},
     "ABF": {"rope_type": "default", "rope_theta": 500000.0},
@@ -71,7 +71,7 @@ def trainer(
         ),
         mesh=MeshShape(data=-1, fsdp=1),
         seed=args.seed,
-        log_every=50,
+        log_every=20,
         eval_batches=4,
         checkpoint_every=steps,
         **changes,
@@ -95,28 +95,24 @@ def measured(model, params) -> dict:
     }
 
 
-def study(args: argparse.Namespace) -> dict:
-    """{variant: what was measured}"""
-    found = {}
+def study(args: argparse.Namespace) -> Iterator[tuple[str, dict]]:
+    """(variant, what was measured), one after the other."""
 
-    def measure(name: str, path: str, part: str | None = None, **given) -> None:
+    def measure(name: str, path: str, part: str | None = None, **given) -> tuple[str, dict]:
         model, params = load(path, **given)
         print(name, file=sys.stderr)
-        found[name] = measured(model if part is None else linearize.ablated(model, part), params)
+        return name, measured(model if part is None else linearize.ablated(model, part), params)
 
-    measure("unscaled", args.base)
+    yield measure("unscaled", args.base)
     for name, scaling in SCALINGS.items():
-        if name != "unscaled":
-            measure(name, args.base, rope_scaling=scaling, context_length=LENGTH)
-    runs = {}
-    for name, scaling in SCALINGS.items():
-        longer = {"rope_scaling": scaling, "context_length": LENGTH}
-        runs[name] = trained(args, name, args.base, args.steps, 1e-3, **longer)
-        measure(f"{name}, trained", runs[name])
+        yield measure(name, args.base, rope_scaling=scaling, context_length=LENGTH)
+    longer = {"context_length": LENGTH}
+    teacher = trained(args, TEACHER, args.base, args.steps, 1e-3, rope_scaling=SCALINGS[TEACHER], **longer)
+    yield measure(f"{TEACHER}, trained", teacher)
     transfer = trained(
         args,
         "transfer",
-        runs[TEACHER],
+        teacher,
         2 * args.steps,
         1e-2,
         trainable="feature_map_|window_factors",
@@ -125,14 +121,18 @@ def study(args: argparse.Namespace) -> dict:
         ),  # layer 0 sees two tokens
         objective=objectives.attention_transfer,
     )
-    measure("linearized, transfer alone", transfer)
-    tuned = trained(
-        args, "lora", transfer, 2 * args.steps, 1e-3, expects_linear=True, lora=lora.LoRA(rank=8, alpha=16.0)
-    )
-    measure("linearized", tuned)
-    measure("linearized, its window alone", tuned, part="window")
-    measure("linearized, its linear part alone", tuned, part="linear")
-    return found
+    yield measure("linearized, transfer alone", transfer)
+    yield measure("linearized, transfer alone, its window alone", transfer, part="window")
+    yield measure("linearized, transfer alone, its linear part alone", transfer, part="linear")
+    lowered = lora.LoRA(rank=8, alpha=16.0)
+    tuned = trained(args, "lora", transfer, 2 * args.steps, 1e-3, expects_linear=True, lora=lowered)
+    yield measure("linearized", tuned)
+    yield measure("linearized, its window alone", tuned, part="window")
+    yield measure("linearized, its linear part alone", tuned, part="linear")
+    for name, scaling in (SCALINGS | {"unscaled": {"rope_type": "default"}}).items():
+        if name != TEACHER:
+            path = trained(args, name, args.base, args.steps, 1e-3, rope_scaling=scaling, **longer)
+            yield measure(f"{name}, trained", path)
 
 
 def collect(paths: list[str], output: str) -> None:
@@ -160,7 +160,7 @@ def main() -> int:
     parser.add_argument("--base", metavar="WORKDIR")
     parser.add_argument("--text", metavar="FILE")
     parser.add_argument("--output", required=True, metavar="PATH")
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if args.collect:
@@ -168,14 +168,24 @@ def main() -> int:
         return 0
     if not (args.base and args.text):
         parser.error("--base and --text are needed")
+    path, found = pathlib.Path(args.output) / "recall.json", dict[str, dict]()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial.json")
     try:
-        found = study(args)
+        for name, measurement in study(args):
+            found[name] = measurement
+            result = {
+                "seed": args.seed,
+                "steps": args.steps,
+                "length": LENGTH,
+                "window": WINDOW,
+                "variants": found,
+            }
+            partial.write_text(json.dumps(result, indent=1) + "\n")
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    result = {"seed": args.seed, "steps": args.steps, "length": LENGTH, "window": WINDOW, "variants": found}
-    path = pathlib.Path(args.output) / "recall.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    partial.replace(path)
     print(path)
     return 0
 

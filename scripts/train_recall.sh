@@ -24,7 +24,9 @@ text() {  # NAME LENGTH DOCUMENTS SEED
     run python scripts/recall_text.py --output="$out/$1.jsonl" --length="$2" --documents="$3" --seed="$4"
 }
 text short 128 40000 0
-run python -m lcx.train --gin_file=configs/pretrain/recall.gin --workdir="$out/base" --gin.TEXT="'$out/short.jsonl'"
+run python scripts/recall_start.py --output="$out/start"
+run python -m lcx.train --gin_file=configs/pretrain/recall.gin --workdir="$out/base" --gin.MODEL="'$out/start'" \
+  --gin.TEXT="'$out/short.jsonl'"
 for seed in $seeds; do
   [ ! -s "$out/$seed/recall.json" ] || continue
   text "long$seed" 512 8000 "$((seed + 1))"

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from answering import Words, answered_by, copier, silent
-from tiny_runs import tiny_model
+from tiny_runs import ROOT, tiny_model
 
 from lcx.data import ByteTokenizer, load_tokenizer, special_tokens
 from lcx.errors import UserError
@@ -128,6 +128,24 @@ def test_induction_recalls_all_pairs():
     assert all(score == 1 for start, score in near.items() if 2 * start <= 64)
     assert near[64] == near[128] == 0, "beyond its window the head knows nothing, and says so"
     assert sum(one["samples"] for one in result["by_distance"]) == 2 * 4 * 8
+
+
+def test_the_text_and_the_start_of_the_model_that_retrieves(monkeypatch):
+    """Every key keeps its value; the rough head finds most values before any training, and a random start none."""
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    import recall_start
+    import recall_text
+
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        text = recall_text.document(rng, 128)
+        pairs = {text[i : i + 2] for i in range(0, 128, 2)} - {"  "}
+        assert len(text) == 128 and len({pair[0] for pair in pairs}) == len(pairs)
+        assert all("A" <= key <= "P" and "Q" <= value <= "`" for key, value in pairs)
+    task = Recall(lengths=(64,), rows=16, filler=32, first_id=65, vocabulary=32, power=1.0)
+    model, params = recall_start.started(0)
+    assert task(model, params, None)["cells"][0]["score"] > 0.6
+    assert task(model, init_params(model, jax.random.key(0)), None)["cells"][0]["score"] < 0.2
 
 
 @pytest.mark.parametrize("says", ["nothing", "the last token", "any value"])

@@ -146,6 +146,7 @@ def test_stops_copies_and_probabilities(port):
     assert scores[0] is None and min(scores[-2:]) > -1e-3 > max(scores[1:-2]), "only b and c could be known"
     assert next(iter(logprobs["top_logprobs"][-1])) == "c" and len(logprobs["top_logprobs"][-1]) == 2
     new = ask(port, {**base, "logprobs": 0})[1]["choices"][0]["logprobs"]
+    assert new["text_offset"] == [10, 11, 12, 13]
     assert (
         new["tokens"] == list("defg") and min(new["token_logprobs"]) > -1e-3 and new["top_logprobs"] is None
     )

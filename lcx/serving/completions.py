@@ -73,14 +73,11 @@ class Completer:
         texts = [prompt for prompt in request.prompts for _ in range(request.n)]
         made = []
         for i, (choice, prompt) in enumerate(zip(choices, texts, strict=True)):
-            before = self._said(prompt) if request.echo else ""
-            entry: dict[str, Any] = {
-                "index": i,
-                "text": before + choice.text,
-                "finish_reason": choice.finish_reason,
-            }
-            logprobs = None if request.logprobs is None else self._logprobs(choice, request, before)
-            made.append({**entry, "logprobs": logprobs})
+            said = self._said(prompt)
+            text = said + choice.text if request.echo else choice.text
+            logprobs = None if request.logprobs is None else self._logprobs(choice, request, len(said))
+            reason = choice.finish_reason
+            made.append({"index": i, "text": text, "logprobs": logprobs, "finish_reason": reason})
         read = sum(len(row) for row in rows[:: request.n])
         generated = sum(choice.generated for choice in choices)
         return {
@@ -110,15 +107,15 @@ class Completer:
         if request.max_tokens == 0:
             return [Choice(row, [], "", 0, "length") for row in rows]
         seed = secrets.randbits(31) if request.seed is None else request.seed
-        sampling = {"top_p": request.top_p, "seed": seed} if request.temperature > 0 else {}
         columns = sampler.stream(
             self.model,
             self.params,
             rows,
             max_new_tokens=request.max_tokens,
             temperature=request.temperature,
+            top_p=request.top_p,
+            seed=seed,
             stop_tokens=stop_ids(self.tokenizer),
-            **sampling,
         )
         return self._ended(rows, columns, request.stop)
 
@@ -167,14 +164,18 @@ class Completer:
     def _said(self, prompt: str | tuple[int, ...]) -> str:
         return prompt if isinstance(prompt, str) else self.tokenizer.decode(list(prompt))
 
-    def _logprobs(self, choice: Choice, request: Request, before: str) -> dict[str, Any]:
-        """The log-probabilities of the tokens of the answer, before temperature and top_p, and of the likeliest."""
+    def _logprobs(self, choice: Choice, request: Request, said: int) -> dict[str, Any]:
+        """The log-probabilities of the tokens of the answer, before temperature and top_p, and of the likeliest.
+
+        Args:
+          said: characters of the prompt, which offsets count even if it is not part of the answer.
+        """
         tokens = choice.prompt + choice.new
         first = 0 if request.echo else len(choice.prompt)
         count = request.logprobs or 0
         own, ids, values = likelihoods(self.model, self.params, tokens, max(count, 1))
         pieces = [self._text(tokens[:i], tokens[i : i + 1]) for i in range(first, len(tokens))]
-        start = 0 if request.echo else len(before)
+        start = 0 if request.echo else said
         top: list[dict[str, float] | None] | None = None
         if count:
             top = [self._likeliest(tokens[:i], ids[i, :count], values[i]) for i in range(first, len(tokens))]

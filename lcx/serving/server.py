@@ -4,6 +4,7 @@ import http.server
 import json
 import logging
 import socket
+import socketserver
 import sys
 import threading
 import time
@@ -63,8 +64,8 @@ def serve(
         name = name or Path(checkpoint).name or str(checkpoint)
         server.completer = Completer(model, params, tokenizer, name)
         server.server_activate()
-        where, number = server.server_address[:2]
-        shown = f"[{where}]" if ":" in str(where) else where
+        where, number = str(server.server_address[0]), server.server_address[1]
+        shown = f"[{where}]" if ":" in where else where
         print(f"serving {name} at http://{shown}:{number}/v1", file=sys.stderr, flush=True)
         server.serve_forever()
 
@@ -81,7 +82,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def server_bind(self) -> None:
         # Not that of HTTPServer, which asks a name server for the name of the host and may wait for it.
-        http.server.socketserver.TCPServer.server_bind(self)  # type: ignore[attr-defined]
+        socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = map(str, self.server_address[:2])  # type: ignore[assignment]
 
     def handle_error(self, request: Any, client_address: Any) -> None:
