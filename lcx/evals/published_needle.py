@@ -14,11 +14,15 @@ import numpy as np
 from lcx.data import Tokenizer, special_tokens
 from lcx.errors import UserError, check_sizes
 from lcx.evals import Result
-from lcx.evals.passkey import FILLER, TASK
 from lcx.evals.support import answers, grids
+from lcx.evals.support.haystack import NOISE
 from lcx.evals.support.model_facts import facts
 from lcx.model import Decoder
 
+TASK = (
+    "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. I will quiz you"
+    " about the important information there. "
+)
 NEEDLE = "The pass key is {key}. Remember it. {key} is the pass key. "
 QUESTION = " \n\nWhat is the pass key? The pass key is "
 DEPTHS = 21  # evenly spaced, from the beginning to the end
@@ -214,7 +218,7 @@ class _Numbers:
 
 def _row(length: int, depth: float, key: int) -> Row:
     """A prompt of the published form: the needle before the nearest full stop, at the very end for depth 1."""
-    filler = " ".join(FILLER) + " "
+    filler = " ".join(NOISE) + " "
     haystack = (filler * -(-length // len(filler)))[:length]
     needle = NEEDLE.format(key=key)
     if depth == 1:
@@ -222,7 +226,7 @@ def _row(length: int, depth: float, key: int) -> Row:
     else:
         at = haystack.rfind(".", 0, round(depth * length) + 1) + 1
         text = haystack[:at] + " " * (at > 0) + needle.rstrip() + haystack[at:]
-    return Row(TASK.rstrip() + " " + text + QUESTION, str(key), length, depth)
+    return Row(TASK + text + QUESTION, str(key), length, depth)
 
 
 def read(path: str) -> list[Row]:
