@@ -165,7 +165,9 @@ def draw_forms(axes, records: list[dict]) -> None:
 def pictures(output: pathlib.Path, result: dict) -> None:
     from lcx.reporting.pictures import picture
 
-    drawn = {"loss_by_tokens": draw_tokens, "loss_by_position_of_all": draw_position}
+    drawn = {"loss_by_tokens": draw_tokens}
+    if any(model["position"] for model in result["models"].values()):
+        drawn["loss_by_position_of_all"] = draw_position
     for name, draw in drawn.items():
         (output / f"{name}.svg").write_bytes(picture(lambda axes, draw=draw: draw(axes, result), form="svg"))
     records = json.loads(FORMS.read_text())["records"]
