@@ -28,6 +28,7 @@ EVALS = {
     "long_ppl": "LongPPL",
     "passkey": "Passkey",
     "needle_grid": "NeedleGrid",
+    "published_needle": "PublishedNeedle",
     "key_value": "KeyValue",
     "recall": "Recall",
     "ruler": "Ruler",

@@ -5,9 +5,12 @@ model sets once at the embedding. That is the whole mixed-precision policy: for 
 bfloat16 compute, and nothing to configure per layer.
 """
 
+import contextlib
+import contextvars
 import dataclasses
 import functools
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -28,9 +31,37 @@ def named_param(module: nn.Module, name: str, init, names: Names, shape: tuple[i
     return value
 
 
-def fan_in_normal(num_inputs: int, gain: float = 1.0) -> nn.initializers.Initializer:
-    """Normal initializer with standard deviation gain / sqrt(fan-in), truncated at two standard deviations."""
+INITIALIZATIONS = ("normal", "torch")
+_drawn: contextvars.ContextVar[str] = contextvars.ContextVar("initialization", default="normal")
+
+
+@contextlib.contextmanager
+def initialization(name: str) -> Iterator[None]:
+    """Draws the linear maps of the models that are initialised meanwhile as `Decoder.initialization` says."""
+    token = _drawn.set(name)
+    try:
+        yield
+    finally:
+        _drawn.reset(token)
+
+
+def fan_in_init(num_inputs: int, gain: float = 1.0) -> nn.initializers.Initializer:
+    """Normal initializer with standard deviation gain / sqrt(fan-in), truncated at two standard deviations.
+
+    With the initialization "torch", whatever the gain: uniform within +- 1 / sqrt(fan-in), as nn.Linear in torch.
+    """
+    if _drawn.get() == "torch":
+        return _within(num_inputs)
     return nn.initializers.truncated_normal(stddev=gain / math.sqrt(num_inputs))
+
+
+def _bias_init(num_inputs: int) -> nn.initializers.Initializer:
+    return _within(num_inputs) if _drawn.get() == "torch" else nn.initializers.zeros
+
+
+def _within(num_inputs: int) -> nn.initializers.Initializer:
+    bound = 1 / math.sqrt(num_inputs)
+    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
 class Linear(nn.Module):
@@ -56,7 +87,7 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch_and_in"]) -> Float[Array, "*batch_and_out"]:
-        init = fan_in_normal(math.prod(self.in_shape), self.gain)
+        init = fan_in_init(math.prod(self.in_shape), self.gain)
         num_in = len(self.in_shape)
         kernel = named_param(self, "kernel", init, self.names, self.in_shape + self.out_shape)
         gathered = sharding.gathered(kernel.astype(x.dtype), self.names)
@@ -67,7 +98,8 @@ class Linear(nn.Module):
         else:
             y = _contract(x, gathered, num_in)
         if self.bias:
-            bias = named_param(self, "bias", nn.initializers.zeros, self.names[num_in:], self.out_shape)
+            init = _bias_init(math.prod(self.in_shape))
+            bias = named_param(self, "bias", init, self.names[num_in:], self.out_shape)
             y += bias.astype(x.dtype)
         if self.has_variable("lora", "a"):
             a, b, scale = (self.get_variable("lora", leaf).astype(x.dtype) for leaf in ("a", "b", "scale"))

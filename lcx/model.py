@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int
 from lcx import mixers, moved
 from lcx.block import Block
 from lcx.errors import UserError, check_not_negative, check_positive, check_sizes
-from lcx.layers import Embedding, Norm
+from lcx.layers import INITIALIZATIONS, Embedding, Norm
 from lcx.mixers.kv_cache import LayerOf
 from lcx.mlps.activations import ACTIVATIONS
 from lcx.mlps.gated import GatedMlp as Mlp  # the old name, which existing .gin files and users' code import
@@ -179,6 +179,8 @@ class Decoder(nn.Module):
       scaled_layers: which rotary embeddings a context extension scales: "all", or those of the "full" layers, without a
         window, if sliding layers have their own (Gemma 3, OLMo 3).
       logit_softcap: c in c tanh(logits / c), applied after logit_multiplier, as in Gemma 2. None: no cap.
+      initialization: of linear maps and their biases: "normal", or "torch" for uniform numbers within 1 / sqrt(fan-in),
+        with which models of plain torch modules start; no effect on a model that has its weights.
     """
 
     vocab_size: int
@@ -195,6 +197,7 @@ class Decoder(nn.Module):
     logit_multiplier: float = 1.0
     logit_softcap: float | None = None
     scaled_layers: str = "all"
+    initialization: str = "normal"
 
     def setup(self):
         self.check()
@@ -218,6 +221,10 @@ class Decoder(nn.Module):
         if self.scaled_layers not in ("all", "full"):
             raise UserError(
                 f"Decoder.scaled_layers is {self.scaled_layers!r}, expected 'all' or 'full': change it"
+            )
+        if self.initialization not in INITIALIZATIONS:
+            raise UserError(
+                f"Decoder.initialization is {self.initialization!r}, expected one of {', '.join(INITIALIZATIONS)}"
             )
         check_not_negative("Decoder", norm_eps=self.norm_eps)
         check_positive(

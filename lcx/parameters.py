@@ -15,6 +15,7 @@ from jaxtyping import Array
 
 from lcx import mlps, sharding
 from lcx.errors import UserError
+from lcx.layers import initialization
 from lcx.mixers import macs_per_token as mixer_macs_per_token
 
 Shape = tuple[int, ...]
@@ -27,7 +28,8 @@ def _abstract_boxed(model: Model):
 
 
 def _init(model: Model, key: Array) -> Any:
-    return model.init(key, model.example())["params"]
+    with initialization(getattr(model, "initialization", "normal")):
+        return model.init(key, model.example())["params"]
 
 
 def plain_init(model: Model, key: Array) -> Any:

@@ -48,6 +48,7 @@ include 'sizes/small.gin'
 trainer.Trainer.model = @model.Decoder()
 model.Decoder.vocab_size = 32000
 model.Decoder.max_position_embeddings = %SEQ_LEN
+model.Decoder.initialization = 'torch'
 model.Decoder.stages = (@model.Stage(),)
 model.Stage.pattern = (@model.Block(),)
 model.Block.mixer = @two_mamba.published()

@@ -261,3 +261,29 @@ def test_check_batch_finds_each_kind_of_damage():
         packing.check_batch({**batch, "tokens": batch["tokens"].astype(np.int64)})
     with pytest.raises(UserError, match="labels"):
         packing.check_batch({**batch, "labels": batch["labels"][:, :4]})
+
+
+@pytest.mark.parametrize("seq_len", [64, 256])
+def test_padded_rows_are_those_of_the_published_2mamba_trainer(reference, seq_len):
+    """One document in a row, cut or padded, with EOS as the label of its last token."""
+    with np.load(reference / "reference" / "two_mamba" / "prepare_data.npz") as file:
+        whole, saved = (
+            {key: file[f"maxlen{n}/{key}"] for key in ("input_ids", "attention_mask", "labels_loss")}
+            for n in (256, seq_len)
+        )
+    documents = [
+        np.append(ids[mask], 2) for ids, mask in zip(whole["input_ids"], whole["attention_mask"], strict=True)
+    ]
+    assert max(map(len, documents)) <= whole["input_ids"].shape[1]  # there, nothing was cut
+    lengths = np.array([len(document) for document in documents])
+    starts = np.cumsum(lengths) - lengths
+    plan = packing.plan_padded(starts, lengths, seq_len=seq_len)
+    batch = all_rows(plan, np.concatenate(documents))
+    packing.check_batch(batch)
+    width = saved["input_ids"].shape[1]
+    scored = batch["loss_weights"][:, :width] > 0
+    assert np.array_equal(scored, saved["labels_loss"] != -100)
+    assert np.array_equal(batch["labels"][:, :width][scored], saved["labels_loss"][scored])
+    real = saved["attention_mask"]
+    assert np.array_equal(batch["tokens"][:, :width][real], saved["input_ids"][real])
+    assert (batch["segment_ids"] <= 1).all() and not batch["loss_weights"][:, width:].any()

@@ -4,11 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from two_mamba_oracle import load, mixer_params, model_params, softmax_params, triangular
 
 from lcx.errors import UserError
 from lcx.mixers.two_mamba import PUBLISHED, TwoMamba, published
-from lcx.model import Block, Decoder, Mlp, Stage
+from lcx.model import Block, Decoder, Mlp, Stage, init_params
 from lcx.ops.second_order_attention import second_order_attention
 
 N, H, D, VOCAB = 4, 16, 64, 97  # of every saved model, with 2 layers and an mlp of 128
@@ -165,3 +166,39 @@ def test_the_form_is_a_setting():
     assert text["tiles"] != text["states"]
     assert forms["states"].macs_per_token(10**6) == TwoMamba(2, 8).macs_per_token(10**6)
     assert forms["tiles"].macs_per_token(10**6) > 1000 * forms["states"].macs_per_token(10**6)
+
+
+def test_a_new_model_is_drawn_as_the_published_one():
+    """Uniform within 1 / sqrt(fan-in), as nn.Linear, in attention and MLP; the moments tell it from a normal one."""
+    for name in ("softmax", "mamba"):
+        model = decoder(name).clone(initialization="torch", parent=None)
+        block = init_params(model, jax.random.key(0))["stages_0"]["block_0"]
+        kernels = {"mlp": ("gate_proj", "down_proj"), "mixer": ("q_proj", "o_proj")}
+        kernels["mixer"] = ("gate_proj", "out_proj") if name == "mamba" else kernels["mixer"]
+        for part, names in kernels.items():
+            for one in names:
+                kernel = np.asarray(block[part][one]["kernel"])
+                fan_in = {"down_proj": 128, "out_proj": H}.get(one, D)
+                bound = fan_in**-0.5
+                assert 0.97 * bound < np.abs(kernel).max() <= bound, one
+                np.testing.assert_allclose(np.mean(kernel**2), bound**2 / 3, rtol=0.06, err_msg=one)
+                np.testing.assert_allclose(np.mean(kernel**4), bound**4 / 5, rtol=0.1, err_msg=one)
+    with pytest.raises(UserError, match="initialization is 'xavier', expected one of normal, torch"):
+        decoder("softmax").clone(initialization="xavier", parent=None).check()
+
+
+def test_positions_in_bfloat16_collapse_as_published():
+    """The quirk equals the exact mixer at the positions that torch's bfloat16 leaves; below 256 it changes nothing."""
+    exact, quirk = (
+        published("softmax", num_heads=N, head_dim=H, bf16_positions=on).clone(parent=None) for on in (False, True)
+    )
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 700, D)), jnp.float32)
+    params = exact.init(jax.random.key(0), x[:, :2])
+    collapsed = torch.arange(700).to(torch.bfloat16).long().numpy()
+    assert len(set(collapsed.tolist())) == 256 + 128 + 48
+    got = jax.jit(lambda x: quirk.apply(params, x)[0])(x)
+    plain = jax.jit(lambda x, places: exact.apply(params, x, positions=places)[0])
+    np.testing.assert_allclose(got, plain(x, jnp.asarray(collapsed[None], jnp.int32)), atol=1e-5)
+    other = np.asarray(plain(x, jnp.arange(700, dtype=jnp.int32)[None]))
+    np.testing.assert_allclose(got[:, :257], other[:, :257], atol=1e-5)
+    assert np.abs(np.asarray(got) - other)[:, 300:].max() > 1e-3

@@ -152,7 +152,7 @@ def _not_finite(source: ModelSource, path: str) -> list[tuple[str, int, int]]:
 
 
 def _plain(model: Decoder) -> Decoder:
-    return model.clone(dtype="float32", parent=None)
+    return model.clone(dtype="float32", initialization="normal", parent=None)
 
 
 def _logits(source: ModelSource, model: Decoder) -> np.ndarray:

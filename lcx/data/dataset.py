@@ -17,7 +17,7 @@ from lcx.data.special import described
 from lcx.errors import UserError
 
 _PARTS = "((@books/data.Dataset(), 0.7), (@code/data.Dataset(), 0.3))"  # as written in a .gin file
-PACKINGS = ("concat", "first_fit", "windows")
+PACKINGS = ("concat", "first_fit", "windows", "padded")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Dataset:
       chat_loss: "assistant" trains on the assistant's turns, "all" on whole conversations.
       packing: "concat" joins the documents end to end and cuts every seq_len tokens; "first_fit" keeps documents
         whole if they fit into a row; "windows" cuts long documents into windows that overlap by half, and packs the
-        short ones.
+        short ones; "padded" puts one document in each row, and drops what is beyond seq_len, which the run says.
       add_bos: True puts BOS before each document, False nothing; None leaves it to the tokenizer, which may have a BOS
         token without adding it.
       add_eos: True puts EOS after each document, False nothing; None leaves it to the tokenizer, and adds EOS if the

@@ -229,6 +229,13 @@ def _plan(dataset: RowSettings, documents: DocumentRanges, spec: BatchSpec, numb
     joined = not dataset.document_mask
     if dataset.packing == "first_fit":
         return packing.plan_first_fit(starts, lengths, seq_len=spec.seq_len)
+    if dataset.packing == "padded":
+        if left_out := int(np.maximum(lengths - spec.seq_len - 1, 0).sum()):
+            say_once(
+                f"packing 'padded' leaves out {left_out} of {int(lengths.sum())} tokens ({spec.split}), those of long"
+                f" documents beyond seq_len={spec.seq_len}"
+            )
+        return packing.plan_padded(starts, lengths, seq_len=spec.seq_len)
     if dataset.packing == "concat":
         return packing.plan_concat(starts, lengths, seq_len=spec.seq_len, joined=joined)
     once = spec.split == "eval"

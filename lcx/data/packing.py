@@ -194,6 +194,21 @@ def plan_first_fit(
     )
 
 
+def plan_padded(
+    starts: Int[np.ndarray, "docs"], lengths: Int[np.ndarray, "docs"], *, seq_len: int
+) -> Plan:
+    """One document in each row, cut after `seq_len` tokens, or padded to them; the rest of a long one is dropped."""
+    starts, lengths = _as_documents(starts, lengths)
+    return Plan(
+        seq_len=seq_len,
+        row_offsets=np.arange(len(starts) + 1, dtype=np.int64),
+        piece_start=starts,
+        piece_length=np.minimum(lengths, seq_len),
+        piece_skip=np.zeros(len(starts), np.int64),
+        next_token=np.where(lengths > seq_len, starts + seq_len, -1),
+    )
+
+
 def plan_windows(
     starts: Int[np.ndarray, "docs"],
     lengths: Int[np.ndarray, "docs"],

@@ -5,6 +5,7 @@
     long_ppl             perplexity of the tokens whose prediction needs the long context
     passkey              retrieval of a number that was given k tokens earlier, and the largest k that works
     needle_grid          numbers hidden in a text, by length and depth
+    published_needle     the needle test of the 2Mamba paper
     key_value            the value of one of many keys, by length and position
     recall               associative recall in tokens, for tiny models
     ruler                the 13 tasks of RULER by length, and the effective length

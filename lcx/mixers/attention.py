@@ -1,5 +1,6 @@
 """Softmax attention: grouped-query heads, rotary positions, optional sliding window, biases and q/k norm."""
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -8,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from lcx import rope as rope_lib
 from lcx import sharding
-from lcx.errors import check_not_negative, check_positive, check_sizes
+from lcx.errors import UserError, check_not_negative, check_positive, check_sizes
 from lcx.layers import Norm, named_param
 from lcx.mixers import kv_cache
 from lcx.mixers.kv_cache import Cache
@@ -33,6 +34,8 @@ class Attention(nn.Module):
       implementation: see ops.attention; None picks the fastest valid one.
       over_context: how devices of the mesh axis `context` see each other's keys: "halo", "heads", "gather", or None to
         choose; see ops/attention_shards.py.
+      position_dtype: positions are rounded to this dtype before the rotation. None: exact. "bfloat16" is a quirk of
+        the 2Mamba paper's softmax model in training: positions above 256 collapse to every second, fourth, ... one.
     """
 
     num_heads: int
@@ -50,6 +53,7 @@ class Attention(nn.Module):
     softcap: float | None = None
     sinks: bool = False
     over_context: str | None = None
+    position_dtype: str | None = None
 
     @nn.compact
     def __call__(
@@ -70,7 +74,10 @@ class Attention(nn.Module):
         )
         check_positive("Attention", scale=self.scale, softcap=self.softcap)
         check_not_negative("Attention", norm_eps=self.norm_eps)
-        q, k, v = rotated_heads(self, x, positions, cache, segment_ids=segment_ids)
+        if self.position_dtype not in (None, "bfloat16"):
+            raise UserError(f"Attention.position_dtype is {self.position_dtype!r}, expected None or 'bfloat16'")
+        rotate = functools.partial(_rotate, self.position_dtype)
+        q, k, v = rotated_heads(self, x, positions, cache, rotate, segment_ids=segment_ids)
         sinks = None
         if self.sinks:
             sinks = named_param(self, "sinks", nn.initializers.zeros, ("heads",), (self.num_heads,))
@@ -142,3 +149,9 @@ class Attention(nn.Module):
         span = seq_len if self.window is None else min(self.window, seq_len)
         visible = (span * (span + 1) / 2 + (seq_len - span) * span) / seq_len
         return 2 * self.num_heads * self.head_dim * visible
+
+
+def _rotate(position_dtype: str | None, x: Array, positions: Array, *frequencies: Any) -> Array:
+    if position_dtype is not None:
+        positions = positions.astype(position_dtype).astype(jnp.int32)
+    return rope_lib.rotate(x, positions, *frequencies)

@@ -354,8 +354,13 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 }
 
 
-def published(attention_type: str, *, num_heads: int, head_dim: int) -> nn.Module:
+def published(
+    attention_type: str, *, num_heads: int, head_dim: int, bf16_positions: bool = False
+) -> nn.Module:
     """The mixer that the published code calls `attention_type`.
+
+    With `bf16_positions`, "softmax" computes its positions in bfloat16, as the published code does while it trains in
+    bfloat16 (`Attention.position_dtype`); the other mixers have no positions.
 
     "softmax" gives Attention, "mamba" gives Mamba2 with one head (as published), all other names give TwoMamba. For
     "softmax", rows of published q and k weights must be reordered: the published rotary embedding pairs adjacent
@@ -365,7 +370,8 @@ def published(attention_type: str, *, num_heads: int, head_dim: int) -> nn.Modul
       UserError: an unknown name.
     """
     if attention_type == "softmax":
-        return Attention(num_heads=num_heads, num_kv_heads=num_heads, head_dim=head_dim, parent=None)
+        rounded = "bfloat16" if bf16_positions else None
+        return Attention(num_heads, num_heads, head_dim, position_dtype=rounded, parent=None)
     if attention_type == "mamba":
         width = (num_heads - 1) * head_dim
         return Mamba2(

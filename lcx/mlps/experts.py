@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from lcx import sharding
 from lcx.errors import UserError, check_sizes
-from lcx.layers import Linear, fan_in_normal, named_param
+from lcx.layers import Linear, fan_in_init, named_param
 from lcx.mlps.activations import Activation, activation
 from lcx.mlps.gated import GatedMlp
 from lcx.ops.grouped_matmul import collect, grouped_matmul, spread
@@ -108,7 +108,7 @@ class ExpertsMlp(nn.Module):
     def _weights(self, name: str, shape: tuple[int, int]) -> dict[str, Array]:
         """The kernels [E, in, out] and biases [E, out] of a projection."""
         names = ("embed", "mlp") if name != "down_proj" else ("mlp", "embed")
-        init, E = fan_in_normal(shape[0]), self.num_experts
+        init, E = fan_in_init(shape[0]), self.num_experts
         kernel = f"{name}_kernel"
         found = {kernel: named_param(self, kernel, init, (None, *names), (E, *shape))}
         if self.bias:

@@ -1,10 +1,13 @@
-"""What another trainer stored beside its weights, so that a run can continue from there."""
+"""A training run as one trainer stored it and another continues it: into lcx, and out of it."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+
+from lcx.convert.core import rules
+from lcx.optim import AdamW
 
 MOMENTS = ("first", "second")
 
@@ -26,3 +29,28 @@ class TrainingState:
     moment: Callable[[str, str], np.ndarray]
     settings: Mapping[str, Any]
     next_rate: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredRun:
+    """A run of lcx, for a format that stores the optimizer beside the model.
+
+    Attributes:
+      step, updates: as in `TrainingState`.
+      steps: updates over which the schedule extends.
+      optimizer: its settings.
+      dtype: of the activations; None: float32.
+      moment: (one of MOMENTS, path of a parameter, index) -> that part of the array, float32.
+    """
+
+    step: int
+    updates: int
+    steps: int
+    optimizer: AdamW
+    dtype: str | None
+    moment: Callable[[str, str, rules.Index], np.ndarray]
+
+    @property
+    def next_rate(self) -> float:
+        """The learning rate of the next update."""
+        return float(self.optimizer.learning_rates(self.steps)(self.step))

@@ -21,7 +21,8 @@ KEY = "attention_type"
 NAMES = ("softmax", "mamba", *PUBLISHED)
 ROTATION = "rotary_emb.freqs"
 MASK = "attn_mask"
-_UNSTORED = ("parent", "name", "init_gain", "form", "implementation")  # do not change the function
+# These do not change the function, but for position_dtype: published models have it while they train, and nowhere else.
+_UNSTORED = ("parent", "name", "init_gain", "form", "implementation", "position_dtype")
 _LONGEST = 400  # of an attention_type in a message: longer than any published one
 
 

@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 
 from lcx.convert.core import rules
+from lcx.convert.core.training_state import StoredRun
 from lcx.convert.files.tensor_io import TensorInfo
 from lcx.convert.files.torch_writer import TorchWriter
 from lcx.convert.two_mamba import layouts
 from lcx.convert.two_mamba.family import KEY, ROTATION
 from lcx.convert.two_mamba.training_state import CONFIG, MOMENTS, OPTIMIZER, SCHEDULER, names
-from lcx.convert.workdir.training_state import StoredRun
 from lcx.model import Decoder
 from lcx.optim import AdamW
 
@@ -112,8 +112,8 @@ def _parts(run: StoredRun, table: rules.Table, name: str, which: str) -> Iterato
     def read(path: str, repeat: int | None) -> np.ndarray:
         whole = tuple(slice(0, size) for size in table.shapes[path])
         if repeat is None:
-            return run.read(which, path, whole)
-        return run.read(which, path, (slice(repeat, repeat + 1), *whole[1:]))[0]
+            return run.moment(which, path, whole)
+        return run.moment(which, path, (slice(repeat, repeat + 1), *whole[1:]))[0]
 
     return table.foreign_parts(name, read)
 

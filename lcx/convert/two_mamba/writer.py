@@ -10,6 +10,7 @@ from lcx import model as model_lib
 from lcx.convert.core import model_source, rules
 from lcx.convert.core.format import check_same
 from lcx.convert.core.model_source import ModelSource
+from lcx.convert.core.training_state import StoredRun
 from lcx.convert.files import tensor_io
 from lcx.convert.files.tensor_io import TensorInfo
 from lcx.convert.hf import config as hf_config
@@ -17,7 +18,6 @@ from lcx.convert.hf import folder as hf_folder
 from lcx.convert.hf import writer as hf_writer
 from lcx.convert.two_mamba import layouts, training_state, training_writer
 from lcx.convert.two_mamba.family import KEY, MASK, ROTATION, TWO_MAMBA, attention_types
-from lcx.convert.workdir.training_state import StoredRun
 from lcx.mixers.two_mamba import TwoMamba
 from lcx.model import Decoder
 

@@ -15,6 +15,7 @@ from lcx.checkpoint import model_json
 from lcx.checkpoint.folder import find_step, read_json, read_record
 from lcx.checkpoint.slices import StepReader
 from lcx.convert.core import model_source, rules
+from lcx.convert.core.training_state import StoredRun
 from lcx.convert.files import folders
 from lcx.convert.files.tensor_io import TensorInfo
 from lcx.convert.workdir import training_state
@@ -65,7 +66,7 @@ class LcxSource:
             )
 
     @functools.cached_property
-    def stored_run(self) -> training_state.StoredRun | None:
+    def stored_run(self) -> StoredRun | None:
         """The optimizer and the schedule of the run, as this step holds them; None if it holds none for the model."""
         return training_state.read(pathlib.Path(self.where), self.leaves)
 

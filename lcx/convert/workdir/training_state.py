@@ -1,6 +1,5 @@
 """The optimizer's state of a run, as a step of its workdir holds it, for a format that stores one beside the model."""
 
-import dataclasses
 import logging
 import pathlib
 import re
@@ -13,43 +12,14 @@ from lcx.checkpoint import model_json
 from lcx.checkpoint.folder import read_json, read_record
 from lcx.checkpoint.slices import StepReader
 from lcx.convert.core import rules
+from lcx.convert.core.training_state import StoredRun
 from lcx.errors import UserError
-from lcx.optim import AdamW
 
 log = logging.getLogger(__name__)
 
 OPTIMIZER, SETTINGS = "opt_state", "settings"
 _WHICH = {"mu": "first", "nu": "second"}
 _MOMENT = re.compile(r"(.*)/(mu|nu)/params/(.+)")
-
-
-@dataclasses.dataclass(frozen=True)
-class StoredRun:
-    """Adam's moments, and the settings that its schedule follows.
-
-    Attributes:
-      step, updates: as in `TrainingState`.
-      steps: updates over which the schedule extends.
-      optimizer: its settings.
-      dtype: of the run's activations; None: float32.
-    """
-
-    step: int
-    updates: int
-    steps: int
-    optimizer: AdamW
-    dtype: str | None
-    _reader: StepReader
-    _keys: Mapping[tuple[str, str], tuple[str, ...]]
-
-    @property
-    def next_rate(self) -> float:
-        """The learning rate of the next update."""
-        return float(self.optimizer.learning_rates(self.steps)(self.step))
-
-    def read(self, which: str, path: str, index: rules.Index) -> np.ndarray:
-        """Part of the "first" or "second" moment of a parameter, float32."""
-        return self._reader.read(self._keys[which, path], index).astype(np.float32)
 
 
 def read(step_folder: pathlib.Path, leaves: Mapping[str, Any]) -> StoredRun | None:
@@ -80,4 +50,8 @@ def read(step_folder: pathlib.Path, leaves: Mapping[str, Any]) -> StoredRun | No
         optimizer, steps = model_json.from_json(settings["optimizer"]), int(settings["steps"])
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{step_folder}: its settings are not readable ({error}); use another step") from None
-    return StoredRun(step, updates, steps, optimizer, settings.get("dtype"), reader, keys)
+
+    def moment(which: str, path: str, index: rules.Index) -> np.ndarray:
+        return reader.read(keys[which, path], index).astype(np.float32)
+
+    return StoredRun(step, updates, steps, optimizer, settings.get("dtype"), moment)

@@ -1,0 +1,90 @@
+"""The needle test of the 2Mamba paper: which prompts, in which order, and what counts as found."""
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+from test_retrieval import induction
+
+from lcx.data import ByteTokenizer
+from lcx.errors import UserError
+from lcx.evals.published_needle import COLUMNS, PublishedNeedle
+
+BYTES = ByteTokenizer()
+
+
+def data_set(folder, count=60):
+    """Files like those of the data set, with five of its lengths and one that the published script leaves out."""
+    lengths = [1024, 2048, 32768, 4096, 8192, 16384]
+    rows = [(f"prompt {i} ", 1 + i, lengths[i % 6], i % 21 * 5) for i in range(count)]
+    for name, part in (("0.parquet", rows[: count // 2]), ("1.parquet", rows[count // 2 :])):
+        columns = {key: [row[j] for row in part] for j, key in enumerate(COLUMNS)}
+        pa.parquet.write_table(pa.table(columns | {"id": list(range(len(part)))}), folder / name)
+    return rows
+
+
+def test_the_prompts_of_the_data_set_are_those_of_the_published_script(tmp_path):
+    rows = data_set(tmp_path)
+    np.random.seed(420)
+    order = np.arange(len(rows))
+    np.random.shuffle(order)
+    expected = [rows[i] for i in order if rows[i][2] < 32768][:7]
+    found = PublishedNeedle(file=str(tmp_path), samples=7).rows()
+    assert [(row.prompt, row.answer, row.length, row.depth) for row in found] == [
+        (prompt, str(answer), length, depth / 100) for prompt, answer, length, depth in expected
+    ]
+
+
+@pytest.mark.parametrize(
+    ("new", "found"),
+    [
+        ("1234. Reme", True),
+        ("1234 and m", True),
+        ("12345 and ", False),
+        (" 1234 and ", False),  # the first word is empty
+        ("is 1234 an", False),
+        ("1234", False),  # the text ended early: the window begins with words of the prompt
+    ],
+)
+def test_the_first_word_of_the_last_tokens_must_be_the_key(new, found):
+    prompt = BYTES.encode("... What is the pass key? The pass key is ").tolist()
+    assert PublishedNeedle().right(BYTES, prompt, BYTES.encode(new).tolist(), "1234") is found
+
+
+def test_prompts_of_its_own_have_the_published_form():
+    rows = PublishedNeedle(samples=210).rows()
+    assert len(rows) == 210 and len({(row.length, row.depth) for row in rows}) == 105
+    for row in rows:
+        needle = f"The pass key is {row.answer}. Remember it. {row.answer} is the pass key."
+        assert row.prompt.count(needle) == 1 and 1 <= int(row.answer) < 10_000
+        assert row.prompt.endswith(" \n\nWhat is the pass key? The pass key is ")
+        start = row.prompt.index("there. ") + 7
+        text = row.prompt[start : row.prompt.index(" \n\nWhat")]
+        assert abs(len(text) - row.length - len(needle) * (row.depth < 1)) <= 2
+        assert -25 <= text.index(needle) - row.depth * row.length <= 2 or row.depth == 1
+        assert row.depth < 1 or text.rstrip().endswith(needle)
+
+
+def test_a_model_that_remembers_finds_them_and_one_that_forgets_does_not():
+    near, far = {}, {}
+    for found, window in ((far, None), (near, 300)):
+        model, params = induction(258, window=window)
+        result = PublishedNeedle(lengths=(128, 1024), samples=42)(model, params, BYTES)
+        found |= result["table"]
+        assert "a haystack of our own" in result["definition"] and len(result["notes"]) == 1
+    assert far == {"128": 100.0, "1024": 100.0}
+    assert near["128"] == 100.0 and near["1024"] < 30
+
+
+def test_a_file_that_is_not_the_data_set_is_refused(tmp_path):
+    with pytest.raises(UserError, match="has no parquet files"):
+        PublishedNeedle(file=str(tmp_path)).rows()
+    pa.parquet.write_table(pa.table({"text": ["a"]}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="not the parquet file of the data set"):
+        PublishedNeedle(file=str(tmp_path / "a.parquet")).rows()
+    (tmp_path / "a.parquet").unlink()
+    data_set(tmp_path)
+    with pytest.raises(UserError, match="has context_length 1024, 2048, 4096"):
+        PublishedNeedle(file=str(tmp_path), lengths=(1000,)).rows()
+    with pytest.raises(UserError, match="PublishedNeedle.lengths is"):
+        PublishedNeedle(lengths=())
