@@ -211,6 +211,14 @@ def _zeros(tree: Tree) -> Tree:
     return jax.tree.map(jnp.zeros_like, tree)
 
 
+def _to_host(tree: Tree) -> Tree:
+    return jax.device_put(tree, jax.memory.Space.Host)
+
+
+def _to_device(tree: Tree) -> Tree:
+    return jax.device_put(tree, jax.memory.Space.Device)
+
+
 # ------------------------------------------------------------------------------------------------------- both passes
 
 
@@ -218,16 +226,9 @@ def _total(
     piece: PieceFn, grows: Tree, carry: str, offloaded: bool, variables: Tree, state: Tree, rows: Rows
 ) -> Tree:
     """The sums over the pieces of `rows`, with the backward pass described at the top of this file."""
-    home, away = jax.memory.Space.Device, jax.memory.Space.Host
-
-    def moved(borders: Tree, where: jax.memory.Space) -> Tree:
-        return jax.device_put(borders, where) if offloaded else borders
 
     def numbered(variables: Tree, state: Tree, number: Array) -> tuple[Tree, Tree]:
         return piece(variables, state, rows.read(number))
-
-    def zero_sums() -> Tree:
-        return _zeros(jax.eval_shape(numbered, variables, state, rows.order[0, 0])[0])
 
     def forward(variables: Tree, state: Tree) -> tuple[Tree, Tree, Tree]:
         """(sums, the final caches that grow, the other states before each group)."""
@@ -238,9 +239,11 @@ def _total(
             return (jax.tree.map(jnp.add, sums, new), state), None
 
         def group(carried, numbers):
-            return jax.lax.scan(one, carried, numbers)[0], moved(_take(carried[1], grows, False), away)
+            border = _take(carried[1], grows, False)
+            return jax.lax.scan(one, carried, numbers)[0], _to_host(border) if offloaded else border
 
-        (sums, last), borders = jax.lax.scan(group, (zero_sums(), state), rows.order)
+        zero = _zeros(jax.eval_shape(numbered, variables, state, rows.order[0, 0])[0])
+        (sums, last), borders = jax.lax.scan(group, (zero, state), rows.order)
         return sums, _take(last, grows, True), borders
 
     @jax.custom_vjp
@@ -262,12 +265,13 @@ def _total(
             is_leaf=lambda d: isinstance(d, SymbolicZero),
         )
         backward = functools.partial(_group_backward, numbered, carry, grows, moving, still, d_sums)
-        first = _merge(grown, moved(jax.tree.map(lambda x: x[0], borders), home))
+        back = _to_device if offloaded else lambda border: border
+        first = _merge(grown, back(jax.tree.map(lambda x: x[0], borders)))
         nothing = (_zeros(moving), _zeros(_take(first, _floating(first), True)), grown)
 
         def group(carried: tuple[Tree, Tree, Tree], xs: tuple[Tree, Array]) -> tuple[tuple[Tree, Tree, Tree], None]:
             border, numbers = xs
-            return backward(carried, moved(border, home), numbers), None
+            return backward(carried, back(border), numbers), None
 
         (d_moving, _, _), _ = jax.lax.scan(group, nothing, (borders, rows.order), reverse=True)
         return d_moving, None

@@ -108,7 +108,9 @@ def _copied(url: str, wanted: dict[str, client.Stat], present: Collection[str] |
         client.download(url, [(name, folder / name) for name in missing])
         known |= {name: [wanted[name].size, wanted[name].version] for name in missing}
         index.write_text(json.dumps(known))
-    for path in folder.rglob("*") if present is not None else ():
+    if present is None:
+        return str(folder)
+    for path in folder.rglob("*"):
         name = path.relative_to(folder).as_posix()
         if path.is_file() and name not in present and not name.endswith(".lcx-partial"):
             path.unlink(missing_ok=True)

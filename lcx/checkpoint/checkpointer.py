@@ -19,9 +19,7 @@ import dataclasses
 import functools
 import logging
 import math
-import sys
 import threading
-import traceback
 from collections.abc import Callable, Collection, Mapping
 from types import TracebackType
 from typing import Any, Self
@@ -34,6 +32,7 @@ from flax.traverse_util import unflatten_dict
 from jax.experimental import multihost_utils
 
 from lcx import paths
+from lcx.checkpoint import orbax_messages
 from lcx.checkpoint.folder import (
     COMMIT_MARKER,
     RECORD_ITEM,
@@ -110,7 +109,7 @@ class Checkpointer:
         self._latest: int | None = None  # the step that this object restored or wrote last
         self._newest_failure: str | None = None
         self._sweeper: threading.Thread | None = None
-        _hush_orbax()
+        orbax_messages.hush()
 
     def __enter__(self) -> Self:
         return self
@@ -472,30 +471,3 @@ def _from_first_process(steps: list[int]) -> list[int]:
     count = int(multihost_utils.broadcast_one_to_all(np.int32(len(steps))))
     mine = np.array(steps if jax.process_index() == 0 else [0] * count, np.int32)
     return [int(step) for step in multihost_utils.broadcast_one_to_all(mine)] if count else []
-
-
-@functools.cache
-def _hush_orbax() -> None:
-    """Suppresses Orbax's tracebacks on the terminal, once per process; lcx reports each failure in one line.
-
-    After a failed read or write, Orbax's background threads log pages of tensorstore configuration, abandon
-    coroutines and tasks together with their exceptions, and call back into closed event loops. Only these
-    messages are suppressed.
-    """
-    logging.getLogger("absl").addFilter(lambda record: "/orbax/" not in record.pathname)
-    logging.getLogger("asyncio").addFilter(lambda record: not _raised_in_orbax(record.exc_info))
-    show = sys.unraisablehook
-
-    def unraisablehook(event: Any) -> None:
-        code = getattr(event.object, "cr_code", None)
-        of_orbax = code is not None and "/orbax/" in code.co_filename
-        late_callback = event.object is None and str(event.exc_value) == "Event loop is closed"
-        if not (of_orbax or late_callback):
-            show(event)
-
-    sys.unraisablehook = unraisablehook
-
-
-def _raised_in_orbax(exc_info: Any) -> bool:
-    frames = traceback.extract_tb(exc_info[2]) if exc_info else []
-    return any("/orbax/" in frame.filename for frame in frames)

@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Protocol
 
+import numpy as np
+
 from lcx.data import order, packing
 from lcx.data.corpus import Corpus, DocumentRanges
 from lcx.data.notices import say_once

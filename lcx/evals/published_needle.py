@@ -7,7 +7,7 @@ greedy continuation of ten tokens is right if its first word is the key (Mongara
 import dataclasses
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -85,7 +85,7 @@ class PublishedNeedle:
             texts = answers.continuations(
                 model,
                 params,
-                _Numbers(tokenizer),
+                cast(Tokenizer, _Numbers(tokenizer)),  # only decode and the tokens that stop are used
                 prompts,
                 max_new_tokens=self.window,
                 batch_size=self.batch_size,

@@ -13,7 +13,7 @@ import json
 import pathlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 from lcx.errors import UserError, first_line
 from lcx.multihost import channel

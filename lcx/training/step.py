@@ -160,8 +160,8 @@ def make_step(
 
 
 def compiled_first(step: Any) -> Callable:
-    """The jitted function, which on its first call waits for all processes to compile it, and gives the compiler's memory
-    back before it allocates its own."""
+    """The jitted function, which on its first call waits for all processes to compile it, and then gives the compiler's
+    memory back before it allocates its own."""
     waiting = [step]
 
     def call(*args: Any) -> Any:
