@@ -273,8 +273,7 @@ def _total(
             border, numbers = xs
             return backward(carried, back(border), numbers), None
 
-        (d_moving, _, _), _ = jax.lax.scan(group, nothing, (borders, rows.order), reverse=True)
-        return d_moving, None
+        return jax.lax.scan(group, nothing, (borders, rows.order), reverse=True)[0][0], None
 
     summed.defvjp(summed_forward, summed_backward, symbolic_zeros=True)
     return summed(variables, state)
