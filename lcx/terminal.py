@@ -95,9 +95,8 @@ def stream_text(
     check_sizes("generate", num_samples=num_samples)
     if output is not None and chat:
         raise UserError(f"--output is {output}, a FASTA file, and the prompt is a chat: leave out --output or --chat")
-    with _claim(output, overwrite) as file:
-        text = prompt_text(prompt)
-        tokenizer = tokenizer_of(checkpoint, format)
+    with _claim(output, overwrite, num_samples) as file:
+        text, tokenizer = prompt_text(prompt), tokenizer_of(checkpoint, format)
         stops = stop_ids(tokenizer)
         if chat:
             ids, ends = chat_ids(checkpoint, tokenizer, text, system=system, template=chat_template)
@@ -136,15 +135,17 @@ def stream_text(
                 write_samples(tokenizer, columns, prompt=ids, stops=stops, file=file)
             else:
                 show(tokenizer, (int(column[0]) for column in columns), prompt=ids)
-    if output is not None:
-        _say(f"{output}: {quantity(num_samples, 'sample')}")
 
 
-def _claim(output: str | None, overwrite: bool) -> contextlib.AbstractContextManager[Path | None]:
+@contextlib.contextmanager
+def _claim(output: str | None, overwrite: bool, samples: int) -> Iterator[Path | None]:
     """Yields the file to write, or None: the output is None, or process 0 writes it."""
     if output is None or channel.index() > 0:
-        return contextlib.nullcontext()
-    return paths.claimed_file(output, "--output", overwrite=overwrite)
+        yield None
+        return
+    with paths.claimed_file(output, "--output", overwrite=overwrite) as file:
+        yield file
+    _say(f"{output}: {quantity(samples, 'sample')}")
 
 
 def allowed_ids(tokenizer: Tokenizer, characters: str) -> list[int]:
