@@ -1,7 +1,8 @@
-"""Generates three pages of docs/reference from the code that they describe, so that they cannot become outdated.
+"""Generates pages of docs/ from what they describe, so that they cannot become outdated.
 
 commands.md is generated from the parsers of the commands, configs.md from the headers of the files in configs/,
-families.md from the table of Hugging Face families, by trying a small model of each.
+families.md from the table of Hugging Face families, by trying a small model of each. The table of what is supported in
+docs/index.md is that of README.md.
 
     python scripts/docs_commands.py
 """
@@ -210,7 +211,17 @@ def families_page() -> str:
     return "\n".join([*lines, *map(_family_row, families.FAMILIES)]) + "\n"
 
 
+def index_page() -> str:
+    """docs/index.md, which ends with README.md's table of what is supported."""
+    heading = "## What is supported, and what is not\n"
+    before = INDEX.read_text().partition(heading)[0]
+    table = (ROOT / "README.md").read_text().partition(heading)[2].partition("\n## ")[0]
+    return f"{before}{heading}{table.replace('](docs/', '](')}"
+
+
+INDEX = ROOT / "docs" / "index.md"
 PAGES = {
+    INDEX: index_page,
     ROOT / "docs" / "reference" / "families.md": families_page,
     ROOT / "docs" / "reference" / "commands.md": page,
     ROOT / "docs" / "reference" / "configs.md": configs_page,
