@@ -151,10 +151,9 @@ def small(verb: str, words: list[str], folder: pathlib.Path) -> list[str]:
     words = [word.replace("/path/to/", f"{folder}/path/to/") for word in words]
     files = [word.removeprefix("--gin_file=") for word in words if word.startswith("--gin_file=")]
     files = [name for file in files for name in with_includes(file)]
-    cache = {"Dataset.cache_dir": f"'{folder}/cache'"}
-    if any(
-        re.search(r"^data.Dataset.source = 'stdlib'", pathlib.Path(name).read_text(), re.M) for name in files
-    ):
+    texts = "".join(pathlib.Path(name).read_text() for name in files)
+    cache = {"Dataset.cache_dir": f"'{folder}/cache'"} if not files or "import data" in texts else {}
+    if re.search(r"^data.Dataset.source = 'stdlib'", texts, re.M):
         cache |= {"Dataset.source": f"'{folder}/path/to/books/*.txt'"}
     if verb == "train":
         own = [SETTINGS.get(name.removeprefix("configs/"), {}) for name in reversed(files)]

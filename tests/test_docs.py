@@ -11,6 +11,7 @@ import argparse
 import importlib
 import importlib.util
 import inspect
+import itertools
 import os
 import pathlib
 import re
@@ -24,6 +25,7 @@ import pytest
 from doc_pages import PAGES, README, ROOT, Block, blocks
 
 from lcx import config
+from lcx.config import processes
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import docs_commands
@@ -101,6 +103,7 @@ def check(words: list[str], monkeypatch) -> None:
     if words[:2] == ["python", "-m"] and words[2].startswith("lcx."):
         verb = words[2].removeprefix("lcx.")
         monkeypatch.setattr(config, "_call", read_only)
+        monkeypatch.setattr(processes, "join", lambda flags: None)  # the others are not there
         if verb == "data":
             monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", parse_only)
             with pytest.raises(Parsed):
@@ -109,12 +112,12 @@ def check(words: list[str], monkeypatch) -> None:
             assert call(verb, words[3:]) == 0
     elif words[0] == "python" and words[1].endswith(".py"):
         check_script(words, monkeypatch)
-    elif words[0] == "bash":
-        script = (ROOT / words[1]).read_text()
-        unknown = [
-            word for word in words[2:] if word.startswith("--") and word.partition("=")[0] not in script
-        ]
-        assert not unknown, f"{words[1]} has no flag {unknown}"
+    elif words[0] == "bash" or words[0].endswith(".sh"):
+        script, *given = words[words[0] == "bash" :]
+        flags = [word.partition("=")[0] for word in itertools.takewhile("--".__ne__, given) if word.startswith("--")]
+        text = (ROOT / script).read_text()
+        unknown = [flag for flag in flags if flag not in text]
+        assert not unknown, f"{script} has no flag {unknown}"
     elif "pip" in words:
         check_install(words)
     else:
@@ -144,8 +147,9 @@ def check_install(words: list[str]) -> None:
 
 def check_tool(words: list[str]) -> None:
     """Commands of others that a page shows."""
-    known = ("mkdocs", "wandb", "tensorboard", "cat", "ls", "tail", "jupyter", "cd", "git", "srun", "ulimit", "pip")
-    assert words[0] in known, f"no check for {words[0]!r}"
+    known = ("mkdocs", "wandb", "tensorboard", "cat", "ls", "tail", "jupyter", "cd", "git", "ulimit", "pip")
+    clusters = ("srun", "sbatch", "docker", "kubectl")
+    assert words[0] in known + clusters, f"no check for {words[0]!r}"
 
 
 # ------------------------------------------------------------------------------------------------ run

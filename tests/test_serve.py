@@ -29,6 +29,11 @@ from lcx.serving import server as serving
 from lcx.serving.completions import Completer
 from lcx.serving.request import parsed
 
+SERVE = """
+import runpy, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets its background jobs ignore it
+runpy.run_module("lcx.serve", run_name="__main__")
+"""
 BYTES = ByteTokenizer(bos_id=None, eos_id=None, vocab_size=256)
 
 
@@ -69,7 +74,7 @@ def test_a_started_process_answers_like_the_library(tmp_path):
     lcx.save(tmp_path / "model", model, params, format="hf")
     write_tokenizer(tmp_path / "model")
     tokenizer = lcx.load_tokenizer(tmp_path / "model")
-    command = [sys.executable, "-m", "lcx.serve", f"--checkpoint={tmp_path}/model", "--port=0", "--name=tiny"]
+    command = [sys.executable, "-c", SERVE, f"--checkpoint={tmp_path}/model", "--port=0", "--name=tiny"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
         assert process.stderr is not None

@@ -153,7 +153,7 @@ def test_what_follows_runs_in_two_processes_and_gives_what_one_gives(run, tmp_pa
     (tmp_path / "two").mkdir()
     statuses, out, err = finish(joined(commands))
     assert statuses == [0, 0], err
-    assert out[1] == "" and not own_lines(err[1])  # one of them talks
+    assert not own_lines(out[1]) and not own_lines(err[1])  # one of them talks
     flags = [f"--checkpoint={workdir}", f"--output={tmp_path}/one/evaluation", *EVALUATE]
     assert evaluate(flags) == 0
     found = [json.loads((tmp_path / name / "evaluation/results.json").read_text()) for name in ("one", "two")]
@@ -161,7 +161,7 @@ def test_what_follows_runs_in_two_processes_and_gives_what_one_gives(run, tmp_pa
     assert tables[0] == pytest.approx(tables[1], rel=1e-5) and tables[0]
     capsys.readouterr()
     assert generate([f"--checkpoint={workdir}", "--prompt=def main", "--max_new_tokens=8"]) == 0
-    assert out[0].startswith(capsys.readouterr().out)
+    assert capsys.readouterr().out in out[0]
     assert convert([f"--src={workdir}", f"--dst={tmp_path}/one/hf", "--dst_format=hf"]) == 0
     for name in ("model.safetensors", "config.json"):
         assert (tmp_path / "one/hf" / name).read_bytes() == (tmp_path / "two/hf" / name).read_bytes()
