@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from lcx.buckets import client
+
 BUCKET = "lcx-test"
 
 
@@ -60,6 +62,14 @@ def running() -> Iterator[Weather]:
 
         # Its own six attempts would take half a minute each time that a server fails for good.
         patch.setattr(gcsfs.retry, "asyncio", types.SimpleNamespace(sleep=lambda seconds: asyncio.sleep(0.01)))
+        # Clients keep the address of a server that an earlier module of this process has started.
+        for forget in (
+            s3fs.S3FileSystem.clear_instance_cache,
+            gcsfs.GCSFileSystem.clear_instance_cache,
+            client._of_scheme.cache_clear,
+        ):
+            forget()
+            stack.callback(forget)
         s3fs.S3FileSystem().mkdir(BUCKET)
         yield weather
 
