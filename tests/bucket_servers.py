@@ -70,7 +70,8 @@ def running() -> Iterator[Weather]:
         ):
             forget()
             stack.callback(forget)
-        s3fs.S3FileSystem().mkdir(BUCKET)
+        with contextlib.suppress(FileExistsError):  # moto keeps its buckets as long as the process lives
+            s3fs.S3FileSystem().mkdir(BUCKET)
         yield weather
 
 
