@@ -197,6 +197,16 @@ def growth(result: dict) -> str:
     return with_source(result, table(["T", *(f"{decay}, {memory}" for memory, decay in columns)], rows))
 
 
+def families(result: dict) -> str:
+    """A row for each model type: milliseconds of both sides, and how much faster lcx is."""
+    rows = []
+    for row in result["speed"]:
+        speed, times = row["speed_over_torch"], [number(row[side]) for side in ("lcx_ms", "torch_ms")]
+        spread = f"{speed['min']:.2f} to {speed['max']:.2f}"
+        rows.append([f"`{row['model_type']}`", *times, ratio(speed["median"]), spread])
+    return with_source(result, table(["model type", "lcx, ms", "transformers, ms", "speed", "from, to"], rows))
+
+
 def decoders(result: dict) -> str:
     names = {
         "llama": "Llama",
@@ -351,6 +361,7 @@ FIGURES = {
     "generation": Figure("decoding_cpu.json", generation, "python benchmarks/decoding.py"),
     "start_up": Figure("start_up_cpu.json", start_up, "python benchmarks/start_up.py"),
     "growth": Figure("second_order_growth_cpu.json", growth, "python benchmarks/second_order_growth.py"),
+    "families": Figure("families_cpu.json", families, "python benchmarks/families.py"),
     "decoders": Figure("train_step_cpu.json", decoders, "python benchmarks/train_step.py"),
     "step_memory": Figure(
         "train_step_memory_h200.json", step_memory, "python benchmarks/train_step_memory.py", timed=False
