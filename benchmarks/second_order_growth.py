@@ -5,7 +5,7 @@
 
 One row, one head of 64, float32, forward and backward as one program, in the form that the operator picks. Decays:
 "slow" forgets nothing (a = -1e-5), "fast" forgets within 300 tokens (a = -0.1, as far as e^-30), "initial" is that of a
-new 2Mamba layer (a = -softplus(0)). "kept" is a process that keeps freed memory, as lcx.train and lcx.evaluate do
+new 2Mamba layer (a = -softplus(0)). "kept" is a process that keeps freed memory
 (config.keep_freed_memory); "returned" is one with the C library's defaults, for fast and initial decay. All lengths,
 decays and both processes take turns. `growth` is the median over the rounds of the time at T over that at T / 2: 2 is
 linear. `faults` counts the pages that the kernel handed out in one call.

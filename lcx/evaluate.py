@@ -76,7 +76,6 @@ def main(argv=None) -> int:
     # The first makes all names known, so that a setting of an evaluation that does not run is said to have no effect.
     defaults = [("evaluate.evals", references(names)) for names in (",".join(EVALS), DEFAULT)]
     add_processes(parser)
-    config.keep_freed_memory()
     return config.run(parser, "lcx.evaluator:evaluate", argv, defaults=defaults)
 
 

@@ -25,7 +25,6 @@ def main(argv=None) -> int:
         "--workdir", required=True, metavar="DIR", help="folder that the run writes to and is resumed from"
     )
     add_processes(parser, saves=True)
-    config.keep_freed_memory()
     return config.run(parser, "lcx.trainer:train", argv)
 
 
