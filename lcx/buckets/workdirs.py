@@ -1,6 +1,6 @@
 """A workdir in a bucket: a folder on this machine, copied to the bucket while the run goes on.
 
-Orbax writes to S3 not at all, and metrics.jsonl grows by lines, which no object in a bucket can. So a run writes to a
+Orbax cannot write to S3, and an object in a bucket cannot be appended to, as metrics.jsonl is. So a run writes to a
 local folder, and a thread copies what changes: every file but locks and unfinished saves, a checkpoint step only once
 it is committed, its commit marker last; what disappears here (steps past the number to keep) is then removed there.
 
