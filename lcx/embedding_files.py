@@ -16,15 +16,13 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from lcx import hub, paths, terminal
-from lcx.convert.api import detect, load
-from lcx.data import special_tokens
+from lcx import paths
 from lcx.data.sources import find_files, read_documents
-from lcx.data.special import described
 from lcx.embedding import Embedded, Embedder
 from lcx.errors import UserError
 from lcx.evals.support import dna
 from lcx.evals.support.letters import Letters, Part
+from lcx.text import opened
 from lcx.wording import quantity
 
 ENDINGS = (".parquet", ".npz", ".zarr")
@@ -71,12 +69,9 @@ def embed_file(
     if (fasta is None) == (dataset is None) or (regions is not None and fasta is None):
         raise UserError("set one of --fasta and --dataset, and --regions only with --fasta")
     with paths.claimed_file(output, "--output", overwrite=overwrite) as partial:
-        folder = hub.local(checkpoint)
-        detect(folder)
-        tokenizer = terminal.tokenizer_of(folder)
-        print(described(tokenizer, special_tokens(tokenizer), of="sequence"), file=sys.stderr)
-        model, params = load(
-            folder,
+        model, params, tokenizer = opened(
+            checkpoint,
+            of="sequence",
             dtype=dtype,
             rope_scaling=rope_scaling,
             context_length=context_length,

@@ -4,19 +4,18 @@ import contextlib
 import csv
 import functools
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from lcx import hub, paths, terminal
-from lcx.convert.api import detect, load
-from lcx.data import Tokenizer, special_tokens
-from lcx.data.special import described
+from lcx import paths
+from lcx.data import Tokenizer
 from lcx.errors import UserError, check_sizes
 from lcx.evals import Evaluation, Result
 from lcx.evals.sequence_likelihood import SequenceLikelihood
 from lcx.evals.support import scoring
 from lcx.evals.variant_effects import VariantEffects
 from lcx.model import Decoder
+from lcx.text import opened
 
 _ENDINGS = (".tsv", ".txt", ".tab")
 _COLUMNS = ("name", "length", "scored", "log_likelihood", "mean_log_likelihood", "ambiguous", "lower_case")
@@ -74,7 +73,15 @@ def score_variants(
         annotated=annotated,
         overwrite=overwrite,
     )
-    model = _opened(checkpoint, dtype, rope_scaling, context_length, adapter, input_projections)
+    model = opened(
+        checkpoint,
+        of="sequence",
+        dtype=dtype,
+        rope_scaling=rope_scaling,
+        context_length=context_length,
+        adapter=adapter,
+        input_projections=input_projections,
+    )
     _run(evaluation, *model)
 
 
@@ -131,7 +138,15 @@ def score_sequences(
             tag=tag,
             per_position=per_position,
         )
-        model = _opened(checkpoint, dtype, rope_scaling, context_length, adapter, input_projections)
+        model = opened(
+            checkpoint,
+            of="sequence",
+            dtype=dtype,
+            rope_scaling=rope_scaling,
+            context_length=context_length,
+            adapter=adapter,
+            input_projections=input_projections,
+        )
         result = _run(evaluation, *model)
         with open(table, "w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file, delimiter="\t", lineterminator="\n")
@@ -150,26 +165,3 @@ def _run(evaluation: Evaluation, model: Decoder, params: Any, tokenizer: Tokeniz
     for line in (result["summary"], *result.get("notes", ())):
         print(line, file=sys.stderr)
     return result
-
-
-def _opened(
-    checkpoint: str,
-    dtype: str | None,
-    rope_scaling: Mapping[str, Any] | None,
-    context_length: int | None,
-    adapter: Sequence[str] | None,
-    input_projections: str | None,
-) -> tuple[Decoder, Any, Tokenizer]:
-    place = hub.local(checkpoint)
-    detect(place)  # raises if this is no checkpoint, before a more confusing error about its tokenizer
-    tokenizer = terminal.tokenizer_of(place)
-    print(described(tokenizer, special_tokens(tokenizer), of="sequence"), file=sys.stderr)
-    model, params = load(
-        place,
-        dtype=dtype,
-        rope_scaling=rope_scaling,
-        context_length=context_length,
-        adapter=adapter,
-        input_projections=input_projections,
-    )
-    return model, params, tokenizer

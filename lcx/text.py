@@ -5,14 +5,16 @@
 """
 
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lcx import hub
 from lcx.checkpoint.folder import find_step, read_json
-from lcx.convert.api import detect, tokenizer_record
+from lcx.convert.api import detect, load, tokenizer_record
 from lcx.data import Tokenizer, check_vocabulary, special_tokens, tokenizer_from_json, tokenizers
+from lcx.data.special import described
 from lcx.errors import UserError
 from lcx.model import Decoder
 from lcx.sampler import default_new_tokens, generate
@@ -39,6 +41,23 @@ def tokenizer_of(checkpoint: str, format: str | None = None) -> Tokenizer:
     places = [directory / str(step), directory, directory.parent]
     beside = next((p for p in places if any((p / file).is_file() for file in _FILES)), directory.parent)
     return tokenizers.load_tokenizer(str(beside)) if record is None else tokenizer_from_json(record, folder=str(beside))
+
+
+def opened(checkpoint: str, *, of: str, **loading: Any) -> tuple[Decoder, Any, Tokenizer]:
+    """(model, parameters, tokenizer) of a checkpoint; prints on stderr which special tokens surround a text.
+
+    Args:
+      of: what the texts are, for that line, such as "sequence".
+      loading: settings of lcx.load.
+
+    Raises:
+      UserError: it is no checkpoint, or its model or tokenizer cannot be read.
+    """
+    place = hub.local(checkpoint)
+    detect(place)  # raises if this is no checkpoint, before a more confusing error about its tokenizer
+    tokenizer = tokenizer_of(place)
+    print(described(tokenizer, special_tokens(tokenizer), of=of), file=sys.stderr)
+    return *load(place, **loading), tokenizer
 
 
 def load_tokenizer(path: str | os.PathLike | Tokenizer) -> Tokenizer:

@@ -234,18 +234,8 @@ class KeyValue:
 
     def finding(self, results: Mapping[str, Result]) -> str:
         """How many values each model finds at its longest length."""
-        parts = []
-        for label, result in results.items():
-            by_length = grids.by(result["cells"], "length")
-            longest = max(by_length)
-            scores = [score for one in by_length[longest] for score in one["scores"]]
-            low, high = grids.wilson_of(sum(scores), len(scores))
-            who = f"“{label}” finds" if len(results) > 1 else "finds"
-            parts.append(
-                f"{who} {100 * sum(scores) / len(scores):.0f}% of the values (95% interval {low:.0%} to {high:.0%}) at"
-                f" {longest} tokens"
-            )
-        return "; ".join(parts)
+        found = grids.at_longest(results)
+        return "; ".join(f"{who} {share} of the values at {longest} tokens" for who, share, longest in found)
 
     def plot(self, axes: Any, results: Mapping[str, Result]) -> None:
         grids.heat_maps(

@@ -219,18 +219,11 @@ class NeedleGrid:
     def finding(self, results: Mapping[str, Result]) -> str:
         """How much each model finds at its longest length, and the longest length at which it finds 90%."""
         parts = []
-        for label, result in results.items():
+        for (who, share, longest), result in zip(grids.at_longest(results), results.values(), strict=True):
             by_length = grids.by(result["cells"], "length")
-            longest = max(by_length)
-            scores = [score for one in by_length[longest] for score in one["scores"]]
-            low, high = grids.wilson_of(sum(scores), len(scores))
             good = [n for n, own in by_length.items() if (grids.mean(own) or 0) >= 0.9]
             reach = f"90% or more up to {max(good)} tokens" if good else "90% at no length"
-            who = f"“{label}” finds" if len(results) > 1 else "finds"
-            parts.append(
-                f"{who} {reach}; {100 * sum(scores) / len(scores):.0f}% (95% interval {low:.0%} to {high:.0%}) of the"
-                f" needles at {longest}"
-            )
+            parts.append(f"{who} {reach}; {share} of the needles at {longest}")
         return "; ".join(parts)
 
     def plot(self, axes: Any, results: Mapping[str, Result]) -> None:

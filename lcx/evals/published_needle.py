@@ -171,17 +171,8 @@ class PublishedNeedle:
 
     def finding(self, results: Mapping[str, Result]) -> str:
         """The share of keys that each model finds in its longest haystack."""
-        parts = []
-        for label, result in results.items():
-            by_length = grids.by(result["cells"], "length")
-            scores = [score for one in by_length[max(by_length)] for score in one["scores"]]
-            low, high = grids.wilson_of(sum(scores), len(scores))
-            who = f"“{label}” finds" if len(results) > 1 else "finds"
-            parts.append(
-                f"{who} {100 * sum(scores) / len(scores):.0f}% (95% interval {low:.0%} to {high:.0%}) of the pass keys"
-                f" in {max(by_length)} characters"
-            )
-        return "; ".join(parts)
+        found = grids.at_longest(results)
+        return "; ".join(f"{who} {share} of the pass keys in {longest} characters" for who, share, longest in found)
 
     def plot(self, axes: Any, results: Mapping[str, Result]) -> None:
         """Of several models, a row for each, as in the paper; of one, a row for each depth."""

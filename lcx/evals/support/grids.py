@@ -1,6 +1,6 @@
 """Results of many samples in cells, such as length x depth: rates with intervals, differences, heat maps."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -46,6 +46,20 @@ def by(cells: Sequence[Cell], key: str) -> dict[Any, list[Cell]]:
     for one in cells:
         found.setdefault(one[key], []).append(one)
     return found
+
+
+def at_longest(results: Mapping[str, Any]) -> Iterator[tuple[str, str, int]]:
+    """What each model finds at its longest length, for the sentence of a report.
+
+    Yields:
+      ("“label” finds", or "finds" for a single model; "97% (95% interval 90% to 99%)", by Wilson; the length).
+    """
+    for label, result in results.items():
+        length = max(one["length"] for one in result["cells"])
+        scores = [score for one in result["cells"] if one["length"] == length for score in one["scores"]]
+        low, high = wilson_of(sum(scores), len(scores))
+        share = f"{100 * sum(scores) / len(scores):.0f}% (95% interval {low:.0%} to {high:.0%})"
+        yield f"“{label}” finds" if len(results) > 1 else "finds", share, length
 
 
 def heat_maps(
