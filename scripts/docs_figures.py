@@ -354,6 +354,21 @@ TRAINING = (
 )
 RECALL = "recall_cpu.json", "bash scripts/train_recall.sh"
 DECODING = "linearized_decoding_cpu.json", "python benchmarks/linearized.py --softmax HF_FOLDER"
+def two_mamba_decoding(result: dict) -> str:
+    """Tokens a second and bytes of the cache of each mixer, by the tokens before."""
+    names = {"two_mamba": "2Mamba", "two_mamba_e": "2Mamba-E", "mamba2": "Mamba-2", "softmax": "softmax"}
+    cells = {(row["context"], row["mixer"]): row for row in result["rows"]}
+    rows = [
+        [f"{length:,}"]
+        + [
+            f"{cells[length, name]['tokens_per_second']:.0f}, {cells[length, name]['cache_bytes'] / 1e6:.3g} MB"
+            for name in names
+        ]
+        for length in sorted({length for length, _ in cells})
+    ]
+    return table(["Tokens before", *(f"{name}: tokens/s, cache" for name in names.values())], rows)
+
+
 FIGURES = {
     "operators": Figure("cpu.json", operators, "python benchmarks/kernels.py"),
     "training": Figure(TRAINING[0], training, TRAINING[1]),
@@ -371,6 +386,9 @@ FIGURES = {
     "recall_by_length": Figure(RECALL[0], recall_by_length, RECALL[1], timed=False),
     "recall_by_distance": Figure(RECALL[0], recall_by_distance, RECALL[1], timed=False),
     "stripe": Figure("striped_hyena_cpu.json", stripe, "python benchmarks/striped_hyena.py --width 32"),
+    "two_mamba_decoding": Figure(
+        "two_mamba_decode_cpu.json", two_mamba_decoding, "python benchmarks/two_mamba_decode.py"
+    ),
     "decoding": Figure(DECODING[0], decoding, DECODING[1]),
     "decoding_line": Figure(DECODING[0], decoding_line, DECODING[1]),
 }
