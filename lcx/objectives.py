@@ -18,13 +18,15 @@ from lcx.errors import UserError
 from lcx.mixers.linearized import LinearizedAttention
 from lcx.model import Decoder, map_mixers
 from lcx.ops.cross_entropy import cross_entropy
-from lcx.ops.segments import runs
-from lcx.pieces import PieceFn, Pieces, total
+from lcx.ops.segments import last, runs
+from lcx.pieces import PieceFn, Pieces, stretch, total
+from lcx.sharding import axis_size
 
 Batch = dict[str, Array]
 Sums = tuple[Array, Array] | tuple[Array, Array, dict[str, Array]]
 # Which bytes do not occur in sequences; the last stands for all larger ids.
 _OF_NO_SEQUENCE = ~np.isin(np.arange(257), list(b"ACGTURYKMSWBDHVN-*acgturykmswbdhvn@#|\x00\x01"))
+_TAG_BLOCK = 1 << 16  # tokens of a row in which tags are counted at once
 TAKEN = (  # names of metrics that are logged for every objective
     *("loss", "grad_norm", "learning_rate", "tokens", "step", "eval_loss", "tokens_per_second", "mfu", "goodput"),
     *("time", "wall_seconds", "data_seconds", "compute_seconds", "save_seconds"),
@@ -236,17 +238,45 @@ def _in_tags(ids: Int[Array, "B T"], segment_ids: Int[Array, "B T"]) -> Bool[Arr
 
     A document that starts in the middle of a tag has letters before its first bar that do not occur in sequences; its
     first bar then closes a tag instead of opening one.
+
+    Long rows are read in blocks, since the counts take several times the memory of the row. Only whether a document
+    starts in a tag can depend on later blocks.
     """
     B, T = ids.shape
-    documents = (runs(segment_ids) + jnp.arange(B)[:, None] * (T + 1)).reshape(-1)
+    length = T if axis_size("context") > 1 else min(T, _TAG_BLOCK)
+    count = -(-T // length)
 
-    def of_document(values: Array, reduce) -> Array:
-        return reduce(values.reshape(-1), documents, num_segments=B * (T + 1))[documents].reshape(B, T)
+    def block(carried: tuple[Array, Array, Array], number: Array) -> tuple[tuple[Array, Array, Array], tuple]:
+        mine, segments = (stretch(x, number * length, length) for x in (ids, segment_ids))
+        document, bars_before, cut_before = carried  # the document that the block continues
+        index = runs(segments, document)
+        continues, lasts = index == 0, index == index[:, -1:]
+        groups = (index + jnp.arange(B)[:, None] * (length + 1)).reshape(-1)
 
-    bars = (ids == ord("|")).astype(jnp.int32)
-    counted = jnp.cumsum(bars, axis=1)
-    before = counted - bars  # bars earlier in the row ...
-    before -= of_document(before, jax.ops.segment_min)  # ... and in the document
-    of_no_sequence = jnp.asarray(_OF_NO_SEQUENCE)[jnp.minimum(ids, 256)]
-    cut = of_document((of_no_sequence & (before == 0)).astype(jnp.int32), jax.ops.segment_max)
-    return ((before + cut) % 2 == 1) | (bars == 1)
+        def of_document(values: Array, reduce: Callable) -> Array:
+            return reduce(values.reshape(-1), groups, num_segments=B * (length + 1))[groups].reshape(B, length)
+
+        bars = (mine == ord("|")).astype(jnp.int32)
+        before = jnp.cumsum(bars, axis=1) - bars  # bars earlier in the block ...
+        before -= of_document(before, jax.ops.segment_min)  # ... and in the document
+        before += jnp.where(continues, bars_before[:, None], 0)
+        starts_in_tag = jnp.asarray(_OF_NO_SEQUENCE)[jnp.minimum(mine, 256)] & (before == 0)
+        cut = of_document(starts_in_tag.astype(jnp.int32), jax.ops.segment_max)
+        cut = jnp.where(continues, jnp.maximum(cut, cut_before[:, None]), cut)
+        inside = ((before + cut) % 2 == 1) | (bars == 1)
+        after = (last(segments, document), before[:, -1] + bars[:, -1], cut[:, -1])
+        found = jnp.any(starts_in_tag & continues, axis=1)
+        return after, (inside, lasts & (before == 0) & (bars == 0), found, jnp.all(continues, axis=1))
+
+    zeros = jnp.zeros(B, jnp.int32)
+    _, (inside, open_end, found, goes_on) = jax.lax.scan(
+        block, (zeros.astype(segment_ids.dtype), zeros, zeros), jnp.arange(count)
+    )
+
+    def backwards(later: Array, flags: tuple[Array, Array]) -> tuple[Array, Array]:
+        found, goes_on = flags
+        return found | (goes_on & later), later
+
+    later = jax.lax.scan(backwards, zeros.astype(bool), (found, goes_on), reverse=True)[1]
+    inside |= open_end & later[:, :, None]
+    return jnp.moveaxis(inside, 0, 1).reshape(B, count * length)[:, :T]

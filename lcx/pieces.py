@@ -168,13 +168,13 @@ class Rows(NamedTuple):
 def _reader(batch: dict[str, Array], length: int, count: int) -> Callable[[Array], dict[str, Array]]:
     """`Rows.read` for `count` pieces. What is beyond the rows is padding: zeros."""
     if sharding.axis_size("context") == 1:
-        return lambda p: {name: _slice(x, p * length, length) for name, x in batch.items()}
+        return lambda p: {name: stretch(x, p * length, length) for name, x in batch.items()}
     cut = {name: _cut(x, length, count) for name, x in batch.items()}
     return lambda p: {name: x[p] for name, x in cut.items()}
 
 
-def _slice(x: Array, start: Array, length: int) -> Array:
-    """x[:, start : start + length] with zeros beyond the end of x, without a padded copy of x."""
+def stretch(x: Array, start: Array, length: int) -> Array:
+    """x[:, start : start + length] with zeros beyond the end of x, without a padded copy of x; length <= x.shape[1]."""
     begin = jnp.minimum(start, x.shape[1] - length)
     missing = start - begin
     moved = jnp.roll(jax.lax.dynamic_slice_in_dim(x, begin, length, 1), -missing, axis=1)

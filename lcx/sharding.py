@@ -159,6 +159,15 @@ def shard_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array
     }
 
 
+def abstract_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes, dtypes and shardings of what `shard_batch` makes of a batch."""
+    sharding, (_, count) = batch_sharding(mesh), process_rows(mesh)
+    return {
+        key: jax.ShapeDtypeStruct((x.shape[0] * count, *x.shape[1:]), x.dtype, sharding=sharding)
+        for key, x in batch.items()
+    }
+
+
 def axis_size(axis: str) -> int:
     """Number of devices along an axis of the current mesh (jax.set_mesh); 1 without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()

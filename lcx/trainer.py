@@ -358,10 +358,12 @@ class Trainer:
     def _loop(
         self, run: Run, mesh, batches, checkpointer, metrics: MetricsLogger, stop: StopRequest, workdir: str
     ) -> Run:
-        step_fn = train_step.compiled_first(self.step_function(run))
+        step_fn = self.step_function(run)
         meter = meter_of(self, run, metrics, workdir, ahead=self._ahead(mesh))
         state, step = run.state, run.step
         stop.safe = "stopped before the first step, nothing is lost"  # a signal may interrupt the compilation
+        if step < self.last_step and not stop.requested(step):
+            train_step.compile_first(step_fn, state, sharding.abstract_batch(batches.padding(), mesh))
         while step < self.last_step and not stop.requested(step):
             state, values = step_fn(state, sharding.shard_batch(next(batches), mesh), np.int32(step))
             stop.safe = None

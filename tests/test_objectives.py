@@ -32,8 +32,11 @@ def weights_of(text):
     return weights
 
 
+@pytest.mark.parametrize("block", [None, 1, 5, 16])  # tokens read at once: tags cross their borders
 @pytest.mark.parametrize("packed", [False, True])
-def test_nucleotides_weigh_as_published(monkeypatch, packed):
+def test_nucleotides_weigh_as_published(monkeypatch, packed, block):
+    if block is not None:
+        monkeypatch.setattr(objectives, "_TAG_BLOCK", block)
     seen = {}
     monkeypatch.setattr(objectives, "_next_token", lambda *args: (seen.update(args[-1]), None))
     texts = ["".join(ROWS)] if packed else ROWS

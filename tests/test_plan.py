@@ -96,6 +96,8 @@ def test_the_largest_buffers(plan):
     for buffer in buffers:
         assert buffer["bytes"] == 4 * math.prod(buffer["shape"]), "all of this step is float32 or int32"
         assert "MeshShape." in buffer["setting"]
+        advises_dtype = "Trainer.dtype" in buffer["setting"]
+        assert not (advises_dtype and buffer["dtype"] in ("s32", "pred")), "no setting makes integers smaller"
 
 
 @pytest.mark.parametrize("name", ["v9:4", "h200", "h200:0", "h200:2x4", "cpu:2x2", "v5p", "", "cpu:-1", "v5e:4x"])

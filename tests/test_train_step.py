@@ -13,6 +13,7 @@ from tiny_runs import dataset, tiny_hf_config, tiny_model
 import lcx
 from lcx import model as model_lib
 from lcx import objectives, sharding
+from lcx.data import packing
 from lcx.errors import UserError
 from lcx.layers import Linear
 from lcx.linearize import Linearize
@@ -359,3 +360,23 @@ def test_the_held_out_sums_do_not_depend_on_accumulation(params, batch, sowing, 
         np.testing.assert_allclose(loss, found[1][0], rtol=1e-6)
     if kind == "sowing":  # what is sown is minimised, and no part of the held-out loss
         np.testing.assert_allclose(found[4][0] / found[4][1], sowing[2][1][0], rtol=1e-6)
+
+
+def test_a_step_is_compiled_before_its_batch_exists(caplog):
+    """...and not again when the batch comes."""
+    mesh = sharding.make_mesh(fsdp=1, devices=jax.devices()[:1])
+    step = jax.jit(lambda state, batch, number: (state, {name: x.sum() + number for name, x in batch.items()}))
+    state = jax.device_put({"params": np.ones(3, np.float32)}, sharding.replicated(mesh))
+    padding = packing.empty_batch(2, 8)
+
+    def compiled_by(call):
+        caplog.clear()
+        with jax.set_mesh(mesh), jax.log_compiles():
+            call()
+        return "Compiling jit(<lambda>)" in caplog.text
+
+    assert compiled_by(lambda: train_step.compile_first(step, state, sharding.abstract_batch(padding, mesh)))
+    filled = {name: x + 1 for name, x in padding.items()}
+    assert not compiled_by(lambda: step(state, sharding.shard_batch(filled, mesh), np.int32(3)))
+    longer = packing.empty_batch(2, 9)
+    assert compiled_by(lambda: step(state, sharding.shard_batch(longer, mesh), np.int32(3)))

@@ -100,6 +100,10 @@ class BatchIterator:
             "gives loss 0 and teaches nothing; change seq_len, or raise batch_size or Dataset.min_length"
         ]
 
+    def padding(self) -> packing.Batch:
+        """A batch of padding, with the shapes and dtypes of all batches. Nothing is read for it."""
+        return packing.empty_batch(self._spec.local_batch_size, self._spec.seq_len)
+
     def __iter__(self) -> "BatchIterator":
         return self
 

@@ -20,7 +20,7 @@ class Buffer:
 
     Attributes:
       nbytes: that it holds, padding of a TPU's tiles included.
-      what: weights, optimizer state, gradients or activations, as far as its shape says.
+      what: weights, optimizer state, batch, gradients or activations, as far as its shape says.
       where: the place in the model that makes it, as jax names it; empty if the compiler does not say.
       setting: what would make it smaller.
     """
@@ -52,7 +52,8 @@ def largest(step: Step, trainer: Trainer, mesh: Mesh, count: int = 5) -> list[Bu
             ):
                 continue
             what = _what(array.shape, one.op, one.op_name, weights)
-            setting = _setting(what, step, trainer, mesh)
+            floating = array.dtype.startswith(("f", "bf"))
+            setting = _setting(what, floating, step, trainer, mesh)
             found[key] = Buffer(array.held, *key, what, _where(one.op_name), setting)
     return sorted(found.values(), key=lambda buffer: -buffer.nbytes)[:count]
 
@@ -94,10 +95,13 @@ def _where(op_name: str) -> str:
         "remat",
     )
     parts = [part for part in op_name.split("/") if not part.startswith(noise)]
-    return "/".join(collections.OrderedDict.fromkeys(parts)) if set("/[") & set(op_name) else ""
+    name = "/".join(collections.OrderedDict.fromkeys(parts)) if set("/[") & set(op_name) else ""
+    return name.replace("\\'", "'")  # the compiler escapes the quotes of batch['labels']
 
 
-def _setting(what: str, step: Step, trainer: Trainer, mesh: Mesh) -> str:
+def _setting(what: str, floating: bool, step: Step, trainer: Trainer, mesh: Mesh) -> str:
+    if what == "batch":
+        return "Trainer.batch_size, Trainer.seq_len or more devices along MeshShape.fsdp or MeshShape.context"
     if what in ("weights", "optimizer state", "weights or gradients"):
         ways = ["more devices along MeshShape.fsdp"]
         if trainer.lora is None and trainer.init_from is not None:
@@ -109,7 +113,7 @@ def _setting(what: str, step: Step, trainer: Trainer, mesh: Mesh) -> str:
         ways.append("Trainer.remat = 'full'")
     if rows > 1:
         ways.append(f"a higher Trainer.accumulation ({rows} rows at a time now)")
-    if str(step.run.model.dtype) == "float32":
+    if floating and str(step.run.model.dtype) == "float32":
         ways.append("Trainer.dtype = 'bfloat16'")
     if trainer.piece_length is None:
         ways.append("Trainer.piece_length")

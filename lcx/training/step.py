@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -159,19 +160,18 @@ def make_step(
     return jax.jit(step, donate_argnums=0, out_shardings=(out, None))
 
 
-def compiled_first(step: Any) -> Callable:
-    """The jitted function, which on its first call waits for all processes to compile it, and then gives the compiler's
-    memory back before it allocates its own."""
-    waiting = [step]
+def compile_first(step: Any, state: State, batch: dict[str, jax.ShapeDtypeStruct]) -> None:
+    """Compiles the jitted step before its first batch exists, waits for all processes to have done so, and gives the
+    compiler's memory back: a long row and the compiler never need memory at the same time.
 
-    def call(*args: Any) -> Any:
-        if waiting:
-            waiting.pop().lower(*args).compile()  # kept by jax: the call below does not compile again
-            all_compiled()
-            memory.give_back()
-        return step(*args)
-
-    return call
+    Args:
+      step: from make_step.
+      state: the state that the first call will get.
+      batch: the shapes of its batch, from sharding.abstract_batch.
+    """
+    step.lower(state, batch, np.int32(0)).compile()  # kept by jax: the first call does not compile again
+    all_compiled()
+    memory.give_back()
 
 
 def micro_batches(batch: dict[str, jax.Array], count: int) -> dict[str, jax.Array]:
