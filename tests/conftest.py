@@ -16,6 +16,8 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 # How quick_xla.py has it. 0 tests all programs as users run them.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# An operation in a program has so many frames of Python as its location; jax's default of 10 slows tracing down.
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "1")
 os.environ["XLA_FLAGS"] = quick_xla.flags(os.environ.get("XLA_FLAGS", ""))
 
 import jax
@@ -26,7 +28,7 @@ jaxtyping.install_import_hook(["lcx.rope", "lcx.ops"], "beartype.beartype")
 if quick_xla.wanted():
     quick_xla.small_programs()
 # Tracing makes many objects that live long: Python's usual thresholds search them for cycles again and again.
-gc.set_threshold(50_000, 20, 20)
+gc.set_threshold(50_000, 10, 5)
 
 MAPS = pathlib.Path("/proc/self/maps")
 TESTS = itertools.count(1)
