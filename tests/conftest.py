@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import itertools
 import os
 import pathlib
 
@@ -15,6 +16,8 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 # How quick_xla.py has it. 0 tests all programs as users run them.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# An operation in a program has so many frames of Python as its location; jax's default of 10 slows tracing down.
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "1")
 os.environ["XLA_FLAGS"] = quick_xla.flags(os.environ.get("XLA_FLAGS", ""))
 
 import jax
@@ -22,9 +25,13 @@ import jaxtyping
 
 # Shapes and dtypes in these signatures are checked at every call of a test, and cost a user nothing.
 jaxtyping.install_import_hook(["lcx.rope", "lcx.ops"], "beartype.beartype")
-
+if quick_xla.wanted():
+    quick_xla.small_programs()
+# Tracing makes many objects that live long: Python's usual thresholds search them for cycles again and again.
+gc.set_threshold(50_000, 10, 5)
 
 MAPS = pathlib.Path("/proc/self/maps")
+TESTS = itertools.count(1)
 OPTIMIZED = ("test_ops_", "test_aot")  # the operators, and what compilers are asked: compiled as for users
 # The older emitters round differently by shape, which comes close to the tolerances of the battery.
 USUAL_EMITTERS = ("test_mixers",)
@@ -48,9 +55,9 @@ def optimizations(request):
 @pytest.fixture(autouse=True)
 def bounded_programs():
     """Lets compiled programs go before they are too many: XLA maps memory for each, and a process that reaches Linux's
-    limit (65530 maps) crashes in the compiler."""
+    limit (65530 maps) crashes in the compiler. Counting takes 20 ms, so it follows every tenth test."""
     yield
-    if MAPS.exists() and MAPS.read_bytes().count(b"\n") > 20_000:
+    if next(TESTS) % 10 == 0 and MAPS.exists() and MAPS.read_bytes().count(b"\n") > 20_000:
         jax.clear_caches()
         gc.collect()
 

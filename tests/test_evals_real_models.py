@@ -57,7 +57,7 @@ def test_the_wall_of_a_real_model_equals_transformers(reference, tmp_path, scali
     assert entry["rows"] == 48 and entry["last_quarter"]["nll"] == pytest.approx(last, abs=0.01)
     assert inside is None or entry["buckets"][1]["nll"] == pytest.approx(inside, abs=0.01)
 
-    few = 12
+    few = 4
     (entry,) = dataclasses.replace(task, max_tokens=few * 1024)(model, params, load_tokenizer(path))[
         "lengths"
     ]

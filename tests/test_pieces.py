@@ -49,10 +49,9 @@ BATCH = jax.tree.map(jnp.asarray, packed(np.random.default_rng(0)))
 
 def noisy(model):
     """Parameters away from their symmetric start."""
-    shapes = nn.meta.unbox(jax.eval_shape(model.init, jax.random.key(0), BATCH["tokens"])["params"])
     params = nn.meta.unbox(jax.jit(model.init)(jax.random.key(0), BATCH["tokens"]))["params"]
     rng = np.random.default_rng(1)
-    return jax.tree.map(lambda x, s: x + 0.1 * rng.normal(size=s.shape).astype(np.float32), params, shapes)
+    return jax.tree.map(lambda x: np.asarray(x) + 0.1 * rng.normal(size=x.shape).astype(np.float32), params)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

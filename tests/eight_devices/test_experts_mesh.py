@@ -8,7 +8,7 @@ from lcx import sharding
 from lcx.block import Block
 from lcx.mixers.attention import Attention
 from lcx.mlps.experts import ExpertsMlp
-from lcx.model import Decoder, Stage, init_params
+from lcx.model import Decoder, Stage, abstract_params, init_params
 from lcx.sharding import MeshShape
 
 MIXER = Attention(4, 2, 8, window=9, sinks=True, softcap=2.0, parent=None)
@@ -30,8 +30,8 @@ def test_equal_to_one_device():
     want = jax.jit(gradient)(params, TOKENS)
     mesh = MeshShape(data=2, fsdp=2, tensor=2).build()
     with jax.set_mesh(mesh):
-        spread = init_params(MODEL, jax.random.key(0), mesh=mesh)
-        spread = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), params, spread)
+        abstract = abstract_params(MODEL, mesh=mesh)
+        spread = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), params, abstract)
         rows = jax.device_put(
             TOKENS, sharding.NamedSharding(mesh, sharding.PartitionSpec(sharding.BATCH_AXES))
         )

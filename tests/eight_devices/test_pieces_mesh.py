@@ -41,11 +41,15 @@ def rows():
     }
 
 
+@pytest.fixture(scope="module")
+def want(rows):
+    params = jax.tree.map(np.asarray, model_lib.init_params(MODEL, jax.random.key(0)))
+    return gradient(params, jax.tree.map(jax.numpy.asarray, rows))
+
+
 @pytest.mark.parametrize("sizes", [{"fsdp": 2, "tensor": 2, "data": 2}, {"fsdp": 2, "context": 4}], ids=str)
-def test_gradients_are_those_of_one_device(rows, sizes):
+def test_gradients_are_those_of_one_device(rows, want, sizes):
     """Over `context` a piece of 8 tokens lies on 4 devices, fewer on each than the window."""
-    alone = jax.tree.map(np.asarray, model_lib.init_params(MODEL, jax.random.key(0)))
-    want = gradient(alone, jax.tree.map(jax.numpy.asarray, rows))
     mesh = sharding.make_mesh(**sizes)
     with jax.set_mesh(mesh):
         params = model_lib.init_params(MODEL, jax.random.key(0), mesh=mesh)
