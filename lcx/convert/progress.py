@@ -41,7 +41,7 @@ class Progress:
     def _say(self) -> None:
         self._said = time.monotonic()
         megabytes, seconds = self._done / 1e6, self._said - self._start
-        rate = f", {megabytes / seconds:.0f} MB/s" if self._done and seconds > 0 else ""
+        rate = f", {megabytes / seconds:.3g} MB/s" if self._done and seconds > 0 else ""
         digits = 0 if self._total >= 1e6 else 2
         percent = f"{100 * self._done / self._total:.0f}%"
         print(
