@@ -33,8 +33,8 @@ def commands_of(words: list[str], folder: pathlib.Path) -> list[list[str]]:
     log.unlink(missing_ok=True)
     (place / "bin" / "python").write_text(f'#!/bin/bash\nprintf "%s\\0" python "$@" >> {log}\necho >> {log}\n')
     (place / "bin" / "python").chmod(0o755)
-    own = (ROOT / "scripts" / "_env.sh").read_text() + f'use_venv() {{ cd "{folder}"; export PATH="{place}/bin:$PATH"; }}\n'
-    (place / "scripts" / "_env.sh").write_text(own)  # without an environment of its own
+    here = f'use_venv() {{ cd "{folder}"; export PATH="{place}/bin:$PATH"; }}\n'  # without an environment of its own
+    (place / "scripts" / "_env.sh").write_text((ROOT / "scripts" / "_env.sh").read_text() + here)
     script = place / "scripts" / pathlib.Path(words[1]).name
     script.write_text((ROOT / words[1]).read_text())
     given = [word.replace("/path/to/", f"{folder}/path/to/") for word in words[2:]]

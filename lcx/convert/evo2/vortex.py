@@ -6,8 +6,8 @@ float32 rounding error of p, so that the rates are restored bit for bit. The mod
 training it further is not equivalent, because savanna trained with the original decay and gamma.
 
 The file does not state how many tokens the model was trained for, nor what positions are divided by: vortex reads both
-from its configuration. A `config.json` with its names is written beside the file, and read, or a `config.yml` of vortex.
-Without one, 8192 tokens and undivided positions are assumed.
+from its configuration. A `config.json` with its names is written beside the file; it is read again, and so is a
+`config.yml` of vortex. Without one, 8192 tokens and undivided positions are assumed.
 """
 
 import functools
