@@ -135,6 +135,8 @@ class Blocks:
           UserError: a setting is wrong, the inputs of a block are missing, or the disk is too small.
         """
         folder = pathlib.Path(workdir)
+        assert self.trainer.init_from is not None
+        convert.verify_source(self.trainer.init_from, self.trainer.init_format)  # the blocks read it piece by piece
         source, model = _softmax(self.trainer)
         blocks = self._cut(model)
         unknown = [block for block in self.only or () if not 0 <= block < len(blocks)]

@@ -49,7 +49,8 @@ def main(argv=None) -> int:
         metavar="PATH",
         help="a model to evaluate: a path, or org/name on the hub; may be repeated to compare several",
     )
-    parser.add_argument(
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument(
         "--suite",
         choices=("short", "retrieval", "ruler", "long"),
         help="a set of evaluations in place of those of a .gin file; long: all that need no further files",
@@ -64,7 +65,7 @@ def main(argv=None) -> int:
         choices=("window", "linear"),
         help="for a linearized model: evaluate only this part of its attention",
     )
-    parser.add_argument(
+    what.add_argument(
         "--evals",
         dest=f"{config.BINDS}evaluate.evals",
         type=references,

@@ -236,6 +236,8 @@ def _readable(evals: tuple[Evaluation, ...], text: Any) -> tuple[tuple[Evaluatio
     without = {evaluation.name for evaluation in evals if getattr(evaluation, "dataset", evals) is None}
     why = "it needs a text, and the checkpoint does not say what it was trained on: set evaluate.dataset"
     kept = tuple(evaluation for evaluation in evals if evaluation.name not in without)
+    if not kept:
+        raise UserError(f"the suite has nothing without a text ({', '.join(sorted(without))}): {why}")
     return kept, dict.fromkeys((e.name for e in evals if e.name in without), why)
 
 

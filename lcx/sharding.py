@@ -57,13 +57,11 @@ def make_mesh(*, data: int = 1, fsdp: int = -1, context: int = 1, tensor: int = 
             f"mesh sizes {sizes}: expected positive numbers and at most one -1; change the mesh setting"
         )
     known = math.prod(size for size in sizes.values() if size != -1)
-    if free:
+    if free and len(devices) % known == 0:
         sizes[free[0]] = len(devices) // known
     if math.prod(sizes.values()) != len(devices):
-        raise UserError(
-            f"mesh {sizes} needs {quantity(math.prod(sizes.values()) or known, 'device')}, found {len(devices)}; "
-            "change the mesh sizes"
-        )
+        needed = f"a multiple of {known} devices" if free else quantity(known, "device")
+        raise UserError(f"mesh {sizes} needs {needed}, found {len(devices)}; change the mesh sizes")
     shape = tuple(sizes[axis] for axis in AXES)
     return jax.make_mesh(shape, AXES, devices=devices, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
 

@@ -29,13 +29,14 @@ def tokenizer_of(checkpoint: str, format: str | None = None) -> Tokenizer:
     checkpoint it is the recorded one, or tokenizer files in the step folder, the checkpoints folder or the workdir.
 
     Raises:
-      UserError: there is none, or its files are missing or damaged.
+      UserError: there is no checkpoint or no tokenizer, or its files are missing or damaged.
     """
     folder = Path(hub.local(checkpoint)).expanduser()
     if (folder / "config.json").is_file():
         return tokenizers.load_tokenizer(folder)
     if (known := tokenizer_record(folder, format)) is not None:
         return tokenizer_from_json(dict(known))
+    detect(folder, format)  # raises if this is no checkpoint, with what was expected
     directory, step = find_step(folder)
     record = read_json(directory / str(step), "meta").get("tokenizer")
     places = [directory / str(step), directory, directory.parent]
@@ -54,7 +55,6 @@ def opened(checkpoint: str, *, of: str, **loading: Any) -> tuple[Decoder, Any, T
       UserError: it is no checkpoint, or its model or tokenizer cannot be read.
     """
     place = hub.local(checkpoint)
-    detect(place)  # raises if this is no checkpoint, before a more confusing error about its tokenizer
     tokenizer = tokenizer_of(place)
     print(described(tokenizer, special_tokens(tokenizer), of=of), file=sys.stderr)
     return *load(place, **loading), tokenizer

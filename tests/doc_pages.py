@@ -11,7 +11,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
 README = ROOT / "README.md"
 _BLOCK = re.compile(
-    r"(?:^[ ]*<!-- needs: (?P<needs>[^>]+?) -->\n\s*)?"
+    r"(?:^[ ]*<!-- (?P<mark>needs|tested): (?P<marked>[^>]+?) -->\n\s*)?"
     r"^(?P<indent>[ ]*)```(?P<language>\w+)(?:[ ]+title=\"(?P<title>[^\"]+)\")?[ ]*\n(?P<text>.*?)^(?P=indent)```[ ]*$",
     re.M | re.S,
 )
@@ -22,7 +22,9 @@ class Block:
     """A fenced block.
 
     Attributes:
-      needs: what stands in `<!-- needs: ... -->` before it: the block is checked, not run.
+      needs: the hardware in `<!-- needs: ... -->` before it: the block is checked, not run.
+      tested: the test in `<!-- tested: tests/FILE.py::NAME -->` before it, which does the same at small size: the block
+        is checked, not run.
       title: the file that the page tells its reader to write.
       line: of the page, from 1.
     """
@@ -32,11 +34,16 @@ class Block:
     language: str
     title: str | None
     needs: str | None
+    tested: str | None
     text: str
 
     @property
     def place(self) -> str:
         return f"{self.page}:{self.line}"
+
+    @property
+    def runs(self) -> bool:
+        return self.needs is None and self.tested is None
 
     def commands(self) -> list[list[str]]:
         """Words of each command; comments, `NAME=value` before a command and a final & are left out."""
@@ -60,7 +67,8 @@ def blocks(page: pathlib.Path) -> list[Block]:
         indent = match["indent"]
         lines = [line.removeprefix(indent) for line in match["text"].splitlines()]
         number = text.count("\n", 0, match.start("indent")) + 1
+        needs, tested = (match["marked"] if match["mark"] == mark else None for mark in ("needs", "tested"))
         found.append(
-            Block(name, number, match["language"], match["title"], match["needs"], "\n".join(lines) + "\n")
+            Block(name, number, match["language"], match["title"], needs, tested, "\n".join(lines) + "\n")
         )
     return found

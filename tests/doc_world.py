@@ -18,6 +18,8 @@ from tiny_runs import write_text
 
 import lcx
 from lcx import model as model_lib
+from lcx.mixers.two_mamba import published
+from lcx.model import Block, Decoder, Mlp, Stage
 from lcx.rope import Rope
 from lcx.striped_hyena import striped_hyena
 
@@ -48,6 +50,8 @@ SETTINGS: dict[str, dict[str, str]] = {
     "extend/ladder.gin": LADDER,
     "linearize/llama_transfer.gin": {"Linearize.window": "8", "Linearize.feature_dim": "4"},
     "linearize/llama_blocks.gin": {"Linearize.window": "8", "Linearize.feature_dim": "4"},
+    "linearize/tinystories_transfer.gin": {"Linearize.window": "8", "Linearize.feature_dim": "4", "SEQ_LEN": "128"},
+    "linearize/tinystories_no_transfer.gin": {"Linearize.window": "8", "Linearize.feature_dim": "4", "SEQ_LEN": "128"},
     "quickstart.gin": {f"model.llama.{key}": value for key, value in TINY.items()} | {"model.llama.num_layers": "1"},
     "pretrain/two_mamba.gin": {"Decoder.hidden_size": "32", "Stage.repeat": "1", "Mlp.intermediate_size": "32",
                                "TwoMamba.num_heads": "2", "TwoMamba.head_dim": "8"},
@@ -73,6 +77,11 @@ def make(folder: pathlib.Path) -> None:
     (to / "text").mkdir()
     texts = [path.read_text() for path in sorted((to / "books").iterdir())]
     (to / "text" / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    (to / "novels").symlink_to(to / "books")
+    stories = to / "reference" / "data" / "text" / "tinystories_train_2MiB.txt"
+    stories.parent.mkdir(parents=True)
+    for path in (stories, to / "tinystories.txt"):
+        path.write_text("<|endoftext|>".join(texts))
     (folder / "long_prompt.txt").write_text("def main():\n    return 1\n")
     chats = ([{"role": "user", "content": text[:20]}, {"role": "assistant", "content": text[20:60]}] for text in texts)
     (to / "conversations.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
@@ -93,7 +102,16 @@ def _models(to: pathlib.Path) -> None:
     lcx.save(to / "hf_folder", model, model_lib.init_params(model, jax.random.key(0)), format="hf")
     write_tokenizer(to / "hf_folder")
     shutil.copytree(to / "hf_folder", to / "chat_folder")
+    for weights in (to / "babyllama105", to / "reference" / "data" / "weights" / "babyllama105"):
+        weights.mkdir(parents=True)
+        (weights / "hf").symlink_to(to / "hf_folder")
     (to / "chat_folder" / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    mixer = published("squared__sm_norm__A_mask_type_neg_softplus__in_conv_k_2", num_heads=2, head_dim=16)
+    stages = (Stage((Block(mixer=mixer, mlp=Mlp(32, parent=None), parent=None),), 1),)
+    two_mamba = Decoder(258, 32, stages, max_position_embeddings=WINDOW, parent=None)
+    params = model_lib.init_params(two_mamba, jax.random.key(0))
+    lcx.save(to / "two_mamba_folder", two_mamba, params, format="two_mamba")
+    write_tokenizer(to / "two_mamba_folder")
     evo2 = striped_hyena(
         pattern="SDH*",
         hidden_size=32,

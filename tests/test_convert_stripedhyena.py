@@ -3,6 +3,7 @@
 import argparse
 import collections
 import io
+import json
 import logging
 import os
 import shutil
@@ -24,6 +25,7 @@ from lcx.convert.files import tensor_io
 from lcx.convert.hf.rope_parameters import to_hf
 from lcx.data import ByteTokenizer
 from lcx.errors import UserError
+from lcx.extend import extend_model, rotaries
 from lcx.generate import main as generate_main
 from lcx.rope import Rope
 from lcx.striped_hyena import striped_hyena
@@ -273,7 +275,12 @@ def test_to_vortex_and_back(published, state, tmp_path, capsys):
         torch.testing.assert_close(found[name], tensor, rtol=1e-6, atol=0)
     assert api.detect(tmp_path / "vortex") == "vortex"
     assert convert(tmp_path / "vortex", tmp_path / "lcx", "lcx") == 0
-    assert convert(tmp_path / "lcx", tmp_path / "again", "vortex") == 0
+    scaling = '{"rope_type": "linear", "factor": 4}'
+    assert convert(tmp_path / "lcx", tmp_path / "again", "vortex", f"--rope_scaling={scaling}") == 0
+    plain, scaled = (api.source(tmp_path / name).model for name in ("lcx", "again"))
+    wanted = extend_model(plain, json.loads(scaling), None)
+    assert scaled.max_position_embeddings == wanted.max_position_embeddings == 1024  # from its config.json
+    assert rotaries(scaled) == rotaries(wanted)
     assert_equal_states(torch.load(tmp_path / "again" / vortex.FILE, weights_only=True), found)
 
 
@@ -285,6 +292,7 @@ def test_bfloat16_keeps_what_must_be_float32(state, tmp_path):
     assert single == {"filter.log_poles", "filter.residues", "inner_mha_cls.rotary_emb.inv_freq"}
     model, params = lcx.load(tmp_path / "vortex")
     assert model.dtype == "bfloat16"
+    assert model.max_position_embeddings == 256  # from the config.json that is written beside the file
     assert params["stages_0"]["block_2"]["mixer"]["p"].dtype == jnp.float32
 
 

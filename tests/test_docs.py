@@ -1,8 +1,9 @@
 """The documentation is true: its commands run, its snippets of Python run, its flags and configurations exist.
 
-A block of commands with `<!-- needs: a GPU -->` (or whatever else a test does not have) before it is not run; the
-command's own parser still reads its flags, and its configuration is read and built. The README's commands are
-checked that way as well: the pages run the same ones.
+A block of commands with `<!-- needs: a GPU -->` (or other hardware that a test does not have) before it is not run, nor
+is one with `<!-- tested: tests/FILE.py::NAME -->`, which that test does at small size. The command's own parser still
+reads its flags, and its configuration is read and built. The README's commands are checked that way as well: the pages
+run the same ones.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ import itertools
 import os
 import pathlib
 import re
+import runpy
 import shutil
 import subprocess
 import sys
 import tomllib
 
+import doc_scripts
 import doc_world
 import pytest
 from doc_pages import PAGES, README, ROOT, Block, blocks
@@ -170,11 +173,43 @@ def run(block: Block, world: pathlib.Path, monkeypatch) -> None:
                     patch.setattr("lcx.reporting.report.build", lambda **_: None)
                 status = call(verb, small)
             assert status in ((0, 1) if verb == "data" else (0,)), words
+        elif words[0] == "bash":
+            run_script(words, world, monkeypatch)
+        elif doc_scripts.small(words) is not None:
+            run_python(words, monkeypatch)
         else:
             with monkeypatch.context() as patch:
                 check(words, patch)
 
 
+def run_python(words: list[str], monkeypatch) -> None:
+    """`python FILE FLAGS` in this process, at toy size."""
+    small = doc_scripts.small(words)
+    assert small is not None
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "argv", small[1:])
+        patch.syspath_prepend(str((ROOT / small[1]).parent))
+        runpy.run_path(str(ROOT / small[1]), run_name="__main__")
+
+
+def run_script(words: list[str], world: pathlib.Path, monkeypatch) -> None:
+    """What a shell script does, in this process: one command of each kind at toy size, the others are checked."""
+    with monkeypatch.context() as patch:
+        check(words, patch)
+    for command in doc_scripts.commands_of(words, world):
+        kind, small = doc_scripts.kind(command), doc_scripts.small(command)
+        if kind in DONE or small is None:
+            with monkeypatch.context() as patch:
+                check(small or command, patch)
+        elif command[:2] == ["python", "-m"]:
+            verb = command[2].removeprefix("lcx.")
+            assert call(verb, doc_world.small(verb, small[3:], world)) == 0, command
+        else:
+            run_python(command, monkeypatch)
+        DONE.add(kind)
+
+
+DONE: set[tuple[str, ...]] = set()
 TRAINED: dict[tuple[str, ...], str] = {}
 
 
@@ -208,9 +243,9 @@ def test_a_page_does_what_it_says(page, world, monkeypatch):
                 pathlib.Path(block.title).write_text(block.text.replace("/path/to/", f"{world}/path/to/"))
             elif block.language == "python":
                 compile(block.text, block.place, "exec")
-                if block.needs is None:
+                if block.runs:
                     execute(block, names, world)
-            elif block.language == "bash" and block.needs is None:
+            elif block.language == "bash" and block.runs:
                 run(block, world, monkeypatch)
             elif block.language == "bash":
                 for words in block.commands():
@@ -219,6 +254,26 @@ def test_a_page_does_what_it_says(page, world, monkeypatch):
         except BaseException as error:
             error.add_note(f"in {block.place}")
             raise
+
+
+HARDWARE = re.compile(r"\b(GPUs?|TPUs?|hosts|Kubernetes cluster)\b")
+# What a test that stands for a command has in its file.
+EVIDENCE = {"train": "train", "evaluate": "eval", "convert": "convert", "serve": "serving", "plan": "plan"}
+MARKED = [block for page in PAGES for block in blocks(page) if not block.runs]
+
+
+@pytest.mark.parametrize("block", MARKED, ids=lambda block: block.place)
+def test_what_is_not_run_needs_hardware_or_has_a_test(block):
+    if block.needs is not None:
+        assert HARDWARE.search(block.needs), f"{block.place}: {block.needs!r} is no hardware"
+        return
+    file, _, name = block.tested.partition("::")
+    text = (ROOT / file).read_text()
+    assert re.search(rf"^def {name}\(", text, re.M), f"{block.place}: {file} has no test {name}"
+    for words in block.commands() if block.language == "bash" else ():
+        if words[0] == "python" or words[0] == "bash":
+            own = words[2].removeprefix("lcx.") if words[1] == "-m" else pathlib.Path(words[1]).stem
+            assert EVIDENCE.get(own, own) in text, f"{block.place}: {file} does not mention {own}"
 
 
 def test_readme_names_what_exists(monkeypatch):

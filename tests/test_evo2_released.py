@@ -21,7 +21,7 @@ import lcx
 from lcx import lora as lora_lib
 from lcx.convert import api
 from lcx.convert.__main__ import main
-from lcx.convert.evo2 import fp8_states
+from lcx.convert.evo2 import fp8_states, weight_files
 from lcx.errors import UserError
 from lcx.layers import Linear
 from lcx.ops import fp8
@@ -127,6 +127,25 @@ def test_released_files_open(kind, files, weights, plain, tmp_path):
     model, params = lcx.load(path)
     assert model == plain[0]
     same(params, plain[1])
+
+
+INTERPOLATED, FACTOR = "use_interpolated_rotary_pos_emb", "rotary_emb_scaling_factor"
+
+
+@pytest.mark.parametrize(
+    "name, text, window, factor",
+    [
+        ("config.json", json.dumps({"max_seqlen": 1 << 20, INTERPOLATED: True, FACTOR: 128}), 1 << 20, 128),
+        ("config.json", json.dumps({"max_seqlen": True, FACTOR: 128}), None, None),
+        ("config.json", json.dumps({"max_seqlen": -1, INTERPOLATED: True, FACTOR: "x"}), None, None),
+        ("config.yml", f"max_seqlen: 32768 # tokens\n{INTERPOLATED}: True\n{FACTOR}: 4.5\n", 32768, 4.5),
+        ("config.yaml", f"max_seqlen: 8_192\n{INTERPOLATED}: False\n{FACTOR}: 4\n", None, None),
+    ],
+)
+def test_vortex_configurations_state_window_and_interpolation(tmp_path, name, text, window, factor):
+    (tmp_path / name).write_text(text)
+    config = weight_files.beside(tmp_path / "model.pt")
+    assert (weight_files.window_of(config), weight_files.interpolation_of(config)) == (window, factor)
 
 
 def test_a_missing_shard_is_named(weights, tmp_path):

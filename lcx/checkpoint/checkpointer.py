@@ -37,6 +37,7 @@ from lcx.checkpoint.folder import (
     COMMIT_MARKER,
     RECORD_ITEM,
     Damaged,
+    DamagedStep,
     Record,
     brief,
     checksum,
@@ -195,6 +196,7 @@ class Checkpointer:
         Raises:
           UserError: there is no checkpoint, no step verifies (the message gives the reason for each), or the trees
             do not fit (the message names the first keys that differ).
+          DamagedStep: `step` is given, and damaged.
         """
         self._settle()
         self._close_manager()  # Orbax caches the list of steps, and the next save may set some of them aside
@@ -211,6 +213,8 @@ class Checkpointer:
             try:
                 items, documents = _load_step(self.directory / str(candidate), abstract, optional)
             except Damaged as damage:
+                if step is not None:
+                    raise DamagedStep(self.directory / str(step), str(damage)) from None
                 bad[candidate] = f"step {candidate}: {damage}"
                 remember_damage(self.directory / str(candidate), str(damage))
                 # A run that is still writing may have added or removed steps in the meantime.

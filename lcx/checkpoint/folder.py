@@ -34,6 +34,15 @@ class Damaged(Exception):
     """A step is damaged or incomplete and cannot be used; the message gives the reason in a few words."""
 
 
+class DamagedStep(UserError):
+    """A step that was asked for, or is being read, is damaged. `find_step` passes over it from now on."""
+
+    def __init__(self, step_dir: Any, what: str):
+        super().__init__(f"checkpoint {step_dir} is damaged: {what}; use another step")
+        self.step_dir = epath.Path(step_dir).resolve()
+        remember_damage(step_dir, what)
+
+
 @dataclasses.dataclass(frozen=True)
 class Entry:
     """What a checkpoint should hold at one key of an item.
@@ -181,22 +190,22 @@ def _warn_once(line: str) -> None:
 
 
 def read_record(step_dir: Any) -> Record:
-    """The record of what a step holds. Raises UserError if the step was not written by lcx or is damaged."""
+    """The record of what a step holds. Raises DamagedStep if the step was not written by lcx or is damaged."""
     try:
         return load_record(epath.Path(step_dir))
     except Damaged as bad:
-        raise UserError(f"checkpoint {step_dir} cannot be used: {bad}") from None
+        raise DamagedStep(step_dir, str(bad)) from None
 
 
 def read_json(step_dir: Any, name: str) -> dict[str, Any]:
-    """A JSON item of one step folder, verified. Raises UserError if it is missing or damaged."""
+    """A JSON item of one step folder, verified. Raises UserError if it is missing, DamagedStep if it is damaged."""
     record = read_record(step_dir)
     if name not in record.json:
         raise UserError(f"checkpoint {step_dir} has no item {name!r}; found {few(sorted(record.json))}")
     try:
         return load_json(epath.Path(step_dir), name, record)
     except Damaged as bad:
-        raise UserError(f"checkpoint {step_dir} cannot be used: {bad}") from None
+        raise DamagedStep(step_dir, str(bad)) from None
 
 
 def metadata(path: Any) -> dict[str, Any]:

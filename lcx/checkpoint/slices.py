@@ -28,13 +28,13 @@ from lcx.checkpoint.fingerprint import partial
 from lcx.checkpoint.folder import (
     COMMIT_MARKER,
     RECORD_ITEM,
+    DamagedStep,
     Entry,
     Record,
     checksum,
     few,
     plain,
     read_record,
-    remember_damage,
     why_not_written,
     why_unreadable,
 )
@@ -60,15 +60,6 @@ def _context() -> ts.Context:
     )
 
 
-class DamagedStep(UserError):
-    """An array of a step is damaged. `find_step` passes over this step from now on."""
-
-    def __init__(self, step_dir: pathlib.Path, what: str):
-        super().__init__(f"checkpoint {step_dir} is damaged: {what}; use another step")
-        self.step_dir = step_dir
-        remember_damage(step_dir, what)
-
-
 def past_damage(path: str | os.PathLike, work: Callable[[], T]) -> T:
     """The result of `work`, which reads the newest usable step at `path`.
 
@@ -79,7 +70,7 @@ def past_damage(path: str | os.PathLike, work: Callable[[], T]) -> T:
         try:
             return work()
         except DamagedStep as damaged:
-            if pathlib.Path(path).expanduser().resolve() == damaged.step_dir:
+            if str(pathlib.Path(path).expanduser().resolve()) == str(damaged.step_dir):
                 raise
 
 
@@ -123,7 +114,8 @@ class StepReader:
     """Reads the arrays of one item of one committed step. Raises UserError if there is no such item.
 
     `arrays` maps each path to its (shape, dtype); typed PRNG keys appear as key data. Once all leading rows of an
-    array have been read, in any order, the array is checked against its fingerprint.
+    array have been read, in any order, the array is checked against its fingerprint. An array of which parts of rows
+    are read is checked as a whole before its first part.
     """
 
     def __init__(self, step_dir: Any, item: str):
@@ -148,13 +140,14 @@ class StepReader:
     ) -> np.ndarray:
         """The whole array, one leading index, a range of leading rows, or any part (a tuple, one entry per axis).
 
-        Raises KeyError for an unknown path, and UserError if the files are damaged: immediately if they cannot be
-        read, or together with the last slice of an array whose values differ from those that were saved. Parts
-        selected by a tuple are not verified.
+        Raises KeyError for an unknown path, and DamagedStep if the files are damaged: immediately if they cannot be
+        read, or together with the last slice of an array whose values differ from those that were saved.
         """
         shape, dtype = self.arrays[path]
         if not math.prod(shape):
             return np.zeros(shape, dtype)[index if index is not None else ...]
+        if isinstance(index, tuple):
+            self.verify(path)
         part = index if isinstance(index, tuple) else slice(*_rows(index, shape)) if shape else ...
         try:
             values = np.asarray(self._open(path)[part].read().result())
@@ -163,6 +156,17 @@ class StepReader:
         if not isinstance(index, tuple):
             self._check(path, index, values)
         return values[0] if isinstance(index, (int, np.integer)) else values
+
+    def verify(self, path: Path) -> None:
+        """Raises DamagedStep if the array differs from what was saved. Reads it, unless all of it was read before."""
+        shape, dtype = self.arrays[path]
+        if self._coverage[path].complete:
+            return
+        self._coverage[path] = _Coverage(shape)
+        row_bytes = max(1, dtype.itemsize * math.prod(shape[1:]))
+        step = max(1, _CHUNK_BYTES // row_bytes)
+        for start in range(0, shape[0] if shape else 1, step):
+            self.read(path, slice(start, start + step))
 
     def unread(self) -> list[Path]:
         """Arrays of which some rows have not been read; these have not been verified."""

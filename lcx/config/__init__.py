@@ -37,7 +37,7 @@ import gin
 from gin import config as gin_config
 from gin import config_parser
 
-from lcx.config import checking, interrupts, messages, plugins, processes, reading
+from lcx.config import checking, interrupts, messages, plugins, processes, reading, slow_compilation
 from lcx.config import flags as flags_lib
 from lcx.config.environment import keep_freed_memory, setup_jax
 from lcx.config.flags import BINDS, json_object, parser
@@ -99,6 +99,7 @@ def run(
         with messages.plain_warnings():
             with interrupts.importing():
                 function, source = _read(flags, target, defaults, bindings_of or target)
+            slow_compilation.hide_alarm()
             with interrupts.interruptible():
                 processes.join(flags)
                 status = _call(function, source, flags)

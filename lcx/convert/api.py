@@ -163,6 +163,12 @@ def source(path: str | os.PathLike, format: str | Format | None = None) -> Model
     return formats.reader(path, format).open(path)
 
 
+def verify_source(path: str | os.PathLike, format: str | Format | None = None) -> None:
+    """Reads the model at `path` once, if its format can tell whether values are damaged (`Format.verify`)."""
+    path = hub.local(path)
+    formats.reader(path, format).verify(path)
+
+
 def detect(path: str | os.PathLike, format: str | Format | None = None) -> str:
     """The name of the format of a folder or file: the one given, else the detected one.
 

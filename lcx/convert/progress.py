@@ -41,7 +41,7 @@ class Progress:
     def _say(self) -> None:
         self._said = time.monotonic()
         megabytes, seconds = self._done / 1e6, self._said - self._start
-        rate = f", {megabytes / seconds:.0f} MB/s" if self._done and seconds > 0 else ""
+        rate = f", {_digits(megabytes / seconds)} MB/s" if self._done and seconds > 0 else ""
         digits = 0 if self._total >= 1e6 else 2
         percent = f"{100 * self._done / self._total:.0f}%"
         print(
@@ -49,3 +49,8 @@ class Progress:
             file=sys.stderr,
             flush=True,
         )
+
+
+def _digits(number: float) -> str:
+    """Three digits, or all before the point."""
+    return f"{number:.0f}" if number >= 100 else f"{number:.3g}"

@@ -17,7 +17,7 @@ from lcx.evals.support.intervals import mean_and_error
 from lcx.evals.support.letters import Letters, Part, ReverseComplement, counts
 from lcx.evals.support.likelihoods import Scorer
 from lcx.evals.support.model_facts import facts
-from lcx.evals.support.windows import beyond_window, check_windows, windows_of
+from lcx.evals.support.windows import beyond_window, check_windows, cut_into_windows, windows_of
 from lcx.model import Decoder
 from lcx.wording import quantity
 
@@ -96,7 +96,10 @@ class SequenceLikelihood:
             "summary": f"{quantity(len(rows), 'sequence')}, {quantity(int(scored.sum()), 'letter')}, "
             + ("nothing to score" if perplexity is None else f"perplexity {perplexity:.4g} per letter"),
             "table": {"perplexity per letter": perplexity, "sequences": len(rows)},
-            "notes": beyond_window(window, model),
+            "notes": [
+                *cut_into_windows([len(text) for _, text in records], window, scorer.room, stride),
+                *beyond_window(window, model),
+            ],
             "model": facts(model),
             "nll": mean,
             "standard_error": error,

@@ -90,6 +90,15 @@ class Format:
         """
         return work()
 
+    def verify(self, path: str | os.PathLike) -> None:
+        """Reads all values of a format that stores checksums of them; other formats are taken as they are.
+
+        For work that reads parameters piece by piece over hours, and cannot be repeated with an older step.
+
+        Raises:
+          UserError: the values differ from those that were saved, and there is no older step.
+        """
+
     def load(
         self,
         path: str | os.PathLike,

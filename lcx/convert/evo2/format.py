@@ -22,10 +22,10 @@ class _Evo2(Format):
         return striped_hyena.with_scaling_of(like, model)
 
     def may_replace(self, folder):
-        from lcx.convert.evo2 import savanna_files
+        from lcx.convert.evo2 import savanna_files, weight_files
 
         # a torch file among other files does not make the folder a replaceable checkpoint
-        return all(savanna_files.is_part(entry.name) for entry in folder.iterdir())
+        return all(savanna_files.is_part(entry.name) or entry.name == weight_files.CONFIG for entry in folder.iterdir())
 
 
 @dataclasses.dataclass(frozen=True)

@@ -63,11 +63,13 @@ class Tensors(TensorSource, Protocol):
       inv_freq: the stored frequencies of the attention layers, [head_dim / 2]; None if not stored.
       length: the number of tokens that the filters were stored for; None if not known.
       layer_0_only: whether only layer 0 has a gelu, rather than all layers before the first MR or LI.
+      interpolation: what a configuration beside the tensors divides positions by; None if there is none that says so.
     """
 
     inv_freq: np.ndarray | None
     length: int | None
     layer_0_only: bool
+    interpolation: float | None
 
 
 def prefix(layer: int) -> str:
@@ -281,6 +283,7 @@ def model_of(source: Tensors) -> Decoder:
     se_groups, _, se_length = shape("S", SHORT_FILTER, (1, 1, 7))
     mr_groups, mr_length = shape("D", FILTER + "h", (1, LIVE_TAPS))
     length = source.length or DEFAULT_LENGTH
+    rope = Rope() if source.inv_freq is None else rope_of(source.inv_freq)
     return striped_hyena(
         pattern=pattern,
         hidden_size=width,
@@ -297,9 +300,17 @@ def model_of(source: Tensors) -> Decoder:
         init_length=length,
         norm_eps=NORM_EPS,
         fp8=any(name.endswith(SCALES) for name in source.tensors),
-        rope=Rope() if source.inv_freq is None else rope_of(source.inv_freq),
+        rope=_interpolated(rope, source.interpolation, length),
         activated_layers=activated_layers(pattern, source.layer_0_only),
     )
+
+
+def _interpolated(rope: Rope, factor: float | None, length: int) -> Rope:
+    """The rotary embedding of a model that reached `length` tokens by dividing positions by `factor`."""
+    if factor is None:
+        return rope
+    original = max(1, round(length / factor))
+    return dataclasses.replace(rope, rope_type="linear", factor=factor, original_max_position_embeddings=original)
 
 
 def rope_of(inv_freq: np.ndarray) -> Rope:
@@ -363,12 +374,12 @@ def say_scaling(model: Decoder) -> None:
 
 
 def with_scaling_of(like: Decoder, model: Decoder) -> Decoder:
-    """`model` with the position interpolation of `like`, which these formats do not store."""
+    """`model` with the position interpolation of `like`, of which these formats store the factor at most."""
     rope = next((rope for rope, _ in rotaries(like) if rope.rope_type == "linear"), None)
 
     def scaled(mixer):
         own = mixers.rotary(mixer)
-        if rope is None or own is None or own.rope.rope_type != "default":
+        if rope is None or own is None or own.rope.factor not in (None, rope.factor):
             return mixer
         original = rope.original_max_position_embeddings
         new = dataclasses.replace(

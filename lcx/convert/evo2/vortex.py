@@ -5,14 +5,18 @@ LI's modes. The factors cannot be recovered. The model gets a decay of ones and 
 float32 rounding error of p, so that the rates are restored bit for bit. The model computes the same function, but
 training it further is not equivalent, because savanna trained with the original decay and gamma.
 
-The file does not state how many tokens the model was trained for; 8192 and unscaled positions are assumed.
+The file does not state how many tokens the model was trained for, nor what positions are divided by: vortex reads both
+from its configuration. A `config.json` with its names is written beside the file; it is read again, and so is a
+`config.yml` of vortex. Without one, 8192 tokens and undivided positions are assumed.
 """
 
 import functools
+import json
 import logging
 import os
 import pathlib
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -36,6 +40,8 @@ from lcx.convert.files.tensor_io import TensorInfo
 from lcx.convert.files.torch_bin import TorchFile
 from lcx.convert.files.torch_writer import TorchWriter
 from lcx.errors import UserError
+from lcx.mixers.attention import Attention
+from lcx.model import Decoder
 
 log = logging.getLogger(__name__)
 
@@ -81,11 +87,11 @@ class _Canonical:
     """vortex's tensors in the canonical form of striped_hyena.py."""
 
     layer_0_only = True
-    length: int | None = None
     shared_bytes = 0
 
-    def __init__(self, file: WeightFile, fp8: bool | None):
+    def __init__(self, file: WeightFile, fp8: bool | None, config: Mapping[str, Any]):
         self._file = file
+        self.length, self.interpolation = weight_files.window_of(config), weight_files.interpolation_of(config)
         self._names = {EMBEDDING: "embedding_layer.weight"}
         self._poles: dict[str, str] = {}
         self.tensors: dict[str, TensorInfo] = {}
@@ -184,10 +190,25 @@ class VortexSource(striped_hyena.StripedHyenaSource):
             raise UserError(f"{path}: expected one file of vortex, found {len(files)}")
         self.file = weight_files.open_file(files[0])
         try:
-            canonical = _Canonical(self.file, fp8_states.configured(files[0], self.file.counters))
+            fp8 = fp8_states.configured(files[0], self.file.counters)
+            canonical = _Canonical(self.file, fp8, weight_files.beside(files[0]))
         except UserError as error:
             raise UserError(f"{path}: {error}") from error
         super().__init__(canonical, str(path))
+        if canonical.length is None:
+            _say_assumed(str(path), self.model.max_position_embeddings)
+
+
+@functools.cache
+def _say_assumed(path: str, window: int) -> None:
+    log.warning(
+        "%s: a window of %d tokens is assumed, as vortex's files state none: set another with --context_length, or "
+        '{"%s": N} in a %s beside the file',
+        path,
+        window,
+        weight_files.LENGTH,
+        weight_files.CONFIG,
+    )
 
 
 def is_vortex(path: str | os.PathLike) -> bool:
@@ -210,14 +231,28 @@ def write(
     dtype: np.dtype | None = None,
     progress: Callable[[int], None] = lambda nbytes: None,
 ) -> dict[str, TensorInfo]:
-    """Writes model.pt into an empty folder, holding one tensor in memory; returns the written tensors.
+    """Writes model.pt and config.json into an empty folder, holding one tensor in memory; returns the written tensors.
 
     Poles and residues are always float32, as vortex requires; `dtype` applies to the other tensors.
     """
     infos, makers = _plan(source, dtype)
     striped_hyena.say_scaling(source.model)
     _fill(folder / FILE, infos, {theirs: make for theirs, (_, _, make) in makers.items()}, progress)
+    (folder / weight_files.CONFIG).write_text(json.dumps(_config(source.model), indent=2) + "\n", "utf-8")
     return infos
+
+
+def _config(model: Decoder) -> dict[str, Any]:
+    """What vortex needs to know and no tensor states, under the names of its configuration."""
+    mixers = [layer.block.mixer for layer in striped_hyena.layers(model)]
+    ropes = [mixer.rope for mixer in mixers if isinstance(mixer, Attention)]
+    factor = ropes[0].factor if ropes else None
+    return {
+        weight_files.LENGTH: model.max_position_embeddings,
+        weight_files.FP8: any(getattr(mixer, "fp8", False) for mixer in mixers),
+        weight_files.INTERPOLATED: factor is not None,
+        weight_files.FACTOR: factor or 1,
+    }
 
 
 def planned(source: ModelSource, *, dtype: np.dtype | None) -> dict[str, TensorInfo]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import re
@@ -19,8 +20,14 @@ from lcx.errors import UserError
 SAFETENSORS = ".safetensors"
 CONFIGS = ("config.json", "config.yml", "config.yaml")
 EXTRA_STATE = "_extra_state"
-_FP8 = "use_fp8_input_projections"
-_YAML_FP8 = re.compile(rf"^\s*{_FP8}\s*:\s*(true|false)\b", re.I | re.M)
+CONFIG = CONFIGS[0]  # the one that is written
+# The settings that no tensor states, under vortex's names.
+FP8, LENGTH = "use_fp8_input_projections", "max_seqlen"
+INTERPOLATED, FACTOR = "use_interpolated_rotary_pos_emb", "rotary_emb_scaling_factor"
+_NUMBER = r"(?:0|[1-9]\d*)(?:\.\d+)?(?:e[+-]?\d+)?"
+_YAML = re.compile(
+    rf"^\s*({FP8}|{LENGTH}|{INTERPOLATED}|{FACTOR})\s*:\s*(true|false|{_NUMBER})\s*(?:#.*)?$", re.I | re.M
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,12 +132,26 @@ def beside(found: Found) -> Mapping[str, Any]:
                 continue
             if isinstance(config, dict):
                 return config
-        elif match := _YAML_FP8.search(text):
-            return {_FP8: match[1].lower() == "true"}
+        elif lines := _YAML.findall(text):
+            return {key.lower(): json.loads(value.lower()) for key, value in lines}
     return {}
+
+
+def window_of(config: Mapping[str, Any]) -> int | None:
+    """The tokens that a configuration says the model was trained for; None if it does not say."""
+    value = config.get(LENGTH)
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
+
+
+def interpolation_of(config: Mapping[str, Any]) -> float | None:
+    """What a configuration divides positions by; None if it does not."""
+    value = config.get(FACTOR)
+    if config.get(INTERPOLATED) is not True or isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if math.isfinite(value) and value > 1 else None
 
 
 def wants_fp8(config: Mapping[str, Any]) -> bool | None:
     """Whether a configuration sets FP8 input projections; None if it does not say."""
-    value = config.get(_FP8)
+    value = config.get(FP8)
     return bool(value) if isinstance(value, bool | int) else None

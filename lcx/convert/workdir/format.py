@@ -31,6 +31,9 @@ class Workdir(Format):
 
         return past_damage(path, work)
 
+    def verify(self, path):
+        self.read(path, lambda: self.open(path).verify())
+
     def load(self, path, *, dtype, mesh, change):
         from lcx.convert.workdir import restore
 

@@ -80,6 +80,12 @@ class LcxSource:
                 f"{self.where}: the low-rank pair at {lost[0]} belongs to no parameter of the model"
             )
 
+    def verify(self) -> None:
+        """Raises DamagedStep if values differ from those that were saved."""
+        for reader in (self._reader, self._lora):
+            for path in reader.arrays if reader else ():
+                reader.verify(path)
+
     def read(self, path: str, index: rules.Index) -> np.ndarray:
         keys, shape = tuple(path.split("/")), self.leaves[path].shape
         pair = (*keys[:-1], "a"), (*keys[:-1], "b"), (*keys[:-1], "scale")
@@ -88,7 +94,6 @@ class LcxSource:
             a, b, scale = (self._lora.read(name, index[0]) for name in pair)
             return merged(rows, a, b, scale)[(slice(None), *index[1:])]
         if all(s == slice(0, size) for s, size in zip(index[1:], shape[1:], strict=True)):
-            # Whole rows are verified against the record of the step; partial rows cannot be.
             return self._reader.read(keys, index[0] if index else None)
         return self._reader.read(keys, index)
 

@@ -1,6 +1,7 @@
 """Sliding windows over documents that are longer than a model's context (Press et al. 2021, arXiv 2108.12409)."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,7 @@ from jaxtyping import Int
 
 from lcx.errors import UserError
 from lcx.model import Decoder
+from lcx.wording import quantity
 
 
 def check_windows(evaluation: Any) -> None:
@@ -28,6 +30,14 @@ def windows_of(evaluation: Any, model: Decoder) -> tuple[int, int]:
             f"{type(evaluation).__name__}.stride is {stride}, expected less than the window, {window}"
         )
     return window, stride
+
+
+def cut_into_windows(lengths: Sequence[int], window: int, room: int, stride: int) -> list[str]:
+    """A note about sequences that do not fit into a window, of whose tokens `room` are theirs; none if all fit."""
+    long = sum(length > room for length in lengths)
+    if not long:
+        return []
+    return [f"{long} of {quantity(len(lengths), 'sequence')} in windows of {window} tokens, {stride} apart"]
 
 
 def beyond_window(window: int, model: Decoder) -> list[str]:

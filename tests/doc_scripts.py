@@ -1,0 +1,60 @@
+"""The commands of the shell scripts that the documentation shows, and of Python scripts, each at toy size."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import subprocess
+
+from doc_pages import ROOT
+
+# Flags that make a script small, after those of the page; None: it is checked, not run, with what runs its parts.
+SMALL: dict[str, list[str] | None] = {
+    "scripts/recall_text.py": ["--documents=60"],
+    "scripts/recall_start.py": [],
+    "scripts/recall_study.py": None,  # minutes: fourteen trainings and evaluations
+    "benchmarks/two_mamba_study.py": None,  # tests/test_two_mamba_study.py
+    "benchmarks/linearized.py": None,  # decodes 16K tokens
+    "benchmarks/train_vs_transformers.py": ["--cases=quickstart:16", "--dtypes=float32", "--steps=1", "--no-memory"],
+}
+
+
+def commands_of(words: list[str], folder: pathlib.Path) -> list[list[str]]:
+    """The commands with python that a script runs, in order, if none of their outputs is there yet.
+
+    Args:
+      words: the script and its flags.
+      folder: where the page's commands run; it has the repository's scripts/.
+    """
+    place = folder / "script"
+    (place / "bin").mkdir(parents=True, exist_ok=True)
+    (place / "scripts").mkdir(exist_ok=True)
+    log = place / "log"
+    log.unlink(missing_ok=True)
+    (place / "bin" / "python").write_text(f'#!/bin/bash\nprintf "%s\\0" python "$@" >> {log}\necho >> {log}\n')
+    (place / "bin" / "python").chmod(0o755)
+    here = f'use_venv() {{ cd "{folder}"; export PATH="{place}/bin:$PATH"; }}\n'  # without an environment of its own
+    (place / "scripts" / "_env.sh").write_text((ROOT / "scripts" / "_env.sh").read_text() + here)
+    script = place / "scripts" / pathlib.Path(words[1]).name
+    script.write_text((ROOT / words[1]).read_text())
+    given = [word.replace("/path/to/", f"{folder}/path/to/") for word in words[2:]]
+    env = os.environ | {"LCX_REFERENCE": str(folder / "path" / "to" / "reference")}
+    done = subprocess.run(["bash", str(script), *given], cwd=folder, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return [line.split("\0")[:-1] for line in log.read_text().splitlines()]
+
+
+def kind(command: list[str]) -> tuple[str, ...]:
+    """Commands of one kind differ by the model or the data only."""
+    if command[1] != "-m":
+        return (command[1],)
+    files = [word for word in command if word.startswith("--gin_file=")]
+    return (command[2], *files[-1:], *(word for word in command if word.startswith(("--evals=", "--only_part="))))
+
+
+def small(command: list[str]) -> list[str] | None:
+    """The command with flags that make it small; None if it is to be checked only, or is not known."""
+    if command[1] == "-m":
+        return [*command, "--gin.Recall.rows=4"] if any("--evals=recall" in word for word in command) else command
+    flags = SMALL.get(command[1])
+    return None if flags is None else [*command, *flags]
