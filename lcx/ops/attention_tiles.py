@@ -11,17 +11,22 @@ digits of a small value.
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
 
-from lcx.ops import MIXER_RESIDUALS
+from lcx.ops import MIXER_RESIDUALS, dispatch
 from lcx.ops.decay import split
 from lcx.ops.tiling import add, cut, dot, each_head, put
 
+# Where a device has several cores, its tiles are large enough for each product and each elementwise operation to be
+# divided. Measured on two cores, H = 64, T = 256 ... 8192: WIDE x WIDE tiles of so many heads that they have SCORES
+# scores together (half in the backward pass), or tiles of twice the width if there are fewer heads, take 0.5 to 0.7 of
+# the time of 64 x 128.
+WIDE, SCORES = 256, 1 << 20
 LOWEST = -16384.0  # lower values of log decay are clamped to this: no difference of two scores comes near it
 NEG = -1e30  # finite, to avoid NaN; exp(NEG - NEG) is 1, so rows that see nothing are zeroed explicitly
 
@@ -43,7 +48,8 @@ def tiled(
     """Attention in tiles; arguments as in attention(). Has its own backward pass, also with a cache (q_offset)."""
     B, T, N, H = q.shape
     S, K = k.shape[1:3]
-    plan = Plan.of(T, S, window=window, masked=q_segments is not None, softcap=softcap)
+    masks = {"window": window, "masked": q_segments is not None, "softcap": softcap}
+    plan = Plan.of(T, S, heads=B * K, group=N // K, decays=log_decay is not None, **masks)
     if q_segments is None or kv_segments is None:
         q_segments, kv_segments = jnp.ones((1, T), jnp.int32), jnp.ones((1, S), jnp.int32)
     # Padding comes after every query, where the causal mask hides it.
@@ -75,20 +81,47 @@ def tiled(
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The tiling of one head: `rows` queries against `cols` keys at a time."""
+    """The tiling of a head: `rows` queries against `cols` keys at a time, of `heads` key/value heads at once."""
 
     rows: int
     cols: int
+    heads: int
     window: int | None
     masked: bool  # several segments, or padding
     softcap: float | None = None
 
     @classmethod
-    def of(cls, T: int, S: int, *, window: int | None, masked: bool, softcap: float | None = None) -> "Plan":
+    def of(
+        cls, T: int, S: int, *, heads: int, group: int, decays: bool, window: int | None, **masks: Any
+    ) -> "Plan":
+        """The plan for `heads` key/value heads (of all rows together), each with a group of query heads."""
         # Measured on a CPU core, forward and backward, H = 32 and 64, T = 256 ... 4096: tiles of 64 x 128 stay in the
         # second-level cache and beat 128 and 256 wide ones at every T by 1.1x to 1.4x.
         rows, cols = (T, T) if T == S <= 64 else (min(T, 64), 128)
-        return cls(rows, cols, window, masked, softcap)
+        plan = cls(rows, cols, 1, window, **masks)
+        if decays or not dispatch.shares_cores() or (window is not None and window < 4 * WIDE):
+            return plan
+        sizes = [size for size in (WIDE, 2 * WIDE) if -T % size <= T // 8]
+        if heads * group * T * min(T, WIDE) < SCORES or not sizes:
+            return plan
+        narrow = window is not None or heads * group * WIDE * WIDE >= SCORES
+        size = WIDE if narrow else sizes[-1]
+        return dataclasses.replace(plan, rows=size, cols=size)._fitted(heads, group, SCORES)
+
+    def backward(self, heads: int, group: int) -> "Plan":
+        """The plan of the backward pass, whose tiles need more memory each."""
+        if self.cols < WIDE:
+            return self
+        return dataclasses.replace(self, rows=min(self.rows, WIDE), cols=WIDE)._fitted(heads, group, SCORES // 2)
+
+    def _fitted(self, heads: int, group: int, scores: int) -> "Plan":
+        """As many heads at once, or as few rows, as have about so many scores in one tile."""
+        rows = self.rows
+        while rows > 64 and group * rows * self.cols > scores:
+            rows //= 2
+        most = max(1, scores // (group * rows * self.cols))
+        at_once = max(number for number in range(1, min(most, heads) + 1) if heads % number == 0)
+        return dataclasses.replace(self, rows=rows, heads=at_once)
 
     def over_rows(self, T: int, body, carry):
         """carry = body(row, carry) for row = 0, rows, 2 rows, ... < T."""
@@ -251,13 +284,16 @@ def _tiled(q, k, v, kv_segments, decay, q_segments, offset, sinks, plan: Plan):
 
 def _tiled_forward(q, k, v, kv_segments, decay, q_segments, offset, sinks, plan: Plan):
     arrays = (q, k, v, kv_segments, decay, q_segments, offset, sinks)
-    out, lse = each_head(functools.partial(_head_forward, plan=plan), arrays)
+    out, lse = each_head(functools.partial(_head_forward, plan=plan), arrays, at_once=plan.heads)
     out, lse = checkpoint_name(out, MIXER_RESIDUALS), checkpoint_name(lse, MIXER_RESIDUALS)
     return out, (*arrays, out, lse)
 
 
 def _tiled_backward(plan: Plan, residuals, d_out):
-    grads = each_head(functools.partial(_head_backward, plan=plan), (*residuals, d_out))
+    plan = plan.backward(*residuals[0].shape[:2])
+    grads = each_head(
+        functools.partial(_head_backward, plan=plan), (*residuals, d_out), at_once=plan.heads
+    )
     dq, dk, dv, d_decay, d_sinks = grads
     return dq, dk, dv, None, d_decay, None, None, d_sinks
 

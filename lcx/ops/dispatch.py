@@ -11,6 +11,7 @@ The names mean the same for every operator:
 
 import functools
 import logging
+import os
 
 import jax
 
@@ -24,6 +25,15 @@ def platform() -> str:
     device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
     name = jax.default_backend() if device is None else device.platform
     return "gpu" if name in ("cuda", "rocm") else name
+
+
+def shares_cores() -> bool:
+    """Whether one device has several cores of a CPU: then an operation should be large enough to be divided."""
+    if platform() != "cpu":
+        return False
+    available = getattr(os, "sched_getaffinity", None)
+    cores = len(available(0)) if available else os.cpu_count() or 1
+    return cores >= 2 * jax.local_device_count()
 
 
 def choose(operator: str, implementation: str | None, obstacles: dict[str, str | None]) -> str:

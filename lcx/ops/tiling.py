@@ -26,11 +26,14 @@ def dot(a: Array, b: Array, a_axis: int, b_axis: int) -> Array:
     return jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.promote_types(a.dtype, jnp.float32))
 
 
-def each_head(fn, arrays):
+def each_head(fn, arrays, *, at_once: int = 1):
     """Maps fn over the first axis of every array.
 
-    On a CPU this is a loop, so that one head's tiles stay in cache; elsewhere it is a vmap, to fill the chip.
+    On a CPU this is a loop over `at_once` heads, so that their tiles stay in cache; elsewhere it is a vmap over all, to
+    fill the chip. `at_once` has to divide the number of heads.
     """
-    if dispatch.platform() == "cpu":
+    if dispatch.platform() != "cpu":
+        return jax.vmap(fn)(*arrays)
+    if at_once == 1:
         return jax.lax.map(lambda xs: fn(*xs), arrays)
-    return jax.vmap(fn)(*arrays)
+    return jax.lax.map(lambda xs: fn(*xs), arrays, batch_size=at_once)
