@@ -63,7 +63,8 @@ class _Canonical:
             known = f"{found.group(1)}.weight" if found else name
             known = finals.get(known, known)
             self._names[known], self.tensors[known] = name, self._shaped(name, info)
-        self._scales = _scales(files, pattern)
+        self.fp8_states = _fp8_states(files, pattern)
+        self._scales = striped_hyena.scales_of(self.fp8_states)
         self.tensors |= {name: TensorInfo(pair.dtype, pair.shape) for name, pair in self._scales.items()}
         self.inv_freq = self._frequencies()
         self.length = self._length()
@@ -110,15 +111,14 @@ class _Canonical:
         return lengths.pop() if lengths else None
 
 
-def _scales(files: SavannaFiles, pattern: str) -> dict[str, np.ndarray]:
-    """The FP8 scales of the hyena layers' input projections, under their canonical names."""
+def _fp8_states(files: SavannaFiles, pattern: str) -> dict[int, fp8_states.State]:
+    """The FP8 scaling of the hyena layers' input projections, by layer."""
     states = {i: _extra_state(i) for i, letter in enumerate(pattern) if letter != "*"}
     ranks = [file for file in files.files if not isinstance(file, Float32File)]
     if not ranks:
         return {}
     wanted = fp8_states.configured(files.found[0], ranks[0].counters)
-    found = fp8_states.of_layers(ranks, states, wanted, files.where)
-    return {striped_hyena.prefix(i) + SCALES: pair for i, pair in found.items()}
+    return fp8_states.of_layers(ranks, states, wanted, files.where)
 
 
 def _extra_state(layer: int) -> str:
@@ -303,8 +303,8 @@ def entries_of(source: ModelSource, dtype: np.dtype | None) -> dict[str, _Entry]
     for i, layer in enumerate(found):
         head = striped_hyena.prefix(i)
         if layer.letter != "*" and layer.block.mixer.fp8 and _extra_state(i) not in entries:
-            pair = read_repeat(source, f"{layer.path}/mixer/in_proj/fp8_scales", layer.repeat)
-            entries[_extra_state(i)] = _whole(np.frombuffer(fp8_states.state_of(*pair.tolist()), np.uint8))
+            state = fp8_states.of_repeat(source, f"{layer.path}/mixer/in_proj", layer.repeat)
+            entries[_extra_state(i)] = _whole(np.frombuffer(fp8_states.written(state), np.uint8))
         if layer.letter == "*" and frequencies is not None:
             stored = source.inv_freq if isinstance(source, SavannaSource) else None
             # Unchanged frequencies are copied in the dtype in which they are stored.
