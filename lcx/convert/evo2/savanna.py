@@ -23,6 +23,7 @@ from lcx.convert.core import model_source, rules
 from lcx.convert.core.format import check_same
 from lcx.convert.core.model_source import ModelSource
 from lcx.convert.evo2 import fp8_states, savanna_files, striped_hyena, weight_files
+from lcx.convert.evo2.megatron_files import MegatronFiles
 from lcx.convert.evo2.savanna_files import SavannaFiles
 from lcx.convert.evo2.striped_hyena import FILTER, LIVE_TAPS, PROJECTION, SCALES, StripedHyenaSource
 from lcx.convert.evo2.zero import Float32File
@@ -43,13 +44,17 @@ _FLOAT32 = np.dtype(np.float32)
 _STEP = "global_step0"
 
 
-class _Canonical:
-    """savanna's tensors in the canonical form of striped_hyena.py."""
+class Canonical:
+    """savanna's tensors in the canonical form of striped_hyena.py.
 
-    layer_0_only = False
+    Args:
+      layer_0_only: see striped_hyena.Tensors.
+    """
+
     shared_bytes = 0
 
-    def __init__(self, files: SavannaFiles):
+    def __init__(self, files: SavannaFiles | MegatronFiles, *, layer_0_only: bool = False):
+        self.layer_0_only = layer_0_only
         self._files = files
         self._names = {}
         self.tensors = {}
@@ -111,7 +116,7 @@ class _Canonical:
         return lengths.pop() if lengths else None
 
 
-def _fp8_states(files: SavannaFiles, pattern: str) -> dict[int, fp8_states.State]:
+def _fp8_states(files: SavannaFiles | MegatronFiles, pattern: str) -> dict[int, fp8_states.State]:
     """The FP8 scaling of the hyena layers' input projections, by layer."""
     states = {i: _extra_state(i) for i, letter in enumerate(pattern) if letter != "*"}
     ranks = [file for file in files.files if not isinstance(file, Float32File)]
@@ -136,7 +141,7 @@ class SavannaSource(StripedHyenaSource):
     def __init__(self, path: str | os.PathLike, *, legacy: bool = False, float32: bool = False):
         self.files = SavannaFiles(path, legacy=legacy, float32=float32)
         try:
-            canonical = _Canonical(self.files)
+            canonical = Canonical(self.files)
         except UserError as error:
             raise UserError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from error
         super().__init__(canonical, str(path))
@@ -370,7 +375,7 @@ def _extended(
 
 
 def _pieces(
-    files: SavannaFiles, name: str, start: int, stop: int | None
+    files: SavannaFiles | MegatronFiles, name: str, start: int, stop: int | None
 ) -> Iterator[tuple[int, int, np.ndarray]]:
     """Yields (first row, last row + 1, rows) of a stored tensor, a bounded number of bytes at a time."""
     info = files.tensors[name]
