@@ -75,7 +75,8 @@ class Linear(nn.Module):
       names: logical names of the kernel's axes (in_shape + out_shape); sharding.RULES maps them to mesh axes.
       gain: factor on the standard deviation of the initialisation, 1 / sqrt(fan-in).
       fp8: whether the product is computed in FP8 (ops.fp8). Its scales are the parameter `fp8_scales`, of the input and
-        of the kernel; 0 means current scaling. They are not trained.
+        of the kernel; 0 means current scaling. They are not trained. In a training step the collection `fp8` holds the
+        scale of the gradient and the history that the next scales are made from (training.fp8_scaling).
     """
 
     in_shape: tuple[int, ...]
@@ -92,9 +93,8 @@ class Linear(nn.Module):
         kernel = named_param(self, "kernel", init, self.names, self.in_shape + self.out_shape)
         gathered = sharding.gathered(kernel.astype(x.dtype), self.names)
         if self.fp8:
-            scales = named_param(self, "fp8_scales", nn.initializers.zeros, (None,), (2,))
             multiply = functools.partial(_contract, num_in=num_in, accumulate="float32")
-            y = fp8.product(multiply, x, gathered, scales)
+            y = fp8.product(multiply, x, gathered, *self._scaling())
         else:
             y = _contract(x, gathered, num_in)
         if self.bias:
@@ -107,6 +107,15 @@ class Linear(nn.Module):
             update = _contract(low_rank, sharding.gathered(b, (None, *self.names[num_in:])), 1)
             y += update * jax.lax.stop_gradient(scale)
         return y
+
+    @nn.nowrap
+    def _scaling(self) -> tuple[Float[Array, "3"], Float[Array, "3"]]:
+        """The scales of the input, the kernel and the gradient, and where a step records their magnitudes."""
+        scales = named_param(self, "fp8_scales", nn.initializers.zeros, (None,), (2,)).astype(jnp.float32)
+        if not self.has_variable(fp8.COLLECTION, "history"):
+            return jnp.append(scales, 0.0), jnp.zeros(3)
+        gradient, history = (self.get_variable(fp8.COLLECTION, name) for name in ("gradient_scale", "history"))
+        return jnp.append(scales, gradient), history[0]
 
 
 def _contract(x: Array, kernel: Array, num_in: int, accumulate: str | None = None) -> Array:

@@ -101,7 +101,7 @@ def _scanned(stage: Stage, remat: str) -> nn.Module:
         raise UserError(f"remat {remat!r}: expected one of {', '.join(REMAT)}")
     scanned: Any = nn.scan(
         _Period,
-        variable_axes={"params": 0, "lora": 0, "losses": 0, "activations": 0},
+        variable_axes={"params": 0, "lora": 0, "fp8": 0, "losses": 0, "activations": 0},
         split_rngs={"params": True},
         in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast),
         length=stage.repeat,

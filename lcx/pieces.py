@@ -36,7 +36,7 @@ from jaxtyping import Array, Int
 from lcx import mixers, sharding
 from lcx.errors import UserError
 from lcx.model import Decoder, layers
-from lcx.ops import dispatch
+from lcx.ops import dispatch, fp8
 
 Tree = Any
 PieceFn = Callable[[Tree, Tree, dict[str, Array]], tuple[Tree, Tree]]
@@ -326,7 +326,7 @@ def _group_backward(
         d_weights, d_before = pull((d_sums, d_state))
         if carry == "stop":
             d_before = _zeros(d_before)
-        return (jax.tree.map(jnp.add, d_moving, d_weights), d_before), None
+        return (fp8.accumulated(d_moving, d_weights), d_before), None
 
     (d_moving, d_state), _ = jax.lax.scan(one, (d_moving, d_state), (borders, numbers), reverse=True)
     return d_moving, d_state, grown

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from lcx import hub
 from lcx.convert.core.format import Format, TrainedFormat
-from lcx.convert.evo2.format import Savanna, Vortex
+from lcx.convert.evo2.format import Megatron, Savanna, Vortex
 from lcx.convert.hf.format import HuggingFace
 from lcx.convert.lolcats.files import Lolcats
 from lcx.convert.lolcats.format import LolcatsFiles, LolcatsFolder
@@ -36,6 +36,7 @@ FORMATS: tuple[Format, ...] = (
     ),
     Savanna("savanna_legacy_fp32", "savanna with both", legacy=True, float32=True, writes=False),
     Vortex(),
+    Megatron(),
     LOLCATS,
     TwoMambaFolder(),
     PeftAdapter(),

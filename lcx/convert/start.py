@@ -5,10 +5,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 
 from lcx import extend, hub
 from lcx.convert import formats
 from lcx.convert.core.format import Format
+from lcx.convert.core.model_source import fp8_scaling
 from lcx.convert.peft import start as peft_start
 from lcx.lora import LoRA
 from lcx.model import Decoder
@@ -22,6 +24,7 @@ class Start:
       model: a Decoder (or some of its layers) with its context extended, computing in float32.
       params: in the stored dtypes.
       carried: settings of its config.json that the Decoder does not hold (ids of special tokens).
+      fp8_scaling: histories of FP8 scales that the checkpoint holds (model_source.fp8_scaling).
       lora, pairs: with an adapter, the LoRA settings and the `lora` collection to continue training from. Without one,
         the settings that were passed in, and None.
     """
@@ -31,6 +34,7 @@ class Start:
     carried: dict[str, Any]
     lora: LoRA | None = None
     pairs: dict[str, Any] | None = None
+    fp8_scaling: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 def start(
@@ -56,7 +60,9 @@ def start(
 
     if adapter is None:
         model, params = reader.load(path, dtype=None, mesh=mesh, change=change)
-        return Start(model.clone(dtype="float32", parent=None), params, _carried(reader, path), lora)
+        source = reader.open(path)  # of the step that `load` has read
+        carried, histories = dict(source.carried), fp8_scaling(source)
+        return Start(model.clone(dtype="float32", parent=None), params, carried, lora, fp8_scaling=histories)
     scaled = rope_scaling is not None or context_length is not None
 
     def with_adapter() -> Start:
@@ -66,7 +72,7 @@ def start(
         model, params, pairs, settings = peft_start.start(
             source, adapter, mesh=mesh, lora=lora, scaled=scaled
         )
-        return Start(model, params, carried, settings, pairs)
+        return Start(model, params, carried, settings, pairs, fp8_scaling(source))
 
     return reader.read(path, with_adapter)
 
@@ -75,8 +81,3 @@ def model_at(path: str, format: str | Format | None = None) -> Decoder:
     """The model at `path`, without its parameters. Raises UserError when it cannot be read."""
     path = hub.local(path)
     return formats.reader(path, format, where="Trainer.init_format").open(path).model
-
-
-def _carried(reader: Format, path: str) -> dict[str, Any]:
-    """Settings carried over from config.json, of the step that `reader.load` has read."""
-    return dict(reader.open(path).carried)

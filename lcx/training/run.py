@@ -9,6 +9,7 @@ from lcx import model as model_lib
 from lcx.lora import LoRA
 from lcx.model import Decoder
 from lcx.optim import AdamW
+from lcx.training import fp8_scaling
 from lcx.training import step as train_step
 from lcx.training.step import State
 
@@ -64,5 +65,5 @@ def prepared(
     if stored is not None:
         weights["params"] = train_step.kept(weights["params"], trains["params"], stored)
     built = optimizer.build(train_step.moving(weights, trains), steps)
-    abstract = train_step.abstract_state(weights, built, mesh, trains)
+    abstract = train_step.abstract_state(weights, built, mesh, trains) | fp8_scaling.abstract(model, mesh)
     return Run(model, built, trains, abstract, lora)

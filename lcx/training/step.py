@@ -4,6 +4,7 @@ The state is a plain dict; each entry is an item of the checkpoint:
 
     params      the model's parameters: float32 if they train, else in the dtype in which they are stored
     lora        with LoRA only: the low-rank matrices. Of the params, only those that LoRA.beside matches train too
+    fp8         with projections in FP8 only: what their next scales are made from (training.fp8_scaling)
     opt_state   the optimizer's state, sharded over the mesh like the parameters it belongs to
 """
 
@@ -20,14 +21,15 @@ from jax.sharding import Mesh
 from lcx import sharding
 from lcx.model import Decoder
 from lcx.multihost.agreement import all_compiled
+from lcx.ops.fp8 import accumulated
 from lcx.optim import combine, partition, plateau_scale
-from lcx.training import memory
+from lcx.training import fp8_scaling, memory
 
 State = dict[str, Any]
 
 
 def weights_of(state: State) -> State:
-    """The weights in a state (params, lora), without the optimizer's state."""
+    """The weights in a state (params, lora), without the optimizer's state and the history of FP8 scales."""
     return {name: state[name] for name in ("params", "lora") if name in state}
 
 
@@ -132,8 +134,8 @@ def make_step(
     """
     trains = all_trains(abstract) if trains is None else trains
 
-    def sums(moving, still, batch):
-        loss, *rest = objective(model, combine(moving, still), batch)
+    def sums(moving, recording, still, batch):
+        loss, *rest = objective(model, combine(moving, still) | recording, batch)
         return (
             loss,
             rest,
@@ -141,8 +143,10 @@ def make_step(
 
     def step(state: State, batch: dict[str, jax.Array], number: jax.Array):
         moving, still = partition(weights_of(state), trains)
-        gradient = functools.partial(jax.value_and_grad(sums, has_aux=True), moving, still)
-        (loss, (weight, *parts)), grads = accumulate(gradient, micro_batches(batch, accumulation))
+        recording = fp8_scaling.of(state)
+        gradient = jax.value_and_grad(sums, argnums=(0, 1), has_aux=True)
+        gradient = functools.partial(gradient, moving, recording, still)
+        (loss, (weight, *parts)), (grads, recorded) = accumulate(gradient, micro_batches(batch, accumulation))
         total = jnp.where(weight > 0, weight, 1.0)  # a batch that is entirely masked has loss 0, not NaN
         grads = jax.tree.map(lambda g: g / total.astype(g.dtype), grads)
         updates, opt_state = optimizer.update(grads, state["opt_state"], moving)
@@ -154,7 +158,8 @@ def make_step(
             **{name: part / total for named in parts for name, part in named.items()},
         }
         moved = combine(optax.apply_updates(moving, updates), still)
-        return {**moved, "opt_state": opt_state}, metrics
+        moved["params"], scaling = fp8_scaling.after_step(moved["params"], recording, recorded)
+        return {**moved, **scaling, "opt_state": opt_state}, metrics
 
     out = jax.tree.map(lambda x: x.sharding, abstract)
     return jax.jit(step, donate_argnums=0, out_shardings=(out, None))
@@ -186,12 +191,15 @@ def micro_batches(batch: dict[str, jax.Array], count: int) -> dict[str, jax.Arra
 
 
 def accumulate(function: Callable, micro: dict[str, jax.Array]) -> Any:
-    """The sum of `function`'s results (a tree of arrays) over the leading axis of the micro-batches."""
+    """The sum of `function`'s results (a tree of arrays) over the leading axis of the micro-batches.
+
+    Of magnitudes that FP8 products record it is the largest (ops.fp8.accumulated).
+    """
     one = jax.tree.map(lambda x: x[0], micro)
     if jax.tree.leaves(micro)[0].shape[0] == 1:
         return function(one)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function, one))
-    return jax.lax.scan(lambda total, one: (jax.tree.map(jnp.add, total, function(one)), None), zeros, micro)[
+    return jax.lax.scan(lambda total, one: (accumulated(total, function(one)), None), zeros, micro)[
         0
     ]
 

@@ -56,6 +56,14 @@ class ModelSource(Protocol):
         ...
 
 
+def fp8_scaling(source: ModelSource) -> Mapping[str, np.ndarray]:
+    """What a source holds of the histories of FP8 scales: {path: array}, as `training.fp8_scaling` names them.
+
+    Only checkpoints of training runs hold any.
+    """
+    return getattr(source, "fp8_scaling", {})
+
+
 def leaf_shapes(model: Decoder | Layers) -> dict[str, rules.Shape]:
     """path -> shape of every parameter."""
     return dict(parameters.leaf_shapes(model))

@@ -1,4 +1,4 @@
-"""The formats of Evo 2: "savanna" (training) and "vortex" (inference), torch files without a config.json."""
+"""The formats of Evo 2: "savanna" (training), "vortex" (inference) and "megatron" (bionemo), without a config.json."""
 
 import dataclasses
 import json
@@ -111,6 +111,31 @@ class Vortex(_Evo2):
         from lcx.convert.evo2 import vortex
 
         return vortex.check_written(folder, tensors)
+
+
+@dataclasses.dataclass(frozen=True)
+class Megatron(_Evo2):
+    """Megatron's distributed checkpoints of Evo 2, as bionemo trains it."""
+
+    name: str = "megatron"
+    help: str = "Evo 2 in bionemo's distributed checkpoints (torch_dist, zarr)"
+    writes: bool = False
+
+    def detect(self, path, names):
+        known = ".metadata" in names or "weights" in names
+        if not known and not any(name.startswith(("iter_", "module.", "decoder.", "embedding.")) for name in names):
+            return False
+        from lcx.convert.evo2 import megatron_files
+
+        return megatron_files.find(path) is not None
+
+    def open(self, path):
+        from lcx.convert.evo2.megatron import MegatronSource
+
+        return MegatronSource(path)
+
+    def may_replace(self, folder):
+        return False
 
 
 def _has_parts(path: pathlib.Path, names) -> bool:

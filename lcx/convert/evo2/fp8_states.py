@@ -1,10 +1,11 @@
-"""Scales of FP8 projections in Transformer Engine's extra states (`..._extra_state` in a checkpoint).
+"""Scales of FP8 projections and their histories, in Transformer Engine's extra states (`..._extra_state` in a checkpoint).
 
-An extra state is a pickled dict with `scale_fwd` (of the input, the weight and the output), `amax_history_fwd` and
-others, as raw bytes or as a file of torch.save, by version. It is read with an allow list: tensors are rebuilt by
+An extra state is a pickled dict with `scale_fwd` (of the input, the weight and the output), `amax_history_fwd`, the same
+of the gradients (`scale_bwd`, ...) and others, as raw bytes or as a file of torch.save, by version. It is read with an allow list: tensors are rebuilt by
 torch's restricted loader, other objects are replaced by stand-ins, and nothing in it is executed.
 """
 
+import dataclasses
 import io
 import logging
 import pickle
@@ -14,12 +15,15 @@ from typing import Any
 
 import numpy as np
 
+from lcx.convert.core.model_source import ModelSource, fp8_scaling
 from lcx.convert.evo2.weight_files import Found, WeightFile, beside, wants_fp8
 from lcx.errors import UserError
 
 log = logging.getLogger(__name__)
 HISTORY = 16
 E4M3_MAX = 448.0
+# of a model's parameters, and of what training keeps beside them (training.fp8_scaling)
+SCALES, HISTORIES, GRADIENT_SCALE = "fp8_scales", "history", "gradient_scale"
 _INPUT, _WEIGHT = 0, 1
 _HARMLESS = re.compile(
     r"(transformer_engine|numpy|enum|collections)\..*|builtins\.(getattr|set|frozenset|slice|complex|range)"
@@ -75,10 +79,26 @@ def _storage(data: bytes) -> Any:
     return torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
 
 
-def scales(data: bytes | None) -> tuple[float, float] | None:
-    """(scale of the input, scale of the weight) of an extra state; None if it is empty.
+@dataclasses.dataclass(frozen=True)
+class State:
+    """The scaling of one projection.
 
-    A scale that is no positive number is returned as 0, which means current scaling.
+    Attributes:
+      scales: of the input and the weight; 0 where none is stored, which means current scaling.
+      gradient_scale: of the gradient; 1 is Transformer Engine's initial value.
+      history: [16, 3], the largest magnitudes of input, weight and gradient in the last steps.
+    """
+
+    scales: tuple[float, float]
+    gradient_scale: float = 1.0
+    history: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros((HISTORY, 3), np.float32))
+
+
+def read(data: bytes | None) -> State | None:
+    """The scaling in an extra state; None if it is empty.
+
+    A scale that is no positive number is returned as 0, which means current scaling. A history of another length is cut
+    or filled up with zeros at its end, as Transformer Engine does.
 
     Raises:
       UserError: it is not an extra state that can be read safely.
@@ -87,20 +107,29 @@ def scales(data: bytes | None) -> tuple[float, float] | None:
         return None
     try:
         state = _torch_file(data) if data[:2] == b"PK" else _Unpickler(io.BytesIO(data)).load()
-        if state is None:
+        if not isinstance(state, dict) or state.get("scale_fwd") is None:
             return None
-        found = state.get("scale_fwd") if isinstance(state, dict) else None
-        if found is None:
-            return None
-        values = np.asarray(found.detach().float().cpu().numpy(), np.float32).reshape(-1)
-        pair = values[_INPUT], values[_WEIGHT]
+        scales = _numbers(state["scale_fwd"]).reshape(-1)[[_INPUT, _WEIGHT]]
+        backward = _numbers(state.get("scale_bwd")).reshape(-1)[:1]
+        history = np.zeros((HISTORY, 3), np.float32)
+        for name, columns in (("amax_history_fwd", (0, 2)), ("amax_history_bwd", (2, 3))):
+            stored = _numbers(state.get(name))
+            if stored.ndim == 2:
+                rows = stored[:HISTORY, : columns[1] - columns[0]]
+                history[: len(rows), slice(*columns)] = rows
     except MemoryError:
         raise
     except Exception as error:  # an unpickler raises a dozen kinds of error on damaged or hostile input
         reason = " ".join(str(error).split())[:120] or type(error).__name__
         raise UserError(f"is not a state of Transformer Engine that can be read safely ({reason})") from error
-    input_scale, weight_scale = (float(x) if np.isfinite(x) and x > 0 else 0.0 for x in pair)
-    return input_scale, weight_scale
+    pair = tuple(float(x) if np.isfinite(x) and x > 0 else 0.0 for x in scales)
+    usable = [float(x) for x in backward if np.isfinite(x) and x > 0]
+    return State((pair[0], pair[1]), usable[0] if usable else 1.0, history)
+
+
+def _numbers(value: Any) -> np.ndarray:
+    """A tensor of an extra state; no numbers if it has none there."""
+    return np.zeros(0, np.float32) if value is None else value.detach().float().cpu().numpy()
 
 
 def _torch_file(data: bytes) -> Any:
@@ -113,53 +142,67 @@ def _torch_file(data: bytes) -> Any:
         return torch.load(file, map_location="cpu", weights_only=True)
 
 
-def state_of(input_scale: float, weight_scale: float) -> bytes:
-    """The extra state with these scales, in the form of Transformer Engine 1.x, which later versions read too.
+def written(state: State) -> bytes:
+    """The extra state, in the form of Transformer Engine 1.x, which later versions read too.
 
-    A scale of 0 is written as 1, Transformer Engine's initial value.
+    A scale of 0 is written as 1, Transformer Engine's initial value. In a history without the magnitude that a scale
+    follows from, row 0 gets it, so that the scale outlasts the first steps of a run.
     """
     import torch
 
-    forward = torch.tensor([input_scale or 1.0, weight_scale or 1.0, 1.0], dtype=torch.float32)
-    history = torch.zeros(HISTORY, 3)
-    for i, scale in enumerate((input_scale, weight_scale)):
-        history[0, i] = E4M3_MAX / scale if scale else 0.0
-    backward = torch.ones(2)
-    state = {
+    history = np.array(state.history, np.float32)
+    for i, scale in enumerate(state.scales):
+        if scale and not history[:, i].any():
+            history[0, i] = E4M3_MAX / scale
+    forward = torch.tensor([state.scales[0] or 1.0, state.scales[1] or 1.0, 1.0], dtype=torch.float32)
+    backward = torch.tensor([state.gradient_scale, 1.0], dtype=torch.float32)
+    no_result = np.zeros((HISTORY, 1), np.float32)
+    state_dict = {
         "scale_fwd": forward,
         "scale_inv_fwd": 1 / forward,
-        "amax_history_fwd": history,
+        "amax_history_fwd": torch.tensor(np.concatenate([history[:, :2], no_result], axis=1)),
         "scale_bwd": backward,
         "scale_inv_bwd": 1 / backward,
-        "amax_history_bwd": torch.zeros(HISTORY, 2),
+        "amax_history_bwd": torch.tensor(np.concatenate([history[:, 2:], no_result], axis=1)),
         "extra_fp8_variables": {"num_gemms": 1},
     }
-    return pickle.dumps(state)
+    return pickle.dumps(state_dict)
+
+
+def of_repeat(source: ModelSource, path: str, repeat: int) -> State:
+    """The scaling of one layer's projection: `path` is that of the module, `repeat` its place in the stack."""
+    index = (slice(repeat, repeat + 1), slice(0, 2))
+    scales = source.read(f"{path}/{SCALES}", index)[0].tolist()
+    stored = fp8_scaling(source)
+    if f"{path}/{HISTORIES}" not in stored:
+        return State((scales[0], scales[1]))
+    gradient = float(stored[f"{path}/{GRADIENT_SCALE}"][repeat])
+    return State((scales[0], scales[1]), gradient, stored[f"{path}/{HISTORIES}"][repeat])
 
 
 def of_layers(
     files: Sequence[WeightFile], states: Mapping[int, str], wanted: bool | None, where: str
-) -> dict[int, np.ndarray]:
-    """{layer: (scale of the input, scale of the weight)} of a checkpoint; {} if its projections are not in FP8.
+) -> dict[int, State]:
+    """{layer: scaling} of a checkpoint; {} if its projections are not in FP8.
 
     They are in FP8 if the configuration says so, or if it does not say and a state holds scales.
 
     Args:
-      files: the model-parallel ranks; of several scales the smallest is taken, which clips nothing.
+      files: the model-parallel ranks; of several scales the smallest is taken, which clips nothing, and of several
+        histories the largest magnitudes.
       states: the name of the extra state of each layer with such a projection.
       wanted: what the configuration says; None: nothing.
     """
-    found, unreadable = dict[int, tuple[float, float]](), list[str]()
+    found, unreadable = dict[int, State](), list[str]()
     for layer, name in states.items():
         try:
-            states_of_ranks = [file.extra_state(name) for file in files if name in file.extra_states]
-            pairs = [pair for state in states_of_ranks if (pair := scales(state))]
+            stored = [file.extra_state(name) for file in files if name in file.extra_states]
+            ranks = [state for data in stored if (state := read(data))]
         except UserError as error:
             unreadable.append(f"{name} {error}")
             continue
-        if pairs:
-            input_scale, weight_scale = (min(filter(None, one), default=0.0) for one in zip(*pairs, strict=True))
-            found[layer] = input_scale, weight_scale
+        if ranks:
+            found[layer] = _merged(ranks)
     if unreadable:
         log.warning(
             "%s: %d FP8 states are not read, and their scales not used: %s", where, len(unreadable), unreadable[0]
@@ -168,15 +211,22 @@ def of_layers(
         if found:
             log.info("%s: the configuration switches FP8 off; the scales of %d layers are not used", where, len(found))
         return {}
-    stored = sum(bool(pair[0] and pair[1]) for pair in found.values())
+    with_scales = sum(all(state.scales) for state in found.values())
     log.info(
         "%s: the input projections of %d layers are in FP8, %d with stored scales (input_projections='plain' leaves "
         "FP8 out)",
         where,
         len(states),
-        stored,
+        with_scales,
     )
-    return {layer: np.array(found.get(layer, (0.0, 0.0)), np.float32) for layer in states}
+    return {layer: found.get(layer, State((0.0, 0.0))) for layer in states}
+
+
+def _merged(ranks: Sequence[State]) -> State:
+    pairs = [state.scales for state in ranks]
+    input_scale, weight_scale = (min(filter(None, one), default=0.0) for one in zip(*pairs, strict=True))
+    gradient = min(state.gradient_scale for state in ranks)
+    return State((input_scale, weight_scale), gradient, np.max([state.history for state in ranks], axis=0))
 
 
 def configured(found: Found, counters: Mapping[str, Any]) -> bool | None:

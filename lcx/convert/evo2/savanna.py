@@ -23,6 +23,7 @@ from lcx.convert.core import model_source, rules
 from lcx.convert.core.format import check_same
 from lcx.convert.core.model_source import ModelSource
 from lcx.convert.evo2 import fp8_states, savanna_files, striped_hyena, weight_files
+from lcx.convert.evo2.megatron_files import MegatronFiles
 from lcx.convert.evo2.savanna_files import SavannaFiles
 from lcx.convert.evo2.striped_hyena import FILTER, LIVE_TAPS, PROJECTION, SCALES, StripedHyenaSource
 from lcx.convert.evo2.zero import Float32File
@@ -43,14 +44,18 @@ _FLOAT32 = np.dtype(np.float32)
 _STEP = "global_step0"
 
 
-class _Canonical:
-    """savanna's tensors in the canonical form of striped_hyena.py."""
+class Canonical:
+    """savanna's tensors in the canonical form of striped_hyena.py.
 
-    layer_0_only = False
+    Args:
+      layer_0_only: see striped_hyena.Tensors.
+    """
+
     interpolation = None  # a setting of the run, not of its files
     shared_bytes = 0
 
-    def __init__(self, files: SavannaFiles):
+    def __init__(self, files: SavannaFiles | MegatronFiles, *, layer_0_only: bool = False):
+        self.layer_0_only = layer_0_only
         self._files = files
         self._names = {}
         self.tensors = {}
@@ -64,7 +69,8 @@ class _Canonical:
             known = f"{found.group(1)}.weight" if found else name
             known = finals.get(known, known)
             self._names[known], self.tensors[known] = name, self._shaped(name, info)
-        self._scales = _scales(files, pattern)
+        self.fp8_states = _fp8_states(files, pattern)
+        self._scales = striped_hyena.scales_of(self.fp8_states)
         self.tensors |= {name: TensorInfo(pair.dtype, pair.shape) for name, pair in self._scales.items()}
         self.inv_freq = self._frequencies()
         self.length = self._length()
@@ -111,15 +117,14 @@ class _Canonical:
         return lengths.pop() if lengths else None
 
 
-def _scales(files: SavannaFiles, pattern: str) -> dict[str, np.ndarray]:
-    """The FP8 scales of the hyena layers' input projections, under their canonical names."""
+def _fp8_states(files: SavannaFiles | MegatronFiles, pattern: str) -> dict[int, fp8_states.State]:
+    """The FP8 scaling of the hyena layers' input projections, by layer."""
     states = {i: _extra_state(i) for i, letter in enumerate(pattern) if letter != "*"}
     ranks = [file for file in files.files if not isinstance(file, Float32File)]
     if not ranks:
         return {}
     wanted = fp8_states.configured(files.found[0], ranks[0].counters)
-    found = fp8_states.of_layers(ranks, states, wanted, files.where)
-    return {striped_hyena.prefix(i) + SCALES: pair for i, pair in found.items()}
+    return fp8_states.of_layers(ranks, states, wanted, files.where)
 
 
 def _extra_state(layer: int) -> str:
@@ -137,7 +142,7 @@ class SavannaSource(StripedHyenaSource):
     def __init__(self, path: str | os.PathLike, *, legacy: bool = False, float32: bool = False):
         self.files = SavannaFiles(path, legacy=legacy, float32=float32)
         try:
-            canonical = _Canonical(self.files)
+            canonical = Canonical(self.files)
         except UserError as error:
             raise UserError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from error
         super().__init__(canonical, str(path))
@@ -304,8 +309,8 @@ def entries_of(source: ModelSource, dtype: np.dtype | None) -> dict[str, _Entry]
     for i, layer in enumerate(found):
         head = striped_hyena.prefix(i)
         if layer.letter != "*" and layer.block.mixer.fp8 and _extra_state(i) not in entries:
-            pair = read_repeat(source, f"{layer.path}/mixer/in_proj/fp8_scales", layer.repeat)
-            entries[_extra_state(i)] = _whole(np.frombuffer(fp8_states.state_of(*pair.tolist()), np.uint8))
+            state = fp8_states.of_repeat(source, f"{layer.path}/mixer/in_proj", layer.repeat)
+            entries[_extra_state(i)] = _whole(np.frombuffer(fp8_states.written(state), np.uint8))
         if layer.letter == "*" and frequencies is not None:
             stored = source.inv_freq if isinstance(source, SavannaSource) else None
             # Unchanged frequencies are copied in the dtype in which they are stored.
@@ -371,7 +376,7 @@ def _extended(
 
 
 def _pieces(
-    files: SavannaFiles, name: str, start: int, stop: int | None
+    files: SavannaFiles | MegatronFiles, name: str, start: int, stop: int | None
 ) -> Iterator[tuple[int, int, np.ndarray]]:
     """Yields (first row, last row + 1, rows) of a stored tensor, a bounded number of bytes at a time."""
     info = files.tensors[name]

@@ -30,7 +30,6 @@ from lcx.convert.evo2.striped_hyena import (
     FILTER,
     LIVE_TAPS,
     PROJECTION,
-    SCALES,
     SHORT_FILTER,
     prefix,
 )
@@ -110,8 +109,8 @@ class _Canonical:
         for name, theirs in self._poles.items():
             self.tensors[name] = TensorInfo(_FLOAT32, file.tensors[theirs].shape[:2])
         states = {i: f"blocks.{i}.{_FP8}" for i, letter in enumerate(letters) if letter != "*"}
-        scales = fp8_states.of_layers([file], states, fp8, str(file.path))
-        self._scales = {prefix(i) + SCALES: pair for i, pair in scales.items()}
+        self.fp8_states = fp8_states.of_layers([file], states, fp8, str(file.path))
+        self._scales = striped_hyena.scales_of(self.fp8_states)
         self.tensors |= {name: TensorInfo(pair.dtype, pair.shape) for name, pair in self._scales.items()}
         self.inv_freq = self._frequencies(letters)
         self._refuse_others(letters)
@@ -288,7 +287,8 @@ def _plan(source: ModelSource, dtype: np.dtype | None) -> tuple[dict[str, Tensor
         if layer.letter == "*" and frequencies is not None:
             makers[f"blocks.{i}.{_INV_FREQ}"] = "", frequencies.shape, lambda: frequencies
         if layer.letter != "*" and layer.block.mixer.fp8:
-            state = np.frombuffer(fp8_states.state_of(*tensor(prefix(i) + SCALES).tolist()), np.uint8)
+            scaling = fp8_states.of_repeat(source, f"{layer.path}/mixer/in_proj", layer.repeat)
+            state = np.frombuffer(fp8_states.written(scaling), np.uint8)
             makers[f"blocks.{i}.{_FP8}"] = "", state.shape, functools.partial(np.copy, state)
     infos = {}
     for theirs, (name, shape, _) in makers.items():

@@ -75,6 +75,51 @@ class Pieces:
         return f"{self.paths[0]} and {len(self.paths) - 1} more pieces"
 
 
+@dataclasses.dataclass(frozen=True)
+class Region:
+    """Bytes start, ..., start + length - 1 of a file, which are a file of their own."""
+
+    path: pathlib.Path
+    start: int
+    length: int
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    def __str__(self) -> str:
+        return f"{self.path} at byte {self.start}"
+
+
+File = pathlib.Path | Pieces | Region
+
+
+class _RegionReader(io.RawIOBase):
+    def __init__(self, region: Region):
+        self._file = open(region.path, "rb", buffering=0)  # noqa: SIM115 (see close)
+        self._region, self._at = region, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset + (0, self._at, self._region.length)[whence]
+        return self._at
+
+    def readinto(self, buffer) -> int:
+        part = memoryview(buffer)[: max(self._region.length - self._at, 0)]
+        count = os.preadv(self._file.fileno(), [part], self._region.start + self._at) if part else 0
+        self._at += count
+        return count
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
 class _PiecesReader(io.RawIOBase):
     def __init__(self, pieces: Pieces):
         self._files = [open(path, "rb", buffering=0) for path in pieces.paths]  # noqa: SIM115 (see close)
@@ -108,14 +153,14 @@ class _PiecesReader(io.RawIOBase):
         super().close()
 
 
-def open_binary(path: pathlib.Path | Pieces) -> io.RawIOBase:
-    """Opens the file, or the pieces as one file, for unbuffered reading."""
+def open_binary(path: File) -> io.RawIOBase:
+    """Opens the file, the pieces as one file, or a region as a file, for unbuffered reading."""
+    if isinstance(path, Region):
+        return _RegionReader(path)
     return _PiecesReader(path) if isinstance(path, Pieces) else open(path, "rb", buffering=0)
 
 
-def read_array(
-    path: pathlib.Path | Pieces, offset: int, dtype: np.dtype, shape: tuple[int, ...]
-) -> np.ndarray:
+def read_array(path: File, offset: int, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
     """Reads the array of this dtype and shape that starts at byte `offset` of the file.
 
     Raises:

@@ -65,7 +65,8 @@ class TorchFile:
     """One file with a dict of tensors (or {"state_dict": dict of tensors}, or {"model_state_dict": ...}).
 
     Args:
-      path: the file, or the pieces that it was split into.
+      path: the file, the pieces that it was split into, or a region of a file, which may hold one bare tensor: it is
+        named "".
       training_state: whether the dict may be the "module" entry of a trainer's state. The settings, counters and random
         states next to it are ignored. `_extra_state` entries (Transformer Engine's scales) are kept apart.
       within: the keys that lead to the tensors in a trainer's state. A list found there becomes a dict with the keys
@@ -83,13 +84,13 @@ class TorchFile:
 
     def __init__(
         self,
-        path: str | os.PathLike | tensor_io.Pieces,
+        path: str | os.PathLike | tensor_io.Pieces | tensor_io.Region,
         *,
         training_state: bool = False,
         within: tuple[str, ...] = MODULE,
         nested: bool = False,
     ):
-        self.path = path if isinstance(path, tensor_io.Pieces) else pathlib.Path(path)
+        self.path = path if isinstance(path, tensor_io.Pieces | tensor_io.Region) else pathlib.Path(path)
         try:
             records = _stored_records(self.path)
         except (
@@ -117,7 +118,7 @@ class TorchFile:
             name: _check_tensor(self.path, name, tensor, records) for name, tensor in state.items()
         }
         self.tensors = {
-            name: TensorInfo(_numpy_dtype(self.path, name, tensor.dtype), tuple(tensor.shape), self.path.name)
+            name: TensorInfo(numpy_dtype(self.path, name, tensor.dtype), tuple(tensor.shape), self.path.name)
             for name, tensor in self._state.items()
         }
         self._in_memory = records is None
@@ -151,11 +152,9 @@ class TorchFile:
         import torch
 
         value = self._extra[name]
-        if isinstance(value, _HeldBytes):
-            return value.data or None
-        if isinstance(value, bytes | bytearray):
-            return bytes(value) or None
-        if not isinstance(value, torch.Tensor) or value.dtype != torch.uint8 or not value.numel():
+        if not isinstance(value, torch.Tensor):
+            return _bytes_of(value)
+        if value.dtype != torch.uint8 or not value.numel():
             return None
         tensor = _check_tensor(self.path, name, value, self._records).contiguous()
         if self._in_memory:
@@ -164,16 +163,35 @@ class TorchFile:
         return tensor_io.read_array(self.path, offset, np.dtype(np.uint8), (tensor.numel(),)).tobytes()
 
 
+def _bytes_of(value: Any) -> bytes | None:
+    data = value.data if isinstance(value, _HeldBytes) else value
+    return bytes(data) or None if isinstance(data, bytes | bytearray) else None
+
+
+def held_bytes(region: tensor_io.Region) -> bytes | None:
+    """The bytes in a region that holds one saved io.BytesIO, bytes or uint8 tensor; None if there are none.
+
+    Raises:
+      UserError: it cannot be read without executing something.
+    """
+    import torch
+
+    value = _unpickled(region, on_meta=False, wanted=True)
+    if isinstance(value, torch.Tensor):
+        return value.numpy().tobytes() or None if value.dtype == torch.uint8 else None
+    return _bytes_of(value)
+
+
 def _weights(state: dict, within: tuple[str, ...] | None) -> dict:
     """The entries that are weights: all, or for a training state those that are no extra states."""
     return {name: value for name, value in state.items() if within is None or not name.endswith("_extra_state")}
 
 
-def _opened(path: pathlib.Path | tensor_io.Pieces) -> io.BufferedReader:
+def _opened(path: tensor_io.File) -> io.BufferedReader:
     return io.BufferedReader(tensor_io.open_binary(path))
 
 
-def _stored_records(path: pathlib.Path | tensor_io.Pieces) -> dict[int, int] | None:
+def _stored_records(path: tensor_io.File) -> dict[int, int] | None:
     """{offset of a member's data: its size} for a zip with only uncompressed members; None if it is not a zip."""
     with _opened(path) as file:
         if not zipfile.is_zipfile(file):
@@ -182,7 +200,7 @@ def _stored_records(path: pathlib.Path | tensor_io.Pieces) -> dict[int, int] | N
         return _records(path, file, size)
 
 
-def _records(path: pathlib.Path | tensor_io.Pieces, file: io.BufferedReader, size: int) -> dict[int, int]:
+def _records(path: tensor_io.File, file: io.BufferedReader, size: int) -> dict[int, int]:
     records = {}
     with zipfile.ZipFile(file) as archive:
         for member in archive.infolist():
@@ -205,7 +223,7 @@ def _records(path: pathlib.Path | tensor_io.Pieces, file: io.BufferedReader, siz
 
 
 def _load(
-    path: pathlib.Path | tensor_io.Pieces,
+    path: tensor_io.File,
     *,
     on_meta: bool,
     within: tuple[str, ...] | None,
@@ -218,12 +236,20 @@ def _load(
         shapes = _shapes(state.get("param_shapes"))
         state, counters = _descended(path, state, within)
         state = state if flat is None else flat(state)
+    if isinstance(path, tensor_io.Region) and _is_tensor(state):
+        state = {"": state}
     for wrapper in ("state_dict", "model_state_dict"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
     if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
         raise UserError(f"{path}: holds a {type(state).__name__}, expected a dict of named tensors")
     return state, counters, shapes
+
+
+def _is_tensor(value: Any) -> bool:
+    import torch
+
+    return isinstance(value, torch.Tensor)
 
 
 def _flat(state: Any) -> Any:
@@ -257,7 +283,7 @@ def plain_values(path: pathlib.Path) -> dict[Any, Any]:
     return state
 
 
-def _unpickled(path: pathlib.Path | tensor_io.Pieces, *, on_meta: bool, wanted: bool) -> Any:
+def _unpickled(path: tensor_io.File, *, on_meta: bool, wanted: bool) -> Any:
     try:
         import torch
     except ImportError as error:
@@ -280,7 +306,7 @@ def _unpickled(path: pathlib.Path | tensor_io.Pieces, *, on_meta: bool, wanted: 
 
 
 def _descended(
-    path: pathlib.Path | tensor_io.Pieces, state: dict, within: tuple[str, ...]
+    path: tensor_io.File, state: dict, within: tuple[str, ...]
 ) -> tuple[Any, dict[str, int | float]]:
     """(the value that these keys lead to, numbers found on the way); the state itself if it has no "module"."""
     found: Any = state
@@ -342,7 +368,7 @@ def _has_place(tensor: Any) -> bool:
     return not strided or hasattr(tensor.untyped_storage(), "_checkpoint_offset")
 
 
-def _check_tensor(path: pathlib.Path | tensor_io.Pieces, name: str, tensor, records: dict[int, int] | None):
+def _check_tensor(path: tensor_io.File, name: str, tensor, records: dict[int, int] | None):
     import torch
 
     if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.is_quantized:
@@ -370,7 +396,7 @@ def _check_tensor(path: pathlib.Path | tensor_io.Pieces, name: str, tensor, reco
     return tensor
 
 
-def _numpy_dtype(path: pathlib.Path | tensor_io.Pieces, name: str, dtype) -> np.dtype:
+def numpy_dtype(path: tensor_io.File, name: str, dtype) -> np.dtype:
     import torch
 
     if dtype == torch.bfloat16:

@@ -23,7 +23,7 @@ from lcx.errors import UserError
 
 log = logging.getLogger(__name__)
 
-PARAMS, LORA, META = "params", "lora", "meta"
+PARAMS, LORA, FP8, META = "params", "lora", "fp8", "meta"
 _MOMENTS = re.compile(r".*/mu/params/(.+)")
 CARRIED = "hf_config"  # key in the meta item: settings of config.json that the Decoder does not hold
 
@@ -69,6 +69,14 @@ class LcxSource:
     def stored_run(self) -> StoredRun | None:
         """The optimizer and the schedule of the run, as this step holds them; None if it holds none for the model."""
         return training_state.read(pathlib.Path(self.where), self.leaves)
+
+    @functools.cached_property
+    def fp8_scaling(self) -> dict[str, np.ndarray]:
+        """See model_source.fp8_scaling."""
+        if FP8 not in read_record(self.where).arrays:
+            return {}
+        reader = StepReader(self.where, FP8)
+        return {"/".join(path): reader.read(path) for path in reader.arrays}
 
     def _check_pairs(self) -> None:
         """Raises UserError for a pair that belongs to no parameter: merging would silently drop its training."""
