@@ -6,16 +6,18 @@ kernels, because that would need a product of the kernel's size and its gradient
 for export.
 
     model.apply({"params": params, "lora": lora}, tokens)
-    stages_0/block_0/mixer/q_proj:  a [L, in..., R]   b [L, R, out...]   scale [L]      (L layers of the stage)
+    stages_0/block_0/mixer/q_proj:     a [L, in..., R]    b [L, R, out...]    scale [L]   (L layers of the stage)
+    stages_0/block_0/mlp/gate_proj:    a [L, E, in, R]    b [L, E, R, out]    scale [L]   (of E experts)
 
 Pairs are initialised as in PEFT: a uniform, b zero. `convert/peft/` reads and writes PEFT's files.
 """
 
 import dataclasses
+import functools
 import math
 import re
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -28,6 +30,7 @@ from lcx import mixers, sharding
 from lcx import model as model_lib
 from lcx.errors import UserError
 from lcx.layers import Linear
+from lcx.mlps.experts import PROJECTIONS, ExpertsMlp
 from lcx.model import Decoder
 from lcx.parameters import leaf_paths
 from lcx.wording import quantity
@@ -43,9 +46,9 @@ class LoRA:
       rank: R, the inner dimension of a pair.
       alpha: the update is scaled by alpha / rank, so that its size does not depend on the rank.
       targets: a regular expression, searched for anywhere in a path such as "stages_0/block_0/mixer/q_proj". It
-        can select every projection that is an lcx.layers.Linear, in your own mixers and MLPs too. The default selects
-        every projection of every mixer: q, k, v, o of attention, in_proj and out_proj of Hyena, all of
-        Mamba-2 and 2Mamba. "_proj" also selects those of the MLPs.
+        can select every projection that is an lcx.layers.Linear, in your own mixers and MLPs too, and those of experts,
+        which get a pair for each expert. The default selects every projection of every mixer: q, k, v, o of attention,
+        in_proj and out_proj of Hyena, all of Mamba-2 and 2Mamba. "_proj" also selects those of the MLPs and experts.
       beside: a regular expression; parameters whose path ("params/stages_0/block_0/mixer/feature_map_q/layer") matches
         are trained in addition to the pairs. None: no others.
     """
@@ -75,14 +78,15 @@ class LoRA:
           UserError: targets matches no projection of the model.
         """
         tree: dict[str, Any] = {}
-        for path, linear, L in self._targets(model):
-            in_names, out_names = linear.names[: len(linear.in_shape)], linear.names[len(linear.in_shape) :]
+        for target in self._targets(model):
+            into, out = target.names[: len(target.in_shape)], target.names[len(target.in_shape) :]
+            stacked, stack = ("layers", *("experts" for _ in target.stack[1:])), target.stack
             pair = {
-                "a": _struct((L, *linear.in_shape, self.rank), ("layers", *in_names, None), mesh),
-                "b": _struct((L, self.rank, *linear.out_shape), ("layers", None, *out_names), mesh),
-                "scale": _struct((L,), ("layers",), mesh),
+                "a": _struct((*stack, *target.in_shape, self.rank), (*stacked, *into, None), mesh),
+                "b": _struct((*stack, self.rank, *target.out_shape), (*stacked, None, *out), mesh),
+                "scale": _struct(stack[:1], ("layers",), mesh),
             }
-            _put(tree, path, pair)
+            _put(tree, target.path, pair)
         return tree
 
     def init(self, key: Array, model: Decoder, *, mesh: Mesh | None = None) -> dict[str, Any]:
@@ -94,9 +98,8 @@ class LoRA:
         Raises:
           UserError: targets matches no projection of the model, or the rank exceeds the widths of all it matches.
         """
-        widths = [
-            min(math.prod(linear.in_shape), math.prod(linear.out_shape)) for _, linear, _ in self._targets(model)
-        ]
+        targets = {target.path: target for target in self._targets(model)}
+        widths = [target.width for target in targets.values()]
         if self.rank > max(widths):
             raise UserError(
                 f"LoRA.rank is {self.rank}, more than the smaller side of every matrix that it adapts (at most "
@@ -105,71 +108,90 @@ class LoRA:
         abstract = self.abstract(model, mesh=mesh)
 
         def draw(key):
-            return jax.tree_util.tree_map_with_path(lambda path, leaf: self._leaf(key, path, leaf), abstract)
+            return jax.tree_util.tree_map_with_path(
+                lambda path, leaf: self._leaf(key, path, leaf, targets["/".join(k.key for k in path[:-1])]), abstract
+            )
 
         if mesh is None:
             return jax.jit(draw)(key)
         with jax.set_mesh(mesh):
             return jax.jit(draw, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract))(key)
 
-    def _leaf(self, key: Array, path: Any, leaf: jax.ShapeDtypeStruct) -> Array:
+    def _leaf(self, key: Array, path: Any, leaf: jax.ShapeDtypeStruct, target: "Target") -> Array:
         name = path[-1].key
         if name == "scale":
             return jnp.full(leaf.shape, self.alpha / self.rank, leaf.dtype)
         if name == "b":
             return jnp.zeros(leaf.shape, leaf.dtype)
-        bound = 1 / math.sqrt(math.prod(leaf.shape[1:-1]))
+        bound = 1 / math.sqrt(math.prod(target.in_shape))
         key = jax.random.fold_in(key, zlib.crc32(jax.tree_util.keystr(path).encode()))
         return jax.random.uniform(key, leaf.shape, leaf.dtype, -bound, bound)
 
     def paths(self, model: Decoder) -> list[str]:
         """Paths of the projections that get a pair, "stages_0/block_0/mixer/q_proj". Raises UserError if none does."""
-        return [path for path, _, _ in self._targets(model)]
+        return [target.path for target in self._targets(model)]
 
-    def _targets(self, model: Decoder) -> list[tuple[str, Linear, int]]:
-        linears = list(all_linears(model))
-        if not linears:
+    def _targets(self, model: Decoder) -> "list[Target]":
+        targets = all_targets(model)
+        if not targets:
             raise UserError(
                 "LoRA targets projections made of lcx.layers.Linear, and the model has none: build them of it in your "
                 "mixers and MLPs, or leave LoRA out"
             )
-        found = [entry for entry in linears if re.search(self.targets, entry[0])]
-        experts = [path for path in expert_matrices(model) if re.search(self.targets, path)]
-        if not found and experts:
-            raise UserError(
-                f"LoRA.targets {self.targets!r} matches only the matrices of experts ({experts[0]}, ...), which can "
-                "have no pairs: change LoRA.targets, for example to '/mixer/'"
-            )
+        found = [target for target in targets if re.search(self.targets, target.path)]
         if not found:
-            names = ", ".join(dict.fromkeys(path.rpartition("/")[2] for path, _, _ in linears))
+            names = ", ".join(dict.fromkeys(target.path.rpartition("/")[2] for target in targets))
             raise UserError(
                 f"LoRA.targets {self.targets!r} matches no projection of the model, which has {names} in paths such as "
-                f"{linears[0][0]}: change LoRA.targets"
+                f"{targets[0].path}: change LoRA.targets"
             )
         return found
 
 
-def all_linears(model: Decoder) -> Iterator[tuple[str, Linear, int]]:
-    """(path, module, number of layers stacked in its kernel) of every linear projection, in order of execution."""
-    found: dict[str, Linear] = {}
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A projection that can have pairs.
+
+    Attributes:
+      stack: the axes of its kernel before those of one matrix: layers [L], or layers and experts [L, E].
+      names: logical names of the axes in_shape + out_shape.
+    """
+
+    path: str
+    stack: tuple[int, ...]
+    in_shape: tuple[int, ...]
+    out_shape: tuple[int, ...]
+    names: tuple[str | None, ...]
+
+    @property
+    def width(self) -> int:
+        """The smaller side of one matrix."""
+        return min(math.prod(self.in_shape), math.prod(self.out_shape))
+
+
+def all_targets(model: Decoder) -> list[Target]:
+    """Every projection that can have pairs, made of lcx.layers.Linear or of experts, in the order of execution."""
+    found: dict[str, nn.Module] = {}
 
     def record(call, args, kwargs, context):
-        if isinstance(context.module, Linear) and context.method_name == "__call__":
+        if isinstance(context.module, Linear | ExpertsMlp) and context.method_name == "__call__":
             found["/".join(context.module.path)] = context.module
         return call(*args, **kwargs)
 
     with nn.intercept_methods(record):
         variables = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32)))
-    params = nn.meta.unbox(variables["params"])
-    for path, linear in found.items():
-        yield path, linear, _at(params, path)["kernel"].shape[0]
-
-
-def expert_matrices(model: Decoder) -> list[str]:
-    """Paths of the projections of experts, "stages_0/block_0/mlp/gate_proj": one array for all, not a Linear."""
-    end = "_proj_kernel"
-    found = (path.removeprefix("params/") for path in leaf_paths(model_lib.abstract_params(model)))
-    return [path.removesuffix("_kernel") for path in found if path.endswith(end)]
+    params = variables["params"]
+    targets = []
+    for path, module in found.items():
+        if isinstance(module, Linear):
+            stack, ends = _at(params, path)["kernel"].unbox().shape[:1], (module.in_shape, module.out_shape)
+            targets.append(Target(path, stack, *ends, module.names))
+            continue
+        for name in PROJECTIONS:
+            kernel = _at(params, path)[f"{name}_kernel"]
+            *stack, into, out = kernel.unbox().shape
+            targets.append(Target(f"{path}/{name}", tuple(stack), (into,), (out,), kernel.names[-2:]))
+    return targets
 
 
 def statement(model: Decoder, lora: Mapping[str, Any], trains: Any = None) -> str:
@@ -177,7 +199,8 @@ def statement(model: Decoder, lora: Mapping[str, Any], trains: Any = None) -> st
 
     "LoRA rank 8 on 56 matrices: Attention q_proj 14, k_proj 14, v_proj 14, o_proj 14; 0.6M parameters"
 
-    It also names the kinds of layer that can have no pairs, since nothing in them is an lcx.layers.Linear.
+    A pair of each expert counts as one. It also names the kinds of layer that can have no pairs, since nothing in them
+    is an lcx.layers.Linear.
 
     Args:
       model: the architecture.
@@ -189,17 +212,16 @@ def statement(model: Decoder, lora: Mapping[str, Any], trains: Any = None) -> st
     ranks, parameters = set(), 0
     kinds_of = _kinds(model)
     without = dict(kinds_of)
-    for path, _, L in all_linears(model):
-        owner, name = "/".join(path.split("/")[:3]), path.rpartition("/")[2]
+    for target in all_targets(model):
+        owner, name = "/".join(target.path.split("/")[:3]), target.path.rpartition("/")[2]
         without.pop(owner, None)
-        if (pair := _at(lora, path)) is None:
+        if (pair := _at(lora, target.path)) is None:
             continue
         names = counts.setdefault(kinds_of[owner], {})
-        names[name] = names.get(name, 0) + L
+        names[name] = names.get(name, 0) + math.prod(target.stack)
         ranks.add(pair["a"].shape[-1])
-        width = min(math.prod(pair["a"].shape[1:-1]), math.prod(pair["b"].shape[2:]))
-        if pair["a"].shape[-1] > width:
-            narrow[name] = width
+        if pair["a"].shape[-1] > target.width:
+            narrow[name] = target.width
         parameters += math.prod(pair["a"].shape) + math.prod(pair["b"].shape)
     total = sum(sum(names.values()) for names in counts.values())
     kinds = [
@@ -213,8 +235,6 @@ def statement(model: Decoder, lora: Mapping[str, Any], trains: Any = None) -> st
         line += f"; the rank exceeds the smaller side of {sides}"
     if without:
         line += f"; none in {', '.join(dict.fromkeys(without.values()))}, which has no lcx.layers.Linear"
-    if experts := dict.fromkeys(path.rpartition("/")[2] for path in expert_matrices(model)):
-        line += f"; none on the matrices of experts ({', '.join(experts)})"
     return line if trains is None else line + _beside(model, trains)
 
 
@@ -262,33 +282,37 @@ def merge(params: Mapping[str, Any], lora: Mapping[str, Any]) -> dict[str, Any]:
     return _merged(params, lora, ())
 
 
-def _merged(params: Any, lora: Mapping[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
-    if set(lora) == set(LEAVES) and "kernel" in params:
-        pair = lora["a"], lora["b"], lora["scale"]
-        return {**params, "kernel": _merged_kernel("/".join(path), params["kernel"], *pair)}
-    unknown = [
-        name for name in lora if not isinstance(params, Mapping) or not isinstance(params.get(name), Mapping)
-    ]
-    if unknown:
-        found = f"the lora collection has {'/'.join((*path, unknown[0]))}"
-        raise UserError(f"{found}, which is not a projection of these params: merge it with its own model")
-    return {name: _merged(x, lora[name], (*path, name)) if name in lora else x for name, x in params.items()}
+def _merged(params: Mapping[str, Any], lora: Mapping[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
+    new = dict(params)
+    for name, below in lora.items():
+        where, inside = (*path, name), params.get(name)
+        if set(below) != set(LEAVES) and isinstance(inside, Mapping):
+            new[name] = _merged(inside, below, where)
+        elif isinstance(inside, Mapping) and "kernel" in inside:
+            new[name] = {**inside, "kernel": _merged_kernel("/".join(where), inside["kernel"], below, 1)}
+        elif f"{name}_kernel" in params:  # of experts
+            kernel = params[f"{name}_kernel"]
+            new[f"{name}_kernel"] = _merged_kernel("/".join(where), kernel, below, 2)
+        else:
+            found = f"the lora collection has {'/'.join(where)}"
+            raise UserError(f"{found}, which is not a projection of these params: merge it with its own model")
+    return new
 
 
 def _merged_kernel(
-    path: str,
-    kernel: Float[Array, "L ..."],
-    a: Float[Array, "L ..."],
-    b: Float[Array, "L ..."],
-    scale: Float[Array, " L"],
+    path: str, kernel: Float[Array, "L ..."], pair: Mapping[str, Array], stacked: int
 ) -> Float[Array, "L ..."]:
-    if kernel.shape != (*a.shape[:-1], *b.shape[2:]) or a.shape[-1] != b.shape[1]:
+    """The merged kernel, whose first `stacked` axes are those of layers, or of layers and experts."""
+    a, b, scale = (pair[leaf] for leaf in LEAVES)
+    if kernel.shape != (*a.shape[:-1], *b.shape[stacked + 1 :]) or a.shape[-1] != b.shape[stacked]:
         found = f"the lora pair at {path} has a {a.shape} and b {b.shape}"
         raise UserError(f"{found}, which do not fit the kernel {kernel.shape}: merge it with its own model")
 
     def one(layer):
         kernel32, a, b, scale = (x.astype(jnp.float32) for x in layer)
-        return (kernel32 + scale * jnp.tensordot(a, b, 1, precision="highest")).astype(kernel.dtype)
+        update = functools.partial(jnp.tensordot, axes=1, precision="highest")
+        update = jax.vmap(update)(a, b) if stacked == 2 else update(a, b)
+        return (kernel32 + scale * update).astype(kernel.dtype)
 
     # One layer at a time, because the float32 update is as large as the kernel itself.
     return jax.lax.map(one, (kernel, a, b, scale))

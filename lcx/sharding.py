@@ -7,7 +7,7 @@ into the new shardings.
     data      replicates the model and splits the batch
     fsdp      splits parameters and optimizer state, gathered layer by layer for use; also splits the batch
     context   splits the sequence axis T
-    tensor    splits heads, channels of convolutions, MLP width and vocabulary
+    tensor    splits heads, channels of convolutions, MLP width, experts and vocabulary
 """
 
 import dataclasses
@@ -33,7 +33,8 @@ RULES: tuple[tuple[str, str | None], ...] = (
     ("kv_heads", "tensor"),
     ("channels", "tensor"),  # of a convolution
     ("groups", "tensor"),  # groups of channels that share a filter
-    ("mlp", "tensor"),
+    ("experts", "tensor"),
+    ("mlp", "tensor"),  # of experts too, if their number is not divisible
     ("embed", "fsdp"),
     ("head_dim", None),
     ("norm", None),

@@ -143,7 +143,7 @@ What lcx does with the language models of each Hugging Face `model_type`; this p
 - **extend**: the layers whose rotary embedding `rope_scaling` changes. It may hold one scaling for each kind of layer
   instead: `{"full_attention": {...}, "sliding_attention": {...}}`.
 - **LoRA**: the projections that `LoRA.targets` can reach; their adapters are read from and written to PEFT folders.
-  The matrices of experts have no pairs, which the start of a run says; an adapter with `target_parameters` is refused.
+  Experts get a pair each; how they lie in PEFT folders: see below.
 - **linearize**: whether its softmax layers can become linear attention.
 - **export**: every family is written back, with byte-equal tensors, as transformers 4 and 5 read it. With 4.57.6, small
   random models of all families load without a missing or unexpected tensor and give the logits of 5.23, in float32
@@ -151,7 +151,8 @@ What lcx does with the language models of each Hugging Face `model_type`; this p
   and takes a `swiglu_limit` of 7 for every gpt-oss.
 
 Over several devices, all families do the same ([meshes](../concepts/meshes.md)): with `context` > 1 attention
-gathers the sequence. The weights of experts are stored in shards, and gathered for use.
+gathers the sequence; with `tensor` > 1 each device holds and computes its share of the experts, or of their width where
+their number is not divisible.
 """
 _SMALL = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 12, "num_attention_heads": 4,

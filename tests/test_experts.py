@@ -10,7 +10,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 
 from lcx.errors import UserError
 from lcx.llama import llama
-from lcx.lora import LoRA, statement
+from lcx.lora import LoRA, merge, statement
 from lcx.mlps.experts import ExpertsMlp
 from lcx.model import flops_per_token, num_params
 from lcx.ops.grouped_matmul import grouped_matmul
@@ -93,7 +93,7 @@ def test_grouped_matmul(implementation, sizes, rows):
         np.testing.assert_allclose(a, b, atol=1e-6 * max(np.abs(b).max(), 10))
 
 
-def test_cost_counts_the_experts_that_a_token_uses_and_lora_says_what_it_leaves():
+def test_cost_counts_the_experts_that_a_token_uses():
     sizes = dict(vocab_size=11, hidden_size=D, intermediate_size=F * K, num_layers=2, num_heads=2)
     dense = llama(**sizes, max_position_embeddings=8)
     (stage,) = dense.stages
@@ -103,10 +103,28 @@ def test_cost_counts_the_experts_that_a_token_uses_and_lora_says_what_it_leaves(
     )
     assert num_params(sparse) > 10 * num_params(dense)
     assert flops_per_token(sparse, 8) == flops_per_token(dense, 8) + 6 * 2 * D * 64  # the router
-    pairs = LoRA(rank=2, targets="_proj").abstract(sparse)
-    assert "; none on the matrices of experts (" in statement(sparse, pairs)
-    with pytest.raises(UserError, match="matches only the matrices of experts"):
-        LoRA(rank=2, targets="/mlp/.*_proj").paths(sparse)
+    pairs = LoRA(rank=2, targets="/mlp/.*_proj").abstract(sparse)
+    line = f"on 384 matrices: ExpertsMlp gate_proj 128, up_proj 128, down_proj 128; {384 * 2 * (D + F):,} parameters"
+    assert line in statement(sparse, pairs)
+
+
+def test_a_pair_of_each_expert_is_the_merged_weights():
+    mlp, rng = ExpertsMlp(E, K, F, parent=None), np.random.default_rng(2)
+    params = flax.linen.meta.unbox(jax.jit(mlp.init)(jax.random.key(0), X)["params"])
+    sides = {"gate_proj": (D, F), "down_proj": (F, D)}
+    lora = {
+        name: {
+            "a": rng.normal(size=(E, n, 3)).astype(np.float32),
+            "b": rng.normal(size=(E, 3, m)).astype(np.float32),
+            "scale": np.float32(0.3),
+        }
+        for name, (n, m) in sides.items()
+    }
+    found = jax.jit(mlp.apply)({"params": params, "lora": lora}, X)
+    one_layer = [jax.tree.map(lambda x: jnp.asarray(x)[None], tree) for tree in (params, lora)]
+    merged = jax.tree.map(lambda x: x[0], merge(*one_layer))
+    np.testing.assert_allclose(found, jax.jit(mlp.apply)({"params": merged}, X), atol=3e-5)
+    assert not np.allclose(merged["down_proj_kernel"], params["down_proj_kernel"])
 
 
 def test_load_balance_loss_as_published():

@@ -1,9 +1,19 @@
 """A mixture of experts without dropped tokens: each token goes through the best of several gated MLPs.
 
 Tokens are ordered by expert and multiplied group by group (ops/grouped_matmul.py), so the cost is that of the experts
-that are used. (Shazeer et al. 2017, arXiv 1701.06538; Mixtral, arXiv 2401.04088; Qwen2-MoE, arXiv 2407.10671; gpt-oss,
-arXiv 2508.10925.)
+that are used. Over the `tensor` axis of a mesh each device holds E / tensor experts and computes the pairs of a token
+and a chosen expert that are theirs (ops/routing.py); if E is not divisible, each device holds all experts at F / tensor
+of their width. The results of the devices are summed, as after any MLP that is split over `tensor`.
+
+That sum sends 2 D numbers a token and device (times 1 - 1 / tensor). The tokens are on all devices of `tensor` already,
+so nothing else is sent. An all-to-all, which sends each pair to its expert and back and then gathers the tokens, would
+send (2 k / tensor + 1) D for k chosen experts: less only if tensor > 2 k, and then at most by half.
+
+(Shazeer et al. 2017, arXiv 1701.06538; Mixtral, arXiv 2401.04088; Qwen2-MoE, arXiv 2407.10671; gpt-oss, arXiv
+2508.10925.)
 """
+
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -16,9 +26,11 @@ from lcx.errors import UserError, check_sizes
 from lcx.layers import Linear, fan_in_init, named_param
 from lcx.mlps.activations import Activation, activation
 from lcx.mlps.gated import GatedMlp
-from lcx.ops.grouped_matmul import collect, grouped_matmul, spread
+from lcx.ops import routing
+from lcx.ops.grouped_matmul import grouped_matmul
 
 GATINGS = ("softmax", "normalised", "chosen")
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
 class ExpertsMlp(nn.Module):
@@ -37,6 +49,8 @@ class ExpertsMlp(nn.Module):
       aux_loss_weight: factor on the load balance loss, E sum_e (share of tokens of e) (mean probability of e) (Fedus et
         al. 2021, arXiv 2101.03961, eq. 4), which is added to the training loss. 0: no such loss.
       implementation: see ops.grouped_matmul.
+
+    The three projections may have pairs of LoRA, a [E, in, r], b [E, r, out] and a scale, in the collection `lora`.
     """
 
     num_experts: int
@@ -59,19 +73,22 @@ class ExpertsMlp(nn.Module):
         self.check()
         D, E, F = x.shape[-1], self.num_experts, self.intermediate_size
         logits = Linear((D,), (E,), ("embed", None), self.bias, name="router")(x)
-        gates, chosen = self._gates(logits)
+        weights, names = {}, {}
+        for name, shape in zip(PROJECTIONS, ((D, F), (D, F), (F, D)), strict=True):
+            self._weights(name, shape, weights, names)
+        if sharding.axis_size("fsdp") > 1:  # the narrower dtype is gathered
+            weights = jax.tree.map(lambda w: w.astype(x.dtype), weights)
+        split = self._split()
+        placed = {key: PartitionSpec(*("heads" if n == split else None for n in names[key])) for key in weights}
+        tokens = PartitionSpec("rows", "time")
+        arrays = {"x": x, "logits": logits, "weights": weights}
+        specs = {"x": tokens, "logits": tokens, "weights": placed}
+        # Each device orders its own tokens; ordering those of all devices would move them between devices.
+        out = PartitionSpec("heads" if split else None, "rows", "time"), tokens
+        shares, chosen = sharding.island(self._shares, arrays, specs, out)
         if self.aux_loss_weight:
             self.sow("losses", "load_balance", self._balance_loss(logits, chosen, segment_ids))
-        weights = {
-            **self._weights("gate_proj", (D, F)),
-            **self._weights("up_proj", (D, F)),
-            **self._weights("down_proj", (F, D)),
-        }
-        rows, whole = PartitionSpec("rows"), PartitionSpec()
-        arrays = {"x": x, "gates": gates.astype(x.dtype), "chosen": chosen, "weights": weights}
-        specs = {"x": rows, "gates": rows, "chosen": rows, "weights": whole}
-        # Each device orders its own tokens; ordering those of all devices would move them between devices.
-        y = sharding.island(lambda a: self._sum_of_experts(**a), arrays, specs, rows)
+        y = jax.lax.reduce_sum(shares, axes=(0,))  # jnp.sum would send wider numbers
         return y if self.shared_size is None else y + self._shared(x)
 
     @nn.nowrap
@@ -105,39 +122,72 @@ class ExpertsMlp(nn.Module):
             gates = gates / jnp.sum(gates, axis=-1, keepdims=True)
         return gates, chosen
 
-    def _weights(self, name: str, shape: tuple[int, int]) -> dict[str, Array]:
-        """The kernels [E, in, out] and biases [E, out] of a projection."""
-        names = ("embed", "mlp") if name != "down_proj" else ("mlp", "embed")
-        init, E = fan_in_init(shape[0]), self.num_experts
-        kernel = f"{name}_kernel"
-        found = {kernel: named_param(self, kernel, init, (None, *names), (E, *shape))}
+    def _weights(self, name: str, shape: tuple[int, int], weights: dict, names: dict) -> None:
+        """Adds a projection's kernel [E, in, out], bias [E, out] and pair of LoRA, and the names of their axes."""
+        into, out = ("embed", "mlp") if name != "down_proj" else ("mlp", "embed")
+        E, key = self.num_experts, f"{name}_kernel"
+        names[key] = ("experts", into, out)
+        weights[key] = named_param(self, key, fan_in_init(shape[0]), names[key], (E, *shape))
         if self.bias:
-            bias = f"{name}_bias"
-            found[bias] = named_param(self, bias, nn.initializers.zeros, (None, names[1]), (E, shape[1]))
-        return found
+            key = f"{name}_bias"
+            names[key] = ("experts", out)
+            weights[key] = named_param(self, key, nn.initializers.zeros, names[key], (E, shape[1]))
+        if self.has_variable("lora", name):
+            pair = self.get_variable("lora", name)
+            names |= {f"{name}_a": ("experts", into, None), f"{name}_b": ("experts", None, out)}
+            weights[f"{name}_a"] = pair["a"]
+            weights[f"{name}_b"] = pair["b"] * jax.lax.stop_gradient(pair["scale"])
 
     @nn.nowrap
-    def _sum_of_experts(self, x: Array, gates: Array, chosen: Array, weights: dict[str, Array]) -> Array:
-        """The weighted sum of the chosen experts' outputs, [B, T, D]; gates and chosen [B, T, k]."""
-        flat, copies = chosen.reshape(-1), self.num_chosen
-        order = jnp.argsort(flat, stable=True)  # of the pairs of token and expert, by expert
-        back, sizes = jnp.argsort(order), jnp.bincount(flat, length=self.num_experts)
+    def _split(self) -> str | None:
+        """The logical name of the axis of the weights that is split over `tensor`; None if all devices hold all."""
+        parts = sharding.axis_size("tensor")
+        sizes = {"experts": self.num_experts, "mlp": self.intermediate_size}
+        return next((name for name, size in sizes.items() if parts > 1 and size % parts == 0), None)
 
-        def grouped(name: str, rows: Array, factor: Array) -> Array:
-            """factor (rows W + bias), for rows that are already multiplied by it."""
-            y = grouped_matmul(rows, weights[f"{name}_kernel"], sizes, implementation=self.implementation)
-            if not self.bias:
-                return y
-            bias = weights[f"{name}_bias"][:, None]
-            return y + grouped_matmul(factor, bias, sizes, implementation=self.implementation)
+    @nn.nowrap
+    def _shares(
+        self, arrays: dict[str, Any], mesh_axis: str | None = None
+    ) -> tuple[Float[Array, "1 B T D"], Int[Array, "B T k"]]:
+        """(what this device adds to the weighted sum of the chosen experts' outputs, the chosen experts)."""
+        x, logits, weights = (arrays[key] for key in ("x", "logits", "weights"))
+        gates, chosen = self._gates(logits)
+        own, first = len(weights["gate_proj_kernel"]), 0
+        if own < self.num_experts:
+            first = jax.lax.axis_index("tensor") * own
+        elif self.bias and weights["gate_proj_bias"].shape[1] < self.intermediate_size:
+            # Every device has a part of the width, and one of them adds the bias of the sum.
+            bias = jnp.where(jax.lax.axis_index("tensor") == 0, weights["down_proj_bias"], 0)
+            weights = weights | {"down_proj_bias": bias}
+        rows = routing.ordered(chosen.reshape(-1) - first, own)
+        size = routing.part_size(chosen.size, self.num_experts // own)
+        x, gates = x.reshape(-1, x.shape[-1]), gates.astype(x.dtype).reshape(-1, 1)
+        y = routing.sum_of_parts(lambda part: self._outputs(x, gates, weights, part), rows, size)
+        return y.reshape(arrays["x"].shape)[None], chosen
 
-        rows = spread(x.reshape(-1, x.shape[-1]), order, back, copies)
-        gate_of_row = spread(gates.reshape(-1, 1), order, back, 1)
+    @nn.nowrap
+    def _outputs(self, tokens: Array, gates: Array, weights: dict[str, Array], part: routing.Rows) -> Array:
+        """The weighted sum [N, D] of the outputs of the rows in `part`; tokens [N, D], gates [N k, 1]."""
+
+        def multiply(x: Array, w: Array) -> Array:
+            return grouped_matmul(x, w, part.sizes, implementation=self.implementation)
+
+        def grouped(name: str, x: Array, factor: Array) -> Array:
+            """factor (x W + bias), for rows x that are already multiplied by it."""
+            y = multiply(x, weights[f"{name}_kernel"])
+            if self.bias:
+                y += multiply(factor, weights[f"{name}_bias"][:, None])
+            if f"{name}_a" in weights:
+                y += multiply(multiply(x, weights[f"{name}_a"]), weights[f"{name}_b"])
+            return y
+
+        x = routing.spread(tokens, part, self.num_chosen)
+        gate_of_row = routing.spread(gates, part, 1)
         ones = jnp.ones_like(gate_of_row)
-        inner = self._product(grouped("gate_proj", rows, ones), grouped("up_proj", rows, ones))
+        inner = self._product(grouped("gate_proj", x, ones), grouped("up_proj", x, ones))
         # Gates before the last product: their gradient then does not need its result.
         y = grouped("down_proj", inner * gate_of_row, gate_of_row)
-        return collect(y, order, back, copies).reshape(x.shape)
+        return routing.collect(y, part, self.num_chosen)
 
     @nn.nowrap
     def _product(self, gate: Array, up: Array) -> Array:

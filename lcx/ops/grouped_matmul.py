@@ -8,8 +8,6 @@ groups: a group without rows costs nothing, and no array has an axis of groups b
 ``ragged``     jax.lax.ragged_dot, which compilers for GPUs and TPUs turn into grouped kernels.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -113,44 +111,3 @@ def _tiled_backward(residuals, dy):
 
 
 _tiled.defvjp(_tiled_forward, _tiled_backward)
-
-
-# ------------------------------------------------------------------------------------- rows into groups and back
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def spread(
-    x: Float[Array, "N D"], order: Int[Array, " M"], back: Int[Array, " M"], copies: int
-) -> Float[Array, "M D"]:
-    """`copies` of every row, ordered: row i of the result is x[order[i] // copies].
-
-    Its gradient is `collect` and the other way round. That of indexing would be a scatter, which is much slower.
-
-    Args:
-      order: a permutation of the M = N copies rows.
-      back: its inverse.
-    """
-    return x[order // copies]
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def collect(
-    y: Float[Array, "M D"], order: Int[Array, " M"], back: Int[Array, " M"], copies: int
-) -> Float[Array, "N D"]:
-    """The sums over the copies that `spread` made of each row."""
-    return jnp.sum(y[back].reshape(-1, copies, y.shape[1]), axis=1)
-
-
-def _moved_back(move, copies, permutation, gradient):
-    zero = np.zeros(permutation[0].shape, jax.dtypes.float0)
-    return move(gradient, *permutation, copies), zero, zero
-
-
-spread.defvjp(
-    lambda x, order, back, copies: (spread(x, order, back, copies), (order, back)),
-    functools.partial(_moved_back, collect),
-)
-collect.defvjp(
-    lambda y, order, back, copies: (collect(y, order, back, copies), (order, back)),
-    functools.partial(_moved_back, spread),
-)

@@ -43,7 +43,11 @@ from lcx.model import Decoder
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One projection of one layer inside a module: rows [start, stop) of the module's output."""
+    """One projection of one layer inside a module: rows [start, stop) of the module's output.
+
+    Attributes:
+      item: the number of the expert, if it is one of several with a pair each; None if there are none.
+    """
 
     path: str
     repeat: int
@@ -52,6 +56,12 @@ class Part:
     start: int
     stop: int
     layout: Transposed = Transposed()  # of the output's axes
+    item: int | None = None
+
+    @property
+    def at(self) -> tuple[int, ...]:
+        """Where its pair is in the stacked ones."""
+        return (self.repeat,) if self.item is None else (self.repeat, self.item)
 
 
 def load(path: str | os.PathLike, model: Decoder) -> dict[str, Any]:
@@ -95,12 +105,12 @@ def modules(model: Decoder) -> dict[str, tuple[Part, ...]]:
     for rule in names.rules.values():
         parts: list[Part] = []
         for part in rule.parts:
-            if isinstance(part.layout, Transposed) and part.repeat is not None and part.item is None:
-                shape, axes = names.shapes[part.path][1:], part.layout.in_axes
-                path, start = part.path.removesuffix("/kernel"), parts[-1].stop if parts else 0
+            if isinstance(part.layout, Transposed) and part.repeat is not None:
+                shape, axes = names.slice_shape(part), part.layout.in_axes
+                path, start = part.path.removesuffix("kernel")[:-1], parts[-1].stop if parts else 0
                 stop = start + math.prod(shape[axes:])
                 layout = part.layout if axes == 1 else Transposed()
-                parts.append(Part(path, part.repeat, shape[:axes], shape[axes:], start, stop, layout))
+                parts.append(Part(path, part.repeat, shape[:axes], shape[axes:], start, stop, layout, part.item))
         if parts:
             known[rule.name.removesuffix(".weight")] = tuple(parts)
     return known
@@ -129,17 +139,20 @@ def _collection(parts: Iterable[tuple[Part, LowRank]], model: Decoder, common: i
         by_path[part.path].append((part, pair))
     shapes, flat = model_source.leaf_shapes(model), {}
     for path, entries in by_path.items():
-        L, rank = shapes[f"{path}/kernel"][0], common or max(len(pair.A) for _, pair in entries)
-        part = entries[0][0]
-        a = np.zeros((L, *part.in_shape, rank), np.float32)
-        b = np.zeros((L, rank, *part.out_shape), np.float32)
-        scale = np.zeros(L, np.float32)
+        part, rank = entries[0][0], common or max(len(pair.A) for _, pair in entries)
+        kernel = shapes[f"{path}/kernel" if part.item is None else f"{path}_kernel"]
+        stack = kernel[: len(part.at)]
+        a = np.zeros((*stack, *part.in_shape, rank), np.float32)
+        b = np.zeros((*stack, rank, *part.out_shape), np.float32)
+        scale = np.zeros(stack[0], np.float32)
         for part, pair in entries:
             own = len(pair.A)
-            # Columns of `a` and rows of `b` beyond the pair's own rank stay zero and do not change the update.
-            a[part.repeat, ..., :own] = pair.A.T.reshape(*part.in_shape, own)
-            b[part.repeat, :own] = part.layout.to_lcx(pair.B, (own, *part.out_shape))
-            scale[part.repeat] = pair.scale
+            scale[part.repeat] = scale[part.repeat] or pair.scale
+            # Columns of `a` and rows of `b` beyond the pair's own rank stay zero and do not change the update. The
+            # experts of a layer have one scale. If theirs differ, the ratio is multiplied into b.
+            a[(*part.at, ..., slice(own))] = pair.A.T.reshape(*part.in_shape, own)
+            rows = part.layout.to_lcx(pair.B, (own, *part.out_shape))
+            b[(*part.at, slice(own))] = rows * np.float32(pair.scale / scale[part.repeat])
         flat |= {f"{path}/a": a, f"{path}/b": b, f"{path}/scale": scale}
     return jax.tree.map(jnp.asarray, unflatten_dict(flat, sep="/"))
 
@@ -340,9 +353,8 @@ def module_pairs(lora: Mapping[str, Any], known: Mapping[str, tuple[Part, ...]])
 def _part_pair(flat: Mapping[str, np.ndarray], part: Part) -> LowRank | None:
     if f"{part.path}/a" not in flat:
         return None
-    a, b, scale = (
-        flat[f"{part.path}/{leaf}"][part.repeat].astype(np.float32) for leaf in ("a", "b", "scale")
-    )
+    a, b = (flat[f"{part.path}/{leaf}"][part.at].astype(np.float32) for leaf in ("a", "b"))
+    scale = flat[f"{part.path}/scale"][part.repeat]
     if a.shape[:-1] != part.in_shape or b.shape[1:] != part.out_shape:
         found = f"the lora pair at {part.path} has a {a.shape} and b {b.shape} in a layer"
         raise UserError(
