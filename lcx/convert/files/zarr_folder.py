@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from lcx.checkpoint import arrays
 from lcx.convert.files import folders, tensor_io
 from lcx.convert.files.tensor_io import TensorInfo
 from lcx.errors import UserError
@@ -58,6 +57,8 @@ class ZarrFolder:
 
 
 def _opened(place: pathlib.Path) -> Any:
+    from lcx.checkpoint import arrays  # tensorstore, which no other reader of Evo 2 needs
+
     try:
         return arrays.open_zarr(place)
     except (ValueError, OSError) as error:
