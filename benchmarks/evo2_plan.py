@@ -1,11 +1,11 @@
 """What the compiler says about Evo 2 7B on a million bases of one sequence, for one GPU that need not be at hand.
 
-    python benchmarks/evo2_plan.py [--letters 1048576] [--topologies h200:1] [--output benchmarks/results/evo2_plan.json]
+    python benchmarks/evo2_plan.py [--letters 1048576] [--topologies h200:1] [--output FILE.json]
 
 Compiles the programs of `lcx.score` for one long sequence in pieces, in both orders. "pieces": one piece through all
 layers, with the keys and values of all of them (lcx/pieces.py). "layers": one layer over all pieces, with the residual
 stream of the sequence and the keys and values of that layer (lcx/layer_order.py), which is what `lcx.score` and
-`lcx.embed` do at this length; its peak is that of the largest of its programs. Bytes of the weights count in both. Needs
+`lcx.embed` do at this length; its peak is that of its largest program. The weights of all layers count in both. Needs
 the extra `aot`; minutes on 2 cores.
 """
 

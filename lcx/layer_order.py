@@ -1,8 +1,8 @@
 """A long row layer by layer: each layer reads the whole row, in pieces, before the next one starts.
 
 A row in pieces (lcx/pieces.py) passes piece by piece through all layers and keeps the keys and values of all of them.
-Here they are kept of one layer at a time, together with the residual stream of the row: 2 B T D numbers for the keys and
-values of a layer without grouped heads, and B T D for the stream, however many layers there are. The result is the
+Here they are kept of one layer at a time, together with the residual stream of the row: 2 B T D numbers for the keys
+and values of a layer without grouped heads, and B T D for the stream, however many layers there are. The result is the
 same. Evo 2 7B has five layers of attention: a million letters need 80 GiB of keys and values in all of them, and 16 GiB
 in one.
 """
@@ -101,7 +101,8 @@ def _run(model, params, tokens, row, length, rope_length, points, pool):
 
 @functools.partial(jax.jit, static_argnums=(0,))
 def _embedded(model: Decoder, tokens: Array, params: Any) -> Array:
-    return model.apply({"params": params}, tokens, method=lambda module, t: module.embed(t, dtype=jnp.dtype(model.dtype)))
+    dtype = jnp.dtype(model.dtype)
+    return model.apply({"params": params}, tokens, method=lambda module, tokens: module.embed(tokens, dtype=dtype))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnames="x")

@@ -1,8 +1,9 @@
-"""Scales of FP8 projections and their histories, in Transformer Engine's extra states (`..._extra_state` in a checkpoint).
+"""Scales of FP8 projections and their histories, in Transformer Engine's extra states (`..._extra_state`).
 
-An extra state is a pickled dict with `scale_fwd` (of the input, the weight and the output), `amax_history_fwd`, the same
-of the gradients (`scale_bwd`, ...) and others, as raw bytes or as a file of torch.save, by version. It is read with an allow list: tensors are rebuilt by
-torch's restricted loader, other objects are replaced by stand-ins, and nothing in it is executed.
+An extra state is a pickled dict with `scale_fwd` (of the input, the weight and the output), `amax_history_fwd`, the
+same of the gradients (`scale_bwd`, ...) and others, as raw bytes or as a file of torch.save, by version. It is read
+with an allow list: tensors are rebuilt by torch's restricted loader, other objects are replaced by stand-ins, and
+nothing in it is executed.
 """
 
 import dataclasses

@@ -154,8 +154,8 @@ class TorchDist:
                 f"numbers ({info.shape}), or overlap; a chunk is missing, copy the folder again"
             )
         for chunk in chunks:
-            if math.prod(chunk.sizes) * info.dtype.itemsize > chunk.region.length:
-                raise UserError(f"{self.path}: a chunk of {shown(name)} needs more than its {chunk.region.length} bytes")
+            if math.prod(chunk.sizes) * info.dtype.itemsize > (size := chunk.region.length):
+                raise UserError(f"{self.path}: a chunk of {shown(name)} needs more than its {size} bytes")
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         info = self.tensors[name]
