@@ -86,7 +86,7 @@ def losses(
 def _run(model, params, tokens, row, length, rope_length, points, pool):
     x, found = _embedded(model, tokens, params), dict[Point, Array]()
     if embed := [point for point in points if point.path == ("embed",)]:
-        found |= dict.fromkeys(embed, activations.pooled(x, pool, row["counted"], row["last"]))
+        found |= dict.fromkeys(embed, _pooled(x, pool, row["counted"], row["last"]))
     for layer in layers(model):
         own = functools.reduce(lambda tree, name: tree[name], layer.path.split("/"), params)
         here = [
@@ -97,6 +97,9 @@ def _run(model, params, tokens, row, length, rope_length, points, pool):
         x, values = _layer(layer.block, length, inside, pool, weights, x, row, rope_length)
         found |= dict(zip(here, values, strict=True))
     return x, found
+
+
+_pooled = jax.jit(activations.pooled, static_argnums=1)
 
 
 @functools.partial(jax.jit, static_argnums=(0,))

@@ -19,10 +19,9 @@ import numpy as np
 from lcx.convert.core.model_source import ModelSource, fp8_scaling
 from lcx.convert.evo2.weight_files import Found, WeightFile, beside, wants_fp8
 from lcx.errors import UserError
+from lcx.ops.fp8 import E4M3_MAX, HISTORY
 
 log = logging.getLogger(__name__)
-HISTORY = 16
-E4M3_MAX = 448.0
 # of a model's parameters, and of what training keeps beside them (training.fp8_scaling)
 SCALES, HISTORIES, GRADIENT_SCALE = "fp8_scales", "history", "gradient_scale"
 _INPUT, _WEIGHT = 0, 1
