@@ -42,7 +42,7 @@ def cache_bytes(block: Block, model: Decoder, rows: int, slots: int) -> int:
 
 
 def hidden(
-    model: Decoder, params: Any, tokens: Int[Array, "B T"], row: Row, length: int, rope_length: int
+    model: Decoder, params: Any, tokens: Int[Any, "B T"], row: Row, length: int, rope_length: int
 ) -> Float[Array, "B T D"]:
     """The residual stream after the last layer, before the final norm (`Decoder.hidden` of the whole row).
 
@@ -57,7 +57,7 @@ def hidden(
 def pooled(
     model: Decoder,
     params: Any,
-    tokens: Int[Array, "B T"],
+    tokens: Int[Any, "B T"],
     row: Row,
     length: int,
     rope_length: int,
@@ -76,7 +76,7 @@ def pooled(
 
 
 def losses(
-    model: Decoder, measure: Any, length: int, params: Any, x: Float[Array, "B T D"], labels: Int[Array, "B T"]
+    model: Decoder, measure: Any, length: int, params: Any, x: Float[Array, "B T D"], labels: Int[Any, "B T"]
 ) -> Iterator[tuple[int, Array]]:
     """(first token, measure of its piece) from the stream of `hidden`; see scoring.score for `measure`."""
     for first in range(0, x.shape[1], length):
@@ -105,7 +105,8 @@ _pooled = jax.jit(activations.pooled, static_argnums=1)
 @functools.partial(jax.jit, static_argnums=(0,))
 def _embedded(model: Decoder, tokens: Array, params: Any) -> Array:
     dtype = jnp.dtype(model.dtype)
-    return model.apply({"params": params}, tokens, method=lambda module, tokens: module.embed(tokens, dtype=dtype))
+    found: Any = model.apply({"params": params}, tokens, method=lambda module, x: module.embed(x, dtype=dtype))
+    return found
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnames="x")
@@ -185,14 +186,14 @@ def _final(model: Decoder, pool: str, params: Any, x: Array, row: Row) -> dict[P
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _ends(model: Decoder, pool: str, params: Any, x: Array, counted: Array, last: Array) -> tuple[Array, Array]:
-    y = model.apply({"params": params}, x, method=lambda module, x: module.final_norm(x))
+def _ends(model: Decoder, pool: str, params: Any, x: Array, counted: Array, last: Array) -> tuple[Array, ...]:
+    y: Any = model.apply({"params": params}, x, method=lambda module, x: module.final_norm(x))
     return tuple(activations.pooled(value, pool, counted, last) for value in (x, y))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _measured(model: Decoder, measure: Any, length: int, params: Any, x: Array, labels: Array, first: Array) -> Array:
-    part = jax.lax.dynamic_slice_in_dim(x, first, length, 1)
+    part: Any = jax.lax.dynamic_slice_in_dim(x, first, length, 1)
     part = model.apply({"params": params}, part, method=lambda module, x: module.final_norm(x))
     targets = jax.lax.dynamic_slice_in_dim(labels, first, length, 1)
     return measure(part, model.head(params), targets, transform=model.logit_transform)
@@ -216,6 +217,7 @@ def _empty(pool: str, shape: jax.ShapeDtypeStruct) -> Array:
 
 def _joined(pool: str, before: Array, new: Array, row: Row, number: Array, length: int) -> Array:
     if pool == "last":
-        return jnp.where((_last(row, number, length) >= 0)[:, None], new, before)
+        here: Any = _last(row, number, length)
+        return jnp.where((here >= 0)[:, None], new, before)
     return jnp.maximum(before, new) if pool == "max" else before + new
 

@@ -29,7 +29,7 @@ SCALES = "fp8_scales"
 
 def abstract(model: Any, mesh: Mesh) -> dict[str, Any]:
     """{"fp8": tree of shapes}, replicated over the mesh; {} for a model without projections in FP8."""
-    flat = {}
+    flat = dict[str, tuple[int, ...]]()
     for path, shape in parameters.leaf_shapes(model).items():
         owner, _, leaf = path.rpartition("/")
         if leaf == SCALES:

@@ -11,13 +11,13 @@ import io
 import logging
 import pickle
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 
 from lcx.convert.core.model_source import ModelSource, fp8_scaling
-from lcx.convert.evo2.weight_files import Found, WeightFile, beside, wants_fp8
+from lcx.convert.evo2.weight_files import Found, beside, wants_fp8
 from lcx.errors import UserError
 from lcx.ops.fp8 import E4M3_MAX, HISTORY
 
@@ -77,6 +77,15 @@ def _storage(data: bytes) -> Any:
     import torch
 
     return torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
+
+
+class Holder(Protocol):
+    """A file, or a set of files, with extra states."""
+
+    @property
+    def extra_states(self) -> Collection[str]: ...
+
+    def extra_state(self, name: str) -> bytes | None: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,7 +190,7 @@ def of_repeat(source: ModelSource, path: str, repeat: int) -> State:
 
 
 def of_layers(
-    files: Sequence[WeightFile], states: Mapping[int, str], wanted: bool | None, where: str
+    files: Sequence[Holder], states: Mapping[int, str], wanted: bool | None, where: str
 ) -> dict[int, State]:
     """{layer: scaling} of a checkpoint; {} if its projections are not in FP8.
 

@@ -14,7 +14,7 @@ import os
 import pathlib
 import pickle
 import re
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -229,7 +229,7 @@ def _contents(path: pathlib.Path) -> bytes:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
-def _counts(values: Any) -> bool:
+def _counts(values: Any) -> TypeGuard[tuple[int, ...]]:
     """Whether it is a tuple of whole numbers that sizes or places can be."""
     return isinstance(values, tuple) and all(type(x) is int and 0 <= x < 1 << 48 for x in values)
 

@@ -68,7 +68,7 @@ def _opened(place: pathlib.Path) -> Any:
 def _check_chunks(place: pathlib.Path) -> None:
     """Raises UserError for a missing chunk: zarr would read it as its fill value."""
     described = folders.read_json(place / ARRAY)
-    sizes = described.get("shape"), described.get("chunks")
+    sizes: tuple[Any, Any] = described.get("shape"), described.get("chunks")
     if not all(isinstance(x, list) and all(type(n) is int and n >= 0 for n in x) for x in sizes):
         raise UserError(f"{place / ARRAY}: has no shape and chunks; copy it again")
     shape, chunks = sizes

@@ -194,8 +194,10 @@ def _by_layers(
     """`_scored` layer by layer, for models whose keys and values of all layers would be too many."""
     arrays = {name: None if x is None else filled(x, *shape) for name, x in rows.items()}
     row = {name: arrays[name] for name in ("positions", "segment_ids")}
-    x = layer_order.hidden(model, params, arrays["tokens"], row, step, longest)
-    yield from layer_order.losses(model, measure, step, params, x, arrays["labels"])
+    tokens, labels = arrays["tokens"], arrays["labels"]
+    assert tokens is not None and labels is not None
+    x = layer_order.hidden(model, params, tokens, row, step, longest)
+    yield from layer_order.losses(model, measure, step, params, x, labels)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnames="state")
