@@ -160,7 +160,7 @@ def piece(
                 if (context.module.path, of_input) in paths:
                     value = args[0] if of_input else out
                     value = value[0] if isinstance(value, tuple) else value
-                    value = _pooled(value, pool, counted, last)
+                    value = pooled(value, pool, counted, last)
                     name = "input" if of_input else "output"
                     context.module.sow(COLLECTION, name, value, reduce_fn=lambda _, new: new, init_fn=lambda: None)
         return out
@@ -178,7 +178,8 @@ def piece(
     return tuple(_taken(found[COLLECTION], point) for point in wanted), state
 
 
-def _pooled(x: Array, pool: str, counted: Array, last: Array) -> Array:
+def pooled(x: Array, pool: str, counted: Array, last: Array) -> Array:
+    """[B, T, ...] -> what `piece` returns of it for this pool."""
     x = x.reshape(*x.shape[:2], -1)
     if pool == "none":
         return x

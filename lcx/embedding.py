@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int
 
-from lcx import activations, parameters, pieces
+from lcx import activations, layer_order, parameters, pieces
 from lcx.data import ByteTokenizer, Tokenizer, check_vocabulary, special_tokens
 from lcx.errors import UserError, check_sizes
 from lcx.model import Decoder
@@ -240,6 +240,8 @@ class Embedder:
         state = None
         if total > step:
             pieces.check(self.model)
+            if self.pool != "none" and layer_order.saves(self.model, B, total):
+                return self._by_layers(rows, arrays, last, step, longest)
             state = _empty_state(self.model, B, total, longest)
         pooling = _Pooling(self.pool, rows)
         for start in range(0, total, step):
@@ -255,6 +257,16 @@ class Embedder:
                 last=at,
             )
             pooling.add(found, at)
+        return dict(zip(self.points, pooling.result(), strict=True))
+
+    def _by_layers(
+        self, rows: list[_Row], arrays: dict[str, np.ndarray], last: np.ndarray, step: int, longest: int
+    ) -> dict[str, list[np.ndarray]]:
+        """`_batch` layer by layer, for models whose keys and values of all layers would be too many."""
+        row = {name: arrays[name] for name in ("positions", "segment_ids", "counted")} | {"last": last.astype(np.int32)}
+        pooling, points = _Pooling(self.pool, rows), tuple(self.points.values())
+        options = (step, longest, points, self.pool)
+        pooling.add(layer_order.pooled(self.model, self.params, arrays["tokens"], row, *options), last)
         return dict(zip(self.points, pooling.result(), strict=True))
 
     def _padded(self, rows: list[_Row], B: int, total: int) -> dict[str, np.ndarray]:

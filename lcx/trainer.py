@@ -30,12 +30,12 @@ from lcx.model import Decoder
 from lcx.multihost.agreement import require_shared
 from lcx.optim import AdamW
 from lcx.pieces import Pieces
-from lcx.training import continued, doubtful, fp8_scaling, profiling, resume_check, same_data, statements, workdirs
+from lcx.training import continued, doubtful, profiling, resume_check, same_data, statements, workdirs
 from lcx.training import step as train_step
 from lcx.training.logger import MODES, MetricsLogger, logger_of
 from lcx.training.memory import check_fits
 from lcx.training.meter import Meter, NotFiniteError, meter_of
-from lcx.training.run import Run, prepared
+from lcx.training.run import OPTIONAL_ITEMS, Run, prepared, with_state
 from lcx.training.signals import StopRequest, interrupted
 from lcx.training.step import State
 from lcx.version import __version__
@@ -288,10 +288,9 @@ class Trainer:
         lora = self.lora if self.adapter is None else model_json.from_json(documents["meta"]["lora"])
         stored = as_stored(model_lib.abstract_params(model, mesh=mesh), checkpointer.directory / str(step))
         run = prepared(self.optimizer, self.steps, model, mesh, lora, stored)
-        step, state, documents = checkpointer.restore(run.abstract, optional=(fp8_scaling.COLLECTION,))
+        step, state, documents = checkpointer.restore(run.abstract, optional=OPTIONAL_ITEMS)
         return dataclasses.replace(
-            run,
-            state=fp8_scaling.begun(state, run.abstract, {}),
+            with_state(run, state),
             step=step,
             data=documents["data"],
             losses=documents["meter"]["losses"],
@@ -317,8 +316,8 @@ class Trainer:
         if lora is not None:
             weights["lora"] = begun.pairs or lora.init(jax.random.key(self.seed), model, mesh=mesh)
         opt_state = train_step.init_opt_state(run.optimizer, weights, run.abstract, run.trains)
-        state = fp8_scaling.begun({**weights, "opt_state": opt_state}, run.abstract, begun.fp8_scaling)
-        run = dataclasses.replace(run, state=state, carried=begun.carried)
+        run = with_state(run, {**weights, "opt_state": opt_state}, begun.fp8_scaling)
+        run = dataclasses.replace(run, carried=begun.carried)
         return continued.with_optimizer(self, run) if self.init_optimizer else run
 
     def load(self, mesh) -> convert.Start:

@@ -267,6 +267,25 @@ def plans(result: dict) -> str:
     return f"{table(head, rows)}\n\nMade by `python benchmarks/plan_table.py`."
 
 
+def evo2_plan(result: dict) -> str:
+    head = ["one sequence of", "device", "weights", "keys and values", "piece by piece", "layer by layer"]
+    rows = []
+    for row in result["rows"]:
+        layers = max(row["layers_bytes"].values())
+        sizes = (row[f"{name}_bytes"] for name in ("weights", "state", "pieces"))
+        rows.append([
+            f"{row['letters']:,}", row["topology"], *(f"{size / 2**30:.1f} GiB" for size in (*sizes, layers))
+        ])  # fmt: skip
+    largest = max(result["rows"][0]["layers_bytes"].items(), key=lambda one: one[1])[0].partition(",")[0]
+    said = f"The largest of the programs is that of {largest}. Made by `python benchmarks/evo2_plan.py`."
+    return f"{table(head, rows)}\n\n{said}"
+
+
+def long_genomes(result: dict) -> str:
+    rows = [[row["job"], row["model"], f"{row['letters']:,}", f"{row['peak_mib']} MiB"] for row in result["rows"]]
+    return table(["command", "model", "letters", "peak memory of the process"], rows)
+
+
 def stripe(result: dict) -> str:
     head = ["tokens", "per CPU second", "vortex's", "speed", "temporary MiB", "vortex's"]
     found = {(row["T"], row["form"]): row for row in result["rows"] if row["pass"] == "forward+backward"}
@@ -369,6 +388,7 @@ def two_mamba_decoding(result: dict) -> str:
     return table(["Tokens before", *(f"{name}: tokens/s, cache" for name in names.values())], rows)
 
 
+LONG_GENOMES = "python benchmarks/long_genomes.py --fasta=genome.fna.gz"
 FIGURES = {
     "operators": Figure("cpu.json", operators, "python benchmarks/kernels.py"),
     "training": Figure(TRAINING[0], training, TRAINING[1]),
@@ -382,6 +402,9 @@ FIGURES = {
         "train_step_memory_h200.json", step_memory, "python benchmarks/train_step_memory.py", timed=False
     ),
     "plans": Figure("plans.json", plans, "python benchmarks/plan_table.py", timed=False),
+    "evo2_plan": Figure("evo2_plan.json", evo2_plan, "python benchmarks/evo2_plan.py", timed=False),
+    "long_genomes": Figure("long_genomes_cpu.json", long_genomes, LONG_GENOMES, timed=False),
+    "long_attention": Figure("long_genomes_attention_cpu.json", long_genomes, LONG_GENOMES, timed=False),
     "plan_errors": Figure("plan_errors.json", plan_errors, "python benchmarks/plan_errors.py", timed=False),
     "recall_by_length": Figure(RECALL[0], recall_by_length, RECALL[1], timed=False),
     "recall_by_distance": Figure(RECALL[0], recall_by_distance, RECALL[1], timed=False),

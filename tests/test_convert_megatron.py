@@ -154,7 +154,9 @@ def test_scales_of_fp8_projections_are_read(savanna, tmp_path):
         torch.save({"scale_fwd": torch.tensor([scale, 2 * scale, 1.0]), "recipe": None}, file)
         return file
 
-    states = {f"module.decoder.layers.{i}.mixer.dense_projection._extra_state/shard_0_1": state(3.0 + i) for i in (0, 2)}
+    name = "module.decoder.layers.{}.mixer.dense_projection._extra_state/shard_0_1"
+    states = {name.format(i): state(3.0 + i) for i in (0, 2)}
+    states[name.format(2)] = torch.frombuffer(bytearray(states[name.format(2)].getvalue()), dtype=torch.uint8)
     save(tmp_path, bionemo(savanna) | states)
     (tmp_path / "run_config.yaml").write_text(CONFIG)
     model, params = lcx.load(tmp_path)

@@ -76,7 +76,7 @@ def test_scales_follow_the_rules_to_the_bit(margin):
 
 
 def test_a_projection_trains_as_emulated_to_the_bit():
-    """20 steps of one projection: products, gradients, scales and history, with few enough terms that sums are exact."""
+    """20 steps of a projection: products, gradients, scales and history, with so few terms that sums are exact."""
     rng = np.random.default_rng(1)
     linear = Linear((8,), (16,), ("embed", "channels"), fp8=True)
     w = rng.standard_normal((8, 16)).astype(np.float32)
@@ -114,7 +114,7 @@ def test_a_projection_trains_as_emulated_to_the_bit():
 
 def tiny():
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_heads": 1, "se_groups": 4, "mr_groups": 4}
-    return striped_hyena(pattern="SDH", vocab_size=256, max_position_embeddings=256, fp8=True, **sizes)
+    return striped_hyena(pattern="SS", vocab_size=256, max_position_embeddings=256, fp8=True, **sizes)
 
 
 def one_step(model, batch, **options):
@@ -175,7 +175,7 @@ def test_a_resumed_run_goes_on_bit_for_bit_and_is_exported(tmp_path):
     assert main([f"--src={tmp_path / 'halves'}", f"--dst={tmp_path / 'vortex'}", "--dst_format=vortex"]) == 0
     stored = torch.load(tmp_path / "vortex" / "model.pt", weights_only=True)
     ours = whole["fp8"]["stages_0"]
-    for i in range(3):
+    for i in range(2):
         data = stored[f"blocks.{i}.projections._extra_state"].numpy().tobytes()
         state = pickle.loads(data)
         block = ours[f"block_{i}"]["mixer"]["in_proj"]

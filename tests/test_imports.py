@@ -22,7 +22,7 @@ LINES = [
     "convert convert.lolcats convert.peft convert.workdir convert.evo2 convert.two_mamba",
     "convert.hf convert.core convert.files",
     "data data.readers",
-    "checkpoint objectives pieces optim activations",
+    "checkpoint objectives layer_order pieces optim activations",
     "linearize lora extend striped_hyena llama",
     "model block parameters mixers mlps layers rope",
     "remat ops kernels_pallas sharding",

@@ -22,13 +22,14 @@ from jax.sharding import Mesh
 from lcx import parameters, sharding
 from lcx.ops import fp8
 from lcx.ops.fp8 import COLLECTION
+from lcx.wording import quantity
 
 SCALES = "fp8_scales"
 
 
 def abstract(model: Any, mesh: Mesh) -> dict[str, Any]:
     """{"fp8": tree of shapes}, replicated over the mesh; {} for a model without projections in FP8."""
-    flat = {}
+    flat = dict[str, tuple[int, ...]]()
     for path, shape in parameters.leaf_shapes(model).items():
         owner, _, leaf = path.rpartition("/")
         if leaf == SCALES:
@@ -65,6 +66,13 @@ def begun(state: Mapping[str, Any], like: Mapping[str, Any], stored: Mapping[str
 def of(state: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a state that a step records in: {"fp8": ...}, or {}."""
     return {COLLECTION: state[COLLECTION]} if COLLECTION in state else {}
+
+
+def statement(like: Mapping[str, Any]) -> str:
+    """One line for the start of a run whose abstract state has the item."""
+    rates = [leaf for path, leaf in flatten_dict(like[COLLECTION], sep="/").items() if path.endswith("gradient_scale")]
+    count = quantity(sum(leaf.shape[0] for leaf in rates), "projection")
+    return f"FP8: {count}, with scales from the largest magnitudes of the last {fp8.HISTORY} steps"
 
 
 def after_step(

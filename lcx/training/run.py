@@ -1,8 +1,11 @@
 """The contents of a training run; everything but the arrays can be prepared before any memory is allocated."""
 
 import dataclasses
+import types
+from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import optax
 
 from lcx import model as model_lib
@@ -43,6 +46,18 @@ class Run:
     losses: list[float] = dataclasses.field(default_factory=list)
     before: dict[str, Any] = dataclasses.field(default_factory=dict)
     carried: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+OPTIONAL_ITEMS = (fp8_scaling.COLLECTION,)  # of a checkpoint: an earlier version did not write them
+
+
+def with_state(run: Run, state: State, fp8: Mapping[str, np.ndarray] = types.MappingProxyType({})) -> Run:
+    """The run with its arrays, and with the history of FP8 scales if it needs one that the state does not have.
+
+    Args:
+      fp8: what a checkpoint holds of that history; see fp8_scaling.begun.
+    """
+    return dataclasses.replace(run, state=fp8_scaling.begun(state, run.abstract, fp8))
 
 
 def prepared(

@@ -10,7 +10,7 @@ import jax
 from lcx import extend, mixers
 from lcx import lora as lora_lib
 from lcx import model as model_lib
-from lcx.training import doubtful, resume_check
+from lcx.training import doubtful, fp8_scaling, resume_check
 from lcx.wording import quantity
 
 
@@ -51,6 +51,8 @@ def opening(
     yield from getattr(batches, "remarks", list)()  # stored activations have none
     if run.lora is not None:
         yield lora_lib.statement(run.model, run.abstract["lora"], run.trains["params"])
+    if fp8_scaling.COLLECTION in run.abstract:
+        yield fp8_scaling.statement(run.abstract)
     yield f"writing to {workdir}"
     if run.step < trainer.last_step:
         yield "compiling the first step"

@@ -1,8 +1,9 @@
-"""Scales of FP8 projections and their histories, in Transformer Engine's extra states (`..._extra_state` in a checkpoint).
+"""Scales of FP8 projections and their histories, in Transformer Engine's extra states (`..._extra_state`).
 
-An extra state is a pickled dict with `scale_fwd` (of the input, the weight and the output), `amax_history_fwd`, the same
-of the gradients (`scale_bwd`, ...) and others, as raw bytes or as a file of torch.save, by version. It is read with an allow list: tensors are rebuilt by
-torch's restricted loader, other objects are replaced by stand-ins, and nothing in it is executed.
+An extra state is a pickled dict with `scale_fwd` (of the input, the weight and the output), `amax_history_fwd`, the
+same of the gradients (`scale_bwd`, ...) and others, as raw bytes or as a file of torch.save, by version. It is read
+with an allow list: tensors are rebuilt by torch's restricted loader, other objects are replaced by stand-ins, and
+nothing in it is executed.
 """
 
 import dataclasses
@@ -10,18 +11,17 @@ import io
 import logging
 import pickle
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 
 from lcx.convert.core.model_source import ModelSource, fp8_scaling
-from lcx.convert.evo2.weight_files import Found, WeightFile, beside, wants_fp8
+from lcx.convert.evo2.weight_files import Found, beside, wants_fp8
 from lcx.errors import UserError
+from lcx.ops.fp8 import E4M3_MAX, HISTORY
 
 log = logging.getLogger(__name__)
-HISTORY = 16
-E4M3_MAX = 448.0
 # of a model's parameters, and of what training keeps beside them (training.fp8_scaling)
 SCALES, HISTORIES, GRADIENT_SCALE = "fp8_scales", "history", "gradient_scale"
 _INPUT, _WEIGHT = 0, 1
@@ -77,6 +77,15 @@ def _storage(data: bytes) -> Any:
     import torch
 
     return torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
+
+
+class Holder(Protocol):
+    """A file, or a set of files, with extra states."""
+
+    @property
+    def extra_states(self) -> Collection[str]: ...
+
+    def extra_state(self, name: str) -> bytes | None: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,7 +190,7 @@ def of_repeat(source: ModelSource, path: str, repeat: int) -> State:
 
 
 def of_layers(
-    files: Sequence[WeightFile], states: Mapping[int, str], wanted: bool | None, where: str
+    files: Sequence[Holder], states: Mapping[int, str], wanted: bool | None, where: str
 ) -> dict[int, State]:
     """{layer: scaling} of a checkpoint; {} if its projections are not in FP8.
 

@@ -95,6 +95,8 @@ class MegatronFiles:
         final = f"sequential.{len(layers) + 3}.norm.weight"
         unknown = []
         for name in stored:
+            if _EXTRA.fullmatch(name):
+                continue
             found = _LAYER.fullmatch(_bare(name))
             ours = (_TOP | {_FINAL: final}).get(_bare(name))
             if found is not None:
@@ -109,14 +111,13 @@ class MegatronFiles:
                 raise UserError(f"{self.where}: {name} and {self._places[ours][0]} are the same tensor of the model")
             else:
                 self._places[ours] = name, None
-        unknown = [name for name in unknown if not _EXTRA.fullmatch(name)]
         if unknown or not layers:
             listed = ", ".join(map(shown, (unknown or list(stored))[:6])) or "nothing"
             raise UserError(
                 f"{self.where}: its tensors are not those of Evo 2 in bionemo; found {listed}, expected names such as "
                 "decoder.layers.0.mixer.dense_projection.weight"
             )
-        for name in self._container.others:
+        for name in (*self._container.others, *stored):
             state = _EXTRA.fullmatch(_bare(name))
             layer = _LAYER.fullmatch(state[1]) if state else None
             if layer is not None and layer[2] in _SAVANNA:
@@ -141,7 +142,10 @@ class MegatronFiles:
         return self._container.read(stored, first, first + shape[0])
 
     def extra_state(self, name: str) -> bytes | None:
-        return self._container.held_bytes(self.extra_states[name])
+        stored = self.extra_states[name]
+        if stored in self._container.tensors:
+            return self._container.read(stored).tobytes() or None
+        return self._container.held_bytes(stored)
 
     def _frequencies(self) -> np.ndarray:
         """inv_freq [head_dim / 2] as the configuration says, which no tensor holds."""

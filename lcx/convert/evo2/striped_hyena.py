@@ -33,7 +33,7 @@ from lcx import model as model_lib
 from lcx.block import Block, changed
 from lcx.convert.core import model_source, rules
 from lcx.convert.core.rules import Part, Rule, Same, Taps, Transposed
-from lcx.convert.evo2 import fp8_states
+from lcx.convert.evo2.fp8_states import GRADIENT_SCALE, HISTORIES, State
 from lcx.convert.files.tensor_io import FLOAT_DTYPES, TensorInfo, TensorSource
 from lcx.errors import UserError
 from lcx.extend import rotaries
@@ -68,18 +68,20 @@ class Tensors(TensorSource, Protocol):
       fp8_states: the FP8 scaling of input projections by layer; {} if they are not in FP8.
     """
 
-    fp8_states: Mapping[int, fp8_states.State]
     inv_freq: np.ndarray | None
     length: int | None
     layer_0_only: bool
     interpolation: float | None
+
+    @property
+    def fp8_states(self) -> Mapping[int, State]: ...
 
 
 def prefix(layer: int) -> str:
     return f"sequential.{layer + 2}."
 
 
-def scales_of(states: Mapping[int, fp8_states.State]) -> dict[str, np.ndarray]:
+def scales_of(states: Mapping[int, State]) -> dict[str, np.ndarray]:
     """The scales of inputs and weights under their canonical names."""
     return {prefix(i) + SCALES: np.array(state.scales, np.float32) for i, state in states.items()}
 
@@ -432,12 +434,12 @@ class StripedHyenaSource:
     @property
     def fp8_scaling(self) -> dict[str, np.ndarray]:
         """See model_source.fp8_scaling."""
-        states, stacks = self._tensors.fp8_states, dict[str, list[fp8_states.State]]()
+        states, stacks = self._tensors.fp8_states, dict[str, list[State]]()
         for layer, lettered in enumerate(layers(self.model)):
             if layer in states:
                 stacks.setdefault(f"{lettered.path}/mixer/in_proj", []).append(states[layer])
-        found = {f"{path}/{fp8_states.HISTORIES}": [one.history for one in stack] for path, stack in stacks.items()}
-        rates = {f"{path}/{fp8_states.GRADIENT_SCALE}": [s.gradient_scale for s in x] for path, x in stacks.items()}
+        found = {f"{path}/{HISTORIES}": [one.history for one in stack] for path, stack in stacks.items()}
+        rates = {f"{path}/{GRADIENT_SCALE}": [s.gradient_scale for s in x] for path, x in stacks.items()}
         return {path: np.array(values, np.float32) for path, values in (found | rates).items()}
 
     def read(self, path: str, index: rules.Index) -> np.ndarray:

@@ -14,7 +14,7 @@ import os
 import pathlib
 import pickle
 import re
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -123,14 +123,15 @@ class TorchDist:
         return Region(path, start, length)
 
     def _add(self, name: str, entry: _Record) -> None:
-        shape, properties = entry.field("size"), entry.field("properties")
-        dtype = properties.state[0] if isinstance(properties, _Record) and properties.state else None
-        if not _counts(shape) or not _is_dtype(dtype):
+        shape, properties, listed = (entry.field(part) for part in ("size", "properties", "chunks"))
+        state = properties.state if isinstance(properties, _Record) else None
+        dtype = state[0] if isinstance(state, tuple) and state else None
+        if not _counts(shape) or not _is_dtype(dtype) or not isinstance(listed, list):
             raise UserError(f"{self.path}: {shown(name)} has no shape and dtype; copy the folder again")
         info = TensorInfo(numpy_dtype(self.path, name, dtype), shape, str(self.path))
-        chunks = []
-        for one in entry.field("chunks") or ():
-            offsets, sizes = (one.field(part) for part in ("offsets", "sizes")) if isinstance(one, _Record) else (0, 0)
+        chunks, parts = list[_Chunk](), ("offsets", "sizes")
+        for one in listed:
+            offsets, sizes = (one.field(part) if isinstance(one, _Record) else None for part in parts)
             if not _counts(offsets) or not _counts(sizes) or not len(offsets) == len(sizes) == len(shape):
                 raise UserError(f"{self.path}: a chunk of {shown(name)} has no place; copy the folder again")
             if (region := self._region(name, offsets)) is None:
@@ -154,8 +155,8 @@ class TorchDist:
                 f"numbers ({info.shape}), or overlap; a chunk is missing, copy the folder again"
             )
         for chunk in chunks:
-            if math.prod(chunk.sizes) * info.dtype.itemsize > chunk.region.length:
-                raise UserError(f"{self.path}: a chunk of {shown(name)} needs more than its {chunk.region.length} bytes")
+            if math.prod(chunk.sizes) * info.dtype.itemsize > (size := chunk.region.length):
+                raise UserError(f"{self.path}: a chunk of {shown(name)} needs more than its {size} bytes")
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         info = self.tensors[name]
@@ -208,9 +209,9 @@ def _metadata(path: pathlib.Path) -> tuple[dict[Any, Any], dict[Any, tuple[Any, 
             places[index] = tuple(value.field(part) for part in ("relative_path", "offset", "length"))
         if not isinstance(state, dict):
             raise ValueError("no state_dict_metadata")
-    except (MemoryError, UserError):
+    except UserError:
         raise
-    except Exception as error:  # an unpickler raises a dozen kinds of error on damaged or hostile input
+    except Exception as error:  # an unpickler raises a dozen kinds of error on damage, MemoryError for a false length
         reason = " ".join(str(error).split())[:120] or type(error).__name__
         raise UserError(
             f"{path}: is not the metadata of a distributed checkpoint that can be read safely, and nothing in it was "
@@ -228,7 +229,7 @@ def _contents(path: pathlib.Path) -> bytes:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
-def _counts(values: Any) -> bool:
+def _counts(values: Any) -> TypeGuard[tuple[int, ...]]:
     """Whether it is a tuple of whole numbers that sizes or places can be."""
     return isinstance(values, tuple) and all(type(x) is int and 0 <= x < 1 << 48 for x in values)
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from lcx.checkpoint import arrays
 from lcx.convert.files import folders, tensor_io
 from lcx.convert.files.tensor_io import TensorInfo
 from lcx.errors import UserError
@@ -58,6 +57,8 @@ class ZarrFolder:
 
 
 def _opened(place: pathlib.Path) -> Any:
+    from lcx.checkpoint import arrays  # tensorstore, which no other reader of Evo 2 needs
+
     try:
         return arrays.open_zarr(place)
     except (ValueError, OSError) as error:
@@ -67,7 +68,7 @@ def _opened(place: pathlib.Path) -> Any:
 def _check_chunks(place: pathlib.Path) -> None:
     """Raises UserError for a missing chunk: zarr would read it as its fill value."""
     described = folders.read_json(place / ARRAY)
-    sizes = described.get("shape"), described.get("chunks")
+    sizes: tuple[Any, Any] = described.get("shape"), described.get("chunks")
     if not all(isinstance(x, list) and all(type(n) is int and n >= 0 for n in x) for x in sizes):
         raise UserError(f"{place / ARRAY}: has no shape and chunks; copy it again")
     shape, chunks = sizes

@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Float, Int
 
-from lcx import pieces, sharding
+from lcx import layer_order, pieces, sharding
 from lcx.evals.support import journal
 from lcx.model import Decoder
 from lcx.ops.cross_entropy import token_nll
@@ -161,6 +161,7 @@ def _scored(
     """
     size, width = shape
     state, step = None, width
+    by_layers = piece is not None and mesh is None and layer_order.saves(model, size, _rounded(width, piece))
     if piece is not None:
         pieces.check(model)
         step = piece
@@ -168,6 +169,9 @@ def _scored(
         if rows["positions"] is not None:
             real = True if rows["segment_ids"] is None else rows["segment_ids"] != 0
             longest = 1 + int((rows["positions"] * real).max())
+        if by_layers:
+            yield from _by_layers(model, params, rows, (size, _rounded(width, step)), step, longest, measure)
+            return
         state = _empty_state(model, size, _rounded(width, step), longest)
     for first in range(0, width, step):
         batch = {
@@ -176,6 +180,24 @@ def _scored(
         }
         nll, state = _score(model, measure, params, state, **batch)
         yield first, nll
+
+
+def _by_layers(
+    model: Decoder,
+    params: Any,
+    rows: dict[str, np.ndarray | None],
+    shape: tuple[int, int],
+    step: int,
+    longest: int,
+    measure: Callable[..., jax.Array],
+) -> Iterator[tuple[int, jax.Array]]:
+    """`_scored` layer by layer, for models whose keys and values of all layers would be too many."""
+    arrays = {name: None if x is None else filled(x, *shape) for name, x in rows.items()}
+    row = {name: arrays[name] for name in ("positions", "segment_ids")}
+    tokens, labels = arrays["tokens"], arrays["labels"]
+    assert tokens is not None and labels is not None
+    x = layer_order.hidden(model, params, tokens, row, step, longest)
+    yield from layer_order.losses(model, measure, step, params, x, labels)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnames="state")
