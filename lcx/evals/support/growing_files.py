@@ -76,6 +76,9 @@ class GrowingFiles:
         return self
 
     def __exit__(self, kind, value, traceback) -> None:
+        if kind is not None and not self.done:  # nothing to continue: a mistake in the input, most likely
+            for path in (*map(_partial, self._paths), self._state):
+                path.unlink(missing_ok=True)
         self._stack.close()
 
     def append(self, texts: Sequence[str], *, done: int) -> None:
