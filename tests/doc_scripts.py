@@ -13,7 +13,8 @@ SMALL: dict[str, list[str] | None] = {
     "scripts/recall_text.py": ["--documents=60"],
     "scripts/recall_start.py": [],
     "scripts/recall_study.py": None,  # minutes: fourteen trainings and evaluations
-    "benchmarks/two_mamba_study.py": None,  # tests/test_two_mamba_study.py
+    "benchmarks/two_mamba_study.py recall": [],
+    "benchmarks/two_mamba_study.py table": None,  # tests/test_two_mamba_study.py
     "benchmarks/linearized.py": None,  # decodes 16K tokens
     "benchmarks/train_vs_transformers.py": ["--cases=quickstart:16", "--dtypes=float32", "--steps=1", "--no-memory"],
 }
@@ -48,7 +49,7 @@ def commands_of(words: list[str], folder: pathlib.Path) -> list[list[str]]:
 def kind(command: list[str]) -> tuple[str, ...]:
     """Commands of one kind differ by the model or the data only."""
     if command[1] != "-m":
-        return (command[1],)
+        return (_script(command),)
     files = [word for word in command if word.startswith("--gin_file=")]
     return (command[2], *files[-1:], *(word for word in command if word.startswith("--evals=")))
 
@@ -59,5 +60,11 @@ def small(command: list[str]) -> list[str] | None:
         return None
     if command[1] == "-m":
         return [*command, "--gin.Recall.rows=4"] if any("--evals=recall" in word for word in command) else command
-    flags = SMALL.get(command[1])
+    flags = SMALL.get(_script(command))
     return None if flags is None else [*command, *flags]
+
+
+def _script(command: list[str]) -> str:
+    """The script, and what it is to do, if that comes first."""
+    task = [] if command[2:3] == [] or command[2].startswith("-") else command[2:3]
+    return " ".join([command[1], *task])

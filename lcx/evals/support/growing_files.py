@@ -136,5 +136,6 @@ def _partial(path: pathlib.Path) -> pathlib.Path:
 
 def file_identity(path: str) -> list[Any]:
     """What tells a file from a later version of it, for the settings of a job: its path, size and time."""
+    path = os.path.abspath(os.path.expanduser(path))
     status = os.stat(path)
-    return [os.path.abspath(path), status.st_size, status.st_mtime_ns]
+    return [path, status.st_size, status.st_mtime_ns]
