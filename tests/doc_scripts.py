@@ -20,6 +20,14 @@ SMALL: dict[str, list[str] | None] = {
 }
 
 
+# In the place of python: writes its arguments down, and makes the folder of a run, in which a script may leave a mark.
+_STAND_IN = """#!/bin/bash
+printf '%s\\0' python "$@" >> {log}
+echo >> {log}
+for word in "$@"; do case "$word" in --workdir=*) mkdir -p "${{word#*=}}" ;; esac; done
+"""
+
+
 def commands_of(words: list[str], folder: pathlib.Path) -> list[list[str]]:
     """The commands with python that a script runs, in order, if none of their outputs is there yet.
 
@@ -32,7 +40,7 @@ def commands_of(words: list[str], folder: pathlib.Path) -> list[list[str]]:
     (place / "scripts").mkdir(exist_ok=True)
     log = place / "log"
     log.unlink(missing_ok=True)
-    (place / "bin" / "python").write_text(f'#!/bin/bash\nprintf "%s\\0" python "$@" >> {log}\necho >> {log}\n')
+    (place / "bin" / "python").write_text(_STAND_IN.format(log=log))
     (place / "bin" / "python").chmod(0o755)
     here = f'use_venv() {{ cd "{folder}"; export PATH="{place}/bin:$PATH"; }}\n'  # without an environment of its own
     (place / "scripts" / "_env.sh").write_text((ROOT / "scripts" / "_env.sh").read_text() + here)
@@ -46,12 +54,9 @@ def commands_of(words: list[str], folder: pathlib.Path) -> list[list[str]]:
     return [line.split("\0")[:-1] for line in said.splitlines()]
 
 
-def kind(command: list[str]) -> tuple[str, ...]:
-    """Commands of one kind differ by the model or the data only."""
-    if command[1] != "-m":
-        return (_script(command),)
-    files = [word for word in command if word.startswith("--gin_file=")]
-    return (command[2], *files[-1:], *(word for word in command if word.startswith("--evals=")))
+def kind(command: list[str]) -> str:
+    """The command of lcx or the script that is run."""
+    return command[2] if command[1] == "-m" else _script(command)
 
 
 def small(command: list[str]) -> list[str] | None:
