@@ -81,7 +81,7 @@ def local(path: Any, *, kind: str = "model") -> Any:
                 f"the path of the {kind} is empty, expected a folder, a file or a name on the hub: set it"
             )
     if not is_name(path):
-        return os.path.expanduser(path) if isinstance(path, str) else path
+        return os.path.expanduser(path) if isinstance(path, str) and path.startswith("~") else path
     match = _NAME.fullmatch(os.fspath(path))
     assert match is not None
     return _folder(match[1], match[2], kind)
