@@ -47,7 +47,7 @@ class _Canonical:
     """savanna's tensors in the canonical form of striped_hyena.py."""
 
     layer_0_only = False
-    interpolation = None  # a setting of the run, not of its files
+    interpolation: float | None = None  # a setting of the run, not of its files
     shared_bytes = 0
 
     def __init__(self, files: SavannaFiles):
