@@ -61,8 +61,8 @@ def is_name(path: Any) -> bool:
 
 
 def local(path: Any, *, kind: str = "model") -> Any:
-    """The local folder of a name on the hub or of a URL in a bucket, downloaded if necessary. Any other path is
-    returned unchanged.
+    """The local folder of a name on the hub or of a URL in a bucket, downloaded if necessary. Of any other path, "~" is
+    expanded.
 
     Args:
       path: given by a user as a checkpoint, a tokenizer or a source of text. A path need not exist.
@@ -81,7 +81,7 @@ def local(path: Any, *, kind: str = "model") -> Any:
                 f"the path of the {kind} is empty, expected a folder, a file or a name on the hub: set it"
             )
     if not is_name(path):
-        return path
+        return os.path.expanduser(path) if isinstance(path, str) and path.startswith("~") else path
     match = _NAME.fullmatch(os.fspath(path))
     assert match is not None
     return _folder(match[1], match[2], kind)

@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -31,6 +32,7 @@ from lcx.wording import quantity
 
 _BROKEN = "\N{REPLACEMENT CHARACTER}"  # the decoder's output for bytes that are not (yet) a complete character
 _MAX_HELD = 32  # tokens held back while their last character is incomplete; then they are printed as they are
+_PATIENCE_S = 3.0  # without a first token; then a line says why
 _MAX_CONTEXT = 16  # tokens at the end of the prompt in which to look for the start of a character
 
 
@@ -250,14 +252,21 @@ def show(tokenizer: Tokenizer, ids: Iterable[int], *, prompt: Sequence[int] = ()
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # print "?" for a character that the terminal cannot encode
     times = [time.perf_counter()]
+    waiting = threading.Timer(_PATIENCE_S, _say, ["compiling the program for this prompt"])
+    waiting.daemon = True
+    waiting.start()
 
     def timed() -> Iterator[int]:
         for token in ids:
+            waiting.cancel()
             times.append(time.perf_counter())
             yield token
 
-    for piece in whole_characters(tokenizer, timed(), prompt=prompt):
-        print(piece, end="", flush=True)
+    try:
+        for piece in whole_characters(tokenizer, timed(), prompt=prompt):
+            print(piece, end="", flush=True)
+    finally:
+        waiting.cancel()
     print(flush=True)
     print(_speed(times, len(prompt)), file=sys.stderr)
 

@@ -32,10 +32,10 @@ def tokenizer_of(checkpoint: str, format: str | None = None) -> Tokenizer:
       UserError: there is no checkpoint or no tokenizer, or its files are missing or damaged.
     """
     folder = Path(hub.local(checkpoint)).expanduser()
-    if (folder / "config.json").is_file():
-        return tokenizers.load_tokenizer(folder)
     if (known := tokenizer_record(folder, format)) is not None:
         return tokenizer_from_json(dict(known))
+    if (folder / "config.json").is_file():
+        return tokenizers.load_tokenizer(folder)
     detect(folder, format)  # raises if this is no checkpoint, with what was expected
     directory, step = find_step(folder)
     record = read_json(directory / str(step), "meta").get("tokenizer")

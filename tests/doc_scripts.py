@@ -13,10 +13,19 @@ SMALL: dict[str, list[str] | None] = {
     "scripts/recall_text.py": ["--documents=60"],
     "scripts/recall_start.py": [],
     "scripts/recall_study.py": None,  # minutes: fourteen trainings and evaluations
-    "benchmarks/two_mamba_study.py": None,  # tests/test_two_mamba_study.py
+    "benchmarks/two_mamba_study.py recall": [],
+    "benchmarks/two_mamba_study.py table": None,  # tests/test_two_mamba_study.py
     "benchmarks/linearized.py": None,  # decodes 16K tokens
     "benchmarks/train_vs_transformers.py": ["--cases=quickstart:16", "--dtypes=float32", "--steps=1", "--no-memory"],
 }
+
+
+# In the place of python: writes its arguments down, and makes the folder of a run, in which a script may leave a mark.
+_STAND_IN = """#!/bin/bash
+printf '%s\\0' python "$@" >> {log}
+echo >> {log}
+for word in "$@"; do case "$word" in --workdir=*) mkdir -p "${{word#*=}}" ;; esac; done
+"""
 
 
 def commands_of(words: list[str], folder: pathlib.Path) -> list[list[str]]:
@@ -31,7 +40,7 @@ def commands_of(words: list[str], folder: pathlib.Path) -> list[list[str]]:
     (place / "scripts").mkdir(exist_ok=True)
     log = place / "log"
     log.unlink(missing_ok=True)
-    (place / "bin" / "python").write_text(f'#!/bin/bash\nprintf "%s\\0" python "$@" >> {log}\necho >> {log}\n')
+    (place / "bin" / "python").write_text(_STAND_IN.format(log=log))
     (place / "bin" / "python").chmod(0o755)
     here = f'use_venv() {{ cd "{folder}"; export PATH="{place}/bin:$PATH"; }}\n'  # without an environment of its own
     (place / "scripts" / "_env.sh").write_text((ROOT / "scripts" / "_env.sh").read_text() + here)
@@ -41,20 +50,26 @@ def commands_of(words: list[str], folder: pathlib.Path) -> list[list[str]]:
     env = os.environ | {"LCX_REFERENCE": str(folder / "path" / "to" / "reference")}
     done = subprocess.run(["bash", str(script), *given], cwd=folder, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return [line.split("\0")[:-1] for line in log.read_text().splitlines()]
+    said = log.read_text().replace(f"{folder}/path/to/", "/path/to/")  # as on the page
+    return [line.split("\0")[:-1] for line in said.splitlines()]
 
 
-def kind(command: list[str]) -> tuple[str, ...]:
-    """Commands of one kind differ by the model or the data only."""
-    if command[1] != "-m":
-        return (command[1],)
-    files = [word for word in command if word.startswith("--gin_file=")]
-    return (command[2], *files[-1:], *(word for word in command if word.startswith(("--evals=", "--only_part="))))
+def kind(command: list[str]) -> str:
+    """The command of lcx or the script that is run."""
+    return command[2] if command[1] == "-m" else _script(command)
 
 
 def small(command: list[str]) -> list[str] | None:
     """The command with flags that make it small; None if it is to be checked only, or is not known."""
+    if command[2] == "lcx.report":  # of what the script has made, some of which is only checked here
+        return None
     if command[1] == "-m":
         return [*command, "--gin.Recall.rows=4"] if any("--evals=recall" in word for word in command) else command
-    flags = SMALL.get(command[1])
+    flags = SMALL.get(_script(command))
     return None if flags is None else [*command, *flags]
+
+
+def _script(command: list[str]) -> str:
+    """The script, and what it is to do, if that comes first."""
+    task = [] if command[2:3] == [] or command[2].startswith("-") else command[2:3]
+    return " ".join([command[1], *task])

@@ -40,6 +40,8 @@ def targets(monkeypatch):
         calls.append(locals() | {"calls": None})
 
     evaluator_evaluate.__module__ = f"fake_{os.urandom(4).hex()}"  # gin knows it by this name for good
+    its_module = types.SimpleNamespace(evaluator_evaluate=evaluator_evaluate)
+    monkeypatch.setitem(sys.modules, evaluator_evaluate.__module__, its_module)
     for function in (trainer_train, evaluator_evaluate, terminal_stream_text):
         module, _, name = function.__name__.partition("_")
         monkeypatch.setitem(sys.modules, f"lcx.{module}", types.SimpleNamespace(**{name: function}))

@@ -293,6 +293,7 @@ def test_bfloat16_keeps_what_must_be_float32(state, tmp_path):
     model, params = lcx.load(tmp_path / "vortex")
     assert model.dtype == "bfloat16"
     assert model.max_position_embeddings == 256  # from the config.json that is written beside the file
+    assert tokenizer_of(str(tmp_path / "vortex")).decode([65, 67]) == "AC"  # which is not that of Hugging Face
     assert params["stages_0"]["block_2"]["mixer"]["p"].dtype == jnp.float32
 
 

@@ -197,7 +197,7 @@ def run_script(words: list[str], world: pathlib.Path, monkeypatch) -> None:
     with monkeypatch.context() as patch:
         check(words, patch)
     for command in doc_scripts.commands_of(words, world):
-        kind, small = doc_scripts.kind(command), doc_scripts.small(command)
+        kind, small = (words[1], doc_scripts.kind(command)), doc_scripts.small(command)
         if kind in DONE or small is None:
             with monkeypatch.context() as patch:
                 check(small or command, patch)
@@ -209,7 +209,7 @@ def run_script(words: list[str], world: pathlib.Path, monkeypatch) -> None:
         DONE.add(kind)
 
 
-DONE: set[tuple[str, ...]] = set()
+DONE: set[tuple[str, str]] = set()  # (script, kind of command)
 TRAINED: dict[tuple[str, ...], str] = {}
 
 

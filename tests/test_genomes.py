@@ -55,7 +55,8 @@ def genome(tmp_path, monkeypatch):
 
 
 def run(tiny, **settings):
-    return VariantEffects("g.fa", "v.vcf", **{"window": 32, "output": "out.tsv", **settings})(*tiny, DNA)
+    fields = {"variants": "v.vcf", "window": 32, "output": "out.tsv", **settings}
+    return VariantEffects("g.fa", **fields)(*tiny, DNA)
 
 
 def log_p(model, params, text):
@@ -132,6 +133,9 @@ def test_an_interrupted_run_continues(tiny, genome, monkeypatch):
     with pytest.raises(UserError, match="there already"):
         run(tiny)
     run(tiny, overwrite=True)
+    with pytest.raises(UserError, match="has the columns"):  # and leaves nothing behind, which it would continue
+        run(tiny, variants="g.fa", output="other.tsv")
+    assert not list(pathlib.Path().glob("other.tsv*"))
 
 
 def test_strict_regions_and_strands(tiny, genome):

@@ -85,11 +85,16 @@ def test_a_path_that_exists_wins(cache, model_files, tmp_path):
 
 @pytest.mark.parametrize(
     "path",
-    ["bytes", "stdlib", "/runs/yarn", "./runs/yarn", "../runs", "~/runs", "runs/a/b", "runs/evo2.pt", "books/*.txt",
+    ["bytes", "stdlib", "/runs/yarn", "./runs/yarn", "../runs", "runs/a/b", "runs/evo2.pt", "books/*.txt",
      "books/a.jsonl.gz", "a/b--c", "a/..", "a/", "a b/c", "a/b\n", 3, None, ("a/b",), b"a/b"],
 )  # fmt: skip
 def test_what_is_no_name_stays_as_it_is(cache, path):
     assert not hub.is_name(path) and hub.local(path) is path
+
+
+def test_home_is_expanded(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert hub.local("~/runs") == "/home/me/runs"
 
 
 def test_an_empty_path_is_refused(cache):

@@ -1,5 +1,8 @@
 """Streaming text: whole characters only, nothing lost; prompts from files; the tokenizer of a checkpoint."""
 
+import sys
+import threading
+
 import numpy as np
 import pytest
 
@@ -96,7 +99,8 @@ def published(stories):
     return (stories / "stories260K.md").read_text().split("-t 0.0\n")[1].split("\n```")[0]
 
 
-def test_stream_text_prints_the_published_text(stories, capsys):
+def test_stream_text_prints_the_published_text(stories, capsys, monkeypatch):
+    monkeypatch.setattr(terminal, "_PATIENCE_S", 1e6)
     stream_text(checkpoint=str(stories / "hf"), prompt="")
     out, err = capsys.readouterr()
     assert out == published(stories) + "\n"
@@ -112,6 +116,22 @@ def test_stream_text_continues_a_prompt(stories, capsys, tmp_path):
         stream_text(checkpoint=str(stories / "hf"), prompt=prompt, max_new_tokens=60)
         out = capsys.readouterr().out.removesuffix("\n")
         assert len(out) > 100 and rest.startswith(out)
+
+
+@pytest.mark.parametrize("patience, said", [(0.0, 1), (1e6, 0)])
+def test_a_wait_for_the_first_token_is_explained(capsys, monkeypatch, patience, said):
+    """Once, and only before the first token."""
+    monkeypatch.setattr(terminal, "_PATIENCE_S", patience)
+    done = threading.Event()
+    monkeypatch.setattr(terminal, "_say", lambda line: (print(line, file=sys.stderr), done.set()))
+
+    def ids():
+        assert done.wait(60.0) if said else not done.is_set()
+        yield from b"ab"
+
+    terminal.show(ByteTokenizer(), ids())
+    out, err = capsys.readouterr()
+    assert out == "ab\n" and err.count("compiling the program for this prompt") == said
 
 
 def test_text_in_text_out(stories):

@@ -20,6 +20,7 @@ from lcx.config import names
 from lcx.config.flags import hint
 
 MACRO = "gin.macro"
+_REPOSITORY = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # has configs/
 Key = tuple[str, str, str]  # scope, full name of the function or class, parameter
 
 
@@ -60,6 +61,7 @@ class Source:
 
     def read_file(self, path: str, place: str | None) -> None:
         """Reads a file. `place` is where it was included ("file:line"), or None for a --gin_file."""
+        path = os.path.expanduser(path)
         beside = [os.path.join(os.path.dirname(self._open[-1]), path)] if self._open else []
         found = next((name for name in (*beside, path) if os.path.isfile(name)), None)
         if found is None:
@@ -156,6 +158,8 @@ class Source:
         try:
             configurable = names.look_up(selector)
         except LookupError as error:
+            if self.incomplete and place.startswith("--gin."):
+                return None  # it may be defined in a file that could not be read, which is a problem already
             return self.problem(str(error.args[0]), place)
         known = inspect.signature(configurable.wrapped).parameters
         if name not in known and not any(p.kind is p.VAR_KEYWORD for p in known.values()):
@@ -205,4 +209,6 @@ def _not_a_file(path: str, including: Sequence[str] = ()) -> str:
     close = hint(path, near)
     if including and not close and not os.path.isabs(path):
         close = f", neither beside {including[-1]} nor in the working folder: write the whole path"
+    elif not close and os.path.isfile(shipped := os.path.join(_REPOSITORY, path)):
+        close = f" in the working folder; did you mean {shipped}?"
     return f"{path} does not exist{close}"

@@ -51,7 +51,7 @@ class Canonical:
       layer_0_only: see striped_hyena.Tensors.
     """
 
-    interpolation = None  # a setting of the run, not of its files
+    interpolation: float | None = None  # a setting of the run, not of its files
     shared_bytes = 0
 
     def __init__(self, files: SavannaFiles | MegatronFiles, *, layer_0_only: bool = False):

@@ -40,7 +40,7 @@ def check_regular(path: str) -> os.stat_result:
       UserError: it does not exist, or must not be opened, like a pipe or a device.
     """
     try:
-        status = os.stat(path)
+        status = os.stat(os.path.expanduser(path))
     except (OSError, ValueError) as error:
         if os.path.islink(path):
             reason = f"it is a link to {shown(os.readlink(path))}, which leads to no file"
@@ -78,7 +78,7 @@ def version(url: str) -> str:
 def open_raw(path: str) -> BinaryIO:
     """The bytes of a file or of an object in a bucket, of which only a block at a time is read."""
     size(path)
-    return client.opened(path, _object(path)) if is_url(path) else open(path, "rb")
+    return client.opened(path, _object(path)) if is_url(path) else open(os.path.expanduser(path), "rb")
 
 
 def packing_of_name(path: str) -> str | None:

@@ -76,6 +76,9 @@ class GrowingFiles:
         return self
 
     def __exit__(self, kind, value, traceback) -> None:
+        if kind is not None and not self.done:  # nothing to continue: a mistake in the input, most likely
+            for path in (*map(_partial, self._paths), self._state):
+                path.unlink(missing_ok=True)
         self._stack.close()
 
     def append(self, texts: Sequence[str], *, done: int) -> None:
@@ -133,5 +136,6 @@ def _partial(path: pathlib.Path) -> pathlib.Path:
 
 def file_identity(path: str) -> list[Any]:
     """What tells a file from a later version of it, for the settings of a job: its path, size and time."""
+    path = os.path.abspath(os.path.expanduser(path))
     status = os.stat(path)
-    return [os.path.abspath(path), status.st_size, status.st_mtime_ns]
+    return [path, status.st_size, status.st_mtime_ns]

@@ -37,7 +37,8 @@ def cut_into_windows(lengths: Sequence[int], window: int, room: int, stride: int
     long = sum(length > room for length in lengths)
     if not long:
         return []
-    return [f"{long} of {quantity(len(lengths), 'sequence')} in windows of {window} tokens, {stride} apart"]
+    of = quantity(len(lengths), "sequence")
+    return [f"{long} of {of} longer than a window: scored in windows of {window} tokens, {stride} apart"]
 
 
 def beyond_window(window: int, model: Decoder) -> list[str]:
