@@ -6,10 +6,10 @@
 
 The models have 4 layers of width 256 and random weights. Speed: an AdamW step on two rows of 1024 tokens, in turns, as
 in train_vs_transformers.py. Memory: the peak of such a step on one row of 8192 tokens, less what the process holds
-before it; of lcx with the remat `dots`, as in the step whose time is taken, and with `full`. Decoding: the bytes of the
-cache and the resident memory of a hybrid of five sliding layers and a full one at 131072 tokens; of transformers with the
-cache that its generate() takes, and with one that does not know the windows. FILE is written anew by each part, after
-every row. Needs the extra `torch`.
+before it; of lcx with the remat `dots`, as in the step whose time is taken, and with `full`. Decoding: the bytes of
+the cache and the resident memory of a hybrid of five sliding layers and a full one at 131072 tokens; of transformers
+with the cache that its generate() takes, and with one that does not know the windows. FILE is written anew by each
+part, after every row. Needs the extra `torch`.
 """
 
 import argparse
