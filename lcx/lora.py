@@ -323,8 +323,8 @@ def _merged_kernel(
 
     def one(layer):
         kernel32, a, b, scale = (x.astype(jnp.float32) for x in layer)
-        update = functools.partial(jnp.tensordot, axes=1, precision="highest")
-        update = jax.vmap(update)(a, b) if stacked == 2 else update(a, b)
+        multiply = functools.partial(jnp.tensordot, axes=1, precision="highest")
+        update = jax.vmap(multiply)(a, b) if stacked == 2 else multiply(a, b)
         return (kernel32 + scale * update).astype(kernel.dtype)
 
     # One layer at a time, because the float32 update is as large as the kernel itself.

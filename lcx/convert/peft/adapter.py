@@ -150,9 +150,9 @@ def _collection(parts: Iterable[tuple[Part, LowRank]], model: Decoder, common: i
             scale[part.repeat] = scale[part.repeat] or pair.scale
             # Columns of `a` and rows of `b` beyond the pair's own rank stay zero and do not change the update. The
             # experts of a layer have one scale. If theirs differ, the ratio is multiplied into b.
-            a[(*part.at, ..., slice(own))] = pair.A.T.reshape(*part.in_shape, own)
+            a[part.at][..., :own] = pair.A.T.reshape(*part.in_shape, own)
             rows = part.layout.to_lcx(pair.B, (own, *part.out_shape))
-            b[(*part.at, slice(own))] = rows * np.float32(pair.scale / scale[part.repeat])
+            b[part.at][:own] = rows * np.float32(pair.scale / scale[part.repeat])
         flat |= {f"{path}/a": a, f"{path}/b": b, f"{path}/scale": scale}
     return jax.tree.map(jnp.asarray, unflatten_dict(flat, sep="/"))
 
