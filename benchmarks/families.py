@@ -1,13 +1,15 @@
 """Every family of models: a training step, and the memory of decoding, of lcx against transformers + torch.
 
     JAX_NUM_CPU_DEVICES=2 python benchmarks/families.py [--families gemma3_text,...] [--rounds 5] [--output FILE.json]
-    JAX_NUM_CPU_DEVICES=2 python benchmarks/families.py --memory [--families ...] [--output FILE.json]
+    python benchmarks/families.py --memory [--families ...] [--output FILE.json]
     python benchmarks/families.py --decoding [--output FILE.json]
 
 The models have 4 layers of width 256 and random weights. Speed: an AdamW step on two rows of 1024 tokens, in turns, as
 in train_vs_transformers.py. Memory: the peak of such a step on one row of 8192 tokens, less what the process holds
-before it. Decoding: the bytes of the cache and the resident memory of a hybrid of five sliding layers and a full one
-at 131072 tokens. FILE is written anew by each part, after every row. Needs the extra `torch`.
+before it; of lcx with the remat `dots`, as in the step whose time is taken, and with `full`. Decoding: the bytes of
+the cache and the resident memory of a hybrid of five sliding layers and a full one at 131072 tokens; of transformers
+with the cache that its generate() takes, and with one that does not know the windows. FILE is written anew by each
+part, after every row. Needs the extra `torch`.
 """
 
 import argparse
@@ -119,9 +121,10 @@ def in_process(*command: str) -> dict:
 def memory(root: str, name: str, T: int) -> dict:
     folder = os.path.join(root, name)
     Case(name, T).torch_model().save_pretrained(folder)
-    found = {side: in_process("step", side, folder, name, str(T)) for side in ("lcx", "torch")}
-    mib = {f"{side}_mib": row["step_mib"] for side, row in found.items()}
-    return {"model_type": name, "T": T, "batch": 1, **mib, "ratio": round(mib["lcx_mib"] / mib["torch_mib"], 3)}
+    sides = ("lcx", "lcx_full", "torch")
+    mib = {f"{side}_mib": in_process("step", side, folder, name, str(T))["step_mib"] for side in sides}
+    ratios = {f"{side}_over_torch": round(mib[f"{side}_mib"] / mib["torch_mib"], 3) for side in sides[:2]}
+    return {"model_type": name, "T": T, "batch": 1, **mib, **ratios}
 
 
 # ---------------------------------------------------------------------------------------------------------- decoding
@@ -172,13 +175,14 @@ def decoded_by_lcx(folder: str) -> tuple[int, list[int]]:
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache)), tokens[0].tolist()
 
 
-def decoded_by_torch(folder: str) -> tuple[int, list[int]]:
+def decoded_by_torch(folder: str, windows: bool = True) -> tuple[int, list[int]]:
     """The prompt is read in pieces: whole, the mask of a sliding layer alone would take 16 GiB."""
     import torch
     import transformers
 
     model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
-    cache, ids, out = transformers.DynamicCache(config=model.config), torch.tensor(prompt()).long(), []
+    cache = transformers.DynamicCache(config=model.config if windows else None)
+    ids, out = torch.tensor(prompt()).long(), []
     with torch.inference_mode():
         for start in range(0, ids.shape[1], PIECE):
             piece = ids[:, start : start + PIECE]
@@ -192,7 +196,7 @@ def decoded_by_torch(folder: str) -> tuple[int, list[int]]:
 
 def child(kind: str, side: str, folder: str, *case: str) -> None:
     if kind == "step":
-        return steps.memory(side, folder, Case(case[0], int(case[1])))
+        return steps.memory(side, folder, Case(case[0], int(case[1])), remat="full" if side == "lcx_full" else "dots")
     import resource
 
     import jax
@@ -200,8 +204,7 @@ def child(kind: str, side: str, folder: str, *case: str) -> None:
 
     jax.devices()
     before = resident()
-    run = decoded_by_lcx if side == "lcx" else decoded_by_torch
-    size, tokens = run(folder)
+    size, tokens = decoded_by_lcx(folder) if side == "lcx" else decoded_by_torch(folder, side == "torch")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(json.dumps({"cache_mib": round(size / 2**20, 2), "peak_mib": round(peak - before), "tokens": tokens}))
 
@@ -239,7 +242,7 @@ def main() -> None:
             "memory": lambda name: memory(root, name, 8192),
             "decoding": lambda side: decoding(root, side),
         }[part]
-        for name in ("lcx", "torch") if args.decoding else args.families.split(","):
+        for name in ("lcx", "torch", "torch_whole_text") if args.decoding else args.families.split(","):
             rows.append(measure(name))
             print(json.dumps(rows[-1]), flush=True)
             run.write(args.output or "-", **{part: rows})

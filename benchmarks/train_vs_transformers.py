@@ -104,7 +104,7 @@ class Torch:
 class Lcx:
     """The trainer's own compiled step, on the weights of `folder`."""
 
-    def __init__(self, folder: str, case: Case):
+    def __init__(self, folder: str, case: Case, remat: str = "dots"):
         import jax
 
         import lcx
@@ -118,7 +118,7 @@ class Lcx:
         self.mesh = sharding.make_mesh(data=data, fsdp=1, tensor=-1)
         jax.set_mesh(self.mesh)
         model, params = lcx.load(folder, mesh=self.mesh)
-        model = model.clone(dtype=case.dtype, remat="dots", parent=None)
+        model = model.clone(dtype=case.dtype, remat=remat, parent=None)
         schedule = AdamW(LEARNING_RATE, "constant", warmup_steps=0, weight_decay=DECAY, decay=".")
         weights = {"params": params}
         optimizer = schedule.build({"params": model_lib.abstract_params(model, mesh=self.mesh)}, 100)
@@ -175,9 +175,9 @@ def speed(run: harness.Run, folder: str, case: Case, steps: int) -> dict:
     return row
 
 
-def memory(side: str, folder: str, case: Case) -> None:
+def memory(side: str, folder: str, case: Case, remat: str = "dots") -> None:
     """Runs in a process of its own: prints the peak of two steps less what was resident before them, in MiB."""
-    runner = Lcx(folder, case) if side == "lcx" else Torch(case)
+    runner = Torch(case) if side == "torch" else Lcx(folder, case, remat)
     with open("/proc/self/status") as f:
         before = next(int(line.split()[1]) for line in f if line.startswith("VmRSS")) / 1024
     for batch in case.batches(2):

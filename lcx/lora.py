@@ -17,7 +17,7 @@ import functools
 import math
 import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -170,17 +170,8 @@ class Target:
 
 
 def all_targets(model: Decoder) -> list[Target]:
-    """Every projection that can have pairs, made of lcx.layers.Linear or of experts, in the order of execution."""
-    found: dict[str, nn.Module] = {}
-
-    def record(call, args, kwargs, context):
-        if isinstance(context.module, Linear | ExpertsMlp) and context.method_name == "__call__":
-            found["/".join(context.module.path)] = context.module
-        return call(*args, **kwargs)
-
-    with nn.intercept_methods(record):
-        variables = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32)))
-    params = variables["params"]
+    """Every projection that can have pairs, in the order of execution."""
+    found, params = _projections(model)
     targets = []
     for path, module in found.items():
         if isinstance(module, Linear):
@@ -192,6 +183,28 @@ def all_targets(model: Decoder) -> list[Target]:
             *stack, into, out = kernel.unbox().shape
             targets.append(Target(f"{path}/{name}", tuple(stack), (into,), (out,), kernel.names[-2:]))
     return targets
+
+
+def all_linears(model: Decoder) -> Iterator[tuple[str, Linear, int]]:
+    """(path, module, number of layers stacked in its kernel) of every linear projection, in order of execution."""
+    found, params = _projections(model)
+    for path, module in found.items():
+        if isinstance(module, Linear):
+            yield path, module, _at(params, path)["kernel"].unbox().shape[0]
+
+
+def _projections(model: Decoder) -> tuple[dict[str, nn.Module], dict[str, Any]]:
+    """(path -> module made of lcx.layers.Linear or of experts, shapes of the parameters with their names)."""
+    found: dict[str, nn.Module] = {}
+
+    def record(call, args, kwargs, context):
+        if isinstance(context.module, Linear | ExpertsMlp) and context.method_name == "__call__":
+            found["/".join(context.module.path)] = context.module
+        return call(*args, **kwargs)
+
+    with nn.intercept_methods(record):
+        variables = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32)))
+    return found, variables["params"]
 
 
 def statement(model: Decoder, lora: Mapping[str, Any], trains: Any = None) -> str:
@@ -310,8 +323,8 @@ def _merged_kernel(
 
     def one(layer):
         kernel32, a, b, scale = (x.astype(jnp.float32) for x in layer)
-        update = functools.partial(jnp.tensordot, axes=1, precision="highest")
-        update = jax.vmap(update)(a, b) if stacked == 2 else update(a, b)
+        multiply = functools.partial(jnp.tensordot, axes=1, precision="highest")
+        update = jax.vmap(multiply)(a, b) if stacked == 2 else multiply(a, b)
         return (kernel32 + scale * update).astype(kernel.dtype)
 
     # One layer at a time, because the float32 update is as large as the kernel itself.

@@ -143,7 +143,9 @@ What lcx does with the language models of each Hugging Face `model_type`; this p
 - **extend**: the layers whose rotary embedding `rope_scaling` changes. It may hold one scaling for each kind of layer
   instead: `{"full_attention": {...}, "sliding_attention": {...}}`.
 - **LoRA**: the projections that `LoRA.targets` can reach; their adapters are read from and written to PEFT folders.
-  Experts get a pair each; how they lie in PEFT folders: see below.
+  Experts get a pair each, written as PEFT had them with transformers 4, a module for each projection of each expert;
+  PEFT 0.21 with transformers 5 fuses those of Mixtral and Qwen3-MoE, and does not know Qwen2-MoE's. Adapters with
+  `target_parameters` are refused, and pairs of gpt-oss's experts are only written merged into the model.
 - **linearize**: whether its softmax layers can become linear attention.
 - **export**: every family is written back, with byte-equal tensors, as transformers 4 and 5 read it. With 4.57.6, small
   random models of all families load without a missing or unexpected tensor and give the logits of 5.23, in float32
@@ -165,8 +167,9 @@ def _family_row(model_type: str) -> str:
     """A row of the page: what was tried on a small model."""
     from lcx import extend, linearize
     from lcx.convert.hf import families
+    from lcx.convert.peft import adapter
     from lcx.errors import UserError
-    from lcx.mlps.experts import ExpertsMlp
+    from lcx.lora import all_targets
     from lcx.model import layers
 
     family = families.FAMILIES[model_type]
@@ -198,8 +201,14 @@ def _family_row(model_type: str) -> str:
             ]
         return "yes"
 
-    without = " but experts" if any(isinstance(layer.block.mlp, ExpertsMlp) for layer in layers(model)) else ""
-    cells = [f"`{model_type}`", "; ".join(kinds), scaled(), f"all{without}", linear(), "yes"]
+    def pairs() -> str:
+        places = {part.path for parts in adapter.modules(model).values() for part in parts}
+        lost = [target for target in all_targets(model) if target.path not in places]
+        if not all(len(target.stack) == 2 for target in lost):
+            return "not all"
+        return "all; adapters but those of experts" if lost else "all"
+
+    cells = [f"`{model_type}`", "; ".join(kinds), scaled(), pairs(), linear(), "yes"]
     return "| " + " | ".join(cells) + " |"
 
 

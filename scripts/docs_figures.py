@@ -207,6 +207,17 @@ def families(result: dict) -> str:
     return with_source(result, table(["model type", "lcx, ms", "transformers, ms", "speed", "from, to"], rows))
 
 
+def family_decoding(result: dict) -> str:
+    """A row for each side: the cache, and what the process needed beside what it held before."""
+    names = {
+        "lcx": "lcx",
+        "torch": "transformers, the cache of `generate`",
+        "torch_whole_text": "transformers, a cache that does not know the windows",
+    }
+    rows = [[names[row["side"]], f"{row['cache_mib']:.1f}", str(row["peak_mib"])] for row in result["decoding"]]
+    return table(["", "cache, MiB", "peak, MiB"], rows)
+
+
 def decoders(result: dict) -> str:
     names = {
         "llama": "Llama",
@@ -397,6 +408,9 @@ FIGURES = {
     "start_up": Figure("start_up_cpu.json", start_up, "python benchmarks/start_up.py"),
     "growth": Figure("second_order_growth_cpu.json", growth, "python benchmarks/second_order_growth.py"),
     "families": Figure("families_cpu.json", families, "python benchmarks/families.py"),
+    "family_decoding": Figure(
+        "families_decoding_cpu.json", family_decoding, "python benchmarks/families.py --decoding", timed=False
+    ),
     "decoders": Figure("train_step_cpu.json", decoders, "python benchmarks/train_step.py"),
     "step_memory": Figure(
         "train_step_memory_h200.json", step_memory, "python benchmarks/train_step_memory.py", timed=False

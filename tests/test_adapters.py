@@ -9,15 +9,30 @@ import numpy as np
 import peft as peft_package
 import pytest
 import torch
-from peft_models import V, bases_fixture, edit, hf_base, hf_logits, logits, plain_fixture, write_adapter  # noqa: F401
+import transformers
+from peft_models import (  # noqa: F401
+    SIZES,
+    TOKENS,
+    V,
+    bases_fixture,
+    edit,
+    hf_base,
+    hf_logits,
+    logits,
+    plain_fixture,
+    write_adapter,
+)
 from safetensors.torch import load_file, save_file
 
 import lcx
+from lcx.convert.hf.families import FAMILIES
 from lcx.convert.hf.source import HfSource
+from lcx.convert.peft import adapter as peft_adapter
 from lcx.convert.peft import files as peft_files
 from lcx.convert.peft import merged
 from lcx.convert.workdir.source import LcxSource
 from lcx.errors import UserError
+from lcx.lora import LoRA
 
 # ---------------------------------------------------------------------------------------------- reading
 
@@ -134,6 +149,32 @@ def test_names_that_tools_leave(bases, tmp_path, change, caplog):
     renamed(tmp_path / "a", change)
     np.testing.assert_allclose(logits(*lcx.load(bases / "llama", adapter=tmp_path / "a")), expected, atol=2e-5)
     assert ("wrappers" in caplog.text) == ("mine" not in change("lora_A.weight"))
+
+
+def test_pairs_of_experts_are_those_that_peft_fuses(tmp_path):
+    sizes = dict(num_experts=3, num_experts_per_tok=2, moe_intermediate_size=20, head_dim=8)
+    torch.manual_seed(0)
+    config = transformers.Qwen3MoeConfig(**SIZES | sizes)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    model, params = lcx.load(tmp_path / "base")
+    lora = LoRA(rank=3, targets="/mlp/(gate|up|down)_proj").init(jax.random.key(0), model)
+    rng = np.random.default_rng(0)
+    lora = jax.tree.map(lambda x: x if x.ndim == 1 else 0.2 * rng.normal(size=x.shape).astype(np.float32), lora)
+    peft_adapter.save(tmp_path / "a", model, lora)
+    expected = np.asarray(jax.jit(model.apply)({"params": params, "lora": lora}, TOKENS))
+    assert np.abs(expected - logits(model, params)).max() > 0.1
+    hf_model = peft_package.PeftModel.from_pretrained(hf_base(tmp_path / "base"), str(tmp_path / "a"))
+    np.testing.assert_allclose(hf_logits(hf_model), expected, atol=2e-5)
+    np.testing.assert_allclose(logits(*lcx.load(tmp_path / "base", adapter=tmp_path / "a")), expected, atol=2e-5)
+    jax.tree.map(np.testing.assert_array_equal, peft_adapter.load(tmp_path / "a", model), lora)
+
+
+def test_experts_that_share_a_tensor_have_no_modules_to_write(tmp_path):
+    config = {"model_type": "gpt_oss", **SIZES, "head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1}
+    model = FAMILIES["gpt_oss"].model(config, dtype="float32")
+    lora = LoRA(rank=2, targets="_proj").init(jax.random.key(0), model)
+    with pytest.raises(UserError, match="down_proj has pairs of experts, .*'gpt_oss' keeps in one tensor"):
+        peft_adapter.save(tmp_path / "a", model, lora)
 
 
 # ---------------------------------------------------------------------------------------------- refusals

@@ -152,7 +152,8 @@ class ExpertsMlp(nn.Module):
         """(what this device adds to the weighted sum of the chosen experts' outputs, the chosen experts)."""
         x, logits, weights = (arrays[key] for key in ("x", "logits", "weights"))
         gates, chosen = self._gates(logits)
-        own, first = len(weights["gate_proj_kernel"]), 0
+        own = len(weights["gate_proj_kernel"])
+        first: Array | int = 0
         if own < self.num_experts:
             first = jax.lax.axis_index("tensor") * own
         elif self.bias and weights["gate_proj_bias"].shape[1] < self.intermediate_size:

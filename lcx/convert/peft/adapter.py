@@ -17,7 +17,7 @@ import math
 import os
 import pathlib
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -33,7 +33,7 @@ from lcx.convert.core.rules import Transposed
 from lcx.convert.files import destination, folders, safetensors, tensor_io
 from lcx.convert.files.tensor_io import TensorInfo
 from lcx.convert.peft import base as adapter_base
-from lcx.convert.peft import merged
+from lcx.convert.peft import merged, targets
 from lcx.convert.peft.base import Base
 from lcx.convert.peft.files import CONFIG, EMBEDDING_WEIGHT, HEAD_WEIGHT, PREFIX, WEIGHTS, LowRank, read
 from lcx.convert.workdir.source import LcxSource, read_meta, step_folder, stored_pairs, trained
@@ -150,9 +150,9 @@ def _collection(parts: Iterable[tuple[Part, LowRank]], model: Decoder, common: i
             scale[part.repeat] = scale[part.repeat] or pair.scale
             # Columns of `a` and rows of `b` beyond the pair's own rank stay zero and do not change the update. The
             # experts of a layer have one scale. If theirs differ, the ratio is multiplied into b.
-            a[(*part.at, ..., slice(own))] = pair.A.T.reshape(*part.in_shape, own)
+            a[part.at][..., :own] = pair.A.T.reshape(*part.in_shape, own)
             rows = part.layout.to_lcx(pair.B, (own, *part.out_shape))
-            b[(*part.at, slice(own))] = rows * np.float32(pair.scale / scale[part.repeat])
+            b[part.at][:own] = rows * np.float32(pair.scale / scale[part.repeat])
         flat |= {f"{path}/a": a, f"{path}/b": b, f"{path}/scale": scale}
     return jax.tree.map(jnp.asarray, unflatten_dict(flat, sep="/"))
 
@@ -230,7 +230,11 @@ def _write(
     beside: Sequence[str],
     overwrite: bool,
 ) -> str:
-    pairs = module_pairs(lora, modules(base.model))
+    known = modules(base.model)
+    places = {part.path for parts in known.values() for part in parts}
+    targets.check_places(base.model, {path.rpartition("/")[0] for path in flatten_dict(lora, sep="/")}, places)
+    pairs = module_pairs(lora, known)
+    experts = {name for name, parts in known.items() if parts[0].item is not None}
     full = _full(base.model, pairs, beside)
     pieces: dict[str, Callable[[], Iterable[np.ndarray]]] = {}
     infos: dict[str, TensorInfo] = {}
@@ -252,7 +256,7 @@ def _write(
         path, overwrite=overwrite, needed_bytes=needed, replaceable=_is_adapter
     ) as folder:
         safetensors.write_file(folder / WEIGHTS, infos, lambda key: pieces[key]())
-        folders.write_json(folder / CONFIG, _config(pairs, full, base))
+        folders.write_json(folder / CONFIG, _config(pairs, full, base, experts))
         adapter_base.write(folder, base, holds)
         changed = read(folder, merged.known(base.model)).changes
         expected = {f"{name}.weight" for name in pairs} | full.keys()
@@ -389,14 +393,14 @@ def _fused(parts: tuple[Part, ...], present: Mapping[Part, LowRank]) -> LowRank:
     return LowRank(A, B, first.scale)
 
 
-def _config(pairs: Mapping[str, LowRank], full: Mapping[str, str], base: Base) -> dict[str, Any]:
+def _config(
+    pairs: Mapping[str, LowRank], full: Mapping[str, str], base: Base, experts: Collection[str]
+) -> dict[str, Any]:
     """adapter_config.json. The most common rank and alpha are the defaults; the patterns list the other modules."""
     known = merged.known(base.model)
     ranks = {name: len(pair.A) for name, pair in pairs.items()}
     alphas = {name: number(pair.scale * len(pair.A)) for name, pair in pairs.items()}
     rank, alpha = (collections.Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
-    last = {name.rpartition(".")[2] for name in pairs}
-    all_layers = {name for name in known.linear if name.rpartition(".")[2] in last} == set(pairs)
     biases = any(key.endswith(".base_layer.bias") for key in full.values())
     saved = {name.rpartition(".")[0] for name in full if not (biases and name.endswith(".bias"))}
     tying = {"ensure_weight_tying": True} if base.model.tie_word_embeddings and HEAD_WEIGHT in full else {}
@@ -409,7 +413,7 @@ def _config(pairs: Mapping[str, LowRank], full: Mapping[str, str], base: Base) -
         "lora_alpha": alpha,
         "rank_pattern": {_pattern(name): value for name, value in ranks.items() if value != rank},
         "alpha_pattern": {_pattern(name): value for name, value in alphas.items() if value != alpha},
-        "target_modules": sorted(last) if all_layers else list(pairs),
+        **targets.settings(pairs, known.linear, experts),
         "modules_to_save": _endings(saved, known.shapes) or None,
         "lora_dropout": 0.0,
         "bias": "all" if biases else "none",
