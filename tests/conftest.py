@@ -36,7 +36,10 @@ OPTIMIZED = ("test_ops_", "test_aot")  # the operators, and what compilers are a
 # The older emitters round differently by shape, which comes close to the tolerances of the battery.
 USUAL_EMITTERS = ("test_mixers",)
 # Files whose tests take many seconds each. They come first, so that no worker begins one when the others are done.
-LONG = ("test_kernels_compile", "test_ladder_dna", "test_reproduce_striped_hyena")
+LONG = (
+    *("test_kernels_compile", "test_ladder_dna", "test_reproduce_striped_hyena", "test_pieces", "test_linearize"),
+    *("test_docs", "test_serve", "test_evals_real_models"),
+)
 
 
 def pytest_collection_modifyitems(items):

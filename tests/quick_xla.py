@@ -12,6 +12,7 @@ JAX_DISABLE_MOST_OPTIMIZATIONS=0 turns all of it off: programs are then compiled
 import contextlib
 import functools
 import importlib.metadata
+import itertools
 import os
 from unittest import mock
 
@@ -76,7 +77,8 @@ def small_programs():
     from jax._src.interpreters import mlir
     from jax._src.lax import lax
 
-    stage, start, shared = getattr(lax, "_stage_impl", None), mlir.ModuleContext.__init__, []
+    stage, start, count = getattr(lax, "_stage_impl", None), mlir.ModuleContext.__init__, itertools.count()
+    shared = functools.lru_cache(1)(lambda hundred: mlir.make_ir_context())
 
     def copied(x):
         values = getattr(x, "val", x)  # jax's TypedNdArray holds the array
@@ -88,9 +90,7 @@ def small_programs():
     @functools.wraps(start)
     def start_in_shared(self, *, platforms, context=None, **kwargs):
         if context is None and tuple(platforms) == ("cpu",):
-            if not shared:
-                shared.extend([mlir.make_ir_context()] * MODULES)
-            context = shared.pop()
+            context = shared(next(count) // MODULES)
         start(self, platforms=platforms, context=context, **kwargs)
 
     if stage is not None:  # not in every version of jax

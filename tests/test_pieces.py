@@ -90,7 +90,7 @@ def test_gradients_are_those_of_whole_rows(every_mixer, monkeypatch):
 
 def test_all_borders_kept(monkeypatch):
     """The usual case: the states at all borders fit, and nothing is recomputed twice. They may wait on the host."""
-    model = small(MIXERS["mamba2"])
+    model = small(MIXERS["hyena_se"])
     params = noisy(model)
     want = gradient(model, None, params, BATCH)
     assert_equal(gradient(model, Pieces(16), params, BATCH), want)
