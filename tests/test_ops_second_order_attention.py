@@ -251,8 +251,8 @@ def test_rows_without_weight_give_zero_and_finite_gradients(implementation, form
 
 
 @pytest.mark.parametrize("form", ["tiles", "states"])
-def test_temporary_memory_is_the_output_and_its_gradient(form):
-    """Forward and backward of 2^17 tokens: two arrays like q, some numbers per token, one state and some tiles."""
+def test_temporary_memory_is_three_arrays(form):
+    """Forward and backward of 2^17 tokens: the output, its gradient, their product, and some numbers per token."""
     T, H = 2**17, 64
     x, a = jax.ShapeDtypeStruct((1, T, 1, H), jnp.float32), jax.ShapeDtypeStruct((1, T, 1), jnp.float32)
 
@@ -260,7 +260,7 @@ def test_temporary_memory_is_the_output_and_its_gradient(form):
         return (second_order_attention(q, k, v, log_decay=a, form=form)[0] ** 2).sum()
 
     compiled = jax.jit(jax.grad(loss, (0, 1, 2, 3))).lower(x, x, x, a).compile()
-    assert compiled.memory_analysis().temp_size_in_bytes < 2.75 * T * H * 4
+    assert compiled.memory_analysis().temp_size_in_bytes < 3.5 * T * H * 4
 
 
 def test_a_named_form_works_or_raises():
