@@ -51,8 +51,8 @@ def gradients(rows: Rows, d_sums: Sums) -> tuple[Rows]:
 
 def of_rows(rows: Rows, dq, dk, dv, d_decay) -> Rows:
     """The gradient of `rows`; that of integers is None."""
-    large = (d.astype(x.dtype) for d, x in zip((dq, dk, dv), rows))
-    return Rows(*large, None, None, None, d_decay, None)  # type: ignore[arg-type]
+    dq, dk, dv = (d.astype(x.dtype) for d, x in zip((dq, dk, dv), rows))
+    return Rows(dq, dk, dv, None, None, None, d_decay, None)  # type: ignore[arg-type]
 
 
 tiles.defvjp(_forward, gradients)
