@@ -5,32 +5,22 @@
 
 One row, one head of 64, float32, forward and backward as one program, in the form that the operator picks. Decays:
 "slow" forgets nothing (a = -1e-5), "fast" forgets within 300 tokens (a = -0.1, as far as e^-30), "initial" is that of a
-new 2Mamba layer (a = -softplus(0)). "kept" is a process that keeps freed memory
-(config.keep_freed_memory); "returned" is one with the C library's defaults, for fast and initial decay. All lengths,
-decays and both processes take turns. `growth` is the median over the rounds of the time at T over that at T / 2: 2 is
-linear. `faults` counts the pages that the kernel handed out in one call.
+new 2Mamba layer (a = -softplus(0)). All lengths and decays take turns. `growth` is the median over the rounds of the
+time at T over that at T / 2: 2 is linear. `faults` counts the pages that the kernel handed out in one call,
+`temporary_mib` is what XLA allocates for temporaries in one call.
 """
 
 import argparse
-import contextlib
+import functools
 import json
-import os
 import resource
-import sys
-import time
 
-CHILD = "--child"
-if sys.argv[1:] == [CHILD, "kept"]:
-    from lcx import config
+import harness
+import jax
+import jax.numpy as jnp
+import numpy as np
 
-    config.keep_freed_memory()
-
-import harness  # noqa: E402
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-
-from lcx.ops.second_order_attention import second_order_attention  # noqa: E402
+from lcx.ops.second_order_attention import second_order_attention
 
 DECAYS = {"fast": -0.1, "initial": -0.693, "slow": -1e-5}
 H = 64
@@ -47,23 +37,10 @@ def inputs(T: int, decay: str) -> tuple[jax.Array, ...]:
     return q, k, v, jnp.full((1, T, 1), DECAYS[decay], jnp.float32)
 
 
-def answer() -> None:
-    """Answers {"T": ..., "decay": ..., "calls": n} with the seconds; without "calls", with the pages of a call."""
-    program, ready, faults = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3))), {}, {}
-    for line in sys.stdin:
-        request = json.loads(line)
-        key = request["T"], request["decay"]
-        if "calls" not in request:
-            print("answer", json.dumps(faults[key]), flush=True)
-            continue
-        if key not in ready:
-            ready[key] = inputs(*key)
-        before, start = resource.getrusage(resource.RUSAGE_SELF).ru_minflt, time.perf_counter()
-        for _ in range(request["calls"]):
-            jax.block_until_ready(program(*ready[key]))
-        seconds = time.perf_counter() - start
-        faults[key] = (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) // request["calls"]
-        print("answer", json.dumps(seconds), flush=True)
+def faults(call) -> int:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    call()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 
 def growth(shorter: list[float], longer: list[float]) -> dict[str, float]:
@@ -81,32 +58,29 @@ def main() -> None:
     args = parser.parse_args()
     lengths, decays = [int(T) for T in args.lengths.split(",")], args.decays.split(",")
     run = harness.Run("growth of second-order attention with the row", threads={"lcx": harness.jax_threads()})
-    with contextlib.ExitStack() as stack:
-        children = {}
-        for memory in ("kept", "returned"):
-            children[memory] = harness.Child(sys.executable, os.path.abspath(__file__), CHILD, memory)
-            stack.callback(children[memory].close)
-        keys = [
-            (m, d, T) for m in children for d in decays for T in lengths if (m, d) != ("returned", "slow")
-        ]
-        sides = {f"{m} {d} {T}": children[m].side({"T": T, "decay": d}) for m, d, T in keys}
-        for side in sides.values():  # compiles
-            side(1)
-        turns = run.turns(sides, rounds=args.rounds, seconds=0.2)
-        rows = []
-        for memory, decay, T in keys:
-            name, half = f"{memory} {decay} {T}", f"{memory} {decay} {T // 2}"
-            row = {"memory": memory, "decay": decay, "T": T, "ms": round(1e3 * turns.seconds(name), 1)}
-            row["faults"] = children[memory].ask({"T": T, "decay": decay})
-            if half in sides:
-                row["growth"] = growth(turns.times[half], turns.times[name])
-            rows.append(row)
-            print(json.dumps(row), flush=True)
+    step = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)))
+    programs = {T: step.lower(*inputs(T, decays[0])).compile() for T in lengths}
+
+    def call(T: int, arrays: tuple[jax.Array, ...]) -> None:
+        jax.block_until_ready(programs[T](*arrays))
+
+    keys = [(decay, T) for decay in decays for T in lengths]
+    called = {f"{decay} {T}": functools.partial(call, T, inputs(T, decay)) for decay, T in keys}
+    turns = run.turns(
+        {name: harness.calls(fn) for name, fn in called.items()}, rounds=args.rounds, seconds=0.2
+    )
+    rows = []
+    for decay, T in keys:
+        name, half = f"{decay} {T}", f"{decay} {T // 2}"
+        row = {"decay": decay, "T": T, "ms": round(1e3 * turns.seconds(name), 1)}
+        row["faults"] = min(faults(called[name]) for _ in range(3))
+        row["temporary_mib"] = round(programs[T].memory_analysis().temp_size_in_bytes / 2**20, 1)
+        if half in called:
+            row["growth"] = growth(turns.times[half], turns.times[name])
+        rows.append(row)
+        print(json.dumps(row), flush=True)
     run.write(args.output, H=H, rows=rows)
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == [CHILD]:
-        answer()
-    else:
-        main()
+    main()

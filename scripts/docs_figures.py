@@ -183,18 +183,18 @@ def start_up(result: dict) -> str:
 
 
 def growth(result: dict) -> str:
-    """A column for each decay and way of the memory: milliseconds, and the time at T over that at T / 2."""
-    columns = list(dict.fromkeys((row["memory"], row["decay"]) for row in result["rows"]))
-    found = {(row["memory"], row["decay"], row["T"]): row for row in result["rows"]}
+    """A column for each decay: milliseconds, and the time at T over that at T / 2 with its spread over the rounds."""
+    found = {(row["decay"], row["T"]): row for row in result["rows"]}
+    decays, lengths = (list(dict.fromkeys(column)) for column in zip(*found))
 
     def cell(row: dict) -> str:
-        return number(row["ms"]) + (f" ({row['growth']['median']:.2f}x)" if "growth" in row else "")
+        if "growth" not in row:
+            return number(row["ms"])
+        times = row["growth"]
+        return f"{number(row['ms'])} ({times['median']:.2f}x, {times['min']:.2f} to {times['max']:.2f})"
 
-    rows = [
-        [str(T), *(cell(found[(*column, T)]) for column in columns)]
-        for T in dict.fromkeys(row["T"] for row in result["rows"])
-    ]
-    return with_source(result, table(["T", *(f"{decay}, {memory}" for memory, decay in columns)], rows))
+    rows = [[str(T), *(cell(found[decay, T]) for decay in decays)] for T in lengths]
+    return with_source(result, table(["T", *decays], rows))
 
 
 def families(result: dict) -> str:

@@ -4,7 +4,6 @@ import argparse
 import importlib
 import json
 import os
-import platform
 import subprocess
 import sys
 import time
@@ -251,37 +250,6 @@ def test_the_cache_is_bounded_and_without_leftovers(monkeypatch, tmp_path):
     monkeypatch.setattr(os, "environ", {"XDG_CACHE_HOME": str(tmp_path), "JAX_COMPILATION_CACHE_MAX_SIZE": "-1"})
     environment.setup_jax()
     assert os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] == "-1"
-
-
-_FREED = """
-import resource
-from lcx import config
-kept = config.keep_freed_memory()
-import numpy as np
-faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-def call():
-    np.ones(40 << 20, np.uint8)
-call()
-before = faults()
-for _ in range(8):
-    call()
-print(kept, faults() - before)
-"""
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc" or environment.has_accelerator(), reason="glibc on a CPU")
-def test_freed_memory_is_reused():
-    """Eight blocks of 10,240 pages each, one after the other: the kernel hands none of them out anew."""
-    env = {name: value for name, value in os.environ.items() if "MALLOC" not in name and name != "GLIBC_TUNABLES"}
-    done = subprocess.run([sys.executable, "-c", _FREED], env=env, capture_output=True, text=True)
-    kept, faults = done.stdout.split()
-    assert kept == "True" and int(faults) < 1000, done
-
-
-@pytest.mark.parametrize("name", [name for *_, name, _ in environment.MALLOC] + ["GLIBC_TUNABLES"])
-def test_what_the_user_says_about_freed_memory_stays(monkeypatch, name):
-    monkeypatch.setattr(os, "environ", {name: "glibc.malloc.trim_threshold=1000"})
-    assert not config.keep_freed_memory()
 
 
 _COMPILES = """

@@ -39,7 +39,7 @@ from gin import config_parser
 
 from lcx.config import checking, interrupts, messages, plugins, processes, reading, slow_compilation
 from lcx.config import flags as flags_lib
-from lcx.config.environment import keep_freed_memory, setup_jax
+from lcx.config.environment import setup_jax
 from lcx.config.flags import BINDS, json_object, parser
 from lcx.errors import UserError, first_line
 
@@ -48,7 +48,6 @@ __all__ = [
     "ConfigError",
     "config_text",
     "json_object",
-    "keep_freed_memory",
     "operative_config",
     "parse",
     "parser",

@@ -1,9 +1,8 @@
-"""Defaults for the environment variables that jax reads when it is imported, and for the C library's memory."""
+"""Defaults for the environment variables that jax reads when it is imported."""
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import glob
 import importlib.util
 import os
@@ -14,12 +13,6 @@ import time
 ACCELERATORS = ("nvidia[0-9]*", "dxg", "kfd", "accel[0-9]*", "vfio/[0-9]*")
 
 CACHE_BYTES = 2 << 30
-# Parameters of glibc's mallopt: (number in malloc.h, value, the two names by which a user may have set it).
-MALLOC = (
-    (-8, 1, "MALLOC_ARENA_MAX", "glibc.malloc.arena_max"),
-    (-4, 0, "MALLOC_MMAP_MAX_", "glibc.malloc.mmap_max"),
-    (-1, 2**31 - 1, "MALLOC_TRIM_THRESHOLD_", "glibc.malloc.trim_threshold"),
-)
 
 
 def setup_jax() -> None:
@@ -47,28 +40,6 @@ def setup_jax() -> None:
     compilers = ("libtpu", "jax_cuda12_plugin", "jax_cuda13_plugin")
     if any(importlib.util.find_spec(name) for name in compilers) and not has_accelerator():
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
-
-
-def keep_freed_memory() -> bool:
-    """Lets each call of a program reuse the memory that the last call has freed. Must run before jax starts threads.
-
-    XLA on a CPU allocates a program's temporary memory anew at every call. By default glibc returns blocks above 32 MB
-    to the kernel when they are freed, and the kernel clears every page of the next block: a fifth of the time of
-    second-order attention over long rows. Here up to 2 GiB at the end of the heap stay with the process, and nothing is
-    allocated outside of the heap. There is one arena only because the others hold no block above 64 MB.
-
-    Returns:
-      Whether it did so: not where there is an accelerator, where the C library is not glibc, or where the user has set
-      one of these parameters.
-    """
-    tunables = os.environ.get("GLIBC_TUNABLES", "")
-    if has_accelerator() or any(name in os.environ or other in tunables for _, _, name, other in MALLOC):
-        return False
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, TypeError, OSError):  # another C library
-        return False
-    return all(mallopt(number, value) for number, value, *_ in MALLOC)
 
 
 def has_accelerator() -> bool:

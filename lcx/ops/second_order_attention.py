@@ -37,8 +37,10 @@ from lcx.ops import (
     segments,
 )
 from lcx.ops.decay import GONE, divided, gaps, split, unit_of
+from lcx.ops.second_order_rows import Rows, in_tiles
 from lcx.ops.second_order_states import expand, expanded_size
-from lcx.ops.second_order_units import LOG4, exponent, times_power, units
+from lcx.ops.second_order_units import LOG4, Units, exponent, times_power, units
+from lcx.ops.tiling import by_pieces
 
 PLATFORMS = {"triton": "gpu", "tpu": "tpu"}  # platform of each kernel
 # Lower finite log decays are clamped to this value: no two squared scores in float32 differ by a factor of e^400.
@@ -117,13 +119,17 @@ def second_order_attention(
     if log_decay is not None:
         decay = jnp.where(real, log_decay.astype(wide), 0)
         decay = jnp.where(decay < LOWEST, jnp.where(decay == -jnp.inf, -jnp.inf, LOWEST), decay)
-    k = jnp.where(real[..., None], k, 0)  # padding gets weight 0
     if mesh_axis is not None:
+        visible = jnp.where(real[..., None], k, 0)
         before, of = second_order_shards.state_before(
-            k, v, decay, ids, state, scale=scale, mesh_axis=mesh_axis
+            visible, v, decay, ids, state, scale=scale, mesh_axis=mesh_axis
         )
         state = SecondOrderState(*before, of)
-    runs = segments.runs(ids, state.segment_ids)
+    if segment_ids is None:  # runs and last as below
+        runs = jnp.broadcast_to((state.segment_ids != 1).astype(jnp.int32)[:, None], (B, T))
+        last = jnp.ones(B, jnp.int32)
+    else:
+        runs, last = segments.runs(ids, state.segment_ids), segments.last(ids, state.segment_ids)
     if name not in PLATFORMS:
         k, v = (jnp.repeat(x, N // k.shape[2], axis=2) for x in (k, v))
     case = Case(
@@ -131,12 +137,13 @@ def second_order_attention(
         documents=segment_ids is not None or follows,
         decays=log_decay is not None or name not in PLATFORMS,
     )
-    last = segments.last(ids, state.segment_ids)
     if name == "reference":
+        k = jnp.where(real[..., None], k, 0)  # padding gets weight 0
         y, state = reference(q, k, v, decay, runs, state, normalize=normalize, scale=scale)
+        y = jnp.where(real[..., None], y, 0)
     else:
-        y, state = _in_units(q, k, v, decay, runs, state, case)
-    return jnp.where(real[..., None], y, 0).astype(q.dtype), state._replace(segment_ids=last)
+        y, state = _in_units(q, k, v, decay, ids != 0, runs, state, case)
+    return y.astype(q.dtype), state._replace(segment_ids=last)
 
 
 class Case(NamedTuple):
@@ -151,20 +158,28 @@ class Case(NamedTuple):
     decays: bool  # for kernels: whether they get a decay
 
 
-def _in_units(q, k, v, decay, runs, state: SecondOrderState, case: Case):
-    """Computes in the units of second_order_units.py; returns y and the state in the original units."""
-    N, scale = q.shape[2], case.scale
-    unit = units(q, k, decay, runs, state.k_sum / scale**2, decays=case.decays)
-    own = jnp.sum(
-        (unit.q.reshape(*k.shape[:3], -1, k.shape[3]) * unit.k[:, :, :, None]).astype(decay.dtype), axis=-1
-    ).reshape(decay.shape)
+def _in_units(q, k, v, decay, shown, runs, state: SecondOrderState, case: Case):
+    """Computes in the units of second_order_units.py; returns y and the state in the original units.
+
+    Keys where `shown` [B, T] is False get weight 0, and so do queries.
+    """
+    unit = units(q, k, shown, decay, runs, state.k_sum / case.scale**2, decays=case.decays)
+    of_tokens = unit.of_q, unit.of_k, shown
     kv, k_sum = (times_power(x, _spread(-2 * unit.of_state, x)) for x in state[:2])
-    arrays = unit.q, unit.k, v, unit.log_decay, runs, state._replace(kv=kv, k_sum=k_sum)
-    y, after = (_by_xla if case.platform is None else _by_kernel)(*arrays, case)
-    if case.normalize:
-        y = _alone(y, jnp.repeat(v, N // v.shape[2], axis=2), own, decay, unit.log_decay, runs)
+    state = state._replace(kv=kv, k_sum=k_sum)
+    if case.platform is not None:
+        (y, total), after = _by_kernel(*_scaled(q, k, *of_tokens), v, unit.log_decay, runs, state, case)
+    elif q.shape[1] == 1:
+        (y, total), after = step(*_scaled(q, k, *of_tokens), v, unit.log_decay, runs, state, scale=case.scale)
     else:
+        (y, total), after = _chunked(q, k, v, unit, shown, runs, state, case)
+    own = by_pieces(_own, *jax.lax.stop_gradient((q, k)), *of_tokens).astype(decay.dtype)
+    fixed, seen = _fixed(own, decay, unit.log_decay, shown, runs, case)
+    y = jnp.where(fixed, jnp.where(seen, jnp.repeat(v, q.shape[2] // v.shape[2], axis=2), 0), y)
+    if not case.normalize:
         y = times_power(y, 2 * unit.of_rows[..., None])
+    elif total is not None:
+        y = _divided(y, jnp.where(fixed, 1, total))
     kv, k_sum = (times_power(x, _spread(2 * unit.of_last, x)) for x in after[:2])
     return y, state._replace(kv=kv, k_sum=k_sum)
 
@@ -173,27 +188,53 @@ def _spread(exponents: Array, x: Array) -> Array:
     return exponents.reshape(*exponents.shape, *(1,) * (x.ndim - 2))
 
 
-def _alone(y, v, own, decay, in_units, runs):
-    """y with the exact value v at tokens that see only themselves.
+def _scaled(q, k, of_q, of_k, shown) -> tuple[Array, Array]:
+    """q and k in their units, k 0 where it is not shown."""
+    return times_power(q, of_q[..., None]), times_power(
+        jnp.where(shown[..., None, None], k, 0), of_k[..., None]
+    )
 
-    Their score does not matter, so its gradient is 0. Computed through the sums, it would be the rounding error of the
-    difference of two equal numbers, divided by the score.
+
+def _own(*arrays) -> Array:
+    """The score of each token with itself, without scale [B, T, N]; arguments of _scaled."""
+    q, k = _scaled(*arrays)
+    by_group = q.reshape(*k.shape[:3], -1, k.shape[3]) * k[:, :, :, None]
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    return jnp.sum(by_group.astype(wide), axis=-1).reshape(q.shape[:3])
+
+
+@jax.custom_vjp
+def _divided(sums: Array, total: Array) -> Array:
+    """decay.divided with the gradient of the total as a product with ones: XLA's sum over the last axis of a product
+    holds four times its arguments on a CPU."""
+    return divided(sums, total)
+
+
+def _divided_forward(sums, total):
+    y = divided(sums, total)
+    return y, (y, total)
+
+
+def _divided_backward(residuals, dy):
+    (y, total), ones = residuals, jnp.ones((dy.shape[-1], 1), dy.dtype)
+    return divided(dy, total), -divided(jnp.matmul(y * dy, ones, precision="highest"), total)
+
+
+_divided.defvjp(_divided_forward, _divided_backward)
+
+
+def _fixed(own, decay, in_units, shown, runs, case: Case) -> tuple[Array, Array]:
+    """(which outputs do not depend on the sums, and which of these are the token's value, the others 0) [B, T, N, 1].
+
+    Padding gives 0. A token that sees only itself gives exactly its value: its score does not matter, so the score's
+    gradient is 0. Computed through the sums, it would be the rounding error of the difference of two equal numbers,
+    divided by the score.
     """
+    shown = shown[..., None]
     begins = (jnp.diff(runs, axis=1, prepend=0) != 0)[..., None] | (decay == -jnp.inf)
     alone = (begins | ((in_units <= GONE) & (jnp.abs(own) > FAINT))) & jnp.isfinite(own)
-    return jnp.where(alone[..., None], jnp.where(own[..., None] != 0, v, 0), y)
-
-
-def _by_xla(q, k, v, decay, runs, state: SecondOrderState, case: Case):
-    if q.shape[1] == 1:
-        sums, state = step(q, k, v, decay, runs, state, scale=case.scale)
-    else:
-        sums, state = _chunked(
-            q, k, v, decay, runs, state, form=case.form, scale=case.scale, follows=case.follows
-        )
-    sums = checkpoint_name(sums, MIXER_RESIDUALS)
-    y, total = sums[..., :-1], sums[..., -1:]
-    return divided(y, total) if case.normalize else y, state
+    fixed, seen = (alone & shown, shown & (own != 0)) if case.normalize else (jnp.zeros_like(alone),) * 2
+    return (fixed | ~shown)[..., None], seen[..., None]
 
 
 def _by_kernel(q, k, v, decay, runs, state: SecondOrderState, case: Case):
@@ -204,7 +245,7 @@ def _by_kernel(q, k, v, decay, runs, state: SecondOrderState, case: Case):
         from kernels_pallas.second_order_states import second_order_attention as kernel
 
         y, (kv, k_sum) = kernel(q, k, v, initial_state=state[:2] if case.follows else None, **options)
-        return y, state._replace(kv=kv, k_sum=k_sum)
+        return (y, None), state._replace(kv=kv, k_sum=k_sum)
     from kernels_pallas.second_order_attention import second_order_attention as tiles
 
     if case.form == "either":
@@ -215,8 +256,11 @@ def _by_kernel(q, k, v, decay, runs, state: SecondOrderState, case: Case):
     else:
         y = tiles(q, k, v, **options)
     k, v = (jnp.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, v))
+    unscaled = jnp.zeros(q.shape[:3], jnp.int32)
+    unit = Units(unscaled, unscaled, decay, unscaled, unscaled[:, 0], unscaled[:, 0])
+    shown = jnp.ones(q.shape[:2], bool)
     # XLA removes this computation if the state is unused.
-    return y, _chunked(q, k, v, decay, runs, state, form="states", scale=case.scale, follows=False)[1]
+    return (y, None), _chunked(q, k, v, unit, shown, runs, state, case._replace(form="states"))[1]
 
 
 def _with_ones(v: Array) -> Array:
@@ -279,7 +323,7 @@ def reference(
     return jnp.swapaxes(y, 1, 2), state._replace(kv=carried[..., :-1], k_sum=carried[..., -1])
 
 
-def step(q, k, v, decay, runs, state: SecondOrderState, *, scale: float) -> tuple[Array, SecondOrderState]:
+def step(q, k, v, decay, runs, state: SecondOrderState, *, scale: float):
     """One token. Its own weight is computed directly, as within a chunk, since the state would lose digits."""
     q, k, v = (x[:, 0].astype(decay.dtype) for x in (q, k, v))
     kept = (jnp.exp(decay[:, 0]) * (runs == 0))[..., None]
@@ -289,33 +333,30 @@ def step(q, k, v, decay, runs, state: SecondOrderState, *, scale: float) -> tupl
     total = weight + kept * jnp.sum(q_expanded * state.k_sum, axis=-1, keepdims=True)
     kv = kept[..., None] * state.kv + k_expanded[..., None] * v[:, :, None]
     state = state._replace(kv=kv, k_sum=kept * state.k_sum + k_expanded)
-    return jnp.concatenate([y, total], axis=-1)[:, None], state
+    return (y[:, None], total[:, None]), state
 
 
-def _chunked(q, k, v, decay, runs, state: SecondOrderState, *, form: str, scale: float, follows: bool):
-    """Both tiled forms. Moves heads first, pads T to whole tiles, and applies the scale to the results."""
-    B, T, N, H = q.shape
-    short = second_order_choice.short_reach(decay, runs, H) if form == "either" else None
-
-    def heads_first(x):
-        return jnp.moveaxis(x, 2, 1).reshape(B * N, T, *x.shape[3:])
-
-    q, k, v, decay = (heads_first(x) for x in (q, k, _with_ones(v), decay))
-    q, k, v, decay, runs = second_order_tiles.padded(T, (q, k, v, decay, jnp.repeat(runs, N, axis=0)))
-    carried = jnp.concatenate([state.kv, state.k_sum[..., None]], axis=-1)
-    carried = (carried / scale**2).reshape(B * N, *carried.shape[2:])
-    if form == "states":
-        sums, carried = second_order_states.states(q, k, v, decay, runs, carried)
+def _chunked(q, k, v, unit: Units, shown, runs, state: SecondOrderState, case: Case):
+    """Both tiled forms: the sums of weighted values and of weights, and the state, by the arguments' own units."""
+    N, H = q.shape[2:]
+    each, of_row = (unit.of_q, unit.of_k, unit.log_decay), (shown.astype(jnp.int32), runs)
+    of_q, of_k, decay = map(in_tiles, each)
+    seen, documents = (jnp.repeat(in_tiles(x)[:, None], N, axis=1) for x in of_row)
+    rows = Rows(q, k, v, of_q, of_k, seen != 0, decay, documents)
+    carried = jnp.concatenate([state.kv, state.k_sum[..., None]], axis=-1) / case.scale**2
+    if case.form == "states":
+        sums, carried = second_order_states.states(rows, carried)
     else:
-        if form == "either":
-            sums = second_order_choice.either(short, q, k, v, decay, runs)
+        if case.form == "either":
+            short = second_order_choice.short_reach(unit.log_decay, runs, H)
+            sums = second_order_choice.either(short, rows)
         else:
-            sums = second_order_tiles.tiles(q, k, v, decay, runs)
-        if follows:
-            sums += second_order_states.read(q, k, v, decay, runs, carried)
-        carried = second_order_states.write(q, k, v, decay, runs, carried)
-    sums = jnp.moveaxis(sums[:, :T].reshape(B, N, T, -1), 1, 2) * scale**2
-    carried = (carried * scale**2).reshape(B, N, *carried.shape[1:])
+            sums = second_order_tiles.tiles(rows)
+        if case.follows:
+            sums = jax.tree.map(jnp.add, sums, second_order_states.read(rows, carried))
+        carried = second_order_states.write(rows, carried)
+    carried = carried * case.scale**2
+    sums = checkpoint_name(jax.tree.map(lambda x: x * case.scale**2, sums), MIXER_RESIDUALS)
     return sums, state._replace(kv=carried[..., :-1], k_sum=carried[..., -1])
 
 

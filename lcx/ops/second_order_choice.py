@@ -26,7 +26,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from lcx.ops import dispatch, second_order_states, second_order_tiles
+from lcx.ops import dispatch, second_order_rows, second_order_states, second_order_tiles
+from lcx.ops.second_order_rows import Rows
 
 log = logging.getLogger("lcx")
 LONG = 4096
@@ -55,7 +56,7 @@ def choose(form: str | None, T: int, H: int, *, follows: bool, forgets: bool) ->
 def _choose(T: int, meet: int, follows: bool, forgets: bool) -> str:
     if follows:
         return "states"
-    if max(min(LONG, meet), second_order_tiles.TILE) <= T:
+    if max(min(LONG, meet), second_order_rows.TILE) <= T:
         return "either" if forgets else "states"
     return "tiles"
 
@@ -69,7 +70,7 @@ def _say(form: str, bound: int) -> None:
 
 def short_reach(log_decay: Float[Array, "B T N"], runs: Int[Array, "B T"], H: int) -> Bool[Array, ""]:
     """Whether to use tiles: true if the mean reach of the data, in whole tiles, is short."""
-    C = second_order_tiles.TILE
+    C = second_order_rows.TILE
     rates = jnp.moveaxis(log_decay, 2, 1)[:, :, : log_decay.shape[1] // C * C]
     total = jnp.sum(rates.reshape(*rates.shape[:2], -1, C), axis=-1)
     runs = runs[:, : rates.shape[2]].reshape(runs.shape[0], -1, C)
@@ -93,31 +94,37 @@ def _first_visible(total: Array, first: Array, last: Array) -> Array:
 
 
 @jax.custom_vjp
-def either(tiles: Array, q: Array, k: Array, v: Array, decay: Array, runs: Array) -> Array:
-    """The sums by either form, chosen at run time; arguments and result as in second_order_tiles.tiles."""
-    return _forward(tiles, q, k, v, decay, runs)[0]
+def either(tiles: Array, rows: Rows) -> tuple[Array, Array]:
+    """The sums by either form, chosen at run time; rows and result as in second_order_tiles.tiles."""
+    return _forward(tiles, rows)[0]
 
 
-def _forward(tiles, *arrays):
-    by = second_order_tiles.tiles, lambda *arrays: second_order_states.states(*arrays, _no_state(*arrays))[0]
-    return jax.lax.cond(tiles, *by, *arrays), (tiles, *arrays)
+def _forward(tiles, rows: Rows):
+    by = second_order_tiles.tiles, lambda rows: second_order_states.states(rows, _no_state(rows))[0]
+    return jax.lax.cond(tiles, *by, rows), (tiles, rows)
 
 
-def _backward(residuals, d_out):
-    tiles, *arrays = residuals
+def _backward(residuals, d_sums):
+    tiles, rows = residuals
 
-    def by_tiles(d_out, *arrays):
-        return second_order_tiles.gradients(arrays, d_out)[:4]
+    def by_tiles(d_sums, rows):
+        return _real(second_order_tiles.gradients(rows, d_sums)[0])
 
-    def by_states(d_out, *arrays):
-        none = _no_state(*arrays)
-        return second_order_states.gradients((*arrays, none), (d_out, none))[:4]
+    def by_states(d_sums, rows):
+        none = _no_state(rows)
+        return _real(second_order_states.gradients((rows, none), (d_sums, none))[0])
 
-    return None, *jax.lax.cond(tiles, by_tiles, by_states, d_out, *arrays), None
+    dq, dk, dv, d_decay = jax.lax.cond(tiles, by_tiles, by_states, d_sums, rows)
+    return None, Rows(dq, dk, dv, None, None, None, d_decay, None)  # type: ignore[arg-type]
 
 
-def _no_state(q, k, v, decay, runs):
-    return jnp.zeros((len(q), second_order_states.expanded_size(q.shape[2]), v.shape[2]), decay.dtype)
+def _real(grads: Rows) -> tuple[Array, ...]:
+    return grads.q, grads.k, grads.v, grads.decay
+
+
+def _no_state(rows: Rows) -> Array:
+    (B, _, N, H), W = rows.q.shape, rows.v.shape[3] + 1
+    return jnp.zeros((B, N, second_order_states.expanded_size(H), W), rows.decay.dtype)
 
 
 either.defvjp(_forward, _backward)

@@ -16,13 +16,16 @@ Products with the state are in float32 for bfloat16 inputs too: (q . k)^2 is the
 to |q|^2 |k|^2.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
 from lcx.ops import second_order_tiles as tiles
-from lcx.ops.tiling import dot, each_head
+from lcx.ops.second_order_rows import Head, Rows, each_head
+from lcx.ops.tiling import dot
 
 BLOCK = 16
 
@@ -42,83 +45,98 @@ def expand(x: Float[Array, "*batch H"]) -> Float[Array, "*batch P"]:
 
 
 @jax.custom_vjp
-def states(q: Array, k: Array, v: Array, decay: Array, runs: Array, state: Array) -> tuple[Array, Array]:
-    """q, k [M, T, H], v [M, T, W], decay, runs [M, T], state [M, P, W] float32 -> sums [M, T, W] float32, state.
-
-    M counts rows times heads; T is a multiple of the tile size. The state belongs to run 0.
-    """
-    return _forward(q, k, v, decay, runs, state)[0]
+def states(rows: Rows, state: Array) -> tuple[tiles.Sums, Array]:
+    """The sums as in second_order_tiles.tiles, and the state after the rows; states [B, N, P, H + 1]."""
+    return _forward(rows, state)[0]
 
 
-def _forward(*arrays):
-    return each_head(_head_forward, arrays), arrays
+def _forward(rows: Rows, state: Array):
+    widths = (rows.v.shape[3], 1)
+    return each_head(_head_forward, rows, (), (state.astype(rows.decay.dtype),), widths), (rows, state)
 
 
-def gradients(residuals, cotangents):
-    dq, dk, dv, d_decay, d_state = each_head(_head_backward, (*residuals, *cotangents))
-    return dq, dk, dv, d_decay, None, d_state
+def gradients(residuals, cotangents) -> tuple[Rows, Array]:
+    (rows, state), (d_sums, d_state) = residuals, cotangents
+    widths = tuple(x.shape[3] for x in rows[:3])
+    of_heads = state.astype(rows.decay.dtype), d_state
+    (dq, dk, dv), (d_decay, d_initial) = each_head(_head_backward, rows, d_sums, of_heads, widths)
+    return tiles.of_rows(rows, dq, dk, dv, d_decay), d_initial.astype(state.dtype)
 
 
 states.defvjp(_forward, gradients)
 
 
-def read(q: Array, k: Array, v: Array, decay: Array, runs: Array, state: Array) -> Array:
+def read(rows: Rows, state: Array) -> tiles.Sums:
     """The contribution of the initial state to the sums of `states`."""
-    return states(q, k, jnp.zeros_like(v), decay, runs, state)[0]
+    return states(rows._replace(shown=jnp.zeros_like(rows.shown)), state)[0]
 
 
-def write(q: Array, k: Array, v: Array, decay: Array, runs: Array, state: Array) -> Array:
+def write(rows: Rows, state: Array) -> Array:
     """The final state of `states`, without the sums."""
-    return states(q, k, v, decay, runs, state)[1]
+    return states(rows, state)[1]
 
 
-def _chunks(q, k, v, decay, runs) -> tuple:
-    """One head's arrays split into chunks, and three weights for each chunk: of the entering state in each query, of
-    each key in the leaving state, and of the entering state in the leaving state."""
-    C = tiles.tile_size(len(q))
-    l, total, to_end, first, last = tiles.local(decay, runs, C)
-    before = jnp.concatenate([jnp.zeros(1, runs.dtype), last[:-1]])
-    l, runs, to_end, decay = (x.reshape(-1, C) for x in (l, runs, to_end, decay))
-    from_start = jnp.exp(l) * (runs == before[:, None])
-    kept = jnp.exp(total) * (last == before)
-    q, k, v = (x.reshape(-1, C, x.shape[-1]) for x in (q, k, v))
-    return q, k, v, decay, runs, from_start[..., None], to_end[..., None], kept
+class Factors(NamedTuple):
+    """Three weights for each of a head's tiles."""
+
+    from_start: Float[Array, "n C 1"]  # of the entering state in each query
+    to_end: Float[Array, "n C 1"]  # of each key in the leaving state
+    kept: Float[Array, " n"]  # of the entering state in the leaving state
 
 
-def _head_forward(q, k, v, decay, runs, state):
-    def chunk(state, xs):
-        q, k, v, rate, runs, from_start, to_end, kept = xs
-        s, near = tiles.within(q, k, rate, runs)
-        sums = dot((s * s * near).astype(v.dtype), v, 1, 0)
+def _factors(head: Head) -> Factors:
+    l, total, to_end, first, last = tiles.local(head.decay, head.runs)
+    before = jnp.concatenate([jnp.zeros(1, last.dtype), last[:-1]])
+    from_start = jnp.exp(l) * (head.runs == before[:, None])
+    return Factors(from_start[..., None], to_end[..., None], jnp.exp(total) * (last == before))
+
+
+def _head_forward(head: Head, _, of_head, sums: tiles.Sums):
+    def chunk(carry, xs):
+        state, sums = carry
+        i, (from_start, to_end, kept) = xs
+        q, k, v = head.queries(i), head.keys(i), head.values(i)
+        s, near = tiles.within(q, k, head.decay[i], head.runs[i])
+        part = dot((s * s * near).astype(v.dtype), v, 1, 0)
         q, k = (expand(x.astype(state.dtype)) for x in (q, k))
-        sums += from_start * dot(q, state, 1, 0)
-        return kept * state + dot(k, to_end * v, 0, 0), sums
+        part += from_start * dot(q, state, 1, 0)
+        return (kept * state + dot(k, to_end * v, 0, 0), head.put_sums(sums, part, i)), None
 
-    state, sums = jax.lax.scan(chunk, state.astype(decay.dtype), _chunks(q, k, v, decay, runs))
-    return sums.reshape(v.shape), state
+    xs = jnp.arange(len(head.decay)), _factors(head)
+    (state, sums), _ = jax.lax.scan(chunk, (of_head[0], sums), xs)
+    return sums, state
 
 
-def _head_backward(q, k, v, decay, runs, state, d_out, d_state):
-    xs = (*_chunks(q, k, v, decay, runs), d_out.reshape(-1, tiles.tile_size(len(q)), v.shape[-1]))
+def _head_backward(head: Head, d_sums: tiles.Sums, of_head, grads):
+    """dq in the order of time, with the states; then dk and dv in the reverse order, with the states' gradients."""
+    (state, d_final), (dq, dk, dv) = of_head, grads
 
-    def forward(state, xs):
-        q, k, v, _, _, from_start, to_end, kept, d_out = xs
-        q, k = (x.astype(state.dtype) for x in (q, k))
-        (dq,) = jax.vjp(expand, q)[1](dot(from_start * d_out, state, 1, 1))
-        return kept * state + dot(expand(k), to_end * v, 0, 0), dq
+    def forward(carry, xs):
+        state, dq = carry
+        i, (from_start, to_end, kept) = xs
+        q, k = (x.astype(state.dtype) for x in (head.queries(i), head.keys(i)))
+        d_out = from_start * head.of_sums(d_sums, i)
+        (far,) = jax.vjp(expand, q)[1](dot(d_out, state, 1, 1))
+        state = kept * state + dot(expand(k), to_end * head.values(i), 0, 0)
+        return (state, head.put(dq, head.d_queries(far, i), i)), jnp.sum(q * far, axis=-1)
 
-    def backward(d_state, xs):
-        (q, k, v, rate, runs, from_start, to_end, kept, d_out), dq = xs
-        near_q, dk, dv = tiles.within_backward(q, k, v, rate, runs, d_out)
+    def backward(carry, xs):
+        d_state, dq, dk, dv = carry
+        i, (from_start, to_end, kept), d_own = xs
+        q, k, v, d_out = head.queries(i), head.keys(i), head.values(i), head.of_sums(d_sums, i)
+        near, dk_i, dv_i = tiles.within_backward(q, k, v, head.decay[i], head.runs[i], d_out)
         q, k = (x.astype(d_state.dtype) for x in (q, k))
-        (far_k,) = jax.vjp(expand, k)[1](dot(to_end * v, d_state, 1, 1))
-        dv += to_end * dot(expand(k), d_state, 1, 0)
+        (far,) = jax.vjp(expand, k)[1](dot(to_end * v, d_state, 1, 1))
+        dk_i += far
+        dv_i += to_end * dot(expand(k), d_state, 1, 0)[:, :-1]
+        d_own += jnp.sum(q * near - k * dk_i, axis=-1)
         d_state = kept * d_state + dot(expand(q), from_start * d_out, 0, 0)
-        return d_state, (near_q + dq, dk + far_k, dv)
+        dq, dk = head.add(dq, head.d_queries(near, i), i), head.put(dk, head.d_keys(dk_i, i), i)
+        return (d_state, dq, dk, head.put(dv, dv_i, i)), d_own
 
-    final, dq = jax.lax.scan(forward, state.astype(decay.dtype), xs)
-    d_initial, results = jax.lax.scan(backward, d_state, (xs, dq), reverse=True)
-    dq, dk, dv = (x.reshape(len(q), -1) for x in results)
+    xs = jnp.arange(len(head.decay)), _factors(head)
+    (final, dq), d_own = jax.lax.scan(forward, (state, dq), xs)
+    carry = d_final, dq, dk, dv
+    (d_initial, *grads), d_own = jax.lax.scan(backward, carry, (*xs, d_own), reverse=True)
     # The final state also decays with every token.
-    d_decay = tiles.decay_gradient(q, dq, k, dk) + jnp.sum(d_state * final)
-    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), d_decay, d_initial.astype(state.dtype)
+    return tuple(grads), (tiles.decay_gradient(d_own) + jnp.sum(d_final * final), d_initial)

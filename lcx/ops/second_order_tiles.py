@@ -26,55 +26,48 @@ from jaxtyping import Array
 
 from lcx.ops.decay import split
 from lcx.ops.running import running, sums_of_tile
-from lcx.ops.tiling import add, cut, dot, each_head, put
+from lcx.ops.second_order_rows import Head, Rows, each_head
+from lcx.ops.tiling import dot
 
-TILE = 128
 SKIP = -30.0  # weights whose decay is below exp(SKIP) = 1e-13 are treated as 0
-
-
-def tile_size(T: int) -> int:
-    return min(TILE, T)
-
-
-def padded(T: int, arrays) -> tuple:
-    """Pads T of [M, T, ...] arrays to whole tiles: with zeros, and run indices with the last index."""
-    pad = -T % tile_size(T)
-
-    def fill(x):
-        mode = "edge" if jnp.issubdtype(x.dtype, jnp.integer) else "constant"
-        return jnp.pad(x, ((0, 0), (0, pad), *((0, 0),) * (x.ndim - 2)), mode=mode)
-
-    return tuple(fill(x) for x in arrays) if pad else tuple(arrays)
+Sums = tuple[Array, Array]
 
 
 @jax.custom_vjp
-def tiles(q: Array, k: Array, v: Array, decay: Array, runs: Array) -> Array:
-    """q, k [M, T, H], v [M, T, W], decay and runs [M, T] -> sums [M, T, W] float32; T in whole tiles."""
-    return _forward(q, k, v, decay, runs)[0]
+def tiles(rows: Rows) -> Sums:
+    """The sums of the weighted values [B, T, N, H] and of the weights [B, T, N, 1], in the decay's dtype."""
+    return _forward(rows)[0]
 
 
-def _forward(q, k, v, decay, runs):
-    return each_head(_head_forward, (q, k, v, decay, runs)), (q, k, v, decay, runs)
+def _forward(rows: Rows) -> tuple[Sums, Rows]:
+    return each_head(_head_forward, rows, (), (), (rows.v.shape[3], 1))[0], rows
 
 
-def gradients(residuals, d_out):
-    return *each_head(_head_backward, (*residuals, d_out)), None
+def gradients(rows: Rows, d_sums: Sums) -> tuple[Rows]:
+    widths = tuple(x.shape[3] for x in rows[:3])
+    (dq, dk, dv), d_decay = each_head(_head_backward, rows, d_sums, (), widths)
+    return (of_rows(rows, dq, dk, dv, d_decay),)
+
+
+def of_rows(rows: Rows, dq, dk, dv, d_decay) -> Rows:
+    """The gradient of `rows`; that of integers is None."""
+    dq, dk, dv = (d.astype(x.dtype) for d, x in zip((dq, dk, dv), rows))
+    return Rows(dq, dk, dv, None, None, None, d_decay, None)  # type: ignore[arg-type]
 
 
 tiles.defvjp(_forward, gradients)
 
 
-def local(decay: Array, runs: Array, C: int) -> tuple[Array, Array, Array, Array, Array]:
-    """Quantities of one head's tiles of C tokens.
+def local(decay: Array, runs: Array) -> tuple[Array, Array, Array, Array, Array]:
+    """Quantities of one head's tiles, from decay and runs [n, C].
 
-    Returns the running sums l [T] within a tile, the totals of whole tiles [T / C], the weights of keys [T] at the end
-    of their tile, and each tile's first and last document.
+    Returns the running sums l [n, C] within a tile, the totals of whole tiles [n], the weights of keys [n, C] at the
+    end of their tile, and each tile's first and last document.
     """
-    inside, ids = decay.reshape(-1, C), runs.reshape(-1, C)
-    l = sums_of_tile(inside)
-    after = sums_of_tile(inside[:, :0:-1])[:, ::-1]  # not a difference of two large sums
-    to_end = jnp.exp(jnp.pad(after, ((0, 0), (0, 1)))) * (ids == ids[:, -1:])
-    return l.reshape(-1), l[:, -1], to_end.reshape(-1), ids[:, 0], ids[:, -1]
+    l = sums_of_tile(decay)
+    after = sums_of_tile(decay[:, :0:-1])[:, ::-1]  # not a difference of two large sums
+    to_end = jnp.exp(jnp.pad(after, ((0, 0), (0, 1)))) * (runs == runs[:, -1:])
+    return l, l[:, -1], to_end, runs[:, 0], runs[:, -1]
 
 
 def within(q: Array, k: Array, rate: Array, runs: Array) -> tuple[Array, Array]:
@@ -105,58 +98,55 @@ def _earlier(i, total: Array, first: Array, last: Array, tile, carry):
     return jax.lax.while_loop(matters, step, start)[2]
 
 
-def _head_forward(q, k, v, decay, runs):
-    T, C = len(q), tile_size(len(q))
-    l, total, to_end, first, last = local(decay, runs, C)
-    to_end = to_end[:, None]
+def _head_forward(head: Head, _, __, sums: Sums):
+    l, total, to_end, first, last = local(head.decay, head.runs)
 
-    def row(i, out):
-        at = i * C
-        q_i, l_i, runs_i = cut(q, at, C), cut(l, at, C), cut(runs, at, C)
-        s, near = within(q_i, cut(k, at, C), cut(decay, at, C), runs_i)
+    def row(i, sums):
+        q_i, v_i, runs_i = head.queries(i), head.values(i), head.runs[i]
+        s, near = within(q_i, head.keys(i), head.decay[i], runs_i)
 
         def tile(j, gap, far):
-            s, v_j = dot(q_i, cut(k, j * C, C), 1, 1), cut(v, j * C, C) * cut(to_end, j * C, C)
-            return far + jnp.exp(gap) * dot((s * s).astype(v.dtype), v_j.astype(v.dtype), 1, 0)
+            s, v_j = dot(q_i, head.keys(j), 1, 1), head.values(j)
+            v_j = (v_j * to_end[j][:, None]).astype(v_j.dtype)
+            return far + jnp.exp(gap) * dot((s * s).astype(v_j.dtype), v_j, 1, 0)
 
-        far = _earlier(i, total, first, last, tile, jnp.zeros((C, v.shape[1]), out.dtype))
-        from_start = jnp.exp(l_i) * (runs_i == first[i])
-        sums = dot((s * s * near).astype(v.dtype), cut(v, at, C), 1, 0) + far * from_start[:, None]
-        return put(out, sums, at)
+        far = _earlier(i, total, first, last, tile, jnp.zeros(v_i.shape, sums[0].dtype))
+        from_start = jnp.exp(l[i]) * (runs_i == first[i])
+        part = dot((s * s * near).astype(v_i.dtype), v_i, 1, 0) + far * from_start[:, None]
+        return head.put_sums(sums, part, i)
 
-    return jax.lax.fori_loop(0, T // C, row, jnp.zeros(v.shape, decay.dtype))
+    return jax.lax.fori_loop(0, len(total), row, sums), None
 
 
-def _head_backward(q, k, v, decay, runs, d_out):
-    T, C = len(q), tile_size(len(q))
-    l, total, to_end, first, last = local(decay, runs, C)
-    to_end = to_end[:, None]
+def _head_backward(head: Head, d_sums: Sums, _, grads):
+    l, total, to_end, first, last = local(head.decay, head.runs)
 
     def row(i, carry):
-        dq, dk, dv = carry
-        at = i * C
-        q_i, l_i, runs_i, d_i = (cut(x, at, C) for x in (q, l, runs, d_out))
-        from_start = jnp.exp(l_i) * (runs_i == first[i])
-        d_far = d_i * from_start[:, None]
-        dq_i, dk_i, dv_i = within_backward(q_i, cut(k, at, C), cut(v, at, C), cut(decay, at, C), runs_i, d_i)
+        dq, d_own, dk, dv = carry
+        q_i, k_i, d_i = head.queries(i), head.keys(i), head.of_sums(d_sums, i)
+        d_far = d_i * (jnp.exp(l[i]) * (head.runs[i] == first[i]))[:, None]
+        dq_i, dk_i, dv_i = within_backward(q_i, k_i, head.values(i), head.decay[i], head.runs[i], d_i)
 
         def tile(j, gap, carry):
-            dq_i, dk, dv = carry
-            k_j, to_end_j = cut(k, j * C, C), cut(to_end, j * C, C)
-            d, dp = _of_values(d_far * jnp.exp(gap), (cut(v, j * C, C) * to_end_j).astype(v.dtype))
+            dq_i, d_own, dk, dv = carry
+            k_j, v_j, to_end_j = head.keys(j), head.values(j), to_end[j][:, None]
+            d, dp = _of_values(d_far * jnp.exp(gap), (v_j * to_end_j).astype(v_j.dtype))
             s = dot(q_i, k_j, 1, 1)
-            ds = (2 * s * dp).astype(k.dtype)
-            dk = add(dk, dot(ds, q_i, 0, 0), j * C)
-            dv = add(dv, to_end_j * dot((s * s).astype(v.dtype), d, 0, 0), j * C)
-            return dq_i + dot(ds, k_j, 1, 0), dk, dv
+            ds = (2 * s * dp).astype(k_j.dtype)
+            dk_j = dot(ds, q_i, 0, 0)
+            d_own, dk = d_own.at[j].add(-jnp.sum(k_j * dk_j, axis=-1)), head.add(dk, head.d_keys(dk_j, j), j)
+            dv = head.add(dv, to_end_j * dot((s * s).astype(v_j.dtype), d, 0, 0)[:, :-1], j)
+            return dq_i + dot(ds, k_j, 1, 0), d_own, dk, dv
 
-        carry = dq_i, put(dk, dk_i, at), put(dv, dv_i, at)
-        dq_i, dk, dv = _earlier(i, total, first, last, tile, carry)
-        return put(dq, dq_i, at), dk, dv
+        d_own = d_own.at[i].set(-jnp.sum(k_i * dk_i, axis=-1))
+        carry = dq_i, d_own, head.put(dk, head.d_keys(dk_i, i), i), head.put(dv, dv_i, i)
+        dq_i, d_own, dk, dv = _earlier(i, total, first, last, tile, carry)
+        d_own = d_own.at[i].add(jnp.sum(q_i * dq_i, axis=-1))
+        return head.put(dq, head.d_queries(dq_i, i), i), d_own, dk, dv
 
-    like = (jnp.zeros(x.shape, decay.dtype) for x in (q, k, v))
-    dq, dk, dv = jax.lax.fori_loop(0, T // C, row, tuple(like))
-    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), decay_gradient(q, dq, k, dk)
+    carry = grads[0], jnp.zeros_like(head.decay), *grads[1:]
+    dq, d_own, dk, dv = jax.lax.fori_loop(0, len(total), row, carry)
+    return (dq, dk, dv), decay_gradient(d_own)
 
 
 def _of_values(d_out: Array, v: Array) -> tuple[Array, Array]:
@@ -172,18 +162,17 @@ def _of_values(d_out: Array, v: Array) -> tuple[Array, Array]:
 
 
 def within_backward(q, k, v, rate, runs, d_out) -> tuple[Array, Array, Array]:
-    """Gradients of one tile on the diagonal, float32."""
+    """Gradients of one tile on the diagonal, float32; that of v without the column of ones."""
     s, near = within(q, k, rate, runs)
     d, dp = _of_values(d_out, v)
     ds = (2 * s * near * dp).astype(k.dtype)
-    return dot(ds, k, 1, 0), dot(ds, q, 0, 0), dot((s * s * near).astype(v.dtype), d, 0, 0)
+    return dot(ds, k, 1, 0), dot(ds, q, 0, 0), dot((s * s * near).astype(v.dtype), d, 0, 0)[:, :-1]
 
 
-def decay_gradient(q, dq, k, dk) -> Array:
-    """The gradient of log_decay [T], from float32 gradients of q and k.
+def decay_gradient(d_own: Array) -> Array:
+    """The gradient of log_decay [n, C], from each token's q . dq - k . dk, in float32.
 
     For a normalised output q . dq is 0 in exact arithmetic, but leaving it out would accumulate rounding errors along
     the row: both terms come from the same rounded scores, so contributions from one side of a token cancel.
     """
-    d_sum = 0.5 * jnp.sum(q * dq - k * dk, axis=-1)
-    return running(jnp.add, d_sum[::-1], 0, axis=0)[::-1]
+    return running(jnp.add, 0.5 * d_own.reshape(-1)[::-1], 0, axis=0)[::-1].reshape(d_own.shape)

@@ -20,10 +20,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from lcx.ops.decay import GONE
 from lcx.ops.running import running
+from lcx.ops.tiling import by_pieces
 
 LOG4 = 1.3862943611198906
 NOTHING = -(2**16)  # the unit while no key has any weight
@@ -31,14 +32,14 @@ FURTHEST = 60  # largest shift of a query into a shared key unit, such that its 
 
 
 class Units(NamedTuple):
-    """The rescaled inputs, and the exponents that undo the rescaling of results.
+    """The exponents that rescale the inputs, and those that undo it for the results.
 
-    q, k and log_decay are the inputs in the units above. Multiply sums of weights by 4^of_rows, the state before the
-    row by 4^-of_state, and the state after it by 4^of_last.
+    Multiply q by 2^of_q, k by 2^of_k, sums of weights by 4^of_rows, the state before the row by 4^-of_state, and the
+    state after it by 4^of_last. log_decay is in the units above.
     """
 
-    q: Float[Array, "B T N H"]
-    k: Float[Array, "B T K H"]
+    of_q: Int[Array, "B T N"]
+    of_k: Int[Array, "B T K"]
     log_decay: Float[Array, "B T N"]
     of_rows: Int[Array, "B T N"]
     of_state: Int[Array, "B N"]
@@ -48,6 +49,7 @@ class Units(NamedTuple):
 def units(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B T K H"],
+    shown: Bool[Array, "B T"],
     log_decay: Float[Array, "B T N"],
     runs: Int[Array, "B T"],
     k_sum: Float[Array, "B N P"],
@@ -57,6 +59,7 @@ def units(
     """Chooses the units. If query heads share keys, m uses the slowest decay in the group.
 
     Args:
+      shown: keys where it is False count as 0.
       k_sum: k_sum of the state before the row (without scale), which belongs to run 0.
       decays: False keeps log_decay at 0, for kernels that are faster without a decay: keys then have one unit for all
         of T, and queries absorb the difference, up to FURTHEST.
@@ -66,11 +69,11 @@ def units(
     rates = jax.lax.stop_gradient(log_decay).reshape(*q.shape[:2], K, N // K).max(axis=-1)
     before = (exponent(k_sum).reshape(B, K, N // K).max(axis=-1) + 1) // 2
     rates = jnp.where(begins, -jnp.inf, rates / LOG4)
-    sizes = exponent(k).astype(rates.dtype)
+    sizes = by_pieces(_shown_exponent, jax.lax.stop_gradient(k), shown).astype(rates.dtype)
     fall, heaviest = running(_joined, (rates, sizes), (0.0, -jnp.inf), axis=1)
     heaviest = jnp.maximum(heaviest, before[:, None] + fall)
     seen = jnp.maximum(jnp.ceil(heaviest), NOTHING).astype(jnp.int32)  # m, [B, T, K]
-    rows = exponent(q)
+    rows = by_pieces(exponent, jax.lax.stop_gradient(q))
     if decays:
         own, of_queries = seen, jnp.zeros_like(rows)
         earlier = jnp.concatenate([before[:, None], seen[:, :-1]], axis=1)
@@ -83,13 +86,17 @@ def units(
         of_queries = jnp.repeat(one - seen, N // K, axis=2)
     last = jnp.repeat(own[:, -1], N // K, axis=1)
     return Units(
-        q=times_power(q, (of_queries - rows)[..., None]),
-        k=times_power(k, -own[..., None]),
+        of_q=of_queries - rows,
+        of_k=-own,
         log_decay=log_decay,
         of_rows=rows + jnp.repeat(seen, N // K, axis=2),
         of_state=jnp.repeat(before, N // K, axis=1),
         of_last=last,
     )
+
+
+def _shown_exponent(k: Array, shown: Array) -> Array:
+    return exponent(jnp.where(shown[..., None, None], k, 0))
 
 
 def _joined(first, second):

@@ -6,6 +6,8 @@ from jaxtyping import Array
 
 from lcx.ops import dispatch
 
+PIECE = 2**20  # bytes
+
 
 def cut(x: Array, start, size: int, axis: int = 0) -> Array:
     return jax.lax.dynamic_slice_in_dim(x, start, size, axis)
@@ -24,6 +26,25 @@ def dot(a: Array, b: Array, a_axis: int, b_axis: int) -> Array:
     """Contracts one axis of each matrix; accumulates in, and returns, float32 or wider."""
     dims = (((a_axis,), (b_axis,)), ((), ()))
     return jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.promote_types(a.dtype, jnp.float32))
+
+
+def by_pieces(fn, *arrays):
+    """fn(*arrays), for a function that treats each token of [B, T, ...] by itself, without a gradient.
+
+    On a CPU it gets some MB of tokens at a time, as XLA's sums over the last axis hold four times their argument there.
+    """
+    T = arrays[0].shape[1]
+    size = max(1, PIECE // (max(x.size * x.dtype.itemsize for x in arrays) // T))
+    if size >= T or dispatch.platform() != "cpu":
+        return fn(*arrays)
+
+    def piece(i, out):
+        start = jnp.minimum(i * size, T - size)
+        parts = fn(*(cut(x, start, size, axis=1) for x in arrays))
+        return jax.tree.map(lambda x, part: put(x, part, start, axis=1), out, parts)
+
+    out = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(fn, *arrays))
+    return jax.lax.fori_loop(0, -(-T // size), piece, out)
 
 
 def each_head(fn, arrays, *, at_once: int = 1):

@@ -1,0 +1,161 @@
+"""How the forms of second-order attention go over rows: head by head, a tile of tokens at a time, in place.
+
+A form reads tiles of q, k and v [B, T, N, H] where they lie and writes tiles of its results where they will be used. It
+rescales a tile (second_order_units.py) when it reads it. So beside its inputs and results it holds the state and a few
+tiles per head, whatever T is. Only arrays with one number per token and head, 1 / H as large, exist as copies.
+
+On a CPU this matters for time too: the C library maps memory above 32 MB anew at every call, and the kernel then clears
+all of its pages.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from lcx.ops import dispatch
+from lcx.ops.second_order_units import times_power
+
+TILE = 128
+
+
+class Rows(NamedTuple):
+    """The arguments of a form. T is n - 1 tiles of C tokens and one that may be shorter.
+
+    Queries are q 2^of_q, keys are k 2^of_k where `shown` and otherwise 0. The state belongs to run 0.
+    """
+
+    q: Float[Array, "B T N H"]
+    k: Float[Array, "B T N H"]
+    v: Float[Array, "B T N H"]
+    of_q: Int[Array, "B N n C"]
+    of_k: Int[Array, "B N n C"]
+    shown: Bool[Array, "B N n C"]
+    decay: Float[Array, "B N n C"]
+    runs: Int[Array, "B N n C"]
+
+
+class Head(NamedTuple):
+    """One row and head of `Rows`: the first three arrays are whole, `at` is the head's place (b, n) in them."""
+
+    at: tuple
+    q: Array
+    k: Array
+    v: Array
+    of_q: Int[Array, "n C"]
+    of_k: Int[Array, "n C"]
+    shown: Bool[Array, "n C"]
+    decay: Float[Array, "n C"]
+    runs: Int[Array, "n C"]
+
+    def queries(self, i) -> Float[Array, "C H"]:
+        return _scaled(self.cut(self.q, i), self.of_q[i][:, None])
+
+    def keys(self, i) -> Float[Array, "C H"]:
+        k = jnp.where(self.shown[i][:, None], self.cut(self.k, i), 0)
+        return _scaled(k, self.of_k[i][:, None])
+
+    def values(self, i) -> Float[Array, "C W"]:
+        """With a column of ones, whose sum is the sum of the weights."""
+        v = self.cut(self.v, i)
+        return jnp.concatenate([v, jnp.ones_like(v[:, :1])], axis=1)
+
+    def of_sums(self, sums: tuple, i) -> Float[Array, "C W"]:
+        return jnp.concatenate([self.cut(x, i) for x in sums], axis=1)
+
+    def put_sums(self, sums: tuple, part: Float[Array, "C W"], i) -> tuple:
+        return self.put(sums[0], part[:, :-1], i), self.put(sums[1], part[:, -1:], i)
+
+    def d_queries(self, dq: Array, i) -> Array:
+        """The gradient of q's tile from that of `queries`."""
+        return times_power(dq, self.of_q[i][:, None])
+
+    def d_keys(self, dk: Array, i) -> Array:
+        return times_power(jnp.where(self.shown[i][:, None], dk, 0), self.of_k[i][:, None])
+
+    def cut(self, x: Float[Array, "B T N W"], i) -> Float[Array, "C W"]:
+        """Tile i of this head; 0 beyond the end of the row."""
+        C = self.decay.shape[1]
+        start, beyond = self._place(x, i)
+        (b, n), width = self.at, x.shape[3]
+        tile = jax.lax.dynamic_slice(x, (b, start, n, 0), (1, C, 1, width)).reshape(C, width)
+        if x.shape[1] % C:
+            tile = jnp.where((jnp.arange(C) < C - beyond)[:, None], jnp.roll(tile, -beyond, axis=0), 0)
+        return tile
+
+    def put(self, x: Float[Array, "B T N W"], tile: Float[Array, "C W"], i) -> Float[Array, "B T N W"]:
+        """x with tile i of this head replaced; what is beyond the end of the row is dropped."""
+        C = self.decay.shape[1]
+        start, beyond = self._place(x, i)
+        (b, n), width, tile = self.at, x.shape[3], tile.astype(x.dtype)
+        if x.shape[1] % C:
+            old = jax.lax.dynamic_slice(x, (b, start, n, 0), (1, C, 1, width)).reshape(C, width)
+            tile = jnp.where((jnp.arange(C) < beyond)[:, None], old, jnp.roll(tile, beyond, axis=0))
+        return jax.lax.dynamic_update_slice(x, tile[None, :, None], (b, start, n, 0))
+
+    def add(self, x: Float[Array, "B T N W"], tile: Float[Array, "C W"], i) -> Float[Array, "B T N W"]:
+        return self.put(x, self.cut(x, i) + tile, i)
+
+    def _place(self, x: Array, i) -> tuple:
+        """Where the last C tokens that exist up to the end of tile i begin, and how many of tile i's do not exist."""
+        C = self.decay.shape[1]
+        start = jnp.minimum(i * C, x.shape[1] - C)
+        return start, i * C - start
+
+
+def _scaled(x: Array, power: Array) -> Array:
+    """times_power(x, power), as a branch so that XLA computes it once and not again inside every product."""
+    return jax.lax.cond(jnp.any(power != 0), times_power, lambda x, _: x, x, power)
+
+
+def tile_size(T: int) -> int:
+    return min(TILE, T)
+
+
+def in_tiles(x: Array) -> Array:
+    """[B, T, N] -> [B, N, n, C], the end filled with 0; integers [B, T] (runs) likewise, with the last entry."""
+    T = x.shape[1]
+    pad, C = -T % tile_size(T), tile_size(T)
+    x = jnp.moveaxis(x, 1, -1)
+    x = jnp.pad(x, (*((0, 0),) * (x.ndim - 1), (0, pad)), mode="edge" if x.ndim == 2 else "constant")
+    return x.reshape(*x.shape[:-1], -1, C)
+
+
+def each_head(fn, rows: Rows, others: tuple, of_heads: tuple, widths: tuple):
+    """(results, small) = fn(head, others, of_head, results) for each head, and small results as [B, N, ...].
+
+    On a CPU this is a loop, so that one head's tiles stay in cache; elsewhere it is a vmap, to fill the chip.
+
+    Args:
+      others: further arrays [B, T, N, W].
+      of_heads: further arrays [B, N, ...].
+      widths: of the results [B, T, N, width], in the decay's dtype. fn writes all of their entries.
+    """
+    B, T, N = rows.q.shape[:3]
+    large, small = (*rows[:3], *others), (*rows[3:], *of_heads)
+    # Every entry is written before it is read. XLA would make equal constants (in both passes) once and copy them.
+    fills = enumerate(widths, start=len(others))
+    results = tuple(jnp.full((B, T, N, width), i, rows.decay.dtype) for i, width in fills)
+
+    def one(at, large, small, results):
+        head = Head(at, *large[:3], *small[:5])
+        return fn(head, large[3:], small[5:], results)
+
+    if dispatch.platform() == "cpu":
+
+        def next_head(results, xs):
+            index, small = xs
+            return one((index // N, index % N), large, small, results)
+
+        flat = jax.tree.map(lambda x: x.reshape(B * N, *x.shape[2:]), small)
+        results, out = jax.lax.scan(next_head, results, (jnp.arange(B * N), flat))
+        return results, jax.tree.map(lambda x: x.reshape(B, N, *x.shape[1:]), out)
+
+    def alone(large, small, results):
+        large, results = jax.tree.map(lambda x: x[None, :, None], (large, results))
+        results, out = one((0, 0), large, small, results)
+        return jax.tree.map(lambda x: x[0, :, 0], results), out
+
+    heads = jax.vmap(alone, in_axes=(1, 0, 1), out_axes=(1, 0))
+    return jax.vmap(heads)(large, small, results)
