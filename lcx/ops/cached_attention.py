@@ -62,7 +62,7 @@ def cached_attention(
     wide = jnp.promote_types(q.dtype, jnp.float32)
     on_cpu = dispatch.platform() == "cpu"
     chunk = _chunk_slots(B * K * H)
-    in_chunks = on_cpu and S > chunk and log_decay is None
+    in_chunks = on_cpu and chunk < S and log_decay is None
     k, v = (jnp.swapaxes(x, 1, 2).astype(q.dtype) for x in (k, v))
     scale = H**-0.5 if scale is None else scale
     grouped = jnp.moveaxis((q * scale).reshape(B, T, K, N // K, H), 1, 3)  # [B, K, G, T, H]
