@@ -48,7 +48,7 @@ def tiled(
     """Attention in tiles; arguments as in attention(). Has its own backward pass, also with a cache (q_offset)."""
     B, T, N, H = q.shape
     S, K = k.shape[1:3]
-    masks = {"window": window, "masked": q_segments is not None, "softcap": softcap}
+    masks: dict[str, Any] = {"window": window, "masked": q_segments is not None, "softcap": softcap}
     plan = Plan.of(T, S, heads=B * K, group=N // K, decays=log_decay is not None, **masks)
     if q_segments is None or kv_segments is None:
         q_segments, kv_segments = jnp.ones((1, T), jnp.int32), jnp.ones((1, S), jnp.int32)
