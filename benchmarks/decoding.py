@@ -5,8 +5,8 @@
 
 A case is context x rows. Both sides have the same random weights (of a Llama of 4 layers and width 256) and the same
 prompts. `prefill` is the time of the first token; `decode` that of NEW more, from the difference to a generation that
-goes on. The tokens are compared: with float32 they are equal. Rows of earlier runs in the file are kept, so long
-contexts can be measured one by one. Needs the extra `torch`.
+goes on, and null where that is not longer. The tokens are compared: with float32 they are equal. Rows of earlier runs
+in the file are kept, so long contexts can be measured one by one. Needs the extra `torch`.
 """
 
 import argparse
@@ -71,9 +71,8 @@ def measured(run: harness.Run, sides, T: int, B: int, dtype: str, rounds: int) -
         )
         row[what] = turns.medians()
         row[f"{what}_speed"] = turns.ratio("transformers", "lcx")
-    row["decode_tokens_per_second"] = {
-        name: B * NEW / max(row["whole"][name] - row["prefill"][name], 1e-9) for name in both
-    }
+    seconds = {name: row["whole"][name] - row["prefill"][name] for name in both}
+    row["decode_tokens_per_second"] = {name: B * NEW / s if s > 0 else None for name, s in seconds.items()}
     row["quiet"] = all(section["quiet"] for section in run.sections[-2:])
     row["equal_tokens"] = float((found["lcx"] == found["transformers"]).mean())
     return row

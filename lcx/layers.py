@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from lcx import sharding
 from lcx.ops import fp8
-from lcx.ops.product import product
+from lcx.ops.product import FEW_ROWS, few_with_table, narrow_on_cpu, product
 
 Names = tuple[str | None, ...]
 
@@ -240,6 +240,7 @@ class Embedding(nn.Module):
         return x if self.multiplier == 1 else x * self.multiplier
 
     def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        return jnp.einsum(
-            "btd,vd->btv", x, self.embedding.astype(x.dtype), preferred_element_type=jnp.float32
-        )
+        table = self.embedding.astype(x.dtype)
+        if narrow_on_cpu(x) and x.shape[0] * x.shape[1] <= FEW_ROWS:
+            return few_with_table(x.reshape(-1, x.shape[-1]), table).reshape(*x.shape[:2], -1)
+        return jnp.einsum("btd,vd->btv", x, table, preferred_element_type=jnp.float32)

@@ -158,10 +158,11 @@ def training_line(result: dict) -> str:
 def generation(result: dict) -> str:
     head = ["context", "rows", "", "first token, speed", "lcx, tokens/s", "transformers, tokens/s"]
     head.append(f"speed, {result['new_tokens'] + 1} tokens in all")
+    sides = ("lcx", "transformers")
     rows = [
         [
             *(str(row["context"]), str(row["rows"]), row["dtype"], ratio(row["prefill_speed"]["median"])),
-            *(number(row["decode_tokens_per_second"][side]) for side in ("lcx", "transformers")),
+            *(number(rate) if (rate := row["decode_tokens_per_second"][side]) else "" for side in sides),
             ratio(row["whole_speed"]["median"]),
         ]
         for row in sorted(

@@ -10,7 +10,7 @@ from attention_checks import with_gradients
 
 from kernels_pallas import aot
 from lcx.errors import UserError
-from lcx.ops import attention_vendors, dispatch
+from lcx.ops import attention_tiles, attention_vendors, dispatch
 from lcx.ops.attention import attention
 
 # B, T, N, K, H, window, segments
@@ -87,6 +87,23 @@ def test_values_and_gradients_equal_the_definition(case, implementation):
 
     for got, want in zip(with_gradients(f, q, k, v, w), expected, strict=True):
         np.testing.assert_allclose(got, want, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "case, tiles",
+    [((2, 100, 4, 2, 8, 70, True), [(16, 4), (16, 2)]), ((1, 96, 2, 2, 8, None, True), [(32, 2), (16, 2)])],
+    ids=str,
+)
+def test_tiles_that_several_cores_share(case, tiles, monkeypatch):
+    """`tiles`: the width and the number of heads at once, forward and backward."""
+    monkeypatch.setattr(attention_tiles, "WIDE", 16)
+    monkeypatch.setattr(attention_tiles, "SCORES", 2048)
+    monkeypatch.setattr(dispatch, "shares_cores", lambda: True)
+    B, T, N, K, _, window, _ = case
+    sizes = {"heads": B * K, "group": N // K, "decays": False}
+    plan = attention_tiles.Plan.of(T, T, **sizes, window=window, masked=True)
+    assert [(p.cols, p.heads) for p in (plan, plan.backward(B * K, N // K))] == tiles
+    test_values_and_gradients_equal_the_definition(case, "xla")
 
 
 @pytest.mark.parametrize("implementation", ["reference", "xla"])

@@ -53,7 +53,8 @@ def test_equals_the_last_rows_of_the_whole(T, heads, window, segmented, decays, 
     np.testing.assert_allclose(got, expected, atol=2e-6, rtol=2e-5)
     if decays:
         return
-    monkeypatch.setattr("lcx.ops.cached_attention.CHUNK", 48)  # the last of three overlaps the second
+    # The last of three chunks overlaps the second.
+    monkeypatch.setattr("lcx.ops.cached_attention._chunk_slots", lambda numbers: 48)
     stacked = {name: jnp.stack([jnp.ones_like(x), x]) for name, x in cache.items()}
     layer = kv_cache.LayerOf(stacked, jnp.int32(1))
     got = jax.jit(lambda *xs: kv_cache.attend(*xs, window=window))(layer, jnp.asarray(q[:, S - T :]), new)

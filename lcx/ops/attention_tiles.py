@@ -48,7 +48,7 @@ def tiled(
     """Attention in tiles; arguments as in attention(). Has its own backward pass, also with a cache (q_offset)."""
     B, T, N, H = q.shape
     S, K = k.shape[1:3]
-    masks = {"window": window, "masked": q_segments is not None, "softcap": softcap}
+    masks: dict[str, Any] = {"window": window, "masked": q_segments is not None, "softcap": softcap}
     plan = Plan.of(T, S, heads=B * K, group=N // K, decays=log_decay is not None, **masks)
     if q_segments is None or kv_segments is None:
         q_segments, kv_segments = jnp.ones((1, T), jnp.int32), jnp.ones((1, S), jnp.int32)
@@ -112,7 +112,9 @@ class Plan:
         """The plan of the backward pass, whose tiles need more memory each."""
         if self.cols < WIDE:
             return self
-        return dataclasses.replace(self, rows=min(self.rows, WIDE), cols=WIDE)._fitted(heads, group, SCORES // 2)
+        return dataclasses.replace(self, rows=min(self.rows, WIDE), cols=WIDE)._fitted(
+            heads, group, SCORES // 2
+        )
 
     def _fitted(self, heads: int, group: int, scores: int) -> "Plan":
         """As many heads at once, or as few rows, as have about so many scores in one tile."""
@@ -291,9 +293,7 @@ def _tiled_forward(q, k, v, kv_segments, decay, q_segments, offset, sinks, plan:
 
 def _tiled_backward(plan: Plan, residuals, d_out):
     plan = plan.backward(*residuals[0].shape[:2])
-    grads = each_head(
-        functools.partial(_head_backward, plan=plan), (*residuals, d_out), at_once=plan.heads
-    )
+    grads = each_head(functools.partial(_head_backward, plan=plan), (*residuals, d_out), at_once=plan.heads)
     dq, dk, dv, d_decay, d_sinks = grads
     return dq, dk, dv, None, d_decay, None, None, d_sinks
 

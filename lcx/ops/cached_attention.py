@@ -20,9 +20,10 @@ from lcx.ops.attention_tiles import NEG
 from lcx.ops.decay import gaps
 from lcx.ops.tiling import cut
 
-# Slots of one product on a CPU. Measured with H = 64, S = 16384 on two cores: 512 slots 6.0 ms per token of 4 layers,
-# 2048 4.7 ms, 8192 4.4 ms, and all slots after a copy of the layer's cache 13.7 ms.
-CHUNK = 2048
+# On a CPU a cache is read in chunks of about so many numbers, rows and heads together, so that a chunk of keys and one
+# of values stay in the second-level cache. Measured in float32 with H = 64: 8 rows of 2 heads in chunks of 2048 slots
+# take 1.4 us a slot, in chunks of 256 0.66 us; below 128 slots the loop itself costs more.
+CHUNK_SIZE, LEAST_SLOTS = 1 << 17, 128
 
 
 def cached_attention(
@@ -46,7 +47,7 @@ def cached_attention(
 ) -> Float[Array, "B T N H"]:
     """ops.attention with the new tokens placed after the first `length` slots: outputs [B, T, N, H] in q's dtype.
 
-    Memory: B N T (S + T) scores in float32; on a CPU, B N T (CHUNK + T), and only chunks that some token sees are read.
+    Memory: B N T (S + T) scores in float32; on a CPU, B N T (chunk + T), and only chunks that some token sees are read.
 
     Args:
       cached_k, cached_v: in any dtype; heads before slots, so that products read contiguous memory.
@@ -60,12 +61,11 @@ def cached_attention(
     K, S = cached_k.shape[-3], cached_k.shape[-2]
     wide = jnp.promote_types(q.dtype, jnp.float32)
     on_cpu = dispatch.platform() == "cpu"
-    in_chunks = on_cpu and S > CHUNK and log_decay is None
-    # On a CPU bf16 products were timed only in chunks, where they pay; a whole cache is converted first.
-    narrow = wide if on_cpu and not in_chunks else q.dtype
-    k, v = (jnp.swapaxes(x, 1, 2).astype(narrow) for x in (k, v))
+    chunk = _chunk_slots(B * K * H)
+    in_chunks = on_cpu and chunk < S and log_decay is None
+    k, v = (jnp.swapaxes(x, 1, 2).astype(q.dtype) for x in (k, v))
     scale = H**-0.5 if scale is None else scale
-    grouped = jnp.moveaxis((q * scale).astype(narrow).reshape(B, T, K, N // K, H), 1, 3)  # [B, K, G, T, H]
+    grouped = jnp.moveaxis((q * scale).reshape(B, T, K, N // K, H), 1, 3)  # [B, K, G, T, H]
     place = jnp.cumsum(segment_ids != 0, axis=1)  # of the new tokens, among themselves
     later = None  # how many tokens of the cache follow each of its slots
     if window is not None:
@@ -89,9 +89,9 @@ def cached_attention(
         grouped, softcap, None if sinks is None else sinks.astype(wide).reshape(1, K, -1, 1)
     )
     if in_chunks:
-        state = _over_chunks(start, grouped, cached_k, cached_v, layer, seen)
+        state = _over_chunks(start, grouped, cached_k, cached_v, layer, seen, chunk)
     else:
-        keys, values = ((x if layer is None else x[layer]).astype(narrow) for x in (cached_k, cached_v))
+        keys, values = ((x if layer is None else x[layer]).astype(q.dtype) for x in (cached_k, cached_v))
         state = start.over(grouped, keys, values, seen(0, S), far)
     see = _seen(segment_ids, segment_ids, place[:, :, None] - place[:, None], window)
     state = state.over(grouped, k, v, see, near)
@@ -131,28 +131,39 @@ class _Softmax(NamedTuple):
         return _Softmax(top, self.total * before + weights.sum(-1), self.y * before[..., None] + y, self.cap)
 
 
+def _chunk_slots(numbers: int) -> int:
+    """The slots of a chunk, from how many numbers one slot has: a power of two."""
+    return max(1 << (CHUNK_SIZE // numbers).bit_length() >> 1, LEAST_SLOTS)
+
+
 def _over_chunks(
-    state: _Softmax, q: Array, k: Array, v: Array, layer: Array | None, seen: Callable[..., Array]
+    state: _Softmax,
+    q: Array,
+    k: Array,
+    v: Array,
+    layer: Array | None,
+    seen: Callable[..., Array],
+    chunk: int,
 ) -> _Softmax:
-    """The softmax over a cache, CHUNK slots at a time. Chunks that no token sees are skipped."""
+    """The softmax over a cache, `chunk` slots at a time. Chunks that no token sees are skipped."""
     S, H = k.shape[-2:]
-    sizes = (*q.shape[:2], CHUNK, H)
+    sizes = (*q.shape[:2], chunk, H)
 
     def read(x: Array, start: Array) -> Array:
         if layer is None:
-            return cut(x, start, CHUNK, 2).astype(q.dtype)
+            return cut(x, start, chunk, 2).astype(q.dtype)
         return jax.lax.dynamic_slice(x, (layer, 0, 0, start, 0), (1, *sizes))[0].astype(q.dtype)
 
     def step(state: _Softmax, number: Array) -> tuple[_Softmax, None]:
-        start = jnp.minimum(number * CHUNK, S - CHUNK)  # the last chunk may overlap the one before it
-        see = seen(start, CHUNK) & (start + jnp.arange(CHUNK) >= number * CHUNK)
+        start = jnp.minimum(number * chunk, S - chunk)  # the last chunk may overlap the one before it
+        see = seen(start, chunk) & (start + jnp.arange(chunk) >= number * chunk)
 
         def over(state: _Softmax) -> _Softmax:
             return state.over(q, read(k, start), read(v, start), see)
 
         return jax.lax.cond(jnp.any(see), over, lambda state: state, state), None
 
-    return jax.lax.scan(step, state, jnp.arange(-(-S // CHUNK)))[0]
+    return jax.lax.scan(step, state, jnp.arange(-(-S // chunk)))[0]
 
 
 def _seen(q_ids: Array, kv_ids: Array, distance: Array | None, window: int | None) -> Array:

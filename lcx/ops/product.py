@@ -17,6 +17,8 @@ from jaxtyping import Array, Float
 from lcx.ops import PRODUCTS, dispatch
 from lcx.ops.tiling import dot
 
+FEW_ROWS = 8
+
 
 def narrow_on_cpu(x: Array) -> bool:
     return x.dtype == jnp.bfloat16 and dispatch.platform() == "cpu"
@@ -32,6 +34,16 @@ def product(x: Float[Array, "rows inner"], kernel: Float[Array, "inner cols"]) -
 def wide(a: Array, b: Array, b_axis: int) -> Array:
     """The last axis of a contracted with an axis of b, in float32; safe and fast for bfloat16 on a CPU."""
     return jax.lax.optimization_barrier(dot(a, b, 1, b_axis))
+
+
+def few_with_table(x: Float[Array, "rows inner"], table: Float[Array, "V inner"]) -> Float[Array, "rows V"]:
+    """x @ table^T in float32, for at most FEW_ROWS rows in bfloat16 on a CPU, without another copy of a large table.
+
+    Otherwise XLA converts the table to float32 for a single row, and transposes it before a loop of decode steps.
+    """
+    rows = x.shape[0]
+    padded = jnp.pad(x, ((0, FEW_ROWS - rows), (0, 0)))
+    return dot(padded, jax.lax.optimization_barrier(table), 1, 1)[:rows]
 
 
 def laid_out_transpose(x: Array) -> Array:
