@@ -29,7 +29,7 @@ for word in "$@"; do case "$word" in --workdir=*) mkdir -p "${{word#*=}}" ;; esa
 
 
 def commands_of(words: list[str], folder: pathlib.Path) -> list[list[str]]:
-    """The commands with python that a script runs, in order, if none of their outputs is there yet.
+    """The commands of lcx and the Python files that a script runs, in order, if none of their outputs is there yet.
 
     Args:
       words: the script and its flags.
@@ -51,7 +51,8 @@ def commands_of(words: list[str], folder: pathlib.Path) -> list[list[str]]:
     done = subprocess.run(["bash", str(script), *given], cwd=folder, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     said = log.read_text().replace(f"{folder}/path/to/", "/path/to/")  # as on the page
-    return [line.split("\0")[:-1] for line in said.splitlines()]
+    commands = [line.split("\0")[:-1] for line in said.splitlines()]
+    return [command for command in commands if command[1].endswith(".py") or command[2].startswith("lcx.")]
 
 
 def kind(command: list[str]) -> str:
@@ -61,7 +62,7 @@ def kind(command: list[str]) -> str:
 
 def small(command: list[str]) -> list[str] | None:
     """The command with flags that make it small; None if it is to be checked only, or is not known."""
-    if command[2] == "lcx.report":  # of what the script has made, some of which is only checked here
+    if command[2:3] == ["lcx.report"]:  # of what the script has made, some of which is only checked here
         return None
     if command[1] == "-m":
         return [*command, "--gin.Recall.rows=4"] if any("--evals=recall" in word for word in command) else command

@@ -160,7 +160,7 @@ def test_two_damaged_steps_then_all(steps_dir):
 def test_a_named_step_does_not_fall_back(steps_dir):
     flip_a_bit(steps_dir / "3")
     checkpointer = Checkpointer(steps_dir)
-    with pytest.raises(UserError, match="step 3: params"):
+    with pytest.raises(UserError, match="checkpoints/3 is damaged: params"):
         checkpointer.restore(abstract_of(state_of(3)), step=3)
     step, items, _ = checkpointer.restore(abstract_of(state_of(1)), step=1)
     assert step == 1

@@ -248,6 +248,13 @@ def test_a_broken_folder_is_one_line(case, chunked):
     assert "\n" not in str(error.value)
 
 
+class Attribute:
+    """Asks for an attribute of a class that is admitted."""
+
+    def __reduce__(self):
+        return getattr, (torch.Size, "count")
+
+
 class Hostile:
     def __reduce__(self):
         return os.system, ("touch executed",)
@@ -259,8 +266,8 @@ def test_nothing_is_executed_and_damage_is_one_line(chunked, tmp_path, monkeypat
     good = (folder / ".metadata").read_bytes()
     metadata = pickle.loads(good)
     metadata.planner_data = Hostile()
-    for data in (pickle.dumps(metadata), pickle.dumps(Hostile()), b"", b"\x80\x04garbage", pickle.dumps({"a": 1}),
-                 *(good[: len(good) * i // 9] for i in range(1, 9))):  # fmt: skip
+    hostile = (pickle.dumps(x) for x in (metadata, Hostile(), Attribute(), {"a": 1}))
+    for data in (*hostile, b"", b"\x80\x04garbage", *(good[: len(good) * i // 9] for i in range(1, 9))):
         (folder / ".metadata").write_bytes(data)
         with pytest.raises(UserError, match="nothing in it was executed") as error:
             TorchDist(folder, NONE)

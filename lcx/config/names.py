@@ -56,7 +56,12 @@ class FlagContext(gin_config.ParseContext):
                 self.process_import(statement)
 
     def get_configurable(self, selector: str) -> gin_config.Configurable | None:
-        known = gin_config._REGISTRY.get_match(selector)
+        try:
+            known = gin_config._REGISTRY.get_match(selector)
+        except KeyError:  # several functions of this name: the target's is meant, if it has one
+            if self._from_target(selector) is None:
+                raise
+            known = None
         if known is not None:
             return known
         with contextlib.suppress(NameError, AttributeError):

@@ -234,6 +234,11 @@ class Rows:
             "residual": np.asarray(self._stream[rows]),
         }
 
+    def padding(self) -> dict[str, np.ndarray]:
+        """Zeros with the shapes and dtypes of all batches. Nothing is read for it."""
+        arrays = {**self._masks, "residual": self._stream}
+        return {name: np.zeros((len(self._own), *x.shape[1:]), x.dtype) for name, x in arrays.items()}
+
     def state(self) -> dict[str, Any]:
         return {"next_index": self._next}
 
