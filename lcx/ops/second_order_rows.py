@@ -80,18 +80,26 @@ class Head(NamedTuple):
         start, beyond = self._place(x, i)
         (b, n), width = self.at, x.shape[3]
         tile = jax.lax.dynamic_slice(x, (b, start, n, 0), (1, C, 1, width)).reshape(C, width)
-        if x.shape[1] % C:
-            tile = jnp.where((jnp.arange(C) < C - beyond)[:, None], jnp.roll(tile, -beyond, axis=0), 0)
-        return tile
+        if x.shape[1] % C == 0:
+            return tile
+
+        def shifted(tile):
+            return jnp.where((jnp.arange(C) < C - beyond)[:, None], jnp.roll(tile, -beyond, axis=0), 0)
+
+        return jax.lax.cond(beyond == 0, lambda tile: tile, shifted, tile)  # only the last tile is short
 
     def put(self, x: Float[Array, "B T N W"], tile: Float[Array, "C W"], i) -> Float[Array, "B T N W"]:
         """x with tile i of this head replaced; what is beyond the end of the row is dropped."""
         C = self.decay.shape[1]
         start, beyond = self._place(x, i)
         (b, n), width, tile = self.at, x.shape[3], tile.astype(x.dtype)
+
+        def shifted(tile, old):
+            return jnp.where((jnp.arange(C) < beyond)[:, None], old, jnp.roll(tile, beyond, axis=0))
+
         if x.shape[1] % C:
             old = jax.lax.dynamic_slice(x, (b, start, n, 0), (1, C, 1, width)).reshape(C, width)
-            tile = jnp.where((jnp.arange(C) < beyond)[:, None], old, jnp.roll(tile, beyond, axis=0))
+            tile = jax.lax.cond(beyond == 0, lambda tile, _: tile, shifted, tile, old)
         return jax.lax.dynamic_update_slice(x, tile[None, :, None], (b, start, n, 0))
 
     def add(self, x: Float[Array, "B T N W"], tile: Float[Array, "C W"], i) -> Float[Array, "B T N W"]:
