@@ -401,6 +401,21 @@ def two_mamba_decoding(result: dict) -> str:
 
 
 LONG_GENOMES = "python benchmarks/long_genomes.py --fasta=genome.fna.gz"
+def second_order_forms(result: dict) -> str:
+    """Tokens a CPU second of the quadratic and the chunked form with a decay that forgets nothing, heads of 64."""
+    seconds = {
+        (row["T"], row["form"]): row["seconds"]
+        for row in result["records"]
+        if (row["H"], row["decay"]) == (64, "slow")
+    }
+    lengths = sorted({length for length, _ in seconds})
+    rows = [
+        [f"{length:,}", *(number(length / seconds[length, form]) for form in ("tiles", "states", "default"))]
+        for length in lengths
+    ]
+    return with_source(result, table(["T", "quadratic", "chunked", "what lcx picks"], rows))
+
+
 FIGURES = {
     "operators": Figure("cpu.json", operators, "python benchmarks/kernels.py"),
     "training": Figure(TRAINING[0], training, TRAINING[1]),
@@ -424,6 +439,9 @@ FIGURES = {
     "recall_by_length": Figure(RECALL[0], recall_by_length, RECALL[1], timed=False),
     "recall_by_distance": Figure(RECALL[0], recall_by_distance, RECALL[1], timed=False),
     "stripe": Figure("striped_hyena_cpu.json", stripe, "python benchmarks/striped_hyena.py --width 32"),
+    "second_order_forms": Figure(
+        "second_order_forms_cpu.json", second_order_forms, "python benchmarks/second_order_forms.py"
+    ),
     "two_mamba_decoding": Figure(
         "two_mamba_decode_cpu.json", two_mamba_decoding, "python benchmarks/two_mamba_decode.py"
     ),
