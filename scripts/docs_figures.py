@@ -208,6 +208,17 @@ def families(result: dict) -> str:
     return with_source(result, table(["model type", "lcx, ms", "transformers, ms", "speed", "from, to"], rows))
 
 
+def family_memory(result: dict) -> str:
+    """A row for each model type that was measured: the peak of both sides."""
+    rows = []
+    for row in result["memory"]:
+        peaks = [str(row[side]) for side in ("lcx_mib", "lcx_full_mib", "torch_mib")]
+        ratios = [f"{row[side]:.2f}x" for side in ("lcx_over_torch", "lcx_full_over_torch")]
+        rows.append([f"`{row['model_type']}`", *peaks, *ratios])
+    head = ["model type", "lcx, MiB", "lcx, remat full", "transformers, MiB", "ratio", "ratio, remat full"]
+    return table(head, rows)
+
+
 def family_decoding(result: dict) -> str:
     """A row for each side: the cache, and what the process needed beside what it held before."""
     names = {
@@ -424,6 +435,9 @@ FIGURES = {
     "start_up": Figure("start_up_cpu.json", start_up, "python benchmarks/start_up.py"),
     "growth": Figure("second_order_growth_cpu.json", growth, "python benchmarks/second_order_growth.py"),
     "families": Figure("families_cpu.json", families, "python benchmarks/families.py"),
+    "families_memory": Figure(
+        "families_memory_cpu.json", family_memory, "python benchmarks/families.py --memory", timed=False
+    ),
     "family_decoding": Figure(
         "families_decoding_cpu.json", family_decoding, "python benchmarks/families.py --decoding", timed=False
     ),
