@@ -52,7 +52,11 @@ def commands_of(words: list[str], folder: pathlib.Path) -> list[list[str]]:
     assert done.returncode == 0, done.stderr
     said = log.read_text().replace(f"{folder}/path/to/", "/path/to/")  # as on the page
     commands = [line.split("\0")[:-1] for line in said.splitlines()]
-    return [command for command in commands if command[1].endswith(".py") or command[2].startswith("lcx.")]
+    return [command for command in commands if _of_lcx(*command[1:3])]
+
+
+def _of_lcx(first: str = "", second: str = "") -> bool:
+    return first.endswith(".py") or (first == "-m" and second.startswith("lcx."))
 
 
 def kind(command: list[str]) -> str:
