@@ -74,6 +74,10 @@ class Head(NamedTuple):
     def d_keys(self, dk: Array, i) -> Array:
         return times_power(jnp.where(self.shown[i][:, None], dk, 0), self.of_k[i][:, None])
 
+    def earlier(self) -> "EarlierTiles":
+        """The same head, for tiles that have others after them."""
+        return EarlierTiles(*self)
+
     def cut(self, x: Float[Array, "B T N W"], i) -> Float[Array, "C W"]:
         """Tile i of this head; 0 beyond the end of the row."""
         C = self.decay.shape[1]
@@ -110,6 +114,20 @@ class Head(NamedTuple):
         C = self.decay.shape[1]
         start = jnp.minimum(i * C, x.shape[1] - C)
         return start, i * C - start
+
+
+class EarlierTiles(Head):
+    """A head of which only tiles before the last are used: they are whole, so that nothing has to be shifted."""
+
+    __slots__ = ()
+
+    def cut(self, x: Float[Array, "B T N W"], i) -> Float[Array, "C W"]:
+        (b, n), C, width = self.at, self.decay.shape[1], x.shape[3]
+        return jax.lax.dynamic_slice(x, (b, i * C, n, 0), (1, C, 1, width)).reshape(C, width)
+
+    def put(self, x: Float[Array, "B T N W"], tile: Float[Array, "C W"], i) -> Float[Array, "B T N W"]:
+        (b, n), C = self.at, self.decay.shape[1]
+        return jax.lax.dynamic_update_slice(x, tile.astype(x.dtype)[None, :, None], (b, i * C, n, 0))
 
 
 def _scaled(x: Array, power: Array) -> Array:

@@ -100,13 +100,14 @@ def _earlier(i, total: Array, first: Array, last: Array, tile, carry):
 
 def _head_forward(head: Head, _, __, sums: Sums):
     l, total, to_end, first, last = local(head.decay, head.runs)
+    earlier = head.earlier()
 
     def row(i, sums):
         q_i, v_i, runs_i = head.queries(i), head.values(i), head.runs[i]
         s, near = within(q_i, head.keys(i), head.decay[i], runs_i)
 
         def tile(j, gap, far):
-            s, v_j = dot(q_i, head.keys(j), 1, 1), head.values(j)
+            s, v_j = dot(q_i, earlier.keys(j), 1, 1), earlier.values(j)
             v_j = (v_j * to_end[j][:, None]).astype(v_j.dtype)
             return far + jnp.exp(gap) * dot((s * s).astype(v_j.dtype), v_j, 1, 0)
 
@@ -120,6 +121,7 @@ def _head_forward(head: Head, _, __, sums: Sums):
 
 def _head_backward(head: Head, d_sums: Sums, _, grads):
     l, total, to_end, first, last = local(head.decay, head.runs)
+    earlier = head.earlier()
 
     def row(i, carry):
         dq, d_own, dk, dv = carry
@@ -129,13 +131,14 @@ def _head_backward(head: Head, d_sums: Sums, _, grads):
 
         def tile(j, gap, carry):
             dq_i, d_own, dk, dv = carry
-            k_j, v_j, to_end_j = head.keys(j), head.values(j), to_end[j][:, None]
+            k_j, v_j, to_end_j = earlier.keys(j), earlier.values(j), to_end[j][:, None]
             d, dp = _of_values(d_far * jnp.exp(gap), (v_j * to_end_j).astype(v_j.dtype))
             s = dot(q_i, k_j, 1, 1)
             ds = (2 * s * dp).astype(k_j.dtype)
             dk_j = dot(ds, q_i, 0, 0)
-            d_own, dk = d_own.at[j].add(-jnp.sum(k_j * dk_j, axis=-1)), head.add(dk, head.d_keys(dk_j, j), j)
-            dv = head.add(dv, to_end_j * dot((s * s).astype(v_j.dtype), d, 0, 0)[:, :-1], j)
+            d_own = d_own.at[j].add(-jnp.sum(k_j * dk_j, axis=-1))
+            dk = earlier.add(dk, earlier.d_keys(dk_j, j), j)
+            dv = earlier.add(dv, to_end_j * dot((s * s).astype(v_j.dtype), d, 0, 0)[:, :-1], j)
             return dq_i + dot(ds, k_j, 1, 0), d_own, dk, dv
 
         d_own = d_own.at[i].set(-jnp.sum(k_i * dk_i, axis=-1))
