@@ -2,6 +2,9 @@
 
 An objective returns (sum of losses, sum of weights), or (sum of losses, sum of weights, {name: sum}). The named sums
 are auxiliary losses: they are included in the sum of losses, logged by name, and excluded from the held-out loss.
+
+One with an argument `pieces` can process rows in pieces, one with an argument `state` rows that continue others: with
+a state it returns (the above, the state after the rows).
 """
 
 import functools
@@ -14,12 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from lcx import mixers
 from lcx.errors import UserError
 from lcx.mixers.linearized import LinearizedAttention
 from lcx.model import Decoder, map_mixers
 from lcx.ops.cross_entropy import cross_entropy
 from lcx.ops.segments import last, runs
-from lcx.pieces import PieceFn, Pieces, stretch, total
+from lcx.pieces import PieceFn, Pieces, rope_length, stretch, total
 from lcx.sharding import axis_size
 
 Batch = dict[str, Array]
@@ -33,7 +37,9 @@ TAKEN = (  # names of metrics that are logged for every objective
 )
 
 
-def next_token(model: Decoder, variables: Any, batch: Batch, pieces: Pieces | None = None) -> Sums:
+def next_token(
+    model: Decoder, variables: Any, batch: Batch, pieces: Pieces | None = None, state: Any = None
+) -> Sums | tuple[Sums, Any]:
     """Sum of the weighted next-token negative log-likelihoods in nats, and the sum of the weights.
 
     Labels are already shifted by the data pipeline. A weight of zero masks padding and the first token of a document.
@@ -51,18 +57,27 @@ def next_token(model: Decoder, variables: Any, batch: Batch, pieces: Pieces | No
       pieces: process rows longer than a piece in pieces, with the same gradients and less memory; see lcx.pieces.
         Losses per token, and scalars that depend on the weights alone, stay the same; other scalars are means over the
         tokens of a piece.
+      state: what the model knows before the rows (Decoder.init_cache), for rows that continue others; no gradient flows
+        into it. The result is then (the sums, the state after the rows). None: rows begin without one.
 
     Raises:
       UserError: a module sows a value of another shape, or one named like a metric.
     """
-    return _of_rows(functools.partial(_next_token, model), model, variables, batch, pieces)
+    return _of_rows(functools.partial(_next_token, model), model, variables, batch, pieces, state)
 
 
-def _of_rows(piece: PieceFn, model: Decoder, variables: Any, batch: Batch, pieces: Pieces | None) -> Sums:
-    """The sums of `piece` over whole rows, or over their pieces if they are longer than one."""
+def _of_rows(
+    piece: PieceFn, model: Decoder, variables: Any, batch: Batch, pieces: Pieces | None, state: Any
+) -> Sums | tuple[Sums, Any]:
+    """The sums of `piece` over whole rows, or over their pieces if they are longer than one; and the state after them,
+    if there is one before them."""
+    if state is not None:
+        state = mixers.with_rope_length(jax.lax.stop_gradient(state), rope_length(batch))
     if pieces is None or batch["tokens"].shape[1] <= pieces.length:
-        return piece(variables, None, batch)[0]
-    return total(piece, model, variables, batch, pieces)
+        sums, after = piece(variables, state, batch)
+    else:
+        sums, after = total(piece, model, variables, batch, pieces, state)
+    return sums if state is None else (sums, after)
 
 
 def _next_token(model: Decoder, variables: Any, state: Any, batch: Batch) -> tuple[Sums, Any]:
@@ -86,8 +101,13 @@ def _next_token(model: Decoder, variables: Any, state: Any, batch: Batch) -> tup
 
 
 def nucleotides(
-    model: Decoder, variables: Any, batch: Batch, repeat_weight: float = 0.1, pieces: Pieces | None = None
-) -> Sums:
+    model: Decoder,
+    variables: Any,
+    batch: Batch,
+    repeat_weight: float = 0.1,
+    pieces: Pieces | None = None,
+    state: Any = None,
+) -> Sums | tuple[Sums, Any]:
     """next_token for genomes encoded as bytes, with the loss weights of Evo 2 (Brixi et al. 2025).
 
     Inputs and labels are converted to upper case. A lower-case label (a soft-masked repeat) has weight `repeat_weight`;
@@ -99,7 +119,7 @@ def nucleotides(
     def piece(variables: Any, state: Any, batch: Batch) -> tuple[Sums, Any]:
         return _next_token(model, variables, state, _weighted(batch, repeat_weight))
 
-    return _of_rows(piece, model, variables, {**batch, "unread": unread}, pieces)
+    return _of_rows(piece, model, variables, {**batch, "unread": unread}, pieces, state)
 
 
 def _weighted(batch: Batch, repeat_weight: float) -> Batch:

@@ -81,9 +81,14 @@ class Pieces:
 
 
 def total(
-    piece: PieceFn, model: Decoder, variables: Tree, batch: dict[str, Int[Array, "B T"]], pieces: Pieces
-) -> Tree:
-    """The sum over the pieces of a batch of what `piece` returns, differentiable in `variables`.
+    piece: PieceFn,
+    model: Decoder,
+    variables: Tree,
+    batch: dict[str, Int[Array, "B T"]],
+    pieces: Pieces,
+    state: Tree = None,
+) -> tuple[Tree, Tree]:
+    """The sum over the pieces of a batch of what `piece` returns, differentiable in `variables`; the state after them.
 
     Args:
       piece: piece(variables, state, batch) -> (a tree of sums, floating point; the state after the piece).
@@ -91,6 +96,8 @@ def total(
       variables: the weights. Gradients are computed only for those with respect to which the result is differentiated.
       batch: tokens, positions, segment_ids and others, each [B, T]. Padding (segment id 0) fills up the last piece.
       pieces: how rows are divided.
+      state: the state before the rows, whose arrays all have a fixed size; no gradient flows into it, or from the state
+        after them. None: there is none before, and None is returned as the one after.
 
     Raises:
       UserError: a mixer cannot continue from a state.
@@ -98,14 +105,23 @@ def total(
     B, T = batch["tokens"].shape
     count = pieces.count(T)
     check(model)
-    counted = jnp.where(batch["segment_ids"] != 0, batch["positions"], 0)
-    state = empty_state(model, B, count * pieces.length, jnp.max(counted) + 1)
-    grows = _growing(model, B, count * pieces.length)
+    continues = state is not None
+    if continues:
+        grows = jax.tree.map(lambda _: False, state)
+    else:
+        state = empty_state(model, B, count * pieces.length, rope_length(batch))
+        grows = _growing(model, B, count * pieces.length)
     offloaded = pieces.borders == "host" and dispatch.platform() != "cpu"
     every = 1 if offloaded else _border_interval(state, grows, count)
     order = jnp.arange(-(-count // every) * every).reshape(-1, every)
     rows = Rows(_reader(batch, pieces.length, order.size), order)
-    return _total(piece, grows, pieces.carry, offloaded, variables, state, rows)
+    sums, after = _total(piece, grows, pieces.carry, offloaded, variables, state, rows)
+    return sums, after if continues else None
+
+
+def rope_length(batch: dict[str, Int[Array, "B T"]]) -> Int[Array, ""]:
+    """The length that RoPE types which depend on it assume: that of the longest document so far."""
+    return jnp.max(jnp.where(batch["segment_ids"] != 0, batch["positions"], 0)) + 1
 
 
 def check(model: Decoder) -> None:
@@ -224,14 +240,14 @@ def _to_device(tree: Tree) -> Tree:
 
 def _total(
     piece: PieceFn, grows: Tree, carry: str, offloaded: bool, variables: Tree, state: Tree, rows: Rows
-) -> Tree:
-    """The sums over the pieces of `rows`, with the backward pass described at the top of this file."""
+) -> tuple[Tree, Tree]:
+    """The sums over the pieces of `rows`, with the backward pass described at the top of this file; the last state."""
 
     def numbered(variables: Tree, state: Tree, number: Array) -> tuple[Tree, Tree]:
         return piece(variables, state, rows.read(number))
 
     def forward(variables: Tree, state: Tree) -> tuple[Tree, Tree, Tree]:
-        """(sums, the final caches that grow, the other states before each group)."""
+        """(sums, the final state, the states that do not grow before each group)."""
 
         def one(carried, number):
             sums, state = carried
@@ -244,24 +260,24 @@ def _total(
 
         zero = _zeros(jax.eval_shape(numbered, variables, state, rows.order[0, 0])[0])
         (sums, last), borders = jax.lax.scan(group, (zero, state), rows.order)
-        return sums, _take(last, grows, True), borders
+        return sums, last, borders
 
     @jax.custom_vjp
-    def summed(variables: Tree, state: Tree) -> Tree:
-        return forward(variables, state)[0]
+    def summed(variables: Tree, state: Tree) -> tuple[Tree, Tree]:
+        return forward(variables, state)[:2]
 
     def summed_forward(variables: Tree, state: Tree) -> tuple[Tree, Tree]:
         moves = jax.tree.map(lambda x: x.perturbed, variables)
         variables, state = jax.tree.map(lambda x: x.value, (variables, state))
-        sums, grown, borders = forward(variables, state)
+        sums, last, borders = forward(variables, state)
         moving, still = (_take(variables, moves, wanted) for wanted in (True, False))
-        return sums, (moving, still, grown, borders)
+        return (sums, last), (moving, still, _take(last, grows, True), borders)
 
-    def summed_backward(kept: Tree, d_sums: Tree) -> tuple[Tree, None]:
+    def summed_backward(kept: Tree, cotangents: tuple[Tree, Tree]) -> tuple[Tree, None]:
         moving, still, grown, borders = kept
         d_sums = jax.tree.map(
             lambda d: jnp.zeros(d.shape, d.dtype) if isinstance(d, SymbolicZero) else d,
-            d_sums,
+            cotangents[0],
             is_leaf=lambda d: isinstance(d, SymbolicZero),
         )
         backward = functools.partial(_group_backward, numbered, carry, grows, moving, still, d_sums)

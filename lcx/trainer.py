@@ -30,23 +30,19 @@ from lcx.model import Decoder
 from lcx.multihost.agreement import require_shared
 from lcx.optim import AdamW
 from lcx.pieces import Pieces
-from lcx.training import continued, doubtful, profiling, resume_check, same_data, statements, workdirs
+from lcx.training import continued, doubtful, resume_check, same_data, settings, statements, workdirs
 from lcx.training import step as train_step
-from lcx.training.logger import MODES, MetricsLogger, logger_of
+from lcx.training.logger import MetricsLogger, logger_of
 from lcx.training.memory import check_fits
 from lcx.training.meter import Meter, NotFiniteError, meter_of
 from lcx.training.run import OPTIONAL_ITEMS, Run, prepared, with_state
 from lcx.training.signals import StopRequest, interrupted
 from lcx.training.step import State
 from lcx.version import __version__
-from lcx.wording import quantity
 
 log = logging.getLogger(__name__)
 
-DTYPES = ("float32", "bfloat16")  # float16 would need loss scaling
 ADVICE = "lower AdamW.learning_rate, lengthen AdamW.warmup_steps, or look at the data of this step"
-_COUNTS = "steps batch_size seq_len accumulation log_every checkpoint_every keep_checkpoints eval_batches"
-_LEAST = {"eval_every": 0} | dict.fromkeys(_COUNTS.split(), 1)
 
 
 class Job(Protocol):
@@ -128,6 +124,8 @@ class Trainer:
         activations of one piece in memory (see lcx.pieces); None: whole rows.
       carry: with piece_length, what passes between pieces in the backward pass: "exact" gradients, or "stop": none
         (truncated backpropagation through time).
+      stateful: row i of a batch continues where row i of the batch before ended, from the state that it left there; no
+        gradient flows between batches (see training.row_state). The held-out loss reads every row by itself.
       borders: with piece_length, where the states between pieces wait for the backward pass: "device" or "host".
       mesh: sizes of the mesh axes.
       stop_at: end the run after this many updates, before the end of the schedule; None: after `steps`.
@@ -164,6 +162,7 @@ class Trainer:
     piece_length: int | None = None
     carry: str = "exact"
     borders: str = "device"
+    stateful: bool = False
     mesh: sharding.MeshShape = sharding.MeshShape()
     stop_at: int | None = None
     seed: int = 0
@@ -177,39 +176,8 @@ class Trainer:
     profile: tuple[int, int] | None = None
 
     def __post_init__(self):
-        if (self.model is None) == (self.init_from is None):
-            found = "neither" if self.model is None else "both"
-            raise UserError(f"Trainer.model and Trainer.init_from: expected one of the two, found {found}")
-        if self.init_format is not None and self.init_from is None:
-            raise UserError("Trainer.init_format is the format of a pretrained model: set Trainer.init_from")
-        changes = (self.rope_scaling, self.context_length, self.linearize, self.expects_linear or None)
-        if self.init_from is None and any(change is not None for change in changes):
-            raise UserError(
-                "Trainer.rope_scaling, context_length, linearize (expects_linear) change a pretrained model: "
-                "set Trainer.init_from"
-            )
-        if self.adapter is not None and (self.init_from is None or self.linearize is not None):
-            raise UserError(
-                "Trainer.adapter belongs to a pretrained model as it is: set Trainer.init_from, and linearize to None"
-            )
-        for name, least in _LEAST.items():
-            if getattr(self, name) < least:
-                raise UserError(f"Trainer.{name} is {getattr(self, name)}, expected at least {least}")
-        for name, known in {"dtype": DTYPES, "remat": tuple(model_lib.REMAT), "wandb": MODES}.items():
-            if getattr(self, name) not in (None, *known):
-                raise UserError(f"Trainer.{name} is {getattr(self, name)!r}, expected one of {', '.join(known)}")
-        profiling.check(self.profile)
-        objectives.check(self.objective)
+        settings.check(self)
         _ = self._objective
-        continued.check(self)
-        if (self.optimizer.warmup_steps or 0) > self.steps:
-            raise UserError(
-                f"AdamW.warmup_steps is {self.optimizer.warmup_steps}, more than the "
-                f"{quantity(self.steps, 'step')} of the run: lower it, or raise Trainer.steps"
-            )
-        if not 0 <= self.seed < 2**32:  # jax.random.key keeps 32 bits
-            raise UserError(f"Trainer.seed is {self.seed}, expected 0 to 2**32 - 1")
-        doubtful.check_sizes_and_schedule(self)
 
     @property
     def last_step(self) -> int:
@@ -287,7 +255,7 @@ class Trainer:
         model = self.adjusted(self.model or model_json.from_json(documents["meta"]["model"]))
         lora = self.lora if self.adapter is None else model_json.from_json(documents["meta"]["lora"])
         stored = as_stored(model_lib.abstract_params(model, mesh=mesh), checkpointer.directory / str(step))
-        run = prepared(self.optimizer, self.steps, model, mesh, lora, stored)
+        run = self.prepared(model, mesh, lora, stored)
         step, state, documents = checkpointer.restore(run.abstract, optional=OPTIONAL_ITEMS)
         return dataclasses.replace(
             with_state(run, state),
@@ -303,7 +271,7 @@ class Trainer:
         if self.init_from is None:
             assert self.model is not None
             model = self.adjusted(self.model)
-            check_fits(prepared(self.optimizer, self.steps, model, mesh, self.lora).abstract, mesh)
+            check_fits(self.prepared(model, mesh, self.lora).abstract, mesh)
             params = model_lib.init_params(model, jax.random.key(self.seed), mesh=mesh)
             begun = convert.Start(model, params, carried={}, lora=self.lora)
         else:
@@ -311,7 +279,7 @@ class Trainer:
             if self.expects_linear:
                 check_linear(begun.model, seq_len=self.seq_len, where=self.init_from)
         model, lora = self.adjusted(begun.model), begun.lora
-        run = prepared(self.optimizer, self.steps, model, mesh, lora, begun.params)
+        run = self.prepared(model, mesh, lora, begun.params)
         weights = {"params": train_step.as_kept(begun.params, run.abstract["params"])}
         if lora is not None:
             weights["lora"] = begun.pairs or lora.init(jax.random.key(self.seed), model, mesh=mesh)
@@ -342,6 +310,15 @@ class Trainer:
         given = {name: getattr(self, name) for name in ("dtype", "remat")}
         return model.clone(parent=None, **{name: value for name, value in given.items() if value is not None})
 
+    def prepared(self, model: Decoder, mesh, lora: lora_lib.LoRA | None, stored: Any = None) -> Run:
+        """The run of this model without its arrays: see training.run.prepared."""
+        rows = self._stateful_rows
+        return prepared(self.optimizer, self.steps, model, mesh, lora, stored, stateful_rows=rows)
+
+    @property
+    def _stateful_rows(self) -> int:
+        return self.batch_size if self.stateful else 0
+
     def _origin(self) -> dict[str, Any]:
         return resume_check.record(
             model=self.model,
@@ -351,6 +328,7 @@ class Trainer:
             linearize=self.linearize,
             lora=self.lora,
             adapter=self.adapter,
+            stateful_rows=self._stateful_rows,
         )
 
     # -------------------------------------------------------------------------------------------------- the loop
@@ -472,7 +450,9 @@ class Trainer:
     def _batches(self, split: str, model: Decoder, mesh) -> BatchIterator:
         rows = (self.batch_size, self.seq_len, self.seed, *sharding.process_rows(mesh))
         ahead = self._ahead(mesh)
-        return self._opened.batches(BatchSpec(split, *rows, vocab_size=model.vocab_size, num_threads=ahead))
+        streams = self.stateful and split == "train"
+        spec = BatchSpec(split, *rows, vocab_size=model.vocab_size, num_threads=ahead, streams=streams)
+        return self._opened.batches(spec)
 
     def _ahead(self, mesh) -> int:
         """Whether batches are prepared during a step; not those of long rows on CPUs, which lack the memory for two."""

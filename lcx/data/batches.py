@@ -16,6 +16,7 @@ import numpy as np
 
 from lcx.data import order, packing
 from lcx.data.mixing import BatchSpec, Group, Part, make_groups
+from lcx.data.streams import Streams, streams_of
 from lcx.data.tokenizers import Tokenizer
 from lcx.errors import UserError
 from lcx.wording import quantity
@@ -27,12 +28,22 @@ _CHECKED_BATCHES = 3
 
 @dataclasses.dataclass(frozen=True)
 class Assemble:
-    """Row numbers [b] -> batch. Rows are numbered consecutively over all groups; -1 gives a row of padding."""
+    """Row numbers [b] -> batch. Rows are numbered consecutively over all groups; -1 gives a row of padding.
+
+    With streams there is one group, and a number is that of `Streams.row`.
+    """
 
     groups: tuple[Group, ...]
     seq_len: int
+    streams: Streams | None = None
 
     def __call__(self, rows: np.ndarray) -> packing.Batch:
+        if self.streams is None:
+            return self._rows(rows)
+        epoch, rows = np.divmod(rows, self.streams.num_rows)
+        return self.streams.continued(self._rows(rows), rows, epoch)
+
+    def _rows(self, rows: np.ndarray) -> packing.Batch:
         ends = np.cumsum([group.plan.num_rows for group in self.groups])
         owner = np.where(rows >= 0, np.searchsorted(ends, rows, side="right"), -1)
         batch = packing.empty_batch(len(rows), self.seq_len)
@@ -71,6 +82,7 @@ class BatchIterator:
         self._spec = spec
         self._groups = groups
         self._description = description
+        self._streams = streams_of(groups[0].plan, spec.global_batch_size) if spec.streams else None
         self._rows = sum(group.plan.num_rows for group in groups)
         self._next_index = spec.start
         self._pipeline: Any = None
@@ -85,8 +97,21 @@ class BatchIterator:
     def remarks(self) -> list[str]:
         """What a run reports about its rows when it starts.
 
-        Rows of conversations are left out: which of their tokens have a loss is known only once they are assembled.
+        Of single tokens in rows of conversations nothing is said: which of their tokens have a loss is known only once
+        they are assembled.
         """
+        return [*self._of_streams(), *self._without_labels()]
+
+    def _of_streams(self) -> list[str]:
+        if (streams := self._streams) is None:
+            return []
+        left = f"; {quantity(streams.rows_left_out, 'row')} at the end left out" if streams.rows_left_out else ""
+        return [
+            f"streams: every row of a batch continues that of the batch before, {quantity(streams.length, 'row')} of "
+            f"{quantity(self._spec.seq_len, 'token')} an epoch{left}"
+        ]
+
+    def _without_labels(self) -> list[str]:
         empty = sum(
             np.count_nonzero(group.plan.row_targets(document_mask=group.document_mask) == 0)
             for group in self._groups
@@ -109,7 +134,7 @@ class BatchIterator:
 
     def __next__(self) -> packing.Batch:
         if self._pipeline is None:
-            self._pipeline = iter(_pipeline(self._groups, self._spec, self._next_index))
+            self._pipeline = iter(_pipeline(self._groups, self._spec, self._next_index, self._streams))
         batch = next(self._pipeline)
         self._next_index += self._spec.global_batch_size
         if not self._spec.repeat:
@@ -117,7 +142,9 @@ class BatchIterator:
         if self._unchecked:
             self._unchecked -= 1
             masked = all(group.document_mask for group in self._groups)
-            packing.check_batch(batch, vocab_size=self._spec.vocab_size, document_mask=masked)
+            packing.check_batch(
+                batch, vocab_size=self._spec.vocab_size, document_mask=masked, streams=self._spec.streams
+            )
         return batch
 
     def state(self) -> dict[str, Any]:
@@ -188,6 +215,8 @@ class Opened:
         """Plans the rows for `Mixture.batches`. Raises UserError for data that a run could not train on."""
         groups = make_groups(self.parts, spec, long_fraction=self.long_fraction, long_length=self.long_length)
         self._check(groups, spec)
+        if spec.streams:
+            self._check_streams(groups)
         return BatchIterator(groups, spec, describe(self, groups, spec))
 
     def remarks(self) -> list[str]:
@@ -197,6 +226,19 @@ class Opened:
             for part in self.parts
             for line in (*part.corpus.remarks(), *part.dataset.without_effect(part.corpus))
         ]
+
+    def _check_streams(self, groups: tuple[Group, ...]) -> None:
+        dataset = self.parts[0].dataset
+        for wrong, found in {
+            f"{len(groups)} groups of documents with weights": len(groups) > 1,
+            f"Dataset.packing={dataset.packing!r}": dataset.packing != "concat",
+            "Dataset.document_mask=False": not dataset.document_mask,
+        }.items():
+            if found:
+                raise UserError(
+                    f"Trainer.stateful with {wrong}: rows continue each other only in one Dataset with packing "
+                    "'concat', document_mask=True and no long_fraction; change it, or set Trainer.stateful to False"
+                )
 
     def _check(self, groups: tuple[Group, ...], spec: BatchSpec) -> None:
         rows = sum(group.plan.num_rows for group in groups)
@@ -257,6 +299,7 @@ def describe(mixture: Opened, groups: tuple[Group, ...], spec: BatchSpec) -> dic
             for part in mixture.parts
             for dataset in (part.dataset,)
         ],
+        **({"streams": spec.global_batch_size} if spec.streams else {}),
         "rows": [group.plan.num_rows for group in groups],
         "order": _probe(groups, spec),
     }
@@ -315,11 +358,13 @@ def _info(groups: tuple[Group, ...], seq_len: int) -> dict[str, Any]:
     }
 
 
-def _row_ids(groups: tuple[Group, ...], spec: BatchSpec) -> Any:
+def _row_ids(groups: tuple[Group, ...], spec: BatchSpec, streams: Streams | None = None) -> Any:
     """The sequence of row numbers as a grain MapDataset: endless and mixed by weight, or every row once."""
     import grain
 
     rows = [group.plan.num_rows for group in groups]
+    if streams is not None:
+        return grain.MapDataset.range(sum(rows)).repeat().map_with_index(streams.row)
     if not spec.repeats:
         ids = grain.MapDataset.range(sum(rows))
         if spec.shuffles:
@@ -337,12 +382,12 @@ def _row_ids(groups: tuple[Group, ...], spec: BatchSpec) -> Any:
     return mixed[0] if len(mixed) == 1 else grain.MapDataset.mix(mixed, [group.weight for group in groups])
 
 
-def _pipeline(groups: tuple[Group, ...], spec: BatchSpec, start: int) -> Any:
+def _pipeline(groups: tuple[Group, ...], spec: BatchSpec, start: int, streams: Streams | None) -> Any:
     """The grain pipeline of one process, starting at row `start`."""
     import grain
 
     # grain computes lengths in floating point: truncate the endless sequence so that they stay exact.
-    ids = _row_ids(groups, spec)[start : 1 << 62]
+    ids = _row_ids(groups, spec, streams)[start : 1 << 62]
     if not spec.repeats:
         padding = -len(ids) % spec.global_batch_size
         if padding:
@@ -350,7 +395,7 @@ def _pipeline(groups: tuple[Group, ...], spec: BatchSpec, start: int) -> Any:
     # Consecutive local batches go to consecutive processes, so concatenating the processes' blocks gives the
     # global batch in order.
     batches = ids.batch(spec.local_batch_size)[spec.process_index :: spec.process_count]
-    batches = batches.map(Assemble(groups, spec.seq_len))
+    batches = batches.map(Assemble(groups, spec.seq_len, streams))
     reading = grain.ReadOptions(num_threads=spec.num_threads, prefetch_buffer_size=2 * spec.num_threads)
     pipeline = batches.to_iter_dataset(reading)
     if spec.num_workers:

@@ -30,6 +30,7 @@ class BatchSpec:
         weights and long_fraction do not apply, and the last batch is filled up with rows of weight 0.
       vocab_size: the model's vocabulary size, to refuse ids outside of it.
       num_threads: threads that prefetch batches; 0 prepares each batch when it is requested.
+      streams: row i of a batch continues where row i of the batch before ended (lcx/data/streams.py); for training.
       num_workers: worker processes; on few cores they cost more time than they save, and they outlive a killed run.
 
     Raises:
@@ -48,6 +49,7 @@ class BatchSpec:
     vocab_size: int | None = None
     num_threads: int = 1
     num_workers: int = 0
+    streams: bool = False
 
     def __post_init__(self):
         for name in ("global_batch_size", "seq_len", "process_count"):

@@ -370,13 +370,15 @@ def _stretches(length: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.
         yield number, first, np.minimum(stop - begin[number], length[number]) - first
 
 
-def check_batch(batch: Batch, *, vocab_size: int | None = None, document_mask: bool = True) -> None:
+def check_batch(
+    batch: Batch, *, vocab_size: int | None = None, document_mask: bool = True, streams: bool = False
+) -> None:
     """Raises UserError naming the first row of a batch that breaks the batch contract.
 
     Checks shapes and types; that ids are inside the vocabulary; that padding is only at the end of a row and never
     scored; that segments are contiguous and numbered from 1; that positions restart with each segment and increase by
-    one; that labels are the shifted tokens; and, with the document mask, that no scored label belongs to another
-    document.
+    one (with streams, a row may begin inside a segment, of any number); that labels are the shifted tokens; and, with
+    the document mask, that no scored label belongs to another document.
     """
     shape = batch["tokens"].shape
     for key in ("tokens", "labels", "segment_ids", "positions", "loss_weights"):
@@ -385,12 +387,14 @@ def check_batch(batch: Batch, *, vocab_size: int | None = None, document_mask: b
             raise UserError(
                 f"batch[{key!r}] is {batch[key].dtype} {batch[key].shape}, expected {np.dtype(want)} {shape}"
             )
-    for problem, mask in _problems(batch, vocab_size, document_mask):
+    for problem, mask in _problems(batch, vocab_size, document_mask, streams):
         if mask.any():
             raise UserError(f"batch row {int(np.argwhere(mask)[0][0])} has {problem}")
 
 
-def _problems(batch: Batch, vocab_size: int | None, document_mask: bool) -> Iterator[tuple[str, np.ndarray]]:
+def _problems(
+    batch: Batch, vocab_size: int | None, document_mask: bool, streams: bool
+) -> Iterator[tuple[str, np.ndarray]]:
     """What may be wrong with a batch, and where it is; one after the other, because rows may be long."""
     tokens, labels, segments = batch["tokens"], batch["labels"], batch["segment_ids"]
     positions, weights = batch["positions"], batch["loss_weights"]
@@ -405,12 +409,13 @@ def _problems(batch: Batch, vocab_size: int | None, document_mask: bool) -> Iter
     yield "padding with a loss weight", ~real & (weights != 0)
     yield "a loss weight that is negative or not finite", ~(np.isfinite(weights) & (weights >= 0))
     counts = same | (np.diff(segments, axis=1) == 1)
-    yield "segment ids that do not count 1, 2, 3, ...", real[:, 1:] & ~counts
-    yield "a first segment id other than 1", real[:, :1] & (segments[:, :1] != 1)
+    if not streams:
+        yield "segment ids that do not count 1, 2, 3, ...", real[:, 1:] & ~counts
+        yield "a first segment id other than 1", real[:, :1] & (segments[:, :1] != 1)
+        yield "a row whose positions do not start at 0", positions[:, :1] != 0
     goes_on = same & real[:, 1:]
     yield "positions that do not step by one", goes_on & (np.diff(positions, axis=1) != 1)
     yield "a segment whose positions do not start at 0", (real[:, 1:] & ~same) & (positions[:, 1:] != 0)
-    yield "a row whose positions do not start at 0", positions[:, :1] != 0
     yield "labels that are not the shifted tokens", goes_on & (labels[:, :-1] != tokens[:, 1:])
     if document_mask:
         yield "a scored label of another document", ~goes_on & (weights[:, :-1] != 0)

@@ -20,7 +20,7 @@ from lcx.ladder import Ladder, original_window
 from lcx.linearize import check_linear, is_new
 from lcx.model import Decoder
 from lcx.trainer import Trainer
-from lcx.training.run import Run, prepared
+from lcx.training.run import Run
 
 Dtypes = dict[str, Any]  # path -> dtype of a stored parameter; "": of those that are not listed
 
@@ -59,7 +59,7 @@ def run_of(trainer: Trainer, mesh: Mesh) -> Run:
     """
     if trainer.init_from is None:
         assert trainer.model is not None
-        return prepared(trainer.optimizer, trainer.steps, trainer.adjusted(trainer.model), mesh, trainer.lora)
+        return trainer.prepared(trainer.adjusted(trainer.model), mesh, trainer.lora)
     model, dtypes = _stored(trainer.init_from, trainer.init_format)
     model = extend.extend_model(model, trainer.rope_scaling, trainer.context_length)
     model = model.clone(dtype="float32", parent=None)
@@ -74,9 +74,7 @@ def run_of(trainer: Trainer, mesh: Mesh) -> Run:
         )
         for path, leaf in flatten_dict(parameters.abstract_params(model), sep="/").items()
     }
-    return prepared(
-        trainer.optimizer, trainer.steps, model, mesh, trainer.lora, unflatten_dict(stored, sep="/")
-    )
+    return trainer.prepared(model, mesh, trainer.lora, unflatten_dict(stored, sep="/"))
 
 
 def _stored(path: str, format: str | None) -> tuple[Decoder, Dtypes]:

@@ -33,10 +33,16 @@ def record(
     linearize: Linearize | None,
     lora: LoRA | None,
     adapter: str | None = None,
+    stateful_rows: int = 0,
 ) -> dict[str, Any]:
-    """The settings that a run starts with and that may not change later, as JSON."""
+    """The settings that a run starts with and that may not change later, as JSON.
+
+    stateful_rows: rows of a batch that continue those of the batch before; 0: rows do not.
+    """
     # Only whether there was an adapter: a resumed run reads the adapter's weights from its own checkpoint.
-    started = {} if adapter is None else {"adapter": True}
+    started: dict[str, Any] = {} if adapter is None else {"adapter": True}
+    if stateful_rows:
+        started |= {"stateful": True, "batch_size": stateful_rows}
     scaling = {key: model_json.to_json(value) for key, value in (rope_scaling or {}).items()}
     return {
         "model": _without_free(model_json.to_json(model)),
@@ -111,7 +117,7 @@ def _difference(old: Any, new: Any, path: str) -> tuple[str, Any, Any]:
     """(dotted path, old value, new value) of the first difference between two records."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         # Plain values before nested ones: they give the clearest message.
-        keys = sorted({*old, *new}, key=lambda key: isinstance(old.get(key), dict | list))
+        keys = sorted(dict.fromkeys([*old, *new]), key=lambda key: isinstance(old.get(key), dict | list))
         key = next(key for key in keys if old.get(key) != new.get(key))
         return _difference(old.get(key), new.get(key), path if key == model_json.TUPLE else f"{path}.{key}")
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):

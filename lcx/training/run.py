@@ -12,7 +12,7 @@ from lcx import model as model_lib
 from lcx.lora import LoRA
 from lcx.model import Decoder
 from lcx.optim import AdamW
-from lcx.training import fp8_scaling
+from lcx.training import fp8_scaling, row_state
 from lcx.training import step as train_step
 from lcx.training.step import State
 
@@ -52,16 +52,24 @@ OPTIONAL_ITEMS = (fp8_scaling.COLLECTION,)  # of a checkpoint: an earlier versio
 
 
 def with_state(run: Run, state: State, fp8: Mapping[str, np.ndarray] = types.MappingProxyType({})) -> Run:
-    """The run with its arrays, and with the history of FP8 scales if it needs one that the state does not have.
+    """The run with its arrays; with a history of FP8 scales and a state of rows if it needs them and has none.
 
     Args:
       fp8: what a checkpoint holds of that history; see fp8_scaling.begun.
     """
-    return dataclasses.replace(run, state=fp8_scaling.begun(state, run.abstract, fp8))
+    state = fp8_scaling.begun(state, run.abstract, fp8)
+    return dataclasses.replace(run, state=row_state.begun(state, run.abstract, run.model))
 
 
 def prepared(
-    optimizer: AdamW, steps: int, model: Decoder, mesh, lora: LoRA | None, stored: Any = None
+    optimizer: AdamW,
+    steps: int,
+    model: Decoder,
+    mesh,
+    lora: LoRA | None,
+    stored: Any = None,
+    *,
+    stateful_rows: int = 0,
 ) -> Run:
     """A run without its arrays.
 
@@ -72,6 +80,7 @@ def prepared(
       mesh: where the arrays will be placed.
       lora: LoRA settings, or None to train the weights themselves.
       stored: tree of the parameters, or of their shapes. Parameters that do not train keep its dtypes.
+      stateful_rows: rows of a batch that continue those of the batch before; 0: rows do not.
     """
     weights = {"params": model_lib.abstract_params(model, mesh=mesh)}
     if lora is not None:
@@ -81,4 +90,6 @@ def prepared(
         weights["params"] = train_step.kept(weights["params"], trains["params"], stored)
     built = optimizer.build(train_step.moving(weights, trains), steps)
     abstract = train_step.abstract_state(weights, built, mesh, trains) | fp8_scaling.abstract(model, mesh)
+    if stateful_rows:
+        abstract |= row_state.abstract(model, stateful_rows, mesh)
     return Run(model, built, trains, abstract, lora)

@@ -5,6 +5,7 @@ The state is a plain dict; each entry is an item of the checkpoint:
     params      the model's parameters: float32 if they train, else in the dtype in which they are stored
     lora        with LoRA only: the low-rank matrices. Of the params, only those that LoRA.beside matches train too
     fp8         with projections in FP8 only: what their next scales are made from (training.fp8_scaling)
+    row_state   with rows that continue each other only: what the last batch left (training.row_state)
     opt_state   the optimizer's state, sharded over the mesh like the parameters it belongs to
 """
 
@@ -23,7 +24,7 @@ from lcx.model import Decoder
 from lcx.multihost.agreement import all_compiled
 from lcx.ops.fp8 import accumulated
 from lcx.optim import combine, partition, plateau_scale
-from lcx.training import fp8_scaling, memory
+from lcx.training import fp8_scaling, memory, row_state
 
 State = dict[str, Any]
 
@@ -134,19 +135,21 @@ def make_step(
     """
     trains = all_trains(abstract) if trains is None else trains
 
-    def sums(moving, recording, still, batch):
-        loss, *rest = objective(model, combine(moving, still) | recording, batch)
-        return (
-            loss,
-            rest,
-        )  # rest: the summed weights and, for some objectives, {name: summed part of the loss}
+    def sums(moving, recording, still, before, batch):
+        variables = combine(moving, still) | recording
+        if before is None:
+            (loss, *rest), after = objective(model, variables, batch), None
+        else:
+            (loss, *rest), after = objective(model, variables, batch, state=before)
+        # rest: the summed weights and, for some objectives, {name: summed part of the loss}
+        return loss, (after, *rest)
 
     def step(state: State, batch: dict[str, jax.Array], number: jax.Array):
         moving, still = partition(weights_of(state), trains)
-        recording = fp8_scaling.of(state)
+        recording, before = fp8_scaling.of(state), row_state.of(state)
         gradient = jax.value_and_grad(sums, argnums=(0, 1), has_aux=True)
-        gradient = functools.partial(gradient, moving, recording, still)
-        (loss, (weight, *parts)), (grads, recorded) = accumulate(gradient, micro_batches(batch, accumulation))
+        gradient = functools.partial(gradient, moving, recording, still, before)
+        (loss, (after, weight, *parts)), (grads, recorded) = accumulate(gradient, micro_batches(batch, accumulation))
         total = jnp.where(weight > 0, weight, 1.0)  # a batch that is entirely masked has loss 0, not NaN
         grads = jax.tree.map(lambda g: g / total.astype(g.dtype), grads)
         updates, opt_state = optimizer.update(grads, state["opt_state"], moving)
@@ -159,7 +162,7 @@ def make_step(
         }
         moved = combine(optax.apply_updates(moving, updates), still)
         moved["params"], scaling = fp8_scaling.after_step(moved["params"], recording, recorded)
-        return {**moved, **scaling, "opt_state": opt_state}, metrics
+        return {**moved, **scaling, **row_state.after_step(before, after), "opt_state": opt_state}, metrics
 
     out = jax.tree.map(lambda x: x.sharding, abstract)
     return jax.jit(step, donate_argnums=0, out_shardings=(out, None))

@@ -1,0 +1,63 @@
+"""The checks of a Trainer's settings that need neither the data nor the model."""
+
+from typing import Any
+
+from lcx import model as model_lib
+from lcx import objectives
+from lcx.errors import UserError
+from lcx.training import continued, doubtful, profiling, row_state
+from lcx.training.logger import MODES
+from lcx.wording import quantity
+
+DTYPES = ("float32", "bfloat16")  # float16 would need loss scaling
+_COUNTS = "steps batch_size seq_len accumulation log_every checkpoint_every keep_checkpoints eval_batches"
+_LEAST = {"eval_every": 0} | dict.fromkeys(_COUNTS.split(), 1)
+
+
+def check(trainer: Any) -> None:
+    """Raises UserError for the first setting of a `trainer.Trainer` that is wrong or does not go with the others."""
+    _check_origin(trainer)
+    for name, least in _LEAST.items():
+        if getattr(trainer, name) < least:
+            raise UserError(f"Trainer.{name} is {getattr(trainer, name)}, expected at least {least}")
+    for name, known in {"dtype": DTYPES, "remat": tuple(model_lib.REMAT), "wandb": MODES}.items():
+        if getattr(trainer, name) not in (None, *known):
+            raise UserError(
+                f"Trainer.{name} is {getattr(trainer, name)!r}, expected one of {', '.join(known)}"
+            )
+    profiling.check(trainer.profile)
+    objectives.check(trainer.objective)
+    row_state.check(trainer)
+    continued.check(trainer)
+    if (trainer.optimizer.warmup_steps or 0) > trainer.steps:
+        raise UserError(
+            f"AdamW.warmup_steps is {trainer.optimizer.warmup_steps}, more than the "
+            f"{quantity(trainer.steps, 'step')} of the run: lower it, or raise Trainer.steps"
+        )
+    if not 0 <= trainer.seed < 2**32:  # jax.random.key keeps 32 bits
+        raise UserError(f"Trainer.seed is {trainer.seed}, expected 0 to 2**32 - 1")
+    doubtful.check_sizes_and_schedule(trainer)
+
+
+def _check_origin(trainer: Any) -> None:
+    """Where the weights come from, and what changes them."""
+    if (trainer.model is None) == (trainer.init_from is None):
+        found = "neither" if trainer.model is None else "both"
+        raise UserError(f"Trainer.model and Trainer.init_from: expected one of the two, found {found}")
+    if trainer.init_format is not None and trainer.init_from is None:
+        raise UserError("Trainer.init_format is the format of a pretrained model: set Trainer.init_from")
+    changes = (
+        trainer.rope_scaling,
+        trainer.context_length,
+        trainer.linearize,
+        trainer.expects_linear or None,
+    )
+    if trainer.init_from is None and any(change is not None for change in changes):
+        raise UserError(
+            "Trainer.rope_scaling, context_length, linearize (expects_linear) change a pretrained model: "
+            "set Trainer.init_from"
+        )
+    if trainer.adapter is not None and (trainer.init_from is None or trainer.linearize is not None):
+        raise UserError(
+            "Trainer.adapter belongs to a pretrained model as it is: set Trainer.init_from, and linearize to None"
+        )
