@@ -1,4 +1,7 @@
-"""Rows in pieces over a mesh: the gradient of one device, with recurrent states and with keys and values."""
+"""Rows in pieces over a mesh: the gradient of one device, with recurrent states and with keys and values.
+
+Rows that continue others (Trainer.stateful) also leave the state of one device.
+"""
 
 import jax
 import numpy as np
@@ -12,6 +15,7 @@ from lcx.mixers.mamba2 import Mamba2
 from lcx.mlps.gated import GatedMlp
 from lcx.model import Decoder, Stage
 from lcx.pieces import Pieces
+from lcx.training import row_state
 
 T = 24
 BLOCKS = (
@@ -21,11 +25,14 @@ BLOCKS = (
 MODEL = Decoder(64, 32, (Stage(BLOCKS, 2),), T)
 
 
-def gradient(params, batch):
-    def loss(params):
-        return objectives.next_token(MODEL, {"params": params}, batch, Pieces(8))[0]
+def gradient(params, batch, state=None):
+    """((loss, the state after the rows or None), gradient)."""
 
-    return jax.jit(jax.value_and_grad(loss))(params)
+    def loss(params):
+        given = objectives.next_token(MODEL, {"params": params}, batch, Pieces(8), state)
+        return (given[0], None) if state is None else (given[0][0], given[1])
+
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
 
 
 @pytest.fixture(scope="module")
@@ -41,18 +48,35 @@ def rows():
     }
 
 
-@pytest.fixture(scope="module")
-def want(rows):
-    params = jax.tree.map(np.asarray, model_lib.init_params(MODEL, jax.random.key(0)))
-    return gradient(params, jax.tree.map(jax.numpy.asarray, rows))
+def state_before():
+    """A state whose document the first rows continue."""
+    rng, like = np.random.default_rng(1), MODEL.init_cache(4, 1 << 20)
+    return jax.tree.map(
+        lambda x: (
+            rng.normal(0, 0.3, x.shape).astype(x.dtype)
+            if np.issubdtype(x.dtype, np.floating)
+            else np.ones(x.shape, x.dtype)
+        ),
+        like,
+    )
 
 
-@pytest.mark.parametrize("sizes", [{"fsdp": 2, "tensor": 2, "data": 2}, {"fsdp": 2, "context": 4}], ids=str)
-def test_gradients_are_those_of_one_device(rows, want, sizes):
+@pytest.mark.parametrize(
+    ("sizes", "continues"),
+    [({"fsdp": 2, "tensor": 2, "data": 2}, False), ({"fsdp": 2, "context": 4}, True)],
+    ids=str,
+)
+def test_gradients_are_those_of_one_device(rows, sizes, continues):
     """Over `context` a piece of 8 tokens lies on 4 devices, fewer on each than the window."""
+    before = state_before() if continues else None
+    params = jax.tree.map(np.asarray, model_lib.init_params(MODEL, jax.random.key(0)))
+    want = gradient(params, jax.tree.map(jax.numpy.asarray, rows), before)
     mesh = sharding.make_mesh(**sizes)
     with jax.set_mesh(mesh):
         params = model_lib.init_params(MODEL, jax.random.key(0), mesh=mesh)
-        got = gradient(params, sharding.shard_batch(rows, mesh))
+        if continues:
+            like = row_state.abstract(MODEL, 4, mesh)[row_state.ITEM]
+            before = jax.tree.map(lambda x, leaf: jax.device_put(x, leaf.sharding), before, like)
+        got = gradient(params, sharding.shard_batch(rows, mesh), before)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5 * (1 + np.abs(b).max()))
