@@ -18,6 +18,7 @@ from lcx.planning import cache, flops, program, silence
 from lcx.planning.abstract import run_of
 from lcx.planning.topology import Topology
 from lcx.trainer import Trainer
+from lcx.training import division
 from lcx.training.run import Run
 from lcx.training.step import weights_of
 
@@ -83,7 +84,7 @@ def mesh_of(trainer: Trainer, topology: Topology) -> Mesh:
       UserError: the devices do not match Trainer.mesh, or the rows do not divide over it.
     """
     try:
-        mesh = trainer.mesh.build(topology.devices)
+        return division.mesh_of(trainer, list(np.ravel(topology.devices)))
     except UserError as error:
         raise UserError(f"--topology={topology.name} does not match Trainer.mesh: {error}") from error
     except (NotImplementedError, ValueError) as error:
@@ -91,8 +92,6 @@ def mesh_of(trainer: Trainer, topology: Topology) -> Mesh:
             f"--topology={topology.name}: Trainer.mesh cannot be laid on this slice ({first_line(error)}); change the "
             "mesh sizes to products of the slice's"
         ) from error
-    trainer.check_rows(mesh)
-    return mesh
 
 
 def step_of(trainer: Trainer, topology: Topology) -> Step:
@@ -104,7 +103,7 @@ def step_of(trainer: Trainer, topology: Topology) -> Step:
     mesh, start = mesh_of(trainer, topology), time.perf_counter()
     run = run_of(trainer, mesh)
     rows = sharding.batch_sharding(mesh)
-    shape = (trainer.batch_size, trainer.seq_len)
+    shape = (sharding.padded_rows(trainer.batch_size, mesh), trainer.seq_len)
     batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=rows) for name, dtype in FIELDS.items()}
     with jax.set_mesh(mesh), aot.uncached():
         number = jax.ShapeDtypeStruct((), np.int32)
