@@ -302,6 +302,8 @@ def test_a_step_counts_only_once_it_is_whole(bucket, weather, text, whole, tmp_p
 def test_one_writer(bucket, weather, text, tmp_path, monkeypatch):
     with workdirs.opened(bucket) as folder:
         (folder / "note").write_text("mine")
+        workdirs.copy_now()  # as a process does that ends at once
+        assert client.read(f"{bucket}/note") == b"mine"
         monkeypatch.setenv("LCX_CACHE", str(tmp_path / "another-machine"))
         with pytest.raises(UserError, match="is being written by another process"), workdirs.opened(bucket):
             pass
