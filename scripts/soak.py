@@ -59,7 +59,7 @@ trainer.Trainer.steps = 1000000
 trainer.Trainer.batch_size = 8
 trainer.Trainer.seq_len = 64
 trainer.Trainer.log_every = 50
-trainer.Trainer.checkpoint_every = 50
+trainer.Trainer.checkpoint_every = {checkpoint_every}
 trainer.Trainer.eval_batches = 1
 optim.AdamW.learning_rate = 1e-3
 optim.AdamW.warmup_steps = 20
@@ -245,11 +245,11 @@ def _flip(workdir: pathlib.Path, rng: random.Random) -> None:
 
 
 def undisturbed(gin_file: pathlib.Path, workdir: pathlib.Path, count: int, seconds: float) -> tuple[int, float]:
-    """(steps, seconds) of a run that is stopped by SIGTERM after about so many seconds."""
+    """(steps, seconds) of a run that is stopped by SIGTERM so many seconds after its first checkpoint."""
     start = time.monotonic()
     world = World(gin_file, workdir, count)
     if wait_for_step(world, workdir, 0):
-        world.ended(max(0.0, seconds - (time.monotonic() - start)))
+        world.ended(seconds)
         if world.running():
             os.kill(world.processes[-1].pid, signal.SIGTERM)
         if world.ended(END_WITHIN_S) and not any(world.statuses()):
@@ -287,6 +287,8 @@ def disturbed(
             _say(count, outcomes[-1])
             world = World(gin_file, workdir, count, flag)
             continue
+        if last in steps_of(workdir):
+            break  # all is done: what follows could not be lost
         outcomes.append(disturb(plan.pop(0), world, workdir, rng))
         due = max(due + every, time.monotonic())
         _say(count, outcomes[-1])
@@ -343,6 +345,7 @@ def main(argv=None) -> int:
     parser.add_argument("--every", type=float, default=60, metavar="SECONDS", help="between faults (default: 60)")
     parser.add_argument("--processes", default="1,2,4", metavar="N,...", help="process counts (default: 1,2,4)")
     parser.add_argument("--width", type=int, default=64, help="hidden size of the model (default: 64)")
+    parser.add_argument("--checkpoint_every", type=int, default=50, metavar="STEPS", help="(default: 50)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", metavar="DIR", help="where to work, kept (default: a temporary folder, removed)")
     parser.add_argument("--output", type=pathlib.Path, metavar="FILE", help="JSON file to which the results are added")
@@ -351,7 +354,8 @@ def main(argv=None) -> int:
     folder = pathlib.Path(flags.folder or tempfile.mkdtemp(prefix="lcx-soak-")).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     gin_file = folder / "soak.gin"
-    gin_file.write_text(GIN.format(folder=folder, width=flags.width, twice=2 * flags.width))
+    sizes = {"width": flags.width, "twice": 2 * flags.width, "checkpoint_every": flags.checkpoint_every}
+    gin_file.write_text(GIN.format(folder=folder, **sizes))
     rng, rows = random.Random(flags.seed), list[Row]()
     for i, count in enumerate(counts):
         faults = flags.faults // len(counts) + (i < flags.faults % len(counts))

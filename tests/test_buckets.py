@@ -302,8 +302,6 @@ def test_a_step_counts_only_once_it_is_whole(bucket, weather, text, whole, tmp_p
 def test_one_writer(bucket, weather, text, tmp_path, monkeypatch):
     with workdirs.opened(bucket) as folder:
         (folder / "note").write_text("mine")
-        workdirs.copy_now()  # as a process does that ends at once
-        assert client.read(f"{bucket}/note") == b"mine"
         monkeypatch.setenv("LCX_CACHE", str(tmp_path / "another-machine"))
         with pytest.raises(UserError, match="is being written by another process"), workdirs.opened(bucket):
             pass
@@ -332,6 +330,8 @@ def test_one_writer(bucket, weather, text, tmp_path, monkeypatch):
 def test_what_was_not_copied_is_kept_when_another_machine_went_on(bucket, weather, tmp_path, caplog):
     with workdirs.opened(bucket) as folder:
         (folder / "note").write_text("mine")
+        workdirs.copy_now()  # as a process does that ends at once
+        assert client.read(f"{bucket}/note") == b"mine"
     (folder / "note").write_text("not copied")
     record = json.loads(client.read(f"{bucket}/{workdirs.WRITER}"))
     client.write(f"{bucket}/{workdirs.WRITER}", json.dumps(record | {"id": "another"}).encode())
