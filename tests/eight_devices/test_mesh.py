@@ -12,6 +12,7 @@ XLA for CPUs has no reduce-scatter: it sums whole gradients and cuts them.
 """
 
 import collections
+import dataclasses
 import functools
 import shutil
 
@@ -25,6 +26,7 @@ from tiny_runs import dataset, lines, losses, tiny_model, tiny_trainer, write_te
 import lcx
 from lcx import model as model_lib
 from lcx import objectives, sharding
+from lcx.ladder import Ladder, Rung
 from lcx.lora import LoRA
 from lcx.optim import AdamW
 from lcx.sharding import MeshShape
@@ -150,6 +152,21 @@ def test_a_checkpoint_goes_on_on_any_other_mesh(where, runs, one_device, base, t
     assert run.step == STEPS
     assert len(jax.tree.leaves(run.state)[0].sharding.device_set) == (1 if restored == "one_device" else 8)
     assert_same_losses(tmp_path / "run", one_device)
+
+
+def test_the_mesh_changes_in_the_middle_of_a_ladder(base, tmp_path):
+    """By one setting of its second rung, which has the losses of the mesh before; the first one is not repeated."""
+    start = trainer(base, steps=1, mesh=MESHES["fsdp8"], batch_size=8)
+    rungs = (Rung(64, steps=1), Rung(128, steps=2))
+    found = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(start), "held_out_loss", lambda *_: 0.0)
+        for last in (rungs[1], dataclasses.replace(rungs[1], mesh=MESHES["fsdp2_tensor4"])):
+            shutil.rmtree(tmp_path / "128", ignore_errors=True)
+            Ladder(trainer=start, rungs=(rungs[0], last), rope_scaling={"rope_type": "yarn"}).run(str(tmp_path))
+            found.append(losses(tmp_path / "128" / "round_0"))
+    assert len(found[0]) == 2 and len(losses(tmp_path / "64" / "round_0")) == 1
+    np.testing.assert_allclose(found[1], found[0], rtol=2e-5)
 
 
 # --- other models
