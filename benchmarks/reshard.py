@@ -148,6 +148,8 @@ def two_processes(folder):
                 break
     answers = [child.ask({"memory": True}) for child in both]
     for child in both:
+        child.process.stdin.close()  # of both: each leaves only together with the other
+    for child in both:
         child.close()
     return answers
 

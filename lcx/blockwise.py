@@ -38,7 +38,7 @@ from lcx.data import BatchSpec, Dataset, Mixture, Opened, Tokenizer
 from lcx.errors import UserError
 from lcx.model import Decoder, Layers
 from lcx.trainer import Trainer
-from lcx.training import residual_store
+from lcx.training import division, residual_store
 from lcx.training.signals import StopRequest
 from lcx.wording import quantity
 
@@ -197,8 +197,7 @@ class Blocks:
             "--workdir",
         )
         folder = folder / "inputs"
-        mesh = trainer.mesh.build()
-        trainer.check_rows(mesh)
+        mesh = division.mesh_of(trainer)
         assert trainer.init_from is not None
         about = {
             "init_from": hub.place(trainer.init_from),
@@ -289,12 +288,11 @@ class Blocks:
                 if stop.requested(done):
                     writer.flush()
                     return False
-                batch = sharding.shard_batch(next(batches), mesh)
-                stream, masks = (
-                    np.asarray(forward(batch)),
-                    {name: batch[name] for name in residual_store.MASKS},
-                )
-                writer.write(stream, {name: np.asarray(x) for name, x in masks.items()}, batches.state())
+                batch = next(batches)
+                masks = {name: batch[name] for name in residual_store.MASKS}
+                # Without the rows of padding that a mesh may add.
+                stream = np.asarray(forward(sharding.shard_batch(batch, mesh)))[: batch["positions"].shape[0]]
+                writer.write(stream, masks, batches.state())
                 progress.add(stream.nbytes)
                 done += 1
                 if done % FLUSH_EVERY == 0:

@@ -26,6 +26,7 @@ from lcx.convert import api as convert
 from lcx.errors import UserError, check_sizes
 from lcx.model import Decoder
 from lcx.trainer import Trainer
+from lcx.training import division
 from lcx.wording import quantity
 
 log = logging.getLogger(__name__)
@@ -170,7 +171,7 @@ class Ladder:
         original = original_window(model)
         for rung in self.rungs:
             trainer = self.trainer_for(rung, source, original, 0)
-            trainer.check_rows(trainer.mesh.build())
+            division.mesh_of(trainer)
             extend.extend_model(model, trainer.rope_scaling, trainer.context_length)
         return original
 
@@ -255,14 +256,14 @@ class Ladder:
     @contextlib.contextmanager
     def _loaded(self, path: str) -> Iterator[tuple[Decoder, Any, Mesh]]:
         """A checkpoint on the trainer's own mesh, not the rung's, so that all rungs are evaluated on the same rows."""
-        mesh = self.trainer.mesh.build()
+        mesh = division.mesh_of(self.trainer)
         with jax.set_mesh(mesh):
             model, params = convert.load(path, format=self._format(path), dtype="float32", mesh=mesh)
             yield self.trainer.adjusted(model), params, mesh
 
     def _short_loss(self, model: Decoder, params: Any, original: int, mesh: Mesh) -> float | None:
         short = dataclasses.replace(self.trainer, seq_len=original)
-        short.check_rows(mesh)
+        division.check(short, mesh)
         return short.held_out_loss(model, {"params": params}, mesh)
 
 

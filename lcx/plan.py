@@ -41,6 +41,12 @@ def main(argv=None) -> int:
         help="plan other meshes, remat, accumulation and pieces of the same training (12 of them, or so many) and list "
         "those that fit, fastest first",
     )
+    parser.add_argument(
+        "--search_seconds",
+        type=float,
+        metavar="SECONDS",
+        help="with --search: begin no further plan after so many seconds",
+    )
     return config.run(
         parser, "lcx.planning.command:plan", argv, bindings_of="lcx.trainer:train"
     )

@@ -147,24 +147,58 @@ def process_rows(mesh: Mesh) -> tuple[int, int]:
     return mine[0] // size, len(parts) // size
 
 
+def row_parts(mesh: Mesh) -> int:
+    """Into how many parts the rows of a batch are divided."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def padded_rows(rows: int, mesh: Mesh) -> int:
+    """Rows of a batch [B, T] with those of padding that `shard_batch` adds, so that every device has as many."""
+    return -(-rows // row_parts(mesh)) * row_parts(mesh)
+
+
+def micro_batch_count(rows: int, accumulation: int, parts: int) -> int:
+    """The number of micro-batches of a batch: at least `accumulation`, or as many as there are rows for every device.
+
+    Args:
+      rows: of the batch, a multiple of `parts`.
+      accumulation: the number that was asked for.
+      parts: devices that the rows are divided over.
+    """
+    own = rows // parts
+    most = -(-rows // (accumulation * parts))  # rows of a device in a micro-batch
+    return next(count for count in range(1, own + 1) if own % count == 0 and own // count <= most)
+
+
 def shard_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Global arrays on the mesh, from the rows of this process (see `process_rows`) with all their tokens."""
+    """Global arrays on the mesh, from the rows of this process (see `process_rows`) with all their tokens.
+
+    Rows that do not divide over the devices of the process are followed by zeros, which are padding without weight.
+    """
     sharding, (_, count) = batch_sharding(mesh), process_rows(mesh)
-    return {
-        key: jax.make_array_from_process_local_data(
-            sharding, value, (value.shape[0] * count, *value.shape[1:])
-        )
-        for key, value in batch.items()
-    }
+
+    def one(x: np.ndarray) -> jax.Array:
+        if missing := _missing_rows(x, mesh, count):
+            x = np.concatenate([x, np.zeros((missing, *x.shape[1:]), x.dtype)])
+        return jax.make_array_from_process_local_data(sharding, x, (x.shape[0] * count, *x.shape[1:]))
+
+    return {key: one(x) for key, x in batch.items()}
+
+
+def _missing_rows(x: np.ndarray, mesh: Mesh, processes: int) -> int:
+    """Of the rows of one of so many processes: how many are missing for its devices to have as many each."""
+    return -x.shape[0] % (row_parts(mesh) // processes)
 
 
 def abstract_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     """The shapes, dtypes and shardings of what `shard_batch` makes of a batch."""
     sharding, (_, count) = batch_sharding(mesh), process_rows(mesh)
-    return {
-        key: jax.ShapeDtypeStruct((x.shape[0] * count, *x.shape[1:]), x.dtype, sharding=sharding)
-        for key, x in batch.items()
-    }
+
+    def one(x: np.ndarray) -> jax.ShapeDtypeStruct:
+        rows = (x.shape[0] + _missing_rows(x, mesh, count)) * count
+        return jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype, sharding=sharding)
+
+    return {key: one(x) for key, x in batch.items()}
 
 
 def axis_size(axis: str) -> int:

@@ -30,7 +30,16 @@ from lcx.model import Decoder
 from lcx.multihost.agreement import require_shared
 from lcx.optim import AdamW
 from lcx.pieces import Pieces
-from lcx.training import continued, doubtful, resume_check, same_data, settings, statements, workdirs
+from lcx.training import (
+    continued,
+    division,
+    doubtful,
+    resume_check,
+    same_data,
+    settings,
+    statements,
+    workdirs,
+)
 from lcx.training import step as train_step
 from lcx.training.logger import MetricsLogger, logger_of
 from lcx.training.memory import check_fits
@@ -100,7 +109,7 @@ class Trainer:
     Attributes:
       data: what to train on; its held-out part is used for evaluation.
       steps: total number of optimizer updates, over which the schedule extends.
-      batch_size: rows of the global batch, over all devices and micro-batches.
+      batch_size: rows of the global batch, over all devices and micro-batches (see training.division).
       seq_len: tokens per row.
       model: the model to initialise at random. Set either this or init_from.
       init_from: a Hugging Face folder, the name of a model on the hub, or an lcx checkpoint or workdir.
@@ -194,8 +203,7 @@ class Trainer:
           UserError: the settings, the data or the model do not fit; the loss or gradient is not finite; or the last
             checkpoint could not be written.
         """
-        mesh = self.mesh.build()
-        self.check_rows(mesh)
+        mesh = division.mesh_of(self)
         # Tokenises the data first, so that a mistake in it shows before a model is loaded.
         same_data.check(self._opened)
         doubtful.check_held_out(self, self._opened)
@@ -457,17 +465,3 @@ class Trainer:
     def _ahead(self, mesh) -> int:
         """Whether batches are prepared during a step; not those of long rows on CPUs, which lack the memory for two."""
         return int(self.piece_length is None or mesh.devices.flat[0].platform != "cpu")
-
-    def check_rows(self, mesh) -> None:
-        """Raises UserError if the rows of a micro-batch or seq_len do not divide evenly over the mesh."""
-        rows, parts = self.batch_size // self.accumulation, mesh.shape["data"] * mesh.shape["fsdp"]
-        if rows % parts:
-            raise UserError(
-                f"{rows} rows per micro-batch (batch_size {self.batch_size} / accumulation {self.accumulation}) do not "
-                f"divide over data x fsdp = {parts} devices; change Trainer.batch_size, accumulation or the mesh"
-            )
-        if self.seq_len % mesh.shape["context"]:
-            raise UserError(
-                f"seq_len {self.seq_len} does not divide over context = {mesh.shape['context']} devices; "
-                "change Trainer.seq_len or the mesh"
-            )

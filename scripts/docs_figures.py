@@ -13,6 +13,8 @@ import re
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
+from figure_text import number, ratio, table, with_source
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 MARK = re.compile(r"(<!-- figure: (\S+) -->)(.*?)(<!-- /figure -->)", re.DOTALL)
@@ -43,50 +45,6 @@ def _records(result: object):
     elif isinstance(result, list):
         for value in result:
             yield from _records(value)
-
-
-# ------------------------------------------------------------------------------------ how things are told
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows]).replace(
-        " --- ", "---"
-    )
-
-
-def number(x: float | None) -> str:
-    """Two or three digits that mean something."""
-    if x is None:
-        return ""
-    return f"{float(f'{x:.3g}'):,.0f}" if x >= 20 else f"{x:.2g}"
-
-
-def ratio(x: float) -> str:
-    """Of a peer's time over ours, told alike in both directions."""
-    return f"{x:.2f}x" + (" (slower)" if x < 0.995 else "")
-
-
-def source(result: dict) -> str:
-    """The line below a table: where, with what, and when it was measured."""
-    threads = ", ".join(f"{side} {_threads(given)}" for side, given in result["threads"].items())
-    versions = result["versions"]
-    packages = ", ".join(
-        f"{name} {versions[name]}" for name in ("jax", "torch", "transformers") if name in versions
-    )
-    machine, watch = result["machine"], result["watch"]
-    return (
-        f"Measured on {machine['cpu']}; other processes used {watch['other_cpu_seconds']} CPU seconds during "
-        f"{watch['seconds']} s; threads: {threads}; {packages}; commit {machine['commit']}, {result['created']}."
-    )
-
-
-def _threads(given: dict) -> str:
-    devices = given.get("devices", 1)
-    return f"{given.get('threads', '?')}" + (f" ({devices} devices)" if devices > 1 else "")
-
-
-def with_source(result: dict, text: str) -> str:
-    return f"{text}\n\n{source(result)}"
 
 
 # ------------------------------------------------------------------------------------ the figures
@@ -427,7 +385,44 @@ def second_order_forms(result: dict) -> str:
     return with_source(result, table(["T", "quadratic", "chunked", "what lcx picks"], rows))
 
 
+def soak(result: dict) -> str:
+    """Counts alone: the runs were made beside other work, which changes every time."""
+    kinds = ("kill", "halt", "term", "flip", "disk")
+    rows = []
+    for count in sorted({row["processes"] for row in result["rows"]}):
+        of_count = [row for row in result["rows"] if row["processes"] == count]
+        outcomes = [one for row in of_count for one in row["outcomes"]]
+        faults = [one for one in outcomes if one["kind"] in kinds]
+        good = sum(not one["wrong"] for one in faults)
+        late = max((one["seconds"] for one in faults if one["seconds"] is not None), default=0)
+        cells = [sum(one["kind"] == kind for one in faults) for kind in kinds]
+        equal = f"{sum(row['equal'] for row in of_count)} of {len(of_count)}"
+        within = "yes" if late <= 60 else "no"
+        rows.append([str(x) for x in (count, len(faults), *cells, good, within, equal)])
+    head = ["processes", "faults", *kinds, "as expected", "all ended within a minute", "runs equal to the bit"]
+    return table(head, rows)
+
+
+def resharding(result: dict) -> str:
+    plain, *rows = result["rows"]
+    parts = [f"{row['over_plain_read']['median']:.2f} times as long on {row['mesh']}" for row in rows]
+    told = f"A checkpoint of 2 GB written on {plain['mesh']} takes {number(plain['seconds'])} s to restore on that mesh"
+    return with_source(result, f"{told}, and {' and '.join(parts)} (medians of turns).")
+
+
+def reshard_parts(result: dict) -> str:
+    pair = result["two_processes"]
+    own, read, held = (max(one[key] for one in pair) for key in ("own_gb", "read_gb", "peak_over_arrays"))
+    return (
+        f"Two processes that restore it, each with {own:.2f} GB of its arrays, read {read:.2f} GB each, and hold at "
+        f"most {held:.1f} times their part meanwhile (`python benchmarks/reshard.py`)."
+    )
+
+
 FIGURES = {
+    "soak": Figure("soak.json", soak, "bash scripts/soak.sh", timed=False),
+    "reshard": Figure("reshard_cpu.json", resharding, "python benchmarks/reshard.py"),
+    "reshard_parts": Figure("reshard_cpu.json", reshard_parts, "python benchmarks/reshard.py", timed=False),
     "operators": Figure("cpu.json", operators, "python benchmarks/kernels.py"),
     "training": Figure(TRAINING[0], training, TRAINING[1]),
     "training_line": Figure(TRAINING[0], training_line, TRAINING[1]),

@@ -6,12 +6,14 @@ the same run is disturbed, every --every seconds by one of these, until it has d
     kill   one process gets SIGKILL: the others must end with one line and a status other than 0
     halt   one process gets SIGSTOP, as a host that loses its network: likewise (with several processes)
     term   one process gets SIGTERM: all must save the same step and end with status 0
-    disk   no process can write files of more than 4 KB for a while: the run must go on (RLIMIT_FSIZE)
+    disk   no process can write files of more than 4 KB for a while: the run must go on; only if its last checkpoint is
+           due in that time, it must end with one line that says that it was not written (RLIMIT_FSIZE)
     flip   all processes get SIGKILL, and one bit of the newest checkpoint is inverted: an older one must be used
 
 After each fault that ends the processes, the same command starts again. At the end the fingerprints of all arrays must
 equal those of the undisturbed run. Goodput: the seconds of the undisturbed run over those of the disturbed one, both
-with starts and compilations.
+with starts and compilations. If the whole machine is stopped meanwhile (a laptop that sleeps), all processes miss the
+heartbeats of the others: they are started again, and that is counted apart.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from __future__ import annotations
 import argparse
 import collections
 import dataclasses
+import json
 import os
 import pathlib
 import random
@@ -37,6 +40,8 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 FAULTS = ("kill", "term", "flip", "disk", "halt")
 HEARTBEAT_S = 20
 END_WITHIN_S = 60  # after a fault, for all other processes to end
+STOPPED_S = 8  # between two looks of this script: it was stopped, and with it the whole machine
+LAST_SAVE = "error: checkpoint of step"
 GIN = """
 from __gin__ import dynamic_registration
 from lcx import data
@@ -54,7 +59,7 @@ trainer.Trainer.steps = 1000000
 trainer.Trainer.batch_size = 8
 trainer.Trainer.seq_len = 64
 trainer.Trainer.log_every = 50
-trainer.Trainer.checkpoint_every = 50
+trainer.Trainer.checkpoint_every = {checkpoint_every}
 trainer.Trainer.eval_batches = 1
 optim.AdamW.learning_rate = 1e-3
 optim.AdamW.warmup_steps = 20
@@ -80,6 +85,20 @@ class Outcome:
     wrong: str = ""
 
 
+@dataclasses.dataclass
+class Row:
+    """One pair of runs, the undisturbed one and the disturbed one."""
+
+    processes: int
+    seed: int
+    every: float
+    steps: int
+    outcomes: list[Outcome]
+    undisturbed_seconds: float
+    disturbed_seconds: float
+    equal: bool  # the fingerprints of all arrays of the last checkpoint
+
+
 class World:
     """The processes of one run."""
 
@@ -88,6 +107,8 @@ class World:
             probe.bind(("127.0.0.1", 0))
             address = f"--coordinator_address=127.0.0.1:{probe.getsockname()[1]}"
         self.processes = []
+        self.stopped = False  # whether the whole machine has been
+        self._looked = time.monotonic()
         self._said: list[list[str]] = [[] for _ in range(count)]
         self._readers = []
         for i, lines in enumerate(self._said):
@@ -107,6 +128,9 @@ class World:
             self._readers[-1].start()
 
     def running(self) -> bool:
+        now = time.monotonic()
+        self.stopped |= now - self._looked > STOPPED_S
+        self._looked = now
         return any(process.poll() is None for process in self.processes)
 
     def ended(self, seconds: float) -> bool:
@@ -169,7 +193,9 @@ def disturb(kind: str, world: World, workdir: pathlib.Path, rng: random.Random) 
     if kind == "disk":
         _full_disk(world, rng.uniform(3, 8))
         if not world.running() and any(world.statuses()):
-            outcome.wrong = f"the run ended: {world.said(0)[-500:]}"
+            errors = [line for line in world.said(0).splitlines() if line.startswith("error: ")]
+            if len(errors) != 1 or not errors[0].startswith(LAST_SAVE):
+                outcome.wrong = f"the run ended: {world.said(0)[-500:]}"
         return outcome
     if kind == "flip":
         world.kill()
@@ -184,6 +210,8 @@ def disturb(kind: str, world: World, workdir: pathlib.Path, rng: random.Random) 
     alive = sum(process.poll() is None for process in others)
     world.kill()
     statuses = world.statuses()
+    if alive and outcome.seconds > END_WITHIN_S + STOPPED_S:
+        return Outcome("stopped")  # and this script with it, past the time that it gives the others
     if alive:
         outcome.wrong = f"{alive} processes went on for {END_WITHIN_S} s"
     elif kind == "term" and any(statuses):
@@ -219,17 +247,21 @@ def _flip(workdir: pathlib.Path, rng: random.Random) -> None:
 
 
 def undisturbed(gin_file: pathlib.Path, workdir: pathlib.Path, count: int, seconds: float) -> tuple[int, float]:
-    """(steps, seconds) of a run that is stopped by SIGTERM after about so many seconds."""
+    """(steps, seconds) of a run that is stopped by SIGTERM so many seconds after its first checkpoint."""
     start = time.monotonic()
     world = World(gin_file, workdir, count)
-    if not wait_for_step(world, workdir, 0):
-        raise SystemExit(f"the undisturbed run ended: {world.said(0)[-2000:]}")
-    world.ended(max(0.0, seconds - (time.monotonic() - start)))
-    os.kill(world.processes[-1].pid, signal.SIGTERM)
-    if not world.ended(END_WITHIN_S) or any(world.statuses()):
-        world.kill()
+    if wait_for_step(world, workdir, 0):
+        world.ended(seconds)
+        if world.running():
+            os.kill(world.processes[-1].pid, signal.SIGTERM)
+        if world.ended(END_WITHIN_S) and not any(world.statuses()):
+            return steps_of(workdir)[-1], time.monotonic() - start
+    world.kill()
+    if not world.stopped:
         raise SystemExit(f"the undisturbed run failed: {world.said(0)[-2000:]}")
-    return steps_of(workdir)[-1], time.monotonic() - start
+    print("the machine was stopped: the undisturbed run starts again", flush=True)
+    shutil.rmtree(workdir, ignore_errors=True)
+    return undisturbed(gin_file, workdir, count, seconds)
 
 
 def disturbed(
@@ -251,14 +283,25 @@ def disturbed(
         # Every start gets on, so that the run comes to its end; two checkpoints, so that one may be damaged.
         going = wait_for_step(world, workdir, newest, least=2)
         if not going or world.ended(max(0.0, due - time.monotonic() + rng.uniform(-0.2, 0.2) * every)):
-            break
+            if not (world.stopped and any(world.statuses())):
+                break
+            outcomes.append(Outcome("stopped"))
+            _say(count, outcomes[-1])
+            world = World(gin_file, workdir, count, flag)
+            continue
+        if last in steps_of(workdir):
+            break  # all is done: what follows could not be lost
         outcomes.append(disturb(plan.pop(0), world, workdir, rng))
         due = max(due + every, time.monotonic())
         _say(count, outcomes[-1])
         if not world.running():
             world = World(gin_file, workdir, count, flag)
-    if not world.ended(3600) or any(world.statuses()):
+    while not world.ended(3600) or any(world.statuses()):
         world.kill()
+        if world.stopped:
+            outcomes.append(Outcome("stopped"))
+            world = World(gin_file, workdir, count, flag)
+            continue
         raise SystemExit(f"the run did not come to its end: {world.said(0)[-2000:]}")
     return outcomes, time.monotonic() - start
 
@@ -268,25 +311,34 @@ def _say(count: int, outcome: Outcome) -> None:
     print(f"{count} x {outcome.kind}{took}{'; WRONG: ' if outcome.wrong else ''}{outcome.wrong}", flush=True)
 
 
-def table(rows: list[tuple[int, int, list[Outcome], float, float, bool]]) -> str:
+def table(rows: list[Row]) -> str:
     """The results as two Markdown tables."""
     lines = ["| processes | faults | steps | undisturbed | disturbed | goodput | parameters |", "|---" * 7 + "|"]
-    for count, steps, outcomes, before, after, same in rows:
-        equal = "equal to the bit" if same else "DIFFERENT"
+    for row in rows:
+        before, after = row.undisturbed_seconds, row.disturbed_seconds
+        equal = "equal to the bit" if row.equal else "DIFFERENT"
         lines.append(
-            f"| {count} | {len(outcomes)} | {steps} | {before:.0f} s | {after:.0f} s | {before / after:.0%} | {equal} |"
+            f"| {row.processes} | {len(row.outcomes)} | {row.steps} | {before:.0f} s | {after:.0f} s "
+            f"| {before / after:.0%} | {equal} |"
         )
     lines += ["", "| processes | fault | times | as expected | all ended after (median, longest) |", "|---" * 5 + "|"]
-    for count, _, outcomes, *_ in rows:
+    for row in rows:
         of_kind = collections.defaultdict(list)
-        for outcome in outcomes:
+        for outcome in row.outcomes:
             of_kind[outcome.kind].append(outcome)
         for kind, found in sorted(of_kind.items()):
             seconds = [one.seconds for one in found if one.seconds is not None]
             took = f"{statistics.median(seconds):.1f} s, {max(seconds):.1f} s" if seconds else "the run went on"
             good = sum(not one.wrong for one in found)
-            lines.append(f"| {count} | {kind} | {len(found)} | {good} | {took} |")
+            lines.append(f"| {row.processes} | {kind} | {len(found)} | {good} | {took} |")
     return "\n".join(lines)
+
+
+def add(file: pathlib.Path, row: Row) -> None:
+    """Adds a pair of runs to the results in a file."""
+    rows = json.loads(file.read_text())["rows"] if file.exists() else []
+    text = ",\n  ".join(json.dumps(one) for one in [*rows, dataclasses.asdict(row)])
+    file.write_text(f'{{"rows": [\n  {text}\n]}}\n')
 
 
 def main(argv=None) -> int:
@@ -295,15 +347,18 @@ def main(argv=None) -> int:
     parser.add_argument("--every", type=float, default=60, metavar="SECONDS", help="between faults (default: 60)")
     parser.add_argument("--processes", default="1,2,4", metavar="N,...", help="process counts (default: 1,2,4)")
     parser.add_argument("--width", type=int, default=64, help="hidden size of the model (default: 64)")
+    parser.add_argument("--checkpoint_every", type=int, default=50, metavar="STEPS", help="(default: 50)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", metavar="DIR", help="where to work, kept (default: a temporary folder, removed)")
+    parser.add_argument("--output", type=pathlib.Path, metavar="FILE", help="JSON file to which the results are added")
     flags = parser.parse_args(argv)
     counts = [int(count) for count in flags.processes.split(",")]
     folder = pathlib.Path(flags.folder or tempfile.mkdtemp(prefix="lcx-soak-")).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     gin_file = folder / "soak.gin"
-    gin_file.write_text(GIN.format(folder=folder, width=flags.width, twice=2 * flags.width))
-    rng, rows = random.Random(flags.seed), []
+    sizes = {"width": flags.width, "twice": 2 * flags.width, "checkpoint_every": flags.checkpoint_every}
+    gin_file.write_text(GIN.format(folder=folder, **sizes))
+    rng, rows = random.Random(flags.seed), list[Row]()
     for i, count in enumerate(counts):
         faults = flags.faults // len(counts) + (i < flags.faults % len(counts))
         kinds = [kind for kind in FAULTS if kind != "halt" or count > 1]
@@ -314,11 +369,13 @@ def main(argv=None) -> int:
             gin_file, folder / f"{count}-disturbed", count, last=last, every=flags.every, plan=plan, rng=rng
         )
         same = fingerprints(folder / f"{count}-undisturbed", last) == fingerprints(folder / f"{count}-disturbed", last)
-        rows.append((count, last, outcomes, before, after, same))
+        rows.append(Row(count, flags.seed, flags.every, last, outcomes, before, after, same))
+        if flags.output:
+            add(flags.output, rows[-1])
         print(f"\n{table(rows)}\n", flush=True)
     if flags.folder is None:
         shutil.rmtree(folder)
-    return int(any(not same or any(one.wrong for one in outcomes) for _, _, outcomes, _, _, same in rows))
+    return int(any(not row.equal or any(one.wrong for one in row.outcomes) for row in rows))
 
 
 if __name__ == "__main__":

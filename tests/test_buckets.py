@@ -330,6 +330,8 @@ def test_one_writer(bucket, weather, text, tmp_path, monkeypatch):
 def test_what_was_not_copied_is_kept_when_another_machine_went_on(bucket, weather, tmp_path, caplog):
     with workdirs.opened(bucket) as folder:
         (folder / "note").write_text("mine")
+        workdirs.copy_now()  # as a process does that ends at once
+        assert client.read(f"{bucket}/note") == b"mine"
     (folder / "note").write_text("not copied")
     record = json.loads(client.read(f"{bucket}/{workdirs.WRITER}"))
     client.write(f"{bucket}/{workdirs.WRITER}", json.dumps(record | {"id": "another"}).encode())

@@ -55,8 +55,9 @@ def with_includes(path):
 # Every file in a process of its own, as a command does: gin remembers what every file before it named. The processes
 # are children of one that has imported what takes seconds, and that reads no file itself.
 PARSE = """
-import json, os, sys, traceback
+import itertools, json, math, os, sys, traceback
 from lcx import config, convert, evaluator, sampler, trainer
+from lcx.training import division
 
 for name, paths, settings, mixed in json.load(sys.stdin):
     child = os.fork()
@@ -69,6 +70,14 @@ for name, paths, settings, mixed in json.load(sys.stdin):
                 parts = getattr(job, "trainer", job).data.parts
                 print([(part.source, weight, part.tokenizer) for part, weight in parts])
                 print(*config.checking.without_effect(source, {}), sep="\\n")
+                rungs = getattr(job, "rungs", ())
+                runs = [job.trainer_for(rung, "model", 1024, 0) for rung in rungs] or [getattr(job, "trainer", job)]
+                for run, count in itertools.product(runs, (1, 6, 16, 64, 256)):
+                    sizes = {**vars(division._shape(run, count))}
+                    free = [axis for axis, size in sizes.items() if size == -1]
+                    known = -math.prod(sizes.values()) if free else 1
+                    sizes |= {axis: count // known for axis in free}
+                    print("divided", count, math.prod(sizes.values()), run.seq_len % sizes["context"])
             status = 0
         except BaseException:
             traceback.print_exc(file=sys.stdout)
@@ -113,7 +122,7 @@ def test_parses(parsed, path):
     assert status == 0, text[-2000:]
 
 
-def test_every_training_recipe_takes_the_mixture_in_place_of_its_text(parsed):
+def test_every_training_recipe_takes_the_mixture_and_any_number_of_devices(parsed):
     """Without a value for the TEXT that the mixture replaces; the other settings of the data stay the recipe's."""
     mixed = {name: found for name, found in parsed.items() if name.endswith("+mixture")}
     assert len(mixed) > 15
@@ -122,6 +131,9 @@ def test_every_training_recipe_takes_the_mixture_in_place_of_its_text(parsed):
         line = text.splitlines()[0]
         assert line.startswith("[('books', 0.7, ") and "('code', 0.3, " in line, name
         assert "Dataset.source had no effect" not in text, name
+        divided = [line.split()[1:] for line in text.splitlines() if line.startswith("divided")]
+        assert len(divided) >= 5, name  # on any number of devices
+        assert all(devices == product and rest == "0" for devices, product, rest in divided), name
         if "/extend/yarn.gin" in name:
             assert line == "[('books', 0.7, 'model'), ('code', 0.3, 'model')]"
 

@@ -48,6 +48,10 @@ def test_create_and_delete():
     assert create[:5] == ["compute", "tpus", "tpu-vm", "create", "pod"]
     assert {"--zone=us-east5-a", "--accelerator-type=v5p-64", "--spot"} <= set(create)
     assert "--spot" not in commands("create", "--type=v5p-64")[0]
+    software = {"v5p-64": "tpuv5", "v5litepod-16": "tpuv5-lite", "v6e-16": "tpuv6e"}
+    for kind, version in software.items():
+        assert f"--version=v2-alpha-{version}" in commands("create", f"--type={kind}")[0]
+    assert "--version=mine" in commands("create", "--type=v7-8", "--version=mine")[0]
     assert commands("delete")[0][3:5] == ["delete", "pod"]
 
 
@@ -84,6 +88,7 @@ def test_logs_and_stop():
     "arguments, says",
     [
         (["create", "--name=a", "--zone=z"], "--type is not set"),
+        (["create", "--name=a", "--zone=z", "--type=v7-8"], "--version is not set"),
         (["create", "--zone=z", "--type=v5p-64"], "--name is not set"),
         (["logs", "--name=a"], "--zone is not set"),
         (["run", "--name=a", "--zone=z"], "there is no command"),

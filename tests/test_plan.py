@@ -355,8 +355,14 @@ def toy_plan(memory):
 def test_the_search_finds_the_fastest(tmp_path, memory):
     trainer = tiny_trainer(tmp_path, batch_size=ROWS, seq_len=LENGTH)
     plan = toy_plan(memory)
-    found = search.search(trainer, DEVICES, plan, limit=1000)
+
+    def possible(choice):  # weights alone
+        return 1000 / choice.mesh.fsdp / choice.mesh.tensor <= memory or choice.mesh.tensor == 8
+
+    found = search.search(trainer, DEVICES, plan, limit=1000, possible=possible)
     assert {choice.mesh.tensor for choice, _ in found.refused} == {8} and not found.untried
+    assert (found.too_large > 0) == (memory < 1000)
+    assert all(made["mesh"]["fsdp"] * made["mesh"]["tensor"] * memory >= 1000 for made in found.plans)
     tried, best = 0, math.inf
     for mesh in search.meshes(trainer, DEVICES):
         assert mesh.fsdp * mesh.context * mesh.tensor == DEVICES and ROWS % mesh.fsdp == 0
@@ -371,7 +377,12 @@ def test_the_search_finds_the_fastest(tmp_path, memory):
     assert len(found.plans) < tried / 2, "most are never compiled"
     assert found.plans[0]["fits"] and found.plans[0]["step_seconds"] == best
     told = search.text(found, str)
-    assert f"--gin.Trainer.accumulation={found.plans[0]['accumulation']}" in told
+    best = found.plans[0]
+    assert f"--gin.Trainer.accumulation={best['accumulation']}" in told
+    lines = told.split(".gin file\n")[1].splitlines()
+    assert "trainer.Trainer.mesh = @sharding.MeshShape()" in lines
+    assert f"sharding.MeshShape.fsdp = {best['mesh']['fsdp']}" in lines
+    assert f"trainer.Trainer.remat = {best['remat']!r}" in lines
     assert "refused: tensor=8: no such slice" in told
 
 
@@ -379,6 +390,7 @@ def test_a_search_ends(tmp_path):
     trainer = tiny_trainer(tmp_path, batch_size=ROWS, seq_len=LENGTH)
     found = search.search(trainer, DEVICES, toy_plan(10_000), limit=4)
     assert len(found.plans) == 4 and "not tried: " in search.text(found, str)
+    assert not search.search(trainer, DEVICES, toy_plan(10_000), limit=4, seconds=0).plans
     nothing = search.search(trainer, DEVICES, toy_plan(1), limit=1000)
     assert search.text(nothing, str).startswith("nothing that was tried fits")
 

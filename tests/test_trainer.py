@@ -293,19 +293,6 @@ def zeros(model, key, *, mesh):
     )
 
 
-def test_rows_that_do_not_divide_over_the_mesh(text):
-    class Fake:
-        shape = {"data": 2, "fsdp": 4, "context": 1, "tensor": 1}
-
-    with pytest.raises(
-        UserError, match=r"4 rows per micro-batch \(batch_size 8 / accumulation 2\) do not divide"
-    ):
-        tiny_trainer(text, accumulation=2).check_rows(Fake)
-    Fake.shape = {"data": 1, "fsdp": 1, "context": 5, "tensor": 1}
-    with pytest.raises(UserError, match="seq_len 32 does not divide over context = 5 devices"):
-        tiny_trainer(text).check_rows(Fake)
-
-
 def test_nothing_held_out_is_a_warning(text, tmp_path, caplog):
     run = tiny_trainer(text, data=dataset(text, eval_fraction=0.0)).run(str(tmp_path))
     assert run.step == 40

@@ -1,18 +1,22 @@
 """Several real processes: the losses of one, the same checkpoint after SIGTERM to one, one clear line after a death.
 
-The tests share one run, which goes on with 2, 4 and 1 processes, and its workdir at the end.
+The tests share one run, which goes on with 2, 4 and 1 processes, and its workdir at the end. The workdir is in a bucket
+of an emulator if there is one; the folder that holds its copy is removed between the first two, as on another machine.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import pathlib
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
 
+import bucket_servers
 import numpy as np
 import pytest
 import quick_xla
@@ -28,6 +32,7 @@ from tiny_runs import (  # noqa: F401
     write_gin,
 )
 
+from lcx.buckets import copies
 from lcx.checkpoint import Checkpointer
 from lcx.convert.__main__ import main as convert
 from lcx.evaluate import main as evaluate
@@ -102,18 +107,34 @@ def wait_for_losses(workdir: pathlib.Path, count: int, processes) -> None:
 
 
 @pytest.fixture(scope="module")
-def run(text, tmp_path_factory):
+def place(tmp_path_factory):
+    """The shared run's --workdir, and the folder on this machine that has its files."""
+    folder = tmp_path_factory.mktemp("several")
+    if importlib.util.find_spec("moto") is None:
+        yield str(folder), folder
+        return
+    with bucket_servers.running(), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LCX_CACHE", str(folder))
+        copies.local.cache_clear()
+        url = f"s3://{bucket_servers.BUCKET}/several"
+        yield url, copies.cache(url, "workdirs")
+
+
+@pytest.fixture(scope="module")
+def run(text, place):
     """A workdir, and what the processes said: two, of which one gets SIGTERM; four, of which one is killed; one."""
-    workdir = tmp_path_factory.mktemp("several")
-    two = start(text, workdir, 2, "--gin.MeshShape.fsdp=1", "--gin.MeshShape.tensor=2")  # both read all rows
+    given, workdir = place
+    two = start(text, given, 2, "--gin.MeshShape.fsdp=1", "--gin.MeshShape.tensor=2")  # both read all rows
     wait_for_losses(workdir, 4, two)
     two[1].send_signal(signal.SIGTERM)
     said = {"stopped": finish(two), "step": saved(workdir)[0], "next": saved(workdir)[2]["data"]["next_index"]}
-    four = start(text, workdir, 4, "--gin.MeshShape.fsdp=2", "--gin.MeshShape.data=2")
+    if given != str(workdir):
+        shutil.rmtree(workdir)
+    four = start(text, given, 4, "--gin.MeshShape.fsdp=2", "--gin.MeshShape.data=2")
     wait_for_losses(workdir, said["step"] // 3 + 2, four)
     four[3].kill()
     said["killed"] = finish(four)
-    said["done"] = finish(joined([command(write_gin(text, LONGER + MORE), workdir)]))
+    said["done"] = finish(joined([command(write_gin(text, LONGER + MORE), given)]))
     return workdir, said
 
 

@@ -38,6 +38,7 @@ _STALE_S = 300  # a writer that has not renewed it for so long has ended
 _SKIP = (".lcx-lock", _INDEX, WRITER)
 
 log = logging.getLogger(__name__)
+_opened: list[_Workdir] = []  # by this process
 
 
 @contextlib.contextmanager
@@ -52,6 +53,7 @@ def opened(url: str) -> Iterator[pathlib.Path]:
     """
     workdir = _Workdir(client.normal(url))
     workdir.claim()
+    _opened.append(workdir)
     try:
         workdir.fetch()
         workdir.start()
@@ -60,7 +62,18 @@ def opened(url: str) -> Iterator[pathlib.Path]:
         with contextlib.suppress(UserError):  # the exception under way matters more; the thread has warned
             workdir.close()
         raise
+    finally:
+        _opened.remove(workdir)
     workdir.close()
+
+
+def copy_now() -> None:
+    """Copies what is left of the workdirs of this process, which is about to end at once. A failure is a warning."""
+    for workdir in _opened:
+        try:
+            workdir.close()
+        except UserError as error:
+            log.warning("%s", error)
 
 
 @dataclasses.dataclass

@@ -6,8 +6,10 @@ import dataclasses
 import jax
 from jax.sharding import Mesh
 
+from lcx import sharding
 from lcx.planning.compiled import Step
 from lcx.trainer import Trainer
+from lcx.training import division
 from lcx.training.step import weights_of
 
 Shape = tuple[int, ...]
@@ -107,7 +109,8 @@ def _setting(what: str, floating: bool, step: Step, trainer: Trainer, mesh: Mesh
         if trainer.lora is None and trainer.init_from is not None:
             ways.append("Trainer.lora")
         return " or ".join(ways)
-    rows = trainer.batch_size // trainer.accumulation // (mesh.shape["data"] * mesh.shape["fsdp"])
+    rows = sharding.padded_rows(trainer.batch_size, mesh) // sharding.row_parts(mesh)
+    rows //= division.micro_batches(trainer, mesh)
     ways = []
     if step.run.model.remat != "full":
         ways.append("Trainer.remat = 'full'")

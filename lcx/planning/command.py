@@ -6,19 +6,26 @@ import sys
 from typing import Any
 
 import numpy as np
+import tqdm
 
 from lcx.errors import UserError
 from lcx.planning import longest as longest_rows
 from lcx.planning import report
 from lcx.planning import search as settings
 from lcx.planning.abstract import trainer_of
-from lcx.planning.compiled import mesh_of, step_of
+from lcx.planning.compiled import least_bytes, mesh_of, step_of
 from lcx.planning.topology import Topology, find, shape_text
 from lcx.trainer import Job, Trainer
 
 
 def plan(
-    *, job: Job, topology: str, as_json: bool = False, longest: bool = False, search: int | None = None
+    *,
+    job: Job,
+    topology: str,
+    as_json: bool = False,
+    longest: bool = False,
+    search: int | None = None,
+    search_seconds: float | None = None,
 ) -> int:
     """Plans the job that a .gin file binds to `train.job`, and prints the plan.
 
@@ -28,6 +35,7 @@ def plan(
       as_json: print one JSON object.
       longest: also search for the longest rows that fit, which compiles several times.
       search: plan so many other settings of the same training instead, and print those that fit.
+      search_seconds: begin no further plan of a search after so many seconds.
 
     Returns:
       The exit status: 0 if the step (of a search: any) fits, 1 if it does not.
@@ -35,12 +43,14 @@ def plan(
     Raises:
       UserError: see `topology.find` and `compiled.step_of`.
     """
+    if search_seconds is not None and (search is None or not search_seconds > 0):
+        raise UserError(f"--search_seconds={search_seconds:g}: expected a time above 0, together with --search")
     place = find(topology)
     trainer, notes = trainer_of(job)
     if search is not None:
         if longest:
             raise UserError("--search and --longest: each plans many steps; run one after the other")
-        return _search(trainer, place, search, notes, as_json)
+        return _search(trainer, place, search, search_seconds, notes, as_json)
     step = step_of(trainer, place)
     found = _longest(trainer, place, step.memory.peak) if longest else None
     made = report.plan(step, trainer, place, found, notes)
@@ -48,22 +58,33 @@ def plan(
     return 1 if made["fits"] is False else 0
 
 
-def _search(trainer: Trainer, place: Topology, limit: int, notes: list[str], as_json: bool) -> int:
+def _search(
+    trainer: Trainer, place: Topology, limit: int, seconds: float | None, notes: list[str], as_json: bool
+) -> int:
     if limit < 1:
         raise UserError(f"--search={limit}: expected at least 1, the number of settings to try")
 
-    def planned(choice: Trainer) -> dict[str, Any]:
-        made = report.plan(step_of(choice, place), choice, place, None, notes)
-        mesh = shape_text(made["mesh"])
-        about = f"{mesh}, remat {made['remat']}, accumulation {made['accumulation']}"
-        print(f"{about}: {report.size(made['peak_bytes'])}", file=sys.stderr, flush=True)
-        return made
+    def possible(choice: Trainer) -> bool:
+        return place.memory is None or least_bytes(choice, place) <= place.memory
 
-    found = settings.search(trainer, np.size(place.devices), planned, limit)
+    with tqdm.tqdm(total=limit, desc="plans", file=sys.stderr, disable=not sys.stderr.isatty()) as bar:
+
+        def planned(choice: Trainer) -> dict[str, Any]:
+            made = report.plan(step_of(choice, place), choice, place, None, notes)
+            mesh = shape_text(made["mesh"])
+            about = f"{mesh}, remat {made['remat']}, accumulation {made['accumulation']}"
+            bar.write(f"{about}: {report.size(made['peak_bytes'])}", file=sys.stderr)
+            bar.update()
+            return made
+
+        count = np.size(place.devices)
+        end = math.inf if seconds is None else seconds
+        found = settings.search(trainer, count, planned, limit, seconds=end, possible=possible)
     if as_json:
         refused = [{"settings": choice.flags(), "reason": why} for choice, why in found.refused]
         untried = [vars(mesh) for mesh in found.untried]
-        print(json.dumps({"plans": found.plans, "refused": refused, "untried": untried}))
+        answer = {"plans": found.plans, "refused": refused, "untried": untried, "too_large": found.too_large}
+        print(json.dumps(answer))
     else:
         print(settings.text(found, report.size))
     return 0 if any(made["fits"] is not False for made in found.plans) else 1

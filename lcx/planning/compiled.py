@@ -12,12 +12,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from kernels_pallas import aot
-from lcx import sharding
+from lcx import objectives, sharding
 from lcx.errors import UserError, first_line
 from lcx.planning import cache, flops, program, silence
 from lcx.planning.abstract import run_of
 from lcx.planning.topology import Topology
 from lcx.trainer import Trainer
+from lcx.training import division
 from lcx.training.run import Run
 from lcx.training.step import weights_of
 
@@ -83,7 +84,7 @@ def mesh_of(trainer: Trainer, topology: Topology) -> Mesh:
       UserError: the devices do not match Trainer.mesh, or the rows do not divide over it.
     """
     try:
-        mesh = trainer.mesh.build(topology.devices)
+        return division.mesh_of(trainer, list(np.ravel(topology.devices)))
     except UserError as error:
         raise UserError(f"--topology={topology.name} does not match Trainer.mesh: {error}") from error
     except (NotImplementedError, ValueError) as error:
@@ -91,8 +92,6 @@ def mesh_of(trainer: Trainer, topology: Topology) -> Mesh:
             f"--topology={topology.name}: Trainer.mesh cannot be laid on this slice ({first_line(error)}); change the "
             "mesh sizes to products of the slice's"
         ) from error
-    trainer.check_rows(mesh)
-    return mesh
 
 
 def step_of(trainer: Trainer, topology: Topology) -> Step:
@@ -104,7 +103,7 @@ def step_of(trainer: Trainer, topology: Topology) -> Step:
     mesh, start = mesh_of(trainer, topology), time.perf_counter()
     run = run_of(trainer, mesh)
     rows = sharding.batch_sharding(mesh)
-    shape = (trainer.batch_size, trainer.seq_len)
+    shape = (sharding.padded_rows(trainer.batch_size, mesh), trainer.seq_len)
     batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=rows) for name, dtype in FIELDS.items()}
     with jax.set_mesh(mesh), aot.uncached():
         number = jax.ShapeDtypeStruct((), np.int32)
@@ -120,6 +119,24 @@ def step_of(trainer: Trainer, topology: Topology) -> Step:
     memory = Memory(**known, rest=max(made.peak - sum(known.values()), 0), runtime=runtime)
     parsed = None if made.text is None else program.parse(made.text)
     return Step(run, memory, flops.count(traced), parsed, time.perf_counter() - start)
+
+
+def least_bytes(trainer: Trainer, topology: Topology) -> int:
+    """Bytes that a device needs at least, without compiling: the state and a batch; in training of all weights on whole
+    rows also the input of every block, which the backward pass starts from even with remat full.
+
+    Raises:
+      UserError: see `step_of`.
+    """
+    mesh = mesh_of(trainer, topology)
+    run = run_of(trainer, mesh)
+    tokens = sharding.padded_rows(trainer.batch_size, mesh) * trainer.seq_len // mesh.size
+    known = device_bytes(run.abstract) + tokens * sum(np.dtype(dtype).itemsize for dtype in FIELDS.values())
+    everything = trainer.piece_length is None and trainer.objective is objectives.next_token
+    if everything and all(jax.tree.leaves(run.trains)):
+        width = run.model.hidden_size * np.dtype(run.model.dtype).itemsize
+        known += tokens // division.micro_batches(trainer, mesh) * run.model.num_layers * width
+    return known
 
 
 def _compile(lowered: Any, topology: Topology) -> cache.Compiled:

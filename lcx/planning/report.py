@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from lcx import parameters
 from lcx.planning import roofline, topology
@@ -10,6 +11,7 @@ from lcx.planning.buffers import Buffer, largest
 from lcx.planning.compiled import Step, mesh_of
 from lcx.planning.topology import Topology
 from lcx.trainer import Trainer
+from lcx.training import division
 
 CPU = (
     "CPUs have no data sheet: no time is estimated",
@@ -38,7 +40,7 @@ def plan(
         "topology": place.name,
         "devices": mesh.size,
         "mesh": dict(mesh.shape),
-        **_settings(step, trainer),
+        **_settings(step, trainer, mesh),
         "parameter_bytes": step.memory.parameters,
         "optimizer_bytes": step.memory.optimizer,
         "batch_bytes": step.memory.batch,
@@ -55,17 +57,17 @@ def plan(
         "largest_seq_len": longest,
         "compile_seconds": step.compile_seconds,
         "assumptions": assumptions,
-        "notes": [*notes, *(CPU if place.chip is None else ())],
+        "notes": [*notes, *division.remarks(trainer, mesh), *(CPU if place.chip is None else ())],
     }
 
 
-def _settings(step: Step, trainer: Trainer) -> dict[str, Any]:
+def _settings(step: Step, trainer: Trainer, mesh: Mesh) -> dict[str, Any]:
     trains = jax.tree.leaves(step.run.trains)
     leaves = jax.tree.leaves({name: step.run.abstract[name] for name in step.run.trains})
     return {
         "seq_len": trainer.seq_len,
         "batch_size": trainer.batch_size,
-        "accumulation": trainer.accumulation,
+        "accumulation": division.micro_batches(trainer, mesh),
         "remat": step.run.model.remat,
         "steps": trainer.steps,
         "tokens": trainer.batch_size * trainer.seq_len * trainer.steps,

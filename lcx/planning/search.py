@@ -4,13 +4,17 @@ What is tried changes neither the batch, the rows nor the objective, so every ch
 what is recomputed (remat), the rows processed at once (accumulation), and rows in pieces. Each is compiled like
 any plan. A mesh is tried from the least memory upwards, so that most choices that cannot fit are never compiled:
 
-    remat full      accumulation doubled until it fits; if it never does, rows longer than PIECE in pieces
+    remat full      accumulation raised until it fits; if it never does, rows longer than PIECE in pieces
     remat dots      from there on
     remat none      from there on
+
+A choice whose weights, optimizer and stored inputs of blocks alone exceed the memory is not compiled either.
 """
 
 import dataclasses
 import itertools
+import math
+import time
 from collections.abc import Callable, Generator
 from typing import Any
 
@@ -52,42 +56,62 @@ class Found:
     Attributes:
       plans: of every choice that was compiled, {**plan, "settings": its flags}; those that fit first, fastest first.
       refused: choices that the model, the mesh or the compiler refuses, with the reason.
-      untried: meshes for which no compilation was left.
+      untried: meshes for which no compilation or no time was left.
+      too_large: choices that were not compiled, since what is known of them before exceeds the memory.
     """
 
     plans: list[dict[str, Any]]
     refused: list[tuple[Choice, str]]
     untried: list[sharding.MeshShape]
+    too_large: int = 0
 
 
-def search(trainer: Trainer, devices: int, plan: Callable[[Trainer], dict[str, Any]], limit: int) -> Found:
+def search(
+    trainer: Trainer,
+    devices: int,
+    plan: Callable[[Trainer], dict[str, Any]],
+    limit: int,
+    *,
+    seconds: float = math.inf,
+    possible: Callable[[Trainer], bool] = lambda choice: True,
+) -> Found:
     """Plans other settings of a run.
 
     Args:
       plan: run -> its plan, see `report.plan`. UserError: it cannot be planned.
       limit: how many to plan at most.
+      seconds: after which no further plan is begun.
+      possible: run -> whether it may fit, from what is known without compiling. UserError: it cannot be planned.
     """
     plans: list[dict[str, Any]] = []
     refused: list[tuple[Choice, str]] = []
-    untried = []
+    untried, too_large, end = [], 0, time.monotonic() + seconds
+
+    def left() -> bool:
+        return len(plans) + len(refused) < limit and time.monotonic() < end
+
     for mesh in meshes(trainer, devices):
-        if len(plans) + len(refused) >= limit:
+        if not left():
             untried.append(mesh)
             continue
         walk = choices(trainer, mesh)
         fits: bool | None = None
-        while len(plans) + len(refused) < limit:
+        while left():
             try:
                 choice = walk.send(fits)
             except StopIteration:
                 break
             try:
-                plans.append(plan(choice.of(trainer)) | {"settings": choice.flags()})
+                fits = possible(choice.of(trainer))
+                if fits:
+                    plans.append(plan(choice.of(trainer)) | {"settings": choice.flags()})
+                    fits = plans[-1]["fits"] is not False
+                else:
+                    too_large += 1
             except UserError as error:
                 refused.append((choice, str(error)))
                 break  # of another remat or accumulation it would be the same
-            fits = plans[-1]["fits"] is not False
-    return Found(sorted(plans, key=_rank), refused, untried)
+    return Found(sorted(plans, key=_rank), refused, untried, too_large)
 
 
 def meshes(trainer: Trainer, devices: int) -> list[sharding.MeshShape]:
@@ -127,6 +151,15 @@ def _rank(plan: dict[str, Any]) -> tuple:
     return plan["fits"] is False, plan["executed_flops"] if seconds is None else seconds, plan["peak_bytes"]
 
 
+def gin(settings: dict[str, Any]) -> list[str]:
+    """Settings of `Choice.flags` as lines of a .gin file, which imports what they name."""
+    modules = {"MeshShape": "sharding", "Trainer": "trainer"}
+    lines = [f"from lcx import {module}" for module in modules.values()]
+    if any(name.startswith("MeshShape.") for name in settings):
+        lines.append("trainer.Trainer.mesh = @sharding.MeshShape()")
+    return lines + [f"{modules[name.partition('.')[0]]}.{name} = {value!r}" for name, value in settings.items()]
+
+
 def text(found: Found, size: Callable[[float], str]) -> str:
     """The table of a search, and the flags of the fastest choice that fits."""
     rows = [plan for plan in found.plans if plan["fits"] is not False]
@@ -143,11 +176,15 @@ def text(found: Found, size: Callable[[float], str]) -> str:
     if not rows:
         lines = ["nothing that was tried fits"]
     lines.append(f"{len(found.plans)} planned, {len(found.plans) - len(rows)} of them do not fit")
+    if found.too_large:
+        lines.append(f"{found.too_large} not compiled: weights, optimizer and inputs of blocks alone do not fit")
     lines += [f"refused: {topology.shape_text(vars(choice.mesh))}: {why}" for choice, why in found.refused]
     if found.untried:
         names = ", ".join(topology.shape_text(vars(mesh)) for mesh in found.untried)
-        lines.append(f"not tried: {names}; a larger --search tries more")
+        lines.append(f"not tried: {names}; a larger --search or --search_seconds tries more")
     if rows:
-        flags = (f"--gin.{name}={value!r}" for name, value in rows[0]["settings"].items())
+        best = rows[0]["settings"]
+        flags = (f"--gin.{name}={value!r}" for name, value in best.items())
         lines.append("the fastest: " + " ".join(f'"{flag}"' if "'" in flag else flag for flag in flags))
+        lines += ["", "# the same as lines at the end of a .gin file", *gin(best)]
     return "\n".join(lines)

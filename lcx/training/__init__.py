@@ -11,6 +11,7 @@ tensorboard     writes the metrics as TensorBoard event files
 signals         turns SIGTERM and Ctrl-C into a flag that the training loop checks
 distributed     joins the processes of a multi-process run
 memory          checks that the training state fits into device memory
+division        rows and devices: any number of devices
 statements      the messages at the start and end of a run
 workdirs        the folder of a run: here or in a bucket, config.gin, checkpoints after a non-finite step
 resume_check    checks that a workdir's checkpoints belong to the current settings

@@ -1,7 +1,8 @@
 """Turns SIGTERM (preemption, a scheduler) and Ctrl-C into a flag that the training loop checks between steps.
 
-A run that SIGTERM has stopped ends as if it had succeeded, because the same command will be started again. After Ctrl-C
-the command ends with status 130, so that a script does not go on with an unfinished run (`interrupted`).
+A run that SIGTERM has stopped ends as if it had succeeded, because the same command will be started again; so does one
+that it ends at once, because nothing would be lost. After Ctrl-C the command ends with status 130, so that a script
+does not go on with an unfinished run (`interrupted`).
 
 With several processes JAX's own preemption notice is used for SIGTERM. It makes all of them stop at the same step, even
 if only one has received the signal, and a Python handler installed after jax.distributed.initialize would override it.
@@ -15,6 +16,8 @@ import threading
 from types import FrameType
 
 import jax
+
+from lcx.buckets import workdirs
 
 _interrupted = threading.Event()
 
@@ -74,7 +77,9 @@ class StopRequest:
             received += 1
             if self.safe is not None:
                 print(f"\n{signal.Signals(number).name}: {self.safe}", file=sys.stderr, flush=True)
-            if self.safe is not None or received > 1:
+                workdirs.copy_now()
+                os._exit(0 if number == signal.SIGTERM else 128 + number)
+            if received > 1:
                 os._exit(128 + number)
         os.close(pipe)
 

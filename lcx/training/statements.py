@@ -10,7 +10,7 @@ import jax
 from lcx import extend, mixers
 from lcx import lora as lora_lib
 from lcx import model as model_lib
-from lcx.training import doubtful, fp8_scaling, resume_check
+from lcx.training import division, doubtful, fp8_scaling, resume_check
 from lcx.wording import quantity
 
 
@@ -40,6 +40,7 @@ def opening(
     if isinstance(run.model, model_lib.Decoder):
         yield from extend.table(run.model)
     yield _size(trainer, mesh)
+    yield from division.remarks(trainer, mesh)
     yield from _pieces(trainer, mesh)
     yield from _context(run.model, mesh, getattr(trainer, "piece_length", None) or trainer.seq_len)
     for line in doubtful.settings(trainer, run.model):
@@ -107,7 +108,8 @@ def _parts(layers: Sequence[model_lib.Layer]) -> str:
 def _size(trainer: Any, mesh: jax.sharding.Mesh) -> str:
     axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
     schedule = f" (of a schedule over {trainer.steps})" if trainer.last_step < trainer.steps else ""
-    pieces = f" in {trainer.accumulation} micro-batches" if trainer.accumulation > 1 else ""
+    count = division.micro_batches(trainer, mesh)
+    pieces = f" in {count} micro-batches" if count > 1 else ""
     return (
         f"steps: {trainer.last_step}{schedule} of {quantity(trainer.batch_size, 'row')} x {trainer.seq_len} = "
         f"{quantity(counted(trainer.batch_size * trainer.seq_len), 'token')}{pieces}, on {mesh.size} x "

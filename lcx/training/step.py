@@ -129,7 +129,7 @@ def make_step(
       optimizer: from AdamW.build.
       objective: see lcx.objectives.
       learning_rates: step -> learning rate, only for the metrics.
-      accumulation: number of micro-batches that the batch is divided into.
+      accumulation: number of micro-batches that the batch is divided into, see `micro_batches`.
       abstract: abstract state with shardings, from abstract_state.
       trains: tree of bool, which of the weights train; None: all_trains. No gradient is computed for the others.
     """
@@ -183,11 +183,13 @@ def compile_first(step: Any, state: State, batch: dict[str, jax.ShapeDtypeStruct
 
 
 def micro_batches(batch: dict[str, jax.Array], count: int) -> dict[str, jax.Array]:
-    """[B, T] -> [count, B / count, T].
+    """[B, T] -> [count, B / count, T]; on more devices than B / count rows with a smaller count (micro_batch_count).
 
     Micro-batch i takes every count-th row. Rows are sharded in contiguous blocks, so each device contributes to every
     micro-batch from the rows it already holds, without communication.
     """
+    parts = sharding.axis_size("data") * sharding.axis_size("fsdp")
+    count = sharding.micro_batch_count(jax.tree.leaves(batch)[0].shape[0], count, parts)
     return jax.tree.map(
         lambda x: jnp.swapaxes(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 0, 1), batch
     )

@@ -9,8 +9,9 @@
 #   scripts/launch/tpu_pod.sh delete --name=NAME --zone=ZONE
 #
 # --dry-run prints the gcloud commands instead of running them. --spot: cheaper, and may be taken away at any time.
-# `ship` installs lcx with its TPU extra into ~/lcx on every host, and with --bucket mounts gs://BUCKET as ~/bucket: all
-# hosts must see the same --workdir. `run` starts the command in the background, and again if it fails (10 times in all,
+# --version: the software of the hosts; known for v5p, v5e (v5litepod-16) and v6e.
+# `ship` installs lcx with its TPU extra into ~/lcx on every host (with uv, since the hosts' own Python may be too old), and
+# with --bucket mounts gs://BUCKET as ~/bucket: all hosts must see the same --workdir. `run` starts the command in the background, and again if it fails (10 times in all,
 # but not after a mistake in its settings): a run resumes from its checkpoint. `stop` sends SIGTERM, after which a run
 # saves and ends.
 set -euo pipefail
@@ -27,7 +28,7 @@ fail() {
 
 command=${1:-}
 [ $# -gt 0 ] && shift
-name='' zone='' type='' version='v2-alpha-tpuv5' bucket='' worker=0 spot=() dry_run=false to_run=()
+name='' zone='' type='' version='' bucket='' worker=0 spot=() dry_run=false to_run=()
 while [ $# -gt 0 ]; do
   case $1 in
     --name=*) name=${1#*=} ;;
@@ -68,6 +69,14 @@ on() { # on WORKER COMMAND: a shell command on one host, or on all of them
 case $command in
   create)
     [ -n "$type" ] || fail "--type is not set, expected an accelerator type such as v5p-64"
+    case $type in
+      v5p-*) known=v2-alpha-tpuv5 ;;
+      v5litepod-*) known=v2-alpha-tpuv5-lite ;;
+      v6e-*) known=v2-alpha-tpuv6e ;;
+      *) known= ;;
+    esac
+    version=${version:-$known}
+    [ -n "$version" ] || fail "--version is not set, and it is not known for --type=$type: expected a TPU software version"
     gcloud_ create "$name" --zone="$zone" --accelerator-type="$type" --version="$version" "${spot[@]}"
     ;;
   ship)
@@ -76,7 +85,8 @@ case $command in
     trap 'rm -rf "$(dirname "$archive")"' EXIT
     git -C "$root" archive --format=tar.gz -o "$archive" HEAD
     gcloud_ scp "$archive" "$name:lcx.tar.gz" --zone="$zone" --worker=all
-    on all 'mkdir -p lcx && tar -xzf lcx.tar.gz -C lcx && cd lcx && python3 -m venv .venv &&
+    on all 'mkdir -p lcx && tar -xzf lcx.tar.gz -C lcx && cd lcx &&
+      python3 -m pip install -q --user uv && { test -x .venv/bin/python || python3 -m uv venv -q --seed --python 3.11 .venv; } &&
       .venv/bin/pip install -q -c constraints.txt -e ".[tpu,buckets,parquet,hub]"'
     if [ -n "$bucket" ]; then
       on all "command -v gcsfuse >/dev/null || { echo 'install gcsfuse first: cloud.google.com/storage/docs/gcsfuse-install' >&2; exit 1; }

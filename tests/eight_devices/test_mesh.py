@@ -12,6 +12,7 @@ XLA for CPUs has no reduce-scatter: it sums whole gradients and cuts them.
 """
 
 import collections
+import dataclasses
 import functools
 import shutil
 
@@ -25,6 +26,7 @@ from tiny_runs import dataset, lines, losses, tiny_model, tiny_trainer, write_te
 import lcx
 from lcx import model as model_lib
 from lcx import objectives, sharding
+from lcx.ladder import Ladder, Rung
 from lcx.lora import LoRA
 from lcx.optim import AdamW
 from lcx.sharding import MeshShape
@@ -152,6 +154,21 @@ def test_a_checkpoint_goes_on_on_any_other_mesh(where, runs, one_device, base, t
     assert_same_losses(tmp_path / "run", one_device)
 
 
+def test_the_mesh_changes_in_the_middle_of_a_ladder(base, tmp_path):
+    """By one setting of its second rung, which has the losses of the mesh before; the first one is not repeated."""
+    start = trainer(base, steps=1, mesh=MESHES["fsdp8"], batch_size=8)
+    rungs = (Rung(64, steps=1), Rung(128, steps=2))
+    found = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(start), "held_out_loss", lambda *_: 0.0)
+        for last in (rungs[1], dataclasses.replace(rungs[1], mesh=MESHES["fsdp2_tensor4"])):
+            shutil.rmtree(tmp_path / "128", ignore_errors=True)
+            Ladder(trainer=start, rungs=(rungs[0], last), rope_scaling={"rope_type": "yarn"}).run(str(tmp_path))
+            found.append(losses(tmp_path / "128" / "round_0"))
+    assert len(found[0]) == 2 and len(losses(tmp_path / "64" / "round_0")) == 1
+    np.testing.assert_allclose(found[1], found[0], rtol=2e-5)
+
+
 # --- other models
 
 
@@ -211,8 +228,8 @@ def test_odd_models_on_eight_devices_and_one(name, base):
     weights = {"params": noise(model_lib.abstract_params(model))}
     if lora:
         weights["lora"] = noise(PAIRS.abstract(model))
-    with dataset(base).batches("train", global_batch_size=B, seq_len=T) as batches:
-        batches = [next(batches) for _ in range(3)]
+    with dataset(base).batches("train", global_batch_size=B - 1, seq_len=T) as batches:
+        batches = [next(batches) for _ in range(3)]  # 15 rows: with one of padding on two devices along fsdp
     meshes = OneDevice().build(), MESHES["fsdp2_tensor4"].build()
     one, eight = (losses_of_steps(model, weights, batches, mesh, 2 if lora else 1) for mesh in meshes)
     assert one[-1] < one[0]
