@@ -313,10 +313,7 @@ def test_scales_are_kept_both_ways(middle, fp8_file, tmp_path):
     written = torch.load(tmp_path / "1" / "model.pt", weights_only=True)
     read = pickle.loads(written["blocks.1.projections._extra_state"].numpy().tobytes())  # as Transformer Engine does
     assert read["scale_fwd"].tolist() == [*SCALES[1], 1.0] and read["amax_history_fwd"].shape == (16, 3)
-    if middle == "lcx":  # which keeps scales; histories are those of a run
-        assert read["amax_history_fwd"].amax(0)[0] == pytest.approx(448 / SCALES[1][0])
-    else:
-        assert torch.equal(read["amax_history_fwd"][:, :2], history_of(SCALES[1])[:, :2])
+    assert torch.equal(read["amax_history_fwd"][:, :2], history_of(SCALES[1])[:, :2])
     del params
 
 
