@@ -209,14 +209,18 @@ def test_a_projection_equals_torch_to_the_bit(scales, dtype):
         np.testing.assert_array_equal(np.asarray(y.astype(jnp.float32)).reshape(-1, 24), expected.numpy())
 
 
-def test_gradients_are_straight_through_in_e5m2():
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])  # which multiply float32, FP8 and bfloat16
+def test_gradients_are_straight_through_in_e5m2(platform, monkeypatch):
+    monkeypatch.setattr(fp8.dispatch, "platform", lambda: platform)
     rng = np.random.default_rng(2)
     x, w, dy = (rng.standard_normal(shape).astype(np.float32) for shape in ((7, 16), (16, 24), (7, 24)))
     x, w, dy = map(jnp.asarray, (x, w, dy))
     scales = jnp.asarray((61.3, 507.1), jnp.float32)
-    _, pull = jax.vjp(functools.partial(fp8.product, jnp.matmul), x, w, jnp.append(scales, 0), jnp.zeros(3))
+    multiply = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
+    y, pull = jax.vjp(functools.partial(fp8.product, multiply), x, w, jnp.append(scales, 0), jnp.zeros(3))
     dx, dw, ds, seen = pull(dy)
-    _, x8, w8, sx, sw = torch_product(x, w, (61.3, 507.1))
+    expected, x8, w8, sx, sw = torch_product(x, w, (61.3, 507.1))
+    np.testing.assert_allclose(y, expected.numpy(), rtol=1e-6, atol=1e-6)
     dy = torch.tensor(np.asarray(dy))
     scale = torch.tensor(57344.0) / dy.abs().max()
     dy8 = (dy * scale).clamp(-57344, 57344).to(torch.float8_e5m2).float()
