@@ -172,7 +172,7 @@ def main() -> None:
         with run.watched():
             rows.append(case(job, name, int(length), arguments.fasta))
         print(json.dumps(rows[-1]), flush=True)
-    run.write(arguments.output, rows=rows)
+        run.write(arguments.output, rows=rows)  # after each case, as some take long
 
 
 if __name__ == "__main__":
