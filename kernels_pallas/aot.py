@@ -202,6 +202,11 @@ def compile_h200(fn, *args, mesh: Mesh | None = None, options: dict | None = Non
     return _report("h200", compiled, kernels)
 
 
+def h200_text(fn, *args) -> str:
+    """The program that XLA runs on an H200, as text (HLO)."""
+    return _compile(fn, args, _one("h200"), {}).as_text()
+
+
 def tpu_bundles(fn, *args, chip: str = "v5e", timeout: int = 600) -> dict[str, dict[str, int]]:
     """Counts from libtpu's final schedule of each Pallas kernel, per unit: {kernel: {"bundles": n, "MXU": ...}}.
 

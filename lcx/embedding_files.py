@@ -11,7 +11,7 @@ The output is PATH.partial until it is complete.
 
 import pathlib
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import numpy as np
@@ -44,22 +44,19 @@ def embed_file(
     both_strands: bool = False,
     keep_case: bool = False,
     overwrite: bool = False,
-    dtype: str | None = None,
-    rope_scaling: dict[str, Any] | None = None,
-    context_length: int | None = None,
-    adapter: Sequence[str] | None = None,
-    input_projections: str | None = None,
+    **loading: Any,
 ) -> None:
     """Writes the embeddings of FASTA records, BED regions or texts.
 
     Args:
-      checkpoint, dtype, rope_scaling, context_length, adapter, input_projections: as in lcx.load.
+      checkpoint: as in lcx.load.
       layers: names of points (lcx.activations), separated by commas.
       output: the file to write; its ending chooses the format.
       fasta, dataset: the sequences, one of the two. regions: a BED file for fasta.
       pool, window, overlap, piece_length: as in lcx.embed; both_strands is its reverse_complement.
       keep_case: whether lower-case letters of DNA stay as they are.
       overwrite: whether an existing output is replaced.
+      loading: other settings of lcx.load.
 
     Raises:
       UserError: a file cannot be read or written, or a setting is out of range.
@@ -69,15 +66,7 @@ def embed_file(
     if (fasta is None) == (dataset is None) or (regions is not None and fasta is None):
         raise UserError("set one of --fasta and --dataset, and --regions only with --fasta")
     with paths.claimed_file(output, "--output", overwrite=overwrite) as partial:
-        model, params, tokenizer = opened(
-            checkpoint,
-            of="sequence",
-            dtype=dtype,
-            rope_scaling=rope_scaling,
-            context_length=context_length,
-            adapter=adapter,
-            input_projections=input_projections,
-        )
+        model, params, tokenizer = opened(checkpoint, of="sequence", **loading)
         embedder = Embedder(
             model,
             params,

@@ -4,7 +4,6 @@ import contextlib
 import csv
 import functools
 import sys
-from collections.abc import Sequence
 from typing import Any
 
 from lcx import paths
@@ -36,11 +35,7 @@ def score_variants(
     strict: bool = False,
     overwrite: bool = False,
     tokens_per_batch: int = scoring.TOKENS_PER_BATCH,
-    dtype: str | None = None,
-    rope_scaling: dict[str, Any] | None = None,
-    context_length: int | None = None,
-    adapter: Sequence[str] | None = None,
-    input_projections: str | None = None,
+    **loading: Any,
 ) -> None:
     """Scores the variants of a file into a table (evals.variant_effects.VariantEffects).
 
@@ -50,7 +45,7 @@ def score_variants(
         VariantEffects.
       output: the table to write, .tsv.
       keep_case: whether lower-case letters stay as they are.
-      dtype, rope_scaling, context_length, adapter, input_projections: as in lcx.load.
+      loading: other settings of lcx.load.
 
     Raises:
       UserError: a file cannot be read or written, a setting is out of range, or no variant can be scored.
@@ -73,15 +68,7 @@ def score_variants(
         annotated=annotated,
         overwrite=overwrite,
     )
-    model = opened(
-        checkpoint,
-        of="sequence",
-        dtype=dtype,
-        rope_scaling=rope_scaling,
-        context_length=context_length,
-        adapter=adapter,
-        input_projections=input_projections,
-    )
+    model = opened(checkpoint, of="sequence", **loading)
     _run(evaluation, *model)
 
 
@@ -99,11 +86,7 @@ def score_sequences(
     tag: str = "",
     overwrite: bool = False,
     tokens_per_batch: int = scoring.TOKENS_PER_BATCH,
-    dtype: str | None = None,
-    rope_scaling: dict[str, Any] | None = None,
-    context_length: int | None = None,
-    adapter: Sequence[str] | None = None,
-    input_projections: str | None = None,
+    **loading: Any,
 ) -> None:
     """Scores the records of FASTA files, or the regions of a BED file, into a table (evals.sequence_likelihood).
 
@@ -113,7 +96,7 @@ def score_sequences(
       output: the table to write, .tsv, one row per sequence.
       keep_case: whether lower-case letters stay as they are.
       overwrite: whether existing outputs are replaced.
-      dtype, rope_scaling, context_length, adapter, input_projections: as in lcx.load.
+      loading: other settings of lcx.load.
 
     Raises:
       UserError: a file cannot be read or written, or a setting is out of range.
@@ -138,15 +121,7 @@ def score_sequences(
             tag=tag,
             per_position=per_position,
         )
-        model = opened(
-            checkpoint,
-            of="sequence",
-            dtype=dtype,
-            rope_scaling=rope_scaling,
-            context_length=context_length,
-            adapter=adapter,
-            input_projections=input_projections,
-        )
+        model = opened(checkpoint, of="sequence", **loading)
         result = _run(evaluation, *model)
         with open(table, "w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file, delimiter="\t", lineterminator="\n")

@@ -171,7 +171,11 @@ def write_samples(
     file: Path | None,
 ) -> None:
     """Prints several continuations, or writes them to a FASTA file, each up to the token that ends it."""
-    rows = [list(map(int, row)) for row in zip(*columns, strict=True)]
+    rows = list[list[int]]()
+    for column in columns:  # none is kept: each holds a buffer of the device, some KB for a number
+        rows = rows or [[] for _ in column]
+        for row, token in zip(rows, column.tolist(), strict=True):
+            row.append(token)
     texts = []
     for row in rows:
         end = next((i for i, token in enumerate(row) if token in stops), len(row))

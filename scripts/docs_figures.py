@@ -131,9 +131,7 @@ def generation(result: dict) -> str:
 
 
 def start_up(result: dict) -> str:
-    parts = [
-        key for key in ("imports", "data", "tracing", "lowering", "compiling") if key in str(result["rows"])
-    ]
+    parts = [key for key in ("imports", "data", "tracing", "lowering", "compiling") if key in str(result["rows"])]
     rows = [
         [row["command"], row["state"], *(number(row.get(key)) for key in ("first", "end", *parts))]
         for row in result["rows"]
@@ -263,8 +261,22 @@ def evo2_plan(result: dict) -> str:
 
 
 def long_genomes(result: dict) -> str:
-    rows = [[row["job"], row["model"], f"{row['letters']:,}", f"{row['peak_mib']} MiB"] for row in result["rows"]]
-    return table(["command", "model", "letters", "peak memory of the process"], rows)
+    jobs = {"positions": "score --per_position", "every": "embed --pool=none"}
+    head, found = ["command", "model", "letters", "peak memory of the process"], result["rows"]
+    rows = [[jobs.get(r["job"], r["job"]), r["model"], f"{r['letters']:,}", f"{r['peak_mib']} MiB"] for r in found]
+    if "difference" in found[0]:
+        head = [*head, "largest difference from the formulas"]
+        rows = [[*cells, f"{row['difference']:.0e}"] for cells, row in zip(rows, found, strict=True)]
+    return table(head, rows)
+
+
+def evo2_tutorial(result: dict) -> str:
+    loss, rows = result["held_out_loss"], result["rows"]
+    rows = [*rows, {"section": "", "command": "all", "seconds": sum(row["seconds"] for row in rows)}]
+    times = [[str(row["section"]), row["command"], f"{row['seconds']:.0f}"] for row in rows]
+    losses = [[name, f"{loss[name]:.4f}"] for name in ("before", "after")]
+    learned = table(["fine-tuning", "nats per letter"], losses)
+    return f"{learned}\n\n{table(['section', 'command', 'seconds'], times)}"
 
 
 def stripe(result: dict) -> str:
@@ -316,9 +328,7 @@ def _behind(speeds: dict[str, float]) -> bool:
 def decoding_line(result: dict) -> str:
     row = result["decoding"][-1]
     speeds = ", ".join(f"{side} {number(x)}" for side, x in row["tokens_per_second"].items())
-    sizes = " and ".join(
-        f"{row['cache_bytes'][side] / 1e6:.1f} MB ({side})" for side in ("linear", "softmax")
-    )
+    sizes = " and ".join(f"{row['cache_bytes'][side] / 1e6:.1f} MB ({side})" for side in ("linear", "softmax"))
     return f"tokens/s after {row['length']} tokens: {speeds}; {sizes} kept"
 
 
@@ -444,6 +454,7 @@ FIGURES = {
     "evo2_plan": Figure("evo2_plan.json", evo2_plan, "python benchmarks/evo2_plan.py", timed=False),
     "long_genomes": Figure("long_genomes_cpu.json", long_genomes, LONG_GENOMES, timed=False),
     "long_attention": Figure("long_genomes_attention_cpu.json", long_genomes, LONG_GENOMES, timed=False),
+    "evo2_tutorial": Figure("evo2_tutorial_cpu.json", evo2_tutorial, "python benchmarks/evo2_tutorial.py"),
     "plan_errors": Figure("plan_errors.json", plan_errors, "python benchmarks/plan_errors.py", timed=False),
     "recall_by_length": Figure(RECALL[0], recall_by_length, RECALL[1], timed=False),
     "recall_by_distance": Figure(RECALL[0], recall_by_distance, RECALL[1], timed=False),

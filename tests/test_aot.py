@@ -14,6 +14,7 @@ from jax.experimental.pallas import triton as pallas_triton
 
 from kernels_pallas import aot, cubin
 from lcx.config import environment
+from lcx.layers import Linear
 from lcx.model import Stage, abstract_params, llama
 
 A, B = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((1024, 512), (512, 1024)))
@@ -114,6 +115,20 @@ def test_a_pattern_of_blocks_is_recomputed_block_by_block(h200):
         return aot.compile_h200(jax.grad(loss), abstract_params(model), tokens).temp_bytes
 
     assert temporary(4) < 1.3 * temporary(1)
+
+
+def test_projections_in_fp8_are_products_in_fp8(h200):
+    """Forward and both gradients: the factors that the compiler multiplies are e4m3 and e5m2."""
+    linear = Linear((256,), (128, 3), ("embed", "channels", None), fp8=True)
+
+    def gradients(params, x):
+        return jax.value_and_grad(lambda p, x: jnp.sum(linear.apply({"params": p}, x) ** 2), argnums=(0, 1))(params, x)
+
+    kernel, scales, x = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((256, 128, 3), (2,), (2, 512, 256)))
+    text = aot.h200_text(gradients, {"kernel": kernel, "fp8_scales": scales}, x)
+    factors = re.findall(r" dot\(%(\S+), %(\S+)\)", text)
+    kinds = [{re.search(rf"%{re.escape(name)} = (\w+)\[", text)[1] for name in pair} for pair in factors]
+    assert sorted(kinds, key=len) == [{"f8e4m3fn"}, {"f8e4m3fn", "f8e5m2"}, {"f8e4m3fn", "f8e5m2"}]
 
 
 def test_tracing_sees_the_target():

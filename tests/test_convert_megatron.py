@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 
 import lcx
 from lcx.convert import api
+from lcx.convert.evo2 import fp8_states, weight_files
 from lcx.convert.files.torch_dist import TorchDist
 from lcx.convert.files.zarr_folder import ZarrFolder
 from lcx.errors import UserError
@@ -149,20 +150,32 @@ def test_what_no_tensor_holds_is_said(savanna, tmp_path, caplog):
 
 
 def test_scales_of_fp8_projections_are_read(savanna, tmp_path):
+    history = np.random.default_rng(0).random((16, 3), np.float32)
+
     def state(scale):
-        file = io.BytesIO()
-        torch.save({"scale_fwd": torch.tensor([scale, 2 * scale, 1.0]), "recipe": None}, file)
+        file, forward = io.BytesIO(), torch.tensor([scale, 2 * scale, 1.0])
+        torch.save({"scale_fwd": forward, "amax_history_fwd": torch.tensor(history), "recipe": None}, file)
         return file
 
     name = "module.decoder.layers.{}.mixer.dense_projection._extra_state/shard_0_1"
     states = {name.format(i): state(3.0 + i) for i in (0, 2)}
     states[name.format(2)] = torch.frombuffer(bytearray(states[name.format(2)].getvalue()), dtype=torch.uint8)
-    save(tmp_path, bionemo(savanna) | states)
-    (tmp_path / "run_config.yaml").write_text(CONFIG)
-    model, params = lcx.load(tmp_path)
+    save(tmp_path / "run", bionemo(savanna) | states)
+    (tmp_path / "run" / "run_config.yaml").write_text(CONFIG)
+    model, params = lcx.load(tmp_path / "run")
     blocks = {path: x for path, x in jax.tree_util.tree_leaves_with_path(params) if "fp8_scales" in str(path)}
     scales = [tuple(np.asarray(x)[0].tolist()) for x in blocks.values()]
     assert scales == [(3.0, 6.0), (0.0, 0.0), (5.0, 10.0)] and model.stages[0].pattern[0].mixer.fp8
+    for src, dst in (("run", "lcx"), ("lcx", "vortex"), ("run", "direct")):  # histories travel through lcx too
+        format = "lcx" if dst == "lcx" else "vortex"
+        api.write(tmp_path / dst, api.source(tmp_path / src), format=format)
+    states = [weight_files.open_file(tmp_path / name / "model.pt") for name in ("vortex", "direct")]
+    for i in range(3):
+        data = [file.extra_state(f"blocks.{i}.projections._extra_state") for file in states]
+        ours, direct = map(fp8_states.read, data)
+        assert (ours.scales, ours.gradient_scale) == (direct.scales, direct.gradient_scale)
+        np.testing.assert_array_equal(ours.history, direct.history)
+        np.testing.assert_array_equal(ours.history[:, :2], history[:, :2] * (i != 1))  # layer 1 has none
 
 
 # ------------------------------------------------------------------------------------------------------ the container

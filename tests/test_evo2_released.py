@@ -209,14 +209,18 @@ def test_a_projection_equals_torch_to_the_bit(scales, dtype):
         np.testing.assert_array_equal(np.asarray(y.astype(jnp.float32)).reshape(-1, 24), expected.numpy())
 
 
-def test_gradients_are_straight_through_in_e5m2():
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])  # which multiply float32, FP8 and bfloat16
+def test_gradients_are_straight_through_in_e5m2(platform, monkeypatch):
+    monkeypatch.setattr(fp8.dispatch, "platform", lambda: platform)
     rng = np.random.default_rng(2)
     x, w, dy = (rng.standard_normal(shape).astype(np.float32) for shape in ((7, 16), (16, 24), (7, 24)))
     x, w, dy = map(jnp.asarray, (x, w, dy))
     scales = jnp.asarray((61.3, 507.1), jnp.float32)
-    _, pull = jax.vjp(functools.partial(fp8.product, jnp.matmul), x, w, jnp.append(scales, 0), jnp.zeros(3))
+    multiply = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
+    y, pull = jax.vjp(functools.partial(fp8.product, multiply), x, w, jnp.append(scales, 0), jnp.zeros(3))
     dx, dw, ds, seen = pull(dy)
-    _, x8, w8, sx, sw = torch_product(x, w, (61.3, 507.1))
+    expected, x8, w8, sx, sw = torch_product(x, w, (61.3, 507.1))
+    np.testing.assert_allclose(y, expected.numpy(), rtol=1e-6, atol=1e-6)
     dy = torch.tensor(np.asarray(dy))
     scale = torch.tensor(57344.0) / dy.abs().max()
     dy8 = (dy * scale).clamp(-57344, 57344).to(torch.float8_e5m2).float()
@@ -304,19 +308,16 @@ def test_the_model_computes_in_fp8_by_default(fp8_file, plain, caplog):
 @pytest.mark.parametrize("middle", ["savanna", "vortex", "lcx"])
 def test_scales_are_kept_both_ways(middle, fp8_file, tmp_path):
     model, params = lcx.load(fp8_file)
-    for step, (src, dst) in enumerate(((fp8_file, middle), (tmp_path / "0", "vortex"))):
-        words = [f"--src={src}", f"--dst={tmp_path / str(step)}", f"--dst_format={dst}"]
-        words += ["--context_length=256"] * (step == 0)  # as savanna's filters need it
-        assert main(words + ["--model_parallel=2"] * (dst == "savanna")) == 0
+    words = [f"--src={fp8_file}", f"--dst={tmp_path / '0'}", f"--dst_format={middle}"]
+    words += ["--context_length=256"]  # as savanna's filters need it
+    assert main(words + ["--model_parallel=2"] * (middle == "savanna")) == 0
+    api.write(tmp_path / "1", api.source(tmp_path / "0"), format="vortex")
     again, found = lcx.load(tmp_path / "1")
     assert scales_of(found) == SCALES and [s.pattern for s in again.stages] == [s.pattern for s in model.stages]
     written = torch.load(tmp_path / "1" / "model.pt", weights_only=True)
     read = pickle.loads(written["blocks.1.projections._extra_state"].numpy().tobytes())  # as Transformer Engine does
     assert read["scale_fwd"].tolist() == [*SCALES[1], 1.0] and read["amax_history_fwd"].shape == (16, 3)
-    if middle == "lcx":  # which keeps scales; histories are those of a run
-        assert read["amax_history_fwd"].amax(0)[0] == pytest.approx(448 / SCALES[1][0])
-    else:
-        assert torch.equal(read["amax_history_fwd"][:, :2], history_of(SCALES[1])[:, :2])
+    assert torch.equal(read["amax_history_fwd"][:, :2], history_of(SCALES[1])[:, :2])
     del params
 
 

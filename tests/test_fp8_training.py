@@ -184,6 +184,8 @@ def test_a_resumed_run_goes_on_bit_for_bit_and_is_exported(tmp_path):
         np.testing.assert_array_equal(bits(state["amax_history_bwd"][:, 0]), bits(history[:, 2]))
         assert state["scale_bwd"][0] == float(block["gradient_scale"][0])
         assert np.count_nonzero(history[:, 0]) == 6
-    begun = Trainer(data=trainer.data, init_from=str(tmp_path / "vortex"), steps=1, batch_size=2, seq_len=32)
-    again = begun._start(begun.mesh.build()).state["fp8"]
-    jax.tree.map(lambda a, b: np.testing.assert_array_equal(bits(a), bits(b)), again, whole["fp8"])
+    assert main([f"--src={tmp_path / 'vortex'}", f"--dst={tmp_path / 'lcx'}", "--dst_format=lcx"]) == 0
+    for name in ("vortex", "lcx"):
+        begun = Trainer(data=trainer.data, init_from=str(tmp_path / name), steps=1, batch_size=2, seq_len=32)
+        again = begun._start(begun.mesh.build()).state["fp8"]
+        jax.tree.map(lambda a, b: np.testing.assert_array_equal(bits(a), bits(b)), again, whole["fp8"])

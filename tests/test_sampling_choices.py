@@ -1,5 +1,7 @@
 """top-k against transformers' warper, allowed letters, several samples."""
 
+import weakref
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,10 +10,12 @@ import torch
 
 import lcx
 from lcx import model as model_lib
+from lcx.data import ByteTokenizer
 from lcx.errors import UserError
 from lcx.generate import main
 from lcx.ops import sampling
 from lcx.striped_hyena import striped_hyena
+from lcx.terminal import write_samples
 
 
 def test_top_k_is_that_of_transformers():
@@ -46,6 +50,22 @@ def test_only_allowed_letters_many_times(evo2, tmp_path, capsys):
     assert main([*words, f"--output={tmp_path}/s.fa"]) == 2
     assert main([*words[:-1], "--allowed="]) == 2
     assert main([*words, "--num_samples=0"]) == 2 and main([*words, "--top_k=0"]) == 2
+
+
+def test_samples_keep_numbers_and_no_arrays(tmp_path):
+    """100,000 letters are as many buffers of a device otherwise."""
+    made = []
+
+    def columns():
+        for letters in (b"AC", b"CG", b"GT", b"TA"):
+            assert all(array() is None for array in made[:-1])
+            column = np.frombuffer(letters, np.uint8).astype(np.int32)
+            made.append(weakref.ref(column))
+            yield column
+
+    tokenizer = ByteTokenizer(bos_id=None, eos_id=0)
+    write_samples(tokenizer, columns(), prompt=[78], stops=[0], file=tmp_path / "s.fa")
+    assert (tmp_path / "s.fa").read_text().splitlines()[1::2] == ["NACGT", "NCGTA"]
 
 
 def test_settings_are_checked(evo2):

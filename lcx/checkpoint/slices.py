@@ -17,7 +17,7 @@ import pathlib
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from types import EllipsisType, TracebackType
+from types import EllipsisType, MappingProxyType, TracebackType
 from typing import Any, Self, TypeVar
 
 import ml_dtypes  # noqa: F401  (numpy learns bfloat16 from it)
@@ -210,9 +210,17 @@ class StepWriter:
         UserError.
       item: name of the item that holds the arrays.
       arrays: {path: (shape, dtype)} of everything that will be written.
+      others: {name: {path: array}} of other items, which are small and written at once.
     """
 
-    def __init__(self, step_dir: Any, item: str, arrays: Mapping[Path, Spec]):
+    def __init__(
+        self,
+        step_dir: Any,
+        item: str,
+        arrays: Mapping[Path, Spec],
+        *,
+        others: Mapping[str, Mapping[Path, np.ndarray]] = MappingProxyType({}),
+    ):
         self._step_dir = pathlib.Path(step_dir).resolve()
         if not self._step_dir.name.isdecimal():
             raise UserError(
@@ -220,18 +228,20 @@ class StepWriter:
             )
         if (self._step_dir / COMMIT_MARKER).exists():
             raise UserError(f"{step_dir} already holds a checkpoint; choose another folder or remove it")
-        self._item_dir = self._step_dir / item
-        self._arrays = {path: (tuple(shape), np.dtype(dtype)) for path, (shape, dtype) in arrays.items()}
-        self._coverage = {path: _Coverage(shape) for path, (shape, _) in self._arrays.items()}
+        self._item, small = item, {(name, *path): x for name, tree in others.items() for path, x in tree.items()}
+        specs = {(item, *path): spec for path, spec in arrays.items()}
+        specs |= {key: (x.shape, x.dtype) for key, x in small.items()}
+        self._arrays = {key: (tuple(shape), np.dtype(dtype)) for key, (shape, dtype) in specs.items()}
+        self._coverage = {key: _Coverage(shape) for key, (shape, _) in self._arrays.items()}
         self._num_bytes = sum(math.prod(shape) * dtype.itemsize for shape, dtype in self._arrays.values())
         self._start_ns = time.time_ns()
         self._context = _context()
-        if bad := [path for path in arrays if not path or any(not n or set(n) & set("/.") for n in path)]:
+        if bad := [key[1:] for key in specs if not key[1:] or any(not n or set(n) & set("/.") for n in key)]:
             raise ValueError(f"cannot store {few(bad)}; names must not be empty nor contain '/' or '.'")
         shutil.rmtree(self._step_dir, ignore_errors=True)
-        self._stores = {
-            path: self._create(path) for path, (shape, _) in self._arrays.items() if math.prod(shape)
-        }
+        self._stores = {key: self._create(key) for key, (shape, _) in self._arrays.items() if math.prod(shape)}
+        for key, x in small.items():
+            self._write(key, None, x)
 
     def __enter__(self) -> Self:
         return self
@@ -248,24 +258,27 @@ class StepWriter:
         Raises KeyError for an unknown path, ValueError if the dtype or shape differs from the declared one or a row
         was already written, and UserError if the disk cannot be written to.
         """
-        shape, dtype = self._arrays[path]
+        self._write((self._item, *path), index, values)
+
+    def _write(self, key: Path, index: int | slice | EllipsisType | None, values: np.ndarray) -> None:
+        shape, dtype = self._arrays[key]
         start, stop = _rows(index, shape)
         block = values[None] if isinstance(index, (int, np.integer)) else values
         expected = (stop - start, *shape[1:]) if shape else ()
         if (block.shape, block.dtype) != (expected, dtype):
             raise ValueError(
-                f"{'/'.join(path)}: got {block.dtype}{list(block.shape)}, not {dtype}{list(expected)}"
+                f"{'/'.join(key[1:])}: got {block.dtype}{list(block.shape)}, not {dtype}{list(expected)}"
             )
         if not block.size:
             return
-        if not self._coverage[path].add(start, stop, block):
-            raise ValueError(f"{'/'.join(path)}: rows {start} to {stop} were written before")
-        store = self._stores[path]
+        if not self._coverage[key].add(start, stop, block):
+            raise ValueError(f"{'/'.join(key[1:])}: rows {start} to {stop} were written before")
+        store = self._stores[key]
         self._guarded(lambda: (store[start:stop] if shape else store).write(block).result())
 
     def finish(self, json_items: Mapping[str, Any]) -> None:
         """Writes the JSON items and commits the step. Raises ValueError if rows are missing."""
-        missing = ["/".join(path) for path, c in self._coverage.items() if not c.complete]
+        missing = ["/".join(key[1:]) for key, c in self._coverage.items() if not c.complete]
         if missing:
             raise ValueError(f"cannot commit {self._step_dir}: rows missing in {few(missing)}")
         self._guarded(lambda: self._commit({name: plain(document) for name, document in json_items.items()}))
@@ -277,11 +290,11 @@ class StepWriter:
             reason = why_not_written(error, self._step_dir.parent, self._num_bytes)
             raise UserError(f"checkpoint {self._step_dir} was not written: {reason}") from None
 
-    def _create(self, path: Path) -> ts.TensorStore:
-        shape, dtype = self._arrays[path]
+    def _create(self, key: Path) -> ts.TensorStore:
+        shape, dtype = self._arrays[key]
         spec = {
             "driver": "zarr",
-            "kvstore": {"driver": "file", "path": f"{self._item_dir}/{'.'.join(path)}/"},
+            "kvstore": {"driver": "file", "path": f"{self._step_dir / key[0]}/{'.'.join(key[1:])}/"},
             "metadata": {
                 "shape": list(shape),
                 "chunks": list(_chunk_shape(shape, dtype.itemsize)),
@@ -299,18 +312,17 @@ class StepWriter:
         return stores[0]
 
     def _commit(self, documents: dict[str, Any]) -> None:
-        item = self._item_dir.name
-        entries = {
-            "/".join(path): Entry(shape, dtype.name, self._coverage[path].sum)
-            for path, (shape, dtype) in self._arrays.items()
-        }
-        record = Record(arrays={item: entries}, json={name: checksum(doc) for name, doc in documents.items()})
+        entries: dict[str, dict[str, Entry]] = {self._item: {}}
+        for (item, *path), (shape, dtype) in self._arrays.items():
+            entries.setdefault(item, {})["/".join(path)] = Entry(shape, dtype.name, self._coverage[(item, *path)].sum)
+        record = Record(arrays=entries, json={name: checksum(doc) for name, doc in documents.items()})
         documents = documents | {RECORD_ITEM: record.to_json()}
         handlers = {name: _HANDLERS + "json_checkpoint_handler.JsonCheckpointHandler" for name in documents}
-        if self._stores:
+        for item in dict.fromkeys(key[0] for key in self._stores):
             handlers[item] = _HANDLERS + "pytree_checkpoint_handler.PyTreeCheckpointHandler"
-            _write_text(self._item_dir / "_METADATA", json.dumps(_tree_metadata(list(self._stores))))
-            _write_text(self._item_dir / COMMIT_MARKER, "committed")
+            metadata = _tree_metadata([key[1:] for key in self._stores if key[0] == item])
+            _write_text(self._step_dir / item / "_METADATA", json.dumps(metadata))
+            _write_text(self._step_dir / item / COMMIT_MARKER, "committed")
         for name, document in documents.items():
             _write_text(self._step_dir / name / "metadata", json.dumps(document))
             _write_text(self._step_dir / name / COMMIT_MARKER, "committed")

@@ -10,7 +10,7 @@ In training the scaling is delayed: each step records the largest magnitudes of 
 `next_scales` makes the next scales from those of the last HISTORY steps, as Transformer Engine's DelayedScaling does.
 
 The rounded numbers are exact in bfloat16 and float32, so they are multiplied in the type that is fast: on a CPU
-float32, on a GPU FP8 itself, elsewhere bfloat16.
+float32, on a GPU FP8 itself (the gradients too, as products of e5m2 and e4m3), elsewhere bfloat16.
 
 Gradients are straight-through: those of the unrounded product, computed from the rounded factors. The incoming gradient
 is rounded to e5m2.
@@ -23,6 +23,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+from lcx.ops import dispatch
 
 E4M3_MAX, E5M2_MAX = 448.0, 57344.0
 FLOAT32_MAX = 3.4028234663852886e38
@@ -86,10 +88,11 @@ def product(
     scales: Float[Array, "3"],
     record: Float[Array, "3"],
 ) -> Float[Array, "..."]:
-    """multiply(x, w), a bilinear function, in FP8; in the dtype of x.
+    """multiply(x, w) in FP8; in the dtype of x.
 
     Args:
-      multiply: accumulates in float32 and returns float32, also of FP8 and bfloat16 factors.
+      multiply: contracts the last axes of x with the first of w. It accumulates in float32 and returns float32, also of
+        FP8 and bfloat16 factors.
       scales: of x, of w and of the gradient of the product; 0 for current scaling.
       record: not read. Its "gradient" is what a step records: the largest magnitudes of x, of w and of the gradient.
     """
@@ -101,8 +104,9 @@ def _forward(multiply, x, w, scales, record):
     scale_x, scale_w = (
         jnp.where(stored[i] > 0, stored[i], current_scale(tensor, E4M3_MAX)) for i, tensor in enumerate((x, w))
     )
-    x8, w8 = e4m3(x.astype(jnp.float32) * scale_x), e4m3(w.astype(jnp.float32) * scale_w)
-    y = _multiplied(multiply, x8, w8) * (1 / (scale_x * scale_w))
+    x8 = _narrow(e4m3(x.astype(jnp.float32) * scale_x), jnp.float8_e4m3fn)
+    w8 = _narrow(e4m3(w.astype(jnp.float32) * scale_w), jnp.float8_e4m3fn)
+    y = multiply(x8, w8).astype(jnp.float32) * (1 / (scale_x * scale_w))
     like = jnp.zeros((), x.dtype), jnp.zeros((), w.dtype), record
     return y.astype(x.dtype), (x8, w8, scale_x, scale_w, stored[2], _amax(x), _amax(w), scales, like)
 
@@ -110,8 +114,7 @@ def _forward(multiply, x, w, scales, record):
 def _backward(multiply, kept, dy):
     x8, w8, scale_x, scale_w, stored, amax_x, amax_w, scales, (like_x, like_w, record) = kept
     scale = jnp.where(stored > 0, stored, current_scale(dy, E5M2_MAX))
-    _, pull = jax.vjp(multiply, x8, w8)
-    dx, dw = pull(e5m2(dy.astype(jnp.float32) * scale))
+    dx, dw = _pulled(multiply, x8, w8, _narrow(e5m2(dy.astype(jnp.float32) * scale), jnp.float8_e5m2))
     dx, dw = dx * (1 / (scale * scale_w)), dw * (1 / (scale * scale_x))
     recorded = jnp.stack([amax_x, amax_w, _amax(dy)]).astype(record.dtype)
     return dx.astype(like_x.dtype), dw.astype(like_w.dtype), jnp.zeros_like(scales), recorded
@@ -124,9 +127,22 @@ def _amax(x: Array) -> Float[Array, ""]:
     return jnp.max(jnp.abs(x.astype(jnp.float32)))
 
 
-def _multiplied(multiply: Product, x8: Array, w8: Array) -> Float[Array, "..."]:
-    kind = {"cpu": jnp.float32, "gpu": jnp.float8_e4m3fn}.get(jax.default_backend(), jnp.bfloat16)
-    return multiply(x8.astype(kind), w8.astype(kind)).astype(jnp.float32)
+def _narrow(rounded: Array, native: Any) -> Array:
+    """Numbers of the FP8 type `native` in the type in which this platform multiplies them fastest."""
+    return rounded.astype({"cpu": jnp.float32, "gpu": native}.get(dispatch.platform(), jnp.bfloat16))
+
+
+def _pulled(multiply: Product, x8: Array, w8: Array, dy8: Array) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    """The gradients of multiply(x8, w8), float32."""
+    if x8.dtype == jnp.float32:
+        return jax.vjp(multiply, x8, w8)[1](dy8)
+    # A gradient by jax.vjp would have the dtype of the factor, and be rounded to it.
+    num_in = (x8.ndim + w8.ndim - dy8.ndim) // 2
+    rows, outs = tuple(range(x8.ndim - num_in)), tuple(range(num_in, w8.ndim))
+    of_x = (tuple(range(len(rows), dy8.ndim)), outs), ((), ())
+    of_w = (rows, rows), ((), ())
+    dot = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
+    return dot(dy8, w8, of_x), dot(x8, dy8, of_w)
 
 
 def _rounded(x: Array, largest: float, *, mantissa_bits: int, smallest_normal: float) -> Array:

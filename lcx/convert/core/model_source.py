@@ -59,7 +59,7 @@ class ModelSource(Protocol):
 def fp8_scaling(source: ModelSource) -> Mapping[str, np.ndarray]:
     """What a source holds of the histories of FP8 scales: {path: array}, as `training.fp8_scaling` names them.
 
-    Only checkpoints of training runs hold any.
+    Only checkpoints of training runs, and what was converted from them, hold any.
     """
     return getattr(source, "fp8_scaling", {})
 

@@ -13,7 +13,7 @@ from lcx.convert.core.format import check_same
 from lcx.convert.core.model_source import ModelSource
 from lcx.convert.files import folders, tensor_io
 from lcx.convert.files.tensor_io import TensorInfo
-from lcx.convert.workdir.source import CARRIED, META, PARAMS, read_meta
+from lcx.convert.workdir.source import CARRIED, FP8, META, PARAMS, read_meta
 from lcx.version import __version__
 
 
@@ -26,6 +26,8 @@ def write(
 ) -> dict[str, TensorInfo]:
     """Writes a workdir with one step, 0, into an empty folder; returns the written tensors.
 
+    The histories of FP8 scales that the source holds become the item that a training run would write.
+
     Holds one layer of one stacked parameter, or one piece of any other parameter, in memory at a time.
     """
     leaves = {
@@ -35,7 +37,9 @@ def write(
     specs = {tuple(path.split("/")): (info.shape, info.dtype) for path, info in leaves.items()}
     for file in source.side_files:
         folders.write_bytes(folder / file.name, file.read_bytes())
-    with StepWriter(folder / "checkpoints" / "0", PARAMS, specs) as writer:
+    histories = {tuple(path.split("/")): x for path, x in model_source.fp8_scaling(source).items()}
+    others = {FP8: histories} if histories else {}
+    with StepWriter(folder / "checkpoints" / "0", PARAMS, specs, others=others) as writer:
         for path, info in leaves.items():
             for rows in _row_groups(path, info.shape, source.leaves[path].dtype):
                 index = (rows, *(slice(0, size) for size in info.shape[1:])) if info.shape else ()
