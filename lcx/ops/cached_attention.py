@@ -4,7 +4,7 @@ The scores against the cache and those among the new tokens share one maximum an
 cache is copied or written, so the cost per token is one read of the cache; on a CPU, of its filled part. (Writing the
 new tokens into the cache first would give the same result, but a scan over layers would have to carry whole caches.)
 
-Letters: B batch, T new tokens, S slots, N query heads, K key/value heads, G = N / K, H head dim, W width of a value (H by default).
+Letters: B batch, T new tokens, S slots, N query heads, K key/value heads, G = N / K, H head dim, W width of a value.
 """
 
 import functools
@@ -124,7 +124,7 @@ class _Softmax(NamedTuple):
         return cls(zeros + NEG, zeros, y, cap) if sinks is None else cls(zeros + sinks, zeros + 1, y, cap)
 
     def over(self, q: Array, k: Array, v: Array, see: Array, gap: Array | float = 0.0) -> "_Softmax":
-        """The softmax over these slots as well: k [B, K, S, H], v [B, K, S, W], the mask [B, 1, 1, T, S], a term of the scores."""
+        """The softmax over these slots too: k [B, K, S, H], v [B, K, S, W], the mask [B, 1, 1, T, S], a term of scores."""
         product = functools.partial(jnp.einsum, preferred_element_type=self.y.dtype)
         scores = product("bkgth,bksh->bkgts", q, k)
         if self.cap is not None:
