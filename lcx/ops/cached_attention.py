@@ -124,7 +124,7 @@ class _Softmax(NamedTuple):
         return cls(zeros + NEG, zeros, y, cap) if sinks is None else cls(zeros + sinks, zeros + 1, y, cap)
 
     def over(self, q: Array, k: Array, v: Array, see: Array, gap: Array | float = 0.0) -> "_Softmax":
-        """The softmax over these slots too: k [B, K, S, H], v [B, K, S, W], the mask [B, 1, 1, T, S], a term of scores."""
+        """The softmax over these slots too: k [B, K, S, H], v [B, K, S, W], mask [B, 1, 1, T, S], a term of scores."""
         product = functools.partial(jnp.einsum, preferred_element_type=self.y.dtype)
         scores = product("bkgth,bksh->bkgts", q, k)
         if self.cap is not None:

@@ -84,10 +84,10 @@ def unpacked(source: TensorSource, config: Mapping[str, object]) -> TensorSource
     if not isinstance(given, Mapping) or given.get("quant_method") != "fp8":
         return source
     block = given.get("weight_block_size")
-    right = isinstance(block, list) and len(block) == 2 and all(type(n) is int and n > 0 for n in block)
-    if not right or given.get("fmt", "e4m3") != "e4m3":
+    sizes = block if isinstance(block, list) and all(type(n) is int and n > 0 for n in block) else []
+    if len(sizes) != 2 or given.get("fmt", "e4m3") != "e4m3":
         raise UserError(
             f"config.json has quantization_config {shown(dict(given), 120)}, expected weight_block_size [rows, "
             "columns] and fmt 'e4m3', as in DeepSeek-V3: write the weights in 16 bits first"
         )
-    return Unpacked(source, (block[0], block[1]))
+    return Unpacked(source, (sizes[0], sizes[1]))

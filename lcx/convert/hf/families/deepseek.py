@@ -28,6 +28,7 @@ from lcx.rope_fields import shown
 
 #: transformers' defaults of the sizes of latent attention.
 _SIZES = {"kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
+_MOST_NEXT = 100  # layers of multi-token prediction; a damaged file shall not build a huge pattern
 _GREEDY, _IN_GROUPS = "greedy", "group_limited_greedy"
 
 
@@ -44,7 +45,11 @@ class DeepSeek(WithExperts):
         *_SIZES, "q_lora_rank", "qk_head_dim", "first_k_dense_replace", "n_shared_experts", "n_group", "topk_group",
         "routed_scaling_factor", "norm_topk_prob", "topk_method", "quantization_config",
     })  # fmt: skip
-    fixed: tuple = (("moe_layer_freq", (1,)), ("sliding_window", (None,)), ("use_sliding_window", (None, False)))
+    fixed: tuple = (
+        ("moe_layer_freq", (1,)),
+        ("sliding_window", (None,)),
+        ("use_sliding_window", (None, False)),
+    )
     unpacks: frozenset[str] = frozenset({"fp8"})
     experts_key: str = "n_routed_experts"
     fused: tuple = (("kv_a_proj_with_mqa", ("kv_a_proj",)),)
@@ -56,11 +61,12 @@ class DeepSeek(WithExperts):
     # ------------------------------------------------------------------------------------ config.json -> model
 
     def mixer(self, config, rope, window):
-        rank = {"q_lora_rank": 1536, **config}["q_lora_rank"]
+        sizes: dict[str, Any] = {name: integer(config, name, default) for name, default in _SIZES.items()}
+        whole = "q_lora_rank" in config and config["q_lora_rank"] is None  # V2-Lite
         return LatentAttention(
             integer(config, "num_attention_heads"),
-            **{name: integer(config, name, default) for name, default in _SIZES.items()},
-            q_lora_rank=None if rank is None else integer({"q_lora_rank": rank}, "q_lora_rank"),
+            **sizes,
+            q_lora_rank=None if whole else integer(config, "q_lora_rank", 1536),
             bias=boolean(config, "attention_bias"),
             rope=rope,
             rope_interleave=self.interleaved(config),
@@ -145,14 +151,13 @@ class DeepSeek(WithExperts):
         table = self._kernels(prefix, path, (*queries, "kv_a_proj", "kv_b_proj", "o_proj"), layer.repeat)
         biased = (*queries[:low], "kv_a_proj", "o_proj") if mixer.bias else ()
         module = {part: theirs for theirs, (part,) in self.fused}
-        table += [
-            Rule(f"{prefix}{module.get(name, name)}.bias", (Part(f"{path}/{name}/bias", Flat(), layer.repeat),))
-            for name in biased
-        ]
-        return table + [
-            Rule(f"{prefix}{name}_layernorm.weight", (Part(f"{path}/{name}_norm/scale", Same(), layer.repeat),))
-            for name in ("q_a",) * low + ("kv_a",)
-        ]
+        for name in biased:
+            part = Part(f"{path}/{name}/bias", Flat(), layer.repeat)
+            table.append(Rule(f"{prefix}{module.get(name, name)}.bias", (part,)))
+        for name in ("q_a",) * low + ("kv_a",):
+            part = Part(f"{path}/{name}_norm/scale", Same(), layer.repeat)
+            table.append(Rule(f"{prefix}{name}_layernorm.weight", (part,)))
+        return table
 
     def mlp_rules(self, prefix, layer):
         table, path, mlp = super().mlp_rules(prefix, layer), f"{layer.path}/mlp", layer.block.mlp
@@ -186,8 +191,10 @@ class DeepSeekV2(DeepSeek):
             )
         if method == _GREEDY:
             return super().experts(config)
-        groups = {"num_groups": integer(config, "n_group"), "num_chosen_groups": integer(config, "topk_group")}
-        return super().experts(config) | groups
+        return super().experts(config) | {
+            "num_groups": integer(config, "n_group"),
+            "num_chosen_groups": integer(config, "topk_group"),
+        }
 
     def own_keys(self, model, depth):
         keys = super().own_keys(model, depth)
@@ -224,14 +231,10 @@ class DeepSeekV3(DeepSeek):
         return keys | {"rope_interleave": interleaved, "num_nextn_predict_layers": 0}
 
     def unread(self, config):
-        first, count = (
-            integer(config, "num_hidden_layers"),
-            integer(config, "num_nextn_predict_layers", 1, least=0),
-        )
-        if not count or count > 100:
-            return {}
-        numbers = "|".join(str(first + i) for i in range(count))
-        return {rf"model\.layers\.({numbers})\..*": "layers of multi-token prediction"}
+        first = integer(config, "num_hidden_layers")
+        count = integer(config, "num_nextn_predict_layers", 1, least=0)
+        numbers = "|".join(str(first + i) for i in range(min(count, _MOST_NEXT)))
+        return {} if not count else {rf"model\.layers\.({numbers})\..*": "layers of multi-token prediction"}
 
 
 DEEPSEEK_V2, DEEPSEEK_V3 = DeepSeekV2(), DeepSeekV3()
