@@ -41,7 +41,8 @@ def extend(
     """(the scaled Rope, the new max_position_embeddings) for a context of `context_length` tokens.
 
     A rope_type in `rope_scaling` replaces the model's scaling, but rope_theta and partial_rotary_factor are kept unless
-    given, as are mscale and mscale_all_dim from YaRN to YaRN. {"rope_theta": B} without a type changes the base and keeps the model's scaling, if it has one.
+    given, as are mscale and mscale_all_dim from YaRN to YaRN. {"rope_theta": B} without a type changes the base and
+    keeps the model's scaling, if it has one.
 
     The factor is always relative to the original window L: original_max_position_embeddings of `rope_scaling`, else of
     the model's rope, else max_position_embeddings. So extending by 4 and then by 16 gives 16, not 64. If the factor is

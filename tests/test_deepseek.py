@@ -39,13 +39,14 @@ LITE = dict(
     attention_dropout=0.0, tie_word_embeddings=False, use_cache=True, pretraining_tp=1, torch_dtype="bfloat16",
 )  # fmt: skip
 V2 = LITE | dict(
-    hidden_size=5120, intermediate_size=12288, moe_intermediate_size=1536, num_hidden_layers=60, num_attention_heads=128,
-    num_key_value_heads=128, n_routed_experts=160, routed_scaling_factor=16.0, q_lora_rank=1536,
-    topk_method="group_limited_greedy", n_group=8, topk_group=3,
+    hidden_size=5120, intermediate_size=12288, moe_intermediate_size=1536, num_hidden_layers=60,
+    num_attention_heads=128, num_key_value_heads=128, n_routed_experts=160, routed_scaling_factor=16.0,
+    q_lora_rank=1536, topk_method="group_limited_greedy", n_group=8, topk_group=3,
 )  # fmt: skip
 V3 = V2 | dict(
     model_type="deepseek_v3", architectures=["DeepseekV3ForCausalLM"], vocab_size=129280, hidden_size=7168,
-    intermediate_size=18432, moe_intermediate_size=2048, num_hidden_layers=61, n_shared_experts=1, n_routed_experts=256,
+    intermediate_size=18432, moe_intermediate_size=2048, num_hidden_layers=61, n_shared_experts=1,
+    n_routed_experts=256,
     routed_scaling_factor=2.5, topk_method="noaux_tc", topk_group=4, num_experts_per_tok=8, first_k_dense_replace=3,
     norm_topk_prob=True, scoring_func="sigmoid", num_nextn_predict_layers=1,
     rope_scaling=YARN | dict(mscale=1.0, mscale_all_dim=1.0),
@@ -91,10 +92,11 @@ def test_fp8_in_blocks_and_layers_of_next_tokens(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         source = HfSource(tmp_path)
     assert "2 tensors are not read: layers of multi-token prediction" in caplog.text
-    (tmp_path / "back").mkdir()
-    writer.write(tmp_path / "back", source, dtype=np.dtype("float16"))
+    for name in ("half", "back"):
+        (tmp_path / name).mkdir()
+    writer.write(tmp_path / "half", source, dtype=np.dtype("float16"))
     bias = "model.layers.1.mlp.gate.e_score_correction_bias"
-    half = safetensors.torch.load_file(tmp_path / "back" / "model.safetensors")
+    half = safetensors.torch.load_file(tmp_path / "half" / "model.safetensors")
     assert torch.equal(half[bias], reference.state_dict()[bias])  # kept in float32, as transformers keeps it
     writer.write(tmp_path / "back", source)
     written = safetensors.torch.load_file(tmp_path / "back" / "model.safetensors")
@@ -104,7 +106,8 @@ def test_fp8_in_blocks_and_layers_of_next_tokens(tmp_path, caplog):
     assert "quantization_config" not in json.loads((tmp_path / "back" / "config.json").read_text())
     params = model_source.to_devices(source, dtype=np.dtype("bfloat16"), mesh=None)
     assert params["stages_1"]["block_0"]["mlp"]["choice_bias"].dtype == jnp.float32
-    (tmp_path / "config.json").write_text(json.dumps(config | dict(quantization_config=quantization | {"fmt": "e5m2"})))
+    other = dict(quantization_config=quantization | {"fmt": "e5m2"})
+    (tmp_path / "config.json").write_text(json.dumps(config | other))
     with pytest.raises(UserError, match=r"expected weight_block_size \[rows, columns\] and fmt 'e4m3'"):
         HfSource(tmp_path)
 

@@ -300,7 +300,9 @@ def described(name: str, **changes) -> model_lib.Decoder:
     return hf_config.from_config(keys)
 
 
-@pytest.mark.parametrize("name", ["gemma3_text", "olmo3", "smollm3", "gpt_oss", "qwen3_moe", "ministral", "deepseek_v3"])
+@pytest.mark.parametrize(
+    "name", ["gemma3_text", "olmo3", "smollm3", "gpt_oss", "qwen3_moe", "ministral", "deepseek_v3"]
+)
 def test_a_scaling_goes_where_the_family_puts_it(name):
     """The extended model is that of the config.json that transformers extends (compared with it in logits, above)."""
     given = ROWS[name]["rope_parameters"]

@@ -54,7 +54,7 @@ class Family:
         raise NotImplementedError
 
     def unread(self, config: Mapping[str, Any]) -> dict[str, str]:
-        """Stored tensors that are no part of the model: regular expressions of their names -> what they are, in words."""
+        """Stored tensors that are no part of the model: regular expressions of their names -> what they are."""
         return {}
 
     def config(self, model: Decoder, *, dtype: str) -> dict[str, Any]:
