@@ -1,7 +1,7 @@
 """Causal softmax attention with grouped heads, sliding windows, packed segments and decay, without T x T arrays.
 
-Letters: B batch, T queries, S keys, N query heads, K key/value heads, G = N / K, H head dim, W width of a value, H
-unless the mixer says otherwise (kernels other than ours of plain JAX get values filled up with zeros to H).
+Letters: B batch, T queries, S keys, N query heads, K key/value heads, G = N / K, H head dim, W width of a value. W is H
+except in latent attention; kernels, which know one width, then get the narrower arrays filled up with zeros.
 
 ``reference``  the definition, in float32 with quadratic memory; the other forms are tested against it.
 ``xla``        one tile at a time, with its own backward pass (attention_tiles.py).
@@ -88,23 +88,24 @@ def attention(
             mesh_axis=mesh_axis,
             method=over_context,
         )
-    filled, width = _as_wide_as(v, q.shape[-1]), v.shape[-1]
+    width = v.shape[-1]
+    filled = [_filled_up(x, max(q.shape[-1], width)) for x in (q, k, v)]
     has: dict[str, Any] = {"cached": q_offset is not None, "decays": log_decay is not None}
     has["more"] = "a soft cap of scores" if softcap is not None else "attention sinks" if sinks is not None else None
     obstacles = {
-        "cudnn": attention_vendors.cudnn_obstacle(q, k, segmented=q_segment_ids is not None, **has),
-        "splash": attention_vendors.splash_obstacle(q, k, **has),
-        **_kernel_obstacles(q, k, filled, window, cached=has["cached"], more=has["more"]),
+        "cudnn": attention_vendors.cudnn_obstacle(*filled[:2], segmented=q_segment_ids is not None, **has),
+        "splash": attention_vendors.splash_obstacle(*filled[:2], **has),
+        **_kernel_obstacles(*filled, window, cached=has["cached"], more=has["more"]),
         "xla": None,
         "reference": None,
     }
     name = dispatch.choose("attention", implementation, obstacles)
     if name == "cudnn":
-        return attention_vendors.cudnn(q, k, filled, window=window, scale=scale)[..., :width]
+        return attention_vendors.cudnn(*filled, window=window, scale=scale)[..., :width]
     if name == "splash":
-        return attention_vendors.splash(q, k, filled, q_segment_ids, window=window, scale=scale)[..., :width]
+        return attention_vendors.splash(*filled, q_segment_ids, window=window, scale=scale)[..., :width]
     if name in PLATFORMS:
-        y = _kernel(q, k, filled, log_decay, q_segment_ids, scale=scale, platform=PLATFORMS[name])
+        y = _kernel(*filled, log_decay, q_segment_ids, scale=scale, platform=PLATFORMS[name])
         return y[..., :width]
     if log_decay is not None and kv_segment_ids is not None:
         log_decay = jnp.where(kv_segment_ids[:, :, None] != 0, log_decay, 0)
@@ -121,9 +122,10 @@ def attention(
     return reference(q, k, v, mask, between, **more)
 
 
-def _as_wide_as(v: Array, width: int) -> Array:
-    """Values filled up with zeros to the width of keys."""
-    return jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, max(width - v.shape[-1], 0))))
+def _filled_up(x: Array, width: int) -> Array:
+    """Heads [B, T, N, H] filled up with zeros to this width, which changes no score and no sum of values."""
+    missing = width - x.shape[-1]
+    return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, missing))) if missing else x
 
 
 def _kernel_obstacles(q, k, v, window, *, cached: bool, more: str | None) -> dict[str, str | None]:
