@@ -88,8 +88,8 @@ def attention(
             mesh_axis=mesh_axis,
             method=over_context,
         )
-    width = v.shape[-1]
-    filled = [_filled_up(x, max(q.shape[-1], width)) for x in (q, k, v)]
+    width, widest = v.shape[-1], max(q.shape[-1], v.shape[-1])
+    filled = [_filled_up(x, widest) for x in (q, k, v)]
     has: dict[str, Any] = {"cached": q_offset is not None, "decays": log_decay is not None}
     has["more"] = "a soft cap of scores" if softcap is not None else "attention sinks" if sinks is not None else None
     obstacles = {
@@ -105,8 +105,7 @@ def attention(
     if name == "splash":
         return attention_vendors.splash(*filled, q_segment_ids, window=window, scale=scale)[..., :width]
     if name in PLATFORMS:
-        y = _kernel(*filled, log_decay, q_segment_ids, scale=scale, platform=PLATFORMS[name])
-        return y[..., :width]
+        return _kernel(*filled, log_decay, q_segment_ids, scale=scale, platform=PLATFORMS[name])[..., :width]
     if log_decay is not None and kv_segment_ids is not None:
         log_decay = jnp.where(kv_segment_ids[:, :, None] != 0, log_decay, 0)
     more: dict[str, Any] = {"scale": scale, "softcap": softcap, "sinks": sinks}
