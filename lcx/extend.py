@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 
 _ADVICE = '{"rope_type": "yarn", "factor": 4.0}'
 _ORIGINAL = "original_max_position_embeddings"
+#: Settings of a rope_type that belong to the model and not to its factor.
+_OF_MODEL = {"llama3": ("low_freq_factor", "high_freq_factor"), "yarn": ("mscale", "mscale_all_dim")}
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
@@ -39,7 +41,8 @@ def extend(
     """(the scaled Rope, the new max_position_embeddings) for a context of `context_length` tokens.
 
     A rope_type in `rope_scaling` replaces the model's scaling, but rope_theta and partial_rotary_factor are kept unless
-    given. {"rope_theta": B} without a type changes the base and keeps the model's scaling, if it has one.
+    given, as are mscale and mscale_all_dim from YaRN to YaRN. {"rope_theta": B} without a type changes the base and
+    keeps the model's scaling, if it has one.
 
     The factor is always relative to the original window L: original_max_position_embeddings of `rope_scaling`, else of
     the model's rope, else max_position_embeddings. So extending by 4 and then by 16 gives 16, not 64. If the factor is
@@ -260,8 +263,8 @@ def _kept(rope: Rope, values: Mapping[str, Any]) -> dict[str, Any]:
         "rope_theta": rope.rope_theta,
         "partial_rotary_factor": rope.partial_rotary_factor,
     }
-    if values["rope_type"] == rope.rope_type == "llama3":
-        kept |= {"low_freq_factor": rope.low_freq_factor, "high_freq_factor": rope.high_freq_factor}
+    if values["rope_type"] == rope.rope_type:
+        kept |= {name: getattr(rope, name) for name in _OF_MODEL.get(str(rope.rope_type), ())}
     return kept | _kept_frequencies(rope, values)
 
 

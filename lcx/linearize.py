@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array
 
+from lcx import mixers
 from lcx import model as model_lib
 from lcx.errors import UserError
 from lcx.mixers.attention import Attention
@@ -96,8 +97,11 @@ class Linearize:
                 f"tokens ({held} keys if {self.window_kind}), so that nothing would be linear: set a smaller window"
             )
         if list(new) == blocks:
+            others = dict.fromkeys(mixers.kind(block.mixer) for block in blocks if block.mixer is not None)
+            names = ", ".join(name for name in others if name != "Attention")
             raise UserError(
-                "nothing to linearize: the model has no softmax attention outside Linearize.keep_softmax"
+                "nothing to linearize: the model has no Attention outside Linearize.keep_softmax"
+                + (f", and {names} has no linear form here" if names else "")
             )
         return model.clone(stages=model_lib.stages_of(new), parent=None)
 

@@ -19,8 +19,9 @@ b rope_theta, w_j = b^(-2j/d), L the window of pretraining, s = factor = new win
     [3] Llama team 2024 (Llama 3), arXiv 2407.21783  [4] Ding et al. 2024 (LongRoPE), arXiv 2402.13753
 
 YaRN follows the released code (the ramp is linear in j), not the paper's text (linear in the number of rotations). A
-given `attention_factor` replaces A, as does the quotient of mscale and mscale_all_dim if both are given. All types
-give the same values as transformers, where "ntk" is expressed as type default with a larger rope_theta.
+given `attention_factor` replaces A, as does the quotient of mscale and mscale_all_dim if both are given. (Latent
+attention multiplies its scores by `score_factor` in addition.) All types give the same values as transformers, where
+"ntk" is expressed as type default with a larger rope_theta.
 
 **The n of dynamic and longrope.** lcx uses one n for a whole generation, the length of the cache. Cached keys and new
 queries then have the same rotation, and cached decoding equals the full forward pass at that n. transformers
@@ -194,6 +195,16 @@ def yarn(rope: Rope, head_dim: int, length: Length) -> Frequencies:
     if rope.attention_factor is None and rope.mscale and rope.mscale_all_dim:
         scaling = mscale(rope.mscale) / mscale(rope.mscale_all_dim)
     return 1 / (s * w_inverse) * (1 - keep) + 1 / w_inverse * keep, scaling
+
+
+def score_factor(rope: Rope | None) -> float:
+    """What latent attention multiplies all scores by: (0.1 mscale_all_dim ln s + 1)^2, in DeepSeek's form of YaRN.
+
+    There A, the quotient of mscale and mscale_all_dim, acts on the rotated part of a head only; this acts on both.
+    """
+    if rope is None or not rope.mscale_all_dim or not rope.factor:
+        return 1.0
+    return (0.1 * rope.mscale_all_dim * math.log(rope.factor) + 1.0) ** 2
 
 
 def llama3(rope: Rope, head_dim: int, length: Length) -> Frequencies:

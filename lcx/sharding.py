@@ -36,6 +36,7 @@ RULES: tuple[tuple[str, str | None], ...] = (
     ("experts", "tensor"),
     ("mlp", "tensor"),  # of experts too, if their number is not divisible
     ("embed", "fsdp"),
+    ("latent", "fsdp"),
     ("head_dim", None),
     ("norm", None),
 )

@@ -139,7 +139,8 @@ FAMILIES_HEADER = """# Model families
 What lcx does with the language models of each Hugging Face `model_type`; this page is written by
 `python scripts/docs_commands.py` from the table of families in the code, by trying it on a small model of each.
 
-- **layers**: their kinds with the family's defaults: `full`, or `sliding` with a window; `no rope`: no positions.
+- **layers**: their kinds with the family's defaults: `full`, or `sliding` with a window; `no rope`: no positions;
+  `latent`: the cache holds a vector per token instead of keys and values of heads.
 - **extend**: the layers whose rotary embedding `rope_scaling` changes. It may hold one scaling for each kind of layer
   instead: `{"full_attention": {...}, "sliding_attention": {...}}`.
 - **LoRA**: the projections that `LoRA.targets` can reach; their adapters are read from and written to PEFT folders.
@@ -149,8 +150,12 @@ What lcx does with the language models of each Hugging Face `model_type`; this p
 - **linearize**: whether its softmax layers can become linear attention.
 - **export**: every family is written back, with byte-equal tensors, as transformers 4 and 5 read it. With 4.57.6, small
   random models of all families load without a missing or unexpected tensor and give the logits of 5.23, in float32
-  equal or within 4e-6. Two things it cannot do: it rejects an OLMo 2 whose scaling is neither `linear` nor `dynamic`,
-  and takes a `swiglu_limit` of 7 for every gpt-oss.
+  equal or within 4e-6. Some things it cannot do: it rejects an OLMo 2 whose scaling is neither `linear` nor `dynamic`,
+  takes a `swiglu_limit` of 7 for every gpt-oss, ignores DeepSeek V2's `mscale_all_dim`, and lets DeepSeek V3 choose
+  experts of other groups where the biased scores of its best groups are negative.
+
+DeepSeek V3's released files are read as they are: weights in FP8 become bfloat16, and the layers of multi-token
+prediction are left out, which is said. The biases of its router are kept in float32 and have no gradient.
 
 Over several devices, all families do the same ([meshes](../concepts/meshes.md)): with `context` > 1 attention
 gathers the sequence; with `tensor` > 1 each device holds and computes its share of the experts, or of their width where
@@ -165,7 +170,7 @@ _SMALL = {
 
 def _family_row(model_type: str) -> str:
     """A row of the page: what was tried on a small model."""
-    from lcx import extend, linearize
+    from lcx import extend, linearize, mixers
     from lcx.convert.hf import families
     from lcx.convert.peft import adapter
     from lcx.errors import UserError
@@ -176,11 +181,14 @@ def _family_row(model_type: str) -> str:
     small = _SMALL if model_type not in ("llama",) else {k: v for k, v in _SMALL.items() if k != "sliding_window"}
     config = {"model_type": model_type, **small}
     if "num_experts" in family.keys:
-        config |= {family.experts_key: 4, family.size_key: 32}
+        config |= {family.experts_key: 4, family.size_key: 32, "n_group": 1, "topk_group": 1}
+    if "kv_lora_rank" in family.keys:
+        config |= {"num_key_value_heads": 4, "sliding_window": None}
     model = family.model(config, dtype="float32")
     kinds: dict[str, None] = {}
     for layer in layers(model):
         kind = extend.kind_of(layer.block.mixer).removesuffix("_attention")
+        kind += ", latent" * (mixers.kind(layer.block.mixer) == "LatentAttention")
         kinds[kind + ("" if layer.block.mixer.rope else ", no rope")] = None
 
     def scaled() -> str:
@@ -196,9 +204,8 @@ def _family_row(model_type: str) -> str:
         try:
             linearize.Linearize(window=8, feature_dim=4).model(model)
         except UserError as error:
-            return {"softcap": "no: soft cap of scores", "sinks": "no: attention sinks"}[
-                str(error).partition(" is ")[0].removeprefix("Attention.")
-            ]
+            why = {"softcap": "soft cap of scores", "sinks": "attention sinks", "LatentAttention": "latent attention"}
+            return f"no: {next(what for said, what in why.items() if said in str(error))}"
         return "yes"
 
     def pairs() -> str:

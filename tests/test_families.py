@@ -47,6 +47,12 @@ YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=24)
 DEFAULT = dict(rope_type="default", rope_theta=1e4)
 FIVE = dict(rope_theta=5e5)
 TWO_KINDS = dict(sliding_window=9, layer_types=["sliding_attention", "full_attention"] * 2)
+DEEP = dict(YARN, rope_theta=1e4, mscale=0.7, mscale_all_dim=1.0)
+LATENT = dict(
+    num_key_value_heads=4, kv_lora_rank=12, qk_nope_head_dim=6, qk_rope_head_dim=8, v_head_dim=5, n_group=3,
+    topk_group=2, num_experts_per_tok=3, n_routed_experts=6, moe_intermediate_size=24, first_k_dense_replace=1,
+    rope_parameters=DEEP,
+)  # fmt: skip
 ROWS = {
     "gemma2": dict(
         head_dim=10, query_pre_attn_scalar=20, attn_logit_softcapping=2.0, final_logit_softcapping=3.0, **TWO_KINDS
@@ -83,6 +89,10 @@ ROWS = {
         head_dim=8, num_local_experts=5, num_experts_per_tok=2, swiglu_limit=1.5, **TWO_KINDS,
         rope_parameters=dict(YARN, rope_theta=1.5e5, truncate=False),
     ),
+    "deepseek_v2": dict(
+        LATENT, q_lora_rank=None, topk_method="group_limited_greedy", routed_scaling_factor=1.7, n_shared_experts=2
+    ),
+    "deepseek_v3": dict(LATENT, q_lora_rank=10, attention_bias=True),
     "ministral": dict(head_dim=10, rope_parameters=dict(YARN, rope_theta=1e4), **TWO_KINDS),
     # Phi-4-mini. Each text is longer than the original context, since a batch has one length for longrope.
     "phi3": dict(
@@ -107,6 +117,9 @@ def torch_model(name: str) -> torch.nn.Module:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_((0.3 if parameter.ndim == 1 else 0.2) * torch.randn_like(parameter))
+        for key, buffer in model.named_buffers():
+            if key.endswith("e_score_correction_bias"):
+                buffer.add_(0.3 * torch.randn_like(buffer))
     return model.eval()
 
 
@@ -171,6 +184,8 @@ def test_logits_gradients_and_generation(name, folders):
         np.testing.assert_allclose(logits[row, first : first + len(text)], text, atol=2e-4, rtol=0)
     table = rules.Table(families.rules(model), model_source.leaf_shapes(model))
     mapped = table.to_foreign(flatten_dict(jax.device_get(found), sep="/"))
+    for key in [key for key in mapped if key.endswith("e_score_correction_bias")]:
+        assert not mapped.pop(key).any()  # no parameter in transformers
     check_gradients(fused(mapped), gradients)
     ids = np.stack([TEXTS[0], np.concatenate([TEXTS[3], TEXTS[3][:8]])])
     with torch.no_grad():
@@ -285,7 +300,9 @@ def described(name: str, **changes) -> model_lib.Decoder:
     return hf_config.from_config(keys)
 
 
-@pytest.mark.parametrize("name", ["gemma3_text", "olmo3", "smollm3", "gpt_oss", "qwen3_moe", "ministral"])
+@pytest.mark.parametrize(
+    "name", ["gemma3_text", "olmo3", "smollm3", "gpt_oss", "qwen3_moe", "ministral", "deepseek_v3"]
+)
 def test_a_scaling_goes_where_the_family_puts_it(name):
     """The extended model is that of the config.json that transformers extends (compared with it in logits, above)."""
     given = ROWS[name]["rope_parameters"]
@@ -363,7 +380,11 @@ REFUSED = {
     "windows": ("qwen2_moe", dict(use_sliding_window=True), "add layer_types"),
     "alpha": ("gpt_oss", dict(swiglu_alpha=2.0), "swiglu_alpha 2.0"),
     "quantized": ("granite", dict(quantization_config={"quant_method": "mxfp4"}), "quantization_config"),
-    "latent": ("deepseek_v3", dict(), "model_type 'deepseek_v3', supported are"),
+    "unknown": ("deepseek_v32", dict(), "model_type 'deepseek_v32', supported are"),
+    "shared latents": ("deepseek_v3", dict(num_key_value_heads=2), "num_key_value_heads 2, expected"),
+    "choice": ("deepseek_v3", dict(topk_method="greedy"), "topk_method 'greedy'"),
+    "published and transformers differ": ("deepseek_v2", dict(norm_topk_prob=True), "norm_topk_prob True"),
+    "groups": ("deepseek_v3", dict(n_group=4), "expected a multiple of num_groups = 4"),
 }
 
 

@@ -12,6 +12,7 @@ from lcx import mixers
 from lcx.errors import UserError
 from lcx.mixers.attention import Attention
 from lcx.mixers.hyena import HyenaLI, HyenaMR, HyenaSE
+from lcx.mixers.latent_attention import LatentAttention
 from lcx.mixers.linear_attention import LinearAttention
 from lcx.mixers.mamba2 import Mamba2
 from lcx.mixers.published_lolcats import PublishedLinearAttention
@@ -25,8 +26,8 @@ MIXERS = {
     "attention": Attention(num_heads=4, num_kv_heads=2, head_dim=8),
     "attention_one_kv_head": Attention(num_heads=4, num_kv_heads=1, head_dim=16, rope=YARN),
     "attention_window": Attention(num_heads=4, num_kv_heads=4, head_dim=8, window=17),
-    "attention_bias_qk_norm": Attention(4, 2, 8, qkv_bias=True, o_bias=True, qk_norm=True),
-    "attention_partial_rotary": Attention(4, 2, 8, rope=Rope(partial_rotary_factor=0.5)),
+    "attention_bias_qk_norm_partial": Attention(4, 2, 8, Rope(partial_rotary_factor=0.5), None, True, True, True),
+    "latent_attention": LatentAttention(4, 12, 6, 4, 5, q_lora_rank=10, rope=YARN, bias=True),
     "hyena_se": HyenaSE(num_channels=D, num_groups=8),
     "hyena_mr": HyenaMR(num_channels=D, num_groups=16, init_length=512),
     "hyena_li": HyenaLI(num_channels=D),
@@ -314,6 +315,8 @@ def test_gradients_are_finite_and_reach_every_parameter(mixer, params, T):
         shapes = (
             "q_proj",
             "k_proj",
+            "q_a_",
+            "q_b_",
             "q_norm",
             "k_norm",
             "'p'",

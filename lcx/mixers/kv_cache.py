@@ -35,21 +35,30 @@ class LayerOf(NamedTuple):
         return self[name] if name in self.stacked else None
 
 
-def empty(batch_size: int, length: int, num_heads: int, head_dim: int, dtype: jnp.dtype) -> Cache:
-    """A cache of `length` free slots. Unused slots have segment id 0, so no query sees them."""
+def empty(
+    batch_size: int, length: int, num_heads: int, head_dim: int, dtype: jnp.dtype, *, values: bool = True
+) -> Cache:
+    """A cache of `length` free slots. Unused slots have segment id 0, so no query sees them.
+
+    Args:
+      values: whether it holds values; without, the value of a token is a part of its key.
+    """
     kv = (batch_size, num_heads, length, head_dim)
     return {
-        "k": jnp.zeros(kv, dtype),
-        "v": jnp.zeros(kv, dtype),
+        **{name: jnp.zeros(kv, dtype) for name in ("k", "v")[: 1 + values]},
         "segment_ids": jnp.zeros((batch_size, length), jnp.int32),
         "index": jnp.zeros((), jnp.int32),
     }
 
 
-def entries(k: Array, v: Array, segment_ids: Array | None, log_decay: Array | None = None) -> Cache:
-    """The entries that T tokens add: k, v [B, T, K, H], segment_ids [B, T], log_decay [B, T, N]."""
+def entries(k: Array, v: Array | None, segment_ids: Array | None, log_decay: Array | None = None) -> Cache:
+    """The entries that T tokens add: k, v [B, T, K, H], segment_ids [B, T], log_decay [B, T, N].
+
+    Args:
+      v: None: the cache holds no values.
+    """
     ids = jnp.ones((1, 1), jnp.int32) if segment_ids is None else segment_ids
-    new = {"k": k, "v": v, "segment_ids": jnp.broadcast_to(ids, k.shape[:2])}
+    new = {"k": k, "segment_ids": jnp.broadcast_to(ids, k.shape[:2])} | ({} if v is None else {"v": v})
     return new if log_decay is None else {**new, "log_decay": log_decay}
 
 
@@ -98,20 +107,28 @@ def _filled(cache: Any) -> Array:
 
 
 def attend(
-    cache: Any, q: Array, new: Cache, *, window: int | None = None, ring: bool = False, **options: Any
+    cache: Any,
+    q: Array,
+    new: Cache,
+    *,
+    value_width: int | None = None,
+    window: int | None = None,
+    ring: bool = False,
+    **options: Any,
 ) -> Array:
     """Attention outputs of at most FEW new tokens, [B, T, N, H], over a Cache or a LayerOf.
 
     Args:
+      value_width: of a cache without values: how many numbers at the start of a key are its value.
       options: scale, softcap and sinks of `cached_attention`.
     """
     kv, layer = (cache.stacked, cache.layer) if isinstance(cache, LayerOf) else (cache, None)
     return cached_attention(
         q,
         new["k"],
-        new["v"],
+        new["k"][..., :value_width] if "v" not in new else new["v"],
         cached_k=kv["k"],
-        cached_v=kv["v"],
+        cached_v=kv.get("v"),
         layer=layer,
         segment_ids=new["segment_ids"],
         cached_segment_ids=_filled(cache),
@@ -127,7 +144,10 @@ def attend(
 def arguments(
     cache: Cache, q: Array, new: Cache, *, window: int | None = None, ring: bool = False
 ) -> tuple[Array, Array, Array, dict[str, Array | None]]:
-    """Arguments of ops.attention for many new tokens, time before heads: q, k, v, and the keyword arguments."""
+    """Arguments of ops.attention for many new tokens, time before heads: q, k, v, and the keyword arguments.
+
+    v is k for a cache without values.
+    """
     before = {**cache, "segment_ids": _filled(cache)}
     if ring:  # the ring from its oldest slot on, and room for the new tokens
         before = _unrolled(before, new["segment_ids"].shape[1])
@@ -135,7 +155,7 @@ def arguments(
     kept = append(before, new)
     if window is not None:  # the operator counts the window in slots, so padding must not lie between tokens
         kept = _padding_first(kept, index, new["segment_ids"])
-    k, v = (jnp.swapaxes(kept[name], 1, 2).astype(q.dtype) for name in ("k", "v"))
+    k, v = (jnp.swapaxes(kept[name], 1, 2).astype(q.dtype) for name in ("k", "v" if "v" in kept else "k"))
     others: dict[str, Array | None] = {
         "q_segment_ids": new["segment_ids"],
         "kv_segment_ids": kept["segment_ids"],

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -23,8 +24,7 @@ def rotated_heads(
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
     """Queries, keys and values of a mixer with Attention's settings; call it inside the mixer's compact __call__.
 
-    RoPE types that depend on the sequence length use the length of x without a cache (excluding padding), as
-    transformers does, and the fixed `rope_length` of the cache otherwise. With mixer.rope None nothing is rotated.
+    With mixer.rope None nothing is rotated.
     """
     heads = {"q": ("heads", mixer.num_heads), "k": ("kv_heads", mixer.num_kv_heads)}
     q, k, v = (
@@ -43,14 +43,29 @@ def rotated_heads(
         q = q * (mixer.scale * math.sqrt(mixer.head_dim))
     if mixer.rope is None:
         return q, k, v
+    rotation = positions_and_frequencies(mixer, x.shape[1], positions, cache, segment_ids)
+    q, k = (rotate(heads, *rotation) for heads in (q, k))
+    return q, k, v
+
+
+def positions_and_frequencies(
+    mixer,
+    num_tokens: int,
+    positions: Int[Array, "B T"] | None,
+    cache: Cache | None,
+    segment_ids: Int[Array, "B T"] | None,
+) -> tuple[Array, Array, Any]:
+    """(positions [B or 1, T], inv_freq, attention scaling): how a mixer rotates these tokens, see rope.rotate.
+
+    RoPE types that depend on the sequence length use the length of the text without a cache (excluding padding), as
+    transformers does, and the fixed `rope_length` of the cache otherwise.
+    """
     if positions is None:
         start = 0 if cache is None else cache["index"]
-        positions = start + jnp.arange(x.shape[1], dtype=jnp.int32)[None]
+        positions = start + jnp.arange(num_tokens, dtype=jnp.int32)[None]
     counted = positions if segment_ids is None else jnp.where(segment_ids != 0, positions, 0)
     rope_length = jnp.max(counted) + 1 if cache is None else cache["rope_length"]
-    frequencies = mixer.rope.frequencies(mixer.head_dim, rope_length)
-    q, k = (rotate(heads, positions, *frequencies) for heads in (q, k))
-    return q, k, v
+    return positions, *mixer.rope.frequencies(mixer.head_dim, rope_length)
 
 
 def _normed(mixer, x: Float[Array, "B T N H"], name: str) -> Float[Array, "B T N H"]:

@@ -13,7 +13,7 @@ from lcx.ops.attention import attention
 def softmax_attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
+    v: Float[Array, "B S K W"],
     *,
     segment_ids: Array | None,
     kv_segment_ids: Array | None = None,
@@ -23,7 +23,7 @@ def softmax_attention(
     softcap: float | None = None,
     implementation: str | None = None,
     over_context: str | None = None,
-) -> Float[Array, "B T N H"]:
+) -> Float[Array, "B T N W"]:
     """ops.attention on each device's own rows, heads and queries.
 
     Without a cache T is split over `context` by one of the methods of ops/attention_shards.py. With one (q_offset), the

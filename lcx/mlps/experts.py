@@ -10,7 +10,7 @@ so nothing else is sent. An all-to-all, which sends each pair to its expert and 
 send (2 k / tensor + 1) D for k chosen experts: less only if tensor > 2 k, and then at most by half.
 
 (Shazeer et al. 2017, arXiv 1701.06538; Mixtral, arXiv 2401.04088; Qwen2-MoE, arXiv 2407.10671; gpt-oss, arXiv
-2508.10925.)
+2508.10925; DeepSeek-V2, arXiv 2405.04434, and V3, arXiv 2412.19437, section 2.1.2.)
 """
 
 from typing import Any
@@ -22,14 +22,14 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from lcx import sharding
-from lcx.errors import UserError, check_sizes
+from lcx.errors import UserError, check_positive, check_sizes
 from lcx.layers import Linear, fan_in_init, named_param
 from lcx.mlps.activations import Activation, activation
 from lcx.mlps.gated import GatedMlp
 from lcx.ops import routing
 from lcx.ops.grouped_matmul import grouped_matmul
 
-GATINGS = ("softmax", "normalised", "chosen")
+GATINGS = ("softmax", "normalised", "chosen", "sigmoid", "normalised_sigmoid")
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
@@ -41,11 +41,21 @@ class ExpertsMlp(nn.Module):
       gating: how the gates follow from the router's logits. "softmax": probabilities over all experts (Qwen2-MoE).
         "normalised": those of the chosen experts, divided by their sum (Mixtral, Qwen3-MoE). "chosen": a softmax over
         the logits of the chosen experts, equal in value to "normalised", in the dtype of the activations (gpt-oss).
+        "sigmoid": one of each logit; "normalised_sigmoid": those of the chosen experts, divided by their sum (DeepSeek
+        V3).
+      gate_multiplier: factor on the gates: routed_scaling_factor of DeepSeek.
+      choice_bias: whether each expert has a number that is added to its score for the choice, not for its gate
+        (DeepSeek V3). It has no gradient: it stays as it was loaded, and 0 in a new model.
+      num_groups, num_chosen_groups: experts are chosen from the best `num_chosen_groups` of `num_groups` groups of
+        neighbours. 1 and 1: from all.
+      group_members: how many of a group's best scores are added to its own: 1 in DeepSeek V2, 2 in V3.
+      float32_router: whether the router's product is in float32, whatever the dtype of the activations (DeepSeek).
       bias: whether the router and all projections have biases.
       activation: a key of activations.ACTIVATIONS, or a function of arrays.
       clamp: the bound c of gpt-oss's SwiGLU: min(gate, c) sigmoid(1.702 min(gate, c)) (clip(up, -c, c) + 1), in place
         of activation(gate) up. None: the usual form.
-      shared_size: F of an expert that every token uses, with a gate of its own, sigmoid(s x) (Qwen2-MoE). None: none.
+      shared_size: F of an expert that every token uses. None: none.
+      shared_gate: whether it has a gate of its own, sigmoid(s x) (Qwen2-MoE), or counts fully (DeepSeek).
       aux_loss_weight: factor on the load balance loss, E sum_e (share of tokens of e) (mean probability of e) (Fedus et
         al. 2021, arXiv 2101.03961, eq. 4), which is added to the training loss. 0: no such loss.
       implementation: see ops.grouped_matmul.
@@ -63,6 +73,13 @@ class ExpertsMlp(nn.Module):
     shared_size: int | None = None
     aux_loss_weight: float = 0.0
     implementation: str | None = None
+    gate_multiplier: float = 1.0
+    choice_bias: bool = False
+    num_groups: int = 1
+    num_chosen_groups: int = 1
+    group_members: int = 1
+    float32_router: bool = False
+    shared_gate: bool = True
 
     takes_segment_ids = True
 
@@ -72,7 +89,8 @@ class ExpertsMlp(nn.Module):
     ) -> Float[Array, "B T D"]:
         self.check()
         D, E, F = x.shape[-1], self.num_experts, self.intermediate_size
-        logits = Linear((D,), (E,), ("embed", None), self.bias, name="router")(x)
+        routed = x.astype(jnp.float32) if self.float32_router else x
+        logits = Linear((D,), (E,), ("embed", None), self.bias, name="router")(routed)
         weights, names = {}, {}
         for name, shape in zip(PROJECTIONS, ((D, F), (D, F), (F, D)), strict=True):
             self._weights(name, shape, weights, names)
@@ -83,6 +101,9 @@ class ExpertsMlp(nn.Module):
         tokens = PartitionSpec("rows", "time")
         arrays = {"x": x, "logits": logits, "weights": weights}
         specs = {"x": tokens, "logits": tokens, "weights": placed}
+        if self.choice_bias:
+            arrays["choice_bias"] = named_param(self, "choice_bias", nn.initializers.zeros, (None,), (E,))
+            specs["choice_bias"] = PartitionSpec()
         # Each device orders its own tokens; ordering those of all devices would move them between devices.
         out = PartitionSpec("heads" if split else None, "rows", "time"), tokens
         shares, chosen = sharding.island(self._shares, arrays, specs, out)
@@ -100,7 +121,11 @@ class ExpertsMlp(nn.Module):
             num_chosen=self.num_chosen,
             intermediate_size=self.intermediate_size,
             shared_size=self.shared_size,
+            num_groups=self.num_groups,
+            num_chosen_groups=self.num_chosen_groups,
+            group_members=self.group_members,
         )
+        check_positive("ExpertsMlp", gate_multiplier=self.gate_multiplier)
         if self.num_chosen > self.num_experts:
             raise UserError(
                 f"ExpertsMlp.num_chosen is {self.num_chosen}, expected at most num_experts = {self.num_experts}: "
@@ -110,17 +135,57 @@ class ExpertsMlp(nn.Module):
             raise UserError(
                 f"ExpertsMlp.gating is {self.gating!r}, expected one of {', '.join(GATINGS)}: change gating"
             )
+        self._check_groups()
 
     @nn.nowrap
-    def _gates(self, logits: Float[Array, "B T E"]) -> tuple[Array, Array]:
+    def _check_groups(self) -> None:
+        groups, size = self.num_groups, self.num_experts // self.num_groups
+        if self.num_experts % groups:
+            raise UserError(
+                f"ExpertsMlp.num_experts is {self.num_experts}, expected a multiple of num_groups = {groups}: change "
+                "num_groups"
+            )
+        for name, found, most in (
+            ("num_chosen_groups", self.num_chosen_groups, groups),
+            ("group_members", self.group_members if groups > 1 else 1, size),
+            ("num_chosen", self.num_chosen, self.num_chosen_groups * size),
+        ):
+            if found > most:
+                raise UserError(
+                    f"ExpertsMlp.{name} is {found}, expected at most {most} with {groups} groups of {size} experts: "
+                    f"change {name}"
+                )
+
+    @nn.nowrap
+    def _gates(
+        self, logits: Float[Array, "B T E"], choice_bias: Float[Array, " E"] | None
+    ) -> tuple[Array, Array]:
         """The weights [B, T, k] of the chosen experts and their numbers."""
+        scores = logits if self.gating == "chosen" else self._scores(logits)
+        gates, chosen = self._best(scores, choice_bias)
         if self.gating == "chosen":
-            best, chosen = jax.lax.top_k(logits, self.num_chosen)
-            return jax.nn.softmax(best, axis=-1), chosen
-        gates, chosen = jax.lax.top_k(jax.nn.softmax(logits.astype(jnp.float32), axis=-1), self.num_chosen)
-        if self.gating == "normalised":
-            gates = gates / jnp.sum(gates, axis=-1, keepdims=True)
-        return gates, chosen
+            gates = jax.nn.softmax(gates, axis=-1)
+        elif self.gating.startswith("normalised"):
+            gates = gates / (jnp.sum(gates, axis=-1, keepdims=True) + 1e-20)
+        return gates if self.gate_multiplier == 1 else gates * self.gate_multiplier, chosen
+
+    @nn.nowrap
+    def _scores(self, logits: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
+        of = jax.nn.sigmoid if self.gating.endswith("sigmoid") else jax.nn.softmax
+        return of(logits.astype(jnp.float32))
+
+    @nn.nowrap
+    def _best(self, scores: Array, choice_bias: Array | None) -> tuple[Array, Array]:
+        """The scores [B, T, k] of the chosen experts and their numbers."""
+        if choice_bias is None and self.num_groups == 1:
+            return jax.lax.top_k(scores, self.num_chosen)
+        judged = scores if choice_bias is None else scores + choice_bias.astype(scores.dtype)
+        judged = jax.lax.stop_gradient(judged)
+        if self.num_groups > 1:
+            groups = self.num_groups, self.num_chosen_groups, self.group_members
+            judged = jnp.where(routing.best_groups(judged, *groups), judged, -jnp.inf)
+        _, chosen = jax.lax.top_k(judged, self.num_chosen)
+        return jnp.take_along_axis(scores, chosen, axis=-1), chosen
 
     def _weights(self, name: str, shape: tuple[int, int], weights: dict, names: dict) -> None:
         """Adds a projection's kernel [E, in, out], bias [E, out] and pair of LoRA, and the names of their axes."""
@@ -151,7 +216,7 @@ class ExpertsMlp(nn.Module):
     ) -> tuple[Float[Array, "1 B T D"], Int[Array, "B T k"]]:
         """(what this device adds to the weighted sum of the chosen experts' outputs, the chosen experts)."""
         x, logits, weights = (arrays[key] for key in ("x", "logits", "weights"))
-        gates, chosen = self._gates(logits)
+        gates, chosen = self._gates(logits, arrays.get("choice_bias"))
         own = len(weights["gate_proj_kernel"])
         first: Array | int = 0
         if own < self.num_experts:
@@ -199,13 +264,17 @@ class ExpertsMlp(nn.Module):
 
     def _shared(self, x: Array) -> Array:
         shared = GatedMlp(self.shared_size or 1, activation=self.activation, name="shared_expert")(x)
+        if not self.shared_gate:
+            return shared
         return jax.nn.sigmoid(Linear((x.shape[-1],), (1,), ("embed", None), name="shared_gate")(x)) * shared
 
     @nn.nowrap
     def _balance_loss(self, logits: Array, chosen: Array, segment_ids: Array | None) -> Array:
         real = jnp.ones(chosen.shape[:2]) if segment_ids is None else (segment_ids != 0).astype(jnp.float32)
         count = jnp.maximum(jnp.sum(real), 1)
-        probabilities = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
+        probabilities = self._scores(logits)
+        if self.gating.endswith("sigmoid"):
+            probabilities /= jnp.sum(probabilities, axis=-1, keepdims=True)
         used = jnp.zeros(self.num_experts).at[chosen].add(real[..., None]) / count
         mean = jnp.einsum("bte,bt->e", probabilities, real) / count
         return self.aux_loss_weight * self.num_experts * jnp.sum(jax.lax.stop_gradient(used) * mean)
@@ -214,5 +283,7 @@ class ExpertsMlp(nn.Module):
     def macs_per_token(self, hidden_size: int) -> float:
         """Multiply-adds per token: the router, the chosen experts and the shared one."""
         experts = 3 * hidden_size * self.intermediate_size * self.num_chosen
-        shared = 0 if self.shared_size is None else 3 * hidden_size * self.shared_size + hidden_size
+        shared = 0
+        if self.shared_size is not None:
+            shared = 3 * hidden_size * self.shared_size + self.shared_gate * hidden_size
         return float(hidden_size * self.num_experts + experts + shared)

@@ -1,6 +1,7 @@
 """Causal softmax attention with grouped heads, sliding windows, packed segments and decay, without T x T arrays.
 
-Letters: B batch, T queries, S keys, N query heads, K key/value heads, G = N / K, H head dim.
+Letters: B batch, T queries, S keys, N query heads, K key/value heads, G = N / K, H head dim, W width of a value. W is H
+except in latent attention; kernels, which know one width, then get the narrower arrays filled up with zeros.
 
 ``reference``  the definition, in float32 with quadratic memory; the other forms are tested against it.
 ``xla``        one tile at a time, with its own backward pass (attention_tiles.py).
@@ -38,7 +39,7 @@ PLATFORMS = {"triton": "gpu", "tpu": "tpu"}  # of our kernels
 def attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
+    v: Float[Array, "B S K W"],
     *,
     log_decay: Float[Array, "B S N"] | None = None,
     q_segment_ids: Int[Array, "B T"] | None = None,
@@ -51,7 +52,7 @@ def attention(
     implementation: str | None = None,
     mesh_axis: str | None = None,
     over_context: str | None = None,
-) -> Float[Array, "B T N H"]:
+) -> Float[Array, "B T N W"]:
     """softmax(scale q k^T + decay + mask) v; scale defaults to H^-0.5. Result in q's dtype.
 
     Args:
@@ -87,22 +88,24 @@ def attention(
             mesh_axis=mesh_axis,
             method=over_context,
         )
+    width, widest = v.shape[-1], max(q.shape[-1], v.shape[-1])
+    filled = [_filled_up(x, widest) for x in (q, k, v)]
     has: dict[str, Any] = {"cached": q_offset is not None, "decays": log_decay is not None}
     has["more"] = "a soft cap of scores" if softcap is not None else "attention sinks" if sinks is not None else None
     obstacles = {
-        "cudnn": attention_vendors.cudnn_obstacle(q, k, segmented=q_segment_ids is not None, **has),
-        "splash": attention_vendors.splash_obstacle(q, k, **has),
-        **_kernel_obstacles(q, k, v, window, cached=has["cached"], more=has["more"]),
+        "cudnn": attention_vendors.cudnn_obstacle(*filled[:2], segmented=q_segment_ids is not None, **has),
+        "splash": attention_vendors.splash_obstacle(*filled[:2], **has),
+        **_kernel_obstacles(*filled, window, cached=has["cached"], more=has["more"]),
         "xla": None,
         "reference": None,
     }
     name = dispatch.choose("attention", implementation, obstacles)
     if name == "cudnn":
-        return attention_vendors.cudnn(q, k, v, window=window, scale=scale)
+        return attention_vendors.cudnn(*filled, window=window, scale=scale)[..., :width]
     if name == "splash":
-        return attention_vendors.splash(q, k, v, q_segment_ids, window=window, scale=scale)
+        return attention_vendors.splash(*filled, q_segment_ids, window=window, scale=scale)[..., :width]
     if name in PLATFORMS:
-        return _kernel(q, k, v, log_decay, q_segment_ids, scale=scale, platform=PLATFORMS[name])
+        return _kernel(*filled, log_decay, q_segment_ids, scale=scale, platform=PLATFORMS[name])[..., :width]
     if log_decay is not None and kv_segment_ids is not None:
         log_decay = jnp.where(kv_segment_ids[:, :, None] != 0, log_decay, 0)
     more: dict[str, Any] = {"scale": scale, "softcap": softcap, "sinks": sinks}
@@ -116,6 +119,12 @@ def attention(
         rates = jnp.moveaxis(log_decay.astype(jnp.float32), 1, 2)
         between = gaps(rates, offset[:, None, None] + jnp.arange(q.shape[1]))
     return reference(q, k, v, mask, between, **more)
+
+
+def _filled_up(x: Array, width: int) -> Array:
+    """Heads [B, T, N, H] filled up with zeros to this width, which changes no score and no sum of values."""
+    missing = width - x.shape[-1]
+    return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, missing))) if missing else x
 
 
 def _kernel_obstacles(q, k, v, window, *, cached: bool, more: str | None) -> dict[str, str | None]:
@@ -184,4 +193,4 @@ def reference(
         scores = jnp.concatenate([scores, jnp.broadcast_to(own, (*scores.shape[:-1], 1))], axis=-1)
     weights = jax.nn.softmax(scores, axis=-1)[..., : k.shape[1]] * mask
     out = jnp.einsum("bkgts,bskh->btkgh", weights, v.astype(jnp.float32))
-    return out.reshape(B, T, N, H).astype(q.dtype)
+    return out.reshape(B, T, N, -1).astype(q.dtype)

@@ -46,7 +46,7 @@ def tiled(
     sinks: Array | None = None,
 ) -> Array:
     """Attention in tiles; arguments as in attention(). Has its own backward pass, also with a cache (q_offset)."""
-    B, T, N, H = q.shape
+    B, T, N, _ = q.shape
     S, K = k.shape[1:3]
     masks: dict[str, Any] = {"window": window, "masked": q_segments is not None, "softcap": softcap}
     plan = Plan.of(T, S, heads=B * K, group=N // K, decays=log_decay is not None, **masks)
@@ -76,7 +76,7 @@ def tiled(
     if sinks is not None:
         sinks = jnp.tile(sinks.astype(jnp.float32).reshape(K, N // K), (B, 1))  # [B K, G]
     out = _tiled(queries, keys, values, segments, decay, *cached, sinks, plan)
-    return jnp.moveaxis(out[:, :, :T].reshape(B, N, T, H), 1, 2)
+    return jnp.moveaxis(out[:, :, :T].reshape(B, N, T, -1), 1, 2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,12 +195,12 @@ class Gaps(NamedTuple):
 def _head_forward(
     q, k, v, kv_segments, decay, q_segments, offset, sinks, *, plan: Plan
 ) -> tuple[Array, Array]:
-    """One row and kv head: q [G,T,H], k and v [S,H] -> out [G,T,H], logsumexp [G,T] float32.
+    """One row and kv head: q [G,T,H], k [S,H], v [S,W] -> out [G,T,W], logsumexp [G,T] float32.
 
     q_segments [T] and offset [] are given for queries after a cache; None: queries and keys are the same tokens.
     sinks [G]: scores that count in the softmax and have no value.
     """
-    G, T, H = q.shape
+    G, T, _ = q.shape
     S, C, size = k.shape[0], plan.rows, plan.cols
     q_segments, offset = (kv_segments, 0) if offset is None else (q_segments, offset)
     nothing = jnp.zeros((2, G), jnp.float32)
@@ -217,19 +217,20 @@ def _head_forward(
             s, _, _ = plan.scores(q_row, k, own, kv_segments, place, start, gap)
             new_top = jnp.maximum(top, jnp.max(s, axis=-1))
             p, shrink = jnp.exp(s - new_top[..., None]), jnp.exp(top - new_top)
-            new = dot(p.astype(v.dtype).reshape(G * C, size), cut(v, start, size), 1, 0).reshape(G, C, H)
+            new = dot(p.astype(v.dtype).reshape(G * C, size), cut(v, start, size), 1, 0).reshape(G, C, -1)
             return out * shrink[..., None] + new, new_top, total * shrink + jnp.sum(p, axis=-1), edge
 
         zeros = jnp.zeros((G, C), jnp.float32)
         top, total = (NEG, 0) if sinks is None else (sinks[:, None], 1)
-        empty = (jnp.zeros((G, C, H), jnp.float32), zeros + top, zeros + total, nothing)
+        empty = (jnp.zeros((G, C, v.shape[1]), jnp.float32), zeros + top, zeros + total, nothing)
         out, top, total, _ = plan.over_tiles(place, S, tile, empty)
         out = out / total[..., None]
         if plan.masked:  # padding sees nothing
             out = jnp.where(own[None, :, None] != 0, out, 0)
         return put(carry[0], out, row, axis=1), put(carry[1], top + jnp.log(total), row, axis=1)
 
-    return plan.over_rows(T, rows, (jnp.zeros_like(q), jnp.zeros((G, T), jnp.float32)))
+    outputs = jnp.zeros((G, T, v.shape[1]), q.dtype)
+    return plan.over_rows(T, rows, (outputs, jnp.zeros((G, T), jnp.float32)))
 
 
 def _head_backward(
@@ -248,7 +249,7 @@ def _head_backward(
         dq, dk, dv, d_sums = carry
         q_row, d_row, lse_row, delta_row = (cut(x, row, C, axis=1) for x in (q, d_out, lse, delta))
         own, place = cut(q_segments, row, C), row + offset
-        flat_q, flat_d = q_row.reshape(G * C, H), d_row.reshape(G * C, H)
+        flat_q, flat_d = q_row.reshape(G * C, H), d_row.reshape(G * C, -1)
         near = nothing if gaps is None else gaps.of_queries(place, C)
 
         def tile(start, state):
@@ -270,9 +271,9 @@ def _head_backward(
         dq_row, dk, dv, d_sums, _ = plan.over_tiles(place, S, tile, state)
         return put(dq, dq_row.reshape(G, C, H), row, axis=1), dk, dv, d_sums
 
-    zeros = jnp.zeros(k.shape, jnp.float32)
+    dk, dv = (jnp.zeros(x.shape, jnp.float32) for x in (k, v))
     d_sums = None if decay is None else jnp.pad(jnp.zeros_like(decay), ((0, 0), (0, after)))
-    dq, dk, dv, d_sums = plan.over_rows(T, rows, (jnp.zeros_like(q), zeros, zeros, d_sums))
+    dq, dk, dv, d_sums = plan.over_rows(T, rows, (jnp.zeros_like(q), dk, dv, d_sums))
     d_decay = None if d_sums is None else jnp.cumsum(d_sums[:, S - 1 :: -1], axis=1)[:, ::-1]
     # A sink's weight is exp(sink - logsumexp), and its value is 0.
     d_sinks = None if sinks is None else -jnp.sum(jnp.exp(sinks[:, None] - lse) * delta, axis=1)

@@ -4,7 +4,7 @@ The scores against the cache and those among the new tokens share one maximum an
 cache is copied or written, so the cost per token is one read of the cache; on a CPU, of its filled part. (Writing the
 new tokens into the cache first would give the same result, but a scan over layers would have to carry whole caches.)
 
-Letters: B batch, T new tokens, S slots, N query heads, K key/value heads, G = N / K, H head dim.
+Letters: B batch, T new tokens, S slots, N query heads, K key/value heads, G = N / K, H head dim, W width of a value.
 """
 
 import functools
@@ -29,10 +29,10 @@ CHUNK_SIZE, LEAST_SLOTS = 1 << 17, 128
 def cached_attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K H"],
+    v: Float[Array, "B T K W"],
     *,
     cached_k: Float[Array, "*L B K S H"],
-    cached_v: Float[Array, "*L B K S H"],
+    cached_v: Float[Array, "*L B K S W"] | None,
     segment_ids: Int[Array, "B T"],
     cached_segment_ids: Int[Array, "B S"],
     length: Int[Array, ""],
@@ -44,13 +44,14 @@ def cached_attention(
     sinks: Float[Array, " N"] | None = None,
     layer: Int[Array, ""] | None = None,
     oldest: Int[Array, ""] | None = None,
-) -> Float[Array, "B T N H"]:
-    """ops.attention with the new tokens placed after the first `length` slots: outputs [B, T, N, H] in q's dtype.
+) -> Float[Array, "B T N W"]:
+    """ops.attention with the new tokens placed after the first `length` slots: outputs [B, T, N, W] in q's dtype.
 
     Memory: B N T (S + T) scores in float32; on a CPU, B N T (chunk + T), and only chunks that some token sees are read.
 
     Args:
-      cached_k, cached_v: in any dtype; heads before slots, so that products read contiguous memory.
+      cached_k, cached_v: in any dtype; heads before slots, so that products read contiguous memory. cached_v None: the
+        value of a cached token is the first W numbers of its key (latent attention).
       segment_ids, cached_segment_ids: tokens with id 0 (padding, empty slots) see nothing and are not seen.
       log_decay, cached_log_decay: of the new and of the cached tokens; both or neither. Values at padding are ignored.
       oldest: the slot of the oldest token, from which the others follow, around the end of the cache; None: slot 0.
@@ -86,23 +87,28 @@ def cached_attention(
         gap = _gaps(jnp.swapaxes(rate, 1, 2), cached_rate)
         far, near = (x.reshape(*grouped.shape[:-1], x.shape[-1]) for x in gap)
     start = _Softmax.empty(
-        grouped, softcap, None if sinks is None else sinks.astype(wide).reshape(1, K, -1, 1)
+        grouped, v.shape[-1], softcap, None if sinks is None else sinks.astype(wide).reshape(1, K, -1, 1)
     )
     if in_chunks:
         state = _over_chunks(start, grouped, cached_k, cached_v, layer, seen, chunk)
     else:
-        keys, values = ((x if layer is None else x[layer]).astype(q.dtype) for x in (cached_k, cached_v))
+
+        def whole(x: Array) -> Array:
+            return (x if layer is None else x[layer]).astype(q.dtype)
+
+        keys = whole(cached_k)
+        values = keys[..., : v.shape[-1]] if cached_v is None else whole(cached_v)
         state = start.over(grouped, keys, values, seen(0, S), far)
     see = _seen(segment_ids, segment_ids, place[:, :, None] - place[:, None], window)
     state = state.over(grouped, k, v, see, near)
     y = state.y / jnp.where(state.total == 0, 1, state.total)[..., None]
-    return jnp.moveaxis(y, 3, 1).reshape(B, T, N, H).astype(q.dtype)
+    return jnp.moveaxis(y, 3, 1).reshape(B, T, N, -1).astype(q.dtype)
 
 
 class _Softmax(NamedTuple):
     """A softmax over the slots seen so far: their largest score, and the sums of exp(score - top) and of that times v.
 
-    Letters: [B, K, G, T], and y [B, K, G, T, H]; float32 or wider. `cap` is the soft cap of the scores, if any.
+    Letters: [B, K, G, T], and y [B, K, G, T, W]; float32 or wider. `cap` is the soft cap of the scores, if any.
     """
 
     top: Array
@@ -111,14 +117,14 @@ class _Softmax(NamedTuple):
     cap: Array | None = None
 
     @classmethod
-    def empty(cls, q: Array, softcap: float | None, sinks: Array | None) -> "_Softmax":
+    def empty(cls, q: Array, width: int, softcap: float | None, sinks: Array | None) -> "_Softmax":
         """The softmax over nothing, or over the heads' sinks [1, K, G, 1], which have no value."""
-        y = jnp.zeros(q.shape, jnp.promote_types(q.dtype, jnp.float32))
+        y = jnp.zeros((*q.shape[:-1], width), jnp.promote_types(q.dtype, jnp.float32))
         zeros, cap = jnp.zeros_like(y[..., 0]), None if softcap is None else jnp.asarray(softcap, y.dtype)
         return cls(zeros + NEG, zeros, y, cap) if sinks is None else cls(zeros + sinks, zeros + 1, y, cap)
 
     def over(self, q: Array, k: Array, v: Array, see: Array, gap: Array | float = 0.0) -> "_Softmax":
-        """The softmax over these slots as well: k, v [B, K, S, H], the mask [B, 1, 1, T, S], a term of the scores."""
+        """The softmax over these slots too: k [B, K, S, H], v [B, K, S, W], mask [B, 1, 1, T, S], a term of scores."""
         product = functools.partial(jnp.einsum, preferred_element_type=self.y.dtype)
         scores = product("bkgth,bksh->bkgts", q, k)
         if self.cap is not None:
@@ -140,18 +146,18 @@ def _over_chunks(
     state: _Softmax,
     q: Array,
     k: Array,
-    v: Array,
+    v: Array | None,
     layer: Array | None,
     seen: Callable[..., Array],
     chunk: int,
 ) -> _Softmax:
     """The softmax over a cache, `chunk` slots at a time. Chunks that no token sees are skipped."""
-    S, H = k.shape[-2:]
-    sizes = (*q.shape[:2], chunk, H)
+    S = k.shape[-2]
 
     def read(x: Array, start: Array) -> Array:
         if layer is None:
             return cut(x, start, chunk, 2).astype(q.dtype)
+        sizes = (*q.shape[:2], chunk, x.shape[-1])
         return jax.lax.dynamic_slice(x, (layer, 0, 0, start, 0), (1, *sizes))[0].astype(q.dtype)
 
     def step(state: _Softmax, number: Array) -> tuple[_Softmax, None]:
@@ -159,7 +165,9 @@ def _over_chunks(
         see = seen(start, chunk) & (start + jnp.arange(chunk) >= number * chunk)
 
         def over(state: _Softmax) -> _Softmax:
-            return state.over(q, read(k, start), read(v, start), see)
+            keys = read(k, start)
+            values = keys[..., : state.y.shape[-1]] if v is None else read(v, start)
+            return state.over(q, keys, values, see)
 
         return jax.lax.cond(jnp.any(see), over, lambda state: state, state), None
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 SLACK = 1.25  # size of a part, in equal shares: with more experts than devices, shares differ little
 SMALLEST = 128  # rows of a part, for which a second part would cost more than it saves
@@ -31,6 +31,20 @@ class Rows(NamedTuple):
     order: Int[Array, " R"]
     back: Int[Array, " M"]
     sizes: Int[Array, " E"]
+
+
+def best_groups(
+    scores: Float[Array, "*n E"], num_groups: int, num_chosen: int, members: int
+) -> Bool[Array, "*n E"]:
+    """Which experts are in one of the `num_chosen` best of `num_groups` groups of neighbours.
+
+    A group is as good as the sum of the scores of its `members` best experts.
+    """
+    grouped = scores.reshape(*scores.shape[:-1], num_groups, -1)
+    of_groups = jnp.sum(jax.lax.top_k(grouped, members)[0], axis=-1)
+    _, chosen = jax.lax.top_k(of_groups, num_chosen)
+    kept = jnp.any(chosen[..., None] == jnp.arange(num_groups), axis=-2)
+    return jnp.repeat(kept, grouped.shape[-1], axis=-1)
 
 
 def ordered(chosen: Int[Array, " M"], num_experts: int) -> Rows:

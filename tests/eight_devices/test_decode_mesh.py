@@ -12,12 +12,14 @@ import pytest
 from lcx import mixers, sharding
 from lcx.mixers.attention import Attention
 from lcx.mixers.hyena import HyenaLI, HyenaMR
+from lcx.mixers.latent_attention import LatentAttention
 from lcx.mixers.linear_attention import LinearAttention
 from lcx.mixers.mamba2 import Mamba2
 from lcx.mixers.two_mamba import TwoMamba
 
 MIXERS = {
     "attention": Attention(4, 2, 8, window=11),
+    "latent_attention": LatentAttention(4, 6, 5, 4, 3, q_lora_rank=8),
     "two_mamba_exp": TwoMamba(4, 8, score="exp"),
     "terraced": LinearAttention(4, 2, 8, window=5, feature_dim=6),
     "affine": LinearAttention(4, 2, 8, window=5, feature_dim=6, affine=True),
@@ -35,6 +37,7 @@ TENSOR = [{"fsdp": 4, "tensor": 2}, {"fsdp": 2, "tensor": 4}]
 CONTEXT = [{"fsdp": 1, "context": 8}]
 BOTH = (
     "attention",
+    "latent_attention",
     "two_mamba_exp",
     "terraced",
 )  # the others are tested with tensor elsewhere, or read whole prompts

@@ -182,15 +182,19 @@ def to_devices(
     return unflatten_dict(placed, sep="/")
 
 
+#: Parameters that keep their dtype: scales of FP8, and biases that decide between experts.
+_EXACT = ("fp8_scales", "choice_bias")
+
+
 def dtype_of(path: str, info: TensorInfo, dtype: np.dtype | None) -> np.dtype:
-    """The dtype of a parameter that is stored as `info`, in a model of this dtype; scales keep their own."""
-    return info.dtype if dtype is None or path.endswith("fp8_scales") else dtype
+    """The dtype of a parameter that is stored as `info`, in a model of this dtype; some keep their own (`_EXACT`)."""
+    return info.dtype if dtype is None or path.endswith(_EXACT) else dtype
 
 
 def cast_params(params: Any, dtype: np.dtype) -> Any:
-    """A tree of parameters in this dtype, except for scales (`dtype_of`)."""
+    """A tree of parameters in this dtype, except for those that keep their own (`dtype_of`)."""
     flat = flatten_dict(params, sep="/")
-    return unflatten_dict({p: x if p.endswith("fp8_scales") else x.astype(dtype) for p, x in flat.items()}, sep="/")
+    return unflatten_dict({p: x if p.endswith(_EXACT) else x.astype(dtype) for p, x in flat.items()}, sep="/")
 
 
 def _read_box(

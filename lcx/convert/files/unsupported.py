@@ -8,7 +8,8 @@ from lcx.convert.files.tensor_io import FLOAT_DTYPES, TensorInfo
 from lcx.errors import UserError
 from lcx.rope_fields import shown
 
-UNPACKED = frozenset({"mxfp4"})  # which some families read as bfloat16 (convert.hf.mxfp4)
+#: Which some families read as bfloat16 (convert.hf.mxfp4, convert.hf.fp8_blocks).
+UNPACKED = frozenset({"mxfp4", "fp8"})
 _POINTER = b"version https://git-lfs.github.com/spec/"
 _MOST_POINTER_BYTES = 1024  # the format's own limit
 _DEQUANTIZE = (

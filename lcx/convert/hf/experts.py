@@ -32,11 +32,12 @@ class WithExperts(Layered):
     size_key: str = "moe_intermediate_size"
     router: str = "gate"
     projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
-    defaults: tuple[int, int, int] = (128, 768, 8)
+    defaults: tuple[int, int, int | None] = (128, 768, 8)
 
     def __post_init__(self):
         keys = {
             *_NUMBERS,
+            self.experts_key,
             self.size_key,
             "num_experts_per_tok",
             "router_aux_loss_coef",
@@ -48,6 +49,12 @@ class WithExperts(Layered):
     def gating(self, config: Mapping[str, Any]) -> str:
         """ExpertsMlp.gating."""
         return "normalised"
+
+    def balance_loss(self, config: Mapping[str, Any]) -> float:
+        """ExpertsMlp.aux_loss_weight."""
+        if not boolean(config, "output_router_logits"):
+            return 0.0
+        return nonnegative(config, "router_aux_loss_coef", 0.001)
 
     def experts(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """More fields of ExpertsMlp."""
@@ -61,17 +68,13 @@ class WithExperts(Layered):
                 raise UserError(f"config.json has {' and '.join(_NUMBERS)}, which differ: remove one of them")
         if total > _MOST:
             raise UserError(f"config.json has {self.experts_key} {total}, expected at most {_MOST}")
-        loss = (
-            nonnegative(config, "router_aux_loss_coef", 0.001)
-            if boolean(config, "output_router_logits")
-            else 0.0
-        )
         mlp = ExpertsMlp(
             total,
             integer(config, "num_experts_per_tok", chosen),
             integer(config, self.size_key, size),
             gating=self.gating(config),
-            aux_loss_weight=loss,
+            activation=self.activation_of(config),
+            aux_loss_weight=self.balance_loss(config),
             **self.experts(config),
             parent=None,
         )
@@ -124,7 +127,8 @@ class QwenWithExperts(WithExperts):
             raise UserError(f"config.json has mlp_only_layers {shown(dense, 60)}, expected a list of layers")
         step = integer(config, "decoder_sparse_step", 1)
         if index in dense or (index + 1) % step:
-            return GatedMlp(integer(config, "intermediate_size"), parent=None)
+            activation = self.activation_of(config)
+            return GatedMlp(integer(config, "intermediate_size"), activation=activation, parent=None)
         return super().mlp(config, index)
 
     def own_keys(self, model, depth):

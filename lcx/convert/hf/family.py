@@ -53,6 +53,10 @@ class Family:
         """
         raise NotImplementedError
 
+    def unread(self, config: Mapping[str, Any]) -> dict[str, str]:
+        """Stored tensors that are no part of the model: regular expressions of their names -> what they are."""
+        return {}
+
     def config(self, model: Decoder, *, dtype: str) -> dict[str, Any]:
         """config.json of the model, without the keys in `config.CARRIED`.
 

@@ -52,6 +52,7 @@ class Layered(LlamaLike):
       theta, local_theta: the defaults of rope_theta, and of that of sliding layers, which then have their own rope.
       tied: the default of tie_word_embeddings.
       paired: whether a head's dimensions are rotated in pairs (2j, 2j + 1); converted to pairs (j, j + d/2).
+      mixer_type: the class of all mixers.
     """
 
     own: frozenset[str] = frozenset()
@@ -68,6 +69,7 @@ class Layered(LlamaLike):
     partial_factor: float = 1.0
     tied: bool = False
     paired: bool = False
+    mixer_type: type = Attention
 
     def __post_init__(self):
         object.__setattr__(self, "keys", KEYS | self.own | {key for key, _ in self.fixed} | {*_ROPE_KEYS})
@@ -77,6 +79,20 @@ class Layered(LlamaLike):
     def attention(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Fields of Attention that all layers share, in addition to sizes, biases and qk_norm."""
         return {}
+
+    def mixer(self, config: Mapping[str, Any], rope: Rope | None, window: int | None) -> nn.Module:
+        """The mixer of a layer, a `mixer_type`."""
+        sizes = self._sizes(config)
+        fields = {
+            "num_heads": sizes.num_heads,
+            "num_kv_heads": sizes.num_kv_heads,
+            "head_dim": sizes.head_dim,
+            "qk_norm": self.qk_norm,
+            "norm_eps": fraction(config, self.eps_key, self.norm_eps),
+            **self._biases(config),
+            **self.attention(config),
+        }
+        return Attention(**fields, rope=rope, window=window, parent=None)
 
     def block(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Fields of Block, in addition to mixer, mlp and norm_eps."""
@@ -89,8 +105,16 @@ class Layered(LlamaLike):
     def mlp(self, config: Mapping[str, Any], index: int) -> nn.Module:
         """The MLP of a layer."""
         bias = self.mlp_bias and boolean(config, "mlp_bias")
-        activation = _activation(config, *self.activation)
+        activation = self.activation_of(config)
         return GatedMlp(integer(config, "intermediate_size"), bias, activation=activation, parent=None)
+
+    def activation_of(self, config: Mapping[str, Any]) -> str:
+        """The activation function of the MLPs, as mlps.activations names it."""
+        key, default = self.activation
+        name = config.get(key) or config.get("hidden_act") or default
+        if not isinstance(name, str) or name not in _ACTIVATIONS:
+            raise UserError(f"config.json has {key} {shown(name)}, supported are {', '.join(_ACTIVATIONS)}")
+        return _ACTIVATIONS[name]
 
     def rotates(self, config: Mapping[str, Any], index: int, kind: str) -> bool:
         """Whether a layer has a rotary embedding."""
@@ -121,19 +145,11 @@ class Layered(LlamaLike):
         sizes, eps = self._sizes(config), fraction(config, self.eps_key, self.norm_eps)
         kinds = self.kinds(config, sizes.num_layers)
         ropes = {kind: self._rope(config, kind, sizes.head_dim) for kind in (FULL, SLIDING)}
-        attention = {
-            **sizes._asdict(),
-            "qk_norm": self.qk_norm,
-            "norm_eps": eps,
-            **self._biases(config),
-            **self.attention(config),
-        }
-        del attention["num_layers"]
 
         def block(index: int, kind: str) -> Block:
             window = self._window(config) if kind == SLIDING else None
             rope = ropes[kind] if self.rotates(config, index, kind) else None
-            mixer = Attention(**attention, rope=rope, window=window, parent=None)
+            mixer = self.mixer(config, rope, window)
             return Block(mixer, self.mlp(config, index), norm_eps=eps, **self.block(config), parent=None)
 
         return Decoder(
@@ -152,7 +168,7 @@ class Layered(LlamaLike):
 
     def check_config(self, config: Mapping[str, Any]) -> None:
         super().check_config({key: value for key, value in config.items() if key != "hidden_act"})
-        _activation(config, *self.activation)
+        self.activation_of(config)
         for key, values in self.fixed:
             if key in config and config[key] not in values:
                 expected = " or ".join(shown(value) for value in values)
@@ -201,10 +217,9 @@ class Layered(LlamaLike):
     # ------------------------------------------------------------------------------------ model -> config.json
 
     def config(self, model: Decoder, *, dtype: str) -> dict[str, Any]:
-        depth = _attention_layers(model)
+        depth = self._layers(model)
         mixer, mlp = depth[0].block.mixer, depth[0].block.mlp
-        shape = {name: getattr(mixer, name) for name in ("num_heads", "num_kv_heads", "head_dim", "qkv_bias")}
-        shape |= {
+        shape = self.shape(mixer) | {
             "intermediate_size": getattr(mlp, "intermediate_size", None),
             "mlp_bias": getattr(mlp, "bias", False),
         }
@@ -212,7 +227,7 @@ class Layered(LlamaLike):
         if self.eps_key != "rms_norm_eps":
             config[self.eps_key] = config.pop("rms_norm_eps")
         if self.biases == "qkv_of_config":
-            config["attention_bias"] = mixer.qkv_bias
+            config["attention_bias"] = shape["qkv_bias"]
         key = self.activation[0]
         names = {ours: theirs for theirs, ours in reversed(_ACTIVATIONS.items())}
         config |= {"hidden_act": names.get(getattr(mlp, "activation", "silu"), "silu")}
@@ -220,6 +235,10 @@ class Layered(LlamaLike):
         config |= self._kind_keys(depth) | self._rope_keys(model, depth) | self.own_keys(model, depth)
         self._check_read_back(model, config)
         return config
+
+    def shape(self, mixer: Any) -> dict[str, Any]:
+        """Sizes of a mixer, and whether it has biases, by the names of Attention's fields."""
+        return {name: getattr(mixer, name) for name in ("num_heads", "num_kv_heads", "head_dim", "qkv_bias")}
 
     def _kind_keys(self, depth: Sequence[Layer]) -> dict[str, Any]:
         windows = [layer.block.mixer.window for layer in depth]
@@ -270,7 +289,7 @@ class Layered(LlamaLike):
 
     def rules(self, model: Decoder) -> list[Rule]:
         table = [Rule(self.embedding, (Part("embed/embedding", Same()),))]
-        for i, layer in enumerate(_attention_layers(model)):
+        for i, layer in enumerate(self._layers(model)):
             table += self._attention_rules(f"model.layers.{i}.self_attn.", layer)
             table += self.mlp_rules(f"model.layers.{i}.mlp.", layer)
             for theirs, ours in self.norm_names:
@@ -280,6 +299,22 @@ class Layered(LlamaLike):
         if not model.tie_word_embeddings:
             table.append(Rule(self.head, (Part("lm_head/embedding", Same()),)))
         return table
+
+    def _layers(self, model: Decoder) -> list[Layer]:
+        """The layers of a model, in depth order. Raises UserError unless each has the family's mixer and an MLP."""
+        depth = model_lib.layers(model)
+        if not depth:
+            raise UserError(
+                "the model has no layers, expected at least one in the 'hf' format; save with format 'lcx'"
+            )
+        for i, layer in enumerate(depth):
+            mixer, mlp = layer.block.mixer, layer.block.mlp
+            if type(mixer) is not self.mixer_type or mlp is None:
+                raise UserError(
+                    f"layer {i} is {type(mixer).__name__} + {type(mlp).__name__}; the 'hf' format of this model_type "
+                    f"holds {self.mixer_type.__name__} and an MLP only, save with format 'lcx'"
+                )
+        return depth
 
     def _attention_rules(self, prefix: str, layer: Layer) -> list[Rule]:
         table, mixer = super()._attention_rules(prefix, layer), layer.block.mixer
@@ -325,30 +360,6 @@ def _turn_alike(a: Rope, b: Rope, head_dim: int) -> bool:
         if abs(scale_a - scale_b) > 1e-5:
             return False
     return True
-
-
-def _attention_layers(model: Decoder) -> list[Layer]:
-    """The layers of a model, in depth order. Raises UserError unless all have softmax attention and an MLP."""
-    depth = model_lib.layers(model)
-    if not depth:
-        raise UserError(
-            "the model has no layers, expected at least one in the 'hf' format; save with format 'lcx'"
-        )
-    for i, layer in enumerate(depth):
-        mixer, mlp = layer.block.mixer, layer.block.mlp
-        if type(mixer) is not Attention or mlp is None:
-            raise UserError(
-                f"layer {i} is {type(mixer).__name__} + {type(mlp).__name__}; the 'hf' format of this model_type holds "
-                "Attention and an MLP only, save with format 'lcx'"
-            )
-    return depth
-
-
-def _activation(config: Mapping[str, Any], key: str, default: str) -> str:
-    name = config.get(key) or config.get("hidden_act") or default
-    if not isinstance(name, str) or name not in _ACTIVATIONS:
-        raise UserError(f"config.json has {key} {shown(name)}, supported are {', '.join(_ACTIVATIONS)}")
-    return _ACTIVATIONS[name]
 
 
 def _states(config: Mapping[str, Any], key: str) -> bool:

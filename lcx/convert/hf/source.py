@@ -16,7 +16,7 @@ from lcx.convert.files import folders, tensor_io, unsupported
 from lcx.convert.files.tensor_io import TensorInfo
 from lcx.convert.hf import config as hf_config
 from lcx.convert.hf import folder as hf_folder
-from lcx.convert.hf import mxfp4, tensor_names
+from lcx.convert.hf import fp8_blocks, mxfp4, tensor_names
 from lcx.convert.hf.family import Family
 from lcx.errors import UserError
 from lcx.model import Decoder
@@ -48,10 +48,11 @@ class HfSource:
             config = self._folder.config
             family = hf_config.family_of(config, family)
             unsupported.check_config(config, self._folder.path, reads=family.unpacks)
-            stored = mxfp4.unpacked(self._folder, config)
+            stored = fp8_blocks.unpacked(mxfp4.unpacked(self._folder, config), config)
             unsupported.check_tensors(stored.tensors)
             unwrapped = tensor_names.unwrapped(stored, self.where, family)
-            self._tensors: tensor_io.TensorSource = self.arranged(unwrapped)
+            wanted = tensor_names.without(unwrapped, family.unread(config), self.where)
+            self._tensors: tensor_io.TensorSource = self.arranged(wanted)
             _check_depth(config, self._tensors.tensors, family)
             model = self._model(config, family)
             self._table = rules.Table(family.rules(model), model_source.leaf_shapes(model))

@@ -72,6 +72,17 @@ def unwrapped(source: TensorSource, where: str, family: Family) -> TensorSource:
     return Renamed(source, names) if any(name != stored for name, stored in names.items()) else source
 
 
+def without(source: TensorSource, unread: Mapping[str, str], where: str) -> TensorSource:
+    """The tensors but those whose names match a regular expression of `unread`; logs how many, and what they are."""
+    left = dict.fromkeys(source.tensors)
+    for pattern, what in unread.items():
+        found = [name for name in left if re.fullmatch(pattern, name)]
+        if found:
+            log.warning("%s: %d tensors are not read: %s (%s, ...)", where, len(found), what, shown(found[0]))
+        left = {name: None for name in left if name not in set(found)}
+    return Renamed(source, {name: name for name in left}) if len(left) < len(source.tensors) else source
+
+
 def _without_wrappers(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 

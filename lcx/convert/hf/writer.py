@@ -1,5 +1,6 @@
 """Writes models as Hugging Face folders, tensor by tensor."""
 
+import dataclasses
 import functools
 import json
 import logging
@@ -58,10 +59,11 @@ def write(
             config[REMEMBERED].get("rope_type", "default"),
             config["rope_parameters"]["rope_type"],
         )
-    tensors = {
-        name: TensorInfo(dtype or table.foreign_dtype(source.leaves, name), shape)
-        for name, shape in table.foreign_shapes.items()
-    }
+    tensors = {}
+    for name, shape in table.foreign_shapes.items():
+        stored = TensorInfo(table.foreign_dtype(source.leaves, name), shape)
+        wanted = model_source.dtype_of(table.rules[name].parts[0].path, stored, dtype)
+        tensors[name] = dataclasses.replace(stored, dtype=wanted)
 
     def pieces(name: str) -> Iterator[np.ndarray]:
         rule = table.rules[name]

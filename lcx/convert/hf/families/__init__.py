@@ -2,6 +2,7 @@
 
 from lcx.convert.core.rules import Rule
 from lcx.convert.hf.families.cohere2 import COHERE2
+from lcx.convert.hf.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from lcx.convert.hf.families.gemma2 import GEMMA2
 from lcx.convert.hf.families.gemma3 import GEMMA3
 from lcx.convert.hf.families.glm4 import GLM4
@@ -23,7 +24,7 @@ from lcx.model import Decoder
 
 _ALL = (
     LLAMA, MISTRAL, QWEN2, QWEN3, PHI3, GEMMA2, GEMMA3, OLMO2, OLMO3, SMOLLM3, GRANITE, COHERE2, GLM4, MINISTRAL,
-    MIXTRAL, QWEN2_MOE, QWEN3_MOE, GPT_OSS,
+    MIXTRAL, QWEN2_MOE, QWEN3_MOE, GPT_OSS, DEEPSEEK_V2, DEEPSEEK_V3,
 )  # fmt: skip
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _ALL}
 
