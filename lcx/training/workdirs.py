@@ -6,7 +6,7 @@ A run that is refused before it has written anything leaves the folder and confi
 import contextlib
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
@@ -18,6 +18,16 @@ from lcx.buckets import workdirs as buckets
 from lcx.checkpoint import Checkpointer
 from lcx.errors import UserError
 from lcx.locks import LOCK
+
+
+@contextlib.contextmanager
+def claimed(folders: Sequence[pathlib.Path], config: str) -> Iterator[None]:
+    """Lets no other process write to these folders within the block, and keeps the configuration in each."""
+    with contextlib.ExitStack() as stack:
+        for folder in folders:
+            stack.enter_context(paths.claimed(folder, "--workdir"))
+            stack.enter_context(kept_config(folder, config))
+        yield
 
 
 @contextlib.contextmanager
