@@ -33,11 +33,13 @@ def only_writer(path: str | os.PathLike, *, of: str, setting: str) -> Iterator[N
 
     Raises:
       UserError: another process holds the lock.
+      OSError: no file can be made there.
     """
-
     path = pathlib.Path(path)
     lock = _acquired(path)
     if lock is None:
+        if not path.exists():  # nobody holds it: it cannot be made
+            path.open("a").close()
         raise _taken(path, of, setting)
     try:
         with contextlib.suppress(OSError):  # the text is only informative; on a full disk the lock still holds

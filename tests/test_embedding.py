@@ -212,4 +212,22 @@ def test_the_command(ending, evo2, tmp_path, monkeypatch, capsys):
         assert main([*words[:1], "--dataset=texts.jsonl", *words[2:], "--overwrite", "--pool=none"]) == 0
         assert read(tmp_path / output)["2"].shape == (sum(map(len, DNA)), 32)
         assert main([*words, "--dataset=texts.jsonl"]) == 2
+        of_text = [words[0], "--dataset=texts.jsonl", *words[2:], "--overwrite"]
+        pathlib.Path("notes.jsonl").write_text('{"text": "hello"}\nno JSON\n')
+        of_notes = [words[0], "--dataset=notes.jsonl", *words[2:], "--overwrite"]
+        for refused, says in (
+            ([*of_text, "--both_strands"], "--both_strands needs --fasta"),
+            ([*of_text, "--keep_case"], "--keep_case needs --fasta"),
+            ([*words, "--overwrite", "--text_field=x"], "--text_field needs --dataset"),
+            (of_notes, "(--on_bad_line=skip leaves such lines out)"),
+            ([*of_notes, "--text_field=body"], "--text_field"),
+        ):
+            capsys.readouterr()
+            assert main(refused) == 2
+            error = capsys.readouterr().err
+            assert says in error and "Dataset" not in error, error
+        assert main([*of_notes, "--on_bad_line=skip"]) == 0
+        assert "1 row skipped that cannot be read" in capsys.readouterr().err
+        with pytest.raises(UserError, match="holds 'e', which is no letter of DNA or RNA"):
+            lcx.embed(*evo2, ["hello"], layers="2", reverse_complement=True)
         assert main([*words[:3], "--output=x.csv"]) == 2

@@ -80,7 +80,9 @@ def opened(workdir: str) -> Iterator[pathlib.Path]:
       UserError: it is no folder, the bucket cannot be used, or the processes run on several machines.
     """
     if not is_url(workdir):
-        yield paths.destination(workdir, "--workdir")
+        folder = paths.destination(workdir, "--workdir")
+        _refuse_inside(folder)
+        yield folder
         return
     alone = jax.process_count() == 1
     first = jax.process_index() == 0
@@ -105,6 +107,16 @@ def opened(workdir: str) -> Iterator[pathlib.Path]:
         if problem is not None:
             raise problem
         yield folder
+
+
+def _refuse_inside(folder: pathlib.Path) -> None:
+    """Raises UserError for the checkpoints of a run, or one of them, in place of the run."""
+    for part in list(folder.absolute().parents)[:1] + [folder.absolute()]:
+        if part.name == "checkpoints" and (part.parent / "config.gin").is_file():
+            raise UserError(
+                f"--workdir is {folder}, which holds checkpoints of the run in {part.parent}: set --workdir to the run "
+                "to resume it, or to another folder"
+            )
 
 
 def retreat(checkpointer: Checkpointer, bad_step: int) -> str:
