@@ -49,7 +49,7 @@ def setup_jax() -> None:
 def blamed(error: Exception) -> str | None:
     """One line if jax has refused the value of an environment variable; None for any other exception."""
     text = first_line(error)
-    if "JAX flag" not in text and "initialize backend" not in text:
+    if not any(sign in text for sign in ("JAX flag", "initialize backend", "for environment 'JAX_")):
         return None
     for name, value in os.environ.items():
         if name.startswith("JAX_") and value and re.search(rf"['\"]{re.escape(value)}['\"]", text):
