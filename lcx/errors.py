@@ -68,7 +68,8 @@ def named(message: str, names: Mapping[str, str | None]) -> str:
         said = re.escape(setting) + r"\b"
         message = re.sub(rf" \([^()]*{said}[^()]*\)|[;,:][^;,:()]*{said}[^;,:()]*", "", message)
     known = "|".join(sorted(map(re.escape, names), key=len, reverse=True))
-    return re.sub(rf"\b({known})\b(?:=(?:'([^']*)'|\"([^\"]*)\"|(\w+)))?", lambda found: _own(found, names), message)
+    value = r"(?:=(?:'([^']*)'|\"([^\"]*)\"|(\w+)))?"
+    return re.sub(rf"(?<![\w./-])({known})\b{value}", lambda found: _own(found, names), message)
 
 
 def _own(found: re.Match, names: Mapping[str, str | None]) -> str:
