@@ -220,7 +220,6 @@ def test_the_command(ending, evo2, tmp_path, monkeypatch, capsys):
             ([*of_text, "--keep_case"], "--keep_case needs --fasta"),
             ([*words, "--overwrite", "--text_field=x"], "--text_field needs --dataset"),
             (of_notes, "(--on_bad_line=skip leaves such lines out)"),
-            ([*of_notes, "--text_field=body"], "--text_field"),
         ):
             capsys.readouterr()
             assert main(refused) == 2
