@@ -1,22 +1,27 @@
-"""Seconds from a command to its help text, first step and first token, and where they go.
+"""Seconds from a command to its help text, first step, first token, first result and first answer, and where they go.
 
-    python benchmarks/start_up.py [--only help,train,generate,abstract] [--output FILE.json]
+    python benchmarks/start_up.py [--only help,train,generate,evaluate,serve,evo2,abstract] [--output FILE.json]
 
 Every start is a process of its own: `cold` with an empty compilation cache, `warm` with the one that the cold start
-left. The tiny model is the quickstart's. `abstract` is a training step of a model with the shape of Llama 3.2 1B, which
-is traced, lowered and compiled without allocating it. Seconds of imports, data, tracing, lowering and compiling are
-those of the whole command, saves and the last evaluation included; nested traces count once for each level.
+left. The tiny model is the quickstart's, which `train` makes for `generate`, `evaluate` and `serve`. `evo2` generates
+with a tiny model of the four kinds of layers of Evo 2, `serve` ends with the answer to a first request, and `abstract`
+is a training step of a model with the shape of Llama 3.2 1B, which is traced, lowered and compiled without allocating
+it. Seconds of imports, data, tracing, lowering and compiling are those of the whole command, saves and the last
+evaluation included; nested traces count once for each level.
 """
 
 import argparse
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 
+PORT = 8765
 ROOT = pathlib.Path(__file__).parent.parent
 PARTS = {
     "/jax/core/compile/jaxpr_trace_duration": "tracing",
@@ -106,6 +111,30 @@ def abstract_step() -> None:
 # ---------------------------------------------------------------------------------------------------- the parent
 
 
+def evo2(path: pathlib.Path) -> str:
+    """The checkpoint of a tiny Evo 2 in one file, as vortex writes it; made if it is not there."""
+    if not path.exists():
+        code = f"""
+import jax, lcx
+from lcx import model
+from lcx.striped_hyena import striped_hyena
+sizes = dict(hidden_size=64, intermediate_size=64, num_heads=2, se_groups=4, mr_groups=4)
+tiny = striped_hyena(pattern="SDH*", max_position_embeddings=1024, **sizes)
+lcx.save({str(path)!r}, tiny, model.init_params(tiny, jax.random.key(0)), format="vortex")
+"""
+        subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+    return str(next(path.rglob("*.pt"), path))
+
+
+def answered(port: int) -> None:
+    """Asks the server for eight tokens."""
+    body = json.dumps({"prompt": "import", "max_tokens": 8, "temperature": 0}).encode()
+    request = urllib.request.Request(f"http://127.0.0.1:{port}/v1/completions", body)
+    request.add_header("Content-Type", "application/json")
+    with urllib.request.urlopen(request) as response:
+        json.load(response)
+
+
 def started(verb: str, arguments: list[str], sign: str, folder: pathlib.Path) -> dict:
     """Seconds until the command prints `sign` ("": anything on stdout), until it ends, and its parts."""
     parts = folder / "parts.json"
@@ -122,8 +151,11 @@ def started(verb: str, arguments: list[str], sign: str, folder: pathlib.Path) ->
         while piece := os.read(process.stdout.fileno(), 1 << 16):
             seen += piece
             if first is None and sign.encode() in seen:
+                if verb == "serve":
+                    answered(PORT)
+                    process.send_signal(signal.SIGINT)
                 first = time.perf_counter() - start
-    if process.returncode or first is None:
+    if process.returncode not in (0, 130 if verb == "serve" else 0) or first is None:
         raise SystemExit(f"{' '.join(command)} ended with {process.returncode}: {seen.decode()[-2000:]}")
     found = {"first": first, "end": time.perf_counter() - start}
     return found | (json.loads(parts.read_text()) if parts.exists() else {})
@@ -136,6 +168,22 @@ def commands(folder: pathlib.Path) -> dict[str, tuple[str, list[str], str]]:
         "help": ("train", ["--help"], ""),
         "train": ("train", [*TRAIN, f"--workdir={folder / 'run'}"], "step 1/"),
         "generate": ("generate", prompt, ""),
+        "evaluate": (
+            "evaluate",
+            [
+                f"--checkpoint={folder / 'run'}",
+                f"--output={folder / 'evaluation'}",
+                "--evals=loss_by_position",
+                "--gin.LossByPosition.max_tokens=4096",
+            ],
+            "nats per",
+        ),
+        "serve": ("serve", [f"--checkpoint={folder / 'run'}", f"--port={PORT}"], "serving "),
+        "evo2": (
+            "generate",
+            [f"--checkpoint={folder / 'evo2.pt'}", "--prompt=ACGTACGT", "--max_new_tokens=40"],
+            "",
+        ),
         "abstract": ("abstract", [], "compiled"),
     }
 
@@ -148,7 +196,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", default="help,train,generate,abstract", metavar="NAMES")
+    every = "help,train,generate,evaluate,serve,evo2,abstract"
+    parser.add_argument("--only", default=every, metavar="NAMES")
     parser.add_argument("--output", default=str(harness.RESULTS / "start_up_cpu.json"))
     flags = parser.parse_args()
     run = harness.Run("start-up", threads={"lcx": harness.jax_threads()})
@@ -158,8 +207,12 @@ def main() -> None:
         for what in flags.only.split(","):
             verb, arguments, sign = commands(folder)[what]
             for state in ("cold", "warm"):
-                if what == "train":
-                    shutil.rmtree(folder / "run", ignore_errors=True)
+                if what in ("train", "evaluate"):
+                    shutil.rmtree(
+                        folder / {"train": "run", "evaluate": "evaluation"}[what], ignore_errors=True
+                    )
+                if what == "evo2":
+                    arguments[0] = f"--checkpoint={evo2(folder / 'evo2.pt')}"
                 with run.watched():
                     found = started(verb, arguments, sign, folder)
                 rows.append({"command": what, "state": state, **{k: round(v, 3) for k, v in found.items()}})

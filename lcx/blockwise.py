@@ -14,6 +14,7 @@ The job has three parts:
 Each part resumes where it was stopped. The rows are the same as those of one run of the same trainer over all layers.
 """
 
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -25,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lcx import extend, hub, linearize, sharding
+from lcx import extend, hub, linearize, paths, sharding
 from lcx import model as model_lib
 from lcx.convert import api as convert
 from lcx.convert.core import model_source
@@ -38,7 +39,7 @@ from lcx.data import BatchSpec, Dataset, Mixture, Opened, Tokenizer
 from lcx.errors import UserError
 from lcx.model import Decoder, Layers
 from lcx.trainer import Trainer
-from lcx.training import division, residual_store
+from lcx.training import division, residual_store, statements
 from lcx.training.signals import StopRequest
 from lcx.wording import quantity
 
@@ -150,10 +151,21 @@ class Blocks:
                 _say(
                     f"block {number} of {len(blocks)}: layers {blocks[number][0]} to {blocks[number][1] - 1}"
                 )
-                run = self.block_trainer(folder, *blocks[number]).run(str(_block_folder(folder, number)))
+                own = _block_folder(folder, number)
+                # With `only`, `train` has claimed it already.
+                claim = paths.claimed(own, "--workdir") if self.only is None else contextlib.nullcontext()
+                with claim:
+                    run = self.block_trainer(folder, *blocks[number]).run(str(own))
                 if run.step < self.trainer.last_step:
                     return None
-        return None if self.only is not None else self._stitch(folder, source, linear, blocks)
+        if self.only is not None:
+            _say("next: the other blocks, then the same command without Blocks.only, which combines them")
+            return None
+        return self._stitch(folder, source, linear, blocks)
+
+    def writes(self, folder: pathlib.Path) -> tuple[pathlib.Path, ...]:
+        """The parts of the workdir that this job writes: with `only`, blocks that several hosts train at once."""
+        return tuple(_block_folder(folder, number) for number in dict.fromkeys(self.only or ())) or (folder,)
 
     def _cut(self, model: Decoder) -> list[tuple[int, int]]:
         """(first layer, last layer + 1) of every block."""
@@ -318,6 +330,7 @@ class Blocks:
         stitched = RelaidSource(source, linear, {path: np.concatenate(rows) for path, rows in fresh.items()})
         target = folder / "linear"
         _say(f"wrote {target}: {convert.write(target, stitched, format='lcx', overwrite=True)}")
+        _say(f"{statements.following(str(target), str(folder))}, or LoRA (configs/linearize/llama_lora.gin)")
         return str(target)
 
 

@@ -12,10 +12,26 @@ final_norm; names of vortex and transformers work too. A long sequence is read i
 the state of the previous one: memory stays flat, and the result does not depend on the size of the pieces.
 """
 
+import argparse
 import sys
 
 from lcx import config
 from lcx.config.common_flags import add_loading
+
+
+def add_texts(parser: argparse.ArgumentParser) -> None:
+    """How the files of --dataset are read: settings of lcx.data.Dataset."""
+    explained = "with --dataset: jsonl, csv, ... (default: detected)"
+    parser.add_argument("--dataset_format", metavar="FORMAT", help=explained)
+    parser.add_argument(
+        "--text_field", metavar="NAME", help="with --dataset: field of an object, column of a table (default: text)"
+    )
+    parser.add_argument("--separator", metavar="TEXT", help="with --dataset: splits text files into documents")
+    parser.add_argument(
+        "--on_bad_line",
+        choices=("error", "skip"),
+        help="with --dataset: what a row that cannot be read is (default: an error); skipped ones are counted",
+    )
 
 
 def main(argv=None) -> int:
@@ -24,6 +40,7 @@ def main(argv=None) -> int:
     parser.add_argument("--fasta", metavar="PATH", help="sequences: a FASTA file, a glob or a folder")
     parser.add_argument("--regions", metavar="FILE.bed", help="with --fasta: embed these regions, not whole records")
     parser.add_argument("--dataset", metavar="PATH", help="texts instead: a file, glob or folder that training accepts")
+    add_texts(parser)
     parser.add_argument("--layers", required=True, metavar="NAMES", help="points, separated by commas")
     parser.add_argument(
         "--output", required=True, metavar="FILE", help="what to write: a name that ends in .parquet, .npz or .zarr"
@@ -35,10 +52,12 @@ def main(argv=None) -> int:
     parser.add_argument("--overlap", type=int, metavar="N", help="tokens that consecutive windows share (default: 0)")
     parser.add_argument("--piece_length", type=int, metavar="N", help="tokens per forward pass (default: 16384)")
     parser.add_argument(
-        "--both_strands", action="store_true", help="the mean of a sequence and its reverse complement"
+        "--both_strands",
+        action="store_true",
+        help="with --fasta: the mean of a sequence and its reverse complement",
     )
     parser.add_argument(
-        "--keep_case", action="store_true", help="leave lower-case letters of DNA as they are (default: upper case)"
+        "--keep_case", action="store_true", help="with --fasta: leave lower-case letters as they are"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     return config.run(parser, "lcx.embedding_files:embed_file", argv)

@@ -18,13 +18,13 @@ from jaxtyping import Float, Int
 
 from lcx import activations, layer_order, parameters, pieces
 from lcx.data import ByteTokenizer, Tokenizer, check_vocabulary, special_tokens
+from lcx.data.nucleotides import reverse_complement
 from lcx.errors import UserError, check_sizes
 from lcx.model import Decoder
 
 PIECE_LENGTH = 1 << 14
 _SHORTEST = 128
 _MOST_NUMBERS = 1 << 26  # of one point, all copies of a layer together, where every position is kept
-_PARTNERS = str.maketrans("ACGTURYKMSWBDHVNacgturykmswbdhvn", "TGCAAYRMKSWVHDBNtgcaayrmkswvhdbn")
 
 
 def embed(
@@ -197,9 +197,9 @@ class Embedder:
         before = np.array(special_tokens(self._tokenizer()).before, np.int32)
         other = None
         if self.reverse_complement:
-            other = np.concatenate([before, encode(sequence.translate(_PARTNERS)[::-1])])
+            other = np.concatenate([before, encode(reverse_complement(sequence))])
             if len(other) != len(before) + len(sequence):
-                raise UserError("reverse_complement needs a token per letter: use a model of bytes, or leave it out")
+                raise UserError("both strands need a token per letter: use a model of bytes, or leave out both_strands")
         return np.concatenate([before, encode(sequence)]), len(before), other
 
     def _encoder(self) -> Callable[[str], np.ndarray]:

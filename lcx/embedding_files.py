@@ -17,18 +17,32 @@ from typing import Any, Protocol
 import numpy as np
 
 from lcx import paths
-from lcx.data.sources import find_files, read_documents
+from lcx.data.readers.fields import DEFAULT
+from lcx.data.sources import Tally, find_files, read_documents
 from lcx.embedding import Embedded, Embedder
-from lcx.errors import UserError
+from lcx.errors import UserError, naming
 from lcx.evals.support import dna
 from lcx.evals.support.letters import Letters, Part
 from lcx.text import opened
 from lcx.wording import quantity
 
 ENDINGS = (".parquet", ".npz", ".zarr")
+#: Settings as messages name them, and the flags of the command.
+_FLAGS: dict[str, str | None] = {
+    "Dataset.source": "--dataset",
+    "Dataset.format": "--dataset_format",
+    "Dataset.text_field": "--text_field",
+    "Dataset.separator": "--separator",
+    "Dataset.on_bad_line": "--on_bad_line",
+    "Dataset.chat": None,
+    "both_strands": "--both_strands",
+    "embed.piece_length": "--piece_length",
+    "embed.window": "--window",
+}
 _ZARR_ROWS = 1024  # rows of a chunk
 
 
+@naming(_FLAGS)
 def embed_file(
     *,
     checkpoint: str,
@@ -43,6 +57,10 @@ def embed_file(
     piece_length: int | None = None,
     both_strands: bool = False,
     keep_case: bool = False,
+    dataset_format: str | None = None,
+    text_field: str | None = None,
+    separator: str | None = None,
+    on_bad_line: str | None = None,
     overwrite: bool = False,
     **loading: Any,
 ) -> None:
@@ -55,6 +73,8 @@ def embed_file(
       fasta, dataset: the sequences, one of the two. regions: a BED file for fasta.
       pool, window, overlap, piece_length: as in lcx.embed; both_strands is its reverse_complement.
       keep_case: whether lower-case letters of DNA stay as they are.
+      dataset_format, text_field, separator, on_bad_line: how `dataset` is read: settings of lcx.data.Dataset, where
+        dataset_format is its format.
       overwrite: whether an existing output is replaced.
       loading: other settings of lcx.load.
 
@@ -63,8 +83,18 @@ def embed_file(
     """
     if paths.destination(output, "--output").suffix not in ENDINGS:
         raise UserError(f"--output is {output}, expected a name that ends in {', '.join(ENDINGS)}: change --output")
-    if (fasta is None) == (dataset is None) or (regions is not None and fasta is None):
-        raise UserError("set one of --fasta and --dataset, and --regions only with --fasta")
+    reading = {
+        "dataset_format": dataset_format,
+        "text_field": text_field,
+        "separator": separator,
+        "on_bad_line": on_bad_line,
+    }
+    _check_sequences(
+        fasta,
+        dataset,
+        of_fasta={"regions": regions, "both_strands": both_strands, "keep_case": keep_case},
+        of_dataset=reading,
+    )
     with paths.claimed_file(output, "--output", overwrite=overwrite) as partial:
         model, params, tokenizer = opened(checkpoint, of="sequence", **loading)
         embedder = Embedder(
@@ -78,20 +108,33 @@ def embed_file(
             reverse_complement=both_strands,
             tokenizer=tokenizer,
         )
-        texts = _Texts(fasta, regions, dataset, keep_case)
+        pairs = _records(fasta, regions, keep_case) if fasta is not None else _documents(str(dataset), **reading)
+        texts = _Texts(pairs)
         _write(partial, embedder, texts)
     print(f"{output}: {quantity(texts.count, 'sequence')}, {quantity(len(embedder.points), 'point')}", file=sys.stderr)
     if texts.empty:
         print(f"left out, because they are empty: {quantity(texts.empty, 'sequence')}", file=sys.stderr)
 
 
+def _check_sequences(
+    fasta: str | None, dataset: str | None, *, of_fasta: dict[str, Any], of_dataset: dict[str, Any]
+) -> None:
+    """Raises UserError unless there is one source of sequences, and no setting of the other kind."""
+    if (fasta is None) == (dataset is None):
+        raise UserError(f"{'neither' if fasta is None else 'both'} of --fasta and --dataset: set one of them")
+    others = of_fasta if fasta is None else of_dataset
+    if wrong := [f"--{name}" for name, value in others.items() if value]:
+        kind, other = ("--fasta", "--dataset") if fasta is None else ("--dataset", "--fasta")
+        raise UserError(f"{wrong[0]} needs {kind}, and the sequences are those of {other}: leave out {wrong[0]}")
+
+
 class _Texts:
     """The sequences of a source, read one at a time; `names` has those read so far that are still needed."""
 
-    def __init__(self, fasta: str | None, regions: str | None, dataset: str | None, keep_case: bool):
+    def __init__(self, pairs: Iterator[tuple[str, str]]):
         self.names: dict[int, str] = {}
         self.count, self.empty = 0, 0
-        self._pairs = _records(fasta, regions, keep_case) if fasta is not None else _documents(str(dataset))
+        self._pairs = pairs
 
     def __iter__(self) -> Iterator[str]:
         for name, text in self._pairs:
@@ -122,8 +165,16 @@ def _records(fasta: str, regions: str | None, keep_case: bool) -> Iterator[tuple
         yield name, text if keep_case else text.upper()
 
 
-def _documents(dataset: str) -> Iterator[tuple[str, str]]:
-    return ((document.name, document.text) for document in read_documents(find_files(dataset)))
+def _documents(
+    dataset: str, *, dataset_format: str | None, text_field: str | None, separator: str | None, on_bad_line: str | None
+) -> Iterator[tuple[str, str]]:
+    """(name, text) of every document; says at the end what was skipped."""
+    tally = Tally(on_bad_line or "error")
+    files = find_files(dataset, format=dataset_format)
+    for document in read_documents(files, text_field=text_field or DEFAULT, separator=separator, tally=tally):
+        yield document.name, document.text
+    for line in tally.lines():
+        print(line, file=sys.stderr)
 
 
 # ------------------------------------------------------------------------------------------------------ files

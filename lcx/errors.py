@@ -1,6 +1,10 @@
-"""The one exception that a user's input can cause, checks of numbers, and one line of any other exception."""
+"""The one exception that a user's input can cause, and the settings that it names; checks of numbers; one line of any
+other exception."""
 
+import contextlib
 import math
+import re
+from collections.abc import Iterator, Mapping
 
 
 class UserError(ValueError):
@@ -41,3 +45,38 @@ def check_not_negative(of: str, **numbers: float | None) -> None:
 def first_line(error: BaseException) -> str:
     """What an exception says, for a message of one line; the name of its class where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+@contextlib.contextmanager
+def naming(names: Mapping[str, str | None]) -> Iterator[None]:
+    """Lets a UserError name the settings that its reader has; also a decorator.
+
+    Args:
+      names: {a setting as messages name it, such as "Dataset.source": what the user sets, such as "--fasta"}. None: the
+        user has no such setting, and the clause of the message that advises to change it is left out.
+    """
+    try:
+        yield
+    except UserError as error:
+        error.args = (named(str(error), names),)
+        raise
+
+
+def named(message: str, names: Mapping[str, str | None]) -> str:
+    """The message with the settings that its reader has; see `naming`."""
+    for setting in (name for name, own in names.items() if own is None):
+        said = re.escape(setting) + r"\b"
+        message = re.sub(rf" \([^()]*{said}[^()]*\)|[;,:][^;,:()]*{said}[^;,:()]*", "", message)
+    known = "|".join(sorted(map(re.escape, names), key=len, reverse=True))
+    value = r"(?:=(?:'([^']*)'|\"([^\"]*)\"|(\w+)))?"
+    return re.sub(rf"(?<![\w./-])({known})\b{value}", lambda found: _own(found, names), message)
+
+
+def _own(found: re.Match, names: Mapping[str, str | None]) -> str:
+    """The user's setting with the value that the message gives it: "Dataset.format='csv'" is --format=csv."""
+    own, value = names[found[1]], next(filter(None, found.groups()[1:]), None)
+    if own is None or value is None:
+        return own or found[0]
+    if own.startswith("--") and value in ("True", "False"):
+        return own if value == "True" else f"--no-{own[2:]}"
+    return f"{own}={value}" if own.startswith("--") else found[0].replace(found[1], own)

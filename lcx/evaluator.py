@@ -326,14 +326,17 @@ def _tokenizer(checkpoint: str, format: str | None) -> Tokenizer | None:
 
 
 def _default_dataset(checkpoint: str, tokenizer: Tokenizer | None) -> Dataset | Mixture | None:
-    """The data that the checkpoint was trained on; else, for a byte-level model, the standard library; else None."""
+    """The data that the checkpoint was trained on; else, for a model of text as bytes, the standard library; else None.
+
+    The bytes of models of DNA have another vocabulary.
+    """
     recorded = _meta(checkpoint).get("data")
     if recorded is not None:
         try:
             return _untokenized(model_json.from_json(recorded))
         except (UserError, TypeError) as error:
             _say(f"warning: the dataset recorded in the checkpoint cannot be used: {error}")
-    return Dataset(source="stdlib") if isinstance(tokenizer, ByteTokenizer) else None
+    return Dataset(source="stdlib") if tokenizer == ByteTokenizer() else None
 
 
 def _meta(checkpoint: str) -> dict[str, Any]:

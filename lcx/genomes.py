@@ -2,13 +2,14 @@
 
 import contextlib
 import csv
+import dataclasses
 import functools
 import sys
 from typing import Any
 
 from lcx import paths
 from lcx.data import Tokenizer
-from lcx.errors import UserError, check_sizes
+from lcx.errors import UserError, check_sizes, naming
 from lcx.evals import Evaluation, Result
 from lcx.evals.sequence_likelihood import SequenceLikelihood
 from lcx.evals.support import scoring
@@ -17,9 +18,18 @@ from lcx.model import Decoder
 from lcx.text import opened
 
 _ENDINGS = (".tsv", ".txt", ".tab")
+#: Fields of the evaluations, and the flags of the commands that set them.
+_FLAGS = {"sequences": "--fasta", "upper_case": "--keep_case"}
 _COLUMNS = ("name", "length", "scored", "log_likelihood", "mean_log_likelihood", "ambiguous", "lower_case")
 
 
+def _flags(of: type, prefix: str) -> dict[str, str | None]:
+    """{a setting as messages name it: its flag}, of a command whose parameters `prefix` names."""
+    names = [field.name for field in dataclasses.fields(of)]
+    return {f"{owner}.{name}": _FLAGS.get(name, f"--{name}") for owner in (of.__name__, prefix) for name in names}
+
+
+@naming(_flags(VariantEffects, "variants"))
 def score_variants(
     *,
     checkpoint: str,
@@ -72,6 +82,7 @@ def score_variants(
     _run(evaluation, *model)
 
 
+@naming(_flags(SequenceLikelihood, "score"))
 def score_sequences(
     *,
     checkpoint: str,

@@ -15,6 +15,7 @@ import json
 import logging
 import math
 import os
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,7 +27,7 @@ from lcx.convert import api as convert
 from lcx.errors import UserError, check_sizes
 from lcx.model import Decoder
 from lcx.trainer import Trainer
-from lcx.training import division
+from lcx.training import division, statements
 from lcx.wording import quantity
 
 log = logging.getLogger(__name__)
@@ -163,6 +164,10 @@ class Ladder:
                     f"rung {rung.context_length} did not pass its gate in {quantity(number + 1, 'round')} ({verdict}); "
                     "raise Rung.steps or Gate.max_rounds, or loosen the gate. All rounds are kept in the workdir"
                 )
+        if jax.process_index() == 0:
+            passed = "" if self.gate is None else " and passed its gate"
+            next_command = statements.following(source, workdir)
+            print(f"every rung is done{passed}; {next_command}", file=sys.stderr, flush=True)
         return source
 
     def _check_rungs(self, source: str) -> int:

@@ -10,7 +10,12 @@ from typing import Any
 
 from lcx.errors import UserError
 
-LOCK = ".lcx-lock"  # inside a workdir; for the destination NAME of a conversion, NAME.lcx-lock next to it
+LOCK = ".lcx-lock"  # inside a workdir
+
+
+def beside(folder: pathlib.Path) -> pathlib.Path:
+    """The lock of a process that replaces the whole folder, .NAME.lcx-lock next to it."""
+    return folder.with_name(f".{folder.name}{LOCK}")
 
 
 @contextlib.contextmanager
@@ -28,14 +33,14 @@ def only_writer(path: str | os.PathLike, *, of: str, setting: str) -> Iterator[N
 
     Raises:
       UserError: another process holds the lock.
+      OSError: no file can be made there.
     """
-
     path = pathlib.Path(path)
     lock = _acquired(path)
     if lock is None:
-        raise UserError(
-            f"{of} is being written by another process ({_owner(path)}): wait for it to end, or change {setting}"
-        )
+        if not path.exists():  # nobody holds it: it cannot be made
+            path.open("a").close()
+        raise _taken(path, of, setting)
     try:
         with contextlib.suppress(OSError):  # the text is only informative; on a full disk the lock still holds
             started = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
@@ -44,6 +49,26 @@ def only_writer(path: str | os.PathLike, *, of: str, setting: str) -> Iterator[N
     finally:
         path.unlink(missing_ok=True)
         lock.release()
+
+
+def refuse_held(path: pathlib.Path, *, of: str, setting: str) -> None:
+    """Raises UserError if another process holds this lock, which the caller does not take.
+
+    Who writes into a folder and who replaces it take different locks. Each takes its own first and then looks at the
+    other's, so that never both go on.
+    """
+    if not path.exists():
+        return
+    lock = _acquired(path)
+    if lock is None:
+        raise _taken(path, of, setting)
+    lock.release()
+
+
+def _taken(path: pathlib.Path, of: str, setting: str) -> UserError:
+    return UserError(
+        f"{of} is being written by another process ({_owner(path)}): wait for it to end, or change {setting}"
+    )
 
 
 def _acquired(path: pathlib.Path) -> Any:

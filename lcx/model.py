@@ -96,7 +96,13 @@ class _Period(nn.Module):
         return x, caches
 
 
-def _scanned(stage: Stage, remat: str) -> nn.Module:
+def _scanned(stage: Stage, remat: str, *, initializing: bool) -> nn.Module:
+    """The blocks of a stage, scanned `repeat` times.
+
+    Flax checks that the body passes nothing out but carry and scanned values, which traces it once more. It is left
+    out where the model is applied: the body is checked already, and tracing is most of the time to a first token. With
+    the check the random numbers of an initialization are others, so there it stays.
+    """
     if remat not in REMAT:
         raise UserError(f"remat {remat!r}: expected one of {', '.join(REMAT)}")
     scanned: Any = nn.scan(
@@ -105,6 +111,7 @@ def _scanned(stage: Stage, remat: str) -> nn.Module:
         split_rngs={"params": True},
         in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast),
         length=stage.repeat,
+        check_constancy_invariants=initializing,
         metadata_params={nn.PARTITION_NAME: "layers"},
     )
     return scanned(stage, remat)
@@ -150,7 +157,7 @@ class Layers(nn.Module):
 
     def setup(self):
         for i, stage in enumerate(self.stages):
-            setattr(self, f"stages_{i}", _scanned(stage, self.remat))
+            setattr(self, f"stages_{i}", _scanned(stage, self.remat, initializing=self.is_initializing()))
 
     def __call__(
         self,
@@ -206,7 +213,7 @@ class Decoder(nn.Module):
             self.lm_head = Embedding(self.vocab_size, self.hidden_size)
         self.final_norm = self.norm(self.hidden_size, self.norm_eps, name="final_norm")
         for i, stage in enumerate(self.stages):
-            setattr(self, f"stages_{i}", _scanned(stage, self.remat))
+            setattr(self, f"stages_{i}", _scanned(stage, self.remat, initializing=self.is_initializing()))
 
     @nn.nowrap
     def check(self) -> None:

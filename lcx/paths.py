@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator
 
 from lcx.errors import UserError
-from lcx.locks import LOCK, only_writer
+from lcx.locks import LOCK, beside, only_writer, refuse_held
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 
@@ -55,6 +55,7 @@ def claimed(folder: pathlib.Path, setting: str, *, lock: str = LOCK, of: str | N
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(only_writer(folder / lock, of=of or str(folder), setting=setting))
+                refuse_held(beside(pathlib.Path(os.path.realpath(folder))), of=str(folder), setting=setting)
             except OSError as error:
                 found = f"cannot write to {folder} ({error.strerror or error})"
                 raise UserError(f"{found}: change {setting}") from None

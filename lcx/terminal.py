@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import errno
 import sys
 import threading
 import time
@@ -199,6 +200,8 @@ def prompt_text(prompt: str) -> str:
         return prompt[1:] if prompt.startswith("@@") else prompt
     path = Path(prompt[1:]).expanduser()
     try:
+        if path.is_char_device() or path.is_block_device():  # /dev/zero never ends
+            raise OSError(errno.EINVAL, "it is a device")
         return path.read_text(encoding="utf-8").removesuffix("\n")
     except UnicodeDecodeError as error:
         found = f"prompt file {path} has {error.reason} at byte {error.start}"

@@ -11,7 +11,8 @@ import itertools
 import logging
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import jax
@@ -19,7 +20,7 @@ import numpy as np
 
 from lcx import lora as lora_lib
 from lcx import model as model_lib
-from lcx import objectives, paths, sharding
+from lcx import objectives, sharding
 from lcx.checkpoint import Checkpointer, as_stored, model_json
 from lcx.convert import start as convert
 from lcx.data import BatchIterator, BatchSpec, Dataset, Mixture, Opened
@@ -58,7 +59,8 @@ class Job(Protocol):
     """What `train` runs: a Trainer, a Ladder, Blocks, or a class of your own.
 
     A job may also have a method `check(workdir)`. It is called before anything is written, and raises UserError if the
-    workdir belongs to a run with other settings.
+    workdir belongs to a run with other settings. A method `writes(folder)` returns the parts of the workdir that it
+    writes to, of which each has one writer at a time; without it, that is the workdir.
     """
 
     def run(self, workdir: str) -> Any: ...
@@ -89,13 +91,15 @@ def train(
         folder = stack.enter_context(workdirs.opened(workdir))
         if (check := getattr(job, "check", None)) is not None:
             check(str(folder))
+        writes: Callable[[Path], Sequence[Path]] = getattr(job, "writes", lambda folder: (folder,))
+        claims = writes(folder)
         if jax.process_index() == 0:
-            stack.enter_context(paths.claimed(folder, "--workdir"))
-            stack.enter_context(workdirs.kept_config(folder, config_text))
-        require_shared(folder / LOCK, "--workdir")
+            stack.enter_context(workdirs.claimed(claims, config_text))
+        require_shared(claims[0] / LOCK, "--workdir")
         job.run(str(folder))
         if operative_config is not None and jax.process_index() == 0:
-            (folder / "operative_config.gin").write_text(operative_config())
+            for claim in claims:
+                (claim / "operative_config.gin").write_text(operative_config())
     return 128 + signal.SIGINT if interrupted() else 0
 
 
@@ -371,11 +375,13 @@ class Trainer:
                         self._save(checkpointer, run, state, step, batches, meter)
         meter.drain()
         self._save(checkpointer, run, state, step, batches, meter, wait=True)
+        whole = isinstance(run.model, Decoder)  # a block of layers cannot be evaluated by itself
+        closing = statements.closing(workdir, step, self.last_step, whole=whole)
         if step == self.last_step and step > run.step:
-            stop.safe = f"the last evaluation is left out; {statements.closing(workdir, step, self.last_step)}"
+            stop.safe = f"the last evaluation is left out; {closing}"
             if (loss := self.held_out_loss(run.model, state, mesh)) is not None:
                 metrics.log(step, {"eval_loss": loss})
-        metrics.message(f"{meter.summary()}\n{statements.closing(workdir, step, self.last_step)}")
+        metrics.message(f"{meter.summary()}\n{closing}")
         return dataclasses.replace(run, state=state, step=step)
 
     def step_function(self, run: Run) -> Callable:

@@ -192,6 +192,8 @@ def test_hosts_share_a_folder(folder):
     workdir = str(folder / "hosts")
     for only in ((), (1,), (0,)):
         assert Blocks(trainer(folder), layers_per_block=2, only=only).run(workdir) is None
+    written = [Blocks(trainer(folder), layers_per_block=2, only=only).writes(folder) for only in (None, (), (1, 0, 1))]
+    assert written == [(folder,), (folder,), (folder / "blocks" / "001", folder / "blocks" / "000")]
     before = {path: path.stat().st_mtime_ns for path in (folder / "hosts").rglob("stream.bin")}
     linear = Blocks(trainer(folder), layers_per_block=2).run(workdir)
     assert {path: path.stat().st_mtime_ns for path in (folder / "hosts").rglob("stream.bin")} == before

@@ -12,9 +12,9 @@ from doc_world import write_tokenizer
 import lcx
 from lcx import activations, embedding
 from lcx import model as model_lib
+from lcx.data.nucleotides import reverse_complement
 from lcx.embed import main
 from lcx.errors import UserError
-from lcx.evals.support import dna
 from lcx.locks import LOCK, only_writer
 from lcx.striped_hyena import striped_hyena
 
@@ -118,10 +118,10 @@ def test_windows_and_strands(evo2):
         alone = lcx.embed(*evo2, [DNA[0][a:b] for a, b in spans], layers=names)
         np.testing.assert_allclose(found[name][0], alone[name], atol=1e-5)
     both = lcx.embed(*evo2, DNA, layers=names, window=100, overlap=30, reverse_complement=True)
-    other = lcx.embed(*evo2, [dna.reverse_complement(DNA[0][a:b]) for a, b in spans], layers=names)
+    other = lcx.embed(*evo2, [reverse_complement(DNA[0][a:b]) for a, b in spans], layers=names)
     np.testing.assert_allclose(both["2"][0], (alone["2"] + other["2"]) / 2, atol=1e-5)
     per_letter = lcx.embed(*evo2, DNA[1:2], layers=["2"], pool=None, reverse_complement=True)["2"][0]
-    strands = lcx.embed(*evo2, [DNA[1], dna.reverse_complement(DNA[1])], layers=["2"], pool="none")["2"]
+    strands = lcx.embed(*evo2, [DNA[1], reverse_complement(DNA[1])], layers=["2"], pool="none")["2"]
     np.testing.assert_allclose(per_letter, (strands[0] + strands[1][::-1]) / 2, atol=1e-5)
 
 
@@ -212,4 +212,21 @@ def test_the_command(ending, evo2, tmp_path, monkeypatch, capsys):
         assert main([*words[:1], "--dataset=texts.jsonl", *words[2:], "--overwrite", "--pool=none"]) == 0
         assert read(tmp_path / output)["2"].shape == (sum(map(len, DNA)), 32)
         assert main([*words, "--dataset=texts.jsonl"]) == 2
+        of_text = [words[0], "--dataset=texts.jsonl", *words[2:], "--overwrite"]
+        pathlib.Path("notes.jsonl").write_text('{"text": "hello"}\nno JSON\n')
+        of_notes = [words[0], "--dataset=notes.jsonl", *words[2:], "--overwrite"]
+        for refused, says in (
+            ([*of_text, "--both_strands"], "--both_strands needs --fasta"),
+            ([*of_text, "--keep_case"], "--keep_case needs --fasta"),
+            ([*words, "--overwrite", "--text_field=x"], "--text_field needs --dataset"),
+            (of_notes, "(--on_bad_line=skip leaves such lines out)"),
+        ):
+            capsys.readouterr()
+            assert main(refused) == 2
+            error = capsys.readouterr().err
+            assert says in error and "Dataset" not in error, error
+        assert main([*of_notes, "--on_bad_line=skip"]) == 0
+        assert "1 row skipped that cannot be read" in capsys.readouterr().err
+        with pytest.raises(UserError, match="holds 'e', which is no letter of DNA or RNA"):
+            lcx.embed(*evo2, ["hello"], layers="2", reverse_complement=True)
         assert main([*words[:3], "--output=x.csv"]) == 2

@@ -12,9 +12,10 @@ import pytest
 import lcx
 from lcx import model as model_lib
 from lcx.data import ByteTokenizer
+from lcx.data.nucleotides import reverse_complement
 from lcx.errors import UserError
 from lcx.evals.sequence_likelihood import SequenceLikelihood
-from lcx.evals.support import dna, variant_scores
+from lcx.evals.support import variant_scores
 from lcx.evals.variant_effects import VariantEffects
 from lcx.locks import LOCK, only_writer
 from lcx.score import main as score_main
@@ -148,7 +149,7 @@ def test_strict_regions_and_strands(tiny, genome):
     assert chosen["not_scored_counts"] == {"outside_regions": 150}
     ref, at = LONG[25 - 16 : 25 + 16], 16
     alt = ref[:at] + NEXT[ref[at]] + ref[at + 1 :]
-    strands = [(ref, alt), tuple(map(dna.reverse_complement, (ref, alt)))]
+    strands = [(ref, alt), tuple(map(reverse_complement, (ref, alt)))]
     expected = np.mean([log_p(*tiny, b).sum() - log_p(*tiny, a).sum() for a, b in strands])
     assert chosen["variants"][1]["score"] == pytest.approx(expected, abs=1e-4)
     tagged = run(tiny, output=None, regions="r.bed", tag="|x|", window=35)  # 3 tokens of tag, 32 letters
@@ -190,7 +191,7 @@ def test_every_letter_has_its_probabilities(tiny, genome):
     assert "".join(row["letter"] for row in forward) == LONG[1:]
     backward = [row for row in rows if row["record"] == "g.fa:short" and row["strand"] == "-"]
     assert [row["position"] for row in backward] == list(range(19, 0, -1))
-    assert "".join(row["letter"] for row in backward) == dna.reverse_complement(LONG[:20])[1:]
+    assert "".join(row["letter"] for row in backward) == reverse_complement(LONG[:20])[1:]
     ids = np.frombuffer(LONG[40:104].encode(), np.uint8).astype(np.int32)  # the second window
     log_probabilities = jax.nn.log_softmax(lcx.logits(*tiny, jnp.asarray(ids[None]))[0])
     for offset in (23, 40, 62):  # scores letters from 64 on

@@ -45,6 +45,18 @@ def test_equal_blocks_of_a_pattern_have_weights_of_their_own():
     assert not np.array_equal(first, second)
 
 
+def test_a_scanned_stage_is_traced_once(monkeypatch):
+    """Tracing is most of the time to a first token."""
+    traced = []
+    call = model_lib.Block.__call__
+    monkeypatch.setattr(model_lib.Block, "__call__", lambda self, *a, **k: traced.append(1) or call(self, *a, **k))
+    model = llama(**SMALL, num_layers=4)
+    params = model_lib.abstract_params(model)
+    traced.clear()
+    jax.eval_shape(model.apply, {"params": params}, jax.ShapeDtypeStruct((1, 5), np.int32))
+    assert len(traced) == 1
+
+
 def test_one_scan_or_many_stages_compute_the_same():
     """Layers with windows as long as the text are full attention, whatever the stages that they fall into."""
     tokens = jax.random.randint(jax.random.key(0), (2, 11), 0, 97)

@@ -17,6 +17,7 @@ from lcx.convert import __main__ as convert
 from lcx.convert.files.destination import replacing
 from lcx.errors import UserError
 from lcx.locks import LOCK, only_writer
+from lcx.paths import claimed
 
 HOLDER = """
 import sys, time
@@ -105,7 +106,9 @@ def test_a_second_evaluation_or_report_is_refused_and_leaves_no_folder(tmp_path,
         with holder(taken / lock):
             assert command(taken) == 2
         error = capsys.readouterr().err
-        assert error.count("\n") == 1 and "is being written by another process" in error and "--output" in error
+        assert (
+            error.count("\n") == 1 and "is being written by another process" in error and "--output" in error
+        )
         assert command(tmp_path / "a" / "b") == 2 and not (tmp_path / "a").exists()
         assert "nowhere" in capsys.readouterr().err
 
@@ -126,6 +129,30 @@ def test_a_second_conversion_to_a_destination_is_refused(tmp_path):
     write()
     assert os.listdir(out) == ["new"]
     assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_folder_that_is_written_to_is_not_replaced(tmp_path):
+    """A conversion and a run take different locks: neither starts while the other is at work, at any depth."""
+    (out := tmp_path / "out").mkdir()
+    (out / "evaluation").mkdir()
+    replacing_out = {"overwrite": True, "needed_bytes": 0, "replaceable": lambda path: True}
+    for busy in (out, out / "evaluation"):
+        held = only_writer(busy / LOCK, of="it", setting="--workdir")
+        with held, pytest.raises(UserError, match=f"{busy} is being written .* change --dst"):
+            replacing(out, **replacing_out).__enter__()
+    with replacing(out, **replacing_out) as folder:
+        (folder / "new").touch()
+        with pytest.raises(UserError, match="out is being written by another process .* change --workdir"):
+            claimed(out, "--workdir").__enter__()
+        assert sorted(os.listdir(out)) == ["evaluation"]
+    with (
+        pytest.raises(UserError, match="already exists"),
+        replacing(tmp_path / "made", **replacing_out | {"overwrite": False}),
+    ):
+        (tmp_path / "made").mkdir()  # by another program, meanwhile
+        (tmp_path / "made" / "kept").touch()
+    assert os.listdir(out) == ["new"] and os.listdir(tmp_path / "made") == ["kept"]
+    assert sorted(os.listdir(tmp_path)) == ["made", "out"]
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,14 @@ class DamagedStep(UserError):
     """A step that was asked for, or is being read, is damaged. `find_step` passes over it from now on."""
 
     def __init__(self, step_dir: Any, what: str):
-        super().__init__(f"checkpoint {step_dir} is damaged: {what}; use another step")
+        if epath.Path(step_dir).exists():
+            said = f"checkpoint {step_dir} is damaged: {what}; use another step"
+        else:
+            said = (
+                f"checkpoint {step_dir} is gone: the run that writes there has deleted it meanwhile; repeat the "
+                "command, or raise Trainer.keep_checkpoints"
+            )
+        super().__init__(said)
         self.step_dir = epath.Path(step_dir).resolve()
         remember_damage(step_dir, what)
 
@@ -176,6 +183,8 @@ def _newest_usable(directory: epath.Path, steps: list[int]) -> int:
                 say_damage(directory, bad, step)
             return step
         bad.append(what)
+    if (now := committed_steps(directory)) and not {*now} & {*steps}:  # the run that writes here has replaced them
+        return _newest_usable(directory, now)
     raise nothing_usable(directory, bad)
 
 

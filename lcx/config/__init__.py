@@ -39,7 +39,7 @@ from gin import config_parser
 
 from lcx.config import checking, interrupts, messages, plugins, processes, reading, slow_compilation
 from lcx.config import flags as flags_lib
-from lcx.config.environment import setup_jax
+from lcx.config.environment import blamed, setup_jax
 from lcx.config.flags import BINDS, json_object, parser
 from lcx.errors import UserError, first_line
 
@@ -109,6 +109,8 @@ def run(
         status = _report(error)
         processes.report(error, status)
     except Exception as error:
+        if (line := blamed(error)) and not flags.debug:
+            return _report(UserError(line))
         if interrupts.pressed() and not flags.debug:  # inside an import, Ctrl-C surfaces as an ImportError
             interrupts.leave_interrupted()
         if _is_distributed():

@@ -9,6 +9,8 @@ import os
 import re
 import time
 
+from lcx.errors import first_line
+
 # Device files of NVIDIA GPUs, NVIDIA GPUs under WSL, AMD GPUs, TPUs up to v4, later TPUs.
 ACCELERATORS = ("nvidia[0-9]*", "dxg", "kfd", "accel[0-9]*", "vfio/[0-9]*")
 
@@ -34,12 +36,25 @@ def setup_jax() -> None:
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
     forced = re.findall(r"--xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
-    devices = int(os.environ.get("JAX_NUM_CPU_DEVICES") or (forced[-1] if forced else 1))
+    devices = 1
+    with contextlib.suppress(ValueError):  # not a number: jax refuses it, and `blamed` names it
+        devices = int(os.environ.get("JAX_NUM_CPU_DEVICES") or (forced[-1] if forced else 1))
     if devices > (os.cpu_count() or 1):
         os.environ.setdefault("NPROC", str(max(32, 4 * devices)))
     compilers = ("libtpu", "jax_cuda12_plugin", "jax_cuda13_plugin")
     if any(importlib.util.find_spec(name) for name in compilers) and not has_accelerator():
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+
+def blamed(error: Exception) -> str | None:
+    """One line if jax has refused the value of an environment variable; None for any other exception."""
+    text = first_line(error)
+    if not any(sign in text for sign in ("JAX flag", "initialize backend", "for environment 'JAX_")):
+        return None
+    for name, value in os.environ.items():
+        if name.startswith("JAX_") and value and re.search(rf"['\"]{re.escape(value)}['\"]", text):
+            return f"{name} is {value!r}, which jax refuses ({text}): change or unset {name}"
+    return None
 
 
 def has_accelerator() -> bool:

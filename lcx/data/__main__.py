@@ -7,6 +7,7 @@ Examples:
 The exit status is 1 if a document has a problem.
 """
 
+import argparse
 import sys
 
 from lcx import config
@@ -34,6 +35,11 @@ def main(argv=None) -> int:
     )
     parser.add_argument(
         "--separator", metavar="TEXT", help='splits text files into documents, e.g. "<|endoftext|>"'
+    )
+    parser.add_argument(
+        "--chat",
+        action=argparse.BooleanOptionalAction,
+        help="whether rows are conversations (default: those with messages are)",
     )
     parser.add_argument(
         "--chat_template",

@@ -5,6 +5,7 @@
 
 import collections
 import dataclasses
+import re
 from collections.abc import Iterable
 
 import numpy as np
@@ -15,6 +16,7 @@ from lcx.data.tokenizers import Tokenizer
 from lcx.errors import UserError
 from lcx.wording import quantity
 
+_SEQUENCE = re.compile(r"[A-Za-z*-]{16,}")  # letters without a space
 KINDS = ("too short", "repetitive", "truncated")
 _SHOWN = 10
 _LAST_TOKENS = 20
@@ -89,9 +91,11 @@ def is_truncated(tokens: Int[np.ndarray, "tokens"], *, tokenizer: Tokenizer) -> 
     """Whether a whole document seems to be cut off, judged by its last 20 tokens.
 
     A complete document ends with a line feed, with the fence of a code block, or with a full stop of any script,
-    optionally followed by closing quotes, brackets and marks of emphasis.
+    optionally followed by closing quotes, brackets and marks of emphasis. A sequence of nucleotides or amino acids has
+    no such end, and does not seem to be cut off.
     """
-    return not ends_well(tokenizer.decode(tokens[-_LAST_TOKENS:]))
+    end = tokenizer.decode(tokens[-_LAST_TOKENS:])
+    return not ends_well(end) and not _SEQUENCE.fullmatch(end)
 
 
 def ends_well(text: str) -> bool:

@@ -150,6 +150,11 @@ def read_documents(
             yield dataclasses.replace(document, bytes_read=done + document.bytes_read)
         tally.empty_files += not read
         done += sum(streams.size(file.path) for file in group)
+    formats = {file.format for file in files}
+    if separator is not None and "text" not in formats:
+        tally.remark("Dataset.separator has no effect: no file is plain text")
+    if text_field != DEFAULT and not formats & {*ROW_FORMATS}:
+        tally.remark("Dataset.text_field has no effect: no file has rows")
 
 
 def _documents(

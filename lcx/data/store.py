@@ -144,7 +144,8 @@ def open_store(
         raise _cache_error(root, error) from error
     if store is None:
         raise UserError(
-            f"the token cache in {root} does not read back as written; set Dataset.cache_dir to another disk"
+            f"the token cache in {root} does not read back as written; set LCX_CACHE (or"
+            " Dataset.cache_dir) to another disk"
         )
     for line in store.notes:
         say_once(f"{_source_name(files)}: {line}")
@@ -189,13 +190,11 @@ def _cache_error(root: Path, error: OSError) -> UserError:
         free = shutil.disk_usage(root).free >> 20
         return UserError(
             f"the disk is full ({free} MiB free) while writing the token cache in {root}; free some space,"
-            " or set"
-            " Dataset.cache_dir (or LCX_CACHE) to another disk"
+            " or set LCX_CACHE (or Dataset.cache_dir) to another disk"
         )
     return UserError(
-        f"cannot write the token cache in {root}: {error.strerror}; set Dataset.cache_dir (or LCX_CACHE) to"
-        " a folder"
-        " that can be written"
+        f"cannot write the token cache in {root}: {error.strerror}; set LCX_CACHE (or Dataset.cache_dir) to"
+        " a folder that can be written"
     )
 
 

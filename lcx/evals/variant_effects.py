@@ -96,8 +96,8 @@ class VariantEffects:
         with contextlib.ExitStack() as stack:
             if self.annotated is not None and not is_vcf(self.variants):
                 raise UserError(
-                    f"{self.variants} is a table, expected a VCF file to annotate: leave out --annotated "
-                    "(VariantEffects.annotated)"
+                    f"{self.variants} is a table, expected a VCF file to annotate: leave out "
+                    "VariantEffects.annotated"
                 )
             writes = jax.process_index() == 0  # all processes score all variants
             table, others = self.output, [self.annotated] if writes and self.annotated is not None else []
@@ -118,7 +118,7 @@ class VariantEffects:
         if bad:
             raise UserError(
                 f"{bad} of {total} variants of {self.variants} cannot be scored; the first is {first}; correct them, or"
-                " leave strict out to score the others"
+                " leave out VariantEffects.strict to score the others"
             )
 
     def _score(self, variants: VariantScorer, outputs: list[str]) -> None:
@@ -128,7 +128,7 @@ class VariantEffects:
         files = GrowingFiles(
             outputs,
             settings=self._settings(variants.scorer),
-            setting="--output (VariantEffects.output)",
+            setting="VariantEffects.output",
             overwrite=self.overwrite,
             resume=jax.process_count() == 1,  # several processes must start at the same variant
         )

@@ -50,8 +50,14 @@ def abstract(model: Decoder, rows: int, mesh: Mesh) -> dict[str, Any]:
     """{"row_state": tree of shapes} of a batch of `rows` rows, divided over the devices that divide the batch.
 
     Raises:
-      UserError: a mixer keeps all earlier tokens, or cannot continue from a state.
+      UserError: a mixer keeps all earlier tokens, or cannot continue from a state; or the rows would get padding beside
+        them (see training.division), which would be part of the state.
     """
+    if rows % sharding.row_parts(mesh):
+        raise UserError(
+            f"{rows} rows (Trainer.batch_size) do not divide over data x fsdp = {sharding.row_parts(mesh)} devices, as "
+            "Trainer.stateful needs: change batch_size or the mesh"
+        )
     pieces.check(model)
     shapes, longer = (jax.eval_shape(lambda n=n: model.init_cache(rows, n)) for n in (_LONG, 2 * _LONG))
     if jax.tree.map(lambda x: x.shape, shapes) != jax.tree.map(lambda x: x.shape, longer):

@@ -59,13 +59,18 @@ def opening(
         yield "compiling the first step"
 
 
-def closing(workdir: str, step: int, steps: int) -> str:
-    """The last line: where the checkpoint is and which command to run next."""
+def closing(workdir: str, step: int, steps: int, *, whole: bool = True) -> str:
+    """The last line: where the checkpoint is and, of a whole model, which command to run next."""
     checkpoint = os.path.join(workdir, "checkpoints", str(step))
     if step < steps:
         return f"stopped at step {step} of {steps}; the same command resumes from {checkpoint}"
-    run, output = shlex.quote(workdir), shlex.quote(os.path.join(workdir, "evaluation"))
-    return f"done: {checkpoint}; next: python -m lcx.evaluate --checkpoint={run} --output={output}"
+    return f"done: {checkpoint}{f'; {following(workdir, workdir)}' if whole else ''}"
+
+
+def following(checkpoint: str, workdir: str) -> str:
+    """The command that evaluates a checkpoint into a folder of the workdir."""
+    output = os.path.join(workdir, "evaluation")
+    return f"next: python -m lcx.evaluate --checkpoint={shlex.quote(checkpoint)} --output={shlex.quote(output)}"
 
 
 def _model(run: Any) -> str:

@@ -6,7 +6,7 @@ A run that is refused before it has written anything leaves the folder and confi
 import contextlib
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
@@ -18,6 +18,16 @@ from lcx.buckets import workdirs as buckets
 from lcx.checkpoint import Checkpointer
 from lcx.errors import UserError
 from lcx.locks import LOCK
+
+
+@contextlib.contextmanager
+def claimed(folders: Sequence[pathlib.Path], config: str) -> Iterator[None]:
+    """Lets no other process write to these folders within the block, and keeps the configuration in each."""
+    with contextlib.ExitStack() as stack:
+        for folder in folders:
+            stack.enter_context(paths.claimed(folder, "--workdir"))
+            stack.enter_context(kept_config(folder, config))
+        yield
 
 
 @contextlib.contextmanager
@@ -70,7 +80,9 @@ def opened(workdir: str) -> Iterator[pathlib.Path]:
       UserError: it is no folder, the bucket cannot be used, or the processes run on several machines.
     """
     if not is_url(workdir):
-        yield paths.destination(workdir, "--workdir")
+        folder = paths.destination(workdir, "--workdir")
+        _refuse_inside(folder)
+        yield folder
         return
     alone = jax.process_count() == 1
     first = jax.process_index() == 0
@@ -95,6 +107,16 @@ def opened(workdir: str) -> Iterator[pathlib.Path]:
         if problem is not None:
             raise problem
         yield folder
+
+
+def _refuse_inside(folder: pathlib.Path) -> None:
+    """Raises UserError for the checkpoints of a run, or one of them, in place of the run."""
+    for part in list(folder.absolute().parents)[:1] + [folder.absolute()]:
+        if part.name == "checkpoints" and (part.parent / "config.gin").is_file():
+            raise UserError(
+                f"--workdir is {folder}, which holds checkpoints of the run in {part.parent}: set --workdir to the run "
+                "to resume it, or to another folder"
+            )
 
 
 def retreat(checkpointer: Checkpointer, bad_step: int) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 from lcx import paths
 from lcx.errors import UserError
-from lcx.locks import only_writer
+from lcx.locks import LOCK, beside, only_writer, refuse_held
 
 
 @contextlib.contextmanager
@@ -34,18 +34,21 @@ def replacing(
       UserError: the destination exists or cannot be written, or the disk is full.
     """
     final = pathlib.Path(os.path.realpath(paths.destination(path, "--dst")))
-    partial, old, lock = (_beside(final, suffix) for suffix in ("tmp", "old", "lock"))
+    partial, old = (_beside(final, suffix) for suffix in ("tmp", "old"))
     made = _existing_parent(final)
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
-        with only_writer(lock, of=str(final), setting="--dst"):
+        with only_writer(beside(final), of=str(final), setting="--dst"):
             try:
                 _recover(final, partial, old)
                 _check_free(final, overwrite, replaceable)
+                for lock in final.rglob(f"*{LOCK}"):  # a run in it, or an evaluation below it
+                    refuse_held(lock, of=str(lock.parent), setting="--dst")
                 _check_space(final, needed_bytes)
                 partial.mkdir()
                 yield partial
                 sync_folder(partial)
+                _check_free(final, overwrite, replaceable)  # another program may have made it since
                 _swap(final, partial, old)
             except BaseException:
                 shutil.rmtree(partial, ignore_errors=True)

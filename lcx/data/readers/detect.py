@@ -86,7 +86,7 @@ def format_of(path: str, *, named: str | None = None, wanted: str | None = None)
     found = _table_format(path, head, expected)
     if found is not None and wanted not in (None, found):
         raise UserError(
-            f"{shown(path)} is {found}, but Dataset.format={wanted!r}; leave Dataset.format out, or correct it"
+            f"{shown(path)} is {found}, expected {wanted} (Dataset.format={wanted!r}; leave it out, or correct it)"
         )
     if found is None and not plain and wanted in (None, "json", "jsonl"):
         found = json_format(head, expected)

@@ -2,33 +2,25 @@
 
 import bisect
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 from lcx.data.readers import streams
 from lcx.data.readers.fasta_index import Contig, IndexedFasta
 from lcx.data.sources import find_files
-from lcx.errors import UserError
+from lcx.errors import UserError, naming
 
-# IUPAC codes (NC-IUB 1984) and what each pairs with, in both cases.
-_LETTERS, _PARTNERS = "ACGTURYKMSWBDHVN", "TGCAAYRMKSWVHDBN"
-IUPAC = frozenset(_LETTERS + _LETTERS.lower())
-_COMPLEMENT = str.maketrans(_LETTERS + _LETTERS.lower(), _PARTNERS + _PARTNERS.lower())
 _PLAIN = frozenset("ACGTacgt")
 _BED_REMARKS = ("#", "track", "browser")
 
 
-@contextlib.contextmanager
-def naming(owner: str) -> Iterator[None]:
-    """Context in which error messages name the setting `owner` instead of Dataset.source."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(str(error).replace("Dataset.source", owner)) from error
+def named(owner: str) -> contextlib.AbstractContextManager[None]:
+    """Context in which error messages name the setting `owner` instead of Dataset.source, and no other of Dataset."""
+    return naming({"Dataset.source": owner, "Dataset.format": None, "Dataset.separator": None})
 
 
 def check_files(path: str, *, owner: str) -> None:
     """Raises UserError if there is no file. `read` also checks what the files hold."""
-    with naming(owner):
+    with named(owner):
         find_files(path, format="fasta")
 
 
@@ -63,7 +55,7 @@ def read_contigs(path: str, *, owner: str) -> dict[str, Contig]:
 
 
 def _records(path: str, owner: str) -> list[tuple[str, str, Contig]]:
-    with naming(owner):
+    with named(owner):
         files = find_files(path, format="fasta")
         found = [
             (file.name, name, contig) for file in files for name, contig in IndexedFasta(file).contigs.items()
@@ -71,11 +63,6 @@ def _records(path: str, owner: str) -> list[tuple[str, str, Contig]]:
     if not found:
         raise UserError(f"{path} holds no FASTA record: change {owner}")
     return found
-
-
-def reverse_complement(sequence: str) -> str:
-    """The reverse complement. Letters that are not IUPAC codes are kept unchanged."""
-    return sequence.translate(_COMPLEMENT)[::-1]
 
 
 def ambiguous(sequence: str) -> int:
@@ -96,7 +83,7 @@ class Regions:
     def __init__(self, path: str, *, owner: str):
         self.path, self.owner = path, owner
         self.of: dict[str, list[tuple[int, int, str]]] = {}
-        with naming(owner):
+        with named(owner):
             for number, (line, _) in enumerate(streams.lines(path), start=1):
                 text = streams.decode(line, f"{path}, line {number}").strip()
                 if text and not text.startswith(_BED_REMARKS):

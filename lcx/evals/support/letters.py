@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Protocol
 
+from lcx.data.nucleotides import reverse_complement
 from lcx.evals.support import dna
 
 _PART = 1 << 20
@@ -43,7 +44,7 @@ class ReverseComplement:
 
     def __getitem__(self, part: slice) -> str:
         start, stop, _ = part.indices(len(self))
-        return dna.reverse_complement(self.of[len(self) - max(start, stop) : len(self) - start])
+        return reverse_complement(self.of[len(self) - max(start, stop) : len(self) - start])
 
 
 def counts(text: Letters) -> dict[str, int]:

@@ -18,6 +18,7 @@ from lcx.ops.cross_entropy import token_nll
 
 _WIDTH_STEP = 128
 _BATCHES = 8  # scored together, so that rows of similar lengths share batches
+_LETTERS = "ACGTACGTNNacgt"  # tokens of several letters would show
 Measure = Callable[..., jax.Array]
 
 
@@ -48,6 +49,11 @@ class Scorer:
                 "the checkpoint has no tokenizer: DNA needs a byte tokenizer, save the model with one"
             )
         check_vocabulary(self.tokenizer, self.model.vocab_size)
+        if (count := len(self.encode(_LETTERS))) != len(_LETTERS):
+            raise UserError(
+                f"the tokenizer has {count} tokens for {_LETTERS}, expected one for each letter: DNA needs a model of "
+                "bytes or letters, choose another checkpoint"
+            )
         if self.room < 2:
             raise UserError(f"the tag has {len(self.head)} tokens and the window {self.window}: raise the window")
 

@@ -8,9 +8,10 @@ from collections.abc import Iterable, Iterator, Mapping
 import numpy as np
 from jaxtyping import Float, Int
 
+from lcx.data.nucleotides import reverse_complement
 from lcx.errors import UserError
 from lcx.evals.support import shared_prefixes
-from lcx.evals.support.dna import Regions, reverse_complement
+from lcx.evals.support.dna import Regions
 from lcx.evals.support.letters import Letters
 from lcx.evals.support.likelihoods import Scorer
 from lcx.evals.support.variants import Line, Obstacle, Variant, obstacle, windows_around

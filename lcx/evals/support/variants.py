@@ -5,9 +5,10 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
+from lcx.data.nucleotides import IUPAC
 from lcx.data.readers import streams
 from lcx.errors import UserError
-from lcx.evals.support.dna import IUPAC, naming
+from lcx.evals.support.dna import named
 from lcx.evals.support.letters import Letters
 
 _COLUMNS = ("chrom", "pos", "ref", "alt")
@@ -121,7 +122,7 @@ def _table(
 
 def _lines(path: str) -> Iterator[tuple[int, str]]:
     """(line number, line) of a file, without empty lines. Bytes that are not UTF-8 survive a round trip."""
-    with naming("VariantEffects.variants"):
+    with named("VariantEffects.variants"):
         for number, (line, _) in enumerate(streams.lines(path), start=1):
             if b"\0" in line:
                 raise UserError(f"{path}, line {number} holds a zero byte: it is not text (VariantEffects.variants)")

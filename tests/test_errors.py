@@ -1,0 +1,61 @@
+"""The settings that errors name: those of the command, and variables of the environment."""
+
+import pytest
+
+from lcx.config.environment import blamed
+from lcx.errors import named
+from lcx.locks import only_writer
+
+FLAGS = {"Dataset.source": "--source", "Dataset.format": "--format", "Dataset.on_bad_line": "--on_bad_line",
+         "Dataset.chat": "--chat"}  # fmt: skip
+FASTA = {"Dataset.source": "--fasta", "Dataset.format": None, "Dataset.separator": None}
+
+
+@pytest.mark.parametrize(
+    "names, message, expected",
+    [
+        (
+            FLAGS,
+            "x is bad (Dataset.on_bad_line='skip' leaves it out)",
+            "x is bad (--on_bad_line=skip leaves it out)",
+        ),
+        (
+            FLAGS,
+            "set Dataset.chat=True to read it, or Dataset.chat=False",
+            "set --chat to read it, or --no-chat",
+        ),
+        (FLAGS, "set Dataset.format to 'tsv'", "set --format to 'tsv'"),
+        (FLAGS, "Dataset.formatted, Dataset.split='x'", "Dataset.formatted, Dataset.split='x'"),
+        (FASTA, "a.fa: give FASTA, or set Dataset.format if it is another", "a.fa: give FASTA"),
+        (
+            FASTA,
+            "too long; split it (Dataset.separator does), or unpack it",
+            "too long; split it, or unpack it",
+        ),
+        (FASTA, "cannot read a:b;c.fa; check Dataset.source", "cannot read a:b;c.fa; check --fasta"),
+        (
+            {"strands": "--strands"},
+            "--strands needs x; a/strands: leave strands",
+            "--strands needs x; a/strands: leave --strands",
+        ),
+        ({"A.b": "C.d"}, "change A.b='x'", "change C.d='x'"),
+    ],
+)
+def test_settings_of_the_reader(names, message, expected):
+    assert named(message, names) == expected
+
+
+def test_a_variable_that_jax_refuses_is_named(monkeypatch):
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "zero")
+    refused = ValueError('Invalid value "zero" for JAX flag jax_num_cpu_devices')
+    assert (blamed(refused) or "").startswith(
+        "JAX_NUM_CPU_DEVICES is 'zero', which jax refuses (Invalid value"
+    )
+    assert blamed(ValueError('another "zero"')) is None
+    monkeypatch.delenv("JAX_NUM_CPU_DEVICES")
+    assert blamed(refused) is None
+
+
+def test_a_lock_that_cannot_be_made_is_not_said_to_be_held():
+    with pytest.raises(OSError, match="/proc"), only_writer("/proc/x.lcx-lock", of="x", setting="--output"):
+        pass
