@@ -17,8 +17,7 @@ import os
 from unittest import mock
 
 # Names of XLA's options, as in XLA_FLAGS: (quick, XLA's default).
-PIECES = "xla_cpu_parallel_codegen_split_count"  # the same code, from one thread or from many
-OPTIONS: dict[str, tuple] = {PIECES: (1, 32)}
+OPTIONS: dict[str, tuple] = {"xla_cpu_parallel_codegen_split_count": (1, 32)}
 if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 11):  # XLA exits at a name it lacks
     OPTIONS["xla_cpu_use_fusion_emitters"] = (False, True)
 
@@ -37,7 +36,7 @@ def flags(*more: str) -> str:
 
 @contextlib.contextmanager
 def as_for_users(*, optimized=True):
-    """XLA's defaults for what is compiled in this process meanwhile, except for the number of pieces.
+    """XLA's defaults for what is compiled in this process meanwhile.
 
     Args:
       optimized: False leaves out LLVM's expensive passes all the same.
@@ -51,7 +50,7 @@ def as_for_users(*, optimized=True):
     @functools.wraps(get)
     def options(*args, backend=None, env_options_overrides=None, **kwargs):
         if backend is not None and backend.platform == "cpu":
-            defaults = {name: default for name, (_, default) in OPTIONS.items() if name != PIECES}
+            defaults = {name: default for name, (_, default) in OPTIONS.items()}
             env_options_overrides = defaults | (env_options_overrides or {})
         return get(*args, backend=backend, env_options_overrides=env_options_overrides, **kwargs)
 

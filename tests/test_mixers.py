@@ -100,7 +100,7 @@ def test_segments_are_independent(mixer, params, T):
     )
     assert bool(jnp.isfinite(packed).all())
     starts = np.cumsum([0, *lengths[:-1]])
-    rows = np.zeros((len(lengths), T, D), np.float32)  # each document at the start of a row; what follows changes nothing
+    rows = np.zeros((len(lengths), T, D), np.float32)  # a document at the start of each; what follows changes nothing
     for row, start, n in zip(rows, starts, lengths, strict=True):
         row[:n] = x[0, start : start + n]
     alone, _ = run(mixer, params, rows)
