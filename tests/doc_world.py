@@ -56,7 +56,7 @@ SETTINGS: dict[str, dict[str, str]] = {
     "pretrain/two_mamba.gin": {"Decoder.hidden_size": "32", "Stage.repeat": "1", "Mlp.intermediate_size": "32",
                                "TwoMamba.num_heads": "2", "TwoMamba.head_dim": "8"},
     "pretrain/striped_hyena.gin": {f"striped_hyena.{key}": value for key, value in TINY.items()}
-    | {"striped_hyena.pattern": "'SH*'", "striped_hyena.se_groups": "2"},
+    | {"striped_hyena.se_groups": "2", "striped_hyena.mr_groups": "2"},
 }  # fmt: skip
 CHAT_TEMPLATE = (
     "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}</s>{% endfor %}"
@@ -113,11 +113,12 @@ def _models(to: pathlib.Path) -> None:
     lcx.save(to / "two_mamba_folder", two_mamba, params, format="two_mamba")
     write_tokenizer(to / "two_mamba_folder")
     evo2 = striped_hyena(
-        pattern="SH*",
+        pattern="SDH*",
         hidden_size=32,
         intermediate_size=32,
         num_heads=2,
         se_groups=2,
+        mr_groups=2,
         max_position_embeddings=128,  # no shorter than the filters, as savanna wants it
         init_length=128,
     )
