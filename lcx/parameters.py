@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -61,16 +61,23 @@ def param_shardings(model: Model, mesh: Mesh) -> Any:
 
 def init_params(model: Model, key: Array, *, mesh: Mesh | None = None, dtype: Any = jnp.float32) -> Any:
     """Random parameters of the given dtype; with a mesh, created directly in their shards."""
+    if mesh is None:
+        return _initializer(model, None, jnp.dtype(dtype))(key)
+    with jax.set_mesh(mesh):
+        return _initializer(model, mesh, jnp.dtype(dtype))(key)
+
+
+@functools.lru_cache(maxsize=16)
+def _initializer(model: Model, mesh: Mesh | None, dtype: jnp.dtype) -> Callable[[Array], Any]:
+    """The compiled function from a key to the parameters."""
 
     def init(key):
         return jax.tree.map(lambda x: x.astype(dtype), plain_init(model, key))
 
-    # It runs once, so on a CPU it is not worth optimizing: compiling takes longer than drawing the numbers.
+    # It mostly runs once, so on a CPU it is not worth optimizing: compiling takes longer than drawing the numbers.
     options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-    if mesh is None:
-        return jax.jit(init, compiler_options=options)(key)
-    with jax.set_mesh(mesh):
-        return jax.jit(init, out_shardings=param_shardings(model, mesh), compiler_options=options)(key)
+    shardings = {} if mesh is None else {"out_shardings": param_shardings(model, mesh)}
+    return jax.jit(init, compiler_options=options, **shardings)
 
 
 def num_params(model: Model) -> int:

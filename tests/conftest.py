@@ -8,6 +8,7 @@ import pathlib
 
 import pytest
 import quick_xla
+import shared_steps
 
 # Before the first import of jax. Compiled programs are kept between runs: much of the suite's time is XLA's.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -27,14 +28,13 @@ import jaxtyping
 jaxtyping.install_import_hook(["lcx.rope", "lcx.ops"], "beartype.beartype")
 if quick_xla.wanted():
     quick_xla.small_programs()
+    shared_steps.install()
 # Tracing makes many objects that live long: Python's usual thresholds search them for cycles again and again.
 gc.set_threshold(50_000, 10, 5)
 
 MAPS = pathlib.Path("/proc/self/maps")
 TESTS = itertools.count(1)
 OPTIMIZED = ("test_ops_", "test_aot")  # the operators, and what compilers are asked: compiled as for users
-# The older emitters round differently by shape, which comes close to the tolerances of the battery.
-USUAL_EMITTERS = ("test_mixers",)
 # Files whose tests take many seconds each. They come first, so that no worker begins one when the others are done.
 LONG = (
     *("test_kernels_compile", "test_ladder_dna", "test_reproduce_striped_hyena", "test_pieces", "test_linearize"),
@@ -49,9 +49,16 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True, scope="module")
 def optimizations(request):
     name, how = request.module.__name__, contextlib.nullcontext()
-    if name.startswith((*OPTIMIZED, *USUAL_EMITTERS)):
-        how = quick_xla.as_for_users(optimized=name.startswith(OPTIMIZED))
+    if name.startswith(OPTIMIZED):
+        how = quick_xla.as_for_users()
     with how:
+        yield
+
+
+@pytest.fixture
+def usual_emitters():
+    """For a test that compares rows of different shapes to the last bits, by which the older emitters round."""
+    with quick_xla.as_for_users(optimized=False):
         yield
 
 
