@@ -89,7 +89,7 @@ def attention(
             method=over_context,
         )
     width, widest = v.shape[-1], max(q.shape[-1], v.shape[-1])
-    filled = [_filled_up(x, widest) for x in (q, k, v)]
+    filled = _filled_up(q, widest), _filled_up(k, widest), _filled_up(v, widest)
     has: dict[str, Any] = {"cached": q_offset is not None, "decays": log_decay is not None}
     has["more"] = "a soft cap of scores" if softcap is not None else "attention sinks" if sinks is not None else None
     obstacles = {
