@@ -24,9 +24,10 @@ The letters of every shape comment and einsum:
 Importing lcx imports nothing heavy: each public name brings its module (and jax) when it is first used.
 """
 
-from lcx import startup
+from lcx import huge_pages, startup
 
 startup.guard()  # before anything else is imported
+huge_pages.use()
 
 # ruff: noqa: E402
 import importlib

@@ -11,7 +11,6 @@ use_venv
 cores=$(python -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')
 if [ "$cores" -ge 4 ]; then cores=4; elif [ "$cores" -eq 3 ]; then cores=2; fi
 export JAX_NUM_CPU_DEVICES="${JAX_NUM_CPU_DEVICES:-$cores}"
-export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}"  # huge pages for temporary memory (docs/how-to/speed.md)
 out="${1:-runs/quickstart}"
 mkdir -p "$out"
 

@@ -161,8 +161,9 @@ with interrupts.interruptible():
 
 
 INTERRUPTED = """
-import signal, sys, time
+import os, signal, sys, time
 sys.argv[0], sys.orig_argv = "-m", ["python", "-m", "lcx.train"]
+os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=0"  # no other process with large pages
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets its background jobs ignore it
 import lcx
 from lcx.config import interrupts
