@@ -333,6 +333,7 @@ def machine() -> dict:
         "device": jax.devices()[0].device_kind,
         "cpu": f"{names[0].strip()}, {os.cpu_count()} cores",
         "memory_gib": round(int(memory[0]) / 2**20),
+        "malloc_pages": "2 MB" if "malloc.hugetlb=1" in os.environ.get("GLIBC_TUNABLES", "") else "4 KB",
         "commit": (git("rev-parse", "--short", "HEAD") or "unknown") + (" with changes" if changed else ""),
     }
 

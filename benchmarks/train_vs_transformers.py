@@ -9,6 +9,9 @@ counted; medians are compared, and the losses of every step are kept side by sid
 side and torch's autocast on the other; weights and optimizer stay float32 in both. Peak memory (float32, the last
 length of `base`) is that of a process of its own for each side, less what it holds before the first step. Needs the
 extra `torch`. With --output, rows are added to the file's, so that a long run can be taken in parts.
+
+To measure what `python -m lcx.train` does on a CPU, start it with GLIBC_TUNABLES=glibc.malloc.hugetlb=1 (see
+lcx/huge_pages.py); it holds for both sides.
 """
 
 import argparse

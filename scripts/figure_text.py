@@ -27,9 +27,10 @@ def source(result: dict) -> str:
         f"{name} {versions[name]}" for name in ("jax", "torch", "transformers") if name in versions
     )
     machine, watch = result["machine"], result["watch"]
+    pages = f"; memory in pages of {machine['malloc_pages']}" if "malloc_pages" in machine else ""
     return (
         f"Measured on {machine['cpu']}; other processes used {watch['other_cpu_seconds']} CPU seconds during "
-        f"{watch['seconds']} s; threads: {threads}; {packages}; commit {machine['commit']}, {result['created']}."
+        f"{watch['seconds']} s; threads: {threads}{pages}; {packages}; commit {machine['commit']}, {result['created']}."
     )
 
 
