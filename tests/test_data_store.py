@@ -188,7 +188,7 @@ def test_a_full_disk_leaves_nothing_behind(corpus, monkeypatch, code):
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(store.TokenWriter, "_flush", full)
-    with pytest.raises(UserError, match="the disk is full .* set Dataset.cache_dir") as caught:
+    with pytest.raises(UserError, match="the disk is full .* set LCX_CACHE .or Dataset.cache_dir.") as caught:
         opened(corpus)
     assert "\n" not in str(caught.value)
     assert list((corpus / "cache").iterdir()) == []
@@ -224,7 +224,7 @@ def test_a_cache_that_cannot_be_written(corpus):
 
 def test_a_cache_folder_that_is_a_file(corpus):
     (corpus / "cache").write_text("x")
-    with pytest.raises(UserError, match="cannot write the token cache .* set Dataset.cache_dir"):
+    with pytest.raises(UserError, match="cannot write the token cache .* set LCX_CACHE .or Dataset.cache_dir."):
         opened(corpus)
 
 

@@ -39,8 +39,8 @@ from lcx.evaluate import main as evaluate
 from lcx.generate import main as generate
 from lcx.optim import AdamW
 
-STEPS = 60
-LONGER = GIN.replace("steps = 40", f"steps = {STEPS}").replace("checkpoint_every = 4", "checkpoint_every = 10")
+STEPS = 150  # a preemption is noticed only after about a second, in which a busy machine may do many of them
+LONGER = GIN.replace("steps = 40", f"steps = {STEPS}").replace("checkpoint_every = 4", "checkpoint_every = 30")
 MORE = """
 from lcx import sharding
 trainer.Trainer.mesh = @sharding.MeshShape()
