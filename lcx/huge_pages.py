@@ -1,4 +1,4 @@
-"""Pages of 2 MB for the memory of a command that computes on a CPU: a training step takes 3% to 14% less time.
+"""Pages of 2 MB for the memory of a command that computes on a CPU: a training step takes up to 14% less time.
 
 XLA's CPU programs get their temporary memory from the C library at each call, and give it back after it. With pages of
 4 KB the kernel then clears and maps tens of thousands of pages in a step. glibc asks for large pages only if its
