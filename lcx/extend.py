@@ -27,7 +27,7 @@ _ADVICE = '{"rope_type": "yarn", "factor": 4.0}'
 _ORIGINAL = "original_max_position_embeddings"
 #: Settings of a rope_type that belong to the model and not to its factor.
 _OF_MODEL = {"llama3": ("low_freq_factor", "high_freq_factor"), "yarn": ("mscale", "mscale_all_dim")}
-FULL, SLIDING = "full_attention", "sliding_attention"
+FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
 
 
 def extend(
@@ -168,8 +168,10 @@ def extend_model(
 
 
 def kind_of(mixer: Any) -> str:
-    """The kind of a layer, as Hugging Face's layer_types name it: a layer with a window slides."""
-    return SLIDING if isinstance(mixer, Attention) and mixer.window is not None else FULL
+    """The kind of a layer, as Hugging Face's layer_types name it: a layer with a window slides, or has chunks."""
+    if not isinstance(mixer, Attention) or mixer.window is None:
+        return FULL
+    return CHUNKED if mixer.chunked else SLIDING
 
 
 def _sees_far_without_positions(model: Decoder, rope_scaling: Mapping[str, Any] | None) -> bool:
@@ -180,18 +182,20 @@ def _sees_far_without_positions(model: Decoder, rope_scaling: Mapping[str, Any] 
     """
     if rotaries(model, FULL) or _names_kinds(rope_scaling):
         return False
-    if all(kind_of(layer.block.mixer) == SLIDING for layer in model_lib.layers(model)):
+    kinds = [kind_of(layer.block.mixer) for layer in model_lib.layers(model)]
+    if FULL not in kinds:
         return False
     if rope_scaling is not None:
+        other = next(kind for kind in kinds if kind != FULL)
         raise UserError(
             "the layers that see the whole text have no positions, and a scaling of the others would change what they"
-            f" do inside their windows: set context_length alone (or rope_scaling = {{'{SLIDING}': ...}} for them)"
+            f" do inside their windows: set context_length alone (or rope_scaling = {{'{other}': ...}} for them)"
         )
     return True
 
 
 def _names_kinds(rope_scaling: Mapping[str, Any] | None) -> bool:
-    return isinstance(rope_scaling, Mapping) and any(key in (FULL, SLIDING) for key in rope_scaling)
+    return isinstance(rope_scaling, Mapping) and any(key in (FULL, SLIDING, CHUNKED) for key in rope_scaling)
 
 
 def _by_kind(model: Decoder, rope_scaling: Mapping[str, Any] | None) -> dict[str, Mapping[str, Any] | None]:
@@ -205,7 +209,7 @@ def _by_kind(model: Decoder, rope_scaling: Mapping[str, Any] | None) -> dict[str
                     f"{' and '.join(sorted(there))}: change rope_scaling"
                 )
         return dict(rope_scaling)
-    kinds = [kind for kind in (FULL, SLIDING) if kind in there]
+    kinds = [kind for kind in (FULL, SLIDING, CHUNKED) if kind in there]
     if model.scaled_layers == "full" and FULL in kinds:
         kinds = [FULL]
     return {kind: rope_scaling for kind in kinds}
@@ -234,9 +238,9 @@ def table(model: Decoder) -> list[str]:
         if not mixers.can_rotate(mixer):
             continue
         rotary = mixers.rotary(mixer)
-        key = (kind_of(mixer), mixer.window if kind_of(mixer) == SLIDING else None, rotary and rotary.rope)
+        key = (kind_of(mixer), None if kind_of(mixer) == FULL else mixer.window, rotary and rotary.rope)
         rows[key] = rows.get(key, 0) + 1
-    if len(rows) < 2 and not any(kind == SLIDING for kind, _, _ in rows):
+    if len(rows) < 2 and all(kind == FULL for kind, _, _ in rows):
         return []
     lines = ["kind of layer      layers  window  rope_theta  scaling               sees tokens back"]
     for (kind, window, rope), count in rows.items():

@@ -139,14 +139,14 @@ FAMILIES_HEADER = """# Model families
 What lcx does with the language models of each Hugging Face `model_type`; this page is written by
 `python scripts/docs_commands.py` from the table of families in the code, by trying it on a small model of each.
 
-- **layers**: their kinds with the family's defaults: `full`, or `sliding` with a window; `no rope`: no positions;
-  `latent`: the cache holds a vector per token instead of keys and values of heads.
+- **layers**: their kinds with the family's defaults: `full`, `sliding` with a window, or `chunked`; `no rope`: no
+  positions; `latent`: the cache holds a vector per token instead of keys and values of heads.
 - **extend**: the layers whose rotary embedding `rope_scaling` changes. It may hold one scaling for each kind of layer
   instead: `{"full_attention": {...}, "sliding_attention": {...}}`.
 - **LoRA**: the projections that `LoRA.targets` can reach; their adapters are read from and written to PEFT folders.
   Experts get a pair each, written as PEFT had them with transformers 4, a module for each projection of each expert;
   PEFT 0.21 with transformers 5 fuses those of Mixtral and Qwen3-MoE, and does not know Qwen2-MoE's. Adapters with
-  `target_parameters` are refused, and pairs of gpt-oss's experts are only written merged into the model.
+  `target_parameters` are refused, and pairs of gpt-oss's and Llama 4's experts are only written merged into the model.
 - **linearize**: whether its softmax layers can become linear attention.
 - **export**: every family is written back, with byte-equal tensors, as transformers 4 and 5 read it. With 4.57.6, small
   random models of all families load without a missing or unexpected tensor and give the logits of 5.23, in float32
@@ -205,6 +205,7 @@ def _family_row(model_type: str) -> str:
             linearize.Linearize(window=8, feature_dim=4).model(model)
         except UserError as error:
             why = {"softcap": "soft cap of scores", "sinks": "attention sinks", "LatentAttention": "latent attention"}
+            why |= {"chunked": "chunks", "temperature": "temperature of scores"}
             return f"no: {next(what for said, what in why.items() if said in str(error))}"
         return "yes"
 

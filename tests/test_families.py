@@ -93,6 +93,14 @@ ROWS = {
         LATENT, q_lora_rank=None, topk_method="group_limited_greedy", routed_scaling_factor=1.7, n_shared_experts=2
     ),
     "deepseek_v3": dict(LATENT, q_lora_rank=10, attention_bias=True),
+    "llama4_text": dict(
+        head_dim=8, attention_chunk_size=9, floor_scale=7, attn_scale=0.4, num_local_experts=5, num_experts_per_tok=2,
+        intermediate_size=24, intermediate_size_mlp=40, no_rope_layer_interval=2, moe_layers=[1, 2, 3],
+        rope_parameters=dict(
+            rope_type="llama3", rope_theta=5e5, factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0,
+            original_max_position_embeddings=24,
+        ),
+    ),
     "ministral": dict(head_dim=10, rope_parameters=dict(YARN, rope_theta=1e4), **TWO_KINDS),
     # Phi-4-mini. Each text is longer than the original context, since a batch has one length for longrope.
     "phi3": dict(

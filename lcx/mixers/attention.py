@@ -1,4 +1,4 @@
-"""Softmax attention: grouped-query heads, rotary positions, optional sliding window, biases and q/k norm."""
+"""Softmax attention: grouped-query heads, rotary positions, optional windows or chunks, biases and q/k norm."""
 
 import functools
 from typing import Any
@@ -13,7 +13,7 @@ from lcx.errors import UserError, check_not_negative, check_positive, check_size
 from lcx.layers import Norm, named_param
 from lcx.mixers import kv_cache
 from lcx.mixers.kv_cache import Cache
-from lcx.mixers.projections import merged_heads, rotated_heads
+from lcx.mixers.projections import merged_heads, positions_of, rotated_heads
 from lcx.mixers.softmax import softmax_attention
 from lcx.ops.attention_shards import WORDS, choose
 
@@ -25,12 +25,16 @@ class Attention(nn.Module):
       rope: rotary embedding of queries and keys. None: no positional encoding apart from the causal mask (NoPE, arXiv
         2305.19466), as in some layers of SmolLM3, Llama 4 and Cohere 2.
       window: a query sees keys at most window - 1 tokens back (Mistral); None: all earlier keys.
+      chunked: a query sees the keys of its own chunk of `window` tokens instead, counted from the first token of its
+        document: position p sees window * (p // window), ..., p (Llama 4).
       qk_norm: True: a norm over head_dim on q and k before the rotation (Qwen3); "all_heads": one over all heads at
-        once (OLMo 2).
+        once (OLMo 2); "l2": one without weights on each head after the rotation (Llama 4).
       norm: the kind of that norm; see layers.Norm.
       scale: factor on q k^T before the softmax; None: 1 / sqrt(head_dim).
       softcap: c in c tanh(score / c), which bounds the scores (Gemma 2); None: no cap.
       sinks: whether each head has a trained score that counts in its softmax without a value (gpt-oss).
+      temperature: factors on the queries that grow with the position p, 1 + temperature log(1 + floor((p + 1) /
+        temperature_floor)), so that attention stays sharp over many keys (Llama 4; arXiv 2501.19399). None: none.
       implementation: see ops.attention; None picks the fastest valid one.
       over_context: how devices of the mesh axis `context` see each other's keys: "halo", "heads", "gather", or None to
         choose; see ops/attention_shards.py.
@@ -54,6 +58,9 @@ class Attention(nn.Module):
     sinks: bool = False
     over_context: str | None = None
     position_dtype: str | None = None
+    chunked: bool = False
+    temperature: float | None = None
+    temperature_floor: int = 8192
 
     @nn.compact
     def __call__(
@@ -65,19 +72,13 @@ class Attention(nn.Module):
         cache: Any = None,  # a Cache, or a LayerOf where reads_in_place
         deferred: bool = False,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
-        check_sizes(
-            "Attention",
-            num_heads=self.num_heads,
-            num_kv_heads=self.num_kv_heads,
-            head_dim=self.head_dim,
-            window=self.window,
-        )
-        check_positive("Attention", scale=self.scale, softcap=self.softcap)
-        check_not_negative("Attention", norm_eps=self.norm_eps)
-        if self.position_dtype not in (None, "bfloat16"):
-            raise UserError(f"Attention.position_dtype is {self.position_dtype!r}, expected None or 'bfloat16'")
+        self.check()
         rotate = functools.partial(_rotate, self.position_dtype)
         q, k, v = rotated_heads(self, x, positions, cache, rotate, segment_ids=segment_ids)
+        if self.chunked or self.temperature is not None:
+            places = positions_of(x.shape[1], positions, cache)
+            q = q if self.temperature is None else q * self._sharpness(places, q.dtype)
+            segment_ids = self._chunks(places, segment_ids) if self.chunked else segment_ids
         sinks = None
         if self.sinks:
             sinks = named_param(self, "sinks", nn.initializers.zeros, ("heads",), (self.num_heads,))
@@ -98,6 +99,36 @@ class Attention(nn.Module):
             y = self._attend(q, k, v, masks)
         cache = new if deferred else self.append_cache(cache, new)
         return merged_heads(self, y, x.shape[-1]), cache
+
+    @nn.nowrap
+    def check(self) -> None:
+        """Raises UserError for settings that cannot be."""
+        check_sizes(
+            "Attention",
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            window=self.window,
+            temperature_floor=self.temperature_floor,
+        )
+        check_positive("Attention", scale=self.scale, softcap=self.softcap, temperature=self.temperature)
+        check_not_negative("Attention", norm_eps=self.norm_eps)
+        if self.position_dtype not in (None, "bfloat16"):
+            raise UserError(f"Attention.position_dtype is {self.position_dtype!r}, expected None or 'bfloat16'")
+        if self.chunked and self.window is None:
+            raise UserError("Attention.chunked is True without a window, expected the size of a chunk: set window")
+
+    @nn.nowrap
+    def _chunks(self, places: Int[Array, "B T"], segment_ids: Array | None) -> Int[Array, "B T"]:
+        """Segment ids that also differ between neighbouring chunks; those further apart are outside the window."""
+        ids = jnp.ones((1, 1), jnp.int32) if segment_ids is None else segment_ids
+        return jnp.where(ids == 0, 0, 2 * ids + places // (self.window or 1) % 2)
+
+    @nn.nowrap
+    def _sharpness(self, places: Int[Array, "B T"], dtype: jnp.dtype) -> Float[Array, "B T 1 1"]:
+        steps = jnp.floor((places.astype(jnp.float32) + 1) / self.temperature_floor)
+        factor = jnp.log1p(steps) * (self.temperature or 0) + 1
+        return factor.astype(dtype)[..., None, None]
 
     @nn.nowrap
     def _attend(self, q: Array, k: Array, v: Array, masks: dict[str, Any]) -> Array:
@@ -148,6 +179,9 @@ class Attention(nn.Module):
         """Multiply-adds per token of q k^T and its product with v, averaged over a sequence: 2 N H per visible key."""
         span = seq_len if self.window is None else min(self.window, seq_len)
         visible = (span * (span + 1) / 2 + (seq_len - span) * span) / seq_len
+        if self.chunked:
+            chunks, rest = divmod(seq_len, span)
+            visible = (chunks * span * (span + 1) + rest * (rest + 1)) / 2 / seq_len
         return 2 * self.num_heads * self.head_dim * visible
 
 

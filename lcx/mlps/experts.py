@@ -29,7 +29,7 @@ from lcx.mlps.gated import GatedMlp
 from lcx.ops import routing
 from lcx.ops.grouped_matmul import grouped_matmul
 
-GATINGS = ("softmax", "normalised", "chosen", "sigmoid", "normalised_sigmoid")
+GATINGS = ("softmax", "normalised", "chosen", "sigmoid", "normalised_sigmoid", "chosen_sigmoid")
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
@@ -42,7 +42,9 @@ class ExpertsMlp(nn.Module):
         "normalised": those of the chosen experts, divided by their sum (Mixtral, Qwen3-MoE). "chosen": a softmax over
         the logits of the chosen experts, equal in value to "normalised", in the dtype of the activations (gpt-oss).
         "sigmoid": one of each logit; "normalised_sigmoid": those of the chosen experts, divided by their sum (DeepSeek
-        V3).
+        V3); "chosen_sigmoid": one of each logit too, but the experts are chosen by their logits, which sigmoids in
+        float32 no longer tell apart above 17 (Llama 4).
+      gate_inputs: whether a gate multiplies what its expert reads instead of what it returns (Llama 4).
       gate_multiplier: factor on the gates: routed_scaling_factor of DeepSeek.
       choice_bias: whether each expert has a number that is added to its score for the choice, not for its gate
         (DeepSeek V3). It has no gradient: it stays as it was loaded, and 0 in a new model.
@@ -80,6 +82,7 @@ class ExpertsMlp(nn.Module):
     group_members: int = 1
     float32_router: bool = False
     shared_gate: bool = True
+    gate_inputs: bool = False
 
     takes_segment_ids = True
 
@@ -161,10 +164,12 @@ class ExpertsMlp(nn.Module):
         self, logits: Float[Array, "B T E"], choice_bias: Float[Array, " E"] | None
     ) -> tuple[Array, Array]:
         """The weights [B, T, k] of the chosen experts and their numbers."""
-        scores = logits if self.gating == "chosen" else self._scores(logits)
+        scores = logits if self.gating.startswith("chosen") else self._scores(logits)
         gates, chosen = self._best(scores, choice_bias)
         if self.gating == "chosen":
             gates = jax.nn.softmax(gates, axis=-1)
+        elif self.gating == "chosen_sigmoid":
+            gates = jax.nn.sigmoid(gates.astype(jnp.float32))
         elif self.gating.startswith("normalised"):
             gates = gates / (jnp.sum(gates, axis=-1, keepdims=True) + 1e-20)
         return gates if self.gate_multiplier == 1 else gates * self.gate_multiplier, chosen
@@ -250,6 +255,8 @@ class ExpertsMlp(nn.Module):
         x = routing.spread(tokens, part, self.num_chosen)
         gate_of_row = routing.spread(gates, part, 1)
         ones = jnp.ones_like(gate_of_row)
+        if self.gate_inputs:
+            x, gate_of_row = x * gate_of_row, ones
         inner = self._product(grouped("gate_proj", x, ones), grouped("up_proj", x, ones))
         # Gates before the last product: their gradient then does not need its result.
         y = grouped("down_proj", inner * gate_of_row, gate_of_row)

@@ -275,7 +275,7 @@ class LlamaLike(Family):
             Rule(f"{prefix}{name}.bias", (Part(f"{path}/{name}/bias", Flat(), layer.repeat),))
             for name in biased
         ]
-        norms = ("q_norm", "k_norm") if mixer.qk_norm else ()
+        norms = ("q_norm", "k_norm") if mixer.qk_norm in (True, "all_heads") else ()
         return table + [
             Rule(f"{prefix}{name}.weight", (Part(f"{path}/{name}/scale", Same(), layer.repeat),))
             for name in norms

@@ -9,6 +9,7 @@ from lcx.convert.hf.families.glm4 import GLM4
 from lcx.convert.hf.families.gpt_oss import GPT_OSS
 from lcx.convert.hf.families.granite import GRANITE
 from lcx.convert.hf.families.llama import LLAMA
+from lcx.convert.hf.families.llama4 import LLAMA4
 from lcx.convert.hf.families.ministral import MINISTRAL
 from lcx.convert.hf.families.mistral import MISTRAL
 from lcx.convert.hf.families.mixtral import MIXTRAL
@@ -24,7 +25,7 @@ from lcx.model import Decoder
 
 _ALL = (
     LLAMA, MISTRAL, QWEN2, QWEN3, PHI3, GEMMA2, GEMMA3, OLMO2, OLMO3, SMOLLM3, GRANITE, COHERE2, GLM4, MINISTRAL,
-    MIXTRAL, QWEN2_MOE, QWEN3_MOE, GPT_OSS, DEEPSEEK_V2, DEEPSEEK_V3,
+    MIXTRAL, QWEN2_MOE, QWEN3_MOE, GPT_OSS, DEEPSEEK_V2, DEEPSEEK_V3, LLAMA4,
 )  # fmt: skip
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _ALL}
 
