@@ -182,8 +182,8 @@ def _family_row(model_type: str) -> str:
     config = {"model_type": model_type, **small}
     if "num_experts" in family.keys:
         config |= {family.experts_key: 4, family.size_key: 32, "n_group": 1, "topk_group": 1}
-    if "kv_lora_rank" in family.keys:
-        config |= {"num_key_value_heads": 4, "sliding_window": None}
+    if family.keys & {"kv_lora_rank", "attention_chunk_size"}:
+        config |= {"num_key_value_heads": 4, "sliding_window": None}  # neither has windows
     model = family.model(config, dtype="float32")
     kinds: dict[str, None] = {}
     for layer in layers(model):
