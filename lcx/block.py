@@ -8,11 +8,12 @@ import math
 from typing import Any
 
 import flax.linen as nn
+import jax
 from jaxtyping import Array, Float
 
 from lcx import mixers, sharding
 from lcx.errors import UserError, check_not_negative
-from lcx.layers import Norm
+from lcx.layers import Norm, named_param
 
 NORMS = ("before", "after", "both")
 
@@ -30,6 +31,9 @@ class Block(nn.Module):
       parallel: mixer and MLP both read x, and the result is x + mixer(norm(x)) + mlp(norm(x)) (GPT-NeoX). Otherwise the
         MLP reads the sum of x and the mixer's output.
       shared_norm: in a parallel block, `mixer_norm` also serves as the norm before the MLP (Cohere, Phi-2).
+      mlp_norms: where the norms of the MLP are, if not where `norms` says (Gemma 4 with experts).
+      output_scale: whether the block's result is multiplied by a number, `output_scale`, that is stored with the weights
+        and not trained: it has no gradient, and is 1 in a new model (Gemma 4).
       residual_multiplier: factor on the outputs of mixer and MLP before they are added to x (Granite).
     """
 
@@ -41,34 +45,40 @@ class Block(nn.Module):
     parallel: bool = False
     shared_norm: bool = False
     residual_multiplier: float = 1.0
+    mlp_norms: str | None = None
+    output_scale: bool = False
 
     @nn.compact
     def __call__(self, x, *, positions, segment_ids, cache=None):
         x = sharding.constrain(x, sharding.BATCH_AXES, "context", None)
         before, normed = x, x
         if self.mixer is not None:
-            normed = self._normed(x, "mixer_norm", "after")
+            normed = self._normed(x, "mixer_norm", self.norms != "after")
             y, cache = mixers.mix(
                 self.mixer, normed, positions=positions, segment_ids=segment_ids, cache=cache
             )
-            x = x + self._added(y, "mixer_post_norm")
+            x = x + self._added(y, "mixer_post_norm", self.norms != "before")
         if self.mlp is not None:
+            norms = self.mlp_norms or self.norms
             if not self.shared_norm:
-                normed = self._normed(before if self.parallel else x, "mlp_norm", "after")
+                normed = self._normed(before if self.parallel else x, "mlp_norm", norms != "after")
             takes = getattr(self.mlp, "takes_segment_ids", False)
             y = self.mlp(normed, **({"segment_ids": segment_ids} if takes else {}))
-            x = x + self._added(y, "mlp_post_norm")
+            x = x + self._added(y, "mlp_post_norm", norms != "before")
+        if self.output_scale:
+            scale = named_param(self, "output_scale", nn.initializers.ones, (None,), (1,))
+            x = x * jax.lax.stop_gradient(scale).astype(x.dtype)
         return x, cache
 
     @nn.nowrap
-    def _normed(self, x: Float[Array, "B T D"], name: str, unless: str) -> Float[Array, "B T D"]:
-        """x normalised by the norm called `name`; x unchanged if `norms` is `unless`."""
-        return x if self.norms == unless else self.norm(x.shape[-1], self.norm_eps, name=name)(x)
+    def _normed(self, x: Float[Array, "B T D"], name: str, there: bool) -> Float[Array, "B T D"]:
+        """x normalised by the norm called `name`; x unchanged if it is not there."""
+        return self.norm(x.shape[-1], self.norm_eps, name=name)(x) if there else x
 
     @nn.nowrap
-    def _added(self, y: Float[Array, "B T D"], name: str) -> Float[Array, "B T D"]:
+    def _added(self, y: Float[Array, "B T D"], name: str, there: bool) -> Float[Array, "B T D"]:
         """The term that the mixer or the MLP adds to the residual stream."""
-        y = self._normed(y, name, "before")
+        y = self._normed(y, name, there)
         return y if self.residual_multiplier == 1 else y * self.residual_multiplier
 
     @nn.nowrap
@@ -76,10 +86,11 @@ class Block(nn.Module):
         """Raises UserError for unknown or inconsistent settings."""
         if self.mixer is None and self.mlp is None:
             raise UserError("Block has mixer None and mlp None, expected one of them: leave the block out")
-        if self.norms not in NORMS:
-            raise UserError(
-                f"Block.norms is {self.norms!r}, expected one of {', '.join(NORMS)}: change Block.norms"
-            )
+        for name, value in (("norms", self.norms), ("mlp_norms", self.mlp_norms or self.norms)):
+            if value not in NORMS:
+                raise UserError(
+                    f"Block.{name} is {value!r}, expected one of {', '.join(NORMS)}: change Block.{name}"
+                )
         if self.residual_multiplier == 0 or not math.isfinite(
             self.residual_multiplier
         ):  # 0: blocks do nothing
@@ -92,6 +103,7 @@ class Block(nn.Module):
             without = {
                 "parallel = False": not self.parallel,
                 "norms = 'after'": self.norms == "after",
+                "mlp_norms": self.mlp_norms is not None,
                 "mixer = None": self.mixer is None,
                 "mlp = None": self.mlp is None,
             }

@@ -107,7 +107,7 @@ class Linearize:
 
     def _linear(self, block: Block) -> Block:
         softmax = block.mixer
-        for name in ("softcap", "sinks", "chunked", "temperature"):
+        for name in ("softcap", "sinks", "chunked", "temperature", "keys_as_values", "value_norm"):
             if getattr(softmax, name):
                 raise UserError(
                     f"Attention.{name} is {getattr(softmax, name)}, which linear attention does not have: list these"

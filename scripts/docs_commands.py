@@ -8,6 +8,7 @@ docs/index.md is that of README.md.
 """
 
 import argparse
+import contextlib
 import importlib
 import inspect
 import pathlib
@@ -192,9 +193,11 @@ def _family_row(model_type: str) -> str:
         kinds[kind + ("" if layer.block.mixer.rope else ", no rope")] = None
 
     def scaled() -> str:
-        try:
-            wider = extend.extend_model(model, {"rope_type": "linear", "factor": 4.0}, None)
-        except UserError:
+        for name in ("linear", "proportional"):
+            with contextlib.suppress(UserError):
+                wider = extend.extend_model(model, {"rope_type": name, "factor": 4.0}, None)
+                break
+        else:
             return "none; `context_length` alone"
         pairs = zip(layers(model), layers(wider), strict=True)
         changed = {extend.kind_of(a.block.mixer) for a, b in pairs if a.block.mixer.rope != b.block.mixer.rope}
@@ -205,7 +208,7 @@ def _family_row(model_type: str) -> str:
             linearize.Linearize(window=8, feature_dim=4).model(model)
         except UserError as error:
             why = {"softcap": "soft cap of scores", "sinks": "attention sinks", "LatentAttention": "latent attention"}
-            why |= {"chunked": "chunks", "temperature": "temperature of scores"}
+            why |= {"chunked": "chunks", "temperature": "temperature of scores", "value_norm": "norms of values"}
             return f"no: {next(what for said, what in why.items() if said in str(error))}"
         return "yes"
 

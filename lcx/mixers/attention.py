@@ -13,7 +13,7 @@ from lcx.errors import UserError, check_not_negative, check_positive, check_size
 from lcx.layers import Norm, named_param
 from lcx.mixers import kv_cache
 from lcx.mixers.kv_cache import Cache
-from lcx.mixers.projections import merged_heads, positions_of, rotated_heads
+from lcx.mixers.projections import merged_heads, positions_of, rotated_heads, unit_heads
 from lcx.mixers.softmax import softmax_attention
 from lcx.ops.attention_shards import WORDS, choose
 
@@ -35,6 +35,9 @@ class Attention(nn.Module):
       sinks: whether each head has a trained score that counts in its softmax without a value (gpt-oss).
       temperature: factors on the queries that grow with the position p, 1 + temperature log(1 + floor((p + 1) /
         temperature_floor)), so that attention stays sharp over many keys (Llama 4; arXiv 2501.19399). None: none.
+      keys_as_values: whether there is no projection to values: they are what the keys are made of, before norm and
+        rotation (Gemma 4).
+      value_norm: whether each value is divided by its root mean square (Gemma 4).
       implementation: see ops.attention; None picks the fastest valid one.
       over_context: how devices of the mesh axis `context` see each other's keys: "halo", "heads", "gather", or None to
         choose; see ops/attention_shards.py.
@@ -61,6 +64,8 @@ class Attention(nn.Module):
     chunked: bool = False
     temperature: float | None = None
     temperature_floor: int = 8192
+    keys_as_values: bool = False
+    value_norm: bool = False
 
     @nn.compact
     def __call__(
@@ -74,7 +79,10 @@ class Attention(nn.Module):
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         self.check()
         rotate = functools.partial(_rotate, self.position_dtype)
-        q, k, v = rotated_heads(self, x, positions, cache, rotate, segment_ids=segment_ids)
+        q, k, v = rotated_heads(
+            self, x, positions, cache, rotate, segment_ids=segment_ids, keys_as_values=self.keys_as_values
+        )
+        v = unit_heads(v, self.norm_eps) if self.value_norm else v
         if self.chunked or self.temperature is not None:
             places = positions_of(x.shape[1], positions, cache)
             q = q if self.temperature is None else q * self._sharpness(places, q.dtype)

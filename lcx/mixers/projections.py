@@ -22,22 +22,23 @@ def rotated_heads(
     rotate: Callable[..., Array] = rope_lib.rotate,
     *,
     segment_ids: Int[Array, "B T"] | None = None,
+    keys_as_values: bool = False,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
     """Queries, keys and values of a mixer with Attention's settings; call it inside the mixer's compact __call__.
 
     With mixer.rope None nothing is rotated. The norm "l2" comes after the rotation, all others before it.
+
+    Args:
+      keys_as_values: the values are the keys before norm and rotation.
     """
-    heads = {"q": ("heads", mixer.num_heads), "k": ("kv_heads", mixer.num_kv_heads)}
-    q, k, v = (
-        Linear(
-            (x.shape[-1],),
-            (number, mixer.head_dim),
-            ("embed", axis, "head_dim"),
-            mixer.qkv_bias,
-            name=f"{name}_proj",
-        )(x)
-        for name, (axis, number) in (*heads.items(), ("v", heads["k"]))
-    )
+
+    def projected(name: str, axis: str, number: int) -> Array:
+        shape, names = (number, mixer.head_dim), ("embed", axis, "head_dim")
+        return Linear((x.shape[-1],), shape, names, mixer.qkv_bias, name=f"{name}_proj")(x)
+
+    q = projected("q", "heads", mixer.num_heads)
+    k = projected("k", "kv_heads", mixer.num_kv_heads)
+    v = k if keys_as_values else projected("v", "kv_heads", mixer.num_kv_heads)
     late = mixer.qk_norm == "l2"
     if mixer.qk_norm and not late:
         q, k = (_normed(mixer, heads, name) for heads, name in ((q, "q_norm"), (k, "k_norm")))

@@ -51,6 +51,7 @@ class ExpertsMlp(nn.Module):
       num_groups, num_chosen_groups: experts are chosen from the best `num_chosen_groups` of `num_groups` groups of
         neighbours. 1 and 1: from all.
       group_members: how many of a group's best scores are added to its own: 1 in DeepSeek V2, 2 in V3.
+      expert_scale: whether the gates of each expert are multiplied by a trained number of its own (Gemma 4).
       float32_router: whether the router's product is in float32, whatever the dtype of the activations (DeepSeek).
       bias: whether the router and all projections have biases.
       activation: a key of activations.ACTIVATIONS, or a function of arrays.
@@ -83,16 +84,23 @@ class ExpertsMlp(nn.Module):
     float32_router: bool = False
     shared_gate: bool = True
     gate_inputs: bool = False
+    expert_scale: bool = False
 
     takes_segment_ids = True
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B T D"], *, segment_ids: Int[Array, "B T"] | None = None
+        self,
+        x: Float[Array, "B T D"],
+        *,
+        segment_ids: Int[Array, "B T"] | None = None,
+        routed: Float[Array, "B T D"] | None = None,
     ) -> Float[Array, "B T D"]:
+        """The weighted sum of the chosen experts' outputs. The router reads `routed`, or x."""
         self.check()
         D, E, F = x.shape[-1], self.num_experts, self.intermediate_size
-        routed = x.astype(jnp.float32) if self.float32_router else x
+        routed = x if routed is None else routed
+        routed = routed.astype(jnp.float32) if self.float32_router else routed
         logits = Linear((D,), (E,), ("embed", None), self.bias, name="router")(routed)
         weights, names = {}, {}
         for name, shape in zip(PROJECTIONS, ((D, F), (D, F), (F, D)), strict=True):
@@ -107,6 +115,9 @@ class ExpertsMlp(nn.Module):
         if self.choice_bias:
             arrays["choice_bias"] = named_param(self, "choice_bias", nn.initializers.zeros, (None,), (E,))
             specs["choice_bias"] = PartitionSpec()
+        if self.expert_scale:
+            arrays["expert_scale"] = named_param(self, "expert_scale", nn.initializers.ones, (None,), (E,))
+            specs["expert_scale"] = PartitionSpec()
         # Each device orders its own tokens; ordering those of all devices would move them between devices.
         out = PartitionSpec("heads" if split else None, "rows", "time"), tokens
         shares, chosen = sharding.island(self._shares, arrays, specs, out)
@@ -222,6 +233,8 @@ class ExpertsMlp(nn.Module):
         """(what this device adds to the weighted sum of the chosen experts' outputs, the chosen experts)."""
         x, logits, weights = (arrays[key] for key in ("x", "logits", "weights"))
         gates, chosen = self._gates(logits, arrays.get("choice_bias"))
+        if self.expert_scale:
+            gates *= arrays["expert_scale"].astype(gates.dtype)[chosen]
         own = len(weights["gate_proj_kernel"])
         first: Array | int = 0
         if own < self.num_experts:

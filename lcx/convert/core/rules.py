@@ -177,7 +177,7 @@ class Rule:
     """The foreign tensor `name` is the concatenation of `parts` along axis 0.
 
     With `block`, the parts have the same number of rows and are interleaved instead: `block` rows of each part in turn
-    (q, k and v of one head, then those of the next). With `shape`, the tensor's numbers are these rows of one number in
+    (q, k and v of one head, then those of the next). With `shape`, the tensor's numbers are those of these rows in
     another shape, of which one size may be -1.
     """
 
@@ -217,6 +217,7 @@ class Table:
         self.shapes = dict(shapes)
         self.places: dict[str, dict[Key, Place]] = {path: {} for path in shapes}
         self.foreign_shapes: dict[str, Shape] = {}
+        self.columns: dict[str, Shape] = {}  # of a row, as the rule counts rows
         if len(self.rules) != len(rules):
             raise UserError(
                 "the rules name a tensor twice: " + _listing(_twice([rule.name for rule in rules]))
@@ -248,9 +249,10 @@ class Table:
                 raise UserError(f"the rules store {part.path!r} twice, the second time in {rule.name!r}")
             places[part.key] = Place(rule.name, start, stop, part.layout, rule.block)
             start = stop
+        self.columns[rule.name] = columns or ()
         if rule.shape is not None:
-            known = math.prod(size for size in rule.shape if size != -1)
-            return tuple(start // known if size == -1 else size for size in rule.shape)
+            known, total = math.prod(size for size in rule.shape if size != -1), start * math.prod(columns or ())
+            return tuple(total // known if size == -1 else size for size in rule.shape)
         return (start, *(columns or ())) if shape else ()
 
     def _is_covered(self, path: str) -> bool:
@@ -333,16 +335,18 @@ class Table:
         shape = self.rules[name].shape
         if shape is None:
             return source.read(name, start, stop)
-        size = math.prod(self.foreign_shapes[name][1:])  # of a stored row
-        first = start // size
-        return source.read(name, first, -(-stop // size)).reshape(-1)[start - first * size : stop - first * size]
+        size, columns = math.prod(self.foreign_shapes[name][1:]), self.columns[name]  # of a stored row, and of a rule's
+        low, high = start * math.prod(columns), stop * math.prod(columns)
+        first = low // size
+        numbers = source.read(name, first, -(-high // size)).reshape(-1)[low - first * size : high - first * size]
+        return numbers.reshape(stop - start, *columns)
 
     def _alternating_rows(self, source: TensorSource, place: Place, first: int, last: int) -> np.ndarray:
         """Rows [first, last) of a part that is interleaved in blocks with its sibling parts."""
         block, size = place.block or 1, place.stop - place.start
         # Of every `phases` consecutive blocks, one belongs to each part; this part's are those at position `phase`.
         shape = self.foreign_shapes[place.name]
-        total = shape[0] if self.rules[place.name].shape is None else math.prod(shape)
+        total = math.prod(shape) // math.prod(self.columns[place.name])
         phases, phase = total // size, place.start // size
         low, high = first // block, -(-last // block)
         rows = self._read_rows(source, place.name, low * block * phases, high * block * phases)

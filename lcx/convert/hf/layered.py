@@ -128,6 +128,10 @@ class Layered(LlamaLike):
         """The tensors of a layer's MLP; `prefix` is model.layers.{i}.mlp."""
         return self._mlp_rules(prefix, layer)
 
+    def norms_of(self, layer: Layer) -> tuple[tuple[str, str], ...]:
+        """The norms of a layer, their name and ours."""
+        return self.norm_names
+
     def kinds(self, config: Mapping[str, Any], num_layers: int) -> list[str]:
         """The kind of each layer."""
         found = layer_types(config, num_layers)
@@ -250,14 +254,14 @@ class Layered(LlamaLike):
         }
 
     def _rope_keys(self, model: Decoder, depth: Sequence[Layer]) -> dict[str, Any]:
-        def first(kind: str | None) -> Rope | None:
-            mixers = (layer.block.mixer for layer in depth)
-            held = (x.rope for x in mixers if kind is None or (x.window is None) == (kind == FULL))
-            return next((rope for rope in held if rope is not None), None)
+        def first(kind: str | None, theta: float) -> tuple[Rope, int]:
+            mixers = [layer.block.mixer for layer in depth]
+            held = [x for x in mixers if kind is None or (x.window is None) == (kind == FULL)]
+            found = next((x for x in held if x.rope is not None), None)
+            return (Rope(rope_theta=theta), mixers[0].head_dim) if found is None else (found.rope, found.head_dim)
 
-        head_dim = depth[0].block.mixer.head_dim
         either = self.local_theta is None
-        rope = first(None if either else FULL) or Rope(rope_theta=self.theta)
+        rope, head_dim = first(None if either else FULL, self.theta)
         if rope.partial_rotary_factor != 1 and not self.rope.partial and rope.rope_type != "proportional":
             raise UserError(
                 f"the model has partial_rotary_factor {rope.partial_rotary_factor:g}, which model_type "
@@ -267,11 +271,11 @@ class Layered(LlamaLike):
         keys = hf_rope.keys(self.rope, rope, window, head_dim) | {"max_position_embeddings": window}
         if either:
             return keys
-        local = first(SLIDING) or Rope(rope_theta=self.local_theta or self.theta)
+        local = first(SLIDING, self.local_theta or self.theta)
         nested = {FULL: keys["rope_parameters"]}
-        nested[SLIDING] = hf_rope.keys(self.rope, local, window, head_dim)["rope_parameters"]
+        nested[SLIDING] = hf_rope.keys(self.rope, local[0], window, local[1])["rope_parameters"]
         keys |= {"rope_parameters": nested}
-        return keys if self.theta == self.local_theta else keys | {"rope_local_base_freq": local.rope_theta}
+        return keys if self.theta == self.local_theta else keys | {"rope_local_base_freq": local[0].rope_theta}
 
     def _check_read_back(self, model: Decoder, config: Mapping[str, Any]) -> None:
         """Raises UserError unless the model is what its config.json says."""
@@ -292,7 +296,7 @@ class Layered(LlamaLike):
         for i, layer in enumerate(self._layers(model)):
             table += self._attention_rules(f"model.layers.{i}.self_attn.", layer)
             table += self.mlp_rules(f"model.layers.{i}.mlp.", layer)
-            for theirs, ours in self.norm_names:
+            for theirs, ours in self.norms_of(layer):
                 part = Part(f"{layer.path}/{ours}/scale", Same(), layer.repeat)
                 table.append(Rule(f"model.layers.{i}.{theirs}.weight", (part,)))
         table.append(Rule("model.norm.weight", (Part("final_norm/scale", Same()),)))

@@ -1,6 +1,6 @@
-"""Layouts of heads that are rotated in pairs of neighbours (2j, 2j + 1), as in GPT-J, Cohere and GLM.
+"""Layouts of heads that are rotated in pairs of neighbours, and of experts whose matrices are transposed.
 
-lcx rotates the pairs (j, j + d/2) of the first d dimensions of a head. Reordering the rows of the projections to
+In GPT-J, Cohere and GLM, the pairs of a head are its dimensions (2j, 2j + 1). lcx rotates the pairs (j, j + d/2) of the first d dimensions of a head. Reordering the rows of the projections to
 queries and keys makes both the same function, since scores do not depend on the order of a head's dimensions.
 """
 
@@ -8,7 +8,7 @@ import dataclasses
 
 import numpy as np
 
-from lcx.convert.core.rules import Flat, Shape, Transposed
+from lcx.convert.core.rules import Flat, Index, Shape, Transposed
 
 
 def _from_pairs(dims: int, head_dim: int) -> np.ndarray:
@@ -45,3 +45,23 @@ class PairedBias(Flat):
 
     def to_lcx(self, rows: np.ndarray, shape: Shape) -> np.ndarray:
         return super().to_lcx(rows, shape)[..., _from_pairs(self.dims, shape[-1])]
+
+
+@dataclasses.dataclass(frozen=True)
+class Experts:
+    """The matrices of all experts, each transposed: [E, in, out] in lcx, [E * out, in] elsewhere."""
+
+    def foreign_shape(self, shape: Shape) -> Shape:
+        return shape[0] * shape[2], shape[1]
+
+    def to_foreign(self, array: np.ndarray) -> np.ndarray:
+        return np.ascontiguousarray(np.swapaxes(array, 1, 2)).reshape(self.foreign_shape(array.shape))
+
+    def to_lcx(self, rows: np.ndarray, shape: Shape) -> np.ndarray:
+        experts, into, out = shape
+        return np.swapaxes(rows.reshape(experts, out, into), 1, 2)
+
+    def rows(self, shape: Shape, index: Index) -> tuple[int, int, Shape, Index]:
+        start, stop, _ = index[0].indices(shape[0])
+        inner = shape[2]
+        return start * inner, stop * inner, (stop - start, *shape[1:]), (slice(None), *index[1:])

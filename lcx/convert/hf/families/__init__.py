@@ -5,6 +5,7 @@ from lcx.convert.hf.families.cohere2 import COHERE2
 from lcx.convert.hf.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from lcx.convert.hf.families.gemma2 import GEMMA2
 from lcx.convert.hf.families.gemma3 import GEMMA3
+from lcx.convert.hf.families.gemma4 import GEMMA4
 from lcx.convert.hf.families.glm4 import GLM4
 from lcx.convert.hf.families.gpt_oss import GPT_OSS
 from lcx.convert.hf.families.granite import GRANITE
@@ -25,7 +26,7 @@ from lcx.model import Decoder
 
 _ALL = (
     LLAMA, MISTRAL, QWEN2, QWEN3, PHI3, GEMMA2, GEMMA3, OLMO2, OLMO3, SMOLLM3, GRANITE, COHERE2, GLM4, MINISTRAL,
-    MIXTRAL, QWEN2_MOE, QWEN3_MOE, GPT_OSS, DEEPSEEK_V2, DEEPSEEK_V3, LLAMA4,
+    MIXTRAL, QWEN2_MOE, QWEN3_MOE, GPT_OSS, DEEPSEEK_V2, DEEPSEEK_V3, LLAMA4, GEMMA4,
 )  # fmt: skip
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _ALL}
 
