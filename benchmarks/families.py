@@ -40,6 +40,10 @@ WINDOW, KINDS = 256, ["sliding_attention", "sliding_attention", "sliding_attenti
 HYBRID = dict(sliding_window=WINDOW, layer_types=KINDS)
 EXPERTS = dict(num_experts=16, num_experts_per_tok=4, moe_intermediate_size=176)
 LOCAL = dict(num_local_experts=16, num_experts_per_tok=4, intermediate_size=176)
+LATENT = dict(
+    num_key_value_heads=4, kv_lora_rank=64, q_lora_rank=128, qk_nope_head_dim=32, qk_rope_head_dim=32, v_head_dim=64,
+    n_routed_experts=16, num_experts_per_tok=4, moe_intermediate_size=176, first_k_dense_replace=1,
+)  # fmt: skip
 FAMILIES: dict[str, dict] = {
     "llama": {},
     "mistral": dict(sliding_window=WINDOW),
@@ -59,6 +63,12 @@ FAMILIES: dict[str, dict] = {
     "qwen2_moe": dict(EXPERTS, shared_expert_intermediate_size=176),
     "qwen3_moe": EXPERTS,
     "gpt_oss": LOCAL | HYBRID,
+    "deepseek_v2": LATENT,
+    "deepseek_v3": LATENT | dict(n_group=1, topk_group=1),
+    "llama4_text": LOCAL | dict(num_experts_per_tok=1, intermediate_size_mlp=704, attention_chunk_size=WINDOW),
+    "gemma4_text": dict(
+        HYBRID, global_head_dim=128, num_global_key_value_heads=1, attention_k_eq_v=True, hidden_size_per_layer_input=0
+    ),
 }
 
 

@@ -18,7 +18,7 @@ from lcx.errors import UserError
 from lcx.mixers import Rotary
 from lcx.mixers.attention import Attention
 from lcx.model import Decoder
-from lcx.rope import Rope, extended_window
+from lcx.rope import ROPE_TYPES, Rope, extended_window
 from lcx.rope_fields import FIELDS, MOST_TOKENS, close, is_number, known_type, shown, token_count
 
 log = logging.getLogger(__name__)
@@ -70,6 +70,12 @@ def extend(
     if "rope_type" not in values:
         return _on_another_base(rope, max_position_embeddings, values, target, head_dim)
     name = values["rope_type"]
+    spread = rope.rope_type == "proportional" and rope.partial_rotary_factor != 1
+    if spread and name in ROPE_TYPES and name != "proportional":
+        raise UserError(
+            f"rope_type {name!r} would rotate other dimensions of a head than the model's, 'proportional': set"
+            " rope_type = 'proportional' in rope_scaling"
+        )
     original = _original(rope, max_position_embeddings, values)
     if callable(name) or "factor" in sum(FIELDS[name], ()):
         values, target = _factor_and_target(values, original, target)

@@ -27,7 +27,8 @@ MIXERS = {
     "attention_one_kv_head": Attention(num_heads=4, num_kv_heads=1, head_dim=16, rope=YARN),
     "attention_window": Attention(num_heads=4, num_kv_heads=4, head_dim=8, window=17),
     "attention_chunked": Attention(
-        4, 2, 8, window=17, chunked=True, qk_norm="l2", temperature=0.4, temperature_floor=13
+        4, 2, 8, window=17, chunked=True, qk_norm="l2", temperature=0.4, temperature_floor=13, keys_as_values=True,
+        value_norm=True,
     ),
     "attention_bias_qk_norm_partial": Attention(4, 2, 8, Rope(partial_rotary_factor=0.5), None, True, True, True),
     "latent_attention": LatentAttention(4, 12, 6, 4, 5, q_lora_rank=10, rope=YARN, bias=True),

@@ -22,7 +22,7 @@ from lcx.convert.core.rules import Layout, Part, Rule, Same
 from lcx.convert.hf import rope as hf_rope
 from lcx.convert.hf.layouts import PairedBias, PairedRows
 from lcx.convert.hf.llama_like import KEYS, LlamaLike, layer_types
-from lcx.convert.hf.rope_parameters import written_max_position_embeddings
+from lcx.convert.hf.rope_parameters import ORIGINAL, written_max_position_embeddings
 from lcx.convert.hf.values import boolean, fraction, integer
 from lcx.errors import UserError
 from lcx.mixers.attention import Attention
@@ -197,6 +197,8 @@ class Layered(LlamaLike):
         if self.partial_factor != 1 and not _states(config, "partial_rotary_factor"):
             flat["partial_rotary_factor"] = self.partial_factor
         own = self.local_theta is not None
+        if own and kind == SLIDING:
+            flat.pop(ORIGINAL, None)  # what an extension of the other layers started from
         if not own or kind == FULL:
             flat |= {
                 key: config[key] for key in _ROPE_KEYS if key in config and key != "rope_local_base_freq"
