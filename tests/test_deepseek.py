@@ -1,5 +1,6 @@
 """DeepSeek V2 and V3 beside what test_families.py holds every family to: released files, and the absorbed form."""
 
+import copy
 import json
 import logging
 
@@ -9,9 +10,10 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from test_families import described, torch_model
+from test_families import described, loaded, torch_model
 from test_mixers import MIXERS, D, inputs, noisy_params
 
+import lcx
 from lcx import extend, mixers
 from lcx import model as model_lib
 from lcx.convert.core import model_source
@@ -22,6 +24,7 @@ from lcx.errors import UserError
 from lcx.linearize import Linearize
 from lcx.mixers.latent_attention import LatentAttention
 from lcx.model import num_params
+from lcx.ops import attention_parts
 from lcx.planning import flops
 
 YARN = dict(
@@ -147,6 +150,54 @@ def test_a_step_reads_the_latents_of_a_cache_and_no_more():
 
     assert step(300) - step(100) == 200 * 2 * 2 * 4 * (2 * 12 + 4)
     assert mixers.macs_per_token(mixer, 99) == 4 * (6 + 4 + 5) * 50
+
+
+def test_a_long_cache_is_expanded_part_by_part(monkeypatch):
+    """Prompts in pieces as at once, in value and gradient; no array holds the keys and values of all slots."""
+    mixer, T = MIXERS["latent_attention"], 61
+    params, x = noisy_params(mixer), inputs(T)
+    ids = jnp.asarray([[1] * T, [0] * 7 + [1] * 20 + [2] * (T - 27)])
+    positions = jnp.asarray([[*range(T)], [*[0] * 7, *range(20), *range(T - 27)]])
+
+    def loss(params, x, cuts):
+        ys, cache = [], mixer.init_cache(2, 70, jnp.float32) if cuts else None
+        for first, last in zip((0, *cuts), (*cuts, T), strict=True):
+            at = (slice(None), slice(first, last))
+            new = {"positions": positions[at], "segment_ids": ids[at], "cache": cache}
+            y, cache = mixer.apply({"params": params}, x[at], **new)
+            ys.append(y)
+        y = jnp.concatenate(ys, axis=1)
+        return jnp.sum(jnp.sin(y) * (ids != 0)[..., None]), y
+
+    run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True), static_argnums=2)
+    (_, whole), gradients = run(params, x, ())
+    monkeypatch.setattr(attention_parts, "SLOTS", 16)
+    (_, pieces), found = run(params, x, (25, 48))
+    np.testing.assert_allclose(jnp.where((ids != 0)[..., None], pieces - whole, 0), 0, atol=2e-6)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(gradients), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-6 * max(float(np.abs(b).max()), 1))
+
+    def temporary(slots):
+        cache = jax.eval_shape(lambda: mixer.init_cache(2, slots, jnp.float32))
+        step = jax.jit(lambda x, cache: mixer.apply({"params": params}, x, cache=cache, deferred=True))
+        return step.lower(x[:, :16], cache).compile().memory_analysis().temp_size_in_bytes
+
+    latents = 2 * 4 * (12 + 4)  # bytes of a slot; the keys and values of its heads are 15 / 4 as many
+    assert temporary(4064) - temporary(2032) < 2032 * latents * 2.5
+
+
+def test_halves_of_a_head_are_rotated_where_the_config_says_so(tmp_path):
+    """rope_interleave: false."""
+    reference = copy.deepcopy(torch_model("deepseek_v3"))
+    reference.config.rope_interleave = False
+    reference.save_pretrained(tmp_path)
+    model, params = loaded(tmp_path)
+    text = np.random.default_rng(1).integers(4, 67, (1, 29))
+    with torch.no_grad():
+        expected = reference(torch.tensor(text)).logits.numpy()
+        pairs = torch_model("deepseek_v3")(torch.tensor(text)).logits.numpy()
+    np.testing.assert_allclose(lcx.logits(model, params, text), expected, atol=2e-4, rtol=0)
+    assert np.abs(expected - pairs).max() > 0.1
 
 
 def test_a_second_extension_keeps_the_scale_of_scores():

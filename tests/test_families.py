@@ -364,6 +364,13 @@ def test_layers_that_a_scaling_leaves_alone():
     with pytest.raises(UserError, match="set context_length alone"):
         extend.extend_model(cohere, dict(YARN), None)
     assert "no rope" in extend.table(described("smollm3"))[2]
+    assert extend.table(described("llama4_text"))[1].startswith("chunked_attention       2       9")
+    gemma = described("gemma4_text", max_position_embeddings=24)
+    with pytest.raises(UserError, match="would rotate other dimensions of a head than the model's, 'proportional'"):
+        extend.extend_model(gemma, dict(YARN), None)
+    longer = extend.extend_model(gemma, {"rope_type": "proportional", "factor": 4.0}, None)
+    assert [one.rope.factor for one in extend.rotaries(longer)] == [None, 4]
+    assert hf_config.from_config(hf_config.to_config(longer, dtype="float32")) == longer
     assert extend.table(described("olmo2")) == []
     with pytest.raises(UserError, match="expected a scaling for each of full_attention: change rope_scaling"):
         extend.extend_model(described("olmo2"), {"sliding_attention": dict(YARN)}, None)
@@ -403,6 +410,12 @@ REFUSED = {
     "shared latents": ("deepseek_v3", dict(num_key_value_heads=2), "num_key_value_heads 2, expected"),
     "choice": ("deepseek_v3", dict(topk_method="greedy"), "topk_method 'greedy'"),
     "published and transformers differ": ("deepseek_v2", dict(norm_topk_prob=True), "norm_topk_prob True"),
+    "kinds": ("llama4_text", dict(layer_types=["sliding_attention"] * 4), "expected full_attention or chunked"),
+    "layers with experts": ("llama4_text", dict(moe_layers=[4]), "expected a list of layers from 0 to 3"),
+    "no chunk": ("llama4_text", dict(attention_chunk_size=None), "no attention_chunk_size"),
+    "per layer": ("gemma4_text", dict(hidden_size_per_layer_input=256), "hidden_size_per_layer_input 256"),
+    "shared": ("gemma4_text", dict(num_kv_shared_layers=2), "num_kv_shared_layers 2"),
+    "sizes": ("gemma4_text", dict(per_layer_config={"0": {"head_dim": 4}}), "per_layer_config"),
     "groups": ("deepseek_v3", dict(n_group=4), "expected a multiple of num_groups = 4"),
 }
 
@@ -422,6 +435,8 @@ CHANGED = {
     "one window of two": ("olmo2", lambda mixer: dict(window=5), None),
     "norm": ("qwen3_moe", lambda mixer: dict(qk_norm=False), "Attention.qk_norm = False"),
     "sinks": ("gpt_oss", lambda mixer: dict(sinks=False), "Attention.sinks = False"),
+    "a chunk of its own": ("llama4_text", lambda mixer: dict(chunked=False), "Attention.chunked = False"),
+    "heads": ("gemma4_text", lambda mixer: dict(value_norm=False), "Attention.value_norm = False"),
     "rope": ("cohere2", lambda mixer: dict(rope=Rope()), "layer 1 has Attention.rope"),
 }
 

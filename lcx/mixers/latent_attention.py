@@ -7,7 +7,7 @@ heads share, are all that later tokens need:
     q_n = [q_n' ; rotate(q_n'')]              score = q_n' U_n c + q_n'' r
 
 **Two forms, equal in value.** *Expanded*: keys and values of all heads are computed, and attention is the usual one;
-for training and prompts. *Absorbed*: U_n is applied to the query instead of the keys, and V_n to the weighted sum of
+for training and prompts; of a long cache, a part at a time (ops/attention_parts.py). *Absorbed*: U_n is applied to the query instead of the keys, and V_n to the weighted sum of
 latents instead of the latents; for a few new tokens. A step then reads the cached numbers once, for all heads at once:
 its cost is linear in kv_lora_rank and does not include the heads' keys and values, which never exist.
 
@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as Axes
 from jaxtyping import Array, Float, Int
 
 from lcx import rope as rope_lib
@@ -30,6 +31,8 @@ from lcx.mixers import kv_cache
 from lcx.mixers.kv_cache import Cache
 from lcx.mixers.projections import positions_and_frequencies
 from lcx.mixers.softmax import softmax_attention
+from lcx.ops import attention_parts
+from lcx.ops.attention_parts import attention_in_parts
 from lcx.ops.attention_shards import WORDS, choose
 
 
@@ -94,8 +97,11 @@ class LatentAttention(nn.Module):
             y = self._absorbed(q, new, cache, expand)
         else:
             _, kept, _, masks = kv_cache.arguments(cache, q, new)
-            masks = masks | {"segment_ids": masks.pop("q_segment_ids")}
-            y = self._attend(q, kept[:, :, 0], expand, masks)
+            if self.implementation in (None, "xla") and kept.shape[1] > attention_parts.SLOTS:
+                y = self._attend_in_parts(q, kept[:, :, 0], _HeadMap.of(expand, q.dtype).merged(), masks)
+            else:
+                masks = masks | {"segment_ids": masks.pop("q_segment_ids")}
+                y = self._attend(q, kept[:, :, 0], expand, masks)
         return self._output(y, x), new if deferred else self.append_cache(cache, new)
 
     @nn.nowrap
@@ -152,12 +158,41 @@ class LatentAttention(nn.Module):
 
     def _attend(self, q: Array, latent: Array, expand: Linear, masks: dict[str, Any]) -> Array:
         """The expanded form: outputs [B, T, N, V] for the latents [B, S, R] of all tokens."""
-        keys, v = jnp.split(expand(latent[..., : self.kv_lora_rank]), [self.qk_nope_head_dim], axis=-1)
-        shared = latent[:, :, None, self.kv_lora_rank :]
-        k = jnp.concatenate([keys, jnp.broadcast_to(shared, (*keys.shape[:3], self.head_dim))], axis=-1)
+        k, v = self._keys_and_values(latent, expand(latent[..., : self.kv_lora_rank]))
         return softmax_attention(
             q, k, v, implementation=self.implementation, over_context=self.over_context, **masks
         )
+
+    @nn.nowrap
+    def _keys_and_values(self, latent: Float[Array, "B S R"], both: Float[Array, "B S N H"]) -> tuple[Array, Array]:
+        keys, v = jnp.split(both, [self.qk_nope_head_dim], axis=-1)
+        shared = latent[:, :, None, self.kv_lora_rank :]
+        k = jnp.concatenate([keys, jnp.broadcast_to(shared, (*keys.shape[:3], self.head_dim))], axis=-1)
+        return k, v
+
+    @nn.nowrap
+    def _attend_in_parts(self, q: Array, latent: Array, kernel: Array, masks: dict[str, Any]) -> Array:
+        """The expanded form over a long cache, without the keys and values of all its slots at once."""
+        arrays = {"q": q, "latent": latent, "kernel": kernel, **masks}
+        axes = dict.fromkeys(arrays, Axes("rows"))
+        axes |= {"q": Axes("rows", "time", "heads"), "kernel": Axes(None, "heads")}
+        axes["q_segment_ids"] = Axes("rows", "time")
+
+        def run(arrays: dict[str, Any], mesh_axis: str | None = None) -> Array:
+            q, kernel = arrays["q"], arrays["kernel"]
+            offset = arrays["q_offset"]
+            if mesh_axis is not None:
+                offset = offset + jax.lax.axis_index(mesh_axis) * q.shape[1]
+
+            def made(latent: Array) -> tuple[Array, Array]:
+                both = jnp.einsum("bsr,rnh->bsnh", latent[..., : self.kv_lora_rank], kernel)
+                return self._keys_and_values(latent, both)
+
+            ids = {"q_segment_ids": arrays["q_segment_ids"], "kv_segment_ids": arrays["kv_segment_ids"]}
+            more = {"q_offset": offset, "scale": q.shape[-1] ** -0.5}
+            return attention_in_parts(q, made, arrays["latent"], self.v_head_dim, **ids, **more)
+
+        return sharding.island(run, arrays, axes, Axes("rows", "time", "heads"))
 
     def _absorbed(self, q: Array, new: Cache, cache: Any, expand: Linear) -> Array:
         """The absorbed form: outputs [B, T, N, V] for a few tokens, over cached latents that are only read."""
@@ -216,6 +251,10 @@ class _HeadMap(NamedTuple):
             return cls(kernel, None)
         a, b, scale = (linear.get_variable("lora", leaf).astype(dtype) for leaf in ("a", "b", "scale"))
         return cls(kernel, (a, b * jax.lax.stop_gradient(scale)))
+
+    def merged(self) -> Array:
+        """One kernel [R, N, H] for both."""
+        return self.kernel if self.pair is None else self.kernel + jnp.einsum("rl,lnh->rnh", *self.pair)
 
     def part(self, dims: slice) -> "_HeadMap":
         """The map to some dimensions of each head."""

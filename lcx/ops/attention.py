@@ -111,7 +111,7 @@ def attention(
     more: dict[str, Any] = {"scale": scale, "softcap": softcap, "sinks": sinks}
     segments = q_segment_ids, kv_segment_ids
     if name == "xla":
-        return tiled(q, k, v, *segments, q_offset, log_decay, window=window, **more)
+        return tiled(q, k, v, *segments, q_offset, log_decay, window=window, **more)[0]
     offset = jnp.full(q.shape[:1], k.shape[1] - q.shape[1]) if q_offset is None else q_offset
     mask = _mask(*segments, offset, window, q.shape[1], k.shape[1])
     between = None

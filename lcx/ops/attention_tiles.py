@@ -44,8 +44,12 @@ def tiled(
     scale: float,
     softcap: float | None = None,
     sinks: Array | None = None,
-) -> Array:
-    """Attention in tiles; arguments as in attention(). Has its own backward pass, also with a cache (q_offset)."""
+) -> tuple[Array, Array]:
+    """Attention in tiles; arguments as in attention(). Has its own backward pass, also with a cache (q_offset).
+
+    Returns the outputs [B, T, N, W] and the logarithms of the sums of exponentials [B, T, N], float32; of queries that
+    see no key, NEG or a little more.
+    """
     B, T, N, _ = q.shape
     S, K = k.shape[1:3]
     masks: dict[str, Any] = {"window": window, "masked": q_segments is not None, "softcap": softcap}
@@ -75,8 +79,9 @@ def tiled(
         cached = each_row(q_segments, q_pad), jnp.repeat(q_offset, K)
     if sinks is not None:
         sinks = jnp.tile(sinks.astype(jnp.float32).reshape(K, N // K), (B, 1))  # [B K, G]
-    out = _tiled(queries, keys, values, segments, decay, *cached, sinks, plan)
-    return jnp.moveaxis(out[:, :, :T].reshape(B, N, T, -1), 1, 2)
+    out, lse = _tiled(queries, keys, values, segments, decay, *cached, sinks, plan)
+    by_token = (jnp.moveaxis(x[:, :, :T].reshape(B, N, T, *x.shape[3:]), 1, 2) for x in (out, lse))
+    return next(by_token), next(by_token)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,6 +229,7 @@ def _head_forward(
         top, total = (NEG, 0) if sinks is None else (sinks[:, None], 1)
         empty = (jnp.zeros((G, C, v.shape[1]), jnp.float32), zeros + top, zeros + total, nothing)
         out, top, total, _ = plan.over_tiles(place, S, tile, empty)
+        total = jnp.where(total == 0, 1, total)  # no tile is in sight
         out = out / total[..., None]
         if plan.masked:  # padding sees nothing
             out = jnp.where(own[None, :, None] != 0, out, 0)
@@ -234,7 +240,7 @@ def _head_forward(
 
 
 def _head_backward(
-    q, k, v, kv_segments, decay, q_segments, offset, sinks, out, lse, d_out, *, plan: Plan
+    q, k, v, kv_segments, decay, q_segments, offset, sinks, out, lse, d_out, d_lse, *, plan: Plan
 ) -> tuple:
     """Gradients for one row and kv head; scores are recomputed tile by tile."""
     G, T, H = q.shape
@@ -243,7 +249,7 @@ def _head_backward(
     q_segments, offset = (kv_segments, 0) if offset is None else (q_segments, offset)
     nothing = jnp.zeros((2, G), jnp.float32)
     gaps = None if decay is None else Gaps.of(decay, C, size)
-    delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1)
+    delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1) - d_lse
 
     def rows(row, carry):
         dq, dk, dv, d_sums = carry
@@ -289,12 +295,12 @@ def _tiled_forward(q, k, v, kv_segments, decay, q_segments, offset, sinks, plan:
     arrays = (q, k, v, kv_segments, decay, q_segments, offset, sinks)
     out, lse = each_head(functools.partial(_head_forward, plan=plan), arrays, at_once=plan.heads)
     out, lse = checkpoint_name(out, MIXER_RESIDUALS), checkpoint_name(lse, MIXER_RESIDUALS)
-    return out, (*arrays, out, lse)
+    return (out, lse), (*arrays, out, lse)
 
 
-def _tiled_backward(plan: Plan, residuals, d_out):
+def _tiled_backward(plan: Plan, residuals, gradients):
     plan = plan.backward(*residuals[0].shape[:2])
-    grads = each_head(functools.partial(_head_backward, plan=plan), (*residuals, d_out), at_once=plan.heads)
+    grads = each_head(functools.partial(_head_backward, plan=plan), (*residuals, *gradients), at_once=plan.heads)
     dq, dk, dv, d_decay, d_sinks = grads
     return dq, dk, dv, None, d_decay, None, None, d_sinks
 
