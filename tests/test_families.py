@@ -106,6 +106,10 @@ ROWS = {
         final_logit_softcapping=3.0, enable_moe_block=True, num_experts=5, top_k_experts=2, moe_intermediate_size=24,
         **TWO_KINDS,
     ),
+    "arcee": dict(attention_bias=True, mlp_bias=True),
+    "seed_oss": dict(head_dim=10, attention_out_bias=True),
+    "exaone4": TWO_KINDS,
+    "olmoe": dict(num_experts=5, num_experts_per_tok=2, norm_topk_prob=True),
     "ministral": dict(head_dim=10, rope_parameters=dict(YARN, rope_theta=1e4), **TWO_KINDS),
     # Phi-4-mini. Each text is longer than the original context, since a batch has one length for longrope.
     "phi3": dict(
@@ -410,6 +414,7 @@ REFUSED = {
     "shared latents": ("deepseek_v3", dict(num_key_value_heads=2), "num_key_value_heads 2, expected"),
     "choice": ("deepseek_v3", dict(topk_method="greedy"), "topk_method 'greedy'"),
     "published and transformers differ": ("deepseek_v2", dict(norm_topk_prob=True), "norm_topk_prob True"),
+    "a cap that transformers ignores": ("gemma3_text", dict(attn_logit_softcapping=4.0), "attn_logit_softcapping 4.0"),
     "kinds": ("llama4_text", dict(layer_types=["sliding_attention"] * 4), "expected full_attention or chunked"),
     "layers with experts": ("llama4_text", dict(moe_layers=[4]), "expected a list of layers from 0 to 3"),
     "no chunk": ("llama4_text", dict(attention_chunk_size=None), "no attention_chunk_size"),

@@ -33,6 +33,7 @@ class WithExperts(Layered):
     router: str = "gate"
     projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     defaults: tuple[int, int, int | None] = (128, 768, 8)
+    mlp_types: tuple[type, ...] = (GatedMlp, ExpertsMlp)
 
     def __post_init__(self):
         keys = {

@@ -35,7 +35,7 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 _ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters", "rope_local_base_freq", hf_rope.REMEMBERED)
 #: What a family may leave to the user: it is not part of config.json.
 _FREE = ("parent", "name", "dtype", "remat", "implementation", "stages", "aux_loss_weight")
-_ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
+_ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu2": "relu2"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Layered(LlamaLike):
       theta, local_theta: the defaults of rope_theta, and of that of sliding layers, which then have their own rope.
       tied: the default of tie_word_embeddings.
       paired: whether a head's dimensions are rotated in pairs (2j, 2j + 1); converted to pairs (j, j + d/2).
-      mixer_type: the class of all mixers.
+      mixer_type, mlp_types: the class of all mixers, and the classes of the MLPs.
     """
 
     own: frozenset[str] = frozenset()
@@ -70,6 +70,7 @@ class Layered(LlamaLike):
     tied: bool = False
     paired: bool = False
     mixer_type: type = Attention
+    mlp_types: tuple[type, ...] = (GatedMlp,)
 
     def __post_init__(self):
         object.__setattr__(self, "keys", KEYS | self.own | {key for key, _ in self.fixed} | {*_ROPE_KEYS})
@@ -307,7 +308,7 @@ class Layered(LlamaLike):
         return table
 
     def _layers(self, model: Decoder) -> list[Layer]:
-        """The layers of a model, in depth order. Raises UserError unless each has the family's mixer and an MLP."""
+        """The layers of a model, in depth order. Raises UserError unless each has a mixer and an MLP of the family's."""
         depth = model_lib.layers(model)
         if not depth:
             raise UserError(
@@ -315,10 +316,11 @@ class Layered(LlamaLike):
             )
         for i, layer in enumerate(depth):
             mixer, mlp = layer.block.mixer, layer.block.mlp
-            if type(mixer) is not self.mixer_type or mlp is None:
+            if type(mixer) is not self.mixer_type or type(mlp) not in self.mlp_types:
+                others = " or ".join(kind.__name__ for kind in self.mlp_types)
                 raise UserError(
                     f"layer {i} is {type(mixer).__name__} + {type(mlp).__name__}; the 'hf' format of this model_type "
-                    f"holds {self.mixer_type.__name__} and an MLP only, save with format 'lcx'"
+                    f"holds {self.mixer_type.__name__} and {others} only, save with format 'lcx'"
                 )
         return depth
 

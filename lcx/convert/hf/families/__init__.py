@@ -1,8 +1,10 @@
 """The table of Hugging Face families, one file each, looked up by the model_type of config.json."""
 
 from lcx.convert.core.rules import Rule
+from lcx.convert.hf.families.arcee import ARCEE
 from lcx.convert.hf.families.cohere2 import COHERE2
 from lcx.convert.hf.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
+from lcx.convert.hf.families.exaone4 import EXAONE4
 from lcx.convert.hf.families.gemma2 import GEMMA2
 from lcx.convert.hf.families.gemma3 import GEMMA3
 from lcx.convert.hf.families.gemma4 import GEMMA4
@@ -15,11 +17,13 @@ from lcx.convert.hf.families.ministral import MINISTRAL
 from lcx.convert.hf.families.mistral import MISTRAL
 from lcx.convert.hf.families.mixtral import MIXTRAL
 from lcx.convert.hf.families.olmo2 import OLMO2, OLMO3
+from lcx.convert.hf.families.olmoe import OLMOE
 from lcx.convert.hf.families.phi3 import PHI3
 from lcx.convert.hf.families.qwen2 import QWEN2
 from lcx.convert.hf.families.qwen2_moe import QWEN2_MOE
 from lcx.convert.hf.families.qwen3 import QWEN3
 from lcx.convert.hf.families.qwen3_moe import QWEN3_MOE
+from lcx.convert.hf.families.seed_oss import SEED_OSS
 from lcx.convert.hf.families.smollm3 import SMOLLM3
 from lcx.convert.hf.family import Family
 from lcx.model import Decoder
@@ -27,6 +31,7 @@ from lcx.model import Decoder
 _ALL = (
     LLAMA, MISTRAL, QWEN2, QWEN3, PHI3, GEMMA2, GEMMA3, OLMO2, OLMO3, SMOLLM3, GRANITE, COHERE2, GLM4, MINISTRAL,
     MIXTRAL, QWEN2_MOE, QWEN3_MOE, GPT_OSS, DEEPSEEK_V2, DEEPSEEK_V3, LLAMA4, GEMMA4,
+    ARCEE, SEED_OSS, EXAONE4, OLMOE,
 )  # fmt: skip
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _ALL}
 

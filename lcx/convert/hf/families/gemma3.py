@@ -10,4 +10,6 @@ GEMMA3 = Gemma(
     theta=1_000_000.0,
     local_theta=10_000.0,
     caps=(None, None),
+    # transformers has the first key, and does not cap scores.
+    fixed=(*Gemma.fixed, ("attn_logit_softcapping", (None,))),
 )

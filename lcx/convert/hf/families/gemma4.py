@@ -73,6 +73,7 @@ class Gemma4(Layered):
     theta: float = 1_000_000.0
     local_theta: float | None = 10_000.0
     tied: bool = True
+    mlp_types: tuple[type, ...] = (GatedMlp, ExpertsBeside)
 
     # ------------------------------------------------------------------------------------ config.json -> model
 

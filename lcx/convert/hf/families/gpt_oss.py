@@ -12,6 +12,7 @@ import dataclasses
 from lcx.convert.core.rules import Flat, Part, Rule, Same, Transposed
 from lcx.convert.hf.experts import WithExperts
 from lcx.convert.hf.values import number
+from lcx.mlps.experts import ExpertsMlp
 
 #: The scaling of a config.json that states none, as in transformers.
 _ROPE = {
@@ -43,6 +44,7 @@ class GptOss(WithExperts):
     norm_eps: float = 1e-5
     theta: float = 150_000.0
     biases: str = "config"
+    mlp_types: tuple[type, ...] = (ExpertsMlp,)
 
     def model(self, config, *, dtype):
         config = {"attention_bias": True, **config}

@@ -125,7 +125,9 @@ class Llama4(WithExperts):
         dense = [mlp.intermediate_size for mlp in mlps if not isinstance(mlp, ExpertsMlp)]
         rotating = [mixer for mixer in mixers if mixer.rope is not None]
         still = next((mixer for mixer in mixers if mixer.temperature is not None), None)
-        keys = super().own_keys(model, depth)
+        total, _, chosen = self.defaults
+        keys = {"num_local_experts": total, "num_experts_per_tok": chosen, "intermediate_size": dense and dense[0]}
+        keys = super().own_keys(model, depth) if sparse else keys
         keys |= {
             "no_rope_layers": [int(mixer.rope is not None) for mixer in mixers],
             "use_qk_norm": not rotating or rotating[0].qk_norm == "l2",
