@@ -32,8 +32,8 @@ class Block(nn.Module):
         MLP reads the sum of x and the mixer's output.
       shared_norm: in a parallel block, `mixer_norm` also serves as the norm before the MLP (Cohere, Phi-2).
       mlp_norms: where the norms of the MLP are, if not where `norms` says (Gemma 4 with experts).
-      output_scale: whether the block's result is multiplied by a number, `output_scale`, that is stored with the weights
-        and not trained: it has no gradient, and is 1 in a new model (Gemma 4).
+      output_scale: whether the block's result is multiplied by a number, `output_scale`, that is stored with the
+        weights and not trained: it has no gradient, and is 1 in a new model (Gemma 4).
       residual_multiplier: factor on the outputs of mixer and MLP before they are added to x (Granite).
     """
 

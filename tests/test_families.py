@@ -102,9 +102,9 @@ ROWS = {
         ),
     ),
     "gemma4_text": dict(
-        head_dim=8, global_head_dim=16, num_global_key_value_heads=1, attention_k_eq_v=True, hidden_size_per_layer_input=0,
-        final_logit_softcapping=3.0, enable_moe_block=True, num_experts=5, top_k_experts=2, moe_intermediate_size=24,
-        **TWO_KINDS,
+        TWO_KINDS, head_dim=8, global_head_dim=16, num_global_key_value_heads=1, attention_k_eq_v=True,
+        hidden_size_per_layer_input=0, final_logit_softcapping=3.0, enable_moe_block=True, num_experts=5,
+        top_k_experts=2, moe_intermediate_size=24,
     ),
     "arcee": dict(attention_bias=True, mlp_bias=True),
     "seed_oss": dict(head_dim=10, attention_out_bias=True),

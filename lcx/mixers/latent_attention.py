@@ -7,9 +7,10 @@ heads share, are all that later tokens need:
     q_n = [q_n' ; rotate(q_n'')]              score = q_n' U_n c + q_n'' r
 
 **Two forms, equal in value.** *Expanded*: keys and values of all heads are computed, and attention is the usual one;
-for training and prompts; of a long cache, a part at a time (ops/attention_parts.py). *Absorbed*: U_n is applied to the query instead of the keys, and V_n to the weighted sum of
-latents instead of the latents; for a few new tokens. A step then reads the cached numbers once, for all heads at once:
-its cost is linear in kv_lora_rank and does not include the heads' keys and values, which never exist.
+for training and prompts; of a long cache, a part at a time (ops/attention_parts.py). *Absorbed*: U_n is applied to the
+query instead of the keys, and V_n to the weighted sum of latents instead of the latents; for a few new tokens. A step
+then reads the cached numbers once, for all heads at once: its cost is linear in kv_lora_rank and does not include the
+heads' keys and values, which never exist.
 
 The cache holds [B, 1, S, kv_lora_rank + qk_rope_head_dim], c and r of each token, as keys of a single head; the first
 kv_lora_rank numbers of such a key are its value.

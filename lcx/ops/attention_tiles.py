@@ -226,8 +226,8 @@ def _head_forward(
             return out * shrink[..., None] + new, new_top, total * shrink + jnp.sum(p, axis=-1), edge
 
         zeros = jnp.zeros((G, C), jnp.float32)
-        top, total = (NEG, 0) if sinks is None else (sinks[:, None], 1)
-        empty = (jnp.zeros((G, C, v.shape[1]), jnp.float32), zeros + top, zeros + total, nothing)
+        lowest, count = (NEG, 0) if sinks is None else (sinks[:, None], 1)
+        empty = (jnp.zeros((G, C, v.shape[1]), jnp.float32), zeros + lowest, zeros + count, nothing)
         out, top, total, _ = plan.over_tiles(place, S, tile, empty)
         total = jnp.where(total == 0, 1, total)  # no tile is in sight
         out = out / total[..., None]

@@ -23,7 +23,8 @@ E, F, K, D, B, T = 6, 48, 2, 32, 8, 24
 MIXER = Attention(4, 2, 8, window=9, sinks=True, softcap=2.0, parent=None)
 GROUPS = dict(choice_bias=True, num_groups=3, num_chosen_groups=2)
 MLP = ExpertsMlp(
-    E, K, F, gating="chosen", bias=True, clamp=1.0, shared_size=16, expert_scale=True, gate_inputs=True, **GROUPS, parent=None
+    E, K, F, gating="chosen", bias=True, clamp=1.0, shared_size=16, expert_scale=True, gate_inputs=True, **GROUPS,
+    parent=None,
 )
 MODEL = Decoder(64, D, (Stage((Block(MIXER, MLP, parent=None),), 1),), 64, parent=None)
 TOKENS = np.random.default_rng(0).integers(0, 64, (B, T), np.int32)

@@ -1,7 +1,8 @@
 """Layouts of heads that are rotated in pairs of neighbours, and of experts whose matrices are transposed.
 
-In GPT-J, Cohere and GLM, the pairs of a head are its dimensions (2j, 2j + 1). lcx rotates the pairs (j, j + d/2) of the first d dimensions of a head. Reordering the rows of the projections to
-queries and keys makes both the same function, since scores do not depend on the order of a head's dimensions.
+In GPT-J, Cohere, GLM and Llama 4, the pairs of a head are its dimensions (2j, 2j + 1). lcx rotates the pairs
+(j, j + d/2) of the first d dimensions of a head. Reordering the rows of the projections to queries and keys makes both
+the same function, since scores do not depend on the order of a head's dimensions.
 """
 
 import dataclasses

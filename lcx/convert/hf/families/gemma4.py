@@ -117,7 +117,7 @@ class Gemma4(Layered):
         given = config["per_layer_config"]
         kinds = self.kinds(config, integer(config, "num_hidden_layers"))
         places = {str(i) for i, kind in enumerate(kinds) if kind == FULL}
-        values = list(given.values()) if isinstance(given, Mapping) else [None]
+        values: list[Any] = list(given.values()) if isinstance(given, Mapping) else [None]
         alike = all(isinstance(x, Mapping) and x == values[0] and x.keys() <= _OF_LAYERS for x in values)
         if not alike or (given and set(map(str, given)) != places):
             raise UserError(
@@ -152,7 +152,7 @@ class Gemma4(Layered):
         }
 
     def mlp(self, config, index):
-        dense = super().mlp(config, index)
+        dense: Any = super().mlp(config, index)
         if not boolean(config, "enable_moe_block"):
             return dense
         experts = ExpertsMlp(
