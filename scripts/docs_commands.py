@@ -150,10 +150,14 @@ What lcx does with the language models of each Hugging Face `model_type`; this p
   `target_parameters` are refused, and pairs of gpt-oss's and Llama 4's experts are only written merged into the model.
 - **linearize**: whether its softmax layers can become linear attention.
 - **export**: every family is written back, with byte-equal tensors, as transformers 4 and 5 read it. With 4.57.6, small
-  random models of all families load without a missing or unexpected tensor and give the logits of 5.23, in float32
-  equal or within 4e-6. Some things it cannot do: it rejects an OLMo 2 whose scaling is neither `linear` nor `dynamic`,
+  random models of all families up to DeepSeek load without a missing or unexpected tensor and give the logits of 5.23,
+  in float32 equal or within 4e-6; the families below it were tried with 5.23 only, and 4 has no Gemma 4. Some things it cannot do: it rejects an OLMo 2 whose scaling is neither `linear` nor `dynamic`,
   takes a `swiglu_limit` of 7 for every gpt-oss, ignores DeepSeek V2's `mscale_all_dim`, and lets DeepSeek V3 choose
   experts of other groups where the biased scores of its best groups are negative.
+
+Of Gemma 4, the models without embeddings for each layer are read (31B, 26B-A4B), and E2B and E4B refused. Its rotation
+of a quarter of each head is scaled by `{"rope_type": "proportional", "factor": ...}`, as no other type turns the same
+dimensions. Llama 4 and Gemma 4 are text models here: a folder with an encoder of images is refused.
 
 DeepSeek V3's released files are read as they are: weights in FP8 become bfloat16, and the layers of multi-token
 prediction are left out, which is said. The biases of its router are kept in float32 and have no gradient.
@@ -166,6 +170,7 @@ _SMALL = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 12, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 4096, "sliding_window": 64,
     "shared_expert_intermediate_size": 32, "num_experts_per_tok": 2, "tie_word_embeddings": True,
+    "hidden_size_per_layer_input": 0, "global_head_dim": 16,
 }  # fmt: skip
 
 
@@ -173,6 +178,8 @@ def _family_row(model_type: str) -> str:
     """A row of the page: what was tried on a small model."""
     from lcx import extend, linearize, mixers
     from lcx.convert.hf import families
+    from lcx.convert.hf.experts import WithExperts
+    from lcx.convert.hf.layered import Layered
     from lcx.convert.peft import adapter
     from lcx.errors import UserError
     from lcx.lora import all_targets
@@ -181,10 +188,10 @@ def _family_row(model_type: str) -> str:
     family = families.FAMILIES[model_type]
     small = _SMALL if model_type not in ("llama",) else {k: v for k, v in _SMALL.items() if k != "sliding_window"}
     config = {"model_type": model_type, **small}
-    if "num_experts" in family.keys:
+    if isinstance(family, WithExperts):
         config |= {family.experts_key: 4, family.size_key: 32, "n_group": 1, "topk_group": 1}
-    if family.keys & {"kv_lora_rank", "attention_chunk_size"}:
-        config |= {"num_key_value_heads": 4, "sliding_window": None}  # neither has windows
+    if isinstance(family, Layered) and "sliding_window" in dict(family.fixed):
+        config |= {"num_key_value_heads": 4, "sliding_window": None}
     model = family.model(config, dtype="float32")
     kinds: dict[str, None] = {}
     for layer in layers(model):

@@ -308,7 +308,7 @@ class Layered(LlamaLike):
         return table
 
     def _layers(self, model: Decoder) -> list[Layer]:
-        """The layers of a model, in depth order. Raises UserError unless each has a mixer and an MLP that it may have."""
+        """The layers of a model, in depth order. Raises UserError for a mixer or MLP that the family does not have."""
         depth = model_lib.layers(model)
         if not depth:
             raise UserError(
