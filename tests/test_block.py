@@ -327,7 +327,7 @@ def mlp(**settings) -> GatedMlp:
             dict(mlp=mlp(activation="swish")),
             "activation 'swish': expected a function or one of silu, gelu, gelu_t",
         ),
-        (dict(mixer=attn(qk_norm="all")), "qk_norm is 'all', expected False, True or 'all_heads'"),
+        (dict(mixer=attn(qk_norm="all")), "qk_norm is 'all', expected False, True, 'all_heads' or 'l2'"),
     ],
 )
 def test_settings_that_mean_nothing(settings, message):

@@ -442,6 +442,7 @@ CHANGED = {
     "sinks": ("gpt_oss", lambda mixer: dict(sinks=False), "Attention.sinks = False"),
     "a chunk of its own": ("llama4_text", lambda mixer: dict(chunked=False), "Attention.chunked = False"),
     "heads": ("gemma4_text", lambda mixer: dict(value_norm=False), "Attention.value_norm = False"),
+    "a whole head": ("glm4", lambda mixer: dict(rope=Rope(partial_rotary_factor=1.0)), None),
     "rope": ("cohere2", lambda mixer: dict(rope=Rope()), "layer 1 has Attention.rope"),
 }
 

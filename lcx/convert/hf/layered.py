@@ -272,6 +272,9 @@ class Layered(LlamaLike):
             )
         window = written_max_position_embeddings(rope, model.max_position_embeddings)
         keys = hf_rope.keys(self.rope, rope, window, head_dim) | {"max_position_embeddings": window}
+        if self.partial_factor != 1:  # what a file that does not say it would not mean
+            keys["partial_rotary_factor"] = rope.partial_rotary_factor
+            keys["rope_parameters"] |= {"partial_rotary_factor": rope.partial_rotary_factor}
         if either:
             return keys
         local = first(SLIDING, self.local_theta or self.theta)
