@@ -223,9 +223,13 @@ class Turns:
         return {name: self.seconds(name) for name in self.times}
 
     def ratio(self, a: str, b: str) -> dict[str, float]:
-        """Of the time of `a` over that of `b` in the same round: above 1, b is faster."""
-        pairs = zip(self.times[a], self.times[b], strict=True)
-        ratios = sorted(x / y for x, y in pairs)
+        """Of the time of `a` over that of `b` in the same round: above 1, b is faster.
+
+        A side that ran once, as it is slow, is compared with every round of the other.
+        """
+        rounds = max(len(self.times[a]), len(self.times[b]))
+        times = (x * rounds if len(x) == 1 else x for x in (self.times[a], self.times[b]))
+        ratios = sorted(x / y for x, y in zip(*times, strict=True))
         return {
             "median": round(statistics.median(ratios), 3),
             "min": round(ratios[0], 3),

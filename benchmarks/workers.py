@@ -41,7 +41,7 @@ def asked() -> bool:
 
 
 def serve(make: Callable[[str], Any]) -> None:
-    """Calls the methods of make(kind) that lines on stdin name, until there are no more, and answers with the results."""
+    """Calls the methods of make(kind) that lines on stdin name, until there are no more, and answers their results."""
     side = make(sys.argv[2])
     for line in sys.stdin:
         request = json.loads(line)
