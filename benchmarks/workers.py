@@ -20,6 +20,8 @@ lcx has them ("torch, 2 MB pages"): `faster` picks the one that counts. A worker
 a pipe; what it uses of a CPU meanwhile, such as threads that spin, the harness counts like the work of other processes.
 """
 
+from __future__ import annotations
+
 import contextlib
 import json
 import os

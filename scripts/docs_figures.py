@@ -94,12 +94,22 @@ def training(result: dict) -> str:
         ]
         for row in result["speed"]
     ]
-    text = table(head, rows)
+    text = f"{table(head, rows)}\n\n{slower_steps(result)}"
     if memory := result.get("memory"):
         ours, peer = (side["step_mib"] / 1024 for side in memory["sides"])
         text += f"\n\nPeak memory of a step at T = {memory['T']}: {ours:.2f} GiB against {peer:.2f} GiB "
         text += f"({memory['ratio']:.2f}x)."
     return with_source(result, text)
+
+
+def slower_steps(result: dict) -> str:
+    """Which cases of a training step take longer than with torch."""
+    behind = [
+        f"`{row.get('model', 'base')}` in {row.get('dtype', 'float32')} at {row['T']}"
+        for row in result["speed"]
+        if row["speed_ratio_median"] < 0.995
+    ]
+    return f"Slower than torch: {', '.join(behind)}." if behind else "No case is slower than torch."
 
 
 def training_line(result: dict) -> str:
@@ -127,7 +137,11 @@ def generation(result: dict) -> str:
             result["rows"], key=lambda row: (row["dtype"] != "float32", row["rows"], row["context"])
         )
     ]
-    return with_source(result, table(head, rows))
+    said = []
+    for key, what in (("prefill_speed", "The first token"), ("whole_speed", "All tokens together")):
+        behind = sum(row[key]["median"] < 0.995 for row in result["rows"])
+        said.append(f"{what} took longer than with transformers in {behind} of {len(rows)} cases.")
+    return with_source(result, f"{table(head, rows)}\n\n{' '.join(said)}")
 
 
 def start_up(result: dict) -> str:
