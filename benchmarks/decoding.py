@@ -1,13 +1,13 @@
 """Tokens per second of greedy generation, prompt included, against transformers on torch.
 
-    python benchmarks/decoding.py [--cases 256x1,...] [--dtypes float32,bfloat16] [--rounds 3] [--slow 20]
+    python benchmarks/decoding.py [--cases 256x1,...] [--dtypes float32,bfloat16] [--rounds 3] [--slow 30]
                                   [--output FILE.json]
 
 A case is context x rows. Both sides have the same random weights (of a Llama of 4 layers and width 256) and the same
 prompts, and each is a process of its own (workers.py). A side generates NEW + 1 tokens and notes when it has the first:
 `prefill` is the time until then, `whole` the time of all, and `decode` is of the NEW others. A side that takes more
-than --slow seconds generates once, and where transformers does, longer contexts with that dtype and number of rows are
-left out. The tokens are compared: with float32 they are equal. Rows of earlier runs in the file are kept, so contexts
+than --slow seconds generates once, lcx with the compilation in its time, and where transformers does, longer contexts
+with that dtype and number of rows are left out. The tokens are compared: with float32 they are equal. Rows of earlier runs in the file are kept, so contexts
 can be measured one by one. Needs the extra `torch`.
 """
 
@@ -147,7 +147,7 @@ def main() -> None:
     parser.add_argument("--cases", default=CASES, metavar="TxB,...")
     parser.add_argument("--dtypes", default="float32,bfloat16")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--slow", type=float, default=20.0, metavar="SECONDS")
+    parser.add_argument("--slow", type=float, default=30.0, metavar="SECONDS")
     parser.add_argument("--output", default=str(harness.RESULTS / "decoding_cpu.json"))
     flags = parser.parse_args()
     rows = []
