@@ -22,6 +22,7 @@ import tempfile
 
 import harness
 import train_vs_transformers as steps
+import workers
 
 SIZES = dict(
     vocab_size=8192,
@@ -94,22 +95,17 @@ class Case(steps.Case):
         )
 
 
-def speed(run: harness.Run, root: str, case: Case, rounds: int) -> dict:
+def speed(run: harness.Run, sides: workers.Sides, root: str, case: Case, rounds: int) -> dict:
     folder = os.path.join(root, case.model)
     case.torch_model().save_pretrained(folder)
-    sides = {"lcx": steps.Lcx(folder, case), "torch": steps.Torch(case)}
-    losses: dict[str, list[float]] = {name: [] for name in sides}
-    made = case.batches(rounds + 1)
-
-    def step(name: str) -> None:
-        losses[name].append(sides[name].step(made[len(losses[name])]))
-
-    turns = run.turns({name: harness.calls(lambda name=name: step(name)) for name in sides}, rounds=rounds)
+    turns, peer, losses = steps.compared(run, sides, folder, case, rounds)
     return {
         **{"model_type": case.model, "T": case.T, "batch": case.rows},
-        **{f"{name}_ms": round(1e3 * turns.seconds(name), 1) for name in sides},
-        "speed_over_torch": turns.ratio("torch", "lcx"),
-        "max_loss_difference": max(abs(a - b) for a, b in zip(losses["lcx"], losses["torch"], strict=True)),
+        "lcx_ms": round(1e3 * turns.seconds("lcx"), 1),
+        "torch_ms": round(1e3 * turns.seconds(peer), 1),
+        "peer": peer,
+        "speed_over_torch": turns.ratio(peer, "lcx"),
+        "max_loss_difference": steps.difference(losses),
     }
 
 
@@ -124,7 +120,10 @@ def resident() -> float:
 
 def in_process(*command: str) -> dict:
     """What one side measures of itself, in a process of its own."""
-    out = subprocess.run([sys.executable, __file__, "--child", *command], check=True, capture_output=True, text=True)
+    kind = "lcx" if command[1].startswith("lcx") else "torch"
+    env = os.environ | workers.environments(kind)[kind]
+    command = (sys.executable, __file__, "--child", *command)
+    out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=env)
     return json.loads(out.stdout.splitlines()[-1])
 
 
@@ -240,15 +239,13 @@ def main() -> None:
     args = parser.parse_args()
     if args.child:
         return child(*args.child)
-    import torch
-
-    threads = {"lcx": harness.jax_threads(), "torch": {"threads": torch.get_num_threads()}}
-    run = harness.Run("families, lcx against transformers + torch", threads=threads)
     part = "decoding" if args.decoding else "memory" if args.memory else "speed"
     rows: list[dict] = []
-    with tempfile.TemporaryDirectory() as root:
+    kinds = ("lcx", "torch") if part == "speed" else ()
+    with tempfile.TemporaryDirectory() as root, workers.started(__file__, kinds) as sides:
+        run = harness.Run("families, lcx against transformers + torch", threads=sides.threads)
         measure = {
-            "speed": lambda name: speed(run, root, Case(name, 1024), args.rounds),
+            "speed": lambda name: speed(run, sides, root, Case(name, 1024), args.rounds),
             "memory": lambda name: memory(root, name, 8192),
             "decoding": lambda side: decoding(root, side),
         }[part]
@@ -259,4 +256,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    workers.serve(lambda kind: steps.Side(kind, Case)) if workers.asked() else main()

@@ -6,14 +6,15 @@
     run.write("benchmarks/results/step_cpu.json", rows=[row])
 
 A side is a function n -> seconds for n calls: `calls(fn)` and `on_device(compiled, *args)` make one from a callable of
-this process, `Child.side(request)` from a process that lives as long as the benchmark and times itself. One call of
-each warms up; then every round calls each side once, A B, B A, A B, ..., and the ratio is taken within each round.
+this process, `Child.side(request)` from a process that lives as long as the benchmark and times itself (workers.py has
+processes for whole sides). One call of each warms up; then every round calls each side once, A B, B A, A B, ..., and
+the ratio is taken within each round.
 
 What every file of results holds (`Run.record`): the machine, versions, commit, thread counts of each side, the load
 before, and the CPU seconds that *other* processes used during the turns: all that the machine was busy, less this
-process and its children. Above 5% of the machine's CPUs, or 15% in one measurement, the file says `"quiet": false`, and
-scripts/docs_figures.py refuses to quote it. Compile, load and warm up outside of `turns`; what is timed without turns
-goes into `with run.watched():`.
+process and its children, and what a child used while it was not its turn, such as threads that spin. Above 5% of the
+machine's CPUs, or 15% in one measurement, the file says `"quiet": false`, and scripts/docs_figures.py refuses to quote
+it. Compile, load and warm up outside of `turns`; what is timed without turns goes into `with run.watched():`.
 """
 
 import contextlib
@@ -29,7 +30,7 @@ import statistics
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from lcx import config
 
@@ -43,7 +44,7 @@ HERE = pathlib.Path(__file__).parent
 RESULTS = HERE / "results"
 # What others may use of the machine's CPUs: overall, and in any one measurement (one below 1 s counts as 1 s).
 OVERALL, IN_ONE = 0.05, 0.15
-PAUSE = 0.01  # seconds between two sides: torch's threads spin for some milliseconds after their last work
+PAUSE = 0.02  # seconds between two sides: torch's threads spin for some milliseconds after their last work
 PACKAGES = (
     *("jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin", "libtpu", "numpy"),
     *("torch", "transformers", "flash-linear-attention", "triton"),
@@ -79,15 +80,20 @@ def on_device(compiled, *args) -> Side:
 
 
 class Child:
-    """A process that answers a line of JSON with the line "answer " + JSON, for as long as it lives."""
+    """A process that answers a line of JSON with the line "answer " + JSON, for as long as it lives.
 
-    def __init__(self, *command: str, env: dict[str, str] | None = None):
+    `stderr` as for subprocess; None shows what the process says there.
+    """
+
+    def __init__(
+        self, *command: str, env: dict[str, str] | None = None, stderr: int | None = subprocess.DEVNULL
+    ):
         self.process = subprocess.Popen(
             command,
             env=os.environ | (env or {}),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            stderr=stderr,
             text=True,
         )
         self.alive = True
@@ -106,20 +112,27 @@ class Child:
         self.alive = False
         return None
 
-    def side(self, request: dict) -> Side:
+    def side(self, request: dict) -> "Asked":
         """A side that asks for {**request, "calls": n}; the answer is the seconds."""
-
-        def run(n: int) -> float:
-            seconds = self.ask({**request, "calls": n})
-            return math.nan if seconds is None else seconds
-
-        return run
+        return Asked(self, request)
 
     def close(self) -> None:
         assert self.process.stdin
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.close()
         self.process.wait(timeout=60)
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """A side in another process."""
+
+    child: Child
+    request: dict
+
+    def __call__(self, n: int) -> float:
+        seconds = self.child.ask({**self.request, "calls": n})
+        return math.nan if seconds is None else seconds
 
 
 # ------------------------------------------------------------------------------------------------ watching the machine
@@ -178,6 +191,14 @@ def beside(before: Sample, after: Sample) -> tuple[float, dict[str, float]]:
     return max(total, 0.0), {name: used for name, used in by_name.most_common(3) if used >= 0.05}
 
 
+def cpu_seconds(pid: int) -> float:
+    """Of all threads of a process, by its own clock; 0 where that cannot be read."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        text = pathlib.Path(f"/proc/{pid}/stat").read_text()
+        return sum(map(int, text[text.rindex(")") + 2 :].split()[11:13])) / os.sysconf("SC_CLK_TCK")
+    return 0.0
+
+
 def quiet(watch: dict, cpus: int) -> bool:
     """Whether others left the machine alone, by the numbers of `Run.watch`."""
     used, worst = watch["other_cpu_seconds"], watch["other_cpus_at_most"]
@@ -202,9 +223,13 @@ class Turns:
         return {name: self.seconds(name) for name in self.times}
 
     def ratio(self, a: str, b: str) -> dict[str, float]:
-        """Of the time of `a` over that of `b` in the same round: above 1, b is faster."""
-        pairs = zip(self.times[a], self.times[b], strict=True)
-        ratios = sorted(x / y for x, y in pairs)
+        """Of the time of `a` over that of `b` in the same round: above 1, b is faster.
+
+        A side that ran once, as it is slow, is compared with every round of the other.
+        """
+        rounds = max(len(self.times[a]), len(self.times[b]))
+        times = (x * rounds if len(x) == 1 else x for x in (self.times[a], self.times[b]))
+        ratios = sorted(x / y for x, y in zip(*times, strict=True))
         return {
             "median": round(statistics.median(ratios), 3),
             "min": round(ratios[0], 3),
@@ -221,14 +246,16 @@ class Run:
         self.sections: list[dict] = []
 
     @contextlib.contextmanager
-    def watched(self) -> Iterator[None]:
-        """Counts what others do meanwhile."""
-        before, start = sample(self.root), time.perf_counter()
-        yield
+    def watched(self) -> Iterator[Counter[str]]:
+        """Counts what others do meanwhile; {name: CPU seconds} that are put into the result count like theirs."""
+        before, start, idle = sample(self.root), time.perf_counter(), Counter[str]()
+        yield idle
         wall, after = time.perf_counter() - start, sample(self.root)
         section: dict = {"seconds": wall, "other": None, "busiest": {}}
         if before and after:
             section["other"], section["busiest"] = beside(before, after)
+            section["other"] += sum(idle.values())
+            section["busiest"] |= {name: used for name, used in idle.items() if used >= 0.05}
         cpus = os.cpu_count() or 1
         section["quiet"] = section["other"] is not None and section["other"] <= IN_ONE * cpus * max(wall, 1.0)
         self.sections.append(section)
@@ -245,11 +272,12 @@ class Run:
         often = {name: max(1, min(1000, math.ceil(seconds / max(first[name], 1e-9)))) for name in sides}
         names = [name for name in sides if first[name] <= slow]
         times: dict[str, list[float]] = {name: [] if name in names else [first[name]] for name in sides}
-        with self.watched():
+        with self.watched() as idle:
             for number in range(rounds):
                 for name in names if number % 2 == 0 else names[::-1]:
                     time.sleep(PAUSE)
-                    times[name].append(sides[name](often[name]) / often[name])
+                    with _idle_apart_from(sides, name, idle):
+                        times[name].append(sides[name](often[name]) / often[name])
         return Turns(times)
 
     @property
@@ -293,6 +321,21 @@ class Run:
             print(f"not quiet, not to be quoted: {json.dumps(self.watch())}", flush=True)
 
 
+@contextlib.contextmanager
+def _idle_apart_from(sides: dict[str, Side], turn: str, idle: Counter[str]) -> Iterator[None]:
+    """Adds the CPU seconds of every process whose turn it is not."""
+    own = sides[turn].child if isinstance(sides[turn], Asked) else None
+    waiting = {
+        side.child.process.pid: f"{name}, waiting"
+        for name, side in sides.items()
+        if isinstance(side, Asked) and side.child is not own
+    }
+    before = {pid: cpu_seconds(pid) for pid in waiting}
+    yield
+    for pid, name in waiting.items():
+        idle[name] += cpu_seconds(pid) - before[pid]
+
+
 def write(path: str | os.PathLike, result: dict) -> None:
     part = pathlib.Path(f"{path}.part")
     part.write_text(re.sub(r"(\[|, )(?=\{)", r"\1\n", json.dumps(result)) + "\n")
@@ -333,9 +376,13 @@ def machine() -> dict:
         "device": jax.devices()[0].device_kind,
         "cpu": f"{names[0].strip()}, {os.cpu_count()} cores",
         "memory_gib": round(int(memory[0]) / 2**20),
-        "malloc_pages": "2 MB" if "malloc.hugetlb=1" in os.environ.get("GLIBC_TUNABLES", "") else "4 KB",
+        "malloc_pages": malloc_pages(os.environ),
         "commit": (git("rev-parse", "--short", "HEAD") or "unknown") + (" with changes" if changed else ""),
     }
+
+
+def malloc_pages(environment: Mapping[str, str]) -> str:
+    return "2 MB" if "malloc.hugetlb=1" in environment.get("GLIBC_TUNABLES", "") else "4 KB"
 
 
 def _text(path: str) -> str:

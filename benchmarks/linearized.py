@@ -20,13 +20,14 @@ import sys
 import harness
 import jax
 import jax.numpy as jnp
+import workers
 
 import lcx
 from lcx import model as lcx_model
 from lcx.errors import UserError
 from lcx.linearize import Linearize
 
-LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384)
+LENGTHS = (256, 1024, 4096, 8192, 16384, 32768, 65536)
 STEPS = 16  # tokens per call, which amortise the cost of a launch
 TITLES = {
     "softmax": "softmax model",
@@ -64,57 +65,95 @@ def decoder(model, params, length: int):
     return jax.jit(steps).lower(*args).compile(), args, sum(x.nbytes for x in jax.tree.leaves(cache))
 
 
-def transformers_decoder(folder: str, length: int):
-    """n -> seconds for n calls of STEPS tokens each, after `length` tokens, with transformers' own cache."""
-    import time
+class Side:
+    """lcx's models, or transformers', in its own process."""
 
-    import torch
-    import transformers
+    def __init__(self, kind: str):
+        self.lcx = kind == "lcx"
+        if not self.lcx:
+            import torch  # noqa: F401  (its threads)
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    config = model.config
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    shape = (1, config.num_key_value_heads, length, head_dim)
+    def threads(self) -> dict:
+        if self.lcx:
+            return harness.jax_threads()
+        import torch
 
-    @torch.no_grad()
-    def run(n: int) -> float:
-        total = 0.0
-        for _ in range(n):
-            cache = transformers.DynamicCache()
-            for layer in range(config.num_hidden_layers):
-                cache.update(torch.full(shape, 0.01), torch.full(shape, 0.01), layer)
-            token, start = torch.ones((1, 1), dtype=torch.long), time.perf_counter()
+        return {"threads": torch.get_num_threads()}
+
+    def load(self, paths: dict[str, str], peer: str | None) -> None:
+        if self.lcx:
+            self.models = {name: lcx.load(path, dtype="float32") for name, path in paths.items()}
+            self.models.setdefault("linear", untrained(*self.models["softmax"]))
+            return
+        import torch
+        import transformers
+
+        self.model = transformers.AutoModelForCausalLM.from_pretrained(peer, dtype=torch.float32).eval()
+
+    def prepare(self, length: int) -> dict[str, int]:
+        """Fills the caches; {model: bytes of its cache}."""
+        self.length, sizes = length, {}
+        if self.lcx:
+            self.runs = {}
+            for name, model in self.models.items():
+                step, args, sizes[name] = decoder(*model, length)
+                self.runs[name] = harness.on_device(step, *args)
+        return sizes
+
+    def steps(self, name: str = "transformers") -> None:
+        """STEPS tokens after `length`, transformers with its own cache."""
+        if self.lcx:
+            self.runs[name](1)
+            return
+        import torch
+
+        token = torch.ones((1, 1), dtype=torch.long)
+        with torch.no_grad():
             for _ in range(STEPS):
-                token = (
-                    model(input_ids=token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
-                )
-            total += time.perf_counter() - start
-        return total
+                out = self.model(input_ids=token, past_key_values=self.cache, use_cache=True)
+                token = out.logits[:, -1:].argmax(-1)
 
-    return run
+    def fill(self) -> None:
+        """A cache of transformers with `length` tokens in it, which a turn then extends."""
+        if self.lcx:
+            return
+        import torch
+        import transformers
+
+        config, self.cache = self.model.config, transformers.DynamicCache()
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        shape = (1, config.num_key_value_heads, self.length, head_dim)
+        for layer in range(config.num_hidden_layers):
+            self.cache.update(torch.full(shape, 0.01), torch.full(shape, 0.01), layer)
+
+
+class Filled(harness.Asked):
+    """Transformers' steps, each turn of STEPS tokens after a cache that is filled anew outside of the time."""
+
+    def __call__(self, n: int) -> float:
+        return sum((self.child.ask({"do": "fill"}), super(Filled, self).__call__(1))[1] for _ in range(n))
 
 
 def untrained(model, params):
     """The model with linear attention in place of softmax, as configs/linearize/tinystories_transfer.gin starts it."""
     head_dim = lcx_model.layers(model)[0].block.mixer.head_dim
     linear = Linearize(window=32, feature_dim=head_dim, feature_init="identity").model(model)
-    fresh = jax.jit(lambda key: lcx_model.init_params(linear, key))(jax.random.key(0))
-    return linear, fresh
+    return linear, lcx_model.init_params(linear, jax.random.key(0))
 
 
 def decoding(
-    run: harness.Run, paths: dict[str, str], lengths: tuple[int, ...], rounds: int, peer: str | None = None
+    run: harness.Run, sides: workers.Sides, names: tuple[str, ...], lengths: tuple[int, ...], rounds: int
 ) -> list[dict]:
-    models = {name: lcx.load(path, dtype="float32") for name, path in paths.items()}
-    models.setdefault("linear", untrained(*models["softmax"]))
-    rows = []
+    rows, peers = [], {name: x for name, x in sides.processes.items() if name != "lcx"}
     for length in lengths:
-        made = {name: decoder(*model, length) for name, model in models.items()}
-        runs = {name: harness.on_device(step, *args) for name, (step, args, _) in made.items()}
-        if peer is not None:
-            runs["transformers"] = transformers_decoder(peer, length)
-        times = run.turns(runs, rounds=rounds, seconds=0.3).medians()
-        row = {"length": length, "cache_bytes": {name: nbytes for name, (_, _, nbytes) in made.items()}}
+        sizes = sides.ask("prepare", length=length)["lcx"]
+        runs = {name: sides.processes["lcx"].side({"do": "steps", "name": name}) for name in names}
+        runs |= {name: Filled(x, {"do": "steps"}) for name, x in peers.items()}
+        turns = run.turns(runs, rounds=rounds, seconds=0.3)
+        times = {name: turns.seconds(name) for name in names}
+        if peers:
+            times["transformers"] = turns.seconds(workers.faster(turns, "transformers"))
+        row = {"length": length, "cache_bytes": sizes}
         row["tokens_per_second"] = {name: STEPS / seconds for name, seconds in times.items()}
         row["speed_ratio"] = min(t for name, t in times.items() if name != "linear") / times["linear"]
         rows.append(row)
@@ -220,13 +259,11 @@ def main() -> int:
             results["losses"] = losses(pathlib.Path(args.results))
             results["share_of_gap_closed"] = gap_closed(results["losses"])
         paths = {"softmax": args.softmax} | ({"linear": args.linear} if args.linear else {})
-        threads = dict.fromkeys(("linear", "softmax"), harness.jax_threads())
-        if args.transformers:
-            import torch
-
-            threads["transformers"] = {"threads": torch.get_num_threads()}
-        run = harness.Run("decoding a token at a time after a context; in turns, medians", threads=threads)
-        results["decoding"] = decoding(run, paths, tuple(args.lengths), args.rounds, args.transformers)
+        kinds = ("lcx", "transformers") if args.transformers else ("lcx",)
+        with workers.started(__file__, kinds) as sides:
+            sides.ask("load", paths=paths, peer=args.transformers)
+            run = harness.Run("decoding a token at a time after a context; in turns, medians", threads=sides.threads)
+            results["decoding"] = decoding(run, sides, ("linear", "softmax"), tuple(args.lengths), args.rounds)
     except UserError as error:
         print(f"linearized.py: {error}", file=sys.stderr)
         return 1
@@ -243,4 +280,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(workers.serve(Side) if workers.asked() else main())

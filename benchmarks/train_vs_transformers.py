@@ -1,17 +1,15 @@
 """A training step of lcx against transformers + torch: same machine, weights, batches, optimizer, one run.
 
-    python benchmarks/train_vs_transformers.py [--cases base:256,...] [--dtypes float32,bfloat16] [--steps 7]
-                                               [--output FILE.json] [--no-memory]
+    JAX_NUM_CPU_DEVICES=2 python benchmarks/train_vs_transformers.py [--cases base:256,...] [--dtypes float32,bfloat16]
+                                               [--steps 7] [--output FILE.json] [--no-memory]
 
-A case is a model and a length: `base` (width 256), `quickstart` (the quickstart's, 16 rows), `wide` (width 1024). In
-each case both sides take the same AdamW step on the same batches, in turns, A B, B A, ..., after one that is not
-counted; medians are compared, and the losses of every step are kept side by side. bfloat16 is `Trainer.dtype` on one
-side and torch's autocast on the other; weights and optimizer stay float32 in both. Peak memory (float32, the last
-length of `base`) is that of a process of its own for each side, less what it holds before the first step. Needs the
-extra `torch`. With --output, rows are added to the file's, so that a long run can be taken in parts.
-
-To measure what `python -m lcx.train` does on a CPU, start it with GLIBC_TUNABLES=glibc.malloc.hugetlb=1 (see
-lcx/huge_pages.py); it holds for both sides.
+A case is a model and a length: `base` (width 256), `quickstart` (the quickstart's, 16 rows), `wide` (width 1024). Each
+side is a process of its own (workers.py): lcx with the memory pages of its commands, torch with and without large ones,
+of which the faster counts. In each case they take the same AdamW step on the same batches, in turns, A B, B A, ...,
+after one that is not counted; medians are compared, and the losses of every step are kept side by side. bfloat16 is
+`Trainer.dtype` on one side and torch's autocast on the other; weights and optimizer stay float32 in both. Peak memory
+(float32, the last length of `base`) is that of a fresh process for each side, less what it holds before the first
+step. Needs the extra `torch`. With --output, rows are added to the file's, so that a long run can be taken in parts.
 """
 
 import argparse
@@ -23,8 +21,10 @@ import resource
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 
 import harness
+import workers
 
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads")
 MODELS = {
@@ -156,22 +156,62 @@ class Lcx:
         return float(metrics["loss"])
 
 
-def speed(run: harness.Run, folder: str, case: Case, steps: int) -> dict:
-    sides = {"lcx": Lcx(folder, case), "torch": Torch(case)}
-    losses: dict[str, list[float]] = {name: [] for name in sides}
-    made = case.batches(steps + 1)
+class Side:
+    """One side in its own process: steps of one case after another. `case`: from what `prepare` gets."""
 
-    def step(name: str) -> None:
-        losses[name].append(sides[name].step(made[len(losses[name])]))
+    def __init__(self, kind: str, case: Callable[..., Case] = Case):
+        self.kind, self.case = kind, case
+        if kind == "torch":
+            import torch
 
-    turns = run.turns({name: harness.calls(lambda name=name: step(name)) for name in sides}, rounds=steps)
-    ratio, tokens = turns.ratio("torch", "lcx"), case.rows * case.T
+            torch.set_num_threads(os.cpu_count() or 1)
+        self.runner: Torch | Lcx | None = None
+
+    def threads(self) -> dict:
+        if self.kind == "lcx":
+            return harness.jax_threads()
+        import torch
+
+        return {"threads": torch.get_num_threads()}
+
+    def prepare(self, folder: str, steps: int, **case) -> None:
+        self.runner = None  # frees the memory of the case before
+        made = self.case(**case)
+        self.batches, self.losses = iter(made.batches(steps + 1)), list[float]()
+        self.runner = Torch(made) if self.kind == "torch" else Lcx(folder, made)
+
+    def step(self) -> None:
+        assert self.runner is not None
+        self.losses.append(self.runner.step(next(self.batches)))
+
+    def told(self) -> list[float]:
+        return self.losses
+
+
+def compared(run: harness.Run, sides: workers.Sides, folder: str, case: Case, steps: int):
+    """(the turns, the name of torch's faster process, the losses of both): `steps` of each side."""
+    sides.ask("prepare", folder=folder, steps=steps, **dataclasses.asdict(case))
+    turns = run.turns(sides.timed("step"), rounds=steps)
+    peer, losses = workers.faster(turns, "torch"), sides.ask("told")
+    return turns, peer, {"lcx": losses["lcx"], "torch": losses[peer]}
+
+
+def difference(losses: dict[str, list[float]]) -> float:
+    return max(abs(a - b) for a, b in zip(losses["lcx"], losses["torch"], strict=True))
+
+
+def speed(run: harness.Run, sides: workers.Sides, folder: str, case: Case, steps: int) -> dict:
+    turns, peer, losses = compared(run, sides, folder, case, steps)
+    ratio, tokens = turns.ratio(peer, "lcx"), case.rows * case.T
     row = {
         **{"model": case.model, "dtype": case.dtype, "T": case.T, "batch": case.rows},
-        **{f"{name}_tokens_per_second": round(tokens / turns.seconds(name), 1) for name in sides},
+        "lcx_tokens_per_second": round(tokens / turns.seconds("lcx"), 1),
+        "torch_tokens_per_second": round(tokens / turns.seconds(peer), 1),
+        "seconds": {name: round(seconds, 4) for name, seconds in turns.medians().items()},
+        "peer": peer,
         "speed_ratio_median": ratio["median"],
         "speed_ratio_min_max": [ratio["min"], ratio["max"]],
-        "max_loss_difference": max(abs(a - b) for a, b in zip(losses["lcx"], losses["torch"], strict=True)),
+        "max_loss_difference": difference(losses),
         "losses": {name: [round(x, 5) for x in values] for name, values in losses.items()},
     }
     print(json.dumps(row), flush=True)
@@ -211,11 +251,6 @@ def main() -> None:
     args = parser.parse_args()
     if args.memory:
         return memory(args.memory[0], args.memory[1], Case("base", int(args.memory[2])))
-    import torch
-
-    torch.set_num_threads(os.cpu_count() or 1)
-    threads = {"lcx": harness.jax_threads(), "torch": {"threads": torch.get_num_threads()}}
-    run = harness.Run("AdamW training step, lcx against transformers + torch", threads=threads)
     named = [case.split(":") for case in args.cases.split(",")]
     cases = [Case(model, int(T), dtype) for model, T in named for dtype in args.dtypes.split(",")]
     found: dict = {"models": MODELS, "speed": []}
@@ -226,7 +261,9 @@ def main() -> None:
         lengths = [case.T for case in cases if case.model == "base"]
         if lengths and not args.no_memory:
             found["memory"] = peaks(folders["base"], lengths[-1])
-        found["speed"] = [speed(run, folders[case.model], case, args.steps) for case in cases]
+        with workers.started(__file__, ("lcx", "torch")) as sides:
+            run = harness.Run("AdamW training step, lcx against transformers + torch", threads=sides.threads)
+            found["speed"] = [speed(run, sides, folders[case.model], case, args.steps) for case in cases]
     if args.output and os.path.exists(args.output):
         with open(args.output) as f:
             found = joined(json.load(f), found, run)
@@ -237,7 +274,9 @@ def peaks(folder: str, T: int) -> dict:
     sides = []
     for side in ("lcx", "torch"):
         command = [sys.executable, __file__, "--memory", side, folder, str(T)]
-        sides.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+        env = os.environ | workers.environments(side)[side]
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=env)
+        sides.append(json.loads(done.stdout.splitlines()[-1]))
         print(json.dumps(sides[-1]), flush=True)
     return {"T": T, "sides": sides, "ratio": round(sides[0]["step_mib"] / sides[1]["step_mib"], 3)}
 
@@ -252,4 +291,4 @@ def joined(old: dict, new: dict, run: harness.Run) -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    workers.serve(Side) if workers.asked() else main()

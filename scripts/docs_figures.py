@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from figure_text import number, ratio, table, with_source
+from figures_beside_torch import generation, training, training_line
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -72,62 +73,6 @@ def operators(result: dict) -> str:
             ]
         )
     return with_source(next(iter(result["operators"].values())), table(head, rows))
-
-
-def training(result: dict) -> str:
-    head = [
-        "model",
-        "",
-        "T",
-        "rows",
-        "lcx, tokens/s",
-        "transformers, tokens/s",
-        "speed over it",
-        "least to most",
-    ]
-    rows = [
-        [
-            *(row.get("model", "base"), row.get("dtype", "float32"), str(row["T"]), str(row["batch"])),
-            *(number(row[f"{side}_tokens_per_second"]) for side in ("lcx", "torch")),
-            ratio(row["speed_ratio_median"]),
-            " to ".join(f"{x:.2f}" for x in row["speed_ratio_min_max"]),
-        ]
-        for row in result["speed"]
-    ]
-    text = table(head, rows)
-    if memory := result.get("memory"):
-        ours, peer = (side["step_mib"] / 1024 for side in memory["sides"])
-        text += f"\n\nPeak memory of a step at T = {memory['T']}: {ours:.2f} GiB against {peer:.2f} GiB "
-        text += f"({memory['ratio']:.2f}x)."
-    return with_source(result, text)
-
-
-def training_line(result: dict) -> str:
-    said: dict[str, list[str]] = {}
-    for row in result["speed"]:
-        if row.get("model", "base") == "base":
-            told = f"{ratio(row['speed_ratio_median'])} at {row['T']}"
-            said.setdefault(row.get("dtype", "float32"), []).append(told)
-    speeds = "; ".join(f"{dtype} {', '.join(told)} tokens" for dtype, told in said.items())
-    memory = result.get("memory")
-    return f"speed: {speeds}" + (f"; {memory['ratio']:.2f}x the memory at {memory['T']}" if memory else "")
-
-
-def generation(result: dict) -> str:
-    head = ["context", "rows", "", "first token, speed", "lcx, tokens/s", "transformers, tokens/s"]
-    head.append(f"speed, {result['new_tokens'] + 1} tokens in all")
-    sides = ("lcx", "transformers")
-    rows = [
-        [
-            *(str(row["context"]), str(row["rows"]), row["dtype"], ratio(row["prefill_speed"]["median"])),
-            *(number(rate) if (rate := row["decode_tokens_per_second"][side]) else "" for side in sides),
-            ratio(row["whole_speed"]["median"]),
-        ]
-        for row in sorted(
-            result["rows"], key=lambda row: (row["dtype"] != "float32", row["rows"], row["context"])
-        )
-    ]
-    return with_source(result, table(head, rows))
 
 
 def start_up(result: dict) -> str:

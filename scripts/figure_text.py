@@ -21,13 +21,17 @@ def ratio(x: float) -> str:
 
 def source(result: dict) -> str:
     """The line below a table: where, with what, and when it was measured."""
-    threads = ", ".join(f"{side} {_threads(given)}" for side, given in result["threads"].items())
+    named = {side.partition(",")[0]: [] for side in result["threads"]}  # a peer with two kinds of pages is named once
+    for side, given in result["threads"].items():
+        named[side.partition(",")[0]].append(_threads(given))
+    threads = ", ".join(f"{side} {' or '.join(given)}" for side, given in named.items())
     versions = result["versions"]
     packages = ", ".join(
         f"{name} {versions[name]}" for name in ("jax", "torch", "transformers") if name in versions
     )
     machine, watch = result["machine"], result["watch"]
-    pages = f"; memory in pages of {machine['malloc_pages']}" if "malloc_pages" in machine else ""
+    each = any("pages" in given for given in result["threads"].values())  # each side says its own
+    pages = f"; memory in pages of {machine['malloc_pages']}" if "malloc_pages" in machine and not each else ""
     return (
         f"Measured on {machine['cpu']}; other processes used {watch['other_cpu_seconds']} CPU seconds during "
         f"{watch['seconds']} s; threads: {threads}{pages}; {packages}; commit {machine['commit']}, {result['created']}."
@@ -36,7 +40,9 @@ def source(result: dict) -> str:
 
 def _threads(given: dict) -> str:
     devices = given.get("devices", 1)
-    return f"{given.get('threads', '?')}" + (f" ({devices} devices)" if devices > 1 else "")
+    more = [f"{devices} devices"] if devices > 1 else []
+    more += [f"pages of {given['pages']}"] if "pages" in given else []
+    return f"{given.get('threads', '?')}" + (f" ({', '.join(more)})" if more else "")
 
 
 def with_source(result: dict, text: str) -> str:

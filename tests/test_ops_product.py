@@ -14,6 +14,12 @@ pytestmark = pytest.mark.skipif(dispatch.platform() != "cpu", reason="the form f
 EXACT = 2.0**-8  # half the distance between neighbouring bfloat16 numbers, relative
 
 
+@pytest.fixture(params=[True, False], ids=["instructions", "none"])
+def bfloat16(request, monkeypatch):
+    """A CPU with instructions for bfloat16, and one without."""
+    monkeypatch.setattr(dispatch, "multiplies_bfloat16", lambda: request.param)
+
+
 def arrays():
     rng = np.random.default_rng(0)
     x, kernel, dy = (rng.normal(size=shape) for shape in ((96, 64), (64, 48), (96, 48)))
@@ -25,7 +31,7 @@ def close(found, *factors):
     np.testing.assert_allclose(np.asarray(found, np.float64), expected, rtol=EXACT, atol=1e-4)
 
 
-def test_value_and_gradients():
+def test_value_and_gradients(bfloat16):
     x, kernel, dy = arrays()
     y, pull = jax.vjp(product, x, kernel)
     dx, d_kernel = pull(dy)
@@ -35,7 +41,7 @@ def test_value_and_gradients():
     close(d_kernel, x.T, dy)
 
 
-def test_transposes_around_it():
+def test_transposes_around_it(bfloat16):
     """A float32 master that is stored transposed: its gradient is widened and transposed where XLA may merge both."""
     x, kernel, dy = arrays()
 
@@ -51,7 +57,7 @@ def test_transposes_around_it():
     close(jax.jit(summed)(x, kernel).T, x, kernel)
 
 
-def test_rematerialization_keeps_it_in_bfloat16(capsys):
+def test_rematerialization_keeps_it_in_bfloat16(bfloat16, capsys):
     """As any product of a projection: with remat = 'dots' it is saved, not computed twice."""
     x, kernel, _ = arrays()
 
@@ -69,3 +75,18 @@ def test_the_left_factor_is_contracted_over_its_last_axis():
     text = jax.jit(lambda x, dy: wide(laid_out_transpose(x), dy, 0)).lower(x, dy).compile().as_text()
     (dot,) = [line for line in text.splitlines() if " dot(" in line]
     assert "f32[64,48]" in dot and "lhs_contracting_dims={1}" in dot, dot
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("model name\t: x\nflags\t\t: fpu avx2 avx512_bf16 fsrm\n", True),
+        ("flags\t\t: fpu amx_bf16\n", True),
+        ("Features\t: fp asimd bf16\n", True),
+        ("flags\t\t: fpu avx2 avx512f\nvmx flags\t: bf16\n", False),
+        ("nothing", False),
+    ],
+)
+def test_instructions_of_a_processor(monkeypatch, text, expected):
+    monkeypatch.setattr("pathlib.Path.read_text", lambda self: text)
+    assert dispatch.multiplies_bfloat16.__wrapped__() is expected

@@ -24,9 +24,9 @@ from lcx.ops.tiling import add, cut, dot, each_head, put
 
 # Where a device has several cores, its tiles are large enough for each product and each elementwise operation to be
 # divided. Measured on two cores, H = 64, T = 256 ... 8192: WIDE x WIDE tiles of so many heads that they have SCORES
-# scores together (half in the backward pass), or tiles of twice the width if there are fewer heads, take 0.5 to 0.7 of
-# the time of 64 x 128.
-WIDE, SCORES = 256, 1 << 20
+# scores together (half in the backward pass) take 0.5 to 0.7 of the time of 64 x 128. Tiles of twice the width are for
+# so few heads that one WIDE x WIDE tile of all has less than FEW scores; for others they take 5% more CPU time.
+WIDE, SCORES, FEW = 256, 1 << 20, 1 << 17
 LOWEST = -16384.0  # lower values of log decay are clamped to this: no difference of two scores comes near it
 NEG = -1e30  # finite, to avoid NaN; exp(NEG - NEG) is 1, so rows that see nothing are zeroed explicitly
 
@@ -109,7 +109,7 @@ class Plan:
         sizes = [size for size in (WIDE, 2 * WIDE) if -T % size <= T // 8]
         if heads * group * T * min(T, WIDE) < SCORES or not sizes:
             return plan
-        narrow = window is not None or heads * group * WIDE * WIDE >= SCORES
+        narrow = window is not None or heads * group * WIDE * WIDE >= FEW
         size = WIDE if narrow else sizes[-1]
         return dataclasses.replace(plan, rows=size, cols=size)._fitted(heads, group, SCORES)
 
@@ -135,15 +135,27 @@ class Plan:
         return jax.lax.fori_loop(0, T // self.rows, lambda i, c: body(i * self.rows, c), carry)
 
     def over_tiles(self, place: Array, S: int, body, carry):
-        """carry = body(first key, carry) for each tile that any query of the block can see, nearest first."""
+        """carry = body(first key, carry, whole) for each tile that any query of the block can see, nearest first.
+
+        whole: every query sees every key of the tile, so that no mask is needed.
+        """
         first = 0 if self.window is None else jnp.maximum(place - self.window + 1, 0) // self.cols
         last = jnp.minimum((place + self.rows - 1) // self.cols + 1, S // self.cols)
-        return jax.lax.fori_loop(0, last - first, lambda j, c: body((last - 1 - j) * self.cols, c), carry)
+        whole = first if self.masked or self.window is not None else (place + 1) // self.cols
+
+        def down(last, first, carry, whole):
+            step = functools.partial(body, whole=whole)
+            return jax.lax.fori_loop(0, last - first, lambda j, c: step((last - 1 - j) * self.cols, c), carry)
+
+        carry = down(last, whole, carry, False)
+        return carry if whole is first else down(whole, first, carry, True)
 
     def scores(
-        self, q: Array, k: Array, q_segments: Array, kv_segments: Array, place: Array, start: Array, gap
+        self, q: Array, k: Array, q_segments: Array, kv_segments: Array, place: Array, start: Array, gap, *, whole
     ):
         """Scores of one tile, [G, rows, cols] float32, the mask of visible pairs, [rows, cols], and the cap's slope.
+
+        The mask is None if the tile is `whole`.
 
         The slope is the derivative of a capped score with respect to the product of query and key; 1 without a cap.
         q [G, rows, H] and q_segments [rows] belong to the tile; its first query has index `place` among the keys.
@@ -156,6 +168,8 @@ class Plan:
             bounded = jnp.tanh(s / self.softcap)
             s, slope = bounded * self.softcap, 1 - jnp.square(bounded)
         s = s + gap
+        if whole:
+            return s, None, slope
         distance = (place - start) + jnp.arange(C)[:, None] - jnp.arange(size)[None]
         seen = distance >= 0
         if self.window is not None:
@@ -216,10 +230,10 @@ def _head_forward(
         place = row + offset
         near = nothing if gaps is None else gaps.of_queries(place, C)
 
-        def tile(start, state):
+        def tile(start, state, whole):
             out, top, total, edge = state
             gap, edge = (0, edge) if gaps is None else gaps.of_tile(near, place, edge, start, size)
-            s, _, _ = plan.scores(q_row, k, own, kv_segments, place, start, gap)
+            s, _, _ = plan.scores(q_row, k, own, kv_segments, place, start, gap, whole=whole)
             new_top = jnp.maximum(top, jnp.max(s, axis=-1))
             p, shrink = jnp.exp(s - new_top[..., None]), jnp.exp(top - new_top)
             new = dot(p.astype(v.dtype).reshape(G * C, size), cut(v, start, size), 1, 0).reshape(G, C, -1)
@@ -258,32 +272,34 @@ def _head_backward(
         flat_q, flat_d = q_row.reshape(G * C, H), d_row.reshape(G * C, -1)
         near = nothing if gaps is None else gaps.of_queries(place, C)
 
-        def tile(start, state):
+        def tile(start, state, whole):
             dq_row, dk, dv, d_sums, edge = state
             gap, edge = (0, edge) if gaps is None else gaps.of_tile(near, place, edge, start, size)
-            s, seen, slope = plan.scores(q_row, k, own, kv_segments, place, start, gap)
-            p = jnp.where(seen, jnp.exp(s - lse_row[..., None]), 0)
+            s, seen, slope = plan.scores(q_row, k, own, kv_segments, place, start, gap, whole=whole)
+            p = jnp.exp(s - lse_row[..., None])
+            p = p if seen is None else jnp.where(seen, p, 0)
             dp = dot(flat_d, cut(v, start, size), 1, 1).reshape(G, C, size)
             ds = p * (dp - delta_row[..., None])
             if gaps is not None:
                 d_sums = add(d_sums, jnp.sum(ds, axis=2), place, axis=1)
                 d_sums = add(d_sums, -jnp.sum(ds, axis=1), start, axis=1)
             ds = (ds * slope).astype(k.dtype).reshape(G * C, size)
-            dk = add(dk, dot(ds, flat_q, 0, 0), start)
-            dv = add(dv, dot(p.astype(v.dtype).reshape(G * C, size), flat_d, 0, 0), start)
+            dk = add(dk, dot(flat_q, ds, 0, 0), start, axis=1)
+            dv = add(dv, dot(flat_d, p.astype(v.dtype).reshape(G * C, size), 0, 0), start, axis=1)
             return dq_row + dot(ds, cut(k, start, size), 1, 0), dk, dv, d_sums, edge
 
         state = (jnp.zeros((G * C, H), jnp.float32), dk, dv, d_sums, nothing)
         dq_row, dk, dv, d_sums, _ = plan.over_tiles(place, S, tile, state)
         return put(dq, dq_row.reshape(G, C, H), row, axis=1), dk, dv, d_sums
 
-    dk, dv = (jnp.zeros(x.shape, jnp.float32) for x in (k, v))
+    # [H, S] and [W, S]: on a CPU these products take half the time of those that give [S, H] and [S, W].
+    dk, dv = (jnp.zeros(x.shape[::-1], jnp.float32) for x in (k, v))
     d_sums = None if decay is None else jnp.pad(jnp.zeros_like(decay), ((0, 0), (0, after)))
     dq, dk, dv, d_sums = plan.over_rows(T, rows, (jnp.zeros_like(q), dk, dv, d_sums))
     d_decay = None if d_sums is None else jnp.cumsum(d_sums[:, S - 1 :: -1], axis=1)[:, ::-1]
     # A sink's weight is exp(sink - logsumexp), and its value is 0.
     d_sinks = None if sinks is None else -jnp.sum(jnp.exp(sinks[:, None] - lse) * delta, axis=1)
-    return dq, dk.astype(k.dtype), dv.astype(v.dtype), d_decay, d_sinks
+    return dq, dk.T.astype(k.dtype), dv.T.astype(v.dtype), d_decay, d_sinks
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(8,))

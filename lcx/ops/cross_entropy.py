@@ -24,7 +24,8 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from lcx.errors import UserError
-from lcx.ops.product import laid_out_transpose, narrow_on_cpu, wide
+from lcx.ops.product import laid_out_transpose, narrow_products, wide
+from lcx.ops.tiling import factor
 
 CHUNK_LOGITS = (
     1 << 23
@@ -156,7 +157,8 @@ def _unchunk(x: Array, shape: tuple[int, ...]) -> Array:
 
 def _chunk_nll(x, head, labels, vocab_axis, transform):
     """One chunk: nll [C], and the residuals of the gradient: local logits [C, V], logsumexp [C], local label index."""
-    logits = jnp.einsum("cd,vd->cv", x, head.astype(x.dtype), preferred_element_type=jnp.float32)
+    factors = factor(x), factor(head.astype(x.dtype))
+    logits = jnp.einsum("cd,vd->cv", *factors, preferred_element_type=jnp.float32)
     logits = transform(logits)
     if vocab_axis is not None:
         labels = labels - jax.lax.axis_index(vocab_axis) * head.shape[0]
@@ -181,7 +183,7 @@ def _local_nll(x, head, labels, *, vocab_axis, token_axes, transform):
 
 
 def _local_loss_and_gradients(x, head, labels, weights, *, vocab_axis, token_axes, transform):
-    by_columns = narrow_on_cpu(x)  # then dW is summed as [D, V], so that all products are fast (product.py)
+    by_columns = narrow_products(x)  # then dW is summed as [D, V], so that all products are fast (product.py)
     chunks = _chunks((x, labels, weights), head.shape[0])
     left = laid_out_transpose(chunks[0]) if by_columns else chunks[0]
 
@@ -192,11 +194,12 @@ def _local_loss_and_gradients(x, head, labels, weights, *, vocab_axis, token_axe
         hot = jnp.arange(head.shape[0])[None] == labels[:, None]
         d = (jnp.exp(logits - lse[:, None]) - hot) * weights[:, None]
         d = transform.backward(logits, d).astype(x.dtype)
-        dx = jnp.einsum("cv,vd->cd", d, head.astype(x.dtype), preferred_element_type=jnp.float32)
+        widened = factor(d)
+        dx = jnp.einsum("cv,vd->cd", widened, factor(head.astype(x.dtype)), preferred_element_type=jnp.float32)
         if by_columns:
             dhead += wide(left, d, 0)
         else:
-            dhead += jnp.einsum("cv,cd->vd", d, x, preferred_element_type=jnp.float32)
+            dhead += jnp.einsum("cv,cd->vd", widened, factor(x), preferred_element_type=jnp.float32)
         return (loss + jnp.sum(weights * nll), dhead), dx.astype(x.dtype)
 
     start = (jnp.zeros((), jnp.float32), jnp.zeros(head.shape[::-1] if by_columns else head.shape, jnp.float32))

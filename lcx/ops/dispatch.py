@@ -12,6 +12,8 @@ The names mean the same for every operator:
 import functools
 import logging
 import os
+import pathlib
+import re
 
 import jax
 
@@ -34,6 +36,17 @@ def shares_cores() -> bool:
     available = getattr(os, "sched_getaffinity", None)
     cores = len(available(0)) if available else os.cpu_count() or 1
     return cores >= 2 * jax.local_device_count()
+
+
+@functools.cache
+def multiplies_bfloat16() -> bool:
+    """Whether this machine's CPU has instructions for products of bfloat16; False where the system does not tell."""
+    try:
+        text = pathlib.Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    flags = re.search(r"^(?:flags|Features)\s*:(.*)", text, re.MULTILINE)
+    return flags is not None and not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags[1].split())
 
 
 def choose(operator: str, implementation: str | None, obstacles: dict[str, str | None]) -> str:

@@ -1,9 +1,12 @@
 """Products of two bfloat16 matrices in the form that is fast on a CPU: bfloat16 factors, a float32 result.
 
-XLA's own choices on a CPU, for two bfloat16 matrices of 1024 columns, in CPU time: 48 ms with a bfloat16 result, 24 ms
-with a float32 result, 49 ms again if the left factor is contracted over its first axis. So all three products of a
-projection, the forward pass and both gradients, are computed with float32 results and the left factor contracted over
-its last axis.
+This is for CPUs with instructions for bfloat16. On others XLA widens the factors of a product with a bfloat16 result,
+which costs nothing beside the product, and `tiling.factor` does the same for one with a float32 result.
+
+XLA's own choices on a CPU with them, for two bfloat16 matrices of 1024 columns, in CPU time: 48 ms with a bfloat16
+result, 24 ms with a float32 result, 49 ms again if the left factor is contracted over its first axis. So all three
+products of a projection, the forward pass and both gradients, are computed with float32 results and the left factor
+contracted over its last axis.
 
 XLA merges transposes into products. One that is merged into a bfloat16 product with a float32 result cannot be run
 ("Unsupported element type"), and one that is merged into a factor makes it slow. An optimization barrier prevents both.
@@ -24,9 +27,14 @@ def narrow_on_cpu(x: Array) -> bool:
     return x.dtype == jnp.bfloat16 and dispatch.platform() == "cpu"
 
 
+def narrow_products(x: Array) -> bool:
+    """Whether products with x are fast with bfloat16 factors and float32 results alone."""
+    return narrow_on_cpu(x) and dispatch.multiplies_bfloat16()
+
+
 def product(x: Float[Array, "rows inner"], kernel: Float[Array, "inner cols"]) -> Float[Array, "rows cols"]:
     """x @ kernel, in the dtype of both; accumulated in float32 or wider."""
-    if not narrow_on_cpu(x):
+    if not narrow_products(x):
         return x @ kernel
     return checkpoint_name(_with_wide_results(x, kernel), PRODUCTS)
 

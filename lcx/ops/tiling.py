@@ -22,9 +22,18 @@ def add(x: Array, part: Array, start, axis: int = 0) -> Array:
     return put(x, cut(x, start, part.shape[axis], axis) + part, start, axis)
 
 
+def factor(x: Array) -> Array:
+    """x as a factor of a product with a float32 result: float32 where a CPU has no instructions for bfloat16.
+
+    Products of bfloat16 numbers are exact in float32. XLA would run them there at two thirds of the speed.
+    """
+    widened = x.dtype == jnp.bfloat16 and dispatch.platform() == "cpu" and not dispatch.multiplies_bfloat16()
+    return x.astype(jnp.float32) if widened else x
+
+
 def dot(a: Array, b: Array, a_axis: int, b_axis: int) -> Array:
     """Contracts one axis of each matrix; accumulates in, and returns, float32 or wider."""
-    dims = (((a_axis,), (b_axis,)), ((), ()))
+    dims, a, b = (((a_axis,), (b_axis,)), ((), ())), factor(a), factor(b)
     return jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.promote_types(a.dtype, jnp.float32))
 
 
