@@ -85,6 +85,9 @@ def attention(
             q_segment_ids,
             sinks,
             window=window,
+            scale=scale,
+            softcap=softcap,
+            implementation=implementation,
             mesh_axis=mesh_axis,
             method=over_context,
         )

@@ -192,7 +192,7 @@ class Gaps(NamedTuple):
         return gaps, edge + jnp.sum(past, axis=2)
 
 
-def _head_forward(
+def head_forward(
     q, k, v, kv_segments, decay, q_segments, offset, sinks, *, plan: Plan
 ) -> tuple[Array, Array]:
     """One row and kv head: q [G,T,H], k [S,H], v [S,W] -> out [G,T,W], logsumexp [G,T] float32.
@@ -233,7 +233,7 @@ def _head_forward(
     return plan.over_rows(T, rows, (outputs, jnp.zeros((G, T), jnp.float32)))
 
 
-def _head_backward(
+def head_backward(
     q, k, v, kv_segments, decay, q_segments, offset, sinks, out, lse, d_out, *, plan: Plan
 ) -> tuple:
     """Gradients for one row and kv head; scores are recomputed tile by tile."""
@@ -287,14 +287,14 @@ def _tiled(q, k, v, kv_segments, decay, q_segments, offset, sinks, plan: Plan):
 
 def _tiled_forward(q, k, v, kv_segments, decay, q_segments, offset, sinks, plan: Plan):
     arrays = (q, k, v, kv_segments, decay, q_segments, offset, sinks)
-    out, lse = each_head(functools.partial(_head_forward, plan=plan), arrays, at_once=plan.heads)
+    out, lse = each_head(functools.partial(head_forward, plan=plan), arrays, at_once=plan.heads)
     out, lse = checkpoint_name(out, MIXER_RESIDUALS), checkpoint_name(lse, MIXER_RESIDUALS)
     return out, (*arrays, out, lse)
 
 
 def _tiled_backward(plan: Plan, residuals, d_out):
     plan = plan.backward(*residuals[0].shape[:2])
-    grads = each_head(functools.partial(_head_backward, plan=plan), (*residuals, d_out), at_once=plan.heads)
+    grads = each_head(functools.partial(head_backward, plan=plan), (*residuals, d_out), at_once=plan.heads)
     dq, dk, dv, d_decay, d_sinks = grads
     return dq, dk, dv, None, d_decay, None, None, d_sinks
 
