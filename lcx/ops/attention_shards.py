@@ -127,9 +127,9 @@ def attention(
 @functools.cache
 def _say(name: str, devices: int, numbers: int) -> None:
     log.info(
-        "attention over %d devices of `context`: %s; keys and values of a row on all of them: %s numbers",
+        "attention over %d devices of `context`: %s; keys and values of a whole row are %s numbers",
         devices,
-        name,
+        WORDS[name],
         f"{numbers:,}",
     )
 

@@ -23,7 +23,7 @@ from lcx.mixers.mamba2 import Mamba2
 from lcx.mixers.published_lolcats import PublishedLinearAttention
 from lcx.mlps.gated import GatedMlp
 from lcx.model import Decoder, Stage
-from lcx.ops import attention_shards, linear_attention, shards
+from lcx.ops import attention_shards, linear_attention, shards, zigzag
 from lcx.ops.cross_entropy import cross_entropy
 from lcx.optim import AdamW
 from lcx.rope import Rope
@@ -227,7 +227,7 @@ def test_the_loss_of_rows_that_do_not_divide():
 
 
 def test_the_method_of_attention_is_chosen_by_a_rule():
-    sizes = {"devices": 4, "tokens": 16, "heads": 8, "kv_heads": 2}
+    sizes = {"devices": 4, "tokens": 16, "heads": 8, "kv_heads": 2, "kv_width": 16}
     choose = functools.partial(attention_shards.choose, **sizes)
     assert choose(None, window=17) == "halo"  # reaches one part back
     assert choose(None, window=18) == "heads"
@@ -235,7 +235,7 @@ def test_the_method_of_attention_is_chosen_by_a_rule():
     assert attention_shards.choose(None, window=None, **sizes | {"heads": 6}) == "gather"
     assert attention_shards.choose(None, window=None, **sizes | {"heads": 12, "kv_heads": 3}) == "gather"
     assert choose("gather", window=17) == "gather"
-    for method, found in (("ring", "expected one of 'halo', 'heads', 'gather'"), ("halo", "a window")):
+    for method, found in (("rings", "expected one of 'halo', 'heads', 'gather', 'ring'"), ("halo", "a window")):
         with pytest.raises(UserError, match=found):
             choose(method, window=None)
 
@@ -259,7 +259,7 @@ def test_a_run_says_what_is_sent():
 @pytest.mark.parametrize("P", [2, 3, 8])
 def test_gathered_attention_is_balanced(P):
     """No device sees more than 1.05 times the mean of keys."""
-    takes = {c: device for route, of in zip(attention_shards._routes(P), (0, 1), strict=True)
+    takes = {c: device for route, of in zip(zigzag.routes(P), (0, 1), strict=True)
              for c, device in ((2 * r + of, device) for r, device in route)}  # fmt: skip
     work = np.zeros(P)
     for block, device in takes.items():
