@@ -246,6 +246,26 @@ def plans(result: dict) -> str:
     return f"{table(head, rows)}\n\nMade by `python benchmarks/plan_table.py`."
 
 
+def million_tokens(result: dict) -> str:
+    head = ["model", "devices", "peak of each", "fits", "sends", "bytes a device sends in a step"]
+    names = {"llama": "Llama", "linearized": "linearized", "two_mamba": "2Mamba", "striped_hyena": "StripedHyena 2"}
+    rows = []
+    for row in result["rows"]:
+        if "error" in row:
+            rows.append([names[row["model"]], row["topology"], "not compiled", *["-"] * 3])
+            continue
+        sends = dict.fromkeys(part.partition(" sends ")[2] for part in row["sends"][0].split("; ")[1:])
+        rows.append([
+            f"{names[row['model']]}, {row['model_parameters'] / 1e9:.2f}B",
+            row["topology"],
+            f"{row['peak_bytes'] / 2**30:.1f} of {row['memory_bytes'] / 2**30:.1f} GiB",
+            "yes" if row["fits"] else "**no**",
+            "; ".join(sends),
+            f"{sum(row['collective_bytes'].values()) / 2**30:.1f} GiB",
+        ])  # fmt: skip
+    return f"{table(head, rows)}\n\nMade by `python benchmarks/million_tokens.py`."
+
+
 def evo2_plan(result: dict) -> str:
     head = ["one sequence of", "device", "weights", "keys and values", "piece by piece", "layer by layer"]
     rows = []
@@ -451,6 +471,7 @@ FIGURES = {
         "train_step_memory_h200.json", step_memory, "python benchmarks/train_step_memory.py", timed=False
     ),
     "plans": Figure("plans.json", plans, "python benchmarks/plan_table.py", timed=False),
+    "million_tokens": Figure("million_tokens.json", million_tokens, "python benchmarks/million_tokens.py", timed=False),
     "evo2_plan": Figure("evo2_plan.json", evo2_plan, "python benchmarks/evo2_plan.py", timed=False),
     "long_genomes": Figure("long_genomes_cpu.json", long_genomes, LONG_GENOMES, timed=False),
     "long_attention": Figure("long_genomes_attention_cpu.json", long_genomes, LONG_GENOMES, timed=False),

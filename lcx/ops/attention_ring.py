@@ -10,8 +10,9 @@ values, to which every device adds its share. The last hop brings them home.
 Balance. Without a window, or with one wider than half a row, parts change places by half parts first (zigzag.py): at
 every step all devices compare as many pairs. A narrower window leaves the parts as they are, and the ring stops after
 the ceil((w - 1) / L) parts that it reaches. All devices then do the work of w keys a query, apart from those of the
-row's first w tokens, which do less: the most is 1 / (1 - w / 2T) of the mean. Masks know a token by its place in the
-row and by its document, so documents may begin and end anywhere, and the changed order shows nowhere outside.
+row's first w tokens, which do less: the most is 1 / (1 - w / 2T) of the mean. (In zigzag order that of a window above
+T / 2 is T / 2w of this: 4/3 of the mean at half a row, falling to the mean.) Masks know a token by its place in the row
+and by its document, so documents may begin and end anywhere, and the changed order shows nowhere outside.
 
 A device receives, per row, for S steps (P - 1, or those of a window):
 
