@@ -1,15 +1,21 @@
 """Time and memory of a training step against the length of its one row: whole, and in pieces with exact gradients.
 
-    python benchmarks/pieces.py --letters genome.fna [--models linear,hyena,softmax] [--lengths 16384,65536,...]
-                                [--piece 16384] [--compile_only] [--output FILE.json]
+    python benchmarks/pieces.py --letters genome.fna.gz [--models linear,two_mamba,hyena,softmax,llama] [--piece 16384]
+                                [--lengths 16384,65536,...] [--compile_only] [--output FILE.json]
 
 Each case is a process of its own, so that its peak of resident memory is its own: compile, one step, one more that is
 timed. With --compile_only no step is taken, and the memory is the compiler's count: for lengths whose step takes hours.
-The row is the first T letters of a FASTA file (a letter a token). Models: 4 layers of width 64.
+The row is the first T letters of a FASTA file (a letter a token). Models of width 64 with MLPs: four layers of Mamba-2
+(linear), of 2Mamba, of softmax attention; a StripedHyena 2 without attention (SE, MR, LI). `llama` is the smallest that
+is one: two layers of width 32 with one head of 16.
+
+With --output FILE.json the cases of the file that are not run again are kept.
 """
 
 import argparse
+import gzip
 import json
+import os
 import pathlib
 import resource
 import subprocess
@@ -27,24 +33,28 @@ def model(name: str, T: int):
     from lcx.mixers.attention import Attention
     from lcx.mixers.hyena import HyenaLI, HyenaMR, HyenaSE
     from lcx.mixers.mamba2 import Mamba2
+    from lcx.mixers.two_mamba import TwoMamba
     from lcx.mlps.gated import GatedMlp
     from lcx.model import Decoder, Stage
 
-    width = 64
+    width = 32 if name == "llama" else 64
     mixers = {
         "linear": (Mamba2(num_heads=2, head_dim=64, state_dim=32),),
         "hyena": (HyenaSE(width, num_groups=8), HyenaMR(width, num_groups=8), HyenaLI(width)),
+        "two_mamba": (TwoMamba(num_heads=4, head_dim=16),),
         "softmax": (Attention(num_heads=2, num_kv_heads=1, head_dim=32),),
+        "llama": (Attention(num_heads=1, num_kv_heads=1, head_dim=16),),
     }[name]
-    blocks = tuple(Block(mixer, GatedMlp(128)) for mixer in mixers)
-    repeat = 4 // len(blocks)
+    blocks = tuple(Block(mixer, GatedMlp(2 * width)) for mixer in mixers)
+    repeat = {"hyena": 1, "llama": 2}.get(name, 4)
     return Decoder(256, width, (Stage(blocks, repeat),), T, tie_word_embeddings=True, remat="full")
 
 
 def letters(path: str, count: int) -> np.ndarray:
     """The first `count` letters of the records of a FASTA file."""
-    data = pathlib.Path(path).read_bytes().upper().split(b"\n")
-    text = b"".join(line.strip() for line in data if not line.startswith(b">"))
+    data = pathlib.Path(path).read_bytes()
+    lines = (gzip.decompress(data) if path.endswith(".gz") else data).upper().split(b"\n")
+    text = b"".join(line.strip() for line in lines if not line.startswith(b">"))
     return np.frombuffer(text[:count], np.uint8)
 
 
@@ -129,7 +139,7 @@ def case(args: argparse.Namespace) -> dict:
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--letters", required=True, help="a FASTA file")
-    parser.add_argument("--models", default="linear,hyena,softmax")
+    parser.add_argument("--models", default="linear,two_mamba,hyena")
     parser.add_argument("--lengths", default=",".join(map(str, LENGTHS)))
     parser.add_argument(
         "--whole_until", type=int, default=1 << 17, help="longest row that is also taken whole"
@@ -143,6 +153,11 @@ def parsed() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def _pieces(args: argparse.Namespace, T: int) -> list[int]:
+    """The piece lengths to try; 0: the whole row."""
+    return [args.piece] * (args.piece < T) + [0] * (args.whole_until >= T)
+
+
 def main() -> None:
     args = parsed()
     if args.model:
@@ -150,18 +165,25 @@ def main() -> None:
         return
     import harness
 
-    run, rows = harness.Run(__doc__.splitlines()[0], threads={"lcx": harness.jax_threads()}), []
+    run = harness.Run(__doc__.splitlines()[0], threads={"lcx": harness.jax_threads()})
+    rows = {}
+    if os.path.exists(args.output):
+        rows = {
+            (row["model"], row["T"], row["piece"]): row
+            for row in json.loads(pathlib.Path(args.output).read_text())["rows"]
+        }
     for name in args.models.split(","):
         for T in map(int, args.lengths.split(",")):
-            for piece in (args.piece, 0) if args.whole_until >= T else (args.piece,):
+            for piece in _pieces(args, T):
                 command = [sys.executable, __file__, "--letters", args.letters, "--twice", str(args.twice)]
                 command += ["--model", name, "--length", str(T), "--piece", str(piece)]
                 command += ["--compile_only"] * args.compile_only
                 with run.watched():
                     out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-                rows.append(json.loads(out.split("answer ")[-1]))
-                print(rows[-1], flush=True)
-                run.write(args.output, rows=rows)  # the next case may take long
+                row = json.loads(out.split("answer ")[-1])
+                rows[name, T, piece or None] = row
+                print(row, flush=True)
+                run.write(args.output, rows=list(rows.values()))  # the next case may take long
 
 
 if __name__ == "__main__":

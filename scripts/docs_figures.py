@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from figure_text import number, ratio, table, with_source
 from figures_beside_torch import generation, training, training_line
+from plan_figures import million_tokens, plans
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -168,27 +169,6 @@ def plan_errors(result: dict) -> str:
     errors = [row["error"] for row in result["rows"]]
     said = f"From {min(errors):+.1%} to {max(errors):+.1%} (`python benchmarks/plan_errors.py`)."
     return f"{table(head, rows)}\n\n{said}"
-
-
-def plans(result: dict) -> str:
-    head = ["model", "devices", "peak of each", "fits", "largest array", "PFLOP a step", "step", "MFU"]
-    rows = []
-    for row in result["rows"]:
-        if "error" in row:
-            rows.append([row["name"], row["topology"], "not compiled", *["-"] * 5])
-            continue
-        first = row["largest_buffers"][0] if row["largest_buffers"] else None
-        rows.append([
-            row["name"],
-            row["topology"],
-            f"{row['peak_bytes'] / 2**30:.1f} of {row['memory_bytes'] / 2**30:.1f} GiB",
-            "yes" if row["fits"] else "**no**",
-            f"{first['bytes'] / 2**30:.1f} GiB, {first['what']}" if first else "-",
-            f"{row['executed_flops'] / 1e15:,.0f}",
-            f"{row['step_seconds']:.0f} s" if row["step_seconds"] else "-",
-            f"{row['mfu']:.0%}" if row["mfu"] else "-",
-        ])  # fmt: skip
-    return f"{table(head, rows)}\n\nMade by `python benchmarks/plan_table.py`."
 
 
 def evo2_plan(result: dict) -> str:
@@ -396,6 +376,7 @@ FIGURES = {
         "train_step_memory_h200.json", step_memory, "python benchmarks/train_step_memory.py", timed=False
     ),
     "plans": Figure("plans.json", plans, "python benchmarks/plan_table.py", timed=False),
+    "million_tokens": Figure("million_tokens.json", million_tokens, "python benchmarks/million_tokens.py", timed=False),
     "evo2_plan": Figure("evo2_plan.json", evo2_plan, "python benchmarks/evo2_plan.py", timed=False),
     "long_genomes": Figure("long_genomes_cpu.json", long_genomes, LONG_GENOMES, timed=False),
     "long_attention": Figure("long_genomes_attention_cpu.json", long_genomes, LONG_GENOMES, timed=False),

@@ -39,8 +39,8 @@ class Attention(nn.Module):
         rotation (Gemma 4).
       value_norm: whether each value is divided by its root mean square (Gemma 4).
       implementation: see ops.attention; None picks the fastest valid one.
-      over_context: how devices of the mesh axis `context` see each other's keys: "halo", "heads", "gather", or None to
-        choose; see ops/attention_shards.py.
+      over_context: how devices of the mesh axis `context` see each other's keys: "halo", "heads", "gather", "ring", or
+        None to choose; see ops/attention_shards.py.
       position_dtype: positions are rounded to this dtype before the rotation. None: exact. "bfloat16" is a quirk of
         the 2Mamba paper's softmax model in training: positions above 256 collapse to every second, fourth, ... one.
     """
@@ -180,6 +180,7 @@ class Attention(nn.Module):
     def context_method(self, *, devices: int, tensor: int, seq_len: int) -> str:
         heads, kv_heads = (max(n // tensor, 1) for n in (self.num_heads, self.num_kv_heads))
         sizes = {"devices": devices, "tokens": -(-seq_len // devices), "heads": heads, "kv_heads": kv_heads}
+        sizes["kv_width"] = 2 * self.head_dim
         return WORDS[choose(self.over_context, window=self.window, **sizes)]
 
     @nn.nowrap

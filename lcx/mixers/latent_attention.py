@@ -229,6 +229,7 @@ class LatentAttention(nn.Module):
     def context_method(self, *, devices: int, tensor: int, seq_len: int) -> str:
         heads = max(self.num_heads // tensor, 1)
         sizes = {"devices": devices, "tokens": -(-seq_len // devices), "heads": heads, "kv_heads": heads}
+        sizes["kv_width"] = self.qk_nope_head_dim + self.head_dim + self.v_head_dim
         return WORDS[choose(self.over_context, window=None, **sizes)]
 
     @nn.nowrap

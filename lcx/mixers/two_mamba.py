@@ -289,6 +289,7 @@ class TwoMamba(nn.Module):
         if self.score == "exp":
             heads = max(self.num_heads // tensor, 1)
             sizes = {"devices": devices, "tokens": -(-seq_len // devices), "heads": heads, "kv_heads": heads}
+            sizes["kv_width"] = 2 * self.head_dim
             core = attention_shards.WORDS[attention_shards.choose(None, window=None, **sizes)]
         return f"{core} and {halo_in_words(self.conv_width - 1)}" if self.conv_width > 1 else core
 

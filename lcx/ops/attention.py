@@ -75,19 +75,11 @@ def attention(
         )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if mesh_axis is not None:
-        attend = functools.partial(attention, scale=scale, softcap=softcap, implementation=implementation)
-        return attention_shards.attention(
-            attend,
-            q,
-            k,
-            v,
-            log_decay,
-            q_segment_ids,
-            sinks,
-            window=window,
-            mesh_axis=mesh_axis,
-            method=over_context,
-        )
+        settings: dict[str, Any] = {"scale": scale, "softcap": softcap, "implementation": implementation}
+        attend = functools.partial(attention, **settings)
+        places: dict[str, Any] = {"window": window, "method": over_context}
+        arrays = q, k, v, log_decay, q_segment_ids, sinks
+        return attention_shards.attention(attend, *arrays, **settings, **places, mesh_axis=mesh_axis)
     width, widest = v.shape[-1], max(q.shape[-1], v.shape[-1])
     filled = _filled_up(q, widest), _filled_up(k, widest), _filled_up(v, widest)
     has: dict[str, Any] = {"cached": q_offset is not None, "decays": log_decay is not None}

@@ -9,10 +9,15 @@ A device receives, per row and pass, so many numbers:
 ``gather``  the keys and values of whole rows:                                       2 K H L (P - 1)
             Queries change places by half parts: device r takes the r-th and r-th last of 2 P blocks, so that all see
             equally many keys (if L is even). 2 N H L numbers more.
+``ring``    the same keys and values, a part at a time (attention_ring.py): 2 K H L (P - 1), and 2 (N + K) H L to change
+            places. Only two parts of them are in memory; a window stops the ring where it ends.
 
 Chosen without a setting: ``halo`` if the window reaches no further than one part back; else ``heads`` if P divides the
-query heads, and P divides the kv heads or is a multiple of them; else ``gather``. Segment ids and decays go along.
-The backward pass sends about as much. There is no ring: keys and values of whole rows are held in one layer at a time.
+query heads, and P divides the kv heads or is a multiple of them, so that kernels run; else ``gather`` while keys and
+values of a whole row are at most MOST_GATHERED numbers, half a GiB with their gradients in bfloat16; else ``ring``,
+which sends more in its backward pass. Published on TPU v5p for rows of 32K tokens: all-to-all and gathered keys keep
+the same share of the peak FLOPs, a ring about half of it. Segment ids and decays go along. The backward pass sends
+about as much.
 """
 
 import functools
@@ -24,19 +29,28 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from lcx.errors import UserError
-from lcx.ops import dispatch, shards
+from lcx.ops import attention_ring, dispatch, shards, zigzag
 
 WORDS = {
     "halo": "a halo of keys and values",
     "heads": "all-to-all over heads",
     "gather": "keys and values, gathered",
+    "ring": "keys and values in a ring",
 }
+MOST_GATHERED = 1 << 27
 METHODS = tuple(WORDS)
 log = logging.getLogger("lcx")
 
 
 def choose(
-    method: str | None, *, devices: int, tokens: int, heads: int, kv_heads: int, window: int | None
+    method: str | None,
+    *,
+    devices: int,
+    tokens: int,
+    heads: int,
+    kv_heads: int,
+    kv_width: int,
+    window: int | None,
 ) -> str:
     """The name of the method to use.
 
@@ -44,6 +58,7 @@ def choose(
       method: the one that the user set; None: by the rule above.
       tokens: L, those of one part.
       heads, kv_heads: those of one device, before any is sent.
+      kv_width: numbers of the key and the value of a kv head.
 
     Raises:
       UserError: an unknown method, or one that does not cover these sizes.
@@ -54,10 +69,13 @@ def choose(
         if heads % devices == 0 and (kv_heads % devices == 0 or devices % kv_heads == 0)
         else f"{heads} query heads and {kv_heads} kv heads do not divide over {devices} devices",
         "gather": None,
+        "ring": None,
     }
     if method is None:
         near = window is not None and window - 1 <= tokens
-        return "halo" if near else "heads" if obstacles["heads"] is None else "gather"
+        if near or obstacles["heads"] is None:
+            return "halo" if near else "heads"
+        return "gather" if devices * tokens * kv_heads * kv_width <= MOST_GATHERED else "ring"
     if method not in obstacles:
         expected = ", ".join(repr(name) for name in METHODS)
         raise UserError(f"over_context {method!r}: expected one of {expected}, or None")
@@ -76,26 +94,44 @@ def attention(
     sinks: Array | None,
     *,
     window: int | None,
+    scale: float,
+    softcap: float | None,
+    implementation: str | None,
     mesh_axis: str,
     method: str | None,
 ) -> Array:
-    """This device's part of the outputs [B, L, N, H].
+    """This device's part of the outputs [B, L, N, W].
 
     Args:
-      attend: ops.attention with all settings that are not arguments here.
+      attend: ops.attention with scale, softcap and implementation.
     """
     B, L, N, _ = q.shape
-    P = jax.lax.axis_size(mesh_axis)
-    name = choose(method, devices=P, tokens=L, heads=N, kv_heads=k.shape[2], window=window)
-    _say(name, P)
-    run: Callable[..., Array] = {"halo": _halo, "heads": _heads, "gather": _gather}[name]
+    P, K = jax.lax.axis_size(mesh_axis), k.shape[2]
+    width = k.shape[3] + v.shape[3]
+    name = choose(method, devices=P, tokens=L, heads=N, kv_heads=K, kv_width=width, window=window)
+    _say(name, P, P * L * K * width)
     ids = jnp.ones((B, L), jnp.int32) if segment_ids is None else segment_ids
+    if name == "ring":
+        if implementation not in (None, "xla"):
+            raise UserError(
+                f"attention implementation {implementation!r}: a ring is computed by 'xla'; leave implementation at "
+                "None, or set over_context"
+            )
+        return attention_ring.attention(
+            q, k, v, log_decay, ids, sinks, window=window, scale=scale, softcap=softcap, mesh_axis=mesh_axis
+        )
+    run: Callable[..., Array] = {"halo": _halo, "heads": _heads, "gather": _gather}[name]
     return run(functools.partial(attend, window=window), q, k, v, log_decay, ids, sinks, window, mesh_axis)
 
 
 @functools.cache
-def _say(name: str, devices: int) -> None:
-    log.info("attention over %d devices of `context`: %s", devices, name)
+def _say(name: str, devices: int, numbers: int) -> None:
+    log.info(
+        "attention over %d devices of `context`: %s; keys and values of a whole row are %s numbers",
+        devices,
+        WORDS[name],
+        f"{numbers:,}",
+    )
 
 
 def _halo(attend, q, k, v, log_decay, ids, sinks, window: int, mesh_axis: str) -> Array:
@@ -141,33 +177,7 @@ def _gather(attend, q, k, v, log_decay, ids, sinks, window: int | None, mesh_axi
 
     if L % 2:
         return outputs((q, ids, place * L))
-    q, ids = (jnp.stack(_to_zigzag(x[:, : L // 2], x[:, L // 2 :], mesh_axis)) for x in (q, ids))
+    q, ids = (jnp.stack(zigzag.to_zigzag(x[:, : L // 2], x[:, L // 2 :], mesh_axis)) for x in (q, ids))
     starts = jnp.stack([place, 2 * P - 1 - place]) * (L // 2)
     y = jax.lax.map(outputs, (q, ids, starts))
-    return jnp.concatenate(_from_zigzag(y[0], y[1], mesh_axis), axis=1)
-
-
-def _routes(P: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """(device that holds it, device that takes it) of the even and of the odd of 2 P blocks."""
-    takes = [c if c < P else 2 * P - 1 - c for c in range(2 * P)]
-    return [(r, takes[2 * r]) for r in range(P)], [(r, takes[2 * r + 1]) for r in range(P)]
-
-
-def _to_zigzag(even: Array, odd: Array, mesh_axis: str) -> tuple[Array, Array]:
-    """Blocks 2 r and 2 r + 1 of device r -> its blocks r and 2 P - 1 - r."""
-    P = jax.lax.axis_size(mesh_axis)
-    first, second = (
-        jax.lax.ppermute(x, mesh_axis, route) for x, route in zip((even, odd), _routes(P), strict=True)
-    )
-    swap = jax.lax.axis_index(mesh_axis) % 2 == 1  # on odd devices the block r is an odd one
-    return jnp.where(swap, second, first), jnp.where(swap, first, second)
-
-
-def _from_zigzag(near: Array, far: Array, mesh_axis: str) -> tuple[Array, Array]:
-    """The inverse of _to_zigzag."""
-    P = jax.lax.axis_size(mesh_axis)
-    swap = jax.lax.axis_index(mesh_axis) % 2 == 1
-    pair = jnp.where(swap, far, near), jnp.where(swap, near, far)
-    back = ([(b, a) for a, b in route] for route in _routes(P))
-    first, second = (jax.lax.ppermute(x, mesh_axis, route) for x, route in zip(pair, back, strict=True))
-    return first, second
+    return jnp.concatenate(zigzag.from_zigzag(y[0], y[1], mesh_axis), axis=1)

@@ -141,7 +141,9 @@ class Plan:
         """
         first = 0 if self.window is None else jnp.maximum(place - self.window + 1, 0) // self.cols
         last = jnp.minimum((place + self.rows - 1) // self.cols + 1, S // self.cols)
-        whole = first if self.masked or self.window is not None else (place + 1) // self.cols
+        whole = first
+        if not self.masked and self.window is None:
+            whole = jnp.clip((place + 1) // self.cols, first, last)
 
         def down(last, first, carry, whole):
             step = functools.partial(body, whole=whole)
@@ -211,7 +213,7 @@ class Gaps(NamedTuple):
         return gaps, edge + jnp.sum(past, axis=2)
 
 
-def _head_forward(
+def head_forward(
     q, k, v, kv_segments, decay, q_segments, offset, sinks, *, plan: Plan
 ) -> tuple[Array, Array]:
     """One row and kv head: q [G,T,H], k [S,H], v [S,W] -> out [G,T,W], logsumexp [G,T] float32.
@@ -253,7 +255,7 @@ def _head_forward(
     return plan.over_rows(T, rows, (outputs, jnp.zeros((G, T), jnp.float32)))
 
 
-def _head_backward(
+def head_backward(
     q, k, v, kv_segments, decay, q_segments, offset, sinks, out, lse, d_out, d_lse, *, plan: Plan
 ) -> tuple:
     """Gradients for one row and kv head; scores are recomputed tile by tile."""
@@ -309,14 +311,14 @@ def _tiled(q, k, v, kv_segments, decay, q_segments, offset, sinks, plan: Plan):
 
 def _tiled_forward(q, k, v, kv_segments, decay, q_segments, offset, sinks, plan: Plan):
     arrays = (q, k, v, kv_segments, decay, q_segments, offset, sinks)
-    out, lse = each_head(functools.partial(_head_forward, plan=plan), arrays, at_once=plan.heads)
+    out, lse = each_head(functools.partial(head_forward, plan=plan), arrays, at_once=plan.heads)
     out, lse = checkpoint_name(out, MIXER_RESIDUALS), checkpoint_name(lse, MIXER_RESIDUALS)
     return (out, lse), (*arrays, out, lse)
 
 
 def _tiled_backward(plan: Plan, residuals, gradients):
     plan = plan.backward(*residuals[0].shape[:2])
-    grads = each_head(functools.partial(_head_backward, plan=plan), (*residuals, *gradients), at_once=plan.heads)
+    grads = each_head(functools.partial(head_backward, plan=plan), (*residuals, *gradients), at_once=plan.heads)
     dq, dk, dv, d_decay, d_sinks = grads
     return dq, dk, dv, None, d_decay, None, None, d_sinks
 

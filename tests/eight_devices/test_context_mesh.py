@@ -23,7 +23,7 @@ from lcx.mixers.mamba2 import Mamba2
 from lcx.mixers.published_lolcats import PublishedLinearAttention
 from lcx.mlps.gated import GatedMlp
 from lcx.model import Decoder, Stage
-from lcx.ops import attention_shards, linear_attention, shards
+from lcx.ops import attention_shards, linear_attention, shards, zigzag
 from lcx.ops.cross_entropy import cross_entropy
 from lcx.optim import AdamW
 from lcx.rope import Rope
@@ -43,6 +43,9 @@ MORE = {
     "attention_sinks_heads": Attention(8, 2, 4, sinks=True, softcap=2.0, over_context="heads"),
     "attention_sinks_gather": Attention(4, 2, 8, sinks=True, over_context="gather"),
     "attention_sinks_halo": Attention(4, 2, 8, sinks=True, softcap=2.0, window=17, over_context="halo"),
+    "attention_ring": Attention(4, 2, 8, over_context="ring"),
+    "attention_ring_window": Attention(4, 2, 8, window=17, over_context="ring"),
+    "attention_ring_all": Attention(4, 2, 8, rope=DYNAMIC, sinks=True, softcap=2.0, over_context="ring"),
 }
 MORE |= {  # the battery's has relu, where denominators next to 0 make gradients differ by 1e-4 on one device as well
     "linear": LinearAttention(4, 2, 8, window=None, feature_map="pos_elu", feature_dim=6, feature_bias=True)
@@ -139,6 +142,8 @@ COUNTED = {  # name -> numbers that a device receives per row, forward, as the o
     "attention_window": 2 * 16 * 4 * 8,
     "attention": (2 * 4 + 2 * 4) * 8 * L * (P - 1) // P,
     "attention_window_gather": 2 * 2 * 8 * L * (P - 1) + 2 * 4 * 8 * L,
+    "attention_ring": 2 * 16 * L * (P - 1) + (4 + 2) * 16 * L,
+    "attention_ring_window": 2 * 16 * L,  # 17 keys lie in this part and the one before
 }
 
 
@@ -158,11 +163,17 @@ def test_what_an_operator_sends_is_what_its_docstring_says(name):
         compiled = forward.lower(params, x).compile()
         y = forward(params, x)
     assert_close(y, forward(params, x))
-    received = 0.0
-    for c in collectives(compiled.as_text()):
+    assert received(compiled.as_text()) == COUNTED[name]
+
+
+def received(text):
+    """Numbers that a device receives; a collective in a loop is a ring's, of P - 1 steps."""
+    total = 0.0
+    for c in collectives(text):
         if c.floating and c.kind != "all-reduce":
-            received += c.elements * (1 if c.kind == "collective-permute" else (P - 1) / P)
-    assert received == COUNTED[name]
+            times = P - 1 if c.loop else 1
+            total += times * c.elements * (1 if c.kind == "collective-permute" else (P - 1) / P)
+    return total
 
 
 RECURRENT = (
@@ -216,7 +227,7 @@ def test_the_loss_of_rows_that_do_not_divide():
 
 
 def test_the_method_of_attention_is_chosen_by_a_rule():
-    sizes = {"devices": 4, "tokens": 16, "heads": 8, "kv_heads": 2}
+    sizes = {"devices": 4, "tokens": 16, "heads": 8, "kv_heads": 2, "kv_width": 16}
     choose = functools.partial(attention_shards.choose, **sizes)
     assert choose(None, window=17) == "halo"  # reaches one part back
     assert choose(None, window=18) == "heads"
@@ -224,7 +235,7 @@ def test_the_method_of_attention_is_chosen_by_a_rule():
     assert attention_shards.choose(None, window=None, **sizes | {"heads": 6}) == "gather"
     assert attention_shards.choose(None, window=None, **sizes | {"heads": 12, "kv_heads": 3}) == "gather"
     assert choose("gather", window=17) == "gather"
-    for method, found in (("ring", "expected one of 'halo', 'heads', 'gather'"), ("halo", "a window")):
+    for method, found in (("rings", "expected one of 'halo', 'heads', 'gather', 'ring'"), ("halo", "a window")):
         with pytest.raises(UserError, match=found):
             choose(method, window=None)
 
@@ -248,7 +259,7 @@ def test_a_run_says_what_is_sent():
 @pytest.mark.parametrize("P", [2, 3, 8])
 def test_gathered_attention_is_balanced(P):
     """No device sees more than 1.05 times the mean of keys."""
-    takes = {c: device for route, of in zip(attention_shards._routes(P), (0, 1), strict=True)
+    takes = {c: device for route, of in zip(zigzag.routes(P), (0, 1), strict=True)
              for c, device in ((2 * r + of, device) for r, device in route)}  # fmt: skip
     work = np.zeros(P)
     for block, device in takes.items():

@@ -1,0 +1,44 @@
+"""The figures of docs/results/plans.md: steps that were compiled ahead of time, and not run."""
+
+from figure_text import table
+
+
+def plans(result: dict) -> str:
+    head = ["model", "devices", "peak of each", "fits", "largest array", "PFLOP a step", "step", "MFU"]
+    rows = []
+    for row in result["rows"]:
+        if "error" in row:
+            rows.append([row["name"], row["topology"], "not compiled", *["-"] * 5])
+            continue
+        first = row["largest_buffers"][0] if row["largest_buffers"] else None
+        rows.append([
+            row["name"],
+            row["topology"],
+            f"{row['peak_bytes'] / 2**30:.1f} of {row['memory_bytes'] / 2**30:.1f} GiB",
+            "yes" if row["fits"] else "**no**",
+            f"{first['bytes'] / 2**30:.1f} GiB, {first['what']}" if first else "-",
+            f"{row['executed_flops'] / 1e15:,.0f}",
+            f"{row['step_seconds']:.0f} s" if row["step_seconds"] else "-",
+            f"{row['mfu']:.0%}" if row["mfu"] else "-",
+        ])  # fmt: skip
+    return f"{table(head, rows)}\n\nMade by `python benchmarks/plan_table.py`."
+
+
+def million_tokens(result: dict) -> str:
+    head = ["model", "devices", "peak of each", "fits", "sends", "bytes a device sends in a step"]
+    names = {"llama": "Llama", "linearized": "linearized", "two_mamba": "2Mamba", "striped_hyena": "StripedHyena 2"}
+    rows = []
+    for row in result["rows"]:
+        if "error" in row:
+            rows.append([names[row["model"]], row["topology"], "not compiled", *["-"] * 3])
+            continue
+        sends = dict.fromkeys(part.partition(" sends ")[2] for part in row["sends"][0].split("; ")[1:])
+        rows.append([
+            f"{names[row['model']]}, {row['model_parameters'] / 1e9:.2f}B",
+            row["topology"],
+            f"{row['peak_bytes'] / 2**30:.1f} of {row['memory_bytes'] / 2**30:.1f} GiB",
+            "yes" if row["fits"] else "**no**",
+            "; ".join(sends),
+            f"{sum(row['collective_bytes'].values()) / 2**30:.1f} GiB",
+        ])  # fmt: skip
+    return f"{table(head, rows)}\n\nMade by `python benchmarks/million_tokens.py`."
