@@ -36,7 +36,8 @@ class AdamW:
       context_scale: s = new context length / original one; the peak becomes learning_rate / sqrt(s).
       b1, b2, eps: decay rates of Adam's two moments, and the constant in its denominator.
       weight_decay: applied to parameters whose path matches `decay`.
-      decay: regular expression; by default kernels, embeddings and LoRA matrices, but not norms and biases.
+      decay: regular expression; by default kernels, those of experts too, embeddings and LoRA matrices, but not norms and
+        biases.
       clip_norm: gradients with a larger global norm are scaled down to it; None: no clipping.
       trainable: regular expression; only parameters whose path ("params/stages_0/block_0/mixer/q_proj/kernel") matches
         are trained. None: all.
@@ -56,7 +57,7 @@ class AdamW:
     b2: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.0
-    decay: str = r"/(kernel|embedding|a|b)$"
+    decay: str = r"/(kernel|(gate|up|down)_proj_kernel|embedding|a|b)$"
     clip_norm: float | None = 1.0
     trainable: str | None = None
     frozen: str | None = None

@@ -110,6 +110,7 @@ def test_three_steps_by_hand(params, clip):
 def test_weight_decay_reaches_matrices_and_pairs_and_nothing_else(params):
     tree = params | {"stages_0": params["stages_0"] | {"lora": {name: np.ones((2, 2)) for name in "ab"}}}
     tree["stages_0"]["lora"]["scale"] = np.ones(2)
+    tree["stages_0"]["mlp"] = {"gate_proj_kernel": np.ones((2, 2, 2)), "conv_kernel": np.ones(2)}
     optimizer = AdamW(learning_rate=1.0, schedule="constant", warmup_steps=0, weight_decay=0.5)
     transformation = optimizer.build(tree, 1)
     zeros = jax.tree.map(jnp.zeros_like, tree)
@@ -120,6 +121,7 @@ def test_weight_decay_reaches_matrices_and_pairs_and_nothing_else(params):
         "stages_0/lora/a",
         "stages_0/lora/b",
         "stages_0/mixer/q_proj/kernel",
+        "stages_0/mlp/gate_proj_kernel",
     ]
     for x, u in zip(jax.tree.leaves(tree), jax.tree.leaves(updates), strict=True):
         if np.any(u):
