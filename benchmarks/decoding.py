@@ -7,8 +7,8 @@ A case is context x rows. Both sides have the same random weights (of a Llama of
 prompts, and each is a process of its own (workers.py). A side generates NEW + 1 tokens and notes when it has the first:
 `prefill` is the time until then, `whole` the time of all, and `decode` is of the NEW others. A side that takes more
 than --slow seconds generates once, lcx with the compilation in its time, and where transformers does, longer contexts
-with that dtype and number of rows are left out. The tokens are compared: with float32 they are equal. Rows of earlier runs in the file are kept, so contexts
-can be measured one by one. Needs the extra `torch`.
+with that dtype and number of rows are left out. The tokens are compared: with float32 they are equal. Rows of earlier
+runs in the file are kept, so contexts can be measured one by one. Needs the extra `torch`.
 """
 
 import argparse
