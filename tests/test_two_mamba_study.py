@@ -1,15 +1,19 @@
 """The comparison of the 2Mamba paper's mixers: the rows of recall, and what is told of the runs that are there."""
 
 import json
+import math
 import pathlib
 
 import numpy as np
 import pytest
 
+from lcx import config, trainer
+from lcx.convert.core.model_source import leaf_shapes
 from lcx.mixers.two_mamba import PUBLISHED
 
 ROOT = pathlib.Path(__file__).parent.parent
-CONFIGS = ROOT / "configs" / "pretrain" / "two_mamba"
+CONFIGS, STUDY = (ROOT / "configs" / "pretrain" / name for name in ("two_mamba", "two_mamba_study"))
+TAIL = "A_mask_type_neg_softplus__in_conv_k_2"
 
 
 @pytest.fixture
@@ -75,8 +79,8 @@ def test_only_runs_that_are_done_count(study, tmp_path):
 def test_every_published_mixer_is_in_a_figure_and_every_run_has_a_configuration(figures, study):
     drawn = {line.model for figure in figures.FIGURES for line in figure.lines}
     names = {"two_mamba": "squared", "two_mamba_e": "exp"}  # how the study calls two of them
-    short = {f"{score}__sm_norm__{figures.TAIL}": name for name, score in names.items()}
-    same = {f"linear__out_norm__{figures.TAIL}"}  # a second spelling
+    short = {f"{score}__sm_norm__{TAIL}": name for name, score in names.items()}
+    same = {f"linear__out_norm__{TAIL}"}  # a second spelling
     assert {short.get(name, name) for name in ("softmax", "mamba", *PUBLISHED)} - same == drawn
     runs = figures.runs(figures.SIZES["cpu"], 120, ["stdlib", "b c.txt"])
     assert len(runs) == len(set(runs)) == 48
@@ -94,14 +98,27 @@ def test_every_published_mixer_is_in_a_figure_and_every_run_has_a_configuration(
     assert not [name for name in figures.runs(figures.SIZES["gpu"], 8000, []) if "other" in name]
 
 
-def test_models_of_different_mixers_are_equally_large_at_every_width(figures):
-    """Counted from the formulas: projections, MLP of three matrices, an SSM of one head of 32 with 128 states."""
-    size = figures.SIZES["cpu"]
-    for times in (1.5, 2):
-        width, change = round(times * size.hidden), f"wider_{times:g}"
-        others = 4 * width**2 + 3 * width * figures.mlp_width("softmax", size, change)
-        mamba = width * (2 * width + 257) + width**2 + 3 * width * figures.mlp_width("mamba", size, change)
-        assert abs(mamba / others - 1) < 0.005
+def job_of(run):
+    """What lcx.train would train with the flags of a run, over the study's configuration for a CPU."""
+    model, *flags = run
+    names = {"two_mamba": f"squared__sm_norm__{TAIL}"}
+    flags = [flag.removeprefix("--gin.").split("=", 1) for flag in ("TEXT='text'", *flags)]
+    config.parse([str(CONFIGS / f"{names.get(model, model)}.gin"), str(STUDY / "cpu.gin")], [tuple(f) for f in flags])
+    return config._arguments(trainer.train, {"workdir": "nowhere"})["job"]
+
+
+def test_the_flags_of_a_run_make_it_wider_longer_and_as_large_as_the_others(figures):
+    runs = figures.runs(figures.SIZES["cpu"], 120, ["other"])
+    jobs = {name: job_of(runs[f"{name}_wider_1.5"]) for name in ("softmax", "two_mamba", "mamba")}
+    sizes = {name: sum(map(math.prod, leaf_shapes(job.model).values())) for name, job in jobs.items()}
+    assert max(sizes.values()) / min(sizes.values()) < 1.02, sizes
+    model = jobs["two_mamba"].model
+    assert (model.hidden_size, model.stages[0].repeat, model.stages[0].pattern[0].mixer.num_heads) == (96, 3, 3)
+    longer = job_of(runs["softmax_rows_4"])
+    assert (longer.seq_len, longer.batch_size, longer.model.max_position_embeddings) == (1024, 4, 1024)
+    more = job_of(runs["mamba_longer_4"])
+    assert (more.steps, more.eval_every) == (480, 160)
+    assert job_of(runs["softmax_other_1"]).data.source == "other"
 
 
 def test_differences_count_only_beyond_the_noise_of_the_seeds(ablations):
