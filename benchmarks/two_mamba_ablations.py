@@ -84,6 +84,7 @@ def table(output: pathlib.Path) -> dict:
             figures.append({**about, "lines": lines, "pairs": pairs(lines, spread)})
     result = {
         "what": "the ablations of the 2Mamba paper, one seed",
+        "missing": sorted({line.run for figure in FIGURES for line in figure.lines} - found.keys()),
         "noise": spread,
         "runs": found,
         "figures": figures,
@@ -125,9 +126,9 @@ def draw_orders(axes, result: dict) -> None:
     colours = {"holds": "C0", "reversed": "C1", "open": "C6"}
     every = [pair for figure in result["figures"] for pair in figure["pairs"]]
     for name, colour in colours.items():
-        own = [(pair["paper"], pair["ours"]) for pair in every if pair["verdict"] == name]
+        own = {(pair["paper"], pair["ours"]) for pair in every if pair["verdict"] == name}  # once if in two figures
         if own:
-            axes.plot(*zip(*own, strict=True), "o", color=colour, ms=5, label=f"{name}: {len(own)}")
+            axes.plot(*zip(*sorted(own), strict=True), "o", color=colour, ms=5, label=f"{name}: {len(own)}")
     for sign in (-2, 2):
         axes.axhline(sign * result["noise"], color="C6", ls="--", lw=1)
     axes.set(xlabel="difference in the paper (nats per token)", ylabel="difference here (nats per byte)")

@@ -40,7 +40,18 @@ def ablations(result: dict) -> str:
         f"Two runs count as different if their losses are more than {spread:.3f} apart: twice the standard deviation "
         "of the difference of two models with one seed, taken from the six models with three seeds."
     )
-    return "\n\n".join([opening, *(_figure(figure, spread) for figure in result["figures"])])
+    every = {
+        (pair["paper"], pair["ours"]): pair["verdict"] for figure in result["figures"] for pair in figure["pairs"]
+    }
+    counts = [list(every.values()).count(name) for name in ("holds", "reversed", "open")]
+    total = (
+        f"Of {len(every)} pairs of runs of which the paper has both losses, {counts[0]} have its order here, "
+        f"{counts[1]} the reversed one, and {counts[2]} are too close to tell."
+    )
+    if missing := result["missing"]:
+        total += f" {len(missing)} of {len(result['runs']) + len(missing)} runs have not been made yet."
+    picture = "![Differences of two losses here and in the paper](../img/two_mamba_orders.svg)"
+    return "\n\n".join([opening, total, picture, *(_figure(figure, spread) for figure in result["figures"])])
 
 
 def _figure(figure: dict, spread: float) -> str:

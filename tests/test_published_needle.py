@@ -14,7 +14,7 @@ BYTES = ByteTokenizer()
 
 
 def data_set(folder, count=60):
-    """Files like those of the data set, with five of its lengths, one other, and one that the published script omits."""
+    """Files like those of the data set, with five of its lengths, one other, and one that is left out."""
     lengths = [1024, 2048, 32768, 4096, 8192, 16384, 5000]
     rows = [(f"prompt {i} ", 1 + i, lengths[i % 7], i % 21 * 5) for i in range(count)]
     for name, part in (("0.parquet", rows[: count // 2]), ("1.parquet", rows[count // 2 :])):

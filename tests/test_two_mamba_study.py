@@ -176,6 +176,8 @@ def test_the_table_and_the_page_say_where_the_order_of_the_paper_holds(
 
     page = figure_two_mamba.ablations(result)
     assert "| RMSNorm of the output | 2.200 | 3.134 |" in page
+    assert "Of 7 pairs of runs of which the paper has both losses, 4 have its order here, 2 the reversed one" in page
+    assert "48 of 53 runs have not been made yet" in page
     assert "“RMSNorm of the output” is before “sum of the scores, ReLU”" in page
     ablations.pictures(tmp_path, result)
     drawn = {path.stem.removeprefix("two_mamba_") for path in tmp_path.glob("*.svg")}
