@@ -1,7 +1,7 @@
 """The steps of scripts/reproduce_two_mamba.sh besides training and evaluation.
 
 recall   writes rows of associative recall to train on, as conversations whose answers are the values
-table    reads what the runs wrote; prints a table, writes results.json and three pictures
+table    reads what the runs wrote; prints a table, writes results.json and four pictures
 """
 
 import argparse
@@ -148,6 +148,19 @@ def draw_position(axes, result: dict) -> None:
     axes.legend()
 
 
+def draw_recall(axes, result: dict) -> None:
+    """The counterpart of the paper's heat map of the needle test: values recalled, a row for each model."""
+    from lcx.evals.support import grids
+
+    cells = [
+        grids.cell([share / 100], length=int(length), model=model["label"])
+        for model in result["models"].values()
+        for length, share in (model["recall"] or {}).items()
+    ]
+    words = {"xlabel": "row (tokens)", "ylabel": "", "title": "Values recalled (%)"}
+    grids.heat_maps(axes, {"": {"cells": cells}}, across="length", down="model", **words)
+
+
 def draw_forms(axes, records: list[dict]) -> None:
     """Tokens per second, forward and backward, of one head of 64 whose decay forgets nothing."""
     for i, (form, label) in enumerate({"tiles": "quadratic (tiles)", "states": "chunked (states)"}.items()):
@@ -168,6 +181,8 @@ def pictures(output: pathlib.Path, result: dict) -> None:
     drawn = {"loss_by_tokens": draw_tokens}
     if any(model["position"] for model in result["models"].values()):
         drawn["loss_by_position_of_all"] = draw_position
+    if any(model["recall"] for model in result["models"].values()):
+        drawn["recall_of_all"] = draw_recall
     for name, draw in drawn.items():
         (output / f"{name}.svg").write_bytes(picture(lambda axes, draw=draw: draw(axes, result), form="svg"))
     records = json.loads(FORMS.read_text())["records"]

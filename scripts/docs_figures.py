@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
+import figure_two_mamba
 from figure_text import number, ratio, table, with_source
 from figures_beside_torch import generation, training, training_line
 from plan_figures import million_tokens, plans
@@ -289,37 +290,7 @@ TRAINING = (
 )
 RECALL = "recall_cpu.json", "bash scripts/train_recall.sh"
 DECODING = "linearized_decoding_cpu.json", "python benchmarks/linearized.py --softmax HF_FOLDER"
-def two_mamba_decoding(result: dict) -> str:
-    """Tokens a second and bytes of the cache of each mixer, by the tokens before."""
-    names = {"two_mamba": "2Mamba", "two_mamba_e": "2Mamba-E", "mamba2": "Mamba-2", "softmax": "softmax"}
-    cells = {(row["context"], row["mixer"]): row for row in result["rows"]}
-    rows = [
-        [f"{length:,}"]
-        + [
-            f"{cells[length, name]['tokens_per_second']:.0f}, {cells[length, name]['cache_bytes'] / 1e6:.3g} MB"
-            for name in names
-        ]
-        for length in sorted({length for length, _ in cells})
-    ]
-    return table(["Tokens before", *(f"{name}: tokens/s, cache" for name in names.values())], rows)
-
-
 LONG_GENOMES = "python benchmarks/long_genomes.py --fasta=genome.fna.gz"
-def second_order_forms(result: dict) -> str:
-    """Tokens a CPU second of the quadratic and the chunked form with a decay that forgets nothing, heads of 64."""
-    seconds = {
-        (row["T"], row["form"]): row["seconds"]
-        for row in result["records"]
-        if (row["H"], row["decay"]) == (64, "slow")
-    }
-    lengths = sorted({length for length, _ in seconds})
-    rows = [
-        [f"{length:,}", *(number(length / seconds[length, form]) for form in ("tiles", "states", "default"))]
-        for length in lengths
-    ]
-    return with_source(result, table(["T", "quadratic", "chunked", "what lcx picks"], rows))
-
-
 def soak(result: dict) -> str:
     """Counts alone: the runs were made beside other work, which changes every time."""
     kinds = ("kill", "halt", "term", "flip", "disk")
@@ -386,10 +357,16 @@ FIGURES = {
     "recall_by_distance": Figure(RECALL[0], recall_by_distance, RECALL[1], timed=False),
     "stripe": Figure("striped_hyena_cpu.json", stripe, "python benchmarks/striped_hyena.py --width 32"),
     "second_order_forms": Figure(
-        "second_order_forms_cpu.json", second_order_forms, "python benchmarks/second_order_forms.py"
+        "second_order_forms_cpu.json", figure_two_mamba.second_order_forms, "python benchmarks/second_order_forms.py"
     ),
     "two_mamba_decoding": Figure(
-        "two_mamba_decode_cpu.json", two_mamba_decoding, "python benchmarks/two_mamba_decode.py"
+        "two_mamba_decode_cpu.json", figure_two_mamba.decoding, "python benchmarks/two_mamba_decode.py"
+    ),
+    "two_mamba_ablations": Figure(
+        "two_mamba_ablations.json",
+        figure_two_mamba.ablations,
+        "bash scripts/reproduce_two_mamba.sh --ablations",
+        timed=False,
     ),
     "decoding": Figure(DECODING[0], decoding, DECODING[1]),
     "decoding_line": Figure(DECODING[0], decoding_line, DECODING[1]),

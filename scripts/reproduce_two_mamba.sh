@@ -2,14 +2,17 @@
 # Compares the mixers of the 2Mamba paper (arXiv 2602.17363) at a small size: softmax, 2Mamba, 2Mamba-E, Mamba-2 with the
 # paper's single head and with all heads, and linear attention, with equally many parameters, on the same tokens.
 #   bash scripts/reproduce_two_mamba.sh [--text=GLOB] [--tokenizer=NAME] [--output=DIR] [--size=cpu|gpu] [--seeds="0 1 2"]
-#       [--steps=N] [--recall_steps=N] [-- FLAGS OF lcx.train]
+#       [--steps=N] [--recall_steps=N] [--ablations] [--other_text=GLOB ...] [-- FLAGS OF lcx.train]
 # The text is the source of Python's standard library unless --text names another. Each model is trained on it with each
 # seed, then on associative recall with the first seed. Writes results.json and pictures of the loss against tokens and
 # against position, and of recall, into --output (runs/two_mamba_study), and a report with lcx.report.
+# --ablations also trains, with the first seed, what the paper's other graphs compare: norms, convolutions, parts of Mamba-2,
+# sizes, longer rows, more updates, and up to two --other_text (such as stdlib). Writes ablations.json, a picture of each
+# graph, and a report of each below figures/.
 # Run the same command again to resume a stopped run. Time and results: docs/results/two_mamba.md.
 # --size=gpu trains on 262M tokens for each model and seed, and needs --text and --tokenizer; we have not run it.
 set -euo pipefail
-text="'stdlib'" tokenizer="" out=runs/two_mamba_study size=cpu seeds="0 1 2" steps="" recall_steps=""
+text="'stdlib'" tokenizer="" out=runs/two_mamba_study size=cpu seeds="0 1 2" steps="" recall_steps="" ablations="" other=()
 absolute() { case "$1" in /*) printf '%s' "$1" ;; *) printf '%s/%s' "$PWD" "$1" ;; esac; }
 while [ $# -gt 0 ]; do
   case "$1" in
@@ -20,6 +23,9 @@ while [ $# -gt 0 ]; do
     --seeds=*) seeds="${1#*=}" ;;
     --steps=*) steps="${1#*=}" ;;
     --recall_steps=*) recall_steps="${1#*=}" ;;
+    --ablations) ablations=yes ;;
+    --other_text=stdlib) other+=("$1") ;;
+    --other_text=*) other+=("--other_text=$(absolute "${1#*=}")") ;;
     --) shift; break ;;
     *) echo "lcx: unknown argument $1; known ones are at the top of $0" >&2; exit 2 ;;
   esac
@@ -93,3 +99,16 @@ results=("$out"/position/*/)
 [ "$size" != cpu ] || results+=("$out"/recalled/*/)
 run python -m lcx.report --results "${results[@]}" --workdir "$out"/text/*_"$first" --output="$out" --overwrite \
   --title="Mixers of the 2Mamba paper"
+
+[ -n "$ablations" ] || exit 0
+plan=("--output=$out" "--size=$size" ${other[@]+"${other[@]}"})
+[ -z "$steps" ] || plan+=("--updates=$steps")
+python benchmarks/two_mamba_ablations.py runs "${plan[@]}" > "$out/ablations.tsv"
+while IFS=$'\t' read -r -u 3 -a words; do
+  train "${words[0]}" "${words[1]}" "$first" "${data[@]}" ${length[@]+"${length[@]}"} "$@" "${words[@]:2}"
+done 3< "$out/ablations.tsv"
+run python benchmarks/two_mamba_ablations.py table --output="$out"
+python benchmarks/two_mamba_ablations.py figures --output="$out" > "$out/figures.tsv"
+while IFS=$'\t' read -r -u 3 -a words; do
+  run python -m lcx.report --workdir "${words[@]:2}" --output="$out/figures/${words[0]}" --overwrite --title="${words[1]}"
+done 3< "$out/figures.tsv"

@@ -14,9 +14,9 @@ BYTES = ByteTokenizer()
 
 
 def data_set(folder, count=60):
-    """Files like those of the data set, with five of its lengths and one that the published script leaves out."""
-    lengths = [1024, 2048, 32768, 4096, 8192, 16384]
-    rows = [(f"prompt {i} ", 1 + i, lengths[i % 6], i % 21 * 5) for i in range(count)]
+    """Files like those of the data set, with five of its lengths, one other, and one that is left out."""
+    lengths = [1024, 2048, 32768, 4096, 8192, 16384, 5000]
+    rows = [(f"prompt {i} ", 1 + i, lengths[i % 7], i % 21 * 5) for i in range(count)]
     for name, part in (("0.parquet", rows[: count // 2]), ("1.parquet", rows[count // 2 :])):
         columns = {key: [row[j] for row in part] for j, key in enumerate(COLUMNS)}
         pa.parquet.write_table(pa.table(columns | {"id": list(range(len(part)))}), folder / name)
@@ -28,8 +28,9 @@ def test_the_prompts_of_the_data_set_are_those_of_the_published_script(tmp_path)
     np.random.seed(420)
     order = np.arange(len(rows))
     np.random.shuffle(order)
-    expected = [rows[i] for i in order if rows[i][2] < 32768][:7]
-    found = PublishedNeedle(file=str(tmp_path), samples=7).rows()
+    expected = [rows[i] for i in order if rows[i][2] < 32768][:40]
+    assert 5000 in {row[2] for row in expected}
+    found = PublishedNeedle(file=str(tmp_path), samples=40).rows()
     assert [(row.prompt, row.answer, row.length, row.depth) for row in found] == [
         (prompt, str(answer), length, depth / 100) for prompt, answer, length, depth in expected
     ]
@@ -86,5 +87,8 @@ def test_a_file_that_is_not_the_data_set_is_refused(tmp_path):
     data_set(tmp_path)
     with pytest.raises(UserError, match="has context_length 1024, 2048, 4096"):
         PublishedNeedle(file=str(tmp_path), lengths=(1000,)).rows()
+    pa.parquet.write_table(pa.table(dict.fromkeys(COLUMNS, ["32768"])), tmp_path / "0.parquet")
+    with pytest.raises(UserError, match="has context_length 32768, expected some below 32768"):
+        PublishedNeedle(file=str(tmp_path / "0.parquet")).rows()
     with pytest.raises(UserError, match="PublishedNeedle.lengths is"):
         PublishedNeedle(lengths=())

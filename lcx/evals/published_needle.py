@@ -27,6 +27,8 @@ NEEDLE = "The pass key is {key}. Remember it. {key} is the pass key. "
 QUESTION = " \n\nWhat is the pass key? The pass key is "
 DEPTHS = 21  # evenly spaced, from the beginning to the end
 COLUMNS = ("prompt", "answer", "context_length", "depth_percent")
+LENGTHS = (1024, 2048, 4096, 8192, 16384)  # of the data set's haystacks, but for the longest
+_TOO_LONG = 32768  # rows of so many characters are not asked
 _KEYS = (1, 10_000)  # the second is not drawn
 _FIRST = 8  # paths that a message lists
 
@@ -48,7 +50,7 @@ class PublishedNeedle:
     Attributes:
       file: the data set's parquet file, or a folder of them; None: prompts of the same form about our own haystack,
         five sentences repeated, which the results say.
-      lengths: of the haystacks, in characters, without file; with it, rows of its other lengths are left out as well.
+      lengths: of the haystacks, in characters; None: 1024 to 16384 without file, with it all below 32768, as published.
       samples: prompts in all: the first of the shuffled ones, as published.
       seed: for the order, and without file for the keys; 420 as published.
       window: new tokens, and the tokens at the end of prompt and continuation whose first word must be the key. A model
@@ -59,7 +61,7 @@ class PublishedNeedle:
     """
 
     file: str | None = None
-    lengths: tuple[int, ...] = (1024, 2048, 4096, 8192, 16384)
+    lengths: tuple[int, ...] | None = None
     samples: int = 1000
     seed: int = 420
     window: int = 10
@@ -71,7 +73,7 @@ class PublishedNeedle:
     def __post_init__(self):
         for field in ("samples", "window", "batch_size"):
             check_sizes("PublishedNeedle", **{field: getattr(self, field)})
-        if not self.lengths or min(self.lengths) < 1:
+        if self.lengths is not None and (not self.lengths or min(self.lengths) < 1):
             raise UserError(f"PublishedNeedle.lengths is {self.lengths}, expected numbers of characters")
         if not 0 <= self.seed < 2**32:
             raise UserError(f"PublishedNeedle.seed is {self.seed}, expected 0 to 2**32 - 1")
@@ -113,22 +115,26 @@ class PublishedNeedle:
         every = self._made() if self.file is None else read(self.file)
         order = np.arange(len(every))
         np.random.RandomState(self.seed).shuffle(order)
-        wanted = [every[i] for i in order.tolist() if every[i].length in self.lengths]
+        wanted = [every[i] for i in order.tolist() if self._is_asked(every[i].length)]
         if not wanted:
             found = ", ".join(map(str, sorted({row.length for row in every})[:_FIRST])) or "no rows"
+            expected = f"of {', '.join(map(str, self.lengths))}" if self.lengths else f"below {_TOO_LONG}"
             raise UserError(
-                f"{self.file} has context_length {found}, expected some of {', '.join(map(str, self.lengths))}: change "
-                "PublishedNeedle.lengths"
+                f"{self.file} has context_length {found}, expected some {expected}: change PublishedNeedle.lengths"
             )
         return wanted[: self.samples]
+
+    def _is_asked(self, length: int) -> bool:
+        return length < _TOO_LONG if self.lengths is None else length in self.lengths
 
     def _made(self) -> list[Row]:
         """At least `samples` prompts, as many at each length and depth."""
         rng = np.random.default_rng(self.seed)
-        each = -(-self.samples // (len(self.lengths) * DEPTHS))
+        lengths = self.lengths or LENGTHS
+        each = -(-self.samples // (len(lengths) * DEPTHS))
         return [
             _row(length, depth, int(key))
-            for length in self.lengths
+            for length in lengths
             for depth in np.linspace(0, 1, DEPTHS).tolist()
             for key in rng.integers(*_KEYS, each)
         ]
