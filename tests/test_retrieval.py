@@ -218,6 +218,25 @@ def test_needles_are_found_by_who_knows(monkeypatch, tiny, settings):
         assert max(scores) == (0.75 if "0 " in solve("") and settings else 0)
 
 
+def test_needles_without_generation_of_models_that_do_not_know(monkeypatch, tiny):
+    """The likeliest tokens are none, a copy of the token before, or those of another needle: no cell counts any."""
+    grid = NeedleGrid(lengths=(600,), depths=(0.0, 1.0), trials=3)
+    assert grid.forced
+
+    def likeliest(says):
+        def found(model, params, rows, places, **_):
+            right = [np.asarray(row)[np.asarray(place)] for row, place in zip(rows, places)]
+            before = [np.asarray(row)[np.asarray(place) - 1] for row, place in zip(rows, places)]
+            others = [*right[1:], right[0]]  # numbers of the same length, of other trials
+            return {"right": right, "nothing": [0 * x for x in right], "copy": before, "others": others}[says]
+
+        return found
+
+    for says, score in (("right", 1), ("nothing", 0), ("copy", 0), ("others", 0)):
+        monkeypatch.setattr(forced, "likeliest", likeliest(says))
+        assert [cell["score"] for cell in grid(*tiny, WORDS)["cells"]] == [score] * 2, says
+
+
 def test_the_depth_of_a_needle(tmp_path):
     (tmp_path / "book.txt").write_text(" ".join(f"This is sentence {i}." for i in range(50)))
     for path in (None, str(tmp_path / "book.txt")):
