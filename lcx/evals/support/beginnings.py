@@ -166,7 +166,7 @@ def _read(model, params, x, labels):
     return jnp.argmax(logits, -1).astype(jnp.int32), logp
 
 
-def _alike(a: Sequence[int], b: Sequence[int]) -> int:
+def _alike(a: Sequence[int] | np.ndarray, b: Sequence[int] | np.ndarray) -> int:
     """How many tokens both begin with."""
     n = min(len(a), len(b))
     differ = np.flatnonzero(np.asarray(a[:n], np.int32) != np.asarray(b[:n], np.int32))
