@@ -98,10 +98,22 @@ def test_a_grid_reads_its_haystack_once(monkeypatch, counted):
 def test_a_rotation_that_depends_on_the_length_is_not_shared(monkeypatch):
     monkeypatch.setattr(beginnings, "WORTH", 0)
     rows, places = tree_of_rows()
-    found = beginnings.plan(rows, places, 256, 1)
     for kind, worth in (("yarn", True), ("dynamic", False)):
         model = llama(
             vocab_size=200, hidden_size=32, intermediate_size=48, num_layers=1, num_heads=2,
             max_position_embeddings=256, rope=Rope(rope_type=kind, factor=4.0, original_max_position_embeddings=64),
         )  # fmt: skip
-        assert beginnings.worth(model, {}, found) is worth
+        found = beginnings.worthwhile(model, {}, rows, places, 256, 1)
+        assert (found == beginnings.plan(rows, places, 256, 1)) if worth else found is None
+
+
+def test_states_that_need_more_memory_than_the_weights_are_not_kept(monkeypatch):
+    monkeypatch.setattr(beginnings, "WORTH", 0)
+    rows, places = tree_of_rows()
+    given = tiny_model(max_position_embeddings=256), {}, rows, places, 256, 4
+    assert beginnings.worthwhile(*given) is not None
+    # 8 pieces and the empty state, and 3 rows before and after a piece; keys and values of 2 layers, 2 heads of 8.
+    monkeypatch.setattr(beginnings, "STATES", 15 * 256 * 2 * 2 * 2 * 8 * 4)
+    assert beginnings.worthwhile(*given) is None, "segment ids take some more"
+    monkeypatch.setattr(beginnings, "STATES", 15 * 256 * (2 * 2 * 2 * 8 * 4 + 2 * 4) + 15 * 100)
+    assert beginnings.worthwhile(*given) is not None

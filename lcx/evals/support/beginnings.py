@@ -25,6 +25,9 @@ PIECES = 8  # of a row: what rows share is read once in whole pieces
 # Tokens saved times parameters from which three programs are worth their compilation: 2e12 floating-point operations,
 # tens of seconds on a CPU. A model of a million parameters never saves that much.
 WORTH = 1e12
+# The states that wait, one at each piece, and those of the rows at once may take as much memory as the parameters do,
+# or this many bytes.
+STATES = 1 << 30
 
 Row = Int[np.ndarray, " T"]
 
@@ -54,7 +57,7 @@ def plan(rows: Sequence[Sequence[int]], places: Sequence[Sequence[int]], width: 
       width: tokens to which the rows are padded otherwise; size: the most rows at once.
     """
     step = -(-width // PIECES)
-    order = sorted(range(len(rows)), key=lambda i: list(rows[i]))
+    order = sorted(range(len(rows)), key=lambda i: np.asarray(rows[i], ">i4").tobytes())
     most = [max(0, min(places[i], default=1) - 1) // step for i in order]
     common = [
         min(_alike(rows[a], rows[b]) // step, most[n], most[n + 1])
@@ -78,11 +81,21 @@ def plan(rows: Sequence[Sequence[int]], places: Sequence[Sequence[int]], width: 
     return Plan(groups, step, size, (whole - read - path) * step)
 
 
-def worth(model: Decoder, params: Any, found: Plan) -> bool:
-    """Whether sharing costs less than it saves, and gives the same numbers: not for a rotation that depends on the
-    length of a row, and not over several devices."""
-    possible = scoring.mesh_of(params) is None and not shared_prefixes.whole_only(model) and not varies(model)
-    return possible and found.saved * sum(x.size for x in jax.tree.leaves(params)) >= WORTH
+def worthwhile(
+    model: Decoder, params: Any, rows: Sequence[Sequence[int]], places: Sequence[Sequence[int]], width: int, size: int
+) -> Plan | None:
+    """The plan (arguments as there) if sharing costs less than it saves and gives the same numbers: not for a rotation
+    that depends on the length of a row, not over several devices, and not if the states would need too much memory."""
+    parameters = sum(x.size for x in jax.tree.leaves(params))
+    if sum(map(len, rows)) * parameters < WORTH:  # whatever they share
+        return None
+    if scoring.mesh_of(params) is not None or shared_prefixes.whole_only(model) or varies(model):
+        return None
+    found = plan(rows, places, width, size)
+    weights = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
+    state = jax.eval_shape(lambda: model.init_cache(1, PIECES * found.step))
+    states = (PIECES + 1 + 2 * found.size) * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+    return found if found.saved * parameters >= WORTH and states <= max(weights, STATES) else None
 
 
 def judged(

@@ -89,8 +89,8 @@ def _judged(
         for width, members in sorted(by_width.items()):
             size = max(1, min(tokens_per_batch // width, len(members)))
             texts, asked = [rows[i] for i in members], [places[i] for i in members]
-            shared = beginnings.plan(texts, asked, width, size)
-            if beginnings.worth(model, params, shared):
+            shared = beginnings.worthwhile(model, params, texts, asked, width, size)
+            if shared is not None:
                 for group, ids, logp in beginnings.judged(model, params, texts, asked, shared, most=most):
                     for j, best, value in zip(group, ids, logp, strict=True):
                         yield members[j], best[: len(asked[j])], value[: len(asked[j])]
