@@ -12,11 +12,10 @@ from lcx.llama import llama
 from lcx.model import init_params
 from lcx.rope import Rope
 
-rng = np.random.default_rng(0)
-
 
 def tree_of_rows():
     """Rows that leave a common text at different places, by twos and threes, one row alone, and two that are equal."""
+    rng = np.random.default_rng(0)
     text = rng.integers(1, 200, 250)
     rows, places = [], []
     for at, count in ((0, 1), (40, 3), (90, 2), (91, 2), (200, 3), (230, 2)):
