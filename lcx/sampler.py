@@ -24,6 +24,7 @@ import dataclasses
 import functools
 import logging
 import math
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -148,6 +149,17 @@ def stream(
     job = _job(model, params, tokens, max_new_tokens, temperature, top_p, seed, stop_tokens, rope_trace, lora)
     job = dataclasses.replace(job, sampling=among(job.sampling, model.vocab_size, top_k, allowed_tokens))
     return job.columns()
+
+
+def timed(model: Decoder, params: Any, tokens: Prompts, *, max_new_tokens: int) -> tuple[float, float]:
+    """Seconds of a greedy generation: until the first token of each row is on the host, and from then to the last."""
+    job = _job(model, params, tokens, max_new_tokens, 0.0, 1.0, 0, (), "exact", None)
+    begun = time.perf_counter()
+    state = job.start()
+    np.asarray(state.last)
+    first = time.perf_counter()
+    np.asarray(job.advance(state, max_new_tokens).tokens)
+    return first - begun, time.perf_counter() - first
 
 
 class _State(NamedTuple):
@@ -310,10 +322,8 @@ def _decode_jit(model, variables, state: _State, lengths, sampling, stop, until,
     def step(state: _State) -> _State:
         positions = lengths + state.step - 1  # of the newest token, which is not in the cache yet
         n = jnp.max(positions) + 1 if hf else None
-        ones = jnp.ones_like(state.last)[:, None]
-        last_logits, cache = _append(
-            model, variables, state.cache, state.last[:, None], positions[:, None], ones, n
-        )
+        new = state.last[:, None], positions[:, None], jnp.ones_like(state.last)[:, None]
+        last_logits, cache = _append(model, variables, state.cache, *new, n)
         return _take(state._replace(cache=cache), last_logits, sampling, stop)
 
     return jax.lax.while_loop(lambda s: (s.step < until) & ~jnp.all(s.done), step, state)
@@ -333,9 +343,7 @@ def _ropes(model: Decoder, rope_type: str) -> list[Any]:
 # ------------------------------------------------------------------------------------------------ checks, shapes
 
 
-def _job(
-    model, params, tokens, max_new_tokens, temperature, top_p, seed, stop_tokens, rope_trace, lora
-) -> _Job:
+def _job(model, params, tokens, max_new_tokens, temperature, top_p, seed, stop_tokens, rope_trace, lora) -> _Job:
     """Checks the arguments of `generate` and collects them in a _Job."""
     check_settings(max_new_tokens, temperature, top_p, seed, rope_trace)
     rows = _rows(tokens, model.vocab_size)
@@ -383,13 +391,9 @@ def _check_window(model: Decoder, prompt_length: int, max_new_tokens: int) -> No
 def check_settings(max_new_tokens, temperature, top_p, seed, rope_trace=ROPE_TRACES[0]) -> None:
     """Raises UserError for a setting of `generate` that is out of range."""
     if not _is_integer(max_new_tokens) or max_new_tokens < 1:
-        raise UserError(
-            f"max_new_tokens is {max_new_tokens!r}, expected an integer >= 1: change max_new_tokens"
-        )
+        raise UserError(f"max_new_tokens is {max_new_tokens!r}, expected an integer >= 1: change max_new_tokens")
     if not _is_number(temperature) or not 0 <= temperature < math.inf:
-        raise UserError(
-            f"temperature is {temperature!r}, expected a number >= 0 (0 takes the likeliest token)"
-        )
+        raise UserError(f"temperature is {temperature!r}, expected a number >= 0 (0 takes the likeliest token)")
     if not _is_number(top_p) or not 0 < top_p <= 1:
         raise UserError(f"top_p is {top_p!r}, expected a number above 0 and at most 1 (1 switches it off)")
     if not _is_integer(seed) or not -(2**31) <= seed < 2**32:  # jax.random.key keeps 32 bits of a seed

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import figure_two_mamba
+from evaluation_figure import evaluation
 from figure_text import number, ratio, table, with_source
 from figures_beside_torch import generation, training, training_line
 from plan_figures import million_tokens, plans
@@ -284,10 +285,7 @@ def _spread(values: Iterable[float]) -> str:
     return f"{sum(found) / len(found):.0f}" + (f" ({low} to {high})" if low != high else "")
 
 
-TRAINING = (
-    "train_vs_transformers_cpu.json",
-    "JAX_NUM_CPU_DEVICES=2 python benchmarks/train_vs_transformers.py",
-)
+TRAINING = "train_vs_transformers_cpu.json", "JAX_NUM_CPU_DEVICES=2 python benchmarks/train_vs_transformers.py"
 RECALL = "recall_cpu.json", "bash scripts/train_recall.sh"
 DECODING = "linearized_decoding_cpu.json", "python benchmarks/linearized.py --softmax HF_FOLDER"
 LONG_GENOMES = "python benchmarks/long_genomes.py --fasta=genome.fna.gz"
@@ -359,6 +357,7 @@ FIGURES = {
     "second_order_forms": Figure(
         "second_order_forms_cpu.json", figure_two_mamba.second_order_forms, "python benchmarks/second_order_forms.py"
     ),
+    "evaluation": Figure("evaluation_cpu.json", evaluation, "python benchmarks/evaluation.py"),
     "two_mamba_decoding": Figure(
         "two_mamba_decode_cpu.json", figure_two_mamba.decoding, "python benchmarks/two_mamba_decode.py"
     ),

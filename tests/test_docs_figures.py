@@ -48,6 +48,17 @@ def test_a_busy_machine_is_not_quoted(tmp_path, records):
     assert "not measured" in docs_figures.text(name, tmp_path)
 
 
+def test_the_cost_of_evaluations():
+    from evaluation_figure import evaluation
+
+    row = {"evaluation": "needle grid", "us_per_token": 130.0, "plain_us_per_token": 100.0}
+    row["over_plain"] = {"median": 1.3, "min": 1.2, "max": 1.4}
+    made = {"machine": {"cpu": "a CPU", "commit": "abc"}, "created": "2026-01-01", "versions": {}, "threads": {}}
+    made["watch"] = {"other_cpu_seconds": 0.1, "seconds": 9.0}
+    text = evaluation({**made, "rows": [row], "length": 1024, "passkey_320_trials_s": 21.4})
+    assert "| needle grid | 100 | 130 | 1.30 |" in text and "up to 1024 tokens: 21 s" in text
+
+
 def test_slower_is_told_as_plainly_as_faster():
     assert docs_figures.ratio(1.1) == "1.10x" and docs_figures.ratio(0.9) == "0.90x (slower)"
 

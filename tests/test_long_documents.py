@@ -1,5 +1,6 @@
 """Questions about long documents: scores by hand, cuts that spare the question, models that know and that do not."""
 
+import importlib.util
 import json
 import re
 import subprocess
@@ -13,7 +14,7 @@ from tiny_runs import ROOT, tiny_model
 from lcx.data import Dataset
 from lcx.errors import UserError
 from lcx.evals.long_documents import LongDocuments
-from lcx.evals.support.documents_qa import longbench, rows, scores
+from lcx.evals.support.documents_qa import chinese, longbench, rows, scores
 
 WORDS = Words()
 FILLER = "Nothing happened on that day, and nobody wrote about it. " * 60
@@ -121,8 +122,91 @@ def test_longbench_rows(monkeypatch, tiny, tmp_path):
         == 1
         == longbench.TASKS["lcc"].prompt.count("{context}")
     )
-    with pytest.raises(UserError, match="row 1: LongBench's 'dureader' is not one of its English tasks"):
-        rows.read(written(tmp_path, {"dataset": "dureader"}), "longbench", limit=None)
+    with pytest.raises(UserError, match="row 1: 'duoreader' is not one of LongBench's tasks"):
+        rows.read(written(tmp_path, {"dataset": "duoreader"}), "longbench", limit=None)
+
+
+CHINESE = [  # (answer, expected, F1 and ROUGE-L): words cut by jieba 0.42.1, the formulas by hand
+    ("答案是：北京市海淀区。", "北京海淀区", 0.333333, 0.25),
+    ("公司2021年总资产为12.5%，GPT-4表现最好", "GPT-4在2021年表现最好，总资产为12.5%", 0.9, 0.416667),
+    ("我不知道", "小明毕业于中国科学院", 0, 0),
+    (
+        "会议认为，要进一步加强对农村公路的养护管理，确保道路安全畅通。",
+        "会议要求加强农村公路养护，确保道路畅通",
+        0.636364,
+        0.615385,
+    ),
+    ("AT&T和C++、a.b@c.com", "C++ AT&T", 0.444444, 0.153846),
+]
+
+
+def test_scores_of_chinese_are_over_words():
+    pytest.importorskip("rjieba")
+    pytest.importorskip("rouge_score")
+    for answer, expected, f1, rouge_l in CHINESE:
+        assert scores.f1_zh(answer, expected) == pytest.approx(f1, abs=1e-6)
+        assert scores.rouge_l_zh(answer, expected) == pytest.approx(rouge_l, abs=1e-6)
+    assert chinese.words("GPT-4 是OpenAI的") == ["GPT", "-", "4", " ", "是", "OpenAI", "的"]
+    assert scores.retrieval("是段落7", "段落7") == 1 and scores.retrieval("段落1或段落7", "段落7") == 0.5
+
+
+def test_chinese_needs_a_package_and_says_which(monkeypatch):
+    monkeypatch.setitem(sys.modules, "rjieba", None)
+    with pytest.raises(UserError, match="pip install rjieba"):
+        scores.f1_zh("一", "一")
+
+
+V1 = [  # one row of each kind of score: (task, question, answer)
+    ("hotpotqa", "Who lives in the lighthouse?", "Ada Lovelace"),
+    ("samsum", "Dialogue: Tim asks for bread", "Nobody has any flour left"),
+    ("passage_count", "", "23"),
+    ("passage_retrieval_en", "An abstract of paragraph seven", "Paragraph 7"),
+    ("lcc", "", "return total"),
+    ("trec", "Type of seven:", "City"),
+    ("lsht", "新闻：七", "体育"),
+    ("passage_retrieval_zh", "关于七", "段落7"),
+    ("multifieldqa_zh", "谁住在灯塔里？", "小明祖母"),
+    ("vcsum", "", "决定修建新桥梁"),
+]
+
+
+@pytest.mark.parametrize("layout", ["longbench", "longbench_v2", "gov_report"])
+def test_every_score_has_its_scale(monkeypatch, tiny, tmp_path, layout):
+    """Who knows has 100, who says nothing or repeats the prompt 0, in every kind of task."""
+    pytest.importorskip("rouge_score")
+    if layout == "longbench":
+        missing = importlib.util.find_spec("rjieba") is None  # without it the two tasks that cut words are left out
+        chosen = [row for row in V1 if not (missing and longbench.TASKS[row[0]].metric.endswith("_zh"))]
+        made = [
+            {"dataset": task, "context": f"context of {task}", "input": asked, "answers": [answer]}
+            for task, asked, answer in chosen
+        ]
+        for row in made:
+            row["all_classes"] = ["City", "Date"] if row["dataset"] == "trec" else ["体育", "经济"]
+        marked = {f"context of {task}": f"\n{answer}\nmore" for task, _, answer in chosen}
+        for task, _, answer in chosen:
+            if not longbench.TASKS[task].first_line:
+                marked[f"context of {task}"] = answer
+    elif layout == "longbench_v2":
+        choices = {f"choice_{letter}": letter.lower() for letter in "ABCD"}
+        made = [{"context": f"text {i}.", "question": "Which?", "answer": "BD"[i], **choices} for i in range(2)]
+        marked = {f"text {i}.": f"The correct answer is ({'BD'[i]})" for i in range(2)}
+    else:
+        made = [{"report": f"report {i}", "summary": f"Ducks swim, letter {'xy'[i]}."} for i in range(2)]
+        marked = {f"report {i}": f"Ducks swim, letter {'xy'[i]}." for i in range(2)}
+    task = LongDocuments(written(tmp_path, *made), layout=layout)
+
+    def knows(text):
+        return next(answer for mark, answer in marked.items() if mark in text)
+
+    for solve, score in ((knows, 1), (silent, 0), (copier, 0)):
+        answered_by(monkeypatch, solve, WORDS)
+        cells = task(*tiny, WORDS)["cells"]
+        found = {f"{cell['task']} {cell['metric']}": cell["score"] for cell in cells}
+        if solve is copier and layout == "longbench":  # a similarity of letters, which no two lines lack
+            assert found.pop("lcc code") < 0.3
+        assert found == dict.fromkeys(found, score)
+        assert len(cells) == {"longbench": len(made), "longbench_v2": 1, "gov_report": 4}[layout]
 
 
 def test_longbench_v2_rows(monkeypatch, tiny, tmp_path):

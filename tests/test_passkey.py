@@ -60,8 +60,10 @@ def test_passkey_of_a_perfect_copier(monkeypatch, tiny):
         lambda text: f" {found_key(text)}0",  # the key is only a part of the number
         lambda text: f" 1 {found_key(text)}",  # not the first integer
         lambda text: f" {found_key(text)[:3]} {found_key(text)[3:]}",
+        lambda text: text[-80:],  # repeats the question
+        lambda text: text,  # repeats the prompt, from its beginning
     ],
-    ids=["silent", "constant", "longer", "second", "broken"],
+    ids=["silent", "constant", "longer", "second", "broken", "copier", "whole prompt"],
 )
 def test_passkey_of_models_that_do_not_know(monkeypatch, tiny, answer):
     result = run_passkey(monkeypatch, tiny, answer)
@@ -146,9 +148,18 @@ def test_prompts_are_built_in_linear_time():
         assert sum(encoded) < 6 * sum(len(row[0].tokens) for row in rows) + 10_000
 
 
+def test_a_window_too_short_for_any_prompt_is_left(monkeypatch, tiny):
+    """By default the distances then go beyond the window, and the result says so."""
+    monkeypatch.setattr(answers.sampler, "generate", fake_generate(lambda text: found_key(text)))
+    result = Passkey(num_distances=2, trials=2)(*tiny, ByteTokenizer())
+    assert result["context_length"] == 256 and result["mean_rate"] == 1, "128 are too few"
+    assert "does not fit the model's window of 64 tokens: measured up to 256" in result["notes"][0]
+    assert Passkey(num_distances=2, trials=2, context_length=256)(*tiny, ByteTokenizer())["notes"] == []
+
+
 def test_a_context_too_short_for_any_prompt(tiny):
     with pytest.raises(UserError, match="context of 64 tokens is too short, expected at least 2"):
-        Passkey()(*tiny, ByteTokenizer())
+        Passkey(context_length=64)(*tiny, ByteTokenizer())
     with pytest.raises(UserError, match="needs a tokenizer"):
         Passkey()(*tiny, None)
 

@@ -12,6 +12,7 @@ import lcx
 from lcx.data import ByteTokenizer, Dataset
 from lcx.errors import UserError
 from lcx.evals.long_ppl import LongPPL
+from lcx.evals.loss_by_position import LossByPosition
 from lcx.evals.perplexity import Perplexity
 from lcx.model import init_params
 
@@ -134,6 +135,23 @@ def test_key_tokens_are_those_that_only_the_long_context_tells(tmp_path):
     blind = task(*induction(258, window=64), ByteTokenizer())
     assert blind["long_ppl"] is None and "not defined" in blind["summary"] + task.finding({"a": blind})
     assert task.finding({"a": result}).startswith("LongPPL is")
+
+
+def test_losses_of_a_model_with_perfect_memory(tmp_path):
+    """A text of letters drawn at random, then the same again and again: who remembers 150 tokens loses nothing there,
+    who sees only the last 100 has the losses of the first time everywhere."""
+    rng = np.random.default_rng(0)
+    once = "".join(chr(c) for _ in range(2) for c in rng.permutation(np.arange(33, 127))[:75])
+    (tmp_path / "a.txt").write_text(once * 4)
+    data = Dataset(str(tmp_path / "a.txt"), eval_fraction=1.0)
+    by_position = LossByPosition(data, lengths=(512,), first_bucket=128, max_tokens=512)
+    perplexity = Perplexity(data, windows=(96, 400), stride=32)
+    for window in (None, 100):
+        model = induction(258, window=window)
+        first, _, last = (one["nll"] for one in by_position(*model, ByteTokenizer())["lengths"][0]["buckets"])
+        near, far = (one["nll"] for one in perplexity(*model, ByteTokenizer())["windows"])
+        assert first > 10 and near > 10, "nobody knows what comes for the first time"
+        assert (last < 1e-3 and far < 0.35 * near) if window is None else (last > 10 and far > 10)
 
 
 @pytest.mark.parametrize(

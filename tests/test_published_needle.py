@@ -77,6 +77,17 @@ def test_a_model_that_remembers_finds_them_and_one_that_forgets_does_not():
     assert near["128"] == 100.0 and near["1024"] < 30
 
 
+@pytest.mark.parametrize("answer", ["", "The grass is green", "What is the pass key?"])
+def test_models_that_do_not_know_find_nothing(monkeypatch, answer):
+    def generate(model, params, tokens, *, max_new_tokens, **_):
+        new = list(answer.encode())[:max_new_tokens]
+        return np.array([new + [257] * (max_new_tokens - len(new))] * len(tokens), np.int32)
+
+    monkeypatch.setattr("lcx.evals.support.answers.sampler.generate", generate)
+    model, params = induction(258)
+    assert PublishedNeedle(lengths=(128, 1024), samples=10)(model, params, BYTES)["table"] == {"128": 0, "1024": 0}
+
+
 def test_a_file_that_is_not_the_data_set_is_refused(tmp_path):
     with pytest.raises(UserError, match="has no parquet files"):
         PublishedNeedle(file=str(tmp_path)).rows()

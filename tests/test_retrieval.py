@@ -20,6 +20,7 @@ from lcx.evals.passkey import Passkey
 from lcx.evals.recall import Recall
 from lcx.evals.support import forced, journal, records
 from lcx.evals.support.haystack import Haystack
+from lcx.extend import extend_model
 from lcx.model import Block, Decoder, Stage, init_params
 
 WORDS, BYTES = Words(), ByteTokenizer()
@@ -148,6 +149,24 @@ def test_the_text_and_the_start_of_the_model_that_retrieves(monkeypatch):
     assert task(model, init_params(model, jax.random.key(0)), None)["cells"][0]["score"] < 0.2
 
 
+def test_fails_unscaled_passes_scaled_on_a_model_that_can(monkeypatch):
+    """h2oGPT's test without its models: attention with RoPE that finds most values within its window of 128 tokens, and
+    at two to four windows none more than a guess does, until RoPE is scaled."""
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    import recall_start
+
+    task = Recall(lengths=(512,), pairs=16, rows=16, filler=32, first_id=65, vocabulary=32, power=1.0)
+    model, params = recall_start.started(0)
+    found = {}
+    for kind in ("default", "linear", "dynamic"):
+        scaling = {"rope_type": kind} | ({} if kind == "default" else {"factor": 4.0})
+        far = task(extend_model(model, rope_scaling=scaling, context_length=512), params, None)["by_distance"][-1]
+        assert (far["from"], far["samples"]) == (256, 113)
+        found[kind] = far["low"], far["high"]
+    assert found["default"][0] < 1 / 16 and found["default"][1] < 0.12, "a guess among 16 values"
+    assert min(found["linear"][0], found["dynamic"][0]) > 0.4
+
+
 @pytest.mark.parametrize("says", ["nothing", "the last token", "any value"])
 def test_recall_of_models_that_do_not_know(monkeypatch, says):
     """A constant and a copy of the query score 0; a guess among the values scores chance."""
@@ -216,6 +235,25 @@ def test_needles_are_found_by_who_knows(monkeypatch, tiny, settings):
         answered_by(monkeypatch, solve, WORDS)
         scores = [cell["score"] for cell in grid(*tiny, WORDS)["cells"]]
         assert max(scores) == (0.75 if "0 " in solve("") and settings else 0)
+
+
+def test_needles_without_generation_of_models_that_do_not_know(monkeypatch, tiny):
+    """The likeliest tokens are none, a copy of the token before, or those of another needle: no cell counts any."""
+    grid = NeedleGrid(lengths=(600,), depths=(0.0, 1.0), trials=3)
+    assert grid.forced
+
+    def likeliest(says):
+        def found(model, params, rows, places, **_):
+            right = [np.asarray(row)[np.asarray(place)] for row, place in zip(rows, places)]
+            before = [np.asarray(row)[np.asarray(place) - 1] for row, place in zip(rows, places)]
+            others = [*right[1:], right[0]]  # numbers of the same length, of other trials
+            return {"right": right, "nothing": [0 * x for x in right], "copy": before, "others": others}[says]
+
+        return found
+
+    for says, score in (("right", 1), ("nothing", 0), ("copy", 0), ("others", 0)):
+        monkeypatch.setattr(forced, "likeliest", likeliest(says))
+        assert [cell["score"] for cell in grid(*tiny, WORDS)["cells"]] == [score] * 2, says
 
 
 def test_the_depth_of_a_needle(tmp_path):

@@ -2,7 +2,6 @@
 
 import dataclasses
 import resource
-import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -78,22 +77,18 @@ class Cost:
         if total > model.max_position_embeddings:
             model = model.clone(parent=None, max_position_embeddings=total)
 
-        def seconds(new_tokens: int) -> float:
-            times = []
-            for _ in range(self.repeats + 1):
-                start = time.perf_counter()
-                sampler.generate(model, params, tokens, max_new_tokens=new_tokens)
-                times.append(time.perf_counter() - start)
-            return min(times[1:])
-
         with scoring.on_mesh(params):
-            first, whole = seconds(1), seconds(self.new_tokens)
+            times = [
+                sampler.timed(model, params, tokens, max_new_tokens=self.new_tokens)
+                for _ in range(self.repeats + 1)
+            ]
+        first, rest = (min(of) for of in zip(*times[1:], strict=True))
         state = jax.eval_shape(lambda: model.init_cache(self.batch_size, total))
         return {
             "length": length,
             "first_token_seconds": first,
             "read_per_second": self.batch_size * length / first,
-            "tokens_per_second": self.batch_size * (self.new_tokens - 1) / max(whole - first, 1e-9),
+            "tokens_per_second": self.batch_size * (self.new_tokens - 1) / rest,
             "state_bytes": sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state)),
             "peak_bytes": _peak_bytes(),
         }

@@ -15,7 +15,7 @@ from lcx.evals.support.model_facts import facts
 from lcx.model import Decoder
 
 _SAMPLING = {"gov_report": (0.5, 0.95), "longbench_v2": (0.1, 1.0)}  # temperature and top-p, as published
-_METRICS = ("f1", "exact", "contains", "rouge_l", "rouge")
+_METRICS = ("f1", "exact", "contains", "rouge_l", "rouge", "f1_zh", "rouge_l_zh")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +34,8 @@ class LongDocuments:
         limit.
       max_new_tokens: of an answer; None: as published for the task (32 to 1000).
       temperature, top_p: None: as published (GovReport 0.5 and 0.95, LongBench v2 0.1 and 1, else 0 and 1).
-      metric: "f1", "exact", "contains", "rouge_l" or "rouge" (all four); None: that of the task. Layout "qa": contains.
+      metric: "f1", "exact", "contains", "rouge_l", "rouge" (all four), or "f1_zh" and "rouge_l_zh" for Chinese; None:
+        that of the task. Layout "qa": contains.
       samples: the first rows of the file; None: all.
       model_template: text around a prompt, such as "[INST] {task_template} [/INST]".
       batch_size, tokens_per_batch: prompts at once, and the limit on their tokens.
@@ -195,7 +196,8 @@ class LongDocuments:
             f"{count} questions of {self.file} (layout {self.layout}), {by}, the best over all expected answers;"
             f" documents that do not fit {self.length or 'the window'} lose their middle, questions"
             " nothing; ROUGE: F1 of"
-            " the package rouge-score with stemming; code similarity: difflib's ratio; the mean is over questions; 95%"
+            " the package rouge-score with stemming; Chinese: over words as rjieba cuts them;"
+            " code similarity: difflib's ratio; the mean is over questions; 95%"
             " Wilson intervals"
         )
 

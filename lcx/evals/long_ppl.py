@@ -196,7 +196,7 @@ class LongPPL:
                 "key tokens": int(counts.sum()),
                 "share of key tokens": round(int(counts.sum()) / total, 5),
             },
-            "notes": [few, *shown],
+            "notes": shown,
             "model": facts(model),
             "unit": text.unit.replace("nats ", ""),
             "tokenizer_id": text.tokenizer_id,
@@ -255,7 +255,7 @@ class LongPPL:
         values = {label: result["long_ppl"] or math.nan for label, result in results.items()}
         figures.bars(axes, values, results, texts={label: f"{value:.4g}" for label, value in values.items()})
         axes.set_xlabel("LongPPL")
-        axes.set_title("LongPPL: perplexity of the tokens that need the long context (lower is better)")
+        axes.set_title("LongPPL, of key tokens (lower is better)")
 
 
 def _count(nll: np.ndarray, key: np.ndarray) -> int:

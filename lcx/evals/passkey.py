@@ -57,7 +57,8 @@ class Passkey:
     end, and the question. The longest distance is chosen such that the prompt and its answer just fit the context.
 
     Attributes:
-      context_length: tokens of the longest prompt with its answer; None: the model's context length.
+      context_length: tokens of the longest prompt with its answer; None: the model's context length, or the smallest
+        multiple of it (2, 4, ...) that the shortest prompt fits, which is then beyond its window.
       num_distances: number of distances k, evenly spaced up to the longest.
       trials: prompts per distance, each with its own key.
       digits: of the key, which does not start with 0.
@@ -96,7 +97,9 @@ class Passkey:
 
     def __call__(self, model: Decoder, params: Any, tokenizer: Tokenizer | None) -> Result:
         tokenizer = answers.needed(tokenizer, model, "Passkey")
-        context = self.context_length or model.max_position_embeddings
+        context, window = self.context_length or model.max_position_embeddings, model.max_position_embeddings
+        while self.context_length is None and context < self._shortest(tokenizer):
+            context *= 2
         prompts = self.prompts(tokenizer, context)
         rows = [prompt.tokens for row in prompts for prompt in row]
         with answers.progress(self.name, sum(len(row) + self.max_new_tokens for row in rows)) as bar:
@@ -126,7 +129,14 @@ class Passkey:
                     "example": {"expected": row[0].key, "continuation": texts[0]},
                 }
             )
-        return self._result(model, context, distances)
+        beyond = f"the shortest prompt does not fit the model's window of {window} tokens: measured up to {context}"
+        notes = [beyond] if self.context_length is None and context > window else []
+        return {**self._result(model, context, distances), "notes": notes}
+
+    def _shortest(self, tokenizer: Tokenizer) -> int:
+        """Tokens of the shortest prompt and its answer."""
+        prompt = _build(tokenizer, 10**self.digits - 1, after=0, add_bos=self.add_bos)
+        return len(prompt.tokens) + self.max_new_tokens
 
     def _result(self, model: Decoder, context: int, distances: list[dict[str, Any]]) -> Result:
         best = k_max(distances, self.threshold)

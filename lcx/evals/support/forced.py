@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from lcx import sharding
-from lcx.evals.support import journal, scoring
+from lcx.evals.support import beginnings, journal, scoring
 from lcx.evals.support.answers import batches
 from lcx.model import Decoder
 
@@ -88,6 +88,15 @@ def _judged(
     with scoring.on_mesh(params):
         for width, members in sorted(by_width.items()):
             size = max(1, min(tokens_per_batch // width, len(members)))
+            texts, asked = [rows[i] for i in members], [places[i] for i in members]
+            shared = beginnings.worthwhile(model, params, texts, asked, width, size)
+            if shared is not None:
+                for group, ids, logp in beginnings.judged(model, params, texts, asked, shared, most=most):
+                    for j, best, value in zip(group, ids, logp, strict=True):
+                        yield members[j], best[: len(asked[j])], value[: len(asked[j])]
+                    if bar is not None:
+                        bar.update(sum(len(texts[j]) for j in group))
+                continue
             for group in batches([len(rows[i]) for i in members], size):
                 batch = [members[j] for j in group]
                 shape = size, width, most

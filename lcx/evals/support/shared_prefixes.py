@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int
 
 from lcx import mixers, pieces
 from lcx.evals.support import scoring
@@ -25,11 +25,21 @@ def cut(model: Decoder, params: Any, row_length: int) -> int:
     processed in pieces (`scoring.LONG`).
     """
     mesh = scoring.mesh_of(params)
-    whole = any(mixers.whole_prompt(layer.block.mixer) for layer in layers(model))
-    if whole or row_length > scoring.LONG or (mesh is not None and mesh.shape["context"] > 1):
+    if whole_only(model) or row_length > scoring.LONG or (mesh is not None and mesh.shape["context"] > 1):
         return 0
     size = (row_length // 2 - 2) // _STEP * _STEP  # the letter in the middle differs, on either strand
     return size if size >= _LEAST else 0
+
+
+def whole_only(model: Decoder) -> bool:
+    """Whether a mixer reads a text in one piece, so that there is no state to continue from."""
+    return any(mixers.whole_prompt(layer.block.mixer) for layer in layers(model))
+
+
+def taken(model: Decoder, state: Any, whose: Int[Array, " R"]) -> Any:
+    """The state of R rows, of which row i continues from row whose[i] of `state`."""
+    one, two = (jax.eval_shape(functools.partial(model.init_cache, number, 1)) for number in (1, 2))
+    return jax.tree.map(lambda x, a, b: x if a.shape == b.shape else jnp.take(x, whose, axis=1), state, one, two)
 
 
 def score(
@@ -113,9 +123,7 @@ def _score(model, params, length, first, first_labels, rest, rest_labels, whose)
         return token_nll(x, model.head(params), labels, transform=model.logit_transform), state
 
     shared, state = losses(first, first_labels, state)
-    one, two = (jax.eval_shape(functools.partial(model.init_cache, number, length)) for number in (1, 2))
-    state = jax.tree.map(lambda x, a, b: x if a.shape == b.shape else jnp.take(x, whose, axis=1), state, one, two)
-    return shared, losses(rest, rest_labels, state)[0]
+    return shared, losses(rest, rest_labels, taken(model, state, whose))[0]
 
 
 def _power(size: int) -> int:

@@ -1,6 +1,7 @@
-"""The English tasks of LongBench v1 (Bai et al. 2023, arXiv 2308.14508): prompts, lengths of answers, scores."""
+"""The tasks of LongBench v1 (Bai et al. 2023, arXiv 2308.14508): prompts, lengths of answers, scores."""
 
-import dataclasses
+from lcx.evals.support.documents_qa import chinese
+from lcx.evals.support.documents_qa.task import Task
 
 _PASSAGES = (
     "Answer the question based on the given passages. Only give me the answer and do not output any other words.\n\nThe"
@@ -15,20 +16,6 @@ _ARTICLE = (
     ' "unanswerable". Do not provide any explanation.'
 )
 _STORY = "asconcisely as you can, using a single phrase if possible. Do not provide any explanation."  # as published
-
-
-@dataclasses.dataclass(frozen=True)
-class Task:
-    """A task: its prompt with {context} and {input}, the tokens of an answer, its score.
-
-    With `first_line`, only the first line of an answer counts.
-    """
-
-    prompt: str
-    answer_tokens: int
-    metric: str
-    first_line: bool = False
-
 
 TASKS = {
     "narrativeqa": Task(
@@ -119,6 +106,7 @@ TASKS = {
     "repobench-p": Task(
         "Please complete the code given below. \n{context}{input}Next line of code:\n", 64, "code"
     ),
+    **chinese.TASKS,
 }
 V2_PROMPT = (
     "Please read the following text and answer the question below.\n\n<text>\n{context}\n</text>\n\nWhat is the correct"

@@ -74,7 +74,7 @@ def _row(row: dict[str, Any], layout: str, stem: str) -> Row:
         name = str(row.get("dataset") or stem).removesuffix("_e")
         if name not in longbench.TASKS:
             raise UserError(
-                f"LongBench's {name!r} is not one of its English tasks, expected {', '.join(longbench.TASKS)}: change"
+                f"{name!r} is not one of LongBench's tasks, expected {', '.join(longbench.TASKS)}: change"
                 " LongDocuments.file"
             )
         answers = [str(answer) for answer in row["answers"]]

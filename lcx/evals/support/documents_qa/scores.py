@@ -8,7 +8,9 @@ import string
 from collections.abc import Sequence
 
 from lcx.errors import UserError
+from lcx.evals.support.documents_qa import chinese
 
+_WORDS = chinese.Words()
 ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 
 
@@ -20,7 +22,15 @@ def normalized(text: str) -> str:
 
 def f1(prediction: str, expected: str) -> float:
     """The F1 of the two bags of words."""
-    words, wanted = normalized(prediction).split(), normalized(expected).split()
+    return _f1(normalized(prediction).split(), normalized(expected).split())
+
+
+def f1_zh(prediction: str, expected: str) -> float:
+    """The F1 of the two bags of Chinese words."""
+    return _f1(chinese.normalized(prediction), chinese.normalized(expected))
+
+
+def _f1(words: list[str], wanted: list[str]) -> float:
     same = sum((collections.Counter(words) & collections.Counter(wanted)).values())
     return 2 * same / (len(words) + len(wanted)) if same else 0.0
 
@@ -43,8 +53,8 @@ def classification(prediction: str, expected: str, classes: Sequence[str]) -> fl
 
 
 def retrieval(prediction: str, expected: str) -> float:
-    """The share of the numbers in the prediction that are that of the expected "Paragraph N"."""
-    found = re.search(r"Paragraph (\d+)", expected)
+    """The share of the numbers in the prediction that are that of the expected "Paragraph N" or "段落N"."""
+    found = re.search(r"(?:Paragraph |段落)(\d+)", expected)
     return count(prediction, found[1] if found else expected)
 
 
@@ -63,20 +73,26 @@ def code(prediction: str, expected: str) -> float:
 
 
 @functools.cache
-def _scorer():
+def _scorer(names: tuple[str, ...], **settings):
     try:
         from rouge_score import rouge_scorer
     except ImportError:
         raise UserError(
             "ROUGE needs the package rouge-score, which is not installed: pip install rouge-score"
         ) from None
-    return rouge_scorer.RougeScorer(list(ROUGE), use_stemmer=True)
+    return rouge_scorer.RougeScorer(list(names), **settings)
 
 
 def rouge(prediction: str, expected: str) -> dict[str, float]:
     """The F1 of ROUGE-1, -2, -L and -Lsum by the package rouge-score, with stemming; sentences are lines for Lsum."""
-    return {name: score.fmeasure for name, score in _scorer().score(expected, prediction).items()}
+    found = _scorer(ROUGE, use_stemmer=True).score(expected, prediction)
+    return {name: score.fmeasure for name, score in found.items()}
 
 
 def rouge_l(prediction: str, expected: str) -> float:
     return rouge(prediction, expected)["rougeL"]
+
+
+def rouge_l_zh(prediction: str, expected: str) -> float:
+    """The F1 of ROUGE-L over Chinese words, by the same package."""
+    return _scorer(("rougeL",), tokenizer=_WORDS).score(expected, prediction)["rougeL"].fmeasure

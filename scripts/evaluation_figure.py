@@ -1,0 +1,15 @@
+"""The figure of benchmarks/evaluation.py: what an evaluation costs beside a plain forward pass."""
+
+from figure_text import number, table, with_source
+
+
+def evaluation(result: dict) -> str:
+    rows = [
+        [row["evaluation"], *(number(row[key]) for key in ("plain_us_per_token", "us_per_token"))]
+        + [f"{row['over_plain']['median']:.2f}"]
+        for row in result["rows"]
+    ]
+    head = ["evaluation", "plain pass, µs a token", "evaluation, µs a token", "time over a plain pass"]
+    seconds = number(result["passkey_320_trials_s"])
+    passkey = f"A passkey of 320 trials, up to {result['length']} tokens: {seconds} s."
+    return with_source(result, f"{table(head, rows)}\n\n{passkey}")
