@@ -54,6 +54,9 @@ def llama(
         num_kv_heads=num_kv_heads,
         hidden_size=hidden_size,
         head_dim=head_dim,
+        intermediate_size=intermediate_size,
+        vocab_size=vocab_size,
+        max_position_embeddings=max_position_embeddings,
     )
     windows = (None,) * num_layers if layer_windows is None else tuple(layer_windows)
     ropes = (rope,) * num_layers if layer_ropes is None else tuple(layer_ropes)

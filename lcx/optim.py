@@ -15,6 +15,7 @@ from lcx.errors import UserError
 from lcx.parameters import leaf_paths
 
 SCHEDULES = ("cosine", "linear", "constant", "plateau")
+_LEAST = float(jnp.finfo(jnp.float32).tiny)  # what is smaller is 0 on the devices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,8 +68,8 @@ class AdamW:
             raise UserError(f"AdamW.schedule is {self.schedule!r}, expected one of {', '.join(SCHEDULES)}")
         for name in ("learning_rate", "context_scale", "eps", "clip_norm"):
             value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise UserError(f"AdamW.{name} is {value}, expected a positive number")
+            if value is not None and not _LEAST <= value < 1 / _LEAST:
+                raise UserError(f"AdamW.{name} is {value}, expected a positive number that float32 holds")
         for name in ("warmup_from", "final_fraction"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"AdamW.{name} is {getattr(self, name)}, expected a number from 0 to 1")

@@ -116,9 +116,16 @@ def test_plain_lines(tmp_path, capsys, monkeypatch):
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "step 1/95 loss 1.432 tok/s 21034 mfu 0.31"
     assert lines[1] == "step 11/95 loss 1.432 tok/s 21034 mfu 0.31 eta 2m48s"
-    assert lines[-2] == "step 95/95 loss 1.432 tok/s 21034 mfu 0.31 eta 0s"
-    assert lines[-1].startswith("step 95/95 eval_loss 1.25 passkey 0.5")
+    assert lines[-2] == "step 95/95 loss 1.432 tok/s 21034 mfu 0.31"
+    assert lines[-1].startswith("step 95/95 eval_loss 1.250 passkey 0.5")
     assert len(lines) == 10 + 1 + 1
+
+
+def test_small_figures_keep_two_digits():
+    """A speed of 0.4 tokens per second is not 0, nor is an MFU of 0.4%."""
+    shown = metrics._summary({"loss": 0.00412, "tokens_per_second": 0.43, "mfu": 0.0042})
+    assert shown == "loss 0.0041 tok/s 0.43 mfu 0.0042"
+    assert metrics._summary({"loss": -0.5, "tokens_per_second": 12.3}) == "loss -0.500 tok/s 12"
 
 
 def test_durations():
@@ -167,7 +174,7 @@ with MetricsLogger({str(tmp_path)!r}, total_steps=20, mode="off", process_index=
     assert "\nsaved step 15\n" in text and "\nnot saved\n" in text
     assert "  0%|" not in text and " 50%|" in text, "a resumed run starts where it was"
     text = in_a_terminal(script, columns=0)
-    assert "%|" not in text and "step 20/20 loss 0.050 tok/s 999 eta 0s\n" in text
+    assert "%|" not in text and "step 20/20 loss 0.050 tok/s 999\n" in text
 
 
 def wandb_records(path):

@@ -246,6 +246,8 @@ def test_a_converted_model_is_not_a_run(text, tmp_path):
         (lambda: {"model": tiny_model(num_layers=0)}, "llama.num_layers is 0, expected at least 1"),
         (lambda: {"model": tiny_model(num_heads=0)}, "llama.num_heads is 0, expected at least 1"),
         ({"steps": 3}, "AdamW.warmup_steps is 4, more than the 3 steps of the run"),
+        ({"optimizer": AdamW(lag=100)}, "AdamW.lag is 100, more than the .* steps of the run"),
+        ({"steps": 2**31}, "Trainer.steps is 2147483648, expected less than 2"),
         ({"objective": len}, "Trainer.objective len cannot be called with .model, variables, batch."),
         (lambda: {"optimizer": AdamW(plateau_factor=0.0)}, "AdamW.plateau_factor is 0.0, expected a number between"),
     ],

@@ -40,6 +40,8 @@ def build(
         raise UserError(
             "nothing to report: set --results (of lcx.evaluate), --workdir (of lcx.train), or both"
         )
+    _check_given("--results", results)
+    _check_given("--workdir", workdir)
     folder = paths.destination(output, "--output")
     if not overwrite:
         _refuse_to_replace(folder, [PAGE])
@@ -64,6 +66,17 @@ def build(
         _write(folder, files)
     print(f"report: {folder / PAGE}", file=sys.stderr)
     return folder / PAGE
+
+
+def _check_given(setting: str, folders: Sequence[str]) -> None:
+    """Raises UserError for an empty path, or one that is given twice."""
+    seen = set[str]()
+    for folder in folders:
+        place = os.path.realpath(os.path.expanduser(folder))
+        if not folder.strip() or place in seen:
+            found = f"names {folder} twice" if folder.strip() else "is empty"
+            raise UserError(f"{setting} {found}, expected different folders: change {setting}")
+        seen.add(place)
 
 
 def _distinct(more: dict[str, Any], curves: Mapping[str, Any]) -> dict[str, Any]:
