@@ -121,6 +121,20 @@ def test_plain_lines(tmp_path, capsys, monkeypatch):
     assert len(lines) == 10 + 1 + 1
 
 
+def test_every_evaluation_has_a_line(tmp_path, capsys):
+    """It has the step of the line before it, and was left out."""
+    with logger(tmp_path, total_steps=9, print_every=2) as log:
+        for step in range(1, 10):
+            log.log(step, {"loss": 1.0})
+            if step in (3, 6):
+                log.log(step, {"eval_loss": step / 10})
+    lines = [line.partition(" eta")[0] for line in capsys.readouterr().err.splitlines()]
+    assert lines == [
+        *("step 1/9 loss 1.000", "step 3/9 loss 1.000", "step 3/9 eval_loss 0.300", "step 5/9 loss 1.000"),
+        *("step 6/9 eval_loss 0.600", "step 7/9 loss 1.000", "step 9/9 loss 1.000"),
+    ]
+
+
 def test_small_figures_keep_two_digits():
     """A speed of 0.4 tokens per second is not 0, nor is an MFU of 0.4%."""
     shown = metrics._summary({"loss": 0.00412, "tokens_per_second": 0.43, "mfu": 0.0042})

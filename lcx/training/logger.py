@@ -217,9 +217,10 @@ class _Lines:
 
     def show(self, step: int, metrics: Mapping[str, float]) -> None:
         self._times.append((step, time.monotonic()))
-        due = self._shown is None or step - self._shown >= self._every or step < self._shown
+        trains = "loss" in metrics  # an evaluation is rare, and has the step of the line before it
+        due = not trains or self._shown is None or step - self._shown >= self._every or step < self._shown
         if due or step == self._total:
-            self._shown = step
+            self._shown = step if trains else self._shown
             left = f" eta {eta}" if (eta := self._time_left(step)) else ""
             self.message(f"step {step}/{self._total} {_summary(metrics)}{left}")
 
