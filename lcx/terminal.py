@@ -96,14 +96,7 @@ def stream_text(
     check_settings(1 if max_new_tokens is None else max_new_tokens, temperature, top_p, seed)
     if not chat and (system is not None or chat_template is not None):
         raise UserError("--system and --chat_template are for conversations: set --chat")
-    check_sizes("generate", num_samples=num_samples)
-    if num_samples > _MAX_SAMPLES:
-        raise UserError(f"--num_samples is {num_samples}, expected at most {_MAX_SAMPLES}: set several --seed instead")
-    if temperature == 0 and num_samples > 1:
-        raise UserError(f"--num_samples is {num_samples}, and all would be the same text: set --temperature above 0")
-    if temperature == 0 and (top_p != 1 or seed != 0 or top_k is not None):
-        name = "--top_p" if top_p != 1 else "--seed" if seed != 0 else "--top_k"
-        _say(f"warning: {name} has no effect at temperature 0: set --temperature")
+    _check_samples(num_samples, temperature, top_p=top_p, seed=seed, top_k=top_k)
     if output is not None and chat:
         raise UserError(f"--output is {output}, a FASTA file, and the prompt is a chat: leave out --output or --chat")
     inputs = {"--checkpoint": checkpoint, "--prompt": prompt[1:] if prompt.startswith("@") else None}
@@ -147,6 +140,18 @@ def stream_text(
                 write_samples(tokenizer, columns, prompt=ids, stops=stops, file=file)
             else:
                 show(tokenizer, (int(column[0]) for column in columns), prompt=ids)
+
+
+def _check_samples(num_samples: int, temperature: float, *, top_p: float, seed: int, top_k: int | None) -> None:
+    """Raises UserError for a number of samples that cannot be; warns of settings that greedy choices do not use."""
+    check_sizes("generate", num_samples=num_samples)
+    if num_samples > _MAX_SAMPLES:
+        raise UserError(f"--num_samples is {num_samples}, expected at most {_MAX_SAMPLES}: set several --seed instead")
+    if temperature == 0 and num_samples > 1:
+        raise UserError(f"--num_samples is {num_samples}, and all would be the same text: set --temperature above 0")
+    if temperature == 0 and (top_p != 1 or seed != 0 or top_k is not None):
+        name = "--top_p" if top_p != 1 else "--seed" if seed != 0 else "--top_k"
+        _say(f"warning: {name} has no effect at temperature 0: set --temperature")
 
 
 @contextlib.contextmanager
