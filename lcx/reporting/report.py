@@ -69,14 +69,9 @@ def build(
 
 
 def _check_given(setting: str, folders: Sequence[str]) -> None:
-    """Raises UserError for an empty path, or one that is given twice."""
-    seen = set[str]()
-    for folder in folders:
-        place = os.path.realpath(os.path.expanduser(folder))
-        if not folder.strip() or place in seen:
-            found = f"names {folder} twice" if folder.strip() else "is empty"
-            raise UserError(f"{setting} {found}, expected different folders: change {setting}")
-        seen.add(place)
+    """Raises UserError for an empty path."""
+    if not all(folder.strip() for folder in folders):
+        raise UserError(f"{setting} is empty, expected a folder: change {setting}")
 
 
 def _distinct(more: dict[str, Any], curves: Mapping[str, Any]) -> dict[str, Any]:
