@@ -37,8 +37,8 @@ class AdamW:
       context_scale: s = new context length / original one; the peak becomes learning_rate / sqrt(s).
       b1, b2, eps: decay rates of Adam's two moments, and the constant in its denominator.
       weight_decay: applied to parameters whose path matches `decay`.
-      decay: regular expression; by default kernels, those of experts too, embeddings and LoRA matrices, but not norms and
-        biases.
+      decay: regular expression; by default kernels, those of experts too, embeddings and LoRA matrices, but not norms
+        and biases.
       clip_norm: gradients with a larger global norm are scaled down to it; None: no clipping.
       trainable: regular expression; only parameters whose path ("params/stages_0/block_0/mixer/q_proj/kernel") matches
         are trained. None: all.
