@@ -95,7 +95,10 @@ def embed_file(
         of_fasta={"regions": regions, "both_strands": both_strands, "keep_case": keep_case},
         of_dataset=reading,
     )
-    with paths.claimed_file(output, "--output", overwrite=overwrite) as partial:
+    inputs = {"--checkpoint": checkpoint, "--fasta": fasta, "--dataset": dataset, "--regions": regions}
+    paths.refuse_inputs(output, "--output", inputs)
+    holds = ".zgroup" if output.endswith(".zarr") else None
+    with paths.claimed_file(output, "--output", overwrite=overwrite, holds=holds) as partial:
         model, params, tokenizer = opened(checkpoint, of="sequence", **loading)
         embedder = Embedder(
             model,

@@ -2,9 +2,13 @@
 other exception."""
 
 import contextlib
+import contextvars
 import math
 import re
+import types
 from collections.abc import Iterator, Mapping
+
+_names = contextvars.ContextVar[Mapping[str, str | None]]("names", default=types.MappingProxyType({}))
 
 
 class UserError(ValueError):
@@ -55,11 +59,19 @@ def naming(names: Mapping[str, str | None]) -> Iterator[None]:
       names: {a setting as messages name it, such as "Dataset.source": what the user sets, such as "--fasta"}. None: the
         user has no such setting, and the clause of the message that advises to change it is left out.
     """
+    before = _names.set(names)
     try:
         yield
     except UserError as error:
         error.args = (named(str(error), names),)
         raise
+    finally:
+        _names.reset(before)
+
+
+def as_read(line: str) -> str:
+    """A line that is not an error with the settings that its reader has, within a block or function of `naming`."""
+    return named(line, _names.get()) if _names.get() else line
 
 
 def named(message: str, names: Mapping[str, str | None]) -> str:

@@ -257,6 +257,15 @@ def table(model: Decoder) -> list[str]:
     return lines
 
 
+def scalings(model: Decoder) -> str:
+    """ " (RoPE: yarn, factor 4)", with every scaling of the model's layers; "" if there is none."""
+    mixers_ = [layer.block.mixer for layer in model_lib.layers(model)]
+    rotaries = [mixers.rotary(mixer) for mixer in mixers_ if mixers.can_rotate(mixer)]
+    ropes = [rotary.rope for rotary in rotaries if rotary is not None]
+    found = dict.fromkeys(_title(rope) for rope in ropes if _is_scaled(rope))
+    return f" (RoPE: {'; '.join(found)})" if found else ""
+
+
 def _is_scaled(rope: Rope) -> bool:
     return rope.rope_type != "default"
 
@@ -409,7 +418,9 @@ def _factor_and_target(
     enlarged = "if max_position_embeddings is enlarged already, set original_max_position_embeddings"
     if factor is None and target is not None:
         factor = values["factor"] = target / original
-    if not is_number(factor) or factor <= 1:
+    if not is_number(factor):
+        raise UserError(f"factor of rope_type {name!r} is {shown(factor)}, expected a number: change factor")
+    if factor <= 1:
         raise UserError(
             f"factor {shown(factor)} of rope_type {name!r} (original window {original}, context_length {target})"
             f" has no effect unless it is more than 1: change factor or context_length ({enlarged})"

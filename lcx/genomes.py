@@ -4,6 +4,7 @@ import contextlib
 import csv
 import dataclasses
 import functools
+import os
 import sys
 from typing import Any
 
@@ -64,6 +65,11 @@ def score_variants(
     if annotated is not None and not annotated.lower().endswith(".vcf"):
         raise UserError(f"--annotated is {annotated}, expected a name that ends in .vcf: change --annotated")
     check_sizes("variants", tokens_per_batch=tokens_per_batch)
+    if not os.path.exists(os.path.expanduser(variants)):
+        raise UserError(f"--variants is {variants}, and there is no such file: change --variants")
+    inputs = {"--checkpoint": checkpoint, "--fasta": fasta, "--variants": variants, "--regions": regions}
+    paths.refuse_inputs(output, "--output", inputs)
+    paths.refuse_inputs(annotated, "--annotated", inputs)
     evaluation = VariantEffects(
         fasta,
         variants,
@@ -116,6 +122,8 @@ def score_sequences(
     check_sizes("score", tokens_per_batch=tokens_per_batch)
     if per_position is not None and not per_position.endswith(".parquet"):
         raise UserError(f"--per_position is {per_position}, expected a name that ends in .parquet")
+    inputs = {"--checkpoint": checkpoint, "--fasta": fasta, "--regions": regions}
+    paths.refuse_inputs(output, "--output", inputs)
     with contextlib.ExitStack() as stack:
         claim = functools.partial(paths.claimed_file, overwrite=overwrite)
         table = stack.enter_context(claim(output, "--output"))

@@ -5,15 +5,17 @@ same Hugging Face folder. Requests are batched by length.
 """
 
 import functools
+import inspect
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lcx import hub, terminal
 from lcx.config import setup_jax
+from lcx.config.flags import hint
 from lcx.convert.api import load
 from lcx.data import check_vocabulary
-from lcx.errors import UserError
+from lcx.errors import UserError, first_line
 from lcx.evals.support import answers, forced, scoring
 
 NAME = "lcx"
@@ -23,14 +25,27 @@ def run(argv: Sequence[str]) -> None:
     """lm_eval's own command, which then knows the model `lcx`.
 
     Raises:
-      UserError: lm_eval is not installed.
+      UserError: lm_eval is not installed, or refuses the arguments.
     """
     setup_jax()
     model_class()
     from lm_eval.__main__ import cli_evaluate
 
     sys.argv = ["lm_eval", *argv]
-    cli_evaluate()
+    try:
+        cli_evaluate()
+    except ValueError as error:
+        if isinstance(error, UserError) or not _refused_by_lm_eval(error):
+            raise
+        raise UserError(f"lm_eval refuses this: {first_line(error)}") from error
+
+
+def _refused_by_lm_eval(error: BaseException) -> bool:
+    """Whether lm_eval itself has raised the exception: an unknown task or model, a flag that does not fit."""
+    at = error.__traceback__
+    while at is not None and at.tb_next is not None:
+        at = at.tb_next
+    return at is not None and at.tb_frame.f_globals.get("__name__", "").partition(".")[0] == "lm_eval"
 
 
 @functools.cache
@@ -53,9 +68,19 @@ def model_class() -> type:
 
         def __init__(self, **arguments: Any):
             TemplateLM.__init__(self)
+            _check_names(arguments)
             _Requests.__init__(self, **arguments)
 
     return register_model(NAME)(Harness)
+
+
+def _check_names(arguments: Mapping[str, Any]) -> None:
+    """Raises UserError for an argument of the model that there is not."""
+    known = [name for name in inspect.signature(_Requests).parameters if name not in ("device", "max_batch_size")]
+    for name in arguments:
+        if name not in inspect.signature(_Requests).parameters:
+            close = hint(name, known) or f"; expected some of {', '.join(known)}"
+            raise UserError(f"--model_args has {name!r}, which is unknown{close}")
 
 
 class _Requests:

@@ -90,7 +90,7 @@ class Linearize:
             make(block) if i not in self.keep_softmax and isinstance(block.mixer, Attention) else block
             for i, block in enumerate(blocks)
         )
-        held = None if self.window is None else self.window * (2 if self.window_kind == "terraced" else 1)
+        held = self._held
         if held is not None and held >= model.max_position_embeddings:
             raise UserError(
                 f"Linearize.window {self.window} holds the model's whole context of {model.max_position_embeddings} "
@@ -104,6 +104,19 @@ class Linearize:
                 + (f", and {names} has no linear form here" if names else "")
             )
         return model.clone(stages=model_lib.stages_of(new), parent=None)
+
+    @property
+    def _held(self) -> int | None:
+        """The largest number of keys in a window; None without one."""
+        return None if self.window is None else self.window * (2 if self.window_kind == "terraced" else 1)
+
+    def check_rows(self, seq_len: int) -> None:
+        """Raises UserError if rows of this length have every key in the window."""
+        if self._held is not None and seq_len <= self._held:
+            raise UserError(
+                f"Trainer.seq_len {seq_len} is not beyond the {self._held} keys that a {self.window_kind} window of "
+                f"{self.window} holds: nothing would be linear; raise Trainer.seq_len or lower Linearize.window"
+            )
 
     def _linear(self, block: Block) -> Block:
         softmax = block.mixer

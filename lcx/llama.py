@@ -47,14 +47,9 @@ def llama(
       UserError: inconsistent sizes, or per-layer settings whose number is not num_layers.
     """
     num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-    check_sizes(
-        "llama",
-        num_layers=num_layers,
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        hidden_size=hidden_size,
-        head_dim=head_dim,
-    )
+    check_sizes("llama", num_layers=num_layers, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim)
+    check_sizes("llama", hidden_size=hidden_size, intermediate_size=intermediate_size, vocab_size=vocab_size)
+    check_sizes("llama", max_position_embeddings=max_position_embeddings)
     windows = (None,) * num_layers if layer_windows is None else tuple(layer_windows)
     ropes = (rope,) * num_layers if layer_ropes is None else tuple(layer_ropes)
     if head_dim is None and hidden_size % num_heads:

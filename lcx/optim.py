@@ -15,6 +15,7 @@ from lcx.errors import UserError
 from lcx.parameters import leaf_paths
 
 SCHEDULES = ("cosine", "linear", "constant", "plateau")
+_LEAST = float(jnp.finfo(jnp.float32).tiny)  # what is smaller is 0 on the devices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +37,8 @@ class AdamW:
       context_scale: s = new context length / original one; the peak becomes learning_rate / sqrt(s).
       b1, b2, eps: decay rates of Adam's two moments, and the constant in its denominator.
       weight_decay: applied to parameters whose path matches `decay`.
-      decay: regular expression; by default kernels (of experts too), embeddings and LoRA matrices.
+      decay: regular expression; by default kernels, those of experts too, embeddings and LoRA matrices, but not norms
+        and biases.
       clip_norm: gradients with a larger global norm are scaled down to it; None: no clipping.
       trainable: regular expression; only parameters whose path ("params/stages_0/block_0/mixer/q_proj/kernel") matches
         are trained. None: all.
@@ -66,8 +68,8 @@ class AdamW:
             raise UserError(f"AdamW.schedule is {self.schedule!r}, expected one of {', '.join(SCHEDULES)}")
         for name in ("learning_rate", "context_scale", "eps", "clip_norm"):
             value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise UserError(f"AdamW.{name} is {value}, expected a positive number")
+            if value is not None and not _LEAST <= value < 1 / _LEAST:
+                raise UserError(f"AdamW.{name} is {value}, expected a positive number that float32 holds")
         for name in ("warmup_from", "final_fraction"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"AdamW.{name} is {getattr(self, name)}, expected a number from 0 to 1")

@@ -1,11 +1,12 @@
 """Folders that are written to: checked before any work is done, and written by one process at a time."""
 
 import contextlib
+import glob
 import os
 import pathlib
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from lcx.errors import UserError
 from lcx.locks import LOCK, beside, only_writer, refuse_held
@@ -68,17 +69,26 @@ def claimed(folder: pathlib.Path, setting: str, *, lock: str = LOCK, of: str | N
 
 
 @contextlib.contextmanager
-def claimed_file(path: str | os.PathLike, setting: str, *, overwrite: bool = False) -> Iterator[pathlib.Path]:
+def claimed_file(
+    path: str | os.PathLike, setting: str, *, overwrite: bool = False, holds: str | None = None
+) -> Iterator[pathlib.Path]:
     """Creates a result, a file or a folder of another format, that appears only when it is complete.
 
     Yields PATH.partial, to write within the block, which no other process writes at the same time; at the end it is
     renamed. After an exception nothing is left of it.
+
+    Args:
+      overwrite: whether an existing result is replaced. A folder is so only if it has the file `holds`, by which a
+        result of this kind is recognised: any other folder is not ours to delete.
+      holds: the name of that file; None: the result is a file.
 
     Raises:
       UserError: the result exists already, another process is writing it, or its folder cannot be written to.
     """
     place = destination(path, setting)
     with claimed(place.parent, setting, lock=f"{place.name}{LOCK}", of=str(place)):
+        if place.is_dir() and (holds is None or not (place / holds).is_file()):
+            raise UserError(f"{place} is a folder with other contents: choose another {setting}")
         if place.exists() and not overwrite:  # asked only now: another process may just have finished it
             raise UserError(f"{place} is there already: choose another {setting}, or set --overwrite")
         partial = place.with_name(f"{place.name}.partial")
@@ -89,6 +99,23 @@ def claimed_file(path: str | os.PathLike, setting: str, *, overwrite: bool = Fal
             os.replace(partial, place)
         finally:
             _remove(partial)
+
+
+def refuse_inputs(output: str | None, setting: str, inputs: Mapping[str, str | None]) -> None:
+    """Raises UserError if the file to write is one of those that the command reads.
+
+    Args:
+      output: the file to write; None: there is none.
+      setting: for messages: its setting.
+      inputs: {setting: a file, a glob, a folder, or None}.
+    """
+    place = None if output is None else destination(output, setting)
+    if place is None or not place.exists():
+        return
+    for name, given in inputs.items():
+        for found in glob.glob(os.path.expanduser(given)) if given else ():
+            if os.path.samefile(found, place):
+                raise UserError(f"{setting} is {output}, which {name} reads: choose another {setting}")
 
 
 def _remove(path: pathlib.Path) -> None:

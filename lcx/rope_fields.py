@@ -139,7 +139,7 @@ def known_type(name: Any) -> str:
 
 def close(name: str, known: Any) -> str:
     """'did you mean X? ' with the closest known name, or "" if none is close."""
-    found = difflib.get_close_matches(name, known, n=1)
+    found = difflib.get_close_matches(name, known, n=1, cutoff=0.65)
     return f"did you mean {found[0]!r}? " if found else ""
 
 

@@ -56,14 +56,14 @@ def make_mesh(*, data: int = 1, fsdp: int = -1, context: int = 1, tensor: int = 
     free = [name for name, size in sizes.items() if size == -1]
     if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
         raise UserError(
-            f"mesh sizes {sizes}: expected positive numbers and at most one -1; change the mesh setting"
+            f"mesh sizes {sizes}: expected positive numbers and at most one -1; change MeshShape"
         )
     known = math.prod(size for size in sizes.values() if size != -1)
     if free and len(devices) % known == 0:
         sizes[free[0]] = len(devices) // known
     if math.prod(sizes.values()) != len(devices):
         needed = f"a multiple of {known} devices" if free else quantity(known, "device")
-        raise UserError(f"mesh {sizes} needs {needed}, found {len(devices)}; change the mesh sizes")
+        raise UserError(f"mesh {sizes} needs {needed}, found {len(devices)}; change MeshShape")
     shape = tuple(sizes[axis] for axis in AXES)
     return jax.make_mesh(shape, AXES, devices=devices, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
 

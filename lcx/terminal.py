@@ -6,7 +6,7 @@ import errno
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +24,23 @@ from lcx.data import (
 from lcx.data.chat import prompt_ids, turn_end_ids
 from lcx.data.chat_templates import chat_templates
 from lcx.data.special import described
-from lcx.errors import UserError, check_sizes
+from lcx.errors import UserError, check_sizes, naming
 from lcx.multihost import channel
 from lcx.multihost.agreement import require_same
 from lcx.sampler import check_settings, default_new_tokens, stream
 from lcx.text import ids_of, stop_ids, tokenizer_of
 from lcx.wording import quantity
 
+# What errors call the flags of the command.
+_SETTINGS = ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "generate.num_samples", "context_length")
 _BROKEN = "\N{REPLACEMENT CHARACTER}"  # the decoder's output for bytes that are not (yet) a complete character
+_MAX_SAMPLES = 4096  # are generated together, and each has a cache
 _MAX_HELD = 32  # tokens held back while their last character is incomplete; then they are printed as they are
 _PATIENCE_S = 3.0  # without a first token; then a line says why
 _MAX_CONTEXT = 16  # tokens at the end of the prompt in which to look for the start of a character
 
 
+@naming({name: f"--{name.rpartition('.')[2]}" for name in _SETTINGS})
 def stream_text(
     *,
     checkpoint: str,
@@ -92,13 +96,11 @@ def stream_text(
     check_settings(1 if max_new_tokens is None else max_new_tokens, temperature, top_p, seed)
     if not chat and (system is not None or chat_template is not None):
         raise UserError("--system and --chat_template are for conversations: set --chat")
-    if temperature == 0 and (top_p != 1 or seed != 0):
-        name = "--top_p" if top_p != 1 else "--seed"
-        _say(f"warning: {name} has no effect at temperature 0: set --temperature")
-    check_sizes("generate", num_samples=num_samples)
+    _check_samples(num_samples, temperature, top_p=top_p, seed=seed, top_k=top_k)
     if output is not None and chat:
         raise UserError(f"--output is {output}, a FASTA file, and the prompt is a chat: leave out --output or --chat")
-    with _claim(output, overwrite, num_samples) as file:
+    inputs = {"--checkpoint": checkpoint, "--prompt": prompt[1:] if prompt.startswith("@") else None}
+    with _claim(output, overwrite, num_samples, inputs) as file:
         text, tokenizer = prompt_text(prompt), tokenizer_of(checkpoint, format)
         stops = stop_ids(tokenizer)
         if chat:
@@ -140,12 +142,27 @@ def stream_text(
                 show(tokenizer, (int(column[0]) for column in columns), prompt=ids)
 
 
+def _check_samples(num_samples: int, temperature: float, *, top_p: float, seed: int, top_k: int | None) -> None:
+    """Raises UserError for a number of samples that cannot be; warns of settings that greedy choices do not use."""
+    check_sizes("generate", num_samples=num_samples)
+    if num_samples > _MAX_SAMPLES:
+        raise UserError(f"--num_samples is {num_samples}, expected at most {_MAX_SAMPLES}: set several --seed instead")
+    if temperature == 0 and num_samples > 1:
+        raise UserError(f"--num_samples is {num_samples}, and all would be the same text: set --temperature above 0")
+    if temperature == 0 and (top_p != 1 or seed != 0 or top_k is not None):
+        name = "--top_p" if top_p != 1 else "--seed" if seed != 0 else "--top_k"
+        _say(f"warning: {name} has no effect at temperature 0: set --temperature")
+
+
 @contextlib.contextmanager
-def _claim(output: str | None, overwrite: bool, samples: int) -> Iterator[Path | None]:
-    """Yields the file to write, or None: the output is None, or process 0 writes it."""
+def _claim(
+    output: str | None, overwrite: bool, samples: int, inputs: Mapping[str, str | None]
+) -> Iterator[Path | None]:
+    """Yields the file to write, which is none of the inputs; or None: the output is None, or process 0 writes it."""
     if output is None or channel.index() > 0:
         yield None
         return
+    paths.refuse_inputs(output, "--output", inputs)
     with paths.claimed_file(output, "--output", overwrite=overwrite) as file:
         yield file
     _say(f"{output}: {quantity(samples, 'sample')}")

@@ -242,6 +242,8 @@ class Trainer:
             if checkpointer.steps():
                 self._check_origin(checkpointer.restore({})[2], workdir)
                 return
+        if self.linearize is not None:
+            self.linearize.check_rows(self.seq_len)
         if self.expects_linear and self.init_from is not None and self.linearize is None:
             model = convert.model_at(self.init_from, self.init_format)
             check_linear(model, seq_len=self.seq_len, where=self.init_from)

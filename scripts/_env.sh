@@ -6,6 +6,7 @@
 use_venv() {
   cd "$(dirname "${BASH_SOURCE[0]}")/.." || return 1
   local extras hash have="" python
+  _wait_for_turn
   [ -x .venv/bin/python ] || _make_venv || return 1
   python="$PWD/.venv/bin/python"
   hash="$({ pwd; cat pyproject.toml constraints.txt; } | cksum)"
@@ -21,7 +22,16 @@ use_venv() {
       -e ".${extras:+[$extras]}" || { echo "lcx: the install failed, see above" >&2; return 1; }
     printf '%s\n%s\n' "$hash" "${extras:-,}" > .venv/lcx-installed
   fi
+  exec 9<&-
   export PATH="$PWD/.venv/bin:$PATH" VIRTUAL_ENV="$PWD/.venv"
+}
+
+_wait_for_turn() {  # of two scripts that start at once, one installs; `use_venv` gives the turn back
+  exec 9< .
+  if command -v flock > /dev/null && ! flock -n 9; then
+    echo "lcx: another script is preparing .venv: waiting for it" >&2
+    flock 9
+  fi
 }
 
 _make_venv() {

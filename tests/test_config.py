@@ -222,7 +222,8 @@ MISTAKES = [
      "abc is not a value; write 'abc' for text, %abc for a macro, @module.abc to refer (a.gin:3)"),
     ("toy_job.Job.verbose = true", "true is not a value; write True (a.gin:3)"),
     ("toy_job.Job.steps = 2*3",
-     "expected one value or import per line and nothing after it; gin has no arithmetic, write the result (a.gin:3)"),
+     "2*3 is not one value: expected one value or import per line and nothing after it; gin has no arithmetic or "
+     "units, write the result (a.gin:3)"),
     ("toy_job.Job.steps = 2\ntoy_job.Job.sizes = [1,\n  2\nX = 3\n", "(a.gin:"),
     ("\ntoy_job.Job.sizes = (1, 2\n", "a bracket or quote is never closed (a.gin:4)"),
     ("import toy_jop", "no module named 'toy_jop'; did you mean toy_job? (a.gin:3)"),
@@ -245,6 +246,7 @@ def test_a_mistake_is_one_line_with_its_place(gin_file, capsys, tmp_path, text, 
     gin_file(BASE, "configuration.gin")
     gin_file("include 'a.gin'\n", "cycle.gin")
     (tmp_path / "folder").mkdir()
+    (tmp_path / "confgiuration").mkdir()  # no .gin file, so that it is not proposed
     (tmp_path / "bytes.gin").write_bytes(b"\xff\xfe\x00")
     found = errors(capsys, gin_file(text))
     assert any(line == expected or (line.endswith(")") and expected in line) for line in found), found
@@ -272,6 +274,8 @@ def test_a_repeated_mistake_is_reported_once(gin_file, capsys):
 FLAG_MISTAKES = [
     ("--gin.Job.stepz=3", "Job has no parameter 'stepz'; did you mean steps? (--gin.Job.stepz)"),
     ("--gin.Jop.steps=3", "nothing is called 'Jop'; did you mean Job? (--gin.Jop.steps)"),
+    ("--gin.Job.optimizer=@LoRA()",
+     "nothing is called 'LoRA'; write its module too, as in lcx.lora.LoRA (--gin.Job.optimizer)"),
     ("--gin.STEP=3", "no .gin file has a macro STEP; did you mean STEPS? (--gin.STEP)"),
     ("--gin.Job.steps=2.5", "toy_job.Job.steps: expected int, found 2.5 (float) (--gin.Job.steps)"),
     ("--gin.Job.name=abc", """abc is not a value; write --gin.Job.name="'abc'" for text, %abc for a macro, """

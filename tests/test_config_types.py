@@ -5,6 +5,7 @@ import inspect
 import os
 import typing
 from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
 
 import flax.linen as nn
 import jax
@@ -64,6 +65,15 @@ def untyped(x):
     return x
 
 
+class Named(Protocol):
+    @property
+    def name(self) -> str: ...
+
+
+class Runs(Protocol):
+    def __call__(self, x): ...
+
+
 @pytest.mark.parametrize(
     "source, called, annotation, fits",
     [
@@ -75,6 +85,8 @@ def untyped(x):
         (toy_job.power, False, float, False), (toy_job.Job, False, toy_job.Job, False),
         (toy_job.Job, False, type[toy_job.Job], True), (toy_job.power, False, type, False),
         (toy_job.power, False, Callable | None, True), (toy_job.power, False, str | Callable, True),
+        (toy_job.Job, True, Named, True), (toy_job.Optimizer, True, Named, False), (Net, True, Runs, True),
+        (toy_job.Job, True, Runs, False), (untyped, True, Runs, True),
     ],
 )  # fmt: skip
 def test_what_references_fit(source, called, annotation, fits):

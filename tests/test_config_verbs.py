@@ -86,8 +86,10 @@ def test_evaluations_and_their_settings_need_no_file(monkeypatch, capsys):
     assert [evaluation.name for evaluation in evals()] == ["loss_by_position", "perplexity"]
     _, perplexity = evals("--gin.Perplexity.windows=(64, 512)", "--gin.Perplexity.stride=8")
     assert (perplexity.windows, perplexity.stride) == ((64, 512), 8)
-    passkey, own = evals("--evals=passkey,fractions:Fraction", "--gin.Passkey.trials=3")
-    assert (passkey.trials, own) == (3, 0)
+    passkey, own = evals("--evals=passkey,lcx.evals.recall:Recall", "--gin.Passkey.trials=3")
+    assert (passkey.trials, own.name) == (3, "recall")
+    not_one = ["--checkpoint=c", "--output=o", "--evals=fractions:Fraction"]
+    assert evaluate.main(not_one) == 2 and "found @Fraction(), a Fraction" in capsys.readouterr().err
     assert len(evals("--gin.Passkey.trials=3")) == 2  # a setting of one that does not run is known all the same
     for names, expected in {"passky": "did you mean passkey?", "": "no evaluation is named", "a:B": "'a.B'"}.items():
         assert evaluate.main(["--checkpoint=c", "--output=o", f"--evals={names}"]) == 2

@@ -1,9 +1,12 @@
 """The settings that errors name: those of the command, and variables of the environment."""
 
+import contextlib
+import os
+
 import pytest
 
-from lcx.config.environment import blamed
-from lcx.errors import named
+from lcx.config.environment import blamed, check, misspelt
+from lcx.errors import UserError, named
 from lcx.locks import only_writer
 
 FLAGS = {"Dataset.source": "--source", "Dataset.format": "--format", "Dataset.on_bad_line": "--on_bad_line",
@@ -54,6 +57,26 @@ def test_a_variable_that_jax_refuses_is_named(monkeypatch):
     assert blamed(ValueError('another "zero"')) is None
     monkeypatch.delenv("JAX_NUM_CPU_DEVICES")
     assert blamed(refused) is None
+
+
+@pytest.mark.parametrize("devices, refused", [("-1", False), ("", False), ("x", False), ("8", False), ("-3", True),
+                                              ("0", True), ("99999999999", True)])  # fmt: skip
+def test_a_number_of_devices_that_cannot_be(monkeypatch, devices, refused):
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", devices)
+    with pytest.raises(UserError, match="expected 1 to 4096") if refused else contextlib.nullcontext():
+        check()
+
+
+def test_a_misspelt_variable_of_jax_is_pointed_out(monkeypatch):
+    import jax  # noqa: F401, whose variables are asked for
+
+    for name in [name for name in os.environ if name.startswith("JAX_")]:
+        monkeypatch.delenv(name)
+    for name in ("JAX_PLATFORM", "JAX_PLATFORMS", "JAX_TOOLBOX_REF", "JAX_PROCESS_ID"):
+        monkeypatch.setenv(name, "cpu")
+    assert misspelt() == [
+        "JAX_PLATFORM has no effect: jax does not know it; did you mean JAX_PLATFORMS?"
+    ]
 
 
 def test_a_lock_that_cannot_be_made_is_not_said_to_be_held():

@@ -85,7 +85,9 @@ def test_the_window_of_the_profiler(monkeypatch, tmp_path, window, before, steps
 @pytest.mark.parametrize("window", [(0, 3), (4, 3), (2,)])
 def test_windows_that_cannot_be(window):
     with pytest.raises(UserError, match="Trainer.profile is .* expected the first and the last step"):
-        profiling.check(window)
+        profiling.check(window, 100)
+    with pytest.raises(UserError, match="expected steps of the run, which ends after 100"):
+        profiling.check((101, 103), 100)
 
 
 def test_a_profiler_that_fails_does_not_stop_the_run(monkeypatch, tmp_path, caplog):

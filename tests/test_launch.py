@@ -178,3 +178,18 @@ def test_the_image_copies_what_there_is():
     extras = re.search(r"\[\$\{EXTRAS\},([\w,]+)\]", "\n".join(lines))[1].split(",")
     declared = (ROOT / "pyproject.toml").read_text()
     assert all(re.search(rf"^{extra} = \[", declared, re.MULTILINE) for extra in extras)
+
+
+@pytest.mark.skipif(shutil.which("flock") is None, reason="this system has no flock command")
+def test_of_two_scripts_that_start_at_once_one_installs(tmp_path):
+    (tmp_path / "scripts").mkdir()
+    for name in ("scripts/_env.sh", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text("#!/bin/sh\necho begin >> log\nsleep 0.5\necho end >> log\n")
+    python.chmod(0o755)
+    command = ["bash", "-c", ". scripts/_env.sh; use_venv dev && echo done"]
+    both = [subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    assert [process.communicate(timeout=60)[0] for process in both] == ["done\n"] * 2
+    assert (tmp_path / "log").read_text().split() == ["begin", "end"], "the second finds what the first installed"

@@ -293,6 +293,8 @@ def test_a_second_stage_expects_a_linear_model(text, tmp_path):
         tiny_trainer(text, **settings).run(str(tmp_path / "lora"))
     hybrid = Linearize(window=8, feature_dim=8, keep_softmax=(1,))
     tiny_trainer(text, **settings, linearize=hybrid).check(str(tmp_path / "linear"))
+    with pytest.raises(UserError, match="seq_len 16 is not beyond the 16 keys .* nothing would be linear"):
+        tiny_trainer(text, **settings, linearize=hybrid, seq_len=16).check(str(tmp_path / "short"))
     lcx.save(tmp_path / "linear", *hybrid(base.model, params, jax.random.key(1)), format="lcx")
     again = {**settings, "init_from": str(tmp_path / "linear")}
     tiny_trainer(text, **again).check(str(tmp_path / "again"))

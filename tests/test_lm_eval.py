@@ -1,6 +1,7 @@
 """The adapter for lm-evaluation-harness against its own hf model on the same folder."""
 
 import json
+import sys
 import types
 
 import pytest
@@ -88,11 +89,23 @@ metric_list: [{{metric: acc}}]
 
 
 def test_what_cannot_be(both, monkeypatch):
+    from lm_eval.api import registry
+
     with pytest.raises(UserError, match="set --model_args checkpoint=PATH"):
         harness.model_class()()
     with pytest.raises(UserError, match="leaves no room"):
         both[0].generate_until([types.SimpleNamespace(args=("a", {"max_gen_toks": 128}))])
     with pytest.raises(UserError, match="longer than max_length"):
         both[0]._loglikelihood_tokens([(None, [1], [5] * 200)])
+    with pytest.raises(UserError, match="--model_args has 'checkpont', which is unknown; did you mean checkpoint?"):
+        harness.model_class()(checkpont="x")
+    monkeypatch.setattr("lm_eval.__main__.cli_evaluate", lambda: registry.get_model("nope"))
+    monkeypatch.setattr(sys, "argv", [])
+    with pytest.raises(UserError, match="lm_eval refuses this: Attempted to load model 'nope'"):
+        harness.run([])
+    monkeypatch.setattr("lm_eval.__main__.cli_evaluate", lambda: int("a bug"))
+    with pytest.raises(ValueError, match="a bug") as bug:
+        harness.run([])
+    assert not isinstance(bug.value, UserError)
     monkeypatch.setattr(harness, "run", lambda argv: (_ for _ in ()).throw(UserError("no")))
     assert verb.main([]) == 2

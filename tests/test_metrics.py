@@ -116,9 +116,30 @@ def test_plain_lines(tmp_path, capsys, monkeypatch):
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "step 1/95 loss 1.432 tok/s 21034 mfu 0.31"
     assert lines[1] == "step 11/95 loss 1.432 tok/s 21034 mfu 0.31 eta 2m48s"
-    assert lines[-2] == "step 95/95 loss 1.432 tok/s 21034 mfu 0.31 eta 0s"
-    assert lines[-1].startswith("step 95/95 eval_loss 1.25 passkey 0.5")
+    assert lines[-2] == "step 95/95 loss 1.432 tok/s 21034 mfu 0.31"
+    assert lines[-1].startswith("step 95/95 eval_loss 1.250 passkey 0.5")
     assert len(lines) == 10 + 1 + 1
+
+
+def test_every_evaluation_has_a_line(tmp_path, capsys):
+    """It has the step of the line before it, and was left out."""
+    with logger(tmp_path, total_steps=9, print_every=2) as log:
+        for step in range(1, 10):
+            log.log(step, {"loss": 1.0})
+            if step in (3, 6):
+                log.log(step, {"eval_loss": step / 10})
+    lines = [line.partition(" eta")[0] for line in capsys.readouterr().err.splitlines()]
+    assert lines == [
+        *("step 1/9 loss 1.000", "step 3/9 loss 1.000", "step 3/9 eval_loss 0.300", "step 5/9 loss 1.000"),
+        *("step 6/9 eval_loss 0.600", "step 7/9 loss 1.000", "step 9/9 loss 1.000"),
+    ]
+
+
+def test_small_figures_keep_two_digits():
+    """A speed of 0.4 tokens per second is not 0, nor is an MFU of 0.4%."""
+    shown = metrics._summary({"loss": 0.00412, "tokens_per_second": 0.43, "mfu": 0.0042})
+    assert shown == "loss 0.0041 tok/s 0.43 mfu 0.0042"
+    assert metrics._summary({"loss": -0.5, "tokens_per_second": 12.3}) == "loss -0.500 tok/s 12"
 
 
 def test_durations():
@@ -167,7 +188,7 @@ with MetricsLogger({str(tmp_path)!r}, total_steps=20, mode="off", process_index=
     assert "\nsaved step 15\n" in text and "\nnot saved\n" in text
     assert "  0%|" not in text and " 50%|" in text, "a resumed run starts where it was"
     text = in_a_terminal(script, columns=0)
-    assert "%|" not in text and "step 20/20 loss 0.050 tok/s 999 eta 0s\n" in text
+    assert "%|" not in text and "step 20/20 loss 0.050 tok/s 999\n" in text
 
 
 def wandb_records(path):

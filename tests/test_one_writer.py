@@ -11,10 +11,10 @@ import sys
 
 import pytest
 
-from lcx import evaluate, report, train
+from lcx import evaluate, paths, report, train
 from lcx.checkpoint import Checkpointer
 from lcx.convert import __main__ as convert
-from lcx.convert.files.destination import replacing
+from lcx.convert.files.destination import refuse_same, replacing
 from lcx.errors import UserError
 from lcx.locks import LOCK, only_writer
 from lcx.paths import claimed
@@ -78,6 +78,48 @@ def test_an_owner_that_ends_removes_the_file_that_another_has_just_opened(tmp_pa
     held = only_writer(tmp_path / LOCK, of="run", setting="--workdir")
     with held, pytest.raises(UserError, match="being written"):
         taken(tmp_path / LOCK)
+
+
+def test_a_result_replaces_only_results_of_its_kind(tmp_path):
+    """`lcx.generate --output=WORKDIR --overwrite` deleted the run."""
+    run, store, file = tmp_path / "run", tmp_path / "a.zarr", tmp_path / "a.fa"
+    for path in (run / "config.gin", store / ".zgroup"):
+        path.parent.mkdir()
+        path.write_text("kept")
+    file.write_text("old")
+    for place, holds in ((run, None), (run, ".zgroup"), (store, None)):
+        claim = paths.claimed_file(place, "--output", overwrite=True, holds=holds)
+        with pytest.raises(UserError, match="is a folder with other contents: choose another --output"), claim:
+            raise AssertionError("it is not ours")
+    assert (run / "config.gin").read_text() == "kept"
+    with paths.claimed_file(store, "--output", overwrite=True, holds=".zgroup") as partial:
+        partial.mkdir()
+    with paths.claimed_file(file, "--output", overwrite=True) as partial:
+        partial.write_text("new")
+    assert not any(store.iterdir()) and file.read_text() == "new"
+
+
+def test_an_output_is_none_of_the_inputs(tmp_path):
+    file = tmp_path / "calls.vcf"
+    file.write_text("#")
+    for given in (str(file), str(tmp_path / "*.vcf"), f"{tmp_path}/../{tmp_path.name}/calls.vcf"):
+        with pytest.raises(UserError, match="--annotated is .*calls.vcf, which --variants reads: choose another"):
+            paths.refuse_inputs(str(file), "--annotated", {"--fasta": None, "--variants": given})
+    paths.refuse_inputs(str(tmp_path / "new.vcf"), "--annotated", {"--variants": str(file)})
+    paths.refuse_inputs(None, "--annotated", {"--variants": str(file)})
+    with pytest.raises(UserError, match=r"--dst is the same folder as --adapter"):
+        refuse_same(tmp_path / "adapter", tmp_path / "adapter", "--adapter")
+
+
+def test_a_workdir_that_holds_a_model_of_another_library_is_refused(tmp_path, capsys):
+    """Who evaluates it later would get that model."""
+    recipe = tmp_path / "recipe.gin"
+    recipe.write_text(RECIPE)
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "config.json").write_text("{}")
+    assert train.main([f"--gin_file={recipe}", f"--workdir={tmp_path / 'hf'}"]) == 2
+    assert "hf, which holds a model (config.json): set --workdir to another folder" in capsys.readouterr().err
+    assert os.listdir(tmp_path / "hf") == ["config.json"]
 
 
 def test_a_second_training_is_refused_and_changes_nothing(tmp_path, capsys):

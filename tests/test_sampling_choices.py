@@ -50,6 +50,16 @@ def test_only_allowed_letters_many_times(evo2, tmp_path, capsys):
     assert main([*words, f"--output={tmp_path}/s.fa"]) == 2
     assert main([*words[:-1], "--allowed="]) == 2
     assert main([*words, "--num_samples=0"]) == 2 and main([*words, "--top_k=0"]) == 2
+    capsys.readouterr()
+    for flags, says in {
+        ("--num_samples=0",): "--num_samples is 0, expected at least 1: change --num_samples",
+        ("--num_samples=1000000000",): "--num_samples is 1000000000, expected at most 4096",
+        ("--num_samples=3", "--temperature=0"): "--num_samples is 3, and all would be the same text",
+        ("--max_new_tokens=-1",): "--max_new_tokens is -1, expected an integer >= 1: change --max_new_tokens",
+        ("--temperature=nan",): "--temperature is nan",
+    }.items():
+        assert main([*words, *flags]) == 2
+        assert says in capsys.readouterr().err
 
 
 def test_samples_keep_numbers_and_no_arrays(tmp_path):

@@ -142,7 +142,7 @@ def test_sigterm_saves_exits_0_and_the_same_command_goes_on(gin_file, whole, tmp
         "model: llama, 2 layers, ",
         " parameters in float32, activations in float32, window of 32 tokens",
         " tokens held out",
-        "steps: 40 of 8 rows x 32 = 256 tokens, on 1 x cpu",
+        "steps: 40, each of 8 rows x 32 = 256 tokens, on 1 x cpu",
         f"writing to {tmp_path}",
         "compiling the first step",
         f"done: {tmp_path}/checkpoints/40; next: python -m lcx.evaluate --checkpoint={tmp_path}",

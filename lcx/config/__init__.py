@@ -37,7 +37,16 @@ import gin
 from gin import config as gin_config
 from gin import config_parser
 
-from lcx.config import checking, interrupts, messages, plugins, processes, reading, slow_compilation
+from lcx.config import (
+    checking,
+    environment,
+    interrupts,
+    messages,
+    plugins,
+    processes,
+    reading,
+    slow_compilation,
+)
 from lcx.config import flags as flags_lib
 from lcx.config.environment import blamed, setup_jax
 from lcx.config.flags import BINDS, json_object, parser
@@ -96,6 +105,7 @@ def run(
     plugins.hide_unusable()
     try:
         with messages.plain_warnings():
+            environment.check()
             with interrupts.importing():
                 function, source = _read(flags, target, defaults, bindings_of or target)
             slow_compilation.hide_alarm()
@@ -201,9 +211,11 @@ def _imported(target: str) -> Callable:
 
 
 def _call(function: Callable, source: reading.Source, flags: flags_lib.Flags) -> int:
-    for warning in checking.unreached(source).values():
+    configured = _imported(str(source.target))
+    _check_complete(function, flags.own, configured)  # before the warnings, among which its line would be lost
+    for warning in [*environment.misspelt(), *checking.unreached(source).values()]:
         print(f"warning: {warning}", file=sys.stderr)
-    result = function(**_arguments(function, flags.own, _imported(str(source.target))))
+    result = function(**_arguments(function, flags.own, configured))
     for warning in checking.without_effect(source, flags.own):
         print(f"warning: {warning}", file=sys.stderr)
     return result if type(result) is int else 0
@@ -217,30 +229,40 @@ def _arguments(
     The target is then called directly and not through gin, because gin rewrites the exceptions that pass through it.
     """
     configured = configured or function
-    parameters = inspect.signature(function).parameters
-    known = gin_config._inverse_lookup(configured)
-    bound = gin_config._get_bindings(known.selector) if known else {}
-    bound = {name: value for name, value in bound.items() if name not in flags}
-    if configured is not function:
-        bound = {name: value for name, value in bound.items() if name in parameters}
-    if known:
+    _check_complete(function, flags, configured)
+    bound = _bound(function, flags, configured)
+    if (known := gin_config._inverse_lookup(configured)) is not None:
         gin_config._OPERATIVE_CONFIG.setdefault(("", known.selector), {}).update(bound)
-    missing = [
-        name
-        for name, parameter in parameters.items()
-        if parameter.default is parameter.empty
-        and parameter.kind is not parameter.VAR_KEYWORD
-        and name not in {*bound, *flags, *_TEXTS}
-    ]
-    if missing:
-        where = f"{configured.__module__.rpartition('.')[2]}.{configured.__name__}"
-        raise ConfigError([f"nothing sets {name!r}: bind {where}.{name} in a --gin_file" for name in missing])
     try:
         built = copy.deepcopy(bound)  # gin instantiates a reference when it is deep-copied
     except (UserError, TypeError, ValueError) as error:
         raise ConfigError([_one_line(error)]) from error
-    texts = {name: text() for name, text in _TEXTS.items() if name in parameters}
+    texts = {name: text() for name, text in _TEXTS.items() if name in inspect.signature(function).parameters}
     return texts | built | flags
+
+
+def _bound(function: Callable, flags: dict[str, Any], configured: Callable) -> dict[str, Any]:
+    """The bindings of `configured` that the function takes and no flag overrides."""
+    parameters = inspect.signature(function).parameters
+    known = gin_config._inverse_lookup(configured)
+    bound = gin_config._get_bindings(known.selector) if known else {}
+    own = configured is function  # then a binding without a parameter is a mistake that gin has reported
+    return {name: value for name, value in bound.items() if name not in flags and (own or name in parameters)}
+
+
+def _check_complete(function: Callable, flags: dict[str, Any], configured: Callable) -> None:
+    """Raises ConfigError if neither a flag nor a binding gives a parameter that has no default."""
+    given = {*_bound(function, flags, configured), *flags, *_TEXTS}
+    missing = [
+        name
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.default is parameter.empty
+        and parameter.kind is not parameter.VAR_KEYWORD
+        and name not in given
+    ]
+    if missing:
+        where = f"{configured.__module__.rpartition('.')[2]}.{configured.__name__}"
+        raise ConfigError([f"nothing sets {name!r}: bind {where}.{name} in a --gin_file" for name in missing])
 
 
 _TEXTS: dict[str, Callable[[], Any]] = {

@@ -7,14 +7,17 @@ import glob
 import importlib.util
 import os
 import re
+import sys
 import time
 
-from lcx.errors import first_line
+from lcx.config.flags import hint
+from lcx.errors import UserError, first_line
 
 # Device files of NVIDIA GPUs, NVIDIA GPUs under WSL, AMD GPUs, TPUs up to v4, later TPUs.
 ACCELERATORS = ("nvidia[0-9]*", "dxg", "kfd", "accel[0-9]*", "vfio/[0-9]*")
 
 CACHE_BYTES = 2 << 30
+MOST_CPU_DEVICES = 4096
 
 
 def setup_jax() -> None:
@@ -52,9 +55,35 @@ def blamed(error: Exception) -> str | None:
     if not any(sign in text for sign in ("JAX flag", "initialize backend", "for environment 'JAX_")):
         return None
     for name, value in os.environ.items():
+        if name == "JAX_PLATFORMS" and value == "cpu":  # which every jax has: something else is wrong
+            continue
         if name.startswith("JAX_") and value and re.search(rf"['\"]{re.escape(value)}['\"]", text):
             return f"{name} is {value!r}, which jax refuses ({text}): change or unset {name}"
     return None
+
+
+def check() -> None:
+    """Raises UserError for a number of CPU devices that cannot be; jax would take it, and stop or hang later."""
+    given = os.environ.get("JAX_NUM_CPU_DEVICES", "")
+    number = re.fullmatch(r"\s*([+-]?\d+)\s*", given)  # jax refuses other texts, and `blamed` names them
+    if number and int(number[1]) != -1 and not 1 <= int(number[1]) <= MOST_CPU_DEVICES:  # -1: not set
+        raise UserError(f"JAX_NUM_CPU_DEVICES is {given}, expected 1 to {MOST_CPU_DEVICES}: change or unset it")
+
+
+def misspelt() -> list[str]:
+    """One line for each variable that jax does not know, but whose name is close to one that it knows.
+
+    jax ignores such a variable. Those with other names may belong to another program.
+    """
+    jax = sys.modules.get("jax")
+    if jax is None:
+        return []
+    known = [name.upper() for name in getattr(jax.config, "values", {}) if name.startswith("jax_")]
+    return [
+        f"{name} has no effect: jax does not know it{hint(name, known, cutoff=0.85)}"
+        for name in os.environ
+        if name.startswith("JAX_") and name not in known and hint(name, known, cutoff=0.85)
+    ]
 
 
 def has_accelerator() -> bool:

@@ -107,7 +107,7 @@ def read(parser: argparse.ArgumentParser, argv: Sequence[str]) -> Flags:
     )
 
 
-def hint(name: str, known: Iterable[object]) -> str:
-    """`; did you mean X?` with the closest known name, or "" if none is close."""
-    close = difflib.get_close_matches(name, [str(item) for item in known], n=1, cutoff=0.6)
+def hint(name: str, known: Iterable[object], *, cutoff: float = 0.6) -> str:
+    """`; did you mean X?` with the closest known name, or "" if none is closer than `cutoff` (of 1)."""
+    close = difflib.get_close_matches(name, [str(item) for item in known], n=1, cutoff=cutoff)
     return f"; did you mean {close[0]}?" if close else ""

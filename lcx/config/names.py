@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util  # gin 0.5.0 uses it without importing it
+import pathlib
 import pkgutil
 import re
 import sys
@@ -114,7 +115,20 @@ def look_up(selector: str) -> gin_config.Configurable:
     close = hint(selector.rpartition(".")[2], names)
     if not close and not isinstance(context, FlagContext):
         close = "; start the file with `from __gin__ import dynamic_registration` and import its module"
+    elif not close and (home := _home(selector)):
+        close = f"; write its module too, as in {home}.{selector}"
     raise LookupError(f"nothing is called {selector!r}{close}")
+
+
+def _home(name: str) -> str | None:
+    """The module of lcx that defines a public class or function of this name, found without importing any."""
+    root = pathlib.Path(__file__).parents[1]
+    if not name.isidentifier() or name.startswith("_"):
+        return None
+    for path in sorted(root.rglob("*.py"), key=lambda path: (len(path.parts), path)):
+        if re.search(rf"^(class|def) {name}\b", path.read_text("utf-8"), re.MULTILINE):
+            return ".".join(path.relative_to(root.parent).with_suffix("").parts).removesuffix(".__init__")
+    return None
 
 
 def _is_reported(context: gin_config.ParseContext, selector: str) -> bool:
@@ -180,5 +194,7 @@ def explain_syntax(error: SyntaxError, origin: str, value: str) -> str:
         macro = f", %{name} for a macro, @module.{name} to refer" if name.isidentifier() else ""
         return f"{name} is not a value; write {text} for text{macro}"
     if str(error.msg).startswith("Expected newline"):
-        return "expected one value or import per line and nothing after it; gin has no arithmetic, write the result"
+        found = f"{value} is not one value: " if value else ""
+        expected = "expected one value or import per line and nothing after it"
+        return f"{found}{expected}; gin has no arithmetic or units, write the result"
     return str(error.msg).splitlines()[0]

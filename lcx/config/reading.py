@@ -204,7 +204,9 @@ def _not_a_file(path: str, including: Sequence[str] = ()) -> str:
     near: list[str] = []
     with contextlib.suppress(OSError):
         near = [
-            os.path.join(os.path.dirname(path), name) for name in os.listdir(os.path.dirname(path) or ".")
+            os.path.join(os.path.dirname(path), name)
+            for name in os.listdir(os.path.dirname(path) or ".")
+            if name.endswith(".gin")
         ]
     close = hint(path, near)
     if including and not close and not os.path.isabs(path):

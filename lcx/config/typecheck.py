@@ -184,9 +184,18 @@ def _assignable(produced: Any, wanted: Any) -> bool:
     if target is collections.abc.Callable:
         calls = inspect.isclass(source) and any("__call__" in vars(base) for base in source.__mro__)
         return calls or source is collections.abc.Callable
-    if not (inspect.isclass(source) and inspect.isclass(target)) or getattr(target, "_is_protocol", False):
+    if not (inspect.isclass(source) and inspect.isclass(target)):
         return True
+    if getattr(target, "_is_protocol", False):
+        return not _lacks(source, target)
     return issubclass(source, target) or (target is float and source is int)
+
+
+def _lacks(source: type, protocol: Any) -> list[str]:
+    """The public members of a protocol that a class has neither as an attribute nor as a field."""
+    wanted = [name for name in vars(protocol) if not name.startswith("_") or name == "__call__"]
+    known = {name for base in source.__mro__ for name in (*vars(base), *inspect.get_annotations(base))}
+    return [name for name in wanted if name not in known]
 
 
 def _plain(annotation: Any) -> Any:

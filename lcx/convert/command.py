@@ -93,6 +93,9 @@ def convert(
     target = formats.writer(target, **(options or {}))
     wanted = model_source.parse_dtype(dtype)
     destination.refuse_same(source_path, target_path)
+    for name, found in {"adapter": adapter or (), "feature_maps": [feature_maps], "lora": [lora]}.items():
+        for path in filter(None, found):
+            destination.refuse_same(pathlib.Path(path).expanduser(), target_path, f"--{name}")
     given = (feature_maps, lora, attention, lora_alpha)
     has_files = published_quirks or any(value is not None for value in given)
     files = Lolcats(*given, published_quirks) if has_files else None

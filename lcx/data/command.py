@@ -6,7 +6,8 @@ from lcx.data.dataset import Dataset
 from lcx.errors import named, naming
 
 _FLAGS = ("source", "tokenizer", "format", "text_field", "on_bad_line", "separator", "chat", "chat_template")
-_NAMES = {**{f"Dataset.{name}": f"--{name}" for name in _FLAGS}, "Dataset.cache_dir": None}
+_NAMES: dict[str, str | None] = {f"Dataset.{name}": f"--{name}" for name in _FLAGS}
+_NAMES |= {"Dataset.cache_dir": None, "min_length": "--min_length"}
 
 
 @naming(_NAMES)

@@ -55,6 +55,9 @@ GPUS = {
 }
 
 
+_MOST_CPUS, _MOST_GPUS = 4096, 1 << 16  # more would take minutes only to be described
+
+
 @dataclasses.dataclass(frozen=True)
 class Topology:
     """Devices to compile for.
@@ -87,6 +90,8 @@ def find(name: str) -> Topology:
         return Topology(name, TPUS[kind], _tpus(name), TPUS[kind].memory)
     if len(sizes) > 1 or not sizes[0]:
         raise UserError(f"--topology is {name!r}, expected a number of devices such as {kind}:8")
+    if sizes[0] > (most := _MOST_CPUS if kind == "cpu" else _MOST_GPUS):
+        raise UserError(f"--topology is {name!r}, expected at most {most} devices of this kind")
     if kind == "cpu":
         devices = _cpus(sizes[0])
         return Topology(name, None, devices, _host_memory(len(devices)))

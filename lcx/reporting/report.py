@@ -40,6 +40,8 @@ def build(
         raise UserError(
             "nothing to report: set --results (of lcx.evaluate), --workdir (of lcx.train), or both"
         )
+    _check_given("--results", results)
+    _check_given("--workdir", workdir)
     folder = paths.destination(output, "--output")
     if not overwrite:
         _refuse_to_replace(folder, [PAGE])
@@ -64,6 +66,12 @@ def build(
         _write(folder, files)
     print(f"report: {folder / PAGE}", file=sys.stderr)
     return folder / PAGE
+
+
+def _check_given(setting: str, folders: Sequence[str]) -> None:
+    """Raises UserError for an empty path."""
+    if not all(folder.strip() for folder in folders):
+        raise UserError(f"{setting} is empty, expected a folder: change {setting}")
 
 
 def _distinct(more: dict[str, Any], curves: Mapping[str, Any]) -> dict[str, Any]:

@@ -217,9 +217,10 @@ class _Lines:
 
     def show(self, step: int, metrics: Mapping[str, float]) -> None:
         self._times.append((step, time.monotonic()))
-        due = self._shown is None or step - self._shown >= self._every or step < self._shown
+        trains = "loss" in metrics  # an evaluation is rare, and has the step of the line before it
+        due = not trains or self._shown is None or step - self._shown >= self._every or step < self._shown
         if due or step == self._total:
-            self._shown = step
+            self._shown = step if trains else self._shown
             left = f" eta {eta}" if (eta := self._time_left(step)) else ""
             self.message(f"step {step}/{self._total} {_summary(metrics)}{left}")
 
@@ -228,7 +229,8 @@ class _Lines:
 
     def _time_left(self, step: int) -> str:
         (first, then), (last, now) = self._times[0], self._times[-1]
-        return _duration((self._total - step) * (now - then) / (last - first)) if last > first else ""
+        known = last > first and step < self._total
+        return _duration((self._total - step) * (now - then) / (last - first)) if known else ""
 
     def message(self, text: str) -> None:
         with contextlib.suppress(OSError):  # stderr may be a file on the disk that is full
@@ -296,7 +298,12 @@ def _exchange(logger: logging.Logger, old: list[logging.Handler], new: list[logg
         logger.addHandler(handler)
 
 
-_SHORT = {"tokens_per_second": ("tok/s", "{:.0f}"), "mfu": ("mfu", "{:.2f}"), "loss": ("loss", "{:.3f}")}
+_SHORT = {  # name -> (label, decimals)
+    "tokens_per_second": ("tok/s", 0),
+    "mfu": ("mfu", 2),
+    "loss": ("loss", 3),
+    "eval_loss": ("eval_loss", 3),
+}
 
 
 def _summary(metrics: Mapping[str, float]) -> str:
@@ -304,9 +311,15 @@ def _summary(metrics: Mapping[str, float]) -> str:
     known = [name for name in ("loss", "tokens_per_second", "mfu") if name in metrics]
     parts = []
     for name in known or metrics:
-        label, form = _SHORT.get(name, (name, "{:.4g}"))
-        parts.append(f"{label} {form.format(metrics[name])}")
+        label, decimals = _SHORT.get(name, (name, None))
+        parts.append(f"{label} {_figure(metrics[name], decimals)}")
     return " ".join(parts)
+
+
+def _figure(value: float, decimals: int | None) -> str:
+    """A number with so many decimals, or with significant digits where fewer than two of them would be left."""
+    few = decimals is None or abs(value) < 10 ** (1 - decimals)
+    return f"{value:.{4 if decimals is None else 2}g}" if few else f"{value:.{decimals}f}"
 
 
 def _duration(seconds: float) -> str:

@@ -13,11 +13,18 @@ from lcx.errors import UserError, first_line
 log = logging.getLogger(__name__)
 
 
-def check(window: tuple[int, int] | None) -> None:
-    """Raises UserError unless the window is None or (first step, last step)."""
-    if window is not None and (len(window) != 2 or not 1 <= window[0] <= window[1]):
+def check(window: tuple[int, int] | None, last_step: int) -> None:
+    """Raises UserError unless the window is None or (first step, last step) of a run that ends after `last_step`."""
+    if window is None:
+        return
+    if len(window) != 2 or not 1 <= window[0] <= window[1]:
         raise UserError(
             f"Trainer.profile is {window!r}, expected the first and the last step to record, as (20, 22)"
+        )
+    if window[0] > last_step:
+        raise UserError(
+            f"Trainer.profile is {window!r}, expected steps of the run, which ends after {last_step}: lower it, or set "
+            "it to None"
         )
 
 

@@ -25,15 +25,18 @@ def check(trainer: Any) -> None:
             raise UserError(
                 f"Trainer.{name} is {getattr(trainer, name)!r}, expected one of {', '.join(known)}"
             )
-    profiling.check(trainer.profile)
+    if trainer.steps >= 2**31:  # a step is an int32 on the devices
+        raise UserError(f"Trainer.steps is {trainer.steps}, expected less than 2**31")
+    profiling.check(trainer.profile, trainer.last_step)
     objectives.check(trainer.objective)
     row_state.check(trainer)
     continued.check(trainer)
-    if (trainer.optimizer.warmup_steps or 0) > trainer.steps:
-        raise UserError(
-            f"AdamW.warmup_steps is {trainer.optimizer.warmup_steps}, more than the "
-            f"{quantity(trainer.steps, 'step')} of the run: lower it, or raise Trainer.steps"
-        )
+    for name in ("warmup_steps", "lag"):
+        if (getattr(trainer.optimizer, name) or 0) > trainer.steps:
+            raise UserError(
+                f"AdamW.{name} is {getattr(trainer.optimizer, name)}, more than the "
+                f"{quantity(trainer.steps, 'step')} of the run: lower it, or raise Trainer.steps"
+            )
     if not 0 <= trainer.seed < 2**32:  # jax.random.key keeps 32 bits
         raise UserError(f"Trainer.seed is {trainer.seed}, expected 0 to 2**32 - 1")
     doubtful.check_sizes_and_schedule(trainer)

@@ -81,7 +81,7 @@ def _model(run: Any) -> str:
         f"model: {kind}, {quantity(len(layers), 'layer')}{_parts(layers)}, "
         f"{quantity(counted(parameters), 'parameter')}{_trained(run)} in "
         f"{' and '.join(stored)}, activations in {run.model.dtype}, "
-        f"window of {quantity(run.model.max_position_embeddings, 'token')}"
+        f"window of {quantity(run.model.max_position_embeddings, 'token')}{extend.scalings(run.model)}"
     )
 
 
@@ -116,7 +116,7 @@ def _size(trainer: Any, mesh: jax.sharding.Mesh) -> str:
     count = division.micro_batches(trainer, mesh)
     pieces = f" in {count} micro-batches" if count > 1 else ""
     return (
-        f"steps: {trainer.last_step}{schedule} of {quantity(trainer.batch_size, 'row')} x {trainer.seq_len} = "
+        f"steps: {trainer.last_step}{schedule}, each of {quantity(trainer.batch_size, 'row')} x {trainer.seq_len} = "
         f"{quantity(counted(trainer.batch_size * trainer.seq_len), 'token')}{pieces}, on {mesh.size} x "
         f"{jax.devices()[0].device_kind}{f' ({axes})' if axes else ''}"
     )

@@ -19,6 +19,8 @@ from lcx.checkpoint import Checkpointer
 from lcx.errors import UserError
 from lcx.locks import LOCK
 
+_OF_MODELS = ("config.json", "adapter_config.json", "model.safetensors", "model.safetensors.index.json")
+
 
 @contextlib.contextmanager
 def claimed(folders: Sequence[pathlib.Path], config: str) -> Iterator[None]:
@@ -82,6 +84,7 @@ def opened(workdir: str) -> Iterator[pathlib.Path]:
     if not is_url(workdir):
         folder = paths.destination(workdir, "--workdir")
         _refuse_inside(folder)
+        _refuse_model(folder)
         yield folder
         return
     alone = jax.process_count() == 1
@@ -116,6 +119,21 @@ def _refuse_inside(folder: pathlib.Path) -> None:
             raise UserError(
                 f"--workdir is {folder}, which holds checkpoints of the run in {part.parent}: set --workdir to the run "
                 "to resume it, or to another folder"
+            )
+
+
+def _refuse_model(folder: pathlib.Path) -> None:
+    """Raises UserError for a folder that holds a model in the format of another library, and no run.
+
+    Commands that read it later would find that model, not the run.
+    """
+    if (folder / "checkpoints").is_dir():
+        return
+    for name in _OF_MODELS:
+        if (folder / name).is_file():
+            raise UserError(
+                f"--workdir is {folder}, which holds a model ({name}): set --workdir to another folder, and to start "
+                "from this model Trainer.init_from"
             )
 
 

@@ -68,14 +68,14 @@ def replacing(
         raise
 
 
-def refuse_same(source: str | os.PathLike, destination: str | os.PathLike) -> None:
-    """Raises UserError if writing the destination would overwrite or delete the source."""
+def refuse_same(source: str | os.PathLike, destination: str | os.PathLike, setting: str = "--src") -> None:
+    """Raises UserError if writing the destination would overwrite or delete the source, which `setting` names."""
     src, dst = pathlib.Path(os.path.realpath(source)), pathlib.Path(os.path.realpath(destination))
     if src == dst:
-        raise UserError(f"--dst is the same folder as --src ({src}); choose another --dst")
+        raise UserError(f"--dst is the same folder as {setting} ({src}); choose another --dst")
     if src.is_relative_to(dst):
         raise UserError(
-            f"--dst ({dst}) contains --src ({src}), which replacing it would delete; choose another --dst"
+            f"--dst ({dst}) contains {setting} ({src}), which replacing it would delete; choose another --dst"
         )
 
 

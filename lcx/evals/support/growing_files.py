@@ -79,7 +79,7 @@ class GrowingFiles:
         if kind is not None and not self.done:  # nothing to continue: a mistake in the input, most likely
             for path in (*map(_partial, self._paths), self._state):
                 path.unlink(missing_ok=True)
-        self._stack.close()
+        self._stack.__exit__(kind, value, traceback)  # removes folders that it made and that are empty after a mistake
 
     def append(self, texts: Sequence[str], *, done: int) -> None:
         """Adds a text to each file; from then on, an interrupted job continues after `done` steps."""
