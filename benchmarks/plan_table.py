@@ -113,7 +113,8 @@ def command(row: Row, topology: str, folder: str) -> list[str]:
         with open(files[0], "w") as file:
             file.write(EVO2.format(root=ROOT, model=row.model))
     data = "FASTA" if not row.gin_files else "TEXT"
-    made = [sys.executable, "-m", "lcx.plan", f"--topology={topology}", "--json", *(f"--gin_file={file}" for file in files)]
+    made = [sys.executable, "-m", "lcx.plan", f"--topology={topology}", "--json"]
+    made += [f"--gin_file={file}" for file in files]
     return made + [f"--gin.{key}={value}" for key, value in (flags | {data: "'text'"}).items()]
 
 

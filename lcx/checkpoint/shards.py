@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import itertools
+import json
 import math
 import os
 import threading
@@ -41,6 +42,8 @@ def read_arrays(item_dir: Any, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> di
             "file_io_concurrency": {"limit": _THREADS},
         }
     )
+    if any(math.prod(struct.shape) for struct in wanted.values()):
+        json.loads((item_dir / "_METADATA").read_text())  # a step that Orbax itself could not read is not whole
     budget = _Budget(_UNDER_WAY_BYTES)
     arrays: dict[str, jax.Array] = {}
     with concurrent.futures.ThreadPoolExecutor(_THREADS, "lcx-restore") as pool:
@@ -155,9 +158,9 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return raw[start : start + nbytes].view(dtype).reshape(shape)
 
 
-def _within(part: Any, bounds: Any) -> Box:
-    """The indices of a part in an array that holds only `bounds`."""
-    return tuple(slice(start - first, stop - first) for (start, stop), (first, _) in zip(part, bounds))
+def _within(part: Any, bounds: Any) -> tuple[Any, ...]:
+    """The indices of a part in an array that holds only `bounds`; they give a view of an array without axes too."""
+    return *(slice(start - first, stop - first) for (start, stop), (first, _) in zip(part, bounds)), ...
 
 
 def _cells(bounds: Any, chunk: tuple[int, ...]) -> Iterator[range]:

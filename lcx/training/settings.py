@@ -25,6 +25,11 @@ def check(trainer: Any) -> None:
             raise UserError(
                 f"Trainer.{name} is {getattr(trainer, name)!r}, expected one of {', '.join(known)}"
             )
+    if trainer.copy_every is not None and (trainer.copy_every < 1 or trainer.copy_every % trainer.checkpoint_every):
+        raise UserError(
+            f"Trainer.copy_every is {trainer.copy_every}, expected a multiple of checkpoint_every, which is "
+            f"{trainer.checkpoint_every}"
+        )
     profiling.check(trainer.profile)
     objectives.check(trainer.objective)
     row_state.check(trainer)
