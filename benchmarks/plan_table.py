@@ -46,7 +46,7 @@ trainer.Trainer.seq_len = 1048576
 striped_hyena.striped_hyena.init_length = 1048576
 """
 SLICES = {  # kind: {devices: topology}
-    "h200": {count: f"h200:{count}" for count in (8, 64, 256, 512)},
+    **{kind: {count: f"{kind}:{count}" for count in (8, 64, 256, 512)} for kind in ("h100", "h200")},
     "v5p": {8: "v5p:2x2x2", 64: "v5p:4x4x4", 256: "v5p:4x8x8", 512: "v5p:8x8x8"},
     "v6e": {8: "v6e:2x4", 64: "v6e:8x8", 256: "v6e:16x16", 512: "v6e:16x16"},  # no larger one exists
 }
@@ -81,11 +81,12 @@ def extended(length: int, rows: int) -> dict[str, str]:
 
 YARN, MILLION = ("configs/extend/yarn.gin",), 1 << 20
 BLOCKS = {"Blocks.layers_per_block": "9", "Trainer.remat": "'full'"}
-MEDIUM = {"SEQ_LEN": "65536", "Trainer.batch_size": "8", "MeshShape.data": "8"}
+MEDIUM = {"SEQ_LEN": "65536", "Trainer.batch_size": "8", "MeshShape.data": "8", "TOKENIZER": "'tokenizer'"}
 TWO_MAMBA = tuple(f"configs/pretrain/two_mamba/{name}.gin" for name in (
     "squared__sm_norm__A_mask_type_neg_softplus__in_conv_k_2", "sizes/medium"
 ))  # fmt: skip
 ROWS = {
+    "Llama 3.1 8B, 32K": Row("8B", YARN, (8, 1, 1), extended(32768, 64) | {"Trainer.accumulation": "8"}),
     "Llama 3.1 8B, 128K": Row("8B", YARN, (16, 4, 1), extended(131072, 16)),
     "Llama 3.1 8B, 1M": Row("8B", YARN, (4, 16, 1), extended(MILLION, 4)),
     "Llama 3.1 70B, 128K": Row("70B", YARN, (32, 8, 1), extended(131072, 32)),
@@ -146,7 +147,7 @@ def would_fit(made: dict) -> dict[str, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", help="some of the rows, separated by ;")
-    parser.add_argument("--kinds", default=",".join(SLICES), help="of devices")
+    parser.add_argument("--kinds", default="h200,v5p,v6e", help="of devices, also h100")
     parser.add_argument("--again", action="store_true", help="also those that the file holds")
     parser.add_argument("--output", default=os.path.join(HERE, "results", "plans.json"))
     args = parser.parse_args()

@@ -345,7 +345,7 @@ def test_what_was_not_copied_is_kept_when_another_machine_went_on(bucket, weathe
 
 
 def test_rare_copies_of_frequent_checkpoints(weather, tmp_path):
-    """Two are kept here, every fourth step is copied; the bucket always holds one to go on from, at the end the last."""
+    """Two are kept here, every fourth step is copied; the bucket always holds one to go on from."""
     url = f"s3://{bucket_servers.BUCKET}/rare"
 
     def steps():
