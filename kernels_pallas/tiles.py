@@ -126,8 +126,8 @@ def chunked(
         parts = in_parts(log_decay.reshape(B, N, J, C))
         local = jnp.sum(parts, axis=2)
         total = local[..., -1]
-        # Inexact for large sums, which is harmless: this only decides which chunks are negligible. A total may be slightly
-        # above 0 (a change of units in second-order attention), but the search needs sorted values.
+        # Inexact for large sums, which is harmless: this only decides which chunks are negligible. A total may be
+        # slightly above 0 (a change of units in second-order attention), but the search needs sorted values.
         before = jax.lax.cummax(-jnp.cumsum(total, axis=-1), axis=2)
         first = _search(before, before + total - forgotten - 1e-6 * before)
     enters = leaves = None
