@@ -207,8 +207,8 @@ class _Workdir:
         changed = sorted(self._changed())
         here = _newest(name for name in self._files() if _committed(name))
         due = {step for step in here.values() if last}
-        due |= {step[0] for name in changed if (step := STEP.match(name)) and not _number(step[0]) % self.every}
-        steps = [name for name in changed if (step := STEP.match(name)) and step[0] in due]
+        due |= {own[0] for name in changed if (own := STEP.match(name)) and not _number(own[0]) % self.every}
+        steps = [name for name in changed if (own := STEP.match(name)) and own[0] in due]
         self._send([name for name in changed if not STEP.match(name)])
         for step in sorted({STEP.match(name)[0] for name in steps}, key=len):  # type: ignore[index]
             files = [name for name in steps if name.startswith(step)]
@@ -219,7 +219,7 @@ class _Workdir:
         there = _newest(name for name in self._there if _committed(name))
         held = {step for of, step in there.items() if of in here and _number(here[of]) > _number(step)}
         gone = [name for name in sorted(self._there) if not (self.folder / name).exists()]
-        gone = [name for name in gone if not ((step := STEP.match(name)) and step[0] in held)]
+        gone = [name for name in gone if not ((own := STEP.match(name)) and own[0] in held)]
         for names in ([n for n in gone if _committed(n)], [n for n in gone if not _committed(n)]):
             client.remove(self.url, names)  # first the markers, so that no half step counts
         self._there -= set(gone)

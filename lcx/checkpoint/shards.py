@@ -98,7 +98,7 @@ class _Array:
 
     def cells(self) -> list[tuple[Box, list[Bounds]]]:
         """(the part of a chunk to read, the shards that it is for) for each chunk that a shard needs."""
-        chunk = self._store.chunk_layout.read_chunk.shape or ()
+        chunk = tuple(size or 1 for size in self._store.chunk_layout.read_chunk.shape or ())
         needed: dict[tuple[int, ...], list[Bounds]] = {}
         for bounds in self._devices:
             for cell in itertools.product(*_cells(bounds, chunk)):

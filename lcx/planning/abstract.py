@@ -3,7 +3,7 @@
 import json
 import pathlib
 import re
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -77,8 +77,9 @@ def fields_of(trainer: Trainer, run: Run) -> dict[str, tuple[tuple[int, ...], An
     """{name: (shape of each token, dtype)} of a batch: tokens, or the residual stream before a block of layers."""
     if not isinstance(trainer, BlockTrainer):
         return {name: ((), dtype) for name, dtype in FIELDS.items()}
-    masks = {name: ((), np.dtype("int32")) for name in MASKS}
-    return {STREAM: ((run.model.hidden_size,), jnp.dtype(run.model.dtype))} | masks
+    found: dict[str, tuple[tuple[int, ...], Any]] = {name: ((), np.dtype("int32")) for name in MASKS}
+    found[STREAM] = (run.model.hidden_size,), jnp.dtype(run.model.dtype)
+    return found
 
 
 def run_of(trainer: Trainer, mesh: Mesh) -> Run:
@@ -96,7 +97,7 @@ def run_of(trainer: Trainer, mesh: Mesh) -> Run:
     if trainer.linearize is not None:
         model = trainer.linearize.model(model)
     if isinstance(trainer, BlockTrainer):
-        model = model_lib.part(model, trainer.first, trainer.last)
+        model = cast(Decoder, model_lib.part(model, trainer.first, trainer.last))  # what a run calls its model
     if trainer.expects_linear:
         check_linear(model, seq_len=trainer.seq_len, where=trainer.init_from)
     model = trainer.adjusted(model)
