@@ -1,12 +1,12 @@
 """How far the plan of a training step is from what the step takes: small configurations on this machine's CPUs.
 
-    python benchmarks/plan_errors.py [--only NAME,...] [--output benchmarks/results/plan_errors.json]
+    python benchmarks/plan_errors.py [--only NAME;...] [--output benchmarks/results/plan_errors.json]
 
-Each configuration runs in a process of its own. Planned is what `python -m lcx.plan --topology=cpu:N` gives, over all
-N devices. Measured is the highest resident memory of the process in three real steps, less its resident memory
-after an earlier step whose arrays were freed. glibc is asked to give memory back at once (MALLOC_ENVIRONMENT), so that
-no freed memory of the compiler hides what a step takes. The error is planned / measured - 1; below 0 the plan promised
-too little. Linux only.
+Each configuration runs in a process of its own; --only measures some and keeps the others of the file. Planned is what
+`python -m lcx.plan --topology=cpu:N` gives, over all N devices. Measured is the highest resident memory of the process
+in three real steps, less its resident memory after an earlier step whose arrays were freed. glibc is asked to give
+memory back at once (MALLOC_ENVIRONMENT), so that no freed memory of the compiler hides what a step takes. The error is
+planned / measured - 1; below 0 the plan promised too little. Linux only.
 """
 
 import argparse
@@ -21,7 +21,8 @@ import sys
 HERE = os.path.dirname(os.path.abspath(__file__))
 MALLOC_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
 LLAMA = {"vocab_size": 512, "hidden_size": 256, "intermediate_size": 768, "num_layers": 4, "num_heads": 4}
-# name -> (model, Trainer settings, devices). The model: settings of model.llama, and "mixer" for another one.
+# name -> (model, Trainer settings, devices). The model: settings of model.llama, and "mixer" for another one; or with a
+# "pattern", of a StripedHyena 2.
 CASES = {
     "nothing recomputed": ({}, {"batch_size": 8, "seq_len": 512, "remat": "none"}, 1),
     "remat dots": ({}, {"batch_size": 8, "seq_len": 512, "remat": "dots"}, 1),
@@ -37,6 +38,24 @@ CASES = {
     "2 devices, fsdp": ({}, {"batch_size": 8, "seq_len": 512, "remat": "dots", "mesh": {"fsdp": 2}}, 2),
     "2 devices, context": ({}, {"batch_size": 2, "seq_len": 2048, "mesh": {"fsdp": 1, "context": 2}}, 2),
     "Mamba-2": ({"mixer": "mamba2"}, {"batch_size": 2, "seq_len": 1024, "remat": "full"}, 1),
+    "2Mamba": ({"mixer": "two_mamba"}, {"batch_size": 2, "seq_len": 1024, "remat": "full"}, 1),
+    "StripedHyena 2": ({"pattern": "SDH*"}, {"batch_size": 2, "seq_len": 1024, "remat": "full"}, 1),
+    "one long row": ({}, {"batch_size": 1, "seq_len": 4096, "remat": "full"}, 1),
+    "a long row in pieces": ({}, {"batch_size": 1, "seq_len": 4096, "remat": "full", "piece_length": 512}, 1),
+    "12 layers": ({"num_layers": 12}, {"batch_size": 4, "seq_len": 512, "remat": "dots"}, 1),
+    "one kv head": ({"num_kv_heads": 1}, {"batch_size": 8, "seq_len": 512, "remat": "none"}, 1),
+    "tied embeddings": (
+        {"vocab_size": 32768, "tie_word_embeddings": True},
+        {"batch_size": 2, "seq_len": 512, "remat": "full"},
+        1,
+    ),
+    "2 devices, data": ({}, {"batch_size": 8, "seq_len": 512, "remat": "dots", "mesh": {"data": 2, "fsdp": 1}}, 2),
+    "2 devices, tensor": ({}, {"batch_size": 4, "seq_len": 512, "remat": "dots", "mesh": {"fsdp": 1, "tensor": 2}}, 2),
+    "4 devices, fsdp and context": (
+        {},
+        {"batch_size": 4, "seq_len": 1024, "remat": "full", "mesh": {"fsdp": 2, "context": 2}},
+        4,
+    ),
 }
 
 
@@ -45,7 +64,10 @@ def trainer_of(name: str):
 
     sizes, settings, _ = CASES[name]
     own = {key: value for key, value in sizes.items() if key != "mixer"}
-    made = model.llama(**{**LLAMA, **own}, max_position_embeddings=settings["seq_len"])
+    if "pattern" in sizes:
+        made = striped_hyena_2(sizes["pattern"], settings["seq_len"])
+    else:
+        made = model.llama(**{**LLAMA, **own}, max_position_embeddings=settings["seq_len"])
     if "mixer" in sizes:
         made = model.map_mixers(made, lambda mixer: other_mixer(sizes["mixer"], LLAMA["hidden_size"]))
     settings = dict(settings)
@@ -53,6 +75,14 @@ def trainer_of(name: str):
         settings["lora"] = lora.LoRA(rank=settings["lora"])
     settings["mesh"] = sharding.MeshShape(**settings.get("mesh", {}))
     return trainer.Trainer(data=data.Dataset(source="none"), steps=3, model=made, **settings)
+
+
+def striped_hyena_2(pattern: str, length: int):
+    from lcx.striped_hyena import striped_hyena
+
+    groups = {"se_groups": 16, "mr_groups": 16, "init_length": length}
+    sizes = {key: LLAMA[key] for key in ("hidden_size", "intermediate_size", "num_heads")}
+    return striped_hyena(pattern=pattern, **sizes, **groups, max_position_embeddings=length)
 
 
 def other_mixer(name: str, hidden: int):
@@ -149,18 +179,22 @@ def main() -> None:
     if args.one:
         print(json.dumps(one(args.one)))
         return
-    rows = []
+    kept = {}
+    if args.only and os.path.exists(args.output):
+        with open(args.output) as file:
+            kept = {row["name"]: row for row in json.load(file)["rows"]}
     environment = {**os.environ, **MALLOC_ENVIRONMENT, "JAX_PLATFORMS": "cpu"}
     for name in args.only.split(";") if args.only else CASES:
         command = [sys.executable, __file__, "--one", name]
         result = subprocess.run(command, env=environment, capture_output=True, text=True)
         if result.returncode:
             raise SystemExit(f"{name}: {result.stderr.strip().splitlines()[-1]}")
-        rows.append(json.loads(result.stdout.splitlines()[-1]))
-        print(json.dumps(rows[-1]), flush=True)
+        kept[name] = json.loads(result.stdout.splitlines()[-1])
+        print(json.dumps(kept[name]), flush=True)
     if args.output != "-":
         import harness
 
+        rows = [kept[name] for name in CASES if name in kept]
         with open(args.output, "w") as file:
             what = (
                 "peak memory of a training step: planned, and measured as the growth of the resident memory"

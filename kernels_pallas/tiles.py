@@ -118,14 +118,18 @@ def chunked(
     if log_decay is None and runs is None:
         whole = jnp.zeros((B, N, J), jnp.int32)
         return None, Reach(whole, whole + J - 1)
-    log_decay = jnp.zeros(shape, jnp.float32) if log_decay is None else log_decay
-    parts = in_parts(log_decay.reshape(B, N, J, C))
-    local = jnp.sum(parts, axis=2)
-    total = local[..., -1]
-    # Inexact for large sums, which is harmless: this only decides which chunks are negligible.
-    # A total may be slightly above 0 (a change of units in second-order attention), but the search needs sorted values.
-    before = jax.lax.cummax(-jnp.cumsum(total, axis=-1), axis=2)
-    first = _search(before, before + total - forgotten - 1e-6 * before)
+    if log_decay is None:
+        # Without sums: XLA would compute those of constants while it compiles, number by number, for minutes.
+        parts, first = jnp.zeros((B, N, 2, J, C), jnp.float32), jnp.zeros((B, N, J), jnp.int32)
+        local, total = parts[:, :, 0], parts[:, :, 0, :, -1]
+    else:
+        parts = in_parts(log_decay.reshape(B, N, J, C))
+        local = jnp.sum(parts, axis=2)
+        total = local[..., -1]
+        # Inexact for large sums, which is harmless: this only decides which chunks are negligible. A total may be
+        # slightly above 0 (a change of units in second-order attention), but the search needs sorted values.
+        before = jax.lax.cummax(-jnp.cumsum(total, axis=-1), axis=2)
+        first = _search(before, before + total - forgotten - 1e-6 * before)
     enters = leaves = None
     if runs is not None:
         chunks = runs.reshape(B, 1, J, C)
@@ -135,7 +139,7 @@ def chunked(
     chunk = jnp.broadcast_to(jnp.arange(J, dtype=jnp.int32), first.shape)
     first = jnp.minimum(first, chunk)
     last = _search(first, chunk, side="right") - 1
-    rest = jnp.sum(parts[..., -1:] - parts, axis=2)
+    rest = local if log_decay is None else jnp.sum(parts[..., -1:] - parts, axis=2)
     return Chunks(parts.reshape(B, N, 2, T), local, rest, total, enters, leaves), Reach(first, last)
 
 

@@ -139,7 +139,7 @@ class Blocks:
         assert self.trainer.init_from is not None
         convert.verify_source(self.trainer.init_from, self.trainer.init_format)  # the blocks read it piece by piece
         source, model = _softmax(self.trainer)
-        blocks = self._cut(model)
+        blocks = self.cut(model)
         unknown = [block for block in self.only or () if not 0 <= block < len(blocks)]
         if unknown:
             raise UserError(f"Blocks.only has block {unknown[0]}, expected 0 to {len(blocks) - 1}")
@@ -167,7 +167,7 @@ class Blocks:
         """The parts of the workdir that this job writes: with `only`, blocks that several hosts train at once."""
         return tuple(_block_folder(folder, number) for number in dict.fromkeys(self.only or ())) or (folder,)
 
-    def _cut(self, model: Decoder) -> list[tuple[int, int]]:
+    def cut(self, model: Decoder) -> list[tuple[int, int]]:
         """(first layer, last layer + 1) of every block."""
         cuts = [*range(0, model.num_layers, self.layers_per_block), model.num_layers]
         return list(zip(cuts[:-1], cuts[1:], strict=True))
@@ -175,13 +175,19 @@ class Blocks:
     def check(self, workdir: str) -> None:
         """Raises UserError if a block in the workdir was started with other settings, before any inputs are written."""
         folder = pathlib.Path(workdir)
-        for number, block in enumerate(self._cut(_softmax(self.trainer)[1])):
+        for number, block in enumerate(self.cut(_softmax(self.trainer)[1])):
             if (own := _block_folder(folder, number)).exists():
                 self.block_trainer(folder, *block).check(str(own))
 
     def _linear(self, model: Decoder) -> Decoder:
         assert self.trainer.linearize is not None
         return self.trainer.linearize.model(model)
+
+    def largest(self, model: Decoder) -> tuple[int, int]:
+        """(first layer, last layer + 1) of the first of the blocks that train and have the most layers."""
+        linear = self._linear(model)
+        blocks = [block for block in self.cut(model) if _is_linear(model_lib.part(linear, *block))]
+        return max(blocks, key=lambda block: block[1] - block[0])
 
     def block_trainer(self, folder: pathlib.Path, first: int, last: int) -> BlockTrainer:
         """The training run of the layers first ... last - 1, whose inputs are below `folder`."""

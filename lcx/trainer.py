@@ -88,7 +88,8 @@ def train(
       UserError: a setting is wrong, the workdir belongs to another run or another process writes to it.
     """
     with contextlib.ExitStack() as stack:
-        folder = stack.enter_context(workdirs.opened(workdir))
+        copy_every = getattr(getattr(job, "trainer", job), "copy_every", None)
+        folder = stack.enter_context(workdirs.opened(workdir, copy_every))
         if (check := getattr(job, "check", None)) is not None:
             check(str(folder))
         writes: Callable[[Path], Sequence[Path]] = getattr(job, "writes", lambda folder: (folder,))
@@ -148,6 +149,8 @@ class Trainer:
       eval_batches: batches of batch_size rows per evaluation; fewer if the held-out data is smaller.
       checkpoint_every: steps between checkpoints.
       keep_checkpoints: how many of the newest checkpoints to keep.
+      copy_every: with a workdir in a bucket, copy only the checkpoints of steps that are multiples of it, and the last;
+        the others stay on this machine, from whose newest the same machine goes on. None: copy all.
       wandb: auto, online, offline or off.
       tensorboard: whether to write TensorBoard event files to WORKDIR/tensorboard.
       profile: (first, last) step that JAX's profiler records into WORKDIR/profile; None: none.
@@ -184,6 +187,7 @@ class Trainer:
     eval_batches: int = 16
     checkpoint_every: int = 500
     keep_checkpoints: int = 3
+    copy_every: int | None = None
     wandb: str = "off"
     tensorboard: bool = False
     profile: tuple[int, int] | None = None

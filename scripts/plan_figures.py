@@ -4,22 +4,26 @@ from figure_text import table
 
 
 def plans(result: dict) -> str:
-    head = ["model", "devices", "peak of each", "fits", "largest array", "PFLOP a step", "step", "MFU"]
+    head = ["model", "devices", "rows", "peak of each", "fits", "largest array", "PFLOP a step", "step", "MFU"]
     rows = []
     for row in result["rows"]:
         if "error" in row:
-            rows.append([row["name"], row["topology"], "not compiled", *["-"] * 5])
+            rows.append([row["name"], row["topology"], "", "not compiled", *["-"] * 5])
             continue
         first = row["largest_buffers"][0] if row["largest_buffers"] else None
+        mesh = ", ".join(f"{axis} {size}" for axis, size in row["mesh"].items() if size > 1)
+        wider = " x ".join(f"{axis}={size}" for axis, size in (row.get("would_fit") or {}).items())
         rows.append([
             row["name"],
-            row["topology"],
+            f"{row['topology']} ({mesh})",
+            str(row["batch_size"]),
             f"{row['peak_bytes'] / 2**30:.1f} of {row['memory_bytes'] / 2**30:.1f} GiB",
-            "yes" if row["fits"] else "**no**",
+            "yes" if row["fits"] else f"**no**; {wider} should" if wider else "**no**",
             f"{first['bytes'] / 2**30:.1f} GiB, {first['what']}" if first else "-",
-            f"{row['executed_flops'] / 1e15:,.0f}",
-            f"{row['step_seconds']:.0f} s" if row["step_seconds"] else "-",
-            f"{row['mfu']:.0%}" if row["mfu"] else "-",
+            f"{row['executed_flops'] / 1e15:,.3g}",
+            f"{row['step_seconds']:.2g} s" if row["step_seconds"] else "-",
+            # It counts gradients of all weights, which a step with frozen ones does not compute.
+            f"{row['mfu']:.0%}" if row["mfu"] and row["trained_parameters"] == row["model_parameters"] else "-",
         ])  # fmt: skip
     return f"{table(head, rows)}\n\nMade by `python benchmarks/plan_table.py`."
 

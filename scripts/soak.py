@@ -10,6 +10,12 @@ the same run is disturbed, every --every seconds by one of these, until it has d
            due in that time, it must end with one line that says that it was not written (RLIMIT_FSIZE)
     flip   all processes get SIGKILL, and one bit of the newest checkpoint is inverted: an older one must be used
 
+With --bucket the workdir of the disturbed run is in a bucket of a server on 127.0.0.1 (scripts/soak_bucket.py), and two
+faults are added:
+
+    bucket for a while the server answers every request with 503, or after a second: the run must go on
+    lost   all processes get SIGKILL, and the folder on this machine is removed: the bucket must be enough to go on
+
 After each fault that ends the processes, the same command starts again. At the end the fingerprints of all arrays must
 equal those of the undisturbed run. Goodput: the seconds of the undisturbed run over those of the disturbed one, both
 with starts and compilations. If the whole machine is stopped meanwhile (a laptop that sleeps), all processes miss the
@@ -20,6 +26,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import dataclasses
 import json
 import os
@@ -36,8 +43,11 @@ import tempfile
 import threading
 import time
 
+import soak_bucket
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 FAULTS = ("kill", "term", "flip", "disk", "halt")
+IN_BUCKETS = ("bucket", "lost")
 HEARTBEAT_S = 20
 END_WITHIN_S = 60  # after a fault, for all other processes to end
 STOPPED_S = 8  # between two looks of this script: it was stopped, and with it the whole machine
@@ -97,12 +107,22 @@ class Row:
     undisturbed_seconds: float
     disturbed_seconds: float
     equal: bool  # the fingerprints of all arrays of the last checkpoint
+    bucket: bool = False  # whether the disturbed run's workdir was in one
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a run is kept: its --workdir, the folder on this machine, and the bucket's server if it is in one."""
+
+    given: str
+    folder: pathlib.Path
+    bucket: soak_bucket.Bucket | None = None
 
 
 class World:
     """The processes of one run."""
 
-    def __init__(self, gin_file: pathlib.Path, workdir: pathlib.Path, count: int, *flags: str):
+    def __init__(self, gin_file: pathlib.Path, workdir: str | pathlib.Path, count: int, *flags: str):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             address = f"--coordinator_address=127.0.0.1:{probe.getsockname()[1]}"
@@ -187,7 +207,7 @@ def wait_for_step(world: World, workdir: pathlib.Path, beyond: int, *, least: in
     return True
 
 
-def disturb(kind: str, world: World, workdir: pathlib.Path, rng: random.Random) -> Outcome:
+def disturb(kind: str, world: World, place: Place, rng: random.Random) -> Outcome:
     victim = rng.randrange(len(world.processes))
     outcome, start = Outcome(kind), time.monotonic()
     if kind == "disk":
@@ -197,9 +217,20 @@ def disturb(kind: str, world: World, workdir: pathlib.Path, rng: random.Random) 
             if len(errors) != 1 or not errors[0].startswith(LAST_SAVE):
                 outcome.wrong = f"the run ended: {world.said(0)[-500:]}"
         return outcome
-    if kind == "flip":
+    if kind == "bucket":
+        assert place.bucket is not None
+        place.bucket.storm(rng)
+        world.ended(rng.uniform(3, 8))
+        place.bucket.weather = ""
+        if not world.running() and any(world.statuses()):
+            outcome.wrong = f"the run ended: {world.said(0)[-500:]}"
+        return outcome
+    if kind in ("flip", "lost"):
         world.kill()
-        _flip(workdir, rng)
+        if kind == "flip":
+            _flip(place.folder, rng)
+        else:
+            shutil.rmtree(place.folder)
         return dataclasses.replace(outcome, seconds=0.0)
     number = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "halt": signal.SIGSTOP}[kind]
     os.kill(world.processes[victim].pid, number)
@@ -266,7 +297,7 @@ def undisturbed(gin_file: pathlib.Path, workdir: pathlib.Path, count: int, secon
 
 def disturbed(
     gin_file: pathlib.Path,
-    workdir: pathlib.Path,
+    place: Place,
     count: int,
     *,
     last: int,
@@ -277,30 +308,30 @@ def disturbed(
     """(what the faults did, seconds) of a run to the same step."""
     outcomes, start, flag = [], time.monotonic(), f"--gin.Trainer.stop_at={last}"
     due = start + every
-    world = World(gin_file, workdir, count, flag)
+    world = World(gin_file, place.given, count, flag)
     while plan:
-        newest = max(steps_of(workdir), default=0)
+        newest = max(steps_of(place.folder), default=0)
         # Every start gets on, so that the run comes to its end; two checkpoints, so that one may be damaged.
-        going = wait_for_step(world, workdir, newest, least=2)
+        going = wait_for_step(world, place.folder, newest, least=2)
         if not going or world.ended(max(0.0, due - time.monotonic() + rng.uniform(-0.2, 0.2) * every)):
             if not (world.stopped and any(world.statuses())):
                 break
             outcomes.append(Outcome("stopped"))
             _say(count, outcomes[-1])
-            world = World(gin_file, workdir, count, flag)
+            world = World(gin_file, place.given, count, flag)
             continue
-        if last in steps_of(workdir):
+        if last in steps_of(place.folder):
             break  # all is done: what follows could not be lost
-        outcomes.append(disturb(plan.pop(0), world, workdir, rng))
+        outcomes.append(disturb(plan.pop(0), world, place, rng))
         due = max(due + every, time.monotonic())
         _say(count, outcomes[-1])
         if not world.running():
-            world = World(gin_file, workdir, count, flag)
+            world = World(gin_file, place.given, count, flag)
     while not world.ended(3600) or any(world.statuses()):
         world.kill()
         if world.stopped:
             outcomes.append(Outcome("stopped"))
-            world = World(gin_file, workdir, count, flag)
+            world = World(gin_file, place.given, count, flag)
             continue
         raise SystemExit(f"the run did not come to its end: {world.said(0)[-2000:]}")
     return outcomes, time.monotonic() - start
@@ -309,6 +340,22 @@ def disturbed(
 def _say(count: int, outcome: Outcome) -> None:
     took = "" if outcome.seconds is None else f", all ended within {outcome.seconds:.1f} s"
     print(f"{count} x {outcome.kind}{took}{'; WRONG: ' if outcome.wrong else ''}{outcome.wrong}", flush=True)
+
+
+def copied_from(bucket: str, folder: pathlib.Path, step: int) -> pathlib.Path:
+    """A workdir with what the bucket holds of this step; every array of it is read and checked."""
+    from lcx.buckets import client
+    from lcx.checkpoint import read_record
+    from lcx.checkpoint.slices import StepReader
+
+    start = f"checkpoints/{step}/"
+    names = [name for name in client.listing(bucket) if name.startswith(start)]
+    client.download(bucket, [(name, folder / name) for name in names])
+    for item in read_record(folder / start).arrays:
+        reader = StepReader(folder / start, item)
+        for path in reader.arrays:
+            reader.verify(path)
+    return folder
 
 
 def table(rows: list[Row]) -> str:
@@ -351,31 +398,47 @@ def main(argv=None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", metavar="DIR", help="where to work, kept (default: a temporary folder, removed)")
     parser.add_argument("--output", type=pathlib.Path, metavar="FILE", help="JSON file to which the results are added")
+    parser.add_argument("--bucket", action="store_true", help="the disturbed run's workdir is in a bucket")
     flags = parser.parse_args(argv)
+    with soak_bucket.running() if flags.bucket else contextlib.nullcontext() as bucket:
+        return soak(flags, bucket)
+
+
+def soak(flags: argparse.Namespace, bucket: soak_bucket.Bucket | None) -> int:
     counts = [int(count) for count in flags.processes.split(",")]
     folder = pathlib.Path(flags.folder or tempfile.mkdtemp(prefix="lcx-soak-")).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     gin_file = folder / "soak.gin"
     sizes = {"width": flags.width, "twice": 2 * flags.width, "checkpoint_every": flags.checkpoint_every}
     gin_file.write_text(GIN.format(folder=folder, **sizes))
+    os.environ["LCX_CACHE"] = str(folder / "lcx-cache")
     rng, rows = random.Random(flags.seed), list[Row]()
     for i, count in enumerate(counts):
         faults = flags.faults // len(counts) + (i < flags.faults % len(counts))
-        kinds = [kind for kind in FAULTS if kind != "halt" or count > 1]
+        kinds = [kind for kind in FAULTS + (IN_BUCKETS if bucket else ()) if kind != "halt" or count > 1]
         plan = [kinds[j % len(kinds)] for j in range(faults)]
         rng.shuffle(plan)
         last, before = undisturbed(gin_file, folder / f"{count}-undisturbed", count, (faults + 0.5) * flags.every)
-        outcomes, after = disturbed(
-            gin_file, folder / f"{count}-disturbed", count, last=last, every=flags.every, plan=plan, rng=rng
-        )
-        same = fingerprints(folder / f"{count}-undisturbed", last) == fingerprints(folder / f"{count}-disturbed", last)
-        rows.append(Row(count, flags.seed, flags.every, last, outcomes, before, after, same))
+        place = _place(folder / f"{count}-disturbed", bucket)
+        outcomes, after = disturbed(gin_file, place, count, last=last, every=flags.every, plan=plan, rng=rng)
+        at_end = copied_from(place.given, folder / f"{count}-copied", last) if bucket else place.folder
+        same = fingerprints(folder / f"{count}-undisturbed", last) == fingerprints(at_end, last)
+        rows.append(Row(count, flags.seed, flags.every, last, outcomes, before, after, same, bucket is not None))
         if flags.output:
             add(flags.output, rows[-1])
         print(f"\n{table(rows)}\n", flush=True)
     if flags.folder is None:
         shutil.rmtree(folder)
     return int(any(not row.equal or any(one.wrong for one in row.outcomes) for row in rows))
+
+
+def _place(folder: pathlib.Path, bucket: soak_bucket.Bucket | None) -> Place:
+    if bucket is None:
+        return Place(str(folder), folder)
+    from lcx.buckets import copies
+
+    url = f"{bucket.url}/{folder.name}"
+    return Place(url, copies.cache(url, "workdirs"), bucket)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import types
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +15,10 @@ import pytest
 from checkpoint_steps import steps_dir_fixture, three_steps_fixture  # noqa: F401
 from checkpoint_workers import abstract_of, assert_same, largest_file, state_of, write_steps
 
-from lcx.checkpoint import Checkpointer, find_step, metadata, read_json, read_record
+from lcx.checkpoint import Checkpointer, find_step, metadata, read_json, read_record, shards, slices
 from lcx.checkpoint import checkpointer as checkpoint
 from lcx.checkpoint.fingerprint import fingerprint, partial
+from lcx.checkpoint.shards import read_arrays
 from lcx.errors import UserError
 
 # --- what is saved comes back
@@ -187,13 +189,34 @@ def test_an_item_without_arrays_is_an_item(tmp_path):
     assert_same(items, state)
 
 
-def test_abstract_leaves_never_come_back(steps_dir, monkeypatch):
-    read = checkpoint._read_arrays
-    monkeypatch.setattr(
-        checkpoint.ocp.PyTreeCheckpointHandler, "restore", lambda self, path, args: args.item, raising=True
-    )
-    with pytest.raises(checkpoint.Damaged, match="did not come back"):
-        read(steps_dir / "3" / "params", {"w": jax.ShapeDtypeStruct((2,), jnp.float32)})
+@pytest.mark.parametrize("wanted", [((48, 32), jnp.float32), ((48, 64), jnp.bfloat16)])
+def test_what_is_stored_is_not_cast_or_cut(wanted, steps_dir):
+    with pytest.raises(ValueError, match=r"found float32\[48, 64\], expected "):
+        struct = jax.ShapeDtypeStruct(*wanted, sharding=jnp.ones(1).sharding)
+        read_arrays(steps_dir / "3" / "params", {"embed/embedding": struct})
+
+
+def test_each_chunk_is_read_once_for_all_shards(tmp_path, monkeypatch):
+    """Of an array whose chunks and shards divide it differently, onto devices that share parts of it."""
+    x = np.arange(7 * 11, dtype=np.float32).reshape(7, 11)
+    monkeypatch.setattr(slices, "_chunk_shape", lambda shape, itemsize: (3, 4))
+    with slices.StepWriter(tmp_path / "1", "params", {("w",): (x.shape, x.dtype)}) as writer:
+        writer.write(("w",), None, x)
+        writer.finish({})
+    store = slices.open_array(tmp_path / "1" / "params", ("w",), x, shards.ts.Context())
+    wanted = [((0, 5), (0, 11)), ((5, 7), (0, 11)), ((0, 7), (2, 3)), ((0, 7), (2, 3))]
+    places = {number: tuple(slice(*axis) for axis in bounds) for number, bounds in enumerate(wanted)}
+    sharding = types.SimpleNamespace(addressable_devices_indices_map=lambda shape: places)
+    struct = types.SimpleNamespace(shape=x.shape, dtype=x.dtype, sharding=sharding)
+    array, budget = shards._Array("w", struct, store, {}), shards._Budget(1)
+    monkeypatch.setattr(shards._Array, "_place", lambda self: None)
+    for cell, bounds in array.cells():
+        budget.take(array.nbytes(cell))  # larger than the budget: one at a time
+        array.read(cell, bounds, budget)
+    assert len(array.cells()) == 9 and len(array._buffers) == 3
+    for bounds, found in array._buffers.items():
+        np.testing.assert_array_equal(found, x[tuple(slice(*axis) for axis in bounds)])
+        assert found.ctypes.data % 64 == 0, "a CPU device takes it over without a copy"
 
 
 def test_what_cannot_be_saved_is_refused(tmp_path):

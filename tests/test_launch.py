@@ -109,7 +109,9 @@ def test_no_command_prints_them_all():
 
 
 def stand_ins(folder, srun):
-    for name, text in {"srun": srun, "scontrol": 'echo "$@" > requeued'}.items():
+    # As in SLURM: scancel reaches the processes, and srun kills them if it gets SIGTERM itself.
+    scancel = '[ "$*" = "--signal=TERM 17" ] && kill -USR1 $(cat pid)'
+    for name, text in {"srun": srun, "scontrol": 'echo "$@" > requeued', "scancel": scancel}.items():
         (folder / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
         (folder / name).chmod(0o755)
     return os.environ | {"PATH": f"{folder}:{os.environ['PATH']}", "SLURM_JOB_ID": "17"}
@@ -129,7 +131,8 @@ def test_slurm_passes_the_command_and_its_status_on(tmp_path):
 
 
 def test_slurm_saves_before_the_time_is_up_and_goes_back_into_the_queue(tmp_path):
-    env = stand_ins(tmp_path, "trap 'touch saved; exit 0' TERM\ntouch begun\nwhile :; do sleep 0.05; done")
+    ends = "echo $$ > pid\ntrap 'touch saved; exit 0' USR1\ntrap 'exit 9' TERM"
+    env = stand_ins(tmp_path, f"{ends}\ntouch begun\nwhile :; do sleep 0.05; done")
     job = subprocess.Popen([*SBATCH, "python"], cwd=tmp_path, env=env)
     try:
         while not (tmp_path / "begun").exists():

@@ -23,7 +23,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from lcx.buckets import client
@@ -42,8 +42,11 @@ _opened: list[_Workdir] = []  # by this process
 
 
 @contextlib.contextmanager
-def opened(url: str) -> Iterator[pathlib.Path]:
+def opened(url: str, every: int = 1) -> Iterator[pathlib.Path]:
     """The local folder of a workdir in a bucket, for as long as a run writes to it.
+
+    Args:
+      every: copy the checkpoints of steps that are multiples of it, and the last of the run; the others stay here.
 
     A bucket that fails in the meantime does not stop the run: a warning says so, and copying is tried again.
 
@@ -51,7 +54,7 @@ def opened(url: str) -> Iterator[pathlib.Path]:
       UserError: the bucket cannot be read or written, another process writes there, or at the end not everything
         could be copied (the message names the local folder, which has it all).
     """
-    workdir = _Workdir(client.normal(url))
+    workdir = _Workdir(client.normal(url), every)
     workdir.claim()
     _opened.append(workdir)
     try:
@@ -79,6 +82,7 @@ def copy_now() -> None:
 @dataclasses.dataclass
 class _Workdir:
     url: str
+    every: int = 1
 
     def __post_init__(self) -> None:
         self.folder = cache(self.url, "workdirs")
@@ -165,7 +169,7 @@ class _Workdir:
         if self._thread is not None:
             self._thread.join()
         try:
-            self.push()
+            self.push(last=True)
             self._renew(held=False)
         except UserError as error:
             raise UserError(
@@ -193,18 +197,29 @@ class _Workdir:
                 f"another process writes there now ({found.get('process')} on {found.get('host')})"
             )
 
-    def push(self) -> None:
-        """Copies what has changed, and removes what is gone. Steps come last: the lines before them are there then."""
+    def push(self, *, last: bool = False) -> None:
+        """Copies what has changed, and removes what is gone. Steps come last: the lines before them are there then.
+
+        Args:
+          last: copy the newest steps too, whatever their number.
+        """
         self._check_alone()
         changed = sorted(self._changed())
-        steps = [name for name in changed if STEP.match(name)]
-        self._send([name for name in changed if name not in steps])
+        here = _newest(name for name in self._files() if _committed(name))
+        due = {step for step in here.values() if last}
+        due |= {own[0] for name in changed if (own := STEP.match(name)) and not _number(own[0]) % self.every}
+        steps = [name for name in changed if (own := STEP.match(name)) and own[0] in due]
+        self._send([name for name in changed if not STEP.match(name)])
         for step in sorted({STEP.match(name)[0] for name in steps}, key=len):  # type: ignore[index]
             files = [name for name in steps if name.startswith(step)]
             marker = f"{step}{COMMIT_MARKER}"
             self._send([name for name in files if name != marker])
             self._send([marker] if marker in files else [])
+        # A step that was removed here for newer ones stays there until one of those is copied.
+        there = _newest(name for name in self._there if _committed(name))
+        held = {step for of, step in there.items() if of in here and _number(here[of]) > _number(step)}
         gone = [name for name in sorted(self._there) if not (self.folder / name).exists()]
+        gone = [name for name in gone if not ((own := STEP.match(name)) and own[0] in held)]
         for names in ([n for n in gone if _committed(n)], [n for n in gone if not _committed(n)]):
             client.remove(self.url, names)  # first the markers, so that no half step counts
         self._there -= set(gone)
@@ -221,6 +236,10 @@ class _Workdir:
 
     def _changed(self) -> Iterator[str]:
         """Names of the files that are not in the bucket as they are here."""
+        return (name for name in self._files() if self._state(name) != self._copied.get(name))
+
+    def _files(self) -> Iterator[str]:
+        """Names of the files that belong into the bucket."""
         for root, folders, files in os.walk(self.folder):
             folders[:] = [name for name in folders if name != "_trash" and not name.endswith("-tmp")]
             for file in files:
@@ -230,8 +249,7 @@ class _Workdir:
                 step = STEP.match(name)
                 if step and not (self.folder / step[0] / COMMIT_MARKER).exists():
                     continue
-                if self._state(name) != self._copied.get(name):
-                    yield name
+                yield name
 
     def _state(self, name: str) -> list[int] | None:
         try:
@@ -256,6 +274,19 @@ def _committed(name: str) -> Any:
     """The step (as a match of STEP) whose commit marker this is; None for any other name."""
     found = STEP.match(name)
     return found if found and name == found[0] + COMMIT_MARKER else None
+
+
+def _number(step: str) -> int:
+    return int(step.rstrip("/").rpartition("/")[2])
+
+
+def _newest(markers: Iterable[str]) -> dict[str, str]:
+    """{checkpoints folder: its newest step}, by the commit markers of steps."""
+    found: dict[str, str] = {}
+    for step in (name.removesuffix(COMMIT_MARKER) for name in markers):
+        of = step.rstrip("/").rpartition("/")[0]
+        found[of] = max(step, found.get(of, step), key=_number)
+    return found
 
 
 def _has_ended(writer: dict[str, Any]) -> bool:

@@ -18,7 +18,6 @@ import contextlib
 import dataclasses
 import functools
 import logging
-import math
 import threading
 from collections.abc import Callable, Collection, Mapping
 from types import TracebackType
@@ -57,7 +56,8 @@ from lcx.checkpoint.folder import (
     why_not_written,
     why_unreadable,
 )
-from lcx.checkpoint.tree import Tree, flatten, from_stored, misfits, stored_structs, to_stored, verify
+from lcx.checkpoint.shards import read_arrays as _read_arrays
+from lcx.checkpoint.tree import Tree, from_stored, misfits, stored_structs, to_stored, verify
 from lcx.errors import UserError
 
 __all__ = ["Checkpointer", "committed_steps", "find_step", "metadata", "read_json", "read_record"]
@@ -390,25 +390,6 @@ def _save_args(flat: Mapping[str, Any]) -> ocp.args.PyTreeSave:
 
     tree = unflatten_dict(flat, sep="/")
     return ocp.args.PyTreeSave(tree, save_args=jax.tree.map(cut, tree))
-
-
-def _read_arrays(item_dir: epath.Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-    """Reads an item through Orbax. Exceptions of Orbax itself propagate unchanged."""
-    on_disk = {key: struct for key, struct in wanted.items() if math.prod(struct.shape)}
-    arrays = {}
-    if on_disk:
-        tree = unflatten_dict(on_disk, sep="/")
-        args = ocp.args.PyTreeRestore(
-            item=tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree)
-        )
-        arrays = flatten(ocp.PyTreeCheckpointHandler().restore(item_dir, args=args))
-    for key, struct in wanted.items():
-        if key not in on_disk:
-            arrays[key] = jax.device_put(np.zeros(struct.shape, struct.dtype), struct.sharding)
-        x = arrays.get(key)
-        if not isinstance(x, jax.Array) or (x.shape, x.dtype) != (struct.shape, struct.dtype):
-            raise Damaged(f"{key} did not come back as {struct.dtype}{list(struct.shape)}")
-    return arrays
 
 
 def _load_step(

@@ -60,6 +60,24 @@ def _context() -> ts.Context:
     )
 
 
+def open_array(item_dir: Any, path: Path, expected: Spec | Any, context: ts.Context) -> ts.TensorStore:
+    """An array of an item, to be read. Raises ValueError if it is missing or damaged, or is not as `expected`.
+
+    Args:
+      expected: (shape, dtype), or something with a shape and a dtype.
+    """
+    shape, dtype = expected if isinstance(expected, tuple) else (expected.shape, expected.dtype)
+    name = ".".join(path) + "/"
+    kvstore: dict[str, Any] = {"driver": "file", "path": f"{item_dir}/{name}"}
+    if (item_dir / "manifest.ocdbt").exists():
+        kvstore = {"driver": "ocdbt", "base": f"file://{item_dir}/", "path": name}
+    spec = {"driver": "zarr", "kvstore": kvstore, "fill_missing_data_reads": False}
+    store = ts.open(spec, open=True, read=True, context=context).result()
+    if (store.shape, store.dtype.numpy_dtype) != (tuple(shape), dtype):
+        raise ValueError(f"found {store.dtype.name}{list(store.shape)}, expected {dtype}{list(shape)}")
+    return store
+
+
 def past_damage(path: str | os.PathLike, work: Callable[[], T]) -> T:
     """The result of `work`, which reads the newest usable step at `path`.
 
@@ -184,18 +202,7 @@ class StepReader:
 
     def _open(self, path: Path) -> ts.TensorStore:
         if path not in self._stores:
-            name = ".".join(path) + "/"
-            kvstore: dict[str, Any] = {"driver": "file", "path": f"{self._item_dir}/{name}"}
-            if (self._item_dir / "manifest.ocdbt").exists():
-                kvstore = {"driver": "ocdbt", "base": f"file://{self._item_dir}/", "path": name}
-            spec = {"driver": "zarr", "kvstore": kvstore, "fill_missing_data_reads": False}
-            shape, dtype = self.arrays[path]
-            store = ts.open(spec, open=True, read=True, context=self._context).result()
-            if (store.shape, store.dtype.numpy_dtype) != (shape, dtype):
-                raise ValueError(
-                    f"found {store.dtype.name}{list(store.shape)}, expected {dtype}{list(shape)}"
-                )
-            self._stores[path] = store
+            self._stores[path] = open_array(self._item_dir, path, self.arrays[path], self._context)
         return self._stores[path]
 
 

@@ -3,7 +3,7 @@
 import json
 import pathlib
 import re
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
 from lcx import extend, hub, parameters
+from lcx import model as model_lib
+from lcx.blockwise import Blocks, BlockTrainer
 from lcx.convert import formats
 from lcx.convert.hf import config as hf_config
 from lcx.convert.hf.folder import CONFIG
@@ -20,7 +22,13 @@ from lcx.ladder import Ladder, original_window
 from lcx.linearize import check_linear, is_new
 from lcx.model import Decoder
 from lcx.trainer import Trainer
+from lcx.training.residual_store import MASKS
 from lcx.training.run import Run
+
+STREAM = "residual"  # what a batch of a block holds in place of tokens
+
+# name -> dtype of what a batch holds for every token
+FIELDS = {name: np.int32 for name in ("tokens", "labels", "positions", "segment_ids")} | {"loss_weights": np.float32}
 
 Dtypes = dict[str, Any]  # path -> dtype of a stored parameter; "": of those that are not listed
 
@@ -29,7 +37,7 @@ def trainer_of(job: Any) -> tuple[Trainer, list[str]]:
     """The run to plan, and what to say about the choice.
 
     Raises:
-      UserError: a job that is neither a Trainer nor a Ladder, or one that trains an adapter from a folder.
+      UserError: a job that is none of Trainer, Ladder and Blocks, or one that trains an adapter from a folder.
     """
     if isinstance(job, Ladder):
         source = job.trainer.init_from
@@ -37,18 +45,41 @@ def trainer_of(job: Any) -> tuple[Trainer, list[str]]:
         window = original_window(_stored(source, job.trainer.init_format)[0])
         trainer = job.trainer_for(job.rungs[-1], source, window, 0)
         notes = [f"a ladder: this is one round of its longest rung, {job.rungs[-1].context_length} tokens"]
+    elif isinstance(job, Blocks):
+        trainer, notes = _largest_block(job)
     elif isinstance(job, Trainer):
         trainer, notes = job, []
     else:
         raise UserError(
-            f"train.job is a {type(job).__name__}, and only a Trainer or a Ladder can be planned: bind one of them to "
-            "train.job"
+            f"train.job is a {type(job).__name__}, and only a Trainer, a Ladder or Blocks can be planned: bind one of "
+            "them to train.job"
         )
     if trainer.adapter is not None:
         raise UserError(
             "Trainer.adapter cannot be planned: set Trainer.lora with the adapter's rank and targets"
         )
     return trainer, notes
+
+
+def _largest_block(job: Blocks) -> tuple[Trainer, list[str]]:
+    assert job.trainer.init_from is not None
+    model = extend.extend_model(
+        _stored(job.trainer.init_from, job.trainer.init_format)[0],
+        job.trainer.rope_scaling,
+        job.trainer.context_length,
+    )
+    first, last = job.largest(model)
+    note = f"block by block: this is the largest of {len(job.cut(model))} blocks, layers {first} to {last - 1}"
+    return job.block_trainer(pathlib.Path(), first, last), [note]
+
+
+def fields_of(trainer: Trainer, run: Run) -> dict[str, tuple[tuple[int, ...], Any]]:
+    """{name: (shape of each token, dtype)} of a batch: tokens, or the residual stream before a block of layers."""
+    if not isinstance(trainer, BlockTrainer):
+        return {name: ((), dtype) for name, dtype in FIELDS.items()}
+    found: dict[str, tuple[tuple[int, ...], Any]] = {name: ((), np.dtype("int32")) for name in MASKS}
+    found[STREAM] = (run.model.hidden_size,), jnp.dtype(run.model.dtype)
+    return found
 
 
 def run_of(trainer: Trainer, mesh: Mesh) -> Run:
@@ -65,6 +96,8 @@ def run_of(trainer: Trainer, mesh: Mesh) -> Run:
     model = model.clone(dtype="float32", parent=None)
     if trainer.linearize is not None:
         model = trainer.linearize.model(model)
+    if isinstance(trainer, BlockTrainer):
+        model = cast(Decoder, model_lib.part(model, trainer.first, trainer.last))  # what a run calls its model
     if trainer.expects_linear:
         check_linear(model, seq_len=trainer.seq_len, where=trainer.init_from)
     model = trainer.adjusted(model)

@@ -15,7 +15,7 @@ from kernels_pallas import aot
 from lcx import objectives, sharding
 from lcx.errors import UserError, first_line
 from lcx.planning import cache, flops, program, silence
-from lcx.planning.abstract import run_of
+from lcx.planning.abstract import fields_of, run_of
 from lcx.planning.topology import Topology
 from lcx.trainer import Trainer
 from lcx.training import division
@@ -28,9 +28,6 @@ log = logging.getLogger(__name__)
 # 30 MiB were measured for small models (benchmarks/plan_errors.py), nothing on one thread.
 CPU_RUNTIME = 32 * 2**20
 
-FIELDS = {name: np.int32 for name in ("tokens", "labels", "positions", "segment_ids")} | {
-    "loss_weights": np.float32
-}
 # libtpu counts arguments and results among the "temporaries"; older versions write the second form.
 _TOO_LARGE = re.compile(
     r"(?:required for HLO temporaries \(|Used )([\d.]+)([KMGT]?)(?:\) exceeds available HBM| of [\d.]+[KMGT]? hbm)"
@@ -102,9 +99,7 @@ def step_of(trainer: Trainer, topology: Topology) -> Step:
     """
     mesh, start = mesh_of(trainer, topology), time.perf_counter()
     run = run_of(trainer, mesh)
-    rows = sharding.batch_sharding(mesh)
-    shape = (sharding.padded_rows(trainer.batch_size, mesh), trainer.seq_len)
-    batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=rows) for name, dtype in FIELDS.items()}
+    batch = batch_of(trainer, run, mesh)
     with jax.set_mesh(mesh), aot.uncached():
         number = jax.ShapeDtypeStruct((), np.int32)
         function: Any = trainer.step_function(run)  # compiled by jax.jit
@@ -121,6 +116,14 @@ def step_of(trainer: Trainer, topology: Topology) -> Step:
     return Step(run, memory, flops.count(traced), parsed, time.perf_counter() - start)
 
 
+def batch_of(trainer: Trainer, run: Run, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """A batch as shapes with shardings."""
+    rows = sharding.batch_sharding(mesh)
+    shape = (sharding.padded_rows(trainer.batch_size, mesh), trainer.seq_len)
+    fields = fields_of(trainer, run).items()
+    return {name: jax.ShapeDtypeStruct(shape + more, dtype, sharding=rows) for name, (more, dtype) in fields}
+
+
 def least_bytes(trainer: Trainer, topology: Topology) -> int:
     """Bytes that a device needs at least, without compiling: the state and a batch; in training of all weights on whole
     rows also the input of every block, which the backward pass starts from even with remat full.
@@ -131,7 +134,7 @@ def least_bytes(trainer: Trainer, topology: Topology) -> int:
     mesh = mesh_of(trainer, topology)
     run = run_of(trainer, mesh)
     tokens = sharding.padded_rows(trainer.batch_size, mesh) * trainer.seq_len // mesh.size
-    known = device_bytes(run.abstract) + tokens * sum(np.dtype(dtype).itemsize for dtype in FIELDS.values())
+    known = device_bytes(run.abstract) + device_bytes(batch_of(trainer, run, mesh))
     everything = trainer.piece_length is None and trainer.objective is objectives.next_token
     if everything and all(jax.tree.leaves(run.trains)):
         width = run.model.hidden_size * np.dtype(run.model.dtype).itemsize

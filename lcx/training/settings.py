@@ -27,6 +27,11 @@ def check(trainer: Any) -> None:
             )
     if trainer.steps >= 2**31:  # a step is an int32 on the devices
         raise UserError(f"Trainer.steps is {trainer.steps}, expected less than 2**31")
+    if trainer.copy_every is not None and (trainer.copy_every < 1 or trainer.copy_every % trainer.checkpoint_every):
+        raise UserError(
+            f"Trainer.copy_every is {trainer.copy_every}, expected a multiple of checkpoint_every, which is "
+            f"{trainer.checkpoint_every}"
+        )
     profiling.check(trainer.profile, trainer.last_step)
     objectives.check(trainer.objective)
     row_state.check(trainer)

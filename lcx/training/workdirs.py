@@ -73,8 +73,11 @@ def _contents(folder: pathlib.Path) -> dict[pathlib.Path, tuple[int, int]]:
 
 
 @contextlib.contextmanager
-def opened(workdir: str) -> Iterator[pathlib.Path]:
+def opened(workdir: str, every: int | None = None) -> Iterator[pathlib.Path]:
     """The folder on this machine that a run writes to. Call it on every process.
+
+    Args:
+      every: of a workdir in a bucket, copy only the checkpoints of steps that are multiples of it, and the last.
 
     One in a bucket is copied there by process 0. The other processes must see its folder: those of one machine do.
 
@@ -93,7 +96,7 @@ def opened(workdir: str) -> Iterator[pathlib.Path]:
         problem: UserError | None = None
         folder = copies.cache(workdir, "workdirs")
         try:
-            folder = stack.enter_context(buckets.opened(workdir)) if first else folder
+            folder = stack.enter_context(buckets.opened(workdir, every or 1)) if first else folder
         except UserError as error:
             problem = error
         if not alone:
