@@ -72,6 +72,16 @@ def test_keeps_the_newest_and_leaves_no_rubbish(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["10", "11"]
 
 
+def test_a_save_at_a_preemption_after_a_resume_removes_old_steps(tmp_path, monkeypatch, caplog):
+    from jax.experimental import multihost_utils
+
+    write_steps(tmp_path, [1, 2], max_to_keep=2)
+    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", lambda step: step == 3)
+    write_steps(tmp_path, [3], max_to_keep=2)
+    assert "cleanup" not in caplog.text
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name.isdigit()) == ["2", "3"]
+
+
 def test_large_stacked_arrays_are_cut_between_layers(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "_CHUNK_BYTES", 1 << 20)
     state = {"params": {"kernel": jnp.zeros((6, 512, 256)), "embedding": jnp.zeros((4096, 128))}}

@@ -360,6 +360,16 @@ class Checkpointer:
             sweeper.join()
 
 
+class _Manager(ocp.CheckpointManager):
+    def reached_preemption(self, step: int) -> bool:
+        """False: the training loop asks for itself (training/signals.py).
+
+        Orbax would record how much work a save at a preemption rescued, from times that it does not read with
+        `lightweight_initialize`, and fail before it removes old steps.
+        """
+        return False
+
+
 def _new_manager(directory: epath.Path, max_to_keep: int) -> ocp.CheckpointManager:
     options = ocp.CheckpointManagerOptions(
         max_to_keep=max_to_keep,
@@ -371,7 +381,7 @@ def _new_manager(directory: epath.Path, max_to_keep: int) -> ocp.CheckpointManag
         ),
         atomicity_options=ocp.options.AtomicityOptions(mode=ocp.options.AtomicityMode.COMMIT_FILE),
     )
-    return ocp.CheckpointManager(directory, options=options)
+    return _Manager(directory, options=options)
 
 
 def _remove(path: epath.Path) -> None:
