@@ -274,8 +274,8 @@ def test_a_repeated_mistake_is_reported_once(gin_file, capsys):
 FLAG_MISTAKES = [
     ("--gin.Job.stepz=3", "Job has no parameter 'stepz'; did you mean steps? (--gin.Job.stepz)"),
     ("--gin.Jop.steps=3", "nothing is called 'Jop'; did you mean Job? (--gin.Jop.steps)"),
-    ("--gin.Job.optimizer=@LoRA()",
-     "nothing is called 'LoRA'; write its module too, as in lcx.lora.LoRA (--gin.Job.optimizer)"),
+    ("--gin.Job.optimizer=@UserError()",  # which no test names in a .gin file
+     "nothing is called 'UserError'; write its module too, as in lcx.errors.UserError (--gin.Job.optimizer)"),
     ("--gin.STEP=3", "no .gin file has a macro STEP; did you mean STEPS? (--gin.STEP)"),
     ("--gin.Job.steps=2.5", "toy_job.Job.steps: expected int, found 2.5 (float) (--gin.Job.steps)"),
     ("--gin.Job.name=abc", """abc is not a value; write --gin.Job.name="'abc'" for text, %abc for a macro, """

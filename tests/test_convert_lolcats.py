@@ -361,4 +361,5 @@ def test_memory_is_a_layer_of_one_parameter(files):
         part = source.read(path, (slice(1, 2), slice(0, 64), slice(1, 2), slice(0, 16)))
     assert asked == [("model.layers.1.self_attn.q_proj.weight", 16, 32)]
     whole = source.read(path, (slice(0, 2), slice(0, 64), slice(0, 4), slice(0, 16)))
-    np.testing.assert_array_equal(part, whole[1:2, :, 1:2])
+    # A product of fewer rows may be summed in another order, so that the last bit differs.
+    np.testing.assert_allclose(part, whole[1:2, :, 1:2], rtol=0, atol=1e-7)

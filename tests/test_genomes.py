@@ -154,7 +154,8 @@ def test_strict_regions_and_strands(tiny, genome):
     assert chosen["variants"][1]["score"] == pytest.approx(expected, abs=1e-4)
     tagged = run(tiny, output=None, regions="r.bed", tag="|x|", window=35)  # 3 tokens of tag, 32 letters
     expected = log_p(*tiny, f"|x|{alt}").sum() - log_p(*tiny, f"|x|{ref}").sum()
-    assert tagged["variants"][1]["score"] == pytest.approx(expected, abs=1e-4)
+    # The difference of two sums near -939, which float32 holds to 6e-5.
+    assert tagged["variants"][1]["score"] == pytest.approx(expected, abs=2.5e-4)
     for text, message in (("long\t5", "expected a record"), ("long\t5\t4", "line 1"), ("#x\n", "no region")):
         pathlib.Path("r.bed").write_text(text)
         with pytest.raises(UserError, match=message):

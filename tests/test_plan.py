@@ -116,7 +116,7 @@ def test_what_does_not_match(monkeypatch, tmp_path):
     place = topology.Topology("cpu:1", None, jax.devices()[:1], 2**34)
     with pytest.raises(UserError, match=r"--topology=cpu:1 does not match Trainer.mesh: .*needs 2 devices, found 1"):
         compiled.mesh_of(tiny_trainer(tmp_path, mesh=sharding.MeshShape(fsdp=1, tensor=2)), place)
-    with pytest.raises(UserError, match="only a Trainer or a Ladder can be planned"):
+    with pytest.raises(UserError, match="only a Trainer, a Ladder or Blocks can be planned"):
         abstract.trainer_of(object())
     with pytest.raises(UserError, match=r"cannot be planned: set Trainer\.lora"):
         abstract.trainer_of(tiny_trainer(tmp_path, init_from="x", adapter="y"))
