@@ -30,20 +30,8 @@ MODEL = {
 }  # fmt: skip
 
 
-class Side:
+class Side(workers.Library):
     """Generation with one library, in its own process."""
-
-    def __init__(self, kind: str):
-        self.lcx = kind == "lcx"
-        if not self.lcx:
-            import torch  # noqa: F401  (its threads)
-
-    def threads(self) -> dict:
-        if self.lcx:
-            return harness.jax_threads()
-        import torch
-
-        return {"threads": torch.get_num_threads()}
 
     def load(self, folder: str, dtype: str) -> None:
         if self.lcx:

@@ -65,20 +65,8 @@ def decoder(model, params, length: int):
     return jax.jit(steps).lower(*args).compile(), args, sum(x.nbytes for x in jax.tree.leaves(cache))
 
 
-class Side:
+class Side(workers.Library):
     """lcx's models, or transformers', in its own process."""
-
-    def __init__(self, kind: str):
-        self.lcx = kind == "lcx"
-        if not self.lcx:
-            import torch  # noqa: F401  (its threads)
-
-    def threads(self) -> dict:
-        if self.lcx:
-            return harness.jax_threads()
-        import torch
-
-        return {"threads": torch.get_num_threads()}
 
     def load(self, paths: dict[str, str], peer: str | None) -> None:
         if self.lcx:

@@ -37,6 +37,22 @@ from lcx import huge_pages
 HUGE, FLAG = ", 2 MB pages", "--worker"
 
 
+class Library:
+    """A side that runs lcx, or another library with torch; base class of the sides of benchmarks of decoding."""
+
+    def __init__(self, kind: str):
+        self.lcx = kind == "lcx"
+        if not self.lcx:
+            import torch  # noqa: F401  (its threads)
+
+    def threads(self) -> dict:
+        if self.lcx:
+            return harness.jax_threads()
+        import torch
+
+        return {"threads": torch.get_num_threads()}
+
+
 def asked() -> bool:
     """Whether this process is a worker."""
     return sys.argv[1:2] == [FLAG]
