@@ -48,6 +48,11 @@ def training_line(result: dict) -> str:
             told = f"{ratio(row['speed_ratio_median'])} at {row['T']}"
             said.setdefault(row.get("dtype", "float32"), []).append(told)
     speeds = "; ".join(f"{dtype} {', '.join(told)} tokens" for dtype, told in said.items())
+    speeds += "".join(  # other models only where they are behind
+        f"; `{row['model']}` in {row['dtype']} {ratio(row['speed_ratio_median'])}"
+        for row in result["speed"]
+        if row.get("model", "base") != "base" and row["speed_ratio_median"] < 0.995
+    )
     memory = result.get("memory")
     return f"speed: {speeds}" + (f"; {memory['ratio']:.2f}x the memory at {memory['T']}" if memory else "")
 
