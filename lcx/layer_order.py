@@ -124,6 +124,7 @@ def _layer(
     B, T, _ = x.shape
     state = mixers.with_rope_length(mixers.empty_state(block.mixer, B, T, x.dtype), rope_length)
 
+    @functools.partial(jax.jit, inline=True)  # traced once, for its shapes and for the loop
     def piece(number: Array, x: Array, state: Any) -> tuple[Array, Any, tuple[Array, ...]]:
         part = _cut(x, number, length)
         here = {name: None if row.get(name) is None else _cut(row[name], number, length) for name in _PER_TOKEN}
@@ -143,7 +144,7 @@ def _layer(
         pooled = tuple(_joined(pool, a, b, row, number, length) for a, b in zip(pooled, new, strict=True))
         return jax.lax.dynamic_update_slice_in_dim(x, y.astype(x.dtype), number * length, 1), state, pooled
 
-    shapes = jax.eval_shape(lambda: piece(jnp.zeros((), jnp.int32), x, state)[2])
+    shapes = jax.eval_shape(piece, 0, x, state)[2]
     empty = tuple(_empty(pool, shape) for shape in shapes)
     x, _, pooled = jax.lax.fori_loop(0, T // length, one, (x, state, empty))
     return x, pooled

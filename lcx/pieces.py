@@ -243,6 +243,7 @@ def _total(
 ) -> tuple[Tree, Tree]:
     """The sums over the pieces of `rows`, with the backward pass described at the top of this file; the last state."""
 
+    @functools.partial(jax.jit, inline=True)  # traced once, for its shapes and for the loops of both passes
     def numbered(variables: Tree, state: Tree, number: Array) -> tuple[Tree, Tree]:
         return piece(variables, state, rows.read(number))
 

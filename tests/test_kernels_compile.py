@@ -122,8 +122,6 @@ def test_on_an_h200(compiled, name):
     both_forms(name, short["kernels"])
     if "h200" not in KERNELS[name]:
         return
-    if packed(name) == EITHER:  # has the memory of two forms
-        short = compiled(name, "h200", LENGTHS[0])
     long = compiled(name, "h200", LENGTHS[1])
     programs = [long] if name in SAME_FORWARD else [long, compiled(name, "h200", LENGTHS[0], train=False)]
     for program in programs:

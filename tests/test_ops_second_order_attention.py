@@ -18,6 +18,7 @@ from lcx.ops.second_order_attention import (
     empty_state,
     second_order_attention,
 )
+from lcx.planning import flops
 
 # B, T, N, K, H, mean log-decay (None: no decay), documents, normalize
 CASES = [
@@ -290,6 +291,21 @@ def test_the_form_by_the_data_does_not_depend_on_the_length():
         short = functools.partial(second_order_choice.short_reach, H=16)
         assert not short(slow[:, :T], one[:, :T]) and short(fast[:, :T], one[:, :T])
         assert short(slow[:, :T], one[:, :T] + jnp.arange(T) // 512)  # documents
+
+
+def test_twice_the_row_is_twice_the_work():
+    """The multiply-adds of a training pass, in whichever form the data choose: no loop is as long as they say."""
+
+    def loss(q, k, v, a):
+        return (second_order_attention(q, k, v, log_decay=a)[0] ** 2).sum()
+
+    def work(T):
+        x, a = jax.ShapeDtypeStruct((1, T, 1, 64), jnp.float32), jax.ShapeDtypeStruct((1, T, 1), jnp.float32)
+        found = flops.count(jax.jit(jax.grad(loss, (0, 1, 2, 3))).trace(x, x, x, a))
+        assert not found.loops
+        return found.flops
+
+    assert work(8192) == 2 * work(4096) and work(65536) == 16 * work(4096)
 
 
 @pytest.mark.parametrize("rate", [-1e-4, -0.3])

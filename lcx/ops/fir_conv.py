@@ -172,6 +172,7 @@ def each_group(fn, signals, weights, ids, G: int):
         own, of_weights = one(0)
         out = jax.tree.map(lambda x: x[:, None], own), jax.tree.map(lambda w: w[None], of_weights)
     else:
+        one = jax.jit(one, inline=True)  # traced once for its shapes and for the loop
         own, of_weights = jax.eval_shape(one, 0)
         empty = (
             jax.tree.map(lambda x: jnp.zeros((B, G, *x.shape[1:]), x.dtype), own),

@@ -203,6 +203,7 @@ def accumulate(function: Callable, micro: dict[str, jax.Array]) -> Any:
     one = jax.tree.map(lambda x: x[0], micro)
     if jax.tree.leaves(micro)[0].shape[0] == 1:
         return function(one)
+    function = jax.jit(function, inline=True)  # traced once, for its shapes and for the loop
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function, one))
     return jax.lax.scan(lambda total, one: (accumulated(total, function(one)), None), zeros, micro)[
         0
