@@ -58,6 +58,7 @@ def inside(folder, monkeypatch):
     monkeypatch.syspath_prepend(str(folder))
     monkeypatch.setenv("LCX_CACHE", str(folder / "cache"))
     monkeypatch.setenv("WANDB_MODE", "disabled")
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.hugetlb=0")  # a benchmark has one process less (test_workers.py)
 
 
 def main_of(verb: str):
