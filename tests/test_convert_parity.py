@@ -340,7 +340,7 @@ def rewrite(folder: pathlib.Path, **changes):
 
 
 REFUSED = {
-    "model_type": (dict(model_type="gemma3"), "supported are llama, mistral, qwen2, qwen3, phi3"),
+    "model_type": (dict(model_type="gemma3n"), "supported are llama, mistral, qwen2, qwen3, phi3"),
     "no model_type": (dict(model_type="REMOVE"), "model_type None"),
     "architecture": (dict(architectures=["LlamaForSequenceClassification"]), "expected ['LlamaForCausalLM']"),
     "activation": (dict(hidden_act="gelu"), "hidden_act 'gelu'"),

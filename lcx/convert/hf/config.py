@@ -13,7 +13,7 @@ from typing import Any
 
 from lcx.convert.core import model_source, rules
 from lcx.convert.files.tensor_io import TensorInfo
-from lcx.convert.hf import families, rope_parameters
+from lcx.convert.hf import families, rope_parameters, text_part
 from lcx.convert.hf.family import Family
 from lcx.errors import UserError
 from lcx.model import Decoder
@@ -61,6 +61,7 @@ def from_config(
     Raises:
       UserError: an unsupported model_type or setting, or a missing or malformed value.
     """
+    config = text_part.config_of(config)
     found = family_of(config, family)
     architectures = config.get("architectures") or [found.architecture]
     if architectures != [found.architecture]:
@@ -79,7 +80,8 @@ def family_of(config: Mapping[str, Any], own: Family | None = None) -> Family:
     found = families.find(model_type, own)
     if found is None:
         raise UserError(
-            f"config.json has model_type {shown(model_type)}, supported are {', '.join(families.FAMILIES)}"
+            f"config.json has model_type {shown(model_type)}, supported are {', '.join(families.FAMILIES)}, and the "
+            f"text models of {', '.join(text_part.WHOLES)}"
         )
     return found
 

@@ -16,7 +16,7 @@ from lcx.convert.files import folders, tensor_io, unsupported
 from lcx.convert.files.tensor_io import TensorInfo
 from lcx.convert.hf import config as hf_config
 from lcx.convert.hf import folder as hf_folder
-from lcx.convert.hf import fp8_blocks, mxfp4, tensor_names
+from lcx.convert.hf import fp8_blocks, mxfp4, tensor_names, text_part
 from lcx.convert.hf.family import Family
 from lcx.errors import UserError
 from lcx.model import Decoder
@@ -42,13 +42,14 @@ class HfSource:
     def __init__(self, path: str | os.PathLike, *, family: Family | None = None):
         self._folder = hf_folder.HfFolder(path)
         self.where = str(path)
-        self.carried = {key: value for key, value in self._folder.config.items() if key in hf_config.CARRIED}
         self.side_files = folders.side_files(path)
         try:
-            config = self._folder.config
+            config = text_part.config_of(self._folder.config, self._folder.tensors)
+            self.carried = {key: value for key, value in config.items() if key in hf_config.CARRIED}
             family = hf_config.family_of(config, family)
             unsupported.check_config(config, self._folder.path, reads=family.unpacks)
-            stored = fp8_blocks.unpacked(mxfp4.unpacked(self._folder, config), config)
+            text = text_part.tensors_of(self._folder, self._folder.config, self.where)
+            stored = fp8_blocks.unpacked(mxfp4.unpacked(text, config), config)
             unsupported.check_tensors(stored.tensors)
             unwrapped = tensor_names.unwrapped(stored, self.where, family)
             wanted = tensor_names.without(unwrapped, family.unread(config), self.where)
@@ -158,7 +159,7 @@ class Extras:
 
 def extras(path: str | os.PathLike) -> Extras:
     """The settings, files and tokenizer to copy from a Hugging Face folder."""
-    config = folders.read_json(folders.inside(pathlib.Path(path), hf_folder.CONFIG))
+    config = text_part.config_of(folders.read_json(folders.inside(pathlib.Path(path), hf_folder.CONFIG)))
     carried = {key: value for key, value in config.items() if key in hf_config.CARRIED}
     files = folders.side_files(path)
     tokenizer = None

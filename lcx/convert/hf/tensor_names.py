@@ -55,7 +55,7 @@ def unwrapped(source: TensorSource, where: str, family: Family) -> TensorSource:
             f"{len(pairs)} tensors belong to an adapter that is not merged ({shown(pairs[0])}, ...): save the model "
             "again after merge_and_unload() of peft, or pass the base model and the adapter apart"
         )
-    inner = {name: _without_wrappers(name) for name in source.tensors}
+    inner = {name: without_wrappers(name) for name in source.tensors}
     removed, added = _prefixes(inner.values(), family)
     names: dict[str, str] = {}
     head = f"{family.head.rpartition('.')[0]}."
@@ -83,7 +83,8 @@ def without(source: TensorSource, unread: Mapping[str, str], where: str) -> Tens
     return Renamed(source, {name: name for name in left}) if len(left) < len(source.tensors) else source
 
 
-def _without_wrappers(name: str) -> str:
+def without_wrappers(name: str) -> str:
+    """The name of a tensor without the components that wrappers insert."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 

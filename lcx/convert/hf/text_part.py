@@ -1,0 +1,120 @@
+"""The text model of a folder that also holds an encoder of images or sounds, as Gemma 3, Llama 4 and others are published.
+
+config.json of such a folder has the settings of the text model in `text_config`. The tensors of the text model have one
+of two prefixes, and all others belong to the encoders:
+
+    language_model.model.X, language_model.lm_head.weight        Gemma 3, Llama 4, Mistral Small 3.1
+    model.language_model.X, lm_head.weight                       Gemma 4, and as transformers 5 names its modules
+
+What is read is the text model alone, with the model_type of text_config; it is written back as such.
+"""
+
+import dataclasses
+import logging
+import re
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from lcx.convert.files.tensor_io import TensorSource
+from lcx.convert.hf.tensor_names import Renamed, without_wrappers
+from lcx.errors import UserError
+from lcx.rope_fields import shown
+
+log = logging.getLogger(__name__)
+
+_TEXT, _TIED, _HEAD = "text_config", "tie_word_embeddings", "lm_head.weight"
+#: What the outer object of config.json says of the text model as well. It takes precedence.
+_SHARED = (
+    _TIED, "dtype", "torch_dtype", "quantization_config", "compression_config", "bos_token_id", "eos_token_id",
+    "pad_token_id",
+)  # fmt: skip
+_BODY = re.compile(r"(?:language_model\.model|model\.language_model)\.")
+_OUTER_HEAD = f"language_model.{_HEAD}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Whole:
+    """A model_type whose folders hold a text model and more.
+
+    Attributes:
+      architecture: its value in config.json.
+      text: the model_type of the text model, where text_config does not name it.
+      tied: whether the output head is the embedding, where config.json does not say.
+      defaults: (key, value) of settings that text_config may leave out, and a folder of text alone may not.
+    """
+
+    architecture: str
+    text: str
+    tied: bool
+    defaults: tuple[tuple[str, Any], ...] = ()
+
+
+#: The published files of Gemma 3 state what their model does not have in common with the one of 4B.
+_GEMMA3 = (("vocab_size", 262_208), ("num_attention_heads", 8), ("max_position_embeddings", 131_072))
+WHOLES = {
+    "gemma3": Whole("Gemma3ForConditionalGeneration", "gemma3_text", tied=True, defaults=_GEMMA3),
+    "gemma4": Whole("Gemma4ForConditionalGeneration", "gemma4_text", tied=True),
+    "llama4": Whole("Llama4ForConditionalGeneration", "llama4_text", tied=False),
+    "mistral3": Whole("Mistral3ForConditionalGeneration", "mistral", tied=False),
+}
+
+
+def config_of(config: Mapping[str, Any], names: Collection[str] | None = None) -> Mapping[str, Any]:
+    """The settings of the text model: those of `text_config` where model_type is one of `WHOLES`, else all.
+
+    Args:
+      names: of the stored tensors. They tell whether the output head is the embedding, where config.json does not.
+
+    Raises:
+      UserError: other architectures than the language model, or no text_config.
+    """
+    whole = _whole(config)
+    if whole is None:
+        return config
+    architectures = config.get("architectures") or [whole.architecture]
+    if architectures != [whole.architecture]:
+        raise UserError(
+            f"config.json has architectures {shown(architectures)}, expected [{whole.architecture!r}]: its text model "
+            "is read"
+        )
+    text = config.get(_TEXT)
+    if not isinstance(text, Mapping):
+        raise UserError(
+            f"config.json has {_TEXT} = {shown(text, 60)}, expected the settings of the text model of "
+            f"{config['model_type']!r}"
+        )
+    tied = whole.tied if names is None else not {_HEAD, _OUTER_HEAD} & {without_wrappers(x) for x in names}
+    shared = {key: config[key] for key in _SHARED if config.get(key) is not None}
+    own = {key: value for key, value in text.items() if key != "architectures"}
+    return {"model_type": whole.text, **dict(whole.defaults), **own, _TIED: tied, **shared}
+
+
+def tensors_of(source: TensorSource, config: Mapping[str, Any], where: str) -> TensorSource:
+    """The tensors of the text model, under the names of a folder of text alone; logs what is left out.
+
+    Args:
+      config: the whole config.json.
+    """
+    if _whole(config) is None:
+        return source
+    names, left = {}, {}
+    for stored in source.tensors:
+        name = without_wrappers(stored)
+        if found := _BODY.match(name):
+            names[f"model.{name[found.end() :]}"] = stored
+        elif name in (_HEAD, _OUTER_HEAD):
+            names[_HEAD] = stored
+        else:
+            parts = name.split(".")
+            left[parts[1] if parts[0] == "model" and len(parts) > 2 else parts[0]] = stored
+    if left:
+        log.warning(
+            "%s: the text model of %r is read; left out are %d tensors of %s",
+            where, config["model_type"], len(source.tensors) - len(names), ", ".join(sorted(left)),
+        )  # fmt: skip
+    return Renamed(source, names)
+
+
+def _whole(config: Mapping[str, Any]) -> Whole | None:
+    model_type = config.get("model_type")
+    return WHOLES.get(model_type) if isinstance(model_type, str) else None

@@ -1,0 +1,141 @@
+"""The text models of folders with encoders of images, against the classes of transformers that hold both, fed text."""
+
+import functools
+import json
+import logging
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+import transformers
+
+import lcx
+from lcx.convert.hf import config as hf_config
+from lcx.convert.hf import writer
+from lcx.convert.hf.source import HfSource
+from lcx.errors import UserError
+
+T = 23
+TEXT = dict(
+    vocab_size=67, hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=96, head_dim=8, pad_token_id=0,
+)  # fmt: skip
+IMAGES = dict(hidden_size=16, intermediate_size=20, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4)
+OF_LLAMA = dict(vision_output_dim=16, projector_input_dim=16, projector_output_dim=16)
+MARKS = dict(boi_token_index=61, eoi_token_index=62, image_token_index=60)
+MARKS_4 = dict(
+    image_token_id=60, boi_token_id=61, eoi_token_id=62, video_token_id=63, audio_token_id=64, boa_token_id=65
+)
+ROWS = {
+    "gemma3": dict(
+        text_config=TEXT | dict(sliding_window=9, layer_types=["full_attention", "sliding_attention"]),
+        vision_config=IMAGES, mm_tokens_per_image=4, **MARKS,
+    ),
+    "llama4": dict(
+        text_config=TEXT | dict(
+            intermediate_size_mlp=40, num_local_experts=2, attention_chunk_size=9, interleave_moe_layer_step=2,
+        ),
+        vision_config=IMAGES | OF_LLAMA, **MARKS,
+    ),
+    "mistral3": dict(
+        text_config=TEXT | dict(model_type="mistral", sliding_window=9), vision_config=IMAGES | dict(model_type="pixtral"),
+        image_token_index=60, tie_word_embeddings=False,
+    ),
+    "gemma4": dict(
+        text_config=TEXT | dict(
+            sliding_window=9, hidden_size_per_layer_input=0, global_head_dim=16,
+            layer_types=["sliding_attention", "full_attention"],
+        ),
+        vision_config=IMAGES | dict(num_key_value_heads=2, head_dim=8, global_head_dim=8), audio_config=None, **MARKS_4,
+    ),
+}  # fmt: skip
+LEFT = {
+    "gemma3": "multi_modal_projector, vision_tower",
+    "llama4": "multi_modal_projector, vision_model",
+    "mistral3": "multi_modal_projector, vision_tower",
+    "gemma4": "embed_vision, vision_tower",
+}
+IDS = np.random.default_rng(0).integers(4, 60, (1, T))
+
+
+@functools.cache
+def torch_model(name):
+    torch.manual_seed(sum(name.encode()))
+    model = transformers.AutoModelForImageTextToText.from_config(transformers.AutoConfig.for_model(name, **ROWS[name]))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_((0.3 if parameter.ndim == 1 else 0.2) * torch.randn_like(parameter))
+    return model.eval()
+
+
+@functools.cache
+def expected(name):
+    with torch.no_grad():
+        return torch_model(name)(input_ids=torch.tensor(IDS)).logits.numpy()
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_the_text_model_is_read_and_written_alone(name, tmp_path, caplog):
+    torch_model(name).save_pretrained(tmp_path / "whole", max_shard_size="20KB")
+    with caplog.at_level(logging.WARNING):
+        source = HfSource(tmp_path / "whole")
+    (said,) = [text for text in caplog.messages if "left out" in text]
+    assert said.endswith(f"tensors of {LEFT[name]}") and "\n" not in said
+    (tmp_path / "text").mkdir()
+    writer.write(tmp_path / "text", source)
+    text, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "text", output_loading_info=True)
+    assert not any(info.values()), info
+    assert type(text).__name__.endswith("ForCausalLM")
+    with torch.no_grad():
+        np.testing.assert_allclose(text(torch.tensor(IDS)).logits.numpy(), expected(name), atol=1e-5, rtol=0)
+    assert HfSource(tmp_path / "text").model == source.model
+
+
+def test_logits_and_the_names_of_transformers_5(tmp_path):
+    """The modules' own names, as some tools write them, and the published spelling, which leaves out what is usual."""
+    model = torch_model("gemma3")
+    tensors = {name: x.contiguous() for name, x in model.state_dict().items() if name != "lm_head.weight"}
+    assert any(name.startswith("model.language_model.") for name in tensors)
+    safetensors.torch.save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(model.config.to_dict()))
+    text, params = lcx.load(tmp_path, dtype="float32")
+    np.testing.assert_allclose(lcx.logits(text, params, IDS), expected("gemma3"), atol=2e-4, rtol=0)
+
+
+PUBLISHED = dict(
+    architectures=["Gemma3ForConditionalGeneration"], model_type="gemma3", boi_token_index=255999, eos_token_id=[1, 106],
+    mm_tokens_per_image=256, torch_dtype="bfloat16", vision_config=dict(hidden_size=1152, model_type="siglip_vision_model"),
+    text_config=dict(
+        hidden_size=2560, intermediate_size=10240, model_type="gemma3_text", num_hidden_layers=34, sliding_window=1024,
+        rope_scaling=dict(factor=8.0, rope_type="linear"),
+    ),
+)  # fmt: skip
+
+
+def test_settings_that_a_published_file_leaves_out():
+    theirs = transformers.Gemma3Config(**PUBLISHED).text_config
+    expected = hf_config.from_config(theirs.to_dict() | dict(architectures=["Gemma3ForCausalLM"], tie_word_embeddings=True))
+    found = hf_config.from_config(PUBLISHED)
+    assert found == expected and found.tie_word_embeddings and found.vocab_size == 262_208
+
+
+REFUSED = {
+    "another head": (
+        dict(architectures=["Gemma3ForSequenceClassification"]), "expected ['Gemma3ForConditionalGeneration']",
+    ),
+    "no text": (dict(text_config=None), "text_config = None, expected the settings of the text model of 'gemma3'"),
+    "an unknown text model": (dict(text_config=dict(model_type="gpt9")), "model_type 'gpt9', supported are"),
+    "embeddings for each layer": (
+        dict(model_type="gemma4", architectures=None, text_config=TEXT | dict(hidden_size_per_layer_input=8)),
+        "hidden_size_per_layer_input 8",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_refused(case):
+    changes, message = REFUSED[case]
+    with pytest.raises(UserError) as error:
+        hf_config.from_config(PUBLISHED | changes)
+    assert message in str(error.value) and "\n" not in str(error.value)
