@@ -1,5 +1,6 @@
 """The attention operator against torch and against its own definition in float64."""
 
+import dataclasses
 import functools
 
 import jax
@@ -104,6 +105,31 @@ def test_tiles_that_several_cores_share(case, tiles, monkeypatch):
     plan = attention_tiles.Plan.of(T, T, **sizes, window=window, masked=True)
     assert [(p.cols, p.heads) for p in (plan, plan.backward(B * K, N // K))] == tiles
     test_values_and_gradients_equal_the_definition(case, "xla")
+
+
+def test_tiles_of_other_documents_and_chunks_are_left_out():
+    """From the furthest tile with a visible pair: documents, and chunks of two tiles, which have two ids in turn."""
+    T, places = 768, np.arange(768)
+    plan = attention_tiles.Plan(64, 128, 1, None, True)
+    documents = np.stack([1 + (places >= 300), 1 + (places >= 400) + (places >= 500)])
+    documents[:, 700:] = 0
+    for ids, window in ((documents, None), (2 + places[None] // 256 % 2, 256)):
+        plan = dataclasses.replace(plan, window=window)
+        visited = jax.jit(functools.partial(visits, plan))(jnp.array(ids, jnp.int32))
+        seen = (ids[:, :, None] == ids[:, None]) & (ids != 0)[:, :, None] & (places[:, None] >= places)
+        seen &= places[:, None] - places < (window or T)
+        tiles = seen.any(0).reshape(T // 64, 64, T // 128, 128).any((1, 3))
+        last = np.arange(T // 64) // 2
+        np.testing.assert_array_equal(visited, np.where(tiles.any(1), last + 1 - tiles.argmax(1), 0))
+
+
+def visits(plan, ids):
+    """The number of tiles for each block of queries."""
+    documents = attention_tiles.Documents.of(ids, plan.cols)
+    return jnp.stack([
+        plan.over_tiles(jnp.int32(place), ids.shape[1], lambda start, n, whole: n + 1, 0, documents=documents)
+        for place in range(0, ids.shape[1], plan.rows)
+    ])  # fmt: skip
 
 
 @pytest.mark.parametrize("implementation", ["reference", "xla"])

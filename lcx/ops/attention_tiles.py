@@ -134,13 +134,15 @@ class Plan:
         """carry = body(row, carry) for row = 0, rows, 2 rows, ... < T."""
         return jax.lax.fori_loop(0, T // self.rows, lambda i, c: body(i * self.rows, c), carry)
 
-    def over_tiles(self, place: Array, S: int, body, carry):
+    def over_tiles(self, place: Array, S: int, body, carry, *, documents: "Documents | None" = None):
         """carry = body(first key, carry, whole) for each tile that any query of the block can see, nearest first.
 
         whole: every query sees every key of the tile, so that no mask is needed.
         """
         first = 0 if self.window is None else jnp.maximum(place - self.window + 1, 0) // self.cols
         last = jnp.minimum((place + self.rows - 1) // self.cols + 1, S // self.cols)
+        if documents is not None:
+            first = documents.furthest(place, self.rows, first, last)
         whole = first
         if not self.masked and self.window is None:
             whole = jnp.clip((place + 1) // self.cols, first, last)
@@ -182,6 +184,35 @@ class Plan:
         return jnp.where(seen, s, NEG), seen, slope
 
 
+class Documents(NamedTuple):
+    """The segment ids of all rows of a batch, by which blocks of queries leave out the tiles of other documents.
+
+    One for all heads: with bounds of its own in each, a loop over tiles could not run for several heads at once.
+    """
+
+    ids: Array  # [rows, S]
+    lowest: Array  # [rows, S / cols], without padding
+    highest: Array
+
+    @classmethod
+    def of(cls, ids: Array, cols: int) -> "Documents":
+        return cls(ids, *_range(ids.reshape(len(ids), -1, cols)))
+
+    def furthest(self, place: Array, rows: int, first: Array | int, last: Array) -> Array:
+        """Of the tiles first ... last - 1, the first whose range of ids meets that of the queries from `place` on, in
+        any row; `last` if there is none."""
+        low, high = _range(cut(self.ids, place, rows, axis=1)[:, None])
+        meet = jnp.any((self.lowest <= high) & (self.highest >= low), axis=0)
+        tiles = jnp.arange(len(meet))
+        return jnp.minimum(jnp.min(jnp.where(meet & (tiles >= first), tiles, last)), last)
+
+
+def _range(ids: Array) -> tuple[Array, Array]:
+    real = ids != 0
+    top = jnp.iinfo(ids.dtype).max
+    return jnp.min(jnp.where(real, ids, top), axis=-1), jnp.max(jnp.where(real, ids, -1), axis=-1)
+
+
 class Gaps(NamedTuple):
     """L_i - L_j of one head, tile by tile, outwards from a block of queries whose first has index p."""
 
@@ -214,12 +245,12 @@ class Gaps(NamedTuple):
 
 
 def head_forward(
-    q, k, v, kv_segments, decay, q_segments, offset, sinks, *, plan: Plan
+    q, k, v, kv_segments, decay, q_segments, offset, sinks, *, plan: Plan, documents: Documents | None = None
 ) -> tuple[Array, Array]:
     """One row and kv head: q [G,T,H], k [S,H], v [S,W] -> out [G,T,W], logsumexp [G,T] float32.
 
     q_segments [T] and offset [] are given for queries after a cache; None: queries and keys are the same tokens.
-    sinks [G]: scores that count in the softmax and have no value.
+    sinks [G]: scores that count in the softmax and have no value. documents: those of `kv_segments`, in all heads.
     """
     G, T, _ = q.shape
     S, C, size = k.shape[0], plan.rows, plan.cols
@@ -244,7 +275,7 @@ def head_forward(
         zeros = jnp.zeros((G, C), jnp.float32)
         lowest, count = (NEG, 0) if sinks is None else (sinks[:, None], 1)
         empty = (jnp.zeros((G, C, v.shape[1]), jnp.float32), zeros + lowest, zeros + count, nothing)
-        out, top, total, _ = plan.over_tiles(place, S, tile, empty)
+        out, top, total, _ = plan.over_tiles(place, S, tile, empty, documents=documents)
         total = jnp.where(total == 0, 1, total)  # no tile is in sight
         out = out / total[..., None]
         if plan.masked:  # padding sees nothing
@@ -256,8 +287,9 @@ def head_forward(
 
 
 def head_backward(
-    q, k, v, kv_segments, decay, q_segments, offset, sinks, out, lse, d_out, d_lse, *, plan: Plan
-) -> tuple:
+    q, k, v, kv_segments, decay, q_segments, offset, sinks, out, lse, d_out, d_lse, *, plan: Plan,
+    documents: Documents | None = None,
+) -> tuple:  # fmt: skip
     """Gradients for one row and kv head; scores are recomputed tile by tile."""
     G, T, H = q.shape
     S, C, size = k.shape[0], plan.rows, plan.cols
@@ -291,7 +323,7 @@ def head_backward(
             return dq_row + dot(ds, cut(k, start, size), 1, 0), dk, dv, d_sums, edge
 
         state = (jnp.zeros((G * C, H), jnp.float32), dk, dv, d_sums, nothing)
-        dq_row, dk, dv, d_sums, _ = plan.over_tiles(place, S, tile, state)
+        dq_row, dk, dv, d_sums, _ = plan.over_tiles(place, S, tile, state, documents=documents)
         return put(dq, dq_row.reshape(G, C, H), row, axis=1), dk, dv, d_sums
 
     # [H, S] and [W, S]: on a CPU these products take half the time of those that give [S, H] and [S, W].
@@ -309,16 +341,24 @@ def _tiled(q, k, v, kv_segments, decay, q_segments, offset, sinks, plan: Plan):
     return _tiled_forward(q, k, v, kv_segments, decay, q_segments, offset, sinks, plan)[0]
 
 
+def _documents(kv_segments: Array, offset: Array | None, plan: Plan) -> Documents | None:
+    """None without segments, or with queries that are at other places in each row."""
+    return Documents.of(kv_segments, plan.cols) if plan.masked and offset is None else None
+
+
 def _tiled_forward(q, k, v, kv_segments, decay, q_segments, offset, sinks, plan: Plan):
     arrays = (q, k, v, kv_segments, decay, q_segments, offset, sinks)
-    out, lse = each_head(functools.partial(head_forward, plan=plan), arrays, at_once=plan.heads)
+    one = functools.partial(head_forward, plan=plan, documents=_documents(kv_segments, offset, plan))
+    out, lse = each_head(one, arrays, at_once=plan.heads)
     out, lse = checkpoint_name(out, MIXER_RESIDUALS), checkpoint_name(lse, MIXER_RESIDUALS)
     return (out, lse), (*arrays, out, lse)
 
 
 def _tiled_backward(plan: Plan, residuals, gradients):
     plan = plan.backward(*residuals[0].shape[:2])
-    grads = each_head(functools.partial(head_backward, plan=plan), (*residuals, *gradients), at_once=plan.heads)
+    documents = _documents(residuals[3], residuals[6], plan)
+    one = functools.partial(head_backward, plan=plan, documents=documents)
+    grads = each_head(one, (*residuals, *gradients), at_once=plan.heads)
     dq, dk, dv, d_decay, d_sinks = grads
     return dq, dk, dv, None, d_decay, None, None, d_sinks
 
