@@ -109,6 +109,7 @@ ROWS = {
     "arcee": dict(attention_bias=True, mlp_bias=True),
     "seed_oss": dict(head_dim=10, attention_out_bias=True),
     "exaone4": TWO_KINDS,
+    "ernie4_5": dict(head_dim=10, use_bias=True),
     "olmoe": dict(num_experts=5, num_experts_per_tok=2, norm_topk_prob=True),
     "ministral": dict(head_dim=10, rope_parameters=dict(YARN, rope_theta=1e4), **TWO_KINDS),
     # Phi-4-mini. Each text is longer than the original context, since a batch has one length for longrope.

@@ -4,6 +4,7 @@ from lcx.convert.core.rules import Rule
 from lcx.convert.hf.families.arcee import ARCEE
 from lcx.convert.hf.families.cohere2 import COHERE2
 from lcx.convert.hf.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
+from lcx.convert.hf.families.ernie4_5 import ERNIE4_5
 from lcx.convert.hf.families.exaone4 import EXAONE4
 from lcx.convert.hf.families.gemma2 import GEMMA2
 from lcx.convert.hf.families.gemma3 import GEMMA3
@@ -31,7 +32,7 @@ from lcx.model import Decoder
 _ALL = (
     LLAMA, MISTRAL, QWEN2, QWEN3, PHI3, GEMMA2, GEMMA3, OLMO2, OLMO3, SMOLLM3, GRANITE, COHERE2, GLM4, MINISTRAL,
     MIXTRAL, QWEN2_MOE, QWEN3_MOE, GPT_OSS, DEEPSEEK_V2, DEEPSEEK_V3, LLAMA4, GEMMA4,
-    ARCEE, SEED_OSS, EXAONE4, OLMOE,
+    ARCEE, SEED_OSS, EXAONE4, OLMOE, ERNIE4_5,
 )  # fmt: skip
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _ALL}
 
