@@ -210,7 +210,9 @@ def score_factor(rope: Rope | None) -> float:
 def llama3(rope: Rope, head_dim: int, length: Length) -> Frequencies:
     s, window, low, high = _needed(rope, *FIELDS["llama3"][0])
     w, _ = default(rope, head_dim, length)
-    keep = np.clip((window / (2 * math.pi / w) - low) / (high - low), 0, 1)
+    turns = window / (2 * math.pi / w)  # in the original window
+    # Llama 4 Scout has equal factors: nothing between what is kept and what is scaled.
+    keep = np.clip((turns - low) / (high - low), 0, 1) if high > low else (turns >= low).astype(w.dtype)
     return (1 - keep) * w / s + keep * w, 1.0
 
 

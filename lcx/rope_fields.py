@@ -113,8 +113,8 @@ def _check_fields(rope: Any, name: str) -> None:
     if name == "longrope" and rope.factor is None and rope.attention_factor is None:
         raise UserError("rope_type 'longrope' has neither factor nor attention_factor: set one of them")
     low, high = rope.low_freq_factor, rope.high_freq_factor
-    if name == "llama3" and low is not None and high is not None and high <= low:
-        raise UserError(f"high_freq_factor is {high:g}, expected more than low_freq_factor = {low:g}")
+    if name == "llama3" and low is not None and high is not None and high < low:
+        raise UserError(f"high_freq_factor is {high:g}, expected at least low_freq_factor = {low:g}")
     fast, slow = rope.beta_fast or 32, rope.beta_slow or 1
     if fast < slow:
         raise UserError(f"beta_fast is {fast:g}, expected at least beta_slow = {slow:g}")

@@ -40,8 +40,9 @@ def grid():
             yield {"rope_type": "yarn", "factor": factor, KEY: window, **common}, head_dim, 131072, None
             bands = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, **common}
             yield {"rope_type": "llama3", "factor": factor, KEY: window, **bands}, head_dim, 131072, None
-        bands = {"low_freq_factor": 2, "high_freq_factor": 3.5}
-        yield {"rope_type": "llama3", "factor": 8.0, KEY: 8192, **bands, **common}, head_dim, 131072, None
+        for low, high in ((2, 3.5), (1.0, 1.0)):  # Llama 4 Scout has no band in between
+            bands = {"low_freq_factor": low, "high_freq_factor": high}
+            yield {"rope_type": "llama3", "factor": 8.0, KEY: 8192, **bands, **common}, head_dim, 131072, None
         for partial, factor in itertools.product((0.25, 0.3, 0.5, 1.0), (None, 1.0, 4.0)):
             extra = {"partial_rotary_factor": partial} | ({} if factor is None else {"factor": factor})
             yield {"rope_type": "proportional", **extra, **common}, head_dim, 4096, None

@@ -157,7 +157,7 @@ BAD_FILES = [
         "beta_fast is 1, expected at least beta_slow = 32",
     ),
     ({"rope_scaling": YARN4 | {"attention_factor": -1.0}}, "attention_factor is -1, expected more than 0"),
-    ({"rope_scaling": LLAMA3 | {"high_freq_factor": 1.0}}, "high_freq_factor is 1, expected more than"),
+    ({"rope_scaling": LLAMA3 | {"high_freq_factor": 0.5}}, "high_freq_factor is 0.5, expected at least"),
     (
         {"rope_scaling": {"type": "longrope", "short_factor": 1.0, "long_factor": [1.0]}},
         "short_factor is 1.0",

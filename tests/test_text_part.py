@@ -113,11 +113,37 @@ PUBLISHED = dict(
 )  # fmt: skip
 
 
-def test_settings_that_a_published_file_leaves_out():
-    theirs = transformers.Gemma3Config(**PUBLISHED).text_config
-    expected = hf_config.from_config(theirs.to_dict() | dict(architectures=["Gemma3ForCausalLM"], tie_word_embeddings=True))
+#: Llama 4 Scout, of which the scaling has no band between the frequencies that are kept and those that are scaled.
+SCOUT = dict(
+    architectures=["Llama4ForConditionalGeneration"], model_type="llama4", image_token_index=200092, torch_dtype="bfloat16",
+    tie_word_embeddings=False, vision_config=dict(model_type="llama4_vision_model"),
+    text_config=dict(
+        _attn_implementation_autoset=True, attention_chunk_size=8192, for_llm_compressor=False, hidden_size=5120,
+        interleave_moe_layer_step=1, max_position_embeddings=10_485_760, model_type="llama4_text", no_rope_layers=[],
+        num_attention_heads=40, num_hidden_layers=8, num_local_experts=16, rope_theta=500_000.0, vocab_size=202_048,
+        rope_scaling=dict(
+            factor=16.0, high_freq_factor=1.0, low_freq_factor=1.0, original_max_position_embeddings=8192,
+            rope_type="llama3",
+        ),
+    ),
+)  # fmt: skip
+#: A file of transformers 5, which numbers the layers with other sizes from "05" on where there are ten or more.
+GEMMA4 = dict(
+    TEXT, model_type="gemma4_text", num_hidden_layers=12, hidden_size_per_layer_input=0, global_head_dim=16,
+    sliding_window=9,
+)  # fmt: skip
+
+
+def test_published_settings_are_those_that_transformers_reads():
+    gemma3, llama4 = transformers.Gemma3Config(**PUBLISHED), transformers.Llama4Config(**SCOUT)
+    for given, theirs in ((PUBLISHED, gemma3), (SCOUT, llama4)):
+        text = theirs.text_config.to_dict() | dict(architectures=None, tie_word_embeddings=theirs.tie_word_embeddings)
+        assert hf_config.from_config(given) == hf_config.from_config(text)
     found = hf_config.from_config(PUBLISHED)
-    assert found == expected and found.tie_word_embeddings and found.vocab_size == 262_208
+    assert found.tie_word_embeddings and found.vocab_size == 262_208
+    saved = transformers.Gemma4TextConfig(**GEMMA4).to_dict()
+    assert "05" in saved["per_layer_config"]
+    assert hf_config.from_config(saved) == hf_config.from_config(GEMMA4)
 
 
 REFUSED = {

@@ -116,10 +116,11 @@ class Gemma4(Layered):
         """What per_layer_config, in files of transformers 5, says of every layer that sees the whole text."""
         given = config["per_layer_config"]
         kinds = self.kinds(config, integer(config, "num_hidden_layers"))
-        places = {str(i) for i, kind in enumerate(kinds) if kind == FULL}
+        places = {i for i, kind in enumerate(kinds) if kind == FULL}
         values: list[Any] = list(given.values()) if isinstance(given, Mapping) else [None]
         alike = all(isinstance(x, Mapping) and x == values[0] and x.keys() <= _OF_LAYERS for x in values)
-        if not alike or (given and set(map(str, given)) != places):
+        # With more than ten layers the keys are "05", "11", ...
+        if not alike or (given and {int(key) if str(key).isdecimal() else key for key in given} != places):
             raise UserError(
                 f"config.json has per_layer_config {shown(given, 60)}, expected the same head_dim and "
                 "num_key_value_heads for each layer of full_attention and for no other"
