@@ -158,7 +158,12 @@ What lcx does with the language models of each Hugging Face `model_type`; this p
 
 Of Gemma 4, the models without embeddings for each layer are read (31B, 26B-A4B), and E2B and E4B refused. Its rotation
 of a quarter of each head is scaled by `{"rope_type": "proportional", "factor": ...}`, as no other type turns the same
-dimensions. Llama 4 and Gemma 4 are text models here: a folder with an encoder of images is refused.
+dimensions.
+
+Gemma 3 and 4, Llama 4 and Mistral Small 3.1 are published with an encoder of images. Of such folders (`gemma3`,
+`gemma4`, `llama4`, `mistral3`) the text model is read, and a line says what is left out; it is written as a folder of
+text alone, which transformers opens with the family's `ForCausalLM`. An adapter fits that folder, and not the
+published one.
 
 DeepSeek V3's released files are read as they are: weights in FP8 become bfloat16, and the layers of multi-token
 prediction are left out, which is said. The biases of its router are kept in float32 and have no gradient.

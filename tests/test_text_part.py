@@ -14,6 +14,7 @@ import lcx
 from lcx.convert.hf import config as hf_config
 from lcx.convert.hf import writer
 from lcx.convert.hf.source import HfSource
+from lcx.convert.peft import base
 from lcx.errors import UserError
 
 T = 23
@@ -21,7 +22,9 @@ TEXT = dict(
     vocab_size=67, hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
     num_key_value_heads=2, max_position_embeddings=96, head_dim=8, pad_token_id=0,
 )  # fmt: skip
-IMAGES = dict(hidden_size=16, intermediate_size=20, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4)
+IMAGES = dict(
+    hidden_size=16, intermediate_size=20, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4
+)  # fmt: skip
 OF_LLAMA = dict(vision_output_dim=16, projector_input_dim=16, projector_output_dim=16)
 MARKS = dict(boi_token_index=61, eoi_token_index=62, image_token_index=60)
 MARKS_4 = dict(
@@ -39,8 +42,8 @@ ROWS = {
         vision_config=IMAGES | OF_LLAMA, **MARKS,
     ),
     "mistral3": dict(
-        text_config=TEXT | dict(model_type="mistral", sliding_window=9), vision_config=IMAGES | dict(model_type="pixtral"),
-        image_token_index=60, tie_word_embeddings=False,
+        text_config=TEXT | dict(model_type="mistral", sliding_window=9),
+        vision_config=IMAGES | dict(model_type="pixtral"), image_token_index=60, tie_word_embeddings=False,
     ),
     "gemma4": dict(
         text_config=TEXT | dict(
@@ -104,8 +107,9 @@ def test_logits_and_the_names_of_transformers_5(tmp_path):
 
 
 PUBLISHED = dict(
-    architectures=["Gemma3ForConditionalGeneration"], model_type="gemma3", boi_token_index=255999, eos_token_id=[1, 106],
-    mm_tokens_per_image=256, torch_dtype="bfloat16", vision_config=dict(hidden_size=1152, model_type="siglip_vision_model"),
+    architectures=["Gemma3ForConditionalGeneration"], model_type="gemma3", boi_token_index=255999,
+    torch_dtype="bfloat16", eos_token_id=[1, 106], mm_tokens_per_image=256,
+    vision_config=dict(model_type="siglip_vision_model"),
     text_config=dict(
         hidden_size=2560, intermediate_size=10240, model_type="gemma3_text", num_hidden_layers=34, sliding_window=1024,
         rope_scaling=dict(factor=8.0, rope_type="linear"),
@@ -115,8 +119,8 @@ PUBLISHED = dict(
 
 #: Llama 4 Scout, of which the scaling has no band between the frequencies that are kept and those that are scaled.
 SCOUT = dict(
-    architectures=["Llama4ForConditionalGeneration"], model_type="llama4", image_token_index=200092, torch_dtype="bfloat16",
-    tie_word_embeddings=False, vision_config=dict(model_type="llama4_vision_model"),
+    architectures=["Llama4ForConditionalGeneration"], model_type="llama4", image_token_index=200092,
+    torch_dtype="bfloat16", tie_word_embeddings=False, vision_config=dict(model_type="llama4_vision_model"),
     text_config=dict(
         _attn_implementation_autoset=True, attention_chunk_size=8192, for_llm_compressor=False, hidden_size=5120,
         interleave_moe_layer_step=1, max_position_embeddings=10_485_760, model_type="llama4_text", no_rope_layers=[],
@@ -144,6 +148,14 @@ def test_published_settings_are_those_that_transformers_reads():
     saved = transformers.Gemma4TextConfig(**GEMMA4).to_dict()
     assert "05" in saved["per_layer_config"]
     assert hf_config.from_config(saved) == hf_config.from_config(GEMMA4)
+
+
+def test_an_adapter_names_a_base_that_fits_it(tmp_path):
+    model = hf_config.from_config(PUBLISHED)
+    (tmp_path / "config.json").write_text(json.dumps(PUBLISHED))
+    assert any("holds encoders beside the text model" in line for line in base.lines(base.Base(str(tmp_path), model)))
+    (tmp_path / "config.json").write_text(json.dumps(hf_config.to_config(model, dtype="float32")))
+    assert not any("encoders" in line for line in base.lines(base.Base(str(tmp_path), model)))
 
 
 REFUSED = {

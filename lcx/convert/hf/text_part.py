@@ -1,4 +1,4 @@
-"""The text model of a folder that also holds an encoder of images or sounds, as Gemma 3, Llama 4 and others are published.
+"""The text model of a folder that also holds an encoder of images or sounds, as Gemma 3 and Llama 4 are published.
 
 config.json of such a folder has the settings of the text model in `text_config`. The tensors of the text model have one
 of two prefixes, and all others belong to the encoders:
@@ -57,6 +57,11 @@ WHOLES = {
     "llama4": Whole("Llama4ForConditionalGeneration", "llama4_text", tied=False),
     "mistral3": Whole("Mistral3ForConditionalGeneration", "mistral", tied=False),
 }
+
+
+def is_part(config: Mapping[str, Any]) -> bool:
+    """Whether the text model is a part of what a config.json describes."""
+    return _whole(config) is not None
 
 
 def config_of(config: Mapping[str, Any], names: Collection[str] | None = None) -> Mapping[str, Any]:

@@ -22,6 +22,8 @@ import numpy as np
 from lcx import mixers
 from lcx import model as model_lib
 from lcx.convert.files import folders
+from lcx.convert.hf import text_part
+from lcx.convert.hf.folder import CONFIG
 from lcx.convert.hf.rope_parameters import to_hf, written_max_position_embeddings
 from lcx.errors import UserError
 from lcx.extend import rotaries
@@ -74,6 +76,11 @@ def _function(rope: Rope) -> str:
 def lines(base: Base) -> list[str]:
     """Instructions for using the adapter, printed on the terminal."""
     found = [f"base: {base.name or 'unknown, set it with --base_model'}"]
+    if base.name and _has_encoders(pathlib.Path(base.name).expanduser()):
+        found.append(
+            f"warning: {base.name} holds encoders beside the text model, and PEFT would not find the pairs' modules in "
+            "it: write the text model alone (python -m lcx.convert --dst_format=hf), and set --base_model to it"
+        )
     for rope, _ in rotaries(base.model) if is_scaled(base.model) else []:
         found.append(
             f"scaling: the base needs --rope_scaling='{json.dumps(scaling(rope))}' "
@@ -85,6 +92,12 @@ def lines(base: Base) -> list[str]:
             "PEFT on the softmax model of the same name, the logits are wrong"
         )
     return found
+
+
+def _has_encoders(folder: pathlib.Path) -> bool:
+    if not (folder / CONFIG).is_file():
+        return False  # a name on the hub, or a checkpoint of another kind
+    return text_part.is_part(folders.read_json(folder / CONFIG))
 
 
 def write(folder: pathlib.Path, base: Base, holds: str) -> None:
