@@ -57,6 +57,7 @@ FAMILIES: dict[str, dict] = {
     "olmo3": HYBRID,
     "smollm3": {},
     "granite": {},
+    "ernie4_5": {},
     "cohere2": HYBRID,
     "glm4": {},
     "ministral": HYBRID,

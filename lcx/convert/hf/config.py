@@ -61,7 +61,7 @@ def from_config(
     Raises:
       UserError: an unsupported model_type or setting, or a missing or malformed value.
     """
-    config = text_part.config_of(config)
+    config = text_part.config_of(config, own=family)
     found = family_of(config, family)
     architectures = config.get("architectures") or [found.architecture]
     if architectures != [found.architecture]:

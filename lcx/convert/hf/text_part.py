@@ -16,6 +16,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from lcx.convert.files.tensor_io import TensorSource
+from lcx.convert.hf.family import Family
 from lcx.convert.hf.tensor_names import Renamed, without_wrappers
 from lcx.errors import UserError
 from lcx.rope_fields import shown
@@ -64,16 +65,19 @@ def is_part(config: Mapping[str, Any]) -> bool:
     return _whole(config) is not None
 
 
-def config_of(config: Mapping[str, Any], names: Collection[str] | None = None) -> Mapping[str, Any]:
+def config_of(
+    config: Mapping[str, Any], names: Collection[str] | None = None, *, own: Family | None = None
+) -> Mapping[str, Any]:
     """The settings of the text model: those of `text_config` where model_type is one of `WHOLES`, else all.
 
     Args:
       names: of the stored tensors. They tell whether the output head is the embedding, where config.json does not.
+      own: the user's own family, which reads folders of its model_type whole.
 
     Raises:
       UserError: other architectures than the language model, or no text_config.
     """
-    whole = _whole(config)
+    whole = _whole(config, own)
     if whole is None:
         return config
     architectures = config.get("architectures") or [whole.architecture]
@@ -94,13 +98,16 @@ def config_of(config: Mapping[str, Any], names: Collection[str] | None = None) -
     return {"model_type": whole.text, **dict(whole.defaults), **own, _TIED: tied, **shared}
 
 
-def tensors_of(source: TensorSource, config: Mapping[str, Any], where: str) -> TensorSource:
+def tensors_of(
+    source: TensorSource, config: Mapping[str, Any], where: str, *, own: Family | None = None
+) -> TensorSource:
     """The tensors of the text model, under the names of a folder of text alone; logs what is left out.
 
     Args:
       config: the whole config.json.
+      own: as in `config_of`.
     """
-    if _whole(config) is None:
+    if _whole(config, own) is None:
         return source
     names, left = {}, {}
     for stored in source.tensors:
@@ -120,6 +127,8 @@ def tensors_of(source: TensorSource, config: Mapping[str, Any], where: str) -> T
     return Renamed(source, names)
 
 
-def _whole(config: Mapping[str, Any]) -> Whole | None:
+def _whole(config: Mapping[str, Any], own: Family | None = None) -> Whole | None:
     model_type = config.get("model_type")
+    if own is not None and own.model_type == model_type:
+        return None
     return WHOLES.get(model_type) if isinstance(model_type, str) else None
