@@ -48,8 +48,10 @@ def claimed(folder: pathlib.Path, setting: str, *, lock: str = LOCK, of: str | N
       of: for messages: what is written, if it is not the folder itself.
 
     Raises:
-      UserError: the folder cannot be created or written to, or another process writes to it.
+      UserError: the folder cannot be created or written to, it lies among the checkpoints of a run, or another process
+        writes to it.
     """
+    refuse_inside(folder, setting)
     missing = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
     try:
         with contextlib.ExitStack() as stack:
@@ -99,6 +101,16 @@ def claimed_file(
             os.replace(partial, place)
         finally:
             _remove(partial)
+
+
+def refuse_inside(folder: pathlib.Path, setting: str) -> None:
+    """Raises UserError for the checkpoints of a run, or one of them, in place of the run."""
+    for part in [*list(folder.absolute().parents)[:1], folder.absolute()]:
+        if part.name == "checkpoints" and (part.parent / "config.gin").is_file():
+            raise UserError(
+                f"{setting} is {folder}, which holds checkpoints of the run in {part.parent}: set {setting} to the run "
+                "itself, or to another folder"
+            )
 
 
 def refuse_inputs(output: str | None, setting: str, inputs: Mapping[str, str | None]) -> None:

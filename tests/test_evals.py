@@ -496,5 +496,5 @@ def test_bad_input_is_one_line(checkpoint, tmp_path, tiny):
     with pytest.raises(UserError, match="no checkpoint at .*nowhere"):
         evaluate(checkpoint=str(tmp_path / "nowhere"), output=str(tmp_path / "out"))
     lcx.save(tmp_path / "bare", *tiny, format="hf")
-    with pytest.raises(UserError, match="no text for loss_by_position.*evaluate.dataset"):
+    with pytest.raises(UserError, match="no text for loss_by_position.*set --dataset"):
         evaluate(checkpoint=str(tmp_path / "bare"), output=str(tmp_path / "out"), evals=(LossByPosition(),))
