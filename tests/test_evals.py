@@ -276,6 +276,8 @@ def test_perplexity_error_bars_take_documents_as_independent(tiny, dataset):
     ("make", "says"),
     [
         (lambda: (), "evals is empty"),
+        (lambda: (Passkey,), r"evaluate.evals has the class Passkey, expected an instance: write Passkey\(\)"),
+        (lambda: (Perplexity(max_document_length=1),), "Perplexity.max_document_length is 1, expected at least 2"),
         (lambda: (Perplexity(name=""),), "Perplexity.name is ''"),
         (lambda: (Perplexity(), Perplexity(stride=3)), "two evaluations are named 'perplexity'"),
         (lambda: (Perplexity(split="test"),), "Perplexity.split is 'test', expected one of train, eval"),

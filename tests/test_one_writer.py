@@ -122,6 +122,19 @@ def test_a_workdir_that_holds_a_model_of_another_library_is_refused(tmp_path, ca
     assert os.listdir(tmp_path / "hf") == ["config.json"]
 
 
+def test_results_do_not_go_among_the_checkpoints_of_a_run(tmp_path):
+    (tmp_path / "checkpoints" / "4").mkdir(parents=True)
+    (tmp_path / "config.gin").touch()
+    for folder in (tmp_path / "checkpoints", tmp_path / "checkpoints" / "4"):
+        with (
+            pytest.raises(UserError, match="--output is .* holds checkpoints of the run in"),
+            paths.claimed(folder, "--output"),
+        ):
+            raise AssertionError
+    with paths.claimed(tmp_path / "evaluation", "--output"):
+        assert not list((tmp_path / "checkpoints").rglob("*lock*"))
+
+
 def test_a_second_training_is_refused_and_changes_nothing(tmp_path, capsys):
     recipe = tmp_path / "recipe.gin"
     recipe.write_text(RECIPE)

@@ -457,7 +457,11 @@ def test_a_single_training_run(tmp_path):
         "One training run: over steps 100 to 120 of “run”, the loss went from 2.000 to 1.837 ± 0.005 (spread of its"
         " last 2 log lines); on held-out data it is 1.900 at step 120, after a lower 1.800 at step 110."
     ]
-    twice = opening(report.build(workdir=[work, work], output=str(tmp_path / "both")))
+    with pytest.raises(UserError, match="--workdir names .*/run/ twice, expected different folders"):
+        report.build(workdir=[f"{work}/", work], output=str(tmp_path / "both"))
+    (tmp_path / "other").mkdir()
+    again = write_log(tmp_path / "other" / "run", losses, held_out=[(110, 1.8), (120, 1.9)])
+    twice = opening(report.build(workdir=[work, again], output=str(tmp_path / "both")))
     assert twice[0].startswith(
         "2 training runs are compared: the last losses are: “run” 1.900 on held-out data"
     )

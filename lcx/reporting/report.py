@@ -69,9 +69,12 @@ def build(
 
 
 def _check_given(setting: str, folders: Sequence[str]) -> None:
-    """Raises UserError for an empty path."""
+    """Raises UserError for an empty path, or one that is given twice."""
     if not all(folder.strip() for folder in folders):
         raise UserError(f"{setting} is empty, expected a folder: change {setting}")
+    places = [os.path.realpath(os.path.expanduser(folder)) for folder in folders]
+    if twice := next((folder for folder, place in zip(folders, places) if places.count(place) > 1), None):
+        raise UserError(f"{setting} names {twice} twice, expected different folders: change {setting}")
 
 
 def _distinct(more: dict[str, Any], curves: Mapping[str, Any]) -> dict[str, Any]:
