@@ -30,7 +30,7 @@ from lcx.checkpoint.fingerprint import fingerprint
 from lcx.convert.api import detect, load
 from lcx.data import Dataset, Mixture, Tokenizer, special_tokens
 from lcx.data.special import described
-from lcx.errors import UserError, first_line
+from lcx.errors import UserError, as_read, first_line, naming
 from lcx.evals import Evaluation, Result
 from lcx.evals.cost import Cost
 from lcx.evals.key_value import KeyValue
@@ -114,15 +114,15 @@ def evaluate(
     if name is not None:
         settings.check_name(name, "--name")
     adapter = (adapter,) if isinstance(adapter, str) else adapter
-    with _writable(output) as folder:
+    by_flag = isinstance(dataset, str)
+    with _writable(output) as folder, naming(texts.NAMES) if by_flag else contextlib.nullcontext():
         place = hub.local(checkpoint)
         detect(place, format)  # raises if this is no checkpoint, before a more confusing error about its tokenizer
-        by_flag = isinstance(dataset, str)
         tokenizer = _tokenizer(place, format, needed=by_flag)
         text = texts.of_path(dataset) if isinstance(dataset, str) else dataset
         text = texts.recorded(place, tokenizer, _say) if text is None else text
         evals, skipped = texts.readable(evals, text) if suite else (evals, {})
-        evals = texts.filled(_with_outputs(evals, folder), text, by_flag=by_flag)
+        evals = texts.filled(_with_outputs(evals, folder), text)
         devices = None if jax.device_count() == 1 and mesh == sharding.MeshShape() else mesh.build()
         model, params = load(
             place,
@@ -297,7 +297,7 @@ def _check_finite(result: Result) -> None:
 
 
 def _explained(error: Exception) -> str:
-    line = first_line(error)
+    line = as_read(first_line(error))
     if "RESOURCE_EXHAUSTED" in line:
         return f"out of memory ({line[:120]}): lower tokens_per_batch or batch_size of this evaluation"
     return line if isinstance(error, UserError) else f"{type(error).__name__}: {line}"

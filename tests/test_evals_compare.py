@@ -89,8 +89,10 @@ def test_a_text_is_a_path(models, tmp_path):
     given = settings(models, tmp_path / "out") | {"checkpoint": str(models / "first")}
     by_path = evaluator.evaluate(**given | {"dataset": str(models / "*.txt")})
     assert by_path["evaluations"]["perplexity"]["windows"][0]["tokens"] == 1198  # of 1200 in two documents
-    with pytest.raises(UserError, match=r"'/nowhere' matches no file; set --dataset$"):
-        evaluator.evaluate(**given | {"dataset": "/nowhere"})
+    (models / "broken").write_bytes(b"\xff\xff")
+    for path, found in (("/nowhere", "'/nowhere' matches no file; set --dataset$"), (f"{models}/broken", "--dataset")):
+        with pytest.raises(UserError, match=found):
+            evaluator.evaluate(**given | {"dataset": path})
     (models / "first" / "lcx_tokenizer.json").rename(tmp_path / "kept")
     with pytest.raises(UserError, match="--dataset is read with the tokenizer of the checkpoint: .*no tokenizer"):
         evaluator.evaluate(**given | {"dataset": str(models / "*.txt")})

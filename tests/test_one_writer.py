@@ -156,8 +156,10 @@ def test_a_second_evaluation_or_report_is_refused_and_leaves_no_folder(tmp_path,
     def reported(output):
         return report.main([f"--workdir={tmp_path / 'nowhere'}", f"--output={output}"])
 
-    for command, lock in ((evaluated, LOCK), (reported, ".lcx-report-lock")):
-        (taken := tmp_path / command.__name__).mkdir()
+    for number, (command, lock) in enumerate(
+        ((evaluated, LOCK), (reported, ".lcx-report-lock"), (reported, LOCK))  # an evaluation writes a report, too
+    ):
+        (taken := tmp_path / str(number)).mkdir()
         with holder(taken / lock):
             assert command(taken) == 2
         error = capsys.readouterr().err

@@ -9,11 +9,11 @@ from typing import Any
 from lcx.checkpoint import model_json
 from lcx.checkpoint.folder import find_step, read_json
 from lcx.data import ByteTokenizer, Dataset, Mixture, Tokenizer
-from lcx.errors import UserError, naming
+from lcx.errors import UserError
 from lcx.evals.support import settings
 
 Text = Dataset | Mixture
-NAMES = {
+NAMES = {  # what errors call the settings of a text that --dataset gives
     "Dataset.source": "--dataset",
     **dict.fromkeys(("Dataset.eval_fraction", "Dataset.separator", "Dataset.text_field", "Dataset.format")),
 }
@@ -52,11 +52,8 @@ def readable(evals: tuple[Any, ...], text: Text | None) -> tuple[tuple[Any, ...]
     return kept, dict.fromkeys((e.name for e in evals if e.name in without), why)
 
 
-def filled(evals: tuple[Any, ...], text: Text | None, *, by_flag: bool) -> tuple[Any, ...]:
+def filled(evals: tuple[Any, ...], text: Text | None) -> tuple[Any, ...]:
     """The evaluations, with the text filled in wherever one has a field `dataset` and it is None.
-
-    Args:
-      by_flag: whether the text is that of --dataset, for messages.
 
     Raises:
       UserError: an evaluation has no text, or its text has no files.
@@ -71,8 +68,7 @@ def filled(evals: tuple[Any, ...], text: Text | None, *, by_flag: bool) -> tuple
         dataclasses.replace(evaluation, dataset=text) if evaluation.name in without else evaluation
         for evaluation in evals
     )
-    with naming(NAMES) if by_flag else contextlib.nullcontext():
-        settings.check_text(found)
+    settings.check_text(found)
     return found
 
 
