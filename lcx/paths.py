@@ -104,12 +104,13 @@ def claimed_file(
 
 
 def refuse_inside(folder: pathlib.Path, setting: str) -> None:
-    """Raises UserError for the checkpoints of a run, or one of them, in place of the run."""
-    for part in [*list(folder.absolute().parents)[:1], folder.absolute()]:
+    """Raises UserError for the folder with the checkpoints of a run, and for any folder in it."""
+    place = folder.absolute()
+    for part in (place, *place.parents):
         if part.name == "checkpoints" and (part.parent / "config.gin").is_file():
             raise UserError(
-                f"{setting} is {folder}, which holds checkpoints of the run in {part.parent}: set {setting} to the run "
-                "itself, or to another folder"
+                f"{setting} is {folder}, among the checkpoints of the run in {part.parent}: set {setting} to another "
+                "folder, such as the run's own"
             )
 
 

@@ -125,14 +125,22 @@ def test_a_workdir_that_holds_a_model_of_another_library_is_refused(tmp_path, ca
 def test_results_do_not_go_among_the_checkpoints_of_a_run(tmp_path):
     (tmp_path / "checkpoints" / "4").mkdir(parents=True)
     (tmp_path / "config.gin").touch()
-    for folder in (tmp_path / "checkpoints", tmp_path / "checkpoints" / "4"):
+    for folder in (tmp_path / "checkpoints", tmp_path / "checkpoints" / "4", tmp_path / "checkpoints" / "4" / "a"):
         with (
-            pytest.raises(UserError, match="--output is .* holds checkpoints of the run in"),
+            pytest.raises(UserError, match="--output is .*, among the checkpoints of the run in"),
             paths.claimed(folder, "--output"),
         ):
             raise AssertionError
+        with (  # a conversion of the run to one of its own steps deleted what it was reading
+            pytest.raises(UserError, match="--dst is .*, among the checkpoints of the run in"),
+            replacing(folder, overwrite=True, needed_bytes=0, replaceable=lambda _: True),
+        ):
+            raise AssertionError
+    (tmp_path / "config.gin").unlink()
+    with pytest.raises(UserError, match="--dst .* is among the checkpoints of --src"):
+        refuse_same(tmp_path, tmp_path / "checkpoints" / "4")
     with paths.claimed(tmp_path / "evaluation", "--output"):
-        assert not list((tmp_path / "checkpoints").rglob("*lock*"))
+        assert [path.name for path in (tmp_path / "checkpoints").rglob("*")] == ["4"]
 
 
 def test_a_second_training_is_refused_and_changes_nothing(tmp_path, capsys):
