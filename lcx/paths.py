@@ -91,6 +91,7 @@ def claimed_file(
     with claimed(place.parent, setting, lock=f"{place.name}{LOCK}", of=str(place)):
         if place.is_dir() and (holds is None or not (place / holds).is_file()):
             raise UserError(f"{place} is a folder with other contents: choose another {setting}")
+        refuse_device(place, setting)
         if place.exists() and not overwrite:  # asked only now: another process may just have finished it
             raise UserError(f"{place} is there already: choose another {setting}, or set --overwrite")
         partial = place.with_name(f"{place.name}.partial")
@@ -101,6 +102,12 @@ def claimed_file(
             os.replace(partial, place)
         finally:
             _remove(partial)
+
+
+def refuse_device(path: pathlib.Path, setting: str) -> None:
+    """Raises UserError for a device or a pipe: a result that is renamed to it would delete /dev/null."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise UserError(f"{path} is a device or a pipe, expected a file: choose another {setting}")
 
 
 def refuse_inside(folder: pathlib.Path, setting: str) -> None:

@@ -16,6 +16,7 @@ from lcx.checkpoint import Checkpointer
 from lcx.convert import __main__ as convert
 from lcx.convert.files.destination import refuse_same, replacing
 from lcx.errors import UserError
+from lcx.evals.support.growing_files import GrowingFiles
 from lcx.locks import LOCK, only_writer
 from lcx.paths import claimed
 
@@ -92,6 +93,14 @@ def test_a_result_replaces_only_results_of_its_kind(tmp_path):
         with pytest.raises(UserError, match="is a folder with other contents: choose another --output"), claim:
             raise AssertionError("it is not ours")
     assert (run / "config.gin").read_text() == "kept"
+    os.mkfifo(tmp_path / "pipe")  # or /dev/null, which --overwrite deleted
+    for claim in (
+        paths.claimed_file(tmp_path / "pipe", "--output", overwrite=True),
+        GrowingFiles([str(tmp_path / "pipe")], settings={}, overwrite=True),
+    ):
+        with pytest.raises(UserError, match="pipe is a device or a pipe, expected a file: choose another"), claim:
+            raise AssertionError("it is not ours")
+    assert (tmp_path / "pipe").is_fifo()
     with paths.claimed_file(store, "--output", overwrite=True, holds=".zgroup") as partial:
         partial.mkdir()
     with paths.claimed_file(file, "--output", overwrite=True) as partial:
