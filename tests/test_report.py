@@ -243,13 +243,13 @@ def test_training_curves_of_workdirs(runs, tmp_path):
     )
     (work / "metrics.jsonl").write_text(text + '\n{"step": 9, "lo')  # cut short by a kill
     ladder = tmp_path / "ladder"
-    for stage in ("stage_0", "stage_1"):
+    for stage in ("512/round_0", "512/round_1"):
         (ladder / stage).mkdir(parents=True)
         (ladder / stage / "metrics.jsonl").write_text(
             '{"step": 1, "loss": "NaN"}\n{"step": 2, "loss": 2.5}\n'
         )
     curves = report.read_curves(str(work)) | report.read_curves(str(ladder))
-    assert list(curves) == ["pretrain", "ladder/stage_0", "ladder/stage_1"]
+    assert list(curves) == ["pretrain", "ladder/512/round_0", "ladder/512/round_1"]
     assert [(line["step"], line["loss"]) for line in curves["pretrain"]] == [
         (1, 5),
         (2, 2.5),
@@ -262,6 +262,9 @@ def test_training_curves_of_workdirs(runs, tmp_path):
     assert page.headings[2] == "Training" and (tmp_path / "out" / "training_loss.png").is_file()
     assert page.tables[1][1] == ["pretrain", "8", "0.625", "0.700", "900.000"]
     with pytest.raises(UserError, match="no metrics.jsonl .*--workdir"):
+        report.read_curves(str(tmp_path / "out"))
+    (tmp_path / "out" / "metrics.jsonl").write_text('{"step"')
+    with pytest.raises(UserError, match="metrics.jsonl has no line of a step.*--workdir"):
         report.read_curves(str(tmp_path / "out"))
 
 
