@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from lcx.multihost import channel
 from lcx.wording import counted, duration
 
 SECONDS_BETWEEN_LINES = 30.0
@@ -21,6 +22,8 @@ def progress(label: str | None, total: int | None, unit: str, *, initial: int = 
       unit: of it, in the plural: "tokens".
       initial: how much was done before.
     """
+    if channel.index() > 0:  # of several processes, the first shows it
+        label = None
     if label is None or not sys.stderr.isatty():
         yield _Lines(label, total, unit, initial)
         return
