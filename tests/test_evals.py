@@ -283,7 +283,6 @@ def test_perplexity_error_bars_take_documents_as_independent(tiny, dataset):
         (lambda: (Perplexity(split="test"),), "Perplexity.split is 'test', expected one of train, eval"),
         (lambda: (LossByPosition(max_tokens=1),), "LossByPosition.max_tokens is 1, expected at least 2"),
         (lambda: (LossByPosition(tokens_per_batch=0),), "LossByPosition.tokens_per_batch is 0"),
-        (lambda: (Perplexity(max_document_length=0),), "Perplexity.max_document_length is 0"),
         (lambda: (Passkey(digits=100),), "Passkey.digits is 100, expected at most 18"),
         (lambda: (Passkey(seed=-1),), "Passkey.seed is -1"),
         (lambda: (SequenceLikelihood("/nowhere.fa"),), "matches no file; set SequenceLikelihood.sequences"),
@@ -488,10 +487,6 @@ def test_evaluate_with_another_rope_and_text(checkpoint, tiny, dataset, tmp_path
 
 
 def test_bad_input_is_one_line(checkpoint, tmp_path, tiny):
-    with pytest.raises(UserError, match="two evaluations are named 'perplexity'"):
-        evaluate(
-            checkpoint=checkpoint, output=str(tmp_path / "out"), evals=(Perplexity(), Perplexity(stride=3))
-        )
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write to .*change --output"):
         evaluate(checkpoint=checkpoint, output=str(tmp_path / "file" / "out"))
