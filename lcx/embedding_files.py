@@ -23,6 +23,7 @@ from lcx.embedding import Embedded, Embedder
 from lcx.errors import UserError, naming
 from lcx.evals.support import dna
 from lcx.evals.support.letters import Letters, Part
+from lcx.evals.support.progress import progress
 from lcx.text import opened
 from lcx.wording import quantity
 
@@ -190,11 +191,9 @@ class _Writer(Protocol):
 
 
 def _write(partial: pathlib.Path, embedder: Embedder, texts: _Texts) -> None:
-    from tqdm import tqdm
-
     kinds: dict[str, Callable[[pathlib.Path], _Writer]] = {".parquet": _Parquet, ".npz": _Npz, ".zarr": _Zarr}
     writer = kinds[partial.with_suffix("").suffix](partial)
-    with tqdm(desc="embedding", unit=" tok", unit_scale=True, disable=None, delay=1) as bar:
+    with progress("embedding", None, "tokens") as bar:
         for part in embedder(texts):
             writer.add(*_rows(texts.name(part.sequence), part, per_position=embedder.pool == "none"))
             bar.update(part.stop - part.start)

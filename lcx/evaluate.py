@@ -7,7 +7,7 @@ Examples:
       --gin.Passkey.trials=5 --gin.Perplexity.windows='(1024, 4096)'
   python -m lcx.evaluate --checkpoint=path/to/hf_folder --output=/tmp/eval --context_length=16384 \\
       --rope_scaling='{"rope_type": "yarn", "factor": 4.0}' --gin_file=configs/eval/long_context.gin \\
-      --gin.TEXT="'held_out.txt'" --gin.TOKENIZER="'path/to/hf_folder'"
+      --dataset=held_out.txt
 
 Writes results.json, plots and report.html to the output folder; of several checkpoints, to a folder in it for each, and
 one report about all. A checkpoint is a workdir, one step of it, or a folder in Hugging Face format; --adapter merges a
@@ -16,6 +16,7 @@ the same prompts are kept in the output folder.
 """
 
 import argparse
+import re
 import sys
 
 from lcx import config
@@ -58,6 +59,12 @@ def main(argv=None) -> int:
     parser.add_argument(
         "--output", required=True, metavar="DIR", help="folder for results.json and report.html"
     )
+    parser.add_argument(
+        "--dataset",
+        metavar="PATH",
+        help="text to read all of: a file, glob or folder (default: the held-out part of what the checkpoint was "
+        "trained on)",
+    )
     add_reading(parser)
     add_format(parser)
     parser.add_argument(
@@ -88,6 +95,8 @@ def references(names: str) -> str:
         if not colon and name not in EVALS:
             near = hint(name, EVALS) or f"; expected {', '.join(EVALS)}, or module:Class of your own"
             raise argparse.ArgumentTypeError(f"{name!r} is no evaluation{near}")
+        if colon and not re.fullmatch(r"\w+(\.\w+)*:[A-Za-z_]\w*", name):
+            raise argparse.ArgumentTypeError(f"{name!r} is no evaluation of your own; expected module:Class")
         found.append(f"@{module}.{own}()" if colon else f"@lcx.evals.{name}.{EVALS[name]}()")
     if not found:
         raise argparse.ArgumentTypeError(f"no evaluation is named; expected some of {', '.join(EVALS)}")

@@ -24,13 +24,13 @@ import jax
 import numpy as np
 
 from lcx import hub, linearize, parameters, paths, sharding, terminal
+from lcx.buckets import is_url
 from lcx.checkpoint import model_json
 from lcx.checkpoint.fingerprint import fingerprint
-from lcx.checkpoint.folder import find_step, read_json
 from lcx.convert.api import detect, load
-from lcx.data import ByteTokenizer, Dataset, Mixture, Tokenizer, special_tokens
+from lcx.data import Dataset, Mixture, Tokenizer, special_tokens
 from lcx.data.special import described
-from lcx.errors import UserError, first_line
+from lcx.errors import UserError, as_read, first_line, naming
 from lcx.evals import Evaluation, Result
 from lcx.evals.cost import Cost
 from lcx.evals.key_value import KeyValue
@@ -40,7 +40,7 @@ from lcx.evals.needle_grid import NeedleGrid
 from lcx.evals.passkey import Passkey
 from lcx.evals.perplexity import Perplexity
 from lcx.evals.ruler import Ruler
-from lcx.evals.support import journal, settings
+from lcx.evals.support import journal, settings, texts
 from lcx.evals.support.model_facts import facts
 from lcx.model import Decoder
 from lcx.multihost import channel
@@ -69,7 +69,7 @@ def evaluate(
     output: str,
     suite: str | None = None,
     evals: tuple[Evaluation, ...] = (LossByPosition(), Perplexity()),
-    dataset: Dataset | Mixture | None = None,
+    dataset: Dataset | Mixture | str | None = None,
     rope_scaling: dict | None = None,
     context_length: int | None = None,
     only_part: str | None = None,
@@ -89,8 +89,9 @@ def evaluate(
       suite: the name of a set of evaluations, a key of SUITES, in place of `evals`. Those that need a text are left
         out, which a line says, if there is none.
       evals: the evaluations to run; `lcx.evals` describes their interface.
-      dataset: the text for evaluations that do not set one. None: the data that the checkpoint was trained on; if the
-        checkpoint does not record that, a byte-level model is evaluated on the source of the Python standard library.
+      dataset: the text for evaluations that do not set one: a Dataset, or the path of a file, folder or glob, of which
+        all is read. None: the held-out part of the data that the checkpoint was trained on; if the checkpoint does not
+        record that, a byte-level model is evaluated on the source of the Python standard library.
       rope_scaling: in Hugging Face's format, applied to the checkpoint first.
       context_length: the context window in tokens; None: what rope_scaling implies.
       only_part: for a linearized model: "window" or "linear" evaluates only that part of its attention.
@@ -113,14 +114,15 @@ def evaluate(
     if name is not None:
         settings.check_name(name, "--name")
     adapter = (adapter,) if isinstance(adapter, str) else adapter
-    with _writable(output) as folder:
+    by_flag = isinstance(dataset, str)
+    with _writable(output) as folder, naming(texts.NAMES) if by_flag else contextlib.nullcontext():
         place = hub.local(checkpoint)
         detect(place, format)  # raises if this is no checkpoint, before a more confusing error about its tokenizer
-        tokenizer = _tokenizer(place, format)
-        text = _default_dataset(place, tokenizer) if dataset is None else dataset
-        evals, skipped = _readable(evals, text) if suite else (evals, {})
-        evals = _with_text(_with_outputs(evals, folder), text)
-        settings.check_text(evals)
+        tokenizer = _tokenizer(place, format, needed=by_flag)
+        text = texts.of_path(dataset) if isinstance(dataset, str) else dataset
+        text = texts.recorded(place, tokenizer, _say) if text is None else text
+        evals, skipped = texts.readable(evals, text) if suite else (evals, {})
+        evals = texts.filled(_with_outputs(evals, folder), text)
         devices = None if jax.device_count() == 1 and mesh == sharding.MeshShape() else mesh.build()
         model, params = load(
             place,
@@ -191,8 +193,7 @@ def _compared(
         return evaluate(checkpoint=checkpoints[0], output=output, name=name, **shared)
     if name is not None:
         raise UserError(f"one name, {name!r}, for {len(checkpoints)} checkpoints: remove --name")
-    if len(set(checkpoints)) < len(checkpoints):
-        raise UserError("a checkpoint is given twice, expected different ones: change --checkpoint")
+    _refuse_missing(checkpoints, shared["format"])
     folder = paths.destination(output, "--output")
     done: dict[str, Any] = {}
     failed = []
@@ -213,6 +214,16 @@ def _compared(
     return {"models": labelled(list(done.values()))}
 
 
+def _refuse_missing(checkpoints: tuple[str, ...], format: str | None) -> None:
+    """Raises UserError for a checkpoint that is given twice or is none, before any of the others is evaluated."""
+    here = [one for one in checkpoints if not is_url(one) and not hub.is_name(one)]
+    places = [os.path.realpath(hub.local(one)) for one in here] + [one for one in checkpoints if one not in here]
+    if len(set(places)) < len(places):
+        raise UserError("a checkpoint is given twice, expected different ones: change --checkpoint")
+    for one in here:
+        detect(hub.local(one), format)
+
+
 def _labels(checkpoints: tuple[str, ...], rope_scaling: Any, adapter: Any) -> list[str]:
     """A name for each checkpoint; where folders have the same name, with the name of the folder that holds them."""
     adapter = (adapter,) if isinstance(adapter, str) else adapter
@@ -227,18 +238,6 @@ def _suite(suite: str | None, evals: tuple[Evaluation, ...]) -> tuple[Evaluation
     if suite is not None and suite not in SUITES:
         raise UserError(f"suite is {suite!r}, expected one of {', '.join(SUITES)}: change --suite")
     return evals if suite is None else SUITES[suite]
-
-
-def _readable(evals: tuple[Evaluation, ...], text: Any) -> tuple[tuple[Evaluation, ...], dict[str, str]]:
-    """(the evaluations that have a text or need none, why the others are left out)."""
-    if text is not None:
-        return evals, {}
-    without = {evaluation.name for evaluation in evals if getattr(evaluation, "dataset", evals) is None}
-    why = "it needs a text, and the checkpoint does not say what it was trained on: set evaluate.dataset"
-    kept = tuple(evaluation for evaluation in evals if evaluation.name not in without)
-    if not kept:
-        raise UserError(f"the suite has nothing without a text ({', '.join(sorted(without))}): {why}")
-    return kept, dict.fromkeys((e.name for e in evals if e.name in without), why)
 
 
 def _weights(params: Any) -> str:
@@ -298,7 +297,7 @@ def _check_finite(result: Result) -> None:
 
 
 def _explained(error: Exception) -> str:
-    line = first_line(error)
+    line = as_read(first_line(error))
     if "RESOURCE_EXHAUSTED" in line:
         return f"out of memory ({line[:120]}): lower tokens_per_batch or batch_size of this evaluation"
     return line if isinstance(error, UserError) else f"{type(error).__name__}: {line}"
@@ -317,59 +316,14 @@ def _raise_failures(results: Mapping[str, Any], folder: pathlib.Path) -> None:
 # ------------------------------------------------------------------------------------------------ inputs
 
 
-def _tokenizer(checkpoint: str, format: str | None) -> Tokenizer | None:
+def _tokenizer(checkpoint: str, format: str | None, *, needed: bool) -> Tokenizer | None:
     try:
         return terminal.tokenizer_of(checkpoint, format)
     except UserError as error:
+        if needed:
+            raise UserError(f"--dataset is read with the tokenizer of the checkpoint: {error}") from None
         _say(f"warning: no tokenizer: {error}")
         return None
-
-
-def _default_dataset(checkpoint: str, tokenizer: Tokenizer | None) -> Dataset | Mixture | None:
-    """The data that the checkpoint was trained on; else, for a model of text as bytes, the standard library; else None.
-
-    The bytes of models of DNA have another vocabulary.
-    """
-    recorded = _meta(checkpoint).get("data")
-    if recorded is not None:
-        try:
-            return _untokenized(model_json.from_json(recorded))
-        except (UserError, TypeError) as error:
-            _say(f"warning: the dataset recorded in the checkpoint cannot be used: {error}")
-    return Dataset(source="stdlib") if tokenizer == ByteTokenizer() else None
-
-
-def _meta(checkpoint: str) -> dict[str, Any]:
-    """The metadata that a training run stored in its checkpoint; {} for any other kind of checkpoint."""
-    if (pathlib.Path(checkpoint).expanduser() / "config.json").is_file():
-        return {}
-    with contextlib.suppress(UserError):
-        directory, step = find_step(checkpoint)
-        return read_json(directory / str(step), "meta")
-    return {}
-
-
-def _untokenized(dataset: Dataset | Mixture) -> Dataset | Mixture:
-    """The dataset without its tokenizer, whose file may no longer exist; the checkpoint's own is used instead."""
-    if isinstance(dataset, Dataset):
-        return dataclasses.replace(dataset, tokenizer="bytes")
-    parts = tuple((dataclasses.replace(part, tokenizer="bytes"), weight) for part, weight in dataset.parts)
-    return dataclasses.replace(dataset, parts=parts)
-
-
-def _with_text(evals: tuple[Evaluation, ...], dataset: Dataset | Mixture | None) -> tuple[Evaluation, ...]:
-    """The evaluations, with `dataset` filled in wherever an evaluation has such a field and it is None."""
-    without = [evaluation.name for evaluation in evals if getattr(evaluation, "dataset", evals) is None]
-    if without and dataset is None:
-        raise UserError(
-            f"no text for {', '.join(without)}: none is set, and the checkpoint does not say what it was trained on;"
-            " set evaluate.dataset, as --gin.evaluate.dataset='@lcx.data.Dataset()'"
-            " --gin.Dataset.source='\"text.txt\"'"
-        )
-    return tuple(
-        dataclasses.replace(evaluation, dataset=dataset) if evaluation.name in without else evaluation  # type: ignore[type-var]
-        for evaluation in evals
-    )
 
 
 def _with_outputs(evals: tuple[Evaluation, ...], folder: pathlib.Path) -> tuple[Evaluation, ...]:

@@ -17,6 +17,7 @@ from lcx.convert.api import load
 from lcx.data import check_vocabulary
 from lcx.errors import UserError, first_line
 from lcx.evals.support import answers, forced, scoring
+from lcx.evals.support.progress import progress
 
 NAME = "lcx"
 
@@ -162,7 +163,7 @@ class _Requests:
             row = [*context, *continuation][-(self.max_length + 1) :]
             rows.append(row)
             places.append(list(range(len(row) - len(continuation), len(row))))
-        with answers.progress("lm_eval", 0 if disable_tqdm else sum(map(len, rows))) as bar:
+        with progress(None if disable_tqdm else "lm_eval", sum(map(len, rows)), "tokens") as bar:
             return forced.log_likelihoods(
                 self._model, self._params, rows, places, tokens_per_batch=self._tokens, bar=bar
             )

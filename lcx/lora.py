@@ -33,7 +33,7 @@ from lcx.layers import Linear
 from lcx.mlps.experts import PROJECTIONS, ExpertsMlp
 from lcx.model import Decoder
 from lcx.parameters import leaf_paths
-from lcx.wording import quantity
+from lcx.wording import counted, quantity
 
 LEAVES = ("a", "b", "scale")
 
@@ -210,7 +210,7 @@ def _projections(model: Decoder) -> tuple[dict[str, nn.Module], dict[str, Any]]:
 def statement(model: Decoder, lora: Mapping[str, Any], trains: Any = None) -> str:
     """One line that says which matrices a `lora` collection modifies, counted per kind of layer.
 
-    "LoRA rank 8 on 56 matrices: Attention q_proj 14, k_proj 14, v_proj 14, o_proj 14; 0.6M parameters"
+    "LoRA rank 8 on 56 matrices: Attention q_proj 14, k_proj 14, v_proj 14, o_proj 14; 573 thousand parameters"
 
     A pair of each expert counts as one. It also names the kinds of layer that can have no pairs, since nothing in them
     is an lcx.layers.Linear.
@@ -242,7 +242,7 @@ def statement(model: Decoder, lora: Mapping[str, Any], trains: Any = None) -> st
     ]
     rank = " and ".join(str(rank) for rank in sorted(ranks))
     where = f"{quantity(total, 'matrix', 'matrices')}: {'; '.join(kinds)}"
-    line = f"LoRA rank {rank} on {where}; {_count(parameters)} parameters"
+    line = f"LoRA rank {rank} on {where}; {quantity(counted(parameters), 'parameter')}"
     if narrow:
         sides = ", ".join(f"{name} {width}" for name, width in narrow.items())
         line += f"; the rank exceeds the smaller side of {sides}"
@@ -276,12 +276,7 @@ def _beside(model: Decoder, trains: Any) -> str:
     names = ", ".join(name for name, _ in found[:4]) + (
         f" and {len(found) - 4} more" if len(found) > 4 else ""
     )
-    return f"; in addition {names}: {_count(sum(size for _, size in found))} parameters"
-
-
-def _count(count: int) -> str:
-    """"0.6M", or all digits of a number below 100,000."""
-    return f"{count / 1e6:.1f}M" if count >= 100_000 else f"{count:,}"
+    return f"; in addition {names}: {quantity(counted(sum(size for _, size in found)), 'parameter')}"
 
 
 def merge(params: Mapping[str, Any], lora: Mapping[str, Any]) -> dict[str, Any]:

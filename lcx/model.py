@@ -224,6 +224,8 @@ class Decoder(nn.Module):
             hidden_size=self.hidden_size,
             max_position_embeddings=self.max_position_embeddings,
         )
+        if self.vocab_size >= 1 << 31:  # tokens are int32
+            raise UserError(f"Decoder.vocab_size is {self.vocab_size}, expected less than 2^31: change vocab_size")
         _check_dtype(self.dtype)
         if self.scaled_layers not in ("all", "full"):
             raise UserError(

@@ -48,8 +48,10 @@ def claimed(folder: pathlib.Path, setting: str, *, lock: str = LOCK, of: str | N
       of: for messages: what is written, if it is not the folder itself.
 
     Raises:
-      UserError: the folder cannot be created or written to, or another process writes to it.
+      UserError: the folder cannot be created or written to, it lies among the checkpoints of a run, or another process
+        writes to it.
     """
+    refuse_inside(folder, setting)
     missing = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
     try:
         with contextlib.ExitStack() as stack:
@@ -89,6 +91,7 @@ def claimed_file(
     with claimed(place.parent, setting, lock=f"{place.name}{LOCK}", of=str(place)):
         if place.is_dir() and (holds is None or not (place / holds).is_file()):
             raise UserError(f"{place} is a folder with other contents: choose another {setting}")
+        refuse_device(place, setting)
         if place.exists() and not overwrite:  # asked only now: another process may just have finished it
             raise UserError(f"{place} is there already: choose another {setting}, or set --overwrite")
         partial = place.with_name(f"{place.name}.partial")
@@ -99,6 +102,23 @@ def claimed_file(
             os.replace(partial, place)
         finally:
             _remove(partial)
+
+
+def refuse_device(path: pathlib.Path, setting: str) -> None:
+    """Raises UserError for a device or a pipe: a result that is renamed to it would delete /dev/null."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise UserError(f"{path} is a device or a pipe, expected a file: choose another {setting}")
+
+
+def refuse_inside(folder: pathlib.Path, setting: str) -> None:
+    """Raises UserError for the folder with the checkpoints of a run, and for any folder in it."""
+    place = folder.absolute()
+    for part in (place, *place.parents):
+        if part.name == "checkpoints" and (part.parent / "config.gin").is_file():
+            raise UserError(
+                f"{setting} is {folder}, among the checkpoints of the run in {part.parent}: set {setting} to another "
+                "folder, such as the run's own"
+            )
 
 
 def refuse_inputs(output: str | None, setting: str, inputs: Mapping[str, str | None]) -> None:

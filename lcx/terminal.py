@@ -219,6 +219,8 @@ def prompt_text(prompt: str) -> str:
     try:
         if path.is_char_device() or path.is_block_device():  # /dev/zero never ends
             raise OSError(errno.EINVAL, "it is a device")
+        if path.is_fifo() and not str(path).startswith(("/dev/", "/proc/")):  # it may have no writer, forever
+            raise OSError(errno.EINVAL, "it is a pipe; @/dev/stdin reads one")
         return path.read_text(encoding="utf-8").removesuffix("\n")
     except UnicodeDecodeError as error:
         found = f"prompt file {path} has {error.reason} at byte {error.start}"

@@ -360,6 +360,7 @@ class Trainer:
         stop.safe = "stopped before the first step, nothing is lost"  # a signal may interrupt the compilation
         if step < self.last_step and not stop.requested(step):
             train_step.compile_first(step_fn, state, sharding.abstract_batch(batches.padding(), mesh))
+            metrics.begin()
         while step < self.last_step and not stop.requested(step):
             state, values = step_fn(state, sharding.shard_batch(next(batches), mesh), np.int32(step))
             stop.safe = None

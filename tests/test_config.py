@@ -276,6 +276,8 @@ FLAG_MISTAKES = [
     ("--gin.Jop.steps=3", "nothing is called 'Jop'; did you mean Job? (--gin.Jop.steps)"),
     ("--gin.Job.optimizer=@UserError()",  # which no test names in a .gin file
      "nothing is called 'UserError'; write its module too, as in lcx.errors.UserError (--gin.Job.optimizer)"),
+    ("--gin.Job.optimizer=@os.path()",
+     "'os.path' cannot be configured: it is a module, expected a function or class (--gin.Job.optimizer)"),
     ("--gin.STEP=3", "no .gin file has a macro STEP; did you mean STEPS? (--gin.STEP)"),
     ("--gin.Job.steps=2.5", "toy_job.Job.steps: expected int, found 2.5 (float) (--gin.Job.steps)"),
     ("--gin.Job.name=abc", """abc is not a value; write --gin.Job.name="'abc'" for text, %abc for a macro, """
@@ -287,13 +289,17 @@ FLAG_MISTAKES = [
     ("--gin.Job.steps=" + 3000 * "(", "a value is nested too deeply to read (--gin.Job.steps)"),
     ("--gin.Job.sizes=[1,2", "a bracket or quote is never closed (--gin.Job.sizes)"),
     ("--gin.Job.steps", "error: --gin.Job.steps: expected --gin.NAME=VALUE (--help explains the flags)"),
+    (r"--gin.Job.name='a\0b'",
+     r"toy_job.Job.name: expected text without the character NUL, found 'a\x00b' (--gin.Job.name)"),
+    ("--seed=\0", r"error: '--seed=\x00' contains the character NUL: remove it (--help explains the flags)"),
+    ("--gin_file=/dev/null", "/dev/null is a device or a pipe, expected a .gin file (--gin_file)"),
     ("--gin_file=b.gin", "b.gin does not exist; did you mean a.gin? (--gin_file)"),
     ("--sed=3", "error: unknown argument '--sed=3'; did you mean --seed? (--help explains the flags)"),
     ("--seed=x", "error: argument --seed: invalid int value: 'x' (--help explains the flags)"),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("flag, expected", FLAG_MISTAKES, ids=[flag for flag, _ in FLAG_MISTAKES])
+@pytest.mark.parametrize("flag, expected", FLAG_MISTAKES, ids=[repr(flag) for flag, _ in FLAG_MISTAKES])
 def test_a_mistaken_flag_is_one_line(gin_file, capsys, flag, expected):
     assert errors(capsys, gin_file(BASE), flag) == [expected]
 
@@ -307,6 +313,10 @@ def test_a_failed_import_is_reported_once(gin_file, capsys, tmp_path, monkeypatc
     assert found[0] == "importing toy_broken failed: No module named 'not_installed' (a.gin:3)"
     assert found[1].startswith("importing toy_stale failed: cannot import name 'Jobs' from 'toy_job'")
     assert len(found) == 2
+    assert errors(capsys, gin_file(BASE), "--gin.Job.optimizer=@toy_broken.make()") == [
+        "'toy_broken.make' cannot be configured: importing toy_broken failed: No module named 'not_installed' "
+        "(--gin.Job.optimizer)"
+    ]
 
 
 def test_an_ambiguous_name_asks_for_more_of_it(gin_file, capsys, tmp_path, monkeypatch):

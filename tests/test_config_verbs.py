@@ -110,7 +110,7 @@ def test_modules_of_the_users_are_imported_first(targets, capsys, tmp_path, monk
 
 def test_json_flags():
     assert config.json_object('{"a": [1, 2]}') == {"a": [1, 2]}
-    for text, message in (("{", "not JSON"), ("3", "expected a JSON object")):
+    for text, message in (("{", "not JSON"), ('{"a": 1, "a": 2}', "'a' is set twice"), ("3", "expected a JSON object")):
         with pytest.raises(argparse.ArgumentTypeError, match=message):
             config.json_object(text)
 

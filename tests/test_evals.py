@@ -276,12 +276,13 @@ def test_perplexity_error_bars_take_documents_as_independent(tiny, dataset):
     ("make", "says"),
     [
         (lambda: (), "evals is empty"),
+        (lambda: (Passkey,), r"evaluate.evals has the class Passkey, expected an instance: write Passkey\(\)"),
+        (lambda: (Perplexity(max_document_length=1),), "Perplexity.max_document_length is 1, expected at least 2"),
         (lambda: (Perplexity(name=""),), "Perplexity.name is ''"),
         (lambda: (Perplexity(), Perplexity(stride=3)), "two evaluations are named 'perplexity'"),
         (lambda: (Perplexity(split="test"),), "Perplexity.split is 'test', expected one of train, eval"),
         (lambda: (LossByPosition(max_tokens=1),), "LossByPosition.max_tokens is 1, expected at least 2"),
         (lambda: (LossByPosition(tokens_per_batch=0),), "LossByPosition.tokens_per_batch is 0"),
-        (lambda: (Perplexity(max_document_length=0),), "Perplexity.max_document_length is 0"),
         (lambda: (Passkey(digits=100),), "Passkey.digits is 100, expected at most 18"),
         (lambda: (Passkey(seed=-1),), "Passkey.seed is -1"),
         (lambda: (SequenceLikelihood("/nowhere.fa"),), "matches no file; set SequenceLikelihood.sequences"),
@@ -486,15 +487,11 @@ def test_evaluate_with_another_rope_and_text(checkpoint, tiny, dataset, tmp_path
 
 
 def test_bad_input_is_one_line(checkpoint, tmp_path, tiny):
-    with pytest.raises(UserError, match="two evaluations are named 'perplexity'"):
-        evaluate(
-            checkpoint=checkpoint, output=str(tmp_path / "out"), evals=(Perplexity(), Perplexity(stride=3))
-        )
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write to .*change --output"):
         evaluate(checkpoint=checkpoint, output=str(tmp_path / "file" / "out"))
     with pytest.raises(UserError, match="no checkpoint at .*nowhere"):
         evaluate(checkpoint=str(tmp_path / "nowhere"), output=str(tmp_path / "out"))
     lcx.save(tmp_path / "bare", *tiny, format="hf")
-    with pytest.raises(UserError, match="no text for loss_by_position.*evaluate.dataset"):
+    with pytest.raises(UserError, match="no text for loss_by_position.*set --dataset"):
         evaluate(checkpoint=str(tmp_path / "bare"), output=str(tmp_path / "out"), evals=(LossByPosition(),))

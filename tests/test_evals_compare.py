@@ -15,7 +15,7 @@ from lcx.errors import UserError
 from lcx.evals.cost import Cost
 from lcx.evals.perplexity import Perplexity
 from lcx.evals.recall import Recall
-from lcx.evals.support import journal, scoring
+from lcx.evals.support import journal, scoring, texts
 from lcx.evals.support.intervals import paired_difference
 from lcx.model import init_params
 
@@ -65,12 +65,38 @@ def test_several_checkpoints_side_by_side(models, tmp_path, capsys, monkeypatch)
 
 
 def test_one_checkpoint_that_fails_costs_no_other(models, tmp_path):
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "config.json").write_text("{")
+    (tmp_path / "damaged" / "model.safetensors").touch()
     given = settings(models, tmp_path / "out") | {
-        "checkpoint": (str(models / "nowhere"), str(models / "second"))
+        "checkpoint": (str(tmp_path / "damaged"), str(models / "second"))
     }
-    with pytest.raises(UserError, match="1 of 2 checkpoints failed: .*no checkpoint at"):
+    with pytest.raises(UserError, match="1 of 2 checkpoints failed: .*damaged"):
         evaluator.evaluate(**given)
     assert "second" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_a_checkpoint_that_is_missing_or_given_twice_is_refused_before_the_others(models, tmp_path):
+    first = str(models / "first")
+    for other, found in (("/nowhere", "no checkpoint at /nowhere"), (f"{models}/second/../first/", "given twice")):
+        with pytest.raises(UserError, match=found):
+            evaluator.evaluate(**settings(models, tmp_path / "out") | {"checkpoint": (first, other)})
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_text_is_a_path(models, tmp_path):
+    """--dataset is all of a text, read with the tokenizer of the checkpoint, and messages name it."""
+    given = settings(models, tmp_path / "out") | {"checkpoint": str(models / "first")}
+    by_path = evaluator.evaluate(**given | {"dataset": str(models / "*.txt")})
+    assert by_path["evaluations"]["perplexity"]["windows"][0]["tokens"] == 1198  # of 1200 in two documents
+    (models / "broken").write_bytes(b"\xff\xff")
+    for path, found in (("/nowhere", "'/nowhere' matches no file; set --dataset$"), (f"{models}/broken", "--dataset")):
+        with pytest.raises(UserError, match=found):
+            evaluator.evaluate(**given | {"dataset": path})
+    (models / "first" / "lcx_tokenizer.json").rename(tmp_path / "kept")
+    with pytest.raises(UserError, match="--dataset is read with the tokenizer of the checkpoint: .*no tokenizer"):
+        evaluator.evaluate(**given | {"dataset": str(models / "*.txt")})
+    (tmp_path / "kept").rename(models / "first" / "lcx_tokenizer.json")
 
 
 def test_suites(models, tmp_path, capsys, monkeypatch):
@@ -87,7 +113,7 @@ def test_suites(models, tmp_path, capsys, monkeypatch):
         Cost(lengths=(16,), new_tokens=3, repeats=1),
     )
     monkeypatch.setitem(evaluator.SUITES, "short", tasks)
-    monkeypatch.setattr(evaluator, "_default_dataset", lambda *_: None)
+    monkeypatch.setattr(texts, "recorded", lambda *_: None)
     results = evaluator.evaluate(checkpoint=(first,), output=str(tmp_path / "out"), suite="short")
     assert (
         list(results["evaluations"]) == ["recall", "cost"]

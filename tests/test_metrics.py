@@ -68,14 +68,28 @@ def test_a_file_with_nothing_to_drop_is_not_rewritten(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 5, "loss": 3.0}\n')
     before = path.stat().st_ino
-    logger(tmp_path, resume_step=5).close()
+    with logger(tmp_path, resume_step=5) as log:
+        log.log(6, {"loss": 2.0})
     assert path.stat().st_ino == before
 
 
 def test_a_new_run_in_an_old_folder_starts_an_empty_record(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 7, "loss": 3.0}\n')
-    logger(tmp_path).close()
-    assert read(tmp_path) == []
+    with logger(tmp_path) as log:
+        log.log(1, {"loss": 2.0})
+    assert read(tmp_path) == [{"step": 1, "loss": 2.0}]
+
+
+def test_nothing_is_written_before_the_first_line(tmp_path):
+    """A run that fails to compile its first step leaves no trace, and a record that is there as it was."""
+    pytest.importorskip("tensorboard", reason="an extra")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 7, "loss": 3.0}\n')
+    logger(tmp_path, tensorboard=True, mode="offline").close()
+    assert os.listdir(tmp_path) == ["metrics.jsonl"] and read(tmp_path) == [{"step": 7, "loss": 3.0}]
+    (tmp_path / "metrics.jsonl").unlink()
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(IsADirectoryError):
+        logger(tmp_path)
 
 
 def test_a_full_disk_costs_lines_and_not_the_run(tmp_path, capsys):
@@ -143,7 +157,7 @@ def test_small_figures_keep_two_digits():
 
 
 def test_durations():
-    assert [metrics._duration(s) for s in (0.4, 59, 80, 3600, 36125)] == [
+    assert [metrics.duration(s) for s in (0.4, 59, 80, 3600, 36125)] == [
         "0s",
         "59s",
         "1m20s",
@@ -314,7 +328,8 @@ def test_a_key_means_online_with_offline_behind_it(tmp_path, monkeypatch, capsys
 
     monkeypatch.setattr(wandb, "init", init)
     for _ in range(2):
-        logger(tmp_path, mode="auto", print_every=0).close()
+        with logger(tmp_path, mode="auto", print_every=0) as log:
+            log.begin()
     if online_works:
         assert modes == ["online"] * 2 and identities[0] == identities[1] and identities[0][1] == "allow"
     else:

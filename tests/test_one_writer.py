@@ -16,6 +16,7 @@ from lcx.checkpoint import Checkpointer
 from lcx.convert import __main__ as convert
 from lcx.convert.files.destination import refuse_same, replacing
 from lcx.errors import UserError
+from lcx.evals.support.growing_files import GrowingFiles
 from lcx.locks import LOCK, only_writer
 from lcx.paths import claimed
 
@@ -92,6 +93,14 @@ def test_a_result_replaces_only_results_of_its_kind(tmp_path):
         with pytest.raises(UserError, match="is a folder with other contents: choose another --output"), claim:
             raise AssertionError("it is not ours")
     assert (run / "config.gin").read_text() == "kept"
+    os.mkfifo(tmp_path / "pipe")  # or /dev/null, which --overwrite deleted
+    for claim in (
+        paths.claimed_file(tmp_path / "pipe", "--output", overwrite=True),
+        GrowingFiles([str(tmp_path / "pipe")], settings={}, overwrite=True),
+    ):
+        with pytest.raises(UserError, match="pipe is a device or a pipe, expected a file: choose another"), claim:
+            raise AssertionError("it is not ours")
+    assert (tmp_path / "pipe").is_fifo()
     with paths.claimed_file(store, "--output", overwrite=True, holds=".zgroup") as partial:
         partial.mkdir()
     with paths.claimed_file(file, "--output", overwrite=True) as partial:
@@ -122,6 +131,27 @@ def test_a_workdir_that_holds_a_model_of_another_library_is_refused(tmp_path, ca
     assert os.listdir(tmp_path / "hf") == ["config.json"]
 
 
+def test_results_do_not_go_among_the_checkpoints_of_a_run(tmp_path):
+    (tmp_path / "checkpoints" / "4").mkdir(parents=True)
+    (tmp_path / "config.gin").touch()
+    for folder in (tmp_path / "checkpoints", tmp_path / "checkpoints" / "4", tmp_path / "checkpoints" / "4" / "a"):
+        with (
+            pytest.raises(UserError, match="--output is .*, among the checkpoints of the run in"),
+            paths.claimed(folder, "--output"),
+        ):
+            raise AssertionError
+        with (  # a conversion of the run to one of its own steps deleted what it was reading
+            pytest.raises(UserError, match="--dst is .*, among the checkpoints of the run in"),
+            replacing(folder, overwrite=True, needed_bytes=0, replaceable=lambda _: True),
+        ):
+            raise AssertionError
+    (tmp_path / "config.gin").unlink()
+    with pytest.raises(UserError, match="--dst .* is among the checkpoints of --src"):
+        refuse_same(tmp_path, tmp_path / "checkpoints" / "4")
+    with paths.claimed(tmp_path / "evaluation", "--output"):
+        assert [path.name for path in (tmp_path / "checkpoints").rglob("*")] == ["4"]
+
+
 def test_a_second_training_is_refused_and_changes_nothing(tmp_path, capsys):
     recipe = tmp_path / "recipe.gin"
     recipe.write_text(RECIPE)
@@ -143,8 +173,10 @@ def test_a_second_evaluation_or_report_is_refused_and_leaves_no_folder(tmp_path,
     def reported(output):
         return report.main([f"--workdir={tmp_path / 'nowhere'}", f"--output={output}"])
 
-    for command, lock in ((evaluated, LOCK), (reported, ".lcx-report-lock")):
-        (taken := tmp_path / command.__name__).mkdir()
+    for number, (command, lock) in enumerate(
+        ((evaluated, LOCK), (reported, ".lcx-report-lock"), (reported, LOCK))  # an evaluation writes a report, too
+    ):
+        (taken := tmp_path / str(number)).mkdir()
         with holder(taken / lock):
             assert command(taken) == 2
         error = capsys.readouterr().err

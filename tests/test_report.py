@@ -243,13 +243,13 @@ def test_training_curves_of_workdirs(runs, tmp_path):
     )
     (work / "metrics.jsonl").write_text(text + '\n{"step": 9, "lo')  # cut short by a kill
     ladder = tmp_path / "ladder"
-    for stage in ("stage_0", "stage_1"):
+    for stage in ("512/round_0", "512/round_1"):
         (ladder / stage).mkdir(parents=True)
         (ladder / stage / "metrics.jsonl").write_text(
             '{"step": 1, "loss": "NaN"}\n{"step": 2, "loss": 2.5}\n'
         )
     curves = report.read_curves(str(work)) | report.read_curves(str(ladder))
-    assert list(curves) == ["pretrain", "ladder/stage_0", "ladder/stage_1"]
+    assert list(curves) == ["pretrain", "ladder/512/round_0", "ladder/512/round_1"]
     assert [(line["step"], line["loss"]) for line in curves["pretrain"]] == [
         (1, 5),
         (2, 2.5),
@@ -262,6 +262,9 @@ def test_training_curves_of_workdirs(runs, tmp_path):
     assert page.headings[2] == "Training" and (tmp_path / "out" / "training_loss.png").is_file()
     assert page.tables[1][1] == ["pretrain", "8", "0.625", "0.700", "900.000"]
     with pytest.raises(UserError, match="no metrics.jsonl .*--workdir"):
+        report.read_curves(str(tmp_path / "out"))
+    (tmp_path / "out" / "metrics.jsonl").write_text('{"step"')
+    with pytest.raises(UserError, match="metrics.jsonl has no line of a step.*--workdir"):
         report.read_curves(str(tmp_path / "out"))
 
 
@@ -457,7 +460,11 @@ def test_a_single_training_run(tmp_path):
         "One training run: over steps 100 to 120 of “run”, the loss went from 2.000 to 1.837 ± 0.005 (spread of its"
         " last 2 log lines); on held-out data it is 1.900 at step 120, after a lower 1.800 at step 110."
     ]
-    twice = opening(report.build(workdir=[work, work], output=str(tmp_path / "both")))
+    with pytest.raises(UserError, match="--workdir names .*/run/ twice, expected different folders"):
+        report.build(workdir=[f"{work}/", work], output=str(tmp_path / "both"))
+    (tmp_path / "other").mkdir()
+    again = write_log(tmp_path / "other" / "run", losses, held_out=[(110, 1.8), (120, 1.9)])
+    twice = opening(report.build(workdir=[work, again], output=str(tmp_path / "both")))
     assert twice[0].startswith(
         "2 training runs are compared: the last losses are: “run” 1.900 on held-out data"
     )

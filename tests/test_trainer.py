@@ -249,6 +249,8 @@ def test_a_converted_model_is_not_a_run(text, tmp_path):
         ({"steps": 3}, "AdamW.warmup_steps is 4, more than the 3 steps of the run"),
         ({"optimizer": AdamW(lag=100)}, "AdamW.lag is 100, more than the .* steps of the run"),
         ({"steps": 2**31}, "Trainer.steps is 2147483648, expected less than 2"),
+        ({"seq_len": 2**31}, "Trainer.seq_len is 2147483648, expected less than 2"),
+        (lambda: tiny_model(vocab_size=2**31).check() or {}, "Decoder.vocab_size is 2147483648, expected less than 2"),
         ({"objective": len}, "Trainer.objective len cannot be called with .model, variables, batch."),
         (lambda: {"optimizer": AdamW(plateau_factor=0.0)}, "AdamW.plateau_factor is 0.0, expected a number between"),
     ],

@@ -439,6 +439,24 @@ def test_mistakes_in_the_file_come_before_anything_is_written(text, tmp_path, ca
     assert not (tmp_path / "run").exists()
 
 
+def untraceable(model, variables, batch):
+    raise ValueError("an objective that cannot be traced")
+
+
+def test_a_run_that_fails_to_compile_its_first_step_leaves_nothing(text, whole, tmp_path):
+    """A new run leaves no folder, and one that is resumed stays as it was."""
+    shutil.copytree(whole, tmp_path / "run")
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as record:
+        record.write('{"step": 99, "loss": 1.0}\n')  # of a step that would be repeated
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    job = tiny_trainer(text, objective=untraceable, steps=41)
+    for name in ("new", "run"):
+        with pytest.raises(ValueError, match="cannot be traced"):
+            trainer_lib.train(workdir=str(tmp_path / name), job=job, config_text="# another\n")
+    assert not (tmp_path / "new").exists()
+    assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+
+
 def test_processes_that_cannot_be_found(gin_file, tmp_path):
     done = subprocess.run(
         command(gin_file, tmp_path / "run", "--distributed"),

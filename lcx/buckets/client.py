@@ -18,11 +18,13 @@ from typing import Any, BinaryIO, TypeVar, cast
 from lcx.errors import UserError, first_line
 
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 
 PACKAGES = {"s3": "s3fs", "gs": "gcsfs"}
 _BLOCK = 8 << 20  # bytes per request of a reader
 _AT_ONCE = 8  # transfers of files
 _TIMEOUT_S = 60  # for one answer of the server
+_SAID_FROM_S = 1  # pauses from which a line says that a request is repeated
 # Errors that another attempt does not change, by the names of their classes: these libraries need not be installed.
 _FINAL = {
     *("FileNotFoundError", "FileExistsError", "PermissionError", "IsADirectoryError", "NotADirectoryError"),
@@ -240,7 +242,7 @@ def _tried(url: str, doing: str, work: Callable[[], T]) -> T:
       FileNotFoundError, FileExistsError: unchanged, because callers know what they mean.
       UserError: anything else, in one line.
     """
-    end, pause = time.monotonic() + patience(), 0.25
+    end, pause, said = time.monotonic() + patience(), 0.25, False
     while True:
         try:
             return work()
@@ -258,6 +260,10 @@ def _tried(url: str, doing: str, work: Callable[[], T]) -> T:
                 raise UserError(
                     f"{url} cannot be {doing} ({type(error).__name__}: {first_line(error)[:200]}); {advice}"
                 ) from error
+            if not said and pause > _SAID_FROM_S:
+                reason = f"{type(error).__name__}: {first_line(error)[:200]}"
+                log.warning("%s cannot be %s yet (%s): tried again for up to %.0f s", url, doing, reason, patience())
+                said = True
         time.sleep(pause * random.uniform(0.5, 1))
         pause = min(2 * pause, 15.0)
 

@@ -68,7 +68,7 @@ def parser(description: str | None, *, gin: bool = True, imports: bool = False) 
 def json_object(text: str) -> dict[str, Any]:
     """Parses the value of a flag that is a JSON object, as in --rope_scaling='{"rope_type": "yarn", "factor": 4.0}'."""
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_without_repeats)
     except (ValueError, RecursionError) as error:  # RecursionError: nested too deeply
         raise argparse.ArgumentTypeError(f"not JSON ({error}): {text[:200]!r}") from None
     if not isinstance(value, dict):
@@ -78,11 +78,21 @@ def json_object(text: str) -> dict[str, Any]:
     return value
 
 
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"{name!r} is set twice")
+    return dict(pairs)
+
+
 def read(parser: argparse.ArgumentParser, argv: Sequence[str]) -> Flags:
     """Parses the command line. Raises SystemExit after --help and for a flag that does not parse."""
     options = parser._option_string_actions
     bindings, rest = [], []
     for argument in argv:
+        if "\0" in argument:  # no path may have one; a shell passes none, but a caller of main() can
+            parser.error(f"{argument!r} contains the character NUL: remove it")
         if argument.startswith("--gin.") and "--gin_file" in options:
             name, equals, value = argument.removeprefix("--gin.").partition("=")
             if not equals or not name.strip():

@@ -70,6 +70,8 @@ class FlagContext(gin_config.ParseContext):
         found = self._from_target(selector) or _from_path(selector)
         if found is None:
             return None
+        if not callable(found):
+            raise TypeError(f"it is a {type(found).__name__}, expected a function or class")
         if gin_config._inverse_lookup(found) is None:
             gin.external_configurable(found, module=found.__module__)
         return gin_config._inverse_lookup(found)
@@ -83,9 +85,17 @@ class FlagContext(gin_config.ParseContext):
 
 
 def _from_path(selector: str) -> Any:
-    if "." in selector and importlib.util.find_spec(selector.partition(".")[0]) is not None:
-        with contextlib.suppress(ImportError, AttributeError):
+    """What a dotted path leads to; None if it leads nowhere. Raises TypeError if a module on it cannot be imported."""
+    if "." not in selector or importlib.util.find_spec(selector.partition(".")[0]) is None:
+        return None
+    module = selector.rpartition(".")[0]
+    try:
+        with contextlib.suppress(AttributeError):
             return pkgutil.resolve_name(selector)
+        importlib.import_module(module)
+    except ImportError as error:
+        if not isinstance(error, ModuleNotFoundError) or not f"{module}.".startswith(f"{error.name}."):
+            raise TypeError(f"importing {module} failed: {first_line(error)}") from error
     return None
 
 

@@ -201,6 +201,8 @@ def spell(key: Key) -> str:
 def _not_a_file(path: str, including: Sequence[str] = ()) -> str:
     if os.path.isdir(path):
         return f"{path} is a folder, expected a .gin file"
+    if os.path.exists(path):
+        return f"{path} is a device or a pipe, expected a .gin file"
     near: list[str] = []
     with contextlib.suppress(OSError):
         near = [

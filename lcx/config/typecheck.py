@@ -84,6 +84,8 @@ def fit(value: Any, annotation: Any, promised: Callable[[Any], Promise | None] =
       Mismatch: the value does not fit.
     """
     annotation = _plain(annotation)
+    if isinstance(value, str) and "\0" in value:  # no text has one, and no path may
+        raise Mismatch(f"expected text without the character NUL, found {value!r}")
     if _is_unknown(annotation):
         return value
     promise = promised(value)

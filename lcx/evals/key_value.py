@@ -11,6 +11,7 @@ from lcx.errors import UserError, check_sizes
 from lcx.evals import Result
 from lcx.evals.support import answers, grids, records, remote
 from lcx.evals.support.model_facts import facts
+from lcx.evals.support.progress import progress
 from lcx.model import Decoder
 
 _MODEL_TEMPLATE = "{task_template}"
@@ -104,7 +105,7 @@ class KeyValue:
         trials, notes = self.made(model, tokenizer)
         if served is not None:
             notes = [*notes, f"answered by {served} at {self.server}, not by the checkpoint"]
-        with answers.progress(self.name, sum(trial.tokens for trial in trials)) as bar:
+        with progress(self.name, sum(trial.tokens for trial in trials), "tokens") as bar:
             if served is None:
                 texts = self._answers(model, params, tokenizer, trials, bar)
             else:

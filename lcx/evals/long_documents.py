@@ -12,6 +12,7 @@ from lcx.evals.support import answers, figures, grids
 from lcx.evals.support.documents_qa import rows, scores
 from lcx.evals.support.documents_qa.rows import Row
 from lcx.evals.support.model_facts import facts
+from lcx.evals.support.progress import progress
 from lcx.model import Decoder
 
 _SAMPLING = {"gov_report": (0.5, 0.95), "longbench_v2": (0.1, 1.0)}  # temperature and top-p, as published
@@ -92,7 +93,7 @@ class LongDocuments:
         by_length: dict[int, list[int]] = {}
         for i, row in enumerate(asked):
             by_length.setdefault(self._new_tokens(row), []).append(i)
-        with answers.progress(self.name, sum(map(len, prompts)) + sum(map(self._new_tokens, asked))) as bar:
+        with progress(self.name, sum(map(len, prompts)) + sum(map(self._new_tokens, asked)), "tokens") as bar:
             for new_tokens, members in sorted(by_length.items()):
                 found = answers.continuations(
                     model,

@@ -17,6 +17,7 @@ from lcx.evals import Result
 from lcx.evals.support import answers, forced, grids, scoring
 from lcx.evals.support.haystack import Haystack
 from lcx.evals.support.model_facts import facts
+from lcx.evals.support.progress import progress
 from lcx.model import Decoder
 
 CITIES = (
@@ -107,7 +108,7 @@ class NeedleGrid:
             trials += made or []
         if not trials:
             raise UserError(f"NeedleGrid: no prompt fits {max(lengths)} tokens: set NeedleGrid.lengths")
-        with answers.progress(self.name, sum(trial.length for trial in trials)) as bar:
+        with progress(self.name, sum(trial.length for trial in trials), "tokens") as bar:
             scored = (self._forced if self.forced else self._generated)(model, params, tokenizer, trials, bar)
         cells = [
             grids.cell(

@@ -20,6 +20,7 @@ from lcx.evals import Result
 from lcx.evals.support import answers, figures
 from lcx.evals.support.intervals import wilson
 from lcx.evals.support.model_facts import facts
+from lcx.evals.support.progress import progress
 from lcx.model import Decoder
 from lcx.wording import quantity
 
@@ -102,7 +103,7 @@ class Passkey:
             context *= 2
         prompts = self.prompts(tokenizer, context)
         rows = [prompt.tokens for row in prompts for prompt in row]
-        with answers.progress(self.name, sum(len(row) + self.max_new_tokens for row in rows)) as bar:
+        with progress(self.name, sum(len(row) + self.max_new_tokens for row in rows), "tokens") as bar:
             found = answers.continuations(
                 model,
                 params,

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Int
 
 from lcx.data import Dataset, Mixture, Tokenizer
-from lcx.errors import UserError, check_sizes
+from lcx.errors import UserError
 from lcx.evals import Result
 from lcx.evals.support import documents, figures, scoring, windows, words
 from lcx.evals.support.intervals import mean_and_error
@@ -80,7 +80,9 @@ class Perplexity:
                 f"Perplexity.stride {self.stride} leaves no overlap in a window of {min(self.windows)}: lower"
                 " Perplexity.stride, or set it to None for windows that do not overlap"
             )
-        check_sizes("Perplexity", max_document_length=self.max_document_length)
+        if self.max_document_length is not None and self.max_document_length < 2:
+            found = f"Perplexity.max_document_length is {self.max_document_length}"
+            raise UserError(f"{found}, expected at least 2 tokens: change Perplexity.max_document_length")
 
     def __call__(self, model: Decoder, params: Any, tokenizer: Tokenizer | None) -> Result:
         text = documents.read(

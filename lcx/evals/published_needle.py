@@ -17,6 +17,7 @@ from lcx.evals import Result
 from lcx.evals.support import answers, grids
 from lcx.evals.support.haystack import NOISE
 from lcx.evals.support.model_facts import facts
+from lcx.evals.support.progress import progress
 from lcx.model import Decoder
 
 TASK = (
@@ -83,7 +84,7 @@ class PublishedNeedle:
         rows = self.rows()
         before = special_tokens(tokenizer, add_bos=self.add_bos).before
         prompts = [[*before, *tokenizer.encode(row.prompt).tolist()] for row in rows]
-        with answers.progress(self.name, sum(len(prompt) + self.window for prompt in prompts)) as bar:
+        with progress(self.name, sum(len(prompt) + self.window for prompt in prompts), "tokens") as bar:
             texts = answers.continuations(
                 model,
                 params,

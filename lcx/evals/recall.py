@@ -9,8 +9,9 @@ import numpy as np
 from lcx.data import Tokenizer
 from lcx.errors import UserError, check_sizes
 from lcx.evals import Result
-from lcx.evals.support import answers, forced, grids, scoring
+from lcx.evals.support import forced, grids, scoring
 from lcx.evals.support.model_facts import facts
+from lcx.evals.support.progress import progress
 from lcx.model import Decoder
 
 
@@ -59,7 +60,7 @@ class Recall:
                 f"Recall: {self.pairs} pairs need rows of {4 * self.pairs} tokens: set Recall.lengths"
             )
         cells, far = [], _Distances()
-        with answers.progress(self.name, self.rows * sum(lengths)) as bar:
+        with progress(self.name, self.rows * sum(lengths), "tokens") as bar:
             for length in sorted(set(lengths)):
                 tokens, places = self.made(length, model.vocab_size)
                 found = forced.likeliest(

@@ -10,6 +10,7 @@ from lcx.errors import UserError, check_sizes
 from lcx.evals import Result
 from lcx.evals.support import answers, grids
 from lcx.evals.support.model_facts import facts
+from lcx.evals.support.progress import progress
 from lcx.evals.support.ruler import published, scores
 from lcx.evals.support.ruler.lengths import Lengths
 from lcx.evals.support.ruler.questions import Questions
@@ -80,7 +81,7 @@ class Ruler:
         lengths, notes = self._lengths(model)
         cells, chosen = [], self._tasks()
         too_short: dict[str, list[str]] = {}
-        with answers.progress(self.name, len(chosen) * self.samples * sum(lengths)) as bar:
+        with progress(self.name, len(chosen) * self.samples * sum(lengths), "tokens") as bar:
             for task in chosen:
                 for length in lengths:
                     try:

@@ -1,6 +1,5 @@
 """The log-likelihood of every record of a FASTA file."""
 
-import contextlib
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +16,7 @@ from lcx.evals.support.intervals import mean_and_error
 from lcx.evals.support.letters import Letters, Part, ReverseComplement, counts
 from lcx.evals.support.likelihoods import Scorer
 from lcx.evals.support.model_facts import facts
+from lcx.evals.support.progress import progress
 from lcx.evals.support.windows import beyond_window, check_windows, cut_into_windows, windows_of
 from lcx.model import Decoder
 from lcx.wording import quantity
@@ -64,15 +64,12 @@ class SequenceLikelihood:
         dna.check_files(self.sequences, owner="SequenceLikelihood.sequences")
 
     def __call__(self, model: Decoder, params: Any, tokenizer: Tokenizer | None) -> Result:
-        from tqdm import tqdm
-
         window, stride = windows_of(self, model)
         scorer = Scorer(model, params, tokenizer, window, self.tokens_per_batch, self.tag, description=None)
         records = self._records()
         sums, scored = np.zeros(len(records)), np.zeros(len(records), np.int64)
         letters = sum(len(text) for _, text in records) * (1 + self.both_strands)
-        bar = tqdm(total=letters, desc=self.name, unit=" letters", unit_scale=True, disable=None, delay=1)
-        with contextlib.closing(bar):
+        with progress(self.name, letters, "letters") as bar:
             for number, log_p in self._scored(scorer, records, stride):
                 sums[number] += log_p.sum(dtype=np.float64) / (1 + self.both_strands)
                 scored[number] += len(log_p)

@@ -20,6 +20,7 @@ from lcx.evals.support.growing_files import GrowingFiles, file_identity
 from lcx.evals.support.intervals import auroc
 from lcx.evals.support.likelihoods import Scorer
 from lcx.evals.support.model_facts import facts, identity
+from lcx.evals.support.progress import progress
 from lcx.evals.support.variant_scores import VariantScorer
 from lcx.evals.support.variants import is_vcf, read_lines, read_variants
 from lcx.evals.support.windows import beyond_window, check_windows, windows_of
@@ -123,8 +124,6 @@ class VariantEffects:
 
     def _score(self, variants: VariantScorer, outputs: list[str]) -> None:
         """Scores all variants into the outputs: the table, and perhaps the annotated VCF file."""
-        from tqdm import tqdm
-
         files = GrowingFiles(
             outputs,
             settings=self._settings(variants.scorer),
@@ -132,7 +131,7 @@ class VariantEffects:
             overwrite=self.overwrite,
             resume=jax.process_count() == 1,  # several processes must start at the same variant
         )
-        with files, tqdm(desc=self.name, unit=" variants", unit_scale=True, disable=None, delay=1) as bar:
+        with files, progress(self.name, None, "variants") as bar:
             if not files.done:
                 files.append(["\t".join(variant_scores.COLUMNS) + "\n", *[""] * (len(outputs) - 1)], done=0)
             lines = itertools.islice(read_lines(self.variants), files.done, None)

@@ -8,6 +8,7 @@ from typing import Any
 
 from lcx import paths
 from lcx.errors import UserError
+from lcx.locks import LOCK, refuse_held
 from lcx.reporting import differences, opening, pages, pictures, training
 from lcx.reporting.runs import evaluation_of, labelled, named_as_models, read_curves, read_results
 from lcx.wording import quantity
@@ -45,6 +46,7 @@ def build(
     folder = paths.destination(output, "--output")
     if not overwrite:
         _refuse_to_replace(folder, [PAGE])
+        refuse_held(folder / LOCK, of=str(folder), setting="--output")  # an evaluation, which would replace the page
     with paths.claimed(folder, "--output", lock=_LOCK):
         runs = labelled([read_results(path) for path in results])
         curves = {}
@@ -69,9 +71,12 @@ def build(
 
 
 def _check_given(setting: str, folders: Sequence[str]) -> None:
-    """Raises UserError for an empty path."""
+    """Raises UserError for an empty path, or one that is given twice."""
     if not all(folder.strip() for folder in folders):
         raise UserError(f"{setting} is empty, expected a folder: change {setting}")
+    places = [os.path.realpath(os.path.expanduser(folder)) for folder in folders]
+    if twice := next((folder for folder, place in zip(folders, places) if places.count(place) > 1), None):
+        raise UserError(f"{setting} names {twice} twice, expected different folders: change {setting}")
 
 
 def _distinct(more: dict[str, Any], curves: Mapping[str, Any]) -> dict[str, Any]:

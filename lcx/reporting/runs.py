@@ -37,18 +37,20 @@ def labelled(runs: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def read_curves(workdir: str) -> dict[str, list[dict[str, float]]]:
-    """{name: lines of metrics.jsonl, ordered by step} of a workdir, or of the runs in its subfolders.
+    """{name: lines of metrics.jsonl, ordered by step} of a workdir, or of the runs inside it, such as a ladder's.
 
     A line that is not valid JSON (cut short by a kill) is ignored. Values of a step that was repeated replace the
-    earlier ones. Raises UserError if there is no metrics.jsonl.
+    earlier ones. Raises UserError if there is no metrics.jsonl, or no line in it.
     """
     folder = pathlib.Path(workdir).expanduser()
     files = [folder / "metrics.jsonl"]
     if not files[0].is_file():
-        files = sorted(folder.glob("*/metrics.jsonl"), key=lambda f: (f.stat().st_mtime, f.name))
+        inside = [*folder.glob("*/metrics.jsonl"), *folder.glob("*/*/metrics.jsonl")]  # 8192/round_0 of a ladder
+        files = sorted(inside, key=lambda f: (f.stat().st_mtime, f))
     if not files:
         raise UserError(
-            f"no metrics.jsonl in {workdir}: expected the workdir of a training run; change --workdir"
+            f"no metrics.jsonl in {workdir}: expected the workdir of a training run that has logged a step; change "
+            "--workdir"
         )
     curves = {}
     for file in files:
@@ -61,10 +63,10 @@ def read_curves(workdir: str) -> dict[str, list[dict[str, float]]]:
                 }
             except (ValueError, KeyError, TypeError):
                 continue
-        name = (
-            folder.resolve().name if file.parent == folder else f"{folder.resolve().name}/{file.parent.name}"
-        )
+        name = (folder.resolve().name / file.parent.relative_to(folder)).as_posix()
         curves[name] = [steps[step] for step in sorted(steps)]
+    if not any(curves.values()):
+        raise UserError(f"{files[0]} has no line of a step: expected a run that has logged one; change --workdir")
     return curves
 
 

@@ -50,8 +50,8 @@ def serve(
     """
     if not 0 <= port < 1 << 16:
         raise UserError(f"--port is {port}, expected 0 to 65535: change --port")
-    if name is not None and not name.strip():
-        raise UserError("--name is empty, expected the model's name in requests: set it, or leave it out")
+    if name is not None and not (name.strip() and name.isprintable()):
+        raise UserError(f"--name is {name!r}, expected the model's name in requests: change it, or leave it out")
     with _bound(host, port) as server:  # before the model is loaded, which may take minutes
         tokenizer = tokenizer_of(checkpoint, format)
         model, params = load(

@@ -3,12 +3,14 @@
 metrics.jsonl is the authoritative record: one JSON object per line, such as
 `{"step": 120, "loss": 1.43, "tokens_per_second": 2e4}`, written immediately. wandb and TensorBoard receive the same
 numbers under the same names. Nothing here can stop a run: a failure of wandb or a full disk causes one warning.
+Nothing is written before the first line, so that a run that fails to compile its first step leaves nothing behind.
 """
 
 from __future__ import annotations
 
 import collections
 import contextlib
+import io
 import json
 import logging
 import math
@@ -22,6 +24,7 @@ from typing import Any
 
 from lcx.errors import UserError, first_line
 from lcx.training.tensorboard import TensorBoard
+from lcx.wording import duration
 
 MODES = ("auto", "offline", "online", "off")
 _WANDB_SECONDS = 20  # by default wandb waits 100 s for an unreachable server
@@ -45,6 +48,7 @@ class MetricsLogger:
 
     Raises:
       UserError: an unknown mode; or the tensorboard package is not installed.
+      OSError: there is a metrics.jsonl that cannot be written to.
     """
 
     def __init__(
@@ -80,6 +84,11 @@ class MetricsLogger:
             self._tensorboard = TensorBoard(
                 events, **about, resume_step=resume_step, warn=self._progress.message
             )
+
+    def begin(self) -> None:
+        """Starts the wandb run, which may take a while; without it, the first line does."""
+        if self._writes:
+            self._wandb.begin()
 
     def advance(self, step: int) -> None:
         """Moves the progress bar to a step that is done, whether or not its metrics are logged."""
@@ -132,16 +141,21 @@ class _JsonLines:
     """metrics.jsonl. Each line is a single write, so a kill can truncate only the last line."""
 
     def __init__(self, path: str, resume_step: int):
+        self._path, self._resume_step = path, resume_step
         self._torn = False
         self._failed = False
-        _drop_after(path, resume_step)
-        self._file = open(path, "ab", buffering=0)  # noqa: SIM115, closed in close()
+        self._file: io.FileIO | None = None
+        if os.path.exists(path):
+            open(path, "r+b").close()  # fails now, and not after the first steps
 
     def write(self, record: Mapping[str, Any]) -> str | None:
         """Writes one record. Returns what went wrong, but only for the first of several failures in a row."""
         line = (json.dumps({name: _strict(value) for name, value in record.items()}) + "\n").encode()
         line = b"\n" * self._torn + line  # terminates the previous line if it was only partially written
         try:
+            if self._file is None:
+                _drop_after(self._path, self._resume_step)
+                self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115, closed in close()
             written = self._file.write(line)
             problem = None if written == len(line) else "the disk is full"
             self._torn = self._torn if not written else written < len(line)
@@ -149,9 +163,11 @@ class _JsonLines:
             problem = error.strerror or str(error)
         report = problem if not self._failed else None
         self._failed = problem is not None
-        return f"{self._file.name} could not be written: {report}" if report else None
+        return f"{self._path} could not be written: {report}" if report else None
 
     def close(self) -> None:
+        if self._file is None:
+            return
         with contextlib.suppress(OSError):
             os.fsync(self._file.fileno())
         self._file.close()
@@ -230,7 +246,7 @@ class _Lines:
     def _time_left(self, step: int) -> str:
         (first, then), (last, now) = self._times[0], self._times[-1]
         known = last > first and step < self._total
-        return _duration((self._total - step) * (now - then) / (last - first)) if known else ""
+        return duration((self._total - step) * (now - then) / (last - first)) if known else ""
 
     def message(self, text: str) -> None:
         with contextlib.suppress(OSError):  # stderr may be a file on the disk that is full
@@ -322,30 +338,26 @@ def _figure(value: float, decimals: int | None) -> str:
     return f"{value:.{4 if decimals is None else 2}g}" if few else f"{value:.{decimals}f}"
 
 
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours}h{minutes:02d}m"
-    return f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"
-
-
 class _Wandb:
     """Isolates wandb: it is imported only if enabled, and any failure causes one warning and disables it."""
 
     def __init__(self, folder: str, mode: str, project: str, config_text: str, warn: Any):
         self._warn = warn
         self._folder = folder
+        self._settings = project, config_text
         self._run: Any = None
         key = os.environ.get("WANDB_API_KEY")
         if mode == "auto":
             mode = os.environ.get("WANDB_MODE") or ("online" if key else "offline")
-        if mode in ("off", "disabled") or os.environ.get("WANDB_DISABLED", "").lower() == "true":
-            return
+        disabled = os.environ.get("WANDB_DISABLED", "").lower() == "true"
+        self._mode = "off" if mode == "disabled" or disabled else mode  # once begun, "off"
+
+    def begin(self) -> None:
+        mode, self._mode = self._mode, "off"
         if mode == "online":
-            self._start("online", project, config_text, "logging offline instead")
-        if self._run is None:
-            self._start("offline", project, config_text, "continuing without wandb")
+            self._start("online", *self._settings, "logging offline instead")
+        if mode != "off" and self._run is None:
+            self._start("offline", *self._settings, "continuing without wandb")
 
     def _start(self, mode: str, project: str, config_text: str, otherwise: str) -> None:
         try:
@@ -367,6 +379,7 @@ class _Wandb:
             self._give_up(f"did not start {mode}", error, otherwise)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self.begin()
         if self._run is None:
             return
         try:

@@ -25,8 +25,9 @@ def check(trainer: Any) -> None:
             raise UserError(
                 f"Trainer.{name} is {getattr(trainer, name)!r}, expected one of {', '.join(known)}"
             )
-    if trainer.steps >= 2**31:  # a step is an int32 on the devices
-        raise UserError(f"Trainer.steps is {trainer.steps}, expected less than 2**31")
+    for name in ("steps", "seq_len", "batch_size"):  # int32 on the devices
+        if getattr(trainer, name) >= 2**31:
+            raise UserError(f"Trainer.{name} is {getattr(trainer, name)}, expected less than 2**31")
     if trainer.copy_every is not None and (trainer.copy_every < 1 or trainer.copy_every % trainer.checkpoint_every):
         raise UserError(
             f"Trainer.copy_every is {trainer.copy_every}, expected a multiple of checkpoint_every, which is "

@@ -11,7 +11,7 @@ from lcx import extend, mixers
 from lcx import lora as lora_lib
 from lcx import model as model_lib
 from lcx.training import division, doubtful, fp8_scaling, resume_check
-from lcx.wording import quantity
+from lcx.wording import counted, quantity
 
 
 def opening(
@@ -147,11 +147,3 @@ def _context(model: Any, mesh: jax.sharding.Mesh, seq_len: int) -> Iterator[str]
         for block in blocks
     ]
     yield f"context: every row over {devices} devices; {'; '.join(dict.fromkeys(found))}"
-
-
-def counted(number: int) -> str:
-    """A count in short form: 950, 12.3 thousand, 1.24 million, 8.03 billion."""
-    for size, word in ((1e12, "trillion"), (1e9, "billion"), (1e6, "million"), (1e4, "thousand")):
-        if number >= size:
-            return f"{number / (1e3 if word == 'thousand' else size):.3g} {word}"
-    return str(number)

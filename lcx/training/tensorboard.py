@@ -39,19 +39,29 @@ class TensorBoard:
                 "'lcx[tensorboard]', or set it to False"
             ) from error
         self._event, self._summary, self._warn = event_pb2, summary_pb2, warn
+        self._make: Callable[[], Any] | None = lambda: EventFileWriter(folder, flush_secs=_FLUSH_SECONDS)
         self._writer: Any = None
-        try:
-            self._writer = EventFileWriter(folder, flush_secs=_FLUSH_SECONDS)
-        except OSError as error:
-            self._give_up(error)
-            return
+        self._first = []
         if resume_step:
             start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-            self._add(event_pb2.Event(wall_time=time.time(), step=resume_step + 1, session_log=start))
+            self._first += [event_pb2.Event(wall_time=time.time(), step=resume_step + 1, session_log=start)]
         if config_text:
-            self._add(self._text_event("config.gin", config_text))
+            self._first += [self._text_event("config.gin", config_text)]
+
+    def _begin(self) -> None:
+        """Makes the event file, before the first line: until then, nothing is written."""
+        make, self._make = self._make, None
+        if make is None:
+            return
+        try:
+            self._writer = make()
+        except OSError as error:
+            self._give_up(error)
+        for event in self._first:
+            self._add(event)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._begin()
         value = self._summary.Summary.Value
         values = [value(tag=name, simple_value=_float32(number)) for name, number in metrics.items()]
         summary = self._summary.Summary(value=values)

@@ -86,7 +86,7 @@ def opened(workdir: str, every: int | None = None) -> Iterator[pathlib.Path]:
     """
     if not is_url(workdir):
         folder = paths.destination(workdir, "--workdir")
-        _refuse_inside(folder)
+        paths.refuse_inside(folder, "--workdir")
         _refuse_model(folder)
         yield folder
         return
@@ -113,16 +113,6 @@ def opened(workdir: str, every: int | None = None) -> Iterator[pathlib.Path]:
         if problem is not None:
             raise problem
         yield folder
-
-
-def _refuse_inside(folder: pathlib.Path) -> None:
-    """Raises UserError for the checkpoints of a run, or one of them, in place of the run."""
-    for part in list(folder.absolute().parents)[:1] + [folder.absolute()]:
-        if part.name == "checkpoints" and (part.parent / "config.gin").is_file():
-            raise UserError(
-                f"--workdir is {folder}, which holds checkpoints of the run in {part.parent}: set --workdir to the run "
-                "to resume it, or to another folder"
-            )
 
 
 def _refuse_model(folder: pathlib.Path) -> None:

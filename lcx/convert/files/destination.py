@@ -34,6 +34,7 @@ def replacing(
       UserError: the destination exists or cannot be written, or the disk is full.
     """
     final = pathlib.Path(os.path.realpath(paths.destination(path, "--dst")))
+    paths.refuse_inside(final, "--dst")
     partial, old = (_beside(final, suffix) for suffix in ("tmp", "old"))
     made = _existing_parent(final)
     try:
@@ -77,6 +78,9 @@ def refuse_same(source: str | os.PathLike, destination: str | os.PathLike, setti
         raise UserError(
             f"--dst ({dst}) contains {setting} ({src}), which replacing it would delete; choose another --dst"
         )
+    steps = src if src.name == "checkpoints" else src / "checkpoints"
+    if dst.is_relative_to(steps):
+        raise UserError(f"--dst ({dst}) is among the checkpoints of {setting} ({src}); choose another --dst")
 
 
 def sync_folder(folder: pathlib.Path) -> None:

@@ -4,8 +4,7 @@ Nothing is ever cut from a prompt: a text that was shortened would be another ta
 is read as it is, because evaluations are about what happens there.
 """
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -32,15 +31,6 @@ def needed(tokenizer: Tokenizer | None, model: Decoder, owner: str) -> Tokenizer
         )
     check_vocabulary(tokenizer, model.vocab_size)
     return tokenizer
-
-
-@contextlib.contextmanager
-def progress(name: str, tokens: int) -> Iterator[Any]:
-    """A bar with the time left, in tokens, because long prompts take longer; only on a terminal."""
-    from tqdm import tqdm
-
-    with tqdm(total=tokens, desc=name, unit="tok", unit_scale=True, disable=None, delay=1) as bar:
-        yield bar
 
 
 def continuations(

@@ -63,6 +63,7 @@ class GrowingFiles:
             for path in self._paths:
                 lock = f"{path.name}{LOCK}"
                 self._stack.enter_context(paths.claimed(path.parent, self._setting, lock=lock, of=str(path)))
+                paths.refuse_device(path, self._setting)
                 if path.is_dir() or (path.exists() and not self._overwrite):
                     what = "a folder" if path.is_dir() else "there already"
                     raise UserError(f"{path} is {what}: choose another {self._setting}, or set --overwrite")

@@ -19,6 +19,7 @@ from jaxtyping import Float, Int
 
 from lcx import layer_order, pieces, sharding
 from lcx.evals.support import journal
+from lcx.evals.support.progress import progress
 from lcx.model import Decoder
 from lcx.ops.cross_entropy import token_nll
 
@@ -59,18 +60,16 @@ def score(
     """-log p(label) in nats of every token, float32, computed in the model's dtype.
 
     Rows are processed in batches of tokens_per_batch tokens, and rows of more than LONG tokens one by one, in pieces of
-    that size. The last batch is padded to the same shape, so that one compiled program serves all. On a terminal there
-    is a progress bar. With several processes, each passes all rows and receives all results. Rows whose losses are in
+    that size. The last batch is padded to the same shape, so that one compiled program serves all. The progress is
+    shown. With several processes, each passes all rows and receives all results. Rows whose losses are in
     the journal of the evaluation (`journal.keeping`) are not computed again.
 
     Args:
-      description: label of the progress bar; None: there is none.
+      description: label of the progress; None: it is not shown.
       measure: computes something else than the loss, from the same arguments as `token_nll`, with `width_of` numbers
         per token; a module-level function, so that its program is compiled once. It is not kept in a journal.
       kept: whether losses are kept in the journal; False for an evaluation that keeps its own results.
     """
-    from tqdm import tqdm
-
     arrays = {"tokens": tokens, "labels": labels, "positions": positions, "segment_ids": segment_ids}
     known = journal.current() if kept and measure is token_nll else None
     R, T = tokens.shape
@@ -82,16 +81,7 @@ def score(
         for row, value in found.items():
             out[row] = np.frombuffer(base64.b64decode(value), np.float32)
         left = [row for row in range(R) if row not in found]
-    bar = tqdm(
-        total=R * T,
-        initial=(R - len(left)) * T,
-        desc=description,
-        unit="tok",
-        unit_scale=True,
-        disable=True if description is None else None,
-        delay=1,
-    )
-    with on_mesh(params), bar:
+    with on_mesh(params), progress(description, R * T, "tokens", initial=(R - len(left)) * T) as bar:
         rows = {name: None if x is None else x[left] for name, x in arrays.items()}
         for place, nll in _measured(model, params, rows, tokens_per_batch, bar, measure, width_of) if left else ():
             out[left[place]] = nll

@@ -12,6 +12,10 @@ def check(evals: Sequence[Any]) -> None:
     """Raises UserError if an evaluation cannot run whatever the model is: its name, its sizes, its split, its files."""
     if not evals:
         raise UserError("evaluate.evals is empty, expected at least one evaluation")
+    for evaluation in evals:
+        if isinstance(evaluation, type):
+            name = evaluation.__name__
+            raise UserError(f"evaluate.evals has the class {name}, expected an instance: write {name}(), or @{name}()")
     names = [evaluation.name for evaluation in evals]
     for evaluation in evals:
         owner = type(evaluation).__name__
