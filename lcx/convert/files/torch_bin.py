@@ -93,6 +93,8 @@ class TorchFile:
         self.path = path if isinstance(path, tensor_io.Pieces | tensor_io.Region) else pathlib.Path(path)
         try:
             records = _stored_records(self.path)
+        except UserError:
+            raise
         except (
             OSError,
             EOFError,
