@@ -269,6 +269,8 @@ def plain_values(path: pathlib.Path) -> dict[Any, Any]:
     """
     try:
         on_meta = _stored_records(path) is not None
+    except UserError:
+        raise
     except (
         OSError,
         EOFError,
