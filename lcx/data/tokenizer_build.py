@@ -149,7 +149,7 @@ def named_tokens(settings: Settings) -> dict[str, Token | None]:
 def _with_pad(named: dict[str, Token | None], padding: Any) -> dict[str, Token | None]:
     """Adds the token of a stored padding, which transformers makes the pad_token if no other is named."""
     pad = padding.get("pad_token") if isinstance(padding, dict) else None
-    if "pad_token" in named or not json_files.is_text(pad):
+    if "pad_token" in named or not isinstance(pad, str) or not json_files.is_text(pad):
         return named
     named = named | {"pad_token": Token(pad, special=True)}
     return {key: named[key] for key in (*NAMED, *(k for k in named if k not in NAMED)) if key in named}
