@@ -93,7 +93,8 @@ def test_a_fault_of_any_model_type_suggests_no_other(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "m")
     path = tmp_path / "m" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"pad_token_id": ""}))
-    assert outcome(lambda: HfSource(tmp_path / "m")) == "config.json has pad_token_id = '', expected an id, or null"
+    found = outcome(lambda: HfSource(tmp_path / "m"))
+    assert found.endswith("config.json has pad_token_id = '', expected an id, or null")
 
 
 @pytest.mark.parametrize("name", ["mp_rank_00_model_states.pt", "x.safetensors", "model.safetensors", "a.yml"])
