@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from fnmatch import fnmatch
 from typing import Any
 
-from lcx import paths
+from lcx import paths, small_files
 from lcx.buckets import copies, is_url
 from lcx.errors import UserError, first_line
 
@@ -201,8 +201,8 @@ def _shards(folder: str, patterns: Sequence[str]) -> list[str]:
     """The files listed in the index of this kind of weights; empty if there is no readable index."""
     index = next((name for name in patterns if name.endswith(".json")), "")
     try:
-        with open(os.path.join(folder, index), encoding="utf-8") as file:
-            return sorted({str(name) for name in json.load(file)["weight_map"].values()})
+        found = json.loads(small_files.read_text(os.path.join(folder, index)))
+        return sorted({str(name) for name in found["weight_map"].values()})
     except (OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError):
         return []
 

@@ -34,7 +34,7 @@ def tokenizer_of(checkpoint: str, format: str | None = None) -> Tokenizer:
     folder = Path(hub.local(checkpoint)).expanduser()
     if (known := tokenizer_record(folder, format)) is not None:
         return tokenizer_from_json(dict(known))
-    if (folder / "config.json").is_file():
+    if os.path.lexists(folder / "config.json"):  # also a broken link, which is then named
         return tokenizers.load_tokenizer(folder)
     detect(folder, format)  # raises if this is no checkpoint, with what was expected
     directory, step = find_step(folder)

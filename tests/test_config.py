@@ -220,6 +220,8 @@ MISTAKES = [
     ("toy_job.Job.steps = %gin.REQUIRED", "toy_job.Job.steps must be set (a.gin:3)"),
     ("toy_job.Job.name = abc",
      "abc is not a value; write 'abc' for text, %abc for a macro, @module.abc to refer (a.gin:3)"),
+    (f"toy_job.Job.steps = {'-' * 200}1",
+     f"{'-' * 97}... is not a value; write '{'-' * 97}...' for text (a.gin:3)"),
     ("toy_job.Job.verbose = true", "true is not a value; write True (a.gin:3)"),
     ("toy_job.Job.steps = 2*3",
      "2*3 is not one value: expected one value or import per line and nothing after it; gin has no arithmetic or "

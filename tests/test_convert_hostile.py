@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import shutil
 
 import pytest
 from hf_folders import make
@@ -86,6 +87,22 @@ def test_any_config(folder):
     refused = [line for line in outcomes if line != "read"]
     assert len(refused) > 75 and len(set(refused)) > 40
     assert "read" in outcomes
+
+
+def test_a_fault_of_any_model_type_suggests_no_other(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "m")
+    path = tmp_path / "m" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"pad_token_id": ""}))
+    found = outcome(lambda: HfSource(tmp_path / "m"))
+    assert found.endswith("config.json has pad_token_id = '', expected an id, or null")
+
+
+@pytest.mark.parametrize("name", ["mp_rank_00_model_states.pt", "x.safetensors", "model.safetensors", "a.yml"])
+def test_devices_are_not_opened(tmp_path, name):
+    """/dev/zero never ends, and a pipe waits for a writer."""
+    (tmp_path / name).symlink_to("/dev/null")
+    wanted = "no checkpoint" if name == "a.yml" else "is not a regular file|leads out of the folder|has no config"
+    assert re.search(wanted, outcome(lambda: api.source(tmp_path)))
 
 
 def test_any_index(sharded):

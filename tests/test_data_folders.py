@@ -135,6 +135,8 @@ def test_cycles_of_links_end(tmp_path, monkeypatch):
         UserError, match="cannot read .*self.jsonl: it is a link to self.jsonl, which leads to no file"
     ):
         find_files(str(tmp_path / "self.jsonl"))
+    with pytest.raises(UserError, match="cannot read .*self.jsonl: it is a link to self.jsonl"):
+        find_files(str(tmp_path))
 
 
 def test_a_broken_link_is_an_error_where_it_would_be_data(tmp_path, caplog):

@@ -65,6 +65,7 @@ FILES = {
     "pretty.json": json.dumps(ROWS, indent=2).encode(),
     "pretty_crlf.json": json.dumps(ROWS, indent=2).encode().replace(b"\n", b"\r\n"),
     "pretty_objects.json": "\n".join(json.dumps(row, indent=1) for row in ROWS).encode(),
+    "pretty_objects": "\n".join(json.dumps(row, indent=1) for row in ROWS).encode(),
     "two_arrays.json": json.dumps(ROWS[:1]).encode() + b"\n" + json.dumps(ROWS[1:], indent=1).encode(),
     "row_a_line.json": b"[\n" + b",\n".join(json.dumps(row).encode() for row in ROWS) + b"\n]\n",
     "wrapped.json": json.dumps({"version": "1", "data": ROWS, "tags": ["x"]}).encode(),

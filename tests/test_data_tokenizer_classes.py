@@ -42,6 +42,11 @@ def adds(data, template, tokens):
     }
 
 
+STORED = ["<unk>", "<s>", "</s>", "<|im_start|>"]
+PADDING = {
+    "strategy": "BatchLongest", "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0,
+    "pad_token": "<img>",
+}  # fmt: skip
 BOS_EOS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 # name: (vocabulary, changes of tokenizer.json, files beside it)
 FOLDERS = {
@@ -143,6 +148,14 @@ FOLDERS = {
         "bytes",
         {"truncation": {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}},
         {"tokenizer_config": {"model_max_length": 4, "image_token": "<img>", **BOS_EOS}},
+    ),
+    "padding": ("bytes", {"padding": PADDING}, {"tokenizer_config": BOS_EOS}),
+    "padding, gpt neox": ("bytes", {"padding": PADDING}, {"config": {"model_type": "gpt_neox"}}),
+    "padding, llama": ("spaces", {"padding": PADDING}, {"tokenizer_config": {"tokenizer_class": "LlamaTokenizer"}}),
+    "not marked as special": (
+        "bytes",
+        {"added_tokens": [{"id": i, "content": text, **ADDED, "special": False} for i, text in enumerate(STORED)]},
+        {"tokenizer_config": BOS_EOS},
     ),
     "cleans up": ("bytes", {}, {"tokenizer_config": {"clean_up_tokenization_spaces": True, **BOS_EOS}}),
 }

@@ -166,6 +166,11 @@ def test_files_that_are_no_files(folder):
     (folder / "tokenizer.json").mkdir()
     assert "tokenizer.json is not a regular file" in refusal(folder)
     assert "is neither a file nor a folder" in refusal("/dev/null")
+    for target, said in (("/dev/null", "is not a regular file"), ("config.json", "cannot be read")):
+        (folder / "config.json").unlink()
+        (folder / "config.json").symlink_to(target)
+        with pytest.raises(UserError, match=f"config.json {said}"):
+            lcx.load_tokenizer(folder)
     assert "does not exist" in refusal("a\0b")
     assert "cannot be read" in refusal("x" * 5000) or "does not exist" in refusal("x" * 5000)
 

@@ -26,7 +26,7 @@ LINES = [
     "linearize lora extend striped_hyena llama",
     "model block parameters mixers mlps layers rope",
     "remat ops kernels_pallas sharding",
-    "rope_fields hub config multihost buckets paths locks moved wording version errors startup huge_pages",
+    "rope_fields hub config multihost buckets paths locks moved wording version small_files errors startup huge_pages",
 ]
 ORDER = [name for line in LINES for name in line.split()]
 ROOMS = ("convert", "data", "evals")

@@ -198,13 +198,18 @@ def explain_syntax(error: SyntaxError, origin: str, value: str) -> str:
             )
         if value and value[0] not in "([{'\"" and not value.startswith(("%", "@")):
             name = value.partition("  #")[0].strip()  # gin reports only the first word; quote the whole value
+        name = _cut(name)
         if name.lower() in ("true", "false", "none"):
             return f"{name} is not a value; write {name.capitalize()}"
         text = f"{origin}=\"'{name}'\"" if origin.startswith("--gin.") else f"'{name}'"
         macro = f", %{name} for a macro, @module.{name} to refer" if name.isidentifier() else ""
         return f"{name} is not a value; write {text} for text{macro}"
     if str(error.msg).startswith("Expected newline"):
-        found = f"{value} is not one value: " if value else ""
+        found = f"{_cut(value)} is not one value: " if value else ""
         expected = "expected one value or import per line and nothing after it"
         return f"{found}{expected}; gin has no arithmetic or units, write the result"
-    return str(error.msg).splitlines()[0]
+    return _cut(str(error.msg).splitlines()[0], 200)
+
+
+def _cut(text: str, limit: int = 100) -> str:
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."

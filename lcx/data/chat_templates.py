@@ -13,6 +13,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from lcx import small_files
 from lcx.data.chat_sandbox import Program, RenderError, Spans
 from lcx.data.tokenizers import Tokenizer
 from lcx.errors import UserError
@@ -199,8 +200,7 @@ def _read_override(override: str, own: dict[str, str], setting: str) -> str:
 
 def _read_text(path: Path) -> str:
     try:
-        with open(path, encoding="utf-8") as file:
-            return file.read()
+        return small_files.read_text(path)
     except (OSError, ValueError) as error:
         raise UserError(f"chat template {path} cannot be read ({error}); restore it as UTF-8 text") from error
 
@@ -209,7 +209,7 @@ def _read_object(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(small_files.read_text(path))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is not readable JSON ({error}); restore the file") from error
     if not isinstance(value, dict):

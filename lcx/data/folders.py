@@ -109,7 +109,10 @@ def walk(
         for entry in entries:
             if entry.name.startswith(".") or (entry.is_symlink() and not follow):
                 continue
-            is_folder = entry.is_dir()
+            try:
+                is_folder = entry.is_dir()
+            except OSError:  # a link that leads to itself: refused if it is read as a file
+                is_folder = False
             if folders or not is_folder:
                 paths.append(entry.path)
             if is_folder and entry.name not in skip:

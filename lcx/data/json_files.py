@@ -8,11 +8,11 @@ import errno
 import json
 import logging
 import os
-import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lcx import small_files
 from lcx.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -30,14 +30,7 @@ def read_bytes(path: Path, *, max_bytes: int) -> bytes | None:
     try:
         if not os.path.lexists(path):
             return None
-        status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for a writer
-            raise UserError(f"{path} is not a regular file, expected one: remove it or restore the file")
-        if status.st_size > max_bytes:
-            found = f"{path} has {status.st_size:,} bytes"
-            raise UserError(f"{found}, expected at most {max_bytes:,}: restore the file")
-        with open(path, "rb") as stream:
-            return stream.read(max_bytes + 1)
+        return small_files.read_bytes(path, max_bytes=max_bytes)
     except (OSError, ValueError) as error:
         if isinstance(error, UserError):
             raise

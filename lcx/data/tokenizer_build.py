@@ -5,6 +5,7 @@ Truncation and padding settings stored in a file are never applied.
 """
 
 import contextlib
+import dataclasses
 import json
 import logging
 import os
@@ -39,6 +40,7 @@ class Vocabulary(NamedTuple):
       added: tokens with their ids, as tokenizer.json stores them.
       extra: further special tokens that the file itself marks.
       is_json: the file is a tokenizer.json, whose post-processor is used instead of add_bos_token.
+      padding: the stored padding of a tokenizer.json.
     """
 
     vocab: dict[str, int]
@@ -47,6 +49,7 @@ class Vocabulary(NamedTuple):
     extra: tuple[Token, ...] = ()
     post_processor: Any = None
     is_json: bool = False
+    padding: Any = None
 
 
 @contextlib.contextmanager
@@ -100,13 +103,13 @@ def build(path: Path, settings: Settings) -> Any:
         raise UserError(f"reading {path} needs the tokenizers package: pip install tokenizers") from error
     with guarded(f"{path} is not a readable tokenizer"), quiet():
         library, source = _pipeline(path, settings)
+        named = _with_pad(named_tokens(settings), source.padding if source else library.padding)
         library.no_truncation()
         library.no_padding()
         if getattr(library.model, "dropout", None):
             log.warning("%s: BPE dropout is switched off, so that a text always has the same ids", path)
             library.model.dropout = None
         library.encode_special_tokens = bool(settings.option("split_special_tokens"))
-        named = named_tokens(settings)
         _add_tokens(library, settings, source, named)
         _fix_pattern(library, settings)
         _set_post_processor(library, settings, source, named)
@@ -140,6 +143,15 @@ def named_tokens(settings: Settings) -> dict[str, Token | None]:
     defaults = DEFAULTS.get(settings.tokenizer_class, {})
     named: dict[str, Token | None] = {key: Token(text, special=True) for key, text in defaults.items()}
     named |= dict(settings.named)
+    return {key: named[key] for key in (*NAMED, *(k for k in named if k not in NAMED)) if key in named}
+
+
+def _with_pad(named: dict[str, Token | None], padding: Any) -> dict[str, Token | None]:
+    """Adds the token of a stored padding, which transformers makes the pad_token if no other is named."""
+    pad = padding.get("pad_token") if isinstance(padding, dict) else None
+    if "pad_token" in named or not isinstance(pad, str) or not json_files.is_text(pad):
+        return named
+    named = named | {"pad_token": Token(pad, special=True)}
     return {key: named[key] for key in (*NAMED, *(k for k in named if k not in NAMED)) if key in named}
 
 
@@ -220,7 +232,9 @@ def _of_json(data: dict[str, Any], path: Path) -> Vocabulary:
     for entry in data.get("added_tokens") or []:
         fields = {key: value for key, value in entry.items() if key != "id"}
         added.append((json_files.token_id(entry.get("id"), "added_tokens", path), Token(**fields)))
-    return Vocabulary(vocab, merges, tuple(added), post_processor=_post_processor(data, model), is_json=True)
+    return Vocabulary(
+        vocab, merges, tuple(added), (), _post_processor(data, model), True, data.get("padding")
+    )
 
 
 def _post_processor(data: dict[str, Any], model: dict[str, Any]) -> Any:
@@ -329,27 +343,23 @@ def _add_tokens(
     """Adds the folder's tokens that the library does not have yet, in the same order as transformers."""
     own = library.get_added_tokens_decoder()
     present = {repr(token) for token in own.values()}
-    tokens = [token for _, token in _all_added(settings, source) if repr(_added(token)) not in present]
-    known = {token.content for token in own.values()} | {token.content for token in tokens}
+    known = {token.content for token in own.values()}
+    roles = {token.content for token in named.values() if token is not None}
+    added = _all_added(settings, source)
+    if source is None and not settings.replaces_added:  # of these, only the flag `special` may change
+        added = sorted((dict(added) | {i: _token_of(token) for i, token in own.items()}).items())
+    tokens = [t if t.content not in roles else dataclasses.replace(t, special=True) for _, t in added]
+    tokens = [token for token in tokens if repr(_added(token)) not in present]
+    known |= {token.content for token in tokens}
     for token in (*named.values(), *_extra(settings, source)):
         if token is not None and token.content not in known and token not in tokens:
-            tokens.append(token)
-    roles = {token.content for token in named.values() if token is not None}
-    library.add_tokens(
-        [
-            _added(
-                Token(
-                    t.content,
-                    t.single_word,
-                    t.lstrip,
-                    t.rstrip,
-                    t.normalized,
-                    t.special or t.content in roles,
-                )
-            )
-            for t in tokens
-        ]
-    )
+            tokens.append(dataclasses.replace(token, special=token.special or token.content in roles))
+    library.add_tokens([_added(token) for token in tokens])
+
+
+def _token_of(token: Any) -> Token:
+    flags = (token.single_word, token.lstrip, token.rstrip, token.normalized, token.special)
+    return Token(token.content, *flags)
 
 
 def _set_post_processor(

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pathlib
 
+from lcx import small_files
 from lcx.convert.core.format import Format, option
 from lcx.errors import UserError
 
@@ -160,7 +161,7 @@ def _of_others(path: pathlib.Path, names) -> bool:
 def _is_hf(config: pathlib.Path) -> bool:
     """Whether a config.json is that of a Hugging Face model, and not vortex's own."""
     try:
-        found = json.loads(config.read_text("utf-8")[: 1 << 22])
-    except (OSError, ValueError, RecursionError):
+        found = json.loads(small_files.read_text(config))
+    except (OSError, ValueError, RecursionError):  # UserError is a ValueError
         return True
     return not isinstance(found, dict) or bool({"model_type", "architectures"} & found.keys())

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from lcx import small_files
 from lcx.convert.files import tensor_io
 from lcx.convert.files.tensor_io import TensorInfo
 from lcx.convert.files.torch_dist import METADATA, TorchDist
@@ -181,7 +182,7 @@ def find(path: pathlib.Path) -> pathlib.Path | None:
     if not steps:
         return None
     try:
-        latest = int((path / _LATEST).read_text("utf-8")[:100])
+        latest = int(small_files.read_text(path / _LATEST)[:100])
     except (OSError, ValueError):
         latest = max(steps)
     if latest not in steps:

@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from lcx import small_files
 from lcx.convert.evo2 import weight_files, zero
 from lcx.convert.evo2.weight_files import Found, WeightFile
 from lcx.convert.evo2.zero import Float32File
@@ -198,7 +199,7 @@ def find(path: str | os.PathLike) -> list[Found]:
 
 def _latest(folder: pathlib.Path) -> pathlib.Path:
     try:
-        name = (folder / LATEST).read_text("utf-8")[:1000].strip()
+        name = small_files.read_text(folder / LATEST)[:1000].strip()
     except (OSError, ValueError) as error:
         raise UserError(f"{folder / LATEST}: cannot be read: {error}") from error
     if not name or os.path.basename(name) != name or name in (".", "..") or not (folder / name).is_dir():

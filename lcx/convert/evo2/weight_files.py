@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from lcx import small_files
 from lcx.convert.files import tensor_io
 from lcx.convert.files.safetensors import SafetensorsFile
 from lcx.convert.files.tensor_io import TensorInfo
@@ -103,7 +104,7 @@ def _check_complete(folder: pathlib.Path, files: list[pathlib.Path]) -> None:
     """Raises UserError if the index of the folder names a file that is missing."""
     for index in folder.glob(f"*{SAFETENSORS}.index.json"):
         try:
-            wanted = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+            wanted = set(json.loads(small_files.read_text(index))["weight_map"].values())
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"{index}: is not an index of safetensors files; copy it again") from error
         if missing := sorted(map(str, wanted - {file.name for file in files})):

@@ -5,6 +5,7 @@ import os
 import pathlib
 from typing import Any
 
+from lcx import small_files
 from lcx.convert.files import safetensors, tensor_io, unsupported
 from lcx.errors import UserError
 from lcx.rope_fields import shown
@@ -67,11 +68,8 @@ def read_json(path: pathlib.Path) -> dict:
       UserError: the file is not a JSON object, has duplicate keys, or exceeds the size limit.
     """
     try:
-        if path.stat().st_size > _MAX_JSON_BYTES:
-            raise UserError(
-                f"{path}: {path.stat().st_size} bytes, expected a JSON file below {_MAX_JSON_BYTES}"
-            )
-        value = json.loads(path.read_text("utf-8"), object_pairs_hook=safetensors.no_duplicates)
+        text = small_files.read_text(path, max_bytes=_MAX_JSON_BYTES)
+        value = json.loads(text, object_pairs_hook=safetensors.no_duplicates)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:

@@ -4,6 +4,7 @@ Layout of a file: the header's length in bytes as little-endian uint64; the head
 `{name: {"dtype", "shape", "data_offsets": [begin, end]}, "__metadata__": {...}}`; then the tensors, without gaps.
 """
 
+import io
 import json
 import math
 import os
@@ -14,6 +15,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from lcx import small_files
 from lcx.convert.files import tensor_io
 from lcx.convert.files.tensor_io import TensorInfo
 from lcx.errors import UserError, first_line
@@ -73,7 +75,7 @@ class SafetensorsFile:
 def _read_header(path: pathlib.Path) -> tuple[dict, int, int]:
     """(header without its metadata, offset of the data, size of the data in bytes)."""
     try:
-        with open(path, "rb") as file:
+        with io.BufferedReader(small_files.opened(path)) as file:
             size = os.fstat(file.fileno()).st_size
             prefix = file.read(8)
             length = int.from_bytes(prefix, "little")

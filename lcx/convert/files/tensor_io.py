@@ -17,6 +17,7 @@ from typing import Protocol
 import ml_dtypes
 import numpy as np
 
+from lcx import small_files
 from lcx.errors import UserError
 from lcx.wording import quantity
 
@@ -96,7 +97,7 @@ File = pathlib.Path | Pieces | Region
 
 class _RegionReader(io.RawIOBase):
     def __init__(self, region: Region):
-        self._file = open(region.path, "rb", buffering=0)  # noqa: SIM115 (see close)
+        self._file = small_files.opened(region.path)  # closed by `close`
         self._region, self._at = region, 0
 
     def readable(self) -> bool:
@@ -122,7 +123,7 @@ class _RegionReader(io.RawIOBase):
 
 class _PiecesReader(io.RawIOBase):
     def __init__(self, pieces: Pieces):
-        self._files = [open(path, "rb", buffering=0) for path in pieces.paths]  # noqa: SIM115 (see close)
+        self._files = [small_files.opened(path) for path in pieces.paths]  # closed by `close`
         self._starts = [0]
         for file in self._files:
             self._starts.append(self._starts[-1] + os.fstat(file.fileno()).st_size)
@@ -157,7 +158,7 @@ def open_binary(path: File) -> io.RawIOBase:
     """Opens the file, the pieces as one file, or a region as a file, for unbuffered reading."""
     if isinstance(path, Region):
         return _RegionReader(path)
-    return _PiecesReader(path) if isinstance(path, Pieces) else open(path, "rb", buffering=0)
+    return _PiecesReader(path) if isinstance(path, Pieces) else small_files.opened(path)
 
 
 def read_array(path: File, offset: int, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:

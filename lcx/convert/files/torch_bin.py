@@ -93,6 +93,8 @@ class TorchFile:
         self.path = path if isinstance(path, tensor_io.Pieces | tensor_io.Region) else pathlib.Path(path)
         try:
             records = _stored_records(self.path)
+        except UserError:
+            raise
         except (
             OSError,
             EOFError,
@@ -267,6 +269,8 @@ def plain_values(path: pathlib.Path) -> dict[Any, Any]:
     """
     try:
         on_meta = _stored_records(path) is not None
+    except UserError:
+        raise
     except (
         OSError,
         EOFError,

@@ -18,6 +18,7 @@ from typing import Any, TypeGuard
 
 import numpy as np
 
+from lcx import small_files
 from lcx.convert.files import folders, tensor_io
 from lcx.convert.files.tensor_io import Region, TensorInfo
 from lcx.convert.files.torch_bin import TorchFile, held_bytes, numpy_dtype
@@ -231,9 +232,7 @@ def _metadata(path: pathlib.Path) -> tuple[dict[Any, Any], dict[Any, tuple[Any, 
 
 def _contents(path: pathlib.Path) -> bytes:
     try:
-        if path.stat().st_size > _MAX_METADATA_BYTES:
-            raise UserError(f"{path}: {path.stat().st_size} bytes, expected at most {_MAX_METADATA_BYTES}")
-        return path.read_bytes()
+        return small_files.read_bytes(path, max_bytes=_MAX_METADATA_BYTES)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
 

@@ -4,6 +4,7 @@ import pathlib
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
+from lcx import small_files
 from lcx.convert.files.tensor_io import FLOAT_DTYPES, TensorInfo
 from lcx.errors import UserError
 from lcx.rope_fields import shown
@@ -28,7 +29,7 @@ def check_pointer(path: pathlib.Path) -> None:
     try:
         if path.stat().st_size > _MOST_POINTER_BYTES:
             return
-        with open(path, "rb") as file:
+        with small_files.opened(path) as file:
             found = file.read(len(_POINTER))
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error

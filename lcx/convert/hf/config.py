@@ -87,13 +87,16 @@ def family_of(config: Mapping[str, Any], own: Family | None = None) -> Family:
 
 
 def fitting(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> list[Family]:
-    """The families that fit both the settings of a config.json, ignoring its model_type, and the tensors."""
-    found = []
-    for family in families.FAMILIES.values():
+    """The other families that fit both the settings of a config.json and the tensors; none if its own fits too."""
+    found: list[Family] = []
+    own = families.find(config.get("model_type"))
+    for family in sorted(families.FAMILIES.values(), key=lambda family: family is not own):
         with contextlib.suppress(UserError):
             model = family.model({**config, "model_type": family.model_type}, dtype="float32")
             table = rules.Table(family.rules(model), model_source.leaf_shapes(model))
             table.check_source(tensors, harmless=(*family.buffers, re.escape(family.head)))
+            if family is own:
+                return []
             found.append(family)
     return found
 

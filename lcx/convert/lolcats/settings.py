@@ -23,6 +23,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from lcx import small_files
 from lcx.convert.files import folders
 from lcx.convert.lolcats.files import SETTINGS_FILE
 from lcx.errors import UserError
@@ -107,7 +108,7 @@ def _yaml(path: pathlib.Path) -> Mapping[str, Any]:
             f"{path}: reading .yaml needs PyYAML: pip install pyyaml, or write it as .json"
         ) from error
     try:
-        value = yaml.safe_load(path.read_text("utf-8"))
+        value = yaml.safe_load(small_files.read_text(path))
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise UserError(f"{path}: is not valid YAML: {' '.join(str(error).split())[:120]}") from error
     if not isinstance(value, Mapping):

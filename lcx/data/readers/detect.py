@@ -160,12 +160,14 @@ def _value(line: str) -> object:
 
 
 def _holds_objects(text: str, cut: bool) -> bool:
-    """Whether a text, possibly truncated, is a JSON object or an array of objects."""
+    """Whether a text, possibly truncated, is an array of JSON objects, or one or more objects."""
     if not _OBJECT.match(text.removeprefix("[")):
         return False
     try:
         json.loads(text)
     except json.JSONDecodeError as error:
+        if error.msg == "Extra data":  # several objects, each over several lines
+            return text.startswith("{") and _OBJECT.match(text, error.pos) is not None
         return cut and (error.msg.startswith("Unterminated") or error.pos >= len(text) - 16)
     except (ValueError, RecursionError):
         return False
