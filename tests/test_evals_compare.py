@@ -8,7 +8,7 @@ import pytest
 from tiny_runs import tiny_model
 
 import lcx
-from lcx import evaluator
+from lcx import evaluate, evaluator
 from lcx.data import ByteTokenizer, Dataset
 from lcx.data.tokenizers import save_tokenizer
 from lcx.errors import UserError
@@ -100,6 +100,16 @@ def test_suites(models, tmp_path, capsys, monkeypatch):
     cache = jax.eval_shape(lambda: model.init_cache(1, 19))
     assert cost["state_bytes"] == sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
     assert cost["tokens_per_second"] > 0 and cost["peak_bytes"] > 1 << 20
+
+
+def test_settings_of_a_suite(models, tmp_path, capfd):
+    """The command lists the same evaluations as the function, and --gin sets their parameters."""
+    for suite, evals in evaluator.SUITES.items():
+        assert evaluate.SUITES[suite] == ",".join(one.name for one in evals)
+    flags = ("--suite=retrieval", "--gin.Passkey.trials=0", "--gin.NeedleGrid.trials=3")
+    assert evaluate.main([f"--checkpoint={models / 'first'}", f"--output={tmp_path / 'out'}", *flags]) == 2
+    err = capfd.readouterr().err
+    assert "trials is 0, expected at least 1" in err and "no effect" not in err
 
 
 def test_losses_are_kept_row_by_row(tmp_path):
