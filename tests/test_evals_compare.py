@@ -124,6 +124,11 @@ def test_losses_are_kept_row_by_row(tmp_path):
         assert kept.reused == 5
 
 
+def test_batches_are_equal():
+    sizes = {(66, 16): 14, (64, 16): 16, (17, 16): 9, (3, 16): 3, (5, 0): 1, (0, 16): 1}
+    assert {case: scoring.even(*case) for case in sizes} == sizes
+
+
 def test_paired_differences():
     """Samples that are hard for both models do not widen the interval; the interval covers the truth."""
     rng = np.random.default_rng(0)

@@ -28,8 +28,8 @@ class LongDocuments:
     Attributes:
       file: JSON lines, or a JSON list.
       layout: "longbench" (v1: context, input, answers, dataset; files of LongBench-E give a score by length, too),
-        "longbench_v2" (choices A to D), "gov_report" (report, summary), or "qa" (document, question, answers; or context
-        and input).
+        "longbench_v2" (choices A to D), "gov_report" (report, summary), or "qa" (document, question, answers; or
+        context and input).
       length: of prompt, special tokens and answer together, in tokens; None: the model's context length.
       document: tokens of a document, which is cut at its end before anything else; None: 15000 for gov_report, else no
         limit.

@@ -218,10 +218,10 @@ _empty_state = jax.jit(pieces.empty_state, static_argnums=(0, 1, 2))
 
 
 def even(count: int, most: int) -> int:
-    """The size of the fewest equal batches of at most `most` rows: 66 rows are 5 batches of 14, not 4 of 16 and one of 2,
-    which would be filled up to 16."""
-    most = max(1, most)
-    return max(1, -(-count // max(1, -(-count // most))))
+    """The size of the fewest batches of at most `most` rows, made equal: the last one is filled up to the same size, so
+    66 rows are 5 batches of 14 and not of 16."""
+    batches = -(-count // max(1, most))
+    return -(-count // max(1, batches)) or 1
 
 
 def filled(rows: np.ndarray, size: int, width: int) -> np.ndarray:

@@ -61,8 +61,8 @@ class Lengths:
     def compounds(self, words: Sequence[str]) -> int:
         """The tokens of words such as "capable-radiosonde", each after a space, all of them together.
 
-        A word hardly ever comes again, its two sides do. If no token spanned the first hyphen in thousands of words,
-        the sides of others are counted by themselves.
+        A word hardly ever comes again, its two sides do. If no token spanned both sides of the first hyphen in
+        thousands of words, the sides of others are counted by themselves.
         """
         sides = [word.partition("-") for word in words] if self._apart else []
         apart = self.total(f" {first}-" for first, _, _ in sides)
