@@ -39,6 +39,20 @@ EVALS = {
     "variant_effects": "VariantEffects",
 }
 DEFAULT = "loss_by_position,perplexity"
+SUITES = {
+    "short": DEFAULT,
+    "retrieval": "passkey,needle_grid,key_value",
+    "ruler": "ruler",
+    "long": f"{DEFAULT},long_ppl,passkey,needle_grid,key_value,ruler,cost",
+}
+
+
+class Suite(argparse.Action):
+    """Lists the evaluations of a suite like --evals does, so that --gin.Passkey.trials and the like apply to them."""
+
+    def __call__(self, parser, namespace, value, option_string=None):
+        namespace.suite = value
+        setattr(namespace, f"{config.BINDS}evaluate.evals", references(SUITES[value]))
 
 
 def main(argv=None) -> int:
@@ -53,7 +67,8 @@ def main(argv=None) -> int:
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
         "--suite",
-        choices=("short", "retrieval", "ruler", "long"),
+        action=Suite,
+        choices=SUITES,
         help="a set of evaluations in place of those of a .gin file; long: all that need no further files",
     )
     parser.add_argument(

@@ -86,8 +86,8 @@ def evaluate(
       checkpoint: a workdir, one step of it, a Hugging Face folder, or the name of a model on the hub; or several, which
         are evaluated one after the other, and compared in one report.
       output: the folder for results.json, the plots and report.html; of several checkpoints, a folder in it for each.
-      suite: the name of a set of evaluations, a key of SUITES, in place of `evals`. Those that need a text are left
-        out, which a line says, if there is none.
+      suite: the name of a set of evaluations, a key of SUITES, in place of `evals`, unless those are the same ones with
+        other settings. Those that need a text are left out, which a line says, if there is none.
       evals: the evaluations to run; `lcx.evals` describes their interface.
       dataset: the text for evaluations that do not set one: a Dataset, or the path of a file, folder or glob, of which
         all is read. None: the held-out part of the data that the checkpoint was trained on; if the checkpoint does not
@@ -237,7 +237,8 @@ def _labels(checkpoints: tuple[str, ...], rope_scaling: Any, adapter: Any) -> li
 def _suite(suite: str | None, evals: tuple[Evaluation, ...]) -> tuple[Evaluation, ...]:
     if suite is not None and suite not in SUITES:
         raise UserError(f"suite is {suite!r}, expected one of {', '.join(SUITES)}: change --suite")
-    return evals if suite is None else SUITES[suite]
+    same = suite is None or list(map(type, evals)) == list(map(type, SUITES[suite]))
+    return evals if same else SUITES[suite]
 
 
 def _weights(params: Any) -> str:

@@ -8,7 +8,7 @@ import pytest
 from tiny_runs import tiny_model
 
 import lcx
-from lcx import evaluator
+from lcx import evaluate, evaluator
 from lcx.data import ByteTokenizer, Dataset
 from lcx.data.tokenizers import save_tokenizer
 from lcx.errors import UserError
@@ -128,6 +128,16 @@ def test_suites(models, tmp_path, capsys, monkeypatch):
     assert cost["tokens_per_second"] > 0 and cost["peak_bytes"] > 1 << 20
 
 
+def test_settings_of_a_suite(models, tmp_path, capfd):
+    """The command lists the same evaluations as the function, and --gin sets their parameters."""
+    for suite, evals in evaluator.SUITES.items():
+        assert evaluate.SUITES[suite] == ",".join(one.name for one in evals)
+    flags = ("--suite=retrieval", "--gin.Passkey.trials=0", "--gin.NeedleGrid.trials=3")
+    assert evaluate.main([f"--checkpoint={models / 'first'}", f"--output={tmp_path / 'out'}", *flags]) == 2
+    err = capfd.readouterr().err
+    assert "trials is 0, expected at least 1" in err and "no effect" not in err
+
+
 def test_losses_are_kept_row_by_row(tmp_path):
     model = tiny_model(max_position_embeddings=64)
     params = init_params(model, jax.random.key(0))
@@ -138,6 +148,11 @@ def test_losses_are_kept_row_by_row(tmp_path):
     with journal.keeping(tmp_path / "kept.jsonl", "a") as kept:
         assert np.array_equal(scoring.score(model, params, tokens, tokens, tokens_per_batch=48), whole)
         assert kept.reused == 5
+
+
+def test_batches_are_equal():
+    sizes = {(66, 16): 14, (64, 16): 16, (17, 16): 9, (3, 16): 3, (5, 0): 1, (0, 16): 1}
+    assert {case: scoring.even(*case) for case in sizes} == sizes
 
 
 def test_paired_differences():

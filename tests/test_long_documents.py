@@ -103,7 +103,7 @@ def test_longbench_rows(monkeypatch, tiny, tmp_path):
         tmp_path,
         {"dataset": "hotpotqa", "context": "Passage: x", "input": "Who?", "answers": ["Ada", "Ada L."]},
         {"dataset": "trec", "context": "Q: a\nType: City", "input": "Type:", "answers": ["City"], **classes},
-        {"dataset": "passage_count_e", "context": "p p", "input": "", "answers": ["1"]},
+        {"dataset": "passage_count_e", "context": "p p", "input": "", "answers": ["1"], "length": 4000},
     )
 
     def solve(text):
@@ -114,7 +114,7 @@ def test_longbench_rows(monkeypatch, tiny, tmp_path):
     assert {cell["task"]: cell["score"] for cell in result["cells"]} == {
         "hotpotqa": 1,
         "trec": 1,
-        "passage_count": 1,
+        "passage_count, 4-8k": 1,
     }
     assert result["table"]["all"] == 100 and len(known.prompts) >= 3
     assert (
@@ -221,7 +221,12 @@ def test_longbench_v2_rows(monkeypatch, tiny, tmp_path):
     path = written(tmp_path, row, {**row, "answer": "A", "difficulty": "easy"})
     known = answered_by(monkeypatch, lambda text: "**The correct answer is (C)**", WORDS)
     result = LongDocuments(path, layout="longbench_v2")(*tiny, WORDS)
-    assert result["table"] == {"all": 50, "hard, short, accuracy": 100, "easy, short, accuracy": 0}
+    assert result["table"] == {
+        "all": 50,
+        "easy, accuracy": 0,
+        "hard, accuracy": 100,
+        "short, accuracy": 50,
+    }
     assert WORDS.decode(known.prompts[0]) == (
         "Please read the following text and answer the question below.\n\n<text>\nA text.\n</text>\n\nWhat is the"
         " correct answer to this question: Which?\nChoices:\n(A) one\n(B) two\n(C) three\n(D) four\n\nFormat your"

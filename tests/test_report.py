@@ -14,7 +14,7 @@ from lcx.errors import UserError
 from lcx.evals.loss_by_position import LossByPosition, doubling
 from lcx.evals.passkey import Passkey
 from lcx.evals.perplexity import Perplexity
-from lcx.reporting import pictures
+from lcx.reporting import differences, pictures
 
 VOID = {"meta", "img", "source", "br", "link"}
 
@@ -408,6 +408,24 @@ def test_differences_within_the_uncertainty_are_no_finding():
         for bucket in entry["buckets"]:
             bucket["standard_error"] = None
     assert "the uncertainty is not known" in LossByPosition().finding({"a": one, "b": close["b"]})
+
+
+def test_passkeys_of_two_models_differ_prompt_by_prompt():
+    """The same prompts at the same distances; without the answers one by one, as older files, there is no row."""
+
+    def runs(*found):
+        made = {}
+        for name, answers in zip("ab", found):
+            result = passkeys("default", [0.0] * len(answers))
+            for row, own in zip(result["distances"], answers):
+                row["scores"] = own
+            made[name] = {"evaluations": {"passkey": result}}
+        return made
+
+    row, *more = differences.found(runs([[1, 1], [0, 0]], [[1, 1], [1, 0]]))
+    assert (row["difference"], row["samples"], row["found"], more) == ("+25 %", 4, "no", [])
+    assert not list(differences.found(runs([[1, 1]], [[1, 1], [1, 0]])))
+    assert not list(differences.found(runs([[], []], [[], []])))
 
 
 def test_one_model_by_itself():

@@ -14,6 +14,7 @@ from lcx.errors import UserError
 from lcx.evals.ruler import Ruler
 from lcx.evals.support import journal
 from lcx.evals.support.ruler import published, scores, vocabulary
+from lcx.evals.support.ruler.lengths import Lengths
 
 pytest.importorskip("wonderwords")
 BYTES, WORDS = ByteTokenizer(), Words()
@@ -130,6 +131,23 @@ def test_a_tokenizer_that_joins_words_is_counted_whole():
     made = list(published.samples("niah_single_1", tokenizer=Joined(), length=3000, count=5))
     for sample in made:
         assert sample.length == len(Joined().encode(sample.input + sample.answer_prefix)) + 128 <= 3000
+
+
+def test_sides_of_words_are_counted_apart_unless_a_token_spans_both():
+    class Joined(ByteTokenizer):
+        def encode(self, text, *, add_special_tokens=False):
+            return super().encode(text.replace("e-b", "@"))
+
+    words = [random.Random(i).choice(vocabulary.pairs()) for i in range(2500)]
+    for tokenizer, joins in ((ByteTokenizer(), False), (Joined(), True)):
+        counted = Lengths(tokenizer)
+        before = counted.whole("again.")
+        for some in (words[:2200], words[2200:], []):
+            expected = sum(counted.whole(f"again. {word}") - before for word in some)
+            assert counted.compounds(some) == expected
+        known = len(counted._pieces)
+        counted.compounds([f"blue-b{i}" for i in range(9)])
+        assert (" blue-b8" in counted._pieces) is joins and len(counted._pieces) > known
 
 
 def test_a_tokenizer_without_tokens_ends_with_an_error():

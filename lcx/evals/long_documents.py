@@ -28,8 +28,9 @@ class LongDocuments:
 
     Attributes:
       file: JSON lines, or a JSON list.
-      layout: "longbench" (v1: context, input, answers, dataset), "longbench_v2" (choices A to D), "gov_report" (report,
-        summary), or "qa" (document, question, answers; or context and input).
+      layout: "longbench" (v1: context, input, answers, dataset; files of LongBench-E give a score by length, too),
+        "longbench_v2" (choices A to D), "gov_report" (report, summary), or "qa" (document, question, answers; or
+        context and input).
       length: of prompt, special tokens and answer together, in tokens; None: the model's context length.
       document: tokens of a document, which is cut at its end before anything else; None: 15000 for gov_report, else no
         limit.
@@ -171,15 +172,17 @@ class LongDocuments:
         overall = [next(iter(one.values())) for one in scored]
         mean = 100 * sum(overall) / len(overall)
         cut = sum(n > 0 for n in cuts)
-        several = len(cells) > 1
+        several, by_kind = len(cells) > 1, self.layout == "longbench_v2"
         table = {
             f"{c['task']}, {c['metric']}" if several else c["metric"]: round(100 * c["score"], 2)
             for c in cells
         }
+        if by_kind:
+            table = _by_kind([row.group for row in asked], overall)
         return {
             "definition": self._definition(len(asked)),
             "summary": f"{mean:.1f} over {len(asked)} questions",
-            "table": {**({"all": round(mean, 2)} if len(groups) > 1 else {}), **table},
+            "table": {**({"all": round(mean, 2)} if len(groups) > 1 or by_kind else {}), **table},
             "unit": "score in percent",
             "notes": [f"{cut} of {len(asked)} documents were cut, by {sum(cuts)} tokens in all"]
             if cut
@@ -220,6 +223,16 @@ class LongDocuments:
         figures.bars(axes, values, results, texts={label: f"{value:.1f}" for label, value in values.items()})
         axes.set_xlabel("score (%)")
         axes.set_title("Questions about long documents")
+
+
+def _by_kind(groups: list[str], scored: list[float]) -> dict[str, float]:
+    """The accuracies that LongBench v2 publishes beside the overall one: by difficulty, and by length."""
+    table = {}
+    for kind in ("easy", "hard", "short", "medium", "long"):
+        own = [score for group, score in zip(groups, scored, strict=True) if kind in group.split(", ")]
+        if own:
+            table[f"{kind}, accuracy"] = round(100 * sum(own) / len(own), 2)
+    return table
 
 
 def _choice(text: str) -> str | None:

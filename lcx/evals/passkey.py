@@ -116,7 +116,8 @@ class Passkey:
         distances = []
         for i, row in enumerate(prompts):
             texts = found[i * self.trials : (i + 1) * self.trials]
-            hits = sum(is_correct(text, prompt.key) for text, prompt in zip(texts, row, strict=True))
+            scores = [float(is_correct(text, one.key)) for text, one in zip(texts, row, strict=True)]
+            hits = int(sum(scores))
             low, high = wilson(hits, self.trials)
             distances.append(
                 {
@@ -125,6 +126,7 @@ class Passkey:
                     "successes": hits,
                     "trials": self.trials,
                     "rate": hits / self.trials,
+                    "scores": scores,
                     "wilson_low": low,
                     "wilson_high": high,
                     "example": {"expected": row[0].key, "continuation": texts[0]},

@@ -67,6 +67,11 @@ def _samples(first: Mapping[str, Any], other: Mapping[str, Any]) -> Iterator[tup
         if both:
             a, b = (np.array([score for one in cells for score in one["scores"]]) for cells in zip(*both))
             yield "", "%", a, b, None
+    elif "distances" in first and "distances" in other:
+        sides = [[(d["k"], d.get("scores") or ()) for d in result["distances"]] for result in (first, other)]
+        if [(k, len(own)) for k, own in sides[0]] == [(k, len(own)) for k, own in sides[1]] and sides[0][0][1]:
+            a, b = (np.array([score for _, own in side for score in own]) for side in sides)
+            yield "", "%", a, b, None
     elif "windows" in first and "windows" in other and words.same_tokens([first, other]):
         known = {entry["window"]: entry.get("by_document") for entry in first["windows"]}
         for entry in other["windows"]:

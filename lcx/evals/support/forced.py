@@ -87,7 +87,7 @@ def _judged(
         by_width.setdefault(_width(len(row)), []).append(i)
     with scoring.on_mesh(params):
         for width, members in sorted(by_width.items()):
-            size = max(1, min(tokens_per_batch // width, len(members)))
+            size = scoring.even(len(members), tokens_per_batch // width)
             texts, asked = [rows[i] for i in members], [places[i] for i in members]
             shared = beginnings.worthwhile(model, params, texts, asked, width, size)
             if shared is not None:

@@ -111,7 +111,7 @@ def _measured(
     parts, context = (
         (1, 1) if mesh is None else (mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["context"])
     )
-    size = _rounded(max(1, min(tokens_per_batch // T, R)), parts)
+    size = _rounded(even(R, tokens_per_batch // T), parts)
     width = _rounded(T, context)
     piece = _rounded(tokens_per_batch, context) if width > max(LONG, tokens_per_batch) else None
     pending: collections.deque[tuple[tuple[int, int], jax.Array]] = collections.deque()
@@ -205,6 +205,13 @@ def _score(model, measure, params, state, tokens, labels, positions, segment_ids
 
 
 _empty_state = jax.jit(pieces.empty_state, static_argnums=(0, 1, 2))
+
+
+def even(count: int, most: int) -> int:
+    """The size of the fewest batches of at most `most` rows, made equal: the last one is filled up to the same size, so
+    66 rows are 5 batches of 14 and not of 16."""
+    batches = -(-count // max(1, most))
+    return -(-count // max(1, batches)) or 1
 
 
 def filled(rows: np.ndarray, size: int, width: int) -> np.ndarray:

@@ -54,7 +54,7 @@ def read(path: str, layout: str, *, limit: int | None) -> list[Row]:
         for number, line in enumerate(lines, start=1):  # noqa: B007 (the message names it)
             if limit is not None and len(rows) >= limit:
                 break
-            rows.append(_row(json.loads(line) if isinstance(line, str) else line, layout, place.stem))
+            rows.append(_row(json.loads(line) if isinstance(line, str) else line, layout, place.name.split(".")[0]))
     except UserError as error:
         raise UserError(f"{path}, row {number}: {error}") from None
     except OSError as error:
@@ -72,6 +72,7 @@ def read(path: str, layout: str, *, limit: int | None) -> list[Row]:
 def _row(row: dict[str, Any], layout: str, stem: str) -> Row:
     if layout == "longbench":
         name = str(row.get("dataset") or stem).removesuffix("_e")
+        even = stem.endswith("_e") or str(row.get("dataset")).endswith("_e")
         if name not in longbench.TASKS:
             raise UserError(
                 f"{name!r} is not one of LongBench's tasks, expected {', '.join(longbench.TASKS)}: change"
@@ -79,7 +80,8 @@ def _row(row: dict[str, Any], layout: str, stem: str) -> Row:
             )
         answers = [str(answer) for answer in row["answers"]]
         classes = [str(one) for one in row.get("all_classes") or ()]
-        found = Row(row["context"], row["input"], answers, longbench.TASKS[name], name, classes)
+        group = f"{name}, {_words(row['length'])}" if even and "length" in row else name
+        found = Row(row["context"], row["input"], answers, longbench.TASKS[name], group, classes)
     elif layout == "longbench_v2":
         choices = "".join(f"\n({letter}) {str(row[f'choice_{letter}']).strip()}" for letter in "ABCD")
         question = f"{row['question'].strip()}\nChoices:{choices}"
@@ -95,6 +97,11 @@ def _row(row: dict[str, Any], layout: str, stem: str) -> Row:
     if not found.answers or not all(isinstance(one, str) for one in (found.context, found.question)):
         raise ValueError("a row needs a text, a question and at least one answer")
     return found
+
+
+def _words(length: int) -> str:
+    """The class of lengths by which LongBench-E, whose files have as many rows of each, gives its scores."""
+    return "0-4k" if length < 4000 else "4-8k" if length < 8000 else "8k+"
 
 
 def prompt(row: Row, tokenizer: Tokenizer, *, room: int, document: int | None) -> tuple[str, int]:

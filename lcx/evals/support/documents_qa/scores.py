@@ -65,8 +65,7 @@ def count(prediction: str, expected: str) -> float:
 
 
 def code(prediction: str, expected: str) -> float:
-    """The similarity of the first line that is no comment and no fence, as difflib's ratio, rounded"
-    " as fuzzywuzzy does."""
+    """The similarity of the first line that is no comment and no fence: difflib's ratio, rounded as by fuzzywuzzy."""
     lines = prediction.lstrip("\n").split("\n")
     line = next((one for one in lines if not any(mark in one for mark in ("`", "#", "//"))), "")
     return round(100 * difflib.SequenceMatcher(None, line, expected).ratio()) / 100

@@ -23,6 +23,7 @@ class Lengths:
         self._before = self.whole(_BEFORE)
         self._pieces: dict[str, int] = {}
         self._alike: dict[str, tuple[int, int | None]] = {}
+        self._compounds, self._apart = 0, True
 
     def whole(self, text: str) -> int:
         """The tokens of a text."""
@@ -56,6 +57,21 @@ class Lengths:
         different = len({*counts, *([each] if seen else [])}) > 1 or (seen > 0 and each is None)
         self._alike[kind] = seen + len(texts), None if different or not counts else counts[0]
         return sum(counts)
+
+    def compounds(self, words: Sequence[str]) -> int:
+        """The tokens of words such as "capable-radiosonde", each after a space, all of them together.
+
+        A word hardly ever comes again, its two sides do. If no token spanned both sides of the first hyphen in
+        thousands of words, the sides of others are counted by themselves.
+        """
+        sides = [word.partition("-") for word in words] if self._apart else []
+        apart = self.total(f" {first}-" for first, _, _ in sides)
+        apart += self.total(f"-{rest}" for _, _, rest in sides) - len(sides) * self.piece("-")
+        if self._apart and self._compounds >= _ALIKE:
+            return apart
+        whole = self.total(f" {word}" for word in words)
+        self._compounds, self._apart = self._compounds + len(words), self._apart and apart == whole
+        return whole
 
     def total(self, texts: Iterable[str]) -> int:
         """The tokens of several pieces together."""
