@@ -51,7 +51,7 @@ IN_BUCKETS = ("bucket", "lost")
 HEARTBEAT_S = 20
 END_WITHIN_S = 60  # after a fault, for all other processes to end
 STOPPED_S = 8  # between two looks of this script: it was stopped, and with it the whole machine
-LAST_SAVE = "error: checkpoint of step"
+ENDED_FULL = ("error: checkpoint of step", "error: not all of the run is in")  # where the disk is full at the end
 GIN = """
 from __gin__ import dynamic_registration
 from lcx import data
@@ -214,7 +214,7 @@ def disturb(kind: str, world: World, place: Place, rng: random.Random) -> Outcom
         _full_disk(world, rng.uniform(3, 8))
         if not world.running() and any(world.statuses()):
             errors = [line for line in world.said(0).splitlines() if line.startswith("error: ")]
-            if len(errors) != 1 or not errors[0].startswith(LAST_SAVE):
+            if len(errors) != 1 or not errors[0].startswith(ENDED_FULL):
                 outcome.wrong = f"the run ended: {world.said(0)[-500:]}"
         return outcome
     if kind == "bucket":
@@ -307,10 +307,10 @@ def disturbed(
 ) -> tuple[list[Outcome], float]:
     """(what the faults did, seconds) of a run to the same step."""
     outcomes, start, flag = [], time.monotonic(), f"--gin.Trainer.stop_at={last}"
-    due = start + every
+    due, newest = start + every, 0
     world = World(gin_file, place.given, count, flag)
     while plan:
-        newest = max(steps_of(place.folder), default=0)
+        newest = max([newest, *steps_of(place.folder)])  # a folder that was removed is first filled from the bucket
         # Every start gets on, so that the run comes to its end; two checkpoints, so that one may be damaged.
         going = wait_for_step(world, place.folder, newest, least=2)
         if not going or world.ended(max(0.0, due - time.monotonic() + rng.uniform(-0.2, 0.2) * every)):

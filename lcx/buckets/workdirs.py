@@ -265,9 +265,13 @@ class _Workdir:
         return uuid.uuid4().hex, {}
 
     def _write_index(self) -> None:
-        partial = self.folder / f"{_INDEX}.tmp"
-        partial.write_text(json.dumps({"id": self._id, "files": self._copied}))
-        partial.replace(self.folder / _INDEX)
+        index = self.folder / _INDEX
+        partial = index.with_name(f"{_INDEX}.tmp")
+        try:
+            partial.write_text(json.dumps({"id": self._id, "files": self._copied}))
+            partial.replace(index)
+        except OSError as error:  # of a write, it does not name the file
+            raise UserError(f"{index} cannot be written ({error.strerror}): make room on that disk") from error
 
 
 def _committed(name: str) -> Any:
