@@ -20,6 +20,9 @@ After each fault that ends the processes, the same command starts again. At the 
 equal those of the undisturbed run. Goodput: the seconds of the undisturbed run over those of the disturbed one, both
 with starts and compilations. If the whole machine is stopped meanwhile (a laptop that sleeps), all processes miss the
 heartbeats of the others: they are started again, and that is counted apart.
+
+The results state the load of the machine at each fault, these processes included. With other work beside them what
+happened and the equality of parameters are as valid as ever; goodput and the seconds are not.
 """
 
 from __future__ import annotations
@@ -88,11 +91,15 @@ model.llama.max_position_embeddings = 64
 
 @dataclasses.dataclass
 class Outcome:
-    """What a fault did: seconds until all processes had ended (None: they went on), and what went wrong."""
+    """What a fault did: seconds until all processes had ended (None: they went on), and what went wrong.
+
+    `load` is the machine's in the minute before the fault: processes that wanted to run, for each core.
+    """
 
     kind: str
     seconds: float | None = None
     wrong: str = ""
+    load: float = dataclasses.field(default_factory=lambda: round(os.getloadavg()[0] / (os.cpu_count() or 1), 1))
 
 
 @dataclasses.dataclass
