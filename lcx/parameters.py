@@ -113,8 +113,8 @@ def flops_per_token(
     for path, size in sizes.items():
         if path == _EMBEDDING and not model.tie_word_embeddings:
             continue
-        passed = not local and (path == _EMBEDDING or _height(path) >= lowest)  # a tied embedding is the head too
-        costs[path] = size * (6.0 if path in trained else 4.0 if passed else 2.0)
+        through = not local and (path == _EMBEDDING or _height(path) >= lowest)  # a tied embedding is the head too
+        costs[path] = size * (6.0 if path in trained else 4.0 if through else 2.0)
     total = sum(costs.values()) + sum(6.0 * size for path, size in trained.items() if path not in sizes)
     for s, stage in enumerate(model.stages):
         passed = 6.0 if s >= lowest else 2.0

@@ -400,6 +400,7 @@ def main(argv=None) -> int:
     parser.add_argument("--faults", type=int, default=60, metavar="N", help="over all process counts (default: 60)")
     parser.add_argument("--every", type=float, default=60, metavar="SECONDS", help="between faults (default: 60)")
     parser.add_argument("--processes", default="1,2,4", metavar="N,...", help="process counts (default: 1,2,4)")
+    parser.add_argument("--kinds", metavar="KIND,...", help="of faults (default: all that apply)")
     parser.add_argument("--width", type=int, default=64, help="hidden size of the model (default: 64)")
     parser.add_argument("--checkpoint_every", type=int, default=50, metavar="STEPS", help="(default: 50)")
     parser.add_argument("--seed", type=int, default=0)
@@ -407,6 +408,8 @@ def main(argv=None) -> int:
     parser.add_argument("--output", type=pathlib.Path, metavar="FILE", help="JSON file to which the results are added")
     parser.add_argument("--bucket", action="store_true", help="the disturbed run's workdir is in a bucket")
     flags = parser.parse_args(argv)
+    if unknown := set((flags.kinds or "kill").split(",")) - {*FAULTS, *(IN_BUCKETS if flags.bucket else ())}:
+        parser.error(f"--kinds: {', '.join(sorted(unknown))} is none of the faults listed above, or needs --bucket")
     with soak_bucket.running() if flags.bucket else contextlib.nullcontext() as bucket:
         return soak(flags, bucket)
 
@@ -423,6 +426,7 @@ def soak(flags: argparse.Namespace, bucket: soak_bucket.Bucket | None) -> int:
     for i, count in enumerate(counts):
         faults = flags.faults // len(counts) + (i < flags.faults % len(counts))
         kinds = [kind for kind in FAULTS + (IN_BUCKETS if bucket else ()) if kind != "halt" or count > 1]
+        kinds = [kind for kind in kinds if kind in (flags.kinds or ",".join(kinds)).split(",")]
         plan = [kinds[j % len(kinds)] for j in range(faults)]
         rng.shuffle(plan)
         last, before = undisturbed(gin_file, folder / f"{count}-undisturbed", count, (faults + 0.5) * flags.every)
