@@ -221,7 +221,7 @@ def test_each_chunk_is_read_once_for_all_shards(tmp_path, monkeypatch):
     array, budget = shards._Array("w", struct, store, {}), shards._Budget(1)
     monkeypatch.setattr(shards._Array, "_place", lambda self: None)
     for cell, bounds in array.cells():
-        budget.take(array.decoded)  # larger than the budget: one at a time
+        budget.take(array.nbytes(cell))  # larger than the budget: one at a time
         array.read(cell, bounds, budget)
     assert len(array.cells()) == 9 and len(array._buffers) == 3
     for bounds, found in array._buffers.items():

@@ -55,7 +55,7 @@ def read_arrays(item_dir: Any, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> di
                     continue
                 array = _Array(key, struct, open_array(item_dir, tuple(key.split("/")), struct, context), arrays)
                 for cell, boxes in array.cells():
-                    budget.take(array.decoded)
+                    budget.take(array.nbytes(cell))
                     futures.append(pool.submit(array.read, cell, boxes, budget))
                     if any(future.done() and future.exception() for future in futures[-2 * _THREADS :]):
                         break
@@ -95,16 +95,10 @@ class _Array:
             self._devices.setdefault(bounds, []).append(device)
         self._buffers: dict[Bounds, np.ndarray] = {}
         self._lock, self._missing = threading.Lock(), 0
-        # A chunk is decoded whole, however little of it is needed here.
-        sizes = [min(chunk, size) for chunk, size in zip(self._chunk(), struct.shape)]
-        self.decoded = math.prod(sizes) * struct.dtype.itemsize
-
-    def _chunk(self) -> tuple[int, ...]:
-        return tuple(size or 1 for size in self._store.chunk_layout.read_chunk.shape or ())
 
     def cells(self) -> list[tuple[Box, list[Bounds]]]:
         """(the part of a chunk to read, the shards that it is for) for each chunk that a shard needs."""
-        chunk = self._chunk()
+        chunk = tuple(size or 1 for size in self._store.chunk_layout.read_chunk.shape or ())
         needed: dict[tuple[int, ...], list[Bounds]] = {}
         for bounds in self._devices:
             for cell in itertools.product(*_cells(bounds, chunk)):
@@ -116,6 +110,9 @@ class _Array:
             found.append((hull, shards))
         self._missing = len(found)
         return found
+
+    def nbytes(self, cell: Box) -> int:
+        return math.prod(part.stop - part.start for part in cell) * self._struct.dtype.itemsize
 
     def read(self, cell: Box, shards: list[Bounds], budget: _Budget) -> None:
         """Reads a part and copies it into the shards; the last part of an array puts it on its devices."""
@@ -130,7 +127,7 @@ class _Array:
                 for target, part in zip(targets, parts):
                     target[...] = values[_within(part, corner)]
         finally:
-            budget.give(self.decoded)
+            budget.give(self.nbytes(cell))
         with self._lock:
             self._missing -= 1
             last = not self._missing
