@@ -2,7 +2,8 @@
 
     python benchmarks/plan_errors.py [--only NAME;...] [--output benchmarks/results/plan_errors.json]
 
-Each configuration runs in a process of its own; --only measures some and keeps the others of the file. Planned is what
+Each configuration runs in a process of its own; --only measures some and keeps the others of the file. Memory alone is
+measured, no time, so other work on the machine does not matter. Planned is what
 `python -m lcx.plan --topology=cpu:N` gives, over all N devices. Measured is the highest resident memory of the process
 in three real steps, less its resident memory after an earlier step whose arrays were freed. glibc is asked to give
 memory back at once (MALLOC_ENVIRONMENT), so that no freed memory of the compiler hides what a step takes. The error is
@@ -191,16 +192,17 @@ def main() -> None:
             raise SystemExit(f"{name}: {result.stderr.strip().splitlines()[-1]}")
         kept[name] = json.loads(result.stdout.splitlines()[-1])
         print(json.dumps(kept[name]), flush=True)
-    if args.output != "-":
-        import harness
+        if args.output != "-":  # after each, so that a run that is interrupted has what it measured
+            write(args.output, [kept[name] for name in CASES if name in kept])
 
-        rows = [kept[name] for name in CASES if name in kept]
-        with open(args.output, "w") as file:
-            what = (
-                "peak memory of a training step: planned, and measured as the growth of the resident memory"
-            )
-            text = json.dumps({"what": what, "machine": harness.machine(), "rows": rows})
-            file.write(text.replace('{"name"', '\n{"name"') + "\n")
+
+def write(path: str, rows: list[dict]) -> None:
+    import harness
+
+    what = "peak memory of a training step: planned, and measured as the growth of the resident memory"
+    text = json.dumps({"what": what, "machine": harness.machine(), "rows": rows})
+    with open(path, "w") as file:
+        file.write(text.replace('{"name"', '\n{"name"') + "\n")
 
 
 if __name__ == "__main__":

@@ -46,9 +46,9 @@ trainer.Trainer.seq_len = 1048576
 striped_hyena.striped_hyena.init_length = 1048576
 """
 SLICES = {  # kind: {devices: topology}
-    **{kind: {count: f"{kind}:{count}" for count in (8, 64, 256, 512)} for kind in ("h100", "h200")},
-    "v5p": {8: "v5p:2x2x2", 64: "v5p:4x4x4", 256: "v5p:4x8x8", 512: "v5p:8x8x8"},
-    "v6e": {8: "v6e:2x4", 64: "v6e:8x8", 256: "v6e:16x16", 512: "v6e:16x16"},  # no larger one exists
+    **{kind: {count: f"{kind}:{count}" for count in (8, 64, 128, 256, 512)} for kind in ("h100", "h200")},
+    "v5p": {8: "v5p:2x2x2", 64: "v5p:4x4x4", 128: "v5p:4x4x8", 256: "v5p:4x8x8", 512: "v5p:8x8x8"},
+    "v6e": {8: "v6e:2x4", 64: "v6e:8x8", 128: "v6e:8x16", 256: "v6e:16x16", 512: "v6e:16x16"},  # no larger one exists
 }
 
 
@@ -61,15 +61,17 @@ class Row:
       gin_files: the recipe, and what is read after it; (): EVO2.
       mesh: fsdp, context, tensor.
       settings: further --gin flags.
+      elsewhere: {kind of device: its own mesh}, where the mesh above has too little memory.
     """
 
     model: str | None
     gin_files: tuple[str, ...]
     mesh: tuple[int, int, int]
     settings: dict[str, str]
+    elsewhere: dict[str, tuple[int, int, int]] = dataclasses.field(default_factory=dict)
 
-    def flags(self) -> dict[str, str]:
-        sizes = dict(zip(("fsdp", "context", "tensor"), map(str, self.mesh)))
+    def flags(self, kind: str) -> dict[str, str]:
+        sizes = dict(zip(("fsdp", "context", "tensor"), map(str, self.elsewhere.get(kind, self.mesh))))
         return {f"MeshShape.{axis}": size for axis, size in sizes.items()} | self.settings
 
 
@@ -87,24 +89,27 @@ TWO_MAMBA = tuple(f"configs/pretrain/two_mamba/{name}.gin" for name in (
 ))  # fmt: skip
 ROWS = {
     "Llama 3.1 8B, 32K": Row("8B", YARN, (8, 1, 1), extended(32768, 64) | {"Trainer.accumulation": "8"}),
-    "Llama 3.1 8B, 128K": Row("8B", YARN, (16, 4, 1), extended(131072, 16)),
+    "Llama 3.1 8B, 128K": Row("8B", YARN, (16, 4, 1), extended(131072, 16), {"v6e": (16, 8, 1)}),
     "Llama 3.1 8B, 1M": Row("8B", YARN, (4, 16, 1), extended(MILLION, 4)),
     "Llama 3.1 70B, 128K": Row("70B", YARN, (32, 8, 1), extended(131072, 32)),
     "Llama 3.1 405B, a block of 9 layers": Row("405B", ("configs/linearize/llama_blocks.gin",), (8, 1, 1), BLOCKS),
     "Evo 2 7B, 1M": Row("evo2_7b", (), (4, 16, 1), {"Trainer.batch_size": "4"}),
+    "Evo 2 7B, 1M, context 32": Row("evo2_7b", (), (4, 32, 1), {"Trainer.batch_size": "4"}),
     "Evo 2 40B, 1M": Row("evo2_40b", (), (4, 32, 4), {"Trainer.batch_size": "4", "TENSOR": "4"}),
     "2Mamba medium, 64K": Row(None, TWO_MAMBA, (1, 1, 1), MEDIUM),
     "Llama 3.1 8B, 128K, LoRA": Row("8B", ("configs/extend/lora.gin",), (16, 4, 1), extended(131072, 16)),
 }
 
 
-def devices(row: Row) -> int:
-    return math.prod(row.mesh) * int(row.settings.get("MeshShape.data", 1))
+def slice_of(row: Row, kind: str) -> str:
+    """The topology that a row is planned for on this kind of device."""
+    count = math.prod(row.elsewhere.get(kind, row.mesh)) * int(row.settings.get("MeshShape.data", 1))
+    return SLICES[kind][count]
 
 
 def command(row: Row, topology: str, folder: str) -> list[str]:
     """The command that plans a row; what it reads of the model is written to the folder."""
-    flags, files = row.flags(), list(row.gin_files)
+    flags, files = row.flags(topology.partition(":")[0]), list(row.gin_files)
     if row.model in LLAMAS:
         with open(f"{folder}/config.json", "w") as file:
             json.dump(LLAMA | LLAMAS[row.model], file)
@@ -157,7 +162,7 @@ def main() -> None:
             rows = {(row["name"], row["topology"]): row for row in json.load(file)["rows"]}
     names = args.only.split(";") if args.only else list(ROWS)
     for kind, name in itertools.product(args.kinds.split(","), names):
-        topology = SLICES[kind][devices(ROWS[name])]
+        topology = slice_of(ROWS[name], kind)
         if not args.again and "error" not in rows.get((name, topology), {"error": ""}):
             continue
         rows[name, topology] = row = plan(name, topology)

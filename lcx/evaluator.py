@@ -235,10 +235,11 @@ def _labels(checkpoints: tuple[str, ...], rope_scaling: Any, adapter: Any) -> li
 
 
 def _suite(suite: str | None, evals: tuple[Evaluation, ...]) -> tuple[Evaluation, ...]:
-    if suite is not None and suite not in SUITES:
+    if suite is None:
+        return evals
+    if suite not in SUITES:
         raise UserError(f"suite is {suite!r}, expected one of {', '.join(SUITES)}: change --suite")
-    same = suite is None or list(map(type, evals)) == list(map(type, SUITES[suite]))
-    return evals if same else SUITES[suite]
+    return evals if list(map(type, evals)) == list(map(type, SUITES[suite])) else SUITES[suite]
 
 
 def _weights(params: Any) -> str:

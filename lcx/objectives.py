@@ -219,6 +219,13 @@ def attention_transfer(
     return total * len(names) / layers, jnp.sum(real)
 
 
+def is_local(objective: Callable) -> bool:
+    """Whether the loss of a layer depends on that layer's weights alone, so that no gradient passes between layers."""
+    if isinstance(objective, functools.partial):
+        objective = objective.func
+    return inspect.unwrap(objective) is attention_transfer
+
+
 def _sown(variables: Any) -> list[tuple[tuple[str, ...], Array]]:
     """(path, value) of everything in the collection `losses`.
 

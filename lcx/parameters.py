@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,6 +20,7 @@ from lcx.layers import initialization
 from lcx.mixers import macs_per_token as mixer_macs_per_token
 
 Shape = tuple[int, ...]
+_EMBEDDING = "embed/embedding"
 Model = Any  # model.Decoder or model.Layers, which import this file
 
 
@@ -84,7 +86,9 @@ def num_params(model: Model) -> int:
     return sum(x.size for x in jax.tree.leaves(abstract_params(model)))
 
 
-def flops_per_token(model: Model, seq_len: int) -> float:
+def flops_per_token(
+    model: Model, seq_len: int, trained: Mapping[str, int] | None = None, *, local: bool = False
+) -> float:
     """Model FLOPs per token of training (forward and backward) for its matrix products, without recomputation.
 
     These are 6 per weight of a matrix product (the input embedding is a lookup and does not count), plus those of the
@@ -92,22 +96,44 @@ def flops_per_token(model: Model, seq_len: int) -> float:
     with N heads of size H takes 6 H N for each visible key and each of its two products; there are (seq_len + 1) / 2
     visible keys on average, fewer with a sliding window.
 
+    A frozen weight has no gradient of its own, and takes 4; where nothing below it trains, no gradient is passed
+    through it either, and it takes 2. "Below" goes by the model's stages.
+
+    Args:
+      trained: {path: number of values} of what trains, low-rank matrices included; None: all weights of the model.
+      local: no gradient passes from layer to layer (attention transfer), so frozen weights take 2.
+
     Raises:
       UserError: a mixer of the model does not define what a token costs, or an MLP defines it wrongly.
     """
-    weights = num_params(model)
-    if not model.tie_word_embeddings:
-        weights -= model.vocab_size * model.hidden_size
-    total = 6.0 * weights
+    sizes = {path: math.prod(shape) for path, shape in leaf_shapes(model).items()}
+    trained = sizes if trained is None else trained
+    lowest = min(map(_height, trained), default=math.inf)
+    costs = {}
+    for path, size in sizes.items():
+        if path == _EMBEDDING and not model.tie_word_embeddings:
+            continue
+        through = not local and (path == _EMBEDDING or _height(path) >= lowest)  # a tied embedding is the head too
+        costs[path] = size * (6.0 if path in trained else 4.0 if through else 2.0)
+    total = sum(costs.values()) + sum(6.0 * size for path, size in trained.items() if path not in sizes)
     for s, stage in enumerate(model.stages):
+        passed = 6.0 if s >= lowest else 2.0
         for b, block in enumerate(stage.pattern):
-            total += stage.repeat * 6.0 * mixer_macs_per_token(block.mixer, seq_len)
+            total += stage.repeat * passed * mixer_macs_per_token(block.mixer, seq_len)
             macs = mlps.macs_per_token(block.mlp, model.hidden_size)
             if macs is not None:  # in place of one per weight
                 own = f"stages_{s}/block_{b}/mlp/"
-                counted = sum(math.prod(x) for path, x in leaf_shapes(model).items() if path.startswith(own))
-                total += 6.0 * (stage.repeat * macs - counted)
+                counted = sum(size for path, size in sizes.items() if path.startswith(own))
+                spent = sum(cost for path, cost in costs.items() if path.startswith(own))
+                total += stage.repeat * macs * (spent / counted if counted else passed) - spent
     return total
+
+
+def _height(path: str) -> float:
+    """Where a weight is between the embedding, -1, the stages by number, and what follows them."""
+    if found := re.match(r"stages_(\d+)/", path):
+        return int(found[1])
+    return -1 if path.startswith("embed/") else math.inf
 
 
 @functools.lru_cache(maxsize=16)  # tracing the model is slow

@@ -291,20 +291,21 @@ DECODING = "linearized_decoding_cpu.json", "python benchmarks/linearized.py --so
 LONG_GENOMES = "python benchmarks/long_genomes.py --fasta=genome.fna.gz"
 def soak(result: dict) -> str:
     """Counts alone: the runs were made beside other work, which changes every time."""
-    kinds = ("kill", "halt", "term", "flip", "disk")
+    kinds = ("kill", "halt", "term", "flip", "disk", "bucket", "lost")
     rows = []
-    for count in sorted({row["processes"] for row in result["rows"]}):
-        of_count = [row for row in result["rows"] if row["processes"] == count]
-        outcomes = [one for row in of_count for one in row["outcomes"]]
+    places = {False: "this machine", True: "a bucket"}
+    for count, bucket in sorted({(row["processes"], row.get("bucket", False)) for row in result["rows"]}):
+        same = [row for row in result["rows"] if (row["processes"], row.get("bucket", False)) == (count, bucket)]
+        outcomes = [one for row in same for one in row["outcomes"]]
         faults = [one for one in outcomes if one["kind"] in kinds]
         good = sum(not one["wrong"] for one in faults)
         late = max((one["seconds"] for one in faults if one["seconds"] is not None), default=0)
         cells = [sum(one["kind"] == kind for one in faults) for kind in kinds]
-        equal = f"{sum(row['equal'] for row in of_count)} of {len(of_count)}"
+        equal = f"{sum(row['equal'] for row in same)} of {len(same)}"
         within = "yes" if late <= 60 else "no"
-        rows.append([str(x) for x in (count, len(faults), *cells, good, within, equal)])
-    head = ["processes", "faults", *kinds, "as expected", "all ended within a minute", "runs equal to the bit"]
-    return table(head, rows)
+        rows.append([str(x) for x in (count, places[bucket], len(faults), *cells, good, within, equal)])
+    head = ["processes", "workdir", "faults", *kinds, "as expected", "all ended within a minute"]
+    return table([*head, "runs equal to the bit"], rows)
 
 
 def resharding(result: dict) -> str:

@@ -22,8 +22,7 @@ def plans(result: dict) -> str:
             f"{first['bytes'] / 2**30:.1f} GiB, {first['what']}" if first else "-",
             f"{row['executed_flops'] / 1e15:,.3g}",
             f"{row['step_seconds']:.2g} s" if row["step_seconds"] else "-",
-            # It counts gradients of all weights, which a step with frozen ones does not compute.
-            f"{row['mfu']:.0%}" if row["mfu"] and row["trained_parameters"] == row["model_parameters"] else "-",
+            f"{row['mfu']:.0%}" if row["mfu"] else "-",
         ])  # fmt: skip
     return f"{table(head, rows)}\n\nMade by `python benchmarks/plan_table.py`."
 

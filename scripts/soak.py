@@ -20,6 +20,9 @@ After each fault that ends the processes, the same command starts again. At the 
 equal those of the undisturbed run. Goodput: the seconds of the undisturbed run over those of the disturbed one, both
 with starts and compilations. If the whole machine is stopped meanwhile (a laptop that sleeps), all processes miss the
 heartbeats of the others: they are started again, and that is counted apart.
+
+The results state the load of the machine at each fault, these processes included. With other work beside them what
+happened and the equality of parameters are as valid as ever; goodput and the seconds are not.
 """
 
 from __future__ import annotations
@@ -51,7 +54,7 @@ IN_BUCKETS = ("bucket", "lost")
 HEARTBEAT_S = 20
 END_WITHIN_S = 60  # after a fault, for all other processes to end
 STOPPED_S = 8  # between two looks of this script: it was stopped, and with it the whole machine
-LAST_SAVE = "error: checkpoint of step"
+ENDED_FULL = ("error: checkpoint of step", "error: not all of the run is in")  # where the disk is full at the end
 GIN = """
 from __gin__ import dynamic_registration
 from lcx import data
@@ -88,11 +91,15 @@ model.llama.max_position_embeddings = 64
 
 @dataclasses.dataclass
 class Outcome:
-    """What a fault did: seconds until all processes had ended (None: they went on), and what went wrong."""
+    """What a fault did: seconds until all processes had ended (None: they went on), and what went wrong.
+
+    `load` is the machine's in the minute before the fault: processes that wanted to run, for each core.
+    """
 
     kind: str
     seconds: float | None = None
     wrong: str = ""
+    load: float = dataclasses.field(default_factory=lambda: round(os.getloadavg()[0] / (os.cpu_count() or 1), 1))
 
 
 @dataclasses.dataclass
@@ -214,7 +221,7 @@ def disturb(kind: str, world: World, place: Place, rng: random.Random) -> Outcom
         _full_disk(world, rng.uniform(3, 8))
         if not world.running() and any(world.statuses()):
             errors = [line for line in world.said(0).splitlines() if line.startswith("error: ")]
-            if len(errors) != 1 or not errors[0].startswith(LAST_SAVE):
+            if len(errors) != 1 or not errors[0].startswith(ENDED_FULL):
                 outcome.wrong = f"the run ended: {world.said(0)[-500:]}"
         return outcome
     if kind == "bucket":
@@ -307,10 +314,10 @@ def disturbed(
 ) -> tuple[list[Outcome], float]:
     """(what the faults did, seconds) of a run to the same step."""
     outcomes, start, flag = [], time.monotonic(), f"--gin.Trainer.stop_at={last}"
-    due = start + every
+    due, newest = start + every, 0
     world = World(gin_file, place.given, count, flag)
     while plan:
-        newest = max(steps_of(place.folder), default=0)
+        newest = max([newest, *steps_of(place.folder)])  # a folder that was removed is first filled from the bucket
         # Every start gets on, so that the run comes to its end; two checkpoints, so that one may be damaged.
         going = wait_for_step(world, place.folder, newest, least=2)
         if not going or world.ended(max(0.0, due - time.monotonic() + rng.uniform(-0.2, 0.2) * every)):
@@ -393,6 +400,7 @@ def main(argv=None) -> int:
     parser.add_argument("--faults", type=int, default=60, metavar="N", help="over all process counts (default: 60)")
     parser.add_argument("--every", type=float, default=60, metavar="SECONDS", help="between faults (default: 60)")
     parser.add_argument("--processes", default="1,2,4", metavar="N,...", help="process counts (default: 1,2,4)")
+    parser.add_argument("--kinds", metavar="KIND,...", help="of faults (default: all that apply)")
     parser.add_argument("--width", type=int, default=64, help="hidden size of the model (default: 64)")
     parser.add_argument("--checkpoint_every", type=int, default=50, metavar="STEPS", help="(default: 50)")
     parser.add_argument("--seed", type=int, default=0)
@@ -400,6 +408,8 @@ def main(argv=None) -> int:
     parser.add_argument("--output", type=pathlib.Path, metavar="FILE", help="JSON file to which the results are added")
     parser.add_argument("--bucket", action="store_true", help="the disturbed run's workdir is in a bucket")
     flags = parser.parse_args(argv)
+    if unknown := set((flags.kinds or "kill").split(",")) - {*FAULTS, *(IN_BUCKETS if flags.bucket else ())}:
+        parser.error(f"--kinds: {', '.join(sorted(unknown))} is none of the faults listed above, or needs --bucket")
     with soak_bucket.running() if flags.bucket else contextlib.nullcontext() as bucket:
         return soak(flags, bucket)
 
@@ -416,6 +426,7 @@ def soak(flags: argparse.Namespace, bucket: soak_bucket.Bucket | None) -> int:
     for i, count in enumerate(counts):
         faults = flags.faults // len(counts) + (i < flags.faults % len(counts))
         kinds = [kind for kind in FAULTS + (IN_BUCKETS if bucket else ()) if kind != "halt" or count > 1]
+        kinds = [kind for kind in kinds if kind in (flags.kinds or ",".join(kinds)).split(",")]
         plan = [kinds[j % len(kinds)] for j in range(faults)]
         rng.shuffle(plan)
         last, before = undisturbed(gin_file, folder / f"{count}-undisturbed", count, (faults + 0.5) * flags.every)

@@ -299,13 +299,17 @@ def test_a_step_counts_only_once_it_is_whole(bucket, weather, text, whole, tmp_p
     assert_same_checkpoint(as_left(bucket, tmp_path / "left"), whole)
 
 
+def record_of(bucket):
+    return json.loads(client.read(f"{bucket}/{workdirs.WRITER}"))
+
+
 def test_one_writer(bucket, weather, text, tmp_path, monkeypatch):
     with workdirs.opened(bucket) as folder:
         (folder / "note").write_text("mine")
         monkeypatch.setenv("LCX_CACHE", str(tmp_path / "another-machine"))
         with pytest.raises(UserError, match="is being written by another process"), workdirs.opened(bucket):
             pass
-    record = json.loads(client.read(f"{bucket}/{workdirs.WRITER}"))
+    record = record_of(bucket)
     assert not record["held"]
     with monkeypatch.context() as patch:  # one of this machine that still runs, with the same local folder
         patch.setenv("LCX_CACHE", str(tmp_path / "lcx-cache"))
@@ -314,7 +318,8 @@ def test_one_writer(bucket, weather, text, tmp_path, monkeypatch):
         with pytest.raises(UserError, match="is being written by another process"), workdirs.opened(bucket):
             pass
     for ended in ({"time": 0.0}, {"process": 2**22 + 1}):  # too long ago; a process that is no more
-        client.write(f"{bucket}/{workdirs.WRITER}", json.dumps(record | {"held": True} | ended).encode())
+        left = record_of(bucket) | {"held": True} | ended
+        client.write(f"{bucket}/{workdirs.WRITER}", json.dumps(left).encode())
         with workdirs.opened(bucket) as folder:
             assert (folder / "note").read_text() == "mine"
     shutil.rmtree(tmp_path / "another-machine")
@@ -327,21 +332,40 @@ def test_one_writer(bucket, weather, text, tmp_path, monkeypatch):
     assert client.read(f"{bucket}/note") == b"mine"
 
 
+@pytest.mark.parametrize("left", ["nothing", "a run that ended", "a start that ended"])
+def test_one_of_two_that_start_at_the_same_time(bucket, weather, left, tmp_path, monkeypatch):
+    """Both have read that nobody writes before either does."""
+    if left == "a run that ended":
+        with workdirs.opened(bucket):
+            pass
+    elif left == "a start that ended":
+        client.write(f"{bucket}/{workdirs.WRITER}.1", json.dumps({"time": 0.0, "id": "another"}).encode())
+    one = workdirs._Workdir(bucket)
+    monkeypatch.setenv("LCX_CACHE", str(tmp_path / "another-machine"))
+    two = workdirs._Workdir(bucket)
+    read = one._writer()
+    monkeypatch.setattr(one, "_writer", lambda: (two.claim(), monkeypatch.undo(), read)[2])
+    with pytest.raises(UserError, match="which came first"):
+        one.claim()
+    two.fetch()
+    two.push()
+    assert list(client.listing(bucket)) == [workdirs.WRITER, f"{workdirs.WRITER}.{two._number}"]
+
+
 def test_what_was_not_copied_is_kept_when_another_machine_went_on(bucket, weather, tmp_path, caplog):
     with workdirs.opened(bucket) as folder:
         (folder / "note").write_text("mine")
         workdirs.copy_now()  # as a process does that ends at once
         assert client.read(f"{bucket}/note") == b"mine"
     (folder / "note").write_text("not copied")
-    record = json.loads(client.read(f"{bucket}/{workdirs.WRITER}"))
-    client.write(f"{bucket}/{workdirs.WRITER}", json.dumps(record | {"id": "another"}).encode())
+    client.write(f"{bucket}/{workdirs.WRITER}", json.dumps(record_of(bucket) | {"id": "another"}).encode())
     with workdirs.opened(bucket):
         assert (folder / "note").read_text() == "mine"
     (aside,) = folder.parent.glob(f"{folder.name}.*")
     assert (aside / "note").read_text() == "not copied" and str(aside) in caplog.text
     with workdirs.opened(bucket):
         (folder / "note").unlink()
-    assert list(client.listing(bucket)) == [workdirs.WRITER]
+    assert all(name.startswith(workdirs.WRITER) for name in client.listing(bucket))
 
 
 def test_rare_copies_of_frequent_checkpoints(weather, tmp_path):

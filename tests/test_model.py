@@ -100,6 +100,16 @@ def test_training_flops_count_every_product_once():
     windowed = llama(**SMALL, num_layers=1, layer_windows=(3,))
     seen = (1 + 2 + 3 * 8) / T
     assert model_lib.flops_per_token(windowed, T) == pytest.approx(6 * (products + norms) + 12 * N * H * seen)
+    mixing = 12 * N * H * (T + 1) / 2
+    head, layer = V * D, products + norms - V * D
+    some = {"stages_0/block_0/mixer/q_proj/kernel": D * N * H, "stages_0/block_0/mixer/q_proj/a": 7}
+    trained = 2 * D * N * H + 6 * 7  # two more for its own gradient, and low-rank ones all six
+    assert model_lib.flops_per_token(model, T, some) == 4 * (head + layer) + trained + mixing
+    assert model_lib.flops_per_token(model, T, some, local=True) == 2 * (head + layer) + 2 * trained - 42 + mixing
+    above = {"lm_head/embedding": head}
+    assert model_lib.flops_per_token(model, T, above) == 2 * (layer - D) + 4 * D + 6 * head + mixing / 3
+    tied = llama(**SMALL, num_layers=1, tie_word_embeddings=True)
+    assert model_lib.flops_per_token(tied, T, some) == model_lib.flops_per_token(model, T, some)
 
 
 def test_remat_changes_nothing_but_memory():

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import pathlib
+import re
 import shutil
 import signal
 import socket
@@ -23,6 +24,7 @@ import quick_xla
 from own_output import own_lines
 from tiny_runs import (  # noqa: F401
     GIN,
+    ROOT,
     command,
     environment,
     losses,
@@ -188,9 +190,9 @@ def test_what_follows_runs_in_two_processes_and_gives_what_one_gives(run, tmp_pa
         assert (tmp_path / "one/hf" / name).read_bytes() == (tmp_path / "two/hf" / name).read_bytes()
 
 
-@pytest.mark.parametrize("differs", ["configuration", "data"])
+@pytest.mark.parametrize("differs", ["versions", "configuration", "data"])
 def test_hosts_that_differ_are_named_at_the_start(differs, text, tmp_path):
-    """Of data: the same relative path in two folders."""
+    """Of versions: one file of lcx was edited. Of data: the same relative path in two folders."""
     flags = [["--gin.Trainer.steps=4"], ["--gin.Trainer.steps=5"]]
     if differs == "data":
         flags = [[f"--gin.Dataset.source='{text}/text'"], [f"--gin.Dataset.source='{tmp_path}/text'"]]
@@ -202,6 +204,10 @@ def test_hosts_that_differ_are_named_at_the_start(differs, text, tmp_path):
             (folder / "here").symlink_to(source)
         flags = [["--gin.Dataset.source='here'"]] * 2
     commands = [command(write_gin(text, GIN), tmp_path / "run", *own) for own in flags]
+    if differs == "versions":
+        shutil.copytree(f"{ROOT}/lcx", tmp_path / "lcx", ignore=shutil.ignore_patterns("__pycache__"))
+        (tmp_path / "lcx" / "version.py").open("a").write("# edited\n")
+        commands[1] = ["env", "-C", str(tmp_path), *commands[1]]
     if differs == "data":
         commands = [["env", "-C", str(folder), *own] for folder, own in zip(folders, commands)]
     statuses, _, err = finish(joined(commands))
@@ -211,6 +217,10 @@ def test_hosts_that_differ_are_named_at_the_start(differs, text, tmp_path):
         (line,) = [line for line in own_lines(said) if line.startswith("error: ")]
         start = f"error: the processes do not agree on the {differs}: "
         assert line.startswith(start), line
+        if differs == "versions":
+            pattern = r"lcx is (.+) on (\S+) \(process 0\), (.+) on \2 \(process 1\); "
+            found = re.match(pattern, line.removeprefix(start))
+            assert found and found[1] != found[3], line
         if differs == "configuration":
             found = f"trainer.Trainer.steps is 4 on {host} (process 0), 5 on {host} (process 1)"
             assert line.startswith(start + found), line

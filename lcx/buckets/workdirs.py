@@ -6,7 +6,8 @@ it is committed, its commit marker last; what disappears here (steps past the nu
 
 The object `.lcx-writer` names the local folder that wrote last. A run that starts where that folder is continues from
 it, even if not everything had been copied; any other run starts from what the bucket holds. While a run writes, it
-renews the object, and another one is refused.
+renews the object, and another one is refused. Of runs that find the object free at the same time, the one goes on that
+creates `.lcx-writer.N`, N being one more than the number in the object: only one can create it.
 """
 
 from __future__ import annotations
@@ -106,20 +107,33 @@ class _Workdir:
                 f"since {before.get('since')}): wait for it to end, or change --workdir"
             )
         self._since = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-        self._renew(new=not before)
-        if self._writer().get("token") != self._token:
+        self._number = _number_of(before) + 1
+        while (another := self._created()) and time.time() - another > _STALE_S:
+            self._number += 1  # who created that one ended before it could write
+        # Its objects are removed only once a later number is in the record: then what was read above is old.
+        if another or self._writer() != before:
             raise UserError(
                 f"{self.url} is being written by another process, which came first: change --workdir"
             )
+        self._renew()
 
-    def _renew(self, *, held: bool = True, new: bool = False) -> None:
+    def _created(self) -> float:
+        """0 if this process has created the object of its number; when another one has, if one has."""
+        url, own = client.join(self.url, f"{WRITER}.{self._number}"), {"time": time.time(), "id": uuid.uuid4().hex}
+        try:
+            client.write(url, json.dumps(own).encode(), new=True)
+        except FileExistsError:
+            found = json.loads(client.read(url))  # it may be of this process: of a request whose answer was lost
+            return 0.0 if found == own else float(found["time"])
+        return 0.0
+
+    def _renew(self, *, held: bool = True) -> None:
         self._token = uuid.uuid4().hex
         record = {
             **{"id": self._id, "token": self._token, "held": held, "time": time.time(), "since": self._since},
-            **{"host": socket.gethostname(), "process": os.getpid()},
+            **{"host": socket.gethostname(), "process": os.getpid(), "number": self._number},
         }
-        with contextlib.suppress(FileExistsError):  # another came first, which reading it back will show
-            client.write(client.join(self.url, WRITER), json.dumps(record).encode(), new=new)
+        client.write(client.join(self.url, WRITER), json.dumps(record).encode())
         self._renewed = time.monotonic()
 
     def _writer(self) -> dict[str, Any]:
@@ -133,7 +147,9 @@ class _Workdir:
     def fetch(self) -> None:
         """Brings the local folder to what the bucket holds, unless this folder is what was copied there last."""
         found = client.listing(self.url)
-        self._there = {name for name in found if name != WRITER}
+        self._there = {name for name in found if not name.startswith(WRITER)}
+        older = found.keys() - self._there - {WRITER, f"{WRITER}.{self._number}"}
+        client.remove(self.url, sorted(older))
         if self._continues and self.folder.is_dir():
             log.warning("%s goes on in %s, from where it was copied last", self.url, self.folder)
             return
@@ -265,9 +281,13 @@ class _Workdir:
         return uuid.uuid4().hex, {}
 
     def _write_index(self) -> None:
-        partial = self.folder / f"{_INDEX}.tmp"
-        partial.write_text(json.dumps({"id": self._id, "files": self._copied}))
-        partial.replace(self.folder / _INDEX)
+        index = self.folder / _INDEX
+        partial = index.with_name(f"{_INDEX}.tmp")
+        try:
+            partial.write_text(json.dumps({"id": self._id, "files": self._copied}))
+            partial.replace(index)
+        except OSError as error:  # of a write, it does not name the file
+            raise UserError(f"{index} cannot be written ({error.strerror}): make room on that disk") from error
 
 
 def _committed(name: str) -> Any:
@@ -287,6 +307,12 @@ def _newest(markers: Iterable[str]) -> dict[str, str]:
         of = step.rstrip("/").rpartition("/")[0]
         found[of] = max(step, found.get(of, step), key=_number)
     return found
+
+
+def _number_of(writer: dict[str, Any]) -> int:
+    """The number that this writer created; 0 if there is none (of an earlier version, or damaged)."""
+    found = writer.get("number")
+    return found if isinstance(found, int) else 0
 
 
 def _has_ended(writer: dict[str, Any]) -> bool:

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import jax
 from jax.sharding import Mesh
 
 from lcx import parameters
@@ -12,6 +11,7 @@ from lcx.planning.compiled import Step, mesh_of
 from lcx.planning.topology import Topology
 from lcx.trainer import Trainer
 from lcx.training import division
+from lcx.training.run import trained_sizes
 
 CPU = (
     "CPUs have no data sheet: no time is estimated",
@@ -62,8 +62,6 @@ def plan(
 
 
 def _settings(step: Step, trainer: Trainer, mesh: Mesh) -> dict[str, Any]:
-    trains = jax.tree.leaves(step.run.trains)
-    leaves = jax.tree.leaves({name: step.run.abstract[name] for name in step.run.trains})
     return {
         "seq_len": trainer.seq_len,
         "batch_size": trainer.batch_size,
@@ -72,7 +70,7 @@ def _settings(step: Step, trainer: Trainer, mesh: Mesh) -> dict[str, Any]:
         "steps": trainer.steps,
         "tokens": trainer.batch_size * trainer.seq_len * trainer.steps,
         "model_parameters": parameters.num_params(step.run.model),
-        "trained_parameters": sum(x.size for x, yes in zip(leaves, trains, strict=True) if yes),
+        "trained_parameters": sum(trained_sizes(step.run).values()),
     }
 
 

@@ -6,13 +6,14 @@ Each resource is taken at the full speed of its data sheet. A step takes at leas
 
 import dataclasses
 
-from lcx import mixers, parameters
+from lcx import mixers, objectives, parameters
 from lcx.errors import UserError
 from lcx.model import Decoder
 from lcx.planning import topology, traffic
 from lcx.planning.compiled import Step
 from lcx.planning.topology import Chip
 from lcx.trainer import Trainer
+from lcx.training.run import trained_sizes
 
 ASSUMPTIONS = (
     "products run at the chip's full bfloat16 rate, memory and links at the full rate of the data sheet",
@@ -69,7 +70,9 @@ def work(step: Step, trainer: Trainer, mesh_shape: dict[str, int], chip: Chip | 
     """What the step computes and moves."""
     tokens = trainer.batch_size * trainer.seq_len
     try:
-        model_flops = tokens * parameters.flops_per_token(step.run.model, trainer.seq_len)
+        local = objectives.is_local(trainer.objective)
+        of_token = parameters.flops_per_token(step.run.model, trainer.seq_len, trained_sizes(step.run), local=local)
+        model_flops = tokens * of_token
     except UserError:  # a mixer without a count
         model_flops = None
     executed, estimated = step.count.flops, bool(step.count.loops or step.count.kernels)

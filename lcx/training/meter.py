@@ -6,15 +6,17 @@ It also stops the run at the first non-finite loss or gradient.
 import collections
 import concurrent.futures
 import contextlib
+import functools
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 
 from lcx import model as model_lib
+from lcx import objectives
 from lcx.errors import UserError
 from lcx.model import Decoder
 from lcx.multihost import watch
@@ -22,6 +24,7 @@ from lcx.training.goodput import Ledger, ledger_of
 from lcx.training.logger import MetricsLogger
 from lcx.training.peak_flops import peak_flops
 from lcx.training.profiling import Profile
+from lcx.training.run import trained_sizes
 
 # Seconds of training from which its speed is logged. Python's threads may see the end of a step up to 10 ms late.
 _LEAST_S = 0.1
@@ -64,6 +67,7 @@ class Meter:
         ahead: int = 1,
         ledger: Ledger | None = None,
         profile: Profile | None = None,
+        flops_per_token: Callable[[Decoder, int], float] = model_lib.flops_per_token,
     ):
         self.ahead = ahead
         self.losses = list(losses)
@@ -74,7 +78,7 @@ class Meter:
         self._tokens = batch_size * seq_len
         self._flops: float | None = None
         try:
-            self._flops = self._tokens * model_lib.flops_per_token(model, seq_len)
+            self._flops = self._tokens * flops_per_token(model, seq_len)
         except UserError as error:
             log.warning("mfu is not logged: %s", error)
         self._peak = peak_flops()
@@ -175,6 +179,11 @@ def meter_of(trainer: Any, run: Any, metrics: MetricsLogger, workdir: str, *, ah
         ahead=ahead,
         ledger=ledger_of(workdir, run.step),
         profile=Profile(trainer.profile, workdir, run.step),
+        flops_per_token=functools.partial(
+            model_lib.flops_per_token,
+            trained=trained_sizes(run),
+            local=objectives.is_local(trainer.objective),
+        ),
     )
 
 

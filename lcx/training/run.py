@@ -5,6 +5,7 @@ import types
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import numpy as np
 import optax
 
@@ -12,6 +13,7 @@ from lcx import model as model_lib
 from lcx.lora import LoRA
 from lcx.model import Decoder
 from lcx.optim import AdamW
+from lcx.parameters import leaf_paths
 from lcx.training import fp8_scaling, row_state
 from lcx.training import step as train_step
 from lcx.training.step import State
@@ -46,6 +48,19 @@ class Run:
     losses: list[float] = dataclasses.field(default_factory=list)
     before: dict[str, Any] = dataclasses.field(default_factory=dict)
     carried: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def trained_sizes(run: Run) -> dict[str, int]:
+    """{path: number of values} of the weights that train, low-rank ones included."""
+    found = {}
+    for name, trains in run.trains.items():
+        leaves = jax.tree.leaves(run.abstract[name]), jax.tree.leaves(trains)
+        found |= {
+            path: leaf.size
+            for path, leaf, yes in zip(leaf_paths(run.abstract[name]), *leaves, strict=True)
+            if yes
+        }
+    return found
 
 
 OPTIONAL_ITEMS = (fp8_scaling.COLLECTION,)  # of a checkpoint: an earlier version did not write them
