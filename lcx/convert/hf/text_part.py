@@ -94,8 +94,8 @@ def config_of(
         )
     tied = whole.tied if names is None else not {_HEAD, _OUTER_HEAD} & {without_wrappers(x) for x in names}
     shared = {key: config[key] for key in _SHARED if config.get(key) is not None}
-    own = {key: value for key, value in text.items() if key != "architectures"}
-    return {"model_type": whole.text, **dict(whole.defaults), **own, _TIED: tied, **shared}
+    stored = {key: value for key, value in text.items() if key != "architectures"}
+    return {"model_type": whole.text, **dict(whole.defaults), **stored, _TIED: tied, **shared}
 
 
 def tensors_of(
