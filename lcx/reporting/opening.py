@@ -59,6 +59,8 @@ def _clause(name: str, runs: Runs) -> str:
             else str(next(iter(results.values())).get("summary", "no summary"))
         )
     missing = [label for label in runs if label not in results]
+    if missing and len(results) == 1:  # a finding about one model does not name it
+        return f"{text}; measured of {quoted(results)[0]} alone"
     return text + (f"; {listed(quoted(missing))} not measured" if missing else "")
 
 

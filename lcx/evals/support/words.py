@@ -53,7 +53,8 @@ def ranked(values: Mapping[str, Measured], *, what: str, unit: str, also: str | 
       unit: of the values, after the number.
       also: a model whose value is named wherever it stands in between.
     """
-    best, worst = min(values, key=lambda k: values[k][0]), max(values, key=lambda k: values[k][0])
+    best = min(values, key=lambda k: values[k][0])
+    worst = max(reversed(values), key=lambda k: values[k][0])  # of equal ones the last, so that it is not `best`
     alike = [k for k in values if k != best and not differ(values[k], values[best])]
     low, high = (f"{with_error(values[k])} {unit}" for k in (best, worst))
     if len(alike) == len(values) - 1:
