@@ -30,7 +30,7 @@ def read_bytes(path: str | os.PathLike, *, max_bytes: int = MOST_BYTES) -> bytes
         size = os.fstat(stream.fileno()).st_size
         if size > max_bytes:
             raise UserError(f"{path} has {size:,} bytes, expected at most {max_bytes:,}: restore the file")
-        return io.BufferedReader(stream).read(max_bytes + 1)
+        return io.BufferedReader(stream).read(size)  # a limit above the size would be allocated
 
 
 def read_text(path: str | os.PathLike, *, max_bytes: int = MOST_BYTES, errors: str = "strict") -> str:

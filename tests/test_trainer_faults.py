@@ -239,7 +239,7 @@ def test_poisoned_data_stops_at_its_step(text, tmp_path):
     folder = tmp_path / "corpus"
     shutil.copytree(text / "text", folder / "text")
     (folder / "text" / "00.txt").write_text(chr(POISON) * 40 + "text " * 500)
-    trainer = tiny_trainer(folder, objective=poisoned, checkpoint_every=2)
+    trainer = tiny_trainer(folder, objective=poisoned, checkpoint_every=2, log_every=1)
     with trainer.data.batches("train", global_batch_size=8, seq_len=32, seed=0) as batches:
         first = next(i for i, batch in enumerate(batches, start=1) if (batch["tokens"] == POISON).any())
     assert first > 2, "nothing was saved before the poison: change the seed"
@@ -251,7 +251,7 @@ def test_poisoned_data_stops_at_its_step(text, tmp_path):
     step, _, _ = saved(tmp_path / "run")
     assert step < first
     assert f"the checkpoint of step {step} is kept" in str(e.value)
-    assert [line["step"] for line in lines(tmp_path / "run")] == list(range(3, first, 3))
+    assert [line["step"] for line in lines(tmp_path / "run")] == list(range(1, first))
 
 
 def test_bad_numbers_before_the_first_checkpoint(tmp_path):

@@ -9,13 +9,13 @@ of two prefixes, and all others belong to the encoders:
 What is read is the text model alone, with the model_type of text_config; it is written back as such.
 """
 
-import dataclasses
 import logging
 import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
 from lcx.convert.files.tensor_io import TensorSource
+from lcx.convert.hf.families.wholes import WHOLES, Whole
 from lcx.convert.hf.family import Family
 from lcx.convert.hf.tensor_names import Renamed, without_wrappers
 from lcx.errors import UserError
@@ -31,33 +31,6 @@ _SHARED = (
 )  # fmt: skip
 _BODY = re.compile(r"(?:language_model\.model|model\.language_model)\.")
 _OUTER_HEAD = f"language_model.{_HEAD}"
-
-
-@dataclasses.dataclass(frozen=True)
-class Whole:
-    """A model_type whose folders hold a text model and more.
-
-    Attributes:
-      architecture: its value in config.json.
-      text: the model_type of the text model, where text_config does not name it.
-      tied: whether the output head is the embedding, where config.json does not say.
-      defaults: (key, value) of settings that text_config may leave out, and a folder of text alone may not.
-    """
-
-    architecture: str
-    text: str
-    tied: bool
-    defaults: tuple[tuple[str, Any], ...] = ()
-
-
-#: The published files of Gemma 3 state what their model does not have in common with the one of 4B.
-_GEMMA3 = (("vocab_size", 262_208), ("num_attention_heads", 8), ("max_position_embeddings", 131_072))
-WHOLES = {
-    "gemma3": Whole("Gemma3ForConditionalGeneration", "gemma3_text", tied=True, defaults=_GEMMA3),
-    "gemma4": Whole("Gemma4ForConditionalGeneration", "gemma4_text", tied=True),
-    "llama4": Whole("Llama4ForConditionalGeneration", "llama4_text", tied=False),
-    "mistral3": Whole("Mistral3ForConditionalGeneration", "mistral", tied=False),
-}
 
 
 def is_part(config: Mapping[str, Any]) -> bool:
