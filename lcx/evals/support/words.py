@@ -54,7 +54,7 @@ def ranked(values: Mapping[str, Measured], *, what: str, unit: str, also: str | 
       also: a model whose value is named wherever it stands in between.
     """
     best = min(values, key=lambda k: values[k][0])
-    worst = max(reversed(values), key=lambda k: values[k][0])  # of equal ones the last, so that it is not `best`
+    worst = max(reversed(list(values)), key=lambda k: values[k][0])  # of equal ones the last, so that it is not `best`
     alike = [k for k in values if k != best and not differ(values[k], values[best])]
     low, high = (f"{with_error(values[k])} {unit}" for k in (best, worst))
     if len(alike) == len(values) - 1:
