@@ -244,6 +244,13 @@ def test_long_rows(tmp_path):
         assert texts_of(tmp_path / name) == [long, "short", long]
 
 
+def test_a_long_row_of_a_small_compressed_table_is_refused(tmp_path):
+    """The csv module would hold it as 4 bytes a letter: 200 MB of spaces in 0.2 MB took 1.1 GB."""
+    path = tmp_path / "a.tsv"
+    path.write_bytes(gzip.compress(b"text\n" + b" " * (65 << 20), 1))
+    fails(path, "a row has more than 64 MiB of text")
+
+
 def test_an_object_is_a_row_unless_it_holds_the_rows(tmp_path):
     path = tmp_path / "a.json"
     for one in ({"text": "a", "tags": [{"x": 1}]}, {"data": [{"text": "a"}], "n": 1}, {"text": "a"}):
