@@ -75,13 +75,14 @@ def heat_maps(
     """One heat map per model, one below the other, with the score in percent in every cell."""
     figure = axes.figure
     grids = {label: _grid(result["cells"], across, down) for label, result in results.items()}
+    rows = max(len(downs) for _, downs, _ in grids.values())
+    height = max(figure.get_figheight() * 0.5, len(grids) * (1.1 + 0.27 * rows)) + 0.6
+    figure.set_figheight(height)
     panels = [axes]
     if len(grids) > 1:
         axes.set_axis_off()
-        share = 1 / len(grids)
-        panels = [axes.inset_axes((0, 1 - (i + 1) * share + 0.06, 1, 0.8 * share)) for i in range(len(grids))]
-    rows = max(len(downs) for _, downs, _ in grids.values())
-    figure.set_figheight(max(figure.get_figheight() * 0.5, len(grids) * (0.9 + 0.27 * rows)) + 0.6)
+        share, gap = 1 / len(grids), 0.65 / height  # inches for the ticks of one panel and the name of the next
+        panels = [axes.inset_axes((0, 1 - (i + 1) * share + gap / 2, 1, share - gap)) for i in range(len(grids))]
     for panel, (label, (xs, ys, values)) in zip(panels, grids.items(), strict=True):
         _heat_map(panel, xs, ys, values)
         panel.set_ylabel(ylabel)
