@@ -77,7 +77,7 @@ def main() -> None:
     args = parser.parse_args()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the threads
     cells = [(task, length) for length in reversed(LENGTHS) for task in published.TASKS]
-    run = harness.Run("samples of RULER", threads={"lcx": {"processes": args.processes}})
+    run = harness.Run("samples of RULER", threads={"lcx": {"processes": args.processes, "threads": args.processes}})
     with tempfile.TemporaryDirectory() as folder:
         hotpotqa = args.hotpotqa or like_hotpotqa(args.squad, f"{folder}/hotpotqa.json")
         with (

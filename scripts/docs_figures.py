@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import figure_two_mamba
-from evaluation_figure import evaluation
+from evaluation_figure import evaluation, ruler_samples
 from figure_text import number, ratio, table, with_source
 from figures_beside_torch import generation, training, training_line
 from plan_figures import million_tokens, plans
@@ -359,6 +359,7 @@ FIGURES = {
         "second_order_forms_cpu.json", figure_two_mamba.second_order_forms, "python benchmarks/second_order_forms.py"
     ),
     "evaluation": Figure("evaluation_cpu.json", evaluation, "python benchmarks/evaluation.py"),
+    "ruler_samples": Figure("ruler_samples_cpu.json", ruler_samples, "python benchmarks/ruler_samples.py"),
     "two_mamba_decoding": Figure(
         "two_mamba_decode_cpu.json", figure_two_mamba.decoding, "python benchmarks/two_mamba_decode.py"
     ),

@@ -13,3 +13,15 @@ def evaluation(result: dict) -> str:
     seconds = number(result["passkey_320_trials_s"])
     passkey = f"A passkey of 320 trials, up to {result['length']} tokens: {seconds} s."
     return with_source(result, f"{table(head, rows)}\n\n{passkey}")
+
+
+def ruler_samples(result: dict) -> str:
+    longest = max(row["length"] for row in result["rows"])
+    tasks = len({row["task"] for row in result["rows"]})
+    lengths = len({row["length"] for row in result["rows"]})
+    processes = result["threads"]["lcx"]["processes"]
+    made = (
+        f"The {result['samples']:,} samples of {tasks} tasks at {lengths} lengths up to {longest:,} tokens, with the "
+        f"tokenizer of Llama 2, take {number(result['seconds'])} s with {processes} processes."
+    )
+    return with_source(result, made)
