@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import socket
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from lcx.config import processes
 from lcx.config.flags import Flags
 from lcx.errors import UserError
-from lcx.multihost import agreement, watch
+from lcx.multihost import agreement, channel, watch
 from lcx.multihost.join import PORT, Processes, whereabouts
 
 HERE = socket.gethostname()
@@ -153,3 +154,13 @@ def test_alone_nothing_is_compared_or_waited_for():
     watch.rest()
     watch.report("an error", 2)
     assert watch.blame(RuntimeError()) is None
+
+
+def test_a_process_that_was_gone_before_its_first_sign_of_life_is_blamed(monkeypatch):
+    beats = itertools.count()
+    monkeypatch.setattr(channel, "hosts", lambda: ["a", "b", "c"])
+    monkeypatch.setattr(channel, "index", lambda: 0)
+    monkeypatch.setattr(channel, "by_process", lambda name: {0: "1", 1: f"{next(beats)}"} if name == "alive" else {})
+    monkeypatch.setattr(watch, "_SILENT_S", 0.3)
+    monkeypatch.setattr(watch, "_PERIOD_S", 0.1)
+    assert watch.Watch(1.0).blame() == "process 2 on c is gone (killed, out of memory, or a lost host)"

@@ -118,15 +118,17 @@ class Watch:
 
         It takes a few seconds to see who is silent.
         """
-        seen: dict[int, tuple[str, float]] = {}
-        deadline = time.monotonic() + 2 * _SILENT_S
+        start = time.monotonic()
+        # Of all processes: one may have gone before its first sign of life.
+        seen = {process: ("", start) for process in range(len(channel.hosts()))}
+        deadline = start + 2 * _SILENT_S
         while True:
             now = time.monotonic()
             try:
                 if ended := self._ended():
                     return ended[0]
                 for process, beat in channel.by_process("alive").items():
-                    if seen.get(process, ("", 0))[0] != beat:
+                    if seen[process][0] != beat:
                         seen[process] = beat, now
             except Exception:
                 return _gone([0])
