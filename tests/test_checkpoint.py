@@ -17,6 +17,7 @@ from checkpoint_workers import abstract_of, assert_same, largest_file, state_of,
 
 from lcx.checkpoint import Checkpointer, find_step, metadata, read_json, read_record, shards, slices
 from lcx.checkpoint import checkpointer as checkpoint
+from lcx.checkpoint import fingerprint as fingerprints
 from lcx.checkpoint.fingerprint import fingerprint, partial
 from lcx.checkpoint.shards import read_arrays
 from lcx.errors import UserError
@@ -118,6 +119,21 @@ def test_fingerprint_equals_its_definition(dtype, shape):
     x = (np.random.default_rng(0).normal(size=shape) * 9).astype(jnp.dtype(dtype))
     expected = python_fingerprint(x)
     assert int(fingerprint(jnp.asarray(x))) == expected == partial(x)
+
+
+@pytest.mark.parametrize("shape", [(1001,), (7, 13, 5), (5, 401), (2, 3, 130)])
+def test_fingerprint_in_blocks_equals_its_definition(monkeypatch, shape):
+    monkeypatch.setattr(fingerprints, "_DEVICE_BLOCK", 128)
+    fingerprints._program.cache_clear()  # compiled with larger blocks
+    x = np.random.default_rng(0).normal(size=shape).astype(jnp.bfloat16)
+    assert int(fingerprint(jnp.asarray(x))) == python_fingerprint(x)
+    fingerprints._program.cache_clear()
+
+
+def test_fingerprint_takes_memory_for_a_block():
+    x = jax.ShapeDtypeStruct((40, 512, 1024), jnp.float32)
+    held = fingerprints._program(None, None).lower(x).compile().memory_analysis().temp_size_in_bytes
+    assert held < x.size  # a quarter of the array
 
 
 def test_partial_fingerprints_add_up_across_numpy_blocks():

@@ -26,34 +26,89 @@ _GOLDEN = (
 )
 _MIX = 0x21F0AAAD  # odd multiplier of a published low-bias integer hash
 _BLOCK = 1 << 18  # elements per numpy pass: the temporaries stay in cache
+_DEVICE_BLOCK = 1 << 22  # elements per pass on a device
 _UNSIGNED = {1: "uint8", 2: "uint16", 4: "uint32", 8: "uint32"}  # 8-byte elements count as two words
 
 
 def fingerprint(x: jax.Array) -> jax.Array:
     """uint32 scalar for an array of any shape and sharding, computed on the devices that hold it.
 
+    Beside its shard of the array a device needs memory for a block of 2^22 elements.
+
     For typed PRNG keys pass their key data. Raises KeyError for elements that are not 1, 2, 4 or 8 bytes wide.
     """
-    return _on_device()(x)
+    from jax.sharding import NamedSharding
+
+    shards = x.sharding if isinstance(x.sharding, NamedSharding) else None
+    return _program(shards and shards.mesh, shards and shards.spec)(x)
 
 
 @functools.cache
-def _on_device() -> Any:
+def _program(mesh: Any, spec: Any) -> Any:
+    """The compiled sum for arrays of this sharding, or of one device (None). One compilation per shape and dtype."""
+    import jax
+    from jax.sharding import PartitionSpec
+
+    def of_whole(x: jax.Array) -> jax.Array:
+        strides = _strides(x.shape, x.dtype)
+        if mesh is None or mesh.size == 1:
+            return _sum_in_blocks(x, 0, strides)
+        by_axis = [(names,) if isinstance(names, str) else tuple(names or ()) for names in spec]
+        names = tuple(name for axis in by_axis for name in axis)
+
+        def of_shard(part: jax.Array) -> jax.Array:
+            first = jax.numpy.uint32(0)
+            for axis, size, stride in zip(by_axis, part.shape, strides):
+                if axis:
+                    first += jax.lax.axis_index(axis).astype("uint32") * jax.numpy.uint32(size * stride % 2**32)
+            total = _sum_in_blocks(part, first, strides)
+            return jax.lax.psum(total, names) if names else total
+
+        one = PartitionSpec()
+        return jax.shard_map(of_shard, mesh=mesh, in_specs=spec, out_specs=one, check_vma=False)(x)
+
+    return jax.jit(of_whole)
+
+
+def _strides(shape: tuple[int, ...], dtype: Any) -> tuple[int, ...]:
+    """The distance of neighbours on each axis, in the words of a row-major array."""
+    words = max(1, dtype.itemsize // 4)
+    return tuple(words * math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+
+
+def _sum_in_blocks(x: jax.Array, first: Any, strides: tuple[int, ...]) -> jax.Array:
+    """The sum over x, whose first element has the index `first`: block by block, since XLA stores what it sums up."""
     import jax
     import jax.numpy as jnp
 
-    def sum_of_mixed(x):
-        x = x.astype(jnp.uint8) if x.dtype == jnp.bool_ else x
-        bits = jax.lax.bitcast_convert_type(x, jnp.dtype(_UNSIGNED[x.dtype.itemsize])).astype(jnp.uint32)
-        index = jnp.zeros(bits.shape, jnp.uint32)
-        for axis in range(bits.ndim):
-            stride = math.prod(bits.shape[axis + 1 :]) % 2**32
-            index += jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis) * jnp.uint32(stride)
-        mixed = bits ^ (index * jnp.uint32(_GOLDEN))
-        mixed = (mixed ^ (mixed >> 16)) * jnp.uint32(_MIX)
-        return jnp.sum(mixed ^ (mixed >> 15), dtype=jnp.uint32)
+    if x.size <= _DEVICE_BLOCK:
+        return _sum_of_mixed(x, first, strides)
+    rows = _DEVICE_BLOCK // math.prod(x.shape[1:])  # in a block; 0: one row is too large for it
+    step = max(1, rows)
 
-    return jax.jit(sum_of_mixed)  # one compilation per shape, dtype and sharding
+    def of_rows(start: Any, count: int) -> jax.Array:
+        block = jax.lax.dynamic_slice_in_dim(x, start, count)
+        begin = first + jnp.asarray(start).astype(jnp.uint32) * jnp.uint32(strides[0] % 2**32)
+        return _sum_of_mixed(block, begin, strides) if rows else _sum_in_blocks(block[0], begin, strides[1:])
+
+    whole, rest = divmod(x.shape[0], step)
+    total = jax.lax.fori_loop(0, whole, lambda i, total: total + of_rows(i * step, step), jnp.uint32(0))
+    return total + of_rows(whole * step, rest) if rest else total
+
+
+def _sum_of_mixed(x: jax.Array, first: Any, strides: tuple[int, ...]) -> jax.Array:
+    import jax
+    import jax.numpy as jnp
+
+    x = x.astype(jnp.uint8) if x.dtype == jnp.bool_ else x
+    bits = jax.lax.bitcast_convert_type(x, jnp.dtype(_UNSIGNED[x.dtype.itemsize])).astype(jnp.uint32)
+    strides = strides if bits.ndim == x.ndim else (*strides, 1)  # elements of two words
+    index = jnp.full(bits.shape, first, jnp.uint32)
+    for axis, stride in enumerate(strides):
+        index += jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis) * jnp.uint32(stride % 2**32)
+    mixed = bits ^ (index * jnp.uint32(_GOLDEN))
+    mixed = (mixed ^ (mixed >> 16)) * jnp.uint32(_MIX)
+    return jnp.sum(mixed ^ (mixed >> 15), dtype=jnp.uint32)
 
 
 def partial(x: np.ndarray, start: int = 0) -> int:

@@ -22,7 +22,8 @@ import tensorstore as ts
 
 from lcx.checkpoint.slices import open_array
 
-_UNDER_WAY_BYTES = 128 << 20  # of decoded chunks that have not been copied into their shards
+_UNDER_WAY_BYTES = 96 << 20  # of chunks that are being read
+_COPIES = 3  # of a chunk under way: as stored, decoded, and the part of it that is needed
 _THREADS = 16  # most chunks under way; a file system of a network is slow to begin an answer
 _ALIGNED = 64  # bytes: a CPU device copies a buffer that begins elsewhere
 
@@ -112,7 +113,8 @@ class _Array:
         return found
 
     def nbytes(self, cell: Box) -> int:
-        return math.prod(part.stop - part.start for part in cell) * self._struct.dtype.itemsize
+        """The memory that it takes to read a part."""
+        return _COPIES * math.prod(part.stop - part.start for part in cell) * self._struct.dtype.itemsize
 
     def read(self, cell: Box, shards: list[Bounds], budget: _Budget) -> None:
         """Reads a part and copies it into the shards; the last part of an array puts it on its devices."""
