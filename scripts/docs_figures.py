@@ -10,6 +10,7 @@ page says that the figure is still to be measured, and with which command.
 import json
 import pathlib
 import re
+import statistics
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
@@ -171,6 +172,17 @@ def plan_errors(result: dict) -> str:
     errors = [row["error"] for row in result["rows"]]
     said = f"From {min(errors):+.1%} to {max(errors):+.1%} (`python benchmarks/plan_errors.py`)."
     return f"{table(head, rows)}\n\n{said}"
+
+
+def plan_times(result: dict) -> str:
+    head = ["configuration", "devices", "planned, ms", "measured, ms", "error"]
+    rows = [
+        [row["name"], str(row["devices"]), *(number(1e3 * row[key]) for key in ("planned_s", "measured_s")),
+         f"{row['error']:+.0%}"] for row in result["rows"]
+    ]  # fmt: skip
+    errors = [row["error"] for row in result["rows"]]
+    said = f"From {min(errors):+.0%} to {max(errors):+.0%}, the median {statistics.median(errors):+.0%}."
+    return with_source(result, f"{table(head, rows)}\n\n{said}")
 
 
 def evo2_plan(result: dict) -> str:
@@ -351,6 +363,7 @@ FIGURES = {
     "long_genomes": Figure("long_genomes_cpu.json", long_genomes, LONG_GENOMES, timed=False),
     "long_attention": Figure("long_genomes_attention_cpu.json", long_genomes, LONG_GENOMES, timed=False),
     "evo2_tutorial": Figure("evo2_tutorial_cpu.json", evo2_tutorial, "python benchmarks/evo2_tutorial.py"),
+    "plan_times": Figure("plan_times.json", plan_times, "python benchmarks/plan_times.py"),
     "plan_errors": Figure("plan_errors.json", plan_errors, "python benchmarks/plan_errors.py", timed=False),
     "recall_by_length": Figure(RECALL[0], recall_by_length, RECALL[1], timed=False),
     "recall_by_distance": Figure(RECALL[0], recall_by_distance, RECALL[1], timed=False),

@@ -5,7 +5,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from lcx import parameters
-from lcx.planning import roofline, topology
+from lcx.planning import cpu_speed, roofline, topology
 from lcx.planning.buffers import Buffer, largest
 from lcx.planning.compiled import Step, mesh_of
 from lcx.planning.topology import Topology
@@ -14,7 +14,6 @@ from lcx.training import division
 from lcx.training.run import trained_sizes
 
 CPU = (
-    "CPUs have no data sheet: no time is estimated",
     "what libraries take for products on several threads is 32 MiB, the most that was measured for small models "
     "(benchmarks/plan_errors.py)",
 )
@@ -29,11 +28,12 @@ def plan(
 ) -> dict[str, Any]:
     """The keys are stable; a value that cannot be known is None. Bytes are of each device, FLOPs of all together."""
     mesh = mesh_of(trainer, place)
-    work = roofline.work(step, trainer, dict(mesh.shape), place.chip)
-    time = roofline.time_of(work, place.chip, mesh.size)
+    chip = place.chip or cpu_speed.measured(mesh.size, step.run.model.dtype)
+    work = roofline.work(step, trainer, dict(mesh.shape), chip)
+    time = roofline.time_of(work, chip, mesh.size)
     assumptions = [
         *MEMORY,
-        *(roofline.ASSUMPTIONS if time else ()),
+        *(roofline.assumptions(chip, measured=place.chip is None, devices=mesh.size) if time else ()),
         *([roofline.LOOPS] if work.estimated else ()),
     ]
     return {
@@ -77,17 +77,17 @@ def _settings(step: Step, trainer: Trainer, mesh: Mesh) -> dict[str, Any]:
 def _times(
     work: roofline.Work, time: roofline.Time | None, trainer: Trainer, place: Topology, devices: int
 ) -> dict[str, float | None]:
-    if time is None or place.chip is None:
+    if time is None:
         return dict.fromkeys(_TIME_KEYS)
     seconds = time.total
-    peak = devices * place.chip.flops
+    peak = devices * place.chip.flops if place.chip else None  # as in training, no MFU without a data sheet
     values = (
         seconds,
         time.overlapped,
         time.compute,
         time.memory,
         time.links,
-        None if work.model_flops is None else work.model_flops / seconds / peak,
+        None if work.model_flops is None or peak is None else work.model_flops / seconds / peak,
         trainer.batch_size * trainer.seq_len / seconds,
         seconds * trainer.steps / 86400,
         seconds * trainer.steps * devices / 3600,

@@ -1,7 +1,8 @@
 """The time of a step from what it computes and moves: a roofline, with no efficiency guessed.
 
-Each resource is taken at the full speed of its data sheet. A step takes at least the longest of the three times
-(everything overlaps) and, at these speeds, at most their sum (nothing does); the plan states the sum.
+Each resource is taken at the full speed of its data sheet, or on CPUs at the speed that it was measured to reach. A
+step takes at least the longest of the three times (everything overlaps) and, at these speeds, at most their sum
+(nothing does); the plan states the sum.
 """
 
 import dataclasses
@@ -15,14 +16,16 @@ from lcx.planning.topology import Chip
 from lcx.trainer import Trainer
 from lcx.training.run import trained_sizes
 
-ASSUMPTIONS = (
+_DATA_SHEET = (
     "products run at the chip's full bfloat16 rate, memory and links at the full rate of the data sheet",
+    "no accelerator has been timed against these numbers yet",
+)
+_EVERYWHERE = (
     "nothing overlaps: step_seconds is the sum of the times of products, memory and links; if all three overlapped it "
     "would be step_seconds_overlapped",
     "every array of the program is written once and read once",
     "collectives run as rings along one axis of the mesh; each axis has links of its own",
     "no time for data, checkpoints, evaluation, compilation or waiting for slower devices",
-    "no accelerator has been timed against these numbers yet",
 )
 LOOPS = "of attention in loops of a length that the program decides, and of kernels that state no cost, operations are "
 LOOPS += "estimated: forward 1, recomputed 1 with remat, backward 2.5 times what a forward pass needs"
@@ -66,7 +69,7 @@ class Time:
         return max(self.compute, self.memory, self.links)
 
 
-def work(step: Step, trainer: Trainer, mesh_shape: dict[str, int], chip: Chip | None) -> Work:
+def work(step: Step, trainer: Trainer, mesh_shape: dict[str, int], chip: Chip) -> Work:
     """What the step computes and moves."""
     tokens = trainer.batch_size * trainer.seq_len
     try:
@@ -82,7 +85,7 @@ def work(step: Step, trainer: Trainer, mesh_shape: dict[str, int], chip: Chip | 
     if step.program is None:
         return Work(model_flops, executed, estimated, None, None, (0.0, 0.0))
     sent = traffic.collectives(step.program, mesh_shape)
-    far = sum(one.nbytes for one in sent if chip and topology.spans_hosts(chip, one.span))
+    far = sum(one.nbytes for one in sent if topology.spans_hosts(chip, one.span))
     near = sum(one.nbytes for one in sent) - far
     moved = traffic.memory_bytes(step.program)
     return Work(model_flops, executed, estimated, traffic.by_axis(sent), moved, (near, far))
@@ -97,9 +100,19 @@ def _mixing(model: Decoder, seq_len: int) -> float:
         return 0.0
 
 
-def time_of(work: Work, chip: Chip | None, devices: int) -> Time | None:
-    """None for CPUs, whose speed no data sheet states, and for a program that was not compiled."""
-    if chip is None or work.memory_bytes is None:
+def assumptions(chip: Chip, *, measured: bool, devices: int) -> tuple[str, ...]:
+    """What the time rests on, in sentences."""
+    if not measured:
+        return _DATA_SHEET + _EVERYWHERE
+    flops, bandwidth = devices * chip.flops / 1e9, devices * chip.bandwidth / 1e9
+    speeds = f"products run at {flops:.0f} GFLOP/s and memory at {bandwidth:.1f} GB/s"
+    where = "which this machine's cores reached when the plan was made; the devices share them"
+    return (f"{speeds}, {where}", *_EVERYWHERE)
+
+
+def time_of(work: Work, chip: Chip, devices: int) -> Time | None:
+    """None for a program that was not compiled."""
+    if work.memory_bytes is None:
         return None
     near, far = work.link_bytes
     flops = work.executed_flops / devices
