@@ -45,8 +45,8 @@ trainer.Trainer.model = @striped_hyena.striped_hyena()
 trainer.Trainer.seq_len = 1048576
 striped_hyena.striped_hyena.init_length = 1048576
 """
-SLICES = {  # kind: {devices: topology}
-    **{kind: {count: f"{kind}:{count}" for count in (8, 64, 128, 256, 512)} for kind in ("h100", "h200")},
+SLICES = {  # kind: {devices: topology}; no slice of TPUs has one chip
+    **{kind: {count: f"{kind}:{count}" for count in (1, 8, 64, 128, 256, 512)} for kind in ("h100", "h200")},
     "v5p": {8: "v5p:2x2x2", 64: "v5p:4x4x4", 128: "v5p:4x4x8", 256: "v5p:4x8x8", 512: "v5p:8x8x8"},
     "v6e": {8: "v6e:2x4", 64: "v6e:8x8", 128: "v6e:8x16", 256: "v6e:16x16", 512: "v6e:16x16"},  # no larger one exists
 }
@@ -81,7 +81,8 @@ def extended(length: int, rows: int) -> dict[str, str]:
     return own | {"CONTEXT_LENGTH": str(length), "Trainer.batch_size": str(rows), "Trainer.accumulation": "1"}
 
 
-YARN, MILLION = ("configs/extend/yarn.gin",), 1 << 20
+YARN, LORA, MILLION = ("configs/extend/yarn.gin",), ("configs/extend/lora.gin",), 1 << 20
+HOST = {"Trainer.remat": "'host'"}
 BLOCKS = {"Blocks.layers_per_block": "9", "Trainer.remat": "'full'"}
 MEDIUM = {"SEQ_LEN": "65536", "Trainer.batch_size": "8", "MeshShape.data": "8", "TOKENIZER": "'tokenizer'"}
 TWO_MAMBA = tuple(f"configs/pretrain/two_mamba/{name}.gin" for name in (
@@ -97,14 +98,19 @@ ROWS = {
     "Evo 2 7B, 1M, context 32": Row("evo2_7b", (), (4, 32, 1), {"Trainer.batch_size": "4"}),
     "Evo 2 40B, 1M": Row("evo2_40b", (), (4, 32, 4), {"Trainer.batch_size": "4", "TENSOR": "4"}),
     "2Mamba medium, 64K": Row(None, TWO_MAMBA, (1, 1, 1), MEDIUM),
-    "Llama 3.1 8B, 128K, LoRA": Row("8B", ("configs/extend/lora.gin",), (16, 4, 1), extended(131072, 16)),
+    "Llama 3.1 8B, 128K, LoRA": Row("8B", LORA, (16, 4, 1), extended(131072, 16)),
+    # One row on one device, in the ways that docs/how-to/long-rows.md compares.
+    "128K, remat full": Row("8B", LORA, (1, 1, 1), extended(131072, 1)),
+    "128K, pieces of 16K": Row("8B", LORA, (1, 1, 1), extended(131072, 1) | {"Trainer.piece_length": "16384"}),
+    "128K, remat host": Row("8B", LORA, (1, 1, 1), extended(131072, 1) | HOST),
+    "1M, remat host": Row("8B", LORA, (1, 1, 1), extended(MILLION, 1) | HOST),
 }
 
 
-def slice_of(row: Row, kind: str) -> str:
-    """The topology that a row is planned for on this kind of device."""
+def slice_of(row: Row, kind: str) -> str | None:
+    """The topology that a row is planned for on this kind of device; None if there is none of its size."""
     count = math.prod(row.elsewhere.get(kind, row.mesh)) * int(row.settings.get("MeshShape.data", 1))
-    return SLICES[kind][count]
+    return SLICES[kind].get(count)
 
 
 def command(row: Row, topology: str, folder: str) -> list[str]:
@@ -163,7 +169,7 @@ def main() -> None:
     names = args.only.split(";") if args.only else list(ROWS)
     for kind, name in itertools.product(args.kinds.split(","), names):
         topology = slice_of(ROWS[name], kind)
-        if not args.again and "error" not in rows.get((name, topology), {"error": ""}):
+        if topology is None or not args.again and "error" not in rows.get((name, topology), {"error": ""}):
             continue
         rows[name, topology] = row = plan(name, topology)
         shown = ("name", "topology", "error", "peak_bytes", "fits", "would_fit", "compile_seconds")

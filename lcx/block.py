@@ -9,11 +9,14 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from lcx import mixers, sharding
 from lcx.errors import UserError, check_not_negative
 from lcx.layers import Norm, named_param
+from lcx.mlps.tiles import in_tiles
+from lcx.remat import BLOCK_INPUT
 
 NORMS = ("before", "after", "both")
 
@@ -35,6 +38,8 @@ class Block(nn.Module):
       output_scale: whether the block's result is multiplied by a number, `output_scale`, that is stored with the
         weights and not trained: it has no gradient, and is 1 in a new model (Gemma 4).
       residual_multiplier: factor on the outputs of mixer and MLP before they are added to x (Granite).
+      mlp_in_tiles: whether the MLP takes the tokens of long rows in tiles, which the backward pass recomputes one by
+        one; not one with statistics over all tokens (mixtures of experts). Decoder.remat "host" implies it.
     """
 
     mixer: nn.Module | None
@@ -47,10 +52,12 @@ class Block(nn.Module):
     residual_multiplier: float = 1.0
     mlp_norms: str | None = None
     output_scale: bool = False
+    mlp_in_tiles: bool = False
 
     @nn.compact
     def __call__(self, x, *, positions, segment_ids, cache=None):
         x = sharding.constrain(x, sharding.BATCH_AXES, "context", None)
+        x = checkpoint_name(x, BLOCK_INPUT)
         before, normed = x, x
         if self.mixer is not None:
             normed = self._normed(x, "mixer_norm", self.norms != "after")
@@ -63,7 +70,10 @@ class Block(nn.Module):
             if not self.shared_norm:
                 normed = self._normed(before if self.parallel else x, "mlp_norm", norms != "after")
             takes = getattr(self.mlp, "takes_segment_ids", False)
-            y = self.mlp(normed, **({"segment_ids": segment_ids} if takes else {}))
+            if self.mlp_in_tiles and not takes:
+                y = in_tiles(self.mlp, normed)
+            else:
+                y = self.mlp(normed, **({"segment_ids": segment_ids} if takes else {}))
             x = x + self._added(y, "mlp_post_norm", norms != "before")
         if self.output_scale:
             scale = named_param(self, "output_scale", nn.initializers.ones, (None,), (1,))

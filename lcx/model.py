@@ -88,6 +88,7 @@ class _Period(nn.Module):
             recomputed = nn.remat(type(block), policy=REMAT[self.remat], prevent_cse=several)
             fields = {field.name: getattr(block, field.name) for field in dataclasses.fields(block)}
             fields |= {part: x.clone(parent=None) for part, x in fields.items() if isinstance(x, nn.Module)}
+            fields["mlp_in_tiles"] |= self.remat == "host"
             block = recomputed(**{**fields, "parent": self, "name": name})
             block_cache = None if cache is None else cache.get(name)
             if block_cache is None and stacked:

@@ -124,7 +124,8 @@ class Trainer:
       expects_linear: init_from must already be a linearized model; a softmax model is an error.
       dtype: of activations ("bfloat16", "float32"); None: that of `model`, or float32 with init_from. Weights that
         train are float32; weights that do not train keep the dtype in which they are stored.
-      remat: which activations are recomputed in the backward pass: none, dots, full; None: as the model says.
+      remat: which activations are recomputed in the backward pass: none, dots, full, host (as full, with the
+        inputs of blocks in the memory of the host and the MLPs of long rows in tiles); None: as the model says.
       optimizer: AdamW with its schedule.
       init_optimizer: with init_from, continue its optimizer and its count of updates too (format 'two_mamba').
       lora: train low-rank matrices instead of the weights.

@@ -7,6 +7,8 @@ def plans(result: dict) -> str:
     head = ["model", "devices", "rows", "peak of each", "fits", "largest array", "PFLOP a step", "step", "MFU"]
     rows = []
     for row in result["rows"]:
+        if row["topology"].endswith(":1"):
+            continue  # see one_gpu
         if "error" in row:
             rows.append([row["name"], row["topology"], "", "not compiled", *["-"] * 5])
             continue
@@ -25,6 +27,16 @@ def plans(result: dict) -> str:
             f"{row['mfu']:.0%}" if row["mfu"] else "-",
         ])  # fmt: skip
     return f"{table(head, rows)}\n\nMade by `python benchmarks/plan_table.py`."
+
+
+def one_gpu(result: dict) -> str:
+    head = ["row", "peak", "of the host's memory", "step", "MFU"]
+    rows = [
+        [row["name"], f"{row['peak_bytes'] / 2**30:.1f} GiB", f"{row['host_bytes'] / 2**30:.1f} GiB",
+         f"{row['step_seconds']:.2g} s", f"{row['mfu']:.0%}"]
+        for row in result["rows"] if row["topology"] == "h200:1"
+    ]  # fmt: skip
+    return f"{table(head, rows)}\n\nMade by `python benchmarks/plan_table.py`; times are rooflines."
 
 
 def million_tokens(result: dict) -> str:

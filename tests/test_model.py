@@ -11,6 +11,7 @@ import torch
 import lcx
 from lcx import model as model_lib
 from lcx.errors import UserError
+from lcx.mlps import tiles
 from lcx.model import llama
 from lcx.rope import Rope
 
@@ -112,7 +113,8 @@ def test_training_flops_count_every_product_once():
     assert model_lib.flops_per_token(tied, T, some) == model_lib.flops_per_token(model, T, some)
 
 
-def test_remat_changes_nothing_but_memory():
+def test_remat_changes_nothing_but_memory(monkeypatch):
+    monkeypatch.setattr(tiles, "TILE", 12)  # 33 tokens: three tiles of 11
     tokens = jax.random.randint(jax.random.key(0), (1, 33), 0, 97)
     params = model_lib.init_params(llama(**SMALL, num_layers=2), jax.random.key(1))
 
@@ -121,7 +123,7 @@ def test_remat_changes_nothing_but_memory():
         return jax.jit(jax.grad(lambda p: jnp.sum(jnp.sin(model.apply({"params": p}, tokens)))))(params)
 
     expected = gradients("none")
-    for remat in ("dots", "full"):
+    for remat in ("dots", "full", "host"):
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4, rtol=1e-4), gradients(remat), expected
         )
@@ -157,7 +159,7 @@ def test_sizes_that_do_not_fit(wrong, message):
 
 def test_unknown_remat():
     model = llama(**SMALL, num_layers=1, remat="some")
-    with pytest.raises(UserError, match="remat .some.: expected one of none, full, dots"):
+    with pytest.raises(UserError, match="remat .some.: expected one of none, full, host, dots"):
         model_lib.abstract_params(model)
 
 

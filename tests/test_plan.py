@@ -40,7 +40,7 @@ from lcx.planning import (
 KEYS = {  # what programs read; DESIGN names the first five
     *("peak_bytes", "memory_bytes", "fits", "step_seconds", "largest_seq_len"),
     *("topology", "devices", "mesh", "seq_len", "batch_size", "accumulation", "remat", "model_parameters"),
-    *("trained_parameters", "parameter_bytes", "runtime_bytes"),
+    *("trained_parameters", "parameter_bytes", "runtime_bytes", "host_bytes"),
     *("optimizer_bytes", "batch_bytes", "activation_bytes", "largest_buffers", "model_flops", "executed_flops"),
     *("collective_bytes", "step_seconds_overlapped", "compute_seconds", "memory_seconds", "link_seconds", "mfu"),
     *("tokens_per_second", "steps", "tokens", "days", "device_hours", "compile_seconds", "assumptions", "notes"),
@@ -74,7 +74,7 @@ def test_what_the_command_prints(plan):
     assert plan["batch_bytes"] == 5 * 4 * B * T // 2
     parts = ("parameter_bytes", "optimizer_bytes", "batch_bytes", "activation_bytes", "runtime_bytes")
     assert plan["peak_bytes"] == sum(plan[part] for part in parts) and plan["activation_bytes"] > 0
-    assert plan["fits"] and plan["peak_bytes"] < plan["memory_bytes"]
+    assert plan["fits"] and plan["peak_bytes"] < plan["memory_bytes"] and plan["host_bytes"] == 0
     assert plan["mfu"] is plan["largest_seq_len"] is None
     parts = ("compute_seconds", "memory_seconds", "link_seconds")
     assert plan["step_seconds"] == sum(plan[part] for part in parts) and all(plan[part] > 0 for part in parts)
@@ -153,14 +153,14 @@ def test_a_plan_is_kept(tmp_path, monkeypatch):
     key = cache.key("module @a", "v5e:2x2")
     assert key != cache.key("module @b", "v5e:2x2") and key != cache.key("module @a", "v5e:4x4")
     assert cache.read(key) is None
-    cache.write(key, cache.Compiled(7, "HloModule"))
-    assert cache.read(key) == cache.Compiled(7, "HloModule")
+    cache.write(key, cache.Compiled(7, 3, "HloModule"))
+    assert cache.read(key) == cache.Compiled(7, 3, "HloModule")
     (file,) = (tmp_path / "plans").iterdir()
     for damaged in (file.read_bytes()[:-9], b"", b"no gzip"):
         file.write_bytes(damaged)
         assert cache.read(key) is None, "compiled again"
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(file / "xla"))  # a folder that cannot be made
-    cache.write(key, cache.Compiled(7, None))
+    cache.write(key, cache.Compiled(7, 0, None))
 
 
 def test_what_a_compiler_refuses():

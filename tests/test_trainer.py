@@ -241,7 +241,7 @@ def test_a_converted_model_is_not_a_run(text, tmp_path):
         ({"eval_every": -1}, "Trainer.eval_every is -1, expected at least 0"),
         ({"accumulation": 3}, "Trainer.batch_size 8 is not a multiple of accumulation 3"),
         ({"dtype": "bf16"}, "Trainer.dtype is 'bf16', expected one of float32, bfloat16"),
-        ({"remat": "all"}, "Trainer.remat is 'all', expected one of none, full, dots"),
+        ({"remat": "all"}, "Trainer.remat is 'all', expected one of none, full, host, dots"),
         ({"wandb": "yes"}, "Trainer.wandb is 'yes', expected one of auto, offline, online, off"),
         (lambda: {"model": tiny_model(num_layers=0)}, "llama.num_layers is 0, expected at least 1"),
         (lambda: {"model": tiny_model(intermediate_size=0)}, "llama.intermediate_size is 0, expected at least 1"),

@@ -141,9 +141,13 @@ def _resized(x: Array, T: int) -> Array:
 
 
 def _chunks(arrays: tuple[Array, ...], vocab: int) -> tuple[Array, ...]:
-    """[B, T, ...] -> [number of chunks, C, ...], padded with zeros: padding has weight 0 and the valid label 0."""
+    """[B, T, ...] -> [number of chunks, C, ...], padded with zeros: padding has weight 0 and the valid label 0.
+
+    Padding copies what is padded, so chunks of nearly the largest size that need none are preferred.
+    """
     tokens = arrays[0].shape[0] * arrays[0].shape[1]
-    size = max(1, min(tokens, CHUNK_LOGITS // vocab))
+    most = max(1, min(tokens, CHUNK_LOGITS // vocab))
+    size = next((size for size in range(most, most // 2, -1) if tokens % size == 0), most)
     count = -(-tokens // size)
     flat = (a.reshape(tokens, *a.shape[2:]) for a in arrays)
     padded = (jnp.pad(a, [(0, count * size - tokens)] + [(0, 0)] * (a.ndim - 1)) for a in flat)

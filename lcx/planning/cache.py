@@ -24,10 +24,12 @@ class Compiled:
 
     Attributes:
       peak: bytes of arguments, results, temporary arrays and the program.
+      host: bytes of arrays that wait in the memory of the host.
       text: HLO; None if it refused the program because it does not fit.
     """
 
     peak: int
+    host: int
     text: str | None
 
 
@@ -44,7 +46,7 @@ def read(key: str) -> Compiled | None:
     """What was written under this key; None if nothing was, or it is damaged."""
     try:
         found = json.loads(gzip.decompress((_folder() / f"{key}.json.gz").read_bytes()))
-        return Compiled(int(found["peak"]), found["text"])
+        return Compiled(int(found["peak"]), int(found["host"]), found["text"])
     except (OSError, EOFError, ValueError, KeyError, TypeError, zlib.error):
         return None
 

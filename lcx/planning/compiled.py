@@ -45,6 +45,7 @@ class Memory:
       batch: the rows of one batch.
       rest: activations, gradients, the compiler's other temporary arrays, the program itself.
       runtime: what the device's libraries take beside the program's arrays; known for CPUs alone.
+      host: what waits in the memory of the host, which is no part of the peak; on CPUs it is a part of `rest`.
     """
 
     parameters: int
@@ -52,6 +53,7 @@ class Memory:
     batch: int
     rest: int
     runtime: int = 0
+    host: int = 0
 
     @property
     def peak(self) -> int:
@@ -111,7 +113,7 @@ def step_of(trainer: Trainer, topology: Topology) -> Step:
         "batch": device_bytes(batch),
     }
     runtime = CPU_RUNTIME // mesh.size if topology.chip is None else 0
-    memory = Memory(**known, rest=max(made.peak - sum(known.values()), 0), runtime=runtime)
+    memory = Memory(**known, rest=max(made.peak - sum(known.values()), 0), runtime=runtime, host=made.host)
     parsed = None if made.text is None else program.parse(made.text)
     return Step(run, memory, flops.count(traced), parsed, time.perf_counter() - start)
 
@@ -126,7 +128,7 @@ def batch_of(trainer: Trainer, run: Run, mesh: Mesh) -> dict[str, jax.ShapeDtype
 
 def least_bytes(trainer: Trainer, topology: Topology) -> int:
     """Bytes that a device needs at least, without compiling: the state and a batch; in training of all weights on whole
-    rows also the input of every block, which the backward pass starts from even with remat full.
+    rows also the input of every block, which the backward pass starts from even with remat full (not with host).
 
     Raises:
       UserError: see `step_of`.
@@ -136,7 +138,7 @@ def least_bytes(trainer: Trainer, topology: Topology) -> int:
     tokens = sharding.padded_rows(trainer.batch_size, mesh) * trainer.seq_len // mesh.size
     known = device_bytes(run.abstract) + device_bytes(batch_of(trainer, run, mesh))
     everything = trainer.piece_length is None and trainer.objective is objectives.next_token
-    if everything and all(jax.tree.leaves(run.trains)):
+    if everything and run.model.remat != "host" and all(jax.tree.leaves(run.trains)):
         width = run.model.hidden_size * np.dtype(run.model.dtype).itemsize
         known += tokens // division.micro_batches(trainer, mesh) * run.model.num_layers * width
     return known
@@ -150,9 +152,10 @@ def _compile(lowered: Any, topology: Topology) -> cache.Compiled:
     try:
         with silence.quiet():
             made = lowered.compile()
-            answer = cache.Compiled(_peak(made.memory_analysis()), made.as_text())
+            analysis = made.memory_analysis()
+            answer = cache.Compiled(_peak(analysis), analysis.host_temp_size_in_bytes, made.as_text())
     except jax.errors.JaxRuntimeError as error:
-        answer = cache.Compiled(_refused(error), None)
+        answer = cache.Compiled(_refused(error), 0, None)
     cache.write(key, answer)
     return answer
 

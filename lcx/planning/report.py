@@ -47,6 +47,7 @@ def plan(
         "activation_bytes": step.memory.rest,
         "runtime_bytes": step.memory.runtime,
         "peak_bytes": step.memory.peak,
+        "host_bytes": step.memory.host,
         "memory_bytes": place.memory,
         "fits": None if place.memory is None else step.memory.peak <= place.memory,
         "largest_buffers": [_buffer(buffer) for buffer in largest(step, trainer, mesh)],
@@ -123,6 +124,8 @@ def text(plan: dict[str, Any]) -> str:
         *(f"  {name:<34}{size(plan[key]):>12}" for name, key in _MEMORY_LINES),
         f"  {'peak':<34}{size(plan['peak_bytes']):>12}{_verdict(plan)}",
     ]
+    if plan["host_bytes"]:
+        lines.append(f"  {'beside it, in memory of the host':<34}{size(plan['host_bytes']):>12}")
     if plan["largest_seq_len"] is not None:
         lines.append(f"  the longest rows that fit: {plan['largest_seq_len']:,} tokens (within a sixteenth)")
     lines += [

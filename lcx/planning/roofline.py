@@ -25,7 +25,7 @@ _EVERYWHERE = (
     "would be step_seconds_overlapped",
     "every array of the program is written once and read once",
     "collectives run as rings along one axis of the mesh; each axis has links of its own",
-    "no time for data, checkpoints, evaluation, compilation or waiting for slower devices",
+    "no time for data, checkpoints, evaluation, compilation, copies to the host's memory or waiting for slower devices",
 )
 LOOPS = "of attention in loops of a length that the program decides, and of kernels that state no cost, operations are "
 LOOPS += "estimated: forward 1, recomputed 1 with remat, backward 2.5 times what a forward pass needs"
