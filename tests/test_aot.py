@@ -117,6 +117,14 @@ def test_a_pattern_of_blocks_is_recomputed_block_by_block(h200):
     assert temporary(4) < 1.3 * temporary(1)
 
 
+def test_the_inputs_of_blocks_wait_in_the_memory_of_the_host(h200):
+    sizes = {"vocab_size": 64, "hidden_size": 48, "intermediate_size": 32, "num_layers": 3, "num_heads": 4}
+    model = llama(**sizes, num_kv_heads=4, max_position_embeddings=128, remat="host")
+    tokens = jax.ShapeDtypeStruct((1, 128), jnp.int32)
+    text = aot.h200_text(jax.grad(lambda p, x: model.apply({"params": p}, x).sum()), abstract_params(model), tokens)
+    assert "S(5)" in set(re.findall(r"f32\[3,1,128,48\]\{[\d,]*(?::(S\(5\)))?\}", text))  # the memory of the host
+
+
 def test_projections_in_fp8_are_products_in_fp8(h200):
     """Forward and both gradients: the factors that the compiler multiplies are e4m3 and e5m2."""
     linear = Linear((256,), (128, 3), ("embed", "channels", None), fp8=True)
