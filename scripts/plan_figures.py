@@ -33,7 +33,7 @@ def one_gpu(result: dict) -> str:
     head = ["row", "peak", "of the host's memory", "step", "MFU"]
     rows = [
         [row["name"], f"{row['peak_bytes'] / 2**30:.1f} GiB", f"{row['host_bytes'] / 2**30:.1f} GiB",
-         f"{row['step_seconds']:.2g} s", f"{row['mfu']:.0%}"]
+         f"{row['step_seconds']:,.0f} s", f"{row['mfu']:.0%}"]
         for row in result["rows"] if row["topology"] == "h200:1"
     ]  # fmt: skip
     return f"{table(head, rows)}\n\nMade by `python benchmarks/plan_table.py`; times are rooflines."
