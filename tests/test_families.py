@@ -112,6 +112,9 @@ ROWS = {
     "ernie4_5": dict(head_dim=10, use_bias=True),
     "olmoe": dict(num_experts=5, num_experts_per_tok=2, norm_topk_prob=True),
     "ministral": dict(head_dim=10, rope_parameters=dict(YARN, rope_theta=1e4), **TWO_KINDS),
+    "ministral3": dict(head_dim=10, rope_parameters=dict(
+        YARN, rope_theta=1e4, original_max_position_embeddings=12, factor=8.0, llama_4_scaling_beta=0.7,
+    )),
     # Phi-4-mini. Each text is longer than the original context, since a batch has one length for longrope.
     "phi3": dict(
         tie_word_embeddings=True, original_max_position_embeddings=16, rope_parameters=dict(
@@ -259,7 +262,7 @@ def test_written_folder_is_what_was_read(name, folders, tmp_path):
 
 def check_spelling_of_version_4(config):
     """The rotary settings as transformers 4 reads them: it ignores rope_parameters, and two families check the keys."""
-    if config["model_type"] == "gemma4_text":  # unknown to it
+    if config["model_type"] in ("gemma4_text", "ministral3"):  # unknown to it
         assert "rope_scaling" not in config
         return
     new = config["rope_parameters"].get("full_attention", config["rope_parameters"])

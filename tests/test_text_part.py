@@ -1,5 +1,6 @@
 """The text models of folders with encoders of images, against the classes of transformers that hold both, fed text."""
 
+import copy
 import functools
 import json
 import logging
@@ -14,7 +15,7 @@ import lcx
 from lcx.convert.hf import config as hf_config
 from lcx.convert.hf import writer
 from lcx.convert.hf.source import HfSource
-from lcx.convert.peft import base
+from lcx.convert.peft import base, files, merged
 from lcx.errors import UserError
 
 T = 23
@@ -156,6 +157,53 @@ def test_an_adapter_names_a_base_that_fits_it(tmp_path):
     assert any("holds encoders beside the text model" in line for line in base.lines(base.Base(str(tmp_path), model)))
     (tmp_path / "config.json").write_text(json.dumps(hf_config.to_config(model, dtype="float32")))
     assert not any("encoders" in line for line in base.lines(base.Base(str(tmp_path), model)))
+
+
+def random_adapter(folder, **settings):
+    """An adapter of Gemma 3 with its encoder, as PEFT writes it: (the model with it, its tensors)."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    model = peft.get_peft_model(copy.deepcopy(torch_model("gemma3")), peft.LoraConfig(lora_alpha=6, **settings))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(0.3 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    return model, safetensors.torch.load_file(folder / "adapter_model.safetensors")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("spelling", ["of transformers 5", "of transformers 4"])
+def test_an_adapter_of_the_text_part_of_a_model_with_encoders(spelling, tmp_path):
+    """Its settings name modules as the model with encoders does: in a pattern, and in rank_pattern."""
+    torch_model("gemma3").save_pretrained(tmp_path / "whole")
+    model, tensors = random_adapter(
+        tmp_path, r=3, rank_pattern={r"language_model\.layers\.1\.self_attn\.q_proj": 2},
+        target_modules=r"model\.language_model\..*\.(q_proj|down_proj)|model\.language_model\.embed_tokens",
+    )
+    if spelling == "of transformers 4":
+        old = "language_model.model."
+        tensors = {name.replace("model.language_model.", old): x for name, x in tensors.items()}
+        safetensors.torch.save_file(tensors, tmp_path / "adapter_model.safetensors")
+        config = (tmp_path / "adapter_config.json").read_text()
+        config = config.replace(r"model\\.language_model\\.", r"language_model\\.model\\.")
+        config = config.replace(r"language_model\\.layers", r"language_model\\.model\\.layers")
+        (tmp_path / "adapter_config.json").write_text(config)
+    text, params = lcx.load(tmp_path / "whole", adapter=tmp_path, dtype="float32")
+    with torch.no_grad():
+        theirs = model(input_ids=torch.tensor(IDS)).logits.numpy()
+    assert np.abs(theirs - expected("gemma3")).max() > 0.1
+    np.testing.assert_allclose(lcx.logits(text, params, IDS), theirs, atol=2e-4, rtol=0)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_adapter_of_the_encoder_too_is_refused(tmp_path):
+    _, tensors = random_adapter(tmp_path, r=2, target_modules=["q_proj"])
+    assert any("vision" in name for name in tensors)
+    text = merged.known(hf_config.from_config(torch_model("gemma3").config.to_dict()))
+    with pytest.raises(UserError, match="changes 1 modules outside its text model, such as model.vision_tower") as error:
+        files.read(tmp_path, text)
+    assert "\n" not in str(error.value)
 
 
 REFUSED = {
