@@ -257,7 +257,17 @@ def test_written_folder_is_what_was_read(name, folders, tmp_path):
     with torch.no_grad():
         np.testing.assert_array_equal(back(ids).logits.numpy(), reference(ids).logits.numpy())
     assert HfSource(tmp_path).model == source.model
-    check_spelling_of_version_4(json.loads((tmp_path / "config.json").read_text()))
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config.keys() <= reference.config.to_dict().keys() | OTHER_SPELLINGS
+    check_spelling_of_version_4(config)
+
+
+#: What transformers 5 reads, and writes under another name or in rope_parameters.
+OTHER_SPELLINGS = {
+    "rope_theta", "rope_scaling", "rope_local_base_freq", "partial_rotary_factor", "original_max_position_embeddings",
+    "torch_dtype",
+    "num_experts", "global_head_dim", "num_global_key_value_heads",
+}  # fmt: skip
 
 
 def check_spelling_of_version_4(config):
@@ -414,7 +424,10 @@ REFUSED = {
     "windows": ("qwen2_moe", dict(use_sliding_window=True), "add layer_types"),
     "alpha": ("gpt_oss", dict(swiglu_alpha=2.0), "swiglu_alpha 2.0"),
     "quantized": ("granite", dict(quantization_config={"quant_method": "mxfp4"}), "quantization_config"),
-    "unknown": ("deepseek_v32", dict(), "model_type 'deepseek_v32', supported are"),
+    "unknown": ("dots1", dict(), "model_type 'dots1', supported are"),
+    "what it needs": ("qwen3_next", dict(), "model_type 'qwen3_next', which needs the gated delta rule; supported are"),
+    "no temperature": ("ministral3", dict(rope_parameters=DEFAULT), "no llama_4_scaling_beta in rope_parameters"),
+    "windows of two kinds": ("ministral3", TWO_KINDS, "layer_types that differ from sliding_window"),
     "shared latents": ("deepseek_v3", dict(num_key_value_heads=2), "num_key_value_heads 2, expected"),
     "choice": ("deepseek_v3", dict(topk_method="greedy"), "topk_method 'greedy'"),
     "published and transformers differ": ("deepseek_v2", dict(norm_topk_prob=True), "norm_topk_prob True"),
@@ -446,6 +459,8 @@ CHANGED = {
     "sinks": ("gpt_oss", lambda mixer: dict(sinks=False), "Attention.sinks = False"),
     "a chunk of its own": ("llama4_text", lambda mixer: dict(chunked=False), "Attention.chunked = False"),
     "heads": ("gemma4_text", lambda mixer: dict(value_norm=False), "Attention.value_norm = False"),
+    "steps": ("ministral3", lambda mixer: dict(temperature_floor=13), "Attention.temperature_floor = 13"),
+    "no steps": ("ministral3", lambda _: dict(temperature=None, temperature_floor=8192, temperature_offset=1), None),
     "a whole head": ("glm4", lambda mixer: dict(rope=Rope(partial_rotary_factor=1.0)), None),
     "rope": ("cohere2", lambda mixer: dict(rope=Rope()), "layer 1 has Attention.rope"),
 }
