@@ -152,8 +152,8 @@ What lcx does with the language models of each Hugging Face `model_type`; this p
 - **linearize**: whether its softmax layers can become linear attention; of the others, `Linearize.keep_softmax` lists
   the layers that stay.
 - **export**: every family is written back, with byte-equal tensors, as transformers 4 and 5 read it. With 4.57.6, small
-  random models of all families but Gemma 4 and Ministral 3, which it does not have, load without a missing or unexpected tensor and
-  give the logits of 5.23, in float32 equal or within 4e-6.
+  random models of all families but Gemma 4 and Ministral 3, which it does not have, load without a missing or
+  unexpected tensor and give the logits of 5.23, in float32 equal or within 4e-6.
   Some things it cannot do: it rejects an OLMo 2 whose scaling is neither `linear` nor `dynamic`, takes a
   `swiglu_limit` of 7 for every gpt-oss, ignores DeepSeek V2's `mscale_all_dim`, and lets DeepSeek V3 choose experts of
   other groups where the biased scores of its best groups are negative.

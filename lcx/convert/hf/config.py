@@ -81,8 +81,9 @@ def family_of(config: Mapping[str, Any], own: Family | None = None) -> Family:
     found = families.find(model_type, own)
     if found is None:
         missing = MISSING.get(model_type) if isinstance(model_type, str) else None
+        needs = f"which needs {missing}; " if missing else ""
         raise UserError(
-            f"config.json has model_type {shown(model_type)}, {f'which needs {missing}; ' if missing else ''}supported are "
+            f"config.json has model_type {shown(model_type)}, {needs}supported are "
             f"{', '.join(families.FAMILIES)}, and the text models of {', '.join(text_part.WHOLES)}"
         )
     return found

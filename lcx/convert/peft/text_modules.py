@@ -45,9 +45,10 @@ def of_text_model(found: Mapping[str, _T]) -> tuple[dict[str, _T], Spelling]:
             others.append(name)
         inner[ours + name.removeprefix(theirs)] = value
     if others:
+        listed = others[0] + (f" and {len(others) - 1} more" if len(others) > 1 else "")
         raise UserError(
-            f"the adapter was trained on a model with encoders, and changes {len(others)} modules outside its text "
-            f"model, such as {others[0]}, which lcx does not have: train one whose target_modules select the language "
-            "model alone, or merge it with PEFT and read the merged folder"
+            f"the adapter was trained on a model with encoders, and changes more than its text model, {listed}, which "
+            "lcx does not have: train one whose target_modules select the language model alone, or merge it with PEFT "
+            "and read the merged folder"
         )
     return inner, spelling

@@ -1,8 +1,8 @@
 """Ministral 3 (December 2025): Mistral whose queries grow with the position, by steps of the original window.
 
 rope_parameters.
-  llama_4_scaling_beta               queries at position p are multiplied by 1 + beta log(1 + floor(p / original window))
-  original_max_position_embeddings   that window; YaRN counts from it too
+  llama_4_scaling_beta               queries at position p are multiplied by 1 + beta log(1 + floor(p / window))
+  original_max_position_embeddings   the window of that; YaRN counts from it too
 """
 
 import dataclasses

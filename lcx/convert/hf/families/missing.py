@@ -4,7 +4,8 @@ _DELTA, _MAMBA = "the gated delta rule", "layers of Mamba between those of atten
 _INDEXER, _THREE = "attention to keys that an indexer chooses", "positions in three dimensions"
 #: model_type -> a feature that it cannot be computed without
 MISSING = {
-    **dict.fromkeys(("qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text", "olmo_hybrid"), _DELTA),
+    **dict.fromkeys(("qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text"), _DELTA),
+    "olmo_hybrid": _DELTA,
     "kimi_linear": "the delta rule with a decay for each channel",
     **dict.fromkeys(("bamba", "granitemoehybrid", "jamba", "nemotron_h", "zamba2"), _MAMBA),
     "falcon_h1": "attention and Mamba side by side in a layer",
