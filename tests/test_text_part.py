@@ -12,6 +12,7 @@ import torch
 import transformers
 
 import lcx
+from lcx import model as model_lib
 from lcx.convert.hf import config as hf_config
 from lcx.convert.hf import writer
 from lcx.convert.hf.source import HfSource
@@ -132,6 +133,19 @@ SCOUT = dict(
         ),
     ),
 )  # fmt: skip
+#: Ministral 3 of 8B, whose rotary settings hold a temperature, and their type under two keys.
+MINISTRAL = dict(
+    architectures=["Mistral3ForConditionalGeneration"], model_type="mistral3", image_token_index=10, dtype="bfloat16",
+    multimodal_projector_bias=False, spatial_merge_size=2, vision_config=dict(model_type="pixtral"),
+    tie_word_embeddings=False, text_config=dict(
+        head_dim=128, hidden_act="silu", hidden_size=4096, intermediate_size=14336, max_position_embeddings=262_144,
+        model_type="ministral3", num_attention_heads=32, num_hidden_layers=34, num_key_value_heads=8,
+        rms_norm_eps=1e-5, sliding_window=None, vocab_size=131_072, rope_parameters=dict(
+            beta_fast=32.0, beta_slow=1.0, factor=16.0, llama_4_scaling_beta=0.1, mscale=1.0, mscale_all_dim=1.0,
+            original_max_position_embeddings=16384, rope_theta=1e6, rope_type="yarn", type="yarn",
+        ),
+    ),
+)  # fmt: skip
 #: A file of transformers 5, which numbers the layers with other sizes from "05" on where there are ten or more.
 GEMMA4 = dict(
     TEXT, model_type="gemma4_text", num_hidden_layers=12, hidden_size_per_layer_input=0, global_head_dim=16,
@@ -140,12 +154,17 @@ GEMMA4 = dict(
 
 
 def test_published_settings_are_those_that_transformers_reads():
-    gemma3, llama4 = transformers.Gemma3Config(**PUBLISHED), transformers.Llama4Config(**SCOUT)
-    for given, theirs in ((PUBLISHED, gemma3), (SCOUT, llama4)):
+    read = {"gemma3": transformers.Gemma3Config, "llama4": transformers.Llama4Config}
+    read["mistral3"] = transformers.Mistral3Config
+    for given in (PUBLISHED, SCOUT, MINISTRAL):
+        theirs = read[given["model_type"]](**given)
         text = theirs.text_config.to_dict() | dict(architectures=None, tie_word_embeddings=theirs.tie_word_embeddings)
         assert hf_config.from_config(given) == hf_config.from_config(text)
     found = hf_config.from_config(PUBLISHED)
     assert found.tie_word_embeddings and found.vocab_size == 262_208
+    ministral = hf_config.from_config(MINISTRAL)
+    assert ministral == hf_config.from_config(transformers.Ministral3Config().to_dict())
+    assert model_lib.layers(ministral)[0].block.mixer.temperature_floor == 16384
     saved = transformers.Gemma4TextConfig(**GEMMA4).to_dict()
     assert "05" in saved["per_layer_config"]
     assert hf_config.from_config(saved) == hf_config.from_config(GEMMA4)
