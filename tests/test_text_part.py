@@ -225,6 +225,17 @@ def test_an_adapter_of_the_encoder_too_is_refused(tmp_path):
     assert "\n" not in str(error.value)
 
 
+def test_weights_in_eight_bits_are_refused_in_one_line(tmp_path):
+    """As Ministral 3 is published after its training for instructions: one scale for a matrix."""
+    torch_model("gemma3").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = dict(quant_method="fp8", activation_scheme="static", weight_block_size=None)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="quantization_config: 'fp8'.*write it in 16 bits first") as error:
+        HfSource(tmp_path)
+    assert str(error.value).count(str(tmp_path)) == 1 and "\n" not in str(error.value)
+
+
 REFUSED = {
     "another head": (
         dict(architectures=["Gemma3ForSequenceClassification"]), "expected ['Gemma3ForConditionalGeneration']",
