@@ -1,8 +1,8 @@
 """Adapters trained on a model with encoders, read as adapters of its text model.
 
 PEFT names modules as the class that was trained does. With encoders beside it (hf/text_part.py), the module
-model.layers.0.self_attn.q_proj of a text model is model.language_model.layers.0.self_attn.q_proj, and in classes of
-older versions of transformers language_model.model.layers.0.self_attn.q_proj.
+model.layers.0.self_attn.q_proj of a text model is model.language_model.layers.0.self_attn.q_proj, and in Llama 4 and in
+classes of older versions of transformers language_model.model.layers.0.self_attn.q_proj.
 """
 
 from collections.abc import Mapping
