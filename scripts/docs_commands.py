@@ -146,12 +146,14 @@ What lcx does with the language models of each Hugging Face `model_type`; this p
   instead: `{"full_attention": {...}, "sliding_attention": {...}}`.
 - **LoRA**: the projections that `LoRA.targets` can reach; their adapters are read from and written to PEFT folders.
   Experts get a pair each, written as PEFT had them with transformers 4, a module for each projection of each expert;
-  PEFT 0.21 with transformers 5 fuses those of Mixtral and Qwen3-MoE, and does not know Qwen2-MoE's. Adapters with
-  `target_parameters` are refused, and pairs of gpt-oss's and Llama 4's experts are only written merged into the model.
-- **linearize**: whether its softmax layers can become linear attention.
+  PEFT 0.21 with transformers 5 fuses those of Mixtral, OLMoE, Qwen3-MoE and DeepSeek (if no other module of the same
+  name has a pair, which is said), and refuses Qwen2-MoE's. Adapters with `target_parameters` are refused, and pairs of
+  the experts of gpt-oss, Llama 4 and Gemma 4 are only written merged into the model.
+- **linearize**: whether its softmax layers can become linear attention; of the others, `Linearize.keep_softmax` lists
+  the layers that stay.
 - **export**: every family is written back, with byte-equal tensors, as transformers 4 and 5 read it. With 4.57.6, small
-  random models of all families but Gemma 4, which it does not have, load without a missing or unexpected tensor and
-  give the logits of 5.23, in float32 equal or within 4e-6.
+  random models of all families but Gemma 4 and Ministral 3, which it does not have, load without a missing or
+  unexpected tensor and give the logits of 5.23, in float32 equal or within 4e-6.
   Some things it cannot do: it rejects an OLMo 2 whose scaling is neither `linear` nor `dynamic`, takes a
   `swiglu_limit` of 7 for every gpt-oss, ignores DeepSeek V2's `mscale_all_dim`, and lets DeepSeek V3 choose experts of
   other groups where the biased scores of its best groups are negative.
@@ -160,10 +162,16 @@ Of Gemma 4, the models without embeddings for each layer are read (31B, 26B-A4B)
 of a quarter of each head is scaled by `{"rope_type": "proportional", "factor": ...}`, as no other type turns the same
 dimensions.
 
-Gemma 3 and 4, Llama 4 and Mistral Small 3.1 are published with an encoder of images. Of such folders (`gemma3`,
-`gemma4`, `llama4`, `mistral3`) the text model is read, and a line says what is left out; it is written as a folder of
-text alone, which transformers opens with the family's `ForCausalLM`. An adapter fits that folder, and not the
-published one.
+Gemma 3 and 4, Llama 4, Mistral Small 3.1 and Ministral 3 are published with an encoder of images. Of such folders
+(`gemma3`, `gemma4`, `llama4`, `mistral3`) the text model is read, and a line says what is left out; it is written as a
+folder of text alone, which transformers opens with the family's `ForCausalLM`. An adapter that was trained on the
+published folder is read if it changes the text model alone, and refused if it changes the encoder too; one that lcx
+writes fits the folder of text alone.
+
+Recipes as their authors published them are in `configs/extend`: `llama3.gin` (ProLong), `olmo3.gin`, `smollm3.gin`,
+`qwen3.gin`, `gemma3.gin` and `deepseek.gin`; their headers give the sources, and what was not published. For the other
+families too little is: of Granite 3.1, that 500 billion tokens took it from 4K to 128K in increments of window and
+`rope_theta`, but not which.
 
 DeepSeek V3's released files are read as they are: weights in FP8 become bfloat16, and the layers of multi-token
 prediction are left out, which is said. The biases of its router are kept in float32 and have no gradient.
@@ -176,7 +184,8 @@ _SMALL = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 12, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 4096, "sliding_window": 64,
     "shared_expert_intermediate_size": 32, "num_experts_per_tok": 2, "tie_word_embeddings": True,
-    "hidden_size_per_layer_input": 0, "global_head_dim": 16,
+    "hidden_size_per_layer_input": 0, "global_head_dim": 16, "enable_moe_block": True, "num_experts": 4,
+    "top_k_experts": 2, "moe_intermediate_size": 32,
 }  # fmt: skip
 
 
@@ -192,8 +201,9 @@ def _family_row(model_type: str) -> str:
     from lcx.model import layers
 
     family = families.FAMILIES[model_type]
-    small = _SMALL if model_type not in ("llama",) else {k: v for k, v in _SMALL.items() if k != "sliding_window"}
-    config = {"model_type": model_type, **small}
+    config = {"model_type": model_type, **_SMALL}
+    if model_type in ("llama", "ministral3"):
+        del config["sliding_window"]
     if isinstance(family, WithExperts):
         config |= {family.experts_key: 4, family.size_key: 32, "n_group": 1, "topk_group": 1}
     if isinstance(family, Layered) and "sliding_window" in dict(family.fixed):
@@ -206,9 +216,9 @@ def _family_row(model_type: str) -> str:
         kinds[kind + ("" if layer.block.mixer.rope else ", no rope")] = None
 
     def scaled() -> str:
-        for name in ("linear", "proportional"):
+        for name, factor in (("linear", 4.0), ("proportional", 4.0), ("yarn", 64.0)):  # the last for 32 times as it is
             with contextlib.suppress(UserError):
-                wider = extend.extend_model(model, {"rope_type": name, "factor": 4.0}, None)
+                wider = extend.extend_model(model, {"rope_type": name, "factor": factor}, None)
                 break
         else:
             return "none; `context_length` alone"

@@ -112,6 +112,9 @@ ROWS = {
     "ernie4_5": dict(head_dim=10, use_bias=True),
     "olmoe": dict(num_experts=5, num_experts_per_tok=2, norm_topk_prob=True),
     "ministral": dict(head_dim=10, rope_parameters=dict(YARN, rope_theta=1e4), **TWO_KINDS),
+    "ministral3": dict(head_dim=10, rope_parameters=dict(
+        YARN, rope_theta=1e4, original_max_position_embeddings=12, factor=8.0, llama_4_scaling_beta=0.7,
+    )),
     # Phi-4-mini. Each text is longer than the original context, since a batch has one length for longrope.
     "phi3": dict(
         tie_word_embeddings=True, original_max_position_embeddings=16, rope_parameters=dict(
@@ -254,12 +257,22 @@ def test_written_folder_is_what_was_read(name, folders, tmp_path):
     with torch.no_grad():
         np.testing.assert_array_equal(back(ids).logits.numpy(), reference(ids).logits.numpy())
     assert HfSource(tmp_path).model == source.model
-    check_spelling_of_version_4(json.loads((tmp_path / "config.json").read_text()))
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config.keys() <= reference.config.to_dict().keys() | OTHER_SPELLINGS
+    check_spelling_of_version_4(config)
+
+
+#: What transformers 5 reads, and writes under another name or in rope_parameters.
+OTHER_SPELLINGS = {
+    "rope_theta", "rope_scaling", "rope_local_base_freq", "partial_rotary_factor", "original_max_position_embeddings",
+    "torch_dtype",
+    "num_experts", "global_head_dim", "num_global_key_value_heads",
+}  # fmt: skip
 
 
 def check_spelling_of_version_4(config):
     """The rotary settings as transformers 4 reads them: it ignores rope_parameters, and two families check the keys."""
-    if config["model_type"] == "gemma4_text":  # unknown to it
+    if config["model_type"] in ("gemma4_text", "ministral3"):  # unknown to it
         assert "rope_scaling" not in config
         return
     new = config["rope_parameters"].get("full_attention", config["rope_parameters"])
@@ -411,7 +424,10 @@ REFUSED = {
     "windows": ("qwen2_moe", dict(use_sliding_window=True), "add layer_types"),
     "alpha": ("gpt_oss", dict(swiglu_alpha=2.0), "swiglu_alpha 2.0"),
     "quantized": ("granite", dict(quantization_config={"quant_method": "mxfp4"}), "quantization_config"),
-    "unknown": ("deepseek_v32", dict(), "model_type 'deepseek_v32', supported are"),
+    "unknown": ("dots1", dict(), "model_type 'dots1', supported are"),
+    "what it needs": ("qwen3_next", dict(), "model_type 'qwen3_next', which needs the gated delta rule; supported are"),
+    "no temperature": ("ministral3", dict(rope_parameters=DEFAULT), "no llama_4_scaling_beta in rope_parameters"),
+    "windows of two kinds": ("ministral3", TWO_KINDS, "layer_types that differ from sliding_window"),
     "shared latents": ("deepseek_v3", dict(num_key_value_heads=2), "num_key_value_heads 2, expected"),
     "choice": ("deepseek_v3", dict(topk_method="greedy"), "topk_method 'greedy'"),
     "published and transformers differ": ("deepseek_v2", dict(norm_topk_prob=True), "norm_topk_prob True"),
@@ -443,6 +459,8 @@ CHANGED = {
     "sinks": ("gpt_oss", lambda mixer: dict(sinks=False), "Attention.sinks = False"),
     "a chunk of its own": ("llama4_text", lambda mixer: dict(chunked=False), "Attention.chunked = False"),
     "heads": ("gemma4_text", lambda mixer: dict(value_norm=False), "Attention.value_norm = False"),
+    "steps": ("ministral3", lambda mixer: dict(temperature_floor=13), "Attention.temperature_floor = 13"),
+    "no steps": ("ministral3", lambda _: dict(temperature=None, temperature_floor=8192, temperature_offset=1), None),
     "a whole head": ("glm4", lambda mixer: dict(rope=Rope(partial_rotary_factor=1.0)), None),
     "rope": ("cohere2", lambda mixer: dict(rope=Rope()), "layer 1 has Attention.rope"),
 }

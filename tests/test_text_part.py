@@ -1,5 +1,6 @@
 """The text models of folders with encoders of images, against the classes of transformers that hold both, fed text."""
 
+import copy
 import functools
 import json
 import logging
@@ -11,10 +12,11 @@ import torch
 import transformers
 
 import lcx
+from lcx import model as model_lib
 from lcx.convert.hf import config as hf_config
 from lcx.convert.hf import writer
 from lcx.convert.hf.source import HfSource
-from lcx.convert.peft import base
+from lcx.convert.peft import base, files, merged
 from lcx.errors import UserError
 
 T = 23
@@ -131,6 +133,19 @@ SCOUT = dict(
         ),
     ),
 )  # fmt: skip
+#: Ministral 3 of 8B, whose rotary settings hold a temperature, and their type under two keys.
+MINISTRAL = dict(
+    architectures=["Mistral3ForConditionalGeneration"], model_type="mistral3", image_token_index=10, dtype="bfloat16",
+    multimodal_projector_bias=False, spatial_merge_size=2, vision_config=dict(model_type="pixtral"),
+    tie_word_embeddings=False, text_config=dict(
+        head_dim=128, hidden_act="silu", hidden_size=4096, intermediate_size=14336, max_position_embeddings=262_144,
+        model_type="ministral3", num_attention_heads=32, num_hidden_layers=34, num_key_value_heads=8,
+        rms_norm_eps=1e-5, sliding_window=None, vocab_size=131_072, rope_parameters=dict(
+            beta_fast=32.0, beta_slow=1.0, factor=16.0, llama_4_scaling_beta=0.1, mscale=1.0, mscale_all_dim=1.0,
+            original_max_position_embeddings=16384, rope_theta=1e6, rope_type="yarn", type="yarn",
+        ),
+    ),
+)  # fmt: skip
 #: A file of transformers 5, which numbers the layers with other sizes from "05" on where there are ten or more.
 GEMMA4 = dict(
     TEXT, model_type="gemma4_text", num_hidden_layers=12, hidden_size_per_layer_input=0, global_head_dim=16,
@@ -139,12 +154,17 @@ GEMMA4 = dict(
 
 
 def test_published_settings_are_those_that_transformers_reads():
-    gemma3, llama4 = transformers.Gemma3Config(**PUBLISHED), transformers.Llama4Config(**SCOUT)
-    for given, theirs in ((PUBLISHED, gemma3), (SCOUT, llama4)):
+    read = {"gemma3": transformers.Gemma3Config, "llama4": transformers.Llama4Config}
+    read["mistral3"] = transformers.Mistral3Config
+    for given in (PUBLISHED, SCOUT, MINISTRAL):
+        theirs = read[given["model_type"]](**given)
         text = theirs.text_config.to_dict() | dict(architectures=None, tie_word_embeddings=theirs.tie_word_embeddings)
         assert hf_config.from_config(given) == hf_config.from_config(text)
     found = hf_config.from_config(PUBLISHED)
     assert found.tie_word_embeddings and found.vocab_size == 262_208
+    ministral = hf_config.from_config(MINISTRAL)
+    assert ministral == hf_config.from_config(transformers.Ministral3Config().to_dict())
+    assert model_lib.layers(ministral)[0].block.mixer.temperature_floor == 16384
     saved = transformers.Gemma4TextConfig(**GEMMA4).to_dict()
     assert "05" in saved["per_layer_config"]
     assert hf_config.from_config(saved) == hf_config.from_config(GEMMA4)
@@ -156,6 +176,64 @@ def test_an_adapter_names_a_base_that_fits_it(tmp_path):
     assert any("holds encoders beside the text model" in line for line in base.lines(base.Base(str(tmp_path), model)))
     (tmp_path / "config.json").write_text(json.dumps(hf_config.to_config(model, dtype="float32")))
     assert not any("encoders" in line for line in base.lines(base.Base(str(tmp_path), model)))
+
+
+def random_adapter(folder, **settings):
+    """An adapter of Gemma 3 with its encoder, as PEFT writes it: (the model with it, its tensors)."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    model = peft.get_peft_model(copy.deepcopy(torch_model("gemma3")), peft.LoraConfig(lora_alpha=6, **settings))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(0.3 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    return model, safetensors.torch.load_file(folder / "adapter_model.safetensors")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("spelling", ["of transformers 5", "of transformers 4"])
+def test_an_adapter_of_the_text_part_of_a_model_with_encoders(spelling, tmp_path):
+    """Its settings name modules as the model with encoders does: in a pattern, and in rank_pattern."""
+    torch_model("gemma3").save_pretrained(tmp_path / "whole")
+    model, tensors = random_adapter(
+        tmp_path, r=3, rank_pattern={r"language_model\.layers\.1\.self_attn\.q_proj": 2},
+        target_modules=r"model\.language_model\..*\.(q_proj|down_proj)|model\.language_model\.embed_tokens",
+    )
+    if spelling == "of transformers 4":
+        old = "language_model.model."
+        tensors = {name.replace("model.language_model.", old): x for name, x in tensors.items()}
+        safetensors.torch.save_file(tensors, tmp_path / "adapter_model.safetensors")
+        config = (tmp_path / "adapter_config.json").read_text()
+        config = config.replace(r"model\\.language_model\\.", r"language_model\\.model\\.")
+        config = config.replace(r"language_model\\.layers", r"language_model\\.model\\.layers")
+        (tmp_path / "adapter_config.json").write_text(config)
+    text, params = lcx.load(tmp_path / "whole", adapter=tmp_path, dtype="float32")
+    with torch.no_grad():
+        theirs = model(input_ids=torch.tensor(IDS)).logits.numpy()
+    assert np.abs(theirs - expected("gemma3")).max() > 0.1
+    np.testing.assert_allclose(lcx.logits(text, params, IDS), theirs, atol=2e-4, rtol=0)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_adapter_of_the_encoder_too_is_refused(tmp_path):
+    _, tensors = random_adapter(tmp_path, r=2, target_modules=["q_proj"])
+    assert any("vision" in name for name in tensors)
+    text = merged.known(hf_config.from_config(torch_model("gemma3").config.to_dict()))
+    with pytest.raises(UserError, match="changes more than its text model, model.vision_tower") as error:
+        files.read(tmp_path, text)
+    assert "\n" not in str(error.value)
+
+
+def test_weights_in_eight_bits_are_refused_in_one_line(tmp_path):
+    """As Ministral 3 is published after its training for instructions: one scale for a matrix."""
+    torch_model("gemma3").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = dict(quant_method="fp8", activation_scheme="static", weight_block_size=None)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="quantization_config: 'fp8'.*write it in 16 bits first") as error:
+        HfSource(tmp_path)
+    assert str(error.value).count(str(tmp_path)) == 1 and "\n" not in str(error.value)
 
 
 REFUSED = {

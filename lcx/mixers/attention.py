@@ -33,8 +33,9 @@ class Attention(nn.Module):
       scale: factor on q k^T before the softmax; None: 1 / sqrt(head_dim).
       softcap: c in c tanh(score / c), which bounds the scores (Gemma 2); None: no cap.
       sinks: whether each head has a trained score that counts in its softmax without a value (gpt-oss).
-      temperature: factors on the queries that grow with the position p, 1 + temperature log(1 + floor((p + 1) /
-        temperature_floor)), so that attention stays sharp over many keys (Llama 4; arXiv 2501.19399). None: none.
+      temperature: factors on the queries that grow with the position p, 1 + temperature log(1 + floor((p +
+        temperature_offset) / temperature_floor)), so that attention stays sharp over many keys (Llama 4, and with
+        offset 0 Ministral 3; arXiv 2501.19399). None: none.
       keys_as_values: whether there is no projection to values: they are what the keys are made of, before norm and
         rotation (Gemma 4).
       value_norm: whether each value is divided by its root mean square (Gemma 4).
@@ -66,6 +67,7 @@ class Attention(nn.Module):
     temperature_floor: int = 8192
     keys_as_values: bool = False
     value_norm: bool = False
+    temperature_offset: int = 1
 
     @nn.compact
     def __call__(
@@ -120,7 +122,7 @@ class Attention(nn.Module):
             temperature_floor=self.temperature_floor,
         )
         check_positive("Attention", scale=self.scale, softcap=self.softcap, temperature=self.temperature)
-        check_not_negative("Attention", norm_eps=self.norm_eps)
+        check_not_negative("Attention", norm_eps=self.norm_eps, temperature_offset=self.temperature_offset)
         if self.position_dtype not in (None, "bfloat16"):
             raise UserError(f"Attention.position_dtype is {self.position_dtype!r}, expected None or 'bfloat16'")
         if self.chunked and self.window is None:
@@ -134,7 +136,8 @@ class Attention(nn.Module):
 
     @nn.nowrap
     def _sharpness(self, places: Int[Array, "B T"], dtype: jnp.dtype) -> Float[Array, "B T 1 1"]:
-        steps = jnp.floor((places.astype(jnp.float32) + 1) / self.temperature_floor)
+        first = places.astype(jnp.float32) + self.temperature_offset
+        steps = jnp.floor(first / self.temperature_floor)
         factor = jnp.log1p(steps) * (self.temperature or 0) + 1
         return factor.astype(dtype)[..., None, None]
 

@@ -52,9 +52,13 @@ def check_names(where: pathlib.Path, names: Iterable[str]) -> None:
 
 
 def check_config(
-    config: Mapping[str, Any], where: pathlib.Path, *, reads: Collection[str] = UNPACKED
+    config: Mapping[str, Any], where: pathlib.Path | None = None, *, reads: Collection[str] = UNPACKED
 ) -> None:
-    """Raises UserError for the config.json of a quantized model, unless its method is one of `reads`."""
+    """Raises UserError for the config.json of a quantized model, unless its method is one of `reads`.
+
+    Args:
+      where: the folder, for a message that nobody else puts it before.
+    """
     for key in ("quantization_config", "compression_config"):
         given = config.get(key)
         if not given:
@@ -68,8 +72,9 @@ def check_config(
             if isinstance(given, Mapping) and given.get(name)
         ]
         name = method or (f"bitsandbytes, {bits[0]}" if bits else "an unnamed method")
+        folder = "" if where is None else f"{where}: "
         raise UserError(
-            f"{where}: the weights are quantized ({key}: {shown(name)}), which is not read: {_DEQUANTIZE}"
+            f"{folder}the weights are quantized ({key}: {shown(name)}), which is not read: {_DEQUANTIZE}"
         )
 
 

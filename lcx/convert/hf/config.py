@@ -14,6 +14,7 @@ from typing import Any
 from lcx.convert.core import model_source, rules
 from lcx.convert.files.tensor_io import TensorInfo
 from lcx.convert.hf import families, rope_parameters, text_part
+from lcx.convert.hf.families.missing import MISSING
 from lcx.convert.hf.family import Family
 from lcx.errors import UserError
 from lcx.model import Decoder
@@ -79,9 +80,11 @@ def family_of(config: Mapping[str, Any], own: Family | None = None) -> Family:
     model_type = config.get("model_type")
     found = families.find(model_type, own)
     if found is None:
+        missing = MISSING.get(model_type) if isinstance(model_type, str) else None
+        needs = f"which needs {missing}; " if missing else ""
         raise UserError(
-            f"config.json has model_type {shown(model_type)}, supported are {', '.join(families.FAMILIES)}, and the "
-            f"text models of {', '.join(text_part.WHOLES)}"
+            f"config.json has model_type {shown(model_type)}, {needs}supported are "
+            f"{', '.join(families.FAMILIES)}, and the text models of {', '.join(text_part.WHOLES)}"
         )
     return found
 

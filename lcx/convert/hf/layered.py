@@ -237,8 +237,8 @@ class Layered(LlamaLike):
             config["attention_bias"] = shape["qkv_bias"]
         key = self.activation[0]
         names = {ours: theirs for theirs, ours in reversed(_ACTIVATIONS.items())}
-        config |= {"hidden_act": names.get(getattr(mlp, "activation", "silu"), "silu")}
-        config |= {key: config["hidden_act"], "num_hidden_layers": len(depth)}
+        del config["hidden_act"]
+        config |= {key: names.get(getattr(mlp, "activation", "silu"), "silu"), "num_hidden_layers": len(depth)}
         config |= self._kind_keys(depth) | self._rope_keys(model, depth) | self.own_keys(model, depth)
         self._check_read_back(model, config)
         return config

@@ -48,7 +48,7 @@ class HfSource:
             self.carried = {key: value for key, value in config.items() if key in hf_config.CARRIED}
             text = text_part.tensors_of(self._folder, self._folder.config, self.where, own=family)
             family = hf_config.family_of(config, family)
-            unsupported.check_config(config, self._folder.path, reads=family.unpacks)
+            unsupported.check_config(config, reads=family.unpacks)
             stored = fp8_blocks.unpacked(mxfp4.unpacked(text, config), config)
             unsupported.check_tensors(stored.tensors)
             unwrapped = tensor_names.unwrapped(stored, self.where, family)

@@ -26,6 +26,7 @@ import numpy as np
 from lcx.convert.files import folders, safetensors, tensor_io, torch_bin
 from lcx.convert.files.tensor_io import FLOAT_DTYPES, TensorSource
 from lcx.convert.peft import settings as peft_settings
+from lcx.convert.peft import text_modules
 from lcx.convert.peft.settings import EMBEDDING, HEAD, Settings
 from lcx.errors import UserError
 
@@ -174,8 +175,11 @@ class _Reading:
     """State of reading one folder into an Adapter."""
 
     def __init__(self, folder: pathlib.Path, settings: Settings, source: TensorSource, known: Known):
-        self.folder, self.settings, self.source, self.known = folder, settings, source, known
-        self.found = _sorted(source)  # module -> kind -> key
+        self.folder, self.source, self.known = folder, source, known
+        self.found, spelling = text_modules.of_text_model(_sorted(source))  # module -> kind -> key
+        self.settings = dataclasses.replace(settings, spelling=spelling)
+        if spelling:
+            log.warning("%s: trained on a model with encoders, and read as an adapter of its text model", folder)
         self.changes: dict[str, list[Change]] = {}
 
     def adapter(self) -> Adapter:
@@ -250,7 +254,7 @@ class _Reading:
         self.changes.setdefault(name, []).append(Replaced(self.source, key, everywhere))
 
     def _add_rows(self, module: str, key: str) -> None:
-        stated = {end: rows for end, rows in self.settings.rows.items() if module.endswith(end)}
+        stated = {end: rows for end, rows in self.settings.rows.items() if self._named(module).endswith(end)}
         if len(stated) != 1:
             raise UserError(
                 f"unexpected tensor {key!r}, which trainable_token_indices of {CONFIG} does not select"
@@ -320,7 +324,7 @@ class _Reading:
                 f"modules_to_save or bias of {CONFIG} selects {_listing(missing)}, which the adapter lacks: copy "
                 "or download it again"
             )
-        modules = {name.rpartition(".")[0] for name in self.known.shapes}
+        modules = {self._named(name.rpartition(".")[0]) for name in self.known.shapes}
         ignored = [
             end for end in self.settings.saved if not any(f"{m}.".find(f"{end}.") >= 0 for m in modules)
         ]
@@ -329,12 +333,17 @@ class _Reading:
                 "%s: modules_to_save names %s, which the model does not have", self.folder, _listing(ignored)
             )
         has_rows = [module for module, keys in self.found.items() if "rows" in keys]
-        absent = [end for end in self.settings.rows if not any(module.endswith(end) for module in has_rows)]
+        named = [self._named(module) for module in has_rows]
+        absent = [end for end in self.settings.rows if not any(name.endswith(end) for name in named)]
         follows = self.known.tied and len(set(self.settings.rows.values())) == 1 and has_rows
         if absent and not follows:
             raise UserError(
                 f"trainable_token_indices of {CONFIG} has {absent[0]!r}, whose rows the adapter does not hold"
             )
+
+    def _named(self, module: str) -> str:
+        """The name of a module in the model that was trained."""
+        return text_modules.outer(module, self.settings.spelling)
 
     def _check_shape(self, name: str, key: str, expected: tuple[int, ...] | None) -> None:
         found = self.source.tensors[key].shape

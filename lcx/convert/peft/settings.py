@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lcx.convert.files import folders
-from lcx.convert.peft import patterns
+from lcx.convert.peft import patterns, text_modules
 from lcx.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -63,6 +63,8 @@ class Settings:
       bias: which biases were trained: none, all or lora_only.
       tying: whether changes to a tied embedding or head apply to both (ensure_weight_tying).
       base: the name or path of the base.
+      spelling: how the trained model names the modules of its text model (`text_modules`); names given to the methods
+        are those of the text model alone.
     """
 
     rank: int
@@ -80,6 +82,7 @@ class Settings:
     bias: str
     tying: bool
     base: str | None
+    spelling: text_modules.Spelling = ()
 
     def scales(self, ranks: Mapping[str, int]) -> dict[str, float]:
         """Module -> scale of its update: alpha / rank, or alpha / sqrt(rank) for rsLoRA (arXiv 2312.03732).
@@ -90,9 +93,9 @@ class Settings:
         Raises:
           UserError: a rank contradicts the file, or a pattern is not a valid regular expression.
         """
-        names = list(ranks)
-        stated = dict.fromkeys(names, self.rank) | _by_module(self.rank_pattern, names, "rank_pattern")
-        alphas = dict.fromkeys(names, self.alpha) | _by_module(self.alpha_pattern, names, "alpha_pattern")
+        names = {text_modules.outer(name, self.spelling): name for name in ranks}
+        stated = dict.fromkeys(ranks, self.rank) | _by_module(self.rank_pattern, names, "rank_pattern")
+        alphas = dict.fromkeys(ranks, self.alpha) | _by_module(self.alpha_pattern, names, "alpha_pattern")
         for name, rank in ranks.items():
             if stated[name] != rank:
                 raise UserError(
@@ -109,9 +112,10 @@ class Settings:
         """
         if self.targets is None:
             return None
-        names = [*linear, *tables]
+        ours = {text_modules.outer(name, self.spelling): name for name in (*linear, *tables)}
+        names = list(ours)
         if isinstance(self.targets, str) and self.targets.lower() == ALL_LINEAR:
-            found = set(linear)
+            found = set(names[: len(linear)])
         elif isinstance(self.targets, str):
             found = patterns.matching([self.targets], names, setting=f"target_modules of {FILE}")[
                 self.targets
@@ -124,7 +128,8 @@ class Settings:
             ]
         else:
             found -= {name for name in names if _ends(name, self.exclude)}
-        return {name for name in found if not any(f".{saved}." in f".{name}." for saved in self.saved)}
+        kept = {name for name in found if not any(f".{saved}." in f".{name}." for saved in self.saved)}
+        return {ours[name] for name in kept}
 
     def _ends_in_target(self, name: str) -> bool:
         assert isinstance(self.targets, tuple)
@@ -137,7 +142,7 @@ class Settings:
 
     def is_saved(self, module: str) -> bool:
         """Whether a module, or a module that contains it, is listed in modules_to_save."""
-        parts = module.split(".")
+        parts = text_modules.outer(module, self.spelling).split(".")
         return any(
             ".".join(parts[:end]).endswith(saved) for saved in self.saved for end in range(1, len(parts) + 1)
         )
@@ -147,8 +152,12 @@ def _ends(name: str, endings: Sequence[str]) -> bool:
     return any(name == ending or name.endswith(f".{ending}") for ending in endings)
 
 
-def _by_module(given: Mapping[str, Any], names: Sequence[str], setting: str) -> dict[str, Any]:
-    """Module -> the value of the first pattern that it matches, by PEFT's rule (.*\\.)?(pattern)$."""
+def _by_module(given: Mapping[str, Any], names: Mapping[str, str], setting: str) -> dict[str, Any]:
+    """Module -> the value of the first pattern that it matches, by PEFT's rule (.*\\.)?(pattern)$.
+
+    Args:
+      names: name to match -> module.
+    """
     if not given:
         return {}
     # Matching every dot-separated suffix replaces the prefix (.*\.)?, whose repetition would require the subprocess.
@@ -156,10 +165,10 @@ def _by_module(given: Mapping[str, Any], names: Sequence[str], setting: str) -> 
     every = sorted({end for some in ends.values() for end in some})
     matched = patterns.matching(list(given), every, setting=f"{setting} of {FILE}")
     out = {}
-    for name in names:
+    for name, module in names.items():
         for pattern, value in given.items():
             if matched[pattern].intersection(ends[name]):
-                out[name] = value
+                out[module] = value
                 break
     return out
 

@@ -15,6 +15,7 @@ from lcx.convert.hf.families.granite import GRANITE
 from lcx.convert.hf.families.llama import LLAMA
 from lcx.convert.hf.families.llama4 import LLAMA4
 from lcx.convert.hf.families.ministral import MINISTRAL
+from lcx.convert.hf.families.ministral3 import MINISTRAL3
 from lcx.convert.hf.families.mistral import MISTRAL
 from lcx.convert.hf.families.mixtral import MIXTRAL
 from lcx.convert.hf.families.olmo2 import OLMO2, OLMO3
@@ -32,7 +33,7 @@ from lcx.model import Decoder
 _ALL = (
     LLAMA, MISTRAL, QWEN2, QWEN3, PHI3, GEMMA2, GEMMA3, OLMO2, OLMO3, SMOLLM3, GRANITE, COHERE2, GLM4, MINISTRAL,
     MIXTRAL, QWEN2_MOE, QWEN3_MOE, GPT_OSS, DEEPSEEK_V2, DEEPSEEK_V3, LLAMA4, GEMMA4,
-    ARCEE, SEED_OSS, EXAONE4, OLMOE, ERNIE4_5,
+    MINISTRAL3, ARCEE, SEED_OSS, EXAONE4, OLMOE, ERNIE4_5,
 )  # fmt: skip
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _ALL}
 

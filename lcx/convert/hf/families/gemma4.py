@@ -196,6 +196,10 @@ class Gemma4(Layered):
             "moe_intermediate_size": mlp.experts.intermediate_size,
         }
 
+    def _rope_keys(self, model, depth):
+        keys = super()._rope_keys(model, depth)
+        return {key: value for key, value in keys.items() if key != "rope_local_base_freq"}  # of transformers 4
+
     # ------------------------------------------------------------------------------------ tensors <-> parameters
 
     def norms_of(self, layer):

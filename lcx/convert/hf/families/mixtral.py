@@ -23,8 +23,8 @@ class Mixtral(WithExperts):
     def kinds(self, config, num_layers):
         return [FULL if config.get("sliding_window") is None else SLIDING] * num_layers
 
-    def own_keys(self, model, depth):
-        return {"sliding_window": depth[0].block.mixer.window, **super().own_keys(model, depth)}
+    def _kind_keys(self, depth):
+        return {"sliding_window": depth[0].block.mixer.window}
 
     def rules(self, model):
         return renamed(super().rules(model), {r"(layers\.\d+)\.mlp\.": r"\1.block_sparse_moe."})
