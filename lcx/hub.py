@@ -16,7 +16,7 @@ from typing import Any
 
 from lcx import paths, small_files
 from lcx.buckets import copies, is_url
-from lcx.errors import UserError, first_line
+from lcx.errors import UserError, first_line, naming_flags
 
 log = logging.getLogger(__name__)
 
