@@ -78,7 +78,7 @@ def points(model: Decoder, names: Sequence[str | int]) -> dict[str, Point]:
     if isinstance(names, str | int) or not names:
         names = [names] if isinstance(names, str | int) and names != "" else []
     if not names:
-        raise UserError("layers is empty, expected names such as layers.5 or blocks.28.mlp.l3: set layers")
+        raise UserError("layers is empty, expected names such as layers.5 or blocks.28.mlp.l3: change setting layers")
     known = _modules(model)
     return {str(name): _point(model, str(name), known) for name in names}
 
@@ -96,7 +96,7 @@ def _point(model: Decoder, name: str, known: frozenset[tuple[str, ...]]) -> Poin
     number, inside = int(found.group(1)), found.group(2) or ""
     depth = model.num_layers
     if not -depth <= number < depth:
-        raise UserError(f"layers has {name!r}, and the model has the layers 0 to {depth - 1}: change layers")
+        raise UserError(f"layers has {name!r}, and the model has the layers 0 to {depth - 1}: change setting layers")
     layer = layers(model)[number]
     inside = _INSIDE.get(inside, inside)
     of_input = inside.endswith("input")

@@ -33,10 +33,10 @@ from lcx.convert.core import model_source
 from lcx.convert.core.model_source import ModelSource
 from lcx.convert.core.relaid import RelaidSource
 from lcx.convert.progress import Progress
-from lcx.convert.start import Start
+from lcx.convert.start import SETTINGS, Start
 from lcx.convert.workdir.source import LcxSource
 from lcx.data import BatchSpec, Dataset, Mixture, Opened, Tokenizer
-from lcx.errors import UserError
+from lcx.errors import UserError, naming
 from lcx.model import Decoder, Layers
 from lcx.trainer import Trainer
 from lcx.training import division, residual_store, statements
@@ -125,7 +125,7 @@ class Blocks:
 
     def __post_init__(self):
         if self.trainer.init_from is None or self.trainer.linearize is None:
-            raise UserError("Blocks.trainer needs init_from, the pretrained model, and linearize; set both")
+            raise UserError("Blocks.trainer linearizes a pretrained model: set Trainer.init_from and Trainer.linearize")
         if self.layers_per_block < 1:
             raise UserError(f"Blocks.layers_per_block is {self.layers_per_block}, expected at least 1")
 
@@ -357,6 +357,7 @@ def _is_linear(part: Layers) -> bool:
     return bool(linearize.linear_layers(part))
 
 
+@naming(SETTINGS)
 def _softmax(trainer: Trainer) -> tuple[ModelSource, Decoder]:
     """The source of the pretrained weights, and their softmax model with its context extended."""
     assert trainer.init_from is not None

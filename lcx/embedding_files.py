@@ -37,6 +37,8 @@ _FLAGS: dict[str, str | None] = {
     "Dataset.on_bad_line": "--on_bad_line",
     "Dataset.chat": None,
     "both_strands": "--both_strands",
+    "overlap": "--overlap",
+    "setting layers": "--layers",
     "embed.piece_length": "--piece_length",
     "embed.window": "--window",
 }

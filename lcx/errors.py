@@ -5,10 +5,12 @@ import contextlib
 import contextvars
 import math
 import re
+import shlex
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 _names = contextvars.ContextVar[Mapping[str, str | None]]("names", default=types.MappingProxyType({}))
+_flags = contextvars.ContextVar[frozenset[str]]("flags", default=frozenset())
 
 
 class UserError(ValueError):
@@ -59,7 +61,7 @@ def naming(names: Mapping[str, str | None]) -> Iterator[None]:
       names: {a setting as messages name it, such as "Dataset.source": what the user sets, such as "--fasta"}. None: the
         user has no such setting, and the clause of the message that advises to change it is left out.
     """
-    before = _names.set(names)
+    before = _names.set({**_names.get(), **names})
     try:
         yield
     except UserError as error:
@@ -69,6 +71,27 @@ def naming(names: Mapping[str, str | None]) -> Iterator[None]:
         _names.reset(before)
 
 
+@contextlib.contextmanager
+def command_has(flags: Iterable[str]) -> Iterator[None]:
+    """Tells `naming_flags` the flags of the running command, such as "--seed"."""
+    before = _flags.set(frozenset(flags))
+    try:
+        yield
+    finally:
+        _flags.reset(before)
+
+
+@contextlib.contextmanager
+def naming_flags(*settings: str) -> Iterator[None]:
+    """`naming` for a function of Python programs and commands: settings are flags where the command has them.
+
+    A name may be two words, "setting adapter", of which the last is the flag: the bare one is a word of English.
+    """
+    flags = {name: f"--{name.split()[-1]}" for name in settings}
+    with naming({name: flag for name, flag in flags.items() if flag in _flags.get()}):
+        yield
+
+
 def as_read(line: str) -> str:
     """A line that is not an error with the settings that its reader has, within a block or function of `naming`."""
     return named(line, _names.get()) if _names.get() else line
@@ -76,6 +99,8 @@ def as_read(line: str) -> str:
 
 def named(message: str, names: Mapping[str, str | None]) -> str:
     """The message with the settings that its reader has; see `naming`."""
+    if not names:
+        return message
     for setting in (name for name, own in names.items() if own is None):
         said = re.escape(setting) + r"\b"
         message = re.sub(rf" \([^()]*{said}[^()]*\)|[;,:][^;,:()]*{said}[^;,:()]*", "", message)
@@ -91,4 +116,4 @@ def _own(found: re.Match, names: Mapping[str, str | None]) -> str:
         return own or found[0]
     if own.startswith("--") and value in ("True", "False"):
         return own if value == "True" else f"--no-{own[2:]}"
-    return f"{own}={value}" if own.startswith("--") else found[0].replace(found[1], own)
+    return f"{own}={shlex.quote(value)}" if own.startswith("--") else found[0].replace(found[1], own)

@@ -27,6 +27,7 @@ from lcx import hub, linearize, parameters, paths, sharding, terminal
 from lcx.buckets import is_url
 from lcx.checkpoint import model_json
 from lcx.checkpoint.fingerprint import fingerprint
+from lcx.checkpoint.folder import find_step
 from lcx.convert.api import detect, load
 from lcx.data import Dataset, Mixture, Tokenizer, special_tokens
 from lcx.data.special import described
@@ -216,12 +217,21 @@ def _compared(
 
 def _refuse_missing(checkpoints: tuple[str, ...], format: str | None) -> None:
     """Raises UserError for a checkpoint that is given twice or is none, before any of the others is evaluated."""
-    here = [one for one in checkpoints if not is_url(one) and not hub.is_name(one)]
-    places = [os.path.realpath(hub.local(one)) for one in here] + [one for one in checkpoints if one not in here]
-    if len(set(places)) < len(places):
-        raise UserError("a checkpoint is given twice, expected different ones: change --checkpoint")
-    for one in here:
-        detect(hub.local(one), format)
+    places: dict[str, str] = {}
+    for one in checkpoints:
+        place = one if is_url(one) or hub.is_name(one) else _place(hub.local(one), format)
+        if place in places:
+            found = f"{one} is" if one == places[place] else f"{places[place]} and {one} are the same weights,"
+            raise UserError(f"{found} given twice, expected different ones: change --checkpoint")
+        places[place] = one
+
+
+def _place(path: str, format: str | None) -> str:
+    """Where the weights of a checkpoint are: of a run, in its newest step. Raises UserError if it is none."""
+    if detect(path, format) == "lcx":
+        directory, step = find_step(path)
+        return str(directory / str(step))
+    return os.path.realpath(path)
 
 
 def _labels(checkpoints: tuple[str, ...], rope_scaling: Any, adapter: Any) -> list[str]:
@@ -294,7 +304,7 @@ def _check_finite(result: Result) -> None:
     if bad:
         raise UserError(
             f"{bad[0]} is NaN: the weights contain NaN, or the computation overflows in this dtype; check the "
-            "checkpoint with lcx.convert, or set dtype to float32"
+            "checkpoint with lcx.convert, or set evaluate.dtype to 'float32'"
         )
 
 

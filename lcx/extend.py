@@ -5,16 +5,17 @@ window that was already enlarged. Here nothing is silently ignored, and the resu
 the unscaled ones before anything runs.
 """
 
+import contextlib
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from lcx import mixers
 from lcx import model as model_lib
-from lcx.errors import UserError
+from lcx.errors import UserError, naming_flags
 from lcx.mixers import Rotary
 from lcx.mixers.attention import Attention
 from lcx.model import Decoder
@@ -80,19 +81,21 @@ def extend(
     if callable(name) or "factor" in sum(FIELDS[name], ()):
         values, target = _factor_and_target(values, original, target)
     values[_ORIGINAL] = original
-    new = Rope(**(_kept(rope, values) | values))
+    with _of_rope_scaling():
+        new = Rope(**(_kept(rope, values) | values))
     window = max_position_embeddings if target is None else target
     inferred = context_length is None and _ORIGINAL not in rope_scaling
     if name == "default" or (name == "llama3" and context_length is None):
+        _refuse_shorter(max_position_embeddings, target)
         window = max(window, max_position_embeddings)
     if window < max_position_embeddings and inferred:
         raise UserError(
             f"factor {new.factor:g} times the original window {original} is {window}, below the present"
-            f" {max_position_embeddings}: change factor (relative to {original}) or set context_length"
+            f" {max_position_embeddings}: change factor in rope_scaling (relative to {original}) or set context_length"
         )
     if window > MOST_TOKENS:
         raise UserError(
-            f"the window would be {window} tokens, expected at most {MOST_TOKENS}: lower the factor"
+            f"the window would be {window} tokens, expected at most {MOST_TOKENS}: lower factor in rope_scaling"
         )
     kept = name == rope.rope_type and window > max_position_embeddings
     # {"rope_type": "default"} with a context_length explicitly asks for no scaling, so it needs no effect.
@@ -119,6 +122,7 @@ def rotaries(model: Decoder, kind: str | None = None) -> list[Rotary]:
     return list(dict.fromkeys(one for one in found if one is not None))
 
 
+@naming_flags("rope_scaling", "context_length")
 def extend_model(
     model: Decoder, rope_scaling: Mapping[str, Any] | None, context_length: int | None
 ) -> Decoder:
@@ -135,10 +139,11 @@ def extend_model(
         return model
     if not rotaries(model):
         raise UserError(
-            "rope_scaling and context_length need a model with rotary position embeddings; leave them out"
+            "rope_scaling and context_length need a model with rotary position embeddings: leave out both"
         )
     if _sees_far_without_positions(model, rope_scaling):
-        window = max(token_count("context_length", context_length), model.max_position_embeddings)
+        window = token_count("context_length", context_length)
+        _refuse_shorter(model.max_position_embeddings, window)
         return model.clone(max_position_embeddings=window, parent=None)
     by_kind = _by_kind(model, rope_scaling)
     scaled = {kind: rotaries(model, kind) for kind in by_kind}
@@ -168,7 +173,7 @@ def extend_model(
     far = [window for (kind, _), (_, window) in new.items() if kind == FULL] or [x for _, x in new.values()]
     if len(set(far)) > 1:
         raise UserError(
-            f"the layers' rotary embeddings extend to different windows {sorted(set(far))}; set context_length"
+            f"the layers' rotary embeddings extend to different windows {sorted(set(far))}: set context_length"
         )
     return model_lib.map_mixers(model, replaced).clone(max_position_embeddings=far[0], parent=None)
 
@@ -302,7 +307,8 @@ def _kept_frequencies(rope: Rope, values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _as_it_is(rope: Rope, max_position_embeddings: int, target: int | None) -> tuple[Rope, int]:
     """(rope, window) of the model with its present scaling. Raises UserError if that does not reach the target."""
-    if target is None or target <= max_position_embeddings:
+    _refuse_shorter(max_position_embeddings, target)
+    if target is None or target == max_position_embeddings:
         return rope, max_position_embeddings
     _check_reach(rope, max_position_embeddings, target)
     return rope, target
@@ -316,13 +322,24 @@ def _on_another_base(
     head_dim: int | None,
 ) -> tuple[Rope, int]:
     """(rope, window) of the model with its present scaling and another rope_theta."""
-    new = dataclasses.replace(rope, **{"inv_freq": None, **values})
+    with _of_rope_scaling():
+        new = dataclasses.replace(rope, **{"inv_freq": None, **values})
+    _refuse_shorter(max_position_embeddings, target)
     window = max(extended_window(new, max_position_embeddings), target or 0)
     if target is not None and target > max_position_embeddings:
         _check_reach(new, max_position_embeddings, target)
         window = target
     _assert_effect(rope, new, window, head_dim, but_the_window=window > max_position_embeddings)
     return new, window
+
+
+def _refuse_shorter(max_position_embeddings: int, target: int | None) -> None:
+    """Raises UserError for a shorter window than the present one, which only another scaling can give."""
+    if target is not None and target < max_position_embeddings:
+        raise UserError(
+            f"context_length is {target}, below the model's window of {max_position_embeddings}, which stays as it is:"
+            " leave out context_length"
+        )
 
 
 def _check_reach(rope: Rope, max_position_embeddings: int, target: int) -> None:
@@ -375,7 +392,7 @@ def _values(rope: Rope, rope_scaling: Mapping[str, Any]) -> dict[str, Any]:
                 f"unknown key {shown(key)} in rope_scaling: {hint}known keys are {', '.join(known)}"
             )
     if "rope_theta" in rope_scaling and rope_scaling["rope_theta"] is None:
-        raise UserError("rope_theta is null in rope_scaling, expected a number: set it or leave the key out")
+        raise UserError("rope_theta is null in rope_scaling, expected a number: give one, or leave out the key")
     values = {key: value for key, value in rope_scaling.items() if value is not None and key != "type"}
     names = [rope_scaling[key] for key in ("rope_type", "type") if rope_scaling.get(key) is not None]
     names = ["longrope" if isinstance(name, str) and name == "su" else name for name in names]
@@ -384,12 +401,22 @@ def _values(rope: Rope, rope_scaling: Mapping[str, Any]) -> dict[str, Any]:
             f"rope_scaling has rope_type {shown(names[0])} and type {shown(names[1])}: remove one of them"
         )
     if not names and ("factor" in values or "rope_theta" not in values):
-        raise UserError(f"rope_scaling {shown(dict(rope_scaling))} has no rope_type: add it, as {advice}")
+        raise UserError(f"rope_scaling {shown(dict(rope_scaling))} has no rope_type: add one, as {advice}")
     if not names and _is_scaled(rope):
         return values
     name = names[0] if names else "default"
-    values["rope_type"] = name if callable(name) else known_type(name)
+    with _of_rope_scaling():
+        values["rope_type"] = name if callable(name) else known_type(name)
     return values
+
+
+@contextlib.contextmanager
+def _of_rope_scaling() -> Iterator[None]:
+    """A UserError about a field of Rope says where it is set."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"rope_scaling: {error}") from None
 
 
 def _original(rope: Rope, max_position_embeddings: int, values: dict[str, Any]) -> int:
@@ -414,23 +441,26 @@ def _factor_and_target(
     if factor is None and optional and (target is None or target <= original):
         return values, target
     if factor is None and target is None:
-        raise UserError(f"rope_type {name!r} has neither factor nor context_length: set one of them")
-    enlarged = "if max_position_embeddings is enlarged already, set original_max_position_embeddings"
+        raise UserError(
+            f"rope_type {name!r} has neither factor nor context_length: set a factor in rope_scaling, or context_length"
+        )
+    enlarged = "if max_position_embeddings is enlarged already, set original_max_position_embeddings in rope_scaling"
     if factor is None and target is not None:
         factor = values["factor"] = target / original
     if not is_number(factor):
-        raise UserError(f"factor of rope_type {name!r} is {shown(factor)}, expected a number: change factor")
+        raise UserError(f"factor of rope_type {name!r} is {shown(factor)}, expected a number: change rope_scaling")
     if factor <= 1:
+        asked = f"original window {original}" + ("" if target is None else f", context_length {target}")
         raise UserError(
-            f"factor {shown(factor)} of rope_type {name!r} (original window {original}, context_length {target})"
-            f" has no effect unless it is more than 1: change factor or context_length ({enlarged})"
+            f"factor {shown(factor)} of rope_type {name!r} ({asked}) has no effect unless it is more than 1: change"
+            f" rope_scaling or context_length ({enlarged})"
         )
     if target is None:
         return values, round(factor * original)
     if name != "llama3" and abs(factor * original - target) >= 1:
         raise UserError(
             f"factor {factor:g} x the original window {original} is {factor * original:g}, not context_length"
-            f" {target}: change factor or context_length ({enlarged}: {target / factor:g} would fit)"
+            f" {target}: change one of the two ({enlarged}: {target / factor:g} would fit)"
         )
     return values, target
 

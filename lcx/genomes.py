@@ -27,7 +27,10 @@ _COLUMNS = ("name", "length", "scored", "log_likelihood", "mean_log_likelihood",
 def _flags(of: type, prefix: str) -> dict[str, str | None]:
     """{a setting as messages name it: its flag}, of a command whose parameters `prefix` names."""
     names = [field.name for field in dataclasses.fields(of)]
-    return {f"{owner}.{name}": _FLAGS.get(name, f"--{name}") for owner in (of.__name__, prefix) for name in names}
+    said: dict[str, str | None] = {f"setting {name}": f"--{name}" for name in ("window", "stride")}
+    return said | {
+        f"{owner}.{name}": _FLAGS.get(name, f"--{name}") for owner in (of.__name__, prefix) for name in names
+    }
 
 
 @naming(_flags(VariantEffects, "variants"))

@@ -158,7 +158,7 @@ class _Requests:
             if len(continuation) > self.max_length:
                 raise UserError(
                     f"a continuation of {len(continuation)} tokens is longer than max_length,"
-                    f" {self.max_length}: raise it"
+                    f" {self.max_length}: raise max_length"
                 )
             row = [*context, *continuation][-(self.max_length + 1) :]
             rows.append(row)
@@ -203,7 +203,7 @@ class _Requests:
             if room < 1:
                 raise UserError(
                     f"max_gen_toks {new} leaves no room for a prompt in max_length {self.max_length}:"
-                    " change one of them"
+                    " lower max_gen_toks, or raise max_length"
                 )
             prompts = [self.tok_encode(requests[i].args[0])[-room:] for i in members]
             texts = answers.continuations(

@@ -16,7 +16,7 @@ from typing import Any
 
 from lcx import paths, small_files
 from lcx.buckets import copies, is_url
-from lcx.errors import UserError, first_line
+from lcx.errors import UserError, first_line, naming_flags
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +60,7 @@ def is_name(path: Any) -> bool:
     return found is not None and not _FILE.search(found[1]) and ".." not in text and "--" not in found[1]
 
 
+@naming_flags("the path of the checkpoint", "the path of the tokenizer", "the path of the adapter")
 def local(path: Any, *, kind: str = "model") -> Any:
     """The local folder of a name on the hub or of a URL in a bucket, downloaded if necessary. Of any other path, "~" is
     expanded.
@@ -75,11 +76,10 @@ def local(path: Any, *, kind: str = "model") -> Any:
     if isinstance(path, str):
         if is_url(path):
             return copies.local(path, _CHOOSE[kind])
-        paths.refuse_scheme(path, "the path")
+        what = f"the path of the {'checkpoint' if kind == 'model' else kind}"
+        paths.refuse_scheme(path, what)
         if not path.strip():
-            raise UserError(
-                f"the path of the {kind} is empty, expected a folder, a file or a name on the hub: set it"
-            )
+            raise UserError(f"{what} is empty, expected a folder, a file or a name on the hub: set {what}")
     if not is_name(path):
         return os.path.expanduser(path) if isinstance(path, str) and path.startswith("~") else path
     match = _NAME.fullmatch(os.fspath(path))

@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 
 from lcx import extend, sharding
 from lcx.convert import api as convert
-from lcx.errors import UserError, check_sizes
+from lcx.errors import UserError, check_sizes, naming
 from lcx.model import Decoder
 from lcx.trainer import Trainer
 from lcx.training import division, statements
@@ -170,6 +170,7 @@ class Ladder:
             print(f"every rung is done{passed}; {next_command}", file=sys.stderr, flush=True)
         return source
 
+    @naming({"rope_scaling": "Ladder.rope_scaling", "context_length": "Rung.context_length"})
     def _check_rungs(self, source: str) -> int:
         """Returns the original window. Checks every rung, so that mistakes show before the first one is trained."""
         model = convert.source(source, self._format(source)).model

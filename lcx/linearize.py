@@ -20,7 +20,7 @@ from jaxtyping import Array
 
 from lcx import mixers
 from lcx import model as model_lib
-from lcx.errors import UserError
+from lcx.errors import UserError, naming_flags
 from lcx.mixers.attention import Attention
 from lcx.mixers.linear_attention import LinearAttention
 from lcx.mixers.linearized import LinearizedAttention
@@ -211,6 +211,7 @@ def check_linear(model: Decoder | Layers, *, seq_len: int, where: str | None) ->
         raise UserError(linear[0].too_short(seq_len))
 
 
+@naming_flags("only_part")
 def ablated(model: Decoder, keep: str) -> Decoder:
     """The model with only one part of its hybrid layers: "window", or "linear" (which then sees all keys).
 
@@ -230,7 +231,7 @@ def ablated(model: Decoder, keep: str) -> Decoder:
 
     new = model_lib.map_mixers(model, one)
     if new == model:
-        raise UserError(f"only_part {keep!r}: the model has no linear attention with a window; leave it out")
+        raise UserError(f"only_part {keep!r}: the model has no linear attention with a window: leave out only_part")
     return new
 
 

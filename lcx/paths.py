@@ -1,6 +1,7 @@
 """Folders that are written to: checked before any work is done, and written by one process at a time."""
 
 import contextlib
+import errno
 import glob
 import os
 import pathlib
@@ -24,7 +25,13 @@ def destination(path: str | os.PathLike, setting: str) -> pathlib.Path:
     if not text.strip():
         raise UserError(f"{setting} is empty, expected a folder: set {setting}")
     refuse_scheme(text, setting)
-    return pathlib.Path(text).expanduser()
+    path = pathlib.Path(text).expanduser()
+    try:
+        os.lstat(path)
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise UserError(f"{setting} has a name that is too long for a file: change {setting}") from None
+    return path
 
 
 def cache_folder(folder: str | None = None) -> pathlib.Path:

@@ -75,7 +75,7 @@ def token_count(name: str, value: Any) -> int:
     """The value as a number of tokens: 4096.0 is accepted; 4096.5, "4096" and null raise UserError."""
     if not is_number(value) or value != int(value) or not 1 <= value <= MOST_TOKENS:
         raise UserError(
-            f"{name} is {shown(value)}, expected a whole number of tokens below 2^31: change {name}"
+            f"{name} is {shown(value)}, expected a whole number of tokens from 1 to 2^31 - 1: change {name}"
         )
     return int(value)
 

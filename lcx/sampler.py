@@ -34,7 +34,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from lcx import mixers, moved, parameters, sharding
-from lcx.errors import UserError
+from lcx.errors import UserError, naming_flags
 from lcx.extend import rotaries
 from lcx.model import Decoder
 from lcx.ops.sampling import among, choose
@@ -369,6 +369,7 @@ def default_new_tokens(model: Decoder, prompt_length: int) -> int:
     return max(1, min(DEFAULT_NEW_TOKENS, context_window(model) - prompt_length))
 
 
+@naming_flags("rope_scaling", "context_length", "max_new_tokens")
 def _check_window(model: Decoder, prompt_length: int, max_new_tokens: int) -> None:
     """Refuses positions beyond the window of a model with rotary embeddings; of other models it only warns."""
     total, window = prompt_length + max_new_tokens, context_window(model)

@@ -11,7 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from lcx.errors import UserError
+from lcx.errors import UserError, naming_flags
 from lcx.mixers.attention import Attention
 from lcx.mixers.hyena import HyenaLI, HyenaMR, HyenaSE
 from lcx.mlps.gated import GatedMlp
@@ -111,6 +111,7 @@ PROJECTIONS = ("fp8", "plain")
 _HYENA = (HyenaSE, HyenaMR, HyenaLI)
 
 
+@naming_flags("input_projections")
 def with_input_projections(
     model: Decoder, params: Mapping[str, Any], kind: str
 ) -> tuple[Decoder, dict[str, Any]]:
@@ -132,7 +133,7 @@ def with_input_projections(
     }
     if not paths:
         found = f"input_projections is {kind!r}, and the model has no Hyena layers"
-        raise UserError(f"{found}, which it is for: leave it out")
+        raise UserError(f"{found}, which it is for: leave out input_projections")
     flat = flatten_dict(dict(params), sep="/")
     for path, (repeat, has) in paths.items():
         if kind == "plain" and has:

@@ -174,6 +174,10 @@ def allowed_ids(tokenizer: Tokenizer, characters: str) -> list[int]:
     Raises:
       UserError: there are none, or a character is not one token.
     """
+    if not characters.isprintable():
+        raise UserError(
+            f"--allowed is {characters!r}, expected printable characters, no line breaks or tabs: change --allowed"
+        )
     found = [tokenizer.encode(character).tolist() for character in dict.fromkeys(characters)]
     if not found or any(len(ids) != 1 for ids in found):
         raise UserError(f"--allowed is {characters!r}, expected characters that are one token each: change --allowed")
@@ -214,6 +218,7 @@ def prompt_text(prompt: str) -> str:
       UserError: the file cannot be read, or is not UTF-8.
     """
     if prompt.startswith("@@") or not prompt.startswith("@"):
+        _check_text(prompt, "--prompt")
         return prompt[1:] if prompt.startswith("@@") else prompt
     path = Path(prompt[1:]).expanduser()
     try:
@@ -228,6 +233,14 @@ def prompt_text(prompt: str) -> str:
     except OSError as error:
         found = f"prompt file {path} cannot be read ({error.strerror}), expected a text file"
         raise UserError(f"{found}: change --prompt (@@ for a prompt that starts with @)") from None
+
+
+def _check_text(text: str, flag: str) -> None:
+    """Raises UserError for bytes that are not UTF-8, which Python keeps as characters that no tokenizer encodes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{flag} is not UTF-8 text at character {error.start}: change {flag}") from None
 
 
 def say_special_tokens(tokenizer: Tokenizer, before: tuple[int, ...]) -> None:
@@ -251,6 +264,7 @@ def chat_ids(
     Raises:
       UserError: there is no template, or it raises an error for this prompt.
     """
+    _check_text(system or "", "--system")
     override = template or _trained_template(checkpoint)
     templates = chat_templates(tokenizer, override, setting="--chat_template")
     return prompt_ids(templates, tokenizer, prompt, system=system), turn_end_ids(templates, tokenizer)

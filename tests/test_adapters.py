@@ -259,8 +259,10 @@ def test_a_folder_that_is_no_base(adapter, bases):
         lcx.load(adapter)
     with pytest.raises(UserError, match="no adapter at"):
         lcx.load(bases / "llama", adapter=adapter / "nothing")
-    with pytest.raises(UserError, match="adapter_config.json is missing"):
+    with pytest.raises(UserError, match="holds neither adapter_config.json nor .*: change the setting adapter"):
         lcx.load(bases / "llama", adapter=bases / "llama")
+    with pytest.raises(UserError, match="is given twice, and would be merged twice"):
+        lcx.load(bases / "llama", adapter=(adapter, f"{adapter}/../{adapter.name}"))
 
 
 WEIRD = (None, True, -1, 0, 1e400, float("nan"), "", "x" * 500, "(((", [], {}, [[[]]], {"a": {"b": []}}, 2**70, [None])

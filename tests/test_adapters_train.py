@@ -77,7 +77,7 @@ def test_what_trained_beside_the_pairs_goes_out_and_comes_back(trained, tmp_path
     np.testing.assert_allclose(logits(model, params), expected, atol=1e-6)
     assert model.tie_word_embeddings == (base.name == "tied")
     again = convert_main([f"--src={base}", f"--adapter={tmp_path}/a", f"--dst={tmp_path}/hf", "--dst_format=hf"])
-    assert again == 2 and "pass rope_scaling=" in capsys.readouterr().err
+    assert again == 2 and "pass --rope_scaling='{" in capsys.readouterr().err
 
 
 def test_an_adapter_is_not_used_on_a_base_without_its_scaling(trained, tmp_path, caplog):

@@ -214,7 +214,7 @@ def test_hosts_share_a_folder(folder):
         ({"layers_per_block": 0}, "layers_per_block is 0, expected at least 1"),
         (
             {"trainer": {"linearize": None}},
-            "Blocks.trainer needs init_from, the pretrained model, and linearize",
+            "Blocks.trainer linearizes a pretrained model: set Trainer.init_from and Trainer.linearize",
         ),
         ({"trainer": {"init_from": "/nowhere"}}, "no checkpoint at /nowhere"),
     ],

@@ -60,6 +60,7 @@ def run(*argv, target=TARGET):
     if target == TARGET:
         parser.add_argument("--workdir", required=True)
         parser.add_argument("--seed", type=int)
+        parser.add_argument("--folder", metavar="FOLDER")
         argv = (*argv, "--workdir=w")
     else:
         parser.add_argument("--kind")
@@ -296,6 +297,8 @@ FLAG_MISTAKES = [
     ("--seed=\0", r"error: '--seed=\x00' contains the character NUL: remove it (--help explains the flags)"),
     ("--gin_file=/dev/null", "/dev/null is a device or a pipe, expected a .gin file (--gin_file)"),
     ("--gin_file=b.gin", "b.gin does not exist; did you mean a.gin? (--gin_file)"),
+    ("--folder= ",
+     "error: --folder is empty, expected a folder: set --folder, or leave it out (--help explains the flags)"),
     ("--sed=3", "error: unknown argument '--sed=3'; did you mean --seed? (--help explains the flags)"),
     ("--seed=x", "error: argument --seed: invalid int value: 'x' (--help explains the flags)"),
 ]  # fmt: skip

@@ -132,8 +132,24 @@ def test_safetensors_refuses_a_header_longer_than_the_format_allows(tmp_path):
 def test_file_cut_after_it_was_opened(tmp_path):
     file = own.SafetensorsFile(raw_file(tmp_path / "x.safetensors", {"a": F32}))
     os.truncate(tmp_path / "x.safetensors", (tmp_path / "x.safetensors").stat().st_size - 1)
-    with pytest.raises(UserError, match="truncated"):
+    with pytest.raises(UserError, match="changed the file while it was read"):
         file.read("a")
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_a_file_that_is_replaced_while_it_is_read_is_not_mixed_with_the_other(tmp_path, kind):
+    """Two conversions of which each wrote to the source of the other read the header of one and the data of both."""
+    old, new = tmp_path / f"old.{kind}", tmp_path / f"new.{kind}"
+    for path, value in ((old, 1.0), (new, 2.0)):
+        if kind == "safetensors":
+            safetensors.numpy.save_file({name: np.full((3, 4), value) for name in ("a", "b")}, path)
+        else:
+            torch.save({name: torch.full((3, 4), value) for name in ("a", "b")}, path)
+    file = own.SafetensorsFile(old) if kind == "safetensors" else torch_bin.TorchFile(old)
+    assert file.read("a").max() == 1.0
+    os.replace(new, old)
+    with pytest.raises(UserError, match="another process changed the file while it was read: run the command again"):
+        file.read("b")
 
 
 # ------------------------------------------------------------------------------------------------ torch

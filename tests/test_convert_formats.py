@@ -168,7 +168,7 @@ def test_options_belong_to_formats():
     assert formats.writer("savanna", model_parallel=8).model_parallel == 8
     assert formats.writer("hf", max_shard_bytes=None) == HuggingFace()
     with pytest.raises(
-        lcx.UserError, match="max_shard_bytes is the maximum size .* the format is 'lcx': leave it out"
+        lcx.UserError, match="max_shard_bytes is the maximum size .* the format is 'lcx': leave out max_shard_bytes"
     ):
         formats.writer("lcx", max_shard_bytes=1)
     with pytest.raises(lcx.UserError, match="seed is no option of any format"):

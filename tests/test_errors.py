@@ -6,7 +6,7 @@ import os
 import pytest
 
 from lcx.config.environment import blamed, check, misspelt
-from lcx.errors import UserError, named
+from lcx.errors import UserError, command_has, named, naming_flags
 from lcx.locks import only_writer
 
 FLAGS = {"Dataset.source": "--source", "Dataset.format": "--format", "Dataset.on_bad_line": "--on_bad_line",
@@ -42,10 +42,28 @@ FASTA = {"Dataset.source": "--fasta", "Dataset.format": None, "Dataset.separator
             "--strands needs x; a/strands: leave --strands",
         ),
         ({"A.b": "C.d"}, "change A.b='x'", "change C.d='x'"),
+        ({"rope": "--rope"}, "pass rope='{\"a\": 1}'", "pass --rope='{\"a\": 1}'"),  # as a shell reads it
+        ({}, "nothing to name", "nothing to name"),
     ],
 )
 def test_settings_of_the_reader(names, message, expected):
     assert named(message, names) == expected
+
+
+@naming_flags("context_length", "setting adapter", "top_k")
+def shared(adapter):
+    raise UserError(f"context_length and top_k: change the setting {adapter}, not the adapter")
+
+
+def test_a_function_of_commands_and_programs_names_flags_only_in_a_command():
+    said = "context_length and top_k: change the setting adapter, not the adapter"
+    with pytest.raises(UserError, match=f"^{said}$"):
+        shared("adapter")
+    with pytest.raises(UserError) as found, command_has(["--context_length", "--adapter", "-h"]):
+        shared("adapter")
+    assert str(found.value) == "--context_length and top_k: change the --adapter, not the adapter"
+    with pytest.raises(UserError, match=f"^{said}$"):
+        shared("adapter")
 
 
 def test_a_variable_that_jax_refuses_is_named(monkeypatch):

@@ -81,6 +81,12 @@ def test_a_checkpoint_that_is_missing_or_given_twice_is_refused_before_the_other
     for other, found in (("/nowhere", "no checkpoint at /nowhere"), (f"{models}/second/../first/", "given twice")):
         with pytest.raises(UserError, match=found):
             evaluator.evaluate(**settings(models, tmp_path / "out") | {"checkpoint": (first, other)})
+    run = tmp_path / "run"
+    lcx.save(run, *lcx.load(first), format="lcx")
+    (step,) = (run / "checkpoints").iterdir()
+    for other in (step, run / "checkpoints"):
+        with pytest.raises(UserError, match=f"^{run} and {other} are the same weights, given twice"):
+            evaluator.evaluate(**settings(models, tmp_path / "out") | {"checkpoint": (str(run), str(other))})
     assert not (tmp_path / "out").exists()
 
 

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -72,6 +73,10 @@ def test_every_record_has_its_likelihood(tiny, fasta):
     assert rows["long"]["scored"] == 299
     assert rows["long"]["log_likelihood"] == pytest.approx(np.concatenate(new).sum(), rel=1e-5)
     json.dumps(result, allow_nan=False)
+    assert not any("expected DNA" in note for note in result["notes"])
+    pathlib.Path(fasta).write_text(">protein\nMKVLLEFYWHR\n" + FASTA)
+    notes = SequenceLikelihood(fasta)(*tiny, DNA)["notes"]
+    assert any("are most of 1 of 5 sequences" in note and "protein" in note for note in notes)
 
 
 def test_bos_lower_case_and_both_strands(tiny, fasta):

@@ -309,7 +309,6 @@ def test_the_model_computes_in_fp8_by_default(fp8_file, plain, caplog):
 def test_scales_are_kept_both_ways(middle, fp8_file, tmp_path):
     model, params = lcx.load(fp8_file)
     words = [f"--src={fp8_file}", f"--dst={tmp_path / '0'}", f"--dst_format={middle}"]
-    words += ["--context_length=256"]  # as savanna's filters need it
     assert main(words + ["--model_parallel=2"] * (middle == "savanna")) == 0
     api.write(tmp_path / "1", api.source(tmp_path / "0"), format="vortex")
     again, found = lcx.load(tmp_path / "1")

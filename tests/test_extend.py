@@ -55,7 +55,7 @@ def test_unscaled_has_to_be_asked_for():
         Rope(rope_theta=20000.0, original_max_position_embeddings=256),
         1024,
     )
-    assert run({"rope_type": "default"}, 128)[1] == 256
+    assert run({"rope_type": "default"}, 256)[1] == 256
     yarn = Rope("yarn", 20000.0, 4.0, 256)
     assert run({"rope_type": "default"}, rope=yarn, window=1024)[0].rope_type == "default"
     with pytest.raises(
@@ -66,8 +66,14 @@ def test_unscaled_has_to_be_asked_for():
 
 def test_nothing_asked_nothing_changed():
     rope = Rope(rope_theta=20000.0)
-    for context in (None, 1, 256, 256.0):
+    for context in (None, 256, 256.0):
         assert run(None, context, rope=rope) == (rope, 256)
+
+
+@pytest.mark.parametrize("scaling", [None, {"rope_type": "default"}, {"rope_theta": 1e6}])
+def test_a_shorter_window_is_refused_where_it_would_have_no_effect(scaling):
+    with pytest.raises(UserError, match="context_length is 255, below the model's window of 256"):
+        run(scaling, 255)
 
 
 def test_a_window_that_the_file_already_scales_needs_no_scaling():

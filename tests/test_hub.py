@@ -98,7 +98,7 @@ def test_home_is_expanded(monkeypatch):
 
 
 def test_an_empty_path_is_refused(cache):
-    with pytest.raises(UserError, match="the path of the model is empty, expected a folder, a file or a name"):
+    with pytest.raises(UserError, match="the path of the checkpoint is empty, expected a folder, a file or a name"):
         hub.local(" ")
 
 

@@ -480,6 +480,9 @@ def test_a_single_training_run(tmp_path):
     ]
     with pytest.raises(UserError, match="--workdir names .*/run/ twice, expected different folders"):
         report.build(workdir=[f"{work}/", work], output=str(tmp_path / "both"))
+    for title in ("two\nlines", " "):
+        with pytest.raises(UserError, match="--title is .*, expected one line of text"):
+            report.build(workdir=[work], output=str(tmp_path / "both"), title=title)
     (tmp_path / "other").mkdir()
     again = write_log(tmp_path / "other" / "run", losses, held_out=[(110, 1.8), (120, 1.9)])
     twice = opening(report.build(workdir=[work, again], output=str(tmp_path / "both")))

@@ -48,7 +48,7 @@ def test_only_allowed_letters_many_times(evo2, tmp_path, capsys):
     assert main([*words, "--num_samples=3", "--top_k=3", "--top_p=0.9"]) == 0
     assert capsys.readouterr().out.splitlines()[1::2] == [line[4:] for line in lines[1::2]]
     assert main([*words, f"--output={tmp_path}/s.fa"]) == 2
-    assert main([*words[:-1], "--allowed="]) == 2
+    assert main([*words[:-1], "--allowed="]) == 2 and main([*words[:-1], "--allowed=AC\n"]) == 2
     assert main([*words, "--num_samples=0"]) == 2 and main([*words, "--top_k=0"]) == 2
     capsys.readouterr()
     for flags, says in {

@@ -21,12 +21,25 @@ def test_counts_have_three_digits(number, text):
 
 def test_progress_is_a_line_from_time_to_time(monkeypatch, capsys):
     """In the log of a job there is no bar, and an evaluation of an hour said nothing."""
-    clock = iter([0.0, 10.0, 40.0, 50.0, 90.0])
+    clock = iter([0.0, 25.0, 40.0, 50.0, 90.0])
     monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
     with progress.progress("perplexity", 100_000, "tokens", initial=20_000) as shown:
-        for number in (10_000, 30_000, 10_000, 30_000):  # after 10, 40, 50 and 90 seconds; the last completes it
+        for number in (10_000, 30_000, 10_000, 30_000):  # after 25, 40, 50 and 90 seconds; the last completes it
             shown.update(number)
-    assert capsys.readouterr().err == "perplexity: 60% of 100 thousand tokens, 40s left\n"
+    assert capsys.readouterr().err == "perplexity: 60% of 100 thousand tokens, 20s left\n"
+
+
+def test_the_time_left_leaves_out_the_compilation(monkeypatch, capsys):
+    """A first batch of 2% after 160 s of compiling was "2h12m left" of an evaluation that took ten more seconds."""
+    clock = iter([0.0, 160.0, 191.0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    with progress.progress("perplexity", 100_000, "tokens") as shown:
+        shown.update(2_000)
+        shown.update(62_000)
+    assert capsys.readouterr().err.splitlines() == [
+        "perplexity: 2% of 100 thousand tokens",
+        "perplexity: 64% of 100 thousand tokens, 18s left",
+    ]
 
 
 def test_progress_is_a_bar_on_a_terminal(monkeypatch, capsys):

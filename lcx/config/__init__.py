@@ -50,7 +50,7 @@ from lcx.config import (
 from lcx.config import flags as flags_lib
 from lcx.config.environment import blamed, setup_jax
 from lcx.config.flags import BINDS, json_object, parser
-from lcx.errors import UserError, first_line
+from lcx.errors import UserError, command_has, first_line
 
 __all__ = [
     "BINDS",
@@ -104,7 +104,7 @@ def run(
     setup_jax()
     plugins.hide_unusable()
     try:
-        with messages.plain_warnings():
+        with messages.plain_warnings(), command_has(parser._option_string_actions):
             environment.check()
             with interrupts.importing():
                 function, source = _read(flags, target, defaults, bindings_of or target)

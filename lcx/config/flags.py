@@ -7,6 +7,7 @@ import difflib
 import inspect
 import itertools
 import json
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, NoReturn
@@ -108,6 +109,7 @@ def read(parser: argparse.ArgumentParser, argv: Sequence[str]) -> Flags:
     if unknown:
         parser.error(f"unknown argument {unknown[0]!r}{hint(unknown[0].partition('=')[0], options)}")
     own = vars(known)
+    _refuse_empty(parser, own)
     first = [(name.removeprefix(BINDS), own.pop(name)) for name in list(own) if name.startswith(BINDS)]
     several = {name.removeprefix(PROCESSES): own.pop(name) for name in list(own) if name.startswith(PROCESSES)}
     files, debug, imports = own.pop("gin_file", []), own.pop("debug", False), own.pop("imports", [])
@@ -115,6 +117,20 @@ def read(parser: argparse.ArgumentParser, argv: Sequence[str]) -> Flags:
     return Flags(
         gin_files=files, debug=debug, own=own, bindings=bindings, imports=imports, processes=several or None
     )
+
+
+_PLACES = {"DIR": "a folder", "FOLDER": "a folder", "FILE": "a file", "PATH": "a path"}
+
+
+def _refuse_empty(parser: argparse.ArgumentParser, own: dict[str, Any]) -> None:
+    """Ends with an error for an empty path: an empty variable of a script, which would be the current folder."""
+    for action in parser._actions:
+        kind = re.match(r"[A-Z]*", str(action.metavar))
+        given = own.get(action.dest)
+        for value in given if isinstance(given, list) else [given]:
+            if kind and kind[0] in _PLACES and isinstance(value, str) and not value.strip():
+                flag = action.option_strings[0]
+                parser.error(f"{flag} is empty, expected {_PLACES[kind[0]]}: set {flag}, or leave it out")
 
 
 def hint(name: str, known: Iterable[object], *, cutoff: float = 0.6) -> str:

@@ -78,7 +78,7 @@ def convert(
     """
     target_path = paths.destination(dst, "--dst")
     source_path = pathlib.Path(hub.local(src)).expanduser()
-    target = formats.named(dst_format)
+    target = formats.named(dst_format, where="--dst_format")
     if isinstance(target, TrainedFormat):
         configured = formats.configured(target, options or {})
         changes = {
@@ -99,7 +99,7 @@ def convert(
     given = (feature_maps, lora, attention, lora_alpha)
     has_files = published_quirks or any(value is not None for value in given)
     files = Lolcats(*given, published_quirks) if has_files else None
-    reader = formats.reader(source_path, src_format, files)
+    reader = formats.reader(source_path, src_format, files, where="--src_format")
 
     def write() -> tuple[ModelSource, str]:
         source = reader.open(source_path)
@@ -134,10 +134,10 @@ def _write_trained(
             f"{src} holds a model of format {found.name!r}; {target.name!r} is written from the workdir of a run that "
             "trained with LoRA: change --src, or --dst_format"
         )
-    if given := [name for name, value in changes.items() if value is not None]:
+    if given := [f"--{name}" for name, value in changes.items() if value is not None]:
         raise UserError(
             f"{given[0]} cannot be combined with {target.name!r}, which holds the trained parameters unchanged: leave "
-            "it out"
+            f"out {given[0]}"
         )
     first, *rest = found.read(src, lambda: target.export(src, dst, overwrite=overwrite))
     print(f"wrote {os.path.realpath(dst)} ({target.name}), {first}", *rest, sep="\n")

@@ -19,7 +19,7 @@ from lcx.convert.lolcats.format import LolcatsFiles, LolcatsFolder
 from lcx.convert.peft.format import PeftAdapter
 from lcx.convert.two_mamba.format import TwoMambaFolder
 from lcx.convert.workdir.format import Workdir
-from lcx.errors import UserError
+from lcx.errors import UserError, naming_flags
 
 F = TypeVar("F", bound=Format)
 LOLCATS = LolcatsFolder()
@@ -44,7 +44,8 @@ FORMATS: tuple[Format, ...] = (
 )
 
 
-def named(format: str | Format, *, where: str = "format") -> Format:
+@naming_flags("setting format")
+def named(format: str | Format, *, where: str = "setting format") -> Format:
     """The format with this name, or the Format object at "module:NAME"; a Format is returned unchanged.
 
     Args:
@@ -76,12 +77,13 @@ def _imported(path: str, where: str) -> Format:
     return found
 
 
+@naming_flags("setting format")
 def reader(
     path: str | os.PathLike,
     format: str | Format | None = None,
     lolcats: Lolcats | None = None,
     *,
-    where: str = "format",
+    where: str = "setting format",
 ) -> Format:
     """The format to read `path` with: the named one, else the detected one.
 
@@ -121,13 +123,14 @@ def writer(format: str | Format, **options: Any) -> Format:
     return configured(chosen, options)
 
 
+@naming_flags("model_parallel", "max_shard_bytes", "base_model")
 def configured(format: F, options: Mapping[str, Any]) -> F:
     """The format with these options set. Raises UserError for an option it does not have or a value out of range."""
     given = {name: value for name, value in options.items() if value is not None}
     for name in given.keys() - format.options():
         field = next((other.options()[name] for other in FORMATS if name in other.options()), None)
         what = "no option of any format" if field is None else field.metadata["help"]
-        raise UserError(f"{name} is {what}, and the format is {format.name!r}: leave it out")
+        raise UserError(f"{name} is {what}, and the format is {format.name!r}: leave out {name}")
     return dataclasses.replace(format, **given)
 
 

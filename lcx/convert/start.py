@@ -12,8 +12,17 @@ from lcx.convert import formats
 from lcx.convert.core.format import Format
 from lcx.convert.core.model_source import fp8_scaling
 from lcx.convert.peft import start as peft_start
+from lcx.errors import naming
 from lcx.lora import LoRA
 from lcx.model import Decoder
+
+SETTINGS = {  # of a run, for what `lcx.load` and `extend.extend_model` call them
+    "rope_scaling": "Trainer.rope_scaling",
+    "context_length": "Trainer.context_length",
+    "setting adapter": "setting Trainer.adapter",
+    "the path of the checkpoint": "Trainer.init_from",
+    "the path of the adapter": "Trainer.adapter",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +46,7 @@ class Start:
     fp8_scaling: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
+@naming(SETTINGS)
 def start(
     path: str,
     *,

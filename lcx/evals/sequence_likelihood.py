@@ -94,6 +94,7 @@ class SequenceLikelihood:
             + ("nothing to score" if perplexity is None else f"perplexity {perplexity:.4g} per letter"),
             "table": {"perplexity per letter": perplexity, "sequences": len(rows)},
             "notes": [
+                *_foreign(rows),
                 *cut_into_windows([len(text) for _, text in records], window, scorer.room, stride),
                 *beyond_window(window, model),
             ],
@@ -165,3 +166,12 @@ class SequenceLikelihood:
         axes.set_ylabel("mean log-likelihood (nats per letter)")
         axes.set_title("Likelihood of each sequence (higher is likelier)")
         figures.legend(axes, list(results))
+
+
+def _foreign(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A remark on sequences that are hardly DNA, such as proteins, whose likelihood means nothing."""
+    found = [row["name"] for row in rows if 2 * row["ambiguous"] > row["length"]]
+    if not found:
+        return []
+    of = f"{len(found)} of {quantity(len(rows), 'sequence')}, the first {found[0]!r:.60}"
+    return [f"letters other than A, C, G and T are most of {of}: expected DNA"]

@@ -17,7 +17,8 @@ from lcx.blockwise import Blocks, BlockTrainer
 from lcx.convert import formats
 from lcx.convert.hf import config as hf_config
 from lcx.convert.hf.folder import CONFIG
-from lcx.errors import UserError
+from lcx.convert.start import SETTINGS
+from lcx.errors import UserError, naming
 from lcx.ladder import Ladder, original_window
 from lcx.linearize import check_linear, is_new
 from lcx.model import Decoder
@@ -61,6 +62,7 @@ def trainer_of(job: Any) -> tuple[Trainer, list[str]]:
     return trainer, notes
 
 
+@naming(SETTINGS)
 def _largest_block(job: Blocks) -> tuple[Trainer, list[str]]:
     assert job.trainer.init_from is not None
     model = extend.extend_model(
@@ -82,6 +84,7 @@ def fields_of(trainer: Trainer, run: Run) -> dict[str, tuple[tuple[int, ...], An
     return found
 
 
+@naming(SETTINGS)
 def run_of(trainer: Trainer, mesh: Mesh) -> Run:
     """The run without its arrays, as `Trainer` prepares it.
 

@@ -41,6 +41,8 @@ def build(
         raise UserError(
             "nothing to report: set --results (of lcx.evaluate), --workdir (of lcx.train), or both"
         )
+    if title is not None and not (title.strip() and title.isprintable()):
+        raise UserError(f"--title is {title!r:.80}, expected one line of text: change --title")
     _check_given("--results", results)
     _check_given("--workdir", workdir)
     folder = paths.destination(output, "--output")

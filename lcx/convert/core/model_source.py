@@ -16,7 +16,7 @@ from lcx import parameters
 from lcx.convert.core import rules
 from lcx.convert.files import tensor_io
 from lcx.convert.files.tensor_io import FLOAT_DTYPES, TensorInfo
-from lcx.errors import UserError
+from lcx.errors import UserError, naming_flags
 from lcx.model import Decoder, Layers
 
 log = logging.getLogger(__name__)
@@ -108,6 +108,7 @@ def check_leaves(leaves: Mapping[str, TensorInfo], model: Decoder, where: str) -
     parameters.check(model, {path: info.shape for path, info in leaves.items()}, where)
 
 
+@naming_flags("dtype")
 def parse_dtype(dtype: Any) -> np.dtype | None:
     """The numpy dtype for a name ("bfloat16") or a numpy or jax dtype; None (keep the stored dtype) stays None."""
     if dtype is None:
@@ -117,7 +118,7 @@ def parse_dtype(dtype: Any) -> np.dtype | None:
     except TypeError:
         found = None
     if found not in FLOAT_DTYPES.values():
-        raise UserError(f"dtype is {dtype!r}, expected one of {', '.join(FLOAT_DTYPES)}")
+        raise UserError(f"dtype is {dtype!r}, expected one of {', '.join(FLOAT_DTYPES)}: change dtype")
     return found
 
 

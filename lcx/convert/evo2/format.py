@@ -47,7 +47,7 @@ class Savanna(_Evo2):
 
     def __post_init__(self):
         if self.model_parallel < 1:
-            raise UserError(f"model_parallel is {self.model_parallel}, expected 1 or more: change it")
+            raise UserError(f"model_parallel is {self.model_parallel}, expected 1 or more: change model_parallel")
 
     def detect(self, path, names):
         from lcx.convert.evo2 import savanna_files, vortex

@@ -55,7 +55,7 @@ class SafetensorsFile:
 
     def __init__(self, path: str | os.PathLike):
         self.path = pathlib.Path(path)
-        header, data_start, data_bytes = _read_header(self.path)
+        header, data_start, data_bytes, self._known = _read_header(self.path)
         self.tensors: dict[str, TensorInfo] = {}
         self._offsets: dict[str, int] = {}
         spans = []
@@ -69,12 +69,13 @@ class SafetensorsFile:
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         info = self.tensors[name]
         skip, _, shape = tensor_io.row_range(info, name, start, stop)
-        return tensor_io.read_array(self.path, self._offsets[name] + skip, info.dtype, shape)
+        return tensor_io.read_array(self.path, self._offsets[name] + skip, info.dtype, shape, known=self._known)
 
 
-def _read_header(path: pathlib.Path) -> tuple[dict, int, int]:
-    """(header without its metadata, offset of the data, size of the data in bytes)."""
+def _read_header(path: pathlib.Path) -> tuple[dict, int, int, tuple[Any, ...]]:
+    """(header without its metadata, offset of the data, size of the data in bytes, the file's identity)."""
     try:
+        known = tensor_io.identity(path)
         with io.BufferedReader(small_files.opened(path)) as file:
             size = os.fstat(file.fileno()).st_size
             prefix = file.read(8)
@@ -98,7 +99,7 @@ def _read_header(path: pathlib.Path) -> tuple[dict, int, int]:
     metadata = header.pop(METADATA, {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise UserError(f"{path}: {METADATA} in the safetensors header must map strings to strings")
-    return header, 8 + length, size - 8 - length
+    return header, 8 + length, size - 8 - length, known
 
 
 def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

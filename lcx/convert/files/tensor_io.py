@@ -12,7 +12,7 @@ import math
 import os
 import pathlib
 from collections.abc import Iterator, Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 import ml_dtypes
 import numpy as np
@@ -161,16 +161,29 @@ def open_binary(path: File) -> io.RawIOBase:
     return _PiecesReader(path) if isinstance(path, Pieces) else small_files.opened(path)
 
 
-def read_array(path: File, offset: int, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+def identity(path: File) -> tuple[Any, ...]:
+    """Differs once the file, or one of its pieces, was written or replaced by another. Raises OSError if it is gone."""
+    parts = path.paths if isinstance(path, Pieces) else [path.path if isinstance(path, Region) else path]
+    return tuple((s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns) for s in map(os.stat, parts))
+
+
+def read_array(
+    path: File, offset: int, dtype: np.dtype, shape: tuple[int, ...], *, known: tuple[Any, ...]
+) -> np.ndarray:
     """Reads the array of this dtype and shape that starts at byte `offset` of the file.
 
+    Args:
+      known: the file's `identity` when its header was read: the rest of another file would be taken for this one's.
+
     Raises:
-      UserError: the file is too short, or cannot be read.
+      UserError: the file was replaced, is too short, or cannot be read.
     """
     array = np.empty(shape, dtype)
     buffer = array.reshape(-1).view(np.uint8).data
     try:
         with open_binary(path) as file:
+            if identity(path) != known:
+                raise UserError(f"{path}: another process changed the file while it was read: run the command again")
             file.seek(offset)
             done = 0
             while done < len(buffer):

@@ -92,6 +92,7 @@ class TorchFile:
     ):
         self.path = path if isinstance(path, tensor_io.Pieces | tensor_io.Region) else pathlib.Path(path)
         try:
+            self._known = tensor_io.identity(self.path)
             records = _stored_records(self.path)
         except UserError:
             raise
@@ -142,9 +143,11 @@ class TorchFile:
         offset = rows.untyped_storage()._checkpoint_offset + rows.storage_offset() * info.dtype.itemsize
         # A non-contiguous tensor: read the span of bytes that it covers once, then apply its strides.
         if rows.is_contiguous():
-            return tensor_io.read_array(self.path, offset, info.dtype, shape)
+            return tensor_io.read_array(self.path, offset, info.dtype, shape, known=self._known)
         span = 1 + sum((size - 1) * stride for size, stride in zip(shape, rows.stride(), strict=True))
-        flat = tensor_io.read_array(self.path, offset, info.dtype, (span if rows.numel() else 0,))
+        flat = tensor_io.read_array(
+            self.path, offset, info.dtype, (span if rows.numel() else 0,), known=self._known
+        )
         strides = [stride * info.dtype.itemsize for stride in rows.stride()]
         return np.ascontiguousarray(np.lib.stride_tricks.as_strided(flat, shape, strides, writeable=False))
 
@@ -162,7 +165,8 @@ class TorchFile:
         if self._in_memory:
             return _to_numpy(tensor, np.dtype(np.uint8)).tobytes()
         offset = tensor.untyped_storage()._checkpoint_offset + tensor.storage_offset()
-        return tensor_io.read_array(self.path, offset, np.dtype(np.uint8), (tensor.numel(),)).tobytes()
+        shape = (tensor.numel(),)
+        return tensor_io.read_array(self.path, offset, np.dtype(np.uint8), shape, known=self._known).tobytes()
 
 
 def _bytes_of(value: Any) -> bytes | None:

@@ -22,7 +22,7 @@ from lcx.convert.hf.source import HfSource
 from lcx.convert.lolcats import settings as lolcats_settings
 from lcx.convert.lolcats.files import DISTILL, FINETUNE, Lolcats
 from lcx.convert.lolcats.settings import Stated
-from lcx.errors import UserError
+from lcx.errors import UserError, naming_flags
 from lcx.linearize import Linearize, softmax_model
 from lcx.mixers.linearized import LinearizedAttention
 from lcx.model import Decoder
@@ -119,6 +119,7 @@ def map_rules(model: Decoder) -> list[Rule]:
 # ------------------------------------------------------------------------------------------------- reading
 
 
+@naming_flags("feature_maps")
 def _find(folder: pathlib.Path, files: Lolcats) -> tuple[list[pathlib.Path], Stated]:
     """(the files of the feature maps followed by the file of the pairs; the settings found next to them)."""
     maps = folder if files.feature_maps is None else pathlib.Path(hub.local(files.feature_maps)).expanduser()

@@ -160,7 +160,13 @@ def read(path: str | os.PathLike, known: Known) -> Adapter:
     """
     folder = pathlib.Path(path).expanduser()
     if not folder.is_dir():
-        raise UserError(f"no adapter at {path}, expected a folder with {CONFIG} and {WEIGHTS}")
+        raise UserError(
+            f"no adapter at {path}, expected a folder with {CONFIG} and {WEIGHTS}: change the setting adapter"
+        )
+    if not (folder / CONFIG).exists() and not (folder / WEIGHTS).exists():
+        raise UserError(
+            f"no adapter at {path}, whose folder holds neither {CONFIG} nor {WEIGHTS}: change the setting adapter"
+        )
     settings = peft_settings.read(folder)
     name = TORCH_WEIGHTS if not (folder / WEIGHTS).exists() and (folder / TORCH_WEIGHTS).exists() else WEIGHTS
     file = folders.inside(folder, name)

@@ -23,7 +23,7 @@ from lcx.convert.hf import families
 from lcx.convert.peft import base as adapter_base
 from lcx.convert.peft import files as peft_files
 from lcx.convert.peft.files import EMBEDDING_WEIGHT, HEAD_WEIGHT, Adapter, Known, LowRank
-from lcx.errors import UserError
+from lcx.errors import UserError, naming_flags
 from lcx.linearize import softmax_model
 from lcx.model import Decoder
 
@@ -134,6 +134,7 @@ class AdaptedSource:
         return rows
 
 
+@naming_flags("setting adapter", "rope_scaling", "context_length")
 def adapted(
     source: ModelSource,
     adapter: str | os.PathLike | Sequence[str | os.PathLike] | None,
@@ -148,13 +149,21 @@ def adapted(
       dtype: dtype of the changed parameters; None keeps the stored dtype.
 
     Raises:
-      UserError: an adapter cannot be read, does not fit the model or was trained with another RoPE scaling, or several
-        replace the same parameter.
+      UserError: an adapter cannot be read, does not fit the model, was trained with another RoPE scaling or is given
+        twice, or several replace the same parameter.
     """
     if adapter is None:
         return source
     paths = [adapter] if isinstance(adapter, str | os.PathLike) else list(adapter)
+    if source.model.model_type not in families.FAMILIES:
+        raise UserError(
+            f"the model has model_type {source.model.model_type!r}, which PEFT has no names for: leave out "
+            "the setting adapter"
+        )
     paths = [hub.local(path, kind="adapter") for path in paths]
+    places = [os.path.realpath(path) for path in paths]
+    if twice := next((path for path, place in zip(paths, places) if places.count(place) > 1), None):
+        raise UserError(f"{twice} is given twice, and would be merged twice: change the setting adapter")
     taken: dict[str, Any] = {}
     for path in paths:
         source = AdaptedSource(source, path, dtype=dtype)

@@ -124,7 +124,7 @@ def step_axis(axes: Any) -> None:
     """A linear x axis of training steps, with whole numbers."""
     from matplotlib import ticker
 
-    axes.xaxis.set_major_locator(ticker.MaxNLocator(5 if is_narrow(axes) else 10, integer=True))
+    axes.xaxis.set_major_locator(ticker.MaxNLocator(5 if is_narrow(axes) else 10, integer=True, min_n_ticks=1))
     axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:.10g}"))
     axes.set_xlabel("training step")
 

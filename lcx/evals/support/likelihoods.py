@@ -55,7 +55,9 @@ class Scorer:
                 "bytes or letters, choose another checkpoint"
             )
         if self.room < 2:
-            raise UserError(f"the tag has {len(self.head)} tokens and the window {self.window}: raise the window")
+            raise UserError(
+                f"the tag has {len(self.head)} tokens and the window {self.window}: raise the setting window"
+            )
 
     def encode(self, text: str) -> Int[np.ndarray, " T"]:
         assert self.tokenizer is not None
@@ -160,7 +162,9 @@ class Scorer:
         total, reach = len(head) + len(tokens), self.window - again
         for _, begin, end, first in window_rows([total], window=reach, stride=min(stride, reach - 1)):
             if 0 < begin < len(head):
-                raise UserError(f"the stride is {stride}, expected at least the tag's {len(head)} tokens: raise it")
+                raise UserError(
+                    f"the stride is {stride}, expected at least the tag's {len(head)} tokens: raise the setting stride"
+                )
             before = head if begin == 0 else head[len(head) - again :]
             at = max(begin - len(head), 0)
             start = max(first, len(head), 1) - len(head)

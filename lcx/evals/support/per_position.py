@@ -58,7 +58,10 @@ def letter_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
     """
     found = [tokenizer.encode(letter).tolist() for letter in LETTERS]
     if any(len(ids) != 1 for ids in found):
-        raise UserError("per_position needs a tokenizer with a token for each of A, C, G and T: leave it out")
+        raise UserError(
+            "SequenceLikelihood.per_position needs a tokenizer with a token for each of A, C, G and T: leave out "
+            "SequenceLikelihood.per_position"
+        )
     return tuple(ids[0] for ids in found)
 
 

@@ -41,19 +41,21 @@ class _Lines:
 
     def __init__(self, label: str | None, total: int | None, unit: str, initial: int):
         self._label, self._total, self._unit = label, total, unit
-        self._initial = self._done = initial
-        self._start = self._said = time.monotonic()
+        self._done = initial
+        self._said = time.monotonic()
+        self._first: tuple[int, float] | None = None  # what was done when, after the first update: that compiles
 
     def update(self, number: int) -> None:
         self._done += number
         now = time.monotonic()
+        done_at_first, first = self._first = self._first or (self._done, now)
         if self._label is None or now - self._said < SECONDS_BETWEEN_LINES or self._done == self._total:
             return
         self._said = now
         if not self._total:
             print(f"{self._label}: {counted(self._done)} {self._unit}", file=sys.stderr, flush=True)
             return
-        rate = (self._done - self._initial) / (now - self._start)
+        rate = (self._done - done_at_first) / (now - first) if now > first else 0.0
         left = f", {duration((self._total - self._done) / rate)} left" if rate else ""
         done = f"{self._done / self._total:.0%} of {counted(self._total)} {self._unit}"
         print(f"{self._label}: {done}{left}", file=sys.stderr, flush=True)

@@ -22,7 +22,7 @@ NAMES = {  # what errors call the settings of a text that --dataset gives
 def of_path(path: str) -> Dataset:
     """All of the text at a path, which --dataset gives. Its tokenizer is the checkpoint's."""
     if not path.strip():
-        raise UserError("--dataset is empty, expected a file, folder or glob of text: set it, or leave it out")
+        raise UserError("--dataset is empty, expected a file, folder or glob of text: set --dataset")
     return Dataset(source=path, eval_fraction=1.0)
 
 
