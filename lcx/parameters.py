@@ -16,7 +16,7 @@ from jaxtyping import Array
 
 from lcx import mlps, sharding
 from lcx.errors import UserError
-from lcx.layers import initialization
+from lcx.layers import initialization, of_shapes
 from lcx.mixers import macs_per_token as mixer_macs_per_token
 
 Shape = tuple[int, ...]
@@ -26,7 +26,8 @@ Model = Any  # model.Decoder or model.Layers, which import this file
 
 @functools.lru_cache(maxsize=16)  # tracing the model is slow, and starting a run needs its shapes several times
 def _abstract_boxed(model: Model):
-    return jax.eval_shape(functools.partial(_init, model), jax.random.key(0))
+    with of_shapes():
+        return jax.eval_shape(functools.partial(_init, model), jax.random.key(0))
 
 
 def _init(model: Model, key: Array) -> Any:

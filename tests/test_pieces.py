@@ -25,11 +25,9 @@ from lcx.trainer import Trainer
 
 T = 40
 DYNAMIC = Rope(rope_type="dynamic", factor=2.0, original_max_position_embeddings=16)
-# Every kind of state. The other rows of the battery differ outside of it, and pass it one by one (test_mixers.py).
-NAMES = (
-    *("attention_window", "hyena_mr", "hyena_li", "linear_terraced", "linear_sliding"),
-    *("mamba2", "two_mamba", "two_mamba_exp"),
-)
+# Every kind of state: a ring, modes and a history of inputs, a state with a window, decays, caches that grow, and RoPE
+# that depends on the length. Every mixer of the battery has its gradient in pieces by itself (test_mixers.py).
+NAMES = ("attention_window", "hyena_li", "linear_terraced", "mamba2", "two_mamba_exp")
 EVERY = (*(MIXERS[name] for name in NAMES), Attention(2, 1, 8, rope=DYNAMIC))
 
 
