@@ -113,7 +113,7 @@ def _models(to: pathlib.Path) -> None:
     lcx.save(to / "two_mamba_folder", two_mamba, params, format="two_mamba")
     write_tokenizer(to / "two_mamba_folder")
     evo2 = striped_hyena(
-        pattern="SDH*",
+        pattern="SH*",
         hidden_size=32,
         intermediate_size=32,
         num_heads=2,
