@@ -1,6 +1,6 @@
 """Rows whose tokens lie on several devices: one device's values and gradients, and what is sent, counted.
 
-Every kind of mixer of the battery (test_mixers.py) takes part; the oracle is its operator's reference form on one device.
+Every kind of mixer of the battery (test_mixers.py) takes part; the oracle: its operator's reference form on one device.
 """
 
 import functools
@@ -165,7 +165,7 @@ def test_what_an_operator_sends_is_what_its_docstring_says(name):
 
     with jax.set_mesh(build(context=P, fsdp=1)):
         compiled = forward.lower(params, x).compile()
-        y = forward(params, x)
+        y = compiled(params, x)
     assert_close(y, forward(params, x))
     assert received(compiled.as_text()) == COUNTED[name]
 
