@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from lcx.errors import UserError
+from lcx.layers import of_shapes
 from lcx.model import Decoder, layers
 
 COLLECTION = "activations"
@@ -124,7 +125,7 @@ def _modules(model: Decoder) -> frozenset[tuple[str, ...]]:
             found.add(context.module.path)
         return call(*args, **kwargs)
 
-    with nn.intercept_methods(record):
+    with nn.intercept_methods(record), of_shapes():
         jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32)))
     return frozenset(found)
 

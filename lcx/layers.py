@@ -45,6 +45,23 @@ def initialization(name: str) -> Iterator[None]:
         _drawn.reset(token)
 
 
+_of_shapes: contextvars.ContextVar[bool] = contextvars.ContextVar("of_shapes", default=False)
+
+
+@contextlib.contextmanager
+def of_shapes() -> Iterator[None]:
+    """Whoever traces an initialization meanwhile wants the shapes alone, not the numbers."""
+    token = _of_shapes.set(True)
+    try:
+        yield
+    finally:
+        _of_shapes.reset(token)
+
+
+def wants_shapes() -> bool:
+    return _of_shapes.get()
+
+
 def fan_in_init(num_inputs: int, gain: float = 1.0) -> nn.initializers.Initializer:
     """Normal initializer with standard deviation gain / sqrt(fan-in), truncated at two standard deviations.
 

@@ -29,7 +29,7 @@ from jaxtyping import Array, Float
 from lcx import mixers, sharding
 from lcx import model as model_lib
 from lcx.errors import UserError
-from lcx.layers import Linear
+from lcx.layers import Linear, of_shapes
 from lcx.mlps.experts import PROJECTIONS, ExpertsMlp
 from lcx.model import Decoder
 from lcx.parameters import leaf_paths
@@ -169,7 +169,8 @@ class Target:
         return min(math.prod(self.in_shape), math.prod(self.out_shape))
 
 
-def all_targets(model: Decoder) -> list[Target]:
+@functools.lru_cache(maxsize=16)  # tracing the model is slow
+def all_targets(model: Decoder) -> tuple[Target, ...]:
     """Every projection that can have pairs, in the order of execution."""
     found, params = _projections(model)
     targets = []
@@ -182,7 +183,7 @@ def all_targets(model: Decoder) -> list[Target]:
             kernel = _at(params, path)[f"{name}_kernel"]
             *stack, into, out = kernel.unbox().shape
             targets.append(Target(f"{path}/{name}", tuple(stack), (into,), (out,), kernel.names[-2:]))
-    return targets
+    return tuple(targets)
 
 
 def all_linears(model: Decoder) -> Iterator[tuple[str, Linear, int]]:
@@ -202,7 +203,7 @@ def _projections(model: Decoder) -> tuple[dict[str, nn.Module], dict[str, Any]]:
             found["/".join(context.module.path)] = context.module
         return call(*args, **kwargs)
 
-    with nn.intercept_methods(record):
+    with nn.intercept_methods(record), of_shapes():
         variables = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32)))
     return found, variables["params"]
 

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int
 from lcx import mixers, moved
 from lcx.block import Block
 from lcx.errors import UserError, check_not_negative, check_positive, check_sizes
-from lcx.layers import INITIALIZATIONS, Embedding, Norm
+from lcx.layers import INITIALIZATIONS, Embedding, Norm, wants_shapes
 from lcx.mixers.kv_cache import LayerOf
 from lcx.mlps.activations import ACTIVATIONS
 from lcx.mlps.gated import GatedMlp as Mlp  # the old name, which existing .gin files and users' code import
@@ -85,7 +85,8 @@ class _Period(nn.Module):
             # Without the barriers of prevent_cse the compiler may recompute all blocks of a pattern up front, which
             # would hold all of their activations at once. With one block the scan itself is the barrier.
             several = len(self.stage.pattern) > 1
-            recomputed = nn.remat(type(block), policy=REMAT[self.remat], prevent_cse=several)
+            kind = type(block)
+            recomputed = kind if wants_shapes() else nn.remat(kind, policy=REMAT[self.remat], prevent_cse=several)
             fields = {field.name: getattr(block, field.name) for field in dataclasses.fields(block)}
             fields |= {part: x.clone(parent=None) for part, x in fields.items() if isinstance(x, nn.Module)}
             fields["mlp_in_tiles"] |= self.remat == "host"
@@ -102,7 +103,7 @@ def _scanned(stage: Stage, remat: str, *, initializing: bool) -> nn.Module:
 
     Flax checks that the body passes nothing out but carry and scanned values, which traces it once more. It is left
     out where the model is applied: the body is checked already, and tracing is most of the time to a first token. With
-    the check the random numbers of an initialization are others, so there it stays.
+    the check the random numbers of an initialization are others, so there it stays unless only shapes are wanted.
     """
     if remat not in REMAT:
         raise UserError(f"remat {remat!r}: expected one of {', '.join(REMAT)}")
@@ -112,7 +113,7 @@ def _scanned(stage: Stage, remat: str, *, initializing: bool) -> nn.Module:
         split_rngs={"params": True},
         in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast),
         length=stage.repeat,
-        check_constancy_invariants=initializing,
+        check_constancy_invariants=initializing and not wants_shapes(),
         metadata_params={nn.PARTITION_NAME: "layers"},
     )
     return scanned(stage, remat)

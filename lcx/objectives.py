@@ -146,6 +146,7 @@ def check(objective: Callable) -> None:
         ) from None
 
 
+@functools.cache  # runs with the same objective share their compiled steps
 def over_pieces(objective: Callable, pieces: Pieces) -> Callable:
     """The objective with rows processed in pieces, for an objective that has an argument `pieces`.
 

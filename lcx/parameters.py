@@ -16,7 +16,7 @@ from jaxtyping import Array
 
 from lcx import mlps, sharding
 from lcx.errors import UserError
-from lcx.layers import initialization
+from lcx.layers import initialization, of_shapes
 from lcx.mixers import macs_per_token as mixer_macs_per_token
 
 Shape = tuple[int, ...]
@@ -24,9 +24,12 @@ _EMBEDDING = "embed/embedding"
 Model = Any  # model.Decoder or model.Layers, which import this file
 
 
-@functools.lru_cache(maxsize=16)  # tracing the model is slow, and starting a run needs its shapes several times
+# Tracing the model is slow, and starting a run needs its shapes several times. A folder that fits no family is compared
+# with a model of each.
+@functools.lru_cache(maxsize=64)
 def _abstract_boxed(model: Model):
-    return jax.eval_shape(functools.partial(_init, model), jax.random.key(0))
+    with of_shapes():
+        return jax.eval_shape(functools.partial(_init, model), jax.random.key(0))
 
 
 def _init(model: Model, key: Array) -> Any:
@@ -136,7 +139,7 @@ def _height(path: str) -> float:
     return -1 if path.startswith("embed/") else math.inf
 
 
-@functools.lru_cache(maxsize=16)  # tracing the model is slow
+@functools.lru_cache(maxsize=64)  # tracing the model is slow
 def leaf_shapes(model: Model) -> Mapping[str, Shape]:
     """path -> shape of every parameter: "stages_0/block_0/mixer/q_proj/kernel"."""
     flat = flatten_dict(abstract_params(model), sep="/")

@@ -37,10 +37,11 @@ TESTS = itertools.count(1)
 # Compiled as for users: the operators, what compilers are asked, and rows of 1024 tokens of a trained model, which
 # take 0.5 s of CPU time each without LLVM's passes and 0.1 s with them.
 OPTIMIZED = ("test_ops_", "test_aot", "test_evals_real_models")
-# Files whose tests take many seconds each. They come first, so that no worker begins one when the others are done.
+# Files whose tests take many seconds each. They come first, so that no worker begins one when the others are done, and
+# that no file is divided among workers there, each of which would make what its tests share (processes, runs) again.
 LONG = (
     *("test_kernels_compile", "test_ladder_dna", "test_reproduce_striped_hyena", "test_pieces", "test_linearize"),
-    *("test_docs", "test_serve", "test_evals_real_models"),
+    *("test_docs", "test_serve", "test_evals_real_models", "test_trainer_processes", "test_trainer_faults"),
 )
 
 

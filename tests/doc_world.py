@@ -55,6 +55,7 @@ SETTINGS: dict[str, dict[str, str]] = {
     "quickstart.gin": {f"model.llama.{key}": value for key, value in TINY.items()} | {"model.llama.num_layers": "1"},
     "pretrain/two_mamba.gin": {"Decoder.hidden_size": "32", "Stage.repeat": "1", "Mlp.intermediate_size": "32",
                                "TwoMamba.num_heads": "2", "TwoMamba.head_dim": "8"},
+    "hybrid.gin": {"Stage.pattern": "(@model.Block(), @attend/model.Block())"},  # one of each of its four blocks
     "pretrain/striped_hyena.gin": {f"striped_hyena.{key}": value for key, value in TINY.items()}
     | {"striped_hyena.se_groups": "2", "striped_hyena.mr_groups": "2"},
 }  # fmt: skip
@@ -113,7 +114,7 @@ def _models(to: pathlib.Path) -> None:
     lcx.save(to / "two_mamba_folder", two_mamba, params, format="two_mamba")
     write_tokenizer(to / "two_mamba_folder")
     evo2 = striped_hyena(
-        pattern="SDH*",
+        pattern="SH*",
         hidden_size=32,
         intermediate_size=32,
         num_heads=2,

@@ -1,5 +1,6 @@
 """Buckets: data, models, converted folders and workdirs, against emulators that fail now and then, or for good."""
 
+import functools
 import gzip
 import json
 import logging
@@ -23,6 +24,8 @@ from lcx.data import find_files, sources
 from lcx.errors import UserError
 
 SCHEMES = ("s3", "gs")
+# What a workdir does is the same in both, but for the calls of their clients, of which other tests make all in both.
+one_scheme = functools.partial(pytest.mark.parametrize, "bucket", indirect=True)
 
 
 @pytest.fixture(scope="module")
@@ -266,6 +269,7 @@ def test_a_run_goes_on_on_another_machine(bucket, weather, text, whole, tmp_path
     assert not list(copied.rglob("opt_state")), "a model is wanted, not its optimizer"
 
 
+@one_scheme(["s3"])
 def test_a_bucket_that_fails_for_good_loses_nothing(
     bucket, weather, text, whole, tmp_path, monkeypatch, caplog
 ):
@@ -292,6 +296,7 @@ def test_a_bucket_that_fails_for_good_loses_nothing(
     assert_same_checkpoint(as_left(bucket, tmp_path / "left"), whole)
 
 
+@one_scheme(["gs"])
 def test_a_step_counts_only_once_it_is_whole(bucket, weather, text, whole, tmp_path):
     put(bucket, whole)
     client.remove(f"{bucket}/checkpoints/12", [copies.COMMIT_MARKER])

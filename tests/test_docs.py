@@ -28,7 +28,9 @@ import pytest
 from doc_pages import PAGES, README, ROOT, Block, blocks
 
 from lcx import config
+from lcx.checkpoint import model_json
 from lcx.config import processes
+from lcx.trainer import Trainer
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import docs_commands
@@ -172,6 +174,7 @@ def run(block: Block, world: pathlib.Path, monkeypatch) -> None:
             with monkeypatch.context() as patch:
                 if verb == "evaluate":  # its pictures cost more than its numbers; `lcx.report` draws them
                     patch.setattr("lcx.reporting.report.build", lambda **_: None)
+                patch.setattr(Trainer, "held_out_loss", held_out_loss)
                 status = call(verb, small)
             assert status in ((0, 1) if verb == "data" else (0,)), words
         elif words[0] == "bash":
@@ -181,6 +184,15 @@ def run(block: Block, world: pathlib.Path, monkeypatch) -> None:
         else:
             with monkeypatch.context() as patch:
                 check(words, patch)
+
+
+def held_out_loss(self, model, state, mesh, original=Trainer.held_out_loss) -> float | None:
+    """The first run of each objective is evaluated at its end; every other one would compile a program more for it."""
+    name = model_json.to_json(self.objective)
+    if str(name) in EVALUATED:
+        return 0.0
+    EVALUATED.add(str(name))
+    return original(self, model, state, mesh)
 
 
 def run_python(words: list[str], monkeypatch) -> None:
@@ -210,6 +222,7 @@ def run_script(words: list[str], world: pathlib.Path, monkeypatch) -> None:
         DONE.add(kind)
 
 
+EVALUATED: set[str] = set()
 DONE: set[tuple[str, str]] = set()  # (script, kind of command)
 TRAINED: dict[tuple[str, ...], str] = {}
 

@@ -353,8 +353,8 @@ def text(tmp_path_factory):
 
 def test_both_stages_are_runs(text, tmp_path):
     """Transfer, stop, go on; LoRA on top; the checkpoints load as what evaluations should see: the linear model."""
-    base = tiny_trainer(text, steps=12)
-    base.run(str(tmp_path / "base"))
+    unmeasured = dataset(text, eval_fraction=0.0)  # one program less
+    tiny_trainer(text, steps=12, data=unmeasured).run(str(tmp_path / "base"))
     settings = Linearize(window=8, feature_dim=8, feature_init="identity")
     transfer = dataclasses.replace(
         tiny_trainer(text, init_from=str(tmp_path / "base"), steps=12),
@@ -365,7 +365,7 @@ def test_both_stages_are_runs(text, tmp_path):
         ),
         eval_every=4,
     )
-    dataclasses.replace(transfer, steps=6).run(str(tmp_path / "transfer"))
+    dataclasses.replace(transfer, stop_at=6).run(str(tmp_path / "transfer"))
     run = transfer.run(str(tmp_path / "transfer"))
     model, params = lcx.load(tmp_path / "transfer")
     assert all(isinstance(layer.block.mixer, LinearAttention) for layer in model_lib.layers(model))
@@ -384,7 +384,7 @@ def test_both_stages_are_runs(text, tmp_path):
         init_from=str(tmp_path / "transfer"),
         steps=8,
         lora=LoRA(rank=2, beside="window_factors"),
-        data=dataset(text, eval_fraction=0.0),
+        data=unmeasured,
     )
     run = lora.run(str(tmp_path / "lora"))
     moved = [

@@ -138,8 +138,8 @@ def test_end_to_end(tmp_path):
     (tmp_path / "a.fa").write_text(">a\n" + letters(20_000) + "\n")
     out = tmp_path / "out"
     sizes = {
-        "PATTERN": "'S*'",
-        "LAYERS": 2,
+        "PATTERN": "'S'",
+        "LAYERS": 1,
         "WIDTH": 16,
         "HEADS": 2,
         "GROUPS": 4,

@@ -1,6 +1,6 @@
 """Rows whose tokens lie on several devices: one device's values and gradients, and what is sent, counted.
 
-Every mixer of the battery (test_mixers.py) takes part; the oracle is the reference form of its operator on one device.
+Every kind of mixer of the battery (test_mixers.py) takes part; the oracle: its operator's reference form on one device.
 """
 
 import functools
@@ -51,8 +51,11 @@ MORE |= {  # the battery's has relu, where denominators next to 0 make gradients
     "linear": LinearAttention(4, 2, 8, window=None, feature_map="pos_elu", feature_dim=6, feature_bias=True)
 }
 ALL = MIXERS | MORE
+# Left out: other settings of rows above that reach the same operators and send the same. Of the battery's variants only
+# two_mamba_linear_relu differs here: its convolution of one token sends no halo.
+SAME = ("attention_one_kv_head", "attention_bias_qk_norm_partial", "mamba2_one_head", "two_mamba_square_output_norm")
 PAIRS = [
-    (name, list(MESHES)[i % 3]) for i, name in enumerate(ALL)
+    (name, list(MESHES)[i % 3]) for i, name in enumerate(ALL) if name not in SAME
 ]  # every kind of mixer comes in several rows
 
 T = 57  # on 8 devices the last part holds one token, on 4 and 2 it is not full either
@@ -162,7 +165,7 @@ def test_what_an_operator_sends_is_what_its_docstring_says(name):
 
     with jax.set_mesh(build(context=P, fsdp=1)):
         compiled = forward.lower(params, x).compile()
-        y = forward(params, x)
+        y = compiled(params, x)
     assert_close(y, forward(params, x))
     assert received(compiled.as_text()) == COUNTED[name]
 
