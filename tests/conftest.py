@@ -36,7 +36,7 @@ MAPS = pathlib.Path("/proc/self/maps")
 TESTS = itertools.count(1)
 # Compiled as for users: the operators, what compilers are asked, and rows of 1024 tokens of a trained model, which
 # take 0.5 s of CPU time each without LLVM's passes and 0.1 s with them.
-OPTIMIZED = ("test_ops_", "test_aot", "test_evals_real_models")
+OPTIMIZED = ("test_aot", "test_evals_real_models")
 # Files whose tests take many seconds each. They come first, so that no worker begins one when the others are done.
 LONG = (
     *("test_kernels_compile", "test_ladder_dna", "test_reproduce_striped_hyena", "test_pieces", "test_linearize"),
