@@ -85,8 +85,14 @@ def params(mixer):
 def noisy_params(mixer):
     x = jnp.zeros((1, 2, D))
     variables = nn.meta.unbox(jax.jit(mixer.init)(jax.random.key(0), x))
-    rng = np.random.default_rng(1)  # biases and norms away from 0 and 1
-    return jax.tree.map(lambda x: x + 0.1 * rng.standard_normal(x.shape, np.float32), variables["params"])
+    leaves, tree = jax.tree.flatten(variables["params"])
+    keys = jax.random.split(jax.random.key(1), len(leaves))  # biases and norms away from 0 and 1
+    noise = (0.1 * normal(key, x.shape) for x, key in zip(leaves, keys, strict=True))
+    return jax.tree.unflatten(tree, [x + new for x, new in zip(leaves, noise, strict=True)])
+
+
+def normal(key, shape):
+    return np.asarray(jax.random.normal(key, shape))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -116,7 +122,12 @@ def differentiated(mixer, params, x, counts, positions, segment_ids):
 
 
 def inputs(T, B=2, seed=2):
-    return np.random.default_rng([seed, T]).standard_normal((B, T, D), np.float32)
+    return normal(jax.random.key(seed), (B, T, D)).copy()
+
+
+def three_rows(T):
+    """Three, since a packed row has as many documents, which come alone in the same program."""
+    return np.concatenate([inputs(T), inputs(T, B=1)])
 
 
 def whole(mixer, x):
@@ -125,7 +136,7 @@ def whole(mixer, x):
 
 
 def test_causal(mixer, T):
-    x, at = inputs(T, B=3), T // 2
+    x, at = three_rows(T), T // 2
     y, _ = whole(mixer, x)
     x[:, at] += 1
     changed, _ = whole(mixer, x)
@@ -153,7 +164,7 @@ def test_segments_are_independent(mixer, params, T):
 
 def test_pieces_and_decoding_equal_the_whole(mixer, params, T):
     """A prompt in two pieces, then five tokens one by one; slots are left over, or just enough."""
-    x, cache, ys = inputs(T, B=3), mixer.init_cache(3, LENGTHS[-1], jnp.float32), []
+    x, cache, ys = three_rows(T), mixer.init_cache(3, LENGTHS[-1], jnp.float32), []
     edges = [*{0, max(T - 5, 0) // 3, *range(max(T - 5, 0), T + 1)}]
     for first, last in itertools.pairwise(sorted(edges)):
         y, cache = run(mixer, params, x[:, first:last], cache=cache)
@@ -270,12 +281,9 @@ def test_ragged_prompts_decode_like_each_row_alone(padded):
     x, later = inputs(5, B=1), inputs(4, B=len(PLACES), seed=3)
     firsts, rows, positions, segments = padded_rows(x, 14, 1e4)
     y, cache = run(mixer, params, rows, positions, segments, mixer.init_cache(4, 20, jnp.float32))
-    got, alone = [[] for _ in PLACES], np.zeros((4, TEXT, D), np.float32)  # what follows the 3 tokens changes nothing
-    for row, place in enumerate(PLACES):
-        own = later[row, np.arange(4) != row]
-        alone[row, : 8 if place in firsts else 3] = np.concatenate([x[0], own]) if place in firsts else own
-        if place in firsts:
-            got[row].extend(y[row, firsts[place] : firsts[place] + 5])
+    got = [[] for _ in PLACES]
+    for row, first in enumerate(firsts.values()):
+        got[row].extend(y[row, first : first + 5])
     for step in range(4):
         real = np.arange(4) != step  # this row waits
         new = np.where(real[:, None, None], later[:, step : step + 1], np.float32(-1e4))
@@ -283,8 +291,29 @@ def test_ragged_prompts_decode_like_each_row_alone(padded):
         out, cache = run(mixer, params, new, place, real[:, None].astype(np.int32), cache)
         for row in np.flatnonzero(real):
             got[row].append(out[row, 0])
-    for place, row, want in zip(PLACES, got, whole(mixer, alone)[0], strict=True):
+    own = np.stack([later[row, np.arange(4) != row] for row in range(4)])
+    alone = decoded_alone if mixer in PUBLISHED.values() else at_once
+    for place, row, want in zip(PLACES, got, alone(mixer, x, own), strict=True):
         np.testing.assert_allclose(np.stack(row), want[: len(row)], atol=2e-6, err_msg=place)
+
+
+def at_once(mixer, x, own):
+    """What the tokens x and then each row's own give, and in the last row its own; what follows changes nothing."""
+    rows = np.concatenate([np.repeat(x, 4, axis=0), own], axis=1)
+    rows[3] = np.roll(rows[3], len(own[0]), axis=0)
+    return whole(mixer, rows)[0]
+
+
+def decoded_alone(mixer, x, own):
+    """The same, token by token after x: as published, a window there is not the one of a text read at once."""
+    y, read = run(mixer, noisy_params(mixer), np.repeat(x, 4, axis=0), cache=mixer.init_cache(4, 20, jnp.float32))
+    ys = []
+    for start, cache in ((5, read), (0, mixer.init_cache(4, 20, jnp.float32))):
+        for place in range(3):
+            at, ones = np.full((4, 1), start + place, np.int32), np.ones((4, 1), np.int32)
+            out, cache = run(mixer, noisy_params(mixer), own[:, place : place + 1], at, ones, cache)
+            ys.append(out)
+    return [*np.concatenate([y, *ys[:3]], axis=1)[:3], np.concatenate(ys[3:], axis=1)[3]]
 
 
 def test_left_padded_prompts_in_pieces_are_like_whole_ones(mixer, params):
@@ -317,7 +346,7 @@ def test_a_window_counts_tokens_behind_a_padded_piece():
 
 
 def test_bfloat16_is_near_float32(mixer, params):
-    x = inputs(100, B=3)
+    x = three_rows(100)
     y, _ = whole(mixer, x)
     low, _ = run(mixer, params, x.astype(jnp.bfloat16))
     assert low.dtype == jnp.bfloat16
@@ -325,7 +354,7 @@ def test_bfloat16_is_near_float32(mixer, params):
 
 
 def test_gradients_are_finite_and_reach_every_parameter(mixer, T):
-    _, (grads, _) = whole(mixer, inputs(T, B=3))
+    _, (grads, _) = whole(mixer, three_rows(T))
     for path, g in jax.tree_util.tree_leaves_with_path(grads):
         assert np.isfinite(g).all(), path
         if "decay" in str(path):  # a constant that is stored with the weights
