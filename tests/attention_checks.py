@@ -1,5 +1,7 @@
 """Decays and documents of the attention tests, and the comparison of values and gradients with float64."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,9 +31,18 @@ def check(found, expected, dtype, limit):
 def with_gradients(f, *xs):
     """f(*xs[:-1]) and the gradients of sum(xs[-1] * f), as one program."""
 
-    @jax.jit
-    def both(*xs):
-        y, pull = jax.vjp(f, *xs[:-1])
-        return y, *pull(xs[-1])
+    return jax.jit(functools.partial(pulled, f))(*xs)
 
-    return both(*xs)
+
+def pulled(f, *xs):
+    """As with_gradients, to be compiled by the caller: once for arrays of the same shapes."""
+    y, pull = jax.vjp(f, *xs[:-1])
+    return y, *pull(xs[-1])
+
+
+def sums_between(a):
+    """[T, T]: the sum of a [T] after j up to i, each added up by itself, so that none is a difference of large sums."""
+    sums = np.zeros((len(a), len(a)))
+    for j in range(len(a)):
+        sums[j + 1 :, j] = np.cumsum(a[j + 1 :])
+    return sums

@@ -22,6 +22,7 @@ long_conv = jax.jit(long.long_conv, static_argnames="implementation")
 short_conv = jax.jit(short.short_conv, static_argnames=("implementation", "time_axis"))
 modal_step, modal_state = jax.jit(modal.step), jax.jit(modal.state)
 modal_response = jax.jit(modal.response, static_argnames="length")
+modal_taps = jax.jit(modal.taps, static_argnums=2)
 
 
 def documents(T, packed):
@@ -80,7 +81,8 @@ def with_gradients(f, inputs, dy):
     return y, *pull(dy)
 
 
-FIR = [(1, 2), (1, 128), (63, 7), (100, 17), (100, 128), (257, 7), (257, 129), (300, 256), (257, 33)]
+# A token alone; shifts (up to 15 taps); blocks of 32 and of 64; more taps than tokens; taps that fill their blocks.
+FIR = [(1, 128), (63, 2), (257, 7), (100, 17), (100, 128), (257, 129), (300, 256)]
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["one", "packed"])
@@ -103,7 +105,7 @@ def test_fir_conv_equals_the_definition(T, K, packed):
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["one", "packed"])
-@pytest.mark.parametrize("T", [1, 63, 100, 257, 1100])
+@pytest.mark.parametrize("T", [1, 100, 257, 1100])
 def test_long_conv_equals_the_definition(T, packed):
     x1, x2, v, h, skip, dy = arrays(T, *[(B, D, T)] * 3, (D, T + 3), (D,), (B, D, T))
     ids = documents(T, packed)
@@ -182,7 +184,7 @@ def test_a_row_in_pieces_is_the_row(K, packed):
     step = jax.jit(
         lambda part, own, state: fir_conv(*part, h, skip=skip, segment_ids=own, initial_state=state)
     )
-    for size in (150, 1, 1, 40, 108):
+    for size in (258, 1, 1, 40):
         cut = slice(at, at + size)
         y, state = step([x[..., cut] for x in (x1, x2, v)], None if ids is None else ids[:, cut], state)
         ys.append(y)
@@ -261,7 +263,7 @@ def test_modal_state_is_the_recurrence(packed):
         last = np.where(own[:, t] != 0, own[:, t], last)
         ys.append(np.where((own[:, t] != 0)[:, None], np.einsum("bdp,dp->bd", s, residue), 0))
     expected = np.stack(ys, axis=2)
-    h = modal.taps(log_pole, residue, T)
+    h = modal_taps(log_pole, residue, T)
     state, found = modal.ModalState(jnp.zeros((B, D, 16)), jnp.zeros(B, jnp.int32)), []
     for start, stop in ((0, 130), (130, 131), (131, 300)):
         part, some = g[..., start:stop], None if ids is None else ids[:, start:stop]

@@ -6,6 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import quick_xla
+import torch
+from attention_checks import sums_between
 
 import lcx.ops.linear_attention as operator
 from kernels_pallas import backends
@@ -76,31 +79,27 @@ def pair_masks(ids, T, option):
 
 
 def definition(x, masks, normalize):
-    """y [B, T, N, H] and what is left for later tokens (kv, k_sum), all in float64, every pair at once."""
-    near, far, from_state = (m[:, None] for m in masks)
-    N = max(v.shape[2] for name, v in x.items() if name in ("q", "k", "v", "a"))
-    q, k, v = (jnp.repeat(x[name], N // x[name].shape[2], axis=2) for name in "qkv")
-    T = q.shape[1]
-    a = jnp.zeros((B, T, N)) if "a" not in x else jnp.repeat(x["a"], N // x["a"].shape[2], axis=2)
-    real = (near + far).max(axis=(1, 3)) > 0
-    total = jnp.cumsum(jnp.where(real[..., None], a, 0), axis=1).transpose(0, 2, 1)
-    weights = (
-        jnp.einsum("btnp,bsnp->bnts", q, k)
-        * far
-        * jnp.exp(jnp.minimum(total[..., None] - total[:, :, None], 0))
-    )
+    """y [B, T, N, H], all in float64 by torch, every pair at once."""
+    near, far, from_state = (torch.tensor(m)[:, None] for m in masks)
+    N, T = max(v.shape[2] for name, v in x.items() if name in ("q", "k", "v", "a")), x["q"].shape[1]
+    heads = {n: x[n].repeat_interleave(N // x[n].shape[2], 2) for n in ("q", "k", "v", "a", "wk") if n in x}
+    q, k, v = (heads[name] for name in "qkv")
+    a = heads.get("a", torch.zeros(B, T, N, dtype=v.dtype))
+    real = (near + far).amax((1, 3)) > 0
+    total = torch.where(real[..., None], a, 0).cumsum(1).transpose(1, 2)
+    gaps = (total[..., None] - total[:, :, None]).clamp(max=0)
+    weights = torch.einsum("btnp,bsnp->bnts", q, k) * far * gaps.exp()
     if "wq" in x:
-        keys = jnp.repeat(x["wk"], N // x["wk"].shape[2], axis=2)
-        s = jnp.where(near > 0, jnp.einsum("btnh,bsnh->bnts", x["wq"], keys) / np.sqrt(D), -1e30)
-        weights += x["gamma"][:, None, None] * near * jnp.exp(s - s.max(axis=-1, keepdims=True))
-    into = from_state * jnp.exp(total)
-    num = jnp.einsum("bnts,bsnh->btnh", weights, v)
-    den = weights.sum(axis=-1)
+        s = torch.einsum("btnh,bsnh->bnts", x["wq"], heads["wk"]) / np.sqrt(D)
+        s = s.masked_fill(near == 0, -1e30)
+        weights = weights + x["gamma"][:, None, None] * near * (s - s.amax(-1, keepdim=True)).exp()
+    into = from_state * total.exp()
+    num, den = torch.einsum("bnts,bsnh->btnh", weights, v), weights.sum(-1)
     if "kv" in x:
-        num += jnp.einsum("bnt,btnp,bnph->btnh", into, q, x["kv"])
+        num = num + torch.einsum("bnt,btnp,bnph->btnh", into, q, x["kv"])
     if "k_sum" in x:
-        den += jnp.einsum("bnt,btnp,bnp->bnt", into, q, x["k_sum"])
-    return num / jnp.where(den == 0, 1, den).transpose(0, 2, 1)[..., None] if normalize else num
+        den = den + torch.einsum("bnt,btnp,bnp->bnt", into, q, x["k_sum"])
+    return num / den.masked_fill(den == 0, 1).transpose(1, 2)[..., None] if normalize else num
 
 
 def ours(x, ids, option, normalize, chunk, form, cuts=()):
@@ -146,10 +145,11 @@ def assert_close(got, want, tolerance):
 def expected(name):
     T, heads, option, normalize, segments, state, chunk = CASES[name]
     x, ids = arrays(T, heads, option, normalize, segments, state)
-    with jax.enable_x64(True):
-        masks = pair_masks(ids, T, option)
-        want = with_gradients(functools.partial(definition, masks=masks, normalize=normalize), x)
-    return x, ids, option, normalize, chunk, {name: np.asarray(value) for name, value in want.items()}
+    inputs = {name: torch.tensor(value, requires_grad=True) for name, value in x.items()}
+    y = definition(inputs, pair_masks(ids, T, option), normalize)
+    (y * torch.arange(y.numel()).to(y.dtype).cos().reshape(y.shape)).sum().backward()
+    want = {"y": y.detach().numpy(), **{name: value.grad.numpy() for name, value in inputs.items()}}
+    return x, ids, option, normalize, chunk, want
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -311,7 +311,7 @@ def by_pairs(q, k, v, a, w, ids, eps):
     """y and the gradients of sum(w y), float64; each gap of the decay is a sum of its own. eps None: not divided."""
     q, k, v, a, w = (x.astype(np.float64) for x in (q, k, v, a, w))
     T = len(a)
-    gap = np.array([[a[j + 1 : i + 1].sum() for j in range(T)] for i in range(T)])
+    gap = sums_between(a)
     decay = np.where(np.tril(np.ones((T, T), bool)) & (ids[:, None] == ids), np.exp(gap), 0)
     W = (q @ k.T) * decay
     den = np.ones((T, 1)) if eps is None else W.sum(1, keepdims=True) + eps
@@ -326,6 +326,7 @@ HARD = ["often -50", "often -1000", "often -1e5", "often -inf", "empty -1000", "
 
 @functools.cache
 def on_hard(form, normalize):
+    """y and its gradients, in one program for all kinds, compiled as for users: they are about rounding."""
     eps, platform = 1e-12, {"gpu": "gpu", "tpu": "tpu"}.get(form)
 
     def run(q, k, v, a, w, ids):
@@ -345,7 +346,7 @@ def on_hard(form, normalize):
         y, dq, dk, dv, da = (x[0, :, 0] for x in (y, *pull(w)))
         return *(x[:, :4] for x in (y, dq, dk, dv)), da
 
-    return jax.jit(run)
+    return quick_xla.as_for_users()(jax.jit(run))
 
 
 @pytest.mark.parametrize(

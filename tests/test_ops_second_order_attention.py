@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_checks import with_gradients
+import quick_xla
+from attention_checks import pulled, sums_between, with_gradients
 from two_mamba_oracle import load, triangular
 
 from lcx.errors import UserError
@@ -139,9 +140,9 @@ def test_the_expansion_turns_squares_into_products(H):
 
 
 @pytest.mark.parametrize("implementation, form", FORMS[1:])
-@pytest.mark.parametrize("lengths", [(63, 37), (98, 1, 1), (40, 217)], ids=str)
-def test_a_row_in_pieces_equals_the_row(lengths, implementation, form):
+def test_a_row_in_pieces_equals_the_row(implementation, form):
     """Outputs and gradients; the state carries the gradient to the pieces before."""
+    lengths = (40, 217, 1)  # less than a tile, more than one, a single token
     case = (2, sum(lengths), 2, 1, 16, -0.05, True, True)
     q, k, v, a, w, ids = arrays(case)
     ids = np.where(ids == 0, ids, 1)  # one document, padding in it
@@ -175,8 +176,8 @@ def test_a_new_document_does_not_see_the_state(implementation, form):
     assert state.segment_ids.tolist() == [1]
     ids = jnp.array([[0] * 2 + [2] * 30 + [3] * 8], jnp.int32)
     y, last = run(q, k, v, log_decay=a, segment_ids=ids, initial_state=state)
-    alone, alone_last = run(q[:, 32:], k[:, 32:], v[:, 32:], log_decay=a[:, 32:], segment_ids=ids[:, 32:])
-    close([y[:, 32:], last.kv, last.k_sum], [alone, alone_last.kv, alone_last.k_sum])
+    alone, alone_last = run(q, k, v, log_decay=a, segment_ids=jnp.where(ids == 3, ids, 0))
+    close([y[:, 32:], last.kv, last.k_sum], [alone[:, 32:], alone_last.kv, alone_last.k_sum])
     assert last.segment_ids.tolist() == [3]
     close([y], [by_hand(q, k, v, a, w, np.array(ids), True)[0]])
     # A row of padding hands the state on as it is.
@@ -200,24 +201,6 @@ def test_the_state_is_the_sum_that_it_says(implementation, form):
 
 
 @pytest.mark.parametrize("form", ["tiles", "states"])
-def test_bfloat16_stays_near_float64(form):
-    case = (1, 257, 2, 1, 32, -0.05, True, True)
-    q, k, v, a, w, ids = arrays(case)
-    low = [jnp.array(x, jnp.bfloat16) for x in (q, k, v)]
-    expected = by_hand(*(np.array(x, np.float32) for x in low), a, w, ids, True)
-    got = with_gradients(
-        lambda q, k, v, a: second_order_attention(
-            q, k, v, log_decay=a, segment_ids=jnp.array(ids), form=form
-        )[0],
-        *low,
-        a,
-        jnp.array(w, jnp.bfloat16),
-    )
-    for g, x in zip(got, expected, strict=True):
-        assert np.linalg.norm(np.array(g, np.float32) - x) / np.linalg.norm(x) < 1e-2
-
-
-@pytest.mark.parametrize("form", ["tiles", "states"])
 def test_a_strong_decay_early_leaves_the_later_differences_exact(form):
     """Decays that add up to 6400, then gentle ones: a prefix sum over the row would lose the fourth digit."""
     q, k, v, a, w, _ = arrays((1, 512, 1, 1, 16, -0.01, False, True))
@@ -234,21 +217,6 @@ def test_negligible_tiles_are_not_visited():
     k[:, :tile] = np.nan
     y, _ = on_arrays(q, k, v, log_decay=a, form="tiles")
     assert np.isfinite(y[:, 2 * tile :]).all() and not np.isfinite(y[:, :tile]).any()
-
-
-@pytest.mark.parametrize("normalize", [True, False])
-@pytest.mark.parametrize("implementation, form", FORMS)
-def test_rows_without_weight_give_zero_and_finite_gradients(implementation, form, normalize):
-    q, k, v, a, w, _ = arrays((1, 70, 1, 1, 16, -0.5, False, True))
-    q[:, 5], q[:, 69], k[:, :3] = 0, 0, 0
-    got = with_gradients(
-        lambda q, k, v, a: second_order_attention(
-            q, k, v, log_decay=a, normalize=normalize, implementation=implementation, form=form
-        )[0],
-        *(q, k, v, a, w),
-    )
-    assert not np.any(got[0][:, [0, 1, 2, 5, 69]])
-    close(got, by_hand(q, k, v, a, w, None, normalize))
 
 
 @pytest.mark.parametrize("form", ["tiles", "states"])
@@ -288,7 +256,7 @@ def test_the_form_by_the_data_does_not_depend_on_the_length():
     slow, fast = jnp.full((1, 16384, 1), -1e-4), jnp.full((1, 16384, 1), -0.1)
     one = jnp.ones((1, 16384), jnp.int32)
     for T in (4096, 8192, 16384):
-        short = functools.partial(second_order_choice.short_reach, H=16)
+        short = jax.jit(functools.partial(second_order_choice.short_reach, H=16))
         assert not short(slow[:, :T], one[:, :T]) and short(fast[:, :T], one[:, :T])
         assert short(slow[:, :T], one[:, :T] + jnp.arange(T) // 512)  # documents
 
@@ -308,15 +276,15 @@ def test_twice_the_row_is_twice_the_work():
     assert work(8192) == 2 * work(4096) and work(65536) == 16 * work(4096)
 
 
-@pytest.mark.parametrize("rate", [-1e-4, -0.3])
-def test_the_form_by_the_data_in_pieces_of_the_row(rate, monkeypatch):
+def test_the_form_by_the_data_in_pieces_of_the_row(monkeypatch):
     """Both forms in one program; what concerns single tokens in pieces of 64 tokens, of which 520 is no multiple."""
     monkeypatch.setattr(second_order_choice, "LONG", 256)
     monkeypatch.setattr(second_order_choice, "MOST", 128)
     monkeypatch.setattr(tiling, "PIECE", 64 * 2 * 8 * 4)
-    q, k, v, a, w, _ = arrays((1, 520, 2, 1, 8, rate, False, True))
-    got = with_gradients(lambda q, k, v, a: second_order_attention(q, k, v, log_decay=a)[0], q, k, v, a, w)
-    close(got, by_hand(q, k, v, a, w, None, True))
+    run = jax.jit(functools.partial(pulled, lambda *x: second_order_attention(*x[:3], log_decay=x[3])[0]))
+    for rate in (-1e-4, -0.3):
+        q, k, v, a, w, _ = arrays((1, 520, 2, 1, 8, rate, False, True))
+        close(run(q, k, v, a, w), by_hand(q, k, v, a, w, None, True))
 
 
 @pytest.mark.parametrize("form", ["tiles", "states"])
@@ -352,13 +320,15 @@ def corner(name):
         a[:], k[:, 5:], ids[:] = -0.9, 0, 1
     elif what == "tiny":
         a[:] = -1e-12
+    elif what == "zeros":  # queries and keys without any weight, the last query among them
+        q[:, [5, T - 1]], k[:, :3], ids[:] = 0, 0, 1
     return q, k, v, a, w, ids
 
 
 CORNERS = [
     *("q 1e-3", "q 1e-10", "q 1e-30", "k 1e-15", "k 1e-30", "first 1e-10", "first 1e-30", "mixed"),
     *("hard -50", "hard -1000", "hard -1e5", "hard -inf", "empty -50", "empty -1e5", "empty -inf", "skipped"),
-    "tiny",
+    *("tiny", "zeros", "plain"),
 ]
 
 
@@ -367,8 +337,7 @@ def by_logarithms(q, k, v, a, w, ids, normalize):
     q, k, v, w = (x[0, :, 0].astype(np.float64) for x in (q, k, v, w))
     a, ids = a[0, :, 0].astype(np.float64), ids[0]
     T, root = len(a), math.sqrt(q.shape[1])
-    s = q @ k.T / root
-    gap = np.array([[a[j + 1 : i + 1].sum() for j in range(T)] for i in range(T)])
+    s, gap = q @ k.T / root, sums_between(a)
     live = np.tril(np.ones((T, T), bool)) & (ids[:, None] == ids) & (s != 0) & (gap > -np.inf)
     size = np.where(live, 2 * np.log(np.abs(np.where(live, s, 1))) + gap, -np.inf)
     top = np.where(live.any(1), size.max(1), 0) if normalize else np.zeros(T)
@@ -385,21 +354,16 @@ def by_logarithms(q, k, v, a, w, ids, normalize):
 
 @functools.cache
 def on_corners(implementation, form, normalize):
-    def run(q, k, v, a, w, ids):
-        y, pull = jax.vjp(
-            lambda q, k, v, a: second_order_attention(
-                *(q, k, v),
-                log_decay=a,
-                segment_ids=ids,
-                normalize=normalize,
-                implementation=implementation,
-                form=form,
-            )[0],
-            *(q, k, v, a),
-        )
-        return y, *pull(w)
+    """y and its gradients, in one program for all corners, compiled as for users: they are about rounding."""
+    settings = {"normalize": normalize, "implementation": implementation, "form": form}
 
-    return jax.jit(run)
+    def run(q, k, v, a, w, ids):
+        def y(q, k, v, a):
+            return second_order_attention(q, k, v, log_decay=a, segment_ids=ids, **settings)[0]
+
+        return pulled(y, q, k, v, a, w)
+
+    return quick_xla.as_for_users()(jax.jit(run))
 
 
 @pytest.mark.parametrize("name", CORNERS)
@@ -411,9 +375,11 @@ def test_what_float32_cannot_square(implementation, form, name):
     for g, want in zip(got, by_logarithms(*x, True), strict=True):
         error = np.abs(np.asarray(g, np.float64) - want).max()
         assert np.isfinite(g).all() and error <= 3e-5 * max(np.abs(want).max(), 1e-30)
+    if name == "zeros":
+        assert not np.any(got[0][:, [0, 1, 2, 5, 139]])
 
 
-@pytest.mark.parametrize("name", ["q 1e-3", "hard -1000", "hard -inf", "empty -50"])
+@pytest.mark.parametrize("name", ["q 1e-3", "hard -1000", "hard -inf", "empty -50", "zeros"])
 @pytest.mark.parametrize("implementation, form", FORMS)
 def test_corners_without_the_division(implementation, form, name):
     x = corner(name)
@@ -421,9 +387,11 @@ def test_corners_without_the_division(implementation, form, name):
     for g, want in zip(got, by_logarithms(*x, False), strict=True):
         assert np.isfinite(g).all()
         np.testing.assert_allclose(g, want, rtol=0, atol=3e-5 * max(np.abs(want).max(), 1e-30))
+    if name == "zeros":
+        assert not np.any(got[0][:, [0, 1, 2, 5, 139]])
 
 
-@pytest.mark.parametrize("name", ["q 1e-30", "first 1e-10", "mixed", "hard -1e5", "hard -inf", "empty -50"])
+@pytest.mark.parametrize("name", ["q 1e-30", "first 1e-10", "mixed", "hard -1e5", "hard -inf", "empty -50", "plain"])
 @pytest.mark.parametrize("form", ["tiles", "states"])
 def test_corners_in_bfloat16(form, name):
     """Within a few roundings of the largest entry, of what the same rounded inputs give exactly."""
@@ -434,3 +402,4 @@ def test_corners_in_bfloat16(form, name):
     for g, want in zip(got, by_logarithms(q, k, v, a, dy, ids, True), strict=True):
         g = np.asarray(g, np.float64)
         assert np.isfinite(g).all() and np.abs(g - want).max() <= 6 * 2**-8 * np.abs(want).max()
+        assert name != "plain" or np.linalg.norm(g - want) < 1e-2 * np.linalg.norm(want)
