@@ -213,7 +213,7 @@ ODD = {
         tie_word_embeddings=True,
         layer_windows=(None, 8),
     ),
-    "lora, remat, accumulation": dict(remat="full", num_kv_heads=1),
+    "lora, remat, accumulation": dict(remat="host", num_kv_heads=1),
 }
 
 
