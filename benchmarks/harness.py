@@ -227,14 +227,29 @@ class Turns:
 
         A side that ran once, as it is slow, is compared with every round of the other.
         """
-        rounds = max(len(self.times[a]), len(self.times[b]))
-        times = (x * rounds if len(x) == 1 else x for x in (self.times[a], self.times[b]))
-        ratios = sorted(x / y for x, y in zip(*times, strict=True))
+        ratios = self._ratios(a, b)
         return {
             "median": round(statistics.median(ratios), 3),
             "min": round(ratios[0], 3),
             "max": round(ratios[-1], 3),
         }
+
+    def interval(self, a: str, b: str) -> list[float]:
+        """[low, high] that hold the median of `ratio` with a probability of at least 95%, from the order of the rounds.
+
+        Raises ValueError if there are fewer than 6 rounds, which cannot tell.
+        """
+        ratios = self._ratios(a, b)
+        chances = [math.comb(len(ratios), k) / 2 ** len(ratios) for k in range(len(ratios) + 1)]
+        cut = max((k for k in range(len(ratios) // 2) if sum(chances[: k + 1]) <= 0.025), default=None)
+        if cut is None:
+            raise ValueError(f"{len(ratios)} rounds; expected at least 6")
+        return [round(ratios[cut], 3), round(ratios[-1 - cut], 3)]
+
+    def _ratios(self, a: str, b: str) -> list[float]:
+        rounds = max(len(self.times[a]), len(self.times[b]))
+        times = (x * rounds if len(x) == 1 else x for x in (self.times[a], self.times[b]))
+        return sorted(x / y for x, y in zip(*times, strict=True))
 
 
 class Run:

@@ -89,7 +89,7 @@ def start_up(result: dict) -> str:
 
 
 def growth(result: dict) -> str:
-    """A column for each decay: milliseconds, and the time at T over that at T / 2 with its spread over the rounds."""
+    """A column for each decay: milliseconds, and the time at T over that at T / 2 with the interval of its median."""
     found = {(row["decay"], row["T"]): row for row in result["rows"]}
     decays, lengths = (list(dict.fromkeys(column)) for column in zip(*found))
 
@@ -97,10 +97,14 @@ def growth(result: dict) -> str:
         if "growth" not in row:
             return number(row["ms"])
         times = row["growth"]
-        return f"{number(row['ms'])} ({times['median']:.2f}x, {times['min']:.2f} to {times['max']:.2f})"
+        low, high = times["interval"]
+        return f"{number(row['ms'])} ({times['median']:.2f}x, {low:.2f} to {high:.2f})"
 
     rows = [[str(T), *(cell(found[decay, T]) for decay in decays)] for T in lengths]
-    return with_source(result, table(["T", *decays], rows))
+    first, last = lengths[0], lengths[-1]
+    whole = [f"{found[decay, last]['ms'] / found[decay, first]['ms']:.1f}x ({decay})" for decay in decays]
+    said = f"From {first} to {last} tokens, {last // first} times the row, the time grows {', '.join(whole)}."
+    return with_source(result, f"{table(['T', *decays], rows)}\n\n{said}")
 
 
 def families(result: dict) -> str:

@@ -108,6 +108,15 @@ def test_turns(monkeypatch):
     assert slow.times == {"a": [9.0], "b": [0.5]}
 
 
+@pytest.mark.parametrize(("rounds", "low", "high"), [(6, 1, 6), (9, 2, 8), (20, 6, 15), (41, 14, 28)])
+def test_the_interval_of_a_median(rounds, low, high):
+    """Ranks from the usual tables for the sign test at 95%."""
+    turns = harness.Turns({"a": [float(number) for number in range(rounds, 0, -1)], "b": [1.0] * rounds})
+    assert turns.interval("a", "b") == [low, high]
+    with pytest.raises(ValueError, match="5 rounds; expected at least 6"):
+        harness.Turns({"a": [1.0] * 5, "b": [1.0] * 5}).interval("a", "b")
+
+
 def test_a_side_in_another_process():
     """It answers for as long as it lives, and nothing stands for a number once it has died."""
     program = "import json, sys\nfor x in map(json.loads, sys.stdin):\n  print('noise')\n"
