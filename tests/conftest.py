@@ -58,13 +58,6 @@ def optimizations(request):
         yield
 
 
-@pytest.fixture
-def usual_emitters():
-    """For a test that compares rows of different shapes to the last bits, by which the older emitters round."""
-    with quick_xla.as_for_users(optimized=False):
-        yield
-
-
 @pytest.fixture(autouse=True)
 def bounded_programs():
     """Lets compiled programs go before they are too many: XLA maps memory for each, and a process that reaches Linux's

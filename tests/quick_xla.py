@@ -35,12 +35,8 @@ def flags(*more: str) -> str:
 
 
 @contextlib.contextmanager
-def as_for_users(*, optimized=True):
-    """XLA's defaults for what is compiled in this process meanwhile.
-
-    Args:
-      optimized: False leaves out LLVM's expensive passes all the same.
-    """
+def as_for_users():
+    """XLA's defaults for what is compiled in this process meanwhile."""
     import jax
     from jax._src import compiler
 
@@ -54,7 +50,7 @@ def as_for_users(*, optimized=True):
             env_options_overrides = defaults | (env_options_overrides or {})
         return get(*args, backend=backend, env_options_overrides=env_options_overrides, **kwargs)
 
-    jax.config.update(flag, before and not optimized)
+    jax.config.update(flag, False)
     try:
         with mock.patch.object(compiler, "get_compile_options", options):
             yield

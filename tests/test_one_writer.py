@@ -235,7 +235,7 @@ def test_a_folder_that_is_written_to_is_not_replaced(tmp_path):
         (train.main, ["--workdir=az://bucket/run"], "--workdir"),
         (train.main, ["--workdir="], "--workdir"),
         (convert.main, ["--src=hf", "--dst=az://bucket/x", "--dst_format=lcx"], "--dst"),
-        (convert.main, ["--src=az://bucket/hf", "--dst=x", "--dst_format=lcx"], "the path"),
+        (convert.main, ["--src=az://bucket/hf", "--dst=x", "--dst_format=lcx"], "--src"),
         (evaluate.main, ["--checkpoint=hf", "--output=gs://bucket/out"], "--output"),
     ],
 )

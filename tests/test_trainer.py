@@ -381,9 +381,9 @@ def test_an_init_from_that_has_moved_is_a_warning_and_another_scaling_is_not(
     [
         (
             {"rope_scaling": YARN, "context_length": 96},
-            "factor 2 x the original window 32 is 64, not context_length 96",
+            "factor 2 x the original window 32 is 64, not Trainer.context_length 96",
         ),
-        ({"context_length": 64}, "there is no rope_scaling"),
+        ({"context_length": 64}, "there is no Trainer.rope_scaling"),
         ({"rope_scaling": {"rope_type": "yarm", "factor": 2.0}}, "yarm"),
         ({"init_from": "/nowhere"}, "no checkpoint at /nowhere"),
     ],

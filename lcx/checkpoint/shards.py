@@ -127,7 +127,7 @@ class _Array:
                 values = np.asarray(self._store[cell].read().result())
                 corner = tuple((part.start, part.stop) for part in cell)
                 for target, part in zip(targets, parts):
-                    target[...] = values[_within(part, corner)]
+                    _copy(values[_within(part, corner)], target)
         finally:
             budget.give(self.nbytes(cell))
         with self._lock:
@@ -151,6 +151,14 @@ class _Array:
         shape, sharding = self._struct.shape, self._struct.sharding
         array = jax.make_array_from_single_device_arrays(shape, sharding, placed)
         self._arrays[self._key] = array.block_until_ready()  # so that no more buffers are under way than arrays
+
+
+def _copy(values: np.ndarray, target: np.ndarray) -> None:
+    """target[...] = values, by tensorstore: numpy would hold back the threads that read other chunks."""
+    if target.ndim:
+        ts.array(target).write(ts.array(values)).result()
+    else:
+        target[...] = values
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

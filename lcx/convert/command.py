@@ -17,7 +17,7 @@ from lcx.convert.lolcats.files import Lolcats
 from lcx.convert.peft import merged
 from lcx.convert.progress import Progress
 from lcx.convert.workdir.format import Workdir
-from lcx.errors import UserError
+from lcx.errors import UserError, naming
 from lcx.multihost.agreement import first_only
 
 
@@ -77,7 +77,8 @@ def convert(
       UserError: the source, the destination or a setting is not usable.
     """
     target_path = paths.destination(dst, "--dst")
-    source_path = pathlib.Path(hub.local(src)).expanduser()
+    with naming({"the path of the checkpoint": "--src"}):
+        source_path = pathlib.Path(hub.local(src)).expanduser()
     target = formats.named(dst_format, where="--dst_format")
     if isinstance(target, TrainedFormat):
         configured = formats.configured(target, options or {})
