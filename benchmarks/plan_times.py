@@ -57,7 +57,7 @@ def main() -> None:
     if args.one:
         print(json.dumps(one(args.one)))
         return
-    run = harness.Run("seconds of a training step: planned, and measured", threads={"lcx": {"cpus": os.cpu_count()}})
+    run = harness.Run("seconds of a training step: planned, and measured", threads={"lcx": {"threads": os.cpu_count()}})
     rows = []
     with run.watched():
         for name in args.only.split(";") if args.only else plan_errors.CASES:

@@ -6,8 +6,8 @@
 One row, one head of 64, float32, forward and backward as one program, in the form that the operator picks. Decays:
 "slow" forgets nothing (a = -1e-5), "fast" forgets within 300 tokens (a = -0.1, as far as e^-30), "initial" is that of a
 new 2Mamba layer (a = -softplus(0)). All lengths and decays take turns. `growth` is the median over the rounds of the
-time at T over that at T / 2, with an interval that holds it with 95%: 2 is linear. Ten minutes. `faults` counts the pages that the kernel handed out in one call,
-`temporary_mib` is what XLA allocates for temporaries in one call.
+time at T over that at T / 2, with an interval that holds it with 95%: 2 is linear. Ten minutes. `faults` counts the
+pages that the kernel handed out in one call, `temporary_mib` is what XLA allocates for temporaries in one call.
 """
 
 import argparse

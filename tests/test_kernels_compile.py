@@ -85,11 +85,11 @@ def as_for_users():
 
 def least(*args, **kwargs):
     """The record of a program around whose kernels XLA for TPUs optimizes as little as it can: in half the time."""
-    effort, level = "jax_exec_time_optimization_effort", "jax_optimization_level"
-    before = {name: jax.config.values[name] for name in (effort, level)}
+    little = {"jax_exec_time_optimization_effort": -1.0, "jax_optimization_level": "O1"}
+    before = {name: jax.config.values[name] for name in little if name in jax.config.values}  # the first: before 0.12
     try:
-        jax.config.update(effort, -1.0)
-        jax.config.update(level, "O1")
+        for name in before:
+            jax.config.update(name, little[name])
         return record(*args, **kwargs)
     finally:
         for name, value in before.items():

@@ -21,6 +21,7 @@ from lcx.config.flags import hint
 
 MACRO = "gin.macro"
 _REPOSITORY = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # has configs/
+_TOO_DEEP = "a value is nested too deeply to read"
 Key = tuple[str, str, str]  # scope, full name of the function or class, parameter
 
 
@@ -110,8 +111,9 @@ class Source:
                 if statement is None:
                     return
                 yield statement
-        except tokenize.TokenError:
-            message = "a bracket or quote is never closed"
+        except tokenize.TokenError as error:
+            nested = "nested" in str(error)  # from Python 3.12 on, 200 levels
+            message = _TOO_DEEP if nested else "a bracket or quote is never closed"
             self.problem(message, place(line), incomplete=True)
         except SyntaxError as error:
             number = error.lineno or line
@@ -120,7 +122,7 @@ class Source:
             message = names.explain_syntax(error, origin, value_text)
             self.problem(message, place(number), incomplete=True)
         except (RecursionError, MemoryError):  # Python's own parser raises either
-            self.problem("a value is nested too deeply to read", place(line), incomplete=True)
+            self.problem(_TOO_DEEP, place(line), incomplete=True)
 
     def _execute(self, statement: Any, context: gin_config.ParseContext, place: str) -> None:
         if isinstance(statement, config_parser.BindingStatement):
