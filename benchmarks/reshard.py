@@ -180,7 +180,8 @@ def main():
         return
     import harness
 
-    run = harness.Run("restore a 2 GB checkpoint written on fsdp=8", threads={"lcx": {"devices": DEVICES, "threads": os.cpu_count()}})
+    threads = {"lcx": {"devices": DEVICES, "threads": os.cpu_count()}}
+    run = harness.Run("restore a 2 GB checkpoint written on fsdp=8", threads=threads)
     sides = children(flags.folder)
     turns = run.turns({name: child.side({}) for name, child in sides.items()}, rounds=flags.rounds)
     rows = []
