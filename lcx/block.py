@@ -39,7 +39,8 @@ class Block(nn.Module):
         weights and not trained: it has no gradient, and is 1 in a new model (Gemma 4).
       residual_multiplier: factor on the outputs of mixer and MLP before they are added to x (Granite).
       mlp_in_tiles: whether the MLP takes the tokens of long rows in tiles, which the backward pass recomputes one by
-        one; not one with statistics over all tokens (mixtures of experts). Decoder.remat "host" implies it.
+        one; not one that sows losses, or has statistics over all tokens (mixtures of experts). Decoder.remat "host"
+        implies it.
     """
 
     mixer: nn.Module | None
