@@ -176,9 +176,10 @@ families too little is: of Granite 3.1, that 500 billion tokens took it from 4K 
 DeepSeek V3's released files are read as they are: weights in FP8 become bfloat16, and the layers of multi-token
 prediction are left out, which is said. The biases of its router are kept in float32 and have no gradient.
 
-Over several devices, all families do the same ([meshes](../concepts/meshes.md)): with `context` > 1 attention
-gathers the sequence; with `tensor` > 1 each device holds and computes its share of the experts, or of their width where
-their number is not divisible.
+Over several devices, all families do the same ([meshes](../concepts/meshes.md)): with `context` > 1 each
+device holds a part of every row, and attention sends heads, halos, or keys and values, as its kind and the row's length
+ask for; with `tensor` > 1 each device holds and computes its share of the experts, or of their width where their number
+is not divisible.
 """
 _SMALL = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 12, "num_attention_heads": 4,
