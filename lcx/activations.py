@@ -80,6 +80,9 @@ def points(model: Decoder, names: Sequence[str | int]) -> dict[str, Point]:
         names = [names] if isinstance(names, str | int) and names != "" else []
     if not names:
         raise UserError("layers is empty, expected names such as layers.5 or blocks.28.mlp.l3: change setting layers")
+    twice = next((str(name) for name in names if [str(one) for one in names].count(str(name)) > 1), None)
+    if twice is not None:
+        raise UserError(f"layers has {twice!r} twice, expected each name once: change setting layers")
     known = _modules(model)
     return {str(name): _point(model, str(name), known) for name in names}
 

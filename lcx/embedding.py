@@ -112,6 +112,22 @@ class _Row:
     backward: bool = False
 
 
+def check_settings(
+    pool: str,
+    *,
+    overlap: int,
+    window: int | None,
+    piece_length: int | None = None,
+    tokens_per_batch: int | None = PIECE_LENGTH,
+) -> None:
+    """Raises UserError for settings of `embed` that cannot work, whatever the model is."""
+    if pool not in activations.POOLS:
+        raise UserError(f"pool is {pool!r}, expected one of {', '.join(activations.POOLS)}: change pool")
+    check_sizes("embed", piece_length=piece_length, window=window, tokens_per_batch=tokens_per_batch)
+    if not 0 <= overlap < (window or 1):
+        raise UserError(f"overlap is {overlap}, expected 0 .. window - 1, and 0 without a window: change overlap")
+
+
 class Embedder:
     """Embeds sequences one after the other, a batch at a time; see `embed` for the arguments.
 
@@ -133,11 +149,8 @@ class Embedder:
         tokenizer: Tokenizer | None = None,
         tokens_per_batch: int = PIECE_LENGTH,
     ):
-        if pool not in activations.POOLS:
-            raise UserError(f"pool is {pool!r}, expected one of {', '.join(activations.POOLS)}: change pool")
-        check_sizes("embed", piece_length=piece_length, window=window, tokens_per_batch=tokens_per_batch)
-        if not 0 <= overlap < (window or 1):
-            raise UserError(f"overlap is {overlap}, expected 0 .. window - 1, and 0 without a window: change overlap")
+        sizes = {"piece_length": piece_length, "window": window, "tokens_per_batch": tokens_per_batch}
+        check_settings(pool, overlap=overlap, **sizes)
         self.model, self.params = model, parameters.fitting(model, params)
         self.points, self.pool = activations.points(model, layers), pool
         self.piece_length = piece_length or PIECE_LENGTH

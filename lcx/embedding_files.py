@@ -16,10 +16,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from lcx import paths
+from lcx import activations, paths
 from lcx.data.readers.fields import DEFAULT
 from lcx.data.sources import Tally, find_files, read_documents
-from lcx.embedding import Embedded, Embedder
+from lcx.embedding import Embedded, Embedder, check_settings
 from lcx.errors import UserError, naming
 from lcx.evals.support import dna
 from lcx.evals.support.letters import Letters, Part
@@ -100,13 +100,21 @@ def embed_file(
     )
     inputs = {"--checkpoint": checkpoint, "--fasta": fasta, "--dataset": dataset, "--regions": regions}
     paths.refuse_inputs(output, "--output", inputs)
+    check_settings(pool, piece_length=piece_length, window=window, overlap=overlap)
+    names = [name.strip() for name in layers.split(",") if name.strip()]
     holds = ".zgroup" if output.endswith(".zarr") else None
     with paths.claimed_file(output, "--output", overwrite=overwrite, holds=holds) as partial:
-        model, params, tokenizer = opened(checkpoint, of="sequence", **loading)
+        if fasta is not None:
+            dna.check_files(fasta, owner="--fasta")
+        else:
+            find_files(str(dataset), format=dataset_format)
+        model, params, tokenizer = opened(
+            checkpoint, of="sequence", check=lambda model, _: activations.points(model, names), **loading
+        )
         embedder = Embedder(
             model,
             params,
-            [name.strip() for name in layers.split(",") if name.strip()],
+            names,
             pool=pool,
             piece_length=piece_length,
             window=window,
@@ -115,11 +123,13 @@ def embed_file(
             tokenizer=tokenizer,
         )
         pairs = _records(fasta, regions, keep_case) if fasta is not None else _documents(str(dataset), **reading)
-        texts = _Texts(pairs)
+        texts = _Texts(pairs, dna=fasta is not None and (both_strands or model.model_type == "striped_hyena"))
         _write(partial, embedder, texts)
     print(f"{output}: {quantity(texts.count, 'sequence')}, {quantity(len(embedder.points), 'point')}", file=sys.stderr)
     if texts.empty:
         print(f"left out, because they are empty: {quantity(texts.empty, 'sequence')}", file=sys.stderr)
+    for line in dna.foreign(texts.foreign, texts.count):
+        print(line, file=sys.stderr)
 
 
 def _check_sequences(
@@ -135,18 +145,24 @@ def _check_sequences(
 
 
 class _Texts:
-    """The sequences of a source, read one at a time; `names` has those read so far that are still needed."""
+    """The sequences of a source, read one at a time; `names` has those read so far that are still needed.
 
-    def __init__(self, pairs: Iterator[tuple[str, str]]):
+    `foreign` has the names of those that are hardly DNA, if they should be.
+    """
+
+    def __init__(self, pairs: Iterator[tuple[str, str]], *, dna: bool):
         self.names: dict[int, str] = {}
+        self.foreign: list[str] = []
         self.count, self.empty = 0, 0
-        self._pairs = pairs
+        self._pairs, self._dna = pairs, dna
 
     def __iter__(self) -> Iterator[str]:
         for name, text in self._pairs:
             if not text:
                 self.empty += 1
                 continue
+            if self._dna and 2 * dna.ambiguous(text) > len(text):
+                self.foreign.append(name)
             self.names[self.count] = name
             self.count += 1
             yield text

@@ -16,7 +16,7 @@ import platform
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
@@ -41,7 +41,7 @@ from lcx.evals.needle_grid import NeedleGrid
 from lcx.evals.passkey import Passkey
 from lcx.evals.perplexity import Perplexity
 from lcx.evals.ruler import Ruler
-from lcx.evals.support import journal, settings, texts
+from lcx.evals.support import journal, remembered, settings, texts
 from lcx.evals.support.model_facts import facts
 from lcx.model import Decoder
 from lcx.multihost import channel
@@ -111,12 +111,15 @@ def evaluate(
     if not isinstance(checkpoint, str):
         return _compared(tuple(checkpoint), output, name, shared)
     evals = _suite(suite, evals)
+    optional = {one.name for one in evals if suite and one in SUITES[suite]}  # those without settings of the user
     settings.check(evals)
     if name is not None:
         settings.check_name(name, "--name")
     adapter = (adapter,) if isinstance(adapter, str) else adapter
     by_flag = isinstance(dataset, str)
-    with _writable(output) as folder, naming(texts.NAMES) if by_flag else contextlib.nullcontext():
+    label = name or _label(checkpoint, rope_scaling, adapter)
+    named = naming(texts.NAMES) if by_flag else contextlib.nullcontext()
+    with _writable(output) as folder, named, remembered.remembering():
         place = hub.local(checkpoint)
         detect(place, format)  # raises if this is no checkpoint, before a more confusing error about its tokenizer
         tokenizer = _tokenizer(place, format, needed=by_flag)
@@ -124,25 +127,22 @@ def evaluate(
         text = texts.recorded(place, tokenizer, _say) if text is None else text
         evals, skipped = texts.readable(evals, text) if suite else (evals, {})
         evals = texts.filled(_with_outputs(evals, folder), text)
-        devices = None if jax.device_count() == 1 and mesh == sharding.MeshShape() else mesh.build()
-        model, params = load(
+        model, params, left_out = _loaded(
             place,
+            evals,
+            tokenizer,
+            label=label,
+            optional=optional,
+            only_part=only_part,
             format=format,
             dtype=dtype,
-            mesh=devices,
+            mesh=None if jax.device_count() == 1 and mesh == sharding.MeshShape() else mesh.build(),
             rope_scaling=rope_scaling,
             context_length=context_length,
             adapter=adapter,
             input_projections=input_projections,
         )
-        if only_part is not None:
-            model = linearize.ablated(model, only_part)
-            params = parameters.chosen(model, params)
-        label = name or _label(checkpoint, rope_scaling, adapter)
-        if tokenizer is not None:
-            _say(f"{label}: {described(tokenizer, special_tokens(tokenizer), of='text')}")
-        for which, why in skipped.items():
-            _say(f"{label}: {which} is left out: {why}")
+        _say_what_is_read(label, tokenizer, skipped | left_out)
         results: dict[str, Any] = {
             "name": label,
             "checkpoint": hub.place(checkpoint),
@@ -150,12 +150,46 @@ def evaluate(
             "only_part": only_part,
             "adapter": adapter and [os.path.abspath(os.path.expanduser(path)) for path in adapter],
             **_circumstances(model),
-            **{"evaluations": {}, "errors": {}, "skipped": skipped},
+            **{"evaluations": {}, "errors": {}, "skipped": skipped | left_out},
         }
-        _run_all(evals, model, params, tokenizer, results, folder)
+        _run_all([one for one in evals if one.name not in left_out], model, params, tokenizer, results, folder)
         first_only(report.build)(results=(str(folder),), output=str(folder), overwrite=True)
         _raise_failures(results, folder)
         return results
+
+
+def _loaded(
+    place: str,
+    evals: Sequence[Evaluation],
+    tokenizer: Tokenizer | None,
+    *,
+    label: str,
+    optional: Collection[str],
+    only_part: str | None,
+    **loading: Any,
+) -> tuple[Decoder, Any, dict[str, str]]:
+    """(model, parameters, why optional evaluations are left out); what cannot work is found before weights are read."""
+    left_out: dict[str, str] = {}
+
+    def check(model: Decoder) -> None:
+        part = model if only_part is None else linearize.ablated(model, only_part)
+        found = remembered.once(
+            check, lambda: settings.check_model(evals, part, tokenizer, label=label, optional=optional)
+        )
+        left_out.update(found)
+
+    model, params = load(place, check=check, **loading)
+    if only_part is not None:
+        model = linearize.ablated(model, only_part)
+        params = parameters.chosen(model, params)
+    return model, params, left_out
+
+
+def _say_what_is_read(label: str, tokenizer: Tokenizer | None, left_out: Mapping[str, str]) -> None:
+    if tokenizer is not None:
+        _say(f"{label}: {described(tokenizer, special_tokens(tokenizer), of='text')}")
+    for which, why in left_out.items():
+        _say(f"{label}: {which} is left out: {why}")
 
 
 def _run_all(

@@ -6,16 +6,16 @@ import dataclasses
 import functools
 import os
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 from lcx import paths
-from lcx.data import Tokenizer
 from lcx.errors import UserError, check_sizes, naming
-from lcx.evals import Evaluation, Result
+from lcx.evals import Result
 from lcx.evals.sequence_likelihood import SequenceLikelihood
 from lcx.evals.support import scoring
+from lcx.evals.support.remembered import remembering
 from lcx.evals.variant_effects import VariantEffects
-from lcx.model import Decoder
 from lcx.text import opened
 
 _ENDINGS = (".tsv", ".txt", ".tab")
@@ -87,8 +87,7 @@ def score_variants(
         annotated=annotated,
         overwrite=overwrite,
     )
-    model = opened(checkpoint, of="sequence", **loading)
-    _run(evaluation, *model)
+    _run(evaluation, checkpoint, loading)
 
 
 @naming(_flags(SequenceLikelihood, "score"))
@@ -143,8 +142,7 @@ def score_sequences(
             tag=tag,
             per_position=per_position,
         )
-        model = opened(checkpoint, of="sequence", **loading)
-        result = _run(evaluation, *model)
+        result = _run(evaluation, checkpoint, loading)
         with open(table, "w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file, delimiter="\t", lineterminator="\n")
             writer.writerow(_COLUMNS)
@@ -156,9 +154,11 @@ def _check_table(output: str) -> None:
         raise UserError(f"--output is {output}, expected a name that ends in .tsv: change --output")
 
 
-def _run(evaluation: Evaluation, model: Decoder, params: Any, tokenizer: Tokenizer) -> Result:
+def _run(evaluation: SequenceLikelihood | VariantEffects, checkpoint: str, loading: Mapping[str, Any]) -> Result:
     """Runs an evaluation, and says what was found on stderr."""
-    result = evaluation(model, params, tokenizer)
+    evaluation.check()
+    with remembering():
+        result = evaluation(*opened(checkpoint, of="sequence", check=evaluation.check_model, **loading))
     for line in (result["summary"], *result.get("notes", ())):
         print(line, file=sys.stderr)
     return result

@@ -70,6 +70,11 @@ class AdamW:
             value = getattr(self, name)
             if value is not None and not _LEAST <= value < 1 / _LEAST:
                 raise UserError(f"AdamW.{name} is {value}, expected a positive number that float32 holds")
+        if self.learning_rate > 1:  # as in 1e6 for 1e-6
+            raise UserError(
+                f"AdamW.learning_rate is {self.learning_rate:g}, expected at most 1: an update moves each weight by "
+                "about the learning rate; change AdamW.learning_rate"
+            )
         for name in ("warmup_from", "final_fraction"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"AdamW.{name} is {getattr(self, name)}, expected a number from 0 to 1")

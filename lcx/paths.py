@@ -19,7 +19,8 @@ def destination(path: str | os.PathLike, setting: str) -> pathlib.Path:
     """The folder that a setting names, with ~ expanded.
 
     Raises:
-      UserError: it is empty, or a URL such as gs://bucket/run, which would create a local folder named "gs:".
+      UserError: it is empty, a URL such as gs://bucket/run, which would create a local folder named "gs:", or a link
+        to something that does not exist, such as a disk that is not mounted.
     """
     text = os.fspath(path)
     if not text.strip():
@@ -31,6 +32,12 @@ def destination(path: str | os.PathLike, setting: str) -> pathlib.Path:
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
             raise UserError(f"{setting} has a name that is too long for a file: change {setting}") from None
+    there = next((part for part in (path, *path.parents) if os.path.lexists(part)), path)
+    if there.is_symlink() and not os.path.exists(there):
+        raise UserError(
+            f"{setting} is {text}, and {there} is a link to {os.readlink(there)}, which does not exist: make that "
+            f"first, or change {setting}"
+        )
     return path
 
 
@@ -95,6 +102,8 @@ def claimed_file(
       UserError: the result exists already, another process is writing it, or its folder cannot be written to.
     """
     place = destination(path, setting)
+    if place.is_symlink() and place.is_file():  # the file is replaced, not the link to it
+        place = pathlib.Path(os.path.realpath(place))
     with claimed(place.parent, setting, lock=f"{place.name}{LOCK}", of=str(place)):
         if place.is_dir() and (holds is None or not (place / holds).is_file()):
             raise UserError(f"{place} is a folder with other contents: choose another {setting}")

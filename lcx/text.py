@@ -6,7 +6,7 @@
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +44,18 @@ def tokenizer_of(checkpoint: str, format: str | None = None) -> Tokenizer:
     return tokenizers.load_tokenizer(str(beside)) if record is None else tokenizer_from_json(record, folder=str(beside))
 
 
-def opened(checkpoint: str, *, of: str, **loading: Any) -> tuple[Decoder, Any, Tokenizer]:
+def opened(
+    checkpoint: str,
+    *,
+    of: str,
+    check: Callable[[Decoder, Tokenizer], Any] = lambda model, tokenizer: None,
+    **loading: Any,
+) -> tuple[Decoder, Any, Tokenizer]:
     """(model, parameters, tokenizer) of a checkpoint; prints on stderr which special tokens surround a text.
 
     Args:
       of: what the texts are, for that line, such as "sequence".
+      check: called with model and tokenizer before any parameter is read.
       loading: settings of lcx.load.
 
     Raises:
@@ -57,7 +64,7 @@ def opened(checkpoint: str, *, of: str, **loading: Any) -> tuple[Decoder, Any, T
     place = hub.local(checkpoint)
     tokenizer = tokenizer_of(place)
     print(described(tokenizer, special_tokens(tokenizer), of=of), file=sys.stderr)
-    return *load(place, **loading), tokenizer
+    return *load(place, check=lambda model: check(model, tokenizer), **loading), tokenizer
 
 
 def load_tokenizer(path: str | os.PathLike | Tokenizer) -> Tokenizer:

@@ -1,6 +1,5 @@
 """lcx.load and lcx.save: models in and out of any format, from Python."""
 
-import functools
 import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -35,6 +34,7 @@ def load(
     lolcats: Lolcats | None = None,
     adapter: str | os.PathLike | Sequence[str | os.PathLike] | None = None,
     input_projections: str | None = None,
+    check: Callable[[Decoder], None] = lambda model: None,
 ) -> tuple[Decoder, dict[str, Any]]:
     """Reads a model.
 
@@ -58,6 +58,7 @@ def load(
         params.
       input_projections: "fp8" or "plain": how the input projections of Hyena layers are computed. None: as the
         checkpoint says, by its configuration or by the FP8 scales in it (Evo 2 1B, 20B and 40B need FP8).
+      check: called with the model before any parameter is read; what it raises comes within a second.
 
     Returns:
       (model, params): `model.apply({"params": params}, tokens)` gives the logits. Low-rank pairs in the checkpoint are
@@ -76,11 +77,17 @@ def load(
             context_length=context_length,
             lolcats=lolcats,
             adapter=adapter,
+            check=check,
         )
         return with_input_projections(*loaded, input_projections)
     wanted, path = model_source.parse_dtype(dtype), hub.local(path)
     reader = formats.reader(path, format, lolcats)
-    change = functools.partial(extend.extend_model, rope_scaling=rope_scaling, context_length=context_length)
+
+    def change(model: Decoder) -> Decoder:
+        changed = extend.extend_model(model, rope_scaling, context_length)
+        check(changed)
+        return changed
+
     if adapter is None:
         return reader.load(path, dtype=wanted, mesh=mesh, change=change)
     scaled = rope_scaling is not None or context_length is not None

@@ -22,7 +22,8 @@ Your own evaluation is a frozen dataclass in any package that implements `Evalua
     evaluator.evaluate.evals = (@loss_by_position.LossByPosition(), @my_package.MyTask())
 
 It may have a method `check()`, which is called before the model is loaded and raises UserError for settings that cannot
-work, such as a file that does not exist.
+work, such as a file that does not exist; and a method `check_model(model, tokenizer)`, which is called before the
+weights are read, for what cannot work with this window, this vocabulary or this tokenizer.
 
 An evaluation that reads text has a field `dataset`. If that is None, the evaluator sets it to the data that the
 checkpoint was trained on.

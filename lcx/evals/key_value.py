@@ -1,7 +1,7 @@
 """Key/value retrieval: many random pairs, and the question for the value of one key, by length and position."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -97,11 +97,23 @@ class KeyValue:
     def _new_tokens(self) -> int:
         return self.max_new_tokens or self._form.answer_tokens
 
+    def check_model(self, model: Decoder, tokenizer: Tokenizer | None) -> None:
+        tokenizer = answers.needed(tokenizer, model, "KeyValue")
+        self._served_by()
+        if self.file is None:
+            self._pairs_at(model, tokenizer)
+        else:
+            self._records()
+
+    def _served_by(self) -> str | None:
+        """The name of the model of the server; None without a server."""
+        if self.server is None or self.server_model is not None:
+            return self.server_model
+        return remote.model_of(self.server, setting="KeyValue.server")
+
     def __call__(self, model: Decoder, params: Any, tokenizer: Tokenizer | None) -> Result:
         tokenizer = answers.needed(tokenizer, model, "KeyValue")
-        served = None
-        if self.server is not None:
-            served = self.server_model or remote.model_of(self.server, setting="KeyValue.server")
+        served = self._served_by()
         trials, notes = self.made(model, tokenizer)
         if served is not None:
             notes = [*notes, f"answered by {served} at {self.server}, not by the checkpoint"]
@@ -153,33 +165,47 @@ class KeyValue:
         """The trials of all cells, and what to say about lengths that were left out."""
         if self.file is not None:
             return self._of_file(tokenizer), []
-        window = model.max_position_embeddings
-        lengths = self.lengths or (window // 2, window, 2 * window)
-        trials, notes = [], []
-        for length in sorted(set(lengths)):
-            count = self._most_pairs(tokenizer, length)
-            if count < 2:
-                text = f"{length} tokens are too short for two pairs, the question and {self._new_tokens} new tokens"
-                if self.lengths is not None:
-                    raise UserError(f"KeyValue: {text}: raise lengths, or lower max_new_tokens")
-                notes.append(f"{text}: not measured")
-                continue
-            for position in self.positions:
-                trials += [self._fitted(tokenizer, length, position, i, count) for i in range(self.trials)]
-        if not trials:
-            raise UserError(f"KeyValue: {notes[-1]}; set KeyValue.lengths, or lower max_new_tokens")
+        most, notes = self._pairs_at(model, tokenizer)
+        trials = [
+            self._fitted(tokenizer, length, position, i, count)
+            for length, count in most.items()
+            for position in self.positions
+            for i in range(self.trials)
+        ]
         return trials, notes
 
-    def _of_file(self, tokenizer: Tokenizer) -> list[Trial]:
+    def _pairs_at(self, model: Decoder, tokenizer: Tokenizer) -> tuple[dict[int, int], list[str]]:
+        """(about how many pairs fit each length, what to say about lengths that were left out)."""
+        window = model.max_position_embeddings
+        lengths = self.lengths or (window // 2, window, 2 * window)
+        most, notes = {}, []
+        for length in sorted(set(lengths)):
+            count = self._most_pairs(tokenizer, length)
+            if count >= 2:
+                most[length] = count
+                continue
+            text = f"{length} tokens are too short for two pairs, the question and {self._new_tokens} new tokens"
+            if self.lengths is not None:
+                raise UserError(f"KeyValue: {text}: raise KeyValue.lengths, or lower KeyValue.max_new_tokens")
+            notes.append(f"{text}: not measured")
+        if not most:
+            raise UserError(f"KeyValue: {notes[-1]}; set KeyValue.lengths, or lower KeyValue.max_new_tokens")
+        return most, notes
+
+    def _records(self) -> Sequence[records.Record]:
+        """As many records of the file as there are trials."""
         assert self.file is not None
         known = records.read(self.file)
         if len(known) < self.trials:
             raise UserError(
                 f"{self.file} holds {len(known)} records, expected {self.trials}: lower KeyValue.trials"
             )
-        made = []
+        return known[: self.trials]
+
+    def _of_file(self, tokenizer: Tokenizer) -> list[Trial]:
+        known, made = self._records(), []
         for position in self.positions:
-            for record in known[: self.trials]:
+            for record in known:
                 pairs = record.moved(round(position * (len(record.pairs) - 1)))
                 text = self._framed(self._form.prompt(pairs, record.key))
                 made.append((text, record.value, self._counted(tokenizer, text), position))

@@ -8,7 +8,7 @@ from typing import Any
 from lcx.data import Tokenizer, special_tokens
 from lcx.errors import UserError, check_sizes
 from lcx.evals import Result
-from lcx.evals.support import answers, figures, grids
+from lcx.evals.support import answers, figures, grids, remembered
 from lcx.evals.support.documents_qa import rows, scores
 from lcx.evals.support.documents_qa.rows import Row
 from lcx.evals.support.model_facts import facts
@@ -85,9 +85,33 @@ class LongDocuments:
                 f"LongDocuments.model_template is {self.model_template!r}, expected {{task_template}} once in it"
             )
 
+    def check_model(self, model: Decoder, tokenizer: Tokenizer | None) -> None:
+        tokenizer = answers.needed(tokenizer, model, "LongDocuments")
+        length, outer = self.length or model.max_position_embeddings, self._outer(tokenizer)
+        for row in self._rows():
+            self._room(row, length - outer, length)
+
+    def _rows(self) -> list[Row]:
+        return remembered.once(id(self), lambda: rows.read(self.file, self.layout, limit=self.samples))
+
+    def _outer(self, tokenizer: Tokenizer) -> int:
+        """Tokens of a prompt around the text of a question: special tokens and the template."""
+        before = special_tokens(tokenizer, add_bos=self.add_bos).before
+        return len(before) + len(tokenizer.encode(self.model_template.replace("{task_template}", "")))
+
+    def _room(self, row: Row, most: int, length: int) -> int:
+        """Tokens for the text of a question, of `most` with its answer. Raises UserError if there is no room for it."""
+        room = most - self._new_tokens(row)
+        if room < 2:
+            raise UserError(
+                f"LongDocuments: {self._new_tokens(row)} new tokens leave no room for a prompt in {length} tokens:"
+                " raise LongDocuments.length, or lower LongDocuments.max_new_tokens"
+            )
+        return room
+
     def __call__(self, model: Decoder, params: Any, tokenizer: Tokenizer | None) -> Result:
         tokenizer = answers.needed(tokenizer, model, "LongDocuments")
-        asked = rows.read(self.file, self.layout, limit=self.samples)
+        asked = self._rows()
         prompts, cuts = self.prompts(tokenizer, asked, self.length or model.max_position_embeddings)
         temperature, top_p = _SAMPLING.get(self.layout, (0.0, 1.0))
         texts: list[str] = [""] * len(asked)
@@ -120,16 +144,11 @@ class LongDocuments:
         """(the ids of each prompt, the tokens that were cut from each document)."""
         before = special_tokens(tokenizer, add_bos=self.add_bos).before
         head, tail = self.model_template.split("{task_template}")
-        outer = len(before) + len(tokenizer.encode(head + tail))
+        outer = self._outer(tokenizer)
         document = self.document or (15000 if self.layout == "gov_report" else None)
         made, cuts = [], []
         for row in asked:
-            room = length - outer - self._new_tokens(row)
-            if room < 2:
-                raise UserError(
-                    f"LongDocuments: {self._new_tokens(row)} new tokens leave no room for a prompt in {length} tokens:"
-                    " raise length, or lower max_new_tokens"
-                )
+            room = self._room(row, length - outer, length)
             text, cut = rows.prompt(row, tokenizer, room=room, document=document)
             made.append([*before, *tokenizer.encode(head + text + tail).tolist()])
             cuts.append(cut)

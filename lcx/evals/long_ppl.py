@@ -71,7 +71,15 @@ class LongPPL:
                 " and a smaller stride"
             )
 
-    def __call__(self, model: Decoder, params: Any, tokenizer: Tokenizer | None) -> Result:
+    def check_model(self, model: Decoder, tokenizer: Tokenizer | None) -> None:
+        text, _, _ = self._parts(model, tokenizer)
+        if self.evaluator is not None:
+            self._judges(text.tokenizer)
+
+    def _parts(
+        self, model: Decoder, tokenizer: Tokenizer | None
+    ) -> tuple[documents.Documents, list[np.ndarray], tuple[int, int, int]]:
+        """(the text, its parts that are long enough, the length, short and stride)."""
         most = self.length or model.max_position_embeddings
         text = documents.read(
             self.dataset,
@@ -91,6 +99,10 @@ class LongPPL:
                 f"LongPPL: no document of {text.source} has more than {short} tokens (the longest has {longest}): set"
                 " LongPPL.short, or another dataset"
             )
+        return text, texts, (length, short, stride)
+
+    def __call__(self, model: Decoder, params: Any, tokenizer: Tokenizer | None) -> Result:
+        text, texts, (length, short, stride) = self._parts(model, tokenizer)
         judge = (model, params) if self.evaluator is None else self._judge(text.tokenizer)
         judged = self._long(*judge, texts)
         gains = [a - b for a, b in zip(self._short(*judge, texts, short, stride), judged, strict=True)]
@@ -110,8 +122,13 @@ class LongPPL:
         return length, short, self.stride or max(1, short // 4)
 
     def _judge(self, tokenizer: Tokenizer) -> tuple[Decoder, Any]:
-        from lcx import hub
         from lcx.convert.api import load
+
+        return load(self._judges(tokenizer))
+
+    def _judges(self, tokenizer: Tokenizer) -> str:
+        """The folder of the evaluator. Raises UserError if it has another tokenizer."""
+        from lcx import hub
         from lcx.data import load_tokenizer
         from lcx.data.tokenizers import identity
 
@@ -121,7 +138,7 @@ class LongPPL:
             raise UserError(
                 f"LongPPL.evaluator {self.evaluator} has another tokenizer than the model, expected the same: change it"
             )
-        return load(place)
+        return place
 
     def _long(self, model: Decoder, params: Any, texts: list[np.ndarray]) -> list[np.ndarray]:
         """The loss of every token but the first of each document, given all before it."""

@@ -64,8 +64,11 @@ class LossByPosition:
         if self.first_bucket < 1:
             raise UserError(f"LossByPosition.first_bucket is {self.first_bucket}, expected at least 1")
 
-    def __call__(self, model: Decoder, params: Any, tokenizer: Tokenizer | None) -> Result:
-        text = documents.read(
+    def check_model(self, model: Decoder, tokenizer: Tokenizer | None) -> None:
+        self._text(model, tokenizer)
+
+    def _text(self, model: Decoder, tokenizer: Tokenizer | None) -> documents.Documents:
+        return documents.read(
             self.dataset,
             self.split,
             tokenizer=tokenizer,
@@ -74,6 +77,9 @@ class LossByPosition:
             packed=True,
             owner="LossByPosition",
         )
+
+    def __call__(self, model: Decoder, params: Any, tokenizer: Tokenizer | None) -> Result:
+        text = self._text(model, tokenizer)
         lengths, notes = self._lengths(model, text)
         bytes_per_token = text.num_bytes() / text.num_tokens
         measured = [self._measure(model, params, text, T, bytes_per_token) for T in lengths]

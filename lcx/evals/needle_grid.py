@@ -91,23 +91,39 @@ class NeedleGrid:
                 f" {len(CITIES)} together, and no negative number: change needles or distractors"
             )
 
+    def check_model(self, model: Decoder, tokenizer: Tokenizer | None) -> None:
+        tokenizer = answers.needed(tokenizer, model, "NeedleGrid")
+        lengths = self._lengths(model)
+        haystack = Haystack(tokenizer, self.text, owner="NeedleGrid.text")
+        needed = min(lengths) if self.lengths else max(lengths)
+        if dataclasses.replace(self, depths=self.depths[:1], trials=1).made(tokenizer, haystack, needed) is None:
+            raise self._too_short(needed)
+
+    def _lengths(self, model: Decoder) -> tuple[int, ...]:
+        window = model.max_position_embeddings
+        return self.lengths or tuple(n for n in (window // 4, window // 2, window, 2 * window) if n)
+
+    def _too_short(self, length: int) -> UserError:
+        if self.lengths is None:
+            return UserError(f"NeedleGrid: no prompt fits {length} tokens: set NeedleGrid.lengths")
+        return UserError(
+            f"NeedleGrid: {length} tokens are too short for the question and its needles: raise NeedleGrid.lengths"
+        )
+
     def __call__(self, model: Decoder, params: Any, tokenizer: Tokenizer | None) -> Result:
         tokenizer = answers.needed(tokenizer, model, "NeedleGrid")
-        window = model.max_position_embeddings
-        lengths = self.lengths or tuple(n for n in (window // 4, window // 2, window, 2 * window) if n)
+        lengths = self._lengths(model)
         trials, notes = [], []
         haystack = Haystack(tokenizer, self.text, owner="NeedleGrid.text")
         for length in sorted(set(lengths)):
             made = self.made(tokenizer, haystack, length)
             if made is None and self.lengths is not None:
-                raise UserError(
-                    f"NeedleGrid: {length} tokens are too short for the question and its needles: raise lengths"
-                )
+                raise self._too_short(length)
             if made is None:
                 notes.append(f"{length} tokens are too short for the question and its needles: not measured")
             trials += made or []
         if not trials:
-            raise UserError(f"NeedleGrid: no prompt fits {max(lengths)} tokens: set NeedleGrid.lengths")
+            raise self._too_short(max(lengths))
         with progress(self.name, sum(trial.length for trial in trials), "tokens") as bar:
             scored = (self._forced if self.forced else self._generated)(model, params, tokenizer, trials, bar)
         cells = [

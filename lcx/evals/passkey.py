@@ -96,11 +96,20 @@ class Passkey:
         if not 0 < self.threshold <= 1:
             raise UserError(f"Passkey.threshold is {self.threshold}, expected a rate above 0 and at most 1")
 
+    def check_model(self, model: Decoder, tokenizer: Tokenizer | None) -> None:
+        tokenizer = answers.needed(tokenizer, model, "Passkey")
+        self._check_fits(self._shortest(tokenizer), self._context(model, tokenizer))
+
+    def _check_fits(self, shortest: int, context: int) -> None:
+        if shortest > context:
+            raise UserError(
+                f"Passkey: a context of {context} tokens is too short, expected at least {shortest} (the shortest"
+                " prompt and its answer): set Passkey.context_length"
+            )
+
     def __call__(self, model: Decoder, params: Any, tokenizer: Tokenizer | None) -> Result:
         tokenizer = answers.needed(tokenizer, model, "Passkey")
-        context, window = self.context_length or model.max_position_embeddings, model.max_position_embeddings
-        while self.context_length is None and context < self._shortest(tokenizer):
-            context *= 2
+        context, window = self._context(model, tokenizer), model.max_position_embeddings
         prompts = self.prompts(tokenizer, context)
         rows = [prompt.tokens for row in prompts for prompt in row]
         with progress(self.name, sum(len(row) + self.max_new_tokens for row in rows), "tokens") as bar:
@@ -135,6 +144,13 @@ class Passkey:
         beyond = f"the shortest prompt does not fit the model's window of {window} tokens: measured up to {context}"
         notes = [beyond] if self.context_length is None and context > window else []
         return {**self._result(model, context, distances), "notes": notes}
+
+    def _context(self, model: Decoder, tokenizer: Tokenizer) -> int:
+        """Tokens of the longest prompt with its answer."""
+        context = self.context_length or model.max_position_embeddings
+        while self.context_length is None and context < self._shortest(tokenizer):
+            context *= 2
+        return context
 
     def _shortest(self, tokenizer: Tokenizer) -> int:
         """Tokens of the shortest prompt and its answer."""
@@ -171,12 +187,7 @@ class Passkey:
         rng = np.random.default_rng(self.seed)
         keys = rng.integers(10 ** (self.digits - 1), 10**self.digits, (self.num_distances, self.trials))
         shortest = build(int(keys[0, 0]), after=0)
-        if len(shortest.tokens) > room:
-            raise UserError(
-                f"Passkey: a context of {context} tokens is too short, expected at least"
-                f" {len(shortest.tokens) + self.max_new_tokens} (the shortest prompt and its answer):"
-                " set Passkey.context_length"
-            )
+        self._check_fits(len(shortest.tokens) + self.max_new_tokens, context)
         per_sentence = _tokens_per_sentence(tokenizer)
         longest = shortest.distance + room - len(shortest.tokens)
         rows = []

@@ -84,7 +84,10 @@ class Perplexity:
             found = f"Perplexity.max_document_length is {self.max_document_length}"
             raise UserError(f"{found}, expected at least 2 tokens: change Perplexity.max_document_length")
 
-    def __call__(self, model: Decoder, params: Any, tokenizer: Tokenizer | None) -> Result:
+    def check_model(self, model: Decoder, tokenizer: Tokenizer | None) -> None:
+        self._text(model, tokenizer)
+
+    def _text(self, model: Decoder, tokenizer: Tokenizer | None) -> documents.Documents:
         text = documents.read(
             self.dataset,
             self.split,
@@ -94,6 +97,14 @@ class Perplexity:
             max_length=self.max_document_length,
             owner="Perplexity",
         )
+        if self.kind == "yarn" and text.tokenizer.bos_id is None:
+            raise UserError(
+                "Perplexity.kind 'yarn' puts BOS before every window, and the tokenizer has none: change kind"
+            )
+        return text
+
+    def __call__(self, model: Decoder, params: Any, tokenizer: Tokenizer | None) -> Result:
+        text = self._text(model, tokenizer)
         bytes_per_token = text.num_bytes() / text.num_tokens
         chosen, notes = self._windows(model, text)
         measured = [self._measure(model, params, text, W, bytes_per_token) for W in chosen]
@@ -133,10 +144,6 @@ class Perplexity:
         bos = text.tokenizer.bos_id
         texts, masks, before = text.tokens, text.masks, None
         if self.kind == "yarn":
-            if bos is None:
-                raise UserError(
-                    "Perplexity.kind 'yarn' puts BOS before every window, and the tokenizer has none: change kind"
-                )
             begins = [int(len(one) > 0 and one[0] == bos) for one in texts]
             texts = [one[n:] for one, n in zip(texts, begins)]
             masks, before = [one[n:] for one, n in zip(masks, begins)], bos

@@ -14,7 +14,7 @@ import numpy as np
 from lcx.data import Tokenizer, special_tokens
 from lcx.errors import UserError, check_sizes
 from lcx.evals import Result
-from lcx.evals.support import answers, grids
+from lcx.evals.support import answers, grids, remembered
 from lcx.evals.support.haystack import NOISE
 from lcx.evals.support.model_facts import facts
 from lcx.evals.support.progress import progress
@@ -79,9 +79,13 @@ class PublishedNeedle:
         if not 0 <= self.seed < 2**32:
             raise UserError(f"PublishedNeedle.seed is {self.seed}, expected 0 to 2**32 - 1")
 
+    def check_model(self, model: Decoder, tokenizer: Tokenizer | None) -> None:
+        answers.needed(tokenizer, model, "PublishedNeedle")
+        remembered.once(id(self), self.rows)
+
     def __call__(self, model: Decoder, params: Any, tokenizer: Tokenizer | None) -> Result:
         tokenizer = answers.needed(tokenizer, model, "PublishedNeedle")
-        rows = self.rows()
+        rows = remembered.once(id(self), self.rows)
         before = special_tokens(tokenizer, add_bos=self.add_bos).before
         prompts = [[*before, *tokenizer.encode(row.prompt).tolist()] for row in rows]
         with progress(self.name, sum(len(prompt) + self.window for prompt in prompts), "tokens") as bar:

@@ -52,13 +52,20 @@ class Recall:
         if self.power <= 0:
             raise UserError(f"Recall.power is {self.power}, expected a positive number")
 
-    def __call__(self, model: Decoder, params: Any, tokenizer: Tokenizer | None) -> Result:
+    def check_model(self, model: Decoder, tokenizer: Tokenizer | None) -> None:
+        self._keys(min(self._lengths(model)), model.vocab_size)
+
+    def _lengths(self, model: Decoder) -> tuple[int, ...]:
         window = model.max_position_embeddings
         lengths = self.lengths or tuple(n for n in (window // 2, window, 2 * window) if n >= 4 * self.pairs)
         if not lengths:
             raise UserError(
                 f"Recall: {self.pairs} pairs need rows of {4 * self.pairs} tokens: set Recall.lengths"
             )
+        return lengths
+
+    def __call__(self, model: Decoder, params: Any, tokenizer: Tokenizer | None) -> Result:
+        lengths = self._lengths(model)
         cells, far = [], _Distances()
         with progress(self.name, self.rows * sum(lengths), "tokens") as bar:
             for length in sorted(set(lengths)):
@@ -96,17 +103,7 @@ class Recall:
         Raises:
           UserError: the rows are too short for the pairs, or the vocabulary is too small.
         """
-        if length < 4 * self.pairs:
-            raise UserError(
-                f"Recall: rows of {length} tokens are too short for {self.pairs} pairs, expected at least"
-                f" {4 * self.pairs}: raise Recall.lengths, or lower Recall.pairs"
-            )
-        half = self._ids(vocab_size) // 2
-        if half < self.pairs:
-            raise UserError(
-                f"Recall: {2 * half} ids give {half} keys, expected at least {self.pairs}: lower Recall.pairs, or"
-                " raise Recall.vocabulary"
-            )
+        half = self._keys(length, vocab_size)
         rng = np.random.default_rng([self.seed, length])
         slots = (length - 2 * self.pairs) // 2
         weights = self.power * np.arange(1, slots + 1, dtype=np.float64) ** (self.power - 1)
@@ -121,6 +118,21 @@ class Recall:
             tokens[i, at], tokens[i, at + 1] = keys, values
             places[i] = at + 1
         return tokens, places
+
+    def _keys(self, length: int, vocab_size: int) -> int:
+        """How many ids are keys. Raises UserError if the rows or the vocabulary have no room for the pairs."""
+        if length < 4 * self.pairs:
+            raise UserError(
+                f"Recall: rows of {length} tokens are too short for {self.pairs} pairs, expected at least"
+                f" {4 * self.pairs}: raise Recall.lengths, or lower Recall.pairs"
+            )
+        half = self._ids(vocab_size) // 2
+        if half < self.pairs:
+            raise UserError(
+                f"Recall: {2 * half} ids give {half} keys, expected at least {self.pairs}: lower Recall.pairs, or"
+                " raise Recall.vocabulary"
+            )
+        return half
 
     def _ids(self, vocab_size: int) -> int:
         wanted = self.vocabulary or vocab_size - self.first_id

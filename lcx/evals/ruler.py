@@ -2,7 +2,7 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lcx.data import Tokenizer, special_tokens
@@ -75,6 +75,31 @@ class Ruler:
         if self.lengths is not None and min(self.lengths) < 1:
             raise UserError(f"Ruler.lengths is {self.lengths}, expected lengths of at least 1 token")
 
+    def check_model(self, model: Decoder, tokenizer: Tokenizer | None) -> None:
+        tokenizer = answers.needed(tokenizer, model, "Ruler")
+        material, counter = self._material(), Lengths(tokenizer)
+        lengths, notes = self._lengths(model)
+        for length in dict.fromkeys((min(lengths), max(lengths))):  # what fits the shortest fits the others
+            fits = False
+            for task in self._tasks():
+                try:
+                    next(self._samples(task, length, tokenizer, material, counter))
+                    fits = True
+                except UserError as error:
+                    if not self._may_miss(error):
+                        raise
+            if fits:
+                return
+        raise self._nothing_fits(notes)
+
+    def _may_miss(self, error: UserError) -> bool:
+        """Whether a task is left out at a length that is too short for it: at the default lengths."""
+        return self.lengths is None and "too short" in str(error)
+
+    def _nothing_fits(self, notes: list[str]) -> UserError:
+        why = notes[-1] if notes else "none is set"
+        return UserError(f"Ruler: no task fits any length ({why}); set Ruler.lengths")
+
     def __call__(self, model: Decoder, params: Any, tokenizer: Tokenizer | None) -> Result:
         tokenizer = answers.needed(tokenizer, model, "Ruler")
         material, counter = self._material(), Lengths(tokenizer)
@@ -85,9 +110,9 @@ class Ruler:
             for task in chosen:
                 for length in lengths:
                     try:
-                        made = self._samples(task, length, tokenizer, material, counter)
+                        made = list(self._samples(task, length, tokenizer, material, counter))
                     except UserError as error:
-                        if self.lengths is not None or "too short" not in str(error):
+                        if not self._may_miss(error):
                             raise
                         too_short.setdefault(task, []).append(str(length))
                         continue
@@ -99,19 +124,17 @@ class Ruler:
 
     def _samples(
         self, task: str, length: int, tokenizer: Tokenizer, material: published.Material, counter: Lengths
-    ) -> list[published.Sample]:
-        return list(
-            published.samples(
-                task,
-                tokenizer=tokenizer,
-                length=length,
-                count=self.samples,
-                seed=self.seed,
-                material=material,
-                model_template=self.model_template,
-                reserved=len(special_tokens(tokenizer, add_bos=self.add_bos).before),
-                lengths=counter,
-            )
+    ) -> Iterator[published.Sample]:
+        return published.samples(
+            task,
+            tokenizer=tokenizer,
+            length=length,
+            count=self.samples,
+            seed=self.seed,
+            material=material,
+            model_template=self.model_template,
+            reserved=len(special_tokens(tokenizer, add_bos=self.add_bos).before),
+            lengths=counter,
         )
 
     def _measure(
@@ -168,9 +191,7 @@ class Ruler:
 
     def _result(self, model: Decoder, cells: list[grids.Cell], notes: list[str]) -> Result:
         if not cells:
-            raise UserError(
-                f"Ruler: no task fits any length ({notes[-1] if notes else 'none is set'}); set Ruler.lengths"
-            )
+            raise self._nothing_fits(notes)
         table: dict[str, dict[int, float]] = {}
         for one in cells:
             table.setdefault(one["task"], {})[one["length"]] = 100 * one["score"]

@@ -11,7 +11,7 @@ from jaxtyping import Float
 
 from lcx.data import Tokenizer
 from lcx.evals import Result
-from lcx.evals.support import dna, figures, per_position, scoring
+from lcx.evals.support import dna, figures, per_position, remembered, scoring
 from lcx.evals.support.intervals import mean_and_error
 from lcx.evals.support.letters import Letters, Part, ReverseComplement, counts
 from lcx.evals.support.likelihoods import Scorer
@@ -63,10 +63,18 @@ class SequenceLikelihood:
     def check(self) -> None:
         dna.check_files(self.sequences, owner="SequenceLikelihood.sequences")
 
-    def __call__(self, model: Decoder, params: Any, tokenizer: Tokenizer | None) -> Result:
+    def check_model(self, model: Decoder, tokenizer: Tokenizer | None) -> None:
+        self._scorer(model, None, tokenizer)
+        remembered.once(id(self), self._records)
+
+    def _scorer(self, model: Decoder, params: Any, tokenizer: Tokenizer | None) -> tuple[Scorer, int]:
+        """(what scores windows, the tokens between their starts)."""
         window, stride = windows_of(self, model)
-        scorer = Scorer(model, params, tokenizer, window, self.tokens_per_batch, self.tag, description=None)
-        records = self._records()
+        return Scorer(model, params, tokenizer, window, self.tokens_per_batch, self.tag, description=None), stride
+
+    def __call__(self, model: Decoder, params: Any, tokenizer: Tokenizer | None) -> Result:
+        scorer, stride = self._scorer(model, params, tokenizer)
+        window, records = scorer.window, remembered.once(id(self), self._records)
         sums, scored = np.zeros(len(records)), np.zeros(len(records), np.int64)
         letters = sum(len(text) for _, text in records) * (1 + self.both_strands)
         with progress(self.name, letters, "letters") as bar:
@@ -76,7 +84,7 @@ class SequenceLikelihood:
                 bar.update(len(log_p))
         scored //= 1 + self.both_strands
         mean, error = mean_and_error(-sums, scored)
-        rows = [
+        rows: list[dict[str, Any]] = [
             {
                 "name": name,
                 "length": len(text),
@@ -94,7 +102,7 @@ class SequenceLikelihood:
             + ("nothing to score" if perplexity is None else f"perplexity {perplexity:.4g} per letter"),
             "table": {"perplexity per letter": perplexity, "sequences": len(rows)},
             "notes": [
-                *_foreign(rows),
+                *dna.foreign([row["name"] for row in rows if 2 * row["ambiguous"] > row["length"]], len(rows)),
                 *cut_into_windows([len(text) for _, text in records], window, scorer.room, stride),
                 *beyond_window(window, model),
             ],
@@ -166,12 +174,3 @@ class SequenceLikelihood:
         axes.set_ylabel("mean log-likelihood (nats per letter)")
         axes.set_title("Likelihood of each sequence (higher is likelier)")
         figures.legend(axes, list(results))
-
-
-def _foreign(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A remark on sequences that are hardly DNA, such as proteins, whose likelihood means nothing."""
-    found = [row["name"] for row in rows if 2 * row["ambiguous"] > row["length"]]
-    if not found:
-        return []
-    of = f"{len(found)} of {quantity(len(rows), 'sequence')}, the first {found[0]!r:.60}"
-    return [f"letters other than A, C, G and T are most of {of}: expected DNA"]

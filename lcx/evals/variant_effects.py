@@ -13,11 +13,13 @@ import jax
 import numpy as np
 
 from lcx.data import Tokenizer
+from lcx.data.readers.fasta_index import Contig
 from lcx.errors import UserError
 from lcx.evals import Result
-from lcx.evals.support import dna, figures, scoring, variant_scores
+from lcx.evals.support import dna, figures, remembered, scoring, variant_scores
 from lcx.evals.support.growing_files import GrowingFiles, file_identity
 from lcx.evals.support.intervals import auroc
+from lcx.evals.support.letters import Letters, is_foreign
 from lcx.evals.support.likelihoods import Scorer
 from lcx.evals.support.model_facts import facts, identity
 from lcx.evals.support.progress import progress
@@ -27,6 +29,7 @@ from lcx.evals.support.windows import beyond_window, check_windows, windows_of
 from lcx.model import Decoder
 from lcx.wording import quantity
 
+_LOOKED_AT = 100  # records of the FASTA files that are looked at for letters of DNA
 LISTED = 10_000  # variants in results.json; the table has all
 
 
@@ -86,27 +89,38 @@ class VariantEffects:
         dna.check_files(self.sequences, owner="VariantEffects.sequences")
         next(read_variants(self.variants), None)  # raises if the file cannot be read or has other columns
 
-    def __call__(self, model: Decoder, params: Any, tokenizer: Tokenizer | None) -> Result:
+    def check_model(self, model: Decoder, tokenizer: Tokenizer | None) -> None:
+        self._variants(model, None, tokenizer)
+
+    def _variants(self, model: Decoder, params: Any, tokenizer: Tokenizer | None) -> VariantScorer:
+        """What scores variants. Raises UserError for files that do not fit each other."""
         window, _ = windows_of(self, model)
         scorer = Scorer(model, params, tokenizer, window, self.tokens_per_batch, self.tag, description=None)
-        regions = None if self.regions is None else dna.Regions(self.regions, owner="VariantEffects.regions")
-        contigs = dna.read_contigs(self.sequences, owner="VariantEffects.sequences")
-        variants = VariantScorer(scorer, contigs, self.sequences, self.upper_case, self.both_strands, regions)
+        if self.annotated is not None and not is_vcf(self.variants):
+            raise UserError(
+                f"{self.variants} is a table, expected a VCF file to annotate: leave out VariantEffects.annotated"
+            )
+        contigs, regions = remembered.once(id(self), self._sequences)
+        found = VariantScorer(scorer, contigs, self.sequences, self.upper_case, self.both_strands, regions)
         if self.strict:
-            self._refuse(variants)
+            remembered.once((id(self), "strict"), lambda: self._refuse(found))
+        return found
+
+    def _sequences(self) -> tuple[Mapping[str, Contig], dna.Regions | None]:
+        """(the records of the FASTA files, the regions)."""
+        regions = None if self.regions is None else dna.Regions(self.regions, owner="VariantEffects.regions")
+        return dna.read_contigs(self.sequences, owner="VariantEffects.sequences"), regions
+
+    def __call__(self, model: Decoder, params: Any, tokenizer: Tokenizer | None) -> Result:
+        variants = self._variants(model, params, tokenizer)
         with contextlib.ExitStack() as stack:
-            if self.annotated is not None and not is_vcf(self.variants):
-                raise UserError(
-                    f"{self.variants} is a table, expected a VCF file to annotate: leave out "
-                    "VariantEffects.annotated"
-                )
             writes = jax.process_index() == 0  # all processes score all variants
             table, others = self.output, [self.annotated] if writes and self.annotated is not None else []
             if table is None or not writes:
                 folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="lcx-variants-"))
                 table = os.path.join(folder, "scores.tsv")
             self._score(variants, [table, *others])
-            return self._result(scorer, table)
+            return self._result(variants, table)
 
     def _refuse(self, variants: VariantScorer) -> None:
         """Raises UserError if some variants cannot be scored."""
@@ -155,7 +169,8 @@ class VariantEffects:
             settings["variants"] = file_identity(self.variants)
         return settings
 
-    def _result(self, scorer: Scorer, table: str) -> Result:
+    def _result(self, variants: VariantScorer, table: str) -> Result:
+        scorer = variants.scorer
         count, total, listed, left_out, labelled = 0, 0.0, list[dict](), list[dict](), (list[int](), list[float]())
         reasons: collections.Counter[str] = collections.Counter()
         for row in variant_scores.read_table(table):
@@ -196,7 +211,11 @@ class VariantEffects:
             "not_scored": left_out,
             "not_scored_counts": dict(reasons),
             "scores": self.output and os.path.abspath(self.output),
-            "notes": [*self._notes(count, reasons), *beyond_window(scorer.window, scorer.model)],
+            "notes": [
+                *self._notes(count, reasons),
+                *_foreign(variants.contigs),
+                *beyond_window(scorer.window, scorer.model),
+            ],
         }
 
     def _definition(self, scorer: Scorer) -> str:
@@ -232,3 +251,8 @@ class VariantEffects:
 
 
 _MEANING = "log p(window with ALT) - log p(window with REF) of a language model in nats"
+
+
+def _foreign(contigs: Mapping[str, Letters]) -> list[str]:
+    found = dict(itertools.islice(contigs.items(), _LOOKED_AT))
+    return dna.foreign([name for name, letters in found.items() if is_foreign(letters)], len(found))

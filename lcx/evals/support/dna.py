@@ -2,12 +2,13 @@
 
 import bisect
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from lcx.data.readers import streams
 from lcx.data.readers.fasta_index import Contig, IndexedFasta
 from lcx.data.sources import find_files
 from lcx.errors import UserError, naming
+from lcx.wording import quantity
 
 _PLAIN = frozenset("ACGTacgt")
 _BED_REMARKS = ("#", "track", "browser")
@@ -68,6 +69,19 @@ def _records(path: str, owner: str) -> list[tuple[str, str, Contig]]:
 def ambiguous(sequence: str) -> int:
     """The number of letters other than A, C, G and T."""
     return len(sequence) - sum(map(sequence.count, _PLAIN))
+
+
+def foreign(names: Sequence[str], count: int) -> list[str]:
+    """A remark on sequences that are hardly DNA, such as proteins, of which a model of DNA knows nothing; or none.
+
+    Args:
+      names: of those sequences.
+      count: of all sequences.
+    """
+    if not names:
+        return []
+    of = f"{len(names)} of {quantity(count, 'sequence')}, the first {names[0]!r:.60}"
+    return [f"letters other than A, C, G and T are most of {of}: expected DNA"]
 
 
 class Regions:

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Int
 from lcx.data import ByteTokenizer, Dataset, Mixture, Tokenizer, check_vocabulary
 from lcx.data.tokenizers import identity
 from lcx.errors import UserError
+from lcx.evals.support import remembered
 from lcx.model import Decoder
 from lcx.multihost import channel
 from lcx.multihost.agreement import require_same
@@ -90,10 +91,24 @@ def read(
         raise UserError(f"{owner} has no text: set {owner}.dataset to a Dataset")
     if max_tokens is not None and max_tokens < 2:
         raise UserError(f"{owner}.max_tokens is {max_tokens}, expected at least 2")
-    if tokenizer is not None:
-        dataset = _with_tokenizer(dataset, tokenizer, owner)
-    tokenizer = dataset.load_tokenizer()
-    check_vocabulary(tokenizer, model.vocab_size)
+    known = dataset if tokenizer is None else _with_tokenizer(dataset, tokenizer, owner)
+    own = known.load_tokenizer()
+    check_vocabulary(own, model.vocab_size)
+    return remembered.once(
+        ("documents", id(dataset), id(tokenizer), split, max_tokens, max_length, packed, owner),
+        lambda: _read(known, split, own, max_tokens, max_length, packed, owner),
+    )
+
+
+def _read(
+    dataset: Dataset | Mixture,
+    split: str,
+    tokenizer: Tokenizer,
+    max_tokens: int | None,
+    max_length: int | None,
+    packed: bool,
+    owner: str,
+) -> Documents:
     tokens, masks, left = [], [], max_tokens
     for document, mask in dataset.documents(split, packed=packed):
         document = document[: min((n for n in (max_length, left) if n is not None), default=len(document))]

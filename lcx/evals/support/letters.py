@@ -7,6 +7,8 @@ from lcx.data.nucleotides import reverse_complement
 from lcx.evals.support import dna
 
 _PART = 1 << 20
+_NUCLEOTIDES = frozenset("ACGTURYSWKMBDHVN-")
+_LOOKED_AT = 2000
 
 
 class Letters(Protocol):
@@ -55,6 +57,16 @@ def counts(text: Letters) -> dict[str, int]:
         found["ambiguous"] += dna.ambiguous(part)
         found["lower_case"] += len(part) - len(part.translate(_WITHOUT_LOWER_CASE))
     return found
+
+
+def is_foreign(sequence: Letters) -> bool:
+    """Whether a sequence is hardly DNA, by those letters in its middle that stand for no nucleotides at all.
+
+    N does, and whole regions of a genome may consist of it.
+    """
+    middle = len(sequence) // 2
+    part = sequence[max(0, middle - _LOOKED_AT) : middle + _LOOKED_AT].upper()
+    return 10 * sum(map(part.count, set(part) - _NUCLEOTIDES)) > len(part)
 
 
 _WITHOUT_LOWER_CASE = {code: None for code in range(ord("a"), ord("z") + 1)}

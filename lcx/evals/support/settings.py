@@ -1,11 +1,13 @@
 """Checks the settings of evaluations before a model is loaded, so that a mistake shows within a second."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
-from lcx.data import Dataset, Mixture, find_files
+from lcx.data import Dataset, Mixture, Tokenizer, find_files
 from lcx.data.corpus import SPLITS
-from lcx.errors import UserError, check_sizes
+from lcx.errors import UserError, as_read, check_sizes, first_line
+from lcx.model import Decoder
+from lcx.multihost.agreement import require_same_outcome
 
 
 def check(evals: Sequence[Any]) -> None:
@@ -31,6 +33,41 @@ def check(evals: Sequence[Any]) -> None:
             raise UserError(f"{owner}.max_tokens is {most}, expected at least 2: change {owner}.max_tokens")
         if (own := getattr(evaluation, "check", None)) is not None:
             own()
+
+
+def check_model(
+    evals: Sequence[Any],
+    model: Decoder,
+    tokenizer: Tokenizer | None,
+    *,
+    label: str,
+    optional: Collection[str] = (),
+) -> dict[str, str]:
+    """{name: why it is left out} of the optional evaluations that cannot run with this model and this tokenizer.
+
+    Args:
+      label: of the model, for messages.
+      optional: names of the evaluations that may be left out.
+
+    Raises:
+      UserError: another evaluation cannot run, or none can.
+    """
+    left_out: dict[str, str] = {}
+    for evaluation in evals:
+        why, check = "", getattr(evaluation, "check_model", None)
+        try:
+            if check is not None:
+                check(model, tokenizer)
+        except UserError as error:
+            why = as_read(first_line(error))
+        require_same_outcome(f"{label}: the settings of {evaluation.name}", why)
+        if why and evaluation.name not in optional:
+            raise UserError(why)
+        if why:
+            left_out[evaluation.name] = why
+    if left_out and len(left_out) == len(evals):
+        raise UserError("; ".join(f"{name}: {why}" for name, why in left_out.items()))
+    return left_out
 
 
 def check_name(name: str, setting: str) -> None:
