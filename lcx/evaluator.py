@@ -149,6 +149,7 @@ def evaluate(
             "rope_scaling": rope_scaling,
             "only_part": only_part,
             "adapter": adapter and [os.path.abspath(os.path.expanduser(path)) for path in adapter],
+            "weights": _weights(params),
             **_circumstances(model),
             **{"evaluations": {}, "errors": {}, "skipped": skipped | left_out},
         }
@@ -204,10 +205,8 @@ def _run_all(
     started = time.perf_counter()
     if _writes() and (folder / RESULTS).is_file():  # keep the results of an earlier run
         os.replace(folder / RESULTS, folder / _PREVIOUS)
-    label, identity = (
-        results["name"],
-        [__version__, results["model"]["description"] or repr(model), _weights(params)],
-    )
+    label = results["name"]
+    identity = [__version__, results["model"]["description"] or repr(model), results["weights"]]
     for number, evaluation in enumerate(evals, start=1):
         _say(f"{label}: {evaluation.name} ({number} of {len(evals)}) ...")
         with journal.keeping(folder / ANSWERS / f"{_slug(evaluation.name)}.jsonl", identity) as kept:

@@ -1,6 +1,7 @@
 # Sourced by the other scripts: `use_venv dev,torch` changes to the repository's root, creates .venv there if it is absent,
 # installs missing packages, and puts it on PATH. PYTHON=/path/to/python picks the interpreter of a new .venv,
-# LCX_EXTRAS=gpu adds extras. `run COMMAND ...` prints a command before it runs it.
+# LCX_EXTRAS=gpu adds extras. `claim FOLDER` makes a folder and refuses one that another script writes to.
+# `run COMMAND ...` prints a command before it runs it.
 # shellcheck shell=bash
 
 use_venv() {
@@ -57,4 +58,13 @@ run() {  # prints each public command, then runs it
   printf ' %q' "$@" >&2
   printf '\n' >&2
   "$@"
+}
+
+claim() {  # each command has a lock of its own, but between two commands the other script would go on in their place
+  mkdir -p "$1" || return 1
+  exec 8> "$1/.script-lock"
+  if command -v flock > /dev/null && ! flock -n 8; then
+    echo "lcx: another script is writing to $1: wait for it to end, or choose another folder" >&2
+    return 1
+  fi
 }

@@ -6,13 +6,14 @@
 # Needs Python >= 3.11 and pip; downloads nothing but packages. About 5 minutes on 2 cores after the install.
 set -euo pipefail
 . "$(dirname "$0")/_env.sh"
+case "${1:-/}" in /*) ;; *) set -- "$PWD/$1" ;; esac
 use_venv
 # Small tensors keep one core busy each: two to four virtual devices share the rows of a batch.
 cores=$(python -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')
 if [ "$cores" -ge 4 ]; then cores=4; elif [ "$cores" -eq 3 ]; then cores=2; fi
 export JAX_NUM_CPU_DEVICES="${JAX_NUM_CPU_DEVICES:-$cores}"
 out="${1:-runs/quickstart}"
-mkdir -p "$out"
+claim "$out"
 
 evaluate() {  # NAME CHECKPOINT [FLAGS]
   local folder="$out/eval/$1"

@@ -36,7 +36,7 @@ if [ -z "$model" ] || [ -z "$text" ]; then
 fi
 use_venv
 export JAX_NUM_CPU_DEVICES="${JAX_NUM_CPU_DEVICES:-2}"
-mkdir -p "$out"
+claim "$out"
 
 scaled=(--gin.Trainer.rope_scaling="$rope_scaling")
 [ -n "$rope_scaling" ] || scaled=()

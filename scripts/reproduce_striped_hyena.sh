@@ -45,7 +45,7 @@ export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$out/xla}"  # see
 length=()
 if [ -n "$steps" ]; then length=("--gin.STEPS=$steps"); fi
 if [ -n "$steps" ] && [ "$steps" -lt 120 ]; then length+=("--gin.AdamW.warmup_steps=$((steps / 8))"); fi
-mkdir -p "$out"
+claim "$out"
 
 train() {  # MODEL RATE SEED [FLAGS]
   local folder="$out/$1/rate$2_seed$3" start=$SECONDS

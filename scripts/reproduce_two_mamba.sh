@@ -46,7 +46,7 @@ export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$out/xla}"  # see
 models="softmax two_mamba two_mamba_e mamba mamba_heads linear"
 study=configs/pretrain/two_mamba_study
 first="${seeds%% *}"
-mkdir -p "$out"
+claim "$out"
 
 config_of() {
   case "$1" in

@@ -30,7 +30,7 @@ absolute() { case "$1" in /*) printf '%s' "$1" ;; *) printf '%s/%s' "$PWD" "$1" 
 fasta="$(absolute "$fasta")" labels="$(absolute "$labels")" out="$(absolute "$out")"
 . "$(dirname "$0")/_env.sh"
 use_venv
-mkdir -p "$out"
+claim "$out"
 if [ ! -e "$out/embeddings.npz" ]; then
   run python -m lcx.embed --checkpoint="$checkpoint" --fasta="$fasta" --layers="$layers" --pool="$pool" \
     --output="$out/embeddings.npz" "$@"

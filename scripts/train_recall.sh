@@ -18,7 +18,7 @@ while [ $# -gt 0 ]; do
 done
 . "$(dirname "$0")/_env.sh"
 use_venv
-mkdir -p "$out"
+claim "$out"
 text() {  # NAME LENGTH DOCUMENTS SEED
   [ -s "$out/$1.jsonl" ] ||
     run python scripts/recall_text.py --output="$out/$1.jsonl" --length="$2" --documents="$3" --seed="$4"

@@ -196,3 +196,17 @@ def test_of_two_scripts_that_start_at_once_one_installs(tmp_path):
     both = [subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     assert [process.communicate(timeout=60)[0] for process in both] == ["done\n"] * 2
     assert (tmp_path / "log").read_text().split() == ["begin", "end"], "the second finds what the first installed"
+
+
+@pytest.mark.skipif(shutil.which("flock") is None, reason="this system has no flock command")
+def test_a_folder_that_another_script_writes_to_is_refused(tmp_path):
+    """As by two quickstarts at once: each would evaluate what the other still trains."""
+    command = ["bash", "-c", f"set -e; . {ROOT}/scripts/_env.sh; claim out; echo begun; read -r line"]
+    first = subprocess.Popen(command, cwd=tmp_path, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert first.stdout.readline() == "begun\n"
+    second = subprocess.run(command, cwd=tmp_path, input="end\n", capture_output=True, text=True)
+    assert (second.returncode, second.stdout) == (1, "") and second.stderr == (
+        "lcx: another script is writing to out: wait for it to end, or choose another folder\n"
+    )
+    first.communicate("end\n", timeout=60)
+    assert subprocess.run(command, cwd=tmp_path, input="end\n", capture_output=True, text=True).returncode == 0

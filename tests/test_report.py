@@ -383,7 +383,7 @@ def test_the_first_sentence_says_what_was_compared_and_found(runs, tmp_path):
         " 2.90 ± 0.04 nats per byte."
     )
     assert (
-        "95% interval" in remarks and "not measured in the same way" in remarks
+        "95% interval" in remarks and "not measured in the same way every time" in remarks
     )  # by_position words it by model
 
 

@@ -235,6 +235,18 @@ class VariantEffects:
             where = self.output or "the table that VariantEffects.output names"
             yield f"results.json lists the first {LISTED} variants, {where} all {count}"
 
+    def finding(self, results: Mapping[str, Result]) -> str:
+        """The mean score of each model, the area under its curve, and how many variants it could not score."""
+        parts = []
+        for label, result in results.items():
+            table = result["table"]
+            count = quantity(table["variants"], "variant")
+            text = f"a mean score of {table['mean score (nats)']:.3g} nats over {count}"
+            text += f", AUROC {result['auroc']:.3f}" if result["auroc"] is not None else ""
+            text += f"; {table['not scored']} not scored" if table.get("not scored") else ""
+            parts.append(f"“{label}”: {text}" if len(results) > 1 else text)
+        return "; ".join(parts)
+
     def plot(self, axes: Any, results: Mapping[str, Result]) -> None:
         styles = figures.styles(results)
         for label, result in results.items():

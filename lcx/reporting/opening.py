@@ -7,7 +7,7 @@ from lcx.errors import UserError
 from lcx.evals.support.words import INTERVAL, listed, quoted
 from lcx.reporting import training
 from lcx.reporting.pages import spoken
-from lcx.reporting.runs import evaluation_of
+from lcx.reporting.runs import evaluation_of, models
 from lcx.wording import quantity
 
 Runs = Mapping[str, Mapping[str, Any]]
@@ -19,7 +19,7 @@ def paragraphs(runs: Runs, curves: training.Curves) -> list[str]:
     found = [_clause(name, runs) for name in names]
     trained = [training.finding(curves)] if curves else []
     if runs:
-        who = f"{len(runs)} models are compared" if len(runs) > 1 else f"“{next(iter(runs))}” is evaluated"
+        who = _who(runs)
         kinds = [spoken(name).lower() for name in names]
         by = f"{who} by {listed(kinds, most=6)}: {found[0]}." if found else ""
         out = [by or f"{who}, but no evaluation has a result."]
@@ -30,6 +30,15 @@ def paragraphs(runs: Runs, curves: training.Curves) -> list[str]:
     else:
         out = [f"{len(curves)} training runs are compared: {trained[0]}."]
     return out + _remarks(runs, out)
+
+
+def _who(runs: Runs) -> str:
+    """What the results are of, as the beginning of a sentence."""
+    count = models(runs)
+    if count == 1:
+        times = f" {len(runs)} times" if len(runs) > 1 else ""
+        return f"“{next(iter(runs))}” is evaluated{times}"
+    return f"{count} models are compared" + (f" in {len(runs)} results" if len(runs) > count else "")
 
 
 def evaluations(runs: Runs) -> list[str]:
@@ -59,6 +68,8 @@ def _clause(name: str, runs: Runs) -> str:
             else str(next(iter(results.values())).get("summary", "no summary"))
         )
     missing = [label for label in runs if label not in results]
+    if models(runs) == 1:
+        return text
     if missing and len(results) == 1:  # a finding about one model does not name it
         return f"{text}; measured of {quoted(results)[0]} alone"
     return text + (f"; {listed(quoted(missing))} not measured" if missing else "")
@@ -75,7 +86,7 @@ def _remarks(runs: Runs, texts: Sequence[str]) -> list[str]:
         results = [run["evaluations"][name] for run in runs.values() if name in run["evaluations"]]
         if len({result.get("definition") for result in results}) > 1:
             remarks.append(
-                f"{spoken(name)} was not measured in the same way for all models: see its definitions."
+                f"{spoken(name)} was not measured in the same way every time: see its definitions."
             )
     failed = sum(len(run.get("errors") or {}) for run in runs.values())
     if failed:

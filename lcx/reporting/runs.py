@@ -26,14 +26,45 @@ def read_results(path: str) -> dict[str, Any]:
 
 
 def labelled(runs: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """{label: run}; a name that occurs again gets a number, as in "yarn (2)"."""
+    """{label: run}; a name that occurs again gets a number, as in "yarn (2)".
+
+    Results of one model with different evaluations are one run, which has them all.
+    """
     out: dict[str, dict[str, Any]] = {}
     for run in runs:
         label, number = str(run["name"]), 2
-        while label in out:
+        while label in out and not _joins(run, out[label]):
             label, number = f"{run['name']} ({number})", number + 1
-        out[label] = run
+        out[label] = _joined(out[label], run) if label in out else run
     return out
+
+
+def models(runs: Mapping[str, Mapping[str, Any]]) -> int:
+    """The number of different models of these results: of different weights, or used differently."""
+    return len({_identity(run) or label for label, run in runs.items()})
+
+
+def _identity(run: Mapping[str, Any]) -> str | None:
+    """The same for results of the same model; None if they do not say."""
+    if run.get("weights") is None:
+        return None
+    return json.dumps([run["weights"], run["model"]["description"] or run["checkpoint"]], sort_keys=True)
+
+
+def _joins(run: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether these results are of one model, and none is of the same evaluation."""
+    own = _identity(run)
+    return own is not None and own == _identity(other) and not _measured(run) & _measured(other)
+
+
+def _measured(run: Mapping[str, Any]) -> set[str]:
+    return {*run["evaluations"], *(run.get("errors") or {}), *(run.get("skipped") or {})}
+
+
+def _joined(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    kinds = ("evaluations", "errors", "skipped")
+    every = {kind: {**(first.get(kind) or {}), **(second.get(kind) or {})} for kind in kinds}
+    return {**first, **every, "seconds": (first.get("seconds") or 0) + (second.get("seconds") or 0)}
 
 
 def read_curves(workdir: str) -> dict[str, list[dict[str, float]]]:

@@ -121,16 +121,18 @@ def _read(
     if channel.count() > 1:
         digest = hashlib.sha256(b"".join(document.tobytes() for document in tokens)).hexdigest()[:16]
         require_same(f"the text of {owner}", {_source(dataset): digest}, advice=f"copy {owner}.dataset to every host")
+    place = _source(dataset) if _is_whole(dataset, split) else f"{_source(dataset)}, {split} split"
     if not any(len(document) > 1 for document in tokens):
+        if _is_whole(dataset, split):
+            raise UserError(f"{place} holds no text of at least 2 tokens: change Dataset.source")
         raise UserError(
             f"split {split!r} of {_source(dataset)} holds no text: set {owner}.split, or raise Dataset.eval_fraction"
         )
     if not any(mask[1:].any() for mask in masks):
         raise UserError(
-            f"the first {sum(map(len, tokens))} tokens of split {split!r} of {_source(dataset)} hold none with a loss:"
+            f"the first {sum(map(len, tokens))} tokens of {place} hold none with a loss:"
             f" raise {owner}.max_tokens, or set Dataset.chat_loss='all'"
         )
-    place = f"{_source(dataset)}, {split} split"
     return Documents(tokens, tokenizer, place, masks, dataset.describe_special_tokens(packed=packed))
 
 
@@ -154,6 +156,12 @@ def _source(dataset: Dataset | Mixture) -> str:
     if isinstance(dataset, Mixture):
         return " + ".join(_source(part) for part, _ in dataset.parts)
     return dataset.source if isinstance(dataset.source, str) else ", ".join(dataset.source)
+
+
+def _is_whole(dataset: Dataset | Mixture, split: str) -> bool:
+    """Whether the held-out part is all of the text, as of --dataset."""
+    parts = [dataset] if isinstance(dataset, Dataset) else [part for part, _ in dataset.parts]
+    return split == "eval" and all(part.eval_fraction == 1 and not part.eval_documents for part in parts)
 
 
 def _short(tokenizer: str | Tokenizer) -> str:
