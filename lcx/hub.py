@@ -33,6 +33,8 @@ _TOKENIZER = (
     "config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "vocab.txt", "merges.txt", "chat_template*", "lcx_tokenizer.json",
 )  # fmt: skip
+#: Those of them that every tool downloads which reads a tokenizer.
+_MEANING = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template*")
 #: File patterns of weights in order of preference. Only the first kind that a model has is used, because the others
 #: contain the same tensors again.
 _WEIGHTS = (
@@ -103,8 +105,14 @@ def _folder(repo: str, revision: str | None, kind: str) -> str:
         ) from None
     fetch = _Fetch(huggingface_hub, repo, revision, kind)
     folder = fetch.cached() or fetch.downloaded()
-    log.warning("%s is read from %s", repo, folder)  # the folder's name contains the revision
+    _say_once(f"{repo} is read from {folder}")  # the folder's name contains the revision
     return folder
+
+
+@functools.cache
+def _say_once(line: str) -> None:
+    """A model and its tokenizer are looked up separately, in the same folder."""
+    log.warning("%s", line)
 
 
 class _Fetch:
@@ -122,9 +130,26 @@ class _Fetch:
         """The folder in the local cache if it contains everything that is needed, else None."""
         try:
             folder = self._hub.snapshot_download(**self._where, local_files_only=True)
-        except Exception as error:  # newer versions of huggingface_hub raise for an incomplete snapshot
+        except Exception as error:  # newer versions of huggingface_hub raise if a file of the repository is missing
             folder = getattr(error, "snapshot_path", None)
-        return str(folder) if folder is not None and self._is_complete(str(folder)) else None
+        if folder is None or not self._is_complete(str(folder)):
+            return None
+        # They know the list of files, and so whether what is needed is whole: half of a data set looks like a data set.
+        try:
+            self._hub.snapshot_download(**self._where, local_files_only=True, allow_patterns=self._needed(str(folder)))
+        except Exception:
+            return None
+        return str(folder)
+
+    def _needed(self, folder: str) -> list[str]:
+        """Patterns of the files without which a folder would be read otherwise than it is meant."""
+        if self._kind == "dataset":
+            return list(_DATA)
+        names = os.listdir(folder)
+        if self._kind == "adapter":
+            return [name for name in names if name in _ADAPTER]
+        kinds = (patterns for patterns in _WEIGHTS if _matching(names, patterns))
+        return [*_MEANING, *(next(kinds, ()) if self._kind == "model" else ())]
 
     def _is_complete(self, folder: str) -> bool:
         names = [name for name in os.listdir(folder) if os.path.exists(os.path.join(folder, name))]
@@ -133,16 +158,22 @@ class _Fetch:
             return kind is not None and all(name in names for name in _shards(folder, kind))
         if self._kind == "tokenizer":
             return any(name.startswith("tokenizer") or name == "lcx_tokenizer.json" for name in names)
-        return bool(names) if self._kind == "dataset" else _ADAPTER[0] in names
+        if self._kind == "dataset":
+            return bool(names)
+        return _ADAPTER[0] in names and any(name in names for name in _ADAPTER[1:3])
 
     def downloaded(self) -> str:
         """The folder after downloading the needed files. Raises UserError, which explains what went wrong."""
+        own = logging.getLogger("huggingface_hub")
+        propagated, own.propagate = own.propagate, False  # or each of its lines comes twice
         try:
             return self._hub.snapshot_download(**self._where, allow_patterns=self._patterns())
         except UserError:
             raise
         except Exception as error:  # from requests, httpx, huggingface_hub or the disk, depending on versions
             raise UserError(self._explained(error)) from error
+        finally:
+            own.propagate = propagated
 
     def _patterns(self) -> list[str]:
         """Patterns of the files to download."""

@@ -41,6 +41,12 @@ def destination(path: str | os.PathLike, setting: str) -> pathlib.Path:
     return path
 
 
+def destination_file(path: str | os.PathLike, setting: str) -> pathlib.Path:
+    """`destination` of a file: of a link to a file that file, so that not the link is replaced."""
+    place = destination(path, setting)
+    return pathlib.Path(os.path.realpath(place)) if place.is_symlink() and place.is_file() else place
+
+
 def cache_folder(folder: str | None = None) -> pathlib.Path:
     """`folder` if it is set, else $LCX_CACHE, else the user's cache folder. All that is in it can be made again."""
     if folder:
@@ -74,8 +80,8 @@ def claimed(folder: pathlib.Path, setting: str, *, lock: str = LOCK, of: str | N
                 stack.enter_context(only_writer(folder / lock, of=of or str(folder), setting=setting))
                 refuse_held(beside(pathlib.Path(os.path.realpath(folder))), of=str(folder), setting=setting)
             except OSError as error:
-                found = f"cannot write to {folder} ({error.strerror or error})"
-                raise UserError(f"{found}: change {setting}") from None
+                why = "it is a file, expected a folder" if folder.is_file() else error.strerror or error
+                raise UserError(f"cannot write to {folder} ({why}): change {setting}") from None
             yield
     except BaseException:
         with contextlib.suppress(OSError):  # not empty: the work had begun
@@ -101,9 +107,7 @@ def claimed_file(
     Raises:
       UserError: the result exists already, another process is writing it, or its folder cannot be written to.
     """
-    place = destination(path, setting)
-    if place.is_symlink() and place.is_file():  # the file is replaced, not the link to it
-        place = pathlib.Path(os.path.realpath(place))
+    place = destination_file(path, setting)
     with claimed(place.parent, setting, lock=f"{place.name}{LOCK}", of=str(place)):
         if place.is_dir() and (holds is None or not (place / holds).is_file()):
             raise UserError(f"{place} is a folder with other contents: choose another {setting}")

@@ -1,4 +1,4 @@
-"""A small Hugging Face hub on 127.0.0.1: models and data sets from memory, with the headers that huggingface_hub reads."""
+"""A small Hugging Face hub on 127.0.0.1: repositories in memory, with the headers that huggingface_hub reads."""
 
 import contextlib
 import dataclasses

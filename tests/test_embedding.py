@@ -137,6 +137,7 @@ def test_arrays_and_single_names(evo2):
     [
         ({"layers": []}, "layers is empty"),
         ({"layers": ["9"]}, "the layers 0 to 3"),
+        ({"layers": ["0", 0]}, "layers has '0' twice"),
         ({"layers": ["blocks.1.mlp.l9"]}, "mlp.down_proj"),
         ({"layers": ["nothing"]}, "embed, final_norm and layers.N"),
         ({"pool": "sum"}, "expected one of mean, last, max, none"),
@@ -227,6 +228,9 @@ def test_the_command(ending, evo2, tmp_path, monkeypatch, capsys):
             assert says in error and "Dataset" not in error, error
         assert main([*of_notes, "--on_bad_line=skip"]) == 0
         assert "1 row skipped that cannot be read" in capsys.readouterr().err
+        pathlib.Path("p.fa").write_text(">p1\nMKTAYIAKQRQISFVKSHFSRQ\n>g1\nACGTACGTNNACGT\n")
+        assert main([words[0], "--fasta=p.fa", *words[2:], "--overwrite"]) == 0
+        assert "T are most of 1 of 2 sequences, the first 'p.fa:p1': expected DNA" in capsys.readouterr().err
         with pytest.raises(UserError, match="holds 'e', which is no letter of DNA or RNA"):
             lcx.embed(*evo2, ["hello"], layers="2", reverse_complement=True)
         assert main([*words[:3], "--output=x.csv"]) == 2

@@ -1,5 +1,6 @@
 """Several checkpoints in one command: side by side, resumed, in one report, with differences and costs."""
 
+import functools
 import json
 
 import jax
@@ -9,14 +10,23 @@ from tiny_runs import tiny_model
 
 import lcx
 from lcx import evaluate, evaluator
+from lcx.convert.core import model_source
 from lcx.data import ByteTokenizer, Dataset
 from lcx.data.tokenizers import save_tokenizer
 from lcx.errors import UserError
 from lcx.evals.cost import Cost
+from lcx.evals.key_value import KeyValue
+from lcx.evals.long_ppl import LongPPL
+from lcx.evals.needle_grid import NeedleGrid
+from lcx.evals.passkey import Passkey
 from lcx.evals.perplexity import Perplexity
 from lcx.evals.recall import Recall
+from lcx.evals.ruler import Ruler
+from lcx.evals.sequence_likelihood import SequenceLikelihood
 from lcx.evals.support import journal, scoring, texts
+from lcx.evals.support import settings as settings_of
 from lcx.evals.support.intervals import paired_difference
+from lcx.evals.variant_effects import VariantEffects
 from lcx.model import init_params
 
 
@@ -95,6 +105,7 @@ def test_a_text_is_a_path(models, tmp_path):
     given = settings(models, tmp_path / "out") | {"checkpoint": str(models / "first")}
     by_path = evaluator.evaluate(**given | {"dataset": str(models / "*.txt")})
     assert by_path["evaluations"]["perplexity"]["windows"][0]["tokens"] == 1198  # of 1200 in two documents
+    assert f"the first 1200 tokens of {models}/*.txt;" in by_path["evaluations"]["perplexity"]["definition"]
     (models / "broken").write_bytes(b"\xff\xff")
     for path, found in (("/nowhere", "'/nowhere' matches no file; set --dataset$"), (f"{models}/broken", "--dataset")):
         with pytest.raises(UserError, match=found):
@@ -103,6 +114,44 @@ def test_a_text_is_a_path(models, tmp_path):
     with pytest.raises(UserError, match="--dataset is read with the tokenizer of the checkpoint: .*no tokenizer"):
         evaluator.evaluate(**given | {"dataset": str(models / "*.txt")})
     (tmp_path / "kept").rename(models / "first" / "lcx_tokenizer.json")
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "says"),
+    [
+        (Passkey(context_length=100), "Passkey: a context of 100 tokens is too short, expected at least"),
+        (NeedleGrid(lengths=(2000, 20)), "NeedleGrid: 20 tokens are too short for the question"),
+        (KeyValue(lengths=(2000, 20)), "KeyValue: 20 tokens are too short for two pairs"),
+        (Ruler(lengths=(2000, 64), tasks=("vt",)), "RULER vt: 63 tokens are too short for it"),
+        (Recall(lengths=(64, 8), pairs=4), "Recall: rows of 8 tokens are too short for 4 pairs"),
+        (LongPPL(short=64, stride=8), "LongPPL.short is 64, expected less than the length of 64"),
+        (LongPPL(length=5000, short=2000), "LongPPL: no document of .* has more than 2000 tokens"),
+        (Perplexity(split="train"), "split 'train' of .* holds no text"),
+        (SequenceLikelihood("b.fa", tag="x" * 80), "the tag has 81 tokens and the window 64"),
+        (VariantEffects("a.fa", "v.tsv", annotated="v.vcf"), "v.tsv is a table, expected a VCF file to annotate"),
+        (VariantEffects("a.fa", "v.tsv", strict=True), "1 of 1 variants of v.tsv cannot be scored"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_weights_are_read(evaluation, says, models, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, text in (("a.fa", ">r\nACGT\n"), ("b.fa", ">r\nAC\n"), ("v.tsv", "chrom\tpos\tref\talt\nr\t1\tC\tG\n")):
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(model_source, "load", None)
+    given = settings(models, tmp_path / "out") | {"checkpoint": str(models / "first"), "evals": (evaluation,)}
+    with pytest.raises(UserError, match=says):
+        evaluator.evaluate(**given)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_suite_leaves_out_what_does_not_fit_the_window(models, monkeypatch):
+    model, tokenizer = tiny_model(max_position_embeddings=64), ByteTokenizer()
+    check = functools.partial(settings_of.check_model, model=model, tokenizer=tokenizer, label="m")
+    evals = (KeyValue(), Recall(pairs=4))
+    left_out = check(evals, optional={"key_value", "recall"})
+    assert left_out.keys() == {"key_value"} and "too short for two pairs" in left_out["key_value"]
+    for refused, optional in ((evals, {"recall"}), (evals[:1], {"key_value"})):  # set by the user; nothing is left
+        with pytest.raises(UserError, match="too short for two pairs"):
+            check(refused, optional=optional)
 
 
 def test_suites(models, tmp_path, capsys, monkeypatch):

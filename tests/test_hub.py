@@ -1,15 +1,20 @@
 """Names on the Hugging Face hub, from a made cache: nothing here needs a network."""
 
 import importlib
+import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
+import time
 import types
 
+import hub_server
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy as safetensors_numpy
 
 import lcx
 from lcx import hub
@@ -223,6 +228,77 @@ def test_a_model_without_weights_that_are_read(cache, monkeypatch):
     fake(monkeypatch, files=["a.gguf"])
     with pytest.raises(UserError, match="no weights that are read here .* found a.gguf"):
         hub.local("org/name")
+
+
+@pytest.fixture
+def served(cache, model_files, monkeypatch):
+    """A hub on 127.0.0.1, asked by the real client; the model has its tensors in two files."""
+    tensors = safetensors_numpy.load(model_files["model.safetensors"])
+    names = sorted(tensors)
+    halves = {f"model-0000{i + 1}-of-00002.safetensors": names[i::2] for i in (0, 1)}
+    index = {"weight_map": {name: file for file, half in halves.items() for name in half}, "metadata": {}}
+    files = {
+        "config.json": model_files["config.json"],
+        "model.safetensors.index.json": json.dumps(index).encode(),
+        **{file: safetensors_numpy.save({n: tensors[n] for n in half}) for file, half in halves.items()},
+        "README.md": b"not read",
+    }
+    texts = {"a.txt": b"one", "b.txt": b"two" * 1000, "README.md": b"not read"}
+    hub_of = {f"models/org/{name}": files for name in ("model", "gated")} | {"datasets/org/texts": texts}
+    with hub_server.running(hub_server.Hub(hub_of, gated=frozenset(["org/gated"]))) as server:
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.delenv("HF_HUB_OFFLINE")
+        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, server.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(time, "sleep", lambda seconds: None)  # between the client's tries
+        yield server
+
+
+def test_a_model_from_a_hub(served, model_files, tmp_path):
+    (tmp_path / "expected").mkdir()
+    for name, data in model_files.items():
+        (tmp_path / "expected" / name).write_bytes(data)
+    model, params = lcx.load("org/model")
+    expected = lcx.load(tmp_path / "expected")
+    assert model == expected[0]
+    jax.tree.map(np.testing.assert_array_equal, params, expected[1])
+    assert not any("README" in path for path in served.asked)
+    served.asked.clear()
+    hub._folder.cache_clear()
+    assert hub.local("org/model").endswith(hub_server.COMMIT) and not served.asked  # from the cache
+    for name, says in (
+        ("org/nothing", "no model of this name on the Hugging Face hub"),
+        ("org/gated", "org/gated is gated: accept its terms"),
+        ("org/model@v9", "has no revision 'v9'"),
+    ):
+        with pytest.raises(UserError, match=says) as error:
+            hub.local(name)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "file"),
+    [("org/model", "model", "model-00002-of-00002.safetensors"), ("org/texts", "dataset", "b.txt")],
+)
+def test_nothing_that_is_half_there_is_read(served, monkeypatch, name, kind, file):
+    served.breaks[file] = 1
+    assert file in os.listdir(hub.local(name, kind=kind))  # one broken connection is resumed
+    assert sum(path.startswith("GET") and path.endswith(file) for path in served.asked) == 2
+    shutil.rmtree(constants.HF_HUB_CACHE)
+    served.breaks[file] = 1000
+    hub._folder.cache_clear()
+    with pytest.raises(UserError, match=f"{name} cannot be downloaded from the Hugging Face hub: ") as error:
+        hub.local(name, kind=kind)
+    assert "\n" not in str(error.value)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(UserError, match="does not contain all of it, and HF_HUB_OFFLINE is set"):
+        hub.local(name, kind=kind)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    served.breaks.clear()
+    folder = hub.local(name, kind=kind)
+    assert file in os.listdir(folder)
 
 
 def test_without_the_package_the_message_says_what_to_install(cache, monkeypatch):

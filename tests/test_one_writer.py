@@ -108,6 +108,19 @@ def test_a_result_replaces_only_results_of_its_kind(tmp_path):
     assert not any(store.iterdir()) and file.read_text() == "new"
 
 
+def test_links(tmp_path):
+    """What a link leads to is replaced, not the link; a link to a disk that is not mounted is named as such."""
+    (tmp_path / "a.fa").write_text("old")
+    (tmp_path / "link.fa").symlink_to("a.fa")
+    with paths.claimed_file(tmp_path / "link.fa", "--output", overwrite=True) as partial:
+        partial.write_text("new")
+    assert (tmp_path / "a.fa").read_text() == "new" and (tmp_path / "link.fa").is_symlink()
+    (tmp_path / "disk").symlink_to("/not/mounted")
+    for path in ("disk", "disk/runs/one"):
+        with pytest.raises(UserError, match="disk is a link to /not/mounted, which does not exist: .*change --workdir"):
+            paths.destination(tmp_path / path, "--workdir")
+
+
 def test_an_output_is_none_of_the_inputs(tmp_path):
     file = tmp_path / "calls.vcf"
     file.write_text("#")

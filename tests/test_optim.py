@@ -158,6 +158,7 @@ def test_frozen_parameters_have_no_moments(params):
         ({"schedule": "step"}, "AdamW.schedule is 'step', expected one of cosine, linear, constant"),
         ({"learning_rate": 0.0}, "AdamW.learning_rate is 0.0, expected a positive number"),
         ({"learning_rate": math.inf}, "AdamW.learning_rate is inf"),
+        ({"learning_rate": 1e6}, r"AdamW.learning_rate is 1e\+06, expected at most 1"),
         ({"learning_rate": 1e-50}, "AdamW.learning_rate is 1e-50, expected a positive number that float32 holds"),
         ({"context_scale": -1.0}, "AdamW.context_scale is -1.0"),
         ({"clip_norm": 0.0}, "AdamW.clip_norm is 0.0"),

@@ -117,7 +117,7 @@ class LongPPL:
         short = self.short or max(2, length // 8)
         if short >= length:
             raise UserError(
-                f"LongPPL.short is {short}, expected less than the length of {length}: lower short"
+                f"LongPPL.short is {short}, expected less than the length of {length}: lower LongPPL.short"
             )
         return length, short, self.stride or max(1, short // 4)
 

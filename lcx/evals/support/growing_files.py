@@ -49,7 +49,7 @@ class GrowingFiles:
         overwrite: bool = False,
         resume: bool = True,
     ):
-        self._paths = [paths.destination(file, setting) for file in files]
+        self._paths = [paths.destination_file(file, setting) for file in files]
         self._settings = json.loads(json.dumps(settings))
         self._setting, self._overwrite, self._resume = setting, overwrite, resume
         self._state = self._paths[0].with_name(f"{self._paths[0].name}.progress")
