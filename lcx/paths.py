@@ -34,9 +34,10 @@ def destination(path: str | os.PathLike, setting: str) -> pathlib.Path:
             raise UserError(f"{setting} has a name that is too long for a file: change {setting}") from None
     there = next((part for part in (path, *path.parents) if os.path.lexists(part)), path)
     if there.is_symlink() and not os.path.exists(there):
+        where = "" if there == path else f"in {there}, "
         raise UserError(
-            f"{setting} is {text}, and {there} is a link to {os.readlink(there)}, which does not exist: make that "
-            f"first, or change {setting}"
+            f"{setting} is {text}, {where}a link to {os.readlink(there)}, which does not exist: make that first, or "
+            f"change {setting}"
         )
     return path
 

@@ -117,7 +117,7 @@ def test_links(tmp_path):
     assert (tmp_path / "a.fa").read_text() == "new" and (tmp_path / "link.fa").is_symlink()
     (tmp_path / "disk").symlink_to("/not/mounted")
     for path in ("disk", "disk/runs/one"):
-        with pytest.raises(UserError, match="disk is a link to /not/mounted, which does not exist: .*change --workdir"):
+        with pytest.raises(UserError, match="disk, a link to /not/mounted, which does not exist: .*change --workdir"):
             paths.destination(tmp_path / path, "--workdir")
 
 
