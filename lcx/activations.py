@@ -115,7 +115,7 @@ def _point(model: Decoder, name: str, known: frozenset[tuple[str, ...]]) -> Poin
 def _unknown(name: str, what: str, known: frozenset[tuple[str, ...]], within: tuple[str, ...]) -> str:
     inside = sorted(".".join(path[len(within) :]) for path in known if path[: len(within)] == within and within)
     listing = f" {', '.join(filter(None, inside))}"[:300] if within else ""
-    return f"layers has {name!r}, which the model does not have; it has {what}{listing}: change layers"
+    return f"layers has {name!r}, which the model does not have; it has {what}{listing}: change setting layers"
 
 
 @functools.lru_cache(maxsize=8)

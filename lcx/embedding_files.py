@@ -42,6 +42,7 @@ _FLAGS: dict[str, str | None] = {
     "embed.piece_length": "--piece_length",
     "embed.window": "--window",
 }
+_NOTHING = "there is no sequence to embed that has a letter: change --fasta, --regions or --dataset"
 _ZARR_ROWS = 1024  # rows of a chunk
 
 
@@ -248,7 +249,7 @@ class _Parquet:
 
     def close(self) -> None:
         if self._writer is None:
-            raise UserError("there is no sequence to embed: change --fasta or --dataset")
+            raise UserError(_NOTHING)
         self._writer.close()
 
 
@@ -265,7 +266,7 @@ class _Npz:
 
     def close(self) -> None:
         if not self._records:
-            raise UserError("there is no sequence to embed: change --fasta or --dataset")
+            raise UserError(_NOTHING)
         arrays = {name: np.concatenate(parts) for name, parts in self._arrays.items()}
         with open(self._path, "wb") as file:
             np.savez(file, record=np.array(self._records), allow_pickle=False, **arrays)
@@ -316,4 +317,4 @@ class _Zarr:
         if self._waiting:
             self._flush(whole_chunks=False)
         if not self._count:
-            raise UserError("there is no sequence to embed: change --fasta or --dataset")
+            raise UserError(_NOTHING)

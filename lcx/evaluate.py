@@ -20,7 +20,7 @@ import re
 import sys
 
 from lcx import config
-from lcx.config.common_flags import add_format, add_processes, add_reading
+from lcx.config.common_flags import DTYPE, add_format, add_processes, add_reading
 from lcx.config.flags import hint
 
 EVALS = {
@@ -80,6 +80,7 @@ def main(argv=None) -> int:
         help="text to read all of: a file, glob or folder (default: the held-out part of what the checkpoint was "
         "trained on)",
     )
+    parser.add_argument("--dtype", metavar="NAME", help=DTYPE)
     add_reading(parser)
     add_format(parser)
     parser.add_argument(

@@ -337,7 +337,7 @@ def _check_finite(result: Result) -> None:
     if bad:
         raise UserError(
             f"{bad[0]} is NaN: the weights contain NaN, or the computation overflows in this dtype; check the "
-            "checkpoint with lcx.convert, or set evaluate.dtype to 'float32'"
+            "checkpoint with lcx.convert, or set --dtype=float32"
         )
 
 

@@ -68,6 +68,8 @@ def test_the_verbs_pass_their_flags(targets, capsys):
     ]
     assert generate.main(["--checkpoint=c", "--prompt=p", "--gin.x=3"]) == 2  # takes no gin
     assert "unknown argument '--gin.x=3'" in capsys.readouterr().err
+    assert generate.main(["--checkpoint=c", "--prompt=p", "--prompt", "q"]) == 0 and targets[-1]["prompt"] == "q"
+    assert capsys.readouterr().err == "warning: --prompt is given 2 times: the last one counts\n"
 
 
 def test_evaluations_and_their_settings_need_no_file(monkeypatch, capsys):

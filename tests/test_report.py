@@ -202,22 +202,6 @@ def axes_of(task, results):
     return drawn[0]
 
 
-def test_results_of_one_model_are_one_model(tmp_path, blank):
-    """Not "2 models are compared": two commands, or one command with another text."""
-    made = {"loss_by_position": by_position("default", [1.4, 1.24, 2.0, 3.2])}
-    same = {"weights": "f00", "model": {**facts(), "description": {"a": 1}}, "seconds": 2}
-    first = write_run(tmp_path / "a", "mine", made, **same)
-    second = write_run(tmp_path / "b", "mine", {"again": made["loss_by_position"]}, **same)
-    (run,) = report.labelled([report.read_results(one) for one in (first, second)]).values()
-    assert list(run["evaluations"]) == ["loss_by_position", "again"] and run["seconds"] == 4
-    third = write_run(tmp_path / "c", "mine", made, **same)
-    text = report.build(results=[first, third], output=str(tmp_path / "out")).read_text()
-    assert "“mine” is evaluated 2 times by loss by position" in text
-    other = write_run(tmp_path / "d", "mine", made, **same | {"weights": "f01"})
-    text = report.build(results=[first, third, other], output=str(tmp_path / "out2")).read_text()
-    assert "2 models are compared in 3 results by loss by position" in text
-
-
 def test_the_wall_plot(runs):
     found = report.labelled([report.read_results(run) for run in runs])
     results = {label: run["evaluations"]["loss_by_position"] for label, run in found.items()}

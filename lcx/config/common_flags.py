@@ -5,6 +5,8 @@ from typing import Any
 
 from lcx.config.flags import PROCESSES, json_object
 
+DTYPE = "float32, bfloat16 or float16 (default: as stored)"
+
 
 def add_loading(parser: argparse.ArgumentParser) -> None:
     """The checkpoint, and how it is loaded: arguments of lcx.load."""
@@ -14,7 +16,7 @@ def add_loading(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="a workdir, a folder or file of weights, or the name of a model on the hub (org/name, org/name@revision)",
     )
-    parser.add_argument("--dtype", metavar="NAME", help="float32, bfloat16 or float16 (default: as stored)")
+    parser.add_argument("--dtype", metavar="NAME", help=DTYPE)
     add_reading(parser)
 
 

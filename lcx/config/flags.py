@@ -110,6 +110,7 @@ def read(parser: argparse.ArgumentParser, argv: Sequence[str]) -> Flags:
         parser.error(f"unknown argument {unknown[0]!r}{hint(unknown[0].partition('=')[0], options)}")
     own = vars(known)
     _refuse_empty(parser, own)
+    _say_repeated(parser, long_flags)
     first = [(name.removeprefix(BINDS), own.pop(name)) for name in list(own) if name.startswith(BINDS)]
     several = {name.removeprefix(PROCESSES): own.pop(name) for name in list(own) if name.startswith(PROCESSES)}
     files, debug, imports = own.pop("gin_file", []), own.pop("debug", False), own.pop("imports", [])
@@ -117,6 +118,16 @@ def read(parser: argparse.ArgumentParser, argv: Sequence[str]) -> Flags:
     return Flags(
         gin_files=files, debug=debug, own=own, bindings=bindings, imports=imports, processes=several or None
     )
+
+
+def _say_repeated(parser: argparse.ArgumentParser, given: Sequence[str]) -> None:
+    """Warns of flags that have one value and were given several."""
+    names = [argument.partition("=")[0] for argument in given]
+    for name in dict.fromkeys(names):
+        action = parser._option_string_actions[name]
+        several = isinstance(action, argparse._AppendAction | argparse._ExtendAction) or action.nargs == 0
+        if names.count(name) > 1 and not several:
+            print(f"warning: {name} is given {names.count(name)} times: the last one counts", file=sys.stderr)
 
 
 _PLACES = {"DIR": "a folder", "FOLDER": "a folder", "FILE": "a file", "PATH": "a path"}

@@ -190,10 +190,13 @@ class VariantEffects:
                 values = {"score": score, "log_likelihood_ref": ref, "label": label}
                 listed.append({"variant": variant, "id": row["id"], **values})
         if not count:
-            first = "; ".join(f"{one['variant']}: {one['reason']}" for one in left_out[:1])
+            if not left_out:
+                raise UserError(f"{self.variants} holds no variant: change VariantEffects.variants")
+            first = f"{left_out[0]['variant']:.60}: {left_out[0]['reason']}"
+            listed_in = f", of which {self.output} says why" if self.output else ""
             raise UserError(
-                f"{self.variants} holds no variant{f' that can be scored; the first is {first}' if first else ''}: "
-                "change VariantEffects.variants"
+                f"{self.variants} holds no variant that can be scored{listed_in}; the first is {first}; change "
+                "VariantEffects.variants or VariantEffects.sequences"
             )
         area = auroc(*labelled) if labelled[0] else None
         said = "" if area is None else f", AUROC {area:.3f} over {len(labelled[0])} labelled"
