@@ -99,7 +99,7 @@ def _scratch(inputs: dict, P: int, best: Tile, dtype) -> dict:
     """Shared memory of one program, and the barriers at which its copies are awaited."""
     C, W, n = CHUNK, best.columns, best.stages
     staged = {
-        name: [mosaic.tile(n, C, W if name == "v" else P, dtype=jnp.bfloat16) for _ in inputs[name]]
+        name: [mosaic.tile(n, C, W if name == "v" else P, dtype=jnp.bfloat16, width=W) for _ in inputs[name]]
         for name in OPERANDS
         if name in inputs
     }
@@ -108,10 +108,10 @@ def _scratch(inputs: dict, P: int, best: Tile, dtype) -> dict:
             staged[name] = [mosaic_gpu.SMEM((n, C), jnp.int32 if name == "limit" else jnp.float32)]
     copies = sum(len(x) for x in staged.values())
     scratch = {"staged": staged, "arrived": mosaic_gpu.Barrier(num_arrivals=copies, num_barriers=n)}
-    scratch["kept"] = mosaic.tiles(C, W, parts=best.parts) if "keep" in inputs else None
+    scratch["kept"] = mosaic.tiles(C, W, parts=best.parts, width=W) if "keep" in inputs else None
     if "q" in inputs:
-        scratch["weights"] = mosaic.tiles(C, C, parts=best.parts)
-        scratch["before"] = mosaic.tiles(P, W, parts=best.parts)
+        scratch["weights"] = mosaic.tiles(C, C, parts=best.parts, width=W)
+        scratch["before"] = mosaic.tiles(P, W, parts=best.parts, width=W)
         scratch["result"] = mosaic.tile(C, W, dtype=dtype)
     return scratch
 

@@ -172,7 +172,7 @@ def _recurrence(*given, names, reverse, plan):
 def _outputs(tiles: Tiles, carry, dot):
     """Computes the results of one chunk: the near pairs, the far pairs in the tiles, and the state."""
     refs, rows, plan = tiles.refs, tiles.rows, tiles.plan
-    dtype, reach = refs["v"].dtype, refs["reach"][rows]
+    dtype = refs["v"].dtype
     sums = jnp.zeros((tiles.C, refs["v"].shape[1]), jnp.float32), jnp.zeros((tiles.C,), jnp.float32)
     if "near_q" in refs:
         sums = _known_softmax(tiles, sums, dot) if tiles.reverse else _softmax(tiles, sums, dot)
@@ -187,7 +187,9 @@ def _outputs(tiles: Tiles, carry, dot):
     out, norm = sums
     if plan.first_far < plan.tiles:
         out, norm = lax.fori_loop(plan.first_far, tiles.count, far, sums)
-    # q is scaled before the product, so that the matrix unit can accumulate into `out`.
+    # Read after the loops, during which no register holds it. q is scaled before the product, so that the matrix unit
+    # can accumulate into `out`.
+    reach = refs["reach"][rows]
     q = refs["q"][rows, :] * reach[:, None].astype(dtype)
     if "row" in refs:
         row = reach if tiles.reverse else reach * refs["bias"][rows]
