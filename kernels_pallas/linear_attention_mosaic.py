@@ -38,7 +38,7 @@ class Tile:
 def tile(P: int, dtype) -> Tile:
     """What fits into registers and shared memory (227 KB). float32 keeps its digits in three parts."""
     if dtype == jnp.float32:
-        return Tile(32, 1, 3)
+        return Tile(32, 2 if P <= 64 else 1, 3)
     return Tile(64 if P * 64 <= STATE else 32, 2, 1)
 
 
