@@ -28,7 +28,7 @@ chunk = state_tiles_gpu.chunk
 
 
 def tile(arrays: dict, plan: Plan) -> Tile:
-    """Tiles that compile for an H200 without register spills, with jax 0.10.2 (CUDA 12) and 0.11.2 (CUDA 13).
+    """Tiles that compile for an H200 without register spills, with jax 0.10.2 (CUDA 12), 0.11.2 and 0.12.0.1 (CUDA 13).
 
     P = H = 128, bfloat16, windows of 64; registers per thread (spills) of the forward and the worst backward pass:
 

@@ -46,8 +46,7 @@ KEYS = {  # what programs read; DESIGN names the first five
     *("collective_bytes", "step_seconds_overlapped", "compute_seconds", "memory_seconds", "link_seconds", "mfu"),
     *("tokens_per_second", "steps", "tokens", "days", "device_hours", "compile_seconds", "assumptions", "notes"),
 }
-TOY = topology.Chip("toy", 100, flops=1e3, bandwidth=1e2, link=10.0, far=1.0, near=8, host_link=5.0, host_memory=80,
-                    host_devices=8)  # fmt: skip
+TOY = topology.Chip("toy", 100, flops=1e3, bandwidth=1e2, link=10.0, far=1.0, near=8, host=topology.Host(5e9, 80, 8))
 B, T, L, V, D, F, N, K, H = 8, 32, 2, 258, 32, 64, 4, 2, 8  # the run of GIN
 LAYER = D * N * H + 2 * D * K * H + N * H * D + 3 * D * F  # weights of matrix products
 NORMS = (2 * L + 1) * D
@@ -425,7 +424,7 @@ def test_a_search_ends(tmp_path):
 
 
 def test_the_time_of_a_step():
-    work = roofline.Work(5e3, 8e3, False, {"fsdp": 30.0}, 200.0, (20.0, 10.0), host_bytes=15.0)
+    work = roofline.Work(5e3, 8e3, False, {"fsdp": 30.0}, 200.0, (20.0, 10.0), host_bytes=15e9)
     time = roofline.time_of(work, TOY, devices=4)
     assert (time.compute, time.memory, time.links, time.host) == (2.0, 2.0, 12.0, 3.0)
     assert time.total == 19.0 and time.overlapped == 12.0
@@ -447,7 +446,7 @@ ENTRY %main (x: bf16[1,8]) -> bf16[4,8] {
   %x = bf16[1,8]{1,0} parameter(0)
   %empty = bf16[4,8]{1,0:S(5)} custom-call(), custom_call_target="AllocateBuffer"
   %s = (bf16[4,8]{1,0:S(5)}, bf16[1,8]) tuple(%empty, %x)
-  %w = (bf16[4,8]{1,0:S(5)}, bf16[1,8]) while(%s), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"4"}}
+  %w = (bf16[4,8]{1,0:S(5)}, bf16[1,8]) while(%s), condition=%c, body=%body, c={"known_trip_count":{"n":"4"}}
   %all = bf16[4,8]{1,0:S(5)} get-tuple-element(%w), index=0
   ROOT %back = bf16[4,8]{1,0} copy(%all)
 }
@@ -465,7 +464,7 @@ def test_copies_to_the_memory_of_the_host():
     assert topology.Topology("toy:2", chip, [0, 1], 100).host_memory == 10, "machines with fewer TPUs are smaller"
     cpus = topology.Topology("cpu:1", None, [0], 100)
     assert cpus.host_memory is None and cpus.fits(100, 50)
-    assert "run at 0 GB/s in one direction" in roofline.host_link(TOY)
+    assert "run at 5 GB/s in one direction" in roofline.assumptions(TOY, measured=False, devices=2, copies=True)[-1]
 
 
 def test_the_speed_of_cpus_is_shared_by_their_devices(monkeypatch):

@@ -77,9 +77,9 @@ def _search(
             bar.update()
             return made
 
-        count = np.size(place.devices)
+        count, hosts = np.size(place.devices), place.host_memory is not None
         end = math.inf if seconds is None else seconds
-        found = settings.search(trainer, count, planned, limit, seconds=end, possible=possible, hosts=place.host_memory is not None)
+        found = settings.search(trainer, count, planned, limit, seconds=end, possible=possible, hosts=hosts)
     if as_json:
         refused = [{"settings": choice.flags(), "reason": why} for choice, why in found.refused]
         untried = [vars(mesh) for mesh in found.untried]

@@ -12,7 +12,7 @@ from lcx.errors import UserError
 from lcx.model import Decoder
 from lcx.planning import topology, traffic
 from lcx.planning.compiled import Step
-from lcx.planning.topology import Chip
+from lcx.planning.topology import Chip, Host
 from lcx.trainer import Trainer
 from lcx.training.run import trained_sizes
 
@@ -21,8 +21,8 @@ _DATA_SHEET = (
     "no accelerator has been timed against these numbers yet",
 )
 _EVERYWHERE = (
-    "nothing overlaps: step_seconds is the sum of the times of products, memory, links and copies to the host's memory; "
-    "if all of them overlapped it would be step_seconds_overlapped",
+    "nothing overlaps: step_seconds is the sum of the times of products, memory, links and copies to the host's "
+    "memory; if all of them overlapped it would be step_seconds_overlapped",
     "every array of the program is written once and read once",
     "collectives run as rings along one axis of the mesh; each axis has links of its own",
     "no time for data, checkpoints, evaluation, compilation or waiting for slower devices",
@@ -107,18 +107,18 @@ def _mixing(model: Decoder, seq_len: int) -> float:
 def assumptions(chip: Chip, *, measured: bool, devices: int, copies: bool) -> tuple[str, ...]:
     """What the time rests on, in sentences. copies: whether the step copies to the host's memory."""
     if not measured:
-        return _DATA_SHEET + _EVERYWHERE + ((host_link(chip),) if copies else ())
+        return _DATA_SHEET + _EVERYWHERE + ((host_link(chip, chip.host),) if copies and chip.host else ())
     flops, bandwidth = devices * chip.flops / 1e9, devices * chip.bandwidth / 1e9
     speeds = f"products run at {flops:.0f} GFLOP/s and memory at {bandwidth:.1f} GB/s"
     where = "which this machine's cores reached when the plan was made; the devices share them"
     return (f"{speeds}, {where}", *_EVERYWHERE)
 
 
-def host_link(chip: Chip) -> str:
+def host_link(chip: Chip, host: Host) -> str:
     """What the time of copies to the host's memory rests on."""
-    rate = f"copies to the host's memory and back run at {chip.host_link / 1e9:.0f} GB/s in one direction at a time"
+    rate = f"copies to the host's memory and back run at {host.link / 1e9:.0f} GB/s in one direction at a time"
     kind = "PCIe 5.0 x16; NVLink-C2C to a Grace CPU has 450" if chip.near else "the chip's PCIe link"
-    memory = f"the memory of a host is {(chip.host_memory or 0) / 1e9:,.0f} GB for {chip.host_devices} devices"
+    memory = f"the memory of a host is {host.memory / 1e9:,.0f} GB for {host.devices} devices"
     where = "as in a DGX; in a smaller machine it is less" if chip.near else "as Google's machines have it"
     return f"{rate} ({kind}), and both compilers start them ahead; {memory}, {where}"
 
@@ -129,5 +129,5 @@ def time_of(work: Work, chip: Chip, devices: int) -> Time | None:
         return None
     near, far = work.link_bytes
     flops = work.executed_flops / devices
-    links, copies = near / chip.link + far / chip.far, work.host_bytes / chip.host_link
+    links, copies = near / chip.link + far / chip.far, work.host_bytes / chip.host.link if chip.host else 0.0
     return Time(flops / chip.flops, work.memory_bytes / chip.bandwidth, links, copies)

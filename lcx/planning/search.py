@@ -10,7 +10,8 @@ any plan. A mesh is tried from the least memory upwards, so that most choices th
     remat dots      from where full fits on
     remat none      from there on
 
-At equal accumulation `host` computes what `full` does and copies besides, so it is tried only where `full` does not fit.
+At equal accumulation `host` computes what `full` does and copies besides, so it is tried only where `full` does not
+fit.
 A choice whose weights, optimizer and stored inputs of blocks alone exceed the memory is not compiled either.
 """
 
