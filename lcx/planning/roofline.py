@@ -120,7 +120,7 @@ def host_link(chip: Chip, host: Host) -> str:
     kind = "PCIe 5.0 x16; NVLink-C2C to a Grace CPU has 450" if chip.near else "the chip's PCIe link"
     memory = f"the memory of a host is {host.memory / 1e9:,.0f} GB for {host.devices} devices"
     where = "as in a DGX; in a smaller machine it is less" if chip.near else "as Google's machines have it"
-    return f"{rate} ({kind}), and both compilers start them ahead; {memory}, {where}"
+    return f"{rate} ({kind}), though the compiler starts them ahead of their use; {memory}, {where}"
 
 
 def time_of(work: Work, chip: Chip, devices: int) -> Time | None:
