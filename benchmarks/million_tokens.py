@@ -1,22 +1,27 @@
-"""Models of a billion parameters on rows of a million tokens, on 8 and 64 devices that need not exist: does a step fit?
+"""Models of a billion parameters on rows of millions of tokens, on devices that need not exist: does a step fit?
 
     python benchmarks/million_tokens.py [--models llama,linearized,...] [--topologies h200:8,v5p:2x2x2,...]
                                         [--length 1048576] [--piece 16384] [--output benchmarks/results/FILE.json]
 
+    python benchmarks/million_tokens.py --topologies h200:1 --length 8388608 --piece 16384 \\
+                                        --models linearized,two_mamba,hyena
+
 The trainer's step on one row, which all devices share along `context` (forward, backward, AdamW, bfloat16 activations,
 full rematerialisation), compiled ahead of time with the kernels inside: the compiler's memory, the way in which
 attention sends its keys, what the devices send each other, and which collectives it made asynchronous. With --piece the
-row is also cut in time. Plans in the file that are not made again are kept. Needs the extra `aot`; minutes for each.
+row is also cut in time. `hyena` is StripedHyena 2 with a layer of MR in place of each layer of attention. Plans in the
+file that are not made again are kept. Needs the extra `aot`; minutes for each.
 """
 
 import argparse
+import functools
 import json
 import os
 import subprocess
 import sys
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-MODELS = ("llama", "linearized", "two_mamba", "striped_hyena")
+MODELS = ("llama", "linearized", "two_mamba", "striped_hyena")  # and "hyena"
 WHAT = "steps of models of a billion parameters on one long row"
 TOPOLOGIES = ("h200:8", "v5p:2x2x2", "h200:64", "v5p:4x4x4")
 
@@ -24,7 +29,7 @@ TOPOLOGIES = ("h200:8", "v5p:2x2x2", "h200:64", "v5p:4x4x4")
 def plan(name: str, topology: str, length: int, piece: int | None) -> dict:
     """One process: the plan of a step, as `python -m lcx.plan --json` prints it."""
     from train_step import MODELS as BUILD
-    from train_step import WIDTHS
+    from train_step import PATTERN, WIDTHS, hyena
 
     from lcx.data import Dataset
     from lcx.optim import AdamW
@@ -35,7 +40,8 @@ def plan(name: str, topology: str, length: int, piece: int | None) -> dict:
     from lcx.trainer import Trainer
     from lcx.training import statements
 
-    model = BUILD[name](WIDTHS["1b"], max_position_embeddings=length, dtype="bfloat16", remat="full")
+    build = BUILD | {"hyena": functools.partial(hyena, pattern=PATTERN.replace("*", "D"))}
+    model = build[name](WIDTHS["1b"], max_position_embeddings=length, dtype="bfloat16", remat="full")
     trainer = Trainer(
         data=Dataset(source="text", tokenizer="bytes"),
         steps=1000,

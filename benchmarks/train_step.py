@@ -70,9 +70,9 @@ def two_mamba(width: dict, **shared) -> model_lib.Decoder:
     )
 
 
-def hyena(width: dict, **shared) -> model_lib.Decoder:
+def hyena(width: dict, pattern: str = PATTERN, **shared) -> model_lib.Decoder:
     return striped_hyena(
-        pattern=PATTERN * (width["layers"] // len(PATTERN)),
+        pattern=pattern * (width["layers"] // len(pattern)),
         hidden_size=width["hidden"],
         intermediate_size=width["intermediate"],
         num_heads=width["heads"],

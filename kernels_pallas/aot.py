@@ -202,9 +202,9 @@ def compile_h200(fn, *args, mesh: Mesh | None = None, options: dict | None = Non
     return _report("h200", compiled, kernels)
 
 
-def h200_text(fn, *args) -> str:
-    """The program that XLA runs on an H200, as text (HLO)."""
-    return _compile(fn, args, _one("h200"), {}).as_text()
+def text(target: str, fn, *args) -> str:
+    """The program that XLA runs on a target ("v5p", "h200"), as text (HLO)."""
+    return _compile(fn, args, _one(target), {}).as_text()
 
 
 def tpu_bundles(fn, *args, chip: str = "v5e", timeout: int = 600) -> dict[str, dict[str, int]]:

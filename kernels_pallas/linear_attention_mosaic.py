@@ -36,9 +36,14 @@ class Tile:
 
 
 def tile(P: int, dtype) -> Tile:
-    """What fits into registers and shared memory (227 KB). float32 keeps its digits in three parts."""
+    """What fits into registers and shared memory (227 KB).
+
+    float32 keeps its digits in three parts. Its many products read from addresses that the compiler computes before the
+    loop if they are the same in every chunk, that is with one stage: they alone fill the registers. Two stages of 128
+    rows do not fit into shared memory.
+    """
     if dtype == jnp.float32:
-        return Tile(32, 1, 3)
+        return Tile(32, 2 if P <= 64 else 1, 3)
     return Tile(64 if P * 64 <= STATE else 32, 2, 1)
 
 
@@ -99,7 +104,7 @@ def _scratch(inputs: dict, P: int, best: Tile, dtype) -> dict:
     """Shared memory of one program, and the barriers at which its copies are awaited."""
     C, W, n = CHUNK, best.columns, best.stages
     staged = {
-        name: [mosaic.tile(n, C, W if name == "v" else P, dtype=jnp.bfloat16) for _ in inputs[name]]
+        name: [mosaic.tile(n, C, W if name == "v" else P, dtype=jnp.bfloat16, width=W) for _ in inputs[name]]
         for name in OPERANDS
         if name in inputs
     }
@@ -108,10 +113,10 @@ def _scratch(inputs: dict, P: int, best: Tile, dtype) -> dict:
             staged[name] = [mosaic_gpu.SMEM((n, C), jnp.int32 if name == "limit" else jnp.float32)]
     copies = sum(len(x) for x in staged.values())
     scratch = {"staged": staged, "arrived": mosaic_gpu.Barrier(num_arrivals=copies, num_barriers=n)}
-    scratch["kept"] = mosaic.tiles(C, W, parts=best.parts) if "keep" in inputs else None
+    scratch["kept"] = mosaic.tiles(C, W, parts=best.parts, width=W) if "keep" in inputs else None
     if "q" in inputs:
-        scratch["weights"] = mosaic.tiles(C, C, parts=best.parts)
-        scratch["before"] = mosaic.tiles(P, W, parts=best.parts)
+        scratch["weights"] = mosaic.tiles(C, C, parts=best.parts, width=W)
+        scratch["before"] = mosaic.tiles(P, W, parts=best.parts, width=W)
         scratch["result"] = mosaic.tile(C, W, dtype=dtype)
     return scratch
 

@@ -29,17 +29,20 @@ def parts(x: Array, count: int) -> list[Array]:
     return found
 
 
-def tile(*shape: int, dtype):
-    """A tile in shared memory in the order in which wgmma reads it: 8 rows of up to 128 bytes, swizzled."""
+def tile(*shape: int, dtype, width: int = 64):
+    """A tile in shared memory in the order in which wgmma reads it: 8 rows of up to 128 bytes, swizzled.
+
+    width: the columns of the narrowest operand that meets this one in a product: wgmma reads both in one order.
+    """
     size = jnp.dtype(dtype).itemsize
-    swizzle = next(n for n in (128, 64, 32) if shape[-1] * size % n == 0)
+    swizzle = next(n for n in (128, 64, 32) if shape[-1] * size % n == 0 and n <= width * size)
     transforms = mosaic_gpu.TilingTransform((8, swizzle // size)), mosaic_gpu.SwizzleTransform(swizzle)
     return mosaic_gpu.SMEM(shape, dtype, transforms=transforms)
 
 
-def tiles(*shape: int, parts: int) -> list:
+def tiles(*shape: int, parts: int, width: int = 64) -> list:
     """A tile for each part of an operand."""
-    return [tile(*shape, dtype=jnp.bfloat16) for _ in range(parts)]
+    return [tile(*shape, dtype=jnp.bfloat16, width=width) for _ in range(parts)]
 
 
 def store(tiles: list, x: Array) -> None:

@@ -28,7 +28,7 @@ chunk = state_tiles_gpu.chunk
 
 
 def tile(arrays: dict, plan: Plan) -> Tile:
-    """Tiles that compile for an H200 without register spills, with jax 0.10.2 (CUDA 12) and 0.11.2 (CUDA 13).
+    """Tiles that compile for an H200 without register spills, with jax 0.10.2 (CUDA 12), 0.11.2 and 0.12.0.1 (CUDA 13).
 
     P = H = 128, bfloat16, windows of 64; registers per thread (spills) of the forward and the worst backward pass:
 
@@ -172,7 +172,7 @@ def _recurrence(*given, names, reverse, plan):
 def _outputs(tiles: Tiles, carry, dot):
     """Computes the results of one chunk: the near pairs, the far pairs in the tiles, and the state."""
     refs, rows, plan = tiles.refs, tiles.rows, tiles.plan
-    dtype, reach = refs["v"].dtype, refs["reach"][rows]
+    dtype = refs["v"].dtype
     sums = jnp.zeros((tiles.C, refs["v"].shape[1]), jnp.float32), jnp.zeros((tiles.C,), jnp.float32)
     if "near_q" in refs:
         sums = _known_softmax(tiles, sums, dot) if tiles.reverse else _softmax(tiles, sums, dot)
@@ -187,7 +187,9 @@ def _outputs(tiles: Tiles, carry, dot):
     out, norm = sums
     if plan.first_far < plan.tiles:
         out, norm = lax.fori_loop(plan.first_far, tiles.count, far, sums)
-    # q is scaled before the product, so that the matrix unit can accumulate into `out`.
+    # Read after the loops, during which no register holds it. q is scaled before the product, so that the matrix unit
+    # can accumulate into `out`.
+    reach = refs["reach"][rows]
     q = refs["q"][rows, :] * reach[:, None].astype(dtype)
     if "row" in refs:
         row = reach if tiles.reverse else reach * refs["bias"][rows]

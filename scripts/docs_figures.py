@@ -18,7 +18,7 @@ import figure_two_mamba
 from evaluation_figure import evaluation, ruler_samples
 from figure_text import number, ratio, table, with_source
 from figures_beside_torch import generation, training, training_line
-from plan_figures import million_tokens, one_gpu, plans
+from plan_figures import MILLION_TOKENS_OF_ONE, million_tokens, million_tokens_of_one, one_gpu, plans
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -364,6 +364,7 @@ FIGURES = {
     "plans": Figure("plans.json", plans, "python benchmarks/plan_table.py", timed=False),
     "one_gpu": Figure("plans.json", one_gpu, "python benchmarks/plan_table.py", timed=False),
     "million_tokens": Figure("million_tokens.json", million_tokens, "python benchmarks/million_tokens.py", timed=False),
+    "million_tokens_of_one": Figure("million_tokens.json", million_tokens_of_one, MILLION_TOKENS_OF_ONE, timed=False),
     "evo2_plan": Figure("evo2_plan.json", evo2_plan, "python benchmarks/evo2_plan.py", timed=False),
     "long_genomes": Figure("long_genomes_cpu.json", long_genomes, LONG_GENOMES, timed=False),
     "long_attention": Figure("long_genomes_attention_cpu.json", long_genomes, LONG_GENOMES, timed=False),

@@ -2,6 +2,11 @@
 
 from figure_text import table
 
+MILLION_TOKENS_OF_ONE = (
+    "python benchmarks/million_tokens.py --topologies h200:1 --length 8388608 --piece 16384 "
+    "--models linearized,two_mamba,hyena"
+)
+
 
 def plans(result: dict) -> str:
     head = ["model", "devices", "rows", "peak of each", "fits", "largest array", "PFLOP a step", "step", "MFU"]
@@ -39,17 +44,27 @@ def one_gpu(result: dict) -> str:
     return f"{table(head, rows)}\n\nMade by `python benchmarks/plan_table.py`; times are rooflines."
 
 
+NAMES = {
+    "llama": "Llama",
+    "linearized": "linearized",
+    "two_mamba": "2Mamba",
+    "striped_hyena": "StripedHyena 2",
+    "hyena": "StripedHyena 2 without attention",
+}
+
+
 def million_tokens(result: dict) -> str:
     head = ["model", "devices", "peak of each", "fits", "sends", "bytes a device sends in a step"]
-    names = {"llama": "Llama", "linearized": "linearized", "two_mamba": "2Mamba", "striped_hyena": "StripedHyena 2"}
     rows = []
     for row in result["rows"]:
+        if row["topology"].endswith(":1"):
+            continue  # see million_tokens_of_one
         if "error" in row:
-            rows.append([names[row["model"]], row["topology"], "not compiled", *["-"] * 3])
+            rows.append([NAMES[row["model"]], row["topology"], "not compiled", *["-"] * 3])
             continue
         sends = dict.fromkeys(part.partition(" sends ")[2] for part in row["sends"][0].split("; ")[1:])
         rows.append([
-            f"{names[row['model']]}, {row['model_parameters'] / 1e9:.2f}B",
+            f"{NAMES[row['model']]}, {row['model_parameters'] / 1e9:.2f}B",
             row["topology"],
             f"{row['peak_bytes'] / 2**30:.1f} of {row['memory_bytes'] / 2**30:.1f} GiB",
             "yes" if row["fits"] else "**no**",
@@ -57,3 +72,27 @@ def million_tokens(result: dict) -> str:
             f"{sum(row['collective_bytes'].values()) / 2**30:.1f} GiB",
         ])  # fmt: skip
     return f"{table(head, rows)}\n\nMade by `python benchmarks/million_tokens.py`."
+
+
+def million_tokens_of_one(result: dict) -> str:
+    head = ["model", "device", "tokens of the row", "pieces of", "peak", "fits", "PFLOP a step", "step", "MFU"]
+    rows = []
+    for row in result["rows"]:
+        if not row["topology"].endswith(":1"):
+            continue
+        cut = f"{row['piece']:,}" if row["piece"] else "whole"
+        if "error" in row:
+            rows.append([NAMES[row["model"]], row["topology"], f"{row['T']:,}", cut, "not compiled", *["-"] * 4])
+            continue
+        rows.append([
+            f"{NAMES[row['model']]}, {row['model_parameters'] / 1e9:.2f}B",
+            row["topology"],
+            f"{row['T']:,}",
+            cut,
+            f"{row['peak_bytes'] / 2**30:.1f} of {row['memory_bytes'] / 2**30:.1f} GiB",
+            "yes" if row["fits"] else "**no**",
+            f"{row['executed_flops'] / 1e15:,.3g}",
+            f"{row['step_seconds']:,.3g} s",
+            f"{row['mfu']:.0%}",
+        ])  # fmt: skip
+    return f"{table(head, rows)}\n\nMade by `{MILLION_TOKENS_OF_ONE}`; times are rooflines."

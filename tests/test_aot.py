@@ -16,6 +16,7 @@ from kernels_pallas import aot, cubin
 from lcx.config import environment
 from lcx.layers import Linear
 from lcx.model import Stage, abstract_params, llama
+from lcx.planning import program, traffic
 
 A, B = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((1024, 512), (512, 1024)))
 
@@ -117,12 +118,18 @@ def test_a_pattern_of_blocks_is_recomputed_block_by_block(h200):
     assert temporary(4) < 1.3 * temporary(1)
 
 
-def test_the_inputs_of_blocks_wait_in_the_memory_of_the_host(h200):
+@pytest.mark.parametrize("chip", ["h200", "v5p"])
+def test_the_inputs_of_blocks_wait_in_the_memory_of_the_host(chip):
+    if reason := aot.available("h200" if chip == "h200" else "tpu"):
+        pytest.skip(reason)
     sizes = {"vocab_size": 64, "hidden_size": 48, "intermediate_size": 32, "num_layers": 3, "num_heads": 4}
     model = llama(**sizes, num_kv_heads=4, max_position_embeddings=128, remat="host")
     tokens = jax.ShapeDtypeStruct((1, 128), jnp.int32)
-    text = aot.h200_text(jax.grad(lambda p, x: model.apply({"params": p}, x).sum()), abstract_params(model), tokens)
-    assert "S(5)" in set(re.findall(r"f32\[3,1,128,48\]\{[\d,]*(?::(S\(5\)))?\}", text))  # the memory of the host
+    gradient = jax.grad(lambda p, x: model.apply({"params": p}, x).sum())
+    compiled = program.parse(aot.text(chip, gradient, abstract_params(model), tokens))
+    inputs = [x for run in compiled.runs() for x in run.instruction.results if x.shape == (3, 1, 128, 48)]
+    assert inputs and all(x.on_host for x in inputs)
+    assert traffic.host_bytes(compiled) == 2 * 4 * 3 * 128 * 48, "each is written there once and read once"
 
 
 def test_projections_in_fp8_are_products_in_fp8(h200):
@@ -133,7 +140,7 @@ def test_projections_in_fp8_are_products_in_fp8(h200):
         return jax.value_and_grad(lambda p, x: jnp.sum(linear.apply({"params": p}, x) ** 2), argnums=(0, 1))(params, x)
 
     kernel, scales, x = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((256, 128, 3), (2,), (2, 512, 256)))
-    text = aot.h200_text(gradients, {"kernel": kernel, "fp8_scales": scales}, x)
+    text = aot.text("h200", gradients, {"kernel": kernel, "fp8_scales": scales}, x)
     factors = re.findall(r" dot\(%(\S+), %(\S+)\)", text)
     kinds = [{re.search(rf"%{re.escape(name)} = (\w+)\[", text)[1] for name in pair} for pair in factors]
     assert sorted(kinds, key=len) == [{"f8e4m3fn"}, {"f8e4m3fn", "f8e5m2"}, {"f8e4m3fn", "f8e5m2"}]

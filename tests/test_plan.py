@@ -40,12 +40,13 @@ from lcx.planning import (
 KEYS = {  # what programs read; DESIGN names the first five
     *("peak_bytes", "memory_bytes", "fits", "step_seconds", "largest_seq_len"),
     *("topology", "devices", "mesh", "seq_len", "batch_size", "accumulation", "remat", "model_parameters"),
-    *("trained_parameters", "parameter_bytes", "runtime_bytes", "host_bytes"),
+    *("trained_parameters", "parameter_bytes", "runtime_bytes"),
+    *("host_bytes", "host_copy_bytes", "host_memory_bytes", "host_seconds"),
     *("optimizer_bytes", "batch_bytes", "activation_bytes", "largest_buffers", "model_flops", "executed_flops"),
     *("collective_bytes", "step_seconds_overlapped", "compute_seconds", "memory_seconds", "link_seconds", "mfu"),
     *("tokens_per_second", "steps", "tokens", "days", "device_hours", "compile_seconds", "assumptions", "notes"),
 }
-TOY = topology.Chip("toy", 100, flops=1e3, bandwidth=1e2, link=10.0, far=1.0, near=8)
+TOY = topology.Chip("toy", 100, flops=1e3, bandwidth=1e2, link=10.0, far=1.0, near=8, host=topology.Host(5e9, 80, 8))
 B, T, L, V, D, F, N, K, H = 8, 32, 2, 258, 32, 64, 4, 2, 8  # the run of GIN
 LAYER = D * N * H + 2 * D * K * H + N * H * D + 3 * D * F  # weights of matrix products
 NORMS = (2 * L + 1) * D
@@ -353,7 +354,7 @@ def test_the_longest_rows(power, start):
     assert longest.longest(lambda seq_len: 2, 1, start=1024, unit=128) == 0, "nothing fits"
 
 
-REMATS = {"none": (9, 3), "dots": (5, 4), "full": (2, 5)}  # bytes of a row's tokens, and time
+REMATS = {"none": (9, 3), "dots": (5, 4), "full": (2, 5), "host": (1, 5.6)}  # bytes of a row's tokens, and time
 DEVICES, ROWS, LENGTH = 8, 16, 1 << 16
 
 
@@ -376,15 +377,16 @@ def toy_plan(memory):
     return plan
 
 
+@pytest.mark.parametrize("hosts", [False, True])
 @pytest.mark.parametrize("memory", [160, 200, 300, 500, 1000, 10_000])
-def test_the_search_finds_the_fastest(tmp_path, memory):
+def test_the_search_finds_the_fastest(tmp_path, memory, hosts):
     trainer = tiny_trainer(tmp_path, batch_size=ROWS, seq_len=LENGTH)
     plan = toy_plan(memory)
 
     def possible(choice):  # weights alone
         return 1000 / choice.mesh.fsdp / choice.mesh.tensor <= memory or choice.mesh.tensor == 8
 
-    found = search.search(trainer, DEVICES, plan, limit=1000, possible=possible)
+    found = search.search(trainer, DEVICES, plan, limit=1000, possible=possible, hosts=hosts)
     assert {choice.mesh.tensor for choice, _ in found.refused} == {8} and not found.untried
     assert (found.too_large > 0) == (memory < 1000)
     assert all(made["mesh"]["fsdp"] * made["mesh"]["tensor"] * memory >= 1000 for made in found.plans)
@@ -393,7 +395,8 @@ def test_the_search_finds_the_fastest(tmp_path, memory):
         assert mesh.fsdp * mesh.context * mesh.tensor == DEVICES and ROWS % mesh.fsdp == 0
         counts = [count for count in (1, 2, 4, 8, 16) if ROWS // mesh.fsdp % count == 0]
         for piece in (None, search.PIECE) if mesh.tensor < 8 else ():
-            choices = (search.Choice(mesh, *rest, piece) for rest in itertools.product(REMATS, counts))
+            remats = [remat for remat in REMATS if remat != "host" or (hosts and piece is None)]
+            choices = (search.Choice(mesh, *rest, piece) for rest in itertools.product(remats, counts))
             plans = [plan(choice.of(trainer)) for choice in choices]
             tried += len(plans)
             if times := [made["step_seconds"] for made in plans if made["fits"]]:
@@ -421,12 +424,47 @@ def test_a_search_ends(tmp_path):
 
 
 def test_the_time_of_a_step():
-    work = roofline.Work(5e3, 8e3, False, {"fsdp": 30.0}, 200.0, (20.0, 10.0))
+    work = roofline.Work(5e3, 8e3, False, {"fsdp": 30.0}, 200.0, (20.0, 10.0), host_bytes=15e9)
     time = roofline.time_of(work, TOY, devices=4)
-    assert (time.compute, time.memory, time.links) == (2.0, 2.0, 12.0)
-    assert time.total == 16.0 and time.overlapped == 12.0
+    assert (time.compute, time.memory, time.links, time.host) == (2.0, 2.0, 12.0, 3.0)
+    assert time.total == 19.0 and time.overlapped == 12.0
     not_compiled = dataclasses.replace(work, memory_bytes=None)
     assert roofline.time_of(not_compiled, TOY, devices=4) is None
+
+
+COPIES = """
+%body (s: (bf16[4,8]{1,0:S(5)}, bf16[1,8])) -> (bf16[4,8]{1,0:S(5)}, bf16[1,8]) {
+  %stack = bf16[4,8]{1,0:S(5)} get-tuple-element(%s), index=0
+  %row = bf16[1,8]{1,0} get-tuple-element(%s), index=1
+  %start = ((bf16[4,8]{1,0:S(5)}, bf16[1,8]{1,0}, s32[]), bf16[4,8]{1,0:S(5)}, u32[]) fusion-start(%stack, %row, %i)
+  %done = bf16[4,8]{1,0:S(5)} fusion-done(%start)
+  %read = bf16[1,8]{1,0} dynamic-slice(%done, %i, %i), dynamic_slice_sizes={1,8}
+  ROOT %out = (bf16[4,8]{1,0:S(5)}, bf16[1,8]) tuple(%done, %read)
+}
+
+ENTRY %main (x: bf16[1,8]) -> bf16[4,8] {
+  %x = bf16[1,8]{1,0} parameter(0)
+  %empty = bf16[4,8]{1,0:S(5)} custom-call(), custom_call_target="AllocateBuffer"
+  %s = (bf16[4,8]{1,0:S(5)}, bf16[1,8]) tuple(%empty, %x)
+  %w = (bf16[4,8]{1,0:S(5)}, bf16[1,8]) while(%s), condition=%c, body=%body, c={"known_trip_count":{"n":"4"}}
+  %all = bf16[4,8]{1,0:S(5)} get-tuple-element(%w), index=0
+  ROOT %back = bf16[4,8]{1,0} copy(%all)
+}
+"""
+
+
+def test_copies_to_the_memory_of_the_host():
+    row = 2 * 8
+    assert traffic.host_bytes(program.parse(COPIES)) == 4 * (row + row) + 4 * row, "slices, and once the whole"
+    assert traffic.host_bytes(program.parse(HLO)) == 0
+    gpus = topology.Topology("toy:2", TOY, [0, 1], 100)
+    assert gpus.host_memory == 40 and gpus.fits(100, 40) and not gpus.fits(100, 41) and not gpus.fits(101, 0)
+    assert gpus.needed(30, 10) == 30 and gpus.needed(30, 41) > 100
+    chip = dataclasses.replace(TOY, near=0)
+    assert topology.Topology("toy:2", chip, [0, 1], 100).host_memory == 10, "machines with fewer TPUs are smaller"
+    cpus = topology.Topology("cpu:1", None, [0], 100)
+    assert cpus.host_memory is None and cpus.fits(100, 50)
+    assert "run at 5 GB/s in one direction" in roofline.assumptions(TOY, measured=False, devices=2, copies=True)[-1]
 
 
 def test_the_speed_of_cpus_is_shared_by_their_devices(monkeypatch):

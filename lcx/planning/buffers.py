@@ -111,13 +111,14 @@ def _setting(what: str, floating: bool, step: Step, trainer: Trainer, mesh: Mesh
         return " or ".join(ways)
     rows = sharding.padded_rows(trainer.batch_size, mesh) // sharding.row_parts(mesh)
     rows //= division.micro_batches(trainer, mesh)
-    ways = []
-    if step.run.model.remat != "full":
+    ways, remat = [], step.run.model.remat
+    if remat not in ("full", "host"):
         ways.append("Trainer.remat = 'full'")
     if rows > 1:
         ways.append(f"a higher Trainer.accumulation ({rows} rows at a time now)")
     if floating and str(step.run.model.dtype) == "float32":
         ways.append("Trainer.dtype = 'bfloat16'")
     if trainer.piece_length is None:
-        ways.append("Trainer.piece_length")
+        on_host = remat == "full" and mesh.devices.flat[0].platform != "cpu"
+        ways += [*(["Trainer.remat = 'host'"] if on_host else []), "Trainer.piece_length"]
     return " or ".join([*ways[:2], "more devices along MeshShape.context"])

@@ -13,7 +13,7 @@ from lcx.planning import longest as longest_rows
 from lcx.planning import report
 from lcx.planning import search as settings
 from lcx.planning.abstract import trainer_of
-from lcx.planning.compiled import least_bytes, mesh_of, step_of
+from lcx.planning.compiled import Memory, least_bytes, mesh_of, step_of
 from lcx.planning.topology import Topology, find, shape_text
 from lcx.trainer import Job, Trainer
 
@@ -52,7 +52,7 @@ def plan(
             raise UserError("--search and --longest: each plans many steps; run one after the other")
         return _search(trainer, place, search, search_seconds, notes, as_json)
     step = step_of(trainer, place)
-    found = _longest(trainer, place, step.memory.peak) if longest else None
+    found = _longest(trainer, place, step.memory) if longest else None
     made = report.plan(step, trainer, place, found, notes)
     print(json.dumps(made) if as_json else report.text(made))
     return 1 if made["fits"] is False else 0
@@ -77,9 +77,9 @@ def _search(
             bar.update()
             return made
 
-        count = np.size(place.devices)
+        count, hosts = np.size(place.devices), place.host_memory is not None
         end = math.inf if seconds is None else seconds
-        found = settings.search(trainer, count, planned, limit, seconds=end, possible=possible)
+        found = settings.search(trainer, count, planned, limit, seconds=end, possible=possible, hosts=hosts)
     if as_json:
         refused = [{"settings": choice.flags(), "reason": why} for choice, why in found.refused]
         untried = [vars(mesh) for mesh in found.untried]
@@ -90,19 +90,19 @@ def _search(
     return 0 if any(made["fits"] is not False for made in found.plans) else 1
 
 
-def _longest(trainer: Trainer, place: Topology, peak: int) -> int | None:
-    """The longest rows that fit; None if the memory of the devices is unknown."""
+def _longest(trainer: Trainer, place: Topology, memory: Memory) -> int | None:
+    """The longest rows that fit, devices and hosts; None if the memory of the devices is unknown."""
     if place.memory is None:
         return None
-    known = {trainer.seq_len: peak}
+    known = {trainer.seq_len: memory}
     unit = math.lcm(
         mesh_of(trainer, place).shape["context"], 128 if place.chip else 1, trainer.piece_length or 1
     )
 
-    def peak_at(seq_len: int) -> int:
+    def needed_at(seq_len: int) -> int:
         if seq_len not in known:
-            known[seq_len] = step_of(longest_rows.with_length(trainer, seq_len), place).memory.peak
-            print(f"{seq_len} tokens: {report.size(known[seq_len])}", file=sys.stderr, flush=True)
-        return known[seq_len]
+            known[seq_len] = step_of(longest_rows.with_length(trainer, seq_len), place).memory
+            print(f"{seq_len} tokens: {report.size(known[seq_len].peak)}", file=sys.stderr, flush=True)
+        return place.needed(known[seq_len].peak, known[seq_len].host)
 
-    return longest_rows.longest(peak_at, place.memory, start=trainer.seq_len, unit=unit)
+    return longest_rows.longest(needed_at, place.memory, start=trainer.seq_len, unit=unit)

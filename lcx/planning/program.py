@@ -25,12 +25,14 @@ class Array:
       nbytes: of its numbers.
       held: bytes in the memory of the device: with what the tiles of a TPU's layout add; 0 in a TPU's vector memory
         and in the host's.
+      on_host: whether it is in the memory of the host.
     """
 
     dtype: str
     shape: tuple[int, ...]
     nbytes: int
     held: int
+    on_host: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +144,7 @@ def arrays(text: str) -> tuple[Array, ...]:
         shape = tuple(map(int, filter(None, dims.split(","))))
         bits = _BITS.get(dtype) or int(re.sub(r"\D.*", "", dtype[1:]))
         held = 0 if "S(" in rest else math.prod(_padded(shape, layout, tile)) * bits // 8
-        found.append(Array(dtype, shape, math.prod(shape) * bits // 8, held))
+        found.append(Array(dtype, shape, math.prod(shape) * bits // 8, held, "S(5)" in rest))
     return tuple(found)
 
 

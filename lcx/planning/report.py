@@ -31,9 +31,11 @@ def plan(
     chip = place.chip or cpu_speed.measured(mesh.size, step.run.model.dtype)
     work = roofline.work(step, trainer, dict(mesh.shape), chip)
     time = roofline.time_of(work, chip, mesh.size)
+    copies = work.host_bytes > 0 or step.memory.host > 0
+    resting = roofline.assumptions(chip, measured=place.chip is None, devices=mesh.size, copies=copies)
     assumptions = [
         *MEMORY,
-        *(roofline.assumptions(chip, measured=place.chip is None, devices=mesh.size) if time else ()),
+        *(resting if time else ()),
         *([roofline.LOOPS] if work.estimated else ()),
     ]
     return {
@@ -48,8 +50,10 @@ def plan(
         "runtime_bytes": step.memory.runtime,
         "peak_bytes": step.memory.peak,
         "host_bytes": step.memory.host,
+        "host_copy_bytes": None if step.program is None else work.host_bytes,
+        "host_memory_bytes": place.host_memory,
         "memory_bytes": place.memory,
-        "fits": None if place.memory is None else step.memory.peak <= place.memory,
+        "fits": place.fits(step.memory.peak, step.memory.host),
         "largest_buffers": [_buffer(buffer) for buffer in largest(step, trainer, mesh)],
         "model_flops": work.model_flops,
         "executed_flops": work.executed_flops,
@@ -88,6 +92,7 @@ def _times(
         time.compute,
         time.memory,
         time.links,
+        time.host,
         None if work.model_flops is None or peak is None else work.model_flops / seconds / peak,
         trainer.batch_size * trainer.seq_len / seconds,
         seconds * trainer.steps / 86400,
@@ -97,7 +102,7 @@ def _times(
 
 
 _TIME_KEYS = (
-    *("step_seconds", "step_seconds_overlapped", "compute_seconds", "memory_seconds", "link_seconds"),
+    *("step_seconds", "step_seconds_overlapped", "compute_seconds", "memory_seconds", "link_seconds", "host_seconds"),
     *("mfu", "tokens_per_second", "days", "device_hours"),
 )
 
@@ -125,7 +130,7 @@ def text(plan: dict[str, Any]) -> str:
         f"  {'peak':<34}{size(plan['peak_bytes']):>12}{_verdict(plan)}",
     ]
     if plan["host_bytes"]:
-        lines.append(f"  {'beside it, in memory of the host':<34}{size(plan['host_bytes']):>12}")
+        lines.append(f"  {'beside it, in memory of the host':<34}{size(plan['host_bytes']):>12}{_host_verdict(plan)}")
     if plan["largest_seq_len"] is not None:
         lines.append(f"  the longest rows that fit: {plan['largest_seq_len']:,} tokens (within a sixteenth)")
     lines += [
@@ -149,15 +154,21 @@ _MEMORY_LINES = (
 )
 
 
-_TIMES = {"products": "compute", "memory": "memory", "links": "link"}
+_TIMES = {"products": "compute", "memory": "memory", "links": "link", "copies to the host": "host"}
 
 
 def _verdict(plan: dict[str, Any]) -> str:
-    if plan["memory_bytes"] is None:
+    return _share(plan["peak_bytes"], plan["memory_bytes"])
+
+
+def _host_verdict(plan: dict[str, Any]) -> str:
+    return _share(plan["host_bytes"], plan["host_memory_bytes"])
+
+
+def _share(needed: int, memory: int | None) -> str:
+    if memory is None:
         return ""
-    share = plan["peak_bytes"] / plan["memory_bytes"]
-    answer = "fits" if plan["fits"] else "does NOT fit"
-    return f"  {share:.0%} of {size(plan['memory_bytes'])}: {answer}"
+    return f"  {needed / memory:.0%} of {size(memory)}: {'fits' if needed <= memory else 'does NOT fit'}"
 
 
 def _work_lines(plan: dict[str, Any]) -> list[str]:
@@ -169,9 +180,12 @@ def _work_lines(plan: dict[str, Any]) -> list[str]:
     if sent is not None:
         moved = ", ".join(f"{axes} {size(number)}" for axes, number in sent.items()) or "nothing"
         lines.append(f"  each device sends over {moved}" if sent else "  nothing is sent between devices")
+    if plan["host_copy_bytes"]:
+        lines.append(f"  each device copies to the host's memory and back {size(plan['host_copy_bytes'])}")
     if plan["step_seconds"] is None:
         return lines
-    parts = ", ".join(f"{name} {plan[f'{key}_seconds']:.3g}" for name, key in _TIMES.items())
+    shown = {name: plan[f"{key}_seconds"] for name, key in _TIMES.items() if key != "host" or plan["host_seconds"]}
+    parts = ", ".join(f"{name} {seconds:.3g}" for name, seconds in shown.items())
     mfu = "" if plan["mfu"] is None else f", MFU {plan['mfu']:.0%}"
     return [
         *lines,

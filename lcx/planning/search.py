@@ -4,10 +4,14 @@ What is tried changes neither the batch, the rows nor the objective, so every ch
 what is recomputed (remat), the rows processed at once (accumulation), and rows in pieces. Each is compiled like
 any plan. A mesh is tried from the least memory upwards, so that most choices that cannot fit are never compiled:
 
-    remat full      accumulation raised until it fits; if it never does, rows longer than PIECE in pieces
-    remat dots      from there on
+    remat full      accumulation raised until it fits
+    remat host      as full, but with less accumulation than full needs, where the devices have a host with memory of
+                    its own; if neither fits, rows longer than PIECE in pieces
+    remat dots      from where full fits on
     remat none      from there on
 
+At equal accumulation `host` computes what `full` does and copies besides, so it is tried only where `full` does not
+fit.
 A choice whose weights, optimizer and stored inputs of blocks alone exceed the memory is not compiled either.
 """
 
@@ -74,10 +78,12 @@ def search(
     *,
     seconds: float = math.inf,
     possible: Callable[[Trainer], bool] = lambda choice: True,
+    hosts: bool = False,
 ) -> Found:
     """Plans other settings of a run.
 
     Args:
+      hosts: whether the devices have a host with memory of its own.
       plan: run -> its plan, see `report.plan`. UserError: it cannot be planned.
       limit: how many to plan at most.
       seconds: after which no further plan is begun.
@@ -94,7 +100,7 @@ def search(
         if not left():
             untried.append(mesh)
             continue
-        walk = choices(trainer, mesh)
+        walk = choices(trainer, mesh, hosts=hosts)
         fits: bool | None = None
         while left():
             try:
@@ -128,7 +134,9 @@ def meshes(trainer: Trainer, devices: int) -> list[sharding.MeshShape]:
     return sorted(found, key=lambda mesh: (mesh.context * mesh.tensor, mesh.tensor))
 
 
-def choices(trainer: Trainer, mesh: sharding.MeshShape) -> Generator[Choice, bool | None, None]:
+def choices(
+    trainer: Trainer, mesh: sharding.MeshShape, *, hosts: bool = False
+) -> Generator[Choice, bool | None, None]:
     """Yields what to try on a mesh, in the order explained above; it is sent whether the last one fits."""
     most = trainer.batch_size // (mesh.data * mesh.fsdp)
     rows = [count for count in range(1, most + 1) if most % count == 0]
@@ -140,6 +148,11 @@ def choices(trainer: Trainer, mesh: sharding.MeshShape) -> Generator[Choice, boo
         for remat in REMATS:
             while left and not (yield Choice(mesh, remat, left[0], piece)):
                 left.pop(0)  # does not fit, and neither will it with less recomputation
+            if remat == "full" and hosts and piece is None:
+                for count in rows[: len(rows) - len(left)]:
+                    if (yield Choice(mesh, "host", count, piece)):
+                        found = True
+                        break
             found = found or bool(left)
         if found:
             return

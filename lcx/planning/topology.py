@@ -8,6 +8,7 @@ import re
 from typing import Any
 
 import jax
+import numpy as np
 
 from kernels_pallas import aot
 from lcx.config import plugins
@@ -16,6 +17,21 @@ from lcx.planning import silence
 from lcx.wording import quantity
 
 EXAMPLES = "v5e:16x16, v5p:4x4x4, v6e:4x4, h100:8, h200:8 or cpu:2"
+
+
+@dataclasses.dataclass(frozen=True)
+class Host:
+    """The machine that devices are in.
+
+    Attributes:
+      link: bytes/s between its memory and each device, in one direction.
+      memory: bytes of it.
+      devices: how many it has.
+    """
+
+    link: float
+    memory: int
+    devices: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +46,7 @@ class Chip:
       link: bytes/s that it sends along one axis of the mesh, to devices near it.
       far: the same to devices beyond `near`.
       near: devices that share the fast links; 0: all.
+      host: the machine that it is in; None for CPUs, which are that machine.
     """
 
     name: str
@@ -39,19 +56,23 @@ class Chip:
     link: float
     far: float
     near: int = 0
+    host: Host | None = None
 
 
 # TPUs: cloud.google.com/tpu/docs, and both directions of one torus axis (jax-ml.github.io/scaling-book). The memory is
 # what libtpu leaves to a program. GPUs: NVIDIA's data sheets, NVLink in one direction within a host of 8, and a network
 # of 400 Gbit/s per GPU between hosts; jax takes 75% of the memory unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
+# Hosts. TPUs: the memory of Google's machines (the same pages; ct5p-hightpu-4t), the links of the scaling book. GPUs:
+# PCIe 5.0 x16, and the memory of a DGX H100 or H200.
+_DGX = Host(64e9, 2 * 10**12, 8)
 TPUS = {
-    "v5e": Chip("TPU v5e", int(15.75 * 2**30), 197e12, 819e9, 90e9, 90e9),
-    "v5p": Chip("TPU v5p", int(95.74 * 2**30), 459e12, 2765e9, 180e9, 180e9),
-    "v6e": Chip("TPU v6e", int(31.25 * 2**30), 918e12, 1640e9, 180e9, 180e9),
+    "v5e": Chip("TPU v5e", int(15.75 * 2**30), 197e12, 819e9, 90e9, 90e9, host=Host(15e9, 512 * 2**30, 8)),
+    "v5p": Chip("TPU v5p", int(95.74 * 2**30), 459e12, 2765e9, 180e9, 180e9, host=Host(15e9, 448 * 10**9, 4)),
+    "v6e": Chip("TPU v6e", int(31.25 * 2**30), 918e12, 1640e9, 180e9, 180e9, host=Host(32e9, 1536 * 2**30, 8)),
 }
 GPUS = {
-    "h100": Chip("NVIDIA H100 SXM", aot.GPU_MEMORY["h100"], 989e12, 3350e9, 450e9, 50e9, near=8),
-    "h200": Chip("NVIDIA H200", aot.GPU_MEMORY["h200"], 989e12, 4800e9, 450e9, 50e9, near=8),
+    "h100": Chip("NVIDIA H100 SXM", aot.GPU_MEMORY["h100"], 989e12, 3350e9, 450e9, 50e9, near=8, host=_DGX),
+    "h200": Chip("NVIDIA H200", aot.GPU_MEMORY["h200"], 989e12, 4800e9, 450e9, 50e9, near=8, host=_DGX),
 }
 
 
@@ -73,6 +94,29 @@ class Topology:
     chip: Chip | None
     devices: Any
     memory: int | None
+
+    @property
+    def host_memory(self) -> int | None:
+        """Bytes of the host's memory for each device; None if unknown, and for CPUs, which have no other.
+
+        A TPU has its part of a whole host's, as the machines with fewer chips do. GPUs share that of a whole server.
+        """
+        if self.chip is None or self.chip.host is None:
+            return None
+        most = self.chip.host.devices
+        return self.chip.host.memory // (min(np.size(self.devices), most) if self.chip.near else most)
+
+    def fits(self, peak: int, host: int) -> bool | None:
+        """Whether so many bytes fit a device and its part of the host's memory; None if its memory is unknown."""
+        if self.memory is None:
+            return None
+        return peak <= self.memory and (self.host_memory is None or host <= self.host_memory)
+
+    def needed(self, peak: int, host: int) -> int:
+        """`peak`, or what is as large a part of the device's memory as `host` is of the host's, if that is more."""
+        if self.memory is None or self.host_memory is None:
+            return peak
+        return max(peak, -(-host * self.memory // self.host_memory))
 
 
 def find(name: str) -> Topology:

@@ -1,4 +1,4 @@
-"""The bytes that a compiled step moves: between devices by mesh axis, and in the memory of a device."""
+"""The bytes that a compiled step moves: between devices by mesh axis, in the memory of a device, and to the host's."""
 
 import dataclasses
 import math
@@ -134,6 +134,22 @@ def memory_bytes(program: Program) -> float:
             continue
         total += 2.0 * run.times * written(program, one)
     return total + sum(one.held for one in program.computations[program.entry] if one.op == "parameter")
+
+
+def host_bytes(program: Program) -> float:
+    """Bytes that a device copies to the memory of the host and back in a step: of a slice, the slice alone."""
+    made = {one.name: one.results for body in program.computations.values() for one in body}
+    total = 0.0
+    for run in program.runs():
+        one = run.instruction
+        if run.fused or one.op in _NO_ARRAY or one.op.endswith("-done"):
+            continue
+        arrays = [*one.results, *(array for name in one.operands for array in made.get(name, ()))]
+        there = [array.nbytes for array in arrays if array.on_host]
+        here = [array.nbytes for array in arrays if not array.on_host and array.shape]
+        if there and here:
+            total += run.times * min(max(there), max(here))
+    return total
 
 
 def written(program: Program, one: Instruction) -> int:
