@@ -7,19 +7,23 @@ One row, one head of 64, float32, forward and backward as one program, in the fo
 "slow" forgets nothing (a = -1e-5), "fast" forgets within 300 tokens (a = -0.1, as far as e^-30), "initial" is that of a
 new 2Mamba layer (a = -softplus(0)). All lengths and decays take turns. `growth` is the median over the rounds of the
 time at T over that at T / 2, with an interval that holds it with 95%: 2 is linear. Ten minutes. `faults` counts the
-pages that the kernel handed out in one call, `temporary_mib` is what XLA allocates for temporaries in one call.
+pages that the kernel handed out in one call, `temporary_mib` is what XLA allocates for temporaries in one call. Memory
+is had as by the commands (lcx/huge_pages.py).
 """
 
 import argparse
 import functools
 import json
+import os
 import resource
+import sys
 
 import harness
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lcx import huge_pages
 from lcx.ops.second_order_attention import second_order_attention
 
 DECAYS = {"fast": -0.1, "initial": -0.693, "slow": -1e-5}
@@ -52,6 +56,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=41)
     parser.add_argument("--output", default=str(harness.RESULTS / "second_order_growth_cpu.json"))
     args = parser.parse_args()
+    if huge_pages.wanted(os.environ):
+        os.execve(sys.executable, sys.orig_argv, huge_pages.with_tunable(os.environ))
     lengths, decays = [int(T) for T in args.lengths.split(",")], args.decays.split(",")
     run = harness.Run("growth of second-order attention with the row", threads={"lcx": harness.jax_threads()})
     step = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)))

@@ -219,17 +219,17 @@ def test_negligible_tiles_are_not_visited():
     assert np.isfinite(y[:, 2 * tile :]).all() and not np.isfinite(y[:, :tile]).any()
 
 
-@pytest.mark.parametrize("form", ["tiles", "states"])
-def test_temporary_memory_is_three_arrays(form):
-    """Forward and backward of 2^17 tokens: the output, its gradient, their product, and some numbers per token."""
+@pytest.mark.parametrize("form", ["states", None])
+def test_no_temporary_array_is_as_large_as_the_row(form):
+    """Forward and backward of 2^17 tokens: y and its gradient lie where two of the results will, both forms in place."""
     T, H = 2**17, 64
     x, a = jax.ShapeDtypeStruct((1, T, 1, H), jnp.float32), jax.ShapeDtypeStruct((1, T, 1), jnp.float32)
 
     def loss(q, k, v, a):
-        return (second_order_attention(q, k, v, log_decay=a, form=form)[0] ** 2).sum()
+        return (second_order_attention(q, k, v, log_decay=a, form=form)[0] * jnp.arange(H)).sum()
 
     compiled = jax.jit(jax.grad(loss, (0, 1, 2, 3))).lower(x, x, x, a).compile()
-    assert compiled.memory_analysis().temp_size_in_bytes < 3.5 * T * H * 4
+    assert compiled.memory_analysis().temp_size_in_bytes < T * H * 4
 
 
 def test_a_named_form_works_or_raises():

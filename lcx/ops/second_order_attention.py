@@ -32,12 +32,11 @@ from lcx.ops import (
     dispatch,
     second_order_choice,
     second_order_shards,
-    second_order_states,
-    second_order_tiles,
     segments,
 )
 from lcx.ops.decay import GONE, divided, gaps, split, unit_of
-from lcx.ops.second_order_rows import Rows, in_tiles
+from lcx.ops.second_order_forms import attend
+from lcx.ops.second_order_rows import FAINT, MAYBE, SURELY, Rows, in_tiles
 from lcx.ops.second_order_states import expand, expanded_size
 from lcx.ops.second_order_units import LOG4, Units, exponent, times_power, units
 from lcx.ops.tiling import by_pieces
@@ -45,7 +44,6 @@ from lcx.ops.tiling import by_pieces
 PLATFORMS = {"triton": "gpu", "tpu": "tpu"}  # platform of each kernel
 # Lower finite log decays are clamped to this value: no two squared scores in float32 differ by a factor of e^400.
 LOWEST = -512.0
-FAINT = 1e-12  # a score, relative to the sizes of query and key, that may be pure rounding error
 
 
 class SecondOrderState(NamedTuple):
@@ -157,6 +155,11 @@ class Case(NamedTuple):
     documents: bool  # there may be more than one document per row
     decays: bool  # for kernels: whether they get a decay
 
+    def finishes(self, T: int) -> bool:
+        """Whether the form divides by the weights: not kernels, a single token, and tiles after an initial state."""
+        tiles_follow = self.follows and self.form != "states"
+        return self.normalize and self.platform is None and T > 1 and not tiles_follow
+
 
 def _in_units(q, k, v, decay, shown, runs, state: SecondOrderState, case: Case):
     """Computes in the units of second_order_units.py; returns y and the state in the original units.
@@ -167,19 +170,21 @@ def _in_units(q, k, v, decay, shown, runs, state: SecondOrderState, case: Case):
     of_tokens = unit.of_q, unit.of_k, shown
     kv, k_sum = (times_power(x, _spread(-2 * unit.of_state, x)) for x in state[:2])
     state = state._replace(kv=kv, k_sum=k_sum)
+    begins = (jnp.diff(runs, axis=1, prepend=0) != 0)[..., None] | (decay == -jnp.inf)
+    alone = jnp.where(begins, SURELY, jnp.where(unit.log_decay <= GONE, MAYBE, 0))
     if case.platform is not None:
         (y, total), after = _by_kernel(*_scaled(q, k, *of_tokens), v, unit.log_decay, runs, state, case)
     elif q.shape[1] == 1:
         (y, total), after = step(*_scaled(q, k, *of_tokens), v, unit.log_decay, runs, state, scale=case.scale)
     else:
-        (y, total), after = _chunked(q, k, v, unit, shown, runs, state, case)
-    own = by_pieces(_own, *jax.lax.stop_gradient((q, k)), *of_tokens).astype(decay.dtype)
-    fixed, seen = _fixed(own, decay, unit.log_decay, shown, runs, case)
-    y = jnp.where(fixed, jnp.where(seen, jnp.repeat(v, q.shape[2] // v.shape[2], axis=2), 0), y)
+        (y, total), after = _chunked(q, k, v, unit, alone, shown, runs, state, case)
     if not case.normalize:
-        y = times_power(y, 2 * unit.of_rows[..., None])
-    elif total is not None:
-        y = _divided(y, jnp.where(fixed, 1, total))
+        y = times_power(jnp.where(shown[..., None, None], y, 0), 2 * unit.of_rows[..., None])
+    elif not case.finishes(q.shape[1]):
+        own = by_pieces(_own, *jax.lax.stop_gradient((q, k)), *of_tokens).astype(decay.dtype)
+        fixed, seen = _fixed(own, alone, shown)
+        y = jnp.where(fixed, jnp.where(seen, jnp.repeat(v, q.shape[2] // v.shape[2], axis=2), 0), y)
+        y = y if total is None else _divided(y, jnp.where(fixed, 1, total))
     kv, k_sum = (times_power(x, _spread(2 * unit.of_last, x)) for x in after[:2])
     return y, state._replace(kv=kv, k_sum=k_sum)
 
@@ -223,18 +228,14 @@ def _divided_backward(residuals, dy):
 _divided.defvjp(_divided_forward, _divided_backward)
 
 
-def _fixed(own, decay, in_units, shown, runs, case: Case) -> tuple[Array, Array]:
+def _fixed(own: Array, alone: Array, shown: Array) -> tuple[Array, Array]:
     """(which outputs do not depend on the sums, and which of these are the token's value, the others 0) [B, T, N, 1].
 
-    Padding gives 0. A token that sees only itself gives exactly its value: its score does not matter, so the score's
-    gradient is 0. Computed through the sums, it would be the rounding error of the difference of two equal numbers,
-    divided by the score.
+    As in second_order_rows.py, for `alone` [B, T, N] and scores `own`.
     """
     shown = shown[..., None]
-    begins = (jnp.diff(runs, axis=1, prepend=0) != 0)[..., None] | (decay == -jnp.inf)
-    alone = (begins | ((in_units <= GONE) & (jnp.abs(own) > FAINT))) & jnp.isfinite(own)
-    fixed, seen = (alone & shown, shown & (own != 0)) if case.normalize else (jnp.zeros_like(alone),) * 2
-    return (fixed | ~shown)[..., None], seen[..., None]
+    fixed = (alone == SURELY) | ((alone == MAYBE) & (jnp.abs(own) > FAINT))
+    return (fixed & jnp.isfinite(own) | ~shown)[..., None], (shown & (own != 0))[..., None]
 
 
 def _by_kernel(q, k, v, decay, runs, state: SecondOrderState, case: Case):
@@ -258,9 +259,9 @@ def _by_kernel(q, k, v, decay, runs, state: SecondOrderState, case: Case):
     k, v = (jnp.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, v))
     unscaled = jnp.zeros(q.shape[:3], jnp.int32)
     unit = Units(unscaled, unscaled, decay, unscaled, unscaled[:, 0], unscaled[:, 0])
-    shown = jnp.ones(q.shape[:2], bool)
+    shown, case = jnp.ones(q.shape[:2], bool), case._replace(form="states", normalize=False)
     # XLA removes this computation if the state is unused.
-    return (y, None), _chunked(q, k, v, unit, shown, runs, state, case._replace(form="states"))[1]
+    return (y, None), _chunked(q, k, v, unit, unscaled, shown, runs, state, case)[1]
 
 
 def _with_ones(v: Array) -> Array:
@@ -336,28 +337,28 @@ def step(q, k, v, decay, runs, state: SecondOrderState, *, scale: float):
     return (y[:, None], total[:, None]), state
 
 
-def _chunked(q, k, v, unit: Units, shown, runs, state: SecondOrderState, case: Case):
-    """Both tiled forms: the sums of weighted values and of weights, and the state, by the arguments' own units."""
-    N, H = q.shape[2:]
-    each, of_row = (unit.of_q, unit.of_k, unit.log_decay), (shown.astype(jnp.int32), runs)
-    of_q, of_k, decay = map(in_tiles, each)
+def _chunked(q, k, v, unit: Units, alone, shown, runs, state: SecondOrderState, case: Case):
+    """Both tiled forms: (y, the weights) or sums (`Case.finishes`), and the state, by the arguments' own units."""
+    (_, _, N, H), finishes = q.shape, case.finishes(q.shape[1])
+    of_q, of_k, decay, alone = map(in_tiles, (unit.of_q, unit.of_k, unit.log_decay, alone))
+    of_row = (shown.astype(jnp.int32), runs)
     seen, documents = (jnp.repeat(in_tiles(x)[:, None], N, axis=1) for x in of_row)
-    rows = Rows(q, k, v, of_q, of_k, seen != 0, decay, documents)
+    rows = Rows(q, k, v, of_q, of_k, seen != 0, decay, documents, alone if finishes else None)
     carried = jnp.concatenate([state.kv, state.k_sum[..., None]], axis=-1) / case.scale**2
     if case.form == "states":
-        sums, carried = second_order_states.states(rows, carried)
+        outputs, carried = attend("states", rows, carried, None)
     else:
-        if case.form == "either":
-            short = second_order_choice.short_reach(unit.log_decay, runs, H)
-            sums = second_order_choice.either(short, rows)
-        else:
-            sums = second_order_tiles.tiles(rows)
+        reaches = case.form == "either"
+        short = second_order_choice.short_reach(unit.log_decay, runs, H) if reaches else None
+        outputs, _ = attend(case.form, rows, None, short)
         if case.follows:
-            sums = jax.tree.map(jnp.add, sums, second_order_states.read(rows, carried))
-        carried = second_order_states.write(rows, carried)
+            unseen = rows._replace(shown=jnp.zeros_like(rows.shown))  # what the initial state alone gives
+            outputs = jax.tree.map(jnp.add, outputs, attend("states", unseen, carried, None)[0])
+        _, carried = attend("states", rows._replace(alone=None), carried, None)
     carried = carried * case.scale**2
-    sums = checkpoint_name(jax.tree.map(lambda x: x * case.scale**2, sums), MIXER_RESIDUALS)
-    return sums, state._replace(kv=carried[..., :-1], k_sum=carried[..., -1])
+    if not finishes:
+        outputs = checkpoint_name(jax.tree.map(lambda x: x * case.scale**2, outputs), MIXER_RESIDUALS)
+    return outputs, state._replace(kv=carried[..., :-1], k_sum=carried[..., -1])
 
 
 def _kernel_obstacles(q: Array, k: Array, v: Array, form: str, follows: bool) -> dict[str, str | None]:

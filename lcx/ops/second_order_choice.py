@@ -26,8 +26,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from lcx.ops import dispatch, second_order_rows, second_order_states, second_order_tiles
-from lcx.ops.second_order_rows import Rows
+from lcx.ops import dispatch, second_order_rows, second_order_tiles
 
 log = logging.getLogger("lcx")
 LONG = 4096
@@ -91,40 +90,3 @@ def _first_visible(total: Array, first: Array, last: Array) -> Array:
         jax.lax.cummax(end), end + total + second_order_tiles.SKIP - 1e-6 * jnp.abs(end)
     )
     return jnp.maximum(by_decay, jnp.searchsorted(last, first)).astype(jnp.int32)
-
-
-@jax.custom_vjp
-def either(tiles: Array, rows: Rows) -> tuple[Array, Array]:
-    """The sums by either form, chosen at run time; rows and result as in second_order_tiles.tiles."""
-    return _forward(tiles, rows)[0]
-
-
-def _forward(tiles, rows: Rows):
-    by = second_order_tiles.tiles, lambda rows: second_order_states.states(rows, _no_state(rows))[0]
-    return jax.lax.cond(tiles, *by, rows), (tiles, rows)
-
-
-def _backward(residuals, d_sums):
-    tiles, rows = residuals
-
-    def by_tiles(d_sums, rows):
-        return _real(second_order_tiles.gradients(rows, d_sums)[0])
-
-    def by_states(d_sums, rows):
-        none = _no_state(rows)
-        return _real(second_order_states.gradients((rows, none), (d_sums, none))[0])
-
-    dq, dk, dv, d_decay = jax.lax.cond(tiles, by_tiles, by_states, d_sums, rows)
-    return None, Rows(dq, dk, dv, None, None, None, d_decay, None)  # type: ignore[arg-type]
-
-
-def _real(grads: Rows) -> tuple[Array, ...]:
-    return grads.q, grads.k, grads.v, grads.decay
-
-
-def _no_state(rows: Rows) -> Array:
-    (B, _, N, H), W = rows.q.shape, rows.v.shape[3] + 1
-    return jnp.zeros((B, N, second_order_states.expanded_size(H), W), rows.decay.dtype)
-
-
-either.defvjp(_forward, _backward)

@@ -1,8 +1,9 @@
 """How the forms of second-order attention go over rows: head by head, a tile of tokens at a time, in place.
 
 A form reads tiles of q, k and v [B, T, N, H] where they lie and writes tiles of its results where they will be used. It
-rescales a tile (second_order_units.py) when it reads it. So beside its inputs and results it holds the state and a few
-tiles per head, whatever T is. Only arrays with one number per token and head, 1 / H as large, exist as copies.
+rescales a tile (second_order_units.py) when it reads it, and divides its sums by the weights before it writes them. So
+beside its inputs and results it holds the state and a few tiles per head, whatever T is. Only arrays with one number
+per token and head, 1 / H as large, exist as copies.
 
 On a CPU this matters for time too: the C library maps memory above 32 MB anew at every call, and the kernel then clears
 all of its pages.
@@ -15,15 +16,25 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from lcx.ops import dispatch
+from lcx.ops.decay import divided
 from lcx.ops.second_order_units import times_power
 
 TILE = 128
+FAINT = 1e-12  # a score, relative to the sizes of query and key, that may be pure rounding error
+MAYBE, SURELY = 1, 2  # in Rows.alone
+Outputs = tuple[Float[Array, "B T N H"], Float[Array, "B T N 1"]]
 
 
 class Rows(NamedTuple):
     """The arguments of a form. T is n - 1 tiles of C tokens and one that may be shorter.
 
     Queries are q 2^of_q, keys are k 2^of_k where `shown` and otherwise 0. The state belongs to run 0.
+
+    Without `alone`, a form returns the sums of the weighted values and of the weights. With it, it returns y and the
+    weights by which the sums were divided. `alone` says which tokens see only themselves: SURELY, MAYBE (unless their
+    score is FAINT) or 0. Their y is exactly their value, whatever their score, so they do not enter the gradient of the
+    score, which would be the rounding error of a difference of two equal numbers, divided by the score. Their weight is
+    noted as infinite, and as 0 if their score is 0 or they are not `shown`: then y is 0.
     """
 
     q: Float[Array, "B T N H"]
@@ -34,6 +45,7 @@ class Rows(NamedTuple):
     shown: Bool[Array, "B N n C"]
     decay: Float[Array, "B N n C"]
     runs: Int[Array, "B N n C"]
+    alone: Int[Array, "B N n C"] | None = None
 
 
 class Head(NamedTuple):
@@ -48,6 +60,7 @@ class Head(NamedTuple):
     shown: Bool[Array, "n C"]
     decay: Float[Array, "n C"]
     runs: Int[Array, "n C"]
+    alone: Int[Array, "n C"] | None
 
     def queries(self, i) -> Float[Array, "C H"]:
         return _scaled(self.cut(self.q, i), self.of_q[i][:, None])
@@ -61,11 +74,32 @@ class Head(NamedTuple):
         v = self.cut(self.v, i)
         return jnp.concatenate([v, jnp.ones_like(v[:, :1])], axis=1)
 
-    def of_sums(self, sums: tuple, i) -> Float[Array, "C W"]:
-        return jnp.concatenate([self.cut(x, i) for x in sums], axis=1)
+    def put_outputs(self, outputs: Outputs, sums: Float[Array, "C W"], q: Array, k: Array, i) -> Outputs:
+        """Writes the results of tile i, given its sums of values and of weights, its `queries` and its `keys`."""
+        values, weights = sums[:, :-1], sums[:, -1:]
+        if self.alone is not None:
+            score, alone = jnp.sum(q.astype(sums.dtype) * k, axis=-1), self.alone[i]
+            fixed = (alone == SURELY) | ((alone == MAYBE) & (jnp.abs(score) > FAINT))
+            fixed = (fixed & jnp.isfinite(score) | ~self.shown[i])[:, None]
+            itself = fixed & (self.shown[i] & (score != 0))[:, None]
+            weights = jnp.where(fixed, jnp.where(itself, jnp.inf, 0), weights)
+            values = jnp.where(itself, self.cut(self.v, i), divided(values, weights))
+        return self.put(outputs[0], values, i), self.put(outputs[1], weights, i)
 
-    def put_sums(self, sums: tuple, part: Float[Array, "C W"], i) -> tuple:
-        return self.put(sums[0], part[:, :-1], i), self.put(sums[1], part[:, -1:], i)
+    def d_weights(self, y: Array, weights: Array, dy: Float[Array, "C H"], i) -> Float[Array, "C 1"]:
+        """The gradient of tile i's sums of weights; without `alone` it is `weights`, and y is not read."""
+        weights = self.cut(weights, i)
+        if self.alone is None:
+            return weights
+        return -divided(jnp.sum(self.cut(y, i) * dy, axis=1, keepdims=True), weights)
+
+    def d_sums(self, weights: Array, d_weights: Array, dy: Float[Array, "C H"], i) -> tuple[Array, Array]:
+        """(the gradient of tile i's sums [C, W], that of the values which are their token's y [C, H])."""
+        if self.alone is None:
+            return jnp.concatenate([dy, d_weights], axis=1), jnp.zeros_like(dy)
+        weights = self.cut(weights, i)
+        sums = jnp.concatenate([divided(dy, weights), d_weights], axis=1)
+        return sums, jnp.where(weights == jnp.inf, dy, 0)
 
     def d_queries(self, dq: Array, i) -> Array:
         """The gradient of q's tile from that of `queries`."""
@@ -148,7 +182,7 @@ def in_tiles(x: Array) -> Array:
     return x.reshape(*x.shape[:-1], -1, C)
 
 
-def each_head(fn, rows: Rows, others: tuple, of_heads: tuple, widths: tuple):
+def each_head(fn, rows: Rows, others: tuple, of_heads: tuple, results: tuple):
     """(results, small) = fn(head, others, of_head, results) for each head, and small results as [B, N, ...].
 
     On a CPU this is a loop, so that one head's tiles stay in cache; elsewhere it is a vmap, to fill the chip.
@@ -156,17 +190,14 @@ def each_head(fn, rows: Rows, others: tuple, of_heads: tuple, widths: tuple):
     Args:
       others: further arrays [B, T, N, W].
       of_heads: further arrays [B, N, ...].
-      widths: of the results [B, T, N, width], in the decay's dtype. fn writes all of their entries.
+      results: arrays [B, T, N, W] that fn overwrites.
     """
-    B, T, N = rows.q.shape[:3]
-    large, small = (*rows[:3], *others), (*rows[3:], *of_heads)
-    # Every entry is written before it is read. XLA would make equal constants (in both passes) once and copy them.
-    fills = enumerate(widths, start=len(others))
-    results = tuple(jnp.full((B, T, N, width), i, rows.decay.dtype) for i, width in fills)
+    B, _, N = rows.q.shape[:3]
+    large, small = (*rows[:3], *others), (rows[3:], *of_heads)
 
     def one(at, large, small, results):
-        head = Head(at, *large[:3], *small[:5])
-        return fn(head, large[3:], small[5:], results)
+        head = Head(at, *large[:3], *small[0])
+        return fn(head, large[3:], small[1:], results)
 
     if dispatch.platform() == "cpu":
 

@@ -24,7 +24,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from lcx.ops import second_order_tiles as tiles
-from lcx.ops.second_order_rows import Head, Rows, each_head
+from lcx.ops.second_order_rows import Head, Outputs
 from lcx.ops.tiling import dot
 
 BLOCK = 16
@@ -44,44 +44,15 @@ def expand(x: Float[Array, "*batch H"]) -> Float[Array, "*batch P"]:
     return jnp.concatenate(parts, axis=-1)
 
 
-@jax.custom_vjp
-def states(rows: Rows, state: Array) -> tuple[tiles.Sums, Array]:
-    """The sums as in second_order_tiles.tiles, and the state after the rows; states [B, N, P, H + 1]."""
-    return _forward(rows, state)[0]
-
-
-def _forward(rows: Rows, state: Array):
-    widths = (rows.v.shape[3], 1)
-    return each_head(_head_forward, rows, (), (state.astype(rows.decay.dtype),), widths), (rows, state)
-
-
-def gradients(residuals, cotangents) -> tuple[Rows, Array]:
-    (rows, state), (d_sums, d_state) = residuals, cotangents
-    widths = tuple(x.shape[3] for x in rows[:3])
-    of_heads = state.astype(rows.decay.dtype), d_state
-    (dq, dk, dv), (d_decay, d_initial) = each_head(_head_backward, rows, d_sums, of_heads, widths)
-    return tiles.of_rows(rows, dq, dk, dv, d_decay), d_initial.astype(state.dtype)
-
-
-states.defvjp(_forward, gradients)
-
-
-def read(rows: Rows, state: Array) -> tiles.Sums:
-    """The contribution of the initial state to the sums of `states`."""
-    return states(rows._replace(shown=jnp.zeros_like(rows.shown)), state)[0]
-
-
-def write(rows: Rows, state: Array) -> Array:
-    """The final state of `states`, without the sums."""
-    return states(rows, state)[1]
-
-
 class Factors(NamedTuple):
     """Three weights for each of a head's tiles."""
 
     from_start: Float[Array, "n C 1"]  # of the entering state in each query
     to_end: Float[Array, "n C 1"]  # of each key in the leaving state
     kept: Float[Array, " n"]  # of the entering state in the leaving state
+
+    def of(self, i) -> tuple[Array, Array, Array]:
+        return self.from_start[i], self.to_end[i], self.kept[i]
 
 
 def _factors(head: Head) -> Factors:
@@ -91,52 +62,66 @@ def _factors(head: Head) -> Factors:
     return Factors(from_start[..., None], to_end[..., None], jnp.exp(total) * (last == before))
 
 
-def _head_forward(head: Head, _, of_head, sums: tiles.Sums):
-    def chunk(carry, xs):
-        state, sums = carry
-        i, (from_start, to_end, kept) = xs
+def forward(head: Head, state: Array, outputs: Outputs) -> tuple[Array, Outputs]:
+    """Writes the outputs of a head, given the state before the row; returns that after it."""
+    factors = _factors(head)
+
+    def chunk(i, carry):
+        (state, outputs), (from_start, to_end, kept) = carry, factors.of(i)
         q, k, v = head.queries(i), head.keys(i), head.values(i)
         s, near = tiles.within(q, k, head.decay[i], head.runs[i])
         part = dot((s * s * near).astype(v.dtype), v, 1, 0)
-        q, k = (expand(x.astype(state.dtype)) for x in (q, k))
-        part += from_start * dot(q, state, 1, 0)
-        return (kept * state + dot(k, to_end * v, 0, 0), head.put_sums(sums, part, i)), None
+        q_expanded, k_expanded = (expand(x.astype(state.dtype)) for x in (q, k))
+        part += from_start * dot(q_expanded, state, 1, 0)
+        state = kept * state + dot(k_expanded, to_end * v, 0, 0)
+        return state, head.put_outputs(outputs, part, q, k, i)
 
-    xs = jnp.arange(len(head.decay)), _factors(head)
-    (state, sums), _ = jax.lax.scan(chunk, (of_head[0], sums), xs)
-    return sums, state
+    return jax.lax.fori_loop(0, len(head.decay), chunk, (state, outputs))
 
 
-def _head_backward(head: Head, d_sums: tiles.Sums, of_head, grads):
-    """dq in the order of time, with the states; then dk and dv in the reverse order, with the states' gradients."""
-    (state, d_final), (dq, dk, dv) = of_head, grads
+def backward(head: Head, weights: Array, of_state: tuple[Array, Array], grads: tuple) -> tuple:
+    """(gradients as in second_order_tiles.backward, the state after the row, the gradient of that before it).
 
-    def forward(carry, xs):
-        state, dq = carry
-        i, (from_start, to_end, kept) = xs
+    dq in the order of time, with the states; then dk and dv in the reverse order, with the states' gradients. The first
+    sweep is the last to read y and keeps one number per token of it, the gradient of the sum of weights.
+
+    Args:
+      of_state: the state before the row, and the gradient of that after it.
+    """
+    (state, d_state), (dq, d_own, dk, dy) = of_state, grads
+    factors, count = _factors(head), len(head.decay)
+
+    def chunk(i, carry):
+        (state, dq, d_own, d_weights), (from_start, to_end, kept) = carry, factors.of(i)
         q, k = (x.astype(state.dtype) for x in (head.queries(i), head.keys(i)))
-        d_out = from_start * head.of_sums(d_sums, i)
-        (far,) = jax.vjp(expand, q)[1](dot(d_out, state, 1, 1))
+        dy_i = head.cut(dy, i)
+        of_weights = head.d_weights(dq, weights, dy_i, i)
+        d_sums, _ = head.d_sums(weights, of_weights, dy_i, i)
+        (far,) = jax.vjp(expand, q)[1](dot(from_start * d_sums, state, 1, 1))
         state = kept * state + dot(expand(k), to_end * head.values(i), 0, 0)
-        return (state, head.put(dq, head.d_queries(far, i), i)), jnp.sum(q * far, axis=-1)
+        d_own, d_weights = d_own.at[i].set(jnp.sum(q * far, axis=-1)), d_weights.at[i].set(of_weights)
+        return state, head.put(dq, head.d_queries(far, i), i), d_own, d_weights
 
-    def backward(carry, xs):
-        d_state, dq, dk, dv = carry
-        i, (from_start, to_end, kept), d_own = xs
-        q, k, v, d_out = head.queries(i), head.keys(i), head.values(i), head.of_sums(d_sums, i)
-        near, dk_i, dv_i = tiles.within_backward(q, k, v, head.decay[i], head.runs[i], d_out)
+    def chunk_backward(step, carry):
+        i, (d_state, dq, d_own, dk, dv, dy_i) = count - 1 - step, carry
+        from_start, to_end, kept = factors.of(i)
+        q, k, v = head.queries(i), head.keys(i), head.values(i)
+        d_sums, own = head.d_sums(weights, d_weights[i], dy_i, i)
+        near, dk_i, dv_i = tiles.within_backward(q, k, v, head.decay[i], head.runs[i], d_sums)
         q, k = (x.astype(d_state.dtype) for x in (q, k))
         (far,) = jax.vjp(expand, k)[1](dot(to_end * v, d_state, 1, 1))
         dk_i += far
-        dv_i += to_end * dot(expand(k), d_state, 1, 0)[:, :-1]
-        d_own += jnp.sum(q * near - k * dk_i, axis=-1)
-        d_state = kept * d_state + dot(expand(q), from_start * d_out, 0, 0)
+        dv_i += to_end * dot(expand(k), d_state, 1, 0)[:, :-1] + own
+        d_own = d_own.at[i].add(jnp.sum(q * near - k * dk_i, axis=-1))
+        d_state = kept * d_state + dot(expand(q), from_start * d_sums, 0, 0)
         dq, dk = head.add(dq, head.d_queries(near, i), i), head.put(dk, head.d_keys(dk_i, i), i)
-        return (d_state, dq, dk, head.put(dv, dv_i, i)), d_own
+        # The next tile of dy is read after this one of dv is written: XLA would copy an array whose reads and writes
+        # in an iteration are in no fixed order.
+        dv = head.put(dv, dv_i, i)
+        return d_state, dq, d_own, dk, dv, head.cut(dv, jnp.maximum(i - 1, 0))
 
-    xs = jnp.arange(len(head.decay)), _factors(head)
-    (final, dq), d_own = jax.lax.scan(forward, (state, dq), xs)
-    carry = d_final, dq, dk, dv
-    (d_initial, *grads), d_own = jax.lax.scan(backward, carry, (*xs, d_own), reverse=True)
-    # The final state also decays with every token.
-    return tuple(grads), (tiles.decay_gradient(d_own) + jnp.sum(d_final * final), d_initial)
+    d_weights = jnp.zeros((*d_own.shape, 1), d_own.dtype)
+    final, dq, d_own, d_weights = jax.lax.fori_loop(0, count, chunk, (state, dq, d_own, d_weights))
+    carry = d_state, dq, d_own, dk, dy, head.cut(dy, count - 1)
+    d_state, *grads, _ = jax.lax.fori_loop(0, count, chunk_backward, carry)
+    return tuple(grads), final, d_state

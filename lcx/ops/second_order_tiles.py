@@ -26,36 +26,10 @@ from jaxtyping import Array
 
 from lcx.ops.decay import split
 from lcx.ops.running import running, sums_of_tile
-from lcx.ops.second_order_rows import Head, Rows, each_head
+from lcx.ops.second_order_rows import Head, Outputs
 from lcx.ops.tiling import dot
 
 SKIP = -30.0  # weights whose decay is below exp(SKIP) = 1e-13 are treated as 0
-Sums = tuple[Array, Array]
-
-
-@jax.custom_vjp
-def tiles(rows: Rows) -> Sums:
-    """The sums of the weighted values [B, T, N, H] and of the weights [B, T, N, 1], in the decay's dtype."""
-    return _forward(rows)[0]
-
-
-def _forward(rows: Rows) -> tuple[Sums, Rows]:
-    return each_head(_head_forward, rows, (), (), (rows.v.shape[3], 1))[0], rows
-
-
-def gradients(rows: Rows, d_sums: Sums) -> tuple[Rows]:
-    widths = tuple(x.shape[3] for x in rows[:3])
-    (dq, dk, dv), d_decay = each_head(_head_backward, rows, d_sums, (), widths)
-    return (of_rows(rows, dq, dk, dv, d_decay),)
-
-
-def of_rows(rows: Rows, dq, dk, dv, d_decay) -> Rows:
-    """The gradient of `rows`; that of integers is None."""
-    dq, dk, dv = (d.astype(x.dtype) for d, x in zip((dq, dk, dv), rows))
-    return Rows(dq, dk, dv, None, None, None, d_decay, None)  # type: ignore[arg-type]
-
-
-tiles.defvjp(_forward, gradients)
 
 
 def local(decay: Array, runs: Array) -> tuple[Array, Array, Array, Array, Array]:
@@ -98,34 +72,40 @@ def _earlier(i, total: Array, first: Array, last: Array, tile, carry):
     return jax.lax.while_loop(matters, step, start)[2]
 
 
-def _head_forward(head: Head, _, __, sums: Sums):
+def forward(head: Head, outputs: Outputs) -> Outputs:
+    """Writes the outputs of a head."""
     l, total, to_end, first, last = local(head.decay, head.runs)
     earlier = head.earlier()
 
-    def row(i, sums):
-        q_i, v_i, runs_i = head.queries(i), head.values(i), head.runs[i]
-        s, near = within(q_i, head.keys(i), head.decay[i], runs_i)
+    def row(i, outputs):
+        q_i, k_i, v_i, runs_i = head.queries(i), head.keys(i), head.values(i), head.runs[i]
+        s, near = within(q_i, k_i, head.decay[i], runs_i)
 
         def tile(j, gap, far):
             s, v_j = dot(q_i, earlier.keys(j), 1, 1), earlier.values(j)
             v_j = (v_j * to_end[j][:, None]).astype(v_j.dtype)
             return far + jnp.exp(gap) * dot((s * s).astype(v_j.dtype), v_j, 1, 0)
 
-        far = _earlier(i, total, first, last, tile, jnp.zeros(v_i.shape, sums[0].dtype))
+        far = _earlier(i, total, first, last, tile, jnp.zeros(v_i.shape, outputs[0].dtype))
         from_start = jnp.exp(l[i]) * (runs_i == first[i])
         part = dot((s * s * near).astype(v_i.dtype), v_i, 1, 0) + far * from_start[:, None]
-        return head.put_sums(sums, part, i)
+        return head.put_outputs(outputs, part, q_i, k_i, i)
 
-    return jax.lax.fori_loop(0, len(total), row, sums), None
+    return jax.lax.fori_loop(0, len(total), row, outputs)
 
 
-def _head_backward(head: Head, d_sums: Sums, _, grads):
+def backward(head: Head, weights: Array, grads: tuple) -> tuple:
+    """Writes the gradients of a head: dq, d_own [n, C] (see decay_gradient), dk, dv.
+
+    Before, dq holds y and dv the gradient of y, which are read for tile i before it is written.
+    """
     l, total, to_end, first, last = local(head.decay, head.runs)
     earlier = head.earlier()
 
     def row(i, carry):
         dq, d_own, dk, dv = carry
-        q_i, k_i, d_i = head.queries(i), head.keys(i), head.of_sums(d_sums, i)
+        q_i, k_i, dy_i = head.queries(i), head.keys(i), head.cut(dv, i)
+        d_i, own = head.d_sums(weights, head.d_weights(dq, weights, dy_i, i), dy_i, i)
         d_far = d_i * (jnp.exp(l[i]) * (head.runs[i] == first[i]))[:, None]
         dq_i, dk_i, dv_i = within_backward(q_i, k_i, head.values(i), head.decay[i], head.runs[i], d_i)
 
@@ -142,14 +122,12 @@ def _head_backward(head: Head, d_sums: Sums, _, grads):
             return dq_i + dot(ds, k_j, 1, 0), d_own, dk, dv
 
         d_own = d_own.at[i].set(-jnp.sum(k_i * dk_i, axis=-1))
-        carry = dq_i, d_own, head.put(dk, head.d_keys(dk_i, i), i), head.put(dv, dv_i, i)
+        carry = dq_i, d_own, head.put(dk, head.d_keys(dk_i, i), i), head.put(dv, dv_i + own, i)
         dq_i, d_own, dk, dv = _earlier(i, total, first, last, tile, carry)
         d_own = d_own.at[i].add(jnp.sum(q_i * dq_i, axis=-1))
         return head.put(dq, head.d_queries(dq_i, i), i), d_own, dk, dv
 
-    carry = grads[0], jnp.zeros_like(head.decay), *grads[1:]
-    dq, d_own, dk, dv = jax.lax.fori_loop(0, len(total), row, carry)
-    return (dq, dk, dv), decay_gradient(d_own)
+    return jax.lax.fori_loop(0, len(total), row, grads)
 
 
 def _of_values(d_out: Array, v: Array) -> tuple[Array, Array]:

@@ -12,6 +12,7 @@ import jax
 from jax.extend import core
 
 RARE = "rarely_needed"  # a function of this name runs only if experts have far more tokens than others
+EITHER = "either_in_place"  # of the loops in a function of this name one runs, once
 
 
 @dataclasses.dataclass
@@ -41,6 +42,10 @@ def _add(jaxpr: Any, times: float, total: Count) -> None:
         name, params = eqn.primitive.name, eqn.params
         if params.get("name") == RARE:
             continue
+        if params.get("name") == EITHER:
+            loops = [inner for inner in params["jaxpr"].eqns if inner.primitive.name == "while"]
+            _add_dearest([loop.params["body_jaxpr"] for loop in loops], times, total)
+            continue
         if name in ("dot_general", "ragged_dot", "ragged_dot_general"):
             total.flops += times * _product(eqn)
         elif name == "conv_general_dilated":
@@ -58,20 +63,24 @@ def _add(jaxpr: Any, times: float, total: Count) -> None:
             _add(params["body_jaxpr"].jaxpr, times, inside)
             total.loops += inside.flops > 0 or inside.loops > 0
         elif name == "cond":  # of the branches, the dearest: for kernels they are platforms
-            tries = []
-            for branch in params["branches"]:
-                tries.append(Count())
-                _add(branch.jaxpr, times, tries[-1])
-            dearest = max(tries, key=lambda one: one.flops)
-            total.flops += dearest.flops
-            total.loops += dearest.loops
-            total.kernels += dearest.kernels
+            _add_dearest(params["branches"], times, total)
         elif name == "shard_map":  # inside are the arrays of one device
             _add(params["jaxpr"], times * params["mesh"].size, total)
         else:
             for inner in jax.tree.leaves(list(params.values()), is_leaf=_is_jaxpr):
                 if _is_jaxpr(inner):
                     _add(getattr(inner, "jaxpr", inner), times, total)
+
+
+def _add_dearest(branches: Any, times: float, total: Count) -> None:
+    tries = []
+    for branch in branches:
+        tries.append(Count())
+        _add(branch.jaxpr, times, tries[-1])
+    dearest = max(tries, key=lambda one: one.flops)
+    total.flops += dearest.flops
+    total.loops += dearest.loops
+    total.kernels += dearest.kernels
 
 
 def _is_jaxpr(value: Any) -> bool:
