@@ -73,6 +73,8 @@ FAMILIES: dict[str, dict] = {
         HYBRID, global_head_dim=128, num_global_key_value_heads=1, attention_k_eq_v=True, hidden_size_per_layer_input=0
     ),
     "ministral3": {},
+    "nemotron": {},
+    "glm": {},
 }
 
 

@@ -76,6 +76,7 @@ ROWS = {
     ),
     "cohere2": dict(logit_scale=0.3, **TWO_KINDS),
     "glm4": dict(head_dim=12, attention_bias=True, rope_parameters=DEFAULT | dict(partial_rotary_factor=0.5)),
+    "glm": dict(head_dim=12, rope_parameters=dict(YARN, rope_theta=1e4, partial_rotary_factor=0.5)),
     "mixtral": dict(num_local_experts=5, num_experts_per_tok=2, sliding_window=9, head_dim=10),
     "qwen3_moe": dict(
         num_experts=6, num_experts_per_tok=3, moe_intermediate_size=24, norm_topk_prob=True, head_dim=10,
@@ -107,6 +108,9 @@ ROWS = {
         top_k_experts=2, moe_intermediate_size=24,
     ),
     "arcee": dict(attention_bias=True, mlp_bias=True),
+    "nemotron": dict(head_dim=12, attention_bias=True, mlp_bias=True, rope_parameters=dict(
+        YARN, rope_theta=1e4, partial_rotary_factor=0.5,
+    )),
     "seed_oss": dict(head_dim=10, attention_out_bias=True),
     "exaone4": TWO_KINDS,
     "ernie4_5": dict(head_dim=10, use_bias=True),
