@@ -325,7 +325,8 @@ class Layered(LlamaLike):
                 others = " or ".join(kind.__name__ for kind in self.mlp_types)
                 raise UserError(
                     f"layer {i} is {type(mixer).__name__} + {type(mlp).__name__}; the 'hf' format of this model_type "
-                    f"holds {self.mixer_type.__name__} and {others} only, save with format 'lcx'"
+                    f"holds {self.mixer_type.__name__} and {others} only, save with format 'lcx' (a linearized "
+                    "model also with 'lolcats')"
                 )
         return depth
 

@@ -1,4 +1,4 @@
-"""GLM-4: half of each head rotated, in pairs of neighbours; in the models of 0414 also norms after attention and MLP."""
+"""GLM-4: half of each head rotated, in pairs of neighbours; in the models of 0414 also norms after each part."""
 
 import dataclasses
 
