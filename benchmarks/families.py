@@ -43,6 +43,7 @@ EXPERTS = dict(num_experts=16, num_experts_per_tok=4, moe_intermediate_size=176)
 LOCAL = dict(num_local_experts=16, num_experts_per_tok=4, intermediate_size=176)
 LATENT = dict(
     num_key_value_heads=4, kv_lora_rank=64, q_lora_rank=128, qk_nope_head_dim=32, qk_rope_head_dim=32, v_head_dim=64,
+    head_dim=32,  # DeepSeek V3's own is qk_rope_head_dim, and one that is given replaces it
     n_routed_experts=16, num_experts_per_tok=4, moe_intermediate_size=176, first_k_dense_replace=1,
 )  # fmt: skip
 FAMILIES: dict[str, dict] = {
@@ -71,6 +72,9 @@ FAMILIES: dict[str, dict] = {
     "gemma4_text": dict(
         HYBRID, global_head_dim=128, num_global_key_value_heads=1, attention_k_eq_v=True, hidden_size_per_layer_input=0
     ),
+    "ministral3": {},
+    "nemotron": {},
+    "glm": {},
 }
 
 

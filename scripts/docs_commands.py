@@ -153,10 +153,10 @@ What lcx does with the language models of each Hugging Face `model_type`; this p
   the layers that stay.
 - **export**: every family is written back, with byte-equal tensors, as transformers 4 and 5 read it. With 4.57.6, small
   random models of all families but Gemma 4 and Ministral 3, which it does not have, load without a missing or
-  unexpected tensor and give the logits of 5.23, in float32 equal or within 4e-6.
+  unexpected tensor and give the logits of 5.23, in float32 equal or within 4e-6 (Nemotron: 3e-5).
   Some things it cannot do: it rejects an OLMo 2 whose scaling is neither `linear` nor `dynamic`, takes a
-  `swiglu_limit` of 7 for every gpt-oss, ignores DeepSeek V2's `mscale_all_dim`, and lets DeepSeek V3 choose experts of
-  other groups where the biased scores of its best groups are negative.
+  `swiglu_limit` of 7 for every gpt-oss, ignores the scaling of every Nemotron and DeepSeek V2's `mscale_all_dim`, and
+  lets DeepSeek V3 choose experts of other groups where the biased scores of its best groups are negative.
 
 Of Gemma 4, the models without embeddings for each layer are read (31B, 26B-A4B), and E2B and E4B refused. Its rotation
 of a quarter of each head is scaled by `{"rope_type": "proportional", "factor": ...}`, as no other type turns the same

@@ -45,6 +45,7 @@ SMALL = dict(
 )
 YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=24)
 DEFAULT = dict(rope_type="default", rope_theta=1e4)
+PARTIAL = dict(YARN, rope_theta=1e4, partial_rotary_factor=0.5)
 FIVE = dict(rope_theta=5e5)
 TWO_KINDS = dict(sliding_window=9, layer_types=["sliding_attention", "full_attention"] * 2)
 DEEP = dict(YARN, rope_theta=1e4, mscale=0.7, mscale_all_dim=1.0)
@@ -64,10 +65,7 @@ ROWS = {
         **TWO_KINDS,
     ),
     "olmo2": dict(rope_parameters=dict(YARN, rope_theta=1e4)),
-    "olmo3": dict(
-        rope_parameters=dict(full_attention=YARN | FIVE, sliding_attention=DEFAULT | FIVE),
-        **TWO_KINDS,
-    ),
+    "olmo3": dict(TWO_KINDS, rope_parameters=dict(full_attention=YARN | FIVE, sliding_attention=DEFAULT | FIVE)),
     # Without positions, a bias on keys has no effect and no gradient: attention_bias is in the row of Granite.
     "smollm3": dict(mlp_bias=True, no_rope_layer_interval=2, rope_parameters=dict(YARN, rope_theta=2e4)),
     "granite": dict(
@@ -76,6 +74,7 @@ ROWS = {
     ),
     "cohere2": dict(logit_scale=0.3, **TWO_KINDS),
     "glm4": dict(head_dim=12, attention_bias=True, rope_parameters=DEFAULT | dict(partial_rotary_factor=0.5)),
+    "glm": dict(head_dim=12, rope_parameters=PARTIAL),
     "mixtral": dict(num_local_experts=5, num_experts_per_tok=2, sliding_window=9, head_dim=10),
     "qwen3_moe": dict(
         num_experts=6, num_experts_per_tok=3, moe_intermediate_size=24, norm_topk_prob=True, head_dim=10,
@@ -107,6 +106,7 @@ ROWS = {
         top_k_experts=2, moe_intermediate_size=24,
     ),
     "arcee": dict(attention_bias=True, mlp_bias=True),
+    "nemotron": dict(head_dim=12, attention_bias=True, mlp_bias=True, rope_parameters=PARTIAL),
     "seed_oss": dict(head_dim=10, attention_out_bias=True),
     "exaone4": TWO_KINDS,
     "ernie4_5": dict(head_dim=10, use_bias=True),

@@ -225,6 +225,19 @@ def test_an_adapter_of_the_encoder_too_is_refused(tmp_path):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_saved_projector_is_refused_by_its_name(tmp_path):
+    """A tensor of Gemma 3's projector is a parameter without a module of its own."""
+    _, tensors = random_adapter(
+        tmp_path, r=2, target_modules=r".*language_model.*\.q_proj", modules_to_save=["multi_modal_projector"]
+    )
+    assert any(name.endswith("multi_modal_projector.mm_input_projection_weight") for name in tensors)
+    text = merged.known(hf_config.from_config(torch_model("gemma3").config.to_dict()))
+    with pytest.raises(UserError, match="modules_to_save names multi_modal_projector, outside of the text") as error:
+        files.read(tmp_path, text)
+    assert "\n" not in str(error.value)
+
+
 def test_weights_in_eight_bits_are_refused_in_one_line(tmp_path):
     """As Ministral 3 is published after its training for instructions: one scale for a matrix."""
     torch_model("gemma3").save_pretrained(tmp_path)

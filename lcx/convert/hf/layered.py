@@ -25,6 +25,7 @@ from lcx.convert.hf.llama_like import KEYS, LlamaLike, layer_types
 from lcx.convert.hf.rope_parameters import ORIGINAL, written_max_position_embeddings
 from lcx.convert.hf.values import boolean, fraction, integer
 from lcx.errors import UserError
+from lcx.layers import Norm
 from lcx.mixers.attention import Attention
 from lcx.mlps.gated import GatedMlp
 from lcx.model import Decoder, Layer, stages_of
@@ -43,7 +44,7 @@ class Layered(LlamaLike):
     """A family with its own blocks.
 
     Attributes:
-      own: keys of config.json that this family reads in addition to those of Llama.
+      own: keys of config.json that this family's methods read in addition to those of Llama.
       fixed: keys with the values that have no effect; other values are refused.
       period: every so many layers one is full and the others slide, if config.json lists no kinds; None: no kinds.
       norm_names: for each layer's norms, their name and ours.
@@ -73,7 +74,8 @@ class Layered(LlamaLike):
     mlp_types: tuple[type, ...] = (GatedMlp,)
 
     def __post_init__(self):
-        object.__setattr__(self, "keys", KEYS | self.own | {key for key, _ in self.fixed} | {*_ROPE_KEYS})
+        own = self.own | {key for key, _ in self.fixed} | {self.eps_key, self.activation[0]}
+        object.__setattr__(self, "keys", KEYS - {"rms_norm_eps"} | own | {*_ROPE_KEYS})
 
     # ------------------------------------------------------------------------------ what a family may override
 
@@ -303,9 +305,9 @@ class Layered(LlamaLike):
             table += self._attention_rules(f"model.layers.{i}.self_attn.", layer)
             table += self.mlp_rules(f"model.layers.{i}.mlp.", layer)
             for theirs, ours in self.norms_of(layer):
-                part = Part(f"{layer.path}/{ours}/scale", Same(), layer.repeat)
-                table.append(Rule(f"model.layers.{i}.{theirs}.weight", (part,)))
-        table.append(Rule("model.norm.weight", (Part("final_norm/scale", Same()),)))
+                norm = layer.block.norm
+                table += _norm_rules(f"model.layers.{i}.{theirs}", norm, f"{layer.path}/{ours}", layer.repeat)
+        table += _norm_rules("model.norm", model.norm, "final_norm")
         if not model.tie_word_embeddings:
             table.append(Rule(self.head, (Part("lm_head/embedding", Same()),)))
         return table
@@ -323,7 +325,8 @@ class Layered(LlamaLike):
                 others = " or ".join(kind.__name__ for kind in self.mlp_types)
                 raise UserError(
                     f"layer {i} is {type(mixer).__name__} + {type(mlp).__name__}; the 'hf' format of this model_type "
-                    f"holds {self.mixer_type.__name__} and {others} only, save with format 'lcx'"
+                    f"holds {self.mixer_type.__name__} and {others} only, save with format 'lcx' (a linearized "
+                    "model also with 'lolcats')"
                 )
         return depth
 
@@ -342,6 +345,11 @@ class Layered(LlamaLike):
             return dataclasses.replace(rule, parts=(dataclasses.replace(part, layout=layout),))
 
         return [paired(rule) for rule in table]
+
+
+def _norm_rules(theirs: str, norm: Norm, ours: str, repeat: int | None = None) -> list[Rule]:
+    names = (("weight", "scale"), ("bias", "bias"))[: 1 + norm.bias]
+    return [Rule(f"{theirs}.{name}", (Part(f"{ours}/{leaf}", Same(), repeat),)) for name, leaf in names]
 
 
 def difference(ours: Any, theirs: Any) -> str:

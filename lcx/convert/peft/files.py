@@ -18,7 +18,7 @@ import logging
 import os
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Protocol
 
 import numpy as np
@@ -182,7 +182,8 @@ class _Reading:
 
     def __init__(self, folder: pathlib.Path, settings: Settings, source: TensorSource, known: Known):
         self.folder, self.source, self.known = folder, source, known
-        self.found, spelling = text_modules.of_text_model(_sorted(source))  # module -> kind -> key
+        # module -> kind -> key
+        self.found, spelling = text_modules.of_text_model(_sorted(source, settings.saved), settings.saved)
         self.settings = dataclasses.replace(settings, spelling=spelling)
         if spelling:
             log.warning("%s: trained on a model with encoders, and read as an adapter of its text model", folder)
@@ -208,6 +209,8 @@ class _Reading:
         return Adapter(self.folder, self.settings, order, ties, nbytes)
 
     def _check_modules(self) -> None:
+        if other := next((keys["other"] for keys in self.found.values() if "other" in keys), None):
+            raise _unexpected(other)
         modules = {name.rpartition(".")[0] for name in self.known.shapes}
         unknown = [module for module in self.found if module not in modules]
         if unknown:
@@ -378,8 +381,9 @@ class _Reading:
         return _check_finite(key, self.source.read(key).astype(np.float32))
 
 
-def _sorted(source: TensorSource) -> dict[str, dict[str, str]]:
-    """module -> kind of tensor -> its key in the file."""
+def _sorted(source: TensorSource, saved: Collection[str]) -> dict[str, dict[str, str]]:
+    """module -> kind of tensor -> its key in the file; of a saved module also kinds that no module here has, "other".
+    """
     found: dict[str, dict[str, str]] = {}
     names: set[str] = set()
     other = []
@@ -397,9 +401,11 @@ def _sorted(source: TensorSource) -> dict[str, dict[str, str]]:
             ("", None),
         )
         if match is None:
-            raise UserError(
-                f"unexpected tensor {key!r}, expected {PREFIX}MODULE.lora_A.weight and lora_B.weight"
-            )
+            module = bare.rpartition(".")[0]
+            if not text_modules.inside(module, saved):
+                raise _unexpected(key)
+            found.setdefault(module, {})["other"] = key
+            continue
         if name := match.groupdict().get("adapter"):
             names.add(name)
         if kind in found.setdefault(match["module"], {}):
@@ -418,6 +424,10 @@ def _sorted(source: TensorSource) -> dict[str, dict[str, str]]:
             other[0],
         )
     return found
+
+
+def _unexpected(key: str) -> UserError:
+    return UserError(f"unexpected tensor {key!r}, expected {PREFIX}MODULE.lora_A.weight and lora_B.weight")
 
 
 def _sides(module: str, keys: Mapping[str, str]) -> tuple[str, str] | None:

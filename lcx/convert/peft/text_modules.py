@@ -5,7 +5,7 @@ model.layers.0.self_attn.q_proj of a text model is model.language_model.layers.0
 classes of older versions of transformers language_model.model.layers.0.self_attn.q_proj.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TypeVar
 
 from lcx.errors import UserError
@@ -27,8 +27,16 @@ def outer(name: str, spelling: Spelling) -> str:
     return name
 
 
-def of_text_model(found: Mapping[str, _T]) -> tuple[dict[str, _T], Spelling]:
+def inside(module: str, saved: Collection[str]) -> list[str]:
+    """Those of the names in modules_to_save that select this module, or one that contains it."""
+    return [name for name in saved if f".{name}." in f".{module}."]
+
+
+def of_text_model(found: Mapping[str, _T], saved: Collection[str] = ()) -> tuple[dict[str, _T], Spelling]:
     """What an adapter holds, by the names of the text model alone, and the spelling that it was in.
+
+    Args:
+      saved: what modules_to_save names.
 
     Raises:
       UserError: the adapter was trained on a model with encoders, and changes more than its text model.
@@ -44,6 +52,11 @@ def of_text_model(found: Mapping[str, _T]) -> tuple[dict[str, _T], Spelling]:
         if not theirs and name != "lm_head":
             others.append(name)
         inner[ours + name.removeprefix(theirs)] = value
+    if named := sorted({name for module in others for name in inside(module, saved)}):
+        raise UserError(
+            f"modules_to_save names {', '.join(named)}, outside of the text model, which alone lcx reads: train an "
+            "adapter without it, or merge this one with PEFT and read the merged folder"
+        )
     if others:
         listed = others[0] + (f" and {len(others) - 1} more" if len(others) > 1 else "")
         raise UserError(

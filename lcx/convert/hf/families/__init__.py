@@ -9,7 +9,7 @@ from lcx.convert.hf.families.exaone4 import EXAONE4
 from lcx.convert.hf.families.gemma2 import GEMMA2
 from lcx.convert.hf.families.gemma3 import GEMMA3
 from lcx.convert.hf.families.gemma4 import GEMMA4
-from lcx.convert.hf.families.glm4 import GLM4
+from lcx.convert.hf.families.glm4 import GLM, GLM4
 from lcx.convert.hf.families.gpt_oss import GPT_OSS
 from lcx.convert.hf.families.granite import GRANITE
 from lcx.convert.hf.families.llama import LLAMA
@@ -18,6 +18,7 @@ from lcx.convert.hf.families.ministral import MINISTRAL
 from lcx.convert.hf.families.ministral3 import MINISTRAL3
 from lcx.convert.hf.families.mistral import MISTRAL
 from lcx.convert.hf.families.mixtral import MIXTRAL
+from lcx.convert.hf.families.nemotron import NEMOTRON
 from lcx.convert.hf.families.olmo2 import OLMO2, OLMO3
 from lcx.convert.hf.families.olmoe import OLMOE
 from lcx.convert.hf.families.phi3 import PHI3
@@ -33,7 +34,7 @@ from lcx.model import Decoder
 _ALL = (
     LLAMA, MISTRAL, QWEN2, QWEN3, PHI3, GEMMA2, GEMMA3, OLMO2, OLMO3, SMOLLM3, GRANITE, COHERE2, GLM4, MINISTRAL,
     MIXTRAL, QWEN2_MOE, QWEN3_MOE, GPT_OSS, DEEPSEEK_V2, DEEPSEEK_V3, LLAMA4, GEMMA4,
-    MINISTRAL3, ARCEE, SEED_OSS, EXAONE4, OLMOE, ERNIE4_5,
+    MINISTRAL3, ARCEE, SEED_OSS, EXAONE4, OLMOE, ERNIE4_5, NEMOTRON, GLM,
 )  # fmt: skip
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _ALL}
 

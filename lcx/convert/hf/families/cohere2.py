@@ -11,7 +11,7 @@ from lcx.layers import Norm
 class Cohere2(Layered):
     model_type: str = "cohere2"
     architecture: str = "Cohere2ForCausalLM"
-    own: frozenset[str] = frozenset({"logit_scale", "layer_norm_eps", "sliding_window_pattern"})
+    own: frozenset[str] = frozenset({"logit_scale", "sliding_window_pattern"})
     fixed: tuple = (
         ("position_embedding_type", ("rope_gptj",)),
         ("rotary_pct", (1,)),

@@ -26,7 +26,7 @@ class Gemma(Layered):
     model_type: str = "gemma2"
     architecture: str = "Gemma2ForCausalLM"
     own: frozenset[str] = frozenset({
-        "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping", "hidden_activation",
+        "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping",
         "sliding_window_pattern", "use_bidirectional_attention",
     })  # fmt: skip
     fixed: tuple = (("use_bidirectional_attention", (None, False)),)

@@ -52,7 +52,7 @@ class Gemma4(Layered):
     model_type: str = "gemma4_text"
     architecture: str = "Gemma4ForCausalLM"
     own: frozenset[str] = frozenset({
-        "hidden_activation", "final_logit_softcapping", "global_head_dim", "num_global_key_value_heads",
+        "final_logit_softcapping", "global_head_dim", "num_global_key_value_heads",
         "attention_k_eq_v", "per_layer_config", "enable_moe_block", "num_experts", "top_k_experts",
         "moe_intermediate_size", "vocab_size_per_layer_input", "use_double_wide_mlp",
     })  # fmt: skip

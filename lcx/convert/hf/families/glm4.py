@@ -1,4 +1,4 @@
-"""GLM-4 (0414): norms before and after, half of each head rotated, in pairs of neighbours."""
+"""GLM-4: half of each head rotated, in pairs of neighbours; in the models of 0414 also norms after each part."""
 
 import dataclasses
 
@@ -7,15 +7,9 @@ from lcx.convert.hf.rope_parameters import RopeDialect
 
 
 @dataclasses.dataclass(frozen=True)
-class Glm4(Layered):
-    model_type: str = "glm4"
-    architecture: str = "Glm4ForCausalLM"
-    norm_names: tuple = (
-        ("input_layernorm", "mixer_norm"),
-        ("post_self_attn_layernorm", "mixer_post_norm"),
-        ("post_attention_layernorm", "mlp_norm"),
-        ("post_mlp_layernorm", "mlp_post_norm"),
-    )
+class Glm(Layered):
+    model_type: str = "glm"
+    architecture: str = "GlmForCausalLM"
     fused: tuple = (("gate_up_proj", ("gate_proj", "up_proj")),)
     num_kv_heads: int | None = 2
     head_dim: int | None = 128
@@ -28,8 +22,20 @@ class Glm4(Layered):
     def model(self, config, *, dtype):
         return super().model({"attention_bias": True, **config}, dtype=dtype)
 
+
+@dataclasses.dataclass(frozen=True)
+class Glm4(Glm):
+    model_type: str = "glm4"
+    architecture: str = "Glm4ForCausalLM"
+    norm_names: tuple = (
+        ("input_layernorm", "mixer_norm"),
+        ("post_self_attn_layernorm", "mixer_post_norm"),
+        ("post_attention_layernorm", "mlp_norm"),
+        ("post_mlp_layernorm", "mlp_post_norm"),
+    )
+
     def block(self, config):
         return {"norms": "both"}
 
 
-GLM4 = Glm4()
+GLM, GLM4 = Glm(), Glm4()
