@@ -9,7 +9,7 @@ in train_vs_transformers.py. Memory: the peak of such a step on one row of 8192 
 before it; of lcx with the remat `dots`, as in the step whose time is taken, and with `full`. Decoding: the bytes of
 the cache and the resident memory of a hybrid of five sliding layers and a full one at 131072 tokens; of transformers
 with the cache that its generate() takes, and with one that does not know the windows. FILE is written anew by each
-part, after every row. Needs the extra `torch`.
+part, after every row; what it holds of families that are not asked for is kept. Needs the extra `torch`.
 """
 
 import argparse
@@ -231,6 +231,19 @@ def decoding(root: str, side: str) -> dict:
     return {"side": side, "T": LONG, "layers": layers, **in_process("decode", side, folder)}
 
 
+def kept(path: str | None, part: str, names: list[str]) -> dict[str, dict]:
+    """{family: row} of those families that are not measured now."""
+    if part == "decoding" or not path or not os.path.exists(path):
+        return {}
+    with open(path) as file:
+        rows = {row["model_type"]: row for row in json.load(file)[part]}
+    return {name: row for name, row in rows.items() if name not in names}
+
+
+def place(row: dict) -> int:
+    return list(FAMILIES).index(row["model_type"]) if "model_type" in row else 0
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -245,7 +258,8 @@ def main() -> None:
     if args.child:
         return child(*args.child)
     part = "decoding" if args.decoding else "memory" if args.memory else "speed"
-    rows: list[dict] = []
+    names = ["lcx", "torch", "torch_whole_text"] if args.decoding else args.families.split(",")
+    rows = kept(args.output, part, names)
     kinds = ("lcx", "torch") if part == "speed" else ()
     with tempfile.TemporaryDirectory() as root, workers.started(__file__, kinds) as sides:
         run = harness.Run("families, lcx against transformers + torch", threads=sides.threads)
@@ -254,10 +268,10 @@ def main() -> None:
             "memory": lambda name: memory(root, name, 8192),
             "decoding": lambda side: decoding(root, side),
         }[part]
-        for name in ("lcx", "torch", "torch_whole_text") if args.decoding else args.families.split(","):
-            rows.append(measure(name))
-            print(json.dumps(rows[-1]), flush=True)
-            run.write(args.output or "-", **{part: rows})
+        for name in names:
+            rows[name] = measure(name)
+            print(json.dumps(rows[name]), flush=True)
+            run.write(args.output or "-", **{part: sorted(rows.values(), key=place)})
 
 
 if __name__ == "__main__":
