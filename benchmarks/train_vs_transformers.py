@@ -105,7 +105,7 @@ class Torch:
 
 
 class Lcx:
-    """The trainer's own compiled step, on the weights of `folder`."""
+    """The trainer's own step on the weights of `folder`, compiled as the trainer does."""
 
     def __init__(self, folder: str, case: Case, remat: str = "dots"):
         import jax
@@ -137,6 +137,17 @@ class Lcx:
             accumulation=1,
             abstract=abstract,
         )
+        self.compiled = False
+
+    def compile_first(self, placed: dict) -> None:
+        import jax
+
+        from lcx.training import step as train_step
+
+        if not self.compiled:
+            shapes = {k: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for k, x in placed.items()}
+            train_step.compile_first(self.step_fn, self.state, shapes)
+            self.compiled = True
 
     def step(self, batch) -> float:
         import numpy as np
@@ -152,6 +163,7 @@ class Lcx:
             "loss_weights": np.ones((B, T), np.float32),
         }
         placed = sharding.shard_batch({k: np.ascontiguousarray(v) for k, v in rows.items()}, self.mesh)
+        self.compile_first(placed)
         self.state, metrics = self.step_fn(self.state, placed, np.int32(0))
         return float(metrics["loss"])
 
