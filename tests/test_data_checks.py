@@ -137,17 +137,18 @@ def test_markers_in_the_text_are_reported(tmp_path, caplog, marker):
 
 def test_from_the_command_line(tmp_path):
     (tmp_path / "a.txt").write_text(sentences(300))
-    command = [sys.executable, "-m", "lcx.data", f"--source={tmp_path / 'a.txt'}"]
+    command = [sys.executable, "-m", "lcx.data"]
     environment = {"LCX_CACHE": str(tmp_path / "cache"), "PATH": ""}
 
-    def run(*arguments):
-        return subprocess.run([*command, *arguments], capture_output=True, text=True, env=environment)
+    def run(name, *arguments):
+        source = f"--source={tmp_path / name}"
+        return subprocess.run([*command, source, *arguments], capture_output=True, text=True, env=environment)
 
-    good = run()
+    good = run("a.txt")
     assert good.returncode == 0 and good.stdout.startswith("1 document, 0 with a problem")
-    short = run("--min_length=1000000")
+    short = run("a.txt", "--min_length=1000000")
     assert short.returncode == 1 and "1 too short" in short.stdout
-    typo = run(f"--source={tmp_path / 'b.txt'}")
+    typo = run("b.txt")
     assert typo.returncode == 2 and len(own_lines(typo.stderr)) == 1 and "did you mean" in typo.stderr
 
 

@@ -219,7 +219,7 @@ def test_signals_are_given_back(tmp_path):
 def test_a_learning_rate_that_explodes(gin_file, tmp_path, capsys):
     """Exit 2 and one line with the step; the last sound checkpoint stays, and the run goes on from it."""
     flags = [f"--gin_file={gin_file}", f"--workdir={tmp_path}", "--gin.Trainer.checkpoint_every=1"]
-    wrong = ["--gin.AdamW.learning_rate=1e6", "--gin.AdamW.warmup_from=1e-9"]
+    wrong = ["--gin.AdamW.learning_rate=1.0", "--gin.AdamW.weight_decay=1e6", "--gin.AdamW.warmup_from=1e-9"]
     assert train.main([*flags, *wrong]) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     found = re.match(
