@@ -3,11 +3,6 @@
 XLA's CPU programs get their temporary memory from the C library at each call, and give it back after it. With pages of
 4 KB the kernel then clears and maps tens of thousands of pages in a step. glibc asks for large pages only if its
 tunable says so when a process starts, so the command starts itself again with it, before anything is imported.
-
-glibc asks for them in its main heap alone, not in the heaps that it makes for further threads; and it hands what is
-free at the end of a heap back to the kernel, which then has to clear the pages again at the next call. So there is one
-heap for all threads, of which up to 1 GB of free memory stay with the process, and only allocations above 32 MB, the
-most that glibc allows, get pages of their own. This also lowers the peak: free memory of one thread serves another.
 """
 
 import os
@@ -16,11 +11,6 @@ import signal
 import sys
 
 TUNABLES, SETTING = "GLIBC_TUNABLES", "glibc.malloc.hugetlb"
-HEAP = {
-    "glibc.malloc.arena_max": 1,
-    "glibc.malloc.mmap_threshold": 32 * 2**20,
-    "glibc.malloc.trim_threshold": 2**30,
-}
 _COMMANDS = ("train", "evaluate", "score", "embed", "variants", "generate", "serve", "lm_eval")
 _KERNEL = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _ACCELERATORS = ("/dev/nvidia0", "/dev/kfd", "/dev/accel0", "/dev/vfio/0")
@@ -58,10 +48,8 @@ def wanted(environment: os._Environ | dict[str, str]) -> bool:
 
 
 def with_tunable(environment: os._Environ | dict[str, str]) -> dict[str, str]:
-    """The environment with large pages, and with those settings of the heap that it does not have itself."""
-    given = environment.get(TUNABLES, "")
-    heap = [f"{name}={value}" for name, value in HEAP.items() if name not in given]
-    return {**environment, TUNABLES: ":".join([*filter(None, [given]), f"{SETTING}=1", *heap])}
+    tunables = [*filter(None, [environment.get(TUNABLES)]), f"{SETTING}=1"]
+    return {**environment, TUNABLES: ":".join(tunables)}
 
 
 def _glibc() -> tuple[int, ...]:

@@ -64,7 +64,7 @@ def test_each_side_has_its_own_environment(program, large_pages, monkeypatch):
         tunables = sides.ask("pages")
         assert sides.threads["torch"] == {"threads": 3, "pages": "4 KB"}
         assert sides.threads["lcx"] == sides.threads["torch, 2 MB pages"] == {"threads": 3, "pages": "2 MB"}
-    large = huge_pages.with_tunable({})[huge_pages.TUNABLES]
+    large = "glibc.malloc.hugetlb=1"
     assert tunables == {"lcx": large, "torch": "", "torch, 2 MB pages": large}
     monkeypatch.setattr(huge_pages, "wanted", lambda environment: False)
     assert workers.environments("torch") == {"torch": {}}
