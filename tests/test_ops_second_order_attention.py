@@ -221,7 +221,7 @@ def test_negligible_tiles_are_not_visited():
 
 @pytest.mark.parametrize("form", ["states", None])
 def test_no_temporary_array_is_as_large_as_the_row(form):
-    """Forward and backward of 2^17 tokens: y and its gradient lie where two of the results will, both forms in place."""
+    """Forward and backward of 2^17 tokens: y and its gradient lie where two results will, both forms in place."""
     T, H = 2**17, 64
     x, a = jax.ShapeDtypeStruct((1, T, 1, H), jnp.float32), jax.ShapeDtypeStruct((1, T, 1), jnp.float32)
 
