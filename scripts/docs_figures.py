@@ -123,7 +123,8 @@ def family_memory(result: dict) -> str:
     for row in result["memory"]:
         peaks = [str(row[side]) for side in ("lcx_mib", "lcx_full_mib", "torch_mib")]
         ratios = [f"{row[side]:.2f}x" for side in ("lcx_over_torch", "lcx_full_over_torch")]
-        rows.append([f"`{row['model_type']}`", *peaks, *ratios])
+        older = r" \*" if row.get("compiler_kept") else ""
+        rows.append([f"`{row['model_type']}`{older}", *peaks, *ratios])
     head = ["model type", "lcx, MiB", "lcx, remat full", "transformers, MiB", "ratio", "ratio, remat full"]
     return table(head, rows)
 
