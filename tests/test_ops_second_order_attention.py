@@ -13,7 +13,7 @@ from attention_checks import pulled, sums_between, with_gradients
 from two_mamba_oracle import load, triangular
 
 from lcx.errors import UserError
-from lcx.ops import dispatch, second_order_choice, second_order_rows, second_order_states, tiling
+from lcx.ops import dispatch, second_order_choice, second_order_expand, second_order_rows, tiling
 from lcx.ops.second_order_attention import (
     SecondOrderState,
     empty_state,
@@ -125,16 +125,16 @@ def triangle(x):
 def test_the_expansion_is_the_published_one_in_blocks(reference):
 
     saved = load(reference, "kron")
-    got = second_order_states.expand(jnp.array(saved["x"]))
+    got = second_order_expand.expand(jnp.array(saved["x"]))
     np.testing.assert_allclose(triangular(np.array(got), 16), saved["phi"], rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("H", [1, 8, 16, 20, 40, 64])
 def test_the_expansion_turns_squares_into_products(H):
     x, y = np.random.default_rng(H).normal(size=(2, 5, H))
-    got = np.array(second_order_states.expand(jnp.array(x, jnp.float32)), np.float64)
-    assert got.shape[-1] == second_order_states.expanded_size(H)
-    other = np.array(second_order_states.expand(jnp.array(y, jnp.float32)), np.float64)
+    got = np.array(second_order_expand.expand(jnp.array(x, jnp.float32)), np.float64)
+    assert got.shape[-1] == second_order_expand.expanded_size(H)
+    other = np.array(second_order_expand.expand(jnp.array(y, jnp.float32)), np.float64)
     np.testing.assert_allclose(got @ other.T, (x @ y.T) ** 2, rtol=1e-5, atol=1e-5 * H)
     np.testing.assert_allclose(np.sort(np.abs(triangle(x)) ** 2).sum(), (got**2).sum(), rtol=1e-5)
 
@@ -248,7 +248,9 @@ def test_the_form_by_length(monkeypatch, platform, H, states):
     chosen = functools.partial(second_order_choice.choose, None, H=H, follows=False)
     assert chosen(states - 1, forgets=False) == chosen(states - 1, forgets=True) == "tiles"
     assert chosen(states, forgets=False) == "states" and chosen(states, forgets=True) == "either"
-    assert second_order_choice.choose(None, 1, H, follows=True, forgets=True) == "states"
+    after = functools.partial(second_order_choice.choose, None, H=H, follows=True)
+    assert after(4095, forgets=True) == after(2**16, forgets=False) == "states"
+    assert after(4096, forgets=True) == ("either" if platform == "cpu" else "states")
 
 
 def test_the_form_by_the_data_does_not_depend_on_the_length():
@@ -285,6 +287,41 @@ def test_the_form_by_the_data_in_pieces_of_the_row(monkeypatch):
     for rate in (-1e-4, -0.3):
         q, k, v, a, w, _ = arrays((1, 520, 2, 1, 8, rate, False, True))
         close(run(q, k, v, a, w), by_hand(q, k, v, a, w, None, True))
+
+
+def test_the_form_by_the_data_after_a_state(monkeypatch):
+    """Pieces of a row in both forms: with a strong decay only the tiles at their ends have to do with the states."""
+    monkeypatch.setattr(second_order_choice, "LONG", 256)
+    monkeypatch.setattr(second_order_choice, "MOST", 128)
+    T, N, H = 790, 2, 8
+
+    def in_pieces(ids, q, k, v, a):
+        def piece(state, xs):
+            y, state = second_order_attention(*xs[:3], log_decay=xs[3], segment_ids=xs[4], initial_state=state)
+            return state, y
+
+        cut = tuple(jnp.moveaxis(x.reshape(1, 2, T // 2, *x.shape[2:]), 1, 0) for x in (q, k, v, a, ids))
+        state, ys = jax.lax.scan(piece, empty_state(1, N, H), cut)
+        return jnp.moveaxis(ys, 0, 1).reshape(1, T, N, H), state.kv
+
+    def whole(ids, q, k, v, a):
+        y, state = second_order_attention(q, k, v, log_decay=a, segment_ids=ids, form="states")
+        return y, state.kv
+
+    def program(f):
+        def run(ids, w, *xs):
+            (y, kv), pull = jax.vjp(functools.partial(f, ids), *xs)
+            return y, kv, *pull((w, jnp.cos(jnp.arange(kv.size)).reshape(kv.shape)))
+
+        return jax.jit(run)
+
+    in_pieces, whole = program(in_pieces), program(whole)
+    for rate, documents in ((-1e-4, False), (-0.3, False), (-0.3, True), (-0.02, True)):
+        q, k, v, a, w, ids = arrays((1, T, N, 1, H, rate, documents, True))
+        ids = np.ones((1, T), np.int32) if ids is None else ids
+        got = in_pieces(ids, w, q, k, v, a)
+        close(got, whole(ids, w, q, k, v, a))
+        close(got[:1], by_hand(q, k, v, a, w, ids, True)[:1])
 
 
 @pytest.mark.parametrize("form", ["tiles", "states"])
@@ -391,7 +428,9 @@ def test_corners_without_the_division(implementation, form, name):
         assert not np.any(got[0][:, [0, 1, 2, 5, 139]])
 
 
-@pytest.mark.parametrize("name", ["q 1e-30", "first 1e-10", "mixed", "hard -1e5", "hard -inf", "empty -50", "plain"])
+@pytest.mark.parametrize(
+    "name", ["q 1e-30", "first 1e-10", "mixed", "hard -1e5", "hard -inf", "empty -50", "plain"]
+)
 @pytest.mark.parametrize("form", ["tiles", "states"])
 def test_corners_in_bfloat16(form, name):
     """Within a few roundings of the largest entry, of what the same rounded inputs give exactly."""

@@ -35,9 +35,9 @@ from lcx.ops import (
     segments,
 )
 from lcx.ops.decay import GONE, divided, gaps, split, unit_of
+from lcx.ops.second_order_expand import expand, expanded_size
 from lcx.ops.second_order_forms import attend
 from lcx.ops.second_order_rows import FAINT, MAYBE, SURELY, Rows, in_tiles
-from lcx.ops.second_order_states import expand, expanded_size
 from lcx.ops.second_order_units import LOG4, Units, exponent, times_power, units
 from lcx.ops.tiling import by_pieces
 
@@ -156,9 +156,8 @@ class Case(NamedTuple):
     decays: bool  # for kernels: whether they get a decay
 
     def finishes(self, T: int) -> bool:
-        """Whether the form divides by the weights: not kernels, a single token, and tiles after an initial state."""
-        tiles_follow = self.follows and self.form != "states"
-        return self.normalize and self.platform is None and T > 1 and not tiles_follow
+        """Whether the form divides by the weights: not kernels, nor a single token."""
+        return self.normalize and self.platform is None and T > 1
 
 
 def _in_units(q, k, v, decay, shown, runs, state: SecondOrderState, case: Case):
@@ -242,7 +241,7 @@ def _by_kernel(q, k, v, decay, runs, state: SecondOrderState, case: Case):
     options: dict[str, Any] = {"normalize": case.normalize, "scale": case.scale, "platform": case.platform}
     options["log_decay"] = decay if case.decays else None
     options["runs"] = runs if case.documents else None
-    if case.form == "states":
+    if case.form == "states" or case.follows:  # the kernel for tiles takes no initial state
         from kernels_pallas.second_order_states import second_order_attention as kernel
 
         y, (kv, k_sum) = kernel(q, k, v, initial_state=state[:2] if case.follows else None, **options)
@@ -345,15 +344,13 @@ def _chunked(q, k, v, unit: Units, alone, shown, runs, state: SecondOrderState, 
     seen, documents = (jnp.repeat(in_tiles(x)[:, None], N, axis=1) for x in of_row)
     rows = Rows(q, k, v, of_q, of_k, seen != 0, decay, documents, alone if finishes else None)
     carried = jnp.concatenate([state.kv, state.k_sum[..., None]], axis=-1) / case.scale**2
-    if case.form == "states":
-        outputs, carried = attend("states", rows, carried, None)
+    reaches = case.form == "either"
+    short = second_order_choice.short_reach(unit.log_decay, runs, H) if reaches else None
+    if case.follows or case.form == "states":
+        outputs, carried = attend(case.form, rows, carried, short)
     else:
-        reaches = case.form == "either"
-        short = second_order_choice.short_reach(unit.log_decay, runs, H) if reaches else None
         outputs, _ = attend(case.form, rows, None, short)
-        if case.follows:
-            unseen = rows._replace(shown=jnp.zeros_like(rows.shown))  # what the initial state alone gives
-            outputs = jax.tree.map(jnp.add, outputs, attend("states", unseen, carried, None)[0])
+        # XLA removes this computation if the state is unused.
         _, carried = attend("states", rows._replace(alone=None), carried, None)
     carried = carried * case.scale**2
     if not finishes:

@@ -15,8 +15,12 @@ same form for T and 2 T, and both forms are linear in T. Using tiles up to the m
 in between, if H is large and nothing is forgotten, but time could then quadruple when T doubles.
 
 In this case both forms are compiled, and the program branches at run time, forward and backward. Shorter rows use
-tiles, unless nothing is forgotten and they are beyond the meeting point. Rows with an initial state use states, which
-read it anyway.
+tiles, unless nothing is forgotten and they are beyond the meeting point.
+
+Rows with an initial state (pieces, parts on a mesh, prompts in a cache) use states, which read it anyway, up to LONG
+tokens, if nothing is forgotten, and on a GPU or TPU, whose kernel for tiles takes no state. From LONG tokens on the
+reach decides here too: with a short one only tiles near the ends of the row have to do with states
+(second_order_ends.py).
 """
 
 import functools
@@ -26,7 +30,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from lcx.ops import dispatch, second_order_rows, second_order_tiles
+from lcx.ops import dispatch, second_order_ends, second_order_rows
 
 log = logging.getLogger("lcx")
 LONG = 4096
@@ -53,7 +57,7 @@ def choose(form: str | None, T: int, H: int, *, follows: bool, forgets: bool) ->
 
 
 def _choose(T: int, meet: int, follows: bool, forgets: bool) -> str:
-    if follows:
+    if follows and (T < LONG or not forgets or dispatch.platform() != "cpu"):
         return "states"
     if max(min(LONG, meet), second_order_rows.TILE) <= T:
         return "either" if forgets else "states"
@@ -87,6 +91,6 @@ def _first_visible(total: Array, first: Array, last: Array) -> Array:
     """
     end = -jnp.cumsum(total)
     by_decay = jnp.searchsorted(
-        jax.lax.cummax(end), end + total + second_order_tiles.SKIP - 1e-6 * jnp.abs(end)
+        jax.lax.cummax(end), end + total + second_order_ends.SKIP - 1e-6 * jnp.abs(end)
     )
     return jnp.maximum(by_decay, jnp.searchsorted(last, first)).astype(jnp.int32)

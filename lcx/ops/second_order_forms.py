@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float
 from lcx.ops import MIXER_RESIDUALS
 from lcx.ops import second_order_states as states
 from lcx.ops import second_order_tiles as tiles
+from lcx.ops.second_order_expand import expanded_size
 from lcx.ops.second_order_rows import Head, Outputs, Rows, each_head
 
 
@@ -31,21 +32,23 @@ def attend(
 
     Args:
       form: "tiles", "states", or "either": tiles if `short`.
-      state: the state before the rows, for form "states" alone, which is also the only one that returns a state.
+      state: the state before the rows, or None: then none is returned.
     """
     return _outputs(form, rows, state, short)
 
 
 def _outputs(form: str, rows: Rows, state, short):
     def of_head(head: Head, _, of_head, outputs):
-        def by_states(outputs):
-            return states.forward(head, _no_state(rows), outputs)[1]
+        def by_tiles(arrays):
+            return tiles.forward(head, *arrays)
 
-        if form == "states":
-            return states.forward(head, of_head[0], outputs)[::-1]
-        by_tiles = functools.partial(tiles.forward, head)
-        outputs = by_tiles(outputs) if form == "tiles" else _either(short, by_tiles, by_states, outputs)
-        return outputs, None
+        def by_states(arrays):
+            before, outputs = arrays
+            after, outputs = states.forward(head, _no_state(rows) if before is None else before, outputs)
+            return None if before is None else after, outputs
+
+        before = of_head[0] if of_head else None
+        return _by(form, short, by_tiles, by_states, (before, outputs))[::-1]
 
     blank = _blank(rows, rows.v.shape[3], 0), _blank(rows, 1, 1)
     return each_head(of_head, rows, (), () if state is None else (state.astype(rows.decay.dtype),), blank)
@@ -62,17 +65,22 @@ def _backward(form: str, residuals, cotangents):
     y, weights = (_blank(rows, rows.q.shape[3], 2), d_outputs[1]) if outputs is None else outputs
 
     def of_head(head: Head, others, of_head, results):
-        def by_states(grads):
-            return states.backward(head, others[0], (_no_state(rows),) * 2, grads)[0]
+        def by_tiles(arrays):
+            of_state, grads = arrays
+            grads, *of_state = tiles.backward(head, others[0], of_state, grads)
+            return None if arrays[0] is None else tuple(of_state), grads
+
+        def by_states(arrays):
+            of_state, grads = arrays
+            grads, *after = states.backward(head, others[0], of_state or (_no_state(rows),) * 2, grads)
+            return None if of_state is None else tuple(after), grads
 
         (dq, dk, dv), d_own = results, jnp.zeros_like(head.decay)
-        grads, d_total, d_before = (dq, d_own, dk, dv), jnp.zeros(()), None
-        if form == "states":
-            grads, after, d_before = states.backward(head, others[0], of_head, grads)
+        of_state, grads = _by(form, short, by_tiles, by_states, (of_head or None, (dq, d_own, dk, dv)))
+        d_total, d_before = jnp.zeros(()), None
+        if of_state is not None:
+            after, d_before = of_state
             d_total = jnp.sum(of_head[1] * after)  # the final state also decays with every token
-        else:
-            by_tiles = functools.partial(tiles.backward, head, others[0])
-            grads = by_tiles(grads) if form == "tiles" else _either(short, by_tiles, by_states, grads)
         dq, d_own, dk, dv = grads
         return (dq, dk, dv), (tiles.decay_gradient(d_own) + d_total.astype(d_own.dtype), d_before)
 
@@ -87,8 +95,10 @@ def _backward(form: str, residuals, cotangents):
 attend.defvjp(_forward, _backward)
 
 
-def _either(short, by_tiles, by_states, arrays: tuple) -> tuple:
-    """by_tiles(arrays) if `short`, else by_states(arrays), in place. lcx/planning/flops.py counts one of them."""
+def _by(form: str, short, by_tiles, by_states, arrays):
+    """The arrays after one of the forms. lcx/planning/flops.py counts one of the two loops of `either_in_place`."""
+    if form != "either":
+        return {"tiles": by_tiles, "states": by_states}[form](arrays)
 
     def either_in_place(arrays):
         arrays = jax.lax.fori_loop(0, jnp.where(short, 1, 0), lambda _, arrays: by_tiles(arrays), arrays)
@@ -98,7 +108,7 @@ def _either(short, by_tiles, by_states, arrays: tuple) -> tuple:
 
 
 def _no_state(rows: Rows) -> Float[Array, "P W"]:
-    return jnp.zeros((states.expanded_size(rows.k.shape[3]), rows.v.shape[3] + 1), rows.decay.dtype)
+    return jnp.zeros((expanded_size(rows.k.shape[3]), rows.v.shape[3] + 1), rows.decay.dtype)
 
 
 def _blank(rows: Rows, width: int, place: int) -> Float[Array, "B T N W"]:

@@ -2,10 +2,7 @@
 
     (q . k)^2 = expand(q) . expand(k),      S_t = exp(a_t) S_t-1 + expand(k_t) v_t^T,      sums_t = expand(q_t) S_t
 
-expand is the symmetric square: x_m x_n for m <= n, products with m < n counted twice (each once with factor sqrt 2).
-The smallest has H (H + 1) / 2 entries. Blocks of 16 rows keep the products dense at little cost: block a holds
-x_m x_n for m in [16 a, 16 a + 16), n in [16 a, H), row by row, so its first 16 columns hold both orders (factor 1) and
-the others one (factor sqrt 2): 2560 numbers for H = 64 against 2080 and the full 4096.
+expand is the symmetric square (second_order_expand.py).
 
 Weights between tokens of one chunk are computed directly (second_order_tiles.within); older tokens contribute through
 the state. This takes 2 P W multiply-adds per token and head forward and 5 P W backward. No state is stored for the
@@ -20,28 +17,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
 from lcx.ops import second_order_tiles as tiles
+from lcx.ops.second_order_expand import expand
 from lcx.ops.second_order_rows import Head, Outputs
 from lcx.ops.tiling import dot
-
-BLOCK = 16
-
-
-def expanded_size(head_dim: int) -> int:
-    return sum(min(BLOCK, head_dim - at) * (head_dim - at) for at in range(0, head_dim, BLOCK))
-
-
-def expand(x: Float[Array, "*batch H"]) -> Float[Array, "*batch P"]:
-    """The symmetric square: expand(x) . expand(y) = (x . y)^2."""
-    H, parts = x.shape[-1], []
-    for at in range(0, H, BLOCK):
-        once = np.arange(at, H) < at + BLOCK
-        right = x[..., None, at:] * np.where(once, 1, 2**0.5).astype(x.dtype)
-        parts.append((x[..., at : at + BLOCK, None] * right).reshape(*x.shape[:-1], -1))
-    return jnp.concatenate(parts, axis=-1)
 
 
 class Factors(NamedTuple):

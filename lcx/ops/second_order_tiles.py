@@ -24,12 +24,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from lcx.ops import second_order_ends as row_ends
 from lcx.ops.decay import split
 from lcx.ops.running import running, sums_of_tile
+from lcx.ops.second_order_ends import SKIP
 from lcx.ops.second_order_rows import Head, Outputs
 from lcx.ops.tiling import dot
-
-SKIP = -30.0  # weights whose decay is below exp(SKIP) = 1e-13 are treated as 0
 
 
 def local(decay: Array, runs: Array) -> tuple[Array, Array, Array, Array, Array]:
@@ -72,10 +72,10 @@ def _earlier(i, total: Array, first: Array, last: Array, tile, carry):
     return jax.lax.while_loop(matters, step, start)[2]
 
 
-def forward(head: Head, outputs: Outputs) -> Outputs:
-    """Writes the outputs of a head."""
+def forward(head: Head, state: Array | None, outputs: Outputs) -> tuple[Array | None, Outputs]:
+    """Writes the outputs of a head, given the state before the row; returns that after it, None for None."""
     l, total, to_end, first, last = local(head.decay, head.runs)
-    earlier = head.earlier()
+    earlier, ends = head.earlier(), row_ends.ends(total, first, last)
 
     def row(i, outputs):
         q_i, k_i, v_i, runs_i = head.queries(i), head.keys(i), head.values(i), head.runs[i]
@@ -87,23 +87,32 @@ def forward(head: Head, outputs: Outputs) -> Outputs:
             return far + jnp.exp(gap) * dot((s * s).astype(v_j.dtype), v_j, 1, 0)
 
         far = _earlier(i, total, first, last, tile, jnp.zeros(v_i.shape, outputs[0].dtype))
+        if state is not None:
+            far = row_ends.seen(ends.before[i], q_i, state, far)
         from_start = jnp.exp(l[i]) * (runs_i == first[i])
         part = dot((s * s * near).astype(v_i.dtype), v_i, 1, 0) + far * from_start[:, None]
         return head.put_outputs(outputs, part, q_i, k_i, i)
 
-    return jax.lax.fori_loop(0, len(total), row, outputs)
+    outputs = jax.lax.fori_loop(0, len(total), row, outputs)
+    return None if state is None else row_ends.leave(ends, head, to_end, state), outputs
 
 
-def backward(head: Head, weights: Array, grads: tuple) -> tuple:
+def backward(head: Head, weights: Array, of_state: tuple[Array, Array] | None, grads: tuple) -> tuple:
     """Writes the gradients of a head: dq, d_own [n, C] (see decay_gradient), dk, dv.
 
     Before, dq holds y and dv the gradient of y, which are read for tile i before it is written.
+
+    Args:
+      of_state: the state before the row, and the gradient of that after it; or None.
+
+    Returns:
+      The gradients, the state after the row, and the gradient of that before it.
     """
     l, total, to_end, first, last = local(head.decay, head.runs)
-    earlier = head.earlier()
+    earlier, ends = head.earlier(), row_ends.ends(total, first, last)
 
     def row(i, carry):
-        dq, d_own, dk, dv = carry
+        (dq, d_own, dk, dv), d_state = carry
         q_i, k_i, dy_i = head.queries(i), head.keys(i), head.cut(dv, i)
         d_i, own = head.d_sums(weights, head.d_weights(dq, weights, dy_i, i), dy_i, i)
         d_far = d_i * (jnp.exp(l[i]) * (head.runs[i] == first[i]))[:, None]
@@ -124,10 +133,19 @@ def backward(head: Head, weights: Array, grads: tuple) -> tuple:
         d_own = d_own.at[i].set(-jnp.sum(k_i * dk_i, axis=-1))
         carry = dq_i, d_own, head.put(dk, head.d_keys(dk_i, i), i), head.put(dv, dv_i + own, i)
         dq_i, d_own, dk, dv = _earlier(i, total, first, last, tile, carry)
+        if of_state is not None:
+            dq_i, d_state = row_ends.seen_backward(ends.before[i], q_i, of_state[0], d_far, dq_i, d_state)
         d_own = d_own.at[i].add(jnp.sum(q_i * dq_i, axis=-1))
-        return head.put(dq, head.d_queries(dq_i, i), i), d_own, dk, dv
+        return (head.put(dq, head.d_queries(dq_i, i), i), d_own, dk, dv), d_state
 
-    return jax.lax.fori_loop(0, len(total), row, grads)
+    d_state = None if of_state is None else jnp.zeros_like(of_state[0])
+    grads, d_state = jax.lax.fori_loop(0, len(total), row, (grads, d_state))
+    if of_state is None:
+        return grads, None, None
+    before, d_after = of_state
+    grads = grads[0], *row_ends.leave_backward(ends, head, to_end, d_after, grads[1:])
+    d_before = d_state + jnp.exp(ends.whole) * d_after
+    return grads, row_ends.leave(ends, head, to_end, before), d_before
 
 
 def _of_values(d_out: Array, v: Array) -> tuple[Array, Array]:
