@@ -1,9 +1,12 @@
-"""Who a process is, what a difference between hosts is called, and when a step hangs; no second process is needed."""
+"""Who a process is, what a difference between hosts is called, when a step hangs, and what each process keeps."""
 
 from __future__ import annotations
 
 import itertools
+import os
 import socket
+import subprocess
+import sys
 
 import pytest
 
@@ -164,3 +167,30 @@ def test_a_process_that_was_gone_before_its_first_sign_of_life_is_blamed(monkeyp
     monkeypatch.setattr(watch, "_SILENT_S", 0.3)
     monkeypatch.setattr(watch, "_PERIOD_S", 0.1)
     assert watch.Watch(1.0).blame() == "process 2 on c is gone (killed, out of memory, or a lost host)"
+
+
+PROGRAM = """
+import sys
+import jax
+from lcx.multihost import compiled
+jax.distributed.initialize(sys.argv[1], num_processes=2, process_id=int(sys.argv[2]))
+compiled.keep_on_every_host()
+compiled.keep_on_every_host()  # as the next command of a program does
+mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+of_both = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
+x = jax.make_array_from_callback((2,), of_both, lambda at: jax.numpy.ones(1))
+jax.jit(lambda to_be_kept: to_be_kept + 1).lower(x).compile()
+"""
+
+
+def test_every_process_keeps_its_compiled_programs(tmp_path):
+    """On CPUs the programs of two processes have different names, and jax writes those of process 0 alone."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    keep = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    env = {**os.environ, **keep, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "JAX_COMPILATION_CACHE_MAX_SIZE": "-1"}
+    commands = ([sys.executable, "-c", PROGRAM, address, rank] for rank in "01")
+    processes = [subprocess.Popen(command, env=env) for command in commands]
+    assert [process.wait(120) for process in processes] == [0, 0]
+    assert len(list(tmp_path.glob("jit__lambda*"))) == 2

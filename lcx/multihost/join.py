@@ -23,7 +23,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lcx.errors import UserError, first_line
-from lcx.multihost import agreement, channel, watch
+from lcx.multihost import agreement, channel, compiled, watch
 
 PORT = 8476
 _TASKS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")  # set for each process that srun or mpirun has started
@@ -90,6 +90,7 @@ def join(processes: Processes, settings: Mapping[str, str]) -> None:
     if channel.count() == 1:
         return
     watch.start(processes.step_timeout)
+    compiled.keep_on_every_host()
     agreement.require_same(
         "the versions", agreement.versions(), advice="install the same versions on every host"
     )

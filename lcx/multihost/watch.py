@@ -46,6 +46,7 @@ class Watch:
         self._steps = Steps(step_timeout)
         self._changed: dict[int, tuple[str, float]] = {}  # process: its last sign of life, and when it came
         self._silent: dict[int, int] = {}
+        self._gone: set[int] = set()  # as far as `blame` has found out
         self._stop = threading.Event()
         self._leaving = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="lcx-watch", daemon=True)
@@ -106,11 +107,11 @@ class Watch:
         self.end(line, LOST)
 
     def report(self, line: str, status: int) -> None:
-        """Tells the others that this process ends, and why. Process 0 stays until they have read it."""
+        """Tells the others that this process ends, and why. Process 0 stays until those that are left have read it."""
         self._steps.rest()
         with contextlib.suppress(Exception):
             channel.put(f"ended/{channel.index()}", json.dumps([line, status]))
-            if channel.index() == 0:
+            if channel.index() == 0 and len(self._gone) < channel.count() - 1:
                 time.sleep(2 * _PERIOD_S)
 
     def blame(self) -> str | None:
@@ -133,6 +134,7 @@ class Watch:
             except Exception:
                 return _gone([0])
             if silent := [p for p, (_, at) in seen.items() if now - at > _SILENT_S and p != channel.index()]:
+                self._gone.update(silent)
                 return _gone(silent)
             if now > deadline:  # only after a look: on a busy machine each may take seconds
                 return None
