@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int
 from lcx import sharding
 from lcx.ops import fp8
 from lcx.ops.product import FEW_ROWS, few_with_table, narrow_on_cpu, product
+from lcx.ops.rms_norm import rms_norm
 
 Names = tuple[str | None, ...]
 
@@ -166,9 +167,7 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         scale = named_param(self, "scale", nn.initializers.ones, self.names, (self.size,))
-        x32 = x.astype(jnp.float32)
-        normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
-        return normed.astype(x.dtype) * scale.astype(x.dtype)
+        return rms_norm(x, scale, self.eps)
 
 
 class AffineNorm(nn.Module):
