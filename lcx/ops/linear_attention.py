@@ -34,7 +34,16 @@ from lcx.errors import UserError
 from lcx.ops import MIXER_RESIDUALS, dispatch, linear_shards, segments
 from lcx.ops import windowed_linear_attention as windowed
 from lcx.ops.decay import GONE, divided, gaps
-from lcx.ops.linear_chunks import chunk_weights, decay_gradient, dot, grouped, next_state, nonzero, states_before, ungrouped
+from lcx.ops.linear_chunks import (
+    chunk_weights,
+    decay_gradient,
+    dot,
+    grouped,
+    next_state,
+    nonzero,
+    states_before,
+    ungrouped,
+)
 from lcx.ops.linear_state import KINDS, Held, LinearState, Window, empty_state, starts
 
 __all__ = ["KINDS", "Held", "LinearState", "Window", "empty_state", "linear_attention"]
