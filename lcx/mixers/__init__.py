@@ -139,7 +139,8 @@ def empty_state(mixer: Any, batch_size: int, length: int, dtype: jnp.dtype) -> C
     if not hasattr(mixer, "init_cache"):
         raise UserError(
             f"{kind(mixer)} has no method init_cache(batch_size, length, dtype), expected one: without it the model "
-            "trains on whole rows alone (Trainer.piece_length = None, stateful = False) and cannot generate; add the method"
+            "trains on whole rows alone (Trainer.piece_length = None, stateful = False) and cannot generate; add the "
+            "method"
         )
     return mixer.init_cache(batch_size, length, dtype)
 
