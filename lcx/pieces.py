@@ -130,8 +130,9 @@ def check(model: Decoder) -> None:
         if mixers.whole_prompt(layer.block.mixer):
             raise UserError(
                 f"{mixers.kind(layer.block.mixer)} reads its text in one piece, expected a mixer that continues from a "
-                "state: process whole rows (Trainer.piece_length = None), or use another mixer"
+                "state: process whole rows (Trainer.piece_length = None, stateful = False), or use another mixer"
             )
+    jax.eval_shape(lambda: model.init_cache(1, 1))
 
 
 def empty_state(model: Decoder, rows: int, slots: int, rope_length: Int[Array, ""] | int) -> Tree:

@@ -331,6 +331,7 @@ class Trainer:
 
     def prepared(self, model: Decoder, mesh, lora: lora_lib.LoRA | None, stored: Any = None) -> Run:
         """The run of this model without its arrays: see training.run.prepared."""
+        settings.check_model(self, model, mesh)
         rows = self._stateful_rows
         return prepared(self.optimizer, self.steps, model, mesh, lora, stored, stateful_rows=rows)
 

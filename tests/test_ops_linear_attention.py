@@ -213,6 +213,25 @@ def test_a_long_decay_keeps_its_accuracy():
     np.testing.assert_allclose(y[0, -1, 0], np.array(weights) @ v[0, :, 0], rtol=2e-6)
 
 
+def test_a_document_changed_changes_no_bit_of_another():
+    """Decays are summed within chunks of 16 tokens, which hold several documents: over each of them alone."""
+    T, heads, option, normalize, _, state, chunk = CASES["ssd"]
+    x, ids = arrays(T, heads, option, normalize, True, state)
+    x = {name: np.float32(value) for name, value in x.items()}
+    mine = (ids == 2)[..., None]
+    moved = {name: np.where(mine if value.ndim == 3 else mine[..., None], 1.5 * value, value)
+             for name, value in x.items() if name != "kv"} | {"kv": x["kv"]}  # fmt: skip
+
+    @jax.jit
+    def run(x):
+        return with_gradients(lambda x: ours(x, ids, option, normalize, chunk, "xla")[0], x)
+
+    before, after = jax.device_get((run(x), run(moved)))
+    for name in ("y", "q", "k", "v", "a"):
+        changed = (before[name] != after[name]).reshape(B, T, -1).any(axis=2)
+        assert not changed[ids != 2].any() and changed[ids == 2].any(), name
+
+
 @pytest.mark.parametrize("kind", [None, "sliding", "terraced"])
 def test_work_and_memory_grow_with_the_length_alone(kind):
     """Forward and backward: four times the tokens, four times the temporaries and the operations."""

@@ -1,5 +1,6 @@
 """Rows in pieces against whole rows: values and gradients of every mixer, packed and padded; memory; settings."""
 
+import contextlib
 import dataclasses
 import functools
 from types import SimpleNamespace
@@ -17,11 +18,13 @@ from lcx import objectives, pieces
 from lcx.errors import UserError
 from lcx.mixers.attention import Attention
 from lcx.mixers.mamba2 import Mamba2
+from lcx.mixers.published_lolcats import PublishedLinearAttention
 from lcx.model import Block, Decoder, Mlp, Stage
 from lcx.optim import combine, partition
 from lcx.pieces import Pieces
 from lcx.rope import Rope
 from lcx.trainer import Trainer
+from lcx.training.settings import check_model
 
 T = 40
 DYNAMIC = Rope(rope_type="dynamic", factor=2.0, original_max_position_embeddings=16)
@@ -197,3 +200,45 @@ def test_a_run_in_pieces_is_the_run_in_whole_rows(tmp_path, capfd):
 def test_settings_are_refused(tmp_path, settings, message):
     with pytest.raises(UserError, match=message):
         Trainer(data=dataset(tmp_path), steps=1, batch_size=1, seq_len=32, model=tiny_model(), **settings)
+
+
+class WithoutCache(nn.Module):
+    """A user's mixer that has no state."""
+
+    @nn.compact
+    def __call__(self, x, *, positions=None, segment_ids=None, cache=None):
+        return nn.Dense(x.shape[-1])(x), cache
+
+
+class OverContext:
+    """A mesh that shares every row; only its sizes matter."""
+
+    shape = {"data": 1, "fsdp": 1, "context": 4, "tensor": 1}
+
+
+@pytest.mark.parametrize(
+    ("mixer", "settings", "message"),
+    [
+        (PublishedLinearAttention(4, 2, 8, window=4), {"piece_length": 8}, "reads its text in one piece"),
+        (WithoutCache(), {"piece_length": 8}, "WithoutCache has no method init_cache.*Trainer.piece_length = None"),
+        (Attention(4, 2, 8, over_context="halo"), {}, "over_context 'halo': expected a window"),
+        (Attention(6, 3, 8, over_context="heads"), {}, "6 query heads and 3 kv heads do not divide over 4 devices"),
+        (Attention(4, 2, 8, over_context="ring", implementation="reference"), {}, "a ring is computed by 'xla'"),
+        (Attention(6, 3, 8, over_context="heads"), {"piece_length": 8}, None),  # a cache's keys are gathered
+    ],
+)
+def test_what_does_not_go_with_a_model_is_refused_before_it_has_weights(tmp_path, mixer, settings, message):
+    model = small(mixer)
+    trainer = Trainer(data=dataset(tmp_path), steps=1, batch_size=1, seq_len=32, model=model, **settings)
+    with pytest.raises(UserError, match=message) if message else contextlib.nullcontext():
+        check_model(trainer, model, OverContext())
+
+
+def test_a_run_is_refused_before_it_has_weights(tmp_path, monkeypatch):
+    write_text(tmp_path)
+    monkeypatch.setattr("lcx.model.init_params", lambda *_, **__: pytest.fail("weights were made"))
+    model = Decoder(258, D, small(WithoutCache()).stages, 64)
+    with pytest.raises(UserError, match="no method init_cache"):
+        Trainer(data=dataset(tmp_path), steps=1, batch_size=1, seq_len=32, model=model, piece_length=8).run(
+            str(tmp_path / "run")
+        )

@@ -16,6 +16,7 @@ from lcx.data.streams import streams_of
 from lcx.errors import UserError
 from lcx.model import Block, Decoder, Mlp, Stage
 from lcx.pieces import Pieces
+from lcx.rope import Rope
 from lcx.trainer import Trainer
 from lcx.training import row_state
 
@@ -145,11 +146,14 @@ def test_a_run_resumes_bit_for_bit(trainer, tmp_path, capfd):
 
 
 def test_what_cannot_continue_is_refused(trainer, tmp_path):
+    rope = Rope(rope_type="dynamic", factor=2.0, original_max_position_embeddings=16)
+    dynamic = {"rope": rope, "layer_windows": (8, 8)}
     for settings, message in [
         ({"accumulation": 2}, "Trainer.accumulation is 2 with Trainer.stateful, expected 1"),
         ({"piece_length": 12}, "seq_len 32 is not a multiple of Trainer.piece_length 12"),
         ({"objective": objectives.attention_transfer, "piece_length": None}, "has no argument `state`"),
         ({"model": tiny_model()}, "keeps the keys and values of all earlier tokens: give it a window"),
+        ({"model": tiny_model(**dynamic)}, "rope_type 'dynamic' in Attention, which rotates by angles that depend on"),
         ({"data": dataclasses.replace(trainer.data, packing="first_fit")}, "with Dataset.packing='first_fit'"),
         ({"data": dataclasses.replace(trainer.data, document_mask=False)}, "with Dataset.document_mask=False"),
     ]:

@@ -139,7 +139,8 @@ def empty_state(mixer: Any, batch_size: int, length: int, dtype: jnp.dtype) -> C
     if not hasattr(mixer, "init_cache"):
         raise UserError(
             f"{kind(mixer)} has no method init_cache(batch_size, length, dtype), expected one: without it the model "
-            "trains, but cannot generate; add the method"
+            "trains on whole rows alone (Trainer.piece_length = None, stateful = False) and cannot generate; add the "
+            "method"
         )
     return mixer.init_cache(batch_size, length, dtype)
 
@@ -194,14 +195,21 @@ def whole_prompt(mixer: nn.Module | None) -> bool:
 # ------------------------------------------------------------------------------------------------ over devices
 
 
-def context_method(mixer: Any, *, devices: int, tensor: int, seq_len: int) -> str:
+def context_method(mixer: Any, *, devices: int, tensor: int, seq_len: int, cached: bool = False) -> str:
     """What the devices of the mesh axis `context` send each other in this mixer, in words.
 
     Args:
       devices, tensor: the sizes of the mesh axes `context` and `tensor`.
+      seq_len: tokens that are processed at once.
+      cached: whether they follow those in a cache.
+
+    Raises:
+      UserError: the mixer's settings do not fit these sizes.
     """
     if devices > seq_len or not hasattr(mixer, "context_method"):
         return "whole rows, gathered"
+    if cached and grows(mixer):  # every device holds the whole cache
+        return "what its cache gets, gathered"
     return mixer.context_method(devices=devices, tensor=tensor, seq_len=seq_len)
 
 

@@ -15,7 +15,7 @@ from lcx.mixers import kv_cache
 from lcx.mixers.kv_cache import Cache
 from lcx.mixers.projections import merged_heads, positions_of, rotated_heads, unit_heads
 from lcx.mixers.softmax import softmax_attention
-from lcx.ops.attention_shards import WORDS, choose
+from lcx.ops.attention_shards import check_method, in_words
 
 
 class Attention(nn.Module):
@@ -41,7 +41,8 @@ class Attention(nn.Module):
       value_norm: whether each value is divided by its root mean square (Gemma 4).
       implementation: see ops.attention; None picks the fastest valid one.
       over_context: how devices of the mesh axis `context` see each other's keys: "halo", "heads", "gather", "ring", or
-        None to choose; see ops/attention_shards.py.
+        None to choose; see ops/attention_shards.py. With a cache (rows in pieces, generation) those of the new tokens
+        are gathered.
       position_dtype: positions are rounded to this dtype before the rotation. None: exact. "bfloat16" is a quirk of
         the 2Mamba paper's softmax model in training: positions above 256 collapse to every second, fourth, ... one.
     """
@@ -123,6 +124,7 @@ class Attention(nn.Module):
         )
         check_positive("Attention", scale=self.scale, softcap=self.softcap, temperature=self.temperature)
         check_not_negative("Attention", norm_eps=self.norm_eps, temperature_offset=self.temperature_offset)
+        check_method("Attention", self.over_context)
         if self.position_dtype not in (None, "bfloat16"):
             raise UserError(f"Attention.position_dtype is {self.position_dtype!r}, expected None or 'bfloat16'")
         if self.chunked and self.window is None:
@@ -181,10 +183,17 @@ class Attention(nn.Module):
 
     @nn.nowrap
     def context_method(self, *, devices: int, tensor: int, seq_len: int) -> str:
-        heads, kv_heads = (max(n // tensor, 1) for n in (self.num_heads, self.num_kv_heads))
-        sizes = {"devices": devices, "tokens": -(-seq_len // devices), "heads": heads, "kv_heads": kv_heads}
-        sizes["kv_width"] = 2 * self.head_dim
-        return WORDS[choose(self.over_context, window=self.window, **sizes)]
+        return in_words(
+            self.over_context,
+            devices=devices,
+            tensor=tensor,
+            seq_len=seq_len,
+            heads=self.num_heads,
+            kv_heads=self.num_kv_heads,
+            kv_width=2 * self.head_dim,
+            window=self.window,
+            implementation=self.implementation,
+        )
 
     @nn.nowrap
     def macs_per_token(self, seq_len: int) -> float:

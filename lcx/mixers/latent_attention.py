@@ -34,7 +34,7 @@ from lcx.mixers.projections import positions_and_frequencies
 from lcx.mixers.softmax import softmax_attention
 from lcx.ops import attention_parts
 from lcx.ops.attention_parts import attention_in_parts
-from lcx.ops.attention_shards import WORDS, choose
+from lcx.ops.attention_shards import check_method, in_words
 
 
 class LatentAttention(nn.Module):
@@ -118,6 +118,7 @@ class LatentAttention(nn.Module):
             v_head_dim=self.v_head_dim,
         )
         check_not_negative("LatentAttention", norm_eps=self.norm_eps)
+        check_method("LatentAttention", self.over_context)
 
     # ---------------------------------------------------------------------------------------------- projections
 
@@ -227,10 +228,17 @@ class LatentAttention(nn.Module):
 
     @nn.nowrap
     def context_method(self, *, devices: int, tensor: int, seq_len: int) -> str:
-        heads = max(self.num_heads // tensor, 1)
-        sizes = {"devices": devices, "tokens": -(-seq_len // devices), "heads": heads, "kv_heads": heads}
-        sizes["kv_width"] = self.qk_nope_head_dim + self.head_dim + self.v_head_dim
-        return WORDS[choose(self.over_context, window=None, **sizes)]
+        return in_words(
+            self.over_context,
+            devices=devices,
+            tensor=tensor,
+            seq_len=seq_len,
+            heads=self.num_heads,
+            kv_heads=self.num_heads,
+            kv_width=self.qk_nope_head_dim + self.head_dim + self.v_head_dim,
+            window=None,
+            implementation=self.implementation,
+        )
 
     @nn.nowrap
     def macs_per_token(self, seq_len: int) -> float:

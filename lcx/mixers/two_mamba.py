@@ -287,10 +287,9 @@ class TwoMamba(nn.Module):
     def context_method(self, *, devices: int, tensor: int, seq_len: int) -> str:
         core = "states"
         if self.score == "exp":
-            heads = max(self.num_heads // tensor, 1)
-            sizes = {"devices": devices, "tokens": -(-seq_len // devices), "heads": heads, "kv_heads": heads}
-            sizes["kv_width"] = 2 * self.head_dim
-            core = attention_shards.WORDS[attention_shards.choose(None, window=None, **sizes)]
+            sizes = {"devices": devices, "tensor": tensor, "seq_len": seq_len, "kv_width": 2 * self.head_dim}
+            heads = {"heads": self.num_heads, "kv_heads": self.num_heads}
+            core = attention_shards.in_words(None, window=None, implementation=self.implementation, **sizes, **heads)
         return f"{core} and {halo_in_words(self.conv_width - 1)}" if self.conv_width > 1 else core
 
     @nn.nowrap

@@ -23,6 +23,7 @@ about as much.
 import functools
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +43,16 @@ METHODS = tuple(WORDS)
 log = logging.getLogger("lcx")
 
 
+def check_method(mixer: str, method: str | None) -> None:
+    """Raises UserError for a mixer's over_context that is no method, whether or not the mesh needs one."""
+    if method is not None and method not in METHODS:
+        raise UserError(f"{mixer}.over_context is {method!r}, expected one of {_expected()}: change over_context")
+
+
+def _expected() -> str:
+    return ", ".join(repr(name) for name in METHODS) + ", or None"
+
+
 def choose(
     method: str | None,
     *,
@@ -51,6 +62,7 @@ def choose(
     kv_heads: int,
     kv_width: int,
     window: int | None,
+    implementation: str | None = None,
 ) -> str:
     """The name of the method to use.
 
@@ -59,29 +71,50 @@ def choose(
       tokens: L, those of one part.
       heads, kv_heads: those of one device, before any is sent.
       kv_width: numbers of the key and the value of a kv head.
+      implementation: of the attention to the keys that a device has.
 
     Raises:
       UserError: an unknown method, or one that does not cover these sizes.
     """
     obstacles = {
-        "halo": "expected a window" if window is None else None,
+        "halo": "expected a window; leave over_context at None" if window is None else None,
         "heads": None
         if heads % devices == 0 and (kv_heads % devices == 0 or devices % kv_heads == 0)
-        else f"{heads} query heads and {kv_heads} kv heads do not divide over {devices} devices",
+        else f"{heads} query heads and {kv_heads} kv heads do not divide over {devices} devices; leave over_context at "
+        "None",
         "gather": None,
-        "ring": None,
+        "ring": None
+        if implementation in (None, "xla")
+        else f"implementation is {implementation!r}, but a ring is computed by 'xla'; leave implementation at None",
     }
     if method is None:
         near = window is not None and window - 1 <= tokens
         if near or obstacles["heads"] is None:
             return "halo" if near else "heads"
-        return "gather" if devices * tokens * kv_heads * kv_width <= MOST_GATHERED else "ring"
+        method = "gather" if devices * tokens * kv_heads * kv_width <= MOST_GATHERED else "ring"
     if method not in obstacles:
-        expected = ", ".join(repr(name) for name in METHODS)
-        raise UserError(f"over_context {method!r}: expected one of {expected}, or None")
+        raise UserError(f"over_context is {method!r}, expected one of {_expected()}")
     if obstacles[method] is not None:
-        raise UserError(f"over_context {method!r}: {obstacles[method]}; leave over_context at None")
+        raise UserError(f"over_context {method!r}: {obstacles[method]}")
     return method
+
+
+def in_words(
+    method: str | None, *, devices: int, tensor: int, seq_len: int, heads: int, kv_heads: int, **sizes: Any
+) -> str:
+    """What `devices` devices of `context` send each other, as mixers.context_method says it.
+
+    Args:
+      tensor: devices that divide the heads.
+      heads, kv_heads: those of the mixer.
+      sizes: kv_width, window and implementation of `choose`.
+    """
+    if heads % tensor == 0 and tensor % kv_heads == 0:
+        kv_heads = tensor  # repeated, see sharding.repeat_heads
+    if heads % tensor == 0 and kv_heads % tensor == 0:  # else every device has all of them, see sharding.island
+        heads, kv_heads = heads // tensor, kv_heads // tensor
+    tokens = -(-seq_len // devices)
+    return WORDS[choose(method, devices=devices, tokens=tokens, heads=heads, kv_heads=kv_heads, **sizes)]
 
 
 def attention(
@@ -108,15 +141,11 @@ def attention(
     B, L, N, _ = q.shape
     P, K = jax.lax.axis_size(mesh_axis), k.shape[2]
     width = k.shape[3] + v.shape[3]
-    name = choose(method, devices=P, tokens=L, heads=N, kv_heads=K, kv_width=width, window=window)
+    sizes = {"devices": P, "tokens": L, "heads": N, "kv_heads": K, "kv_width": width}
+    name = choose(method, window=window, implementation=implementation, **sizes)
     _say(name, P, P * L * K * width)
     ids = jnp.ones((B, L), jnp.int32) if segment_ids is None else segment_ids
     if name == "ring":
-        if implementation not in (None, "xla"):
-            raise UserError(
-                f"attention implementation {implementation!r}: a ring is computed by 'xla'; leave implementation at "
-                "None, or set over_context"
-            )
         return attention_ring.attention(
             q, k, v, log_decay, ids, sinks, window=window, scale=scale, softcap=softcap, mesh_axis=mesh_axis
         )

@@ -34,7 +34,16 @@ from lcx.errors import UserError
 from lcx.ops import MIXER_RESIDUALS, dispatch, linear_shards, segments
 from lcx.ops import windowed_linear_attention as windowed
 from lcx.ops.decay import GONE, divided, gaps
-from lcx.ops.linear_chunks import chunk_weights, dot, grouped, next_state, nonzero, states_before, ungrouped
+from lcx.ops.linear_chunks import (
+    chunk_weights,
+    decay_gradient,
+    dot,
+    grouped,
+    next_state,
+    nonzero,
+    states_before,
+    ungrouped,
+)
 from lcx.ops.linear_state import KINDS, Held, LinearState, Window, empty_state, starts
 
 __all__ = ["KINDS", "Held", "LinearState", "Window", "empty_state", "linear_attention"]
@@ -300,7 +309,7 @@ def _backward_step(carry, x, *, heads, eps):
         return ((d_kv, d_z), inner), (dq, dk, dv, None)
     # Normalised, the row sum d_num.num + d_norm (norm - eps) simplifies to -eps d_norm.
     row = jnp.sum(dy.astype(jnp.float32) * y, axis=-1) if norm is None else -eps * d_norm
-    da = jax.lax.cumsum(row - column, axis=3, reverse=True) + inner[..., None]
+    da = decay_gradient(row - column, inner, first, q.shape[3])
     return ((d_kv, d_z), _inner((d_kv, d_z), (kv, z))), (dq, dk, dv, da)
 
 

@@ -51,23 +51,48 @@ def chunk_weights(a: Array | None, first: Array | None, C: int) -> tuple[Array, 
     Returns four weights: of each pair of tokens [.., C, C]; of the entering state in each query [.., C]; of each key in
     the state at the chunk's end [.., C]; and of the entering state in that state [.., 1].
     """
-    place = jnp.arange(C)
-    seen, carried = place <= place[:, None], jnp.ones((1, 1, 1, 1), jnp.float32)
-    entering = leaving = jnp.ones((1, 1, 1, C), jnp.float32)
+    seen, leaving = same_document(first, C)
+    carried = jnp.ones((1, 1, 1, 1), jnp.float32)
+    entering = jnp.ones((1, 1, 1, C), jnp.float32)
     if first is not None:
-        first = first[:, None, None]
-        seen = seen & (place >= first[..., None])
-        entering = (first < 0).astype(jnp.float32)
-        leaving = (place >= first[..., -1:]).astype(jnp.float32)
+        entering = (first[:, None, None] < 0).astype(jnp.float32)
         carried = entering[..., -1:]
     if a is None:
-        return seen.astype(jnp.float32), entering, leaving, carried
-    g = jnp.cumsum(split(a, C), axis=-1)
+        return seen, entering, leaving, carried
+    g = _sums("bgrts,xbgrs->xbgrt", seen, split(a, C))
     pairs = jnp.sum(g[..., :, None] - g[..., None, :], axis=0)
-    decay = jnp.exp(jnp.where(seen, pairs, -jnp.inf))
-    to_end = jnp.exp(jnp.sum(g[..., -1:] - g, axis=0))
+    decay = jnp.exp(jnp.where(seen != 0, pairs, -jnp.inf))
+    to_end = jnp.exp(jnp.where(leaving != 0, jnp.sum(g[..., -1:] - g, axis=0), -jnp.inf))
     from_start = jnp.exp(jnp.sum(g, axis=0))
-    return decay, entering * from_start, leaving * to_end, carried * from_start[..., -1:]
+    return decay, entering * from_start, to_end, carried * from_start[..., -1:]
+
+
+def same_document(first: Array | None, C: int) -> tuple[Array, Array]:
+    """1 where token i of a chunk sees token j [B, 1, 1, C, C], and for the tokens of its last document [B, 1, 1, C].
+
+    0 elsewhere: products with these are sums over the tokens of one document, to which no other one adds as much as a
+    rounding error.
+    """
+    place = jnp.arange(C)
+    seen, last = (place <= place[:, None])[None, None, None], jnp.ones((1, 1, 1, C), bool)
+    if first is not None:
+        seen = seen & (place >= first[:, None, None, :, None])
+        last = place >= first[:, None, None, -1:]
+    return seen.astype(jnp.float32), last.astype(jnp.float32)
+
+
+def decay_gradient(terms: Array, at_end: Array, first: Array | None, C: int) -> Array:
+    """The sums of terms [B, G, r, C] over the later tokens of a chunk that are of the same document, and at_end
+    [B, G, r] for those of its last document."""
+    seen, last = same_document(first, C)
+    return _sums("bgrts,bgrt->bgrs", seen, terms) + last * at_end[..., None]
+
+
+def _sums(spec: str, ones: Array, x: Array) -> Array:
+    """einsum of zeros and ones, the same for all heads, with numbers."""
+    spec = spec.replace("bgrts", "bts" if ones.shape[0] > 1 else "ts", 1)
+    ones = ones[:, 0, 0] if ones.shape[0] > 1 else ones[0, 0, 0]
+    return jnp.einsum(spec, ones, x, precision=jax.lax.Precision.HIGHEST)
 
 
 def next_state(k: Array, v: Array, leaving: Array, carried: Array, state):

@@ -14,11 +14,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lcx import pieces, sharding
+from lcx import mixers, pieces, sharding
 from lcx.errors import UserError
-from lcx.model import Decoder
+from lcx.model import Decoder, layers
 
 ITEM = "row_state"
 _LONG = 1 << 20  # tokens; a cache that grows beyond is refused
@@ -50,8 +51,8 @@ def abstract(model: Decoder, rows: int, mesh: Mesh) -> dict[str, Any]:
     """{"row_state": tree of shapes} of a batch of `rows` rows, divided over the devices that divide the batch.
 
     Raises:
-      UserError: a mixer keeps all earlier tokens, or cannot continue from a state; or the rows would get padding beside
-        them (see training.division), which would be part of the state.
+      UserError: a mixer keeps all earlier tokens, cannot continue from a state, or rotates by angles that depend on the
+        length; or the rows would get padding beside them (see training.division), which would be part of the state.
     """
     if rows % sharding.row_parts(mesh):
         raise UserError(
@@ -59,6 +60,7 @@ def abstract(model: Decoder, rows: int, mesh: Mesh) -> dict[str, Any]:
             "Trainer.stateful needs: change batch_size or the mesh"
         )
     pieces.check(model)
+    _check_rotations(model)
     shapes, longer = (jax.eval_shape(lambda n=n: model.init_cache(rows, n)) for n in (_LONG, 2 * _LONG))
     if jax.tree.map(lambda x: x.shape, shapes) != jax.tree.map(lambda x: x.shape, longer):
         raise UserError(
@@ -72,6 +74,20 @@ def abstract(model: Decoder, rows: int, mesh: Mesh) -> dict[str, Any]:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
 
     return {ITEM: jax.tree.map(placed, shapes)}
+
+
+def _check_rotations(model: Decoder) -> None:
+    """The keys in a state keep the rotation that they were given: it must be that of the queries of all later rows."""
+    for layer in layers(model):
+        if (rotary := mixers.rotary(layer.block.mixer)) is None or rotary.head_dim is None:
+            continue
+        short, long = (rotary.rope.frequencies(rotary.head_dim, length) for length in (1, _LONG))
+        if not all(np.array_equal(a, b) for a, b in zip(short, long, strict=True)):
+            raise UserError(
+                f"Trainer.stateful with rope_type {rotary.rope.rope_type!r} in {mixers.kind(layer.block.mixer)}, which "
+                "rotates by angles that depend on the length of the longest document so far: a row would not see the "
+                "one before it as it was; use another rope_type, or set Trainer.stateful to False"
+            )
 
 
 def begun(state: dict[str, Any], like: dict[str, Any], model: Decoder) -> dict[str, Any]:

@@ -1,9 +1,11 @@
-"""The checks of a Trainer's settings that need neither the data nor the model."""
+"""The checks of a Trainer's settings, before any weights exist."""
 
 from typing import Any
 
+from jax.sharding import Mesh
+
+from lcx import mixers, objectives, pieces
 from lcx import model as model_lib
-from lcx import objectives
 from lcx.errors import UserError
 from lcx.training import continued, doubtful, profiling, row_state
 from lcx.training.logger import MODES
@@ -15,7 +17,10 @@ _LEAST = {"eval_every": 0} | dict.fromkeys(_COUNTS.split(), 1)
 
 
 def check(trainer: Any) -> None:
-    """Raises UserError for the first setting of a `trainer.Trainer` that is wrong or does not go with the others."""
+    """Raises UserError for the first setting of a `trainer.Trainer` that is wrong or does not go with the others.
+
+    What needs the data or the model is checked later.
+    """
     _check_origin(trainer)
     for name, least in _LEAST.items():
         if getattr(trainer, name) < least:
@@ -46,6 +51,23 @@ def check(trainer: Any) -> None:
     if not 0 <= trainer.seed < 2**32:  # jax.random.key keeps 32 bits
         raise UserError(f"Trainer.seed is {trainer.seed}, expected 0 to 2**32 - 1")
     doubtful.check_sizes_and_schedule(trainer)
+
+
+def at_once(trainer: Any) -> tuple[int, bool]:
+    """(tokens of a row that are processed at once, whether they follow those in a cache)."""
+    in_pieces = trainer.piece_length is not None and trainer.piece_length < trainer.seq_len
+    return (trainer.piece_length if in_pieces else trainer.seq_len), in_pieces or trainer.stateful
+
+
+def check_model(trainer: Any, model: Any, mesh: Mesh) -> None:
+    """Raises UserError for a model whose mixers cannot process rows as a `trainer.Trainer` divides them."""
+    tokens, cached = at_once(trainer)
+    if cached:
+        pieces.check(model)
+    devices, tensor = mesh.shape["context"], mesh.shape["tensor"]
+    for layer in model_lib.layers(model):
+        if devices > 1 and (mixer := layer.block.mixer) is not None:
+            mixers.context_method(mixer, devices=devices, tensor=tensor, seq_len=tokens, cached=cached)
 
 
 def _check_origin(trainer: Any) -> None:

@@ -10,7 +10,7 @@ import jax
 from lcx import extend, mixers
 from lcx import lora as lora_lib
 from lcx import model as model_lib
-from lcx.training import division, doubtful, fp8_scaling, resume_check
+from lcx.training import division, doubtful, fp8_scaling, resume_check, settings
 from lcx.wording import counted, quantity
 
 
@@ -42,7 +42,7 @@ def opening(
     yield _size(trainer, mesh)
     yield from division.remarks(trainer, mesh)
     yield from _pieces(trainer, mesh)
-    yield from _context(run.model, mesh, getattr(trainer, "piece_length", None) or trainer.seq_len)
+    yield from _context(run.model, mesh, *settings.at_once(trainer))
     for line in doubtful.settings(trainer, run.model):
         yield f"warning: {line}"
     for part in getattr(opened, "parts", ()):  # a block of layers trains on stored activations
@@ -135,15 +135,13 @@ def _pieces(trainer: Any, mesh: jax.sharding.Mesh) -> Iterator[str]:
             yield "warning: Trainer.borders 'host' has no effect: CPUs have no memory beside the host's"
 
 
-def _context(model: Any, mesh: jax.sharding.Mesh, seq_len: int) -> Iterator[str]:
-    """What the devices of `context` send each other, if there are several."""
-    devices, tensor = mesh.shape["context"], mesh.shape["tensor"]
-    if devices == 1:
+def _context(model: Any, mesh: jax.sharding.Mesh, seq_len: int, cached: bool = False) -> Iterator[str]:
+    """What the devices of `context` send each other, if there are several; see settings.at_once."""
+    sizes = {"devices": mesh.shape["context"], "tensor": mesh.shape["tensor"], "seq_len": seq_len, "cached": cached}
+    if sizes["devices"] == 1:
         return
     blocks = [layer.block for layer in model_lib.layers(model) if layer.block.mixer is not None]
     found = [
-        f"{mixers.kind(block.mixer)} sends "
-        + mixers.context_method(block.mixer, devices=devices, tensor=tensor, seq_len=seq_len)
-        for block in blocks
+        f"{mixers.kind(block.mixer)} sends {mixers.context_method(block.mixer, **sizes)}" for block in blocks
     ]
-    yield f"context: every row over {devices} devices; {'; '.join(dict.fromkeys(found))}"
+    yield f"context: every row over {sizes['devices']} devices; {'; '.join(dict.fromkeys(found))}"
