@@ -82,7 +82,8 @@ def _backward(form: str, residuals, cotangents):
             after, d_before = of_state
             d_total = jnp.sum(of_head[1] * after)  # the final state also decays with every token
         dq, d_own, dk, dv = grads
-        return (dq, dk, dv), (tiles.decay_gradient(d_own) + d_total.astype(d_own.dtype), d_before)
+        d_decay = tiles.decay_gradient(d_own, head.runs, d_total.astype(d_own.dtype))
+        return (dq, dk, dv), (d_decay, d_before)
 
     of_heads = () if state is None else (state.astype(rows.decay.dtype), d_after)
     results = y, _blank(rows, rows.k.shape[3], 3), d_outputs[0]

@@ -48,12 +48,13 @@ def within(q: Array, k: Array, rate: Array, runs: Array) -> tuple[Array, Array]:
     """Scores and decays [C, C] of a tile on the diagonal; the decay is 0 where a query does not see a key."""
     order = jnp.arange(len(rate))
     seen = (order[:, None] >= order) & (runs[:, None] == runs)
-    return dot(q, k, 1, 1), jnp.where(seen, jnp.exp(jnp.where(seen, _gaps(rate), 0)), 0)
+    gaps = _gaps(rate, seen)
+    return dot(q, k, 1, 1), jnp.where(seen, jnp.exp(jnp.where(seen, gaps, 0)), 0)
 
 
-def _gaps(rate: Array) -> Array:
-    """L_i - L_j [C, C] of one tile."""
-    l = sums_of_tile(split(rate, len(rate)))
+def _gaps(rate: Array, seen: Array) -> Array:
+    """L_i - L_j [C, C] of one tile, L summed from the start of the tile or of the document."""
+    l = jnp.matmul(split(rate, len(rate)), seen.astype(rate.dtype).T, precision=jax.lax.Precision.HIGHEST)
     return jnp.sum(l[:, :, None] - l[:, None, :], axis=0)
 
 
@@ -168,10 +169,19 @@ def within_backward(q, k, v, rate, runs, d_out) -> tuple[Array, Array, Array]:
     return dot(ds, k, 1, 0), dot(ds, q, 0, 0), dot((s * s * near).astype(v.dtype), d, 0, 0)[:, :-1]
 
 
-def decay_gradient(d_own: Array) -> Array:
+def decay_gradient(d_own: Array, runs: Array, at_end: Array) -> Array:
     """The gradient of log_decay [n, C], from each token's q . dq - k . dk, in float32.
 
-    For a normalised output q . dq is 0 in exact arithmetic, but leaving it out would accumulate rounding errors along
-    the row: both terms come from the same rounded scores, so contributions from one side of a token cancel.
+    Each token's is the sum over the later ones of its document, and in the last document `at_end`, for the state after
+    the row. Other documents are left out: their terms add up to 0, but only up to rounding. For a normalised output
+    q . dq is 0 in exact arithmetic, but leaving it out would accumulate rounding errors along the row: both terms come
+    from the same rounded scores, so contributions from one side of a token cancel.
     """
-    return running(jnp.add, 0.5 * d_own.reshape(-1)[::-1], 0, axis=0)[::-1].reshape(d_own.shape)
+
+    def joined(later, earlier):
+        (sums, run), (term, own) = later, earlier
+        return jnp.where(run == own, sums, 0) + term, own
+
+    terms, run = (x.reshape(-1)[::-1] for x in (0.5 * d_own, runs))
+    sums, _ = running(joined, (terms, run), (0, -1), axis=0)
+    return (sums + jnp.where(run == run[0], at_end, 0))[::-1].reshape(d_own.shape)
