@@ -80,10 +80,9 @@ def main() -> None:
     if args.case:
         print("answer", json.dumps(case(args.case[0], int(args.case[1]), args.steps)))
         return
+    if huge_pages.wanted(os.environ):
+        os.execve(sys.executable, sys.orig_argv, huge_pages.with_tunable(os.environ))
     run = harness.Run("growth of a step of 2Mamba with the row", threads={"lcx": harness.jax_threads()})
-    environment = dict(os.environ)
-    if huge_pages.wanted(environment):
-        environment = huge_pages.with_tunable(environment)
     rows: dict = {}
     if os.path.exists(args.output):
         saved = json.loads(pathlib.Path(args.output).read_text())["rows"]
@@ -92,7 +91,7 @@ def main() -> None:
         for T in map(int, args.lengths.split(",")):
             command = [sys.executable, __file__, "--steps", str(args.steps), "--case", decay, str(T)]
             with run.watched():
-                out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
+                out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
             rows[decay, T] = {"decay": decay, "T": T, **json.loads(out.stdout.split("answer ")[-1])}
             print(rows[decay, T], flush=True)
             # Written at once, as the next case may take long.

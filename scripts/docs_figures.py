@@ -107,6 +107,24 @@ def growth(result: dict) -> str:
     return with_source(result, f"{table(['T', *decays], rows)}\n\n{said}")
 
 
+def step_growth(result: dict) -> str:
+    """A row for each decay and T: seconds of a step, and in brackets the ratio to the row of half the length."""
+
+    def cell(row: dict, name: str) -> str:
+        text = f"{row[name]:.2f}"
+        return f"{text} ({row['growth'][name]:.2f}x)" if "growth" in row else text
+
+    rows = [
+        [
+            *(row["decay"], str(row["T"]), cell(row, "seconds"), cell(row, "user_seconds")),
+            *(f"{row['system_seconds']:.2f}", number(row["temporary_mib"])),
+        ]
+        for row in result["rows"]
+    ]
+    head = ["decay", "T", "step, s", "computing, CPU s", "in the kernel, CPU s", "temporaries, MiB"]
+    return with_source(result, table(head, rows))
+
+
 def families(result: dict) -> str:
     """A row for each model type: milliseconds of both sides, and how much faster lcx is."""
     rows = []
@@ -351,6 +369,7 @@ FIGURES = {
     "generation": Figure("decoding_cpu.json", generation, "python benchmarks/decoding.py"),
     "start_up": Figure("start_up_cpu.json", start_up, "python benchmarks/start_up.py"),
     "growth": Figure("second_order_growth_cpu.json", growth, "python benchmarks/second_order_growth.py"),
+    "step_growth": Figure("step_growth_cpu.json", step_growth, "python benchmarks/step_growth.py"),
     "families": Figure("families_cpu.json", families, "python benchmarks/families.py"),
     "families_memory": Figure(
         "families_memory_cpu.json", family_memory, "python benchmarks/families.py --memory", timed=False

@@ -51,7 +51,7 @@ import soak_bucket
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 FAULTS = ("kill", "term", "flip", "disk", "halt")
 IN_BUCKETS = ("bucket", "lost")
-HEARTBEAT_S = 20
+HEARTBEAT_S = 20  # of silence, until a process counts as lost
 END_WITHIN_S = 60  # after a fault, for all other processes to end
 STOPPED_S = 8  # between two looks of this script: it was stopped, and with it the whole machine
 ENDED_FULL = ("error: checkpoint of step", "error: not all of the run is in")  # where the disk is full at the end
@@ -115,6 +115,7 @@ class Row:
     disturbed_seconds: float
     equal: bool  # the fingerprints of all arrays of the last checkpoint
     bucket: bool = False  # whether the disturbed run's workdir was in one
+    heartbeat: int = HEARTBEAT_S
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +128,9 @@ class Place:
 
 
 class World:
-    """The processes of one run."""
+    """The processes of one run. `heartbeat` is their --heartbeat_timeout."""
+
+    heartbeat = HEARTBEAT_S
 
     def __init__(self, gin_file: pathlib.Path, workdir: str | pathlib.Path, count: int, *flags: str):
         with socket.socket() as probe:
@@ -139,7 +142,8 @@ class World:
         self._said: list[list[str]] = [[] for _ in range(count)]
         self._readers = []
         for i, lines in enumerate(self._said):
-            several = [address, f"--num_processes={count}", f"--process_id={i}", f"--heartbeat_timeout={HEARTBEAT_S}"]
+            several = [address, f"--num_processes={count}", f"--process_id={i}"]
+            several.append(f"--heartbeat_timeout={self.heartbeat}")
             command = [sys.executable, "-m", "lcx.train", f"--gin_file={gin_file}", f"--workdir={workdir}", *flags]
             process = subprocess.Popen(
                 command + (several if count > 1 else ["--no-distributed"]),
@@ -404,10 +408,18 @@ def main(argv=None) -> int:
     parser.add_argument("--width", type=int, default=64, help="hidden size of the model (default: 64)")
     parser.add_argument("--checkpoint_every", type=int, default=50, metavar="STEPS", help="(default: 50)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--heartbeat",
+        type=int,
+        default=HEARTBEAT_S,
+        metavar="SECONDS",
+        help="of silence, until a process counts as lost; on a busy machine less is too little (default: %(default)s)",
+    )
     parser.add_argument("--folder", metavar="DIR", help="where to work, kept (default: a temporary folder, removed)")
     parser.add_argument("--output", type=pathlib.Path, metavar="FILE", help="JSON file to which the results are added")
     parser.add_argument("--bucket", action="store_true", help="the disturbed run's workdir is in a bucket")
     flags = parser.parse_args(argv)
+    World.heartbeat = flags.heartbeat
     if unknown := set((flags.kinds or "kill").split(",")) - {*FAULTS, *(IN_BUCKETS if flags.bucket else ())}:
         parser.error(f"--kinds: {', '.join(sorted(unknown))} is none of the faults listed above, or needs --bucket")
     with soak_bucket.running() if flags.bucket else contextlib.nullcontext() as bucket:
@@ -434,7 +446,8 @@ def soak(flags: argparse.Namespace, bucket: soak_bucket.Bucket | None) -> int:
         outcomes, after = disturbed(gin_file, place, count, last=last, every=flags.every, plan=plan, rng=rng)
         at_end = copied_from(place.given, folder / f"{count}-copied", last) if bucket else place.folder
         same = fingerprints(folder / f"{count}-undisturbed", last) == fingerprints(at_end, last)
-        rows.append(Row(count, flags.seed, flags.every, last, outcomes, before, after, same, bucket is not None))
+        settings = {"bucket": bucket is not None, "heartbeat": flags.heartbeat}
+        rows.append(Row(count, flags.seed, flags.every, last, outcomes, before, after, same, **settings))
         if flags.output:
             add(flags.output, rows[-1])
         print(f"\n{table(rows)}\n", flush=True)
