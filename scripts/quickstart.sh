@@ -3,7 +3,7 @@
 # source of Python's standard library, extends it to 1024 with YaRN, with position interpolation (PI) and unscaled,
 # fine-tunes each for 40 steps, evaluates the loss by position, and draws one report.
 #   bash scripts/quickstart.sh [WORKDIR]      default runs/quickstart; run it again to resume
-# Needs Python >= 3.11 and pip; downloads nothing but packages. About 5 minutes on 2 cores after the install.
+# Needs Python >= 3.11 and pip; downloads nothing but packages. About 6 minutes on 2 cores after the install.
 set -euo pipefail
 . "$(dirname "$0")/_env.sh"
 case "${1:-/}" in /*) ;; *) set -- "$PWD/$1" ;; esac
