@@ -41,6 +41,7 @@ from kernels_pallas.tiles import (
     Tiles,
     chunked,
     fitting,
+    later_sums,
     over_groups,
     padded,
 )
@@ -157,7 +158,7 @@ def _backward(options: Options, residuals, dy):
     dk, dv = over_groups(dk, k.shape[2]), over_groups(dv, k.shape[2])
     if log_decay is None:
         return dq, dk, dv, None, None
-    return dq, dk, dv, jax.lax.cumsum(row - column, axis=2, reverse=True), None
+    return dq, dk, dv, later_sums(row - column, runs), None
 
 
 _attention.defvjp(_forward_saving, _backward)

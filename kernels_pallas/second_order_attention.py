@@ -60,7 +60,17 @@ from jaxtyping import Array, Float, Int
 
 from kernels_pallas import second_order_attention_gpu, second_order_attention_tpu
 from kernels_pallas.second_order_attention_plan import FLOOR, TILES, Cotangent, Fold, Options
-from kernels_pallas.tiles import FORGOTTEN, RESIDUALS, Reach, Tiles, chunked, fitting, over_groups, padded
+from kernels_pallas.tiles import (
+    FORGOTTEN,
+    RESIDUALS,
+    Reach,
+    Tiles,
+    chunked,
+    fitting,
+    later_sums,
+    over_groups,
+    padded,
+)
 
 
 def obstacle(q: Array, k: Array, v: Array, *, platform: str, initial_state=None) -> str | None:
@@ -170,7 +180,7 @@ def _backward(options: Options, residuals, dy):
     dk, dv = over_groups(dk, k.shape[2]), over_groups(dv, k.shape[2])
     if log_decay is None:
         return dq, dk, dv, None, None
-    return dq, dk, dv, jax.lax.cumsum(row - column, axis=2, reverse=True), None
+    return dq, dk, dv, later_sums(row - column, runs), None
 
 
 _attention.defvjp(_forward_saving, _backward)

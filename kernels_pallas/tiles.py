@@ -154,6 +154,23 @@ def in_parts(log_decay: Float[Array, "B N J C"]) -> Float[Array, "B N 2 J C"]:
     return jnp.cumsum(jnp.stack([coarse, log_decay - coarse], axis=2), axis=-1)
 
 
+def later_sums(terms: Float[Array, "B N T"], runs: Int[Array, "B T"] | None) -> Float[Array, "B N T"]:
+    """Each token's sum of its own term and the later ones of its document: a log decay's gradient, from row sums.
+
+    The terms of each other document add up to 0, but only up to rounding.
+    """
+    if runs is None:
+        return jax.lax.cumsum(terms, axis=2, reverse=True)
+
+    def joined(later, earlier):
+        (sums, begun), (term, begins) = later, earlier
+        return jnp.where(begins, term, sums + term), begun | begins
+
+    ends = jnp.diff(runs, axis=1, append=-1)[:, None] != 0
+    sums, _ = jax.lax.associative_scan(joined, (terms, jnp.broadcast_to(ends, terms.shape)), reverse=True, axis=2)
+    return sums
+
+
 def _search(rows: Array, values: Array, side: str = "left") -> Array:
     """searchsorted along the last axis, for non-decreasing rows."""
     J = rows.shape[-1]

@@ -6,7 +6,7 @@ saved logsumexp (Dao 2022, arXiv 2205.14135, section 3.1).
 
 Decay: L_i - L_j <= 0 is added to a score. The sums are accumulated outwards from each block of queries, so their error
 grows with the distance i - j and not with the position: the difference of two prefix sums over the row would lose the
-digits of a small value.
+digits of a small value. No sum reaches into another document, whose decays would change its rounding.
 """
 
 import dataclasses
@@ -18,8 +18,9 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
 
-from lcx.ops import MIXER_RESIDUALS, dispatch
+from lcx.ops import MIXER_RESIDUALS, dispatch, segments
 from lcx.ops.decay import split
+from lcx.ops.running import later_sums
 from lcx.ops.tiling import add, cut, dot, each_head, put
 
 # Where a device has several cores, its tiles are large enough for each product and each elementwise operation to be
@@ -69,7 +70,7 @@ def tiled(
     def each_row(x, pad):
         return jnp.pad(jnp.repeat(jnp.broadcast_to(x, (B, x.shape[1])), K, axis=0), ((0, 0), pad))
 
-    queries, segments = by_kv_head(q * scale, q_pad), each_row(kv_segments, kv_pad)
+    queries, ids = by_kv_head(q * scale, q_pad), each_row(kv_segments, kv_pad)
     keys, values = (by_kv_head(x, kv_pad)[:, 0] for x in (k, v))
     decay = None
     if log_decay is not None:
@@ -79,7 +80,7 @@ def tiled(
         cached = each_row(q_segments, q_pad), jnp.repeat(q_offset, K)
     if sinks is not None:
         sinks = jnp.tile(sinks.astype(jnp.float32).reshape(K, N // K), (B, 1))  # [B K, G]
-    out, lse = _tiled(queries, keys, values, segments, decay, *cached, sinks, plan)
+    out, lse = _tiled(queries, keys, values, ids, decay, *cached, sinks, plan)
     by_token = (jnp.moveaxis(x[:, :, :T].reshape(B, N, T, *x.shape[3:]), 1, 2) for x in (out, lse))
     return next(by_token), next(by_token)
 
@@ -214,17 +215,30 @@ def _range(ids: Array) -> tuple[Array, Array]:
 
 
 class Gaps(NamedTuple):
-    """L_i - L_j of one head, tile by tile, outwards from a block of queries whose first has index p."""
+    """L_i - L_j of one head, tile by tile, outwards from a block of queries whose first has index p.
+
+    For tokens after p, L is summed from p or from the start of their document, whichever is later.
+    """
 
     rate: Array  # [2, G, S + rows], decay.split
+    runs: Array | None  # [S + rows], the document of each token (segments.runs); None: one document
 
     @classmethod
-    def of(cls, decay: Array, rows: int, cols: int) -> "Gaps":
-        return cls(split(jnp.pad(decay, ((0, 0), (0, rows))), rows + cols, LOWEST))
+    def of(cls, decay: Array, runs: Array | None, rows: int, cols: int) -> "Gaps":
+        runs = None if runs is None else jnp.pad(runs, (0, rows))
+        return cls(split(jnp.pad(decay, ((0, 0), (0, rows))), rows + cols, LOWEST), runs)
 
     def of_queries(self, place: Array, rows: int) -> Array:
-        """L_i - L_p, [2, G, rows]."""
-        return jnp.cumsum(cut(self.rate, place, rows, axis=2).at[:, :, 0].set(0), axis=2)
+        """L_i, [2, G, rows]."""
+        return self._sums(cut(self.rate, place, rows, axis=2).at[:, :, 0].set(0), place)
+
+    def _sums(self, rate: Array, start: Array) -> Array:
+        """The running sums of rate [2, G, n], of tokens from `start` on, each within its document."""
+        if self.runs is None:
+            return jnp.cumsum(rate, axis=2)
+        own, order = cut(self.runs, start, rate.shape[2]), jnp.arange(rate.shape[2])
+        summed = (order[:, None] <= order) & (own[:, None] == own)
+        return jnp.matmul(rate, summed.astype(rate.dtype), precision=jax.lax.Precision.HIGHEST)
 
     def of_tile(
         self, of_queries: Array, place: Array, edge: Array, start: Array, cols: int
@@ -234,12 +248,12 @@ class Gaps(NamedTuple):
         rate, before = cut(self.rate, start, cols, axis=2), start + jnp.arange(cols) <= place
         past, ahead = jnp.where(before, rate, 0), jnp.where(before, 0, rate)
         later = jnp.cumsum(past[:, :, :0:-1], axis=2)[:, :, ::-1]
-        # If the tile begins after p, the distance from p to the tile's start is added. (Otherwise it is 0, entry 0.)
+        # If the tile begins after p, its tokens count from L of the token before it. (Otherwise that is 0, entry 0.)
         between = jnp.clip(start - 1 - place, 0, of_queries.shape[2] - 1)
-        edge_after = edge - cut(of_queries, between, 1, axis=2)[:, :, 0]
-        of_keys = (
-            jnp.pad(later, ((0, 0), (0, 0), (0, 1))) - jnp.cumsum(ahead, axis=2) + edge_after[:, :, None]
-        )
+        entry = cut(of_queries, between, 1, axis=2)
+        if self.runs is not None:
+            entry = entry * (cut(self.runs, start, cols) == cut(self.runs, place + between, 1))
+        of_keys = jnp.pad(later, ((0, 0), (0, 0), (0, 1))) - self._sums(ahead, start) - entry + edge[:, :, None]
         gaps = jnp.sum(of_queries[:, :, :, None] + of_keys[:, :, None], axis=0)
         return gaps, edge + jnp.sum(past, axis=2)
 
@@ -256,7 +270,8 @@ def head_forward(
     S, C, size = k.shape[0], plan.rows, plan.cols
     q_segments, offset = (kv_segments, 0) if offset is None else (q_segments, offset)
     nothing = jnp.zeros((2, G), jnp.float32)
-    gaps = None if decay is None else Gaps.of(decay, C, size)
+    runs = segments.runs(kv_segments[None])[0] if plan.masked else None
+    gaps = None if decay is None else Gaps.of(decay, runs, C, size)
 
     def rows(row, carry):
         q_row, own = cut(q, row, C, axis=1), cut(q_segments, row, C)
@@ -296,7 +311,8 @@ def head_backward(
     after = 0 if offset is None else C  # room for the last block of queries, which may reach beyond the keys
     q_segments, offset = (kv_segments, 0) if offset is None else (q_segments, offset)
     nothing = jnp.zeros((2, G), jnp.float32)
-    gaps = None if decay is None else Gaps.of(decay, C, size)
+    runs = segments.runs(kv_segments[None])[0] if plan.masked else None
+    gaps = None if decay is None else Gaps.of(decay, runs, C, size)
     delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1) - d_lse
 
     def rows(row, carry):
@@ -330,7 +346,7 @@ def head_backward(
     dk, dv = (jnp.zeros(x.shape[::-1], jnp.float32) for x in (k, v))
     d_sums = None if decay is None else jnp.pad(jnp.zeros_like(decay), ((0, 0), (0, after)))
     dq, dk, dv, d_sums = plan.over_rows(T, rows, (jnp.zeros_like(q), dk, dv, d_sums))
-    d_decay = None if d_sums is None else jnp.cumsum(d_sums[:, S - 1 :: -1], axis=1)[:, ::-1]
+    d_decay = None if d_sums is None else later_sums(d_sums[:, :S], runs)
     # A sink's weight is exp(sink - logsumexp), and its value is 0.
     d_sinks = None if sinks is None else -jnp.sum(jnp.exp(sinks[:, None] - lse) * delta, axis=1)
     return dq, dk.T.astype(k.dtype), dv.T.astype(v.dtype), d_decay, d_sinks

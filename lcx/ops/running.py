@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 
 def running(join: Callable, xs: Any, nothing: Any, *, axis: int) -> Any:
@@ -36,3 +36,21 @@ def sums_of_tile(x: Float[Array, "*batch C"]) -> Float[Array, "*batch C"]:
     order = jnp.arange(x.shape[-1])
     ones = (order[:, None] <= order).astype(x.dtype)
     return jnp.matmul(x, ones, precision=jax.lax.Precision.HIGHEST)
+
+
+def later_sums(terms: Float[Array, "*batch S"], documents: Int[Array, " S"] | None) -> Float[Array, "*batch S"]:
+    """Each token's sum of its own term and the later ones of its document. None: one document.
+
+    The gradient of a log decay, from those of its running sums. The terms of each other document add up to 0, but only
+    up to rounding.
+    """
+    if documents is None:
+        return jax.lax.cumsum(terms, axis=terms.ndim - 1, reverse=True)
+
+    def joined(later, earlier):
+        (sums, of), (term, own) = later, earlier
+        return jnp.where(of == own, sums, 0) + term, own
+
+    reversed_ids = jnp.broadcast_to(documents[::-1], terms.shape)
+    sums, _ = running(joined, (terms[..., ::-1], reversed_ids), (0, -1), axis=terms.ndim - 1)
+    return sums[..., ::-1]

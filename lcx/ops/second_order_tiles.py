@@ -26,7 +26,7 @@ from jaxtyping import Array
 
 from lcx.ops import second_order_ends as row_ends
 from lcx.ops.decay import split
-from lcx.ops.running import running, sums_of_tile
+from lcx.ops.running import later_sums, sums_of_tile
 from lcx.ops.second_order_ends import SKIP
 from lcx.ops.second_order_rows import Head, Outputs
 from lcx.ops.tiling import dot
@@ -177,11 +177,6 @@ def decay_gradient(d_own: Array, runs: Array, at_end: Array) -> Array:
     q . dq is 0 in exact arithmetic, but leaving it out would accumulate rounding errors along the row: both terms come
     from the same rounded scores, so contributions from one side of a token cancel.
     """
-
-    def joined(later, earlier):
-        (sums, run), (term, own) = later, earlier
-        return jnp.where(run == own, sums, 0) + term, own
-
-    terms, run = (x.reshape(-1)[::-1] for x in (0.5 * d_own, runs))
-    sums, _ = running(joined, (terms, run), (0, -1), axis=0)
-    return (sums + jnp.where(run == run[0], at_end, 0))[::-1].reshape(d_own.shape)
+    run = runs.reshape(-1)
+    sums = later_sums(0.5 * d_own.reshape(-1), run)
+    return (sums + jnp.where(run == run[-1], at_end, 0)).reshape(d_own.shape)
