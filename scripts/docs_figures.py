@@ -108,20 +108,23 @@ def growth(result: dict) -> str:
 
 
 def step_growth(result: dict) -> str:
-    """A row for each decay and T: seconds of a step, and in brackets the ratio to the row of half the length."""
+    """A row for each decay and T: seconds of a step, and their ratios to the row of half the length."""
 
-    def cell(row: dict, name: str) -> str:
-        text = f"{row[name]:.2f}"
-        return f"{text} ({row['growth'][name]:.2f}x)" if "growth" in row else text
+    def growth(row: dict) -> str:
+        if "growth" not in row:
+            return ""
+        low, high = row["growth"]["interval"]
+        return f"{row['growth']['median']:.2f}x ({low:.2f} to {high:.2f})"
 
     rows = [
         [
-            *(row["decay"], str(row["T"]), cell(row, "seconds"), cell(row, "user_seconds")),
+            *(row["decay"], str(row["T"]), f"{row['seconds']:.2f}", growth(row)),
+            f"{row['user_seconds']:.2f}" + (f" ({row['user_growth']:.2f}x)" if "growth" in row else ""),
             *(f"{row['system_seconds']:.2f}", number(row["temporary_mib"])),
         ]
         for row in result["rows"]
     ]
-    head = ["decay", "T", "step, s", "computing, CPU s", "in the kernel, CPU s", "temporaries, MiB"]
+    head = ["decay", "T", "step, s", "over half the row", "computing, CPU s", "kernel, CPU s", "temporaries, MiB"]
     return with_source(result, table(head, rows))
 
 

@@ -36,6 +36,7 @@ from jaxtyping import Array
 from lcx.ops import MIXER_RESIDUALS, attention_blocks, zigzag
 from lcx.ops.attention_blocks import Gradients, Keys, Pairs, Queries, Seen, Sums
 from lcx.ops.attention_tiles import LOWEST, NEG, Plan, head_backward, head_forward
+from lcx.ops.running import later_sums
 from lcx.ops.tiling import each_head
 
 
@@ -280,7 +281,7 @@ def _backward(ring: Ring, residuals, d_out):
     (keys, grads), _ = jax.lax.scan(one, ((k, v, ids, until), grads), jnp.arange(ring.steps))
     grads = sent(attend(keys, ring.steps, grads), -ring.steps)
     if d_decay is not None:
-        d_decay = d_decay + _from_sums(jax.tree.map(jnp.add, grads.d_since, grads.d_until), ring)
+        d_decay = d_decay + _from_sums(jax.tree.map(jnp.add, grads.d_since, grads.d_until), ids, ring)
     # A sink's weight is exp(sink - logsumexp), and its value is 0.
     d_sinks = None if sinks is None else -jnp.sum(jnp.exp(sinks[..., None] - lse) * seen.delta, axis=2)
     dq, dk, dv = (g.astype(x.dtype) for g, x in zip((grads.dq, grads.dk, grads.dv), (q, k, v), strict=True))
@@ -302,14 +303,28 @@ def _first_gradients(
     return Gradients(dq, jnp.zeros_like(d_decay), dk, dv, jnp.zeros_like(d_decay)), d_decay
 
 
-def _from_sums(d_sums: Array, ring: Ring) -> Array:
-    """The gradient by log decays [B K, G, blocks * size] of that by their running sums L over the row."""
+def _from_sums(d_sums: Array, ids: Array, ring: Ring) -> Array:
+    """The gradient by log decays [B K, G, blocks * size] of that by their running sums L over the row: each token's is
+    the sum over the later ones of its document, ids [B, blocks * size]."""
     by_block = d_sums.reshape(*d_sums.shape[:2], ring.blocks, ring.size)
-    after = jax.lax.cumsum(by_block, axis=3, reverse=True)
-    blocks, places = jax.lax.all_gather(after[..., 0], ring.mesh_axis, axis=2), jnp.asarray(ring.places())
+    documents = _without_padding(ids.reshape(-1, ring.blocks, ring.size))
+    documents = _per_kv_head(documents, len(d_sums))[:, None]
+    sums = later_sums(by_block, documents)
+    to_all = functools.partial(jax.lax.all_gather, axis_name=ring.mesh_axis, axis=2)
+    blocks, begins, places = to_all(sums[..., 0]), to_all(documents[..., 0]), jnp.asarray(ring.places())
     later = places > places[ring.before(0)][:, None, None]  # [n, P, n]
-    after += jnp.einsum("bgpm,qpm->bgq", blocks, later.astype(jnp.float32), precision="highest")[..., None]
-    return after.reshape(d_sums.shape)
+    ends = documents[..., -1]
+    goes_on = later & (begins[:, 0, None] == ends[:, 0, :, None, None])  # [B K, n, P, n]
+    later_blocks = jnp.einsum("bgpm,bqpm->bgq", blocks, goes_on.astype(jnp.float32), precision="highest")
+    sums += jnp.where(documents == ends[..., None], later_blocks[..., None], 0)
+    return sums.reshape(d_sums.shape)
+
+
+def _without_padding(ids: Array) -> Array:
+    """Ids [..., size] in which padding has that of the token before it, or of the first one that is none."""
+    place = jax.lax.cummax(jnp.where(ids != 0, jnp.arange(ids.shape[-1]), 0), axis=ids.ndim - 1)
+    first = jnp.argmax(ids != 0, axis=-1, keepdims=True)
+    return jnp.take_along_axis(ids, jnp.maximum(place, first), axis=-1)
 
 
 _attention.defvjp(_forward, _backward)

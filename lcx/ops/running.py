@@ -38,11 +38,14 @@ def sums_of_tile(x: Float[Array, "*batch C"]) -> Float[Array, "*batch C"]:
     return jnp.matmul(x, ones, precision=jax.lax.Precision.HIGHEST)
 
 
-def later_sums(terms: Float[Array, "*batch S"], documents: Int[Array, " S"] | None) -> Float[Array, "*batch S"]:
+def later_sums(terms: Float[Array, "*batch S"], documents: Int[Array, "*some S"] | None) -> Float[Array, "*batch S"]:
     """Each token's sum of its own term and the later ones of its document. None: one document.
 
-    The gradient of a log decay, from those of its running sums. The terms of each other document add up to 0, but only
-    up to rounding.
+    So the gradient of a log decay comes from those of its running sums. The terms of each other document add up to 0,
+    but only up to rounding.
+
+    Args:
+      documents: a number for each token, equal for the tokens of one document; broadcast to the terms.
     """
     if documents is None:
         return jax.lax.cumsum(terms, axis=terms.ndim - 1, reverse=True)
@@ -51,6 +54,6 @@ def later_sums(terms: Float[Array, "*batch S"], documents: Int[Array, " S"] | No
         (sums, of), (term, own) = later, earlier
         return jnp.where(of == own, sums, 0) + term, own
 
-    reversed_ids = jnp.broadcast_to(documents[::-1], terms.shape)
+    reversed_ids = jnp.broadcast_to(documents[..., ::-1], terms.shape)
     sums, _ = running(joined, (terms[..., ::-1], reversed_ids), (0, -1), axis=terms.ndim - 1)
     return sums[..., ::-1]

@@ -83,11 +83,31 @@ CASES = {  # devices, tokens of a part, decays, sinks, settings
 def test_values_and_gradients_are_the_definition(case):
     P, L, decays, sinks, settings = CASES[case]
     arrays, ids = arguments(P * L, decays=decays, sinks=sinks)
-    found = on_a_ring(P, arrays, ids, **settings)(ids, arrays)
+    program = on_a_ring(P, arrays, ids, **settings)
+    found = program(ids, arrays)
     wanted = jax.jit(functools.partial(gradients, None, ids, settings))(arrays)
     if decays:  # the reference gives a hard reset no gradient either
         assert found[1]["log_decay"][0, P * L // 2].tolist() == [0.0] * N
     assert_close(found, wanted)
+    assert_others_unchanged(found, program(ids, with_another_second_document(arrays, ids)), ids)
+
+
+def with_another_second_document(arrays, ids):
+    """The second document of the last row is another one, with stronger decays."""
+    own, out = np.asarray(ids[-1]) == 2, {name: x.copy() for name, x in arrays.items()}
+    for name, x in out.items():
+        if name != "sinks":
+            x[-1, own] = 3 * x[-1, own][::-1]
+    return out
+
+
+def assert_others_unchanged(before, after, ids):
+    """No bit of values and gradients differs at the tokens of other documents."""
+    others = np.asarray(ids) != 2
+    others[:-1] = True
+    for old, new in ((before[0], after[0]), *((before[1][name], after[1][name]) for name in before[1])):
+        if old.shape[:2] == others.shape:
+            np.testing.assert_array_equal(old[others], new[others])
 
 
 def test_bytes_of_both_passes_and_memory_of_one_part():
