@@ -209,7 +209,7 @@ def axis_size(axis: str) -> int:
 
 
 def constrain(x: jax.Array, *axes) -> jax.Array:
-    """Constrains the axes of an array to mesh axes; returns it unchanged if no mesh is set (jax.set_mesh).
+    """Constrains the axes of an array to mesh axes; without a mesh (jax.set_mesh), and in an island, does nothing.
 
     An axis whose size is not divisible by the number of devices is not split.
 
@@ -218,6 +218,8 @@ def constrain(x: jax.Array, *axes) -> jax.Array:
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or not set(AXES) <= set(mesh.axis_names) or mesh.size == 1:
+        return x
+    if jax.sharding.AxisType.Manual in mesh.axis_types:
         return x
     sizes = [
         math.prod(mesh.shape[a] for a in ((axis,) if isinstance(axis, str) else axis or ())) for axis in axes
@@ -262,7 +264,26 @@ def splits_time(seq_len: int) -> bool:
     return 1 < axis_size("context") <= seq_len
 
 
-def island(fn, arrays, axes, out):
+def head_axes(num_heads: int) -> tuple[str, ...]:
+    """The mesh axes over which the heads of a cache are divided: `tensor`, and `context` if that divides them as well.
+
+    A cache that every device of `context` held as a whole would be most of the memory of a long row.
+    """
+    parts = axis_size("context")
+    divides = parts > 1 and num_heads % (axis_size("tensor") * parts) == 0
+    return ("tensor", "context") if divides else ("tensor",)
+
+
+def by_token(x: jax.Array) -> jax.Array:
+    """Heads [B, T, N, H] with T divided over `context`, and N over `tensor`; a T too short for that stays as it is.
+
+    Said where heads divided over `context` begin and end, so that these arrays are sent (all-to-all), and the compiler
+    does not gather the wider activations before the projections instead.
+    """
+    return constrain(x, BATCH_AXES, "context", "tensor", None) if splits_time(x.shape[1]) else x
+
+
+def island(fn, arrays, axes, out, *, heads: tuple[str, ...] = ("tensor",)):
     """fn(arrays), run by each device on its own shards (shard_map); without a mesh, a plain call.
 
     Args:
@@ -271,8 +292,9 @@ def island(fn, arrays, axes, out):
         ops/shards.py. If no spec names "time", every device of `context` gets whole rows: the compiler gathers them.
       arrays: the tree; None for an array that is absent. With "time", a dict that may have "segment_ids" [B, T].
       axes: a tree of PartitionSpecs with the same structure, or a prefix of it. Their names are "rows" (split over data
-        and fsdp), "time" (T, split over context), "heads" (heads or channels, split over tensor) and None (replicated).
+        and fsdp), "time" (T, split over context), "heads" (heads or channels, over `heads`) and None (replicated).
       out: the PartitionSpecs of the result.
+      heads: mesh axes; with "context" among them, no spec may name "time".
 
     If "rows" or "heads" are not divisible by the number of their devices in some array, they are replicated instead,
     in all arrays. If T is not divisible, rows are padded at the end, with segment id 0; see also `splits_time`.
@@ -285,7 +307,7 @@ def island(fn, arrays, axes, out):
     if split:
         fn = functools.partial(fn, mesh_axis="context")
         arrays, axes = _filled_up(arrays, axes, T)
-    devices = {"rows": BATCH_AXES, "heads": ("tensor",)}
+    devices = {"rows": BATCH_AXES, "heads": heads}
     uneven = {
         name
         for name, used in devices.items()
@@ -295,7 +317,7 @@ def island(fn, arrays, axes, out):
     single = tuple(axis for axis in ("context", "tensor") if mesh.shape[axis] == 1)
     named = {
         "rows": (*BATCH_AXES, *single),
-        "heads": None if "tensor" in single else "tensor",
+        "heads": tuple(axis for axis in heads if axis not in single) or None,
         "time": "context" if split else None,
     }
 

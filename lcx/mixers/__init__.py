@@ -208,8 +208,8 @@ def context_method(mixer: Any, *, devices: int, tensor: int, seq_len: int, cache
     """
     if devices > seq_len or not hasattr(mixer, "context_method"):
         return "whole rows, gathered"
-    if cached and grows(mixer):  # every device holds the whole cache
-        return "what its cache gets, gathered"
+    if cached and grows(mixer):  # some of its heads, or all of it
+        return "what its cache gets, to the devices that hold it"
     return mixer.context_method(devices=devices, tensor=tensor, seq_len=seq_len)
 
 

@@ -98,6 +98,7 @@ class Attention(nn.Module):
                 segment_ids = jnp.broadcast_to(segment_ids, x.shape[:2])
             y = self._attend(q, k, v, {"segment_ids": segment_ids, "sinks": sinks})
             return merged_heads(self, y, x.shape[-1]), None
+        k, v = (sharding.by_token(heads) for heads in (k, v))
         new = kv_cache.entries(k, v, segment_ids)
         ring = self._is_ring(cache["segment_ids"])
         if self.reads_in_place(x.shape[1]):

@@ -3,7 +3,8 @@
 A layer with a window needs only its last tokens. Its cache is a ring of `ring_slots` slots, unless the text is shorter:
 token p is written to slot p modulo their number, in place of one that no later token sees.
 
-Heads come before slots, so that decoding reads contiguous memory. A mixer only reads its cache and returns the entries
+Heads come before slots, so that decoding reads contiguous memory. On a mesh they are divided over `tensor`, and over
+`context` as well if there are enough of them. A mixer only reads its cache and returns the entries
 to add; the decoder, which holds the caches of all layers, appends them to all layers at once, in place.
 
 Letters: B batch, T new tokens, N query heads, K key/value heads, H head dim.
@@ -15,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from lcx import sharding
 from lcx.ops.cached_attention import cached_attention
 
 Cache = dict[str, Array]
@@ -77,8 +79,9 @@ def append(cache: Cache, new: Cache, *, ring: bool = False) -> Cache:
         if name != "segment_ids":  # the cache has time after heads
             x = jnp.swapaxes(x, -3, -2) if name in ("k", "v") else jnp.swapaxes(x, -2, -1)
         axis = x.ndim - (2 if name in ("k", "v") else 1)
-        slots = cache[name]
-        written[name] = jax.lax.dynamic_update_slice_in_dim(slots, x.astype(slots.dtype), start, axis)
+        slots, x = cache[name], _divided(name, x)
+        whole = jax.lax.dynamic_update_slice_in_dim(slots, x.astype(slots.dtype), start, axis)
+        written[name] = _divided(name, whole)
     return {**cache, **written, "index": cache["index"] + new["segment_ids"].shape[-1]}
 
 
@@ -96,8 +99,21 @@ def _append_to_ring(cache: Cache, new: Cache, index: Array) -> Cache:
         else:
             both = jnp.concatenate([jnp.roll(cache[name], -index, axis), x], axis)
             held = jnp.roll(jax.lax.slice_in_dim(both, T, T + slots, axis=axis), index + T, axis)
-        written[name] = held
+        written[name] = _divided(name, held)
     return {**cache, **written, "index": cache["index"] + T}
+
+
+def _divided(name: str, slots: Array) -> Array:
+    """Keys, values or decays [..., B, heads, S, ...] on the devices that hold their rows and heads.
+
+    Said of new entries as well: their gradient is a slice of the cache's, which would be gathered to be cut otherwise.
+    """
+    axis = {"k": slots.ndim - 3, "v": slots.ndim - 3, "log_decay": slots.ndim - 2}.get(name)
+    if axis is None:
+        return slots
+    places: list[Any] = [None] * slots.ndim
+    places[axis - 1], places[axis] = sharding.BATCH_AXES, sharding.head_axes(slots.shape[axis])
+    return sharding.constrain(slots, *places)
 
 
 def _filled(cache: Any) -> Array:

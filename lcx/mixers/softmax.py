@@ -26,8 +26,10 @@ def softmax_attention(
 ) -> Float[Array, "B T N W"]:
     """ops.attention on each device's own rows, heads and queries.
 
-    Without a cache T is split over `context` by one of the methods of ops/attention_shards.py. With one (q_offset), the
-    queries are split and every device holds all keys and values: the compiler gathers those of the new tokens.
+    Without a cache T is split over `context` by one of the methods of ops/attention_shards.py. With one (q_offset),
+    every device of `context` holds some of the heads for the whole text: queries, new keys and values are sent there
+    and the outputs back (all-to-all, by the compiler). If `context` does not divide the kv heads, the queries are split
+    along T instead, and every device holds all keys and values, of which the compiler gathers the new ones.
 
     Args:
       segment_ids: those of the queries.
@@ -36,14 +38,17 @@ def softmax_attention(
       over_context: the method; None: chosen by rule.
     """
     cached = q_offset is not None
-    per_head = Axes("rows", "time", "heads")
+    over = sharding.head_axes(k.shape[2]) if cached else ("tensor",)
+    time = None if "context" in over else "time"
+    per_head = Axes("rows", time, "heads")
     of_keys = Axes("rows", None, "heads") if cached else per_head
+    q = q if time else sharding.by_token(q)
     arrays: dict[str, Any] = {"q": q, "k": k, "v": v, "segment_ids": segment_ids, "sinks": sinks}
     axes = {
         "q": per_head,
         "k": of_keys,
         "v": of_keys,
-        "segment_ids": Axes("rows", "time"),
+        "segment_ids": Axes("rows", time),
         "sinks": Axes("heads"),
     }
     if cached:
@@ -62,4 +67,5 @@ def softmax_attention(
             offset = offset + jax.lax.axis_index(mesh_axis) * heads[0].shape[1]
         return attention(*heads, **options, kv_segment_ids=arrays["kv_segment_ids"], q_offset=offset)
 
-    return sharding.island(run, arrays, axes, per_head)
+    y = sharding.island(run, arrays, axes, per_head, heads=over)
+    return y if time else sharding.by_token(y)

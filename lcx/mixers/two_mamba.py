@@ -114,12 +114,12 @@ class TwoMamba(nn.Module):
             **dict.fromkeys(("taps", "taps_bias"), Axes(None, "heads")),
             "D": Axes("heads"),
         }
-        axes, out = {name: axes[name] for name in arrays}, (HEADS, new_axes)
-        if (
-            self.score == "exp" and cache is not None
-        ):  # keys, values and decays of whole rows are in the cache
+        axes, out, over = {name: axes[name] for name in arrays}, (HEADS, new_axes), ("tensor",)
+        if self.score == "exp" and cache is not None:  # keys, values and decays of whole rows are in the cache
             axes, out = sharding.whole_rows((axes, out))
-        y, new = sharding.island(self._mix, arrays, axes, out)
+            over = sharding.head_axes(N)
+        y, new = sharding.island(self._mix, arrays, axes, out, heads=over)
+        y = sharding.by_token(y) if "context" in over else y
         if cache is not None:
             cache = new if deferred else self.append_cache(cache, new)
         if self.gate:

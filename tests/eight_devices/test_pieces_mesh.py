@@ -12,9 +12,11 @@ from lcx import objectives, sharding
 from lcx.block import Block
 from lcx.mixers.attention import Attention
 from lcx.mixers.mamba2 import Mamba2
+from lcx.mixers.two_mamba import TwoMamba
 from lcx.mlps.gated import GatedMlp
 from lcx.model import Decoder, Stage
 from lcx.pieces import Pieces
+from lcx.planning.program import parse
 from lcx.training import row_state
 
 T = 24
@@ -84,3 +86,28 @@ def test_gradients_are_those_of_one_device(rows, sizes, continues):
         got = gradient(params, sharding.shard_batch(rows, mesh), before)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5 * (1 + np.abs(b).max()))
+
+
+def test_keys_and_values_of_earlier_pieces_are_divided_over_rows_and_heads(rows):
+    """Of softmax attention and 2Mamba-E, with their gradients: a device never holds those of all rows or heads."""
+    blocks = Block(Attention(4, 4, 6), GatedMlp(32)), Block(TwoMamba(4, 6, score="exp", conv_width=2), None)
+    model = Decoder(64, 32, (Stage(blocks, 2),), T)
+
+    def gradient(params, batch, how):
+        def loss(params):
+            return objectives.next_token(model, {"params": params}, batch, how)[0]
+
+        return jax.value_and_grad(loss)(params)
+
+    params = jax.tree.map(np.asarray, model_lib.init_params(model, jax.random.key(0)))
+    want = jax.jit(gradient, static_argnums=2)(params, rows, None)
+    mesh = sharding.make_mesh(fsdp=2, context=4)
+    with jax.set_mesh(mesh):
+        arguments = model_lib.init_params(model, jax.random.key(0), mesh=mesh), sharding.shard_batch(rows, mesh)
+        compiled = jax.jit(gradient, static_argnums=2).lower(*arguments, Pieces(12)).compile()  # more than kv_cache.FEW
+        got = compiled(*arguments)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5 * (1 + np.abs(b).max()))
+    arrays = {array.shape for run in parse(compiled.as_text()).runs() for array in run.instruction.results}
+    slots = {shape for shape in arrays if T in shape and 6 in shape}
+    assert max(map(np.prod, slots)) == 2 * 2 * 1 * T * 6  # two layers, two of four rows, one of four heads
