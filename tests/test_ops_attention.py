@@ -184,10 +184,13 @@ def test_a_strong_decay_early_leaves_the_later_differences_exact():
         np.testing.assert_allclose(g, want, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("case", [(1, 100, 4, 2, 128, None, True), (1, 300, 2, 2, 64, 130, False)], ids=str)
-def test_splash_in_an_interpreter_equals_the_definition(case):
-    """How its arrays, heads, windows and segments are passed; the kernel itself is JAX's."""
+@pytest.mark.parametrize(
+    "case", [(1, 100, 4, 2, 128, None, True), (1, 300, 2, 2, 64, 130, False), (1, 390, 2, 1, 32, None, False)], ids=str
+)
+def test_splash_in_an_interpreter_equals_the_definition(case, monkeypatch):
+    """How its arrays, heads, windows and segments are passed; the kernel is JAX's. Two cases have several blocks."""
     B, T, N, K, H, window, segments = case
+    monkeypatch.setattr(attention_vendors, "BLOCK", 512 if segments else 128)
     q, k, v, w, ids = arrays(B, T, N, K, H, segments)
     expected = numpy_attention(q, k, v, w, ids, window)
     ids = None if ids is None else jnp.array(ids)
@@ -261,6 +264,33 @@ def test_a_named_implementation_works_or_raises():
         attention(q, q, q, implementation="cudnn")
     with pytest.raises(UserError, match="multiple of num_kv_heads"):
         attention(q, q[:, :, :2], q[:, :, :2])
+
+
+@pytest.mark.parametrize("window", [None, 1, 130, 384])
+def test_splash_masks_are_those_that_jax_finds_position_by_position(window):
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info as info
+
+    T, blocks = 1024, (128, 128)
+    jax_mask = masks.CausalMask((T, T)) if window is None else masks.LocalMask((T, T), (window - 1, 0), 0)
+    own_mask = attention_vendors._mask(T, window)
+    for process in (info.process_mask, info.process_mask_dkv):
+        found, wanted = (process(masks.MultiHeadMask([mask] * 2), blocks)[0] for mask in (own_mask, jax_mask))
+        for mine, theirs in zip(found, wanted, strict=True):
+            np.testing.assert_array_equal(mine, theirs)
+
+
+@pytest.mark.parametrize(
+    ("T", "window", "block"),
+    [(300, None, 384), (1 << 18, None, 512), (1 << 19, None, 1024), (1 << 20, None, None), (1 << 20, 4096, 512)],
+)
+def test_splash_is_left_where_its_table_exceeds_scalar_memory(monkeypatch, T, window, block):
+    """At a million tokens 8 MiB would be needed of 1 MiB: the compiler refused that, after a long search for blocks."""
+    monkeypatch.setattr(dispatch, "platform", lambda: "tpu")
+    x = jnp.zeros((1, T, 1, 1), jnp.bfloat16)
+    assert attention_vendors._block(x, window) == block
+    obstacle = attention_vendors.splash_obstacle(x, x, window=window, cached=False, decays=False)
+    assert obstacle is None if block else "table of blocks" in obstacle
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,7 @@ def attention(
     has["more"] = "a soft cap of scores" if softcap is not None else "attention sinks" if sinks is not None else None
     obstacles = {
         "cudnn": attention_vendors.cudnn_obstacle(*filled[:2], segmented=q_segment_ids is not None, **has),
-        "splash": attention_vendors.splash_obstacle(*filled[:2], **has),
+        "splash": attention_vendors.splash_obstacle(*filled[:2], window=window, **has),
         **_kernel_obstacles(*filled, window, cached=has["cached"], more=has["more"]),
         "xla": None,
         "reference": None,
