@@ -170,6 +170,17 @@ def test_arrow_in_every_layout(tmp_path):
     fails(tmp_path / "0.parquet.gz", "compressed parquet.*decompress it")
 
 
+def test_a_parquet_page_is_compared_with_its_checksum(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": TEXTS}), path, compression="none", use_dictionary=False, write_page_checksum=True)
+    assert texts_of(path) == TEXTS
+    path.write_bytes(path.read_bytes().replace(b"threethree", b"threethrew", 1))
+    fails(path, "a.parquet as parquet")
+
+
 def test_bytes_that_are_no_text_in_a_table(tmp_path):
     pa = pytest.importorskip("pyarrow")
     import pyarrow.parquet as pq
@@ -279,6 +290,10 @@ def test_the_field_is_found_or_asked_for(tmp_path):
         ]
         assert texts_of(tmp_path / name, text_field="url") == ["u"]
         fails(tmp_path / name, "expected (the field )?'body'; set Dataset.text_field", text_field="body")
+    for name, text in (("n.jsonl", '{"content": null}\n{"content": "b"}'), ("n.json", '[{"content": null}, {"content": "b"}]')):
+        (tmp_path / name).write_text(text)  # as a column of a table that begins with null
+        texts, tally = read(tmp_path / name)
+        assert texts == ["b"] and tally.empty == 1
     (tmp_path / "b.jsonl").write_text('{"title": "a", "label": "b"}')
     fails(tmp_path / "b.jsonl", r"fields \['label', 'title'\], expected the field 'text'")
     (tmp_path / "b.csv").write_text("body,content\na,b\n")
@@ -400,8 +415,12 @@ def test_unusual_json(tmp_path):
         b'[{"text": "\\u0041\\u0000\\ud834\\udd1e", "text2": NaN, "n": 1e999, "m": -0}, {"text": "last"}]'
     )
     assert texts_of(path) == ["A\0𝄞", "last"]
-    path.write_bytes(b'{"text": "first", "text": "second", "\\ud800": "\\udfff"}')
-    assert texts_of(path) == ["second"]
+    for line in (b'{"text": "first", "text": "second", "\\ud800": "\\udfff"}', b'[{"text": "first", "text": "second"}]'):
+        path.write_bytes(line)
+        texts, tally = read(path)
+        assert texts == ["second"] and "the key 'text' occurs twice" in tally.lines()[0]
+    (tmp_path / "mark.jsonl").write_bytes(b'\xef\xbb\xbf\n{"text": "a"}\n\xef\xbb\xbf{"text": "b"}\n')
+    assert texts_of(tmp_path / "mark.jsonl") == ["a", "b"]
     path.write_bytes(b'{"text": "half \\ud83d pair"}')
     texts, tally = read(path)
     assert texts == ["half \ufffd pair"] and tally.replaced == 1
