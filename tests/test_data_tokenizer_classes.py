@@ -135,7 +135,7 @@ FOLDERS = {
     ),
     "older files, by their own ids": (  # the library numbers the tokens of tokenizer.json anew
         "bytes",
-        {"added_tokens": [{"id": 290 + i, "content": text, **ADDED} for i, text in enumerate(["<s>", "<pad>", "[SEP]"])]},
+        {"added_tokens": [{"id": 290 + i, "content": t, **ADDED} for i, t in enumerate(["<s>", "<pad>", "[SEP]"])]},
         {
             "tokenizer_config": {"bos_token": {"__type": "AddedToken", "content": "<img>", **ADDED}},
             "added_tokens": {"hi": 289, "<|im_end|>": 291, "[SEP]": 300, "<img>": 301},

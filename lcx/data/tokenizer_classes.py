@@ -20,8 +20,8 @@ _END = "<|endoftext|>"
 _LLAMA: dict[str, str | None] = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 _GPT: dict[str, str | None] = {"bos_token": _END, "eos_token": _END, "unk_token": _END}
 
-# The default special tokens of a class, used if the folder names none. With null no other token takes the role, not even
-# that of a stored padding.
+# The default special tokens of a class, used if the folder names none. With null no other token takes the role, not
+# even that of a stored padding.
 DEFAULTS: dict[str, dict[str, str | None]] = {
     "LlamaTokenizer": _LLAMA,
     "CodeLlamaTokenizer": _LLAMA

@@ -36,7 +36,7 @@ def read_lines(file: SourceFile, tally: Tally) -> Iterator[Row]:
 
 
 def _decoder(file: SourceFile, tally: Tally) -> json.JSONDecoder:
-    """A decoder that reports keys that occur twice in one object; the last value is used, as in Python's json module."""
+    """A decoder that reports keys that occur twice in an object; their last value is used, as in Python."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
