@@ -52,6 +52,13 @@ class Vocabulary(NamedTuple):
     padding: Any = None
 
 
+class Built(NamedTuple):
+    """A tokenizer of the library, and its special tokens: {role: text}, such as {"bos_token": "<s>"}."""
+
+    library: Any
+    special: dict[str, str]
+
+
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Captures stderr, and discards what was written to it if an error is raised.
@@ -91,8 +98,8 @@ def guarded(what: str) -> Iterator[None]:
         raise UserError(f"{what} ({json_files.one_line(reason)}); check the tokenizer setting") from error
 
 
-def build(path: Path, settings: Settings) -> Any:
-    """The library's tokenizer for a `tokenizer.json`, a `vocab.json` (with merges.txt next to it) or a `.model`.
+def build(path: Path, settings: Settings) -> Built:
+    """The tokenizer of a `tokenizer.json`, a `vocab.json` (with merges.txt next to it) or a `.model`.
 
     Raises:
       UserError: a file is missing or damaged, or the tokenizers package is not installed.
@@ -119,7 +126,7 @@ def build(path: Path, settings: Settings) -> Any:
         elif settings.tokenizer_class == "CohereTokenizer":
             flags = {token.content: token for _, token in _all_added(settings, source)}
             library.add_special_tokens([_added(flags.get(token.content, token)) for token in again])
-        return library
+        return Built(library, {role: token.content for role, token in named.items() if token is not None})
 
 
 def _fix_pattern(library: Any, settings: Settings) -> None:
