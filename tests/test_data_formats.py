@@ -170,17 +170,6 @@ def test_arrow_in_every_layout(tmp_path):
     fails(tmp_path / "0.parquet.gz", "compressed parquet.*decompress it")
 
 
-def test_a_parquet_page_is_compared_with_its_checksum(tmp_path):
-    pa = pytest.importorskip("pyarrow")
-    import pyarrow.parquet as pq
-
-    path = tmp_path / "a.parquet"
-    pq.write_table(pa.table({"text": TEXTS}), path, compression="none", use_dictionary=False, write_page_checksum=True)
-    assert texts_of(path) == TEXTS
-    path.write_bytes(path.read_bytes().replace(b"threethree", b"threethrew", 1))
-    fails(path, "a.parquet as parquet")
-
-
 def test_bytes_that_are_no_text_in_a_table(tmp_path):
     pa = pytest.importorskip("pyarrow")
     import pyarrow.parquet as pq
