@@ -284,10 +284,12 @@ def test_mixed_dtypes_keep_every_number(tmp_path):
     reference = torch_model("llama").bfloat16()
     reference.model.layers[1].input_layernorm.float()
     reference.model.layers[1].self_attn.q_proj.float()
+    reference.model.layers[1].self_attn.o_proj.half()
     save(reference, tmp_path / "hf", "v5")
     source = HfSource(tmp_path / "hf")
     assert source.model.dtype == "bfloat16"
-    assert str(source.leaves["stages_0/block_0/mixer/q_proj/kernel"].dtype) == "float32"
+    for name in ("q_proj", "o_proj"):
+        assert str(source.leaves[f"stages_0/block_0/mixer/{name}/kernel"].dtype) == "float32"
     assert str(source.leaves["stages_0/block_0/mixer/k_proj/kernel"].dtype) == "bfloat16"
     params = model_source.to_devices(source, dtype=np.dtype(np.float32), mesh=None)
     table = rules.Table(families.rules(source.model), model_source.leaf_shapes(source.model))

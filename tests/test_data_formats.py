@@ -279,6 +279,11 @@ def test_the_field_is_found_or_asked_for(tmp_path):
         ]
         assert texts_of(tmp_path / name, text_field="url") == ["u"]
         fails(tmp_path / name, "expected (the field )?'body'; set Dataset.text_field", text_field="body")
+    null, row = '{"content": null}', '{"content": "b"}'  # as a column of a table that begins with null
+    for name, text in (("n.jsonl", f"{null}\n{row}"), ("n.json", f"[{null}, {row}]")):
+        (tmp_path / name).write_text(text)
+        texts, tally = read(tmp_path / name)
+        assert texts == ["b"] and tally.empty == 1
     (tmp_path / "b.jsonl").write_text('{"title": "a", "label": "b"}')
     fails(tmp_path / "b.jsonl", r"fields \['label', 'title'\], expected the field 'text'")
     (tmp_path / "b.csv").write_text("body,content\na,b\n")
@@ -400,8 +405,13 @@ def test_unusual_json(tmp_path):
         b'[{"text": "\\u0041\\u0000\\ud834\\udd1e", "text2": NaN, "n": 1e999, "m": -0}, {"text": "last"}]'
     )
     assert texts_of(path) == ["A\0𝄞", "last"]
-    path.write_bytes(b'{"text": "first", "text": "second", "\\ud800": "\\udfff"}')
-    assert texts_of(path) == ["second"]
+    twice = '{"text": "first", "text": "second", "\\ud800": "\\udfff"}'
+    for line in (twice, f"[{twice}]"):
+        path.write_text(line)
+        texts, tally = read(path)
+        assert texts == ["second"] and "the key 'text' occurs twice" in tally.lines()[0]
+    (tmp_path / "mark.jsonl").write_bytes(b'\xef\xbb\xbf\n{"text": "a"}\n\xef\xbb\xbf{"text": "b"}\n')
+    assert texts_of(tmp_path / "mark.jsonl") == ["a", "b"]
     path.write_bytes(b'{"text": "half \\ud83d pair"}')
     texts, tally = read(path)
     assert texts == ["half \ufffd pair"] and tally.replaced == 1

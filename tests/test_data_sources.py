@@ -83,6 +83,20 @@ def test_parquet(tmp_path):
     fails(tmp_path / "u.parquet", "as parquet", text_field="sentence")
 
 
+def test_a_parquet_page_is_compared_with_its_checksum(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    path = tmp_path / "a.parquet"
+    table = pa.table({"text": ["one", "three" * 50]})
+    pq.write_table(table, path, compression="none", use_dictionary=False, write_page_checksum=True)
+    assert list(read(path).values()) == ["one", "three" * 50]
+    damaged = path.read_bytes()
+    assert b"threethree" in damaged
+    path.write_bytes(damaged.replace(b"threethree", b"threethrew"))
+    fails(path, "a.parquet as parquet")
+
+
 def test_fasta(tmp_path):
     file = tmp_path / "g.fa"
     file.write_text(">chr1 first\nACGT\nacgtN\n\n>chr2\nTT\n>empty\n")

@@ -133,6 +133,30 @@ FOLDERS = {
             "added_tokens": {"<|im_end|>": 600, "<pad>": 601},
         },
     ),
+    "older files, by their own ids": (  # the library numbers the tokens of tokenizer.json anew
+        "bytes",
+        {"added_tokens": [{"id": 290 + i, "content": t, **ADDED} for i, t in enumerate(["<s>", "<pad>", "[SEP]"])]},
+        {
+            "tokenizer_config": {"bos_token": {"__type": "AddedToken", "content": "<img>", **ADDED}},
+            "added_tokens": {"hi": 289, "<|im_end|>": 291, "[SEP]": 300, "<img>": 301},
+        },
+    ),
+    "older files, names in objects": (
+        "spaces",
+        {},
+        {
+            "tokenizer_config": {"bos_token": {"__type": "AddedToken", "content": "<|im_end|>", **ADDED}},
+            "special_tokens_map": {"pad_token": {"content": "<pad>", "lstrip": True}},
+            "added_tokens": {"<|im_end|>": 600, "<pad>": 601},
+        },
+    ),
+    "named additional tokens": (
+        "bytes",
+        {},
+        {"tokenizer_config": {"additional_special_tokens": {"boi_token": "<img>", "x_token": "hi"}, **BOS_EOS}},
+    ),
+    "longformer": ("bytes", {}, {"tokenizer_config": {"tokenizer_class": "LongformerTokenizer"}}),
+    "phi 3, by its former name": ("spaces", {}, {"tokenizer_config": {"tokenizer_class": "Phi3Tokenizer"}}),
     "split special tokens": (
         "bytes",
         {},
@@ -150,6 +174,7 @@ FOLDERS = {
         {"tokenizer_config": {"model_max_length": 4, "image_token": "<img>", **BOS_EOS}},
     ),
     "padding": ("bytes", {"padding": PADDING}, {"tokenizer_config": BOS_EOS}),
+    "padding, gpt 2": ("bytes", {"padding": PADDING}, {"tokenizer_config": {"tokenizer_class": "GPT2Tokenizer"}}),
     "padding, gpt neox": ("bytes", {"padding": PADDING}, {"config": {"model_type": "gpt_neox"}}),
     "padding, llama": ("spaces", {"padding": PADDING}, {"tokenizer_config": {"tokenizer_class": "LlamaTokenizer"}}),
     "not marked as special": (
@@ -297,6 +322,10 @@ def test_classes_are_those_of_transformers(transformers):
             assert name in known or issubclass(found, getattr(transformers, tokenizer_names.ALIASES[name])), (
                 name
             )
+    for name in transformers.convert_slow_tokenizer.SLOW_TO_FAST_CONVERTERS:  # names that dir() does not list
+        found = auto.tokenizer_class_from_name(name)
+        if found is not None and found.__name__ != name and found.__name__ in known:
+            assert tokenizer_names.ALIASES[name] == found.__name__, name
     for kind in set(types) - set(transformers.models.auto.configuration_auto.CONFIG_MAPPING_NAMES):
         assert tokenizer_names.resolve(None, kind, byte_level=False) == "TokenizersBackend"
 

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from lcx.data import special_tokens
+from lcx.data.chat_templates import chat_templates
 from lcx.data.tokenizers import encode_all
 
 TEXTS = [
@@ -92,7 +93,7 @@ def folder_of(path, files):
 
 
 def assert_equal(ours, theirs):
-    """The same ids with and without special tokens, the same text back, one by one and in a batch."""
+    """The same ids with and without special tokens, one by one and in a batch, text back, tokens for chat templates."""
     special = special_tokens(ours)
     for text in TEXTS:
         plain = list(theirs(text, add_special_tokens=False).input_ids)
@@ -106,6 +107,7 @@ def assert_equal(ours, theirs):
         assert [ids.tolist() for ids in many] == [
             list(theirs(text, add_special_tokens=asked).input_ids) for text in TEXTS
         ]
+    assert dict(chat_templates(ours).special_tokens) == theirs.special_tokens_map
     assert ours.bos_id == theirs.bos_token_id
     assert theirs.eos_token_id in (None, ours.eos_id)
     assert ours.vocab_size == max(theirs.get_vocab().values()) + 1

@@ -173,6 +173,15 @@ def _special_tokens(
     """(name, text) of the special tokens, as transformers passes them to a template."""
     if folder is None:
         return ()
+    texts = getattr(tokenizer, "special_texts", None)
+    if texts is None:
+        texts = _stated_tokens(tokenizer, config, folder)
+    order = [*_SPECIAL, *sorted(set(texts) - set(_SPECIAL))]
+    return tuple((name, texts[name]) for name in order if isinstance(texts.get(name), str))
+
+
+def _stated_tokens(tokenizer: Tokenizer, config: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The special tokens that the files next to a sentencepiece model state, else its own."""
     stated = {name: value for name, value in config.items() if name.endswith("_token")}
     if isinstance(config.get("extra_special_tokens"), dict):
         stated |= config["extra_special_tokens"]
@@ -183,11 +192,7 @@ def _special_tokens(
     if piece is not None:
         own = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
         stated = {name: piece(i) for name, i in own.items() if i is not None} | stated
-    texts = {
-        name: value.get("content") if isinstance(value, dict) else value for name, value in stated.items()
-    }
-    order = [*_SPECIAL, *sorted(set(texts) - set(_SPECIAL))]
-    return tuple((name, texts[name]) for name in order if isinstance(texts.get(name), str))
+    return {name: value.get("content") if isinstance(value, dict) else value for name, value in stated.items()}
 
 
 def _read_override(override: str, own: dict[str, str], setting: str) -> str:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from lcx.data import json_files, sentencepiece_model
 from lcx.data.special import SpecialTokens
 from lcx.data.tokenizer_classes import AROUND, DEFAULTS, PIPELINES
-from lcx.data.tokenizer_settings import NAMED, Settings, Token
+from lcx.data.tokenizer_settings import NAMED, Settings, Token, token_of_object
 from lcx.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ MAX_BYTES = 1 << 30  # limit for a tokenizer.json; the largest published ones ha
 
 
 class Vocabulary(NamedTuple):
-    """The parts of its files that a tokenizer class uses.
+    """The parts of its files that a tokenizer class uses; of a tokenizer.json that is used as it is, its added tokens.
 
     Attributes:
       added: tokens with their ids, as tokenizer.json stores them.
@@ -50,6 +50,13 @@ class Vocabulary(NamedTuple):
     post_processor: Any = None
     is_json: bool = False
     padding: Any = None
+
+
+class Built(NamedTuple):
+    """A tokenizer of the library, and its special tokens: {role: text}, such as {"bos_token": "<s>"}."""
+
+    library: Any
+    special: dict[str, str]
 
 
 @contextlib.contextmanager
@@ -91,8 +98,8 @@ def guarded(what: str) -> Iterator[None]:
         raise UserError(f"{what} ({json_files.one_line(reason)}); check the tokenizer setting") from error
 
 
-def build(path: Path, settings: Settings) -> Any:
-    """The library's tokenizer for a `tokenizer.json`, a `vocab.json` (with merges.txt next to it) or a `.model`.
+def build(path: Path, settings: Settings) -> Built:
+    """The tokenizer of a `tokenizer.json`, a `vocab.json` (with merges.txt next to it) or a `.model`.
 
     Raises:
       UserError: a file is missing or damaged, or the tokenizers package is not installed.
@@ -103,7 +110,7 @@ def build(path: Path, settings: Settings) -> Any:
         raise UserError(f"reading {path} needs the tokenizers package: pip install tokenizers") from error
     with guarded(f"{path} is not a readable tokenizer"), quiet():
         library, source = _pipeline(path, settings)
-        named = _with_pad(named_tokens(settings), source.padding if source else library.padding)
+        named = _with_pad(named_tokens(settings), source.padding)
         library.no_truncation()
         library.no_padding()
         if getattr(library.model, "dropout", None):
@@ -119,7 +126,7 @@ def build(path: Path, settings: Settings) -> Any:
         elif settings.tokenizer_class == "CohereTokenizer":
             flags = {token.content: token for _, token in _all_added(settings, source)}
             library.add_special_tokens([_added(flags.get(token.content, token)) for token in again])
-        return library
+        return Built(library, {role: token.content for role, token in named.items() if token is not None})
 
 
 def _fix_pattern(library: Any, settings: Settings) -> None:
@@ -141,7 +148,9 @@ def _fix_pattern(library: Any, settings: Settings) -> None:
 def named_tokens(settings: Settings) -> dict[str, Token | None]:
     """The special tokens by role (bos_token, ...): those named in the folder, else the defaults of the class."""
     defaults = DEFAULTS.get(settings.tokenizer_class, {})
-    named: dict[str, Token | None] = {key: Token(text, special=True) for key, text in defaults.items()}
+    named: dict[str, Token | None] = {
+        key: None if text is None else Token(text, special=True) for key, text in defaults.items()
+    }
     named |= dict(settings.named)
     return {key: named[key] for key in (*NAMED, *(k for k in named if k not in NAMED)) if key in named}
 
@@ -189,7 +198,7 @@ def special_of(library: Any, eos_id: int | None, *, what: str) -> SpecialTokens:
 # ------------------------------------------------------------------------------------------------ the files
 
 
-def _pipeline(path: Path, settings: Settings) -> tuple[Any, Vocabulary | None]:
+def _pipeline(path: Path, settings: Settings) -> tuple[Any, Vocabulary]:
     pipeline = PIPELINES.get(settings.tokenizer_class)
     if path.suffix == ".model":
         model = sentencepiece_model.read(path)
@@ -201,7 +210,7 @@ def _pipeline(path: Path, settings: Settings) -> tuple[Any, Vocabulary | None]:
         if data is None:
             raise UserError(f"tokenizer file {path} does not exist; check the tokenizer setting")
         if pipeline is None:
-            return _library(data), None
+            return _as_it_is(data, settings, path)
         source = _of_json(json_files.parse_object(data, path), path)
     else:
         source = _of_bpe_files(path)
@@ -219,6 +228,31 @@ def _library(data: bytes) -> Any:
     return Tokenizer.from_str(data.decode())
 
 
+def _as_it_is(data: bytes, settings: Settings, path: Path) -> tuple[Any, Vocabulary]:
+    """A tokenizer.json whose own pipeline is used.
+
+    The library numbers the added tokens itself; the ids in the file matter only beside those of added_tokens.json.
+    """
+    library = _library(data)
+    if settings.added and not settings.replaces_added:
+        added = _added_of(json_files.parse_object(data, path), path)
+    else:
+        own = library.get_added_tokens_decoder()
+        added = tuple((i, _token_of(token)) for i, token in own.items())
+    return library, Vocabulary({}, [], added, is_json=True, padding=library.padding)
+
+
+def _added_of(data: dict[str, Any], path: Path) -> tuple[tuple[int, Token], ...]:
+    """The added tokens of a tokenizer.json with the ids written there."""
+    entries = data.get("added_tokens") or []
+    if not isinstance(entries, list):
+        raise json_files.wrong(path, "added_tokens", entries, "a list")
+    return tuple(
+        (json_files.token_id(entry.get("id"), "added_tokens", path), token_of_object(entry, "added_tokens", path))
+        for entry in entries
+    )
+
+
 def _of_json(data: dict[str, Any], path: Path) -> Vocabulary:
     """The parts of a tokenizer.json that a class with its own pipeline uses."""
     model = data.get("model")
@@ -228,13 +262,8 @@ def _of_json(data: dict[str, Any], path: Path) -> Vocabulary:
     if isinstance(vocab, list):
         vocab = {entry[0] if isinstance(entry, list) else entry: i for i, entry in enumerate(vocab)}
     merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model.get("merges") or []]
-    added = []
-    for entry in data.get("added_tokens") or []:
-        fields = {key: value for key, value in entry.items() if key != "id"}
-        added.append((json_files.token_id(entry.get("id"), "added_tokens", path), Token(**fields)))
-    return Vocabulary(
-        vocab, merges, tuple(added), (), _post_processor(data, model), True, data.get("padding")
-    )
+    added, post_processor = _added_of(data, path), _post_processor(data, model)
+    return Vocabulary(vocab, merges, added, (), post_processor, True, data.get("padding"))
 
 
 def _post_processor(data: dict[str, Any], model: dict[str, Any]) -> Any:
@@ -326,30 +355,28 @@ def _added(token: Token) -> Any:
     return AddedToken(token.content, special=token.special, **flags)
 
 
-def _extra(settings: Settings, source: Vocabulary | None) -> tuple[Token, ...]:
+def _extra(settings: Settings, source: Vocabulary) -> tuple[Token, ...]:
     """The additional special tokens of the folder, else those that a sentencepiece model marks itself."""
-    return settings.extra if settings.extra is not None else source.extra if source else ()
+    return settings.extra if settings.extra is not None else source.extra
 
 
-def _all_added(settings: Settings, source: Vocabulary | None) -> list[tuple[int, Token]]:
+def _all_added(settings: Settings, source: Vocabulary) -> list[tuple[int, Token]]:
     """The added tokens of the folder and of tokenizer.json by id; for the same id, tokenizer.json wins."""
-    of_file = source.added if source and not settings.replaces_added else ()
+    of_file = () if settings.replaces_added else source.added
     return sorted((dict(settings.added) | dict(of_file)).items(), key=lambda pair: pair[0])
 
 
 def _add_tokens(
-    library: Any, settings: Settings, source: Vocabulary | None, named: dict[str, Token | None]
+    library: Any, settings: Settings, source: Vocabulary, named: dict[str, Token | None]
 ) -> None:
-    """Adds the folder's tokens that the library does not have yet, in the same order as transformers."""
-    own = library.get_added_tokens_decoder()
-    present = {repr(token) for token in own.values()}
-    known = {token.content for token in own.values()}
+    """Adds the tokens of the folder and, once more, those of tokenizer.json, in the same order as transformers.
+
+    Of a token that occurs twice, the last one's flags are used.
+    """
+    known = {token.content for token in library.get_added_tokens_decoder().values()}
     roles = {token.content for token in named.values() if token is not None}
     added = _all_added(settings, source)
-    if source is None and not settings.replaces_added:  # of these, only the flag `special` may change
-        added = sorted((dict(added) | {i: _token_of(token) for i, token in own.items()}).items())
     tokens = [t if t.content not in roles else dataclasses.replace(t, special=True) for _, t in added]
-    tokens = [token for token in tokens if repr(_added(token)) not in present]
     known |= {token.content for token in tokens}
     for token in (*named.values(), *_extra(settings, source)):
         if token is not None and token.content not in known and token not in tokens:
@@ -363,7 +390,7 @@ def _token_of(token: Any) -> Token:
 
 
 def _set_post_processor(
-    library: Any, settings: Settings, source: Vocabulary | None, named: dict[str, Token | None]
+    library: Any, settings: Settings, source: Vocabulary, named: dict[str, Token | None]
 ) -> None:
     """Sets what is added around a text, from add_bos_token and add_eos_token if the class uses them."""
     from tokenizers import processors
@@ -379,9 +406,8 @@ def _set_post_processor(
             special_tokens=[(text, library.token_to_id(text)) for text in dict.fromkeys(texts)],
         )
         return
-    is_json = source is None or source.is_json
     add = {"bos_token": False, "eos_token": False}
-    if not is_json:
+    if not source.is_json:
         add = {key: bool(settings.option(f"add_{key}")) for key in add}
     elif settings.tokenizer_class == "CodeLlamaTokenizer":
         add["bos_token"] = True

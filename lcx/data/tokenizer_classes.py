@@ -17,11 +17,12 @@ _QWEN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?@+|\p{N}| ?[^\s#\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _END = "<|endoftext|>"
-_LLAMA = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-_GPT = {"bos_token": _END, "eos_token": _END, "unk_token": _END}
+_LLAMA: dict[str, str | None] = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+_GPT: dict[str, str | None] = {"bos_token": _END, "eos_token": _END, "unk_token": _END}
 
-# The default special tokens of a class, used if the folder names none.
-DEFAULTS: dict[str, dict[str, str]] = {
+# The default special tokens of a class, used if the folder names none. With null no other token takes the role, not
+# even that of a stored padding.
+DEFAULTS: dict[str, dict[str, str | None]] = {
     "LlamaTokenizer": _LLAMA,
     "CodeLlamaTokenizer": _LLAMA
     | {
@@ -40,8 +41,8 @@ DEFAULTS: dict[str, dict[str, str]] = {
     },
     "Qwen2Tokenizer": {"eos_token": _END, "unk_token": _END, "pad_token": _END},
     "Qwen3_5Tokenizer": {"eos_token": _END, "unk_token": _END, "pad_token": _END},
-    "GPT2Tokenizer": _GPT,
-    "CodeGenTokenizer": _GPT,
+    "GPT2Tokenizer": _GPT | {"pad_token": None},
+    "CodeGenTokenizer": _GPT | {"pad_token": None},
     "GPTNeoXTokenizer": _GPT | {"pad_token": "<|padding|>"},
     "BertTokenizer": {
         "unk_token": "[UNK]",

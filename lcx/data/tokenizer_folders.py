@@ -197,7 +197,7 @@ def _special_ids(tokenizer: HuggingFaceTokenizer) -> tuple[int | None, int | Non
     ids = {}
     for key in ("bos_token", "eos_token"):
         token = named.get(key)
-        ids[key] = None if token is None else library.token_to_id(token.content)
+        ids[key] = library.token_to_id(token.content) if token is not None and token.content else None
     stops = settings_of.stop_ids(folder)
     if "eos_token" not in named:
         ids["eos_token"] = next((i for i in stops if library.id_to_token(i) is not None), None)

@@ -36,9 +36,18 @@ class HuggingFaceTokenizer:
     stop_ids: tuple[int, ...] = ()
     settings: Settings = Settings(GENERIC)
 
+    @property
+    def _build(self) -> tokenizer_build.Built:
+        return _built(Path(self.path), self.settings, _stamp(Path(self.path)))
+
     @functools.cached_property
     def _library(self) -> Any:
-        return _built(Path(self.path), self.settings, _stamp(Path(self.path)))
+        return self._build.library
+
+    @functools.cached_property
+    def special_texts(self) -> dict[str, str]:
+        """{role: text} of the special tokens, as transformers passes them to a chat template."""
+        return self._build.special
 
     @functools.cached_property
     def vocab_size(self) -> int:
@@ -167,7 +176,7 @@ class SentencePieceTokenizer:
 
 
 @functools.lru_cache(maxsize=4)
-def _built(path: Path, settings: Settings, stamp: tuple) -> Any:
+def _built(path: Path, settings: Settings, stamp: tuple) -> tokenizer_build.Built:
     """Cached per file, because a run loads its tokenizer many times and a large vocabulary takes a second."""
     return tokenizer_build.build(path, settings)
 

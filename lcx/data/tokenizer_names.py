@@ -143,9 +143,9 @@ def _classes(names: str) -> frozenset[str]:
     return frozenset(f"{name}Tokenizer" for name in names.split())
 
 
-_BERTS = "DPRContextEncoder DPRQuestionEncoder DPRReader DistilBert Lxmert MobileBert SqueezeBert"
+_BERTS = "DPRContextEncoder DPRQuestionEncoder DPRReader DistilBert Electra LayoutLM Lxmert MobileBert SqueezeBert"
 ALIASES = dict.fromkeys(_classes(_BERTS), "BertTokenizer")
-ALIASES |= dict.fromkeys(_classes("Bart LED Mvp"), "RobertaTokenizer")
+ALIASES |= dict.fromkeys(_classes("Bart LED Longformer Mvp"), "RobertaTokenizer") | {"Phi3Tokenizer": "LlamaTokenizer"}
 # Classes that set up their own pipeline from the vocabulary; tokenizer.json can represent it.
 REBUILT = _classes(
     "Albert Barthez Bert BigBird Blenderbot CLIP Camembert CodeGen CodeLlama Cohere ConvBert Deberta DebertaV2"

@@ -6,7 +6,7 @@ does not set, and config.json may name the class.
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ class Settings:
       tokenizer_class: as resolved from the folder, see `tokenizer_classes.resolve`.
       named: special tokens with a role, e.g. ("bos_token", Token("<s>")); None if the folder disables it.
       extra: additional special tokens; None if the folder does not list any.
-      added: tokens and their ids, in addition to those in tokenizer.json.
+      added: tokens and their ids in the order of their file, in addition to those in tokenizer.json.
       replaces_added: `added` replaces those in tokenizer.json, for a class that sets up its own pipeline.
       options: (name, value) of the settings that are true, false or null.
     """
@@ -145,10 +145,12 @@ def read(
         from_map = _extra(mapped, named, map_path)
         if extra is None and "extra_special_tokens" in mapped:
             extra = from_map
-        added = _older_added(folder / "added_tokens.json", named, extra)
+        added = _older_added(folder / "added_tokens.json", _written_special(config, mapped))
         if not of_model:  # a sentencepiece model marks such tokens itself
             extra = from_map if extra is None else extra
     options = dict(_options(config, path))
+    if "add_bos_token" in config:  # null is false, also where the class adds BOS by default
+        options.setdefault("add_bos_token", False)
     if not _has_mistral_pattern(folder, model_config):
         options.pop("fix_mistral_regex", None)
     ordered = [key for key in NAMED if key in named] + [key for key in named if key not in NAMED]
@@ -199,12 +201,14 @@ def _is_added_token(value: Any, in_map: bool) -> bool:
 
 def _extra(data: Mapping[str, Any], named: dict[str, Token | None], path: Path) -> tuple[Token, ...] | None:
     """The list of additional special tokens; if it is an object, its tokens have names and go into `named`."""
-    key = "extra_special_tokens"
+    key, older = "extra_special_tokens", "additional_special_tokens"
+    if not data.get(key) and older in data:
+        key = older
     if isinstance(data.get(key), dict):
         named |= {name: _token(value, name, path) for name, value in data[key].items()}
-        key = "additional_special_tokens"
-    elif not data.get(key) and "additional_special_tokens" in data:
-        key = "additional_special_tokens"
+        if key == older:
+            return None
+        key = older
     values = _list(data, key, path)
     return None if values is None else tuple(_token(value, key, path) for value in values)
 
@@ -216,22 +220,30 @@ def _decoder(data: Mapping[str, Any], path: Path) -> tuple[tuple[int, Token], ..
             raise json_files.wrong(path, "added_tokens_decoder", key, "token ids as keys")
         number = json_files.token_id(int(key), "added_tokens_decoder", path)
         pairs.append((number, _token(value, "added_tokens_decoder", path, plain=False)))
-    return tuple(sorted(pairs, key=lambda pair: pair[0]))
+    return tuple(pairs)
 
 
-def _older_added(
-    path: Path, named: Mapping[str, Token | None], extra: tuple[Token, ...] | None
-) -> tuple[tuple[int, Token], ...]:
+def _written_special(config: Mapping[str, Any], mapped: Mapping[str, Any]) -> set[str]:
+    """The contents of special tokens; as in transformers, an object counts only in special_tokens_map.json."""
+    values = [mapped[key] if key in mapped else config.get(key) for key in NAMED]
+    objects = [mapped[key] for key in NAMED if isinstance(mapped.get(key), dict)]
+    listed = config.get("extra_special_tokens") or config.get("additional_special_tokens")
+    values += listed if isinstance(listed, list) else []
+    listed = mapped.get("extra_special_tokens")
+    for value in listed if isinstance(listed, list) else []:
+        (objects if isinstance(value, dict) else values).append(value)
+    return {text for text in (*values, *(value.get("content") for value in objects)) if isinstance(text, str)}
+
+
+def _older_added(path: Path, special: Set[str]) -> tuple[tuple[int, Token], ...]:
     """added_tokens.json: {content: id}."""
-    special = {token.content for key, token in named.items() if token and key in NAMED}
-    special |= {token.content for token in extra or ()}
     pairs = []
     for content, number in json_files.read_object(path).items():
         if not json_files.is_text(content):
             raise json_files.wrong(path, "a key", content, "text that UTF-8 can express")
         token = Token(content, normalized=content not in special, special=content in special)
         pairs.append((json_files.token_id(number, content, path), token))
-    return tuple(sorted(pairs, key=lambda pair: pair[0]))
+    return tuple(pairs)
 
 
 def _token(
@@ -240,6 +252,11 @@ def _token(
     """A token from a string, which is special, or from an object with the fields of an added token."""
     if plain and json_files.is_text(value):
         return Token(value, special=True)
+    return token_of_object(value, key, path, special=special)
+
+
+def token_of_object(value: Any, key: str, path: Path | str, *, special: bool | None = None) -> Token:
+    """A token from an object with the fields of `tokenizers.AddedToken`; other fields are ignored, as it does."""
     if not isinstance(value, dict) or not json_files.is_text(value.get("content")):
         raise json_files.wrong(path, key, value, "a token, a string or an object with its content")
     flags: dict[str, Any] = {}

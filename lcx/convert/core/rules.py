@@ -364,7 +364,7 @@ class Table:
             return read(None, index)
         axes = [range(*index[axis].indices(self.shapes[path][axis])) for axis in range(depth)]
         keys: Iterable[Key] = axes[0] if depth == 1 else itertools.product(axes[0], axes[1])
-        slices = [read(key, index[depth:]) for key in keys]
+        slices = _alike([read(key, index[depth:]) for key in keys])
         if len(slices) == 1 and depth == 1:
             return slices[0][None]
         return np.stack(slices).reshape(*map(len, axes), *slices[0].shape)
@@ -376,7 +376,7 @@ class Table:
         if rule.block is None:
             yield from parts
             return
-        blocks = [rows.reshape(-1, 1, rule.block, *rows.shape[1:]) for rows in parts]
+        blocks = _alike([rows.reshape(-1, 1, rule.block, *rows.shape[1:]) for rows in parts])
         yield np.concatenate(blocks, axis=1).reshape(self.foreign_shapes[name])
 
     def to_foreign(self, tree: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -390,6 +390,11 @@ class Table:
             parts = [np.atleast_1d(part) for part in self.foreign_parts(name, read)]
             foreign[name] = np.concatenate(parts).reshape(shape)
         return foreign
+
+
+def _alike(arrays: list[np.ndarray]) -> list[np.ndarray]:
+    """The arrays in one dtype; float32 if theirs differ, because numpy has none for float16 and bfloat16."""
+    return arrays if len({x.dtype for x in arrays}) == 1 else [x.astype(np.float32) for x in arrays]
 
 
 def _depth(key: Key) -> int:

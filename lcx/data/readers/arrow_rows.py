@@ -77,7 +77,7 @@ def _batches(file: SourceFile, tally: Tally, columns: Columns) -> Iterator[Itera
     if file.format == "parquet":
         import pyarrow.parquet as pq
 
-        with streams.open_raw(file.path) as raw, pq.ParquetFile(raw) as table:
+        with streams.open_raw(file.path) as raw, pq.ParquetFile(raw, page_checksum_verification=True) as table:
             wanted = _wanted(file, table.schema_arrow, columns)
             parts = table.iter_batches(batch_size=_ROWS, columns=wanted)
             total = max(1, table.metadata.num_rows)

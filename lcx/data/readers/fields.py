@@ -54,7 +54,7 @@ class TextField:
 
     def holds(self, record: Mapping[str, Any]) -> bool:
         """Whether a record has a field for the text."""
-        return self._choose({name: isinstance(value, str) for name, value in record.items()}) is not None
+        return self._choose(_may_be_text(record)) is not None
 
     def text(self, row: Row) -> str:
         """The text of a row; "" for null.
@@ -63,7 +63,7 @@ class TextField:
           UserError: there is no such field, or its value is not text.
         """
         record = row.record
-        name = self._chosen or self._choose({key: isinstance(value, str) for key, value in record.items()})
+        name = self._chosen or self._choose(_may_be_text(record))
         if name is None or name not in record:
             raise UserError(
                 f"{row.place} has fields {_listed(sorted(record))}, expected the field"
@@ -92,6 +92,11 @@ class TextField:
             " Dataset.text_field names another"
         )
         return usual[0]
+
+
+def _may_be_text(record: Mapping[str, Any]) -> dict[str, bool]:
+    """{field: whether it can contain text}; null can, as a column of a table that has text in other rows."""
+    return {name: value is None or isinstance(value, str) for name, value in record.items()}
 
 
 def _listed(names: list[str]) -> str:

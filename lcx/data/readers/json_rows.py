@@ -1,5 +1,6 @@
 """Rows of JSON: one object per line, an array of objects, or consecutive objects."""
 
+import collections
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -18,22 +19,38 @@ _SPACE = re.compile(r"[ \t\r\n]*")
 
 def read_lines(file: SourceFile, tally: Tally) -> Iterator[Row]:
     """Yields one row per line; the name of a row ends in the number of its line."""
+    decoder = _decoder(file, tally)
     for number, (line, position) in enumerate(streams.lines(file.path), start=1):
         if not line.strip():
             continue
         place = f"{shown(file.path)} line {number}"
         try:
             text = streams.decode(line, place)
-            record = _checked(_repaired(_loads(text, place), text, place, tally), place)
+            if not text.strip():  # a byte order mark alone
+                continue
+            record = _checked(_repaired(_loads(text, place, decoder), text, place, tally), place)
         except UserError as error:
             tally.bad_row(error)
             continue
         yield Row(place, f"{file.name}:{number}", record, position)
 
 
-def _loads(text: str, place: str) -> Any:
+def _decoder(file: SourceFile, tally: Tally) -> json.JSONDecoder:
+    """A decoder that reports keys that occur twice in an object; their last value is used, as in Python."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            key = collections.Counter(key for key, _ in pairs).most_common(1)[0][0]
+            tally.remark(f"{file.name} has an object in which the key {key!r:.60} occurs twice; the last value is used")
+        return found
+
+    return json.JSONDecoder(object_pairs_hook=unique)
+
+
+def _loads(text: str, place: str, decoder: json.JSONDecoder) -> Any:
     try:
-        return json.loads(text)
+        return decoder.decode(text)
     except json.JSONDecodeError as error:
         raise UserError(
             f"{place} is not JSON: {error.msg} at column {error.colno}; expected one JSON object per line"
@@ -91,7 +108,7 @@ def read_values(
     An array is parsed element by element, so only one element is in memory at a time.
     """
     number = 0
-    for place, value, text, position in _values(file.path):
+    for place, value, text, position in _values(file.path, _decoder(file, tally)):
         try:
             records = _rows_of(_checked(_repaired(value, text, place, tally), place), is_row)
         except UserError as error:
@@ -111,9 +128,9 @@ def _rows_of(value: dict[str, Any], is_row: Callable[[Mapping[str, Any]], bool])
     return [value] if len(lists) != 1 or any(k in value for k in _CHAT) or is_row(value) else lists[0]
 
 
-def _values(path: str) -> Iterator[tuple[str, Any, str, int]]:
+def _values(path: str, decoder: json.JSONDecoder) -> Iterator[tuple[str, Any, str, int]]:
     """(place, value, its JSON, position on disk) of each array element, and of each value outside of arrays."""
-    scanner = _Scanner(path)
+    scanner = _Scanner(path, decoder)
     while scanner.peek():
         if scanner.peek() != "[":
             yield scanner.value()
@@ -133,12 +150,12 @@ def _values(path: str) -> Iterator[tuple[str, Any, str, int]]:
 class _Scanner:
     """Parses JSON values from a text that is read in pieces."""
 
-    def __init__(self, path: str):
+    def __init__(self, path: str, decoder: json.JSONDecoder):
         self._path, self._pieces = path, streams.texts(path)
         self._limit = streams.most(path)
         self._text, self._at, self._line, self._position = "", 0, 1, 0
         self._ended = False
-        self._decoder = json.JSONDecoder()
+        self._decoder = decoder
 
     def peek(self) -> str:
         """The next character that is not white space; "" at the end."""
