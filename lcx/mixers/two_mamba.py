@@ -63,7 +63,8 @@ class TwoMamba(nn.Module):
       value_step: multiply the values by softplus(x W_dt).
       residual: add D v to the output, v after the convolution.
       gate: multiply y by silu(x W_z + b).
-      form: how score "square" is computed: "tiles", "states", or None to let ops/second_order_choice.py decide.
+      form: how score "square" is computed: "tiles", "states", "recurrent", or None to let ops/second_order_choice.py
+        decide.
       init_gain: gain of the initialisation of all projections; 3^-0.5 gives the variance of torch's default, as in the
         published code.
       implementation: of the operator, see ops; None picks the fastest valid one.
@@ -139,8 +140,9 @@ class TwoMamba(nn.Module):
             if getattr(self, field) not in choices:
                 expected = ", ".join(repr(choice) for choice in choices)
                 raise UserError(f"{field} {getattr(self, field)!r}: expected one of {expected}")
-        if self.form not in (None, "tiles", "states"):
-            raise UserError(f"form {self.form!r}: expected 'tiles', 'states' or None")
+        if self.form not in (None, *second_order_op.FORMS):
+            expected = ", ".join(map(repr, second_order_op.FORMS))
+            raise UserError(f"form {self.form!r}: expected {expected} or None")
         if self.form is not None and self.score != "square":
             raise UserError(
                 f"form {self.form!r} with score {self.score!r}: only 'square' has forms; set form=None"
@@ -301,7 +303,7 @@ class TwoMamba(nn.Module):
             core = 2.0 * H * H
         elif self.score == "square":
             states = 2.0 * second_order_op.expanded_size(H) * (H + 1)
-            core = {"tiles": pairs, "states": states}.get(self.form or "", min(pairs, states))
+            core = {"tiles": pairs, "states": states, "recurrent": states}.get(self.form or "", min(pairs, states))
         else:
             core = pairs
         taps = 3 * H * self.conv_width if self.conv_width > 1 else 0
