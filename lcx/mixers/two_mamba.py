@@ -33,7 +33,7 @@ from lcx.mixers import kv_cache
 from lcx.mixers.attention import Attention
 from lcx.mixers.hyena import bounded
 from lcx.mixers.mamba2 import Mamba2
-from lcx.ops import attention_shards
+from lcx.ops import attention_shards, second_order_choice
 from lcx.ops import linear_attention as linear_op
 from lcx.ops import second_order_attention as second_order_op
 from lcx.ops.attention import attention
@@ -293,6 +293,12 @@ class TwoMamba(nn.Module):
             heads = {"heads": self.num_heads, "kv_heads": self.num_heads}
             core = attention_shards.in_words(None, window=None, implementation=self.implementation, **sizes, **heads)
         return f"{core} and {halo_in_words(self.conv_width - 1)}" if self.conv_width > 1 else core
+
+    @nn.nowrap
+    def form_of_rows(self, *, seq_len: int, follows: bool) -> str | None:
+        if self.score != "square":
+            return None
+        return second_order_choice.in_words(self.form, seq_len, self.head_dim, follows=follows)
 
     @nn.nowrap
     def macs_per_token(self, seq_len: int) -> float:

@@ -14,8 +14,8 @@ do not underflow in float32 (second_order_units.py). A token that sees only itse
                 final state if it is used.
 ``xla``         form "tiles": quadratic in time, linear in memory, skips tiles that the decay has made negligible
                 (second_order_tiles.py). form "states": linear in time, one state of P x (H + 1) numbers a head
-                (second_order_states.py). form "recurrent": a step for each token, as in decoding; it is there to compare
-                with. form None: second_order_choice.py.
+                (second_order_states.py). form "recurrent": a step for each token, as in decoding, to compare with.
+                form None: second_order_choice.py.
 
 Letters: B batch, T tokens, N query heads, K kv heads, H head dim, P = `expanded_size(H)`.
 """
@@ -89,8 +89,8 @@ def second_order_attention(
       log_decay: at most 0; -inf hides all earlier tokens. Values at padding are ignored. None: no decay.
       normalize: divide by the sum of the weights.
       scale: defaults to H^-0.5. It cancels when normalize=True, except in the state.
-      form: "tiles", "states", "recurrent", or None to choose by the length and the data, so that time grows at most linearly with T
-        from 4K tokens on, whatever the decay (second_order_choice.py).
+      form: "tiles", "states", "recurrent", or None to choose by the length and the data, so that time grows at most
+        linearly with T from 4K tokens on, whatever the decay (second_order_choice.py).
       segment_ids: documents of packed rows (segments.py); None: one document with id 1.
       initial_state: the state after earlier tokens; None: empty.
       implementation: see dispatch.py; here "reference", "xla", "triton", "tpu" or None.

@@ -13,6 +13,7 @@ from lcx.errors import UserError
 from lcx.mixers.attention import Attention
 from lcx.mixers.mamba2 import Mamba2
 from lcx.mixers.two_mamba import PUBLISHED, TwoMamba, published
+from lcx.mlps.gated import GatedMlp
 from lcx.model import Decoder
 from lcx.rope import Rope
 from lcx.rope_fields import shown
@@ -105,6 +106,11 @@ def attention_types(model: Decoder) -> list[str]:
             raise UserError(
                 f"the {type(mixer).__name__} of layer {i} {differs}, and the 'two_mamba' format holds one of "
                 f"{', '.join(NAMES)} in all layers; save with format 'lcx'"
+            )
+        if type(layer.block.mlp) is not GatedMlp:
+            raise UserError(
+                f"the MLP of layer {i} is {type(layer.block.mlp).__name__}, and the 'two_mamba' format holds GatedMlp "
+                "only; save with format 'lcx'"
             )
     if not depth:
         raise UserError("the model has no layers, expected at least one in the 'two_mamba' format")

@@ -39,7 +39,7 @@ def write(folder: pathlib.Path, model: Decoder, attention_type: str, run: Stored
     size = model_size(model)
     if size is None:
         log.warning(
-            "config.pt has model_size None: the published code builds no model of this size, only %s; continue it with lcx",
+            "config.pt has model_size None: the published code builds no model of this size, only %s; use it in lcx",
             ", ".join(SIZES),
         )
     settings = {
