@@ -97,13 +97,18 @@ class AdamW:
         """The number of warmup steps in a run of `steps` updates."""
         return min(20, steps // 10) if self.warmup_steps is None else self.warmup_steps
 
+    @property
+    def peak(self) -> float:
+        """The highest learning rate."""
+        return self.learning_rate / math.sqrt(self.context_scale)
+
     def learning_rates(self, steps: int) -> optax.Schedule:
         """The schedule of a run of `steps` updates: step (0 for the first update) -> learning rate."""
         schedule = self._schedule(steps)
         return (lambda count: schedule(jnp.maximum(count - self.lag, 0))) if self.lag else schedule
 
     def _schedule(self, steps: int) -> optax.Schedule:
-        peak, warmup_steps = self.learning_rate / math.sqrt(self.context_scale), self.warmup(steps)
+        peak, warmup_steps = self.peak, self.warmup(steps)
         rest = max(steps - warmup_steps, 1)
         after = {
             "cosine": optax.cosine_decay_schedule(peak, rest, alpha=self.final_fraction),

@@ -107,6 +107,7 @@ FOLDERS = {
     "pretrain/genome": "Pretrain: StripedHyena 2 and a Llama on a genome",
     "pretrain/two_mamba": "Pretrain: the models of the 2Mamba paper",
     "pretrain/two_mamba/sizes": "Pretrain: the sizes of the 2Mamba paper, to be included",
+    "pretrain/two_mamba/mlp": "Pretrain: another MLP for them, to be added",
     "eval": "Evaluate",
     "models": "Models, to be included",
     "data": "Data, to be included",

@@ -1,4 +1,4 @@
-"""Writes configs/pretrain/two_mamba: a file for each attention type, the two sizes, and the published trainer.
+"""Writes configs/pretrain/two_mamba: a file for each attention type, the two sizes, an MLP, and the published trainer.
 
     python scripts/two_mamba_configs.py
 
@@ -64,11 +64,33 @@ from __gin__ import dynamic_registration
 from lcx import model
 from lcx.mixers import two_mamba
 
+MLP_SIZE = {inner}
+
 model.Decoder.hidden_size = {hidden}
-model.Mlp.intermediate_size = {inner}
+model.Mlp.intermediate_size = %MLP_SIZE
 model.Stage.repeat = {layers}
 two_mamba.published.num_heads = {heads}
 two_mamba.published.head_dim = {head_dim}
+"""
+
+GELU = """\
+# The MLP without a gate, down(gelu(up x)), for the models of the 2Mamba paper.
+#
+{head}\
+# The published code knows the name (mlp_type 'gelu') and trains a gated SiLU all the same. Two projections instead of
+# three: a third fewer parameters in the MLP, unless MLP_SIZE is set to 1.5 times that of the size.
+# Hardware: see the files of the attention types.
+# Command:  that of such a file, with this one as another --gin_file:
+#   python -m lcx.train --gin_file=configs/pretrain/two_mamba/softmax.gin \\
+#     --gin_file=configs/pretrain/two_mamba/mlp/gelu.gin --workdir=runs/softmax_gelu \\
+#     --gin.TEXT="'/path/to/text/*.jsonl'" --gin.TOKENIZER="'/path/to/hf_folder'"
+from __gin__ import dynamic_registration
+from lcx import model
+from lcx.mlps import plain
+
+model.Block.mlp = @plain.PlainMlp()
+plain.PlainMlp.intermediate_size = %MLP_SIZE
+plain.PlainMlp.activation = 'gelu'
 """
 
 TRAINER = """\
@@ -133,7 +155,7 @@ optim.AdamW.clip_norm = None
 
 def files() -> dict[str, str]:
     """Name below FOLDER -> contents."""
-    found = {"trainer.gin": TRAINER.format(head=HEAD)}
+    found = {"trainer.gin": TRAINER.format(head=HEAD), "mlp/gelu.gin": GELU.format(head=HEAD)}
     for size, (hidden, inner, heads, head_dim, layers, params) in SIZES.items():
         sizes = {"hidden": hidden, "inner": inner, "heads": heads, "head_dim": head_dim, "layers": layers}
         found[f"sizes/{size}.gin"] = SIZE.format(size=size, params=params, head=HEAD, **sizes)

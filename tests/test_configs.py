@@ -96,6 +96,7 @@ def parsed():
     for path in CONFIGS:
         text = with_includes(path)
         settings = [item for item in SETTINGS.items() if f"{item[0]} = None" in text]
+        settings += [("MLP_SIZE", "96")] if "MLP_SIZE =" not in text and "%MLP_SIZE" in text else []
         jobs.append((str(path), [str(path)], settings, False))
         whole = "Trainer.model =" in text or "Trainer.init_from =" in text
         recipe = re.sub("^#.*\n", "", text, flags=re.M).replace(path.stem, "")  # generated ones differ in a name

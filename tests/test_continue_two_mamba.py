@@ -113,10 +113,9 @@ def test_ten_more_steps_have_the_losses_of_torch(world, tmp_path, caplog, capfd)
     np.testing.assert_allclose(rates, expected, rtol=1e-5)
     assert "the run there had" not in caplog.text
     check_that_torch_goes_on(world, tmp_path)
-    assert (
-        f"continuing {world[0]} after 4 updates, with its optimizer; the data starts"
-        in capfd.readouterr().err
-    )
+    said = capfd.readouterr().err
+    assert f"continuing {world[0]} after 4 updates, with its optimizer; the data starts" in said
+    assert "TwoMamba computes 32 tokens in tiles (quadratic)\n" in said
 
 
 def check_that_torch_goes_on(world, workdir):
@@ -136,6 +135,7 @@ def check_that_torch_goes_on(world, workdir):
     done = BEFORE + MORE
     assert (stored["config"]["step_ckpt"], stored["config"]["attention_type"]) == (done - 1, SQUARE)
     assert stored["config"]["clipping_value"] is None and schedule.last_epoch == done - 1
+    assert stored["config"]["log_steps"] == 10  # by which the published trainer divides
     with world[1].opened().batches(BatchSpec("train", 4, 32, 0, 0, 1, vocab_size=258)) as batches:
         following = list(itertools.islice(batches, MORE + AFTER))[MORE:]
     losses = [step(model, optimizer, schedule, done + i, batch) for i, batch in enumerate(following)]

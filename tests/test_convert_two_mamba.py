@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
+import torch
 from two_mamba_folders import CONFIG, make
 
 import lcx
@@ -14,6 +15,7 @@ from lcx.convert import api, formats
 from lcx.convert.core import model_source
 from lcx.errors import UserError
 from lcx.mixers.two_mamba import PUBLISHED, published
+from lcx.mlps.plain import PlainMlp
 from lcx.model import Block, Decoder, Mlp, Stage
 
 SQUARE = "squared__sm_norm__A_mask_type_neg_softplus__in_conv_k_2"
@@ -101,6 +103,8 @@ def test_every_published_name_is_written_and_read(tmp_path, name):
     assert found == extra_tensors(name)
     config = json.loads((tmp_path / "a" / "config.json").read_text())
     assert tiny(config["attention_type"]).stages == model.stages
+    settings = torch.load(tmp_path / "a" / "config.pt", weights_only=True)  # what its inference scripts read
+    assert (settings["attention_type"], settings["model_max_length"]) == (config["attention_type"], 8)
     loaded, again = lcx.load(tmp_path / "a")
     assert loaded.stages == model.stages
     assert jax.tree.structure(again) == jax.tree.structure(params)
@@ -174,6 +178,10 @@ def test_a_model_that_no_published_name_describes_is_not_written(tmp_path):
     with pytest.raises(UserError, match=re.escape("the TwoMamba of layer 0 is none of the published")):
         lcx.save(tmp_path / "a", model, random_params(model), format="two_mamba")
     assert not (tmp_path / "a").exists()
+    block = tiny(SQUARE).stages[0].pattern[0].clone(mlp=PlainMlp(24, parent=None), parent=None)
+    plain = wide.clone(stages=(Stage((block,), 2),), parent=None)
+    with pytest.raises(UserError, match="the MLP of layer 0 is PlainMlp, and the 'two_mamba' format holds GatedMlp"):
+        lcx.save(tmp_path / "a", plain, random_params(plain), format="two_mamba")
     mixed = wide.clone(
         stages=(Stage((*wide.stages[0].pattern, tiny("linear").stages[0].pattern[0]), 1),), parent=None
     )

@@ -116,6 +116,20 @@ def test_values_and_gradients_equal_the_definition(case, implementation, form):
     close(got, expected)
 
 
+def test_a_step_for_each_token_equals_the_definition():
+    """Padding, documents, fewer kv heads, and a row that is no square of whole pieces; a state goes in and out."""
+    test_values_and_gradients_equal_the_definition(CASES[1], "xla", "recurrent")
+    q, k, v, a, _, _ = (x if x is None else jnp.asarray(x) for x in arrays(CASES[0], seed=1))
+    first = on_arrays(q, k, v, log_decay=a, form="states")[1]
+    (y, after), (expected, state) = (
+        on_arrays(*(jnp.repeat(x, 3, axis=1) for x in (q, k, v)), log_decay=jnp.repeat(a, 3, axis=1),
+                  initial_state=first, form=form)
+        for form in ("recurrent", "states")
+    )
+    close([y, after.kv, after.k_sum], [expected, state.kv, state.k_sum])
+    assert after.segment_ids.tolist() == [1, 1]
+
+
 def triangle(x):
     """The published feature map: x_m x_n for m <= n, times sqrt 2 where m < n."""
     m, n = np.triu_indices(x.shape[-1])
@@ -253,7 +267,7 @@ def test_no_temporary_array_is_as_large_as_the_row(form):
 
 def test_a_named_form_works_or_raises():
     q = jnp.ones((1, 4, 3, 8))
-    with pytest.raises(UserError, match="expected 'tiles', 'states' or None"):
+    with pytest.raises(UserError, match="expected 'tiles', 'states', 'recurrent' or None"):
         second_order_attention(q, q, q, form="chunks")
     with pytest.raises(UserError, match="expected one of"):
         second_order_attention(q, q, q, implementation="flash9")

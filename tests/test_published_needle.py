@@ -52,18 +52,27 @@ def test_the_first_word_of_the_last_tokens_must_be_the_key(new, found):
     assert PublishedNeedle().right(BYTES, prompt, BYTES.encode(new).tolist(), "1234") is found
 
 
-def test_prompts_of_its_own_have_the_published_form():
-    rows = PublishedNeedle(samples=210).rows()
-    assert len(rows) == 210 and len({(row.length, row.depth) for row in rows}) == 105
+def hidden(key, haystack, percent):
+    """The text with its needle, as the published generator walks back to a full stop."""
+    needle = f"The pass key is {key}. Remember it. {key} is the pass key. "
+    if percent == 100:
+        return haystack[: len(haystack) - len(needle)] + needle
+    at = int(len(haystack) * percent / 100)
+    while at > 0 and haystack[at] != ".":
+        at -= 1
+    return haystack[:at] + needle + haystack[at:]
+
+
+@pytest.mark.parametrize("lengths", [None, (1000, 4097)])
+def test_prompts_of_its_own_have_the_published_form(lengths):
+    rows = PublishedNeedle(samples=210, lengths=lengths).rows()
+    assert len(rows) == 210 and len({(row.length, row.depth) for row in rows}) == 21 * len(lengths or range(5))
+    noise = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
     for row in rows:
-        needle = f"The pass key is {row.answer}. Remember it. {row.answer} is the pass key."
-        assert row.prompt.count(needle) == 1 and 1 <= int(row.answer) < 10_000
-        assert row.prompt.endswith(" \n\nWhat is the pass key? The pass key is ")
-        start = row.prompt.index("there. ") + 7
-        text = row.prompt[start : row.prompt.index(" \n\nWhat")]
-        assert abs(len(text) - row.length - len(needle) * (row.depth < 1)) <= 2
-        assert -25 <= text.index(needle) - row.depth * row.length <= 2 or row.depth == 1
-        assert row.depth < 1 or text.rstrip().endswith(needle)
+        assert 1 <= int(row.answer) < 10_000
+        text = hidden(row.answer, (noise * 200)[: row.length], round(100 * row.depth))
+        start, end = "the important information there. ", " \n\nWhat is the pass key? The pass key is "
+        assert row.prompt.endswith(start + text + end), (row.length, row.depth)
 
 
 def test_a_model_that_remembers_finds_them_and_one_that_forgets_does_not():

@@ -9,6 +9,7 @@ from test_configs import ROOT
 
 from lcx import config, trainer
 from lcx.convert.core import model_source
+from lcx.convert.two_mamba import settings_writer
 from lcx.optim import AdamW
 
 SCRIPT = runpy.run_path(str(ROOT / "scripts" / "two_mamba_configs.py"))
@@ -26,7 +27,7 @@ def test_the_files_are_those_that_the_script_writes():
     folder, files = SCRIPT["FOLDER"], SCRIPT["files"]()
     found = {path.relative_to(folder).as_posix(): path.read_text() for path in folder.rglob("*.gin")}
     assert found == files
-    assert len(files) == 28 + 3
+    assert len(files) == 28 + 4
 
 
 def job_of(name, size):
@@ -37,9 +38,12 @@ def job_of(name, size):
 
 @pytest.mark.parametrize(("name", "size", "millions"), PARAMETERS)
 def test_the_sizes_are_the_published_ones(name, size, millions):
-    shapes = model_source.leaf_shapes(job_of(name, size).model)
+    model = job_of(name, size).model
+    shapes = model_source.leaf_shapes(model)
     total = sum(map(math.prod, shapes.values()))
     assert round(total / 1e6, 1) == millions
+    assert settings_writer.model_size(model) == size  # by which the published code builds it
+    assert settings_writer.model_size(model.clone(hidden_size=1000, parent=None)) is None
 
 
 def test_the_learning_rates_are_the_published_ones(reference):

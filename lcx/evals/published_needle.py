@@ -32,6 +32,7 @@ LENGTHS = (1024, 2048, 4096, 8192, 16384)  # of the data set's haystacks, but fo
 _TOO_LONG = 32768  # rows of so many characters are not asked
 _KEYS = (1, 10_000)  # the second is not drawn
 _FIRST = 8  # paths that a message lists
+_ROUNDING = 1e-6  # characters: depths are fractions here, whole percents in the published script
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,15 +220,18 @@ class _Numbers:
 
 
 def _row(length: int, depth: float, key: int) -> Row:
-    """A prompt of the published form: the needle before the nearest full stop, at the very end for depth 1."""
+    """A prompt of the published form: the needle right before the nearest full stop, at the very end for depth 1.
+
+    There the needle replaces the end of the haystack; elsewhere it is on top of `length` characters.
+    """
     filler = " ".join(NOISE) + " "
     haystack = (filler * -(-length // len(filler)))[:length]
     needle = NEEDLE.format(key=key)
     if depth == 1:
         text = haystack[: max(length - len(needle), 0)] + needle
     else:
-        at = haystack.rfind(".", 0, round(depth * length) + 1) + 1
-        text = haystack[:at] + " " * (at > 0) + needle.rstrip() + haystack[at:]
+        at = max(haystack.rfind(".", 0, int(depth * length + _ROUNDING) + 1), 0)  # without a stop before: the beginning
+        text = haystack[:at] + needle + haystack[at:]
     return Row(TASK + text + QUESTION, str(key), length, depth)
 
 

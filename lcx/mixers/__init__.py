@@ -34,6 +34,7 @@ looks for it, and they return the default or raise an error:
     sharding of weights       axis names (layers.named_param, RULES)        replicated on every device
     sharding of computation   sharding.island, over rows, T and heads       the compiler decides
     what `context` sends      context_method(devices, tensor, seq_len)      whole rows, gathered
+    form of a row, in words   form_of_rows(seq_len, follows) -> str | None  nothing is said
     auxiliary losses          self.sow("losses", name, value)               none
     name in reports           kind = "Name"                                 the name of its class
 
@@ -211,6 +212,11 @@ def context_method(mixer: Any, *, devices: int, tensor: int, seq_len: int, cache
     if cached and grows(mixer):  # some of its heads, or all of it
         return "what its cache gets, to the devices that hold it"
     return mixer.context_method(devices=devices, tensor=tensor, seq_len=seq_len)
+
+
+def form_of_rows(mixer: Any, *, seq_len: int, follows: bool) -> str | None:
+    """How the mixer computes so many tokens at once, which may follow a state; None if it does not say."""
+    return mixer.form_of_rows(seq_len=seq_len, follows=follows) if hasattr(mixer, "form_of_rows") else None
 
 
 # ------------------------------------------------------------------------------------------------ cost

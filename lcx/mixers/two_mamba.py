@@ -33,7 +33,7 @@ from lcx.mixers import kv_cache
 from lcx.mixers.attention import Attention
 from lcx.mixers.hyena import bounded
 from lcx.mixers.mamba2 import Mamba2
-from lcx.ops import attention_shards
+from lcx.ops import attention_shards, second_order_choice
 from lcx.ops import linear_attention as linear_op
 from lcx.ops import second_order_attention as second_order_op
 from lcx.ops.attention import attention
@@ -63,7 +63,8 @@ class TwoMamba(nn.Module):
       value_step: multiply the values by softplus(x W_dt).
       residual: add D v to the output, v after the convolution.
       gate: multiply y by silu(x W_z + b).
-      form: how score "square" is computed: "tiles", "states", or None to let ops/second_order_choice.py decide.
+      form: how score "square" is computed: "tiles", "states", "recurrent", or None to let ops/second_order_choice.py
+        decide.
       init_gain: gain of the initialisation of all projections; 3^-0.5 gives the variance of torch's default, as in the
         published code.
       implementation: of the operator, see ops; None picks the fastest valid one.
@@ -139,8 +140,9 @@ class TwoMamba(nn.Module):
             if getattr(self, field) not in choices:
                 expected = ", ".join(repr(choice) for choice in choices)
                 raise UserError(f"{field} {getattr(self, field)!r}: expected one of {expected}")
-        if self.form not in (None, "tiles", "states"):
-            raise UserError(f"form {self.form!r}: expected 'tiles', 'states' or None")
+        if self.form not in (None, *second_order_op.FORMS):
+            expected = ", ".join(map(repr, second_order_op.FORMS))
+            raise UserError(f"form {self.form!r}: expected {expected} or None")
         if self.form is not None and self.score != "square":
             raise UserError(
                 f"form {self.form!r} with score {self.score!r}: only 'square' has forms; set form=None"
@@ -293,6 +295,12 @@ class TwoMamba(nn.Module):
         return f"{core} and {halo_in_words(self.conv_width - 1)}" if self.conv_width > 1 else core
 
     @nn.nowrap
+    def form_of_rows(self, *, seq_len: int, follows: bool) -> str | None:
+        if self.score != "square":
+            return None
+        return second_order_choice.in_words(self.form, seq_len, self.head_dim, follows=follows)
+
+    @nn.nowrap
     def macs_per_token(self, seq_len: int) -> float:
         """Multiply-adds per token between the projections, averaged over a sequence; of the cheaper form if not set."""
         H = self.head_dim
@@ -301,7 +309,7 @@ class TwoMamba(nn.Module):
             core = 2.0 * H * H
         elif self.score == "square":
             states = 2.0 * second_order_op.expanded_size(H) * (H + 1)
-            core = {"tiles": pairs, "states": states}.get(self.form or "", min(pairs, states))
+            core = {"tiles": pairs, "states": states, "recurrent": states}.get(self.form or "", min(pairs, states))
         else:
             core = pairs
         taps = 3 * H * self.conv_width if self.conv_width > 1 else 0

@@ -14,11 +14,13 @@ do not underflow in float32 (second_order_units.py). A token that sees only itse
                 final state if it is used.
 ``xla``         form "tiles": quadratic in time, linear in memory, skips tiles that the decay has made negligible
                 (second_order_tiles.py). form "states": linear in time, one state of P x (H + 1) numbers a head
-                (second_order_states.py). form None: second_order_choice.py.
+                (second_order_states.py). form "recurrent": a step for each token, as in decoding, to compare with.
+                form None: second_order_choice.py.
 
 Letters: B batch, T tokens, N query heads, K kv heads, H head dim, P = `expanded_size(H)`.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -41,6 +43,7 @@ from lcx.ops.second_order_rows import FAINT, MAYBE, SURELY, Rows, in_tiles
 from lcx.ops.second_order_units import LOG4, Units, exponent, times_power, units
 from lcx.ops.tiling import by_pieces
 
+FORMS = ("tiles", "states", "recurrent")
 PLATFORMS = {"triton": "gpu", "tpu": "tpu"}  # platform of each kernel
 # Lower finite log decays are clamped to this value: no two squared scores in float32 differ by a factor of e^400.
 LOWEST = -512.0
@@ -86,8 +89,8 @@ def second_order_attention(
       log_decay: at most 0; -inf hides all earlier tokens. Values at padding are ignored. None: no decay.
       normalize: divide by the sum of the weights.
       scale: defaults to H^-0.5. It cancels when normalize=True, except in the state.
-      form: "tiles", "states", or None to choose by the length and the data, so that time grows at most linearly with T
-        from 4K tokens on, whatever the decay (second_order_choice.py).
+      form: "tiles", "states", "recurrent", or None to choose by the length and the data, so that time grows at most
+        linearly with T from 4K tokens on, whatever the decay (second_order_choice.py).
       segment_ids: documents of packed rows (segments.py); None: one document with id 1.
       initial_state: the state after earlier tokens; None: empty.
       implementation: see dispatch.py; here "reference", "xla", "triton", "tpu" or None.
@@ -102,8 +105,9 @@ def second_order_attention(
         raise UserError(
             f"{N} query heads over {k.shape[2]} kv heads: num_heads must be a multiple of num_kv_heads"
         )
-    if form not in (None, "tiles", "states"):
-        raise UserError(f"second_order_attention form {form!r}: expected 'tiles', 'states' or None")
+    if form not in (None, *FORMS):
+        raise UserError(f"second_order_attention form {form!r}: expected {', '.join(map(repr, FORMS))} or None")
+    recurrent, form = form == "recurrent" and T > 1, "states" if form == "recurrent" else form
     follows, scale = initial_state is not None or mesh_axis is not None, H**-0.5 if scale is None else scale
     forgets = log_decay is not None or segment_ids is not None
     form = second_order_choice.choose(form, T, H, follows=follows, forgets=forgets)
@@ -123,6 +127,9 @@ def second_order_attention(
             visible, v, decay, ids, state, scale=scale, mesh_axis=mesh_axis
         )
         state = SecondOrderState(*before, of)
+    if recurrent:
+        options = {"normalize": normalize, "scale": scale, "implementation": implementation}
+        return _recurrent({"q": q, "k": k, "v": v, "log_decay": decay, "segment_ids": ids}, state, options)
     if segment_ids is None:  # runs and last as below
         runs = jnp.broadcast_to((state.segment_ids != 1).astype(jnp.int32)[:, None], (B, T))
         last = jnp.ones(B, jnp.int32)
@@ -142,6 +149,29 @@ def second_order_attention(
     else:
         y, state = _in_units(q, k, v, decay, ids != 0, runs, state, case)
     return y.astype(q.dtype), state._replace(segment_ids=last)
+
+
+def _recurrent(rows: dict[str, Array], state: SecondOrderState, options: dict[str, Any]):
+    """A token after the other, each from the state that the one before left.
+
+    The backward pass has the states of one piece of about sqrt(T) tokens at once, and computes them again.
+    """
+    T = rows["q"].shape[1]
+    size = math.isqrt(T - 1) + 1
+    count = -(-T // size)
+
+    def pieces_of(x: Array) -> Array:
+        padded = jnp.pad(jnp.moveaxis(x, 1, 0), ((0, count * size - T), *((0, 0),) * (x.ndim - 1)))  # document 0
+        return padded.reshape(count, size, *padded.shape[1:])
+
+    def token(state, row):
+        row = {name: x[:, None] for name, x in row.items()}
+        y, state = second_order_attention(**row, initial_state=state, form="states", **options)
+        return state, y[:, 0]
+
+    piece = jax.checkpoint(lambda state, rows: jax.lax.scan(token, state, rows))
+    state, y = jax.lax.scan(piece, state, jax.tree.map(pieces_of, rows))
+    return jnp.moveaxis(y.reshape(count * size, *y.shape[2:])[:T], 0, 1), state
 
 
 class Case(NamedTuple):

@@ -23,16 +23,12 @@ reach decides here too: with a short one only tiles near the ends of the row hav
 (second_order_ends.py).
 """
 
-import functools
-import logging
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from lcx.ops import dispatch, second_order_ends, second_order_rows
 
-log = logging.getLogger("lcx")
 LONG = 4096
 MOST = LONG // 4  # a longer reach would still grow with T there
 
@@ -52,8 +48,18 @@ def choose(form: str | None, T: int, H: int, *, follows: bool, forgets: bool) ->
     """
     if form is None:
         form = _choose(T, 2 * meeting_point(H), follows, forgets)
-        _say(form, min(MOST, meeting_point(H)))
     return form
+
+
+def in_words(form: str | None, T: int, H: int, *, follows: bool) -> str:
+    """How rows of T tokens with documents are computed, for the log; the arguments are those of `choose`."""
+    bound = min(MOST, meeting_point(H))
+    return {
+        "tiles": "in tiles (quadratic)",
+        "states": "by states (linear)",
+        "recurrent": "by a step for each token",
+        "either": f"in tiles where a token reaches {bound} keys or fewer on average, else by states (linear)",
+    }[choose(form, T, H, follows=follows, forgets=True)]
 
 
 def _choose(T: int, meet: int, follows: bool, forgets: bool) -> str:
@@ -62,13 +68,6 @@ def _choose(T: int, meet: int, follows: bool, forgets: bool) -> str:
     if max(min(LONG, meet), second_order_rows.TILE) <= T:
         return "either" if forgets else "states"
     return "tiles"
-
-
-@functools.cache
-def _say(form: str, bound: int) -> None:
-    if form == "either":
-        form = f"tiles where a token reaches {bound} keys or fewer on average, else states"
-    log.info("second_order_attention: %s", form)
 
 
 def short_reach(log_decay: Float[Array, "B T N"], runs: Int[Array, "B T"], H: int) -> Bool[Array, ""]:

@@ -43,6 +43,7 @@ def opening(
     yield from division.remarks(trainer, mesh)
     yield from _pieces(trainer, mesh)
     yield from _context(run.model, mesh, *settings.at_once(trainer))
+    yield from _forms(run.model, mesh, *settings.at_once(trainer))
     for line in doubtful.settings(trainer, run.model):
         yield f"warning: {line}"
     for part in getattr(opened, "parts", ()):  # a block of layers trains on stored activations
@@ -133,6 +134,17 @@ def _pieces(trainer: Any, mesh: jax.sharding.Mesh) -> Iterator[str]:
         yield f"pieces: every row in {count} of {quantity(length, 'token')}, {gradients}{waiting}"
         if trainer.borders == "host" and on_cpus:
             yield "warning: Trainer.borders 'host' has no effect: CPUs have no memory beside the host's"
+
+
+def _forms(model: Any, mesh: jax.sharding.Mesh, seq_len: int, cached: bool = False) -> Iterator[str]:
+    """How mixers that have several forms compute their part of a row; see settings.at_once."""
+    devices = mesh.shape["context"]
+    options: dict[str, Any] = {"seq_len": -(-seq_len // devices), "follows": cached or devices > 1}
+    found = [layer.block.mixer for layer in model_lib.layers(model) if layer.block.mixer is not None]
+    words = {mixers.kind(mixer): mixers.form_of_rows(mixer, **options) for mixer in dict.fromkeys(found)}
+    for kind, form in words.items():
+        if form is not None:
+            yield f"{kind} computes {options['seq_len']} tokens {form}"
 
 
 def _context(model: Any, mesh: jax.sharding.Mesh, seq_len: int, cached: bool = False) -> Iterator[str]:

@@ -13,6 +13,7 @@ from lcx.errors import UserError
 from lcx.mixers.attention import Attention
 from lcx.mixers.mamba2 import Mamba2
 from lcx.mixers.two_mamba import PUBLISHED, TwoMamba, published
+from lcx.mlps.gated import GatedMlp
 from lcx.model import Decoder
 from lcx.rope import Rope
 from lcx.rope_fields import shown
@@ -96,7 +97,7 @@ def attention_types(model: Decoder) -> list[str]:
     depth = model_lib.layers(model)
     known: dict[tuple[int, int] | None, list[str]] = {}
     for i, layer in enumerate(depth):
-        mixer, sizes = layer.block.mixer, _sizes(layer.block.mixer)
+        mixer, sizes = layer.block.mixer, head_sizes(layer.block.mixer)
         if sizes not in known:
             made = {} if sizes is None else {name: _published(name, *sizes) for name in NAMES}
             known[sizes] = [name for name, other in made.items() if _stored(other) == _stored(mixer)]
@@ -106,16 +107,21 @@ def attention_types(model: Decoder) -> list[str]:
                 f"the {type(mixer).__name__} of layer {i} {differs}, and the 'two_mamba' format holds one of "
                 f"{', '.join(NAMES)} in all layers; save with format 'lcx'"
             )
+        if type(layer.block.mlp) is not GatedMlp:
+            raise UserError(
+                f"the MLP of layer {i} is {type(layer.block.mlp).__name__}, and the 'two_mamba' format holds GatedMlp "
+                "only; save with format 'lcx'"
+            )
     if not depth:
         raise UserError("the model has no layers, expected at least one in the 'two_mamba' format")
-    return known[_sizes(depth[0].block.mixer)]
+    return known[head_sizes(depth[0].block.mixer)]
 
 
 def _published(name: str, num_heads: int, head_dim: int) -> Any:
     return published(name, num_heads=num_heads, head_dim=head_dim)
 
 
-def _sizes(mixer: Any) -> tuple[int, int] | None:
+def head_sizes(mixer: Any) -> tuple[int, int] | None:
     """(heads, head_dim) as config.json states them; None for a mixer of no published kind."""
     if isinstance(
         mixer, Mamba2
@@ -132,7 +138,7 @@ def _stored(mixer: Any) -> tuple[type, dict[str, Any]]:
 def _llama(model: Decoder) -> Decoder:
     """The model with plain attention of the same sizes in place of its mixers."""
     attention_types(model)
-    num_heads, head_dim = _sizes(model.stages[0].pattern[0].mixer) or (1, 1)
+    num_heads, head_dim = head_sizes(model.stages[0].pattern[0].mixer) or (1, 1)
     return _with_mixers(model, Attention(num_heads, num_heads, head_dim, parent=None))
 
 

@@ -1,12 +1,10 @@
-"""Writes optimizer.pt, scheduler.pt and config.pt, with which the published trainer continues a run of lcx.
+"""Writes optimizer.pt and scheduler.pt, with which the published trainer continues a run of lcx.
 
 They are those of a trainer that stopped after as many updates; `training_state` describes them and reads them again.
 tokenizer.pt and scaler.pt are not written: they are pickled objects, and bfloat16 needs no loss scaling.
 """
 
-import importlib.util
 import logging
-import math
 import pathlib
 import re
 from collections.abc import Iterator
@@ -18,9 +16,9 @@ from lcx.convert.core import rules
 from lcx.convert.core.training_state import StoredRun
 from lcx.convert.files.tensor_io import TensorInfo
 from lcx.convert.files.torch_writer import TorchWriter
-from lcx.convert.two_mamba import layouts
-from lcx.convert.two_mamba.family import KEY, ROTATION
-from lcx.convert.two_mamba.training_state import CONFIG, MOMENTS, OPTIMIZER, SCHEDULER, names
+from lcx.convert.two_mamba import layouts, settings_writer
+from lcx.convert.two_mamba.family import ROTATION
+from lcx.convert.two_mamba.training_state import MOMENTS, OPTIMIZER, SCHEDULER, names
 from lcx.model import Decoder
 from lcx.optim import AdamW
 
@@ -31,42 +29,29 @@ _FLOAT32 = np.dtype(np.float32)
 _SCHEDULE = {"schedule": "linear", "lag": 1, "final_fraction": 0.0, "warmup_from": 0.0}
 
 
-def write(folder: pathlib.Path, run: StoredRun, model: Decoder, table: rules.Table, attention_type: str) -> None:
-    """Writes the three files, holding one tensor in memory; a line says what the published trainer does otherwise."""
+def write(folder: pathlib.Path, run: StoredRun, model: Decoder, table: rules.Table) -> bool:
+    """Writes both files, holding one tensor in memory; a line says what the published trainer does otherwise.
+
+    Returns whether they were written; if not, a line says why.
+    """
     if why := _unwritable(run):
         log.warning("the optimizer is not written: %s", why)
-        return
+        return False
     for line in _differences(run, list(table.shapes)):
         log.warning("%s", line)
     every = names(model)
     _write_optimizer(folder / OPTIMIZER, run, table, every)
-    group, schedule = _states(run)
     import torch
 
-    torch.save(schedule, folder / SCHEDULER)
-    optimizer = run.optimizer
-    settings = {
-        "learning_rate": group["initial_lr"],
-        "warmup_steps": optimizer.warmup(run.steps),
-        "num_steps": run.steps,
-        "clipping_value": optimizer.clip_norm,
-        "weight_decay": optimizer.weight_decay,
-        "step_ckpt": run.step - 1,
-        KEY: attention_type,
-        "mlp_type": "normal",
-        "use_amp": run.dtype == "bfloat16",
-        "dev": "gpu",
-        "model_max_length": model.max_position_embeddings,
-        **dict.fromkeys(("dataset", "model_size", "wandb_name", "wandb_id", "log_steps")),
-    }
-    torch.save(settings, folder / CONFIG)
+    torch.save(_states(run)[1], folder / SCHEDULER)
+    return True
 
 
 def _unwritable(run: StoredRun) -> str | None:
     if run.step < 1:
         return "no update has been done"
-    if importlib.util.find_spec("torch") is None:
-        return "PyTorch files need torch: pip install 'lcx[torch]'"
+    if not settings_writer.has_torch():
+        return settings_writer.NEEDS_TORCH
     return None
 
 
@@ -125,7 +110,7 @@ def _states(run: StoredRun) -> tuple[dict[str, Any], dict[str, Any]]:
     adam: AdamW = run.optimizer
     made = torch.optim.AdamW(
         [torch.nn.Parameter(torch.zeros(()))],
-        lr=adam.learning_rate / math.sqrt(adam.context_scale),
+        lr=adam.peak,
         betas=(adam.b1, adam.b2),
         eps=adam.eps,
         weight_decay=adam.weight_decay,

@@ -16,7 +16,7 @@ from lcx.convert.files.tensor_io import TensorInfo
 from lcx.convert.hf import config as hf_config
 from lcx.convert.hf import folder as hf_folder
 from lcx.convert.hf import writer as hf_writer
-from lcx.convert.two_mamba import layouts, training_state, training_writer
+from lcx.convert.two_mamba import layouts, settings_writer, training_state, training_writer
 from lcx.convert.two_mamba.family import KEY, MASK, ROTATION, TWO_MAMBA, attention_types
 from lcx.mixers.two_mamba import TwoMamba
 from lcx.model import Decoder
@@ -56,8 +56,10 @@ def write(
 
     hf_folder.write(folder, tensors, pieces, config=config, max_shard_bytes=_ONE_FILE)
     hf_writer.write_side_files(folder, source)
-    if (run := _stored_run(source)) is not None:
-        training_writer.write(folder, run, source.model, table, config[KEY])
+    run = _stored_run(source)
+    if run is not None and not training_writer.write(folder, run, source.model, table):
+        run = None
+    settings_writer.write(folder, source.model, config[KEY], run)
     return tensors
 
 

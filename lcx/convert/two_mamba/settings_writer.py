@@ -1,0 +1,75 @@
+"""Writes config.pt: the settings by which the published code builds a model, and those of a run that it continues."""
+
+import importlib.util
+import logging
+import pathlib
+from typing import Any
+
+from lcx import model as model_lib
+from lcx.convert.core.training_state import StoredRun
+from lcx.convert.two_mamba.family import KEY, head_sizes
+from lcx.convert.two_mamba.training_state import CONFIG
+from lcx.model import Decoder
+
+log = logging.getLogger(__name__)
+
+#: model_size -> hidden size, width of the MLP, heads, head_dim, layers: those that the published code can build.
+SIZES = {
+    "small": (1024, 2048, 16, 64, 20),
+    "medium": (1536, 3072, 24, 64, 27),
+    "medium_wide": (1536, 3072, 24, 64, 20),
+    "large": (3072, 6144, 16, 192, 20),
+    "large_depth": (1024, 2048, 32, 32, 60),
+}
+_LOG_STEPS = 10  # as published; lcx logs as its own run says
+NEEDS_TORCH = "PyTorch files need torch: pip install 'lcx[torch]'"
+
+
+def has_torch() -> bool:
+    return importlib.util.find_spec("torch") is not None
+
+
+def write(folder: pathlib.Path, model: Decoder, attention_type: str, run: StoredRun | None) -> None:
+    """Writes config.pt into the folder. `run`: the run that goes with the model's optimizer, if that is written too."""
+    if not has_torch():
+        log.warning("config.pt, by which the published code builds the model, is not written: %s", NEEDS_TORCH)
+        return
+    import torch
+
+    size = model_size(model)
+    if size is None:
+        log.warning(
+            "config.pt has model_size None: the published code builds no model of this size, only %s; use it in lcx",
+            ", ".join(SIZES),
+        )
+    settings = {
+        "model_size": size,
+        "model_max_length": model.max_position_embeddings,
+        KEY: attention_type,
+        "mlp_type": "normal",
+    }
+    torch.save(settings if run is None else settings | _of_run(run), folder / CONFIG)
+
+
+def _of_run(run: StoredRun) -> dict[str, Any]:
+    optimizer = run.optimizer
+    return {
+        "learning_rate": optimizer.peak,
+        "warmup_steps": optimizer.warmup(run.steps),
+        "num_steps": run.steps,
+        "clipping_value": optimizer.clip_norm,
+        "weight_decay": optimizer.weight_decay,
+        "step_ckpt": run.step - 1,
+        "use_amp": run.dtype == "bfloat16",
+        "dev": "gpu",
+        "log_steps": _LOG_STEPS,
+        **dict.fromkeys(("dataset", "wandb_name", "wandb_id")),
+    }
+
+
+def model_size(model: Decoder) -> str | None:
+    """What the published code calls a model of this size; None: nothing, so it cannot build one."""
+    depth = model_lib.layers(model)
+    block = depth[0].block
+    found = (model.hidden_size, block.mlp.intermediate_size, *(head_sizes(block.mixer) or (0, 0)), len(depth))
+    return next((name for name, known in SIZES.items() if known == found), None)
