@@ -18,6 +18,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from lcx.errors import UserError
@@ -64,8 +65,13 @@ def make_mesh(*, data: int = 1, fsdp: int = -1, context: int = 1, tensor: int = 
     if math.prod(sizes.values()) != len(devices):
         needed = f"a multiple of {known} devices" if free else quantity(known, "device")
         raise UserError(f"mesh {sizes} needs {needed}, found {len(devices)}; change MeshShape")
-    shape = tuple(sizes[axis] for axis in AXES)
-    return jax.make_mesh(shape, AXES, devices=devices, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
+    shape, types = tuple(sizes[axis] for axis in AXES), (jax.sharding.AxisType.Auto,) * len(AXES)
+    try:
+        return jax.make_mesh(shape, AXES, devices=devices, axis_types=types)
+    except NotImplementedError:
+        # Some axis can only be a part of an axis of the torus, such as 16 of 8 x 8. jax tries that on v5e alone.
+        placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        return Mesh(placed, AXES, axis_types=types)
 
 
 @dataclasses.dataclass(frozen=True)

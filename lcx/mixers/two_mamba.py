@@ -115,7 +115,8 @@ class TwoMamba(nn.Module):
             **dict.fromkeys(("taps", "taps_bias"), Axes(None, "heads")),
             "D": Axes("heads"),
         }
-        axes, out, over = {name: axes[name] for name in arrays}, (HEADS, new_axes), ("tensor",)
+        axes, out = {name: axes[name] for name in arrays}, (HEADS, new_axes)
+        over: tuple[str, ...] = ("tensor",)
         if self.score == "exp" and cache is not None:  # keys, values and decays of whole rows are in the cache
             axes, out = sharding.whole_rows((axes, out))
             over = sharding.head_axes(N)
