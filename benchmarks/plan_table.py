@@ -48,7 +48,7 @@ striped_hyena.striped_hyena.init_length = 1048576
 SLICES = {  # kind: {devices: topology}; no slice of TPUs has one chip
     **{kind: {count: f"{kind}:{count}" for count in (1, 8, 64, 128, 256, 512)} for kind in ("h100", "h200")},
     "v5p": {8: "v5p:2x2x2", 64: "v5p:4x4x4", 128: "v5p:4x4x8", 256: "v5p:4x8x8", 512: "v5p:8x8x8"},
-    "v6e": {8: "v6e:2x4", 64: "v6e:8x8", 128: "v6e:8x16", 256: "v6e:16x16", 512: "v6e:16x16"},  # no larger one exists
+    "v6e": {8: "v6e:2x4", 64: "v6e:8x8", 128: "v6e:8x16", 256: "v6e:16x16"},  # no larger one exists
 }
 
 
@@ -72,7 +72,8 @@ class Row:
 
     def flags(self, kind: str) -> dict[str, str]:
         sizes = dict(zip(("fsdp", "context", "tensor"), map(str, self.elsewhere.get(kind, self.mesh))))
-        return {f"MeshShape.{axis}": size for axis, size in sizes.items()} | self.settings
+        tensor = {"TENSOR": sizes["tensor"]} if "TENSOR" in self.settings else {}
+        return {f"MeshShape.{axis}": size for axis, size in sizes.items()} | self.settings | tensor
 
 
 def extended(length: int, rows: int) -> dict[str, str]:
@@ -96,7 +97,7 @@ ROWS = {
     "Llama 3.1 405B, a block of 9 layers": Row("405B", ("configs/linearize/llama_blocks.gin",), (8, 1, 1), BLOCKS),
     "Evo 2 7B, 1M": Row("evo2_7b", (), (4, 16, 1), {"Trainer.batch_size": "4"}),
     "Evo 2 7B, 1M, context 32": Row("evo2_7b", (), (4, 32, 1), {"Trainer.batch_size": "4"}),
-    "Evo 2 40B, 1M": Row("evo2_40b", (), (4, 32, 4), {"Trainer.batch_size": "4", "TENSOR": "4"}),
+    "Evo 2 40B, 1M": Row("evo2_40b", (), (4, 32, 4), {"Trainer.batch_size": "4", "TENSOR": "4"}, {"v6e": (4, 32, 2)}),
     "2Mamba medium, 64K": Row(None, TWO_MAMBA, (1, 1, 1), MEDIUM),
     "Llama 3.1 8B, 128K, LoRA": Row("8B", LORA, (16, 4, 1), extended(131072, 16)),
     # One row on one device, in the ways that docs/how-to/long-rows.md compares.

@@ -18,6 +18,7 @@ import figure_two_mamba
 from evaluation_figure import evaluation, ruler_samples
 from figure_text import number, ratio, table, with_source
 from figures_beside_torch import generation, training, training_line
+from pieces_figures import pieces, pieces_llama
 from plan_figures import MILLION_TOKENS_OF_ONE, million_tokens, million_tokens_of_one, one_gpu, plans
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -372,6 +373,8 @@ FIGURES = {
     "generation": Figure("decoding_cpu.json", generation, "python benchmarks/decoding.py"),
     "start_up": Figure("start_up_cpu.json", start_up, "python benchmarks/start_up.py"),
     "growth": Figure("second_order_growth_cpu.json", growth, "python benchmarks/second_order_growth.py"),
+    "pieces": Figure("pieces_cpu.json", pieces, "python benchmarks/pieces.py"),
+    "pieces_llama": Figure("pieces_llama_cpu.json", pieces_llama, "python benchmarks/pieces.py", timed=False),
     "step_growth": Figure("step_growth_cpu.json", step_growth, "python benchmarks/step_growth.py"),
     "families": Figure("families_cpu.json", families, "python benchmarks/families.py"),
     "families_memory": Figure(

@@ -1,4 +1,5 @@
-"""Draws the pictures of docs/ into docs/img: RoPE scaling from lcx/rope.py, the context wall from the table of results.
+"""Draws the pictures of docs/ into docs/img: RoPE scaling from lcx/rope.py, the context wall from the table of results,
+rows in pieces from benchmarks/results.
 
     python scripts/draw_docs.py
 
@@ -6,6 +7,8 @@ The curves are computed by the functions that training uses.
 """
 
 import dataclasses
+import functools
+import json
 import pathlib
 
 import matplotlib
@@ -13,6 +16,7 @@ import matplotlib
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
 import numpy as np
+from pieces_figures import NAMES as MODELS
 
 from lcx.rope import Rope
 
@@ -112,7 +116,23 @@ def draw_wall(axes) -> None:
     axes.legend(fontsize=8, loc="center left")
 
 
+def draw_pieces(axes, field: str, label: str) -> None:
+    """A field of pieces_cpu.json by the length of the row: whole (dashed) and in pieces."""
+    result = json.loads((IMAGES.parents[1] / "benchmarks" / "results" / "pieces_cpu.json").read_text())
+    for color, model in enumerate(dict.fromkeys(row["model"] for row in result["rows"])):
+        for cut, style, way in ((False, "--", "whole"), (True, "-", "in pieces")):
+            rows = [row for row in result["rows"] if row["model"] == model and (row["piece"] is not None) == cut]
+            points = sorted((row["T"], row[field]) for row in rows)
+            name = f"{MODELS[model]}, {way}"
+            axes.plot(*zip(*points), style, color=f"C{color}", marker=".", ms=4, label=name)
+    axes.set_xscale("log", base=2)
+    axes.set(xlabel="T (tokens of the row)", ylabel=label, yscale="log")
+    axes.legend(fontsize=7)
+
+
 PICTURES = {
+    "pieces_memory": functools.partial(draw_pieces, field="peak_resident_mib", label="peak of the process (MiB)"),
+    "pieces_time": functools.partial(draw_pieces, field="seconds", label="seconds of a step"),
     "rope_factors": draw_factors,
     "rope_angles": draw_angles,
     "rope_dynamic": draw_dynamic,
