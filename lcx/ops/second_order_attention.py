@@ -101,12 +101,7 @@ def second_order_attention(
       UserError: an unknown form or implementation, or query heads that are not a multiple of the kv heads.
     """
     B, T, N, H = q.shape
-    if N % k.shape[2]:
-        raise UserError(
-            f"{N} query heads over {k.shape[2]} kv heads: num_heads must be a multiple of num_kv_heads"
-        )
-    if form not in (None, *FORMS):
-        raise UserError(f"second_order_attention form {form!r}: expected {', '.join(map(repr, FORMS))} or None")
+    _check(N, k.shape[2], form)
     recurrent, form = form == "recurrent" and T > 1, "states" if form == "recurrent" else form
     follows, scale = initial_state is not None or mesh_axis is not None, H**-0.5 if scale is None else scale
     forgets = log_decay is not None or segment_ids is not None
@@ -116,11 +111,7 @@ def second_order_attention(
     state = empty_state(B, N, H) if initial_state is None else initial_state
     ids = jnp.ones((B, T), jnp.int32) if segment_ids is None else segment_ids
     real = (ids != 0)[:, :, None]
-    wide = jnp.promote_types(q.dtype, jnp.float32)
-    decay = jnp.zeros((B, T, N), wide)
-    if log_decay is not None:
-        decay = jnp.where(real, log_decay.astype(wide), 0)
-        decay = jnp.where(decay < LOWEST, jnp.where(decay == -jnp.inf, -jnp.inf, LOWEST), decay)
+    decay = _clamped(jnp.zeros((B, T, N)) if log_decay is None else log_decay, real, q.dtype)
     if mesh_axis is not None:
         visible = jnp.where(real[..., None], k, 0)
         before, of = second_order_shards.state_before(
@@ -149,6 +140,21 @@ def second_order_attention(
     else:
         y, state = _in_units(q, k, v, decay, ids != 0, runs, state, case)
     return y.astype(q.dtype), state._replace(segment_ids=last)
+
+
+def _check(num_heads: int, num_kv_heads: int, form: str | None) -> None:
+    if num_heads % num_kv_heads:
+        raise UserError(
+            f"{num_heads} query heads over {num_kv_heads} kv heads: num_heads must be a multiple of num_kv_heads"
+        )
+    if form not in (None, *FORMS):
+        raise UserError(f"second_order_attention form {form!r}: expected {', '.join(map(repr, FORMS))} or None")
+
+
+def _clamped(log_decay: Array, real: Array, dtype: jnp.dtype) -> Array:
+    """Log decays of at least float32; 0 at padding, and LOWEST for lower ones that are finite."""
+    decay = jnp.where(real, log_decay.astype(jnp.promote_types(dtype, jnp.float32)), 0)
+    return jnp.where(decay < LOWEST, jnp.where(decay == -jnp.inf, -jnp.inf, LOWEST), decay)
 
 
 def _recurrent(rows: dict[str, Array], state: SecondOrderState, options: dict[str, Any]):
