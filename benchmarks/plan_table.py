@@ -100,6 +100,9 @@ ROWS = {
     "Evo 2 40B, 1M": Row("evo2_40b", (), (4, 32, 4), {"Trainer.batch_size": "4", "TENSOR": "4"}, {"v6e": (4, 32, 2)}),
     "2Mamba medium, 64K": Row(None, TWO_MAMBA, (1, 1, 1), MEDIUM),
     "Llama 3.1 8B, 128K, LoRA": Row("8B", LORA, (16, 4, 1), extended(131072, 16)),
+    "Llama 3.1 8B, 1M, LoRA, in pieces": Row(
+        "8B", LORA, (1, 8, 1), extended(MILLION, 1) | {"Trainer.piece_length": "131072"}
+    ),
     # One row on one device, in the ways that docs/how-to/long-rows.md compares.
     "128K, remat full": Row("8B", LORA, (1, 1, 1), extended(131072, 1)),
     "128K, pieces of 16K": Row("8B", LORA, (1, 1, 1), extended(131072, 1) | {"Trainer.piece_length": "16384"}),
