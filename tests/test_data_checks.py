@@ -8,6 +8,7 @@ import pytest
 from own_output import own_lines
 
 from lcx.data import ByteTokenizer, Dataset, check_documents, is_truncated, repetition
+from lcx.data.markers import MarkerCounter
 
 TOKENIZER = ByteTokenizer()
 
@@ -91,7 +92,8 @@ ENDS_WELL = [
     'He said "yes."', "\u201cYes!\u201d", "Yes.)", "(Yes.)]", "\u2018Yes.\u2019 ", "Ja.\u00ab", "\u201eJa.\u201c",
     "**End.**", "_End?_", "`x`.", "He waited\u2026", 'It was "nice". ', "a\u00a0!", "x = 1\n```", "~~~\nx\n~~~ ",
     "\u597d\u3002", "\u300c\u597d\u3002\u300d", "\u597d\uff01", "\u597d\uff1f\uff09", "\u0639\u0631\u0628\u061f",
-    "\u0627\u0631\u062f\u0648\u06d4", "\u0939\u093f\u0928\u094d\u0926\u0940\u0964",
+    "\u0627\u0631\u062f\u0648\u06d4", "\u0939\u093f\u0928\u094d\u0926\u0940\u0964", "Yes.[12]", "Yes.\u00b9",
+    "<b>Yes.</b><br>", "Yes.\u27e9", "Yes.\ufeff", "Yes.\u200b", "No.\u2014", "Yes.<|eot_id|>", 'Yes.&quot;',
 ]  # fmt: skip
 CUT = [
     "He said",
@@ -105,6 +107,9 @@ CUT = [
     "x```",
     "the \u201c",
     "a.b",
+    "the [12]",
+    "a</p>",
+    "a<|eot_id|>",
 ]
 
 
@@ -120,7 +125,9 @@ def test_real_stories_are_rarely_cut(reference, tmp_path):
     assert report.counts["truncated"] == 23 and not report.markers
 
 
-@pytest.mark.parametrize("marker", ["<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "<|im_end|>"])
+@pytest.mark.parametrize(
+    "marker", ["<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "<|im_end|>", "<|EndOfDoc|>", "<eod>"]
+)
 def test_markers_in_the_text_are_reported(tmp_path, caplog, marker):
     (tmp_path / "a.txt").write_text(f"One story.\n{marker}\nTwo.\n{marker}\n")
     (tmp_path / "b.txt").write_text("A < b, and <b>c</b>.\n")
@@ -133,6 +140,13 @@ def test_markers_in_the_text_are_reported(tmp_path, caplog, marker):
     joined.open()
     said = [line for line in caplog.messages if "markers of" in line]  # once, although it was opened twice
     assert len(said) == 1 and f"{marker!r} in 1 document; set Dataset.separator" in said[0]
+
+
+def test_the_tokenizers_own_end_is_a_marker():
+    counter = MarkerCounter(eos_id=7)
+    counter.add("One. <done> Two.", np.array([1, 7, 2]))
+    counter.add("[1] a <b> <|x|> <endless> <|endX", np.array([1, 2]))
+    assert counter.counts == {"EOS token 7": 1}
 
 
 def test_from_the_command_line(tmp_path):

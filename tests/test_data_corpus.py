@@ -164,6 +164,8 @@ def test_documents_held_out_by_name(tmp_path):
         Dataset(str(fasta), eval_documents=("chr1", "chr9")).open()
     with pytest.raises(UserError, match="holds out all 5 documents .* name fewer"):
         Dataset(str(fasta), eval_documents=("chr*",)).open()
+    with pytest.raises(UserError, match="all 2 training documents of .* are copies of those that Dataset.eval_doc"):
+        Dataset(write(tmp_path / "same", ["A."] * 3), eval_documents=("0001.txt",)).open()
 
 
 def test_everything_on_one_side(tmp_path):

@@ -6,6 +6,7 @@
 import collections
 import dataclasses
 import re
+import unicodedata
 from collections.abc import Iterable
 
 import numpy as np
@@ -25,11 +26,12 @@ _STOPS = (
     ".!?\u2026\u203c\u2047\u2048\u2049\u3002\uff0e\uff01\uff1f\uff61"
     "\u061f\u06d4\u0964\u0965\u0589\u1362\u1367\u17d4\u17d5\u104b\u0f0d\u0f0e"
 )
-# What may follow a full stop: closing quotes and brackets, and Markdown's marks of emphasis and code.
-_CLOSERS = (
-    "\"')]}>*_~`\u2018\u2019\u201c\u201d\u201e\u201f\u00ab\u00bb\u2039\u203a"
-    "\u3009\u300b\u300d\u300f\u3011\u3015\u3017\u301e\u301f\uff02\uff07\uff09\uff3d\uff5d"
-)
+# What may follow a full stop, beside closing quotes and brackets: quotes that also open, Markdown's marks of emphasis
+# and code, the mark of a footnote, a dash after what a speaker breaks off, a tag of HTML, a marker of the end.
+_CLOSERS = "\"'>*_~`\\\u201e\u201c\u2018\u2e42\uff02\uff07\u2013\u2014"
+_CLOSING = ("Pe", "Pf", "Pi", "Cc", "Cf", "Zs")  # categories; with control, invisible and space characters
+_NOTES = "\u00b9\u00b2\u00b3\u2070\u2074\u2075\u2076\u2077\u2078\u2079\u2020\u2021"
+_TAIL = re.compile(r"(?:\[[0-9]{1,3}\]|</?[A-Za-z][A-Za-z0-9]{0,9} ?/?>|&(?:quot|rdquo|rsquo|raquo|nbsp);)\Z")
 _FENCES = ("```", "~~~")
 
 
@@ -105,7 +107,18 @@ def ends_well(text: str) -> bool:
     text = text.rstrip()
     if text.rpartition("\n")[2].strip() in _FENCES:
         return True
-    return text.rstrip(_CLOSERS + " \u00a0\u202f").endswith(tuple(_STOPS))
+    return _without_closers(text).endswith(tuple(_STOPS))
+
+
+def _without_closers(text: str) -> str:
+    while text:
+        if found := _TAIL.search(text) or markers.MARKER_AT_END.search(text):
+            text = text[: found.start()]
+        elif text[-1] in _CLOSERS + _NOTES or unicodedata.category(text[-1]) in _CLOSING:
+            text = text[:-1]
+        else:
+            break
+    return text
 
 
 def check_documents(

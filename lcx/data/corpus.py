@@ -156,7 +156,13 @@ def divide(
     if eval_documents:
         names = store.names  # reads a file
         held_out = _by_name([names[number] for number in documents.number.tolist()], eval_documents, source)
-        return _divided(store, documents, held_out, hashes, source)
+        found = _divided(store, documents, held_out, hashes, source)
+        if not len(found.train):
+            raise UserError(
+                f"all {quantity(found.copies, 'training document')} of {source} are copies of those that"
+                " Dataset.eval_documents holds out, so none is left to train on: remove the copies, or name others"
+            )
+        return found
     nothing = documents.take(np.zeros(0, int))
     if eval_fraction <= 0:
         return Corpus(store, documents, nothing, source=source)

@@ -4,29 +4,43 @@ A file that joins documents with a marker is read as one document unless the mar
 then trains on unrelated texts as if they were one, and some tokenizers turn the marker into the special token itself.
 """
 
+import re
 from collections.abc import Mapping
+
+import numpy as np
+from jaxtyping import Int
 
 from lcx.wording import quantity
 
-KNOWN = (
-    "<|endoftext|>", "<|end_of_text|>", "<|endofdocument|>", "<|end_of_document|>", "<|eos|>", "<|EOT|>", "</s>",
-    "<eos>", "<EOS>", "[EOS]", "<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "<\N{FULLWIDTH VERTICAL LINE}"
-    "end\N{LOWER ONE EIGHTH BLOCK}of\N{LOWER ONE EIGHTH BLOCK}sentence\N{FULLWIDTH VERTICAL LINE}>",
-)  # fmt: skip
-_SIGNS = ("<", "[EOS]")  # every known marker contains one of these
+#: <|endoftext|>, <|eot_id|>, <|im_end|>; </s>; <eos>, [EOD]; <end_of_turn>; that of DeepSeek, of other characters.
+_BAR = "[|\N{FULLWIDTH VERTICAL LINE}]"
+MARKER = re.compile(
+    rf"<{_BAR}(?:[a-z]{{1,8}}_)?(?:end|eo[dstm](?![a-z]))[\w\N{{LOWER ONE EIGHTH BLOCK}} -]{{0,40}}{_BAR}>"
+    r"|</s>|<eo[dst]>|\[eo[dst]\]|<end_?of_?\w{1,20}>",
+    re.IGNORECASE,
+)
+MARKER_AT_END = re.compile(rf"(?:{MARKER.pattern})\Z", re.IGNORECASE)
+_MOST = 20  # different markers to count
 
 
 class MarkerCounter:
-    """Counts the texts that contain a marker."""
+    """Counts the texts that contain a marker, or ids of the tokenizer's EOS under another name.
 
-    def __init__(self) -> None:
+    Args:
+      eos_id: of the tokenizer; None if it has none.
+    """
+
+    def __init__(self, eos_id: int | None = None) -> None:
         self.counts: dict[str, int] = {}
+        self._eos_id = eos_id
 
-    def add(self, text: str) -> None:
-        if not any(sign in text for sign in _SIGNS):
-            return
-        for marker in KNOWN:
-            if marker in text:
+    def add(self, text: str, ids: Int[np.ndarray, "tokens"]) -> None:
+        """Counts the markers of a text with these ids, without what is put around each document."""
+        found = sorted(set(MARKER.findall(text))) if "<" in text or "[" in text else []
+        if not found and self._eos_id is not None and self._eos_id in ids:
+            found = [f"EOS token {self._eos_id}"]
+        for marker in found:
+            if marker in self.counts or len(self.counts) < _MOST:
                 self.counts[marker] = self.counts.get(marker, 0) + 1
 
 

@@ -318,7 +318,7 @@ def _write(
     from tqdm import tqdm
 
     dtype = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
-    index, markers = _Index(), MarkerCounter()
+    index, markers = _Index(), MarkerCounter(tokenizer.eos_id)
     bar = tqdm(total=size, desc="tokenising", unit="B", unit_scale=True, disable=None, delay=1.0)
     names = open(folder / "names.txt", "w", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
     with open(folder / "tokens.bin", "wb") as stream, names, bar:
@@ -329,7 +329,7 @@ def _write(
                 masks.append(mask)
                 index.add(document, mask)
                 if document.chat is None:
-                    markers.add(document.text)
+                    markers.add(document.text, ids[len(ends[0]) : len(ids) - len(ends[1])])
                 names.write(" ".join(document.name.split()) + "\n")
             bar.update(chunk[-1].bytes_read - bar.n)
         tokens.finish()
