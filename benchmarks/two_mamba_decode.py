@@ -6,7 +6,8 @@
 One row, float32, four layers of width 256 with four heads of 64. A step decodes one token after `context` others, whose
 state or cache is filled with numbers of no meaning: no prompt is read, so that long contexts cost no time. Beside the
 measured bytes are those of the published `use_efficient` mode for 2Mamba by formula: it reads the prompt with scores of
-all pairs, 4 L^2 bytes for each head of one layer at least, before it has the state that it decodes with.
+all pairs, 4 L^2 bytes for each head of one layer at least, under masks of L^2 bytes in each layer, before it has the
+state that it decodes with.
 """
 
 import argparse
@@ -85,9 +86,16 @@ def side(mixer, context: int) -> tuple[harness.Side, int]:
     return harness.calls(decode), size
 
 
-def efficient_bytes(context: int, state: int) -> int:
-    """Of the published mode for 2Mamba: its state, and the scores of one layer while it reads the prompt."""
-    return state + 4 * SIZES["heads"] * context**2
+def efficient_bytes(context: int, layers: int = SIZES["layers"], heads: int = SIZES["heads"]) -> int:
+    """Of the published mode for 2Mamba while it reads a prompt, at least.
+
+    Its states: D (H + 1) numbers for each head, D = H (H + 1) / 2, and the last 3 H inputs of the convolution. A mask
+    of a byte for each pair of positions in every layer. Scores of all pairs in one layer, float32.
+    """
+    size = SIZES["head_dim"]
+    expanded = size * (size + 1) // 2
+    state = 4 * layers * heads * (expanded * (size + 1) + 3 * size)
+    return state + layers * context**2 + 4 * heads * context**2
 
 
 def draw(result: dict) -> None:
@@ -136,7 +144,7 @@ def main() -> None:
             row = {"mixer": name, "context": context, "tokens_per_second": 1 / turns.seconds(name)}
             row["cache_bytes"] = size
             if name == "two_mamba":
-                row["published_efficient_bytes"] = efficient_bytes(context, size)
+                row["published_efficient_bytes"] = efficient_bytes(context)
             rows.append(row)
             print(json.dumps(row), flush=True)
         run.write(flags.output, sizes=SIZES, rows=rows)

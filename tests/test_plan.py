@@ -11,7 +11,6 @@ import sys
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from tiny_runs import GIN, ROOT, tiny_model, tiny_trainer, write_text
 
@@ -493,14 +492,3 @@ def test_blocks_are_planned_at_their_largest(llama, tmp_path):
     place = topology.Topology("cpu:1", None, jax.devices()[:1], 2**34)
     step = compiled.step_of(planned, place)
     assert report.plan(step, planned, place, None, notes)["fits"] and step.memory.batch == B * T * (2 * D + 8)
-
-
-@pytest.mark.parametrize(("chip", "slice_shape", "sizes"), [("v6e", "8x8", (16, 4)), ("v5p", "4x4x4", (4, 16))])
-def test_meshes_of_parts_of_a_torus(chip, slice_shape, sizes):
-    """jax refuses 16 x 4 on 8 x 8 chips, since an axis of the torus has to be divided, but on v5e."""
-    if missing := aot.available("tpu"):
-        pytest.skip(missing)
-    devices = list(np.ravel(aot.tpu_devices(chip, slice_shape)))
-    mesh = sharding.make_mesh(fsdp=sizes[0], context=sizes[1], devices=devices)
-    assert mesh.devices.shape == (1, *sizes, 1) and len(set(mesh.devices.flat)) == 64
-    assert set(mesh.axis_types) == {jax.sharding.AxisType.Auto}

@@ -9,6 +9,7 @@ from test_retrieval import induction
 from lcx.data import ByteTokenizer
 from lcx.errors import UserError
 from lcx.evals.published_needle import COLUMNS, PublishedNeedle
+from lcx.evals.support import grids
 
 BYTES = ByteTokenizer()
 
@@ -84,6 +85,25 @@ def test_a_model_that_remembers_finds_them_and_one_that_forgets_does_not():
         assert "a haystack of our own" in result["definition"] and len(result["notes"]) == 1
     assert far == {"128": 100.0, "1024": 100.0}
     assert near["128"] == 100.0 and near["1024"] < 30
+
+
+def test_the_heat_map_is_that_of_the_results():
+    """Cells in any order, and of other lengths in each model: a row for each model, columns by length."""
+    from matplotlib.figure import Figure
+
+    def of(*cells):
+        return {"cells": [grids.cell(scores, length=length, depth=depth) for length, depth, scores in cells]}
+
+    first = of((8192, 0.5, [0, 1]), (1024, 0.5, [1, 1, 1]), (1024, 0.0, [0]))
+    axes = Figure().subplots()
+    PublishedNeedle().plot(axes, {"one": first, "other": of((4096, 1.0, [0, 0, 1, 0]))})
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["1024", "4096", "8K"]
+    assert [tick.get_text() for tick in axes.get_yticklabels()] == ["one", "other"]
+    np.testing.assert_array_equal(axes.images[0].get_array().filled(-1), [[0.75, -1, 0.5], [-1, 0.25, -1]])
+    assert [text.get_text() for text in axes.texts] == ["75", "50", "25"]
+    axes = Figure().subplots()
+    PublishedNeedle().plot(axes, {"one": first})
+    np.testing.assert_array_equal(axes.images[0].get_array().filled(-1), [[0, -1], [1, 0.5]])  # by depth, then length
 
 
 @pytest.mark.parametrize("answer", ["", "The grass is green", "What is the pass key?"])

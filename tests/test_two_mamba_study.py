@@ -76,6 +76,18 @@ def test_only_runs_that_are_done_count(study, tmp_path):
     assert all((tmp_path / f"{name}.svg").stat().st_size for name in names)
 
 
+def test_the_published_memory_of_decoding_is_that_of_its_shapes(study):
+    """A head's state is that of the saved one, 135,392 numbers at 64; beside it, masks and the scores of one layer."""
+    import two_mamba_decode
+
+    assert two_mamba_decode.efficient_bytes(0, layers=1, heads=24) == 4 * 3_249_408  # of a medium layer
+    pairs = two_mamba_decode.efficient_bytes(8192, layers=27, heads=24) - 27 * 4 * 3_249_408
+    assert pairs == 27 * 8192**2 + 24 * 4 * 8192**2
+    rows = json.loads((ROOT / "benchmarks/results/two_mamba_decode_cpu.json").read_text())["rows"]
+    stored = {row["context"]: row["published_efficient_bytes"] for row in rows if row["mixer"] == "two_mamba"}
+    assert stored == {length: two_mamba_decode.efficient_bytes(length) for length in stored} and 65536 in stored
+
+
 def test_every_published_mixer_is_in_a_figure_and_every_run_has_a_configuration(figures, study):
     drawn = {line.model for figure in figures.FIGURES for line in figure.lines}
     names = {"two_mamba": "squared", "two_mamba_e": "exp"}  # how the study calls two of them

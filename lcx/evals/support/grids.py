@@ -1,6 +1,6 @@
 """Results of many samples in cells, such as length x depth: rates with intervals, differences, heat maps."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -93,13 +93,18 @@ def heat_maps(
 
 
 def _grid(cells: Sequence[Cell], across: str, down: str) -> tuple[list[Any], list[Any], np.ndarray]:
-    xs = list(dict.fromkeys(one[across] for one in cells))
-    ys = list(dict.fromkeys(one[down] for one in cells))
+    xs, ys = (_in_order(one[key] for one in cells) for key in (across, down))
     values = np.full((len(ys), len(xs)), np.nan)
     for (x, y), own in _places(cells, across, down).items():
         score = mean(own)
         values[ys.index(y), xs.index(x)] = np.nan if score is None else score
     return xs, ys, values
+
+
+def _in_order(values: Iterable[Any]) -> list[Any]:
+    """The different values: numbers by size, since models may have other lengths, names in order of appearance."""
+    found = list(dict.fromkeys(values))
+    return sorted(found) if all(isinstance(value, int | float) for value in found) else found
 
 
 def _places(cells: Sequence[Cell], across: str, down: str) -> dict[tuple[Any, Any], list[Cell]]:
