@@ -1,4 +1,5 @@
-"""Reading what compilers say: our reader of machine code against NVIDIA's disassembler; the environment they need."""
+"""Reading what compilers say: our reader of machine code against NVIDIA's disassembler; the environment and the meshes
+that they need."""
 
 import importlib.util
 import pathlib
@@ -13,6 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pallas_triton
 
 from kernels_pallas import aot, cubin
+from lcx import sharding
 from lcx.config import environment
 from lcx.layers import Linear
 from lcx.model import Stage, abstract_params, llama
@@ -189,3 +191,14 @@ def test_compilers_alone_are_no_accelerator(monkeypatch, installed, devices, exp
     monkeypatch.setattr(environment.glob, "glob", lambda pattern: devices if "nvidia" in pattern else [])
     environment.setup_jax()
     assert environment.os.environ.get("JAX_PLATFORMS") == expected
+
+
+@pytest.mark.parametrize(("chip", "slice_shape", "sizes"), [("v6e", "8x8", (16, 4)), ("v5p", "4x4x4", (4, 16))])
+def test_meshes_of_parts_of_a_torus(chip, slice_shape, sizes):
+    """jax refuses 16 x 4 on 8 x 8 chips, since an axis of the torus has to be divided, but on v5e."""
+    if missing := aot.available("tpu"):
+        pytest.skip(missing)
+    devices = list(np.ravel(aot.tpu_devices(chip, slice_shape)))
+    mesh = sharding.make_mesh(fsdp=sizes[0], context=sizes[1], devices=devices)
+    assert mesh.devices.shape == (1, *sizes, 1) and len(set(mesh.devices.flat)) == 64
+    assert set(mesh.axis_types) == {jax.sharding.AxisType.Auto}
