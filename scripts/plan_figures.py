@@ -57,7 +57,7 @@ def million_tokens(result: dict) -> str:
     head = ["model", "devices", "peak of each", "fits", "sends", "bytes a device sends in a step"]
     rows = []
     for row in result["rows"]:
-        if row["topology"].endswith(":1"):
+        if row["piece"]:
             continue  # see million_tokens_of_one
         if "error" in row:
             rows.append([NAMES[row["model"]], row["topology"], "not compiled", *["-"] * 3])
@@ -69,7 +69,7 @@ def million_tokens(result: dict) -> str:
             f"{row['peak_bytes'] / 2**30:.1f} of {row['memory_bytes'] / 2**30:.1f} GiB",
             "yes" if row["fits"] else "**no**",
             "; ".join(sends),
-            f"{sum(row['collective_bytes'].values()) / 2**30:.1f} GiB",
+            f"{sum(sent.values()) / 2**30:.1f} GiB" if (sent := row["collective_bytes"]) is not None else "-",
         ])  # fmt: skip
     return f"{table(head, rows)}\n\nMade by `python benchmarks/million_tokens.py`."
 
@@ -78,9 +78,9 @@ def million_tokens_of_one(result: dict) -> str:
     head = ["model", "device", "tokens of the row", "pieces of", "peak", "fits", "PFLOP a step", "step", "MFU"]
     rows = []
     for row in result["rows"]:
-        if not row["topology"].endswith(":1"):
+        if not row["piece"]:
             continue
-        cut = f"{row['piece']:,}" if row["piece"] else "whole"
+        cut = f"{row['piece']:,}"
         if "error" in row:
             rows.append([NAMES[row["model"]], row["topology"], f"{row['T']:,}", cut, "not compiled", *["-"] * 4])
             continue
