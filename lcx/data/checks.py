@@ -30,7 +30,7 @@ _STOPS = (
 # and code, the mark of a footnote, a dash after what a speaker breaks off, a tag of HTML, a marker of the end.
 _CLOSERS = "\"'>*_~`\\\u201e\u201c\u2018\u2e42\uff02\uff07\u2013\u2014"
 _CLOSING = ("Pe", "Pf", "Pi", "Cc", "Cf", "Zs")  # categories; with control, invisible and space characters
-_LAST = 400  # characters in which the stop is looked for; a search through a whole book would take longer than reading it
+_LAST = 400  # characters in which the stop is looked for: to search a whole book would take longer than to read it
 _NOTES = "\u00b9\u00b2\u00b3\u2070\u2074\u2075\u2076\u2077\u2078\u2079\u2020\u2021"
 _TAIL = re.compile(r"(?:\[[0-9]{1,3}\]|</?[A-Za-z][A-Za-z0-9]{0,9} ?/?>|&(?:quot|rdquo|rsquo|raquo|nbsp);)\Z")
 _FENCES = ("```", "~~~")
