@@ -3,7 +3,7 @@
 from figure_text import table
 
 MILLION_TOKENS_OF_ONE = (
-    "python benchmarks/million_tokens.py --topologies h200:1 --length 8388608 --piece 16384 "
+    "python benchmarks/million_tokens.py --topologies h200:1,v5p:2x2x1 --length 8388608 --piece 16384 "
     "--models linearized,two_mamba,hyena"
 )
 
