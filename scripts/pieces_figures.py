@@ -2,7 +2,10 @@
 
 from figure_text import number, table, with_source
 
-LLAMA = "python benchmarks/pieces.py --models llama --lengths 65536,131072,262144 --whole_until 0 --twice 0"
+LLAMA = (
+    "python benchmarks/pieces.py --letters genome.fna.gz --models llama --lengths 65536,131072,262144 "
+    "--whole_until 0 --twice 0"
+)
 NAMES = {"linear": "Mamba-2", "two_mamba": "2Mamba", "hyena": "StripedHyena 2", "softmax": "softmax", "llama": "Llama"}
 
 
