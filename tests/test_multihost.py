@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from lcx.config import processes
@@ -167,6 +168,20 @@ def test_a_process_that_was_gone_before_its_first_sign_of_life_is_blamed(monkeyp
     monkeypatch.setattr(watch, "_SILENT_S", 0.3)
     monkeypatch.setattr(watch, "_PERIOD_S", 0.1)
     assert watch.Watch(1.0).blame() == "process 2 on c is gone (killed, out of memory, or a lost host)"
+
+
+def test_what_xla_raises_is_told_from_errors_of_this_process():
+    gloo = "UNKNOWN: Gloo AllGather failed: Read error [127.0.0.1]:5010: Connection reset by peer"
+    assert watch._of_runtime(jax.errors.JaxRuntimeError("a collective failed"))
+    assert watch._of_runtime(ValueError(gloo))
+    with pytest.raises(RuntimeError) as wrapped:
+        try:
+            raise ValueError(gloo)
+        except ValueError as error:
+            raise RuntimeError("the save failed") from error
+    assert watch._of_runtime(wrapped.value)
+    for own in (ValueError("unknown: a name"), KeyError("INTERNAL"), RuntimeError("a status of UNKNOWN: 3")):
+        assert not watch._of_runtime(own)
 
 
 PROGRAM = """

@@ -18,6 +18,7 @@ import contextlib
 import ctypes
 import json
 import os
+import re
 import signal
 import socket
 import sys
@@ -36,6 +37,9 @@ _PERIOD_S = 1.0
 _SILENT_S = 5.0  # after this a process is called silent; whether it is gone is for the heartbeat to say
 _GRACE_S = 4.0  # for a process to end by itself after another has reported its end
 _GRACE_WRONG_INPUT_S = 20.0  # which all processes find, each in its own time
+_STATUS = re.compile(  # absl::StatusCode, as XLA's errors begin
+    r"(ABORTED|CANCELLED|DATA_LOSS|DEADLINE_EXCEEDED|FAILED_PRECONDITION|INTERNAL|UNAVAILABLE|UNKNOWN): "
+)
 _SLOWER = 10  # a step may take this many times as long as the slowest before it
 
 
@@ -284,13 +288,27 @@ def report(line: str, status: int) -> None:
 
 def blame(error: BaseException) -> str | None:
     """Why this error happened, if the reason is that another process is gone; None if it is this process's own."""
-    names = {kind.__name__ for kind in type(error).__mro__}
-    if _watch is None or not names & {"JaxRuntimeError", "XlaRuntimeError"}:
+    if _watch is None or not _of_runtime(error):
         return None
     line = _watch.blame()
     if line is not None:
         _watch.report(line, LOST)
     return None if line is None else f"{line}: {AGAIN}"
+
+
+def _of_runtime(error: BaseException) -> bool:
+    """Whether XLA raised this error, or one that led to it.
+
+    Most arrive as JaxRuntimeError, but a call of a compiled function has been seen to raise ValueError with the same
+    text, which starts with the name of a status: "UNKNOWN: Gloo AllGather failed: ...".
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        names = {kind.__name__ for kind in type(cause).__mro__}
+        if names & {"JaxRuntimeError", "XlaRuntimeError"} or _STATUS.match(str(cause)):
+            return True
+        cause = cause.__cause__ or cause.__context__
+    return False
 
 
 @contextlib.contextmanager
