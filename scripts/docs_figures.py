@@ -328,6 +328,12 @@ TRAINING = "train_vs_transformers_cpu.json", "JAX_NUM_CPU_DEVICES=2 python bench
 RECALL = "recall_cpu.json", "bash scripts/train_recall.sh"
 DECODING = "linearized_decoding_cpu.json", "python benchmarks/linearized.py --softmax HF_FOLDER"
 LONG_GENOMES = "python benchmarks/long_genomes.py --fasta=genome.fna.gz"
+STEP_GROWTH_ROUNDS = (
+    "python benchmarks/step_growth.py --decays softplus --lengths 4096,8192,16384 --rounds 29 "
+    "--output benchmarks/results/step_growth_rounds_cpu.json"
+)
+
+
 def soak(result: dict) -> str:
     """Counts alone: the runs were made beside other work, which changes every time."""
     kinds = ("kill", "halt", "term", "flip", "disk", "bucket", "lost")
@@ -376,6 +382,7 @@ FIGURES = {
     "pieces": Figure("pieces_cpu.json", pieces, "python benchmarks/pieces.py"),
     "pieces_llama": Figure("pieces_llama_cpu.json", pieces_llama, "python benchmarks/pieces.py", timed=False),
     "step_growth": Figure("step_growth_cpu.json", step_growth, "python benchmarks/step_growth.py"),
+    "step_growth_rounds": Figure("step_growth_rounds_cpu.json", step_growth, STEP_GROWTH_ROUNDS),
     "families": Figure("families_cpu.json", families, "python benchmarks/families.py"),
     "families_memory": Figure(
         "families_memory_cpu.json", family_memory, "python benchmarks/families.py --memory", timed=False
