@@ -10,15 +10,19 @@ import safetensors.torch
 import torch
 import two_mamba_torch
 from flax.traverse_util import flatten_dict
+from test_convert_two_mamba import random_params, tiny
 from tiny_runs import write_text
 from two_mamba_folders import CONFIG, make
 
 import lcx
-from lcx.convert import formats
+from lcx.convert import api, formats
 from lcx.convert.command import convert
+from lcx.convert.core.model_source import TreeSource
+from lcx.convert.core.training_state import StoredRun
 from lcx.convert.two_mamba import training_state
 from lcx.data import BatchSpec, Dataset
 from lcx.errors import UserError
+from lcx.model import Mlp, Stage
 from lcx.optim import AdamW
 from lcx.trainer import Trainer
 from lcx.training import continued
@@ -136,6 +140,7 @@ def check_that_torch_goes_on(world, workdir):
     assert (stored["config"]["step_ckpt"], stored["config"]["attention_type"]) == (done - 1, SQUARE)
     assert stored["config"]["clipping_value"] is None and schedule.last_epoch == done - 1
     assert stored["config"]["log_steps"] == 10  # by which the published trainer divides
+    assert "dataset" not in stored["config"]  # that trainer opens what it names, or else its default
     with world[1].opened().batches(BatchSpec("train", 4, 32, 0, 0, 1, vocab_size=258)) as batches:
         following = list(itertools.islice(batches, MORE + AFTER))[MORE:]
     losses = [step(model, optimizer, schedule, done + i, batch) for i, batch in enumerate(following)]
@@ -174,6 +179,28 @@ def test_every_moment_belongs_to_its_parameter(reference, tmp_path, name):
     for path, x in flatten_dict(params, sep="/").items():
         np.testing.assert_allclose(state.moment(path, "first"), 0.05 * x, rtol=1e-5, err_msg=path)
         np.testing.assert_allclose(state.moment(path, "second"), 2.5e-4 * x**2, rtol=1e-4, err_msg=path)
+
+
+def test_the_moments_of_a_tied_model_with_biases_are_written_and_read(tmp_path):
+    """Its modules register a bias behind each weight of an MLP, and no head of its own."""
+    plain = tiny("linear")
+    block = plain.stages[0].pattern[0].clone(mlp=Mlp(24, bias=True, parent=None), parent=None)
+    model = plain.clone(stages=(Stage((block,), 2),), tie_word_embeddings=True, parent=None)
+    source = TreeSource(model, random_params(model))
+    params, powers = flatten_dict(source.params, sep="/"), {"first": 1, "second": 2}
+    source.stored_run = StoredRun(
+        3, 3, TOTAL, PUBLISHED, None, lambda which, path, index: params[path][index] ** powers[which]
+    )
+    api.write(tmp_path / "a", source, format="two_mamba")
+    found = torch.load(tmp_path / "a" / "optimizer.pt", weights_only=True)["state"]
+    tensors = safetensors.torch.load_file(tmp_path / "a" / "model.safetensors")
+    names = ["self_attn.qkv_proj.weight", "self_attn.o_proj.weight"]
+    names += [f"mlp.{name}_proj.{kind}" for name in ("gate", "up", "down") for kind in ("weight", "bias")]
+    for i, name in enumerate(names, 1):
+        assert torch.equal(found[i]["exp_avg"], tensors[f"model.layers.0.{name}"]), name
+    state = training_state.read(tmp_path / "a", model)
+    for path, x in params.items():
+        np.testing.assert_allclose(state.moment(path, "second"), x**2, rtol=1e-6, err_msg=path)
 
 
 class Hostile:

@@ -13,6 +13,7 @@ from two_mamba_folders import CONFIG, make
 import lcx
 from lcx.convert import api, formats
 from lcx.convert.core import model_source
+from lcx.convert.two_mamba import settings_writer
 from lcx.errors import UserError
 from lcx.mixers.two_mamba import PUBLISHED, published
 from lcx.mlps.plain import PlainMlp
@@ -109,6 +110,24 @@ def test_every_published_name_is_written_and_read(tmp_path, name):
     assert loaded.stages == model.stages
     assert jax.tree.structure(again) == jax.tree.structure(params)
     jax.tree.map(np.testing.assert_array_equal, again, params)
+
+
+OTHER_EPS = "the published code builds models with rms_norm_eps 1e-05, this one has 1e-06"
+
+
+@pytest.mark.parametrize(("change", "said"), [({}, None), ({"norm_eps": 1e-6}, OTHER_EPS)])
+def test_a_size_is_named_only_if_the_published_code_builds_that_model(
+    tmp_path, caplog, monkeypatch, change, said
+):
+    """It builds a model by its size alone, with norms of 1e-5."""
+    monkeypatch.setitem(settings_writer.SIZES, "small", (16, 24, 2, 8, 2))
+    plain = tiny(SQUARE)
+    block = plain.stages[0].pattern[0].clone(**change, parent=None)
+    model = plain.clone(stages=(Stage((block,), 2),), **change, parent=None)
+    lcx.save(tmp_path / "a", model, random_params(model), format="two_mamba")
+    settings = torch.load(tmp_path / "a" / "config.pt", weights_only=True)
+    assert settings["model_size"] == (None if said else "small")
+    assert said in caplog.text if said else not caplog.text
 
 
 def test_a_spelling_is_kept(tmp_path):

@@ -3,6 +3,7 @@
 import importlib.util
 import logging
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 from lcx import model as model_lib
@@ -21,6 +22,8 @@ SIZES = {
     "large": (3072, 6144, 16, 192, 20),
     "large_depth": (1024, 2048, 32, 32, 60),
 }
+#: What that code builds at every size, whatever config.json says.
+_FIXED = {"rms_norm_eps": 1e-5, "tie_word_embeddings": False, "mlp_bias": False}
 _LOG_STEPS = 10  # as published; lcx logs as its own run says
 NEEDS_TORCH = "PyTorch files need torch: pip install 'lcx[torch]'"
 
@@ -29,29 +32,34 @@ def has_torch() -> bool:
     return importlib.util.find_spec("torch") is not None
 
 
-def write(folder: pathlib.Path, model: Decoder, attention_type: str, run: StoredRun | None) -> None:
-    """Writes config.pt into the folder. `run`: the run that goes with the model's optimizer, if that is written too."""
+def write(folder: pathlib.Path, model: Decoder, config: Mapping[str, Any], run: StoredRun | None) -> None:
+    """Writes config.pt into the folder.
+
+    Args:
+      config: the folder's config.json.
+      run: the run that goes with the model's optimizer, if that is written too.
+    """
     if not has_torch():
         log.warning("config.pt, by which the published code builds the model, is not written: %s", NEEDS_TORCH)
         return
     import torch
 
-    size = model_size(model)
+    size, why = model_size(model), f"no model of this size, only {', '.join(SIZES)}"
+    if size and (other := [key for key, value in _FIXED.items() if config.get(key, value) != value]):
+        size, why = None, f"models with {other[0]} {_FIXED[other[0]]}, this one has {config[other[0]]}"
     if size is None:
-        log.warning(
-            "config.pt has model_size None: the published code builds no model of this size, only %s; use it in lcx",
-            ", ".join(SIZES),
-        )
+        log.warning("config.pt has model_size None: the published code builds %s; use it in lcx", why)
     settings = {
         "model_size": size,
         "model_max_length": model.max_position_embeddings,
-        KEY: attention_type,
+        KEY: config[KEY],
         "mlp_type": "normal",
     }
     torch.save(settings if run is None else settings | _of_run(run), folder / CONFIG)
 
 
 def _of_run(run: StoredRun) -> dict[str, Any]:
+    """Without `dataset`, of which lcx knows none of the published names: that code reads its default then, FineWeb."""
     optimizer = run.optimizer
     return {
         "learning_rate": optimizer.peak,
@@ -63,7 +71,7 @@ def _of_run(run: StoredRun) -> dict[str, Any]:
         "use_amp": run.dtype == "bfloat16",
         "dev": "gpu",
         "log_steps": _LOG_STEPS,
-        **dict.fromkeys(("dataset", "wandb_name", "wandb_id")),
+        **dict.fromkeys(("wandb_name", "wandb_id")),
     }
 
 

@@ -78,9 +78,10 @@ def names(model: Decoder) -> list[str]:
         attention = layouts.rules(mixer, "", f"{prefix}self_attn.", layer.repeat)
         found += [f"{prefix}self_attn.{ROTATION}"] if isinstance(mixer, Attention) else []
         found += [rule.name for rule in attention]
-        found += [f"{prefix}mlp.{name}_proj.weight" for name in ("gate", "up", "down")]
+        kinds = ("weight", "bias") if layer.block.mlp.bias else ("weight",)
+        found += [f"{prefix}mlp.{name}_proj.{kind}" for name in ("gate", "up", "down") for kind in kinds]
         found += [f"{prefix}{name}.weight" for name in ("input_layernorm", "post_attention_layernorm")]
-    return [*found, "model.norm.weight", "lm_head.weight"]
+    return [*found, "model.norm.weight", *([] if model.tie_word_embeddings else ["lm_head.weight"])]
 
 
 def _group(path: pathlib.Path) -> dict[str, Any]:

@@ -59,7 +59,7 @@ def write(
     run = _stored_run(source)
     if run is not None and not training_writer.write(folder, run, source.model, table):
         run = None
-    settings_writer.write(folder, source.model, config[KEY], run)
+    settings_writer.write(folder, source.model, config, run)
     return tensors
 
 
