@@ -12,6 +12,7 @@ by the three seeds of the study.
 import argparse
 import itertools
 import json
+import math
 import pathlib
 
 import numpy as np
@@ -94,7 +95,10 @@ def table(output: pathlib.Path) -> dict:
 
 
 def told(result: dict) -> str:
-    lines = [f"two runs differ if their losses are more than {2 * result['noise']:.3f} apart"]
+    apart = f"two runs differ if their losses are more than {2 * result['noise']:.3f} apart"
+    if math.isnan(result["noise"]):
+        apart = "one seed does not tell how far apart two losses must be: no order is decided (--seeds)"
+    lines = [apart]
     for figure in result["figures"]:
         counts = [sum(pair["verdict"] == name for pair in figure["pairs"]) for name in ("holds", "reversed", "open")]
         lines.append(f"\n{figure['title']}: of {sum(counts)} pairs {counts[0]} as in the paper, {counts[1]} reversed")

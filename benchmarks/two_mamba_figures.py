@@ -5,6 +5,7 @@ updates (390,000 in graph 11) at the small size and rows of 2048, unless the fig
 """
 
 import dataclasses
+import re
 from collections.abc import Callable
 
 from two_mamba_study import LABELS
@@ -27,6 +28,9 @@ class Size:
     batch: int
     updates: int
 
+
+#: (size, updates, other texts) -> flags of lcx.train, of gin.
+Change = Callable[[Size, int, list[str]], list[str]]
 
 SIZES = {"cpu": Size(64, 2, 2, 256, 16, 120), "gpu": Size(512, 8, 8, 2048, 16, 8000)}
 EVALUATIONS = 3  # of each run
@@ -61,7 +65,7 @@ class Figure:
     lines: tuple[Line, ...]
 
 
-def wider(times: float) -> Callable[[Size, int, list[str]], list[str]]:
+def wider(times: float) -> Change:
     """As many times the width, the heads and the layers."""
 
     def flags(size: Size, updates: int, texts: list[str]) -> list[str]:
@@ -71,7 +75,7 @@ def wider(times: float) -> Callable[[Size, int, list[str]], list[str]]:
     return flags
 
 
-def longer_rows(times: int) -> Callable[[Size, int, list[str]], list[str]]:
+def longer_rows(times: int) -> Change:
     """Rows as many times as long, of which a batch has fewer: the tokens of an update stay the same."""
     return lambda size, updates, texts: [
         f"SEQ_LEN={times * size.row}",
@@ -79,23 +83,29 @@ def longer_rows(times: int) -> Callable[[Size, int, list[str]], list[str]]:
     ]
 
 
-def more_updates(times: int) -> Callable[[Size, int, list[str]], list[str]]:
+def more_updates(times: int) -> Change:
     return lambda size, updates, texts: [
         f"STEPS={times * updates}",
         f"Trainer.eval_every={times * updates // EVALUATIONS}",
     ]
 
 
-def other_text(number: int) -> Callable[[Size, int, list[str]], list[str]]:
+def other_text(number: int) -> Change:
     return lambda size, updates, texts: [f"TEXT={texts[number]!r}"] if number < len(texts) else []
 
 
-CHANGES: dict[str, Callable[[Size, int, list[str]], list[str]]] = {
+def both(*changes: Change) -> Change:
+    return lambda size, updates, texts: [flag for change in changes for flag in change(size, updates, texts)]
+
+
+CHANGES: dict[str, Change] = {
     "": lambda size, updates, texts: [],
     "rows_2": longer_rows(2),
     "rows_4": longer_rows(4),
     "wider_1.5": wider(1.5),
     "wider_2": wider(2),
+    "wider_1.5_rows_2": both(wider(1.5), longer_rows(2)),
+    "wider_1.5_rows_4": both(wider(1.5), longer_rows(4)),
     "longer_4": more_updates(4),
     "other_1": other_text(0),
     "other_2": other_text(1),
@@ -210,6 +220,18 @@ FIGURES = (
         of("wider_2", softmax=None, two_mamba=None, two_mamba_e=None, mamba=None),
     ),
     Figure(
+        "wider_rows_2",
+        "8.5, 10.2",
+        "1.5 times the width and layers, rows twice as long (there medium, 4096)",
+        of("wider_1.5_rows_2", softmax=2.6205, two_mamba=2.6311, two_mamba_e=2.6033, mamba=2.7661),
+    ),
+    Figure(
+        "wider_rows_4",
+        "8.6, 10.3",
+        "1.5 times the width and layers, rows four times as long (there medium, 8192)",
+        of("wider_1.5_rows_4", softmax=2.6742, two_mamba=2.6824, two_mamba_e=2.6588, mamba=2.8113),
+    ),
+    Figure(
         "exp",
         "10.1",
         "Squared and exponential scores, and the step on the values",
@@ -256,9 +278,10 @@ def mlp_width(model: str, size: Size, change: str) -> int | None:
     The projections of Mamba-2 with one head are larger than the others': this is the width with which it has as many
     parameters as they have with twice the model's width.
     """
-    if not change.startswith("wider_"):
+    found = re.match(r"wider_([\d.]+)", change)
+    if found is None:
         return None
-    hidden = round(float(change.removeprefix("wider_")) * size.hidden)
+    hidden = round(float(found[1]) * size.hidden)
     return round((7 * hidden - 257) / 3) if model == "mamba" else 2 * hidden
 
 

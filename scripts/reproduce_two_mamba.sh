@@ -4,8 +4,10 @@
 #   bash scripts/reproduce_two_mamba.sh [--text=GLOB] [--tokenizer=NAME] [--output=DIR] [--size=cpu|gpu] [--seeds="0 1 2"]
 #       [--steps=N] [--recall_steps=N] [--ablations] [--other_text=GLOB ...] [-- FLAGS OF lcx.train]
 # The text is the source of Python's standard library unless --text names another. Each model is trained on it with each
-# seed, then on associative recall with the first seed. Writes results.json and pictures of the loss against tokens and
-# against position, and of recall, into --output (runs/two_mamba_study), and a report with lcx.report.
+# seed, then on associative recall with the first seed: --steps updates on text, --recall_steps on recall. The flags after --
+# go to every training; of them, TEXT, TOKENIZER, SEQ_LEN and STEPS to those on text alone, since recall has its own rows.
+# Writes results.json and pictures of the loss against tokens and against position, and of recall, into --output
+# (runs/two_mamba_study), and a report with lcx.report.
 # --ablations also trains, with the first seed, what the paper's other graphs compare: norms, convolutions, parts of Mamba-2,
 # sizes, longer rows, more updates, and up to two --other_text (such as stdlib). Writes ablations.json, a picture of each
 # graph, and a report of each below figures/.
@@ -70,8 +72,14 @@ data=("--gin.TEXT=$text")
 [ -z "$tokenizer" ] || data+=("--gin.TOKENIZER='$tokenizer'")
 length=()
 [ -z "$steps" ] || length+=("--gin.STEPS=$steps")
-recall_length=()
-[ -z "$recall_steps" ] || recall_length+=("--gin.STEPS=$recall_steps")
+on_recall=()
+for flag in "$@"; do
+  case "$flag" in
+    --gin.TEXT=* | --gin.TOKENIZER=* | --gin.SEQ_LEN=* | --gin.STEPS=*) ;;
+    *) on_recall+=("$flag") ;;
+  esac
+done
+[ -z "$recall_steps" ] || on_recall+=("--gin.STEPS=$recall_steps")
 
 for seed in $seeds; do
   for model in $models; do
@@ -86,7 +94,7 @@ for seed in $seeds; do
     [ -s "$out/recall.jsonl" ] || run python benchmarks/two_mamba_study.py recall --output="$out"
     for model in $models; do
       train "recall/$model" "$model" "$seed" --gin_file="$study/recall.gin" --gin.TEXT="'$out/recall.jsonl'" \
-        --gin.Dataset.chat_template="'$out/recall.jinja'" ${recall_length[@]+"${recall_length[@]}"}
+        --gin.Dataset.chat_template="'$out/recall.jinja'" ${on_recall[@]+"${on_recall[@]}"}
       [ -s "$out/recalled/$model/results.json" ] || run python -m lcx.evaluate --checkpoint="$out/recall/$model" \
         --output="$out/recalled/$model" --name="$model" --evals=recall --gin.Recall.lengths="(32, 64, 128)" \
         --gin.Recall.pairs=4 --gin.Recall.first_id=33 --gin.Recall.vocabulary=32 --gin.Recall.filler=32 \

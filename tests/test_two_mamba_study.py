@@ -4,6 +4,7 @@ import json
 import math
 import pathlib
 
+import doc_scripts
 import numpy as np
 import pytest
 
@@ -95,7 +96,7 @@ def test_every_published_mixer_is_in_a_figure_and_every_run_has_a_configuration(
     same = {f"linear__out_norm__{TAIL}"}  # a second spelling
     assert {short.get(name, name) for name in ("softmax", "mamba", *PUBLISHED)} - same == drawn
     runs = figures.runs(figures.SIZES["cpu"], 120, ["stdlib", "b c.txt"])
-    assert len(runs) == len(set(runs)) == 48
+    assert len(runs) == len(set(runs)) == 56
     for model, *_ in runs.values():
         assert model in study.LABELS or (CONFIGS / f"{model}.gin").exists(), model
     assert runs["mamba_wider_1.5"][1:] == [
@@ -105,6 +106,8 @@ def test_every_published_mixer_is_in_a_figure_and_every_run_has_a_configuration(
         "--gin.Mlp.intermediate_size=138",
     ]
     assert runs["softmax_rows_4"][1:] == ["--gin.SEQ_LEN=1024", "--gin.Trainer.batch_size=4"]
+    wide, long = (runs[f"mamba_{change}"][1:] for change in ("wider_1.5", "rows_4"))
+    assert runs["mamba_wider_1.5_rows_4"][1:] == [*wide[:3], *long, *wide[3:]]
     assert runs["softmax_longer_4"][1:] == ["--gin.STEPS=480", "--gin.Trainer.eval_every=160"]
     assert runs["softmax_other_2"][1:] == ["--gin.TEXT='b c.txt'"]
     assert not [name for name in figures.runs(figures.SIZES["gpu"], 8000, []) if "other" in name]
@@ -183,14 +186,29 @@ def test_the_table_and_the_page_say_where_the_order_of_the_paper_holds(
     assert [pair["verdict"] for pair in found["base"]["pairs"]] == ["holds"] * 3
     assert [pair["verdict"] for pair in found["norm"]["pairs"]] == ["open", "reversed", "reversed"]
     assert "of 3 pairs 0 as in the paper, 2 reversed" in ablations.told(result)
+    assert ablations.told(result | {"noise": math.nan}).startswith("one seed does not tell how far apart")
     monkeypatch.syspath_prepend(ROOT / "scripts")
     import figure_two_mamba
 
     page = figure_two_mamba.ablations(result)
     assert "| RMSNorm of the output | 2.200 | 3.134 |" in page
     assert "Of 7 pairs of runs of which the paper has both losses, 4 have its order here, 2 the reversed one" in page
-    assert "48 of 53 runs have not been made yet" in page
+    assert "56 of 61 runs have not been made yet" in page
     assert "“RMSNorm of the output” is before “sum of the scores, ReLU”" in page
     ablations.pictures(tmp_path, result)
     drawn = {path.stem.removeprefix("two_mamba_") for path in tmp_path.glob("*.svg")}
     assert drawn == {"ablation_base", "ablation_buildup", "ablation_norm", "orders"}
+
+
+def test_flags_behind_the_dashes_go_to_every_training_and_those_of_the_text_not_to_recall(tmp_path):
+    words = "bash scripts/reproduce_two_mamba.sh --output=out --seeds=7 --steps=3 --recall_steps=4 --"
+    words += " --gin.AdamW.weight_decay=0.5 --gin.SEQ_LEN=64 --gin.STEPS=9"
+    commands = [command[3:] for command in doc_scripts.commands_of(words.split(), tmp_path) if "lcx.train" in command]
+    assert len(commands) == 2 * 6
+    for flags in commands:
+        assert "--gin.AdamW.weight_decay=0.5" in flags and "--gin.Trainer.seed=7" in flags
+        lengths = [flag for flag in flags if flag.startswith(("--gin.STEPS=", "--gin.SEQ_LEN="))]
+        if any("/recall/" in flag for flag in flags):
+            assert lengths == ["--gin.STEPS=4"]
+        else:
+            assert lengths == ["--gin.STEPS=3", "--gin.SEQ_LEN=64", "--gin.STEPS=9"]
