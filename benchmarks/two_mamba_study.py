@@ -64,10 +64,14 @@ def lines_of(workdir: pathlib.Path) -> list[dict]:
 
 
 def curve(workdir: pathlib.Path) -> list[tuple[int, float]]:
-    """(tokens, held-out loss) at every evaluation of a run."""
+    """(tokens, held-out loss) at every evaluation of a run that is done."""
     lines = lines_of(workdir)
     batch = next(line["tokens"] for line in lines if "tokens" in line)
-    return [(int(line["step"] * batch), line["eval_loss"]) for line in lines if "eval_loss" in line]
+    evaluated = [line for line in lines if "eval_loss" in line]
+    last = max(line["step"] for line in lines)
+    if not evaluated or evaluated[-1]["step"] < last:
+        raise SystemExit(f"lcx: {workdir} was stopped in its last evaluation: remove it, and run the script again")
+    return [(int(line["step"] * batch), line["eval_loss"]) for line in evaluated]
 
 
 def evaluation(folder: pathlib.Path, name: str) -> dict | None:

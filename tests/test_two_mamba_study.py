@@ -77,6 +77,14 @@ def test_only_runs_that_are_done_count(study, tmp_path):
     assert all((tmp_path / f"{name}.svg").stat().st_size for name in names)
 
 
+def test_a_run_without_its_last_evaluation_is_not_compared(study, tmp_path):
+    write_run(tmp_path / "run", 2.0)
+    with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({"step": 30, "tokens": 64.0, "loss": 2.0}) + "\n")
+    with pytest.raises(SystemExit, match="was stopped in its last evaluation: remove it"):
+        study.curve(tmp_path / "run")
+
+
 def test_the_published_memory_of_decoding_is_that_of_its_shapes(study):
     """A head's state is that of the saved one, 135,392 numbers at 64; beside it, masks and the scores of one layer."""
     import two_mamba_decode
