@@ -191,7 +191,10 @@ def test_the_moments_of_a_tied_model_with_biases_are_written_and_read(tmp_path):
     source.stored_run = StoredRun(
         3, 3, TOTAL, PUBLISHED, None, lambda which, path, index: params[path][index] ** powers[which]
     )
-    api.write(tmp_path / "a", source, format="two_mamba")
+    written: list[int] = []
+    said = api.write(tmp_path / "a", source, format="two_mamba", progress=written.append)
+    assert sum(written) == formats.named("two_mamba").planned_bytes(source, dtype=None)
+    assert f"{sum(x.size for x in params.values()):,} parameters" in said  # and not the masks
     found = torch.load(tmp_path / "a" / "optimizer.pt", weights_only=True)["state"]
     tensors = safetensors.torch.load_file(tmp_path / "a" / "model.safetensors")
     names = ["self_attn.qkv_proj.weight", "self_attn.o_proj.weight"]

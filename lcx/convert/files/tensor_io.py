@@ -240,7 +240,7 @@ def describe(tensors: Mapping[str, TensorInfo]) -> str:
     dtypes: collections.Counter[str] = collections.Counter()
     for info in tensors.values():
         dtypes[str(info.dtype)] += math.prod(info.shape)
-    parameters = sum(dtypes.values())
+    parameters = sum(count for name, count in dtypes.items() if name != "bool")  # those are masks
     nbytes = sum(info.nbytes for info in tensors.values())
     names = "/".join(name for name, _ in dtypes.most_common())
     return f"{quantity(len(tensors), 'tensor')}, {quantity(f'{parameters:,}', 'parameter')}, {nbytes:,} bytes, {names}"

@@ -7,7 +7,7 @@ tokenizer.pt and scaler.pt are not written: they are pickled objects, and bfloat
 import logging
 import pathlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -29,10 +29,12 @@ _FLOAT32 = np.dtype(np.float32)
 _SCHEDULE = {"schedule": "linear", "lag": 1, "final_fraction": 0.0, "warmup_from": 0.0}
 
 
-def write(folder: pathlib.Path, run: StoredRun, model: Decoder, table: rules.Table) -> bool:
+def write(
+    folder: pathlib.Path, run: StoredRun, model: Decoder, table: rules.Table, progress: Callable[[int], None]
+) -> bool:
     """Writes both files, holding one tensor in memory; a line says what the published trainer does otherwise.
 
-    Returns whether they were written; if not, a line says why.
+    `progress` is called with the bytes of each moment. Returns whether they were written; if not, a line says why.
     """
     if why := _unwritable(run):
         log.warning("the optimizer is not written: %s", why)
@@ -40,7 +42,7 @@ def write(folder: pathlib.Path, run: StoredRun, model: Decoder, table: rules.Tab
     for line in _differences(run, list(table.shapes)):
         log.warning("%s", line)
     every = names(model)
-    _write_optimizer(folder / OPTIMIZER, run, table, every)
+    _write_optimizer(folder / OPTIMIZER, run, table, every, progress)
     import torch
 
     torch.save(_states(run)[1], folder / SCHEDULER)
@@ -72,7 +74,13 @@ def _differences(run: StoredRun, paths: list[str]) -> list[str]:
     return lines
 
 
-def _write_optimizer(path: pathlib.Path, run: StoredRun, table: rules.Table, every: list[str]) -> None:
+def _write_optimizer(
+    path: pathlib.Path,
+    run: StoredRun,
+    table: rules.Table,
+    every: list[str],
+    progress: Callable[[int], None],
+) -> None:
     numbers = {name: i for i, name in enumerate(every) if not name.endswith(ROTATION)}
     tensors: dict[str, TensorInfo] = {}
     for name, i in numbers.items():
@@ -88,6 +96,7 @@ def _write_optimizer(path: pathlib.Path, run: StoredRun, table: rules.Table, eve
                 moment = np.concatenate([np.atleast_1d(part) for part in _parts(run, table, name, which)])
                 moment = rules.transpose(moment) if name.endswith(layouts.TURNED) else moment
                 file.write(f"{i}.{theirs}", 0, moment.reshape(tensors[f"{i}.{theirs}"].shape))
+                progress(moment.nbytes)
         file.finish()
     finally:
         file.close()

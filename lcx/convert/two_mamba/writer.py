@@ -57,7 +57,7 @@ def write(
     hf_folder.write(folder, tensors, pieces, config=config, max_shard_bytes=_ONE_FILE)
     hf_writer.write_side_files(folder, source)
     run = _stored_run(source)
-    if run is not None and not training_writer.write(folder, run, source.model, table):
+    if run is not None and not training_writer.write(folder, run, source.model, table, progress):
         run = None
     settings_writer.write(folder, source.model, config, run)
     return tensors
