@@ -15,9 +15,10 @@ fewer heads than N: consecutive heads then share one (grouped values, Mamba-2's 
                arXiv 2405.21060, section 6). The backward pass stores no states: it recomputes the states at chunk
                boundaries from k and v, then propagates their cotangents backwards.
 
-The decay's gradient needs no C x C product. With R_i = dy_i.y_i and K_j = v_j.dv_j (row and column sums of weights
-times their gradients), da_t = sum_{i >= t} (R_i - K_i) to the end of the chunk + <dS, S> at its end. A sum over the
-whole sequence would cancel to rounding noise.
+The decay's gradient: with R_i and K_j the row and column sums of the weights times their gradients, those of the state
+included, da_t = sum_{i >= t} (R_i - K_i) to the end of the chunk + <dS, S> at its end. A sum over the whole sequence
+would cancel to rounding noise. So would sums with the weights of a token on itself, which have no decay: R_i = dy_i.y_i
+and K_j = v_j.dv_j differ from R and K by the same large number, and with a strong decay by little else.
 
 Segments: see ops/segments.py. `window` adds LoLCATS's softmax over the nearest keys: ops/windowed_linear_attention.py.
 """
@@ -257,8 +258,7 @@ def _chunks_forward(q, k, v, a, first, state, normalize, eps):
 
     last, (y, norm) = jax.lax.scan(step, state, (q, k, v, a, first))
     y, norm = jax.tree.map(lambda x: checkpoint_name(x, MIXER_RESIDUALS), (y, norm))
-    needed = y if normalize or a is not None else None
-    return (y, last), (q, k, v, a, first, state, needed, norm)
+    return (y, last), (q, k, v, a, first, state, y if normalize else None, norm)
 
 
 def _chunks_backward(normalize, eps, residuals, cotangents):
@@ -293,24 +293,38 @@ def _backward_step(carry, x, *, heads, eps):
     da_pairs = (dw * decay).astype(q.dtype)
     d_in = (d_num * entering[..., None]).astype(d_num.dtype)
     v_out = (v * leaving[..., None]).astype(v.dtype)
-    dq = dot("bgrts,bgrsp->bgrtp", da_pairs, k, rq) + dot("bgrth,bgrph->bgrtp", d_in, kv, rq)
+    by_state = dot("bgrth,bgrph->bgrtp", d_in, kv, rq if a is None else None)  # the decay's needs each head's
+    dq = dot("bgrts,bgrsp->bgrtp", da_pairs, k, rq) + (by_state if a is None else _summed(by_state, rq))
     dk = dot("bgrts,bgrtp->bgrsp", da_pairs, q, rk) + dot("bgrsh,bgrph->bgrsp", v_out, d_kv, rk)
     dv = dot("bgrts,bgrth->bgrsh", weights.astype(dy.dtype), d_num, rv)
-    dv += leaving[..., None] * dot("bgrsp,bgrph->bgrsh", k, d_kv, rv)
+    to_state = leaving[..., None] * dot("bgrsp,bgrph->bgrsh", k, d_kv, rv)
+    dv += to_state
     d_kv = carried[..., None] * d_kv + dot("bgrtp,bgrth->bgrph", q, d_in)
-    column = jnp.sum(v * dv, axis=-1)
     if norm is not None:
         d_in = entering * d_norm
         dq += dot("bgrt,bgrp->bgrtp", d_in, z, rq)
         dk += dot("bgrs,bgrp->bgrsp", leaving, d_z, rk)
-        column += jnp.einsum("bgrts,bgrt->bgrs", weights, d_norm) + leaving * dot("bgrsp,bgrp->bgrs", k, d_z)
-        d_z = carried * d_z + dot("bgrt,bgrtp->bgrp", d_in, q)
     if a is None:
+        d_z = d_z if norm is None else carried * d_z + dot("bgrt,bgrtp->bgrp", d_in, q)
         return ((d_kv, d_z), inner), (dq, dk, dv, None)
-    # Normalised, the row sum d_num.num + d_norm (norm - eps) simplifies to -eps d_norm.
-    row = jnp.sum(dy.astype(jnp.float32) * y, axis=-1) if norm is None else -eps * d_norm
-    da = decay_gradient(row - column, inner, first, q.shape[3])
+    terms = _off_diagonal(weights * dw) + jnp.sum(q * by_state, axis=-1) - jnp.sum(v * to_state, axis=-1)
+    if norm is not None:
+        terms += d_in * dot("bgrtp,bgrp->bgrt", q, z) - leaving * dot("bgrsp,bgrp->bgrs", k, d_z)
+        d_z = carried * d_z + dot("bgrt,bgrtp->bgrp", d_in, q)
+    da = decay_gradient(terms, inner, first, q.shape[3])
     return ((d_kv, d_z), _inner((d_kv, d_z), (kv, z))), (dq, dk, dv, da)
+
+
+def _summed(x: Array, heads: int) -> Array:
+    """The sum over the heads of a group, if they share one."""
+    return jnp.sum(x, axis=2, keepdims=True) if heads == 1 else x
+
+
+def _off_diagonal(x: Array) -> Array:
+    """Row sums minus column sums of x [.., C, C], without the diagonal."""
+    C = x.shape[-1]
+    x = jnp.where(jnp.eye(C, dtype=bool), 0.0, x)
+    return jnp.sum(x, axis=-1) - jnp.sum(x, axis=-2)
 
 
 _chunks.defvjp(_chunks_forward, _chunks_backward)
