@@ -35,7 +35,8 @@ and a `row` of P numbers next to the state, z or its cotangent.
 
 The decay's gradient needs no matrix products: da_t sums the contributions of pairs of a key before t and a query at or
 after t. With R_i = q_i.dq_i and K_j = k_j.dk_j it is sum_{i>=t} (R_i - K_i) up to any e, plus <dS_e, S_e>. Over a whole
-sequence rounding errors would dominate the sum, so the states at the edges of spans of `SPAN` tokens are kept.
+sequence rounding errors would dominate the sum, so the states at the edges of spans of `SPAN` tokens are kept. In
+bfloat16 they still do if decays are strong: R_i and K_i share what a token adds to itself, which XLA's form leaves out.
 
 Documents in a row (`runs`) only change masks: a token sees keys from `limit` on, and the entering state if it belongs
 to the token's document. The leaving state holds only the last token's document.
