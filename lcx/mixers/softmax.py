@@ -2,12 +2,12 @@
 
 from typing import Any
 
-import jax
 from jax.sharding import PartitionSpec as Axes
 from jaxtyping import Array, Float
 
 from lcx import sharding
 from lcx.ops.attention import attention
+from lcx.ops.attention_shards import balanced
 
 
 def softmax_attention(
@@ -29,7 +29,8 @@ def softmax_attention(
     Without a cache T is split over `context` by one of the methods of ops/attention_shards.py. With one (q_offset),
     every device of `context` holds some of the heads for the whole text: queries, new keys and values are sent there
     and the outputs back (all-to-all, by the compiler). If `context` does not divide the kv heads, the queries are split
-    along T instead, and every device holds all keys and values, of which the compiler gathers the new ones.
+    along T instead, in blocks that leave all devices equal work, and every device holds all keys and values, of which
+    the compiler gathers the new ones.
 
     Args:
       segment_ids: those of the queries.
@@ -62,10 +63,13 @@ def softmax_attention(
         if not cached:
             options |= {"kv_segment_ids": ids, "mesh_axis": mesh_axis, "over_context": over_context}
             return attention(*heads, **options)
-        offset = arrays["q_offset"]
-        if mesh_axis is not None:
-            offset = offset + jax.lax.axis_index(mesh_axis) * heads[0].shape[1]
-        return attention(*heads, **options, kv_segment_ids=arrays["kv_segment_ids"], q_offset=offset)
+        q, *kv = heads
+
+        def outputs(q: Array, ids: Array, start: Array | int) -> Array:
+            masks = {"q_segment_ids": ids, "kv_segment_ids": arrays["kv_segment_ids"]}
+            return attention(q, *kv, **options | masks, q_offset=arrays["q_offset"] + start)
+
+        return outputs(q, ids, 0) if mesh_axis is None else balanced(outputs, q, ids, window, mesh_axis)
 
     y = sharding.island(run, arrays, axes, per_head, heads=over)
     return y if time else sharding.by_token(y)

@@ -7,16 +7,14 @@ their way to the next one (Liu et al. 2023, arXiv 2310.01889). The softmax over 
 attention_blocks.py. The backward pass sends them round once more, and with each part the gradients of its keys and
 values, to which every device adds its share. The last hop brings them home.
 
-Balance. Without a window, or with one wider than half a row, parts change places by half parts first (zigzag.py): at
-every step all devices compare as many pairs. A narrower window leaves the parts as they are, and the ring stops after
-the ceil((w - 1) / L) parts that it reaches. All devices then do the work of w keys a query, apart from those of the
-row's first w tokens, which do less: the most is 1 / (1 - w / 2T) of the mean. (In zigzag order that of a window above
-T / 2 is T / 2w of this: 4/3 of the mean at half a row, falling to the mean.) Masks know a token by its place in the row
+Balance. Parts change places by blocks first (dealt.py), so that all devices compare about as many pairs; without a
+window at every step. A window up to a tenth of the row leaves the parts as they are, and the ring stops after the
+ceil((w - 1) / L) parts that it reaches; with a wider one keys go all round. Masks know a token by its place in the row
 and by its document, so documents may begin and end anywhere, and the changed order shows nowhere outside.
 
 A device receives, per row, for S steps (P - 1, or those of a window):
 
-    forward     K (H + W) L S numbers, and to change places (N + K) (H + W) L
+    forward     K (H + W) L S numbers, and to change places (N + K) (H + W) L (n - 1) / n
     backward    K (H + W) L S again, and K (H + W) L (S + 1) in float32; to change places as many as forward
 
 Segment ids go along (L integers a step), and with a decay its sums (N L). Parts are filled up to whole tiles. Compiled
@@ -29,13 +27,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
 
-from lcx.ops import MIXER_RESIDUALS, attention_blocks, zigzag
+from lcx.ops import MIXER_RESIDUALS, attention_blocks
 from lcx.ops.attention_blocks import Gradients, Keys, Pairs, Queries, Seen, Sums
 from lcx.ops.attention_tiles import LOWEST, NEG, Plan, head_backward, head_forward
+from lcx.ops.dealt import Deal
 from lcx.ops.running import later_sums
 from lcx.ops.tiling import each_head
 
@@ -45,67 +43,52 @@ class Ring:
     """Which tokens of a row of P L a device holds, and in which order.
 
     Attributes:
-      blocks: 1: its own part. 2: two halves of parts in zigzag order.
-      half: tokens of a block; the second of a part has one less if L is odd.
-      size: the same, filled up to whole tiles.
+      size: tokens of a block, filled up to whole tiles.
       steps: how often keys are sent on.
     """
 
     mesh_axis: str
-    devices: int
-    tokens: int
-    blocks: int
-    half: int
+    deal: Deal
     size: int
     steps: int
     plan: Plan
 
     @classmethod
     def of(cls, mesh_axis: str, devices: int, tokens: int, *, window: int | None, **plan: Any) -> "Ring":
-        P, L = devices, tokens
-        blocks = 2 if window is None or 2 * window > P * L else 1
-        half = -(-L // blocks)
-        tiles = Plan.of(half, half, window=window, masked=True, **plan)
+        deal = Deal.of(devices, tokens, window)
+        tiles = Plan.of(deal.size, deal.size, window=window, masked=True, **plan)
         unit = max(tiles.rows, tiles.cols)
-        steps = P - 1 if window is None else min(P - 1, -(-(window - 1) // L))
-        return cls(mesh_axis, P, L, blocks, half, -(-half // unit) * unit, steps, tiles)
+        steps = devices - 1
+        if deal.in_place and window is not None:
+            steps = min(steps, -(-(window - 1) // tokens))
+        return cls(mesh_axis, deal, -(-deal.size // unit) * unit, steps, tiles)
 
-    def places(self) -> np.ndarray:
-        """The place in the row of the first token of every block, [P, blocks]."""
-        r = np.arange(self.devices)
-        if self.blocks == 1:
-            return (r * self.tokens)[:, None]
-        c = np.stack([r, 2 * self.devices - 1 - r], axis=1)
-        return c // 2 * self.tokens + c % 2 * self.half
+    @property
+    def blocks(self) -> int:
+        """n, those that a device holds."""
+        return self.deal.blocks
 
     def arranged(self, x: Array) -> Array:
-        """A part [B, L, ...] as this device's blocks [B, blocks * size, ...]; zeros fill them up."""
-        more = ((0, 0),) * (x.ndim - 2)
-        x = jnp.pad(x, ((0, 0), (0, self.blocks * self.half - self.tokens), *more))
-        if self.blocks == 2:
-            pair = zigzag.to_zigzag(x[:, : self.half], x[:, self.half :], self.mesh_axis)
-            x = jnp.stack(pair, axis=1)
-        else:
-            x = x[:, None]
-        x = jnp.pad(x, ((0, 0), (0, 0), (0, self.size - self.half), *more))
+        """A part [B, L, ...] as this device's blocks [B, n * size, ...]; zeros fill them up."""
+        x = self.deal.dealt(x, self.mesh_axis)
+        more = ((0, 0),) * (x.ndim - 3)
+        x = jnp.pad(x, ((0, 0), (0, 0), (0, self.size - self.deal.size), *more))
         return x.reshape(x.shape[0], -1, *x.shape[3:])
 
     def restored(self, x: Array) -> Array:
         """The inverse of `arranged`."""
-        x = x.reshape(x.shape[0], self.blocks, self.size, *x.shape[2:])[:, :, : self.half]
-        if self.blocks == 1:
-            return x[:, 0]
-        pair = zigzag.from_zigzag(x[:, 0], x[:, 1], self.mesh_axis)
-        return jnp.concatenate(pair, axis=1)[:, : self.tokens]
+        x = x.reshape(x.shape[0], self.blocks, self.size, *x.shape[2:])[:, :, : self.deal.size]
+        return self.deal.restored(x, self.mesh_axis)
 
     def sent(self, tree: Any, distance: int = 1) -> Any:
         """What the device `distance` before this one holds."""
-        pairs = [(i, (i + distance) % self.devices) for i in range(self.devices)]
+        P = self.deal.devices
+        pairs = [(i, (i + distance) % P) for i in range(P)]
         return jax.tree.map(lambda x: jax.lax.ppermute(x, self.mesh_axis, pairs), tree)
 
     def before(self, step: Array | int) -> Array:
         """The device whose keys are here after so many steps."""
-        return (jax.lax.axis_index(self.mesh_axis) - step) % self.devices
+        return (jax.lax.axis_index(self.mesh_axis) - step) % self.deal.devices
 
 
 def attention(
@@ -171,7 +154,7 @@ class _Decay(NamedTuple):
 
     def between(self, q_starts: Array, k_starts: Array, ring: Ring) -> Array:
         """[B K, G, n, n]: the sum over the blocks that lie between each of the queries' and each of the keys'."""
-        places = jnp.asarray(ring.places())
+        places = jnp.asarray(ring.deal.places())
         inside = (places < q_starts[:, None, None, None]) & (places > k_starts[:, None, None])
         return jnp.einsum("bgpm,qkpm->bgqk", self.blocks, inside.astype(jnp.float32), precision="highest")
 
@@ -214,7 +197,7 @@ def _step(
       queries, keys: as the NamedTuples there, with ids [B, L].
       more: the arguments that follow.
     """
-    places = jnp.asarray(ring.places())
+    places = jnp.asarray(ring.deal.places())
     pairs = Pairs(plan, places[ring.before(0)], places[ring.before(step)], ring.size, decay is None)
     between = None if decay is None else decay.between(pairs.q_starts, pairs.k_starts, ring)
     (q, q_ids, since), (k, v, k_ids, until) = queries, keys
@@ -311,7 +294,7 @@ def _from_sums(d_sums: Array, ids: Array, ring: Ring) -> Array:
     documents = _per_kv_head(documents, len(d_sums))[:, None]
     sums = later_sums(by_block, documents)
     to_all = functools.partial(jax.lax.all_gather, axis_name=ring.mesh_axis, axis=2)
-    blocks, begins, places = to_all(sums[..., 0]), to_all(documents[..., 0]), jnp.asarray(ring.places())
+    blocks, begins, places = to_all(sums[..., 0]), to_all(documents[..., 0]), jnp.asarray(ring.deal.places())
     later = places > places[ring.before(0)][:, None, None]  # [n, P, n]
     ends = documents[..., -1]
     goes_on = later & (begins[:, 0, None] == ends[:, 0, :, None, None])  # [B K, n, P, n]

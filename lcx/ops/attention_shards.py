@@ -7,17 +7,20 @@ A device receives, per row and pass, so many numbers:
 ``heads``   all-to-all: whole rows of N / P heads, and its part of the outputs back: (2 N + 2 max(K, P)) H L (P - 1) / P
             (DeepSpeed-Ulysses, arXiv 2309.14509). Kernels run on whole rows.
 ``gather``  the keys and values of whole rows:                                       2 K H L (P - 1)
-            Queries change places by half parts: device r takes the r-th and r-th last of 2 P blocks, so that all see
-            equally many keys (if L is even). 2 N H L numbers more.
-``ring``    the same keys and values, a part at a time (attention_ring.py): 2 K H L (P - 1), and 2 (N + K) H L to change
-            places. Only two parts of them are in memory; a window stops the ring where it ends.
+            Queries change places by blocks, so that all see about equally many keys (dealt.py): at most 2 N H L
+            numbers more, and N H L with two blocks, without a window.
+``ring``    the same keys and values, a part at a time (attention_ring.py): 2 K H L (P - 1), and at most 2 (N + K) H L to
+            change places. Only two parts of them are in memory; a window up to a tenth of the row stops the ring
+            where it ends.
 
-Chosen without a setting: ``halo`` if the window reaches no further than one part back; else ``heads`` if P divides the
+Chosen without a setting: ``halo`` if the window reaches no further than one part back and is so small a share of the
+row, up to a tenth, that the first tokens, which see less, leave the devices balanced; else ``heads`` if P divides the
 query heads, and P divides the kv heads or is a multiple of them, so that kernels run; else ``gather`` while keys and
 values of a whole row are at most MOST_GATHERED numbers, half a GiB with their gradients in bfloat16; else ``ring``,
-which sends more in its backward pass. Published on TPU v5p for rows of 32K tokens: all-to-all and gathered keys keep
-the same share of the peak FLOPs, a ring about half of it. Segment ids and decays go along. The backward pass sends
-about as much.
+which sends more in its backward pass. So no device compares more than 1.05 times the mean of pairs, in a row that is
+one document; a ``halo`` that the user set does for wider windows, 1 / (1 - w / 2T). Published on TPU v5p for rows of
+32K tokens: all-to-all and gathered keys keep the same share of the peak FLOPs, a ring about half of it. Segment ids and
+decays go along. The backward pass sends about as much.
 """
 
 import functools
@@ -30,7 +33,8 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from lcx.errors import UserError
-from lcx.ops import attention_ring, dispatch, shards, zigzag
+from lcx.ops import attention_ring, dispatch, shards
+from lcx.ops.dealt import Deal
 
 WORDS = {
     "halo": "a halo of keys and values",
@@ -88,9 +92,10 @@ def choose(
         else f"implementation is {implementation!r}, but a ring is computed by 'xla'; leave implementation at None",
     }
     if method is None:
-        near = window is not None and window - 1 <= tokens
-        if near or obstacles["heads"] is None:
-            return "halo" if near else "heads"
+        if window is not None and window - 1 <= tokens and Deal.of(devices, tokens, window).in_place:
+            return "halo"
+        if obstacles["heads"] is None:
+            return "heads"
         method = "gather" if devices * tokens * kv_heads * kv_width <= MOST_GATHERED else "ring"
     if method not in obstacles:
         raise UserError(f"over_context is {method!r}, expected one of {_expected()}")
@@ -196,17 +201,26 @@ def _gather(attend, q, k, v, log_decay, ids, sinks, window: int | None, mesh_axi
     gather = functools.partial(jax.lax.all_gather, axis_name=mesh_axis, axis=1, tiled=True)
     attend = functools.partial(attend, sinks=sinks)
     k, v, decay, kv_ids = jax.tree.map(gather, (k, v, log_decay, ids))
-    B, L = ids.shape
-    P, place = jax.lax.axis_size(mesh_axis), jax.lax.axis_index(mesh_axis)
 
-    def outputs(block: tuple[Array, Array, Array]) -> Array:
-        q, q_ids, start = block
-        offset = jnp.full((B,), start, jnp.int32)
-        return attend(q, k, v, log_decay=decay, q_segment_ids=q_ids, kv_segment_ids=kv_ids, q_offset=offset)
+    def outputs(q: Array, ids: Array, start: Array) -> Array:
+        offset = jnp.full(q.shape[:1], start, jnp.int32)
+        return attend(q, k, v, log_decay=decay, q_segment_ids=ids, kv_segment_ids=kv_ids, q_offset=offset)
 
-    if L % 2:
-        return outputs((q, ids, place * L))
-    q, ids = (jnp.stack(zigzag.to_zigzag(x[:, : L // 2], x[:, L // 2 :], mesh_axis)) for x in (q, ids))
-    starts = jnp.stack([place, 2 * P - 1 - place]) * (L // 2)
-    y = jax.lax.map(outputs, (q, ids, starts))
-    return jnp.concatenate(zigzag.from_zigzag(y[0], y[1], mesh_axis), axis=1)
+    return balanced(outputs, q, ids, window, mesh_axis)
+
+
+def balanced(
+    outputs: Callable[[Array, Array, Array], Array], q: Array, ids: Array, window: int | None, mesh_axis: str
+) -> Array:
+    """This device's part of the outputs where each device has the keys of whole rows: queries change places by blocks.
+
+    Args:
+      outputs: outputs(queries [B, n, N, H], their ids [B, n], the place of the first of them in the row).
+    """
+    deal = Deal.of(jax.lax.axis_size(mesh_axis), ids.shape[1], window)
+    starts = jnp.asarray(deal.places())[jax.lax.axis_index(mesh_axis)]
+    if deal.in_place:
+        return outputs(q, ids, starts[0])
+    q, ids = (jnp.moveaxis(deal.dealt(x, mesh_axis), 1, 0) for x in (q, ids))
+    y = jax.lax.map(lambda block: outputs(*block), (q, ids, starts))
+    return deal.restored(jnp.moveaxis(y, 0, 1), mesh_axis)

@@ -14,6 +14,7 @@ from lcx.errors import UserError
 from lcx.ops import attention_shards
 from lcx.ops.attention import attention
 from lcx.ops.attention_ring import Ring
+from lcx.ops.dealt import Deal
 from lcx.planning.program import parse
 
 B, N, K, H, W = 2, 4, 2, 8, 6
@@ -74,8 +75,9 @@ def on_a_ring(P, arrays, ids, **settings):
 CASES = {  # devices, tokens of a part, decays, sinks, settings
     "tiles_decays": (4, 150, True, False, {"softcap": 2.0}),  # a block is several tiles, and not full
     "odd_everything": (2, 7, True, True, {"softcap": 2.0}),
-    "wide_window": (2, 9, False, False, {"window": 11}),  # more than half of the row: zigzag as well
-    "window_decays": (8, 3, True, True, {"window": 9}),  # reaches three parts back
+    "wide_window": (4, 11, False, False, {"window": 23}),  # dealt in blocks, which see those of all devices
+    "window_decays": (4, 13, True, True, {"window": 20}),  # the last block of a part is short
+    "narrow_window": (8, 3, True, False, {"window": 2}),  # reaches one part back; parts stay where they are
 }
 
 
@@ -116,7 +118,7 @@ def test_bytes_of_both_passes_and_memory_of_one_part():
     arrays, ids = arguments(P * L, decays=False, sinks=False)
     half = {name: x.astype(jnp.bfloat16) for name, x in arrays.items()}
     compiled = on_a_ring(P, half, ids).lower(ids, half).compile()
-    keys, places = K * (H + W) * L, (N + K) * (H + W) * L
+    keys, places = K * (H + W) * L, (N + K) * (H + W) * L // 2
     passes = keys * (P - 1) + places, keys * (P - 1) + keys * P + places
     assert received(compiled.as_text()) == B * sum(passes)
     shapes = {array.shape for run in parse(compiled.as_text()).runs() for array in run.instruction.results}
@@ -129,39 +131,40 @@ def test_bytes_of_both_passes_and_memory_of_one_part():
         np.testing.assert_allclose(np.asarray(a, np.float32), b, atol=0.03 * (1 + np.abs(b).max()))
 
 
-def pairs_of_each_device(ring):
+def pairs_of_each_device(deal, window):
     """How many keys the queries of each device see, counted one by one."""
-    place = np.arange(ring.devices * ring.tokens)
-    window = len(place) if ring.plan.window is None else ring.plan.window
-    work = np.minimum(place + 1, window)
-    found = np.zeros(ring.devices)
-    for device, starts in enumerate(ring.places()):
-        for start in starts:
-            size = ring.half if ring.blocks == 1 else ring.tokens // 2 + (start % ring.tokens == 0) * ring.tokens % 2
-            found[device] += work[start : start + size].sum()
-    assert found.sum() == work.sum()  # every token once
+    P, L = deal.devices, deal.tokens
+    sees = np.minimum(np.arange(P * L) + 1, window or P * L)
+    found, taken = np.zeros(P), np.zeros(P * L)
+    for device, starts in enumerate(deal.places()):
+        for j, start in enumerate(starts):
+            own = slice(start, start + min(deal.size, L - j * deal.size))
+            found[device] += sees[own].sum()
+            taken[own] += 1
+    assert (taken == 1).all()
     return found
 
 
-@pytest.mark.parametrize(("P", "L"), [(2, 100), (3, 101), (8, 77), (64, 50)])
+@pytest.mark.parametrize(("P", "L"), [(2, 100), (3, 101), (4, 64), (8, 77), (64, 70)])
 def test_all_devices_work_equally(P, L):
-    work = pairs_of_each_device(Ring.of("context", P, L, window=None, **PLAN))
-    assert work.max() <= 1.05 * work.mean()
+    """No device sees more than 1.05 times the mean of keys, whatever the window; `Deal.work` says what each does."""
+    for window in (None, *(max(1, P * L * i // 40) for i in range(41))):
+        deal = Deal.of(P, L, window)
+        work = pairs_of_each_device(deal, window)
+        np.testing.assert_array_equal(work, deal.work(window))
+        assert work.max() <= 1.05 * work.mean(), window
+        assert deal.blocks == 2 or window
+    assert Deal.of(P, L, P * L // 11).in_place and not Deal.of(P, L, P * L // 9).in_place
 
 
-@pytest.mark.parametrize("window", [30, 160, 400])
-def test_a_window_rings_as_far_as_it_sees(window):
-    P, L = 8, 100
-    ring = Ring.of("context", P, L, window=window, **PLAN)
-    assert ring.blocks == 1
-    assert ring.steps == -(-(window - 1) // L)
-    work = pairs_of_each_device(ring)
-    assert work.max() == work[-1] == window * L
-    assert work.max() <= work.mean() / (1 - window / (2 * P * L))
-    wide = Ring.of("context", P, L, window=3 * P * L // 4, **PLAN)
-    assert wide.blocks == 2 and wide.steps == min(P - 1, 6)
-    work = pairs_of_each_device(wide)
-    assert work.max() <= 1.07 * work.mean()  # 2/3 / (5/8)
+def test_a_narrow_window_rings_as_far_as_it_sees():
+    P, L = 64, 100
+    for window in (30, 160, 400):
+        ring = Ring.of("context", P, L, window=window, **PLAN)
+        assert ring.deal.in_place and ring.steps == -(-(window - 1) // L)
+    for window in (P * L // 4, 3 * P * L // 4):  # blocks from all over the row are on every device
+        ring = Ring.of("context", P, L, window=window, **PLAN)
+        assert not ring.deal.in_place and ring.steps == P - 1
 
 
 def test_it_is_chosen_where_whole_rows_of_keys_are_too_much(caplog):
@@ -171,7 +174,7 @@ def test_it_is_chosen_where_whole_rows_of_keys_are_too_much(caplog):
     assert choose(None, tokens=most) == "gather"
     assert choose(None, tokens=most + 1) == "ring"
     assert choose(None, tokens=most + 1, heads=16, kv_heads=2) == "heads"
-    assert choose(None, tokens=most + 1, window=4096) == "halo"
+    assert choose(None, tokens=most + 1, window=2048) == "halo"
     assert choose("ring", tokens=4) == "ring"
     with caplog.at_level(logging.INFO, "lcx"):
         attention_shards._say("ring", 8, 1 << 28)
