@@ -9,8 +9,8 @@ A device receives, per row and pass, so many numbers:
 ``gather``  the keys and values of whole rows:                                       2 K H L (P - 1)
             Queries change places by blocks, so that all see about equally many keys (dealt.py): at most 2 N H L
             numbers more, and N H L with two blocks, without a window.
-``ring``    the same keys and values, a part at a time (attention_ring.py): 2 K H L (P - 1), and at most 2 (N + K) H L to
-            change places. Only two parts of them are in memory; a window up to a tenth of the row stops the ring
+``ring``    the same keys and values, a part at a time (attention_ring.py): 2 K H L (P - 1), and at most 2 (N + K) H L
+            to change places. Only two parts of them are in memory; a window up to a tenth of the row stops the ring
             where it ends.
 
 Chosen without a setting: ``halo`` if the window reaches no further than one part back and is so small a share of the

@@ -54,7 +54,8 @@ MORE |= {  # the battery's has relu, where denominators next to 0 make gradients
 ALL = MIXERS | MORE
 # Left out: other settings of rows above that reach the same operators and send the same. Of the battery's variants only
 # two_mamba_linear_relu differs here: its convolution of one token sends no halo.
-SAME = ("attention_gather", "attention_one_kv_head", "attention_bias_qk_norm_partial", "mamba2_one_head", "two_mamba_square_output_norm")
+SAME = ("attention_one_kv_head", "attention_bias_qk_norm_partial", "attention_gather", "mamba2_one_head")
+SAME += ("two_mamba_square_output_norm",)
 PAIRS = [
     (name, list(MESHES)[i % 3]) for i, name in enumerate(ALL) if name not in SAME
 ]  # every kind of mixer comes in several rows
