@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from lcx import mixers, moved
+from lcx import cache_gradients, mixers, moved
 from lcx.block import Block
 from lcx.errors import UserError, check_not_negative, check_positive, check_sizes
 from lcx.layers import INITIALIZATIONS, Embedding, Norm, wants_shapes
@@ -78,7 +78,10 @@ class _Period(nn.Module):
     remat: str
 
     @nn.compact
-    def __call__(self, x, cache, layer, stacked, positions, segment_ids):
+    def __call__(self, carried, cache, layer, stacked, positions, segment_ids):
+        x, before = carried
+        if before:
+            cache, before = cache_gradients.read(cache, before, layer)
         caches = {}
         for i, block in enumerate(self.stage.pattern):
             name = f"block_{i}"
@@ -95,7 +98,7 @@ class _Period(nn.Module):
             if block_cache is None and stacked:
                 block_cache = LayerOf(stacked[name], layer)
             x, caches[name] = block(x, positions=positions, segment_ids=segment_ids, cache=block_cache)
-        return x, caches
+        return (x, before), caches
 
 
 def _scanned(stage: Stage, remat: str, *, initializing: bool) -> nn.Module:
@@ -170,7 +173,7 @@ class Layers(nn.Module):
     ) -> Float[Array, "B T D"]:
         x = x.astype(jnp.dtype(self.dtype))
         for i in range(len(self.stages)):
-            x, _ = getattr(self, f"stages_{i}")(x, None, None, None, positions, segment_ids)
+            (x, _), _ = getattr(self, f"stages_{i}")((x, None), None, None, None, positions, segment_ids)
         return x
 
 
@@ -271,10 +274,10 @@ class Decoder(nn.Module):
         for i in range(len(self.stages)):
             name = f"stages_{i}"
             stage_cache = None if cache is None else cache[name]
-            caches = _cached(self.stages[i], stage_cache, tokens.shape[1])
-            x, new = getattr(self, name)(x, *caches, positions, segment_ids)
+            cut, number, whole = _cached(self.stages[i], stage_cache, tokens.shape[1])
+            (x, cut), new = getattr(self, name)((x, cut), jax.lax.stop_gradient(cut), number, whole, positions, segment_ids)
             if cache is not None:
-                new_cache[name] = _appended(self.stages[i], stage_cache, new)
+                new_cache[name] = _appended(self.stages[i], cut | whole, new)
         return self.final_norm(x), None if cache is None else new_cache
 
     def __call__(

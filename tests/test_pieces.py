@@ -163,6 +163,20 @@ def test_memory_does_not_grow_with_the_row():
     assert temporary(4096, None) > 3 * long  # whole rows do grow
 
 
+def test_a_layer_needs_its_keys_and_values_and_one_gradient_of_them():
+    """Compiled temporary memory by the number of layers: twice their keys and values, and what a piece needs."""
+    tokens, kv_bytes = 8192, 2 * 8192 * 8 * 4
+
+    def temporary(layers):
+        stage = Stage((Block(Attention(1, 1, 8), None),), layers)
+        model = Decoder(50, 8, (stage,), tokens, tie_word_embeddings=True, remat="full")
+        params = jax.eval_shape(lambda: nn.meta.unbox(model.init(jax.random.key(0), BATCH["tokens"]))["params"])
+        batch = {name: jax.ShapeDtypeStruct((1, tokens), x.dtype) for name, x in BATCH.items()}
+        return gradient.lower(model, Pieces(16), params, batch).compile().memory_analysis().temp_size_in_bytes
+
+    assert 1.9 < (temporary(12) - temporary(2)) / 10 / kv_bytes < 2.2
+
+
 def test_a_run_in_pieces_is_the_run_in_whole_rows(tmp_path, capfd):
     """Two steps of a trainer with accumulation, the held-out loss, and the line at the start."""
     write_text(tmp_path)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from lcx import sharding
+from lcx import cache_gradients, sharding
 from lcx.ops.cached_attention import cached_attention
 
 Cache = dict[str, Array]
@@ -80,8 +80,7 @@ def append(cache: Cache, new: Cache, *, ring: bool = False) -> Cache:
             x = jnp.swapaxes(x, -3, -2) if name in ("k", "v") else jnp.swapaxes(x, -2, -1)
         axis = x.ndim - (2 if name in ("k", "v") else 1)
         slots, x = cache[name], _divided(name, x)
-        whole = jax.lax.dynamic_update_slice_in_dim(slots, x.astype(slots.dtype), start, axis)
-        written[name] = _divided(name, whole)
+        written[name] = _divided(name, cache_gradients.write(slots, x.astype(slots.dtype), start, axis))
     return {**cache, **written, "index": cache["index"] + new["segment_ids"].shape[-1]}
 
 
