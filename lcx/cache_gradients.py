@@ -13,7 +13,6 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 Tree = Any

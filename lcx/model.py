@@ -275,7 +275,8 @@ class Decoder(nn.Module):
             name = f"stages_{i}"
             stage_cache = None if cache is None else cache[name]
             cut, number, whole = _cached(self.stages[i], stage_cache, tokens.shape[1])
-            (x, cut), new = getattr(self, name)((x, cut), jax.lax.stop_gradient(cut), number, whole, positions, segment_ids)
+            values = jax.lax.stop_gradient(cut)  # their gradient goes into the other one, see cache_gradients.py
+            (x, cut), new = getattr(self, name)((x, cut), values, number, whole, positions, segment_ids)
             if cache is not None:
                 new_cache[name] = _appended(self.stages[i], cut | whole, new)
         return self.final_norm(x), None if cache is None else new_cache
