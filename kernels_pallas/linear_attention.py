@@ -66,7 +66,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float, Int
 
 from kernels_pallas import backends, linear_attention_gpu, linear_attention_tpu
-from kernels_pallas.tiles import GONE, RESIDUALS, in_parts, over_groups
+from kernels_pallas.tiles import GONE, RESIDUALS, in_parts, last_tokens, over_groups, sums_by_document
 
 SIZES = (16, 32, 64, 128)
 SPAN = 512  # tokens; the states at span edges take half of y's bytes, and rounding errors in da grow with sqrt(SPAN)
@@ -200,22 +200,26 @@ def _vectors(log_decay: Array | None, runs: Array | None, C: int, exact: bool) -
     if log_decay is None and runs is None:
         return {}, {}
     reach = keep = jnp.ones((1, 1, 1, 1), jnp.float32)
-    decay, first, last = {}, {}, {}
+    decay, first, last, run, begins = {}, {}, {}, None, None
+    if runs is not None:
+        run = runs.reshape(runs.shape[0], -1, C)
+        begins = jnp.diff(run, axis=2, prepend=run[..., :1]) != 0
     if log_decay is not None:
         B, T, n = log_decay.shape
-        g = in_parts(jnp.swapaxes(log_decay, 1, 2).reshape(B, n, T // C, C))
-        reach, keep = jnp.exp(jnp.sum(g, axis=2)), jnp.exp(jnp.sum(g[..., -1:] - g, axis=2))
+        by_chunk = jnp.swapaxes(log_decay, 1, 2).reshape(B, n, T // C, C)
+        g = in_parts(by_chunk, None if begins is None else begins[:, None])
+        rest = jnp.sum(g[..., -1:] - g, axis=2)  # above 0 for some tokens of earlier documents, which are masked below
+        reach, keep = jnp.exp(jnp.sum(g, axis=2)), jnp.exp(jnp.minimum(rest, 0))
         # Only differences matter: centring the values halves the rounding error if a chunk holds many resets.
-        g -= g[..., C // 2, None]
+        middle = g[..., C // 2, None]
+        g -= middle if run is None else jnp.where((run == run[..., C // 2, None])[:, None, None], middle, 0)
         decay = {"decay": (g[:, :, 0] if exact else jnp.sum(g, axis=2)).reshape(B, n, T)}
         if exact:
             decay["fine"] = g[:, :, 1].reshape(B, n, T)
-    if runs is not None:
-        B, T = runs.shape
-        run, place = runs.reshape(B, T // C, C), jnp.arange(C)
+    if runs is not None and run is not None:
+        (B, T), place = runs.shape, jnp.arange(C)
         before = jnp.pad(run[:, :-1, -1:], ((0, 0), (1, 0), (0, 0)))
         reach, keep = reach * (run == before)[:, None], keep * (run == run[..., -1:])[:, None]
-        begins = jnp.diff(run, axis=2, prepend=run[..., :1]) != 0
         ends = jnp.diff(run, axis=2, append=run[..., -1:]) != 0
         first = {"limit": lax.cummax(jnp.where(begins, place, 0), axis=2).reshape(B, T)}
         last = {"limit": lax.cummin(jnp.where(ends, place, C - 1), axis=2, reverse=True).reshape(B, T)}
@@ -345,7 +349,7 @@ def _backward(plan: Plan, residuals, cotangents):
         across = _across(done["states"], d_kv_before, kv, d_kv)
         if z is not None:
             across += _across(done["all_sums"], to_k["rows"], z, d_z)
-        da = over_groups(_pairs_across(change, across, plan.span), log_decay.shape[2])
+        da = over_groups(_pairs_across(change, across, plan.span, runs), log_decay.shape[2])
     dq, dk, dv = (over_groups(d, x.shape[2]).astype(x.dtype) for d, x in ((dq, q), (dk, k), (dv, v)))
     return dq, dk, dv, da, None, d_kv_before[:, :, 0], None if z is None else to_k["rows"][:, :, 0]
 
@@ -369,16 +373,28 @@ def _across(states: Array, d_states: Array, state: Array, d_state: Array) -> Arr
     return jnp.swapaxes(jnp.sum(d_states * states, axis=range(3, states.ndim)), 1, 2)
 
 
-def _pairs_across(change: Array, across: Array, span: int) -> Array:
+def _pairs_across(change: Array, across: Array, span: int, runs: Array | None) -> Array:
     """The sum over the pairs that a_t decays, for every t: [B, T, N].
 
-    Up to the end of t's span this is a sum of `change`. The known value at the span's start gives the rounding error
-    that accumulates over the span; it is subtracted in proportion to the distance.
+    Up to the end of t's span, or of its document in it, this is a sum of `change`. The value at their start is known
+    from the states, 0 where a document starts. It gives the rounding error that accumulates up to there, which is
+    subtracted in proportion to the distance.
     """
     B, T, N = change.shape
-    sums = lax.cumsum(change.reshape(B, T // span, span, N), axis=2, reverse=True) + across[:, 1:, None]
-    missed = across[:, :-1, None] - sums[:, :, :1]
-    return (sums + missed * ((span - jnp.arange(span)) / span)[:, None]).reshape(B, T, N)
+    change = jnp.swapaxes(change, 1, 2).reshape(B, N, -1, span)
+    before, after = (jnp.swapaxes(x, 1, 2)[..., None] for x in (across[:, :-1], across[:, 1:]))
+    if runs is None:
+        sums = lax.cumsum(change, axis=3, reverse=True) + after
+        sums += (before - sums[..., :1]) * ((span - jnp.arange(span)) / span)
+    else:
+        run, place = runs.reshape(B, 1, -1, span), jnp.arange(span)
+        ends, first = last_tokens(run), jnp.diff(run, axis=3, prepend=-1) != 0
+        begin = lax.cummax(jnp.where(first, place, 0), axis=3)
+        end = lax.cummin(jnp.where(ends, place, span - 1), axis=3, reverse=True) + 1
+        sums = sums_by_document(change, ends, reverse=True) + jnp.where(run == run[..., -1:], after, 0)
+        at_first = sums_by_document(jnp.where(first, sums, 0), first)
+        sums += (jnp.where(begin == 0, before, 0) - at_first) * ((end - place) / (end - begin))
+    return jnp.swapaxes(sums.reshape(B, N, T), 1, 2)
 
 
 _attend.defvjp(_forward, _backward)

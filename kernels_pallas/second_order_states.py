@@ -67,7 +67,17 @@ from jaxtyping import Array, Float, Int
 from kernels_pallas import second_order_attention as near_part
 from kernels_pallas import second_order_states_gpu, second_order_states_tpu
 from kernels_pallas.second_order_states_plan import Plan, Sizes, planned
-from kernels_pallas.tiles import FORGOTTEN, RESIDUALS, Tiles, chunked, over_groups, padded, square
+from kernels_pallas.tiles import (
+    FORGOTTEN,
+    RESIDUALS,
+    Tiles,
+    chunked,
+    last_tokens,
+    over_groups,
+    padded,
+    square,
+    sums_by_document,
+)
 
 BLOCK = 16  # rows per block in the feature order of the initial and the final state
 
@@ -297,7 +307,7 @@ def _backward(plan: Plan, residuals, cotangents):
     dq, dk, dv, flow = _near_gradients(q, k, v, log_decay, runs, y, den, dy, plan)
     edge = edges(log_decay, runs, (B, N, T), C, state is not None)
     far = _far_gradients(q, k, v, edge, state, y, den, dy, d_state, plan)
-    d_decay = None if log_decay is None else _decay_gradient(flow, q, k, far, edge.kept)
+    d_decay = None if log_decay is None else _decay_gradient(flow, q, k, far, edge.kept, runs)
     dq, dk, dv = (
         over_groups((x.astype(jnp.float32) + more).astype(like.dtype), like.shape[2])
         for x, more, like in ((dq, far.q, q), (dk, far.k, k), (dv, far.v, v))
@@ -305,16 +315,25 @@ def _backward(plan: Plan, residuals, cotangents):
     return dq, dk, dv, d_decay, None, far.state
 
 
-def _decay_gradient(flow: Array, q: Array, k: Array, far: "Far", kept: Array) -> Array:
-    """The gradient of log_decay [B, N, T], chunk by chunk, so that no rounding error accumulates along T."""
+def _decay_gradient(flow: Array, q: Array, k: Array, far: "Far", kept: Array, runs: Array | None) -> Array:
+    """The gradient of log_decay [B, N, T], chunk by chunk, so that no rounding error accumulates along T.
+
+    With documents over each of them alone.
+    """
     B, N, J = kept.shape
     rows, columns = (
         0.5 * jnp.sum(jnp.repeat(x, N // x.shape[2], axis=2).astype(jnp.float32) * dx, axis=-1)
         for x, dx in ((q, far.q), (k, far.k))
     )
     rows, columns = (jnp.swapaxes(x, 1, 2).reshape(B, N, J, -1) for x in (rows, columns))
-    after = jax.lax.cumsum(flow.reshape(rows.shape) + rows, axis=3, reverse=True)
-    before = jax.lax.cumsum(columns, axis=3) - columns
+    later, earlier = flow.reshape(rows.shape) + rows, jnp.pad(columns, ((0, 0),) * 3 + ((1, 0),))[..., :-1]
+    if runs is None:
+        after, before = jax.lax.cumsum(later, axis=3, reverse=True), jax.lax.cumsum(earlier, axis=3)
+    else:
+        of_chunks = runs.reshape(B, 1, J, -1)
+        first = jnp.diff(of_chunks, axis=3, prepend=-1) != 0
+        after = sums_by_document(later, last_tokens(of_chunks), reverse=True)
+        before = sums_by_document(jnp.where(first, 0, earlier), first)
     return (after + before + (kept * far.through)[..., None]).reshape(B, N, -1)
 
 

@@ -143,15 +143,37 @@ def chunked(
     return Chunks(parts.reshape(B, N, 2, T), local, rest, total, enters, leaves), Reach(first, last)
 
 
-def in_parts(log_decay: Float[Array, "B N J C"]) -> Float[Array, "B N 2 J C"]:
+def in_parts(
+    log_decay: Float[Array, "B N J C"], begins: Bool[Array, "B #N J C"] | None = None
+) -> Float[Array, "B N 2 J C"]:
     """The running sums of each chunk, in two parts whose differences do not lose digits.
 
     In a single float32 sum a small decay would lose its digits next to a decay of GONE. Sums of C multiples of the unit
     (1/256 for C = 512) are exact, and the rest is small.
+
+    Args:
+      begins: which tokens are the first of their document: sums begin anew there.
     """
     unit = 2.0 ** ((int(-GONE) * log_decay.shape[-1]).bit_length() - 24)
     coarse = jnp.round(log_decay / unit) * unit
-    return jnp.cumsum(jnp.stack([coarse, log_decay - coarse], axis=2), axis=-1)
+    parts = jnp.stack([coarse, log_decay - coarse], axis=2)
+    return jnp.cumsum(parts, axis=-1) if begins is None else sums_by_document(parts, begins[:, :, None])
+
+
+def sums_by_document(terms: Float[Array, "*B T"], edges: Bool[Array, "*B T"], *, reverse: bool = False) -> Array:
+    """Running sums along the last axis that begin anew at `edges`: the first tokens of documents, or the last ones."""
+
+    def joined(before, after):
+        (sums, begun), (term, begins) = before, after
+        return jnp.where(begins, term, sums + term), begun | begins
+
+    arrays = terms, jnp.broadcast_to(edges, terms.shape)
+    return jax.lax.associative_scan(joined, arrays, reverse=reverse, axis=terms.ndim - 1)[0]
+
+
+def last_tokens(runs: Int[Array, "*B T"]) -> Bool[Array, "*B T"]:
+    """Which tokens are the last ones of their documents."""
+    return jnp.diff(runs, axis=-1, append=-1) != 0
 
 
 def later_sums(terms: Float[Array, "B N T"], runs: Int[Array, "B T"] | None) -> Float[Array, "B N T"]:
@@ -161,14 +183,7 @@ def later_sums(terms: Float[Array, "B N T"], runs: Int[Array, "B T"] | None) -> 
     """
     if runs is None:
         return jax.lax.cumsum(terms, axis=2, reverse=True)
-
-    def joined(later, earlier):
-        (sums, begun), (term, begins) = later, earlier
-        return jnp.where(begins, term, sums + term), begun | begins
-
-    ends = jnp.diff(runs, axis=1, append=-1)[:, None] != 0
-    sums, _ = jax.lax.associative_scan(joined, (terms, jnp.broadcast_to(ends, terms.shape)), reverse=True, axis=2)
-    return sums
+    return sums_by_document(terms, last_tokens(runs)[:, None], reverse=True)
 
 
 def _search(rows: Array, values: Array, side: str = "left") -> Array:

@@ -28,6 +28,19 @@ def check(found, expected, dtype, limit):
         assert error < limit, f"{name}: {error:.1e}"
 
 
+def changed(mine, *xs):
+    """Arrays [B, T, ...] in which the tokens `mine` [B, T] have other numbers, decays strong ones."""
+    place = [mine.reshape(*mine.shape, *(1,) * (x.ndim - 2)) for x in xs]
+    return [np.where(at, 40 * np.asarray(x, np.float32)[:, ::-1], x).astype(x.dtype) for at, x in zip(place, xs)]
+
+
+def assert_no_bit_differs(before, after, where):
+    """Results [B, T, ...] of two runs are the same at these tokens [B, T], and differ elsewhere."""
+    for name, old, new in zip(NAMES, before, after, strict=True):
+        differs = (np.asarray(old) != np.asarray(new)).reshape(*where.shape, -1).any(axis=2)
+        assert not differs[where].any() and differs[~where].any(), name
+
+
 def with_gradients(f, *xs):
     """f(*xs[:-1]) and the gradients of sum(xs[-1] * f), as one program."""
 
