@@ -214,6 +214,7 @@ def test_a_document_changed_changes_no_bit_of_another(form):
 
     program = jax.jit(functools.partial(pulled, run))
     before = program(q, k, v, a, w)
+    assert not before[-1][:, [0, 70, 160]].any()  # a decay before the first token acts on nothing
     changed = [np.where(second[:, None, None], x[:, ::-1] * 3, x) for x in (q, k, v, w)]
     changed.insert(3, np.where(second[:, None], a / 2, a))
     for old, new in zip(before, program(*changed), strict=True):

@@ -176,7 +176,15 @@ def decay_gradient(d_own: Array, runs: Array, at_end: Array) -> Array:
     the row. Other documents are left out: their terms add up to 0, but only up to rounding. For a normalised output
     q . dq is 0 in exact arithmetic, but leaving it out would accumulate rounding errors along the row: both terms come
     from the same rounded scores, so contributions from one side of a token cancel.
+
+    The decay before the first token of a document acts on nothing, so its sum would be 0 (but for the document of the
+    state, 0). What it is instead has accumulated over the document, and is subtracted in proportion to the distance:
+    a parameter of all tokens (A_log) would add up such errors, which have one sign along a row.
     """
-    run = runs.reshape(-1)
-    sums = later_sums(0.5 * d_own.reshape(-1), run)
-    return (sums + jnp.where(run == run[-1], at_end, 0)).reshape(d_own.shape)
+    run, place = runs.reshape(-1), jnp.arange(runs.size)
+    sums = later_sums(0.5 * d_own.reshape(-1), run) + jnp.where(run == run[-1], at_end, 0)
+    first, last = (jnp.diff(run, **edge) != 0 for edge in ({"prepend": -1}, {"append": -1}))
+    begin = jax.lax.cummax(jnp.where(first, place, 0))
+    end = jax.lax.cummin(jnp.where(last, place, runs.size), reverse=True) + 1
+    missed = jnp.where(run == 0, 0, sums[begin])
+    return (sums - missed * ((end - place) / (end - begin))).reshape(d_own.shape)
