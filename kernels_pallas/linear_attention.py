@@ -35,8 +35,9 @@ and a `row` of P numbers next to the state, z or its cotangent.
 
 The decay's gradient needs no matrix products: da_t sums the contributions of pairs of a key before t and a query at or
 after t. With R_i = q_i.dq_i and K_j = k_j.dk_j it is sum_{i>=t} (R_i - K_i) up to any e, plus <dS_e, S_e>. Over a whole
-sequence rounding errors would dominate the sum, so the states at the edges of spans of `SPAN` tokens are kept. In
-bfloat16 they still do if decays are strong: R_i and K_i share what a token adds to itself, which XLA's form leaves out.
+sequence rounding errors would dominate the sum, so the states at the edges of spans of `SPAN` tokens are kept. R_i and
+K_i share what a token adds to itself, and with a strong decay differ by little else: so dq and dk are written in
+float32 if there are decays, which takes 512 of 3584 bytes.
 
 Documents in a row (`runs`) only change masks: a token sees keys from `limit` on, and the entering state if it belongs
 to the token's document. The leaving state holds only the last token's document.
@@ -45,9 +46,9 @@ Small batches. A program walks all of T, and B N H / 64 programs may not fill a 
 that are walked in parallel: a first pass over k and v computes each piece's contribution to the state, and a sum over
 the few pieces gives the states that enter them (as Dao & Gu, section 8.2, do across devices).
 
-Arguments and results of a platform's `recurrence(arrays, heads=, reverse=, eps=, span=, chunk=, interpret=)`:
+Arguments and results of a platform's `recurrence(arrays, heads=, reverse=, eps=, span=, chunk=, out=, interpret=)`:
 
-    q, k [B,T,n,P], v [B,T,n,V]   any n that divides N      out [B,T,N,V]
+    q, k [B,T,n,P], v [B,T,n,V]   any n that divides N      out [B,T,N,V] of dtype `out`
     state [B,N,P,V] float32       the entering state        states [B,N,T/span,P,V]: after each span
     fine [B,n,T]                  or none: what is left of g, decay then is its multiples of a power of 2
     decay, reach, keep [B,n,T]    g + any, e^g, e^{g_C - g} (reach and keep masked with runs, exchanged in reverse)
@@ -230,7 +231,9 @@ def _vectors(log_decay: Array | None, runs: Array | None, C: int, exact: bool) -
 # ------------------------------------------------------------------------------------------------------ the recurrence
 
 
-def _run(arrays: dict, plan: Plan, *, reverse: bool = False, entering: dict | None = None) -> dict:
+def _run(
+    arrays: dict, plan: Plan, *, out: jnp.dtype, reverse: bool = False, entering: dict | None = None
+) -> dict:
     """The recurrence over all of T. entering: the states that enter each piece, if already known."""
     recurrence = functools.partial(
         _kernels(plan.platform).recurrence,
@@ -238,6 +241,7 @@ def _run(arrays: dict, plan: Plan, *, reverse: bool = False, entering: dict | No
         reverse=reverse,
         eps=plan.eps,
         chunk=plan.chunk,
+        out=out,
         interpret=plan.interpret,
     )
     if plan.split == 1:
@@ -315,7 +319,7 @@ def _attend(q, k, v, log_decay, runs, kv, z, plan: Plan):
 def _forward(q, k, v, log_decay, runs, kv, z, plan: Plan):
     vectors, _ = _vectors(log_decay, runs, plan.chunk, _exact(plan, q))
     sums = {} if z is None else {"sums": z}
-    done = _run({"q": q, "k": k, "v": v, "state": kv, **vectors, **sums}, plan)
+    done = _run({"q": q, "k": k, "v": v, "state": kv, **vectors, **sums}, plan, out=v.dtype)
     done = {name: checkpoint_name(x, RESIDUALS) for name, x in done.items()}
     result = done["out"], (done["states"][:, :, -1], done["all_sums"][:, :, -1] if sums else None)
     if not sums:
@@ -339,13 +343,16 @@ def _backward(plan: Plan, residuals, cotangents):
     if z is not None:
         entering["row"] = _at_pieces(_edges(z, done["all_sums"])[:, :, :-1], plan.split)
     of_q = {"q": dy, "k": v, "v": k, "state": turned(kv), **forward, **into_q}
-    dq = _run(of_q, plan, entering=entering)["out"]
-    to_v = _run({"q": k, "k": q, "v": dy, "state": d_kv, **reverse}, plan, reverse=True)
-    to_k = _run({"q": v, "k": dy, "v": q, "state": turned(d_kv), **reverse, **into_k}, plan, reverse=True)
+    of_v = {"q": k, "k": q, "v": dy, "state": d_kv, **reverse}
+    of_k = {"q": v, "k": dy, "v": q, "state": turned(d_kv), **reverse, **into_k}
+    wide = q.dtype if log_decay is None else jnp.dtype(jnp.float32)  # what a token adds to itself cancels below
+    dq = _run(of_q, plan, out=wide, entering=entering)["out"]
+    to_v = _run(of_v, plan, out=v.dtype, reverse=True)
+    to_k = _run(of_k, plan, out=wide, reverse=True)
     dk, dv, d_kv_before = to_k["out"], to_v["out"], to_v["states"]
     da = None
     if log_decay is not None:
-        change = (_inner(q, dq) if row is None else row) - _inner(k, dk)
+        change = _inner(q, dq) - _inner(k, dk)
         across = _across(done["states"], d_kv_before, kv, d_kv)
         if z is not None:
             across += _across(done["all_sums"], to_k["rows"], z, d_z)

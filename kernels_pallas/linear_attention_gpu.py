@@ -45,7 +45,7 @@ def tile(names, P: int, V: int, dtype) -> Tile:
 
 
 def recurrence(
-    arrays: dict, *, heads: int, reverse: bool, eps: float, span: int, chunk: int, interpret: bool
+    arrays: dict, *, heads: int, reverse: bool, eps: float, span: int, chunk: int, out: jnp.dtype, interpret: bool
 ) -> dict:
     """The recurrence; `linear_attention.py` describes arguments and results."""
     B, T, _, V = arrays["v"].shape
@@ -54,7 +54,7 @@ def recurrence(
     W = min(best.columns, V)
     shapes = {"states": jax.ShapeDtypeStruct((B, N, T // span, P, V), jnp.float32)}
     if "q" in arrays:
-        shapes["out"] = jax.ShapeDtypeStruct((B, T, N, V), arrays["v"].dtype)
+        shapes["out"] = jax.ShapeDtypeStruct((B, T, N, V), out)
     if "row" in arrays:
         shapes["rows"] = jax.ShapeDtypeStruct((B, N, T // span, V), jnp.float32)
     if "sums" in arrays:
@@ -105,7 +105,7 @@ def _kernel(*given, names, reverse, eps, C, span, interpret):
         k, v = refs["k"][rows, :], refs["v"][rows, :]
         if "q" in refs:
             out = _outputs(refs, carry, rows, k, v, dot, reverse, eps)
-            refs["out"][rows, :] = out.astype(dtype)
+            refs["out"][rows, :] = out.astype(refs["out"].dtype)
         whole = refs["keep" if reverse else "reach"][(c + 1) * C - 1] if "keep" in refs else 1.0
         keep = refs["keep"][rows] if "keep" in refs else jnp.ones((C,), jnp.float32)
         kept = v if "keep" not in refs else (v.astype(jnp.float32) * keep[:, None]).astype(dtype)

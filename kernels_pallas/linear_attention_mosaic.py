@@ -66,7 +66,7 @@ def padded(x: Array, *axes: int) -> Array:
 
 
 def recurrence(
-    arrays: dict, *, heads: int, reverse: bool, eps: float, span: int, chunk: int, interpret: bool
+    arrays: dict, *, heads: int, reverse: bool, eps: float, span: int, chunk: int, out: jnp.dtype, interpret: bool
 ) -> dict:
     """The recurrence; `linear_attention.py` describes arguments and results, of which those of the sums are absent."""
     del eps
@@ -80,7 +80,7 @@ def recurrence(
     leaves, tree = jax.tree.flatten(inputs)
     outputs = {"states": jax.ShapeDtypeStruct((B, heads, T // span, rows, columns), jnp.float32)}
     if "q" in arrays:
-        outputs["out"] = jax.ShapeDtypeStruct((B, T, heads, columns), dtype)
+        outputs["out"] = jax.ShapeDtypeStruct((B, T, heads, columns), out)
 
     def body(*refs, **scratch):
         given = jax.tree.unflatten(tree, refs[: len(leaves)])
@@ -91,7 +91,7 @@ def recurrence(
         body,
         grid={"columns": columns // best.columns, "heads": heads, "batch": B},
         outputs=list(outputs.values()),
-        scratch=_scratch(inputs, rows, best, dtype),
+        scratch=_scratch(inputs, rows, best, out),
         interpret=interpret,
         name="linear_attention" if "q" in arrays else "linear_attention_states",
     )(*leaves)
@@ -100,7 +100,7 @@ def recurrence(
     return found | ({"out": found["out"][..., :V]} if "q" in arrays else {})
 
 
-def _scratch(inputs: dict, P: int, best: Tile, dtype) -> dict:
+def _scratch(inputs: dict, P: int, best: Tile, out: jnp.dtype) -> dict:
     """Shared memory of one program, and the barriers at which its copies are awaited."""
     C, W, n = CHUNK, best.columns, best.stages
     staged = {
@@ -117,7 +117,7 @@ def _scratch(inputs: dict, P: int, best: Tile, dtype) -> dict:
     if "q" in inputs:
         scratch["weights"] = mosaic.tiles(C, C, parts=best.parts, width=W)
         scratch["before"] = mosaic.tiles(P, W, parts=best.parts, width=W)
-        scratch["result"] = mosaic.tile(C, W, dtype=dtype)
+        scratch["result"] = mosaic.tile(C, W, dtype=out)
     return scratch
 
 

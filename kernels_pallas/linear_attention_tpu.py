@@ -40,7 +40,7 @@ def most_heads(dtype) -> int:
 
 
 def recurrence(
-    arrays: dict, *, heads: int, reverse: bool, eps: float, span: int, chunk: int, interpret: bool
+    arrays: dict, *, heads: int, reverse: bool, eps: float, span: int, chunk: int, out: jnp.dtype, interpret: bool
 ) -> dict:
     """The recurrence; `linear_attention.py` describes arguments and results."""
     B, T, _, V = arrays["v"].shape
@@ -59,7 +59,7 @@ def recurrence(
 
     inputs = {name: head_major(name, x) for name, x in arrays.items()}
     shapes = {
-        "out": jax.ShapeDtypeStruct((B, N, T, V), arrays["v"].dtype),
+        "out": jax.ShapeDtypeStruct((B, N, T, V), out),
         "states": jax.ShapeDtypeStruct((B, groups, T // span, each, P, V), jnp.float32),
     }
     if "row" in arrays:

@@ -395,13 +395,21 @@ def test_hard_decays_in_bfloat16(kind):
         assert np.isfinite(g).all() and np.abs(g - want).max() <= 6 * 2**-8 * np.abs(want).max()
 
 
-@pytest.mark.parametrize(("dtype", "normalize", "most"), [(jnp.float32, False, 1e-5), (jnp.bfloat16, True, 5e-3)])
-def test_a_strong_decay_has_its_gradient(dtype, normalize, most):
+@pytest.mark.parametrize(
+    ("form", "dtype", "normalize", "most"),
+    [
+        ("xla", jnp.float32, False, 1e-5),
+        ("xla", jnp.bfloat16, True, 5e-3),
+        ("gpu", jnp.bfloat16, True, 5e-3),
+        ("tpu", jnp.bfloat16, False, 5e-3),
+    ],
+)
+def test_a_strong_decay_has_its_gradient(form, dtype, normalize, most):
     """That of a factor of all decays, to which what a token adds to itself, much more than the others, adds nothing."""
     q, k, v, a, w, ids = hard("mixed")
     a = -10 * np.logaddexp(0, np.random.default_rng(1).normal(size=a.shape)).astype(np.float32)
     low = [jnp.array(x, dtype) for x in (q, k, v, w)]
-    got = on_hard("xla", normalize)(*low[:3], a, low[3], ids)[-1]
+    got = on_hard(form, normalize)(*low[:3], a, low[3], ids)[-1]
     q, k, v, w = (np.asarray(x, np.float32) for x in low)
     want = a * by_pairs(q, k, v, a, w, ids, 1e-12 if normalize else None)[-1]
     assert abs(np.sum(a * np.asarray(got, np.float64) - want)) <= most * np.abs(want).sum()
