@@ -160,7 +160,7 @@ def main():
     )
     parser.add_argument("--folder", default="/tmp/lcx-reshard", help="where the checkpoint is")
     parser.add_argument("--prepare", action="store_true")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--output", default="-")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     parser.add_argument("--port", type=int, help=argparse.SUPPRESS)

@@ -121,13 +121,13 @@ class _Array:
         try:
             parts = [_common([(part.start, part.stop) for part in cell], bounds) for bounds in shards]
             targets = [self._buffer(bounds)[_within(part, bounds)] for part, bounds in zip(parts, shards)]
-            if len(targets) == 1 and targets[0].ndim:  # decoded into its place
-                ts.array(targets[0]).write(self._store[cell]).result()
-            else:
-                values = np.asarray(self._store[cell].read().result())
-                corner = tuple((part.start, part.stop) for part in cell)
+            if sum(target.size for target in targets) == math.prod(part.stop - part.start for part in cell):
+                _laid(targets, parts).write(self._store[cell]).result()
+            else:  # devices of other processes have the rest
+                decoded = self._store[cell].read().result()
+                corner = [(part.start, part.stop) for part in cell]
                 for target, part in zip(targets, parts):
-                    _copy(values[_within(part, corner)], target)
+                    ts.array(target).write(ts.array(decoded[_within(part, corner)])).result()
         finally:
             budget.give(self.nbytes(cell))
         with self._lock:
@@ -153,12 +153,13 @@ class _Array:
         self._arrays[self._key] = array.block_until_ready()  # so that no more buffers are under way than arrays
 
 
-def _copy(values: np.ndarray, target: np.ndarray) -> None:
-    """target[...] = values, by tensorstore: numpy would hold back the threads that read other chunks."""
-    if target.ndim:
-        ts.array(target).write(ts.array(values)).result()
-    else:
-        target[...] = values
+def _laid(targets: list[np.ndarray], parts: list[Any]) -> ts.TensorStore:
+    """The targets as one array, in which each has the place of its part: what is decoded is copied once, into all.
+
+    By tensorstore: numpy would hold back the threads that read other chunks.
+    """
+    views = [ts.array(x).translate_to[tuple(start for start, _ in part)] for x, part in zip(targets, parts)]
+    return ts.overlay(views) if len(views) > 1 else views[0]
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
