@@ -144,7 +144,7 @@ class World:
         for i, lines in enumerate(self._said):
             several = [address, f"--num_processes={count}", f"--process_id={i}"]
             several.append(f"--heartbeat_timeout={self.heartbeat}")
-            command = [sys.executable, "-m", "lcx.train", f"--gin_file={gin_file}", f"--workdir={workdir}", *flags]
+            command = [*self.program(i), f"--gin_file={gin_file}", f"--workdir={workdir}", *flags]
             process = subprocess.Popen(
                 command + (several if count > 1 else ["--no-distributed"]),
                 env=_environment(),
@@ -157,6 +157,10 @@ class World:
             self.processes.append(process)
             self._readers.append(threading.Thread(target=lines.extend, args=(process.stdout,), daemon=True))
             self._readers[-1].start()
+
+    def program(self, process: int) -> list[str]:
+        """What this process runs, up to its flags."""
+        return [sys.executable, "-m", "lcx.train"]
 
     def running(self) -> bool:
         now = time.monotonic()

@@ -7,6 +7,8 @@ import logging
 import os
 import shutil
 import sys
+import time
+import types
 
 import bucket_servers
 import hf_folders
@@ -335,6 +337,36 @@ def test_one_writer(bucket, weather, text, tmp_path, monkeypatch):
         (folder / "note").write_text("changed")
         client.write(f"{bucket}/{workdirs.WRITER}", json.dumps(record | {"token": "another"}).encode())
     assert client.read(f"{bucket}/note") == b"mine"
+
+
+@one_scheme(["s3"])
+@pytest.mark.parametrize("end", ["killed", "renews", "ends", "in a container"])
+def test_one_after_a_writer_on_another_machine(bucket, weather, end, tmp_path, monkeypatch):
+    """It may have been killed, as when a node fails and the job is put on another one: its silence tells."""
+    with workdirs.opened(bucket) as folder:
+        (folder / "note").write_text("mine")
+    ahead = time.time() + 3600  # its clock
+    record = record_of(bucket) | {"held": True, "host": "another", "process": os.getpid(), "time": ahead}
+    if end != "in a container":  # whose processes all have the number 1; this one sees the folder of the other
+        monkeypatch.setenv("LCX_CACHE", str(tmp_path / "another-machine"))
+    client.write(f"{bucket}/{workdirs.WRITER}", json.dumps(record).encode())
+    monkeypatch.setattr(workdirs, "_STALE_S", 0.2)
+    looks = []
+
+    def look(seconds):
+        looks.append(seconds)
+        changed = {"renews": {"token": "new"}, "ends": {"held": False}}.get(end, {})
+        client.write(f"{bucket}/{workdirs.WRITER}", json.dumps(record | changed).encode())
+
+    clock = types.SimpleNamespace(monotonic=time.monotonic, time=time.time, time_ns=time.time_ns, sleep=look)
+    monkeypatch.setattr(workdirs, "time", clock)
+    if end == "renews":
+        with pytest.raises(UserError, match="is being written by another process"), workdirs.opened(bucket):
+            pass
+    else:
+        with workdirs.opened(bucket) as folder:
+            assert (folder / "note").read_text() == "mine"
+    assert looks
 
 
 @pytest.mark.parametrize("left", ["nothing", "a run that ended", "a start that ended"])

@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import types
 
 import jax
 import pytest
@@ -168,6 +169,18 @@ def test_a_process_that_was_gone_before_its_first_sign_of_life_is_blamed(monkeyp
     monkeypatch.setattr(watch, "_SILENT_S", 0.3)
     monkeypatch.setattr(watch, "_PERIOD_S", 0.1)
     assert watch.Watch(1.0).blame() == "process 2 on c is gone (killed, out of memory, or a lost host)"
+
+
+def test_a_process_that_is_lost_while_this_one_exits_is_named(monkeypatch):
+    """The work is done and no longer watched; JAX aborts a process that waits for one that is gone to exit too."""
+    said = []
+    done = types.SimpleNamespace(stop=lambda: said.append("stopped"), aborted=lambda: sys.exit("aborted"))
+    monkeypatch.setattr(watch, "_left", None)
+    monkeypatch.setattr(watch, "_watch", done)
+    watch.stop()
+    assert said == ["stopped"] and watch.blame(RuntimeError()) is None
+    with pytest.raises(SystemExit, match="aborted"):
+        watch._aborted()
 
 
 def test_what_xla_raises_is_told_from_errors_of_this_process():

@@ -6,7 +6,8 @@ it is committed, its commit marker last; what disappears here (steps past the nu
 
 The object `.lcx-writer` names the local folder that wrote last. A run that starts where that folder is continues from
 it, even if not everything had been copied; any other run starts from what the bucket holds. While a run writes, it
-renews the object, and another one is refused. Of runs that find the object free at the same time, the one goes on that
+renews the object, and another one is refused; after one that was killed on another machine, it waits until the object
+has not been renewed for minutes. Of runs that find the object free at the same time, the one goes on that
 creates `.lcx-writer.N`, N being one more than the number in the object: only one can create it.
 """
 
@@ -36,6 +37,7 @@ _INDEX = ".lcx-copied.json"  # in the local folder: its id, and which state of e
 _EVERY_S = 10  # between two looks for what has changed
 _RENEW_S = 60  # between two renewals of the writer's object
 _STALE_S = 300  # a writer that has not renewed it for so long has ended
+_LOOK_S = 5  # between two looks whether it has been renewed
 _SKIP = (".lcx-lock", _INDEX, WRITER)
 
 log = logging.getLogger(__name__)
@@ -99,13 +101,9 @@ class _Workdir:
     def claim(self) -> None:
         """Makes this process the only writer. Raises UserError if there is another one."""
         before = self._writer()
+        if before.get("held") and not self._is_own(before) and not _has_ended(before):
+            before = self._outlasted(before)
         self._continues = before.get("id") == self._id
-        ours = self._continues and before.get("process") == os.getpid()  # an earlier run of this process
-        if before.get("held") and not ours and not _has_ended(before):
-            raise UserError(
-                f"{self.url} is being written by another process ({before.get('process')} on {before.get('host')} "
-                f"since {before.get('since')}): wait for it to end, or change --workdir"
-            )
         self._since = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
         self._number = _number_of(before) + 1
         while (another := self._created()) and time.time() - another > _STALE_S:
@@ -116,6 +114,35 @@ class _Workdir:
                 f"{self.url} is being written by another process, which came first: change --workdir"
             )
         self._renew()
+
+    def _is_own(self, writer: dict[str, Any]) -> bool:
+        """Whether it is an earlier run of this process. In containers every process may be number 1."""
+        of_this = {"id": self._id, "process": os.getpid(), "host": socket.gethostname()}
+        return all(writer.get(key) == value for key, value in of_this.items())
+
+    def _outlasted(self, before: dict[str, Any]) -> dict[str, Any]:
+        """What the object holds once its writer has been silent for so long that it must have ended.
+
+        A run that was killed on another machine could not say so, and the job goes on here. One that lives renews the
+        object: then this one is refused, as it is at once where the other runs on this machine.
+        """
+        who = f"{before.get('process')} on {before.get('host')} since {before.get('since')}"
+        refusal = UserError(
+            f"{self.url} is being written by another process ({who}): wait for it to end, or change --workdir"
+        )
+        if before.get("host") == socket.gethostname():
+            raise refusal
+        about = "%s was being written by another process (%s): waiting for up to %d s to see whether it still is"
+        log.warning(about, self.url, who, _STALE_S)
+        end = time.monotonic() + _STALE_S  # whatever the clocks of the machines say
+        while time.monotonic() < end:
+            found = self._writer()
+            if not found.get("held") or _has_ended(found):
+                return found
+            if found.get("token") != before.get("token"):
+                raise refusal
+            time.sleep(_LOOK_S)
+        return before
 
     def _created(self) -> float:
         """0 if this process has created the object of its number; when another one has, if one has."""

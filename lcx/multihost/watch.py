@@ -240,6 +240,7 @@ def _main_thread() -> str:
 # ----------------------------------------------------------------------------------- the watch of this process
 
 _watch: Watch | None = None
+_left: Watch | None = None  # the same after `stop`: the others may still be lost while this process waits to exit
 _handlers: list[Any] = []  # ctypes must be able to call them as long as the process lives
 
 
@@ -256,10 +257,11 @@ def start(step_timeout: float) -> None:
 
 def stop() -> None:
     """Ends the watch, before this process leaves the others in peace."""
-    global _watch
+    global _watch, _left
     watch, _watch = _watch, None
     if watch is not None:
         watch.stop()
+        _left = watch
 
 
 def dispatched(step: int) -> None:
@@ -334,6 +336,6 @@ def noticing() -> Iterator[None]:
 
 
 def _aborted() -> None:
-    if _watch is not None:
-        _watch.aborted()
+    if (watch := _watch or _left) is not None:
+        watch.aborted()
     os._exit(128 + signal.SIGABRT)
