@@ -161,14 +161,23 @@ def test_alone_nothing_is_compared_or_waited_for():
     assert watch.blame(RuntimeError()) is None
 
 
-def test_a_process_that_was_gone_before_its_first_sign_of_life_is_blamed(monkeypatch):
+@pytest.mark.parametrize("hosts", [["a", "b", "c"], []], ids=["known", "not yet known"])
+def test_a_process_that_was_gone_before_its_first_sign_of_life_is_blamed(hosts, monkeypatch):
+    """Perhaps even before it could say on which host it is."""
     beats = itertools.count()
-    monkeypatch.setattr(channel, "hosts", lambda: ["a", "b", "c"])
+    monkeypatch.setattr(channel, "_hosts", hosts)
+    monkeypatch.setattr(channel, "count", lambda: 3)
     monkeypatch.setattr(channel, "index", lambda: 0)
+    monkeypatch.setattr(channel, "put", lambda key, text: None)
     monkeypatch.setattr(channel, "by_process", lambda name: {0: "1", 1: f"{next(beats)}"} if name == "alive" else {})
     monkeypatch.setattr(watch, "_SILENT_S", 0.3)
     monkeypatch.setattr(watch, "_PERIOD_S", 0.1)
-    assert watch.Watch(1.0).blame() == "process 2 on c is gone (killed, out of memory, or a lost host)"
+    who = "process 2 on c" if hosts else "process 2"
+    looking = watch.Watch(1.0)
+    looking._look()
+    assert looking.blame() == f"{who} is gone (killed, out of memory, or a lost host)"
+    looking._look()
+    assert set(looking._silent) == {0, 2}  # process 0, this one, has said nothing here
 
 
 def test_a_process_that_is_lost_while_this_one_exits_is_named(monkeypatch):

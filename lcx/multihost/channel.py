@@ -7,7 +7,6 @@ main thread hangs in a collective.
 from __future__ import annotations
 
 import collections
-import functools
 import itertools
 import socket
 import time
@@ -15,6 +14,7 @@ from typing import Any
 
 _PREFIX = "lcx"
 _LONGEST_PAUSE_S = 0.5
+_hosts: list[str] = []
 _numbers: dict[str, itertools.count] = collections.defaultdict(itertools.count)
 
 
@@ -76,15 +76,16 @@ def gather(what: str, text: str) -> list[str]:
     raise AssertionError
 
 
-@functools.cache
 def hosts() -> list[str]:
     """The name of the host of each process. The first call is one of all processes."""
-    return gather("hosts", socket.gethostname())
+    if not _hosts:
+        _hosts[:] = gather("hosts", socket.gethostname())
+    return _hosts
 
 
 def named(process: int) -> str:
-    """A process for a message: "process 3 on node-17"."""
-    return f"process {process} on {hosts()[process]}"
+    """A process for a message: "process 3 on node-17"; without its host if it was lost before it could say that."""
+    return f"process {process} on {_hosts[process]}" if _hosts else f"process {process}"
 
 
 def _pauses():

@@ -56,7 +56,6 @@ class Watch:
         self._thread = threading.Thread(target=self._run, name="lcx-watch", daemon=True)
 
     def start(self) -> None:
-        channel.hosts()  # known before a process can be lost
         self._thread.start()
 
     def stop(self) -> None:
@@ -90,6 +89,8 @@ class Watch:
     def _silences(self) -> dict[int, int]:
         """{process: seconds without a sign of life} of those that are silent."""
         now = time.monotonic()
+        for process in range(channel.count()):  # one may be gone before its first sign of life
+            self._changed.setdefault(process, ("", now))
         for process, beat in channel.by_process("alive").items():
             if self._changed.get(process, ("", 0))[0] != beat:
                 self._changed[process] = beat, now
@@ -125,7 +126,7 @@ class Watch:
         """
         start = time.monotonic()
         # Of all processes: one may have gone before its first sign of life.
-        seen = {process: ("", start) for process in range(len(channel.hosts()))}
+        seen = {process: ("", start) for process in range(channel.count())}
         deadline = start + 2 * _SILENT_S
         while True:
             now = time.monotonic()
@@ -248,11 +249,12 @@ def start(step_timeout: float) -> None:
     """Starts to watch. Call it once the processes have joined."""
     global _watch
     _watch = Watch(step_timeout)
-    _watch.start()
     _handlers[:] = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda number: _aborted()), ctypes.CFUNCTYPE(None)(_aborted)
     ctypes.CDLL(None).signal(int(signal.SIGABRT), _handlers[0])
     with contextlib.suppress(OSError, AttributeError):  # std::set_terminate, which comes before the abort
         ctypes.CDLL("libstdc++.so.6")._ZSt13set_terminatePFvvE(_handlers[1])
+    _watch.start()
+    channel.hosts()  # from now on a process that is lost has a name
 
 
 def stop() -> None:

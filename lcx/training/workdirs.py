@@ -9,8 +9,6 @@ import pathlib
 from collections.abc import Iterator, Sequence
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
 from lcx import paths
 from lcx.buckets import copies, is_url
@@ -18,6 +16,7 @@ from lcx.buckets import workdirs as buckets
 from lcx.checkpoint import Checkpointer
 from lcx.errors import UserError
 from lcx.locks import LOCK
+from lcx.multihost import channel
 
 _OF_MODELS = ("config.json", "adapter_config.json", "model.safetensors", "model.safetensors.index.json")
 
@@ -99,12 +98,12 @@ def opened(workdir: str, every: int | None = None) -> Iterator[pathlib.Path]:
             folder = stack.enter_context(buckets.opened(workdir, every or 1)) if first else folder
         except UserError as error:
             problem = error
-        if not alone:
-            multihost_utils.sync_global_devices("the workdir is here")
-            seen = multihost_utils.process_allgather(np.array([problem is None, folder.is_dir()]))
-            if problem is None and not seen.reshape(-1, 2)[:, 0].all():
+        if not alone:  # no collective: process 0 may copy for many minutes
+            channel.gather("workdir, here", "")
+            seen = channel.gather("workdir, seen", "" if problem is not None else str(folder.is_dir()))
+            if problem is None and "" in seen:
                 problem = UserError(f"process 0 cannot use the workdir {workdir}, see its message")
-            elif problem is None and not seen.all():
+            elif problem is None and "False" in seen:
                 problem = UserError(
                     f"{workdir} is kept on the disk of process 0, and {jax.process_count()} processes on several "
                     "machines need a folder that all of them see: mount the bucket (gcsfuse, Mountpoint for S3) and "
