@@ -59,9 +59,15 @@ def opened(url: str, every: int = 1) -> Iterator[pathlib.Path]:
     """
     workdir = _Workdir(client.normal(url), every)
     workdir.claim()
-    _opened.append(workdir)
+    workdir.keep()
     try:
         workdir.fetch()
+    except BaseException:  # what is here is not what is there: nothing may be copied
+        with contextlib.suppress(UserError):
+            workdir.release()
+        raise
+    _opened.append(workdir)
+    try:
         workdir.start()
         yield workdir.folder
     except BaseException:
@@ -91,9 +97,9 @@ class _Workdir:
         self.folder = cache(self.url, "workdirs")
         self._id, self._copied = self._read_index()
         self._there: set[str] = set()  # names in the bucket
-        self._stop = threading.Event()
+        self._token = uuid.uuid4().hex
+        self._stop, self._released, self._renewing = threading.Event(), threading.Event(), threading.Lock()
         self._thread: threading.Thread | None = None
-        self._renewed = 0.0
         self._failing = False
 
     # ------------------------------------------------------------------------------------------------- one writer
@@ -114,6 +120,24 @@ class _Workdir:
                 f"{self.url} is being written by another process, which came first: change --workdir"
             )
         self._renew()
+
+    def keep(self) -> None:
+        """Renews the object until `release`, in a thread of its own: a copy may take longer than others wait."""
+        threading.Thread(target=self._keep, daemon=True, name="lcx-bucket-writer").start()
+
+    def _keep(self) -> None:
+        while not self._released.wait(_RENEW_S):
+            with contextlib.suppress(Exception):  # the copies say what is wrong with the bucket
+                self._check_alone()
+                with self._renewing:
+                    if not self._released.is_set():
+                        self._renew()
+
+    def release(self) -> None:
+        """Lets another process write. Raises UserError if the bucket cannot be written."""
+        self._released.set()
+        with self._renewing:  # after this process's last renewal
+            self._renew(held=False)
 
     def _is_own(self, writer: dict[str, Any]) -> bool:
         """Whether it is an earlier run of this process. In containers every process may be number 1."""
@@ -139,7 +163,7 @@ class _Workdir:
             found = self._writer()
             if not found.get("held") or _has_ended(found):
                 return found
-            if found.get("token") != before.get("token"):
+            if found != before:
                 raise refusal
             time.sleep(_LOOK_S)
         return before
@@ -155,13 +179,11 @@ class _Workdir:
         return 0.0
 
     def _renew(self, *, held: bool = True) -> None:
-        self._token = uuid.uuid4().hex
         record = {
             **{"id": self._id, "token": self._token, "held": held, "time": time.time(), "since": self._since},
             **{"host": socket.gethostname(), "process": os.getpid(), "number": self._number},
         }
         client.write(client.join(self.url, WRITER), json.dumps(record).encode())
-        self._renewed = time.monotonic()
 
     def _writer(self) -> dict[str, Any]:
         try:
@@ -186,8 +208,6 @@ class _Workdir:
             log.warning(
                 "%s was continued elsewhere; what had not been copied there is in %s", self.url, aside
             )
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self.folder.mkdir(parents=True)
         done = {marked[0] for name in self._there if (marked := _committed(name))}
         wanted = [name for name in sorted(self._there) if not (step := STEP.match(name)) or step[0] in done]
         if bad := [name for name in wanted if {"..", ".", ""} & set(name.split("/"))]:
@@ -196,7 +216,12 @@ class _Workdir:
             )
         size = sum(found[name].size for name in wanted)
         log.warning("%s is kept in %s (%.1f MB are copied there)", self.url, self.folder, size / 1e6)
-        client.download(self.url, [(name, self.folder / name) for name in wanted])
+        arriving = self.folder.with_name(f"{self.folder.name}.lcx-partial")
+        for left in (self.folder, arriving):
+            shutil.rmtree(left, ignore_errors=True)
+        arriving.mkdir(parents=True)
+        client.download(self.url, [(name, arriving / name) for name in wanted])
+        arriving.rename(self.folder)
         self._copied = {name: state for name in wanted if (state := self._state(name))}
         self._write_index()
 
@@ -213,20 +238,19 @@ class _Workdir:
             self._thread.join()
         try:
             self.push(last=True)
-            self._renew(held=False)
+            self.release()
         except UserError as error:
             raise UserError(
                 f"not all of the run is in {self.url}: {error}; all of it is in {self.folder}: run the same command "
                 "again to copy it"
             ) from error
+        finally:
+            self._released.set()
         log.warning("all of the run is in %s", self.url)
 
     def _watch(self) -> None:
         while not self._stop.wait(_EVERY_S):
             try:
-                if time.monotonic() - self._renewed > _RENEW_S:
-                    self._check_alone()
-                    self._renew()
                 self.push()
                 self._failing = False
             except Exception as error:  # nothing that happens here may end the run
@@ -247,6 +271,8 @@ class _Workdir:
           last: copy the newest steps too, whatever their number.
         """
         self._check_alone()
+        if not (self.folder / _INDEX).exists():
+            raise UserError(f"{self.folder}, which the run writes to, was removed: what is in the bucket stays as it is")
         changed = sorted(self._changed())
         here = _newest(name for name in self._files() if _committed(name))
         due = {step for step in here.values() if last}
