@@ -2,8 +2,8 @@
 
     python scripts/soak_victim.py MOMENT.json --gin_file=...
 
-MOMENT.json holds {"function": "lcx/trainer.py:Trainer.run", "call": 3, "signal": 9, "count": null}: SIGKILL at the third
-call. If "count" is a file, the calls of each function are counted instead, and written to it at the end.
+MOMENT.json holds {"function": "lcx/trainer.py:Trainer.run", "call": 3, "signal": 9, "count": null}: SIGKILL at the
+third call. If "count" is a file, the calls of each function are counted instead, and written to it at the end.
 
 Calls are counted from the moment at which the processes have found each other: before that, a process that is gone
 cannot be told from one that is late.
@@ -23,7 +23,10 @@ from lcx.multihost import watch
 
 # Where a process is in the middle of something that involves the others: lcx itself, and the parts of libraries that
 # save, restore and wait for other processes.
-COUNTED = ("lcx/", "orbax/checkpoint/", "jax/experimental/multihost_utils", "jax/_src/distributed", "grain/_src/python/")
+COUNTED = (
+    *("lcx/", "orbax/checkpoint/", "grain/_src/python/"),
+    *("jax/experimental/multihost_utils", "jax/_src/distributed"),
+)
 
 
 def name(code: CodeType) -> str | None:

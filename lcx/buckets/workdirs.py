@@ -272,7 +272,9 @@ class _Workdir:
         """
         self._check_alone()
         if not (self.folder / _INDEX).exists():
-            raise UserError(f"{self.folder}, which the run writes to, was removed: what is in the bucket stays as it is")
+            raise UserError(
+                f"{self.folder}, which the run writes to, was removed: what is in the bucket stays as it is"
+            )
         changed = sorted(self._changed())
         here = _newest(name for name in self._files() if _committed(name))
         due = {step for step in here.values() if last}
