@@ -95,12 +95,8 @@ def struck(world: World, moment: Moment) -> soak.Outcome | None:
     """What the fault did; None if the moment did not come."""
     victim, start = world.processes[moment.process], time.monotonic()
     others = [process for process in world.processes if process is not victim]
-    while not _is_struck(victim) and time.monotonic() - start < RUN_S:
+    while not _is_struck(victim) and victim.poll() is None and time.monotonic() - start < RUN_S:
         time.sleep(0.02)
-        if victim.poll() is not None:
-            break
-    if victim.poll() not in (None, -signal.SIGKILL) and _is_struck(victim) is False:
-        world.ended(soak.END_WITHIN_S)
     outcome, start = soak.Outcome("kill" if moment.signal == signal.SIGKILL else "halt"), time.monotonic()
     while any(process.poll() is None for process in others) and time.monotonic() - start < soak.END_WITHIN_S:
         time.sleep(0.02)
@@ -118,6 +114,12 @@ def struck(world: World, moment: Moment) -> soak.Outcome | None:
         if alive or process.returncode != STATUS or len(lines) != 1 or "Traceback" in said:
             outcome.wrong += f"process {i}: status {process.returncode}, {said[-3000:]}\n"
     return outcome
+
+
+def say(moment: Moment, outcome: soak.Outcome) -> None:
+    where = f"process {moment.process} at call {moment.call} of {moment.function}"
+    wrong = f"; WRONG: {outcome.wrong}" if outcome.wrong else ""
+    print(f"{outcome.kind} of {where}: all ended within {outcome.seconds:.1f} s{wrong}", flush=True)
 
 
 def _is_struck(process) -> bool:
@@ -147,21 +149,24 @@ def main(argv=None) -> int:
     calls = census(folder, flags.processes)
     undisturbed = time.monotonic() - begun
     expected = soak.fingerprints(folder / "undisturbed", LAST)
-    rng, outcomes, runs = random.Random(flags.seed), list[soak.Outcome](), 0
+    rng, outcomes, ended = random.Random(flags.seed), list[soak.Outcome](), 0
     equal, workdir = True, folder / "disturbed"
-    while len(outcomes) < flags.faults:
-        moment = drawn(calls, rng, flags.halt, flags.only)
-        outcome = struck(World(folder, workdir, flags.processes, [moment], LAST), moment)
-        if outcome is not None:
-            outcomes.append(outcome)
-            good = "" if not outcome.wrong else f"; WRONG: {outcome.wrong}"
-            where = f"process {moment.process} at call {moment.call} of {moment.function}"
-            print(f"{outcome.kind} of {where}: all ended within {outcome.seconds:.1f} s{good}", flush=True)
-        if soak.steps_of(workdir)[-1:] == [LAST]:
-            equal &= soak.fingerprints(workdir, LAST) == expected
-            runs += 1
-            print(f"run {runs}: {'equal to the bit' if equal else 'DIFFERENT'}", flush=True)
-            shutil.rmtree(workdir)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        while ended < flags.faults:
+            moment = drawn(calls, rng, flags.halt, flags.only)
+            outcome = struck(World(folder, workdir, flags.processes, [moment], LAST), moment)
+            if outcome is not None:
+                outcomes.append(outcome)
+                say(moment, outcome)
+            if soak.steps_of(workdir)[-1:] == [LAST]:
+                equal &= soak.fingerprints(workdir, LAST) == expected
+                ended = len(outcomes)
+                print(f"{ended} faults: {'equal to the bit' if equal else 'DIFFERENT'}", flush=True)
+                shutil.rmtree(workdir)
+    except KeyboardInterrupt:
+        print("stopped; the faults since the last run that came to its end do not count", flush=True)
+    outcomes = outcomes[:ended]
     row = soak.Row(flags.processes, flags.seed, 0, LAST, outcomes, undisturbed, time.monotonic() - begun, equal)
     if flags.output:
         soak.add(flags.output, row)

@@ -7,7 +7,6 @@ import os
 import socket
 import subprocess
 import sys
-import types
 
 import jax
 import pytest
@@ -180,16 +179,25 @@ def test_a_process_that_was_gone_before_its_first_sign_of_life_is_blamed(hosts, 
     assert set(looking._silent) == {0, 2}  # process 0, this one, has said nothing here
 
 
-def test_a_process_that_is_lost_while_this_one_exits_is_named(monkeypatch):
-    """The work is done and no longer watched; JAX aborts a process that waits for one that is gone to exit too."""
-    said = []
-    done = types.SimpleNamespace(stop=lambda: said.append("stopped"), aborted=lambda: sys.exit("aborted"))
-    monkeypatch.setattr(watch, "_left", None)
-    monkeypatch.setattr(watch, "_watch", done)
-    watch.stop()
-    assert said == ["stopped"] and watch.blame(RuntimeError()) is None
-    with pytest.raises(SystemExit, match="aborted"):
-        watch._aborted()
+@pytest.mark.parametrize("lost", ["before it has left", "after it"])
+def test_a_process_that_is_lost_while_this_one_exits_is_named(lost, monkeypatch):
+    """Its own work is done; JAX would end it with status 0 and a traceback, or abort it with pages of C++."""
+
+    def fails(*_):
+        raise RuntimeError("std::bad_cast")
+
+    leaving = watch.Watch(1.0)
+    monkeypatch.setattr(watch.channel, "gather", fails if lost == "before it has left" else lambda *_: ["", ""])
+    monkeypatch.setattr(jax.distributed, "shutdown", fails)
+    monkeypatch.setattr(channel, "_hosts", ["a", "b"])
+    monkeypatch.setattr(leaving, "_silent", {1: 30})
+    monkeypatch.setattr(leaving, "end", lambda line, status: sys.exit(f"{status} {line}"))
+    with pytest.raises(SystemExit, match="75 process 1 on b is gone"):
+        leaving.leave()
+    monkeypatch.setattr(jax.distributed, "shutdown", lambda: None)
+    monkeypatch.setattr(channel, "gather", lambda *_: ["", ""])
+    monkeypatch.setattr(leaving, "stop", lambda: None)
+    leaving.leave()
 
 
 def test_what_xla_raises_is_told_from_errors_of_this_process():

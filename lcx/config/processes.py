@@ -57,9 +57,9 @@ def bindings(lines: Sequence[str]) -> dict[str, str]:
 
 
 def leave() -> None:
-    """The work is done: the others may take longer, and are no longer watched."""
+    """The work is done; the others may take longer."""
     if (watch := _watch()) is not None:
-        watch.stop()
+        watch.rest()
 
 
 def report(error: BaseException, status: int) -> None:

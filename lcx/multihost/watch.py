@@ -14,6 +14,7 @@ aborts the others; here the abort becomes the line. On CPUs and with NCCL a coll
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import json
@@ -137,13 +138,32 @@ class Watch:
                     if seen[process][0] != beat:
                         seen[process] = beat, now
             except Exception:
-                return _gone([0])
+                if channel.index() > 0:
+                    return _gone([0])
+                if self._silent:
+                    return _gone(self._silent)
             if silent := [p for p, (_, at) in seen.items() if now - at > _SILENT_S and p != channel.index()]:
                 self._gone.update(silent)
                 return _gone(silent)
             if now > deadline:  # only after a look: on a busy machine each may take seconds
                 return None
             time.sleep(_PERIOD_S / 4)
+
+    def leave(self) -> None:
+        """Waits for the others at the end, and shuts JAX's service down.
+
+        JAX does so too, but waits for minutes at most, and prints a traceback if a process is lost meanwhile.
+        """
+        import jax
+
+        try:
+            channel.gather("left", "")
+            jax.distributed.shutdown()
+        except KeyboardInterrupt:
+            os._exit(128 + signal.SIGINT)
+        except Exception:
+            self.aborted()
+        self.stop()
 
     def aborted(self) -> NoReturn:
         """JAX's coordination service has given up: a process is gone, or process 0 with the service itself."""
@@ -241,13 +261,16 @@ def _main_thread() -> str:
 # ----------------------------------------------------------------------------------- the watch of this process
 
 _watch: Watch | None = None
-_left: Watch | None = None  # the same after `stop`: the others may still be lost while this process waits to exit
 _handlers: list[Any] = []  # ctypes must be able to call them as long as the process lives
 
 
 def start(step_timeout: float) -> None:
     """Starts to watch. Call it once the processes have joined."""
     global _watch
+    if _watch is not None:  # of an earlier command of this program
+        _watch.stop()
+    else:
+        atexit.register(_exit)  # after jax's own, so that it comes before it
     _watch = Watch(step_timeout)
     _handlers[:] = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda number: _aborted()), ctypes.CFUNCTYPE(None)(_aborted)
     ctypes.CDLL(None).signal(int(signal.SIGABRT), _handlers[0])
@@ -255,15 +278,6 @@ def start(step_timeout: float) -> None:
         ctypes.CDLL("libstdc++.so.6")._ZSt13set_terminatePFvvE(_handlers[1])
     _watch.start()
     channel.hosts()  # from now on a process that is lost has a name
-
-
-def stop() -> None:
-    """Ends the watch, before this process leaves the others in peace."""
-    global _watch, _left
-    watch, _watch = _watch, None
-    if watch is not None:
-        watch.stop()
-        _left = watch
 
 
 def dispatched(step: int) -> None:
@@ -315,6 +329,12 @@ def _of_runtime(error: BaseException) -> bool:
     return False
 
 
+def _exit() -> None:
+    """Waits until the work of all processes is done, and leaves JAX together with them."""
+    if _watch is not None:
+        _watch.leave()
+
+
 @contextlib.contextmanager
 def noticing() -> Iterator[None]:
     """Within the block, jax.distributed.initialize makes a client whose failure becomes one line.
@@ -338,6 +358,6 @@ def noticing() -> Iterator[None]:
 
 
 def _aborted() -> None:
-    if (watch := _watch or _left) is not None:
-        watch.aborted()
+    if _watch is not None:
+        _watch.aborted()
     os._exit(128 + signal.SIGABRT)
