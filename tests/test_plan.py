@@ -126,7 +126,10 @@ def test_the_largest_buffers(plan):
         assert not (advises_dtype and buffer["dtype"] in ("s32", "pred")), "no setting makes integers smaller"
 
 
-@pytest.mark.parametrize("name", ["v9:4", "h200", "h200:0", "h200:2x4", "cpu:2x2", "v5p", "", "cpu:-1", "v5e:4x"])
+GPU, CPU, TPU = ("h200", "h200:0", "h200:2x4"), ("cpu:2x2", "cpu:-1"), ("v5p", "v5e:4x", "v5e:0x4", "v5e:32x32")
+
+
+@pytest.mark.parametrize("name", [*GPU, *CPU, *TPU, "v9:4", ""])
 def test_unknown_topologies(name):
     with pytest.raises(UserError, match="--topology is .*expected a"):
         topology.find(name)

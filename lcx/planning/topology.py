@@ -76,6 +76,7 @@ GPUS = {
 }
 
 
+_MOST_TPUS = {"v5e": 256, "v5p": 8960, "v6e": 256}  # of a pod
 _MOST_CPUS, _MOST_GPUS = 4096, 1 << 16  # more would take minutes only to be described
 
 
@@ -131,6 +132,8 @@ def find(name: str) -> Topology:
         raise UserError(f"--topology is {name!r}, expected a kind and a number of devices such as {EXAMPLES}")
     sizes = [int(size) for size in found[2].split("x")]
     if kind in TPUS:
+        if not 0 < math.prod(sizes) <= (most := _MOST_TPUS[kind]):
+            raise UserError(f"--topology is {name!r}, expected a slice of 1 to {most} chips, as in {EXAMPLES}")
         return Topology(name, TPUS[kind], _tpus(name), TPUS[kind].memory)
     if len(sizes) > 1 or not sizes[0]:
         raise UserError(f"--topology is {name!r}, expected a number of devices such as {kind}:8")
