@@ -132,12 +132,14 @@ def find(name: str) -> Topology:
         raise UserError(f"--topology is {name!r}, expected a kind and a number of devices such as {EXAMPLES}")
     sizes = [int(size) for size in found[2].split("x")]
     if kind in TPUS:
-        if not 0 < math.prod(sizes) <= (most := _MOST_TPUS[kind]):
+        most = _MOST_TPUS[kind]
+        if not 0 < math.prod(sizes) <= most:
             raise UserError(f"--topology is {name!r}, expected a slice of 1 to {most} chips, as in {EXAMPLES}")
         return Topology(name, TPUS[kind], _tpus(name), TPUS[kind].memory)
     if len(sizes) > 1 or not sizes[0]:
         raise UserError(f"--topology is {name!r}, expected a number of devices such as {kind}:8")
-    if sizes[0] > (most := _MOST_CPUS if kind == "cpu" else _MOST_GPUS):
+    most = _MOST_CPUS if kind == "cpu" else _MOST_GPUS
+    if sizes[0] > most:
         raise UserError(f"--topology is {name!r}, expected at most {most} devices of this kind")
     if kind == "cpu":
         devices = _cpus(sizes[0])
