@@ -338,9 +338,12 @@ def soak(result: dict) -> str:
     """Counts alone: the runs were made beside other work, which changes every time."""
     kinds = ("kill", "halt", "term", "flip", "disk", "bucket", "lost")
     rows = []
-    places = {False: "this machine", True: "a bucket"}
-    for count, bucket in sorted({(row["processes"], row.get("bucket", False)) for row in result["rows"]}):
-        same = [row for row in result["rows"] if (row["processes"], row.get("bucket", False)) == (count, bucket)]
+
+    def of(row: dict) -> tuple[int, bool, bool]:
+        return row["processes"], row.get("bucket", False), not row["every"]
+
+    for count, bucket, calls in sorted(set(map(of, result["rows"]))):
+        same = [row for row in result["rows"] if of(row) == (count, bucket, calls)]
         outcomes = [one for row in same for one in row["outcomes"]]
         faults = [one for one in outcomes if one["kind"] in kinds]
         good = sum(not one["wrong"] for one in faults)
@@ -348,8 +351,10 @@ def soak(result: dict) -> str:
         cells = [sum(one["kind"] == kind for one in faults) for kind in kinds]
         equal = f"{sum(row['equal'] for row in same)} of {len(same)}"
         within = "yes" if late <= 60 else "no"
-        rows.append([str(x) for x in (count, places[bucket], len(faults), *cells, good, within, equal)])
-    head = ["processes", "workdir", "faults", *kinds, "as expected", "all ended within a minute"]
+        drawn = "call" if calls else "time"
+        place = "a bucket" if bucket else "this machine"
+        rows.append([str(x) for x in (count, place, drawn, len(faults), *cells, good, within, equal)])
+    head = ["processes", "workdir", "drawn by", "faults", *kinds, "as expected", "all ended within a minute"]
     return table([*head, "runs equal to the bit"], rows)
 
 
