@@ -159,7 +159,7 @@ def test_the_jobset_fits_its_schema_and_the_command():
     assert {mount["name"] for mount in container["volumeMounts"]} == {
         volume["name"] for volume in pod["volumes"]
     }
-    python, dash, module, *flags = container["command"]
+    python, dash, module, *flags = container["args"]
     assert (python, dash, module) == ("python", "-m", "lcx.train")
     known = subprocess.run(
         [sys.executable, "-m", train.__name__, "--help"], capture_output=True, text=True
@@ -172,6 +172,27 @@ def test_the_jobset_fits_its_schema_and_the_command():
     assert host == f"{name}-{hosts['name']}-0-0.{name}"
     assert int(port) in [one["containerPort"] for one in container["ports"]]
     assert re.fullmatch(r"\$\((\w+)\)", given["--process_id"])[1] in [one["name"] for one in container["env"]]
+    (fails,), (ends,) = job["podFailurePolicy"]["rules"], jobset["spec"]["failurePolicy"]["rules"]
+    assert (fails["action"], fails["onExitCodes"]) == ("FailJob", {"operator": "In", "values": [2]})
+    assert ends == {"action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}
+
+
+@pytest.mark.parametrize("program, stop, status", [
+    ("exit 0", False, 0),
+    ("exit 3", False, 3),
+    ("trap 'exit 0' TERM; echo up; while true; do sleep 0.05; done", True, 75),
+    ("trap 'exit 1' TERM; echo up; while true; do sleep 0.05; done", True, 1),
+])  # fmt: skip
+def test_a_pod_that_is_preempted_does_not_count_as_done(program, stop, status):
+    """Kubernetes takes status 0 for the end of the work, and the run would never be started again."""
+    yaml = pytest.importorskip("yaml")
+    job = yaml.safe_load((LAUNCH / "jobset.yaml").read_text())["spec"]["replicatedJobs"][0]["template"]["spec"]
+    command = job["template"]["spec"]["containers"][0]["command"]
+    process = subprocess.Popen([*command, "bash", "-c", program], stdout=subprocess.PIPE, text=True)
+    if stop:
+        assert process.stdout.readline() == "up\n"
+        process.terminate()
+    assert process.wait(60) == status
 
 
 def test_the_image_copies_what_there_is():
