@@ -17,8 +17,16 @@ class UserError(ValueError):
     """Bad input from outside: a config, a file, a flag, a shape.
 
     The message is one line: what was found, what was expected, and which setting to change. The command line
-    prints it without a traceback and exits with status 2.
+    prints it without a traceback and exits with its status.
     """
+
+    status = 2
+
+
+class TemporaryError(UserError):
+    """What may pass by itself: the same command may succeed later, and a scheduler should start it again."""
+
+    status = 75  # EX_TEMPFAIL
 
 
 def check_sizes(of: str, **sizes: int | None) -> None:

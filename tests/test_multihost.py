@@ -15,7 +15,7 @@ from lcx.config import processes
 from lcx.config.flags import Flags
 from lcx.errors import UserError
 from lcx.multihost import agreement, channel, watch
-from lcx.multihost.join import PORT, Processes, whereabouts
+from lcx.multihost.join import PORT, Processes, join, whereabouts
 
 HERE = socket.gethostname()
 THREE = {"coordinator_address": "10.0.0.1:99", "num_processes": 4, "process_id": 2}
@@ -69,6 +69,19 @@ def test_flags_that_say_too_little_or_too_much(flags, env, message):
     with pytest.raises(UserError, match=message) as error:
         whereabouts(Processes(**flags), env)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("error, status", [(RuntimeError("DEADLINE_EXCEEDED"), 75), (ValueError("no address"), 2)])
+def test_a_host_that_is_late_is_no_mistake_in_the_settings(error, status, monkeypatch):
+    """Scripts start the same command again after 75, and never after 2."""
+
+    def initialize(**_):
+        raise error
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    with pytest.raises(UserError, match="the processes did not find each other") as found:
+        join(Processes(hosts=f"203.0.113.9,{HERE}"), {})
+    assert found.value.status == status
 
 
 def test_a_difference_names_each_value_and_its_hosts():

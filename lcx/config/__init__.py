@@ -282,7 +282,7 @@ def _report(error: BaseException) -> int:
     prefix = "config error" if isinstance(error, ConfigError) else "error"
     for line in error.problems if isinstance(error, ConfigError) else [_one_line(error)]:
         print(f"{prefix}: {line}", file=sys.stderr)
-    return 2
+    return error.status if isinstance(error, UserError) else UserError.status
 
 
 def _one_line(error: BaseException) -> str:

@@ -22,7 +22,7 @@ import socket
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lcx.errors import UserError, first_line
+from lcx.errors import TemporaryError, UserError, first_line
 from lcx.multihost import agreement, channel, compiled, watch
 
 PORT = 8476
@@ -67,7 +67,8 @@ def join(processes: Processes, settings: Mapping[str, str]) -> None:
       settings: {name: value} of what has to be the same in all processes.
 
     Raises:
-      UserError: the others cannot be reached or do not join in time; or versions or settings differ.
+      TemporaryError: the others cannot be reached or do not join in time.
+      UserError: the flags do not say who they are; or versions or settings differ.
     """
     found = whereabouts(processes, os.environ)
     if found is None:
@@ -82,7 +83,9 @@ def join(processes: Processes, settings: Mapping[str, str]) -> None:
             if not jax.distributed.is_initialized():  # it is in a program that runs one command after another
                 jax.distributed.initialize(**found, heartbeat_timeout_seconds=seconds)
     except (RuntimeError, ValueError, OSError) as error:
-        raise UserError(
+        # A host that is late or was lost meanwhile; or flags that say too little, which jax refuses with ValueError.
+        kind = UserError if isinstance(error, ValueError) else TemporaryError
+        raise kind(
             f"the processes did not find each other: {first_line(error)[:300]}; outside of TPU pods and SLURM set "
             "--hosts, or --coordinator_address=HOST:PORT, --num_processes and --process_id; for a single process set "
             "--no-distributed"

@@ -29,10 +29,11 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any, NoReturn
 
+from lcx.errors import TemporaryError, UserError
 from lcx.multihost import channel
 
-LOST = 75  # the exit status of a process that ends because of another: EX_TEMPFAIL, the same command may succeed
-WRONG_INPUT = 2  # the exit status after a UserError
+LOST = TemporaryError.status  # the exit status of a process that ends because of another
+WRONG_INPUT = UserError.status
 AGAIN = "this process ends too; the same command goes on from what was saved"
 _PERIOD_S = 1.0
 _SILENT_S = 5.0  # after this a process is called silent; whether it is gone is for the heartbeat to say
