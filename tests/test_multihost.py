@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import types
 
 import jax
 import pytest
@@ -211,6 +212,16 @@ def test_a_process_that_is_lost_while_this_one_exits_is_named(lost, monkeypatch)
     monkeypatch.setattr(channel, "gather", lambda *_: ["", ""])
     monkeypatch.setattr(leaving, "stop", lambda: None)
     leaving.leave()
+
+
+@pytest.mark.parametrize("status", [0, 130])
+def test_a_process_that_ends_with_a_status_waits_for_the_others(status, monkeypatch):
+    """After Ctrl-C in one of them, all have saved the same step, and the others end with 0."""
+    done = []
+    of_this = types.SimpleNamespace(leave=lambda: done.append("left"), _steps=watch.Steps(1))
+    monkeypatch.setattr(watch, "_watch", of_this)
+    processes.leave(status)
+    assert done == (["left"] if status else [])
 
 
 def test_what_xla_raises_is_told_from_errors_of_this_process():

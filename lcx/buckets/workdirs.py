@@ -126,12 +126,15 @@ class _Workdir:
         threading.Thread(target=self._keep, daemon=True, name="lcx-bucket-writer").start()
 
     def _keep(self) -> None:
-        while not self._released.wait(_RENEW_S):
-            with contextlib.suppress(Exception):  # the copies say what is wrong with the bucket
+        pause: float = _RENEW_S
+        while not self._released.wait(pause):
+            pause = _LOOK_S  # soon again after a failure, of which the copies tell the reason
+            with contextlib.suppress(Exception):
                 self._check_alone()
                 with self._renewing:
                     if not self._released.is_set():
                         self._renew()
+                pause = _RENEW_S
 
     def release(self) -> None:
         """Lets another process write. Raises UserError if the bucket cannot be written."""

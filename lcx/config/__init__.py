@@ -112,7 +112,7 @@ def run(
             with interrupts.interruptible():
                 processes.join(flags)
                 status = _call(function, source, flags)
-                processes.leave()
+                processes.leave(status)
     except (KeyboardInterrupt, UserError, OSError) as error:
         if flags.debug:
             raise

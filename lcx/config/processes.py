@@ -56,10 +56,12 @@ def bindings(lines: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def leave() -> None:
-    """The work is done; the others may take longer."""
+def leave(status: int) -> None:
+    """The work is done; the others may take longer. A process with a status other than 0, which ends at once, waits."""
     if (watch := _watch()) is not None:
         watch.rest()
+        if status:
+            watch.leave()
 
 
 def report(error: BaseException, status: int) -> None:

@@ -271,7 +271,7 @@ def start(step_timeout: float) -> None:
     if _watch is not None:  # of an earlier command of this program
         _watch.stop()
     else:
-        atexit.register(_exit)  # after jax's own, so that it comes before it
+        atexit.register(leave)  # after jax's own, so that it comes before it
     _watch = Watch(step_timeout)
     _handlers[:] = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda number: _aborted()), ctypes.CFUNCTYPE(None)(_aborted)
     ctypes.CDLL(None).signal(int(signal.SIGABRT), _handlers[0])
@@ -330,7 +330,7 @@ def _of_runtime(error: BaseException) -> bool:
     return False
 
 
-def _exit() -> None:
+def leave() -> None:
     """Waits until the work of all processes is done, and leaves JAX together with them."""
     if _watch is not None:
         _watch.leave()
