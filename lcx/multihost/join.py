@@ -86,7 +86,7 @@ def join(processes: Processes, settings: Mapping[str, str]) -> None:
         # A host that is late or was lost meanwhile; or flags that say too little, which jax refuses with ValueError.
         kind = UserError if isinstance(error, ValueError) else TemporaryError
         raise kind(
-            f"the processes did not find each other: {first_line(error)[:300]}; outside of TPU pods and SLURM set "
+            f"the processes did not find each other: {_why(error)}; outside of TPU pods and SLURM set "
             "--hosts, or --coordinator_address=HOST:PORT, --num_processes and --process_id; for a single process set "
             "--no-distributed"
         ) from None
@@ -100,6 +100,12 @@ def join(processes: Processes, settings: Mapping[str, str]) -> None:
     agreement.require_same(
         "the configuration", settings, advice="start every process with the same .gin files and flags"
     )
+
+
+def _why(error: Exception) -> str:
+    """jax's reason; where it is lost on the way through the callback of `watch.noticing`, what it was."""
+    lost = "bad_cast" in str(error)
+    return "not all of them were there within five minutes" if lost else first_line(error)[:300]
 
 
 def whereabouts(processes: Processes, env: Mapping[str, str]) -> dict[str, Any] | None:
