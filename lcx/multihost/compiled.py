@@ -37,9 +37,9 @@ def keep_on_every_host() -> None:
         return
 
     @functools.wraps(write)
-    def everywhere(key: str, seconds: float, name: str, backend: Any, program: Any, callbacks: Any) -> None:
-        write(key, seconds, name, backend, program, callbacks)
-        if distributed.global_state.process_id == 0 or callbacks or seconds < least:
+    def everywhere(key: str, seconds: float, name: str, backend: Any, program: Any, *callbacks: Any) -> None:
+        write(key, seconds, name, backend, program, *callbacks)  # jax 0.12 has no callbacks here
+        if distributed.global_state.process_id == 0 or any(callbacks) or seconds < least:
             return
         try:
             put(key, name, program, backend, int(seconds))
