@@ -400,7 +400,9 @@ def add(file: pathlib.Path, row: Row) -> None:
     """Adds a pair of runs to the results in a file."""
     rows = json.loads(file.read_text())["rows"] if file.exists() else []
     text = ",\n  ".join(json.dumps(one) for one in [*rows, dataclasses.asdict(row)])
-    file.write_text(f'{{"rows": [\n  {text}\n]}}\n')
+    whole = file.with_name(f"{file.name}.tmp")
+    whole.write_text(f'{{"rows": [\n  {text}\n]}}\n')
+    whole.replace(file)
 
 
 def main(argv=None) -> int:

@@ -165,6 +165,7 @@ def main(argv=None) -> int:
                 print(f"{ended} faults: {'equal to the bit' if equal else 'DIFFERENT'}", flush=True)
                 shutil.rmtree(workdir)
     except KeyboardInterrupt:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not find the results half written
         print("stopped; the faults since the last run that came to its end do not count", flush=True)
     outcomes = outcomes[:ended]
     row = soak.Row(flags.processes, flags.seed, 0, LAST, outcomes, undisturbed, time.monotonic() - begun, equal)
