@@ -331,12 +331,12 @@ def _backward(plan: Plan, residuals, cotangents):
     q, k, v, log_decay, runs, kv, z, done = residuals
     dy, (d_kv, d_z) = cotangents
     forward, reverse = _vectors(log_decay, runs, plan.chunk, _exact(plan, q))
-    row, into_q, into_k = None, {}, {}
+    into_q, into_k = {}, {}
     if z is not None:
         norm = jnp.swapaxes(done["norm"], 1, 2)[..., None]
         dy = (dy / jnp.where(norm == 0, 1.0, norm)).astype(dy.dtype)
         d_norm = -jnp.sum(dy.astype(jnp.float32) * done["out"].astype(jnp.float32), axis=-1)
-        row, bias = -plan.eps * d_norm, jnp.swapaxes(d_norm, 1, 2)  # row: dnum.num + dnorm (norm - eps)
+        bias = jnp.swapaxes(d_norm, 1, 2)
         into_q, into_k = {"query_bias": bias, "row": z}, {"key_bias": bias, "row": d_z}
     turned = functools.partial(jnp.swapaxes, axis1=2, axis2=3)
     entering = {"state": turned(_at_pieces(_edges(kv, done["states"])[:, :, :-1], plan.split))}
