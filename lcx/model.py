@@ -18,13 +18,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from lcx import cache_gradients, mixers, moved
+from lcx import mixers, moved
 from lcx.block import Block
 from lcx.errors import UserError, check_not_negative, check_positive, check_sizes
 from lcx.layers import INITIALIZATIONS, Embedding, Norm, wants_shapes
 from lcx.mixers.kv_cache import LayerOf
 from lcx.mlps.activations import ACTIVATIONS
 from lcx.mlps.gated import GatedMlp as Mlp  # the old name, which existing .gin files and users' code import
+from lcx.ops import cache_gradients
 from lcx.ops.cross_entropy import LogitTransform
 from lcx.parameters import (
     abstract_params,
@@ -275,7 +276,7 @@ class Decoder(nn.Module):
             name = f"stages_{i}"
             stage_cache = None if cache is None else cache[name]
             cut, number, whole = _cached(self.stages[i], stage_cache, tokens.shape[1])
-            values = jax.lax.stop_gradient(cut)  # their gradient goes into the other one, see cache_gradients.py
+            values = jax.lax.stop_gradient(cut)  # their gradient goes into the other one, see ops/cache_gradients.py
             (x, cut), new = getattr(self, name)((x, cut), values, number, whole, positions, segment_ids)
             if cache is not None:
                 new_cache[name] = _appended(self.stages[i], cut | whole, new)

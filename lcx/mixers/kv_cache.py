@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from lcx import cache_gradients, sharding
+from lcx import sharding
+from lcx.ops import cache_gradients
 from lcx.ops.cached_attention import cached_attention
 
 Cache = dict[str, Array]
