@@ -217,7 +217,7 @@ def _vectors(log_decay: Array | None, runs: Array | None, C: int, exact: bool) -
         decay = {"decay": (g[:, :, 0] if exact else jnp.sum(g, axis=2)).reshape(B, n, T)}
         if exact:
             decay["fine"] = g[:, :, 1].reshape(B, n, T)
-    if runs is not None and run is not None:
+    if runs is not None and run is not None and begins is not None:
         (B, T), place = runs.shape, jnp.arange(C)
         before = jnp.pad(run[:, :-1, -1:], ((0, 0), (1, 0), (0, 0)))
         reach, keep = reach * (run == before)[:, None], keep * (run == run[..., -1:])[:, None]
