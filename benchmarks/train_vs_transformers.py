@@ -3,7 +3,7 @@
     JAX_NUM_CPU_DEVICES=2 python benchmarks/train_vs_transformers.py [--cases base:256,...] [--dtypes float32,bfloat16]
                                                [--steps 7] [--output FILE.json] [--no-memory]
 
-A case is a model and a length: `base` (width 256), `quickstart` (the quickstart's, 8 rows), `wide` (width 1024). Each
+A case is a model and a length: `base` (width 256), `quickstart` (the quickstart's, 16 rows), `wide` (width 1024). Each
 side is a process of its own (workers.py): lcx with the memory pages of its commands, torch with and without large ones,
 of which the faster counts. In each case they take the same AdamW step on the same batches, in turns, A B, B A, ...,
 after one that is not counted; medians are compared, and the losses of every step are kept side by side. bfloat16 is
@@ -48,7 +48,7 @@ class Case:
 
     @property
     def rows(self) -> int:
-        return 8 if self.model == "quickstart" else max(1, 2048 // self.T)
+        return 16 if self.model == "quickstart" else max(1, 2048 // self.T)
 
     def torch_model(self):
         return hf_model(self.sizes)
