@@ -22,6 +22,7 @@ from lcx import sharding
 from lcx.ops import fp8
 from lcx.ops.product import FEW_ROWS, few_with_table, narrow_on_cpu, product
 from lcx.ops.rms_norm import rms_norm
+from lcx.ops.tiling import factor
 
 Names = tuple[str | None, ...]
 
@@ -259,4 +260,4 @@ class Embedding(nn.Module):
         table = self.embedding.astype(x.dtype)
         if narrow_on_cpu(x) and x.shape[0] * x.shape[1] <= FEW_ROWS:
             return few_with_table(x.reshape(-1, x.shape[-1]), table).reshape(*x.shape[:2], -1)
-        return jnp.einsum("btd,vd->btv", x, table, preferred_element_type=jnp.float32)
+        return jnp.einsum("btd,vd->btv", factor(x), factor(table), preferred_element_type=jnp.float32)

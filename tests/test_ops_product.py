@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from jax.ad_checkpoint import print_saved_residuals
 
+from lcx.llama import llama
 from lcx.ops import dispatch
 from lcx.ops.product import laid_out_transpose, product, wide
 from lcx.remat import REMAT
@@ -55,6 +56,30 @@ def test_transposes_around_it(bfloat16):
         return jax.lax.scan(lambda c, a: (c + wide(a, b, 0).T, None), jnp.zeros((48, 96)), a[None])[0]
 
     close(jax.jit(summed)(x, kernel).T, x, kernel)
+
+
+def test_a_transpose_that_only_one_head_allows(monkeypatch):
+    """The gradient of one head of values reaches their projection transposed, behind a conversion to bfloat16."""
+    model = llama(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=16,
+        num_layers=1,
+        num_heads=1,
+        num_kv_heads=1,
+        max_position_embeddings=64,
+        dtype="bfloat16",
+    )
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 32, (1, 64)))
+    params = model.init(jax.random.key(0), tokens)["params"]
+
+    def gradients(instructions):
+        monkeypatch.setattr(dispatch, "multiplies_bfloat16", lambda: instructions)
+        gradient = jax.grad(lambda params: jnp.mean(jnp.square(model.apply({"params": params}, tokens))))
+        return jax.tree.leaves(jax.jit(gradient)(params))
+
+    for found, expected in zip(gradients(True), gradients(False), strict=True):
+        np.testing.assert_allclose(found, expected, atol=4 * EXACT * jnp.abs(expected).max())
 
 
 def test_rematerialization_keeps_it_in_bfloat16(bfloat16, capsys):

@@ -33,7 +33,7 @@ from lcx.ops import MIXER_RESIDUALS, dispatch, segments
 from lcx.ops import short_conv as short
 from lcx.ops.packed_conv import by_document
 from lcx.ops.short_conv import ConvState
-from lcx.ops.tiling import put
+from lcx.ops.tiling import factor, put
 
 MAX_TAPS = 256
 # Filters with fewer taps than this use shifted multiply-adds, as do blocks of this many tokens within packed rows.
@@ -281,7 +281,7 @@ def _later(x: Array, n: int) -> Array:
 
 def _dot(rows: Array, M: Array) -> Array:
     precision = "highest" if rows.dtype == jnp.float32 else None
-    return jnp.matmul(rows, M, precision=precision, preferred_element_type=jnp.float32)
+    return jnp.matmul(factor(rows), factor(M), precision=precision, preferred_element_type=jnp.float32)
 
 
 def toeplitz(h: Array, C: int, count: int) -> Array:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from lcx.ops.decay import split
+from lcx.ops.tiling import factor
 
 
 def grouped(arrays, C):
@@ -42,7 +43,7 @@ def dot(spec: str, x: Array, y: Array, heads: int | None = None) -> Array:
     """einsum into float32; the second operand takes the first's dtype. heads = 1: the result sums over r, kept as 1."""
     if heads == 1:
         return jnp.expand_dims(dot(spec[::-1].replace("r", "", 1)[::-1], x, y), 2)
-    return jnp.einsum(spec, x, y.astype(x.dtype), preferred_element_type=jnp.float32)
+    return jnp.einsum(spec, factor(x), factor(y.astype(x.dtype)), preferred_element_type=jnp.float32)
 
 
 def chunk_weights(a: Array | None, first: Array | None, C: int) -> tuple[Array, Array, Array, Array]:

@@ -23,12 +23,15 @@ def add(x: Array, part: Array, start, axis: int = 0) -> Array:
 
 
 def factor(x: Array) -> Array:
-    """x as a factor of a product with a float32 result: float32 where a CPU has no instructions for bfloat16.
+    """x as a factor of a product with a float32 result; a CPU needs care with bfloat16.
 
-    Products of bfloat16 numbers are exact in float32. XLA would run them there at two thirds of the speed.
+    Without instructions for bfloat16, XLA runs such a product at two thirds of the speed of one with float32 factors,
+    which is as exact. With them, it may merge a transpose into the product after it has decided how to compute it, and
+    then cannot run it ("Unsupported element type for DotThunk"): the barrier keeps the factor an array of its own.
     """
-    widened = x.dtype == jnp.bfloat16 and dispatch.platform() == "cpu" and not dispatch.multiplies_bfloat16()
-    return x.astype(jnp.float32) if widened else x
+    if x.dtype != jnp.bfloat16 or dispatch.platform() != "cpu":
+        return x
+    return jax.lax.optimization_barrier(x) if dispatch.multiplies_bfloat16() else x.astype(jnp.float32)
 
 
 def dot(a: Array, b: Array, a_axis: int, b_axis: int) -> Array:

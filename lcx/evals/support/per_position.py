@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 from lcx.data import Tokenizer
 from lcx.errors import UserError
 from lcx.ops.cross_entropy import CHUNK_LOGITS, UNCHANGED, LogitTransform
+from lcx.ops.tiling import dot
 
 LETTERS = "ACGT"
 
@@ -31,9 +32,7 @@ def measure(ids: tuple[int, ...]):
         transform: LogitTransform = UNCHANGED,
     ) -> Float[Array, "B T 2+ids"]:
         def chunk(tokens):
-            logits = transform(
-                jnp.einsum("cd,vd->cv", tokens[0], head.astype(x.dtype), preferred_element_type=jnp.float32)
-            )
+            logits = transform(dot(tokens[0], head.astype(x.dtype), 1, 1))
             log_p = jax.nn.log_softmax(logits, axis=-1)
             p = jnp.exp(log_p)
             nll = -jnp.take_along_axis(log_p, tokens[1][:, None], axis=-1)
