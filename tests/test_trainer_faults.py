@@ -73,7 +73,7 @@ def wait_for(condition, process, seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline and process.poll() is None, process.communicate(timeout=60)
-        time.sleep(0.0005)
+        time.sleep(0.002)  # less than a save takes; looking without a pause costs the process its core
 
 
 def finish(gin_file, workdir) -> str:

@@ -3,6 +3,8 @@
 Over `context` a stretch of 9 tokens lies on 8 devices, two on each of the first four, one on the fifth.
 """
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -32,7 +34,6 @@ MIXERS = {
 }
 
 
-CUTS = (slice(0, 9), slice(9, 18), slice(18, 19))
 TENSOR = [{"fsdp": 4, "tensor": 2}, {"fsdp": 2, "tensor": 4}]
 CONTEXT = [{"fsdp": 1, "context": 8}]
 BOTH = (
@@ -56,13 +57,19 @@ def test_prefill_and_decode_are_those_of_one_device(name):
     if mixers.whole_prompt(mixer):
         segments, positions = jnp.ones((2, 19), jnp.int32), jnp.tile(jnp.arange(19), (2, 1))
 
+    def stretch(params, cache, at):
+        x, segments, positions = at
+        y, cache = mixer.apply({"params": params}, x, positions=positions, segment_ids=segments, cache=cache)
+        return cache, jnp.where(segments[..., None] != 0, y, 0)
+
     def stretches(params, x):
-        cache, ys = mixer.init_cache(2, 19, jnp.float32), []
-        for at in (slice(0, 18), slice(18, 19)) if mixers.whole_prompt(mixer) else CUTS:
-            packed = {"positions": positions[:, at], "segment_ids": segments[:, at]}
-            y, cache = mixer.apply({"params": params}, x[:, at], **packed, cache=cache)
-            ys.append(jnp.where(segments[:, at, None] != 0, y, 0))
-        return ys
+        rows, cache = (x, segments, positions), mixer.init_cache(2, 19, jnp.float32)
+        length = 18 if mixers.whole_prompt(mixer) else 9
+        cuts = jax.tree.map(lambda row: jnp.stack(jnp.split(row[:, :18], 18 // length, axis=1)), rows)
+        # Equal stretches are one program.
+        cache, prefilled = jax.lax.scan(functools.partial(stretch, params), cache, cuts)
+        _, decoded = stretch(params, cache, jax.tree.map(lambda row: row[:, 18:], rows))
+        return [*prefilled, decoded]
 
     expected = jax.jit(stretches)(nn.meta.unbox(boxed), x)
     for sizes in ON[name]:

@@ -3,6 +3,8 @@
 Rows that continue others (Trainer.stateful) also leave the state of one device.
 """
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -26,6 +28,15 @@ BLOCKS = (
 )
 MODEL = Decoder(64, 32, (Stage(BLOCKS, 2),), T)
 PIECES = Pieces(8)
+
+
+@functools.cache
+def start(model, mesh=None):
+    """The parameters at the start, made on one device, which compiles faster than on a mesh, and moved there."""
+    if mesh is None:
+        return jax.tree.map(np.asarray, model_lib.init_params(model, jax.random.key(0)))
+    like = model_lib.abstract_params(model, mesh=mesh)
+    return jax.tree.map(lambda x, leaf: jax.device_put(x, leaf.sharding), start(model), like)
 
 
 def gradient(params, batch, state=None, how=PIECES):
@@ -75,11 +86,11 @@ def test_gradients_are_those_of_one_device(rows, sizes, continues):
     One device takes whole rows, which compiles faster; only states that continue are compared with its pieces.
     """
     before = state_before() if continues else None
-    params = jax.tree.map(np.asarray, model_lib.init_params(MODEL, jax.random.key(0)))
+    params = start(MODEL)
     want = gradient(params, jax.tree.map(jax.numpy.asarray, rows), before, how=PIECES if continues else None)
     mesh = sharding.make_mesh(**sizes)
     with jax.set_mesh(mesh):
-        params = model_lib.init_params(MODEL, jax.random.key(0), mesh=mesh)
+        params = start(MODEL, mesh)
         if continues:
             like = row_state.abstract(MODEL, 4, mesh)[row_state.ITEM]
             before = jax.tree.map(lambda x, leaf: jax.device_put(x, leaf.sharding), before, like)
@@ -99,11 +110,10 @@ def test_keys_and_values_of_earlier_pieces_are_divided_over_rows_and_heads(rows)
 
         return jax.value_and_grad(loss)(params)
 
-    params = jax.tree.map(np.asarray, model_lib.init_params(model, jax.random.key(0)))
-    want = jax.jit(gradient, static_argnums=2)(params, rows, None)
+    want = jax.jit(gradient, static_argnums=2)(start(model), rows, None)
     mesh = sharding.make_mesh(fsdp=2, context=4)
     with jax.set_mesh(mesh):
-        arguments = model_lib.init_params(model, jax.random.key(0), mesh=mesh), sharding.shard_batch(rows, mesh)
+        arguments = start(model, mesh), sharding.shard_batch(rows, mesh)
         compiled = jax.jit(gradient, static_argnums=2).lower(*arguments, Pieces(12)).compile()  # more than kv_cache.FEW
         got = compiled(*arguments)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
