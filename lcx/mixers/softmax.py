@@ -58,9 +58,9 @@ def softmax_attention(
 
 
 def attention_to_cache(
-    attend: Callable[[Array, Array, Array | int, dict[str, Any]], Array],
+    attend: Callable[..., Array],
     q: Float[Array, "B T N H"],
-    segment_ids: Array,
+    segment_ids: Array | None,
     arrays: dict[str, Any],
     axes: dict[str, Axes],
     *,
@@ -70,7 +70,7 @@ def attention_to_cache(
     """Attention of new tokens to a cache on each device's own rows and heads, or rows and queries (softmax_attention).
 
     Args:
-      attend: attend(queries, their segment ids, how many new tokens come before them, arrays) -> outputs.
+      attend: attend(queries, their segment ids, how many new tokens come before them, arrays=arrays) -> outputs.
       arrays: what else it reads, none of it divided along T; axes: theirs, as sharding.island takes them.
       heads: of the keys that a device needs for its queries.
       window: see ops.attention.
@@ -84,7 +84,7 @@ def attention_to_cache(
     def run(arrays: dict[str, Any], mesh_axis: str | None = None) -> Array:
         q, ids = arrays["q"], arrays["segment_ids"]
         if mesh_axis is None:
-            return attend(q, ids, 0, arrays)
+            return attend(q, ids, 0, arrays=arrays)
         return balanced(functools.partial(attend, arrays=arrays), q, ids, window, mesh_axis)
 
     y = sharding.island(run, arrays, axes, axes["q"], heads=over)
@@ -107,7 +107,7 @@ def _of_rows(
 
     def run(arrays: dict[str, Any], mesh_axis: str | None = None) -> Array:
         q, k, v, ids, sinks = (arrays[name] for name in axes)
-        over = {"mesh_axis": mesh_axis, "over_context": over_context}
-        return attention(q, k, v, q_segment_ids=ids, kv_segment_ids=ids, sinks=sinks, **options, **over)
+        masks: dict[str, Any] = {"q_segment_ids": ids, "kv_segment_ids": ids, "sinks": sinks}
+        return attention(q, k, v, **masks, **options, mesh_axis=mesh_axis, over_context=over_context)
 
     return sharding.island(run, arrays, axes, per_head)
