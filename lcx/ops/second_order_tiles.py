@@ -131,7 +131,8 @@ def backward(head: Head, weights: Array, of_state: tuple[Array, Array] | None, g
             dv = earlier.add(dv, to_end_j * dot((s * s).astype(v_j.dtype), d, 0, 0)[:, :-1], j)
             return dq_i + dot(ds, k_j, 1, 0), d_own, dk, dv
 
-        carry = jnp.zeros_like(near), d_own.at[i].set(d_near), head.put(dk, head.d_keys(dk_i, i), i), head.put(dv, dv_i + own, i)
+        d_own, dk = d_own.at[i].set(d_near), head.put(dk, head.d_keys(dk_i, i), i)
+        carry = jnp.zeros_like(near), d_own, dk, head.put(dv, dv_i + own, i)
         far, d_own, dk, dv = _earlier(i, total, first, last, tile, carry)
         if of_state is not None:
             far, d_state = row_ends.seen_backward(ends.before[i], q_i, of_state[0], d_far, far, d_state)
