@@ -244,6 +244,15 @@ def test_a_strong_decay_early_leaves_the_later_differences_exact(form):
     close(with_gradients(lambda q, k, v, a: f(q, k, v, log_decay=a)[0], q, k, v, a, w), expected)
 
 
+@pytest.mark.parametrize("form", ["tiles", "states"])
+def test_a_strong_decay_has_a_gradient_without_what_tokens_add_to_themselves(form):
+    """Which is 1e5 times what they add to others here, so that a difference of both would keep no digit of it."""
+    _, k, v, a, w, _ = arrays((1, 63, 1, 1, 16, -1.0, False, False))
+    given, options = (3 * k, k, v, a - 12, w), {"normalize": False, "form": form, "implementation": "xla"}
+    got = with_gradients(lambda q, k, v, a: second_order_attention(q, k, v, log_decay=a, **options)[0], *given)
+    close(got[4:], by_hand(*given, None, False)[4:], 1e-5)
+
+
 def test_negligible_tiles_are_not_visited():
     """Poison in keys that are more than exp(SKIP) away must not arrive."""
     T, tile = 512, second_order_rows.TILE

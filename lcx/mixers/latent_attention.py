@@ -31,7 +31,7 @@ from lcx.layers import Linear, RMSNorm
 from lcx.mixers import kv_cache
 from lcx.mixers.kv_cache import Cache
 from lcx.mixers.projections import positions_and_frequencies
-from lcx.mixers.softmax import softmax_attention
+from lcx.mixers.softmax import attention_to_cache, softmax_attention
 from lcx.ops import attention_parts
 from lcx.ops.attention_parts import attention_in_parts
 from lcx.ops.attention_shards import check_method, in_words
@@ -175,26 +175,20 @@ class LatentAttention(nn.Module):
     @nn.nowrap
     def _attend_in_parts(self, q: Array, latent: Array, kernel: Array, masks: dict[str, Any]) -> Array:
         """The expanded form over a long cache, without the keys and values of all its slots at once."""
-        arrays = {"q": q, "latent": latent, "kernel": kernel, **masks}
-        axes = dict.fromkeys(arrays, Axes("rows"))
-        axes |= {"q": Axes("rows", "time", "heads"), "kernel": Axes(None, "heads")}
-        axes["q_segment_ids"] = Axes("rows", "time")
+        arrays = {"latent": latent, "kernel": kernel, **masks}
+        q_ids = arrays.pop("q_segment_ids")
+        axes = dict.fromkeys(arrays, Axes("rows")) | {"kernel": Axes(None, "heads")}
 
-        def run(arrays: dict[str, Any], mesh_axis: str | None = None) -> Array:
-            q, kernel = arrays["q"], arrays["kernel"]
-            offset = arrays["q_offset"]
-            if mesh_axis is not None:
-                offset = offset + jax.lax.axis_index(mesh_axis) * q.shape[1]
-
+        def attend(q: Array, ids: Array, start: Array | int, arrays: dict[str, Any]) -> Array:
             def made(latent: Array) -> tuple[Array, Array]:
-                both = jnp.einsum("bsr,rnh->bsnh", latent[..., : self.kv_lora_rank], kernel)
+                both = jnp.einsum("bsr,rnh->bsnh", latent[..., : self.kv_lora_rank], arrays["kernel"])
                 return self._keys_and_values(latent, both)
 
-            ids = {"q_segment_ids": arrays["q_segment_ids"], "kv_segment_ids": arrays["kv_segment_ids"]}
-            more = {"q_offset": offset, "scale": q.shape[-1] ** -0.5}
-            return attention_in_parts(q, made, arrays["latent"], self.v_head_dim, **ids, **more)
+            where = {"kv_segment_ids": arrays["kv_segment_ids"], "q_offset": arrays["q_offset"] + start}
+            more = {"q_segment_ids": ids, "scale": q.shape[-1] ** -0.5, **where}
+            return attention_in_parts(q, made, arrays["latent"], self.v_head_dim, **more)
 
-        return sharding.island(run, arrays, axes, Axes("rows", "time", "heads"))
+        return attention_to_cache(attend, q, q_ids, arrays, axes, heads=self.num_heads)
 
     def _absorbed(self, q: Array, new: Cache, cache: Any, expand: Linear) -> Array:
         """The absorbed form: outputs [B, T, N, V] for a few tokens, over cached latents that are only read."""

@@ -1,5 +1,7 @@
 """Softmax attention on a mesh, for the mixers that have nothing else in their island."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 from jax.sharding import PartitionSpec as Axes
@@ -38,38 +40,74 @@ def softmax_attention(
       sinks, window, softcap, implementation: see ops.attention.
       over_context: the method; None: chosen by rule.
     """
-    cached = q_offset is not None
-    over = sharding.head_axes(k.shape[2]) if cached else ("tensor",)
+    if q_offset is None:
+        options = {"window": window, "softcap": softcap, "implementation": implementation}
+        return _of_rows(q, k, v, segment_ids, sinks, over_context, options)
+    arrays = {"k": k, "v": v, "sinks": sinks, "kv_segment_ids": kv_segment_ids, "q_offset": q_offset}
+    heads = Axes("rows", None, "heads")
+    axes = {"k": heads, "v": heads, "sinks": Axes("heads")}
+    axes |= dict.fromkeys(("kv_segment_ids", "q_offset"), Axes("rows"))
+
+    def attend(q: Array, ids: Array, start: Array | int, arrays: dict[str, Any]) -> Array:
+        k, v, sinks, kv_ids, offset = (arrays[name] for name in axes)
+        masks = {"q_segment_ids": ids, "kv_segment_ids": kv_ids, "q_offset": offset + start}
+        how = {"window": window, "softcap": softcap, "sinks": sinks, "implementation": implementation}
+        return attention(q, k, v, **masks, **how)
+
+    return attention_to_cache(attend, q, segment_ids, arrays, axes, heads=k.shape[2], window=window)
+
+
+def attention_to_cache(
+    attend: Callable[..., Array],
+    q: Float[Array, "B T N H"],
+    segment_ids: Array | None,
+    arrays: dict[str, Any],
+    axes: dict[str, Axes],
+    *,
+    heads: int,
+    window: int | None = None,
+) -> Float[Array, "B T N W"]:
+    """Attention of new tokens to a cache on each device's own rows and heads, or rows and queries (softmax_attention).
+
+    Args:
+      attend: attend(queries, their segment ids, how many new tokens come before them, arrays=arrays) -> outputs.
+      arrays: what else it reads, none of it divided along T; axes: theirs, as sharding.island takes them.
+      heads: of the keys that a device needs for its queries.
+      window: see ops.attention.
+    """
+    over = sharding.head_axes(heads)
     time = None if "context" in over else "time"
-    per_head = Axes("rows", time, "heads")
-    of_keys = Axes("rows", None, "heads") if cached else per_head
     q = q if time else sharding.by_token(q)
-    arrays: dict[str, Any] = {"q": q, "k": k, "v": v, "segment_ids": segment_ids, "sinks": sinks}
-    axes = {
-        "q": per_head,
-        "k": of_keys,
-        "v": of_keys,
-        "segment_ids": Axes("rows", time),
-        "sinks": Axes("heads"),
-    }
-    if cached:
-        arrays |= {"kv_segment_ids": kv_segment_ids, "q_offset": q_offset}
-        axes |= {"kv_segment_ids": Axes("rows"), "q_offset": Axes("rows")}
+    arrays = arrays | {"q": q, "segment_ids": segment_ids}
+    axes = axes | {"q": Axes("rows", time, "heads"), "segment_ids": Axes("rows", time)}
 
     def run(arrays: dict[str, Any], mesh_axis: str | None = None) -> Array:
-        heads, ids = [arrays[name] for name in "qkv"], arrays["segment_ids"]
-        options: dict[str, Any] = {"window": window, "softcap": softcap, "sinks": arrays["sinks"]}
-        options |= {"implementation": implementation, "q_segment_ids": ids}
-        if not cached:
-            options |= {"kv_segment_ids": ids, "mesh_axis": mesh_axis, "over_context": over_context}
-            return attention(*heads, **options)
-        q, *kv = heads
+        q, ids = arrays["q"], arrays["segment_ids"]
+        if mesh_axis is None:
+            return attend(q, ids, 0, arrays=arrays)
+        return balanced(functools.partial(attend, arrays=arrays), q, ids, window, mesh_axis)
 
-        def outputs(q: Array, ids: Array, start: Array | int) -> Array:
-            masks = {"q_segment_ids": ids, "kv_segment_ids": arrays["kv_segment_ids"]}
-            return attention(q, *kv, **options | masks, q_offset=arrays["q_offset"] + start)
-
-        return outputs(q, ids, 0) if mesh_axis is None else balanced(outputs, q, ids, window, mesh_axis)
-
-    y = sharding.island(run, arrays, axes, per_head, heads=over)
+    y = sharding.island(run, arrays, axes, axes["q"], heads=over)
     return y if time else sharding.by_token(y)
+
+
+def _of_rows(
+    q: Array,
+    k: Array,
+    v: Array,
+    segment_ids: Array | None,
+    sinks: Array | None,
+    over_context: str | None,
+    options: dict[str, Any],
+) -> Array:
+    """softmax_attention without a cache; options: window, softcap and implementation."""
+    per_head, ids = Axes("rows", "time", "heads"), Axes("rows", "time")
+    arrays = {"q": q, "k": k, "v": v, "segment_ids": segment_ids, "sinks": sinks}
+    axes = {"q": per_head, "k": per_head, "v": per_head, "segment_ids": ids, "sinks": Axes("heads")}
+
+    def run(arrays: dict[str, Any], mesh_axis: str | None = None) -> Array:
+        q, k, v, ids, sinks = (arrays[name] for name in axes)
+        masks: dict[str, Any] = {"q_segment_ids": ids, "kv_segment_ids": ids, "sinks": sinks}
+        return attention(q, k, v, **masks, **options, mesh_axis=mesh_axis, over_context=over_context)
+
+    return sharding.island(run, arrays, axes, per_head)

@@ -88,12 +88,12 @@ def backward(head: Head, weights: Array, of_state: tuple[Array, Array], grads: t
         from_start, to_end, kept = factors.of(i)
         q, k, v = head.queries(i), head.keys(i), head.values(i)
         d_sums, own = head.d_sums(weights, d_weights[i], dy_i, i)
-        near, dk_i, dv_i = tiles.within_backward(q, k, v, head.decay[i], head.runs[i], d_sums)
+        near, dk_i, dv_i, d_near = tiles.within_backward(q, k, v, head.decay[i], head.runs[i], d_sums)
         q, k = (x.astype(d_state.dtype) for x in (q, k))
         (far,) = jax.vjp(expand, k)[1](dot(to_end * v, d_state, 1, 1))
         dk_i += far
         dv_i += to_end * dot(expand(k), d_state, 1, 0)[:, :-1] + own
-        d_own = d_own.at[i].add(jnp.sum(q * near - k * dk_i, axis=-1))
+        d_own = d_own.at[i].add(d_near - jnp.sum(k * far, axis=-1))
         d_state = kept * d_state + dot(expand(q), from_start * d_sums, 0, 0)
         dq, dk = head.add(dq, head.d_queries(near, i), i), head.put(dk, head.d_keys(dk_i, i), i)
         # The next tile of dy is read after this one of dv is written: XLA would copy an array whose reads and writes

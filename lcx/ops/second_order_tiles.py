@@ -117,7 +117,7 @@ def backward(head: Head, weights: Array, of_state: tuple[Array, Array] | None, g
         q_i, k_i, dy_i = head.queries(i), head.keys(i), head.cut(dv, i)
         d_i, own = head.d_sums(weights, head.d_weights(dq, weights, dy_i, i), dy_i, i)
         d_far = d_i * (jnp.exp(l[i]) * (head.runs[i] == first[i]))[:, None]
-        dq_i, dk_i, dv_i = within_backward(q_i, k_i, head.values(i), head.decay[i], head.runs[i], d_i)
+        near, dk_i, dv_i, d_near = within_backward(q_i, k_i, head.values(i), head.decay[i], head.runs[i], d_i)
 
         def tile(j, gap, carry):
             dq_i, d_own, dk, dv = carry
@@ -131,13 +131,13 @@ def backward(head: Head, weights: Array, of_state: tuple[Array, Array] | None, g
             dv = earlier.add(dv, to_end_j * dot((s * s).astype(v_j.dtype), d, 0, 0)[:, :-1], j)
             return dq_i + dot(ds, k_j, 1, 0), d_own, dk, dv
 
-        d_own = d_own.at[i].set(-jnp.sum(k_i * dk_i, axis=-1))
-        carry = dq_i, d_own, head.put(dk, head.d_keys(dk_i, i), i), head.put(dv, dv_i + own, i)
-        dq_i, d_own, dk, dv = _earlier(i, total, first, last, tile, carry)
+        d_own, dk = d_own.at[i].set(d_near), head.put(dk, head.d_keys(dk_i, i), i)
+        carry = jnp.zeros_like(near), d_own, dk, head.put(dv, dv_i + own, i)
+        far, d_own, dk, dv = _earlier(i, total, first, last, tile, carry)
         if of_state is not None:
-            dq_i, d_state = row_ends.seen_backward(ends.before[i], q_i, of_state[0], d_far, dq_i, d_state)
-        d_own = d_own.at[i].add(jnp.sum(q_i * dq_i, axis=-1))
-        return (head.put(dq, head.d_queries(dq_i, i), i), d_own, dk, dv), d_state
+            far, d_state = row_ends.seen_backward(ends.before[i], q_i, of_state[0], d_far, far, d_state)
+        d_own = d_own.at[i].add(jnp.sum(q_i * far, axis=-1))
+        return (head.put(dq, head.d_queries(near + far, i), i), d_own, dk, dv), d_state
 
     d_state = None if of_state is None else jnp.zeros_like(of_state[0])
     grads, d_state = jax.lax.fori_loop(0, len(total), row, (grads, d_state))
@@ -161,12 +161,17 @@ def _of_values(d_out: Array, v: Array) -> tuple[Array, Array]:
     return d, dp
 
 
-def within_backward(q, k, v, rate, runs, d_out) -> tuple[Array, Array, Array]:
-    """Gradients of one tile on the diagonal, float32; that of v without the column of ones."""
+def within_backward(q, k, v, rate, runs, d_out) -> tuple[Array, Array, Array, Array]:
+    """Gradients of one tile on the diagonal, float32: dq, dk, dv without the column of ones, and q . dq - k . dk.
+
+    The last without what a token adds to itself, which is in both terms, and can be most of either.
+    """
     s, near = within(q, k, rate, runs)
     d, dp = _of_values(d_out, v)
     ds = (2 * s * near * dp).astype(k.dtype)
-    return dot(ds, k, 1, 0), dot(ds, q, 0, 0), dot((s * s * near).astype(v.dtype), d, 0, 0)[:, :-1]
+    others = jnp.where(jnp.eye(len(s), dtype=bool), 0, ds * s)
+    own = jnp.sum(others, axis=1) - jnp.sum(others, axis=0)
+    return dot(ds, k, 1, 0), dot(ds, q, 0, 0), dot((s * s * near).astype(v.dtype), d, 0, 0)[:, :-1], own
 
 
 def decay_gradient(d_own: Array, runs: Array, at_end: Array) -> Array:

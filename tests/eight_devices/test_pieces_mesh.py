@@ -5,18 +5,23 @@ Rows that continue others (Trainer.stateful) also leave the state of one device.
 
 import functools
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from lcx import model as model_lib
 from lcx import objectives, sharding
 from lcx.block import Block
+from lcx.mixers import latent_attention
 from lcx.mixers.attention import Attention
+from lcx.mixers.latent_attention import LatentAttention
 from lcx.mixers.mamba2 import Mamba2
 from lcx.mixers.two_mamba import TwoMamba
 from lcx.mlps.gated import GatedMlp
 from lcx.model import Decoder, Stage
+from lcx.ops import attention_parts
 from lcx.pieces import Pieces
 from lcx.planning.program import parse
 from lcx.training import row_state
@@ -121,3 +126,41 @@ def test_keys_and_values_of_earlier_pieces_are_divided_over_rows_and_heads(rows)
     arrays = {array.shape for run in parse(compiled.as_text()).runs() for array in run.instruction.results}
     slots = {shape for shape in arrays if T in shape and 6 in shape}
     assert max(map(np.prod, slots)) == 2 * 2 * 1 * T * 6  # two layers, two of four rows, one of four heads
+
+
+@pytest.mark.parametrize(("heads", "own"), [(4, (12, 1)), (3, (2, 3))])
+def test_the_work_with_a_long_cache_of_latents_is_divided(rows, heads, own, monkeypatch):
+    """By heads where these divide over `context`, else by blocks of queries: `own` tokens and heads at a time."""
+    shapes = set()
+
+    def attend(q, *args, **options):
+        shapes.add(q.shape)
+        return attention_parts.attention_in_parts(q, *args, **options)
+
+    monkeypatch.setattr(latent_attention, "attention_in_parts", attend)
+    monkeypatch.setattr(attention_parts, "SLOTS", 8)
+    mixer = LatentAttention(heads, 10, 5, 4, 7)
+    x = np.random.default_rng(2).normal(size=(4, T, 32)).astype(np.float32)
+    params = nn.meta.unbox(jax.jit(mixer.init)(jax.random.key(0), x[:, :2]))["params"]
+
+    def run(params, x, *edges):
+        packed = {name: jnp.asarray(rows[name]) for name in ("positions", "segment_ids")}
+
+        def loss(params, x):
+            ys, cache = [], mixer.init_cache(4, T, x.dtype) if edges else None
+            for first, last in zip((0, *edges), (*edges, T), strict=True):
+                here = {name: value[:, first:last] for name, value in packed.items()}
+                y, cache = mixer.apply({"params": params}, x[:, first:last], **here, cache=cache)
+                ys.append(y)
+            y = jnp.where(packed["segment_ids"][..., None] != 0, jnp.concatenate(ys, axis=1), 0)
+            return jnp.sum(jnp.sin(y)), y
+
+        return jax.value_and_grad(loss, (0, 1), has_aux=True)(params, x)
+
+    run = jax.jit(run, static_argnums=(2,))
+    want = run(params, x)
+    with jax.set_mesh(sharding.make_mesh(fsdp=2, context=4)):
+        got = run(params, x, 12)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5 * (1 + np.abs(b).max()))
+    assert shapes == {(2, *own, 5 + 4)}
