@@ -106,6 +106,7 @@ def run(
     try:
         with messages.plain_warnings(), command_has(parser._option_string_actions):
             environment.check()
+            processes.begin(flags)
             with interrupts.importing():
                 function, source = _read(flags, target, defaults, bindings_of or target)
             slow_compilation.hide_alarm()
@@ -126,6 +127,7 @@ def run(
         if _is_distributed():
             # A normal exit waits for the other processes, which would hang if one of them failed.
             interrupts.leave(processes.failed(error))
+        processes.report(error, 1)
         raise
     if (status and _is_distributed()) or (status == interrupts.STATUS and argv is None):
         interrupts.leave(status)
