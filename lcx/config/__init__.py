@@ -50,7 +50,7 @@ from lcx.config import (
 from lcx.config import flags as flags_lib
 from lcx.config.environment import blamed, setup_jax
 from lcx.config.flags import BINDS, json_object, parser
-from lcx.errors import UserError, command_has, first_line
+from lcx.errors import UserError, by_url, command_has, first_line
 
 __all__ = [
     "BINDS",
@@ -283,7 +283,7 @@ def _report(error: BaseException) -> int:
         return 141
     prefix = "config error" if isinstance(error, ConfigError) else "error"
     for line in error.problems if isinstance(error, ConfigError) else [_one_line(error)]:
-        print(f"{prefix}: {line}", file=sys.stderr)
+        print(f"{prefix}: {by_url(line, where=True)}", file=sys.stderr)
     return error.status if isinstance(error, UserError) else UserError.status
 
 

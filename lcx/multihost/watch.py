@@ -313,7 +313,6 @@ def rest() -> None:
 def report(line: str, status: int) -> None:
     """Tells the other processes that this one ends with an error of its own."""
     if _watch is not None:
-        _leaving.acquire(blocking=False)  # the reason is printed: none of the other threads prints another
         _watch.report(f"{channel.named(channel.index())} has ended: {line}", status)
 
 
@@ -324,8 +323,6 @@ def blame(error: BaseException) -> str | None:
     line = _watch.blame()
     if line is None:
         return None
-    if not _leaving.acquire(blocking=False):
-        time.sleep(60)  # the watching thread or JAX has come to the same conclusion, and is printing it
     _watch.report(line, LOST)
     return with_advice(line, LOST)
 
