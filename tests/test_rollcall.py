@@ -85,7 +85,7 @@ GONE = f"on {HOST} is gone (killed, out of memory, or a lost host)"
 
 
 def test_one_that_is_killed_before_all_have_come_ends_those_that_wait_and_those_that_come_later(start):
-    leader, killed = start(0, late=60), start(1, "imports")
+    leader, killed = start(0, late=60, heartbeat_timeout=1000), start(1, "imports")
     known(killed)
     killed.kill()
     time.sleep(0.5)
@@ -95,7 +95,7 @@ def test_one_that_is_killed_before_all_have_come_ends_those_that_wait_and_those_
 
 
 def test_one_that_is_killed_while_it_imports_ends_those_that_import_too(start):
-    processes = [start(rank, "imports") for rank in range(3)]
+    processes = [start(rank, "imports", heartbeat_timeout=1000) for rank in range(3)]  # not by its silence
     known(*processes)
     processes[2].kill()
     assert all(said(process).startswith(f"process 2 {GONE}: ") for process in processes[:2])
