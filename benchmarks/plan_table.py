@@ -5,7 +5,8 @@
 Each row is `python -m lcx.plan --json` with the flags in ROWS. The models are described by their published config.json
 alone, or by a file in configs/models. Every plan is written as soon as it is made; one that the file already holds is
 kept, unless --again is given, so a table that was interrupted goes on where it was. Of a step that does not fit,
-`would_fit` is the smallest mesh that should hold it: state and gradients divide over fsdp, activations over context.
+`would_fit` is the smallest mesh that should hold it: state and gradients divide over fsdp, activations over context;
+it is empty if that needs more devices than a pod of that kind has.
 Needs the extra `aot`; minutes for each plan on 2 cores.
 """
 
@@ -18,6 +19,8 @@ import os
 import subprocess
 import sys
 import tempfile
+
+from lcx.planning.topology import largest
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
@@ -146,17 +149,21 @@ def plan(name: str, topology: str) -> dict:
 
 
 def would_fit(made: dict) -> dict[str, int]:
-    """The sizes of the smallest mesh that should hold the step, by the parts of its peak and not by a compiler."""
+    """The sizes of the smallest mesh that should hold the step, by the parts of its peak and not by a compiler.
+
+    Empty if there is no slice of TPUs as large.
+    """
     state = made["parameter_bytes"] + made["optimizer_bytes"]
     gradients = made["parameter_bytes"] * made["trained_parameters"] / made["model_parameters"]
     rest = max(made["activation_bytes"] - gradients, 0) + made["batch_bytes"]
+    mesh, most = made["mesh"], largest(made["topology"].partition(":")[0])
     powers = [1 << power for power in range(12)]
     fitting = [
         (a * b, a, b) for a, b in itertools.product(powers, powers)
         if (state + gradients) / a + rest / b <= 0.95 * made["memory_bytes"]
+        and math.prod(mesh.values()) * a * b <= most
     ]  # fmt: skip
-    _, a, b = min(fitting)
-    return {"fsdp": made["mesh"]["fsdp"] * a, "context": made["mesh"]["context"] * b}
+    return {axis: mesh[axis] * min(fitting)[i] for i, axis in ((1, "fsdp"), (2, "context"))} if fitting else {}
 
 
 def main() -> None:

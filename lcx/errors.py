@@ -10,6 +10,7 @@ import types
 from collections.abc import Iterable, Iterator, Mapping
 
 _names = contextvars.ContextVar[Mapping[str, str | None]]("names", default=types.MappingProxyType({}))
+_urls: dict[str, str] = {}  # {the folder of a copy: the URL}
 _flags = contextvars.ContextVar[frozenset[str]]("flags", default=frozenset())
 
 
@@ -17,16 +18,41 @@ class UserError(ValueError):
     """Bad input from outside: a config, a file, a flag, a shape.
 
     The message is one line: what was found, what was expected, and which setting to change. The command line
-    prints it without a traceback and exits with its status.
+    prints it without a traceback and exits with its status. A path in the copy of a URL is named by the URL.
     """
 
     status = 2
+
+    def __init__(self, message: str):
+        super().__init__(by_url(message, where=True))
 
 
 class TemporaryError(UserError):
     """What may pass by itself: the same command may succeed later, and a scheduler should start it again."""
 
     status = 75  # EX_TEMPFAIL
+
+
+def copied(folder: str, url: str) -> None:
+    """From now on errors name files below this folder by the URL of which it is a copy."""
+    _urls[folder] = url
+
+
+def by_url(text: str, *, where: bool = False) -> str:
+    """The text with URLs in place of the folders of their copies.
+
+    One that names the URL itself is left alone: it says what is here and what is there.
+
+    Args:
+      where: whether to add where the copies are, as an error does: a full disk is one of this machine.
+    """
+    found = []
+    for folder, url in sorted(_urls.items(), key=lambda item: -len(item[0])):
+        path = re.compile(rf"(?<![\w./-]){re.escape(folder)}(?![\w-]|\.\w)")
+        if url not in text and path.search(text):
+            text = path.sub(url.replace("\\", r"\\"), text)
+            found.append(f" ({url} is copied to {folder})")
+    return text + "".join(found if where else ())
 
 
 def check_sizes(of: str, **sizes: int | None) -> None:

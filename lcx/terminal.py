@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from lcx import paths, sharding
+from lcx import hub, paths, sharding
 from lcx.checkpoint.folder import find_step, read_json
 from lcx.convert.api import load, tokenizer_record
 from lcx.data import (
@@ -272,7 +272,7 @@ def chat_ids(
 
 def _trained_template(checkpoint: str) -> str | None:
     """The Dataset.chat_template of the run that wrote an lcx checkpoint; None for other checkpoints."""
-    folder = Path(checkpoint).expanduser()
+    folder = Path(hub.local(checkpoint)).expanduser()
     if (folder / "config.json").is_file() or tokenizer_record(folder) is not None:
         return None
     directory, step = find_step(folder)

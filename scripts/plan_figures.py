@@ -2,6 +2,8 @@
 
 from figure_text import table
 
+from lcx.planning.topology import largest
+
 MILLION_TOKENS_OF_ONE = (
     "python benchmarks/million_tokens.py --topologies h200:1,v5p:2x2x1 --length 8388608 --piece 16384 "
     "--models linearized,two_mamba,hyena"
@@ -19,19 +21,25 @@ def plans(result: dict) -> str:
             continue
         first = row["largest_buffers"][0] if row["largest_buffers"] else None
         mesh = ", ".join(f"{axis} {size}" for axis, size in row["mesh"].items() if size > 1)
-        wider = " x ".join(f"{axis}={size}" for axis, size in (row.get("would_fit") or {}).items())
         rows.append([
             row["name"],
             f"{row['topology']} ({mesh})",
             str(row["batch_size"]),
             f"{row['peak_bytes'] / 2**30:.1f} of {row['memory_bytes'] / 2**30:.1f} GiB",
-            "yes" if row["fits"] else f"**no**; {wider} should" if wider else "**no**",
+            "yes" if row["fits"] else f"**no**; {_wider(row)}",
             f"{first['bytes'] / 2**30:.1f} GiB, {first['what']}" if first else "-",
             f"{row['executed_flops'] / 1e15:,.3g}",
             f"{row['step_seconds']:.2g} s" if row["step_seconds"] else "-",
             f"{row['mfu']:.0%}" if row["mfu"] else "-",
         ])  # fmt: skip
     return f"{table(head, rows)}\n\nMade by `python benchmarks/plan_table.py`."
+
+
+def _wider(row: dict) -> str:
+    """What should hold a step that does not fit."""
+    kind = row["topology"].partition(":")[0]
+    mesh = " x ".join(f"{axis}={size}" for axis, size in row["would_fit"].items())
+    return f"{mesh} should" if mesh else f"no slice of {kind} (at most {largest(kind)} chips) should"
 
 
 def one_gpu(result: dict) -> str:

@@ -5,8 +5,8 @@
 MOMENT.json holds {"function": "lcx/trainer.py:Trainer.run", "call": 3, "signal": 9, "count": null}: SIGKILL at the
 third call. If "count" is a file, the calls of each function are counted instead, and written to it at the end.
 
-Calls are counted from the moment at which the processes have found each other: before that, a process that is gone
-cannot be told from one that is late.
+Calls are counted from the moment at which the processes begin to join each other, and at least one other process knows
+of this one: before that, a process that is gone cannot be told from one that still starts.
 """
 
 import atexit
@@ -19,7 +19,8 @@ import sys
 import threading
 from types import CodeType, FrameType
 
-from lcx.multihost import watch
+from lcx.multihost import join as multihost
+from lcx.multihost import rollcall
 
 # Where a process is in the middle of something that involves the others: lcx itself, and the parts of libraries that
 # save, restore and wait for other processes.
@@ -74,14 +75,16 @@ def main() -> None:
         hook = count_into(moment["count"])
     else:
         hook = end_at(moment["function"], moment["call"], moment["signal"])
-    start = watch.start
+    join = multihost.join
 
-    def start_and_look(step_timeout: float) -> None:
+    def look_and_join(*arguments) -> None:
+        assert rollcall._part is not None
+        rollcall._part.known.wait()
         threading.setprofile(hook)
         sys.setprofile(hook)
-        start(step_timeout)
+        join(*arguments)
 
-    watch.start = start_and_look
+    multihost.join = look_and_join
     runpy.run_module("lcx.train", run_name="__main__", alter_sys=True)
 
 

@@ -13,7 +13,7 @@ import hf_folders
 import jax
 import numpy as np
 import pytest
-from tiny_runs import assert_same_checkpoint, dataset, lines, text_fixture, tiny_trainer  # noqa: F401
+from tiny_runs import assert_same_checkpoint, dataset, lines, text_fixture, tiny_model, tiny_trainer  # noqa: F401
 
 import lcx
 from lcx import hub
@@ -267,6 +267,22 @@ def test_a_run_goes_on_on_another_machine(bucket, weather, text, whole, tmp_path
     assert equal(lcx.load(bucket)[1], lcx.load(str(whole))[1])
     copied = copies.cache(bucket, "read")
     assert not list(copied.rglob("opt_state")), "a model is wanted, not its optimizer"
+
+
+@one_scheme(["gs"])
+def test_errors_name_the_url_and_not_its_copy(bucket, weather, text, whole, tmp_path, capsys):
+    """Of a workdir that is resumed, of a model, and of one of its files."""
+    put(bucket, whole)
+    trainer_lib.train(workdir=bucket, job=run_of(text))
+    said = capsys.readouterr()
+    assert f"done: {bucket}/checkpoints/12; " in (said.out + said.err), "the last step was there before"
+    with pytest.raises(UserError, match=f"^{bucket} holds a run .* set another --workdir \\({bucket} is copied to /"):
+        trainer_lib.train(workdir=bucket, job=run_of(text, model=tiny_model(num_heads=2)))
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{")
+    put(f"{bucket}/model", tmp_path / "model")
+    with pytest.raises(UserError, match=f"^{bucket}/model/config.json: is not valid JSON: .* \\({bucket}/model is"):
+        lcx.load(f"{bucket}/model")
 
 
 @one_scheme(["s3"])

@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import time
+import types
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +36,7 @@ from lcx.checkpoint import Checkpointer, read_record
 from lcx.checkpoint import checkpointer as checkpoint
 from lcx.checkpoint.folder import why_not_written
 from lcx.errors import UserError
+from lcx.multihost import watch
 
 # pytest reports what Orbax's abandoned coroutines raise; outside of pytest lcx.checkpoint keeps them quiet.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -289,6 +291,22 @@ def test_a_failure_before_the_background_part_is_reported(tmp_path, monkeypatch)
     assert "Input/output error" in checkpointer.failures[0]
     assert checkpointer.save(1, state_of(1), wait=True)
     assert checkpointer.steps() == [1]
+
+
+def test_a_save_that_fails_as_another_process_is_gone_ends_the_run(tmp_path, monkeypatch):
+    """A collective of Orbax failed: nothing is wrong with this process or its disk."""
+    saver = Checkpointer(tmp_path)
+
+    def fails(*_, **__):
+        raise ValueError("UNKNOWN: Gloo AllGather failed: Connection closed by peer")  # the caller blames it once more
+
+    of_this = types.SimpleNamespace(blame=lambda: "process 1 is gone", report=lambda *_: None)
+    monkeypatch.setattr(watch, "_watch", of_this)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.ocp.CheckpointManager, "save", fails)
+        with pytest.raises(ValueError, match="Gloo AllGather failed"):
+            saver.save(1, state_of(1))
+    assert not saver.failures
 
 
 def test_trouble_after_the_commit_is_no_lost_save(tmp_path, monkeypatch, caplog):

@@ -5,6 +5,7 @@ import os
 
 import pytest
 
+from lcx import errors
 from lcx.config.environment import blamed, check, misspelt
 from lcx.errors import UserError, command_has, named, naming_flags
 from lcx.locks import only_writer
@@ -64,6 +65,19 @@ def test_a_function_of_commands_and_programs_names_flags_only_in_a_command():
     assert str(found.value) == "--context_length and top_k: change the --adapter, not the adapter"
     with pytest.raises(UserError, match=f"^{said}$"):
         shared("adapter")
+
+
+def test_the_copy_of_a_url(monkeypatch):
+    monkeypatch.setattr(errors, "_urls", {})
+    errors.copied("/c/1-run", "s3://b/run")
+    errors.copied("/c/1-run/30", "s3://b/run/30")
+    assert errors.by_url("/c/1-run, /c/1-run/x.") == "s3://b/run, s3://b/run/x."
+    assert errors.by_url("in /c/1-run/30/y") == "in s3://b/run/30/y"
+    for other in ("/c/1-run2", "/c/1-run.partial/x", "/d/c/1-run", "s3://b/run is in /c/1-run"):
+        assert errors.by_url(other) == other
+    said = UserError("/c/1-run/x: is damaged")
+    assert str(said) == "s3://b/run/x: is damaged (s3://b/run is copied to /c/1-run)"
+    assert str(UserError(f"again: {said}")) == f"again: {said}"
 
 
 def test_a_variable_that_jax_refuses_is_named(monkeypatch):

@@ -48,6 +48,10 @@ def test_what_would_fit():
     import plan_table
 
     made = {"parameter_bytes": 10, "optimizer_bytes": 20, "batch_bytes": 0, "activation_bytes": 70 + 10}
-    made |= {"trained_parameters": 5, "model_parameters": 5, "mesh": {"fsdp": 4, "context": 2}}
+    made |= {"trained_parameters": 5, "model_parameters": 5, "mesh": {"fsdp": 4, "context": 2}, "topology": "v6e:2x4"}
     assert plan_table.would_fit(made | {"memory_bytes": 80}) == {"fsdp": 4, "context": 4}, "40 + 70 / 2 of 76"
     assert plan_table.would_fit(made | {"memory_bytes": 40}) == {"fsdp": 8, "context": 8}, "20 + 70 / 4 of 38"
+    wide = made | {"memory_bytes": 80, "mesh": {"fsdp": 64, "context": 2}}
+    assert plan_table.would_fit(wide | {"topology": "v5p:4x4x8"}) == {"fsdp": 64, "context": 4}
+    assert plan_table.would_fit(wide) == {"fsdp": 64, "context": 4}, "256 chips, all of a pod"
+    assert plan_table.would_fit(wide | {"memory_bytes": 40}) == {}, "there are no 1024 chips"

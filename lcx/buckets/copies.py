@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 
 from lcx import paths
 from lcx.buckets import client
-from lcx.errors import UserError
+from lcx.errors import UserError, copied
 
 COMMIT_MARKER = "commit_success.txt"  # of a checkpoint step; a save writes it last
 STEP = re.compile(r"(?:.*/)?checkpoints/\d+/")  # how the name of a file in a step of a workdir begins
@@ -34,9 +34,12 @@ log = logging.getLogger(__name__)
 
 def cache(url: str, use: str) -> pathlib.Path:
     """The folder in the local cache for one use of a URL."""
-    digest = hashlib.sha256(client.normal(url).encode()).hexdigest()[:16]
-    name = re.sub(r"[^\w.-]", "_", url.rstrip("/").rpartition("/")[2])
-    return paths.cache_folder() / "buckets" / use / f"{digest}-{name}"
+    url = client.normal(url)
+    digest = hashlib.sha256(url.encode()).hexdigest()[:16]
+    name = re.sub(r"[^\w.-]", "_", url.rpartition("/")[2])
+    folder = paths.cache_folder() / "buckets" / use / f"{digest}-{name}"
+    copied(str(folder), url)
+    return folder
 
 
 @functools.cache  # one copy, and one line about it, per process
@@ -90,6 +93,7 @@ def _copied(url: str, wanted: dict[str, client.Stat], present: Collection[str] |
     folder = cache(url, "read")
     if url.rpartition("/")[2].isdecimal():  # a step, which is known by its name
         folder = folder / url.rpartition("/")[2]
+        copied(str(folder), url)
     folder.mkdir(parents=True, exist_ok=True)
     index = folder.parent / f"{folder.name}.lcx-versions.json"
     known: dict[str, list] = {}
@@ -150,6 +154,7 @@ def written(url: str, *, setting: str, overwrite: bool) -> Iterator[str]:
     parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=parent) as temporary:
         folder = pathlib.Path(temporary) / url.rpartition("/")[2]
+        copied(str(folder), url)
         yield str(folder)
         client.remove(
             url, complete

@@ -276,7 +276,7 @@ class _Workdir:
         self._check_alone()
         if not (self.folder / _INDEX).exists():
             raise UserError(
-                f"{self.folder}, which the run writes to, was removed: what is in the bucket stays as it is"
+                f"{self.folder}, which the run writes to, was removed: {self.url} stays as it is"
             )
         changed = sorted(self._changed())
         here = _newest(name for name in self._files() if _committed(name))
@@ -345,7 +345,9 @@ class _Workdir:
             partial.write_text(json.dumps({"id": self._id, "files": self._copied}))
             partial.replace(index)
         except OSError as error:  # of a write, it does not name the file
-            raise UserError(f"{index} cannot be written ({error.strerror}): make room on that disk") from error
+            raise UserError(
+                f"{index} of the copy of {self.url} cannot be written ({error.strerror}): make room on that disk"
+            ) from error
 
 
 def _committed(name: str) -> Any:

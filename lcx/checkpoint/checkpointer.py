@@ -59,6 +59,7 @@ from lcx.checkpoint.folder import (
 from lcx.checkpoint.shards import read_arrays as _read_arrays
 from lcx.checkpoint.tree import Tree, from_stored, misfits, stored_structs, to_stored, verify
 from lcx.errors import UserError
+from lcx.multihost import watch
 
 __all__ = ["Checkpointer", "committed_steps", "find_step", "metadata", "read_json", "read_record"]
 
@@ -170,7 +171,7 @@ class Checkpointer:
             self._settle()
             if self._latest != step:
                 self._newest_failure, failure = None, self._newest_failure
-                raise UserError(failure)
+                raise UserError(failure or f"checkpoint of step {step} was not written")
         return self._pending is not None or self._latest == step
 
     def poll(self) -> list[str]:
@@ -321,7 +322,9 @@ class Checkpointer:
             self._report(pending, error)
 
     def _report(self, pending: _Pending, error: Exception | None) -> None:
-        """Cleans up after a failed save and logs it in one line."""
+        """Cleans up after a failed save and logs it in one line. Raises the error again if another process is gone."""
+        if error is not None and watch.blame(error) is not None:
+            raise error
         self._close_manager()  # its cached list of steps is wrong now; the next save reads the disk again
         if jax.process_index() == 0:
             folder = self.directory / str(pending.step)

@@ -50,7 +50,7 @@ from lcx.config import (
 from lcx.config import flags as flags_lib
 from lcx.config.environment import blamed, setup_jax
 from lcx.config.flags import BINDS, json_object, parser
-from lcx.errors import UserError, command_has, first_line
+from lcx.errors import UserError, by_url, command_has, first_line
 
 __all__ = [
     "BINDS",
@@ -106,6 +106,7 @@ def run(
     try:
         with messages.plain_warnings(), command_has(parser._option_string_actions):
             environment.check()
+            processes.begin(flags)
             with interrupts.importing():
                 function, source = _read(flags, target, defaults, bindings_of or target)
             slow_compilation.hide_alarm()
@@ -126,6 +127,7 @@ def run(
         if _is_distributed():
             # A normal exit waits for the other processes, which would hang if one of them failed.
             interrupts.leave(processes.failed(error))
+        processes.report(error, 1)
         raise
     if (status and _is_distributed()) or (status == interrupts.STATUS and argv is None):
         interrupts.leave(status)
@@ -281,7 +283,7 @@ def _report(error: BaseException) -> int:
         return 141
     prefix = "config error" if isinstance(error, ConfigError) else "error"
     for line in error.problems if isinstance(error, ConfigError) else [_one_line(error)]:
-        print(f"{prefix}: {line}", file=sys.stderr)
+        print(f"{prefix}: {by_url(line, where=True)}", file=sys.stderr)
     return error.status if isinstance(error, UserError) else UserError.status
 
 

@@ -86,6 +86,8 @@ def add_processes(parser: argparse.ArgumentParser, *, saves: bool = False) -> No
     add("--num_processes", type=int, metavar="N", help="number of processes (JAX_NUM_PROCESSES)")
     explained = "index of this process, from 0 (JAX_PROCESS_ID, JOB_COMPLETION_INDEX)"
     add("--process_id", type=int, metavar="I", help=explained)
+    explained = "how long to wait at the start for processes that have not come (default: 300)"
+    add("--join_timeout", type=float, metavar="SECONDS", help=explained)
     explained = "a process that is silent for so long is gone, which ends all others (default: 30)"
     add("--heartbeat_timeout", type=float, metavar="SECONDS", help=explained)
     if saves:

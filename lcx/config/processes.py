@@ -6,13 +6,29 @@ import os
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from gin import config as gin_config
 
 from lcx.config.flags import Flags
-from lcx.errors import UserError, first_line
+from lcx.errors import first_line
+
+if TYPE_CHECKING:
+    from lcx.multihost.join import Processes
 
 _SAME = ("XLA_FLAGS", "JAX_ENABLE_X64", "JAX_DEFAULT_MATMUL_PRECISION", "JAX_PLATFORMS")  # change the numbers
+
+
+def begin(flags: Flags) -> None:
+    """Says to the other processes that this one is there, before the heavy imports.
+
+    Raises:
+      UserError: the flags about several processes contradict each other, or process 0 cannot listen at its address.
+    """
+    if flags.processes is not None:
+        from lcx.multihost import join as multihost
+
+        multihost.begin(_given(flags.processes))
 
 
 def join(flags: Flags) -> None:
@@ -25,8 +41,13 @@ def join(flags: Flags) -> None:
         return
     from lcx.multihost import join as multihost
 
-    given = {name: value for name, value in flags.processes.items() if value is not None}
-    multihost.join(multihost.Processes(**given), settings(flags, gin_config.config_str(), os.environ))
+    multihost.join(_given(flags.processes), settings(flags, gin_config.config_str(), os.environ))
+
+
+def _given(flags: Mapping[str, Any]) -> Processes:
+    from lcx.multihost.join import Processes
+
+    return Processes(**{name: value for name, value in flags.items() if value is not None})
 
 
 def settings(flags: Flags, config: str, env: Mapping[str, str]) -> dict[str, str]:
@@ -65,10 +86,11 @@ def leave(status: int) -> None:
 
 
 def report(error: BaseException, status: int) -> None:
-    """Tells the others that this process ends with an error that it has printed."""
-    if (watch := _watch()) is not None:
-        line = first_line(error) if isinstance(error, UserError | OSError) else "interrupted"
-        watch.report(line, status)
+    """Tells the others that this process ends with an error that it prints."""
+    line = "interrupted" if isinstance(error, KeyboardInterrupt) else first_line(error)
+    for module in (sys.modules.get("lcx.multihost.rollcall"), _watch()):
+        if module is not None:
+            module.report(line, status)
 
 
 def failed(error: Exception) -> int:

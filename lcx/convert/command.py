@@ -17,7 +17,7 @@ from lcx.convert.lolcats.files import Lolcats
 from lcx.convert.peft import merged
 from lcx.convert.progress import Progress
 from lcx.convert.workdir.format import Workdir
-from lcx.errors import UserError, naming
+from lcx.errors import UserError, by_url, naming
 from lcx.multihost.agreement import first_only
 
 
@@ -110,13 +110,13 @@ def convert(
         if wanted is not None:
             source.model = source.model.clone(dtype=str(wanted), parent=None)
         total = target.planned_bytes(source, dtype=wanted)
-        with Progress(f"{src} -> {dst}", total) as progress:
+        with Progress(by_url(f"{src} -> {dst}"), total) as progress:
             return source, api.write(
                 target_path, source, format=target, dtype=wanted, overwrite=overwrite, progress=progress.add
             )
 
     source, summary = reader.read(source_path, write)
-    print(f"wrote {os.path.realpath(target_path)} ({target.name}), read back and checked: {summary}")
+    print(f"wrote {by_url(os.path.realpath(target_path))} ({target.name}), read back and checked: {summary}")
     print(verify.verify(source, target, target_path))
 
 
@@ -141,4 +141,4 @@ def _write_trained(
             f"out {given[0]}"
         )
     first, *rest = found.read(src, lambda: target.export(src, dst, overwrite=overwrite))
-    print(f"wrote {os.path.realpath(dst)} ({target.name}), {first}", *rest, sep="\n")
+    print(f"wrote {by_url(os.path.realpath(dst))} ({target.name}), {first}", *rest, sep="\n")

@@ -9,12 +9,14 @@ from __future__ import annotations
 import collections
 import itertools
 import socket
+import sys
 import time
+from collections.abc import Mapping
 from typing import Any
 
 _PREFIX = "lcx"
 _LONGEST_PAUSE_S = 0.5
-_hosts: list[str] = []
+_hosts: dict[int, str] = {}  # {process: host}, as far as it is known
 _numbers: dict[str, itertools.count] = collections.defaultdict(itertools.count)
 
 
@@ -76,16 +78,32 @@ def gather(what: str, text: str) -> list[str]:
     raise AssertionError
 
 
+def joined() -> bool:
+    """Whether this process is in JAX's coordination service. Does not import jax."""
+    distributed = sys.modules.get("jax._src.distributed")
+    return distributed is not None and distributed.global_state.client is not None
+
+
 def hosts() -> list[str]:
-    """The name of the host of each process. The first call is one of all processes."""
-    if not _hosts:
-        _hosts[:] = gather("hosts", socket.gethostname())
-    return _hosts
+    """The name of the host of each process. The first call is one of all processes, unless the roll call has them."""
+    if len(_hosts) < count():
+        learn(dict(enumerate(gather("hosts", socket.gethostname()))))
+    return [_hosts[process] for process in range(count())]
+
+
+def learn(found: Mapping[int, str]) -> None:
+    """Remembers on which host these processes run."""
+    _hosts.update(found)
+
+
+def known_hosts() -> dict[int, str]:
+    """{process: host} as far as it is known."""
+    return dict(_hosts)
 
 
 def named(process: int) -> str:
-    """A process for a message: "process 3 on node-17"; without its host if it was lost before it could say that."""
-    return f"process {process} on {_hosts[process]}" if _hosts else f"process {process}"
+    """A process for a message: "process 3 on node-17"; without its host as long as that is not known."""
+    return f"process {process} on {_hosts[process]}" if process in _hosts else f"process {process}"
 
 
 def _pauses():

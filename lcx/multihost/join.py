@@ -23,7 +23,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lcx.errors import TemporaryError, UserError, first_line
-from lcx.multihost import agreement, channel, compiled, watch
+from lcx.multihost import agreement, channel, compiled, rollcall, watch
 
 PORT = 8476
 _TASKS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")  # set for each process that srun or mpirun has started
@@ -42,6 +42,7 @@ class Processes:
       coordinator_address: "host:port" of process 0, the same for all processes.
       num_processes: how many processes there are in total.
       process_id: the index of this process, from 0.
+      join_timeout: seconds for all processes to come at the start.
       heartbeat_timeout: seconds of silence after which a process counts as gone.
       step_timeout: seconds after which a training step that has not ended counts as hanging.
       saves: whether the command saves its progress when asked to stop (SIGTERM). Otherwise SIGTERM ends the process.
@@ -52,9 +53,29 @@ class Processes:
     coordinator_address: str | None = None
     num_processes: int | None = None
     process_id: int | None = None
+    join_timeout: float = 300
     heartbeat_timeout: float = 30
     step_timeout: float = 600
     saves: bool = False
+
+
+def begin(processes: Processes) -> None:
+    """Says to the other processes that this one is there, if flags or variables say which one it is.
+
+    Otherwise JAX finds that out, in `join`. Imports no jax, so that it can be the first thing that a command does.
+
+    Raises:
+      TemporaryError: process 0 cannot listen at its address.
+      UserError: the flags contradict each other.
+    """
+    found = whereabouts(processes, os.environ) or {}
+    address, count, process = (found.get(name) for name in ("coordinator_address", "num_processes", "process_id"))
+    if address is None or process is None or (process == 0 and count is None) or channel.joined():
+        return
+    if count is not None and not 0 <= process < count:
+        raise UserError(f"--process_id is {process}, expected a number from 0 to {count - 1}: change --process_id")
+    bind = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS") or f"[::]:{address.rpartition(':')[2]}"
+    rollcall.begin(address, bind, process, count, timeout=processes.join_timeout, silence=processes.heartbeat_timeout)
 
 
 def join(processes: Processes, settings: Mapping[str, str]) -> None:
@@ -77,11 +98,16 @@ def join(processes: Processes, settings: Mapping[str, str]) -> None:
 
     if not processes.saves:
         jax.config.update("jax_enable_preemption_service", False)  # it would only take note of SIGTERM
-    seconds = max(1, round(processes.heartbeat_timeout))
+    found["heartbeat_timeout_seconds"] = max(1, round(processes.heartbeat_timeout))
+    found["initialization_timeout"] = max(1, round(processes.join_timeout))
     try:
-        with watch.noticing():
-            if not jax.distributed.is_initialized():  # it is in a program that runs one command after another
-                jax.distributed.initialize(**found, heartbeat_timeout_seconds=seconds)
+        with rollcall.held(processes.join_timeout, processes.heartbeat_timeout):
+            if not channel.joined():  # it has in a program that runs one command after another
+                jax.distributed.initialize(**found)
+            if channel.count() > 1:
+                watch.start(processes.step_timeout)
+    except UserError:
+        raise
     except (RuntimeError, ValueError, OSError) as error:
         # A host that is late or was lost meanwhile; or flags that say too little, which jax refuses with ValueError.
         kind = UserError if isinstance(error, ValueError) else TemporaryError
@@ -92,7 +118,6 @@ def join(processes: Processes, settings: Mapping[str, str]) -> None:
         ) from None
     if channel.count() == 1:
         return
-    watch.start(processes.step_timeout)
     compiled.keep_on_every_host()
     agreement.require_same(
         "the versions", agreement.versions(), advice="install the same versions on every host"
@@ -103,9 +128,9 @@ def join(processes: Processes, settings: Mapping[str, str]) -> None:
 
 
 def _why(error: Exception) -> str:
-    """jax's reason; where it is lost on the way through the callback of `watch.noticing`, what it was."""
+    """jax's reason; where it is lost on the way through the callback of `rollcall.held`, what it was."""
     lost = "bad_cast" in str(error)
-    return "not all of them were there within five minutes" if lost else first_line(error)[:300]
+    return "one of them was lost meanwhile" if lost else first_line(error)[:300]
 
 
 def whereabouts(processes: Processes, env: Mapping[str, str]) -> dict[str, Any] | None:
@@ -118,7 +143,7 @@ def whereabouts(processes: Processes, env: Mapping[str, str]) -> dict[str, Any] 
     Raises:
       UserError: flags that contradict each other, or are incomplete.
     """
-    for name in ("heartbeat_timeout", "step_timeout"):
+    for name in ("join_timeout", "heartbeat_timeout", "step_timeout"):
         if not 0 < (seconds := getattr(processes, name)) < math.inf:
             raise UserError(f"--{name} is {seconds:g}, expected a positive number of seconds: change --{name}")
     given = {

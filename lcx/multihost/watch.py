@@ -25,7 +25,6 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -38,7 +37,7 @@ AGAIN = "this process ends too; the same command goes on from what was saved"
 _PERIOD_S = 1.0
 _SILENT_S = 5.0  # after this a process is called silent; whether it is gone is for the heartbeat to say
 _GRACE_S = 4.0  # for a process to end by itself after another has reported its end
-_GRACE_WRONG_INPUT_S = 20.0  # which all processes find, each in its own time
+GRACE_WRONG_INPUT_S = 20.0  # which all processes find, each in its own time
 _STATUS = re.compile(  # absl::StatusCode, as XLA's errors begin
     r"(ABORTED|CANCELLED|DATA_LOSS|DEADLINE_EXCEEDED|FAILED_PRECONDITION|INTERNAL|UNAVAILABLE|UNKNOWN): "
 )
@@ -54,7 +53,6 @@ class Watch:
         self._silent: dict[int, int] = {}
         self._gone: set[int] = set()  # as far as `blame` has found out
         self._stop = threading.Event()
-        self._leaving = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="lcx-watch", daemon=True)
 
     def start(self) -> None:
@@ -73,9 +71,9 @@ class Watch:
                 channel.put(f"alive/{channel.index()}", f"{beats} {self._steps.current}")
                 self._look()
                 if ended := self._ended():
-                    self._stop.wait(_GRACE_WRONG_INPUT_S if ended[1] == WRONG_INPUT else _GRACE_S)
+                    self._stop.wait(GRACE_WRONG_INPUT_S if ended[1] == WRONG_INPUT else _GRACE_S)
                     if not self._stop.is_set():
-                        self.end(*ended)
+                        end(*ended)
             if self._steps.hang():
                 self._end_hanging()
 
@@ -111,7 +109,7 @@ class Watch:
             reached = {p: int(beat.split()[1]) for p, beat in channel.by_process("alive").items()}
         line = hanging(self._steps.current, self._steps.waited, reached, channel.hosts()) + f" ({_main_thread()})"
         self.report(line, LOST)
-        self.end(line, LOST)
+        end(line, LOST)
 
     def report(self, line: str, status: int) -> None:
         """Tells the others that this process ends, and why. Process 0 stays until those that are left have read it."""
@@ -140,12 +138,12 @@ class Watch:
                         seen[process] = beat, now
             except Exception:
                 if channel.index() > 0:
-                    return _gone([0])
+                    return gone([0])
                 if self._silent:
-                    return _gone(self._silent)
+                    return gone(self._silent)
             if silent := [p for p, (_, at) in seen.items() if now - at > _SILENT_S and p != channel.index()]:
                 self._gone.update(silent)
-                return _gone(silent)
+                return gone(silent)
             if now > deadline:  # only after a look: on a busy machine each may take seconds
                 return None
             time.sleep(_PERIOD_S / 4)
@@ -169,19 +167,10 @@ class Watch:
     def aborted(self) -> NoReturn:
         """JAX's coordination service has given up: a process is gone, or process 0 with the service itself."""
         if self._silent:
-            self.end(_gone(self._silent), LOST)
+            end(gone(self._silent), LOST)
         if not _answers(channel.coordinator()):
-            self.end(_gone([0]), LOST)
-        self.end("JAX has aborted this process, for the reason that it gives above", LOST)
-
-    def end(self, line: str, status: int) -> NoReturn:
-        """Prints the reason once and ends the process at once: its main thread may hang in a collective."""
-        if not self._leaving.acquire(blocking=False):
-            time.sleep(60)  # another thread is printing
-        with contextlib.suppress(OSError, ValueError):
-            sys.stdout.flush()
-        os.write(2, f"\nerror: {line}: {AGAIN}\n".encode())
-        os._exit(status)
+            end(gone([0]), LOST)
+        end("JAX has aborted this process, for the reason that it gives above", LOST)
 
 
 class Steps:
@@ -233,7 +222,23 @@ def hanging(step: int, seconds: float, reached: dict[int, int], hosts: list[str]
     return f"{line}: the others wait for {who}"
 
 
-def _gone(processes: Any) -> str:
+def end(line: str, status: int) -> NoReturn:
+    """Prints the reason once and ends this process at once: its main thread may hang in a collective."""
+    if not _leaving.acquire(blocking=False):
+        time.sleep(60)  # another thread is printing
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+    os.write(2, f"\nerror: {with_advice(line, status)}\n".encode())
+    os._exit(status)
+
+
+def with_advice(line: str, status: int) -> str:
+    """Why another process has ended, and what follows for this one, which ends with this status."""
+    return f"{line}: {AGAIN if status == LOST else 'this process ends too'}"
+
+
+def gone(processes: Any) -> str:
+    """One line about processes that have ended without a word, or are silent."""
     who = " and ".join(channel.named(process) for process in sorted(processes)[:4])
     more = f" and {len(processes) - 4} more" if len(processes) > 4 else ""
     return f"{who}{more} {'is' if len(processes) == 1 else 'are'} gone (killed, out of memory, or a lost host)"
@@ -262,6 +267,7 @@ def _main_thread() -> str:
 # ----------------------------------------------------------------------------------- the watch of this process
 
 _watch: Watch | None = None
+_leaving = threading.Lock()
 _handlers: list[Any] = []  # ctypes must be able to call them as long as the process lives
 
 
@@ -273,12 +279,17 @@ def start(step_timeout: float) -> None:
     else:
         atexit.register(leave)  # after jax's own, so that it comes before it
     _watch = Watch(step_timeout)
-    _handlers[:] = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda number: _aborted()), ctypes.CFUNCTYPE(None)(_aborted)
+    handle_aborts()
+    _watch.start()
+    channel.hosts()  # from now on a process that is lost has a name, also without a roll call
+
+
+def handle_aborts() -> None:
+    """From now on, JAX's abort of this process becomes one line."""
+    _handlers[:] = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda number: aborted()), ctypes.CFUNCTYPE(None)(aborted)
     ctypes.CDLL(None).signal(int(signal.SIGABRT), _handlers[0])
     with contextlib.suppress(OSError, AttributeError):  # std::set_terminate, which comes before the abort
         ctypes.CDLL("libstdc++.so.6")._ZSt13set_terminatePFvvE(_handlers[1])
-    _watch.start()
-    channel.hosts()  # from now on a process that is lost has a name
 
 
 def dispatched(step: int) -> None:
@@ -310,9 +321,10 @@ def blame(error: BaseException) -> str | None:
     if _watch is None or not _of_runtime(error):
         return None
     line = _watch.blame()
-    if line is not None:
-        _watch.report(line, LOST)
-    return None if line is None else f"{line}: {AGAIN}"
+    if line is None:
+        return None
+    _watch.report(line, LOST)
+    return with_advice(line, LOST)
 
 
 def _of_runtime(error: BaseException) -> bool:
@@ -336,29 +348,9 @@ def leave() -> None:
         _watch.leave()
 
 
-@contextlib.contextmanager
-def noticing() -> Iterator[None]:
-    """Within the block, jax.distributed.initialize makes a client whose failure becomes one line.
-
-    Left to itself the client prints its own stack and aborts. It also takes a callback; but in the versions of jaxlib
-    that this was written with, the callback cannot receive its argument, and the C++ library aborts. So the signal of
-    the abort is handled too (`start`).
-    """
-    from jax._src import distributed
-
-    original = distributed._jax.get_distributed_runtime_client
-
-    def client(*args: Any, **kwargs: Any) -> Any:
-        return original(*args, missed_heartbeat_callback=lambda *_: _aborted(), **kwargs)
-
-    distributed._jax.get_distributed_runtime_client = client
-    try:
-        yield
-    finally:
-        distributed._jax.get_distributed_runtime_client = original
-
-
-def _aborted() -> None:
+def aborted() -> None:
+    """JAX's client has failed, in this process or as another one is gone."""
     if _watch is not None:
         _watch.aborted()
-    os._exit(128 + signal.SIGABRT)
+    time.sleep(2 * _PERIOD_S)  # the roll call, if it is not over, knows who is gone, and ends this process
+    end("JAX has aborted this process, for the reason that it gives above", LOST)

@@ -132,20 +132,24 @@ def find(name: str) -> Topology:
         raise UserError(f"--topology is {name!r}, expected a kind and a number of devices such as {EXAMPLES}")
     sizes = [int(size) for size in found[2].split("x")]
     if kind in TPUS:
-        most = _MOST_TPUS[kind]
+        most = largest(kind)
         if not 0 < math.prod(sizes) <= most:
             raise UserError(f"--topology is {name!r}, expected a slice of 1 to {most} chips, as in {EXAMPLES}")
         return Topology(name, TPUS[kind], _tpus(name), TPUS[kind].memory)
     if len(sizes) > 1 or not sizes[0]:
         raise UserError(f"--topology is {name!r}, expected a number of devices such as {kind}:8")
-    most = _MOST_CPUS if kind == "cpu" else _MOST_GPUS
-    if sizes[0] > most:
+    if sizes[0] > (most := largest(kind)):
         raise UserError(f"--topology is {name!r}, expected at most {most} devices of this kind")
     if kind == "cpu":
         devices = _cpus(sizes[0])
         return Topology(name, None, devices, _host_memory(len(devices)))
     chip = GPUS[kind]
     return Topology(name, chip, _gpus(name, kind, sizes[0], chip.near), int(chip.memory * _gpu_fraction()))
+
+
+def largest(kind: str) -> int:
+    """The most devices of a kind that one topology may have: of TPUs, the chips of a pod."""
+    return _MOST_TPUS.get(kind, _MOST_CPUS if kind == "cpu" else _MOST_GPUS)
 
 
 def _tpus(name: str) -> Any:

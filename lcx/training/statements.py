@@ -10,6 +10,7 @@ import jax
 from lcx import extend, mixers
 from lcx import lora as lora_lib
 from lcx import model as model_lib
+from lcx.errors import by_url
 from lcx.training import division, doubtful, fp8_scaling, resume_check, settings
 from lcx.wording import counted, quantity
 
@@ -55,23 +56,25 @@ def opening(
         yield lora_lib.statement(run.model, run.abstract["lora"], run.trains["params"])
     if fp8_scaling.COLLECTION in run.abstract:
         yield fp8_scaling.statement(run.abstract)
-    yield f"writing to {workdir}"
+    yield f"writing to {by_url(workdir)}"
     if run.step < trainer.last_step:
         yield "compiling the first step"
 
 
 def closing(workdir: str, step: int, steps: int, *, whole: bool = True) -> str:
     """The last line: where the checkpoint is and, of a whole model, which command to run next."""
-    checkpoint = os.path.join(workdir, "checkpoints", str(step))
+    checkpoint = by_url(os.path.join(workdir, "checkpoints", str(step)))
     if step < steps:
         return f"stopped at step {step} of {steps}; the same command resumes from {checkpoint}"
     return f"done: {checkpoint}{f'; {following(workdir, workdir)}' if whole else ''}"
 
 
 def following(checkpoint: str, workdir: str) -> str:
-    """The command that evaluates a checkpoint into a folder of the workdir."""
-    output = os.path.join(workdir, "evaluation")
-    return f"next: python -m lcx.evaluate --checkpoint={shlex.quote(checkpoint)} --output={shlex.quote(output)}"
+    """The command that evaluates a checkpoint into a folder of the workdir; into one here if that is in a bucket."""
+    output, source = os.path.join(workdir, "evaluation"), by_url(checkpoint)
+    if by_url(workdir) != workdir:
+        output = f"{os.path.basename(by_url(workdir))}-evaluation"
+    return f"next: python -m lcx.evaluate --checkpoint={shlex.quote(source)} --output={shlex.quote(output)}"
 
 
 def _model(run: Any) -> str:
