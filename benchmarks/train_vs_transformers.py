@@ -1,15 +1,17 @@
 """A training step of lcx against transformers + torch: same machine, weights, batches, optimizer, one run.
 
     JAX_NUM_CPU_DEVICES=2 python benchmarks/train_vs_transformers.py [--cases base:256,...] [--dtypes float32,bfloat16]
-                                               [--steps 7] [--output FILE.json] [--no-memory]
+                                               [--rounds 7] [--output FILE.json] [--no-memory]
 
 A case is a model and a length: `base` (width 256), `quickstart` (the quickstart's, 16 rows), `wide` (width 1024). Each
 side is a process of its own (workers.py): lcx with the memory pages of its commands, torch with and without large ones,
-of which the faster counts. In each case they take the same AdamW step on the same batches, in turns, A B, B A, ...,
-after one that is not counted; medians are compared, and the losses of every step are kept side by side. bfloat16 is
-`Trainer.dtype` on one side and torch's autocast on the other; weights and optimizer stay float32 in both. Peak memory
-(float32, the last length of `base`) is that of a fresh process for each side, less what it holds before the first
-step. Needs the extra `torch`. With --output, rows are added to the file's, so that a long run can be taken in parts.
+of which the faster counts. In each case they take the same AdamW steps on the same batches, in turns, A B, B A, ...,
+after one turn that is not counted; medians are compared, and the losses of every step are kept side by side. A turn is
+several steps: in training the memory of one step is at hand for the next, while some virtual machines give it to their
+host as soon as a process waits. bfloat16 is `Trainer.dtype` on one side and torch's autocast on the other; weights and
+optimizer stay float32 in both. Peak memory (float32, the last length of `base`) is that of a fresh process for each
+side, less what it holds before the first step. Needs the extra `torch`. With --output, rows are added to the file's, so
+that a long run can be taken in parts.
 """
 
 import argparse
@@ -49,6 +51,11 @@ class Case:
     @property
     def rows(self) -> int:
         return 16 if self.model == "quickstart" else max(1, 2048 // self.T)
+
+    @property
+    def turn(self) -> int:
+        """Steps in one turn: a few seconds."""
+        return 2 if self.model == "wide" or self.T > 2048 else 8 if self.model == "quickstart" else 4
 
     def torch_model(self):
         return hf_model(self.sizes)
@@ -189,21 +196,22 @@ class Side:
     def prepare(self, folder: str, steps: int, **case) -> None:
         self.runner = None  # frees the memory of the case before
         made = self.case(**case)
-        self.batches, self.losses = iter(made.batches(steps + 1)), list[float]()
+        self.batches, self.losses = iter(made.batches(steps)), list[float]()
         self.runner = Torch(made) if self.kind == "torch" else Lcx(folder, made)
 
-    def step(self) -> None:
+    def take(self, steps: int) -> None:
         assert self.runner is not None
-        self.losses.append(self.runner.step(next(self.batches)))
+        self.losses += [self.runner.step(next(self.batches)) for _ in range(steps)]
 
     def told(self) -> list[float]:
         return self.losses
 
 
-def compared(run: harness.Run, sides: workers.Sides, folder: str, case: Case, steps: int):
-    """(the turns, the name of torch's faster process, the losses of both): `steps` of each side."""
-    sides.ask("prepare", folder=folder, steps=steps, **dataclasses.asdict(case))
-    turns = run.turns(sides.timed("step"), rounds=steps)
+def compared(run: harness.Run, sides: workers.Sides, folder: str, case: Case, rounds: int):
+    """(seconds of a step in each turn, the name of torch's faster process, the losses of both)."""
+    sides.ask("prepare", folder=folder, steps=case.turn * (rounds + 1), **dataclasses.asdict(case))
+    turns = run.turns(sides.timed("take", steps=case.turn), rounds=rounds)
+    turns = harness.Turns({name: [x / case.turn for x in times] for name, times in turns.times.items()})
     peer, losses = workers.faster(turns, "torch"), sides.ask("told")
     return turns, peer, {"lcx": losses["lcx"], "torch": losses[peer]}
 
@@ -212,8 +220,8 @@ def difference(losses: dict[str, list[float]]) -> float:
     return max(abs(a - b) for a, b in zip(losses["lcx"], losses["torch"], strict=True))
 
 
-def speed(run: harness.Run, sides: workers.Sides, folder: str, case: Case, steps: int) -> dict:
-    turns, peer, losses = compared(run, sides, folder, case, steps)
+def speed(run: harness.Run, sides: workers.Sides, folder: str, case: Case, rounds: int) -> dict:
+    turns, peer, losses = compared(run, sides, folder, case, rounds)
     ratio, tokens = turns.ratio(peer, "lcx"), case.rows * case.T
     row = {
         **{"model": case.model, "dtype": case.dtype, "T": case.T, "batch": case.rows},
@@ -256,7 +264,7 @@ def main() -> None:
     )
     parser.add_argument("--cases", default=CASES)
     parser.add_argument("--dtypes", default="float32,bfloat16")
-    parser.add_argument("--steps", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--output")
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--memory", nargs=3, metavar=("SIDE", "FOLDER", "T"), help=argparse.SUPPRESS)
@@ -275,7 +283,7 @@ def main() -> None:
             found["memory"] = peaks(folders["base"], lengths[-1])
         with workers.started(__file__, ("lcx", "torch")) as sides:
             run = harness.Run("AdamW training step, lcx against transformers + torch", threads=sides.threads)
-            found["speed"] = [speed(run, sides, folders[case.model], case, args.steps) for case in cases]
+            found["speed"] = [speed(run, sides, folders[case.model], case, args.rounds) for case in cases]
     if args.output and os.path.exists(args.output):
         with open(args.output) as f:
             found = joined(json.load(f), found, run)

@@ -17,7 +17,7 @@ SMALL: dict[str, list[str] | None] = {
     "benchmarks/two_mamba_study.py table": None,  # tests/test_two_mamba_study.py
     **dict.fromkeys(f"benchmarks/two_mamba_ablations.py {what}" for what in ("runs", "figures", "table")),  # there too
     "benchmarks/linearized.py": None,  # decodes 16K tokens
-    "benchmarks/train_vs_transformers.py": ["--cases=quickstart:16", "--dtypes=float32", "--steps=1", "--no-memory"],
+    "benchmarks/train_vs_transformers.py": ["--cases=quickstart:16", "--dtypes=float32", "--rounds=1", "--no-memory"],
 }
 
 

@@ -79,9 +79,7 @@ class _Part:
             self._look()
             if (passed := time.monotonic() - ticked) >= _PERIOD_S:
                 ticked += passed
-                self._tick(
-                    min(passed, 2 * _PERIOD_S)
-                )  # and not the clock: all may have been stopped for a while
+                self._tick(min(passed, 2 * _PERIOD_S))  # not all of a time in which the machine was suspended
         if self._outcome is not None:
             if isinstance(self, Leader):
                 self._tell_late()
