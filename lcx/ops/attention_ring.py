@@ -35,7 +35,7 @@ from lcx.ops.attention_blocks import Gradients, Keys, Pairs, Queries, Seen, Sums
 from lcx.ops.attention_tiles import LOWEST, NEG, Plan, head_backward, head_forward
 from lcx.ops.dealt import Deal
 from lcx.ops.running import later_sums
-from lcx.ops.tiling import each_head
+from lcx.ops.tiling import each_head, row_dots
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,7 +246,7 @@ def _backward(ring: Ring, residuals, d_out):
     plan, found = ring.plan.backward(*q.shape[:2]), _Decay.of(decay, ring)
     since, until = (None, None) if found is None else (found.since, found.until)
     queries = q, ids, since
-    seen = Seen(d_out, lse, jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1))
+    seen = Seen(d_out, lse, row_dots(out.astype(jnp.float32), d_out.astype(jnp.float32)))
 
     def attend(keys: tuple, step: Array | int, grads: Gradients) -> Gradients:
         settings: dict[str, Any] = {"step": step, "ring": ring, "plan": plan, "decay": found}

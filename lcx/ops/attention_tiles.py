@@ -21,7 +21,7 @@ from jaxtyping import Array
 from lcx.ops import MIXER_RESIDUALS, dispatch, segments
 from lcx.ops.decay import split
 from lcx.ops.running import later_sums
-from lcx.ops.tiling import add, cut, dot, each_head, put
+from lcx.ops.tiling import add, cut, dot, each_head, put, row_dots
 
 # Where a device has several cores, its tiles are large enough for each product and each elementwise operation to be
 # divided. Measured on two cores, H = 64, T = 256 ... 8192: WIDE x WIDE tiles of so many heads that they have SCORES
@@ -313,7 +313,7 @@ def head_backward(
     nothing = jnp.zeros((2, G), jnp.float32)
     runs = segments.runs(kv_segments[None])[0] if plan.masked else None
     gaps = None if decay is None else Gaps.of(decay, runs, C, size)
-    delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1) - d_lse
+    delta = row_dots(out.astype(jnp.float32), d_out.astype(jnp.float32)) - d_lse
 
     def rows(row, carry):
         dq, dk, dv, d_sums = carry

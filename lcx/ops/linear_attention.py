@@ -46,6 +46,7 @@ from lcx.ops.linear_chunks import (
     ungrouped,
 )
 from lcx.ops.linear_state import KINDS, Held, LinearState, Window, empty_state, starts
+from lcx.ops.tiling import row_dots
 
 __all__ = ["KINDS", "Held", "LinearState", "Window", "empty_state", "linear_attention"]
 
@@ -287,7 +288,7 @@ def _backward_step(carry, x, *, heads, eps):
     d_num = dy if norm is None else (dy / nonzero(norm)[..., None]).astype(dy.dtype)
     dw = dot("bgrth,bgrsh->bgrts", d_num, v)
     if norm is not None:  # y = num / norm
-        d_norm = -jnp.sum(d_num.astype(jnp.float32) * y.astype(jnp.float32), axis=-1)
+        d_norm = -row_dots(d_num.astype(jnp.float32), y.astype(jnp.float32))
         dw += d_norm[..., None]
     weights = dot("bgrtp,bgrsp->bgrts", q, k) * decay
     da_pairs = (dw * decay).astype(q.dtype)
@@ -307,7 +308,7 @@ def _backward_step(carry, x, *, heads, eps):
     if a is None:
         d_z = d_z if norm is None else carried * d_z + dot("bgrt,bgrtp->bgrp", d_in, q)
         return ((d_kv, d_z), inner), (dq, dk, dv, None)
-    terms = _off_diagonal(weights * dw) + jnp.sum(q * by_state, axis=-1) - jnp.sum(v * to_state, axis=-1)
+    terms = _off_diagonal(weights * dw) + row_dots(q, by_state) - row_dots(v, to_state)
     if norm is not None:
         terms += d_in * dot("bgrtp,bgrp->bgrt", q, z) - leaving * dot("bgrsp,bgrp->bgrs", k, d_z)
         d_z = carried * d_z + dot("bgrt,bgrtp->bgrp", d_in, q)

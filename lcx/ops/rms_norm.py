@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from lcx.ops.tiling import row_dots
+
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def rms_norm(x: Float[Array, "*tokens D"], scale: Float[Array, " D"], eps: float) -> Float[Array, "*tokens D"]:
@@ -30,7 +32,7 @@ def _backward(eps, residuals, dy):
     x, scale, rate = residuals
     dy, normed = dy.astype(jnp.float32), x.astype(jnp.float32) * rate
     g = dy * scale.astype(x.dtype).astype(jnp.float32)
-    dx = rate * (g - normed * jnp.mean(g * normed, axis=-1, keepdims=True))
+    dx = rate * (g - normed * row_dots(g, normed)[..., None] / x.shape[-1])
     d_scale = jnp.sum(dy * normed, axis=tuple(range(x.ndim - 1)))
     return dx.astype(x.dtype), d_scale.astype(scale.dtype)
 

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from lcx.ops.second_order_expand import expand
 from lcx.ops.second_order_rows import Head
-from lcx.ops.tiling import dot
+from lcx.ops.tiling import dot, row_dots
 
 SKIP = -30.0  # weights whose decay is below exp(SKIP) = 1e-13 are treated as 0
 
@@ -85,7 +85,7 @@ def leave_backward(of: Ends, head: Head, to_end: Array, d_state: Array, grads: t
         expanded, pull = jax.vjp(expand, k)
         (dk_j,) = pull(dot(weights * head.values(j), d_state, 1, 1))
         dv_j = weights * dot(expanded, d_state, 1, 0)[:, :-1]
-        d_own = d_own.at[j].add(-jnp.sum(k * dk_j, axis=-1))
+        d_own = d_own.at[j].add(-row_dots(k, dk_j))
         return d_own, head.add(dk, head.d_keys(dk_j, j), j), head.add(dv, dv_j, j)
 
     return _last_tiles(of, tile, grads)

@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from lcx.ops import dispatch
 from lcx.ops.decay import divided
 from lcx.ops.second_order_units import times_power
+from lcx.ops.tiling import row_dots
 
 TILE = 128
 FAINT = 1e-12  # a score, relative to the sizes of query and key, that may be pure rounding error
@@ -78,7 +79,7 @@ class Head(NamedTuple):
         """Writes the results of tile i, given its sums of values and of weights, its `queries` and its `keys`."""
         values, weights = sums[:, :-1], sums[:, -1:]
         if self.alone is not None:
-            score, alone = jnp.sum(q.astype(sums.dtype) * k, axis=-1), self.alone[i]
+            score, alone = row_dots(q.astype(sums.dtype), k.astype(sums.dtype)), self.alone[i]
             fixed = (alone == SURELY) | ((alone == MAYBE) & (jnp.abs(score) > FAINT))
             fixed = (fixed & jnp.isfinite(score) | ~self.shown[i])[:, None]
             itself = fixed & (self.shown[i] & (score != 0))[:, None]

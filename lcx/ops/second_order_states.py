@@ -22,7 +22,7 @@ from jaxtyping import Array, Float
 from lcx.ops import second_order_tiles as tiles
 from lcx.ops.second_order_expand import expand
 from lcx.ops.second_order_rows import Head, Outputs
-from lcx.ops.tiling import dot
+from lcx.ops.tiling import dot, row_dots
 
 
 class Factors(NamedTuple):
@@ -80,7 +80,7 @@ def backward(head: Head, weights: Array, of_state: tuple[Array, Array], grads: t
         d_sums, _ = head.d_sums(weights, of_weights, dy_i, i)
         (far,) = jax.vjp(expand, q)[1](dot(from_start * d_sums, state, 1, 1))
         state = kept * state + dot(expand(k), to_end * head.values(i), 0, 0)
-        d_own, d_weights = d_own.at[i].set(jnp.sum(q * far, axis=-1)), d_weights.at[i].set(of_weights)
+        d_own, d_weights = d_own.at[i].set(row_dots(q, far)), d_weights.at[i].set(of_weights)
         return state, head.put(dq, head.d_queries(far, i), i), d_own, d_weights
 
     def chunk_backward(step, carry):
@@ -93,7 +93,7 @@ def backward(head: Head, weights: Array, of_state: tuple[Array, Array], grads: t
         (far,) = jax.vjp(expand, k)[1](dot(to_end * v, d_state, 1, 1))
         dk_i += far
         dv_i += to_end * dot(expand(k), d_state, 1, 0)[:, :-1] + own
-        d_own = d_own.at[i].add(d_near - jnp.sum(k * far, axis=-1))
+        d_own = d_own.at[i].add(d_near - row_dots(k, far))
         d_state = kept * d_state + dot(expand(q), from_start * d_sums, 0, 0)
         dq, dk = head.add(dq, head.d_queries(near, i), i), head.put(dk, head.d_keys(dk_i, i), i)
         # The next tile of dy is read after this one of dv is written: XLA would copy an array whose reads and writes

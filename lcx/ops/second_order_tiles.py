@@ -29,7 +29,7 @@ from lcx.ops.decay import split
 from lcx.ops.running import later_sums, sums_of_tile
 from lcx.ops.second_order_ends import SKIP
 from lcx.ops.second_order_rows import Head, Outputs
-from lcx.ops.tiling import dot
+from lcx.ops.tiling import dot, row_dots
 
 
 def local(decay: Array, runs: Array) -> tuple[Array, Array, Array, Array, Array]:
@@ -126,7 +126,7 @@ def backward(head: Head, weights: Array, of_state: tuple[Array, Array] | None, g
             s = dot(q_i, k_j, 1, 1)
             ds = (2 * s * dp).astype(k_j.dtype)
             dk_j = dot(ds, q_i, 0, 0)
-            d_own = d_own.at[j].add(-jnp.sum(k_j * dk_j, axis=-1))
+            d_own = d_own.at[j].add(-row_dots(k_j, dk_j))
             dk = earlier.add(dk, earlier.d_keys(dk_j, j), j)
             dv = earlier.add(dv, to_end_j * dot((s * s).astype(v_j.dtype), d, 0, 0)[:, :-1], j)
             return dq_i + dot(ds, k_j, 1, 0), d_own, dk, dv
@@ -136,7 +136,7 @@ def backward(head: Head, weights: Array, of_state: tuple[Array, Array] | None, g
         far, d_own, dk, dv = _earlier(i, total, first, last, tile, carry)
         if of_state is not None:
             far, d_state = row_ends.seen_backward(ends.before[i], q_i, of_state[0], d_far, far, d_state)
-        d_own = d_own.at[i].add(jnp.sum(q_i * far, axis=-1))
+        d_own = d_own.at[i].add(row_dots(q_i, far))
         return (head.put(dq, head.d_queries(near + far, i), i), d_own, dk, dv), d_state
 
     d_state = None if of_state is None else jnp.zeros_like(of_state[0])

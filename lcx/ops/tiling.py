@@ -40,6 +40,16 @@ def dot(a: Array, b: Array, a_axis: int, b_axis: int) -> Array:
     return jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.promote_types(a.dtype, jnp.float32))
 
 
+def row_dots(a: Array, b: Array) -> Array:
+    """The sum of a * b over the last axis, for rows of float32 or wider.
+
+    On a CPU it is a product of vectors: as a sum, XLA spends about a microsecond on each row of 64 numbers or more.
+    """
+    if dispatch.platform() == "cpu":
+        return jnp.einsum("...d,...d->...", a, b)
+    return jnp.sum(a * b, axis=-1)
+
+
 def by_pieces(fn, *arrays):
     """fn(*arrays), for a function that treats each token of [B, T, ...] by itself, without a gradient.
 

@@ -28,6 +28,7 @@ from lcx.ops import MIXER_RESIDUALS, segments
 from lcx.ops.decay import divided
 from lcx.ops.linear_chunks import chunk_weights, dot, grouped, next_state, nonzero, states_before, ungrouped
 from lcx.ops.linear_state import Held, LinearState, Window, starts
+from lcx.ops.tiling import row_dots
 
 NEG = -1e30
 WIDEST = 128  # largest chunk: scores cover C + size keys, so a chunk wider than the window is wasteful
@@ -384,7 +385,7 @@ def _backward_step(carry, x, *, k, v, kf, gamma, plan: Plan):
     soft, is_top, weights = plan.scores(q, keys, qf, features, near, far)
     weights = weights + gamma * soft
     d_num = (dy / nonzero(norm)[..., None]).astype(dy.dtype)
-    d_norm = -jnp.sum(d_num.astype(jnp.float32) * y.astype(jnp.float32), axis=-1)
+    d_norm = -row_dots(d_num.astype(jnp.float32), y.astype(jnp.float32))
     dw = dot("bgrth,bgrsh->bgrts", d_num, values) + d_norm[..., None]
     dv_near = dot("bgrts,bgrth->bgrsh", weights.astype(dy.dtype), d_num, r["v"])
     # The softmax part, including the gradient through its maximum.
@@ -425,7 +426,7 @@ def _exact_total(total, soft, qf, dqf, d_norm, gamma, norm, eps) -> Array:
     near keys hold most of the weight, this error can exceed the total itself. But gamma total + qf.dqf + eps d_norm is
     0, and combining the two totals, each weighted by the other part's weights, eliminates d_norm.
     """
-    far = jnp.sum(qf.astype(jnp.float32) * dqf, axis=-1) + eps * d_norm
+    far = row_dots(qf.astype(jnp.float32), dqf) + eps * d_norm
     mass = jnp.sum(soft, axis=-1)
     rest = norm - eps - gamma * mass
     return (rest * total - mass * far) / nonzero(rest + gamma * mass)
