@@ -109,7 +109,8 @@ def check(words: list[str], monkeypatch) -> None:
     if words[:2] == ["python", "-m"] and words[2].startswith("lcx."):
         verb = words[2].removeprefix("lcx.")
         monkeypatch.setattr(config, "_call", read_only)
-        monkeypatch.setattr(processes, "join", lambda flags: None)  # the others are not there
+        for name in ("begin", "join"):
+            monkeypatch.setattr(processes, name, lambda flags: None)  # the others are not there
         if verb == "data":
             monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", parse_only)
             with pytest.raises(Parsed):

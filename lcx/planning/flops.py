@@ -91,6 +91,8 @@ def _product(eqn: Any) -> float:
     left, out = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
     if eqn.primitive.name == "dot_general":
         (contracted, _), _ = eqn.params["dimension_numbers"]
+        if left == eqn.invars[1].aval.shape and left == (*out, left[-1]) and contracted == (len(out),):
+            return 0.0  # a sum of products over the last axis (tiling.row_dots), which other platforms do not multiply
         return 2.0 * math.prod(out) * math.prod(left[axis] for axis in contracted)
     # Rows [M, K] of several groups give [M, N], since every row meets one matrix of them; [M, K] and [M, N] [E, K, N].
     return 2.0 * math.prod(left) * out[-1]
