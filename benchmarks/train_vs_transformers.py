@@ -7,8 +7,8 @@ A case is a model and a length: `base` (width 256), `quickstart` (the quickstart
 side is a process of its own (workers.py): lcx with the memory pages of its commands, torch with and without large ones,
 of which the faster counts. In each case they take the same AdamW steps on the same batches, in turns, A B, B A, ...,
 after one turn that is not counted; medians are compared, and the losses of every step are kept side by side. A turn is
-several steps: in training the memory of one step is at hand for the next, while some virtual machines give it to their
-host as soon as a process waits. bfloat16 is `Trainer.dtype` on one side and torch's autocast on the other; weights and
+a step that is not timed and several that are: in training the memory of one step is at hand for the next, while some
+virtual machines give it to their host as soon as a process waits. bfloat16 is `Trainer.dtype` on one side and torch's autocast on the other; weights and
 optimizer stay float32 in both. Peak memory (float32, the last length of `base`) is that of a fresh process for each
 side, less what it holds before the first step. Needs the extra `torch`. With --output, rows are added to the file's, so
 that a long run can be taken in parts.
@@ -199,9 +199,13 @@ class Side:
         self.batches, self.losses = iter(made.batches(steps)), list[float]()
         self.runner = Torch(made) if self.kind == "torch" else Lcx(folder, made)
 
-    def take(self, steps: int) -> None:
+    def step(self) -> None:
         assert self.runner is not None
-        self.losses += [self.runner.step(next(self.batches)) for _ in range(steps)]
+        self.losses.append(self.runner.step(next(self.batches)))
+
+    def take(self, steps: int) -> None:
+        for _ in range(steps):
+            self.step()
 
     def told(self) -> list[float]:
         return self.losses
@@ -209,8 +213,8 @@ class Side:
 
 def compared(run: harness.Run, sides: workers.Sides, folder: str, case: Case, rounds: int):
     """(seconds of a step in each turn, the name of torch's faster process, the losses of both)."""
-    sides.ask("prepare", folder=folder, steps=case.turn * (rounds + 1), **dataclasses.asdict(case))
-    turns = run.turns(sides.timed("take", steps=case.turn), rounds=rounds)
+    sides.ask("prepare", folder=folder, steps=(case.turn + 1) * (rounds + 1), **dataclasses.asdict(case))
+    turns = run.turns(sides.timed("take", steps=case.turn, before="step"), rounds=rounds)
     turns = harness.Turns({name: [x / case.turn for x in times] for name, times in turns.times.items()})
     peer, losses = workers.faster(turns, "torch"), sides.ask("told")
     return turns, peer, {"lcx": losses["lcx"], "torch": losses[peer]}

@@ -64,6 +64,8 @@ def serve(make: Callable[[str], Any]) -> None:
     for line in sys.stdin:
         request = json.loads(line)
         method, calls = getattr(side, request.pop("do")), request.pop("calls", None)
+        if before := request.pop("before", None):
+            getattr(side, before)()
         start = time.perf_counter()
         for _ in range(calls or 1):
             answer = method(**request)
@@ -101,7 +103,7 @@ class Sides:
         return answers
 
     def timed(self, method: str, **arguments) -> dict[str, harness.Side]:
-        """Sides for `Run.turns`, which call this method."""
+        """Sides for `Run.turns`, which call this method; before=NAME: and another one first, which is not timed."""
         return {name: x.side({"do": method, **arguments}) for name, x in self.processes.items()}
 
 

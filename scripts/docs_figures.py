@@ -325,6 +325,11 @@ def _spread(values: Iterable[float]) -> str:
 
 
 TRAINING = "train_vs_transformers_cpu.json", "JAX_NUM_CPU_DEVICES=2 python benchmarks/train_vs_transformers.py"
+TRAINING_AMX = (
+    "train_vs_transformers_amx_cpu.json",
+    f"{TRAINING[1]} --no-memory --rounds 3 --cases quickstart:256,base:2048,wide:2048 "
+    "--output benchmarks/results/train_vs_transformers_amx_cpu.json",
+)
 RECALL = "recall_cpu.json", "bash scripts/train_recall.sh"
 DECODING = "linearized_decoding_cpu.json", "python benchmarks/linearized.py --softmax HF_FOLDER"
 LONG_GENOMES = "python benchmarks/long_genomes.py --fasta=genome.fna.gz"
@@ -380,6 +385,7 @@ FIGURES = {
     "reshard_parts": Figure("reshard_cpu.json", reshard_parts, "python benchmarks/reshard.py", timed=False),
     "operators": Figure("cpu.json", operators, "python benchmarks/kernels.py"),
     "training": Figure(TRAINING[0], training, TRAINING[1]),
+    "training_amx": Figure(TRAINING_AMX[0], training, TRAINING_AMX[1]),
     "training_line": Figure(TRAINING[0], training_line, TRAINING[1]),
     "generation": Figure("decoding_cpu.json", generation, "python benchmarks/decoding.py"),
     "start_up": Figure("start_up_cpu.json", start_up, "python benchmarks/start_up.py"),
