@@ -8,10 +8,10 @@ side is a process of its own (workers.py): lcx with the memory pages of its comm
 of which the faster counts. In each case they take the same AdamW steps on the same batches, in turns, A B, B A, ...,
 after one turn that is not counted; medians are compared, and the losses of every step are kept side by side. A turn is
 a step that is not timed and several that are: in training the memory of one step is at hand for the next, while some
-virtual machines give it to their host as soon as a process waits. bfloat16 is `Trainer.dtype` on one side and torch's autocast on the other; weights and
-optimizer stay float32 in both. Peak memory (float32, the last length of `base`) is that of a fresh process for each
-side, less what it holds before the first step. Needs the extra `torch`. With --output, rows are added to the file's, so
-that a long run can be taken in parts.
+virtual machines give it to their host as soon as a process waits. bfloat16 is `Trainer.dtype` on one side and torch's
+autocast on the other; weights and optimizer stay float32 in both. Peak memory (float32, the last length of `base`) is
+that of a fresh process for each side, less what it holds before the first step. Needs the extra `torch`. With --output,
+rows are added to the file's, so that a long run can be taken in parts.
 """
 
 import argparse
