@@ -17,7 +17,7 @@ from typing import NamedTuple
 import figure_two_mamba
 from evaluation_figure import evaluation, ruler_samples
 from figure_text import number, ratio, table, with_source
-from figures_beside_torch import generation, training, training_line
+from figures_beside_torch import generation, training, training_line, training_range
 from pieces_figures import pieces, pieces_llama
 from plan_figures import MILLION_TOKENS_OF_ONE, million_tokens, million_tokens_of_one, one_gpu, plans
 
@@ -386,6 +386,7 @@ FIGURES = {
     "operators": Figure("cpu.json", operators, "python benchmarks/kernels.py"),
     "training": Figure(TRAINING[0], training, TRAINING[1]),
     "training_amx": Figure(TRAINING_AMX[0], training, TRAINING_AMX[1]),
+    "training_range": Figure(TRAINING_AMX[0], training_range, TRAINING_AMX[1]),
     "training_line": Figure(TRAINING[0], training_line, TRAINING[1]),
     "generation": Figure("decoding_cpu.json", generation, "python benchmarks/decoding.py"),
     "start_up": Figure("start_up_cpu.json", start_up, "python benchmarks/start_up.py"),

@@ -41,6 +41,12 @@ def slower_steps(result: dict) -> str:
     return f"Slower than torch: {', '.join(behind)}." if behind else "No case is slower than torch."
 
 
+def training_range(result: dict) -> str:
+    """The lowest and the highest speed of all cases."""
+    found = [row["speed_ratio_median"] for row in result["speed"]]
+    return f"{ratio(min(found))} to {max(found):.2f}x"
+
+
 def training_line(result: dict) -> str:
     said: dict[str, list[str]] = {}
     for row in result["speed"]:
