@@ -333,10 +333,7 @@ TRAINING_AMX = (
 RECALL = "recall_cpu.json", "bash scripts/train_recall.sh"
 DECODING = "linearized_decoding_cpu.json", "python benchmarks/linearized.py --softmax HF_FOLDER"
 LONG_GENOMES = "python benchmarks/long_genomes.py --fasta=genome.fna.gz"
-STEP_GROWTH_ROUNDS = (
-    "python benchmarks/step_growth.py --decays softplus --lengths 4096,8192,16384 --rounds 29 "
-    "--output benchmarks/results/step_growth_rounds_cpu.json"
-)
+STEP_GROWTH = "python benchmarks/step_growth.py --malloc kept --decays softplus --rounds 6 --output FILE.json"
 
 
 def soak(result: dict) -> str:
@@ -393,8 +390,8 @@ FIGURES = {
     "growth": Figure("second_order_growth_cpu.json", growth, "python benchmarks/second_order_growth.py"),
     "pieces": Figure("pieces_cpu.json", pieces, "python benchmarks/pieces.py"),
     "pieces_llama": Figure("pieces_llama_cpu.json", pieces_llama, "python benchmarks/pieces.py", timed=False),
-    "step_growth": Figure("step_growth_cpu.json", step_growth, "python benchmarks/step_growth.py"),
-    "step_growth_rounds": Figure("step_growth_rounds_cpu.json", step_growth, STEP_GROWTH_ROUNDS),
+    "step_growth": Figure("step_growth_kept_cpu.json", step_growth, STEP_GROWTH),
+    "step_growth_given_back": Figure("step_growth_cpu.json", step_growth, "python benchmarks/step_growth.py"),
     "families": Figure("families_cpu.json", families, "python benchmarks/families.py"),
     "families_memory": Figure(
         "families_memory_cpu.json", family_memory, "python benchmarks/families.py --memory", timed=False
