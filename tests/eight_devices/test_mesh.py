@@ -21,11 +21,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from collectives import Collective, collectives
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from tiny_runs import dataset, lines, losses, tiny_model, tiny_trainer, write_text
 
 import lcx
 from lcx import model as model_lib
 from lcx import objectives, sharding
+from lcx.checkpoint import Checkpointer
 from lcx.ladder import Ladder, Rung
 from lcx.lora import LoRA
 from lcx.optim import AdamW
@@ -152,6 +155,25 @@ def test_a_checkpoint_goes_on_on_any_other_mesh(where, runs, one_device, base, t
     assert run.step == STEPS
     assert len(jax.tree.leaves(run.state)[0].sharding.device_set) == (1 if restored == "one_device" else 8)
     assert_same_losses(tmp_path / "run", one_device)
+
+
+def test_a_save_compiles_nothing_for_small_arrays(tmp_path, caplog):
+    """Devices that hold the same array do not each cut out and write a part of it, unless the parts are large."""
+    mesh = MeshShape(data=2, fsdp=2, tensor=2).build()
+    specs = (P(), P("fsdp"), P(None, "tensor"))
+    arrays = {
+        f"{cols} {spec}": jax.device_put(np.full((8, cols), cols, np.float32), NamedSharding(mesh, spec))
+        for cols in (34, 38)
+        for spec in specs
+    }
+    with Checkpointer(tmp_path) as checkpoints, jax.log_compiles():
+        checkpoints.save(1, {"params": arrays}, wait=True)
+        assert "Compiling" not in caplog.text
+        large = jax.device_put(np.ones((8, 2**20), np.float32), NamedSharding(mesh, P()))
+        checkpoints.save(2, {"params": {"large": large}}, wait=True)
+        assert "Compiling jit(dynamic_slice)" in caplog.text or "Compiling jit(slice)" in caplog.text
+        _, found, _ = checkpoints.restore({"params": jax.eval_shape(lambda: {"large": large})})
+    np.testing.assert_array_equal(found["params"]["large"], large)
 
 
 def test_the_mesh_changes_in_the_middle_of_a_ladder(base, tmp_path):
