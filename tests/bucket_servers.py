@@ -112,6 +112,9 @@ def _gcs(weather: Weather, patch: pytest.MonkeyPatch) -> Iterator[str]:
         handler.end_headers()
 
     patch.setattr(emulator.Router, "handle", answer)
+    # It answers one request at a time. Of more than five that wait, the others would be dropped and come again after
+    # 1, 2, 4, 8 and 16 s, and so last longer than the patience above on a busy machine.
+    patch.setattr("http.server.HTTPServer.request_queue_size", 128)
     # A client that has read enough hangs up, of which the standard library's server would print a traceback.
     patch.setattr("socketserver.BaseServer.handle_error", lambda *_: None)
     server = emulator.create_server("127.0.0.1", 0, in_memory=True, default_bucket=BUCKET)

@@ -56,27 +56,58 @@ def test_create_and_delete():
 
 
 def test_ship_copies_what_is_committed_to_every_host():
-    copy, install, mount = commands("ship", "--bucket=my-bucket")
+    copy, install, mount = commands("ship", "--bucket=gs://my-bucket/")
     assert copy[3] == "scp" and "--worker=all" in copy and copy[5] == "pod:lcx.tar.gz"
     assert "pip install" in install[-1] and "tpu" in install[-1]
     assert "gcsfuse --implicit-dirs my-bucket bucket" in mount[-1]
     assert len(commands("ship")) == 2
 
 
+ON_A_HOST = pytest.mark.skipif(shutil.which("flock") is None, reason="this system has no flock command")
+
+
+def on_a_host(home, job, *arguments, pause=":"):
+    """Runs here, in a home of its own, what the hosts get from `run`. The lines that the job has left in ~/seen.
+
+    Args:
+      job: the text of the command that is run.
+      pause: a shell command, run in the home in place of the pause before the next attempt.
+
+    In both, $RUN and $STOP are what the hosts get from another `run` and from `stop`.
+    """
+    (run,), (stop,) = commands("run", "--", "./job", *arguments), commands("stop")
+    assert "--worker=all" in run and "--worker=all" in stop
+    run, stop = (words[-1].removeprefix("--command=") for words in (run, stop))
+    (home / "lcx" / ".venv" / "bin").mkdir(parents=True)
+    (home / "lcx" / ".venv" / "bin" / "activate").write_text(f"sleep() {{ (cd; {pause}); }}\n")
+    (home / "lcx" / "job").write_text(f"#!/usr/bin/env bash\ncd\n{job}\n")
+    (home / "lcx" / "job").chmod(0o755)
+    env = os.environ | {"HOME": str(home), "RUN": run, "STOP": stop}
+    subprocess.run(["bash", "-c", f"{run}\nwait"], cwd=home, env=env, check=True, timeout=60)
+    return (home / "seen").read_text().splitlines()
+
+
+@ON_A_HOST
 @pytest.mark.parametrize("status, starts", [(0, 1), (2, 1), (1, 10)])
 def test_run_starts_the_command_again_until_it_is_done(tmp_path, status, starts):
-    """The command that the hosts get is run here, in a home of its own."""
     argument = "--gin.MODEL='a b $HOME'"
-    (run,) = commands("run", "--", "./job", argument)
-    assert "--worker=all" in run
-    (tmp_path / "lcx" / ".venv" / "bin").mkdir(parents=True)
-    (tmp_path / "lcx" / ".venv" / "bin" / "activate").write_text("sleep() { :; }\n")
-    job = tmp_path / "lcx" / "job"
-    job.write_text(f'#!/bin/sh\necho "$1" >> ~/seen\nexit {status}\n')
-    job.chmod(0o755)
-    script = run[-1].removeprefix("--command=") + "\nwait"
-    subprocess.run(["bash", "-c", script], cwd=tmp_path, env=os.environ | {"HOME": str(tmp_path)}, check=True)
-    assert (tmp_path / "seen").read_text().splitlines() == [argument] * starts
+    assert on_a_host(tmp_path, f'echo "$1" >> seen\nexit {status}', argument) == [argument] * starts
+
+
+@ON_A_HOST
+@pytest.mark.parametrize("job, pause", [
+    ("exit 75", 'bash -c "$STOP"'),
+    ('trap "echo told >> seen; exit 75" TERM; bash -c "$STOP"; for i in {1..100}; do sleep 0.05; done', ":"),
+], ids=["between two attempts", "while it runs"])  # fmt: skip
+def test_a_run_that_is_stopped_is_not_started_again(tmp_path, job, pause):
+    told = ["told"] if "told" in job else []
+    assert on_a_host(tmp_path, f"echo begun >> seen\n{job}", pause=pause) == ["begun", *told]
+
+
+@ON_A_HOST
+def test_a_second_run_on_the_same_hosts_is_refused(tmp_path):
+    assert on_a_host(tmp_path, 'bash -c "$RUN"; echo $? >> seen') == ["1"]
+    assert "error: an earlier run goes on on" in (tmp_path / "lcx.log").read_text()
 
 
 def test_logs_and_stop():
@@ -93,6 +124,8 @@ def test_logs_and_stop():
         (["logs", "--name=a"], "--zone is not set"),
         (["run", "--name=a", "--zone=z"], "there is no command"),
         (["stop", "--name=a", "--zone=z", "--nodes=3"], "unknown argument --nodes=3"),
+        (["stop", "--name", "a"], "unknown argument --name, expected --NAME=VALUE"),
+        (["ship", "--name=a", "--zone=z", "--bucket=gs://a/b"], "--bucket is a/b, expected the name of"),
     ],
 )
 def test_mistakes_are_one_line(arguments, says):
@@ -131,17 +164,22 @@ def test_slurm_passes_the_command_and_its_status_on(tmp_path):
 
 
 def test_slurm_saves_before_the_time_is_up_and_goes_back_into_the_queue(tmp_path):
-    ends = "echo $$ > pid\ntrap 'touch saved; exit 0' USR1\ntrap 'exit 9' TERM"
+    ends = "echo $$ > pid\ntrap 'echo told >> told; sleep 0.5; touch saved; exit 0' USR1\ntrap 'exit 9' TERM"
     env = stand_ins(tmp_path, f"{ends}\ntouch begun\nwhile :; do sleep 0.05; done")
     job = subprocess.Popen([*SBATCH, "python"], cwd=tmp_path, env=env)
     try:
         while not (tmp_path / "begun").exists():
             assert job.poll() is None
         job.send_signal(signal.SIGTERM)
+        while not (tmp_path / "told").exists():
+            assert job.poll() is None
+        # One that comes while it saves neither ends the save nor the wait for it.
+        job.send_signal(signal.SIGTERM)
         assert job.wait(timeout=60) == 0
     finally:
         job.kill()
     assert (tmp_path / "saved").exists()
+    assert (tmp_path / "told").read_text().split() == ["told"]
     assert (tmp_path / "requeued").read_text().split() == ["requeue", "17"]
 
 
@@ -199,6 +237,8 @@ def test_the_image_copies_what_there_is():
     lines = (LAUNCH / "Dockerfile").read_text().splitlines()
     copied = [word for line in lines if line.startswith("COPY ") for word in line.split()[1:-1]]
     assert copied and all((ROOT / word).exists() for word in copied)
+    sent = (LAUNCH / "Dockerfile.dockerignore").read_text().splitlines()
+    assert "*" in sent and {line[1:] for line in sent if line.startswith("!")} == {word.strip("./") for word in copied}
     extras = re.search(r"\[\$\{EXTRAS\},([\w,]+)\]", "\n".join(lines))[1].split(",")
     declared = (ROOT / "pyproject.toml").read_text()
     assert all(re.search(rf"^{extra} = \[", declared, re.MULTILINE) for extra in extras)

@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import types
 
 import jax
@@ -195,6 +196,29 @@ def test_a_process_that_was_gone_before_its_first_sign_of_life_is_blamed(hosts, 
     assert looking.blame() == f"{who} is gone (killed, out of memory, or a lost host)"
     looking._look()
     assert set(looking._silent) == {0, 2}  # process 0, this one, has said nothing here
+
+
+def test_a_process_that_ends_does_not_wait_for_one_that_is_halted(monkeypatch):
+    """Calls of JAX's client wait for process 0 without an end."""
+    halted, ended = threading.Event(), []
+    monkeypatch.setattr(channel, "_hosts", {0: "a", 1: "b"})
+    monkeypatch.setattr(channel, "index", lambda: 1)
+    for name in ("put", "by_process"):
+        monkeypatch.setattr(channel, name, lambda *_: halted.wait())
+    monkeypatch.setattr(channel, "hosts", lambda: ["a", "b"])
+    monkeypatch.setattr(watch, "_ANSWER_S", 0.1)
+    monkeypatch.setattr(watch, "end", lambda line, status: ended.append(line))
+    ending = watch.Watch(1.0)
+    of_this = threading.Thread(
+        target=lambda: (ending.report("an error", 2), ended.append(ending.blame()), ending._end_hanging()),
+        daemon=True,
+    )
+    of_this.start()
+    of_this.join(20)
+    assert not of_this.is_alive()
+    halted.set()
+    assert ended[0] == "process 0 on a is gone (killed, out of memory, or a lost host)"
+    assert ended[1].startswith("step 0 has not ended for 0 s (--step_timeout): every process is in it")
 
 
 @pytest.mark.parametrize("lost", ["before it has left", "after it"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -13,7 +14,9 @@ import time
 
 import pytest
 
-from lcx.multihost.rollcall import _numbers
+from lcx.errors import TemporaryError
+from lcx.multihost.peer import _RUN
+from lcx.multihost.rollcall import Member, _numbers
 
 HOST = socket.gethostname()
 PROGRAM = """
@@ -125,7 +128,37 @@ def test_one_that_never_comes_is_named(start):
 
 def test_process_0_cannot_be_reached(start):
     assert said(start(2, join_timeout=1)).startswith(
-        f"process 0 at {start.address} could not be reached within 1 s: "
+        f"process 0 at {start.address} could not be reached within 1 s (connection refused): "
+    )
+
+
+@pytest.mark.parametrize("greeting, found", [
+    (b"", "no answer"),
+    (b"HTTP/1.1 400 Bad Request\r\n\r\n", "another program answers there"),
+    (b"\0\0\x18\4\0\0\0\0\0", _RUN),  # as JAX's service begins: what a process meets that is started twice
+])  # fmt: skip
+def test_another_program_at_the_address_of_process_0(greeting, found):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        threading.Thread(target=greet, args=(server, greeting), daemon=True).start()
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        member = Member(address, 1, 3, timeout=0.5, silence=30)
+        member.begin()
+        with pytest.raises(TemporaryError) as error:
+            member.wait()
+        member.close()
+    assert f"process 0 at {address} could not be reached within 0.5 s ({found}): look at" in str(error.value)
+
+
+def greet(server, greeting):
+    with contextlib.suppress(OSError), contextlib.ExitStack() as held:
+        while True:
+            held.enter_context(server.accept()[0]).sendall(greeting)
+
+
+def test_one_that_is_started_twice_is_named_as_long_as_process_0_imports(start):
+    known(*[start(rank, "imports") for rank in range(3)])
+    assert said(start(1), 2).startswith(
+        f"process 1 on {HOST} is also started on {HOST}, expected each number below 3"
     )
 
 

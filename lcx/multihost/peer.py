@@ -14,6 +14,9 @@ from lcx.errors import TemporaryError, first_line
 
 _PORT_S = 30.0  # for an earlier run on this port to end
 _LONGEST = 1 << 20  # bytes of a message
+_HTTP2 = b"\4"  # the fourth byte of what a server of HTTP/2, such as JAX's service, says first
+_STRANGER = "another program answers there"
+_RUN = "JAX's service of a run that has already begun, or another program, answers there; start each --process_id once"
 
 
 @dataclasses.dataclass(eq=False)
@@ -48,9 +51,15 @@ class Peer:
         if not data:
             return None
         *lines, self._rest = (self._rest + data).split(b"\n")
-        messages = [json.loads(line) for line in lines]
-        if len(self._rest) > _LONGEST or not all(isinstance(one, dict) for one in messages):
-            raise ValueError("not a message")
+        if (
+            any(not line.startswith(b"{") for line in (*lines, self._rest) if line)
+            or len(self._rest) > _LONGEST
+        ):
+            raise ValueError(_RUN if data[3:4] == _HTTP2 else _STRANGER)
+        try:
+            messages = [json.loads(line) for line in lines]
+        except ValueError:
+            raise ValueError(_STRANGER) from None
         self.silent = 0.0
         return messages
 

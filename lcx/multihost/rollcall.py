@@ -6,6 +6,9 @@ service will have. One that ends closes its connection, one that is halted or lo
 end all others within seconds, with a line that names it. One that never came at all cannot be told from one that still
 starts: process 0 says every half minute for whom it waits, and all end after --join_timeout.
 
+Process 0 names a process that is started twice until JAX's service takes the port, just before all join. One that comes
+later finds that service, which cannot be told from an earlier run's that will end: it says so and waits.
+
 Where flags or variables say who a process is, the roll call begins before the heavy imports, otherwise with
 jax.distributed.initialize, which finds it out.
 """
@@ -81,8 +84,7 @@ class _Part:
                 ticked += passed
                 self._tick(min(passed, 2 * _PERIOD_S))  # not all of a time in which the machine was suspended
         if self._outcome is not None:
-            if isinstance(self, Leader):
-                self._tell_late()
+            self._linger()
             self._told.set()
             wrong = self._outcome[1] == watch.WRONG_INPUT  # which all find, each in its own time
             if not self._closing.wait(watch.GRACE_WRONG_INPUT_S if wrong else _GRACE_S):
@@ -112,6 +114,9 @@ class _Part:
         """Called about once a period."""
         raise NotImplementedError
 
+    def _linger(self) -> None:
+        """What is left to do once this process has to end."""
+
     def _say(self, said: float, line: str) -> float:
         """Prints a line if it is time to; when it was last printed."""
         if (now := time.monotonic()) - said < _SAY_S:
@@ -137,6 +142,7 @@ class Leader(_Part):
         self._count = count
         self._peers: dict[int, Peer] = {}
         self._listener = listening(bind)
+        self._wanted, self._free = threading.Event(), threading.Event()  # the port, for JAX's service
         self._selector.register(self._listener, selectors.EVENT_READ)
 
     def wait(self) -> None:
@@ -156,6 +162,9 @@ class Leader(_Part):
                     "says, or set --join_timeout to more seconds"
                 )
             said = self._say(said, f"waiting for {missing} of {self._count}")
+        self._wanted.set()  # until now one that is started twice was told so
+        while not self._free.wait(_PERIOD_S / 10):
+            self.check()
 
     def go(self) -> None:
         """JAX's service listens: the others may join it."""
@@ -165,7 +174,7 @@ class Leader(_Part):
         for peer in list(self._peers.values()):
             peer.send(**message)
 
-    def _tell_late(self) -> None:
+    def _linger(self) -> None:
         """Tells processes that come only now that this one has to end."""
         deadline = time.monotonic() + _LATE_S
         while (
@@ -179,7 +188,11 @@ class Leader(_Part):
             self._send_all(end=[line, status])
 
     def _look(self) -> None:
-        for key, _ in self._selector.select(_PERIOD_S / 4):
+        if self._wanted.is_set() and not self._free.is_set():
+            self._selector.unregister(self._listener)
+            self._listener.close()
+            self._free.set()
+        for key, _ in self._selector.select(_PERIOD_S / (20 if self.known.is_set() else 4)):
             if key.fileobj is self._listener:
                 with contextlib.suppress(OSError):  # it has gone again
                     connection, _ = self._listener.accept()
@@ -220,8 +233,6 @@ class Leader(_Part):
             line = f"there are {count} processes on {host} (process {process}), {self._count} on {channel.named(0)}"
             return self._end(f"{line}: set the same --num_processes on every host", watch.WRONG_INPUT)
         if len(self._peers) == self._count - 1:
-            self._selector.unregister(self._listener)
-            self._listener.close()
             self.known.set()
 
     def _tick(self, passed: float) -> None:
@@ -252,7 +263,7 @@ class Member(_Part):
         self._address, self._host, self._port = address, host.strip("[]"), int(port)
         self._hello = {"process": process, "count": count, "host": socket.gethostname()}
         self._peer: Peer | None = None
-        self._stranger = False  # whether something else has
+        self._met = "no answer"  # what was found at the address last
         self._go = threading.Event()
 
     def wait(self) -> None:
@@ -266,15 +277,13 @@ class Member(_Part):
             self.check()
             if self.known.is_set():
                 continue
-            who = f"process 0 at {self._address}" + (
-                ", where another program answers" if self._stranger else ""
-            )
+            who = f"process 0 at {self._address}"
             if time.monotonic() - self._begun > self._timeout:
                 raise TemporaryError(
-                    f"{who} could not be reached within {self._timeout:g} s: look at what that host says, or set "
-                    "--join_timeout to more seconds"
+                    f"{who} could not be reached within {self._timeout:g} s ({self._met}): look at what that host "
+                    "says, or set --join_timeout to more seconds"
                 )
-            said = self._say(said, f"waiting for {who}")
+            said = self._say(said, f"waiting for {who}: {self._met}")
 
     def _send_all(self, **message: Any) -> None:
         if self._peer is not None:
@@ -285,11 +294,12 @@ class Member(_Part):
             self._reach()
             return
         if not self._selector.select(_PERIOD_S / 4):
+            self._met = "no answer"
             return
         try:
             messages = self._peer.read()
-        except ValueError:
-            messages, self._stranger = None, True
+        except ValueError as error:
+            messages, self._met = None, str(error)
         for message in messages or ():
             self.known.set()
             if "host" in message:
@@ -307,7 +317,8 @@ class Member(_Part):
     def _reach(self) -> None:
         try:
             connection = socket.create_connection((self._host, self._port), timeout=_REACH_S)
-        except OSError:  # it does not listen yet, or has no name yet
+        except OSError as error:  # it does not listen yet, or has no name yet
+            self._met = (error.strerror or "no answer").lower()  # of a time that is up there is none
             self._closing.wait(_PERIOD_S / 4)
             return
         connection.settimeout(_PERIOD_S)

@@ -19,23 +19,28 @@ import contextlib
 import ctypes
 import json
 import os
+import queue
 import re
 import signal
 import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from lcx.errors import TemporaryError, UserError
 from lcx.multihost import channel
+
+T = TypeVar("T")
 
 LOST = TemporaryError.status  # the exit status of a process that ends because of another
 WRONG_INPUT = UserError.status
 AGAIN = "this process ends too; the same command goes on from what was saved"
 _PERIOD_S = 1.0
 _SILENT_S = 5.0  # after this a process is called silent; whether it is gone is for the heartbeat to say
+_ANSWER_S = 10.0  # for process 0 to answer, on a busy machine too
 _GRACE_S = 4.0  # for a process to end by itself after another has reported its end
 GRACE_WRONG_INPUT_S = 20.0  # which all processes find, each in its own time
 _STATUS = re.compile(  # absl::StatusCode, as XLA's errors begin
@@ -106,7 +111,8 @@ class Watch:
     def _end_hanging(self) -> NoReturn:
         reached = {}
         with contextlib.suppress(Exception):
-            reached = {p: int(beat.split()[1]) for p, beat in channel.by_process("alive").items()}
+            alive = _answered(lambda: channel.by_process("alive"))
+            reached = {p: int(beat.split()[1]) for p, beat in alive.items()}
         line = hanging(self._steps.current, self._steps.waited, reached, channel.hosts()) + f" ({_main_thread()})"
         self.report(line, LOST)
         end(line, LOST)
@@ -115,7 +121,7 @@ class Watch:
         """Tells the others that this process ends, and why. Process 0 stays until those that are left have read it."""
         self._steps.rest()
         with contextlib.suppress(Exception):
-            channel.put(f"ended/{channel.index()}", json.dumps([line, status]))
+            _answered(lambda: channel.put(f"ended/{channel.index()}", json.dumps([line, status])))
             if channel.index() == 0 and len(self._gone) < channel.count() - 1:
                 time.sleep(2 * _PERIOD_S)
 
@@ -131,9 +137,9 @@ class Watch:
         while True:
             now = time.monotonic()
             try:
-                if ended := self._ended():
+                if ended := _answered(self._ended):
                     return ended[0]
-                for process, beat in channel.by_process("alive").items():
+                for process, beat in _answered(lambda: channel.by_process("alive")).items():
                     if seen[process][0] != beat:
                         seen[process] = beat, now
             except Exception:
@@ -242,6 +248,29 @@ def gone(processes: Any) -> str:
     who = " and ".join(channel.named(process) for process in sorted(processes)[:4])
     more = f" and {len(processes) - 4} more" if len(processes) > 4 else ""
     return f"{who}{more} {'is' if len(processes) == 1 else 'are'} gone (killed, out of memory, or a lost host)"
+
+
+def _answered(ask: Callable[[], T]) -> T:
+    """What process 0 answers. Raises TimeoutError if it does not: it is halted, or JAX's client has failed.
+
+    JAX's own calls then wait without an end.
+    """
+    found: queue.SimpleQueue[T | Exception] = queue.SimpleQueue()
+
+    def asking() -> None:
+        try:
+            found.put(ask())
+        except Exception as error:
+            found.put(error)
+
+    threading.Thread(target=asking, name="lcx-ask", daemon=True).start()
+    try:
+        answer = found.get(timeout=_ANSWER_S)
+    except queue.Empty:
+        raise TimeoutError("process 0 does not answer") from None
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
 
 
 def _answers(address: str) -> bool:

@@ -10,10 +10,11 @@
 #
 # --dry-run prints the gcloud commands instead of running them. --spot: cheaper, and may be taken away at any time.
 # --version: the software of the hosts; known for v5p, v5e (v5litepod-16) and v6e.
-# `ship` installs lcx with its TPU extra into ~/lcx on every host (with uv, since the hosts' own Python may be too old), and
-# with --bucket mounts gs://BUCKET as ~/bucket: all hosts must see the same --workdir. `run` starts the command in the background, and again if it fails (10 times in all,
-# but not after a mistake in its settings): a run resumes from its checkpoint. `stop` sends SIGTERM, after which a run
-# saves and ends.
+# `ship` installs what is committed here, with the TPU extra, into ~/lcx on every host (with uv, since the hosts' own
+# Python may be too old), and with --bucket mounts gs://BUCKET as ~/bucket: all hosts must see the same --workdir. `run`
+# starts the command in the background, and again if it fails (10 times in all, but not after a mistake in its
+# settings): a run resumes from its checkpoint. It refuses while an earlier one has not ended. `stop` sends SIGTERM, after
+# which a run saves and ends.
 set -euo pipefail
 
 usage() {
@@ -44,7 +45,7 @@ while [ $# -gt 0 ]; do
       to_run=("$@")
       break
       ;;
-    *) fail "unknown argument $1" ;;
+    *) fail "unknown argument $1, expected --NAME=VALUE, and the command to run after --" ;;
   esac
   shift
 done
@@ -52,6 +53,8 @@ done
 case $command in create | ship | run | logs | stop | delete) ;; *) usage ;; esac
 [ -n "$name" ] || fail "--name is not set, expected the name of the slice"
 [ -n "$zone" ] || fail "--zone is not set, expected a zone such as us-east5-a"
+bucket=${bucket#gs://} bucket=${bucket%/}
+case $bucket in */*) fail "--bucket is $bucket, expected the name of a bucket without a folder" ;; esac
 
 gcloud_() {
   if $dry_run; then
@@ -77,31 +80,39 @@ case $command in
     esac
     version=${version:-$known}
     [ -n "$version" ] || fail "--version is not set, and it is not known for --type=$type: expected a TPU software version"
-    gcloud_ create "$name" --zone="$zone" --accelerator-type="$type" --version="$version" "${spot[@]}"
+    gcloud_ create "$name" --zone="$zone" --accelerator-type="$type" --version="$version" ${spot[@]+"${spot[@]}"} # bash 3 has no empty arrays
     ;;
   ship)
     root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
     archive=$(mktemp -d)/lcx.tar.gz
     trap 'rm -rf "$(dirname "$archive")"' EXIT
+    git -C "$root" rev-parse HEAD > /dev/null 2>&1 || fail "$root is no clone with git, of which ship copies what is committed"
+    [ -z "$(git -C "$root" status --porcelain)" ] || echo "note: what is not committed in $root is not shipped" >&2
     git -C "$root" archive --format=tar.gz -o "$archive" HEAD
     gcloud_ scp "$archive" "$name:lcx.tar.gz" --zone="$zone" --worker=all
     on all 'mkdir -p lcx && tar -xzf lcx.tar.gz -C lcx && cd lcx &&
       python3 -m pip install -q --user uv && { test -x .venv/bin/python || python3 -m uv venv -q --seed --python 3.11 .venv; } &&
       .venv/bin/pip install -q -c constraints.txt -e ".[tpu,buckets,parquet,hub]"'
     if [ -n "$bucket" ]; then
-      on all "command -v gcsfuse >/dev/null || { echo 'install gcsfuse first: cloud.google.com/storage/docs/gcsfuse-install' >&2; exit 1; }
+      on all "command -v gcsfuse >/dev/null || {
+          echo 'install gcsfuse first: cloud.google.com/storage/docs/gcsfuse-install' >&2; exit 1; }
         mkdir -p bucket && { mountpoint -q bucket || gcsfuse --implicit-dirs $(printf '%q' "$bucket") bucket; }"
     fi
     ;;
   run)
     [ ${#to_run[@]} -gt 0 ] || fail "there is no command, expected it after --"
     line=$(printf '%q ' "${to_run[@]}")
-    # Each host writes its process id, so that `stop` reaches the run and nothing else.
+    # Each host writes its process id, so that `stop` reaches the run and nothing else. `stop` may come at any time.
     inner="cd ~/lcx && . .venv/bin/activate && for attempt in 1 2 3 4 5 6 7 8 9 10; do
-      $line & echo \$! > ~/lcx.pid; wait \$!; status=\$?
+      test -e ~/lcx.stop && break
+      $line 9>&- & run=\$!; echo \$run > ~/lcx.pid; test -e ~/lcx.stop && kill -TERM \$run
+      wait \$run; status=\$?; rm -f ~/lcx.pid
       case \$status in 0 | 2) break ;; esac; test -e ~/lcx.stop && break; sleep 20; done"
-    on all "rm -f lcx.stop && nohup bash -c $(printf '%q' "$inner") > lcx.log 2>&1 < /dev/null &"
-    echo "follow it with: $0 logs --name=$name --zone=$zone" >&2
+    # shellcheck disable=SC2016 # expanded on the hosts
+    alone='exec 9> lcx.lock
+      flock -n 9 || { echo "error: an earlier run goes on on $(hostname): stop it, and wait for its end" >&2; exit 1; }'
+    on all "$alone; rm -f lcx.stop; nohup bash -c $(printf '%q' "$inner") > lcx.log 2>&1 < /dev/null &"
+    printf 'follow it with: %q logs --name=%q --zone=%q\n' "$0" "$name" "$zone" >&2
     ;;
   logs) on "$worker" 'tail -n 100 -F lcx.log' ;;
   stop)
