@@ -33,7 +33,8 @@ e^-30 (1e-13) counts as 0, and so does another document. On GPU it bounds the lo
 Row factors go into g and D, column factors sit in the folded keys: off the diagonal the backward tiles have no
 factors but the scalar either. The gradient of log_decay at t is the sum of w_ij dw_ij over i >= t > j, the pairs
 that token t's decay affects. It is the sum from t on of (row sums - column sums), which the two passes accumulate
-alongside their products, in float32 and before rounding, so that all other pairs cancel to the last digits. (With the
+alongside their products, in float32 and before rounding, so that all other pairs cancel to the last digits. What a
+token adds to itself would be in both of its sums, and can be most of either: it is left out of them. (With the
 normaliser, row sums are 0 in exact arithmetic and column sums alone would suffice, but the rounding errors of all later
 documents would then remain in the sum: in bfloat16 the error is four times larger.) For such cancellations, including
 that in dy.v - dy.y, y is kept in float32 and the sum of weights uses the weights as rounded for the product with v: a

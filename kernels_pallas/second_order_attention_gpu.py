@@ -12,7 +12,7 @@ from jax.experimental import pallas as pl
 from kernels_pallas import tiles_gpu
 from kernels_pallas.second_order_attention_plan import FLOOR, Cotangent, Fold, Options
 from kernels_pallas.tiles import Reach, Tile
-from kernels_pallas.tiles_gpu import Specs, call, cut, fall, times
+from kernels_pallas.tiles_gpu import Specs, call, cut, fall, off_diagonal, times
 
 
 def _visit(steps, count, at, body, sums):
@@ -75,12 +75,12 @@ def _dq_kernel(first, steps, q, k, keys, v, dy, ratio, mean, g, bias, local, run
     i = pl.num_programs(0) - 1 - pl.program_id(0)
     queries, base = q[...], i * (C // S)
 
-    def add(sums, keys, start, cotangent, means, factor):
+    def add(sums, keys, start, cotangent, means, factor, others=None):
         s = dot(queries, keys.T)
         dp = dot(cotangent, v[pl.ds(start, S), :].T)
         dp = dp if means is None else dp - means[:, None]
         ds = times(s, factor) * dp
-        flow = None if sums[1] is None else sums[1] + jnp.sum(s * ds, axis=1)
+        flow = None if sums[1] is None else sums[1] + jnp.sum(times(s * ds, others), axis=1)
         return sums[0] + dot(ds.astype(keys.dtype), keys), flow
 
     cotangent, means = g[...], cut(bias, i * C, C)
@@ -96,7 +96,8 @@ def _dq_kernel(first, steps, q, k, keys, v, dy, ratio, mean, g, bias, local, run
     def diagonal(t, sums):
         start = (base + t) * S
         factor = _decay(local, runs, i * C, start, (C, S)) * scale
-        return add(sums, k[pl.ds(start, S), :], start, plain, plain_means, factor)
+        others = None if local is None else off_diagonal(i * C, start, (C, S))
+        return add(sums, k[pl.ds(start, S), :], start, plain, plain_means, factor, others)
 
     acc, flow = jax.lax.fori_loop(0, C // S, diagonal, sums)
     dq[...] = (2 * acc).astype(dq.dtype)
@@ -110,7 +111,7 @@ def _dkv_kernel(
     j = pl.program_id(0)
     values, base = v[...], (j + 1) * (C // S)
 
-    def add(sums, keys, start, cotangent, means, factor):
+    def add(sums, keys, start, cotangent, means, factor, others=None):
         """Adds the queries from `start` on to dk / 2, dv and the sums of w dw; keys run down the rows of the tile."""
         queries = q[pl.ds(start, S), :]
         s = dot(keys, queries.T)
@@ -118,7 +119,7 @@ def _dkv_kernel(
         dp = dp if means is None else dp - means[None, :]
         weighted = times(s, factor)
         ds = weighted * dp
-        flow = None if local is None else sums[2] + jnp.sum(s * ds, axis=1)
+        flow = None if local is None else sums[2] + jnp.sum(times(s * ds, others), axis=1)
         dk_sum = sums[0] + dot(ds.astype(queries.dtype), queries)
         return dk_sum, sums[1] + dot((s * weighted).astype(cotangent.dtype), cotangent), flow
 
@@ -138,7 +139,8 @@ def _dkv_kernel(
     def diagonal(t, sums):
         start = j * C + t * S
         factor = _decay(local, runs, start, j * C, (C, S), keys_down=True) * ratio[pl.ds(start, S)][None, :]
-        return add(sums, plain, start, dy[pl.ds(start, S), :], cut(mean, start, S), factor)
+        others = None if local is None else off_diagonal(j * C, start, (C, S))
+        return add(sums, plain, start, dy[pl.ds(start, S), :], cut(mean, start, S), factor, others)
 
     dk_sum, dv_sum, flow = jax.lax.fori_loop(0, C // S, diagonal, (dk_sum, dv_sum, flow))
     dk[...], dv[...] = (2 * dk_sum).astype(dk.dtype), dv_sum.astype(dv.dtype)

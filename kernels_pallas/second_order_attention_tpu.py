@@ -16,6 +16,7 @@ from kernels_pallas.tiles_tpu import (
     fall,
     heads_first,
     lanes,
+    off_diagonal,
     times,
     to_column,
     to_row,
@@ -107,7 +108,7 @@ def _dq_kernel(
         flow[...] = jnp.zeros_like(flow)
         scalar[0] = 1.0
 
-    def add(keys, cotangent, means, factor):
+    def add(keys, cotangent, means, factor, others=None):
         s = dot(q[...], keys[...], (1, 1))
         dp = dot(cotangent[...], v[...], (1, 1))
         if means is not None:
@@ -115,7 +116,7 @@ def _dq_kernel(
         ds = times(s, factor) * dp
         acc[...] += dot(ds.astype(keys.dtype), keys[...], (1, 0))
         if decayed:
-            flow[...] += lanes(s * ds)
+            flow[...] += lanes(times(s * ds, others))
 
     @pl.when(t < count)
     def _():
@@ -125,7 +126,8 @@ def _dq_kernel(
 
     @pl.when(t == count)
     def _():
-        add(k, dy, mean, _decay(local, runs, acc.shape[0]) * to_column(ratio[...]))
+        factor = _decay(local, runs, acc.shape[0]) * to_column(ratio[...])
+        add(k, dy, mean, factor, off_diagonal(acc.shape[0]) if decayed else None)
         dq[...] = (2 * acc[...]).astype(dq.dtype)
         row[...] = to_row(flow[...])
 
@@ -166,7 +168,7 @@ def _dkv_kernel(
         flow[...] = jnp.zeros_like(flow)
         scalar[0] = 1.0
 
-    def add(keys, cotangent, means, factor):
+    def add(keys, cotangent, means, factor, others=None):
         """Adds one tile of queries; keys run down the rows of the tile."""
         s = dot(keys[...], q[...], (1, 1))
         dp = dot(v[...], cotangent[...], (1, 1))
@@ -177,7 +179,7 @@ def _dkv_kernel(
         dk_sum[...] += dot(ds.astype(q.dtype), q[...], (1, 0))
         dv_sum[...] += dot((s * weighted).astype(q.dtype), cotangent[...], (1, 0))
         if decayed:
-            flow[...] += lanes(s * ds)
+            flow[...] += lanes(times(s * ds, others))
 
     @pl.when(t < count)
     def _():
@@ -189,7 +191,8 @@ def _dkv_kernel(
     def _():
         if decayed:
             dk_sum[...] *= to_column(leave[...])
-        add(k, dy, mean, _decay(local, runs, dk_sum.shape[0], keys_down=True) * ratio[...])
+        factor = _decay(local, runs, dk_sum.shape[0], keys_down=True) * ratio[...]
+        add(k, dy, mean, factor, off_diagonal(dk_sum.shape[0]) if decayed else None)
         dk[...] = (2 * dk_sum[...]).astype(dk.dtype)
         dv[...] = dv_sum[...].astype(dv.dtype)
         column[...] = to_row(flow[...])

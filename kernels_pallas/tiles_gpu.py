@@ -65,6 +65,13 @@ def fall(local, runs, queries, keys, size, *, keys_down=False):
     return -(coarse + fine) if keys_down else coarse + fine, seen
 
 
+def off_diagonal(down, across, size):
+    """0 where a token meets itself, otherwise 1: for rows from token `down` on and columns from `across` on."""
+    rows = down + jax.lax.broadcasted_iota(jnp.int32, size, 0)
+    columns = across + jax.lax.broadcasted_iota(jnp.int32, size, 1)
+    return (rows != columns).astype(jnp.float32)
+
+
 class Specs:
     """Blocks for a grid (J, N, B) of chunks: those of the program's own chunk, and whole rows to stream from."""
 

@@ -62,6 +62,12 @@ def fall(local, runs, C, *, keys_down=False):
     return -(coarse + fine) if keys_down else coarse + fine, seen
 
 
+def off_diagonal(C):
+    """0 where a token of a chunk meets itself, otherwise 1 [C, C]."""
+    down, across = (jax.lax.broadcasted_iota(jnp.int32, (C, C), axis) for axis in (0, 1))
+    return (down != across).astype(jnp.float32)
+
+
 class Specs:
     """Blocks for a grid (B N, J, steps): those of the chunk that a grid row holds, and those that are streamed.
 

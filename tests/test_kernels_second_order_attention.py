@@ -99,6 +99,16 @@ def test_values_and_gradients(platform, case):
 
 
 @pytest.mark.parametrize("platform", PLATFORMS)
+def test_a_strong_decay_has_a_gradient_without_what_tokens_add_to_themselves(platform):
+    """Which is 1e5 times what they add to others here, so that a difference of both would keep no digit of it."""
+    _, k, v, a, _, dy = arrays((1, 40, 1, 1, 16, -0.1, False, False, "float32", 32))
+    q, a, attention = 3 * k, a - 12, attend(platform, False, 32)
+    _, back = jax.vjp(jax.jit(lambda a: attention(q, k, v, log_decay=a)), a)
+    *_, expected = by_hand(q, k, v, a, None, dy, False)
+    assert np.abs(back(dy)[0] - expected).max() < 1e-5 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
 def test_skips_what_the_decay_or_a_document_hides(platform):
     """Keys that cannot matter are never read: there they are NaN."""
     T, far = 256, 64
