@@ -134,7 +134,7 @@ BAD_FILES = [
     ({"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "rope_theta is missing"),
     (
         {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": {"rope_theta": 5e5}},
-        "rope_theta is missing in and next to rope_scaling",
+        "rope_theta is in rope_parameters, but missing in and next to rope_scaling .linear.: keep one",
     ),
     ({"rope_scaling": {"type": "yarm", "factor": 2.0}}, "'yarm': did you mean 'yarn'.*linear.*longrope"),
     ({"rope_scaling": {"type": "LLaMA3", "factor": 2.0}}, "did you mean 'llama3'"),

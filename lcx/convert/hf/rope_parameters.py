@@ -152,8 +152,10 @@ def _theta(config: Mapping[str, Any], source: str, given: Mapping[str, Any], nam
     if theta is not None:
         return theta
     v5 = source.startswith("rope_parameters")
-    shadowed = not v5 and "rope_theta" in (config.get("rope_parameters") or {})
-    if shadowed or (v5 and name != "default"):
+    if not v5 and "rope_theta" in (config.get("rope_parameters") or {}):
+        found = f"rope_theta is in rope_parameters, but missing in and next to {source} ({name})"
+        raise UserError(f"{found}: keep one of the two in config.json, with rope_theta")
+    if v5 and name != "default":
         raise UserError(f"rope_theta is missing in and next to {source} ({name}): add the model's base")
     return 10000.0  # the meaning of files that predate the key
 

@@ -42,10 +42,16 @@ def _decoder(file: SourceFile, tally: Tally) -> json.JSONDecoder:
         found = dict(pairs)
         if len(found) < len(pairs):
             key = collections.Counter(key for key, _ in pairs).most_common(1)[0][0]
-            tally.remark(f"{file.name} has an object in which the key {key!r:.60} occurs twice; the last value is used")
+            tally.remark(
+                f"{file.name} has an object in which the key {key!r:.60} occurs twice; the last value is used"
+            )
         return found
 
     return json.JSONDecoder(object_pairs_hook=unique)
+
+
+def _fault(error: json.JSONDecodeError) -> str:
+    return error.msg.removesuffix(" at")  # some messages end where json itself adds the place
 
 
 def _loads(text: str, place: str, decoder: json.JSONDecoder) -> Any:
@@ -53,7 +59,7 @@ def _loads(text: str, place: str, decoder: json.JSONDecoder) -> Any:
         return decoder.decode(text)
     except json.JSONDecodeError as error:
         raise UserError(
-            f"{place} is not JSON: {error.msg} at column {error.colno}; expected one JSON object per line"
+            f"{place} is not JSON: {_fault(error)} at column {error.colno}; expected one JSON object per line"
             " (Dataset.on_bad_line='skip' leaves such lines out)"
         ) from error
     except (ValueError, RecursionError) as error:
@@ -189,7 +195,7 @@ class _Scanner:
                 if incomplete and self._read(len(self._text) - self._at):
                     continue
                 raise UserError(
-                    f"{shown(self._path)} line {line} is not JSON: {error.msg}; correct it"
+                    f"{shown(self._path)} line {line} is not JSON: {_fault(error)}; correct it"
                     " (on_bad_line='skip' needs one object per line)"
                 ) from error
             except (ValueError, RecursionError) as error:
