@@ -22,7 +22,7 @@ def read(file: SourceFile, tally: Tally, *, columns: Columns) -> Iterator[Row]:
     """
     csv.field_size_limit(2**31 - 1)  # the default, 128 KiB, is less than a long document
     lines = _Lines(file.path)
-    reader = csv.reader(lines, delimiter=DELIMITERS[file.format], strict=True)
+    reader = csv.reader(lines, delimiter=_delimiter(file), strict=True)
     header = next(_cells(file, lines, reader, tally=None), None)
     if header is None:
         return
@@ -45,6 +45,15 @@ def read(file: SourceFile, tally: Tally, *, columns: Columns) -> Iterator[Row]:
             continue
         record = {name: cells[i] for name, i in kept.items()}
         yield Row(place, f"{file.name}:{number}", record, lines.position)
+
+
+def _delimiter(file: SourceFile) -> str:
+    """The format's, but a semicolon for a csv file whose header has semicolons and no comma: spreadsheets write such
+    files in countries with a decimal comma.
+    """
+    header, _ = next(streams.lines(file.path), (b"", 0))
+    spreadsheet = file.format == "csv" and b";" in header and b"," not in header
+    return ";" if spreadsheet else DELIMITERS[file.format]
 
 
 def _text_columns(file: SourceFile, names: list[str]) -> dict[str, bool]:
