@@ -127,12 +127,13 @@ def memory_bytes(program: Program) -> float:
 
     Arrays inside fusions stay in registers. An update in place of a slice counts the slice alone.
     """
+    made = {one.name: one for body in program.computations.values() for one in body}
     total = 0.0
     for run in program.runs():
         one = run.instruction
         if run.fused or one.op in _NO_ARRAY or one.op.endswith("-done"):
             continue
-        total += 2.0 * run.times * written(program, one)
+        total += 2.0 * run.times * _written(program, one, made)
     return total + sum(one.held for one in program.computations[program.entry] if one.op == "parameter")
 
 
@@ -152,24 +153,29 @@ def host_bytes(program: Program) -> float:
     return total
 
 
-def written(program: Program, one: Instruction) -> int:
-    """Bytes that an instruction writes."""
+def _written(program: Program, one: Instruction, made: dict[str, Instruction]) -> int:
+    """Bytes that an instruction writes to the device's memory; `made`: every instruction of the program by name."""
+    if not one.held:
+        return 0
+    if one.op == "dynamic-update-slice":
+        return _updated(one, made)
     called = re.search(r"calls=%?([\w.\-]+)", one.text) if one.op == "fusion" else None
     if called and called[1] in program.computations:
-        inside = {other.name: other for other in program.computations[called[1]]}
         root = program.root(called[1])
-        roots = [inside[name] for name in root.operands if name in inside] if root.op == "tuple" else [root]
-        return sum(_updated(inside, each) for each in roots) or one.held
+        roots = [made[name] for name in root.operands if name in made] if root.op == "tuple" else [root]
+        return sum(_updated(each, made) for each in roots) or one.held
     return one.held
 
 
-def _updated(inside: dict[str, Instruction], root: Instruction) -> int:
-    while root.op in ("bitcast", "copy", "convert") and root.operands and root.operands[0] in inside:
-        if inside[root.operands[0]].op not in ("dynamic-update-slice", "bitcast", "copy", "convert"):
+def _updated(root: Instruction, made: dict[str, Instruction]) -> int:
+    """Bytes of the slice that is updated; of the whole result, if it is no update."""
+    while root.op in ("bitcast", "copy", "convert") and root.operands and root.operands[0] in made:
+        if made[root.operands[0]].op not in ("dynamic-update-slice", "bitcast", "copy", "convert"):
             break
-        root = inside[root.operands[0]]
-    if root.op == "dynamic-update-slice" and len(root.operands) > 1 and root.operands[1] in inside:
-        return inside[root.operands[1]].held
+        root = made[root.operands[0]]
+    if root.op == "dynamic-update-slice" and len(root.operands) > 1 and root.operands[1] in made:
+        update = made[root.operands[1]]
+        return update.held or update.nbytes  # it may come from a TPU's vector memory
     return root.held
 
 
