@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -128,8 +129,8 @@ def visits(plan, ids):
     """The number of tiles for each block of queries."""
     documents = attention_tiles.Documents.of(ids, plan.cols)
     return jnp.stack([
-        plan.over_tiles(jnp.int32(place), ids.shape[1], lambda start, n, whole: n + 1, 0, documents=documents)
-        for place in range(0, ids.shape[1], plan.rows)
+        plan.over_tiles(places, ids.shape[1], lambda start, n, whole: n + 1, 0, documents=documents)
+        for places in map(attention_tiles.FIRST.of_block, jnp.arange(0, ids.shape[1], plan.rows))
     ])  # fmt: skip
 
 
@@ -171,6 +172,29 @@ def test_decay_against_a_cache_equals_the_whole_row(T):
     np.testing.assert_allclose(
         got, np.take_along_axis(whole, own[:, :, None, None], axis=1), atol=1e-5, rtol=1e-4
     )
+
+
+@pytest.mark.parametrize("window", [None, 150])
+def test_all_heads_at_once_read_a_cache_as_one_does(window, monkeypatch):
+    """As on accelerators, with rows at other places. The loop over tiles has one length: gradients change in place."""
+    monkeypatch.setattr(dispatch, "platform", lambda: "gpu")
+    S, T, offset = 400, 70, np.array([231, 170])
+    q, k, v, w, _ = arrays(2, S, 4, 2, 16, False)
+    own = (offset[:, None] + np.arange(T))[:, :, None, None]
+    some = np.zeros_like(w)
+    np.put_along_axis(some, own, np.take_along_axis(w, own, axis=1), axis=1)
+    y, dq, dk, dv = numpy_attention(q, k, v, some, None, window)
+
+    def f(q, k, v):
+        ids = jnp.ones((2, T), jnp.int32), jnp.ones((2, S), jnp.int32)
+        return attention_tiles.tiled(q, k, v, *ids, jnp.array(offset), None, window=window, scale=0.25)[0]
+
+    own_q, own_w, y, dq = (np.take_along_axis(x, own, axis=1) for x in (q, w, y, dq))
+    for got, want in zip(with_gradients(f, own_q, k, v, own_w), (y, dq, dk, dv), strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-5, rtol=1e-4)
+    program = str(jax.make_jaxpr(jax.vjp(f, own_q, k, v)[1])(own_w))
+    goes_on = re.findall(r"cond_jaxpr=\{[^}]*?:(bool\[\d*\]) = lt", program)
+    assert goes_on and set(goes_on) == {"bool[]"}, "a loop of several lengths, which copies what it carries"
 
 
 def test_a_strong_decay_early_leaves_the_later_differences_exact():

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from lcx.ops.attention_tiles import Plan
+from lcx.ops.attention_tiles import Places, Plan
 from lcx.ops.tiling import add, cut, dot, put
 
 
@@ -106,7 +106,7 @@ def forward(
             return Sums(held.out * shrink[..., None] + new, top, held.total * shrink + jnp.sum(p, axis=-1))
 
         held = Sums._make(cut(x, query, C, axis=1) for x in sums)
-        held = plan.over_tiles(place, pairs.size, tile, held)
+        held = plan.over_tiles(Places(place, place), pairs.size, tile, held)
         return Sums._make(put(x, part, query, axis=1) for x, part in zip(sums, held, strict=True))
 
     return pairs.visit(rows, sums)
@@ -158,7 +158,7 @@ def backward(
             return Gradients(dq, d_since, dk, dv, d_until)
 
         own_dq = cut(grads.dq, query, C, axis=1)  # of these rows alone: small enough to stay in cache
-        found = plan.over_tiles(place, pairs.size, tile, grads._replace(dq=own_dq))
+        found = plan.over_tiles(Places(place, place), pairs.size, tile, grads._replace(dq=own_dq))
         return found._replace(dq=put(grads.dq, found.dq, query, axis=1))
 
     return pairs.visit(rows, so_far)

@@ -135,18 +135,18 @@ class Plan:
         """carry = body(row, carry) for row = 0, rows, 2 rows, ... < T."""
         return jax.lax.fori_loop(0, T // self.rows, lambda i, c: body(i * self.rows, c), carry)
 
-    def over_tiles(self, place: Array, S: int, body, carry, *, documents: "Documents | None" = None):
+    def over_tiles(self, places: "Places", S: int, body, carry, *, documents: "Documents | None" = None):
         """carry = body(first key, carry, whole) for each tile that any query of the block can see, nearest first.
 
         whole: every query sees every key of the tile, so that no mask is needed.
         """
-        first = 0 if self.window is None else jnp.maximum(place - self.window + 1, 0) // self.cols
-        last = jnp.minimum((place + self.rows - 1) // self.cols + 1, S // self.cols)
+        first = 0 if self.window is None else jnp.maximum(places.lowest - self.window + 1, 0) // self.cols
+        last = jnp.minimum((places.highest + self.rows - 1) // self.cols + 1, S // self.cols)
         if documents is not None:
-            first = documents.furthest(place, self.rows, first, last)
+            first = documents.furthest(places.lowest, self.rows, first, last)
         whole = first
         if not self.masked and self.window is None:
-            whole = jnp.clip((place + 1) // self.cols, first, last)
+            whole = jnp.clip((places.lowest + 1) // self.cols, first, last)
 
         def down(last, first, carry, whole):
             step = functools.partial(body, whole=whole)
@@ -185,10 +185,31 @@ class Plan:
         return jnp.where(seen, s, NEG), seen, slope
 
 
+class Places(NamedTuple):
+    """The place among the keys of a block's first query: the lowest and the highest one of all rows of a batch.
+
+    One for all heads and rows: with bounds of its own in each, a loop over tiles for several at once would copy what it
+    carries in every step, the gradients of all keys and values among it.
+    """
+
+    lowest: Array | int
+    highest: Array | int
+
+    @classmethod
+    def of(cls, offset: Array | None) -> "Places":
+        return FIRST if offset is None else cls(jnp.min(offset), jnp.max(offset))
+
+    def of_block(self, row: Array) -> "Places":
+        return Places(self.lowest + row, self.highest + row)
+
+
+FIRST = Places(0, 0)  # queries and keys are the same tokens
+
+
 class Documents(NamedTuple):
     """The segment ids of all rows of a batch, by which blocks of queries leave out the tiles of other documents.
 
-    One for all heads: with bounds of its own in each, a loop over tiles could not run for several heads at once.
+    One for all heads, see Places.
     """
 
     ids: Array  # [rows, S]
@@ -259,12 +280,14 @@ class Gaps(NamedTuple):
 
 
 def head_forward(
-    q, k, v, kv_segments, decay, q_segments, offset, sinks, *, plan: Plan, documents: Documents | None = None
-) -> tuple[Array, Array]:
+    q, k, v, kv_segments, decay, q_segments, offset, sinks, *, plan: Plan, places: Places = FIRST,
+    documents: Documents | None = None,
+) -> tuple[Array, Array]:  # fmt: skip
     """One row and kv head: q [G,T,H], k [S,H], v [S,W] -> out [G,T,W], logsumexp [G,T] float32.
 
     q_segments [T] and offset [] are given for queries after a cache; None: queries and keys are the same tokens.
-    sinks [G]: scores that count in the softmax and have no value. documents: those of `kv_segments`, in all heads.
+    sinks [G]: scores that count in the softmax and have no value. places, documents: of `offset` and `kv_segments`, in
+    all heads.
     """
     G, T, _ = q.shape
     S, C, size = k.shape[0], plan.rows, plan.cols
@@ -290,7 +313,7 @@ def head_forward(
         zeros = jnp.zeros((G, C), jnp.float32)
         lowest, count = (NEG, 0) if sinks is None else (sinks[:, None], 1)
         empty = (jnp.zeros((G, C, v.shape[1]), jnp.float32), zeros + lowest, zeros + count, nothing)
-        out, top, total, _ = plan.over_tiles(place, S, tile, empty, documents=documents)
+        out, top, total, _ = plan.over_tiles(places.of_block(row), S, tile, empty, documents=documents)
         total = jnp.where(total == 0, 1, total)  # no tile is in sight
         out = out / total[..., None]
         if plan.masked:  # padding sees nothing
@@ -303,7 +326,7 @@ def head_forward(
 
 def head_backward(
     q, k, v, kv_segments, decay, q_segments, offset, sinks, out, lse, d_out, d_lse, *, plan: Plan,
-    documents: Documents | None = None,
+    places: Places = FIRST, documents: Documents | None = None,
 ) -> tuple:  # fmt: skip
     """Gradients for one row and kv head; scores are recomputed tile by tile."""
     G, T, H = q.shape
@@ -339,7 +362,7 @@ def head_backward(
             return dq_row + dot(ds, cut(k, start, size), 1, 0), dk, dv, d_sums, edge
 
         state = (jnp.zeros((G * C, H), jnp.float32), dk, dv, d_sums, nothing)
-        dq_row, dk, dv, d_sums, _ = plan.over_tiles(place, S, tile, state, documents=documents)
+        dq_row, dk, dv, d_sums, _ = plan.over_tiles(places.of_block(row), S, tile, state, documents=documents)
         return put(dq, dq_row.reshape(G, C, H), row, axis=1), dk, dv, d_sums
 
     # [H, S] and [W, S]: on a CPU these products take half the time of those that give [S, H] and [S, W].
@@ -364,7 +387,8 @@ def _documents(kv_segments: Array, offset: Array | None, plan: Plan) -> Document
 
 def _tiled_forward(q, k, v, kv_segments, decay, q_segments, offset, sinks, plan: Plan):
     arrays = (q, k, v, kv_segments, decay, q_segments, offset, sinks)
-    one = functools.partial(head_forward, plan=plan, documents=_documents(kv_segments, offset, plan))
+    shared: dict[str, Any] = {"places": Places.of(offset), "documents": _documents(kv_segments, offset, plan)}
+    one = functools.partial(head_forward, plan=plan, **shared)
     out, lse = each_head(one, arrays, at_once=plan.heads)
     out, lse = checkpoint_name(out, MIXER_RESIDUALS), checkpoint_name(lse, MIXER_RESIDUALS)
     return (out, lse), (*arrays, out, lse)
@@ -372,8 +396,9 @@ def _tiled_forward(q, k, v, kv_segments, decay, q_segments, offset, sinks, plan:
 
 def _tiled_backward(plan: Plan, residuals, gradients):
     plan = plan.backward(*residuals[0].shape[:2])
-    documents = _documents(residuals[3], residuals[6], plan)
-    one = functools.partial(head_backward, plan=plan, documents=documents)
+    kv_segments, offset = residuals[3], residuals[6]
+    shared: dict[str, Any] = {"places": Places.of(offset), "documents": _documents(kv_segments, offset, plan)}
+    one = functools.partial(head_backward, plan=plan, **shared)
     grads = each_head(one, (*residuals, *gradients), at_once=plan.heads)
     dq, dk, dv, d_decay, d_sinks = grads
     return dq, dk, dv, None, d_decay, None, None, d_sinks
