@@ -220,7 +220,7 @@ class Documents(NamedTuple):
     def of(cls, ids: Array, cols: int) -> "Documents":
         return cls(ids, *_range(ids.reshape(len(ids), -1, cols)))
 
-    def furthest(self, place: Array, rows: int, first: Array | int, last: Array) -> Array:
+    def furthest(self, place: Array | int, rows: int, first: Array | int, last: Array) -> Array:
         """Of the tiles first ... last - 1, the first whose range of ids meets that of the queries from `place` on, in
         any row; `last` if there is none."""
         low, high = _range(cut(self.ids, place, rows, axis=1)[:, None])
