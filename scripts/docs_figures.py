@@ -333,6 +333,10 @@ TRAINING_AMX = (
 RECALL = "recall_cpu.json", "bash scripts/train_recall.sh"
 DECODING = "linearized_decoding_cpu.json", "python benchmarks/linearized.py --softmax HF_FOLDER"
 LONG_GENOMES = "python benchmarks/long_genomes.py --fasta=genome.fna.gz"
+STEP_GROWTH_NO_DECAY = (
+    "python benchmarks/step_growth.py --malloc kept --decays none --slow_until 65536 --layers 2 --rounds 6 "
+    "--output FILE.json"
+)
 STEP_GROWTH = "python benchmarks/step_growth.py --malloc kept --decays softplus --rounds 6 --output FILE.json"
 
 
@@ -391,6 +395,7 @@ FIGURES = {
     "pieces": Figure("pieces_cpu.json", pieces, "python benchmarks/pieces.py"),
     "pieces_llama": Figure("pieces_llama_cpu.json", pieces_llama, "python benchmarks/pieces.py", timed=False),
     "step_growth": Figure("step_growth_kept_cpu.json", step_growth, STEP_GROWTH),
+    "step_growth_no_decay": Figure("step_growth_no_decay_cpu.json", step_growth, STEP_GROWTH_NO_DECAY),
     "step_growth_given_back": Figure("step_growth_cpu.json", step_growth, "python benchmarks/step_growth.py"),
     "families": Figure("families_cpu.json", families, "python benchmarks/families.py"),
     "families_memory": Figure(
