@@ -95,3 +95,12 @@ def test_unknown_implementation():
     x, head, labels, weights = map(jnp.array, arrays(1, 2, 4, 3))
     with pytest.raises(UserError, match="expected 'reference' or 'chunked'"):
         cross_entropy(x, head, labels, weights, implementation="fused")
+
+
+@pytest.mark.parametrize(
+    ("head", "tokens"),
+    [((128256, 4096), 1024), ((32000, 1024), 512), ((32000, 256), 262), ((512, 64), 16384), ((2**24, 64), 32)],
+)
+def test_a_chunk_is_large_enough_to_pay_for_reading_the_head(head, tokens):
+    assert module.chunk_tokens(1 << 20, *head) == tokens
+    assert module.chunk_tokens(7, *head) == 7

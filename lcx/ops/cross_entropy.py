@@ -27,9 +27,8 @@ from lcx.errors import UserError
 from lcx.ops.product import laid_out_transpose, narrow_products, wide
 from lcx.ops.tiling import factor
 
-CHUNK_LOGITS = (
-    1 << 23
-)  # logits held at a time, 32 MiB of float32; measured flat from 2^21 to 2^24 on 2 CPU cores
+CHUNK_LOGITS = 1 << 23  # a chunk's logits may always take 32 MiB of float32
+CHUNK_TOKENS = 1024  # a chunk that needs more holds at most these
 
 
 class LogitTransform(NamedTuple):
@@ -135,18 +134,28 @@ def _over_mesh(fn, transform: LogitTransform, *, out: str):
     return wrapped
 
 
+def chunk_tokens(tokens: int, vocab: int, dim: int) -> int:
+    """How many of `tokens` tokens have their logits in memory at a time, for a head of [vocab, dim].
+
+    Every chunk reads the head and adds to its gradient, so chunks of few tokens are bound by memory bandwidth: with a
+    vocabulary of 128,256, CHUNK_LOGITS are those of 65 tokens. So a chunk may also have half as many logits as the head
+    has weights.
+    """
+    return max(1, min(tokens, max(CHUNK_LOGITS // vocab, min(CHUNK_TOKENS, dim // 2))))
+
+
 def _resized(x: Array, T: int) -> Array:
     """[B, S, ...] with the second axis cut to T, or padded with zeros: weight 0 and the valid label 0."""
     return jnp.pad(x, ((0, 0), (0, max(T - x.shape[1], 0)), *((0, 0),) * (x.ndim - 2)))[:, :T]
 
 
-def _chunks(arrays: tuple[Array, ...], vocab: int) -> tuple[Array, ...]:
+def _chunks(arrays: tuple[Array, ...], head: Array) -> tuple[Array, ...]:
     """[B, T, ...] -> [number of chunks, C, ...], padded with zeros: padding has weight 0 and the valid label 0.
 
     Padding copies what is padded, so chunks of nearly the largest size that need none are preferred.
     """
     tokens = arrays[0].shape[0] * arrays[0].shape[1]
-    most = max(1, min(tokens, CHUNK_LOGITS // vocab))
+    most = chunk_tokens(tokens, *head.shape)
     size = next((size for size in range(most, most // 2, -1) if tokens % size == 0), most)
     count = -(-tokens // size)
     flat = (a.reshape(tokens, *a.shape[2:]) for a in arrays)
@@ -181,14 +190,14 @@ def _chunk_nll(x, head, labels, vocab_axis, transform):
 
 def _local_nll(x, head, labels, *, vocab_axis, token_axes, transform):
     nll = jax.lax.map(
-        lambda c: _chunk_nll(c[0], head, c[1], vocab_axis, transform)[0], _chunks((x, labels), head.shape[0])
+        lambda c: _chunk_nll(c[0], head, c[1], vocab_axis, transform)[0], _chunks((x, labels), head)
     )
     return _unchunk(nll, labels.shape)
 
 
 def _local_loss_and_gradients(x, head, labels, weights, *, vocab_axis, token_axes, transform):
     by_columns = narrow_products(x)  # then dW is summed as [D, V], so that all products are fast (product.py)
-    chunks = _chunks((x, labels, weights), head.shape[0])
+    chunks = _chunks((x, labels, weights), head)
     left = laid_out_transpose(chunks[0]) if by_columns else chunks[0]
 
     def step(carry, chunk):

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from lcx.data import Tokenizer
 from lcx.errors import UserError
-from lcx.ops.cross_entropy import CHUNK_LOGITS, UNCHANGED, LogitTransform
+from lcx.ops.cross_entropy import UNCHANGED, LogitTransform, chunk_tokens
 from lcx.ops.tiling import dot
 
 LETTERS = "ACGT"
@@ -40,7 +40,7 @@ def measure(ids: tuple[int, ...]):
             return jnp.concatenate([nll, entropy, p[:, np.array(ids, np.int32)]], axis=-1)
 
         B, T, D = x.shape
-        size = max(1, min(B * T, CHUNK_LOGITS // head.shape[0]))
+        size = chunk_tokens(B * T, *head.shape)
         count = -(-B * T // size)
         flat = jnp.pad(x.reshape(B * T, D), ((0, count * size - B * T), (0, 0))).reshape(count, size, D)
         wanted = jnp.pad(labels.reshape(-1), (0, count * size - B * T)).reshape(count, size)
