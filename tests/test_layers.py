@@ -7,6 +7,8 @@ import pytest
 from flax.core import meta
 
 from lcx.layers import Embedding, Linear
+from lcx.ops.short_conv import short_conv
+from lcx.ops.tiling import scaled
 
 T, D = 1 << 14, 8
 
@@ -39,3 +41,18 @@ def test_gradients_of_a_bias_are_summed_over_many_tokens(dtype):
     found = gradients(module, jnp.ones((1, T, 3), dtype), narrow=dtype)["bias"]
     assert found.dtype == jnp.float32
     np.testing.assert_allclose(found, np.asarray(upstream("float32"), np.float64).sum((0, 1)), rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_gradients_of_short_convolutions_are_summed_over_many_tokens(dtype):
+    """Of the bias and of a skip, with a product behind them, which XLA merges into the sum."""
+    weights, ones = jnp.ones((D, 2), dtype), jnp.ones((1, T, D), dtype)
+
+    def weighted(bias, skip):
+        y = scaled(short_conv(ones, weights, bias=bias, time_axis=1)[0], skip)
+        return jnp.sum(y.astype(jnp.float32) * upstream("float32"))
+
+    found = jax.jit(jax.grad(weighted, argnums=(0, 1)))(jnp.zeros(D), jnp.ones(D))
+    exact = np.asarray(upstream("float32")[0], np.float64)
+    np.testing.assert_allclose(found[0], exact.sum(0), rtol=1e-5)
+    np.testing.assert_allclose(found[1], 2 * exact[1:].sum(0) + exact[0], rtol=1e-5)

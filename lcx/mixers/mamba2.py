@@ -30,6 +30,7 @@ from lcx.layers import Linear, named_param
 from lcx.ops.linear_attention import LinearState, empty_state, linear_attention
 from lcx.ops.shards import after_row, halo_in_words
 from lcx.ops.short_conv import ConvState, short_conv
+from lcx.ops.tiling import scaled
 
 Cache = dict[str, Any]
 PER_HEAD = Axes("rows", "time", "heads")
@@ -161,7 +162,7 @@ class Mamba2(nn.Module):
             mesh_axis=mesh_axis,
         )
         skip = ssm["skip"] if self.skip_per_channel else ssm["skip"][:, None]
-        y = y + skip.astype(x.dtype) * x
+        y = y + scaled(x, skip)
         return y, None if cache is None else after_row({**new, "ssm": state}, segment_ids, mesh_axis)
 
     @nn.nowrap
@@ -213,7 +214,7 @@ def convolved(
     y, after = short_conv(
         x.reshape(B, T, size),
         conv["taps"].reshape(size, -1).astype(x.dtype),
-        bias=conv["bias"].reshape(size).astype(x.dtype) if "bias" in conv else None,
+        bias=conv["bias"].reshape(size) if "bias" in conv else None,
         segment_ids=segment_ids,
         initial_state=flat,
         time_axis=1,

@@ -39,6 +39,7 @@ from lcx.ops import second_order_attention as second_order_op
 from lcx.ops.attention import attention
 from lcx.ops.shards import after_row, halo_in_words
 from lcx.ops.short_conv import ConvState, short_conv
+from lcx.ops.tiling import scaled
 
 Cache = dict[str, Any]
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -193,7 +194,7 @@ class TwoMamba(nn.Module):
             before = None if cache is None else cache["conv"]
             qkv, conv = self._convolve(qkv, arrays, ids, before, mesh_axis)
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
-        residual = v * arrays["D"].astype(v.dtype) if self.residual else None
+        residual = scaled(v, arrays["D"]) if self.residual else None
         if self.value_step:
             v = (v * arrays["dt"][..., None]).astype(v.dtype)
         q, k = (ACTIVATIONS[self.qk_activation](heads) for heads in (q, k))
@@ -212,7 +213,7 @@ class TwoMamba(nn.Module):
         y, seen = short_conv(
             qkv.reshape(B, T, -1),
             arrays["taps"].reshape(-1, self.conv_width).astype(qkv.dtype),
-            bias=arrays["taps_bias"].reshape(-1).astype(qkv.dtype),
+            bias=arrays["taps_bias"].reshape(-1),
             segment_ids=ids,
             initial_state=before,
             time_axis=1,

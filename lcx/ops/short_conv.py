@@ -25,6 +25,7 @@ from jaxtyping import Array, Float, Int
 
 from lcx.errors import UserError
 from lcx.ops import dispatch, segments, shards
+from lcx.ops.tiling import biased
 
 MAX_TAPS = 8
 KERNELS = {"triton": "gpu", "tpu": "tpu"}  # implementations and their platforms
@@ -76,7 +77,7 @@ def short_conv(
         y = reference(whole, w, ids, axis=axis) if name == "reference" else _xla(whole, w, ids, axis)
         y = _from(y, whole.shape[axis] - x.shape[axis], axis)
         if bias is not None:
-            y = y + _over_time(bias, axis).astype(y.dtype)
+            y = biased(y, _over_time(bias, axis))
             y = y if segment_ids is None else jnp.where(_over_channels(segment_ids != 0, axis), y, 0)
     return y, final_state(x, segment_ids, initial_state, w.shape[1], axis=axis)
 

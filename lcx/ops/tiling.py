@@ -40,6 +40,19 @@ def dot(a: Array, b: Array, a_axis: int, b_axis: int) -> Array:
     return jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.promote_types(a.dtype, jnp.float32))
 
 
+def biased(y: Array, bias: Array) -> Array:
+    """y + bias in y's dtype, for a bias of all tokens: its gradient is a sum over them, in float32 or wider.
+
+    In bfloat16 a sum ends as soon as a term is less than half of its last bit.
+    """
+    return (y.astype(jnp.promote_types(y.dtype, jnp.float32)) + bias).astype(y.dtype)
+
+
+def scaled(x: Array, scale: Array) -> Array:
+    """x * scale in x's dtype, for a scale of all tokens, with its gradient summed as that of a bias."""
+    return (x.astype(jnp.promote_types(x.dtype, jnp.float32)) * scale).astype(x.dtype)
+
+
 def row_dots(a: Array, b: Array) -> Array:
     """The sum of a * b over the last axis, for rows of float32 or wider.
 
