@@ -1,6 +1,5 @@
 """Chat templates: ids and masks equal those of transformers, the right one is taken, hostile ones are refused."""
 
-
 import chat_templates as files
 import numpy as np
 import pytest
