@@ -169,6 +169,24 @@ def test_pairs_of_experts_are_those_that_peft_fuses(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, peft_adapter.load(tmp_path / "a", model), lora)
 
 
+def test_a_router_trained_in_full_goes_to_peft_and_back(tmp_path):
+    """transformers 5 names Mixtral's router otherwise than the checkpoint, and PEFT finds it by that name only."""
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(**SIZES, num_local_experts=3, sliding_window=None)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    expected = write_adapter(tmp_path / "base", tmp_path / "a", target_modules=Q, modules_to_save=["gate"])
+    model, params = lcx.load(tmp_path / "base", adapter=tmp_path / "a")
+    np.testing.assert_allclose(logits(model, params), expected, atol=2e-5)
+
+    lora = LoRA(rank=2, targets="q_proj").init(jax.random.key(0), model)
+    router = "stages_0/block_0/mlp/router/kernel"
+    peft_adapter.save(tmp_path / "b", model, lora, params=params, beside=[router])
+    hf_model = peft_package.PeftModel.from_pretrained(hf_base(tmp_path / "base"), str(tmp_path / "b"))
+    ours = logits(*lcx.load(tmp_path / "base", adapter=tmp_path / "b"))
+    np.testing.assert_allclose(hf_logits(hf_model), ours, atol=2e-5)
+    assert np.abs(ours - logits(*lcx.load(tmp_path / "base"))).max() > 1e-3
+
+
 def test_experts_that_share_a_tensor_have_no_modules_to_write(tmp_path):
     config = {"model_type": "gpt_oss", **SIZES, "head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1}
     model = FAMILIES["gpt_oss"].model(config, dtype="float32")

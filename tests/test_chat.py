@@ -1,9 +1,9 @@
 """Chat templates: ids and masks equal those of transformers, the right one is taken, hostile ones are refused."""
 
-
 import chat_templates as files
 import numpy as np
 import pytest
+import tokenizers
 from conversations import (  # noqa: F401
     CONVERSATIONS,
     TOOL,
@@ -17,6 +17,7 @@ from conversations import (  # noqa: F401
 )
 
 from lcx.data import load_tokenizer, notices, save_tokenizer
+from lcx.data.chat import turn_end_ids
 from lcx.data.chat_templates import chat_templates
 from lcx.errors import UserError
 
@@ -105,6 +106,31 @@ def test_nothing_is_added_to_what_the_template_writes(tmp_path, folders):
     ((with_bos, _),) = read(source, folders["llama3"], add_bos=True)
     bos = load_tokenizer(str(folders["llama3"])).bos_id
     assert with_bos.count(bos) == 1 and with_bos[0] == bos
+
+
+@pytest.mark.parametrize(
+    ("after", "end"),
+    [("<|im_end|>\\n", ["<|im_end|>"]), ("\\n", []), (" ", []), (" </s>", []), ("", [])],
+)
+def test_only_a_special_token_right_after_an_answer_ends_a_turn(tmp_path, after, end):
+    """A space of sentencepiece, which alone is decoded to nothing, ended every answer at its next such token."""
+    letters = {letter: i for i, letter in enumerate("\u2581\nAn aswer.Qutio[]:")}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(letters, []))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    tokenizer.decoder = tokenizers.decoders.Metaspace()
+    tokenizer.add_special_tokens(["<|im_end|>", "</s>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    template = "{% for m in messages %}{{ '[' + m.content + ']' if m.role == 'user' else m.content + '@' }}{% endfor %}"
+    (tmp_path / "chat_template.jinja").write_text(template.replace("@", after))
+    ours = load_tokenizer(str(tmp_path))
+    assert turn_end_ids(chat_templates(ours), ours) == [tokenizer.token_to_id(token) for token in end]
+
+
+def test_a_template_that_rewrites_the_answer_names_no_end_of_it(folders, tmp_path):
+    template = "{% for m in messages %}<|im_end|>{{ m.content | upper }}{% endfor %}"
+    (tmp_path / "upper.jinja").write_text(template)
+    ours = load_tokenizer(str(folders["chatml"]))
+    assert turn_end_ids(chat_templates(ours, str(tmp_path / "upper.jinja")), ours) == []
 
 
 def test_reasoning_goes_by_every_name(tmp_path, folders, theirs):

@@ -327,8 +327,14 @@ def turn_end_ids(templates: chat_templates.ChatTemplates, tokenizer: Tokenizer) 
         text, _ = templates.render(messages)
     except RenderError:
         return []
-    ids = tokenizer.encode(text.rpartition(answer)[2])[:1].tolist()
-    return [i for i in ids if not tokenizer.decode([i])]
+    start, found, rest = text.rpartition(answer)
+    if not found:  # the template rewrites the answer
+        return []
+    before = tokenizer.encode(start + answer).tolist()
+    whole = tokenizer.encode(start + answer + rest)[: len(before) + 1].tolist()
+    # Alone, a token such as sentencepiece's space is decoded to nothing too, so it is decoded with those before it.
+    adds_nothing = whole[:-1] == before and tokenizer.decode(whole) == tokenizer.decode(before)
+    return whole[-1:] if adds_nothing else []
 
 
 def loss_mask(

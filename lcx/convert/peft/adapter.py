@@ -33,7 +33,7 @@ from lcx.convert.core.rules import Transposed
 from lcx.convert.files import destination, folders, safetensors, tensor_io
 from lcx.convert.files.tensor_io import TensorInfo
 from lcx.convert.peft import base as adapter_base
-from lcx.convert.peft import merged, targets
+from lcx.convert.peft import merged, module_names, targets
 from lcx.convert.peft.base import Base
 from lcx.convert.peft.files import CONFIG, EMBEDDING_WEIGHT, HEAD_WEIGHT, PREFIX, WEIGHTS, LowRank, read
 from lcx.convert.workdir.source import LcxSource, read_meta, step_folder, stored_pairs, trained
@@ -307,7 +307,7 @@ def _full(model: Decoder, pairs: Mapping[str, LowRank], beside: Sequence[str]) -
         if of_pairs and kind == "bias":
             full[name] = f"{PREFIX}{owner}.{'base_layer.' if owner in pairs else ''}bias"
         elif owner in owners - pairs.keys() and (not of_pairs or name in trained):
-            full[name] = PREFIX + name
+            full[name] = PREFIX + module_names.of_class(name)
     # Otherwise PEFT would leave the head unchanged.
     if model.tie_word_embeddings and EMBEDDING_WEIGHT in full:
         full[HEAD_WEIGHT] = PREFIX + HEAD_WEIGHT
@@ -432,7 +432,8 @@ def _endings(saved: set[str], tensors: Iterable[str]) -> list[str]:
     found = []
     for name in saved:
         short = name.rpartition(".")[2]
-        found.append(short if all(other in saved for other in parents if other.endswith(short)) else name)
+        unique = all(other in saved for other in parents if other.endswith(short))
+        found.append(short if unique else module_names.of_class(name))
     return sorted(set(found))
 
 

@@ -25,8 +25,8 @@ import numpy as np
 
 from lcx.convert.files import folders, safetensors, tensor_io, torch_bin
 from lcx.convert.files.tensor_io import FLOAT_DTYPES, TensorSource
+from lcx.convert.peft import module_names, text_modules
 from lcx.convert.peft import settings as peft_settings
-from lcx.convert.peft import text_modules
 from lcx.convert.peft.settings import EMBEDDING, HEAD, Settings
 from lcx.errors import UserError
 
@@ -183,8 +183,11 @@ class _Reading:
     def __init__(self, folder: pathlib.Path, settings: Settings, source: TensorSource, known: Known):
         self.folder, self.source, self.known = folder, source, known
         # module -> kind -> key
-        self.found, spelling = text_modules.of_text_model(_sorted(source, settings.saved), settings.saved)
-        self.settings = dataclasses.replace(settings, spelling=spelling)
+        found, spelling = text_modules.of_text_model(_sorted(source, settings.saved), settings.saved)
+        names = " ".join(known.shapes)
+        self.found = {module_names.of_checkpoint(module, names): keys for module, keys in found.items()}
+        saved = tuple(module_names.of_checkpoint(name, names) for name in settings.saved)
+        self.settings = dataclasses.replace(settings, spelling=spelling, saved=saved)
         if spelling:
             log.warning("%s: trained on a model with encoders, and read as an adapter of its text model", folder)
         self.changes: dict[str, list[Change]] = {}
