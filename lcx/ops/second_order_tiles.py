@@ -120,7 +120,8 @@ def backward(head: Head, weights: Array, of_state: tuple[Array, Array] | None, g
 
     def row(i, carry):
         (dq, d_own, dk, dv), d_state = carry
-        q_i, k_i, dy_i = head.queries(i), head.keys(i), head.cut(dv, i)
+        # Read once, since it is then overwritten: XLA would copy an array of which several operations read the tile.
+        q_i, k_i, dy_i = head.queries(i), head.keys(i), jax.lax.optimization_barrier(head.cut(dv, i))
         d_i, own = head.d_sums(weights, head.d_weights(dq, weights, dy_i, i), dy_i, i)
         d_far = d_i * (jnp.exp(l[i]) * (head.runs[i] == first[i]))[:, None]
         near, dk_i, dv_i, d_near = within_backward(q_i, k_i, head.values(i), head.decay[i], head.runs[i], d_i)
