@@ -18,7 +18,8 @@ the token itself, and the bound on the first visible chunk holds for all scores.
     dq_i = scale sum_j ds_ij k_j,   dk_j = scale sum_i ds_ij q_i,   dv_j = sum_i p_ij dy_i
 
 and log_decay's gradient at t is the sum of ds_ij over i >= t > j, from row and column sums of the unrounded ds
-(second_order_attention.py says why).
+(second_order_attention.py says why). Both leave out ds_ii: of a token that attends to hardly anything else it is a
+rounding error, of p_ii near 1 times the difference of two equal numbers, and not the same one in both passes.
 
 Data placement, bytes and FLOPs are those of second_order_attention.py (but no folded keys: 8 H bytes forward). In
 addition to the products each score costs a multiply-add, a maximum, a subtraction, an exp2, a rounding and a sum.

@@ -9,7 +9,7 @@ from jax.experimental import pallas as pl
 from kernels_pallas import tiles_gpu
 from kernels_pallas.attention_plan import LOG2E, NEVER, Bias, Cotangent, Options
 from kernels_pallas.tiles import Reach, Tile
-from kernels_pallas.tiles_gpu import Specs, call, cut, fall
+from kernels_pallas.tiles_gpu import Specs, call, cut, fall, off_diagonal, times
 
 
 def _visit(steps, count, at, body, sums):
@@ -67,11 +67,11 @@ def _dq_kernel(first, steps, q, k, v, dy, mean, lse, far, column, local, runs, d
     i = pl.num_programs(0) - 1 - pl.program_id(0)
     queries, cotangent, means, base = q[...], dy[...], mean[pl.ds(i * C, C)][:, None], i * (C // S)
 
-    def add(logits, start, sums):
+    def add(logits, start, sums, others=None):
         keys = k[pl.ds(start, S), :]
         p = jnp.exp2(logits(dot(queries, keys.T)))
         ds = p * (dot(cotangent, v[pl.ds(start, S), :].T) - means)
-        flow = None if sums[1] is None else sums[1] + jnp.sum(ds, axis=1)
+        flow = None if sums[1] is None else sums[1] + jnp.sum(times(ds, others), axis=1)
         return sums[0] + dot(ds.astype(keys.dtype), keys), flow
 
     above = far[pl.ds(i * C, C)][:, None]
@@ -86,7 +86,8 @@ def _dq_kernel(first, steps, q, k, v, dy, mean, lse, far, column, local, runs, d
 
     def diagonal(t, sums):
         start = (base + t) * S
-        return add(lambda s: _own_logits(s, options, local, runs, i * C, start) - top, start, sums)
+        others = None if local is None else off_diagonal(i * C, start, (C, S))
+        return add(lambda s: _own_logits(s, options, local, runs, i * C, start) - top, start, sums, others)
 
     acc, flow = jax.lax.fori_loop(0, C // S, diagonal, sums)
     dq[...] = (acc * options.scale).astype(dq.dtype)
@@ -100,12 +101,12 @@ def _dkv_kernel(
     j = pl.program_id(0)
     keys, values, base = k[...], v[...], (j + 1) * (C // S)
 
-    def add(logits, start, sums):
+    def add(logits, start, sums, others=None):
         """Adds one tile of queries; keys run down the rows of the tile."""
         queries, cotangent = q[pl.ds(start, S), :], dy[pl.ds(start, S), :]
         p = jnp.exp2(logits(dot(keys, queries.T)))
         ds = p * (dot(values, cotangent.T) - mean[pl.ds(start, S)][None, :])
-        flow = None if local is None else sums[2] + jnp.sum(ds, axis=1)
+        flow = None if local is None else sums[2] + jnp.sum(times(ds, others), axis=1)
         dk_sum = sums[0] + dot(ds.astype(queries.dtype), queries)
         return dk_sum, sums[1] + dot(p.astype(cotangent.dtype), cotangent), flow
 
@@ -131,7 +132,8 @@ def _dkv_kernel(
             own = _own_logits(s, options, local, runs, start, j * C, keys_down=True)
             return own - lse[pl.ds(start, S)][None, :]
 
-        return add(logits, start, sums)
+        others = None if local is None else off_diagonal(j * C, start, (C, S))
+        return add(logits, start, sums, others)
 
     dk_sum, dv_sum, flow = jax.lax.fori_loop(0, C // S, diagonal, sums)
     dk[...], dv[...] = (dk_sum * options.scale).astype(dk.dtype), dv_sum.astype(dv.dtype)
@@ -158,7 +160,7 @@ def forward(q, k, v, bias: Bias | None, reach: Reach, runs, options: Options, ti
 
 
 def backward_dq(q, k, v, ct: Cotangent, bias: Bias | None, reach: Reach, runs, options: Options, tile: Tile):
-    """dq [B, T, N, H], and sum_j ds_ij [B, N, T] (0 without decay and documents)."""
+    """dq [B, T, N, H], and the sums of ds_ij over j < i, [B, N, T] (0 without decay and documents)."""
     B, T, N, H = q.shape
     at, K = Specs(q.shape, tile.held, reverse=True), k.shape[2]
     column, _, local = (None, None, None) if bias is None else bias[:3]
@@ -178,7 +180,7 @@ def backward_dq(q, k, v, ct: Cotangent, bias: Bias | None, reach: Reach, runs, o
 
 
 def backward_dkv(q, k, v, ct: Cotangent, bias: Bias | None, reach: Reach, runs, options: Options, tile: Tile):
-    """dk and dv per query head, [B, T, N, H] each, and sum_i ds_ij [B, N, T]."""
+    """dk and dv per query head, [B, T, N, H] each, and the sums of ds_ij over i > j, [B, N, T]."""
     B, T, N, H = q.shape
     at, K = Specs(q.shape, tile.held), k.shape[2]
     column, _, local = (None, None, None) if bias is None else bias[:3]

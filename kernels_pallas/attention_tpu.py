@@ -20,6 +20,8 @@ from kernels_pallas.tiles_tpu import (
     fall,
     heads_first,
     lanes,
+    off_diagonal,
+    times,
     to_column,
     to_row,
     tokens_first,
@@ -128,11 +130,11 @@ def _dq_kernel(
         flow[...] = jnp.zeros_like(flow)
         scalar[0] = 0.0
 
-    def add(z, keys):
+    def add(z, keys, others=None):
         ds = jnp.exp2(z) * (dot(dy[...], v[...], (1, 1)) - to_column(mean[...]))
         acc[...] += dot(ds.astype(keys.dtype), keys[...], (1, 0))
         if decayed:
-            flow[...] += lanes(ds)
+            flow[...] += lanes(times(ds, others))
 
     @pl.when(t < count)
     def _():
@@ -144,7 +146,8 @@ def _dq_kernel(
     @pl.when(t == count)
     def _():
         s = dot(q[...], k[...], (1, 1))
-        add(_own_logits(s, options, local, runs) - to_column(lse[...]), k)
+        others = off_diagonal(acc.shape[0]) if decayed else None
+        add(_own_logits(s, options, local, runs) - to_column(lse[...]), k, others)
         dq[...] = (acc[...] * options.scale).astype(dq.dtype)
         row[...] = to_row(flow[...])
 
@@ -183,14 +186,14 @@ def _dkv_kernel(
         flow[...] = jnp.zeros_like(flow)
         scalar[0] = 0.0
 
-    def add(z):
+    def add(z, others=None):
         """Adds one tile of queries; keys run down the rows of the tile."""
         p = jnp.exp2(z)
         ds = p * (dot(v[...], dy[...], (1, 1)) - mean[...])
         dk_sum[...] += dot(ds.astype(q.dtype), q[...], (1, 0))
         dv_sum[...] += dot(p.astype(q.dtype), dy[...], (1, 0))
         if decayed:
-            flow[...] += lanes(ds)
+            flow[...] += lanes(times(ds, others))
 
     @pl.when(t < count)
     def _():
@@ -202,7 +205,8 @@ def _dkv_kernel(
     @pl.when(t == count)
     def _():
         s = dot(k[...], q[...], (1, 1))
-        add(_own_logits(s, options, local, runs, keys_down=True) - lse[...])
+        others = off_diagonal(dk_sum.shape[0]) if decayed else None
+        add(_own_logits(s, options, local, runs, keys_down=True) - lse[...], others)
         dk[...] = (dk_sum[...] * options.scale).astype(dk.dtype)
         dv[...] = dv_sum[...].astype(dv.dtype)
         flows[...] = to_row(flow[...])
@@ -236,7 +240,7 @@ def forward(q, k, v, bias: Bias | None, reach: Reach, runs, options: Options, ti
 
 
 def backward_dq(q, k, v, ct: Cotangent, bias: Bias | None, reach: Reach, runs, options: Options, tile: Tile):
-    """dq [B, T, N, H] and sum_j ds_ij [B, N, T] (0 without decay and documents)."""
+    """dq [B, T, N, H] and the sums of ds_ij over j < i, [B, N, T] (0 without decay and documents)."""
     B, T, N, H = q.shape
     at, K, C = Specs(q.shape, tile.held, -1), k.shape[2], tile.held
     keys = heads_first(k)
@@ -262,7 +266,7 @@ def backward_dq(q, k, v, ct: Cotangent, bias: Bias | None, reach: Reach, runs, o
 
 
 def backward_dkv(q, k, v, ct: Cotangent, bias: Bias | None, reach: Reach, runs, options: Options, tile: Tile):
-    """dk and dv per query head, [B, T, N, H] each, and sum_i ds_ij [B, N, T]."""
+    """dk and dv per query head, [B, T, N, H] each, and the sums of ds_ij over i > j, [B, N, T]."""
     B, T, N, H = q.shape
     at, K, C = Specs(q.shape, tile.held, 1), k.shape[2], tile.held
     operands = [

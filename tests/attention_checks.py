@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import jaxprs_in_params
 
 NAMES = ["y", "dq", "dk", "dv", "da"]
 
@@ -51,6 +52,17 @@ def pulled(f, *xs):
     """As with_gradients, to be compiled by the caller: once for arrays of the same shapes."""
     y, pull = jax.vjp(f, *xs[:-1])
     return y, *pull(xs[-1])
+
+
+def lengths_of_loops(program):
+    """The shapes of what says whether a loop goes on, of all loops in a jaxpr: () unless a vmap gave it several
+    lengths. Then XLA copies in every step what it carries."""
+    shapes = set()
+    for equation in program.eqns:
+        if equation.primitive.name == "while":
+            shapes.add(equation.params["cond_jaxpr"].out_avals[0].shape)
+        shapes.update(*map(lengths_of_loops, jaxprs_in_params(equation.params)))
+    return shapes
 
 
 def sums_between(a):

@@ -18,6 +18,7 @@ from lcx import sharding
 from lcx.config import environment
 from lcx.layers import Linear
 from lcx.model import Stage, abstract_params, llama
+from lcx.ops.second_order_attention import second_order_attention
 from lcx.planning import program, traffic
 
 A, B = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((1024, 512), (512, 1024)))
@@ -132,6 +133,21 @@ def test_the_inputs_of_blocks_wait_in_the_memory_of_the_host(chip):
     inputs = [x for run in compiled.runs() for x in run.instruction.results if x.shape == (3, 1, 128, 48)]
     assert inputs and all(x.on_host for x in inputs)
     assert traffic.host_bytes(compiled) == 2 * 4 * 3 * 128 * 48, "each is written there once and read once"
+
+
+def test_second_order_tiles_change_whole_rows_in_place(h200):
+    """Nothing as large as the gradient of a row is copied, or chosen anew, in a step of the loops over tiles."""
+    B, T, N, H = 2, 256, 2, 128
+    x, decay = jax.ShapeDtypeStruct((B, T, N, H), jnp.bfloat16), jax.ShapeDtypeStruct((B, T, N), jnp.float32)
+
+    def loss(*x):
+        options = {"log_decay": x[3], "implementation": "xla", "form": "tiles"}
+        return jnp.sum(second_order_attention(*x[:3], **options)[0].astype(jnp.float32))
+
+    text = aot.text("h200", jax.grad(loss, (0, 1, 2, 3)), x, x, x, decay)
+    loops, whole = text[: text.index("\nENTRY")], rf"f32\[{B},{N},1,{T},1,{H}\]\S* "
+    assert re.search(whole + "dynamic-update-slice", loops)
+    assert not re.findall(whole + r"(?:copy|select)\(.*", loops)
 
 
 def test_projections_in_fp8_are_products_in_fp8(h200):

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from attention_checks import check, decay_and_runs
 
+from kernels_pallas import attention_gpu, attention_tpu
 from kernels_pallas.attention import Options, attention, bias, obstacle
+from kernels_pallas.attention_plan import Cotangent
 from kernels_pallas.tiles import Tile, Tiles, square
 
 # B, T, N, K, H, mean log-decay (None: no decay; resets: hardly any or e^-95),
@@ -73,6 +75,40 @@ def test_values_and_gradients(platform, case):
 
     limit = 1e-5 if dtype == "float32" else 1e-2
     check(run(q, k, v, a, dy), by_hand(q, k, v, a, runs, dy), dtype, limit)
+
+
+def test_a_strong_decay_has_a_gradient_without_what_tokens_add_to_themselves():
+    """Which is rounding alone, and on GPU not the same in the two backward passes, whose products have other shapes."""
+    q, k, v, a, _, dy = arrays((1, 129, 1, 1, 64, -0.1, False, "float32", None))
+    a = a - 17  # the gradients are below 1e-5
+    attend = functools.partial(
+        attention, platform="gpu", interpret=True
+    )  # in passes of 128 x 32 and 128 x 16
+    _, back = jax.vjp(jax.jit(lambda a: attend(q, k, v, log_decay=a)), a)
+    *_, expected = by_hand(q, k, v, a, None, dy)
+    assert np.abs(back(dy)[0] - expected).max() < 1e-5 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("kernels", [attention_gpu, attention_tpu])
+def test_no_pass_sums_what_a_token_adds_to_itself(kernels):
+    """Documents of one token have nothing else, here with a mean that does not cancel it."""
+    q, k, v, a, _, dy = arrays((1, 32, 1, 1, 16, -0.1, False, "float32", 16))
+    runs, zeros = jnp.arange(32)[None], jnp.zeros((1, 1, 32))
+    options = Options(scale=1.0, platform=kernels.__name__[-3:], interpret=True, tiles=square(16))
+    biases, reach = bias(q, k, jnp.swapaxes(a, 1, 2), runs, options, 16)
+    arguments = (
+        q,
+        k,
+        v,
+        Cotangent(dy, zeros, zeros, zeros),
+        biases,
+        reach,
+        runs,
+        options,
+        Tile(16, 16, 4, 1),
+    )
+    (_, row), (*_, dv, column) = kernels.backward_dq(*arguments), kernels.backward_dkv(*arguments)
+    assert np.abs(dv).min() > 0 and not np.any(row) and not np.any(column)
 
 
 def test_skipping_allows_for_the_scores():

@@ -23,6 +23,7 @@ from lcx.ops.tiling import row_dots
 TILE = 128
 FAINT = 1e-12  # a score, relative to the sizes of query and key, that may be pure rounding error
 MAYBE, SURELY = 1, 2  # in Rows.alone
+AXES = "second_order_rows", "second_order_heads"
 Outputs = tuple[Float[Array, "B T N H"], Float[Array, "B T N 1"]]
 
 
@@ -50,7 +51,10 @@ class Rows(NamedTuple):
 
 
 class Head(NamedTuple):
-    """One row and head of `Rows`: the first three arrays are whole, `at` is the head's place (b, n) in them."""
+    """One row and head of `Rows`: the first three arrays are whole, `at` is the head's place (b, n) in them.
+
+    axes: names of the axes along which heads are computed at once; none on a CPU.
+    """
 
     at: tuple
     q: Array
@@ -62,6 +66,15 @@ class Head(NamedTuple):
     decay: Float[Array, "n C"]
     runs: Int[Array, "n C"]
     alone: Int[Array, "n C"] | None
+    axes: tuple[str, ...] = ()
+
+    def in_any(self, flag: Bool[Array, ""]) -> Bool[Array, ""]:
+        """Whether it holds in any of the heads that are computed at once.
+
+        By this a loop goes on, so that it has one length for all of them. With one of its own in each, XLA would copy
+        what it carries in every step, gradients of whole rows among it.
+        """
+        return jax.lax.pmax(flag.astype(jnp.int32), self.axes) > 0 if self.axes else flag
 
     def queries(self, i) -> Float[Array, "C H"]:
         return _scaled(self.cut(self.q, i), self.of_q[i][:, None])
@@ -196,8 +209,8 @@ def each_head(fn, rows: Rows, others: tuple, of_heads: tuple, results: tuple):
     B, _, N = rows.q.shape[:3]
     large, small = (*rows[:3], *others), (rows[3:], *of_heads)
 
-    def one(at, large, small, results):
-        head = Head(at, *large[:3], *small[0])
+    def one(at, large, small, results, axes=()):
+        head = Head(at, *large[:3], *small[0], axes=axes)
         return fn(head, large[3:], small[1:], results)
 
     if dispatch.platform() == "cpu":
@@ -212,8 +225,8 @@ def each_head(fn, rows: Rows, others: tuple, of_heads: tuple, results: tuple):
 
     def alone(large, small, results):
         large, results = jax.tree.map(lambda x: x[None, :, None], (large, results))
-        results, out = one((0, 0), large, small, results)
+        results, out = one((0, 0), large, small, results, AXES)
         return jax.tree.map(lambda x: x[0, :, 0], results), out
 
-    heads = jax.vmap(alone, in_axes=(1, 0, 1), out_axes=(1, 0))
-    return jax.vmap(heads)(large, small, results)
+    heads = jax.vmap(alone, in_axes=(1, 0, 1), out_axes=(1, 0), axis_name=AXES[1])
+    return jax.vmap(heads, axis_name=AXES[0])(large, small, results)

@@ -58,19 +58,25 @@ def _gaps(rate: Array, seen: Array) -> Array:
     return jnp.sum(l[:, :, None] - l[:, None, :], axis=0)
 
 
-def _earlier(i, total: Array, first: Array, last: Array, tile, carry):
-    """carry = tile(j, gap, carry) for the tiles j before i, nearest first, until all others are negligible."""
+def _earlier(head: Head, i, total: Array, first: Array, last: Array, tile, carry):
+    """carry = tile(j, gap, carry) for the tiles j before i, nearest first, until all others are negligible.
 
-    def matters(state):
-        j, gap, _ = state
-        return (j >= 0) & (gap >= SKIP) & (last[j] >= first[i])
+    Of heads that are computed at once, those that are done earlier get a gap of -inf.
+    """
+
+    def matters(j, gap):
+        return (gap >= SKIP) & (last[j] >= first[i])
+
+    def goes_on(state):
+        return (state[0] >= 0) & head.in_any(matters(*state[:2]))
 
     def step(state):
         j, gap, carry = state
+        gap = jnp.where(matters(j, gap), gap, -jnp.inf)
         return j - 1, gap + total[j], tile(j, gap, carry)
 
     start = i - 1, jnp.zeros((), total.dtype), carry
-    return jax.lax.while_loop(matters, step, start)[2]
+    return jax.lax.while_loop(goes_on, step, start)[2]
 
 
 def forward(head: Head, state: Array | None, outputs: Outputs) -> tuple[Array | None, Outputs]:
@@ -87,9 +93,9 @@ def forward(head: Head, state: Array | None, outputs: Outputs) -> tuple[Array | 
             v_j = (v_j * to_end[j][:, None]).astype(v_j.dtype)
             return far + jnp.exp(gap) * dot((s * s).astype(v_j.dtype), v_j, 1, 0)
 
-        far = _earlier(i, total, first, last, tile, jnp.zeros(v_i.shape, outputs[0].dtype))
+        far = _earlier(head, i, total, first, last, tile, jnp.zeros(v_i.shape, outputs[0].dtype))
         if state is not None:
-            far = row_ends.seen(ends.before[i], q_i, state, far)
+            far = row_ends.seen(head, ends.before[i], q_i, state, far)
         from_start = jnp.exp(l[i]) * (runs_i == first[i])
         part = dot((s * s * near).astype(v_i.dtype), v_i, 1, 0) + far * from_start[:, None]
         return head.put_outputs(outputs, part, q_i, k_i, i)
@@ -114,7 +120,8 @@ def backward(head: Head, weights: Array, of_state: tuple[Array, Array] | None, g
 
     def row(i, carry):
         (dq, d_own, dk, dv), d_state = carry
-        q_i, k_i, dy_i = head.queries(i), head.keys(i), head.cut(dv, i)
+        # Read once, since it is then overwritten: XLA would copy an array of which several operations read the tile.
+        q_i, k_i, dy_i = head.queries(i), head.keys(i), jax.lax.optimization_barrier(head.cut(dv, i))
         d_i, own = head.d_sums(weights, head.d_weights(dq, weights, dy_i, i), dy_i, i)
         d_far = d_i * (jnp.exp(l[i]) * (head.runs[i] == first[i]))[:, None]
         near, dk_i, dv_i, d_near = within_backward(q_i, k_i, head.values(i), head.decay[i], head.runs[i], d_i)
@@ -133,9 +140,10 @@ def backward(head: Head, weights: Array, of_state: tuple[Array, Array] | None, g
 
         d_own, dk = d_own.at[i].set(d_near), head.put(dk, head.d_keys(dk_i, i), i)
         carry = jnp.zeros_like(near), d_own, dk, head.put(dv, dv_i + own, i)
-        far, d_own, dk, dv = _earlier(i, total, first, last, tile, carry)
+        far, d_own, dk, dv = _earlier(head, i, total, first, last, tile, carry)
         if of_state is not None:
-            far, d_state = row_ends.seen_backward(ends.before[i], q_i, of_state[0], d_far, far, d_state)
+            found = q_i, of_state[0], d_far, far, d_state
+            far, d_state = row_ends.seen_backward(head, ends.before[i], *found)
         d_own = d_own.at[i].add(row_dots(q_i, far))
         return (head.put(dq, head.d_queries(near + far, i), i), d_own, dk, dv), d_state
 
