@@ -148,7 +148,7 @@ def test_settings_that_do_not_exist_raise():
         TwoMamba(2, 8, score="cube").init(jax.random.key(0), x)
     with pytest.raises(UserError, match="set norm='scores'"):
         TwoMamba(2, 8, score="exp", norm="output").init(jax.random.key(0), x)
-    with pytest.raises(UserError, match="form 'chunks': expected 'tiles', 'states', 'recurrent' or None"):
+    with pytest.raises(UserError, match="TwoMamba.form 'chunks': expected 'tiles', 'states', 'recurrent' or None"):
         TwoMamba(2, 8, form="chunks").init(jax.random.key(0), x)
     with pytest.raises(UserError, match="score 'linear': only 'square' has forms; set form=None"):
         TwoMamba(2, 8, score="linear", form="tiles").init(jax.random.key(0), x)

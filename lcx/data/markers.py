@@ -12,11 +12,12 @@ from jaxtyping import Int
 
 from lcx.wording import quantity
 
-#: <|endoftext|>, <|eot_id|>, <|im_end|>; </s>; <eos>, [EOD]; <end_of_turn>; that of DeepSeek, of other characters.
+#: <|endoftext|>, <|eot_id|>, <|im_end|>; <|return|>; </s>; <eos>, [EOD]; <end_of_turn>; that of DeepSeek, of other
+#: characters.
 _BAR = "[|\N{FULLWIDTH VERTICAL LINE}]"
 MARKER = re.compile(
     rf"<{_BAR}(?:[a-z]{{1,8}}_)?(?:end|eo[dstm](?![a-z]))[\w\N{{LOWER ONE EIGHTH BLOCK}} -]{{0,40}}{_BAR}>"
-    r"|</s>|<eo[dst]>|\[eo[dst]\]|<end_?of_?\w{1,20}>",
+    r"|<\|return\|>|</s>|<eo[dst]>|\[eo[dst]\]|<end_?of_?\w{1,20}>",
     re.IGNORECASE,
 )
 MARKER_AT_END = re.compile(rf"(?:{MARKER.pattern})\Z", re.IGNORECASE)

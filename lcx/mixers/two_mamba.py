@@ -144,7 +144,7 @@ class TwoMamba(nn.Module):
                 raise UserError(f"{field} {getattr(self, field)!r}: expected one of {expected}")
         if self.form not in (None, *second_order_op.FORMS):
             expected = ", ".join(map(repr, second_order_op.FORMS))
-            raise UserError(f"form {self.form!r}: expected {expected} or None")
+            raise UserError(f"TwoMamba.form {self.form!r}: expected {expected} or None")
         if self.form is not None and self.score != "square":
             raise UserError(
                 f"form {self.form!r} with score {self.score!r}: only 'square' has forms; set form=None"
