@@ -126,7 +126,7 @@ def test_real_stories_are_rarely_cut(reference, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "marker", ["<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "<|im_end|>", "<|EndOfDoc|>", "<eod>"]
+    "marker", ["<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "<|im_end|>", "<|EndOfDoc|>", "<eod>", "<|return|>"]
 )
 def test_markers_in_the_text_are_reported(tmp_path, caplog, marker):
     (tmp_path / "a.txt").write_text(f"One story.\n{marker}\nTwo.\n{marker}\n")
