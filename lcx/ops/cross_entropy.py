@@ -27,8 +27,8 @@ from lcx.errors import UserError
 from lcx.ops.product import laid_out_transpose, narrow_products, wide
 from lcx.ops.tiling import factor
 
-CHUNK_LOGITS = 1 << 23  # a chunk's logits may always take 32 MiB of float32
-CHUNK_TOKENS = 1024  # a chunk that needs more holds at most these
+CHUNK_LOGITS = 1 << 23  # of one chunk, 32 MiB of float32; more with a large vocabulary (chunk_tokens)
+CHUNK_TOKENS = 1024  # the most tokens for which it may be more
 
 
 class LogitTransform(NamedTuple):
