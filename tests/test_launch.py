@@ -183,6 +183,16 @@ def test_slurm_saves_before_the_time_is_up_and_goes_back_into_the_queue(tmp_path
     assert (tmp_path / "requeued").read_text().split() == ["requeue", "17"]
 
 
+def test_slurm_passes_a_signal_on_that_comes_as_the_processes_start(tmp_path):
+    """When srun exists, but the line after it has not run yet, in some of the starts."""
+    ends = "echo $$ > pid\ntrap 'touch saved; exit 0' USR1\ntrap 'exit 9' TERM\nkill -TERM $PPID"
+    env = stand_ins(tmp_path, f"{ends}\nwhile :; do sleep 0.01; done")
+    for _ in range(15):
+        assert subprocess.run([*SBATCH, "python"], cwd=tmp_path, env=env, timeout=60).returncode == 0
+        for name in ("saved", "requeued"):
+            (tmp_path / name).unlink()
+
+
 def test_the_jobset_fits_its_schema_and_the_command():
     """What JobSet (v1alpha2) and Kubernetes ask for, and the flags that the command has."""
     yaml = pytest.importorskip("yaml")
