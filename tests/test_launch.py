@@ -187,7 +187,7 @@ def test_slurm_passes_a_signal_on_that_comes_as_the_processes_start(tmp_path):
     """When srun exists, but the line after it has not run yet: there is a pause before each line."""
     ends = "echo $$ > pid\ntrap 'touch saved; exit 0' USR1\ntrap 'exit 9' TERM\nkill -TERM $PPID"
     env = stand_ins(tmp_path, f"{ends}\nwhile :; do sleep 0.01; done")
-    slowly = ["bash", "-c", 'trap "sleep 0.1" DEBUG; . "$0" "$@"', SBATCH[1], "python"]
+    slowly = ["bash", "-c", 'set -T; trap "sleep 0.1" DEBUG; . "$0" "$@"', SBATCH[1], "python"]
     assert subprocess.run(slowly, cwd=tmp_path, env=env, timeout=60).returncode == 0
     assert (tmp_path / "saved").exists() and (tmp_path / "requeued").exists()
 
