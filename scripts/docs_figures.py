@@ -327,7 +327,7 @@ def _spread(values: Iterable[float]) -> str:
 TRAINING = "train_vs_transformers_cpu.json", "JAX_NUM_CPU_DEVICES=2 python benchmarks/train_vs_transformers.py"
 TRAINING_AMX = (
     "train_vs_transformers_amx_cpu.json",
-    f"{TRAINING[1]} --no-memory --rounds 3 --cases quickstart:256,base:2048,wide:2048 "
+    f"{TRAINING[1]} --no-memory --rounds 3 --cases quickstart:256,wide:2048,base:256,base:2048,base:8192 "
     "--output benchmarks/results/train_vs_transformers_amx_cpu.json",
 )
 RECALL = "recall_cpu.json", "bash scripts/train_recall.sh"
