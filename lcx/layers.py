@@ -264,7 +264,7 @@ class Embedding(nn.Module):
 def _looked_up(table: Float[Array, "V D"], tokens: Int[Array, "B T"], dtype: jnp.dtype) -> Float[Array, "B T D"]:
     """The rows of a table in `dtype`; their gradients are added in float32 or wider.
 
-    In bfloat16, 65,536 tokens of a genome lost nine tenths of the gradient (see tiling.biased).
+    In bfloat16, 65,536 tokens of four letters lost nine tenths of the gradient (see tiling.biased).
     """
     # Gathering the table over `fsdp` first, in the narrower dtype, lets every device look up its own rows of the batch.
     # Without the constraint the partitioner replicates the result.
